@@ -1,0 +1,146 @@
+"""A batch of tokenised samples, flattened token by token, with no padding anywhere."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+IGNORE = -100
+"""Label of a token that no loss looks at, as in transformers."""
+
+Role = Literal["answer", "alternative"]
+"""Which sequence of a sample: its own answer, or the one an objective puts in its place (a refusal)."""
+
+Reduction = Literal["token", "sample", "sum"]
+REDUCTIONS: tuple[Reduction, ...] = ("token", "sample", "sum")
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Sizes of the whole data set that a batch was cut from: what means are taken over.
+
+    `n_targets[role]` counts label tokens that are predicted (all but a sequence's first token);
+    `n_labelled[role]` counts positions whose own label is not ignored.
+    """
+
+    n_samples: int
+    n_targets: dict[str, int]
+    n_labelled: dict[str, int]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Several samples as one flat run of tokens.
+
+    Sequence `q` owns tokens `cu_seqlens[q] : cu_seqlens[q + 1]`. The sequences of one sample (its
+    answer and, where an objective needs one, its alternative) are neighbours, so sample `i` owns
+    tokens `cu_samples[i] : cu_samples[i + 1]`.
+
+    Attributes:
+        input_ids: `(1, total_tokens)` packed, or `(n_sequences, length)` where a model cannot be
+            packed; flattened, both give the same order.
+        position_ids: like `input_ids`; restarts at every sequence.
+        labels: `(total_tokens,)` unshifted labels, `IGNORE` where no loss looks.
+        targets: `(total_tokens,)` the label that this position predicts (the next token's label
+            within the same sequence), `IGNORE` where there is none.
+        cu_seqlens: `(n_sequences + 1,)` int32.
+        cu_samples: `(n_samples + 1,)` int32.
+        roles: role of each sequence.
+        sequence_sample: `(n_sequences,)` int64, index of the sequence's sample in this batch.
+        rows: row number of each sample in its data set.
+        totals: sizes of the data set.
+        reduction: over what a mean is taken: all target tokens (`token`), the tokens of a sample and
+            then samples (`sample`), or not at all (`sum`).
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    labels: Tensor
+    targets: Tensor
+    cu_seqlens: Tensor
+    cu_samples: Tensor
+    roles: tuple[Role, ...]
+    sequence_sample: Tensor
+    rows: tuple[int, ...]
+    totals: Totals
+    reduction: Reduction = "token"
+
+    @property
+    def n_samples(self) -> int:
+        return len(self.rows)
+
+    @property
+    def total_tokens(self) -> int:
+        return self.labels.numel()
+
+    @property
+    def packed(self) -> bool:
+        """Whether several sequences share one row of `input_ids`, told apart by `position_ids`."""
+        return self.input_ids.shape[0] == 1
+
+    @property
+    def target_index(self) -> Tensor:
+        """Positions that predict a label token, `(n_targets,)` int64, ascending."""
+        return torch.nonzero(self.targets != IGNORE).squeeze(1)
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch with its tensors on `device`."""
+        moved = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)}
+        return replace(self, **moved)
+
+    # ---- from tokens to samples and back: what objectives are written with ----
+
+    def token_sequence(self) -> Tensor:
+        """Index of the sequence each token belongs to, `(total_tokens,)` int64."""
+        lengths = self.cu_seqlens.diff().long()
+        return torch.repeat_interleave(torch.arange(len(self.roles), device=lengths.device), lengths)
+
+    def role_mask(self, role: Role) -> Tensor:
+        """Tokens of sequences that play `role`, `(total_tokens,)` bool."""
+        plays = torch.tensor([r == role for r in self.roles], device=self.labels.device)
+        return plays[self.token_sequence()]
+
+    def target_mask(self, role: Role = "answer") -> Tensor:
+        """Positions of `role` that predict a label token, `(total_tokens,)` bool."""
+        return (self.targets != IGNORE) & self.role_mask(role)
+
+    def label_mask(self, role: Role = "answer") -> Tensor:
+        """Positions of `role` that hold a label token themselves, `(total_tokens,)` bool."""
+        return (self.labels != IGNORE) & self.role_mask(role)
+
+    def sample_sum(self, values: Tensor, mask: Tensor) -> Tensor:
+        """Sum per sample of `values` `(total_tokens,)` where `mask`, `(n_samples,)`, differentiable."""
+        picked = torch.where(mask, values, torch.zeros_like(values))
+        return torch.stack([part.sum() for part in picked.split(self.cu_samples.diff().tolist())])
+
+    def spread(self, per_sample: Tensor) -> Tensor:
+        """Each token gets its sample's value: `(n_samples,)` to `(total_tokens,)`."""
+        return per_sample[self.sequence_sample[self.token_sequence()]]
+
+    def target_weight(self, role: Role = "answer") -> Tensor:
+        """What one predicted token counts in a mean, `(total_tokens,)` fp64, 0 elsewhere.
+
+        With `N` target tokens of `role` in the whole set, `B` samples and `n_i` of them in sample
+        `i`: `1/N` (reduction token), `1/(B n_i)` (sample) or 1 (sum).
+        """
+        return self._weight(self.target_mask(role), self.totals.n_targets[role])
+
+    def label_weight(self, role: Role = "answer") -> Tensor:
+        """`target_weight`, counted over the positions that hold a label token themselves."""
+        return self._weight(self.label_mask(role), self.totals.n_labelled[role])
+
+    def _weight(self, mask: Tensor, n_in_set: int) -> Tensor:
+        weight = mask.double()
+        if self.reduction == "token":
+            return weight / max(n_in_set, 1)
+        if self.reduction == "sample":
+            counts = self.sample_sum(weight, mask).clamp(min=1)
+            return weight / self.spread(counts) / self.totals.n_samples
+        return weight
+
+    def sample_weight(self) -> float:
+        """What one sample counts in a mean over samples: `1/B`, or 1 for `sum`."""
+        return 1.0 if self.reduction == "sum" else 1.0 / self.totals.n_samples

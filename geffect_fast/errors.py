@@ -1,0 +1,27 @@
+"""The errors a user can meet; each carries one line that names the culprit and the remedy."""
+
+from __future__ import annotations
+
+
+class GEffectError(Exception):
+    """Base of every error raised on purpose; `exit_code` is what the command line returns."""
+
+    exit_code = 1
+
+
+class InputError(GEffectError, ValueError):
+    """An argument, file, row or field is unusable; the message names it and the remedy."""
+
+    exit_code = 2
+
+
+class UnsupportedModelError(GEffectError):
+    """The model does something that cannot be attributed exactly; the message names the module."""
+
+    exit_code = 2
+
+
+class NonFiniteError(GEffectError, ArithmeticError):
+    """A weight, loss or gradient is NaN or infinite; the message names the first place."""
+
+    exit_code = 2
