@@ -1,15 +1,21 @@
-"""What an objective is: which data it reads, what it needs, and its per-token terms."""
+"""What an objective is: which data it reads, what it needs, its per-token terms, and their sums."""
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeVar
 
 from torch import Tensor
 
 from geffect_fast.data.batch import Batch, Role
+from geffect_fast.errors import InputError
+from geffect_fast.objectives.parameters import checked, finite, kind_of, written
 
 Need = Literal["reference", "reference_logits", "hidden_states"]
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -33,10 +39,12 @@ class Outputs:
 class Objective:
     """Something to descend on; its share on one batch is `loss`, summed over batches the whole.
 
-    Subclasses are frozen dataclasses whose fields are the hyper-parameters.
+    Subclasses are frozen dataclasses whose fields are the hyper-parameters, annotated `float`,
+    `int` or `bool`; `parameter` declares their ranges. Objectives add up and scale:
+    `NPO(beta=0.1) + 0.5 * KL()`. Two are equal when class and parameters are, however written.
 
     Class attributes:
-        name: what it is called in objective strings.
+        name: what it is called in objective strings, set by `register`; till then the class's name.
         on: the data it reads, `forget` or `retain`.
         roles: which sequences of a sample it reads.
         needs: what must be computed for it besides the log-probabilities of the labels.
@@ -47,6 +55,28 @@ class Objective:
     roles: ClassVar[tuple[Role, ...]] = ("answer",)
     needs: ClassVar[frozenset[Need]] = frozenset()
 
+    # numpy scalars on the left leave the multiplication to __rmul__
+    __array_ufunc__: ClassVar[None] = None
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "name" not in vars(cls):
+            cls.name = cls.__name__
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Objective:
+        """Remember which parameters were given: results are looked up by the string as written."""
+        self = super().__new__(cls)
+        positional = [f.name for f in dataclasses.fields(cls)][: len(args)]
+        object.__setattr__(self, "_given", frozenset(positional) | frozenset(kwargs))
+        return self
+
+    def __post_init__(self) -> None:
+        """Check the parameters; a subclass that overrides this must call it."""
+        for field in dataclasses.fields(self):
+            if kind_of(field) is not None:
+                value = checked(self.name, field, getattr(self, field.name))
+                object.__setattr__(self, field.name, value)
+
     def loss(self, outputs: Outputs, batch: Batch, reference: Outputs | None) -> Tensor:
         """This batch's share of the objective, a scalar: the published formula itself."""
         raise NotImplementedError(f"{type(self).__name__} must define loss()")
@@ -56,5 +86,126 @@ class Objective:
         raise NotImplementedError(f"{type(self).__name__} must define token_terms()")
 
     def parts(self) -> tuple[tuple[float, Objective], ...]:
-        """The weighted sum this objective is: `((coefficient, objective), ...)`, here itself alone."""
+        """The weighted sum it is, `((coefficient, elementary objective), ...)`: itself alone."""
         return ((1.0, self),)
+
+    def parameters(self) -> dict[str, Any]:
+        """Every hyper-parameter by name, given or default, in the order of the signature."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
+    def __str__(self) -> str:
+        """The canonical string: the name and the parameters that were given, `npo(beta=0.1)`."""
+        given: frozenset[str] = vars(self)["_given"]
+        pairs = [f"{k}={written(v)}" for k, v in self.parameters().items() if k in given]
+        return f"{self.name}({', '.join(pairs)})" if pairs else self.name
+
+    def __add__(self, other: Objective) -> Objective:
+        if not isinstance(other, Objective):
+            return NotImplemented
+        return combine([(1.0, self), (1.0, other)])
+
+    def __sub__(self, other: Objective) -> Objective:
+        if not isinstance(other, Objective):
+            return NotImplemented
+        return combine([(1.0, self), (-1.0, other)])
+
+    def __mul__(self, coefficient: float) -> Objective:
+        return combine([(coefficient, self)])
+
+    __rmul__ = __mul__
+
+    def __neg__(self) -> Objective:
+        return combine([(-1.0, self)])
+
+
+class Composite(Objective):
+    """An objective that is a weighted sum of others, possibly on different data.
+
+    No single batch holds all it reads, so engines evaluate its `parts()`.
+    """
+
+    def terms(self) -> tuple[tuple[float, Objective], ...]:
+        """The weighted sum, `((coefficient, objective), ...)`; the objectives may be composite."""
+        raise NotImplementedError(f"{type(self).__name__} must define terms()")
+
+    def parts(self) -> tuple[tuple[float, Objective], ...]:
+        return tuple(
+            (outer * inner, part)
+            for outer, objective in self.terms()
+            for inner, part in objective.parts()
+        )
+
+    def loss(self, outputs: Outputs, batch: Batch, reference: Outputs | None) -> Tensor:
+        raise TypeError(f"{self} reads several data sets: evaluate its parts() one by one")
+
+    def token_terms(self, outputs: Outputs, batch: Batch, reference: Outputs | None) -> Tensor:
+        raise TypeError(f"{self} reads several data sets: evaluate its parts() one by one")
+
+
+@dataclass(frozen=True)
+class Sum(Composite):
+    """A weighted sum written out by the user; made by `+`, `-` and `*`, never nested.
+
+    Attributes:
+        summands: `((coefficient, objective), ...)`, none of the objectives a `Sum`.
+    """
+
+    summands: tuple[tuple[float, Objective], ...]
+
+    name: ClassVar[str] = "sum"
+
+    def terms(self) -> tuple[tuple[float, Objective], ...]:
+        return self.summands
+
+    def parameters(self) -> dict[str, Any]:
+        """`{"terms": [...]}` with coefficient, name and parameters of every summand."""
+        return {
+            "terms": [
+                {"coefficient": c, "name": o.name, "parameters": o.parameters()}
+                for c, o in self.summands
+            ]
+        }
+
+    def __str__(self) -> str:
+        """The summands' canonical strings; a coefficient of 1 is left out."""
+        text = ""
+        for coefficient, objective in self.summands:
+            sign = "-" if coefficient < 0 else "+"
+            size = "" if abs(coefficient) == 1 else f"{written(abs(coefficient))}*"
+            text += f" {sign} {size}{objective}"
+        return text[3:] if text.startswith(" + ") else "-" + text[3:]
+
+
+def combine(terms: Iterable[tuple[float, Objective]]) -> Objective:
+    """The weighted sum of objectives, nested sums flattened; one term of weight 1 is that term.
+
+    Args:
+        terms: `(coefficient, objective)` pairs, at least one.
+
+    Raises:
+        InputError: a coefficient, or a product of nested ones, is not a finite number.
+    """
+    flat: list[tuple[float, Objective]] = []
+    for coefficient, objective in terms:
+        inner = objective.summands if isinstance(objective, Sum) else ((1.0, objective),)
+        for factor, summand in inner:
+            outer = finite(coefficient)
+            product = None if outer is None else finite(outer * factor)
+            if product is None:
+                raise InputError(
+                    f"the coefficient of {summand} must be a finite number, "
+                    f"got {coefficient!r}{'' if factor == 1 else f' * {factor!r}'}"
+                )
+            flat.append((product, summand))
+    return flat[0][1] if len(flat) == 1 and flat[0][0] == 1 else Sum(tuple(flat))
+
+
+def required(objective: Objective, value: T | None, what: str) -> T:
+    """`value`, which the engine computes because it is among the objective's `needs`.
+
+    Raises:
+        InputError: it is None.
+    """
+    if value is None:
+        raise InputError(f"objective {objective} needs {what}, and none were given")
+    return value

@@ -1,0 +1,110 @@
+"""Hyper-parameters of an objective: how they are declared, checked and written."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import numbers
+import operator
+from typing import Any
+
+from geffect_fast.errors import InputError
+
+Value = bool | int | float
+
+_DOMAINS = {float: "a finite number", int: "a 64-bit integer", bool: "true or false"}
+# postponed annotations are strings
+_KINDS: dict[Any, type] = {key: kind for kind in _DOMAINS for key in (kind, kind.__name__)}
+
+_BOUNDS = {
+    "above": operator.gt,
+    "at least": operator.ge,
+    "below": operator.lt,
+    "at most": operator.le,
+}
+
+
+def parameter(
+    default: Any = dataclasses.MISSING,
+    *,
+    above: float | None = None,
+    at_least: float | None = None,
+    below: float | None = None,
+    at_most: float | None = None,
+) -> Any:
+    """Declare a field of an objective together with the range its value must lie in.
+
+    Args:
+        default: value where none is given; left out, the parameter is required.
+        above: exclusive lower bound.
+        at_least: inclusive lower bound.
+        below: exclusive upper bound.
+        at_most: inclusive upper bound.
+
+    Returns:
+        A dataclass field; the objective checks its value on construction.
+
+    Example:
+        >>> @dataclass(frozen=True)
+        ... class Mine(Objective):
+        ...     beta: float = parameter(0.1, above=0)
+    """
+    bounds = dict(zip(_BOUNDS, (above, at_least, below, at_most), strict=True))
+    given = {word: bound for word, bound in bounds.items() if bound is not None}
+    return dataclasses.field(default=default, metadata={"bounds": given})
+
+
+def kind_of(field: dataclasses.Field[Any]) -> type | None:
+    """`float`, `int` or `bool` as the field is annotated; None for any other annotation."""
+    return _KINDS.get(field.type)
+
+
+def checked(objective: str, field: dataclasses.Field[Any], value: Any) -> Value:
+    """`value` as the field's type, if it has that type and lies in the field's range.
+
+    Args:
+        objective: name of the objective, for the message.
+        field: the dataclass field, annotated `float`, `int` or `bool`.
+        value: what the user gave.
+
+    Raises:
+        InputError: naming objective, parameter, value and range.
+    """
+    kind = _KINDS[field.type]
+    bounds = field.metadata.get("bounds", {})
+    converted = _convert(kind, value)
+    if converted is None or not all(_BOUNDS[word](converted, b) for word, b in bounds.items()):
+        limits = " and ".join(f"{word} {written(bound)}" for word, bound in bounds.items())
+        domain = f"{_DOMAINS[kind]} {limits}".rstrip()
+        raise InputError(f"objective {objective}: {field.name} must be {domain}, got {value!r}")
+    return converted
+
+
+def _convert(kind: type, value: Any) -> Value | None:
+    """`value` as `kind`, or None where it is none; a bool is no number and 7.0 is no integer."""
+    if kind is bool or isinstance(value, bool):
+        return value if kind is bool and isinstance(value, bool) else None
+    if kind is int:
+        whole = isinstance(value, numbers.Integral) and -(2**63) <= int(value) < 2**63
+        return int(value) if whole else None
+    return finite(value)
+
+
+def finite(value: Any) -> float | None:
+    """`value` as a float, or None where it is not a finite real number."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        return None
+    try:
+        number = float(value)
+    except OverflowError:
+        return None
+    return number if math.isfinite(number) else None
+
+
+def written(value: Value) -> str:
+    """The shortest text that parses to `value` again: `1`, `0.1`, `1e-05`, `true`."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, float) and not (value.is_integer() and abs(value) < 1e16):
+        return repr(value)
+    return str(int(value))
