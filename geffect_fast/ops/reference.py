@@ -1,0 +1,92 @@
+"""The specification of every op in plain torch; runs on any device, accumulates in fp32 or better.
+
+Signatures are those of `schema.py`: canonical ranks, arguments already checked. No quantity larger
+than the inputs plus one segment's intermediates is stored, but low-precision inputs are converted whole.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype in which inputs of `dtype` are summed and results are given."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.to(accumulation_dtype(tensor.dtype))
+
+
+def _segment_sum(per_token: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """Sum the last axis over segments: `(..., total_tokens)` to `(..., n)`, in a fixed order."""
+    lead, total_tokens = per_token.shape[:-1], per_token.shape[-1]
+    n_samples = cu_seqlens.numel() - 1
+    if n_samples == 0 or total_tokens == 0 or per_token.numel() == 0:
+        return per_token.new_zeros((*lead, n_samples))
+    rows = per_token.reshape(-1, total_tokens).T.contiguous()
+    lengths = torch.diff(cu_seqlens).long()
+    sums = torch.segment_reduce(rows, "sum", lengths=lengths, axis=0, unsafe=True)
+    return sums.T.reshape(*lead, n_samples)
+
+
+def multi_tensor_gram(
+    grads: list[Tensor], n_lists: int, groups: list[int], n_groups: int
+) -> Tensor:
+    """`out[groups[p], j, k] += <grads[j][p], grads[k][p]>`, `grads` flattened list by list."""
+    n_tensors = len(groups)
+    out = grads[0].new_zeros(
+        (n_groups, n_lists, n_lists), dtype=accumulation_dtype(grads[0].dtype)
+    )
+    for index, group in enumerate(groups):
+        rows = torch.stack([_wide(tensor).reshape(-1) for tensor in grads[index::n_tensors]])
+        out[group] += rows @ rows.T
+    return out
+
+
+def segment_bilinear(
+    a: Tensor, g: Tensor, v: Tensor, cu_seqlens: Tensor, per_token: bool = False
+) -> Tensor:
+    """`out[m, i] = sum_{t in i} g_t^T V_m a_t`, or every token's own term."""
+    a, g = _wide(a), _wide(g)
+    terms = a.new_zeros((v.shape[0], a.shape[0]))
+    for m, direction in enumerate(v):
+        terms[m] = torch.linalg.vecdot(a @ _wide(direction).T, g)
+    return terms if per_token else _segment_sum(terms, cu_seqlens)
+
+
+def segment_dot(z: Tensor, g: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """`out[k, m, i] = sum_{t in i} z[m, t] . g[k, t]`."""
+    z, g = _wide(z), _wide(g)
+    terms = torch.matmul(g.transpose(0, 1), z.permute(1, 2, 0))  # (total_tokens, K, M)
+    return _segment_sum(terms.permute(1, 2, 0), cu_seqlens)
+
+
+def ghost_norm(a: Tensor, g: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """`out[i] = ||sum_{t in i} g_t a_t^T||_F^2`, by token Grams or the gradient, the cheaper one."""
+    offsets = cu_seqlens.tolist()
+    d_in, d_out = a.shape[1], g.shape[1]
+    out = a.new_zeros(len(offsets) - 1, dtype=accumulation_dtype(a.dtype))
+    for i, (start, end) in enumerate(zip(offsets[:-1], offsets[1:], strict=True)):
+        a_i, g_i = _wide(a[start:end]), _wide(g[start:end])
+        if (end - start) * (d_in + d_out) < d_in * d_out:
+            out[i] = torch.sum((a_i @ a_i.T) * (g_i @ g_i.T))
+        else:
+            out[i] = torch.sum(torch.square(g_i.T @ a_i))
+    return out
+
+
+def ghost_dot(
+    a: Tensor, g: Tensor, cu_seqlens: Tensor, a2: Tensor, g2: Tensor, cu_seqlens2: Tensor
+) -> Tensor:
+    """`out[i, j] = <sum_{s in i} g_s a_s^T, sum_{t in j} g2_t a2_t^T>_F`."""
+    offsets = cu_seqlens.tolist()
+    a2, g2 = _wide(a2), _wide(g2)
+    n_samples, n_samples2 = len(offsets) - 1, cu_seqlens2.numel() - 1
+    out = a2.new_zeros((n_samples, n_samples2))
+    for i, (start, end) in enumerate(zip(offsets[:-1], offsets[1:], strict=True)):
+        a_i, g_i = _wide(a[start:end]), _wide(g[start:end])
+        pairs = (a_i @ a2.T) * (g_i @ g2.T)
+        out[i] = _segment_sum(pairs.sum(dim=0), cu_seqlens2)
+    return out
