@@ -81,12 +81,7 @@ def resolve(spec: str | Objective) -> Objective:
     Raises:
         InputError: it is neither, or the string cannot be parsed.
     """
-    if isinstance(spec, Objective):
-        return spec
-    if isinstance(spec, str):
-        return parse(spec)
-    hint = f"; write {spec.__name__}()" if isinstance(spec, type) else ""
-    raise InputError(f"objective {spec!r} must be a string or an Objective{hint}")
+    return spec if isinstance(spec, Objective) else parse(spec)
 
 
 class _Problem(Exception):
@@ -211,7 +206,8 @@ def _parse(text: object, start: str) -> Any:
     from lark import UnexpectedInput
 
     if not isinstance(text, str):
-        raise InputError(f"objective {text!r} must be a string")
+        hint = f"; write {text.__name__}()" if isinstance(text, type) else ""
+        raise InputError(f"objective {text!r} must be a string or an Objective{hint}")
     if not text.strip():
         raise InputError(f"objective string {text[:20]!r} is empty; write a name such as 'ga'")
     if len(text) > MAX_CHARACTERS:
@@ -236,7 +232,7 @@ def _syntax_error(error: UnexpectedInput, text: str) -> tuple[str, int]:
         return f"unexpected {text[position]!r}", position
     ended = error.token.type == "$END"
     found = "end of the string" if ended else _short(error.token)
-    words = sorted(_WORDS[terminal] for terminal in error.accepts or error.expected)
+    words = sorted(_WORDS[terminal] for terminal in error.accepts or {"$END"})
     position = len(text) if ended else error.token.start_pos or 0
     return f"unexpected {found}, expected {' or '.join(words)}", position
 

@@ -1,0 +1,286 @@
+"""Losses and token weights against the published formulas, written out sample by sample."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from geffect_fast.data.batch import IGNORE, REDUCTIONS
+from geffect_fast.objectives import GD, available, parse
+
+# every registered objective, with parameters away from their defaults and from each other
+CASES = [
+    "ga",
+    "nll",
+    "po",
+    "wga",
+    "wga(alpha=0.7)",
+    "npo",
+    "npo(beta=0.5)",
+    "tnpo",
+    "tnpo(beta=1.3)",
+    "wtnpo",
+    "wtnpo(beta=1.3, alpha=0.4)",
+    "dpo",
+    "dpo(beta=0.6)",
+    "simnpo",
+    "simnpo(beta=2.5, delta=0.8)",
+    "rmu",
+    "rmu(layer=0, c=0.5, normalize=true, seed=3)",
+    "rmu(layer=8, seed=1)",
+    "kl",
+]
+TOKEN_LEVEL = ("ga", "nll", "po", "wga", "tnpo", "wtnpo")
+SEQUENCE_LEVEL = ("npo", "dpo", "simnpo")
+
+
+def sigmoid(x):
+    return 1 / (1 + math.exp(-x))
+
+
+def mean(values, reduction):
+    """Mean of a list of numbers a sample: over all of them, per sample first, or the bare sum."""
+    if reduction == "token":
+        return sum(sum(v) for v in values) / sum(len(v) for v in values)
+    if reduction == "sample":
+        return sum(sum(v) / len(v) for v in values if v) / len(values)
+    return sum(sum(v) for v in values)
+
+
+def factor(n_i, values, reduction):
+    """What one of the `n_i` numbers of a sample counts in `mean`."""
+    n = sum(len(v) for v in values)
+    return {"token": 1 / n, "sample": 1 / (len(values) * max(n_i, 1)), "sum": 1.0}[reduction]
+
+
+def logprobs(data, role):
+    """`(log p, log p0)` of the label tokens of every sample, as lists of floats."""
+    mine = [[q for q in sample if q.role == role] for sample in data.samples]
+    model = [[x for q in sample for x in q.logp()] for sample in mine]
+    frozen = [[x for q in sample for x in q.logp0()] for sample in mine]
+    return model, frozen
+
+
+def log_ratio(data, role):
+    return [sum(m) - sum(f) for m, f in zip(*logprobs(data, role), strict=True)]
+
+
+def token_weight(o, logp, logp0):
+    """The table's `w` of a label token without the mean's factor; `w > 0` pushes it down."""
+    if o.name == "ga":
+        return 1.0
+    if o.name in ("nll", "po"):
+        return -1.0
+    p = math.exp(logp)
+    if o.name == "wga":
+        return p**o.alpha
+    w = 2 * sigmoid(o.beta * (logp - logp0))
+    return w if o.name == "tnpo" else w * p**o.alpha
+
+
+def expected_loss(o, data, reduction):
+    per_sample = (lambda v: sum(v)) if reduction == "sum" else (lambda v: sum(v) / len(v))
+    role = "alternative" if o.name == "po" else "answer"
+    model, frozen = logprobs(data, role)
+    if o.name in TOKEN_LEVEL:
+        weighted = [
+            [token_weight(o, a, b) * a for a, b in zip(m, f, strict=True)]
+            for m, f in zip(model, frozen, strict=True)
+        ]
+        return mean(weighted, reduction)
+    if o.name == "npo":
+        values = [-2 / o.beta * math.log(sigmoid(-o.beta * r)) for r in log_ratio(data, "answer")]
+        return per_sample(values)
+    if o.name == "dpo":
+        lose, win = log_ratio(data, "answer"), log_ratio(data, "alternative")
+        margins = [w - x for w, x in zip(win, lose, strict=True)]
+        return per_sample([-2 / o.beta * math.log(sigmoid(o.beta * m)) for m in margins])
+    if o.name == "simnpo":
+        nll = [-sum(m) / len(m) if m else 0.0 for m in model]
+        return per_sample([-2 / o.beta * math.log(sigmoid(o.beta * (s - o.delta))) for s in nll])
+    if o.name == "rmu":
+        u = torch.rand(5, generator=torch.Generator().manual_seed(o.seed)).double()
+        u = u / u.square().sum().sqrt() if o.normalize else u
+        values = []
+        for sample in data.samples:
+            values.append([])
+            for q in (q for q in sample if q.role == "answer"):
+                for t, y in enumerate(q.labels):
+                    if y != IGNORE:
+                        h = q.hidden[o.layer, t]
+                        values[-1].append(sum(float(h[d] - o.c * u[d]) ** 2 for d in range(5)) / 5)
+        return mean(values, reduction)
+    assert o.name == "kl"
+    values = []
+    for sample in data.samples:
+        values.append([])
+        for q in (q for q in sample if q.role == "answer"):
+            for t, y in enumerate(q.targets()):
+                if y != IGNORE:
+                    p0 = q.reference_logits[t].softmax(-1)
+                    values[-1].append((p0 * (p0 / q.logits[t].softmax(-1)).log()).sum().item())
+    return mean(values, reduction)
+
+
+def evaluate(o, case):
+    return o.loss(case.outputs, case.batch, case.reference)
+
+
+def share(o, case):
+    return evaluate(o, case).item()
+
+
+def test_every_registered_objective_is_covered():
+    names = {parse(text).name for text in CASES} | {GD.name}
+    assert set(available()) == names
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("text", CASES)
+def test_loss_is_the_published_formula(make_data, text, reduction):
+    o = parse(text)
+    for seed in range(3):
+        data = make_data(o.roles, seed=seed)
+        found = share(o, data.case(reduction))
+        assert found == pytest.approx(expected_loss(o, data, reduction), rel=1e-12)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("text", CASES)
+def test_terms_have_the_gradient_of_the_loss(make_data, text, reduction):
+    o = parse(text)
+    for seed in range(3):
+        case = make_data(o.roles, seed=seed).case(reduction)
+        terms = o.token_terms(case.outputs, case.batch, case.reference)
+        assert terms.shape == (case.batch.total_tokens,)
+        of_terms = torch.autograd.grad(
+            terms.sum(), case.leaves, retain_graph=True, materialize_grads=True
+        )
+        of_loss = torch.autograd.grad(evaluate(o, case), case.leaves, materialize_grads=True)
+        size = max(g.abs().max() for g in of_loss)
+        assert size > 1e-9
+        for a, b in zip(of_terms, of_loss, strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-12 * size)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("text", [t for t in CASES if not t.startswith(("rmu", "kl"))])
+def test_token_weights_are_those_of_the_table(make_data, text, reduction):
+    o = parse(text)
+    data = make_data(o.roles, seed=1)
+    case = data.case(reduction)
+    logprob = case.outputs.token_logprob.detach().requires_grad_()
+    outputs = type(case.outputs)(logprob)
+    terms = o.token_terms(outputs, case.batch, case.reference)
+    found = torch.autograd.grad(terms.sum(), logprob)[0]
+
+    expected = []
+    lose, win = log_ratio(data, "answer"), log_ratio(data, "alternative")
+    b = 1.0 if reduction == "sum" else 1 / len(data.samples)
+    for i, sample in enumerate(data.samples):
+        for q in sample:
+            logp, logp0 = iter(q.logp()), iter(q.logp0())
+            n_i = len(q.logp())
+            for y in q.targets():
+                if y == IGNORE:
+                    expected.append(0.0)
+                    continue
+                lp, lp0 = next(logp), next(logp0)
+                if o.name in TOKEN_LEVEL:
+                    f = factor(n_i, logprobs(data, q.role)[0], reduction)
+                    expected.append(token_weight(o, lp, lp0) * f)
+                elif o.name == "npo":
+                    expected.append(b * 2 * sigmoid(o.beta * lose[i]))
+                elif o.name == "dpo":
+                    w = b * 2 * sigmoid(-o.beta * (win[i] - lose[i]))
+                    expected.append(w if q.role == "answer" else -w)
+                else:
+                    nll = -sum(q.logp()) / n_i
+                    expected.append(2 * b / n_i * sigmoid(-o.beta * (nll - o.delta)))
+    expected = torch.tensor(expected, dtype=torch.float64)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-15)
+    assert not terms[case.batch.targets == IGNORE].any()
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("text", CASES)
+def test_batches_add_up_to_the_data_set(make_data, text, reduction):
+    o = parse(text)
+    data = make_data(o.roles, seed=2)
+    whole = data.case(reduction)
+    whole_terms = o.token_terms(whole.outputs, whole.batch, whole.reference)
+    loss, terms = 0.0, []
+    for rows in ([0, 1, 2], [3], [4, 5]):
+        case = data.case(reduction, rows)
+        loss += share(o, case)
+        terms.append(o.token_terms(case.outputs, case.batch, case.reference))
+    assert loss == pytest.approx(share(o, whole), rel=1e-12)
+    torch.testing.assert_close(torch.cat(terms), whole_terms, rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("text", CASES)
+def test_forward_mode_sees_the_same_gradient(make_data, text):
+    o = parse(text)
+    case = make_data(o.roles, seed=4).case("token")
+    leaves = [case.outputs.token_logprob, case.outputs.logits, case.hidden]
+    leaves = [leaf.detach().requires_grad_() for leaf in leaves]
+
+    def total(logprob, logits, hidden):
+        outputs = type(case.outputs)(logprob, logits, tuple(hidden))
+        return o.token_terms(outputs, case.batch, case.reference).sum()
+
+    gradients = torch.autograd.grad(total(*leaves), leaves, materialize_grads=True)
+    generator = torch.Generator().manual_seed(0)
+    tangents = [torch.randn(x.shape, generator=generator, dtype=x.dtype) for x in leaves]
+    _, found = torch.func.jvp(total, tuple(x.detach() for x in leaves), tuple(tangents))
+    along = sum((g * v).sum() for g, v in zip(gradients, tangents, strict=True))
+    torch.testing.assert_close(found, along, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("text", CASES)
+def test_extreme_logits_stay_finite(make_data, text, dtype):
+    o = parse(text)
+    data = make_data(o.roles, seed=5, scale=2000.0)
+    for sample in data.samples:
+        for q in sample:
+            q.logits, q.reference_logits = q.logits.to(dtype), q.reference_logits.flip(0).to(dtype)
+            q.hidden = q.hidden.to(dtype)
+    case = data.case("token")
+    for value in (
+        o.token_terms(case.outputs, case.batch, case.reference).sum(),
+        evaluate(o, case),
+    ):
+        gradients = torch.autograd.grad(
+            value, case.leaves, retain_graph=True, materialize_grads=True
+        )
+        assert value.isfinite()
+        assert all(g.isfinite().all() for g in gradients)
+
+
+@pytest.mark.parametrize("text", ["kl", "rmu"])
+def test_half_precision_outputs_are_evaluated_in_single(make_data, text):
+    o = parse(text)
+    data = make_data(o.roles, seed=6)
+    for sample in data.samples:
+        for q in sample:
+            q.logits = q.logits.bfloat16().double()
+            q.reference_logits = q.reference_logits.bfloat16().double()
+            q.hidden = q.hidden.bfloat16().double()
+    exact = data.case("token")
+
+    def half(outputs):
+        hidden = outputs.hidden_states
+        return type(outputs)(
+            outputs.token_logprob.float(),
+            outputs.logits.bfloat16(),
+            hidden and tuple(h.bfloat16() for h in hidden),
+        )
+
+    outputs, reference = half(exact.outputs), half(exact.reference)
+    expected = share(o, exact)
+    assert o.loss(outputs, exact.batch, reference).item() == pytest.approx(expected, rel=1e-5)
+    terms = o.token_terms(outputs, exact.batch, reference)
+    assert terms.sum().item() == pytest.approx(expected, rel=1e-5)

@@ -1,0 +1,402 @@
+"""Objective strings: what they mean, how they are written, and what is said of bad ones."""
+
+from __future__ import annotations
+
+import copy
+import math
+import pickle
+import time
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from geffect_fast.errors import InputError
+from geffect_fast.objectives import (
+    DPO,
+    GA,
+    GD,
+    KL,
+    NLL,
+    NPO,
+    PO,
+    RMU,
+    TNPO,
+    WGA,
+    WTNPO,
+    SimNPO,
+    available,
+    parse,
+    parse_list,
+    resolve,
+)
+
+GOOD = {
+    # text: (objective, canonical string)
+    "ga": (GA(), "ga"),
+    " ga\n": (GA(), "ga"),
+    "ga()": (GA(), "ga"),
+    "GA": (GA(), "ga"),
+    "npo": (NPO(), "npo"),
+    "npo( 0.1 )": (NPO(0.1), "npo(beta=0.1)"),
+    "npo(beta = 1e-1)": (NPO(0.1), "npo(beta=0.1)"),
+    "NPO(beta=0.1)": (NPO(0.1), "npo(beta=0.1)"),
+    "npo(1.0)": (NPO(1), "npo(beta=1)"),
+    "npo(.5)": (NPO(0.5), "npo(beta=0.5)"),
+    "npo(5.)": (NPO(5), "npo(beta=5)"),
+    "npo(+5)": (NPO(5), "npo(beta=5)"),
+    "npo(1E-3)": (NPO(0.001), "npo(beta=0.001)"),
+    "npo(1e-7)": (NPO(1e-7), "npo(beta=1e-07)"),
+    "npo(2.5e+20)": (NPO(2.5e20), "npo(beta=2.5e+20)"),
+    "npo(0.10000000000000000000)": (NPO(0.1), "npo(beta=0.1)"),
+    "npo(000001)": (NPO(1), "npo(beta=1)"),
+    "wga(0)": (WGA(0.0), "wga(alpha=0)"),
+    "wga(-0.0)": (WGA(0.0), "wga(alpha=0)"),
+    "wtnpo(4, alpha=0.5)": (WTNPO(4, 0.5), "wtnpo(beta=4, alpha=0.5)"),
+    "wtnpo(alpha=0.5,beta=4)": (WTNPO(4, 0.5), "wtnpo(beta=4, alpha=0.5)"),
+    "wtnpo(alpha=0.5)": (WTNPO(alpha=0.5), "wtnpo(alpha=0.5)"),
+    "simnpo(delta=-0.5)": (SimNPO(delta=-0.5), "simnpo(delta=-0.5)"),
+    "simnpo(delta=--.5)": (SimNPO(delta=0.5), "simnpo(delta=0.5)"),
+    "rmu(3,normalize=true)": (RMU(3, normalize=True), "rmu(layer=3, normalize=true)"),
+    "rmu(3,20,False,7)": (RMU(3, 20, False, 7), "rmu(layer=3, c=20, normalize=false, seed=7)"),
+    "gd": (GD(), "gd"),
+    "gd(1, 2)": (GD(1, 2), "gd(gamma=1, alpha=2)"),
+    "npo(beta=0.1) + 1.0*kl": (NPO(0.1) + KL(), "npo(beta=0.1) + kl"),
+    "npo(beta=0.1)+kl": (NPO(0.1) + 1.0 * KL(), "npo(beta=0.1) + kl"),
+    "1*ga": (GA(), "ga"),
+    "(ga)": (GA(), "ga"),
+    "((ga))*1": (GA(), "ga"),
+    "- -ga": (GA(), "ga"),
+    "-ga": (-GA(), "-ga"),
+    "+ga": (GA(), "ga"),
+    "-1*ga": (-GA(), "-ga"),
+    "-0.5*ga": (-0.5 * GA(), "-0.5*ga"),
+    "ga*-2": (-2 * GA(), "-2*ga"),
+    "ga - 0.1*nll": (GA() - 0.1 * NLL(), "ga - 0.1*nll"),
+    "ga + -0.1*nll": (GA() - 0.1 * NLL(), "ga - 0.1*nll"),
+    "ga - -nll": (GA() + NLL(), "ga + nll"),
+    "0.5*(ga + nll)": (0.5 * GA() + 0.5 * NLL(), "0.5*ga + 0.5*nll"),
+    "(ga + nll)*0.5*4": (2 * (GA() + NLL()), "2*ga + 2*nll"),
+    "2*3*ga": (6 * GA(), "6*ga"),
+    "2*(ga - 3*(nll - kl))": (2 * GA() - 6 * NLL() + 6 * KL(), "2*ga - 6*nll + 6*kl"),
+    "ga - (nll + kl)": (GA() - NLL() - KL(), "ga - nll - kl"),
+    "0*ga": (0 * GA(), "0*ga"),
+    "ga - 0*nll": (GA() - 0 * NLL(), "ga + 0*nll"),
+    "gd(alpha=2) + kl": (GD(alpha=2) + KL(), "gd(alpha=2) + kl"),
+    "ga + ga": (GA() + GA(), "ga + ga"),
+    "1e-3*kl": (0.001 * KL(), "0.001*kl"),
+    "po+dpo+tnpo": (PO() + DPO() + TNPO(), "po + dpo + tnpo"),
+}
+
+BAD = {
+    # text: (what the message says, the character it points to)
+    "npoo": (r"unknown objective 'npoo'; did you mean 'npo'\?", 1),
+    "ga + wgaa(1)": (r"unknown objective 'wgaa'; did you mean 'wga'\?", 6),
+    "simnop": ("did you mean 'simnpo'", 1),
+    "zzz": ("unknown objective 'zzz'; known: dpo, ga, gd, kl", 1),
+    "__import__": ("unknown objective '__import__'", 1),
+    "npo(bta=1)": ("npo has no parameter 'bta'; did you mean 'beta'", 5),
+    "rmu(1, sead=2)": ("did you mean 'seed'", 8),
+    "ga(alpha=1)": ("ga has no parameter 'alpha'; there are none", 4),
+    "npo(1, 2)": (r"too many arguments: npo takes \(beta\)", 8),
+    "ga(1)": ("too many arguments: ga takes no parameters", 4),
+    "npo(1, beta=2)": ("beta is given twice", 8),
+    "npo(beta=1, beta=1)": ("beta is given twice", 13),
+    "wtnpo(beta=1, 2)": ("positional argument after a named one", 15),
+    "npo(0)": ("npo: beta must be a finite number above 0, got 0", 1),
+    "ga + npo(-1)": ("beta must be a finite number above 0, got -1", 6),
+    "wga(alpha=-0.1)": ("wga: alpha must be a finite number at least 0, got -0.1", 1),
+    "npo(true)": ("beta must be a finite number above 0, got True", 1),
+    "npo(beta)": ("expected a number, true or false, not 'beta'", 5),
+    "npo(beta=ga)": ("expected a number, true or false, not 'ga'", 10),
+    "npo(nan)": ("expected a number", 5),
+    "npo(inf)": ("expected a number", 5),
+    "npo(1e999)": ("number '1e999' is too long or out of range", 5),
+    "rmu(layer=1.5)": ("layer must be a 64-bit integer at least 0, got 1.5", 1),
+    "rmu(layer=-1)": ("layer must be a 64-bit integer at least 0, got -1", 1),
+    "rmu(seed=9223372036854775808)": ("seed must be a 64-bit integer", 1),
+    "rmu(normalize=1)": ("normalize must be true or false, got 1", 1),
+    "npo(beta='1')": ('unexpected "\'"', 10),
+    "npo(": ("unexpected end of the string, expected .*a number", 5),
+    "npo(1": ("unexpected end of the string, expected", 6),
+    "npo(1,)": (r"unexpected '\)', expected .*a number", 7),
+    "npo)": (r"unexpected '\)', expected .*the end", 4),
+    "(ga": ("unexpected end of the string", 4),
+    "ga +": ("unexpected end of the string", 5),
+    "ga nll": ("unexpected 'nll'", 4),
+    "* ga": (r"unexpected '\*'", 1),
+    "ga * nll": ("unexpected 'nll', expected .*a number", 6),
+    "2": (r"unexpected end of the string, expected '\*'", 2),
+    "2 + ga": (r"unexpected '\+', expected '\*'", 3),
+    "ga / 2": ("unexpected '/'", 4),
+    "ga; nll": ("unexpected ';'", 3),
+    "ga,nll": ("unexpected ',', expected the end", 3),
+    "npo(beta=1e)": ("unexpected 'e'", 11),
+    "npo(٣)": ("unexpected '٣'", 5),
+    "ga.__class__": (r"unexpected '\.'", 3),
+    "ga\n+\nnpo(x)": ("expected a number", 10),
+    "1e308*10*ga": ("coefficient out of range", 1),
+    "lambda: ga": ("unexpected ':'", 7),
+}
+
+
+def one_line(error) -> str:
+    message = str(error.value)
+    assert message.splitlines() == [message]
+    assert len(message) < 400
+    return message
+
+
+@pytest.mark.parametrize("text", GOOD)
+def test_good_strings(text):
+    objective, canonical = GOOD[text]
+    found = parse(text)
+    assert found == objective
+    assert hash(found) == hash(objective)
+    assert str(found) == canonical
+    assert parse(canonical) == found
+    assert str(parse(canonical)) == canonical
+
+
+@pytest.mark.parametrize("text", BAD)
+def test_bad_strings_get_one_line_with_the_place(text):
+    says, position = BAD[text]
+    with pytest.raises(InputError, match=says) as error:
+        parse(text)
+    message = one_line(error)
+    assert message.endswith(f"(character {position} of {text!r})")
+
+
+@pytest.mark.parametrize("text", ["", "  ", "\n"])
+def test_empty_strings(text):
+    for read in (parse, parse_list):
+        with pytest.raises(InputError, match="is empty"):
+            read(text)
+
+
+def test_lists_split_at_top_level_commas_only():
+    found = parse_list("ga,wga(alpha=1),wtnpo(1, 2) , npo(beta=0.1) + 1.0*kl")
+    assert found == [GA(), WGA(1), WTNPO(1, 2), NPO(0.1) + KL()]
+    assert parse_list("ga") == [GA()]
+    for bad in ("ga,", ",ga", "ga,,nll", "ga,npo(,)"):
+        with pytest.raises(InputError, match="unexpected") as error:
+            parse_list(bad)
+        one_line(error)
+
+
+def test_resolve_takes_objectives_and_strings():
+    o = NPO()
+    assert resolve(o) is o
+    assert resolve("npo") == o
+    for bad in (3, None, b"ga", ["ga"]):
+        with pytest.raises(InputError, match="must be a string or an Objective"):
+            resolve(bad)
+    with pytest.raises(InputError, match=r"write NPO\(\)"):
+        resolve(NPO)
+
+
+def test_nothing_is_ever_run(monkeypatch, tmp_path):
+    target = tmp_path / "made"
+    code = f"__import__('pathlib').Path({str(target)!r}).touch()"
+    for text in (code, f"ga({code})", f"npo(beta={code})", f"{code}*ga"):
+        with pytest.raises(InputError):
+            parse(text)
+    assert not target.exists()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "(" * 1_000_000,
+        "(" * 9_999,
+        "(" * 4_999 + "ga" + ")" * 4_999,
+        "(" * 4_000 + "ga" + ")" * 4_000,
+        "-" * 9_990 + "ga",
+        "+".join(["ga"] * 3_000),
+        "ga+(2*" * 900 + "ga" + ")" * 900,
+        "2*" * 4_000 + "ga",
+        "-(ga" * 1_900 + ")" * 1_900,
+        "ga(" * 3_000,
+        "rmu(" + "1," * 4_000 + "1)",
+        "npo(" + "beta=1," * 1_000 + "beta=1)",
+        "npo(" + "9" * 9_000 + ")",
+        "npo(0." + "0" * 9_000 + "1)",
+        "x" * 9_999,
+        "ga," * 3_000 + "ga",
+        "npo(" + "-" * 9_000 + "1)",
+    ],
+    ids=lambda text: text[:12],
+)
+def test_huge_strings_end_soon_and_calmly(text):
+    begin = time.perf_counter()
+    try:
+        parse_list(text)
+    except InputError as error:
+        assert str(error).splitlines() == [str(error)]
+        assert len(str(error)) < 400
+    assert time.perf_counter() - begin < 5
+
+
+def test_deep_groups_mean_what_they_say():
+    assert parse("(" * 4_000 + "ga" + ")" * 4_000) == GA()
+    assert parse("-(" * 3_001 + "ga + nll" + ")" * 3_001) == -GA() - NLL()
+    assert len(parse("+".join(["ga"] * 3_000)).parts()) == 3_000
+
+
+# ---- the canonical string ----
+
+positive = st.floats(min_value=1e-300, max_value=1e300)
+non_negative = st.floats(min_value=0, max_value=1e300)
+any_number = st.floats(allow_nan=False, allow_infinity=False)
+layers = st.integers(min_value=0, max_value=2**63 - 1)
+
+ELEMENTARY = st.one_of(
+    st.sampled_from([GA(), NLL(), PO(), KL(), NPO(), GD(), RMU()]),
+    st.builds(WGA, non_negative),
+    st.builds(NPO, beta=positive),
+    st.builds(GD, alpha=non_negative),
+    st.builds(WTNPO, positive, alpha=non_negative),
+    st.builds(SimNPO, delta=any_number),
+    st.builds(RMU, layer=layers, normalize=st.booleans()),
+    st.builds(RMU, layers, positive, st.booleans(), layers),
+)
+coefficients = st.one_of(
+    st.floats(min_value=-1e50, max_value=1e50), st.sampled_from([1, -1, 0, 1.0, 2])
+)
+OBJECTIVES = st.recursive(
+    ELEMENTARY,
+    lambda inner: st.one_of(
+        st.builds(lambda a, b: a + b, inner, inner),
+        st.builds(lambda a, b: a - b, inner, inner),
+        st.builds(lambda c, a: c * a, coefficients, inner),
+    ),
+    max_leaves=6,
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(OBJECTIVES)
+def test_the_string_parses_back(o):
+    again = parse(str(o))
+    assert again == o
+    assert hash(again) == hash(o)
+    assert str(again) == str(o)
+    assert again.parts() == o.parts()
+    assert parse_list(f"{o},{o}") == [o, o]
+
+
+@settings(max_examples=100, deadline=None)
+@given(OBJECTIVES)
+def test_copies_keep_value_and_spelling(o):
+    for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
+        again = pickle.loads(pickle.dumps(o, protocol))
+        assert again == o
+        assert str(again) == str(o)
+    again = copy.deepcopy(o)
+    assert again == o
+    assert str(again) == str(o)
+
+
+pieces = st.sampled_from(
+    [*available(), *"()+-*=,. ", "beta", "alpha", "layer", "true", "1", "0.1", "1e-3", "2"]
+)
+
+
+@settings(max_examples=600, deadline=2000)
+@given(st.one_of(st.text(max_size=60), st.lists(pieces, max_size=20).map("".join)))
+def test_any_text_parses_or_gets_one_line(text):
+    for read in (parse, parse_list):
+        try:
+            found = read(text)
+        except InputError as error:
+            message = str(error)
+            assert message.splitlines() == [message]
+            assert message.isprintable()
+        else:
+            for o in found if isinstance(found, list) else [found]:
+                assert parse(str(o)) == o
+
+
+def test_spelling_is_kept_but_does_not_matter():
+    assert str(NPO()) == "npo"
+    assert str(NPO(0.1)) == str(NPO(beta=0.1)) == "npo(beta=0.1)"
+    assert NPO() == NPO(0.1)
+    assert len({NPO(), NPO(0.1), NPO(beta=0.1)}) == 1
+    assert NPO() != NPO(0.2)
+    assert TNPO(4) != NPO(4)
+    assert repr(NPO()) == "NPO(beta=0.1)"
+    assert NPO().parameters() == {"beta": 0.1}
+    assert list(RMU(seed=3).parameters().items()) == [
+        ("layer", 7),
+        ("c", 2.0),
+        ("normalize", False),
+        ("seed", 3),
+    ]
+    assert (NPO() + 0.5 * KL()).parameters() == {
+        "terms": [
+            {"coefficient": 1.0, "name": "npo", "parameters": {"beta": 0.1}},
+            {"coefficient": 0.5, "name": "kl", "parameters": {}},
+        ]
+    }
+
+
+def test_defaults_are_the_published_ones():
+    assert (WGA().alpha, NPO().beta, TNPO().beta, DPO().beta) == (1.0, 0.1, 4.0, 0.1)
+    assert (WTNPO().beta, WTNPO().alpha) == (4.0, 1.5)
+    assert (SimNPO().beta, SimNPO().delta) == (4.5, 0.0)
+    assert (GD().gamma, GD().alpha) == (1.0, 1.0)
+    assert RMU() == RMU(layer=7, c=2.0, normalize=False, seed=0)
+
+
+# ---- the same in Python ----
+
+
+def test_operators():
+    o = NPO(beta=0.1) + 1.0 * KL()
+    assert o.parts() == ((1.0, NPO(0.1)), (1.0, KL()))
+    assert str(o) == "npo(beta=0.1) + kl"
+    assert (2 * o).parts() == ((2.0, NPO(0.1)), (2.0, KL()))
+    assert (o - GA() * 0.5).parts() == ((1.0, NPO(0.1)), (1.0, KL()), (-0.5, GA()))
+    assert np.float64(2) * GA() == GA() * np.float32(2) == 2 * GA()
+    assert isinstance((np.float64(2) * GA()).parts()[0][0], float)
+    for coefficient in (math.nan, math.inf, "2", True, None, KL(), 10**400):
+        with pytest.raises(InputError, match="coefficient of ga must be a finite number"):
+            GA() * coefficient
+    with pytest.raises(InputError, match="coefficient"):
+        1e200 * (1e200 * GA())
+    with pytest.raises(TypeError):
+        GA() + 1
+    with pytest.raises(TypeError):
+        GA() - "kl"
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda: NPO(beta=-1), "objective npo: beta must be a finite number above 0, got -1"),
+        (lambda: NPO(math.nan), "objective npo: beta must be a finite number above 0, got nan"),
+        (lambda: NPO(math.inf), "objective npo: beta must be a finite number above 0, got inf"),
+        (lambda: NPO(10**400), "beta must be a finite number above 0, got 1000"),
+        (lambda: NPO("0.1"), "objective npo: beta must be a finite number above 0, got '0.1'"),
+        (lambda: NPO(None), "beta must be a finite number above 0, got None"),
+        (lambda: SimNPO(delta=True), "simnpo: delta must be a finite number, got True"),
+        (lambda: GD(alpha=-1), "gd: alpha must be a finite number at least 0, got -1"),
+        (lambda: RMU(layer=7.0), "rmu: layer must be a 64-bit integer at least 0, got 7.0"),
+        (lambda: RMU(layer=True), "rmu: layer must be a 64-bit integer at least 0, got True"),
+        (lambda: RMU(normalize=0), "rmu: normalize must be true or false, got 0"),
+        (lambda: RMU(seed=2**63), "rmu: seed must be a 64-bit integer at least 0, got 9223"),
+    ],
+)
+def test_parameters_are_checked_on_construction(make, says):
+    with pytest.raises(InputError) as error:
+        make()
+    assert says in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_parameters_become_plain_numbers():
+    assert type(NPO(np.float32(0.5)).beta) is float
+    assert type(NPO(1).beta) is float
+    assert type(RMU(np.int64(3)).layer) is int
+    assert str(NPO(np.float64(0.5))) == "npo(beta=0.5)"
