@@ -58,11 +58,11 @@ def native_extensions() -> list:
     from torch.utils.cpp_extension import CppExtension
 
     # Compilation happens from the folder of setup.py, where setuptools wants relative paths.
-    kernels = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc/cpu").glob("*.cpp"))
+    kernels = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/cpu/*.cpp"))
     extensions = [
         CppExtension(
             "geffect_fast._kernels",
-            kernels,
+            [*kernels, "csrc/common/vec.cpp"],
             include_dirs=[str(ROOT / "csrc")],
             define_macros=[("TORCH_TARGET_VERSION", TORCH_TARGET_VERSION)],
             extra_compile_args=CXX_FLAGS,
