@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ IGNORE = -100
 """Label of a token that no loss looks at, as in transformers."""
 
 Role = Literal["answer", "alternative"]
-"""Which sequence of a sample: its own answer, or the one an objective puts in its place (a refusal)."""
+"""Which sequence of a sample: its answer, or what an objective puts in its place (a refusal)."""
 
 Reduction = Literal["token", "sample", "sum"]
 REDUCTIONS: tuple[Reduction, ...] = ("token", "sample", "sum")
@@ -52,8 +52,8 @@ class Batch:
         sequence_sample: `(n_sequences,)` int64, index of the sequence's sample in this batch.
         rows: row number of each sample in its data set.
         totals: sizes of the data set.
-        reduction: over what a mean is taken: all target tokens (`token`), the tokens of a sample and
-            then samples (`sample`), or not at all (`sum`).
+        reduction: over what a mean is taken: all target tokens (`token`), the tokens of a sample
+            and then samples (`sample`), or not at all (`sum`).
     """
 
     input_ids: Tensor
@@ -88,7 +88,11 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch with its tensors on `device`."""
-        moved = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)}
+        moved: dict[str, Any] = {
+            field: value.to(device)
+            for field, value in vars(self).items()
+            if isinstance(value, Tensor)
+        }
         return replace(self, **moved)
 
     # ---- from tokens to samples and back: what objectives are written with ----
@@ -96,7 +100,8 @@ class Batch:
     def token_sequence(self) -> Tensor:
         """Index of the sequence each token belongs to, `(total_tokens,)` int64."""
         lengths = self.cu_seqlens.diff().long()
-        return torch.repeat_interleave(torch.arange(len(self.roles), device=lengths.device), lengths)
+        sequences = torch.arange(len(self.roles), device=lengths.device)
+        return torch.repeat_interleave(sequences, lengths)
 
     def role_mask(self, role: Role) -> Tensor:
         """Tokens of sequences that play `role`, `(total_tokens,)` bool."""
@@ -112,7 +117,7 @@ class Batch:
         return (self.labels != IGNORE) & self.role_mask(role)
 
     def sample_sum(self, values: Tensor, mask: Tensor) -> Tensor:
-        """Sum per sample of `values` `(total_tokens,)` where `mask`, `(n_samples,)`, differentiable."""
+        """Sums of `values` `(total_tokens,)` where `mask`, `(n_samples,)`, differentiable."""
         picked = torch.where(mask, values, torch.zeros_like(values))
         return torch.stack([part.sum() for part in picked.split(self.cu_samples.diff().tolist())])
 

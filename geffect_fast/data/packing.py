@@ -1,0 +1,239 @@
+"""Cutting a tokenised set into batches that hold nothing but its own tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from math import isqrt
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from geffect_fast.data.batch import IGNORE, REDUCTIONS, Batch, Reduction, Role, Totals
+from geffect_fast.data.memory import free_memory
+from geffect_fast.data.qa import row_place
+from geffect_fast.data.tokenize import Sample, SampleSet, Sequence
+from geffect_fast.errors import InputError
+
+Layout = Literal["packed", "equal_length", "single"]
+LAYOUTS: tuple[Layout, ...] = get_args(Layout)
+
+MEMORY_SHARE = 0.5
+"""Part of the free memory a batch may take: the estimate below is one, and allocators fragment."""
+
+MIN_CPU_CAP = 256
+CPU_CAP_PER_HIDDEN = 2
+"""A token of a packed batch attends to (and masks) every token of the batch: `4 d` operations a
+pair and layer, beside some `24 d^2` a token of the linear layers. At `2 d` tokens a batch the first
+are a third of the second; on a CPU, where larger batches gain nothing else, that is where to stop.
+Below 256 tokens the overhead of each call would dominate."""
+
+LOGIT_COPIES = 4
+"""Logits as computed, in fp32, their log-softmax, and their gradient."""
+
+FP32_BYTES = 4
+
+
+def make_batches(
+    sample_set: SampleSet,
+    roles: tuple[Role, ...],
+    *,
+    token_budget: int,
+    reduction: Reduction = "token",
+    layout: Layout = "packed",
+) -> list[Batch]:
+    """Cut a set into batches of at most `token_budget` tokens; a longer sample gets its own.
+
+    Layouts:
+        packed: `input_ids` `(1, total_tokens)`, samples in row order, positions restart at every
+            sequence.
+        equal_length: `input_ids` `(n_sequences, length)`, for models that cannot be packed: samples
+            of one length are batched, longest first, so that a budget too large fails at once. The
+            two sequences of a sample must share a batch, since an objective may couple them; where
+            they differ in length, the shorter one repeats its last token, unlabelled. That is exact
+            for a causal model: no labelled position sees what comes after it.
+        single: as packed, one sample a batch, whatever the budget.
+
+    Args:
+        sample_set: tokenised samples.
+        roles: the sequences each sample brings, `("answer",)`, `("alternative",)` or both in this
+            order.
+        token_budget: most tokens a batch.
+        reduction: over what the batches' means are taken; their sizes are those of the whole set.
+        layout: see above.
+
+    Returns:
+        Batches that hold each sample once.
+
+    Raises:
+        InputError: a bad argument, or a row that lacks the alternative that `roles` asks for.
+    """
+    if isinstance(token_budget, bool) or not isinstance(token_budget, int) or token_budget < 1:
+        raise InputError(f"token_budget: {token_budget!r} is no whole number of at least 1")
+    if layout not in LAYOUTS:
+        raise InputError(f"layout: {layout!r} is none of {', '.join(LAYOUTS)}")
+    if reduction not in REDUCTIONS:
+        raise InputError(f"reduction: {reduction!r} is none of {', '.join(REDUCTIONS)}")
+    if roles not in (("answer",), ("alternative",), ("answer", "alternative")):
+        raise InputError(f"roles: {roles!r} is none of answer, alternative, or both in this order")
+    for sample in sample_set.samples:
+        if "alternative" in roles and sample.alternative is None:
+            raise InputError(
+                f"{row_place(sample_set.name, sample.row)} has no alternative answer; "
+                "give refusals, or a field 'alternative' in every row"
+            )
+    totals = sample_set.totals()
+    return [
+        _batch(samples, roles, totals, reduction, layout)
+        for samples in _cut(sample_set.samples, roles, token_budget, layout)
+    ]
+
+
+def _cut(
+    samples: tuple[Sample, ...], roles: tuple[Role, ...], budget: int, layout: Layout
+) -> Iterator[list[Sample]]:
+    if layout == "single":
+        yield from ([sample] for sample in samples)
+    elif layout == "packed":
+        yield from _fill(((sample, sum(_lengths(sample, roles))) for sample in samples), budget)
+    else:
+        by_length: dict[int, list[Sample]] = {}
+        for sample in samples:
+            by_length.setdefault(max(_lengths(sample, roles)), []).append(sample)
+        for length in sorted(by_length, reverse=True):
+            yield from _fill(((s, length * len(roles)) for s in by_length[length]), budget)
+
+
+def _lengths(sample: Sample, roles: tuple[Role, ...]) -> list[int]:
+    sequences = sample.sequences()
+    return [len(sequences[role]) for role in roles]
+
+
+def _fill(sized: Iterable[tuple[Sample, int]], budget: int) -> Iterator[list[Sample]]:
+    """Consecutive samples while their sizes stay within the budget."""
+    batch: list[Sample] = []
+    used = 0
+    for sample, size in sized:
+        if batch and used + size > budget:
+            yield batch
+            batch, used = [], 0
+        batch.append(sample)
+        used += size
+    if batch:
+        yield batch
+
+
+def _batch(
+    samples: list[Sample],
+    roles: tuple[Role, ...],
+    totals: Totals,
+    reduction: Reduction,
+    layout: Layout,
+) -> Batch:
+    sequences = [sample.sequences()[role] for sample in samples for role in roles]
+    if layout == "equal_length":
+        length = max(map(len, sequences))
+        sequences = [_extend(sequence, length) for sequence in sequences]
+    shape = (len(sequences), -1) if layout == "equal_length" else (1, -1)
+    lengths = [len(sequence) for sequence in sequences]
+    cu_seqlens = _offsets(lengths)
+    return Batch(
+        input_ids=torch.cat([s.input_ids for s in sequences]).view(shape),
+        position_ids=torch.cat([torch.arange(length) for length in lengths]).view(shape),
+        labels=torch.cat([s.labels for s in sequences]),
+        targets=torch.cat([_targets(s.labels) for s in sequences]),
+        cu_seqlens=cu_seqlens,
+        cu_samples=cu_seqlens[:: len(roles)].clone(),
+        roles=roles * len(samples),
+        sequence_sample=torch.arange(len(samples)).repeat_interleave(len(roles)),
+        rows=tuple(sample.row for sample in samples),
+        totals=totals,
+        reduction=reduction,
+    )
+
+
+def _extend(sequence: Sequence, length: int) -> Sequence:
+    missing = length - len(sequence)
+    if missing == 0:
+        return sequence
+    return Sequence(
+        torch.cat([sequence.input_ids, sequence.input_ids[-1:].expand(missing)]),
+        torch.cat([sequence.labels, sequence.labels.new_full((missing,), IGNORE)]),
+    )
+
+
+def _targets(labels: Tensor) -> Tensor:
+    return torch.cat([labels[1:], labels.new_full((1,), IGNORE)])
+
+
+def _offsets(lengths: list[int]) -> Tensor:
+    return torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+
+
+def estimate_token_budget(
+    model: nn.Module, *, n_directions: int, memory_bytes: int | None = None
+) -> int:
+    """The largest batch, in tokens, that the memory of the model's device holds.
+
+    The largest `T` with `b T + q T^2 <= (free - directions) / 2`, where
+
+        b = 2 e sum(d_in + d_out)  +  4 * 4 vocab  +  4 M sum(d_out)
+            (inputs and outputs of    (logits and      (cached projections
+            linear layers, as much     their copies)    A V^T in fp32)
+            again for what lies
+            between them)
+        q = e + 4 heads                    attention mask; scores of one layer in fp32
+            (heads * layers with eager attention, which saves them in every layer)
+        directions = 4 M n_parameters      in fp32
+
+    `e` is the bytes of a weight, `M` is `n_directions`, sums run over the layers with a weight
+    matrix. On a CPU `T` is at most `max(256, 2 hidden)`, see `CPU_CAP_PER_HIDDEN`.
+
+    Args:
+        model: a transformers causal language model, on its device, before directions are made.
+        n_directions: risks whose gradients are kept.
+        memory_bytes: use this instead of the device's free memory.
+
+    Returns:
+        Tokens a batch, at least 1.
+
+    Raises:
+        InputError: an argument is out of range, or the model has no weight matrix.
+    """
+    if n_directions < 0:
+        raise InputError(f"n_directions: {n_directions} is negative; give the number of risks")
+    if memory_bytes is not None and memory_bytes < 1:
+        raise InputError(f"memory_bytes: {memory_bytes} is no memory; give at least 1, or None")
+    weights = [(m, w) for m in model.modules() if (w := _weight_matrix(m)) is not None]
+    if not weights:
+        raise InputError("model: it has no weight matrix, so it is no language model")
+    device, itemsize = weights[0][1].device, weights[0][1].element_size()
+    config = getattr(model, "config", None)
+    embeddings = [w for m, w in weights if isinstance(m, nn.Embedding)]
+    vocab, hidden = max((w.shape for w in embeddings), default=weights[0][1].shape)
+    layers = [w for m, w in weights if not isinstance(m, nn.Embedding)]
+
+    per_token = (
+        2 * itemsize * sum(sum(w.shape) for w in layers)
+        + FP32_BYTES * LOGIT_COPIES * vocab
+        # A Conv1D stores its weight transposed: the larger side is d_out or more.
+        + FP32_BYTES * n_directions * sum(max(w.shape) for w in layers)
+    )
+    scores = getattr(config, "num_attention_heads", 1)
+    if getattr(config, "_attn_implementation", "eager") == "eager":
+        scores *= getattr(config, "num_hidden_layers", len(layers))
+    per_pair = itemsize + FP32_BYTES * scores
+
+    free = free_memory(device) if memory_bytes is None else memory_bytes
+    directions = FP32_BYTES * n_directions * sum(p.numel() for p in model.parameters())
+    usable = int(MEMORY_SHARE * max(free - directions, 0))
+    root = isqrt(per_token**2 + 4 * per_pair * usable)
+    tokens = (root - per_token) // (2 * per_pair)
+    if device.type == "cpu":
+        tokens = min(tokens, max(MIN_CPU_CAP, CPU_CAP_PER_HIDDEN * hidden))
+    return max(tokens, 1)
+
+
+def _weight_matrix(module: nn.Module) -> Tensor | None:
+    weight = module._parameters.get("weight")
+    return weight if weight is not None and weight.ndim == 2 else None

@@ -1,0 +1,299 @@
+"""Reading question-answer sets and refusals from wherever the user keeps them."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from geffect_fast.data.batch import IGNORE
+from geffect_fast.errors import InputError
+
+Source = Any
+"""A path, a Hugging Face data set id, or an iterable (list, torch Dataset) of dicts."""
+
+_HUB_ID = re.compile(r"(?P<id>[\w-][\w.-]*/[\w.-]+)(:(?P<config>[^:]*))?(:(?P<split>[^:]*))?")
+_MAX_ID = 2**31
+_FILE_SUFFIXES = {".json", ".jsonl", ".txt", ".csv", ".tsv", ".parquet", ".gz", ".zip"}
+_FILE_REMEDY = "give a file of JSON lines, each with 'question' and 'answer', or one JSON array"
+
+
+def read_rows(source: Source, *, name: str) -> list[dict[str, Any]]:
+    """Read and check a question-answer set; rows keep their order and their other fields.
+
+    Args:
+        source: path of a `.json` or `.jsonl` file (JSON lines, or one array); a Hugging Face data
+            set id, `org/name`, `org/name:config` or `org/name:config:split`; or an iterable or
+            torch Dataset of dicts. A row is text (`question`, `answer`, optional `alternative`),
+            or tokenised (`input_ids`, unshifted `labels` with -100 where nothing is learned, both
+            lists or tensors of shape `(length,)`, optional `alternative` of the same two fields).
+        name: the argument's name, for messages.
+
+    Returns:
+        One dict a row; tokenised fields are lists of int. Rows are counted from 0.
+
+    Raises:
+        InputError: the set cannot be read, is empty, or a row is unusable.
+    """
+    rows: list[dict[str, Any]] = []
+    for where, raw in _raw_rows(source, name):
+        row = _check_row(raw, where)
+        if rows and ("input_ids" in row) != ("input_ids" in rows[0]):
+            kinds = ("tokenised", "text") if "input_ids" in row else ("text", "tokenised")
+            raise InputError(f"{where} is {kinds[0]}, the rows before are {kinds[1]}: use one kind")
+        rows.append(row)
+    if not rows:
+        raise InputError(f"{name}: {_shown(source)} holds no rows; give at least one")
+    return rows
+
+
+def read_refusals(source: Source) -> list[str] | list[dict[str, list[int]]]:
+    """Read the refusals that stand in for answers.
+
+    Args:
+        source: path of a file of plain lines, one refusal each (TOFU's `idontknow.jsonl` is such a
+            file, despite its name), of JSON lines with a field `refusal` or `answer`, or of one
+            JSON array; or an iterable of str, or of tokenised sequences (`input_ids`, `labels`),
+            one a forget row.
+
+    Returns:
+        All text or all tokenised.
+
+    Raises:
+        InputError: the source cannot be read, is empty, or an entry is unusable.
+    """
+    refusals: list[Any] = []
+    for where, raw in _raw_refusals(source):
+        refusal = _check_refusal(raw, where)
+        if refusals and type(refusal) is not type(refusals[0]):
+            raise InputError(f"{where} mixes text and tokenised refusals: use one kind")
+        refusals.append(refusal)
+    if not refusals:
+        raise InputError(f"refusals: {_shown(source)} holds none; give at least one sentence")
+    return refusals
+
+
+def row_place(name: str, row: int) -> str:
+    """How messages call a row of a set."""
+    return f"{name}: row {row} (counting from 0)"
+
+
+# ---- where rows come from: pairs of (place for messages, raw row) ----
+
+
+def _raw_rows(source: Source, name: str) -> Iterator[tuple[str, Any]]:
+    if isinstance(source, str) and not os.path.lexists(source):
+        hub = _HUB_ID.fullmatch(source)
+        if hub and Path(source).suffix.lower() not in _FILE_SUFFIXES:
+            rows = _hub_rows(source, hub, name)
+            return _numbered(rows, name, f" of {source!r}")
+    if isinstance(source, str | os.PathLike):
+        text = _read_text(source, name, _FILE_REMEDY)
+        if text.lstrip().startswith("["):
+            return _json_array(text, source, name)
+        return _json_lines(text, source, name)
+    return _numbered(_iterable(source, name), name)
+
+
+def _raw_refusals(source: Source) -> Iterator[tuple[str, Any]]:
+    if not isinstance(source, str | os.PathLike):
+        return _numbered(_iterable(source, "refusals"), "refusals")
+    text = _read_text(source, "refusals", "give a file with one refusal a line")
+    if text.lstrip().startswith("["):
+        return _json_array(text, source, "refusals")
+    if text.lstrip().startswith("{"):
+        return _json_lines(text, source, "refusals")
+    return ((place, line.strip()) for place, line in _lines(text, source, "refusals"))
+
+
+def _read_text(source: str | os.PathLike[str], name: str, remedy: str) -> str:
+    shown = _shown(source)
+    try:
+        raw = Path(source).expanduser().read_bytes()
+    except FileNotFoundError:
+        raise InputError(f"{name}: file {shown} does not exist; {remedy}") from None
+    except IsADirectoryError:
+        raise InputError(f"{name}: {shown} is a directory; {remedy}") from None
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"{name}: cannot read {shown} ({_one_line(reason)}); {remedy}") from None
+    try:
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = raw[: error.start].count(b"\n") + 1
+        raise InputError(f"{name}: line {line} of {shown} is not UTF-8; save it as UTF-8") from None
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def _lines(text: str, source: Any, name: str) -> Iterator[tuple[str, str]]:
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            yield f"{name}: line {number} of {_shown(source)}", line
+
+
+def _json_lines(text: str, source: Any, name: str) -> Iterator[tuple[str, Any]]:
+    for where, line in _lines(text, source, name):
+        yield where, _parse(line, where, "put one JSON object on each line")
+
+
+def _json_array(text: str, source: Any, name: str) -> Iterator[tuple[str, Any]]:
+    rows = _parse(text, f"{name}: {_shown(source)}", "mend the JSON array, or use JSON lines")
+    return _numbered(rows, name, f" of {_shown(source)}")
+
+
+def _parse(text: str, where: str, remedy: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        line = f"line {error.lineno} " if "\n" in text else ""
+        at = f"{line}column {error.colno}"
+        raise InputError(f"{where} is malformed JSON ({error.msg}, {at}); {remedy}") from None
+    except (RecursionError, ValueError) as error:
+        raise InputError(f"{where} is unusable JSON ({_one_line(error)}); {remedy}") from None
+
+
+def _numbered(rows: Iterable[Any], name: str, origin: str = "") -> Iterator[tuple[str, Any]]:
+    return ((row_place(name, i) + origin, row) for i, row in enumerate(rows))
+
+
+def _iterable(source: Any, name: str) -> Iterable[Any]:
+    if isinstance(source, Mapping | bytes):
+        got = f"a {type(source).__name__}"
+        if all(isinstance(key, str) for key in source):
+            got += f" with keys {', '.join(map(repr, list(source)[:6]))}"
+        raise InputError(f"{name}: got {got}; give a path or a list of rows")
+    if hasattr(source, "__iter__"):
+        return source
+    if hasattr(source, "__getitem__") and hasattr(source, "__len__"):
+        return (source[i] for i in range(len(source)))
+    raise InputError(f"{name}: got a {type(source).__name__}; give a path or a list of rows")
+
+
+def _hub_rows(source: str, hub: re.Match[str], name: str) -> Iterable[Any]:
+    try:
+        datasets: Any = importlib.import_module("datasets")
+    except ImportError:
+        raise InputError(
+            f"{name}: no file {source!r}; if it is a Hugging Face data set: pip install datasets"
+        ) from None
+    try:
+        loaded = datasets.load_dataset(hub["id"], hub["config"] or None, split=hub["split"] or None)
+    except Exception as error:  # the library lets through errors of several network packages
+        reason = f"{type(error).__name__}: {_one_line(error)}"
+        raise InputError(
+            f"{name}: no file {source!r}, and as a Hugging Face data set it cannot be loaded "
+            f"({reason}); check the id and the network, or give a file"
+        ) from None
+    if not isinstance(loaded, Mapping):
+        return loaded
+    if len(loaded) == 1:
+        return next(iter(loaded.values()))
+    ids = ", ".join(f"'{hub['id']}:{hub['config'] or ''}:{split}'" for split in loaded)
+    raise InputError(f"{name}: data set {source!r} has several splits; give one of {ids}")
+
+
+# ---- what a row may be ----
+
+
+def _check_row(raw: Any, where: str) -> dict[str, Any]:
+    if not isinstance(raw, Mapping):
+        raise InputError(
+            f"{where} is a {type(raw).__name__}, not an object with 'question' and 'answer'"
+        )
+    row = dict(raw)
+    if "input_ids" in row or "labels" in row:
+        row.update(_check_tokens(row, where))
+        if row.get("alternative") is not None:
+            row["alternative"] = _check_tokens(row["alternative"], f"{where}, 'alternative',")
+        return row
+    for field in ("question", "answer"):
+        _check_text(row, field, where)
+    if row.get("alternative") is not None:
+        _check_text(row, "alternative", where)
+    return row
+
+
+def _check_refusal(raw: Any, where: str) -> str | dict[str, list[int]]:
+    if isinstance(raw, str):
+        return _check_text({"refusal": raw}, "refusal", where)
+    if not isinstance(raw, Mapping):
+        raise InputError(f"{where} is a {type(raw).__name__}; a refusal is a sentence")
+    if "input_ids" in raw or "labels" in raw:
+        return _check_tokens(raw, where)
+    return _check_text(raw, "refusal" if "refusal" in raw else "answer", where)
+
+
+def _check_text(row: Mapping[str, Any], field: str, where: str) -> str:
+    if field not in row:
+        fields = ", ".join(sorted(map(repr, row))[:6]) or "none"
+        raise InputError(f"{where} has no '{field}' (its fields: {fields}); add a non-empty string")
+    value = row[field]
+    if not isinstance(value, str):
+        raise InputError(f"{where}: '{field}' is a {type(value).__name__}; make it a string")
+    if not value.strip():
+        raise InputError(f"{where}: '{field}' is empty; fill it in or leave the row out")
+    if any("\ud800" <= char <= "\udfff" for char in value):
+        raise InputError(f"{where}: '{field}' holds half a surrogate pair; mend its encoding")
+    return value
+
+
+def _check_tokens(raw: Any, where: str) -> dict[str, list[int]]:
+    if not isinstance(raw, Mapping):
+        raise InputError(
+            f"{where} is a {type(raw).__name__}; give 'input_ids' and 'labels' as in the row itself"
+        )
+    ids, labels = (_check_ids(raw, field, where) for field in ("input_ids", "labels"))
+    if len(ids) != len(labels):
+        raise InputError(
+            f"{where}: {len(ids)} 'input_ids' but {len(labels)} 'labels'; give one label a token"
+        )
+    if not ids:
+        raise InputError(f"{where}: 'input_ids' is empty; leave the row out")
+    if bad := [i for i in ids if not 0 <= i < _MAX_ID]:
+        raise InputError(f"{where}: 'input_ids' holds {bad[0]}; token ids start at 0")
+    if bad := [i for i in labels if not 0 <= i < _MAX_ID and i != IGNORE]:
+        raise InputError(
+            f"{where}: 'labels' holds {bad[0]}; use a token id, or {IGNORE} for 'not learned'"
+        )
+    if all(label == IGNORE for label in labels[1:]):
+        raise InputError(
+            f"{where}: 'labels' has nothing to learn after the first token; "
+            f"label the answer's tokens (unshifted, {IGNORE} elsewhere)"
+        )
+    if "attention_mask" in raw and not all(_check_ids(raw, "attention_mask", where)):
+        raise InputError(
+            f"{where}: 'attention_mask' marks padding; drop the padded tokens, samples are packed"
+        )
+    return {"input_ids": ids, "labels": labels}
+
+
+def _check_ids(raw: Mapping[str, Any], field: str, where: str) -> list[int]:
+    if field not in raw:
+        raise InputError(f"{where} has no '{field}'; tokenised rows need 'input_ids' and 'labels'")
+    value = raw[field]
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    if not isinstance(value, list | tuple):
+        raise InputError(f"{where}: '{field}' is a {type(value).__name__}; give a list of ids")
+    for item in value:
+        if not isinstance(item, int) or isinstance(item, bool):
+            raise InputError(
+                f"{where}: '{field}' holds a {type(item).__name__}; give a flat list of token ids"
+            )
+    return list(value)
+
+
+def _shown(source: Any) -> str:
+    if not isinstance(source, str | os.PathLike):
+        return "the data set"
+    text = repr(os.fspath(source))
+    return text if len(text) <= 200 else f"{text[:200]}..."
+
+
+def _one_line(error: object) -> str:
+    text = " ".join(str(error).split())
+    return text if len(text) <= 200 else f"{text[:200]}..."

@@ -1,0 +1,303 @@
+"""From questions and answers to token ids with labels on the answer alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from collections.abc import Sequence as Rows
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from geffect_fast.data.batch import IGNORE, Role, Totals
+from geffect_fast.data.qa import row_place
+from geffect_fast.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+PLAIN_TEMPLATE = "Question: {question}\nAnswer: {answer}"
+"""What `template="auto"` means for a tokenizer without a chat template."""
+
+_ANSWER_MARK = "@@answer@@"
+_CHAT_DATE = "26 Jul 2024"
+"""Llama's templates print today's date unless given one; a fixed one lets a run be replayed."""
+
+
+@dataclass(frozen=True, eq=False)
+class Sequence:
+    """Token ids and unshifted labels, both `(length,)` int64; `IGNORE` where nothing is learned."""
+
+    input_ids: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return self.input_ids.numel()
+
+    @property
+    def n_targets(self) -> int:
+        """Label tokens that are predicted: all but one on the first token."""
+        return int((self.labels[1:] != IGNORE).sum())
+
+    @property
+    def n_labelled(self) -> int:
+        """Tokens that carry a label."""
+        return int((self.labels != IGNORE).sum())
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """Row `row` (from 0) of a set: its answer, and what an objective may put in its place."""
+
+    row: int
+    question: str
+    answer: Sequence
+    alternative: Sequence | None = None
+
+    def sequences(self) -> dict[Role, Sequence]:
+        """The sequences it has, by role."""
+        if self.alternative is None:
+            return {"answer": self.answer}
+        return {"answer": self.answer, "alternative": self.alternative}
+
+
+@dataclass(frozen=True, eq=False)
+class SampleSet:
+    """A tokenised data set; `name` is the argument it came from."""
+
+    name: str
+    samples: tuple[Sample, ...]
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    @property
+    def questions(self) -> tuple[str, ...]:
+        """The question of each sample, empty where there is none."""
+        return tuple(sample.question for sample in self.samples)
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens of all sequences, alternatives included."""
+        return sum(len(sequence) for s in self.samples for sequence in s.sequences().values())
+
+    @property
+    def has_alternatives(self) -> bool:
+        """Whether every sample has an alternative."""
+        return all(sample.alternative is not None for sample in self.samples)
+
+    def totals(self) -> Totals:
+        """The sizes that means over the whole set are taken over."""
+        n_targets = {"answer": 0, "alternative": 0}
+        n_labelled = dict(n_targets)
+        for sample in self.samples:
+            for role, sequence in sample.sequences().items():
+                n_targets[role] += sequence.n_targets
+                n_labelled[role] += sequence.n_labelled
+        return Totals(n_samples=len(self), n_targets=n_targets, n_labelled=n_labelled)
+
+
+def tokenize_rows(
+    rows: Rows[Mapping[str, Any]],
+    tokenizer: PreTrainedTokenizerBase | None,
+    *,
+    name: str,
+    refusals: Rows[str] | Rows[Mapping[str, Any]] | None = None,
+    template: str = "auto",
+    max_length: int | None = None,
+) -> SampleSet:
+    """Turn rows into samples whose labels cover the answer and the token that ends it.
+
+    A sequence is `prompt, answer, end`; only `answer, end` is labelled, and what a template puts
+    after the end is cut, since no label depends on it. The end is the first special token the
+    template puts after the answer; a text template without one gets the tokenizer's end-of-sequence
+    token. Tokens never straddle prompt and answer: where joint tokenising would merge across the
+    boundary, the two are tokenised apart. White space around questions and answers is dropped.
+
+    The alternative of row `i` is its own field `alternative`, else `refusals[i % len(refusals)]`.
+
+    Args:
+        rows: from `read_rows`, all text or all tokenised (those are used as they are).
+        tokenizer: of transformers; None for tokenised rows.
+        name: the argument the rows came from, for messages.
+        refusals: from `read_refusals`; tokenised ones are whole sequences, one a row.
+        template: `auto` (the tokenizer's chat template, else `PLAIN_TEMPLATE`), or a string with
+            `{question}` and then `{answer}`.
+        max_length: refuse sequences of more tokens.
+
+    Returns:
+        One sample a row, in order.
+
+    Raises:
+        InputError: text without a tokenizer, a bad template, a sample that is too long or has no
+            label to learn, or tokenised refusals that do not match the rows.
+    """
+    encode = None if tokenizer is None else _Encoder(tokenizer, template)
+    replacements = _replacements(rows, refusals)
+    samples = []
+    for i, (row, replacement) in enumerate(zip(rows, replacements, strict=True)):
+        place = row_place(name, i)
+        question = row.get("question")
+        samples.append(
+            Sample(
+                row=i,
+                question=question if isinstance(question, str) else "",
+                answer=_sequence(row, row, "answer", encode, place, max_length),
+                alternative=None
+                if replacement is None
+                else _sequence(row, replacement, "alternative", encode, place, max_length),
+            )
+        )
+    return SampleSet(name, tuple(samples))
+
+
+def check_vocabulary(sample_set: SampleSet, vocab_size: int) -> None:
+    """Refuse token ids and labels that a model of `vocab_size` tokens does not have.
+
+    Raises:
+        InputError: names the first such row and id.
+    """
+    for sample in sample_set.samples:
+        for role, sequence in sample.sequences().items():
+            highest = int(torch.stack([sequence.input_ids, sequence.labels]).max())
+            if highest >= vocab_size:
+                raise InputError(
+                    f"{row_place(sample_set.name, sample.row)}: its {role} holds token id "
+                    f"{highest}, but the model knows {vocab_size} tokens; use its own tokenizer"
+                )
+
+
+def _replacements(
+    rows: Rows[Mapping[str, Any]], refusals: Rows[str] | Rows[Mapping[str, Any]] | None
+) -> Iterator[str | Mapping[str, Any] | None]:
+    if refusals is not None and not refusals:
+        raise InputError("refusals: the list is empty; give at least one, or none at all")
+    if refusals and not isinstance(refusals[0], str) and len(refusals) != len(rows):
+        raise InputError(
+            f"refusals: {len(refusals)} tokenised refusals for {len(rows)} rows; "
+            "give one a row, each with the question's own tokens before it"
+        )
+    for i, row in enumerate(rows):
+        own = row.get("alternative")
+        yield own if own is not None or refusals is None else refusals[i % len(refusals)]
+
+
+def _sequence(
+    row: Mapping[str, Any],
+    answer: Mapping[str, Any] | str,
+    role: Role,
+    encode: _Encoder | None,
+    place: str,
+    max_length: int | None,
+) -> Sequence:
+    """The sequence that `answer` makes of `row`: as it is if tokenised, else encoded."""
+    if isinstance(answer, Mapping) and "input_ids" in answer:
+        ids, labels = answer["input_ids"], answer["labels"]
+    elif "input_ids" in row:
+        raise InputError(
+            f"{place} is tokenised, its {role} is text; give 'refusals' as input_ids and labels too"
+        )
+    elif encode is None:
+        raise InputError(f"{place} is text; give a tokenizer, or rows of input_ids and labels")
+    else:
+        text = answer if isinstance(answer, str) else answer["answer"]
+        ids, labels = encode(row["question"].strip(), text.strip(), f"{place}, {role},")
+    if max_length is not None and len(ids) > max_length:
+        raise InputError(
+            f"{place}: its {role} sequence has {len(ids)} tokens, more than "
+            f"max_length={max_length}; shorten or drop the row, or raise max_length"
+        )
+    return Sequence(torch.tensor(ids), torch.tensor(labels))
+
+
+class _Encoder:
+    """Question and answer to token ids and labels, with one tokenizer and template."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, template: str) -> None:
+        self.tokenizer = tokenizer
+        self.chat = template == "auto" and bool(getattr(tokenizer, "chat_template", None))
+        if template == "auto":
+            template = PLAIN_TEMPLATE
+        if template.count("{question}") != 1 or template.count("{answer}") != 1:
+            raise InputError(
+                f"template: {template!r} must be 'auto' or hold {{question}} and {{answer}} once"
+            )
+        self.before, _, rest = template.partition("{question}")
+        self.between, answer, self.after = rest.partition("{answer}")
+        if not answer:
+            raise InputError(f"template: {template!r} must put {{question}} before {{answer}}")
+        # A chat template writes its own beginning of sequence; elsewhere the tokenizer decides.
+        begins = not self.chat and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
+        self.begin = [tokenizer.bos_token_id] if begins else []
+        added = getattr(tokenizer, "added_tokens_decoder", {})
+        self.special = set(tokenizer.all_special_ids) | {i for i, t in added.items() if t.special}
+
+    def __call__(self, question: str, answer: str, place: str) -> tuple[list[int], list[int]]:
+        prompt, tail = self._around(question, place)
+        ids, first = self._prompt_and_answer(prompt, answer)
+        n_body = len(ids)
+        ids = self._continue(ids, prompt + answer, tail)
+        ends = [i for i in range(n_body, len(ids)) if ids[i] in self.special]
+        if ends:
+            ids = ids[: ends[0] + 1]
+        elif not self.chat and self.tokenizer.eos_token_id is not None:
+            ids = [*ids, self.tokenizer.eos_token_id]
+        n_prompt = len(self.begin) + first
+        if n_body == first or n_prompt == 0:
+            raise InputError(f"{place} has no token to learn after a first one; check the template")
+        return self.begin + ids, [IGNORE] * n_prompt + ids[first:]
+
+    def _around(self, question: str, place: str) -> tuple[str, str]:
+        """The text before the answer and the text after it."""
+        if not self.chat:
+            return self.before + question + self.between, self.after
+        messages = [
+            {"role": "user", "content": question},
+            {"role": "assistant", "content": _ANSWER_MARK},
+        ]
+        try:
+            text = self.tokenizer.apply_chat_template(
+                messages, tokenize=False, date_string=_CHAT_DATE
+            )
+        except Exception as error:  # jinja's errors, and whatever a template raises itself
+            reason = " ".join(str(error).split())
+            raise InputError(
+                f"{place} does not fit the tokenizer's chat template ({reason}); "
+                "give template='...{question}...{answer}'"
+            ) from None
+        # The last one: a question may hold the mark too, but it comes before the answer.
+        prompt, mark, tail = text.rpartition(_ANSWER_MARK)
+        if not mark:
+            raise InputError(
+                f"{place} is lost in the tokenizer's chat template, which shows no assistant turn; "
+                "give template='...{question}...{answer}'"
+            )
+        return prompt, tail
+
+    def _prompt_and_answer(self, prompt: str, answer: str) -> tuple[list[int], int]:
+        """Ids of both texts, and how many belong to the prompt.
+
+        A tokenizer that ties a space to the word after it takes the prompt's last space into the
+        answer. If no prefix of the ids is the prompt, a token straddles the boundary, and the two
+        are tokenised apart.
+        """
+        whole = self._ids(prompt + answer)
+        for head_text in (prompt, prompt.rstrip(" ")):
+            head = self._ids(head_text)
+            if self._begins(whole, head):
+                return whole, len(head)
+        return head + self._ids((prompt + answer)[len(head_text) :]), len(head)
+
+    def _continue(self, ids: list[int], text: str, more: str) -> list[int]:
+        """Ids of `text + more` of which the ids of `text` are a prefix."""
+        whole = self._ids(text + more)
+        return whole if self._begins(whole, ids) else ids + self._ids(more)
+
+    def _begins(self, whole: list[int], head: list[int]) -> bool:
+        # An unknown token stands for any length of text, so as a prefix it says nothing.
+        known = not head or head[-1] != self.tokenizer.unk_token_id
+        return known and whole[: len(head)] == head
+
+    def _ids(self, text: str) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
