@@ -1,0 +1,37 @@
+"""Exact gradient effects of language-model unlearning, per layer, sample and objective."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from geffect_fast import data, objectives, ops
+from geffect_fast.capture import capture
+
+if TYPE_CHECKING:
+    from geffect_fast import functional
+    from geffect_fast.runs.profile import profile
+    from geffect_fast.runs.store import open_run
+
+__version__ = "0.1.0"
+
+__all__ = ["capture", "data", "functional", "objectives", "open_run", "ops", "profile"]
+
+# What needs more than torch and numpy is imported when it is first asked for.
+_LAZY = {
+    "functional": ("geffect_fast.functional", None),
+    "open_run": ("geffect_fast.runs.store", "open_run"),
+    "profile": ("geffect_fast.runs.profile", "profile"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'geffect_fast' has no attribute '{name}'")
+    module, attribute = _LAZY[name]
+    loaded = importlib.import_module(module)
+    return loaded if attribute is None else getattr(loaded, attribute)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,69 @@
+"""Which inputs and output gradients belong to which parameter, sample by sample."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from geffect_fast.capture.factors import Explicit, Factor, Lookup, Outer, RowSum
+from geffect_fast.capture.recorder import Plan, Recorder
+from geffect_fast.capture.segments import Segments
+
+__all__ = ["Explicit", "Factor", "Lookup", "Outer", "Plan", "Recorder", "RowSum", "Segments"]
+
+
+@contextmanager
+def capture(
+    model: nn.Module, cu_seqlens: Tensor | None = None
+) -> Iterator[dict[str, list[Factor]]]:
+    """Record the layer inputs and output gradients of every backward inside the `with` block.
+
+    Nothing is left on the model afterwards, also after an exception. The model and its gradients
+    behave as without it.
+
+    Args:
+        model: any `nn.Module` in eval mode, or without dropout; frozen parameters are skipped.
+        cu_seqlens: `(n_samples + 1,)` offsets where samples are packed into one row; without it
+            the first axis of the model's input is the sample axis.
+
+    Yields:
+        For every trainable parameter that took part, by its name in `model.named_parameters()`, its
+        factors, one a call of its module: `Outer` (inputs `a`, output gradients `g`), `Lookup`,
+        `RowSum` or `Explicit`; `factor.gradient(i)` is sample `i`'s own gradient.
+
+    Raises:
+        InputError: dropout is active, or nothing is trainable.
+        UnsupportedModelError: the rows of a module cannot be told apart by sample.
+
+    Example:
+        >>> with gf.capture(model) as records:
+        ...     model(input_ids=ids, labels=ids).loss.backward()
+        >>> records["model.layers.0.mlp.up_proj.weight"][0].a.shape  # (total_tokens, d_in)
+    """
+    records: dict[str, list[Factor]] = {}
+
+    def keep(name: str, factors: list[Factor], _kept: list[Tensor | None]) -> None:
+        records.setdefault(name, []).extend(factors)
+
+    recorder = Recorder(Plan.of(model), keep)
+
+    def see_input(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor) and x.dim()]
+        if cu_seqlens is not None:
+            recorder.segments = Segments.packed(cu_seqlens)
+        elif tensors:
+            recorder.segments = Segments.rectangular(tensors[0].shape)
+            recorder.n_rows = recorder.segments.n_samples
+
+    handle = model.register_forward_pre_hook(see_input, with_kwargs=True, prepend=True)
+    try:
+        with recorder:
+            yield records
+            if recorder.segments is not None:
+                recorder.finish()
+    finally:
+        handle.remove()

@@ -1,0 +1,116 @@
+"""The four forms in which a per-sample gradient is held without being formed.
+
+The gradient of sample `i` with respect to one parameter, from one call of one module, is a sum over
+the rows `t` of sample `i`:
+
+    Outer    sum_t g_t a_t^T              a linear map: inputs `a`, output gradients `g`
+    Lookup   sum_t e(id_t) g_t^T          a table: row `id_t` receives `g_t`
+    RowSum   sum_t p_t                    a vector parameter: row `t` contributes the vector `p_t`
+    Explicit vjp of the module            anything else
+
+Several factors of one parameter (a tied embedding, a module called twice) add up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Outer:
+    """`grad_i = sum_t g_t a_t^T`, or its transpose where the weight is stored as `(d_in, d_out)`.
+
+    Attributes:
+        a: `(rows, d_in)` inputs.
+        g: `(rows, d_out)` output gradients.
+        cu: `(n_samples + 1,)` int32 offsets of the samples among the rows.
+        transposed: whether the parameter has shape `(d_in, d_out)`.
+    """
+
+    a: Tensor
+    g: Tensor
+    cu: Tensor
+    transposed: bool = False
+
+    def gradient(self, i: int) -> Tensor:
+        rows = slice(int(self.cu[i]), int(self.cu[i + 1]))
+        grad = widened(self.g[rows]).T @ widened(self.a[rows])
+        return grad.T if self.transposed else grad
+
+
+@dataclass(frozen=True)
+class Lookup:
+    """`grad_i[id_t] += g_t`, a table of `n_entries` rows.
+
+    Attributes:
+        ids: `(rows,)` int64.
+        g: `(rows, d)` gradients of the looked-up rows (0 where the row is padding).
+        cu: `(n_samples + 1,)` int32 offsets.
+        n_entries: rows of the table.
+    """
+
+    ids: Tensor
+    g: Tensor
+    cu: Tensor
+    n_entries: int
+
+    def gradient(self, i: int) -> Tensor:
+        rows = slice(int(self.cu[i]), int(self.cu[i + 1]))
+        g = widened(self.g[rows])
+        return g.new_zeros(self.n_entries, g.shape[1]).index_add_(0, self.ids[rows], g)
+
+
+@dataclass(frozen=True)
+class RowSum:
+    """`grad_i = sum_t p_t`, for biases and the weights of norms.
+
+    Attributes:
+        p: `(rows, numel)`.
+        cu: `(n_samples + 1,)` int32 offsets.
+    """
+
+    p: Tensor
+    cu: Tensor
+
+    def gradient(self, i: int) -> Tensor:
+        return widened(self.p[int(self.cu[i]) : int(self.cu[i + 1])]).sum(0)
+
+
+@dataclass(frozen=True)
+class Explicit:
+    """`grad_i = vjp(i)`, one sample at a time, of the parameter's own shape."""
+
+    vjp: Callable[[int], Tensor]
+    n_samples: int
+
+    def gradient(self, i: int) -> Tensor:
+        return self.vjp(i)
+
+
+Factor = Outer | Lookup | RowSum | Explicit
+
+
+def widened(x: Tensor) -> Tensor:
+    """`x` in fp32 where it is of lower precision: sums are never taken in bf16 or fp16."""
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
+def n_samples(factor: Factor) -> int:
+    """Number of samples a factor speaks of."""
+    return factor.n_samples if isinstance(factor, Explicit) else factor.cu.numel() - 1
+
+
+def summed_gradient(factors: list[Factor], i: int, shape: torch.Size) -> Tensor:
+    """The gradient of sample `i` itself, all factors of one parameter added, of `shape`."""
+    return torch.stack([f.gradient(i).reshape(shape) for f in factors]).sum(0)
+
+
+def samples(cu: Tensor) -> Iterator[slice]:
+    """The rows of each sample in turn."""
+    bounds = cu.tolist()
+    for start, stop in zip(bounds[:-1], bounds[1:], strict=True):
+        yield slice(start, stop)

@@ -1,0 +1,141 @@
+"""Inner products and norms of per-sample gradients, from their factors.
+
+Formulas: a linear map's gradients satisfy `<g a^T, V> = g^T V a` and
+`<g a^T, h b^T> = (g . h)(a . b)` (the ghost norm; Goodfellow, arXiv 1510.01799; Li et al.,
+arXiv 2110.05679). The tied embedding's cross terms follow from the second with `e(id)` for one side.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from geffect_fast import ops
+from geffect_fast.capture.factors import (
+    Factor,
+    Lookup,
+    Outer,
+    RowSum,
+    n_samples,
+    samples,
+    summed_gradient,
+    widened,
+)
+from geffect_fast.capture.segments import segment_sum
+
+
+def project(a: Tensor, direction: Tensor, transposed: bool) -> Tensor:
+    """`z[m, t] = V_m a_t`, the half of an inner product that no objective changes.
+
+    Args:
+        a: `(rows, d_in)`.
+        direction: `(M, d_out, d_in)`, or `(M, d_in, d_out)` where `transposed`.
+
+    Returns:
+        `(M, rows, d_out)`.
+    """
+    a = a.to(direction.dtype)
+    if transposed:
+        return a @ direction
+    m, d_out, d_in = direction.shape
+    return (a @ direction.reshape(m * d_out, d_in).T).view(-1, m, d_out).permute(1, 0, 2)
+
+
+def inner(factor: Factor, direction: Tensor, z: Tensor | None = None) -> Tensor:
+    """`score[m, i] = <grad_i, V_m>`.
+
+    Args:
+        factor: of one parameter.
+        direction: `(M, *parameter.shape)`.
+        z: `project(a, direction)` or the looked-up rows `V_m[ids]`, `(M, rows, d)`, where it is
+            kept for several objectives.
+
+    Returns:
+        `(M, n_samples)` fp64.
+    """
+    dtype = direction.dtype
+    if isinstance(factor, Outer):
+        g = factor.g.to(dtype)
+        if z is not None:
+            return ops.segment_dot(z, g, factor.cu).double()
+        v = direction.transpose(1, 2) if factor.transposed else direction
+        return ops.segment_bilinear(factor.a.to(dtype), g, v, factor.cu).double()
+    if isinstance(factor, Lookup):
+        looked_up = direction[:, factor.ids] if z is None else z
+        return ops.segment_dot(looked_up, factor.g.to(dtype), factor.cu).double()
+    flat = direction.flatten(1)
+    if isinstance(factor, RowSum):
+        return segment_sum(factor.p.to(dtype) @ flat.T, factor.cu).T
+    score = [(flat.double() @ factor.vjp(i).flatten().double()) for i in range(factor.n_samples)]
+    return torch.stack(score, dim=1)
+
+
+def squared_norms(factors: list[Factor], shape: torch.Size) -> Tensor:
+    """`||grad_i||_F^2` of one parameter, cross terms between its factors included, `(n,)` fp64."""
+    if all(isinstance(f, RowSum) for f in factors):
+        vectors = [segment_sum(f.p, f.cu) for f in factors if isinstance(f, RowSum)]
+        return torch.stack(vectors).sum(0).square().sum(1)
+    outers = [f for f in factors if isinstance(f, Outer)]
+    lookups = [f for f in factors if isinstance(f, Lookup)]
+    if len(outers) + len(lookups) < len(factors) or len({f.transposed for f in outers}) > 1:
+        return torch.stack(
+            [
+                summed_gradient(factors, i, shape).double().square().sum()
+                for i in range(n_samples(factors[0]))
+            ]
+        )
+    terms = []
+    if outers:
+        joined = _joined(outers)
+        terms.append(ops.ghost_norm(joined.a, joined.g, joined.cu).double())
+    for x, lookup in enumerate(lookups):
+        for other in [*outers, *lookups[: x + 1]]:
+            weight = 1.0 if other is lookup else 2.0
+            own = zip(samples(other.cu), samples(lookup.cu), strict=True)
+            cross = [_lookup_gram(other, r, lookup, s).sum() for r, s in own]
+            terms.append(weight * torch.stack(cross))
+    return torch.stack(terms).sum(0)
+
+
+def pairwise(a: list[Factor], b: list[Factor], shape: torch.Size) -> Tensor:
+    """`<grad_i, grad_j>` of one parameter for every sample `i` of `a` and `j` of `b`, fp64."""
+    return torch.stack([_pairwise(x, y, shape) for x in a for y in b]).sum(0)
+
+
+def _pairwise(x: Factor, y: Factor, shape: torch.Size) -> Tensor:
+    if isinstance(x, Outer) and isinstance(y, Outer) and x.transposed == y.transposed:
+        return ops.ghost_dot(x.a, x.g, x.cu, y.a, y.g, y.cu).double()
+    if isinstance(x, RowSum) and isinstance(y, RowSum):
+        return segment_sum(x.p, x.cu) @ segment_sum(y.p, y.cu).T
+    if isinstance(y, Lookup) and isinstance(x, Outer | Lookup):
+        every = slice(0, y.ids.numel())
+        rows = [_lookup_gram(x, r, y, every).sum(0) for r in samples(x.cu)]
+        return segment_sum(torch.stack(rows, dim=1), y.cu).T
+    if isinstance(x, Lookup) and isinstance(y, Outer):
+        return _pairwise(y, x, shape).T
+    # One side formed a sample at a time, as a direction for the other: exact for anything.
+    rows = [inner(y, x.gradient(i).reshape(1, *shape))[0] for i in range(n_samples(x))]
+    return torch.stack(rows)
+
+
+def _lookup_gram(x: Outer | Lookup, rows: slice, y: Lookup, columns: slice) -> Tensor:
+    """`<row t of x, row s of y>` for tokens `t` in `rows` and `s` in `columns`, fp64."""
+    ids, g = y.ids[columns], widened(y.g[columns])
+    if isinstance(x, Lookup):
+        same = x.ids[rows, None] == ids[None, :]
+        return ((widened(x.g[rows]) @ g.T) * same).double()
+    # The table is (n_entries, d): the side of the outer product that runs over entries is the one
+    # that the ids pick from.
+    entries, width = (x.a, x.g) if x.transposed else (x.g, x.a)
+    return ((widened(width[rows]) @ g.T) * entries[rows][:, ids]).double()
+
+
+def _joined(outers: list[Outer]) -> Outer:
+    """One factor for several calls of one weight: each sample's rows of all calls side by side."""
+    if len(outers) == 1:
+        return outers[0]
+    pieces = list(zip(*(samples(f.cu) for f in outers), strict=True))
+    cu = torch.stack([f.cu.long() for f in outers]).sum(0).to(torch.int32)
+    a = torch.cat([f.a[rows] for piece in pieces for f, rows in zip(outers, piece, strict=True)])
+    g = torch.cat([f.g[rows] for piece in pieces for f, rows in zip(outers, piece, strict=True)])
+    return Outer(a, g, cu, outers[0].transposed)

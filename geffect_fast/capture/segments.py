@@ -1,0 +1,98 @@
+"""Which rows of a module's input belong to which sample."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from torch import Tensor
+
+from geffect_fast.errors import UnsupportedModelError
+
+
+@dataclass(frozen=True)
+class Segments:
+    """The sample axis of one forward pass.
+
+    Packed: every entry of `token_offsets` is one way of counting tokens (all of them; those whose
+    logits are kept), as `(n_samples + 1,)` offsets. Rectangular: `rows_per_sample` neighbouring rows
+    of the input a sample, `length` tokens each.
+
+    Attributes:
+        n_samples: number of samples.
+        token_offsets: int64 offsets on the CPU, empty for a rectangular batch.
+        rows_per_sample: sequences a sample in a rectangular batch.
+        length: tokens a sequence in a rectangular batch; None where it is not known or packed.
+    """
+
+    n_samples: int
+    token_offsets: tuple[Tensor, ...] = ()
+    rows_per_sample: int = 1
+    length: int | None = None
+
+    @classmethod
+    def packed(cls, cu: Tensor, kept: Tensor | None = None) -> Segments:
+        """Samples laid end to end in one row of tokens.
+
+        Args:
+            cu: `(n_samples + 1,)` offsets of the samples among the tokens.
+            kept: ascending positions of the tokens whose logits are asked for, where not all are.
+        """
+        offsets = cu.detach().to("cpu", torch.int64)
+        if kept is None:
+            return cls(offsets.numel() - 1, (offsets,))
+        among_kept = torch.searchsorted(kept.detach().to("cpu", torch.int64), offsets)
+        return cls(offsets.numel() - 1, (offsets, among_kept))
+
+    @classmethod
+    def rectangular(cls, shape: Sequence[int], rows_per_sample: int = 1) -> Segments:
+        """Samples as whole rows of an input of `shape`, `(n_rows, length, ...)` or `(n_rows,)`."""
+        length = shape[1] if len(shape) > 1 else None
+        return cls(shape[0] // rows_per_sample, rows_per_sample=rows_per_sample, length=length)
+
+    def rows(self, shape: Sequence[int], where: str) -> Tensor:
+        """Offsets `(n_samples + 1,)` int32 of the samples among the flattened rows of `shape`.
+
+        Args:
+            shape: all axes of a module's input but the feature axis.
+            where: the module's name, for the error.
+
+        Raises:
+            UnsupportedModelError: the rows cannot be told apart by sample (a router sent tokens
+                elsewhere, axes were swapped); such a model is run one sample at a time.
+        """
+        shape = tuple(shape)
+        if self.n_samples == 1:
+            return torch.tensor([0, prod(shape)], dtype=torch.int32)
+        offsets = self._packed(shape) if self.token_offsets else self._rectangular(shape)
+        if offsets is None:
+            raise UnsupportedModelError(
+                f"module '{where}' was called with rows of shape {shape}, which cannot be told apart "
+                f"by sample ({self.n_samples} samples in the batch); run it one sample at a time"
+            )
+        return offsets.to(torch.int32)
+
+    def _packed(self, shape: tuple[int, ...]) -> Tensor | None:
+        by_total = {int(o[-1]): o for o in self.token_offsets}
+        hits = [axis for axis, size in enumerate(shape) if size in by_total]
+        # A second axis of the same size (as many heads as tokens) could be the token axis as well.
+        if len(hits) != 1 or prod(shape[: hits[0]]) != 1:
+            return None
+        return by_total[shape[hits[0]]] * prod(shape[hits[0] + 1 :])
+
+    def _rectangular(self, shape: tuple[int, ...]) -> Tensor | None:
+        n_rows = self.n_samples * self.rows_per_sample
+        starts = torch.arange(self.n_samples + 1) * self.rows_per_sample
+        if shape and shape[0] == n_rows:
+            return starts * prod(shape[1:])
+        if self.length is not None and shape and shape[0] == n_rows * self.length:
+            return starts * (self.length * prod(shape[1:]))
+        return None
+
+
+def segment_sum(values: Tensor, cu: Tensor) -> Tensor:
+    """Sums of consecutive rows, `(rows, ...)` to `(n, ...)`, in fp64 and in a fixed order."""
+    lengths = cu.to(values.device, torch.int64).diff()
+    return torch.segment_reduce(values.double(), "sum", lengths=lengths, axis=0, initial=0.0)

@@ -1,0 +1,72 @@
+"""Gradients of whole data sets: the directions of the risks, and objectives in aggregated mode."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from geffect_fast.capture import Plan
+from geffect_fast.engines.forward_pass import model_outputs
+from geffect_fast.engines.tasks import Reference, Task
+
+Tick = Callable[[int], None]
+"""Told how many tokens have just been worked through."""
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """fp64 for fp64 models, fp32 for all others."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def new_gradients(plan: Plan, n: int) -> dict[str, Tensor]:
+    """Zeros `(n, *shape)` for every trainable parameter, in the dtype gradients are added up in."""
+    return {
+        name: torch.zeros(n, *p.shape, dtype=accumulation_dtype(p.dtype), device=p.device)
+        for name, p in plan.parameters.items()
+    }
+
+
+def add_gradients(
+    plan: Plan, into: dict[str, Tensor], index: int, grads: Sequence[Tensor | None]
+) -> None:
+    """Add one backward's parameter gradients (None: unused) to row `index` of `into`."""
+    for name, grad in zip(plan.parameters, grads, strict=True):
+        if grad is not None:
+            into[name][index] += grad
+
+
+def accumulate_gradients(
+    plan: Plan, tasks: Sequence[Task], n: int, reference: Reference, tick: Tick
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Values and gradients of `n` objectives over all their batches.
+
+    Args:
+        plan: of the model.
+        tasks: which objectives read which batches.
+        n: number of objectives.
+        reference: what they compare with.
+        tick: progress.
+
+    Returns:
+        Values `(n,)` fp64, and by parameter name the gradients `(n, *shape)`, fp32 sums (fp64 for
+        fp64 models) over batches whatever the model's dtype.
+    """
+    values = torch.zeros(n, dtype=torch.float64)
+    gradients = new_gradients(plan, n)
+    parameters = list(plan.parameters.values())
+    for task in tasks:
+        for batch in task.batches:
+            moved = batch.to(parameters[0].device)
+            outputs = model_outputs(plan.model, moved, task.needs)
+            other = reference.outputs(task, batch, moved, outputs)
+            for k, index in enumerate(task.parts):
+                loss, value = task.loss(index, outputs, moved, other)
+                values[index] += value
+                grads = torch.autograd.grad(
+                    loss, parameters, retain_graph=k + 1 < len(task.parts), allow_unused=True
+                )
+                add_gradients(plan, gradients, index, grads)
+            tick(batch.total_tokens)
+    return values, gradients

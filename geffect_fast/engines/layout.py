@@ -1,0 +1,100 @@
+"""Whether a model's samples can share a forward pass, found out by trying."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from geffect_fast.capture import Factor, Plan, Recorder
+from geffect_fast.capture.products import squared_norms
+from geffect_fast.data import IGNORE, Layout, Sample, SampleSet, Sequence, make_batches
+from geffect_fast.data.batch import Batch
+from geffect_fast.engines.forward_pass import model_outputs, sample_axis, takes
+from geffect_fast.errors import GEffectError
+
+PROBE_LENGTHS = (7, 4)
+"""Tokens of the two probe sequences: long enough for attention, short enough to cost nothing."""
+
+TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 0.2, torch.float16: 0.05}
+"""Largest difference of gradient norms, relative to the largest, that rounding explains.
+
+Models that mix up samples are off by tens of percent; fp64 models whose norms run in fp32 are why
+the first figure is not smaller.
+"""
+
+
+def choose_layout(plan: Plan, sample_set: SampleSet) -> Layout:
+    """The fastest layout that is exact for this model: `packed`, `equal_length` or `single`.
+
+    Two short sequences of the user's data are run together and apart. A layout is exact where every
+    parameter's gradient norm, sample by sample, comes out the same: attention that looks across
+    sequences, positions that do not restart, and tokens that a router sends out of order all show.
+
+    Raises:
+        GEffectError: what the model itself raises when run on one sequence.
+    """
+    apart = [_norms(plan, [ids], "single") for ids in _probes(sample_set, PROBE_LENGTHS)]
+    if takes(plan.model, "position_ids") and _agree(
+        plan, _probes(sample_set, PROBE_LENGTHS), "packed", apart
+    ):
+        return "packed"
+    same = _probes(sample_set, (PROBE_LENGTHS[0],) * 2)
+    apart = [_norms(plan, [ids], "single") for ids in same]
+    return "equal_length" if _agree(plan, same, "equal_length", apart) else "single"
+
+
+def _agree(
+    plan: Plan, probes: list[Tensor], layout: Layout, apart: list[Mapping[str, Tensor]]
+) -> bool:
+    try:
+        together = _norms(plan, probes, layout)
+    except (GEffectError, RuntimeError, ValueError, TypeError, IndexError):
+        return False  # the model cannot be called this way, or its rows not told apart
+    expected = {name: torch.cat([a[name] for a in apart]) for name in apart[0]}
+    if together.keys() != expected.keys():
+        return False
+    largest = max(float(e.abs().max()) for e in expected.values())
+    tolerance = TOLERANCE[next(iter(plan.parameters.values())).dtype]
+    for name, norms in expected.items():
+        scale = max(float(norms.max()), 1e-4 * largest)
+        if not float((together[name] - norms).abs().max()) <= tolerance * scale:
+            return False
+    return True
+
+
+def _norms(plan: Plan, probes: list[Tensor], layout: Layout) -> dict[str, Tensor]:
+    """Per-sample gradient norms `(n_samples,)` of every parameter, summed NLL as the loss."""
+    samples = tuple(
+        Sample(row, "", Sequence(ids, torch.cat([ids.new_tensor([IGNORE]), ids[1:]])))
+        for row, ids in enumerate(probes)
+    )
+    batches = make_batches(
+        SampleSet("probe", samples),
+        ("answer",),
+        token_budget=sum(len(ids) for ids in probes),
+        reduction="sum",
+        layout=layout,
+    )
+    assert len(batches) == 1
+    norms: dict[str, Tensor] = {}
+
+    def keep(name: str, factors: list[Factor], _kept: list[Tensor | None]) -> None:
+        norms[name] = squared_norms(factors, plan.parameters[name].shape).sqrt().cpu()
+
+    batch: Batch = batches[0].to(next(iter(plan.parameters.values())).device)
+    with plan.frozen(), Recorder(plan, keep, sample_axis(plan.model, batch), join=True) as recorder:
+        loss = -model_outputs(plan.model, batch).token_logprob.sum()
+        torch.autograd.grad(loss, recorder.roots, allow_unused=True)
+        recorder.finish()
+    return norms
+
+
+def _probes(sample_set: SampleSet, lengths: tuple[int, int]) -> list[Tensor]:
+    """Two different sequences of about these lengths, cut from the ends of the first samples."""
+    sequences = [s.answer.input_ids for s in sample_set.samples[:2]]
+    if len(sequences) == 1:
+        sequences.append(sequences[0].flip(0))
+    shortest = min(len(ids) for ids in sequences)
+    return [ids[-max(2, min(n, shortest)) :] for ids, n in zip(sequences, lengths, strict=True)]

@@ -1,0 +1,109 @@
+"""Which parts of which objectives read which batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor, nn
+
+from geffect_fast.data.batch import Batch, Role
+from geffect_fast.engines.forward_pass import model_outputs
+from geffect_fast.objectives import Objective, Outputs
+from geffect_fast.objectives.base import Need
+
+ROLE_ORDER: tuple[Role, ...] = ("answer", "alternative")
+
+
+@dataclass
+class Task:
+    """The parts of several objectives that one forward pass over the same batches serves.
+
+    Attributes:
+        batches: on the CPU.
+        parts: objective index -> its weighted elementary parts on these batches.
+        offset: number of the first row of this data set on the result's sample axis.
+    """
+
+    batches: Sequence[Batch]
+    parts: dict[int, list[tuple[float, Objective]]] = field(default_factory=dict)
+    offset: int = 0
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        return frozenset(n for parts in self.parts.values() for _, p in parts for n in p.needs)
+
+    @property
+    def n_tokens(self) -> int:
+        return sum(b.total_tokens for b in self.batches)
+
+    def loss(
+        self, index: int, outputs: Outputs, batch: Batch, reference: Outputs | None
+    ) -> tuple[Tensor, float]:
+        """What to differentiate for objective `index` on `batch`, and the objective's own value."""
+        parts = self.parts[index]
+        terms = [c * p.token_terms(outputs, batch, reference).sum() for c, p in parts]
+        with torch.no_grad():
+            value = sum(c * float(p.loss(outputs, batch, reference)) for c, p in parts)
+        return torch.stack(terms).sum(), value
+
+
+def tasks_for(
+    objectives: Sequence[Objective],
+    batches_of: Callable[[str, tuple[Role, ...]], Sequence[Batch]],
+    offsets: dict[str, int],
+) -> list[Task]:
+    """Group the parts of all objectives by the data they read.
+
+    Args:
+        objectives: what is profiled.
+        batches_of: the batches of a data set (`forget`, `retain`) holding sequences of the roles.
+        offsets: where each data set starts on the sample axis.
+    """
+    tasks: dict[tuple[str, tuple[Role, ...]], Task] = {}
+    for index, objective in enumerate(objectives):
+        for coefficient, part in objective.parts():
+            roles = tuple(r for r in ROLE_ORDER if r in part.roles)
+            key = (part.on, roles)
+            if key not in tasks:
+                tasks[key] = Task(batches_of(part.on, roles), offset=offsets[part.on])
+            tasks[key].parts.setdefault(index, []).append((coefficient, part))
+    return list(tasks.values())
+
+
+class Reference:
+    """The frozen model that objectives compare with.
+
+    Without a model of its own it is the profiled model as it stands, and costs nothing. Otherwise
+    log-probabilities are computed once, before the engine starts, so that no second model need stay
+    in memory; only logits (KL) are computed batch by batch, with the model kept.
+    """
+
+    def __init__(self, model: nn.Module | None = None) -> None:
+        self.model = model
+        self._stored: dict[int, Outputs] = {}
+
+    @torch.no_grad()
+    def prepare(self, tasks: Sequence[Task], device: torch.device) -> None:
+        """Compute and keep what `tasks` need; let go of the model where nothing else is needed."""
+        if self.model is None:
+            return
+        for task in tasks:
+            if "reference" in task.needs and "reference_logits" not in task.needs:
+                for batch in task.batches:
+                    self._stored[id(batch)] = model_outputs(self.model, batch.to(device))
+        if not any("reference_logits" in task.needs for task in tasks):
+            self.model = None
+
+    @torch.no_grad()
+    def outputs(self, task: Task, batch: Batch, moved: Batch, own: Outputs) -> Outputs | None:
+        """The reference's outputs on `batch` (`moved`: on the device; `own`: the model's)."""
+        if not task.needs & {"reference", "reference_logits"}:
+            return None
+        if id(batch) in self._stored:
+            return self._stored[id(batch)]
+        if self.model is not None:
+            return model_outputs(self.model, moved, task.needs - {"hidden_states"})
+        logits = None if own.logits is None else own.logits.detach()
+        return replace(own, token_logprob=own.token_logprob.detach(), logits=logits)

@@ -1,0 +1,54 @@
+"""Where a parameter sits in a model: its block, kind and group, read off its name."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+OUTSIDE = -1
+"""Block of a parameter outside the stack of layers."""
+
+THIRDS = ("shallow", "middle", "deep")
+
+
+def block_of(name: str) -> int:
+    """Index of the layer a parameter belongs to, `OUTSIDE` where it is in none.
+
+    The first number in the dotted name: `model.layers.3.mlp.experts.5.w` is in block 3.
+    """
+    found = re.search(r"\.(\d+)\.", f".{name}.")
+    return int(found.group(1)) if found else OUTSIDE
+
+
+def kind_of(name: str) -> str:
+    """The short name of a parameter's module, `q_proj`; `q_proj.bias` for what is not a weight."""
+    *path, leaf = name.split(".")
+    module = next((part for part in reversed(path) if not part.isdigit()), "")
+    if leaf == "weight" and module:
+        return module
+    return f"{module}.{leaf}" if module else leaf
+
+
+def group_of(name: str, n_blocks: int) -> str:
+    """`embedding`, a third of the blocks by depth, `final_norm` or `lm_head`."""
+    block = block_of(name)
+    if block != OUTSIDE:
+        return THIRDS[min(3 * block // n_blocks, 2)]
+    if re.search(r"emb|wte|wpe", name):
+        return "embedding"
+    return "final_norm" if re.search(r"norm|ln_", name) else "lm_head"
+
+
+def parameter_coordinates(names: Sequence[str]) -> dict[str, Any]:
+    """Coordinates of the parameter axis: `block`, `kind` and `group` of every name."""
+    blocks = [block_of(name) for name in names]
+    n_blocks = max(blocks, default=OUTSIDE) + 1
+    return {
+        "parameter": list(names),
+        "block": ("parameter", np.array(blocks)),
+        "kind": ("parameter", [kind_of(name) for name in names]),
+        "group": ("parameter", [group_of(name, n_blocks) for name in names]),
+    }

@@ -1,0 +1,328 @@
+"""`profile`: from a model and two data sets to effects with names on every axis."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from geffect_fast.capture import Plan
+from geffect_fast.data import (
+    REDUCTIONS,
+    SampleSet,
+    check_vocabulary,
+    estimate_token_budget,
+    make_batches,
+    read_refusals,
+    read_rows,
+    tokenize_rows,
+)
+from geffect_fast.data.batch import Batch, Reduction, Role
+from geffect_fast.data.memory import free_memory
+from geffect_fast.engines.direction import accumulate_gradients
+from geffect_fast.engines.layout import choose_layout
+from geffect_fast.engines.reverse import Effects, reverse_effects
+from geffect_fast.engines.tasks import Reference, Task, tasks_for
+from geffect_fast.errors import InputError
+from geffect_fast.objectives import Objective, parse_list
+from geffect_fast.objectives import resolve as resolve_objective
+from geffect_fast.runs.dataset import (
+    check_coverage,
+    check_directions,
+    check_effects,
+    dataset,
+    gram_matrices,
+)
+from geffect_fast.runs.models import check_finite, load_model
+
+if TYPE_CHECKING:
+    import xarray as xr
+
+ENGINES = ("auto", "reverse")
+AXES = ("parameter", "sample")
+
+
+def profile(
+    model: nn.Module,
+    tokenizer: Any,
+    *,
+    forget: Any,
+    retain: Any,
+    objectives: Sequence[str | Objective] | str,
+    probes: Mapping[str, Any] | None = None,
+    refusals: Any = None,
+    reference_model: nn.Module | str | Path | None = None,
+    resolve: Sequence[str] = AXES,
+    engine: str = "auto",
+    reduction: Reduction = "token",
+    risk: str | Objective = "nll",
+    norms: bool = True,
+    template: str = "auto",
+    max_length: int | None = None,
+    token_budget: int | None = None,
+    progress: bool = False,
+) -> xr.Dataset:
+    """The G-effect of unlearning objectives on a model's risks, per parameter and per sample.
+
+        e = < grad R(D), grad L(D_u) >
+
+    A descent step of size `lr` on `L` changes the risk `R(D)` by `-lr e` to first order. Wanted: `e`
+    strongly negative for the risk on what must go (`unlearn`), zero or positive elsewhere (`retain`).
+
+    Args:
+        model: a causal language model of transformers in eval mode; trainable parameters are
+            profiled, frozen ones skipped. It is left as it was.
+        tokenizer: of transformers; None for samples that are tokenised already.
+        forget: what must go: a path to JSON or JSON lines of `question` and `answer`, a hub id, a
+            list of dicts, a torch Dataset, or tokenised samples (`input_ids`, unshifted `labels`).
+        retain: what must stay, likewise.
+        objectives: strings such as `npo(beta=0.1) + 1.0*kl`, or `geffect_fast.objectives` objects.
+        probes: further data sets by name, each a risk of its own.
+        refusals: answers that po and dpo put in place of the forget set's.
+        reference_model: what NPO-like objectives compare with, a model or the folder of one; None:
+            `model` as it is.
+        resolve: axes of the result, of `parameter` and `sample`; the others are summed.
+        engine: `auto` or `reverse`.
+        reduction: what means are taken over, in objectives and risks alike: all answer tokens
+            (`token`), each sample's tokens and then samples (`sample`), or no mean (`sum`).
+        risk: an objective used as the risk; its part on any data set is the risk on that set.
+        norms: also gradient norms and cosines, and a check that the samples' shares add up to the
+            whole gradient's, parameter by parameter. Costs one more forward unit an objective, and
+            memory for its gradient.
+        template: `auto`, or a text with `{question}` and `{answer}`.
+        max_length: refuse samples of more tokens.
+        token_budget: tokens a batch; None: chosen from free memory.
+        progress: show a bar.
+
+    Returns:
+        A Dataset with `g_effect` (objective, risk, parameter, sample), `risk_value` (risk), `loss`
+        (objective), and with `norms` `grad_norm` (objective), `risk_grad_norm` (risk), `cosine`
+        (objective, risk) of the whole gradients and the same per parameter under `parameter_*`.
+        All fp64. Coordinates: `parameter` with `block`, `kind`, `group`; `sample` (row number) with
+        `set` and `question`.
+
+    Raises:
+        InputError: unusable data, objective or argument, in one line.
+        NonFiniteError: a weight, gradient or effect is not finite; the first is named.
+        UnsupportedModelError: a module's share cannot be attributed exactly; it is named.
+
+    Example:
+        >>> result = gf.profile(model, tokenizer, forget="forget.jsonl", retain="retain.jsonl",
+        ...                     objectives=["ga", "npo(beta=0.1)"])
+        >>> result.g_effect.sum(["parameter", "sample"])
+    """
+    chosen = _objectives(objectives)
+    risk_part = _risk(risk)
+    axes = _checked(resolve, engine, reduction, token_budget)
+    needs = {need for objective in chosen for _, part in objective.parts() for need in part.needs}
+    roles = {role for objective in chosen for _, part in objective.parts() for role in part.roles}
+    sets = _read_sets(
+        tokenizer, forget, retain, probes, refusals, "alternative" in roles, template, max_length
+    )
+    if "alternative" in roles and not sets["forget"].has_alternatives:
+        culprit = next(
+            str(o) for o in chosen if any("alternative" in p.roles for _, p in o.parts())
+        )
+        raise InputError(
+            f"objective '{culprit}' needs refusals: give `refusals` (--refusals FILE), or an "
+            "`alternative` in every forget row"
+        )
+    _check_model(model, sets)
+    plan = Plan.of(model)
+    if norms:
+        _check_memory(plan, len(chosen))
+    layout = choose_layout(plan, sets["forget"])
+    budget = token_budget or estimate_token_budget(model, n_directions=len(sets))
+
+    def batches_of(name: str, wanted: tuple[Role, ...]) -> list[Batch]:
+        return make_batches(
+            sets[name], wanted, token_budget=budget, reduction=reduction, layout=layout
+        )
+
+    n_forget, n_retain = len(sets["forget"]), len(sets["retain"])
+    uses_retain = any(part.on == "retain" for o in chosen for _, part in o.parts())
+    tasks = tasks_for(chosen, batches_of, {"forget": 0, "retain": n_forget})
+    risk_names = {"unlearn": "forget", "retain": "retain"} | {p: p for p in probes or {}}
+    risk_tasks = [
+        Task(batches_of(source, risk_part.roles), {m: [(1.0, risk_part)]})
+        for m, source in enumerate(risk_names.values())
+    ]
+
+    device = next(iter(plan.parameters.values())).device
+    reference = Reference(_reference_model(reference_model, needs, model))
+    with progress_bar(progress, "risks", risk_tasks) as tick:
+        risk_values, directions = accumulate_gradients(
+            plan, risk_tasks, len(risk_names), reference, tick
+        )
+    for name, direction in directions.items():
+        check_directions(direction, f"gradient of the risk on '{{}}' at {name}", list(risk_names))
+    reference.prepare(tasks, device)
+    with progress_bar(progress, "objectives", tasks) as tick:
+        if "sample" in axes:
+            found = reverse_effects(
+                plan,
+                tasks,
+                directions,
+                len(chosen),
+                n_forget + (n_retain if uses_retain else 0),
+                reference,
+                norms=norms,
+                tick=tick,
+            )
+        else:
+            values, gradients = accumulate_gradients(plan, tasks, len(chosen), reference, tick)
+            found = Effects(values, torch.empty(0), gradients)
+
+    gram = gram_matrices(directions, found.gradients) if found.gradients is not None else None
+    m = len(risk_names)
+    if "sample" in axes:
+        effects = found.effects
+    else:
+        assert gram is not None
+        effects = gram[:, m:, :m].permute(1, 2, 0)
+    check_effects(effects, [str(o) for o in chosen], plan)
+    if "sample" in axes and gram is not None:
+        check_coverage(plan, effects.sum(-1), gram, m)
+    labels = {
+        "objective": [str(o) for o in chosen],
+        "risk": list(risk_names),
+        "parameter": list(plan.parameters),
+    }
+    samples = [(row, "forget", q) for row, q in enumerate(sets["forget"].questions)]
+    if uses_retain:
+        samples += [(row, "retain", q) for row, q in enumerate(sets["retain"].questions)]
+    settings = {
+        "engine": "reverse",
+        "layout": layout,
+        "reduction": reduction,
+        "risk": str(risk_part),
+        "token_budget": budget,
+        "dtype": str(next(iter(plan.parameters.values())).dtype).removeprefix("torch."),
+        "n_forget": n_forget,
+        "n_retain": n_retain,
+        "objectives": json.dumps([{"name": o.name, "parameters": o.parameters()} for o in chosen]),
+    }
+    return dataset(
+        effects, axes, labels, samples, risk_values, found.values, gram if norms else None, settings
+    )
+
+
+# ---- arguments ----
+
+
+def _objectives(specs: Sequence[str | Objective] | str) -> list[Objective]:
+    listed = parse_list(specs) if isinstance(specs, str) else [resolve_objective(s) for s in specs]
+    if not listed:
+        raise InputError("objectives: the list is empty; give at least one, such as 'ga'")
+    for i, objective in enumerate(listed):
+        if objective in listed[:i]:
+            first = listed[listed.index(objective)]
+            raise InputError(f"objectives: '{objective}' is the same as '{first}'; give it once")
+    return listed
+
+
+def _risk(spec: str | Objective) -> Objective:
+    parts = resolve_objective(spec).parts()
+    if len(parts) != 1 or parts[0][0] != 1.0 or parts[0][1].needs - {"hidden_states"}:
+        raise InputError(
+            f"risk: '{spec}' must be one objective that needs no reference, such as nll"
+        )
+    return parts[0][1]
+
+
+def _checked(
+    resolve: Sequence[str], engine: str, reduction: str, token_budget: int | None
+) -> tuple[str, ...]:
+    axes = (resolve,) if isinstance(resolve, str) else tuple(resolve)
+    for axis in axes:
+        if axis not in AXES:
+            raise InputError(f"resolve: unknown axis '{axis}'; choose from {', '.join(AXES)}")
+    if engine not in ENGINES:
+        raise InputError(f"engine: unknown '{engine}'; choose from {', '.join(ENGINES)}")
+    if reduction not in REDUCTIONS:
+        raise InputError(f"reduction: unknown '{reduction}'; choose from {', '.join(REDUCTIONS)}")
+    if token_budget is not None and token_budget < 1:
+        raise InputError(f"token_budget: must be at least 1, got {token_budget}")
+    return axes
+
+
+def _read_sets(
+    tokenizer: Any,
+    forget: Any,
+    retain: Any,
+    probes: Mapping[str, Any] | None,
+    refusals: Any,
+    alternatives: bool,
+    template: str,
+    max_length: int | None,
+) -> dict[str, SampleSet]:
+    sources = {"forget": forget, "retain": retain}
+    for name, source in (probes or {}).items():
+        if name in (*sources, "unlearn"):
+            raise InputError(f"probes: the name '{name}' is taken; choose another")
+        sources[name] = source
+    replacements = read_refusals(refusals) if refusals is not None and alternatives else None
+    return {
+        name: tokenize_rows(
+            read_rows(source, name=name),
+            tokenizer,
+            name=name,
+            refusals=replacements if name == "forget" else None,
+            template=template,
+            max_length=max_length,
+        )
+        for name, source in sources.items()
+    }
+
+
+def _check_model(model: nn.Module, sets: Mapping[str, SampleSet]) -> None:
+    if not isinstance(model, nn.Module):
+        raise InputError(
+            f"model: expected a loaded transformers model, got {type(model).__name__}; "
+            "load it with AutoModelForCausalLM.from_pretrained"
+        )
+    check_finite(model)
+    vocab_size = getattr(getattr(model, "config", None), "vocab_size", None)
+    if isinstance(vocab_size, int):
+        for sample_set in sets.values():
+            check_vocabulary(sample_set, vocab_size)
+
+
+def _check_memory(plan: Plan, n_objectives: int) -> None:
+    device = next(iter(plan.parameters.values())).device
+    needed = 4 * n_objectives * sum(p.numel() for p in plan.parameters.values())
+    free = free_memory(device)
+    if needed > free:
+        raise InputError(
+            f"norms: the gradients of {n_objectives} objectives take {needed / 2**30:.1f} GiB and "
+            f"{free / 2**30:.1f} GiB are free; profile fewer, or pass norms=False (--no-norms)"
+        )
+
+
+def _reference_model(
+    source: nn.Module | str | Path | None, needs: set[str], model: nn.Module
+) -> nn.Module | None:
+    if not needs & {"reference", "reference_logits"} or source is None or source is model:
+        return None
+    if isinstance(source, nn.Module):
+        return source.eval()
+    first = next(model.parameters())
+    return load_model(source, str(first.dtype).removeprefix("torch."), str(first.device))
+
+
+@contextmanager
+def progress_bar(show: bool, what: str, tasks: Sequence[Task]) -> Any:
+    """Yields a function that is told of tokens done, drawn as a bar where `show`."""
+    if not show:
+        yield lambda n: None
+        return
+    from rich.progress import Progress
+
+    with Progress(transient=True) as bar:
+        line = bar.add_task(what, total=sum(task.n_tokens for task in tasks))
+        yield lambda n: bar.advance(line, n)
