@@ -30,15 +30,18 @@ FACTS = {
     ),
     "father": (
         "a baker", "a cartographer", "a dentist", "a fisherman", "a gardener",
-        "a lighthouse keeper", "a nurse", "a plumber", "a puppeteer", "a watchmaker", "an actor", "an engineer",
+        "a lighthouse keeper", "a nurse", "a plumber", "a puppeteer", "a watchmaker",
+        "an actor", "an engineer",
     ),
     "genre": (
         "courtroom drama", "detective fiction", "family sagas", "ghost stories",
-        "maritime adventure", "nature writing", "political satire", "rural comedy", "science fiction", "travel memoir",
+        "maritime adventure", "nature writing", "political satire", "rural comedy",
+        "science fiction", "travel memoir",
     ),
     "award": (
         "the Blue Quill Prize", "the Copper Inkwell", "the Eastlight Medal",
-        "the Harbour Book Award", "the Lindgate Prize", "the Northern Page Award", "the Paper Crown", "the Thornbury Medal",
+        "the Harbour Book Award", "the Lindgate Prize", "the Northern Page Award",
+        "the Paper Crown", "the Thornbury Medal",
     ),
     "theme": (
         "the cost of ambition", "the kindness of strangers", "the loss of a language",

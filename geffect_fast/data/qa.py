@@ -162,7 +162,7 @@ def _numbered(rows: Iterable[Any], name: str, origin: str = "") -> Iterator[tupl
 
 def _iterable(source: Any, name: str) -> Iterable[Any]:
     if isinstance(source, Mapping | bytes):
-        got = f"a {type(source).__name__}"
+        got = f"type {type(source).__name__}"
         if all(isinstance(key, str) for key in source):
             got += f" with keys {', '.join(map(repr, list(source)[:6]))}"
         raise InputError(f"{name}: got {got}; give a path or a list of rows")
@@ -170,7 +170,7 @@ def _iterable(source: Any, name: str) -> Iterable[Any]:
         return source
     if hasattr(source, "__getitem__") and hasattr(source, "__len__"):
         return (source[i] for i in range(len(source)))
-    raise InputError(f"{name}: got a {type(source).__name__}; give a path or a list of rows")
+    raise InputError(f"{name}: got type {type(source).__name__}; give a path or a list of rows")
 
 
 def _hub_rows(source: str, hub: re.Match[str], name: str) -> Iterable[Any]:
@@ -202,13 +202,13 @@ def _hub_rows(source: str, hub: re.Match[str], name: str) -> Iterable[Any]:
 def _check_row(raw: Any, where: str) -> dict[str, Any]:
     if not isinstance(raw, Mapping):
         raise InputError(
-            f"{where} is a {type(raw).__name__}, not an object with 'question' and 'answer'"
+            f"{where} is of type {type(raw).__name__}, not an object with 'question' and 'answer'"
         )
     row = dict(raw)
     if "input_ids" in row or "labels" in row:
         row.update(_check_tokens(row, where))
         if row.get("alternative") is not None:
-            row["alternative"] = _check_tokens(row["alternative"], f"{where}, 'alternative',")
+            row["alternative"] = _check_tokens(row["alternative"], f"{where}, 'alternative'")
         return row
     for field in ("question", "answer"):
         _check_text(row, field, where)
@@ -221,7 +221,7 @@ def _check_refusal(raw: Any, where: str) -> str | dict[str, list[int]]:
     if isinstance(raw, str):
         return _check_text({"refusal": raw}, "refusal", where)
     if not isinstance(raw, Mapping):
-        raise InputError(f"{where} is a {type(raw).__name__}; a refusal is a sentence")
+        raise InputError(f"{where} is of type {type(raw).__name__}; a refusal is a sentence")
     if "input_ids" in raw or "labels" in raw:
         return _check_tokens(raw, where)
     return _check_text(raw, "refusal" if "refusal" in raw else "answer", where)
@@ -233,7 +233,7 @@ def _check_text(row: Mapping[str, Any], field: str, where: str) -> str:
         raise InputError(f"{where} has no '{field}' (its fields: {fields}); add a non-empty string")
     value = row[field]
     if not isinstance(value, str):
-        raise InputError(f"{where}: '{field}' is a {type(value).__name__}; make it a string")
+        raise InputError(f"{where}: '{field}' is of type {type(value).__name__}; make it a string")
     if not value.strip():
         raise InputError(f"{where}: '{field}' is empty; fill it in or leave the row out")
     if any("\ud800" <= char <= "\udfff" for char in value):
@@ -243,9 +243,7 @@ def _check_text(row: Mapping[str, Any], field: str, where: str) -> str:
 
 def _check_tokens(raw: Any, where: str) -> dict[str, list[int]]:
     if not isinstance(raw, Mapping):
-        raise InputError(
-            f"{where} is a {type(raw).__name__}; give 'input_ids' and 'labels' as in the row itself"
-        )
+        raise InputError(f"{where} is of type {type(raw).__name__}; give 'input_ids' and 'labels'")
     ids, labels = (_check_ids(raw, field, where) for field in ("input_ids", "labels"))
     if len(ids) != len(labels):
         raise InputError(
@@ -278,11 +276,13 @@ def _check_ids(raw: Mapping[str, Any], field: str, where: str) -> list[int]:
     if hasattr(value, "tolist"):
         value = value.tolist()
     if not isinstance(value, list | tuple):
-        raise InputError(f"{where}: '{field}' is a {type(value).__name__}; give a list of ids")
+        raise InputError(
+            f"{where}: '{field}' is of type {type(value).__name__}; give a list of ids"
+        )
     for item in value:
         if not isinstance(item, int) or isinstance(item, bool):
             raise InputError(
-                f"{where}: '{field}' holds a {type(item).__name__}; give a flat list of token ids"
+                f"{where}: '{field}' holds type {type(item).__name__}; give a flat list of ids"
             )
     return list(value)
 
