@@ -1,0 +1,274 @@
+"""Per-sample gradient products and norms for other packages' training loops.
+
+All of them take a `loss_fn(model, batch)` that returns one loss a sample, run one forward and one
+backward, form no weight gradient of a single sample, and leave the model and its gradients alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from geffect_fast import ops
+from geffect_fast.capture import Factor, Plan, Recorder, Segments
+from geffect_fast.capture.products import inner, pairwise, squared_norms
+from geffect_fast.errors import InputError, UnsupportedModelError
+
+LossFn = Callable[[nn.Module, Any], Tensor]
+
+
+def grad_inner_products(
+    grads_a: Sequence[Tensor] | Mapping[str, Tensor],
+    grads_b: Sequence[Tensor] | Mapping[str, Tensor],
+    groups: Sequence[Hashable] | Mapping[str, Hashable] | None = None,
+) -> Tensor:
+    """Inner products of two gradients, layer group by layer group.
+
+        out[c] = sum_{p in group c} <a_p, b_p>
+
+    Args:
+        grads_a, grads_b: same-shaped tensors, as sequences or as mappings by parameter name.
+        groups: the group of each tensor (a mapping by name for mappings): integers `0..n-1`, or any
+            labels, which count in the order they first appear; None: each tensor its own group.
+
+    Returns:
+        `(n_groups,)` fp32 (fp64 for fp64 gradients).
+
+    Raises:
+        InputError: names, lengths, shapes or groups that do not match.
+
+    Example:
+        >>> gf.functional.grad_inner_products([g1, g2], [h1, h2], ["attention", "mlp"])
+    """
+    if isinstance(grads_a, Mapping) or isinstance(grads_b, Mapping):
+        if not isinstance(grads_a, Mapping) or not isinstance(grads_b, Mapping):
+            raise InputError("grad_inner_products: give both gradients as mappings, or neither")
+        if grads_a.keys() != grads_b.keys():
+            name = sorted(grads_a.keys() ^ grads_b.keys())[0]
+            raise InputError(f"grad_inner_products: parameter '{name}' is in one gradient only")
+        if isinstance(groups, Mapping):
+            missing = [name for name in grads_a if name not in groups]
+            if missing:
+                raise InputError(f"grad_inner_products: `groups` lacks parameter '{missing[0]}'")
+            groups = [groups[name] for name in grads_a]
+        grads_b = [grads_b[name] for name in grads_a]
+        grads_a = list(grads_a.values())
+    elif isinstance(groups, Mapping):
+        raise InputError("grad_inner_products: `groups` by name goes with gradients by name")
+    if groups is not None and not all(isinstance(c, int) for c in groups):
+        order = {label: c for c, label in enumerate(dict.fromkeys(groups))}
+        groups = [order[label] for label in groups]
+    with torch.no_grad():
+        gram = ops.multi_tensor_gram([list(grads_a), list(grads_b)], groups)  # type: ignore[arg-type]
+    return gram[:, 0, 1]
+
+
+def per_sample_grad_norms(
+    model: nn.Module, loss_fn: LossFn, batch: Any, *, per_parameter: bool = False
+) -> Tensor | dict[str, Tensor]:
+    """Norm of every sample's gradient, exact also where parameters are shared or used twice.
+
+        out[i] = || grad loss_i ||
+
+    Args:
+        model: in eval mode; frozen parameters are left out.
+        loss_fn: `loss_fn(model, batch)` runs the model and returns `(n_samples,)` losses, each of
+            which depends on its own sample only.
+        batch: whatever `loss_fn` takes. Its first tensor's (`input_ids` of a mapping) first axis is
+            the sample axis, unless it is a mapping with `cu_seqlens`, `(n_samples + 1,)` offsets
+            of samples packed into one row.
+        per_parameter: norms by parameter name instead of one for the whole gradient.
+
+    Returns:
+        `(n_samples,)` fp64, or a dict of them.
+
+    Raises:
+        InputError: losses that are not one a sample, active dropout, nothing trainable.
+        UnsupportedModelError: a module whose rows cannot be told apart by sample; it is named.
+
+    Source: the ghost norm (arXiv 1510.01799; 2110.05679), with the cross terms of shared parameters.
+
+    Example:
+        >>> def loss_fn(model, batch):
+        ...     logits = model(batch["input_ids"]).logits
+        ...     return F.cross_entropy(logits[:, :-1].mT, batch["input_ids"][:, 1:],
+        ...                            reduction="none").mean(1)
+        >>> norms = gf.functional.per_sample_grad_norms(model, loss_fn, {"input_ids": ids})
+    """
+    plan = Plan.of(model)
+    found: dict[str, Tensor] = {}
+
+    def measure(name: str, factors: list[Factor], _kept: list[Tensor | None]) -> None:
+        found[name] = squared_norms(factors, plan.parameters[name].shape)
+
+    losses = _run(plan, loss_fn, batch, measure, join=True)
+    return _gathered(plan, found, losses.new_zeros(len(losses)), torch.sqrt, per_parameter)
+
+
+def per_sample_inner_products(
+    model: nn.Module,
+    loss_fn: LossFn,
+    batch: Any,
+    direction: Mapping[str, Tensor],
+    *,
+    per_parameter: bool = False,
+) -> Tensor | dict[str, Tensor]:
+    """Inner product of every sample's gradient with a direction.
+
+        out[i] = < grad loss_i, direction >
+
+    Args:
+        model, loss_fn, batch: as for `per_sample_grad_norms`.
+        direction: tensors by parameter name, shaped like the parameters, or `(M, *shape)` for M
+            directions at once; a trainable parameter that is missing counts as zero.
+        per_parameter: products by parameter name instead of their sum.
+
+    Returns:
+        `(n_samples,)` fp64, `(M, n_samples)` for M directions, or a dict of them.
+
+    Raises:
+        InputError: as above; a name that is no trainable parameter; a shape that does not fit.
+        UnsupportedModelError: as above.
+
+    Example:
+        >>> direction = {name: p.grad for name, p in model.named_parameters()}
+        >>> gf.functional.per_sample_inner_products(model, loss_fn, batch, direction)
+    """
+    plan = Plan.of(model)
+    stacked, several = _stacked(plan, direction)
+    found: dict[str, Tensor] = {}
+
+    def measure(name: str, factors: list[Factor], kept: list[Tensor | None]) -> None:
+        if name in stacked:
+            for factor, z in zip(factors, kept, strict=True):
+                score = inner(factor, stacked[name], z)
+                score = score if several else score[0]
+                found[name] = found[name] + score if name in found else score
+
+    losses = _run(plan, loss_fn, batch, measure)
+    n_directions = len(next(iter(stacked.values()))) if stacked else 1
+    shape = (n_directions, len(losses)) if several else (len(losses),)
+    return _gathered(plan, found, losses.new_zeros(shape), None, per_parameter)
+
+
+def pairwise_inner_products(
+    model: nn.Module, loss_fn: LossFn, batch_a: Any, batch_b: Any, *, per_parameter: bool = False
+) -> Tensor | dict[str, Tensor]:
+    """Inner products of the gradients of all pairs of samples: which sample pulls against which.
+
+        out[i, j] = < grad loss_i, grad loss_j >,  i in batch_a, j in batch_b
+
+    Args:
+        model, loss_fn: as for `per_sample_grad_norms`.
+        batch_a, batch_b: as its `batch`.
+        per_parameter: products by parameter name instead of their sum.
+
+    Returns:
+        `(n_a, n_b)` fp64, or a dict of them.
+
+    Raises:
+        As `per_sample_grad_norms`.
+
+    Example:
+        >>> gf.functional.pairwise_inner_products(model, loss_fn, forget_batch, retain_batch)
+    """
+    plan = Plan.of(model)
+    sides: list[dict[str, list[Factor]]] = []
+    sizes = []
+    for batch in (batch_a, batch_b):
+        side: dict[str, list[Factor]] = {}
+
+        def keep(name: str, factors: list[Factor], _kept: Any, into: Any = side) -> None:
+            into[name] = factors
+
+        sizes.append(len(_run(plan, loss_fn, batch, keep, join=True)))
+        sides.append(side)
+    a, b = sides
+    with torch.no_grad():
+        found = {
+            name: pairwise(a[name], b[name], p.shape)
+            for name, p in plan.parameters.items()
+            if name in a and name in b
+        }
+    zeros = next(iter(plan.parameters.values())).new_zeros(*sizes)
+    return _gathered(plan, found, zeros, None, per_parameter)
+
+
+# ---- one forward and one backward ----
+
+
+def _run(plan: Plan, loss_fn: LossFn, batch: Any, sink: Any, join: bool = False) -> Tensor:
+    """Record one forward and backward; the losses `(n_samples,)`, detached."""
+    axis = _sample_axis(batch)
+    n_rows = 1 if axis.token_offsets else axis.n_samples
+    with (
+        plan.frozen(),
+        torch.enable_grad(),
+        Recorder(plan, sink, axis, join=join, n_rows=n_rows) as recorder,
+    ):
+        losses = loss_fn(plan.model, batch)
+        if not isinstance(losses, Tensor) or losses.shape != (axis.n_samples,):
+            got = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
+            raise InputError(
+                f"loss_fn: must return one loss a sample, shape ({axis.n_samples},), got {got}; "
+                "use reduction='none' and reduce over tokens only"
+            )
+        if not recorder.roots:
+            raise UnsupportedModelError(
+                "loss_fn: no module with trainable parameters ran; call the model that was given"
+            )
+        torch.autograd.grad(losses.sum(), recorder.roots, allow_unused=True)
+        recorder.finish()
+    return losses.detach()
+
+
+def _sample_axis(batch: Any) -> Segments:
+    if isinstance(batch, Mapping) and "cu_seqlens" in batch:
+        return Segments.packed(torch.as_tensor(batch["cu_seqlens"]))
+    first = batch.get("input_ids") if isinstance(batch, Mapping) else None
+    tensors = [x for x in tree_leaves(batch) if isinstance(x, Tensor) and x.dim()]
+    if isinstance(first, Tensor) and first.dim():
+        return Segments.rectangular(first.shape)
+    if not tensors:
+        raise InputError("batch: holds no tensor with a sample axis; give a dict of tensors")
+    return Segments.rectangular(tensors[0].shape)
+
+
+def _stacked(plan: Plan, direction: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], bool]:
+    """Directions as `(M, *shape)` in the dtype sums are taken in, and whether M was given."""
+    stacked, counts = {}, set()
+    for name, v in direction.items():
+        p = plan.parameters.get(name)
+        if p is None:
+            raise InputError(f"direction: '{name}' is no trainable parameter of the model")
+        if v.shape != p.shape and v.shape[1:] != p.shape:
+            raise InputError(
+                f"direction: '{name}' has shape {tuple(v.shape)}, the parameter {tuple(p.shape)}; "
+                "give that shape, or (M, *shape) for M directions"
+            )
+        counts.add(None if v.shape == p.shape else v.shape[0])
+        wide = torch.float64 if p.dtype == torch.float64 else torch.float32
+        stacked[name] = v.detach().to(p.device, wide).reshape(-1, *p.shape)
+    if len(counts) > 1:
+        raise InputError("direction: every parameter needs the same number of directions")
+    return stacked, counts not in ({None}, set())
+
+
+def _gathered(
+    plan: Plan,
+    found: Mapping[str, Tensor],
+    zeros: Tensor,
+    finish: Callable[[Tensor], Tensor] | None,
+    per_parameter: bool,
+) -> Tensor | dict[str, Tensor]:
+    """By parameter, zeros where a parameter took no part; or the sum over parameters."""
+    zeros = zeros.double()
+    of = {name: found.get(name, zeros) for name in plan.parameters}
+    done = finish or (lambda x: x)
+    if per_parameter:
+        return {name: done(value) for name, value in of.items()}
+    return done(torch.stack(list(of.values())).sum(0))
