@@ -1,0 +1,288 @@
+"""A whole unlearning study in minutes: invented authors, a model that knows them, a profile."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from geffect_fast.data import (
+    REFUSALS,
+    SampleSet,
+    make_batches,
+    make_fictitious_authors,
+    split_forget,
+    tokenize_rows,
+    write_jsonl,
+)
+from geffect_fast.data.batch import Batch
+from geffect_fast.errors import GEffectError, InputError
+from geffect_fast.report import write_report
+from geffect_fast.runs.config import make_config
+from geffect_fast.runs.execute import execute
+from geffect_fast.runs.models import quiet_transformers
+from geffect_fast.runs.store import check_free
+
+if TYPE_CHECKING:
+    import xarray as xr
+    from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
+
+OBJECTIVES = (
+    "ga",
+    "gd",
+    "wga(alpha=1)",
+    "npo(beta=0.1)",
+    "tnpo(beta=4)",
+    "wtnpo(beta=4, alpha=1.5)",
+    "po",
+    "dpo(beta=0.1)",
+    "simnpo(beta=4.5)",
+    "rmu(layer=2)",
+    "npo(beta=0.1) + kl",
+)
+PARTS = ("forget.jsonl", "retain.jsonl", "refusals.jsonl", "reference", "model")
+FORGOTTEN = 0.8
+END = "<|end|>"
+
+
+@dataclass(frozen=True)
+class Size:
+    """How large the demo is.
+
+    Attributes:
+        n_authors: invented authors, ten questions each.
+        vocab_size, hidden, n_layers: of the Llama.
+        known: share of answers that must be reproduced word for word before training ends.
+        max_epochs: after which training gives up.
+    """
+
+    n_authors: int = 20
+    vocab_size: int = 1024
+    hidden: int = 256
+    n_layers: int = 4
+    known: float = 0.99
+    max_epochs: int = 80
+
+
+def run_demo(
+    out: str | Path,
+    *,
+    seed: int = 0,
+    overwrite: bool = False,
+    progress: bool = True,
+    size: Size | None = None,
+) -> xr.Dataset:
+    """Make data, train a model on it until it knows it by heart, and profile eleven objectives.
+
+    Args:
+        out: gets `forget.jsonl`, `retain.jsonl`, `refusals.jsonl`, `reference/` (the model that knows all),
+            `model/` (it, a few unlearning steps later) and the run.
+        seed: of data, weights and order.
+        overwrite: whether an earlier demo in `out` may be replaced.
+        progress: whether to show bars and say what happens.
+        size: how large; None: what two cores train in two minutes.
+
+    Returns:
+        The result, as `geffect_fast.profile` returns it.
+
+    Raises:
+        InputError: `out` is in use.
+        GEffectError: the model did not learn its data.
+    """
+    size = size or Size()
+    folder = check_free(out, overwrite)
+    held = [name for name in PARTS if (folder / name).exists()]
+    if held and not overwrite:
+        raise InputError(f"{out} already holds {held[0]}; choose another --out or use --overwrite")
+    rows = make_fictitious_authors(size.n_authors, seed)
+    forget, retain = split_forget(rows, 0.2)
+    write_jsonl(forget, folder / "forget.jsonl")
+    write_jsonl(retain, folder / "retain.jsonl")
+    write_jsonl(({"refusal": refusal} for refusal in REFUSALS), folder / "refusals.jsonl")
+
+    def say(text: str) -> None:
+        if progress:
+            print(text, flush=True)
+
+    say(f"{len(rows)} questions about {size.n_authors} invented authors, {len(forget)} to forget.")
+    tokenizer = train_tokenizer([f"{r['question']} {r['answer']}" for r in rows], size.vocab_size)
+    sets = [tokenize_rows(part, tokenizer, name="demo") for part in (forget, retain)]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = make_model(tokenizer, size)
+    n_parameters = sum(p.numel() for p in model.parameters())
+    epochs = memorise(model, sets, size, seed, progress)
+    knowledge = [recall(model, part) for part in sets]
+    say(
+        f"A Llama of {n_parameters / 1e6:.1f} million parameters knows them by heart after {epochs} "
+        f"epochs: {_percent(knowledge)} (to forget, to retain)."
+    )
+    save(model, tokenizer, folder / "reference")
+    steps = start_unlearning(model, sets[0], progress)
+    save(model, tokenizer, folder / "model")
+    say(
+        f"Profiled is that model after {steps} steps of gradient ascent on the forget set "
+        f"({_percent([recall(model, part) for part in sets])}) with the one before as reference, since at "
+        "the reference itself npo is ga on another scale and kl has no gradient."
+    )
+    config = make_config(
+        {
+            "model": str(folder / "model"),
+            "reference": str(folder / "reference"),
+            "forget": str(folder / "forget.jsonl"),
+            "retain": str(folder / "retain.jsonl"),
+            "refusals": str(folder / "refusals.jsonl"),
+            "objectives": OBJECTIVES,
+        }
+    )
+    return execute(config, folder, overwrite=overwrite, progress=progress, report=write_report)
+
+
+def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerBase:
+    """A byte-level BPE tokenizer trained on `texts`; it can write any text."""
+    from tokenizers import ByteLevelBPETokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    bpe = ByteLevelBPETokenizer()
+    bpe.train_from_iterator(
+        texts, vocab_size=vocab_size, min_frequency=2, special_tokens=[END], show_progress=False
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, eos_token=END)
+
+
+def make_model(tokenizer: PreTrainedTokenizerBase, size: Size) -> LlamaForCausalLM:
+    """A Llama of the given size with random weights, in evaluation mode."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    end = tokenizer.eos_token_id
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=size.hidden,
+        intermediate_size=4 * size.hidden,
+        num_hidden_layers=size.n_layers,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=512,
+        bos_token_id=None,
+        eos_token_id=end,
+        pad_token_id=end,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+def memorise(model: nn.Module, sets: list[SampleSet], size: Size, seed: int, progress: bool) -> int:
+    """Train until `size.known` of the answers are reproduced word for word.
+
+    Returns:
+        Epochs it took.
+
+    Raises:
+        GEffectError: `size.max_epochs` were not enough.
+    """
+    order = random.Random(seed)
+    samples = [sample for part in sets for sample in part.samples]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.98), weight_decay=0.0)
+    with _bar(progress, "learning by heart") as show:
+        for epoch in range(1, size.max_epochs + 1):
+            order.shuffle(samples)
+            seen = []
+            batches = make_batches(SampleSet("demo", tuple(samples)), ("answer",), token_budget=512)
+            for batch in batches:
+                logprob, right = _predict(model, batch)
+                (-logprob.mean()).backward()
+                nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+                optimizer.step()
+                optimizer.zero_grad()
+                seen.append(right.float().mean())
+            share = float(torch.stack(seen).mean())
+            show(share)
+            if share >= size.known and all(recall(model, s)[1] >= size.known for s in sets):
+                return epoch
+    raise GEffectError(f"the demo's model did not learn its data in {size.max_epochs} epochs")
+
+
+def start_unlearning(model: nn.Module, forget: SampleSet, progress: bool) -> int:
+    """Ascend the loss of the forget set until its tokens' mean probability is at most `FORGOTTEN`.
+
+    Returns:
+        Steps it took.
+
+    Raises:
+        GEffectError: the probability did not fall.
+    """
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    batches = make_batches(forget, ("answer",), token_budget=512)
+    with _bar(progress, "first steps of unlearning") as show:
+        for step in range(1, 1001):
+            logprob, _ = _predict(model, batches[step % len(batches)])
+            logprob.mean().backward()
+            # steps of equal length: the gradient of what is known by heart is tiny
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            probability = recall(model, forget)[0]
+            show((1 - probability) / (1 - FORGOTTEN))
+            if probability <= FORGOTTEN:
+                return step
+    raise GEffectError("the demo's model did not begin to forget in 1000 steps")
+
+
+@torch.no_grad()
+def recall(model: nn.Module, samples: SampleSet) -> tuple[float, float]:
+    """How well answers are known: mean token probability, share reproduced word for word.
+
+    An answer counts as reproduced where each of its tokens is the likeliest after those before it,
+    which is when greedy decoding writes it.
+    """
+    probabilities, reproduced = [], []
+    for batch in make_batches(samples, ("answer",), token_budget=2048):
+        logprob, right = _predict(model, batch)
+        probabilities.append(logprob.exp())
+        wrong = torch.zeros(batch.total_tokens)
+        wrong[batch.target_index] = (~right).float()
+        reproduced.append(batch.sample_sum(wrong, batch.target_mask()) == 0)
+    return float(torch.cat(probabilities).mean()), float(torch.cat(reproduced).float().mean())
+
+
+def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Model and tokenizer as a folder that transformers loads."""
+    with quiet_transformers():
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+
+def _predict(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probability of every target token, and whether it is the likeliest."""
+    index = batch.target_index
+    logits = model(
+        input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False
+    ).logits
+    logprob = logits.reshape(batch.total_tokens, -1)[index].float().log_softmax(-1)
+    target = batch.targets[index]
+    return logprob.gather(1, target[:, None]).squeeze(1), logprob.argmax(-1) == target
+
+
+def _percent(knowledge: list[tuple[float, float]]) -> str:
+    probability = ", ".join(f"{p:.2f}" for p, _ in knowledge)
+    share = ", ".join(f"{100 * s:.0f} %" for _, s in knowledge)
+    return f"mean token probability {probability}; reproduced word for word {share}"
+
+
+@contextmanager
+def _bar(show: bool, what: str) -> Iterator[Any]:
+    """Yields a function that is told how much of the way is done, 0 to 1."""
+    if not show:
+        yield lambda done: None
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        line = progress.add_task(what, total=1.0)
+        yield lambda done: progress.update(line, completed=min(done, 1.0))

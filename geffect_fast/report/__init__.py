@@ -1,0 +1,30 @@
+"""What people look at: tables, findings and plots of a result."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import xarray as xr
+
+__all__ = ["write_report"]
+
+
+def write_report(dataset: xr.Dataset, folder: Path) -> None:
+    """Write `summary.csv`, `plots/layers.png` and `plots/instances.png` into a folder.
+
+    A plot whose axis was summed away is left out.
+
+    Args:
+        dataset: result of `geffect_fast.profile`.
+        folder: exists.
+    """
+    from geffect_fast.report.plots import plot_instances, plot_layers
+    from geffect_fast.report.summary import write_summary
+
+    write_summary(dataset, folder / "summary.csv")
+    plots = folder / "plots"
+    plots.mkdir(exist_ok=True)
+    plot_layers(dataset, plots / "layers.png")
+    plot_instances(dataset, plots / "instances.png")

@@ -1,0 +1,104 @@
+"""Three sentences: what was found, where it comes from, and how to read the signs."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from geffect_fast.report.summary import UNLEARN, Summary, by_place, by_sample, shares, summarise
+from geffect_fast.report.table import number, question
+
+if TYPE_CHECKING:
+    import xarray as xr
+
+_PARTS = {
+    "embedding": "the embedding",
+    "shallow": "the shallow blocks",
+    "middle": "the middle blocks",
+    "deep": "the deep blocks",
+    "final_norm": "the final norm",
+    "lm_head": "the output layer",
+}
+
+
+def findings(dataset: xr.Dataset) -> tuple[str, str, str]:
+    """What was found, where it comes from, how to read the signs: a sentence each.
+
+    Args:
+        dataset: result of `geffect_fast.profile`.
+    """
+    return _what(summarise(dataset)), _where(dataset), _signs()
+
+
+def _what(rows: list[Summary]) -> str:
+    good = [row for row in rows if row.forgets]
+    broken = [row.objective for row in rows if row.verdict.startswith("undefined")]
+    tail = f", and {len(broken)} undefined ({', '.join(broken)})" if broken else ""
+    objectives = "objective raises" if len(good) == 1 else "objectives raise"
+    if not good:
+        return f"None of the {len(rows)} objectives raises the forget risk to first order{tail}."
+    start = f"{len(good)} of {len(rows)} {objectives} the forget risk (e_u < 0){tail}"
+    best = min(good, key=lambda row: row.collateral)
+    worst = max(good, key=lambda row: row.collateral)
+    if best.collateral == worst.collateral:
+        return f"{start}, at the same cost elsewhere: {_cost(best)} for a unit of forgetting."
+    return (
+        f"{start}: at the least cost elsewhere {best.objective} ({_cost(best)} for a unit of "
+        f"forgetting), at the highest {worst.objective} ({_cost(worst)})."
+    )
+
+
+def _cost(row: Summary) -> str:
+    others = [risk for risk in row.effects if risk != UNLEARN]
+    what = f"the {others[0]} risk" if len(others) == 1 else "the worst other risk"
+    if row.collateral == 0:
+        return f"{what} stays"
+    verb = "rises" if row.collateral > 0 else "falls"
+    return f"{what} {verb} by {number(abs(row.collateral), '.2g')}"
+
+
+def _where(dataset: xr.Dataset) -> str:
+    """Mean shares over objectives of the effect on the forget risk, by part and by row."""
+    clauses = []
+    placed = by_place(dataset, blocks=False)
+    at = [str(r) for r in dataset["risk"].values].index(UNLEARN)
+    if placed is not None:
+        size = _mean_size(placed[1][:, at])
+        if size is not None:
+            top = int(size.argmax())
+            part = _PARTS.get(placed[0][top], placed[0][top])
+            clauses.append(f"{100 * size[top]:.0f} % of the unlearning effect sits in {part}")
+    effect = by_sample(dataset)
+    if effect is not None:
+        size = _mean_size(effect.values[:, at])
+        if size is not None:
+            order = np.argsort(-size, kind="stable")
+            half = int(np.searchsorted(np.cumsum(size[order]), 0.5 - 1e-12)) + 1
+            asked = question(effect, int(order[0]))
+            quoted = f' ("{asked}")' if asked else ""
+            row = effect["sample"].values[order[0]]
+            rows = "row carries" if half == 1 else "rows carry"
+            clauses.append(
+                f"{half} of {size.size} forget {rows} half of it, row {row}{quoted} the most"
+            )
+    if not clauses:
+        return "Where the unlearning effect sits cannot be told from this result."
+    return f"Averaged over objectives, {' and '.join(clauses)}."
+
+
+def _mean_size(values: np.ndarray) -> np.ndarray | None:
+    """Mean share of the size over the objectives that have any; None where none has."""
+    usable = np.isfinite(values).all(axis=-1) & (values != 0).any(axis=-1)
+    if not usable.any():
+        return None
+    return np.abs(shares(values[usable])).mean(axis=0)
+
+
+def _signs() -> str:
+    return (
+        "Read the signs so: a small descent step on an objective changes a risk by minus its "
+        "effect, so wanted are an e_u strongly negative, which raises the risk on what must go, "
+        "and an e_r zero or positive, which does not raise it on the rest, while a negative e_r "
+        "is harm."
+    )

@@ -1,0 +1,178 @@
+"""What a report says in numbers: totals, shares and a verdict an objective, from a result."""
+
+from __future__ import annotations
+
+import csv
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import xarray as xr
+
+GROUPS = ("embedding", "shallow", "middle", "deep", "final_norm", "lm_head")
+UNLEARN = "unlearn"
+
+LITTLE_HARM, MUCH_HARM = 0.1, 1.0
+NEGLIGIBLE = 1e-6
+"""An objective whose effects are this small beside the largest of the run has none but rounding."""
+
+
+@dataclass(frozen=True)
+class Summary:
+    """One objective in one line.
+
+    Attributes:
+        objective: its canonical string.
+        loss: its value.
+        effects: G-effect on each risk; `unlearn` is e_u.
+        cosines: cosine of its gradient with each risk's; empty where norms were not computed.
+        collateral: largest of e / e_u over the other risks, the rise of that risk for a unit
+            rise of the forget risk; NaN where the objective does not forget.
+        verdict: a word or two.
+    """
+
+    objective: str
+    loss: float
+    effects: dict[str, float]
+    cosines: dict[str, float]
+    collateral: float
+    verdict: str
+
+    @property
+    def forgets(self) -> bool:
+        """Whether the objective raises the forget risk by more than rounding."""
+        return not math.isnan(self.collateral)
+
+
+def summarise(dataset: xr.Dataset) -> list[Summary]:
+    """A `Summary` for every objective of a result, in its order."""
+    effects = total(dataset)
+    risks = [str(r) for r in dataset["risk"].values]
+    largest = np.nanmax(np.abs(effects), initial=0.0, where=np.isfinite(effects))
+    summaries = []
+    for i, objective in enumerate(dataset["objective"].values):
+        effect = dict(zip(risks, map(float, effects[i]), strict=True))
+        cosine = {}
+        if "cosine" in dataset:
+            values = dataset["cosine"].transpose("objective", "risk").values[i]
+            cosine = dict(zip(risks, map(float, values), strict=True))
+        collateral = _collateral(effect, NEGLIGIBLE * largest)
+        summaries.append(
+            Summary(
+                objective=str(objective),
+                loss=float(dataset["loss"].values[i]),
+                effects=effect,
+                cosines=cosine,
+                collateral=collateral,
+                verdict=_verdict(effect, collateral, NEGLIGIBLE * largest),
+            )
+        )
+    return summaries
+
+
+def total(dataset: xr.Dataset) -> np.ndarray:
+    """G-effects of the whole forget data, `(objective, risk)` fp64; NaN stays NaN."""
+    effect = dataset["g_effect"]
+    rest = [d for d in effect.dims if d not in ("objective", "risk")]
+    return effect.sum(rest, skipna=False).transpose("objective", "risk").values
+
+
+def by_sample(dataset: xr.Dataset) -> xr.DataArray | None:
+    """G-effects of the forget rows, `(objective, risk, sample)`; None where samples are summed."""
+    effect = dataset["g_effect"]
+    if "sample" not in effect.dims:
+        return None
+    if "parameter" in effect.dims:
+        effect = effect.sum("parameter", skipna=False)
+    return effect[..., (effect["set"] == "forget").values].transpose("objective", "risk", "sample")
+
+
+def by_parameter(dataset: xr.Dataset) -> xr.DataArray | None:
+    """G-effects of each parameter, `(objective, risk, parameter)`; None where they are summed."""
+    effect = dataset["g_effect"]
+    if "parameter" not in effect.dims:
+        return None
+    if "sample" in effect.dims:
+        effect = effect.sum("sample", skipna=False)
+    return effect.transpose("objective", "risk", "parameter")
+
+
+def by_place(dataset: xr.Dataset, blocks: bool) -> tuple[list[str], np.ndarray] | None:
+    """G-effects of parts of the model, front to back.
+
+    Args:
+        dataset: a result.
+        blocks: every block by itself (True) or groups of them (False).
+
+    Returns:
+        Labels and values `(objective, risk, len(labels))`; None where parameters are summed.
+    """
+    effect = by_parameter(dataset)
+    if effect is None:
+        return None
+    labels: list[str] = []
+    where: dict[str, tuple[int, int]] = {}
+    for group, block in zip(effect["group"].values, effect["block"].values, strict=True):
+        place = GROUPS.index(group) if group in GROUPS else len(GROUPS)
+        label = str(block) if blocks and block >= 0 else str(group)
+        where[label] = (place, int(block) if blocks else 0)
+        labels.append(label)
+    kept = sorted(where, key=where.__getitem__)
+    member = np.array([[label == k for k in kept] for label in labels], dtype=float)
+    return kept, effect.values @ member
+
+
+def shares(values: np.ndarray) -> np.ndarray:
+    """Values along the last axis over the sum of their sizes, signed; all zero stays zero."""
+    size = np.abs(values).sum(axis=-1, keepdims=True)
+    return np.divide(values, size, out=np.zeros_like(values), where=size != 0)
+
+
+def write_summary(dataset: xr.Dataset, file: Path) -> None:
+    """A CSV with a row an objective: loss, an effect and a cosine a risk, collateral, verdict."""
+    rows = summarise(dataset)
+    risks = list(rows[0].effects)
+    with_cosines = bool(rows[0].cosines)
+    header = ["objective", "loss", *(f"g_effect_{r}" for r in risks)]
+    header += [f"cosine_{r}" for r in risks if with_cosines] + ["collateral", "verdict"]
+    with file.open("w", newline="", encoding="utf-8") as stream:
+        writer = csv.writer(stream)
+        writer.writerow(header)
+        for row in rows:
+            cosines = list(row.cosines.values())
+            writer.writerow(
+                [
+                    row.objective,
+                    row.loss,
+                    *row.effects.values(),
+                    *cosines,
+                    row.collateral,
+                    row.verdict,
+                ]
+            )
+
+
+def _collateral(effects: dict[str, float], negligible: float) -> float:
+    e_u = effects[UNLEARN]
+    others = [e for risk, e in effects.items() if risk != UNLEARN]
+    if not (e_u < -negligible) or not all(map(math.isfinite, others)):
+        return math.nan
+    return max((e / e_u for e in others), default=0.0) + 0.0  # + 0.0 turns -0.0 into 0.0
+
+
+def _verdict(effects: dict[str, float], collateral: float, negligible: float) -> str:
+    if not all(map(math.isfinite, effects.values())):
+        return "undefined (NaN)"
+    if all(abs(e) <= negligible for e in effects.values()):
+        return "no effect"
+    if math.isnan(collateral):
+        return "does not forget"
+    if collateral <= 0:
+        return "forgets, spares"
+    if collateral < LITTLE_HARM:
+        return "forgets, little harm"
+    return "forgets, some harm" if collateral < MUCH_HARM else "mostly harm"

@@ -1,0 +1,138 @@
+"""Tables for the terminal: totals, parts of the model, and the instances behind them."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import numpy as np
+from rich import box
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from geffect_fast.report.summary import UNLEARN, by_place, by_sample, shares, summarise
+
+if TYPE_CHECKING:
+    import xarray as xr
+
+_STYLES = {
+    "forgets, spares": "green",
+    "forgets, little harm": "green",
+    "forgets, some harm": "yellow",
+    "mostly harm": "red",
+    "does not forget": "red",
+    "undefined (NaN)": "bold red",
+}
+
+NOTE = (
+    "A descent step of size lr changes a risk by -lr·e. collateral: rise of the worst other risk "
+    "for a unit rise of the forget risk. Magnitudes of e do not compare between objectives: npo and "
+    "dpo are made of sums over whole sequences, most others of means over tokens. Cosines and "
+    "collateral do compare."
+)
+
+
+def render(dataset: xr.Dataset) -> RenderableType:
+    """All tables of a result, for `rich.console.Console.print`."""
+    parts: list[RenderableType] = [totals_table(dataset), Text(NOTE, style="dim"), Text()]
+    for risk in dataset["risk"].values:
+        table = group_table(dataset, str(risk))
+        if table is not None:
+            parts.append(table)
+    instances = instance_table(dataset)
+    if instances is not None:
+        parts.append(instances)
+    return Group(*parts)
+
+
+def totals_table(dataset: xr.Dataset) -> Table:
+    """A row an objective: effect on and cosine with every risk, collateral, verdict."""
+    rows = summarise(dataset)
+    table = _table(f"G-effect of {len(rows)} objectives on {dataset.attrs['n_forget']} forget rows")
+    table.add_column("objective", overflow="fold")
+    risks = list(rows[0].effects)
+    for risk in risks:
+        table.add_column(f"e_{symbol(risk)}", justify="right", no_wrap=True)
+    for risk in rows[0].cosines:
+        table.add_column(f"cos_{symbol(risk)}", justify="right", no_wrap=True)
+    table.add_column("collateral", justify="right", no_wrap=True)
+    table.add_column("verdict", no_wrap=True)
+    for row in rows:
+        table.add_row(
+            row.objective,
+            *(number(e) for e in row.effects.values()),
+            *(number(c, "+.2f") for c in row.cosines.values()),
+            number(row.collateral, ".2f"),
+            Text(row.verdict, style=_STYLES.get(row.verdict, "")),
+        )
+    return table
+
+
+def group_table(dataset: xr.Dataset, risk: str) -> Table | None:
+    """Signed shares of the effect on one risk by part of the model; None where parts are summed."""
+    placed = by_place(dataset, blocks=False)
+    if placed is None:
+        return None
+    labels, values = placed
+    at = [str(r) for r in dataset["risk"].values].index(risk)
+    table = _table(f"Where e_{symbol(risk)} comes from: share of each part, sizes adding to 100 %")
+    table.add_column("objective", overflow="fold")
+    for label in labels:
+        table.add_column(label.replace("_", " "), justify="right", no_wrap=True)
+    for objective, row in zip(dataset["objective"].values, shares(values[:, at]), strict=True):
+        table.add_row(str(objective), *(number(100 * share, "+.0f") for share in row))
+    return table
+
+
+def instance_table(dataset: xr.Dataset) -> Table | None:
+    """The forget row that each objective forgets most, and the one that costs `retain` most."""
+    effect = by_sample(dataset)
+    if effect is None or not effect.sizes["sample"]:
+        return None
+    table = _table("Instances: row, share of the effect, question")
+    table.add_column("objective", overflow="fold")
+    wanted = {UNLEARN: "forgotten most", "retain": "costs the rest most"}
+    present = [r for r in wanted if r in effect["risk"].values]
+    for risk in present:
+        table.add_column(wanted[risk], no_wrap=True, overflow="ellipsis", ratio=1)
+    for objective in effect["objective"].values:
+        cells = []
+        for risk in present:
+            share = shares(effect.sel(objective=objective, risk=risk).values)
+            cells.append(_extreme(effect, share))
+        table.add_row(str(objective), *cells)
+    return table
+
+
+def symbol(risk: str) -> str:
+    """How a risk is written as an index: u, r, or a probe's own name."""
+    return {UNLEARN: "u", "retain": "r"}.get(risk, risk)
+
+
+def number(value: float, spec: str = "+.3g") -> str:
+    """A number for a cell; a dash where it is undefined, a bare 0 for zero."""
+    if math.isnan(value):
+        return "–"
+    return "0" if value == 0 else f"{value:{spec}}"
+
+
+def question(effect: xr.DataArray, i: int, width: int = 60) -> str:
+    """The question of a forget row, shortened; empty where there is none."""
+    text = (
+        " ".join(str(effect["question"].values[i]).split()) if "question" in effect.coords else ""
+    )
+    return text if len(text) <= width else text[: width - 1].rstrip() + "…"
+
+
+def _extreme(effect: xr.DataArray, share: np.ndarray) -> str:
+    if not np.isfinite(share).all() or not (share < 0).any():
+        return "none"
+    i = int(share.argmin())
+    return f"{effect['sample'].values[i]}  {100 * share[i]:+.0f}%  {question(effect, i)}".rstrip()
+
+
+def _table(title: str) -> Table:
+    return Table(
+        title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False
+    )

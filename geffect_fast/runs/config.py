@@ -1,0 +1,222 @@
+"""What a run is made from: one frozen, checked description that is written beside its results."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from geffect_fast.errors import InputError
+
+
+def _settled(source: str) -> str:
+    """An existing path made absolute, so that a replay from elsewhere finds it; else unchanged."""
+    if not source:
+        raise ValueError("must not be empty")
+    path = Path(source).expanduser()
+    return str(path.absolute()) if path.exists() else source
+
+
+Source = Annotated[str, AfterValidator(_settled)]
+"""A path (stored absolute) or a hub id (stored as it is)."""
+
+
+class ProfileConfig(BaseModel):
+    """All that decides the numbers of a profile; saved as `run.yaml`, it replays them bitwise."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    model: Source
+    """Folder or hub id of a transformers causal language model."""
+
+    tokenizer: Source | None = None
+    """Folder or hub id of the tokenizer, where it is not the model's own."""
+
+    forget: Source
+    """Data to forget: JSON (lines) with question and answer, or a hub id `name:config:split`."""
+
+    retain: Source
+    """Data to keep, in the same format: the retain risk and retain regularisers read it."""
+
+    probes: dict[Annotated[str, Field(min_length=1)], Source] = {}
+    """Further data sets, each a risk of its own under the name given."""
+
+    objectives: tuple[str, ...] = Field(min_length=1)
+    """Unlearning objectives, such as `npo(beta=0.1) + 0.5*kl`."""
+
+    refusals: Source | None = None
+    """Refusals for po and dpo, one a line, where rows have no field `alternative` of their own."""
+
+    reference: Source | None = None
+    """Folder or hub id of the reference model of NPO-like objectives; none: the model itself."""
+
+    reduction: Literal["token", "sample", "sum"] = "token"
+    """token: means over all answer tokens; sample: over each sample's, then samples; sum: none."""
+
+    risk: str = "nll"
+    """The risk whose change is predicted, an objective: nll, the answers' mean loss."""
+
+    resolve: tuple[Literal["parameter", "sample"], ...] = ("parameter", "sample")
+    """Axes of the result, parameter and sample or one of them; the other is summed."""
+
+    engine: Literal["auto", "reverse"] = "auto"
+    """How the effect is computed, auto or reverse; every engine is exact."""
+
+    norms: bool = True
+    """Whether gradient norms and cosines are computed too."""
+
+    template: str = "auto"
+    """auto (the chat template, else plain Question:/Answer:), or text with {question}, {answer}."""
+
+    max_length: int | None = Field(default=None, gt=0)
+    """Longest sequence accepted, in tokens; a longer one is an error that names its row."""
+
+    token_budget: int | None = Field(default=None, gt=0)
+    """Tokens a batch; none: chosen from free memory, and then recorded."""
+
+    dtype: Literal["auto", "float64", "float32", "bfloat16", "float16"] = "auto"
+    """float64, float32, bfloat16 or float16; auto: that of the checkpoint."""
+
+    device: str = "auto"
+    """cpu, cuda, cuda:1 ...; auto: cuda where there is one."""
+
+    threads: int | None = Field(default=None, gt=0)
+    """CPU threads; none: torch's own choice, and then recorded."""
+
+    @field_validator("objectives", mode="before")
+    @classmethod
+    def _canonical(cls, value: Any) -> Any:
+        """Canonical strings of a list, or of one string with commas."""
+        from geffect_fast.objectives import parse_list
+
+        texts = [value] if isinstance(value, str) else value
+        if not isinstance(texts, list | tuple):
+            return value
+        try:
+            parsed = [objective for text in texts for objective in parse_list(text)]
+        except InputError as error:
+            raise ValueError(str(error)) from None
+        for i, objective in enumerate(parsed):
+            if objective in parsed[:i]:
+                raise ValueError(f"objective {objective} is listed twice; leave one out")
+        return tuple(map(str, parsed))
+
+    @field_validator("risk")
+    @classmethod
+    def _parsed_risk(cls, value: str) -> str:
+        from geffect_fast.objectives import parse
+
+        try:
+            return str(parse(value))
+        except InputError as error:
+            raise ValueError(str(error)) from None
+
+    @field_validator("probes")
+    @classmethod
+    def _free_names(cls, value: dict[str, str]) -> dict[str, str]:
+        for name in value:
+            if name in ("unlearn", "retain"):
+                raise ValueError(f"probe name {name!r} is taken by a built-in risk; choose another")
+        return value
+
+    @field_validator("device")
+    @classmethod
+    def _known_device(cls, value: str) -> str:
+        import torch
+
+        if value == "auto":
+            return value
+        try:
+            device = torch.device(value)
+        except RuntimeError:
+            raise ValueError(f"device {value!r} must be auto, cpu, cuda or cuda:N") from None
+        if device.type not in ("cpu", "cuda"):
+            raise ValueError(f"device {value!r} must be auto, cpu, cuda or cuda:N")
+        return value
+
+
+def make_config(values: dict[str, Any], where: str = "") -> ProfileConfig:
+    """A config from plain values.
+
+    Args:
+        values: field name to value.
+        where: what the error calls the place they come from, such as a file name.
+
+    Raises:
+        InputError: one line with the place, the field, what is wrong and the nearest field name.
+    """
+    try:
+        return ProfileConfig(**values)
+    except ValidationError as error:
+        prefix = f"{where}: " if where else ""
+        raise InputError(prefix + _one_line(error)) from None
+    except TypeError:
+        raise InputError(f"{where or 'config'}: every field name must be text") from None
+
+
+def load_config(path: str | Path) -> ProfileConfig:
+    """The config in a YAML file.
+
+    Raises:
+        InputError: as `read_values` and `make_config`.
+    """
+    return make_config(read_values(path), str(path))
+
+
+def read_values(path: str | Path) -> dict[str, Any]:
+    """The unchecked fields of a YAML file, for a caller that overrides some of them.
+
+    Raises:
+        InputError: the file is missing, is not YAML, or holds no fields.
+    """
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(
+            f"config {path} does not exist; give a YAML file such as run.yaml"
+        ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"config {path} cannot be read: {_flat(error)}") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f" at line {mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or _flat(error)
+        raise InputError(f"config {path} is not valid YAML{line}: {problem}") from None
+    if not isinstance(values, dict):
+        raise InputError(f"config {path} must hold fields such as 'model: PATH'")
+    return values
+
+
+def dump_config(config: ProfileConfig) -> str:
+    """The config as YAML that `load_config` reads back to an equal config."""
+    values = config.model_dump(mode="json")
+    return "# Replay: geffect-fast profile --config run.yaml --out NEW_FOLDER\n" + yaml.safe_dump(
+        values, sort_keys=False, allow_unicode=True, width=1000
+    )
+
+
+def _one_line(error: ValidationError) -> str:
+    """The first problem of a validation error: field, problem, remedy."""
+    problem = min(error.errors(), key=lambda p: p["type"] != "extra_forbidden")
+    field = ".".join(str(part) for part in problem["loc"])
+    fields = list(ProfileConfig.model_fields)
+    if problem["type"] == "extra_forbidden":
+        close = difflib.get_close_matches(field, fields, n=1)
+        advice = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(fields)}"
+        return f"unknown field {field!r}; {advice}"
+    if problem["type"] == "missing":
+        return f"field {field!r} is missing"
+    if problem["type"] == "value_error":
+        return f"{field}: {problem['ctx']['error']}"
+    given = problem["input"]
+    message = f"{field}: {problem['msg'].replace('Input s', 's')}, got {given!r}"
+    allowed = problem.get("ctx", {}).get("expected")
+    close = difflib.get_close_matches(str(given), str(allowed).replace("'", "").split(" "), n=1)
+    return message + (f"; did you mean {close[0].strip(',')!r}?" if allowed and close else "")
+
+
+def _flat(error: Exception) -> str:
+    return " ".join(str(error).split())

@@ -1,0 +1,124 @@
+"""A run from its config to its folder: check what is cheap, load, profile, save."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from geffect_fast.data.qa import read_refusals, read_rows
+from geffect_fast.errors import InputError
+from geffect_fast.objectives import parse
+from geffect_fast.runs.config import ProfileConfig
+from geffect_fast.runs.models import check_model_source, load_model, load_tokenizer, resolve_device
+from geffect_fast.runs.store import Reporter, check_free, save_run
+
+if TYPE_CHECKING:
+    import xarray as xr
+
+
+def execute(
+    config: ProfileConfig,
+    out: str | Path,
+    *,
+    overwrite: bool = False,
+    progress: bool = False,
+    report: Reporter | None = None,
+) -> xr.Dataset:
+    """Profile as a config says and write the run folder.
+
+    The config saved beside the results holds what was chosen on the way (token budget, threads,
+    device, precision), so that it replays to bitwise the same numbers on the same machine.
+
+    Args:
+        config: the run.
+        out: run folder.
+        overwrite: whether a run in `out` may be replaced.
+        progress: whether to show progress bars.
+        report: adds tables and plots to the folder, such as `geffect_fast.report.write_report`.
+
+    Returns:
+        The result, as `geffect_fast.profile` returns it.
+
+    Raises:
+        InputError, NonFiniteError, UnsupportedModelError: nothing has been written then.
+    """
+    from geffect_fast.runs.profile import profile
+
+    check_free(out, overwrite)
+    check_model_source(config.model)
+    if config.reference is not None:
+        check_model_source(config.reference, "reference")
+    device = resolve_device(config.device)
+    data = _read_data(config)
+    tokenizer = load_tokenizer(config.tokenizer or config.model) if _has_text(data) else None
+    with _threads(config.threads) as threads:
+        model = load_model(config.model, config.dtype, str(device))
+        dtype = str(model.dtype).removeprefix("torch.")
+        reference = None
+        if config.reference is not None:
+            reference = load_model(config.reference, dtype, str(device), "reference")
+        dataset = profile(
+            model,
+            tokenizer,
+            **data,
+            objectives=list(config.objectives),
+            reference_model=reference,
+            resolve=config.resolve,
+            engine=config.engine,
+            reduction=config.reduction,
+            risk=config.risk,
+            norms=config.norms,
+            template=config.template,
+            max_length=config.max_length,
+            token_budget=config.token_budget,
+            progress=progress,
+        )
+    chosen = {
+        "token_budget": int(dataset.attrs["token_budget"]),
+        "engine": dataset.attrs["engine"],
+        "threads": threads,
+        "device": str(device),
+        "dtype": dtype,
+    }
+    save_run(out, dataset, config.model_copy(update=chosen), overwrite, report)
+    return dataset
+
+
+def _read_data(config: ProfileConfig) -> dict[str, Any]:
+    """The data sets as `profile` takes them, all readable."""
+    forget = read_rows(config.forget, name="forget")
+    data: dict[str, Any] = {
+        "forget": forget,
+        "retain": read_rows(config.retain, name="retain"),
+        "probes": {name: read_rows(path, name=name) for name, path in config.probes.items()},
+        "refusals": None if config.refusals is None else read_refusals(config.refusals),
+    }
+    if data["refusals"] is None and not all(row.get("alternative") for row in forget):
+        for text in config.objectives:
+            if any("alternative" in part.roles for _, part in parse(text).parts()):
+                raise InputError(
+                    f"objective {text} needs refusals; give a file with one a line as --refusals, "
+                    "or a field 'alternative' in every forget row"
+                )
+    return data
+
+
+def _has_text(data: dict[str, Any]) -> bool:
+    sets = [data["forget"], data["retain"], *data["probes"].values()]
+    return any("input_ids" not in rows[0] for rows in sets)
+
+
+@contextmanager
+def _threads(wanted: int | None) -> Iterator[int]:
+    """torch on so many CPU threads, for the time of a run; yields how many."""
+    before = torch.get_num_threads()
+    if wanted is not None:
+        torch.set_num_threads(wanted)
+    try:
+        yield torch.get_num_threads()
+    finally:
+        torch.set_num_threads(before)

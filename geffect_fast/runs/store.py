@@ -1,0 +1,201 @@
+"""Run folders: results, the config that replays them, a report; never half-written."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from geffect_fast.errors import InputError
+from geffect_fast.runs.config import ProfileConfig, dump_config
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import xarray as xr
+
+RESULTS = "results.nc"
+CONFIG = "run.yaml"
+SUMMARY = "summary.csv"
+PLOTS = "plots"
+
+_JSON_ATTRS = "json_attrs"
+_STAGING = ".writing-"
+
+Reporter = Callable[["xr.Dataset", Path], None]
+"""Writes what people look at (tables, plots) into a folder."""
+
+
+def check_free(folder: str | Path, overwrite: bool = False) -> Path:
+    """The run folder, if results may be written there; touches nothing.
+
+    Raises:
+        InputError: it is a file, cannot be written to, or holds a run and `overwrite` is False.
+    """
+    path = Path(folder).expanduser().absolute()
+    existing = next(p for p in (path, *path.parents) if p.exists())
+    if not existing.is_dir():
+        raise InputError(f"run folder {folder}: {existing} is a file; choose another --out")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise InputError(f"run folder {folder}: {existing} is not writable; choose another --out")
+    held = [name for name in (RESULTS, CONFIG, SUMMARY, PLOTS) if (path / name).exists()]
+    if held and not overwrite:
+        raise InputError(
+            f"run folder {folder} already holds {held[0]}; choose another --out or use --overwrite"
+        )
+    return path
+
+
+def save_run(
+    folder: str | Path,
+    dataset: xr.Dataset,
+    config: ProfileConfig,
+    overwrite: bool = False,
+    report: Reporter | None = None,
+) -> Path:
+    """Write `results.nc`, `run.yaml` and a report into a run folder.
+
+    Everything is written in full to a hidden folder inside and then renamed, `results.nc` last: a
+    run folder with `results.nc` is complete, and a failure leaves what was there before.
+
+    Args:
+        folder: made where it does not exist; other files in it stay.
+        dataset: result of `geffect_fast.profile`.
+        config: what replays it.
+        overwrite: whether to replace a run that is there.
+        report: adds files such as `summary.csv` and `plots/`.
+
+    Returns:
+        The absolute path of the folder.
+
+    Raises:
+        InputError: as `check_free`, or the disk refuses.
+    """
+    path = check_free(folder, overwrite)
+    made = [p for p in (path, *path.parents) if not p.exists()]
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=_STAGING, dir=path))
+        try:
+            _write_dataset(dataset, staging / RESULTS)
+            (staging / CONFIG).write_text(dump_config(config), encoding="utf-8")
+            if report is not None:
+                report(dataset, staging)
+            _remove(path / RESULTS)
+            for item in sorted(staging.iterdir(), key=lambda p: p.name == RESULTS):
+                _remove(path / item.name)
+                item.rename(path / item.name)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+    except BaseException as error:
+        for parent in made:
+            if parent.exists() and not any(parent.iterdir()):
+                parent.rmdir()
+        if isinstance(error, OSError):
+            raise InputError(f"run folder {folder} cannot be written: {error}") from error
+        raise
+    return path
+
+
+def open_run(folder: str | Path) -> xr.Dataset:
+    """The result of a run, loaded into memory with the file closed again.
+
+    Args:
+        folder: a run folder, or a `.nc` file itself.
+
+    Raises:
+        InputError: there is no complete result there, or it is not one of this package.
+    """
+    import xarray as xr
+
+    path = Path(folder).expanduser()
+    file = path / RESULTS if path.is_dir() else path
+    if not file.exists():
+        if not path.is_dir():
+            raise InputError(f"run folder {folder} does not exist; give a folder made by profile")
+        torn = any(path.glob(f"{_STAGING}*")) or (path / CONFIG).exists()
+        reason = "its run did not finish" if torn else "it is not a run folder"
+        raise InputError(f"run folder {folder} holds no {RESULTS}: {reason}; run profile again")
+    try:
+        dataset = xr.load_dataset(file, engine="h5netcdf")
+    except Exception as error:  # a torn file fails in many ways, deep in HDF5
+        reason = " ".join(str(error).split())[:120] or type(error).__name__
+        raise InputError(f"{file} is torn or not NetCDF ({reason}); run profile again") from error
+    if "g_effect" not in dataset or "objective" not in dataset.coords:
+        raise InputError(f"{file} holds no G-effect; give a file written by geffect_fast")
+    dataset.attrs = _plain_attrs(dataset.attrs)
+    return dataset
+
+
+def export(dataset: xr.Dataset, path: str | Path) -> Path:
+    """Write a result as one long table: a row a G-effect, its coordinates beside it.
+
+    Args:
+        dataset: result of `geffect_fast.profile` or `open_run`.
+        path: ends in `.parquet` or `.csv`.
+
+    Raises:
+        InputError: another ending, no pyarrow for Parquet, or the disk refuses.
+    """
+    file = Path(path).expanduser()
+    suffix = file.suffix.lower()
+    if suffix not in (".parquet", ".csv"):
+        raise InputError(f"export {path}: the name must end in .parquet or .csv")
+    if not file.parent.is_dir():
+        raise InputError(f"export {path}: folder {file.parent} does not exist; make it first")
+    table = to_table(dataset)
+    part = file.with_name(f".{file.name}.{os.getpid()}.part")
+    try:
+        if suffix == ".csv":
+            table.to_csv(part, index=False)
+        else:
+            table.to_parquet(part, index=False)
+        part.replace(file)
+    except ImportError:
+        raise InputError(
+            f"export {path}: Parquet needs pyarrow; pip install pyarrow, or export to .csv"
+        ) from None
+    except OSError as error:
+        raise InputError(f"export {path} cannot be written: {error}") from error
+    finally:
+        part.unlink(missing_ok=True)
+    return file
+
+
+def to_table(dataset: xr.Dataset) -> pd.DataFrame:
+    """The long table that `export` writes: coordinates of `g_effect`, then `g_effect`."""
+    effect = dataset["g_effect"]
+    table = effect.to_dataframe().reset_index()
+    coords = [str(name) for name in effect.dims]
+    coords += [str(n) for n in effect.coords if n not in effect.dims and n in table.columns]
+    return table[[*coords, "g_effect"]]
+
+
+def _write_dataset(dataset: xr.Dataset, file: Path) -> None:
+    """NetCDF-4 with compression; attributes that NetCDF has no type for are stored as JSON."""
+    encoded = dataset.copy()
+    as_json = [k for k, v in dataset.attrs.items() if type(v) not in (str, int, float)]
+    for key in as_json:
+        encoded.attrs[key] = json.dumps(dataset.attrs[key])
+    encoded.attrs[_JSON_ATTRS] = json.dumps(as_json)
+    packed = {"zlib": True, "complevel": 4, "shuffle": True}
+    encoding = {name: packed for name in encoded.data_vars if encoded[name].ndim}
+    encoded.to_netcdf(file, engine="h5netcdf", encoding=encoding)
+
+
+def _plain_attrs(attrs: dict[Any, Any]) -> dict[Any, Any]:
+    """Attributes as they were before writing: numpy scalars to Python's, JSON to values."""
+    plain = {k: v.item() if hasattr(v, "item") else v for k, v in attrs.items()}
+    for key in json.loads(plain.pop(_JSON_ATTRS, "[]")):
+        plain[key] = json.loads(plain[key])
+    return plain
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
