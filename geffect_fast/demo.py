@@ -81,8 +81,8 @@ def run_demo(
     """Make data, train a model on it until it knows it by heart, and profile eleven objectives.
 
     Args:
-        out: gets `forget.jsonl`, `retain.jsonl`, `refusals.jsonl`, `reference/` (the model that knows all),
-            `model/` (it, a few unlearning steps later) and the run.
+        out: gets `forget.jsonl`, `retain.jsonl`, `refusals.jsonl`, `reference/` (the model that
+            knows all), `model/` (it, a few unlearning steps later) and the run.
         seed: of data, weights and order.
         overwrite: whether an earlier demo in `out` may be replaced.
         progress: whether to show bars and say what happens.
@@ -120,16 +120,16 @@ def run_demo(
     epochs = memorise(model, sets, size, seed, progress)
     knowledge = [recall(model, part) for part in sets]
     say(
-        f"A Llama of {n_parameters / 1e6:.1f} million parameters knows them by heart after {epochs} "
-        f"epochs: {_percent(knowledge)} (to forget, to retain)."
+        f"A Llama of {n_parameters / 1e6:.1f} million parameters knows them by heart after "
+        f"{epochs} epochs: {_percent(knowledge)} (to forget, to retain)."
     )
     save(model, tokenizer, folder / "reference")
     steps = start_unlearning(model, sets[0], progress)
     save(model, tokenizer, folder / "model")
     say(
         f"Profiled is that model after {steps} steps of gradient ascent on the forget set "
-        f"({_percent([recall(model, part) for part in sets])}) with the one before as reference, since at "
-        "the reference itself npo is ga on another scale and kl has no gradient."
+        f"({_percent([recall(model, part) for part in sets])}) with the one before as reference, "
+        "since at the reference itself npo is ga on another scale and kl has no gradient."
     )
     config = make_config(
         {
@@ -260,10 +260,8 @@ def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, folder: Pa
 def _predict(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probability of every target token, and whether it is the likeliest."""
     index = batch.target_index
-    logits = model(
-        input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False
-    ).logits
-    logprob = logits.reshape(batch.total_tokens, -1)[index].float().log_softmax(-1)
+    outputs = model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False)
+    logprob = outputs.logits.reshape(batch.total_tokens, -1)[index].float().log_softmax(-1)
     target = batch.targets[index]
     return logprob.gather(1, target[:, None]).squeeze(1), logprob.argmax(-1) == target
 

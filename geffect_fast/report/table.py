@@ -27,8 +27,8 @@ _STYLES = {
 
 NOTE = (
     "A descent step of size lr changes a risk by -lr·e. collateral: rise of the worst other risk "
-    "for a unit rise of the forget risk. Magnitudes of e do not compare between objectives: npo and "
-    "dpo are made of sums over whole sequences, most others of means over tokens. Cosines and "
+    "for a unit rise of the forget risk. Magnitudes of e do not compare between objectives: npo "
+    "and dpo are made of sums over whole sequences, most others of means over tokens. Cosines and "
     "collateral do compare."
 )
 
