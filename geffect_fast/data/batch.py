@@ -99,9 +99,11 @@ class Batch:
 
     def token_sequence(self) -> Tensor:
         """Index of the sequence each token belongs to, `(total_tokens,)` int64."""
-        lengths = self.cu_seqlens.diff().long()
-        sequences = torch.arange(len(self.roles), device=lengths.device)
-        return torch.repeat_interleave(sequences, lengths)
+        # How many sequences have ended before each token. Unlike repeat_interleave, this neither
+        # waits for a GPU to learn the result's size nor starts threads on a CPU.
+        ends = self.cu_seqlens[1:].long()
+        ended = ends.new_zeros(self.total_tokens + 1).index_add_(0, ends, torch.ones_like(ends))
+        return ended[:-1].cumsum(0)
 
     def role_mask(self, role: Role) -> Tensor:
         """Tokens of sequences that play `role`, `(total_tokens,)` bool."""

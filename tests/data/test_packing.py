@@ -154,8 +154,11 @@ def test_from_tokens_to_samples_and_back(sample_set, roles, budget, layout):
     for batch in make_batches(sample_set, roles, token_budget=budget, layout=layout):
         number = torch.arange(batch.n_samples, dtype=torch.float64)
         spread = batch.spread(number)
-        bounds = batch.cu_samples.tolist()
-        for i, (start, end) in enumerate(pairwise(bounds)):
+        sequence = batch.token_sequence()
+        assert sequence.dtype == torch.int64
+        for i, (start, end) in enumerate(pairwise(batch.cu_seqlens.tolist())):
+            assert (sequence[start:end] == i).all()
+        for i, (start, end) in enumerate(pairwise(batch.cu_samples.tolist())):
             assert (spread[start:end] == i).all()
         everywhere = torch.ones(batch.total_tokens, dtype=torch.bool)
         sums = batch.sample_sum(spread + 1, everywhere)
