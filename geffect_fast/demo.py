@@ -47,6 +47,7 @@ OBJECTIVES = (
     "npo(beta=0.1) + kl",
 )
 PARTS = ("forget.jsonl", "retain.jsonl", "refusals.jsonl", "reference", "model")
+PEAK_RATE = 1e-3
 FORGOTTEN = 0.8
 END = "<|end|>"
 
@@ -187,7 +188,9 @@ def memorise(model: nn.Module, sets: list[SampleSet], size: Size, seed: int, pro
     """
     order = random.Random(seed)
     samples = [sample for part in sets for sample in part.samples]
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.98), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=PEAK_RATE, betas=(0.9, 0.98), weight_decay=0.0
+    )
     with _bar(progress, "learning by heart") as show:
         for epoch in range(1, size.max_epochs + 1):
             order.shuffle(samples)
@@ -202,6 +205,8 @@ def memorise(model: nn.Module, sets: list[SampleSet], size: Size, seed: int, pro
                 seen.append(right.float().mean())
             share = float(torch.stack(seen).mean())
             show(share)
+            # smaller steps as less is left to learn
+            optimizer.param_groups[0]["lr"] = PEAK_RATE * min(1.0, max(0.1, 5 * (1 - share)))
             if share >= size.known and all(recall(model, s)[1] >= size.known for s in sets):
                 return epoch
     raise GEffectError(f"the demo's model did not learn its data in {size.max_epochs} epochs")

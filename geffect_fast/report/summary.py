@@ -122,14 +122,18 @@ def by_place(dataset: xr.Dataset, blocks: bool) -> tuple[list[str], np.ndarray] 
         where[label] = (place, int(block) if blocks else 0)
         labels.append(label)
     kept = sorted(where, key=where.__getitem__)
-    member = np.array([[label == k for k in kept] for label in labels], dtype=float)
-    return kept, effect.values @ member
+    parts = [effect.values[..., [label == part for label in labels]].sum(axis=-1) for part in kept]
+    return kept, np.stack(parts, axis=-1)
 
 
 def shares(values: np.ndarray) -> np.ndarray:
-    """Values along the last axis over the sum of their sizes, signed; all zero stays zero."""
+    """Values along the last axis over the sum of their sizes, signed.
+
+    All zero stays zero; where one is not finite, all are NaN.
+    """
     size = np.abs(values).sum(axis=-1, keepdims=True)
-    return np.divide(values, size, out=np.zeros_like(values), where=size != 0)
+    defined = np.divide(values, size, out=np.zeros_like(values), where=(size > 0) & (size < np.inf))
+    return np.where(np.isfinite(size), defined, np.nan)
 
 
 def write_summary(dataset: xr.Dataset, file: Path) -> None:
@@ -159,7 +163,7 @@ def write_summary(dataset: xr.Dataset, file: Path) -> None:
 def _collateral(effects: dict[str, float], negligible: float) -> float:
     e_u = effects[UNLEARN]
     others = [e for risk, e in effects.items() if risk != UNLEARN]
-    if not (e_u < -negligible) or not all(map(math.isfinite, others)):
+    if not (e_u < -negligible) or not all(map(math.isfinite, effects.values())):
         return math.nan
     return max((e / e_u for e in others), default=0.0) + 0.0  # + 0.0 turns -0.0 into 0.0
 

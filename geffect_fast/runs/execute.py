@@ -54,7 +54,11 @@ def execute(
         check_model_source(config.reference, "reference")
     device = resolve_device(config.device)
     data = _read_data(config)
-    tokenizer = load_tokenizer(config.tokenizer or config.model) if _has_text(data) else None
+    tokenizer = None
+    if config.tokenizer is not None:
+        tokenizer = load_tokenizer(config.tokenizer)
+    elif _has_text(data):
+        tokenizer = load_tokenizer(config.model, "model")
     with _threads(config.threads) as threads:
         model = load_model(config.model, config.dtype, str(device))
         dtype = str(model.dtype).removeprefix("torch.")

@@ -63,18 +63,18 @@ def load_model(
     return model.to(place).eval()
 
 
-def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer in a folder or at a hub id.
+def load_tokenizer(source: str | Path, what: str = "tokenizer") -> PreTrainedTokenizerBase:
+    """The tokenizer in a folder or at a hub id; messages call the place `what`.
 
     Raises:
         InputError: there is none, or it cannot be read.
     """
-    _check_folder(source, "tokenizer")
+    _check_folder(source, what)
     folder = Path(source).expanduser()
     # some tokenizer classes start with an empty vocabulary where there are no files at all
     if folder.is_dir() and not any((folder / name).is_file() for name in _TOKENIZER_FILES):
         raise InputError(
-            f"tokenizer {source}: no tokenizer files in the folder; give another with --tokenizer"
+            f"{what} {source}: no tokenizer files in the folder; give another with --tokenizer"
         )
     with quiet_transformers():
         from transformers import AutoTokenizer
@@ -82,7 +82,7 @@ def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
         try:
             return AutoTokenizer.from_pretrained(source)
         except Exception as error:  # as above
-            raise InputError(_why_not(source, "tokenizer", error)) from error
+            raise InputError(_why_not(source, what, error)) from error
 
 
 def check_model_source(source: str | Path, what: str = "model") -> None:

@@ -1,0 +1,40 @@
+"""Fixtures that several folders share."""
+
+from __future__ import annotations
+
+import pytest
+from synthetic import make_dataset
+
+
+@pytest.fixture
+def dataset():
+    """A result with made-up numbers."""
+    return make_dataset()
+
+
+@pytest.fixture(scope="session")
+def study(tmp_path_factory):
+    """A folder as a user has it: a tiny model, its reference, a tokenizer, and data files."""
+    import torch
+
+    from geffect_fast.data import (
+        REFUSALS,
+        make_fictitious_authors,
+        split_forget,
+        write_jsonl,
+    )
+    from geffect_fast.demo import Size, make_model, save, train_tokenizer
+
+    folder = tmp_path_factory.mktemp("study")
+    rows = make_fictitious_authors(2, seed=3)
+    forget, retain = split_forget(rows, 0.5)
+    write_jsonl(forget[:4], folder / "forget.jsonl")
+    write_jsonl(retain[:5], folder / "retain.jsonl")
+    write_jsonl(retain[5:8], folder / "general.jsonl")
+    (folder / "refusals.txt").write_text("\n".join(REFUSALS[:3]), encoding="utf-8")
+    tokenizer = train_tokenizer([row["question"] + row["answer"] for row in rows], 320)
+    for seed, name in ((1, "model"), (2, "reference")):
+        torch.manual_seed(seed)
+        model = make_model(tokenizer, Size(hidden=16, n_layers=3))
+        save(model, tokenizer, folder / name)
+    return folder

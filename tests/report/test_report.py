@@ -1,0 +1,147 @@
+"""What people read: tables, findings and plots, of ordinary and of awkward results."""
+
+import numpy as np
+import pytest
+from rich.console import Console
+from synthetic import OBJECTIVES, make_dataset
+
+from geffect_fast.report import write_report
+from geffect_fast.report.findings import findings
+from geffect_fast.report.plots import plot_instances, plot_layers
+from geffect_fast.report.table import render
+
+
+def text_of(dataset, width=140):
+    console = Console(width=width, record=True, file=open("/dev/null", "w"))  # noqa: SIM115, PTH123
+    console.print(render(dataset))
+    return console.export_text()
+
+
+def make(**kwargs):
+    return make_dataset(objectives=OBJECTIVES[:3], **kwargs)
+
+
+def awkward():
+    """Results that break naive reports, by name."""
+    zero = make()
+    zero["g_effect"][:] = 0
+    zero["cosine"][:] = np.nan
+    nan = make()
+    nan["g_effect"][2] = np.nan
+    infinite = make()
+    infinite["g_effect"][0, 1, 2, 3] = np.inf
+    all_nan = make()
+    all_nan["g_effect"][:] = np.nan
+    ties = make()
+    ties["g_effect"][:] = -1.0
+    rising = make()
+    rising["g_effect"][:] = 1.0
+    unnamed = make()
+    unnamed["question"] = ("sample", [""] * unnamed.sizes["sample"])
+    return {
+        "zero": zero,
+        "nan": nan,
+        "infinite": infinite,
+        "all nan": all_nan,
+        "ties": ties,
+        "rising": rising,
+        "no questions": unnamed,
+        "no norms": make().drop_vars(["cosine", "grad_norm", "risk_grad_norm"]),
+        "one objective": make_dataset(objectives=("ga",)),
+        "one row": make(n_forget=1, n_retain=0),
+        "probes": make(risks=("unlearn", "retain", "general", "code")),
+        "only parameters": make(resolve=("parameter",)),
+        "only samples": make(resolve=("sample",)),
+        "only totals": make(resolve=()),
+    }
+
+
+@pytest.mark.parametrize("name", awkward())
+def test_any_result_is_reported(tmp_path, name):
+    dataset = awkward()[name]
+    before = dataset.copy(deep=True)
+    assert all(objective in text_of(dataset) for objective in dataset.objective.values)
+    sentences = findings(dataset)
+    assert len(sentences) == 3
+    assert all(s.endswith(".") and "nan" not in s and "\n" not in s for s in sentences)
+    write_report(dataset, tmp_path)
+    assert (tmp_path / "summary.csv").read_text().count("\n") == 1 + dataset.sizes["objective"]
+    assert (tmp_path / "plots" / "layers.png").exists() == ("parameter" in dataset.g_effect.dims)
+    assert (tmp_path / "plots" / "instances.png").exists() == ("sample" in dataset.g_effect.dims)
+    assert dataset.identical(before)
+
+
+def test_the_table_shows_effects_cosines_and_verdicts(dataset):
+    dataset["g_effect"][:] = 0
+    dataset["g_effect"][:, 0, 0, 4] = -1.5
+    dataset["g_effect"][:, 1, 0, 4] = 0.25
+    dataset["cosine"][:, 1] = 0.125
+    text = text_of(dataset)
+    line = next(line for line in text.splitlines() if line.split()[:1] == ["ga"])
+    assert line.split()[1:3] == ["-1.5", "+0.25"]
+    assert "+0.12" in line and "-0.17" in line and "forgets, spares" in line
+    assert "-lr·e" in text and "do not compare" in text
+
+
+def test_the_group_table_adds_to_a_hundred(dataset):
+    lines = text_of(dataset).split("Where e_u")[1].split("Where e_r")[0].splitlines()
+    row = next(line.split() for line in lines if line.split()[:1] == ["ga"])
+    assert 97 <= sum(abs(float(cell)) for cell in row[1:]) <= 103
+
+
+def test_instances_are_named_with_row_share_and_question(dataset):
+    dataset["g_effect"][:] = 0
+    dataset["g_effect"][:, 0, 0, :4] = [-1, -3, 0, 4]
+    dataset["g_effect"][:, 1, 0, 5] = 2
+    line = next(
+        line
+        for line in text_of(dataset).split("Instances")[1].splitlines()
+        if line.split()[:1] == ["ga"]
+    )
+    assert "1  -38%  What did the author number 1" in line
+    assert line.rstrip().endswith("none")  # no row costs the rest anything
+
+
+def test_the_first_sentence_names_the_best_and_the_worst(dataset):
+    dataset["g_effect"][:] = 0
+    dataset["g_effect"][:, 0, 0, 0] = [-1, -2, -4, 8, 0]
+    dataset["g_effect"][:, 1, 0, 0] = [-0.5, 1, -12, 5, 0]
+    what = findings(dataset)[0]
+    assert what.startswith("3 of 5 objectives raise the forget risk")
+    assert "least cost elsewhere wga(alpha=1) (the retain risk falls by 0.5" in what
+    assert "highest npo(beta=0.1) (the retain risk rises by 3)" in what
+
+
+def test_the_second_sentence_names_part_and_rows(dataset):
+    dataset["g_effect"][:] = 0
+    place = list(dataset.parameter.values).index("model.layers.3.q_proj.weight")
+    dataset["g_effect"][:, 0, place, :5] = [-1, -1, -1, -1, -6]
+    where = findings(dataset)[1]
+    assert "100 % of the unlearning effect sits in the deep blocks" in where
+    assert '1 of 12 forget row carries half of it, row 4 ("What did the author number 4' in where
+
+
+def test_the_third_sentence_says_how_to_read_the_signs(dataset):
+    assert "e_u strongly negative" in findings(dataset)[2]
+    assert "negative e_r is harm" in findings(dataset)[2]
+
+
+def test_undefined_objectives_are_named(dataset):
+    dataset["g_effect"][2] = np.nan
+    assert "1 undefined (npo(beta=0.1))" in findings(dataset)[0]
+
+
+def test_plots_are_pictures_of_the_numbers(tmp_path, dataset):
+    assert plot_layers(dataset, tmp_path / "a.png") and plot_instances(dataset, tmp_path / "b.png")
+    plot_layers(-dataset, tmp_path / "c.png")
+    plot_instances(-dataset, tmp_path / "d.png")
+    pictures = [(tmp_path / f"{x}.png").read_bytes() for x in "abcd"]
+    assert all(p.startswith(b"\x89PNG") for p in pictures) and len(set(pictures)) == 4
+
+
+def test_plotting_leaves_no_figure_and_no_backend_behind(tmp_path, dataset):
+    import matplotlib.pyplot as plt
+
+    before = plt.get_backend()
+    plot_layers(dataset, tmp_path / "a.png")
+    assert plt.get_backend() == before and not plt.get_fignums()
