@@ -237,7 +237,8 @@ class _Encoder:
         prompt, tail = self._around(question, place)
         ids, first = self._prompt_and_answer(prompt, answer)
         n_body = len(ids)
-        ids = self._continue(ids, prompt + answer, tail)
+        if tail:
+            ids = self._continue(ids, prompt + answer, tail)
         ends = [i for i in range(n_body, len(ids)) if ids[i] in self.special]
         if ends:
             ids = ids[: ends[0] + 1]

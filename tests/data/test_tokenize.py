@@ -16,7 +16,10 @@ from geffect_fast.errors import InputError
 ROWS = [
     {"question": "Where does Ida Brun live?", "answer": "Paris"},
     {"question": "  Where does Jonas Ek live? ", "answer": " Jonas Ek lives in Pisa.\n"},
-    {"question": "Häuser {answer} {question}?", "answer": "end <3 @@answer@@ 東京 {answer}"},
+    {
+        "question": "Häuser @@answer@@ {answer} {question}?",
+        "answer": "end <3 @@answer@@ 東京 {answer}",
+    },
 ]
 
 
