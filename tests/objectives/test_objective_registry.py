@@ -63,6 +63,7 @@ def test_a_registered_class_works_in_strings():
     assert "mine" in available()
     assert parse("0.5*mine(0.1, flag=true) + kl") == 0.5 * Mine(0.1, flag=True) + KL()
     assert str(Mine(eps=1)) == "mine(eps=1)"
+    assert [Mine(1, power=bound).power for bound in (1, 4)] == [1, 4]
     for bad, says in {
         "mine": "objective mine needs a value for eps",
         "mine(1, 5)": "mine: power must be a 64-bit integer at least 1 and at most 4, got 5",
