@@ -96,7 +96,7 @@ def build(name: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Mo
     model = ARCHITECTURES[name]().eval()
     with torch.no_grad():
         for p in model.parameters():
-            p.add_(0.2 * torch.randn_like(p))
+            p.add_(0.1 * torch.randn_like(p))
     return model.to(dtype)
 
 
