@@ -1,5 +1,5 @@
-// The Python module geffect_fast._C: what the native build consists of. It includes no torch header;
-// the kernels are in a library of their own (geffect_fast._kernels), which needs no Python.
+// The Python module geffect_fast._C: what the native build consists of. It includes no torch
+// header; the kernels are in a library of their own (geffect_fast._kernels), which needs no Python.
 #include <pybind11/pybind11.h>
 
 #include <sstream>
@@ -40,6 +40,7 @@ py::dict build_info() {
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Describes the native build of geffect_fast.";
-  m.def("build_info", &build_info,
-        "Compiler, flags, CUDA version (None: no CUDA), architectures and ops of the native build.");
+  m.def(
+      "build_info", &build_info,
+      "Compiler, flags, CUDA version (None: no CUDA), architectures and ops of the native build.");
 }

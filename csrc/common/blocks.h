@@ -1,7 +1,8 @@
 // Blocks of a strided matrix as dense fp32 (fp64) rows, and GEMM on them through ATen.
 //
-// A kernel asks for a block; where the tensor already has the accumulation type and unit inner stride it
-// gets a pointer into it, else a copy in its scratch memory. Any strides work, nothing is copied whole.
+// A kernel asks for a block; where the tensor already has the accumulation type and unit inner
+// stride it gets a pointer into it, else a copy in its scratch memory. Any strides work, nothing is
+// copied whole.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
@@ -95,8 +96,7 @@ template <class A>
 void gemm(A* out, const Block<A>& x, Transpose tx, const Block<A>& y, Transpose ty,
           bool accumulate) {
   static const torch::stable::Device cpu(torch::headeronly::DeviceType::CPU, 0);
-  constexpr ScalarType dtype =
-      std::is_same_v<A, double> ? ScalarType::Double : ScalarType::Float;
+  constexpr ScalarType dtype = std::is_same_v<A, double> ? ScalarType::Double : ScalarType::Float;
   using Sizes = std::array<int64_t, 2>;
   const auto wrap = [&](const A* data, Sizes sizes, Sizes strides) {
     return torch::stable::from_blob(const_cast<A*>(data), sizes, strides, cpu, dtype);
@@ -109,8 +109,8 @@ void gemm(A* out, const Block<A>& x, Transpose tx, const Block<A>& y, Transpose 
   const int64_t rows = left.size(0), cols = right.size(1);
   const Tensor result = wrap(out, {rows, cols}, {cols, 1});
   if (accumulate) {
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(result.get(), result.get(), left.get(),
-                                                           right.get(), 1.0, 1.0));
+    STABLE_TORCH_ERROR_CODE_CHECK(
+        aoti_torch_cpu_addmm_out(result.get(), result.get(), left.get(), right.get(), 1.0, 1.0));
   } else {
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(result.get(), left.get(), right.get()));
   }

@@ -33,8 +33,8 @@ class Scratch {
   std::unique_ptr<A, Free> memory_;
 };
 
-// Calls body(task, scratch) once for every task; threads fetch the next task when they are free, and
-// each has `scratch_elements` of its own. A task must write results that no other task writes.
+// Calls body(task, scratch) once for every task; threads fetch the next task when they are free,
+// and each has `scratch_elements` of its own. A task must write results that no other task writes.
 template <class A, class Body>
 void run_tasks(int64_t n_tasks, int64_t scratch_elements, const Body& body) {
   const int64_t workers = std::min<int64_t>(n_tasks, torch::stable::get_num_threads());

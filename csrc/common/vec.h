@@ -1,7 +1,8 @@
 // The vector loops that all kernels share: tiles of dot products and conversion to fp32.
 //
 // Compiled twice in vec.cpp, for the baseline instruction set and for AVX2+FMA, and chosen when the
-// library loads by what the processor has; ATEN_CPU_CAPABILITY=default forces the baseline, as in torch.
+// library loads by what the processor has; ATEN_CPU_CAPABILITY=default forces the baseline, as in
+// torch.
 #pragma once
 
 #include <cstdint>

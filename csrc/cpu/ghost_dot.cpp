@@ -1,11 +1,13 @@
 // ghost_dot: out[i, j] = < sum_{s in segment i} g_s a_s^T, sum_{t in segment2 j} g2_t a2_t^T >_F
 //
-// a (T, d_in), g (T, d_out), cu_seqlens (N + 1), a2 (T2, d_in), g2 (T2, d_out), cu_seqlens2 (N2 + 1)
+// a (T, d_in), g (T, d_out), cu_seqlens (N + 1), a2 (T2, d_in), g2 (T2, d_out), cu_seqlens2 (N2 +
+// 1)
 //   -> (N, N2); any strides.
 //
 // Two exact forms:
 //   pairs     sum_{s, t} (a_s . a2_t)(g_s . g2_t): a task owns all pairs of a few whole segments of
-//             each set, tile by tile.                                   T T2 (d_in + d_out) multiply-adds
+//             each set, tile by tile.                                   T T2 (d_in + d_out)
+//             multiply-adds
 //   gradient  for one tile of the gradients after another, the tile of all N + N2 gradients, then
 //             their inner products.                                     (T + T2 + N N2) d_in d_out
 // Memory is O(N N2) and tiles. Limiter: arithmetic.
@@ -70,7 +72,8 @@ void token_gram(acc_t<T>* out, const Matrix<T>& x, int64_t row, int64_t rows, co
 template <class T>
 std::vector<double> by_pairs(const Side<T>& x, const Side<T>& y) {
   using A = acc_t<T>;
-  const std::vector<Group> x_groups = group_segments(x.offsets), y_groups = group_segments(y.offsets);
+  const std::vector<Group> x_groups = group_segments(x.offsets),
+                           y_groups = group_segments(y.offsets);
   const int64_t n_y = y_groups.size(), n_columns = y.n_samples();
   std::vector<double> out(x.n_samples() * n_columns, 0.0);
   const int64_t features = std::min(kFeatures, std::max(x.a.cols, x.g.cols));
@@ -142,12 +145,14 @@ std::vector<double> by_gradients(const Side<T>& x, const Side<T>& y) {
         }
       });
       const Block<A> columns{tiles.data() + n_rows * size, n_columns, size, size};
-      run_tasks<A>(ceil_div(n_rows, kResultRows), kResultRows * n_columns, [&](int64_t task, A* sums) {
-        const int64_t first = task * kResultRows, count = std::min(kResultRows, n_rows - first);
-        const Block<A> block{tiles.data() + first * size, count, size, size};
-        gemm(sums, block, Transpose::kNo, columns, Transpose::kYes, false);
-        for (int64_t r = 0; r < count * n_columns; ++r) result[first * n_columns + r] += sums[r];
-      });
+      run_tasks<A>(
+          ceil_div(n_rows, kResultRows), kResultRows * n_columns, [&](int64_t task, A* sums) {
+            const int64_t first = task * kResultRows, count = std::min(kResultRows, n_rows - first);
+            const Block<A> block{tiles.data() + first * size, count, size, size};
+            gemm(sums, block, Transpose::kNo, columns, Transpose::kYes, false);
+            for (int64_t r = 0; r < count * n_columns; ++r)
+              result[first * n_columns + r] += sums[r];
+          });
     }
   }
   return result;

@@ -3,8 +3,10 @@
 // a (total_tokens, d_in), g (total_tokens, d_out), cu_seqlens (n + 1) -> (n); any strides.
 //
 // Two exact forms, chosen for each segment of T_i tokens by their multiply-adds:
-//   Gram      sum_{s,t} (a_s . a_t)(g_s . g_t): a task owns the pairs of a block of tokens s with all
-//             t >= its first; tiles right of the diagonal count twice.    ~ T_i^2 (d_in + d_out) / 2
+//   Gram      sum_{s,t} (a_s . a_t)(g_s . g_t): a task owns the pairs of a block of tokens s with
+//   all
+//             t >= its first; tiles right of the diagonal count twice.    ~ T_i^2 (d_in + d_out) /
+//             2
 //   gradient  the sum of squares of G_i^T A_i: a task owns a tile of it.  T_i d_in d_out
 // Neither a T_i x T_i Gram nor a gradient exists beyond a tile a thread. Limiter: arithmetic.
 #include <torch/csrc/stable/library.h>
@@ -35,7 +37,8 @@ struct Task {
 
 bool gram_form_is_cheaper(int64_t tokens, int64_t d_in, int64_t d_out) {
   // One block holds the segment: both triangles are computed.
-  const double pairs = static_cast<double>(tokens) * (tokens <= kRowTokens ? tokens : (tokens + kRowTokens) / 2);
+  const double pairs =
+      static_cast<double>(tokens) * (tokens <= kRowTokens ? tokens : (tokens + kRowTokens) / 2);
   return pairs * (d_in + d_out) < static_cast<double>(tokens) * d_in * d_out;
 }
 
@@ -112,13 +115,13 @@ std::vector<double> ghost_norm_kernel(const Tensor& a_tensor, const Tensor& g_te
   const int64_t features = std::min(kFeatures, std::max(a.cols, g.cols));
   const int64_t gram_size = 2 * kRowTokens * kColTokens + (kRowTokens + kColTokens) * features;
   const int64_t tile_size = kTileOut * kTileIn + kInnerTokens * (kTileOut + kTileIn);
-  run_tasks<acc_t<T>>(tasks.size(), std::max(gram_size, tile_size), [&](int64_t i, acc_t<T>* scratch) {
-    const Task& task = tasks[i];
-    const int64_t begin = offsets[task.segment], end = offsets[task.segment + 1];
-    partial[i] = task.gram
-                     ? gram_task(a, g, task.first, end, scratch)
-                     : gradient_task(a, g, begin, end, task.first, task.second, scratch);
-  });
+  run_tasks<acc_t<T>>(
+      tasks.size(), std::max(gram_size, tile_size), [&](int64_t i, acc_t<T>* scratch) {
+        const Task& task = tasks[i];
+        const int64_t begin = offsets[task.segment], end = offsets[task.segment + 1];
+        partial[i] = task.gram ? gram_task(a, g, task.first, end, scratch)
+                               : gradient_task(a, g, begin, end, task.first, task.second, scratch);
+      });
   std::vector<double> out(offsets.size() - 1, 0.0);
   for (size_t i = 0; i < tasks.size(); ++i) out[tasks[i].segment] += partial[i];
   return out;

@@ -1,9 +1,10 @@
 // multi_tensor_gram: out[c, j, k] = sum_{p: groups[p] = c} < grads[j][p], grads[k][p] >
 //
-// K lists of P same-shaped tensors, flattened list by list -> (n_groups, K, K), symmetric; any strides.
-// The elements of a tensor are cut into pieces; a task owns one piece of all K lists and K * K sums.
-// It walks the piece in chunks of which all K stay in the second-level cache, so that memory is read once
-// for all K (K + 1) / 2 products. Pieces are added in order. Limiter: bytes of the gradients.
+// K lists of P same-shaped tensors, flattened list by list -> (n_groups, K, K), symmetric; any
+// strides. The elements of a tensor are cut into pieces; a task owns one piece of all K lists and K
+// * K sums. It walks the piece in chunks of which all K stay in the second-level cache, so that
+// memory is read once for all K (K + 1) / 2 products. Pieces are added in order. Limiter: bytes of
+// the gradients.
 #include <torch/csrc/stable/library.h>
 
 #include "common/blocks.h"
@@ -14,10 +15,10 @@ namespace geffect_fast {
 namespace {
 
 constexpr const char* kOp = "multi_tensor_gram";
-constexpr int64_t kChunk = kDotChunk;          // elements of a list read at once
-constexpr int64_t kMinPiece = 16 * kChunk;     // elements of a task
-constexpr int64_t kMaxPieces = 1024;           // bounds the memory of the partial sums
-constexpr int64_t kBlock = 4;                  // rows of the Gram matrix computed together
+constexpr int64_t kChunk = kDotChunk;       // elements of a list read at once
+constexpr int64_t kMinPiece = 16 * kChunk;  // elements of a task
+constexpr int64_t kMaxPieces = 1024;        // bounds the memory of the partial sums
+constexpr int64_t kBlock = 4;               // rows of the Gram matrix computed together
 
 struct Layout {
   std::vector<int64_t> sizes, strides;
@@ -53,7 +54,8 @@ void gather_range(const T* data, const Layout& layout, int64_t begin, int64_t n,
   const int64_t dims = layout.sizes.size();
   const int64_t inner = layout.sizes[dims - 1], stride = layout.strides[dims - 1];
   for (int64_t done = 0; done < n;) {
-    int64_t rest = (begin + done) / inner, column = (begin + done) % inner, offset = column * stride;
+    int64_t rest = (begin + done) / inner, column = (begin + done) % inner,
+            offset = column * stride;
     for (int64_t i = dims - 2; i >= 0; --i) {
       offset += rest % layout.sizes[i] * layout.strides[i];
       rest /= layout.sizes[i];
@@ -122,8 +124,8 @@ std::vector<double> multi_tensor_gram_kernel(const std::vector<Parameter<T>>& pa
   std::vector<Piece> pieces;  // `segment` is the parameter
   for (size_t p = 0; p < parameters.size(); ++p) {
     for (int64_t begin = 0; begin < parameters[p].numel; begin += piece_size) {
-      pieces.push_back({static_cast<int64_t>(p), begin,
-                        std::min(begin + piece_size, parameters[p].numel)});
+      pieces.push_back(
+          {static_cast<int64_t>(p), begin, std::min(begin + piece_size, parameters[p].numel)});
     }
   }
   const int64_t n_pairs = n_lists * n_lists;
@@ -143,7 +145,8 @@ std::vector<double> multi_tensor_gram_kernel(const std::vector<Parameter<T>>& pa
   for (size_t i = 0; i < pieces.size(); ++i) {
     double* sums = &out[parameters[pieces[i].segment].group * n_pairs];
     for (int64_t j = 0; j < n_lists; ++j) {
-      for (int64_t k = j; k < n_lists; ++k) sums[j * n_lists + k] += partial[i * n_pairs + j * n_lists + k];
+      for (int64_t k = j; k < n_lists; ++k)
+        sums[j * n_lists + k] += partial[i * n_pairs + j * n_lists + k];
     }
   }
   for (int64_t c = 0; c < n_groups; ++c) {
@@ -159,9 +162,9 @@ std::vector<double> multi_tensor_gram_kernel(const std::vector<Parameter<T>>& pa
 Tensor multi_tensor_gram(const std::vector<Tensor>& grads, int64_t n_lists,
                          const std::vector<int64_t>& groups, int64_t n_groups) {
   const int64_t n_tensors = groups.size();
-  STD_TORCH_CHECK(n_lists > 0 && n_tensors > 0 &&
-                      static_cast<int64_t>(grads.size()) == n_lists * n_tensors,
-                  kOp, ": `grads` must hold n_lists * len(groups) tensors");
+  STD_TORCH_CHECK(
+      n_lists > 0 && n_tensors > 0 && static_cast<int64_t>(grads.size()) == n_lists * n_tensors,
+      kOp, ": `grads` must hold n_lists * len(groups) tensors");
   for (int64_t i = 0; i < n_lists * n_tensors; ++i) {
     check_dtype(kOp, "grads", grads[i], grads[0].scalar_type());
     const Tensor& like = grads[i % n_tensors];

@@ -6,7 +6,8 @@
 // Two exact forms, arithmetic-bound both:
 //   product   a tile of Z = A V_m^T, then its row-wise dot with G:   M * T * d_in * d_out
 //             multiply-adds; a task owns (m, block of tokens, block of outputs).
-//   gradient  a tile of segment i's own gradient G_i^T A_i, kept in cache, then its dot with all V_m:
+//   gradient  a tile of segment i's own gradient G_i^T A_i, kept in cache, then its dot with all
+//   V_m:
 //             T * d_in * d_out in GEMM whatever M is, and n * M * d_in * d_out in dots; a task owns
 //             (tile, segment).
 // Neither Z nor a gradient exists beyond a tile a thread.
@@ -56,25 +57,26 @@ std::vector<double> token_terms(const Matrix<T>& a, const Matrix<T>& g,
   std::vector<double> partial(out_blocks * n_directions * total_tokens, 0.0);
   const int64_t tokens = std::min(kTokens, total_tokens), outputs = std::min(kOutputs, d_out);
   const int64_t scratch_size = tokens * (outputs + d_in) + outputs * (d_in + 1);
-  run_tasks<A>(out_blocks * n_directions * token_blocks, scratch_size, [&](int64_t task, A* scratch) {
-    const int64_t token = task % token_blocks * kTokens;
-    const int64_t m = task / token_blocks % n_directions;
-    const int64_t out_block = task / token_blocks / n_directions;
-    const int64_t out = out_block * kOutputs;
-    const int64_t rows = std::min(kTokens, total_tokens - token);
-    const int64_t cols = std::min(kOutputs, d_out - out);
-    A* z = scratch;
-    A* a_copy = z + tokens * outputs;
-    A* v_copy = a_copy + tokens * d_in;
-    A* g_copy = v_copy + outputs * d_in;
-    const Block<A> a_block = dense_block(a, token, rows, 0, d_in, a_copy);
-    const Block<A> v_block = dense_block(v[m], out, cols, 0, d_in, v_copy);
-    gemm(z, a_block, Transpose::kNo, v_block, Transpose::kYes, false);
-    double* terms = &partial[(out_block * n_directions + m) * total_tokens + token];
-    for (int64_t t = 0; t < rows; ++t) {
-      terms[t] = dot<A>(z + t * cols, dense_row(g, token + t, out, cols, g_copy), cols);
-    }
-  });
+  run_tasks<A>(
+      out_blocks * n_directions * token_blocks, scratch_size, [&](int64_t task, A* scratch) {
+        const int64_t token = task % token_blocks * kTokens;
+        const int64_t m = task / token_blocks % n_directions;
+        const int64_t out_block = task / token_blocks / n_directions;
+        const int64_t out = out_block * kOutputs;
+        const int64_t rows = std::min(kTokens, total_tokens - token);
+        const int64_t cols = std::min(kOutputs, d_out - out);
+        A* z = scratch;
+        A* a_copy = z + tokens * outputs;
+        A* v_copy = a_copy + tokens * d_in;
+        A* g_copy = v_copy + outputs * d_in;
+        const Block<A> a_block = dense_block(a, token, rows, 0, d_in, a_copy);
+        const Block<A> v_block = dense_block(v[m], out, cols, 0, d_in, v_copy);
+        gemm(z, a_block, Transpose::kNo, v_block, Transpose::kYes, false);
+        double* terms = &partial[(out_block * n_directions + m) * total_tokens + token];
+        for (int64_t t = 0; t < rows; ++t) {
+          terms[t] = dot<A>(z + t * cols, dense_row(g, token + t, out, cols, g_copy), cols);
+        }
+      });
   const int64_t n_terms = n_directions * total_tokens;
   std::vector<double> terms(n_terms, 0.0);
   for (int64_t block = 0; block < out_blocks; ++block) {
@@ -149,8 +151,8 @@ std::vector<double> by_gradients(const Matrix<T>& a, const Matrix<T>& g,
   return result;
 }
 
-Tensor segment_bilinear(const Tensor& a, const Tensor& g, const Tensor& v,
-                        const Tensor& cu_seqlens, bool per_token) {
+Tensor segment_bilinear(const Tensor& a, const Tensor& g, const Tensor& v, const Tensor& cu_seqlens,
+                        bool per_token) {
   check_dim(kOp, "a", a, 2);
   check_dim(kOp, "g", g, 2);
   check_dim(kOp, "v", v, 3);

@@ -1,8 +1,8 @@
 // segment_dot: out[k, m, i] = sum_{t in segment i} z[m, t] . g[k, t]
 //
 // z (M, total_tokens, d), g (K, total_tokens, d), cu_seqlens (n + 1) -> (K, M, n); any strides.
-// A task owns a piece of one segment's tokens and K * M sums of its own; the rows of a token are cut
-// into chunks of which all K + M stay in the first-level cache, so memory is read once whatever
+// A task owns a piece of one segment's tokens and K * M sums of its own; the rows of a token are
+// cut into chunks of which all K + M stay in the first-level cache, so memory is read once whatever
 // K and M are. Pieces are added in order. Limiter: bytes of z and g.
 #include <torch/csrc/stable/library.h>
 

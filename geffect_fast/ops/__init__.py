@@ -55,7 +55,9 @@ def _group_of_each(
     if n_groups is None:
         n_groups = max(indices, default=-1) + 1
     if any(not 0 <= index < n_groups for index in indices):
-        raise InputError(f"{op}: `groups` must lie in 0..{n_groups - 1}, got {sorted(set(indices))}")
+        raise InputError(
+            f"{op}: `groups` must lie in 0..{n_groups - 1}, got {sorted(set(indices))}"
+        )
     return indices, n_groups
 
 

@@ -16,7 +16,9 @@ def check_tensor(op: str, name: str, tensor: Tensor, ranks: tuple[int, ...]) -> 
     if not isinstance(tensor, Tensor):
         raise InputError(f"{op}: `{name}` must be a tensor, got {type(tensor).__name__}")
     if tensor.layout != torch.strided:
-        raise InputError(f"{op}: `{name}` must be dense, got layout {tensor.layout}; use to_dense()")
+        raise InputError(
+            f"{op}: `{name}` must be dense, got layout {tensor.layout}; use to_dense()"
+        )
     if tensor.dtype not in DTYPES:
         raise InputError(
             f"{op}: `{name}` has dtype {tensor.dtype}; bfloat16, float16, float32 and float64 are supported"

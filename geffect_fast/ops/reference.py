@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+GRAM_BLOCK = 4096
+
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """Return the dtype in which inputs of `dtype` are summed and results are given."""
@@ -21,14 +23,12 @@ def _wide(tensor: Tensor) -> Tensor:
 
 def _segment_sum(per_token: Tensor, cu_seqlens: Tensor) -> Tensor:
     """Sum the last axis over segments: `(..., total_tokens)` to `(..., n)`, in a fixed order."""
-    lead, total_tokens = per_token.shape[:-1], per_token.shape[-1]
-    n_samples = cu_seqlens.numel() - 1
-    if n_samples == 0 or total_tokens == 0 or per_token.numel() == 0:
-        return per_token.new_zeros((*lead, n_samples))
-    rows = per_token.reshape(-1, total_tokens).T.contiguous()
-    lengths = torch.diff(cu_seqlens).long()
-    sums = torch.segment_reduce(rows, "sum", lengths=lengths, axis=0, unsafe=True)
-    return sums.T.reshape(*lead, n_samples)
+    if cu_seqlens.numel() == 1:
+        return per_token.new_zeros((*per_token.shape[:-1], 0))
+    # Not torch.segment_reduce, which has no forward-mode derivative, nor index_add_, which is not
+    # deterministic on CUDA.
+    parts = per_token.split(torch.diff(cu_seqlens).tolist(), dim=-1)
+    return torch.stack([part.sum(dim=-1) for part in parts], dim=-1)
 
 
 def multi_tensor_gram(
@@ -36,13 +36,14 @@ def multi_tensor_gram(
 ) -> Tensor:
     """`out[groups[p], j, k] += <grads[j][p], grads[k][p]>`, `grads` flattened list by list."""
     n_tensors = len(groups)
-    out = grads[0].new_zeros(
-        (n_groups, n_lists, n_lists), dtype=accumulation_dtype(grads[0].dtype)
-    )
+    # Sums of long rows in one go would lose digits: blocks in fp32, their sum in fp64.
+    out = grads[0].new_zeros((n_groups, n_lists, n_lists), dtype=torch.float64)
     for index, group in enumerate(groups):
-        rows = torch.stack([_wide(tensor).reshape(-1) for tensor in grads[index::n_tensors]])
-        out[group] += rows @ rows.T
-    return out
+        flat = [tensor.reshape(-1) for tensor in grads[index::n_tensors]]
+        for blocks in zip(*(tensor.split(GRAM_BLOCK) for tensor in flat), strict=True):
+            rows = _wide(torch.stack(blocks))
+            out[group] += rows @ rows.T
+    return out.to(accumulation_dtype(grads[0].dtype))
 
 
 def segment_bilinear(

@@ -30,9 +30,7 @@ SCHEMAS = {
     ),
 }
 
-REFERENCES: dict[str, Callable[..., Tensor]] = {
-    name: getattr(reference, name) for name in SCHEMAS
-}
+REFERENCES: dict[str, Callable[..., Tensor]] = {name: getattr(reference, name) for name in SCHEMAS}
 
 
 def _fake_multi_tensor_gram(

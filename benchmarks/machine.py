@@ -1,0 +1,84 @@
+"""What every benchmark shares: interleaved timing, peak memory, and CSV rows that name the machine."""
+
+from __future__ import annotations
+
+import csv
+import ctypes
+import datetime
+import gc
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import geffect_fast
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def cpu_model() -> str:
+    """Return the processor's name as the system gives it."""
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.machine()
+
+
+def describe_machine() -> dict[str, Any]:
+    """Return the columns that make a row comparable: machine, threads, versions, date."""
+    return {
+        "cpu": cpu_model(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "geffect_fast": geffect_fast.__version__,
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write `rows`, each followed by the machine's columns."""
+    machine = describe_machine()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [*rows[0], *machine], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows({**row, **machine} for row in rows)
+
+
+def interleaved_medians(
+    candidates: Mapping[str, Callable[[], Any]], rounds: int
+) -> dict[str, float]:
+    """Return the median seconds of each candidate, timed in turns so that drift hits all alike."""
+    times: dict[str, list[float]] = {name: [] for name in candidates}
+    for round_index in range(rounds + 1):  # the first round warms up
+        for name, run in candidates.items():
+            start = time.perf_counter()
+            run()
+            if round_index:
+                times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def peak_extra_bytes(run: Callable[[], Any]) -> int:
+    """Return by how much the resident memory of this process rises at most while `run` works (Linux)."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak to the present
+    before = _status_bytes("VmRSS")
+    run()
+    return max(0, _status_bytes("VmHWM") - before)
+
+
+def _status_bytes(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"/proc/self/status has no {field}")
