@@ -2,7 +2,7 @@
 
 ``GEFFECT_FAST_BUILD`` decides what is built, never the presence of a GPU:
 
-    auto (default)  the C++ kernels if torch and a C++ compiler are there, else pure Python with a notice
+    auto (default)  the C++ kernels if torch and a compiler are there, else pure Python
     cpu             the C++ kernels, or an error
     cuda            an error in this version, which has no CUDA kernels
     none            pure Python

@@ -3,8 +3,9 @@
     python benchmarks/bench_ops.py            # writes benchmarks/results/ops_cpu.csv
     python benchmarks/bench_ops.py --quick    # fewer rounds, prints only
 
-`kernel` is the provider in use, `reference` the package's specification in plain torch, every other candidate
-an obvious way to write the same in plain torch. `ratio` is a candidate's time over the kernel's.
+`kernel` is the provider in use, `reference` the package's specification in plain torch, every other
+candidate an obvious way to write the same in plain torch, `mm_alone` the GEMM without the rest.
+`ratio` is a candidate's time over the kernel's.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What every benchmark shares: interleaved timing, peak memory, and CSV rows that name the machine."""
+"""What every benchmark shares: interleaved timing, peak memory, CSV rows that name the machine."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def interleaved_medians(
 
 
 def peak_extra_bytes(run: Callable[[], Any]) -> int:
-    """Return by how much the resident memory of this process rises at most while `run` works (Linux)."""
+    """Return by how much this process's resident memory rises at most during `run` (Linux)."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak to the present

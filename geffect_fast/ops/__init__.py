@@ -1,9 +1,10 @@
-"""The fused kernels' Python face: five ops that measure inner products of gradients without storing them.
+"""The fused kernels' Python face: inner products of gradients that are never stored.
 
 Common to all: bfloat16, float16, float32 or float64 inputs of one dtype and any strides; sums in
-fp32 or better; results in float32 (float64 for float64 inputs); bitwise equal from run to run; packed
-sequences by `cu_seqlens` offsets, an empty segment giving 0. The ops measure: an input that requires
-grad while grad mode is on, or that carries a forward-mode tangent, is an error, never a silent detach.
+fp32 or better; results in float32 (float64 for float64 inputs); bitwise equal from run to run;
+packed sequences by `cu_seqlens` offsets, an empty segment giving 0. The ops measure: an input that
+requires grad while grad mode is on, or that carries a forward-mode tangent, is an error, never a
+silent detach.
 """
 
 from __future__ import annotations
@@ -23,7 +24,6 @@ from geffect_fast.ops.checks import (
     check_size,
     check_tensor,
 )
-from geffect_fast.ops.reference import accumulation_dtype
 
 __all__ = [
     "force_reference",
@@ -81,12 +81,12 @@ def multi_tensor_gram(
         `(n_groups, K, K)`, symmetric, float32 (float64 for float64 inputs).
 
     Raises:
-        InputError: lists that do not match, a bad group, dtype or device, an input that requires grad.
+        InputError: lists that do not match, a bad group, dtype or device, an input that needs grad.
 
     Source: definition 1 of arXiv 2502.19301, its gradient inner products layer by layer.
 
         forget, retain = torch.randn(2, 3, 8), torch.randn(2, 3, 8)
-        multi_tensor_gram([list(forget), list(retain)])[:, 0, 1]   # tensor by tensor <forget, retain>
+        multi_tensor_gram([list(forget), list(retain)])[:, 0, 1]   # <forget, retain> by tensor
     """
     op = "multi_tensor_gram"
     if len(grads) == 0:
@@ -115,7 +115,7 @@ def multi_tensor_gram(
 def segment_bilinear(
     a: Tensor, g: Tensor, v: Tensor, cu_seqlens: Tensor, *, per_token: bool = False
 ) -> Tensor:
-    """Inner products of every sample's weight gradient with M directions, without forming either gradient.
+    """Inner products of every sample's weight gradient with M directions, no gradient formed.
 
         out[m, i] = sum_{t in i} g_t^T V_m a_t = < sum_{t in i} g_t a_t^T, V_m >
 
@@ -135,7 +135,7 @@ def segment_bilinear(
     Source: the reverse engine's identity, `grad_W <g, W a> = g a^T`.
 
         a, g, v = torch.randn(5, 3), torch.randn(5, 4), torch.randn(4, 3)
-        segment_bilinear(a, g, v, torch.tensor([0, 2, 5]))   # equals ((a @ v.T) * g).sum(1) by sample
+        segment_bilinear(a, g, v, torch.tensor([0, 2, 5]))   # ((a @ v.T) * g).sum(1) by sample
     """
     op = "segment_bilinear"
     check_rows(op, ("a", "g", "cu_seqlens"), a, g, cu_seqlens)
@@ -149,7 +149,7 @@ def segment_bilinear(
 
 
 def segment_dot(z: Tensor, g: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """Row-by-row dot products summed over samples, for every pair of M cached `z` and K gradients `g`.
+    """Row-by-row dot products summed over samples, for M cached `z` by K gradients `g`.
 
         out[k, m, i] = sum_{t in i} z[m, t] . g[k, t]
 
@@ -201,7 +201,7 @@ def ghost_norm(a: Tensor, g: Tensor, cu_seqlens: Tensor) -> Tensor:
     Raises:
         InputError: a shape, dtype, device or offset that does not fit, an input that requires grad.
 
-    Source: Goodfellow, arXiv 1510.01799; for sequences Li et al., arXiv 2110.05679 ("ghost clipping").
+    Source: Goodfellow, arXiv 1510.01799; for sequences Li et al., arXiv 2110.05679.
 
         a, g = torch.randn(5, 3), torch.randn(5, 4)
         ghost_norm(a, g, torch.tensor([0, 2, 5])).sqrt()   # norms of two samples' gradients

@@ -93,7 +93,7 @@ def _provider(op: str, device: str) -> ProviderRow:
 
 
 def build_info() -> dict[str, Any]:
-    """Return compiler, flags, CUDA version, architectures and ops of the native build, {} without one."""
+    """Return compiler, flags, CUDA version, architectures and ops of the build, {} without one."""
     try:
         return import_module("geffect_fast._C").build_info()
     except ImportError:

@@ -21,7 +21,8 @@ def check_tensor(op: str, name: str, tensor: Tensor, ranks: tuple[int, ...]) -> 
         )
     if tensor.dtype not in DTYPES:
         raise InputError(
-            f"{op}: `{name}` has dtype {tensor.dtype}; bfloat16, float16, float32 and float64 are supported"
+            f"{op}: `{name}` has dtype {tensor.dtype};"
+            " convert it to bfloat16, float16, float32 or float64"
         )
     if tensor.dim() not in ranks:
         wanted = " or ".join(str(rank) for rank in ranks)

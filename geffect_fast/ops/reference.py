@@ -1,10 +1,13 @@
 """The specification of every op in plain torch; runs on any device, accumulates in fp32 or better.
 
 Signatures are those of `schema.py`: canonical ranks, arguments already checked. No quantity larger
-than the inputs plus one segment's intermediates is stored, but low-precision inputs are converted whole.
+than the inputs plus one segment's intermediates is stored, but low-precision inputs are converted
+whole.
 """
 
 from __future__ import annotations
+
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -65,11 +68,11 @@ def segment_dot(z: Tensor, g: Tensor, cu_seqlens: Tensor) -> Tensor:
 
 
 def ghost_norm(a: Tensor, g: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """`out[i] = ||sum_{t in i} g_t a_t^T||_F^2`, by token Grams or the gradient, the cheaper one."""
+    """`out[i] = ||sum_{t in i} g_t a_t^T||_F^2`, by token Grams or the gradient."""
     offsets = cu_seqlens.tolist()
     d_in, d_out = a.shape[1], g.shape[1]
     out = a.new_zeros(len(offsets) - 1, dtype=accumulation_dtype(a.dtype))
-    for i, (start, end) in enumerate(zip(offsets[:-1], offsets[1:], strict=True)):
+    for i, (start, end) in enumerate(pairwise(offsets)):
         a_i, g_i = _wide(a[start:end]), _wide(g[start:end])
         if (end - start) * (d_in + d_out) < d_in * d_out:
             out[i] = torch.sum((a_i @ a_i.T) * (g_i @ g_i.T))
@@ -86,7 +89,7 @@ def ghost_dot(
     a2, g2 = _wide(a2), _wide(g2)
     n_samples, n_samples2 = len(offsets) - 1, cu_seqlens2.numel() - 1
     out = a2.new_zeros((n_samples, n_samples2))
-    for i, (start, end) in enumerate(zip(offsets[:-1], offsets[1:], strict=True)):
+    for i, (start, end) in enumerate(pairwise(offsets)):
         a_i, g_i = _wide(a[start:end]), _wide(g[start:end])
         pairs = (a_i @ a2.T) * (g_i @ g2.T)
         out[i] = _segment_sum(pairs.sum(dim=0), cu_seqlens2)

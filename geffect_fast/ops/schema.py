@@ -26,7 +26,8 @@ SCHEMAS = {
     "segment_dot": "(Tensor z, Tensor g, Tensor cu_seqlens) -> Tensor",
     "ghost_norm": "(Tensor a, Tensor g, Tensor cu_seqlens) -> Tensor",
     "ghost_dot": (
-        "(Tensor a, Tensor g, Tensor cu_seqlens, Tensor a2, Tensor g2, Tensor cu_seqlens2) -> Tensor"
+        "(Tensor a, Tensor g, Tensor cu_seqlens, Tensor a2, Tensor g2, Tensor cu_seqlens2)"
+        " -> Tensor"
     ),
 }
 
@@ -83,7 +84,7 @@ def _tensors(args: tuple[Any, ...]) -> list[Tensor]:
 
 
 def refuse_autograd(op: str, args: tuple[Any, ...]) -> None:
-    """Raise where autograd would need a derivative of `op`: the ops measure, they are not trained through.
+    """Raise where autograd would need a derivative of `op`, which measures and has none.
 
     Without this, reverse mode would detach in silence and forward mode would return zero tangents.
     """

@@ -1,9 +1,10 @@
-"""One table of inputs for all tests of the ops, and each op's formula one sample at a time in fp64."""
+"""The table of inputs of all op tests, and each op's formula one sample at a time in fp64."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +21,13 @@ class Sample(NamedTuple):
     op: str
     name: str
     args: tuple[Any, ...]
-    kwargs: dict[str, Any] = {}
+    per_token: bool = False
+    n_groups: int | None = None
+
+    @property
+    def kwargs(self) -> dict[str, Any]:
+        given = {"per_token": self.per_token, "n_groups": self.n_groups}
+        return {name: value for name, value in given.items() if value}
 
     def run(self) -> Tensor:
         return getattr(ops, self.op)(*self.args, **self.kwargs)
@@ -35,7 +42,7 @@ def offsets(lengths: list[int], dtype: torch.dtype = torch.int32) -> Tensor:
 
 def spans(cu_seqlens: Tensor) -> list[slice]:
     bounds = cu_seqlens.tolist()
-    return [slice(start, end) for start, end in zip(bounds[:-1], bounds[1:], strict=True)]
+    return [slice(start, end) for start, end in pairwise(bounds)]
 
 
 def gradients(a: Tensor, g: Tensor, cu_seqlens: Tensor) -> list[Tensor]:
@@ -129,7 +136,7 @@ RAGGED = [3, 0, 17, 1, 40, 2]
 
 @cache
 def sample_inputs(dtype: torch.dtype) -> list[Sample]:
-    """The table: every op with ragged and empty segments, strides, and every axis present and absent."""
+    """Every op: ragged and empty segments, strides, every axis present and absent."""
     make = Maker(dtype)
     a, g, cu = make.rows(RAGGED, 9, 13)
     v = make(3, 13, 9)
@@ -156,8 +163,8 @@ def sample_inputs(dtype: torch.dtype) -> list[Sample]:
         Sample("segment_bilinear", "three directions", (a, g, v, cu)),
         Sample("segment_bilinear", "one direction, 2-D", (a, g, v[0], cu)),
         Sample("segment_bilinear", "one direction, 3-D", (a, g, v[:1], cu)),
-        Sample("segment_bilinear", "per token", (a, g, v, cu), {"per_token": True}),
-        Sample("segment_bilinear", "per token, 2-D", (a, g, v[1], cu), {"per_token": True}),
+        Sample("segment_bilinear", "per token", (a, g, v, cu), per_token=True),
+        Sample("segment_bilinear", "per token, 2-D", (a, g, v[1], cu), per_token=True),
         Sample("segment_bilinear", "int64 offsets", (a, g, v, cu.long())),
         Sample("segment_bilinear", "no directions", (a, g, v[:0], cu)),
         Sample("segment_bilinear", "no samples", (empty[0], empty[1], v, empty[2])),
@@ -196,7 +203,7 @@ def sample_inputs(dtype: torch.dtype) -> list[Sample]:
         Sample("ghost_dot", "wide, long", (*wide_long, *make.rows([2, 1030], 520, 300))),
         Sample("multi_tensor_gram", "each its own group", (lists,)),
         Sample("multi_tensor_gram", "groups", (lists, [2, 0, 2, 1])),
-        Sample("multi_tensor_gram", "an empty group", (lists, [0, 0, 2, 0]), {"n_groups": 4}),
+        Sample("multi_tensor_gram", "an empty group", (lists, [0, 0, 2, 0]), n_groups=4),
         Sample("multi_tensor_gram", "groups as a tensor", (lists, torch.tensor([1, 0, 1, 1]))),
         Sample("multi_tensor_gram", "one list", (lists[:1],)),
         Sample("multi_tensor_gram", "no tensors", ([[], []],)),

@@ -120,7 +120,7 @@ def low_precision_samples(dtype: torch.dtype) -> list[Sample]:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("index", range(5))
 def test_low_precision_rule(dtype: torch.dtype, index: int, provider: str) -> None:
-    """At most twice the error of plain torch in the same precision, plus the fp64 result's rounding."""
+    """At most twice the error of plain torch in the same precision, plus the result's rounding."""
     sample = low_precision_samples(dtype)[index]
     expected = sample.expected()
     plain = in_precision(sample).double()
@@ -176,7 +176,7 @@ def test_any_shape_and_strides(
         for j in range(k)
     ]
     samples = [
-        Sample("segment_bilinear", "", (a, g, v, cu), {"per_token": per_token}),
+        Sample("segment_bilinear", "", (a, g, v, cu), per_token=per_token),
         Sample("segment_dot", "", (z, many_g, cu)),
         Sample("ghost_norm", "", (a, g, cu)),
         Sample("ghost_dot", "", (a, g, cu, a2, g2, cu2)),
