@@ -1,0 +1,286 @@
+"""The paper's sweep against the published algorithm, and one objective against a training step.
+
+    python benchmarks/bench_sweep.py            # writes benchmarks/results/sweep_cpu.csv, ~10 minutes
+    python benchmarks/bench_sweep.py --quick    # a smaller model, fewer rounds, prints only
+
+Sweep: 7 objectives with 3 hyper-parameters each, both risks, on samples of TOFU's lengths. The
+published algorithm, written anew from its description: micro-batches of 4 padded to 500 tokens; for
+each a forward and backward of the risk, of the objective, of the retain risk, and of a loss that is
+multiplied by zero; each gradient copied to the CPU and smoothed 0.6/0.4 into one copy a parameter;
+one dot product a parameter name. It gives one number a micro-batch of 4 where we give one a sample.
+
+All micro-batches cost the same (all are padded to 500), so one of each objective is timed and the
+sweep's time is their sum times 3 hyper-parameters times the number of micro-batches; the column
+`how` says so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from machine import RESULTS, interleaved_medians, write_csv
+from torch import Tensor, nn
+
+import geffect_fast as gf
+from geffect_fast.capture import Plan
+from geffect_fast.data import make_batches, tokenize_rows
+from geffect_fast.engines.direction import accumulate_gradients
+from geffect_fast.engines.reverse import reverse_effects
+from geffect_fast.engines.tasks import Reference, Task, tasks_for
+from geffect_fast.objectives import NLL, parse
+
+SWEEP = {
+    "wga": ["wga(alpha=1)", "wga(alpha=3)", "wga(alpha=5)"],
+    "npo": ["npo(beta=0.05)", "npo(beta=0.1)", "npo(beta=0.5)"],
+    "tnpo": ["tnpo(beta=1)", "tnpo(beta=4)", "tnpo(beta=5)"],
+    "wtnpo": [
+        "wtnpo(beta=4, alpha=1)",
+        "wtnpo(beta=4, alpha=1.5)",
+        "wtnpo(beta=5, alpha=1)",
+    ],
+    "simnpo": ["simnpo(beta=2.5)", "simnpo(beta=4.5)", "simnpo(beta=4.5, delta=1)"],
+    "rmu": ["rmu(layer=3, c=1)", "rmu(layer=3, c=2)", "rmu(layer=3, c=4)"],
+    "gd": ["gd(alpha=0.5)", "gd(alpha=1)", "gd(alpha=2)"],
+}
+PADDED, MICRO_BATCH = 500, 4
+
+
+def make_model(quick: bool) -> nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    size = (
+        {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 4}
+        if quick
+        else {"hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 6}
+    )
+    config = LlamaConfig(
+        **size,
+        vocab_size=8192,
+        num_attention_heads=8,
+        num_key_value_heads=8,
+        attn_implementation="sdpa",
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+def make_rows(n: int, seed: int) -> list[dict[str, list[int]]]:
+    """Samples of TOFU's lengths: 70 characters a question and 169 an answer are about 18 and 38
+    tokens, spread by a third."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = []
+    for _ in range(n):
+        question, answer = (
+            max(4, int(mean * (1 + torch.randn((), generator=generator) / 3))) for mean in (18, 38)
+        )
+        ids = torch.randint(3, 8192, (question + answer,), generator=generator).tolist()
+        rows.append({"input_ids": ids, "labels": [-100] * question + ids[question:]})
+    return rows
+
+
+# ---- the published algorithm ----
+
+
+def pad(rows: list[dict[str, list[int]]]) -> dict[str, Tensor]:
+    def filled(key: str, value: int) -> Tensor:
+        return torch.tensor([r[key] + [value] * (PADDED - len(r[key])) for r in rows])
+
+    mask = torch.tensor([[1] * len(r["labels"]) + [0] * (PADDED - len(r["labels"])) for r in rows])
+    return {
+        "input_ids": filled("input_ids", 0),
+        "labels": filled("labels", -100),
+        "attention_mask": mask,
+    }
+
+
+def published_loss(
+    name: str, model: nn.Module, reference: nn.Module, batch: dict, retain: dict
+) -> Tensor:
+    def logprobs(m: nn.Module) -> tuple[Tensor, Tensor]:
+        logits = m(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        labels = batch["labels"][:, 1:]
+        kept = labels != -100
+        picked = -F.cross_entropy(logits[:, :-1].mT, labels, reduction="none")
+        return picked, kept
+
+    if name == "rmu":
+        answer = model(
+            input_ids=batch["input_ids"],
+            attention_mask=batch["attention_mask"],
+            output_hidden_states=True,
+        )
+        return (answer.hidden_states[3] - 1).square().mean()
+    logp, kept = logprobs(model)
+    if name == "wga":
+        return (logp.detach().exp() * logp * kept).sum() / kept.sum()
+    if name == "gd":
+        return (logp * kept).sum() / kept.sum() + model(**retain).loss
+    if name == "simnpo":
+        return -F.logsigmoid(-(logp * kept).sum(1) / kept.sum(1)).mean()
+    with torch.no_grad():
+        logp0, _ = logprobs(reference)
+    if name == "npo":
+        return -F.logsigmoid(-((logp - logp0) * kept).sum(1)).mean()
+    weight = torch.sigmoid(logp - logp0).detach()
+    if name == "wtnpo":
+        weight = weight * logp.detach().exp()
+    return (weight * logp * kept).sum() / kept.sum()
+
+
+def published_micro_batch(
+    name: str,
+    model: nn.Module,
+    reference: nn.Module,
+    batch: dict[str, Tensor],
+    retain: dict[str, Tensor],
+    smoothed: dict[str, dict[str, Tensor]],
+) -> dict[str, tuple[float, float]]:
+    """One micro-batch's `{parameter: (e_u, e_r)}`, four forwards and backwards."""
+    losses: dict[str, Callable[[], Tensor]] = {
+        "risk": lambda: model(**batch).loss,
+        "objective": lambda: published_loss(name, model, reference, batch, retain),
+        "retain": lambda: model(**retain).loss,
+        "zeroed": lambda: 0.0 * model(**batch).loss,
+    }
+    for kind, loss in losses.items():
+        model.zero_grad(set_to_none=True)
+        loss().backward()
+        for parameter, p in model.named_parameters():
+            grad = torch.zeros_like(p) if p.grad is None else p.grad.detach().clone().cpu()
+            old = smoothed.setdefault(kind, {}).get(parameter)
+            smoothed[kind][parameter] = grad if old is None else 0.6 * old + 0.4 * grad
+    model.zero_grad(set_to_none=True)
+    g = smoothed["objective"]
+    return {
+        p: (
+            torch.dot(smoothed["risk"][p].flatten(), g[p].flatten()).item(),
+            torch.dot(smoothed["retain"][p].flatten(), g[p].flatten()).item(),
+        )
+        for p in g
+    }
+
+
+# ---- measurements ----
+
+
+def sweep_row(model: nn.Module, n_samples: int, quick: bool) -> dict[str, Any]:
+    forget, retain = make_rows(n_samples, 1), make_rows(n_samples, 2)
+    torch.manual_seed(1)
+    reference = make_model(quick)
+    objectives = [o for variants in SWEEP.values() for o in variants]
+    start = time.perf_counter()
+    result = gf.profile(
+        model,
+        None,
+        forget=forget,
+        retain=retain,
+        objectives=objectives,
+        reference_model=reference,
+        norms=False,
+    )
+    ours = time.perf_counter() - start
+    assert result.g_effect.shape[0] == 21
+    published = 0.0
+    batch, other = pad(forget[:MICRO_BATCH]), pad(retain[:MICRO_BATCH])
+    for name in SWEEP:
+        smoothed: dict[str, dict[str, Tensor]] = {}
+        published_micro_batch(name, model, reference, batch, other, smoothed)  # fills the copies
+        start = time.perf_counter()
+        published_micro_batch(name, model, reference, batch, other, smoothed)
+        published += time.perf_counter() - start
+    n_micro_batches = n_samples // MICRO_BATCH
+    return {
+        "what": "sweep: 21 objectives, 2 risks",
+        "samples": n_samples,
+        "tokens": sum(len(r["labels"]) for r in forget + retain),
+        "baseline": "published algorithm",
+        "how": f"7 micro-batches timed, times 3 hyper-parameters, times {n_micro_batches}",
+        "baseline_s": published * 3 * n_micro_batches,
+        "ours_s": ours,
+        "ratio": published * 3 * n_micro_batches / ours,
+    }
+
+
+def step_rows(model: nn.Module, shapes: list[tuple[int, int]], rounds: int) -> list[dict[str, Any]]:
+    """One objective, two risks, per sample and parameter, against forward + backward."""
+    plan = Plan.of(model)
+    directions = {k: 0.01 * torch.randn(2, *p.shape) for k, p in plan.parameters.items()}
+    rows = []
+    for n, length in shapes:
+        generator = torch.Generator().manual_seed(n)
+        ids = torch.randint(3, 8192, (n, length), generator=generator)
+        samples = [{"input_ids": i, "labels": i} for i in ids.tolist()]
+        samples_set = tokenize_rows(samples, None, name="forget")
+        batches = make_batches(samples_set, ("answer",), token_budget=n * length)
+        tasks = tasks_for([parse("ga")], lambda *_: batches, {"forget": 0})  # noqa: B023
+        risk = [Task(batches, {0: [(1.0, NLL())]})]
+
+        def reverse() -> None:
+            reverse_effects(
+                plan,
+                tasks,  # noqa: B023
+                directions,
+                1,
+                n,  # noqa: B023
+                Reference(),
+                norms=False,
+                tick=lambda _: None,
+            )
+
+        def training_step() -> None:
+            model.zero_grad(set_to_none=True)
+            model(input_ids=ids, labels=ids).loss.backward()  # noqa: B023
+
+        def direction() -> None:
+            accumulate_gradients(plan, risk, 1, Reference(), lambda _: None)  # noqa: B023
+
+        times = interleaved_medians(
+            {"training step": training_step, "reverse": reverse, "direction": direction}, rounds
+        )
+        model.zero_grad(set_to_none=True)
+        for name in ("reverse", "direction"):
+            rows.append(
+                {
+                    "what": f"{name}, {n} x {length} tokens",
+                    "samples": n,
+                    "tokens": n * length,
+                    "baseline": "training step (forward + backward)",
+                    "how": f"median of {rounds}, in turns",
+                    "baseline_s": times["training step"],
+                    "ours_s": times[name],
+                    "ratio": times["training step"] / times[name],
+                }
+            )
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="a smaller model, prints only")
+    quick = parser.parse_args().quick
+    model = make_model(quick)
+    shapes = [(8, 32)] if quick else [(32, 32), (8, 128), (4, 512)]
+    rows = step_rows(model, shapes, 1 if quick else 5)
+    rows.append(sweep_row(model, 8 if quick else 64, quick))
+    for row in rows:
+        print(
+            f"{row['what']:32} {row['baseline']}: {row['baseline_s']:9.2f} s   "
+            f"ours: {row['ours_s']:8.2f} s   baseline / ours = {row['ratio']:.2f}"
+        )
+    if not quick:
+        path = RESULTS / "sweep_cpu.csv"
+        write_csv(path, [{k: _rounded(v) for k, v in row.items()} for row in rows])
+        print(f"wrote {path}")
+
+
+def _rounded(value: Any) -> Any:
+    return float(f"{value:.4g}") if isinstance(value, float) else value
+
+
+if __name__ == "__main__":
+    main()
