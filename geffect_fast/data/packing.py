@@ -52,7 +52,8 @@ def make_batches(
             two sequences of a sample must share a batch, since an objective may couple them; where
             they differ in length, the shorter one repeats its last token, unlabelled. That is exact
             for a causal model: no labelled position sees what comes after it.
-        single: as packed, one sample a batch, whatever the budget.
+        single: one sample a batch, whatever the budget; its two sequences, where it brings both, as
+            in `equal_length`.
 
     Args:
         sample_set: tokenised samples.
@@ -131,10 +132,10 @@ def _batch(
     layout: Layout,
 ) -> Batch:
     sequences = [sample.sequences()[role] for sample in samples for role in roles]
-    if layout == "equal_length":
+    if layout != "packed":
         length = max(map(len, sequences))
         sequences = [_extend(sequence, length) for sequence in sequences]
-    shape = (len(sequences), -1) if layout == "equal_length" else (1, -1)
+    shape = (1 if layout == "packed" else len(sequences), -1)
     lengths = [len(sequence) for sequence in sequences]
     cu_seqlens = _offsets(lengths)
     return Batch(

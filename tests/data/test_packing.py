@@ -48,7 +48,7 @@ few = settings(max_examples=40, deadline=None)
 def size_of(sample, roles, layout) -> int:
     """Tokens that a sample takes in a batch."""
     lengths = [len(sample.sequences()[role]) for role in roles]
-    return max(lengths) * len(roles) if layout == "equal_length" else sum(lengths)
+    return sum(lengths) if layout == "packed" else max(lengths) * len(roles)
 
 
 @few
@@ -77,14 +77,14 @@ def test_every_sample_is_there_once_with_its_own_tokens(sample_set, roles, budge
             assert batch.targets[start : own - 1].tolist() == sequence.labels[1:].tolist()
             assert (batch.targets[own - 1 : end] == IGNORE).all()
             assert (batch.labels[own:end] == IGNORE).all()
-            assert layout == "equal_length" or own == end
+            assert layout != "packed" or own == end
         assert batch.cu_samples.tolist() == bounds[:: len(roles)]
         assert batch.cu_seqlens.dtype == batch.cu_samples.dtype == torch.int32
         assert batch.input_ids.dtype == batch.position_ids.dtype == torch.int64
-        if layout == "equal_length":
-            assert batch.input_ids.shape == (len(expected), batch.total_tokens // len(expected))
-        else:
+        if layout == "packed":
             assert batch.packed and batch.input_ids.shape == (1, batch.total_tokens)
+        else:
+            assert batch.input_ids.shape == (len(expected), batch.total_tokens // len(expected))
 
 
 @few
@@ -187,8 +187,12 @@ def test_packing_by_hand():
 
 
 def test_a_pair_of_unequal_lengths_repeats_its_last_token():
-    roles = ("answer", "alternative")
-    [batch] = make_batches(make_set((3, 2), (1, 3)), roles, token_budget=99, layout="equal_length")
+    roles, pairs = ("answer", "alternative"), make_set((3, 2), (1, 3))
+    first, second = make_batches(pairs, roles, token_budget=99, layout="single")
+    assert first.input_ids.tolist() == [[0, 1, 2], [0, 1, 1]]
+    assert second.labels.tolist() == [0, -100, -100, 0, 1, 2]
+    assert second.cu_samples.tolist() == [0, 6] and second.cu_seqlens.tolist() == [0, 3, 6]
+    [batch] = make_batches(pairs, roles, token_budget=99, layout="equal_length")
     assert batch.input_ids.tolist() == [[0, 1, 2], [0, 1, 1], [0, 0, 0], [0, 1, 2]]
     assert batch.labels.tolist() == [0, 1, 2, 0, 1, -100, 0, -100, -100, 0, 1, 2]
     assert batch.targets.tolist() == [1, 2, -100, 1, -100, -100, -100, -100, -100, 1, 2, -100]
