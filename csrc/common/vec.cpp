@@ -51,7 +51,10 @@ GEFFECT_FAST_INLINE void dot_tile(const T* const* x, const T* const* y, int64_t 
       double total = 0;
       Vec<T> lanes = sum[i][j][0];
       for (int u = 1; u < kUnroll; ++u) lanes += sum[i][j][u];
-      for (int lane = 0; lane < kLanes; ++lane) total += lanes[lane];
+      for (int half = kLanes / 2; half > 0; half /= 2) {
+        for (int lane = 0; lane < half; ++lane) lanes[lane] += lanes[lane + half];
+      }
+      total += lanes[0];
       for (int64_t t = at; t < end; ++t) total += static_cast<double>(x[i][t]) * y[j][t];
       out[i * ldo + j] += total;
     }

@@ -10,11 +10,12 @@
 //             multiply-adds
 //   gradient  for one tile of the gradients after another, the tile of all N + N2 gradients, then
 //             their inner products.                                     (T + T2 + N N2) d_in d_out
-// Memory is O(N N2) and tiles. Limiter: arithmetic.
+// Memory is O(N N2) and tiles: in the gradient form 128 KiB (fp32) for each of the N + N2 samples.
+// Limiter: arithmetic.
 #include <torch/csrc/stable/library.h>
 
-#include "common/blocks.h"
 #include "common/checks.h"
+#include "common/products.h"
 #include "common/tasks.h"
 
 namespace geffect_fast {
@@ -22,16 +23,8 @@ namespace {
 
 constexpr const char* kOp = "ghost_dot";
 
-// Pairs: tokens of either set in a tile, and features multiplied at once.
-constexpr int64_t kPairTokens = 256;
-constexpr int64_t kFeatures = 2048;
-// Gradients: tokens multiplied at once, rows of the result a task owns, and the tiles' size.
-constexpr int64_t kInnerTokens = 1024;
-constexpr int64_t kResultRows = 32;
-constexpr int64_t kTileOut = 128;
-constexpr int64_t kTileIn = 256;
-constexpr int64_t kMinTileOut = 16;
-constexpr int64_t kTileBudget = int64_t{1} << 22;  // elements of all gradients' tiles together
+constexpr int64_t kPairTokens = 256;  // tokens of either set in a tile of pairs
+constexpr int64_t kResultRows = 8;    // rows of the result a task owns in the gradient form
 
 template <class T>
 struct Side {
@@ -55,18 +48,6 @@ std::vector<Group> group_segments(const std::vector<int64_t>& offsets) {
     groups.push_back({first, last});
   }
   return groups;
-}
-
-// out (rows x cols) = inner products of rows of x from `row` with rows of y from `col`.
-template <class T>
-void token_gram(acc_t<T>* out, const Matrix<T>& x, int64_t row, int64_t rows, const Matrix<T>& y,
-                int64_t col, int64_t cols, acc_t<T>* scratch) {
-  for (int64_t f = 0; f < x.cols; f += kFeatures) {
-    const int64_t features = std::min(kFeatures, x.cols - f);
-    const auto left = dense_block(x, row, rows, f, features, scratch);
-    const auto right = dense_block(y, col, cols, f, features, scratch + rows * features);
-    gemm(out, left, Transpose::kNo, right, Transpose::kYes, f > 0);
-  }
 }
 
 template <class T>
@@ -108,51 +89,30 @@ std::vector<double> by_pairs(const Side<T>& x, const Side<T>& y) {
   return out;
 }
 
-// The tile [out, out + rows) x [in, in + cols) of segment i's gradient.
-template <class T>
-void gradient_tile(acc_t<T>* tile, const Side<T>& side, int64_t i, int64_t out, int64_t rows,
-                   int64_t in, int64_t cols, acc_t<T>* scratch) {
-  const int64_t begin = side.offsets[i], end = side.offsets[i + 1];
-  if (begin == end) std::fill(tile, tile + rows * cols, acc_t<T>{0});
-  for (int64_t t = begin; t < end; t += kInnerTokens) {
-    const int64_t tokens = std::min(kInnerTokens, end - t);
-    const auto g = dense_block(side.g, t, tokens, out, rows, scratch);
-    const auto a = dense_block(side.a, t, tokens, in, cols, scratch + kInnerTokens * rows);
-    gemm(tile, g, Transpose::kYes, a, Transpose::kNo, t > begin);
-  }
-}
-
 template <class T>
 std::vector<double> by_gradients(const Side<T>& x, const Side<T>& y) {
   using A = acc_t<T>;
   const int64_t n_rows = x.n_samples(), n_columns = y.n_samples();
   const int64_t d_in = x.a.cols, d_out = x.g.cols;
-  const int64_t budget = kTileBudget / (n_rows + n_columns) / kTileIn;
-  const int64_t tile_out = std::min(kTileOut, std::max(kMinTileOut, budget));
-  const int64_t tile_size = std::min(tile_out, d_out) * std::min(kTileIn, d_in);
-  const Scratch<A> tiles((n_rows + n_columns) * tile_size);
+  const Scratch<A> tiles((n_rows + n_columns) * tile_at(0, 0, d_out, d_in).size());
   std::vector<double> result(n_rows * n_columns, 0.0);
-  for (int64_t out = 0; out < d_out; out += tile_out) {
+  std::vector<const A*> at(n_rows + n_columns);
+  for (int64_t out = 0; out < d_out; out += kTileOut) {
     for (int64_t in = 0; in < d_in; in += kTileIn) {
-      const int64_t rows = std::min(tile_out, d_out - out), cols = std::min(kTileIn, d_in - in);
-      const int64_t size = rows * cols;
-      run_tasks<A>(n_rows + n_columns, kInnerTokens * (rows + cols), [&](int64_t i, A* scratch) {
-        A* tile = tiles.data() + i * size;
-        if (i < n_rows) {
-          gradient_tile(tile, x, i, out, rows, in, cols, scratch);
-        } else {
-          gradient_tile(tile, y, i - n_rows, out, rows, in, cols, scratch);
-        }
+      const Tile tile = tile_at(out, in, d_out, d_in);
+      run_tasks<A>(n_rows + n_columns, kTileScratch, [&](int64_t task, A* scratch) {
+        const Side<T>& side = task < n_rows ? x : y;
+        const int64_t i = task < n_rows ? task : task - n_rows;
+        A* gradient = tiles.data() + task * tile.size();
+        at[task] = gradient;
+        gradient_tile(gradient, side.a, side.g, side.offsets[i], side.offsets[i + 1], tile,
+                      scratch);
       });
-      const Block<A> columns{tiles.data() + n_rows * size, n_columns, size, size};
-      run_tasks<A>(
-          ceil_div(n_rows, kResultRows), kResultRows * n_columns, [&](int64_t task, A* sums) {
-            const int64_t first = task * kResultRows, count = std::min(kResultRows, n_rows - first);
-            const Block<A> block{tiles.data() + first * size, count, size, size};
-            gemm(sums, block, Transpose::kNo, columns, Transpose::kYes, false);
-            for (int64_t r = 0; r < count * n_columns; ++r)
-              result[first * n_columns + r] += sums[r];
-          });
+      run_tasks<A>(ceil_div(n_rows, kResultRows), 0, [&](int64_t task, A*) {
+        const int64_t first = task * kResultRows, count = std::min(kResultRows, n_rows - first);
+        dot_rows(&at[first], count, at.data() + n_rows, n_columns, tile.size(),
+                 &result[first * n_columns]);
+      });
     }
   }
   return result;

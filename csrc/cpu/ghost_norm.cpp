@@ -11,8 +11,8 @@
 // Neither a T_i x T_i Gram nor a gradient exists beyond a tile a thread. Limiter: arithmetic.
 #include <torch/csrc/stable/library.h>
 
-#include "common/blocks.h"
 #include "common/checks.h"
+#include "common/products.h"
 #include "common/tasks.h"
 
 namespace geffect_fast {
@@ -20,14 +20,9 @@ namespace {
 
 constexpr const char* kOp = "ghost_norm";
 
-// Gram form: tokens s and t of a tile, and features multiplied at once.
-constexpr int64_t kRowTokens = 128;
+// Gram form: tokens s and t of a tile. Few rows, so that little is computed twice at the diagonal.
+constexpr int64_t kRowTokens = 32;
 constexpr int64_t kColTokens = 256;
-constexpr int64_t kFeatures = 2048;
-// Gradient form: a tile of the gradient, and tokens multiplied at once.
-constexpr int64_t kTileOut = 128;
-constexpr int64_t kTileIn = 256;
-constexpr int64_t kInnerTokens = 1024;
 
 // A block of token pairs (first: a token) or a tile of the gradient (first, second: its corner).
 struct Task {
@@ -60,18 +55,6 @@ std::vector<Task> plan(const Matrix<T>& a, const Matrix<T>& g,
   return tasks;
 }
 
-// out (rows x cols) = inner products of tokens [row, row + rows) with tokens [col, col + cols).
-template <class T>
-void token_gram(acc_t<T>* out, const Matrix<T>& m, int64_t row, int64_t rows, int64_t col,
-                int64_t cols, acc_t<T>* scratch) {
-  for (int64_t f = 0; f < m.cols; f += kFeatures) {
-    const int64_t features = std::min(kFeatures, m.cols - f);
-    const auto left = dense_block(m, row, rows, f, features, scratch);
-    const auto right = dense_block(m, col, cols, f, features, scratch + rows * features);
-    gemm(out, left, Transpose::kNo, right, Transpose::kYes, f > 0);
-  }
-}
-
 template <class T>
 double gram_task(const Matrix<T>& a, const Matrix<T>& g, int64_t s, int64_t end,
                  acc_t<T>* scratch) {
@@ -82,8 +65,8 @@ double gram_task(const Matrix<T>& a, const Matrix<T>& g, int64_t s, int64_t end,
   double sum = 0;
   for (int64_t t = s, cols; t < end; t += cols) {
     cols = t == s ? rows : std::min(kColTokens, end - t);
-    token_gram(gram_a, a, s, rows, t, cols, copies);
-    token_gram(gram_g, g, s, rows, t, cols, copies);
+    token_gram(gram_a, a, s, rows, a, t, cols, copies);
+    token_gram(gram_g, g, s, rows, g, t, cols, copies);
     const double weight = t == s ? 1 : 2;
     sum += weight * dot(gram_a, gram_g, rows * cols);
   }
@@ -92,18 +75,9 @@ double gram_task(const Matrix<T>& a, const Matrix<T>& g, int64_t s, int64_t end,
 
 template <class T>
 double gradient_task(const Matrix<T>& a, const Matrix<T>& g, int64_t begin, int64_t end,
-                     int64_t out, int64_t in, acc_t<T>* scratch) {
-  const int64_t rows = std::min(kTileOut, g.cols - out), cols = std::min(kTileIn, a.cols - in);
-  acc_t<T>* gradient = scratch;
-  acc_t<T>* g_copy = gradient + kTileOut * kTileIn;
-  acc_t<T>* a_copy = g_copy + kInnerTokens * kTileOut;
-  for (int64_t t = begin; t < end; t += kInnerTokens) {
-    const int64_t tokens = std::min(kInnerTokens, end - t);
-    const auto g_block = dense_block(g, t, tokens, out, rows, g_copy);
-    const auto a_block = dense_block(a, t, tokens, in, cols, a_copy);
-    gemm(gradient, g_block, Transpose::kYes, a_block, Transpose::kNo, t > begin);
-  }
-  return dot(gradient, gradient, rows * cols);
+                     const Tile& tile, acc_t<T>* scratch) {
+  gradient_tile(scratch, a, g, begin, end, tile, scratch + kTileOut * kTileIn);
+  return dot(scratch, scratch, tile.size());
 }
 
 template <class T>
@@ -114,14 +88,17 @@ std::vector<double> ghost_norm_kernel(const Tensor& a_tensor, const Tensor& g_te
   std::vector<double> partial(tasks.size());
   const int64_t features = std::min(kFeatures, std::max(a.cols, g.cols));
   const int64_t gram_size = 2 * kRowTokens * kColTokens + (kRowTokens + kColTokens) * features;
-  const int64_t tile_size = kTileOut * kTileIn + kInnerTokens * (kTileOut + kTileIn);
-  run_tasks<acc_t<T>>(
-      tasks.size(), std::max(gram_size, tile_size), [&](int64_t i, acc_t<T>* scratch) {
-        const Task& task = tasks[i];
-        const int64_t begin = offsets[task.segment], end = offsets[task.segment + 1];
-        partial[i] = task.gram ? gram_task(a, g, task.first, end, scratch)
-                               : gradient_task(a, g, begin, end, task.first, task.second, scratch);
-      });
+  const int64_t scratch_size = std::max(gram_size, kTileOut * kTileIn + kTileScratch);
+  run_tasks<acc_t<T>>(tasks.size(), scratch_size, [&](int64_t i, acc_t<T>* scratch) {
+    const Task& task = tasks[i];
+    const int64_t begin = offsets[task.segment], end = offsets[task.segment + 1];
+    if (task.gram) {
+      partial[i] = gram_task(a, g, task.first, end, scratch);
+    } else {
+      const Tile tile = tile_at(task.first, task.second, g.cols, a.cols);
+      partial[i] = gradient_task(a, g, begin, end, tile, scratch);
+    }
+  });
   std::vector<double> out(offsets.size() - 1, 0.0);
   for (size_t i = 0; i < tasks.size(); ++i) out[tasks[i].segment] += partial[i];
   return out;

@@ -13,8 +13,8 @@
 // Neither Z nor a gradient exists beyond a tile a thread.
 #include <torch/csrc/stable/library.h>
 
-#include "common/blocks.h"
 #include "common/checks.h"
+#include "common/products.h"
 #include "common/tasks.h"
 
 namespace geffect_fast {
@@ -25,10 +25,6 @@ constexpr const char* kOp = "segment_bilinear";
 // Product form: tokens and outputs of a tile of Z.
 constexpr int64_t kTokens = 256;
 constexpr int64_t kOutputs = 512;
-// Gradient form: a tile of the gradient, and tokens multiplied at once.
-constexpr int64_t kTileOut = 128;
-constexpr int64_t kTileIn = 256;
-constexpr int64_t kInnerTokens = 1024;
 
 struct Problem {
   int64_t total_tokens, d_in, d_out, n_directions, n_samples;
@@ -113,38 +109,29 @@ std::vector<double> by_gradients(const Matrix<T>& a, const Matrix<T>& g,
   const int64_t n_tiles = in_tiles * ceil_div(d_out, kTileOut);
   // partial[tile][segment][m]; consecutive tasks share the tile of V
   std::vector<double> partial(n_tiles * n_samples * n_directions, 0.0);
-  const int64_t scratch_size =
-      kTileOut * kTileIn + kInnerTokens * (kTileOut + kTileIn) + n_directions * kTileIn;
+  const int64_t scratch_size = kTileOut * kTileIn + kTileScratch + n_directions * kTileIn;
   run_tasks<A>(n_tiles * n_samples, scratch_size, [&](int64_t task, A* scratch) {
-    const int64_t segment = task % n_samples, tile = task / n_samples;
-    const int64_t out = tile / in_tiles * kTileOut, in = tile % in_tiles * kTileIn;
-    const int64_t rows = std::min(kTileOut, d_out - out), cols = std::min(kTileIn, d_in - in);
+    const int64_t segment = task % n_samples, corner = task / n_samples;
+    const Tile tile =
+        tile_at(corner / in_tiles * kTileOut, corner % in_tiles * kTileIn, d_out, d_in);
     A* gradient = scratch;
-    A* g_copy = gradient + kTileOut * kTileIn;
-    A* a_copy = g_copy + kInnerTokens * kTileOut;
-    A* v_copy = a_copy + kInnerTokens * kTileIn;
-    const int64_t begin = offsets[segment], end = offsets[segment + 1];
-    if (begin == end) return;
-    for (int64_t t = begin; t < end; t += kInnerTokens) {
-      const int64_t tokens = std::min(kInnerTokens, end - t);
-      const Block<A> g_block = dense_block(g, t, tokens, out, rows, g_copy);
-      const Block<A> a_block = dense_block(a, t, tokens, in, cols, a_copy);
-      gemm(gradient, g_block, Transpose::kYes, a_block, Transpose::kNo, t > begin);
-    }
+    A* copies = gradient + kTileOut * kTileIn;
+    A* v_copy = copies + kTileScratch;
+    gradient_tile(gradient, a, g, offsets[segment], offsets[segment + 1], tile, copies);
     std::vector<const A*> v_rows(n_directions);
-    for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t r = 0; r < tile.rows; ++r) {
       for (int64_t m = 0; m < n_directions; ++m) {
-        v_rows[m] = dense_row(v[m], out + r, in, cols, v_copy + m * kTileIn);
+        v_rows[m] = dense_row(v[m], tile.out + r, tile.in, tile.cols, v_copy + m * kTileIn);
       }
-      const A* row = gradient + r * cols;
-      dot_rows(&row, 1, v_rows.data(), n_directions, cols, &partial[task * n_directions]);
+      const A* row = gradient + r * tile.cols;
+      dot_rows(&row, 1, v_rows.data(), n_directions, tile.cols, &partial[task * n_directions]);
     }
   });
   std::vector<double> result(n_directions * n_samples, 0.0);
-  for (int64_t tile = 0; tile < n_tiles; ++tile) {
+  for (int64_t corner = 0; corner < n_tiles; ++corner) {
     for (int64_t i = 0; i < n_samples; ++i) {
       for (int64_t m = 0; m < n_directions; ++m) {
-        result[m * n_samples + i] += partial[(tile * n_samples + i) * n_directions + m];
+        result[m * n_samples + i] += partial[(corner * n_samples + i) * n_directions + m];
       }
     }
   }

