@@ -6,7 +6,6 @@ import inspect
 from collections.abc import Collection
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 

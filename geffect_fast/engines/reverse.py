@@ -30,7 +30,8 @@ class Effects:
     Attributes:
         values: `(K,)` fp64, the objectives' values.
         effects: `(K, M, P, N)` fp64: objective, direction, parameter, sample.
-        gradients: `(K, *shape)` by parameter, the objectives' whole gradients; None if not asked for.
+        gradients: `(K, *shape)` by parameter, the objectives' whole gradients; None where not
+            asked for.
     """
 
     values: Tensor

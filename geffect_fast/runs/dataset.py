@@ -40,6 +40,7 @@ def gram_matrices(directions: Mapping[str, Tensor], gradients: Mapping[str, Tens
 
 
 def check_directions(x: Tensor, what: str, names: Sequence[str]) -> None:
+    """Raise `NonFiniteError` naming the first row of `x` that is not finite, `what` of its name."""
     good = torch.isfinite(x.flatten(1)).all(1)
     if not good.all():
         name = names[int((~good).nonzero()[0])]
@@ -49,6 +50,7 @@ def check_directions(x: Tensor, what: str, names: Sequence[str]) -> None:
 
 
 def check_effects(effects: Tensor, objectives: Sequence[str], plan: Plan) -> None:
+    """Raise `NonFiniteError` naming the first objective and parameter that are not finite."""
     bad = (
         ~torch.isfinite(effects).flatten(3).all(-1)
         if effects.dim() == 4
@@ -89,6 +91,18 @@ def dataset(
     gram: Tensor | None,
     settings: Mapping[str, Any],
 ) -> xr.Dataset:
+    """The result: every number under its name on every axis that was asked for.
+
+    Args:
+        effects: `(K, M, P)` or `(K, M, P, N)` fp64.
+        axes: of `parameter` and `sample`, those to keep.
+        labels: names along `objective`, `risk` and `parameter`.
+        samples: row number, set and question of each sample.
+        risk_values: `(M,)`.
+        losses: `(K,)`.
+        gram: `(P, M + K, M + K)` of risks and then objectives; None: no norms.
+        settings: attributes of the result.
+    """
     import xarray as xr
 
     dims = ["objective", "risk", "parameter"] + (["sample"] if effects.dim() == 4 else [])

@@ -31,6 +31,7 @@ from geffect_fast.engines.tasks import Reference, Task, tasks_for
 from geffect_fast.errors import InputError
 from geffect_fast.objectives import Objective, parse_list
 from geffect_fast.objectives import resolve as resolve_objective
+from geffect_fast.objectives.base import Need
 from geffect_fast.runs.dataset import (
     check_coverage,
     check_directions,
@@ -71,8 +72,9 @@ def profile(
 
         e = < grad R(D), grad L(D_u) >
 
-    A descent step of size `lr` on `L` changes the risk `R(D)` by `-lr e` to first order. Wanted: `e`
-    strongly negative for the risk on what must go (`unlearn`), zero or positive elsewhere (`retain`).
+    A descent step of size `lr` on `L` changes the risk `R(D)` by `-lr e` to first order. Wanted:
+    `e` strongly negative for the risk on what must go (`unlearn`), zero or positive elsewhere
+    (`retain`).
 
     Args:
         model: a causal language model of transformers in eval mode; trainable parameters are
@@ -305,7 +307,7 @@ def _check_memory(plan: Plan, n_objectives: int) -> None:
 
 
 def _reference_model(
-    source: nn.Module | str | Path | None, needs: set[str], model: nn.Module
+    source: nn.Module | str | Path | None, needs: set[Need], model: nn.Module
 ) -> nn.Module | None:
     if not needs & {"reference", "reference_logits"} or source is None or source is model:
         return None
