@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from geffect_fast import ops
-from geffect_fast.capture import Factor, Plan, Recorder, Segments
+from geffect_fast.capture import Factor, OutsideUse, Plan, Recorder, Segments, leaves_of
 from geffect_fast.capture.products import inner, pairwise, squared_norms
 from geffect_fast.errors import InputError, UnsupportedModelError
 
@@ -90,7 +90,7 @@ def per_sample_grad_norms(
         InputError: losses that are not one a sample, active dropout, nothing trainable.
         UnsupportedModelError: a module whose rows cannot be told apart by sample; it is named.
 
-    Source: the ghost norm (arXiv 1510.01799; 2110.05679), with the cross terms of shared parameters.
+    Source: the ghost norm (arXiv 1510.01799; 2110.05679), cross terms of shared parameters added.
 
     Example:
         >>> def loss_fn(model, batch):
@@ -204,24 +204,25 @@ def pairwise_inner_products(
 def _run(plan: Plan, loss_fn: LossFn, batch: Any, sink: Any, join: bool = False) -> Tensor:
     """Record one forward and backward; the losses `(n_samples,)`, detached."""
     axis = _sample_axis(batch)
-    n_rows = 1 if axis.token_offsets else axis.n_samples
     with (
         plan.frozen(),
         torch.enable_grad(),
-        Recorder(plan, sink, axis, join=join, n_rows=n_rows) as recorder,
+        Recorder(plan, sink, axis, join=join) as recorder,
     ):
-        losses = loss_fn(plan.model, batch)
+        with OutsideUse(recorder):
+            losses = loss_fn(plan.model, batch)
         if not isinstance(losses, Tensor) or losses.shape != (axis.n_samples,):
             got = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
             raise InputError(
                 f"loss_fn: must return one loss a sample, shape ({axis.n_samples},), got {got}; "
                 "use reduction='none' and reduce over tokens only"
             )
-        if not recorder.roots:
+        if not recorder.calls or not losses.requires_grad:
             raise UnsupportedModelError(
-                "loss_fn: no module with trainable parameters ran; call the model that was given"
+                "loss_fn: the losses depend on no module with trainable parameters; call the "
+                "model that was given"
             )
-        torch.autograd.grad(losses.sum(), recorder.roots, allow_unused=True)
+        torch.autograd.grad(losses.sum(), leaves_of(losses), allow_unused=True)
         recorder.finish()
     return losses.detach()
 

@@ -10,10 +10,21 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from geffect_fast.capture.factors import Explicit, Factor, Lookup, Outer, RowSum
-from geffect_fast.capture.recorder import Plan, Recorder
+from geffect_fast.capture.recorder import OutsideUse, Plan, Recorder, leaves_of
 from geffect_fast.capture.segments import Segments
 
-__all__ = ["Explicit", "Factor", "Lookup", "Outer", "Plan", "Recorder", "RowSum", "Segments"]
+__all__ = [
+    "Explicit",
+    "Factor",
+    "Lookup",
+    "Outer",
+    "OutsideUse",
+    "Plan",
+    "Recorder",
+    "RowSum",
+    "Segments",
+    "leaves_of",
+]
 
 
 @contextmanager
@@ -28,7 +39,8 @@ def capture(
     Args:
         model: any `nn.Module` in eval mode, or without dropout; frozen parameters are skipped.
         cu_seqlens: `(n_samples + 1,)` offsets where samples are packed into one row; without it
-            the first axis of the model's input is the sample axis.
+            the first axis of the model's input (`input_ids`, or its first tensor) is the sample
+            axis.
 
     Yields:
         For every trainable parameter that took part, by its name in `model.named_parameters()`, its
@@ -56,14 +68,13 @@ def capture(
         if cu_seqlens is not None:
             recorder.segments = Segments.packed(cu_seqlens)
         elif tensors:
-            recorder.segments = Segments.rectangular(tensors[0].shape)
-            recorder.n_rows = recorder.segments.n_samples
+            first = kwargs.get("input_ids", tensors[0])
+            recorder.segments = Segments.rectangular(first.shape)
 
     handle = model.register_forward_pre_hook(see_input, with_kwargs=True, prepend=True)
     try:
         with recorder:
             yield records
-            if recorder.segments is not None:
-                recorder.finish()
+            recorder.finish()
     finally:
         handle.remove()

@@ -16,8 +16,10 @@ from torch import Tensor, nn
 from torch.func import functional_call, jvp
 
 from geffect_fast.capture.factors import Explicit, Factor, Lookup, Outer, RowSum
+from geffect_fast.capture.given import REPLAYING, Given, tensors_of
 from geffect_fast.capture.products import project
 from geffect_fast.capture.segments import Segments
+from geffect_fast.errors import InputError, UnsupportedModelError
 
 
 @dataclass
@@ -28,16 +30,17 @@ class Call:
         where: the module's name in the model.
         module: the module.
         names: its trainable parameters, local name (`weight`) to name in the model.
-        args, kwargs: what it was called with, detached.
+        given: what it was called with.
         factor: the one number a rule found out about the module (`fit`).
+        segments: the sample axis; None where it is not known.
     """
 
     where: str
     module: nn.Module
     names: Mapping[str, str]
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    factor: float = 1.0
+    given: Given
+    factor: float
+    segments: Segments | None
 
     rules: ClassVar[dict[str, type[Call]]] = {}
 
@@ -54,21 +57,44 @@ class Call:
     @property
     def input(self) -> Tensor:
         """The one tensor the module was called with."""
-        return next(iter((*self.args, *self.kwargs.values())))
+        return next(iter((*self.given.args, *self.given.kwargs.values())))
 
     def factors(self, g: Tensor, segments: Segments) -> Iterator[tuple[str, Factor]]:
         """Each parameter's name in the model with its factor, given the output's gradient `g`."""
         raise NotImplementedError
 
+    def checked_factors(self, g: Tensor) -> Iterator[tuple[str, Factor]]:
+        """`factors`, where what the module was called with is still what it was."""
+        return self.factors(g, self.checked_segments())
+
+    def checked_segments(self) -> Segments:
+        """The sample axis.
+
+        Raises:
+            InputError: it is not known.
+            UnsupportedModelError: the inputs are no longer what they were.
+        """
+        if self.segments is None:
+            raise InputError(
+                f"capture: '{self.where}' ran outside the model's own forward, so its samples are "
+                "not known; call the model that was given"
+            )
+        if self.given.changed():
+            raise UnsupportedModelError(
+                f"module '{self.where}': its input was changed in place after the call and before "
+                "the backward; change a copy instead"
+            )
+        return self.segments
+
     def constants(self, directions: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """What `products.inner` may reuse for every objective: by parameter name, `(M, rows, d)`."""
+        """What `inner` may reuse for every objective: by parameter name, `(M, rows, d)`."""
         return {}
 
 
 def runs_forward_of(module: nn.Module, rule: type[Call]) -> bool:
     """Whether the module runs the forward of the type that `rule` serves, not one of its own."""
     served = (b for b in type(module).__mro__ if Call.rules.get(_qualified(b)) is rule)
-    return any(type(module).forward is base.forward for base in served)  # type: ignore[attr-defined]
+    return any(type(module).forward is vars(base).get("forward") for base in served)
 
 
 def _qualified(kind: type) -> str:
@@ -91,7 +117,9 @@ class LinearCall(Call, serves="torch.nn.modules.linear.Linear"):
     def factors(self, g: Tensor, segments: Segments) -> Iterator[tuple[str, Factor]]:
         cu, g = _cu(segments, g, self.where), _flat(g)
         if "weight" in self.names:
-            yield self.names["weight"], Outer(_flat(self.input), g, cu, self.transposed)
+            a = _flat(self.input)
+            wide = torch.promote_types(a.dtype, g.dtype)  # they differ under autocast
+            yield self.names["weight"], Outer(a.to(wide), g.to(wide), cu, self.transposed)
         if "bias" in self.names:
             yield self.names["bias"], RowSum(g, cu)
 
@@ -127,7 +155,7 @@ class EmbeddingCall(Call, serves="torch.nn.modules.sparse.Embedding"):
         cu, rows = _cu(segments, g, self.where), _flat(g) * self.factor
         if self.module.padding_idx is not None:
             rows = rows.masked_fill((self.ids == self.module.padding_idx)[:, None], 0)
-        yield self.names["weight"], Lookup(self.ids, rows, cu, self.module.num_embeddings)
+        yield self.names["weight"], Lookup(self.ids, rows, cu, len(self.module.weight))
 
     def constants(self, directions: Mapping[str, Tensor]) -> dict[str, Tensor]:
         name = self.names["weight"]
@@ -138,31 +166,56 @@ def embedding_scale(module: nn.Embedding) -> float | None:
     """The factor `s` of an embedding `y = s W[id]`, or None where it is no such thing.
 
     Gemma's embeddings multiply by `sqrt(d)`. The factor is the derivative itself, taken by forward
-    mode on a table of eight rows, and accepted only where the module is linear with it.
+    mode on a small table, and accepted only where the module is linear with it. The table has more
+    rows than are looked up: one that shifts its ids is to be seen, not to run over the end.
     """
-    table = torch.linspace(-1, 1, 8 * module.embedding_dim).view(8, -1).to(module.weight)
+    n_rows = max(64, (module.padding_idx or 0) + 1)
+    table = torch.linspace(-1, 1, n_rows * module.embedding_dim).view(n_rows, -1)
+    table = table.to(module.weight)
     ids = torch.arange(8, device=table.device)
 
     def look_up(weight: Tensor) -> Tensor:
-        return functional_call(module, {"weight": weight}, (ids,))
+        return _forward(module, {"weight": weight}, (ids,))
 
     try:
         with torch.no_grad():
-            y, slope = jvp(look_up, (table,), (torch.ones_like(table),))
+            y, slope = jvp(look_up, (table,), (torch.ones_like(table),))[:2]
             zero = look_up(torch.zeros_like(table))
-    except (RuntimeError, TypeError, IndexError):
+    except (RuntimeError, TypeError, ValueError, IndexError):
         return None
     # The row of the padding index receives no tangent, so the slope is read off the others.
     scale = slope.flatten()[slope.abs().argmax()].item()
-    linear = torch.allclose(y, table * scale, rtol=1e-2 if y.dtype.itemsize < 4 else 1e-5)
+    linear = torch.allclose(y, table[ids] * scale, rtol=1e-2 if y.dtype.itemsize < 4 else 1e-5)
     return scale if linear and not zero.any() else None
+
+
+class _Bare(nn.Module):
+    """A module without its hooks."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.module.forward(*args, **kwargs)
+
+
+def _forward(
+    module: nn.Module,
+    parameters: Mapping[str, Tensor],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any] | None = None,
+) -> Any:
+    """The module's own forward with other parameters: no hook runs a second time."""
+    replaced = {f"module.{name}": p for name, p in parameters.items()}
+    return functional_call(_Bare(module), replaced, args, kwargs)
 
 
 class NormCall(Call):
     """`y = xhat(x) * (offset + w) + b`: `grad_w = sum_t g_t * xhat_t`, `grad_b = sum_t g_t`.
 
     Serves every norm of that form, whatever its name (LayerNorm, the RMSNorms of transformers with
-    `w` and with `1 + w`): the form and the offset are found by trying the module, see `norm_offset`.
+    `w` and with `1 + w`): form and offset are found by trying the module, see `norm_offset`.
     """
 
     @classmethod
@@ -177,10 +230,11 @@ class NormCall(Call):
             yield self.names["bias"], RowSum(rows, cu)
 
     def normalized(self) -> Tensor:
-        """`xhat`, `(rows, d)`, computed by the module itself with its weight set to `1 - offset`."""
+        """`xhat`, `(rows, d)`, computed by the module with its weight set to `1 - offset`."""
         weight = torch.full_like(self.module.get_parameter("weight"), 1.0 - self.factor)
-        with torch.no_grad():
-            return _flat(_norm(self.module, weight, None, *self.args, **self.kwargs))
+        with torch.no_grad(), self.given.precision():
+            xhat = _norm(self.module, weight, None, *self.given.args, **self.given.kwargs)
+        return _flat(xhat)
 
 
 def _norm(
@@ -189,22 +243,24 @@ def _norm(
     replaced = {"weight": weight}
     if getattr(module, "bias", None) is not None:
         replaced["bias"] = torch.zeros_like(weight) if bias is None else bias
-    return functional_call(module, replaced, args, kwargs)
+    return _forward(module, replaced, args, kwargs)
 
 
 def norm_offset(module: nn.Module) -> float | None:
     """0 for `y = xhat w + b`, 1 for `y = xhat (1 + w) + b`, None for anything else.
 
-    Tried on five random rows against the module with weights 0, 1 and random.
+    Tried on random rows against the module with weights 0, 1 and random. Three axes of different
+    sizes: a norm over other axes than the last (of groups, of a batch) cannot be taken for one.
     """
     own = dict(module.named_parameters(recurse=False))
     weight, bias = own.pop("weight", None), own.pop("bias", None)
     if weight is None or weight.dim() != 1 or own or any(True for _ in module.children()):
         return None
+    d = weight.numel()
     generator = torch.Generator().manual_seed(0)
     x, w, b = (
-        torch.rand(shape, generator=generator, dtype=torch.float64).to(weight) + 0.5
-        for shape in ((5, weight.numel()), weight.shape, weight.shape)
+        torch.randn(shape, generator=generator, dtype=torch.float64).to(weight)
+        for shape in ((2, 3 if d != 3 else 4, d), (d,), (d,))
     )
     try:
         with torch.no_grad():
@@ -229,15 +285,21 @@ class GenericCall(Call):
     gradient of sample `i` is the vjp of the output gradient with all other samples' rows zeroed.
     """
 
-    def gradients(
-        self, grads: list[Tensor | None], segments: Segments
-    ) -> Iterator[tuple[str, Factor]]:
+    def gradients(self, grads: list[Tensor | None]) -> Iterator[tuple[str, Factor]]:
         """The factors, given the gradient of every tensor the module returned (None: unused)."""
+        segments = self.checked_segments()
+        if segments.n_samples > 1 and not self.given.tensors:
+            raise UnsupportedModelError(
+                f"module '{self.where}' is called without a tensor (a parametrisation?), so its "
+                "share cannot be told apart by sample; run it one sample at a time"
+            )
         leaves = {k: getattr(self.module, k).detach().requires_grad_() for k in self.names}
-        with torch.enable_grad():
-            outputs = tensors_of(functional_call(self.module, leaves, self.args, self.kwargs))
         # Outputs behind the last one that received a gradient are not in `grads`.
-        used = [(y, g) for y, g in zip(outputs, grads, strict=False) if g is not None]
+        used = [
+            (y, g)
+            for y, g in zip(self._outputs(leaves), grads, strict=False)
+            if g is not None and y.requires_grad
+        ]
         cus = [
             segments.rows(g.shape[:-1] if segments.n_samples > 1 else g.shape, self.where)
             for _, g in used
@@ -249,17 +311,41 @@ class GenericCall(Call):
                 # Only the last sample is kept: parameters of one module are asked for in turn.
                 formed.clear()
                 masked = [_only(g, cu, i) for (_, g), cu in zip(used, cus, strict=True)]
-                formed[i] = torch.autograd.grad(
-                    [y for y, _ in used],
-                    list(leaves.values()),
-                    masked,
-                    retain_graph=True,
-                    allow_unused=True,
+                formed[i] = (
+                    torch.autograd.grad(
+                        [y for y, _ in used],
+                        list(leaves.values()),
+                        masked,
+                        retain_graph=True,
+                        allow_unused=True,
+                    )
+                    if used
+                    else (None,) * len(leaves)
                 )
             return formed[i]
 
         for k, (local, leaf) in enumerate(leaves.items()):
             yield self.names[local], Explicit(_nth(vjp, k, leaf), segments.n_samples)
+
+    def _outputs(self, leaves: dict[str, Tensor]) -> list[Tensor]:
+        """What the module returns with `leaves` for its own parameters, before others' hooks."""
+        returned: list[Any] = []
+
+        def see(_module: nn.Module, _args: Any, output: Any) -> None:
+            returned.append(output)
+
+        handle = self.module.register_forward_hook(see, prepend=True)
+        token = REPLAYING.set(True)
+        try:
+            with torch.enable_grad(), self.given.precision():
+                # Not tied: what a child does with a shared parameter is in the child's own factors.
+                functional_call(
+                    self.module, leaves, self.given.args, self.given.kwargs, tie_weights=False
+                )
+        finally:
+            REPLAYING.reset(token)
+            handle.remove()
+        return tensors_of(returned[-1])
 
 
 def _nth(
@@ -282,46 +368,18 @@ def _only(g: Tensor, cu: Tensor, i: int) -> Tensor:
     return kept
 
 
-def tensors_of(output: Any) -> list[Tensor]:
-    """Every floating-point tensor in what a module returned, in order."""
-    if isinstance(output, Tensor):
-        return [output] if output.is_floating_point() else []
-    if isinstance(output, Mapping):
-        output = list(output.values())
-    if isinstance(output, list | tuple):
-        return [t for item in output for t in tensors_of(item)]
-    return []
-
-
 def rule_for(module: nn.Module) -> tuple[type[Call], float]:
-    """The rule that is exact for `module` (its type's own, the norms', or the generic one), and
-    the factor it found."""
-    if "forward" not in vars(module):
-        own = (Call.rules.get(_qualified(base)) for base in type(module).__mro__)
-        for rule in (*(r for r in own if r is not None), NormCall):
+    """The rule that is exact for `module`, and the factor it found.
+
+    Its type's own rule, that of the norms, or the generic one.
+    """
+    # Not where `forward` was replaced on the object, nor where other parameters make the weight.
+    if "forward" not in vars(module) and module._parameters.keys() <= {"weight", "bias"}:
+        kinds = (_qualified(base) for base in type(module).__mro__)
+        rules: list[type[Call]] = [Call.rules[kind] for kind in kinds if kind in Call.rules]
+        rules.append(NormCall)
+        for rule in rules:
             factor = rule.fit(module)
             if factor is not None:
                 return rule, factor
     return GenericCall, 1.0
-
-
-def broadcast_ids(module: nn.Module, args: tuple[Any, ...], n: int) -> tuple[Any, ...]:
-    """Position ids `(1, T)` shared by `n` samples, given to each: the sum over samples is undone."""
-    if isinstance(module, nn.Embedding) and args and isinstance(args[0], Tensor):
-        ids = args[0]
-        if n > 1 and ids.dim() >= 2 and ids.shape[0] == 1:
-            return (ids.expand(n, *ids.shape[1:]), *args[1:])
-    return args
-
-
-def dropout_in_use(model: nn.Module) -> str | None:
-    """The first module in train mode whose dropout is not zero, or None."""
-    for name, module in model.named_modules():
-        if not module.training:
-            continue
-        rates = {k: v for k, v in vars(module).items() if "drop" in k and isinstance(v, float)}
-        if isinstance(module, nn.modules.dropout._DropoutNd):
-            rates["p"] = module.p
-        if any(rate > 0 for rate in rates.values()):
-            return name or type(module).__name__
-    return None

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -111,6 +112,5 @@ def summed_gradient(factors: list[Factor], i: int, shape: torch.Size) -> Tensor:
 
 def samples(cu: Tensor) -> Iterator[slice]:
     """The rows of each sample in turn."""
-    bounds = cu.tolist()
-    for start, stop in zip(bounds[:-1], bounds[1:], strict=True):
+    for start, stop in pairwise(cu.tolist()):
         yield slice(start, stop)

@@ -1,8 +1,8 @@
 """Inner products and norms of per-sample gradients, from their factors.
 
 Formulas: a linear map's gradients satisfy `<g a^T, V> = g^T V a` and
-`<g a^T, h b^T> = (g . h)(a . b)` (the ghost norm; Goodfellow, arXiv 1510.01799; Li et al.,
-arXiv 2110.05679). The tied embedding's cross terms follow from the second with `e(id)` for one side.
+`<g a^T, h b^T> = (g . h)(a . b)` (ghost norm; Goodfellow, arXiv 1510.01799; Li et al.,
+arXiv 2110.05679). A tied embedding's cross terms follow from the second with `e(id)` for one side.
 """
 
 from __future__ import annotations
@@ -66,7 +66,8 @@ def inner(factor: Factor, direction: Tensor, z: Tensor | None = None) -> Tensor:
     flat = direction.flatten(1)
     if isinstance(factor, RowSum):
         return segment_sum(factor.p.to(dtype) @ flat.T, factor.cu).T
-    score = [(flat.double() @ factor.vjp(i).flatten().double()) for i in range(factor.n_samples)]
+    flat = flat.double()
+    score = [flat @ factor.vjp(i).flatten().double() for i in range(factor.n_samples)]
     return torch.stack(score, dim=1)
 
 
@@ -89,7 +90,8 @@ def squared_norms(factors: list[Factor], shape: torch.Size) -> Tensor:
         joined = _joined(outers)
         terms.append(ops.ghost_norm(joined.a, joined.g, joined.cu).double())
     for x, lookup in enumerate(lookups):
-        for other in [*outers, *lookups[: x + 1]]:
+        others: list[Outer | Lookup] = [*outers, *lookups[: x + 1]]
+        for other in others:
             weight = 1.0 if other is lookup else 2.0
             own = zip(samples(other.cu), samples(lookup.cu), strict=True)
             cross = [_lookup_gram(other, r, lookup, s).sum() for r, s in own]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -10,20 +10,21 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 from torch.utils.hooks import RemovableHandle
 
-from geffect_fast.capture.calls import (
-    Call,
-    GenericCall,
+from geffect_fast.capture.calls import Call, GenericCall, rule_for
+from geffect_fast.capture.factors import Factor
+from geffect_fast.capture.given import (
+    REPLAYING,
+    Given,
     broadcast_ids,
-    dropout_in_use,
-    rule_for,
+    random_module,
     tensors_of,
 )
-from geffect_fast.capture.factors import Factor
 from geffect_fast.capture.segments import Segments
-from geffect_fast.errors import InputError
+from geffect_fast.errors import InputError, UnsupportedModelError
 
 Sink = Callable[[str, list[Factor], list[Tensor | None]], None]
 """Receives a parameter's name, the factors that arrived for it, and what was kept for each."""
@@ -50,14 +51,12 @@ class Plan:
         """Look at every module once.
 
         Raises:
-            InputError: the model has no trainable parameter, or dropout is active.
+            InputError: the model has no trainable parameter, or a module in train mode drops
+                activations or mixes the samples of a batch.
         """
-        dropping = dropout_in_use(model)
-        if dropping is not None:
-            raise InputError(
-                f"model: '{dropping}' is in train mode with active dropout, so gradients would be "
-                "random; call model.eval() first"
-            )
+        why = random_module(model)
+        if why is not None:
+            raise InputError(f"model: {why}; call model.eval() first")
         parameters = {k: p for k, p in model.named_parameters() if p.requires_grad}
         if not parameters:
             raise InputError("model: every parameter is frozen; set requires_grad on some of them")
@@ -72,7 +71,7 @@ class Plan:
 
     @contextmanager
     def frozen(self) -> Iterator[None]:
-        """No parameter asks for a gradient inside, so that a backward forms activation gradients only."""
+        """No parameter asks for a gradient inside: a backward forms activation gradients only."""
         try:
             for p in self.parameters.values():
                 p.requires_grad_(False)
@@ -93,11 +92,10 @@ class Recorder:
     Args:
         plan: of the model.
         sink: receives the factors.
-        segments: the sample axis; may be set later, but before the first backward.
+        segments: the sample axis of the next forward; set before it runs.
         join: whether all factors of a parameter are wanted at once.
         directions: `(M, *shape)` a parameter; given, what inner products with them share between
             objectives is computed in the forward and kept.
-        n_rows: rows of the input of a rectangular batch, to undo position ids that are shared.
     """
 
     def __init__(
@@ -108,27 +106,27 @@ class Recorder:
         *,
         join: bool = False,
         directions: Mapping[str, Tensor] | None = None,
-        n_rows: int = 1,
     ) -> None:
         self.plan = plan
         self.sink = sink
         self.segments = segments
         self.join = join
         self.directions = directions
-        self.n_rows = n_rows
         self.calls: list[Call] = []
         self.roots: list[Tensor] = []
         """Leaves that a backward must reach when parameters are frozen."""
         self._handles: list[RemovableHandle] = []
+        self._entered: dict[str, list[Given]] = {}
         self._waiting: dict[int, list[Tensor | None]] = {}
         self._joined: dict[str, list[Factor]] = {}
-        self._looking_away = False
 
     def __enter__(self) -> Recorder:
         for where, (module, *_) in self.plan.owners.items():
             before, after = partial(self._before, where), partial(self._after, where)
-            # First among the module's hooks: another hook may replace the output.
-            self._handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
+            # First among the module's hooks: another hook may replace the input or the output.
+            self._handles.append(
+                module.register_forward_pre_hook(before, with_kwargs=True, prepend=True)
+            )
             self._handles.append(
                 module.register_forward_hook(after, with_kwargs=True, prepend=True)
             )
@@ -137,25 +135,23 @@ class Recorder:
     def __exit__(self, *exc: object) -> None:
         for handle in self._handles:
             handle.remove()
-        self._handles.clear()
-        for call in self.calls:
-            call.args, call.kwargs = (), {}
-        self._waiting.clear()
-        self._joined.clear()
+        for kept in (self._handles, self.calls, self.roots):
+            kept.clear()
+        for waiting in (self._entered, self._waiting, self._joined):
+            waiting.clear()
+
+    def running(self, where: str) -> bool:
+        """Whether the module's forward has been entered and not yet left."""
+        return bool(self._entered.get(where))
 
     def finish(self) -> None:
         """Hand over what waited for the end of the backward; call it after every backward."""
-        assert self.segments is not None
         waiting, self._waiting = self._waiting, {}
-        self._looking_away = True
-        try:
-            for index, grads in waiting.items():
-                call = self.calls[index]
-                assert isinstance(call, GenericCall)
-                for name, factor in call.gradients(grads, self.segments):
-                    self._hand_over(name, factor, None)
-        finally:
-            self._looking_away = False
+        for index, grads in waiting.items():
+            call = self.calls[index]
+            assert isinstance(call, GenericCall)
+            for name, factor in call.gradients(grads):
+                self._hand_over(name, factor, None)
         joined, self._joined = self._joined, {}
         for name, factors in joined.items():
             self.sink(name, factors, [None] * len(factors))
@@ -163,9 +159,11 @@ class Recorder:
     def _before(
         self, where: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        if self._looking_away or not torch.is_grad_enabled():
+        if REPLAYING.get() or not torch.is_grad_enabled():
             return None
-        return broadcast_ids(module, args, self.n_rows), kwargs
+        args = broadcast_ids(module, args, self.segments.n_rows if self.segments else 1)
+        self._entered.setdefault(where, []).append(Given.of(args, kwargs))
+        return args, kwargs
 
     def _after(
         self,
@@ -175,51 +173,111 @@ class Recorder:
         kwargs: dict[str, Any],
         output: Any,
     ) -> Any:
-        if self._looking_away or not torch.is_grad_enabled():
+        if REPLAYING.get() or not torch.is_grad_enabled():
             return None
         _, names, rule, factor = self.plan.owners[where]
         if len(args) + len(kwargs) != 1 or not isinstance(output, Tensor):
             rule = GenericCall
-        detached = tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, (args, kwargs))
-        call = rule(where, module, names, *detached, factor)
+        # The generic rule runs the module again, its hooks included: it takes what came in.
+        entered = self._entered[where].pop()
+        given = entered if rule is GenericCall else Given.of(args, kwargs)
+        call = rule(where, module, names, given, factor, self.segments)
         index = len(self.calls)
         self.calls.append(call)
-        grafted = output
-        if not any(y.requires_grad for y in tensors_of(output)):
-            grafted = tree_map(self._root, output)
+        grafted = tree_map(partial(self._graft, rule), output)
         with torch.no_grad():
             kept = call.constants(self.directions) if self.directions is not None else {}
         for position, y in enumerate(tensors_of(grafted)):
-            if y.requires_grad:
-                y.register_hook(partial(self._arrived, index, position, kept))
+            arrived = partial(self._arrived, index, position, kept)
+            self._handles.append(y.register_hook(arrived))
         return grafted
 
-    def _root(self, y: Any) -> Any:
+    def _graft(self, rule: type[Call], y: Any) -> Any:
         if not isinstance(y, Tensor) or not y.is_floating_point():
             return y
+        if y.requires_grad:
+            # One output may be computed from another, or be an input handed on: through a view of
+            # its own, each receives the gradient of what happens outside the module alone.
+            return y.view_as(y) if rule is GenericCall else y
         leaf = y.detach().requires_grad_()
         self.roots.append(leaf)
         return leaf.clone()  # not the leaf itself: the model may go on to change it in place
 
     @torch.no_grad()
     def _arrived(self, index: int, position: int, kept: dict[str, Tensor], g: Tensor) -> None:
-        if self.segments is None:
-            raise RuntimeError("the recorder's segments must be set before the backward")
         call = self.calls[index]
         if isinstance(call, GenericCall):
             grads = self._waiting.setdefault(index, [])
             grads.extend([None] * (position + 1 - len(grads)))
             grads[position] = g
             return
-        self._looking_away = True
-        try:
-            for name, factor in call.factors(g, self.segments):
-                self._hand_over(name, factor, kept.get(name))
-        finally:
-            self._looking_away = False
+        for name, factor in call.checked_factors(g):
+            self._hand_over(name, factor, kept.get(name))
 
     def _hand_over(self, name: str, factor: Factor, kept: Tensor | None) -> None:
         if self.join:
             self._joined.setdefault(name, []).append(factor)
         else:
             self.sink(name, [factor], [kept])
+
+
+class OutsideUse(TorchFunctionMode):
+    """Refuses a parameter that is used outside its module's forward, where no hook would see it."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        super().__init__()
+        self.recorder = recorder
+        self.owners: dict[int, list[str]] = {}
+        for where, (module, names, *_) in recorder.plan.owners.items():
+            for local in names:
+                self.owners.setdefault(id(getattr(module, local)), []).append(where)
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if torch.is_grad_enabled() and not REPLAYING.get():
+            for x in _flattened((*args, *kwargs.values())):
+                if isinstance(x, nn.Parameter) and id(x) in self.owners:
+                    self._check(x, func, args, kwargs)
+        return func(*args, **kwargs)
+
+    def _check(self, p: nn.Parameter, func: Any, args: tuple[Any, ...], kwargs: Any) -> None:
+        owners = self.owners[id(p)]
+        if any(self.recorder.running(where) for where in owners):
+            return
+        # Asking for its shape or dtype, or for zeros like it, is no use of it.
+        leaf = p.detach().requires_grad_()
+        replaced = tree_map(lambda x: leaf if x is p else x, (args, kwargs))
+        used = func(*replaced[0], **replaced[1])
+        if any(y.requires_grad and y is not leaf for y in tensors_of(used)):
+            name = next(k for k, q in self.recorder.plan.parameters.items() if q is p)
+            raise UnsupportedModelError(
+                f"parameter '{name}' is used outside the forward of its module '{owners[0]}', so "
+                "its share cannot be told apart by sample; freeze it"
+            )
+
+
+def _flattened(values: Iterable[Any]) -> Iterator[Any]:
+    for value in values:
+        if isinstance(value, list | tuple):
+            yield from value
+        else:
+            yield value
+
+
+def leaves_of(y: Tensor) -> list[Tensor]:
+    """Every leaf that `y` depends on: a backward to all of them passes by every recorded call.
+
+    A recorder's own roots are among them, and whatever else asks for a gradient (soft prompts).
+    """
+    seen, todo, leaves = set(), [y.grad_fn], []
+    while todo:
+        node = todo.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        todo.extend(n for n, _ in node.next_functions)
+        if hasattr(node, "variable"):
+            leaves.append(node.variable)
+    return leaves

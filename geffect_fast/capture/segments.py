@@ -17,8 +17,8 @@ class Segments:
     """The sample axis of one forward pass.
 
     Packed: every entry of `token_offsets` is one way of counting tokens (all of them; those whose
-    logits are kept), as `(n_samples + 1,)` offsets. Rectangular: `rows_per_sample` neighbouring rows
-    of the input a sample, `length` tokens each.
+    logits are kept), as `(n_samples + 1,)` offsets. Rectangular: `rows_per_sample` neighbouring
+    rows of the input a sample, `length` tokens each.
 
     Attributes:
         n_samples: number of samples.
@@ -52,6 +52,11 @@ class Segments:
         length = shape[1] if len(shape) > 1 else None
         return cls(shape[0] // rows_per_sample, rows_per_sample=rows_per_sample, length=length)
 
+    @property
+    def n_rows(self) -> int:
+        """Rows of the model's input: 1 where samples are packed into one."""
+        return 1 if self.token_offsets else self.n_samples * self.rows_per_sample
+
     def rows(self, shape: Sequence[int], where: str) -> Tensor:
         """Offsets `(n_samples + 1,)` int32 of the samples among the flattened rows of `shape`.
 
@@ -69,21 +74,24 @@ class Segments:
         offsets = self._packed(shape) if self.token_offsets else self._rectangular(shape)
         if offsets is None:
             raise UnsupportedModelError(
-                f"module '{where}' was called with rows of shape {shape}, which cannot be told apart "
-                f"by sample ({self.n_samples} samples in the batch); run it one sample at a time"
+                f"module '{where}' was called with rows of shape {shape}, which cannot be told "
+                f"apart by sample ({self.n_samples} samples in the batch); run it one sample at a "
+                "time"
             )
         return offsets.to(torch.int32)
 
     def _packed(self, shape: tuple[int, ...]) -> Tensor | None:
-        by_total = {int(o[-1]): o for o in self.token_offsets}
-        hits = [axis for axis, size in enumerate(shape) if size in by_total]
-        # A second axis of the same size (as many heads as tokens) could be the token axis as well.
-        if len(hits) != 1 or prod(shape[: hits[0]]) != 1:
+        by_total = {int(o[-1]): o for o in reversed(self.token_offsets)}
+        total = int(self.token_offsets[0][-1])
+        axis = next((k for k, size in enumerate(shape) if size != 1), len(shape) - 1)
+        size, behind = shape[axis], shape[axis + 1 :]
+        # A later axis of that size (as many heads as tokens) could be the token axis as well.
+        if size not in by_total or size in behind or total in behind:
             return None
-        return by_total[shape[hits[0]]] * prod(shape[hits[0] + 1 :])
+        return by_total[size] * prod(behind)
 
     def _rectangular(self, shape: tuple[int, ...]) -> Tensor | None:
-        n_rows = self.n_samples * self.rows_per_sample
+        n_rows = self.n_rows
         starts = torch.arange(self.n_samples + 1) * self.rows_per_sample
         if shape and shape[0] == n_rows:
             return starts * prod(shape[1:])

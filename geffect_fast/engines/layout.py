@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor
 
-from geffect_fast.capture import Factor, Plan, Recorder
+from geffect_fast.capture import Factor, OutsideUse, Plan, Recorder
 from geffect_fast.capture.products import squared_norms
 from geffect_fast.data import IGNORE, Layout, Sample, SampleSet, Sequence, make_batches
 from geffect_fast.data.batch import Batch
@@ -46,7 +44,7 @@ def choose_layout(plan: Plan, sample_set: SampleSet) -> Layout:
 
 
 def _agree(
-    plan: Plan, probes: list[Tensor], layout: Layout, apart: list[Mapping[str, Tensor]]
+    plan: Plan, probes: list[Tensor], layout: Layout, apart: list[dict[str, Tensor]]
 ) -> bool:
     try:
         together = _norms(plan, probes, layout)
@@ -85,7 +83,8 @@ def _norms(plan: Plan, probes: list[Tensor], layout: Layout) -> dict[str, Tensor
 
     batch: Batch = batches[0].to(next(iter(plan.parameters.values())).device)
     with plan.frozen(), Recorder(plan, keep, sample_axis(plan.model, batch), join=True) as recorder:
-        loss = -model_outputs(plan.model, batch).token_logprob.sum()
+        with OutsideUse(recorder):
+            loss = -model_outputs(plan.model, batch).token_logprob.sum()
         torch.autograd.grad(loss, recorder.roots, allow_unused=True)
         recorder.finish()
     return norms

@@ -1,0 +1,94 @@
+"""What goes into a module and comes out of it, and what makes that useless for gradients."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+REPLAYING: ContextVar[bool] = ContextVar("REPLAYING", default=False)
+"""Set while a module is run once more for its vjp: no recorder may take that for a call."""
+
+
+@dataclass(frozen=True)
+class Given:
+    """What a module was called with, and under which autocast.
+
+    Attributes:
+        args, kwargs: the arguments, tensors detached.
+        versions: of the tensors, to notice that one was changed in place.
+        autocast: device type, dtype; None where autocast was off.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    versions: tuple[int, ...]
+    autocast: tuple[str, torch.dtype] | None
+
+    @classmethod
+    def of(cls, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Given:
+        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        kind = tensors[0].device.type if tensors else "cpu"
+        on = torch.is_autocast_enabled(kind)
+        autocast = (kind, torch.get_autocast_dtype(kind)) if on else None
+
+        def detach(x: Any) -> Any:
+            return x.detach() if isinstance(x, Tensor) else x
+
+        versions = tuple(_version(x) for x in tensors)
+        return cls(tree_map(detach, args), tree_map(detach, kwargs), versions, autocast)
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [x for x in tree_leaves((self.args, self.kwargs)) if isinstance(x, Tensor)]
+
+    def changed(self) -> bool:
+        """Whether a tensor has been written to since; a detached one shares its version."""
+        return tuple(_version(x) for x in self.tensors) != self.versions
+
+    def precision(self) -> Any:
+        """The autocast of the call, to run something again as it ran then."""
+        if self.autocast is None:
+            return nullcontext()
+        return torch.autocast(self.autocast[0], self.autocast[1], cache_enabled=False)
+
+
+def _version(x: Tensor) -> int:
+    return 0 if x.is_inference() else x._version
+
+
+def tensors_of(output: Any) -> list[Tensor]:
+    """Every floating-point tensor in what a module returned, in order."""
+    return [y for y in tree_leaves(output) if isinstance(y, Tensor) and y.is_floating_point()]
+
+
+def broadcast_ids(module: nn.Module, args: tuple[Any, ...], n: int) -> tuple[Any, ...]:
+    """Position ids `(1, T)` shared by `n` samples, given to each of them."""
+    if isinstance(module, nn.Embedding) and args and isinstance(args[0], Tensor):
+        ids = args[0]
+        if n > 1 and ids.dim() >= 2 and ids.shape[0] == 1:
+            return (ids.expand(n, *ids.shape[1:]), *args[1:])
+    return args
+
+
+def random_module(model: nn.Module) -> str | None:
+    """What makes gradients random or mixes samples: the first such module; None: nothing does."""
+    for name, module in model.named_modules():
+        where = name or type(module).__name__
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and (
+            module.training or module.running_mean is None
+        ):
+            return f"'{where}' normalises over the samples of a batch"
+        if not module.training:
+            continue
+        rates = {k: v for k, v in vars(module).items() if "drop" in k and isinstance(v, float)}
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            rates["p"] = module.p
+        if any(rate > 0 for rate in rates.values()):
+            return f"'{where}' is in train mode with active dropout, so gradients would be random"
+    return None
