@@ -1,0 +1,100 @@
+"""What a module computes, found out by trying it: norms and embeddings of any name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, jvp
+
+
+class _Bare(nn.Module):
+    """A module without its hooks."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.module.forward(*args, **kwargs)
+
+
+def forward_alone(
+    module: nn.Module,
+    parameters: Mapping[str, Tensor],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any] | None = None,
+) -> Any:
+    """The module's own forward with other parameters: no hook runs a second time."""
+    replaced = {f"module.{name}": p for name, p in parameters.items()}
+    return functional_call(_Bare(module), replaced, args, kwargs)
+
+
+def embedding_scale(module: nn.Embedding) -> float | None:
+    """The factor `s` of an embedding `y = s W[id]`, or None where it is no such thing.
+
+    Gemma's embeddings multiply by `sqrt(d)`. The factor is the derivative itself, taken by forward
+    mode on a small table, and accepted only where the module is linear with it. The table has more
+    rows than are looked up: one that shifts its ids is to be seen, not to run over the end.
+    """
+    n_rows = max(64, (module.padding_idx or 0) + 1)
+    table = torch.linspace(-1, 1, n_rows * module.embedding_dim).view(n_rows, -1)
+    table = table.to(module.weight)
+    ids = torch.arange(8, device=table.device)
+
+    def look_up(weight: Tensor) -> Tensor:
+        return forward_alone(module, {"weight": weight}, (ids,))
+
+    try:
+        with torch.no_grad():
+            y, slope = jvp(look_up, (table,), (torch.ones_like(table),))[:2]
+            zero = look_up(torch.zeros_like(table))
+    except (RuntimeError, TypeError, ValueError, IndexError):
+        return None
+    # The row of the padding index receives no tangent, so the slope is read off the others.
+    scale = slope.flatten()[slope.abs().argmax()].item()
+    linear = torch.allclose(y, table[ids] * scale, rtol=1e-2 if y.dtype.itemsize < 4 else 1e-5)
+    return scale if linear and not zero.any() else None
+
+
+def norm_with(
+    module: nn.Module, weight: Tensor, bias: Tensor | None, *args: Any, **kwargs: Any
+) -> Tensor:
+    replaced = {"weight": weight}
+    if getattr(module, "bias", None) is not None:
+        replaced["bias"] = torch.zeros_like(weight) if bias is None else bias
+    return forward_alone(module, replaced, args, kwargs)
+
+
+def norm_offset(module: nn.Module) -> float | None:
+    """0 for `y = xhat w + b`, 1 for `y = xhat (1 + w) + b`, None for anything else.
+
+    Tried on random rows against the module with weights 0, 1 and random. Three axes of different
+    sizes: a norm over other axes than the last (of groups, of a batch) cannot be taken for one.
+    """
+    own = dict(module.named_parameters(recurse=False))
+    weight, bias = own.pop("weight", None), own.pop("bias", None)
+    if weight is None or weight.dim() != 1 or own or any(True for _ in module.children()):
+        return None
+    d = weight.numel()
+    generator = torch.Generator().manual_seed(0)
+    x, w, b = (
+        torch.randn(shape, generator=generator, dtype=torch.float64).to(weight)
+        for shape in ((2, 3 if d != 3 else 4, d), (d,), (d,))
+    )
+    try:
+        with torch.no_grad():
+            at_zero = norm_with(module, torch.zeros_like(w), None, x)
+            at_one = norm_with(module, torch.ones_like(w), None, x)
+            at_random = norm_with(module, w, None if bias is None else b, x)
+    except (RuntimeError, TypeError, ValueError, IndexError):
+        return None
+    if not isinstance(at_one, Tensor) or at_one.shape != x.shape:
+        return None
+    offset, xhat = (1.0, at_zero) if at_zero.any() else (0.0, at_one)
+    rtol = 5e-2 if x.dtype.itemsize < 4 else 1e-5
+    expected = xhat * (offset + w) + (0 if bias is None else b)
+    same = torch.allclose(at_one, xhat * (offset + 1.0), rtol=rtol, atol=rtol)
+    return offset if same and torch.allclose(at_random, expected, rtol=rtol, atol=rtol) else None
