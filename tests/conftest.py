@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 import pytest
 from synthetic import make_dataset
 
@@ -37,4 +40,14 @@ def study(tmp_path_factory):
         torch.manual_seed(seed)
         model = make_model(tokenizer, Size(hidden=16, n_layers=3))
         save(model, tokenizer, folder / name)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tofu() -> Path:
+    """The folder of the TOFU files, which the project does not contain."""
+    beside = Path(__file__).resolve().parents[2] / "shared/data/tofu"
+    folder = Path(os.environ.get("GEFFECT_FAST_TOFU", beside))
+    if not (folder / "forget01.json").exists():
+        pytest.skip("the TOFU files are not here; name their folder in GEFFECT_FAST_TOFU")
     return folder

@@ -1,9 +1,6 @@
-"""Tokenizers trained on the spot, and the place of the TOFU files."""
+"""Tokenizers trained on the spot."""
 
 from __future__ import annotations
-
-import os
-from pathlib import Path
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -72,12 +69,3 @@ def metaspace_tokenizer() -> PreTrainedTokenizerFast:
 @pytest.fixture(scope="session")
 def chat_tokenizer() -> PreTrainedTokenizerFast:
     return byte_level(chat_template=CHAT_TEMPLATE)
-
-
-@pytest.fixture(scope="session")
-def tofu() -> Path:
-    beside = Path(__file__).resolve().parents[2].parent / "shared/data/tofu"
-    folder = Path(os.environ.get("GEFFECT_FAST_TOFU", beside))
-    if not (folder / "forget01.json").exists():
-        pytest.skip("the TOFU files are not here; name their folder in GEFFECT_FAST_TOFU")
-    return folder
