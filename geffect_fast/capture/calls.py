@@ -144,7 +144,7 @@ class EmbeddingCall(Call, serves="torch.nn.modules.sparse.Embedding"):
     @classmethod
     def fit(cls, module: nn.Module) -> float | None:
         assert isinstance(module, nn.Embedding)
-        if module.max_norm is not None or module.scale_grad_by_freq:
+        if module.max_norm is not None:
             return None
         return 1.0 if runs_forward_of(module, cls) else embedding_scale(module)
 
@@ -289,7 +289,7 @@ def _only(g: Tensor, cu: Tensor, i: int) -> Tensor:
     """`g` with the rows of every sample but `i` set to zero."""
     if cu.numel() == 2:
         return g
-    kept = torch.zeros_like(g)
+    kept = torch.zeros_like(g, memory_format=torch.contiguous_format)  # rows are written by view
     rows = slice(int(cu[i]), int(cu[i + 1]))
     _flat(kept)[rows] = _flat(g)[rows]
     return kept

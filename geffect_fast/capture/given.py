@@ -76,19 +76,27 @@ def broadcast_ids(module: nn.Module, args: tuple[Any, ...], n: int) -> tuple[Any
     return args
 
 
-def random_module(model: nn.Module) -> str | None:
-    """What makes gradients random or mixes samples: the first such module; None: nothing does."""
+def mixing_module(model: nn.Module) -> str | None:
+    """The first module whose gradients are random or depend on other samples, why, and what to do.
+
+    None where there is no such module.
+    """
     for name, module in model.named_modules():
-        where = name or type(module).__name__
+        where = f"'{name or type(module).__name__}'"
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and (
             module.training or module.running_mean is None
         ):
-            return f"'{where}' normalises over the samples of a batch"
+            return f"{where} normalises over the samples of a batch; call model.eval() first"
+        if isinstance(module, nn.Embedding) and module.scale_grad_by_freq:
+            return f"{where} scales gradients by the ids of other samples; unset scale_grad_by_freq"
         if not module.training:
             continue
         rates = {k: v for k, v in vars(module).items() if "drop" in k and isinstance(v, float)}
         if isinstance(module, nn.modules.dropout._DropoutNd):
             rates["p"] = module.p
         if any(rate > 0 for rate in rates.values()):
-            return f"'{where}' is in train mode with active dropout, so gradients would be random"
+            return (
+                f"{where} is in train mode with active dropout, so gradients would be random; "
+                "call model.eval() first"
+            )
     return None

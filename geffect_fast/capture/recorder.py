@@ -20,7 +20,7 @@ from geffect_fast.capture.given import (
     REPLAYING,
     Given,
     broadcast_ids,
-    random_module,
+    mixing_module,
     tensors_of,
 )
 from geffect_fast.capture.segments import Segments
@@ -54,9 +54,9 @@ class Plan:
             InputError: the model has no trainable parameter, or a module in train mode drops
                 activations or mixes the samples of a batch.
         """
-        why = random_module(model)
+        why = mixing_module(model)
         if why is not None:
-            raise InputError(f"model: {why}; call model.eval() first")
+            raise InputError(f"model: {why}")
         parameters = {k: p for k, p in model.named_parameters() if p.requires_grad}
         if not parameters:
             raise InputError("model: every parameter is frozen; set requires_grad on some of them")

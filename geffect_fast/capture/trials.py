@@ -62,6 +62,7 @@ def embedding_scale(module: nn.Embedding) -> float | None:
 def norm_with(
     module: nn.Module, weight: Tensor, bias: Tensor | None, *args: Any, **kwargs: Any
 ) -> Tensor:
+    """What the norm returns with this weight and bias (None: zero)."""
     replaced = {"weight": weight}
     if getattr(module, "bias", None) is not None:
         replaced["bias"] = torch.zeros_like(weight) if bias is None else bias
