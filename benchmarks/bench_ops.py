@@ -1,7 +1,8 @@
 """Every op against plain torch on the CPU: interleaved medians, ratios and peak memory.
 
     python benchmarks/bench_ops.py            # writes benchmarks/results/ops_cpu.csv
-    python benchmarks/bench_ops.py --quick    # fewer rounds, prints only
+    python benchmarks/bench_ops.py --quick    # one round, prints only
+    python benchmarks/bench_ops.py --threads 1    # where other work shares the cores
 
 `kernel` is the provider in use, `reference` the package's specification in plain torch, every other
 candidate an obvious way to write the same in plain torch, `mm_alone` the GEMM without the rest.
@@ -221,7 +222,10 @@ def main() -> None:
     parser.add_argument(
         "--only", default="", help="run the cases whose op and shape contain this text"
     )
+    parser.add_argument("--threads", type=int, help="threads of torch; all cores if not given")
     arguments = parser.parse_args()
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
     rows = []
     for case in cases():
