@@ -22,7 +22,7 @@ from pathlib import Path
 from setuptools import setup
 
 CHOICES = ("auto", "cpu", "cuda", "none")
-ROOT = Path(__file__).parent
+ROOT = Path(__file__).resolve().parent
 CXX_FLAGS = ["-O3", "-fvisibility=hidden", "-Wall", "-Wextra"]
 # One build serves torch 2.11 and every later 2.x.
 TORCH_TARGET_VERSION = "0x020b000000000000"
