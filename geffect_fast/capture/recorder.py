@@ -196,9 +196,10 @@ class Recorder:
         if not isinstance(y, Tensor) or not y.is_floating_point():
             return y
         if y.requires_grad:
-            # One output may be computed from another, or be an input handed on: through a view of
-            # its own, each receives the gradient of what happens outside the module alone.
-            return y.view_as(y) if rule is GenericCall else y
+            # One output may be computed from another, or be an input handed on: a copy receives the
+            # gradient of what happens outside the module alone. A view would not do, as its hooks
+            # are lost when the model changes it in place.
+            return y.clone() if rule is GenericCall or y._is_view() else y
         leaf = y.detach().requires_grad_()
         self.roots.append(leaf)
         return leaf.clone()  # not the leaf itself: the model may go on to change it in place
