@@ -81,6 +81,8 @@ class Segments:
         return offsets.to(torch.int32)
 
     def _packed(self, shape: tuple[int, ...]) -> Tensor | None:
+        if not shape:
+            return None
         by_total = {int(o[-1]): o for o in reversed(self.token_offsets)}
         total = int(self.token_offsets[0][-1])
         axis = next((k for k, size in enumerate(shape) if size != 1), len(shape) - 1)

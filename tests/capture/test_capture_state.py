@@ -1,0 +1,359 @@
+"""What a recorder leaves behind (nothing), what it refuses, and how it lives with other code."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+
+import pytest
+import torch
+from layer_cases import CASES, Net, Own, around
+from models import build as build_model
+from torch import nn
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+import geffect_fast as gf
+from geffect_fast.capture import Outer, OutsideUse, Plan, Recorder, Segments
+from geffect_fast.capture.products import squared_norms
+from geffect_fast.errors import InputError, UnsupportedModelError
+
+
+def model_of(name="linear"):
+    torch.manual_seed(0)
+    return CASES[name].build().double().eval()
+
+
+def batch(n=3, length=5, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(n, length, 4, generator=generator, dtype=torch.float64)
+
+
+def hooks(model):
+    return [(dict(m._forward_hooks), dict(m._forward_pre_hooks)) for m in model.modules()]
+
+
+def per_sample(records, name, shape):
+    return squared_norms(records[name], shape)
+
+
+def brute(model, x):
+    """Squared gradient norms `(n,)` of every parameter, one sample at a time."""
+    rows = []
+    for own in x.split(1):
+        grads = torch.autograd.grad(model(own).sin().sum(), list(model.parameters()))
+        rows.append(torch.stack([g.square().sum() for g in grads]))
+    return dict(zip(dict(model.named_parameters()), torch.stack(rows).T, strict=True))
+
+
+def assert_records(records, model, x):
+    wanted = brute(model, x)
+    assert records.keys() == wanted.keys()
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(per_sample(records, name, p.shape), wanted[name])
+
+
+@pytest.mark.parametrize("name", ["linear", "own_parameter_and_child", "llama_norm"])
+def test_the_user_s_own_backward_is_as_without(name):
+    model, x = model_of(name), batch()
+    model(x).sin().sum().backward()
+    expected = {k: p.grad for k, p in model.named_parameters()}
+    model.zero_grad()
+    with gf.capture(model) as records:
+        model(x).sin().sum().backward()
+    assert all(torch.equal(p.grad, expected[k]) for k, p in model.named_parameters())
+    assert_records(records, model, x)
+
+
+def test_records_hold_inputs_and_output_gradients():
+    model, x = model_of(), batch()
+    with gf.capture(model) as records:
+        model(x).sum().backward()
+    (factor,) = records["before.weight"]
+    assert isinstance(factor, Outer) and factor.a.shape == (15, 4)
+    assert torch.equal(factor.a, x.flatten(0, 1)) and factor.cu.tolist() == [0, 5, 10, 15]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_hooks_go_and_nothing_changes(fails):
+    model = model_of("own_parameter_and_child")
+    before, state = hooks(model), {k: v.clone() for k, v in model.state_dict().items()}
+    try:
+        with gf.capture(model):
+            model(batch()).sum().backward()
+            if fails:
+                raise KeyError
+    except KeyError:
+        assert fails
+    assert hooks(model) == before
+    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+
+
+def test_frozen_restores_also_after_an_exception():
+    model = model_of()
+    model.before.weight.requires_grad_(False)
+    plan = Plan.of(model)
+    assert "before.weight" not in plan.parameters
+    for fail in (False, True):
+        try:
+            with plan.frozen():
+                assert not any(p.requires_grad for p in model.parameters())
+                if fail:
+                    raise KeyError
+        except KeyError:
+            pass
+        asking = {k for k, p in model.named_parameters() if p.requires_grad}
+        assert asking == set(plan.parameters)
+
+
+def test_backwards_after_the_block_are_left_alone():
+    model, x = model_of("own_parameter_and_child"), batch()
+    with gf.capture(model) as records:
+        loss = model(x).sum()
+    loss.backward()
+    assert records == {} and all(p.grad is not None for p in model.parameters())
+
+
+def test_nested_captures_see_the_same():
+    model, x = model_of("own_parameter_and_child"), batch()
+    with gf.capture(model) as outer, gf.capture(model) as inner:
+        model(x).sin().sum().backward()
+    # Leaving the inner one ran the module again for its vjp: no call for the outer one.
+    for records in (outer, inner):
+        assert all(len(factors) == 1 for factors in records.values())
+        assert_records(records, model, x)
+
+
+def test_two_forwards_before_one_backward():
+    model, x, y = model_of(), batch(), batch(2, 4, seed=3)
+    with gf.capture(model) as records:
+        (model(x).sin().sum() + model(y).sin().sum()).backward()
+    by_size = {f.cu.numel() - 1: f for f in records["layer.weight"]}
+    for n, data in ((3, x), (2, y)):
+        torch.testing.assert_close(
+            squared_norms([by_size[n]], model.layer.weight.shape),
+            brute(model, data)["layer.weight"],
+        )
+
+
+def test_forwards_without_gradients_are_not_recorded():
+    model, x = model_of(), batch()
+    with gf.capture(model) as records:
+        with torch.no_grad():
+            model(batch(7))
+        model(x).sin().sum().backward()
+    assert_records(records, model, x)
+
+
+def test_packed_capture():
+    model, x = model_of(), batch(1, 9)
+    with gf.capture(model, torch.tensor([0, 4, 9])) as records:
+        model(x).sin().sum().backward()
+    for name, p in model.named_parameters():
+        wanted = [brute(model, part)[name] for part in (x[:, :4], x[:, 4:])]
+        torch.testing.assert_close(per_sample(records, name, p.shape), torch.cat(wanted))
+
+
+def test_the_sample_axis_is_that_of_input_ids():
+    """Position ids given first, and shared, are no sample axis."""
+    model = build_model("gpt2")
+    ids = torch.tensor([[3, 4, 5], [6, 7, 8]])
+    with gf.capture(model) as records:
+        model(position_ids=torch.arange(3)[None], input_ids=ids).logits.sum().backward()
+    assert {f.cu.numel() - 1 for f in records["transformer.h.0.mlp.c_fc.weight"]} == {2}
+    assert {f.cu.numel() - 1 for f in records["transformer.wpe.weight"]} == {2}
+
+
+@pytest.mark.parametrize("join", [False, True])
+def test_no_activation_outlives_the_recorder(join):
+    model, x = model_of("own_parameter_and_child"), batch()
+    plan = Plan.of(model)
+    seen = []
+    directions = {k: p.detach()[None] for k, p in plan.parameters.items()}
+
+    def sink(_name, factors, kept):
+        tensors = [v for f in factors for v in vars(f).values() if isinstance(v, torch.Tensor)]
+        seen.extend(weakref.ref(t) for t in [*tensors, *(z for z in kept if z is not None)])
+
+    recorder = Recorder(plan, sink, Segments.rectangular(x.shape), join=join, directions=directions)
+    activation = weakref.ref(x)
+    with recorder, plan.frozen():
+        loss = model(x).sum()
+        torch.autograd.grad(loss, recorder.roots)
+        recorder.finish()
+        roots = [weakref.ref(r) for r in recorder.roots]
+    del loss, x
+    gc.collect()
+    assert seen and roots
+    assert [r for r in (*seen, *roots, activation) if r() is not None] == []
+
+
+def test_the_graph_holds_nothing_of_the_recorder_after_exit():
+    model, x = model_of(), batch()
+    plan = Plan.of(model)
+    kept = {k: torch.ones(1, *p.shape).double() for k, p in plan.parameters.items()}
+    recorder = Recorder(plan, lambda *_: None, Segments.rectangular(x.shape), directions=kept)
+    with recorder:
+        loss = model(x).sum()
+    gone = weakref.ref(recorder)
+    del recorder
+    gc.collect()
+    assert gone() is None and loss.requires_grad
+
+
+# ---- what would be wrong without a word ----
+
+
+class Changing(nn.Module):
+    """Changes its input, or what a child was called with, in place."""
+
+    def __init__(self, inside):
+        super().__init__()
+        self.inside = inside
+        self.w = nn.Parameter(torch.ones(4))
+
+    def forward(self, x):
+        return x.mul_(2) * self.w if self.inside else x * self.w
+
+
+def change_after(m, x):
+    h = torch.tanh(m.before(x))
+    y = m.layer(h)
+    h += 1
+    return y + m.after(h)
+
+
+@pytest.mark.parametrize("layer", [nn.Linear(4, 4), LlamaRMSNorm(4), Own(), Changing(False)])
+def test_an_input_changed_after_the_call(layer):
+    model = around(layer).double().eval()
+    model.run = change_after
+    model.after = nn.Linear(4, 4).double()
+    x = batch()
+    with pytest.raises((UnsupportedModelError, RuntimeError), match=r"in ?place"):
+        gf.functional.per_sample_grad_norms(model, lambda m, b: m(b).sum((1, 2)), x)
+
+
+def test_a_linear_input_changed_after_the_call_is_named():
+    model = around(nn.Linear(4, 4)).double().eval()
+    model.run, model.after = change_after, nn.Linear(4, 4).double()
+    with pytest.raises(UnsupportedModelError, match="module 'layer': its input was changed"):
+        gf.functional.per_sample_grad_norms(model, lambda m, b: m(b).sum((1, 2)), batch())
+
+
+def test_a_module_that_changes_its_own_input():
+    model = Net(
+        lambda m, x: m.after(m.layer(torch.tanh(m.before(x)) * 1)),
+        before=nn.Linear(4, 4), layer=Changing(True), after=nn.Linear(4, 3),
+    ).double()  # fmt: skip
+    with pytest.raises(UnsupportedModelError, match="module 'layer': its input was changed"):
+        gf.functional.per_sample_grad_norms(model, lambda m, b: m(b).sum((1, 2)), batch())
+
+
+def test_autocast():
+    """Inputs in fp32, output gradients in bf16: as exact as bf16, for every rule."""
+    model = model_of("own_parameter_and_child").float()
+    model.norm = nn.LayerNorm(4)
+    model.run = lambda m, x: m.after(m.layer(m.norm(m.before(x))))
+    x = batch().float()
+    with gf.capture(model) as records:
+        with torch.autocast("cpu", torch.bfloat16):
+            y = model(x)
+        assert y.dtype == torch.bfloat16
+        y.float().sin().sum().backward()
+    wanted = brute(model, x)
+    for name, p in model.named_parameters():
+        found = per_sample(records, name, p.shape)
+        torch.testing.assert_close(found.float(), wanted[name], rtol=0.1, atol=0.05)
+
+
+def test_requires_grad_inputs_and_soft_prompts_hide_nothing():
+    """A branch that a backward to the recorder's own roots would not visit."""
+    model = Net(lambda m, x: m.a(x) * m.b(torch.ones(4)), a=nn.Linear(4, 4), b=nn.Linear(4, 4))
+    prompt = nn.Parameter(torch.ones(4))
+    x = batch().float().requires_grad_()
+
+    def loss(m, data):
+        return m(data * prompt).sin().sum((1, 2))
+
+    norms = gf.functional.per_sample_grad_norms(
+        Net(lambda m, x: m.a(x), a=model.a), loss, x, per_parameter=True
+    )
+    assert x.grad is None and prompt.grad is None
+    for i, own in enumerate(x.detach().split(1)):
+        grad = torch.autograd.grad(model.a(own).sin().sum(), model.a.weight)[0]
+        torch.testing.assert_close(norms["a.weight"][i].float(), grad.norm())
+
+
+class Head(nn.Module):
+    """Uses the embedding's weight without calling the embedding."""
+
+    def __init__(self):
+        super().__init__()
+        self.e = nn.Embedding(7, 4)
+
+    def forward(self, ids):
+        assert self.e.weight.dtype == torch.zeros_like(self.e.weight).dtype  # no use of it
+        return self.e(ids) @ self.e.weight.detach().T @ self.e.weight
+
+
+def test_a_parameter_used_outside_its_module():
+    ids = torch.tensor([[1, 2, 3], [4, 5, 6]])
+    with pytest.raises(UnsupportedModelError, match=r"parameter 'e\.weight' is used outside"):
+        gf.functional.per_sample_grad_norms(Head(), lambda m, b: m(b).sum((1, 2)), ids)
+    plan = Plan.of(Head())
+    with plan.frozen(), Recorder(plan, lambda *_: None) as recorder, OutsideUse(recorder):
+        with torch.no_grad():
+            plan.model.e.weight.sum()
+        with pytest.raises(UnsupportedModelError):
+            torch.cat([plan.model.e.weight, torch.ones(1, 4)])
+
+
+def test_attention_of_torch_is_refused_not_half_counted():
+    model = Net(
+        lambda m, x: m.a(*(3 * [m.b(x)]))[0],
+        b=nn.Linear(4, 4),
+        a=nn.MultiheadAttention(4, 2, batch_first=True),
+    ).double()
+    with pytest.raises(UnsupportedModelError, match=r"parameter 'a\.out_proj\.weight'"):
+        gf.functional.per_sample_grad_norms(model, lambda m, b: m(b).sum((1, 2)), batch())
+
+
+def test_a_parametrised_weight_belongs_to_no_sample():
+    model = around(nn.utils.parametrizations.weight_norm(nn.Linear(4, 4))).double()
+    loss = lambda m, b: m(b).sin().sum((1, 2))  # noqa: E731
+    with pytest.raises(UnsupportedModelError, match=r"layer\.parametrizations\.weight' is called"):
+        gf.functional.per_sample_grad_norms(model, loss, batch(4, 5))
+    one = batch(1, 5)
+    norms = gf.functional.per_sample_grad_norms(model, loss, one, per_parameter=True)
+    for name, square in brute(model, one).items():
+        torch.testing.assert_close(norms[name], square.sqrt())
+
+
+@pytest.mark.parametrize(
+    ("layer", "message"),
+    [
+        (nn.Dropout(0.1), "'layer' is in train mode with active dropout"),
+        (nn.BatchNorm1d(5), "'layer' normalises over the samples"),
+        (nn.Embedding(5, 4, scale_grad_by_freq=True), "'layer' scales gradients by the ids"),
+        (nn.LSTM(4, 4, num_layers=2, dropout=0.3), "'layer' is in train mode with active dropout"),
+    ],
+)
+def test_modules_that_mix_samples_or_are_random(layer, message):
+    model = Net(lambda m, x: x, a=nn.Linear(2, 2), layer=layer).train()
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    with pytest.raises(InputError, match=message) as caught, gf.capture(model):
+        pass
+    assert "\n" not in str(caught.value)
+    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+
+
+def test_nothing_trainable():
+    with pytest.raises(InputError, match="every parameter is frozen"):
+        Plan.of(nn.Linear(2, 2).requires_grad_(False))
+
+
+def test_a_submodule_called_by_itself():
+    model, x = model_of(), batch()
+    message = "'before' ran outside the model's own forward"
+    with pytest.raises(InputError, match=message), gf.capture(model):
+        model.before(x).sum().backward()
+    assert all(not m._forward_hooks for m in model.modules())
