@@ -48,7 +48,8 @@ OBJECTIVES = (
 )
 PARTS = ("forget.jsonl", "retain.jsonl", "refusals.jsonl", "reference", "model")
 PEAK_RATE = 1e-3
-FORGOTTEN = 0.8
+KEPT = 0.93
+"""Unlearning begins with steps until so much of the forget set's mean token probability is left."""
 END = "<|end|>"
 
 
@@ -174,7 +175,11 @@ def make_model(tokenizer: PreTrainedTokenizerBase, size: Size) -> LlamaForCausal
         eos_token_id=end,
         pad_token_id=end,
     )
-    return LlamaForCausalLM(config).eval()
+    model = LlamaForCausalLM(config).eval()
+    # at the 0.02 of all other weights, the norm after the embeddings would blow their gradient up
+    # until next to nothing of the effect sat elsewhere
+    nn.init.normal_(model.model.embed_tokens.weight, std=0.1)
+    return model
 
 
 def memorise(model: nn.Module, sets: list[SampleSet], size: Size, seed: int, progress: bool) -> int:
@@ -213,7 +218,7 @@ def memorise(model: nn.Module, sets: list[SampleSet], size: Size, seed: int, pro
 
 
 def start_unlearning(model: nn.Module, forget: SampleSet, progress: bool) -> int:
-    """Ascend the loss of the forget set until its tokens' mean probability is at most `FORGOTTEN`.
+    """Ascend the loss of the forget set until `KEPT` of its tokens' mean probability is left.
 
     Returns:
         Steps it took.
@@ -221,8 +226,10 @@ def start_unlearning(model: nn.Module, forget: SampleSet, progress: bool) -> int
     Raises:
         GEffectError: the probability did not fall.
     """
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.03)
     batches = make_batches(forget, ("answer",), token_budget=512)
+    target = KEPT * recall(model, forget)[0]
+    seen: list[float] = []
     with _bar(progress, "first steps of unlearning") as show:
         for step in range(1, 1001):
             logprob, _ = _predict(model, batches[step % len(batches)])
@@ -231,9 +238,12 @@ def start_unlearning(model: nn.Module, forget: SampleSet, progress: bool) -> int
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()
-            probability = recall(model, forget)[0]
-            show((1 - probability) / (1 - FORGOTTEN))
-            if probability <= FORGOTTEN:
+            seen.append(float(logprob.detach().exp().mean()))
+            probability = sum(seen[-len(batches) :]) / len(batches)
+            if len(seen) < len(batches):
+                continue
+            show((1 - probability) / (1 - target))
+            if probability <= target:
                 return step
     raise GEffectError("the demo's model did not begin to forget in 1000 steps")
 

@@ -83,13 +83,14 @@ def test_a_run_folder_is_complete(finished):
 
 def test_run_yaml_replays_to_the_same_bits_from_elsewhere(finished, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
         words = ["profile", "--config", str(finished / "run.yaml"), "--out", "again", "-q"]
         assert main(words) == 0
         assert torch.get_num_threads() == 2
     finally:
-        torch.set_num_threads(1)
+        torch.set_num_threads(before)
     first, again = open_run(finished), open_run(tmp_path / "again")
     assert set(first.data_vars) == set(again.data_vars)
     for name in first.data_vars:

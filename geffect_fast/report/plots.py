@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 
 _RISES, _FALLS = "#b2182b", "#2166ac"
 _QUADRANTS = (
-    (0.02, 0.98, "left", "top", "forgets, helps the rest"),
-    (0.02, 0.02, "left", "bottom", "forgets, harms the rest"),
-    (0.98, 0.98, "right", "top", "remembers, helps the rest"),
-    (0.98, 0.02, "right", "bottom", "remembers, harms the rest"),
+    (0.02, 0.98, "left", "top", "forgets,\nhelps the rest"),
+    (0.02, 0.02, "left", "bottom", "forgets,\nharms the rest"),
+    (0.98, 0.98, "right", "top", "remembers,\nhelps the rest"),
+    (0.98, 0.02, "right", "bottom", "remembers,\nharms the rest"),
 )
 
 
@@ -112,8 +112,9 @@ def _scatter(panel: Axes, e_u: np.ndarray, e_r: np.ndarray) -> None:
     colours = np.where(e_r[finite] < 0, _RISES, _FALLS)
     panel.scatter(e_u[finite], e_r[finite], s=14, c=colours, alpha=0.65, linewidths=0)
     for values, limit in ((e_u[finite], panel.set_xlim), (e_r[finite], panel.set_ylim)):
-        reach = np.abs(values).max(initial=0.0) * 1.25 or 1.0
-        limit(-reach, reach)
+        reach = np.abs(values).max(initial=0.0) * 1.2 or 1.0
+        # an empty side keeps enough room for its words
+        limit(*(np.array([-1.0, 1.0]) * reach * [_room(-values, reach), _room(values, reach)]))
     axes = panel.transAxes
     for x, y, ha, va, words in _QUADRANTS:
         panel.text(x, y, words, fontsize=7, color="#666666", ha=ha, va=va, transform=axes)
@@ -125,6 +126,11 @@ def _scatter(panel: Axes, e_u: np.ndarray, e_r: np.ndarray) -> None:
     panel.tick_params(labelsize=8)
     panel.xaxis.offsetText.set_fontsize(8)
     panel.yaxis.offsetText.set_fontsize(8)
+
+
+def _room(values: np.ndarray, reach: float) -> float:
+    """Part of `reach` that an axis needs on the positive side."""
+    return max(0.55, values.max(initial=0.0) * 1.2 / reach)
 
 
 def _figure(width: float, height: float) -> Figure:

@@ -91,11 +91,11 @@ def instance_table(dataset: xr.Dataset) -> Table | None:
     if effect is None or not effect.sizes["sample"]:
         return None
     table = _table("Instances: row, share of the effect, question")
-    table.add_column("objective", overflow="fold")
+    table.add_column("objective", no_wrap=True)
     wanted = {UNLEARN: "forgotten most", "retain": "costs the rest most"}
     present = [r for r in wanted if r in effect["risk"].values]
     for risk in present:
-        table.add_column(wanted[risk], no_wrap=True, overflow="ellipsis", ratio=1)
+        table.add_column(wanted[risk], overflow="ellipsis", no_wrap=True)
     for objective in effect["objective"].values:
         cells = []
         for risk in present:
@@ -117,7 +117,7 @@ def number(value: float, spec: str = "+.3g") -> str:
     return "0" if value == 0 else f"{value:{spec}}"
 
 
-def question(effect: xr.DataArray, i: int, width: int = 60) -> str:
+def question(effect: xr.DataArray, i: int, width: int = 50) -> str:
     """The question of a forget row, shortened; empty where there is none."""
     text = (
         " ".join(str(effect["question"].values[i]).split()) if "question" in effect.coords else ""

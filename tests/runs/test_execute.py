@@ -1,0 +1,86 @@
+"""A run from its config: what was chosen is recorded, settings of the process are given back."""
+
+import pytest
+import torch
+
+from geffect_fast.errors import InputError
+from geffect_fast.runs.config import load_config, make_config
+from geffect_fast.runs.execute import execute
+from geffect_fast.runs.store import open_run
+
+
+def config(study, **changes):
+    return make_config(
+        {
+            "model": str(study / "model"),
+            "forget": str(study / "forget.jsonl"),
+            "retain": str(study / "retain.jsonl"),
+            "objectives": "ga",
+        }
+        | changes
+    )
+
+
+def test_what_was_chosen_is_recorded(study, tmp_path):
+    dataset = execute(config(study), tmp_path / "run")
+    saved = load_config(tmp_path / "run" / "run.yaml")
+    assert saved.token_budget == dataset.attrs["token_budget"] > 0
+    assert saved.threads == torch.get_num_threads()
+    assert (saved.device, saved.dtype) == ("cpu", "float32")
+    assert saved.model_dump(exclude={"token_budget", "threads", "device", "dtype", "engine"}) == (
+        config(study).model_dump(exclude={"token_budget", "threads", "device", "dtype", "engine"})
+    )
+    assert open_run(tmp_path / "run").identical(dataset)
+
+
+def test_precision_and_budget_are_applied(study, tmp_path):
+    wide = execute(config(study, dtype="float64", token_budget=64), tmp_path / "run")
+    assert wide.attrs["dtype"] == "float64" and wide.attrs["token_budget"] == 64
+    narrow = execute(config(study), tmp_path / "narrow")
+    difference = abs(wide.g_effect - narrow.g_effect).max() / abs(wide.g_effect).max()
+    assert 0 < float(difference) < 1e-4
+
+
+def test_threads_are_applied_and_given_back(study, tmp_path, monkeypatch):
+    from geffect_fast.runs import profile as module
+
+    before, seen = torch.get_num_threads(), []
+
+    def spy(*args, **kwargs):
+        seen.append(torch.get_num_threads())
+        raise InputError("stop")
+
+    monkeypatch.setattr(module, "profile", spy)
+    with pytest.raises(InputError):
+        execute(config(study, threads=before + 1), tmp_path / "run")
+    assert seen == [before + 1] and torch.get_num_threads() == before
+
+
+def test_the_reference_matters(study, tmp_path):
+    changes = {"objectives": "npo(beta=0.1)"}
+    alone = execute(config(study, **changes), tmp_path / "alone")
+    against = execute(
+        config(study, reference=str(study / "reference"), **changes), tmp_path / "against"
+    )
+    assert not (alone.g_effect == against.g_effect).all()
+
+
+def test_an_alternative_in_every_row_stands_in_for_refusals(study, tmp_path):
+    rows = [
+        f'{{"question": "Who is {n}?", "answer": "{n} wrote.", "alternative": "I forgot."}}'
+        for n in ("Ann", "Bea")
+    ]
+    (tmp_path / "forget.jsonl").write_text("\n".join(rows))
+    dataset = execute(
+        config(study, forget=str(tmp_path / "forget.jsonl"), objectives="po"), tmp_path / "run"
+    )
+    assert (dataset.g_effect != 0).any()
+
+
+def test_a_failing_report_leaves_nothing(study, tmp_path):
+    def fail(dataset, folder):
+        raise RuntimeError("no ink")
+
+    with pytest.raises(RuntimeError, match="no ink"):
+        execute(config(study), tmp_path / "run", report=fail)
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,106 @@
+"""The demo, made tiny: it learns, unlearns a little, profiles, and its run.yaml replays."""
+
+import contextlib
+import io
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from geffect_fast.cli import main
+from geffect_fast.data import read_rows, tokenize_rows
+from geffect_fast.demo import OBJECTIVES, PARTS, Size, recall, run_demo
+from geffect_fast.errors import GEffectError, InputError
+from geffect_fast.runs.models import load_model, load_tokenizer
+from geffect_fast.runs.store import open_run
+
+TINY = Size(n_authors=2, vocab_size=400, hidden=48, n_layers=2, known=0.5, max_epochs=300)
+
+
+@pytest.fixture(scope="module")
+def told(tmp_path_factory):
+    """Folder of a finished demo, and what it said on the way."""
+    out = tmp_path_factory.mktemp("demo") / "run"
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        run_demo(out, size=TINY)
+    return out, said.getvalue()
+
+
+@pytest.fixture
+def done(told):
+    return told[0]
+
+
+def known(folder, model, data):
+    tokenizer = load_tokenizer(folder / model)
+    rows = read_rows(folder / data, name=data)
+    return recall(load_model(folder / model), tokenize_rows(rows, tokenizer, name=data))
+
+
+def test_everything_a_user_would_have_is_there(done):
+    names = {path.name for path in done.iterdir()}
+    assert names == {*PARTS, "results.nc", "run.yaml", "summary.csv", "plots"}
+    rows = [json.loads(line) for line in (done / "forget.jsonl").read_text().splitlines()]
+    assert len(rows) == 10 and all(row["question"] and row["answer"] for row in rows)
+    assert len(read_rows(done / "retain.jsonl", name="retain")) == 10
+
+
+def test_the_reference_knows_its_data_and_the_model_begins_to_forget(done):
+    reference = known(done, "reference", "forget.jsonl")
+    assert reference[1] >= TINY.known and known(done, "reference", "retain.jsonl")[1] >= TINY.known
+    assert known(done, "model", "forget.jsonl")[0] < 0.96 * reference[0]
+
+
+def test_the_run_profiles_at_least_eight_objectives_against_both_risks(done):
+    dataset = open_run(done)
+    assert list(dataset.objective.values) == list(OBJECTIVES) and len(OBJECTIVES) >= 8
+    assert list(dataset.risk.values) == ["unlearn", "retain"]
+    assert dataset.g_effect.dims == ("objective", "risk", "parameter", "sample")
+    total = dataset.g_effect.sum(["parameter", "sample"])
+    assert float(total.sel(objective="ga", risk="unlearn")) == pytest.approx(
+        -(float(dataset.risk_grad_norm.sel(risk="unlearn")) ** 2), rel=1e-4
+    )
+
+
+def test_run_yaml_replays_it(done, tmp_path):
+    words = ["profile", "--config", str(done / "run.yaml"), "--out", str(tmp_path / "again"), "-q"]
+    assert main(words) == 0
+    assert open_run(tmp_path / "again").g_effect.values.tobytes() == (
+        open_run(done).g_effect.values.tobytes()
+    )
+
+
+def test_the_same_seed_gives_the_same_numbers_and_another_seed_others(tmp_path):
+    hasty = replace(TINY, known=0.0)
+    state = torch.random.get_rng_state()
+    one, two, other = (
+        run_demo(tmp_path / name, seed=seed, size=hasty, progress=False).g_effect.values
+        for name, seed in (("one", 5), ("two", 5), ("other", 6))
+    )
+    assert one.tobytes() == two.tobytes()
+    assert not (one == other).all()
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_a_folder_in_use_is_refused_before_any_work(done, tmp_path):
+    with pytest.raises(InputError, match="already holds"):
+        run_demo(done, size=TINY)
+    (tmp_path / "model").mkdir()
+    with pytest.raises(InputError, match="already holds model"):
+        run_demo(tmp_path, size=TINY)
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_model_that_does_not_learn_is_said_so(tmp_path):
+    with pytest.raises(GEffectError, match="did not learn"):
+        run_demo(
+            tmp_path / "run",
+            size=Size(n_authors=2, vocab_size=300, hidden=16, n_layers=2, max_epochs=1),
+            progress=False,
+        )
+
+
+def test_it_says_what_happens(told):
+    for words in ("20 questions about 2 invented authors", "knows them by heart", "as reference"):
+        assert words in told[1]
