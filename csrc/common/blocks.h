@@ -15,7 +15,7 @@
 
 namespace geffect_fast {
 
-// rows x cols elements of a tensor; strides in elements, 0 and negative-free as torch has them.
+// rows x cols elements of a tensor; strides in elements, 0 along an expanded dimension.
 template <class T>
 struct Matrix {
   const T* data;
@@ -60,8 +60,6 @@ template <class A>
 struct Block {
   const A* data;
   int64_t rows, cols, ld;
-
-  const A* row(int64_t r) const { return data + r * ld; }
 };
 
 // Rows [row, row + rows) x columns [col, col + cols) of `m`; `scratch` holds rows * cols.
@@ -69,10 +67,7 @@ template <class T>
 Block<acc_t<T>> dense_block(const Matrix<T>& m, int64_t row, int64_t rows, int64_t col,
                             int64_t cols, acc_t<T>* scratch) {
   if constexpr (std::is_same_v<T, acc_t<T>>) {
-    // BLAS takes no overlapping rows (an expanded tensor has row stride 0).
-    if (m.col_stride == 1 && m.row_stride >= cols) {
-      return {m.at(row, col), rows, cols, m.row_stride};
-    }
+    if (m.col_stride == 1) return {m.at(row, col), rows, cols, m.row_stride};
   }
   if (m.row_stride == 1) {  // column-major: walk the memory in its order
     for (int64_t c = 0; c < cols; ++c) {
