@@ -50,9 +50,7 @@ def _agree(
         together = _norms(plan, probes, layout)
     except (GEffectError, RuntimeError, ValueError, TypeError, IndexError):
         return False  # the model cannot be called this way, or its rows not told apart
-    expected = {name: torch.cat([a[name] for a in apart]) for name in apart[0]}
-    if together.keys() != expected.keys():
-        return False
+    expected = {name: torch.cat([a[name] for a in apart]) for name in plan.parameters}
     largest = max(float(e.abs().max()) for e in expected.values())
     tolerance = TOLERANCE[next(iter(plan.parameters.values())).dtype]
     for name, norms in expected.items():
@@ -76,7 +74,8 @@ def _norms(plan: Plan, probes: list[Tensor], layout: Layout) -> dict[str, Tensor
         layout=layout,
     )
     assert len(batches) == 1
-    norms: dict[str, Tensor] = {}
+    # An expert that no token of a sample was sent to has no gradient there.
+    norms = {name: torch.zeros(len(probes), dtype=torch.float64) for name in plan.parameters}
 
     def keep(name: str, factors: list[Factor], _kept: list[Tensor | None]) -> None:
         norms[name] = squared_norms(factors, plan.parameters[name].shape).sqrt().cpu()

@@ -1,0 +1,107 @@
+"""Models that cannot be packed, or whose tokens cannot be told apart by sample."""
+
+from __future__ import annotations
+
+import torch
+from models import VOCAB, gpt2
+from torch import nn
+
+
+def bloom():
+    """Positions by ALiBi: `position_ids` is no argument."""
+    from transformers import BloomConfig, BloomForCausalLM
+
+    return BloomForCausalLM(BloomConfig(vocab_size=VOCAB, hidden_size=16, n_layer=2, n_head=2))
+
+
+class WithoutPositions(nn.Module):
+    """GPT-2 that counts positions itself, once for all rows."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = gpt2()
+
+    def forward(self, input_ids):
+        return self.inner(input_ids=input_ids).logits
+
+
+class IgnoresPositions(nn.Module):
+    """Takes `position_ids` and does not look at them: packing would run, and be wrong."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = gpt2()
+
+    def forward(self, input_ids, position_ids=None):
+        return self.inner(input_ids=input_ids).logits
+
+
+class Experts(nn.Module):
+    """A token goes to one of several linear experts, picked by its id."""
+
+    def __init__(self, d, n_experts=3):
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Linear(d, d) for _ in range(n_experts))
+
+    def forward(self, hidden, route):
+        out = torch.zeros_like(hidden)
+        for e, expert in enumerate(self.experts):
+            picked = route == e
+            if picked.any():
+                out[picked] = torch.tanh(expert(hidden[picked]))
+        return out
+
+
+class Routed(nn.Module):
+    """Embedding, causal mean, routed experts, head."""
+
+    def __init__(self, d=8):
+        super().__init__()
+        self.embed = nn.Embedding(VOCAB, d)
+        self.mix = nn.Linear(d, d)
+        self.experts = Experts(d)
+        self.norm = nn.LayerNorm(d)
+        self.head = nn.Linear(d, VOCAB)
+
+    def forward(self, input_ids, position_ids=None):
+        h = self.embed(input_ids)
+        steps = torch.arange(1, h.shape[1] + 1, device=h.device)[:, None]
+        h = h + self.mix(h.cumsum(1) / steps)
+        h = h + self.experts(h, input_ids % 3)
+        return Answer(self.head(self.norm(h)))
+
+
+class Answer:
+    """An answer with logits, as transformers gives one."""
+
+    def __init__(self, logits):
+        self.logits = logits
+
+
+class Logits(nn.Module):
+    """Bare logits as an answer with `.logits`, for the reference implementation."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids):
+        out = self.model(input_ids=input_ids)
+        return Answer(getattr(out, "logits", out))
+
+
+class SecondHead(Routed):
+    """Uses a weight outside its module."""
+
+    def forward(self, input_ids, position_ids=None):
+        logits = super().forward(input_ids).logits
+        return Answer(logits + 0.1 * self.embed(input_ids) @ self.embed.weight.T)
+
+
+def ready(build, dtype=torch.float64, seed=0):
+    torch.manual_seed(seed)
+    model = build().eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    return model.to(dtype)
