@@ -147,6 +147,7 @@ def sample_inputs(dtype: torch.dtype) -> list[Sample]:
     )  # longer than a tile of tokens, Grams dearer than gradients
     wide = make.rows([20, 150, 5], 700, 530)  # wider than a tile of features, Grams cheaper
     wide_long = make.rows([1100, 2], 520, 300)  # longer than the tokens multiplied at once
+    deep = make.rows([9, 3], 2100, 520)  # more features than are multiplied at once
     wide_v = make(2, 530, 700)
     expanded = make(1, 9).expand(len(a), 9)
     permuted = make(len(a), 2, 13).permute(1, 0, 2)
@@ -193,6 +194,8 @@ def sample_inputs(dtype: torch.dtype) -> list[Sample]:
         Sample("ghost_norm", "long", long),
         Sample("ghost_norm", "wide", wide),
         Sample("ghost_norm", "wide, long", wide_long),
+        Sample("ghost_norm", "deep", deep),
+        Sample("ghost_dot", "deep", (*deep, *deep)),
         Sample("ghost_dot", "with itself", (a, g, cu, a, g, cu)),
         Sample("ghost_dot", "two sets", (a, g, cu, *make.rows([5, 0, 9], 9, 13))),
         Sample("ghost_dot", "no samples", (a, g, cu, *empty)),
