@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 import geffect_fast as gf
 from geffect_fast.capture import Plan
-from geffect_fast.data import make_batches, tokenize_rows
+from geffect_fast.data import estimate_token_budget, make_batches, tokenize_rows
 from geffect_fast.engines.direction import accumulate_gradients
 from geffect_fast.engines.reverse import reverse_effects
 from geffect_fast.engines.tasks import Reference, Task, tasks_for
@@ -216,7 +216,8 @@ def step_rows(model: nn.Module, shapes: list[tuple[int, int]], rounds: int) -> l
         ids = torch.randint(3, 8192, (n, length), generator=generator)
         samples = [{"input_ids": i, "labels": i} for i in ids.tolist()]
         samples_set = tokenize_rows(samples, None, name="forget")
-        batches = make_batches(samples_set, ("answer",), token_budget=n * length)
+        budget = estimate_token_budget(model, n_directions=2)  # as a profile would choose
+        batches = make_batches(samples_set, ("answer",), token_budget=budget)
         tasks = tasks_for([parse("ga")], lambda *_: batches, {"forget": 0})  # noqa: B023
         risk = [Task(batches, {0: [(1.0, NLL())]})]
 

@@ -22,11 +22,11 @@ MEMORY_SHARE = 0.5
 """Part of the free memory a batch may take: the estimate below is one, and allocators fragment."""
 
 MIN_CPU_CAP = 256
-CPU_CAP_PER_HIDDEN = 2
-"""A token of a packed batch attends to (and masks) every token of the batch: `4 d` operations a
-pair and layer, beside some `24 d^2` a token of the linear layers. At `2 d` tokens a batch the first
-are a third of the second; on a CPU, where larger batches gain nothing else, that is where to stop.
-Below 256 tokens the overhead of each call would dominate."""
+CPU_CAP_PER_HIDDEN = 1
+"""A token of a packed batch attends to (and masks) every token of the batch: `4 d` operations a pair
+and layer, beside some `24 d^2` a token of the linear layers. At `d` tokens a batch the first are a
+sixth of the second; on a CPU, where larger batches gain nothing else, that is where to stop. Below
+256 tokens the overhead of each call would dominate."""
 
 LOGIT_COPIES = 4
 """Logits as computed, in fp32, their log-softmax, and their gradient."""
@@ -188,7 +188,7 @@ def estimate_token_budget(
         directions = 4 M n_parameters      in fp32
 
     `e` is the bytes of a weight, `M` is `n_directions`, sums run over the layers with a weight
-    matrix. On a CPU `T` is at most `max(256, 2 hidden)`, see `CPU_CAP_PER_HIDDEN`.
+    matrix. On a CPU `T` is at most `max(256, hidden)`, see `CPU_CAP_PER_HIDDEN`.
 
     Args:
         model: a transformers causal language model, on its device, before directions are made.
