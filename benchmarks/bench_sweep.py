@@ -1,6 +1,6 @@
 """The paper's sweep against the published algorithm, and one objective against a training step.
 
-    python benchmarks/bench_sweep.py            # writes benchmarks/results/sweep_cpu.csv, ~10 minutes
+    python benchmarks/bench_sweep.py            # writes benchmarks/results/sweep_cpu.csv
     python benchmarks/bench_sweep.py --quick    # a smaller model, fewer rounds, prints only
 
 Sweep: 7 objectives with 3 hyper-parameters each, both risks, on samples of TOFU's lengths. The
@@ -51,6 +51,7 @@ PADDED, MICRO_BATCH = 500, 4
 
 
 def make_model(quick: bool) -> nn.Module:
+    """A Llama of 26M parameters with random weights, or a quarter of that."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
@@ -87,6 +88,8 @@ def make_rows(n: int, seed: int) -> list[dict[str, list[int]]]:
 
 
 def pad(rows: list[dict[str, list[int]]]) -> dict[str, Tensor]:
+    """A batch padded to `PADDED` tokens."""
+
     def filled(key: str, value: int) -> Tensor:
         return torch.tensor([r[key] + [value] * (PADDED - len(r[key])) for r in rows])
 
@@ -101,6 +104,8 @@ def pad(rows: list[dict[str, list[int]]]) -> dict[str, Tensor]:
 def published_loss(
     name: str, model: nn.Module, reference: nn.Module, batch: dict, retain: dict
 ) -> Tensor:
+    """The unlearning loss on a padded micro-batch."""
+
     def logprobs(m: nn.Module) -> tuple[Tensor, Tensor]:
         logits = m(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
         labels = batch["labels"][:, 1:]
@@ -169,6 +174,7 @@ def published_micro_batch(
 
 
 def sweep_row(model: nn.Module, n_samples: int, quick: bool) -> dict[str, Any]:
+    """The whole sweep, ours measured and the published one from a micro-batch an objective."""
     forget, retain = make_rows(n_samples, 1), make_rows(n_samples, 2)
     torch.manual_seed(1)
     reference = make_model(quick)
@@ -261,6 +267,7 @@ def step_rows(model: nn.Module, shapes: list[tuple[int, int]], rounds: int) -> l
 
 
 def main() -> None:
+    """Measure, print, and write the CSV."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="a smaller model, prints only")
     quick = parser.parse_args().quick

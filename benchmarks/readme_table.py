@@ -1,7 +1,7 @@
 """Rewrite the tables of README.md from the committed CSVs.
 
-    python benchmarks/readme_table.py            # rewrites
-    python benchmarks/readme_table.py --check    # exit 1 where README.md differs
+python benchmarks/readme_table.py            # rewrites
+python benchmarks/readme_table.py --check    # exit 1 where README.md differs
 """
 
 from __future__ import annotations
@@ -17,11 +17,13 @@ BEGIN, END = "<!-- {}: benchmarks/readme_table.py -->", "<!-- end of {} -->"
 
 
 def read(name: str) -> list[dict[str, str]]:
+    """The rows of a committed CSV."""
     with (RESULTS / name).open(newline="") as file:
         return list(csv.DictReader(file))
 
 
 def machine_line(row: dict[str, str]) -> str:
+    """What was measured on, for under a table."""
     return (
         f"{row['cpu']}, {row['threads']} threads, torch {row['torch']}, {row['date']}; "
         "ratios within one run."
@@ -29,6 +31,7 @@ def machine_line(row: dict[str, str]) -> str:
 
 
 def sweep_table() -> str:
+    """The sweep and single objectives against their baselines."""
     rows = read("sweep_cpu.csv")
     lines = ["| what | against | theirs | ours | ratio |", "|---|---|---:|---:|---:|"]
     for row in rows:
@@ -40,6 +43,7 @@ def sweep_table() -> str:
 
 
 def ops_table() -> str:
+    """Every op against the same formula in plain torch."""
     rows = read("ops_cpu.csv")
     kernels = {(r["op"], r["shape"]): r for r in rows if r["candidate"] == "kernel"}
     lines = [
@@ -57,6 +61,7 @@ def ops_table() -> str:
 
 
 def rewritten(text: str) -> str:
+    """README with its tables made anew."""
     for name, table in (("sweep", sweep_table()), ("ops", ops_table())):
         begin, end = BEGIN.format(name), END.format(name)
         head, rest = text.split(begin)
@@ -65,6 +70,7 @@ def rewritten(text: str) -> str:
 
 
 def main() -> int:
+    """Rewrite README.md, or check it."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="do not write, exit 1 on a difference")
     check = parser.parse_args().check

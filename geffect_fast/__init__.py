@@ -9,7 +9,7 @@ from geffect_fast import data, objectives, ops
 from geffect_fast.capture import capture
 
 if TYPE_CHECKING:
-    from geffect_fast import functional
+    import geffect_fast.functional as functional
     from geffect_fast.runs.profile import profile
     from geffect_fast.runs.store import open_run
 

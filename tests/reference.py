@@ -50,23 +50,23 @@ def forget_shares(name, params, model, reference, forget, alternatives, reductio
         logp = token_logprobs(model, row)
         with torch.no_grad():
             logp0 = token_logprobs(reference, row)
-        p, l = logp.exp(), -logp
+        p, nll = logp.exp(), -logp
         if name == "ga":
-            yield mean_over(reduction, forget, -l)
+            yield mean_over(reduction, forget, -nll)
         elif name == "wga":
-            yield mean_over(reduction, forget, -(p.detach() ** params["alpha"]) * l)
+            yield mean_over(reduction, forget, -(p.detach() ** params["alpha"]) * nll)
         elif name in ("tnpo", "wtnpo"):
             w = 2 * torch.sigmoid(params["beta"] * (logp - logp0)).detach()
             if name == "wtnpo":
                 w = w * p.detach() ** params["alpha"]
-            yield mean_over(reduction, forget, -w * l)
+            yield mean_over(reduction, forget, -w * nll)
         elif name == "npo":
             beta = params["beta"]
-            ratio = l.sum() + logp0.sum()
+            ratio = nll.sum() + logp0.sum()
             yield -(2 / beta) * F.logsigmoid(beta * ratio) * per_sample
         elif name == "simnpo":
             beta = params["beta"]
-            mean = l.mean()
+            mean = nll.mean()
             yield -(2 / beta) * F.logsigmoid(beta * (mean - params["delta"])) * per_sample
         elif name == "po":
             refusal = token_logprobs(model, alternatives[i])
@@ -132,9 +132,7 @@ def effects(model, reference, objective, forget, retain, alternatives, reduction
             shares = retain_shares(name, model, reference, retain, reduction)
             offset = len(forget)
         else:
-            shares = forget_shares(
-                name, params, model, reference, forget, alternatives, reduction
-            )
+            shares = forget_shares(name, params, model, reference, forget, alternatives, reduction)
             offset = 0
         for i, share in enumerate(shares):
             grads = gradients(coefficient * share, model)

@@ -65,7 +65,9 @@ def test_equals_one_sample_at_a_time(architecture, dtype):
     wide = fp64_throughout() if dtype == torch.float64 else contextlib.nullcontext()
     with wide:
         model, other = build(architecture, dtype), build(architecture, dtype, seed=1)
-        result = run(model, forget, retain, list(OBJECTIVES), reference_model=other, token_budget=80)
+        result = run(
+            model, forget, retain, list(OBJECTIVES), reference_model=other, token_budget=80
+        )
         assert result.attrs["layout"] == "packed"
         for k, objective in enumerate(OBJECTIVES.values()):
             expected = effects(model, other, objective, forget, retain, alternatives)
@@ -153,7 +155,7 @@ def test_ga_on_the_risk_s_own_data():
     result = run(model, forget, retain, ["ga"])
     e = result.g_effect.sum(["parameter", "sample"]).sel(objective="ga")
     norms = result.risk_grad_norm
-    np.testing.assert_allclose(e.sel(risk="unlearn"), -norms.sel(risk="unlearn") ** 2, rtol=1e-5)
+    np.testing.assert_allclose(e.sel(risk="unlearn"), -(norms.sel(risk="unlearn") ** 2), rtol=1e-5)
     flipped = run(model, retain, forget, ["ga"]).g_effect.sum(["parameter", "sample"])
     np.testing.assert_allclose(
         e.sel(risk="retain"), flipped.sel(objective="ga", risk="retain"), rtol=1e-4
@@ -191,9 +193,7 @@ def test_batching_packing_and_order_change_nothing():
         model, other = build("llama", torch.float64), build("llama", torch.float64, seed=1)
         whole = run(model, forget, retain, objectives, reference_model=other, token_budget=10**6)
         single = run(model, forget, retain, objectives, reference_model=other, token_budget=1)
-        shuffled = run(
-            model, [forget[i] for i in order], retain, objectives, reference_model=other
-        )
+        shuffled = run(model, [forget[i] for i in order], retain, objectives, reference_model=other)
     np.testing.assert_allclose(single.g_effect, whole.g_effect, rtol=1e-8, atol=1e-12)
     n = len(forget)
     np.testing.assert_allclose(
@@ -242,7 +242,9 @@ def test_probes_are_risks_of_their_own():
     assert list(result.risk.values) == ["unlearn", "retain", "general"]
     as_retain = run(model, forget, extra, ["ga"])
     np.testing.assert_allclose(
-        result.g_effect.sel(risk="general"), as_retain.g_effect.sel(risk="retain"), rtol=1e-4,
+        result.g_effect.sel(risk="general"),
+        as_retain.g_effect.sel(risk="retain"),
+        rtol=1e-4,
         atol=1e-7,
     )
 
@@ -286,7 +288,7 @@ def test_twice_the_same_is_bitwise_the_same():
 
 
 def test_bf16_within_twice_the_error_of_plain_bf16():
-    """The rule of low precision: error against fp64 at most twice that of plain autograd in bf16."""
+    """The rule of low precision: at most twice the error of plain autograd in bf16."""
     forget, retain, _ = data()
     model = build("llama", torch.bfloat16)
     ours = torch.from_numpy(run(model, forget, retain, ["ga"]).g_effect[0].values)
