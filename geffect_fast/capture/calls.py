@@ -8,7 +8,6 @@ generic rule instead of a wrong fast one.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -249,7 +248,7 @@ class GenericCall(Call):
         handle = self.module.register_forward_hook(see, prepend=True)
         token = REPLAYING.set(True)
         try:
-            with torch.enable_grad(), self.given.precision(), _flat_weights(self.module, leaves):
+            with torch.enable_grad(), self.given.precision():
                 # Not tied: what a child does with a shared parameter is in the child's own factors.
                 functional_call(
                     self.module, leaves, self.given.args, self.given.kwargs, tie_weights=False
@@ -258,21 +257,6 @@ class GenericCall(Call):
             REPLAYING.reset(token)
             handle.remove()
         return tensors_of(returned[-1])
-
-
-@contextmanager
-def _flat_weights(module: nn.Module, leaves: Mapping[str, Tensor]) -> Iterator[None]:
-    """Recurrent modules keep a second list of their parameters, which others do not replace."""
-    if not isinstance(module, nn.RNNBase):
-        yield
-        return
-    original = module._flat_weights
-    names = module._flat_weights_names
-    module._flat_weights = [leaves.get(n, p) for n, p in zip(names, original, strict=True)]
-    try:
-        yield
-    finally:
-        module._flat_weights = original
 
 
 def _nth(

@@ -213,6 +213,12 @@ def with_hooks(module: nn.Module) -> nn.Module:
     return module
 
 
+def with_linear_hook(module: nn.Module) -> nn.Module:
+    """A hook that leaves the layer's form as it was, and its scale not."""
+    module.layer.register_forward_hook(lambda _m, _args, y: 2 * y)
+    return module
+
+
 def batch_norm(d: int) -> nn.Module:
     norm = nn.BatchNorm1d(d)
     with torch.no_grad():
@@ -386,6 +392,12 @@ CASES: dict[str, Case] = {
     ),
     "hooks_of_others_linear": Case(lambda: with_hooks(around(nn.Linear(D, D)))),
     "hooks_of_others_norm": Case(lambda: with_hooks(around(LlamaRMSNorm(D)))),
+    "linear_hook_on_a_norm": Case(lambda: with_linear_hook(around(LlamaRMSNorm(D))), forms=SUMS),
+    "linear_hook_on_an_embedding": Case(
+        lambda: with_linear_hook(looked_up(Gemma3TextScaledWordEmbedding(VOCAB, D, 0, 2.5))),
+        "ids",
+        forms=LOOKUP,
+    ),
     "hooks_of_others_generic": Case(lambda: with_hooks(around(Own()))),
     "in_place": Case(
         lambda: Net(in_place, a=nn.Linear(D, D), b=nn.Linear(D, D), view=View()),
