@@ -7,6 +7,10 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-input -c constraints.txt
 DEMO_OUT ?= demo-run
 
+# By default OpenMP's threads spin while they wait; on cores shared with other programs that turns
+# minutes into hours, and it saves next to nothing elsewhere.
+export OMP_WAIT_POLICY ?= passive
+
 # The suite once more on an installation without kernels; it borrows every other package from $(VENV).
 VENV_NONE := .venv-none
 
