@@ -62,15 +62,12 @@ def execute(
     with _threads(config.threads) as threads:
         model = load_model(config.model, config.dtype, str(device))
         dtype = str(model.dtype).removeprefix("torch.")
-        reference = None
-        if config.reference is not None:
-            reference = load_model(config.reference, dtype, str(device), "reference")
         dataset = profile(
             model,
             tokenizer,
             **data,
             objectives=list(config.objectives),
-            reference_model=reference,
+            reference_model=config.reference,
             resolve=config.resolve,
             engine=config.engine,
             reduction=config.reduction,

@@ -28,7 +28,7 @@ from geffect_fast.engines.direction import accumulate_gradients
 from geffect_fast.engines.layout import choose_layout
 from geffect_fast.engines.reverse import Effects, reverse_effects
 from geffect_fast.engines.tasks import Reference, Task, tasks_for
-from geffect_fast.errors import InputError
+from geffect_fast.errors import InputError, UnsupportedModelError
 from geffect_fast.objectives import Objective, parse_list
 from geffect_fast.objectives import resolve as resolve_objective
 from geffect_fast.objectives.base import Need
@@ -138,7 +138,13 @@ def profile(
     plan = Plan.of(model)
     if norms:
         _check_memory(plan, len(chosen))
-    layout = choose_layout(plan, sets["forget"])
+    try:
+        layout = choose_layout(plan, sets["forget"])
+    except UnsupportedModelError:
+        # Whole gradients need no shares of samples, only samples that do not meet.
+        if "sample" in axes:
+            raise
+        layout = "single"
     budget = token_budget or estimate_token_budget(model, n_directions=len(sets))
 
     def batches_of(name: str, wanted: tuple[Role, ...]) -> list[Batch]:
@@ -314,7 +320,9 @@ def _reference_model(
     if isinstance(source, nn.Module):
         return source.eval()
     first = next(model.parameters())
-    return load_model(source, str(first.dtype).removeprefix("torch."), str(first.device))
+    return load_model(
+        source, str(first.dtype).removeprefix("torch."), str(first.device), "reference"
+    )
 
 
 @contextmanager
