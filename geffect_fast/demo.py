@@ -290,12 +290,13 @@ def _percent(knowledge: list[tuple[float, float]]) -> str:
 @contextmanager
 def _bar(show: bool, what: str) -> Iterator[Any]:
     """Yields a function that is told how much of the way is done, 0 to 1."""
-    if not show:
-        yield lambda done: None
-        return
     from rich.console import Console
     from rich.progress import Progress
 
-    with Progress(console=Console(stderr=True), transient=True) as progress:
+    console = Console(stderr=True)
+    if not (show and console.is_terminal):
+        yield lambda done: None
+        return
+    with Progress(console=console, transient=True) as progress:
         line = progress.add_task(what, total=1.0)
         yield lambda done: progress.update(line, completed=min(done, 1.0))

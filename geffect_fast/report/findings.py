@@ -6,7 +6,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from geffect_fast.report.summary import UNLEARN, Summary, by_place, by_sample, shares, summarise
+from geffect_fast.report.summary import (
+    HARDLY,
+    UNLEARN,
+    Summary,
+    by_place,
+    by_sample,
+    shares,
+    summarise,
+)
 from geffect_fast.report.table import number, question
 
 if TYPE_CHECKING:
@@ -37,8 +45,9 @@ def _what(rows: list[Summary]) -> str:
     tail = f", and {len(broken)} undefined ({', '.join(broken)})" if broken else ""
     objectives = "objective raises" if len(good) == 1 else "objectives raise"
     if not good:
-        return f"None of the {len(rows)} objectives raises the forget risk to first order{tail}."
-    start = f"{len(good)} of {len(rows)} {objectives} the forget risk (e_u < 0){tail}"
+        return f"None of the {len(rows)} objectives clearly raises the forget risk{tail}."
+    how = f"e_u < 0, cosine at most -{HARDLY}" if good[0].cosines else "e_u < 0"
+    start = f"{len(good)} of {len(rows)} {objectives} the forget risk ({how}){tail}"
     best = min(good, key=lambda row: row.collateral)
     worst = max(good, key=lambda row: row.collateral)
     if best.collateral == worst.collateral:

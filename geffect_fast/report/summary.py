@@ -17,6 +17,10 @@ GROUPS = ("embedding", "shallow", "middle", "deep", "final_norm", "lm_head")
 UNLEARN = "unlearn"
 
 LITTLE_HARM, MUCH_HARM = 0.1, 1.0
+HARDLY = 0.1
+"""A gradient whose cosine with the forget risk's is smaller does next to nothing to that risk."""
+
+MOSTLY_HARM = "mostly harm"
 NEGLIGIBLE = 1e-6
 """An objective whose effects are this small beside the largest of the run has none but rounding."""
 
@@ -44,8 +48,8 @@ class Summary:
 
     @property
     def forgets(self) -> bool:
-        """Whether the objective raises the forget risk by more than rounding."""
-        return not math.isnan(self.collateral)
+        """Whether the objective is made to raise the forget risk, not by the way or by rounding."""
+        return self.verdict.startswith("forgets") or self.verdict == MOSTLY_HARM
 
 
 def summarise(dataset: xr.Dataset) -> list[Summary]:
@@ -68,7 +72,7 @@ def summarise(dataset: xr.Dataset) -> list[Summary]:
                 effects=effect,
                 cosines=cosine,
                 collateral=collateral,
-                verdict=_verdict(effect, collateral, NEGLIGIBLE * largest),
+                verdict=_verdict(effect, cosine, collateral, NEGLIGIBLE * largest),
             )
         )
     return summaries
@@ -168,15 +172,19 @@ def _collateral(effects: dict[str, float], negligible: float) -> float:
     return max((e / e_u for e in others), default=0.0) + 0.0  # + 0.0 turns -0.0 into 0.0
 
 
-def _verdict(effects: dict[str, float], collateral: float, negligible: float) -> str:
+def _verdict(
+    effects: dict[str, float], cosines: dict[str, float], collateral: float, negligible: float
+) -> str:
     if not all(map(math.isfinite, effects.values())):
         return "undefined (NaN)"
     if all(abs(e) <= negligible for e in effects.values()):
         return "no effect"
     if math.isnan(collateral):
         return "does not forget"
+    if cosines and cosines[UNLEARN] > -HARDLY:
+        return "hardly forgets"
     if collateral <= 0:
         return "forgets, spares"
     if collateral < LITTLE_HARM:
         return "forgets, little harm"
-    return "forgets, some harm" if collateral < MUCH_HARM else "mostly harm"
+    return "forgets, some harm" if collateral < MUCH_HARM else MOSTLY_HARM

@@ -21,6 +21,7 @@ _STYLES = {
     "forgets, little harm": "green",
     "forgets, some harm": "yellow",
     "mostly harm": "red",
+    "hardly forgets": "yellow",
     "does not forget": "red",
     "undefined (NaN)": "bold red",
 }
@@ -91,17 +92,18 @@ def instance_table(dataset: xr.Dataset) -> Table | None:
     if effect is None or not effect.sizes["sample"]:
         return None
     table = _table("Instances: row, share of the effect, question")
-    table.add_column("objective", no_wrap=True)
+    objectives = [str(o) for o in effect["objective"].values]
+    table.add_column("objective", no_wrap=True, min_width=max(map(len, objectives)))
     wanted = {UNLEARN: "forgotten most", "retain": "costs the rest most"}
     present = [r for r in wanted if r in effect["risk"].values]
     for risk in present:
         table.add_column(wanted[risk], overflow="ellipsis", no_wrap=True)
-    for objective in effect["objective"].values:
+    for objective in objectives:
         cells = []
         for risk in present:
             share = shares(effect.sel(objective=objective, risk=risk).values)
             cells.append(_extreme(effect, share))
-        table.add_row(str(objective), *cells)
+        table.add_row(objective, *cells)
     return table
 
 
@@ -117,7 +119,7 @@ def number(value: float, spec: str = "+.3g") -> str:
     return "0" if value == 0 else f"{value:{spec}}"
 
 
-def question(effect: xr.DataArray, i: int, width: int = 50) -> str:
+def question(effect: xr.DataArray, i: int, width: int = 60) -> str:
     """The question of a forget row, shortened; empty where there is none."""
     text = (
         " ".join(str(effect["question"].values[i]).split()) if "question" in effect.coords else ""

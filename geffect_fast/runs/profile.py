@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from geffect_fast.capture import Plan
+from geffect_fast.capture.given import mixing_module
 from geffect_fast.data import (
     REDUCTIONS,
     SampleSet,
@@ -318,7 +319,10 @@ def _reference_model(
     if not needs & {"reference", "reference_logits"} or source is None or source is model:
         return None
     if isinstance(source, nn.Module):
-        return source.eval()
+        why = mixing_module(source)
+        if why is not None:
+            raise InputError(f"reference_model: {why}")
+        return source
     first = next(model.parameters())
     return load_model(
         source, str(first.dtype).removeprefix("torch."), str(first.device), "reference"

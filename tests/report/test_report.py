@@ -75,11 +75,11 @@ def test_the_table_shows_effects_cosines_and_verdicts(dataset):
     dataset["g_effect"][:] = 0
     dataset["g_effect"][:, 0, 0, 4] = -1.5
     dataset["g_effect"][:, 1, 0, 4] = 0.25
-    dataset["cosine"][:, 1] = 0.125
+    dataset["cosine"][:] = [-0.75, 0.125]
     text = text_of(dataset)
     line = next(line for line in text.splitlines() if line.split()[:1] == ["ga"])
     assert line.split()[1:3] == ["-1.5", "+0.25"]
-    assert "+0.12" in line and "-0.17" in line and "forgets, spares" in line
+    assert "+0.12" in line and "-0.75" in line and "forgets, spares" in line
     assert "-lr·e" in text and "do not compare" in text
 
 
@@ -106,6 +106,7 @@ def test_the_first_sentence_names_the_best_and_the_worst(dataset):
     dataset["g_effect"][:] = 0
     dataset["g_effect"][:, 0, 0, 0] = [-1, -2, -4, 8, 0]
     dataset["g_effect"][:, 1, 0, 0] = [-0.5, 1, -12, 5, 0]
+    dataset["cosine"][:, 0] = [-1, -1, -1, 1, 0]
     what = findings(dataset)[0]
     assert what.startswith("3 of 5 objectives raise the forget risk")
     assert "least cost elsewhere wga(alpha=1) (the retain risk falls by 0.5" in what

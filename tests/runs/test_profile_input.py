@@ -54,6 +54,14 @@ def test_active_dropout_is_refused():
         gf.profile(model, None, **GOOD)
 
 
+def test_active_dropout_in_the_reference_is_refused():
+    reference = build("gpt2").train()
+    with pytest.raises(InputError, match=r"reference_model.*dropout"):
+        gf.profile(
+            build("gpt2"), None, **(GOOD | {"objectives": ["npo"]}), reference_model=reference
+        )
+
+
 def test_train_mode_without_dropout_is_fine():
     model = build("llama").train()
     assert gf.profile(model, None, **GOOD).sizes["sample"] == 2
