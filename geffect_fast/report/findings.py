@@ -84,7 +84,7 @@ def _where(dataset: xr.Dataset) -> str:
         if size is not None:
             order = np.argsort(-size, kind="stable")
             half = int(np.searchsorted(np.cumsum(size[order]), 0.5 - 1e-12)) + 1
-            asked = question(effect, int(order[0]))
+            asked = question(effect, int(order[0]), 60)
             quoted = f' ("{asked}")' if asked else ""
             row = effect["sample"].values[order[0]]
             rows = "row carries" if half == 1 else "rows carry"

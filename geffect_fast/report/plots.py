@@ -112,7 +112,7 @@ def _scatter(panel: Axes, e_u: np.ndarray, e_r: np.ndarray) -> None:
     colours = np.where(e_r[finite] < 0, _RISES, _FALLS)
     panel.scatter(e_u[finite], e_r[finite], s=14, c=colours, alpha=0.65, linewidths=0)
     for values, limit in ((e_u[finite], panel.set_xlim), (e_r[finite], panel.set_ylim)):
-        reach = np.abs(values).max(initial=0.0) * 1.2 or 1.0
+        reach = np.abs(values).max(initial=0.0) * 1.35 or 1.0
         # an empty side keeps enough room for its words
         limit(*(np.array([-1.0, 1.0]) * reach * [_room(-values, reach), _room(values, reach)]))
     axes = panel.transAxes
@@ -130,7 +130,7 @@ def _scatter(panel: Axes, e_u: np.ndarray, e_r: np.ndarray) -> None:
 
 def _room(values: np.ndarray, reach: float) -> float:
     """Part of `reach` that an axis needs on the positive side."""
-    return max(0.55, values.max(initial=0.0) * 1.2 / reach)
+    return max(0.55, values.max(initial=0.0) * 1.35 / reach)
 
 
 def _figure(width: float, height: float) -> Figure:

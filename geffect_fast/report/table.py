@@ -97,7 +97,7 @@ def instance_table(dataset: xr.Dataset) -> Table | None:
     wanted = {UNLEARN: "forgotten most", "retain": "costs the rest most"}
     present = [r for r in wanted if r in effect["risk"].values]
     for risk in present:
-        table.add_column(wanted[risk], overflow="ellipsis", no_wrap=True)
+        table.add_column(wanted[risk], overflow="fold")
     for objective in objectives:
         cells = []
         for risk in present:
@@ -119,7 +119,7 @@ def number(value: float, spec: str = "+.3g") -> str:
     return "0" if value == 0 else f"{value:{spec}}"
 
 
-def question(effect: xr.DataArray, i: int, width: int = 60) -> str:
+def question(effect: xr.DataArray, i: int, width: int) -> str:
     """The question of a forget row, shortened; empty where there is none."""
     text = (
         " ".join(str(effect["question"].values[i]).split()) if "question" in effect.coords else ""
@@ -131,7 +131,9 @@ def _extreme(effect: xr.DataArray, share: np.ndarray) -> str:
     if not np.isfinite(share).all() or not (share < 0).any():
         return "none"
     i = int(share.argmin())
-    return f"{effect['sample'].values[i]}  {100 * share[i]:+.0f}%  {question(effect, i)}".rstrip()
+    return (
+        f"{effect['sample'].values[i]}  {100 * share[i]:+.0f}%  {question(effect, i, 34)}".rstrip()
+    )
 
 
 def _table(title: str) -> Table:
