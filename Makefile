@@ -4,7 +4,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-input -c constraints.txt
+PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --no-input -c constraints.txt
 DEMO_OUT ?= demo-run
 
 # By default OpenMP's threads spin while they wait; on cores shared with other programs that turns
@@ -44,7 +44,7 @@ $(VENV)/created:
 	@echo "making $(VENV)"
 	@$(PYTHON) -m venv $(VENV) >/dev/null 2>&1 || { \
 		$(PYTHON) -m venv --clear --without-pip $(VENV) && \
-		$(PYTHON) -m pip install --quiet --target "$$($(BIN)/python -c \
+		$(PYTHON) -m pip install -qq --target "$$($(BIN)/python -c \
 			'import sysconfig; print(sysconfig.get_path("purelib"))')" pip; }
 	@touch $@
 
@@ -78,7 +78,7 @@ $(VENV_NONE)/installed: $(VENV)/tools-test $(PYTHON_FILES)
 		print(*sorted({sysconfig.get_path(p) for p in ("purelib", "platlib")}), sep="\n")' \
 		> "$$($(VENV_NONE)/bin/python -c \
 		'import sysconfig; print(sysconfig.get_path("purelib"))')/borrowed.pth"
-	@GEFFECT_FAST_BUILD=none $(VENV_NONE)/bin/python -m pip install --quiet --no-input \
+	@GEFFECT_FAST_BUILD=none $(VENV_NONE)/bin/python -m pip install -qq --no-input \
 		--disable-pip-version-check --no-deps --no-build-isolation --ignore-installed .
 	@touch $@
 
