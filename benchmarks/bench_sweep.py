@@ -225,7 +225,7 @@ def step_rows(model: nn.Module, shapes: list[tuple[int, int]], rounds: int) -> l
         budget = estimate_token_budget(model, n_directions=2)  # as a profile would choose
         batches = make_batches(samples_set, ("answer",), token_budget=budget)
         tasks = tasks_for([parse("ga")], lambda *_: batches, {"forget": 0})  # noqa: B023
-        risk = [Task(batches, {0: [(1.0, NLL())]})]
+        risk = [Task(batches, {0: NLL()})]
 
         def reverse() -> None:
             reverse_effects(

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -27,6 +25,7 @@ from geffect_fast.report import write_report
 from geffect_fast.runs.config import make_config
 from geffect_fast.runs.execute import execute
 from geffect_fast.runs.models import quiet_transformers
+from geffect_fast.runs.progress import progress_bar
 from geffect_fast.runs.store import check_free
 
 if TYPE_CHECKING:
@@ -196,7 +195,7 @@ def memorise(model: nn.Module, sets: list[SampleSet], size: Size, seed: int, pro
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=PEAK_RATE, betas=(0.9, 0.98), weight_decay=0.0
     )
-    with _bar(progress, "learning by heart") as show:
+    with progress_bar(progress, "learning by heart", 1.0) as show:
         for epoch in range(1, size.max_epochs + 1):
             order.shuffle(samples)
             seen = []
@@ -209,7 +208,7 @@ def memorise(model: nn.Module, sets: list[SampleSet], size: Size, seed: int, pro
                 optimizer.zero_grad()
                 seen.append(right.float().mean())
             share = float(torch.stack(seen).mean())
-            show(share)
+            show(completed=share)
             # smaller steps as less is left to learn
             optimizer.param_groups[0]["lr"] = PEAK_RATE * min(1.0, max(0.1, 5 * (1 - share)))
             if share >= size.known and all(recall(model, s)[1] >= size.known for s in sets):
@@ -230,7 +229,7 @@ def start_unlearning(model: nn.Module, forget: SampleSet, progress: bool) -> int
     batches = make_batches(forget, ("answer",), token_budget=512)
     target = KEPT * recall(model, forget)[0]
     seen: list[float] = []
-    with _bar(progress, "first steps of unlearning") as show:
+    with progress_bar(progress, "first steps of unlearning", 1.0) as show:
         for step in range(1, 1001):
             logprob, _ = _predict(model, batches[step % len(batches)])
             logprob.mean().backward()
@@ -242,7 +241,7 @@ def start_unlearning(model: nn.Module, forget: SampleSet, progress: bool) -> int
             probability = sum(seen[-len(batches) :]) / len(batches)
             if len(seen) < len(batches):
                 continue
-            show((1 - probability) / (1 - target))
+            show(completed=(1 - probability) / (1 - target))
             if probability <= target:
                 return step
     raise GEffectError("the demo's model did not begin to forget in 1000 steps")
@@ -285,18 +284,3 @@ def _percent(knowledge: list[tuple[float, float]]) -> str:
     probability = ", ".join(f"{p:.2f}" for p, _ in knowledge)
     share = ", ".join(f"{100 * s:.0f} %" for _, s in knowledge)
     return f"mean token probability {probability}; reproduced word for word {share}"
-
-
-@contextmanager
-def _bar(show: bool, what: str) -> Iterator[Any]:
-    """Yields a function that is told how much of the way is done, 0 to 1."""
-    from rich.console import Console
-    from rich.progress import Progress
-
-    console = Console(stderr=True)
-    if not (show and console.is_terminal):
-        yield lambda done: None
-        return
-    with Progress(console=console, transient=True) as progress:
-        line = progress.add_task(what, total=1.0)
-        yield lambda done: progress.update(line, completed=min(done, 1.0))

@@ -1,4 +1,4 @@
-"""Which parts of which objectives read which batches."""
+"""Which parts of objectives read which batches."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ ROLE_ORDER: tuple[Role, ...] = ("answer", "alternative")
 
 @dataclass
 class Task:
-    """The parts of several objectives that one forward pass over the same batches serves.
+    """The parts of objectives that one forward pass over the same batches serves.
 
     Attributes:
         batches: on the CPU.
-        parts: objective index -> its weighted elementary parts on these batches.
+        parts: the elementary objectives that read these batches, by their number among all parts.
         offset: number of the first row of this data set on the result's sample axis.
     """
 
     batches: Sequence[Batch]
-    parts: dict[int, list[tuple[float, Objective]]] = field(default_factory=dict)
+    parts: dict[int, Objective] = field(default_factory=dict)
     offset: int = 0
 
     @property
     def needs(self) -> frozenset[Need]:
-        return frozenset(n for parts in self.parts.values() for _, p in parts for n in p.needs)
+        return frozenset(need for part in self.parts.values() for need in part.needs)
 
     @property
     def n_tokens(self) -> int:
@@ -41,34 +41,32 @@ class Task:
     def loss(
         self, index: int, outputs: Outputs, batch: Batch, reference: Outputs | None
     ) -> tuple[Tensor, float]:
-        """What to differentiate for objective `index` on `batch`, and the objective's own value."""
-        parts = self.parts[index]
-        terms = [c * p.token_terms(outputs, batch, reference).sum() for c, p in parts]
+        """What to differentiate for part `index` on `batch`, and the part's own value."""
+        part = self.parts[index]
         with torch.no_grad():
-            value = sum(c * float(p.loss(outputs, batch, reference)) for c, p in parts)
-        return torch.stack(terms).sum(), value
+            value = float(part.loss(outputs, batch, reference))
+        return part.token_terms(outputs, batch, reference).sum(), value
 
 
 def tasks_for(
-    objectives: Sequence[Objective],
+    parts: Sequence[Objective],
     batches_of: Callable[[str, tuple[Role, ...]], Sequence[Batch]],
     offsets: dict[str, int],
 ) -> list[Task]:
-    """Group the parts of all objectives by the data they read.
+    """Group parts of objectives by the data they read.
 
     Args:
-        objectives: what is profiled.
+        parts: elementary objectives.
         batches_of: the batches of a data set (`forget`, `retain`) holding sequences of the roles.
         offsets: where each data set starts on the sample axis.
     """
     tasks: dict[tuple[str, tuple[Role, ...]], Task] = {}
-    for index, objective in enumerate(objectives):
-        for coefficient, part in objective.parts():
-            roles = tuple(r for r in ROLE_ORDER if r in part.roles)
-            key = (part.on, roles)
-            if key not in tasks:
-                tasks[key] = Task(batches_of(part.on, roles), offset=offsets[part.on])
-            tasks[key].parts.setdefault(index, []).append((coefficient, part))
+    for index, part in enumerate(parts):
+        roles = tuple(r for r in ROLE_ORDER if r in part.roles)
+        key = (part.on, roles)
+        if key not in tasks:
+            tasks[key] = Task(batches_of(part.on, roles), offset=offsets[part.on])
+        tasks[key].parts[index] = part
     return list(tasks.values())
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
@@ -49,8 +50,14 @@ def check_directions(x: Tensor, what: str, names: Sequence[str]) -> None:
         )
 
 
-def check_effects(effects: Tensor, objectives: Sequence[str], plan: Plan) -> None:
+def check_effects(effects: Tensor, values: Tensor, objectives: Sequence[str], plan: Plan) -> None:
     """Raise `NonFiniteError` naming the first objective and parameter that are not finite."""
+    for objective, value in zip(objectives, values.tolist(), strict=True):
+        if not math.isfinite(value):
+            raise NonFiniteError(
+                f"the value of objective '{objective}' is {value}; check its hyper-parameters and "
+                "the model's precision"
+            )
     bad = (
         ~torch.isfinite(effects).flatten(3).all(-1)
         if effects.dim() == 4

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +25,7 @@ from geffect_fast.data import (
 )
 from geffect_fast.data.batch import Batch, Reduction, Role
 from geffect_fast.data.memory import free_memory
-from geffect_fast.engines.direction import accumulate_gradients
+from geffect_fast.engines.direction import Tick, accumulate_gradients
 from geffect_fast.engines.layout import choose_layout
 from geffect_fast.engines.reverse import Effects, reverse_effects
 from geffect_fast.engines.tasks import Reference, Task, tasks_for
@@ -41,6 +41,7 @@ from geffect_fast.runs.dataset import (
     gram_matrices,
 )
 from geffect_fast.runs.models import check_finite, load_model
+from geffect_fast.runs.progress import progress_bar
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -122,8 +123,10 @@ def profile(
     chosen = _objectives(objectives)
     risk_part = _risk(risk)
     axes = _checked(resolve, engine, reduction, token_budget)
-    needs = {need for objective in chosen for _, part in objective.parts() for need in part.needs}
-    roles = {role for objective in chosen for _, part in objective.parts() for role in part.roles}
+    # Effects are linear in the objective: a part that several objectives share is profiled once.
+    parts = list(dict.fromkeys(part for objective in chosen for _, part in objective.parts()))
+    needs = {need for part in parts for need in part.needs}
+    roles = {role for part in parts for role in part.roles}
     sets = _read_sets(
         tokenizer, forget, retain, probes, refusals, "alternative" in roles, template, max_length
     )
@@ -138,7 +141,7 @@ def profile(
     _check_model(model, sets)
     plan = Plan.of(model)
     if norms:
-        _check_memory(plan, len(chosen))
+        _check_memory(plan, len(parts))
     try:
         layout = choose_layout(plan, sets["forget"])
     except UnsupportedModelError:
@@ -154,37 +157,37 @@ def profile(
         )
 
     n_forget, n_retain = len(sets["forget"]), len(sets["retain"])
-    uses_retain = any(part.on == "retain" for o in chosen for _, part in o.parts())
-    tasks = tasks_for(chosen, batches_of, {"forget": 0, "retain": n_forget})
+    uses_retain = any(part.on == "retain" for part in parts)
+    tasks = tasks_for(parts, batches_of, {"forget": 0, "retain": n_forget})
     risk_names = {"unlearn": "forget", "retain": "retain"} | {p: p for p in probes or {}}
     risk_tasks = [
-        Task(batches_of(source, risk_part.roles), {m: [(1.0, risk_part)]})
+        Task(batches_of(source, risk_part.roles), {m: risk_part})
         for m, source in enumerate(risk_names.values())
     ]
 
     device = next(iter(plan.parameters.values())).device
     reference = Reference(_reference_model(reference_model, needs, model))
-    with progress_bar(progress, "risks", risk_tasks) as tick:
+    with _ticking(progress, "gradients of the risks", risk_tasks) as tick:
         risk_values, directions = accumulate_gradients(
             plan, risk_tasks, len(risk_names), reference, tick
         )
     for name, direction in directions.items():
         check_directions(direction, f"gradient of the risk on '{{}}' at {name}", list(risk_names))
     reference.prepare(tasks, device)
-    with progress_bar(progress, "objectives", tasks) as tick:
+    with _ticking(progress, "effects of the objectives", tasks) as tick:
         if "sample" in axes:
             found = reverse_effects(
                 plan,
                 tasks,
                 directions,
-                len(chosen),
+                len(parts),
                 n_forget + (n_retain if uses_retain else 0),
                 reference,
                 norms=norms,
                 tick=tick,
             )
         else:
-            values, gradients = accumulate_gradients(plan, tasks, len(chosen), reference, tick)
+            values, gradients = accumulate_gradients(plan, tasks, len(parts), reference, tick)
             found = Effects(values, torch.empty(0), gradients)
 
     gram = gram_matrices(directions, found.gradients) if found.gradients is not None else None
@@ -194,9 +197,18 @@ def profile(
     else:
         assert gram is not None
         effects = gram[:, m:, :m].permute(1, 2, 0)
-    check_effects(effects, [str(o) for o in chosen], plan)
+    check_effects(effects, found.values, [str(part) for part in parts], plan)
     if "sample" in axes and gram is not None:
         check_coverage(plan, effects.sum(-1), gram, m)
+
+    mixture = torch.zeros(len(chosen), len(parts), dtype=torch.float64)
+    for k, objective in enumerate(chosen):
+        for coefficient, part in objective.parts():
+            mixture[k, parts.index(part)] += coefficient
+    effects = torch.tensordot(mixture, effects, dims=1)
+    if gram is not None:
+        onto = torch.block_diag(torch.eye(m, dtype=torch.float64), mixture)
+        gram = onto @ gram @ onto.T
     labels = {
         "objective": [str(o) for o in chosen],
         "risk": list(risk_names),
@@ -217,7 +229,14 @@ def profile(
         "objectives": json.dumps([{"name": o.name, "parameters": o.parameters()} for o in chosen]),
     }
     return dataset(
-        effects, axes, labels, samples, risk_values, found.values, gram if norms else None, settings
+        effects,
+        axes,
+        labels,
+        samples,
+        risk_values,
+        mixture @ found.values,
+        gram if norms else None,
+        settings,
     )
 
 
@@ -330,13 +349,7 @@ def _reference_model(
 
 
 @contextmanager
-def progress_bar(show: bool, what: str, tasks: Sequence[Task]) -> Any:
-    """Yields a function that is told of tokens done, drawn as a bar where `show`."""
-    if not show:
-        yield lambda n: None
-        return
-    from rich.progress import Progress
-
-    with Progress(transient=True) as bar:
-        line = bar.add_task(what, total=sum(task.n_tokens for task in tasks))
-        yield lambda n: bar.advance(line, n)
+def _ticking(show: bool, what: str, tasks: Sequence[Task]) -> Iterator[Tick]:
+    """Yields a function that is told of tokens done, drawn as a bar."""
+    with progress_bar(show, what, sum(task.n_tokens for task in tasks)) as update:
+        yield lambda n: update(advance=n)

@@ -185,6 +185,21 @@ def test_identities_between_objectives():
         )
 
 
+def test_objectives_that_share_parts():
+    """`ga` is profiled once for all of these; their norms follow from those of the parts."""
+    forget, retain, _ = data()
+    with fp64_throughout():
+        model = build("llama", torch.float64)
+        together = run(model, forget, retain, ["gd", "ga", "ga - 0.5*nll", "2*ga + wga(alpha=1)"])
+        for name in together.objective.values:
+            alone = run(model, forget, retain, [str(name)]).isel(objective=0)
+            same = together.sel(objective=name).isel(sample=slice(0, alone.sizes["sample"]))
+            for variable in ("g_effect", "loss", "grad_norm", "cosine", "parameter_grad_norm"):
+                np.testing.assert_allclose(
+                    same[variable], alone[variable], rtol=1e-8, atol=1e-12, err_msg=variable
+                )
+
+
 def test_batching_packing_and_order_change_nothing():
     forget, retain, _ = data()
     objectives = ["dpo(beta=0.2)", "npo(beta=0.1)+kl", "rmu(layer=1)"]
