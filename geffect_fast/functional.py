@@ -17,6 +17,7 @@ from geffect_fast import ops
 from geffect_fast.capture import Factor, OutsideUse, Plan, Recorder, Segments, leaves_of
 from geffect_fast.capture.products import inner, pairwise, squared_norms
 from geffect_fast.errors import InputError, UnsupportedModelError
+from geffect_fast.ops.reference import accumulation_dtype
 
 LossFn = Callable[[nn.Module, Any], Tensor]
 
@@ -252,7 +253,7 @@ def _stacked(plan: Plan, direction: Mapping[str, Tensor]) -> tuple[dict[str, Ten
                 "give that shape, or (M, *shape) for M directions"
             )
         counts.add(None if v.shape == p.shape else v.shape[0])
-        wide = torch.float64 if p.dtype == torch.float64 else torch.float32
+        wide = accumulation_dtype(p.dtype)
         stacked[name] = v.detach().to(p.device, wide).reshape(-1, *p.shape)
     if len(counts) > 1:
         raise InputError("direction: every parameter needs the same number of directions")

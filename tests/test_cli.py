@@ -372,7 +372,7 @@ def test_an_unexpected_failure_shows_where_and_exits_with_1(here, capsys, monkey
     def fail(*args, **kwargs):
         raise RuntimeError("a wheel came off")
 
-    monkeypatch.setattr("geffect_fast.runs.profile.profile", fail)
+    monkeypatch.setattr("geffect_fast.runs.execute.profile", fail)
     assert main([*arguments(), "-q"]) == 1
     printed = capsys.readouterr().err
     assert "Traceback" in printed

@@ -10,14 +10,10 @@ from torch import Tensor
 from geffect_fast.capture import Plan
 from geffect_fast.engines.forward_pass import model_outputs
 from geffect_fast.engines.tasks import Reference, Task
+from geffect_fast.ops.reference import accumulation_dtype
 
 Tick = Callable[[int], None]
 """Told how many tokens have just been worked through."""
-
-
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """fp64 for fp64 models, fp32 for all others."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def new_gradients(plan: Plan, n: int) -> dict[str, Tensor]:

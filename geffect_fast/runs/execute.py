@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from geffect_fast.data.qa import read_refusals, read_rows
-from geffect_fast.errors import InputError
 from geffect_fast.objectives import parse
 from geffect_fast.runs.config import ProfileConfig
 from geffect_fast.runs.models import check_model_source, load_model, load_tokenizer, resolve_device
+from geffect_fast.runs.profile import check_needs_no_refusals, profile
 from geffect_fast.runs.store import Reporter, check_free, save_run
 
 if TYPE_CHECKING:
@@ -46,8 +46,6 @@ def execute(
     Raises:
         InputError, NonFiniteError, UnsupportedModelError: nothing has been written then.
     """
-    from geffect_fast.runs.profile import profile
-
     check_free(out, overwrite)
     check_model_source(config.model)
     if config.reference is not None:
@@ -99,12 +97,7 @@ def _read_data(config: ProfileConfig) -> dict[str, Any]:
         "refusals": None if config.refusals is None else read_refusals(config.refusals),
     }
     if data["refusals"] is None and not all(row.get("alternative") for row in forget):
-        for text in config.objectives:
-            if any("alternative" in part.roles for _, part in parse(text).parts()):
-                raise InputError(
-                    f"objective {text} needs refusals; give a file with one a line as --refusals, "
-                    "or a field 'alternative' in every forget row"
-                )
+        check_needs_no_refusals([parse(text) for text in config.objectives])
     return data
 
 

@@ -130,17 +130,11 @@ def profile(
     sets = _read_sets(
         tokenizer, forget, retain, probes, refusals, "alternative" in roles, template, max_length
     )
-    if "alternative" in roles and not sets["forget"].has_alternatives:
-        culprit = next(
-            str(o) for o in chosen if any("alternative" in p.roles for _, p in o.parts())
-        )
-        raise InputError(
-            f"objective '{culprit}' needs refusals: give `refusals` (--refusals FILE), or an "
-            "`alternative` in every forget row"
-        )
+    if not sets["forget"].has_alternatives:
+        check_needs_no_refusals(chosen)
     _check_model(model, sets)
     plan = Plan.of(model)
-    if norms:
+    if norms or "sample" not in axes:
         _check_memory(plan, len(parts))
     try:
         layout = choose_layout(plan, sets["forget"])
@@ -254,6 +248,16 @@ def _objectives(specs: Sequence[str | Objective] | str) -> list[Objective]:
     return listed
 
 
+def check_needs_no_refusals(objectives: Sequence[Objective]) -> None:
+    """Raise `InputError` naming the first objective that needs refusals: there are none."""
+    for objective in objectives:
+        if any("alternative" in part.roles for _, part in objective.parts()):
+            raise InputError(
+                f"objective '{objective}' needs refusals: give a file, one a line, as `refusals` "
+                "(--refusals FILE), or an `alternative` in every forget row"
+            )
+
+
 def _risk(spec: str | Objective) -> Objective:
     parts = resolve_objective(spec).parts()
     if len(parts) != 1 or parts[0][0] != 1.0 or parts[0][1].needs - {"hidden_states"}:
@@ -327,8 +331,9 @@ def _check_memory(plan: Plan, n_objectives: int) -> None:
     free = free_memory(device)
     if needed > free:
         raise InputError(
-            f"norms: the gradients of {n_objectives} objectives take {needed / 2**30:.1f} GiB and "
-            f"{free / 2**30:.1f} GiB are free; profile fewer, or pass norms=False (--no-norms)"
+            f"objectives: the whole gradients of {n_objectives} take {needed / 2**30:.1f} GiB and "
+            f"{free / 2**30:.1f} GiB are free; profile fewer at once, or resolve by sample with "
+            "norms=False (--no-norms)"
         )
 
 

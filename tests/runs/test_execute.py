@@ -42,7 +42,7 @@ def test_precision_and_budget_are_applied(study, tmp_path):
 
 
 def test_threads_are_applied_and_given_back(study, tmp_path, monkeypatch):
-    from geffect_fast.runs import profile as module
+    from geffect_fast.runs import execute as module
 
     before, seen = torch.get_num_threads(), []
 
