@@ -1,0 +1,126 @@
+// Second stage of the ops that leave one term a token: sums over segments, or over slices alone.
+//
+//   segment_sum   out[r, i] = sum_{s} sum_{t in segment i} terms[s, r, t]
+//   token_sum     out[r, t] = sum_{s} terms[s, r, t]
+//
+// terms (slices, rows, total) in fp32, summed in double in an order that only the offsets decide. A
+// warp owns one (r, i); a long segment is summed by the whole block, whatever the others' lengths.
+// Limiter: latency; the terms come from the second-level cache.
+#pragma once
+
+#include <cmath>
+
+#include "cuda/device.cuh"
+#include "cuda/offsets.cuh"
+#include "cuda/vector.cuh"
+
+namespace geffect_fast {
+
+struct SegmentSum {
+  static constexpr int kThreads = 1024;
+  static constexpr int kWarps = kThreads / kWarp;
+  // Terms of one result from which a block sums faster than a warp: eight loads in flight a lane,
+  // eight times over.
+  static constexpr int64_t kLong = 2048;
+};
+
+// This thread's share of row `row` over [begin, end): every `team`-th token from begin + `member`.
+template <class Term>
+__device__ __forceinline__ double sum_of_share(const Term* terms, int64_t slices,
+                                               int64_t slice_stride, int64_t begin, int64_t end,
+                                               int member, int team) {
+  double sum = 0;
+  for (int64_t slice = 0; slice < slices; ++slice) {
+    const Term* from = terms + slice * slice_stride;
+#pragma unroll 8
+    for (int64_t t = begin + member; t < end; t += team) sum += from[t];
+  }
+  return sum;
+}
+
+template <class Term>
+__global__ void __launch_bounds__(SegmentSum::kThreads)
+    segment_sum_kernel(const Term* __restrict__ terms, int64_t slices, int64_t rows,
+                       Offsets offsets, int* report, float* __restrict__ out) {
+  constexpr int kWarps = SegmentSum::kWarps;
+  __shared__ double partial[kWarps];
+  __shared__ int is_long[kWarps];
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  const int64_t n_results = rows * offsets.n, slice_stride = rows * offsets.total;
+
+  // Neighbouring results go to different blocks, so that few results still fill the device.
+  const int64_t step = gridDim.x;
+  for (int64_t first = blockIdx.x; first < n_results; first += step * kWarps) {
+    const int64_t own = first + warp * step;
+    bool own_is_long = false;
+    if (own < n_results) {
+      const int64_t row = own / offsets.n, i = own % offsets.n;
+      const int64_t begin = offsets.begin(i), end = offsets.end(i);
+      const bool valid = offsets.is_valid(i);
+      own_is_long = valid && (end - begin) * slices >= SegmentSum::kLong;
+      if (!own_is_long) {
+        const double sum = valid ? warp_sum(sum_of_share(terms + row * offsets.total, slices,
+                                                         slice_stride, begin, end, lane, kWarp))
+                                 : NAN;
+        if (lane == 0) out[own] = static_cast<float>(sum);
+        if (lane == 0 && !valid) {
+          *report = 1;
+          __threadfence_system();
+        }
+      }
+    }
+    if (lane == 0) is_long[warp] = own_is_long;
+    __syncthreads();
+    for (int other = 0; other < kWarps; ++other) {
+      if (!is_long[other]) continue;
+      const int64_t result = first + other * step;
+      const int64_t row = result / offsets.n, i = result % offsets.n;
+      const double sum = warp_sum(
+          sum_of_share(terms + row * offsets.total, slices, slice_stride, offsets.begin(i),
+                       offsets.end(i), static_cast<int>(threadIdx.x), SegmentSum::kThreads));
+      if (lane == 0) partial[warp] = sum;
+      __syncthreads();
+      if (warp == 0) {
+        const double total = warp_sum(lane < kWarps ? partial[lane] : 0.0);
+        if (lane == 0) out[result] = static_cast<float>(total);
+      }
+      __syncthreads();
+    }
+    __syncthreads();  // is_long is written again
+  }
+}
+
+template <class Term>
+__global__ void __launch_bounds__(256)
+    token_sum_kernel(const Term* __restrict__ terms, int64_t slices, int64_t size,
+                     float* __restrict__ out) {
+  const int64_t step = int64_t{gridDim.x} * blockDim.x;
+  for (int64_t at = int64_t{blockIdx.x} * blockDim.x + threadIdx.x; at < size; at += step) {
+    double sum = 0;
+#pragma unroll 4
+    for (int64_t slice = 0; slice < slices; ++slice) sum += terms[slice * size + at];
+    out[at] = static_cast<float>(sum);
+  }
+}
+
+// terms (slices, rows, offsets.total) -> out (rows, offsets.n). A segment with wrong offsets gets
+// NaN, and 1 is stored in *report.
+inline void segment_sum(const Device& device, const float* terms, int64_t slices, int64_t rows,
+                        const Offsets& offsets, int* report, float* out) {
+  const int64_t n_results = rows * offsets.n;
+  if (n_results == 0) return;
+  device.launch(segment_sum_kernel<float>, grid_for(n_results, 2 * device.n_multiprocessors()),
+                dim3(SegmentSum::kThreads), 0, terms, slices, rows, offsets, report, out);
+}
+
+// terms (slices, rows, total) -> out (rows, total).
+inline void token_sum(const Device& device, const float* terms, int64_t slices, int64_t rows,
+                      int64_t total, float* out) {
+  const int64_t size = rows * total;
+  if (size == 0) return;
+  device.launch(token_sum_kernel<float>,
+                grid_for(ceil_div(size, 256), 16 * device.n_multiprocessors()), dim3(256), 0, terms,
+                slices, size, out);
+}
+
+}  // namespace geffect_fast
