@@ -15,25 +15,38 @@
 
 namespace geffect_fast {
 
-// Rows x columns of a tensor; `vectorised`: unit column stride and rows on 16-byte boundaries.
+// Rows x columns of 16-byte aligned rows with unit column stride.
 template <class T>
 struct Operand {
   const T* data;
-  int64_t rows, cols, row_stride, col_stride;
-  bool vectorised;
+  int64_t rows, cols, row_stride;
 };
 
-// The last two dimensions of `tensor`, `index` along the first of three.
+// A 2-D tensor as an operand: itself where its rows can be copied 16 bytes at a time, else (unit
+// column stride missing, or rows that do not begin on 16 bytes) a padded copy that it keeps alive.
 template <class T>
-Operand<T> operand_of(const Tensor& tensor, int64_t index = 0) {
-  const int64_t last = tensor.dim() - 1;
-  const T* data = static_cast<const T*>(tensor.const_data_ptr());
-  if (tensor.dim() == 3) data += index * tensor.stride(0);
-  const int64_t row_stride = tensor.stride(last - 1), col_stride = tensor.stride(last);
-  return {data,       tensor.size(last - 1),
-          tensor.size(last), row_stride,
-          col_stride, col_stride == 1 && rows_are_aligned(data, row_stride)};
-}
+class OperandHolder {
+ public:
+  explicit OperandHolder(const Tensor& tensor) : tensor_(tensor) {
+    const int64_t rows = tensor.size(0), cols = tensor.size(1);
+    const bool as_it_is =
+        tensor.stride(1) == 1 &&
+        rows_are_aligned(static_cast<const T*>(tensor.const_data_ptr()), tensor.stride(0));
+    if (!as_it_is) {
+      const int64_t padded = ceil_div(cols, kVector<T>) * kVector<T>;
+      const Tensor memory = torch::stable::new_empty(tensor, {rows, padded});
+      tensor_ = torch::stable::narrow(const_cast<Tensor&>(memory), 1, 0, cols);
+      torch::stable::copy_(tensor_, tensor);
+    }
+  }
+  Operand<T> operand() const {
+    return {static_cast<const T*>(tensor_.const_data_ptr()), tensor_.size(0), tensor_.size(1),
+            tensor_.stride(0)};
+  }
+
+ private:
+  Tensor tensor_;
+};
 
 enum class Contract { kFeatures, kTokens };
 
@@ -97,27 +110,19 @@ __device__ __forceinline__ int panel_offset(int row, int chunk) {
 template <class T, int kRows, int kThreads>
 __device__ __forceinline__ void copy_panel(unsigned char* panel, const Operand<T>& from, int64_t row,
                                            int64_t row_end, int64_t col, int64_t col_end) {
-  constexpr int kPer = kVector<T>;
+  constexpr int kPer = kVector<T>, kStep = kThreads / 8;  // eight threads copy a row
+  static_assert(kRows % kStep == 0 && kStep % 8 == 0);
+  const int first = threadIdx.x / 8, chunk = threadIdx.x % 8;
+  const int64_t left = col_end - col - chunk * kPer;
+  const int bytes = (left < 0 ? 0 : left < kPer ? static_cast<int>(left) : kPer) *
+                    static_cast<int>(sizeof(T));
+  const T* source = from.data + (row + first) * from.row_stride + col + chunk * kPer;
+  unsigned char* to = panel + panel_offset(first, chunk);
 #pragma unroll
-  for (int i = 0; i < ceil_div(kRows * 8, kThreads); ++i) {
-    const int item = threadIdx.x + i * kThreads;
-    if (kRows * 8 % kThreads != 0 && item >= kRows * 8) break;
-    const int r = item / 8, chunk = item % 8;
-    const int64_t from_row = row + r, from_col = col + chunk * kPer;
-    unsigned char* to = panel + panel_offset(r, chunk);
-    const int64_t left = from_row < row_end ? col_end - from_col : 0;
-    const int valid = left < 0 ? 0 : left < kPer ? static_cast<int>(left) : kPer;
-    if (from.vectorised) {
-      const T* source = from.data + from_row * from.row_stride + from_col;
-      copy_async_16(to, valid > 0 ? source : from.data, valid * static_cast<int>(sizeof(T)));
-    } else {
-      T* elements = reinterpret_cast<T*>(to);
-      for (int e = 0; e < kPer; ++e) {
-        elements[e] = e < valid ? from.data[from_row * from.row_stride +
-                                            (from_col + e) * from.col_stride]
-                                : T(0.f);
-      }
-    }
+  for (int r = 0; r < kRows; r += kStep) {
+    const bool valid = bytes > 0 && row + first + r < row_end;
+    copy_async_16(to + r * 128, valid ? source : from.data, valid ? bytes : 0);
+    source += kStep * from.row_stride;
   }
 }
 
@@ -135,24 +140,42 @@ class TilePipeline {
     return static_cast<int>(ceil_div(product.k_end - product.k0, kK));
   }
 
-  // acc1 += first, acc2 += second (which may be empty: k0 == k_end). Ends with a barrier, after
-  // which the shared memory is free.
-  __device__ void multiply(const TileProduct<T>& first, Accumulator<Traits>& acc1,
-                           const TileProduct<T>& second, Accumulator<Traits>& acc2) {
+  // acc += product. Ends with a barrier, after which the shared memory is free.
+  __device__ __forceinline__ void multiply(const TileProduct<T>& product,
+                                           Accumulator<Traits>& acc) {
+    const int n = slabs(product);
+    start(product, product, n, n);
+    for (int slab = 0; slab < n; ++slab) step(product, product, n, n, slab, product.same, acc);
+    finish();
+  }
+
+  // acc1 += first, acc2 += second.
+  __device__ __forceinline__ void multiply(const TileProduct<T>& first, Accumulator<Traits>& acc1,
+                                           const TileProduct<T>& second,
+                                           Accumulator<Traits>& acc2) {
     const int n_first = slabs(first), n_all = n_first + slabs(second);
-#pragma unroll
-    for (int slab = 0; slab < kStages - 1; ++slab) copy_next(first, second, n_first, n_all, slab);
+    start(first, second, n_first, n_all);
     for (int slab = 0; slab < n_first; ++slab) {
       step(first, second, n_first, n_all, slab, first.same, acc1);
     }
     for (int slab = n_first; slab < n_all; ++slab) {
       step(first, second, n_first, n_all, slab, second.same, acc2);
     }
+    finish();
+  }
+
+ private:
+  __device__ __forceinline__ void start(const TileProduct<T>& first, const TileProduct<T>& second,
+                                        int n_first, int n_all) {
+#pragma unroll
+    for (int slab = 0; slab < kStages - 1; ++slab) copy_next(first, second, n_first, n_all, slab);
+  }
+
+  __device__ __forceinline__ void finish() {
     copy_async_wait<0>();
     __syncthreads();
   }
 
- private:
   __device__ __forceinline__ unsigned char* stage(int slab) const {
     return shared_ + slab % kStages * (Traits::kSlabX + Traits::kSlabY);
   }

@@ -1,0 +1,53 @@
+// Which of several exact forms serves a call: small rules of sizes, all in one place.
+//
+// The constants are predictions from operation and byte counts until a benchmark has set them;
+// benchmarks/bench_gpu.py times every form (GEFFECT_FAST_GHOST_FORM, GEFFECT_FAST_BILINEAR_FORM).
+#pragma once
+
+#include <cstdint>
+#include <cstdlib>
+#include <string_view>
+
+#include "common/dtype.h"
+
+namespace geffect_fast {
+
+// The value of an environment variable that forces a form; empty where it is not set.
+inline std::string_view forced_form(const char* variable) {
+  const char* value = std::getenv(variable);
+  return value == nullptr ? "" : value;
+}
+
+enum class GhostForm : int { kByCost, kGram, kGradient };
+
+inline GhostForm ghost_form() {
+  const std::string_view forced = forced_form("GEFFECT_FAST_GHOST_FORM");
+  if (forced == "gram") return GhostForm::kGram;
+  if (forced == "gradient") return GhostForm::kGradient;
+  STD_TORCH_CHECK(forced.empty(), "GEFFECT_FAST_GHOST_FORM must be gram or gradient");
+  return GhostForm::kByCost;
+}
+
+// Average tokens of a segment from which on large tiles of token pairs pay.
+inline constexpr int64_t kLargeTileTokens = 192;
+
+// Two sets of samples: their tokens and numbers, and the layer.
+struct PairSizes {
+  int64_t tokens, tokens2, n, n2, d_in, d_out;
+};
+
+// Whether ghost_dot makes tiles of all gradients and multiplies those, rather than all pairs of
+// tokens. Products of gradients are fp32 and cost `fp32_cost` multiply-adds of the inputs' type;
+// half a slab of tokens a sample is padding.
+inline bool ghost_dot_by_gradients(const PairSizes& s, bool tensor_cores) {
+  if (const GhostForm form = ghost_form(); form != GhostForm::kByCost) {
+    return form == GhostForm::kGradient;
+  }
+  const double fp32_cost = tensor_cores ? 12 : 1, padding = tensor_cores ? 32 : 16;
+  const double layer = static_cast<double>(s.d_in) * s.d_out;
+  const double tokens = static_cast<double>(s.tokens) + s.tokens2 + padding * (s.n + s.n2);
+  const double gradients = (tokens + fp32_cost * s.n * s.n2) * layer;
+  return gradients < static_cast<double>(s.tokens) * s.tokens2 * (s.d_in + s.d_out);
+}
+
+}  // namespace geffect_fast

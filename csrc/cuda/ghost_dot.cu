@@ -1,0 +1,283 @@
+// ghost_dot: out[i, j] = < sum_{s in segment i} g_s a_s^T, sum_{t in segment2 j} g2_t a2_t^T >_F
+//
+// a (T, d_in), g (T, d_out), cu_seqlens (N + 1), a2 (T2, d_in), g2 (T2, d_out), cu_seqlens2
+// (N2 + 1) -> (N, N2) fp32; any strides.
+//
+// Two exact forms, chosen by sizes that the host knows (choose.h):
+//   pairs     sum_{s,t} (a_s . a2_t)(g_s . g2_t). A block owns a tile of token pairs (a warp a part
+//             of it), multiplies both Grams in registers and sums the products by pairs of segments
+//             in shared memory. One partial sum for each pair of segments that meets a tile goes to
+//             slot (row tile + i, column tile + j): both indices only grow along the tokens, so a
+//             slot has one writer.                        T T2 (d_in + d_out) multiply-adds
+//   gradient  for one slab of output rows after another, the tiles of all N + N2 gradients (a block
+//             each), then their inner products by one fp32 GEMM.
+//                                                         (T + T2 + N N2) d_in d_out
+// Memory: (T / tile + N) (T2 / tile + N2) partial sums, or a slab of kSlabBytes. Limiter: arithmetic.
+#include "cuda/choose.h"
+#include "cuda/gemm.h"
+#include "cuda/offsets.cuh"
+#include "cuda/tile_product.cuh"
+
+namespace geffect_fast {
+namespace {
+
+constexpr const char* kOp = "ghost_dot";
+constexpr int64_t kSlabBytes = int64_t{64} << 20;
+
+template <class T>
+using Tile = std::conditional_t<sizeof(T) == 2, TileTraits<T, 128, 128, 2, 4, 3>,
+                                TileTraits<T, 64, 64, 2, 2, 3>>;
+
+template <class T>
+struct Side {
+  Operand<T> a, g;
+  Offsets offsets;
+
+  __host__ __device__ int64_t tiles() const { return ceil_div(a.rows, Tile<T>::kM); }
+  // Slots along this side: one for every segment in every tile that it meets, and a few unused.
+  __host__ __device__ int64_t slots() const { return tiles() + offsets.n; }
+};
+
+// segments[r] = the segment of the tile's row r, -1 behind the last token.
+__device__ __forceinline__ void find_segments(const Offsets& offsets, int64_t first, int count,
+                                              int* segments) {
+  for (int r = threadIdx.x; r < count; r += blockDim.x) {
+    const int64_t token = first + r;
+    segments[r] = token < offsets.total ? static_cast<int>(offsets.segment_of(token)) : -1;
+  }
+}
+
+template <class T>
+__global__ void __launch_bounds__(Tile<T>::kThreads)
+    pairs_kernel(Side<T> x, Side<T> y, float* partial) {
+  using Traits = Tile<T>;
+  constexpr int kM = Traits::kM, kN = Traits::kN, kPitch = kN + 1;  // no two rows in a bank
+  static_assert(kM * kPitch * sizeof(float) <= Traits::kSharedBytes && kM <= Traits::kThreads);
+  __shared__ int x_segments[kM], y_segments[kN], sum_segments[kM];
+  __shared__ int n_sums;
+  unsigned char* shared = dynamic_shared();
+  float* products = reinterpret_cast<float*>(shared);
+  const int64_t y_tiles = y.tiles(), y_slots = y.slots(), n_tiles = x.tiles() * y_tiles;
+  for (int64_t tile = blockIdx.x; tile < n_tiles; tile += gridDim.x) {
+    const int64_t x_tile = tile / y_tiles, y_tile = tile % y_tiles;
+    const int64_t s = x_tile * kM, t = y_tile * kN;
+    Accumulator<Traits> of_a, of_g;
+    of_a.clear();
+    of_g.clear();
+    TilePipeline<Traits, Contract::kFeatures>(shared).multiply(
+        {x.a, y.a, s, x.a.rows, t, y.a.rows, 0, x.a.cols, false}, of_a,
+        {x.g, y.g, s, x.g.rows, t, y.g.rows, 0, x.g.cols, false}, of_g);
+#pragma unroll
+    for (int i = 0; i < Traits::kRowTiles; ++i) {
+#pragma unroll
+      for (int j = 0; j < Traits::kColTiles; ++j) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          products[Accumulator<Traits>::row(i, e) * kPitch + Accumulator<Traits>::col(j, e)] =
+              of_a.part[i][j][e] * of_g.part[i][j][e];
+        }
+      }
+    }
+    find_segments(x.offsets, s, kM, x_segments);
+    find_segments(y.offsets, t, kN, y_segments);
+    __syncthreads();
+    // Down the columns: row r of segment i is added to the row where the sum of i is kept, which is
+    // never below r.
+    if (threadIdx.x < kN) {
+      int kept = -1, segment = -1;
+      float sum = 0.f;
+      for (int r = 0; r < kM && x_segments[r] >= 0; ++r) {
+        if (x_segments[r] != segment) {
+          if (kept >= 0) products[kept * kPitch + threadIdx.x] = sum;
+          segment = x_segments[r];
+          ++kept;
+          sum = 0.f;
+          if (threadIdx.x == 0) sum_segments[kept] = segment;
+        }
+        sum += products[r * kPitch + threadIdx.x];
+      }
+      products[kept * kPitch + threadIdx.x] = sum;
+      if (threadIdx.x == 0) n_sums = kept + 1;
+    }
+    __syncthreads();
+    // Along the rows that are left.
+    if (static_cast<int>(threadIdx.x) < n_sums) {
+      float* to = partial + (x_tile + sum_segments[threadIdx.x]) * y_slots + y_tile;
+      float sum = 0.f;
+      int segment = y_segments[0];
+      for (int c = 0; c < kN && y_segments[c] >= 0; ++c) {
+        if (y_segments[c] != segment) {
+          to[segment] = sum;
+          segment = y_segments[c];
+          sum = 0.f;
+        }
+        sum += products[threadIdx.x * kPitch + c];
+      }
+      to[segment] = sum;
+    }
+    __syncthreads();  // the next tile's copies overwrite the products
+  }
+}
+
+// A thread owns one result: the sum of its slots.
+template <class T>
+__global__ void collect_pairs_kernel(Side<T> x, Side<T> y, const float* partial, float* out) {
+  constexpr int kTile = Tile<T>::kM;
+  const int64_t n_results = x.offsets.n * y.offsets.n, y_slots = y.slots();
+  for (int64_t result = int64_t{blockIdx.x} * blockDim.x + threadIdx.x; result < n_results;
+       result += int64_t{gridDim.x} * blockDim.x) {
+    const int64_t i = result / y.offsets.n, j = result % y.offsets.n;
+    const int64_t s = x.offsets.begin(i), s_end = x.offsets.end(i);
+    const int64_t t = y.offsets.begin(j), t_end = y.offsets.end(j);
+    double sum = 0;
+    for (int64_t row = s / kTile; s < s_end && row <= (s_end - 1) / kTile; ++row) {
+      for (int64_t col = t / kTile; t < t_end && col <= (t_end - 1) / kTile; ++col) {
+        sum += partial[(row + i) * y_slots + col + j];
+      }
+    }
+    out[result] = static_cast<float>(sum);
+  }
+}
+
+// gradients[sample][tile - first_tile][kM * kN] of one side's samples, for the tiles [first_tile,
+// first_tile + n_tiles) of the layer; zeros outside the layer.
+template <class T>
+__global__ void __launch_bounds__(Tile<T>::kThreads)
+    gradient_tiles_kernel(Side<T> side, int64_t first_tile, int64_t n_tiles, float* gradients) {
+  using Traits = Tile<T>;
+  const int64_t in_tiles = ceil_div(side.a.cols, Traits::kN);
+  const int64_t n_tasks = side.offsets.n * n_tiles;
+  for (int64_t task = blockIdx.x; task < n_tasks; task += gridDim.x) {
+    const int64_t sample = task / n_tiles, tile = first_tile + task % n_tiles;
+    const int64_t out = tile / in_tiles * Traits::kM, in = tile % in_tiles * Traits::kN;
+    Accumulator<Traits> acc;
+    acc.clear();
+    TilePipeline<Traits, Contract::kTokens>(dynamic_shared())
+        .multiply({side.g, side.a, out, side.g.cols, in, side.a.cols, side.offsets.begin(sample),
+                   side.offsets.end(sample), false},
+                  acc);
+    float* to = gradients + task * (Traits::kM * Traits::kN);
+#pragma unroll
+    for (int r = 0; r < Traits::kRowTiles; ++r) {
+#pragma unroll
+      for (int c = 0; c < Traits::kColTiles; ++c) {
+#pragma unroll
+        for (int e = 0; e < 4; e += 2) {
+          const int at =
+              Accumulator<Traits>::row(r, e) * Traits::kN + Accumulator<Traits>::col(c, e);
+          *reinterpret_cast<float2*>(to + at) = make_float2(acc.part[r][c][e], acc.part[r][c][e + 1]);
+        }
+      }
+    }
+  }
+}
+
+__global__ void collect_slabs_kernel(const float* products, int64_t n_slabs, int64_t n_results,
+                                     float* out) {
+  for (int64_t result = int64_t{blockIdx.x} * blockDim.x + threadIdx.x; result < n_results;
+       result += int64_t{gridDim.x} * blockDim.x) {
+    double sum = 0;
+    for (int64_t slab = 0; slab < n_slabs; ++slab) sum += products[slab * n_results + result];
+    out[result] = static_cast<float>(sum);
+  }
+}
+
+// NaN in the rows and columns of segments whose offsets are wrong; a thread owns a segment.
+__global__ void check_kernel(Offsets offsets, Offsets offsets2, int* report, float* out) {
+  const int64_t index = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
+  const float nan = __uint_as_float(0x7fc00000u);
+  if (index < offsets.n && !offsets.is_valid(index)) {
+    *report = 1;
+    for (int64_t j = 0; j < offsets2.n; ++j) out[index * offsets2.n + j] = nan;
+  }
+  if (index < offsets2.n && !offsets2.is_valid(index)) {
+    *report = 2;
+    for (int64_t i = 0; i < offsets.n; ++i) out[i * offsets2.n + index] = nan;
+  }
+  __threadfence_system();
+}
+
+constexpr int64_t kMaxBlocks = 1 << 20;
+constexpr int kCollectThreads = 128;
+
+template <class T>
+void by_pairs(const Device& device, const Side<T>& x, const Side<T>& y, const Tensor& out) {
+  const Tensor partial = new_float(out, {x.slots(), y.slots()});
+  device.launch(pairs_kernel<T>, grid_for(x.tiles() * y.tiles(), kMaxBlocks),
+                dim3(Tile<T>::kThreads), Tile<T>::kSharedBytes, x, y,
+                partial.mutable_data_ptr<float>());
+  device.launch(collect_pairs_kernel<T>,
+                grid_for(ceil_div(x.offsets.n * y.offsets.n, kCollectThreads), kMaxBlocks),
+                dim3(kCollectThreads), 0, x, y, partial.const_data_ptr<float>(),
+                out.mutable_data_ptr<float>());
+}
+
+template <class T>
+void by_gradients(const Device& device, const Side<T>& x, const Side<T>& y, const Tensor& out) {
+  using Traits = Tile<T>;
+  constexpr int64_t kTile = Traits::kM * Traits::kN;
+  const int64_t n = x.offsets.n, n2 = y.offsets.n;
+  const int64_t tiles = ceil_div(x.g.cols, Traits::kM) * ceil_div(x.a.cols, Traits::kN);
+  const int64_t in_slab = std::clamp<int64_t>(
+      kSlabBytes / (kTile * static_cast<int64_t>(sizeof(float)) * (n + n2)), 1, tiles);
+  const int64_t n_slabs = ceil_div(tiles, in_slab);
+  Tensor products = new_float(out, {n_slabs, n, n2});
+  const Tensor memory = new_float(out, {(n + n2) * in_slab * kTile});
+  for (int64_t slab = 0; slab < n_slabs; ++slab) {
+    const int64_t first = slab * in_slab, count = std::min(in_slab, tiles - first);
+    float* to = memory.mutable_data_ptr<float>();
+    for (const Side<T>* side : {&x, &y}) {
+      device.launch(gradient_tiles_kernel<T>, grid_for(side->offsets.n * count, kMaxBlocks),
+                    dim3(Traits::kThreads), Traits::kSharedBytes, *side, first, count, to);
+      to += side->offsets.n * count * kTile;
+    }
+    Tensor used = torch::stable::narrow(const_cast<Tensor&>(memory), 0, 0, (n + n2) * count * kTile);
+    Tensor gradients = torch::stable::view(used, {n + n2, count * kTile});
+    const Tensor left = torch::stable::narrow(gradients, 0, 0, n);
+    Tensor right = torch::stable::narrow(gradients, 0, n, n2);
+    matmul_fp32_out(left, torch::stable::transpose(right, 0, 1),
+                    torch::stable::select(products, 0, slab));
+  }
+  device.launch(collect_slabs_kernel, grid_for(ceil_div(n * n2, kCollectThreads), kMaxBlocks),
+                dim3(kCollectThreads), 0, products.const_data_ptr<float>(), n_slabs, n * n2,
+                out.mutable_data_ptr<float>());
+}
+
+Tensor ghost_dot(const Tensor& a, const Tensor& g, const Tensor& cu_seqlens, const Tensor& a2,
+                 const Tensor& g2, const Tensor& cu_seqlens2) {
+  for (const Tensor* tensor : {&a, &g, &a2, &g2}) {
+    check_dim(kOp, "a, g, a2, g2", *tensor, 2);
+    check_dtype(kOp, "a, g, a2, g2", *tensor, a.scalar_type());
+  }
+  check_shape(kOp, "g", g, {a.size(0), g.size(1)});
+  check_shape(kOp, "a2", a2, {a2.size(0), a.size(1)});
+  check_shape(kOp, "g2", g2, {a2.size(0), g.size(1)});
+  const Device device(a);
+  const Offsets offsets = offsets_of(kOp, "cu_seqlens", cu_seqlens, a.size(0));
+  const Offsets offsets2 = offsets_of(kOp, "cu_seqlens2", cu_seqlens2, a2.size(0));
+  int* report = OffsetReport::device_word(kOp, kGhostDot);
+  return dispatch_cuda_dtype(kOp, a.scalar_type(), [&](auto type) {
+    using T = decltype(type);
+    const Tensor out = new_float(a, {offsets.n, offsets2.n});
+    if (offsets.n == 0 || offsets2.n == 0) return out;
+    const OperandHolder<T> a_held(a), g_held(g), a2_held(a2), g2_held(g2);
+    const Side<T> x{a_held.operand(), g_held.operand(), offsets};
+    const Side<T> y{a2_held.operand(), g2_held.operand(), offsets2};
+    const PairSizes sizes{offsets.total, offsets2.total, offsets.n, offsets2.n, x.a.cols, x.g.cols};
+    if (ghost_dot_by_gradients(sizes, sizeof(T) == 2)) {
+      by_gradients(device, x, y, out);
+    } else {
+      by_pairs(device, x, y, out);
+    }
+    device.launch(check_kernel,
+                  grid_for(ceil_div(std::max(offsets.n, offsets2.n), kCollectThreads), kMaxBlocks),
+                  dim3(kCollectThreads), 0, offsets, offsets2, report,
+                  out.mutable_data_ptr<float>());
+    return out;
+  });
+}
+
+}  // namespace
+}  // namespace geffect_fast
+
+GEFFECT_FAST_REGISTER_CUDA(ghost_dot)
