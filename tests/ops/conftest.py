@@ -1,24 +1,21 @@
 from __future__ import annotations
 
-import contextlib
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from geffect_fast import ops
-from geffect_fast.ops import backend
-
 sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[1] / "cuda_shim"))
 
-# The reference is always there; a native provider is tested where it was built.
-PROVIDERS = ["reference"] + (["cpu"] if backend.NATIVE_MISSING is None else [])
+from op_providers import INSTALLED, serving, why_missing
 
 
-@pytest.fixture(params=PROVIDERS)
+@pytest.fixture(params=INSTALLED)
 def provider(request: pytest.FixtureRequest) -> Iterator[str]:
     """Run the test once for each provider of this installation."""
-    forced = request.param == "reference"
-    with ops.force_reference() if forced else contextlib.nullcontext():
+    if (reason := why_missing(request.param)) is not None:
+        pytest.skip(reason)
+    with serving(request.param):
         yield request.param

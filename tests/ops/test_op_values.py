@@ -6,9 +6,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from op_providers import CUDA_SHIM, INSTALLED, every_provider, serves, serving, why_missing
 from op_samples import DTYPES, Maker, Sample, offsets, sample_inputs
-
-from geffect_fast import ops
 
 CASES = [
     pytest.param(dtype, index, id=f"{sample.op}-{sample.name}-{str(dtype).removeprefix('torch.')}")
@@ -44,9 +43,16 @@ def assert_close_to_formula(sample: Sample, found: torch.Tensor) -> None:
     assert bool((error <= allowed).all()), f"error {error.max()} of {expected.abs().max()}"
 
 
+def skip_unless_served(provider: str, op: str, dtype: torch.dtype) -> None:
+    if not serves(provider, op, dtype):
+        pytest.skip(f"no kernel of {provider} for {op} in {dtype}")
+
+
+@every_provider
 @pytest.mark.parametrize(("dtype", "index"), CASES)
 def test_equals_formula_and_itself(dtype: torch.dtype, index: int, provider: str) -> None:
     sample = sample_inputs(dtype)[index]
+    skip_unless_served(provider, sample.op, dtype)
     found = sample.run()
     if not (sample.op == "multi_tensor_gram" and not sample.args[0][0]):
         assert found.dtype == result_dtype(dtype)
@@ -113,11 +119,13 @@ def low_precision_samples(dtype: torch.dtype) -> list[Sample]:
     ]
 
 
+@every_provider
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("index", range(5))
 def test_low_precision_rule(dtype: torch.dtype, index: int, provider: str) -> None:
     """At most twice the error of plain torch in the same precision, plus the result's rounding."""
     sample = low_precision_samples(dtype)[index]
+    skip_unless_served(provider, sample.op, dtype)
     expected = sample.expected()
     plain = in_precision(sample).double()
     error = (sample.run().double() - expected).abs().max()
@@ -148,14 +156,17 @@ def strided(make: Maker, layout: str, *shape: int) -> torch.Tensor:
 LAYOUT = st.sampled_from(["contiguous", "sliced", "offset", "transposed", "permuted", "expanded"])
 
 
-@settings(max_examples=60, deadline=None)
+PROVIDER = st.sampled_from([p for p in (*INSTALLED, CUDA_SHIM) if why_missing(p) is None])
+
+
+@settings(max_examples=90, deadline=None)
 @given(
     dtype=DTYPE, lengths=LENGTHS, lengths2=LENGTHS, d_in=SIZE, d_out=SIZE, m=st.integers(0, 5),
     k=st.integers(1, 6), layouts=st.tuples(LAYOUT, LAYOUT, LAYOUT), seed=st.integers(0, 99),
-    native=st.booleans(), per_token=st.booleans(),
+    provider=PROVIDER, per_token=st.booleans(),
 )  # fmt: skip
 def test_any_shape_and_strides(
-    dtype, lengths, lengths2, d_in, d_out, m, k, layouts, seed, native, per_token
+    dtype, lengths, lengths2, d_in, d_out, m, k, layouts, seed, provider, per_token
 ) -> None:
     make = Maker(dtype, seed)
     total, total2 = sum(lengths), sum(lengths2)
@@ -178,9 +189,7 @@ def test_any_shape_and_strides(
         Sample("ghost_dot", "", (a, g, cu, a2, g2, cu2)),
         Sample("multi_tensor_gram", "", (grads, [1, 0, 1])),
     ]
-    for sample in samples:
-        if native:
-            assert_close_to_formula(sample, sample.run())
-        else:
-            with ops.force_reference():
+    with serving(provider):
+        for sample in samples:
+            if serves(provider, sample.op, dtype):
                 assert_close_to_formula(sample, sample.run())

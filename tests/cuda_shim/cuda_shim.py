@@ -1,0 +1,180 @@
+"""Compiles csrc/cuda/*.cu as plain C++ and loads them as torch.ops.geffect_fast_shim on CPU tensors.
+
+Objects lie under build/cuda_shim, named by the hash of all that goes into them. Set
+`GEFFECT_FAST_SHIM_ONLY=op,op` to leave other kernels out.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from geffect_fast.ops import schema
+
+SHIM = Path(__file__).resolve().parent
+ROOT = SHIM.parent.parent
+BUILD = ROOT / "build" / "cuda_shim"
+NAMESPACE = "geffect_fast_shim"
+JOBS = 2
+
+# The shim's folder first: its headers replace CUDA's and those of csrc/cuda.
+TORCH = Path(torch.__file__).parent
+FLAGS = [
+    "-std=c++17", "-g0", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra",
+    "-Wno-unknown-pragmas", "-U_FORTIFY_SOURCE",
+    f"-I{SHIM}", f"-I{ROOT / 'csrc'}", f"-isystem{TORCH / 'include'}",
+    "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020b000000000000", "-DGEFFECT_FAST_CUDA_KEY=CPU",
+]  # fmt: skip
+KERNEL_FLAGS = ["-O1"]
+RUNTIME_FLAGS = ["-O2", "-fvisibility=default"]
+
+
+def compiler() -> str | None:
+    """Return the C++ compiler, None if there is none."""
+    names = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
+    return next((name for name in names if shutil.which(name)), None)
+
+
+def why_missing() -> str | None:
+    """Return why the shim cannot be built, None where it can."""
+    if os.environ.get("GEFFECT_FAST_BUILD") == "none":
+        return "GEFFECT_FAST_BUILD=none is set"
+    return "no C++ compiler was found" if compiler() is None else None
+
+
+def kernel_files() -> list[Path]:
+    """Return the CUDA files that plain C++ can express: those of CUTLASS end in _sm90.cu."""
+    only = os.environ.get("GEFFECT_FAST_SHIM_ONLY")
+    return [
+        path
+        for path in sorted((ROOT / "csrc/cuda").glob("*.cu"))
+        if not path.stem.endswith("_sm90") and (only is None or path.stem in only.split(","))
+    ]
+
+
+@cache
+def _instruction_set() -> list[str]:
+    capability = torch.backends.cpu.get_cpu_capability()
+    return ["-mavx2", "-mfma"] if capability in ("AVX2", "AVX512") else []
+
+
+@cache
+def _common_hash() -> bytes:
+    """Hash what every object depends on: compiler, flags, torch and all headers."""
+    version = subprocess.run(
+        [str(compiler()), "--version"], capture_output=True, text=True, check=True
+    ).stdout
+    digest = hashlib.sha256(f"{version}{torch.__version__}{FLAGS}{_instruction_set()}".encode())
+    headers = [*SHIM.rglob("*.h"), *SHIM.rglob("*.cuh")]
+    headers += [*(ROOT / "csrc").rglob("*.h"), *(ROOT / "csrc").rglob("*.cuh")]
+    for header in sorted(headers):
+        digest.update(str(header.relative_to(ROOT)).encode() + header.read_bytes())
+    return digest.digest()
+
+
+def _run(command: Sequence[str | Path], output: Path) -> Path:
+    """Make `output` by `command`, unless it is there; another process may be doing the same."""
+    if output.exists():
+        return output
+    BUILD.mkdir(parents=True, exist_ok=True)
+    unfinished = output.with_name(f"{output.name}.{os.getpid()}")
+    done = subprocess.run([*command, "-o", unfinished], capture_output=True, text=True)
+    if done.returncode != 0:
+        raise RuntimeError(f"{' '.join(map(str, command))}\n{done.stderr}")
+    unfinished.replace(output)
+    return output
+
+
+def _object(source: Path, flags: Sequence[str]) -> Path:
+    digest = hashlib.sha256(_common_hash() + source.read_bytes() + str(flags).encode())
+    command = [str(compiler()), *FLAGS, *_instruction_set(), *flags, "-x", "c++", "-c", source]
+    return _run(command, BUILD / f"{source.stem}-{digest.hexdigest()[:16]}.o")
+
+
+def _library(name: str, objects: Sequence[Path], link: Sequence[str]) -> Path:
+    digest = hashlib.sha256(f"{[path.name for path in objects]}{link}".encode())
+    command = [
+        str(compiler()), "-shared", "-Wl,-z,defs", *objects, *link, f"-L{TORCH / 'lib'}",
+        "-ltorch_cpu", "-lc10",
+    ]  # fmt: skip
+    return _run(command, BUILD / f"{name}-{digest.hexdigest()[:16]}.so")
+
+
+@cache
+def runtime() -> ctypes.CDLL:
+    """Return the library with the fibres and the switches of the shim."""
+    built = _library("runtime", [_object(SHIM / "runtime.cpp", RUNTIME_FLAGS)], ["-ldl"])
+    return ctypes.CDLL(str(built))
+
+
+def load(name: str, sources: Sequence[Path], namespace: str) -> None:
+    """Compile `sources`, whose ops are registered in `namespace`, and load them."""
+    flags = [*KERNEL_FLAGS, f"-DGEFFECT_FAST_CUDA_NAMESPACE={namespace}"]
+    with ThreadPoolExecutor(JOBS) as pool:
+        objects = list(pool.map(lambda source: _object(source, flags), sources))
+    torch.ops.load_library(_library(name, objects, [runtime()._name]))
+
+
+@cache
+def load_kernels() -> torch.library.Library:
+    """Load the kernels of all ops; the registrations last as long as the process."""
+    library = torch.library.Library(NAMESPACE, "DEF")
+    for op, signature in schema.SCHEMAS.items():
+        library.define(op + signature)
+    load("kernels", kernel_files(), NAMESPACE)
+    return library
+
+
+def serves(op: str) -> bool:
+    """Return whether a CUDA kernel of `op` was compiled."""
+    load_kernels()
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{op}", "CPU")
+
+
+@contextmanager
+def serving() -> Iterator[None]:
+    """Let the ops of this context run on the CUDA kernels, compiled for the host."""
+    load_kernels()
+    before = schema.NAMESPACE
+    schema.NAMESPACE = NAMESPACE
+    try:
+        yield
+    finally:
+        schema.NAMESPACE = before
+
+
+FORWARD, REVERSE, SHUFFLED = 0, 1, 2
+
+
+@contextmanager
+def thread_order(seed: int) -> Iterator[None]:
+    """Run blocks, and between barriers the threads of a block, in an order of one's choice."""
+    runtime().shim_set_order(seed)
+    try:
+        yield
+    finally:
+        runtime().shim_set_order(FORWARD)
+
+
+@contextmanager
+def device(**attributes: int) -> Iterator[None]:
+    """Pretend a device with other attributes than the 4 multiprocessors of a small Hopper GPU."""
+    set_attribute = runtime().shim_set_attribute
+    before = {name: set_attribute(name.encode(), value) for name, value in attributes.items()}
+    try:
+        if -1 in before.values():
+            raise ValueError(f"unknown among the attributes {list(attributes)}")
+        yield
+    finally:
+        for name, value in before.items():
+            set_attribute(name.encode(), value)
