@@ -50,4 +50,25 @@ inline bool ghost_dot_by_gradients(const PairSizes& s, bool tensor_cores) {
   return gradients < static_cast<double>(s.tokens) * s.tokens2 * (s.d_in + s.d_out);
 }
 
+// kFused: the product is multiplied by G in registers. kHopper: the same with the instructions of
+// sm_90a. kCublas: A V^T by cuBLAS, then the products with G.
+enum class BilinearForm { kFused, kHopper, kCublas };
+
+// fp32 inputs go to cuBLAS: its fp32 GEMM is hard to beat by what the epilogue saves. `capability`
+// is 80, 89, 90, ...
+inline BilinearForm bilinear_form(int capability, bool tensor_cores, int64_t d_in) {
+  const std::string_view forced = forced_form("GEFFECT_FAST_BILINEAR_FORM");
+  if (forced == "fused") return BilinearForm::kFused;
+  if (forced == "sm90") return BilinearForm::kHopper;
+  if (forced == "cublas") return BilinearForm::kCublas;
+  STD_TORCH_CHECK(forced.empty(), "GEFFECT_FAST_BILINEAR_FORM must be fused, sm90 or cublas");
+  if (!tensor_cores) return BilinearForm::kCublas;
+  if (capability == 90) return BilinearForm::kHopper;
+  // Predicted: m16n8k16 reaches some 80 % of cuBLAS where cuBLAS uses the same instruction, and the
+  // product costs 8 bytes an element: a fifth of the GEMM's time at this d_in. sm_100 has faster
+  // instructions, which only cuBLAS uses.
+  const bool same_instruction = capability < 90 || capability >= 120;
+  return same_instruction && d_in <= 2048 ? BilinearForm::kFused : BilinearForm::kCublas;
+}
+
 }  // namespace geffect_fast

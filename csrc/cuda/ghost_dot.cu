@@ -12,7 +12,8 @@
 //   gradient  for one slab of output rows after another, the tiles of all N + N2 gradients (a block
 //             each), then their inner products by one fp32 GEMM.
 //                                                         (T + T2 + N N2) d_in d_out
-// Memory: (T / tile + N) (T2 / tile + N2) partial sums, or a slab of kSlabBytes. Limiter: arithmetic.
+// Memory: (T / tile + N) (T2 / tile + N2) partial sums, or a slab of kSlabBytes. Limiter:
+// arithmetic.
 #include "cuda/choose.h"
 #include "cuda/gemm.h"
 #include "cuda/offsets.cuh"
@@ -165,7 +166,8 @@ __global__ void __launch_bounds__(Tile<T>::kThreads)
         for (int e = 0; e < 4; e += 2) {
           const int at =
               Accumulator<Traits>::row(r, e) * Traits::kN + Accumulator<Traits>::col(c, e);
-          *reinterpret_cast<float2*>(to + at) = make_float2(acc.part[r][c][e], acc.part[r][c][e + 1]);
+          *reinterpret_cast<float2*>(to + at) =
+              make_float2(acc.part[r][c][e], acc.part[r][c][e + 1]);
         }
       }
     }
@@ -231,7 +233,8 @@ void by_gradients(const Device& device, const Side<T>& x, const Side<T>& y, cons
                     dim3(Traits::kThreads), Traits::kSharedBytes, *side, first, count, to);
       to += side->offsets.n * count * kTile;
     }
-    Tensor used = torch::stable::narrow(const_cast<Tensor&>(memory), 0, 0, (n + n2) * count * kTile);
+    Tensor used =
+        torch::stable::narrow(const_cast<Tensor&>(memory), 0, 0, (n + n2) * count * kTile);
     Tensor gradients = torch::stable::view(used, {n + n2, count * kTile});
     const Tensor left = torch::stable::narrow(gradients, 0, 0, n);
     Tensor right = torch::stable::narrow(gradients, 0, n, n2);

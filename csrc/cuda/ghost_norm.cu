@@ -28,7 +28,9 @@ using LargeTile = TileTraits<T, 128, 128, 2, 4, 3>;
 
 // Blocks of a multiprocessor: what registers and shared memory allow on most devices.
 template <class Traits, Contract kContract>
-constexpr int kBlocksPerSm = Traits::kM == 64 ? 3 : kContract == Contract::kFeatures ? 1 : 2;
+constexpr int kBlocksPerSm = Traits::kM == 64                   ? 3
+                             : kContract == Contract::kFeatures ? 1
+                                                                : 2;
 
 constexpr int kPlanThreads = 1024;
 
@@ -189,8 +191,8 @@ __device__ __forceinline__ float gradient_tile(const Operand<typename Traits::T>
 // partial[block + segment] = the block's share of the segment.
 template <class Traits, Contract kContract>
 __global__ void __launch_bounds__(Traits::kThreads, kBlocksPerSm<Traits, kContract>)
-    ghost_norm_kernel(Operand<typename Traits::T> a, Operand<typename Traits::T> g,
-                      Offsets offsets, const int64_t* first, double* partial) {
+    ghost_norm_kernel(Operand<typename Traits::T> a, Operand<typename Traits::T> g, Offsets offsets,
+                      const int64_t* first, double* partial) {
   __shared__ double sums[Traits::kThreads / kWarp];
   const Shares shares(first[offsets.n], gridDim.x);
   if (blockIdx.x >= shares.blocks) return;
@@ -255,9 +257,9 @@ __global__ void collect_kernel(Offsets offsets, Partials gram, Partials gradient
 }
 
 template <class Traits, Contract kContract>
-void launch_ghost_norm(const Device& device, int64_t n_blocks,
-                       const Operand<typename Traits::T>& a, const Operand<typename Traits::T>& g,
-                       const Offsets& offsets, const Partials& partials) {
+void launch_ghost_norm(const Device& device, int64_t n_blocks, const Operand<typename Traits::T>& a,
+                       const Operand<typename Traits::T>& g, const Offsets& offsets,
+                       const Partials& partials) {
   device.launch(ghost_norm_kernel<Traits, kContract>, dim3(static_cast<unsigned>(n_blocks)),
                 dim3(Traits::kThreads), Traits::kSharedBytes, a, g, offsets, partials.first,
                 const_cast<double*>(partials.slots));
@@ -273,8 +275,7 @@ Tensor ghost_norm_typed(const Device& device, const Tensor& a_tensor, const Tens
   const Operand<T> a = a_held.operand(), g = g_held.operand();
   const int64_t n = offsets.n;
   const bool large = kTensorCores && offsets.total >= kLargeTileTokens * n;
-  const Sizes sizes{a.cols, g.cols, large ? 128 : 64, Gradient::kM, Gradient::kK,
-                    ghost_form()};
+  const Sizes sizes{a.cols, g.cols, large ? 128 : 64, Gradient::kM, Gradient::kK, ghost_form()};
 
   const int64_t max_blocks = 3 * device.n_multiprocessors();
   const Tensor out = new_float(a_tensor, {n});

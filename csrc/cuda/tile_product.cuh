@@ -1,12 +1,13 @@
 // Products of tiles of two matrices by a block: the core of the ghost ops and of segment_bilinear.
 //
-//   features   acc[i, j] = sum_k x[x0 + i, k] y[y0 + j, k]     rows are tokens, k runs over features
-//   tokens     acc[i, j] = sum_k x[k, x0 + i] y[k, y0 + j]     k runs over tokens: tiles of gradients
+//   features   acc[i, j] = sum_k x[x0 + i, k] y[y0 + j, k]     rows are tokens, k runs over
+//   features tokens     acc[i, j] = sum_k x[k, x0 + i] y[k, y0 + j]     k runs over tokens: tiles
+//   of gradients
 //
 // 16-bit elements are multiplied by tensor cores (m16n8k16), fp32 elements by fp32 FMAs in the same
-// arrangement of results over lanes. Shared memory holds `stages` slabs; a slab consists of panels of
-// 128-byte rows whose 16-byte chunks are permuted by the row number, so that neither the copies nor
-// the reads of a warp meet in a bank. Copies run `stages - 1` slabs ahead.
+// arrangement of results over lanes. Shared memory holds `stages` slabs; a slab consists of panels
+// of 128-byte rows whose 16-byte chunks are permuted by the row number, so that neither the copies
+// nor the reads of a warp meet in a bank. Copies run `stages - 1` slabs ahead.
 #pragma once
 
 #include "cuda/device.cuh"
@@ -108,13 +109,16 @@ __device__ __forceinline__ int panel_offset(int row, int chunk) {
 // Copies rows [row, row + kRows) x 128 bytes of columns from `col` into a panel; zeros from row_end
 // and col_end on.
 template <class T, int kRows, int kThreads>
-__device__ __forceinline__ void copy_panel(unsigned char* panel, const Operand<T>& from, int64_t row,
-                                           int64_t row_end, int64_t col, int64_t col_end) {
+__device__ __forceinline__ void copy_panel(unsigned char* panel, const Operand<T>& from,
+                                           int64_t row, int64_t row_end, int64_t col,
+                                           int64_t col_end) {
   constexpr int kPer = kVector<T>, kStep = kThreads / 8;  // eight threads copy a row
   static_assert(kRows % kStep == 0 && kStep % 8 == 0);
   const int first = threadIdx.x / 8, chunk = threadIdx.x % 8;
   const int64_t left = col_end - col - chunk * kPer;
-  const int bytes = (left < 0 ? 0 : left < kPer ? static_cast<int>(left) : kPer) *
+  const int bytes = (left < 0      ? 0
+                     : left < kPer ? static_cast<int>(left)
+                                   : kPer) *
                     static_cast<int>(sizeof(T));
   const T* source = from.data + (row + first) * from.row_stride + col + chunk * kPer;
   unsigned char* to = panel + panel_offset(first, chunk);
@@ -200,8 +204,8 @@ class TilePipeline {
   }
 
   template <int kTile>
-  __device__ __forceinline__ void copy_operand(unsigned char* to, const Operand<T>& from, int64_t at,
-                                               int64_t end, int64_t k, int64_t k_end) {
+  __device__ __forceinline__ void copy_operand(unsigned char* to, const Operand<T>& from,
+                                               int64_t at, int64_t end, int64_t k, int64_t k_end) {
     if constexpr (kContract == Contract::kFeatures) {
       copy_panel<T, kTile, Traits::kThreads>(to, from, at, end, k, k_end);
     } else {
@@ -254,15 +258,15 @@ class TilePipeline {
 #pragma unroll
       for (int i = 0; i < Traits::kRowTiles; ++i) {
         const int at = m0 + 16 * i;
-        const int where = kTranspose ? offset(at + low, k + row8 + high)
-                                     : offset(at + row8 + low, k + high);
+        const int where =
+            kTranspose ? offset(at + low, k + row8 + high) : offset(at + row8 + low, k + high);
         load_matrices<kTranspose>(x_part[i], x + where);
       }
 #pragma unroll
       for (int j = 0; j < Traits::kColTiles; j += 2) {
         const int at = n0 + 8 * j;
-        const int where = kTranspose ? offset(at + high, k + row8 + low)
-                                     : offset(at + row8 + high, k + low);
+        const int where =
+            kTranspose ? offset(at + high, k + row8 + low) : offset(at + row8 + high, k + low);
         uint32_t y_part[4];
         load_matrices<kTranspose>(y_part, y + where);
         const uint32_t left[2] = {y_part[0], y_part[1]}, right[2] = {y_part[2], y_part[3]};

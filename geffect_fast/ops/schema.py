@@ -73,6 +73,15 @@ FAKES: dict[str, Callable[..., Tensor]] = {
 }
 
 
+# Ops of the native libraries among themselves. What is given here serves where a library is not
+# built: no terms, so that the caller takes another way.
+INTERNAL_SCHEMAS = {"segment_bilinear_terms_sm90": "(Tensor a, Tensor g, Tensor v) -> Tensor"}
+
+
+def _no_terms(a: Tensor, g: Tensor, v: Tensor) -> Tensor:
+    return a.new_empty((0, v.shape[0], a.shape[0]), dtype=torch.float32)
+
+
 def _tensors(args: tuple[Any, ...]) -> list[Tensor]:
     found: list[Tensor] = []
     for arg in args:
@@ -119,6 +128,9 @@ def _define() -> torch.library.Library:
         library.impl(name, REFERENCES[name], "CompositeExplicitAutograd")
         op = getattr(getattr(torch.ops, NAMESPACE), name).default
         library.impl(name, _autograd_kernel(name, op), "Autograd")
+    for name, signature in INTERNAL_SCHEMAS.items():
+        library.define(name + signature)
+        library.impl(name, _no_terms, "CompositeExplicitAutograd")
     return library
 
 
