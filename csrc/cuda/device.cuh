@@ -44,6 +44,14 @@ class Device {
     return 10 * attribute(cudaDevAttrComputeCapabilityMajor) +
            attribute(cudaDevAttrComputeCapabilityMinor);
   }
+  // Whether kernels that use instructions of sm_90a alone can run here: the build has their code.
+  bool has_warpgroups() const {
+#if defined(GEFFECT_FAST_SM90A)
+    return capability() == 90;
+#else
+    return false;
+#endif
+  }
   int n_multiprocessors() const { return attribute(cudaDevAttrMultiProcessorCount); }
   // Bytes of shared memory that one block may ask for.
   int shared_memory() const { return attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin); }

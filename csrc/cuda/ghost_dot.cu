@@ -10,7 +10,7 @@
 //             slot (row tile + i, column tile + j): both indices only grow along the tokens, so a
 //             slot has one writer.                        T T2 (d_in + d_out) multiply-adds
 //   gradient  for one slab of output rows after another, the tiles of all N + N2 gradients (a block
-//             each), then their inner products by one fp32 GEMM.
+//             each), then their inner products by an fp32 GEMM a tile.
 //                                                         (T + T2 + N N2) d_in d_out
 // Memory: (T / tile + N) (T2 / tile + N2) partial sums, or a slab of kSlabBytes. Limiter:
 // arithmetic.
@@ -26,15 +26,11 @@ constexpr const char* kOp = "ghost_dot";
 constexpr int64_t kSlabBytes = int64_t{64} << 20;
 
 template <class T>
-using Tile = std::conditional_t<sizeof(T) == 2, TileTraits<T, 128, 128, 2, 4, 3>,
-                                TileTraits<T, 64, 64, 2, 2, 3>>;
-
-template <class T>
 struct Side {
   Operand<T> a, g;
   Offsets offsets;
 
-  __host__ __device__ int64_t tiles() const { return ceil_div(a.rows, Tile<T>::kM); }
+  __host__ __device__ int64_t tiles() const { return ceil_div(a.rows, kTileSide<T>); }
   // Slots along this side: one for every segment in every tile that it meets, and a few unused.
   __host__ __device__ int64_t slots() const { return tiles() + offsets.n; }
 };
@@ -48,10 +44,9 @@ __device__ __forceinline__ void find_segments(const Offsets& offsets, int64_t fi
   }
 }
 
-template <class T>
-__global__ void __launch_bounds__(Tile<T>::kThreads)
-    pairs_kernel(Side<T> x, Side<T> y, float* partial) {
-  using Traits = Tile<T>;
+template <class Traits>
+__global__ void __launch_bounds__(Traits::kThreads)
+    pairs_kernel(Side<typename Traits::T> x, Side<typename Traits::T> y, float* partial) {
   constexpr int kM = Traits::kM, kN = Traits::kN, kPitch = kN + 1;  // no two rows in a bank
   static_assert(kM * kPitch * sizeof(float) <= Traits::kSharedBytes && kM <= Traits::kThreads);
   __shared__ int x_segments[kM], y_segments[kN], sum_segments[kM];
@@ -63,8 +58,6 @@ __global__ void __launch_bounds__(Tile<T>::kThreads)
     const int64_t x_tile = tile / y_tiles, y_tile = tile % y_tiles;
     const int64_t s = x_tile * kM, t = y_tile * kN;
     Accumulator<Traits> of_a, of_g;
-    of_a.clear();
-    of_g.clear();
     TilePipeline<Traits, Contract::kFeatures>(shared).multiply(
         {x.a, y.a, s, x.a.rows, t, y.a.rows, 0, x.a.cols, false}, of_a,
         {x.g, y.g, s, x.g.rows, t, y.g.rows, 0, x.g.cols, false}, of_g);
@@ -123,7 +116,7 @@ __global__ void __launch_bounds__(Tile<T>::kThreads)
 // A thread owns one result: the sum of its slots.
 template <class T>
 __global__ void collect_pairs_kernel(Side<T> x, Side<T> y, const float* partial, float* out) {
-  constexpr int kTile = Tile<T>::kM;
+  constexpr int kTile = kTileSide<T>;
   const int64_t n_results = x.offsets.n * y.offsets.n, y_slots = y.slots();
   for (int64_t result = int64_t{blockIdx.x} * blockDim.x + threadIdx.x; result < n_results;
        result += int64_t{gridDim.x} * blockDim.x) {
@@ -142,17 +135,16 @@ __global__ void collect_pairs_kernel(Side<T> x, Side<T> y, const float* partial,
 
 // gradients[sample][tile - first_tile][kM * kN] of one side's samples, for the tiles [first_tile,
 // first_tile + n_tiles) of the layer; zeros outside the layer.
-template <class T>
-__global__ void __launch_bounds__(Tile<T>::kThreads)
-    gradient_tiles_kernel(Side<T> side, int64_t first_tile, int64_t n_tiles, float* gradients) {
-  using Traits = Tile<T>;
+template <class Traits>
+__global__ void __launch_bounds__(Traits::kThreads)
+    gradient_tiles_kernel(Side<typename Traits::T> side, int64_t first_tile, int64_t n_tiles,
+                          float* gradients) {
   const int64_t in_tiles = ceil_div(side.a.cols, Traits::kN);
   const int64_t n_tasks = side.offsets.n * n_tiles;
   for (int64_t task = blockIdx.x; task < n_tasks; task += gridDim.x) {
     const int64_t sample = task / n_tiles, tile = first_tile + task % n_tiles;
     const int64_t out = tile / in_tiles * Traits::kM, in = tile % in_tiles * Traits::kN;
     Accumulator<Traits> acc;
-    acc.clear();
     TilePipeline<Traits, Contract::kTokens>(dynamic_shared())
         .multiply({side.g, side.a, out, side.g.cols, in, side.a.cols, side.offsets.begin(sample),
                    side.offsets.end(sample), false},
@@ -174,13 +166,15 @@ __global__ void __launch_bounds__(Tile<T>::kThreads)
   }
 }
 
-__global__ void collect_slabs_kernel(const float* products, int64_t n_slabs, int64_t n_results,
-                                     float* out) {
+// sums += the products of a slab's tiles, in double; the last slab gives the result.
+__global__ void collect_slab_kernel(const float* products, int64_t n_tiles, int64_t n_results,
+                                    bool first, bool last, double* sums, float* out) {
   for (int64_t result = int64_t{blockIdx.x} * blockDim.x + threadIdx.x; result < n_results;
        result += int64_t{gridDim.x} * blockDim.x) {
-    double sum = 0;
-    for (int64_t slab = 0; slab < n_slabs; ++slab) sum += products[slab * n_results + result];
-    out[result] = static_cast<float>(sum);
+    double sum = first ? 0 : sums[result];
+    for (int64_t tile = 0; tile < n_tiles; ++tile) sum += products[tile * n_results + result];
+    sums[result] = sum;
+    if (last) out[result] = static_cast<float>(sum);
   }
 }
 
@@ -205,9 +199,12 @@ constexpr int kCollectThreads = 128;
 template <class T>
 void by_pairs(const Device& device, const Side<T>& x, const Side<T>& y, const Tensor& out) {
   const Tensor partial = new_float(out, {x.slots(), y.slots()});
-  device.launch(pairs_kernel<T>, grid_for(x.tiles() * y.tiles(), kMaxBlocks),
-                dim3(Tile<T>::kThreads), Tile<T>::kSharedBytes, x, y,
-                partial.mutable_data_ptr<float>());
+  with_tile<T, HopperTile>(device, [&](auto tile) {
+    using Traits = decltype(tile);
+    device.launch(pairs_kernel<Traits>, grid_for(x.tiles() * y.tiles(), kMaxBlocks),
+                  dim3(Traits::kThreads), Traits::kSharedBytes, x, y,
+                  partial.mutable_data_ptr<float>());
+  });
   device.launch(collect_pairs_kernel<T>,
                 grid_for(ceil_div(x.offsets.n * y.offsets.n, kCollectThreads), kMaxBlocks),
                 dim3(kCollectThreads), 0, x, y, partial.const_data_ptr<float>(),
@@ -216,34 +213,39 @@ void by_pairs(const Device& device, const Side<T>& x, const Side<T>& y, const Te
 
 template <class T>
 void by_gradients(const Device& device, const Side<T>& x, const Side<T>& y, const Tensor& out) {
-  using Traits = Tile<T>;
-  constexpr int64_t kTile = Traits::kM * Traits::kN;
+  constexpr int64_t kSide = kTileSide<T>, kTile = kSide * kSide;
   const int64_t n = x.offsets.n, n2 = y.offsets.n;
-  const int64_t tiles = ceil_div(x.g.cols, Traits::kM) * ceil_div(x.a.cols, Traits::kN);
+  const int64_t tiles = ceil_div(x.g.cols, kSide) * ceil_div(x.a.cols, kSide);
   const int64_t in_slab = std::clamp<int64_t>(
       kSlabBytes / (kTile * static_cast<int64_t>(sizeof(float)) * (n + n2)), 1, tiles);
   const int64_t n_slabs = ceil_div(tiles, in_slab);
-  Tensor products = new_float(out, {n_slabs, n, n2});
-  const Tensor memory = new_float(out, {(n + n2) * in_slab * kTile});
+  Tensor memory = new_float(out, {(n + n2) * in_slab * kTile});
+  Tensor products = new_float(out, {in_slab, n, n2});
+  const Tensor sums = torch::stable::new_empty(out, {n, n2}, ScalarType::Double);
   for (int64_t slab = 0; slab < n_slabs; ++slab) {
     const int64_t first = slab * in_slab, count = std::min(in_slab, tiles - first);
     float* to = memory.mutable_data_ptr<float>();
     for (const Side<T>* side : {&x, &y}) {
-      device.launch(gradient_tiles_kernel<T>, grid_for(side->offsets.n * count, kMaxBlocks),
-                    dim3(Traits::kThreads), Traits::kSharedBytes, *side, first, count, to);
+      with_tile<T, HopperPairedTile>(device, [&](auto tile) {
+        using Traits = decltype(tile);
+        device.launch(gradient_tiles_kernel<Traits>, grid_for(side->offsets.n * count, kMaxBlocks),
+                      dim3(Traits::kThreads), Traits::kSharedBytes, *side, first, count, to);
+      });
       to += side->offsets.n * count * kTile;
     }
-    Tensor used =
-        torch::stable::narrow(const_cast<Tensor&>(memory), 0, 0, (n + n2) * count * kTile);
-    Tensor gradients = torch::stable::view(used, {n + n2, count * kTile});
-    const Tensor left = torch::stable::narrow(gradients, 0, 0, n);
-    Tensor right = torch::stable::narrow(gradients, 0, n, n2);
-    matmul_fp32_out(left, torch::stable::transpose(right, 0, 1),
-                    torch::stable::select(products, 0, slab));
+    // One product a tile: longer sums would lose digits in fp32.
+    const Tensor used = torch::stable::narrow(memory, 0, 0, (n + n2) * count * kTile);
+    Tensor by_sample = torch::stable::view(used, {n + n2, count, kTile});
+    Tensor gradients = torch::stable::transpose(by_sample, 0, 1);
+    const Tensor left = torch::stable::narrow(gradients, 1, 0, n);
+    const Tensor right = torch::stable::narrow(gradients, 1, n, n2);
+    batched_matmul_fp32(left, torch::stable::transpose(right, 1, 2),
+                        torch::stable::narrow(products, 0, 0, count));
+    device.launch(collect_slab_kernel, grid_for(ceil_div(n * n2, kCollectThreads), kMaxBlocks),
+                  dim3(kCollectThreads), 0, products.const_data_ptr<float>(), count, n * n2,
+                  slab == 0, slab + 1 == n_slabs, sums.mutable_data_ptr<double>(),
+                  out.mutable_data_ptr<float>());
   }
-  device.launch(collect_slabs_kernel, grid_for(ceil_div(n * n2, kCollectThreads), kMaxBlocks),
-                dim3(kCollectThreads), 0, products.const_data_ptr<float>(), n_slabs, n * n2,
-                out.mutable_data_ptr<float>());
 }
 
 Tensor ghost_dot(const Tensor& a, const Tensor& g, const Tensor& cu_seqlens, const Tensor& a2,
@@ -267,7 +269,7 @@ Tensor ghost_dot(const Tensor& a, const Tensor& g, const Tensor& cu_seqlens, con
     const Side<T> x{a_held.operand(), g_held.operand(), offsets};
     const Side<T> y{a2_held.operand(), g2_held.operand(), offsets2};
     const PairSizes sizes{offsets.total, offsets2.total, offsets.n, offsets2.n, x.a.cols, x.g.cols};
-    if (ghost_dot_by_gradients(sizes, sizeof(T) == 2)) {
+    if (ghost_dot_by_gradients(sizes, kTensorCores<T>)) {
       by_gradients(device, x, y, out);
     } else {
       by_pairs(device, x, y, out);

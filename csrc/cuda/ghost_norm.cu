@@ -20,12 +20,6 @@ namespace {
 
 constexpr const char* kOp = "ghost_norm";
 
-// Small tiles waste less on short segments, large tiles read shared memory and L2 less.
-template <class T>
-using SmallTile = TileTraits<T, 64, 64, 2, 2, 3>;
-template <class T>
-using LargeTile = TileTraits<T, 128, 128, 2, 4, 3>;
-
 // Blocks of a multiprocessor: what registers and shared memory allow on most devices.
 template <class Traits, Contract kContract>
 constexpr int kBlocksPerSm = Traits::kM == 64                   ? 3
@@ -148,8 +142,6 @@ __device__ __forceinline__ float gram_tile(const Operand<typename Traits::T>& a,
   const int64_t row = tile - triangle(col);
   const int64_t s = begin + row * Traits::kM, t = begin + col * Traits::kN;
   Accumulator<Traits> of_a, of_g;
-  of_a.clear();
-  of_g.clear();
   TilePipeline<Traits, Contract::kFeatures>(shared).multiply(
       {a, a, s, end, t, end, 0, a.cols, row == col}, of_a,
       {g, g, s, end, t, end, 0, g.cols, row == col}, of_g);
@@ -173,7 +165,6 @@ __device__ __forceinline__ float gradient_tile(const Operand<typename Traits::T>
   const int64_t in_tiles = ceil_div(a.cols, Traits::kN);
   const int64_t out = tile / in_tiles * Traits::kM, in = tile % in_tiles * Traits::kN;
   Accumulator<Traits> acc;
-  acc.clear();
   TilePipeline<Traits, Contract::kTokens>(shared).multiply(
       {g, a, out, g.cols, in, a.cols, begin, end, false}, acc);
   float sum = 0.f;
@@ -256,26 +247,14 @@ __global__ void collect_kernel(Offsets offsets, Partials gram, Partials gradient
   out[i] = offsets.is_valid(i) ? static_cast<float>(sum) : __uint_as_float(0x7fc00000u);
 }
 
-template <class Traits, Contract kContract>
-void launch_ghost_norm(const Device& device, int64_t n_blocks, const Operand<typename Traits::T>& a,
-                       const Operand<typename Traits::T>& g, const Offsets& offsets,
-                       const Partials& partials) {
-  device.launch(ghost_norm_kernel<Traits, kContract>, dim3(static_cast<unsigned>(n_blocks)),
-                dim3(Traits::kThreads), Traits::kSharedBytes, a, g, offsets, partials.first,
-                const_cast<double*>(partials.slots));
-}
-
 template <class T>
 Tensor ghost_norm_typed(const Device& device, const Tensor& a_tensor, const Tensor& g_tensor,
                         const Offsets& offsets, int* report) {
-  // fp32 FMAs need the registers that large tiles would take.
-  constexpr bool kTensorCores = sizeof(T) == 2;
-  using Gradient = std::conditional_t<kTensorCores, LargeTile<T>, SmallTile<T>>;
   const OperandHolder<T> a_held(a_tensor), g_held(g_tensor);
   const Operand<T> a = a_held.operand(), g = g_held.operand();
   const int64_t n = offsets.n;
-  const bool large = kTensorCores && offsets.total >= kLargeTileTokens * n;
-  const Sizes sizes{a.cols, g.cols, large ? 128 : 64, Gradient::kM, Gradient::kK, ghost_form()};
+  const bool large = kTensorCores<T> && offsets.total >= kLargeTileTokens * n;
+  const Sizes sizes{a.cols, g.cols, large ? 128 : 64, kTileSide<T>, SmallTile<T>::kK, ghost_form()};
 
   const int64_t max_blocks = 3 * device.n_multiprocessors();
   const Tensor out = new_float(a_tensor, {n});
@@ -292,13 +271,16 @@ Tensor ghost_norm_typed(const Device& device, const Tensor& a_tensor, const Tens
     using Traits = decltype(traits);
     constexpr Contract kContract = decltype(contract)::value;
     partials.n_blocks = kBlocksPerSm<Traits, kContract> * device.n_multiprocessors();
-    launch_ghost_norm<Traits, kContract>(device, partials.n_blocks, a, g, offsets, partials);
+    device.launch(ghost_norm_kernel<Traits, kContract>,
+                  dim3(static_cast<unsigned>(partials.n_blocks)), dim3(Traits::kThreads),
+                  Traits::kSharedBytes, a, g, offsets, partials.first,
+                  const_cast<double*>(partials.slots));
   };
   using Features = std::integral_constant<Contract, Contract::kFeatures>;
   using Tokens = std::integral_constant<Contract, Contract::kTokens>;
   if (sizes.form != GhostForm::kGradient) {
     if (large) {
-      if constexpr (kTensorCores) run(LargeTile<T>{}, Features{}, gram);
+      with_tile<T, HopperTile>(device, [&](auto tile) { run(tile, Features{}, gram); });
     } else {
       run(SmallTile<T>{}, Features{}, gram);
     }
@@ -307,7 +289,7 @@ Tensor ghost_norm_typed(const Device& device, const Tensor& a_tensor, const Tens
   // many tiles as all tokens would make is the best case for it.
   const int64_t tiles = ceil_div(offsets.total, sizes.gram_tile);
   if (tiles > 0 && !gram_form_is_cheaper((tiles - 1) * sizes.gram_tile + 1, sizes)) {
-    run(Gradient{}, Tokens{}, gradient);
+    with_tile<T, HopperPairedTile>(device, [&](auto tile) { run(tile, Tokens{}, gradient); });
   }
   device.launch(collect_kernel, dim3(static_cast<unsigned>(ceil_div(n, 128))), dim3(128), 0,
                 offsets, gram, gradient, out.mutable_data_ptr<float>());

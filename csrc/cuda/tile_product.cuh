@@ -13,6 +13,7 @@
 #include "cuda/device.cuh"
 #include "cuda/intrinsics.cuh"
 #include "cuda/vector.cuh"
+#include "cuda/warpgroup.cuh"
 
 namespace geffect_fast {
 
@@ -51,18 +52,25 @@ class OperandHolder {
 
 enum class Contract { kFeatures, kTokens };
 
-template <class T_, int kM_, int kN_, int kWarpsM_, int kWarpsN_, int kStages_>
+// kWarpgroups_: multiply with Hopper's instruction, and leave the products of so many slabs in
+// flight while the next slab is waited for.
+template <class T_, int kM_, int kN_, int kWarpsM_, int kWarpsN_, int kStages_,
+          bool kWarpgroups_ = false, int kInFlight_ = 0>
 struct TileTraits {
   using T = T_;
   static constexpr int kM = kM_, kN = kN_;
   static constexpr int kWarpsM = kWarpsM_, kWarpsN = kWarpsN_, kStages = kStages_;
+  static constexpr bool kWarpgroups = kWarpgroups_;
+  static constexpr int kInFlight = kInFlight_;
+  static constexpr int kAhead = kStages - 1 - kInFlight;  // slabs that copies run ahead
   static constexpr int kThreads = kWarp * kWarpsM * kWarpsN;
   static constexpr int kK = 128 / sizeof(T);  // contracted elements of a slab: 128 bytes
   static constexpr int kWarpM = kM / kWarpsM, kWarpN = kN / kWarpsN;
   static constexpr int kRowTiles = kWarpM / 16, kColTiles = kWarpN / 8;
   static constexpr int kSlabX = kM * 128, kSlabY = kN * 128;
   static constexpr int kSharedBytes = kStages * (kSlabX + kSlabY);
-  static_assert(kWarpM % 16 == 0 && kWarpN % 16 == 0);
+  static_assert(kWarpM % 16 == 0 && kWarpN % 16 == 0 && kAhead > 0);
+  static_assert(!kWarpgroups || (kWarpM == 16 && kWarpsM % 4 == 0 && kN == 128 && kWarpsN == 1));
 };
 
 // What a lane holds of the block's tile: entry [i][j] is its part of a 16 x 8 result, see
@@ -135,7 +143,7 @@ __device__ __forceinline__ void copy_panel(unsigned char* panel, const Operand<T
 template <class Traits, Contract kContract>
 class TilePipeline {
   using T = typename Traits::T;
-  static constexpr int kStages = Traits::kStages, kK = Traits::kK;
+  static constexpr int kK = Traits::kK;
 
  public:
   __device__ explicit TilePipeline(unsigned char* shared) : shared_(shared) {}
@@ -144,27 +152,23 @@ class TilePipeline {
     return static_cast<int>(ceil_div(product.k_end - product.k0, kK));
   }
 
-  // acc += product. Ends with a barrier, after which the shared memory is free.
+  // acc = product. Ends with a barrier, after which the shared memory is free.
   __device__ __forceinline__ void multiply(const TileProduct<T>& product,
                                            Accumulator<Traits>& acc) {
     const int n = slabs(product);
     start(product, product, n, n);
-    for (int slab = 0; slab < n; ++slab) step(product, product, n, n, slab, product.same, acc);
+    run(product, product, n, n, 0, n, product.same, acc);
     finish();
   }
 
-  // acc1 += first, acc2 += second.
+  // acc1 = first, acc2 = second.
   __device__ __forceinline__ void multiply(const TileProduct<T>& first, Accumulator<Traits>& acc1,
                                            const TileProduct<T>& second,
                                            Accumulator<Traits>& acc2) {
     const int n_first = slabs(first), n_all = n_first + slabs(second);
     start(first, second, n_first, n_all);
-    for (int slab = 0; slab < n_first; ++slab) {
-      step(first, second, n_first, n_all, slab, first.same, acc1);
-    }
-    for (int slab = n_first; slab < n_all; ++slab) {
-      step(first, second, n_first, n_all, slab, second.same, acc2);
-    }
+    run(first, second, n_first, n_all, 0, n_first, first.same, acc1);
+    run(first, second, n_first, n_all, n_first, n_all, second.same, acc2);
     finish();
   }
 
@@ -172,7 +176,19 @@ class TilePipeline {
   __device__ __forceinline__ void start(const TileProduct<T>& first, const TileProduct<T>& second,
                                         int n_first, int n_all) {
 #pragma unroll
-    for (int slab = 0; slab < kStages - 1; ++slab) copy_next(first, second, n_first, n_all, slab);
+    for (int slab = 0; slab < Traits::kAhead; ++slab) {
+      copy_next(first, second, n_first, n_all, slab);
+    }
+  }
+
+  // Multiplies slabs [slab, end), all of one product.
+  __device__ __forceinline__ void run(const TileProduct<T>& first, const TileProduct<T>& second,
+                                      int n_first, int n_all, int slab, int end, bool same,
+                                      Accumulator<Traits>& acc) {
+    acc.clear();
+    for (; slab < end; ++slab) step(first, second, n_first, n_all, slab, same, acc);
+    // Nothing may touch accumulators, these or others, while products are in flight.
+    if constexpr (Traits::kWarpgroups) warpgroup_wait<0>();
   }
 
   __device__ __forceinline__ void finish() {
@@ -181,7 +197,7 @@ class TilePipeline {
   }
 
   __device__ __forceinline__ unsigned char* stage(int slab) const {
-    return shared_ + slab % kStages * (Traits::kSlabX + Traits::kSlabY);
+    return shared_ + slab % Traits::kStages * (Traits::kSlabX + Traits::kSlabY);
   }
 
   __device__ __forceinline__ void copy_next(const TileProduct<T>& first,
@@ -220,16 +236,39 @@ class TilePipeline {
   __device__ __forceinline__ void step(const TileProduct<T>& first, const TileProduct<T>& second,
                                        int n_first, int n_all, int slab, bool same,
                                        Accumulator<Traits>& acc) {
-    copy_async_wait<kStages - 2>();
-    __syncthreads();  // the slab has arrived, and nobody reads the one that is overwritten next
-    copy_next(first, second, n_first, n_all, slab + kStages - 1);
+    copy_async_wait<Traits::kAhead - 1>();
+    if constexpr (Traits::kWarpgroups) publish_to_warpgroups();
+    // The slab has arrived, and nobody reads the one that is overwritten next: its products were
+    // finished when its readers came here.
+    __syncthreads();
+    copy_next(first, second, n_first, n_all, slab + Traits::kAhead);
     const unsigned char* x = stage(slab);
     const unsigned char* y = same ? x : x + Traits::kSlabX;
-    if constexpr (sizeof(T) == 2) {
+    if constexpr (Traits::kWarpgroups) {
+      multiply_slab_warpgroups(x, y, acc);
+    } else if constexpr (sizeof(T) == 2) {
       multiply_slab_tensor_cores(x, y, acc);
     } else {
       multiply_slab_fp32(x, y, acc);
     }
+  }
+
+  static __device__ __forceinline__ void multiply_slab_warpgroups(const unsigned char* x,
+                                                                  const unsigned char* y,
+                                                                  Accumulator<Traits>& acc) {
+    constexpr bool kTransposed = kContract == Contract::kTokens;
+    constexpr int kPanel = kK * 128;
+    // 64 rows (or features) of x begin every 64 rows, that is, every panel
+    const uint64_t left = describe_tile<kTransposed>(x + threadIdx.x / 128 * 64 * 128, kPanel);
+    const uint64_t right = describe_tile<kTransposed>(y, kPanel);
+    warpgroup_begin();
+#pragma unroll
+    for (int k = 0; k < kK; k += 16) {
+      const int step = (kTransposed ? k * 128 : k * static_cast<int>(sizeof(T))) / 16;
+      warpgroup_multiply_add<T, kTransposed>(acc.part[0], left + step, right + step);
+    }
+    warpgroup_commit();
+    warpgroup_wait<Traits::kInFlight>();
   }
 
   // Byte offset of 8 elements: row (token or feature) `at`, contracted elements from `k`; when
@@ -337,5 +376,39 @@ class TilePipeline {
 
   unsigned char* shared_;
 };
+
+// The tiles that kernels use. Small ones waste less on short segments; large ones read shared
+// memory and the second-level cache less, for 16-bit elements (fp32 FMAs want the registers).
+template <class T>
+using SmallTile = TileTraits<T, 64, 64, 2, 2, 3>;
+template <class T>
+using LargeTile = TileTraits<T, 128, 128, 2, 4, 3>;
+// Hopper's: one block a multiprocessor with a slab's products in flight, or two without.
+template <class T>
+using HopperTile = TileTraits<T, 128, 128, 8, 1, 5, true, 1>;
+template <class T>
+using HopperPairedTile = TileTraits<T, 128, 128, 8, 1, 3, true, 0>;
+
+template <class T>
+inline constexpr bool kTensorCores = sizeof(T) == 2;
+
+// The side of the largest tile for elements of T.
+template <class T>
+inline constexpr int kTileSide = kTensorCores<T> ? 128 : 64;
+
+// Calls body(tile) with the tile for `device`: Hopper's where it has the instruction, else the
+// large one; the small one for fp32.
+template <class T, template <class> class Hopper, class Body>
+void with_tile(const Device& device, const Body& body) {
+  if constexpr (kTensorCores<T>) {
+    if (device.has_warpgroups()) {
+      body(Hopper<T>{});
+    } else {
+      body(LargeTile<T>{});
+    }
+  } else {
+    body(SmallTile<T>{});
+  }
+}
 
 }  // namespace geffect_fast

@@ -1,0 +1,115 @@
+// Emulation of csrc/cuda/warpgroup.cuh, which this file replaces by the order of include folders.
+//
+// A product is made when its warp waits for it, from what shared memory holds then: a slab that is
+// overwritten too early shows.
+#pragma once
+
+#include <vector>
+
+#include "cuda/intrinsics.cuh"
+
+namespace geffect_fast {
+
+// The address bits and offsets of the descriptor that the instruction reads.
+template <bool kTransposed>
+__device__ inline uint64_t describe_tile(const void* tile, int panel_bytes) {
+  const auto address =
+      static_cast<uint64_t>(static_cast<const unsigned char*>(tile) - dynamic_shared());
+  if (address % 1024 != 0) cuda_shim::fail("a tile of wgmma that does not begin on 1024 bytes");
+  const uint64_t leading = kTransposed ? panel_bytes / 16 : 1;
+  return uint64_t{1} << 62 | uint64_t{64} << 32 | leading << 16 | (address & 0x3ffff) >> 4;
+}
+
+namespace warpgroup_emulation {
+
+using Rows = float (*)[4];
+
+struct Product {
+  Rows d;
+  uint64_t x, y;
+  void (*run)(const Product&, const cuda_shim::Lanes&);
+};
+
+struct Thread {
+  std::vector<std::vector<Product>> groups{1};  // the last one is not committed yet
+};
+
+inline Thread& thread() {
+  static Thread threads[1024];
+  return threads[threadIdx.x];
+}
+
+// Element (i, k) of a described tile: i along the tile, k contracted. Offsets as the PTX ISA gives
+// them for the 128-byte swizzle, which permutes bits 4 to 6 of the address by bits 7 to 9.
+template <class T, bool kTransposed>
+float element(uint64_t tile, int i, int k) {
+  const auto field = [&](int from) { return static_cast<uint32_t>(tile >> from & 0x3fff) * 16; };
+  const uint32_t leading = field(16), stride = field(32);
+  uint32_t address = field(0);
+  if constexpr (kTransposed) {
+    address += i / 64 * leading + i % 64 * 2 + k / 8 * stride + k % 8 * 128;
+  } else {
+    address += i / 8 * stride + i % 8 * 128 + k * 2;
+  }
+  address ^= (address >> 7 & 7) << 4;
+  const unsigned char* where = dynamic_shared() + address;
+  if (!cuda_shim::is_shared(where, 2)) cuda_shim::fail("wgmma reads outside of shared memory");
+  uint16_t bits;
+  std::memcpy(&bits, where, 2);
+  return element_value<T>(bits);
+}
+
+template <class T, bool kTransposed>
+void run(const Product& product, const cuda_shim::Lanes& lanes) {
+  const int first = static_cast<int>(threadIdx.x) / 32 % 4 * 16;
+  float left[16][16];
+  for (int i = 0; i < 16; ++i) {
+    for (int k = 0; k < 16; ++k) left[i][k] = element<T, kTransposed>(product.x, first + i, k);
+  }
+  for (int j = 0; j < 16; ++j) {
+    float right[16][8], sum[16][8];
+    for (int k = 0; k < 16; ++k) {
+      for (int c = 0; c < 8; ++c) {
+        right[k][c] = element<T, kTransposed>(product.y, 8 * j + c, k);
+      }
+    }
+    const auto each = [&](auto&& visit) {
+      for (int lane = 0; lane < cuda_shim::kLanes; ++lane) {
+        float* own = lanes.of<Product>(lane).d[j];
+        for (int e = 0; e < 4; ++e) visit(own[e], sum[lane / 4 + e / 2 * 8][lane % 4 * 2 + e % 2]);
+      }
+    };
+    each([](float& own, float& place) { place = own; });
+    cuda_shim::multiply_16x8x16(sum, left, right);
+    each([](float& own, float& place) { own = place; });
+  }
+}
+
+}  // namespace warpgroup_emulation
+
+__device__ inline void publish_to_warpgroups() {}
+__device__ inline void warpgroup_begin() {}
+__device__ inline void warpgroup_commit() { warpgroup_emulation::thread().groups.emplace_back(); }
+
+template <int N>
+__device__ inline void warpgroup_wait() {
+  auto& groups = warpgroup_emulation::thread().groups;
+  while (groups.size() > N + 1) {
+    for (auto& product : groups.front()) {
+      cuda_shim::warp_collective("wgmma", cuda_shim::kAllLanes, &product,
+                                 [](const cuda_shim::Lanes& lanes) {
+                                   const auto& own = lanes.of<warpgroup_emulation::Product>(0);
+                                   own.run(own, lanes);
+                                 });
+    }
+    groups.erase(groups.begin());
+  }
+}
+
+template <class T, bool kTransposed>
+__device__ inline void warpgroup_multiply_add(float (&d)[16][4], uint64_t x, uint64_t y) {
+  warpgroup_emulation::thread().groups.back().push_back(
+      {d, x, y, warpgroup_emulation::run<T, kTransposed>});
+}
+
+}  // namespace geffect_fast
