@@ -34,10 +34,10 @@ struct dim3 {
   constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
 
-#define SHIM_VECTOR_TYPES(type, name, of2, of4)                                       \
-  struct __align__(of2) name##2 { type x, y; };                                       \
-  struct __align__(of4) name##4 { type x, y, z, w; };                                 \
-  inline name##2 make_##name##2(type x, type y) { return {x, y}; }                    \
+#define SHIM_VECTOR_TYPES(type, name, of2, of4)                    \
+  struct __align__(of2) name##2 { type x, y; };                    \
+  struct __align__(of4) name##4 { type x, y, z, w; };              \
+  inline name##2 make_##name##2(type x, type y) { return {x, y}; } \
   inline name##4 make_##name##4(type x, type y, type z, type w) { return {x, y, z, w}; }
 SHIM_VECTOR_TYPES(int, int, 8, 16)
 SHIM_VECTOR_TYPES(unsigned, uint, 8, 16)
@@ -122,25 +122,25 @@ inline int first_lane(int width) {
 
 }  // namespace cuda_shim
 
-#define SHIM_SHUFFLES(T)                                                                      \
-  inline T __shfl_sync(unsigned mask, T value, int source, int width = warpSize) {            \
-    const int first = cuda_shim::first_lane(width);                                           \
-    return cuda_shim::shuffle("__shfl_sync", mask, value, first + (source & (width - 1)));    \
-  }                                                                                           \
-  inline T __shfl_up_sync(unsigned mask, T value, unsigned delta, int width = warpSize) {     \
-    const int own = cuda_shim::lane(), from = own - static_cast<int>(delta);                  \
-    const bool inside = from >= cuda_shim::first_lane(width);                                 \
-    return cuda_shim::shuffle("__shfl_up_sync", mask, value, inside ? from : own);            \
-  }                                                                                           \
-  inline T __shfl_down_sync(unsigned mask, T value, unsigned delta, int width = warpSize) {   \
-    const int own = cuda_shim::lane(), from = own + static_cast<int>(delta);                  \
-    const bool inside = from < cuda_shim::first_lane(width) + width;                          \
-    return cuda_shim::shuffle("__shfl_down_sync", mask, value, inside ? from : own);          \
-  }                                                                                           \
-  inline T __shfl_xor_sync(unsigned mask, T value, int bits, int width = warpSize) {          \
-    const int own = cuda_shim::lane(), from = own ^ bits;                                     \
-    const bool inside = from < cuda_shim::first_lane(width) + width;                          \
-    return cuda_shim::shuffle("__shfl_xor_sync", mask, value, inside ? from : own);           \
+#define SHIM_SHUFFLES(T)                                                                    \
+  inline T __shfl_sync(unsigned mask, T value, int source, int width = warpSize) {          \
+    const int first = cuda_shim::first_lane(width);                                         \
+    return cuda_shim::shuffle("__shfl_sync", mask, value, first + (source & (width - 1)));  \
+  }                                                                                         \
+  inline T __shfl_up_sync(unsigned mask, T value, unsigned delta, int width = warpSize) {   \
+    const int own = cuda_shim::lane(), from = own - static_cast<int>(delta);                \
+    const bool inside = from >= cuda_shim::first_lane(width);                               \
+    return cuda_shim::shuffle("__shfl_up_sync", mask, value, inside ? from : own);          \
+  }                                                                                         \
+  inline T __shfl_down_sync(unsigned mask, T value, unsigned delta, int width = warpSize) { \
+    const int own = cuda_shim::lane(), from = own + static_cast<int>(delta);                \
+    const bool inside = from < cuda_shim::first_lane(width) + width;                        \
+    return cuda_shim::shuffle("__shfl_down_sync", mask, value, inside ? from : own);        \
+  }                                                                                         \
+  inline T __shfl_xor_sync(unsigned mask, T value, int bits, int width = warpSize) {        \
+    const int own = cuda_shim::lane(), from = own ^ bits;                                   \
+    const bool inside = from < cuda_shim::first_lane(width) + width;                        \
+    return cuda_shim::shuffle("__shfl_xor_sync", mask, value, inside ? from : own);         \
   }
 SHIM_SHUFFLES(int)
 SHIM_SHUFFLES(unsigned)
@@ -178,14 +178,14 @@ inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __ffs(int x) { return __builtin_ffs(x); }
 inline int __clz(int x) { return x == 0 ? 32 : __builtin_clz(static_cast<unsigned>(x)); }
 
-#define SHIM_MIN_MAX(A, B, Common)                                                       \
-  constexpr Common min(A a, B b) {                                                       \
-    return static_cast<Common>(b) < static_cast<Common>(a) ? static_cast<Common>(b)      \
-                                                           : static_cast<Common>(a);     \
-  }                                                                                      \
-  constexpr Common max(A a, B b) {                                                       \
-    return static_cast<Common>(a) < static_cast<Common>(b) ? static_cast<Common>(b)      \
-                                                           : static_cast<Common>(a);     \
+#define SHIM_MIN_MAX(A, B, Common)                                                   \
+  constexpr Common min(A a, B b) {                                                   \
+    return static_cast<Common>(b) < static_cast<Common>(a) ? static_cast<Common>(b)  \
+                                                           : static_cast<Common>(a); \
+  }                                                                                  \
+  constexpr Common max(A a, B b) {                                                   \
+    return static_cast<Common>(a) < static_cast<Common>(b) ? static_cast<Common>(b)  \
+                                                           : static_cast<Common>(a); \
   }
 SHIM_MIN_MAX(int, int, int)
 SHIM_MIN_MAX(unsigned, unsigned, unsigned)
@@ -209,23 +209,33 @@ inline double max(double a, double b) { return fmax(a, b); }
 // ---- memory ----
 
 template <class T>
-T __ldg(const T* from) { return *from; }
+T __ldg(const T* from) {
+  return *from;
+}
 template <class T>
-T __ldcg(const T* from) { return *from; }
+T __ldcg(const T* from) {
+  return *from;
+}
 template <class T>
-T __ldcs(const T* from) { return *from; }
+T __ldcs(const T* from) {
+  return *from;
+}
 template <class T>
-void __stcg(T* to, T value) { *to = value; }
+void __stcg(T* to, T value) {
+  *to = value;
+}
 template <class T>
-void __stcs(T* to, T value) { *to = value; }
+void __stcs(T* to, T value) {
+  *to = value;
+}
 
-#define SHIM_ATOMICS(T)                                                                  \
-  inline T atomicAdd(T* at, T value) { return std::exchange(*at, *at + value); }         \
-  inline T atomicMax(T* at, T value) { return std::exchange(*at, max(*at, value)); }     \
-  inline T atomicMin(T* at, T value) { return std::exchange(*at, min(*at, value)); }     \
-  inline T atomicExch(T* at, T value) { return std::exchange(*at, value); }              \
-  inline T atomicCAS(T* at, T compare, T value) {                                        \
-    return std::exchange(*at, *at == compare ? value : *at);                             \
+#define SHIM_ATOMICS(T)                                                              \
+  inline T atomicAdd(T* at, T value) { return std::exchange(*at, *at + value); }     \
+  inline T atomicMax(T* at, T value) { return std::exchange(*at, max(*at, value)); } \
+  inline T atomicMin(T* at, T value) { return std::exchange(*at, min(*at, value)); } \
+  inline T atomicExch(T* at, T value) { return std::exchange(*at, value); }          \
+  inline T atomicCAS(T* at, T compare, T value) {                                    \
+    return std::exchange(*at, *at == compare ? value : *at);                         \
   }
 SHIM_ATOMICS(int)
 SHIM_ATOMICS(unsigned)

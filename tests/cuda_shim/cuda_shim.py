@@ -1,4 +1,4 @@
-"""Compiles csrc/cuda/*.cu as plain C++ and loads them as torch.ops.geffect_fast_shim on CPU tensors.
+"""Compiles csrc/cuda/*.cu as plain C++ and lets them serve CPU tensors.
 
 Objects lie under build/cuda_shim, named by the hash of all that goes into them. Set
 `GEFFECT_FAST_SHIM_ONLY=op,op` to leave other kernels out.
@@ -16,10 +16,13 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import torch
+from torch import Tensor
 
-from geffect_fast.ops import schema
+from geffect_fast.ops import backend, schema
 
 SHIM = Path(__file__).resolve().parent
 ROOT = SHIM.parent.parent
@@ -33,10 +36,14 @@ FLAGS = [
     "-std=c++17", "-g0", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra",
     "-Wno-unknown-pragmas", "-U_FORTIFY_SOURCE",
     f"-I{SHIM}", f"-I{ROOT / 'csrc'}", f"-isystem{TORCH / 'include'}",
-    "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020b000000000000", "-DGEFFECT_FAST_CUDA_KEY=CPU",
+    "-DUSE_CUDA", "-DGEFFECT_FAST_SM90A", "-DGEFFECT_FAST_CUDA_KEY=CPU",
+    "-DTORCH_TARGET_VERSION=0x020b000000000000",
 ]  # fmt: skip
-KERNEL_FLAGS = ["-O1"]
-RUNTIME_FLAGS = ["-O2", "-fvisibility=default"]
+KERNEL_FLAGS = [
+    "-O2", "-fsanitize=alignment,bounds,shift", "-fno-sanitize-recover=all",
+    "-ftrivial-auto-var-init=pattern", "-fstack-clash-protection",
+]  # fmt: skip
+RUNTIME_FLAGS = ["-O3", "-fvisibility=default"]
 
 
 def compiler() -> str | None:
@@ -113,7 +120,8 @@ def _library(name: str, objects: Sequence[Path], link: Sequence[str]) -> Path:
 @cache
 def runtime() -> ctypes.CDLL:
     """Return the library with the fibres and the switches of the shim."""
-    built = _library("runtime", [_object(SHIM / "runtime.cpp", RUNTIME_FLAGS)], ["-ldl"])
+    sources = [SHIM / "runtime.cpp", SHIM / "guarded.cpp"]
+    built = _library("runtime", [_object(source, RUNTIME_FLAGS) for source in sources], ["-ldl"])
     return ctypes.CDLL(str(built))
 
 
@@ -141,16 +149,40 @@ def serves(op: str) -> bool:
     return torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{op}", "CPU")
 
 
+def _guarded(arg: Any) -> Any:
+    """Copy tensors, with their strides and misalignment, so that they end where memory ends."""
+    if isinstance(arg, list):
+        return [_guarded(item) for item in arg]
+    if not isinstance(arg, Tensor):
+        return arg
+    pairs = zip(arg.shape, arg.stride(), strict=True)
+    extent = 1 + sum((size - 1) * stride for size, stride in pairs) if arg.numel() else 0
+    lead = arg.data_ptr() % 16 // arg.element_size()
+    memory = torch.empty(lead + extent, dtype=arg.dtype)
+    memory[lead:] = arg.as_strided((extent,), (1,))
+    return memory.as_strided(arg.shape, arg.stride(), lead)
+
+
+def call(op: str, *args: Any) -> Tensor:
+    """Run `namespace::op` with all tensors in guarded memory."""
+    namespace, name = op.split("::")
+    runtime().shim_guard_memory(True)
+    try:
+        return getattr(getattr(torch.ops, namespace), name)(*map(_guarded, args))
+    finally:
+        runtime().shim_guard_memory(False)
+
+
 @contextmanager
 def serving() -> Iterator[None]:
     """Let the ops of this context run on the CUDA kernels, compiled for the host."""
     load_kernels()
-    before = schema.NAMESPACE
-    schema.NAMESPACE = NAMESPACE
-    try:
+
+    def call_kernel(op: str, _: torch.device, *args: Any) -> Tensor:
+        return call(f"{NAMESPACE}::{op}", *args)
+
+    with mock.patch.object(backend, "call", call_kernel):
         yield
-    finally:
-        schema.NAMESPACE = before
 
 
 FORWARD, REVERSE, SHUFFLED = 0, 1, 2

@@ -1,8 +1,8 @@
 // Threads of a block as fibres on one thread of the host: what cuda_runtime.h and
 // cuda/intrinsics.cuh of this folder are made of.
 //
-// A fibre runs until it waits: at a barrier of the block, or at a collective of its warp. Whatever a
-// GPU would leave undefined there ends the launch with an error that names block and thread.
+// A fibre runs until it waits: at a barrier of the block, or at a collective of its warp. Whatever
+// a GPU would leave undefined there ends the launch with an error that names block and thread.
 #pragma once
 
 #include <cstddef>
@@ -39,7 +39,8 @@ struct Lanes {
 
 // Waits until every lane of `mask` has called the collective `name` with this mask; the last one
 // calls `complete`, which may write to the operands of all.
-void warp_collective(const char* name, unsigned mask, void* operand, void (*complete)(const Lanes&));
+void warp_collective(const char* name, unsigned mask, void* operand,
+                     void (*complete)(const Lanes&));
 
 int lane();
 
@@ -51,5 +52,9 @@ bool is_shared(const void* address, size_t bytes);
 void copy_async(void* dst, const void* src, int bytes);
 void copy_async_commit();
 void copy_async_wait(int pending);
+
+// sum += left right, of a warp's matrix instruction.
+void multiply_16x8x16(float (&sum)[16][8], const float (&left)[16][16],
+                      const float (&right)[16][8]);
 
 }  // namespace cuda_shim

@@ -1,6 +1,6 @@
-"""Tests the CUDA kernels of some ops without a GPU and without compiling the others.
+"""Tests CUDA kernels without a GPU: `python tests/cuda_shim/run.py ghost_norm segment_dot`.
 
-    python tests/cuda_shim/run.py ghost_norm segment_dot
+Only the files of these ops are compiled; without a name, all are.
 """
 
 from __future__ import annotations

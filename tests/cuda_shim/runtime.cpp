@@ -2,6 +2,7 @@
 #include <dlfcn.h>
 #include <link.h>
 #include <setjmp.h>
+#include <signal.h>
 #include <sys/mman.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/c/shim.h>
@@ -29,7 +30,7 @@ namespace {
 // ---- what tests can set ----
 
 std::map<std::string, int> attributes = {
-    {"capability_major", 9},       {"capability_minor", 0},    {"multiprocessors", 4},
+    {"capability_major", 9},       {"capability_minor", 0},        {"multiprocessors", 4},
     {"shared_memory", 227 * 1024}, {"l2_bytes", 50 * 1024 * 1024},
 };
 
@@ -54,26 +55,40 @@ struct Copy {
 
 enum class State { kReady, kAtBarrier, kInCollective, kExited };
 
-constexpr size_t kStackBytes = 256 * 1024;
+constexpr size_t kStackBytes = 256 * 1024, kPage = 4096;
 
 struct Fibre {
   jmp_buf context;
   char* stack = nullptr;
   bool started = false;
   State state = State::kExited;
-  int thread = 0;  // in the block
+  int thread;  // in the block
   uint3 index;
   // Where it waits, and with what.
   const char* waits_for = nullptr;
   unsigned mask = 0;
-  void* operand = nullptr;
   int result = 0;
   // Groups of copies that are committed, and the one that is not.
   std::deque<std::vector<Copy>> groups;
   std::vector<Copy> open_group;
 };
 
-std::deque<Fibre> fibres;  // addresses stay valid as it grows
+// Lanes of a warp on their way into a collective.
+struct Meeting {
+  const char* name;
+  unsigned mask, arrived;
+  Lanes lanes;
+};
+
+bool same(const char* name, const char* other) {
+  return name == other || std::strcmp(name, other) == 0;
+}
+
+constexpr int kMaxThreads = 1024;
+Fibre fibres[kMaxThreads];
+std::vector<Meeting> warps[kMaxThreads / kLanes];
+const char* barrier_name = nullptr;
+int barrier_arrived = 0, barrier_sum = 0;
 jmp_buf scheduler;
 Fibre* current = nullptr;  // null on the host
 int n_threads = 0;
@@ -105,7 +120,7 @@ void start_fibre(Fibre& fibre) {
                         MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (memory == MAP_FAILED) throw std::runtime_error("no memory for the stack of a thread");
     fibre.stack = static_cast<char*>(memory);
-    mprotect(memory, 4096, PROT_NONE);  // a stack that overflows must not reach the next one
+    mprotect(memory, kPage, PROT_NONE);  // a stack that overflows must not reach the next one
   }
   ucontext_t context;
   getcontext(&context);
@@ -175,11 +190,48 @@ void check_canary() {
   for (size_t i = 0; i < kCanaryBytes / 4; ++i) {
     if (begin[i] == kCanary) continue;
     std::ostringstream text;
-    text << "dynamic shared memory is overrun: byte " << shared_bytes + 2 * i << " of "
-         << shared_bytes << " was written";
+    text << "block " << text_of(blockIdx) << ": dynamic shared memory is overrun: byte "
+         << shared_bytes + 2 * i << " of " << shared_bytes << " was written";
     fail(text.str());
   }
 }
+
+// ---- accesses outside of all memory ----
+
+// While a kernel runs, a bad access ends its launch and not the process.
+class FaultHandler {
+ public:
+  FaultHandler() {
+    static char stack[64 * 1024];  // the fault may be that a fibre's stack is full
+    stack_t alternate = {};
+    alternate.ss_sp = stack;
+    alternate.ss_size = sizeof stack;
+    sigaltstack(&alternate, &old_stack_);
+    struct sigaction action = {};
+    action.sa_sigaction = &handle;
+    action.sa_flags = SA_SIGINFO | SA_ONSTACK | SA_NODEFER;
+    sigaction(SIGSEGV, &action, &old_action_);
+  }
+  ~FaultHandler() {
+    sigaction(SIGSEGV, &old_action_, nullptr);
+    sigaltstack(&old_stack_, nullptr);
+  }
+
+ private:
+  static void handle(int signal, siginfo_t* info, void*) {
+    if (current == nullptr) {
+      sigaction(signal, &old_action_, nullptr);  // not a kernel's: it comes again
+      return;
+    }
+    const auto* at = static_cast<const char*>(info->si_addr);
+    const bool in_stack = at >= current->stack && at < current->stack + kPage;
+    fail(in_stack ? "local variables need more stack than the shim gives a thread"
+                  : "access to an address outside of all tensors and shared memory");
+  }
+
+  stack_t old_stack_ = {};
+  static inline struct sigaction old_action_ = {};
+};
 
 // ---- one block ----
 
@@ -206,12 +258,16 @@ std::string describe_waiting() {
 void run_block(std::mt19937& random) {
   for (int t = 0; t < n_threads; ++t) {
     Fibre& fibre = fibres[t];
+    fibre.thread = t;
+    if (fibre.state != State::kExited) fibre.started = false;  // an error left it in a kernel
     const unsigned row = t / blockDim.x;
     fibre.index = {t % blockDim.x, row % blockDim.y, row / blockDim.y};
     fibre.state = State::kReady;
     fibre.groups.clear();
     fibre.open_group.clear();
   }
+  for (auto& meetings : warps) meetings.clear();
+  barrier_arrived = barrier_sum = 0;
   fill_shared_memory();
   bool progress = true;
   while (progress) {
@@ -220,12 +276,13 @@ void run_block(std::mt19937& random) {
       if (fibres[t].state != State::kReady) continue;
       progress = true;
       enter_fibre(fibres[t]);
-      if (!error.empty()) return;
+      if (!error.empty()) fail(std::exchange(error, {}));
     }
   }
   const auto exited = [](const Fibre& fibre) { return fibre.state == State::kExited; };
-  if (!std::all_of(fibres.begin(), fibres.begin() + n_threads, exited)) {
-    fail("threads wait for others that never come: " + describe_waiting());
+  if (!std::all_of(fibres, fibres + n_threads, exited)) {
+    fail("block " + text_of(blockIdx) +
+         ": threads wait for others that never come: " + describe_waiting());
   }
   check_canary();
 }
@@ -245,57 +302,47 @@ int lane() { return current->thread % kLanes; }
 int block_barrier(const char* name, bool predicate) {
   current->state = State::kAtBarrier;
   current->waits_for = name;
-  current->result = predicate;
-  int arrived = 0, sum = 0;
-  for (int t = 0; t < n_threads; ++t) {
-    const Fibre& other = fibres[t];
-    if (other.state != State::kAtBarrier) continue;
-    if (std::strcmp(other.waits_for, name) != 0) {
-      fail(std::string("threads meet in different barriers: ") + other.waits_for + ", " + name);
-    }
-    ++arrived;
-    sum += other.result;
+  if (barrier_arrived == 0) barrier_name = name;
+  if (!same(barrier_name, name)) {
+    fail(std::string("threads meet in different barriers: ") + barrier_name + ", " + name);
   }
-  if (arrived < n_threads) {
+  barrier_sum += predicate;
+  if (++barrier_arrived < n_threads) {
     leave_fibre();
   } else {
     for (int t = 0; t < n_threads; ++t) {
       fibres[t].state = State::kReady;
-      fibres[t].result = sum;
+      fibres[t].result = barrier_sum;
     }
+    barrier_arrived = barrier_sum = 0;
   }
   return current->result;
 }
 
-void warp_collective(const char* name, unsigned mask, void* operand, void (*complete)(const Lanes&)) {
-  if ((mask >> lane() & 1) == 0) fail(std::string(name) + " by a lane outside its mask");
+void warp_collective(const char* name, unsigned mask, void* operand,
+                     void (*complete)(const Lanes&)) {
+  const unsigned own = 1u << lane();
+  if ((mask & own) == 0) fail(std::string(name) + " by a lane outside of its mask");
   current->state = State::kInCollective;
   current->waits_for = name;
   current->mask = mask;
-  current->operand = operand;
-  const int first = current->thread - lane();
-  Lanes lanes = {};
-  bool complete_now = true;
-  for (int i = 0; i < kLanes; ++i) {
-    if ((mask >> i & 1) == 0) continue;
-    const int t = first + i;
-    if (t >= n_threads || fibres[t].state == State::kExited) {
-      fail(std::string(name) + ": a lane of the mask has exited or does not exist");
-    }
-    const Fibre& other = fibres[t];
-    if (other.state != State::kInCollective) {
-      complete_now = false;
-      continue;
-    }
-    if (other.mask != mask || std::strcmp(other.waits_for, name) != 0) {
-      fail("lanes of a warp meet in different collectives: " + describe_waiting());
-    }
-    lanes.operand[i] = other.operand;
+  // Lanes of one warp may wait in several collectives, of masks that do not overlap.
+  auto& meetings = warps[current->thread / kLanes];
+  auto meeting = std::find_if(meetings.begin(), meetings.end(),
+                              [&](const Meeting& other) { return (other.mask & mask) != 0; });
+  if (meeting == meetings.end()) {
+    meeting = meetings.insert(meetings.end(), Meeting{name, mask, 0, {}});
+  } else if (meeting->mask != mask || !same(meeting->name, name)) {
+    fail("lanes of a warp meet in different collectives: " + describe_waiting());
   }
-  if (!complete_now) return leave_fibre();
-  complete(lanes);
+  meeting->arrived |= own;
+  meeting->lanes.operand[lane()] = operand;
+  if (meeting->arrived != mask) return leave_fibre();
+  complete(meeting->lanes);
+  meetings.erase(meeting);
+  Fibre* const first = current - lane();
   for (int i = 0; i < kLanes; ++i) {
-    if (mask >> i & 1) fibres[first + i].state = State::kReady;
+    if (mask >> i & 1) first[i].state = State::kReady;
   }
 }
 
@@ -335,6 +382,15 @@ void copy_async_wait(int pending) {
   }
 }
 
+void multiply_16x8x16(float (&sum)[16][8], const float (&left)[16][16],
+                      const float (&right)[16][8]) {
+  for (int i = 0; i < 16; ++i) {
+    for (int k = 0; k < 16; ++k) {
+      for (int j = 0; j < 8; ++j) sum[i][j] += left[i][k] * right[k][j];
+    }
+  }
+}
+
 // ---- launching ----
 
 namespace {
@@ -343,7 +399,8 @@ std::map<const void*, int> shared_limits;  // what cudaFuncSetAttribute has allo
 
 void check_launch(const void* kernel, const dim3& grid, const dim3& block, size_t bytes) {
   const uint64_t threads = uint64_t{block.x} * block.y * block.z;
-  if (threads == 0 || threads > 1024 || block.z > 64) fail("a launch with a wrong block size");
+  if (threads == 0 || threads > kMaxThreads || block.z > 64)
+    fail("a launch with a wrong block size");
   if (grid.x == 0 || grid.x > 0x7fffffffu || grid.y == 0 || grid.y > 65535 || grid.z == 0 ||
       grid.z > 65535) {
     fail("a launch with a wrong grid size");
@@ -367,10 +424,7 @@ void launch(const void* kernel, const dim3& grid, const dim3& block, size_t byte
   thread_body = &thread;
   n_threads = static_cast<int>(block.x * block.y * block.z);
   find_static_shared(kernel);
-  while (static_cast<int>(fibres.size()) < n_threads) {
-    fibres.emplace_back();
-    fibres.back().thread = static_cast<int>(fibres.size()) - 1;
-  }
+  const FaultHandler faults;
   std::mt19937 random(order_seed);
   const int64_t layer = int64_t{grid.x} * grid.y;
   const int64_t n_blocks = layer * grid.z;
@@ -378,9 +432,6 @@ void launch(const void* kernel, const dim3& grid, const dim3& block, size_t byte
     blockIdx = {static_cast<unsigned>(b % grid.x), static_cast<unsigned>(b % layer / grid.x),
                 static_cast<unsigned>(b / layer)};
     run_block(random);
-    if (error.empty()) continue;
-    for (Fibre& fibre : fibres) fibre.started = false;  // they stand in the middle of a kernel
-    fail(std::exchange(error, {}));
   }
 }
 
@@ -435,6 +486,26 @@ void shim_set_order(int seed) { cuda_shim::order_seed = seed; }
 int shim_set_attribute(const char* name, int value) {
   const auto found = cuda_shim::attributes.find(name);
   return found == cuda_shim::attributes.end() ? -1 : std::exchange(found->second, value);
+}
+
+// ---- what -fsanitize calls, with data that begins with a place in the source ----
+
+struct SourcePlace {
+  const char* file;
+  uint32_t line, column;
+};
+
+[[noreturn]] void fail_at(const SourcePlace* place, const char* what) {
+  cuda_shim::fail(std::string(place->file) + ":" + std::to_string(place->line) + ": " + what);
+}
+void __ubsan_handle_type_mismatch_v1_abort(const SourcePlace* place, uintptr_t) {
+  fail_at(place, "access to an address that is not aligned for its type");
+}
+void __ubsan_handle_out_of_bounds_abort(const SourcePlace* place, uintptr_t) {
+  fail_at(place, "index outside of an array");
+}
+void __ubsan_handle_shift_out_of_bounds_abort(const SourcePlace* place, uintptr_t, uintptr_t) {
+  fail_at(place, "shift by more bits than the type has");
 }
 
 // ---- torch's own: there is no device and no stream to choose ----

@@ -81,11 +81,7 @@ __device__ inline void multiply_add(float (&d)[4], const uint32_t (&a)[4], const
             sum[q + 8][r + half] = own.d[2 + half];
           }
         }
-        for (int i = 0; i < 16; ++i) {
-          for (int k = 0; k < 16; ++k) {
-            for (int j = 0; j < 8; ++j) sum[i][j] += left[i][k] * right[k][j];
-          }
-        }
+        cuda_shim::multiply_16x8x16(sum, left, right);
         for (int lane = 0; lane < cuda_shim::kLanes; ++lane) {
           float* own = lanes.of<Operand>(lane).d;
           const int q = lane / 4, r = lane % 4 * 2;

@@ -1,0 +1,226 @@
+"""The stand-in for CUDA in tests of kernels: what it computes and which errors it finds."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+import cuda_shim
+import pytest
+import torch
+from cuda_shim import FORWARD, REVERSE, SHUFFLED
+from torch import Tensor
+
+if (_reason := cuda_shim.why_missing()) is not None:
+    pytest.skip(_reason, allow_module_level=True)
+
+THREADS, LANES = 64, 32
+X = torch.arange(1.0, THREADS + 1)
+ORDERS = (FORWARD, REVERSE, SHUFFLED, 12345)
+
+SIGNATURES = {
+    "places": "(Tensor x)",
+    "shuffles": "(Tensor x)",
+    "votes": "(Tensor x)",
+    "fragments": "(Tensor x, bool transpose)",
+    "product": "(Tensor a, Tensor b)",
+    "partial_copy": "(Tensor x, int bytes)",
+    "reverse_as": "(Tensor x, int blocks, int threads, int bytes)",
+}
+
+
+@pytest.fixture(scope="module")
+def run() -> Callable[..., Tensor]:
+    """Call a kernel of selftest.cu by its name."""
+    source = cuda_shim.SHIM / "selftest.cu"
+    library = torch.library.Library("cuda_shim_selftest", "DEF")
+    for name in re.findall(r'm\.impl\("(\w+)"', source.read_text()):
+        library.define(f"{name}{SIGNATURES.get(name, '(Tensor x)')} -> Tensor")
+    cuda_shim.load("selftest", [source], "cuda_shim_selftest")
+
+    def call(name: str, *args: object, order: int = FORWARD) -> Tensor:
+        with cuda_shim.thread_order(order):
+            return cuda_shim.call(f"cuda_shim_selftest::{name}", *args)
+
+    call.library = library
+    return call
+
+
+# ---- what it computes ----
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_every_thread_of_every_block_runs_once(run, order: int) -> None:
+    blocks, threads = torch.arange(12.0)[:, None], torch.arange(60.0)
+    assert torch.equal(run("places", X, order=order), 100 * blocks + threads)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_barriers_make_shared_memory_visible(run, order: int) -> None:
+    assert torch.equal(run("reverse", X, order=order), X.flip(0))
+    assert torch.equal(run("copied", X, order=order), X.flip(0))
+    in_warp = X.reshape(2, LANES).flip(1).flatten()
+    assert torch.equal(run("reverse_in_warp", X, order=order), in_warp)
+
+
+def source_lane(kind: str, lane: int, argument: int, width: int) -> int:
+    """The lane a shuffle reads, after CUDA's programming guide."""
+    first = lane - lane % width
+    if kind == "idx":
+        return first + argument % width
+    other = {"up": lane - argument, "down": lane + argument, "xor": lane ^ argument}[kind]
+    inside = other >= first if kind == "up" else other < first + width
+    return other if inside else lane
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64, torch.float32, torch.float64])
+def test_shuffles(run, dtype: torch.dtype) -> None:
+    x = X.to(dtype) * (2**40 + 1 if dtype in (torch.int64, torch.float64) else 1)
+    calls = [
+        ("idx", None, 32), ("idx", 3, 8), ("up", 2, 32), ("up", 2, 8), ("down", 3, 32),
+        ("down", 3, 16), ("xor", 21, 32), ("xor", 9, 8), ("xor", 7, 16),
+    ]  # fmt: skip
+    found = run("shuffles", x)
+    for row, (kind, argument, width) in enumerate(calls):
+        for t in range(THREADS):
+            lane = t % LANES
+            given = lane + 5 if argument is None else argument
+            source = t - lane + source_lane(kind, lane, given, width)
+            assert found[row, t] == x[source], (kind, argument, width, t)
+
+
+@pytest.mark.parametrize("yes", [set(), {3}, {3, 40, 63}, set(range(32)), set(range(64))])
+def test_votes(run, yes: set[int]) -> None:
+    x = torch.tensor([1.0 if t in yes else -1.0 for t in range(THREADS)])
+    found = run("votes", x)
+    for warp in range(2):
+        lanes = [t - LANES * warp for t in sorted(yes) if t // LANES == warp]
+        expected = [
+            len(lanes), lanes[0] + 1 if lanes else 0, bool(lanes), len(lanes) == LANES,
+            len(yes), bool(yes), len(yes) == THREADS,
+        ]  # fmt: skip
+        of_warp = found[:, LANES * warp : LANES * (warp + 1)]
+        assert torch.equal(of_warp, torch.tensor(expected).float()[:, None].expand(7, LANES))
+
+
+@pytest.mark.parametrize("transpose", [False, True])
+@pytest.mark.parametrize("order", ORDERS)
+def test_load_matrices(run, transpose: bool, order: int) -> None:
+    matrices = torch.randint(-(2**15), 2**15, (4, 8, 8), dtype=torch.int16)
+    found = run("fragments", matrices.reshape(32, 8), transpose, order=order)
+    for lane in range(LANES):
+        for i in range(4):
+            matrix = matrices[i].T if transpose else matrices[i]
+            pair = matrix[lane // 4, 2 * (lane % 4) : 2 * (lane % 4) + 2]
+            assert torch.equal(found[lane, i], pair)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("order", ORDERS)
+def test_multiply_add(run, dtype: torch.dtype, order: int) -> None:
+    a, b = torch.randn(16, 16).to(dtype), torch.randn(16, 8).to(dtype)
+    torch.testing.assert_close(run("product", a, b, order=order), 1 + a.float() @ b.float())
+
+
+@pytest.mark.parametrize("n_bytes", range(17))
+def test_copy_fills_up_with_zeros(run, n_bytes: int) -> None:
+    copied = torch.zeros(THREADS // 4, 16, dtype=torch.uint8)
+    copied[:, :n_bytes] = X.view(torch.uint8).reshape(-1, 16)[:, :n_bytes]
+    assert torch.equal(run("partial_copy", X, n_bytes), copied.flatten().view(torch.float32))
+
+
+# ---- what it finds ----
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("missing_barrier", X.flip(0)),
+        ("missing_syncwarp", X.reshape(2, LANES).flip(1).flatten()),
+        ("missing_commit", X.flip(0)),
+        ("missing_wait", X.flip(0)),
+        ("wait_for_too_few", X.flip(0)),
+        ("missing_barrier_after_wait", X.flip(0)),
+        ("copy_over_what_is_read", X.flip(0)),
+        ("unwritten_result", X),
+    ],
+)
+def test_wrong_in_some_order(run, name: str, expected: Tensor) -> None:
+    assert any(not torch.equal(run(name, X, order=order), expected) for order in ORDERS)
+
+
+@pytest.mark.parametrize("name", ["unwritten_shared", "unwritten_static_shared"])
+def test_shared_memory_starts_as_nan(run, name: str) -> None:
+    for _ in range(2):
+        assert bool(run("reverse", X).isfinite().all())
+        assert bool(run(name, X).isnan().all())
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("divergent_barrier", "never come: 24 threads have exited, 40 .* __syncthreads"),
+        ("missing_lanes", "never come: 32 threads have exited, 32 .* __shfl_xor_sync"),
+        ("barrier_or_shuffle", "never come: 32 threads wait in __shfl_xor.*, 32 .* __syncthreads"),
+        ("mixed_collectives", "lanes of a warp meet in different collectives"),
+        ("mixed_masks", "lanes of a warp meet in different collectives|never come"),
+        ("foreign_lane", "reads a lane outside its mask"),
+        ("lane_outside_mask", "__shfl_xor_sync by a lane outside of its mask"),
+        ("shared_overrun", "shared memory is overrun: byte 256 of 256"),
+        ("misaligned_copy", "cp.async with an address that is not a multiple of 16"),
+        ("copy_to_global", "cp.async to outside of shared memory"),
+        ("misaligned_fragment", "ldmatrix from an address that is not a multiple of 16"),
+        ("misaligned_vector", r"selftest.cu:\d+: access to an address that is not aligned"),
+        ("array_overrun", r"selftest.cu:\d+: index outside of an array"),
+        ("static_shared_overrun", r"selftest.cu:\d+: index outside of an array"),
+        ("wide_shift", r"selftest.cu:\d+: shift by more bits"),
+        ("read_behind", "thread .63,0,0.: access to an address outside of all"),
+        ("read_before", "access to an address outside of all"),
+        ("write_behind", "thread .63,0,0.: access to an address outside of all"),
+        ("deep_stack", "more stack"),
+    ],
+)
+def test_error_ends_the_launch(run, name: str, message: str, order: int) -> None:
+    with pytest.raises(RuntimeError, match=message):
+        run(name, X, order=order)
+    assert torch.equal(run("reverse", X, order=order), X.flip(0))
+
+
+@pytest.mark.parametrize(
+    ("blocks", "threads", "n_bytes", "message"),
+    [
+        (0, 64, 256, "wrong grid size"),
+        (1, 0, 256, "wrong block size"),
+        (1, 1025, 256, "wrong block size"),
+        (1, 64, 227 * 1024 + 1, "more shared memory than the device has"),
+    ],
+)
+def test_impossible_launch(run, blocks: int, threads: int, n_bytes: int, message: str) -> None:
+    with pytest.raises(RuntimeError, match=message):
+        run("reverse_as", X, blocks, threads, n_bytes)
+
+
+def test_device_can_be_chosen(run) -> None:
+    n_bytes = 120 * 1024
+    assert torch.equal(run("reverse_as", X, 3, THREADS, n_bytes), X.flip(0))
+    with (
+        cuda_shim.device(shared_memory=99 * 1024),
+        pytest.raises(RuntimeError, match="more shared memory than the device has"),
+    ):
+        run("reverse_as", X, 3, THREADS, n_bytes)
+    assert torch.equal(run("reverse_as", X, 3, THREADS, n_bytes), X.flip(0))
+    with pytest.raises(ValueError, match="colour"), cuda_shim.device(colour=1):
+        pass
+
+
+def test_every_intrinsic_is_emulated() -> None:
+    """A kernel that uses a new one would not compile; this says so before."""
+
+    def functions(path: str) -> set[str]:
+        text = (cuda_shim.ROOT / path).read_text()
+        return set(re.findall(r"__device__[^;{]*?(\w+)\(", text))
+
+    real = functions("csrc/cuda/intrinsics.cuh") - {"shared_address"}
+    assert len(real) >= 6
+    assert real <= functions("tests/cuda_shim/cuda/intrinsics.cuh")
