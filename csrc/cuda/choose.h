@@ -40,6 +40,7 @@ struct PairSizes {
 // tokens. Products of gradients are fp32 and cost `fp32_cost` multiply-adds of the inputs' type;
 // half a slab of tokens a sample is padding.
 inline bool ghost_dot_by_gradients(const PairSizes& s, bool tensor_cores) {
+  if (s.d_in == 0 || s.d_out == 0) return false;
   if (const GhostForm form = ghost_form(); form != GhostForm::kByCost) {
     return form == GhostForm::kGradient;
   }
@@ -50,25 +51,41 @@ inline bool ghost_dot_by_gradients(const PairSizes& s, bool tensor_cores) {
   return gradients < static_cast<double>(s.tokens) * s.tokens2 * (s.d_in + s.d_out);
 }
 
-// kFused: the product is multiplied by G in registers. kHopper: the same with the instructions of
-// sm_90a. kCublas: A V^T by cuBLAS, then the products with G.
-enum class BilinearForm { kFused, kHopper, kCublas };
+// kFused: the product is multiplied by G in registers. kHopper: the same with CUTLASS's parts for
+// sm_90a. kCublas: A V^T by cuBLAS, then the products with G. kGradient: tiles of the segments'
+// gradients, each for two directions.
+enum class BilinearForm { kFused, kHopper, kCublas, kGradient };
 
-// fp32 inputs go to cuBLAS: its fp32 GEMM is hard to beat by what the epilogue saves. `capability`
-// is 80, 89, 90, ...
-inline BilinearForm bilinear_form(int capability, bool tensor_cores, int64_t d_in) {
+struct BilinearSizes {
+  int64_t tokens, n, d_in, d_out, n_directions;
+};
+
+// `capability` is 80, 89, 90, ...; gradients give no results per token.
+inline BilinearForm bilinear_form(int capability, bool tensor_cores, bool per_token,
+                                  const BilinearSizes& s) {
+  const bool gradients_serve =
+      tensor_cores && !per_token && s.n > 0 && s.d_in > 0 && s.d_out > 0;
   const std::string_view forced = forced_form("GEFFECT_FAST_BILINEAR_FORM");
   if (forced == "fused") return BilinearForm::kFused;
   if (forced == "sm90") return BilinearForm::kHopper;
   if (forced == "cublas") return BilinearForm::kCublas;
-  STD_TORCH_CHECK(forced.empty(), "GEFFECT_FAST_BILINEAR_FORM must be fused, sm90 or cublas");
+  if (forced == "gradient" && gradients_serve) return BilinearForm::kGradient;
+  STD_TORCH_CHECK(forced.empty() || forced == "gradient",
+                  "GEFFECT_FAST_BILINEAR_FORM must be fused, sm90, cublas or gradient");
+  // fp32 inputs go to cuBLAS: its fp32 GEMM is hard to beat by what the epilogue saves.
   if (!tensor_cores) return BilinearForm::kCublas;
+  // Predicted: half a slab of 64 tokens a segment is padding, the products with two directions cost
+  // as much as 24 tokens, and a GEMM by TMA is a quarter faster than one by cp.async.
+  const double gradient_rows = s.tokens + 56.0 * s.n, passes = (s.n_directions + 1) / 2;
+  if (gradients_serve && gradient_rows * passes < 0.75 * s.tokens * s.n_directions) {
+    return BilinearForm::kGradient;
+  }
   if (capability == 90) return BilinearForm::kHopper;
   // Predicted: m16n8k16 reaches some 80 % of cuBLAS where cuBLAS uses the same instruction, and the
   // product costs 8 bytes an element: a fifth of the GEMM's time at this d_in. sm_100 has faster
   // instructions, which only cuBLAS uses.
   const bool same_instruction = capability < 90 || capability >= 120;
-  return same_instruction && d_in <= 2048 ? BilinearForm::kFused : BilinearForm::kCublas;
+  return same_instruction && s.d_in <= 2048 ? BilinearForm::kFused : BilinearForm::kCublas;
 }
 
 }  // namespace geffect_fast

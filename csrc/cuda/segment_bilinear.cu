@@ -3,7 +3,7 @@
 // a (total_tokens, d_in), g (total_tokens, d_out), v (M, d_out, d_in), cu_seqlens (n + 1)
 //   -> (M, n) or (M, total_tokens) fp32; any strides.
 //
-// Every form leaves terms[slice, m, t], whose slices are added, by segment or by token, in a second
+// Three forms leave terms[slice, m, t], whose slices are added, by segment or by token, in a second
 // stage (segment_sum.cuh):
 //   fused    a block owns a tile of Z_m = A V_m^T (tokens x d_out) in registers, multiplies it by
 //            the same tile of G and adds along d_out: one slice for each tile of d_out. Blocks that
@@ -12,6 +12,7 @@
 //   cublas   Z_m by cuBLAS in fp32, as many tokens at a time as the second-level cache holds, then
 //            a warp a token multiplies it by G: one slice.
 // Z never exists whole. choose.h says which form serves. Limiter: arithmetic.
+#include "cuda/bilinear_gradient.cuh"
 #include "cuda/choose.h"
 #include "cuda/gemm.h"
 #include "cuda/segment_sum.cuh"
@@ -22,10 +23,6 @@ namespace {
 
 constexpr const char* kOp = "segment_bilinear";
 constexpr int64_t kTokenTiles = 8;  // tiles of tokens whose rows of A are used together
-
-template <class T>
-using Tile = std::conditional_t<sizeof(T) == 2, TileTraits<T, 128, 128, 2, 4, 3>,
-                                TileTraits<T, 64, 64, 2, 2, 3>>;
 
 // M directions of one layer.
 template <class T>
@@ -47,10 +44,11 @@ __device__ __forceinline__ float2 load_pair(const T* row, int64_t col, int64_t n
   return make_float2(col < n_cols ? static_cast<float>(row[col]) : 0.f, 0.f);
 }
 
-template <class T>
-__global__ void __launch_bounds__(Tile<T>::kThreads, 2)
-    fused_kernel(Operand<T> a, Operand<T> g, Directions<T> v, float* terms) {
-  using Traits = Tile<T>;
+template <class Traits>
+__global__ void __launch_bounds__(Traits::kThreads, 2)
+    fused_kernel(Operand<typename Traits::T> a, Operand<typename Traits::T> g,
+                 Directions<typename Traits::T> v, float* terms) {
+  using T = typename Traits::T;
   __shared__ float row_sums[Traits::kWarpsN][Traits::kM];
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   const int64_t t_tiles = ceil_div(a.rows, Traits::kM), o_tiles = ceil_div(g.cols, Traits::kN);
@@ -64,7 +62,6 @@ __global__ void __launch_bounds__(Tile<T>::kThreads, 2)
     Operand<T> direction = v.first;
     direction.data += m * v.stride;
     Accumulator<Traits> acc;
-    acc.clear();
     TilePipeline<Traits, Contract::kFeatures>(dynamic_shared())
         .multiply({a, direction, t, a.rows, o, g.cols, 0, a.cols, false}, acc);
 #pragma unroll
@@ -141,15 +138,17 @@ class DirectionsHolder {
 // terms (tiles of d_out, M, total_tokens)
 template <class T>
 Tensor fused_terms(const Device& device, const Tensor& a, const Tensor& g, const Tensor& v) {
-  using Traits = Tile<T>;
   const OperandHolder<T> a_held(a), g_held(g);
   const DirectionsHolder<T> v_held(v);
-  const int64_t o_tiles = ceil_div(g.size(1), Traits::kN);
-  const int64_t n_tiles = ceil_div(a.size(0), Traits::kM) * o_tiles * v.size(0);
+  const int64_t o_tiles = ceil_div(g.size(1), kTileSide<T>);
+  const int64_t n_tiles = ceil_div(a.size(0), kTileSide<T>) * o_tiles * v.size(0);
   const Tensor terms = new_float(a, {o_tiles, v.size(0), a.size(0)});
-  device.launch(fused_kernel<T>, grid_for(n_tiles, 1 << 20), dim3(Traits::kThreads),
-                Traits::kSharedBytes, a_held.operand(), g_held.operand(), v_held.directions(),
-                terms.mutable_data_ptr<float>());
+  with_tile<T, HopperPairedTile>(device, [&](auto tile) {
+    using Traits = decltype(tile);
+    device.launch(fused_kernel<Traits>, grid_for(n_tiles, 1 << 20), dim3(Traits::kThreads),
+                  Traits::kSharedBytes, a_held.operand(), g_held.operand(), v_held.directions(),
+                  terms.mutable_data_ptr<float>());
+  });
   return terms;
 }
 
@@ -190,18 +189,14 @@ inline Tensor hopper_terms(const Tensor& a, const Tensor& g, const Tensor& v) {
 }
 
 template <class T>
-Tensor terms_of(const Device& device, const Tensor& a, const Tensor& g, const Tensor& v) {
-  switch (bilinear_form(device.capability(), sizeof(T) == 2, a.size(1))) {
-    case BilinearForm::kHopper: {
-      const Tensor terms = hopper_terms(a, g, v);
-      return terms.size(0) > 0 ? torch::stable::contiguous(terms)
-                               : cublas_terms<T>(device, a, g, v);
-    }
-    case BilinearForm::kFused:
-      return fused_terms<T>(device, a, g, v);
-    default:
-      return cublas_terms<T>(device, a, g, v);
+Tensor terms_of(BilinearForm form, const Device& device, const Tensor& a, const Tensor& g,
+                const Tensor& v) {
+  if (form == BilinearForm::kFused) return fused_terms<T>(device, a, g, v);
+  if (form == BilinearForm::kHopper) {
+    const Tensor terms = hopper_terms(a, g, v);
+    if (terms.size(0) > 0) return torch::stable::contiguous(terms);
   }
+  return cublas_terms<T>(device, a, g, v);
 }
 
 Tensor segment_bilinear(const Tensor& a, const Tensor& g, const Tensor& v, const Tensor& cu_seqlens,
@@ -218,9 +213,23 @@ Tensor segment_bilinear(const Tensor& a, const Tensor& g, const Tensor& v, const
   const Offsets offsets = offsets_of(kOp, "cu_seqlens", cu_seqlens, total_tokens);
   int* report = OffsetReport::device_word(kOp, kSegmentBilinear);
   return dispatch_cuda_dtype(kOp, a.scalar_type(), [&](auto type) {
+    using T = decltype(type);
     const Tensor out = new_float(a, {n_directions, per_token ? total_tokens : offsets.n});
     if (n_directions == 0) return out;
-    const Tensor terms = terms_of<decltype(type)>(device, a, g, v);
+    const BilinearForm form =
+        bilinear_form(device.capability(), kTensorCores<T>, per_token,
+                      {total_tokens, offsets.n, a.size(1), g.size(1), n_directions});
+    if (form == BilinearForm::kGradient) {
+      if constexpr (kTensorCores<T>) {
+        const OperandHolder<T> a_held(a), g_held(g);
+        const DirectionsHolder<T> v_held(v);
+        const Directions<T> all = v_held.directions();
+        bilinear_by_gradients(device, a_held.operand(), g_held.operand(), all.first, all.n,
+                              all.stride, offsets, report, out);
+      }
+      return out;
+    }
+    const Tensor terms = terms_of<T>(form, device, a, g, v);
     const float* from = terms.const_data_ptr<float>();
     float* to = out.mutable_data_ptr<float>();
     if (per_token) {
