@@ -53,6 +53,14 @@ void copy_async(void* dst, const void* src, int bytes);
 void copy_async_commit();
 void copy_async_wait(int pending);
 
+// fence.proxy.async: shows this thread's copies to instructions that read shared memory on their
+// own; whether that has been done for the copy to `address`, if there was one.
+void publish_copies();
+bool is_published(const void* address);
+
+// Counts blocks over all launches: what a thread remembers must not outlive its block.
+extern uint64_t block_number;
+
 // sum += left right, of a warp's matrix instruction.
 void multiply_16x8x16(float (&sum)[16][8], const float (&left)[16][16],
                       const float (&right)[16][8]);

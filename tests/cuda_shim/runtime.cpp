@@ -25,6 +25,9 @@ uint3 threadIdx, blockIdx;
 dim3 blockDim, gridDim;
 
 namespace cuda_shim {
+
+uint64_t block_number = 0;
+
 namespace {
 
 // ---- what tests can set ----
@@ -71,6 +74,7 @@ struct Fibre {
   // Groups of copies that are committed, and the one that is not.
   std::deque<std::vector<Copy>> groups;
   std::vector<Copy> open_group;
+  std::vector<size_t> unpublished;
 };
 
 // Lanes of a warp on their way into a collective.
@@ -149,6 +153,7 @@ constexpr size_t kSharedCapacity = 227 * 1024, kCanaryBytes = 4096;
 constexpr uint16_t kCanary = 0xffa5;
 alignas(1024) unsigned char shared_memory[kSharedCapacity + kCanaryBytes];
 size_t shared_bytes = 0;
+bool unpublished[kSharedCapacity / 16 + 1];  // of each 16 bytes
 
 // Static shared memory: the thread-local variables of the library that holds the kernel.
 unsigned char* static_shared = nullptr;
@@ -175,12 +180,18 @@ void find_static_shared(const void* kernel) {
       library.dli_fbase);
 }
 
+// Which 16 bytes of the dynamic shared memory; too large a number for others.
+size_t chunk_of(const void* address) {
+  return static_cast<size_t>(static_cast<const unsigned char*>(address) - shared_memory) / 16;
+}
+
 uint16_t* canary() {
   return reinterpret_cast<uint16_t*>(shared_memory + (shared_bytes + 1) / 2 * 2);
 }
 
 void fill_shared_memory() {
   std::memset(shared_memory, 0xff, shared_bytes);
+  std::fill_n(unpublished, shared_bytes / 16 + 1, false);
   std::fill_n(canary(), kCanaryBytes / 4, kCanary);
   if (static_shared_bytes > 0) std::memset(static_shared, 0xff, static_shared_bytes);
 }
@@ -256,6 +267,7 @@ std::string describe_waiting() {
 }
 
 void run_block(std::mt19937& random) {
+  ++block_number;
   for (int t = 0; t < n_threads; ++t) {
     Fibre& fibre = fibres[t];
     fibre.thread = t;
@@ -265,6 +277,7 @@ void run_block(std::mt19937& random) {
     fibre.state = State::kReady;
     fibre.groups.clear();
     fibre.open_group.clear();
+    fibre.unpublished.clear();
   }
   for (auto& meetings : warps) meetings.clear();
   barrier_arrived = barrier_sum = 0;
@@ -365,6 +378,7 @@ void copy_async(void* dst, const void* src, int bytes) {
   if (bytes < 0 || bytes > 16) fail("cp.async of more than 16 bytes");
   std::memset(dst, 0xff, 16);
   current->open_group.push_back({dst, src, bytes});
+  if (chunk_of(dst) < shared_bytes / 16) unpublished[chunk_of(dst)] = true;
 }
 
 void copy_async_commit() {
@@ -378,8 +392,21 @@ void copy_async_wait(int pending) {
     for (const Copy& copy : groups.front()) {
       std::memset(copy.dst, 0, 16);
       std::memcpy(copy.dst, copy.src, copy.bytes);
+      if (chunk_of(copy.dst) < shared_bytes / 16) {
+        current->unpublished.push_back(chunk_of(copy.dst));
+      }
     }
   }
+}
+
+void publish_copies() {
+  for (size_t chunk : current->unpublished) unpublished[chunk] = false;
+  current->unpublished.clear();
+}
+
+bool is_published(const void* address) {
+  const size_t chunk = chunk_of(address);
+  return chunk >= shared_bytes / 16 || !unpublished[chunk];
 }
 
 void multiply_16x8x16(float (&sum)[16][8], const float (&left)[16][16],

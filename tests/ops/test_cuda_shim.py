@@ -24,6 +24,7 @@ SIGNATURES = {
     "votes": "(Tensor x)",
     "fragments": "(Tensor x, bool transpose)",
     "product": "(Tensor a, Tensor b)",
+    "warpgroup": "(Tensor x, Tensor y, bool transpose)",
     "partial_copy": "(Tensor x, int bytes)",
     "reverse_as": "(Tensor x, int blocks, int threads, int bytes)",
 }
@@ -35,7 +36,8 @@ def run() -> Callable[..., Tensor]:
     source = cuda_shim.SHIM / "selftest.cu"
     library = torch.library.Library("cuda_shim_selftest", "DEF")
     for name in re.findall(r'm\.impl\("(\w+)"', source.read_text()):
-        library.define(f"{name}{SIGNATURES.get(name, '(Tensor x)')} -> Tensor")
+        key = "warpgroup" if name.startswith("warpgroup") else name
+        library.define(f"{name}{SIGNATURES.get(key, '(Tensor x)')} -> Tensor")
     cuda_shim.load("selftest", [source], "cuda_shim_selftest")
 
     def call(name: str, *args: object, order: int = FORWARD) -> Tensor:
@@ -122,6 +124,21 @@ def test_multiply_add(run, dtype: torch.dtype, order: int) -> None:
     torch.testing.assert_close(run("product", a, b, order=order), 1 + a.float() @ b.float())
 
 
+def warpgroup_tiles(transpose: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Two operands and their product; `transpose`: rows are contracted."""
+    x = torch.randn(64, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
+    y = torch.randn((64, 128) if transpose else (128, 64)).bfloat16()
+    expected = x.float().T @ y.float() if transpose else x.float() @ y.float().T
+    return x, y, expected
+
+
+@pytest.mark.parametrize("transpose", [False, True])
+@pytest.mark.parametrize("order", ORDERS)
+def test_warpgroup_multiply_add(run, transpose: bool, order: int) -> None:
+    x, y, expected = warpgroup_tiles(transpose)
+    torch.testing.assert_close(run("warpgroup", x, y, transpose, order=order), expected)
+
+
 @pytest.mark.parametrize("n_bytes", range(17))
 def test_copy_fills_up_with_zeros(run, n_bytes: int) -> None:
     copied = torch.zeros(THREADS // 4, 16, dtype=torch.uint8)
@@ -147,6 +164,28 @@ def test_copy_fills_up_with_zeros(run, n_bytes: int) -> None:
 )
 def test_wrong_in_some_order(run, name: str, expected: Tensor) -> None:
     assert any(not torch.equal(run(name, X, order=order), expected) for order in ORDERS)
+
+
+@pytest.mark.parametrize("left_out", ["barrier", "commit", "wait", "wait_before_copy"])
+def test_warpgroup_product_is_wrong_without(run, left_out: str) -> None:
+    def is_wrong(order: int) -> bool:
+        x, y, expected = warpgroup_tiles(False)
+        try:
+            found = run(f"warpgroup_{left_out}", x, y, False, order=order)
+        except RuntimeError as error:
+            return "wgmma reads a copy before the fence" in str(error)
+        return not torch.allclose(found, expected, rtol=1e-3, atol=1e-3)
+
+    assert any(is_wrong(order) for order in ORDERS)
+
+
+@pytest.mark.parametrize(
+    ("left_out", "message"), [("fence", "before the fence"), ("begin", "without warpgroup_begin")]
+)
+def test_warpgroup_product_fails_without(run, left_out: str, message: str) -> None:
+    x, y, _ = warpgroup_tiles(False)
+    with pytest.raises(RuntimeError, match=message):
+        run(f"warpgroup_{left_out}", x, y, False)
 
 
 @pytest.mark.parametrize("name", ["unwritten_shared", "unwritten_static_shared"])
@@ -214,13 +253,16 @@ def test_device_can_be_chosen(run) -> None:
         pass
 
 
-def test_every_intrinsic_is_emulated() -> None:
+@pytest.mark.parametrize("header", ["intrinsics.cuh", "warpgroup.cuh", "gemm.h"])
+def test_every_function_is_emulated(header: str) -> None:
     """A kernel that uses a new one would not compile; this says so before."""
 
-    def functions(path: str) -> set[str]:
-        text = (cuda_shim.ROOT / path).read_text()
-        return set(re.findall(r"__device__[^;{]*?(\w+)\(", text))
+    def functions(folder: str) -> set[str]:
+        text = (cuda_shim.ROOT / folder / header).read_text()
+        return set(re.findall(r"^(?:__device__|inline) [^;{]*?(\w+)\(", text, re.MULTILINE))
 
-    real = functions("csrc/cuda/intrinsics.cuh") - {"shared_address"}
-    assert len(real) >= 6
-    assert real <= functions("tests/cuda_shim/cuda/intrinsics.cuh")
+    real, emulated = functions("csrc/cuda"), functions("tests/cuda_shim/cuda")
+    if "csrc/cuda/gemm.h" in (cuda_shim.SHIM / "cuda" / header).read_text():
+        emulated |= real
+    assert len(real) > 1
+    assert real - {"shared_address"} <= emulated

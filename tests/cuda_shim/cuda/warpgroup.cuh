@@ -1,9 +1,10 @@
 // Emulation of csrc/cuda/warpgroup.cuh, which this file replaces by the order of include folders.
 //
-// A product is made when its warp waits for it, from what shared memory holds then: a slab that is
-// overwritten too early shows.
+// A product is made when its thread waits for it, from what shared memory holds then, and until
+// then its accumulators hold NaN: what is overwritten, read or waited for at the wrong time shows.
 #pragma once
 
+#include <memory>
 #include <vector>
 
 #include "cuda/intrinsics.cuh"
@@ -24,19 +25,44 @@ namespace warpgroup_emulation {
 
 using Rows = float (*)[4];
 
+// Accumulators of products in flight: their place and what they hold.
+struct Accumulators {
+  Rows place;
+  float value[16][4];
+  int in_flight = 0;
+};
+
 struct Product {
-  Rows d;
+  std::shared_ptr<Accumulators> sum;
   uint64_t x, y;
   void (*run)(const Product&, const cuda_shim::Lanes&);
 };
 
 struct Thread {
+  uint64_t block = cuda_shim::block_number;
+  bool begun = false;
   std::vector<std::vector<Product>> groups{1};  // the last one is not committed yet
 };
 
 inline Thread& thread() {
   static Thread threads[1024];
-  return threads[threadIdx.x];
+  Thread& own = threads[threadIdx.x];
+  if (own.block != cuda_shim::block_number) own = {};
+  return own;
+}
+
+// The accumulators at `place`, hidden from the kernel while products are in flight.
+inline std::shared_ptr<Accumulators> hide(Rows place) {
+  for (const auto& group : thread().groups) {
+    for (const Product& product : group) {
+      if (product.sum->place == place) return product.sum;
+    }
+  }
+  auto hidden = std::make_shared<Accumulators>();
+  hidden->place = place;
+  std::memcpy(hidden->value, place, sizeof hidden->value);
+  std::memset(place, 0xff, sizeof hidden->value);
+  return hidden;
 }
 
 // Element (i, k) of a described tile: i along the tile, k contracted. Offsets as the PTX ISA gives
@@ -54,6 +80,9 @@ float element(uint64_t tile, int i, int k) {
   address ^= (address >> 7 & 7) << 4;
   const unsigned char* where = dynamic_shared() + address;
   if (!cuda_shim::is_shared(where, 2)) cuda_shim::fail("wgmma reads outside of shared memory");
+  if (!cuda_shim::is_published(where)) {
+    cuda_shim::fail("wgmma reads a copy before the fence of the thread that made it");
+  }
   uint16_t bits;
   std::memcpy(&bits, where, 2);
   return element_value<T>(bits);
@@ -61,6 +90,12 @@ float element(uint64_t tile, int i, int k) {
 
 template <class T, bool kTransposed>
 void run(const Product& product, const cuda_shim::Lanes& lanes) {
+  for (int lane = 1; lane < cuda_shim::kLanes; ++lane) {
+    const auto& other = lanes.of<Product>(lane);
+    if (other.x != product.x || other.y != product.y) {
+      cuda_shim::fail("lanes give different tiles to a wgmma");
+    }
+  }
   const int first = static_cast<int>(threadIdx.x) / 32 % 4 * 16;
   float left[16][16];
   for (int i = 0; i < 16; ++i) {
@@ -75,7 +110,7 @@ void run(const Product& product, const cuda_shim::Lanes& lanes) {
     }
     const auto each = [&](auto&& visit) {
       for (int lane = 0; lane < cuda_shim::kLanes; ++lane) {
-        float* own = lanes.of<Product>(lane).d[j];
+        float* own = lanes.of<Product>(lane).sum->value[j];
         for (int e = 0; e < 4; ++e) visit(own[e], sum[lane / 4 + e / 2 * 8][lane % 4 * 2 + e % 2]);
       }
     };
@@ -87,9 +122,12 @@ void run(const Product& product, const cuda_shim::Lanes& lanes) {
 
 }  // namespace warpgroup_emulation
 
-__device__ inline void publish_to_warpgroups() {}
-__device__ inline void warpgroup_begin() {}
-__device__ inline void warpgroup_commit() { warpgroup_emulation::thread().groups.emplace_back(); }
+__device__ inline void publish_to_warpgroups() { cuda_shim::publish_copies(); }
+__device__ inline void warpgroup_begin() { warpgroup_emulation::thread().begun = true; }
+__device__ inline void warpgroup_commit() {
+  warpgroup_emulation::thread().groups.emplace_back();
+  warpgroup_emulation::thread().begun = false;
+}
 
 template <int N>
 __device__ inline void warpgroup_wait() {
@@ -101,6 +139,8 @@ __device__ inline void warpgroup_wait() {
                                    const auto& own = lanes.of<warpgroup_emulation::Product>(0);
                                    own.run(own, lanes);
                                  });
+      if (--product.sum->in_flight > 0) continue;
+      std::memcpy(product.sum->place, product.sum->value, sizeof product.sum->value);
     }
     groups.erase(groups.begin());
   }
@@ -108,8 +148,11 @@ __device__ inline void warpgroup_wait() {
 
 template <class T, bool kTransposed>
 __device__ inline void warpgroup_multiply_add(float (&d)[16][4], uint64_t x, uint64_t y) {
-  warpgroup_emulation::thread().groups.back().push_back(
-      {d, x, y, warpgroup_emulation::run<T, kTransposed>});
+  auto& own = warpgroup_emulation::thread();
+  if (!own.begun) cuda_shim::fail("wgmma without warpgroup_begin");
+  const auto sum = warpgroup_emulation::hide(d);
+  ++sum->in_flight;
+  own.groups.back().push_back({sum, x, y, warpgroup_emulation::run<T, kTransposed>});
 }
 
 }  // namespace geffect_fast
