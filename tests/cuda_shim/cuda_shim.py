@@ -134,13 +134,21 @@ def load(name: str, sources: Sequence[Path], namespace: str) -> None:
 
 
 @cache
-def load_kernels() -> torch.library.Library:
-    """Load the kernels of all ops; the registrations last as long as the process."""
+def _loaded() -> torch.library.Library | RuntimeError:
     library = torch.library.Library(NAMESPACE, "DEF")
     for op, signature in schema.SCHEMAS.items():
         library.define(op + signature)
-    load("kernels", kernel_files(), NAMESPACE)
+    try:
+        load("kernels", kernel_files(), NAMESPACE)
+    except RuntimeError as error:
+        return error  # a second try would take as long
     return library
+
+
+def load_kernels() -> None:
+    """Load the kernels of all ops; the registrations last as long as the process."""
+    if isinstance(result := _loaded(), RuntimeError):
+        raise result
 
 
 def serves(op: str) -> bool:
