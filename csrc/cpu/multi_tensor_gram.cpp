@@ -10,6 +10,7 @@
 #include "common/blocks.h"
 #include "common/checks.h"
 #include "common/tasks.h"
+#include "common/tensor_lists.h"
 
 namespace geffect_fast {
 namespace {
@@ -19,34 +20,6 @@ constexpr int64_t kChunk = kDotChunk;       // elements of a list read at once
 constexpr int64_t kMinPiece = 16 * kChunk;  // elements of a task
 constexpr int64_t kMaxPieces = 1024;        // bounds the memory of the partial sums
 constexpr int64_t kBlock = 4;               // rows of the Gram matrix computed together
-
-struct Layout {
-  std::vector<int64_t> sizes, strides;
-
-  explicit Layout(const Tensor& tensor) {
-    for (int64_t i = 0; i < tensor.dim(); ++i) {
-      if (tensor.size(i) == 1) continue;
-      sizes.push_back(tensor.size(i));
-      strides.push_back(tensor.stride(i));
-    }
-  }
-  bool operator==(const Layout& other) const {
-    return sizes == other.sizes && strides == other.strides;
-  }
-  // Every element once and no gaps, in whatever order of dimensions: memory can be read as one row.
-  bool is_dense() const {
-    std::vector<size_t> order(sizes.size());
-    for (size_t i = 0; i < order.size(); ++i) order[i] = i;
-    std::sort(order.begin(), order.end(),
-              [&](size_t i, size_t j) { return strides[i] < strides[j]; });
-    int64_t expected = 1;
-    for (size_t i : order) {
-      if (strides[i] != expected) return false;
-      expected *= sizes[i];
-    }
-    return true;
-  }
-};
 
 // Copies elements [begin, begin + n) of the tensor in row-major order of its indices.
 template <class T>
@@ -82,8 +55,7 @@ struct Parameter {
       data.push_back(static_cast<const T*>(tensor.const_data_ptr()));
       layouts.emplace_back(tensor);
     }
-    as_memory = layouts[0].is_dense();
-    for (const Layout& layout : layouts) as_memory = as_memory && layout == layouts[0];
+    as_memory = share_dense_layout(layouts);
   }
 
   // n elements of list j from `begin`; `scratch` holds n.
@@ -162,19 +134,7 @@ std::vector<double> multi_tensor_gram_kernel(const std::vector<Parameter<T>>& pa
 Tensor multi_tensor_gram(const std::vector<Tensor>& grads, int64_t n_lists,
                          const std::vector<int64_t>& groups, int64_t n_groups) {
   const int64_t n_tensors = groups.size();
-  STD_TORCH_CHECK(
-      n_lists > 0 && n_tensors > 0 && static_cast<int64_t>(grads.size()) == n_lists * n_tensors,
-      kOp, ": `grads` must hold n_lists * len(groups) tensors");
-  for (int64_t i = 0; i < n_lists * n_tensors; ++i) {
-    check_dtype(kOp, "grads", grads[i], grads[0].scalar_type());
-    const Tensor& like = grads[i % n_tensors];
-    bool same = grads[i].dim() == like.dim();
-    for (int64_t d = 0; same && d < like.dim(); ++d) same = grads[i].size(d) == like.size(d);
-    STD_TORCH_CHECK(same, kOp, ": `grads` must have one shape a parameter in all lists");
-  }
-  for (int64_t group : groups) {
-    STD_TORCH_CHECK(group >= 0 && group < n_groups, kOp, ": `groups` must lie below n_groups");
-  }
+  check_tensor_lists(kOp, grads, n_lists, groups, n_groups);
   return dispatch_dtype(kOp, grads[0].scalar_type(), [&](auto type) {
     using T = decltype(type);
     std::vector<Parameter<T>> parameters;

@@ -2,6 +2,7 @@
 // aligned.
 #pragma once
 
+#include "cuda/device.cuh"
 #include "cuda/vector.cuh"
 
 namespace geffect_fast {
@@ -22,6 +23,30 @@ __device__ __forceinline__ void widen_chunk(const Chunk<T, kWidth>& chunk, float
     unpack(chunk, out, T{});
   } else {
     out[0] = static_cast<float>(chunk);
+  }
+}
+
+// The warp's total of sums[lane / (32 / kN)], kN a power of two. Each exchange of lanes halves the
+// number of sums a lane holds: 31 shuffles for 32 sums in place of 160.
+template <int kN, int kDistance = kWarp / 2>
+__device__ __forceinline__ float warp_sum_each(const float (&sums)[kN]) {
+  if constexpr (kN == 1) {
+    float sum = sums[0];
+#pragma unroll
+    for (int distance = kDistance; distance > 0; distance /= 2) {
+      sum += __shfl_xor_sync(0xffffffffu, sum, distance);
+    }
+    return sum;
+  } else {
+    const bool upper = (threadIdx.x & kDistance) != 0;
+    float kept[kN / 2];
+#pragma unroll
+    for (int i = 0; i < kN / 2; ++i) {
+      const float given = upper ? sums[i] : sums[i + kN / 2];
+      kept[i] =
+          (upper ? sums[i + kN / 2] : sums[i]) + __shfl_xor_sync(0xffffffffu, given, kDistance);
+    }
+    return warp_sum_each<kN / 2, kDistance / 2>(kept);
   }
 }
 

@@ -1,11 +1,12 @@
-// Second stage of the ops that leave one term a token: sums over segments, or over slices alone.
+// Second stage of the ops that leave partial sums: adds them up over segments, or over slices
+// alone.
 //
 //   segment_sum   out[r, i] = sum_{s} sum_{t in segment i} terms[s, r, t]
 //   token_sum     out[r, t] = sum_{s} terms[s, r, t]
 //
-// terms (slices, rows, total) in fp32, summed in double in an order that only the offsets decide. A
-// warp owns one (r, i); a long segment is summed by the whole block, whatever the others' lengths.
-// Limiter: latency; the terms come from the second-level cache.
+// terms (slices, rows, total) in fp32, summed in double in an order that only the segments decide.
+// A warp owns one (r, i); a long segment is summed by the whole block, whatever the others'
+// lengths. Limiter: latency; the terms come from the second-level cache.
 #pragma once
 
 #include <cmath>
@@ -25,28 +26,29 @@ struct SegmentSum {
 };
 
 // This thread's share of row `row` over [begin, end): every `team`-th token from begin + `member`.
-template <class Term>
-__device__ __forceinline__ double sum_of_share(const Term* terms, int64_t slices,
+__device__ __forceinline__ double sum_of_share(const float* terms, int64_t slices,
                                                int64_t slice_stride, int64_t begin, int64_t end,
                                                int member, int team) {
   double sum = 0;
   for (int64_t slice = 0; slice < slices; ++slice) {
-    const Term* from = terms + slice * slice_stride;
+    const float* from = terms + slice * slice_stride;
 #pragma unroll 8
     for (int64_t t = begin + member; t < end; t += team) sum += from[t];
   }
   return sum;
 }
 
-template <class Term>
+// Segments: n of them over `total` terms, with begin(i), end(i), is_valid(i). Result: store(r, i,
+// sum). A segment that is not valid gets NaN, and 1 is stored in *report.
+template <class Segments, class Result>
 __global__ void __launch_bounds__(SegmentSum::kThreads)
-    segment_sum_kernel(const Term* __restrict__ terms, int64_t slices, int64_t rows,
-                       Offsets offsets, int* report, float* __restrict__ out) {
+    segment_sum_kernel(const float* __restrict__ terms, int64_t slices, int64_t rows,
+                       const Segments segments, int* report, const Result result) {
   constexpr int kWarps = SegmentSum::kWarps;
   __shared__ double partial[kWarps];
   __shared__ int is_long[kWarps];
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-  const int64_t n_results = rows * offsets.n, slice_stride = rows * offsets.total;
+  const int64_t n_results = rows * segments.n, slice_stride = rows * segments.total;
 
   // Neighbouring results go to different blocks, so that few results still fill the device.
   const int64_t step = gridDim.x;
@@ -54,15 +56,15 @@ __global__ void __launch_bounds__(SegmentSum::kThreads)
     const int64_t own = first + warp * step;
     bool own_is_long = false;
     if (own < n_results) {
-      const int64_t row = own / offsets.n, i = own % offsets.n;
-      const int64_t begin = offsets.begin(i), end = offsets.end(i);
-      const bool valid = offsets.is_valid(i);
+      const int64_t row = own / segments.n, i = own % segments.n;
+      const int64_t begin = segments.begin(i), end = segments.end(i);
+      const bool valid = segments.is_valid(i);
       own_is_long = valid && (end - begin) * slices >= SegmentSum::kLong;
       if (!own_is_long) {
-        const double sum = valid ? warp_sum(sum_of_share(terms + row * offsets.total, slices,
+        const double sum = valid ? warp_sum(sum_of_share(terms + row * segments.total, slices,
                                                          slice_stride, begin, end, lane, kWarp))
                                  : NAN;
-        if (lane == 0) out[own] = static_cast<float>(sum);
+        if (lane == 0) result.store(row, i, sum);
         if (lane == 0 && !valid) {
           *report = 1;
           __threadfence_system();
@@ -73,16 +75,16 @@ __global__ void __launch_bounds__(SegmentSum::kThreads)
     __syncthreads();
     for (int other = 0; other < kWarps; ++other) {
       if (!is_long[other]) continue;
-      const int64_t result = first + other * step;
-      const int64_t row = result / offsets.n, i = result % offsets.n;
+      const int64_t shared = first + other * step;
+      const int64_t row = shared / segments.n, i = shared % segments.n;
       const double sum = warp_sum(
-          sum_of_share(terms + row * offsets.total, slices, slice_stride, offsets.begin(i),
-                       offsets.end(i), static_cast<int>(threadIdx.x), SegmentSum::kThreads));
+          sum_of_share(terms + row * segments.total, slices, slice_stride, segments.begin(i),
+                       segments.end(i), static_cast<int>(threadIdx.x), SegmentSum::kThreads));
       if (lane == 0) partial[warp] = sum;
       __syncthreads();
       if (warp == 0) {
         const double total = warp_sum(lane < kWarps ? partial[lane] : 0.0);
-        if (lane == 0) out[result] = static_cast<float>(total);
+        if (lane == 0) result.store(row, i, total);
       }
       __syncthreads();
     }
@@ -103,14 +105,32 @@ __global__ void __launch_bounds__(256)
   }
 }
 
+// Launches segment_sum_kernel for any kind of segments and results.
+template <class Segments, class Result>
+void launch_segment_sum(const Device& device, const float* terms, int64_t slices, int64_t rows,
+                        const Segments& segments, int* report, const Result& result) {
+  const int64_t n_results = rows * segments.n;
+  if (n_results == 0) return;
+  device.launch(segment_sum_kernel<Segments, Result>,
+                grid_for(n_results, 2 * device.n_multiprocessors()), dim3(SegmentSum::kThreads), 0,
+                terms, slices, rows, segments, report, result);
+}
+
+// A row-major (rows, n) matrix.
+struct RowMajor {
+  float* out;
+  int64_t n;
+
+  __device__ __forceinline__ void store(int64_t row, int64_t i, double sum) const {
+    out[row * n + i] = static_cast<float>(sum);
+  }
+};
+
 // terms (slices, rows, offsets.total) -> out (rows, offsets.n). A segment with wrong offsets gets
 // NaN, and 1 is stored in *report.
 inline void segment_sum(const Device& device, const float* terms, int64_t slices, int64_t rows,
                         const Offsets& offsets, int* report, float* out) {
-  const int64_t n_results = rows * offsets.n;
-  if (n_results == 0) return;
-  device.launch(segment_sum_kernel<float>, grid_for(n_results, 2 * device.n_multiprocessors()),
-                dim3(SegmentSum::kThreads), 0, terms, slices, rows, offsets, report, out);
+  launch_segment_sum(device, terms, slices, rows, offsets, report, RowMajor{out, offsets.n});
 }
 
 // terms (slices, rows, total) -> out (rows, total).
