@@ -15,7 +15,12 @@ from torch.utils._pytree import tree_leaves
 
 from geffect_fast import ops
 from geffect_fast.capture import Factor, OutsideUse, Plan, Recorder, Segments, leaves_of
-from geffect_fast.capture.products import inner, pairwise, squared_norms
+from geffect_fast.capture.products import (
+    in_working_precision,
+    inner,
+    pairwise,
+    squared_norms,
+)
 from geffect_fast.errors import InputError, UnsupportedModelError
 from geffect_fast.ops.reference import accumulation_dtype
 
@@ -254,7 +259,8 @@ def _stacked(plan: Plan, direction: Mapping[str, Tensor]) -> tuple[dict[str, Ten
             )
         counts.add(None if v.shape == p.shape else v.shape[0])
         wide = accumulation_dtype(p.dtype)
-        stacked[name] = v.detach().to(p.device, wide).reshape(-1, *p.shape)
+        v = v.detach().to(p.device, wide).reshape(-1, *p.shape)
+        stacked[name] = in_working_precision(v, p)
     if len(counts) > 1:
         raise InputError("direction: every parameter needs the same number of directions")
     return stacked, counts not in ({None}, set())

@@ -24,6 +24,19 @@ from geffect_fast.capture.factors import (
 from geffect_fast.capture.segments import segment_sum
 
 
+def in_working_precision(direction: Tensor, parameter: Tensor) -> Tensor:
+    """`direction` in the precision in which its products with a parameter's gradients are taken.
+
+    bf16 parameters on CUDA get bf16 directions: their products then run on tensor cores, in place
+    of fp32 units that are an order of magnitude slower, and the sums stay in fp32. The inputs and
+    output gradients are bf16 already, so this is one more rounding of the same size. Elsewhere
+    nothing would be gained, and directions stay in fp32.
+    """
+    if direction.device.type == "cuda" and parameter.dtype == torch.bfloat16:
+        return direction.to(torch.bfloat16)
+    return direction
+
+
 def project(a: Tensor, direction: Tensor, transposed: bool) -> Tensor:
     """`z[m, t] = V_m a_t`, the half of an inner product that no objective changes.
 
@@ -34,7 +47,8 @@ def project(a: Tensor, direction: Tensor, transposed: bool) -> Tensor:
     Returns:
         `(M, rows, d_out)`.
     """
-    a = a.to(direction.dtype)
+    dtype = torch.promote_types(a.dtype, direction.dtype)
+    a, direction = a.to(dtype), direction.to(dtype)
     if transposed:
         return a @ direction
     m, d_out, d_in = direction.shape
@@ -53,19 +67,21 @@ def inner(factor: Factor, direction: Tensor, z: Tensor | None = None) -> Tensor:
     Returns:
         `(M, n_samples)` fp64.
     """
-    dtype = direction.dtype
     if isinstance(factor, Outer):
+        dtype = torch.promote_types(factor.g.dtype, direction.dtype)
         g = factor.g.to(dtype)
         if z is not None:
-            return ops.segment_dot(z, g, factor.cu).double()
-        v = direction.transpose(1, 2) if factor.transposed else direction
+            return ops.segment_dot(z.to(dtype), g, factor.cu).double()
+        v = (direction.transpose(1, 2) if factor.transposed else direction).to(dtype)
         return ops.segment_bilinear(factor.a.to(dtype), g, v, factor.cu).double()
     if isinstance(factor, Lookup):
         looked_up = direction[:, factor.ids] if z is None else z
-        return ops.segment_dot(looked_up, factor.g.to(dtype), factor.cu).double()
-    flat = direction.flatten(1)
+        dtype = torch.promote_types(factor.g.dtype, looked_up.dtype)
+        return ops.segment_dot(looked_up.to(dtype), factor.g.to(dtype), factor.cu).double()
+    flat = widened(direction.flatten(1))
     if isinstance(factor, RowSum):
-        return segment_sum(factor.p.to(dtype) @ flat.T, factor.cu).T
+        dtype = torch.promote_types(factor.p.dtype, flat.dtype)
+        return segment_sum(factor.p.to(dtype) @ flat.to(dtype).T, factor.cu).T
     flat = flat.double()
     score = [flat @ factor.vjp(i).flatten().double() for i in range(factor.n_samples)]
     return torch.stack(score, dim=1)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from geffect_fast.capture import Factor, Plan, Recorder
-from geffect_fast.capture.products import inner
+from geffect_fast.capture.products import in_working_precision, inner
 from geffect_fast.engines.direction import Tick, add_gradients, new_gradients
 from geffect_fast.engines.forward_pass import model_outputs, sample_axis
 from geffect_fast.engines.tasks import Reference, Task
@@ -64,6 +64,9 @@ def reverse_effects(
     """
     position = {name: p for p, name in enumerate(plan.parameters)}
     n_directions = next(iter(directions.values())).shape[0]
+    directions = {
+        name: in_working_precision(v, plan.parameters[name]) for name, v in directions.items()
+    }
     effects = torch.zeros(n_objectives, n_directions, len(position), n_samples, dtype=torch.float64)
     values = torch.zeros(n_objectives, dtype=torch.float64)
     gradients = new_gradients(plan, n_objectives) if norms else None

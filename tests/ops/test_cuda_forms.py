@@ -1,0 +1,151 @@
+"""Every form of the CUDA ops gives the formula, on every kind of device; which form serves."""
+
+from __future__ import annotations
+
+import cuda_shim
+import pytest
+import torch
+from op_samples import Maker, Sample
+from test_op_values import assert_close_to_formula
+
+if (_reason := cuda_shim.why_missing()) is not None:
+    pytest.skip(_reason, allow_module_level=True)
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+AMPERE, HOPPER, BLACKWELL = 8, 9, 10
+# Segments that end within tiles, on their edges, and that a tile cannot hold; empty ones between.
+LENGTHS = [130, 0, 64, 1, 256, 61]
+GHOST, BILINEAR = "GEFFECT_FAST_GHOST_FORM", "GEFFECT_FAST_BILINEAR_FORM"
+
+
+def samples(dtype: torch.dtype) -> dict[str, Sample]:
+    make = Maker(dtype, seed=3)
+    a, g, cu = make.rows(LENGTHS, 200, 136)
+    other = make.rows([65, 190], 200, 136)
+    odd = make.rows(LENGTHS, 131, 67)  # rows that do not begin on 16 bytes
+    return {
+        "norm": Sample("ghost_norm", "", (a, g, cu)),
+        "norm, odd": Sample("ghost_norm", "", odd),
+        "dot": Sample("ghost_dot", "", (a, g, cu, *other)),
+        "dot, odd": Sample("ghost_dot", "", (*odd, *odd)),
+        "one": Sample("segment_bilinear", "", (a, g, make(1, 136, 200), cu)),
+        "three": Sample("segment_bilinear", "", (a, g, make(3, 136, 200), cu)),
+        "per token": Sample("segment_bilinear", "", (a, g, make(2, 136, 200), cu), per_token=True),
+        "transposed": Sample("segment_bilinear", "", (a, g, make(3, 200, 136).mT, cu)),
+        "odd": Sample("segment_bilinear", "", (*odd[:2], make(2, 67, 131), odd[2])),
+    }
+
+
+def run(sample: Sample, capability: int) -> torch.Tensor:
+    with cuda_shim.device(capability_major=capability), cuda_shim.serving():
+        return sample.run()
+
+
+@pytest.mark.parametrize("capability", [AMPERE, HOPPER])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", samples(torch.float32))
+def test_every_form_gives_the_formula(
+    name: str, dtype: torch.dtype, capability: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sample = samples(dtype)[name]
+    bilinear = sample.op == "segment_bilinear"
+    variable = BILINEAR if bilinear else GHOST
+    forms = ("fused", "cublas", "sm90", "gradient", "") if bilinear else ("gram", "gradient", "")
+    for form in forms:
+        monkeypatch.setenv(variable, form)
+        found = run(sample, capability)
+        assert_close_to_formula(sample, found)
+        with cuda_shim.thread_order(cuda_shim.SHUFFLED):
+            assert torch.equal(run(sample, capability), found), form
+
+
+@pytest.mark.parametrize(("op", "variable"), [("one", BILINEAR), ("norm", GHOST), ("dot", GHOST)])
+def test_unknown_form_is_an_error(op: str, variable: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(variable, "fastest")
+    with pytest.raises(RuntimeError, match=f"{variable} must be"):
+        run(samples(torch.bfloat16)[op], HOPPER)
+
+
+def rows(lengths: list[int], d_in: int, d_out: int) -> tuple[torch.Tensor, ...]:
+    return Maker(torch.bfloat16).rows(lengths, d_in, d_out)
+
+
+def directions(count: int, d_out: int, d_in: int) -> torch.Tensor:
+    return Maker(torch.bfloat16, seed=1)(count, d_out, d_in)
+
+
+CHOICES = [
+    # several directions share a product where segments fill their slabs of tokens
+    ("long, 2 directions", AMPERE, [200, 300], 2, "gradient"),
+    ("long, 2 directions", HOPPER, [200, 300], 2, "gradient"),
+    ("short, 2 directions", AMPERE, [20, 9, 30], 2, "fused"),
+    ("1 direction", AMPERE, [200, 300], 1, "fused"),
+    # without the library for sm_90a, and with instructions that only cuBLAS uses
+    ("1 direction", HOPPER, [200, 300], 1, "cublas"),
+    ("1 direction", BLACKWELL, [200, 300], 1, "cublas"),
+]
+
+
+@pytest.mark.parametrize(("name", "capability", "lengths", "count", "form"), CHOICES)
+def test_bilinear_form_by_sizes(
+    name: str, capability: int, lengths: list[int], count: int, form: str, monkeypatch
+) -> None:
+    """Forms add in different orders: equal bits tell which one ran."""
+    a, g, cu = rows(lengths, 300, 260)
+    sample = Sample("segment_bilinear", name, (a, g, directions(count, 260, 300), cu))
+    chosen = run(sample, capability)
+    for forced in ("gradient", "fused", "cublas"):
+        monkeypatch.setenv(BILINEAR, forced)
+        assert torch.equal(run(sample, capability), chosen) == (forced == form), forced
+
+
+@pytest.mark.parametrize(
+    ("lengths", "d", "form"), [([500, 3], 192, "gradient"), ([60, 40, 50], 192, "gram")]
+)
+def test_ghost_norm_form_by_sizes(lengths: list[int], d: int, form: str, monkeypatch) -> None:
+    sample = Sample("ghost_norm", "", rows(lengths, d, d))
+    chosen = run(sample, HOPPER)[0]
+    for forced in ("gram", "gradient"):
+        monkeypatch.setenv(GHOST, forced)
+        assert torch.equal(run(sample, HOPPER)[0], chosen) == (forced == form), forced
+
+
+@pytest.mark.parametrize(
+    ("lengths", "form"), [([256, 256], "gradient"), ([9, 7, 3, 12, 8, 11], "gram")]
+)
+def test_ghost_dot_form_by_sizes(lengths: list[int], form: str, monkeypatch) -> None:
+    sample = Sample("ghost_dot", "", (*rows(lengths, 100, 90), *rows(lengths, 100, 90)))
+    chosen = run(sample, HOPPER)
+    for forced in ("gram", "gradient"):
+        monkeypatch.setenv(GHOST, forced)
+        assert torch.equal(run(sample, HOPPER), chosen) == (forced == form), forced
+
+
+WRONG = [[0, 300, 200, 512], [0, -5, 200, 512], [0, 100, 200, 600], [3, 100, 200, 512]]
+
+
+@pytest.mark.parametrize("capability", [AMPERE, HOPPER])
+@pytest.mark.parametrize("offsets", WRONG)
+@pytest.mark.parametrize("op", ["ghost_norm", "ghost_dot", "segment_bilinear", "segment_dot"])
+def test_wrong_offsets_are_nan_and_reported(op: str, offsets: list[int], capability: int) -> None:
+    """No access outside of the tensors; NaN where a segment is wrong; the next call says so."""
+    cuda_shim.load_kernels()
+    a, g, good = rows([100, 100, 312], 96, 80)
+    v = directions(2, 80, 96)
+
+    def call(cu: torch.Tensor) -> torch.Tensor:
+        args = {
+            "ghost_norm": (a, g, cu),
+            "ghost_dot": (a, g, good, a, g, cu),
+            "segment_bilinear": (a, g, v, cu, False),
+            "segment_dot": (g[None], g[None], cu),
+        }[op]
+        return cuda_shim.call(f"{cuda_shim.NAMESPACE}::{op}", *args)
+
+    which = "cu_seqlens2" if op == "ghost_dot" else "cu_seqlens"
+    with cuda_shim.device(capability_major=capability):
+        wrong = call(torch.tensor(offsets, dtype=torch.int32))
+        assert wrong.isnan().any() and not wrong.isnan().all()
+        with pytest.raises(RuntimeError, match=f"{op}: `{which}` of an earlier call"):
+            call(good)
+        assert not call(good).isnan().any()
