@@ -10,7 +10,7 @@
 // slab of tokens pay for a whole one.
 #pragma once
 
-#include "cuda/offsets.cuh"
+#include "cuda/segment_sum.cuh"
 #include "cuda/tile_product.cuh"
 
 namespace geffect_fast {
@@ -109,29 +109,17 @@ __global__ void __launch_bounds__(Traits::kThreads)
   }
 }
 
-// out[m, i] = the sum of its products over the tiles; a warp owns a result.
-__global__ void sum_tiles_kernel(const float* products, int64_t n_tiles, int64_t n_directions,
-                                 Offsets offsets, int* report, float* out) {
-  const int64_t warps = int64_t{gridDim.x} * blockDim.x / kWarp;
-  const int lane = threadIdx.x % kWarp;
-  for (int64_t result = (int64_t{blockIdx.x} * blockDim.x + threadIdx.x) / kWarp;
-       result < n_directions * offsets.n; result += warps) {
-    double sum = 0;
-#pragma unroll 4
-    for (int64_t tile = lane; tile < n_tiles; tile += kWarp) {
-      sum += products[result * n_tiles + tile];
-    }
-    sum = warp_sum(sum);
-    if (lane == 0) {
-      const bool valid = offsets.is_valid(result % offsets.n);
-      out[result] = valid ? static_cast<float>(sum) : __uint_as_float(0x7fc00000u);
-      if (!valid) {
-        *report = 1;
-        __threadfence_system();
-      }
-    }
-  }
-}
+// The products of a segment, one a tile, as the terms that launch_segment_sum adds.
+struct TileTerms {
+  Offsets offsets;
+  int64_t n_tiles, n, total;
+
+  TileTerms(const Offsets& of, int64_t tiles)
+      : offsets(of), n_tiles(tiles), n(of.n), total(of.n * tiles) {}
+  __device__ __forceinline__ int64_t begin(int64_t i) const { return i * n_tiles; }
+  __device__ __forceinline__ int64_t end(int64_t i) const { return (i + 1) * n_tiles; }
+  __device__ __forceinline__ bool is_valid(int64_t i) const { return offsets.is_valid(i); }
+};
 
 // out (M, n) for the M directions of v (rows of each, v_stride apart).
 template <class T>
@@ -156,9 +144,9 @@ void bilinear_by_gradients(const Device& device, const Operand<T>& a, const Oper
                     to + m * offsets.n * n_tiles);
     }
   });
-  device.launch(sum_tiles_kernel, grid_for(ceil_div(n_directions * offsets.n, 4), 1 << 20),
-                dim3(4 * kWarp), 0, products.const_data_ptr<float>(), n_tiles, n_directions,
-                offsets, report, out.mutable_data_ptr<float>());
+  launch_segment_sum(device, products.const_data_ptr<float>(), 1, n_directions,
+                     TileTerms(offsets, n_tiles), report,
+                     RowMajor{out.mutable_data_ptr<float>(), offsets.n});
 }
 
 }  // namespace geffect_fast
