@@ -160,6 +160,12 @@ def sample_inputs(dtype: torch.dtype) -> list[Sample]:
     ]
     big = [[make(300, 301), make(5)] for _ in range(2)]
     big_strided = [[make(301, 300).T, make(5)], [make(300, 301), make(1).expand(5)]]
+    many_lists = [[make(3, 7), make(700)] for _ in range(17)]
+    long_lists = [[make(9001), make(130)] for _ in range(16)]  # longer than a block reads at once
+    unaligned = [[make(3005)[j % 2 :][:3003], make(40)[j:][:30]] for j in range(10)]
+    small = [[make(1 + p % 3) for p in range(1100)]]  # more than one launch describes
+    columns = make(3, len(a), 4104)  # rows on 16-byte boundaries, wider than a warp reads at once
+    tokens = make(2, 2100, 8)
     return [
         Sample("segment_bilinear", "three directions", (a, g, v, cu)),
         Sample("segment_bilinear", "one direction, 2-D", (a, g, v[0], cu)),
@@ -187,6 +193,12 @@ def sample_inputs(dtype: torch.dtype) -> list[Sample]:
         Sample("segment_dot", "no samples", (empty[1], empty[1], empty[2])),
         Sample("segment_dot", "no tokens", (no_tokens[1], no_tokens[1][None], no_tokens[2])),
         Sample("segment_dot", "wide", (make(175, 2100), make(2, 175, 2100), wide[2])),
+        Sample("segment_dot", "wide, ragged", (columns[:2, :, :4101], columns[2, :, :4101], cu)),
+        Sample("segment_dot", "off 16 bytes", (columns[:, :, 3:40], columns[1:, :, 5:42], cu)),
+        Sample(
+            "segment_dot", "tiles", (make(6, len(a), 24), make(9, len(a), 32)[..., 8:], cu.long())
+        ),
+        Sample("segment_dot", "long", (tokens, tokens[1], offsets([2060, 0, 40]))),
         Sample("ghost_norm", "ragged", (a, g, cu)),
         Sample("ghost_norm", "no samples", empty),
         Sample("ghost_norm", "no tokens", no_tokens),
@@ -215,4 +227,15 @@ def sample_inputs(dtype: torch.dtype) -> list[Sample]:
         Sample("multi_tensor_gram", "strided", (strided_lists,)),
         Sample("multi_tensor_gram", "big", (big, [0, 0])),
         Sample("multi_tensor_gram", "big, strided", (big_strided,)),
+        Sample("multi_tensor_gram", "3 lists", (many_lists[:3],)),
+        Sample("multi_tensor_gram", "6 lists", (many_lists[:6],)),
+        Sample("multi_tensor_gram", "7 lists", (many_lists[:7],)),
+        Sample("multi_tensor_gram", "8 lists", (many_lists[:8],)),
+        Sample("multi_tensor_gram", "9 lists", (many_lists[:9],)),
+        Sample("multi_tensor_gram", "13 lists", (many_lists[:13],)),
+        Sample("multi_tensor_gram", "17 lists", (many_lists, [1, 0])),
+        Sample("multi_tensor_gram", "16 lists, long", (long_lists, [0, 0])),
+        Sample("multi_tensor_gram", "off 16 bytes", (unaligned,)),
+        Sample("multi_tensor_gram", "off 16 bytes, 2", ([unaligned[0], unaligned[1]],)),
+        Sample("multi_tensor_gram", "many tensors", (small, [p % 100 // 99 for p in range(1100)])),
     ]
