@@ -122,7 +122,9 @@ def runtime() -> ctypes.CDLL:
     """Return the library with the fibres and the switches of the shim."""
     sources = [SHIM / "runtime.cpp", SHIM / "guarded.cpp"]
     built = _library("runtime", [_object(source, RUNTIME_FLAGS) for source in sources], ["-ldl"])
-    return ctypes.CDLL(str(built))
+    library = ctypes.CDLL(str(built))
+    library.shim_leave_device.restype = ctypes.c_bool
+    return library
 
 
 def load(name: str, sources: Sequence[Path], namespace: str) -> None:
@@ -172,13 +174,23 @@ def _guarded(arg: Any) -> Any:
 
 
 def call(op: str, *args: Any) -> Tensor:
-    """Run `namespace::op` with all tensors in guarded memory."""
+    """Run `namespace::op` with all tensors in guarded memory that the host must not touch."""
     namespace, name = op.split("::")
-    runtime().shim_guard_memory(True)
+    function = getattr(getattr(torch.ops, namespace), name)
+    shim = runtime()
+    shim.shim_guard_memory(True)
     try:
-        return getattr(getattr(torch.ops, namespace), name)(*map(_guarded, args))
+        guarded = [_guarded(arg) for arg in args]
+        shim.shim_enter_device()
+        try:
+            result = function(*guarded)
+        finally:
+            touched = shim.shim_leave_device()
     finally:
-        runtime().shim_guard_memory(False)
+        shim.shim_guard_memory(False)
+    if touched:
+        raise RuntimeError(f"{op}: the host's code touches memory of the device")
+    return result
 
 
 @contextmanager

@@ -1,55 +1,138 @@
-// An allocator for torch's CPU tensors that shows accesses outside of them: every tensor ends at a
-// page that cannot be touched, another lies before it, and new memory holds NaN.
+// The memory of torch's CPU tensors as the device's: an allocator that shows accesses outside of
+// tensors, and a lock that shows the host's code reading what lies on the device.
+//
+// Every tensor ends at a page that cannot be touched, another lies before it, and new memory holds
+// NaN. Between launches no tensor can be touched either: the handler of such an access lets torch's
+// own functions pass, which stand for its kernels, and remembers the access of anybody else.
 #undef TORCH_TARGET_VERSION  // allocators are no part of torch's stable interface
 #include <c10/core/Allocator.h>
 #include <c10/core/CPUAllocator.h>
+#include <dlfcn.h>
+#include <signal.h>
 #include <sys/mman.h>
+#include <ucontext.h>
 #include <unistd.h>
 
 #include <cstring>
+#include <map>
+#include <mutex>
+#include <string>
+
+#include "fibres.h"
 
 namespace {
 
 // Vector loads need this alignment, so up to 15 bytes after a tensor can be touched unseen.
 constexpr size_t kAlignment = 16;
 
-struct Pages {
-  char* begin;
-  size_t bytes;
-};
+size_t page_bytes() {
+  static const size_t bytes = sysconf(_SC_PAGESIZE);
+  return bytes;
+}
 
-void free_pages(void* pages) {
-  auto* owned = static_cast<Pages*>(pages);
-  munmap(owned->begin, owned->bytes);
-  delete owned;
+// Begin and size of every tensor's pages, without the two around them.
+std::map<char*, size_t> tensors;
+std::mutex mutex;
+bool on_device = false;  // tensors belong to the device: `call` of cuda_shim.py is running
+bool touched_by_host = false;
+
+void protect(int access) {
+  const std::lock_guard<std::mutex> lock(mutex);
+  for (const auto& [begin, bytes] : tensors) mprotect(begin, bytes, access);
+}
+
+void free_pages(void* begin) {
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto found = tensors.find(static_cast<char*>(begin));
+  munmap(found->first - page_bytes(), found->second + 2 * page_bytes());
+  tensors.erase(found);
 }
 
 class GuardedAllocator final : public c10::Allocator {
  public:
   c10::DataPtr allocate(size_t n) override {
-    const size_t page = sysconf(_SC_PAGESIZE);
+    const size_t page = page_bytes();
     const size_t padded = (n + kAlignment - 1) / kAlignment * kAlignment;
     const size_t usable = (padded + page - 1) / page * page;
-    void* memory = mmap(nullptr, usable + 2 * page, PROT_READ | PROT_WRITE,
-                        MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    void* memory = mmap(nullptr, usable + 2 * page, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     TORCH_CHECK(memory != MAP_FAILED, "no memory for a guarded tensor");
-    auto* begin = static_cast<char*>(memory);
-    mprotect(begin, page, PROT_NONE);
-    mprotect(begin + page + usable, page, PROT_NONE);
-    std::memset(begin + page, 0xff, usable);
-    char* data = begin + page + usable - padded;
-    return {data, new Pages{begin, usable + 2 * page}, &free_pages,
-            c10::Device(c10::DeviceType::CPU)};
+    char* begin = static_cast<char*>(memory) + page;
+    mprotect(begin, usable, PROT_READ | PROT_WRITE);
+    std::memset(begin, 0xff, usable);
+    const std::lock_guard<std::mutex> lock(mutex);
+    tensors[begin] = usable;
+    return {begin + usable - padded, begin, &free_pages, c10::Device(c10::DeviceType::CPU)};
   }
   void copy_data(void* to, const void* from, size_t n) const override { std::memcpy(to, from, n); }
 };
 
 GuardedAllocator guarded;
 c10::Allocator* replaced = nullptr;
+struct sigaction old_action;
+
+// Whether the instruction is one of a .cu file's host code.
+bool is_in_kernels(const ucontext_t& context) {
+#if defined(__x86_64__)
+  void* instruction = reinterpret_cast<void*>(context.uc_mcontext.gregs[REG_RIP]);
+#elif defined(__aarch64__)
+  void* instruction = reinterpret_cast<void*>(context.uc_mcontext.pc);
+#endif
+  Dl_info here, library;
+  return dladdr(instruction, &library) != 0 &&
+         dladdr(reinterpret_cast<void*>(&is_in_kernels), &here) != 0 &&
+         std::strstr(library.dli_fname, "/cuda_shim/") != nullptr &&
+         std::strcmp(here.dli_fname, library.dli_fname) != 0;
+}
+
+void handle_access(int signal, siginfo_t* info, void* context) {
+  auto* at = static_cast<char*>(info->si_addr);
+  const auto after = tensors.upper_bound(at);
+  if (after == tensors.begin() || at >= std::prev(after)->first + std::prev(after)->second) {
+    sigaction(signal, &old_action, nullptr);  // no tensor's: it comes again
+    return;
+  }
+  const auto& [begin, bytes] = *std::prev(after);
+  if (is_in_kernels(*static_cast<ucontext_t*>(context))) touched_by_host = true;
+  mprotect(begin, bytes, PROT_READ | PROT_WRITE);
+}
 
 }  // namespace
 
-extern "C" void shim_guard_memory(bool on) {
+namespace cuda_shim {
+
+void lock_tensors() {
+  if (on_device) protect(PROT_NONE);
+}
+void unlock_tensors() {
+  if (on_device) protect(PROT_READ | PROT_WRITE);
+}
+
+}  // namespace cuda_shim
+
+extern "C" {
+
+// New tensors are guarded ones.
+void shim_guard_memory(bool on) {
   if (on) replaced = c10::GetCPUAllocator();
   c10::SetCPUAllocator(on ? &guarded : replaced);
+}
+
+// Guarded tensors belong to the device from here on.
+void shim_enter_device() {
+  struct sigaction action = {};
+  action.sa_sigaction = &handle_access;
+  action.sa_flags = SA_SIGINFO | SA_NODEFER | SA_ONSTACK;
+  sigaction(SIGSEGV, &action, &old_action);
+  touched_by_host = false;
+  on_device = true;
+  cuda_shim::lock_tensors();
+}
+
+// They do no longer; returns whether host code of a .cu file has touched one.
+bool shim_leave_device() {
+  cuda_shim::unlock_tensors();
+  on_device = false;
+  sigaction(SIGSEGV, &old_action, nullptr);
+  return touched_by_host;
+}
 }

@@ -209,10 +209,12 @@ void check_canary() {
 
 // ---- accesses outside of all memory ----
 
-// While a kernel runs, a bad access ends its launch and not the process.
-class FaultHandler {
+// While a kernel runs, it alone touches tensors, and a bad access ends its launch and not the
+// process.
+class KernelAccess {
  public:
-  FaultHandler() {
+  KernelAccess() {
+    unlock_tensors();
     static char stack[64 * 1024];  // the fault may be that a fibre's stack is full
     stack_t alternate = {};
     alternate.ss_sp = stack;
@@ -223,9 +225,10 @@ class FaultHandler {
     action.sa_flags = SA_SIGINFO | SA_ONSTACK | SA_NODEFER;
     sigaction(SIGSEGV, &action, &old_action_);
   }
-  ~FaultHandler() {
+  ~KernelAccess() {
     sigaction(SIGSEGV, &old_action_, nullptr);
     sigaltstack(&old_stack_, nullptr);
+    lock_tensors();
   }
 
  private:
@@ -451,7 +454,7 @@ void launch(const void* kernel, const dim3& grid, const dim3& block, size_t byte
   thread_body = &thread;
   n_threads = static_cast<int>(block.x * block.y * block.z);
   find_static_shared(kernel);
-  const FaultHandler faults;
+  const KernelAccess access;
   std::mt19937 random(order_seed);
   const int64_t layer = int64_t{grid.x} * grid.y;
   const int64_t n_blocks = layer * grid.z;

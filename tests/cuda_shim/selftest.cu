@@ -300,6 +300,19 @@ Tensor run(const Tensor& x) {
   return out;
 }
 
+// Broken: reads on the host what lies on the device.
+Tensor host_read(const Tensor& x) {
+  const Tensor out = run<reverse_kernel>(x);
+  STD_TORCH_CHECK(x.const_data_ptr<float>()[3] > 0);
+  return out;
+}
+
+// Right: torch's own functions work on the device.
+Tensor torch_calls(const Tensor& x) {
+  Tensor out = run<reverse_kernel>(x);
+  return run<reverse_kernel>(torch::stable::clone(out));
+}
+
 Tensor places(const Tensor& like) {
   const Tensor out = new_float(like, {2 * 3 * 2, 4 * 3 * 5});
   Device(like).launch(places_kernel, dim3(2, 3, 2), dim3(4, 3, 5), 0,
@@ -437,4 +450,6 @@ STABLE_TORCH_LIBRARY_IMPL(cuda_shim_selftest, CPU, m) {
   m.impl("warpgroup_commit", TORCH_BOX(&warpgroup_product<Without::kCommit>));
   m.impl("warpgroup_wait", TORCH_BOX(&warpgroup_product<Without::kWait>));
   m.impl("warpgroup_wait_before_copy", TORCH_BOX(&warpgroup_product<Without::kWaitBeforeCopy>));
+  m.impl("host_read", TORCH_BOX(&host_read));
+  m.impl("torch_calls", TORCH_BOX(&torch_calls));
 }

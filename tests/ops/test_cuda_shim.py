@@ -226,6 +226,13 @@ def test_error_ends_the_launch(run, name: str, message: str, order: int) -> None
     assert torch.equal(run("reverse", X, order=order), X.flip(0))
 
 
+def test_host_must_not_touch_tensors(run) -> None:
+    for _ in range(2):
+        assert torch.equal(run("torch_calls", X), X)
+        with pytest.raises(RuntimeError, match="host_read: the host's code touches memory of the"):
+            run("host_read", X)
+
+
 @pytest.mark.parametrize(
     ("blocks", "threads", "n_bytes", "message"),
     [
