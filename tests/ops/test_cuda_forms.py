@@ -121,6 +121,13 @@ def test_ghost_dot_form_by_sizes(lengths: list[int], form: str, monkeypatch) -> 
         assert torch.equal(run(sample, HOPPER), chosen) == (forced == form), forced
 
 
+@pytest.mark.parametrize("form", ["gram", "gradient"])
+def test_more_segments_than_are_planned_at_once(form: str, monkeypatch) -> None:
+    monkeypatch.setenv(GHOST, form)
+    sample = Sample("ghost_norm", "", rows([3, 70, *[0] * 1100, 5, 0, 2], 24, 16))
+    assert_close_to_formula(sample, run(sample, HOPPER))
+
+
 WRONG = [[0, 300, 200, 512], [0, -5, 200, 512], [0, 100, 200, 600], [3, 100, 200, 512]]
 
 
