@@ -1,5 +1,6 @@
 # make demo: install, build the kernels, run the demo.   make test: install, run all tests.
 # PYTHON=python3.12 chooses the interpreter, GEFFECT_FAST_BUILD=auto|cpu|cuda|none what is built.
+# gpu-test and gpu-bench use $(PYTHON) as it is: no virtual environment, no downloads.
 
 PYTHON ?= python3
 VENV := .venv
@@ -16,14 +17,14 @@ VENV_NONE := .venv-none
 
 NATIVE := $(shell find csrc -type f)
 PYTHON_FILES := $(shell find geffect_fast -name '*.py')
-CPP_FILES := $(filter %.cpp %.h %.cu %.cuh,$(NATIVE))
+CPP_FILES := $(filter %.cpp %.h %.cu %.cuh,$(NATIVE) $(shell find tests/cuda_shim -type f))
 
 # What an extra of pyproject.toml asks for, read from the installed package's own metadata.
 extra = $$($(BIN)/python -c 'from importlib.metadata import requires; \
 	print(*(r.split(";")[0].strip() for r in requires("geffect-fast") if "$(1)" in r.partition(";")[2]))')
 
 .DELETE_ON_ERROR:
-.PHONY: help install demo test test-nobuild lint format bench clean
+.PHONY: help install demo test test-nobuild lint format cuda-check bench gpu-build gpu-test gpu-bench clean
 
 help:
 	@echo "make demo          install into $(VENV), build the kernels, run the demo into $(DEMO_OUT)"
@@ -31,7 +32,10 @@ help:
 	@echo "make test-nobuild  all tests on an installation without native kernels"
 	@echo "make lint          ruff, clang-format, mypy"
 	@echo "make format        let ruff and clang-format rewrite the files"
+	@echo "make cuda-check    compile the CUDA kernels for every GPU target; needs nvcc, no GPU"
 	@echo "make bench         benchmarks, into benchmarks/results"
+	@echo "make gpu-test      build the CUDA kernels for the GPU that is here and test them"
+	@echo "make gpu-bench     the same, and time them"
 	@echo "make clean         remove $(VENV), builds and caches"
 
 install: $(VENV)/installed
@@ -62,6 +66,12 @@ $(VENV)/installed: $(VENV)/torch pyproject.toml setup.py $(NATIVE)
 $(VENV)/tools-%: $(VENV)/installed
 	@echo "installing what '$*' needs"
 	@$(PIP) $(call extra,$*)
+	@touch $@
+
+# The headers alone: what the package depends on is for its Python side.
+$(VENV)/tools-cuda: $(VENV)/installed
+	@echo "installing the CUTLASS headers"
+	@$(PIP) --no-deps $(call extra,cuda)
 	@touch $@
 
 demo: $(VENV)/installed
@@ -97,8 +107,30 @@ format: $(VENV)/tools-lint
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CPP_FILES)
 
+cuda-check: $(VENV)/tools-cuda
+	$(BIN)/python tools/cuda_check.py
+
 bench: $(VENV)/tools-test
-	for script in benchmarks/bench_*.py; do $(BIN)/python "$$script" || exit 1; done
+	for script in $(filter-out %/bench_gpu.py,$(wildcard benchmarks/bench_*.py)); do $(BIN)/python "$$script" || exit 1; done
+
+# What TORCH_CUDA_ARCH_LIST is for the GPUs of this machine.
+GPUS_HERE = import torch; n = torch.cuda.device_count(); \
+	found = sorted({torch.cuda.get_device_capability(i) for i in range(n)}); \
+	print(*("%d.%d%s" % (*c, "a" if c == (9, 0) else "") for c in found), sep=";")
+
+gpu-build:
+	@targets="$${TORCH_CUDA_ARCH_LIST:-$$($(PYTHON) -c '$(GPUS_HERE)')}"; \
+	test -n "$$targets" || \
+		{ echo "error: $(PYTHON) sees no GPU; set TORCH_CUDA_ARCH_LIST to build for one" >&2; exit 1; }; \
+	echo "building the CUDA kernels for $$targets"; \
+	GEFFECT_FAST_BUILD=cuda TORCH_CUDA_ARCH_LIST="$$targets" \
+		$(PYTHON) setup.py --quiet build_ext --inplace
+
+gpu-test: gpu-build
+	$(PYTHON) -m pytest -q tests/gpu
+
+gpu-bench: gpu-build
+	$(PYTHON) benchmarks/bench_gpu.py
 
 clean:
 	rm -rf $(VENV) $(VENV_NONE) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache

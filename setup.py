@@ -2,10 +2,15 @@
 
 ``GEFFECT_FAST_BUILD`` decides what is built, never the presence of a GPU:
 
-    auto (default)  the C++ kernels if torch and a compiler are there, else pure Python
+    auto (default)  the C++ kernels if torch and a compiler are there, else pure Python; the CUDA
+                    kernels too if torch has CUDA and its nvcc is there
     cpu             the C++ kernels, or an error
-    cuda            an error in this version, which has no CUDA kernels
+    cuda            the C++ and the CUDA kernels, or an error
     none            pure Python
+
+``TORCH_CUDA_ARCH_LIST`` names the GPUs to build for, such as "8.0;9.0a"; ``CUDA_HOME`` the CUDA
+toolkit; ``CUTLASS_PATH`` the CUTLASS headers where the package nvidia-cutlass is not installed;
+``MAX_JOBS`` how many files are compiled at once.
 
 torch must be importable while building, so use ``pip install --no-build-isolation .``
 """
@@ -14,16 +19,33 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import shutil
+import subprocess
 import sys
 import sysconfig
 from pathlib import Path
+from typing import NamedTuple
 
 from setuptools import setup
 
 CHOICES = ("auto", "cpu", "cuda", "none")
 ROOT = Path(__file__).resolve().parent
 CXX_FLAGS = ["-O3", "-fvisibility=hidden", "-Wall", "-Wextra"]
+NVCC_FLAGS = [
+    "-O3",
+    "-std=c++17",
+    "--expt-relaxed-constexpr",
+    "-lineinfo",
+    "--threads=2",
+    "-DUSE_CUDA",
+    "-DNDEBUG",  # an assert is a call, before which wgmma instructions must wait
+    "-Xcompiler=-fvisibility=hidden",
+]
+# Where nvcc knows them all and TORCH_CUDA_ARCH_LIST names no others.
+CUDA_TARGETS = ("8.0", "8.9", "9.0a", "10.0", "12.0")
+# The one target of *_sm90.cu, which use instructions that only sm_90a has.
+HOPPER_FLAG = "-gencode=arch=compute_90a,code=sm_90a"
 # One build serves torch 2.11 and every later 2.x.
 TORCH_TARGET_VERSION = "0x020b000000000000"
 
@@ -48,42 +70,178 @@ def missing_for_native_build() -> str | None:
     return None
 
 
-def native_extensions() -> list:
-    """Describe the two native libraries.
+class Toolkit(NamedTuple):
+    """A CUDA toolkit: its folder, and nvcc's version such as 13.0."""
 
-    ``_kernels`` holds the operators and knows nothing of Python, so it also builds where Python's
-    own headers are not installed; ``_C`` is the Python module that describes the build.
+    home: Path
+    version: str
+
+    @property
+    def nvcc(self) -> Path:
+        """The compiler."""
+        return self.home / "bin" / "nvcc"
+
+    def targets(self) -> list[str]:
+        """Return those of CUDA_TARGETS that this nvcc can compile for."""
+        listed = _output_of(self.nvcc, "--list-gpu-code").split()
+        return [target for target in CUDA_TARGETS if sm_name(target).rstrip("a") in listed]
+
+
+def sm_name(target: str) -> str:
+    """Return the name of a target's machine code: "9.0a" is sm_90a."""
+    return "sm_" + target.replace(".", "")
+
+
+def _output_of(*command: str | Path) -> str:
+    """Return what a command says, "" where it does not run."""
+    try:
+        done = subprocess.run(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return done.stdout
+
+
+def find_toolkit() -> Toolkit | None:
+    """Return the toolkit of CUDA_HOME or CUDA_PATH, else that of the nvcc in PATH."""
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    if not home:
+        nvcc = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+        if nvcc is None:
+            return None
+        # What PATH finds may be a link or a script elsewhere; nvcc says where it belongs.
+        top = re.search(r"TOP=(.+)", _output_of(nvcc, "--dryrun", "-E", "-x", "cu", os.devnull))
+        home = top[1] if top else str(Path(nvcc).resolve().parents[1])
+    toolkit = Toolkit(Path(home).resolve(), "")
+    release = re.search(r"release (\d+\.\d+)", _output_of(toolkit.nvcc, "--version"))
+    return toolkit._replace(version=release[1]) if release else None
+
+
+def missing_for_cuda_build(toolkit: Toolkit | None) -> str | None:
+    """Return what keeps the CUDA kernels from being built, None if nothing does."""
+    import torch
+
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is built without CUDA (install a build with CUDA)"
+    major = torch.version.cuda.split(".")[0]
+    if toolkit is None:
+        return f"nvcc was not found (install the CUDA {major} toolkit, or set CUDA_HOME to it)"
+    if toolkit.version.split(".")[0] != major:
+        return (
+            f"nvcc in {toolkit.home} is of CUDA {toolkit.version} but torch of CUDA"
+            f" {torch.version.cuda} (set CUDA_HOME to a CUDA {major} toolkit)"
+        )
+    return None
+
+
+def gencode_flags(toolkit: Toolkit) -> list[str]:
+    """Return nvcc's flags for the GPUs to build for."""
+    from torch.utils import cpp_extension
+
+    if not os.environ.get("TORCH_CUDA_ARCH_LIST"):
+        os.environ["TORCH_CUDA_ARCH_LIST"] = ";".join(toolkit.targets())
+    try:
+        return cpp_extension._get_cuda_arch_flags()
+    except (ValueError, IndexError):
+        sys.exit(
+            f"TORCH_CUDA_ARCH_LIST={os.environ['TORCH_CUDA_ARCH_LIST']!r} names no GPU that torch"
+            f" knows; use something like {';'.join(CUDA_TARGETS)}"
+        )
+
+
+def cutlass_include() -> Path | None:
+    """Return the folder of the CUTLASS headers: of CUTLASS_PATH, else of nvidia-cutlass."""
+    if given := os.environ.get("CUTLASS_PATH"):
+        folders = [Path(given), Path(given) / "include"]
+    else:
+        spec = importlib.util.find_spec("cutlass_library")
+        folders = [Path(spec.origin).parent / "source/include"] if spec and spec.origin else []
+    return next((folder for folder in folders if (folder / "cutlass/cutlass.h").exists()), None)
+
+
+def missing_for_hopper(gencode: list[str]) -> str | None:
+    """Return what keeps the Hopper kernels from being built, None if nothing does."""
+    if HOPPER_FLAG not in gencode:
+        return f"9.0a is not in TORCH_CUDA_ARCH_LIST={os.environ['TORCH_CUDA_ARCH_LIST']}"
+    if cutlass_include() is None:
+        return "no CUTLASS headers were found (pip install nvidia-cutlass, or set CUTLASS_PATH)"
+    return None
+
+
+def sources(pattern: str) -> list[str]:
+    """Return files of csrc/; setuptools wants them relative to the folder of setup.py."""
+    return sorted(str(path.relative_to(ROOT)) for path in ROOT.glob(f"csrc/{pattern}"))
+
+
+def op_library(name: str, files: list[str], nvcc_flags: list[str] | None = None):
+    """Describe a library of operators, with CUDA kernels where nvcc_flags are given.
+
+    It knows nothing of Python, so it also builds where Python's own headers are not installed.
+    """
+    from torch.utils.cpp_extension import CppExtension, CUDAExtension
+
+    kind = CppExtension if nvcc_flags is None else CUDAExtension
+    library = kind(
+        f"geffect_fast.{name}",
+        files,
+        include_dirs=[str(ROOT / "csrc")],
+        define_macros=[("TORCH_TARGET_VERSION", TORCH_TARGET_VERSION)],
+        extra_compile_args={"cxx": CXX_FLAGS, "nvcc": nvcc_flags or []},
+        py_limited_api=True,
+    )
+    # Toolkits from PyPI lack the file that -lcudart asks for; torch brings its own libcudart.
+    if nvcc_flags is not None and not any(
+        (Path(folder) / "libcudart.so").exists() for folder in library.library_dirs
+    ):
+        library.libraries.remove("cudart")
+    return library
+
+
+def native_extensions(toolkit: Toolkit | None) -> list:
+    """Describe what is built: the operators, and `_C`, a Python module that describes the build.
+
+    The Hopper kernels are a library of their own, `_kernels_sm90`, for one target.
     """
     os.environ.setdefault("CXX", str(cxx_compiler()))
     from torch.utils.cpp_extension import CppExtension
 
-    # Compilation happens from the folder of setup.py, where setuptools wants relative paths.
-    kernels = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/cpu/*.cpp"))
+    cpu, cuda, hopper = sources("cpu/*.cpp"), [], []
+    gencode = [] if toolkit is None else gencode_flags(toolkit)
+    if toolkit is not None:
+        hopper = sources("cuda/*_sm90.cu")
+        cuda = [file for file in sources("cuda/*.cu") if file not in hopper]
+        if hopper and (missing := missing_for_hopper(gencode)):
+            notice(f"the Hopper kernels are left out: {missing}")
+            hopper = []
     extensions = [
-        CppExtension(
-            "geffect_fast._kernels",
-            [*kernels, "csrc/common/vec.cpp"],
-            include_dirs=[str(ROOT / "csrc")],
-            define_macros=[("TORCH_TARGET_VERSION", TORCH_TARGET_VERSION)],
-            extra_compile_args=CXX_FLAGS,
-            py_limited_api=True,
+        op_library(
+            "_kernels",
+            [*cpu, *cuda, "csrc/common/vec.cpp"],
+            None if toolkit is None else [*NVCC_FLAGS, *gencode],
         )
     ]
-    if (Path(sysconfig.get_path("include")) / "Python.h").exists():
-        ops = ",".join(Path(path).stem for path in kernels)
-        extensions.append(
-            CppExtension(
-                "geffect_fast._C",
-                ["csrc/module.cpp"],
-                define_macros=[
-                    ("GEFFECT_FAST_FLAGS", f'"{" ".join(CXX_FLAGS)}"'),
-                    ("GEFFECT_FAST_OPS", f'"{ops}"'),
-                ],
-                extra_compile_args=CXX_FLAGS,
-            )
-        )
-    else:
+    if hopper:
+        headers = ["-isystem", str(cutlass_include())]
+        extensions.append(op_library("_kernels_sm90", hopper, [*NVCC_FLAGS, *headers, HOPPER_FLAG]))
+    if not (Path(sysconfig.get_path("include")) / "Python.h").exists():
         notice("Python.h not found: kernels are built, geffect_fast._C.build_info() is not")
+        return extensions
+    facts = {
+        "FLAGS": " ".join(CXX_FLAGS),
+        "CUDA_VERSION": "" if toolkit is None else toolkit.version,
+        "CUDA_ARCHITECTURES": ",".join(re.findall(r",code=(\w+)", " ".join(gencode))),
+        "CPU_OPS": ",".join(Path(file).stem for file in cpu),
+        "CUDA_OPS": ",".join(Path(file).stem for file in [*cuda, *hopper]),
+    }
+    extensions.append(
+        CppExtension(
+            "geffect_fast._C",
+            ["csrc/module.cpp"],
+            define_macros=[(f"GEFFECT_FAST_{name}", f'"{fact}"') for name, fact in facts.items()],
+            extra_compile_args=CXX_FLAGS,
+        )
+    )
     return extensions
 
 
@@ -92,18 +250,25 @@ def main() -> None:
     choice = os.environ.get("GEFFECT_FAST_BUILD", "auto")
     if choice not in CHOICES:
         sys.exit(f"GEFFECT_FAST_BUILD={choice!r} is unknown; use one of {', '.join(CHOICES)}")
-    if choice == "cuda":
-        sys.exit("GEFFECT_FAST_BUILD=cuda: this version has no CUDA kernels; use auto, cpu or none")
     missing = None if choice == "none" else missing_for_native_build()
-    if missing and choice == "cpu":
-        sys.exit(f"GEFFECT_FAST_BUILD=cpu: {missing}")
+    if missing and choice in ("cpu", "cuda"):
+        sys.exit(f"GEFFECT_FAST_BUILD={choice}: {missing}")
     if choice == "none" or missing:
         notice(f"pure Python, no native kernels: {missing or 'GEFFECT_FAST_BUILD=none'}")
         setup()
         return
+    toolkit = None if choice == "cpu" else find_toolkit()
+    if choice != "cpu" and (missing := missing_for_cuda_build(toolkit)):
+        if choice == "cuda":
+            sys.exit(f"GEFFECT_FAST_BUILD=cuda: {missing}")
+        notice(f"the CUDA kernels are left out: {missing}")
+        toolkit = None
+    if toolkit is not None:
+        os.environ["CUDA_HOME"] = str(toolkit.home)  # read once, by the next import
     from torch.utils.cpp_extension import BuildExtension
 
-    setup(ext_modules=native_extensions(), cmdclass={"build_ext": BuildExtension})
+    setup(ext_modules=native_extensions(toolkit), cmdclass={"build_ext": BuildExtension})
 
 
-main()
+if __name__ == "__main__":
+    main()

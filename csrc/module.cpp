@@ -16,6 +16,17 @@ py::list split(const std::string& text) {
   return items;
 }
 
+py::list architectures() {
+#if defined(__x86_64__)
+  std::string names = "x86-64,x86-64+avx2+fma (chosen at run time)";
+#elif defined(__aarch64__)
+  std::string names = "aarch64";
+#else
+  std::string names = "generic";
+#endif
+  return split(names + "," GEFFECT_FAST_CUDA_ARCHITECTURES);
+}
+
 py::dict build_info() {
   py::dict info;
 #if defined(__clang__)
@@ -24,15 +35,13 @@ py::dict build_info() {
   info["compiler"] = "g++ " __VERSION__;
 #endif
   info["flags"] = GEFFECT_FAST_FLAGS;
-  info["cuda_version"] = py::none();
-#if defined(__x86_64__)
-  info["architectures"] = split("x86-64,x86-64+avx2+fma (chosen at run time)");
-#elif defined(__aarch64__)
-  info["architectures"] = split("aarch64");
-#else
-  info["architectures"] = split("generic");
-#endif
-  info["ops"] = split(GEFFECT_FAST_OPS);
+  const std::string cuda_version = GEFFECT_FAST_CUDA_VERSION;
+  info["cuda_version"] = cuda_version.empty() ? py::object(py::none()) : py::str(cuda_version);
+  info["architectures"] = architectures();
+  py::dict ops;
+  ops["cpu"] = split(GEFFECT_FAST_CPU_OPS);
+  ops["cuda"] = split(GEFFECT_FAST_CUDA_OPS);
+  info["ops"] = ops;
   return info;
 }
 
@@ -42,5 +51,6 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "Describes the native build of geffect_fast.";
   m.def(
       "build_info", &build_info,
-      "Compiler, flags, CUDA version (None: no CUDA), architectures and ops of the native build.");
+      "C++ compiler and flags, nvcc's version (None: no CUDA), architectures and the ops of each "
+      "provider in the native build.");
 }

@@ -239,8 +239,9 @@ def env() -> None:
         print("build         no native build")
     print()
     rows = [("op", "device", "provider", "why"), *map(tuple, providers())]
+    width = max(len(op) for op, *_ in rows)
     for op, device, provider, why in rows:
-        print(f"{op:<18} {device:<7} {provider:<10} {why}")
+        print(f"{op:<{width}} {device:<7} {provider:<10} {why}")
 
 
 def _probe(text: str) -> tuple[str, str]:

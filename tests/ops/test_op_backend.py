@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
+import torch
 
 from geffect_fast import ops
+from geffect_fast.errors import InputError
 from geffect_fast.ops import backend, schema
 
 USE_AN_OP_TWICE = """
@@ -31,12 +36,13 @@ def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str
     )
 
 
-def test_native_build_serves_where_it_is_expected() -> None:
-    if os.environ.get("GEFFECT_FAST_BUILD") != "cpu":
-        pytest.skip("set GEFFECT_FAST_BUILD=cpu where a native build must be there")
+def test_native_build_serves_where_it_is_expected(request: pytest.FixtureRequest) -> None:
+    if os.environ.get("GEFFECT_FAST_BUILD") not in ("cpu", "cuda"):
+        pytest.skip("set GEFFECT_FAST_BUILD=cpu or cuda where a native build must be there")
     rows = [row for row in ops.providers() if row.device == "cpu"]
     assert {row.op for row in rows} == set(schema.SCHEMAS)
-    assert {row.op: row.provider for row in rows} == dict.fromkeys(schema.SCHEMAS, "cpu")
+    files = (request.config.rootpath / "csrc/cpu").glob("*.cpp")
+    assert {row.op for row in rows if row.provider == "cpu"} == {file.stem for file in files}
 
 
 def test_build_info_agrees_with_the_providers() -> None:
@@ -44,8 +50,107 @@ def test_build_info_agrees_with_the_providers() -> None:
     if not info or backend.NATIVE_MISSING is not None:
         pytest.skip("no native build here")
     assert set(info) == {"compiler", "flags", "cuda_version", "architectures", "ops"}
-    assert {op for op in schema.SCHEMAS if backend.has_native(op, "cpu")} == set(info["ops"])
-    assert info["cuda_version"] is None
+    assert set(info["ops"]) == {"cpu", "cuda"}
+    for device, ops_built in info["ops"].items():
+        served = {op for op in schema.SCHEMAS if backend.has_native(op, device)}
+        assert served == set(ops_built) & set(schema.SCHEMAS)
+    has_cuda = info["cuda_version"] is not None
+    assert has_cuda == bool(info["ops"]["cuda"])
+    assert has_cuda == any(name.startswith("sm_") for name in info["architectures"])
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
+    """A build with CUDA kernels of every op, on a machine with an H100; nothing is run there."""
+    monkeypatch.setattr(backend, "NATIVE_MISSING", None)
+    monkeypatch.setattr(backend, "HOPPER_MISSING", None)
+    monkeypatch.setattr(backend, "has_native", lambda op, device: True)
+    monkeypatch.setattr(backend, "build_info", lambda: {"architectures": ["x86-64", "sm_90a"]})
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index=None: (9, 0))
+    backend._gpu_missing.cache_clear()
+    yield monkeypatch
+    backend._gpu_missing.cache_clear()
+
+
+def cuda_rows() -> list[backend.ProviderRow]:
+    return [row for row in ops.providers() if row.device == "cuda"]
+
+
+def test_cuda_kernels_serve(gpu: pytest.MonkeyPatch) -> None:
+    assert {row.op: row.provider for row in cuda_rows()} == dict.fromkeys(schema.SCHEMAS, "cuda")
+    assert all("float64" in row.reason for row in cuda_rows())
+    assert not any("sm_90a" in row.reason for row in cuda_rows())
+
+
+def test_missing_hopper_library_is_named_where_it_matters(gpu: pytest.MonkeyPatch) -> None:
+    gpu.setattr(backend, "HOPPER_MISSING", "not built")
+    named = {row.op for row in cuda_rows() if "sm_90a: not built" in row.reason}
+    assert named == {"segment_bilinear"}
+    gpu.setattr(torch.cuda, "get_device_capability", lambda index=None: (8, 0))
+    assert not any("not built" in row.reason for row in cuda_rows())
+
+
+@pytest.mark.parametrize(
+    ("where", "name", "value", "said"),
+    [
+        (backend, "NATIVE_MISSING", "GEFFECT_FAST_BUILD=none is set", "none is set"),
+        (torch.version, "cuda", None, "torch .* is built without CUDA"),
+        (backend, "has_native", lambda op, device: device == "cpu", "nvcc of CUDA 13.0"),
+        (torch.cuda, "get_device_capability", lambda index=None: (8, 0), "LIST=8.0$"),
+        (backend, "build_info", lambda: {"architectures": ["sm_80"]}, "LIST=9.0a$"),
+    ],
+)
+def test_reason_why_no_cuda_kernel_serves(
+    gpu: pytest.MonkeyPatch, where: Any, name: str, value: Any, said: str
+) -> None:
+    gpu.setattr(where, name, value)
+    rows = cuda_rows()
+    assert {row.provider for row in rows} == {"reference"}
+    assert all(re.search(said, row.reason) for row in rows), rows[0]
+
+
+@pytest.mark.parametrize(
+    ("target", "runs", "not_on"),
+    [
+        ("sm_80", [(8, 0), (8, 6), (8, 9)], [(7, 5), (9, 0)]),
+        ("sm_89", [(8, 9)], [(8, 0), (9, 0)]),
+        ("sm_90a", [(9, 0)], [(8, 0), (10, 0)]),
+        ("sm_100", [(10, 0), (10, 3)], [(9, 0), (11, 0), (12, 0)]),
+        ("compute_90", [(9, 0), (12, 0)], [(8, 9)]),
+    ],
+)
+def test_gpus_that_code_runs_on(target: str, runs: list, not_on: list) -> None:
+    assert all(backend._runs_on(target, *gpu) for gpu in runs)
+    assert not any(backend._runs_on(target, *gpu) for gpu in not_on)
+
+
+def test_reference_serves_what_cuda_kernels_decline(gpu: pytest.MonkeyPatch) -> None:
+    """Tensors of the CPU stand for those of a GPU: what counts is who is called."""
+    called = []
+    gpu.setitem(schema.REFERENCES, "ghost_norm", lambda *args: called.append("ghost_norm"))
+    gpu.setitem(schema.REFERENCES, "multi_tensor_gram", lambda *args: called.append("gram"))
+
+    def call(dtype: torch.dtype) -> list[str]:
+        called.clear()
+        x, cu = torch.ones(2, 3, dtype=dtype), torch.tensor([0, 2])
+        backend.call("ghost_norm", torch.device("cuda", 0), x, x, cu)
+        backend.call("multi_tensor_gram", torch.device("cuda", 0), [x], 1, [0], 1)
+        return called
+
+    assert call(torch.float32) == []
+    assert call(torch.float64) == ["ghost_norm", "gram"]
+    gpu.setattr(torch.cuda, "get_device_capability", lambda index=None: (8, 0))
+    backend._gpu_missing.cache_clear()
+    assert call(torch.float32) == ["ghost_norm", "gram"]
+
+
+def test_declined_call_refuses_autograd(gpu: pytest.MonkeyPatch) -> None:
+    x = torch.ones(2, 3, dtype=torch.float64, requires_grad=True)
+    with pytest.raises(InputError, match="requires grad"):
+        backend.call("ghost_norm", torch.device("cuda", 0), x, x, torch.tensor([0, 2]))
 
 
 def test_every_row_has_a_reason() -> None:
@@ -86,39 +191,3 @@ def numbers(text: str) -> list[float]:
     return [
         float(word) for word in text.replace("[", " ").replace("]", " ").replace(",", " ").split()
     ]
-
-
-@pytest.mark.parametrize(
-    ("value", "said"), [("wrong", "auto, cpu, cuda, none"), ("cuda", "no CUDA")]
-)
-def test_setup_refuses_a_build_it_cannot_make(value: str, said: str, request) -> None:
-    setup = request.config.rootpath / "setup.py"
-    done = subprocess.run(
-        [sys.executable, str(setup), "--version"],
-        env={**os.environ, "GEFFECT_FAST_BUILD": value},
-        capture_output=True,
-        text=True,
-        cwd=setup.parent,
-    )
-    assert done.returncode != 0
-    assert said in done.stderr
-    assert "Traceback" not in done.stderr
-
-
-def test_setup_without_native_build_needs_no_torch(request) -> None:
-    setup = request.config.rootpath / "setup.py"
-    code = (
-        "import sys, runpy\n"
-        "sys.modules['torch'] = None\n"
-        f"sys.argv = ['setup.py', '--version']\nrunpy.run_path({str(setup)!r})\n"
-        "print([name for name in sys.modules if name.startswith('torch.')])"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, "GEFFECT_FAST_BUILD": "none"},
-        capture_output=True,
-        text=True,
-        cwd=setup.parent,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip().endswith("[]")

@@ -1,0 +1,238 @@
+"""What setup.py builds, where, and what it says about what is missing."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+OPS = {path.stem for path in ROOT.glob("csrc/cuda/*.cu")}
+
+
+@pytest.fixture(scope="module")
+def setup() -> ModuleType:
+    sys.path.insert(0, str(ROOT))
+    import setup
+
+    return setup
+
+
+def run_setup(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "TORCH_CUDA_ARCH_LIST": "", **environment},
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
+
+
+def refusal(done: subprocess.CompletedProcess[str]) -> str:
+    """The one line in which a build was refused."""
+    assert done.returncode != 0
+    assert "Traceback" not in done.stderr
+    others = ("geffect-fast:", "W")  # notices, and warnings of torch
+    lines = [line for line in done.stderr.splitlines() if not line.startswith(others)]
+    assert len(lines) == 1, lines
+    return lines[0]
+
+
+RUN = """
+import runpy, sys
+sys.argv = ["setup.py", "--version"]
+runpy.run_path("setup.py", run_name="__main__")
+"""
+
+
+def test_setup_refuses_an_unknown_build() -> None:
+    assert "auto, cpu, cuda, none" in refusal(run_setup(RUN, GEFFECT_FAST_BUILD="wrong"))
+
+
+def test_setup_without_native_build_needs_no_torch() -> None:
+    code = (
+        "import sys\nsys.modules['torch'] = None\n"
+        + RUN
+        + "print([name for name in sys.modules if name.startswith('torch.')])"
+    )
+    done = run_setup(code, GEFFECT_FAST_BUILD="none")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip().endswith("[]")
+
+
+# A toolkit that lists what it could compile for, and torch with CUDA or without; instead of
+# building, the extensions are printed.
+NVCC = """#!/bin/sh
+case "$1" in
+  --version) echo "Cuda compilation tools, release {version}, V{version}.88" ;;
+  --list-gpu-code) printf "sm_75\\nsm_80\\nsm_90\\nsm_121\\n" ;;
+esac
+"""
+# What PATH holds: it says where it belongs.
+SCRIPT = '#!/bin/sh\necho "#$ TOP={home}/bin/.." >&2\nexec {home}/bin/nvcc "$@"\n'
+DESCRIBE = """
+import json, runpy, setuptools, torch
+torch.version.cuda = {cuda!r}
+torch.cuda._is_compiled = lambda: True
+torch.cuda.is_available = lambda: False
+def describe(ext_modules=(), cmdclass=None):
+    from torch.utils import cpp_extension
+    built = {{e.name: vars(e) for e in ext_modules}}
+    print(json.dumps({{"home": cpp_extension.CUDA_HOME, **built}}))
+setuptools.setup = describe
+runpy.run_path("setup.py", run_name="__main__")
+"""
+
+
+def write_script(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True)
+    path.write_text(text)
+    path.chmod(0o755)
+
+
+@pytest.fixture
+def toolkit(tmp_path: Path) -> Path:
+    """A toolkit of CUDA 13.1 that knows sm_80 and sm_90 of our targets, beside CUTLASS headers."""
+    home = (tmp_path / "cuda-13").resolve()
+    write_script(home / "bin/nvcc", NVCC.format(version="13.1"))
+    write_script(tmp_path / "path/nvcc", SCRIPT.format(home=home))
+    header = tmp_path / "cutlass/include/cutlass/cutlass.h"
+    header.parent.mkdir(parents=True)
+    header.touch()
+    return home
+
+
+def describe(toolkit: Path, cuda: str | None = "13.0", **environment: str):
+    path = f"{toolkit.parent / 'path'}{os.pathsep}{os.environ['PATH']}"
+    given = {
+        "GEFFECT_FAST_BUILD": "cuda",
+        "PATH": path,
+        "CUDA_HOME": "",
+        "CUDA_PATH": "",
+        "CUTLASS_PATH": str(toolkit.parent / "cutlass"),
+    }
+    return run_setup(DESCRIBE.format(cuda=cuda), **{**given, **environment})
+
+
+def extensions(done: subprocess.CompletedProcess[str]) -> dict:
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def gencode(extension: dict) -> set[str]:
+    flags = extension["extra_compile_args"]["nvcc"]
+    return {flag.removeprefix("-gencode=") for flag in flags if flag.startswith("-gencode=")}
+
+
+def stems(extension: dict, suffix: str) -> set[str]:
+    return {Path(path).stem for path in extension["sources"] if path.endswith(suffix)}
+
+
+@pytest.mark.parametrize("build", ["cuda", "auto"])
+def test_cuda_build(toolkit: Path, build: str) -> None:
+    built = extensions(describe(toolkit, GEFFECT_FAST_BUILD=build))
+    assert built["home"] == str(toolkit)
+    kernels, hopper = built["geffect_fast._kernels"], built["geffect_fast._kernels_sm90"]
+    assert stems(kernels, ".cu") | stems(hopper, ".cu") == OPS
+    assert stems(hopper, ".cu") == {stem for stem in OPS if stem.endswith("_sm90")}
+    assert stems(kernels, ".cpp") == {p.stem for p in ROOT.glob("csrc/cpu/*.cpp")} | {"vec"}
+
+    assert gencode(hopper) == {"arch=compute_90a,code=sm_90a"}
+    assert gencode(kernels) == {"arch=compute_80,code=sm_80", "arch=compute_90a,code=sm_90a"}
+    for extension in (kernels, hopper):
+        assert {"-DUSE_CUDA", "-DNDEBUG", "-std=c++17"} < set(
+            extension["extra_compile_args"]["nvcc"]
+        )
+        assert extension["py_limited_api"] is True
+        assert "torch_python" not in extension["libraries"]
+        assert "cudart" not in extension["libraries"]  # this toolkit has no libcudart.so
+    assert str(toolkit.parent / "cutlass/include") in hopper["extra_compile_args"]["nvcc"]
+    facts = dict(built["geffect_fast._C"]["define_macros"])
+    assert facts["GEFFECT_FAST_CUDA_VERSION"] == '"13.1"'
+    assert set(facts["GEFFECT_FAST_CUDA_ARCHITECTURES"].strip('"').split(",")) == {
+        "sm_80",
+        "sm_90a",
+    }
+    assert set(facts["GEFFECT_FAST_CUDA_OPS"].strip('"').split(",")) == OPS
+
+
+def test_libcudart_of_the_toolkit_is_linked(toolkit: Path) -> None:
+    (toolkit / "lib64").mkdir()
+    (toolkit / "lib64/libcudart.so").touch()
+    assert "cudart" in extensions(describe(toolkit))["geffect_fast._kernels"]["libraries"]
+
+
+@pytest.mark.parametrize(
+    ("environment", "said"),
+    [
+        ({"TORCH_CUDA_ARCH_LIST": "8.0;9.0"}, "9.0a is not in TORCH_CUDA_ARCH_LIST=8.0;9.0"),
+        ({"CUTLASS_PATH": "/nowhere"}, "no CUTLASS headers were found"),
+    ],
+)
+def test_hopper_kernels_are_left_out_with_a_notice(
+    toolkit: Path, environment: dict[str, str], said: str
+) -> None:
+    done = describe(toolkit, **environment)
+    built = extensions(done)
+    assert f"the Hopper kernels are left out: {said}" in done.stderr
+    assert "geffect_fast._kernels_sm90" not in built
+    assert stems(built["geffect_fast._kernels"], ".cu") == {
+        s for s in OPS if not s.endswith("_sm90")
+    }
+    assert "_sm90" not in dict(built["geffect_fast._C"]["define_macros"])["GEFFECT_FAST_CUDA_OPS"]
+
+
+def test_arch_list_is_honoured(toolkit: Path) -> None:
+    built = extensions(describe(toolkit, TORCH_CUDA_ARCH_LIST="8.6 12.0+PTX"))
+    assert gencode(built["geffect_fast._kernels"]) == {
+        "arch=compute_86,code=sm_86",
+        "arch=compute_120,code=sm_120",
+        "arch=compute_120,code=compute_120",
+    }
+
+
+MISSING = [
+    ({"cuda": None}, "torch .* is built without CUDA"),
+    ({"CUDA_HOME": "/nowhere"}, "nvcc was not found .*CUDA 13 toolkit"),
+    ({"cuda": "12.8"}, "is of CUDA 13.1 but torch of CUDA 12.8 .*CUDA 12 toolkit"),
+]
+
+
+@pytest.mark.parametrize(("given", "said"), MISSING)
+def test_cuda_build_says_what_is_missing(toolkit: Path, given: dict, said: str) -> None:
+    line = refusal(describe(toolkit, **given))
+    assert re.fullmatch(f"GEFFECT_FAST_BUILD=cuda: .*{said}.*", line), line
+
+
+def test_auto_build_goes_on_without_cuda(toolkit: Path) -> None:
+    done = describe(toolkit, GEFFECT_FAST_BUILD="auto", cuda="12.8")
+    built = extensions(done)
+    assert "the CUDA kernels are left out" in done.stderr
+    assert set(built) - {"home"} <= {"geffect_fast._kernels", "geffect_fast._C"}
+    assert not stems(built["geffect_fast._kernels"], ".cu")
+    facts = dict(built["geffect_fast._C"]["define_macros"])
+    assert facts["GEFFECT_FAST_CUDA_VERSION"] == facts["GEFFECT_FAST_CUDA_OPS"] == '""'
+
+
+def test_unknown_gpu_is_refused_in_one_line(toolkit: Path) -> None:
+    line = refusal(describe(toolkit, TORCH_CUDA_ARCH_LIST="Riesling"))
+    assert "TORCH_CUDA_ARCH_LIST='Riesling'" in line
+
+
+def test_cpu_build_asks_nothing_of_cuda(toolkit: Path) -> None:
+    built = extensions(describe(toolkit, GEFFECT_FAST_BUILD="cpu", CUDA_HOME="/nowhere"))
+    assert not stems(built["geffect_fast._kernels"], ".cu")
+
+
+def test_cutlass_headers_may_be_given_either_way(
+    setup: ModuleType, toolkit: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for given in ("cutlass", "cutlass/include"):
+        monkeypatch.setenv("CUTLASS_PATH", str(toolkit.parent / given))
+        assert setup.cutlass_include() == toolkit.parent / "cutlass/include"
