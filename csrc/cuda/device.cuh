@@ -57,6 +57,13 @@ class Device {
   int shared_memory() const { return attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin); }
   int l2_bytes() const { return attribute(cudaDevAttrL2CacheSize); }
 
+  // A grid for n_tasks of like cost, each a block's: so many blocks that the device is busy to the
+  // end; the kernel strides over the rest.
+  dim3 grid_for_tiles(int64_t n_tasks) const {
+    return dim3(static_cast<unsigned>(
+        std::clamp<int64_t>(n_tasks, 1, int64_t{kWavesOfBlocks} * n_multiprocessors())));
+  }
+
   // kernel<<<grid, block, shared_bytes, stream>>>(args...), its errors checked.
   template <class... Params, class... Args>
   void launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes,
@@ -75,6 +82,8 @@ class Device {
   }
 
  private:
+  static constexpr int kWavesOfBlocks = 16;
+
   int attribute(cudaDeviceAttr name) const {
     int value = 0;
     STD_CUDA_CHECK(cudaDeviceGetAttribute(&value, name, index_));

@@ -178,22 +178,25 @@ __global__ void collect_slab_kernel(const float* products, int64_t n_tiles, int6
   }
 }
 
-// NaN in the rows and columns of segments whose offsets are wrong; a thread owns a segment.
+// NaN in the rows and columns of segments whose offsets are wrong; a thread owns a segment of each
+// side.
 __global__ void check_kernel(Offsets offsets, Offsets offsets2, int* report, float* out) {
-  const int64_t index = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
   const float nan = __uint_as_float(0x7fc00000u);
-  if (index < offsets.n && !offsets.is_valid(index)) {
-    *report = 1;
-    for (int64_t j = 0; j < offsets2.n; ++j) out[index * offsets2.n + j] = nan;
-  }
-  if (index < offsets2.n && !offsets2.is_valid(index)) {
-    *report = 2;
-    for (int64_t i = 0; i < offsets.n; ++i) out[i * offsets2.n + index] = nan;
+  const int64_t n = max(offsets.n, offsets2.n);
+  for (int64_t index = int64_t{blockIdx.x} * blockDim.x + threadIdx.x; index < n;
+       index += int64_t{gridDim.x} * blockDim.x) {
+    if (index < offsets.n && !offsets.is_valid(index)) {
+      *report = 1;
+      for (int64_t j = 0; j < offsets2.n; ++j) out[index * offsets2.n + j] = nan;
+    }
+    if (index < offsets2.n && !offsets2.is_valid(index)) {
+      *report = 2;
+      for (int64_t i = 0; i < offsets.n; ++i) out[i * offsets2.n + index] = nan;
+    }
   }
   __threadfence_system();
 }
 
-constexpr int64_t kMaxBlocks = 1 << 20;
 constexpr int kCollectThreads = 128;
 
 template <class T>
@@ -201,12 +204,12 @@ void by_pairs(const Device& device, const Side<T>& x, const Side<T>& y, const Te
   const Tensor partial = new_float(out, {x.slots(), y.slots()});
   with_tile<T, HopperTile>(device, [&](auto tile) {
     using Traits = decltype(tile);
-    device.launch(pairs_kernel<Traits>, grid_for(x.tiles() * y.tiles(), kMaxBlocks),
+    device.launch(pairs_kernel<Traits>, device.grid_for_tiles(x.tiles() * y.tiles()),
                   dim3(Traits::kThreads), Traits::kSharedBytes, x, y,
                   partial.mutable_data_ptr<float>());
   });
   device.launch(collect_pairs_kernel<T>,
-                grid_for(ceil_div(x.offsets.n * y.offsets.n, kCollectThreads), kMaxBlocks),
+                device.grid_for_tiles(ceil_div(x.offsets.n * y.offsets.n, kCollectThreads)),
                 dim3(kCollectThreads), 0, x, y, partial.const_data_ptr<float>(),
                 out.mutable_data_ptr<float>());
 }
@@ -228,7 +231,7 @@ void by_gradients(const Device& device, const Side<T>& x, const Side<T>& y, cons
     for (const Side<T>* side : {&x, &y}) {
       with_tile<T, HopperPairedTile>(device, [&](auto tile) {
         using Traits = decltype(tile);
-        device.launch(gradient_tiles_kernel<Traits>, grid_for(side->offsets.n * count, kMaxBlocks),
+        device.launch(gradient_tiles_kernel<Traits>, device.grid_for_tiles(side->offsets.n * count),
                       dim3(Traits::kThreads), Traits::kSharedBytes, *side, first, count, to);
       });
       to += side->offsets.n * count * kTile;
@@ -241,7 +244,7 @@ void by_gradients(const Device& device, const Side<T>& x, const Side<T>& y, cons
     const Tensor right = torch::stable::narrow(gradients, 1, n, n2);
     batched_matmul_fp32(left, torch::stable::transpose(right, 1, 2),
                         torch::stable::narrow(products, 0, 0, count));
-    device.launch(collect_slab_kernel, grid_for(ceil_div(n * n2, kCollectThreads), kMaxBlocks),
+    device.launch(collect_slab_kernel, device.grid_for_tiles(ceil_div(n * n2, kCollectThreads)),
                   dim3(kCollectThreads), 0, products.const_data_ptr<float>(), count, n * n2,
                   slab == 0, slab + 1 == n_slabs, sums.mutable_data_ptr<double>(),
                   out.mutable_data_ptr<float>());
@@ -275,7 +278,7 @@ Tensor ghost_dot(const Tensor& a, const Tensor& g, const Tensor& cu_seqlens, con
       by_pairs(device, x, y, out);
     }
     device.launch(check_kernel,
-                  grid_for(ceil_div(std::max(offsets.n, offsets2.n), kCollectThreads), kMaxBlocks),
+                  device.grid_for_tiles(ceil_div(std::max(offsets.n, offsets2.n), kCollectThreads)),
                   dim3(kCollectThreads), 0, offsets, offsets2, report,
                   out.mutable_data_ptr<float>());
     return out;

@@ -145,7 +145,7 @@ Tensor fused_terms(const Device& device, const Tensor& a, const Tensor& g, const
   const Tensor terms = new_float(a, {o_tiles, v.size(0), a.size(0)});
   with_tile<T, HopperPairedTile>(device, [&](auto tile) {
     using Traits = decltype(tile);
-    device.launch(fused_kernel<Traits>, grid_for(n_tiles, 1 << 20), dim3(Traits::kThreads),
+    device.launch(fused_kernel<Traits>, device.grid_for_tiles(n_tiles), dim3(Traits::kThreads),
                   Traits::kSharedBytes, a_held.operand(), g_held.operand(), v_held.directions(),
                   terms.mutable_data_ptr<float>());
   });
@@ -170,8 +170,8 @@ Tensor cublas_terms(const Device& device, const Tensor& a, const Tensor& g, cons
     for (int64_t m = 0; m < n_directions; ++m) {
       const Tensor direction = torch::stable::select(v, 0, m);
       const Tensor z = matmul_fp32(a_rows, torch::stable::transpose(direction, 0, 1));
-      device.launch(row_dots_kernel<T>, grid_for(ceil_div(tokens, 4), 1 << 20), dim3(4 * kWarp), 0,
-                    z.const_data_ptr<float>(), g_rows,
+      device.launch(row_dots_kernel<T>, device.grid_for_tiles(ceil_div(tokens, 4)), dim3(4 * kWarp),
+                    0, z.const_data_ptr<float>(), g_rows,
                     terms.mutable_data_ptr<float>() + m * total + t);
     }
   }

@@ -121,6 +121,26 @@ def test_ghost_dot_form_by_sizes(lengths: list[int], form: str, monkeypatch) -> 
         assert torch.equal(run(sample, HOPPER), chosen) == (forced == form), forced
 
 
+@pytest.mark.parametrize("capability", [AMPERE, HOPPER])
+@pytest.mark.parametrize(
+    ("op", "form"),
+    [("dot", "gram"), ("dot", "gradient"), ("bilinear", "fused"), ("bilinear", "cublas")],
+)
+def test_few_blocks_do_all_tiles(op: str, form: str, capability: int, monkeypatch) -> None:
+    """With one multiprocessor there are 16 blocks: fewer than tiles, or rows of results."""
+    monkeypatch.setenv(GHOST if op == "dot" else BILINEAR, form)
+    cu = rows([200, 0, 411], 70, 40)
+    sample = {
+        "dot": Sample("ghost_dot", "", (*cu, *rows([300, 150, 1], 70, 40))),
+        "bilinear": Sample("segment_bilinear", "", (*cu[:2], directions(4, 40, 70), cu[2])),
+    }[op]
+    if form == "gradient":  # tiles of gradients, in two slabs
+        many = rows([9, *[0] * 39, 70], 500, 390)
+        sample = Sample("ghost_dot", "", (*many, *many))
+    with cuda_shim.device(multiprocessors=1):
+        assert_close_to_formula(sample, run(sample, capability))
+
+
 @pytest.mark.parametrize("form", ["gram", "gradient"])
 def test_more_segments_than_are_planned_at_once(form: str, monkeypatch) -> None:
     monkeypatch.setenv(GHOST, form)
