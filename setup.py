@@ -150,6 +150,11 @@ def gencode_flags(toolkit: Toolkit) -> list[str]:
         )
 
 
+def hopper_defines(gencode: list[str]) -> list[str]:
+    """Tell the host's code that kernels with instructions of sm_90a alone are there."""
+    return ["-DGEFFECT_FAST_SM90A"] if HOPPER_FLAG in gencode else []
+
+
 def cutlass_include() -> Path | None:
     """Return the folder of the CUTLASS headers: of CUTLASS_PATH, else of nvidia-cutlass."""
     if given := os.environ.get("CUTLASS_PATH"):
@@ -172,6 +177,12 @@ def missing_for_hopper(gencode: list[str]) -> str | None:
 def sources(pattern: str) -> list[str]:
     """Return files of csrc/; setuptools wants them relative to the folder of setup.py."""
     return sorted(str(path.relative_to(ROOT)) for path in ROOT.glob(f"csrc/{pattern}"))
+
+
+def ops_of(files: list[str]) -> str:
+    """Return the operators that source files register, with commas between."""
+    registration = re.compile(r'(?:\bm\.impl\("|^GEFFECT_FAST_REGISTER_CUDA\()(\w+)', re.MULTILINE)
+    return ",".join(op for file in files for op in registration.findall((ROOT / file).read_text()))
 
 
 def op_library(name: str, files: list[str], nvcc_flags: list[str] | None = None):
@@ -218,7 +229,7 @@ def native_extensions(toolkit: Toolkit | None) -> list:
         op_library(
             "_kernels",
             [*cpu, *cuda, "csrc/common/vec.cpp"],
-            None if toolkit is None else [*NVCC_FLAGS, *gencode],
+            None if toolkit is None else [*NVCC_FLAGS, *gencode, *hopper_defines(gencode)],
         )
     ]
     if hopper:
@@ -231,8 +242,8 @@ def native_extensions(toolkit: Toolkit | None) -> list:
         "FLAGS": " ".join(CXX_FLAGS),
         "CUDA_VERSION": "" if toolkit is None else toolkit.version,
         "CUDA_ARCHITECTURES": ",".join(re.findall(r",code=(\w+)", " ".join(gencode))),
-        "CPU_OPS": ",".join(Path(file).stem for file in cpu),
-        "CUDA_OPS": ",".join(Path(file).stem for file in [*cuda, *hopper]),
+        "CPU_OPS": ops_of(cpu),
+        "CUDA_OPS": ops_of([*cuda, *hopper]),
     }
     extensions.append(
         CppExtension(

@@ -8,20 +8,17 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
-OPS = {path.stem for path in ROOT.glob("csrc/cuda/*.cu")}
+from geffect_fast.ops import schema
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
 
-@pytest.fixture(scope="module")
-def setup() -> ModuleType:
-    sys.path.insert(0, str(ROOT))
-    import setup
+import cuda_check
 
-    return setup
+ROOT = cuda_check.ROOT
+CUDA_FILES = {path.stem for path in ROOT.glob("csrc/cuda/*.cu")}
 
 
 def run_setup(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -139,8 +136,8 @@ def test_cuda_build(toolkit: Path, build: str) -> None:
     built = extensions(describe(toolkit, GEFFECT_FAST_BUILD=build))
     assert built["home"] == str(toolkit)
     kernels, hopper = built["geffect_fast._kernels"], built["geffect_fast._kernels_sm90"]
-    assert stems(kernels, ".cu") | stems(hopper, ".cu") == OPS
-    assert stems(hopper, ".cu") == {stem for stem in OPS if stem.endswith("_sm90")}
+    assert stems(kernels, ".cu") | stems(hopper, ".cu") == CUDA_FILES
+    assert stems(hopper, ".cu") == {stem for stem in CUDA_FILES if stem.endswith("_sm90")}
     assert stems(kernels, ".cpp") == {p.stem for p in ROOT.glob("csrc/cpu/*.cpp")} | {"vec"}
 
     assert gencode(hopper) == {"arch=compute_90a,code=sm_90a"}
@@ -159,7 +156,10 @@ def test_cuda_build(toolkit: Path, build: str) -> None:
         "sm_80",
         "sm_90a",
     }
-    assert set(facts["GEFFECT_FAST_CUDA_OPS"].strip('"').split(",")) == OPS
+    built_ops = facts["GEFFECT_FAST_CUDA_OPS"].strip('"').split(",")
+    assert {"segment_bilinear", "segment_bilinear_terms_sm90"} < set(built_ops)
+    assert set(built_ops) <= {*schema.SCHEMAS, *schema.INTERNAL_SCHEMAS}
+    assert len(built_ops) >= len(CUDA_FILES)
 
 
 def test_libcudart_of_the_toolkit_is_linked(toolkit: Path) -> None:
@@ -183,7 +183,7 @@ def test_hopper_kernels_are_left_out_with_a_notice(
     assert f"the Hopper kernels are left out: {said}" in done.stderr
     assert "geffect_fast._kernels_sm90" not in built
     assert stems(built["geffect_fast._kernels"], ".cu") == {
-        s for s in OPS if not s.endswith("_sm90")
+        stem for stem in CUDA_FILES if not stem.endswith("_sm90")
     }
     assert "_sm90" not in dict(built["geffect_fast._C"]["define_macros"])["GEFFECT_FAST_CUDA_OPS"]
 
@@ -231,8 +231,8 @@ def test_cpu_build_asks_nothing_of_cuda(toolkit: Path) -> None:
 
 
 def test_cutlass_headers_may_be_given_either_way(
-    setup: ModuleType, toolkit: Path, monkeypatch: pytest.MonkeyPatch
+    toolkit: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for given in ("cutlass", "cutlass/include"):
         monkeypatch.setenv("CUTLASS_PATH", str(toolkit.parent / given))
-        assert setup.cutlass_include() == toolkit.parent / "cutlass/include"
+        assert cuda_check.setup.cutlass_include() == toolkit.parent / "cutlass/include"

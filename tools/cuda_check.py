@@ -21,14 +21,17 @@ import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import NamedTuple
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+ROOT = Path(__file__).resolve().parents[1]
+# Not by sys.path, where the package of this folder would come before an installed one.
+_spec = spec_from_file_location("setup", ROOT / "setup.py")
+assert _spec is not None and _spec.loader is not None
+setup = module_from_spec(_spec)
+_spec.loader.exec_module(setup)
 
-import setup
-
-ROOT = setup.ROOT
 BUILD = ROOT / "build/cuda_check"
 JOBS = 2
 NAME_LENGTH = 100
@@ -134,6 +137,7 @@ def nvcc_flags(job: Job) -> list[str]:
     return [
         *COMMON_NVCC_FLAGS,
         *setup.NVCC_FLAGS,
+        *setup.hopper_defines([setup.HOPPER_FLAG]),  # as in a build for all targets
         f"-DTORCH_TARGET_VERSION={setup.TORCH_TARGET_VERSION}",
         f"-I{ROOT / 'csrc'}",
         *(f"-isystem={path}" for path in includes),
