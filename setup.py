@@ -142,12 +142,15 @@ def gencode_flags(toolkit: Toolkit) -> list[str]:
     if not os.environ.get("TORCH_CUDA_ARCH_LIST"):
         os.environ["TORCH_CUDA_ARCH_LIST"] = ";".join(toolkit.targets())
     try:
-        return cpp_extension._get_cuda_arch_flags()
+        flags = cpp_extension._get_cuda_arch_flags()
     except (ValueError, IndexError):
         sys.exit(
             f"TORCH_CUDA_ARCH_LIST={os.environ['TORCH_CUDA_ARCH_LIST']!r} names no GPU that torch"
             f" knows; use something like {';'.join(CUDA_TARGETS)}"
         )
+    # Beside code for sm_90a, that for sm_90 could only be taken in its place.
+    plain = HOPPER_FLAG.replace("90a", "90")
+    return [flag for flag in flags if flag != plain or HOPPER_FLAG not in flags]
 
 
 def hopper_defines(gencode: list[str]) -> list[str]:

@@ -140,6 +140,7 @@ def test_cuda_build(toolkit: Path, build: str) -> None:
     assert stems(hopper, ".cu") == {stem for stem in CUDA_FILES if stem.endswith("_sm90")}
     assert stems(kernels, ".cpp") == {p.stem for p in ROOT.glob("csrc/cpu/*.cpp")} | {"vec"}
 
+    assert "-DGEFFECT_FAST_SM90A" in kernels["extra_compile_args"]["nvcc"]
     assert gencode(hopper) == {"arch=compute_90a,code=sm_90a"}
     assert gencode(kernels) == {"arch=compute_80,code=sm_80", "arch=compute_90a,code=sm_90a"}
     for extension in (kernels, hopper):
@@ -147,6 +148,7 @@ def test_cuda_build(toolkit: Path, build: str) -> None:
             extension["extra_compile_args"]["nvcc"]
         )
         assert extension["py_limited_api"] is True
+        assert "-Xcompiler=-fvisibility=hidden" in extension["extra_compile_args"]["nvcc"]
         assert "torch_python" not in extension["libraries"]
         assert "cudart" not in extension["libraries"]  # this toolkit has no libcudart.so
     assert str(toolkit.parent / "cutlass/include") in hopper["extra_compile_args"]["nvcc"]
@@ -182,6 +184,8 @@ def test_hopper_kernels_are_left_out_with_a_notice(
     built = extensions(done)
     assert f"the Hopper kernels are left out: {said}" in done.stderr
     assert "geffect_fast._kernels_sm90" not in built
+    flags = built["geffect_fast._kernels"]["extra_compile_args"]["nvcc"]
+    assert ("-DGEFFECT_FAST_SM90A" in flags) == ("TORCH_CUDA_ARCH_LIST" not in environment)
     assert stems(built["geffect_fast._kernels"], ".cu") == {
         stem for stem in CUDA_FILES if not stem.endswith("_sm90")
     }
@@ -189,9 +193,10 @@ def test_hopper_kernels_are_left_out_with_a_notice(
 
 
 def test_arch_list_is_honoured(toolkit: Path) -> None:
-    built = extensions(describe(toolkit, TORCH_CUDA_ARCH_LIST="8.6 12.0+PTX"))
+    built = extensions(describe(toolkit, TORCH_CUDA_ARCH_LIST="8.6 9.0 9.0a 12.0+PTX"))
     assert gencode(built["geffect_fast._kernels"]) == {
         "arch=compute_86,code=sm_86",
+        "arch=compute_90a,code=sm_90a",  # serves what sm_90 would
         "arch=compute_120,code=sm_120",
         "arch=compute_120,code=compute_120",
     }

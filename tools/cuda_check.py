@@ -137,6 +137,7 @@ def nvcc_flags(job: Job) -> list[str]:
     return [
         *COMMON_NVCC_FLAGS,
         *setup.NVCC_FLAGS,
+        *setup.hopper_defines([setup.HOPPER_FLAG]),
         *setup.hopper_defines([setup.HOPPER_FLAG]),  # as in a build for all targets
         f"-DTORCH_TARGET_VERSION={setup.TORCH_TARGET_VERSION}",
         f"-I{ROOT / 'csrc'}",
