@@ -29,6 +29,14 @@ inline void check_dtype(const char* op, const char* name, const Tensor& tensor, 
                   torch::headeronly::toString(dtype));
 }
 
+// A CUDA kernel that is called with tensors of several devices would read wild memory.
+inline void check_one_device(const char* op, std::initializer_list<const Tensor*> tensors) {
+  for (const Tensor* tensor : tensors) {
+    STD_TORCH_CHECK(tensor->device() == (*tensors.begin())->device(), op,
+                    ": all arguments must be on one device");
+  }
+}
+
 // Offsets 0 = c_0 <= c_1 <= ... <= c_n = total_tokens, read from an int32 or int64 tensor.
 inline std::vector<int64_t> read_offsets(const char* op, const char* name, const Tensor& tensor,
                                          int64_t total_tokens) {

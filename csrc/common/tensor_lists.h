@@ -53,6 +53,7 @@ inline void check_tensor_lists(const char* op, const std::vector<Tensor>& grads,
       ": `grads` must hold n_lists * len(groups) tensors");
   for (int64_t i = 0; i < n_lists * n_tensors; ++i) {
     check_dtype(op, "grads", grads[i], grads[0].scalar_type());
+    check_one_device(op, {&grads[0], &grads[i]});
     const Tensor& like = grads[i % n_tensors];
     bool same = grads[i].dim() == like.dim();
     for (int64_t d = 0; same && d < like.dim(); ++d) same = grads[i].size(d) == like.size(d);

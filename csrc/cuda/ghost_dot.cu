@@ -260,6 +260,7 @@ Tensor ghost_dot(const Tensor& a, const Tensor& g, const Tensor& cu_seqlens, con
   check_shape(kOp, "g", g, {a.size(0), g.size(1)});
   check_shape(kOp, "a2", a2, {a2.size(0), a.size(1)});
   check_shape(kOp, "g2", g2, {a2.size(0), g.size(1)});
+  check_one_device(kOp, {&a, &g, &cu_seqlens, &a2, &g2, &cu_seqlens2});
   const Device device(a);
   const Offsets offsets = offsets_of(kOp, "cu_seqlens", cu_seqlens, a.size(0));
   const Offsets offsets2 = offsets_of(kOp, "cu_seqlens2", cu_seqlens2, a2.size(0));

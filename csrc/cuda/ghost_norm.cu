@@ -301,6 +301,7 @@ Tensor ghost_norm(const Tensor& a, const Tensor& g, const Tensor& cu_seqlens) {
   check_dim(kOp, "g", g, 2);
   check_shape(kOp, "g", g, {a.size(0), g.size(1)});
   check_dtype(kOp, "g", g, a.scalar_type());
+  check_one_device(kOp, {&a, &g, &cu_seqlens});
   const Device device(a);
   const Offsets offsets = offsets_of(kOp, "cu_seqlens", cu_seqlens, a.size(0));
   int* report = OffsetReport::device_word(kOp, kGhostNorm);

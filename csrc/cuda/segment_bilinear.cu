@@ -209,6 +209,7 @@ Tensor segment_bilinear(const Tensor& a, const Tensor& g, const Tensor& v, const
   check_shape(kOp, "v", v, {n_directions, g.size(1), a.size(1)});
   check_dtype(kOp, "g", g, a.scalar_type());
   check_dtype(kOp, "v", v, a.scalar_type());
+  check_one_device(kOp, {&a, &g, &v, &cu_seqlens});
   const Device device(a);
   const Offsets offsets = offsets_of(kOp, "cu_seqlens", cu_seqlens, total_tokens);
   int* report = OffsetReport::device_word(kOp, kSegmentBilinear);
