@@ -55,12 +55,14 @@ __host__ __device__ constexpr int pair_index(int j, int k, int n_lists) {
   return j * n_lists - j * (j - 1) / 2 + k - j;
 }
 
-// A lane's share of the sums of all pairs; a block reads kUnit elements of all lists at once.
+// A lane's share of the sums of all pairs. The lanes of a block read a unit of every list at once
+// and issue the loads of a step together.
 template <class T_, int kLists_>
 struct FmaSums {
   using T = T_;
   static constexpr int kLists = kLists_, kPairs = kLists * (kLists + 1) / 2;
   static constexpr int kLoads = kLists, kUnit = kThreads * kVector<T>;
+  static constexpr int kStep = kUnit * ceil_div(kLoadsAtOnce, kLoads);
   // Blocks of a multiprocessor, hence at most 80, 128 or 255 registers; and the least bytes of a
   // chunk in all lists, so that reading it takes longer than looking it up and adding up its sums.
   static constexpr int kBlocks = kLists <= 4 ? 6 : kLists <= 8 ? 4 : 2;
@@ -112,6 +114,7 @@ struct TensorCoreSums {
   using T = T_;
   static constexpr int kLists = 16, kPairs = 136;
   static constexpr int kLoads = 2, kUnit = kThreads / 8 * kVector<T>;
+  static constexpr int kStep = kUnit * ceil_div(kLoadsAtOnce, kLoads);
   static constexpr int kBlocks = 6;
   static constexpr int64_t kChunkBytes = 128 * 1024;
   static constexpr int kEntries = 256;
@@ -179,7 +182,7 @@ __global__ void __launch_bounds__(kThreads, Sums::kBlocks)
                              int64_t first_chunk, int64_t n_chunks, float* __restrict__ partials,
                              int64_t* __restrict__ chunk_groups) {
   using T = typename Sums::T;
-  constexpr int kLoads = Sums::kLoads, kUnroll = ceil_div(8, kLoads);  // 8 loads at once or more
+  constexpr int kLoads = Sums::kLoads, kUnroll = Sums::kStep / Sums::kUnit;
   __shared__ float warp_sums[kWarps][Sums::kEntries];
   const int tensor = table.tensor_of(blockIdx.x);
   const int64_t begin = int64_t{blockIdx.x - table.first_block[tensor]} * chunk_size;
@@ -198,7 +201,7 @@ __global__ void __launch_bounds__(kThreads, Sums::kBlocks)
   int64_t at = begin;
   if (aligned) {
 #pragma unroll 1
-    for (; at + kUnroll * Sums::kUnit <= end; at += kUnroll * Sums::kUnit) {
+    for (; at + Sums::kStep <= end; at += Sums::kStep) {
       uint4 chunks[kUnroll][kLoads];
 #pragma unroll
       for (int u = 0; u < kUnroll; ++u) {
@@ -288,11 +291,11 @@ struct Parameter {
 template <class Sums>
 void launch_multi_tensor_gram(const Device& device, const std::vector<Parameter>& parameters,
                               const Lists& lists, const Tensor& out) {
-  constexpr int64_t kStep = Sums::kUnit * ceil_div(8, Sums::kLoads);
   int64_t total = 0;
   for (const Parameter& parameter : parameters) total += parameter.numel;
   const int64_t least = Sums::kChunkBytes / (lists.n * sizeof(typename Sums::T));
-  const int64_t chunk_size = ceil_div(std::max(least, ceil_div(total, kMaxChunks)), kStep) * kStep;
+  const int64_t chunk_size =
+      ceil_div(std::max(least, ceil_div(total, kMaxChunks)), Sums::kStep) * Sums::kStep;
   int64_t n_chunks = 0;
   for (const Parameter& parameter : parameters) n_chunks += ceil_div(parameter.numel, chunk_size);
   const Tensor partials = new_float(out, {Sums::kPairs, n_chunks});

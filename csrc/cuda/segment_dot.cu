@@ -23,15 +23,13 @@ struct DotTraits {
   static constexpr int kThreads = 128;
   // Blocks of a multiprocessor, hence at most 80, 128 or 168 registers.
   static constexpr int kBlocks = kSums <= 2 ? 6 : kSums <= 8 ? 4 : 3;
-  // Loads of at least 8 rows or steps are issued together. That is 4 KiB a warp, and registers
-  // leave room for 12 warps a multiprocessor or more; 32 KiB cover the latency of its share of 5
-  // TB/s.
-  static constexpr int kUnroll = ceil_div(8, kKTile + kMTile);
+  // Steps whose loads are issued together.
+  static constexpr int kUnroll = ceil_div(kLoadsAtOnce, kKTile + kMTile);
   // Steps of a warp over a slice: 4 KiB of every row.
   static constexpr int kSteps = 4096 / (kWarp * kWidth * sizeof(T));
 };
 
-constexpr int64_t kWaves = 16;  // of blocks, so many that the device is full until the end
+constexpr int64_t kWaves = 8;  // of blocks, so many that the device is full until the end
 
 // A (count, total_tokens, d) tensor.
 template <class T>
@@ -198,6 +196,7 @@ Tensor segment_dot(const Tensor& z, const Tensor& g, const Tensor& cu_seqlens) {
   check_shape(kOp, "g", g, {g.size(0), z.size(1), z.size(2)});
   check_dtype(kOp, "g", g, z.scalar_type());
   const Offsets offsets = offsets_of(kOp, "cu_seqlens", cu_seqlens, z.size(1));
+  check_one_device(kOp, {&z, &g, &cu_seqlens});
   const Device device(z);
   int* const report = OffsetReport::device_word(kOp, kSegmentDot);
   const Tensor out = new_float(z, {g.size(0), z.size(0), offsets.n});

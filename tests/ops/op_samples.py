@@ -165,7 +165,8 @@ def sample_inputs(dtype: torch.dtype) -> list[Sample]:
     unaligned = [[make(3005)[j % 2 :][:3003], make(40)[j:][:30]] for j in range(10)]
     small = [[make(1 + p % 3) for p in range(1100)]]  # more than one launch describes
     columns = make(3, len(a), 4104)  # rows on 16-byte boundaries, wider than a warp reads at once
-    tokens = make(2, 2100, 8)
+    tokens = make(9, 2100, 8)  # more than a warp sums up
+    every_second = make(3, len(a), 32)[..., ::2]
     return [
         Sample("segment_bilinear", "three directions", (a, g, v, cu)),
         Sample("segment_bilinear", "one direction, 2-D", (a, g, v[0], cu)),
@@ -198,7 +199,10 @@ def sample_inputs(dtype: torch.dtype) -> list[Sample]:
         Sample(
             "segment_dot", "tiles", (make(6, len(a), 24), make(9, len(a), 32)[..., 8:], cu.long())
         ),
-        Sample("segment_dot", "long", (tokens, tokens[1], offsets([2060, 0, 40]))),
+        Sample("segment_dot", "long", (tokens[:5], tokens, offsets([2060, 0, 40, 0, 0, 0]))),
+        Sample("segment_dot", "long, last", (*tokens[:2], offsets([*[0] * 218, *[1] * 40, 2060]))),
+        Sample("segment_dot", "every second", (every_second[:2], every_second[2], cu)),
+        Sample("segment_dot", "odd rows", (make(2, 64, 13), make(64, 13), offsets([60, 4]))),
         Sample("ghost_norm", "ragged", (a, g, cu)),
         Sample("ghost_norm", "no samples", empty),
         Sample("ghost_norm", "no tokens", no_tokens),
@@ -223,6 +227,7 @@ def sample_inputs(dtype: torch.dtype) -> list[Sample]:
         Sample("multi_tensor_gram", "one list", (lists[:1],)),
         Sample("multi_tensor_gram", "no tensors", ([[], []],)),
         Sample("multi_tensor_gram", "no elements", ([[make(0, 3), make(2)]] * 2,)),
+        Sample("multi_tensor_gram", "only empty", ([[make(0, 3)]] * 2,)),
         Sample("multi_tensor_gram", "scalars", ([[make()], [make()]],)),
         Sample("multi_tensor_gram", "strided", (strided_lists,)),
         Sample("multi_tensor_gram", "big", (big, [0, 0])),
