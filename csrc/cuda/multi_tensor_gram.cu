@@ -130,7 +130,7 @@ struct TensorCoreSums {
 
   __device__ __forceinline__ void add(const uint4 (&chunks)[kLoads]) {
     const uint4 low = chunks[0], high = chunks[1];
-    // Tensor cores round sums down: 32 products in them, the rest by additions in fp32.
+    // Tensor cores truncate their sums: 32 products there, the rest by additions in fp32.
     float tiles[2][4] = {};
     multiply_add<T>(tiles[0], {low.x, high.x, low.y, high.y}, {low.x, low.y});
     multiply_add<T>(tiles[1], {low.x, high.x, low.y, high.y}, {high.x, high.y});
