@@ -71,9 +71,51 @@ def ops_table() -> str:
     return "\n".join([*lines, "", machine_line(rows[0])])
 
 
+def gpu_table() -> str:
+    """Every op on every GPU that was measured, against the fastest other way."""
+    files = sorted(path.name for path in RESULTS.glob("nvidia-*.csv"))
+    if not files:
+        return "Not yet run on a GPU: no figures."
+    lines = [
+        "| op | GPU | shapes | time of the fastest other way / ours | of the roofline, median |",
+        "|---|---|---:|---:|---:|",
+    ]
+    for name in files:
+        rows = read(name)
+        for op in dict.fromkeys(r["op"] for r in rows):
+            of_op = [r for r in rows if r["op"] == op]
+            ours = [r for r in of_op if r["provider"] == "ours"]
+            # `mm_alone` is only a part of the op.
+            others = [
+                r
+                for r in of_op
+                if r["provider"] != "mm_alone" and not r["provider"].startswith("ours")
+            ]
+            ratios = sorted(
+                min(float(r["ratio"]) for r in others if same_case(r, own)) for own in ours
+            )
+            percent = statistics.median(float(r["percent_of_roofline"]) for r in ours)
+            lines.append(
+                f"| `{op}` | {ours[0]['gpu']} | {len(ours)} | {ratios[0]:.2f} to {ratios[-1]:.2f} x, "
+                f"median {statistics.median(ratios):.2f} x | {percent:.0f} % |"
+            )
+        first = rows[0]
+        lines += [
+            "",
+            f"{first['gpu']}, driver {first['driver']}, torch {first['torch']}, {first['date']}; copy "
+            f"{first['copy_gb_per_s']} GB/s, bf16 product {first['matmul_tflop_per_s']} TFLOP/s.",
+        ]
+    return "\n".join(lines)
+
+
+def same_case(a: dict[str, str], b: dict[str, str]) -> bool:
+    """Whether two rows are of one shape and dtype of an op."""
+    return (a["shape"], a["dtype"]) == (b["shape"], b["dtype"])
+
+
 def rewritten(text: str) -> str:
     """README with its tables made anew."""
-    for name, table in (("sweep", sweep_table()), ("ops", ops_table())):
+    for name, table in (("sweep", sweep_table()), ("ops", ops_table()), ("gpu", gpu_table())):
         begin, end = BEGIN.format(name), END.format(name)
         head, rest = text.split(begin)
         text = f"{head}{begin}\n\n{table}\n\n{end}{rest.split(end)[1]}"
