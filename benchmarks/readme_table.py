@@ -72,40 +72,39 @@ def ops_table() -> str:
 
 
 def gpu_table() -> str:
-    """Every op on every GPU that was measured, against the fastest other way."""
-    files = sorted(path.name for path in RESULTS.glob("nvidia-*.csv"))
-    if not files:
-        return "Not yet run on a GPU: no figures."
+    """A table for every GPU that was measured: each op against the fastest other way."""
+    tables = [one_gpu_table(read(path.name)) for path in sorted(RESULTS.glob("nvidia-*.csv"))]
+    return "\n\n".join(tables) or "Not yet run on a GPU: no figures."
+
+
+def one_gpu_table(rows: list[dict[str, str]]) -> str:
+    """Each op over all benchmarked shapes, and what the device did at best."""
     lines = [
-        "| op | GPU | shapes | time of the fastest other way / ours | of the roofline, median |",
-        "|---|---|---:|---:|---:|",
+        "| op | shapes | time of the fastest other way / ours | of the roofline, median |",
+        "|---|---:|---:|---:|",
     ]
-    for name in files:
-        rows = read(name)
-        for op in dict.fromkeys(r["op"] for r in rows):
-            of_op = [r for r in rows if r["op"] == op]
-            ours = [r for r in of_op if r["provider"] == "ours"]
-            # `mm_alone` is only a part of the op.
-            others = [
-                r
-                for r in of_op
-                if r["provider"] != "mm_alone" and not r["provider"].startswith("ours")
-            ]
-            ratios = sorted(
-                min(float(r["ratio"]) for r in others if same_case(r, own)) for own in ours
-            )
-            percent = statistics.median(float(r["percent_of_roofline"]) for r in ours)
-            lines.append(
-                f"| `{op}` | {ours[0]['gpu']} | {len(ours)} | {ratios[0]:.2f} to {ratios[-1]:.2f} x, "
-                f"median {statistics.median(ratios):.2f} x | {percent:.0f} % |"
-            )
-        first = rows[0]
-        lines += [
+    for op in dict.fromkeys(r["op"] for r in rows):
+        of_op = [r for r in rows if r["op"] == op]
+        ours = [r for r in of_op if r["provider"] == "ours"]
+        # `mm_alone` is only a part of the op, `ours:<form>` another form of ours.
+        parts = ("ours", "mm_alone")
+        others = [r for r in of_op if not r["provider"].startswith(parts)]
+        ratios = sorted(min(float(r["ratio"]) for r in others if same_case(r, own)) for own in ours)
+        percent = statistics.median(float(r["percent_of_roofline"]) for r in ours)
+        lines.append(
+            f"| `{op}` | {len(ours)} | {ratios[0]:.2f} to {ratios[-1]:.2f} x, "
+            f"median {statistics.median(ratios):.2f} x | {percent:.0f} % |"
+        )
+    first = rows[0]
+    return "\n".join(
+        [
+            *lines,
             "",
-            f"{first['gpu']}, driver {first['driver']}, torch {first['torch']}, {first['date']}; copy "
-            f"{first['copy_gb_per_s']} GB/s, bf16 product {first['matmul_tflop_per_s']} TFLOP/s.",
+            f"{first['gpu']}, driver {first['driver']}, torch {first['torch']}, {first['date']}; "
+            f"copy {first['copy_gb_per_s']} GB/s, "
+            f"bf16 product {first['matmul_tflop_per_s']} TFLOP/s.",
         ]
-    return "\n".join(lines)
+    )
 
 
 def same_case(a: dict[str, str], b: dict[str, str]) -> bool:
