@@ -49,8 +49,7 @@ py::dict build_info() {
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Describes the native build of geffect_fast.";
-  m.def(
-      "build_info", &build_info,
-      "C++ compiler and flags, nvcc's version (None: no CUDA), architectures and the ops of each "
-      "provider in the native build.");
+  m.def("build_info", &build_info,
+        "C++ compiler and flags, nvcc's version (None: no CUDA), architectures and the ops of each "
+        "provider in the native build.");
 }
