@@ -63,8 +63,7 @@ struct BilinearSizes {
 // `capability` is 80, 89, 90, ...; gradients give no results per token.
 inline BilinearForm bilinear_form(int capability, bool tensor_cores, bool per_token,
                                   const BilinearSizes& s) {
-  const bool gradients_serve =
-      tensor_cores && !per_token && s.n > 0 && s.d_in > 0 && s.d_out > 0;
+  const bool gradients_serve = tensor_cores && !per_token && s.n > 0 && s.d_in > 0 && s.d_out > 0;
   const std::string_view forced = forced_form("GEFFECT_FAST_BILINEAR_FORM");
   if (forced == "fused") return BilinearForm::kFused;
   if (forced == "sm90") return BilinearForm::kHopper;

@@ -20,11 +20,11 @@ namespace {
 
 constexpr const char* kOp = "ghost_norm";
 
-// Blocks of a multiprocessor: what registers and shared memory allow on most devices.
+// Blocks of a multiprocessor: what shared memory allows, and registers for two accumulators.
 template <class Traits, Contract kContract>
-constexpr int kBlocksPerSm = Traits::kM == 64                   ? 3
-                             : kContract == Contract::kFeatures ? 1
-                                                                : 2;
+constexpr int kBlocksPerSm = Traits::kM == 64                                        ? 3
+                             : Traits::kWarpgroups && kContract == Contract::kTokens ? 2
+                                                                                     : 1;
 
 constexpr int kPlanThreads = 1024;
 
