@@ -94,3 +94,59 @@ def ghost_dot(
         pairs = (a_i @ a2.T) * (g_i @ g2.T)
         out[i] = _segment_sum(pairs.sum(dim=0), cu_seqlens2)
     return out
+
+
+def _head_logits(product: Tensor, scale: float, softcap: float) -> Tensor:
+    logits = _wide(product)
+    if scale != 1:
+        logits = logits * scale
+    return logits if softcap == 0 else torch.tanh(logits / softcap) * softcap
+
+
+def _label_columns(labels: Tensor, first: int, n_columns: int) -> tuple[Tensor, Tensor]:
+    """Return the labels' columns `(tokens, 1)`, clamped, and which of them lie in the tile."""
+    column = (labels - first).unsqueeze(1)
+    return column.clamp(0, n_columns - 1), (column >= 0) & (column < n_columns)
+
+
+def token_logprob_rows(
+    product: Tensor, labels: Tensor, first: int, scale: float, softcap: float
+) -> Tensor:
+    """Every row's maximum m, sum_v exp(x_v - m), and x_label or 0; `(3, tokens)`.
+
+    `x = softcap tanh(scale product / softcap)` (softcap 0: `scale product`) are the logits of the
+    vocabulary's entries from `first`, `product` `(tokens, >= 1)`.
+    """
+    logits = _head_logits(product, scale, softcap)
+    # Where all logits are -inf, the difference to the maximum would be NaN.
+    maximum = logits.amax(1).clamp_min(torch.finfo(logits.dtype).min)
+    total = (logits - maximum.unsqueeze(1)).exp_().sum(1)
+    column, inside = _label_columns(labels, first, logits.shape[1])
+    label = logits.gather(1, column).where(inside, 0).squeeze(1)
+    return torch.stack([maximum, total, label])
+
+
+def token_logprob_rows_backward(
+    product: Tensor,
+    labels: Tensor,
+    first: int,
+    scale: float,
+    softcap: float,
+    normaliser: Tensor,
+    grad: Tensor,
+    dtype: torch.dtype,
+) -> Tensor:
+    """`grad_t (1[v = label_t] - exp(x_tv - m_t - s_t)) dx_tv/dproduct_tv` in `dtype`.
+
+    `normaliser` `(2, tokens)` holds m and s, `m + s = log sum_v exp(x_tv)` over the vocabulary.
+    """
+    logits = _head_logits(product, scale, softcap)
+    maximum, log_sum = normaliser.unsqueeze(2)
+    probability = (logits - maximum).sub_(log_sum).exp_()
+    scaled = (grad * scale).unsqueeze(1)
+    column, inside = _label_columns(labels, first, logits.shape[1])
+    # One column a row, hence no two terms of one sum: deterministic.
+    out = (probability * -scaled).scatter_add_(1, column, scaled.where(inside, 0))
+    if softcap != 0:
+        out = out * (1 - (logits / softcap).square())
+    return out.to(dtype).contiguous()

@@ -31,7 +31,23 @@ SCHEMAS = {
     ),
 }
 
-REFERENCES: dict[str, Callable[..., Tensor]] = {name: getattr(reference, name) for name in SCHEMAS}
+# What `token_logprob` is made of.
+PART_SCHEMAS = {
+    "token_logprob_rows": (
+        "(Tensor product, Tensor labels, int first, float scale, float softcap) -> Tensor"
+    ),
+    "token_logprob_rows_backward": (
+        "(Tensor product, Tensor labels, int first, float scale, float softcap, Tensor normaliser,"
+        " Tensor grad, ScalarType dtype) -> Tensor"
+    ),
+}
+
+# The ops behind every function of `geffect_fast.ops`.
+FUNCTIONS = {op: (op,) for op in SCHEMAS} | {"token_logprob": tuple(PART_SCHEMAS)}
+
+REFERENCES: dict[str, Callable[..., Tensor]] = {
+    name: getattr(reference, name) for name in SCHEMAS | PART_SCHEMAS
+}
 
 
 def _fake_multi_tensor_gram(
@@ -64,18 +80,40 @@ def _fake_ghost_dot(
     return a.new_empty(shape, dtype=accumulation_dtype(a.dtype))
 
 
+def _fake_token_logprob_rows(
+    product: Tensor, labels: Tensor, first: int, scale: float, softcap: float
+) -> Tensor:
+    return product.new_empty((3, product.shape[0]), dtype=accumulation_dtype(product.dtype))
+
+
+def _fake_token_logprob_rows_backward(
+    product: Tensor,
+    labels: Tensor,
+    first: int,
+    scale: float,
+    softcap: float,
+    normaliser: Tensor,
+    grad: Tensor,
+    dtype: torch.dtype,
+) -> Tensor:
+    return product.new_empty(product.shape, dtype=dtype)
+
+
 FAKES: dict[str, Callable[..., Tensor]] = {
     "multi_tensor_gram": _fake_multi_tensor_gram,
     "segment_bilinear": _fake_segment_bilinear,
     "segment_dot": _fake_segment_dot,
     "ghost_norm": _fake_ghost_norm,
     "ghost_dot": _fake_ghost_dot,
+    "token_logprob_rows": _fake_token_logprob_rows,
+    "token_logprob_rows_backward": _fake_token_logprob_rows_backward,
 }
 
 
-# Ops of the native libraries among themselves. What is given here serves where a library is not
+# An op of the native libraries among themselves. What is given here serves where its library is not
 # built: no terms, so that the caller takes another way.
-INTERNAL_SCHEMAS = {"segment_bilinear_terms_sm90": "(Tensor a, Tensor g, Tensor v) -> Tensor"}
+NATIVE_SCHEMAS = {"segment_bilinear_terms_sm90": "(Tensor a, Tensor g, Tensor v) -> Tensor"}
+INTERNAL_SCHEMAS = PART_SCHEMAS | NATIVE_SCHEMAS
 
 
 def _no_terms(a: Tensor, g: Tensor, v: Tensor) -> Tensor:
@@ -121,14 +159,14 @@ def _autograd_kernel(name: str, op: Any) -> Callable[..., Tensor]:
 
 def _define() -> torch.library.Library:
     library = torch.library.Library(NAMESPACE, "DEF")
-    for name, signature in SCHEMAS.items():
+    for name, signature in (SCHEMAS | PART_SCHEMAS).items():
         qualified = f"{NAMESPACE}::{name}"
         library.define(name + signature, tags=(torch.Tag.pt2_compliant_tag,))
         torch.library.register_fake(qualified, FAKES[name], lib=library)
         library.impl(name, REFERENCES[name], "CompositeExplicitAutograd")
         op = getattr(getattr(torch.ops, NAMESPACE), name).default
         library.impl(name, _autograd_kernel(name, op), "Autograd")
-    for name, signature in INTERNAL_SCHEMAS.items():
+    for name, signature in NATIVE_SCHEMAS.items():
         library.define(name + signature)
         library.impl(name, _no_terms, "CompositeExplicitAutograd")
     return library
