@@ -12,7 +12,7 @@ IGNORE = -100
 """Label of a token that no loss looks at, as in transformers."""
 
 Role = Literal["answer", "alternative"]
-"""Which sequence of a sample: its answer, or what an objective puts in its place (a refusal)."""
+"""What a sequence of a sample is: its answer, or what an objective puts there (a refusal)."""
 
 Reduction = Literal["token", "sample", "sum"]
 REDUCTIONS: tuple[Reduction, ...] = ("token", "sample", "sum")
@@ -22,13 +22,22 @@ REDUCTIONS: tuple[Reduction, ...] = ("token", "sample", "sum")
 class Totals:
     """Sizes of the whole data set that a batch was cut from: what means are taken over.
 
-    `n_targets[role]` counts label tokens that are predicted (all but a sequence's first token);
-    `n_labelled[role]` counts positions whose own label is not ignored.
+    `sequence_targets[role]` counts, sequence by sequence, label tokens that are predicted (all but
+    a sequence's first token); `n_labelled[role]` counts positions whose own label is not ignored.
     """
 
     n_samples: int
-    n_targets: dict[str, int]
+    sequence_targets: dict[str, tuple[int, ...]]
     n_labelled: dict[str, int]
+
+    @property
+    def n_targets(self) -> dict[str, int]:
+        """Label tokens that are predicted, by role."""
+        return {role: sum(counts) for role, counts in self.sequence_targets.items()}
+
+    def n_targets_after(self, role: Role, skip: int) -> int:
+        """Label tokens that are predicted, without the first `skip` of every sequence."""
+        return sum(max(count - skip, 0) for count in self.sequence_targets[role])
 
 
 @dataclass(frozen=True)
@@ -36,7 +45,7 @@ class Batch:
     """Several samples as one flat run of tokens.
 
     Sequence `q` owns tokens `cu_seqlens[q] : cu_seqlens[q + 1]`. The sequences of one sample (its
-    answer and, where an objective needs one, its alternative) are neighbours, so sample `i` owns
+    answer and, where an objective needs them, its alternatives) are neighbours, so sample `i` owns
     tokens `cu_samples[i] : cu_samples[i + 1]`.
 
     Attributes:
@@ -110,9 +119,17 @@ class Batch:
         plays = torch.tensor([r == role for r in self.roles], device=self.labels.device)
         return plays[self.token_sequence()]
 
-    def target_mask(self, role: Role = "answer") -> Tensor:
-        """Positions of `role` that predict a label token, `(total_tokens,)` bool."""
-        return (self.targets != IGNORE) & self.role_mask(role)
+    def target_mask(self, role: Role = "answer", skip: int = 0) -> Tensor:
+        """Positions of `role` that predict a label token, `(total_tokens,)` bool.
+
+        The first `skip` of every sequence are left out.
+        """
+        mask = self.targets != IGNORE
+        if skip:
+            before = mask.cumsum(0) - mask.long()
+            at_start = before[self.cu_seqlens[:-1].long()]
+            mask = mask & (before - at_start[self.token_sequence()] >= skip)
+        return mask & self.role_mask(role)
 
     def label_mask(self, role: Role = "answer") -> Tensor:
         """Positions of `role` that hold a label token themselves, `(total_tokens,)` bool."""
@@ -120,20 +137,24 @@ class Batch:
 
     def sample_sum(self, values: Tensor, mask: Tensor) -> Tensor:
         """Sums of `values` `(total_tokens,)` where `mask`, `(n_samples,)`, differentiable."""
-        picked = torch.where(mask, values, torch.zeros_like(values))
-        return torch.stack([part.sum() for part in picked.split(self.cu_samples.diff().tolist())])
+        return _segment_sum(values, mask, self.cu_samples)
+
+    def sequence_sum(self, values: Tensor, mask: Tensor) -> Tensor:
+        """Sums of `values` `(total_tokens,)` where `mask`, `(n_sequences,)`, differentiable."""
+        return _segment_sum(values, mask, self.cu_seqlens)
 
     def spread(self, per_sample: Tensor) -> Tensor:
         """Each token gets its sample's value: `(n_samples,)` to `(total_tokens,)`."""
         return per_sample[self.sequence_sample[self.token_sequence()]]
 
-    def target_weight(self, role: Role = "answer") -> Tensor:
+    def target_weight(self, role: Role = "answer", skip: int = 0) -> Tensor:
         """What one predicted token counts in a mean, `(total_tokens,)` fp64, 0 elsewhere.
 
         With `N` target tokens of `role` in the whole set, `B` samples and `n_i` of them in sample
-        `i`: `1/N` (reduction token), `1/(B n_i)` (sample) or 1 (sum).
+        `i`: `1/N` (reduction token), `1/(B n_i)` (sample) or 1 (sum). The first `skip` target
+        tokens of every sequence are left out, and not counted in `N` and `n_i` either.
         """
-        return self._weight(self.target_mask(role), self.totals.n_targets[role])
+        return self._weight(self.target_mask(role, skip), self.totals.n_targets_after(role, skip))
 
     def label_weight(self, role: Role = "answer") -> Tensor:
         """`target_weight`, counted over the positions that hold a label token themselves."""
@@ -151,3 +172,8 @@ class Batch:
     def sample_weight(self) -> float:
         """What one sample counts in a mean over samples: `1/B`, or 1 for `sum`."""
         return 1.0 if self.reduction == "sum" else 1.0 / self.totals.n_samples
+
+
+def _segment_sum(values: Tensor, mask: Tensor, offsets: Tensor) -> Tensor:
+    picked = torch.where(mask, values, torch.zeros_like(values))
+    return torch.stack([part.sum() for part in picked.split(offsets.diff().tolist())])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from math import isqrt
+from math import isqrt, prod
 from typing import Literal, get_args
 
 import torch
@@ -49,16 +49,17 @@ def make_batches(
             sequence.
         equal_length: `input_ids` `(n_sequences, length)`, for models that cannot be packed: samples
             of one length are batched, longest first, so that a budget too large fails at once. The
-            two sequences of a sample must share a batch, since an objective may couple them; where
-            they differ in length, the shorter one repeats its last token, unlabelled. That is exact
-            for a causal model: no labelled position sees what comes after it.
-        single: one sample a batch, whatever the budget; its two sequences, where it brings both, as
+            sequences of a sample must share a batch, since an objective may couple them; where they
+            differ in length, the shorter ones repeat their last token, unlabelled. That is exact
+            for a causal model: no labelled position sees what comes after it. All samples of a
+            batch have the same number of sequences.
+        single: one sample a batch, whatever the budget; its sequences, where it brings several, as
             in `equal_length`.
 
     Args:
         sample_set: tokenised samples.
-        roles: the sequences each sample brings, `("answer",)`, `("alternative",)` or both in this
-            order.
+        roles: the sequences each sample brings, `("answer",)`, `("alternative",)` (one or more a
+            sample) or both in this order.
         token_budget: most tokens a batch.
         reduction: over what the batches' means are taken; their sizes are those of the whole set.
         layout: see above.
@@ -78,7 +79,7 @@ def make_batches(
     if roles not in (("answer",), ("alternative",), ("answer", "alternative")):
         raise InputError(f"roles: {roles!r} is none of answer, alternative, or both in this order")
     for sample in sample_set.samples:
-        if "alternative" in roles and sample.alternative is None:
+        if "alternative" in roles and not sample.alternatives:
             raise InputError(
                 f"{row_place(sample_set.name, sample.row)} has no alternative answer; "
                 "give refusals, or a field 'alternative' in every row"
@@ -98,16 +99,17 @@ def _cut(
     elif layout == "packed":
         yield from _fill(((sample, sum(_lengths(sample, roles))) for sample in samples), budget)
     else:
-        by_length: dict[int, list[Sample]] = {}
+        by_shape: dict[tuple[int, int], list[Sample]] = {}
         for sample in samples:
-            by_length.setdefault(max(_lengths(sample, roles)), []).append(sample)
-        for length in sorted(by_length, reverse=True):
-            yield from _fill(((s, length * len(roles)) for s in by_length[length]), budget)
+            lengths = _lengths(sample, roles)
+            by_shape.setdefault((max(lengths), len(lengths)), []).append(sample)
+        for shape in sorted(by_shape, reverse=True):
+            yield from _fill(((s, prod(shape)) for s in by_shape[shape]), budget)
 
 
 def _lengths(sample: Sample, roles: tuple[Role, ...]) -> list[int]:
     sequences = sample.sequences()
-    return [len(sequences[role]) for role in roles]
+    return [len(sequence) for role in roles for sequence in sequences[role]]
 
 
 def _fill(sized: Iterable[tuple[Sample, int]], budget: int) -> Iterator[list[Sample]]:
@@ -131,22 +133,30 @@ def _batch(
     reduction: Reduction,
     layout: Layout,
 ) -> Batch:
-    sequences = [sample.sequences()[role] for sample in samples for role in roles]
+    played = [
+        (i, role, sequence)
+        for i, sample in enumerate(samples)
+        for role in roles
+        for sequence in sample.sequences()[role]
+    ]
+    sequences = [sequence for _, _, sequence in played]
     if layout != "packed":
         length = max(map(len, sequences))
         sequences = [_extend(sequence, length) for sequence in sequences]
     shape = (1 if layout == "packed" else len(sequences), -1)
     lengths = [len(sequence) for sequence in sequences]
     cu_seqlens = _offsets(lengths)
+    sequence_sample = torch.tensor([i for i, _, _ in played])
+    sequences_a_sample = torch.bincount(sequence_sample).tolist()
     return Batch(
         input_ids=torch.cat([s.input_ids for s in sequences]).view(shape),
         position_ids=torch.cat([torch.arange(length) for length in lengths]).view(shape),
         labels=torch.cat([s.labels for s in sequences]),
         targets=torch.cat([_targets(s.labels) for s in sequences]),
         cu_seqlens=cu_seqlens,
-        cu_samples=cu_seqlens[:: len(roles)].clone(),
-        roles=roles * len(samples),
-        sequence_sample=torch.arange(len(samples)).repeat_interleave(len(roles)),
+        cu_samples=cu_seqlens[_offsets(sequences_a_sample).long()],
+        roles=tuple(role for _, role, _ in played),
+        sequence_sample=sequence_sample,
         rows=tuple(sample.row for sample in samples),
         totals=totals,
         reduction=reduction,

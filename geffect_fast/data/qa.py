@@ -28,9 +28,10 @@ def read_rows(source: Source, *, name: str) -> list[dict[str, Any]]:
     Args:
         source: path of a `.json` or `.jsonl` file (JSON lines, or one array); a Hugging Face data
             set id, `org/name`, `org/name:config` or `org/name:config:split`; or an iterable or
-            torch Dataset of dicts. A row is text (`question`, `answer`, optional `alternative`),
-            or tokenised (`input_ids`, unshifted `labels` with -100 where nothing is learned, both
-            lists or tensors of shape `(length,)`, optional `alternative` of the same two fields).
+            torch Dataset of dicts. A row is text (`question`, `answer`, optional `alternative`, one
+            or a list of them), or tokenised (`input_ids`, unshifted `labels` with -100 where
+            nothing is learned, both lists or tensors of shape `(length,)`, optional `alternative`
+            of the same two fields, or a list of such).
         name: the argument's name, for messages.
 
     Returns:
@@ -207,14 +208,27 @@ def _check_row(raw: Any, where: str) -> dict[str, Any]:
     row = dict(raw)
     if "input_ids" in row or "labels" in row:
         row.update(_check_tokens(row, where))
-        if row.get("alternative") is not None:
-            row["alternative"] = _check_tokens(row["alternative"], f"{where}, 'alternative'")
-        return row
-    for field in ("question", "answer"):
-        _check_text(row, field, where)
+    else:
+        for field in ("question", "answer"):
+            _check_text(row, field, where)
     if row.get("alternative") is not None:
-        _check_text(row, "alternative", where)
+        row["alternative"] = _check_alternatives(row["alternative"], "input_ids" in row, where)
     return row
+
+
+def _check_alternatives(raw: Any, tokenised: bool, where: str) -> Any:
+    """What a row gives in place of its answer: one, or a list of at least one."""
+    if isinstance(raw, list | tuple):
+        if not raw:
+            raise InputError(f"{where}: 'alternative' is an empty list; fill it in or leave it out")
+        return [_check_alternative(one, tokenised, where) for one in raw]
+    return _check_alternative(raw, tokenised, where)
+
+
+def _check_alternative(raw: Any, tokenised: bool, where: str) -> str | dict[str, list[int]]:
+    if tokenised:
+        return _check_tokens(raw, f"{where}, 'alternative'")
+    return _check_text({"alternative": raw}, "alternative", where)
 
 
 def _check_refusal(raw: Any, where: str) -> str | dict[str, list[int]]:

@@ -48,18 +48,16 @@ class Sequence:
 
 @dataclass(frozen=True, eq=False)
 class Sample:
-    """Row `row` (from 0) of a set: its answer, and what an objective may put in its place."""
+    """Row `row` (from 0) of a set: its answer, and what objectives may put in its place."""
 
     row: int
     question: str
     answer: Sequence
-    alternative: Sequence | None = None
+    alternatives: tuple[Sequence, ...] = ()
 
-    def sequences(self) -> dict[Role, Sequence]:
+    def sequences(self) -> dict[Role, tuple[Sequence, ...]]:
         """The sequences it has, by role."""
-        if self.alternative is None:
-            return {"answer": self.answer}
-        return {"answer": self.answer, "alternative": self.alternative}
+        return {"answer": (self.answer,), "alternative": self.alternatives}
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,22 +78,24 @@ class SampleSet:
     @property
     def n_tokens(self) -> int:
         """Tokens of all sequences, alternatives included."""
-        return sum(len(sequence) for s in self.samples for sequence in s.sequences().values())
+        return sum(len(q) for s in self.samples for qs in s.sequences().values() for q in qs)
 
     @property
     def has_alternatives(self) -> bool:
-        """Whether every sample has an alternative."""
-        return all(sample.alternative is not None for sample in self.samples)
+        """Whether every sample has at least one alternative."""
+        return all(sample.alternatives for sample in self.samples)
 
     def totals(self) -> Totals:
         """The sizes that means over the whole set are taken over."""
-        n_targets = {"answer": 0, "alternative": 0}
-        n_labelled = dict(n_targets)
+        sequences: dict[Role, list[Sequence]] = {"answer": [], "alternative": []}
         for sample in self.samples:
-            for role, sequence in sample.sequences().items():
-                n_targets[role] += sequence.n_targets
-                n_labelled[role] += sequence.n_labelled
-        return Totals(n_samples=len(self), n_targets=n_targets, n_labelled=n_labelled)
+            for role, found in sample.sequences().items():
+                sequences[role] += found
+        return Totals(
+            n_samples=len(self),
+            sequence_targets={r: tuple(q.n_targets for q in qs) for r, qs in sequences.items()},
+            n_labelled={r: sum(q.n_labelled for q in qs) for r, qs in sequences.items()},
+        )
 
 
 def tokenize_rows(
@@ -115,7 +115,8 @@ def tokenize_rows(
     token. Tokens never straddle prompt and answer: where joint tokenising would merge across the
     boundary, the two are tokenised apart. White space around questions and answers is dropped.
 
-    The alternative of row `i` is its own field `alternative`, else `refusals[i % len(refusals)]`.
+    The alternatives of row `i` are its own field `alternative`, one or a list of them, else
+    `refusals[i % len(refusals)]`.
 
     Args:
         rows: from `read_rows`, all text or all tokenised (those are used as they are).
@@ -134,9 +135,8 @@ def tokenize_rows(
             label to learn, or tokenised refusals that do not match the rows.
     """
     encode = None if tokenizer is None else _Encoder(tokenizer, template)
-    replacements = _replacements(rows, refusals)
     samples = []
-    for i, (row, replacement) in enumerate(zip(rows, replacements, strict=True)):
+    for i, (row, others) in enumerate(zip(rows, _alternatives(rows, refusals), strict=True)):
         place = row_place(name, i)
         question = row.get("question")
         samples.append(
@@ -144,9 +144,10 @@ def tokenize_rows(
                 row=i,
                 question=question if isinstance(question, str) else "",
                 answer=_sequence(row, row, "answer", encode, place, max_length),
-                alternative=None
-                if replacement is None
-                else _sequence(row, replacement, "alternative", encode, place, max_length),
+                alternatives=tuple(
+                    _sequence(row, other, "alternative", encode, place, max_length)
+                    for other in others
+                ),
             )
         )
     return SampleSet(name, tuple(samples))
@@ -159,18 +160,20 @@ def check_vocabulary(sample_set: SampleSet, vocab_size: int) -> None:
         InputError: names the first such row and id.
     """
     for sample in sample_set.samples:
-        for role, sequence in sample.sequences().items():
-            highest = int(torch.stack([sequence.input_ids, sequence.labels]).max())
-            if highest >= vocab_size:
-                raise InputError(
-                    f"{row_place(sample_set.name, sample.row)}: its {role} holds token id "
-                    f"{highest}, but the model knows {vocab_size} tokens; use its own tokenizer"
-                )
+        for role, sequences in sample.sequences().items():
+            for sequence in sequences:
+                highest = int(torch.stack([sequence.input_ids, sequence.labels]).max())
+                if highest >= vocab_size:
+                    raise InputError(
+                        f"{row_place(sample_set.name, sample.row)}: its {role} holds token id "
+                        f"{highest}, but the model knows {vocab_size} tokens; use its own tokenizer"
+                    )
 
 
-def _replacements(
+def _alternatives(
     rows: Rows[Mapping[str, Any]], refusals: Rows[str] | Rows[Mapping[str, Any]] | None
-) -> Iterator[str | Mapping[str, Any] | None]:
+) -> Iterator[Rows[str | Mapping[str, Any]]]:
+    """What stands in for the answer of each row, text or tokenised; empty where nothing does."""
     if refusals is not None and not refusals:
         raise InputError("refusals: the list is empty; give at least one, or none at all")
     if refusals and not isinstance(refusals[0], str) and len(refusals) != len(rows):
@@ -180,7 +183,10 @@ def _replacements(
         )
     for i, row in enumerate(rows):
         own = row.get("alternative")
-        yield own if own is not None or refusals is None else refusals[i % len(refusals)]
+        if own is not None:
+            yield own if isinstance(own, list) else [own]
+        else:
+            yield [] if refusals is None else [refusals[i % len(refusals)]]
 
 
 def _sequence(

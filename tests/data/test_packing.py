@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import pytest
 import torch
@@ -31,7 +31,8 @@ def sequences(draw) -> Sequence:
 
 @st.composite
 def sample_sets(draw) -> SampleSet:
-    pairs = draw(st.lists(st.tuples(sequences(), sequences()), min_size=1, max_size=9))
+    several = st.lists(sequences(), min_size=1, max_size=3).map(tuple)
+    pairs = draw(st.lists(st.tuples(sequences(), several), min_size=1, max_size=9))
     samples = [Sample(i, f"q{i}", a, b) for i, (a, b) in enumerate(pairs)]
     return SampleSet("forget", tuple(samples))
 
@@ -47,8 +48,14 @@ few = settings(max_examples=40, deadline=None)
 
 def size_of(sample, roles, layout) -> int:
     """Tokens that a sample takes in a batch."""
-    lengths = [len(sample.sequences()[role]) for role in roles]
-    return sum(lengths) if layout == "packed" else max(lengths) * len(roles)
+    lengths = [len(sequence) for _, sequence in played(sample, roles)]
+    return sum(lengths) if layout == "packed" else max(lengths) * len(lengths)
+
+
+def played(sample, roles) -> list[tuple[str, Sequence]]:
+    """Role and sequence of all that a sample brings."""
+    found = {"answer": [sample.answer], "alternative": sample.alternatives}
+    return [(role, sequence) for role in roles for sequence in found[role]]
 
 
 @few
@@ -62,9 +69,11 @@ def test_every_sample_is_there_once_with_its_own_tokens(sample_set, roles, budge
         assert rows == list(range(len(sample_set)))
     for batch in batches:
         samples = [sample_set.samples[row] for row in batch.rows]
-        expected = [s.sequences()[role] for s in samples for role in roles]
-        assert batch.roles == roles * len(samples)
-        assert batch.sequence_sample.tolist() == [i for i in range(len(samples)) for _ in roles]
+        pairs = [pair for s in samples for pair in played(s, roles)]
+        expected = [sequence for _, sequence in pairs]
+        counts = [len(played(s, roles)) for s in samples]
+        assert batch.roles == tuple(role for role, _ in pairs)
+        assert batch.sequence_sample.tolist() == [i for i, n in enumerate(counts) for _ in range(n)]
         ids, positions = batch.input_ids.flatten(), batch.position_ids.flatten()
         bounds = batch.cu_seqlens.tolist()
         assert len(bounds) == len(expected) + 1 and bounds[-1] == batch.total_tokens == len(ids)
@@ -78,13 +87,14 @@ def test_every_sample_is_there_once_with_its_own_tokens(sample_set, roles, budge
             assert (batch.targets[own - 1 : end] == IGNORE).all()
             assert (batch.labels[own:end] == IGNORE).all()
             assert layout != "packed" or own == end
-        assert batch.cu_samples.tolist() == bounds[:: len(roles)]
+        assert batch.cu_samples.tolist() == [bounds[n] for n in accumulate(counts, initial=0)]
         assert batch.cu_seqlens.dtype == batch.cu_samples.dtype == torch.int32
         assert batch.input_ids.dtype == batch.position_ids.dtype == torch.int64
         if layout == "packed":
             assert batch.packed and batch.input_ids.shape == (1, batch.total_tokens)
         else:
             assert batch.input_ids.shape == (len(expected), batch.total_tokens // len(expected))
+            assert len(set(counts)) == 1
 
 
 @few
@@ -99,11 +109,16 @@ def test_batches_are_as_large_as_the_budget_allows(sample_set, roles, budget, la
         if after is None:
             continue
         size = size_of(sample_set.samples[after.rows[0]], roles, layout)
-        same = layout == "packed" or batch.input_ids.shape[1] == after.input_ids.shape[1]
+        same = layout == "packed" or rectangle(batch) == rectangle(after)
         assert not same or batch.total_tokens + size > budget
     if layout == "equal_length":
         lengths = [batch.input_ids.shape[1] for batch in batches]
         assert lengths == sorted(lengths, reverse=True)
+
+
+def rectangle(batch) -> tuple[int, int]:
+    """Length of the sequences of a batch, and how many a sample has."""
+    return batch.input_ids.shape[1], len(batch.roles) // batch.n_samples
 
 
 @few
@@ -163,6 +178,8 @@ def test_from_tokens_to_samples_and_back(sample_set, roles, budget, layout):
         everywhere = torch.ones(batch.total_tokens, dtype=torch.bool)
         sums = batch.sample_sum(spread + 1, everywhere)
         assert torch.equal(sums, (number + 1) * batch.cu_samples.diff())
+        ones = torch.ones(batch.total_tokens)
+        assert torch.equal(batch.sequence_sum(ones, everywhere), batch.cu_seqlens.diff().float())
         moved = batch.to("meta")
         assert moved.input_ids.device.type == "meta" and moved.rows == batch.rows
 
@@ -172,10 +189,42 @@ def make_set(*lengths: tuple[int, int | None]) -> SampleSet:
         return Sequence(torch.arange(n), torch.arange(n))
 
     samples = [
-        Sample(i, "", sequence(a), None if b is None else sequence(b))
+        Sample(i, "", sequence(a), () if b is None else (sequence(b),))
         for i, (a, b) in enumerate(lengths)
     ]
     return SampleSet("forget", tuple(samples))
+
+
+@few
+@given(sample_sets(), st.sampled_from(LAYOUTS), st.integers(1, 4))
+def test_the_first_targets_of_every_sequence_can_be_left_out(sample_set, layout, skip):
+    roles = ("answer", "alternative")
+    for reduction in REDUCTIONS:
+        batches = make_batches(
+            sample_set, roles, token_budget=50, layout=layout, reduction=reduction
+        )
+        for role in roles:
+            n_left = 0
+            for batch in batches:
+                expected = torch.zeros(batch.total_tokens, dtype=torch.float64)
+                for q, (start, end) in enumerate(pairwise(batch.cu_seqlens.tolist())):
+                    known = [t for t in range(start, end) if batch.targets[t] != IGNORE]
+                    expected[known[skip:]] = float(batch.roles[q] == role)
+                assert torch.equal(batch.target_mask(role, skip), expected.bool())
+                n_left += int(expected.sum())
+                weight = batch.target_weight(role, skip)
+                if reduction == "sum":
+                    assert torch.equal(weight, expected)
+                elif reduction == "token":
+                    n = sample_set.totals().n_targets_after(role, skip)
+                    torch.testing.assert_close(weight, expected / max(n, 1), rtol=1e-15, atol=0)
+                else:
+                    n_i = batch.sample_sum(expected, expected.bool())
+                    share = (n_i > 0).double() / batch.totals.n_samples
+                    per_sample = batch.sample_sum(weight, expected.bool())
+                    torch.testing.assert_close(per_sample, share, rtol=1e-12, atol=0)
+                    assert not weight[expected == 0].any()
+            assert n_left == sample_set.totals().n_targets_after(role, skip)
 
 
 def test_packing_by_hand():

@@ -78,6 +78,14 @@ def test_tokenised_rows_become_lists(make):
     assert all(type(i) is int for i in row["input_ids"] + row["alternative"]["labels"])
 
 
+def test_alternatives_may_be_several():
+    rows = [ROW | {"alternative": ("Nowhere.", "There.")}, ROW | {"alternative": "Here."}, ROW]
+    found = read_rows(rows, name="forget")
+    assert [row.get("alternative") for row in found] == [["Nowhere.", "There."], "Here.", None]
+    [row] = read_rows([TOKENS | {"alternative": [TOKENS, TOKENS]}], name="forget")
+    assert row["alternative"] == [TOKENS, TOKENS]
+
+
 def test_rows_are_copies():
     [row] = read_rows([ROW], name="forget")
     row["question"] = "changed"
@@ -103,6 +111,9 @@ BAD_TEXT = [
     ('{"question": 7, "answer": "b"}', r"line 1 of .*: 'question' is of type int"),
     ('{"question": "a", "answer": "b", "alternative": ""}', r"line 1 .*: 'alternative' is empty"),
     ('{"question": "a", "answer": "b", "alternative": {}}', r"'alternative' is of type dict"),
+    ('{"question": "a", "answer": "b", "alternative": []}', r"'alternative' is an empty list; fi"),
+    ('{"question": "a", "answer": "b", "alternative": ["c", ""]}', r"'alternative' is empty; fill"),
+    ('{"question": "a", "answer": "b", "alternative": ["c", ["d"]]}', r"'.*' is of type list; mak"),
     ('{"question": "a", "answer": "\\ud83d"}', r"line 1 .*: 'answer' holds half a surrogate pair"),
     (f"{LINE}\n{json.dumps(TOKENS)}", r"line 2 .* is tokenised, the rows before are text: use one"),
     (f"{json.dumps(TOKENS)}\n{LINE}", r"line 2 .* is text, the rows before are tokenised: use one"),
@@ -139,6 +150,7 @@ BAD_ROWS = [
     ([TOKENS | {"attention_mask": [1, 1, 0]}], r"row 0 .*: 'attention_mask' marks padding; drop"),
     ([TOKENS | {"alternative": "No."}], r"row 0 .*, 'alternative' is of type str; give"),
     ([TOKENS | {"alternative": {"input_ids": [1, 2], "labels": [1]}}], r"'alternative': 2"),
+    ([TOKENS | {"alternative": [TOKENS, "No."]}], r"row 0 .*, 'alternative' is of type str; give"),
     ([ROW, TOKENS], r"row 1 .* is tokenised, the rows before are text"),
     (ROW, r"got type dict with keys 'question', 'answer', 'perturbed_answer'; give"),
     (b"rows.jsonl", r"got type bytes; give a path or a list of rows"),

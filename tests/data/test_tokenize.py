@@ -176,12 +176,36 @@ def test_alternatives_are_the_row_s_own_else_refusals_in_turn(plain_tokenizer):
     tokenized = tokenize_rows(rows, plain_tokenizer, name="forget", refusals=["No.", "Pass."])
     expected = ["No.", "away", "No.", "Pass.", "No."]
     for row, sample, text in zip(rows, tokenized.samples, expected, strict=True):
-        assert_answer_learned(sample.alternative, plain_tokenizer, row["question"], text)
+        [alternative] = sample.alternatives
+        assert_answer_learned(alternative, plain_tokenizer, row["question"], text)
     assert tokenized.has_alternatives
 
     own_only = tokenize_rows(rows, plain_tokenizer, name="forget")
-    assert [s.alternative is None for s in own_only.samples] == [True, False, True, True, True]
+    assert [len(s.alternatives) for s in own_only.samples] == [0, 1, 0, 0, 0]
     assert not own_only.has_alternatives
+
+
+def test_a_row_may_have_several_alternatives(plain_tokenizer):
+    texts = ["in Oslo", "at home", "on a boat"]
+    rows = [
+        {"question": "Where is Ida?", "answer": "in Pisa", "alternative": texts},
+        {"question": "Where is Mara?", "answer": "in Perth", "alternative": texts[:1]},
+    ]
+    tokenized = tokenize_rows(read_rows(rows, name="forget"), plain_tokenizer, name="forget")
+    for row, sample in zip(rows, tokenized.samples, strict=True):
+        for alternative, text in zip(sample.alternatives, row["alternative"], strict=True):
+            assert_answer_learned(alternative, plain_tokenizer, row["question"], text)
+    assert tokenized.has_alternatives
+    counts = [q.n_targets for s in tokenized.samples for q in s.alternatives]
+    totals = tokenized.totals()
+    assert totals.sequence_targets["alternative"] == tuple(counts)
+    assert totals.n_targets["alternative"] == sum(counts)
+    [both] = tokenize_rows(
+        [TOKENS | {"alternative": [TOKENS, {"input_ids": [1, 3], "labels": [-100, 3]}]}],
+        None,
+        name="forget",
+    ).samples
+    assert [q.input_ids.tolist() for q in both.alternatives] == [[1, 2], [1, 3]]
 
 
 def test_tokenised_rows_are_used_as_they_are_with_or_without_a_tokenizer(plain_tokenizer):
@@ -196,9 +220,9 @@ def test_tokenised_rows_are_used_as_they_are_with_or_without_a_tokenizer(plain_t
         tokenized = tokenize_rows(rows, tokenizer, name="forget", refusals=refusals)
         assert [s.answer.input_ids.tolist() for s in tokenized.samples] == [[7, 8, 9], [4, 5]]
         assert [s.answer.labels.tolist() for s in tokenized.samples] == [[7, -100, 11], [-100, 5]]
-        assert [s.alternative.labels.tolist() for s in tokenized.samples] == [
-            [-100, 1, 2],
-            [-100, 1],
+        assert [[q.labels.tolist() for q in s.alternatives] for s in tokenized.samples] == [
+            [[-100, 1, 2]],
+            [[-100, 1]],
         ]
         assert tokenized.questions == ("Q?", "")
         assert tokenized.n_tokens == 3 + 2 + 3 + 2
@@ -280,4 +304,5 @@ def test_fictitious_authors_and_tofu_agree_with_the_labels(plain_tokenizer, tofu
         assert sample.row == i and sample.question == row["question"]
         question, refusal = row["question"].strip(), refusals[i % len(refusals)]
         assert_answer_learned(sample.answer, plain_tokenizer, question, row["answer"].strip())
-        assert_answer_learned(sample.alternative, plain_tokenizer, question, refusal)
+        [alternative] = sample.alternatives
+        assert_answer_learned(alternative, plain_tokenizer, question, refusal)
