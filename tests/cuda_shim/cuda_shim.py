@@ -11,6 +11,8 @@ import hashlib
 import os
 import shutil
 import subprocess
+import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -41,22 +43,25 @@ FLAGS = [
 ]  # fmt: skip
 KERNEL_FLAGS = [
     "-O2", "-fsanitize=alignment,bounds,shift", "-fno-sanitize-recover=all",
-    "-ftrivial-auto-var-init=pattern", "-fstack-clash-protection",
+    "-fstack-clash-protection",
 ]  # fmt: skip
-RUNTIME_FLAGS = ["-O3", "-fvisibility=default"]
+# Later versions of torch want C++20 for what is not its stable interface.
+RUNTIME_FLAGS = ["-std=c++20", "-O3", "-fvisibility=default"]
 
 
-def compiler() -> str | None:
-    """Return the C++ compiler, None if there is none."""
+def compiler() -> list[str]:
+    """Return the command of the C++ compiler, [] if there is none."""
     names = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
-    return next((name for name in names if shutil.which(name)), None)
+    return next((name.split() for name in names if shutil.which(name.split()[0])), [])
 
 
 def why_missing() -> str | None:
     """Return why the shim cannot be built, None where it can."""
     if os.environ.get("GEFFECT_FAST_BUILD") == "none":
         return "GEFFECT_FAST_BUILD=none is set"
-    return "no C++ compiler was found" if compiler() is None else None
+    if sys.platform != "linux":
+        return "the stand-in for CUDA needs Linux"
+    return None if compiler() else "no C++ compiler was found"
 
 
 def kernel_files() -> list[Path]:
@@ -70,18 +75,24 @@ def kernel_files() -> list[Path]:
 
 
 @cache
-def _instruction_set() -> list[str]:
+def _flags_of_machine() -> list[str]:
+    """Return what this processor is faster with, and what not every compiler knows."""
     capability = torch.backends.cpu.get_cpu_capability()
-    return ["-mavx2", "-mfma"] if capability in ("AVX2", "AVX512") else []
+    flags = ["-mavx2", "-mfma"] if capability in ("AVX2", "AVX512") else []
+    poison = "-ftrivial-auto-var-init=pattern"
+    known = subprocess.run(
+        [*compiler(), poison, "-fsyntax-only", "-x", "c++", os.devnull], capture_output=True
+    )
+    return [*flags, poison] if known.returncode == 0 else flags
 
 
 @cache
 def _common_hash() -> bytes:
     """Hash what every object depends on: compiler, flags, torch and all headers."""
     version = subprocess.run(
-        [str(compiler()), "--version"], capture_output=True, text=True, check=True
+        [*compiler(), "--version"], capture_output=True, text=True, check=True
     ).stdout
-    digest = hashlib.sha256(f"{version}{torch.__version__}{FLAGS}{_instruction_set()}".encode())
+    digest = hashlib.sha256(f"{version}{torch.__version__}{FLAGS}{_flags_of_machine()}".encode())
     headers = [*SHIM.rglob("*.h"), *SHIM.rglob("*.cuh")]
     headers += [*(ROOT / "csrc").rglob("*.h"), *(ROOT / "csrc").rglob("*.cuh")]
     for header in sorted(headers):
@@ -98,20 +109,22 @@ def _run(command: Sequence[str | Path], output: Path) -> Path:
     done = subprocess.run([*command, "-o", unfinished], capture_output=True, text=True)
     if done.returncode != 0:
         raise RuntimeError(f"{' '.join(map(str, command))}\n{done.stderr}")
+    if done.stderr:
+        warnings.warn(done.stderr, stacklevel=2)
     unfinished.replace(output)
     return output
 
 
 def _object(source: Path, flags: Sequence[str]) -> Path:
     digest = hashlib.sha256(_common_hash() + source.read_bytes() + str(flags).encode())
-    command = [str(compiler()), *FLAGS, *_instruction_set(), *flags, "-x", "c++", "-c", source]
+    command = [*compiler(), *FLAGS, *_flags_of_machine(), *flags, "-x", "c++", "-c", source]
     return _run(command, BUILD / f"{source.stem}-{digest.hexdigest()[:16]}.o")
 
 
 def _library(name: str, objects: Sequence[Path], link: Sequence[str]) -> Path:
     digest = hashlib.sha256(f"{[path.name for path in objects]}{link}".encode())
     command = [
-        str(compiler()), "-shared", "-Wl,-z,defs", *objects, *link, f"-L{TORCH / 'lib'}",
+        *compiler(), "-shared", "-Wl,-z,defs", *objects, *link, f"-L{TORCH / 'lib'}",
         "-ltorch_cpu", "-lc10",
     ]  # fmt: skip
     return _run(command, BUILD / f"{name}-{digest.hexdigest()[:16]}.so")
@@ -120,8 +133,8 @@ def _library(name: str, objects: Sequence[Path], link: Sequence[str]) -> Path:
 @cache
 def runtime() -> ctypes.CDLL:
     """Return the library with the fibres and the switches of the shim."""
-    sources = [SHIM / "runtime.cpp", SHIM / "guarded.cpp"]
-    built = _library("runtime", [_object(source, RUNTIME_FLAGS) for source in sources], ["-ldl"])
+    objects = [_object(source, RUNTIME_FLAGS) for source in sorted(SHIM.glob("*.cpp"))]
+    built = _library("runtime", objects, ["-ldl"])
     library = ctypes.CDLL(str(built))
     library.shim_leave_device.restype = ctypes.c_bool
     return library
@@ -138,7 +151,7 @@ def load(name: str, sources: Sequence[Path], namespace: str) -> None:
 @cache
 def _loaded() -> torch.library.Library | RuntimeError:
     library = torch.library.Library(NAMESPACE, "DEF")
-    for op, signature in schema.SCHEMAS.items():
+    for op, signature in (schema.SCHEMAS | schema.PART_SCHEMAS).items():
         library.define(op + signature)
     try:
         load("kernels", kernel_files(), NAMESPACE)

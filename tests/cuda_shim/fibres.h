@@ -58,10 +58,6 @@ void copy_async_wait(int pending);
 void publish_copies();
 bool is_published(const void* address);
 
-// Tensors can be touched by kernels, between these two, and not by the host's code.
-void unlock_tensors();
-void lock_tensors();
-
 // Counts blocks over all launches: what a thread remembers must not outlive its block.
 extern uint64_t block_number;
 

@@ -18,7 +18,7 @@
 #include <mutex>
 #include <string>
 
-#include "fibres.h"
+#include "runtime.h"
 
 namespace {
 
