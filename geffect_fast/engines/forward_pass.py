@@ -43,12 +43,14 @@ def model_outputs(model: nn.Module, batch: Batch, needs: Collection[Need] = ()) 
     Args:
         model: a causal language model of transformers, or one called and answering like it.
         batch: on the model's device.
-        needs: `hidden_states` and `reference_logits` (here: this model's logits) cost memory and
-            are returned only where asked for.
+        needs: `hidden_states` and `logits` cost memory and are returned only where asked for;
+            `reference_hidden_states` and `reference_logits` ask for the same, here of this model.
 
     Raises:
         UnsupportedModelError: the model's answer has no logits of the expected shape.
     """
+    wants_logits = not {"logits", "reference_logits"}.isdisjoint(needs)
+    wants_hidden = not {"hidden_states", "reference_hidden_states"}.isdisjoint(needs)
     index = batch.target_index
     kwargs: dict[str, Any] = {"input_ids": batch.input_ids}
     if takes(model, "position_ids"):
@@ -57,7 +59,7 @@ def model_outputs(model: nn.Module, batch: Batch, needs: Collection[Need] = ()) 
         kwargs["use_cache"] = False
     if keeps_logits(model, batch):
         kwargs["logits_to_keep"] = index
-    if "hidden_states" in needs:
+    if wants_hidden:
         kwargs["output_hidden_states"] = True
     answer = model(**kwargs)
     logits = getattr(answer, "logits", answer)
@@ -73,6 +75,6 @@ def model_outputs(model: nn.Module, batch: Batch, needs: Collection[Need] = ()) 
     nll = F.cross_entropy(widened(logits), batch.targets[index], reduction="none")
     token_logprob = nll.new_zeros(batch.total_tokens).index_copy(0, index, -nll)
     hidden = None
-    if "hidden_states" in needs:
+    if wants_hidden:
         hidden = tuple(h.flatten(0, 1) for h in answer.hidden_states)
-    return Outputs(token_logprob, logits if "reference_logits" in needs else None, hidden)
+    return Outputs(token_logprob, logits if wants_logits else None, hidden)

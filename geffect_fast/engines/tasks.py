@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from geffect_fast.data.batch import Batch, Role
 from geffect_fast.engines.forward_pass import model_outputs
 from geffect_fast.objectives import Objective, Outputs
-from geffect_fast.objectives.base import Need
+from geffect_fast.objectives.base import REFERENCE_NEEDS, Need
 
 ROLE_ORDER: tuple[Role, ...] = ("answer", "alternative")
 
@@ -75,7 +75,8 @@ class Reference:
 
     Without a model of its own it is the profiled model as it stands, and costs nothing. Otherwise
     log-probabilities are computed once, before the engine starts, so that no second model need stay
-    in memory; only logits (KL) are computed batch by batch, with the model kept.
+    in memory; only logits (kl) and hidden states (rr) are computed batch by batch, with the model
+    kept.
     """
 
     def __init__(self, model: nn.Module | None = None) -> None:
@@ -87,21 +88,26 @@ class Reference:
         """Compute and keep what `tasks` need; let go of the model where nothing else is needed."""
         if self.model is None:
             return
-        for task in tasks:
-            if "reference" in task.needs and "reference_logits" not in task.needs:
+        needs = [task.needs & REFERENCE_NEEDS for task in tasks]
+        for task, needed in zip(tasks, needs, strict=True):
+            if needed == {"reference"}:
                 for batch in task.batches:
                     self._stored[id(batch)] = model_outputs(self.model, batch.to(device))
-        if not any("reference_logits" in task.needs for task in tasks):
+        if not any(needed - {"reference"} for needed in needs):
             self.model = None
 
     @torch.no_grad()
     def outputs(self, task: Task, batch: Batch, moved: Batch, own: Outputs) -> Outputs | None:
         """The reference's outputs on `batch` (`moved`: on the device; `own`: the model's)."""
-        if not task.needs & {"reference", "reference_logits"}:
+        needs = task.needs & REFERENCE_NEEDS
+        if not needs:
             return None
         if id(batch) in self._stored:
             return self._stored[id(batch)]
         if self.model is not None:
-            return model_outputs(self.model, moved, task.needs - {"hidden_states"})
-        logits = None if own.logits is None else own.logits.detach()
-        return replace(own, token_logprob=own.token_logprob.detach(), logits=logits)
+            return model_outputs(self.model, moved, needs)
+        return Outputs(
+            own.token_logprob.detach(),
+            None if own.logits is None else own.logits.detach(),
+            None if own.hidden_states is None else tuple(h.detach() for h in own.hidden_states),
+        )

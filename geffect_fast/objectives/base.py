@@ -13,7 +13,12 @@ from geffect_fast.data.batch import Batch, Role
 from geffect_fast.errors import InputError
 from geffect_fast.objectives.parameters import checked, finite, kind_of, written
 
-Need = Literal["reference", "reference_logits", "hidden_states"]
+Need = Literal[
+    "logits", "hidden_states", "reference", "reference_logits", "reference_hidden_states"
+]
+REFERENCE_NEEDS: frozenset[Need] = frozenset(
+    {"reference", "reference_logits", "reference_hidden_states"}
+)
 
 T = TypeVar("T")
 

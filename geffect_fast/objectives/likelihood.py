@@ -1,8 +1,9 @@
-"""Objectives made of re-weighted log-likelihoods: ga, nll, gd, po, wga.
+"""Objectives made of re-weighted log-likelihoods: ga, nll, gd, po, wga, satimp.
 
 With `l = -log p` of a label token and `mean` the mean that the batch's reduction asks for, every
 one of them is `-mean w l` or `mean l`, its weight `w` detached.
-Source: Wang et al., arXiv 2502.19301; Maini et al., arXiv 2401.06121.
+Source: Wang et al., arXiv 2502.19301; Maini et al., arXiv 2401.06121; Yang et al., arXiv
+2505.11953 (satimp).
 """
 
 from __future__ import annotations
@@ -95,3 +96,28 @@ class WGA(Objective):
     def token_terms(self, outputs: Outputs, batch: Batch, reference: Outputs | None) -> Tensor:
         weight = probability_power(outputs.token_logprob, self.alpha)
         return batch.target_weight() * weight * outputs.token_logprob
+
+
+@register("satimp")
+@dataclass(frozen=True)
+class SatImp(Objective):
+    """Saturation and importance: `-mean p^beta1 (1 - p)^beta2 l`.
+
+    Tokens already forgotten (`p` near 0) and tokens that the rest of the answer gives away (`p`
+    near 1) are spared. The paper adds the retain rows: `satimp + nll`.
+    """
+
+    beta1: float = parameter(5.0, at_least=0)
+    beta2: float = parameter(1.0, at_least=0)
+
+    def token_weight(self, outputs: Outputs) -> Tensor:
+        """`p^beta1 (1 - p)^beta2`, detached, `(total_tokens,)` fp64."""
+        # rounding may leave log p above 0
+        logprob = outputs.token_logprob.detach().double().clamp(max=0)
+        return probability_power(logprob, self.beta1) * (-logprob.expm1()) ** self.beta2
+
+    def loss(self, outputs: Outputs, batch: Batch, reference: Outputs | None) -> Tensor:
+        return -(batch.target_weight() * self.token_weight(outputs) * -outputs.token_logprob).sum()
+
+    def token_terms(self, outputs: Outputs, batch: Batch, reference: Outputs | None) -> Tensor:
+        return batch.target_weight() * self.token_weight(outputs) * outputs.token_logprob

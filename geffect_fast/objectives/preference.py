@@ -1,10 +1,11 @@
-"""Objectives that compare answers with a reference or a margin: npo, tnpo, wtnpo, dpo, simnpo.
+"""Objectives that compare answers: npo, tnpo, wtnpo, dpo, altpo, simnpo.
 
 With `l = -log p` of a label token, `S_i` its sum over sample `i`, `S0_i` the same under the frozen
 reference and `r_i = S0_i - S_i` the log-ratio. npo, dpo and simnpo are means over samples of a
 function of the whole sequence: their token terms are the detached derivative times `log p`.
 Source: Zhang et al., arXiv 2404.05868 (npo); Wang et al., arXiv 2502.19301 (tnpo, wtnpo);
-Rafailov et al., arXiv 2305.18290 (dpo); Fan et al., arXiv 2410.07163 (simnpo).
+Rafailov et al., arXiv 2305.18290 (dpo); Mekala et al., arXiv 2409.13474 (altpo); Fan et al., arXiv
+2410.07163 (simnpo).
 """
 
 from __future__ import annotations
@@ -12,12 +13,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from geffect_fast.data.batch import Batch, Role
-from geffect_fast.objectives.base import Need, Objective, Outputs, required
-from geffect_fast.objectives.likelihood import probability_power
+from geffect_fast.data.batch import IGNORE, Batch, Role
+from geffect_fast.objectives.base import Composite, Need, Objective, Outputs, required
+from geffect_fast.objectives.likelihood import NLL, probability_power
 from geffect_fast.objectives.parameters import parameter
 from geffect_fast.objectives.registry import register
 
@@ -32,12 +34,9 @@ class _Referenced(Objective):
         frozen = required(self, reference, "the reference model's log-probabilities")
         return outputs.token_logprob.double() - frozen.token_logprob.double()
 
-    def sample_log_ratio(
-        self, outputs: Outputs, batch: Batch, reference: Outputs | None, role: Role = "answer"
-    ) -> Tensor:
-        """`r_i = sum_t (log p - log p0)` over the label tokens of `role`, `(n_samples,)` fp64."""
-        ratio = self.token_log_ratio(outputs, reference)
-        return batch.sample_sum(ratio, batch.target_mask(role))
+    def sample_log_ratio(self, outputs: Outputs, batch: Batch, reference: Outputs | None) -> Tensor:
+        """`r_i = sum_t (log p - log p0)` over the answer's label tokens, `(n_samples,)` fp64."""
+        return batch.sample_sum(self.token_log_ratio(outputs, reference), batch.target_mask())
 
 
 @register("npo")
@@ -95,8 +94,9 @@ class WTNPO(TNPO):
 class DPO(_Referenced):
     """Direct preference optimisation: `-(2/beta) mean_B log sigmoid(beta (r_win - r_lose))`.
 
-    The alternative answer wins, the sample's own answer loses. The factor `2/beta` makes it npo
-    where nothing wins.
+    The alternative answer wins, the sample's own answer loses; of several alternatives each makes a
+    pair, and a sample's value is the mean over its pairs. The factor `2/beta` makes it npo where
+    nothing wins.
     """
 
     roles: ClassVar[tuple[Role, ...]] = ("answer", "alternative")
@@ -104,19 +104,54 @@ class DPO(_Referenced):
     beta: float = parameter(0.1, above=0)
 
     def margin(self, outputs: Outputs, batch: Batch, reference: Outputs | None) -> Tensor:
-        """`r_win - r_lose`, `(n_samples,)` fp64."""
-        win = self.sample_log_ratio(outputs, batch, reference, "alternative")
-        return win - self.sample_log_ratio(outputs, batch, reference, "answer")
+        """`r_win - r_lose` with each sequence as the winner, `(n_sequences,)` fp64.
+
+        An answer stands for no winner at all, `r_win = 0`.
+        """
+        ratio = self.token_log_ratio(outputs, reference)
+        win = batch.sequence_sum(ratio, batch.target_mask("alternative"))
+        lose = self.sample_log_ratio(outputs, batch, reference)
+        return win - lose[batch.sequence_sample]
+
+    def pair_weight(self, batch: Batch) -> Tensor:
+        """What the pair of each winning sequence counts, `(n_sequences,)` fp64.
+
+        A sample's pairs share its weight; its answer is a pair only where it has no alternative.
+        """
+        sample = batch.sequence_sample
+        wins = torch.tensor([role == "alternative" for role in batch.roles]).to(sample.device)
+        wins = wins.double()
+        n_wins = wins.new_zeros(batch.n_samples).index_add(0, sample, wins)[sample]
+        return batch.sample_weight() * torch.where(n_wins == 0, 1.0, wins / n_wins.clamp(min=1))
 
     def loss(self, outputs: Outputs, batch: Batch, reference: Outputs | None) -> Tensor:
-        margin = self.margin(outputs, batch, reference)
-        return -2 / self.beta * batch.sample_weight() * logsigmoid(self.beta * margin).sum()
+        score = logsigmoid(self.beta * self.margin(outputs, batch, reference))
+        return -2 / self.beta * (self.pair_weight(batch) * score).sum()
 
     def token_terms(self, outputs: Outputs, batch: Batch, reference: Outputs | None) -> Tensor:
         margin = self.margin(outputs, batch, reference).detach()
-        weight = batch.spread(2 * batch.sample_weight() * (-self.beta * margin).sigmoid())
-        sign = batch.target_mask("answer").double() - batch.target_mask("alternative").double()
-        return sign * weight * outputs.token_logprob
+        up = 2 * self.pair_weight(batch) * (-self.beta * margin).sigmoid()
+        down = up.new_zeros(batch.n_samples).index_add(0, batch.sequence_sample, up)
+        weight = torch.where(
+            batch.role_mask("answer"), batch.spread(down), -up[batch.token_sequence()]
+        )
+        return (batch.targets != IGNORE) * weight * outputs.token_logprob
+
+
+@register("altpo")
+@dataclass(frozen=True)
+class AltPO(Composite):
+    """Alternate preference optimisation: `dpo(beta) + alpha * nll`.
+
+    The winners are plausible other answers to the question, not refusals: give a row several as a
+    list in its field `alternative` (the paper generates five).
+    """
+
+    beta: float = parameter(0.1, above=0)
+    alpha: float = parameter(1.0, at_least=0)
+
+    def terms(self) -> tuple[tuple[float, Objective], ...]:
+        return ((1.0, DPO(self.beta)), (self.alpha, NLL()))
 
 
 @register("simnpo")

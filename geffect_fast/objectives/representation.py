@@ -1,9 +1,15 @@
-"""Objectives on hidden states: rmu."""
+"""Objectives on hidden states: rmu, rmu_mask, rr.
+
+All are means over the positions that hold a label of the mean over the `d` features of `h`, the
+hidden state of `layer` (0 the embeddings, as transformers counts them). Random vectors are drawn on
+the CPU from `seed`, so that they are the same in every process and on every device.
+Source: Li et al., arXiv 2403.03218 (rmu with `normalize`, rr); Wang et al., arXiv 2502.19301 (rmu).
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -15,17 +21,55 @@ from geffect_fast.objectives.parameters import parameter
 from geffect_fast.objectives.registry import register
 
 
-@register("rmu")
-@dataclass(frozen=True)
-class RMU(Objective):
-    """Representation misdirection: `mean over label positions of mean_d (h - c u)^2`.
+def uniform(like: Tensor, seed: int) -> Tensor:
+    """`u ~ U[0, 1)^d` for hidden states `(total_tokens, d)`, `(d,)`, fp32 numbers."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(like.shape[-1], generator=generator, dtype=torch.float32).to(like)
 
-    `h` is the hidden state of `layer` (0 the embeddings) and `u ~ U[0, 1)^d`, drawn on the CPU from
-    `seed` so that it is the same on every device; with `normalize`, `u / |u|` takes its place.
-    Source: Li et al., arXiv 2403.03218; Wang et al., arXiv 2502.19301 (not normalised).
+
+def hidden_state(objective: Objective, outputs: Outputs | None, layer: int, whose: str) -> Tensor:
+    """The hidden states of `layer`, `(total_tokens, d)`, fp32 or better.
+
+    Raises:
+        InputError: there are none, or the model (`whose` they are) has no such layer.
     """
+    given = None if outputs is None else outputs.hidden_states
+    states = required(objective, given, f"{whose} hidden states")
+    if layer >= len(states):
+        raise InputError(
+            f"objective {objective.name}: layer must be at least 0 and at most {len(states) - 1}, "
+            f"{whose} last, got {layer}"
+        )
+    state = states[layer]
+    return state.to(torch.promote_types(state.dtype, torch.float32))
+
+
+class _HiddenState(Objective):
+    """A mean over labelled positions of `|error|^2 / d`."""
 
     needs: ClassVar[frozenset[Need]] = frozenset({"hidden_states"})
+
+    def error(self, outputs: Outputs, reference: Outputs | None) -> Tensor:
+        """By how much the hidden states miss their target, `(total_tokens, d)`."""
+        raise NotImplementedError
+
+    def loss(self, outputs: Outputs, batch: Batch, reference: Outputs | None) -> Tensor:
+        mask = batch.label_mask()
+        squared = self.error(outputs, reference)[mask].square().mean(dim=1)
+        return (batch.label_weight()[mask] * squared).sum()
+
+    def token_terms(self, outputs: Outputs, batch: Batch, reference: Outputs | None) -> Tensor:
+        return batch.label_weight() * self.error(outputs, reference).square().mean(dim=-1)
+
+
+@register("rmu")
+@dataclass(frozen=True)
+class RMU(_HiddenState):
+    """Representation misdirection: `mean (h - c u)^2`, `u ~ U[0, 1)^d`.
+
+    With `normalize`, `u / |u|` takes the place of `u`. The papers add the retain rows: `nll`, or
+    `rr` of the same layer.
+    """
 
     layer: int = parameter(7, at_least=0)
     c: float = parameter(2.0, at_least=0)
@@ -34,31 +78,55 @@ class RMU(Objective):
 
     def control(self, hidden: Tensor) -> Tensor:
         """The target `c u` of hidden states `(total_tokens, d)`, `(d,)`, fp32 or better."""
-        generator = torch.Generator().manual_seed(self.seed)
-        u = torch.rand(hidden.shape[-1], generator=generator, dtype=torch.float32).to(hidden)
+        u = uniform(hidden, self.seed)
         return self.c * (u / u.norm() if self.normalize else u)
 
-    def hidden(self, outputs: Outputs) -> Tensor:
-        """The hidden states of `layer`, `(total_tokens, d)`, fp32 or better.
+    def error(self, outputs: Outputs, reference: Outputs | None) -> Tensor:
+        hidden = hidden_state(self, outputs, self.layer, "the model's")
+        return hidden - self.control(hidden)
 
-        Raises:
-            InputError: the model has no such layer.
-        """
-        states = required(self, outputs.hidden_states, "hidden states")
-        if self.layer >= len(states):
+
+@register("rmu_mask")
+@dataclass(frozen=True)
+class RMUMask(_HiddenState):
+    """Masked misdirection: `mean (h - sg(h) m)^2`, `m = 1[u > 0.5]`, `u ~ U[0, 1)^d`.
+
+    `sg(h)` is `h` held constant: about half of the features, the same at every position, are pulled
+    to zero, and the others stay.
+    """
+
+    layer: int = parameter(7, at_least=0)
+    seed: int = parameter(0, at_least=0)
+
+    def mask(self, hidden: Tensor) -> Tensor:
+        """`m` for hidden states `(total_tokens, d)`, `(d,)`: 1 where a feature stays, else 0."""
+        return (uniform(hidden, self.seed) > 0.5).to(hidden)
+
+    def error(self, outputs: Outputs, reference: Outputs | None) -> Tensor:
+        hidden = hidden_state(self, outputs, self.layer, "the model's")
+        return hidden - hidden.detach() * self.mask(hidden)
+
+
+@register("rr")
+@dataclass(frozen=True)
+class RR(_HiddenState):
+    """Retained representations: `mean (h - h_reference)^2` on the retain rows.
+
+    Only positions that hold a label count, so padding does not.
+    """
+
+    on: ClassVar[Literal["forget", "retain"]] = "retain"
+    needs: ClassVar[frozenset[Need]] = frozenset({"hidden_states", "reference_hidden_states"})
+
+    layer: int = parameter(7, at_least=0)
+
+    def error(self, outputs: Outputs, reference: Outputs | None) -> Tensor:
+        hidden = hidden_state(self, outputs, self.layer, "the model's")
+        frozen = hidden_state(self, reference, self.layer, "the reference model's").detach()
+        if frozen.shape != hidden.shape:
             raise InputError(
-                f"objective rmu: layer must be at least 0 and at most {len(states) - 1} "
-                f"for this model, got {self.layer}"
+                f"objective {self}: the reference model's hidden states have "
+                f"{frozen.shape[-1]} features and the model's {hidden.shape[-1]}; give a reference "
+                "of the same width"
             )
-        state = states[self.layer]
-        return state.to(torch.promote_types(state.dtype, torch.float32))
-
-    def loss(self, outputs: Outputs, batch: Batch, reference: Outputs | None) -> Tensor:
-        mask = batch.label_mask()
-        hidden = self.hidden(outputs)
-        away = hidden[mask] - self.control(hidden)
-        return (batch.label_weight()[mask] * away.square().mean(dim=1)).sum()
-
-    def token_terms(self, outputs: Outputs, batch: Batch, reference: Outputs | None) -> Tensor:
-        hidden = self.hidden(outputs)
-        return batch.label_weight() * (hidden - self.control(hidden)).pow(2).mean(dim=-1)
+        return hidden - frozen

@@ -48,7 +48,7 @@ class ProfileConfig(BaseModel):
     """Unlearning objectives, such as `npo(beta=0.1) + 0.5*kl`."""
 
     refusals: Source | None = None
-    """Refusals for po and dpo, one a line, where rows have no field `alternative` of their own."""
+    """Refusals for po, dpo and altpo, one a line, where rows have no `alternative` of their own."""
 
     reference: Source | None = None
     """Folder or hub id of the reference model of NPO-like objectives; none: the model itself."""

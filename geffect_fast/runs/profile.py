@@ -32,7 +32,7 @@ from geffect_fast.engines.tasks import Reference, Task, tasks_for
 from geffect_fast.errors import InputError, UnsupportedModelError
 from geffect_fast.objectives import Objective, parse_list
 from geffect_fast.objectives import resolve as resolve_objective
-from geffect_fast.objectives.base import Need
+from geffect_fast.objectives.base import REFERENCE_NEEDS, Need
 from geffect_fast.runs.dataset import (
     check_coverage,
     check_directions,
@@ -87,7 +87,8 @@ def profile(
         retain: what must stay, likewise.
         objectives: strings such as `npo(beta=0.1) + 1.0*kl`, or `geffect_fast.objectives` objects.
         probes: further data sets by name, each a risk of its own.
-        refusals: answers that po and dpo put in place of the forget set's.
+        refusals: answers that po, dpo and altpo put in place of the forget set's, where a row has
+            no field `alternative`, one or a list, of its own.
         reference_model: what NPO-like objectives compare with, a model or the folder of one; None:
             `model` as it is.
         resolve: axes of the result, of `parameter` and `sample`; the others are summed.
@@ -120,7 +121,7 @@ def profile(
         ...                     objectives=["ga", "npo(beta=0.1)"])
         >>> result.g_effect.sum(["parameter", "sample"])
     """
-    chosen = _objectives(objectives)
+    chosen = resolved_list(objectives)
     risk_part = _risk(risk)
     axes = _checked(resolve, engine, reduction, token_budget)
     # Effects are linear in the objective: a part that several objectives share is profiled once.
@@ -132,7 +133,7 @@ def profile(
     )
     if not sets["forget"].has_alternatives:
         check_needs_no_refusals(chosen)
-    _check_model(model, sets)
+    check_model(model, sets)
     plan = Plan.of(model)
     if norms or "sample" not in axes:
         _check_memory(plan, len(parts))
@@ -160,7 +161,7 @@ def profile(
     ]
 
     device = next(iter(plan.parameters.values())).device
-    reference = Reference(_reference_model(reference_model, needs, model))
+    reference = Reference(reference_for(reference_model, needs, model))
     with _ticking(progress, "gradients of the risks", risk_tasks) as tick:
         risk_values, directions = accumulate_gradients(
             plan, risk_tasks, len(risk_names), reference, tick
@@ -237,7 +238,7 @@ def profile(
 # ---- arguments ----
 
 
-def _objectives(specs: Sequence[str | Objective] | str) -> list[Objective]:
+def resolved_list(specs: Sequence[str | Objective] | str) -> list[Objective]:
     listed = parse_list(specs) if isinstance(specs, str) else [resolve_objective(s) for s in specs]
     if not listed:
         raise InputError("objectives: the list is empty; give at least one, such as 'ga'")
@@ -260,7 +261,7 @@ def check_needs_no_refusals(objectives: Sequence[Objective]) -> None:
 
 def _risk(spec: str | Objective) -> Objective:
     parts = resolve_objective(spec).parts()
-    if len(parts) != 1 or parts[0][0] != 1.0 or parts[0][1].needs - {"hidden_states"}:
+    if len(parts) != 1 or parts[0][0] != 1.0 or parts[0][1].needs & REFERENCE_NEEDS:
         raise InputError(
             f"risk: '{spec}' must be one objective that needs no reference, such as nll"
         )
@@ -312,7 +313,7 @@ def _read_sets(
     }
 
 
-def _check_model(model: nn.Module, sets: Mapping[str, SampleSet]) -> None:
+def check_model(model: nn.Module, sets: Mapping[str, SampleSet]) -> None:
     if not isinstance(model, nn.Module):
         raise InputError(
             f"model: expected a loaded transformers model, got {type(model).__name__}; "
@@ -337,10 +338,10 @@ def _check_memory(plan: Plan, n_objectives: int) -> None:
         )
 
 
-def _reference_model(
+def reference_for(
     source: nn.Module | str | Path | None, needs: set[Need], model: nn.Module
 ) -> nn.Module | None:
-    if not needs & {"reference", "reference_logits"} or source is None or source is model:
+    if not needs & REFERENCE_NEEDS or source is None or source is model:
         return None
     if isinstance(source, nn.Module):
         why = mixing_module(source)

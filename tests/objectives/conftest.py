@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from geffect_fast.data.batch import IGNORE, Batch, Reduction, Role, Totals
+from geffect_fast.data.batch import IGNORE, REDUCTIONS, Batch, Reduction, Role, Totals
 from geffect_fast.objectives import Outputs
 
 VOCAB, WIDTH, LAYERS = 7, 5, 9
@@ -24,6 +24,7 @@ class Sequence_:
     logits: Tensor  # (length, vocab)
     reference_logits: Tensor  # (length, vocab)
     hidden: Tensor  # (layers, length, width)
+    reference_hidden: Tensor  # (layers, length, width)
 
     def targets(self) -> list[int]:
         return [*self.labels[1:], IGNORE]
@@ -65,7 +66,9 @@ class DataSet:
         roles: tuple[Role, ...] = ("answer", "alternative")
         return Totals(
             n_samples=len(self.samples),
-            n_targets={r: sum(len(q.logp()) for q in sequences if q.role == r) for r in roles},
+            sequence_targets={
+                r: tuple(len(q.logp()) for q in sequences if q.role == r) for r in roles
+            },
             n_labelled={
                 r: sum(y != IGNORE for q in sequences if q.role == r for y in q.labels)
                 for r in roles
@@ -95,10 +98,11 @@ class DataSet:
             reduction=reduction,
         )
         reference_logits = torch.cat([q.reference_logits for q in sequences])
+        reference_hidden = torch.cat([q.reference_hidden for q in sequences], dim=1)
         return Case(
             batch,
             outputs_of(logits, targets, hidden),
-            outputs_of(reference_logits, targets),
+            outputs_of(reference_logits, targets, reference_hidden),
             logits,
             hidden,
         )
@@ -133,7 +137,8 @@ def make_data() -> Callable[..., DataSet]:
     """`make_data(roles, seed=0, n_samples=6, scale=1.0)`: ragged samples with every odd shape.
 
     Prompts of length 0 to 4 (with 0 the first token carries a label that nothing predicts), labels
-    with holes, one sample without any label and, of several roles, one sample without the second.
+    with holes, one sample without any label and, of several roles, one sample without the second
+    and one with three of it.
     """
 
     def make(
@@ -156,12 +161,23 @@ def make_data() -> Callable[..., DataSet]:
                 labels = [IGNORE] * len(labels)
             logits = scale * normal(len(labels), VOCAB)
             shifted = logits + normal(len(labels), VOCAB)
-            return Sequence_(role, labels, logits, shifted, normal(LAYERS, len(labels), WIDTH))
+            hidden = normal(LAYERS, len(labels), WIDTH)
+            return Sequence_(role, labels, logits, shifted, hidden, normal(*hidden.shape))
 
         samples = []
         for i in range(n_samples):
-            mine = roles[:1] if i == 3 else roles
+            mine = [roles[0], *{3: 0, 4: 3}.get(i, 1) * roles[1:]]
             samples.append([sequence(role, silent=i == 2) for role in mine])
         return DataSet(samples)
 
     return make
+
+
+@pytest.fixture(params=REDUCTIONS)
+def reduction(request: pytest.FixtureRequest) -> Reduction:
+    return request.param
+
+
+@pytest.fixture
+def case(make_data: Callable[..., DataSet], reduction: Reduction) -> Case:
+    return make_data(("answer",), seed=11).case(reduction)

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from geffect_fast.data.batch import IGNORE, REDUCTIONS
-from geffect_fast.objectives import GD, available, parse
+from geffect_fast.objectives import GD, PDU, AltPO, available, parse
 
 # every registered objective, with parameters away from their defaults and from each other
-CASES = [
+STRINGS = [
     "ga",
     "nll",
     "po",
@@ -31,9 +31,23 @@ CASES = [
     "rmu(layer=0, c=0.5, normalize=true, seed=3)",
     "rmu(layer=8, seed=1)",
     "kl",
+    "satimp",
+    "satimp(beta1=0.7, beta2=1.6)",
+    "undial",
+    "undial(beta=1.5)",
+    "ceu",
+    "ceu(skip=0)",
+    "ceu(skip=2)",
+    "rmu_mask",
+    "rmu_mask(layer=8, seed=2)",
+    "rr",
+    "rr(layer=0)",
 ]
-TOKEN_LEVEL = ("ga", "nll", "po", "wga", "tnpo", "wtnpo")
-SEQUENCE_LEVEL = ("npo", "dpo", "simnpo")
+COMPOSITES = [GD(), AltPO(), PDU(eps=0.6)]
+# the two parts of pdu have no names of their own
+CASES = [*map(parse, STRINGS), *(part for _, part in PDU(eps=0.6).parts())]
+TOKEN_LEVEL = ("ga", "nll", "NLLConstraint", "po", "wga", "tnpo", "wtnpo", "satimp")
+each_case = pytest.mark.parametrize("o", CASES, ids=str)
 
 
 def sigmoid(x):
@@ -63,19 +77,51 @@ def logprobs(data, role):
     return model, frozen
 
 
-def log_ratio(data, role):
-    return [sum(m) - sum(f) for m, f in zip(*logprobs(data, role), strict=True)]
+def log_ratio(data):
+    return [sum(m) - sum(f) for m, f in zip(*logprobs(data, "answer"), strict=True)]
+
+
+def margins(data):
+    """`r_win - r_lose` of every pair of every sample; where nothing wins, of one with 0."""
+    found = []
+    for sample, lose in zip(data.samples, log_ratio(data), strict=True):
+        wins = [sum(q.logp()) - sum(q.logp0()) for q in sample if q.role == "alternative"]
+        found.append([win - lose for win in wins or [0.0]])
+    return found
+
+
+def predicted(data, role="answer", skip=0):
+    """`(sequence, position, label)` of the label tokens of every sample that are predicted."""
+    for sample in data.samples:
+        found = []
+        for q in (q for q in sample if q.role == role):
+            known = [(q, t, y) for t, y in enumerate(q.targets()) if y != IGNORE]
+            found += known[skip:]
+        yield found
+
+
+def labelled(data):
+    """`(sequence, position)` of every sample's positions that hold a label of an answer."""
+    for sample in data.samples:
+        answers = [q for q in sample if q.role == "answer"]
+        yield [(q, t) for q in answers for t, y in enumerate(q.labels) if y != IGNORE]
+
+
+def cross_entropy(target, logits):
+    return -sum(float(q * (z - logits.logsumexp(0))) for q, z in zip(target, logits, strict=True))
 
 
 def token_weight(o, logp, logp0):
     """The table's `w` of a label token without the mean's factor; `w > 0` pushes it down."""
     if o.name == "ga":
         return 1.0
-    if o.name in ("nll", "po"):
+    if o.name in ("nll", "NLLConstraint", "po"):
         return -1.0
     p = math.exp(logp)
     if o.name == "wga":
         return p**o.alpha
+    if o.name == "satimp":
+        return p**o.beta1 * (1 - p) ** o.beta2
     w = 2 * sigmoid(o.beta * (logp - logp0))
     return w if o.name == "tnpo" else w * p**o.alpha
 
@@ -86,42 +132,52 @@ def expected_loss(o, data, reduction):
     model, frozen = logprobs(data, role)
     if o.name in TOKEN_LEVEL:
         weighted = [
-            [token_weight(o, a, b) * a for a, b in zip(m, f, strict=True)]
+            [token_weight(o, a, b) * a - getattr(o, "eps", 0) for a, b in zip(m, f, strict=True)]
             for m, f in zip(model, frozen, strict=True)
         ]
         return mean(weighted, reduction)
     if o.name == "npo":
-        values = [-2 / o.beta * math.log(sigmoid(-o.beta * r)) for r in log_ratio(data, "answer")]
-        return per_sample(values)
+        return per_sample([-2 / o.beta * math.log(sigmoid(-o.beta * r)) for r in log_ratio(data)])
     if o.name == "dpo":
-        lose, win = log_ratio(data, "answer"), log_ratio(data, "alternative")
-        margins = [w - x for w, x in zip(win, lose, strict=True)]
-        return per_sample([-2 / o.beta * math.log(sigmoid(o.beta * m)) for m in margins])
+        pairs = [[-2 / o.beta * math.log(sigmoid(o.beta * m)) for m in ms] for ms in margins(data)]
+        return per_sample([sum(values) / len(values) for values in pairs])
     if o.name == "simnpo":
         nll = [-sum(m) / len(m) if m else 0.0 for m in model]
         return per_sample([-2 / o.beta * math.log(sigmoid(o.beta * (s - o.delta))) for s in nll])
-    if o.name == "rmu":
-        u = torch.rand(5, generator=torch.Generator().manual_seed(o.seed)).double()
-        u = u / u.square().sum().sqrt() if o.normalize else u
-        values = []
-        for sample in data.samples:
-            values.append([])
-            for q in (q for q in sample if q.role == "answer"):
-                for t, y in enumerate(q.labels):
-                    if y != IGNORE:
-                        h = q.hidden[o.layer, t]
-                        values[-1].append(sum(float(h[d] - o.c * u[d]) ** 2 for d in range(5)) / 5)
-        return mean(values, reduction)
+    if o.name in ("rmu", "rmu_mask", "rr"):
+        missed = [[hidden_error(o, q, t) for q, t in sample] for sample in labelled(data)]
+        return mean([[sum(e**2 for e in es) / 5 for es in sample] for sample in missed], reduction)
+    at = predicted(data, skip=getattr(o, "skip", 0))
+    return mean([[divergence(o, q, t, y) for q, t, y in sample] for sample in at], reduction)
+
+
+def hidden_error(o, q, t):
+    """What a hidden state of five features misses its target by, feature by feature."""
+    h, h0 = q.hidden[o.layer, t].tolist(), q.reference_hidden[o.layer, t].tolist()
+    if o.name == "rr":
+        return [a - b for a, b in zip(h, h0, strict=True)]
+    u = torch.rand(5, generator=torch.Generator().manual_seed(o.seed)).tolist()
+    if o.name == "rmu_mask":
+        return [a - (a if x > 0.5 else 0.0) for a, x in zip(h, u, strict=True)]
+    size = math.hypot(*u) if o.normalize else 1.0
+    return [a - o.c * x / size for a, x in zip(h, u, strict=True)]
+
+
+def divergence(o, q, t, y):
+    """The summand of an objective of whole distributions at position `t`, whose label is `y`."""
+    z, z0 = q.logits[t], q.reference_logits[t]
+    if o.name == "LogitFlattening":
+        return (max(z.tolist()) - sum(z.tolist()) / len(z)) ** 2
+    if o.name == "ceu":
+        p = z.softmax(0)
+        target = [0.0 if v == y else float(p[v]) / (1 - float(p[y])) for v in range(len(z))]
+        return cross_entropy(torch.tensor(target, dtype=z.dtype), z)
+    if o.name == "undial":
+        lowered = [float(x) - o.beta * (v == y) for v, x in enumerate(z0)]
+        return cross_entropy(torch.tensor(lowered, dtype=z.dtype).softmax(0), z)
     assert o.name == "kl"
-    values = []
-    for sample in data.samples:
-        values.append([])
-        for q in (q for q in sample if q.role == "answer"):
-            for t, y in enumerate(q.targets()):
-                if y != IGNORE:
-                    p0 = q.reference_logits[t].softmax(-1)
-                    values[-1].append((p0 * (p0 / q.logits[t].softmax(-1)).log()).sum().item())
-    return mean(values, reduction)
+    p0 = z0.softmax(0)
+    return float((p0 * (p0 / z.softmax(0)).log()).sum())
 
 
 def evaluate(o, case):
@@ -133,14 +189,15 @@ def share(o, case):
 
 
 def test_every_registered_objective_is_covered():
-    names = {parse(text).name for text in CASES} | {GD.name}
+    names = {parse(text).name for text in STRINGS} | {o.name for o in COMPOSITES}
     assert set(available()) == names
+    elementary = {type(o) for o in CASES}
+    assert all(type(part) in elementary for o in COMPOSITES for _, part in o.parts())
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
-@pytest.mark.parametrize("text", CASES)
-def test_loss_is_the_published_formula(make_data, text, reduction):
-    o = parse(text)
+@each_case
+def test_loss_is_the_published_formula(make_data, o, reduction):
     for seed in range(3):
         data = make_data(o.roles, seed=seed)
         found = share(o, data.case(reduction))
@@ -148,9 +205,8 @@ def test_loss_is_the_published_formula(make_data, text, reduction):
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
-@pytest.mark.parametrize("text", CASES)
-def test_terms_have_the_gradient_of_the_loss(make_data, text, reduction):
-    o = parse(text)
+@each_case
+def test_terms_have_the_gradient_of_the_loss(make_data, o, reduction):
     for seed in range(3):
         case = make_data(o.roles, seed=seed).case(reduction)
         terms = o.token_terms(case.outputs, case.batch, case.reference)
@@ -166,9 +222,8 @@ def test_terms_have_the_gradient_of_the_loss(make_data, text, reduction):
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
-@pytest.mark.parametrize("text", [t for t in CASES if not t.startswith(("rmu", "kl"))])
-def test_token_weights_are_those_of_the_table(make_data, text, reduction):
-    o = parse(text)
+@pytest.mark.parametrize("o", [o for o in CASES if o.needs <= {"reference"}], ids=str)
+def test_token_weights_are_those_of_the_table(make_data, o, reduction):
     data = make_data(o.roles, seed=1)
     case = data.case(reduction)
     logprob = case.outputs.token_logprob.detach().requires_grad_()
@@ -177,10 +232,15 @@ def test_token_weights_are_those_of_the_table(make_data, text, reduction):
     found = torch.autograd.grad(terms.sum(), logprob)[0]
 
     expected = []
-    lose, win = log_ratio(data, "answer"), log_ratio(data, "alternative")
+    lose, pairs = log_ratio(data), margins(data)
     b = 1.0 if reduction == "sum" else 1 / len(data.samples)
     for i, sample in enumerate(data.samples):
-        for q in sample:
+        up = (
+            [b / len(pairs[i]) * 2 * sigmoid(-o.beta * m) for m in pairs[i]]
+            if o.name == "dpo"
+            else []
+        )
+        for j, q in enumerate(sample):
             logp, logp0 = iter(q.logp()), iter(q.logp0())
             n_i = len(q.logp())
             for y in q.targets():
@@ -194,8 +254,7 @@ def test_token_weights_are_those_of_the_table(make_data, text, reduction):
                 elif o.name == "npo":
                     expected.append(b * 2 * sigmoid(o.beta * lose[i]))
                 elif o.name == "dpo":
-                    w = b * 2 * sigmoid(-o.beta * (win[i] - lose[i]))
-                    expected.append(w if q.role == "answer" else -w)
+                    expected.append(sum(up) if q.role == "answer" else -up[j - 1])
                 else:
                     nll = -sum(q.logp()) / n_i
                     expected.append(2 * b / n_i * sigmoid(-o.beta * (nll - o.delta)))
@@ -205,9 +264,8 @@ def test_token_weights_are_those_of_the_table(make_data, text, reduction):
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
-@pytest.mark.parametrize("text", CASES)
-def test_batches_add_up_to_the_data_set(make_data, text, reduction):
-    o = parse(text)
+@each_case
+def test_batches_add_up_to_the_data_set(make_data, o, reduction):
     data = make_data(o.roles, seed=2)
     whole = data.case(reduction)
     whole_terms = o.token_terms(whole.outputs, whole.batch, whole.reference)
@@ -220,9 +278,8 @@ def test_batches_add_up_to_the_data_set(make_data, text, reduction):
     torch.testing.assert_close(torch.cat(terms), whole_terms, rtol=1e-12, atol=1e-15)
 
 
-@pytest.mark.parametrize("text", CASES)
-def test_forward_mode_sees_the_same_gradient(make_data, text):
-    o = parse(text)
+@each_case
+def test_forward_mode_sees_the_same_gradient(make_data, o):
     case = make_data(o.roles, seed=4).case("token")
     leaves = [case.outputs.token_logprob, case.outputs.logits, case.hidden]
     leaves = [leaf.detach().requires_grad_() for leaf in leaves]
@@ -240,14 +297,13 @@ def test_forward_mode_sees_the_same_gradient(make_data, text):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("text", CASES)
-def test_extreme_logits_stay_finite(make_data, text, dtype):
-    o = parse(text)
+@each_case
+def test_extreme_logits_stay_finite(make_data, o, dtype):
     data = make_data(o.roles, seed=5, scale=2000.0)
     for sample in data.samples:
         for q in sample:
             q.logits, q.reference_logits = q.logits.to(dtype), q.reference_logits.flip(0).to(dtype)
-            q.hidden = q.hidden.to(dtype)
+            q.hidden, q.reference_hidden = q.hidden.to(dtype), q.reference_hidden.to(dtype)
     case = data.case("token")
     for value in (
         o.token_terms(case.outputs, case.batch, case.reference).sum(),
@@ -260,15 +316,15 @@ def test_extreme_logits_stay_finite(make_data, text, dtype):
         assert all(g.isfinite().all() for g in gradients)
 
 
-@pytest.mark.parametrize("text", ["kl", "rmu"])
-def test_half_precision_outputs_are_evaluated_in_single(make_data, text):
-    o = parse(text)
+@pytest.mark.parametrize("o", [o for o in CASES if o.needs - {"reference"}], ids=str)
+def test_half_precision_outputs_are_evaluated_in_single(make_data, o):
     data = make_data(o.roles, seed=6)
     for sample in data.samples:
         for q in sample:
             q.logits = q.logits.bfloat16().double()
             q.reference_logits = q.reference_logits.bfloat16().double()
             q.hidden = q.hidden.bfloat16().double()
+            q.reference_hidden = q.reference_hidden.bfloat16().double()
     exact = data.case("token")
 
     def half(outputs):
@@ -283,4 +339,5 @@ def test_half_precision_outputs_are_evaluated_in_single(make_data, text):
     expected = share(o, exact)
     assert o.loss(outputs, exact.batch, reference).item() == pytest.approx(expected, rel=1e-5)
     terms = o.token_terms(outputs, exact.batch, reference)
-    assert terms.sum().item() == pytest.approx(expected, rel=1e-5)
+    expected = o.token_terms(exact.outputs, exact.batch, exact.reference)
+    torch.testing.assert_close(terms.double(), expected, rtol=1e-5, atol=1e-7)

@@ -6,50 +6,32 @@ from dataclasses import replace
 
 import pytest
 import torch
+from gradients import assert_same, detached, gradient
 
 from geffect_fast.data.batch import REDUCTIONS
 from geffect_fast.errors import InputError
 from geffect_fast.objectives import (
+    CEU,
     DPO,
     GA,
     GD,
     KL,
     NLL,
     NPO,
+    PDU,
     PO,
     RMU,
+    RR,
     TNPO,
+    UNDIAL,
     WGA,
     WTNPO,
+    AltPO,
     Outputs,
+    RMUMask,
+    SatImp,
     SimNPO,
 )
-
-
-def gradient(o, case, reference=None):
-    """Gradient of the token terms with respect to the logits, `(total_tokens, vocab)`."""
-    frozen = case.reference if reference is None else reference
-    total = o.token_terms(case.outputs, case.batch, frozen).sum()
-    return torch.autograd.grad(total, case.logits, retain_graph=True)[0]
-
-
-def assert_same(a, b):
-    assert b.abs().max() > 1e-6
-    torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
-
-
-@pytest.fixture(params=REDUCTIONS)
-def reduction(request):
-    return request.param
-
-
-@pytest.fixture
-def case(make_data, reduction):
-    return make_data(("answer",), seed=11).case(reduction)
-
-
-def detached(outputs):
-    return Outputs(outputs.token_logprob.detach(), outputs.logits.detach())
 
 
 def test_wga_without_a_power_is_ga(case):
@@ -89,11 +71,50 @@ def test_dpo_at_the_reference_is_npo_minus_its_mirror_image(make_data):
     both = make_data(("answer", "alternative"), seed=13)
     case = both.case("sample")
     found = gradient(DPO(), case, detached(case.outputs))
-    sign = (
-        case.batch.target_mask("answer").double() - case.batch.target_mask("alternative").double()
-    )
+    n_wins = torch.tensor([len(sample) - 1 for sample in both.samples]).clamp(min=1)
+    win = case.batch.target_mask("alternative") / case.batch.spread(n_wins).double()
+    sign = case.batch.target_mask("answer").double() - win
     summed = (sign * case.outputs.token_logprob).sum() / len(both.samples)
     assert_same(found, torch.autograd.grad(summed, case.logits)[0])
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_dpo_of_several_alternatives_is_the_mean_over_each_alone(make_data, reduction):
+    """Also the token terms: what a pair weighs, it takes from the winner and gives to the loser."""
+    data = make_data(("answer", "alternative"), seed=17)
+    answer, *wins = data.samples[4]
+    assert len(wins) == 3
+    data.samples = [[answer, *wins]]
+    together = data.case(reduction)
+    both = [
+        o.loss(together.outputs, together.batch, together.reference) for o in (DPO(0.7), NPO(0.7))
+    ]
+    n = len(answer.labels)
+    expected, losses = torch.zeros_like(together.logits), []
+    start = n
+    for win in wins:
+        data.samples = [[answer, win]]
+        case = data.case(reduction)
+        losses.append(DPO(0.7).loss(case.outputs, case.batch, case.reference).item())
+        found = gradient(DPO(0.7), case) / 3
+        expected[:n] += found[:n]
+        expected[start : start + len(win.labels)] = found[n:]
+        start += len(win.labels)
+    assert_same(gradient(DPO(0.7), together), expected)
+    assert both[0].item() == pytest.approx(sum(losses) / 3, rel=1e-13)
+    assert both[0].item() != pytest.approx(both[1].item(), rel=1e-3)
+
+
+def test_altpo_is_dpo_with_the_retain_rows():
+    assert AltPO(beta=0.3, alpha=2).parts() == ((1.0, DPO(0.3)), (2.0, NLL()))
+    assert (0.5 * AltPO()).parts() == ((0.5, DPO(0.1)), (0.5, NLL()))
+
+
+@pytest.mark.parametrize("beta1", [0.0, 1.7])
+def test_satimp_without_importance_is_wga(case, beta1):
+    assert_same(gradient(SatImp(beta1, 0), case), gradient(WGA(beta1), case))
+    losses = [o.loss(case.outputs, case.batch, None) for o in (SatImp(beta1, 0), WGA(beta1))]
+    assert losses[0].item() == pytest.approx(losses[1].item(), rel=1e-13)
 
 
 def test_simnpo_is_npo_of_mean_log_probabilities_against_a_uniform_reference(make_data):
@@ -123,7 +144,11 @@ def test_kl_pulls_the_logits_to_the_reference(case):
     assert_same(gradient(KL(), case), expected)
 
 
-@pytest.mark.parametrize("o", [GA(), WGA(), NPO(), TNPO(), WTNPO(), SimNPO(), DPO()])
+@pytest.mark.parametrize(
+    "o",
+    [GA(), WGA(), NPO(), TNPO(), WTNPO(), SimNPO(), DPO(), SatImp(), CEU(), UNDIAL()],
+    ids=str,
+)
 def test_unlearning_pushes_labels_down(make_data, o):
     """A small descent step lowers the log-probability of the answers."""
     case = make_data(("answer",), seed=15).case("token")
@@ -164,20 +189,39 @@ def test_rmu_target_changes_with_the_seed_and_leaves_the_global_generator_alone(
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_rmu_layer_beyond_the_model_is_one_clear_line(case):
-    with pytest.raises(InputError, match=r"rmu: layer must be .* at most 8 .*got 9") as error:
-        RMU(layer=9).loss(case.outputs, case.batch, None)
-    assert "\n" not in str(error.value)
+@pytest.mark.parametrize("o", [RMU(layer=9), RMUMask(layer=9), RR(layer=9)], ids=str)
+def test_a_layer_beyond_the_model_is_one_clear_line(case, o):
+    says = rf"^objective {o.name}: layer must be .* at most 8, the model's last, got 9$"
+    for method in (o.loss, o.token_terms):
+        with pytest.raises(InputError, match=says):
+            method(case.outputs, case.batch, case.reference)
 
 
-@pytest.mark.parametrize("o", [NPO(), TNPO(), WTNPO(), DPO(), KL()])
+def test_a_reference_of_another_shape_is_one_clear_line(case):
+    reference = case.reference
+    few = replace(
+        reference,
+        logits=reference.logits[:, :-1],
+        hidden_states=tuple(h[:, :-1] for h in reference.hidden_states[:-2]),
+    )
+    for o, says in (
+        (KL(), r"objective kl: the reference model predicts 6 tokens and the model 7; give .*"),
+        (UNDIAL(), r"objective undial: the reference model predicts 6 tokens and the model 7; .*"),
+        (RR(8), r"objective rr: layer must be .* at most 6, the reference model's last, got 8"),
+        (RR(1), r"objective rr\(layer=1\): the reference .* 4 features and the model's 5; give .*"),
+    ):
+        with pytest.raises(InputError, match=f"^{says}$"):
+            o.token_terms(case.outputs, case.batch, few)
+
+
+@pytest.mark.parametrize("o", [NPO(), TNPO(), WTNPO(), DPO(), KL(), UNDIAL(), RR()], ids=str)
 def test_a_missing_reference_is_one_clear_line(case, o):
     for method in (o.loss, o.token_terms):
         with pytest.raises(InputError, match=rf"^objective {o.name} needs the reference[^\n]*$"):
             method(case.outputs, case.batch, None)
 
 
-@pytest.mark.parametrize("o", [KL(), RMU()])
+@pytest.mark.parametrize("o", [KL(), UNDIAL(), CEU(), RMU(), RMUMask(), RR()], ids=str)
 def test_missing_outputs_are_one_clear_line(case, o):
     bare = replace(case.outputs, logits=None, hidden_states=None)
     with pytest.raises(InputError, match=rf"^objective {o.name} needs [^\n]*$"):
@@ -195,10 +239,10 @@ def test_gd_is_ascent_on_forget_and_descent_on_retain_rows():
 
 
 def test_needs_and_data_of_every_objective():
-    declared = {
-        type(o).__name__: (o.on, o.roles, sorted(o.needs))
-        for o in (GA(), NLL(), PO(), WGA(), NPO(), TNPO(), WTNPO(), DPO(), SimNPO(), RMU(), KL())
-    }
+    elementary = [GA(), NLL(), PO(), WGA(), NPO(), TNPO(), WTNPO(), DPO(), SimNPO(), RMU(), KL()]
+    elementary += [SatImp(), CEU(), UNDIAL(), RMUMask(), RR()]
+    elementary += [part for _, part in PDU(eps=1).parts()]
+    declared = {type(o).__name__: (o.on, o.roles, sorted(o.needs)) for o in elementary}
     assert declared == {
         "GA": ("forget", ("answer",), []),
         "NLL": ("retain", ("answer",), []),
@@ -211,4 +255,11 @@ def test_needs_and_data_of_every_objective():
         "SimNPO": ("forget", ("answer",), []),
         "RMU": ("forget", ("answer",), ["hidden_states"]),
         "KL": ("retain", ("answer",), ["reference_logits"]),
+        "SatImp": ("forget", ("answer",), []),
+        "CEU": ("forget", ("answer",), ["logits"]),
+        "UNDIAL": ("forget", ("answer",), ["reference_logits"]),
+        "RMUMask": ("forget", ("answer",), ["hidden_states"]),
+        "RR": ("retain", ("answer",), ["hidden_states", "reference_hidden_states"]),
+        "LogitFlattening": ("forget", ("answer",), ["logits"]),
+        "NLLConstraint": ("retain", ("answer",), []),
     }

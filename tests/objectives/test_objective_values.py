@@ -8,7 +8,25 @@ import numpy as np
 import pytest
 
 from geffect_fast.errors import InputError
-from geffect_fast.objectives import DPO, GA, GD, KL, NPO, RMU, TNPO, WGA, WTNPO, SimNPO
+from geffect_fast.objectives import (
+    CEU,
+    DPO,
+    GA,
+    GD,
+    KL,
+    NPO,
+    PDU,
+    RMU,
+    RR,
+    TNPO,
+    UNDIAL,
+    WGA,
+    WTNPO,
+    AltPO,
+    RMUMask,
+    SatImp,
+    SimNPO,
+)
 
 
 def test_spelling_is_kept_but_does_not_matter():
@@ -40,6 +58,13 @@ def test_defaults_are_the_published_ones():
     assert (SimNPO().beta, SimNPO().delta) == (4.5, 0.0)
     assert (GD().gamma, GD().alpha) == (1.0, 1.0)
     assert RMU() == RMU(layer=7, c=2.0, normalize=False, seed=0)
+    assert RMUMask() == RMUMask(layer=7, seed=0)
+    assert RR() == RR(layer=7)
+    assert SatImp() == SatImp(beta1=5, beta2=1)
+    assert UNDIAL() == UNDIAL(beta=10)
+    assert CEU() == CEU(skip=1)
+    assert AltPO() == AltPO(beta=0.1, alpha=1)
+    assert PDU(eps=0.5) == PDU(gamma=1, eps=0.5, step=1, dual=1)
 
 
 def test_operators():
@@ -74,6 +99,10 @@ def test_operators():
         (lambda: GD(alpha=-1), "gd: alpha must be a finite number at least 0, got -1"),
         (lambda: RMU(layer=7.0), "rmu: layer must be a 64-bit integer at least 0, got 7.0"),
         (lambda: RMU(layer=True), "rmu: layer must be a 64-bit integer at least 0, got True"),
+        (lambda: PDU(), "objective pdu needs a value for eps"),
+        (lambda: PDU(1, "0.3"), "pdu: eps must be a finite number at least 0, got '0.3'"),
+        (lambda: PDU(eps=1).updated(math.nan), "pdu: dual must be a finite number at least 0, got"),
+        (lambda: PDU(eps=1).updated(math.inf), "pdu: dual must be a finite number at least 0, got"),
         (lambda: RMU(normalize=0), "rmu: normalize must be true or false, got 0"),
         (lambda: RMU(seed=2**63), "rmu: seed must be a 64-bit integer at least 0, got 9223"),
     ],
