@@ -159,7 +159,6 @@ def test_copy_fills_up_with_zeros(run, n_bytes: int) -> None:
         ("wait_for_too_few", X.flip(0)),
         ("missing_barrier_after_wait", X.flip(0)),
         ("copy_over_what_is_read", X.flip(0)),
-        ("unwritten_result", X),
     ],
 )
 def test_wrong_in_some_order(run, name: str, expected: Tensor) -> None:
@@ -186,6 +185,21 @@ def test_warpgroup_product_fails_without(run, left_out: str, message: str) -> No
     x, y, _ = warpgroup_tiles(False)
     with pytest.raises(RuntimeError, match=message):
         run(f"warpgroup_{left_out}", x, y, False)
+
+
+def test_order_decides_who_finds_a_value_missing(run) -> None:
+    forward, reverse, shuffled = (run("missing_barrier", X, order=order) for order in ORDERS[:3])
+    early = torch.arange(THREADS) < THREADS // 2
+    assert torch.equal(forward.isnan(), early)
+    assert torch.equal(reverse.isnan(), ~early)
+    assert not torch.equal(shuffled.isnan(), early)
+    assert not torch.equal(shuffled.isnan(), ~early)
+
+
+def test_what_is_not_written_is_nan(run) -> None:
+    assert torch.equal(run("unwritten_result", X).isnan(), torch.arange(THREADS) == 5)
+    x, y, _ = warpgroup_tiles(False)
+    assert bool(run("warpgroup_wait", x, y, False).isnan().all())
 
 
 @pytest.mark.parametrize("name", ["unwritten_shared", "unwritten_static_shared"])
