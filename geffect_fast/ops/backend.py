@@ -130,7 +130,7 @@ def providers() -> list[ProviderRow]:
 
 
 def _provider(op: str, device: str) -> ProviderRow:
-    if _force_reference.get():
+    if reference_is_forced():
         return ProviderRow(op, device, "reference", "forced by force_reference()")
     missing = _why_missing(device)
     if missing is not None or not all(has_native(part, device) for part in schema.FUNCTIONS[op]):
@@ -175,9 +175,14 @@ def force_reference() -> Iterator[None]:
         _force_reference.reset(token)
 
 
+def reference_is_forced() -> bool:
+    """Return whether this is a context of `force_reference()`."""
+    return _force_reference.get()
+
+
 def call(op: str, device: torch.device, *args: Any) -> Tensor:
     """Run `op` on `device` with the provider that serves it; arguments are checked already."""
-    forced = _force_reference.get()
+    forced = reference_is_forced()
     if not forced:
         _say_once(device.type)
     if forced or _cuda_kernel_declines(op, device, args):

@@ -7,6 +7,7 @@ exist one tile at a time and are computed again for every derivative.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -244,6 +245,7 @@ class TokenLogprob(Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         hidden, weight, bias, labels, ctx.scale, ctx.softcap = inputs
+        ctx.forced = backend.reference_is_forced()  # unknown to autograd's threads for GPUs
         ctx.mark_non_differentiable(output[1])
         ctx.save_for_backward(hidden, weight, bias, labels, output[1])
         ctx.save_for_forward(hidden, weight, bias, labels, output[1])
@@ -251,7 +253,8 @@ class TokenLogprob(Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
         wanted = tuple(ctx.needs_input_grad[:3])
-        by = _Derivative.apply(*ctx.saved_tensors, ctx.scale, ctx.softcap, grad, wanted)
+        with backend.force_reference() if ctx.forced else nullcontext():
+            by = _Derivative.apply(*ctx.saved_tensors, ctx.scale, ctx.softcap, grad, wanted)
         return (*by, None, None, None)
 
     @staticmethod

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -254,6 +255,28 @@ def test_several_backwards_over_one_forward(small_tiles: None) -> None:
         expected = torch.autograd.grad(reference, (hidden, weight), weights, retain_graph=True)
         for one, other in zip(found, expected, strict=True):
             torch.testing.assert_close(one, other)
+
+
+def test_backward_is_served_as_its_forward_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also in a thread of its own, as autograd has for a GPU."""
+    hidden, weight, labels, *_ = CASES["plain"]
+    hidden = hidden.clone().requires_grad_()
+    forced = []
+    call = backend.call
+
+    def spy(*args: Any) -> Tensor:
+        forced.append(backend.reference_is_forced())
+        return call(*args)
+
+    monkeypatch.setattr(backend, "call", spy)
+    with ops.force_reference():
+        out = ops.token_logprob(hidden, weight, labels).sum()
+    thread = threading.Thread(target=out.backward)
+    thread.start()
+    thread.join()
+    assert len(forced) >= 2
+    assert all(forced)
+    assert hidden.grad is not None
 
 
 def layouts(tensor: Tensor) -> Iterator[Tensor]:
