@@ -12,24 +12,44 @@ from torch import Tensor, nn
 Row = dict
 
 
-def token_logprobs(model: nn.Module, row: Row) -> Tensor:
-    """Log-probabilities `(n_i,)` of the labels of one tokenised sample."""
+def target_logits(model: nn.Module, row: Row) -> tuple[Tensor, Tensor]:
+    """Logits `(n_i, vocab)` where one sample predicts labels, and the labels."""
     logits = model(input_ids=torch.tensor([row["input_ids"]])).logits[0, :-1]
     labels = torch.tensor(row["labels"])[1:]
     kept = labels != -100
-    return torch.log_softmax(logits[kept], -1).gather(-1, labels[kept][:, None])[:, 0]
+    return logits[kept], labels[kept]
+
+
+def token_logprobs(model: nn.Module, row: Row) -> Tensor:
+    """Log-probabilities `(n_i,)` of the labels of one tokenised sample."""
+    logits, labels = target_logits(model, row)
+    return torch.log_softmax(logits, -1).gather(-1, labels[:, None])[:, 0]
+
+
+def labelled_states(model: nn.Module, row: Row, layer: int) -> Tensor:
+    """Hidden states `(n, d)` of `layer` at the positions that hold a label."""
+    ids = torch.tensor([row["input_ids"]])
+    states = model(input_ids=ids, output_hidden_states=True).hidden_states[layer][0]
+    return states[torch.tensor(row["labels"]) != -100]
 
 
 def n_targets(rows: list[Row]) -> int:
     return sum(label != -100 for row in rows for label in row["labels"][1:])
 
 
-def mean_over(reduction: str, rows: list[Row], values: Tensor) -> Tensor:
-    """One sample's share of the mean over all tokens, of the mean of means, or of the sum."""
+def n_labelled(rows: list[Row]) -> int:
+    return sum(label != -100 for row in rows for label in row["labels"])
+
+
+def mean_over(reduction: str, rows: list[Row], values: Tensor, n: int | None = None) -> Tensor:
+    """One sample's share of the mean over all tokens, of the mean of means, or of the sum.
+
+    `n` is the number of all tokens where they are not the rows' targets.
+    """
     if reduction == "token":
-        return values.sum() / n_targets(rows)
+        return values.sum() / (n_targets(rows) if n is None else n)
     if reduction == "sample":
-        return values.mean() / len(rows)
+        return values.sum() / max(len(values), 1) / len(rows)
     return values.sum()
 
 
@@ -43,7 +63,10 @@ def gradients(loss: Tensor, model: nn.Module) -> list[Tensor]:
 
 
 def forget_shares(name, params, model, reference, forget, alternatives, reduction):
-    """Loss share of every forget row for an objective without a retain part."""
+    """Loss share of every forget row for an objective without a retain part.
+
+    `alternatives` holds a list of rows for each forget row.
+    """
     n = len(forget)
     per_sample = 1.0 if reduction == "sum" else 1.0 / n
     for i, row in enumerate(forget):
@@ -55,6 +78,9 @@ def forget_shares(name, params, model, reference, forget, alternatives, reductio
             yield mean_over(reduction, forget, -nll)
         elif name == "wga":
             yield mean_over(reduction, forget, -(p.detach() ** params["alpha"]) * nll)
+        elif name == "satimp":
+            w = p.detach() ** params["beta1"] * (1 - p.detach()) ** params["beta2"]
+            yield mean_over(reduction, forget, -w * nll)
         elif name in ("tnpo", "wtnpo"):
             w = 2 * torch.sigmoid(params["beta"] * (logp - logp0)).detach()
             if name == "wtnpo":
@@ -69,47 +95,64 @@ def forget_shares(name, params, model, reference, forget, alternatives, reductio
             mean = nll.mean()
             yield -(2 / beta) * F.logsigmoid(beta * (mean - params["delta"])) * per_sample
         elif name == "po":
-            refusal = token_logprobs(model, alternatives[i])
-            yield mean_over(reduction, alternatives, -refusal)
+            refusals = torch.cat([token_logprobs(model, other) for other in alternatives[i]])
+            every = [other for several in alternatives for other in several]
+            yield mean_over(reduction, forget, -refusals, n_targets(every))
         elif name == "dpo":
             beta = params["beta"]
-            win = token_logprobs(model, alternatives[i]).sum()
-            with torch.no_grad():
-                win0 = token_logprobs(reference, alternatives[i]).sum()
-            margin = (win - win0) - (logp.sum() - logp0.sum())
-            yield -(2 / beta) * F.logsigmoid(beta * margin) * per_sample
-        elif name == "rmu":
-            hidden = model(
-                input_ids=torch.tensor([row["input_ids"]]), output_hidden_states=True
-            ).hidden_states[params["layer"]][0]
+            lose = (logp.double() - logp0.double()).sum()
+            pairs = []
+            for other in alternatives[i]:
+                with torch.no_grad():
+                    win0 = token_logprobs(reference, other).double()
+                win = (token_logprobs(model, other).double() - win0).sum()
+                pairs.append(-(2 / beta) * F.logsigmoid(beta * (win - lose)))
+            yield sum(pairs) / len(pairs) * per_sample
+        elif name in ("rmu", "rmu_mask"):
+            hidden = labelled_states(model, row, params["layer"])
             generator = torch.Generator().manual_seed(params["seed"])
             u = torch.rand(hidden.shape[-1], generator=generator).to(hidden)
-            if params["normalize"]:
-                u = u / u.norm()
-            kept = torch.tensor(row["labels"]) != -100
-            error = ((hidden[kept] - params["c"] * u) ** 2).mean(-1)
-            if reduction == "token":
-                total = sum(label != -100 for r in forget for label in r["labels"])
-                yield error.sum() / total
-            elif reduction == "sample":
-                yield error.mean() / n
+            if name == "rmu_mask":
+                target = hidden.detach() * (u > 0.5)
             else:
-                yield error.sum()
+                target = params["c"] * (u / u.norm() if params["normalize"] else u)
+            error = ((hidden - target) ** 2).mean(-1)
+            yield mean_over(reduction, forget, error, n_labelled(forget))
+        elif name in ("ceu", "undial", "flattening"):
+            logits, labels = target_logits(model, row)
+            # the gradient is a difference of like distributions, of which fp32 leaves too little
+            logits = logits.double()
+            label = F.one_hot(labels, logits.shape[-1])
+            total = n_targets(forget)
+            if name == "flattening":
+                values = (logits.max(-1).values - logits.mean(-1)) ** 2
+            elif name == "undial":
+                with torch.no_grad():
+                    q = (target_logits(reference, row)[0] - params["beta"] * label).softmax(-1)
+                values = -(q * logits.log_softmax(-1)).sum(-1)
+            else:
+                q = logits.masked_fill(label.bool(), -torch.inf).softmax(-1).detach()
+                values = -(q * logits.log_softmax(-1)).sum(-1)[params["skip"] :]
+                total = sum(max(n_targets([r]) - params["skip"], 0) for r in forget)
+            yield mean_over(reduction, forget, values, total)
         else:
             raise AssertionError(name)
 
 
-def retain_shares(name, model, reference, retain, reduction):
+def retain_shares(name, params, model, reference, retain, reduction):
     """Loss share of every retain row for a regulariser."""
     for row in retain:
         if name == "nll":
             yield mean_over(reduction, retain, -token_logprobs(model, row))
-        else:
-            ids = torch.tensor([row["input_ids"]])
-            kept = torch.tensor(row["labels"])[1:] != -100
-            log_q = torch.log_softmax(model(input_ids=ids).logits[0, :-1][kept], -1)
+        elif name == "rr":
             with torch.no_grad():
-                log_p = torch.log_softmax(reference(input_ids=ids).logits[0, :-1][kept], -1)
+                frozen = labelled_states(reference, row, params["layer"])
+            error = ((labelled_states(model, row, params["layer"]) - frozen) ** 2).mean(-1)
+            yield mean_over(reduction, retain, error, n_labelled(retain))
+        else:
+            log_q = torch.log_softmax(target_logits(model, row)[0], -1)
+            with torch.no_grad():
+                log_p = torch.log_softmax(target_logits(reference, row)[0], -1)
             yield mean_over(reduction, retain, (log_p.exp() * (log_p - log_q)).sum(-1))
 
 
@@ -128,8 +171,8 @@ def effects(model, reference, objective, forget, retain, alternatives, reduction
     n_params = len(risks[0])
     out = torch.zeros(2, n_params, len(forget) + len(retain), dtype=torch.float64)
     for coefficient, name, params in objective:
-        if name in ("nll", "kl"):
-            shares = retain_shares(name, model, reference, retain, reduction)
+        if name in ("nll", "kl", "rr"):
+            shares = retain_shares(name, params, model, reference, retain, reduction)
             offset = len(forget)
         else:
             shares = forget_shares(name, params, model, reference, forget, alternatives, reduction)

@@ -64,7 +64,8 @@ def test_layout_from_one_short_sample():
 
 def data():
     forget, retain = samples(FORGET, 1, 2), samples(RETAIN, 2, 2)
-    alternatives = samples([n + 3 - 2 * (i % 2) for i, n in enumerate(FORGET)], 3, 1)
+    alternatives = [[a] for a in samples([n + 3 - 2 * (i % 2) for i, n in enumerate(FORGET)], 3, 1)]
+    alternatives[0] += samples([4, 8], 4, 1)
     rows = [row | {"alternative": other} for row, other in zip(forget, alternatives, strict=True)]
     return rows, retain, alternatives
 

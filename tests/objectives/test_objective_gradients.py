@@ -10,6 +10,7 @@ import torch
 from gradients import assert_same, detached, gradient
 from torch.nn.functional import one_hot
 
+from geffect_fast.data.batch import IGNORE
 from geffect_fast.errors import InputError
 from geffect_fast.objectives import CEU, KL, NLL, PDU, RMU, RR, UNDIAL, RMUMask
 
@@ -26,6 +27,24 @@ def test_ceu_is_ga_weighted_by_the_odds(make_data, reduction):
     ga = (case.batch.target_weight() * odds * logprob).sum()
     expected = torch.autograd.grad(ga, case.logits, retain_graph=True)[0]
     assert_same(gradient(CEU(skip=0), case), expected)
+
+
+@pytest.mark.parametrize("margin", [40.0, 12.0, 0.0, -12.0, -40.0])
+def test_ceu_keeps_its_digits_in_single_precision(make_data, margin):
+    """Where p is 1 up to rounding its weight p / (1 - p) is not finite; where p is tiny, its target
+    and its own distribution are the same up to rounding."""
+    data = make_data(("answer",), seed=11)
+    for q in (q for sample in data.samples for q in sample):
+        q.logits = q.logits.float().double()
+        for t, y in enumerate(q.targets()):
+            if y != IGNORE:
+                q.logits[t, y] = margin
+    exact = gradient(CEU(skip=0), data.case("sum"))
+    for q in (q for sample in data.samples for q in sample):
+        q.logits = q.logits.float()
+    found = gradient(CEU(skip=0), data.case("sum")).double()
+    size = exact.abs().amax(1, keepdim=True)
+    assert ((found - exact).abs() <= 1e-5 * size).all()
 
 
 @pytest.mark.parametrize("skip", [1, 2])
@@ -64,7 +83,7 @@ def test_undial_pulls_the_logits_to_the_adjusted_ones(case):
 
 
 def test_undial_without_an_adjustment_is_kl_to_the_reference(case):
-    """Whose gradient differs by no more than what the reference holds constant: nothing."""
+    """They differ by the entropy of the reference, a constant."""
     assert_same(gradient(UNDIAL(beta=0), case), gradient(KL(), case))
     assert gradient(UNDIAL(beta=0), case, detached(case.outputs)).abs().max() < 1e-14
 

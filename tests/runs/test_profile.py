@@ -35,12 +35,22 @@ OBJECTIVES = {
     "rmu(layer=2, normalize=true)": [
         (1.0, "rmu", {"layer": 2, "c": 2.0, "seed": 0, "normalize": True})
     ],
+    "satimp(beta1=2, beta2=0.5)": [(1.0, "satimp", {"beta1": 2.0, "beta2": 0.5})],
+    "ceu": [(1.0, "ceu", {"skip": 1})],
+    "undial(beta=3)": [(1.0, "undial", {"beta": 3.0})],
+    "altpo(beta=0.3, alpha=0.5)": [(1.0, "dpo", {"beta": 0.3}), (0.5, "nll", {})],
+    "pdu(gamma=0.5, eps=0.3, dual=2)": [(0.5, "flattening", {}), (2.0, "nll", {})],
+    "rmu_mask(layer=1, seed=2) + 3*rr(layer=2)": [
+        (1.0, "rmu_mask", {"layer": 1, "seed": 2}),
+        (3.0, "rr", {"layer": 2}),
+    ],
 }
 
 
 def data(prompt: int = 3):
     forget, retain = samples(FORGET, 1, prompt), samples(RETAIN, 2, prompt)
-    alternatives = samples([n + 4 for n in FORGET], 3, prompt)
+    alternatives = [[a] for a in samples([n + 4 for n in FORGET], 3, prompt)]
+    alternatives[2] += samples([6, 4], 4, prompt)
     rows = [row | {"alternative": other} for row, other in zip(forget, alternatives, strict=True)]
     return rows, retain, alternatives
 
