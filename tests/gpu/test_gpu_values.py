@@ -15,7 +15,7 @@ from on_gpu import (
     on_device,
     poison_free_memory,
 )
-from op_samples import DTYPES, sample_inputs
+from op_samples import DTYPES, Sample, sample_inputs
 from test_op_values import (
     assert_close_to_formula,
     in_precision,
@@ -27,6 +27,17 @@ TABLE = [
     pytest.param(dtype, index, id=f"{sample.op}-{sample.name}-{name_of(dtype)}")
     for dtype in DTYPES
     for index, sample in enumerate(sample_inputs(dtype))
+]
+
+
+FORMS = [
+    (name, form)
+    for name, (op, _) in LARGE.items()
+    for form in {
+        "segment_bilinear": ("fused", "sm90", "cublas", "gradient"),
+        "ghost_norm": ("gram", "gradient"),
+        "ghost_dot": ("gram", "gradient"),
+    }.get(op, ())
 ]
 
 
@@ -61,7 +72,22 @@ def test_low_precision_rule(dtype: torch.dtype, index: int) -> None:
 @pytest.mark.parametrize("dtype", GPU_DTYPES, ids=name_of)
 @pytest.mark.parametrize("name", LARGE)
 def test_large_equals_formula_and_itself(name: str, dtype: torch.dtype) -> None:
+    assert_large_is_right(large_sample(name, dtype))
+
+
+@pytest.mark.parametrize("dtype", GPU_DTYPES, ids=name_of)
+@pytest.mark.parametrize(("name", "form"), FORMS)
+def test_every_form_equals_formula(
+    name: str, form: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whichever form the sizes and the device would choose."""
     sample = large_sample(name, dtype)
+    bilinear = sample.op == "segment_bilinear"
+    monkeypatch.setenv(f"GEFFECT_FAST_{'BILINEAR' if bilinear else 'GHOST'}_FORM", form)
+    assert_large_is_right(sample)
+
+
+def assert_large_is_right(sample: Sample) -> None:
     poison_free_memory()
     found = sample.run()
     poison_free_memory()
