@@ -131,6 +131,36 @@ def test_kl_keeps_the_model_and_takes_its_logits():
         assert not torch.equal(outputs.logits, own.logits)
 
 
+def test_rr_keeps_the_model_and_takes_its_hidden_states():
+    model, other = build("gpt2"), build("gpt2", seed=1)
+    wanted = tasks("rr(layer=1)")
+    reference = Reference(other)
+    reference.prepare(wanted, torch.device("cpu"))
+    assert reference.model is other
+    for batch in wanted[0].batches:
+        own = model_outputs(model, batch, wanted[0].needs)
+        outputs = reference.outputs(wanted[0], batch, batch, own)
+        exact = model_outputs(other, batch, {"hidden_states"})
+        for found, expected in zip(outputs.hidden_states, exact.hidden_states, strict=True):
+            assert torch.equal(found, expected) and not found.requires_grad
+        assert outputs.logits is None
+
+
+def test_hidden_states_and_logits_are_those_asked_for():
+    model = build("llama")
+    (batch, *_) = batches_of("forget")
+    for need in ("logits", "reference_logits"):
+        outputs = model_outputs(model, batch, {need})
+        assert outputs.logits.shape[0] == batch.target_index.numel()
+        assert outputs.hidden_states is None
+    outputs = model_outputs(model, batch, {"reference_hidden_states"})
+    assert len(outputs.hidden_states) == 4
+    assert outputs.logits is None
+    # an objective that reads logits and hidden states of its own needs no reference
+    own = tasks("ceu", "rmu_mask(layer=1)")[0]
+    assert Reference().outputs(own, batch, batch, model_outputs(model, batch, own.needs)) is None
+
+
 def test_kl_to_another_model_equals_autograd():
     with fp64_throughout():
         model, other = build("gpt2", torch.float64), build("gpt2", torch.float64, seed=1)
@@ -153,7 +183,7 @@ def test_kl_to_another_model_equals_autograd():
 
 def test_without_a_model_of_its_own_the_reference_is_the_model_detached():
     model = build("llama")
-    wanted = tasks("npo", "kl")
+    wanted = tasks("npo", "rr(layer=1)", "kl")
     reference = Reference()
     reference.prepare(wanted, torch.device("cpu"))
     for task in wanted:
@@ -161,7 +191,8 @@ def test_without_a_model_of_its_own_the_reference_is_the_model_detached():
         outputs = reference.outputs(task, task.batches[0], task.batches[0], own)
         assert torch.equal(outputs.token_logprob, own.token_logprob)
         assert not outputs.token_logprob.requires_grad
-        assert outputs.logits is None or not outputs.logits.requires_grad
+        for found in (outputs.logits, *(outputs.hidden_states or ())):
+            assert found is None or not found.requires_grad
     (ga,) = tasks("ga")
     assert reference.outputs(ga, ga.batches[0], ga.batches[0], own) is None
 

@@ -24,11 +24,17 @@ BAD = {
     "reduction": ({"reduction": "mean"}, "mean"),
     "budget": ({"token_budget": 0}, "token_budget"),
     "risk": ({"risk": "npo"}, "risk"),
+    "risk by a reference": ({"risk": "rr"}, "risk"),
     "no refusals": ({"objectives": ["ga + po"]}, "refusals"),
+    "no alternatives": ({"objectives": ["altpo"]}, "'altpo' needs refusals"),
     "empty forget": ({"forget": []}, "forget"),
     "probe name": ({"probes": {"unlearn": samples([4])}}, "unlearn"),
     "vocabulary": ({"retain": [{"input_ids": [1, 999], "labels": [-100, 999]}]}, "999"),
     "layer": ({"objectives": ["rmu(layer=40)"]}, "layer"),
+    "layer to mask": ({"objectives": ["rmu_mask(layer=4)"]}, "at most 3, the model's last, got 4"),
+    "layer to retain": ({"objectives": ["rr(layer=4)"]}, "at most 3, the model's last, got 4"),
+    "all skipped": ({"objectives": ["ceu(skip=8)"]}, "no answer has more than 8 tokens"),
+    "no eps": ({"objectives": ["pdu"]}, "needs a value for eps"),
     "no tokenizer": ({"forget": [{"question": "a?", "answer": "b"}]}, "tokenizer"),
 }
 
