@@ -33,6 +33,7 @@ from geffect_fast.errors import InputError, UnsupportedModelError
 from geffect_fast.objectives import Objective, parse_list
 from geffect_fast.objectives import resolve as resolve_objective
 from geffect_fast.objectives.base import REFERENCE_NEEDS, Need
+from geffect_fast.runs.coverage import Coverage
 from geffect_fast.runs.dataset import (
     check_coverage,
     check_directions,
@@ -109,7 +110,9 @@ def profile(
         (objective), and with `norms` `grad_norm` (objective), `risk_grad_norm` (risk), `cosine`
         (objective, risk) of the whole gradients and the same per parameter under `parameter_*`.
         All fp64. Coordinates: `parameter` with `block`, `kind`, `group`; `sample` (row number) with
-        `set` and `question`.
+        `set` and `question`. Attributes say what is covered (`covered_parameters` of
+        `trainable_parameters`, the same in elements, `frozen_*`, `tied`), and whether the shares
+        were compared with whole gradients (`coverage_checked`).
 
     Raises:
         InputError: unusable data, objective or argument, in one line.
@@ -222,6 +225,8 @@ def profile(
         "n_forget": n_forget,
         "n_retain": n_retain,
         "objectives": json.dumps([{"name": o.name, "parameters": o.parameters()} for o in chosen]),
+        **Coverage.of(model).attributes(),
+        "coverage_checked": gram is not None,
     }
     return dataset(
         effects,
@@ -239,6 +244,7 @@ def profile(
 
 
 def resolved_list(specs: Sequence[str | Objective] | str) -> list[Objective]:
+    """The objectives that are meant; raise `InputError` where there is none, or one twice."""
     listed = parse_list(specs) if isinstance(specs, str) else [resolve_objective(s) for s in specs]
     if not listed:
         raise InputError("objectives: the list is empty; give at least one, such as 'ga'")
@@ -314,6 +320,7 @@ def _read_sets(
 
 
 def check_model(model: nn.Module, sets: Mapping[str, SampleSet]) -> None:
+    """Raise where `model` is no model, holds NaN, or does not know a token of the data sets."""
     if not isinstance(model, nn.Module):
         raise InputError(
             f"model: expected a loaded transformers model, got {type(model).__name__}; "
@@ -341,6 +348,7 @@ def _check_memory(plan: Plan, n_objectives: int) -> None:
 def reference_for(
     source: nn.Module | str | Path | None, needs: set[Need], model: nn.Module
 ) -> nn.Module | None:
+    """The reference model, loaded where a folder is given; None where the model itself serves."""
     if not needs & REFERENCE_NEEDS or source is None or source is model:
         return None
     if isinstance(source, nn.Module):
