@@ -10,15 +10,17 @@ from geffect_fast.capture import capture
 
 if TYPE_CHECKING:
     import geffect_fast.functional as functional
+    from geffect_fast.runs.check import check
     from geffect_fast.runs.profile import profile
     from geffect_fast.runs.store import open_run
 
 __version__ = "0.1.0"
 
-__all__ = ["capture", "data", "functional", "objectives", "open_run", "ops", "profile"]
+__all__ = ["capture", "check", "data", "functional", "objectives", "open_run", "ops", "profile"]
 
 # What needs more than torch and numpy is imported when it is first asked for.
 _LAZY = {
+    "check": ("geffect_fast.runs.check", "check"),
     "functional": ("geffect_fast.functional", None),
     "open_run": ("geffect_fast.runs.store", "open_run"),
     "profile": ("geffect_fast.runs.profile", "profile"),

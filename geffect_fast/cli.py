@@ -1,4 +1,4 @@
-"""The command line: `geffect-fast profile | show | export | demo | env`."""
+"""The command line: `geffect-fast profile | check | show | export | demo | env`."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ if TYPE_CHECKING:
 
 EXIT_CODES = (
     "Exit codes: 0 all went well; 2 bad input, one line 'error: ...' on stderr and nothing "
-    "written; 1 unexpected failure; 130 interrupted."
+    "written; 3 check found a deviation; 1 unexpected failure; 130 interrupted."
 )
+DEVIATION = 3
 
 app = typer.Typer(
     name="geffect-fast",
@@ -169,6 +170,56 @@ def profile(
 
 
 @app.command(epilog=EXIT_CODES)
+def check(
+    model: Annotated[str, _option("--model", "-m", field="model")],
+    data: Annotated[str, _option("--data", "-d", field="forget")],
+    samples: Annotated[int, typer.Option(help="Rows of the data, the first ones.", min=1)] = 4,
+    objectives: Annotated[
+        str, typer.Option("--objectives", "--objective", help="Objectives with commas between.")
+    ] = "ga",
+    refusals: Annotated[str | None, _option("--refusals", field="refusals")] = None,
+    reference: Annotated[str | None, _option("--reference", field="reference")] = None,
+    tokenizer: Annotated[str | None, _option("--tokenizer", field="tokenizer")] = None,
+    template: Annotated[str | None, _option("--template", field="template")] = None,
+    max_length: Annotated[int | None, _option("--max-length", field="max_length")] = None,
+    dtype: Annotated[str | None, _option("--dtype", field="dtype")] = None,
+    device: Annotated[str | None, _option("--device", field="device")] = None,
+    threads: Annotated[int | None, _option("--threads", field="threads")] = None,
+    quiet: Annotated[bool, _option("--quiet", "-q", help="The verdict alone.")] = False,
+) -> None:
+    """Compare effects, norms and inner products with plain autograd, on your own model and data.
+
+    Every trainable parameter on a few samples: (n (n + 1) / 2 + 2 n) backward passes of one sample.
+    """
+    options = {
+        "model": model,
+        "forget": data,
+        "retain": data,
+        "objectives": objectives,
+        "refusals": refusals,
+        "reference": reference,
+        "tokenizer": tokenizer,
+        "template": template,
+        "max_length": max_length,
+        "dtype": dtype,
+        "device": device,
+        "threads": threads,
+    }
+    config = make_config({name: value for name, value in options.items() if value is not None})
+
+    from geffect_fast.report.check_table import render_check, verdict
+    from geffect_fast.runs.execute import execute_check
+
+    found = execute_check(config, samples, progress=not quiet)
+    if quiet:
+        print(verdict(found))
+    else:
+        _console().print(render_check(found))
+    if not found.exact:
+        raise typer.Exit(DEVIATION)
+
+
+@app.command(epilog=EXIT_CODES)
 def show(
     run: Annotated[Path, typer.Argument(help="A run folder, or a results.nc.", show_default=False)],
 ) -> None:
@@ -251,15 +302,19 @@ def _probe(text: str) -> tuple[str, str]:
     return name.strip(), source.strip()
 
 
-def _print_result(dataset: xr.Dataset, folder: Path) -> None:
-    """Tables, where the files are, and three sentences."""
+def _console() -> Any:
     from rich.console import Console
 
+    return Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+
+
+def _print_result(dataset: xr.Dataset, folder: Path) -> None:
+    """Tables, where the files are, and three sentences."""
     from geffect_fast.report.findings import findings
     from geffect_fast.report.table import render
     from geffect_fast.runs.store import PLOTS
 
-    console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+    console = _console()
     console.print(render(dataset))
     plots = sorted((folder / PLOTS).glob("*.png")) if folder.is_dir() else []
     for path in [folder, *plots]:

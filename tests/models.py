@@ -81,6 +81,25 @@ def gemma2():
     )
 
 
+def mixtral():
+    """A mixture: a router sends every token to two of three experts, stacked in one parameter."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    return MixtralForCausalLM(
+        MixtralConfig(
+            vocab_size=VOCAB,
+            hidden_size=16,
+            intermediate_size=24,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            num_local_experts=3,
+            num_experts_per_tok=2,
+            max_position_embeddings=128,
+        )
+    )
+
+
 ARCHITECTURES: dict[str, Callable[[], nn.Module]] = {
     "llama": llama,
     "llama_tied": llama_tied,
@@ -90,10 +109,13 @@ ARCHITECTURES: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-def build(name: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Module:
+def build(
+    architecture: str | Callable[[], nn.Module], dtype: torch.dtype = torch.float32, seed: int = 0
+) -> nn.Module:
     """A model in eval mode with weights large enough that every parameter matters."""
     torch.manual_seed(seed)
-    model = ARCHITECTURES[name]().eval()
+    made = ARCHITECTURES[architecture]() if isinstance(architecture, str) else architecture()
+    model = made.eval()
     with torch.no_grad():
         for p in model.parameters():
             p.add_(0.1 * torch.randn_like(p))

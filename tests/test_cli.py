@@ -158,11 +158,56 @@ def test_env_names_every_op_and_its_provider(capsys):
         assert row.provider in line and row.reason in line
 
 
-@pytest.mark.parametrize("command", ["profile", "show", "export", "demo", "env"])
+CHECK = ["check", "--model", "model", "--data", "forget.jsonl", "--samples", "2"]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_check_prints_a_table_and_a_verdict(here, capsys, dtype):
+    before = snapshot(here)
+    words = [*CHECK, "--objective", "ga,dpo", "--refusals", "refusals.txt", "--dtype", dtype]
+    assert main(words) == 0
+    printed = capsys.readouterr().out
+    for word in ("ga, dpo on 2 samples", "post_attention_layernorm", "embedding", "Layout: packed"):
+        assert word in printed
+    assert "Covered: 30 of 30 trainable parameters, 22,640 of 22,640 elements." in printed
+    assert "Exact: all 30 trainable parameters agree with plain autograd" in printed
+    assert main([*words, "--quiet"]) == 0
+    quiet = capsys.readouterr()
+    assert quiet.out.startswith("Exact: ") and quiet.out.count("\n") == 1 and quiet.err == ""
+    assert snapshot(here) == before
+
+
+def test_a_deviation_exits_with_3(here, capsys, monkeypatch):
+    from geffect_fast.capture.calls import NormCall
+
+    normalized = NormCall.normalized
+    monkeypatch.setattr(NormCall, "normalized", lambda call: 1.01 * normalized(call))
+    assert main(CHECK) == 3
+    printed = capsys.readouterr()
+    assert "Deviation: input_layernorm (captured by norm): " in printed.out and printed.err == ""
+    assert main([*CHECK, "-q"]) == 3
+
+
+def test_a_model_that_a_check_cannot_serve_is_one_line(here, capsys, monkeypatch):
+    """A weight read from outside its module."""
+    from transformers.models.llama.modeling_llama import LlamaMLP
+
+    def forward(self, x):
+        return torch.nn.functional.linear(x, self.up_proj.weight) @ self.up_proj.weight
+
+    monkeypatch.setattr(LlamaMLP, "forward", forward)
+    assert main(CHECK) == 2
+    printed = capsys.readouterr()
+    assert printed.out == "" and printed.err.count("\n") == 1
+    assert "error: parameter 'model.layers.0.mlp.up_proj.weight'" in printed.err
+
+
+@pytest.mark.parametrize("command", ["profile", "check", "show", "export", "demo", "env"])
 def test_every_command_explains_itself_and_its_exit_codes(command, capsys):
     assert main([command, "--help"]) == 0
     printed = " ".join(capsys.readouterr().out.split())
     assert "Exit codes: 0 all went well; 2 bad input" in printed
+    assert "3 check found a deviation" in printed
 
 
 def test_without_a_command_there_is_help_and_a_version(capsys):
@@ -353,12 +398,26 @@ def test_a_refused_out_folder_costs_no_work(here, capsys, monkeypatch):
         ["export"],
         ["profil"],
         ["demo", "--seed", "x"],
+        ["check"],
+        ["check", "--model", "model"],
+        ["check", "--model", "gone/away/far", "--data", "forget.jsonl"],
+        ["check", "--model", "model", "--data", "gone.jsonl"],
+        [*CHECK, "--samples", "0"],
+        [*CHECK, "--objectives", "gaa"],
+        [*CHECK, "--objectives", "po"],
+        [*CHECK, "--objectives", "kl"],
+        [*CHECK, "--dtype", "float31"],
+        [*CHECK, "--device", "cuda:9"],
+        [*CHECK, "--reference", "./gone"],
+        [*CHECK, "--max-length", "5"],
     ],
+    ids=" ".join,
 )
 def test_other_commands_refuse_likewise(here, capsys, words):
     before = snapshot(here)
     assert main(words) == 2
     printed = capsys.readouterr()
+    assert printed.out == ""
     assert printed.err.startswith("error: ") and printed.err.count("\n") == 1
     assert snapshot(here) == before
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from rich import box
@@ -37,6 +38,8 @@ NOTE = (
 def render(dataset: xr.Dataset) -> RenderableType:
     """All tables of a result, for `rich.console.Console.print`."""
     parts: list[RenderableType] = [totals_table(dataset), Text(NOTE, style="dim"), Text()]
+    if "covered_parameters" in dataset.attrs:  # a run of an older version does not say
+        parts += [Text(_covered(dataset.attrs)), Text()]
     for risk in dataset["risk"].values:
         table = group_table(dataset, str(risk))
         if table is not None:
@@ -50,7 +53,9 @@ def render(dataset: xr.Dataset) -> RenderableType:
 def totals_table(dataset: xr.Dataset) -> Table:
     """A row an objective: effect on and cosine with every risk, collateral, verdict."""
     rows = summarise(dataset)
-    table = _table(f"G-effect of {len(rows)} objectives on {dataset.attrs['n_forget']} forget rows")
+    table = new_table(
+        f"G-effect of {len(rows)} objectives on {dataset.attrs['n_forget']} forget rows"
+    )
     table.add_column("objective", overflow="fold")
     risks = list(rows[0].effects)
     for risk in risks:
@@ -77,7 +82,9 @@ def group_table(dataset: xr.Dataset, risk: str) -> Table | None:
         return None
     labels, values = placed
     at = [str(r) for r in dataset["risk"].values].index(risk)
-    table = _table(f"Where e_{symbol(risk)} comes from: share of each part, sizes adding to 100 %")
+    table = new_table(
+        f"Where e_{symbol(risk)} comes from: share of each part, sizes adding to 100 %"
+    )
     table.add_column("objective", overflow="fold")
     for label in labels:
         table.add_column(label.replace("_", " "), justify="right", no_wrap=True)
@@ -91,7 +98,7 @@ def instance_table(dataset: xr.Dataset) -> Table | None:
     effect = by_sample(dataset)
     if effect is None or not effect.sizes["sample"]:
         return None
-    table = _table("Instances: row, share of the effect, question")
+    table = new_table("Instances: row, share of the effect, question")
     objectives = [str(o) for o in effect["objective"].values]
     table.add_column("objective", no_wrap=True, min_width=max(map(len, objectives)))
     wanted = {UNLEARN: "forgotten most", "retain": "costs the rest most"}
@@ -105,6 +112,22 @@ def instance_table(dataset: xr.Dataset) -> Table | None:
             cells.append(_extreme(effect, share))
         table.add_row(objective, *cells)
     return table
+
+
+def coverage_line(counts: Mapping[str, Any]) -> str:
+    """What a result covers, from the counts of a `Coverage` by name."""
+    parameters, elements = counts["covered_parameters"], counts["covered_elements"]
+    all_parameters, all_elements = counts["trainable_parameters"], counts["trainable_elements"]
+    line = (
+        f"Covered: {parameters:,} of {all_parameters:,} trainable parameters, "
+        f"{elements:,} of {all_elements:,} elements"
+    )
+    if counts["frozen_parameters"]:
+        line += (
+            f"; left out: {counts['frozen_parameters']:,} frozen ones, "
+            f"{counts['frozen_elements']:,} elements"
+        )
+    return line + "."
 
 
 def symbol(risk: str) -> str:
@@ -127,6 +150,13 @@ def question(effect: xr.DataArray, i: int, width: int) -> str:
     return text if len(text) <= width else text[: width - 1].rstrip() + "…"
 
 
+def _covered(attrs: Mapping[str, Any]) -> str:
+    line = coverage_line(attrs)
+    if attrs["coverage_checked"]:
+        return f"{line} At each of them the shares add up to plain autograd's whole gradient."
+    return f"{line} Not compared with the whole gradient, as norms were left out."
+
+
 def _extreme(effect: xr.DataArray, share: np.ndarray) -> str:
     if not np.isfinite(share).all() or not (share < 0).any():
         return "none"
@@ -136,7 +166,8 @@ def _extreme(effect: xr.DataArray, share: np.ndarray) -> str:
     )
 
 
-def _table(title: str) -> Table:
+def new_table(title: str) -> Table:
+    """An empty table in the one style of all."""
     return Table(
         title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False
     )

@@ -11,6 +11,7 @@ import torch
 
 from geffect_fast.data.qa import read_refusals, read_rows
 from geffect_fast.objectives import parse
+from geffect_fast.runs.check import Check, check
 from geffect_fast.runs.config import ProfileConfig
 from geffect_fast.runs.models import check_model_source, load_model, load_tokenizer, resolve_device
 from geffect_fast.runs.profile import check_needs_no_refusals, profile
@@ -47,16 +48,9 @@ def execute(
         InputError, NonFiniteError, UnsupportedModelError: nothing has been written then.
     """
     check_free(out, overwrite)
-    check_model_source(config.model)
-    if config.reference is not None:
-        check_model_source(config.reference, "reference")
-    device = resolve_device(config.device)
+    device = _check_sources(config)
     data = _read_data(config)
-    tokenizer = None
-    if config.tokenizer is not None:
-        tokenizer = load_tokenizer(config.tokenizer)
-    elif _has_text(data):
-        tokenizer = load_tokenizer(config.model, "model")
+    tokenizer = _tokenizer(config, _has_text(data))
     with _threads(config.threads) as threads:
         model = load_model(config.model, config.dtype, str(device))
         dtype = str(model.dtype).removeprefix("torch.")
@@ -85,6 +79,51 @@ def execute(
     }
     save_run(out, dataset, config.model_copy(update=chosen), overwrite, report)
     return dataset
+
+
+def execute_check(config: ProfileConfig, samples: int, *, progress: bool = False) -> Check:
+    """Check the model of a config on the first rows of its forget data; nothing is written.
+
+    Args:
+        config: what a profile would be made from; its retain data is not read.
+        samples: how many rows.
+        progress: whether to show progress bars.
+
+    Raises:
+        InputError, NonFiniteError, UnsupportedModelError: as `geffect_fast.check`.
+    """
+    device = _check_sources(config)
+    data = read_rows(config.forget, name="data")
+    refusals = None if config.refusals is None else read_refusals(config.refusals)
+    tokenizer = _tokenizer(config, "input_ids" not in data[0])
+    with _threads(config.threads):
+        return check(
+            load_model(config.model, config.dtype, str(device)),
+            tokenizer,
+            data=data,
+            objectives=list(config.objectives),
+            samples=samples,
+            refusals=refusals,
+            reference_model=config.reference,
+            template=config.template,
+            max_length=config.max_length,
+            progress=progress,
+        )
+
+
+def _check_sources(config: ProfileConfig) -> torch.device:
+    """Models that can be known to be missing are; the device."""
+    check_model_source(config.model)
+    if config.reference is not None:
+        check_model_source(config.reference, "reference")
+    return resolve_device(config.device)
+
+
+def _tokenizer(config: ProfileConfig, has_text: bool) -> Any:
+    """The tokenizer that was chosen, the model's own for text, or none."""
+    if config.tokenizer is not None:
+        return load_tokenizer(config.tokenizer)
+    return load_tokenizer(config.model, "model") if has_text else None
 
 
 def _read_data(config: ProfileConfig) -> dict[str, Any]:

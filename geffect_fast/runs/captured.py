@@ -1,0 +1,156 @@
+"""The numbers of `plain`, by capture: what profiles and the per-sample functions are made of."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from geffect_fast.capture import Factor, Plan, Recorder
+from geffect_fast.data import Layout, SampleSet, estimate_token_budget, make_batches
+from geffect_fast.data.batch import Batch, Role
+from geffect_fast.engines.direction import Tick, accumulate_gradients
+from geffect_fast.engines.forward_pass import model_outputs, sample_axis, takes
+from geffect_fast.engines.reverse import reverse_effects
+from geffect_fast.engines.tasks import Reference, Task, tasks_for
+from geffect_fast.functional import pairwise_inner_products, per_sample_grad_norms
+from geffect_fast.objectives import NLL, Objective
+from geffect_fast.runs.plain import Numbers, token_logprob
+
+
+class CapturedNumbers:
+    """`Numbers` of a model, samples packed into batches as a profile packs them.
+
+    Args:
+        plan: of the model.
+        sample_set: serves as forget data, retain data and data of the risk (`nll`).
+        objectives: elementary ones or sums.
+        reference: what objectives compare with; None: the model itself.
+        layout: how samples share a batch.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        sample_set: SampleSet,
+        objectives: Sequence[Objective],
+        reference: nn.Module | None,
+        layout: Layout,
+    ) -> None:
+        self.plan = plan
+        self.n = len(sample_set)
+        self.objectives = objectives
+        self.reference = reference
+        self.parts = list(dict.fromkeys(part for o in objectives for _, part in o.parts()))
+        budget = estimate_token_budget(plan.model, n_directions=1)
+
+        def batches_of(_name: str, roles: tuple[Role, ...]) -> list[Batch]:
+            return make_batches(sample_set, roles, token_budget=budget, layout=layout)
+
+        self.answers = batches_of("", ("answer",))
+        self.tasks = tasks_for(self.parts, batches_of, {"forget": 0, "retain": self.n})
+        self.pairs = [(a, b) for x, a in enumerate(self.answers) for b in self.answers[x:]]
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens that `compute` runs forward."""
+        once = sum(batch.total_tokens for batch in self.answers)
+        paired = sum(a.total_tokens + b.total_tokens for a, b in self.pairs)
+        return 2 * once + sum(task.n_tokens for task in self.tasks) + paired
+
+    def compute(self, tick: Tick) -> Numbers:
+        """Effects by the reverse engine, norms and products by `geffect_fast.functional`."""
+        return Numbers(self._effects(tick), self._norms(tick), self._products(tick))
+
+    def _effects(self, tick: Tick) -> Tensor:
+        device = next(iter(self.plan.parameters.values())).device
+        risk = Task(self.answers, {0: NLL()})
+        reference = Reference(self.reference)
+        _, directions = accumulate_gradients(self.plan, [risk], 1, reference, tick)
+        reference.prepare(self.tasks, device)
+        found = reverse_effects(
+            self.plan,
+            self.tasks,
+            directions,
+            len(self.parts),
+            2 * self.n,
+            reference,
+            norms=False,
+            tick=tick,
+        ).effects[:, 0]
+        mixture = torch.zeros(len(self.objectives), len(self.parts), dtype=torch.float64)
+        for k, objective in enumerate(self.objectives):
+            for coefficient, part in objective.parts():
+                mixture[k, self.parts.index(part)] += coefficient
+        return torch.tensordot(mixture, found, dims=1)
+
+    def _norms(self, tick: Tick) -> Tensor:
+        norms = torch.zeros(len(self.plan.parameters), self.n, dtype=torch.float64)
+        for batch in self.answers:
+            found = per_sample_grad_norms(
+                self.plan.model, _sample_nll, self._given(batch), per_parameter=True
+            )
+            norms[:, list(batch.rows)] = _stacked(found)
+            tick(batch.total_tokens)
+        return norms
+
+    def _products(self, tick: Tick) -> Tensor:
+        products = torch.zeros(len(self.plan.parameters), self.n, self.n, dtype=torch.float64)
+        for a, b in self.pairs:
+            found = _stacked(
+                pairwise_inner_products(
+                    self.plan.model, _sample_nll, self._given(a), self._given(b), per_parameter=True
+                )
+            )
+            rows, columns = torch.tensor(a.rows), torch.tensor(b.rows)
+            products[:, rows[:, None], columns] = found
+            products[:, columns[:, None], rows] = found.mT
+            tick(a.total_tokens + b.total_tokens)
+        return products
+
+    def _given(self, batch: Batch) -> dict[str, Any]:
+        batch = batch.to(next(iter(self.plan.parameters.values())).device)
+        offsets = {"cu_seqlens": batch.cu_samples} if batch.packed else {}
+        return {"input_ids": batch.input_ids, "batch": batch} | offsets
+
+    def rules(self) -> dict[str, tuple[str, ...]]:
+        """The rules that serve each parameter on these samples, by the parameter's name."""
+        found: dict[str, dict[str, None]] = {}
+
+        def drop(_name: str, _factors: list[Factor], _kept: list[Tensor | None]) -> None:
+            raise AssertionError("no backward is run")
+
+        for batch in self.answers:
+            moved = batch.to(next(iter(self.plan.parameters.values())).device)
+            with (
+                self.plan.frozen(),
+                torch.enable_grad(),
+                Recorder(self.plan, drop, sample_axis(self.plan.model, moved)) as recorder,
+            ):
+                model_outputs(self.plan.model, moved)
+                for call in recorder.calls:
+                    rule = type(call).__name__.removesuffix("Call").lower()
+                    for name in call.names.values():
+                        found.setdefault(name, {})[rule] = None
+        return {name: tuple(rules) for name, rules in found.items()}
+
+
+def _sample_nll(model: nn.Module, given: Mapping[str, Any]) -> Tensor:
+    """Every sample's share of the mean negative log-likelihood, all logits computed."""
+    batch: Batch = given["batch"]
+    kwargs: dict[str, Any] = {"input_ids": batch.input_ids}
+    if takes(model, "position_ids"):
+        kwargs["position_ids"] = batch.position_ids
+    if takes(model, "use_cache"):
+        kwargs["use_cache"] = False
+    answer = model(**kwargs)
+    logits = getattr(answer, "logits", answer).flatten(0, 1)[batch.target_index]
+    weighted = -batch.target_weight() * token_logprob(logits, batch)
+    return batch.sample_sum(weighted, batch.target_mask())
+
+
+def _stacked(by_name: Tensor | dict[str, Tensor]) -> Tensor:
+    assert isinstance(by_name, dict)
+    return torch.stack(list(by_name.values())).cpu()

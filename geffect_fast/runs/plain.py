@@ -1,0 +1,151 @@
+"""Plain autograd, one sample at a time: what the engine's numbers are checked against.
+
+Nothing of capture, packing or token terms is used: every sequence is run by itself, the published
+formula of an objective is differentiated, and inner products are summed in fp64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from geffect_fast.capture.factors import widened
+from geffect_fast.data import SampleSet, make_batches
+from geffect_fast.data.batch import Batch
+from geffect_fast.engines.direction import Tick
+from geffect_fast.engines.forward_pass import takes
+from geffect_fast.engines.tasks import ROLE_ORDER
+from geffect_fast.objectives import NLL, Objective, Outputs
+from geffect_fast.ops.reference import accumulation_dtype
+
+BLOCK = 2**22
+"""Elements that are converted to fp64 at a time."""
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """Per parameter and sample, all fp64.
+
+    Attributes:
+        effects: `(K, P, 2 N)`, `<gradient of row r's share of objective k, risk gradient>`: rows as
+            forget data, then the same rows as retain data.
+        norms: `(P, N)`, norm of the gradient of sample `i`'s share of the risk.
+        products: `(P, N, N)`, inner products of these gradients.
+    """
+
+    effects: Tensor
+    norms: Tensor
+    products: Tensor
+
+
+def plain_numbers(
+    model: nn.Module,
+    sample_set: SampleSet,
+    objectives: Sequence[Objective],
+    reference: nn.Module | None,
+    tick: Tick,
+) -> Numbers:
+    """`Numbers` of a model by one backward a sample, `n (n + 1) / 2 + n + K n` of them.
+
+    At most two gradients are held at a time.
+
+    Args:
+        model: its trainable parameters count.
+        sample_set: serves as forget data, retain data and data of the risk (`nll`).
+        objectives: elementary ones or sums.
+        reference: what objectives compare with; None: the model itself.
+        tick: progress.
+    """
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    device = parameters[0].device
+    n, n_parameters = len(sample_set), len(parameters)
+
+    def gradient(objective: Objective, batch: Batch) -> list[Tensor | None]:
+        batch = batch.to(device)
+        outputs, other = plain_outputs(model, batch, objective.needs), None
+        if any(need.startswith("reference") for need in objective.needs):
+            with torch.no_grad():
+                other = plain_outputs(reference or model, batch, objective.needs)
+        loss = objective.loss(outputs, batch, other)
+        tick(batch.total_tokens)
+        return list(torch.autograd.grad(loss, parameters, allow_unused=True))
+
+    risk = NLL()
+    answers = _batches(sample_set, risk)
+    products = torch.zeros(n_parameters, n, n, dtype=torch.float64)
+    for i in range(n):
+        first = gradient(risk, answers[i])
+        for j in range(i, n):
+            second = first if j == i else gradient(risk, answers[j])
+            products[:, i, j] = products[:, j, i] = dots(first, second)
+    first = second = []
+
+    direction: list[Tensor | None] = [
+        torch.zeros_like(p, dtype=accumulation_dtype(p.dtype), requires_grad=False)
+        for p in parameters
+    ]
+    for batch in answers:
+        for total, grad in zip(direction, gradient(risk, batch), strict=True):
+            if total is not None and grad is not None:
+                total += grad
+    effects = torch.zeros(len(objectives), n_parameters, 2 * n, dtype=torch.float64)
+    for k, objective in enumerate(objectives):
+        for coefficient, part in objective.parts():
+            offset = n if part.on == "retain" else 0
+            for i, batch in enumerate(_batches(sample_set, part)):
+                score = dots(gradient(part, batch), direction)
+                effects[k, :, offset + i] += coefficient * score
+    return Numbers(effects, products.diagonal(dim1=1, dim2=2).sqrt(), products)
+
+
+def plain_tokens(sample_set: SampleSet, objectives: Sequence[Objective]) -> int:
+    """Tokens that `plain_numbers` runs forward and backward."""
+    lengths = [batch.total_tokens for batch in _batches(sample_set, NLL())]
+    pairs = sum((j + 1) * length for j, length in enumerate(lengths))
+    parts = [part for objective in objectives for _, part in objective.parts()]
+    effects = sum(b.total_tokens for part in parts for b in _batches(sample_set, part))
+    return pairs + sum(lengths) + effects
+
+
+def _batches(sample_set: SampleSet, part: Objective) -> list[Batch]:
+    """One sample a batch, with the sequences that the objective reads."""
+    roles = tuple(role for role in ROLE_ORDER if role in part.roles)
+    return make_batches(sample_set, roles, token_budget=1)
+
+
+def plain_outputs(model: nn.Module, batch: Batch, needs: Collection[str] = ()) -> Outputs:
+    """What the model says about a batch, each of its sequences run by itself."""
+    kwargs: dict[str, bool] = {"use_cache": False} if takes(model, "use_cache") else {}
+    if any("hidden_states" in need for need in needs):
+        kwargs["output_hidden_states"] = True
+    sequences = batch.input_ids.flatten().split(batch.cu_seqlens.diff().tolist())
+    answers = [model(input_ids=ids[None], **kwargs) for ids in sequences]
+    logits = torch.cat([getattr(answer, "logits", answer)[0] for answer in answers])
+    logits = logits[batch.target_index]
+    hidden = None
+    if kwargs.get("output_hidden_states"):
+        layers = zip(*(answer.hidden_states for answer in answers), strict=True)
+        hidden = tuple(torch.cat([h[0] for h in layer]) for layer in layers)
+    return Outputs(token_logprob(logits, batch), logits, hidden)
+
+
+def token_logprob(logits: Tensor, batch: Batch) -> Tensor:
+    """Log-probability of every label, `(total_tokens,)`, from logits `(n_targets, vocab)`."""
+    index = batch.target_index
+    logprob = widened(logits).log_softmax(-1).gather(-1, batch.targets[index, None])[:, 0]
+    return logprob.new_zeros(batch.total_tokens).index_copy(0, index, logprob)
+
+
+def dots(a: Sequence[Tensor | None], b: Sequence[Tensor | None]) -> Tensor:
+    """Inner products of two gradients by parameter, `(P,)`, summed in fp64; None is zero."""
+    return torch.tensor([_dot(x, y) for x, y in zip(a, b, strict=True)], dtype=torch.float64)
+
+
+def _dot(x: Tensor | None, y: Tensor | None) -> float:
+    if x is None or y is None:
+        return 0.0
+    blocks = zip(x.reshape(-1).split(BLOCK), y.reshape(-1).split(BLOCK), strict=True)
+    return sum(float(torch.dot(p.double(), q.double())) for p, q in blocks)

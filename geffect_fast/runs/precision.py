@@ -1,0 +1,96 @@
+"""How exact a number can be in the precision of a model, and models in a wider one."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from geffect_fast.data.memory import free_memory
+from geffect_fast.errors import InputError
+
+TOLERANCE = {
+    torch.float64: 1e-10,
+    torch.float32: 1e-5,
+    torch.bfloat16: 2.0**-8,
+    torch.float16: 2.0**-11,
+}
+"""Largest error of an exact method: what sums in another order amount to, or half an ulp."""
+
+WIDER = {
+    torch.float32: torch.float64,
+    torch.bfloat16: torch.float32,
+    torch.float16: torch.float32,
+}
+
+
+def coarsest_dtype(model: nn.Module) -> torch.dtype:
+    """The least precise dtype among a model's trainable parameters."""
+    dtypes = {p.dtype for p in model.parameters() if p.requires_grad}
+    return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
+
+
+class Fp64Throughout(TorchDispatchMode):
+    """Inside, what is fp64 stays fp64, also in a backward.
+
+    Models of transformers compute norms and softmax in fp32 whatever their own precision is. That
+    rounding is the same with any method of taking gradients and would hide how exact a method is.
+    """
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.ops.aten._to_copy.default and args[0].dtype == torch.float64:
+            narrower = kwargs.get("dtype") is torch.float32
+            kwargs = kwargs | {"dtype": torch.float64} if narrower else kwargs
+        return func(*args, **kwargs)
+
+
+@contextmanager
+def computing_in(dtype: torch.dtype, model: nn.Module) -> Iterator[None]:
+    """Lets `model`, whose parameters are of `dtype`, compute in it throughout where that is fp64.
+
+    The fused kernels of mixtures of experts know no fp64: the experts run one by one then.
+    """
+    if dtype != torch.float64:
+        yield
+        return
+    chosen: dict[str, str | None] = getattr(model, "get_experts_implementation", dict)()
+    fused = any(value not in (None, "eager") for value in chosen.values())
+    set_experts: Any = model.set_experts_implementation if fused else lambda _: None
+    try:
+        set_experts("eager")
+        with Fp64Throughout():
+            yield
+    finally:
+        set_experts(chosen)
+
+
+def widened_copy(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """A copy of a model with the same weights in a wider precision.
+
+    Raises:
+        InputError: it does not fit into memory beside two gradients.
+    """
+    n_trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    n_all = sum(p.numel() for p in model.parameters())
+    needed = dtype.itemsize * (n_all + 2 * n_trainable)
+    free = free_memory(next(model.parameters()).device)
+    name = str(dtype).removeprefix("torch.")
+    if needed > free:
+        raise InputError(
+            f"model: a copy in {name} and two gradients, which tell rounding from a deviation, "
+            f"take {needed / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are free; check in another "
+            "precision (--dtype), or a smaller model of the same architecture"
+        )
+    return copy.deepcopy(model).to(dtype)
