@@ -92,7 +92,7 @@ class RMUMask(_HiddenState):
     """Masked misdirection: `mean (h - sg(h) m)^2`, `m = 1[u > 0.5]`, `u ~ U[0, 1)^d`.
 
     `sg(h)` is `h` held constant: about half of the features, the same at every position, are pulled
-    to zero, and the others stay.
+    to zero, and the others are left alone.
     """
 
     layer: int = parameter(7, at_least=0)
