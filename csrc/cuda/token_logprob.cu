@@ -215,6 +215,7 @@ Tile tile_of(const Tensor& product, const Tensor& labels, int64_t first, double 
   check_dtype(kOp, "product", product, ScalarType::Float);
   check_shape(kOp, "labels", labels, {product.size(0)});
   check_dtype(kOp, "labels", labels, ScalarType::Long);
+  check_one_device(kOp, {&product, &labels});
   return {static_cast<const float*>(product.const_data_ptr()),
           product.size(0),
           product.size(1),
@@ -265,6 +266,7 @@ Tensor token_logprob_rows_backward(const Tensor& product, const Tensor& labels, 
   check_dtype(kOp, "normaliser", normaliser, ScalarType::Float);
   check_shape(kOp, "grad", grad, {tile.n_tokens});
   check_dtype(kOp, "grad", grad, ScalarType::Float);
+  check_one_device(kOp, {&product, &normaliser, &grad});
   const Device device(product);
   const Tensor out = torch::stable::new_empty(product, {tile.n_tokens, tile.n_columns}, dtype);
   if (out.numel() == 0) return out;

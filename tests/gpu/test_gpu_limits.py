@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import suppress
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -155,6 +156,28 @@ def test_wrong_call_names_op_and_argument(
     tensors[index] = change(tensors[index])
     with pytest.raises(InputError, match=f"^{op}: {message}"):
         call(op, tensors)
+
+
+PAST_THE_CHECKS: dict[str, tuple[Any, ...]] = {
+    "segment_bilinear": (False,),
+    "segment_dot": (),
+    "ghost_norm": (),
+    "ghost_dot": (),
+}
+
+
+@gpu_only
+@pytest.mark.parametrize("op", PAST_THE_CHECKS)
+def test_kernel_refuses_two_devices(op: str) -> None:
+    """Memory of the host would be read by the device where nobody has checked before."""
+    tensors = tensors_of(op, BF16)
+    if op == "segment_dot":
+        tensors[:2] = [tensor if tensor.dim() == 3 else tensor[None] for tensor in tensors[:2]]
+    kernel = getattr(torch.ops.geffect_fast, op)
+    for index in range(1, len(tensors)):
+        mixed = [t.cpu() if i == index else t for i, t in enumerate(tensors)]
+        with pytest.raises(RuntimeError, match=f"{op}: all arguments must be on one device"):
+            kernel(*mixed, *PAST_THE_CHECKS[op])
 
 
 # ---- wrong offsets, which nobody reads before the kernels do ----
