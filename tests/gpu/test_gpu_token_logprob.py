@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from gpu_samples import DeviceMaker
+from logprob_cases import CASES, Case, case, plain
 from on_gpu import (
     DEVICE,
     GPU_DTYPES,
@@ -16,7 +17,6 @@ from on_gpu import (
     poison_free_memory,
 )
 from op_samples import DTYPES
-from test_token_logprob import CASES, Case, case, plain
 
 from geffect_fast import ops
 
