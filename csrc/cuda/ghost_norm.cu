@@ -49,7 +49,7 @@ __host__ __device__ inline bool gram_form_is_cheaper(int64_t tokens, const Sizes
                      round_up(sizes.d_out, sizes.gradient_tile);
 }
 
-// The inclusive sum over the threads of a block up to each; `shared` holds kPlanThreads / 32 + 1.
+// The inclusive sum over the threads of a block up to each; `shared` holds one a warp.
 __device__ int64_t block_scan(int64_t value, int64_t* shared) {
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   for (int distance = 1; distance < kWarp; distance *= 2) {

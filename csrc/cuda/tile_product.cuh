@@ -146,7 +146,9 @@ class TilePipeline {
   static constexpr int kK = Traits::kK;
 
  public:
-  __device__ explicit TilePipeline(unsigned char* shared) : shared_(shared) {}
+  __device__ __forceinline__ explicit TilePipeline(unsigned char* shared) : shared_(shared) {
+    if constexpr (Traits::kWarpgroups) check_tile_memory(shared);
+  }
 
   static __device__ __forceinline__ int slabs(const TileProduct<T>& product) {
     return static_cast<int>(ceil_div(product.k_end - product.k0, kK));

@@ -24,6 +24,13 @@ __device__ __forceinline__ uint64_t describe_tile(const void* tile, int panel_by
   return kSwizzle128 | kEightRows << 32 | leading << 16 | ((shared_address(tile) & 0x3ffff) >> 4);
 }
 
+// Tiles elsewhere than on multiples of 1024 bytes would be read in another order: better no result.
+__device__ __forceinline__ void check_tile_memory(const void* memory) {
+#if GEFFECT_FAST_WGMMA
+  if (shared_address(memory) % 1024 != 0) __trap();
+#endif
+}
+
 // Makes what this thread's cp.async brought to shared memory visible to warpgroup_multiply_add;
 // before the barrier that tells the others.
 __device__ __forceinline__ void publish_to_warpgroups() {
