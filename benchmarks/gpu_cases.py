@@ -1,361 +1,435 @@
-"""The cases of bench_gpu.py: shapes of language models, our ops, and other ways to the same."""
+"""What bench_gpu.py times: each op at the shapes of language models, its baselines, its least work.
+
+A case makes its inputs from a seed; a candidate prepares its own form of them outside of the timing
+(padding, for one) and then runs. Bytes and operations are the least that any way of computing the
+result needs: every input read once and the result written, and the cheapest exact formula.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from itertools import pairwise
+from typing import Any, NamedTuple
 
+import gpu_baselines as plain
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from geffect_fast import ops
+from geffect_fast.ops import backend
 
-# d_in, d_out of the linear layers; shapes that several models share appear once.
-LAYERS = {
-    "Llama-3.2-1B q, o; Phi-1.5 q, k, v": (2048, 2048),
-    "Llama-3.2-1B k, v": (2048, 512),
-    "Llama-3.2-1B gate, up; Phi-1.5 fc1": (2048, 8192),
-    "Llama-3.2-1B down; Phi-1.5 fc2": (8192, 2048),
-    "Phi-1.5 lm_head": (2048, 51200),
-    "Llama-3.2-1B lm_head": (2048, 128256),
-    "Llama-2-7B q, k, v, o; Llama-3-8B q, o": (4096, 4096),
-    "Llama-3-8B k, v": (4096, 1024),
-    "Llama-2-7B gate, up": (4096, 11008),
-    "Llama-2-7B down": (11008, 4096),
-    "Llama-3-8B gate, up": (4096, 14336),
-    "Llama-3-8B down": (14336, 4096),
-    "Llama-2-7B lm_head": (4096, 32000),
-}
-TOLERANCE = {torch.bfloat16: 0.05, torch.float16: 0.02, torch.float32: 1e-3}
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+Inputs = tuple[Any, ...]
 
 
-@dataclass(frozen=True)
-class Case:
-    """One line of the table.
+class Candidate(NamedTuple):
+    """One way to compute an op: `run(*prepare(*inputs))`, with environment variables set."""
 
-    Attributes:
-        n_bytes, flops: the least that any way must move and compute.
-        make: makes the inputs of a seed.
-        candidates: functions of the inputs, `ours` first.
-        variables: environment variables that a candidate runs under.
-        partial: candidates that do a part of the work only, timed and not compared.
-    """
+    run: Callable[..., Any]
+    prepare: Callable[..., Inputs] = lambda *inputs: inputs
+    environment: tuple[tuple[str, str], ...] = ()
+
+
+class Case(NamedTuple):
+    """An op at a shape; cases of a smaller `priority` come first."""
 
     op: str
     shape: str
-    dtype: str
+    dtype: torch.dtype
     n_bytes: float
     flops: float
-    make: Callable[[int], Any]
-    candidates: dict[str, Callable[[Any], Any]]
-    tolerance: float
-    variables: dict[str, dict[str, str]] = field(default_factory=dict)
-    partial: tuple[str, ...] = ()
+    make: Callable[[int], Inputs]
+    candidates: dict[str, Candidate]
+    input_bytes: float
+    priority: int
 
 
-def name_of(dtype: torch.dtype) -> str:
-    """Return the name that the table uses."""
-    return str(dtype).removeprefix("torch.")
+# (d_in, d_out) of q and o, k and v, gate and up, down, lm_head.
+LAYERS = {
+    "Llama-3.2-1B": [(2048, 2048), (2048, 512), (2048, 8192), (8192, 2048), (2048, 128256)],
+    "Phi-1.5": [(2048, 2048), (2048, 8192), (8192, 2048), (2048, 51200)],
+    "Llama-2-7B": [(4096, 4096), (4096, 11008), (11008, 4096), (4096, 32000)],
+    "Llama-3-8B": [(4096, 4096), (4096, 1024), (4096, 14336), (14336, 4096), (4096, 128256)],
+}
 
 
-def random(seed: int, device: torch.device, dtype: torch.dtype, *shape: int) -> Tensor:
-    """Return normal numbers of a seed."""
-    generator = torch.Generator(device).manual_seed(seed)
-    return torch.randn(*shape, generator=generator, device=device).to(dtype)
+class Maker:
+    """Makes inputs on a device; `shrink` divides all sizes, to try the script out on a CPU."""
+
+    def __init__(self, device: torch.device, shrink: int = 1) -> None:
+        self.device = device
+        self.shrink = shrink
+        self._key: tuple[Any, ...] = ()
+        self._kept: dict[int, tuple[Tensor, ...]] = {}
+
+    def size(self, full: int) -> int:
+        """A size, shrunk."""
+        return max(8, full // self.shrink)
+
+    def randn(self, *shape: int, dtype: torch.dtype) -> Tensor:
+        """Random numbers on the device."""
+        return torch.randn(shape, dtype=dtype, device=self.device)
+
+    def bounds(self, total: int, shortest: int = 20, longest: int = 500) -> list[int]:
+        """Offsets of samples of `shortest` to `longest` tokens, the last one cut to fit."""
+        total = self.size(total)
+        shortest, longest = max(1, shortest // self.shrink), max(2, longest // self.shrink)
+        generator = torch.Generator().manual_seed(total)
+        found = [0]
+        while found[-1] < total:
+            length = int(torch.randint(shortest, longest + 1, (), generator=generator))
+            found.append(min(found[-1] + length, total))
+        return found
+
+    def offsets(self, bounds: list[int]) -> Tensor:
+        """Offsets as the ops take them."""
+        return torch.tensor(bounds, dtype=torch.int32, device=self.device)
+
+    def layer(
+        self, total: int, d_in: int, d_out: int, n_directions: int, dtype: torch.dtype, seed: int
+    ) -> tuple[Tensor, ...]:
+        """Inputs, output gradients and directions of a layer; kept for the next case."""
+        key = (total, d_in, d_out, n_directions, dtype)
+        if key != self._key:
+            self._key, self._kept = key, {}
+        if seed not in self._kept:
+            torch.manual_seed(seed)
+            shapes = ((total, d_in), (total, d_out), (n_directions, d_out, d_in))
+            self._kept[seed] = tuple(self.randn(*shape, dtype=dtype) for shape in shapes)
+        return self._kept[seed]
+
+    def compiled(self, baseline: Candidate) -> Candidate:
+        """The same by torch.compile, for these very sizes."""
+        name = "inductor" if self.device.type == "cuda" else "aot_eager"
+        return baseline._replace(run=torch.compile(baseline.run, dynamic=False, backend=name))
 
 
-def ragged(total: int, shortest: int, longest: int) -> list[int]:
-    """Return lengths of samples that fill `total` tokens, the last one cut to fit."""
-    generator = torch.Generator().manual_seed(total)
-    lengths: list[int] = []
-    while sum(lengths) < total:
-        length = int(torch.randint(shortest, longest + 1, (), generator=generator))
-        lengths.append(min(length, total - sum(lengths)))
-    return lengths
+def forms(variable: str, names: Iterable[str], run: Callable[..., Any]) -> dict[str, Candidate]:
+    """The op by its own choice of form, and in every form it can be told to take."""
+    chosen = {"ours": Candidate(run)}
+    return chosen | {
+        f"ours:{name}": Candidate(run, environment=((variable, name),)) for name in names
+    }
 
 
-def offsets(lengths: list[int], device: torch.device) -> Tensor:
-    """Return `cu_seqlens` of samples of these lengths."""
-    return torch.tensor([0, *lengths]).cumsum(0).to(torch.int32).to(device)
+# ---- segment_bilinear ----
 
 
-def forced(variable: str, forms: tuple[str, ...]) -> dict[str, dict[str, str]]:
-    """Return the environment of every candidate that forces a form."""
-    return {f"ours:{form}": {variable: form} for form in forms}
+def bilinear_cases(maker: Maker) -> Iterator[Case]:
+    """All layer shapes once, with few and many tokens; other dtypes at one shape."""
+    for layer in dict.fromkeys(shape for model in LAYERS.values() for shape in model):
+        every = layer in ((2048, 2048), (4096, 4096), (4096, 11008))
+        for total in (2048, 4096, 8192, 16384) if every else (2048, 16384):
+            for m in (4, 2, 1):
+                first = (*layer, total, m) == (4096, 11008, 8192, 2)
+                yield bilinear_case(maker, layer, total, m, BF16, 0 if first else 1)
+    for layer in ((2048, 2048), (4096, 4096), (4096, 14336)):
+        for m in (4, 2):
+            yield bilinear_case(maker, layer, 4096, m, BF16, 1, longest=100)
+    for dtype in (FP16, FP32):
+        for m in (2, 1):
+            yield bilinear_case(maker, (4096, 4096), 4096, m, dtype, 2)
 
 
-def compiled(function: Callable[[Any], Any], device: torch.device) -> Callable[[Any], Any]:
-    """Compile a baseline for the device; on a CPU only its graph is traced."""
-    backend = "inductor" if device.type == "cuda" else "aot_eager"
-    return torch.compile(function, dynamic=False, backend=backend)
+def bilinear_case(
+    maker: Maker,
+    layer: tuple[int, int],
+    total: int,
+    m: int,
+    dtype: torch.dtype,
+    priority: int,
+    longest: int = 500,
+) -> Case:
+    """Least operations: Z = A V^T, or each sample's gradient and its products with V."""
+    d_in, d_out = map(maker.size, layer)
+    bounds = maker.bounds(total, longest=longest)
+    total, n, most = bounds[-1], len(bounds) - 1, 4
 
+    def make(seed: int) -> Inputs:
+        a, g, v = maker.layer(total, d_in, d_out, most, dtype, seed)
+        return a, g, v[:m], maker.offsets(bounds)
 
-def bilinear(
-    device: torch.device, dtype: torch.dtype, layer: tuple[int, int], tokens: int, m: int,
-    longest: int, with_compile: bool,
-) -> Case:  # fmt: skip
-    """Directions against a layer: mm + multiply + segment sum, and mm alone."""
-    d_in, d_out = layer
-    lengths = ragged(tokens, min(20, longest), longest)
-    cu, lengths_on = offsets(lengths, device), torch.tensor(lengths, device=device)
-
-    def make(seed: int) -> tuple[Tensor, ...]:
-        shapes = ((tokens, d_in), (tokens, d_out), (m, d_out, d_in))
-        return tuple(random(seed + i, device, dtype, *shape) for i, shape in enumerate(shapes))
-
-    def ours(given: tuple[Tensor, ...]) -> Tensor:
-        return ops.segment_bilinear(*given, cu)
-
-    def eager(given: tuple[Tensor, ...]) -> Tensor:
-        a, g, v = given
-        terms = torch.stack([((a @ d.T) * g).sum(-1, dtype=torch.float32) for d in v])
-        return torch.segment_reduce(terms.T.contiguous(), "sum", lengths=lengths_on, axis=0).T
-
-    def mm_alone(given: tuple[Tensor, ...]) -> Tensor:
-        a, _, v = given
-        return torch.stack([(a @ d.T)[0, 0] for d in v])
-
-    forms = ("fused", "sm90", "cublas") + (("gradient",) if m > 1 else ())
-    variables = forced("GEFFECT_FAST_BILINEAR_FORM", forms if dtype != torch.float32 else ())
-    candidates = {"ours": ours, **dict.fromkeys(variables, ours), "eager": eager}
-    candidates["mm_alone"] = mm_alone
-    if with_compile:
-        candidates["compile"] = compiled(eager, device)
+    names = ["fused", "cublas"]
+    if dtype != FP32:
+        names.append("gradient")
+        hopper = maker.device.type == "cuda" and torch.cuda.get_device_capability() == (9, 0)
+        if hopper and backend.HOPPER_MISSING is None:
+            names.append("sm90")
+    candidates = forms("GEFFECT_FAST_BILINEAR_FORM", names, ops.segment_bilinear)
+    candidates["eager"] = Candidate(plain.bilinear, plain.with_lengths)
+    candidates["mm_alone"] = Candidate(plain.products_alone)
+    if priority == 0:
+        candidates["compile"] = maker.compiled(candidates["eager"])
     size = dtype.itemsize
     return Case(
-        "segment_bilinear", f"{d_in}x{d_out} T={tokens} M={m} {min(20, longest)}..{longest}",
-        name_of(dtype), size * (tokens * (d_in + d_out) + m * d_in * d_out) + 4 * m * len(lengths),
-        2.0 * tokens * d_in * d_out * m, make, candidates, TOLERANCE[dtype], variables,
-        ("mm_alone",),
-    )  # fmt: skip
+        op="segment_bilinear",
+        shape=f"{d_in}x{d_out} T={total} M={m}{' short' if longest < 500 else ''}",
+        dtype=dtype,
+        n_bytes=size * (total * (d_in + d_out) + m * d_in * d_out) + 4 * m * n,
+        flops=2 * d_in * d_out * min(m * total, total + m * n),
+        make=make,
+        candidates=candidates,
+        input_bytes=size * (total * (d_in + d_out) + most * d_in * d_out),
+        priority=priority,
+    )
 
 
-def dot(device: torch.device, dtype: torch.dtype, d: int, tokens: int, k: int, m: int) -> Case:
-    """K gradients against M cached products."""
-    lengths = ragged(tokens, 20, 500)
-    cu, lengths_on = offsets(lengths, device), torch.tensor(lengths, device=device)
-
-    def make(seed: int) -> tuple[Tensor, Tensor]:
-        return (
-            random(seed, device, dtype, m, tokens, d),
-            random(seed + 1, device, dtype, k, tokens, d),
-        )
-
-    def eager(given: tuple[Tensor, Tensor]) -> Tensor:
-        z, g = given
-        terms = torch.stack(
-            [torch.stack([(x * y).sum(-1, dtype=torch.float32) for x in z]) for y in g]
-        )
-        flat = terms.flatten(0, 1).T.contiguous()
-        return torch.segment_reduce(flat, "sum", lengths=lengths_on, axis=0).T.view(k, m, -1)
-
-    candidates = {"ours": lambda given: ops.segment_dot(*given, cu), "eager": eager}
-    if (k, m) == (2, 2):
-        candidates["compile"] = compiled(eager, device)
-    return Case(
-        "segment_dot", f"d={d} T={tokens} K={k} M={m}", name_of(dtype),
-        dtype.itemsize * tokens * d * (k + m), 2.0 * tokens * d * k * m, make, candidates,
-        TOLERANCE[dtype],
-    )  # fmt: skip
+# ---- segment_dot ----
 
 
-def norm(
-    device: torch.device, dtype: torch.dtype, d: int, tokens: int, length: int, with_compile: bool
+def dot_cases(maker: Maker) -> Iterator[Case]:
+    """K objectives by M directions."""
+    for total, d in ((8192, 4096), (16384, 2048), (4096, 11008), (2048, 32000)):
+        for k, m in ((7, 2), (2, 2), (1, 1)):
+            yield dot_case(maker, total, d, k, m, BF16, 0 if (d, k) == (4096, 7) else 1)
+    for dtype in (FP16, FP32):
+        yield dot_case(maker, 8192, 4096, 2, 2, dtype, 2)
+
+
+def dot_case(
+    maker: Maker, total: int, d: int, k: int, m: int, dtype: torch.dtype, priority: int
 ) -> Case:
-    """Samples of one length, so that padding costs the einsums nothing."""
-    n = max(1, tokens // length)
-    cu = offsets([length] * n, device)
+    """Least work: z and g read once."""
+    bounds, d = maker.bounds(total), maker.size(d)
+    total = bounds[-1]
+    n_bytes = dtype.itemsize * (k + m) * total * d + 4 * k * m * (len(bounds) - 1)
 
-    def make(seed: int) -> tuple[Tensor, Tensor]:
-        return tuple(random(seed + i, device, dtype, n * length, d) for i in range(2))
+    def make(seed: int) -> Inputs:
+        torch.manual_seed(seed)
+        z, g = (maker.randn(count, total, d, dtype=dtype) for count in (m, k))
+        return z, g, maker.offsets(bounds)
 
-    def gram_einsum(given: tuple[Tensor, Tensor]) -> Tensor:
-        a, g = (x.view(n, length, d) for x in given)
-        gram = torch.einsum("nid,njd->nij", a, a)
-        return torch.einsum("nij,nij->n", gram, torch.einsum("nid,njd->nij", g, g)).float()
-
-    def gradient_einsum(given: tuple[Tensor, Tensor]) -> Tensor:
-        a, g = (x.view(n, length, d) for x in given)
-        return torch.einsum("nti,nto->noi", a, g).float().square().sum((1, 2))
-
-    def ours(given: tuple[Tensor, Tensor]) -> Tensor:
-        return ops.ghost_norm(*given, cu)
-
-    variables = forced("GEFFECT_FAST_GHOST_FORM", ("gram", "gradient"))
-    candidates = {"ours": ours, **dict.fromkeys(variables, ours)}
-    candidates |= {"gram_einsum": gram_einsum, "gradient_einsum": gradient_einsum}
-    if with_compile:
-        candidates["compile"] = compiled(gram_einsum, device)
-    flops = min(2.0 * n * length**2 * d, 2.0 * n * length * d * d)  # half of both Grams
-    return Case(
-        "ghost_norm", f"{d}x{d} {n} samples of {length}", name_of(dtype),
-        dtype.itemsize * 2 * n * length * d, flops, make, candidates, TOLERANCE[dtype], variables,
-    )  # fmt: skip
-
-
-def pairs(device: torch.device, dtype: torch.dtype, d: int, tokens: int, longest: int) -> Case:
-    """All pairs of two sets of samples."""
-    lengths = ragged(tokens, min(20, longest), longest)
-    cu, n = offsets(lengths, device), len(lengths)
-    index = torch.repeat_interleave(torch.arange(n), torch.tensor(lengths)).to(device)
-    member = F.one_hot(index, n).float()
-
-    def make(seed: int) -> tuple[Tensor, ...]:
-        return tuple(random(seed + i, device, dtype, tokens, d) for i in range(4))
-
-    def ours(given: tuple[Tensor, ...]) -> Tensor:
-        a, g, a2, g2 = given
-        return ops.ghost_dot(a, g, cu, a2, g2, cu)
-
-    def gram(given: tuple[Tensor, ...]) -> Tensor:
-        a, g, a2, g2 = given
-        return member.T @ ((a @ a2.T).float() * (g @ g2.T).float()) @ member
-
-    def gradients(a: Tensor, g: Tensor) -> Tensor:
-        a, g = (
-            torch.nn.utils.rnn.pad_sequence(list(x.split(lengths)), batch_first=True)
-            for x in (a, g)
-        )
-        return torch.einsum("nti,nto->noi", a, g).flatten(1)
-
-    def gradient_einsum(given: tuple[Tensor, ...]) -> Tensor:
-        a, g, a2, g2 = given
-        return (gradients(a, g) @ gradients(a2, g2).T).float()
-
-    variables = forced("GEFFECT_FAST_GHOST_FORM", ("gram", "gradient"))
-    candidates = {"ours": ours, **dict.fromkeys(variables, ours), "eager": gram}
-    candidates |= {"gradient_einsum": gradient_einsum}
-    flops = min(4.0 * tokens**2 * d, (4.0 * tokens + 2.0 * n * n) * d * d)
-    return Case(
-        "ghost_dot", f"{d}x{d} T=T2={tokens} {min(20, longest)}..{longest}", name_of(dtype),
-        dtype.itemsize * 4 * tokens * d + 4 * n * n, flops, make, candidates, TOLERANCE[dtype],
-        variables,
-    )  # fmt: skip
-
-
-def gram(device: torch.device, dtype: torch.dtype, shapes: list[tuple[int, ...]], k: int) -> Case:
-    """K lists of a model's gradients."""
-
-    def make(seed: int) -> list[list[Tensor]]:
-        return [
-            [random(seed + 7 * j + i, device, dtype, *shape) for i, shape in enumerate(shapes)]
-            for j in range(k)
-        ]
-
-    def ours(lists: list[list[Tensor]]) -> Tensor:
-        return ops.multi_tensor_gram(lists)
-
-    def dot_by_dot(lists: list[list[Tensor]]) -> Tensor:
-        flat = [[x.flatten() for x in tensors] for tensors in lists]
-        grams = [
-            torch.stack([torch.stack([torch.dot(x, y) for y in row]) for x in row])
-            for row in zip(*flat, strict=True)
-        ]
-        return torch.stack(grams).float()
-
-    def stacked_mm(lists: list[list[Tensor]]) -> Tensor:
-        rows = (torch.stack([x.flatten() for x in row]) for row in zip(*lists, strict=True))
-        return torch.stack([(x @ x.T).float() for x in rows])
-
-    elements = sum(torch.Size(shape).numel() for shape in shapes)
-    candidates = {"ours": ours, "stacked_mm": stacked_mm}
-    if k <= 4:
-        candidates["dot_by_dot"] = dot_by_dot
-    return Case(
-        "multi_tensor_gram", f"{elements / 1e6:.0f}M elements K={k}", name_of(dtype),
-        dtype.itemsize * elements * k, 1.0 * elements * k * (k + 1), make, candidates,
-        TOLERANCE[dtype],
-    )  # fmt: skip
-
-
-def logprob(
-    device: torch.device, dtype: torch.dtype, d: int, vocabulary: int, tokens: int, backward: bool
-) -> Case:
-    """Log-probabilities of labels, and their weighted gradient."""
-
-    def make(seed: int) -> tuple[Tensor, ...]:
-        hidden = random(seed, device, dtype, tokens, d)
-        weight = random(seed + 1, device, dtype, vocabulary, d) / d**0.5
-        labels = torch.randint(vocabulary, (tokens,), device=device)
-        return hidden.requires_grad_(backward), weight.requires_grad_(backward), labels
-
-    def eager_forward(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-        logits = (hidden @ weight.T).float()
-        return logits.log_softmax(-1).gather(1, labels[:, None])[:, 0]
-
-    def with_gradients(forward: Callable[..., Tensor]) -> Callable[[tuple[Tensor, ...]], Any]:
-        weights = torch.linspace(-1, 1, tokens, device=device)
-
-        def run(given: tuple[Tensor, ...]) -> Any:
-            found = forward(*given)
-            if not backward:
-                return found
-            return (found, *torch.autograd.grad(found, given[:2], weights))
-
-        return run
-
-    passes = 3 if backward else 1
-    name = "forward + backward" if backward else "forward"
-    backend = "inductor" if device.type == "cuda" else "aot_eager"
-    compiled_forward = torch.compile(eager_forward, dynamic=False, backend=backend)
     candidates = {
-        "ours": with_gradients(ops.token_logprob),
-        "eager": with_gradients(eager_forward),
-        "compile": with_gradients(compiled_forward),
+        "ours": Candidate(ops.segment_dot),
+        "eager": Candidate(plain.dot, plain.with_lengths),
+        "einsum": Candidate(plain.dot_by_einsum, plain.with_lengths),
     }
+    if priority == 0:
+        candidates["compile"] = maker.compiled(candidates["eager"])
     return Case(
-        "token_logprob", f"{d}x{vocabulary} T={tokens} {name}", name_of(dtype),
-        dtype.itemsize * passes * (tokens + vocabulary) * d, 2.0 * passes * tokens * d * vocabulary,
-        make, candidates, TOLERANCE[dtype],
-    )  # fmt: skip
+        op="segment_dot",
+        shape=f"d={d} T={total} K={k} M={m}",
+        dtype=dtype,
+        n_bytes=n_bytes,
+        flops=2 * k * m * total * d,
+        make=make,
+        candidates=candidates,
+        input_bytes=n_bytes,
+        priority=priority,
+    )
 
 
-def llama_shapes(
-    d: int, d_kv: int, d_ff: int, vocabulary: int, layers: int
-) -> list[tuple[int, ...]]:
-    """Return the shapes of all parameters of a Llama with tied embeddings."""
-    block = [(d, d), (d_kv, d), (d_kv, d), (d, d), (d_ff, d), (d_ff, d), (d, d_ff), (d,), (d,)]
-    return [(vocabulary, d), *block * layers, (d,)]
+# ---- ghost_norm, ghost_dot ----
 
 
-def cases(device: torch.device) -> Iterator[Case]:
-    """Yield the cases, those that decide most first within each op."""
-    low = torch.bfloat16
-    if device.type == "cpu":
-        yield bilinear(device, torch.float32, (64, 96), 128, 2, 60, True)
-        yield dot(device, torch.float32, 64, 128, 2, 2)
-        yield norm(device, torch.float32, 64, 128, 32, True)
-        yield pairs(device, torch.float32, 48, 128, 60)
-        yield gram(device, torch.float32, llama_shapes(32, 16, 64, 128, 2), 3)
-        yield logprob(device, torch.float32, 32, 200, 64, True)
-        return
-    for index, layer in enumerate(LAYERS.values()):
-        for m in (1, 2):
-            yield bilinear(device, low, layer, 4096, m, 500, index == 0)
-    for layer in ((2048, 2048), (4096, 4096), (4096, 14336)):
-        yield bilinear(device, low, layer, 16384, 1, 500, False)
-        yield bilinear(device, low, layer, 16384, 2, 500, False)
-        yield bilinear(device, low, layer, 4096, 4, 500, False)
-        yield bilinear(device, low, layer, 2048, 2, 100, False)
-    yield bilinear(device, torch.float16, (4096, 4096), 4096, 2, 500, False)
-    yield bilinear(device, torch.float32, (2048, 2048), 4096, 1, 500, False)
-    for d in (2048, 4096, 14336):
-        for k, m in ((1, 1), (2, 2), (7, 2)):
-            yield dot(device, low, d, 16384, k, m)
-    yield dot(device, torch.float32, 4096, 8192, 2, 2)
+def norm_cases(maker: Maker) -> Iterator[Case]:
+    """Samples of one length in square layers, ragged ones in a model's."""
+    total = maker.size(8192)
     for length in (64, 256, 1024):
+        bounds = list(range(0, total + 1, max(2, length // maker.shrink)))
         for d in (1024, 2048, 4096, 8192):
-            yield norm(device, low, d, 8192, length, d == 2048)
-    yield norm(device, torch.float32, 2048, 4096, 256, False)
-    for d, tokens, longest in ((2048, 4096, 500), (4096, 4096, 500), (4096, 8192, 500),
-                               (2048, 8192, 1500), (4096, 2048, 100)):  # fmt: skip
-        yield pairs(device, low, d, tokens, longest)
-    one_billion = llama_shapes(2048, 512, 8192, 128256, 16)
+            priority = 0 if (length, d) == (256, 2048) else 1
+            yield norm_case(maker, (d, d), bounds, f"{bounds[1]} each", BF16, priority)
+    for layer in ((2048, 8192), (4096, 11008), (4096, 32000)):
+        yield norm_case(maker, layer, maker.bounds(8192), "ragged", BF16, 1)
+    for dtype in (FP16, FP32):
+        yield norm_case(maker, (2048, 2048), maker.bounds(8192), "ragged", dtype, 2)
+
+
+def norm_case(
+    maker: Maker,
+    layer: tuple[int, int],
+    bounds: list[int],
+    what: str,
+    dtype: torch.dtype,
+    priority: int,
+) -> Case:
+    """Least operations: each sample by half of its token Grams or by its gradient."""
+    (d_in, d_out), total = map(maker.size, layer), bounds[-1]
+    n_tokens = [end - start for start, end in pairwise(bounds)]
+    n_bytes = dtype.itemsize * total * (d_in + d_out) + 4 * len(n_tokens)
+
+    def make(seed: int) -> Inputs:
+        a, g, _ = maker.layer(total, d_in, d_out, 0, dtype, seed)
+        return a, g, maker.offsets(bounds)
+
+    candidates = forms("GEFFECT_FAST_GHOST_FORM", ("gram", "gradient"), ops.ghost_norm)
+    candidates["gram_einsum"] = Candidate(plain.norm_by_gram, plain.padded)
+    candidates["gradient_einsum"] = Candidate(plain.norm_by_gradient, plain.padded)
+    if priority == 0:
+        candidates["compile_gram"] = maker.compiled(candidates["gram_einsum"])
+        candidates["compile_gradient"] = maker.compiled(candidates["gradient_einsum"])
+    return Case(
+        op="ghost_norm",
+        shape=f"{d_in}x{d_out} T={total} {what}",
+        dtype=dtype,
+        n_bytes=n_bytes,
+        flops=sum(min(t * (t + 1) * (d_in + d_out), 2 * t * d_in * d_out) for t in n_tokens),
+        make=make,
+        candidates=candidates,
+        input_bytes=n_bytes,
+        priority=priority,
+    )
+
+
+def pairs_cases(maker: Maker) -> Iterator[Case]:
+    """Few long samples, many short ones."""
+    for shortest, longest, what in ((20, 500, "ragged"), (20, 44, "short"), (900, 1100, "long")):
+        bounds = maker.bounds(4096, shortest, longest)
+        for layer in ((2048, 2048), (4096, 11008)):
+            priority = 0 if (what, layer[0]) == ("ragged", 2048) else 1
+            yield pairs_case(maker, layer, bounds, what, BF16, priority)
+    for dtype in (FP16, FP32):
+        yield pairs_case(maker, (2048, 2048), maker.bounds(2048), "ragged", dtype, 2)
+
+
+def pairs_case(
+    maker: Maker,
+    layer: tuple[int, int],
+    bounds: list[int],
+    what: str,
+    dtype: torch.dtype,
+    priority: int,
+) -> Case:
+    """Least operations: all pairs of tokens, or all gradients and their products."""
+    (d_in, d_out), total, n = map(maker.size, layer), bounds[-1], len(bounds) - 1
+    n_bytes = 2 * dtype.itemsize * total * (d_in + d_out) + 4 * n * n
+
+    def make(seed: int) -> Inputs:
+        cu = maker.offsets(bounds)
+        a, g, _ = maker.layer(total, d_in, d_out, 0, dtype, seed)
+        # The second set resembles the first, so that not every result is small by chance.
+        return a, g, cu, a + maker.randn(*a.shape, dtype=dtype), g.clone(), cu
+
+    candidates = forms("GEFFECT_FAST_GHOST_FORM", ("gram", "gradient"), ops.ghost_dot)
+    candidates["gradient_einsum"] = Candidate(plain.pairs_by_gradient, plain.padded_pairs)
+    candidates["pairs_of_tokens"] = Candidate(plain.pairs_by_tokens, plain.with_lengths)
+    if priority == 0:
+        candidates["compile"] = maker.compiled(candidates["pairs_of_tokens"])
+    return Case(
+        op="ghost_dot",
+        shape=f"{d_in}x{d_out} T={total} {what} N={n}",
+        dtype=dtype,
+        n_bytes=n_bytes,
+        flops=min(2 * total**2 * (d_in + d_out), 2 * (2 * total + n * n) * d_in * d_out),
+        make=make,
+        candidates=candidates,
+        input_bytes=n_bytes,
+        priority=priority,
+    )
+
+
+# ---- multi_tensor_gram ----
+
+
+def gram_cases(maker: Maker) -> Iterator[Case]:
+    """A Llama-3.2-1B's gradients, and one block's."""
+    d, kv, d_ff, vocabulary = map(maker.size, (2048, 512, 8192, 128256))
+    block = [(d, d), (kv, d), (kv, d), (d, d), (d_ff, d), (d_ff, d), (d, d_ff), (d,), (d,)]
+    model = [(vocabulary, d), *block * 16, (d,)]
+    yield gram_case(maker, "1 block", block, 4, BF16, 0)
     for k in (2, 4, 8, 16):
-        yield gram(device, low, one_billion, k)
-    yield gram(device, torch.float32, one_billion, 2)
-    for d, vocabulary in ((4096, 32000), (2048, 128256)):
-        for backward in (False, True):
-            yield logprob(device, low, d, vocabulary, 4096, backward)
+        yield gram_case(maker, "Llama-1B", model, k, BF16, 1)
+    yield gram_case(maker, "Llama-1B", model, 2, FP32, 2)
+    yield gram_case(maker, "1 block", block, 4, FP16, 2)
+
+
+def gram_case(
+    maker: Maker,
+    what: str,
+    shapes: list[tuple[int, ...]],
+    k: int,
+    dtype: torch.dtype,
+    priority: int,
+) -> Case:
+    """Least work: each gradient read once."""
+    numel = sum(torch.Size(shape).numel() for shape in shapes)
+    n_bytes = dtype.itemsize * k * numel + 4 * len(shapes) * k * k
+
+    def make(seed: int) -> Inputs:
+        torch.manual_seed(seed)
+        return ([[maker.randn(*shape, dtype=dtype) for shape in shapes] for _ in range(k)],)
+
+    candidates = {
+        "ours": Candidate(ops.multi_tensor_gram),
+        "dot_by_dot": Candidate(plain.gram_dot_by_dot),
+        "stack_mm": Candidate(plain.gram_by_stacks),
+    }
+    if k <= 8:
+        candidates["foreach"] = Candidate(plain.gram_by_foreach)
+    if priority == 0:
+        candidates["compile"] = maker.compiled(candidates["dot_by_dot"])
+    return Case(
+        op="multi_tensor_gram",
+        shape=f"{what} K={k}",
+        dtype=dtype,
+        n_bytes=n_bytes,
+        flops=k * (k + 1) * numel,
+        make=make,
+        candidates=candidates,
+        input_bytes=n_bytes,
+        priority=priority,
+    )
+
+
+# ---- token_logprob ----
+
+
+def logprob_cases(maker: Maker) -> Iterator[Case]:
+    """Forward, and with the gradients of hidden states and weight."""
+    for vocabulary, d in ((32000, 4096), (128256, 2048), (128256, 4096)):
+        for total in (2048, 8192):
+            priority = 0 if (vocabulary, total) == (32000, 2048) else 1
+            for backward in (True, False):
+                yield logprob_case(maker, d, vocabulary, total, backward, BF16, priority)
+    for dtype in (FP16, FP32):
+        yield logprob_case(maker, 2048, 32000, 2048, False, dtype, 2)
+
+
+def logprob_case(
+    maker: Maker,
+    d: int,
+    vocabulary: int,
+    total: int,
+    backward: bool,
+    dtype: torch.dtype,
+    priority: int,
+) -> Case:
+    """Least operations: one product, and two more for gradients, the logits being kept."""
+    d, vocabulary, total = map(maker.size, (d, vocabulary, total))
+    input_bytes = dtype.itemsize * (total + vocabulary) * d
+
+    def make(seed: int) -> Inputs:
+        torch.manual_seed(seed)
+        weight = maker.randn(vocabulary, d, dtype=dtype).div_(d**0.5)
+        labels = torch.randint(vocabulary, (total,), device=maker.device)
+        return maker.randn(total, d, dtype=dtype), weight, labels
+
+    candidates = {"ours": Candidate(ops.token_logprob), "eager": Candidate(plain.logprob)}
+    if priority == 0:
+        candidates["compile"] = maker.compiled(candidates["eager"])
+    if backward:
+        candidates = {
+            name: candidate._replace(run=plain.with_gradients(candidate.run))
+            for name, candidate in candidates.items()
+        }
+    return Case(
+        op="token_logprob",
+        shape=f"d={d} V={vocabulary} T={total}{' with gradients' if backward else ''}",
+        dtype=dtype,
+        n_bytes=input_bytes * (2 if backward else 1) + 4 * total,
+        flops=2 * total * d * vocabulary * (3 if backward else 1),
+        make=make,
+        candidates=candidates,
+        input_bytes=input_bytes,
+        priority=priority,
+    )
+
+
+# Ops with few cases first: time may run out.
+CASES = (norm_cases, dot_cases, gram_cases, pairs_cases, logprob_cases, bilinear_cases)
+
+
+def all_cases(maker: Maker) -> list[Case]:
+    """Every case, the most telling ones first."""
+    return sorted((case for of in CASES for case in of(maker)), key=lambda case: case.priority)

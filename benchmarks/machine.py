@@ -29,6 +29,13 @@ def cpu_model() -> str:
     return platform.machine()
 
 
+def driver_version() -> str:
+    """Return the version of NVIDIA's driver, empty where there is none."""
+    file = Path("/proc/driver/nvidia/version")
+    words = file.read_text().split() if file.exists() else []
+    return next((word for word in words if word[0].isdigit() and "." in word), "")
+
+
 def describe_machine() -> dict[str, Any]:
     """Return the columns that make a row comparable: machine, threads, versions, date."""
     return {
@@ -36,6 +43,8 @@ def describe_machine() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "",
+        "driver": driver_version(),
+        "cuda": torch.version.cuda or "",
         "python": platform.python_version(),
         "torch": torch.__version__,
         "geffect_fast": geffect_fast.__version__,

@@ -12,6 +12,8 @@ import statistics
 import sys
 from pathlib import Path
 
+import gpu_report
+
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
 BEGIN, END = "<!-- {}: benchmarks/readme_table.py -->", "<!-- end of {} -->"
@@ -79,20 +81,18 @@ def gpu_table() -> str:
 
 def one_gpu_table(rows: list[dict[str, str]]) -> str:
     """Each op over all benchmarked shapes, and what the device did at best."""
+    cases = gpu_report.by_case(rows)
     lines = [
         "| op | shapes | time of the fastest other way / ours | of the roofline, median |",
         "|---|---:|---:|---:|",
     ]
-    for op in dict.fromkeys(r["op"] for r in rows):
-        of_op = [r for r in rows if r["op"] == op]
-        ours = [r for r in of_op if r["provider"] == "ours"]
-        # `mm_alone` is only a part of the op, `ours:<form>` another form of ours.
-        parts = ("ours", "mm_alone")
-        others = [r for r in of_op if not r["provider"].startswith(parts)]
-        ratios = sorted(min(float(r["ratio"]) for r in others if same_case(r, own)) for own in ours)
-        percent = statistics.median(float(r["percent_of_roofline"]) for r in ours)
+    for op in dict.fromkeys(op for op, _, _ in cases):
+        of_op = [case for key, case in cases.items() if key[0] == op]
+        found = [gpu_report.fastest_baseline(case) for case in of_op]
+        ratios = sorted(ratio for ratio in found if ratio is not None)
+        percent = statistics.median(float(c[gpu_report.OURS]["percent_of_roofline"]) for c in of_op)
         lines.append(
-            f"| `{op}` | {len(ours)} | {ratios[0]:.2f} to {ratios[-1]:.2f} x, "
+            f"| `{op}` | {len(of_op)} | {ratios[0]:.2f} to {ratios[-1]:.2f} x, "
             f"median {statistics.median(ratios):.2f} x | {percent:.0f} % |"
         )
     first = rows[0]
@@ -105,11 +105,6 @@ def one_gpu_table(rows: list[dict[str, str]]) -> str:
             f"bf16 product {first['matmul_tflop_per_s']} TFLOP/s.",
         ]
     )
-
-
-def same_case(a: dict[str, str], b: dict[str, str]) -> bool:
-    """Whether two rows are of one shape and dtype of an op."""
-    return (a["shape"], a["dtype"]) == (b["shape"], b["dtype"])
 
 
 def rewritten(text: str) -> str:
