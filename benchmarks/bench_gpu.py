@@ -26,7 +26,8 @@ from unittest import mock
 
 import gpu_report
 import torch
-from gpu_cases import Candidate, Case, Maker, all_cases
+from gpu_cases import all_cases
+from gpu_inputs import Candidate, Case, Maker
 from gpu_timing import Ceilings, Measured, Timer
 from machine import RESULTS, driver_version, write_csv
 from torch import Tensor
