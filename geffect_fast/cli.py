@@ -187,9 +187,10 @@ def check(
     threads: Annotated[int | None, _option("--threads", field="threads")] = None,
     quiet: Annotated[bool, _option("--quiet", "-q", help="The verdict alone.")] = False,
 ) -> None:
-    """Compare effects, norms and inner products with plain autograd, on your own model and data.
+    """Compare every parameter's effects, norms and inner products with plain autograd.
 
-    Every trainable parameter on a few samples: (n (n + 1) / 2 + 2 n) backward passes of one sample.
+    On a few samples of your own data, one at a time: 18 backward passes for 4 of them and one
+    objective. Prints the largest error by kind of layer, what is covered, and a verdict.
     """
     options = {
         "model": model,

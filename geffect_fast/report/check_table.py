@@ -20,13 +20,13 @@ def render_check(check: Check) -> Group:
         f"{objectives} on {check.n_samples} samples ({check.n_tokens} tokens): geffect_fast "
         f"against plain autograd, one sample at a time"
     )
-    table.add_column("kind", overflow="fold")
+    table.add_column("kind", no_wrap=True, min_width=max(len(kind.kind) for kind in check.kinds))
     table.add_column("captured by", overflow="fold")
-    table.add_column("parameters", justify="right", no_wrap=True)
+    table.add_column("number", justify="right", no_wrap=True)
     for quantity in QUANTITIES:
         table.add_column(quantity, justify="right", no_wrap=True)
     table.add_column("effects, abs.", justify="right", no_wrap=True)
-    table.add_column("of the limit", justify="right", no_wrap=True)
+    table.add_column("of limit", justify="right", no_wrap=True)
     for kind in check.kinds:
         table.add_row(
             kind.kind,
@@ -79,8 +79,8 @@ def _facts(check: Check) -> list[str]:
 
 def _note(check: Check) -> str:
     note = (
-        "Largest errors, relative to the parameter's largest share (or a thousandth of the "
-        "model's, where that is more). "
+        "Largest errors, relative to the parameter's largest share (or, where that is more, a "
+        "thousandth of the model's for norms, a millionth for effects and products). "
     )
     if check.wider is None:
         return note + f"Limit: {check.tolerance:.0e}."

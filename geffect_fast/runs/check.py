@@ -40,8 +40,8 @@ from geffect_fast.runs.progress import progress_bar
 
 QUANTITIES = ("effects", "norms", "products")
 SMALL = 1e-3
-"""Part of the model's largest number below which a parameter's own are measured against that:
-they are differences of larger ones, and no method that rounds on the way is precise there."""
+"""Part of the model's largest gradient below which a parameter's own is measured against that: it
+is a difference of larger numbers, and no method that rounds on the way is precise there."""
 ALLOWANCE = 2.0
 """How many times plain autograd's own rounding error is still rounding."""
 NOISE = 0.5
@@ -58,8 +58,8 @@ class KindCheck:
         kind: the coordinate `kind` of a profile.
         rules: the rules of capture that served it; empty where it took no part.
         n_parameters: how many there are.
-        relative: largest error, relative to the parameter's largest share, or to a thousandth of
-            the model's largest where that is more.
+        relative: largest error, relative to the parameter's largest share, or to a thousandth
+            (a millionth for effects and products) of the model's largest where that is more.
         absolute: largest error.
         judged: what is held against `limit`: `relative`, or, against a wider precision, the root
             mean square of all the relative errors, as the largest is a matter of chance then.
@@ -271,7 +271,8 @@ def _errors(ours: Numbers, exact: Numbers) -> list[Errors]:
         else:
             x, y = x.flatten(1)[:, None], y.flatten(1)[:, None]
         scale = y.abs().amax(2, keepdim=True)
-        scale = torch.maximum(scale, SMALL * scale.amax(0, keepdim=True))
+        small = SMALL if quantity == "norms" else SMALL**2  # two gradients are multiplied
+        scale = torch.maximum(scale, small * scale.amax(0, keepdim=True))
         off = (x - y).abs().nan_to_num(nan=torch.inf)
         found.append((off / scale.clamp(min=torch.finfo(torch.float64).tiny), off))
     return found

@@ -226,7 +226,7 @@ def profile(
         "n_retain": n_retain,
         "objectives": json.dumps([{"name": o.name, "parameters": o.parameters()} for o in chosen]),
         **Coverage.of(model).attributes(),
-        "coverage_checked": gram is not None,
+        "coverage_checked": int(gram is not None),  # NetCDF has no booleans
     }
     return dataset(
         effects,

@@ -56,6 +56,20 @@ def awkward():
     }
 
 
+def test_what_is_covered_is_printed():
+    def words(result):
+        return " ".join(text_of(result).split())
+
+    result = make()
+    line = "Covered: 15 of 15 trainable parameters, 12,345 of 12,345 elements; left out: 2 frozen"
+    assert line in words(result)
+    assert "the shares add up to plain autograd's whole gradient" in words(result)
+    result.attrs["coverage_checked"] = 0
+    assert "Not compared with the whole gradient" in words(result)
+    del result.attrs["covered_parameters"]  # a run of an older version
+    assert "Covered" not in words(result)
+
+
 @pytest.mark.parametrize("name", awkward())
 def test_any_result_is_reported(tmp_path, name):
     dataset = awkward()[name]

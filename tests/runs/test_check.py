@@ -7,7 +7,7 @@ import io
 
 import pytest
 import torch
-from models import VOCAB, build, fp64_throughout, mixtral, samples
+from models import ARCHITECTURES, VOCAB, build, fp64_throughout, mixtral, samples
 from reference import effects, gradients, mean_over, token_logprobs
 from torch import nn
 
@@ -226,6 +226,29 @@ def test_each_quantity_is_compared(quantity, monkeypatch):
     row = max(found.kinds, key=lambda row: row.excess)
     assert [q for q in row.judged if row.judged[q] > row.limit[q]] == [quantity]
     assert f": {quantity} off by" in verdict(found)
+
+
+@pytest.mark.parametrize("quantity", ["effects", "products"])
+def test_small_shares_are_compared_too(quantity, monkeypatch):
+    """In a fresh model attention's share is tiny beside the largest; it is checked all the same."""
+    original = CapturedNumbers.compute
+    torch.manual_seed(0)
+    model = ARCHITECTURES["llama"]().eval()
+    p = [name for name, _ in model.named_parameters()].index(
+        "model.layers.1.self_attn.q_proj.weight"
+    )
+
+    def compute(self, tick):
+        found = original(self, tick)
+        numbers = getattr(found, quantity)
+        shares = numbers.abs().amax((0, 2) if quantity == "effects" else (1, 2))
+        assert 0 < shares[p] < 1e-4 * shares.max()
+        numbers.select(1 if quantity == "effects" else 0, p).mul_(1.01)
+        return found
+
+    monkeypatch.setattr(CapturedNumbers, "compute", compute)
+    found = run(model)
+    assert [row.kind for row in found.kinds if row.excess > 1] == ["q_proj"]
 
 
 def test_numbers_that_are_not_finite_deviate(monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 
 import numpy as np
 import pytest
@@ -290,6 +291,24 @@ def test_frozen_parameters_are_skipped_and_the_rest_is_unchanged():
     )
     trainable = [name for name, p in model.named_parameters() if p.requires_grad]
     assert list(part.parameter.values) == trainable
+
+
+@pytest.mark.parametrize(
+    ("settings", "checked"),
+    [({}, True), ({"norms": False}, False), ({"norms": False, "resolve": ["parameter"]}, True)],
+    ids=str,
+)
+def test_a_result_says_what_it_covers(settings, checked):
+    forget, retain, _ = data()
+    model = build("llama_tied")
+    model.model.norm.requires_grad_(False)
+    attrs = run(model, forget, retain, ["ga"], **settings).attrs
+    sizes = [p.numel() for p in model.parameters() if p.requires_grad]
+    for what in ("covered", "trainable"):
+        assert (attrs[f"{what}_parameters"], attrs[f"{what}_elements"]) == (len(sizes), sum(sizes))
+    assert (attrs["frozen_parameters"], attrs["frozen_elements"]) == (1, 16)
+    assert json.loads(attrs["tied"]) == [["model.embed_tokens.weight", "lm_head.weight"]]
+    assert attrs["coverage_checked"] == checked
 
 
 def test_leaves_the_model_as_it_was():
