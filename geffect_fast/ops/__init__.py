@@ -5,6 +5,9 @@ fp32 or better; results in float32 (float64 for float64 inputs); bitwise equal f
 packed sequences by `cu_seqlens` offsets, an empty segment giving 0. The ops measure: an input that
 requires grad while grad mode is on, or that carries a forward-mode tangent, is an error, never a
 silent detach. Only `token_logprob` has derivatives.
+
+On CUDA, any strides are served too; operands of matrix products whose rows have gaps between
+elements or do not begin on 16 bytes, and gradients that are not dense in one layout, are copied.
 """
 
 from __future__ import annotations
