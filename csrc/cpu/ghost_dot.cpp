@@ -111,7 +111,7 @@ std::vector<double> by_gradients(const Side<T>& x, const Side<T>& y) {
       run_tasks<A>(ceil_div(n_rows, kResultRows), 0, [&](int64_t task, A*) {
         const int64_t first = task * kResultRows, count = std::min(kResultRows, n_rows - first);
         dot_rows(&at[first], count, at.data() + n_rows, n_columns, tile.size(),
-                 &result[first * n_columns]);
+                 result.data() + first * n_columns);
       });
     }
   }

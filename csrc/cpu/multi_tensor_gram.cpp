@@ -110,12 +110,12 @@ std::vector<double> multi_tensor_gram_kernel(const std::vector<Parameter<T>>& pa
       for (int64_t j = 0; j < n_lists; ++j) {
         rows[j] = parameter.chunk(j, at, n, scratch + j * kChunk);
       }
-      add_gram(rows, n, &partial[task * n_pairs]);
+      add_gram(rows, n, partial.data() + task * n_pairs);
     }
   });
   std::vector<double> out(n_groups * n_pairs, 0.0);
   for (size_t i = 0; i < pieces.size(); ++i) {
-    double* sums = &out[parameters[pieces[i].segment].group * n_pairs];
+    double* sums = out.data() + parameters[pieces[i].segment].group * n_pairs;
     for (int64_t j = 0; j < n_lists; ++j) {
       for (int64_t k = j; k < n_lists; ++k)
         sums[j * n_lists + k] += partial[i * n_pairs + j * n_lists + k];

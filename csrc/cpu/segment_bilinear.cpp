@@ -68,7 +68,7 @@ std::vector<double> token_terms(const Matrix<T>& a, const Matrix<T>& g,
         const Block<A> a_block = dense_block(a, token, rows, 0, d_in, a_copy);
         const Block<A> v_block = dense_block(v[m], out, cols, 0, d_in, v_copy);
         gemm(z, a_block, Transpose::kNo, v_block, Transpose::kYes, false);
-        double* terms = &partial[(out_block * n_directions + m) * total_tokens + token];
+        double* terms = partial.data() + (out_block * n_directions + m) * total_tokens + token;
         for (int64_t t = 0; t < rows; ++t) {
           terms[t] = dot<A>(z + t * cols, dense_row(g, token + t, out, cols, g_copy), cols);
         }
@@ -124,7 +124,8 @@ std::vector<double> by_gradients(const Matrix<T>& a, const Matrix<T>& g,
         v_rows[m] = dense_row(v[m], tile.out + r, tile.in, tile.cols, v_copy + m * kTileIn);
       }
       const A* row = gradient + r * tile.cols;
-      dot_rows(&row, 1, v_rows.data(), n_directions, tile.cols, &partial[task * n_directions]);
+      dot_rows(&row, 1, v_rows.data(), n_directions, tile.cols,
+               partial.data() + task * n_directions);
     }
   });
   std::vector<double> result(n_directions * n_samples, 0.0);

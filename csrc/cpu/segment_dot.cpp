@@ -38,7 +38,7 @@ std::vector<double> segment_dot_kernel(const Tensor& z, const Tensor& g,
         for (int64_t r = 0; r < n_rows; ++r) {
           rows[r] = dense_row(matrices[r], t, col, cols, scratch + r * kChunk);
         }
-        dot_rows(rows.data(), n_g, rows.data() + n_g, n_z, cols, &partial[task * n_pairs]);
+        dot_rows(rows.data(), n_g, rows.data() + n_g, n_z, cols, partial.data() + task * n_pairs);
       }
     }
   });
