@@ -283,7 +283,7 @@ def test_a_parameter_that_no_rule_captured_is_named(monkeypatch):
 
 def test_fp32_rounding_is_told_from_a_deviation_by_fp64(monkeypatch):
     """Deep models round by more than the tolerance; a wrong rule is still found then."""
-    monkeypatch.setitem(TOLERANCE, torch.float32, 1e-9)
+    monkeypatch.setitem(TOLERANCE, torch.float32, 1e-7)
     found = run(build("llama"))
     assert found.exact and found.wider == "float64"
     assert "float64 on the same weights" in printed(found)
