@@ -9,13 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.func import functional_call
 
-from geffect_fast.capture.factors import Explicit, Factor, Lookup, Outer, RowSum
+from geffect_fast.capture.factors import Explicit, Factor, Lookup, Outer, RowSum, Tangent
 from geffect_fast.capture.given import REPLAYING, Given, tensors_of
 from geffect_fast.capture.products import project
 from geffect_fast.capture.segments import Segments
@@ -206,25 +208,31 @@ class GenericCall(Call):
             )
         leaves = {k: getattr(self.module, k).detach().requires_grad_() for k in self.names}
         # Outputs behind the last one that received a gradient are not in `grads`.
-        used = [
-            (y, g)
-            for y, g in zip(self._outputs(leaves), grads, strict=False)
+        used = {
+            position: (y, g)
+            for position, (y, g) in enumerate(zip(self._outputs(leaves), grads, strict=False))
             if g is not None and y.requires_grad
-        ]
-        cus = [
-            segments.rows(g.shape[:-1] if segments.n_samples > 1 else g.shape, self.where)
-            for _, g in used
-        ]
-        formed: dict[int, tuple[Tensor | None, ...]] = {}
+        }
+        cus = {
+            position: segments.rows(
+                g.shape[:-1] if segments.n_samples > 1 else g.shape, self.where
+            )
+            for position, (_, g) in used.items()
+        }
+        formed: dict[int | None, tuple[Tensor | None, ...]] = {}
 
-        def vjp(i: int) -> tuple[Tensor | None, ...]:
+        def vjp(i: int | None) -> tuple[Tensor | None, ...]:
+            """The gradients of sample `i`, of all samples together for None."""
             if i not in formed:
                 # Only the last sample is kept: parameters of one module are asked for in turn.
                 formed.clear()
-                masked = [_only(g, cu, i) for (_, g), cu in zip(used, cus, strict=True)]
+                masked = [
+                    g if i is None else _only(g, cus[position], i)
+                    for position, (_, g) in used.items()
+                ]
                 formed[i] = (
                     torch.autograd.grad(
-                        [y for y, _ in used],
+                        [y for y, _ in used.values()],
                         list(leaves.values()),
                         masked,
                         retain_graph=True,
@@ -235,8 +243,40 @@ class GenericCall(Call):
                 )
             return formed[i]
 
+        def jvp(local: str, direction: Tensor) -> list[Tangent] | None:
+            moved = self._tangents(leaves, local, direction)
+            if moved is None:
+                return None
+            return [
+                Tangent(_flat(moved[position]), _flat(g), cus[position])
+                for position, (_, g) in used.items()
+            ]
+
         for k, (local, leaf) in enumerate(leaves.items()):
-            yield self.names[local], Explicit(_nth(vjp, k, leaf), segments.n_samples)
+            one = _nth(vjp, k, leaf)
+            yield (
+                self.names[local],
+                Explicit(one, partial(one, None), partial(jvp, local), segments.n_samples),
+            )
+
+    def _tangents(
+        self, leaves: dict[str, Tensor], local: str, direction: Tensor
+    ) -> list[Tensor] | None:
+        """The outputs' derivatives along `direction` of one parameter; None where they have none.
+
+        An operation with a rule of its own and none for forward mode may drop the tangent without
+        a word, so whoever uses this compares with a vjp.
+        """
+        try:
+            with forward_ad.dual_level(), torch.no_grad():
+                dual = {k: leaf.detach() for k, leaf in leaves.items()}
+                dual[local] = forward_ad.make_dual(dual[local], direction)
+                moved = [forward_ad.unpack_dual(y) for y in self._outputs(dual)]
+        except (RuntimeError, NotImplementedError):
+            return None
+        return [
+            torch.zeros_like(y.primal) if y.tangent is None else y.tangent for y in moved
+        ]
 
     def _outputs(self, leaves: dict[str, Tensor]) -> list[Tensor]:
         """What the module returns with `leaves` for its own parameters, before others' hooks."""
@@ -260,9 +300,9 @@ class GenericCall(Call):
 
 
 def _nth(
-    vjp: Callable[[int], tuple[Tensor | None, ...]], k: int, leaf: Tensor
-) -> Callable[[int], Tensor]:
-    def gradient(i: int) -> Tensor:
+    vjp: Callable[[int | None], tuple[Tensor | None, ...]], k: int, leaf: Tensor
+) -> Callable[[int | None], Tensor]:
+    def gradient(i: int | None) -> Tensor:
         grad = vjp(i)[k]
         return torch.zeros_like(leaf) if grad is None else grad
 

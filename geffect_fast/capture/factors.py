@@ -6,7 +6,7 @@ the rows `t` of sample `i`:
     Outer    sum_t g_t a_t^T              a linear map: inputs `a`, output gradients `g`
     Lookup   sum_t e(id_t) g_t^T          a table: row `id_t` receives `g_t`
     RowSum   sum_t p_t                    a vector parameter: row `t` contributes the vector `p_t`
-    Explicit vjp of the module            anything else
+    Explicit vjp of the module            anything else, with its jvp for inner products
 
 Several factors of one parameter (a tied embedding, a module called twice) add up.
 """
@@ -82,10 +82,36 @@ class RowSum:
 
 
 @dataclass(frozen=True)
+class Tangent:
+    """What one output of a module has to do with one of its parameters, moved along a direction.
+
+    Attributes:
+        tangent: `(rows, d)`, the output's derivative along the direction.
+        g: `(rows, d)`, the output's gradient.
+        cu: `(n_samples + 1,)` int32 offsets.
+    """
+
+    tangent: Tensor
+    g: Tensor
+    cu: Tensor
+
+
+@dataclass(frozen=True)
 class Explicit:
-    """`grad_i = vjp(i)`, one sample at a time, of the parameter's own shape."""
+    """`grad_i = vjp(i)`, one sample at a time, of the parameter's own shape.
+
+    Attributes:
+        vjp: the gradient of one sample.
+        whole: the sum of all samples' gradients, in one vjp.
+        jvp: the module's outputs moved along a direction of the parameter's shape; None where the
+            module has no forward-mode derivative. `<grad_i, V>` is the sum of `tangent * g` over
+            the rows of sample `i`, so one jvp serves all samples.
+        n_samples: number of samples.
+    """
 
     vjp: Callable[[int], Tensor]
+    whole: Callable[[], Tensor]
+    jvp: Callable[[Tensor], list[Tangent] | None]
     n_samples: int
 
     def gradient(self, i: int) -> Tensor:

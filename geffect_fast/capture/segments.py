@@ -1,9 +1,9 @@
-"""Which rows of a module's input belong to which sample."""
+"""Which rows of a module's input belong to which sample, or to which token."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 import torch
@@ -18,19 +18,22 @@ class Segments:
 
     Packed: every entry of `token_offsets` is one way of counting tokens (all of them; those whose
     logits are kept), as `(n_samples + 1,)` offsets. Rectangular: `rows_per_sample` neighbouring
-    rows of the input a sample, `length` tokens each.
+    rows of the input a sample, `length` tokens each. With `per_token` every token counts as a
+    sample of its own, which is how effects are resolved by position.
 
     Attributes:
-        n_samples: number of samples.
+        n_samples: number of samples, or of tokens.
         token_offsets: int64 offsets on the CPU, empty for a rectangular batch.
         rows_per_sample: sequences a sample in a rectangular batch.
         length: tokens a sequence in a rectangular batch; None where it is not known or packed.
+        per_token: whether every token is a segment.
     """
 
     n_samples: int
     token_offsets: tuple[Tensor, ...] = ()
     rows_per_sample: int = 1
     length: int | None = None
+    per_token: bool = False
 
     @classmethod
     def packed(cls, cu: Tensor, kept: Tensor | None = None) -> Segments:
@@ -52,10 +55,26 @@ class Segments:
         length = shape[1] if len(shape) > 1 else None
         return cls(shape[0] // rows_per_sample, rows_per_sample=rows_per_sample, length=length)
 
+    @classmethod
+    def tokens(cls, shape: Sequence[int], kept: Tensor | None = None) -> Segments:
+        """Every token of an input of `shape` `(n_rows, length)` by itself; `kept` as in `packed`.
+
+        One row is taken for packed samples.
+        """
+        n_rows, length = shape
+        if n_rows == 1:
+            return replace(cls.packed(torch.arange(length + 1), kept), per_token=True)
+        return cls(n_rows * length, length=length, per_token=True)
+
     @property
     def n_rows(self) -> int:
         """Rows of the model's input: 1 where samples are packed into one."""
-        return 1 if self.token_offsets else self.n_samples * self.rows_per_sample
+        if self.token_offsets:
+            return 1
+        if self.per_token:
+            assert self.length is not None
+            return self.n_samples // self.length
+        return self.n_samples * self.rows_per_sample
 
     def rows(self, shape: Sequence[int], where: str) -> Tensor:
         """Offsets `(n_samples + 1,)` int32 of the samples among the flattened rows of `shape`.
@@ -72,6 +91,12 @@ class Segments:
         if self.n_samples == 1:
             return torch.tensor([0, prod(shape)], dtype=torch.int32)
         offsets = self._packed(shape) if self.token_offsets else self._rectangular(shape)
+        if offsets is None and self.per_token:
+            raise UnsupportedModelError(
+                f"module '{where}' was called with rows of shape {shape}, which cannot be told "
+                f"apart by position ({self.n_samples} tokens in the batch); freeze it, or resolve "
+                "without 'position'"
+            )
         if offsets is None:
             raise UnsupportedModelError(
                 f"module '{where}' was called with rows of shape {shape}, which cannot be told "
@@ -94,6 +119,13 @@ class Segments:
 
     def _rectangular(self, shape: tuple[int, ...]) -> Tensor | None:
         n_rows = self.n_rows
+        if self.per_token:
+            # Both (n_rows, length, ...) and (n_rows * length, ...) are tokens in order.
+            n_axes = 2 if shape[:2] == (n_rows, self.length) else 1
+            behind = shape[n_axes:]
+            if prod(shape[:n_axes]) != self.n_samples or self.length in behind:
+                return None
+            return torch.arange(self.n_samples + 1) * prod(behind)
         starts = torch.arange(self.n_samples + 1) * self.rows_per_sample
         if shape and shape[0] == n_rows:
             return starts * prod(shape[1:])

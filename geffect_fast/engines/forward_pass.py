@@ -27,14 +27,15 @@ def keeps_logits(model: nn.Module, batch: Batch) -> bool:
     return batch.packed and takes(model, "logits_to_keep")
 
 
-def sample_axis(model: nn.Module, batch: Batch) -> Segments:
-    """How a module's rows are told apart by sample in a forward over `batch`."""
+def sample_axis(model: nn.Module, batch: Batch, per_token: bool = False) -> Segments:
+    """How a module's rows are told apart by sample, or by token, in a forward over `batch`."""
+    kept = batch.target_index if keeps_logits(model, batch) else None
+    if per_token:
+        return Segments.tokens(batch.input_ids.shape, kept)
     if not batch.packed:
         per_sample = len(batch.roles) // batch.n_samples
         return Segments.rectangular(batch.input_ids.shape, per_sample)
-    return Segments.packed(
-        batch.cu_samples, batch.target_index if keeps_logits(model, batch) else None
-    )
+    return Segments.packed(batch.cu_samples, kept)
 
 
 def model_outputs(model: nn.Module, batch: Batch, needs: Collection[Need] = ()) -> Outputs:
