@@ -1,7 +1,7 @@
-"""The paper's sweep against the published algorithm, and one objective against a training step.
+"""The paper's sweep against the published algorithm.
 
     python benchmarks/bench_sweep.py            # writes benchmarks/results/sweep_cpu.csv
-    python benchmarks/bench_sweep.py --quick    # a smaller model, fewer rounds, prints only
+    python benchmarks/bench_sweep.py --quick    # a tiny model, fewer samples, prints only
 
 Sweep: 7 objectives with 3 hyper-parameters each, both risks, on samples of TOFU's lengths. The
 published algorithm, written anew from its description: micro-batches of 4 padded to 500 tokens; for
@@ -23,16 +23,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from machine import RESULTS, interleaved_medians, write_csv
+from llama import make_model
+from machine import RESULTS, write_csv
 from torch import Tensor, nn
 
 import geffect_fast as gf
-from geffect_fast.capture import Plan
-from geffect_fast.data import estimate_token_budget, make_batches, tokenize_rows
-from geffect_fast.engines.direction import accumulate_gradients
-from geffect_fast.engines.reverse import reverse_effects
-from geffect_fast.engines.tasks import Reference, Task, tasks_for
-from geffect_fast.objectives import NLL, parse
 
 SWEEP = {
     "wga": ["wga(alpha=1)", "wga(alpha=3)", "wga(alpha=5)"],
@@ -48,26 +43,6 @@ SWEEP = {
     "gd": ["gd(alpha=0.5)", "gd(alpha=1)", "gd(alpha=2)"],
 }
 PADDED, MICRO_BATCH = 500, 4
-
-
-def make_model(quick: bool) -> nn.Module:
-    """A Llama of 26M parameters with random weights, or a quarter of that."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    size = (
-        {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 4}
-        if quick
-        else {"hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 6}
-    )
-    config = LlamaConfig(
-        **size,
-        vocab_size=8192,
-        num_attention_heads=8,
-        num_key_value_heads=8,
-        attn_implementation="sdpa",
-    )
-    return LlamaForCausalLM(config).eval()
 
 
 def make_rows(n: int, seed: int) -> list[dict[str, list[int]]]:
@@ -212,77 +187,19 @@ def sweep_row(model: nn.Module, n_samples: int, quick: bool) -> dict[str, Any]:
     }
 
 
-def step_rows(model: nn.Module, shapes: list[tuple[int, int]], rounds: int) -> list[dict[str, Any]]:
-    """One objective, two risks, per sample and parameter, against forward + backward."""
-    plan = Plan.of(model)
-    directions = {k: 0.01 * torch.randn(2, *p.shape) for k, p in plan.parameters.items()}
-    rows = []
-    for n, length in shapes:
-        generator = torch.Generator().manual_seed(n)
-        ids = torch.randint(3, 8192, (n, length), generator=generator)
-        samples = [{"input_ids": i, "labels": i} for i in ids.tolist()]
-        samples_set = tokenize_rows(samples, None, name="forget")
-        budget = estimate_token_budget(model, n_directions=2)  # as a profile would choose
-        batches = make_batches(samples_set, ("answer",), token_budget=budget)
-        tasks = tasks_for([parse("ga")], lambda *_: batches, {"forget": 0})  # noqa: B023
-        risk = [Task(batches, {0: NLL()})]
-
-        def reverse() -> None:
-            reverse_effects(
-                plan,
-                tasks,  # noqa: B023
-                directions,
-                1,
-                n,  # noqa: B023
-                Reference(),
-                norms=False,
-                tick=lambda _: None,
-            )
-
-        def training_step() -> None:
-            model.zero_grad(set_to_none=True)
-            model(input_ids=ids, labels=ids).loss.backward()  # noqa: B023
-
-        def direction() -> None:
-            accumulate_gradients(plan, risk, 1, Reference(), lambda _: None)  # noqa: B023
-
-        times = interleaved_medians(
-            {"training step": training_step, "reverse": reverse, "direction": direction}, rounds
-        )
-        model.zero_grad(set_to_none=True)
-        for name in ("reverse", "direction"):
-            rows.append(
-                {
-                    "what": f"{name}, {n} x {length} tokens",
-                    "samples": n,
-                    "tokens": n * length,
-                    "baseline": "training step (forward + backward)",
-                    "how": f"median of {rounds}, in turns",
-                    "baseline_s": times["training step"],
-                    "ours_s": times[name],
-                    "ratio": times["training step"] / times[name],
-                }
-            )
-    return rows
-
-
 def main() -> None:
     """Measure, print, and write the CSV."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="a smaller model, prints only")
+    parser.add_argument("--quick", action="store_true", help="a tiny model, prints only")
     quick = parser.parse_args().quick
-    model = make_model(quick)
-    shapes = [(8, 32)] if quick else [(32, 32), (8, 128), (4, 512)]
-    rows = step_rows(model, shapes, 1 if quick else 5)
-    rows.append(sweep_row(model, 8 if quick else 64, quick))
-    for row in rows:
-        print(
-            f"{row['what']:32} {row['baseline']}: {row['baseline_s']:9.2f} s   "
-            f"ours: {row['ours_s']:8.2f} s   baseline / ours = {row['ratio']:.2f}"
-        )
+    row = sweep_row(make_model(quick), 8 if quick else 64, quick)
+    print(
+        f"{row['what']:32} {row['baseline']}: {row['baseline_s']:9.2f} s   "
+        f"ours: {row['ours_s']:8.2f} s   baseline / ours = {row['ratio']:.2f}"
+    )
     if not quick:
         path = RESULTS / "sweep_cpu.csv"
-        write_csv(path, [{k: _rounded(v) for k, v in row.items()} for row in rows])
+        write_csv(path, [{k: _rounded(v) for k, v in row.items()}])
         print(f"wrote {path}")
 
 
