@@ -21,6 +21,7 @@ from geffect_fast.capture.products import (
     pairwise,
     squared_norms,
 )
+from geffect_fast.capture.wrappers import eagerly, plain_name
 from geffect_fast.errors import InputError, UnsupportedModelError
 from geffect_fast.ops.reference import accumulation_dtype
 
@@ -215,7 +216,7 @@ def _run(plan: Plan, loss_fn: LossFn, batch: Any, sink: Any, join: bool = False)
         torch.enable_grad(),
         Recorder(plan, sink, axis, join=join) as recorder,
     ):
-        with OutsideUse(recorder):
+        with OutsideUse(recorder), eagerly(plan.model):
             losses = loss_fn(plan.model, batch)
         if not isinstance(losses, Tensor) or losses.shape != (axis.n_samples,):
             got = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
@@ -249,6 +250,7 @@ def _stacked(plan: Plan, direction: Mapping[str, Tensor]) -> tuple[dict[str, Ten
     """Directions as `(M, *shape)` in the dtype sums are taken in, and whether M was given."""
     stacked, counts = {}, set()
     for name, v in direction.items():
+        name = plain_name(name)
         p = plan.parameters.get(name)
         if p is None:
             raise InputError(f"direction: '{name}' is no trainable parameter of the model")

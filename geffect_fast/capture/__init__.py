@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 from geffect_fast.capture.factors import Explicit, Factor, Lookup, Outer, RowSum
 from geffect_fast.capture.recorder import OutsideUse, Plan, Recorder, leaves_of
 from geffect_fast.capture.segments import Segments
+from geffect_fast.capture.wrappers import eagerly
 
 __all__ = [
     "Explicit",
@@ -34,7 +35,8 @@ def capture(
     """Record the layer inputs and output gradients of every backward inside the `with` block.
 
     Nothing is left on the model afterwards, also after an exception. The model and its gradients
-    behave as without it.
+    behave as without it; inside the block nothing of it runs compiled, and no activations are
+    computed a second time (gradient checkpointing).
 
     Args:
         model: any `nn.Module` in eval mode, or without dropout; frozen parameters are skipped.
@@ -61,7 +63,8 @@ def capture(
     def keep(name: str, factors: list[Factor], _kept: list[Tensor | None]) -> None:
         records.setdefault(name, []).extend(factors)
 
-    recorder = Recorder(Plan.of(model), keep)
+    plan = Plan.of(model)
+    recorder = Recorder(plan, keep)
 
     def see_input(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor) and x.dim()]
@@ -71,9 +74,9 @@ def capture(
             first = kwargs.get("input_ids", tensors[0])
             recorder.segments = Segments.rectangular(first.shape)
 
-    handle = model.register_forward_pre_hook(see_input, with_kwargs=True, prepend=True)
+    handle = plan.model.register_forward_pre_hook(see_input, with_kwargs=True, prepend=True)
     try:
-        with recorder:
+        with recorder, eagerly(model):
             yield records
             recorder.finish()
     finally:

@@ -203,10 +203,10 @@ class GenericCall(Call):
         segments = self.checked_segments()
         if segments.n_samples > 1 and not self.given.tensors:
             raise UnsupportedModelError(
-                f"module '{self.where}' is called without a tensor (a parametrisation?), so its "
-                "share cannot be told apart by sample; run it one sample at a time"
+                f"module '{self.where}' is called without a tensor, so its share cannot be told "
+                "apart by sample; run it one sample at a time"
             )
-        leaves = {k: getattr(self.module, k).detach().requires_grad_() for k in self.names}
+        leaves = {k: self.module.get_parameter(k).detach().requires_grad_() for k in self.names}
         # Outputs behind the last one that received a gradient are not in `grads`.
         used = {
             position: (y, g)

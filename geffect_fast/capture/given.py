@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from geffect_fast.capture.segments import Segments
+
 REPLAYING: ContextVar[bool] = ContextVar("REPLAYING", default=False)
 """Set while a module is run once more for its vjp: no recorder may take that for a call."""
 
@@ -67,11 +69,11 @@ def tensors_of(output: Any) -> list[Tensor]:
     return [y for y in tree_leaves(output) if isinstance(y, Tensor) and y.is_floating_point()]
 
 
-def broadcast_ids(module: nn.Module, args: tuple[Any, ...], n: int) -> tuple[Any, ...]:
-    """Position ids `(1, T)` shared by `n` samples, given to each of them."""
+def broadcast_ids(module: nn.Module, args: tuple[Any, ...], segments: Segments) -> tuple[Any, ...]:
+    """Position ids `(1, length)` shared by several sequences, given to each of them."""
     if isinstance(module, nn.Embedding) and args and isinstance(args[0], Tensor):
-        ids = args[0]
-        if n > 1 and ids.dim() >= 2 and ids.shape[0] == 1:
+        ids, n = args[0], segments.n_rows
+        if n > 1 and ids.dim() >= 2 and ids.shape[:2] == (1, segments.length):
             return (ids.expand(n, *ids.shape[1:]), *args[1:])
     return args
 

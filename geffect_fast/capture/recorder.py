@@ -24,6 +24,7 @@ from geffect_fast.capture.given import (
     tensors_of,
 )
 from geffect_fast.capture.segments import Segments
+from geffect_fast.capture.wrappers import plain_name, unwrapped, users
 from geffect_fast.errors import InputError, UnsupportedModelError
 
 Sink = Callable[[str, list[Factor], list[Tensor | None]], None]
@@ -40,6 +41,8 @@ class Plan:
         model: the model.
         parameters: its trainable parameters by name (a tied one once, under its first name).
         owners: module name -> (module, local name -> name in the model, rule, the rule's factor).
+            What modules without a forward hold (a `ParameterDict`, a parametrisation) belongs to
+            the module around them, whose local name for it has dots.
     """
 
     model: nn.Module
@@ -53,20 +56,31 @@ class Plan:
         Raises:
             InputError: the model has no trainable parameter, or a module in train mode drops
                 activations or mixes the samples of a batch.
+            UnsupportedModelError: the model is wrapped for several devices.
         """
+        model = unwrapped(model)
         why = mixing_module(model)
         if why is not None:
             raise InputError(f"model: {why}")
-        parameters = {k: p for k, p in model.named_parameters() if p.requires_grad}
+        parameters = {plain_name(k): p for k, p in model.named_parameters() if p.requires_grad}
         if not parameters:
             raise InputError("model: every parameter is frozen; set requires_grad on some of them")
         names = {id(p): name for name, p in parameters.items()}
-        owners = {}
-        for where, module in model.named_modules():
+        local: dict[str, dict[str, str]] = {}
+        paths: dict[nn.Module, list[str]] = {}
+        for where, module in model.named_modules(remove_duplicate=False):
+            paths.setdefault(module, []).append(where)
+        for module, places in paths.items():
             own = {k: p for k, p in module._parameters.items() if p is not None}
             trainable = {k: names[id(p)] for k, p in own.items() if id(p) in names}
-            if trainable:
-                owners[where] = (module, trainable, *rule_for(module))
+            for where, path in users(model, places).items() if trainable else ():
+                inside = {f"{path}{k}": name for k, name in trainable.items()}
+                local.setdefault(where, {}).update(inside)
+        owners = {}
+        for where, of in local.items():
+            module = model.get_submodule(where)
+            nested = any("." in k for k in of)
+            owners[where] = (module, of, *((GenericCall, 1.0) if nested else rule_for(module)))
         return cls(model, parameters, owners)
 
     @contextmanager
@@ -140,6 +154,24 @@ class Recorder:
         for waiting in (self._entered, self._waiting, self._joined):
             waiting.clear()
 
+    def roots_of(self, y: Tensor) -> list[Tensor]:
+        """The leaves that a backward from `y` must reach to pass by every recorded call.
+
+        Parameters are left out. Beside `roots` there may be others, such as embeddings that a hook
+        lets ask for a gradient (`enable_input_require_grads`).
+
+        Raises:
+            InputError: there is none, and `y` depends on no trainable parameter.
+        """
+        leaves = leaves_of(y)
+        if not leaves:
+            raise InputError(
+                "model: its output depends on no trainable parameter (an adapter that is merged or "
+                "switched off?); set requires_grad on parameters that take part"
+            )
+        parameters = {id(p) for p in self.plan.parameters.values()}
+        return [leaf for leaf in leaves if id(leaf) not in parameters]
+
     def running(self, where: str) -> bool:
         """Whether the module's forward has been entered and not yet left."""
         return bool(self._entered.get(where))
@@ -161,7 +193,8 @@ class Recorder:
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         if REPLAYING.get() or not torch.is_grad_enabled():
             return None
-        args = broadcast_ids(module, args, self.segments.n_rows if self.segments else 1)
+        if self.segments is not None:
+            args = broadcast_ids(module, args, self.segments)
         self._entered.setdefault(where, []).append(Given.of(args, kwargs))
         return args, kwargs
 
@@ -231,7 +264,7 @@ class OutsideUse(TorchFunctionMode):
         self.owners: dict[int, list[str]] = {}
         for where, (module, names, *_) in recorder.plan.owners.items():
             for local in names:
-                self.owners.setdefault(id(getattr(module, local)), []).append(where)
+                self.owners.setdefault(id(module.get_parameter(local)), []).append(where)
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None

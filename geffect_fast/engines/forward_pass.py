@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from geffect_fast.capture.factors import widened
 from geffect_fast.capture.segments import Segments
+from geffect_fast.capture.wrappers import eagerly, puts_prompt, signed
 from geffect_fast.data.batch import Batch
 from geffect_fast.errors import UnsupportedModelError
 from geffect_fast.objectives import Outputs
@@ -18,8 +19,8 @@ from geffect_fast.objectives.base import Need
 
 
 def takes(model: nn.Module, argument: str) -> bool:
-    """Whether the model's forward names `argument`."""
-    return argument in inspect.signature(model.forward).parameters
+    """Whether the model's forward, or that of the model inside its wrapper, names `argument`."""
+    return argument in inspect.signature(signed(model).forward).parameters
 
 
 def keeps_logits(model: nn.Module, batch: Batch) -> bool:
@@ -42,13 +43,15 @@ def model_outputs(model: nn.Module, batch: Batch, needs: Collection[Need] = ()) 
     """Run `model` on `batch`, under the caller's grad mode.
 
     Args:
-        model: a causal language model of transformers, or one called and answering like it.
+        model: a causal language model of transformers, or one called and answering like it; what
+            it may be wrapped in is in `geffect_fast.capture.wrappers`.
         batch: on the model's device.
         needs: `hidden_states` and `logits` cost memory and are returned only where asked for;
             `reference_hidden_states` and `reference_logits` ask for the same, here of this model.
 
     Raises:
-        UnsupportedModelError: the model's answer has no logits of the expected shape.
+        UnsupportedModelError: the model's answer has no logits of the expected shape, or it is
+            given several packed sequences and no way to say where they start.
     """
     wants_logits = not {"logits", "reference_logits"}.isdisjoint(needs)
     wants_hidden = not {"hidden_states", "reference_hidden_states"}.isdisjoint(needs)
@@ -62,20 +65,53 @@ def model_outputs(model: nn.Module, batch: Batch, needs: Collection[Need] = ()) 
         kwargs["logits_to_keep"] = index
     if wants_hidden:
         kwargs["output_hidden_states"] = True
-    answer = model(**kwargs)
-    logits = getattr(answer, "logits", answer)
-    if not isinstance(logits, Tensor) or logits.dim() != 3:
+    if batch.packed and len(batch.roles) > 1 and "position_ids" not in kwargs:
         raise UnsupportedModelError(
-            f"{type(model).__name__} returned no logits of shape (batch, tokens, vocabulary); "
-            "give a causal language model"
+            f"{type(model).__name__} takes no position_ids, so sequences cannot be packed into one "
+            "row for it; give a model that does, as the other one here, or no reference of its own"
         )
-    logits = logits.flatten(0, 1)
-    if not keeps_logits(model, batch):
+    with eagerly(model):
+        answer = model(**kwargs)
+    kept = len(index) if keeps_logits(model, batch) else None
+    logits = logits_of(answer, model, batch.input_ids, kept).flatten(0, 1)
+    if kept is None:
         logits = logits[index]
     # Log-probabilities are differences of numbers of like size: never in bf16 or fp16.
     nll = F.cross_entropy(widened(logits), batch.targets[index], reduction="none")
     token_logprob = nll.new_zeros(batch.total_tokens).index_copy(0, index, -nll)
     hidden = None
     if wants_hidden:
-        hidden = tuple(h.flatten(0, 1) for h in answer.hidden_states)
+        length = batch.input_ids.shape[1]  # of a soft prompt before them nobody asks
+        hidden = tuple(h[:, -length:].flatten(0, 1) for h in answer.hidden_states)
     return Outputs(token_logprob, logits if wants_logits else None, hidden)
+
+
+def logits_of(answer: Any, model: nn.Module, input_ids: Tensor, kept: int | None = None) -> Tensor:
+    """The logits at the tokens of the input, `(batch, tokens, vocabulary)`.
+
+    Those of virtual tokens, which a soft prompt puts before the input, are cut off.
+
+    Args:
+        answer: what the model returned.
+        model: the model.
+        input_ids: `(batch, length)`.
+        kept: number of positions the model was asked for; None: all.
+
+    Raises:
+        UnsupportedModelError: there are no logits, or they are of other tokens.
+    """
+    logits = getattr(answer, "logits", answer)
+    if not isinstance(logits, Tensor) or logits.dim() != 3:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} returned no logits of shape (batch, tokens, vocabulary); "
+            "give a causal language model"
+        )
+    length = input_ids.shape[1] if kept is None else kept
+    if puts_prompt(model):
+        logits = logits[:, -length:]
+    if logits.shape[:2] != (len(input_ids), length):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} returned logits of shape {tuple(logits.shape)} for "
+            f"{len(input_ids)} sequences of {length} tokens; give a model with one row a token"
+        )
+    return logits

@@ -84,7 +84,7 @@ def _norms(plan: Plan, probes: list[Tensor], layout: Layout) -> dict[str, Tensor
     with plan.frozen(), Recorder(plan, keep, sample_axis(plan.model, batch), join=True) as recorder:
         with OutsideUse(recorder):
             loss = -model_outputs(plan.model, batch).token_logprob.sum()
-        torch.autograd.grad(loss, recorder.roots, allow_unused=True)
+        torch.autograd.grad(loss, recorder.roots_of(loss), allow_unused=True)
         recorder.finish()
     return norms
 

@@ -92,7 +92,8 @@ def reverse_effects(
             ):
                 outputs = model_outputs(plan.model, moved, task.needs)
                 other = reference.outputs(task, batch, moved, outputs)
-                sources = recorder.roots + (parameters if norms else [])
+                roots = recorder.roots_of(outputs.token_logprob)
+                sources = roots + (parameters if norms else [])
                 for k, index in enumerate(task.parts):
                     current = index
                     loss, value = task.loss(index, outputs, moved, other)
@@ -102,6 +103,6 @@ def reverse_effects(
                     )
                     recorder.finish()
                     if gradients is not None:
-                        add_gradients(plan, gradients, index, grads[len(recorder.roots) :])
+                        add_gradients(plan, gradients, index, grads[len(roots) :])
             tick(batch.total_tokens)
     return Effects(values, effects, gradients)

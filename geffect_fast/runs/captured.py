@@ -12,7 +12,7 @@ from geffect_fast.capture import Factor, Plan, Recorder
 from geffect_fast.data import Layout, SampleSet, estimate_token_budget, make_batches
 from geffect_fast.data.batch import Batch, Role
 from geffect_fast.engines.direction import Tick, accumulate_gradients
-from geffect_fast.engines.forward_pass import model_outputs, sample_axis, takes
+from geffect_fast.engines.forward_pass import logits_of, model_outputs, sample_axis, takes
 from geffect_fast.engines.reverse import reverse_effects
 from geffect_fast.engines.tasks import Reference, Task, tasks_for
 from geffect_fast.functional import pairwise_inner_products, per_sample_grad_norms
@@ -145,8 +145,8 @@ def _sample_nll(model: nn.Module, given: Mapping[str, Any]) -> Tensor:
         kwargs["position_ids"] = batch.position_ids
     if takes(model, "use_cache"):
         kwargs["use_cache"] = False
-    answer = model(**kwargs)
-    logits = getattr(answer, "logits", answer).flatten(0, 1)[batch.target_index]
+    logits = logits_of(model(**kwargs), model, batch.input_ids)
+    logits = logits.flatten(0, 1)[batch.target_index]
     weighted = -batch.target_weight() * token_logprob(logits, batch)
     return batch.sample_sum(weighted, batch.target_mask())
 

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from geffect_fast.capture.factors import widened
+from geffect_fast.capture.wrappers import eagerly
 from geffect_fast.data import SampleSet, make_batches
 from geffect_fast.data.batch import Batch
 from geffect_fast.engines.direction import Tick
-from geffect_fast.engines.forward_pass import takes
+from geffect_fast.engines.forward_pass import logits_of, takes
 from geffect_fast.engines.tasks import ROLE_ORDER
 from geffect_fast.objectives import NLL, Objective, Outputs
 from geffect_fast.ops.reference import accumulation_dtype
@@ -122,13 +123,18 @@ def plain_outputs(model: nn.Module, batch: Batch, needs: Collection[str] = ()) -
     if any("hidden_states" in need for need in needs):
         kwargs["output_hidden_states"] = True
     sequences = batch.input_ids.flatten().split(batch.cu_seqlens.diff().tolist())
-    answers = [model(input_ids=ids[None], **kwargs) for ids in sequences]
-    logits = torch.cat([getattr(answer, "logits", answer)[0] for answer in answers])
+    with eagerly(model):
+        answers = [model(input_ids=ids[None], **kwargs) for ids in sequences]
+    rows = zip(answers, sequences, strict=True)
+    logits = torch.cat([logits_of(answer, model, ids[None])[0] for answer, ids in rows])
     logits = logits[batch.target_index]
     hidden = None
     if kwargs.get("output_hidden_states"):
         layers = zip(*(answer.hidden_states for answer in answers), strict=True)
-        hidden = tuple(torch.cat([h[0] for h in layer]) for layer in layers)
+        hidden = tuple(
+            torch.cat([h[0, -len(ids) :] for h, ids in zip(layer, sequences, strict=True)])
+            for layer in layers
+        )
     return Outputs(token_logprob(logits, batch), logits, hidden)
 
 

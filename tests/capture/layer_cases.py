@@ -102,6 +102,51 @@ class TwoNames(nn.Module):
         return torch.tanh(x @ self.first) @ self.second
 
 
+class Held(nn.Module):
+    """Its parameters are held by modules that are never called."""
+
+    def __init__(self, vectors=None):
+        super().__init__()
+        self.vectors = vectors or nn.ParameterDict({"a": torch.randn(D), "b": torch.randn(D)})
+        self.nested = nn.ModuleDict({"matrices": nn.ParameterList([torch.randn(D, D)])})
+
+    def forward(self, x):
+        return torch.sin(x * self.vectors["a"]) @ self.nested.matrices[0] + self.vectors["b"]
+
+
+class AroundHeld(nn.Module):
+    """Holds what a module inside it holds too; both use it."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = Held()
+        self.vectors = self.inner.vectors
+
+    def forward(self, x):
+        return self.inner(x) * self.vectors["a"]
+
+
+def held_by_two() -> nn.Module:
+    first = Held()
+    return nn.Sequential(first, Held(first.vectors))
+
+
+class Scaled(nn.Module):
+    """A parametrisation with a parameter of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.randn(D))
+
+    def forward(self, weight):
+        return weight * self.scale
+
+
+def parametrized(layer: nn.Module, name: str) -> nn.Module:
+    nn.utils.parametrize.register_parametrization(layer, name, Scaled())
+    return layer
+
+
 class Several(nn.Module):
     """Several tensors in and out; one output is an input, one is computed from another."""
 
@@ -332,6 +377,18 @@ CASES: dict[str, Case] = {
         lambda: around(nn.utils.weight_norm(nn.Linear(D, D))),
         forms={"layer.weight_v": Explicit, "layer.bias": Explicit},
     ),
+    "weight_norm": Case(
+        lambda: around(nn.utils.parametrizations.weight_norm(nn.Linear(D, D))),
+        forms={"layer.parametrizations.weight.original0": Explicit, "layer.bias": Explicit},
+    ),
+    "parametrized_bias": Case(
+        lambda: around(parametrized(nn.Linear(D, D), "bias")),
+        forms={"layer.parametrizations.bias.0.scale": Explicit, "layer.weight": Explicit},
+    ),
+    "parametrized_norm": Case(lambda: around(parametrized(nn.LayerNorm(D), "weight"))),
+    "held_by_no_module": Case(lambda: around(Held()), forms={"layer.vectors.a": Explicit}),
+    "held_by_two": Case(lambda: around(held_by_two())),
+    "held_by_two_one_inside_the_other": Case(lambda: around(AroundHeld())),
     "called_twice": Case(
         lambda: Net(
             lambda m, x: m.a(torch.tanh(m.a(x))) + m.n(m.n(x)), a=nn.Linear(D, D), n=nn.LayerNorm(D)

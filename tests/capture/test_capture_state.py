@@ -344,10 +344,24 @@ def test_attention_of_torch_is_refused_not_half_counted():
         gf.functional.per_sample_grad_norms(model, lambda m, b: m(b).sum((1, 2)), batch())
 
 
-def test_a_parametrised_weight_belongs_to_no_sample():
-    model = around(nn.utils.parametrizations.weight_norm(nn.Linear(4, 4))).double()
+class Constant(nn.Module):
+    """Returns what it learned, whatever the input."""
+
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.ones(4))
+
+    def forward(self):
+        return self.w.exp()
+
+
+def test_a_module_called_without_a_tensor_belongs_to_no_sample():
+    model = Net(
+        lambda m, x: m.after(m.before(x) * m.layer()),
+        before=nn.Linear(4, 4), layer=Constant(), after=nn.Linear(4, 3),
+    ).double()  # fmt: skip
     loss = lambda m, b: m(b).sin().sum((1, 2))  # noqa: E731
-    with pytest.raises(UnsupportedModelError, match=r"layer\.parametrizations\.weight' is called"):
+    with pytest.raises(UnsupportedModelError, match="module 'layer' is called without a tensor"):
         gf.functional.per_sample_grad_norms(model, loss, batch(4, 5))
     one = batch(1, 5)
     norms = gf.functional.per_sample_grad_norms(model, loss, one, per_parameter=True)

@@ -1,0 +1,142 @@
+"""What may be wrapped around a model or its modules, and the model inside, run as it is written.
+
+Compiled modules and activation checkpointing compute the same function in another way: by code that
+knows nothing of hooks, and by running parts of the forward again inside the backward. Here both are
+off for as long as hooks watch.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+
+from geffect_fast.errors import UnsupportedModelError
+
+COMPILED = "_orig_mod."
+"""What `torch.compile` puts into the names of a module's parameters."""
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model itself, where it was given inside `torch.compile`.
+
+    Raises:
+        UnsupportedModelError: it is given inside a wrapper that spreads it over devices.
+    """
+    while hasattr(model, "_modules") and "_orig_mod" in model._modules:
+        model = model.get_submodule("_orig_mod")
+    kind = type(model)
+    if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        raise UnsupportedModelError(
+            f"model: it is wrapped in {kind.__name__}, which copies it to other devices; give the "
+            "model inside, `model.module`"
+        )
+    if any(base.__module__.startswith("torch.distributed.fsdp") for base in kind.__mro__):
+        raise UnsupportedModelError(
+            f"model: it is wrapped in {kind.__name__}, which holds parts of its parameters; load "
+            "the model without it, or give `model.module` gathered on one device"
+        )
+    return model
+
+
+def plain_name(name: str) -> str:
+    """The name of a parameter without what `torch.compile` of a module puts into it."""
+    return name.replace(COMPILED, "")
+
+
+@contextmanager
+def eagerly(model: nn.Module) -> Iterator[None]:
+    """Inside, nothing of `model` runs compiled, and no activation is computed a second time.
+
+    Also left out is the fused path of `nn.TransformerEncoderLayer`, which passes its modules by.
+    """
+    checkpointed: list[Any] = [
+        m for m in model.modules() if vars(m).get("gradient_checkpointing") is True
+    ]
+    fused = torch.backends.mha.get_fastpath_enabled()
+    # Where dynamo was never imported nothing is compiled, and importing it takes seconds.
+    compiled = "torch._dynamo" in sys.modules
+    try:
+        torch.backends.mha.set_fastpath_enabled(False)
+        for module in checkpointed:
+            module.gradient_checkpointing = False
+        with torch.compiler.set_stance("force_eager") if compiled else nullcontext():
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
+        for module in checkpointed:
+            module.gradient_checkpointing = True
+
+
+# ---- peft ----
+
+
+def signed(model: nn.Module) -> nn.Module:
+    """The module whose `forward` names the arguments that `model` takes.
+
+    A model of peft hands on what it does not know to the model inside, except where it puts a soft
+    prompt before the input: positions mean something else there.
+    """
+    model = unwrapped(model)
+    if not _is_peft(model) or puts_prompt(model):
+        return model
+    return signed(model.base_model.model)  # type: ignore[union-attr, arg-type]
+
+
+def puts_prompt(model: nn.Module) -> bool:
+    """Whether a model of peft puts virtual tokens before the input (prompt and prefix tuning)."""
+    model = unwrapped(model)
+    config: Any = getattr(model, "active_peft_config", None) if _is_peft(model) else None
+    return bool(getattr(config, "is_prompt_learning", False))
+
+
+def _is_peft(model: nn.Module) -> bool:
+    peft = sys.modules.get("peft")
+    return peft is not None and isinstance(model, peft.PeftModel | peft.PeftMixedModel)
+
+
+# ---- modules that hold parameters for others ----
+
+
+def users(model: nn.Module, places: Sequence[str]) -> dict[str, str]:
+    """The modules whose forwards use what one module holds, and the way from each down to it.
+
+    Itself, unless it is never called: a module without a forward (`ParameterDict`), or a part of a
+    parametrisation, which runs wherever the weight is read.
+
+    Args:
+        model: the model.
+        places: all names of the module in it.
+
+    Returns:
+        Name of a module to the prefix (`""`, `lora_A.`) of its names for the parameters. Where the
+        same holder is shared by a module and one inside it, the outer one alone.
+    """
+    found: dict[str, str] = {}
+    for where in places:
+        user = where
+        if _PARAMETRIZATIONS in f".{where}.":
+            user = f".{where}.".split(_PARAMETRIZATIONS)[0].removeprefix(".")
+        while user and not _has_forward(model.get_submodule(user)):
+            user = user.rpartition(".")[0]
+        found[user] = f"{where[len(user) :].removeprefix('.')}." if where != user else ""
+    if "" in found.values():
+        return {places[0]: ""}  # hooks see it wherever it is called from
+    outer = {a for a in found if not any(a != b and _inside(a, b) for b in found)}
+    once = {model.get_submodule(where): where for where in reversed(found) if where in outer}
+    return {where: found[where] for where in once.values()}
+
+
+_PARAMETRIZATIONS = ".parametrizations."
+
+
+def _has_forward(module: nn.Module) -> bool:
+    return type(module).forward is not nn.Module.forward or "forward" in vars(module)
+
+
+def _inside(inner: str, outer: str) -> bool:
+    return not outer or inner.startswith(f"{outer}.")
