@@ -227,7 +227,8 @@ def show(
     """Print the tables and findings of a run again."""
     from geffect_fast.runs.store import open_run
 
-    _print_result(open_run(run), run)
+    with open_run(run, lazy=True) as dataset:
+        _print_result(dataset, run)
 
 
 @app.command(epilog=EXIT_CODES)
@@ -239,7 +240,8 @@ def export(
     from geffect_fast.runs.store import export as write_table
     from geffect_fast.runs.store import open_run
 
-    print(write_table(open_run(run), to))
+    with open_run(run, lazy=True) as dataset:
+        print(write_table(dataset, to))
 
 
 @app.command(epilog=EXIT_CODES)
@@ -313,8 +315,10 @@ def _print_result(dataset: xr.Dataset, folder: Path) -> None:
     """Tables, where the files are, and three sentences."""
     from geffect_fast.report.findings import findings
     from geffect_fast.report.table import render
+    from geffect_fast.runs.dataset import sum_positions
     from geffect_fast.runs.store import PLOTS
 
+    dataset = sum_positions(dataset)
     console = _console()
     console.print(render(dataset))
     plots = sorted((folder / PLOTS).glob("*.png")) if folder.is_dir() else []

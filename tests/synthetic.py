@@ -90,7 +90,19 @@ def make_dataset(
             "created": "2024-01-01T00:00:00+00:00",
         },
     )
+    if "position" in resolve:
+        # Two thirds of every effect at the first token, the rest at the second; then padding.
+        spread = xr.DataArray([2 / 3, 1 / 3, 0.0], {"position": [0, 1, 2]})
+        dataset["g_effect"] = dataset["g_effect"] * spread
+        ids = np.tile([7, 9, -1], (n_samples, 1))
+        dataset = dataset.assign_coords(token_id=(("sample", "position"), ids))
+    if "group" in resolve:
+        left = dataset["g_effect"].groupby("group").sum().transpose(..., "group")
+        order = ("objective", "risk", "group", "sample", "position")
+        left = left.transpose(*order, missing_dims="ignore")
+        dataset = dataset.drop_dims("parameter").assign(g_effect=left)
     for dim in {"parameter", "sample"} - set(resolve):
-        left = dataset["g_effect"].sum(dim)
-        dataset = dataset.drop_dims(dim).assign(g_effect=left)
+        if dim in dataset.dims:
+            left = dataset["g_effect"].sum(dim)
+            dataset = dataset.drop_dims(dim).assign(g_effect=left)
     return dataset

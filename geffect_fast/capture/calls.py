@@ -214,9 +214,7 @@ class GenericCall(Call):
             if g is not None and y.requires_grad
         }
         cus = {
-            position: segments.rows(
-                g.shape[:-1] if segments.n_samples > 1 else g.shape, self.where
-            )
+            position: segments.rows(g.shape[:-1] if segments.n_samples > 1 else g.shape, self.where)
             for position, (_, g) in used.items()
         }
         formed: dict[int | None, tuple[Tensor | None, ...]] = {}
@@ -274,9 +272,7 @@ class GenericCall(Call):
                 moved = [forward_ad.unpack_dual(y) for y in self._outputs(dual)]
         except (RuntimeError, NotImplementedError):
             return None
-        return [
-            torch.zeros_like(y.primal) if y.tangent is None else y.tangent for y in moved
-        ]
+        return [torch.zeros_like(y.primal) if y.tangent is None else y.tangent for y in moved]
 
     def _outputs(self, leaves: dict[str, Tensor]) -> list[Tensor]:
         """What the module returns with `leaves` for its own parameters, before others' hooks."""

@@ -24,7 +24,6 @@ from geffect_fast.capture.factors import (
 )
 from geffect_fast.capture.segments import segment_sum
 
-
 JVP_TOLERANCE = {torch.float64: 1e-7, torch.float32: 1e-4}
 """How far a jvp and a vjp of one module may be apart, relative to the sum of sizes; fp64 models
 that compute in fp32 inside are why the first figure is not smaller."""

@@ -7,7 +7,13 @@ from geffect_fast.data.fictitious import (
     split_forget,
     write_jsonl,
 )
-from geffect_fast.data.packing import LAYOUTS, Layout, estimate_token_budget, make_batches
+from geffect_fast.data.packing import (
+    LAYOUTS,
+    Layout,
+    estimate_token_budget,
+    make_batches,
+    token_places,
+)
 from geffect_fast.data.qa import read_refusals, read_rows
 from geffect_fast.data.tokenize import (
     Sample,
@@ -37,6 +43,7 @@ __all__ = [
     "read_refusals",
     "read_rows",
     "split_forget",
+    "token_places",
     "tokenize_rows",
     "write_jsonl",
 ]

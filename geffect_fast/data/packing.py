@@ -163,6 +163,31 @@ def _batch(
     )
 
 
+def token_places(sample_set: SampleSet, batch: Batch) -> Tensor:
+    """Where in its sample each token of a batch stands, `(total_tokens,)` int64.
+
+    A sample's tokens are counted through its answer and then its alternatives, whichever of them
+    the batch holds; -1 for tokens that extend a sequence.
+
+    Args:
+        sample_set: what the batch was cut from.
+        batch: of `make_batches`.
+    """
+    by_row = {sample.row: sample for sample in sample_set.samples}
+    lengths = batch.cu_seqlens.diff().tolist()
+    pieces, seen = [], dict.fromkeys(by_row, 0)
+    for q, (i, role) in enumerate(zip(batch.sequence_sample.tolist(), batch.roles, strict=True)):
+        sample = by_row[batch.rows[i]]
+        alternative = seen[sample.row]
+        seen[sample.row] += role == "alternative"
+        earlier = [] if role == "answer" else [sample.answer, *sample.alternatives[:alternative]]
+        own = sample.answer if role == "answer" else sample.alternatives[alternative]
+        places = torch.arange(lengths[q]) + sum(map(len, earlier))
+        places[len(own) :] = -1
+        pieces.append(places)
+    return torch.cat(pieces)
+
+
 def _extend(sequence: Sequence, length: int) -> Sequence:
     missing = length - len(sequence)
     if missing == 0:

@@ -1,4 +1,4 @@
-"""The reverse engine: effects per parameter and sample from activation gradients.
+"""The reverse engine: effects per parameter and sample, or position, from activation gradients.
 
 At a linear layer with inputs `a_t` and output gradients `g_t`,
 
@@ -9,7 +9,7 @@ so a backward that forms no weight gradient is enough, and `V a_t` is shared by 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -18,18 +18,22 @@ from torch import Tensor
 
 from geffect_fast.capture import Factor, Plan, Recorder
 from geffect_fast.capture.products import in_working_precision, inner
+from geffect_fast.data.batch import Batch
 from geffect_fast.engines.direction import Tick, add_gradients, new_gradients
 from geffect_fast.engines.forward_pass import model_outputs, sample_axis
 from geffect_fast.engines.tasks import Reference, Task
 
+Collect = Callable[[Task, Batch, Tensor], None]
+"""Receives the effects `(len(task.parts), M, C, n)` fp64 of one batch's samples or tokens."""
+
 
 @dataclass(frozen=True)
-class Effects:
-    """What one pass over the objectives' data gives.
+class Totals:
+    """What one pass over the objectives' data gives, summed over samples.
 
     Attributes:
         values: `(K,)` fp64, the objectives' values.
-        effects: `(K, M, P, N)` fp64: objective, direction, parameter, sample.
+        effects: `(K, M, P)` fp64: objective, direction, parameter.
         gradients: `(K, *shape)` by parameter, the objectives' whole gradients; None where not
             asked for.
     """
@@ -44,12 +48,14 @@ def reverse_effects(
     tasks: Sequence[Task],
     directions: Mapping[str, Tensor],
     n_objectives: int,
-    n_samples: int,
     reference: Reference,
+    collect: Collect,
     *,
+    columns: Sequence[int] | None = None,
+    per_token: bool = False,
     norms: bool,
     tick: Tick,
-) -> Effects:
+) -> Totals:
     """`effects[k, m, p, i] = <grad_p L_k of sample i, V_m>`, exact, for every trainable parameter.
 
     Args:
@@ -57,35 +63,45 @@ def reverse_effects(
         tasks: which objectives read which batches.
         directions: `(M, *shape)` for every trainable parameter.
         n_objectives: K.
-        n_samples: N, rows of all data sets together.
         reference: what the objectives compare with.
+        collect: receives each batch's effects, such as `EffectArray.add`.
+        columns: for each parameter the column its effects are added to there, such as the number of
+            its group; None: each its own.
+        per_token: resolve by the token at whose position a module is used, not by sample: the
+            summands `g_t^T V a_t`. A module of the generic rule is used where its output is.
         norms: also form the objectives' whole gradients (one more forward unit an objective).
         tick: progress.
     """
-    position = {name: p for p, name in enumerate(plan.parameters)}
+    number = {name: p for p, name in enumerate(plan.parameters)}
+    columns = range(len(number)) if columns is None else columns
+    n_columns = max(columns) + 1
     n_directions = next(iter(directions.values())).shape[0]
     directions = {
         name: in_working_precision(v, plan.parameters[name]) for name, v in directions.items()
     }
-    effects = torch.zeros(n_objectives, n_directions, len(position), n_samples, dtype=torch.float64)
+    totals = torch.zeros(n_objectives, n_directions, len(number), dtype=torch.float64)
     values = torch.zeros(n_objectives, dtype=torch.float64)
     gradients = new_gradients(plan, n_objectives) if norms else None
     parameters = list(plan.parameters.values())
 
     for task in tasks:
         for batch in task.batches:
-            rows = torch.tensor(batch.rows) + task.offset
+            n = batch.total_tokens if per_token else batch.n_samples
+            effects = totals.new_zeros(len(task.parts), n_directions, n_columns, n)
             current = 0
 
             def add(name: str, factors: list[Factor], kept: list[Tensor | None]) -> None:
                 score = sum(
                     inner(f, directions[name], z) for f, z in zip(factors, kept, strict=True)
                 )
-                effects[current, :, position[name], rows] += torch.as_tensor(score).cpu()  # noqa: B023
+                score = torch.as_tensor(score).cpu()
+                p = number[name]
+                effects[current, :, columns[p]] += score  # noqa: B023
+                totals[list(task.parts)[current], :, p] += score.sum(1)  # noqa: B023
 
             moved = batch.to(parameters[0].device)
             shared = directions if len(task.parts) > 1 else None
-            axis = sample_axis(plan.model, moved)
+            axis = sample_axis(plan.model, moved, per_token)
             with (
                 nullcontext() if norms else plan.frozen(),
                 Recorder(plan, add, axis, directions=shared) as recorder,
@@ -95,7 +111,7 @@ def reverse_effects(
                 roots = recorder.roots_of(outputs.token_logprob)
                 sources = roots + (parameters if norms else [])
                 for k, index in enumerate(task.parts):
-                    current = index
+                    current = k
                     loss, value = task.loss(index, outputs, moved, other)
                     values[index] += value
                     grads = torch.autograd.grad(
@@ -104,5 +120,6 @@ def reverse_effects(
                     recorder.finish()
                     if gradients is not None:
                         add_gradients(plan, gradients, index, grads[len(roots) :])
+            collect(task, batch, effects)
             tick(batch.total_tokens)
-    return Effects(values, effects, gradients)
+    return Totals(values, totals, gradients)

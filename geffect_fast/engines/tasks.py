@@ -24,11 +24,13 @@ class Task:
         batches: on the CPU.
         parts: the elementary objectives that read these batches, by their number among all parts.
         offset: number of the first row of this data set on the result's sample axis.
+        on: name of the data set.
     """
 
     batches: Sequence[Batch]
     parts: dict[int, Objective] = field(default_factory=dict)
     offset: int = 0
+    on: str = ""
 
     @property
     def needs(self) -> frozenset[Need]:
@@ -48,6 +50,15 @@ class Task:
         return part.token_terms(outputs, batch, reference).sum(), value
 
 
+def mixture_of(objectives: Sequence[Objective], parts: Sequence[Objective]) -> Tensor:
+    """How often each part counts in each objective, `(K, n_parts)` fp64."""
+    mixture = torch.zeros(len(objectives), len(parts), dtype=torch.float64)
+    for k, objective in enumerate(objectives):
+        for coefficient, part in objective.parts():
+            mixture[k, parts.index(part)] += coefficient
+    return mixture
+
+
 def tasks_for(
     parts: Sequence[Objective],
     batches_of: Callable[[str, tuple[Role, ...]], Sequence[Batch]],
@@ -65,7 +76,7 @@ def tasks_for(
         roles = tuple(r for r in ROLE_ORDER if r in part.roles)
         key = (part.on, roles)
         if key not in tasks:
-            tasks[key] = Task(batches_of(part.on, roles), offset=offsets[part.on])
+            tasks[key] = Task(batches_of(part.on, roles), offset=offsets[part.on], on=part.on)
         tasks[key].parts[index] = part
     return list(tasks.values())
 

@@ -22,7 +22,9 @@ def write_report(dataset: xr.Dataset, folder: Path) -> None:
     """
     from geffect_fast.report.plots import plot_instances, plot_layers
     from geffect_fast.report.summary import write_summary
+    from geffect_fast.runs.dataset import sum_positions
 
+    dataset = sum_positions(dataset)
     write_summary(dataset, folder / "summary.csv")
     plots = folder / "plots"
     plots.mkdir(exist_ok=True)

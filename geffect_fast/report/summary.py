@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from geffect_fast.runs.axes import GROUPS, OUTSIDE
+
 if TYPE_CHECKING:
     import xarray as xr
 
-GROUPS = ("embedding", "shallow", "middle", "deep", "final_norm", "lm_head")
 UNLEARN = "unlearn"
 
 LITTLE_HARM, MUCH_HARM = 0.1, 1.0
@@ -90,19 +91,8 @@ def by_sample(dataset: xr.Dataset) -> xr.DataArray | None:
     effect = dataset["g_effect"]
     if "sample" not in effect.dims:
         return None
-    if "parameter" in effect.dims:
-        effect = effect.sum("parameter", skipna=False)
+    effect = effect.sum([d for d in ("parameter", "group") if d in effect.dims], skipna=False)
     return effect[..., (effect["set"] == "forget").values].transpose("objective", "risk", "sample")
-
-
-def by_parameter(dataset: xr.Dataset) -> xr.DataArray | None:
-    """G-effects of each parameter, `(objective, risk, parameter)`; None where they are summed."""
-    effect = dataset["g_effect"]
-    if "parameter" not in effect.dims:
-        return None
-    if "sample" in effect.dims:
-        effect = effect.sum("sample", skipna=False)
-    return effect.transpose("objective", "risk", "parameter")
 
 
 def by_place(dataset: xr.Dataset, blocks: bool) -> tuple[list[str], np.ndarray] | None:
@@ -110,19 +100,24 @@ def by_place(dataset: xr.Dataset, blocks: bool) -> tuple[list[str], np.ndarray] 
 
     Args:
         dataset: a result.
-        blocks: every block by itself (True) or groups of them (False).
+        blocks: every block by itself (True), where the result tells them apart, or groups of them.
 
     Returns:
-        Labels and values `(objective, risk, len(labels))`; None where parameters are summed.
+        Labels and values `(objective, risk, len(labels))`; None where the whole model is summed.
     """
-    effect = by_parameter(dataset)
-    if effect is None:
+    effect = dataset["g_effect"]
+    axis = next((d for d in ("parameter", "group") if d in effect.dims), None)
+    if axis is None:
         return None
+    effect = effect.sum([d for d in ("sample", "position") if d in effect.dims], skipna=False)
+    effect = effect.transpose("objective", "risk", axis)
+    groups = [str(group) for group in effect["group"].values]
+    numbers = effect["block"].values if "block" in effect.coords else [OUTSIDE] * len(groups)
     labels: list[str] = []
     where: dict[str, tuple[int, int]] = {}
-    for group, block in zip(effect["group"].values, effect["block"].values, strict=True):
+    for group, block in zip(groups, numbers, strict=True):
         place = GROUPS.index(group) if group in GROUPS else len(GROUPS)
-        label = str(block) if blocks and block >= 0 else str(group)
+        label = str(block) if blocks and block != OUTSIDE else group
         where[label] = (place, int(block) if blocks else 0)
         labels.append(label)
     kept = sorted(where, key=where.__getitem__)

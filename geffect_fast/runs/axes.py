@@ -12,6 +12,8 @@ OUTSIDE = -1
 """Block of a parameter outside the stack of layers."""
 
 THIRDS = ("shallow", "middle", "deep")
+GROUPS = ("embedding", *THIRDS, "final_norm", "lm_head")
+"""Parts of a model, front to back."""
 
 
 def block_of(name: str) -> int:
@@ -42,13 +44,20 @@ def group_of(name: str, n_blocks: int) -> str:
     return "final_norm" if re.search(r"norm|ln_", name) else "lm_head"
 
 
+def groups_of(names: Sequence[str]) -> tuple[list[str], list[int]]:
+    """The groups of these parameters, front to back, and for each parameter its group's number."""
+    n_blocks = max(map(block_of, names), default=OUTSIDE) + 1
+    groups = [group_of(name, n_blocks) for name in names]
+    present = [group for group in GROUPS if group in groups]
+    return present, [present.index(group) for group in groups]
+
+
 def parameter_coordinates(names: Sequence[str]) -> dict[str, Any]:
     """Coordinates of the parameter axis: `block`, `kind` and `group` of every name."""
-    blocks = [block_of(name) for name in names]
-    n_blocks = max(blocks, default=OUTSIDE) + 1
+    groups, members = groups_of(names)
     return {
         "parameter": list(names),
-        "block": ("parameter", np.array(blocks)),
+        "block": ("parameter", np.array([block_of(name) for name in names])),
         "kind": ("parameter", [kind_of(name) for name in names]),
-        "group": ("parameter", [group_of(name, n_blocks) for name in names]),
+        "group": ("parameter", [groups[g] for g in members]),
     }

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -12,9 +13,10 @@ from geffect_fast.capture import Factor, Plan, Recorder
 from geffect_fast.data import Layout, SampleSet, estimate_token_budget, make_batches
 from geffect_fast.data.batch import Batch, Role
 from geffect_fast.engines.direction import Tick, accumulate_gradients
+from geffect_fast.engines.effect_array import EffectArray
 from geffect_fast.engines.forward_pass import logits_of, model_outputs, sample_axis, takes
 from geffect_fast.engines.reverse import reverse_effects
-from geffect_fast.engines.tasks import Reference, Task, tasks_for
+from geffect_fast.engines.tasks import Reference, Task, mixture_of, tasks_for
 from geffect_fast.functional import pairwise_inner_products, per_sample_grad_norms
 from geffect_fast.objectives import NLL, Objective
 from geffect_fast.runs.plain import Numbers, token_logprob
@@ -70,21 +72,19 @@ class CapturedNumbers:
         reference = Reference(self.reference)
         _, directions = accumulate_gradients(self.plan, [risk], 1, reference, tick)
         reference.prepare(self.tasks, device)
-        found = reverse_effects(
+        shape = (len(self.objectives), 1, len(self.plan.parameters), 2 * self.n, 1)
+        found = EffectArray(mixture_of(self.objectives, self.parts), np.zeros(shape))
+        reverse_effects(
             self.plan,
             self.tasks,
             directions,
             len(self.parts),
-            2 * self.n,
             reference,
+            found.add,
             norms=False,
             tick=tick,
-        ).effects[:, 0]
-        mixture = torch.zeros(len(self.objectives), len(self.parts), dtype=torch.float64)
-        for k, objective in enumerate(self.objectives):
-            for coefficient, part in objective.parts():
-                mixture[k, self.parts.index(part)] += coefficient
-        return torch.tensordot(mixture, found, dims=1)
+        )
+        return torch.from_numpy(found.values)[:, 0, :, :, 0]
 
     def _norms(self, tick: Tick) -> Tensor:
         norms = torch.zeros(len(self.plan.parameters), self.n, dtype=torch.float64)

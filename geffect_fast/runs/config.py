@@ -59,8 +59,8 @@ class ProfileConfig(BaseModel):
     risk: str = "nll"
     """The risk whose change is predicted, an objective: nll, the answers' mean loss."""
 
-    resolve: tuple[Literal["parameter", "sample"], ...] = ("parameter", "sample")
-    """Axes of the result, parameter and sample or one of them; the other is summed."""
+    resolve: tuple[str, ...] = ("parameter", "sample")
+    """Axes of the result: parameter or group; sample; position (of a layer's use in a sequence)."""
 
     engine: Literal["auto", "reverse"] = "auto"
     """How the effect is computed, auto or reverse; every engine is exact."""
@@ -113,6 +113,16 @@ class ProfileConfig(BaseModel):
             return str(parse(value))
         except InputError as error:
             raise ValueError(str(error)) from None
+
+    @field_validator("resolve")
+    @classmethod
+    def _known_axes(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        from geffect_fast.runs.resolution import checked_axes
+
+        try:
+            return checked_axes(value)
+        except InputError as error:
+            raise ValueError(str(error).removeprefix("resolve: ")) from None
 
     @field_validator("probes")
     @classmethod

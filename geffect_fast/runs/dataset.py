@@ -17,7 +17,7 @@ from torch import Tensor
 from geffect_fast import ops
 from geffect_fast.capture import Plan
 from geffect_fast.errors import NonFiniteError, UnsupportedModelError
-from geffect_fast.runs.axes import parameter_coordinates
+from geffect_fast.runs.resolution import Resolution
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -51,18 +51,21 @@ def check_directions(x: Tensor, what: str, names: Sequence[str]) -> None:
 
 
 def check_effects(effects: Tensor, values: Tensor, objectives: Sequence[str], plan: Plan) -> None:
-    """Raise `NonFiniteError` naming the first objective and parameter that are not finite."""
+    """Raise `NonFiniteError` naming the first objective and parameter that are not finite.
+
+    Args:
+        effects: `(K, M, P)`, summed over samples.
+        values: `(K,)`.
+        objectives: what they are called.
+        plan: of the model.
+    """
     for objective, value in zip(objectives, values.tolist(), strict=True):
         if not math.isfinite(value):
             raise NonFiniteError(
                 f"the value of objective '{objective}' is {value}; check its hyper-parameters and "
                 "the model's precision"
             )
-    bad = (
-        ~torch.isfinite(effects).flatten(3).all(-1)
-        if effects.dim() == 4
-        else ~torch.isfinite(effects)
-    )
+    bad = ~torch.isfinite(effects)
     if bad.any():
         k, _, p = bad.nonzero()[0].tolist()
         raise NonFiniteError(
@@ -89,58 +92,71 @@ def check_coverage(plan: Plan, effects: Tensor, gram: Tensor, m: int) -> None:
 
 
 def dataset(
-    effects: Tensor,
-    axes: Sequence[str],
-    labels: Mapping[str, Sequence[str]],
-    samples: Sequence[tuple[int, str, str]],
+    resolution: Resolution,
+    effects: np.ndarray | None,
+    objectives: Sequence[str],
+    risks: Sequence[str],
     risk_values: Tensor,
     losses: Tensor,
     gram: Tensor | None,
+    tokenizer: Any,
     settings: Mapping[str, Any],
 ) -> xr.Dataset:
     """The result: every number under its name on every axis that was asked for.
 
     Args:
-        effects: `(K, M, P)` or `(K, M, P, N)` fp64.
-        axes: of `parameter` and `sample`, those to keep.
-        labels: names along `objective`, `risk` and `parameter`.
-        samples: row number, set and question of each sample.
+        resolution: the axes.
+        effects: `resolution.shape(K, M)` fp64; None where they are in a file already.
+        objectives, risks: names along these axes.
         risk_values: `(M,)`.
         losses: `(K,)`.
         gram: `(P, M + K, M + K)` of risks and then objectives; None: no norms.
+        tokenizer: writes tokens out along positions; None: their ids only.
         settings: attributes of the result.
     """
     import xarray as xr
 
-    dims = ["objective", "risk", "parameter"] + (["sample"] if effects.dim() == 4 else [])
-    g_effect = xr.DataArray(effects.numpy(), dims=dims)
-    if "parameter" not in axes:
-        g_effect = g_effect.sum("parameter")
     variables: dict[str, Any] = {
-        "g_effect": g_effect,
         "risk_value": ("risk", risk_values.numpy()),
         "loss": ("objective", losses.numpy()),
     }
+    if effects is not None:
+        variables = {"g_effect": (resolution.dims, resolution.kept(effects))} | variables
     if gram is not None:
-        variables |= _norm_variables(gram, len(labels["risk"]), "parameter" in axes)
-    coords: dict[str, Any] = {d: list(labels[d]) for d in ("objective", "risk")}
-    if "parameter" in axes:
-        coords |= parameter_coordinates(labels["parameter"])
-    if "sample" in g_effect.dims:
-        rows, sets, questions = zip(*samples, strict=True)
-        coords |= {
-            "sample": np.array(rows),
-            "set": ("sample", list(sets)),
-            "question": ("sample", list(questions)),
-        }
+        variables |= _norm_variables(gram, len(risks), resolution)
+    coords = {"objective": list(objectives), "risk": list(risks)}
     attrs = dict(settings) | {
         "versions": json.dumps(_versions()),
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
-    return xr.Dataset(variables, coords=coords, attrs=attrs)
+    return xr.Dataset(variables, coords | resolution.coordinates(tokenizer), attrs)
 
 
-def _norm_variables(gram: Tensor, m: int, per_parameter: bool) -> dict[str, Any]:
+def sum_positions(dataset: xr.Dataset) -> xr.Dataset:
+    """The result as it would be without `position`, one sample at a time in memory.
+
+    Args:
+        dataset: a result, in memory or read from its file as it is asked for.
+    """
+    effect = dataset["g_effect"]
+    if "position" not in effect.dims:
+        return dataset
+    if "sample" not in effect.dims:
+        summed = effect.sum("position", skipna=False)
+    else:
+        import xarray as xr
+
+        rows = [
+            effect.isel(sample=[row]).sum("position", skipna=False)
+            for row in range(effect.sizes["sample"])
+        ]
+        summed = xr.concat(rows, "sample").transpose(*(d for d in effect.dims if d != "position"))
+    return dataset.drop_dims("position").assign(g_effect=summed)
+
+
+def _norm_variables(gram: Tensor, m: int, resolution: Resolution) -> dict[str, Any]:
+    """Norms and cosines of whole gradients, and by parameter or group where that is an axis."""
+
     def of(g: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         norm = g.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt()
         product = norm[..., m:, None] * norm[..., None, :m]
@@ -153,12 +169,15 @@ def _norm_variables(gram: Tensor, m: int, per_parameter: bool) -> dict[str, Any]
         "risk_grad_norm": ("risk", risk),
         "cosine": (("objective", "risk"), cosine),
     }
-    if per_parameter:
-        objective, risk, cosine = of(gram)
+    by = resolution.by_place
+    if by is not None:
+        labels, columns = resolution.columns()
+        placed = gram.new_zeros(len(labels), *gram.shape[1:])
+        objective, risk, cosine = of(placed.index_add_(0, torch.tensor(columns), gram))
         variables |= {
-            "parameter_grad_norm": (("parameter", "objective"), objective),
-            "parameter_risk_grad_norm": (("parameter", "risk"), risk),
-            "parameter_cosine": (("parameter", "objective", "risk"), cosine),
+            f"{by}_grad_norm": ((by, "objective"), objective),
+            f"{by}_risk_grad_norm": ((by, "risk"), risk),
+            f"{by}_cosine": ((by, "objective", "risk"), cosine),
         }
     return variables
 

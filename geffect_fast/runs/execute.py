@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,15 @@ from geffect_fast.runs.check import Check, check
 from geffect_fast.runs.config import ProfileConfig
 from geffect_fast.runs.models import check_model_source, load_model, load_tokenizer, resolve_device
 from geffect_fast.runs.profile import check_needs_no_refusals, profile
-from geffect_fast.runs.store import Reporter, check_free, save_run
+from geffect_fast.runs.store import (
+    RESULTS,
+    Reporter,
+    check_free,
+    open_run,
+    save_run,
+    staged_run,
+    write_rest,
+)
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -42,7 +50,8 @@ def execute(
         report: adds tables and plots to the folder, such as `geffect_fast.report.write_report`.
 
     Returns:
-        The result, as `geffect_fast.profile` returns it.
+        The result, as `geffect_fast.profile` returns it; by sample and position it is read from the
+        run folder as it is asked for.
 
     Raises:
         InputError, NonFiniteError, UnsupportedModelError: nothing has been written then.
@@ -51,9 +60,12 @@ def execute(
     device = _check_sources(config)
     data = _read_data(config)
     tokenizer = _tokenizer(config, _has_text(data))
-    with _threads(config.threads) as threads:
+    # Effects by sample and position may be larger than memory: they go straight to the folder.
+    streams = config.resolve[-2:] == ("sample", "position")
+    with _threads(config.threads) as threads, ExitStack() as stack:
         model = load_model(config.model, config.dtype, str(device))
         dtype = str(model.dtype).removeprefix("torch.")
+        staging = stack.enter_context(staged_run(out, overwrite)) if streams else None
         dataset = profile(
             model,
             tokenizer,
@@ -68,17 +80,23 @@ def execute(
             template=config.template,
             max_length=config.max_length,
             token_budget=config.token_budget,
+            out=staging / RESULTS if staging is not None else None,
             progress=progress,
         )
-    chosen = {
-        "token_budget": int(dataset.attrs["token_budget"]),
-        "engine": dataset.attrs["engine"],
-        "threads": threads,
-        "device": str(device),
-        "dtype": dtype,
-    }
-    save_run(out, dataset, config.model_copy(update=chosen), overwrite, report)
-    return dataset
+        chosen = {
+            "token_budget": int(dataset.attrs["token_budget"]),
+            "engine": dataset.attrs["engine"],
+            "threads": threads,
+            "device": str(device),
+            "dtype": dtype,
+        }
+        replay = config.model_copy(update=chosen)
+        if staging is None:
+            save_run(out, dataset, replay, overwrite, report)
+            return dataset
+        with dataset:
+            write_rest(staging, dataset, replay, report)
+    return open_run(out, lazy=True)
 
 
 def execute_check(config: ProfileConfig, samples: int, *, progress: bool = False) -> Check:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -26,9 +28,10 @@ from geffect_fast.data import (
 from geffect_fast.data.batch import Batch, Reduction, Role
 from geffect_fast.data.memory import free_memory
 from geffect_fast.engines.direction import Tick, accumulate_gradients
+from geffect_fast.engines.effect_array import EffectArray
 from geffect_fast.engines.layout import choose_layout
-from geffect_fast.engines.reverse import Effects, reverse_effects
-from geffect_fast.engines.tasks import Reference, Task, tasks_for
+from geffect_fast.engines.reverse import reverse_effects
+from geffect_fast.engines.tasks import Reference, Task, mixture_of, tasks_for
 from geffect_fast.errors import InputError, UnsupportedModelError
 from geffect_fast.objectives import Objective, parse_list
 from geffect_fast.objectives import resolve as resolve_objective
@@ -43,12 +46,13 @@ from geffect_fast.runs.dataset import (
 )
 from geffect_fast.runs.models import check_finite, load_model
 from geffect_fast.runs.progress import progress_bar
+from geffect_fast.runs.resolution import Resolution, checked_axes
+from geffect_fast.runs.stream import EffectFile
 
 if TYPE_CHECKING:
     import xarray as xr
 
 ENGINES = ("auto", "reverse")
-AXES = ("parameter", "sample")
 
 
 def profile(
@@ -61,7 +65,7 @@ def profile(
     probes: Mapping[str, Any] | None = None,
     refusals: Any = None,
     reference_model: nn.Module | str | Path | None = None,
-    resolve: Sequence[str] = AXES,
+    resolve: Sequence[str] = ("parameter", "sample"),
     engine: str = "auto",
     reduction: Reduction = "token",
     risk: str | Objective = "nll",
@@ -69,9 +73,10 @@ def profile(
     template: str = "auto",
     max_length: int | None = None,
     token_budget: int | None = None,
+    out: str | Path | None = None,
     progress: bool = False,
 ) -> xr.Dataset:
-    """The G-effect of unlearning objectives on a model's risks, per parameter and per sample.
+    """The G-effect of unlearning objectives on a model's risks: by parameter, sample, position.
 
         e = < grad R(D), grad L(D_u) >
 
@@ -92,7 +97,10 @@ def profile(
             no field `alternative`, one or a list, of its own.
         reference_model: what NPO-like objectives compare with, a model or the folder of one; None:
             `model` as it is.
-        resolve: axes of the result, of `parameter` and `sample`; the others are summed.
+        resolve: axes of the result; all others are summed. `parameter`, or `group` (embedding,
+            thirds of the blocks by depth, final norm, output layer); `sample`; `position`: where
+            in the sequence a layer is used, the summand `g_t^T V a_t` of its token `t`. That is
+            another thing than which predicted token drives the effect, though both add up.
         engine: `auto` or `reverse`.
         reduction: what means are taken over, in objectives and risks alike: all answer tokens
             (`token`), each sample's tokens and then samples (`sample`), or no mean (`sum`).
@@ -103,16 +111,24 @@ def profile(
         template: `auto`, or a text with `{question}` and `{answer}`.
         max_length: refuse samples of more tokens.
         token_budget: tokens a batch; None: chosen from free memory.
+        out: a NetCDF file that effects by sample and position are written to while they are
+            computed, for results larger than memory; None: in memory.
         progress: show a bar.
 
     Returns:
         A Dataset with `g_effect` (objective, risk, parameter, sample), `risk_value` (risk), `loss`
         (objective), and with `norms` `grad_norm` (objective), `risk_grad_norm` (risk), `cosine`
-        (objective, risk) of the whole gradients and the same per parameter under `parameter_*`.
-        All fp64. Coordinates: `parameter` with `block`, `kind`, `group`; `sample` (row number) with
-        `set` and `question`. Attributes say what is covered (`covered_parameters` of
-        `trainable_parameters`, the same in elements, `frozen_*`, `tied`), and whether the shares
-        were compared with whole gradients (`coverage_checked`).
+        (objective, risk) of the whole gradients and the same per parameter under `parameter_*`, or
+        per group under `group_*`. All fp64.
+
+        Coordinates: `parameter` with `block`, `kind`, `group`; `sample` (row number) with `set` and
+        `question`; `position` counts through a sample's answer and then its alternatives, with
+        `token_id`, `token` (its text) and `sequence` (0: the answer) on (sample, position). Beyond
+        a sample's end effects are 0 and ids -1.
+
+        Attributes say what is covered (`covered_parameters` of `trainable_parameters`, the same in
+        elements, `frozen_*`, `tied`), and whether the shares were compared with whole gradients
+        (`coverage_checked`). With `out` the Dataset reads from the file; close it after use.
 
     Raises:
         InputError: unusable data, objective or argument, in one line.
@@ -126,7 +142,8 @@ def profile(
     """
     chosen = resolved_list(objectives)
     risk_part = _risk(risk)
-    axes = _checked(resolve, engine, reduction, token_budget)
+    axes = checked_axes(resolve)
+    _check_arguments(engine, reduction, token_budget)
     # Effects are linear in the objective: a part that several objectives share is profiled once.
     parts = list(dict.fromkeys(part for objective in chosen for _, part in objective.parts()))
     needs = {need for part in parts for need in part.needs}
@@ -138,13 +155,23 @@ def profile(
         check_needs_no_refusals(chosen)
     check_model(model, sets)
     plan = Plan.of(model)
-    if norms or "sample" not in axes:
-        _check_memory(plan, len(parts))
+    uses_retain = any(part.on == "retain" for part in parts)
+    resolution = Resolution(
+        axes,
+        list(plan.parameters),
+        {name: sets[name] for name in ("forget", "retain")[: 1 + uses_retain]},
+        "alternative" in roles,
+    )
+    risk_names = {"unlearn": "forget", "retain": "retain"} | {p: p for p in probes or {}}
+    shape = resolution.shape(len(chosen), len(risk_names))
+    if out is not None and axes[-2:] != ("sample", "position"):
+        raise InputError("out: goes with resolve by 'sample' and 'position'; leave it out")
+    _check_memory(plan, len(parts) if norms or not resolution.per_sample else 0, shape, out)
     try:
         layout = choose_layout(plan, sets["forget"])
     except UnsupportedModelError:
         # Whole gradients need no shares of samples, only samples that do not meet.
-        if "sample" in axes:
+        if resolution.per_sample:
             raise
         layout = "single"
     budget = token_budget or estimate_token_budget(model, n_directions=len(sets))
@@ -155,9 +182,7 @@ def profile(
         )
 
     n_forget, n_retain = len(sets["forget"]), len(sets["retain"])
-    uses_retain = any(part.on == "retain" for part in parts)
     tasks = tasks_for(parts, batches_of, {"forget": 0, "retain": n_forget})
-    risk_names = {"unlearn": "forget", "retain": "retain"} | {p: p for p in probes or {}}
     risk_tasks = [
         Task(batches_of(source, risk_part.roles), {m: risk_part})
         for m, source in enumerate(risk_names.values())
@@ -172,72 +197,68 @@ def profile(
     for name, direction in directions.items():
         check_directions(direction, f"gradient of the risk on '{{}}' at {name}", list(risk_names))
     reference.prepare(tasks, device)
-    with _ticking(progress, "effects of the objectives", tasks) as tick:
-        if "sample" in axes:
-            found = reverse_effects(
-                plan,
-                tasks,
-                directions,
-                len(parts),
-                n_forget + (n_retain if uses_retain else 0),
-                reference,
-                norms=norms,
-                tick=tick,
-            )
-        else:
-            values, gradients = accumulate_gradients(plan, tasks, len(parts), reference, tick)
-            found = Effects(values, torch.empty(0), gradients)
-
-    gram = gram_matrices(directions, found.gradients) if found.gradients is not None else None
+    mixture = mixture_of(chosen, parts)
+    columns = resolution.columns()[1]
     m = len(risk_names)
-    if "sample" in axes:
-        effects = found.effects
-    else:
-        assert gram is not None
-        effects = gram[:, m:, :m].permute(1, 2, 0)
-    check_effects(effects, found.values, [str(part) for part in parts], plan)
-    if "sample" in axes and gram is not None:
-        check_coverage(plan, effects.sum(-1), gram, m)
-
-    mixture = torch.zeros(len(chosen), len(parts), dtype=torch.float64)
-    for k, objective in enumerate(chosen):
-        for coefficient, part in objective.parts():
-            mixture[k, parts.index(part)] += coefficient
-    effects = torch.tensordot(mixture, effects, dims=1)
-    if gram is not None:
-        onto = torch.block_diag(torch.eye(m, dtype=torch.float64), mixture)
-        gram = onto @ gram @ onto.T
-    labels = {
-        "objective": [str(o) for o in chosen],
-        "risk": list(risk_names),
-        "parameter": list(plan.parameters),
-    }
-    samples = [(row, "forget", q) for row, q in enumerate(sets["forget"].questions)]
-    if uses_retain:
-        samples += [(row, "retain", q) for row, q in enumerate(sets["retain"].questions)]
-    settings = {
-        "engine": "reverse",
-        "layout": layout,
-        "reduction": reduction,
-        "risk": str(risk_part),
-        "token_budget": budget,
-        "dtype": str(next(iter(plan.parameters.values())).dtype).removeprefix("torch."),
-        "n_forget": n_forget,
-        "n_retain": n_retain,
-        "objectives": json.dumps([{"name": o.name, "parameters": o.parameters()} for o in chosen]),
-        **Coverage.of(model).attributes(),
-        "coverage_checked": int(gram is not None),  # NetCDF has no booleans
-    }
-    return dataset(
-        effects,
-        axes,
-        labels,
-        samples,
-        risk_values,
-        mixture @ found.values,
-        gram if norms else None,
-        settings,
-    )
+    with (
+        nullcontext(np.zeros(shape)) if out is None else EffectFile(out, resolution.dims, shape)
+    ) as array:
+        with _ticking(progress, "effects of the objectives", tasks) as tick:
+            if resolution.per_sample:
+                places = resolution.places if "position" in axes else None
+                totals = reverse_effects(
+                    plan,
+                    tasks,
+                    directions,
+                    len(parts),
+                    reference,
+                    EffectArray(mixture, array, places).add,
+                    columns=columns,
+                    per_token="position" in axes,
+                    norms=norms,
+                    tick=tick,
+                )
+                values, by_parameter, gradients = totals.values, totals.effects, totals.gradients
+                gram = None if gradients is None else gram_matrices(directions, gradients)
+            else:
+                values, whole = accumulate_gradients(plan, tasks, len(parts), reference, tick)
+                gram = gram_matrices(directions, whole)
+                by_parameter = gram[:, m:, :m].permute(1, 2, 0)
+                mixed = torch.tensordot(mixture, by_parameter, dims=1)
+                torch.from_numpy(array)[..., 0, 0].index_add_(2, torch.tensor(columns), mixed)
+        check_effects(by_parameter, values, [str(part) for part in parts], plan)
+        if resolution.per_sample and gram is not None:
+            check_coverage(plan, by_parameter, gram, m)
+        if gram is not None:
+            onto = torch.block_diag(torch.eye(m, dtype=torch.float64), mixture)
+            gram = onto @ gram @ onto.T
+        settings = {
+            "engine": "reverse",
+            "layout": layout,
+            "reduction": reduction,
+            "risk": str(risk_part),
+            "token_budget": budget,
+            "dtype": str(next(iter(plan.parameters.values())).dtype).removeprefix("torch."),
+            "n_forget": n_forget,
+            "n_retain": n_retain,
+            "objectives": json.dumps(
+                [{"name": o.name, "parameters": o.parameters()} for o in chosen]
+            ),
+            **Coverage.of(model).attributes(),
+            "coverage_checked": int(gram is not None),  # NetCDF has no booleans
+        }
+        result = dataset(
+            resolution,
+            None if isinstance(array, EffectFile) else array,
+            [str(o) for o in chosen],
+            list(risk_names),
+            risk_values,
+            mixture @ values,
+            gram if norms else None,
+            tokenizer,
+            settings,
+        )
+        return array.finish(result) if isinstance(array, EffectFile) else result
 
 
 # ---- arguments ----
@@ -274,20 +295,13 @@ def _risk(spec: str | Objective) -> Objective:
     return parts[0][1]
 
 
-def _checked(
-    resolve: Sequence[str], engine: str, reduction: str, token_budget: int | None
-) -> tuple[str, ...]:
-    axes = (resolve,) if isinstance(resolve, str) else tuple(resolve)
-    for axis in axes:
-        if axis not in AXES:
-            raise InputError(f"resolve: unknown axis '{axis}'; choose from {', '.join(AXES)}")
+def _check_arguments(engine: str, reduction: str, token_budget: int | None) -> None:
     if engine not in ENGINES:
         raise InputError(f"engine: unknown '{engine}'; choose from {', '.join(ENGINES)}")
     if reduction not in REDUCTIONS:
         raise InputError(f"reduction: unknown '{reduction}'; choose from {', '.join(REDUCTIONS)}")
     if token_budget is not None and token_budget < 1:
         raise InputError(f"token_budget: must be at least 1, got {token_budget}")
-    return axes
 
 
 def _read_sets(
@@ -333,15 +347,25 @@ def check_model(model: nn.Module, sets: Mapping[str, SampleSet]) -> None:
             check_vocabulary(sample_set, vocab_size)
 
 
-def _check_memory(plan: Plan, n_objectives: int) -> None:
+def _check_memory(
+    plan: Plan, n_gradients: int, shape: tuple[int, ...], out: str | Path | None
+) -> None:
+    """Raise `InputError` where whole gradients, or the result itself, do not fit."""
     device = next(iter(plan.parameters.values())).device
-    needed = 4 * n_objectives * sum(p.numel() for p in plan.parameters.values())
+    needed = 4 * n_gradients * sum(p.numel() for p in plan.parameters.values())
     free = free_memory(device)
     if needed > free:
         raise InputError(
-            f"objectives: the whole gradients of {n_objectives} take {needed / 2**30:.1f} GiB and "
+            f"objectives: the whole gradients of {n_gradients} take {needed / 2**30:.1f} GiB and "
             f"{free / 2**30:.1f} GiB are free; profile fewer at once, or resolve by sample with "
             "norms=False (--no-norms)"
+        )
+    needed, free = 8 * prod(shape), free_memory(torch.device("cpu"))
+    if out is None and needed > free:
+        raise InputError(
+            f"resolve: the result takes {needed / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are "
+            "free; resolve by 'group' in place of 'parameter', profile fewer objectives, or give "
+            "out=FILE with 'sample' and 'position' (a run folder is written that way)"
         )
 
 

@@ -6,7 +6,8 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,8 @@ PLOTS = "plots"
 
 _JSON_ATTRS = "json_attrs"
 _STAGING = ".writing-"
+
+COMPRESSION = {"compression": "gzip", "compression_opts": 4, "shuffle": True}
 
 Reporter = Callable[["xr.Dataset", Path], None]
 """Writes what people look at (tables, plots) into a folder."""
@@ -74,16 +77,35 @@ def save_run(
     Raises:
         InputError: as `check_free`, or the disk refuses.
     """
+    with staged_run(folder, overwrite) as staging:
+        _write_dataset(dataset, staging / RESULTS)
+        write_rest(staging, dataset, config, report)
+    return Path(folder).expanduser().absolute()
+
+
+def write_rest(
+    staging: Path, dataset: xr.Dataset, config: ProfileConfig, report: Reporter | None
+) -> None:
+    """Write all of a run but its result: `run.yaml` and the report."""
+    (staging / CONFIG).write_text(dump_config(config), encoding="utf-8")
+    if report is not None:
+        report(dataset, staging)
+
+
+@contextmanager
+def staged_run(folder: str | Path, overwrite: bool = False) -> Iterator[Path]:
+    """A hidden folder in a run folder; what is written to it appears when the block ends well.
+
+    Raises:
+        InputError: as `save_run`.
+    """
     path = check_free(folder, overwrite)
     made = [p for p in (path, *path.parents) if not p.exists()]
     try:
         path.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(prefix=_STAGING, dir=path))
         try:
-            _write_dataset(dataset, staging / RESULTS)
-            (staging / CONFIG).write_text(dump_config(config), encoding="utf-8")
-            if report is not None:
-                report(dataset, staging)
+            yield staging
             _remove(path / RESULTS)
             for item in sorted(staging.iterdir(), key=lambda p: p.name == RESULTS):
                 _remove(path / item.name)
@@ -95,16 +117,22 @@ def save_run(
             if parent.exists() and not any(parent.iterdir()):
                 parent.rmdir()
         if isinstance(error, OSError):
-            raise InputError(f"run folder {folder} cannot be written: {error}") from error
+            raise unwritable(f"run folder {folder}", error) from error
         raise
-    return path
 
 
-def open_run(folder: str | Path) -> xr.Dataset:
+def unwritable(what: str, error: OSError) -> InputError:
+    """What to raise where the disk refuses."""
+    return InputError(f"{what} cannot be written: {error}")
+
+
+def open_run(folder: str | Path, *, lazy: bool = False) -> xr.Dataset:
     """The result of a run, loaded into memory with the file closed again.
 
     Args:
         folder: a run folder, or a `.nc` file itself.
+        lazy: read from the file what is asked for when it is asked for, until `.close()`: for
+            results by position that do not fit in memory.
 
     Raises:
         InputError: there is no complete result there, or it is not one of this package.
@@ -120,7 +148,7 @@ def open_run(folder: str | Path) -> xr.Dataset:
         reason = "its run did not finish" if torn else "it is not a run folder"
         raise InputError(f"run folder {folder} holds no {RESULTS}: {reason}; run profile again")
     try:
-        dataset = xr.load_dataset(file, engine="h5netcdf")
+        dataset = (xr.open_dataset if lazy else xr.load_dataset)(file, engine="h5netcdf")
     except Exception as error:  # a torn file fails in many ways, deep in HDF5
         reason = " ".join(str(error).split())[:120] or type(error).__name__
         raise InputError(f"{file} is torn or not NetCDF ({reason}); run profile again") from error
@@ -146,44 +174,75 @@ def export(dataset: xr.Dataset, path: str | Path) -> Path:
         raise InputError(f"export {path}: the name must end in .parquet or .csv")
     if not file.parent.is_dir():
         raise InputError(f"export {path}: folder {file.parent} does not exist; make it first")
-    table = to_table(dataset)
     part = file.with_name(f".{file.name}.{os.getpid()}.part")
     try:
         if suffix == ".csv":
-            table.to_csv(part, index=False)
+            for i, table in enumerate(tables(dataset)):
+                table.to_csv(part, index=False, header=i == 0, mode="a" if i else "w")
         else:
-            table.to_parquet(part, index=False)
+            _write_parquet(tables(dataset), part)
         part.replace(file)
     except ImportError:
         raise InputError(
             f"export {path}: Parquet needs pyarrow; pip install pyarrow, or export to .csv"
         ) from None
     except OSError as error:
-        raise InputError(f"export {path} cannot be written: {error}") from error
+        raise unwritable(f"export {path}", error) from error
     finally:
         part.unlink(missing_ok=True)
     return file
 
 
-def to_table(dataset: xr.Dataset) -> pd.DataFrame:
-    """The long table that `export` writes: coordinates of `g_effect`, then `g_effect`."""
-    effect = dataset["g_effect"]
-    table = effect.to_dataframe().reset_index()
-    coords = [str(name) for name in effect.dims]
-    coords += [str(n) for n in effect.coords if n not in effect.dims and n in table.columns]
-    return table[[*coords, "g_effect"]]
+def tables(dataset: xr.Dataset) -> Iterator[pd.DataFrame]:
+    """The long table that `export` writes, piece by piece: coordinates, then `g_effect`.
+
+    An objective a piece; by sample and position a sample of an objective, without the positions
+    beyond its end.
+    """
+    whole = dataset["g_effect"]
+    names = [str(name) for name in whole.dims]
+    names += [str(name) for name in whole.coords if name not in whole.dims]
+    by_token = "token_id" in whole.coords
+    samples = [[row] for row in range(whole.sizes["sample"])] if by_token else [slice(None)]
+    for at in range(whole.sizes["objective"]):
+        for sample in samples:
+            effect = whole.isel(objective=[at])
+            effect = effect.isel(sample=sample) if by_token else effect
+            table = effect.to_dataframe().reset_index()
+            if by_token:
+                table = table[table["token_id"] >= 0]
+            yield table[[*names, "g_effect"]]
+
+
+def _write_parquet(pieces: Iterable[pd.DataFrame], file: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    writer = None
+    try:
+        for piece in pieces:
+            table = pa.Table.from_pandas(piece, preserve_index=False)
+            writer = writer or pq.ParquetWriter(file, table.schema)
+            writer.write_table(table)
+    finally:
+        if writer is not None:
+            writer.close()
 
 
 def _write_dataset(dataset: xr.Dataset, file: Path) -> None:
-    """NetCDF-4 with compression; attributes that NetCDF has no type for are stored as JSON."""
+    """NetCDF-4 with compression."""
+    encoding = {name: COMPRESSION for name in dataset.data_vars if dataset[name].ndim}
+    encoded(dataset).to_netcdf(file, engine="h5netcdf", encoding=encoding)
+
+
+def encoded(dataset: xr.Dataset) -> xr.Dataset:
+    """The dataset with attributes that NetCDF has no type for written as JSON."""
     encoded = dataset.copy()
     as_json = [k for k, v in dataset.attrs.items() if type(v) not in (str, int, float)]
     for key in as_json:
         encoded.attrs[key] = json.dumps(dataset.attrs[key])
     encoded.attrs[_JSON_ATTRS] = json.dumps(as_json)
-    packed = {"zlib": True, "complevel": 4, "shuffle": True}
-    encoding = {name: packed for name in encoded.data_vars if encoded[name].ndim}
-    encoded.to_netcdf(file, engine="h5netcdf", encoding=encoding)
+    return encoded
 
 
 def _plain_attrs(attrs: dict[Any, Any]) -> dict[Any, Any]:

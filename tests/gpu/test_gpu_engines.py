@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from models import build, fp64_throughout, samples
@@ -14,9 +15,10 @@ import geffect_fast as gf
 from geffect_fast.capture import Plan
 from geffect_fast.data import make_batches, tokenize_rows
 from geffect_fast.engines.direction import accumulate_gradients
+from geffect_fast.engines.effect_array import EffectArray
 from geffect_fast.engines.layout import choose_layout
-from geffect_fast.engines.reverse import Effects, reverse_effects
-from geffect_fast.engines.tasks import Reference, Task, tasks_for
+from geffect_fast.engines.reverse import Totals, reverse_effects
+from geffect_fast.engines.tasks import Reference, Task, mixture_of, tasks_for
 from geffect_fast.objectives import GA, KL, NLL, NPO, RMU, WGA, Objective
 
 pytest.importorskip("transformers")
@@ -27,7 +29,7 @@ OBJECTIVES = [GA(), WGA(alpha=1.5), NPO(beta=0.1), KL(), RMU(layer=1)]
 
 def reverse(
     model: nn.Module, other: nn.Module | None, parts: list[Objective], norms: bool = True
-) -> Effects:
+) -> tuple[Totals, Tensor]:
     """Effects of objectives on both risks, as a profile computes them."""
     plan = Plan.of(model)
     sets = {
@@ -44,16 +46,19 @@ def reverse(
     tasks = tasks_for(parts, batches_of, {"forget": 0, "retain": len(FORGET)})
     reference = Reference(other)
     reference.prepare(tasks, next(model.parameters()).device)
-    return reverse_effects(
+    shape = (len(parts), 2, len(plan.parameters), len(FORGET) + len(RETAIN), 1)
+    found = EffectArray(mixture_of(parts, parts), np.zeros(shape))
+    totals = reverse_effects(
         plan,
         tasks,
         directions,
         len(parts),
-        len(FORGET) + len(RETAIN),
         reference,
+        found.add,
         norms=norms,
         tick=lambda _: None,
     )
+    return totals, torch.from_numpy(found.values[..., 0])
 
 
 def assert_close(found: Tensor, expected: Tensor, tolerance: float = 1e-4) -> None:
@@ -68,12 +73,12 @@ def assert_close(found: Tensor, expected: Tensor, tolerance: float = 1e-4) -> No
 def test_reverse_engine_equals_the_cpu(architecture: str, parts: list[Objective]) -> None:
     """One objective takes the fused op, several the products kept from the forward."""
 
-    def run(device: torch.device | str) -> Effects:
+    def run(device: torch.device | str) -> tuple[Totals, Tensor]:
         model, other = build(architecture), build(architecture, seed=1)
         return reverse(model.to(device), other.to(device), parts)
 
-    found, expected = run(DEVICE), run("cpu")
-    assert_close(found.effects, expected.effects)
+    (found, by_sample), (expected, by_sample_on_cpu) = run(DEVICE), run("cpu")
+    assert_close(by_sample, by_sample_on_cpu)
     torch.testing.assert_close(found.values, expected.values, rtol=1e-5, atol=1e-6)
     for name, gradient in expected.gradients.items():
         assert found.gradients[name].device.type == DEVICE.type
@@ -82,8 +87,10 @@ def test_reverse_engine_equals_the_cpu(architecture: str, parts: list[Objective]
 
 def test_twice_the_same_bits() -> None:
     model = build("llama", torch.bfloat16).to(DEVICE)
-    first, again = (reverse(model, None, OBJECTIVES[:3]) for _ in range(2))
-    assert torch.equal(first.effects, again.effects)
+    (first, by_sample), (again, by_sample_again) = (
+        reverse(model, None, OBJECTIVES[:3]) for _ in range(2)
+    )
+    assert torch.equal(by_sample, by_sample_again)
     for name, gradient in first.gradients.items():
         assert torch.equal(gradient, again.gradients[name])
 
@@ -142,7 +149,7 @@ def test_bf16_within_twice_the_error_of_plain_bf16(architecture: str) -> None:
 
     with fp64_throughout():
         exact = plain(torch.float64)
-    ours = reverse(build(architecture, torch.bfloat16).to(DEVICE), None, [GA()])
-    error = (ours.effects[0, ..., :n] - exact).flatten(1).norm(dim=1)
+    _, ours = reverse(build(architecture, torch.bfloat16).to(DEVICE), None, [GA()])
+    error = (ours[0, ..., :n] - exact).flatten(1).norm(dim=1)
     allowed = 2 * (plain(torch.bfloat16) - exact).flatten(1).norm(dim=1)
     assert bool((error <= allowed).all()), f"{error.tolist()} > {allowed.tolist()}"

@@ -8,7 +8,6 @@ import pytest
 from synthetic import make_dataset
 
 from geffect_fast.report.summary import (
-    by_parameter,
     by_place,
     by_sample,
     shares,
@@ -16,6 +15,7 @@ from geffect_fast.report.summary import (
     total,
     write_summary,
 )
+from geffect_fast.runs.dataset import sum_positions
 
 
 def with_effects(*pairs):
@@ -72,20 +72,33 @@ def test_a_run_without_any_effect():
     assert [row.verdict for row in summarise(with_effects((0.0, 0.0)))] == ["no effect"]
 
 
-@pytest.mark.parametrize("resolve", [("parameter", "sample"), ("parameter",), ("sample",), ()])
+VIEWS = [
+    ("parameter", "sample"),
+    ("parameter",),
+    ("sample",),
+    (),
+    ("group",),
+    ("group", "sample"),
+    ("parameter", "position"),
+    ("group", "sample", "position"),
+]
+
+
+@pytest.mark.parametrize("resolve", VIEWS, ids=str)
 def test_every_view_adds_up_to_the_total(resolve):
     dataset = make_dataset(resolve=resolve)
     expected = make_dataset().g_effect.sum(["parameter", "sample"]).values
     np.testing.assert_allclose(total(dataset), expected, rtol=1e-12)
-    if "parameter" in resolve:
-        np.testing.assert_allclose(by_parameter(dataset).sum("parameter"), expected, rtol=1e-12)
+    if {"parameter", "group"} & set(resolve):
         for blocks in (True, False):
             np.testing.assert_allclose(by_place(dataset, blocks)[1].sum(-1), expected, rtol=1e-12)
+        assert by_place(dataset, False)[0] == by_place(make_dataset(), False)[0]
     else:
-        assert by_parameter(dataset) is None and by_place(dataset, True) is None
+        assert by_place(dataset, True) is None
     if "sample" in resolve:
         forget = make_dataset().g_effect[..., :12].sum(["parameter", "sample"])
-        np.testing.assert_allclose(by_sample(dataset).sum("sample"), forget, rtol=1e-12)
+        found = by_sample(sum_positions(dataset))
+        np.testing.assert_allclose(found.sum("sample"), forget, rtol=1e-12)
     else:
         assert by_sample(dataset) is None
 

@@ -1,5 +1,6 @@
 """Run folders: what is written comes back bit by bit, and a failure leaves what was there."""
 
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -172,16 +173,25 @@ def test_csv_and_parquet_hold_every_effect_once(tmp_path, resolve):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["all.csv", "all.parquet"]
 
 
+def test_an_export_by_position_leaves_padding_out(tmp_path):
+    dataset = make_dataset(resolve=("group", "sample", "position"))
+    for name in ("all.csv", "all.parquet"):
+        file = export(dataset, tmp_path / name)
+        table = pd.read_csv(file) if name == "all.csv" else pd.read_parquet(file)
+        assert len(table) == dataset.g_effect.size * 2 // 3
+        assert set(table.position) == {0, 1} and set(table.token_id) == {7, 9}
+        found = table.groupby(["objective", "risk"]).g_effect.sum().to_xarray()
+        expected = dataset.g_effect.sum(["group", "sample", "position"])
+        xr.testing.assert_allclose(found.reindex_like(expected), expected, rtol=1e-12)
+
+
 def test_export_says_what_is_wrong(tmp_path, dataset, monkeypatch):
     with pytest.raises(InputError, match=r"must end in \.parquet or \.csv"):
         export(dataset, tmp_path / "all.xlsx")
     with pytest.raises(InputError, match="does not exist"):
         export(dataset, tmp_path / "none" / "all.csv")
 
-    def missing(*args, **kwargs):
-        raise ImportError("no pyarrow")
-
-    monkeypatch.setattr(pd.DataFrame, "to_parquet", missing)
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(InputError, match="pip install pyarrow"):
         export(dataset, tmp_path / "all.parquet")
     assert files(tmp_path) == []
