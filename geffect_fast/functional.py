@@ -211,26 +211,30 @@ def pairwise_inner_products(
 def _run(plan: Plan, loss_fn: LossFn, batch: Any, sink: Any, join: bool = False) -> Tensor:
     """Record one forward and backward; the losses `(n_samples,)`, detached."""
     axis = _sample_axis(batch)
-    with (
-        plan.frozen(),
-        torch.enable_grad(),
-        Recorder(plan, sink, axis, join=join) as recorder,
-    ):
-        with OutsideUse(recorder), eagerly(plan.model):
-            losses = loss_fn(plan.model, batch)
-        if not isinstance(losses, Tensor) or losses.shape != (axis.n_samples,):
-            got = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
-            raise InputError(
-                f"loss_fn: must return one loss a sample, shape ({axis.n_samples},), got {got}; "
-                "use reduction='none' and reduce over tokens only"
-            )
-        if not recorder.calls or not losses.requires_grad:
-            raise UnsupportedModelError(
-                "loss_fn: the losses depend on no module with trainable parameters; call the "
-                "model that was given"
-            )
-        torch.autograd.grad(losses.sum(), leaves_of(losses), allow_unused=True)
-        recorder.finish()
+    while True:
+        with plan.frozen(), torch.enable_grad(), Recorder(plan, sink, axis, join=join) as recorder:
+            with OutsideUse(recorder) as outside, eagerly(plan.model):
+                losses = loss_fn(plan.model, batch)
+            if not outside.found:
+                return _backward(recorder, losses, axis)
+        plan.widen(outside.found)
+
+
+def _backward(recorder: Recorder, losses: Any, axis: Segments) -> Tensor:
+    """One backward over all of the losses, one a sample; the losses, detached."""
+    if not isinstance(losses, Tensor) or losses.shape != (axis.n_samples,):
+        got = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
+        raise InputError(
+            f"loss_fn: must return one loss a sample, shape ({axis.n_samples},), got {got}; "
+            "use reduction='none' and reduce over tokens only"
+        )
+    if not recorder.calls or not losses.requires_grad:
+        raise UnsupportedModelError(
+            "loss_fn: the losses depend on no module with trainable parameters; call the "
+            "model that was given"
+        )
+    torch.autograd.grad(losses.sum(), leaves_of(losses), allow_unused=True)
+    recorder.finish()
     return losses.detach()
 
 

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from geffect_fast.capture.factors import Explicit, Factor, Lookup, Outer, RowSum
-from geffect_fast.capture.recorder import OutsideUse, Plan, Recorder, leaves_of
+from geffect_fast.capture.plan import Plan
+from geffect_fast.capture.recorder import OutsideUse, Recorder, leaves_of
 from geffect_fast.capture.segments import Segments
 from geffect_fast.capture.wrappers import eagerly
 

@@ -3,96 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.hooks import RemovableHandle
 
-from geffect_fast.capture.calls import Call, GenericCall, rule_for
+from geffect_fast.capture.calls import Call, GenericCall
 from geffect_fast.capture.factors import Factor
 from geffect_fast.capture.given import (
     REPLAYING,
     Given,
     broadcast_ids,
-    mixing_module,
     tensors_of,
 )
+from geffect_fast.capture.plan import Plan
 from geffect_fast.capture.segments import Segments
-from geffect_fast.capture.wrappers import plain_name, unwrapped, users
 from geffect_fast.errors import InputError, UnsupportedModelError
 
 Sink = Callable[[str, list[Factor], list[Tensor | None]], None]
 """Receives a parameter's name, the factors that arrived for it, and what was kept for each."""
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Which module owns which trainable parameters, and the rule that is exact for each.
-
-    Made once a model; `Recorder`s are made from it, one a batch.
-
-    Attributes:
-        model: the model.
-        parameters: its trainable parameters by name (a tied one once, under its first name).
-        owners: module name -> (module, local name -> name in the model, rule, the rule's factor).
-            What modules without a forward hold (a `ParameterDict`, a parametrisation) belongs to
-            the module around them, whose local name for it has dots.
-    """
-
-    model: nn.Module
-    parameters: Mapping[str, nn.Parameter]
-    owners: Mapping[str, tuple[nn.Module, dict[str, str], type[Call], float]]
-
-    @classmethod
-    def of(cls, model: nn.Module) -> Plan:
-        """Look at every module once.
-
-        Raises:
-            InputError: the model has no trainable parameter, or a module in train mode drops
-                activations or mixes the samples of a batch.
-            UnsupportedModelError: the model is wrapped for several devices.
-        """
-        model = unwrapped(model)
-        why = mixing_module(model)
-        if why is not None:
-            raise InputError(f"model: {why}")
-        parameters = {plain_name(k): p for k, p in model.named_parameters() if p.requires_grad}
-        if not parameters:
-            raise InputError("model: every parameter is frozen; set requires_grad on some of them")
-        names = {id(p): name for name, p in parameters.items()}
-        local: dict[str, dict[str, str]] = {}
-        paths: dict[nn.Module, list[str]] = {}
-        for where, module in model.named_modules(remove_duplicate=False):
-            paths.setdefault(module, []).append(where)
-        for module, places in paths.items():
-            own = {k: p for k, p in module._parameters.items() if p is not None}
-            trainable = {k: names[id(p)] for k, p in own.items() if id(p) in names}
-            for where, path in users(model, places).items() if trainable else ():
-                inside = {f"{path}{k}": name for k, name in trainable.items()}
-                local.setdefault(where, {}).update(inside)
-        owners = {}
-        for where, of in local.items():
-            module = model.get_submodule(where)
-            nested = any("." in k for k in of)
-            owners[where] = (module, of, *((GenericCall, 1.0) if nested else rule_for(module)))
-        return cls(model, parameters, owners)
-
-    @contextmanager
-    def frozen(self) -> Iterator[None]:
-        """No parameter asks for a gradient inside: a backward forms activation gradients only."""
-        try:
-            for p in self.parameters.values():
-                p.requires_grad_(False)
-            yield
-        finally:
-            for p in self.parameters.values():
-                p.requires_grad_(True)
 
 
 class Recorder:
@@ -218,6 +151,11 @@ class Recorder:
         index = len(self.calls)
         self.calls.append(call)
         grafted = tree_map(partial(self._graft, rule), output)
+        if not any(isinstance(y, Tensor) for y in tree_leaves(output)):
+            raise UnsupportedModelError(
+                f"module '{where or type(module).__name__}' returns no tensor that can be watched, "
+                f"but {type(output).__name__}; return a tensor, a tuple or a dict, or freeze it"
+            )
         with torch.no_grad():
             kept = call.constants(self.directions) if self.directions is not None else {}
         for position, y in enumerate(tensors_of(grafted)):
@@ -256,11 +194,16 @@ class Recorder:
 
 
 class OutsideUse(TorchFunctionMode):
-    """Refuses a parameter that is used outside its module's forward, where no hook would see it."""
+    """Notices parameters that are used outside their modules' forwards, where no hook sees it.
+
+    Attributes:
+        found: their names; `Plan.widen` takes them.
+    """
 
     def __init__(self, recorder: Recorder) -> None:
         super().__init__()
         self.recorder = recorder
+        self.found: dict[str, None] = {}
         self.owners: dict[int, list[str]] = {}
         for where, (module, names, *_) in recorder.plan.owners.items():
             for local in names:
@@ -286,10 +229,7 @@ class OutsideUse(TorchFunctionMode):
         used = func(*replaced[0], **replaced[1])
         if any(y.requires_grad and y is not leaf for y in tensors_of(used)):
             name = next(k for k, q in self.recorder.plan.parameters.items() if q is p)
-            raise UnsupportedModelError(
-                f"parameter '{name}' is used outside the forward of its module '{owners[0]}', so "
-                "its share cannot be told apart by sample; freeze it"
-            )
+            self.found[name] = None
 
 
 def _flattened(values: Iterable[Any]) -> Iterator[Any]:

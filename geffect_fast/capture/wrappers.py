@@ -8,7 +8,7 @@ off for as long as hooks watch.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -97,46 +97,3 @@ def puts_prompt(model: nn.Module) -> bool:
 def _is_peft(model: nn.Module) -> bool:
     peft = sys.modules.get("peft")
     return peft is not None and isinstance(model, peft.PeftModel | peft.PeftMixedModel)
-
-
-# ---- modules that hold parameters for others ----
-
-
-def users(model: nn.Module, places: Sequence[str]) -> dict[str, str]:
-    """The modules whose forwards use what one module holds, and the way from each down to it.
-
-    Itself, unless it is never called: a module without a forward (`ParameterDict`), or a part of a
-    parametrisation, which runs wherever the weight is read.
-
-    Args:
-        model: the model.
-        places: all names of the module in it.
-
-    Returns:
-        Name of a module to the prefix (`""`, `lora_A.`) of its names for the parameters. Where the
-        same holder is shared by a module and one inside it, the outer one alone.
-    """
-    found: dict[str, str] = {}
-    for where in places:
-        user = where
-        if _PARAMETRIZATIONS in f".{where}.":
-            user = f".{where}.".split(_PARAMETRIZATIONS)[0].removeprefix(".")
-        while user and not _has_forward(model.get_submodule(user)):
-            user = user.rpartition(".")[0]
-        found[user] = f"{where[len(user) :].removeprefix('.')}." if where != user else ""
-    if "" in found.values():
-        return {places[0]: ""}  # hooks see it wherever it is called from
-    outer = {a for a in found if not any(a != b and _inside(a, b) for b in found)}
-    once = {model.get_submodule(where): where for where in reversed(found) if where in outer}
-    return {where: found[where] for where in once.values()}
-
-
-_PARAMETRIZATIONS = ".parametrizations."
-
-
-def _has_forward(module: nn.Module) -> bool:
-    return type(module).forward is not nn.Module.forward or "forward" in vars(module)
-
-
-def _inside(inner: str, outer: str) -> bool:
-    return not outer or inner.startswith(f"{outer}.")

@@ -30,6 +30,9 @@ def choose_layout(plan: Plan, sample_set: SampleSet) -> Layout:
     parameter's gradient norm, sample by sample, comes out the same: attention that looks across
     sequences, positions that do not restart, and tokens that a router sends out of order all show.
 
+    Parameters that are used outside their modules' forwards are moved in the plan, see
+    `Plan.widen`.
+
     Raises:
         GEffectError: what the model itself raises when run on one sequence.
     """
@@ -81,12 +84,16 @@ def _norms(plan: Plan, probes: list[Tensor], layout: Layout) -> dict[str, Tensor
         norms[name] = squared_norms(factors, plan.parameters[name].shape).sqrt().cpu()
 
     batch: Batch = batches[0].to(next(iter(plan.parameters.values())).device)
-    with plan.frozen(), Recorder(plan, keep, sample_axis(plan.model, batch), join=True) as recorder:
-        with OutsideUse(recorder):
-            loss = -model_outputs(plan.model, batch).token_logprob.sum()
-        torch.autograd.grad(loss, recorder.roots_of(loss), allow_unused=True)
-        recorder.finish()
-    return norms
+    axis = sample_axis(plan.model, batch)
+    while True:
+        with plan.frozen(), Recorder(plan, keep, axis, join=True) as recorder:
+            with OutsideUse(recorder) as outside:
+                loss = -model_outputs(plan.model, batch).token_logprob.sum()
+            if not outside.found:
+                torch.autograd.grad(loss, recorder.roots_of(loss), allow_unused=True)
+                recorder.finish()
+                return norms
+        plan.widen(outside.found)
 
 
 def _probes(sample_set: SampleSet, lengths: tuple[int, int]) -> list[Tensor]:

@@ -322,26 +322,70 @@ class Head(nn.Module):
         return self.e(ids) @ self.e.weight.detach().T @ self.e.weight
 
 
+class UsesChild(nn.Module):
+    """Calls a child, and uses its weight itself too."""
+
+    def __init__(self, child=None):
+        super().__init__()
+        self.child = child or nn.Linear(4, 4)
+
+    def forward(self, x):
+        return torch.sin(self.child(x)) @ self.child.weight
+
+
 def test_a_parameter_used_outside_its_module():
-    ids = torch.tensor([[1, 2, 3], [4, 5, 6]])
-    with pytest.raises(UnsupportedModelError, match=r"parameter 'e\.weight' is used outside"):
-        gf.functional.per_sample_grad_norms(Head(), lambda m, b: m(b).sum((1, 2)), ids)
+    """It is noticed, and belongs to the module around its own from then on."""
     plan = Plan.of(Head())
-    with plan.frozen(), Recorder(plan, lambda *_: None) as recorder, OutsideUse(recorder):
+    with (
+        plan.frozen(),
+        Recorder(plan, lambda *_: None) as recorder,
+        OutsideUse(recorder) as outside,
+    ):
         with torch.no_grad():
             plan.model.e.weight.sum()
-        with pytest.raises(UnsupportedModelError):
-            torch.cat([plan.model.e.weight, torch.ones(1, 4)])
+        assert not outside.found
+        torch.cat([plan.model.e.weight, torch.ones(1, 4)])
+    assert list(outside.found) == ["e.weight"]
+    plan.widen(outside.found)
+    assert {where: names for where, (_, names, *_) in plan.owners.items()} == {
+        "": {"e.weight": "e.weight"}
+    }
 
 
-def test_attention_of_torch_is_refused_not_half_counted():
-    model = Net(
-        lambda m, x: m.a(*(3 * [m.b(x)]))[0],
-        b=nn.Linear(4, 4),
-        a=nn.MultiheadAttention(4, 2, batch_first=True),
-    ).double()
-    with pytest.raises(UnsupportedModelError, match=r"parameter 'a\.out_proj\.weight'"):
-        gf.functional.per_sample_grad_norms(model, lambda m, b: m(b).sum((1, 2)), batch())
+def test_a_parameter_used_outside_the_model():
+    ids = torch.tensor([[1, 2, 3], [4, 5, 6]])
+
+    def loss(m, b):
+        return (m(b) @ m.e.weight.T).sum((1, 2))
+
+    message = r"parameter 'e\.weight' is used outside the model's own forward"
+    with pytest.raises(UnsupportedModelError, match=message):
+        gf.functional.per_sample_grad_norms(Head(), loss, ids)
+
+
+@pytest.mark.parametrize("name", ["layer", "head", "attention", "tied", "encoder"])
+def test_parameters_used_by_the_modules_around_theirs(name):
+    """Beside ordinary ones; a shared one is used by name, by call, and by another module."""
+    torch.manual_seed(0)
+    linear = nn.Linear(4, 4)
+    encoder = nn.TransformerEncoderLayer(4, 2, 6, dropout=0.0, batch_first=True)
+    model = {
+        "layer": around(UsesChild()),
+        "head": Head(),
+        "attention": Net(
+            lambda m, x: m.a(*(3 * [m.b(x)]))[0],
+            b=nn.Linear(4, 4),
+            a=nn.MultiheadAttention(4, 2, batch_first=True),
+        ),
+        "tied": Net(lambda m, x: m.b(m.a(x)), a=UsesChild(linear), b=UsesChild(linear)),
+        "encoder": Net(lambda m, x: m.a(x) * m.b(x), a=encoder, b=nn.Linear(4, 4)),
+    }[name].double()
+    x = torch.tensor([[1, 2, 3], [4, 5, 6]]) if name == "head" else batch()
+    norms = gf.functional.per_sample_grad_norms(
+        model, lambda m, b: m(b).sin().sum((1, 2)), x, per_parameter=True
+    )
+    for parameter, square in brute(model, x).items():
+        torch.testing.assert_close(norms[parameter], square.sqrt(), rtol=1e-10, atol=1e-12)
 
 
 class Constant(nn.Module):

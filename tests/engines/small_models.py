@@ -93,9 +93,11 @@ class Logits(nn.Module):
 class SecondHead(Routed):
     """Uses a weight outside its module."""
 
+    answer = staticmethod(lambda logits: logits)
+
     def forward(self, input_ids, position_ids=None):
         logits = super().forward(input_ids).logits
-        return Answer(logits + 0.1 * self.embed(input_ids) @ self.embed.weight.T)
+        return self.answer(logits + 0.1 * self.embed(input_ids) @ self.embed.weight.T)
 
 
 def ready(build, dtype=torch.float64, seed=0):

@@ -7,6 +7,7 @@ import torch
 from models import ARCHITECTURES, build, fp64_throughout, samples
 from reference import effects
 from small_models import (
+    Answer,
     IgnoresPositions,
     Logits,
     Routed,
@@ -29,6 +30,7 @@ MODELS = {
     "without_positions": (WithoutPositions, "equal_length"),
     "ignores_positions": (IgnoresPositions, "equal_length"),
     "routed": (Routed, "single"),
+    "second_head": (SecondHead, "single"),
 }
 
 OBJECTIVES = {
@@ -98,11 +100,19 @@ def test_profile_equals_one_sample_at_a_time(name, norms):
             )
 
 
-def test_a_weight_used_outside_its_module_is_named_also_without_norms():
+def test_an_answer_that_cannot_be_watched_is_refused_also_without_norms():
+    """The whole model would have to be run again for one of its weights."""
     forget, retain, _ = data()
-    with pytest.raises(UnsupportedModelError, match=r"parameter 'embed\.weight' is used outside"):
+
+    def opaque():
+        model = SecondHead()
+        model.answer = Answer
+        return model
+
+    message = "module 'SecondHead' returns no tensor that can be watched, but Answer"
+    with pytest.raises(UnsupportedModelError, match=message):
         gf.profile(
-            ready(SecondHead), None, forget=forget, retain=retain, objectives=["ga"], norms=False
+            ready(opaque), None, forget=forget, retain=retain, objectives=["ga"], norms=False
         )
 
 

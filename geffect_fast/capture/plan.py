@@ -1,0 +1,165 @@
+"""Which module answers for which trainable parameter, and by which rule."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import takewhile
+
+from torch import nn
+
+from geffect_fast.capture.calls import Call, GenericCall, rule_for
+from geffect_fast.capture.given import mixing_module
+from geffect_fast.capture.wrappers import plain_name, unwrapped
+from geffect_fast.errors import InputError, UnsupportedModelError
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which module owns which trainable parameters, and the rule that is exact for each.
+
+    Made once a model; `Recorder`s are made from it, one a batch.
+
+    Attributes:
+        model: the model.
+        parameters: its trainable parameters by name (a tied one once, under its first name).
+        owners: module name -> (module, local name -> name in the model, rule, the rule's factor).
+            What modules without a forward hold (a `ParameterDict`, a parametrisation) belongs to
+            the module around them, whose local name for it has dots.
+    """
+
+    model: nn.Module
+    parameters: Mapping[str, nn.Parameter]
+    owners: dict[str, tuple[nn.Module, dict[str, str], type[Call], float]]
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Plan:
+        """Look at every module once.
+
+        Raises:
+            InputError: the model has no trainable parameter, or a module in train mode drops
+                activations or mixes the samples of a batch.
+            UnsupportedModelError: the model is wrapped for several devices.
+        """
+        model = unwrapped(model)
+        why = mixing_module(model)
+        if why is not None:
+            raise InputError(f"model: {why}")
+        parameters = {plain_name(k): p for k, p in model.named_parameters() if p.requires_grad}
+        if not parameters:
+            raise InputError("model: every parameter is frozen; set requires_grad on some of them")
+        names = {id(p): name for name, p in parameters.items()}
+        local: dict[str, dict[str, str]] = {}
+        paths: dict[nn.Module, list[str]] = {}
+        for where, module in model.named_modules(remove_duplicate=False):
+            paths.setdefault(module, []).append(where)
+        for module, places in paths.items():
+            own = {k: p for k, p in module._parameters.items() if p is not None}
+            trainable = {k: names[id(p)] for k, p in own.items() if id(p) in names}
+            for where, path in _users(model, places).items() if trainable else ():
+                inside = {f"{path}{k}": name for k, name in trainable.items()}
+                local.setdefault(where, {}).update(inside)
+        owners = {}
+        for where, of in local.items():
+            module = model.get_submodule(where)
+            nested = any("." in k for k in of)
+            owners[where] = (module, of, *((GenericCall, 1.0) if nested else rule_for(module)))
+        return cls(model, parameters, owners)
+
+    @contextmanager
+    def frozen(self) -> Iterator[None]:
+        """No parameter asks for a gradient inside: a backward forms activation gradients only."""
+        try:
+            for p in self.parameters.values():
+                p.requires_grad_(False)
+            yield
+        finally:
+            for p in self.parameters.values():
+                p.requires_grad_(True)
+
+    def widen(self, names: Iterable[str]) -> None:
+        """Give each parameter, used outside the modules that own it, to the module around them.
+
+        What a module uses of its children (`nn.MultiheadAttention` the weight of its `out_proj`, a
+        model the table of its embedding) it does so in its own forward, which the generic rule runs
+        again. That may be the whole model, once a sample.
+
+        Raises:
+            UnsupportedModelError: the owner is the model itself already.
+        """
+        for name in names:
+            held = [(w, k) for w, (_, of, *_) in self.owners.items() for k in of if of[k] == name]
+            around = _around(self.model, {where for where, _ in held})
+            if around is None:
+                raise UnsupportedModelError(
+                    f"parameter '{name}' is used outside the model's own forward, so its share "
+                    "cannot be told apart by sample; freeze it"
+                )
+            of = dict(self.owners[around][1]) if around in self.owners else {}
+            for where, local in held:
+                of[_below(around, f"{where}.{local}" if where else local)] = name
+                del self.owners[where][1][local]
+                if not self.owners[where][1]:
+                    del self.owners[where]
+            self.owners[around] = (self.model.get_submodule(around), of, GenericCall, 1.0)
+
+
+def _users(model: nn.Module, places: Sequence[str]) -> dict[str, str]:
+    """The modules whose forwards use what one module holds, and the way from each down to it.
+
+    Itself, unless it is never called: a module without a forward (`ParameterDict`), or a part of a
+    parametrisation, which runs wherever the weight is read.
+
+    Args:
+        model: the model.
+        places: all names of the module in it.
+
+    Returns:
+        Name of a module to the prefix (`""`, `lora_A.`) of its names for the parameters. Where the
+        same holder is shared by a module and one inside it, the outer one alone.
+    """
+    found: dict[str, str] = {}
+    for where in places:
+        user = where
+        if _PARAMETRIZATIONS in f".{where}.":
+            user = f".{where}.".split(_PARAMETRIZATIONS)[0].removeprefix(".")
+        user = _called(model, user)
+        found[user] = f"{_below(user, where)}." if where != user else ""
+    if "" in found.values():
+        return {places[0]: ""}  # hooks see it wherever it is called from
+    outer = {a for a in found if not any(a != b and _inside(a, b) for b in found)}
+    once = {model.get_submodule(where): where for where in reversed(found) if where in outer}
+    return {where: found[where] for where in once.values()}
+
+
+_PARAMETRIZATIONS = ".parametrizations."
+
+
+def _around(model: nn.Module, places: Collection[str]) -> str | None:
+    """The innermost module with a forward around all of `places`; None around the model itself."""
+    if len(places) > 1:
+        parts = [where.split(".") for where in places]
+        same = takewhile(lambda level: len(set(level)) == 1, zip(*parts, strict=False))
+        return _called(model, ".".join(level[0] for level in same))
+    (where,) = places
+    return _called(model, where.rpartition(".")[0]) if where else None
+
+
+def _called(model: nn.Module, where: str) -> str:
+    """The module at `where`, or the innermost one around it, that has a forward."""
+    while where:
+        module = model.get_submodule(where)
+        if type(module).forward is not nn.Module.forward or "forward" in vars(module):
+            break
+        where = where.rpartition(".")[0]
+    return where
+
+
+def _below(outer: str, inner: str) -> str:
+    """The name `inner` as seen from the module `outer`."""
+    return inner.removeprefix(f"{outer}.") if outer else inner
+
+
+def _inside(inner: str, outer: str) -> bool:
+    return not outer or inner.startswith(f"{outer}.")
