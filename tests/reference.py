@@ -54,7 +54,7 @@ def mean_over(reduction: str, rows: list[Row], values: Tensor, n: int | None = N
 
 
 def gradients(loss: Tensor, model: nn.Module) -> list[Tensor]:
-    params = list(model.parameters())
+    params = [p for p in model.parameters() if p.requires_grad]
     grads = torch.autograd.grad(loss, params, allow_unused=True)
     return [
         torch.zeros_like(p).double() if g is None else g.double()
@@ -183,3 +183,13 @@ def effects(model, reference, objective, forget, retain, alternatives, reduction
                 for p in range(n_params):
                     out[m, p, offset + i] += (grads[p] * risk[p]).sum()
     return out
+
+
+def close(actual, expected: Tensor, tolerance: float) -> None:
+    """Effects equal up to `tolerance`, relative to the largest sample's share of the parameter."""
+    scale = expected.abs().amax(-1, keepdim=True)
+    # A product that is small beside the others is a difference of large ones: no method that rounds
+    # to fp32 on the way has relative precision there.
+    scale = scale.clamp(min=1e-3 * float(expected.abs().max()))
+    error = (torch.as_tensor(actual) - expected).abs() / scale
+    assert float(error.max()) <= tolerance

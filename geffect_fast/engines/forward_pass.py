@@ -23,6 +23,20 @@ def takes(model: nn.Module, argument: str) -> bool:
     return argument in inspect.signature(signed(model).forward).parameters
 
 
+def without_cache(model: nn.Module) -> dict[str, bool]:
+    """The argument that keeps a model from building a cache, where it has one.
+
+    Beside a cache, transformers does not tell packed sequences apart. Some models (GraniteMoe) do
+    not name the argument and hand it on to the model inside.
+    """
+    inside = signed(model)
+    parameters = inspect.signature(inside.forward).parameters
+    hands_on = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    config = getattr(inside, "config", None)
+    named = "use_cache" in parameters or (hands_on and hasattr(config, "use_cache"))
+    return {"use_cache": False} if named else {}
+
+
 def keeps_logits(model: nn.Module, batch: Batch) -> bool:
     """Whether the model computes logits at the batch's targets only."""
     return batch.packed and takes(model, "logits_to_keep")
@@ -56,11 +70,9 @@ def model_outputs(model: nn.Module, batch: Batch, needs: Collection[Need] = ()) 
     wants_logits = not {"logits", "reference_logits"}.isdisjoint(needs)
     wants_hidden = not {"hidden_states", "reference_hidden_states"}.isdisjoint(needs)
     index = batch.target_index
-    kwargs: dict[str, Any] = {"input_ids": batch.input_ids}
+    kwargs: dict[str, Any] = {"input_ids": batch.input_ids, **without_cache(model)}
     if takes(model, "position_ids"):
         kwargs["position_ids"] = batch.position_ids
-    if takes(model, "use_cache"):
-        kwargs["use_cache"] = False
     if keeps_logits(model, batch):
         kwargs["logits_to_keep"] = index
     if wants_hidden:

@@ -97,9 +97,12 @@ def _norms(plan: Plan, probes: list[Tensor], layout: Layout) -> dict[str, Tensor
 
 
 def _probes(sample_set: SampleSet, lengths: tuple[int, int]) -> list[Tensor]:
-    """Two different sequences of about these lengths, cut from the ends of the first samples."""
+    """Two different sequences of these lengths from the tokens of the first samples.
+
+    Shorter samples are repeated: in fewer tokens, as many as attention has heads, say, the axes of
+    a module's input could not be told apart.
+    """
     sequences = [s.answer.input_ids for s in sample_set.samples[:2]]
     if len(sequences) == 1:
         sequences.append(sequences[0].flip(0))
-    shortest = min(len(ids) for ids in sequences)
-    return [ids[-max(2, min(n, shortest)) :] for ids, n in zip(sequences, lengths, strict=True)]
+    return [ids.repeat(-(-n // len(ids)))[-n:] for ids, n in zip(sequences, lengths, strict=True)]

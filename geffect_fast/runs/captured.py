@@ -14,7 +14,13 @@ from geffect_fast.data import Layout, SampleSet, estimate_token_budget, make_bat
 from geffect_fast.data.batch import Batch, Role
 from geffect_fast.engines.direction import Tick, accumulate_gradients
 from geffect_fast.engines.effect_array import EffectArray
-from geffect_fast.engines.forward_pass import logits_of, model_outputs, sample_axis, takes
+from geffect_fast.engines.forward_pass import (
+    logits_of,
+    model_outputs,
+    sample_axis,
+    takes,
+    without_cache,
+)
 from geffect_fast.engines.reverse import reverse_effects
 from geffect_fast.engines.tasks import Reference, Task, mixture_of, tasks_for
 from geffect_fast.functional import pairwise_inner_products, per_sample_grad_norms
@@ -140,11 +146,9 @@ class CapturedNumbers:
 def _sample_nll(model: nn.Module, given: Mapping[str, Any]) -> Tensor:
     """Every sample's share of the mean negative log-likelihood, all logits computed."""
     batch: Batch = given["batch"]
-    kwargs: dict[str, Any] = {"input_ids": batch.input_ids}
+    kwargs: dict[str, Any] = {"input_ids": batch.input_ids, **without_cache(model)}
     if takes(model, "position_ids"):
         kwargs["position_ids"] = batch.position_ids
-    if takes(model, "use_cache"):
-        kwargs["use_cache"] = False
     logits = logits_of(model(**kwargs), model, batch.input_ids)
     logits = logits.flatten(0, 1)[batch.target_index]
     weighted = -batch.target_weight() * token_logprob(logits, batch)

@@ -17,7 +17,7 @@ from geffect_fast.capture.wrappers import eagerly
 from geffect_fast.data import SampleSet, make_batches
 from geffect_fast.data.batch import Batch
 from geffect_fast.engines.direction import Tick
-from geffect_fast.engines.forward_pass import logits_of, takes
+from geffect_fast.engines.forward_pass import logits_of, without_cache
 from geffect_fast.engines.tasks import ROLE_ORDER
 from geffect_fast.objectives import NLL, Objective, Outputs
 from geffect_fast.ops.reference import accumulation_dtype
@@ -119,7 +119,7 @@ def _batches(sample_set: SampleSet, part: Objective) -> list[Batch]:
 
 def plain_outputs(model: nn.Module, batch: Batch, needs: Collection[str] = ()) -> Outputs:
     """What the model says about a batch, each of its sequences run by itself."""
-    kwargs: dict[str, bool] = {"use_cache": False} if takes(model, "use_cache") else {}
+    kwargs = without_cache(model)
     if any("hidden_states" in need for need in needs):
         kwargs["output_hidden_states"] = True
     sequences = batch.input_ids.flatten().split(batch.cu_seqlens.diff().tolist())

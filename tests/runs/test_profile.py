@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from models import ARCHITECTURES, build, fp64_throughout, samples
-from reference import effects
+from reference import close, effects
 
 import geffect_fast as gf
 from geffect_fast.engines import reverse
@@ -58,16 +58,6 @@ def data(prompt: int = 3):
 
 def run(model, forget, retain, objectives, **kwargs):
     return gf.profile(model, None, forget=forget, retain=retain, objectives=objectives, **kwargs)
-
-
-def close(actual: np.ndarray, expected: torch.Tensor, tolerance: float) -> None:
-    """Equal up to `tolerance`, relative to the largest sample's share of the parameter."""
-    scale = expected.abs().amax(-1, keepdim=True)
-    # A product that is small beside the others is a difference of large ones: no method that rounds
-    # to fp32 on the way has relative precision there.
-    scale = scale.clamp(min=1e-3 * float(expected.abs().max()))
-    error = (torch.from_numpy(actual) - expected).abs() / scale
-    assert float(error.max()) <= tolerance
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
