@@ -15,6 +15,14 @@ export OMP_WAIT_POLICY ?= passive
 # The suite once more on an installation without kernels; it borrows every other package from $(VENV).
 VENV_NONE := .venv-none
 
+# The C++ kernels under AddressSanitizer and UBSan, beside those that $(VENV) serves. Both are g++'s,
+# and must be loaded before Python is; Python itself never frees some of its memory: no leaks.
+SANITIZED := build/sanitize
+SANITIZE := GEFFECT_FAST_BUILD=sanitize CXX=g++
+WITH_SANITIZERS = $(SANITIZE) PYTHONPATH="$(CURDIR)/$(SANITIZED)/lib" OMP_NUM_THREADS=2 \
+	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)"
+
 NATIVE := $(shell find csrc -type f)
 PYTHON_FILES := $(shell find geffect_fast -name '*.py')
 CPP_FILES := $(filter %.cpp %.h %.cu %.cuh,$(NATIVE) $(shell find tests/cuda_shim -type f))
@@ -24,7 +32,7 @@ extra = $$($(BIN)/python -c 'from importlib.metadata import requires; \
 	print(*(r.split(";")[0].strip() for r in requires("geffect-fast") if "$(1)" in r.partition(";")[2]))')
 
 .DELETE_ON_ERROR:
-.PHONY: help install demo test test-nobuild lint format cuda-check bench gpu-build gpu-test gpu-bench clean
+.PHONY: help install demo test test-nobuild lint format cuda-check sanitize bench gpu-build gpu-test gpu-bench clean
 
 help:
 	@echo "make demo          install into $(VENV), build the kernels, run the demo into $(DEMO_OUT)"
@@ -33,6 +41,7 @@ help:
 	@echo "make lint          ruff, clang-format, mypy"
 	@echo "make format        let ruff and clang-format rewrite the files"
 	@echo "make cuda-check    compile the CUDA kernels for every GPU target; needs nvcc, no GPU"
+	@echo "make sanitize      the C++ kernels' tests under AddressSanitizer and UBSan; needs g++"
 	@echo "make bench         benchmarks, into benchmarks/results"
 	@echo "make gpu-test      build the CUDA kernels for the GPU that is here and test them"
 	@echo "make gpu-bench     the same, and time them"
@@ -109,6 +118,23 @@ format: $(VENV)/tools-lint
 
 cuda-check: $(VENV)/tools-cuda
 	$(BIN)/python tools/cuda_check.py
+
+$(SANITIZED)/built: $(VENV)/tools-test setup.py $(NATIVE) $(PYTHON_FILES)
+	@echo "building geffect_fast with sanitizers into $(@D)"
+	@rm -rf $(@D)/lib && mkdir -p $(@D)
+	@$(SANITIZE) $(BIN)/python setup.py --quiet egg_info --egg-base $(@D) \
+		build --build-base $(@D) --build-lib $(@D)/lib >$(@D)/log 2>&1 || { cat $(@D)/log; exit 1; }
+	@touch $@
+
+# A report goes to file descriptor 2, of which pytest must keep its hands. The values once more with
+# the instructions of an old processor.
+UNDER_SANITIZERS = $(BIN)/pytest -q --capture=sys -k "not shim and not reference"
+sanitize: $(SANITIZED)/built
+	@$(WITH_SANITIZERS) $(BIN)/geffect-fast env
+	@$(WITH_SANITIZERS) $(BIN)/python tools/sanitizer_check.py
+	@$(WITH_SANITIZERS) $(UNDER_SANITIZERS) tests/ops/test_op_values.py \
+		tests/ops/test_op_contract.py tests/test_functional.py tests/capture
+	@$(WITH_SANITIZERS) ATEN_CPU_CAPABILITY=default $(UNDER_SANITIZERS) tests/ops/test_op_values.py
 
 bench: $(VENV)/tools-test
 	for script in $(filter-out %/bench_gpu.py,$(wildcard benchmarks/bench_*.py)); do $(BIN)/python "$$script" || exit 1; done

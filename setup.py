@@ -7,6 +7,7 @@
     cpu             the C++ kernels, or an error
     cuda            the C++ and the CUDA kernels, or an error
     none            pure Python
+    sanitize        the C++ kernels with AddressSanitizer and UBSan in them, for ``make sanitize``
 
 ``TORCH_CUDA_ARCH_LIST`` names the GPUs to build for, such as "8.0;9.0a"; ``CUDA_HOME`` the CUDA
 toolkit; ``CUTLASS_PATH`` the CUTLASS headers where the package nvidia-cutlass is not installed;
@@ -29,9 +30,19 @@ from typing import NamedTuple
 
 from setuptools import setup
 
-CHOICES = ("auto", "cpu", "cuda", "none")
+CHOICES = ("auto", "cpu", "cuda", "none", "sanitize")
 ROOT = Path(__file__).resolve().parent
 CXX_FLAGS = ["-O3", "-fvisibility=hidden", "-Wall", "-Wextra"]
+SANITIZERS = "-fsanitize=address,undefined"
+SANITIZE_FLAGS = [
+    "-O1",  # the last -O counts
+    "-g",
+    "-fno-omit-frame-pointer",
+    SANITIZERS,
+    "-fno-sanitize-recover=undefined",
+    "-fno-wrapv",  # Python's own flags define what an overflow gives, so UBSan would not look
+    "-D_GLIBCXX_ASSERTIONS",  # a vector's index, which neither sees as long as memory is there
+]
 NVCC_FLAGS = [
     "-O3",
     "-std=c++17",
@@ -188,6 +199,12 @@ def ops_of(files: list[str]) -> str:
     return ",".join(op for file in files for op in registration.findall((ROOT / file).read_text()))
 
 
+def cxx_flags() -> list[str]:
+    """Return the C++ compiler's flags for the operators."""
+    sanitize = os.environ.get("GEFFECT_FAST_BUILD") == "sanitize"
+    return [*CXX_FLAGS, *SANITIZE_FLAGS] if sanitize else CXX_FLAGS
+
+
 def op_library(name: str, files: list[str], nvcc_flags: list[str] | None = None):
     """Describe a library of operators, with CUDA kernels where nvcc_flags are given.
 
@@ -201,7 +218,8 @@ def op_library(name: str, files: list[str], nvcc_flags: list[str] | None = None)
         files,
         include_dirs=[str(ROOT / "csrc")],
         define_macros=[("TORCH_TARGET_VERSION", TORCH_TARGET_VERSION)],
-        extra_compile_args={"cxx": CXX_FLAGS, "nvcc": nvcc_flags or []},
+        extra_compile_args={"cxx": cxx_flags(), "nvcc": nvcc_flags or []},
+        extra_link_args=[flag for flag in cxx_flags() if flag == SANITIZERS],
         py_limited_api=True,
     )
     # Toolkits from PyPI lack the file that -lcudart asks for; torch brings its own libcudart.
@@ -242,7 +260,7 @@ def native_extensions(toolkit: Toolkit | None) -> list:
         notice("Python.h not found: kernels are built, geffect_fast._C.build_info() is not")
         return extensions
     facts = {
-        "FLAGS": " ".join(CXX_FLAGS),
+        "FLAGS": " ".join(cxx_flags()),
         "CUDA_VERSION": "" if toolkit is None else toolkit.version,
         "CUDA_ARCHITECTURES": ",".join(re.findall(r",code=(\w+)", " ".join(gencode))),
         "CPU_OPS": ops_of(cpu),
@@ -265,14 +283,15 @@ def main() -> None:
     if choice not in CHOICES:
         sys.exit(f"GEFFECT_FAST_BUILD={choice!r} is unknown; use one of {', '.join(CHOICES)}")
     missing = None if choice == "none" else missing_for_native_build()
-    if missing and choice in ("cpu", "cuda"):
+    if missing and choice in ("cpu", "cuda", "sanitize"):
         sys.exit(f"GEFFECT_FAST_BUILD={choice}: {missing}")
     if choice == "none" or missing:
         notice(f"pure Python, no native kernels: {missing or 'GEFFECT_FAST_BUILD=none'}")
         setup()
         return
-    toolkit = None if choice == "cpu" else find_toolkit()
-    if choice != "cpu" and (missing := missing_for_cuda_build(toolkit)):
+    with_cuda = choice in ("auto", "cuda")
+    toolkit = find_toolkit() if with_cuda else None
+    if with_cuda and (missing := missing_for_cuda_build(toolkit)):
         if choice == "cuda":
             sys.exit(f"GEFFECT_FAST_BUILD=cuda: {missing}")
         notice(f"the CUDA kernels are left out: {missing}")

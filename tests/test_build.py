@@ -16,6 +16,7 @@ from geffect_fast.ops import schema
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
 
 import cuda_check
+import sanitizer_check
 
 ROOT = cuda_check.ROOT
 CUDA_FILES = {path.stem for path in ROOT.glob("csrc/cuda/*.cu")}
@@ -230,9 +231,29 @@ def test_unknown_gpu_is_refused_in_one_line(toolkit: Path) -> None:
     assert "TORCH_CUDA_ARCH_LIST='Riesling'" in line
 
 
-def test_cpu_build_asks_nothing_of_cuda(toolkit: Path) -> None:
-    built = extensions(describe(toolkit, GEFFECT_FAST_BUILD="cpu", CUDA_HOME="/nowhere"))
-    assert not stems(built["geffect_fast._kernels"], ".cu")
+@pytest.mark.parametrize("build", ["cpu", "sanitize"])
+def test_sanitizers_are_in_the_kernels_of_their_own_build_alone(toolkit: Path, build: str) -> None:
+    built = extensions(describe(toolkit, GEFFECT_FAST_BUILD=build, CUDA_HOME="/nowhere"))
+    kernels, named = built["geffect_fast._kernels"], cuda_check.setup.SANITIZERS
+    flags = kernels["extra_compile_args"]["cxx"]
+    facts = dict(built["geffect_fast._C"]["define_macros"])
+    assert facts["GEFFECT_FAST_FLAGS"] == f'"{" ".join(flags)}"'
+    wanted = build == "sanitize"
+    assert (named in flags) == (named in kernels["extra_link_args"]) == wanted
+    # UBSan takes no notice of overflows that -fwrapv, a flag of Python's own, defines.
+    assert ("-fno-wrapv" in flags) == ("-fno-sanitize-recover=undefined" in flags) == wanted
+    assert not stems(kernels, ".cu")  # and nothing was asked of CUDA
+
+
+def test_sanitizers_that_are_not_at_work_are_an_error(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert sanitizer_check.main() == 1
+    monkeypatch.setattr(sanitizer_check, "FAULTS", {})
+    assert sanitizer_check.main() == 1
+    read, built = capsys.readouterr().err.splitlines()
+    assert "not at work: a kernel was misled and 'AddressSanitizer" in read
+    assert f"the kernels were built without {sanitizer_check.OVERFLOW}" in built
 
 
 def test_cutlass_headers_may_be_given_either_way(

@@ -57,8 +57,8 @@ def compiler() -> list[str]:
 
 def why_missing() -> str | None:
     """Return why the shim cannot be built, None where it can."""
-    if os.environ.get("GEFFECT_FAST_BUILD") == "none":
-        return "GEFFECT_FAST_BUILD=none is set"
+    if (build := os.environ.get("GEFFECT_FAST_BUILD")) in ("none", "sanitize"):
+        return f"GEFFECT_FAST_BUILD={build} is set"
     if sys.platform != "linux":
         return "the stand-in for CUDA needs Linux"
     return None if compiler() else "no C++ compiler was found"
