@@ -13,6 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 from geffect_fast.errors import InputError
 from geffect_fast.runs.config import ProfileConfig, dump_config
+from geffect_fast.runs.disk import (
+    DiskFile,
+    folder_for,
+    is_there,
+    set_aside,
+    unwritable,
+    user_path,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -22,6 +30,7 @@ RESULTS = "results.nc"
 CONFIG = "run.yaml"
 SUMMARY = "summary.csv"
 PLOTS = "plots"
+RUN_FILES = (RESULTS, CONFIG, SUMMARY, PLOTS)
 
 _JSON_ATTRS = "json_attrs"
 _STAGING = ".writing-"
@@ -38,13 +47,16 @@ def check_free(folder: str | Path, overwrite: bool = False) -> Path:
     Raises:
         InputError: it is a file, cannot be written to, or holds a run and `overwrite` is False.
     """
-    path = Path(folder).expanduser().absolute()
-    existing = next(p for p in (path, *path.parents) if p.exists())
+    path = user_path(folder).absolute()
+    try:
+        existing = next(p for p in (path, *path.parents) if is_there(p))
+    except OSError as error:
+        raise unwritable(f"run folder {folder}", "--out", error) from None
     if not existing.is_dir():
         raise InputError(f"run folder {folder}: {existing} is a file; choose another --out")
     if not os.access(existing, os.W_OK | os.X_OK):
         raise InputError(f"run folder {folder}: {existing} is not writable; choose another --out")
-    held = [name for name in (RESULTS, CONFIG, SUMMARY, PLOTS) if (path / name).exists()]
+    held = [name for name in RUN_FILES if is_there(path / name)]
     if held and not overwrite:
         raise InputError(
             f"run folder {folder} already holds {held[0]}; choose another --out or use --overwrite"
@@ -62,7 +74,8 @@ def save_run(
     """Write `results.nc`, `run.yaml` and a report into a run folder.
 
     Everything is written in full to a hidden folder inside and then renamed, `results.nc` last: a
-    run folder with `results.nc` is complete, and a failure leaves what was there before.
+    run folder with `results.nc` is complete, and a failure at any point leaves what was there
+    before, a run that was to be replaced included.
 
     Args:
         folder: made where it does not exist; other files in it stay.
@@ -80,7 +93,7 @@ def save_run(
     with staged_run(folder, overwrite) as staging:
         _write_dataset(dataset, staging / RESULTS)
         write_rest(staging, dataset, config, report)
-    return Path(folder).expanduser().absolute()
+    return user_path(folder).absolute()
 
 
 def write_rest(
@@ -100,30 +113,16 @@ def staged_run(folder: str | Path, overwrite: bool = False) -> Iterator[Path]:
         InputError: as `save_run`.
     """
     path = check_free(folder, overwrite)
-    made = [p for p in (path, *path.parents) if not p.exists()]
-    try:
-        path.mkdir(parents=True, exist_ok=True)
+    with folder_for(f"run folder {folder}", path):
         staging = Path(tempfile.mkdtemp(prefix=_STAGING, dir=path))
         try:
             yield staging
-            _remove(path / RESULTS)
-            for item in sorted(staging.iterdir(), key=lambda p: p.name == RESULTS):
-                _remove(path / item.name)
-                item.rename(path / item.name)
+            items = sorted(staging.iterdir(), key=lambda p: p.name == RESULTS)
+            with set_aside(path, {*RUN_FILES, *(item.name for item in items)}):
+                for item in items:
+                    item.rename(path / item.name)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
-    except BaseException as error:
-        for parent in made:
-            if parent.exists() and not any(parent.iterdir()):
-                parent.rmdir()
-        if isinstance(error, OSError):
-            raise unwritable(f"run folder {folder}", error) from error
-        raise
-
-
-def unwritable(what: str, error: OSError) -> InputError:
-    """What to raise where the disk refuses."""
-    return InputError(f"{what} cannot be written: {error}")
 
 
 def open_run(folder: str | Path, *, lazy: bool = False) -> xr.Dataset:
@@ -139,7 +138,7 @@ def open_run(folder: str | Path, *, lazy: bool = False) -> xr.Dataset:
     """
     import xarray as xr
 
-    path = Path(folder).expanduser()
+    path = user_path(folder)
     file = path / RESULTS if path.is_dir() else path
     if not file.exists():
         if not path.is_dir():
@@ -150,12 +149,35 @@ def open_run(folder: str | Path, *, lazy: bool = False) -> xr.Dataset:
     try:
         dataset = (xr.open_dataset if lazy else xr.load_dataset)(file, engine="h5netcdf")
     except Exception as error:  # a torn file fails in many ways, deep in HDF5
-        reason = " ".join(str(error).split())[:120] or type(error).__name__
-        raise InputError(f"{file} is torn or not NetCDF ({reason}); run profile again") from error
-    if "g_effect" not in dataset or "objective" not in dataset.coords:
+        raise _torn(file, error) from error
+    try:
+        dataset.attrs = _plain_attrs(dataset.attrs)
+        ours = {"g_effect", "risk_value", "loss"} <= set(dataset.data_vars)
+        ours = ours and dataset["g_effect"].dims[:2] == ("objective", "risk")
+    except ValueError:
+        ours = False
+    if not ours:
+        dataset.close()
         raise InputError(f"{file} holds no G-effect; give a file written by geffect_fast")
-    dataset.attrs = _plain_attrs(dataset.attrs)
     return dataset
+
+
+@contextmanager
+def reading(file: str | Path) -> Iterator[None]:
+    """Reads from a result opened lazily; a file torn in the middle shows only then.
+
+    Raises:
+        InputError: it is.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise _torn(file, error) from error
+
+
+def _torn(file: str | Path, error: Exception) -> InputError:
+    reason = " ".join(str(error).split())[:120] or type(error).__name__
+    return InputError(f"{file} is torn or not NetCDF ({reason}); run profile again")
 
 
 def export(dataset: xr.Dataset, path: str | Path) -> Path:
@@ -168,12 +190,14 @@ def export(dataset: xr.Dataset, path: str | Path) -> Path:
     Raises:
         InputError: another ending, no pyarrow for Parquet, or the disk refuses.
     """
-    file = Path(path).expanduser()
+    file = user_path(path)
     suffix = file.suffix.lower()
     if suffix not in (".parquet", ".csv"):
         raise InputError(f"export {path}: the name must end in .parquet or .csv")
     if not file.parent.is_dir():
         raise InputError(f"export {path}: folder {file.parent} does not exist; make it first")
+    if file.is_dir():
+        raise InputError(f"export {path} is a folder; choose another --to")
     part = file.with_name(f".{file.name}.{os.getpid()}.part")
     try:
         if suffix == ".csv":
@@ -187,7 +211,7 @@ def export(dataset: xr.Dataset, path: str | Path) -> Path:
             f"export {path}: Parquet needs pyarrow; pip install pyarrow, or export to .csv"
         ) from None
     except OSError as error:
-        raise unwritable(f"export {path}", error) from error
+        raise unwritable(f"export {path}", "--to", error) from error
     finally:
         part.unlink(missing_ok=True)
     return file
@@ -208,7 +232,8 @@ def tables(dataset: xr.Dataset) -> Iterator[pd.DataFrame]:
         for sample in samples:
             effect = whole.isel(objective=[at])
             effect = effect.isel(sample=sample) if by_token else effect
-            table = effect.to_dataframe().reset_index()
+            with reading(dataset.encoding.get("source", "the result")):
+                table = effect.to_dataframe().reset_index()
             if by_token:
                 table = table[table["token_id"] >= 0]
             yield table[[*names, "g_effect"]]
@@ -231,11 +256,23 @@ def _write_parquet(pieces: Iterable[pd.DataFrame], file: Path) -> None:
 
 def _write_dataset(dataset: xr.Dataset, file: Path) -> None:
     """NetCDF-4 with compression."""
+    import h5netcdf
+
     encoding = {name: COMPRESSION for name in dataset.data_vars if dataset[name].ndim}
-    encoded(dataset).to_netcdf(file, engine="h5netcdf", encoding=encoding)
+    with DiskFile(file) as disk:
+        with h5netcdf.File(disk, "w") as h5:
+            store_in(h5, dataset, encoding)
+        disk.check()
 
 
-def encoded(dataset: xr.Dataset) -> xr.Dataset:
+def store_in(h5: Any, dataset: xr.Dataset, encoding: dict[Any, Any] | None = None) -> None:
+    """Write a dataset into an open file of h5netcdf."""
+    import xarray as xr
+
+    _encoded(dataset).dump_to_store(xr.backends.H5NetCDFStore(h5), encoding=encoding)
+
+
+def _encoded(dataset: xr.Dataset) -> xr.Dataset:
     """The dataset with attributes that NetCDF has no type for written as JSON."""
     encoded = dataset.copy()
     as_json = [k for k, v in dataset.attrs.items() if type(v) not in (str, int, float)]
@@ -251,10 +288,3 @@ def _plain_attrs(attrs: dict[Any, Any]) -> dict[Any, Any]:
     for key in json.loads(plain.pop(_JSON_ATTRS, "[]")):
         plain[key] = json.loads(plain[key])
     return plain
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from geffect_fast.errors import InputError
-from geffect_fast.runs.store import COMPRESSION, encoded, open_run, unwritable
+from geffect_fast.runs.disk import DiskFile, unwritable, user_path
+from geffect_fast.runs.store import COMPRESSION, open_run, store_in
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -29,7 +30,7 @@ class EffectFile:
     """
 
     def __init__(self, file: str | Path, dims: Sequence[str], shape: tuple[int, ...]) -> None:
-        self.file = Path(file).expanduser().absolute()
+        self.file = user_path(file).absolute()
         self.dims = tuple(dims)
         self.shape = shape
         self._part = self.file.with_name(f".{self.file.name}.part")
@@ -45,14 +46,14 @@ class EffectFile:
         # A sample is written at a time, and read at a time by whoever sums over positions.
         chunks = (1, 1, *sizes[2:-2], 1, sizes[-1])
         try:
-            self._h5 = h5netcdf.File(self._part, "w")
-            self._h5.dimensions = dict(zip(self.dims, sizes, strict=True))
-            self._effect = self._h5.create_variable(
-                "g_effect", self.dims, "f8", chunks=chunks, **COMPRESSION
-            )
+            self._disk = DiskFile(self._part)
         except OSError as error:
-            self._part.unlink(missing_ok=True)
-            raise unwritable(f"out: {self.file}", error) from error
+            raise unwritable(f"out: {self.file}", "file", error) from error
+        self._h5 = h5netcdf.File(self._disk, "w")
+        self._h5.dimensions = dict(zip(self.dims, sizes, strict=True))
+        self._effect = self._h5.create_variable(
+            "g_effect", self.dims, "f8", chunks=chunks, **COMPRESSION
+        )
         return self
 
     def __exit__(
@@ -61,14 +62,11 @@ class EffectFile:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        try:
-            self._h5.close()
-        except (OSError, RuntimeError) as torn:
-            error = error or torn
-        finally:
-            self._part.unlink(missing_ok=True)
+        self._h5.close()
+        self._disk.close()
+        self._part.unlink(missing_ok=True)
         if isinstance(error, OSError):
-            raise unwritable(f"out: {self.file}", error) from error
+            raise unwritable(f"out: {self.file}", "file", error) from error
 
     # `EffectArray` adds to `values[:, :, :, row, :n]`, which has all five axes.
 
@@ -78,6 +76,7 @@ class EffectFile:
 
     def __setitem__(self, index: tuple[Any, ...], values: np.ndarray) -> None:
         self._effect[self._own(index)] = values if len(self.dims) == 5 else values[:, :, 0]
+        self._disk.check()
 
     def _own(self, index: tuple[Any, ...]) -> tuple[Any, ...]:
         return index if len(self.dims) == 5 else (*index[:2], *index[3:])
@@ -91,7 +90,9 @@ class EffectFile:
         Returns:
             The result, read from the file as it is asked for; close it after use.
         """
+        store_in(self._h5, rest)
         self._h5.close()
-        encoded(rest).to_netcdf(self._part, mode="a", engine="h5netcdf")
+        self._disk.check()
+        self._disk.close()
         self._part.rename(self.file)
         return open_run(self.file, lazy=True)
