@@ -9,6 +9,7 @@ from torch import Tensor
 
 from geffect_fast.capture import Plan
 from geffect_fast.engines.forward_pass import model_outputs
+from geffect_fast.engines.packed_attention import packed_attention
 from geffect_fast.engines.tasks import Reference, Task
 from geffect_fast.ops.reference import accumulation_dtype
 
@@ -55,14 +56,15 @@ def accumulate_gradients(
     for task in tasks:
         for batch in task.batches:
             moved = batch.to(parameters[0].device)
-            outputs = model_outputs(plan.model, moved, task.needs)
-            other = reference.outputs(task, batch, moved, outputs)
-            for k, index in enumerate(task.parts):
-                loss, value = task.loss(index, outputs, moved, other)
-                values[index] += value
-                grads = torch.autograd.grad(
-                    loss, parameters, retain_graph=k + 1 < len(task.parts), allow_unused=True
-                )
-                add_gradients(plan, gradients, index, grads)
+            with packed_attention(plan.model, moved):
+                outputs = model_outputs(plan.model, moved, task.needs)
+                other = reference.outputs(task, batch, moved, outputs)
+                for k, index in enumerate(task.parts):
+                    loss, value = task.loss(index, outputs, moved, other)
+                    values[index] += value
+                    grads = torch.autograd.grad(
+                        loss, parameters, retain_graph=k + 1 < len(task.parts), allow_unused=True
+                    )
+                    add_gradients(plan, gradients, index, grads)
             tick(batch.total_tokens)
     return values, gradients

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor
 
@@ -10,6 +12,7 @@ from geffect_fast.capture.products import squared_norms
 from geffect_fast.data import IGNORE, Layout, Sample, SampleSet, Sequence, make_batches
 from geffect_fast.data.batch import Batch
 from geffect_fast.engines.forward_pass import model_outputs, sample_axis, takes
+from geffect_fast.engines.packed_attention import packed_attention
 from geffect_fast.errors import GEffectError
 
 PROBE_LENGTHS = (7, 4)
@@ -29,6 +32,8 @@ def choose_layout(plan: Plan, sample_set: SampleSet) -> Layout:
     Two short sequences of the user's data are run together and apart. A layout is exact where every
     parameter's gradient norm, sample by sample, comes out the same: attention that looks across
     sequences, positions that do not restart, and tokens that a router sends out of order all show.
+    Packed sequences are tried with the model's own mask as well as with `packed_attention`, since a
+    batch may run either way.
 
     Parameters that are used outside their modules' forwards are moved in the plan, see
     `Plan.widen`.
@@ -37,8 +42,9 @@ def choose_layout(plan: Plan, sample_set: SampleSet) -> Layout:
         GEffectError: what the model itself raises when run on one sequence.
     """
     apart = [_norms(plan, [ids], "single") for ids in _probes(sample_set, PROBE_LENGTHS)]
-    if takes(plan.model, "position_ids") and _agree(
-        plan, _probes(sample_set, PROBE_LENGTHS), "packed", apart
+    several = _probes(sample_set, PROBE_LENGTHS)
+    if takes(plan.model, "position_ids") and all(
+        _agree(plan, several, "packed", apart, masked) for masked in (True, False)
     ):
         return "packed"
     same = _probes(sample_set, (PROBE_LENGTHS[0],) * 2)
@@ -47,10 +53,14 @@ def choose_layout(plan: Plan, sample_set: SampleSet) -> Layout:
 
 
 def _agree(
-    plan: Plan, probes: list[Tensor], layout: Layout, apart: list[dict[str, Tensor]]
+    plan: Plan,
+    probes: list[Tensor],
+    layout: Layout,
+    apart: list[dict[str, Tensor]],
+    masked: bool = True,
 ) -> bool:
     try:
-        together = _norms(plan, probes, layout)
+        together = _norms(plan, probes, layout, masked)
     except (GEffectError, RuntimeError, ValueError, TypeError, IndexError):
         return False  # the model cannot be called this way, or its rows not told apart
     expected = {name: torch.cat([a[name] for a in apart]) for name in plan.parameters}
@@ -63,7 +73,9 @@ def _agree(
     return True
 
 
-def _norms(plan: Plan, probes: list[Tensor], layout: Layout) -> dict[str, Tensor]:
+def _norms(
+    plan: Plan, probes: list[Tensor], layout: Layout, masked: bool = True
+) -> dict[str, Tensor]:
     """Per-sample gradient norms `(n_samples,)` of every parameter, summed NLL as the loss."""
     samples = tuple(
         Sample(row, "", Sequence(ids, torch.cat([ids.new_tensor([IGNORE]), ids[1:]])))
@@ -86,7 +98,11 @@ def _norms(plan: Plan, probes: list[Tensor], layout: Layout) -> dict[str, Tensor
     batch: Batch = batches[0].to(next(iter(plan.parameters.values())).device)
     axis = sample_axis(plan.model, batch)
     while True:
-        with plan.frozen(), Recorder(plan, keep, axis, join=True) as recorder:
+        with (
+            nullcontext() if masked else packed_attention(plan.model, batch),
+            plan.frozen(),
+            Recorder(plan, keep, axis, join=True) as recorder,
+        ):
             with OutsideUse(recorder) as outside:
                 loss = -model_outputs(plan.model, batch).token_logprob.sum()
             if not outside.found:

@@ -21,6 +21,7 @@ from geffect_fast.capture.products import in_working_precision, inner
 from geffect_fast.data.batch import Batch
 from geffect_fast.engines.direction import Tick, add_gradients, new_gradients
 from geffect_fast.engines.forward_pass import model_outputs, sample_axis
+from geffect_fast.engines.packed_attention import packed_attention
 from geffect_fast.engines.tasks import Reference, Task
 
 Collect = Callable[[Task, Batch, Tensor], None]
@@ -103,6 +104,7 @@ def reverse_effects(
             shared = directions if len(task.parts) > 1 else None
             axis = sample_axis(plan.model, moved, per_token)
             with (
+                packed_attention(plan.model, moved),
                 nullcontext() if norms else plan.frozen(),
                 Recorder(plan, add, axis, directions=shared) as recorder,
             ):

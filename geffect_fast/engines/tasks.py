@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from geffect_fast.data.batch import Batch, Role
 from geffect_fast.engines.forward_pass import model_outputs
+from geffect_fast.engines.packed_attention import packed_attention
 from geffect_fast.objectives import Objective, Outputs
 from geffect_fast.objectives.base import REFERENCE_NEEDS, Need
 
@@ -103,7 +104,9 @@ class Reference:
         for task, needed in zip(tasks, needs, strict=True):
             if needed == {"reference"}:
                 for batch in task.batches:
-                    self._stored[id(batch)] = model_outputs(self.model, batch.to(device))
+                    moved = batch.to(device)
+                    with packed_attention(self.model, moved):
+                        self._stored[id(batch)] = model_outputs(self.model, moved)
         if not any(needed - {"reference"} for needed in needs):
             self.model = None
 
@@ -116,7 +119,8 @@ class Reference:
         if id(batch) in self._stored:
             return self._stored[id(batch)]
         if self.model is not None:
-            return model_outputs(self.model, moved, needs)
+            with packed_attention(self.model, moved):
+                return model_outputs(self.model, moved, needs)
         return Outputs(
             own.token_logprob.detach(),
             None if own.logits is None else own.logits.detach(),
