@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+import torch._decomp.decompositions_for_jvp  # scripts functions, which fp64_throughout's cannot be
 from architectures import ARCHITECTURES as EVERY
 from architectures import VOCAB
 from torch import nn

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from engines.small_models import WithoutPositions, ready
-from models import ARCHITECTURES, build, fp64_throughout, gpt2, mixtral, samples
+from models import build, fp64_throughout, gpt2, samples
 from reference import gradients, mean_over, token_logprobs
 from torch import nn
 
@@ -18,12 +18,12 @@ from geffect_fast.runs import profile as profiling
 from geffect_fast.runs.axes import GROUPS, groups_of
 from geffect_fast.runs.store import open_run
 
-FORGET, RETAIN = samples([2, 17, 5, 33], 1, 3), samples([9, 30, 12], 2, 3)
+FORGET, RETAIN = samples([2, 11, 5, 19], 1, 3), samples([9, 17, 12], 2, 3)
 OBJECTIVES = ["ga", "npo(beta=0.1) + 0.5*kl", "dpo(beta=0.2)"]
 
 
 def rows_with_alternatives():
-    others = [[a] for a in samples([6, 9, 21, 4], 3, 3)]
+    others = [[a] for a in samples([6, 9, 13, 4], 3, 3)]
     others[2] += samples([6, 5], 4, 3)
     return [row | {"alternative": other} for row, other in zip(FORGET, others, strict=True)]
 
@@ -49,7 +49,7 @@ def close(found, expected, tolerance=1e-9):
     np.testing.assert_allclose(found, expected, rtol=0, atol=tolerance * scale)
 
 
-@pytest.mark.parametrize("architecture", [*ARCHITECTURES, mixtral])
+@pytest.mark.parametrize("architecture", ["llama_tied", "gpt2", "gemma2", "mixtral"])
 def test_positions_and_groups_add_up(architecture):
     """Every coarser view is a sum of the finer one, for samples of several sequences too."""
     with fp64_throughout():
