@@ -84,3 +84,36 @@ def test_a_failing_report_leaves_nothing(study, tmp_path):
     with pytest.raises(RuntimeError, match="no ink"):
         execute(config(study), tmp_path / "run", report=fail)
     assert not list(tmp_path.iterdir())
+
+
+def test_effects_by_position_are_streamed_into_the_folder(study, tmp_path, monkeypatch):
+    from geffect_fast.report import write_report
+    from geffect_fast.runs import stream
+
+    opened = []
+    enter = stream.EffectFile.__enter__
+    monkeypatch.setattr(stream.EffectFile, "__enter__", lambda f: opened.append(f) or enter(f))
+    by_sample = execute(config(study, objectives="ga,wga"), tmp_path / "samples")
+    assert opened == []
+    changes = {"objectives": "ga,wga", "resolve": ["parameter", "sample", "position"]}
+    with execute(config(study, **changes), tmp_path / "run", report=write_report) as dataset:
+        total = dataset.g_effect.sum("position")
+        difference = abs(total - by_sample.g_effect).max() / abs(by_sample.g_effect).max()
+        assert float(difference) < 1e-5
+        assert dataset.token.values[0, 0] != "" and dataset.attrs["n_forget"] > 0
+    assert len(opened) == 1
+    held = {"results.nc", "run.yaml", "summary.csv", "plots"}
+    assert {p.name for p in (tmp_path / "run").iterdir()} == held
+    assert load_config(tmp_path / "run" / "run.yaml").resolve == tuple(changes["resolve"])
+
+
+def test_a_streamed_run_that_fails_leaves_nothing(study, tmp_path, monkeypatch):
+    from geffect_fast.runs import stream
+
+    def full(*_args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(stream.EffectFile, "__setitem__", full)
+    with pytest.raises(InputError, match="No space left"):
+        execute(config(study, resolve=["sample", "position"]), tmp_path / "run")
+    assert not list(tmp_path.iterdir())
