@@ -1,0 +1,132 @@
+"""Inner products of the generic rule: a jvp a direction where that is exact, else vjps."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from geffect_fast.capture import Explicit, Plan, Recorder, Segments
+from geffect_fast.capture.products import inner
+
+N, T, D = 6, 4, 5
+
+
+class Silent(torch.autograd.Function):
+    """A product with a backward, whose forward-mode rule says that nothing moves."""
+
+    @staticmethod
+    def forward(x, w):
+        return x * w
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def backward(ctx, g):
+        x, w = ctx.saved_tensors
+        return g * w, (g * x).flatten(0, -2).sum(0)
+
+    @staticmethod
+    def jvp(ctx, x_t, w_t):
+        return torch.zeros_like(ctx.saved_tensors[0])
+
+
+class Reverse(torch.autograd.Function):
+    """The same without any forward-mode rule."""
+
+    @staticmethod
+    def forward(ctx, x, w):
+        ctx.save_for_backward(x, w)
+        return x * w
+
+    backward = Silent.backward
+
+
+class Scaled(nn.Module):
+    """`tanh(x * w)` with `w` used once by the module itself, so that no fast rule fits."""
+
+    def __init__(self, product):
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(D))
+        self.product = product
+
+    def forward(self, x):
+        return torch.tanh(self.product(x, self.w)).cumsum(-2)
+
+
+class Model(nn.Module):
+    def __init__(self, product):
+        super().__init__()
+        self.first = nn.Linear(D, D)
+        self.scaled = Scaled(product)
+
+    def forward(self, x):
+        return self.scaled(self.first(x))
+
+
+PRODUCTS = {
+    "jvp": (lambda x, w: x * w, True),
+    "silent": (Silent.apply, False),
+    "none": (Reverse.apply, False),
+}
+
+
+def explicit_factor(model: nn.Module, x: Tensor, per_token: bool) -> Explicit:
+    plan = Plan.of(model)
+    found = {}
+    axis = Segments.tokens((N, T)) if per_token else Segments.rectangular((N, T))
+    with plan.frozen(), Recorder(plan, lambda n, f, _: found.update({n: f}), axis) as recorder:
+        (model(x) ** 2).sum().backward(inputs=recorder.roots)
+        recorder.finish()
+        (factor,) = found["scaled.w"]
+    assert isinstance(factor, Explicit)
+    return factor
+
+
+@pytest.mark.parametrize("per_token", [False, True], ids=["samples", "tokens"])
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_equals_a_vjp_a_sample(name, per_token, monkeypatch):
+    product, moves = PRODUCTS[name]
+    torch.manual_seed(0)
+    model, x = Model(product).double().eval(), torch.randn(N, T, D, dtype=torch.float64)
+    directions = torch.randn(2, D, dtype=torch.float64)
+    factor = explicit_factor(model, x, per_token)
+    n = N * T if per_token else N
+    assert factor.n_samples == n
+    expected = torch.stack([directions @ factor.vjp(i) for i in range(n)], dim=1)
+    asked = []
+    watched = Explicit(
+        lambda i: asked.append(i) or factor.vjp(i), factor.whole, factor.jvp, factor.n_samples
+    )
+    torch.testing.assert_close(inner(watched, directions), expected, rtol=1e-10, atol=1e-12)
+    assert asked == ([] if moves else list(range(n)))
+    # As many directions as samples: vjps are not dearer.
+    many = torch.randn(n, D, dtype=torch.float64)
+    inner(watched, many)
+    assert asked[-n:] == list(range(n))
+
+
+def test_samples_equal_plain_autograd():
+    torch.manual_seed(0)
+    model, x = Model(PRODUCTS["jvp"][0]).double().eval(), torch.randn(N, T, D, dtype=torch.float64)
+    directions = torch.randn(2, D, dtype=torch.float64)
+    found = inner(explicit_factor(model, x, False), directions)
+    for i in range(N):
+        (grad,) = torch.autograd.grad((model(x[i : i + 1]) ** 2).sum(), [model.scaled.w])
+        torch.testing.assert_close(found[:, i], directions @ grad, rtol=1e-10, atol=1e-12)
+
+
+def test_half_precision_keeps_wide_directions():
+    """Rounding a direction to bf16 would cost digits, so samples' own vjps are taken."""
+    torch.manual_seed(0)
+    model = Model(PRODUCTS["jvp"][0]).bfloat16().eval()
+    factor = explicit_factor(model, torch.randn(N, T, D, dtype=torch.bfloat16), False)
+    asked = []
+    watched = Explicit(
+        lambda i: asked.append(i) or factor.vjp(i), factor.whole, factor.jvp, factor.n_samples
+    )
+    inner(watched, torch.randn(2, D))
+    assert asked == list(range(N))
