@@ -8,7 +8,7 @@ generic rule instead of a wrong fast one.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, ClassVar
 
@@ -22,6 +22,7 @@ from geffect_fast.capture.given import REPLAYING, Given, tensors_of
 from geffect_fast.capture.products import project
 from geffect_fast.capture.segments import Segments
 from geffect_fast.capture.trials import embedding_scale, norm_offset, norm_with
+from geffect_fast.capture.wrappers import eagerly
 from geffect_fast.errors import InputError, UnsupportedModelError
 
 
@@ -196,7 +197,12 @@ class GenericCall(Call):
 
     Exact whatever the module does inside, as long as its outputs' rows belong to samples: the
     gradient of sample `i` is the vjp of the output gradient with all other samples' rows zeroed.
+
+    Attributes:
+        returned: the tensors that the module returned in the call.
     """
+
+    returned: list[Tensor] = field(default_factory=list)
 
     def gradients(self, grads: list[Tensor | None]) -> Iterator[tuple[str, Factor]]:
         """The factors, given the gradient of every tensor the module returned (None: unused)."""
@@ -207,10 +213,17 @@ class GenericCall(Call):
                 "apart by sample; run it one sample at a time"
             )
         leaves = {k: self.module.get_parameter(k).detach().requires_grad_() for k in self.names}
+        again = self._outputs(leaves)
+        if not all(map(_alike, again, self.returned)):
+            raise UnsupportedModelError(
+                f"module '{self.where}' does not return the same when it is run again on the same "
+                "input (it is random, or depends on what surrounds it), so its share cannot be "
+                "told apart by sample; freeze it"
+            )
         # Outputs behind the last one that received a gradient are not in `grads`.
         used = {
             position: (y, g)
-            for position, (y, g) in enumerate(zip(self._outputs(leaves), grads, strict=False))
+            for position, (y, g) in enumerate(zip(again, grads, strict=False))
             if g is not None and y.requires_grad
         }
         cus = {
@@ -284,7 +297,7 @@ class GenericCall(Call):
         handle = self.module.register_forward_hook(see, prepend=True)
         token = REPLAYING.set(True)
         try:
-            with torch.enable_grad(), self.given.precision():
+            with torch.enable_grad(), self.given.precision(), eagerly(self.module):
                 # Not tied: what a child does with a shared parameter is in the child's own factors.
                 functional_call(
                     self.module, leaves, self.given.args, self.given.kwargs, tie_weights=False
@@ -293,6 +306,15 @@ class GenericCall(Call):
             REPLAYING.reset(token)
             handle.remove()
         return tensors_of(returned[-1])
+
+
+def _alike(x: Tensor, y: Tensor) -> bool:
+    """Whether two results of one computation differ by no more than the order of its sums."""
+    x, y = x.detach(), y.detach()
+    if x.shape != y.shape or torch.equal(x, y):
+        return x.shape == y.shape
+    bound = y.abs().nan_to_num().max() * torch.finfo(y.dtype).eps * 100
+    return bool(((x - y).abs() <= bound).logical_or(x.isnan() & y.isnan()).all())
 
 
 def _nth(

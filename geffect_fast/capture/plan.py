@@ -11,7 +11,7 @@ from torch import nn
 
 from geffect_fast.capture.calls import Call, GenericCall, rule_for
 from geffect_fast.capture.given import mixing_module
-from geffect_fast.capture.wrappers import plain_name, unwrapped
+from geffect_fast.capture.wrappers import check_adapters, plain_name, unwrapped
 from geffect_fast.errors import InputError, UnsupportedModelError
 
 
@@ -40,9 +40,11 @@ class Plan:
         Raises:
             InputError: the model has no trainable parameter, or a module in train mode drops
                 activations or mixes the samples of a batch.
-            UnsupportedModelError: the model is wrapped for several devices.
+            UnsupportedModelError: the model is wrapped for several devices, or in an adapter whose
+                modules cannot be run again one by one.
         """
         model = unwrapped(model)
+        check_adapters(model)
         why = mixing_module(model)
         if why is not None:
             raise InputError(f"model: {why}")

@@ -150,6 +150,8 @@ class Recorder:
         call = rule(where, module, names, given, factor, self.segments)
         index = len(self.calls)
         self.calls.append(call)
+        if isinstance(call, GenericCall):
+            call.returned = [y.detach() for y in tensors_of(output)]
         grafted = tree_map(partial(self._graft, rule), output)
         if not any(isinstance(y, Tensor) for y in tree_leaves(output)):
             raise UnsupportedModelError(

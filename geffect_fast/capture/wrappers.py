@@ -97,3 +97,21 @@ def puts_prompt(model: nn.Module) -> bool:
 def _is_peft(model: nn.Module) -> bool:
     peft = sys.modules.get("peft")
     return peft is not None and isinstance(model, peft.PeftModel | peft.PeftMixedModel)
+
+
+def check_adapters(model: nn.Module) -> None:
+    """Raise `UnsupportedModelError` naming a trainable LoRA on a parameter, not on a module.
+
+    Such wrappers (`target_parameters`) are nested, and write into the base model's weights whenever
+    they run: neither can one be run again without the others, nor a graph be used after another
+    forward.
+    """
+    for where, module in model.named_modules():
+        kinds = {f"{kind.__module__}.{kind.__qualname__}" for kind in type(module).__mro__}
+        if "peft.tuners.lora.layer.ParamWrapper" in kinds and any(
+            p.requires_grad for p in module.parameters()
+        ):
+            raise UnsupportedModelError(
+                f"module '{where}': LoRA on a parameter (target_parameters) cannot be told apart "
+                "by sample; adapt modules instead (target_modules), or freeze it"
+            )

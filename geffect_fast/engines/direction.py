@@ -62,6 +62,8 @@ def accumulate_gradients(
                 for k, index in enumerate(task.parts):
                     loss, value = task.loss(index, outputs, moved, other)
                     values[index] += value
+                    if not loss.requires_grad:
+                        continue  # it reads a layer below everything that can be trained
                     grads = torch.autograd.grad(
                         loss, parameters, retain_graph=k + 1 < len(task.parts), allow_unused=True
                     )

@@ -45,6 +45,11 @@ def keeps_logits(model: nn.Module, batch: Batch) -> bool:
 def sample_axis(model: nn.Module, batch: Batch, per_token: bool = False) -> Segments:
     """How a module's rows are told apart by sample, or by token, in a forward over `batch`."""
     kept = batch.target_index if keeps_logits(model, batch) else None
+    if per_token and puts_prompt(model):
+        raise UnsupportedModelError(
+            f"{type(model).__name__}: a soft prompt stands at no position of a sample; resolve "
+            "without 'position'"
+        )
     if per_token:
         return Segments.tokens(batch.input_ids.shape, kept)
     if not batch.packed:

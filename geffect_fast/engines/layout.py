@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import nullcontext
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from geffect_fast.capture import Factor, OutsideUse, Plan, Recorder
 from geffect_fast.capture.products import squared_norms
@@ -65,12 +65,21 @@ def _agree(
         return False  # the model cannot be called this way, or its rows not told apart
     expected = {name: torch.cat([a[name] for a in apart]) for name in plan.parameters}
     largest = max(float(e.abs().max()) for e in expected.values())
-    tolerance = TOLERANCE[next(iter(plan.parameters.values())).dtype]
+    tolerance = max(TOLERANCE[dtype] for dtype in _precisions(plan.model))
     for name, norms in expected.items():
         scale = max(float(norms.max()), 1e-4 * largest)
         if not float((together[name] - norms).abs().max()) <= tolerance * scale:
             return False
     return True
+
+
+def _precisions(model: nn.Module) -> set[torch.dtype]:
+    """What a model computes in: its weights' precisions, frozen ones too, and that of autocast."""
+    dtypes = {p.dtype for p in model.parameters() if p.dtype in TOLERANCE}
+    device = next(model.parameters()).device.type
+    if torch.is_autocast_enabled(device):
+        dtypes.add(torch.get_autocast_dtype(device))
+    return dtypes
 
 
 def _norms(

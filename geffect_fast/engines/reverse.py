@@ -116,6 +116,8 @@ def reverse_effects(
                     current = k
                     loss, value = task.loss(index, outputs, moved, other)
                     values[index] += value
+                    if not loss.requires_grad:
+                        continue  # it reads a layer below everything that can be trained
                     grads = torch.autograd.grad(
                         loss, sources, retain_graph=k + 1 < len(task.parts), allow_unused=True
                     )

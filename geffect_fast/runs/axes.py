@@ -16,6 +16,13 @@ GROUPS = ("embedding", *THIRDS, "final_norm", "lm_head")
 """Parts of a model, front to back."""
 
 
+_ADAPTER = re.compile(
+    r"(?:\.token_adapter)?\.((?:lora|ia3|hada|lokr|vera|oft|boft|hra|road|vblora|fourierft|randlora"
+    r"|ranknum|ln_tuning|trainable_tokens|modules_to_save)\w*)\.\w+?(\.weight|\.bias|)$"
+)
+"""How names in an adapter of peft end: what is learned, the adapter's name, the parameter."""
+
+
 def block_of(name: str) -> int:
     """Index of the layer a parameter belongs to, `OUTSIDE` where it is in none.
 
@@ -26,8 +33,15 @@ def block_of(name: str) -> int:
 
 
 def kind_of(name: str) -> str:
-    """The short name of a parameter's module, `q_proj`; `q_proj.bias` for what is not a weight."""
-    *path, leaf = name.split(".")
+    """The short name of a parameter's module, `q_proj`; `q_proj.bias` for what is not a weight.
+
+    What peft put beside a module is named with it, `q_proj.lora_A`, whatever the adapter's name.
+    """
+    adapted = _ADAPTER.search(name)
+    if adapted:
+        of = kind_of(name[: adapted.start()] + ".weight")
+        return f"{of}.{adapted[1]}" + (adapted[2] if adapted[2] == ".bias" else "")
+    *path, leaf = name.replace(".base_layer.", ".").split(".")
     module = next((part for part in reversed(path) if not part.isdigit()), "")
     if leaf == "weight" and module:
         return module

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _CAUSAL_ENDINGS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+_ADAPTER_CONFIG = "adapter_config.json"
 _TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -34,11 +37,14 @@ def load_model(
     """A causal language model in evaluation mode, complete and finite, or an error that says why.
 
     transformers only warns when a checkpoint lacks weights and fills them with random numbers; here
-    that is an error.
+    that is an error. Of an adapter of peft the base model is loaded too, and frozen; what the
+    adapter learns can be trained, as when it is trained on.
 
     Args:
-        source: folder with `config.json` and weights, or a hub id.
-        dtype: `float64`, `float32`, `bfloat16`, `float16`, or `auto` for the checkpoint's own.
+        source: folder with `config.json` and weights, folder of an adapter (`adapter_config.json`),
+            or a hub id of a model.
+        dtype: `float64`, `float32`, `bfloat16`, `float16`, or `auto` for the checkpoint's own. An
+            adapter has its base's, and float32 beside bfloat16 and float16.
         device: `cpu`, `cuda`, `cuda:N`, or `auto` for CUDA where there is one.
         what: what messages call it.
 
@@ -48,6 +54,10 @@ def load_model(
     """
     check_model_source(source, what)
     place = resolve_device(device)
+    base = _base_of(source, what)
+    if base is not None:
+        inside = load_model(base, dtype, str(place), _base_name(source, what))
+        return _with_adapter(inside, source, what).to(place).eval()
     with quiet_transformers():
         from transformers import AutoModelForCausalLM
 
@@ -63,6 +73,52 @@ def load_model(
     return model.to(place).eval()
 
 
+def _base_of(source: str | Path, what: str) -> str | None:
+    """The base model of an adapter's folder, a folder or hub id; None where it is no such folder.
+
+    Raises:
+        InputError: the adapter does not say.
+    """
+    if not (Path(source).expanduser() / _ADAPTER_CONFIG).is_file():
+        return None
+    base = _settings(source, _ADAPTER_CONFIG, what).get("base_model_name_or_path")
+    if not isinstance(base, str) or not base:
+        raise InputError(
+            f"{what} {source}: {_ADAPTER_CONFIG} names no base_model_name_or_path; write the base "
+            "model's folder or hub id there"
+        )
+    return base
+
+
+def _base_name(source: str | Path, what: str) -> str:
+    return f"{what} {source}: base model"
+
+
+def _with_adapter(base: PreTrainedModel, source: str | Path, what: str) -> PreTrainedModel:
+    """The adapter in the folder `source` around its base model, all of its weights found."""
+    with quiet_transformers(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of missing keys, which are an error below
+        import peft
+
+        try:
+            saved = set(peft.utils.load_peft_weights(str(source), device="cpu"))
+            model = peft.PeftModel.from_pretrained(base, str(source), is_trainable=True)
+        except Exception as error:  # as for models
+            raise InputError(
+                f"{what} {source}: the adapter cannot be loaded ({_flat(error)[:160]}); save it "
+                "again with save_pretrained, or correct its base_model_name_or_path"
+            ) from error
+        wanted = set(peft.get_peft_model_state_dict(model, save_embedding_layers=False))
+    odd = sorted(wanted - saved) or sorted(saved - wanted - set(model.state_dict()))
+    if odd:
+        raise InputError(
+            f"{what} {source}: {odd[0]} is {'not ' if odd[0] in wanted else 'only '}among the "
+            "adapter's weights; it is incomplete or belongs to another base model"
+        )
+    check_finite(model, f"{what} {source}")
+    return model
+
+
 def load_tokenizer(source: str | Path, what: str = "tokenizer") -> PreTrainedTokenizerBase:
     """The tokenizer in a folder or at a hub id; messages call the place `what`.
 
@@ -73,6 +129,9 @@ def load_tokenizer(source: str | Path, what: str = "tokenizer") -> PreTrainedTok
     folder = Path(source).expanduser()
     # some tokenizer classes start with an empty vocabulary where there are no files at all
     if folder.is_dir() and not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+        base = _base_of(source, what)
+        if base is not None:
+            return load_tokenizer(base, _base_name(source, what))
         raise InputError(
             f"{what} {source}: no tokenizer files in the folder; give another with --tokenizer"
         )
@@ -95,20 +154,32 @@ def check_model_source(source: str | Path, what: str = "model") -> None:
     folder = Path(source).expanduser()
     if not folder.is_dir():
         return
-    config = folder / "config.json"
-    if not config.is_file():
+    base = _base_of(source, what)
+    if base is not None:
+        if importlib.util.find_spec("peft") is None:
+            raise InputError(
+                f"{what} {source}: an adapter of peft, which is not installed; pip install peft"
+            )
+        return check_model_source(base, _base_name(source, what))
+    if not (folder / "config.json").is_file():
         raise InputError(f"{what} {source}: no config.json; give a folder saved by save_pretrained")
-    try:
-        content = json.loads(config.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{what} {source}: config.json is not JSON: {_flat(error)}") from None
-    if not isinstance(content, dict):
-        raise InputError(f"{what} {source}: config.json must hold an object of settings")
+    content = _settings(source, "config.json", what)
     names = content.get("architectures") or []
     if names and not any(str(name).endswith(_CAUSAL_ENDINGS) for name in names):
         raise InputError(
             f"{what} {source}: {', '.join(map(str, names))} is not a causal language model"
         )
+
+
+def _settings(source: str | Path, name: str, what: str) -> dict[str, Any]:
+    """What a JSON file in the folder `source` holds."""
+    try:
+        content = json.loads((Path(source).expanduser() / name).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{what} {source}: {name} is not JSON: {_flat(error)}") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{what} {source}: {name} must hold an object of settings")
+    return content
 
 
 def check_finite(model: nn.Module, name: str = "model") -> None:

@@ -442,3 +442,22 @@ def test_a_submodule_called_by_itself():
     with pytest.raises(InputError, match=message), gf.capture(model):
         model.before(x).sum().backward()
     assert all(not m._forward_hooks for m in model.modules())
+
+
+class Counting(nn.Module):
+    """Another function at every call."""
+
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.ones(4))
+        self.calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        return x * self.w * self.calls
+
+
+def test_a_module_that_is_another_function_when_it_is_run_again():
+    model = around(Counting()).double()
+    with pytest.raises(UnsupportedModelError, match="module 'layer' does not return the same"):
+        gf.functional.per_sample_grad_norms(model, lambda m, b: m(b).sum((1, 2)), batch())

@@ -9,6 +9,8 @@ from models import ARCHITECTURES, build
 
 from geffect_fast.runs.axes import block_of, group_of, kind_of, parameter_coordinates
 
+PEFT = "base_model.model.model"
+
 
 @pytest.mark.parametrize(
     ("name", "block", "kind", "group"),
@@ -26,9 +28,20 @@ from geffect_fast.runs.axes import block_of, group_of, kind_of, parameter_coordi
         ("transformer.wpe.weight", -1, "wpe", "embedding"),
         ("lm_head.weight", -1, "lm_head", "lm_head"),
         ("weight", -1, "weight", "lm_head"),
+        (f"{PEFT}.layers.3.self_attn.q_proj.lora_A.default.weight", 3, "q_proj.lora_A", "middle"),
+        (f"{PEFT}.layers.3.self_attn.q_proj.lora_B.mine.bias", 3, "q_proj.lora_B.bias", "middle"),
+        (f"{PEFT}.layers.3.self_attn.q_proj.base_layer.bias", 3, "q_proj.bias", "middle"),
+        (f"{PEFT}.layers.3.mlp.experts.7.w1.ia3_l.default", 3, "w1.ia3_l", "middle"),
+        (f"{PEFT}.embed_tokens.lora_embedding_A.default", -1, "embed_tokens.lora_embedding_A",
+         "embedding"),
+        (f"{PEFT}.embed_tokens.token_adapter.trainable_tokens_delta.default", -1,
+         "embed_tokens.trainable_tokens_delta", "embedding"),
+        ("base_model.model.lm_head.modules_to_save.default.weight", -1, "lm_head.modules_to_save",
+         "lm_head"),
+        ("prompt_encoder.default.embedding.weight", -1, "embedding", "embedding"),
         ("0.weight", 0, "weight", "shallow"),
     ],
-)
+)  # fmt: skip
 def test_names(name, block, kind, group):
     assert (block_of(name), kind_of(name), group_of(name, 9)) == (block, kind, group)
 
