@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from models import build, samples
 from torch import Tensor, nn
 
-from geffect_fast.capture import Explicit, Plan, Recorder, Segments
+import geffect_fast as gf
+from geffect_fast.capture import Explicit, Plan, Recorder, Segments, calls
 from geffect_fast.capture.products import inner
 
 N, T, D = 6, 4, 5
@@ -130,3 +132,17 @@ def test_half_precision_keeps_wide_directions():
     )
     inner(watched, torch.randn(2, D))
     assert asked == list(range(N))
+
+
+def test_experts_as_grouped_products(monkeypatch):
+    """torch's grouped product has no forward-mode rule; the experts' other form is the same."""
+    pytest.importorskip("transformers")
+    model = build("mixtral")
+    assert model.config._experts_implementation == "grouped_mm"
+    masked = []
+    only = calls._only
+    monkeypatch.setattr(calls, "_only", lambda g, cu, i: masked.append(i) or only(g, cu, i))
+    rows = samples([5, 9, 7, 4, 6, 8])
+    gf.profile(model, None, forget=rows, retain=rows, objectives=["ga"], resolve=("sample",))
+    assert max(masked) == 1  # the search for a layout forms two samples' norms, and that is all
+    assert model.config._experts_implementation == "grouped_mm"
