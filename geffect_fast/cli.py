@@ -15,8 +15,9 @@ if TYPE_CHECKING:
     import xarray as xr
 
 EXIT_CODES = (
-    "Exit codes: 0 all went well; 2 bad input, one line 'error: ...' on stderr and nothing "
-    "written; 3 check found a deviation; 1 unexpected failure; 130 interrupted."
+    "Exit codes: 0 all went well; 2 bad input, a full disk or too little memory, one line "
+    "'error: ...' on stderr and nothing written; 3 check found a deviation; 1 unexpected failure; "
+    "130 interrupted."
 )
 DEVIATION = 3
 
@@ -44,10 +45,12 @@ def main(argv: list[str] | None = None) -> int:
     except GEffectError as error:
         return _fail(str(error), error.exit_code)
     except (KeyboardInterrupt, typer.Abort):
-        return _fail("interrupted", 130)
+        return _fail("interrupted; nothing half-written is left", 130)
     except Exception as error:
         if hasattr(error, "format_message"):  # a usage error of the parser
-            return _fail(error.format_message(), 2)
+            context = getattr(error, "ctx", None)
+            command = context.command_path if context else "geffect-fast"
+            return _fail(f"{error.format_message().rstrip('.')}; see {command} --help", 2)
         import traceback
 
         traceback.print_exc()
@@ -138,7 +141,7 @@ def profile(
         "forget": forget,
         "retain": retain,
         "objectives": objectives,
-        "probes": dict(_probe(text) for text in probe) if probe else None,
+        "probes": _probes(probe) if probe else None,
         "refusals": refusals,
         "reference": reference,
         "tokenizer": tokenizer,
@@ -154,12 +157,12 @@ def profile(
         "device": device,
         "threads": threads,
     }
-    values = {} if config is None else read_values(config)
-    values |= {name: value for name, value in options.items() if value is not None}
+    given = {name: value for name, value in options.items() if value is not None}
+    values = given if config is None else read_values(config) | given
     for name in ("model", "forget", "retain", "objectives"):
         if values.get(name) is None:
             raise InputError(f"--{name} is missing; give it, or a --config that holds it")
-    checked = make_config(values, "" if config is None else str(config))
+    checked = make_config(values, str(config or ""), _named(given, probes="--probe"))
 
     from geffect_fast.report import write_report
     from geffect_fast.runs.execute import execute
@@ -182,6 +185,7 @@ def check(
     tokenizer: Annotated[str | None, _option("--tokenizer", field="tokenizer")] = None,
     template: Annotated[str | None, _option("--template", field="template")] = None,
     max_length: Annotated[int | None, _option("--max-length", field="max_length")] = None,
+    token_budget: Annotated[int | None, _option("--token-budget", field="token_budget")] = None,
     dtype: Annotated[str | None, _option("--dtype", field="dtype")] = None,
     device: Annotated[str | None, _option("--device", field="device")] = None,
     threads: Annotated[int | None, _option("--threads", field="threads")] = None,
@@ -202,11 +206,13 @@ def check(
         "tokenizer": tokenizer,
         "template": template,
         "max_length": max_length,
+        "token_budget": token_budget,
         "dtype": dtype,
         "device": device,
         "threads": threads,
     }
-    config = make_config({name: value for name, value in options.items() if value is not None})
+    given = {name: value for name, value in options.items() if value is not None}
+    config = make_config(given, options=_named(given, forget="--data"))
 
     from geffect_fast.report.check_table import render_check, verdict
     from geffect_fast.runs.execute import execute_check
@@ -225,9 +231,9 @@ def show(
     run: Annotated[Path, typer.Argument(help="A run folder, or a results.nc.", show_default=False)],
 ) -> None:
     """Print the tables and findings of a run again."""
-    from geffect_fast.runs.store import open_run
+    from geffect_fast.runs.store import open_run, reading
 
-    with open_run(run, lazy=True) as dataset:
+    with open_run(run, lazy=True) as dataset, reading(run):
         _print_result(dataset, run)
 
 
@@ -298,11 +304,21 @@ def env() -> None:
         print(f"{op:<{width}} {device:<7} {provider:<10} {why}")
 
 
-def _probe(text: str) -> tuple[str, str]:
-    name, equals, source = text.partition("=")
-    if not (name.strip() and equals and source.strip()):
-        raise InputError(f"--probe {text!r} must be NAME=DATA, such as general=wiki.jsonl")
-    return name.strip(), source.strip()
+def _named(given: dict[str, Any], **names: str) -> dict[str, str]:
+    """What the options behind config fields are called."""
+    return {field: names.get(field, f"--{field.replace('_', '-')}") for field in given}
+
+
+def _probes(texts: list[str]) -> dict[str, str]:
+    probes: dict[str, str] = {}
+    for text in texts:
+        name, equals, source = (part.strip() for part in text.partition("="))
+        if not (name and equals and source):
+            raise InputError(f"--probe {text!r} must be NAME=DATA, such as general=wiki.jsonl")
+        if name in probes:
+            raise InputError(f"--probe {text!r}: there is a probe {name!r} already; choose another")
+        probes[name] = source
+    return probes
 
 
 def _console() -> Any:

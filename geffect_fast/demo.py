@@ -22,11 +22,12 @@ from geffect_fast.data import (
 from geffect_fast.data.batch import Batch
 from geffect_fast.errors import GEffectError, InputError
 from geffect_fast.report import write_report
-from geffect_fast.runs.config import make_config
+from geffect_fast.runs.config import ProfileConfig, make_config
+from geffect_fast.runs.disk import folder_for, is_there, set_aside
 from geffect_fast.runs.execute import execute
 from geffect_fast.runs.models import quiet_transformers
 from geffect_fast.runs.progress import progress_bar
-from geffect_fast.runs.store import check_free
+from geffect_fast.runs.store import RUN_FILES, check_free
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -83,7 +84,8 @@ def run_demo(
 
     Args:
         out: gets `forget.jsonl`, `retain.jsonl`, `refusals.jsonl`, `reference/` (the model that
-            knows all), `model/` (it, a few unlearning steps later) and the run.
+            knows all), `model/` (it, a few unlearning steps later) and the run; where anything
+            fails, it is left as it was.
         seed: of data, weights and order.
         overwrite: whether an earlier demo in `out` may be replaced.
         progress: whether to show bars and say what happens.
@@ -98,9 +100,16 @@ def run_demo(
     """
     size = size or Size()
     folder = check_free(out, overwrite)
-    held = [name for name in PARTS if (folder / name).exists()]
+    held = [name for name in PARTS if is_there(folder / name)]
     if held and not overwrite:
         raise InputError(f"{out} already holds {held[0]}; choose another --out or use --overwrite")
+    with folder_for(f"demo {out}", folder), set_aside(folder, (*PARTS, *RUN_FILES)):
+        config = _prepare(folder, seed, progress, size)
+        return execute(config, folder, progress=progress, report=write_report)
+
+
+def _prepare(folder: Path, seed: int, progress: bool, size: Size) -> ProfileConfig:
+    """Fill the folder with data and models, and say how to profile them."""
     rows = make_fictitious_authors(size.n_authors, seed)
     forget, retain = split_forget(rows, 0.2)
     write_jsonl(forget, folder / "forget.jsonl")
@@ -132,7 +141,7 @@ def run_demo(
         f"({_percent([recall(model, part) for part in sets])}) with the one before as reference, "
         "since at the reference itself npo is ga on another scale and kl has no gradient."
     )
-    config = make_config(
+    return make_config(
         {
             "model": str(folder / "model"),
             "reference": str(folder / "reference"),
@@ -142,7 +151,6 @@ def run_demo(
             "objectives": OBJECTIVES,
         }
     )
-    return execute(config, folder, overwrite=overwrite, progress=progress, report=write_report)
 
 
 def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerBase:
@@ -266,9 +274,14 @@ def recall(model: nn.Module, samples: SampleSet) -> tuple[float, float]:
 
 def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Model and tokenizer as a folder that transformers loads."""
+    from safetensors import SafetensorError
+
     with quiet_transformers():
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+        try:
+            model.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+        except SafetensorError as error:  # what a full disk is to it
+            raise OSError(str(error)) from error
 
 
 def _predict(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:

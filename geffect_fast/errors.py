@@ -25,3 +25,9 @@ class NonFiniteError(GEffectError, ArithmeticError):
     """A weight, loss or gradient is NaN or infinite; the message names the first place."""
 
     exit_code = 2
+
+
+class OutOfMemoryError(GEffectError, MemoryError):
+    """A batch does not fit; the message names the token budget and a smaller one."""
+
+    exit_code = 2

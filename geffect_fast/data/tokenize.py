@@ -153,8 +153,10 @@ def tokenize_rows(
     return SampleSet(name, tuple(samples))
 
 
-def check_vocabulary(sample_set: SampleSet, vocab_size: int) -> None:
+def check_vocabulary(sample_set: SampleSet, vocab_size: int, what: str = "model") -> None:
     """Refuse token ids and labels that a model of `vocab_size` tokens does not have.
+
+    `what` is what the message calls the model.
 
     Raises:
         InputError: names the first such row and id.
@@ -166,7 +168,25 @@ def check_vocabulary(sample_set: SampleSet, vocab_size: int) -> None:
                 if highest >= vocab_size:
                     raise InputError(
                         f"{row_place(sample_set.name, sample.row)}: its {role} holds token id "
-                        f"{highest}, but the model knows {vocab_size} tokens; use its own tokenizer"
+                        f"{highest}, but the {what} knows {vocab_size} tokens; use its own "
+                        "tokenizer"
+                    )
+
+
+def check_positions(sample_set: SampleSet, n_positions: int, what: str = "model") -> None:
+    """Refuse sequences longer than a model's table of `n_positions` positions.
+
+    Raises:
+        InputError: names the first such row.
+    """
+    for sample in sample_set.samples:
+        for role, sequences in sample.sequences().items():
+            for sequence in sequences:
+                if len(sequence) > n_positions:
+                    raise InputError(
+                        f"{row_place(sample_set.name, sample.row)}: its {role} sequence has "
+                        f"{len(sequence)} tokens, but the {what} knows {n_positions} positions; "
+                        "shorten or drop the row"
                     )
 
 
@@ -221,6 +241,13 @@ class _Encoder:
     """Question and answer to token ids and labels, with one tokenizer and template."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, template: str) -> None:
+        if not callable(tokenizer):
+            raise InputError(
+                f"tokenizer: expected one of transformers, got {type(tokenizer).__name__}; "
+                "load it with AutoTokenizer.from_pretrained"
+            )
+        if not isinstance(template, str):
+            raise InputError(f"template: got {type(template).__name__}; give 'auto' or a text")
         self.tokenizer = tokenizer
         self.chat = template == "auto" and bool(getattr(tokenizer, "chat_template", None))
         if template == "auto":

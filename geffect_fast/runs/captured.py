@@ -37,6 +37,7 @@ class CapturedNumbers:
         objectives: elementary ones or sums.
         reference: what objectives compare with; None: the model itself.
         layout: how samples share a batch.
+        token_budget: tokens a batch; None: chosen from free memory.
     """
 
     def __init__(
@@ -46,13 +47,15 @@ class CapturedNumbers:
         objectives: Sequence[Objective],
         reference: nn.Module | None,
         layout: Layout,
+        token_budget: int | None = None,
     ) -> None:
         self.plan = plan
         self.n = len(sample_set)
         self.objectives = objectives
         self.reference = reference
         self.parts = list(dict.fromkeys(part for o in objectives for _, part in o.parts()))
-        budget = estimate_token_budget(plan.model, n_directions=1)
+        budget = token_budget or estimate_token_budget(plan.model, n_directions=1)
+        self.token_budget = budget
 
         def batches_of(_name: str, roles: tuple[Role, ...]) -> list[Batch]:
             return make_batches(sample_set, roles, token_budget=budget, layout=layout)
@@ -60,6 +63,11 @@ class CapturedNumbers:
         self.answers = batches_of("", ("answer",))
         self.tasks = tasks_for(self.parts, batches_of, {"forget": 0, "retain": self.n})
         self.pairs = [(a, b) for x, a in enumerate(self.answers) for b in self.answers[x:]]
+
+    @property
+    def most_samples(self) -> int:
+        """Samples of the largest batch."""
+        return max(self.answers, key=lambda batch: batch.total_tokens).n_samples
 
     @property
     def n_tokens(self) -> int:

@@ -19,7 +19,15 @@ from geffect_fast.data import SampleSet, read_refusals, read_rows, tokenize_rows
 from geffect_fast.engines.layout import choose_layout
 from geffect_fast.errors import InputError, NonFiniteError
 from geffect_fast.objectives import Objective
+from geffect_fast.runs.arguments import (
+    check_counts,
+    check_model,
+    check_needs_no_refusals,
+    reference_for,
+    resolved_list,
+)
 from geffect_fast.runs.axes import kind_of
+from geffect_fast.runs.budget import within_budget
 from geffect_fast.runs.captured import CapturedNumbers
 from geffect_fast.runs.coverage import Coverage
 from geffect_fast.runs.plain import Numbers, plain_numbers, plain_tokens
@@ -29,12 +37,6 @@ from geffect_fast.runs.precision import (
     coarsest_dtype,
     computing_in,
     widened_copy,
-)
-from geffect_fast.runs.profile import (
-    check_model,
-    check_needs_no_refusals,
-    reference_for,
-    resolved_list,
 )
 from geffect_fast.runs.progress import progress_bar
 
@@ -129,6 +131,7 @@ def check(
     reference_model: nn.Module | str | Path | None = None,
     template: str = "auto",
     max_length: int | None = None,
+    token_budget: int | None = None,
     progress: bool = False,
 ) -> Check:
     """Compare the engine with plain autograd on a few samples, parameter by parameter.
@@ -146,7 +149,7 @@ def check(
         data: forget data as for `profile`; it serves as retain data as well.
         objectives: as for `profile`.
         samples: how many rows of the data, the first ones.
-        refusals, reference_model, template, max_length, progress: as for `profile`.
+        refusals, reference_model, template, max_length, token_budget, progress: as for `profile`.
 
     Returns:
         A `Check`; `check.exact` is the verdict.
@@ -159,6 +162,7 @@ def check(
         True
     """
     chosen = resolved_list(objectives)
+    check_counts(samples=samples, token_budget=token_budget, max_length=max_length)
     parts = [part for objective in chosen for _, part in objective.parts()]
     alternatives = any("alternative" in part.roles for part in parts)
     sample_set = _read(
@@ -168,19 +172,27 @@ def check(
         check_needs_no_refusals(chosen)
     check_model(model, {"data": sample_set})
     plan = Plan.of(model)
-    reference = reference_for(reference_model, {need for p in parts for need in p.needs}, model)
+    needs = {need for part in parts for need in part.needs}
+    reference = reference_for(reference_model, needs, model, {"data": sample_set})
     dtype = coarsest_dtype(model)
 
     def plain_of(other: nn.Module, precision: torch.dtype) -> Numbers:
         what = f"plain autograd, {_name(precision)}"
         n_tokens = plain_tokens(sample_set, chosen)
-        with computing_in(precision, other), progress_bar(progress, what, n_tokens) as update:
+        with (
+            computing_in(precision, other),
+            progress_bar(progress, what, n_tokens) as update,
+            within_budget(captured.token_budget, 1),
+        ):
             return plain_numbers(other, sample_set, chosen, reference, lambda n: update(advance=n))
 
     with computing_in(dtype, model):
         layout = choose_layout(plan, sample_set)
-        captured = CapturedNumbers(plan, sample_set, chosen, reference, layout)
-        with progress_bar(progress, "geffect_fast", captured.n_tokens) as update:
+        captured = CapturedNumbers(plan, sample_set, chosen, reference, layout, token_budget)
+        with (
+            progress_bar(progress, "geffect_fast", captured.n_tokens) as update,
+            within_budget(captured.token_budget, captured.most_samples),
+        ):
             ours = captured.compute(lambda n: update(advance=n))
         rules = captured.rules()
     plain = plain_of(model, dtype)
@@ -193,7 +205,7 @@ def check(
     if wider is not None:
         exact = plain_of(widened_copy(model, wider), wider)
         errors, rounding = _errors(ours, exact), _errors(plain, exact)
-    _check_objectives(chosen, plain, rounding)
+    _check_objectives(chosen, plain, rounding, dtype)
     silent = (plain.norms == 0).all(1) & (plain.effects == 0).all(2).all(0)
     unreached = tuple(n for n, zero in zip(plan.parameters, silent, strict=True) if zero)
     uncovered = tuple(n for n in plan.parameters if n not in rules and n not in unreached)
@@ -216,8 +228,6 @@ def _read(
     data: Any, tokenizer: Any, n: int, refusals: Any, template: str, max_length: int | None
 ) -> SampleSet:
     """The first `n` rows of the data."""
-    if n < 1:
-        raise InputError(f"samples: must be at least 1, got {n}")
     return tokenize_rows(
         read_rows(data, name="data")[:n],
         tokenizer,
@@ -240,14 +250,19 @@ def _check_finite(plain: Numbers, plan: Plan) -> None:
 
 
 def _check_objectives(
-    objectives: Sequence[Objective], plain: Numbers, rounding: list[Errors] | None
+    objectives: Sequence[Objective],
+    plain: Numbers,
+    rounding: list[Errors] | None,
+    dtype: torch.dtype,
 ) -> None:
     """Raise `InputError` naming the first objective whose effects are nothing but rounding."""
+    # Objectives are computed in fp32 at least; the gradient of one at its minimum is some 0.02 eps.
+    eps = torch.finfo(torch.promote_types(dtype, torch.float32)).eps
     for k, (objective, effects) in enumerate(zip(objectives, plain.effects, strict=True)):
         size = float(effects.abs().max())
-        noise = torch.finfo(torch.float64).eps * 1e3 * float(plain.products.abs().max())
+        noise = eps * float(plain.products.abs().max())
         if rounding is not None:
-            noise = float(rounding[0][1][:, k].max()) / NOISE
+            noise = max(noise, float(rounding[0][1][:, k].max()) / NOISE)
         if size <= noise:
             raise InputError(
                 f"objective '{objective}' has no gradient on these samples but rounding, so there "

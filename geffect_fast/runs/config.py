@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -10,14 +12,18 @@ import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from geffect_fast.errors import InputError
+from geffect_fast.runs.disk import is_there, user_path
 
 
 def _settled(source: str) -> str:
     """An existing path made absolute, so that a replay from elsewhere finds it; else unchanged."""
     if not source:
-        raise ValueError("must not be empty")
-    path = Path(source).expanduser()
-    return str(path.absolute()) if path.exists() else source
+        raise ValueError("must not be empty; give a path or a hub id")
+    path = user_path(source)
+    try:
+        return str(path.absolute()) if is_there(path) else source
+    except OSError as error:
+        raise ValueError(f"{error.strerror}; give a path or a hub id") from None
 
 
 Source = Annotated[str, AfterValidator(_settled)]
@@ -148,23 +154,28 @@ class ProfileConfig(BaseModel):
         return value
 
 
-def make_config(values: dict[str, Any], where: str = "") -> ProfileConfig:
+def make_config(
+    values: dict[Any, Any], where: str = "", options: Mapping[str, str] | None = None
+) -> ProfileConfig:
     """A config from plain values.
 
     Args:
         values: field name to value.
         where: what the error calls the place they come from, such as a file name.
+        options: fields that come from options of the command line in its stead, and what these are
+            called.
 
     Raises:
         InputError: one line with the place, the field, what is wrong and the nearest field name.
     """
+    for name in values:
+        if not isinstance(name, str):
+            place = f"{where}: " if where else ""
+            raise InputError(f"{place}field {name!r} must be text, such as model or forget")
     try:
         return ProfileConfig(**values)
     except ValidationError as error:
-        prefix = f"{where}: " if where else ""
-        raise InputError(prefix + _one_line(error)) from None
-    except TypeError:
-        raise InputError(f"{where or 'config'}: every field name must be text") from None
+        raise InputError(_one_line(error, where, options or {})) from None
 
 
 def load_config(path: str | Path) -> ProfileConfig:
@@ -188,8 +199,13 @@ def read_values(path: str | Path) -> dict[str, Any]:
         raise InputError(
             f"config {path} does not exist; give a YAML file such as run.yaml"
         ) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"config {path} cannot be read: {_flat(error)}") from None
+    except OSError as error:
+        reason = error.strerror or error
+        raise InputError(
+            f"config {path} cannot be read: {reason}; give a YAML file such as run.yaml"
+        ) from None
+    except ValueError:
+        raise InputError(f"config {path} is not UTF-8; save it as UTF-8") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f" at line {mark.line + 1}" if mark else ""
@@ -208,24 +224,31 @@ def dump_config(config: ProfileConfig) -> str:
     )
 
 
-def _one_line(error: ValidationError) -> str:
-    """The first problem of a validation error: field, problem, remedy."""
+def _one_line(error: ValidationError, where: str, options: Mapping[str, str]) -> str:
+    """The first problem of a validation error: place, field, problem, remedy."""
     problem = min(error.errors(), key=lambda p: p["type"] != "extra_forbidden")
-    field = ".".join(str(part) for part in problem["loc"])
+    first, *inner = map(str, problem["loc"])
+    place = f"{where}: " if where and first not in options else ""
+    field = ".".join([options.get(first, first), *inner])
     fields = list(ProfileConfig.model_fields)
     if problem["type"] == "extra_forbidden":
         close = difflib.get_close_matches(field, fields, n=1)
         advice = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(fields)}"
-        return f"unknown field {field!r}; {advice}"
+        return f"{place}unknown field {_short(field)}; {advice}"
     if problem["type"] == "missing":
-        return f"field {field!r} is missing"
+        return f"{place}field {field!r} is missing; give it"
     if problem["type"] == "value_error":
-        return f"{field}: {problem['ctx']['error']}"
+        return f"{place}{field}: {problem['ctx']['error']}"
     given = problem["input"]
-    message = f"{field}: {problem['msg'].replace('Input s', 's')}, got {given!r}"
-    allowed = problem.get("ctx", {}).get("expected")
-    close = difflib.get_close_matches(str(given), str(allowed).replace("'", "").split(" "), n=1)
-    return message + (f"; did you mean {close[0].strip(',')!r}?" if allowed and close else "")
+    message = f"{place}{field}: {problem['msg'].replace('Input s', 's')}, got {_short(given)}"
+    allowed = re.findall(r"'([^']+)'", str(problem.get("ctx", {}).get("expected")))
+    close = difflib.get_close_matches(str(given), allowed, n=1)
+    return message + (f"; did you mean {close[0]!r}?" if close else "")
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _flat(error: Exception) -> str:

@@ -17,6 +17,7 @@ from torch import Tensor
 from geffect_fast import ops
 from geffect_fast.capture import Plan
 from geffect_fast.errors import NonFiniteError, UnsupportedModelError
+from geffect_fast.objectives import Objective
 from geffect_fast.runs.resolution import Resolution
 
 if TYPE_CHECKING:
@@ -50,13 +51,15 @@ def check_directions(x: Tensor, what: str, names: Sequence[str]) -> None:
         )
 
 
-def check_effects(effects: Tensor, values: Tensor, objectives: Sequence[str], plan: Plan) -> None:
+def check_effects(
+    effects: Tensor, values: Tensor, objectives: Sequence[Objective], plan: Plan
+) -> None:
     """Raise `NonFiniteError` naming the first objective and parameter that are not finite.
 
     Args:
         effects: `(K, M, P)`, summed over samples.
         values: `(K,)`.
-        objectives: what they are called.
+        objectives: they, or their parts.
         plan: of the model.
     """
     for objective, value in zip(objectives, values.tolist(), strict=True):
@@ -71,6 +74,22 @@ def check_effects(effects: Tensor, values: Tensor, objectives: Sequence[str], pl
         raise NonFiniteError(
             f"gradient of objective '{objectives[k]}' at {list(plan.parameters)[p]} is not finite; "
             "check its hyper-parameters and the model's precision"
+        )
+
+
+def check_norms(gram: Tensor, names: Sequence[object]) -> None:
+    """Raise `NonFiniteError` naming the first whole gradient whose square is not finite.
+
+    Args:
+        gram: `(P, n, n)`.
+        names: of the n gradients.
+    """
+    good = torch.isfinite(gram.diagonal(dim1=1, dim2=2)).all(0)
+    if not good.all():
+        name = names[int((~good).nonzero()[0])]
+        raise NonFiniteError(
+            f"the norm of the gradient of '{name}' is not finite; check its coefficients and "
+            "hyper-parameters"
         )
 
 

@@ -11,10 +11,11 @@ import torch
 
 from geffect_fast.data.qa import read_refusals, read_rows
 from geffect_fast.objectives import parse
+from geffect_fast.runs.arguments import check_needs_no_refusals
 from geffect_fast.runs.check import Check, check
 from geffect_fast.runs.config import ProfileConfig
 from geffect_fast.runs.models import check_model_source, load_model, load_tokenizer, resolve_device
-from geffect_fast.runs.profile import check_needs_no_refusals, profile
+from geffect_fast.runs.profile import profile
 from geffect_fast.runs.store import (
     RESULTS,
     Reporter,
@@ -125,6 +126,7 @@ def execute_check(config: ProfileConfig, samples: int, *, progress: bool = False
             reference_model=config.reference,
             template=config.template,
             max_length=config.max_length,
+            token_budget=config.token_budget,
             progress=progress,
         )
 

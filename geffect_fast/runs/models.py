@@ -15,6 +15,9 @@ import torch
 from torch import nn
 
 from geffect_fast.errors import InputError, NonFiniteError
+from geffect_fast.runs.axes import OUTSIDE, block_of
+from geffect_fast.runs.budget import no_memory
+from geffect_fast.runs.disk import user_path
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -68,9 +71,12 @@ def load_model(
             )
         except Exception as error:  # every loader beneath has errors of its own
             raise InputError(_why_not(source, what, error)) from error
-    _check_complete(source, what, info)
+    _check_complete(source, what, model, info)
     check_finite(model, f"{what} {source}")
-    return model.to(place).eval()
+    try:
+        return model.to(place).eval()
+    except torch.OutOfMemoryError as error:
+        raise InputError(_why_not(source, what, error)) from error
 
 
 def _base_of(source: str | Path, what: str) -> str | None:
@@ -79,7 +85,7 @@ def _base_of(source: str | Path, what: str) -> str | None:
     Raises:
         InputError: the adapter does not say.
     """
-    if not (Path(source).expanduser() / _ADAPTER_CONFIG).is_file():
+    if not (user_path(source) / _ADAPTER_CONFIG).is_file():
         return None
     base = _settings(source, _ADAPTER_CONFIG, what).get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
@@ -126,7 +132,7 @@ def load_tokenizer(source: str | Path, what: str = "tokenizer") -> PreTrainedTok
         InputError: there is none, or it cannot be read.
     """
     _check_folder(source, what)
-    folder = Path(source).expanduser()
+    folder = user_path(source)
     # some tokenizer classes start with an empty vocabulary where there are no files at all
     if folder.is_dir() and not any((folder / name).is_file() for name in _TOKENIZER_FILES):
         base = _base_of(source, what)
@@ -141,7 +147,7 @@ def load_tokenizer(source: str | Path, what: str = "tokenizer") -> PreTrainedTok
         try:
             return AutoTokenizer.from_pretrained(source)
         except Exception as error:  # as above
-            raise InputError(_why_not(source, what, error)) from error
+            raise InputError(_why_not(source, f"tokenizer of {what}", error)) from error
 
 
 def check_model_source(source: str | Path, what: str = "model") -> None:
@@ -151,7 +157,7 @@ def check_model_source(source: str | Path, what: str = "model") -> None:
         InputError: one line with the folder and the remedy.
     """
     _check_folder(source, what)
-    folder = Path(source).expanduser()
+    folder = user_path(source)
     if not folder.is_dir():
         return
     base = _base_of(source, what)
@@ -167,18 +173,25 @@ def check_model_source(source: str | Path, what: str = "model") -> None:
     names = content.get("architectures") or []
     if names and not any(str(name).endswith(_CAUSAL_ENDINGS) for name in names):
         raise InputError(
-            f"{what} {source}: {', '.join(map(str, names))} is not a causal language model"
+            f"{what} {source}: {', '.join(map(str, names))} is not a causal language model; "
+            "give one that predicts next tokens"
         )
 
 
 def _settings(source: str | Path, name: str, what: str) -> dict[str, Any]:
     """What a JSON file in the folder `source` holds."""
     try:
-        content = json.loads((Path(source).expanduser() / name).read_text(encoding="utf-8"))
+        content = json.loads((user_path(source) / name).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise InputError(f"{what} {source}: {name} is not JSON: {_flat(error)}") from None
+        raise InputError(
+            f"{what} {source}: {name} is not JSON ({_flat(error)}); save it again with "
+            "save_pretrained"
+        ) from None
     if not isinstance(content, dict):
-        raise InputError(f"{what} {source}: {name} must hold an object of settings")
+        raise InputError(
+            f"{what} {source}: {name} must hold an object of settings; save it again with "
+            "save_pretrained"
+        )
     return content
 
 
@@ -214,7 +227,7 @@ def resolve_device(device: str) -> torch.device:
 
 def _check_folder(source: str | Path, what: str) -> None:
     """Refuse a path that does not exist, or is no folder; a hub id passes."""
-    path = Path(source).expanduser()
+    path = user_path(source)
     if path.is_dir():
         return
     if path.exists():
@@ -224,8 +237,12 @@ def _check_folder(source: str | Path, what: str) -> None:
         raise InputError(f"{what} {source} does not exist; give a folder or a hub id")
 
 
-def _check_complete(source: str | Path, what: str, info: dict[str, Any]) -> None:
-    """Refuse a model some of whose parameters were not in its checkpoint."""
+def _check_complete(source: str | Path, what: str, model: nn.Module, info: dict[str, Any]) -> None:
+    """Refuse a checkpoint that lacks weights of the model, or has some that the model leaves out.
+
+    Left out without a word are whole modules that the architecture does not have, such as a value
+    head; a layer too many, or a bias that its config.json denies, makes another model.
+    """
     missing = sorted(info.get("missing_keys") or [])
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
@@ -233,12 +250,22 @@ def _check_complete(source: str | Path, what: str, info: dict[str, Any]) -> None
             f"{what} {source}: the checkpoint lacks {missing[0]}{more}; "
             "it is incomplete or belongs to another architecture"
         )
+    n_blocks = 1 + max((block_of(name) for name, _ in model.named_modules()), default=OUTSIDE)
+    leaves = {name for name, module in model.named_modules() if not any(module.children())}
+    for key in sorted(info.get("unexpected_keys") or []):
+        if block_of(key) >= max(n_blocks, 1) or key.rpartition(".")[0] in leaves:
+            raise InputError(
+                f"{what} {source}: the checkpoint holds {key}, which its config.json leaves out; "
+                "mend the config, such as num_hidden_layers, or save the model again"
+            )
 
 
 def _why_not(source: str | Path, what: str, error: Exception) -> str:
     """One line for whatever a loader raised."""
     text = _flat(error)
-    if Path(source).expanduser().is_dir():
+    if no_memory(error):
+        return f"{what} {source} does not fit in memory; use --dtype bfloat16 or another --device"
+    if user_path(source).is_dir():
         if "Unrecognized configuration class" in text:
             return (
                 f"{what} {source}: not a causal language model; give one that predicts next tokens"

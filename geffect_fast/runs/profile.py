@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,45 +13,41 @@ import torch
 from torch import nn
 
 from geffect_fast.capture import Plan
-from geffect_fast.capture.given import mixing_module
-from geffect_fast.data import (
-    REDUCTIONS,
-    SampleSet,
-    check_vocabulary,
-    estimate_token_budget,
-    make_batches,
-    read_refusals,
-    read_rows,
-    tokenize_rows,
-)
+from geffect_fast.data import estimate_token_budget, make_batches
 from geffect_fast.data.batch import Batch, Reduction, Role
-from geffect_fast.data.memory import free_memory
 from geffect_fast.engines.direction import Tick, accumulate_gradients
 from geffect_fast.engines.effect_array import EffectArray
 from geffect_fast.engines.layout import choose_layout
 from geffect_fast.engines.reverse import reverse_effects
 from geffect_fast.engines.tasks import Reference, Task, mixture_of, tasks_for
 from geffect_fast.errors import InputError, UnsupportedModelError
-from geffect_fast.objectives import Objective, parse_list
-from geffect_fast.objectives import resolve as resolve_objective
-from geffect_fast.objectives.base import REFERENCE_NEEDS, Need
+from geffect_fast.objectives import Objective
+from geffect_fast.runs.arguments import (
+    check_arguments,
+    check_memory,
+    check_model,
+    check_needs_no_refusals,
+    read_sets,
+    reference_for,
+    resolved_list,
+    resolved_risk,
+)
+from geffect_fast.runs.budget import within_budget
 from geffect_fast.runs.coverage import Coverage
 from geffect_fast.runs.dataset import (
     check_coverage,
     check_directions,
     check_effects,
+    check_norms,
     dataset,
     gram_matrices,
 )
-from geffect_fast.runs.models import check_finite, load_model
 from geffect_fast.runs.progress import progress_bar
 from geffect_fast.runs.resolution import Resolution, checked_axes
 from geffect_fast.runs.stream import EffectFile
 
 if TYPE_CHECKING:
     import xarray as xr
-
-ENGINES = ("auto", "reverse")
 
 
 def profile(
@@ -141,14 +136,14 @@ def profile(
         >>> result.g_effect.sum(["parameter", "sample"])
     """
     chosen = resolved_list(objectives)
-    risk_part = _risk(risk)
+    risk_part = resolved_risk(risk)
     axes = checked_axes(resolve)
-    _check_arguments(engine, reduction, token_budget)
+    check_arguments(engine, reduction, token_budget=token_budget, max_length=max_length)
     # Effects are linear in the objective: a part that several objectives share is profiled once.
     parts = list(dict.fromkeys(part for objective in chosen for _, part in objective.parts()))
     needs = {need for part in parts for need in part.needs}
     roles = {role for part in parts for role in part.roles}
-    sets = _read_sets(
+    sets = read_sets(
         tokenizer, forget, retain, probes, refusals, "alternative" in roles, template, max_length
     )
     if not sets["forget"].has_alternatives:
@@ -166,7 +161,7 @@ def profile(
     shape = resolution.shape(len(chosen), len(risk_names))
     if out is not None and axes[-2:] != ("sample", "position"):
         raise InputError("out: goes with resolve by 'sample' and 'position'; leave it out")
-    _check_memory(plan, len(parts) if norms or not resolution.per_sample else 0, shape, out)
+    check_memory(plan, len(parts) if norms or not resolution.per_sample else 0, shape, out)
     try:
         layout = choose_layout(plan, sets["forget"])
     except UnsupportedModelError:
@@ -189,21 +184,21 @@ def profile(
     ]
 
     device = next(iter(plan.parameters.values())).device
-    reference = Reference(reference_for(reference_model, needs, model))
-    with _ticking(progress, "gradients of the risks", risk_tasks) as tick:
+    reference = Reference(reference_for(reference_model, needs, model, sets))
+    with _ticking(progress, "gradients of the risks", risk_tasks, budget) as tick:
         risk_values, directions = accumulate_gradients(
             plan, risk_tasks, len(risk_names), reference, tick
         )
     for name, direction in directions.items():
         check_directions(direction, f"gradient of the risk on '{{}}' at {name}", list(risk_names))
-    reference.prepare(tasks, device)
     mixture = mixture_of(chosen, parts)
     columns = resolution.columns()[1]
     m = len(risk_names)
     with (
         nullcontext(np.zeros(shape)) if out is None else EffectFile(out, resolution.dims, shape)
     ) as array:
-        with _ticking(progress, "effects of the objectives", tasks) as tick:
+        with _ticking(progress, "effects of the objectives", tasks, budget) as tick:
+            reference.prepare(tasks, device)
             if resolution.per_sample:
                 places = resolution.places if "position" in axes else None
                 totals = reverse_effects(
@@ -226,12 +221,15 @@ def profile(
                 by_parameter = gram[:, m:, :m].permute(1, 2, 0)
                 mixed = torch.tensordot(mixture, by_parameter, dims=1)
                 torch.from_numpy(array)[..., 0, 0].index_add_(2, torch.tensor(columns), mixed)
-        check_effects(by_parameter, values, [str(part) for part in parts], plan)
+        check_effects(by_parameter, values, parts, plan)
+        mixed_effects = torch.tensordot(mixture, by_parameter, dims=1)
+        check_effects(mixed_effects, mixture @ values, chosen, plan)
         if resolution.per_sample and gram is not None:
             check_coverage(plan, by_parameter, gram, m)
         if gram is not None:
             onto = torch.block_diag(torch.eye(m, dtype=torch.float64), mixture)
             gram = onto @ gram @ onto.T
+            check_norms(gram, [*risk_names, *chosen])
         settings = {
             "engine": "reverse",
             "layout": layout,
@@ -261,133 +259,12 @@ def profile(
         return array.finish(result) if isinstance(array, EffectFile) else result
 
 
-# ---- arguments ----
-
-
-def resolved_list(specs: Sequence[str | Objective] | str) -> list[Objective]:
-    """The objectives that are meant; raise `InputError` where there is none, or one twice."""
-    listed = parse_list(specs) if isinstance(specs, str) else [resolve_objective(s) for s in specs]
-    if not listed:
-        raise InputError("objectives: the list is empty; give at least one, such as 'ga'")
-    for i, objective in enumerate(listed):
-        if objective in listed[:i]:
-            first = listed[listed.index(objective)]
-            raise InputError(f"objectives: '{objective}' is the same as '{first}'; give it once")
-    return listed
-
-
-def check_needs_no_refusals(objectives: Sequence[Objective]) -> None:
-    """Raise `InputError` naming the first objective that needs refusals: there are none."""
-    for objective in objectives:
-        if any("alternative" in part.roles for _, part in objective.parts()):
-            raise InputError(
-                f"objective '{objective}' needs refusals: give a file, one a line, as `refusals` "
-                "(--refusals FILE), or an `alternative` in every forget row"
-            )
-
-
-def _risk(spec: str | Objective) -> Objective:
-    parts = resolve_objective(spec).parts()
-    if len(parts) != 1 or parts[0][0] != 1.0 or parts[0][1].needs & REFERENCE_NEEDS:
-        raise InputError(
-            f"risk: '{spec}' must be one objective that needs no reference, such as nll"
-        )
-    return parts[0][1]
-
-
-def _check_arguments(engine: str, reduction: str, token_budget: int | None) -> None:
-    if engine not in ENGINES:
-        raise InputError(f"engine: unknown '{engine}'; choose from {', '.join(ENGINES)}")
-    if reduction not in REDUCTIONS:
-        raise InputError(f"reduction: unknown '{reduction}'; choose from {', '.join(REDUCTIONS)}")
-    if token_budget is not None and token_budget < 1:
-        raise InputError(f"token_budget: must be at least 1, got {token_budget}")
-
-
-def _read_sets(
-    tokenizer: Any,
-    forget: Any,
-    retain: Any,
-    probes: Mapping[str, Any] | None,
-    refusals: Any,
-    alternatives: bool,
-    template: str,
-    max_length: int | None,
-) -> dict[str, SampleSet]:
-    sources = {"forget": forget, "retain": retain}
-    for name, source in (probes or {}).items():
-        if name in (*sources, "unlearn"):
-            raise InputError(f"probes: the name '{name}' is taken; choose another")
-        sources[name] = source
-    replacements = read_refusals(refusals) if refusals is not None and alternatives else None
-    return {
-        name: tokenize_rows(
-            read_rows(source, name=name),
-            tokenizer,
-            name=name,
-            refusals=replacements if name == "forget" else None,
-            template=template,
-            max_length=max_length,
-        )
-        for name, source in sources.items()
-    }
-
-
-def check_model(model: nn.Module, sets: Mapping[str, SampleSet]) -> None:
-    """Raise where `model` is no model, holds NaN, or does not know a token of the data sets."""
-    if not isinstance(model, nn.Module):
-        raise InputError(
-            f"model: expected a loaded transformers model, got {type(model).__name__}; "
-            "load it with AutoModelForCausalLM.from_pretrained"
-        )
-    check_finite(model)
-    vocab_size = getattr(getattr(model, "config", None), "vocab_size", None)
-    if isinstance(vocab_size, int):
-        for sample_set in sets.values():
-            check_vocabulary(sample_set, vocab_size)
-
-
-def _check_memory(
-    plan: Plan, n_gradients: int, shape: tuple[int, ...], out: str | Path | None
-) -> None:
-    """Raise `InputError` where whole gradients, or the result itself, do not fit."""
-    device = next(iter(plan.parameters.values())).device
-    needed = 4 * n_gradients * sum(p.numel() for p in plan.parameters.values())
-    free = free_memory(device)
-    if needed > free:
-        raise InputError(
-            f"objectives: the whole gradients of {n_gradients} take {needed / 2**30:.1f} GiB and "
-            f"{free / 2**30:.1f} GiB are free; profile fewer at once, or resolve by sample with "
-            "norms=False (--no-norms)"
-        )
-    needed, free = 8 * prod(shape), free_memory(torch.device("cpu"))
-    if out is None and needed > free:
-        raise InputError(
-            f"resolve: the result takes {needed / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are "
-            "free; resolve by 'group' in place of 'parameter', profile fewer objectives, or give "
-            "out=FILE with 'sample' and 'position' (a run folder is written that way)"
-        )
-
-
-def reference_for(
-    source: nn.Module | str | Path | None, needs: set[Need], model: nn.Module
-) -> nn.Module | None:
-    """The reference model, loaded where a folder is given; None where the model itself serves."""
-    if not needs & REFERENCE_NEEDS or source is None or source is model:
-        return None
-    if isinstance(source, nn.Module):
-        why = mixing_module(source)
-        if why is not None:
-            raise InputError(f"reference_model: {why}")
-        return source
-    first = next(model.parameters())
-    return load_model(
-        source, str(first.dtype).removeprefix("torch."), str(first.device), "reference"
-    )
-
-
 @contextmanager
-def _ticking(show: bool, what: str, tasks: Sequence[Task]) -> Iterator[Tick]:
-    """Yields a function that is told of tokens done, drawn as a bar."""
-    with progress_bar(show, what, sum(task.n_tokens for task in tasks)) as update:
+def _ticking(show: bool, what: str, tasks: Sequence[Task], token_budget: int) -> Iterator[Tick]:
+    """Yields a function that is told of tokens done, drawn as a bar; memory may run out."""
+    largest = max((b for task in tasks for b in task.batches), key=lambda b: b.total_tokens)
+    with (
+        progress_bar(show, what, sum(task.n_tokens for task in tasks)) as update,
+        within_budget(token_budget, largest.n_samples),
+    ):
         yield lambda n: update(advance=n)

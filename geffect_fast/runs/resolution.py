@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -139,6 +139,8 @@ class Resolution:
 
 def checked_axes(resolve: Sequence[str]) -> tuple[str, ...]:
     """The axes that are meant, in the order of `AXES`; raise `InputError` where there are none."""
+    if not isinstance(resolve, Iterable):
+        raise InputError(f"resolve: got {resolve!r}; choose from {', '.join(AXES)}")
     asked = (resolve,) if isinstance(resolve, str) else tuple(resolve)
     for axis in asked:
         if axis == "token":

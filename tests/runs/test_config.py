@@ -96,7 +96,7 @@ def test_a_missing_field_is_named():
         ("model: [", "not valid YAML at line 2"),
         ("- a\n- b\n", "must hold fields"),
         ("", "must hold fields"),
-        ("1: 2\n", "field name must be text"),
+        ("1: 2\n", "field 1 must be text"),
         ("model: !!python/object/apply:os.system ['true']\n", "not valid YAML at line 1"),
     ],
 )
