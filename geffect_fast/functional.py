@@ -171,7 +171,8 @@ def pairwise_inner_products(
 
     Args:
         model, loss_fn: as for `per_sample_grad_norms`.
-        batch_a, batch_b: as its `batch`.
+        batch_a, batch_b: as its `batch`. The same object twice is run once, and half of the
+            symmetric result is computed.
         per_parameter: products by parameter name instead of their sum.
 
     Returns:
@@ -184,24 +185,21 @@ def pairwise_inner_products(
         >>> gf.functional.pairwise_inner_products(model, loss_fn, forget_batch, retain_batch)
     """
     plan = Plan.of(model)
-    sides: list[dict[str, list[Factor]]] = []
-    sizes = []
-    for batch in (batch_a, batch_b):
-        side: dict[str, list[Factor]] = {}
+    kept: dict[str, list[Factor]] = {}
+    found: dict[str, Tensor] = {}
 
-        def keep(name: str, factors: list[Factor], _kept: Any, into: Any = side) -> None:
-            into[name] = factors
+    def keep(name: str, factors: list[Factor], _z: Any) -> None:
+        kept[name] = factors
 
-        sizes.append(len(_run(plan, loss_fn, batch, keep, join=True)))
-        sides.append(side)
-    a, b = sides
-    with torch.no_grad():
-        found = {
-            name: pairwise(a[name], b[name], p.shape)
-            for name, p in plan.parameters.items()
-            if name in a and name in b
-        }
-    zeros = next(iter(plan.parameters.values())).new_zeros(*sizes)
+    def multiply(name: str, factors: list[Factor], _z: Any) -> None:
+        other = factors if batch_a is batch_b else kept.get(name)
+        if other is not None:
+            found[name] = pairwise(other, factors, plan.parameters[name].shape)
+
+    # What the first batch leaves is kept; the second batch's is used as it arrives.
+    n_a = None if batch_a is batch_b else len(_run(plan, loss_fn, batch_a, keep, join=True))
+    losses = _run(plan, loss_fn, batch_b, multiply, join=True)
+    zeros = losses.new_zeros(len(losses) if n_a is None else n_a, len(losses))
     return _gathered(plan, found, zeros, None, per_parameter)
 
 

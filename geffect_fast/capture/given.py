@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from geffect_fast.capture.segments import Segments
 
@@ -23,35 +23,31 @@ class Given:
 
     Attributes:
         args, kwargs: the arguments, tensors detached.
+        tensors: those among them.
         versions: of the tensors, to notice that one was changed in place.
         autocast: device type, dtype; None where autocast was off.
     """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    versions: tuple[int, ...]
+    tensors: list[Tensor]
+    versions: list[int]
     autocast: tuple[str, torch.dtype] | None
 
     @classmethod
     def of(cls, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Given:
-        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        leaves, structure = tree_flatten((args, kwargs))
+        leaves = [x.detach() if isinstance(x, Tensor) else x for x in leaves]
+        tensors = [x for x in leaves if isinstance(x, Tensor)]
         kind = tensors[0].device.type if tensors else "cpu"
         on = torch.is_autocast_enabled(kind)
         autocast = (kind, torch.get_autocast_dtype(kind)) if on else None
-
-        def detach(x: Any) -> Any:
-            return x.detach() if isinstance(x, Tensor) else x
-
-        versions = tuple(_version(x) for x in tensors)
-        return cls(tree_map(detach, args), tree_map(detach, kwargs), versions, autocast)
-
-    @property
-    def tensors(self) -> list[Tensor]:
-        return [x for x in tree_leaves((self.args, self.kwargs)) if isinstance(x, Tensor)]
+        args, kwargs = tree_unflatten(leaves, structure)
+        return cls(args, kwargs, tensors, [_version(x) for x in tensors], autocast)
 
     def changed(self) -> bool:
         """Whether a tensor has been written to since; a detached one shares its version."""
-        return tuple(_version(x) for x in self.tensors) != self.versions
+        return [_version(x) for x in self.tensors] != self.versions
 
     def precision(self) -> Any:
         """The autocast of the call, to run something again as it ran then."""

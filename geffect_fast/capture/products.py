@@ -22,7 +22,7 @@ from geffect_fast.capture.factors import (
     summed_gradient,
     widened,
 )
-from geffect_fast.capture.segments import segment_sum
+from geffect_fast.capture.segments import offsets_of, segment_sum
 
 JVP_TOLERANCE = {torch.float64: 1e-7, torch.float32: 1e-4}
 """How far a jvp and a vjp of one module may be apart, relative to the sum of sizes; fp64 models
@@ -137,14 +137,27 @@ def squared_norms(factors: list[Factor], shape: torch.Size) -> Tensor:
     if outers:
         joined = _joined(outers)
         terms.append(ops.ghost_norm(joined.a, joined.g, joined.cu).double())
-    for x, lookup in enumerate(lookups):
-        others: list[Outer | Lookup] = [*outers, *lookups[: x + 1]]
-        for other in others:
-            weight = 1.0 if other is lookup else 2.0
-            own = zip(samples(other.cu), samples(lookup.cu), strict=True)
-            cross = [_lookup_gram(other, r, lookup, s).sum() for r, s in own]
-            terms.append(weight * torch.stack(cross))
+    if lookups:
+        terms.append(_table_norms(lookups))
+    for outer in outers:
+        for lookup in lookups:
+            own = zip(samples(outer.cu), samples(lookup.cu), strict=True)
+            cross = [_lookup_gram(outer, r, lookup, s).sum() for r, s in own]
+            terms.append(2.0 * torch.stack(cross))
     return torch.stack(terms).sum(0)
+
+
+def _table_norms(lookups: list[Lookup]) -> Tensor:
+    """`||grad_i||_F^2` of a table: the gradients of each of its rows that sample `i` looked up."""
+    n, n_entries = n_samples(lookups[0]), lookups[0].n_entries
+    owners = [torch.repeat_interleave(f.cu.to(f.ids.device).long().diff()) for f in lookups]
+    keys = torch.cat([o * n_entries + f.ids for o, f in zip(owners, lookups, strict=True)])
+    order = keys.argsort(stable=True)
+    cells, counts = keys.unique(return_counts=True)  # (sample, row) in order
+    g = torch.cat([f.g for f in lookups])[order]
+    squares = segment_sum(g, offsets_of(counts)).square().sum(1)
+    first = torch.arange(n + 1, device=cells.device) * n_entries
+    return segment_sum(squares, torch.searchsorted(cells, first))
 
 
 def pairwise(a: list[Factor], b: list[Factor], shape: torch.Size) -> Tensor:

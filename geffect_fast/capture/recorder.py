@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -32,9 +33,9 @@ class Recorder:
     """Context manager: inside it, every backward hands factors of per-sample gradients to `sink`.
 
     A parameter's factors are handed over as soon as the output gradient of a call has arrived. With
-    `join=True` they are kept until the backward is over (`finish`) and handed over together, for
-    what is not additive over calls (norms). The generic rule always waits, as it needs the
-    gradients of all of a module's outputs.
+    `join=True` those of a parameter that was used several times are kept until the backward is over
+    (`finish`) and handed over together, for what is not additive over calls (norms). The generic
+    rule always waits, as it needs the gradients of all of a module's outputs.
 
     Args:
         plan: of the model.
@@ -66,6 +67,7 @@ class Recorder:
         self._entered: dict[str, list[Given]] = {}
         self._waiting: dict[int, list[Tensor | None]] = {}
         self._joined: dict[str, list[Factor]] = {}
+        self._uses: Counter[str] = Counter()
 
     def __enter__(self) -> Recorder:
         for where, (module, *_) in self.plan.owners.items():
@@ -84,7 +86,7 @@ class Recorder:
             handle.remove()
         for kept in (self._handles, self.calls, self.roots):
             kept.clear()
-        for waiting in (self._entered, self._waiting, self._joined):
+        for waiting in (self._entered, self._waiting, self._joined, self._uses):
             waiting.clear()
 
     def roots_of(self, y: Tensor) -> list[Tensor]:
@@ -150,6 +152,7 @@ class Recorder:
         call = rule(where, module, names, given, factor, self.segments)
         index = len(self.calls)
         self.calls.append(call)
+        self._uses.update(names.values())
         if isinstance(call, GenericCall):
             call.returned = [y.detach() for y in tensors_of(output)]
         grafted = tree_map(partial(self._graft, rule), output)
@@ -189,7 +192,7 @@ class Recorder:
             self._hand_over(name, factor, kept.get(name))
 
     def _hand_over(self, name: str, factor: Factor, kept: Tensor | None) -> None:
-        if self.join:
+        if self.join and self._uses[name] > 1:
             self._joined.setdefault(name, []).append(factor)
         else:
             self.sink(name, [factor], [kept])
@@ -216,9 +219,11 @@ class OutsideUse(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         if torch.is_grad_enabled() and not REPLAYING.get():
-            for x in _flattened((*args, *kwargs.values())):
-                if isinstance(x, nn.Parameter) and id(x) in self.owners:
-                    self._check(x, func, args, kwargs)
+            # Every operation of the model comes by: no more than a look at each argument.
+            for x in (*args, *kwargs.values()):
+                for y in x if isinstance(x, list | tuple) else (x,):
+                    if id(y) in self.owners:
+                        self._check(y, func, args, kwargs)
         return func(*args, **kwargs)
 
     def _check(self, p: nn.Parameter, func: Any, args: tuple[Any, ...], kwargs: Any) -> None:
@@ -232,14 +237,6 @@ class OutsideUse(TorchFunctionMode):
         if any(y.requires_grad and y is not leaf for y in tensors_of(used)):
             name = next(k for k, q in self.recorder.plan.parameters.items() if q is p)
             self.found[name] = None
-
-
-def _flattened(values: Iterable[Any]) -> Iterator[Any]:
-    for value in values:
-        if isinstance(value, list | tuple):
-            yield from value
-        else:
-            yield value
 
 
 def leaves_of(y: Tensor) -> list[Tensor]:
