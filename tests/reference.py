@@ -156,11 +156,8 @@ def retain_shares(name, params, model, reference, retain, reduction):
             yield mean_over(reduction, retain, (log_p.exp() * (log_p - log_q)).sum(-1))
 
 
-def effects(model, reference, objective, forget, retain, alternatives, reduction="token"):
-    """`(risk, parameter, sample)` fp64 for `objective`, a list of `(coefficient, name, params)`.
-
-    The sample axis holds the forget rows and then the retain rows.
-    """
+def risk_gradients(model, forget, retain, reduction="token"):
+    """The gradients of the risks on both sets, by parameter."""
     risks = []
     for rows in (forget, retain):
         shares = [
@@ -168,6 +165,18 @@ def effects(model, reference, objective, forget, retain, alternatives, reduction
             for row in rows
         ]
         risks.append([sum(parts) for parts in zip(*shares, strict=True)])
+    return risks
+
+
+def effects(
+    model, reference, objective, forget, retain, alternatives, reduction="token", risks=None
+):
+    """`(risk, parameter, sample)` fp64 for `objective`, a list of `(coefficient, name, params)`.
+
+    The sample axis holds the forget rows and then the retain rows. `risks` are the risks' gradients
+    where they are there already.
+    """
+    risks = risks or risk_gradients(model, forget, retain, reduction)
     n_params = len(risks[0])
     out = torch.zeros(2, n_params, len(forget) + len(retain), dtype=torch.float64)
     for coefficient, name, params in objective:
@@ -185,11 +194,14 @@ def effects(model, reference, objective, forget, retain, alternatives, reduction
     return out
 
 
-def close(actual, expected: Tensor, tolerance: float) -> None:
-    """Effects equal up to `tolerance`, relative to the largest sample's share of the parameter."""
+def error(actual, expected: Tensor) -> float:
+    """Largest difference of effects, relative to the largest sample's share of the parameter."""
     scale = expected.abs().amax(-1, keepdim=True)
     # A product that is small beside the others is a difference of large ones: no method that rounds
     # to fp32 on the way has relative precision there.
     scale = scale.clamp(min=1e-3 * float(expected.abs().max()))
-    error = (torch.as_tensor(actual) - expected).abs() / scale
-    assert float(error.max()) <= tolerance
+    return float(((torch.as_tensor(actual) - expected).abs() / scale).max())
+
+
+def close(actual, expected: Tensor, tolerance: float) -> None:
+    assert error(actual, expected) <= tolerance

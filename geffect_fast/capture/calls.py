@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, ClassVar
 
@@ -21,8 +21,8 @@ from torch.func import functional_call
 from geffect_fast.capture.factors import Explicit, Factor, Lookup, Outer, RowSum, Tangent
 from geffect_fast.capture.given import REPLAYING, Given, tensors_of
 from geffect_fast.capture.products import project
-from geffect_fast.capture.segments import Segments
-from geffect_fast.capture.trials import embedding_scale, norm_offset, norm_with
+from geffect_fast.capture.segments import Rows, Segments
+from geffect_fast.capture.trials import embedding_scale, is_linear, norm_offset, norm_with
 from geffect_fast.capture.wrappers import eagerly
 from geffect_fast.errors import InputError, UnsupportedModelError
 
@@ -38,6 +38,7 @@ class Call:
         given: what it was called with.
         factor: the one number a rule found out about the module (`fit`).
         segments: the sample axis; None where it is not known.
+        axes: which axis of a module's output holds the tokens, as far as it is known (`Segments`).
     """
 
     where: str
@@ -46,6 +47,7 @@ class Call:
     given: Given
     factor: float
     segments: Segments | None
+    axes: dict[tuple[str, int], int]
 
     rules: ClassVar[dict[str, type[Call]]] = {}
 
@@ -64,13 +66,18 @@ class Call:
         """The one tensor the module was called with."""
         return next(iter((*self.given.args, *self.given.kwargs.values())))
 
-    def factors(self, g: Tensor, segments: Segments) -> Iterator[tuple[str, Factor]]:
+    def factors(self, g: Tensor, rows: Rows) -> Iterator[tuple[str, Factor]]:
         """Each parameter's name in the model with its factor, given the output's gradient `g`."""
         raise NotImplementedError
 
     def checked_factors(self, g: Tensor) -> Iterator[tuple[str, Factor]]:
         """`factors`, where what the module was called with is still what it was."""
-        return self.factors(g, self.checked_segments())
+        return self.factors(g, self.rows(self.checked_segments(), g))
+
+    def rows(self, segments: Segments, x: Tensor) -> Rows:
+        """How the rows of an input or output `(..., d)` lie, offsets on its device."""
+        rows = segments.rows(x.shape[:-1], self.where, self.axes)
+        return replace(rows, cu=rows.cu.to(x.device))
 
     def checked_segments(self) -> Segments:
         """The sample axis.
@@ -106,33 +113,32 @@ def _qualified(kind: type) -> str:
     return f"{kind.__module__}.{kind.__qualname__}"
 
 
-def _flat(x: Tensor) -> Tensor:
-    return x.reshape(-1, x.shape[-1])
-
-
-def _cu(segments: Segments, x: Tensor, where: str) -> Tensor:
-    return segments.rows(x.shape[:-1], where).to(x.device)
-
-
 class LinearCall(Call, serves="torch.nn.modules.linear.Linear"):
     """`y = a W^T + b`: `grad_W = sum_t g_t a_t^T`, `grad_b = sum_t g_t`."""
 
     transposed: ClassVar[bool] = False
 
-    def factors(self, g: Tensor, segments: Segments) -> Iterator[tuple[str, Factor]]:
-        cu, g = _cu(segments, g, self.where), _flat(g)
+    @classmethod
+    def fit(cls, module: nn.Module) -> float | None:
+        if runs_forward_of(module, cls):
+            return 1.0
+        return 1.0 if isinstance(module, nn.Linear) and is_linear(module) else None
+
+    def factors(self, g: Tensor, rows: Rows) -> Iterator[tuple[str, Factor]]:
+        g = rows.flat(g)
         if "weight" in self.names:
-            a = _flat(self.input)
+            a = rows.flat(self.input)
             wide = torch.promote_types(a.dtype, g.dtype)  # they differ under autocast
-            yield self.names["weight"], Outer(a.to(wide), g.to(wide), cu, self.transposed)
+            yield self.names["weight"], Outer(a.to(wide), g.to(wide), rows.cu, self.transposed)
         if "bias" in self.names:
-            yield self.names["bias"], RowSum(g, cu)
+            yield self.names["bias"], RowSum(g, rows.cu)
 
     def constants(self, directions: Mapping[str, Tensor]) -> dict[str, Tensor]:
         name = self.names.get("weight")
         if name is None:
             return {}
-        return {name: project(_flat(self.input), directions[name], self.transposed)}
+        a = self.rows(self.checked_segments(), self.input).flat(self.input)
+        return {name: project(a, directions[name], self.transposed)}
 
 
 class Conv1DCall(LinearCall, serves="transformers.pytorch_utils.Conv1D"):
@@ -151,20 +157,20 @@ class EmbeddingCall(Call, serves="torch.nn.modules.sparse.Embedding"):
             return None
         return 1.0 if runs_forward_of(module, cls) else embedding_scale(module)
 
-    @property
-    def ids(self) -> Tensor:
-        return self.input.reshape(-1)
-
-    def factors(self, g: Tensor, segments: Segments) -> Iterator[tuple[str, Factor]]:
+    def factors(self, g: Tensor, rows: Rows) -> Iterator[tuple[str, Factor]]:
         assert isinstance(self.module, nn.Embedding)
-        cu, rows = _cu(segments, g, self.where), _flat(g) * self.factor
+        ids, g = self.ids(rows), rows.flat(g) * self.factor
         if self.module.padding_idx is not None:
-            rows = rows.masked_fill((self.ids == self.module.padding_idx)[:, None], 0)
-        yield self.names["weight"], Lookup(self.ids, rows, cu, len(self.module.weight))
+            g = g.masked_fill((ids == self.module.padding_idx)[:, None], 0)
+        yield self.names["weight"], Lookup(ids, g, rows.cu, len(self.module.weight))
+
+    def ids(self, rows: Rows) -> Tensor:
+        return rows.flat(self.input[..., None])[:, 0]
 
     def constants(self, directions: Mapping[str, Tensor]) -> dict[str, Tensor]:
         name = self.names["weight"]
-        return {name: directions[name][:, self.ids]}
+        rows = self.rows(self.checked_segments(), self.input[..., None])
+        return {name: directions[name][:, self.ids(rows)]}
 
 
 class NormCall(Call):
@@ -178,19 +184,18 @@ class NormCall(Call):
     def fit(cls, module: nn.Module) -> float | None:
         return norm_offset(module)
 
-    def factors(self, g: Tensor, segments: Segments) -> Iterator[tuple[str, Factor]]:
-        cu, rows = _cu(segments, g, self.where), _flat(g)
+    def factors(self, g: Tensor, rows: Rows) -> Iterator[tuple[str, Factor]]:
+        g = rows.flat(g)
         if "weight" in self.names:
-            yield self.names["weight"], RowSum(rows * self.normalized(), cu)
+            yield self.names["weight"], RowSum(g * rows.flat(self.normalized()), rows.cu)
         if "bias" in self.names:
-            yield self.names["bias"], RowSum(rows, cu)
+            yield self.names["bias"], RowSum(g, rows.cu)
 
     def normalized(self) -> Tensor:
-        """`xhat`, `(rows, d)`, computed by the module with its weight set to `1 - offset`."""
+        """`xhat`, `(..., d)`, computed by the module with its weight set to `1 - offset`."""
         weight = torch.full_like(self.module.get_parameter("weight"), 1.0 - self.factor)
         with torch.no_grad(), self.given.precision():
-            xhat = norm_with(self.module, weight, None, *self.given.args, **self.given.kwargs)
-        return _flat(xhat)
+            return norm_with(self.module, weight, None, *self.given.args, **self.given.kwargs)
 
 
 class GenericCall(Call):
@@ -227,8 +232,8 @@ class GenericCall(Call):
             for position, (y, g) in enumerate(zip(again, grads, strict=False))
             if g is not None and y.requires_grad
         }
-        cus = {
-            position: segments.rows(g.shape[:-1] if segments.n_samples > 1 else g.shape, self.where)
+        rows = {
+            position: self.rows(segments, g if segments.n_samples > 1 else g[..., None])
             for position, (_, g) in used.items()
         }
         formed: dict[int | None, tuple[Tensor | None, ...]] = {}
@@ -239,7 +244,7 @@ class GenericCall(Call):
                 # Only the last sample is kept: parameters of one module are asked for in turn.
                 formed.clear()
                 masked = [
-                    g if i is None else _only(g, cus[position], i)
+                    g if i is None else rows[position].only(g, i)
                     for position, (_, g) in used.items()
                 ]
                 formed[i] = (
@@ -260,8 +265,8 @@ class GenericCall(Call):
             if moved is None:
                 return None
             return [
-                Tangent(_flat(moved[position]), _flat(g), cus[position])
-                for position, (_, g) in used.items()
+                Tangent(at.flat(moved[position]), at.flat(used[position][1]), at.cu)
+                for position, at in rows.items()
             ]
 
         for k, (local, leaf) in enumerate(leaves.items()):
@@ -342,16 +347,6 @@ def _nth(
         return torch.zeros_like(leaf) if grad is None else grad
 
     return gradient
-
-
-def _only(g: Tensor, cu: Tensor, i: int) -> Tensor:
-    """`g` with the rows of every sample but `i` set to zero."""
-    if cu.numel() == 2:
-        return g
-    kept = torch.zeros_like(g, memory_format=torch.contiguous_format)  # rows are written by view
-    rows = slice(int(cu[i]), int(cu[i + 1]))
-    _flat(kept)[rows] = _flat(g)[rows]
-    return kept
 
 
 def rule_for(module: nn.Module) -> tuple[type[Call], float]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import takewhile
 
 from torch import nn
@@ -27,11 +27,13 @@ class Plan:
         owners: module name -> (module, local name -> name in the model, rule, the rule's factor).
             What modules without a forward hold (a `ParameterDict`, a parametrisation) belongs to
             the module around them, whose local name for it has dots.
+        axes: what batches have taught about the axes of modules' outputs, see `Segments.rows`.
     """
 
     model: nn.Module
     parameters: Mapping[str, nn.Parameter]
     owners: dict[str, tuple[nn.Module, dict[str, str], type[Call], float]]
+    axes: dict[tuple[str, int], int] = field(default_factory=dict)
 
     @classmethod
     def of(cls, model: nn.Module) -> Plan:

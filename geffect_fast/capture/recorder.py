@@ -149,7 +149,7 @@ class Recorder:
         # The generic rule runs the module again, its hooks included: it takes what came in.
         entered = self._entered[where].pop()
         given = entered if rule is GenericCall else Given.of(args, kwargs)
-        call = rule(where, module, names, given, factor, self.segments)
+        call = rule(where, module, names, given, factor, self.segments, self.plan.axes)
         index = len(self.calls)
         self.calls.append(call)
         self._uses.update(names.values())

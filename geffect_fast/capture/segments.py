@@ -13,6 +13,35 @@ from geffect_fast.errors import UnsupportedModelError
 
 
 @dataclass(frozen=True)
+class Rows:
+    """How the rows of a tensor `(..., d)` lie: those of one sample are neighbours in `flat(x)`.
+
+    Attributes:
+        cu: `(n_samples + 1,)` int32 offsets of the samples among them.
+        axis, front: the axis of the tokens, and where it is moved to before axes are merged:
+            elsewhere in `(batch, heads, tokens, d)`, in place in `(batch, tokens, heads, d)`.
+    """
+
+    cu: Tensor
+    axis: int = 0
+    front: int = 0
+
+    def flat(self, x: Tensor) -> Tensor:
+        """`x` as `(rows, d)`."""
+        return x.movedim(self.axis, self.front).reshape(-1, x.shape[-1])
+
+    def only(self, x: Tensor, i: int) -> Tensor:
+        """`x` with the rows of every sample but `i` set to zero."""
+        if self.cu.numel() == 2:
+            return x
+        moved = x.movedim(self.axis, self.front)
+        kept = torch.zeros_like(moved, memory_format=torch.contiguous_format)
+        rows = slice(int(self.cu[i]), int(self.cu[i + 1]))
+        kept.view(-1, x.shape[-1])[rows] = self.flat(x)[rows]
+        return kept.movedim(self.front, self.axis)
+
+
+@dataclass(frozen=True)
 class Segments:
     """The sample axis of one forward pass.
 
@@ -76,12 +105,16 @@ class Segments:
             return self.n_samples // self.length
         return self.n_samples * self.rows_per_sample
 
-    def rows(self, shape: Sequence[int], where: str) -> Tensor:
-        """Offsets `(n_samples + 1,)` int32 of the samples among the flattened rows of `shape`.
+    def rows(
+        self, shape: Sequence[int], where: str, known: dict[tuple[str, int], int] | None = None
+    ) -> Rows:
+        """How the rows of a tensor lie whose axes but the last, of features, have this `shape`.
 
         Args:
             shape: all axes of a module's input but the feature axis.
             where: the module's name, for the error.
+            known: the axis of the tokens by module and number of axes, from batches where its size
+                leaves no doubt, for those where another axis is as large; learned here.
 
         Raises:
             UnsupportedModelError: the rows cannot be told apart by sample (a router sent tokens
@@ -89,8 +122,14 @@ class Segments:
         """
         shape = tuple(shape)
         if self.n_samples == 1:
-            return torch.tensor([0, prod(shape)], dtype=torch.int32)
-        offsets = self._packed(shape) if self.token_offsets else self._rectangular(shape)
+            return Rows(torch.tensor([0, prod(shape)], dtype=torch.int32))
+        known = {} if known is None else known
+        place = (where, len(shape))
+        axis, front = self._axis(shape)
+        if axis is not None:
+            known[place] = axis
+        axis = known.get(place)
+        offsets = None if axis is None else self._offsets(shape, axis)
         if offsets is None and self.per_token:
             raise UnsupportedModelError(
                 f"module '{where}' was called with rows of shape {shape}, which cannot be told "
@@ -103,35 +142,46 @@ class Segments:
                 f"apart by sample ({self.n_samples} samples in the batch); run it one sample at a "
                 "time"
             )
-        return offsets.to(torch.int32)
+        return Rows(offsets.to(torch.int32), axis or 0, front)
 
-    def _packed(self, shape: tuple[int, ...]) -> Tensor | None:
+    def _axis(self, shape: tuple[int, ...]) -> tuple[int | None, int]:
+        """The axis of the tokens, None where its size leaves doubt, and where to move it to.
+
+        In a batch of whole sequences it is the first, of the sequences.
+        """
         if not shape:
-            return None
-        by_total = {int(o[-1]): o for o in reversed(self.token_offsets)}
-        total = int(self.token_offsets[0][-1])
-        axis = next((k for k, size in enumerate(shape) if size != 1), len(shape) - 1)
-        size, behind = shape[axis], shape[axis + 1 :]
-        # A later axis of that size (as many heads as tokens) could be the token axis as well.
-        if size not in by_total or size in behind or total in behind:
-            return None
-        return by_total[size] * prod(behind)
+            return None, 0
+        if self.token_offsets:
+            front = next((k for k, size in enumerate(shape) if size != 1), len(shape) - 1)
+            sizes = {int(o[-1]) for o in self.token_offsets}
+            n_tokens = int(self.token_offsets[0][-1])
+        elif self.per_token and self.length is not None:
+            front = int(len(shape) > 1 and shape[0] == self.n_rows)
+            sizes = {self.length if front else self.n_samples}
+            n_tokens = self.length
+        else:
+            return (0 if self._offsets(shape, 0) is not None else None), 0
+        found = [k for k, size in enumerate(shape) if k >= front and size in sizes]
+        if found[:1] != [front]:
+            return (found[0] if len(found) == 1 else None), front
+        # A later axis of that size (as many heads as tokens) could be the token axis as well; one
+        # as large as the tokens whose logits are kept could not, behind an axis of all tokens.
+        behind = shape[front + 1 :]
+        return (None if shape[front] in behind or n_tokens in behind else front), front
 
-    def _rectangular(self, shape: tuple[int, ...]) -> Tensor | None:
-        n_rows = self.n_rows
-        if self.per_token:
-            # Both (n_rows, length, ...) and (n_rows * length, ...) are tokens in order.
-            n_axes = 2 if shape[:2] == (n_rows, self.length) else 1
-            behind = shape[n_axes:]
-            if prod(shape[:n_axes]) != self.n_samples or self.length in behind:
-                return None
-            return torch.arange(self.n_samples + 1) * prod(behind)
-        starts = torch.arange(self.n_samples + 1) * self.rows_per_sample
-        if shape and shape[0] == n_rows:
-            return starts * prod(shape[1:])
-        if self.length is not None and shape and shape[0] == n_rows * self.length:
-            return starts * (self.length * prod(shape[1:]))
-        return None
+    def _offsets(self, shape: tuple[int, ...], axis: int) -> Tensor | None:
+        """The samples' offsets where they lie along `axis`, None where they do not."""
+        size, starts = shape[axis], torch.arange(self.n_samples + 1)
+        if self.token_offsets:
+            by_total = {int(o[-1]): o for o in reversed(self.token_offsets)}
+            return by_total[size] * (prod(shape) // size) if size in by_total else None
+        if self.per_token and axis > 0:
+            fits = shape[0] == self.n_rows and size == self.length
+        elif self.per_token:
+            fits = axis == 0 and size == self.n_samples
+        else:
+            fits = axis == 0 and size in (self.n_rows, self.n_rows * (self.length or 1))
+        return starts * (prod(shape) // self.n_samples) if fits else None
 
 
 def offsets_of(lengths: Tensor) -> Tensor:

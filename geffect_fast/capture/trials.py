@@ -1,8 +1,8 @@
-"""What a module computes, found out by trying it: norms and embeddings of any name."""
+"""What a module computes, found out by trying it: linear layers, norms, embeddings of any name."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -30,6 +30,48 @@ def forward_alone(
     """The module's own forward with other parameters: no hook runs a second time."""
     replaced = {f"module.{name}": p for name, p in parameters.items()}
     return functional_call(_Bare(module), replaced, args, kwargs)
+
+
+def is_linear(module: nn.Linear) -> bool:
+    """Whether a module with a forward of its own computes `x W^T + b` all the same, as Falcon's do.
+
+    Tried on rows from tiny to large, which tells it from one that rounds or limits its input, and
+    by its gradients, as it may detach its weight. What could change from call to call (buffers,
+    children) rules it out.
+    """
+    if any(True for _ in module.children()) or any(True for _ in module.buffers()):
+        return False
+    generator = torch.Generator().manual_seed(0)
+    d_out, d_in = module.out_features, module.in_features
+    x, g, w, b = (
+        torch.randn(shape, generator=generator, dtype=torch.float64).to(module.weight)
+        for shape in ((2, 3, d_in), (2, 3, d_out), (d_out, d_in), (d_out,))
+    )
+    own = [p.requires_grad_() for p in ((w,) if module.bias is None else (w, b))]
+    parameters = dict(zip(("weight", "bias"), own, strict=False))
+
+    def outcome(forward: Callable[[Tensor], Tensor], size: float) -> tuple[Tensor, ...]:
+        y = forward(size * x)
+        return y.detach(), *torch.autograd.grad(y, own, g)
+
+    try:
+        with torch.enable_grad():
+            return all(
+                _alike(found, expected)
+                for size in (1e-3, 1.0, 1e3)
+                for found, expected in zip(
+                    outcome(lambda x: forward_alone(module, parameters, (x,)), size),
+                    outcome(lambda x: nn.functional.linear(x, *own), size),
+                    strict=True,
+                )
+            )
+    except (RuntimeError, TypeError, ValueError, AttributeError):
+        return False
+
+
+def _alike(found: Tensor, expected: Tensor) -> bool:
+    rtol = 1e-2 if expected.dtype.itemsize < 4 else 1e-5
+    return torch.allclose(found, expected, rtol=rtol, atol=rtol * float(expected.abs().max()))
 
 
 def embedding_scale(module: nn.Embedding) -> float | None:

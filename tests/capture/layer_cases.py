@@ -66,6 +66,28 @@ class Gated(nn.Linear):
         return torch.sigmoid(F.linear(x, self.weight, self.bias)) * x
 
 
+class Written(nn.Linear):
+    """A linear layer whose forward is written out, as Falcon's."""
+
+    def forward(self, x):
+        y = x @ self.weight.T
+        return y if self.bias is None else y + self.bias
+
+
+class Limited(nn.Linear):
+    """Linear on small inputs only."""
+
+    def forward(self, x):
+        return F.linear(x.clamp(-4, 4), self.weight, self.bias)
+
+
+class Detached(nn.Linear):
+    """Linear by what it returns, but not by its gradients."""
+
+    def forward(self, x):
+        return F.linear(x, (self.weight + self.weight.detach()) / 2, self.bias)
+
+
 class Own(nn.Module):
     """Parameters of its own beside a child's."""
 
@@ -373,6 +395,10 @@ CASES: dict[str, Case] = {
         )
     ),
     "gated_linear": Case(lambda: around(Gated(D, D)), forms=EXPLICIT),
+    "written_linear": Case(lambda: around(Written(D, D)), forms={**OUTER, "layer.bias": RowSum}),
+    "written_linear_without_bias": Case(lambda: around(Written(D, D, bias=False)), forms=OUTER),
+    "limited_linear": Case(lambda: around(Limited(D, D)), forms=EXPLICIT),
+    "detached_linear": Case(lambda: around(Detached(D, D)), forms=EXPLICIT),
     "old_weight_norm": Case(
         lambda: around(nn.utils.weight_norm(nn.Linear(D, D))),
         forms={"layer.weight_v": Explicit, "layer.bias": Explicit},

@@ -24,6 +24,7 @@ SINGLE = Segments.rectangular((1, 5))
         (PACKED, (12,), [0, 4, 9, 12]),
         (PACKED, (1, 12, 2), [0, 8, 18, 24]),  # heads behind the tokens
         (PACKED, (1, 1, 12), [0, 4, 9, 12]),
+        (PACKED, (1, 2, 12), [0, 8, 18, 24]),  # heads before the tokens
         (KEPT, (1, 12), [0, 4, 9, 12]),
         (KEPT, (1, 6), [0, 2, 3, 6]),  # logits of some tokens only
         (KEPT, (6,), [0, 2, 3, 6]),
@@ -44,8 +45,8 @@ SINGLE = Segments.rectangular((1, 5))
     ],
 )
 def test_rows(segments, shape, expected):
-    rows = segments.rows(shape, "m")
-    assert rows.dtype == torch.int32 and rows.tolist() == expected
+    cu = segments.rows(shape, "m").cu
+    assert cu.dtype == torch.int32 and cu.tolist() == expected
 
 
 @pytest.mark.parametrize(
@@ -54,7 +55,8 @@ def test_rows(segments, shape, expected):
         (PACKED, (1, 12, 12)),  # as many heads as tokens: which axis is which?
         (KEPT, (1, 6, 12)),
         (KEPT, (1, 6, 6)),
-        (PACKED, (1, 2, 12)),  # heads before the tokens: no sample owns neighbouring rows
+        (PACKED, (12, 12)),
+        (KEPT, (1, 3, 6, 12)),  # behind other axes, both may be tokens
         (PACKED, (1, 5)),  # a router sent some elsewhere
         (PACKED, (2, 6)),
         (PACKED, ()),
@@ -71,6 +73,50 @@ def test_rows_that_cannot_be_told_apart_name_the_module(segments, shape):
     ) as caught:
         segments.rows(shape, "a.b")
     assert str(shape) in str(caught.value) and "\n" not in str(caught.value)
+
+
+PACKED_OWNER = torch.arange(3).repeat_interleave(CU.diff())
+OWNER = torch.arange(3)
+TOKEN = torch.arange(12).view(3, 4)
+
+
+@pytest.mark.parametrize(
+    ("segments", "owner"),
+    [
+        (PACKED, PACKED_OWNER[None, :, None].expand(1, 12, 2)),
+        (PACKED, PACKED_OWNER[None, None].expand(1, 2, 12)),
+        (PACKED, PACKED_OWNER[None].expand(2, 12)),
+        (PACKED, PACKED_OWNER[:, None].expand(12, 2)),
+        (RECTANGULAR, OWNER[:, None, None].expand(3, 4, 2)),
+        (RECTANGULAR, OWNER[:, None, None].expand(3, 2, 4)),
+        (RECTANGULAR, OWNER.repeat_interleave(4)[:, None].expand(12, 2)),
+        (Segments.tokens((3, 4)), TOKEN),
+        (Segments.tokens((3, 4)), TOKEN[:, :, None].expand(3, 4, 2)),
+        (Segments.tokens((3, 4)), TOKEN[:, None].expand(3, 2, 4)),
+        (Segments.tokens((3, 4)), TOKEN.view(12, 1).expand(12, 2)),
+    ],
+)
+def test_rows_of_one_sample_are_those_that_hold_it(segments, owner):
+    """Wherever the axis of the tokens is; `owner` says whose every row is."""
+    x = owner[..., None].expand(*owner.shape, 5) + 1.0
+    rows = segments.rows(owner.shape, "m")
+    for i in range(segments.n_samples):
+        own = rows.flat(x)[int(rows.cu[i]) : int(rows.cu[i + 1])]
+        assert len(own) == int((owner == i).sum()) and bool((own == i + 1).all())
+        assert torch.equal(rows.only(x, i), torch.where(x == i + 1, x, 0))
+
+
+def test_an_axis_learned_once_settles_a_doubt():
+    known = {}
+    doubtful = Segments.packed(torch.tensor([0, 1, 2]))  # two tokens, and two heads below
+    with pytest.raises(UnsupportedModelError):
+        doubtful.rows((1, 2, 2), "m", known)
+    PACKED.rows((1, 2, 12), "m", known)
+    PACKED.rows((1, 12, 2), "other", known)
+    assert doubtful.rows((1, 2, 2), "m", known).axis == 2
+    assert doubtful.rows((1, 2, 2), "other", known).axis == 1
+    with pytest.raises(UnsupportedModelError):
+        doubtful.rows((1, 3, 3), "m", known)
 
 
 def test_rows_of_the_input():

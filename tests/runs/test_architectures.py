@@ -11,16 +11,17 @@ import pytest
 import torch
 from architectures import ARCHITECTURES
 from models import build, fp64_throughout, samples
-from reference import close, effects
+from reference import effects, error, risk_gradients
 
 import geffect_fast as gf
 from geffect_fast.capture import Plan
 from geffect_fast.data import tokenize_rows
+from geffect_fast.engines.layout import choose_layout
 from geffect_fast.objectives import resolve
 from geffect_fast.runs.axes import kind_of
 from geffect_fast.runs.captured import CapturedNumbers
 
-FORGET, RETAIN = [2, 17, 7, 7], [9, 13]
+FORGET, RETAIN = [2, 12, 6, 6], [5, 9]
 
 OBJECTIVES = {
     "npo(beta=0.1) + kl": [(1.0, "npo", {"beta": 0.1}), (1.0, "kl", {})],
@@ -29,12 +30,28 @@ OBJECTIVES = {
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
 
 
+def expected(name, dtype, forget, retain):
+    """Effects of every objective by plain autograd in `dtype`, and the models."""
+    model, other = build(name, dtype), build(name, dtype, seed=1)
+    with fp64_throughout() if dtype == torch.float64 else contextlib.nullcontext():
+        risks = risk_gradients(model, forget, retain)
+        every = [
+            effects(model, other, objective, forget, retain, None, risks=risks)
+            for objective in OBJECTIVES.values()
+        ]
+    return every, model, other
+
+
+def largest(found, every):
+    return max(error(own, wanted) for own, wanted in zip(found, every, strict=True))
+
+
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=["fp32", "fp64"])
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_effects_equal_one_sample_at_a_time(name, dtype):
     forget, retain = samples(FORGET, 1, 2), samples(RETAIN, 2, 2)
+    plain, model, other = expected(name, dtype, forget, retain)
     with fp64_throughout() if dtype == torch.float64 else contextlib.nullcontext():
-        model, other = build(name, dtype), build(name, dtype, seed=1)
         result = gf.profile(
             model,
             None,
@@ -42,21 +59,26 @@ def test_effects_equal_one_sample_at_a_time(name, dtype):
             retain=retain,
             objectives=list(OBJECTIVES),
             reference_model=other,
-            token_budget=30,
+            token_budget=24,
         )
-        for k, objective in enumerate(OBJECTIVES.values()):
-            expected = effects(model, other, objective, forget, retain, None)
-            close(result.g_effect[k].values, expected, TOLERANCE[dtype])
     trainable = [name for name, p in model.named_parameters() if p.requires_grad]
     assert list(result.parameter.values) == trainable
     assert result.attrs["layout"] == ARCHITECTURES[name].layout
+    found = torch.from_numpy(result.g_effect.values)
+    if dtype == torch.float32 and largest(found, plain) > TOLERANCE[dtype]:
+        # Plain autograd rounds as much where a model amplifies rounding: no more than twice that.
+        exact, *_ = expected(name, torch.float64, forget, retain)
+        assert largest(found, exact) <= 2 * largest(plain, exact)
+    else:
+        assert largest(found, plain) <= TOLERANCE[dtype]
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_rules(name):
+def test_layout_and_rules(name):
     row, model = ARCHITECTURES[name], build(name)
-    rows = tokenize_rows(samples(FORGET, 1), None, name="forget")
-    rules = CapturedNumbers(Plan.of(model), rows, [resolve("ga")], None, row.layout).rules()
+    plan, rows = Plan.of(model), tokenize_rows(samples(FORGET, 1), None, name="forget")
+    assert choose_layout(plan, rows) == row.layout
+    rules = CapturedNumbers(plan, rows, [resolve("ga")], None, row.layout).rules()
     generic = {kind_of(name) for name, served in rules.items() if "generic" in served}
     assert generic == set(row.generic)
-    assert rules.keys() == {name for name, p in model.named_parameters() if p.requires_grad}
+    assert rules.keys() == plan.parameters.keys()
