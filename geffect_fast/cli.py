@@ -20,6 +20,7 @@ EXIT_CODES = (
     "130 interrupted."
 )
 DEVIATION = 3
+_INTERRUPTED = "interrupted; nothing half-written is left"
 
 app = typer.Typer(
     name="geffect-fast",
@@ -41,11 +42,12 @@ def main(argv: list[str] | None = None) -> int:
         status = typer.main.get_command(app)(
             args=argv, prog_name="geffect-fast", standalone_mode=False
         )
-        return status if isinstance(status, int) else 0
+        # the parser makes an exit code of Ctrl-C itself
+        return _fail(_INTERRUPTED, 130) if status == 130 else int(status or 0)
     except GEffectError as error:
         return _fail(str(error), error.exit_code)
     except (KeyboardInterrupt, typer.Abort):
-        return _fail("interrupted; nothing half-written is left", 130)
+        return _fail(_INTERRUPTED, 130)
     except Exception as error:
         if hasattr(error, "format_message"):  # a usage error of the parser
             context = getattr(error, "ctx", None)
@@ -58,7 +60,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _fail(message: str, code: int) -> int:
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    words = (word if len(word) <= 300 else f"{word[:297]}..." for word in message.split())
+    print(f"error: {' '.join(words)}", file=sys.stderr)
     return code
 
 

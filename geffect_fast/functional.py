@@ -21,6 +21,7 @@ from geffect_fast.capture.products import (
     pairwise,
     squared_norms,
 )
+from geffect_fast.capture.segments import checked_offsets
 from geffect_fast.capture.wrappers import eagerly, plain_name
 from geffect_fast.errors import InputError, UnsupportedModelError
 from geffect_fast.ops.reference import accumulation_dtype
@@ -238,7 +239,9 @@ def _backward(recorder: Recorder, losses: Any, axis: Segments) -> Tensor:
 
 def _sample_axis(batch: Any) -> Segments:
     if isinstance(batch, Mapping) and "cu_seqlens" in batch:
-        return Segments.packed(torch.as_tensor(batch["cu_seqlens"]))
+        ids = batch.get("input_ids")
+        n_tokens = ids.numel() if isinstance(ids, Tensor) else None
+        return Segments.packed(checked_offsets(batch["cu_seqlens"], n_tokens))
     first = batch.get("input_ids") if isinstance(batch, Mapping) else None
     tensors = [x for x in tree_leaves(batch) if isinstance(x, Tensor) and x.dim()]
     if isinstance(first, Tensor) and first.dim():
@@ -250,12 +253,21 @@ def _sample_axis(batch: Any) -> Segments:
 
 def _stacked(plan: Plan, direction: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], bool]:
     """Directions as `(M, *shape)` in the dtype sums are taken in, and whether M was given."""
+    if not isinstance(direction, Mapping):
+        raise InputError(
+            f"direction: got {type(direction).__name__}; give a dict of tensors by parameter name"
+        )
     stacked, counts = {}, set()
     for name, v in direction.items():
         name = plain_name(name)
         p = plan.parameters.get(name)
         if p is None:
-            raise InputError(f"direction: '{name}' is no trainable parameter of the model")
+            raise InputError(
+                f"direction: '{name}' is no trainable parameter of the model; give names of "
+                "model.named_parameters()"
+            )
+        if not isinstance(v, Tensor):
+            raise InputError(f"direction: '{name}' is of type {type(v).__name__}; give a tensor")
         if v.shape != p.shape and v.shape[1:] != p.shape:
             raise InputError(
                 f"direction: '{name}' has shape {tuple(v.shape)}, the parameter {tuple(p.shape)}; "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from math import prod
 from typing import Any
 
 from torch import Tensor, nn
@@ -12,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 from geffect_fast.capture.factors import Explicit, Factor, Lookup, Outer, RowSum
 from geffect_fast.capture.plan import Plan
 from geffect_fast.capture.recorder import OutsideUse, Recorder, leaves_of
-from geffect_fast.capture.segments import Segments
+from geffect_fast.capture.segments import Segments, checked_offsets
 from geffect_fast.capture.wrappers import eagerly
 
 __all__ = [
@@ -51,7 +52,7 @@ def capture(
         `RowSum` or `Explicit`; `factor.gradient(i)` is sample `i`'s own gradient.
 
     Raises:
-        InputError: dropout is active, or nothing is trainable.
+        InputError: no model, active dropout, nothing trainable, or offsets that do not fit.
         UnsupportedModelError: the rows of a module cannot be told apart by sample.
 
     Example:
@@ -69,10 +70,11 @@ def capture(
 
     def see_input(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor) and x.dim()]
+        first = kwargs.get("input_ids", tensors[0] if tensors else None)
         if cu_seqlens is not None:
-            recorder.segments = Segments.packed(cu_seqlens)
-        elif tensors:
-            first = kwargs.get("input_ids", tensors[0])
+            n_tokens = None if first is None else prod(first.shape[:2])
+            recorder.segments = Segments.packed(checked_offsets(cu_seqlens, n_tokens))
+        elif first is not None:
             recorder.segments = Segments.rectangular(first.shape)
 
     handle = plan.model.register_forward_pre_hook(see_input, with_kwargs=True, prepend=True)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from geffect_fast.capture.segments import Segments
+from geffect_fast.errors import InputError
 
 REPLAYING: ContextVar[bool] = ContextVar("REPLAYING", default=False)
 """Set while a module is run once more for its vjp: no recorder may take that for a call."""
@@ -72,6 +73,15 @@ def broadcast_ids(module: nn.Module, args: tuple[Any, ...], segments: Segments) 
         if n > 1 and ids.dim() >= 2 and ids.shape[:2] == (1, segments.length):
             return (ids.expand(n, *ids.shape[1:]), *args[1:])
     return args
+
+
+def check_is_model(model: object, what: str = "model") -> None:
+    """Raise `InputError` where `what` is something else, such as the path of a model."""
+    if not isinstance(model, nn.Module):
+        raise InputError(
+            f"{what}: expected a loaded model, got {type(model).__name__}; load it with "
+            "transformers' AutoModelForCausalLM.from_pretrained"
+        )
 
 
 def mixing_module(model: nn.Module) -> str | None:

@@ -10,7 +10,7 @@ from itertools import takewhile
 from torch import nn
 
 from geffect_fast.capture.calls import Call, GenericCall, rule_for
-from geffect_fast.capture.given import mixing_module
+from geffect_fast.capture.given import check_is_model, mixing_module
 from geffect_fast.capture.wrappers import check_adapters, plain_name, unwrapped
 from geffect_fast.errors import InputError, UnsupportedModelError
 
@@ -40,11 +40,12 @@ class Plan:
         """Look at every module once.
 
         Raises:
-            InputError: the model has no trainable parameter, or a module in train mode drops
-                activations or mixes the samples of a batch.
+            InputError: it is no model or has no trainable parameter, or a module in train mode
+                drops activations or mixes the samples of a batch.
             UnsupportedModelError: the model is wrapped for several devices, or in an adapter whose
                 modules cannot be run again one by one.
         """
+        check_is_model(model)
         model = unwrapped(model)
         check_adapters(model)
         why = mixing_module(model)

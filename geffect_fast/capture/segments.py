@@ -5,11 +5,35 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from geffect_fast.errors import UnsupportedModelError
+from geffect_fast.errors import InputError, UnsupportedModelError
+from geffect_fast.ops.checks import check_cu_seqlens
+
+
+def checked_offsets(cu_seqlens: Any, n_tokens: int | None) -> Tensor:
+    """Offsets of samples packed into one row, on the CPU.
+
+    Args:
+        cu_seqlens: `(n_samples + 1,)` ascending integers from 0, a tensor or a list.
+        n_tokens: where the last sample ends; None: not known.
+
+    Raises:
+        InputError: they are no such offsets.
+    """
+    try:
+        offsets = torch.as_tensor(cu_seqlens).detach().cpu()
+    except (TypeError, ValueError, RuntimeError):
+        raise InputError(
+            f"batch: `cu_seqlens` is of type {type(cu_seqlens).__name__}; give "
+            "(n_samples + 1,) offsets, such as [0, 5, 9]"
+        ) from None
+    end = n_tokens if n_tokens is not None or offsets.dim() != 1 else int(offsets[-1:].sum())
+    check_cu_seqlens("batch", "cu_seqlens", offsets, end or 0, offsets.device)
+    return offsets
 
 
 @dataclass(frozen=True)

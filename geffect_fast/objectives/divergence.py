@@ -94,7 +94,7 @@ class UNDIAL(Objective):
         index = batch.target_index
         model, frozen = both_logits(self, outputs, reference)
         label = batch.targets[index, None]
-        lowered = torch.full_like(label, -self.beta, dtype=frozen.dtype)
+        lowered = frozen.new_full(label.shape, -1.0) * self.beta  # may be -inf
         target = frozen.scatter_add(1, label, lowered).softmax(dim=-1)
         entropy = -(target * model.log_softmax(dim=-1)).sum(dim=-1)
         return on_targets(batch, batch.target_weight()[index] * entropy)

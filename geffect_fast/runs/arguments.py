@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from geffect_fast.capture import Plan
-from geffect_fast.capture.given import mixing_module
+from geffect_fast.capture.given import check_is_model, mixing_module
 from geffect_fast.data import (
     REDUCTIONS,
     SampleSet,
@@ -120,11 +120,7 @@ def check_model(model: nn.Module, sets: Mapping[str, SampleSet], what: str = "mo
 
     Too small are vocabularies that lack a token, and tables of positions that samples run out of.
     """
-    if not isinstance(model, nn.Module):
-        raise InputError(
-            f"{what}: expected a loaded transformers model, got {type(model).__name__}; "
-            "load it with AutoModelForCausalLM.from_pretrained"
-        )
+    check_is_model(model, what)
     check_finite(model, what)
     config = getattr(model, "config", None)
     config = getattr(config, "get_text_config", lambda: config)()

@@ -22,8 +22,9 @@ def _settled(source: str) -> str:
     path = user_path(source)
     try:
         return str(path.absolute()) if is_there(path) else source
-    except OSError as error:
-        raise ValueError(f"{error.strerror}; give a path or a hub id") from None
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(f"{reason}; give a path or a hub id") from None
 
 
 Source = Annotated[str, AfterValidator(_settled)]

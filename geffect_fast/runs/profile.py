@@ -162,14 +162,15 @@ def profile(
     if out is not None and axes[-2:] != ("sample", "position"):
         raise InputError("out: goes with resolve by 'sample' and 'position'; leave it out")
     check_memory(plan, len(parts) if norms or not resolution.per_sample else 0, shape, out)
+    budget = token_budget or estimate_token_budget(model, n_directions=len(sets))
     try:
-        layout = choose_layout(plan, sets["forget"])
+        with within_budget(budget, 1):
+            layout = choose_layout(plan, sets["forget"])
     except UnsupportedModelError:
         # Whole gradients need no shares of samples, only samples that do not meet.
         if resolution.per_sample:
             raise
         layout = "single"
-    budget = token_budget or estimate_token_budget(model, n_directions=len(sets))
 
     def batches_of(name: str, wanted: tuple[Role, ...]) -> list[Batch]:
         return make_batches(
