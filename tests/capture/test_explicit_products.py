@@ -8,8 +8,9 @@ from models import build, samples
 from torch import Tensor, nn
 
 import geffect_fast as gf
-from geffect_fast.capture import Explicit, Plan, Recorder, Segments, calls
+from geffect_fast.capture import Explicit, Plan, Recorder, Segments
 from geffect_fast.capture.products import inner
+from geffect_fast.capture.segments import Rows
 
 N, T, D = 6, 4, 5
 
@@ -140,8 +141,8 @@ def test_experts_as_grouped_products(monkeypatch):
     model = build("mixtral")
     assert model.config._experts_implementation == "grouped_mm"
     masked = []
-    only = calls._only
-    monkeypatch.setattr(calls, "_only", lambda g, cu, i: masked.append(i) or only(g, cu, i))
+    only = Rows.only
+    monkeypatch.setattr(Rows, "only", lambda self, g, i: masked.append(i) or only(self, g, i))
     rows = samples([5, 9, 7, 4, 6, 8])
     gf.profile(model, None, forget=rows, retain=rows, objectives=["ga"], resolve=("sample",))
     assert max(masked) == 1  # the search for a layout forms two samples' norms, and that is all
