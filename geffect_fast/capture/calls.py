@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.func import functional_call
 
-from geffect_fast.capture.factors import Explicit, Factor, Lookup, Outer, RowSum, Tangent
+from geffect_fast.capture.factors import Explicit, Factor, Lookup, Outer, RowSum, Tangent, widened
 from geffect_fast.capture.given import REPLAYING, Given, tensors_of
 from geffect_fast.capture.products import project
 from geffect_fast.capture.segments import Rows, Segments
@@ -192,10 +192,14 @@ class NormCall(Call):
             yield self.names["bias"], RowSum(g, rows.cu)
 
     def normalized(self) -> Tensor:
-        """`xhat`, `(..., d)`, computed by the module with its weight set to `1 - offset`."""
-        weight = torch.full_like(self.module.get_parameter("weight"), 1.0 - self.factor)
+        """`xhat`, `(..., d)`, computed by the module with its weight set to `1 - offset`.
+
+        In fp32 at least: a norm that computes in it, and only then rounds, is not rounded here.
+        """
+        x = widened(self.input)
+        weight = widened(self.module.get_parameter("weight"))
         with torch.no_grad(), self.given.precision():
-            return norm_with(self.module, weight, None, *self.given.args, **self.given.kwargs)
+            return norm_with(self.module, torch.full_like(weight, 1.0 - self.factor), None, x)
 
 
 class GenericCall(Call):

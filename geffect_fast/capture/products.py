@@ -7,6 +7,11 @@ arXiv 2110.05679). A tied embedding's cross terms follow from the second with `e
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import wraps
+from typing import ParamSpec
+
 import torch
 from torch import Tensor
 
@@ -24,9 +29,25 @@ from geffect_fast.capture.factors import (
 )
 from geffect_fast.capture.segments import offsets_of, segment_sum
 
+P = ParamSpec("P")
+
 JVP_TOLERANCE = {torch.float64: 1e-7, torch.float32: 1e-4}
 """How far a jvp and a vjp of one module may be apart, relative to the sum of sizes; fp64 models
 that compute in fp32 inside are why the first figure is not smaller."""
+
+
+def _without_autocast(function: Callable[P, Tensor]) -> Callable[P, Tensor]:
+    """`function` with the precision of its arguments, not that of the model around the call."""
+
+    @wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> Tensor:
+        with ExitStack() as stack:
+            for kind in ("cpu", "cuda"):
+                if torch.is_autocast_enabled(kind):
+                    stack.enter_context(torch.autocast(kind, enabled=False))
+            return function(*args, **kwargs)
+
+    return run
 
 
 def in_working_precision(direction: Tensor, parameter: Tensor) -> Tensor:
@@ -42,6 +63,7 @@ def in_working_precision(direction: Tensor, parameter: Tensor) -> Tensor:
     return direction
 
 
+@_without_autocast
 def project(a: Tensor, direction: Tensor, transposed: bool) -> Tensor:
     """`z[m, t] = V_m a_t`, the half of an inner product that no objective changes.
 
@@ -60,6 +82,7 @@ def project(a: Tensor, direction: Tensor, transposed: bool) -> Tensor:
     return (a @ direction.reshape(m * d_out, d_in).T).view(-1, m, d_out).permute(1, 0, 2)
 
 
+@_without_autocast
 def inner(factor: Factor, direction: Tensor, z: Tensor | None = None) -> Tensor:
     """`score[m, i] = <grad_i, V_m>`.
 
@@ -119,6 +142,7 @@ def _inner_by_jvp(factor: Explicit, direction: Tensor, flat: Tensor) -> Tensor |
     return score if bool((off <= rounding).all()) else None
 
 
+@_without_autocast
 def squared_norms(factors: list[Factor], shape: torch.Size) -> Tensor:
     """`||grad_i||_F^2` of one parameter, cross terms between its factors included, `(n,)` fp64."""
     if all(isinstance(f, RowSum) for f in factors):
@@ -160,6 +184,7 @@ def _table_norms(lookups: list[Lookup]) -> Tensor:
     return segment_sum(squares, torch.searchsorted(cells, first))
 
 
+@_without_autocast
 def pairwise(a: list[Factor], b: list[Factor], shape: torch.Size) -> Tensor:
     """`<grad_i, grad_j>` of one parameter for every sample `i` of `a` and `j` of `b`, fp64."""
     return torch.stack([_pairwise(x, y, shape) for x in a for y in b]).sum(0)

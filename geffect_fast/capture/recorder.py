@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -161,8 +162,12 @@ class Recorder:
                 f"module '{where or type(module).__name__}' returns no tensor that can be watched, "
                 f"but {type(output).__name__}; return a tensor, a tuple or a dict, or freeze it"
             )
-        with torch.no_grad():
-            kept = call.constants(self.directions) if self.directions is not None else {}
+        kept: dict[str, Tensor] = {}
+        if self.directions is not None:
+            # Rows that cannot be told apart matter only where a gradient arrives: DoRA runs its
+            # layers on an identity matrix, and detaches what they return.
+            with torch.no_grad(), suppress(UnsupportedModelError):
+                kept = call.constants(self.directions)
         for position, y in enumerate(tensors_of(grafted)):
             arrived = partial(self._arrived, index, position, kept)
             self._handles.append(y.register_hook(arrived))
@@ -243,6 +248,9 @@ def leaves_of(y: Tensor) -> list[Tensor]:
     """Every leaf that `y` depends on: a backward to all of them passes by every recorded call.
 
     A recorder's own roots are among them, and whatever else asks for a gradient (soft prompts).
+
+    Raises:
+        InputError: a part of the graph is made during the backward only.
     """
     seen, todo, leaves = set(), [y.grad_fn], []
     while todo:
@@ -250,6 +258,11 @@ def leaves_of(y: Tensor) -> list[Tensor]:
         if node is None or node in seen:
             continue
         seen.add(node)
+        if type(node).__name__ == "CheckpointFunctionBackward":
+            raise InputError(
+                "model: it calls torch.utils.checkpoint with use_reentrant=True, which gives no "
+                "gradients of activations; call it with use_reentrant=False"
+            )
         todo.extend(n for n, _ in node.next_functions)
         if hasattr(node, "variable"):
             leaves.append(node.variable)

@@ -103,7 +103,10 @@ def check_coverage(plan: Plan, effects: Tensor, gram: Tensor, m: int) -> None:
     worst = ((effects - whole).abs() / (scale + floor).clamp(min=1e-300)).amax(dim=(0, 1))
     p = int(worst.argmax())
     name = list(plan.parameters)[p]
-    if worst[p] > COVERAGE_TOLERANCE[plan.parameters[name].dtype]:
+    dtype, kind = plan.parameters[name].dtype, plan.parameters[name].device.type
+    if torch.is_autocast_enabled(kind):  # gradients were rounded to its precision
+        dtype = torch.get_autocast_dtype(kind)
+    if worst[p] > COVERAGE_TOLERANCE[dtype]:
         raise UnsupportedModelError(
             f"parameter '{name}': the samples' shares miss its gradient by {float(worst[p]):.1%}; "
             "the model uses it outside its module's forward. Freeze it, or resolve without 'sample'"

@@ -1,24 +1,25 @@
 """Models inside something else: adapters of peft, compiled code, checkpoints, half precision.
 
-Adding a row to `CASES` is adding a case: what it builds is profiled and checked against plain
-autograd, one sample at a time, for every trainable parameter.
+Every row of the tables in `wrapped_cases.py` is compared with plain autograd, one sample at a time,
+for every trainable parameter.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import types
-from collections.abc import Callable
-from dataclasses import dataclass
 
+import numpy as np
 import pytest
 import torch
-from models import ARCHITECTURES, build, fp64_throughout, samples
-from reference import effects
+from models import build, fp64_throughout, samples
+from reference import close, effects
 from torch import nn
-from torch.utils.checkpoint import checkpoint
+from wrapped_cases import ADAPTERS, AUTOCAST, CASES, LOW, REFUSED, checkpointed, lora, never
 
 import geffect_fast as gf
+from geffect_fast.errors import InputError, UnsupportedModelError
 from geffect_fast.report.check_table import verdict
 
 FORGET, RETAIN = samples([2, 9, 5, 12, 5], 1), samples([6, 3, 6], 2)
@@ -26,24 +27,6 @@ OBJECTIVES = {
     "ga": [(1.0, "ga", {})],
     "npo(beta=0.5) + rr(layer=1)": [(1.0, "npo", {"beta": 0.5}), (1.0, "rr", {"layer": 1})],
 }
-QV = ["q_proj", "v_proj"]
-
-
-@dataclass(frozen=True)
-class Case:
-    """A wrapped model, and how it is expected to be served.
-
-    Attributes:
-        build: the model in a precision.
-        layout: how samples may share a forward.
-        generic: the kinds of parameters that take the generic rule; all others have a fast one.
-        plain: the same model without the wrapper, where plain autograd is to run on that.
-    """
-
-    build: Callable[[torch.dtype], nn.Module]
-    layout: str = "packed"
-    generic: tuple[str, ...] = ()
-    plain: Callable[[torch.dtype], nn.Module] | None = None
 
 
 class Plain:
@@ -76,307 +59,10 @@ def run(model, objectives, **kwargs):
     )
 
 
-def close(result, model, reference, tolerance):
+def exact(result, model, reference):
     for k, objective in enumerate(OBJECTIVES.values()):
         expected = effects(Plain(model), Plain(reference), objective, FORGET, RETAIN, None)
-        scale = expected.abs().amax(-1, keepdim=True).clamp(min=1e-3 * float(expected.abs().max()))
-        error = (torch.from_numpy(result.g_effect[k].values) - expected).abs() / scale
-        assert float(error.max()) <= tolerance
-
-
-# ---- adapters ----
-
-
-def shaken(model, dtype=None):
-    """Adapters start at the identity, where half of their gradients are zero: move them away."""
-    generator = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for p in model.parameters():
-            if p.requires_grad:
-                p.add_(0.1 * torch.randn(p.shape, generator=generator).to(p))
-    return model.eval() if dtype is None else model.eval().to(dtype)
-
-
-def adapted(config: str, base="llama", *, mixed=False, **settings):
-    """Builds `base` with an adapter whose configuration is `peft.<config>Config(**settings)`."""
-
-    def make(dtype):
-        peft = pytest.importorskip("peft")
-        chosen = getattr(peft, f"{config}Config")(task_type="CAUSAL_LM", **settings)
-        model = build(base, dtype)
-        torch.manual_seed(3)
-        soft = chosen.is_prompt_learning  # which peft makes in fp32
-        return shaken(peft.get_peft_model(model, chosen, mixed=mixed), dtype if soft else None)
-
-    return make
-
-
-def lora(base="llama", targets=QV, **settings):
-    return adapted("Lora", base, r=2, target_modules=targets, **settings)
-
-
-def two_adapters(dtype):
-    """The second is not active: its parameters are trainable and have no gradient."""
-    import peft
-
-    model = lora()(dtype)
-    model.add_adapter("second", peft.LoraConfig(r=3, target_modules=["q_proj"]))
-    for name, p in model.named_parameters():
-        p.requires_grad_(p.requires_grad or "second" in name)
-    return model.to(dtype).eval()
-
-
-def merged(dtype):
-    """Merged into the base: only the head, saved with the adapter, has a gradient."""
-    model = lora(modules_to_save=["lm_head"])(dtype)
-    model.merge_adapter()
-    return model
-
-
-def injected(dtype):
-    """By transformers itself, in place: the model's class stays what it was."""
-    peft = pytest.importorskip("peft")
-    model = build("llama", dtype)
-    model.add_adapter(peft.LoraConfig(r=2, target_modules=QV))
-    return shaken(model)
-
-
-MLP = ["q_proj", "down_proj"]
-PREFIX = {"num_virtual_tokens": 3}
-ADAPTERS = {
-    "lora": Case(lora()),
-    "lora_everywhere": Case(lora("llama_tied", "all-linear", bias="lora_only", use_rslora=True)),
-    "lora_with_biases": Case(lora(lora_bias=True)),
-    "lora_gpt2": Case(lora("gpt2", ["c_attn", "c_proj"], fan_in_fan_out=True)),
-    "lora_embedding": Case(
-        lora(targets=["embed_tokens", "q_proj"]),
-        generic=("embed_tokens.lora_embedding_A", "embed_tokens.lora_embedding_B"),
-    ),
-    "lora_saved_modules": Case(lora(modules_to_save=["lm_head", "embed_tokens"])),
-    "lora_saved_tied": Case(lora("llama_tied", modules_to_save=["lm_head", "embed_tokens"])),
-    "lora_tokens": Case(
-        lora(trainable_token_indices=list(range(3, 30))),
-        generic=("embed_tokens.trainable_tokens_delta",),
-    ),
-    "lora_two_adapters": Case(two_adapters),
-    "lora_merged": Case(merged),
-    "lora_mixed_model": Case(lora(mixed=True)),
-    "lora_injected": Case(injected),
-    "dora": Case(
-        lora(targets=MLP, use_dora=True),
-        generic=("q_proj.lora_magnitude_vector", "down_proj.lora_magnitude_vector"),
-    ),
-    "dora_gpt2": Case(
-        lora("gpt2", ["c_attn"], fan_in_fan_out=True, use_dora=True),
-        generic=("c_attn.lora_magnitude_vector",),
-    ),
-    "dora_embedding": Case(  # a scale of all samples at once is among what a module returns
-        lora(targets=["embed_tokens"], use_dora=True),
-        "single",
-        generic=(
-            "embed_tokens.lora_embedding_A",
-            "embed_tokens.lora_embedding_B",
-            "embed_tokens.lora_magnitude_vector",
-        ),
-    ),
-    "ia3": Case(
-        adapted("IA3", target_modules=MLP, feedforward_modules=["down_proj"]),
-        generic=("q_proj.ia3_l", "down_proj.ia3_l"),
-    ),
-    "adalora": Case(
-        adapted(
-            "AdaLora",
-            init_r=3,
-            target_r=2,
-            total_step=10,
-            tinit=1,
-            tfinal=2,
-            target_modules=["q_proj"],
-        ),
-        generic=("q_proj.lora_A", "q_proj.lora_B", "q_proj.lora_E", "q_proj.ranknum"),
-    ),
-    "loha": Case(
-        adapted("LoHa", r=2, target_modules=["q_proj"]),
-        generic=tuple(f"q_proj.hada_w{i}_{k}" for i in (1, 2) for k in "ab"),
-    ),
-    "lokr": Case(
-        adapted("LoKr", r=2, target_modules=["q_proj"]),
-        generic=("q_proj.lokr_w1", "q_proj.lokr_w2_a", "q_proj.lokr_w2_b", "q_proj.lokr_w2"),
-    ),
-    "oft": Case(
-        adapted("OFT", r=0, oft_block_size=4, target_modules=["q_proj"]),
-        generic=("q_proj.oft_R",),
-    ),
-    "boft": Case(
-        adapted("BOFT", boft_block_size=4, target_modules=["q_proj"]),
-        generic=("q_proj.boft_R", "q_proj.boft_s"),
-    ),
-    "vera": Case(
-        adapted("Vera", r=4, target_modules=["q_proj", "o_proj"]),
-        generic=tuple(f"{m}.vera_lambda_{k}" for m in ("q_proj", "o_proj") for k in "bd"),
-    ),
-    "vblora": Case(  # the bank of vectors is shared by all layers
-        adapted("VBLoRA", r=2, num_vectors=8, vector_length=8, target_modules=["q_proj"]),
-        generic=("q_proj.vblora_vector_bank", "q_proj.vblora_logits_A", "q_proj.vblora_logits_B"),
-    ),
-    "hra": Case(adapted("HRA", r=2, target_modules=["q_proj"]), generic=("q_proj.hra_u",)),
-    "norms": Case(adapted("LNTuning", target_modules=["input_layernorm", "norm"])),
-    "tokens_tied": Case(
-        adapted("TrainableTokens", "llama_tied", token_indices=list(range(3, 30))),
-        generic=("embed_tokens.trainable_tokens_delta",),
-    ),
-    "adaption_prompt": Case(
-        adapted("AdaptionPrompt", adapter_len=3, adapter_layers=2),
-        generic=("self_attn.adaption_prompt", "self_attn.adaption_gate"),
-    ),
-    # One prompt is made for all samples of a batch.
-    "prompt_tuning": Case(adapted("PromptTuning", **PREFIX), "single"),
-    "p_tuning": Case(adapted("PromptEncoder", encoder_hidden_size=6, **PREFIX), "single"),
-    "prefix_tuning": Case(adapted("PrefixTuning", **PREFIX), "equal_length"),
-    "prefix_tuning_gpt2": Case(adapted("PrefixTuning", "gpt2", **PREFIX), "equal_length"),
-    "prefix_tuning_projected": Case(
-        adapted("PrefixTuning", prefix_projection=True, encoder_hidden_size=6, **PREFIX),
-        "equal_length",
-    ),
-}
-
-
-# ---- the same function, run in another way ----
-
-
-def never(*_args):
-    raise AssertionError("compiled")
-
-
-def compiled(base="llama", part=None, in_place=False, forward=False):
-    """With a compiler that fails: nothing may run compiled."""
-
-    def make(dtype):
-        model = (base if callable(base) else lambda d: build(base, d))(dtype)
-        inside = model.get_submodule(part or "")
-        if forward:
-            inside.forward = torch.compile(inside.forward, backend=never)
-        elif in_place:
-            inside.compile(backend=never)
-        elif part:
-            model.set_submodule(part, torch.compile(inside, backend=never))
-        else:
-            return torch.compile(model, backend=never)
-        return model
-
-    return make
-
-
-def without_dropout():
-    from transformers import GPT2LMHeadModel
-
-    config = ARCHITECTURES["gpt2"]().config
-    config.resid_pdrop = config.embd_pdrop = config.attn_pdrop = 0.0
-    return GPT2LMHeadModel(config)
-
-
-def plain(base):
-    return lambda dtype: build(base, dtype)
-
-
-def checkpointed(base, reentrant, around=None):
-    """In train mode, as only there transformers computes activations a second time."""
-
-    def make(dtype):
-        model = (around or plain(base))(dtype)
-        model.enable_input_require_grads()
-        with contextlib.suppress(FutureWarning):
-            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
-        return model.train()
-
-    return make
-
-
-class Checkpointed(nn.Module):
-    """Calls torch's function itself, which no setting of the model turns off."""
-
-    def __init__(self, inner, reentrant):
-        super().__init__()
-        self.model = inner
-        for layer in inner.model.layers:
-            layer.forward = self.around(layer.forward, reentrant)
-
-    @staticmethod
-    def around(forward, reentrant):
-        def recomputed(hidden, **kwargs):
-            return checkpoint(lambda h: forward(h, **kwargs), hidden, use_reentrant=reentrant)
-
-        return recomputed
-
-    def forward(self, input_ids, position_ids=None, output_hidden_states=False):
-        return self.model(
-            input_ids=input_ids,
-            position_ids=position_ids,
-            output_hidden_states=output_hidden_states,
-            use_cache=False,
-        )
-
-
-def hooked(dtype):
-    """As accelerate places models on devices: every module's forward is replaced."""
-    hooks = pytest.importorskip("accelerate.hooks")
-    model = build("llama", dtype)
-    for module in [model, *model.model.layers[0].modules()]:
-        hooks.add_hook_to_module(module, hooks.AlignDevicesHook(execution_device="cpu"))
-    return model
-
-
-def weight_norm(dtype):
-    model = build("llama", dtype)
-    for layer in model.model.layers:
-        nn.utils.parametrizations.weight_norm(layer.mlp.up_proj)
-    return model
-
-
-class Int8(nn.Module):
-    """A linear map with a frozen weight in int8, and a scale a row."""
-
-    def __init__(self, linear):
-        super().__init__()
-        scale = linear.weight.detach().abs().amax(1, keepdim=True) / 127
-        self.weight = nn.Parameter((linear.weight / scale).round().to(torch.int8), False)
-        self.register_buffer("scale", scale)
-
-    def forward(self, x):
-        return x @ (self.weight.to(x.dtype) * self.scale.to(x.dtype)).T
-
-
-def quantised(dtype):
-    model = build("llama", dtype)
-    for layer in model.model.layers:
-        layer.mlp.up_proj = Int8(layer.mlp.up_proj)
-    return model
-
-
-LINEARS = tuple(f"{k}_proj" for k in ("q", "k", "v", "o", "up", "gate", "down"))
-LLAMA = plain("llama")
-WRAPPED = {
-    "compiled": Case(compiled(), plain=LLAMA),
-    "compiled_in_place": Case(compiled(in_place=True), plain=LLAMA),
-    "compiled_forward": Case(compiled(forward=True), plain=LLAMA),
-    "compiled_layer": Case(compiled(part="model.layers.0"), plain=LLAMA),
-    "compiled_head": Case(compiled(part="lm_head"), plain=LLAMA),
-    "compiled_linear_forward": Case(
-        compiled(part="model.layers.0.mlp.up_proj", forward=True), plain=LLAMA, generic=("up_proj",)
-    ),
-    "compiled_adapter": Case(compiled(lora()), plain=lora()),
-    "checkpointed": Case(checkpointed("llama", False), plain=LLAMA),
-    "checkpointed_reentrant": Case(checkpointed("llama", True), plain=LLAMA),
-    "checkpointed_gpt2": Case(checkpointed(without_dropout, True), plain=plain(without_dropout)),
-    "checkpointed_adapter": Case(checkpointed("llama", False, lora()), plain=lora()),
-    "checkpointed_by_itself": Case(lambda dtype: Checkpointed(LLAMA(dtype), False)),
-    "hooks_of_accelerate": Case(hooked, generic=(*LINEARS, "input_layernorm",
-                                                 "post_attention_layernorm")),
-    "weight_norm": Case(weight_norm, generic=("weight.original0", "weight.original1")),
-    "quantised": Case(quantised),
-}  # fmt: skip
-
-CASES = ADAPTERS | WRAPPED
+        close(result.g_effect[k].values, expected, 1e-10)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -387,7 +73,7 @@ def test_equals_one_sample_at_a_time(name):
         inside = model if case.plain is None else case.plain(torch.float64)
         before = {k: v.clone() for k, v in inside.state_dict().items()}
         result = run(model, list(OBJECTIVES))
-        close(result, inside, inside, 1e-10)
+        exact(result, inside, inside)
     assert result.attrs["layout"] == case.layout
     assert list(result.parameter.values) == names_of(inside)
     assert all(torch.equal(v, before[k]) for k, v in inside.state_dict().items())
@@ -402,3 +88,143 @@ def test_check_finds_it_exact_and_served_by_these_rules(name):
     assert generic <= set(CASES[name].generic)
     assert all("generic" in row.rules or not row.rules or generic.isdisjoint({row.kind})
                for row in found.kinds)  # fmt: skip
+
+
+# ---- what is refused, and what is left behind ----
+
+
+def refused(model, message, **kwargs):
+    with pytest.raises((InputError, UnsupportedModelError), match=message) as caught:
+        run(model, ["ga"], **kwargs)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_served_is_named(name):
+    build_it, message = REFUSED[name]
+    refused(build_it(torch.float32), message)
+
+
+def test_a_soft_prompt_has_no_position():
+    refused(ADAPTERS["prompt_tuning"].build(torch.float32), "soft prompt", resolve=["position"])
+
+
+def state(model):
+    """Everything about a model and torch that capture switches."""
+    return (
+        [(m.training, vars(m).get("gradient_checkpointing")) for m in model.modules()],
+        [(dict(m._forward_hooks), dict(m._forward_pre_hooks)) for m in model.modules()],
+        [p.requires_grad for p in model.parameters()],
+        torch.backends.mha.get_fastpath_enabled(),
+        torch.compiler._stance if hasattr(torch.compiler, "_stance") else None,
+    )
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_checkpointing_is_on_again_afterwards(fails):
+    model = checkpointed("llama", True)(torch.float32)
+    before = state(model)
+    with contextlib.suppress(KeyError), gf.capture(model):
+        assert not any(vars(m).get("gradient_checkpointing") for m in model.modules())
+        ids = torch.tensor([[3, 4, 5]])
+        model(input_ids=ids).logits.sum().backward()
+        if fails:
+            raise KeyError
+    model.zero_grad(set_to_none=True)
+    run(model, ["ga"])
+    assert model.is_gradient_checkpointing and state(model) == before
+
+
+def test_functions_take_compiled_models_and_their_names():
+    model = build("llama")
+    wrapped = torch.compile(model, backend=never)
+    batch = {"input_ids": torch.tensor([[3, 4, 5, 6], [7, 8, 9, 10]])}
+
+    def loss_fn(m, b):
+        logits = m(input_ids=b["input_ids"], use_cache=False).logits
+        return nn.functional.cross_entropy(logits.mT, b["input_ids"], reduction="none").sum(1)
+
+    direction = {k: torch.ones_like(p) for k, p in wrapped.named_parameters()}
+    assert all(name.startswith("_orig_mod.") for name in direction)
+    plainly = {k: torch.ones_like(p) for k, p in model.named_parameters()}
+    torch.testing.assert_close(
+        gf.functional.per_sample_inner_products(wrapped, loss_fn, batch, direction),
+        gf.functional.per_sample_inner_products(model, loss_fn, batch, plainly),
+    )
+    # also where the loss runs the compiled model, not the one it is given
+    torch.testing.assert_close(
+        gf.functional.per_sample_grad_norms(wrapped, lambda _, b: loss_fn(wrapped, b), batch),
+        gf.functional.per_sample_grad_norms(model, loss_fn, batch),
+    )
+    with gf.capture(wrapped) as records:
+        loss_fn(wrapped, batch).sum().backward()
+    assert set(records) == {name for name, _ in model.named_parameters()}
+
+
+# ---- references ----
+
+
+@pytest.mark.parametrize("name", ["lora", "compiled", "checkpointed_reentrant"])
+def test_a_wrapped_reference_is_the_model_inside(name):
+    """Packed, though the wrapper names no position_ids."""
+    case = CASES[name]
+    with fp64_throughout():
+        model = build("llama", torch.float64, seed=1)
+        reference = case.build(torch.float64)
+        inside = reference if case.plain is None else case.plain(torch.float64)
+        result = run(model, list(OBJECTIVES), reference_model=reference)
+        exact(result, model, inside)
+
+
+def test_a_reference_that_cannot_be_packed_is_refused():
+    reference = ADAPTERS["prompt_tuning"].build(torch.float32)
+    with pytest.raises(UnsupportedModelError, match="takes no position_ids"):
+        run(build("llama"), ["npo"], reference_model=reference)
+
+
+def test_without_a_reference_npo_compares_with_the_adapted_model():
+    """`model` as it is, its adapter included: half of the summed `ga` at beta 1, times two."""
+    with fp64_throughout():
+        model = lora()(torch.float64)
+        found = run(model, ["npo(beta=1)"])
+        reference = copy.deepcopy(model)
+        given = run(model, ["npo(beta=1)"], reference_model=reference)
+    np.testing.assert_allclose(found.g_effect, given.g_effect, rtol=1e-9, atol=1e-14)
+
+
+# ---- low precision ----
+
+HALF = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
+"""Half an ulp: what is rounding whatever the method."""
+
+
+def within_twice_plain(model, half_ulp):
+    """Root mean square error of every parameter's effects, against an fp64 copy of the model."""
+
+    def by_autograd(m):
+        found = effects(Plain(m), Plain(m), [(1.0, "ga", {})], FORGET, RETAIN, None)
+        return found[..., : len(FORGET)]
+
+    ours = torch.from_numpy(run(model, ["ga"]).g_effect[0].values)
+    rough = by_autograd(model)
+    with fp64_throughout(), torch.autocast("cpu", enabled=False):
+        exact = by_autograd(copy.deepcopy(model).eval().double())
+    scale = exact.abs().amax((0, 2), keepdim=True).clamp(min=1e-3 * float(exact.abs().max()))
+
+    def error(found):
+        return ((found - exact) / scale).square().mean((0, 2)).sqrt()
+
+    assert bool((error(ours) <= 2 * error(rough) + half_ulp).all())
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("name", LOW)
+def test_half_precision_within_twice_the_error_of_plain_autograd(name, dtype):
+    within_twice_plain(LOW[name](dtype), HALF[dtype])
+
+
+@pytest.mark.parametrize("name", AUTOCAST)
+def test_autocast_within_twice_the_error_of_plain_autograd(name):
+    model = AUTOCAST[name](torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        within_twice_plain(model, HALF[torch.bfloat16])
