@@ -239,10 +239,15 @@ def _syntax_error(error: UnexpectedInput, text: str) -> tuple[str, int]:
 
 def _short(text: str) -> str:
     """`text` in quotes and on one line, shortened where it is long."""
-    return repr(str(text) if len(text) <= 40 else f"{text[:37]}...")
+    shown = repr(str(text) if len(text) <= 40 else f"{text[:37]}...")
+    return shown if len(shown) <= 80 else f"{shown[:76]}...{shown[-1]}"
 
 
-def _around(text: str, position: int, reach: int = 40) -> str:
-    """The part of `text` within `reach` characters of `position`, in quotes and on one line."""
-    start, end = max(position - reach, 0), position + reach
-    return repr("..." * (start > 0) + text[start:end] + "..." * (end < len(text)))
+def _around(text: str, position: int) -> str:
+    """The part of `text` on both sides of `position`, in quotes and on one line."""
+    for reach in (40, 8):  # less of what is written as escapes
+        start, end = max(position - reach, 0), position + reach
+        shown = repr("..." * (start > 0) + text[start:end] + "..." * (end < len(text)))
+        if len(shown) <= 200:
+            break
+    return shown

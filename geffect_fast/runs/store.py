@@ -138,14 +138,7 @@ def open_run(folder: str | Path, *, lazy: bool = False) -> xr.Dataset:
     """
     import xarray as xr
 
-    path = user_path(folder)
-    file = path / RESULTS if path.is_dir() else path
-    if not file.exists():
-        if not path.is_dir():
-            raise InputError(f"run folder {folder} does not exist; give a folder made by profile")
-        torn = any(path.glob(f"{_STAGING}*")) or (path / CONFIG).exists()
-        reason = "its run did not finish" if torn else "it is not a run folder"
-        raise InputError(f"run folder {folder} holds no {RESULTS}: {reason}; run profile again")
+    file = _result_of(folder)
     try:
         dataset = (xr.open_dataset if lazy else xr.load_dataset)(file, engine="h5netcdf")
     except Exception as error:  # a torn file fails in many ways, deep in HDF5
@@ -160,6 +153,24 @@ def open_run(folder: str | Path, *, lazy: bool = False) -> xr.Dataset:
         dataset.close()
         raise InputError(f"{file} holds no G-effect; give a file written by geffect_fast")
     return dataset
+
+
+def _result_of(folder: str | Path) -> Path:
+    """The result's file in a run folder, or the file itself; raise `InputError` without one."""
+    path = user_path(folder)
+    try:
+        file = path / RESULTS if path.is_dir() else path
+        if is_there(file):
+            return file
+        if not is_there(path):
+            raise InputError(f"run folder {folder} does not exist; give a folder made by profile")
+    except OSError as error:
+        raise InputError(
+            f"run folder {folder} cannot be read: {error.strerror}; give a folder made by profile"
+        ) from None
+    torn = any(path.glob(f"{_STAGING}*")) or (path / CONFIG).exists()
+    reason = "its run did not finish" if torn else "it is not a run folder"
+    raise InputError(f"run folder {folder} holds no {RESULTS}: {reason}; run profile again")
 
 
 @contextmanager
@@ -194,10 +205,13 @@ def export(dataset: xr.Dataset, path: str | Path) -> Path:
     suffix = file.suffix.lower()
     if suffix not in (".parquet", ".csv"):
         raise InputError(f"export {path}: the name must end in .parquet or .csv")
-    if not file.parent.is_dir():
-        raise InputError(f"export {path}: folder {file.parent} does not exist; make it first")
-    if file.is_dir():
-        raise InputError(f"export {path} is a folder; choose another --to")
+    try:
+        if not file.parent.is_dir():
+            raise InputError(f"export {path}: folder {file.parent} does not exist; make it first")
+        if file.is_dir():
+            raise InputError(f"export {path} is a folder; choose another --to")
+    except OSError as error:
+        raise unwritable(f"export {path}", "--to", error) from None
     part = file.with_name(f".{file.name}.{os.getpid()}.part")
     try:
         if suffix == ".csv":

@@ -1,0 +1,393 @@
+"""Run folders that cannot be written or read, exports that cannot, disks that are full, Ctrl-C."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+import sys
+from pathlib import Path
+
+from bad_input.case import Case, both, check, cut, holds, patched, profile
+from synthetic import make_dataset
+
+from geffect_fast.runs.config import make_config
+from geffect_fast.runs.store import save_run
+
+FULL = OSError(errno.ENOSPC, "No space left on device")
+CONFIG = {"model": "model", "forget": "forget.jsonl", "retain": "retain.jsonl", "objectives": "ga"}
+LAST_PLOT = "geffect_fast.report.plots.plot_instances"
+
+
+def a_run(here, _patch):
+    """A finished run in the folder run."""
+    save_run(here / "run", make_dataset(n_blocks=2), make_config(CONFIG))
+
+
+def changed(change):
+    """A result that was changed before it was written."""
+
+    def apply(here, _patch):
+        (here / "run").mkdir()
+        change(make_dataset(n_blocks=2)).to_netcdf(here / "run/results.nc", engine="h5netcdf")
+
+    return apply
+
+
+def middle_lost(here, _patch):
+    """The numbers of a result overwritten, its header not."""
+    file = here / "run/results.nc"
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2 - 2000 : len(data) // 2 + 2000] = bytes(4000)
+    file.write_bytes(data)
+
+
+def not_writable(here, patch):
+    """A folder without permission to write, also where the user is root."""
+
+    def access(path, mode):
+        return mode & os.W_OK == 0 or bool(Path(path).stat().st_mode & stat.S_IWUSR)
+
+    (here / "shut").mkdir(mode=0o555)
+    patch.setattr("os.access", access)
+
+
+def last_rename(_here, patch):
+    """No space when the last file of a run takes its place."""
+    rename = Path.rename
+
+    def fail(path, target):
+        if path.name == "results.nc" and path.parent.name.startswith(".writing-"):
+            raise FULL
+        return rename(path, target)
+
+    patch.setattr(Path, "rename", fail)
+
+
+def interrupted(target):
+    """Ctrl-C in the middle of a function."""
+    return patched(target, KeyboardInterrupt())
+
+
+def profiled_again():
+    """A run in place of another."""
+    return [*profile(), "--overwrite"]
+
+
+CASES = [
+    # ---- where runs are written ----
+    Case(
+        "a file in the way",
+        profile(out="forget.jsonl"),
+        "forget.jsonl is a file",
+        "choose another --out",
+    ),
+    Case(
+        "a file above",
+        profile(out="forget.jsonl/run"),
+        "forget.jsonl is a file",
+        "choose another --out",
+    ),
+    Case(
+        "a link to nowhere in the way",
+        profile(),
+        "run",
+        "choose another --out",
+        lambda here, _: (here / "run").symlink_to(here / "nowhere"),
+    ),
+    Case(
+        "a name longer than folders have",
+        profile(out="x" * 5000),
+        "File name too long",
+        "choose another --out",
+    ),
+    Case(
+        "a folder that must not be written",
+        profile(out="shut/run"),
+        "shut is not writable",
+        "choose another --out",
+        not_writable,
+    ),
+    Case("a folder that cannot be made", profile(out="/proc/run"), "/proc", "choose another --out"),
+    Case(
+        "a run in the folder",
+        profile(),
+        "run folder run already holds results.nc",
+        "use --overwrite",
+        a_run,
+    ),
+    Case(
+        "a demo in the folder of a run",
+        ["demo", "-q", "--out", "run"],
+        "run already holds results.nc",
+        "use --overwrite",
+        a_run,
+    ),
+    Case(
+        "a demo over other data",
+        ["demo", "-q", "--out", "."],
+        ". already holds forget.jsonl",
+        "use --overwrite",
+    ),
+    Case(
+        "a run.yaml in the folder",
+        profile(out="."),
+        "already holds run.yaml",
+        "use --overwrite",
+        holds("run.yaml", "mine"),
+    ),
+    # ---- runs that cannot be read ----
+    Case(
+        "no run to show",
+        ["show", "gone"],
+        "run folder gone does not exist",
+        "give a folder made by profile",
+    ),
+    Case(
+        "a folder that is no run",
+        ["show", "model"],
+        "run folder model holds no results.nc",
+        "run profile again",
+    ),
+    Case(
+        "a run that did not finish",
+        ["show", "run"],
+        "its run did not finish",
+        "run profile again",
+        holds("run/run.yaml", ""),
+    ),
+    Case(
+        "a torn result",
+        ["show", "run"],
+        "run/results.nc is torn",
+        "run profile again",
+        both(a_run, cut("run/results.nc", 5_000)),
+    ),
+    Case(
+        "an empty result",
+        ["show", "run"],
+        "run/results.nc is torn",
+        "run profile again",
+        both(a_run, cut("run/results.nc", 0)),
+    ),
+    Case(
+        "a result torn in the middle",
+        ["show", "run"],
+        "run/results.nc is torn",
+        "run profile again",
+        both(a_run, middle_lost),
+    ),
+    Case(
+        "a result torn in the middle, exported",
+        ["export", "run", "--to", "x.csv"],
+        "run/results.nc is torn",
+        "run profile again",
+        both(a_run, middle_lost),
+    ),
+    Case(
+        "text as a result",
+        ["show", "forget.jsonl"],
+        "forget.jsonl is torn or not NetCDF",
+        "run profile again",
+    ),
+    Case(
+        "a result of another program",
+        ["show", "run"],
+        "run/results.nc holds no G-effect",
+        "written by geffect_fast",
+        changed(lambda d: d.rename(g_effect="t")),
+    ),
+    Case(
+        "a result without risks",
+        ["show", "run"],
+        "run/results.nc",
+        "written by geffect_fast",
+        changed(lambda d: d.drop_vars("risk_value")),
+    ),
+    Case(
+        "a result with other axes",
+        ["show", "run"],
+        "run/results.nc",
+        "written by geffect_fast",
+        changed(lambda d: d.rename(risk="data")),
+    ),
+    Case(
+        "attributes that were edited",
+        ["show", "run"],
+        "run/results.nc",
+        "written by geffect_fast",
+        changed(lambda d: d.assign_attrs(json_attrs="{")),
+    ),
+    Case(
+        "nobody's run", ["show", "~nobody-here/run"], "~nobody-here/run does not", "give a folder"
+    ),
+    Case("a name that no run has", ["show", "x" * 5000], "run folder xxx", "give a folder"),
+    # ---- exports ----
+    Case(
+        "a name that no file has",
+        ["export", "run", "--to", f"{'x' * 5000}.csv"],
+        "File name too",
+        "another --to",
+        a_run,
+    ),
+    Case(
+        "no run to export from",
+        ["export", "gone", "--to", "x.csv"],
+        "run folder gone does not exist",
+        "give a folder",
+    ),
+    Case(
+        "a strange ending",
+        ["export", "run", "--to", "x.xlsx"],
+        "export x.xlsx",
+        ".parquet or .csv",
+        a_run,
+    ),
+    Case(
+        "a folder that is not there",
+        ["export", "run", "--to", "no/x.csv"],
+        "folder no does not exist",
+        "make it first",
+        a_run,
+    ),
+    Case(
+        "a folder in the way",
+        ["export", "run", "--to", "x.csv"],
+        "export x.csv",
+        "choose another --to",
+        both(a_run, lambda here, _: (here / "x.csv").mkdir()),
+    ),
+    Case(
+        "no pyarrow",
+        ["export", "run", "--to", "x.parquet"],
+        "Parquet needs pyarrow",
+        "export to .csv",
+        both(a_run, lambda _, patch: patch.setitem(sys.modules, "pyarrow", None)),
+    ),
+    # ---- a full disk ----
+    Case(
+        "a disk full at results.nc",
+        profile(),
+        "run folder run cannot be written",
+        "free some space",
+        largest_file=3_000,
+    ),
+    Case(
+        "a disk full at the plots",
+        profile(),
+        "run folder run cannot be written",
+        "free some space",
+        largest_file=30_000,
+    ),
+    Case(
+        "a disk full by position",
+        profile(resolve="sample,position"),
+        "cannot be written",
+        "free some space",
+        largest_file=5_000,
+    ),
+    Case(
+        "a disk full at run.yaml",
+        profile(),
+        "No space left on device",
+        "free some space",
+        patched("pathlib.Path.write_text", FULL),
+    ),
+    Case(
+        "a disk full at the summary",
+        profile(),
+        "No space left on device",
+        "free some space",
+        patched("csv.writer", FULL),
+    ),
+    Case(
+        "a disk full at the last rename",
+        profiled_again(),
+        "No space left on device",
+        "free some space",
+        both(a_run, last_rename),
+    ),
+    Case(
+        "a disk full while overwriting",
+        profiled_again(),
+        "cannot be written",
+        "free some space",
+        a_run,
+        largest_file=30_000,
+    ),
+    Case(
+        "a disk full at a CSV",
+        ["export", "run", "--to", "x.csv"],
+        "export x.csv cannot be written",
+        "free some space",
+        a_run,
+        largest_file=3_000,
+    ),
+    Case(
+        "a disk full at a Parquet",
+        ["export", "run", "--to", "x.parquet"],
+        "export x.parquet cannot be written",
+        "free some space",
+        a_run,
+        largest_file=3_000,
+    ),
+    Case(
+        "a disk full at a demo",
+        ["demo", "-q", "--out", "new"],
+        "new",
+        "free some space",
+        largest_file=3_000,
+    ),
+    # ---- Ctrl-C ----
+    Case(
+        "Ctrl-C at work",
+        profile(),
+        "interrupted",
+        "nothing half-written",
+        interrupted("torch.autograd.grad"),
+        130,
+    ),
+    Case(
+        "Ctrl-C at the last plot", profile(), "interrupted", "nothing", interrupted(LAST_PLOT), 130
+    ),
+    Case(
+        "Ctrl-C while overwriting",
+        profiled_again(),
+        "interrupted",
+        "nothing",
+        both(a_run, interrupted(LAST_PLOT)),
+        130,
+    ),
+    Case(
+        "Ctrl-C at a check",
+        check(),
+        "interrupted",
+        "nothing",
+        interrupted("torch.autograd.grad"),
+        130,
+    ),
+    Case(
+        "Ctrl-C at an export",
+        ["export", "run", "--to", "x.csv"],
+        "interrupted",
+        "nothing",
+        both(a_run, interrupted("pandas.DataFrame.to_csv")),
+        130,
+    ),
+    Case(
+        "Ctrl-C at a demo",
+        ["demo", "-q", "--out", "new"],
+        "interrupted",
+        "nothing",
+        interrupted("torch.optim.AdamW.step"),
+        130,
+    ),
+    Case(
+        "Ctrl-C at a demo over another",
+        ["demo", "-q", "--out", ".", "--overwrite"],
+        "interrupted",
+        "nothing",
+        interrupted("torch.optim.AdamW.step"),
+        130,
+    ),
+]

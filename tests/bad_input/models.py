@@ -1,0 +1,372 @@
+"""Models that are missing, broken, of another kind, not finite, or in a state of no use."""
+
+from __future__ import annotations
+
+import torch
+from bad_input.case import (
+    Case,
+    both,
+    check,
+    cut,
+    gone,
+    holds,
+    patched,
+    profile,
+    settings,
+    weight,
+)
+from bad_input.data import call
+from models import build, samples
+from torch import nn
+
+import geffect_fast as gf
+from geffect_fast.runs.models import quiet_transformers
+
+MLP = "transformers.models.llama.modeling_llama.LlamaMLP.forward"
+CONFIG = "model/config.json"
+WEIGHTS = "model/model.safetensors"
+WEIGHT = "model.layers.1.self_attn.k_proj.weight"
+
+
+def frozen():
+    return build("llama").requires_grad_(False)
+
+
+def dropping():
+    return build("gpt2").train()
+
+
+def normalising():
+    model = build("llama")
+    model.model.norm = nn.BatchNorm1d(16)
+    return model
+
+
+def poisoned():
+    model = build("llama")
+    model.get_parameter(WEIGHT).data[0, 0] = float("nan")
+    return model
+
+
+def small(vocab_size=8):
+    """A model of one narrow layer that knows few tokens."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=8,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+def small_vocabulary(here, _patch):
+    """A model in place of the folder's that knows 50 tokens."""
+    with quiet_transformers():
+        small(50).save_pretrained(here / "model")
+
+
+def in_place(self, x):
+    """A gate without its product, and its input doubled on the way."""
+    return self.down_proj(self.up_proj(x)) + x.mul_(2)
+
+
+def another_weight(name):
+    """One that the model has no place for."""
+
+    def apply(here, _patch):
+        from safetensors.torch import load_file, save_file
+
+        save_file(load_file(here / WEIGHTS) | {name: torch.ones(16)}, here / WEIGHTS)
+
+    return apply
+
+
+class NoLogits(nn.Module):
+    """Answers with one number a sample."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(61, 8)
+
+    def forward(self, input_ids):
+        return self.embed(input_ids).sum((1, 2))
+
+
+CASES = [
+    # ---- folders ----
+    Case(
+        "no such model", profile(model="./gone"), "model ./gone does not exist", "give a folder or"
+    ),
+    Case(
+        "no such model to check",
+        ["check", "--model", "gone/away/far", "--data", "forget.jsonl"],
+        "model gone/away/far does not exist",
+        "give a folder or a hub id",
+    ),
+    Case(
+        "neither folder nor on the hub",
+        profile(model="gone"),
+        "model gone: no such folder",
+        "check the id",
+    ),
+    Case(
+        "no name of a model",
+        profile(model=""),
+        "--model: must not be empty",
+        "give a path or a hub id",
+    ),
+    Case("a file as a model", profile(model=WEIGHTS), "is a file", "give the folder that holds it"),
+    Case("model left out", profile(model=None), "--model is missing", "give it, or a --config"),
+    Case(
+        "no config",
+        profile(),
+        "/model: no config.json",
+        "saved by save_pretrained",
+        gone(CONFIG),
+    ),
+    Case(
+        "config is no JSON",
+        profile(),
+        "/model: config.json is not JSON",
+        "save it again",
+        holds(CONFIG, "{"),
+    ),
+    Case(
+        "config is no object",
+        profile(),
+        "/model: config.json must hold an object",
+        "save it again",
+        holds(CONFIG, "[]"),
+    ),
+    Case(
+        "no such architecture",
+        profile(),
+        "/model: cannot be loaded",
+        "save it again with save_pretrained",
+        settings(CONFIG, model_type="nothing"),
+    ),
+    Case(
+        "a model without a head",
+        profile(),
+        "LlamaModel is not a causal language model",
+        "give",
+        settings(CONFIG, architectures=["LlamaModel"]),
+    ),
+    Case(
+        "a translator",
+        profile(),
+        "not a causal language model",
+        "give one that predicts next tokens",
+        settings(CONFIG, architectures=None, model_type="t5"),
+    ),
+    Case(
+        "adapters whose model is gone",
+        profile(),
+        "base model ./x does not exist",
+        "give a folder or a hub id",
+        both(
+            gone(CONFIG), holds("model/adapter_config.json", '{"base_model_name_or_path": "./x"}')
+        ),
+    ),
+    Case(
+        "adapters that name no model",
+        profile(),
+        "adapter_config.json names no base_model_name_or_path",
+        "write the base model's folder",
+        both(gone(CONFIG), holds("model/adapter_config.json", "{}")),
+    ),
+    Case(
+        "nobody's model",
+        profile(model="~nobody-here/m"),
+        "~nobody-here/m does not",
+        "give a folder",
+    ),
+    # ---- weights ----
+    Case("no weights", profile(), "/model: no weights", "save it again", gone(WEIGHTS)),
+    Case(
+        "torn weights", profile(), "weights are truncated or broken", "save it", cut(WEIGHTS, 4_000)
+    ),
+    Case("empty weights", profile(), "weights are truncated or broken", "save it", cut(WEIGHTS, 0)),
+    Case(
+        "a part of the weights missing",
+        profile(),
+        "model-00001-of-00002.safetensors",
+        "save it again",
+        both(
+            gone(WEIGHTS),
+            holds(
+                "model/model.safetensors.index.json",
+                '{"metadata": {}, "weight_map": {"w": "model-00001-of-00002.safetensors"}}',
+            ),
+        ),
+    ),
+    Case(
+        "layers that were not saved",
+        profile(),
+        "the checkpoint lacks model.layers.3.",
+        "it is incomplete or belongs",
+        settings(CONFIG, num_hidden_layers=4),
+    ),
+    Case(
+        "layers too many",
+        profile(),
+        "model.layers.2.",
+        "num_hidden_layers",
+        settings(CONFIG, num_hidden_layers=2),
+    ),
+    Case(
+        "a bias too many",
+        profile(),
+        "the checkpoint holds model.layers.0.self_attn.q_proj.bias",
+        "mend the config",
+        another_weight("model.layers.0.self_attn.q_proj.bias"),
+    ),
+    Case(
+        "weights of another shape",
+        profile(),
+        "the shapes of its weights",
+        "save it again",
+        settings(CONFIG, hidden_size=32),
+    ),
+    Case(
+        "a weight that is NaN",
+        profile(),
+        f"/model: {WEIGHT}",
+        "from a healthy checkpoint",
+        weight(WEIGHT, float("nan")),
+    ),
+    Case(
+        "an infinite weight",
+        check(),
+        f"/model: {WEIGHT}",
+        "from a healthy",
+        weight(WEIGHT, float("-inf")),
+    ),
+    Case(
+        "a reference that is not finite",
+        profile(objectives="npo", reference="reference"),
+        f"/reference: {WEIGHT}",
+        "from a healthy checkpoint",
+        weight(WEIGHT, float("inf"), "reference"),
+    ),
+    Case(
+        "no such reference",
+        profile(reference="./gone"),
+        "reference ./gone does not exist",
+        "give a folder",
+    ),
+    Case(
+        "no such reference for a check",
+        check("--reference", "./gone"),
+        "reference ./gone",
+        "give a folder",
+    ),
+    Case(
+        "a vocabulary smaller than the tokenizer's",
+        profile(),
+        "but the model knows 50 tokens",
+        "use its own tokenizer",
+        small_vocabulary,
+    ),
+    Case(
+        "a torn tokenizer",
+        profile(),
+        "tokenizer of model ",
+        "save it again",
+        holds("model/tokenizer.json", "{"),
+    ),
+    Case(
+        "no such tokenizer",
+        profile(tokenizer="./gone"),
+        "tokenizer ./gone does not exist",
+        "give a folder",
+    ),
+    Case(
+        "a folder without a tokenizer",
+        profile(tokenizer="."),
+        "here: no tokenizer files",
+        "--tokenizer",
+    ),
+    # ---- from Python ----
+    Case(
+        "a path for a model",
+        call(lambda: "some/folder"),
+        "model: expected a loaded model, got str",
+        "load it with",
+    ),
+    Case(
+        "a path for a model to check",
+        lambda _: gf.check("some/folder", None, data=samples([4])),
+        "model: expected a loaded model, got str",
+        "load it with",
+    ),
+    Case("everything frozen", call(frozen), "frozen", "requires_grad"),
+    Case(
+        "active dropout",
+        call(dropping),
+        "train mode with active dropout",
+        "call model.eval() first",
+    ),
+    Case(
+        "active dropout in the reference",
+        call(lambda: build("gpt2"), objectives=["npo"], reference_model=dropping()),
+        "reference_model: ",
+        "call model.eval() first",
+    ),
+    Case(
+        "batch norm",
+        call(lambda: normalising().train()),
+        "'model.norm' normalises",
+        "call model.eval() first",
+    ),
+    Case(
+        "no logits", call(NoLogits), "NoLogits returned no logits", "give a causal language model"
+    ),
+    Case(
+        "a weight not finite",
+        call(poisoned),
+        WEIGHT,
+        "healthy checkpoint",
+    ),
+    Case(
+        "a reference that knows fewer tokens",
+        call(objectives=["npo"], reference_model=small()),
+        "the reference_model knows 8 tokens",
+        "use its own tokenizer",
+    ),
+    Case(
+        "a reference with logits of its own",
+        call(objectives=["ga + kl"], reference_model=small(90)),
+        "the reference model predicts 90 tokens",
+        "give a reference of the same vocabulary",
+    ),
+    Case(
+        "a reference of another width",
+        call(objectives=["ga + rr(layer=1)"], reference_model=small(61)),
+        "the reference model's hidden states have 8 features",
+        "give a reference of the same width",
+    ),
+    Case(
+        "a reference not finite",
+        call(objectives=["npo"], reference_model=poisoned()),
+        f"reference_model: {WEIGHT}",
+        "from a healthy checkpoint",
+    ),
+    Case(
+        "a sample longer than the model's positions",
+        call(lambda: build("gpt2"), forget=samples([140])),
+        "forget: row 0",
+        "the model knows 128 positions; shorten or drop the row",
+    ),
+    # ---- what cannot be attributed ----
+    Case(
+        "an input changed in place",
+        check(),
+        "module 'model.layers.2.mlp.up_proj': its input was changed in place",
+        "change a copy instead",
+        patched(MLP, in_place),
+    ),
+]

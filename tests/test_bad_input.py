@@ -1,0 +1,82 @@
+"""Every mistake of the catalogue costs one clear line, the documented exit code and no file."""
+
+from __future__ import annotations
+
+import contextlib
+import resource
+import shutil
+import warnings
+
+import pytest
+from bad_input import calls, data, folders, limits, models, objectives, options
+from bad_input.case import Case, snapshot
+
+from geffect_fast.cli import main
+from geffect_fast.errors import GEffectError
+
+CASES: list[Case] = [
+    *data.CASES,
+    *objectives.CASES,
+    *models.CASES,
+    *limits.CASES,
+    *options.CASES,
+    *folders.CASES,
+    *calls.CASES,
+]
+
+
+@pytest.fixture
+def here(study, tmp_path, monkeypatch):
+    """A copy of the study as the working folder, and no network."""
+    folder = shutil.copytree(study, tmp_path / "here")
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    return folder
+
+
+@contextlib.contextmanager
+def largest_file(size):
+    """No file grows beyond `size` bytes; writing more is an OSError, as Python ignores SIGXFSZ."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if size is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def told(case, here, capfd):
+    """The exit code of a case, and the line it is answered with."""
+    if callable(case.run):
+        with pytest.raises(GEffectError) as caught:
+            case.run(here)
+        return caught.value.exit_code, str(caught.value)
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("ignore", DeprecationWarning)
+        code = main(case.run)
+    assert not warned, [str(each.message) for each in warned]
+    printed = capfd.readouterr().err
+    assert printed.startswith("error: ") and printed.endswith("\n"), printed
+    return code, printed.removeprefix("error: ")[:-1]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+def test_a_mistake_is_one_clear_line_and_nothing_is_written(case, here, capfd, monkeypatch):
+    if case.broken is not None:
+        case.broken(here, monkeypatch)
+    before = snapshot(here)
+    with largest_file(case.largest_file):
+        code, line = told(case, here, capfd)
+    assert line.splitlines() == [line] and len(line) < 500
+    assert case.culprit in line and case.remedy in line, line
+    assert code == case.code
+    assert capfd.readouterr() == ("", "")
+    monkeypatch.undo()
+    assert snapshot(here) == before
+
+
+def test_the_catalogue_is_large_and_names_each_mistake_once():
+    ids = [case.id for case in CASES]
+    assert len(set(ids)) == len(ids) >= 100
+    assert all(case.culprit and case.remedy for case in CASES)

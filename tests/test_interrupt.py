@@ -1,0 +1,99 @@
+"""Ctrl-C and a full disk, to a process of its own: one line, and every folder as it was."""
+
+from __future__ import annotations
+
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+
+import pytest
+from bad_input.case import profile, snapshot
+from bad_input.folders import a_run
+
+WAITING = """
+import sys, time
+from pathlib import Path
+
+def waits(name, call_number):
+    calls = []
+    def instead(*args, **kwargs):
+        calls.append(0)
+        if len(calls) == call_number:
+            Path(sys.argv[1]).touch()
+            time.sleep(600)
+        return found(*args, **kwargs)
+    holder, _, attribute = name.rpartition(".")
+    holder = __import__("pkgutil").resolve_name(holder)
+    found = getattr(holder, attribute)
+    setattr(holder, attribute, instead)
+
+waits(sys.argv[2], int(sys.argv[3]))
+from geffect_fast.cli import main
+sys.exit(main(sys.argv[4:]))
+"""
+"""A program that stops at a call of some function, and there waits for a signal."""
+
+MOMENTS = {
+    "at work": ("torch.autograd.grad", 6),
+    "between two plots": ("geffect_fast.report.plots.plot_instances", 1),
+    "while files change places": ("pathlib.Path.rename", 6),
+}
+
+
+@pytest.fixture
+def here(study, tmp_path):
+    """A copy of the study with a finished run in the folder run."""
+    folder = shutil.copytree(study, tmp_path / "here")
+    a_run(folder, None)
+    return folder
+
+
+@contextmanager
+def running(words, folder, **more):
+    """A process, ended when the block is."""
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen([sys.executable, *words], cwd=folder, **pipes, **more)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_ctrl_c_leaves_the_earlier_run_whole(here, tmp_path, moment):
+    before, mark = snapshot(here), tmp_path / "there"
+    function, call_number = MOMENTS[moment]
+    words = ["-c", WAITING, str(mark), function, str(call_number), *profile(), "--overwrite"]
+    with running(words, here) as process:
+        while not mark.exists():
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.05)
+        assert (snapshot(here) == before) == (moment == "at work")
+        moved = moment == "while files change places"
+        assert (here / "run/results.nc").exists() == (not moved)
+        process.send_signal(signal.SIGINT)
+        said = process.communicate(timeout=300)
+    assert process.returncode == 130
+    assert said == ("", "error: interrupted; nothing half-written is left\n")
+    assert snapshot(here) == before
+
+
+def test_a_full_disk_leaves_the_earlier_run_whole(here):
+    """Also at the end of the process, when HDF5 closes what is still open."""
+    before = snapshot(here)
+
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (3_000, 3_000))
+
+    words = ["-m", "geffect_fast.cli", *profile(), "--overwrite"]
+    with running(words, here, preexec_fn=limit) as process:
+        out, error = process.communicate(timeout=300)
+    assert process.returncode == 2
+    assert out == "" and error.startswith("error: run folder run cannot be written: File too large")
+    assert error.count("\n") == 1
+    assert snapshot(here) == before
