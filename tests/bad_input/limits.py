@@ -48,6 +48,12 @@ CASES = [
         weight("model.norm.weight", 6e4),
     ),
     Case(
+        "an objective that is infinite, without norms",
+        [*profile(objectives="ga,1e308*npo"), "--no-norms"],
+        "1e+308*npo",
+        "check its hyper-parameters",
+    ),
+    Case(
         "an objective that is infinite",
         profile(objectives="ga,1e308*npo"),
         "1e+308*npo",
