@@ -1,0 +1,53 @@
+"""The example runs from top to bottom, and what its text says is what it finds."""
+
+from __future__ import annotations
+
+import runpy
+from pathlib import Path
+
+import pytest
+
+EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "unlearning_loop.py"
+
+
+@pytest.fixture(scope="module")
+def found() -> dict:
+    """What the script leaves behind."""
+    return runpy.run_path(str(EXAMPLE))
+
+
+def test_all_ways_to_resolve_the_effect_add_up_to_it(found: dict) -> None:
+    shares, pairs, by_group = found["shares"], found["pairs"], found["by_group"]
+    rounding = 1e-5 * float(shares.abs().sum())
+    by_pairs = pairs.mean(1) / len(found["forget_rows"])
+    assert float((by_pairs - shares).abs().max()) < rounding
+    assert abs(float(by_group.sum()) - float(shares.sum())) < rounding
+
+
+def test_first_order_is_right_for_small_steps_and_too_low_for_large_ones(found: dict) -> None:
+    ratios = {lr: measured / predicted for lr, (predicted, measured) in found["changes"].items()}
+    assert all(abs(ratios[lr] - 1) < 0.1 for lr in (0.001, 0.003, 0.01))
+    assert ratios[0.1] > 1.2
+
+
+def test_pairs_find_the_stray_and_the_same_fact(found: dict) -> None:
+    assert found["most_hurt"][found["STRAY"]] == found["TWIN"]
+    assert found["first"] == found["STRAY"]
+    assert found["second"] == found["TWIN"], "the row that asks for the twin's fact"
+    assert found["n_same"] > found["STRAY"] / 2
+
+
+def test_harm_is_done_in_the_first_layers(found: dict) -> None:
+    by_group = dict(zip(found["labels"], found["by_group"].tolist(), strict=True))
+    assert min(by_group, key=by_group.__getitem__) == "layer 0 self_attn"
+    assert by_group["head"] > 0
+
+
+def test_acting_forgets_as_much_for_half_the_harm(found: dict) -> None:
+    risks, (_, retained_before, twin_before) = found["risks"], found["risks"]["before"]
+    harm = {name: retained - retained_before for name, (_, retained, _) in risks.items()}
+    for name in ("as it is", "without the stray", "acting as well"):
+        assert risks[name][0] > found["ENOUGH"]
+    assert harm["acting as well"] < 0.5 * harm["as it is"]
+    assert harm["without the stray"] > 0.8 * harm["as it is"]
+    assert risks["without the stray"][2] - twin_before > 0.5, "the twin is not saved by that"
