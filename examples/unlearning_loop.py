@@ -339,5 +339,5 @@ for name, (forgotten, retained, of_twin) in risks.items():
 # of the harm, at the price of one gradient of the risk every five steps.
 #
 # What surprises: leaving the stray out saves next to nothing, not even its twin. The row that comes
-# second in the twin's column of pairs asks for the same fact; it is there to be forgotten, and takes
-# the twin along.
+# second in the twin's column of pairs asks for the same fact; it is there to be forgotten, and it
+# takes the twin along.
