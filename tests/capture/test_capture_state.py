@@ -14,7 +14,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 import geffect_fast as gf
 from geffect_fast.capture import Outer, OutsideUse, Plan, Recorder, Segments
-from geffect_fast.capture.products import squared_norms
+from geffect_fast.capture.products import inner, pairwise, squared_norms
 from geffect_fast.errors import InputError, UnsupportedModelError
 
 
@@ -290,6 +290,30 @@ def test_autocast():
         found = per_sample(records, name, p.shape).float()
         scale = wanted[name].max()
         torch.testing.assert_close(found / scale, wanted[name] / scale, rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("name", ["linear", "tied_linear_embedding", "llama_norm", "gated_linear"])
+def test_products_keep_their_precision_under_autocast(name):
+    """What they are taken of is rounded already; they are not to round again."""
+    model = CASES[name].build().eval()
+    x = batch().float() if CASES[name].reads == "floats" else torch.tensor([[1, 2, 3], [4, 5, 6]])
+    with gf.capture(model) as records:
+        model(x).sin().sum().backward()
+
+    def products():
+        found = []
+        for key, p in model.named_parameters():
+            direction = torch.linspace(-1, 1, p.numel()).view(1, *p.shape)
+            found += [inner(f, direction) for f in records[key]]
+            found.append(squared_norms(records[key], p.shape))
+            found.append(pairwise(records[key], records[key], p.shape))
+        return found
+
+    wanted = products()
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = products()
+    for a, b in zip(rounded, wanted, strict=True):
+        assert torch.equal(a, b)
 
 
 def test_requires_grad_inputs_and_soft_prompts_hide_nothing():
