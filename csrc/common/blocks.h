@@ -22,6 +22,11 @@ struct Matrix {
   int64_t rows, cols, row_stride, col_stride;
 
   const T* at(int64_t row, int64_t col) const { return data + row * row_stride + col * col_stride; }
+
+  bool operator==(const Matrix& other) const {
+    return data == other.data && rows == other.rows && cols == other.cols &&
+           row_stride == other.row_stride && col_stride == other.col_stride;
+  }
 };
 
 // The last two dimensions of a tensor, `index` along the first of three.

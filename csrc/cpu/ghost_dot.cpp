@@ -10,7 +10,9 @@
 //             multiply-adds
 //   gradient  for one tile of the gradients after another, the tile of all N + N2 gradients, then
 //             their inner products.                                     (T + T2 + N N2) d_in d_out
-// Memory is O(N N2) and tiles: in the gradient form 128 KiB (fp32) for each of the N + N2 samples.
+// A set with itself (the same tensors) is symmetric: half the pairs, and N gradients only.
+// Memory is O(N N2) and tiles: in the gradient form (fp32) 4 MiB, or 128 KiB for each of more than
+// 32 samples.
 // Limiter: arithmetic.
 #include <torch/csrc/stable/library.h>
 
@@ -25,6 +27,8 @@ constexpr const char* kOp = "ghost_dot";
 
 constexpr int64_t kPairTokens = 256;  // tokens of either set in a tile of pairs
 constexpr int64_t kResultRows = 8;    // rows of the result a task owns in the gradient form
+constexpr int64_t kTilesRows = 2048;  // of the tiles of all samples: they stay in the last cache
+constexpr int64_t kMinTileRows = 64;
 
 template <class T>
 struct Side {
@@ -32,7 +36,18 @@ struct Side {
   const std::vector<int64_t>& offsets;
 
   int64_t n_samples() const { return static_cast<int64_t>(offsets.size()) - 1; }
+
+  bool operator==(const Side& other) const {
+    return a == other.a && g == other.g && offsets == other.offsets;
+  }
 };
+
+// The half of a symmetric result that was computed, copied to the other.
+void mirror(std::vector<double>& out, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) {
+    for (int64_t j = 0; j < i; ++j) out[i * n + j] = out[j * n + i];
+  }
+}
 
 // Consecutive segments [first, last) that make up one tile, or one long segment.
 struct Group {
@@ -51,7 +66,7 @@ std::vector<Group> group_segments(const std::vector<int64_t>& offsets) {
 }
 
 template <class T>
-std::vector<double> by_pairs(const Side<T>& x, const Side<T>& y) {
+std::vector<double> by_pairs(const Side<T>& x, const Side<T>& y, bool symmetric) {
   using A = acc_t<T>;
   const std::vector<Group> x_groups = group_segments(x.offsets),
                            y_groups = group_segments(y.offsets);
@@ -61,6 +76,7 @@ std::vector<double> by_pairs(const Side<T>& x, const Side<T>& y) {
   const int64_t scratch_size = 2 * kPairTokens * (kPairTokens + features);
   run_tasks<A>(x_groups.size() * n_y, scratch_size, [&](int64_t task, A* scratch) {
     const Group rows_of = x_groups[task / n_y], cols_of = y_groups[task % n_y];
+    if (symmetric && cols_of.last <= rows_of.first) return;
     A* gram_a = scratch;
     A* gram_g = gram_a + kPairTokens * kPairTokens;
     A* copies = gram_g + kPairTokens * kPairTokens;
@@ -86,21 +102,26 @@ std::vector<double> by_pairs(const Side<T>& x, const Side<T>& y) {
       }
     }
   });
+  if (symmetric) mirror(out, n_columns);
   return out;
 }
 
 template <class T>
-std::vector<double> by_gradients(const Side<T>& x, const Side<T>& y) {
+std::vector<double> by_gradients(const Side<T>& x, const Side<T>& y, bool symmetric) {
   using A = acc_t<T>;
   const int64_t n_rows = x.n_samples(), n_columns = y.n_samples();
+  const int64_t n_gradients = symmetric ? n_rows : n_rows + n_columns;
   const int64_t d_in = x.a.cols, d_out = x.g.cols;
-  const Scratch<A> tiles((n_rows + n_columns) * tile_at(0, 0, d_out, d_in).size());
+  const int64_t tile_rows =
+      std::clamp(kTilesRows / std::max<int64_t>(n_gradients, 1), kMinTileRows, kTileOut);
+  const Scratch<A> tiles(n_gradients * tile_at(0, 0, d_out, d_in, tile_rows).size());
   std::vector<double> result(n_rows * n_columns, 0.0);
-  std::vector<const A*> at(n_rows + n_columns);
-  for (int64_t out = 0; out < d_out; out += kTileOut) {
+  std::vector<const A*> at(n_gradients);
+  const A* const* columns = at.data() + n_gradients - n_columns;
+  for (int64_t out = 0; out < d_out; out += tile_rows) {
     for (int64_t in = 0; in < d_in; in += kTileIn) {
-      const Tile tile = tile_at(out, in, d_out, d_in);
-      run_tasks<A>(n_rows + n_columns, kTileScratch, [&](int64_t task, A* scratch) {
+      const Tile tile = tile_at(out, in, d_out, d_in, tile_rows);
+      run_tasks<A>(n_gradients, kTileScratch, [&](int64_t task, A* scratch) {
         const Side<T>& side = task < n_rows ? x : y;
         const int64_t i = task < n_rows ? task : task - n_rows;
         A* gradient = tiles.data() + task * tile.size();
@@ -110,19 +131,34 @@ std::vector<double> by_gradients(const Side<T>& x, const Side<T>& y) {
       });
       run_tasks<A>(ceil_div(n_rows, kResultRows), 0, [&](int64_t task, A*) {
         const int64_t first = task * kResultRows, count = std::min(kResultRows, n_rows - first);
-        dot_rows(&at[first], count, at.data() + n_rows, n_columns, tile.size(),
-                 result.data() + first * n_columns);
+        const int64_t from = symmetric ? first : 0, width = n_columns - from;
+        std::vector<double> products(count * width, 0.0);
+        dot_rows(&at[first], count, columns + from, width, tile.size(), products.data());
+        for (int64_t i = 0; i < count; ++i) {
+          for (int64_t j = 0; j < width; ++j) {
+            result[(first + i) * n_columns + from + j] += products[i * width + j];
+          }
+        }
       });
     }
   }
+  if (symmetric) mirror(result, n_columns);
   return result;
 }
 
+// The inner product of two gradients runs from the caches: measured as the time of so many tokens'
+// multiply-adds.
+constexpr double kProductTokens = 2.6;
+
 template <class T>
-bool gradient_form_is_cheaper(const Side<T>& x, const Side<T>& y) {
+bool gradient_form_is_cheaper(const Side<T>& x, const Side<T>& y, bool symmetric) {
   const double t = x.a.rows, t2 = y.a.rows, d_in = x.a.cols, d_out = x.g.cols;
-  const double products = static_cast<double>(x.n_samples()) * y.n_samples();
-  return (t + t2 + products) * d_in * d_out < t * t2 * (d_in + d_out);
+  const double n = x.n_samples(), n2 = y.n_samples();
+  // Half of a symmetric result, and what lies across its diagonal.
+  const double pairs = symmetric ? t * (t + kPairTokens) / 2 : t * t2;
+  const double products = symmetric ? n * (n + kResultRows) / 2 : n * n2;
+  const double tokens = (symmetric ? t : t + t2) + kProductTokens * products;
+  return tokens * d_in * d_out < pairs * (d_in + d_out);
 }
 
 Tensor ghost_dot(const Tensor& a, const Tensor& g, const Tensor& cu_seqlens, const Tensor& a2,
@@ -140,8 +176,10 @@ Tensor ghost_dot(const Tensor& a, const Tensor& g, const Tensor& cu_seqlens, con
     using T = decltype(type);
     const Side<T> x{matrix_of<T>(a), matrix_of<T>(g), offsets};
     const Side<T> y{matrix_of<T>(a2), matrix_of<T>(g2), offsets2};
+    const bool symmetric = x == y;
     return to_result(a, {x.n_samples(), y.n_samples()},
-                     gradient_form_is_cheaper(x, y) ? by_gradients(x, y) : by_pairs(x, y));
+                     gradient_form_is_cheaper(x, y, symmetric) ? by_gradients(x, y, symmetric)
+                                                               : by_pairs(x, y, symmetric));
   });
 }
 

@@ -148,6 +148,9 @@ def sample_inputs(dtype: torch.dtype) -> list[Sample]:
     wide = make.rows([20, 150, 5], 700, 530)  # wider than a tile of features, Grams cheaper
     wide_long = make.rows([1100, 2], 520, 300)  # longer than the tokens multiplied at once
     deep = make.rows([9, 3], 2100, 520)  # more features than are multiplied at once
+    wide_tiles = make.rows([200, 60], 520, 300)
+    many = make.rows([20] * 19, 6, 5)  # more than rows of a result that are computed at once
+    many_pairs = make.rows([10] * 30, 100, 110)  # more tokens than are multiplied at once
     wide_v = make(2, 530, 700)
     expanded = make(1, 9).expand(len(a), 9)
     permuted = make(len(a), 2, 13).permute(1, 0, 2)
@@ -213,6 +216,10 @@ def sample_inputs(dtype: torch.dtype) -> list[Sample]:
         Sample("ghost_norm", "deep", deep),
         Sample("ghost_dot", "deep", (*deep, *deep)),
         Sample("ghost_dot", "with itself", (a, g, cu, a, g, cu)),
+        Sample("ghost_dot", "long, with itself", (*long, *long)),
+        Sample("ghost_dot", "wide, with itself", (*wide_tiles, *wide_tiles)),
+        Sample("ghost_dot", "many, with itself", (*many, *many)),
+        Sample("ghost_dot", "many pairs, with itself", (*many_pairs, *many_pairs)),
         Sample("ghost_dot", "two sets", (a, g, cu, *make.rows([5, 0, 9], 9, 13))),
         Sample("ghost_dot", "no samples", (a, g, cu, *empty)),
         Sample("ghost_dot", "no tokens", (*no_tokens, a, g, cu)),
