@@ -13,6 +13,8 @@ from typing import Any
 from torch import nn
 
 VOCAB = 61
+PADDING = 10
+"""A token that samples hold; where it is padding, its row of the table has no gradient."""
 
 
 @dataclass(frozen=True)
@@ -191,7 +193,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         "OPT",
         IDS
         | {
-            "pad_token_id": 5,  # a token that samples hold: its row of the table has no gradient
+            "pad_token_id": PADDING,
             "hidden_size": 16,
             "ffn_dim": 24,
             "num_hidden_layers": 2,
@@ -218,16 +220,16 @@ ARCHITECTURES: dict[str, Architecture] = {
         layout="equal_length",
     ),
     # ---- mixtures of experts, stacked in one parameter ----
-    "mixtral": Architecture(
-        "Mixtral", SMALL | LOCAL_EXPERTS | {"num_local_experts": 3}, generic=ROUTED
-    ),
+    "mixtral": Architecture("Mixtral", SMALL | LOCAL_EXPERTS, generic=ROUTED),
     "qwen2_moe": Architecture(
         "Qwen2Moe", SMALL | EXPERTS | {"shared_expert_intermediate_size": 12}, generic=ROUTED
     ),
     "qwen3_moe": Architecture(
         "Qwen3Moe", SMALL | HEADS | EXPERTS | {"norm_topk_prob": True}, generic=ROUTED
     ),
-    "olmoe": Architecture("Olmoe", SMALL | EXPERTS, generic=ROUTED),
+    "olmoe": Architecture(
+        "Olmoe", SMALL | EXPERTS | {"output_router_logits": True}, generic=ROUTED
+    ),
     "deepseek_v2": Architecture(
         "DeepseekV2", SMALL | LATENT_ATTENTION | SHARED_EXPERTS, generic=ROUTED
     ),

@@ -8,14 +8,11 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 import torch._decomp.decompositions_for_jvp  # scripts functions, which fp64_throughout's cannot be
-from architectures import ARCHITECTURES as EVERY
-from architectures import VOCAB
+from architectures import ARCHITECTURES, VOCAB
 from torch import nn
 
-ARCHITECTURES = {name: EVERY[name] for name in ("llama", "llama_tied", "gpt2", "phi", "gemma2")}
-"""Five that differ in what matters most: for tests that are too long to run on every one."""
-
-gpt2, mixtral = EVERY["gpt2"], EVERY["mixtral"]
+FIVE = ("llama", "llama_tied", "gpt2", "phi", "gemma2")
+"""Those that differ in what matters most, for tests that are too long to run on all of them."""
 
 
 def build(
@@ -23,7 +20,7 @@ def build(
 ) -> nn.Module:
     """A model in eval mode with weights large enough that every parameter matters."""
     torch.manual_seed(seed)
-    made = EVERY[architecture]() if isinstance(architecture, str) else architecture()
+    made = ARCHITECTURES[architecture]() if isinstance(architecture, str) else architecture()
     model = made.eval()
     config = getattr(model, "config", None)
     if dtype == torch.float64 and getattr(config, "_experts_implementation", "eager") != "eager":
@@ -39,7 +36,7 @@ def fp64_throughout() -> Iterator[None]:
     """Models that compute norms and softmax in fp32 do so in fp64: the exactness of the method is
     tested, not the rounding that a model puts in between."""
     patch = pytest.MonkeyPatch()
-    to_float, softmax = torch.Tensor.float, nn.functional.softmax
+    to_float = torch.Tensor.float
 
     def widened(plain):
         def wide(self, *args, **kwargs):
@@ -54,15 +51,10 @@ def fp64_throughout() -> Iterator[None]:
     def wide_float(self):
         return self if self.dtype == torch.float64 else to_float(self)
 
-    def wide_softmax(input, *args, dtype=None, **kwargs):
-        dtype = torch.float64 if input.dtype == torch.float64 else dtype
-        return softmax(input, *args, dtype=dtype, **kwargs)
-
     with patch.context() as context:
-        for converts in ("to", "type"):
+        for converts in ("to", "type", "softmax"):
             context.setattr(torch.Tensor, converts, widened(getattr(torch.Tensor, converts)))
         context.setattr(torch.Tensor, "float", wide_float)
-        context.setattr(nn.functional, "softmax", wide_softmax)
         yield
 
 

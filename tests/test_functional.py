@@ -8,7 +8,8 @@ from itertools import pairwise
 import pytest
 import torch
 import torch.nn.functional as F
-from models import ARCHITECTURES, VOCAB, build, fp64_throughout
+from architectures import ARCHITECTURES, VOCAB
+from models import FIVE, build, fp64_throughout
 from torch import nn
 
 from geffect_fast.errors import InputError, UnsupportedModelError
@@ -100,17 +101,21 @@ def directions(model, m, dtype=torch.float64):
     }
 
 
-FORMS = pytest.mark.parametrize("form", [padded, packed])
-EVERY = pytest.mark.parametrize("architecture", ARCHITECTURES)
-PRECISIONS = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+FORMS = {"packed": packed, "equal_length": padded}  # by the layout that an architecture allows
+CASES = {
+    f"{name}-{precision}-{form.__name__}": (name, dtype, form)
+    for name, row in ARCHITECTURES.items()
+    for precision, dtype in DTYPES.items()
+    for form in FORMS.values()
+    if name in FIVE or (precision == "fp64" and FORMS.get(row.layout) is form)
+}
 
 
-@EVERY
-@PRECISIONS
-@FORMS
+@pytest.mark.parametrize(("architecture", "dtype", "form"), CASES.values(), ids=CASES)
 def test_every_architecture(architecture, dtype, form):
     with precise(dtype):
         model = build(architecture, dtype)
+        asking = [p.requires_grad for p in model.parameters()]
         one, two = expected(model, LENGTHS), expected(model, OTHER_LENGTHS, 1)
         batch, other = form(LENGTHS), form(OTHER_LENGTHS, 1)
         norms = per_sample_grad_norms(model, loss_fn, batch, per_parameter=True)
@@ -140,7 +145,22 @@ def test_every_architecture(architecture, dtype, form):
             dtype,
             size,
         )
-    assert all(p.requires_grad and p.grad is None for p in model.parameters())
+    assert all(p.grad is None for p in model.parameters())
+    assert asking == [p.requires_grad for p in model.parameters()]
+
+
+ALONE = [name for name, row in ARCHITECTURES.items() if row.layout == "single"]
+
+
+@pytest.mark.parametrize("architecture", ALONE)
+def test_rows_that_a_model_mixes_are_refused_unless_of_one_sample(architecture):
+    with fp64_throughout():
+        model = build(architecture, torch.float64)
+        with pytest.raises(UnsupportedModelError, match=r"module 'model\.layers.* apart by sample"):
+            per_sample_grad_norms(model, loss_fn, padded(LENGTHS))
+        own = expected(model, LENGTHS[:1])
+        whole = torch.stack([norm(g) for g in own.values()]).norm(dim=0)
+        close(per_sample_grad_norms(model, loss_fn, padded(LENGTHS[:1])), whole, torch.float64)
 
 
 def test_identities():

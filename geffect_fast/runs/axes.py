@@ -53,7 +53,8 @@ def group_of(name: str, n_blocks: int) -> str:
     block = block_of(name)
     if block != OUTSIDE:
         return THIRDS[min(3 * block // n_blocks, 2)]
-    if re.search(r"emb|wte|wpe", name):
+    # LFM2's `embedding_norm` is its last norm, GPT-NeoX's `embed_out` its head.
+    if re.search(r"emb(?!edding_norm|ed_out)|wte|wpe|project_in|per_layer", name):
         return "embedding"
     return "final_norm" if re.search(r"norm|ln_", name) else "lm_head"
 

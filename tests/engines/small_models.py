@@ -3,15 +3,8 @@
 from __future__ import annotations
 
 import torch
-from models import VOCAB, gpt2
+from architectures import ARCHITECTURES, VOCAB
 from torch import nn
-
-
-def bloom():
-    """Positions by ALiBi: `position_ids` is no argument."""
-    from transformers import BloomConfig, BloomForCausalLM
-
-    return BloomForCausalLM(BloomConfig(vocab_size=VOCAB, hidden_size=16, n_layer=2, n_head=2))
 
 
 class WithoutPositions(nn.Module):
@@ -19,7 +12,7 @@ class WithoutPositions(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.inner = gpt2()
+        self.inner = ARCHITECTURES["gpt2"]()
 
     def forward(self, input_ids):
         return self.inner(input_ids=input_ids).logits
@@ -30,7 +23,7 @@ class IgnoresPositions(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.inner = gpt2()
+        self.inner = ARCHITECTURES["gpt2"]()
 
     def forward(self, input_ids, position_ids=None):
         return self.inner(input_ids=input_ids).logits
@@ -69,6 +62,30 @@ class Routed(nn.Module):
         h = h + self.mix(h.cumsum(1) / steps)
         h = h + self.experts(h, input_ids % 3)
         return Answer(self.head(self.norm(h)))
+
+
+class Capped(nn.Module):
+    """Three experts that serve the first two tokens sent to them: samples take from each other."""
+
+    def __init__(self, d):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(3, d, d))
+
+    def forward(self, hidden, route):
+        rows = hidden.flatten(0, 1)
+        out = torch.zeros_like(rows)
+        for e, weight in enumerate(self.weight):
+            picked = (route.flatten() == e).nonzero()[:2, 0]
+            out = out.index_put((picked,), torch.tanh(rows[picked] @ weight))
+        return out.view_as(hidden)
+
+
+class Dropping(Routed):
+    """Tokens beyond the capacity of an expert are dropped."""
+
+    def __init__(self, d=8):
+        super().__init__(d)
+        self.experts = Capped(d)
 
 
 class Answer:

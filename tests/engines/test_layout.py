@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
-from models import ARCHITECTURES, build, fp64_throughout, samples
+from architectures import ARCHITECTURES
+from models import FIVE, build, fp64_throughout, samples
 from reference import effects
 from small_models import (
     Answer,
+    Dropping,
     IgnoresPositions,
     Logits,
     Routed,
     SecondHead,
     WithoutPositions,
-    bloom,
     ready,
 )
 
@@ -26,7 +27,7 @@ from geffect_fast.errors import UnsupportedModelError
 FORGET, RETAIN = [5, 2, 9, 5], [6, 9, 6]
 
 MODELS = {
-    "bloom": (bloom, "equal_length"),
+    "bloom": (ARCHITECTURES["bloom"], "equal_length"),
     "without_positions": (WithoutPositions, "equal_length"),
     "ignores_positions": (IgnoresPositions, "equal_length"),
     "routed": (Routed, "single"),
@@ -54,14 +55,28 @@ def test_layout_of_models_that_cannot_be_packed(name, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", FIVE)
 def test_layout_of_models_that_can(name, dtype):
     assert layout_of(build(name, dtype)) == "packed"
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_samples_that_take_from_each_other_are_run_alone(dtype):
+    """A router with a capacity: exact where a sample is one sequence, as for all but pairs."""
+    forget, retain, _ = data()
+    model = ready(Dropping, dtype)
+    result = gf.profile(model, None, forget=forget, retain=retain, objectives=["gd"])
+    assert result.attrs["layout"] == "single"
+    objective = [(1.0, "ga", {}), (1.0, "nll", {})]
+    expected = effects(Logits(model), Logits(model), objective, forget, retain, None)
+    scale = 1e-5 if dtype == torch.float32 else 1e-10
+    found = torch.from_numpy(result.g_effect[0].values)
+    torch.testing.assert_close(found, expected, rtol=0, atol=scale * float(expected.abs().max()))
+
+
 def test_layout_from_one_short_sample():
     assert layout_of(build("llama"), [2]) == "packed"
-    assert layout_of(ready(bloom), [3]) == "equal_length"
+    assert layout_of(ready(ARCHITECTURES["bloom"]), [3]) == "equal_length"
 
 
 def data():

@@ -6,8 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from architectures import ARCHITECTURES as EVERY
-from architectures import SMALL
+from architectures import ARCHITECTURES, SMALL
 from models import build, fp64_throughout, samples
 from torch import nn
 
@@ -33,11 +32,11 @@ def batch_of(lengths, layout="packed"):
 
 
 def mistral(window):
-    return replace(EVERY["mistral"], settings=SMALL | {"sliding_window": window})
+    return replace(ARCHITECTURES["mistral"], settings=SMALL | {"sliding_window": window})
 
 
 def eager():
-    model = EVERY["llama"]()
+    model = ARCHITECTURES["llama"]()
     model.set_attn_implementation("eager")
     return model
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections import Counter
 
 import pytest
-from models import ARCHITECTURES, build
+from architectures import ARCHITECTURES
+from models import build
 
 from geffect_fast.runs.axes import block_of, group_of, kind_of, parameter_coordinates
 
@@ -27,6 +28,21 @@ PEFT = "base_model.model.model"
         ("transformer.ln_f.bias", -1, "ln_f.bias", "final_norm"),
         ("transformer.wpe.weight", -1, "wpe", "embedding"),
         ("lm_head.weight", -1, "lm_head", "lm_head"),
+        ("gpt_neox.embed_in.weight", -1, "embed_in", "embedding"),
+        ("gpt_neox.embed_out.weight", -1, "embed_out", "lm_head"),
+        ("gpt_neox.final_layer_norm.bias", -1, "final_layer_norm.bias", "final_norm"),
+        ("transformer.h.0.attn.c_attn.bias", 0, "c_attn.bias", "shallow"),
+        ("transformer.blocks.7.ffn.experts.mlp.v1", 7, "mlp.v1", "deep"),
+        ("transformer.word_embeddings_layernorm.bias", -1, "word_embeddings_layernorm.bias",
+         "embedding"),
+        ("backbone.layers.4.mixer.A_log", 4, "mixer.A_log", "middle"),
+        ("backbone.norm_f.weight", -1, "norm_f", "final_norm"),
+        ("backbone.embeddings.weight", -1, "embeddings", "embedding"),
+        ("model.decoder.embed_positions.weight", -1, "embed_positions", "embedding"),
+        ("model.decoder.project_in.weight", -1, "project_in", "embedding"),
+        ("model.decoder.project_out.weight", -1, "project_out", "lm_head"),
+        ("model.embedding_norm.weight", -1, "embedding_norm", "final_norm"),
+        ("model.per_layer_model_projection.weight", -1, "per_layer_model_projection", "embedding"),
         ("weight", -1, "weight", "lm_head"),
         (f"{PEFT}.layers.3.self_attn.q_proj.lora_A.default.weight", 3, "q_proj.lora_A", "middle"),
         (f"{PEFT}.layers.3.self_attn.q_proj.lora_B.mine.bias", 3, "q_proj.lora_B.bias", "middle"),
@@ -55,6 +71,19 @@ def test_thirds_by_depth(n_blocks, groups):
     assert "".join(found) == groups
 
 
+# A block and a kind name one parameter, but for these: two layers of a GPT-2 block are `c_proj`.
+SHARED_KINDS = {
+    "gpt2": {"c_proj"},
+    "gpt_bigcode": {"c_proj"},
+    "stablelm": {"norms"},
+    "jetmoe": {"input_linear", "layer", "output_linear"},
+    "mamba2": {"norm"},
+    "rwkv": {"key", "receptance", "value"},
+    "zamba2": {"gate_up_proj_adapter_list", "input_layernorm"},
+    "nemotron_h": {"norm"},
+}
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_coordinates_of_every_architecture(architecture):
     model = build(architecture)
@@ -66,11 +95,13 @@ def test_coordinates_of_every_architecture(architecture):
     assert len(blocks) == len(kinds) == len(groups) == len(names)
     n_layers = model.config.num_hidden_layers
     assert set(blocks) == {-1, *range(n_layers)}
-    # A block and a kind name one parameter; GPT-2 calls two layers of a block `c_proj`.
     pairs = Counter(zip(blocks.tolist(), kinds, strict=True))
-    assert {kind.split(".")[0] for (_, kind), n in pairs.items() if n > 1} <= {"c_proj"}
+    shared = {kind.removesuffix(".bias") for (_, kind), n in pairs.items() if n > 1}
+    assert shared == SHARED_KINDS.get(architecture, set())
     outside = {g for g, b in zip(groups, blocks, strict=True) if b == -1}
-    assert {"embedding", "final_norm"} <= outside <= {"embedding", "final_norm", "lm_head"}
+    assert "embedding" in outside and outside <= {"embedding", "final_norm", "lm_head"}
+    last = any("norm" in kind or "ln_" in kind for b, kind in pairs if b == -1)
+    assert ("final_norm" in outside) == last
 
 
 def test_no_parameters():

@@ -8,7 +8,8 @@ import types
 
 import pytest
 import torch
-from models import ARCHITECTURES, VOCAB, build, fp64_throughout, mixtral, samples
+from architectures import ARCHITECTURES, VOCAB
+from models import build, fp64_throughout, samples
 from reference import effects, gradients, mean_over, token_logprobs
 from torch import nn
 
@@ -48,7 +49,7 @@ def by_kind(found):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("architecture", ["llama_tied", "gpt2", mixtral])
+@pytest.mark.parametrize("architecture", ["llama_tied", "gpt2", "mixtral"])
 def test_exact_models_pass(architecture, dtype):
     model = build(architecture, dtype)
     found = run(model)
@@ -84,7 +85,7 @@ def test_which_rule_captured_each_kind():
     assert found["q_proj"].rules == found["q_proj.bias"].rules == ("linear",)
     assert found["input_layernorm"].rules == ("norm",) and found["norm"].n_parameters == 1
     assert by_kind(run(build("gpt2")))["c_attn"].rules == ("conv1d",)
-    mixture = by_kind(run(build(mixtral)))
+    mixture = by_kind(run(build("mixtral")))
     assert mixture["experts.gate_up_proj"].rules == mixture["gate"].rules == ("generic",)
 
 
@@ -158,7 +159,7 @@ def test_samples_are_the_first_rows():
 
 
 def test_the_model_is_left_as_it_was():
-    model = build(mixtral).double()
+    model = build("mixtral").double()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     experts = model.get_experts_implementation()
     run(model)

@@ -7,8 +7,9 @@ import contextlib
 import numpy as np
 import pytest
 import torch
+from architectures import ARCHITECTURES
 from engines.small_models import WithoutPositions, ready
-from models import build, fp64_throughout, gpt2, samples
+from models import build, fp64_throughout, samples
 from reference import gradients, mean_over, token_logprobs
 from torch import nn
 
@@ -134,12 +135,14 @@ def test_an_embedding_is_used_where_its_token_stands():
 
 
 @pytest.mark.parametrize(
-    ("make", "layout"), [(gpt2, "packed"), (WithoutPositions, "equal_length")], ids=str
+    ("make", "layout"),
+    [(ARCHITECTURES["gpt2"], "packed"), (WithoutPositions, "equal_length")],
+    ids=["gpt2", "without_positions"],
 )
 def test_every_layout_gives_the_same_positions(make, layout):
     with fp64_throughout():
         model = ready(make)
-        expected = ready(gpt2)
+        expected = ready(ARCHITECTURES["gpt2"])
         wanted = ("parameter", "sample", "position")
         found, packed = run(model, wanted), run(expected, wanted)
         close(found.g_effect.values, packed.g_effect.values)
@@ -263,7 +266,7 @@ def test_a_module_whose_rows_are_no_positions_is_named():
 
         def __init__(self):
             super().__init__()
-            self.inner = gpt2()
+            self.inner = ARCHITECTURES["gpt2"]()
             self.pool = nn.Linear(16, 61)
 
         def forward(self, input_ids):

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from models import ARCHITECTURES, build, mixtral
+from architectures import ARCHITECTURES
+from models import FIVE, build
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -342,7 +343,7 @@ def unloaded(dtype):
 
 def on_experts(dtype):
     parameters = ["experts.gate_up_proj", "experts.down_proj"]
-    return lora(mixtral, target_parameters=parameters)(dtype)
+    return lora("mixtral", target_parameters=parameters)(dtype)
 
 
 class FullyShardedDataParallel(nn.Module):
@@ -401,7 +402,7 @@ def half_adapters(dtype):
 
 
 LOW = {
-    **{name: plain(name) for name in ARCHITECTURES},
+    **{name: plain(name) for name in FIVE},
     "fp32_norms": fp32_norms,
     "fp32_head": fp32_head,
     "lora_in_fp32": lora(),
