@@ -66,8 +66,7 @@ def lora(base="llama", targets=QV, **settings):
 
 def two_adapters(dtype):
     """The second is not active: its parameters are trainable and have no gradient."""
-    import peft
-
+    peft = pytest.importorskip("peft")
     model = lora()(dtype)
     model.add_adapter("second", peft.LoraConfig(r=3, target_modules=["q_proj"]))
     for name, p in model.named_parameters():
