@@ -15,6 +15,7 @@ from geffect_fast.capture.plan import Plan
 from geffect_fast.capture.recorder import OutsideUse, Recorder, leaves_of
 from geffect_fast.capture.segments import Segments, checked_offsets
 from geffect_fast.capture.wrappers import eagerly
+from geffect_fast.errors import UnsupportedModelError
 
 __all__ = [
     "Explicit",
@@ -53,7 +54,8 @@ def capture(
 
     Raises:
         InputError: no model, active dropout, nothing trainable, or offsets that do not fit.
-        UnsupportedModelError: the rows of a module cannot be told apart by sample.
+        UnsupportedModelError: the rows of a module cannot be told apart by sample; or, at the end
+            of the block, a parameter was used outside its own module.
 
     Example:
         >>> with gf.capture(model) as records:
@@ -79,8 +81,13 @@ def capture(
 
     handle = plan.model.register_forward_pre_hook(see_input, with_kwargs=True, prepend=True)
     try:
-        with recorder, eagerly(model):
+        with recorder, eagerly(model), OutsideUse(recorder) as outside:
             yield records
             recorder.finish()
+        for name in outside.found:
+            raise UnsupportedModelError(
+                f"parameter '{name}' is used outside its own module's forward, which `capture` "
+                "does not see; freeze it, or use gf.functional, which does"
+            )
     finally:
         handle.remove()

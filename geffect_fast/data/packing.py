@@ -23,7 +23,7 @@ MEMORY_SHARE = 0.5
 
 MIN_CPU_CAP = 256
 CPU_CAP_PER_HIDDEN = 1
-"""A token of a packed batch attends to (and masks) every token of the batch: `4 d` operations a
+"""Under a mask, a token of a packed batch attends to every token of the batch: `4 d` operations a
 pair and layer, beside some `24 d^2` a token of the linear layers. At `d` tokens a batch the first
 are a sixth of the second; on a CPU, where larger batches gain nothing else, that is where to stop.
 Below 256 tokens the overhead of each call would dominate."""

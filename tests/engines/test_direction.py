@@ -14,6 +14,7 @@ from geffect_fast.capture import Plan
 from geffect_fast.data import make_batches, tokenize_rows
 from geffect_fast.engines.direction import accumulate_gradients, new_gradients
 from geffect_fast.engines.forward_pass import model_outputs
+from geffect_fast.engines.packed_attention import packed_attention
 from geffect_fast.engines.tasks import Reference, Task, tasks_for
 from geffect_fast.errors import UnsupportedModelError
 from geffect_fast.objectives import resolve
@@ -126,7 +127,8 @@ def test_kl_keeps_the_model_and_takes_its_logits():
     for batch in wanted[0].batches:
         own = model_outputs(model, batch, {"reference_logits"})
         outputs = reference.outputs(wanted[0], batch, batch, own)
-        exact = model_outputs(other, batch, {"reference_logits"})
+        with packed_attention(other, batch):
+            exact = model_outputs(other, batch, {"reference_logits"})
         assert torch.equal(outputs.logits, exact.logits) and not outputs.logits.requires_grad
         assert not torch.equal(outputs.logits, own.logits)
 
@@ -140,7 +142,8 @@ def test_rr_keeps_the_model_and_takes_its_hidden_states():
     for batch in wanted[0].batches:
         own = model_outputs(model, batch, wanted[0].needs)
         outputs = reference.outputs(wanted[0], batch, batch, own)
-        exact = model_outputs(other, batch, {"hidden_states"})
+        with packed_attention(other, batch):
+            exact = model_outputs(other, batch, {"hidden_states"})
         for found, expected in zip(outputs.hidden_states, exact.hidden_states, strict=True):
             assert torch.equal(found, expected) and not found.requires_grad
         assert outputs.logits is None
