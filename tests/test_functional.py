@@ -172,6 +172,8 @@ def test_identities():
         pairs = pairwise_inner_products(model, loss_fn, batch, batch)
         torch.testing.assert_close(pairs.diagonal(), squares)
         torch.testing.assert_close(pairs, pairs.T)
+        twice = pairwise_inner_products(model, loss_fn, batch, padded(LENGTHS))  # not one object
+        torch.testing.assert_close(pairs, twice)
         own = {k: g[1] for k, g in expected(model, LENGTHS).items()}
         torch.testing.assert_close(
             per_sample_inner_products(model, loss_fn, batch, own), pairs[:, 1]
