@@ -7,7 +7,7 @@ from torch import nn
 
 
 def make_model(quick: bool) -> nn.Module:
-    """A Llama of 27M parameters with random weights, or a hundredth of its layers' size."""
+    """A Llama of 27M parameters with random weights, or a tiny one of the same vocabulary."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
