@@ -182,7 +182,8 @@ def _norm_variables(gram: Tensor, m: int, resolution: Resolution) -> dict[str, A
     def of(g: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         norm = g.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt()
         product = norm[..., m:, None] * norm[..., None, :m]
-        cosine = torch.where(product > 0, g[..., m:, :m] / product, torch.nan)
+        # Gradients that are one another's multiples come out a rounding beyond 1.
+        cosine = torch.where(product > 0, (g[..., m:, :m] / product).clamp(-1, 1), torch.nan)
         return norm[..., m:].numpy(), norm[..., :m].numpy(), cosine.numpy()
 
     objective, risk, cosine = of(gram.sum(0))
