@@ -100,7 +100,9 @@ def test_a_full_disk_leaves_the_earlier_run_whole(here):
     words = ["-m", "geffect_fast.cli", *profile(), "--overwrite"]
     with running(words, here, preexec_fn=limit) as process:
         out, error = said(process)
-    assert process.returncode == 2
-    assert out == "" and error.startswith("error: run folder run cannot be written: File too large")
-    assert error.count("\n") == 1
+    assert process.returncode == 2, error
+    # The limit holds for every file of the process: a library may note that its cache is not saved.
+    ours = [line for line in error.splitlines() if line.startswith("error: ")]
+    assert out == "" and len(ours) == 1 and "Traceback" not in error, error
+    assert ours[0].startswith("error: run folder run cannot be written: File too large")
     assert snapshot(here) == before
