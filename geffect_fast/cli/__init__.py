@@ -1,0 +1,77 @@
+"""The command line: `geffect-fast profile | check | show | export | demo | env`."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from geffect_fast.cli import check, demo, env, export, profile, show
+from geffect_fast.cli.options import option
+from geffect_fast.errors import GEffectError
+
+EXIT_CODES = (
+    "Exit codes: 0 all went well; 2 bad input, a full disk or too little memory, one line "
+    "'error: ...' on stderr and nothing written; 3 check found a deviation; 1 unexpected failure; "
+    "130 interrupted."
+)
+COMMANDS = (profile.profile, check.check, show.show, export.export, demo.demo, env.env)
+_INTERRUPTED = "interrupted; nothing half-written is left"
+
+app = typer.Typer(
+    name="geffect-fast",
+    help="The G-effect of unlearning objectives on a language model, per layer and per instance.",
+    epilog=EXIT_CODES,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for _command in COMMANDS:
+    app.command(epilog=EXIT_CODES)(_command)
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    context: typer.Context,
+    version: Annotated[bool, option("--version", help="Print the version and leave.")] = False,
+) -> None:
+    if version:
+        from geffect_fast import __version__
+
+        print(f"geffect-fast {__version__}")
+    elif context.invoked_subcommand is None:
+        print(context.get_help())
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line and return its exit code.
+
+    Args:
+        argv: arguments without the program's name; None: those of the process.
+    """
+    try:
+        status = typer.main.get_command(app)(
+            args=argv, prog_name="geffect-fast", standalone_mode=False
+        )
+        # the parser makes an exit code of Ctrl-C itself
+        return _fail(_INTERRUPTED, 130) if status == 130 else int(status or 0)
+    except GEffectError as error:
+        return _fail(str(error), error.exit_code)
+    except (KeyboardInterrupt, typer.Abort):
+        return _fail(_INTERRUPTED, 130)
+    except Exception as error:
+        if hasattr(error, "format_message"):  # a usage error of the parser
+            context = getattr(error, "ctx", None)
+            command = context.command_path if context else "geffect-fast"
+            return _fail(f"{error.format_message().rstrip('.')}; see {command} --help", 2)
+        import traceback
+
+        traceback.print_exc()
+        return _fail(f"unexpected {type(error).__name__}: {error}", 1)
+
+
+def _fail(message: str, code: int) -> int:
+    words = (word if len(word) <= 300 else f"{word[:297]}..." for word in message.split())
+    print(f"error: {' '.join(words)}", file=sys.stderr)
+    return code

@@ -1,0 +1,28 @@
+"""`geffect-fast demo`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from geffect_fast.cli.options import Out, Overwrite, Quiet
+from geffect_fast.cli.printing import print_result
+
+
+def demo(
+    out: Out = Path("demo-run"),
+    seed: Annotated[int, typer.Option(help="Decides data, model and order.", min=0)] = 0,
+    overwrite: Overwrite = False,
+    quiet: Quiet = False,
+) -> None:
+    """Train a small Llama on invented authors until it knows them by heart, then profile it.
+
+    Needs no network and a few minutes on two cores; --out (demo-run) gets data, models and the run.
+    """
+    from geffect_fast.demo import run_demo
+
+    dataset = run_demo(out, seed=seed, overwrite=overwrite, progress=not quiet)
+    if not quiet:
+        print_result(dataset, out)

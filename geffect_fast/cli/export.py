@@ -1,0 +1,20 @@
+"""`geffect-fast export`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from geffect_fast.cli.options import Run, option
+
+
+def export(
+    run: Run,
+    to: Annotated[Path, option("--to", help="File to write; ends in .csv or .parquet.")],
+) -> None:
+    """Write a run as one long table, a row a G-effect: objective, risk, parameter, sample."""
+    from geffect_fast.runs.store import export as write_table
+    from geffect_fast.runs.store import open_run
+
+    with open_run(run, lazy=True) as dataset:
+        print(write_table(dataset, to))

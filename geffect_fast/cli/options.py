@@ -1,0 +1,137 @@
+"""Options that several commands share, and those that stand for the fields of a run's config."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from geffect_fast.errors import InputError
+from geffect_fast.runs.config import ProfileConfig
+
+
+def option(*names: str, field: str | None = None, **more: Any) -> Any:
+    """An option; one that sets a config field is described by the field's own docstring."""
+    if field is not None:
+        described = ProfileConfig.model_fields[field].description or ""
+        more["help"] = " ".join(described.replace("`", "").split())
+    return typer.Option(*names, show_default=False, **more)
+
+
+Out = Annotated[Path, option("--out", "-o", help="Folder for the results; made if missing.")]
+Overwrite = Annotated[bool, option("--overwrite", help="Replace the run that --out holds.")]
+Quiet = Annotated[bool, option("--quiet", "-q", help="No progress bars, tables or findings.")]
+Run = Annotated[Path, typer.Argument(help="A run folder, or a results.nc.", show_default=False)]
+ConfigFile = Annotated[
+    Path | None, option("--config", "-c", help="YAML file of fields; options given override it.")
+]
+
+_FIELDS: dict[str, Any] = {
+    "model": Annotated[str | None, option("--model", "-m", field="model")],
+    "forget": Annotated[str | None, option("--forget", "-f", field="forget")],
+    "retain": Annotated[str | None, option("--retain", "-r", field="retain")],
+    "objectives": Annotated[
+        str | None,
+        option(
+            "--objectives",
+            help="Objectives with commas between: 'ga,wga(alpha=1),npo(beta=0.1)+kl'.",
+        ),
+    ],
+    "probes": Annotated[
+        list[str] | None,
+        option(
+            "--probe", metavar="NAME=DATA", help="A further risk on data of its own; repeatable."
+        ),
+    ],
+    "refusals": Annotated[str | None, option("--refusals", field="refusals")],
+    "reference": Annotated[str | None, option("--reference", field="reference")],
+    "tokenizer": Annotated[str | None, option("--tokenizer", field="tokenizer")],
+    "reduction": Annotated[str | None, option("--reduction", field="reduction")],
+    "risk": Annotated[str | None, option("--risk", field="risk")],
+    "resolve": Annotated[str | None, option("--resolve", field="resolve")],
+    "engine": Annotated[str | None, option("--engine", field="engine")],
+    "norms": Annotated[bool | None, option("--norms/--no-norms", field="norms")],
+    "template": Annotated[str | None, option("--template", field="template")],
+    "max_length": Annotated[int | None, option("--max-length", field="max_length")],
+    "token_budget": Annotated[int | None, option("--token-budget", field="token_budget")],
+    "dtype": Annotated[str | None, option("--dtype", field="dtype")],
+    "device": Annotated[str | None, option("--device", field="device")],
+    "threads": Annotated[int | None, option("--threads", field="threads")],
+}
+"""The option of every config field, in the order in which help shows them."""
+
+PROFILE_FIELDS = tuple(_FIELDS)
+CHECK_FIELDS = (
+    "refusals",
+    "reference",
+    "tokenizer",
+    "template",
+    "max_length",
+    "token_budget",
+    "dtype",
+    "device",
+    "threads",
+)
+
+
+def config_options(
+    fields: tuple[str, ...],
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command the options of these config fields, where its parameter `given` stands.
+
+    The command is called with `given`: the fields whose option was used, and their values.
+    """
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(command)
+        def with_given(**values: Any) -> None:
+            options = {field: values.pop(field) for field in fields}
+            used = {field: value for field, value in options.items() if value is not None}
+            command(given={f: _READ[f](v) if f in _READ else v for f, v in used.items()}, **values)
+
+        parameters: list[inspect.Parameter] = []
+        for parameter in inspect.signature(command, eval_str=True).parameters.values():
+            if parameter.name != "given":
+                parameters.append(parameter)
+                continue
+            for field in fields:
+                parameters.append(
+                    inspect.Parameter(
+                        field, parameter.kind, default=None, annotation=_FIELDS[field]
+                    )
+                )
+        with_given.__dict__["__signature__"] = inspect.Signature(parameters)
+        with_given.__annotations__ = {p.name: p.annotation for p in parameters}
+        return with_given
+
+    return decorate
+
+
+def option_names(given: dict[str, Any], **names: str) -> dict[str, str]:
+    """What the options behind config fields are called, those aside that `names` holds."""
+    names = {"probes": "--probe"} | names
+    return {field: names.get(field, f"--{field.replace('_', '-')}") for field in given}
+
+
+def _probes(texts: list[str]) -> dict[str, str]:
+    probes: dict[str, str] = {}
+    for text in texts:
+        name, equals, source = (part.strip() for part in text.partition("="))
+        if not (name and equals and source):
+            raise InputError(f"--probe {text!r} must be NAME=DATA, such as general=wiki.jsonl")
+        if name in probes:
+            raise InputError(f"--probe {text!r}: there is a probe {name!r} already; choose another")
+        probes[name] = source
+    return probes
+
+
+def _axes(text: str) -> list[str]:
+    return [axis.strip() for axis in text.split(",")]
+
+
+_READ: dict[str, Callable[[Any], Any]] = {"probes": _probes, "resolve": _axes}
+"""How an option's value becomes its field's, where these differ."""

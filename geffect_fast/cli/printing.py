@@ -1,0 +1,36 @@
+"""What commands print."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import xarray as xr
+    from rich.console import Console
+
+
+def console() -> Console:
+    """Of the terminal's width; 120 columns in a file or a pipe."""
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+
+
+def print_result(dataset: xr.Dataset, folder: Path) -> None:
+    """Tables, where the files are, and three sentences."""
+    from geffect_fast.report.findings import findings
+    from geffect_fast.report.table import render
+    from geffect_fast.runs.dataset import sum_positions
+    from geffect_fast.runs.store import PLOTS
+
+    dataset = sum_positions(dataset)
+    printer = console()
+    printer.print(render(dataset))
+    plots = sorted((folder / PLOTS).glob("*.png")) if folder.is_dir() else []
+    for path in [folder, *plots]:
+        print(path)
+    print()
+    for sentence in findings(dataset):
+        printer.print(sentence, markup=False)

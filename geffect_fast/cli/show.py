@@ -1,0 +1,14 @@
+"""`geffect-fast show`."""
+
+from __future__ import annotations
+
+from geffect_fast.cli.options import Run
+from geffect_fast.cli.printing import print_result
+
+
+def show(run: Run) -> None:
+    """Print the tables and findings of a run again."""
+    from geffect_fast.runs.store import open_run, reading
+
+    with open_run(run, lazy=True) as dataset, reading(run):
+        print_result(dataset, run)
