@@ -78,6 +78,8 @@ def forget_shares(name, params, model, reference, forget, alternatives, reductio
             yield mean_over(reduction, forget, -nll)
         elif name == "wga":
             yield mean_over(reduction, forget, -(p.detach() ** params["alpha"]) * nll)
+        elif name == "token_weights":
+            yield mean_over(reduction, forget, -torch.tensor(row["weights"]).to(nll) * nll)
         elif name == "satimp":
             w = p.detach() ** params["beta1"] * (1 - p.detach()) ** params["beta2"]
             yield mean_over(reduction, forget, -w * nll)

@@ -63,6 +63,8 @@ class Batch:
         totals: sizes of the data set.
         reduction: over what a mean is taken: all target tokens (`token`), the tokens of a sample
             and then samples (`sample`), or not at all (`sum`).
+        weights: `(total_tokens,)` fp64, the data's own weight of the label in `targets`, 0 where
+            there is none and in sequences other than answers; None where the data gives none.
     """
 
     input_ids: Tensor
@@ -76,6 +78,7 @@ class Batch:
     rows: tuple[int, ...]
     totals: Totals
     reduction: Reduction = "token"
+    weights: Tensor | None = None
 
     @property
     def n_samples(self) -> int:

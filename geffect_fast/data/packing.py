@@ -152,7 +152,7 @@ def _batch(
         input_ids=torch.cat([s.input_ids for s in sequences]).view(shape),
         position_ids=torch.cat([torch.arange(length) for length in lengths]).view(shape),
         labels=torch.cat([s.labels for s in sequences]),
-        targets=torch.cat([_targets(s.labels) for s in sequences]),
+        targets=torch.cat([_ahead(s.labels, IGNORE) for s in sequences]),
         cu_seqlens=cu_seqlens,
         cu_samples=cu_seqlens[_offsets(sequences_a_sample).long()],
         roles=tuple(role for _, role, _ in played),
@@ -160,6 +160,7 @@ def _batch(
         rows=tuple(sample.row for sample in samples),
         totals=totals,
         reduction=reduction,
+        weights=_target_weights(sequences),
     )
 
 
@@ -192,14 +193,29 @@ def _extend(sequence: Sequence, length: int) -> Sequence:
     missing = length - len(sequence)
     if missing == 0:
         return sequence
+    weights = sequence.weights
     return Sequence(
         torch.cat([sequence.input_ids, sequence.input_ids[-1:].expand(missing)]),
         torch.cat([sequence.labels, sequence.labels.new_full((missing,), IGNORE)]),
+        None if weights is None else torch.cat([weights, weights.new_zeros(missing)]),
     )
 
 
-def _targets(labels: Tensor) -> Tensor:
-    return torch.cat([labels[1:], labels.new_full((1,), IGNORE)])
+def _ahead(values: Tensor, last: float) -> Tensor:
+    """The value of every token's next one; `last` for the sequence's last."""
+    return torch.cat([values[1:], values.new_full((1,), last)])
+
+
+def _target_weights(sequences: list[Sequence]) -> Tensor | None:
+    """The data's weights of what every position predicts, 0 for sequences that have none."""
+    if all(sequence.weights is None for sequence in sequences):
+        return None
+    return torch.cat(
+        [
+            torch.zeros(len(s), dtype=torch.float64) if s.weights is None else _ahead(s.weights, 0)
+            for s in sequences
+        ]
+    )
 
 
 def _offsets(lengths: list[int]) -> Tensor:

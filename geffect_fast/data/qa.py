@@ -6,6 +6,7 @@ import importlib
 import json
 import os
 import re
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -31,11 +32,13 @@ def read_rows(source: Source, *, name: str) -> list[dict[str, Any]]:
             torch Dataset of dicts. A row is text (`question`, `answer`, optional `alternative`, one
             or a list of them), or tokenised (`input_ids`, unshifted `labels` with -100 where
             nothing is learned, both lists or tensors of shape `(length,)`, optional `alternative`
-            of the same two fields, or a list of such).
+            of the same two fields, or a list of such). Either may carry `weights`, one number of 0
+            or more for each label token of its answer; then all rows do.
         name: the argument's name, for messages.
 
     Returns:
-        One dict a row; tokenised fields are lists of int. Rows are counted from 0.
+        One dict a row; tokenised fields are lists of int, weights lists of float. Rows are counted
+        from 0.
 
     Raises:
         InputError: the set cannot be read, is empty, or a row is unusable.
@@ -46,6 +49,12 @@ def read_rows(source: Source, *, name: str) -> list[dict[str, Any]]:
         if rows and ("input_ids" in row) != ("input_ids" in rows[0]):
             kinds = ("tokenised", "text") if "input_ids" in row else ("text", "tokenised")
             raise InputError(f"{where} is {kinds[0]}, the rows before are {kinds[1]}: use one kind")
+        if rows and ("weights" in row) != ("weights" in rows[0]):
+            kinds = ("has", "have none") if "weights" in row else ("has no", "have some")
+            raise InputError(
+                f"{where} {kinds[0]} 'weights', the rows before {kinds[1]}: give all rows some, or "
+                "none"
+            )
         rows.append(row)
     if not rows:
         raise InputError(f"{name}: {_shown(source)} holds no rows; give at least one")
@@ -213,6 +222,10 @@ def _check_row(raw: Any, where: str) -> dict[str, Any]:
             _check_text(row, field, where)
     if row.get("alternative") is not None:
         row["alternative"] = _check_alternatives(row["alternative"], "input_ids" in row, where)
+    if row.get("weights") is None:
+        row.pop("weights", None)
+    else:
+        row["weights"] = _check_weights(row["weights"], where)
     return row
 
 
@@ -299,6 +312,26 @@ def _check_ids(raw: Mapping[str, Any], field: str, where: str) -> list[int]:
                 f"{where}: '{field}' holds type {type(item).__name__}; give a flat list of ids"
             )
     return list(value)
+
+
+def _check_weights(raw: Any, where: str) -> list[float]:
+    value = raw.tolist() if hasattr(raw, "tolist") else raw
+    if not isinstance(value, list | tuple):
+        raise InputError(
+            f"{where}: 'weights' is of type {type(value).__name__}; give a list of numbers, "
+            "one a label token of its answer"
+        )
+    for item in value:
+        if not isinstance(item, int | float) or isinstance(item, bool):
+            raise InputError(
+                f"{where}: 'weights' holds type {type(item).__name__}; give a flat list of numbers"
+            )
+        if not 0 <= item <= sys.float_info.max:
+            raise InputError(
+                f"{where}: 'weights' holds {_one_line(item)}; give finite numbers of 0 or more, "
+                "0 for a token to leave alone"
+            )
+    return list(map(float, value))
 
 
 def _shown(source: Any) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as Rows
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,10 +27,15 @@ _CHAT_DATE = "26 Jul 2024"
 
 @dataclass(frozen=True, eq=False)
 class Sequence:
-    """Token ids and unshifted labels, both `(length,)` int64; `IGNORE` where nothing is learned."""
+    """Token ids and unshifted labels, both `(length,)` int64; `IGNORE` where nothing is learned.
+
+    `weights` `(length,)` fp64 are the labels' own, from the data, 0 where no label is predicted;
+    None where the data gives none.
+    """
 
     input_ids: Tensor
     labels: Tensor
+    weights: Tensor | None = None
 
     def __len__(self) -> int:
         return self.input_ids.numel()
@@ -85,6 +90,11 @@ class SampleSet:
         """Whether every sample has at least one alternative."""
         return all(sample.alternatives for sample in self.samples)
 
+    @property
+    def has_weights(self) -> bool:
+        """Whether the data gives every answer's label tokens weights."""
+        return all(sample.answer.weights is not None for sample in self.samples)
+
     def totals(self) -> Totals:
         """The sizes that means over the whole set are taken over."""
         sequences: dict[Role, list[Sequence]] = {"answer": [], "alternative": []}
@@ -132,18 +142,20 @@ def tokenize_rows(
 
     Raises:
         InputError: text without a tokenizer, a bad template, a sample that is too long or has no
-            label to learn, or tokenised refusals that do not match the rows.
+            label to learn, weights of another number of tokens, or tokenised refusals that do not
+            match the rows.
     """
     encode = None if tokenizer is None else _Encoder(tokenizer, template)
     samples = []
     for i, (row, others) in enumerate(zip(rows, _alternatives(rows, refusals), strict=True)):
         place = row_place(name, i)
         question = row.get("question")
+        answer = _sequence(row, row, "answer", encode, place, max_length)
         samples.append(
             Sample(
                 row=i,
                 question=question if isinstance(question, str) else "",
-                answer=_sequence(row, row, "answer", encode, place, max_length),
+                answer=_weighted(answer, row.get("weights"), place),
                 alternatives=tuple(
                     _sequence(row, other, "alternative", encode, place, max_length)
                     for other in others
@@ -235,6 +247,23 @@ def _sequence(
             f"max_length={max_length}; shorten or drop the row, or raise max_length"
         )
     return Sequence(torch.tensor(ids), torch.tensor(labels))
+
+
+def _weighted(answer: Sequence, weights: Rows[float] | None, place: str) -> Sequence:
+    """The answer with a weight at every label that is predicted."""
+    if weights is None:
+        return answer
+    if len(weights) != answer.n_targets:
+        raise InputError(
+            f"{place}: {len(weights)} 'weights' for the {answer.n_targets} label tokens of its "
+            "answer; they were written for another tokenizer, template or answer: write them anew, "
+            "or leave them out"
+        )
+    predicted = answer.labels != IGNORE
+    predicted[0] = False
+    spread = torch.zeros(len(answer), dtype=torch.float64)
+    spread[predicted] = torch.tensor(weights, dtype=torch.float64)
+    return replace(answer, weights=spread)
 
 
 class _Encoder:

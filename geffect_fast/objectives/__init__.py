@@ -2,7 +2,7 @@
 
 from geffect_fast.objectives.base import Composite, Objective, Outputs, Sum
 from geffect_fast.objectives.divergence import CEU, KL, UNDIAL
-from geffect_fast.objectives.likelihood import GA, GD, NLL, PO, WGA, SatImp
+from geffect_fast.objectives.likelihood import GA, GD, NLL, PO, WGA, SatImp, TokenWeights
 from geffect_fast.objectives.parameters import parameter
 from geffect_fast.objectives.parse import parse, parse_list, resolve
 from geffect_fast.objectives.preference import DPO, NPO, TNPO, WTNPO, AltPO, SimNPO
@@ -34,6 +34,7 @@ __all__ = [
     "SatImp",
     "SimNPO",
     "Sum",
+    "TokenWeights",
     "available",
     "parameter",
     "parse",

@@ -14,11 +14,18 @@ from geffect_fast.errors import InputError
 from geffect_fast.objectives.parameters import checked, finite, kind_of, written
 
 Need = Literal[
-    "logits", "hidden_states", "reference", "reference_logits", "reference_hidden_states"
+    "logits",
+    "hidden_states",
+    "reference",
+    "reference_logits",
+    "reference_hidden_states",
+    "weights",
 ]
 REFERENCE_NEEDS: frozenset[Need] = frozenset(
     {"reference", "reference_logits", "reference_hidden_states"}
 )
+WEIGHTS = "a list 'weights' in every row, one number a label token (gf.write_weighted writes them)"
+"""What to give an objective that needs weights."""
 
 T = TypeVar("T")
 
@@ -52,7 +59,8 @@ class Objective:
         name: what it is called in objective strings, set by `register`; till then the class's name.
         on: the data it reads, `forget` or `retain`.
         roles: which sequences of a sample it reads.
-        needs: what must be computed for it besides the log-probabilities of the labels.
+        needs: what it reads besides the log-probabilities of the labels: `weights` come with the
+            data, all others are computed.
     """
 
     name: ClassVar[str]
@@ -206,7 +214,7 @@ def combine(terms: Iterable[tuple[float, Objective]]) -> Objective:
 
 
 def required(objective: Objective, value: T | None, what: str) -> T:
-    """`value`, which the engine computes because it is among the objective's `needs`.
+    """`value`, which is there because it is among the objective's `needs`.
 
     Raises:
         InputError: it is None.

@@ -1,4 +1,4 @@
-"""Objectives made of re-weighted log-likelihoods: ga, nll, gd, po, wga, satimp.
+"""Objectives made of re-weighted log-likelihoods: ga, nll, gd, po, wga, satimp, token_weights.
 
 With `l = -log p` of a label token and `mean` the mean that the batch's reduction asks for, every
 one of them is `-mean w l` or `mean l`, its weight `w` detached.
@@ -14,7 +14,7 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from geffect_fast.data.batch import Batch, Role
-from geffect_fast.objectives.base import Composite, Objective, Outputs
+from geffect_fast.objectives.base import WEIGHTS, Composite, Need, Objective, Outputs, required
 from geffect_fast.objectives.parameters import parameter
 from geffect_fast.objectives.registry import register
 
@@ -121,3 +121,23 @@ class SatImp(Objective):
 
     def token_terms(self, outputs: Outputs, batch: Batch, reference: Outputs | None) -> Tensor:
         return batch.target_weight() * self.token_weight(outputs) * outputs.token_logprob
+
+
+@register("token_weights")
+@dataclass(frozen=True)
+class TokenWeights(Objective):
+    """Gradient ascent with a weight for every token: `-mean w l`, `w` the rows' own `weights`.
+
+    The mean counts tokens, not weights: where all of them are 1 it is `ga`. Which weights are best
+    to first order is what `geffect_fast.optimal_weights` says.
+    """
+
+    needs: ClassVar[frozenset[Need]] = frozenset({"weights"})
+
+    def loss(self, outputs: Outputs, batch: Batch, reference: Outputs | None) -> Tensor:
+        weight = required(self, batch.weights, WEIGHTS)
+        return -mean_nll(Outputs(weight * outputs.token_logprob), batch)
+
+    def token_terms(self, outputs: Outputs, batch: Batch, reference: Outputs | None) -> Tensor:
+        weight = required(self, batch.weights, WEIGHTS)
+        return batch.target_weight() * weight * outputs.token_logprob

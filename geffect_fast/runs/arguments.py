@@ -25,7 +25,7 @@ from geffect_fast.data.tokenize import check_positions
 from geffect_fast.errors import InputError
 from geffect_fast.objectives import Objective, parse_list
 from geffect_fast.objectives import resolve as resolve_objective
-from geffect_fast.objectives.base import REFERENCE_NEEDS, Need
+from geffect_fast.objectives.base import REFERENCE_NEEDS, WEIGHTS, Need, required
 from geffect_fast.runs.models import check_finite, load_model
 
 ENGINES = ("auto", "reverse")
@@ -53,6 +53,13 @@ def check_needs_no_refusals(objectives: Sequence[Objective]) -> None:
                 f"objective '{objective}' needs refusals: give a file, one a line, as `refusals` "
                 "(--refusals FILE), or an `alternative` in every forget row"
             )
+
+
+def check_needs_no_weights(objectives: Sequence[Objective]) -> None:
+    """Raise `InputError` naming the first objective that needs weights: the data holds none."""
+    for objective in objectives:
+        if any("weights" in part.needs for _, part in objective.parts()):
+            required(objective, None, WEIGHTS)
 
 
 def resolved_risk(spec: str | Objective) -> Objective:

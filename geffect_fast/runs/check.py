@@ -23,6 +23,7 @@ from geffect_fast.runs.arguments import (
     check_counts,
     check_model,
     check_needs_no_refusals,
+    check_needs_no_weights,
     reference_for,
     resolved_list,
 )
@@ -170,6 +171,8 @@ def check(
     )
     if not sample_set.has_alternatives:
         check_needs_no_refusals(chosen)
+    if not sample_set.has_weights:
+        check_needs_no_weights(chosen)
     check_model(model, {"data": sample_set})
     plan = Plan.of(model)
     needs = {need for part in parts for need in part.needs}

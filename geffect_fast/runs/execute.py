@@ -11,7 +11,7 @@ import torch
 
 from geffect_fast.data.qa import read_refusals, read_rows
 from geffect_fast.objectives import parse
-from geffect_fast.runs.arguments import check_needs_no_refusals
+from geffect_fast.runs.arguments import check_needs_no_refusals, check_needs_no_weights
 from geffect_fast.runs.check import Check, check
 from geffect_fast.runs.config import ProfileConfig
 from geffect_fast.runs.models import check_model_source, load_model, load_tokenizer, resolve_device
@@ -157,6 +157,8 @@ def _read_data(config: ProfileConfig) -> dict[str, Any]:
     }
     if data["refusals"] is None and not all(row.get("alternative") for row in forget):
         check_needs_no_refusals([parse(text) for text in config.objectives])
+    if "weights" not in forget[0]:
+        check_needs_no_weights([parse(text) for text in config.objectives])
     return data
 
 

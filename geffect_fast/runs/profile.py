@@ -27,6 +27,7 @@ from geffect_fast.runs.arguments import (
     check_memory,
     check_model,
     check_needs_no_refusals,
+    check_needs_no_weights,
     read_sets,
     reference_for,
     resolved_list,
@@ -148,6 +149,8 @@ def profile(
     )
     if not sets["forget"].has_alternatives:
         check_needs_no_refusals(chosen)
+    if not sets["forget"].has_weights:
+        check_needs_no_weights(chosen)
     check_model(model, sets)
     plan = Plan.of(model)
     uses_retain = any(part.on == "retain" for part in parts)

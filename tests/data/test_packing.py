@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import accumulate, pairwise
 
 import pytest
@@ -27,6 +28,13 @@ def sequences(draw) -> Sequence:
     labelled[draw(st.integers(1, len(ids) - 1))] = True
     labels = [i if on else IGNORE for i, on in zip(ids, labelled, strict=True)]
     return Sequence(torch.tensor(ids), torch.tensor(labels))
+
+
+def weighted(sequence: Sequence) -> Sequence:
+    """With a weight at every label that is predicted, each another."""
+    weights = torch.arange(1.0, len(sequence) + 1, dtype=torch.float64) / 8
+    weights[(sequence.labels == IGNORE) | (torch.arange(len(sequence)) == 0)] = 0
+    return replace(sequence, weights=weights)
 
 
 @st.composite
@@ -114,6 +122,30 @@ def test_batches_are_as_large_as_the_budget_allows(sample_set, roles, budget, la
     if layout == "equal_length":
         lengths = [batch.input_ids.shape[1] for batch in batches]
         assert lengths == sorted(lengths, reverse=True)
+
+
+@few
+@case
+def test_weights_of_the_data_stand_where_their_label_is_predicted(
+    sample_set, roles, budget, layout
+):
+    samples = tuple(replace(s, answer=weighted(s.answer)) for s in sample_set.samples)
+    bare = make_batches(sample_set, roles, token_budget=budget, layout=layout)
+    assert all(batch.weights is None for batch in bare)
+    batches = make_batches(SampleSet("f", samples), roles, token_budget=budget, layout=layout)
+    if "answer" not in roles:
+        assert all(batch.weights is None for batch in batches)
+        return
+    for batch in batches:
+        assert batch.weights.dtype == torch.float64
+        expected = torch.zeros(batch.total_tokens, dtype=torch.float64)
+        for q, start in enumerate(batch.cu_seqlens[:-1].tolist()):
+            if batch.roles[q] == "answer":
+                own = samples[batch.rows[batch.sequence_sample[q]]].answer.weights[1:]
+                expected[start : start + len(own)] = own
+        assert torch.equal(batch.weights, expected)
+        assert torch.equal(batch.weights > 0, batch.target_mask("answer"))
+        assert batch.to("meta").weights.device.type == "meta"
 
 
 def rectangle(batch) -> tuple[int, int]:

@@ -17,6 +17,7 @@ from geffect_fast.errors import InputError
 
 ROW = {"question": "Where?", "answer": "Here.", "perturbed_answer": ["There."]}
 LINE = json.dumps(ROW)
+WEIGHTED = json.dumps(ROW | {"weights": [1]})
 TOKENS = {"input_ids": [1, 2, 3], "labels": [-100, 2, 3]}
 
 
@@ -86,6 +87,18 @@ def test_alternatives_may_be_several():
     assert row["alternative"] == [TOKENS, TOKENS]
 
 
+@pytest.mark.parametrize("make", [list, tuple, np.array, torch.tensor])
+def test_weights_become_lists_of_numbers(make):
+    rows = [ROW | {"weights": make([0, 2])}, ROW | {"weights": make([0.25])}]
+    found = [row["weights"] for row in read_rows(rows, name="forget")]
+    assert found == [[0.0, 2.0], [0.25]] and all(type(w) is float for w in found[0])
+
+
+def test_weights_of_null_are_none():
+    """A table with a column for them writes null where there are none."""
+    assert read_rows([ROW | {"weights": None}, ROW], name="forget") == [ROW, ROW]
+
+
 def test_rows_are_copies():
     [row] = read_rows([ROW], name="forget")
     row["question"] = "changed"
@@ -115,6 +128,15 @@ BAD_TEXT = [
     ('{"question": "a", "answer": "b", "alternative": ["c", ""]}', r"'alternative' is empty; fill"),
     ('{"question": "a", "answer": "b", "alternative": ["c", ["d"]]}', r"'.*' is of type list; mak"),
     ('{"question": "a", "answer": "\\ud83d"}', r"line 1 .*: 'answer' holds half a surrogate pair"),
+    ('{"question": "a", "answer": "b", "weights": 1}', r"line 1 of .*: 'weights' is of type int;"),
+    ('{"question": "a", "answer": "b", "weights": [1, "2"]}', r"'weights' holds type str; give a"),
+    ('{"question": "a", "answer": "b", "weights": [[1]]}', r"'weights' holds type list; give a fl"),
+    ('{"question": "a", "answer": "b", "weights": [true]}', r"'weights' holds type bool; give a"),
+    ('{"question": "a", "answer": "b", "weights": [1, NaN]}', r"'weights' holds nan; give finite "),
+    ('{"question": "a", "answer": "b", "weights": [1e999]}', r"'weights' holds inf; give finite n"),
+    ('{"question": "a", "answer": "b", "weights": [-0.5]}', r"'weights' holds -0.5; .* 0 or more"),
+    (f"{LINE}\n{WEIGHTED}", r"line 2 .* has 'weights', the rows before have none: give all rows"),
+    (f"{WEIGHTED}\n{LINE}", r"line 2 .* has no 'weights', the rows before have some: give all "),
     (f"{LINE}\n{json.dumps(TOKENS)}", r"line 2 .* is tokenised, the rows before are text: use one"),
     (f"{json.dumps(TOKENS)}\n{LINE}", r"line 2 .* is text, the rows before are tokenised: use one"),
 ]  # fmt: skip

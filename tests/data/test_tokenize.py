@@ -233,6 +233,21 @@ def test_tokenised_rows_are_used_as_they_are_with_or_without_a_tokenizer(plain_t
         assert totals.n_labelled == {"answer": 3, "alternative": 3}
 
 
+def test_weights_stand_at_the_labels_that_are_predicted(plain_tokenizer):
+    hole = {"input_ids": [7, 8, 9, 3], "labels": [7, 8, IGNORE, 3], "weights": [0.5, 2]}
+    [sample] = tokenize_rows(read_rows([hole], name="forget"), None, name="forget").samples
+    assert sample.answer.weights.dtype == torch.float64
+    assert sample.answer.weights.tolist() == [0, 0.5, 0, 2]
+    plain = tokenize_rows([TEXT], plain_tokenizer, name="forget")
+    [bare] = plain.samples
+    weights = [1 + i / 8 for i in range(bare.answer.n_targets)]
+    weighted = tokenize_rows([TEXT | {"weights": weights}], plain_tokenizer, name="forget")
+    [sample] = weighted.samples
+    assert sample.answer.weights[bare.answer.labels != IGNORE].tolist() == weights
+    assert not sample.answer.weights[bare.answer.labels == IGNORE].any()
+    assert (plain.has_weights, weighted.has_weights) == (False, True)
+
+
 def test_check_vocabulary_names_row_and_id():
     rows = [{"input_ids": [1, 2], "labels": [-100, 2]}, {"input_ids": [1, 2], "labels": [-100, 9]}]
     tokenized = tokenize_rows(rows, None, name="retain")
@@ -260,6 +275,9 @@ TEXT = {"question": "Where?", "answer": "Here."}
         ([TOKENS, {"input_ids": [1] * 9, "labels": [1] * 9}], {"max_length": 8},
          r"forget: row 1 .* answer sequence has 9 tokens, more than max_length=8"),
         ([TEXT], {"refusals": ["long " * 40], "max_length": 40}, r"row 0 .* its alternative"),
+        ([TOKENS, TOKENS | {"weights": [1.0, 0.5]}], {},
+         r"forget: row 1 .*: 2 'weights' for the 1 label tokens of its answer; .* write them anew"),
+        ([TEXT | {"weights": [1.0]}], {}, r"row 0 .*: 1 'weights' for the \d+ label tokens of its"),
     ],
 )  # fmt: skip
 def test_errors_are_one_line_and_name_the_culprit(plain_tokenizer, rows, arguments, message):

@@ -25,9 +25,15 @@ class Sequence_:
     reference_logits: Tensor  # (length, vocab)
     hidden: Tensor  # (layers, length, width)
     reference_hidden: Tensor  # (layers, length, width)
+    weights: list[float]  # of the labels that are predicted
 
     def targets(self) -> list[int]:
         return [*self.labels[1:], IGNORE]
+
+    def target_weights(self) -> list[float]:
+        """The weight of what each token predicts, 0 where that is nothing."""
+        own = iter(self.weights)
+        return [0.0 if y == IGNORE else next(own) for y in self.targets()]
 
     def _logprobs(self, logits: Tensor) -> list[float]:
         logp = logits.log_softmax(-1)
@@ -96,6 +102,9 @@ class DataSet:
             rows=rows,
             totals=self.totals(),
             reduction=reduction,
+            weights=torch.tensor(
+                [w for q in sequences for w in q.target_weights()], dtype=torch.float64
+            ),
         )
         reference_logits = torch.cat([q.reference_logits for q in sequences])
         reference_hidden = torch.cat([q.reference_hidden for q in sequences], dim=1)
@@ -137,14 +146,15 @@ def make_data() -> Callable[..., DataSet]:
     """`make_data(roles, seed=0, n_samples=6, scale=1.0)`: ragged samples with every odd shape.
 
     Prompts of length 0 to 4 (with 0 the first token carries a label that nothing predicts), labels
-    with holes, one sample without any label and, of several roles, one sample without the second
-    and one with three of it.
+    with holes, weights from 0 to 2, one sample without any label and, of several roles, one sample
+    without the second and one with three of it.
     """
 
     def make(
         roles: Sequence[Role], seed: int = 0, n_samples: int = 6, scale: float = 1.0
     ) -> DataSet:
         generator = torch.Generator().manual_seed(seed)
+        other = torch.Generator().manual_seed(1000 + seed)
 
         def below(n: int) -> int:
             return int(torch.randint(n, (), generator=generator))
@@ -162,7 +172,11 @@ def make_data() -> Callable[..., DataSet]:
             logits = scale * normal(len(labels), VOCAB)
             shifted = logits + normal(len(labels), VOCAB)
             hidden = normal(LAYERS, len(labels), WIDTH)
-            return Sequence_(role, labels, logits, shifted, hidden, normal(*hidden.shape))
+            n_targets = sum(y != IGNORE for y in labels[1:])
+            weights = 2 * torch.rand(n_targets, generator=other, dtype=torch.float64)
+            weights[:1] = 0
+            own = weights.tolist() if role == "answer" else [0.0] * n_targets
+            return Sequence_(role, labels, logits, shifted, hidden, normal(*hidden.shape), own)
 
         samples = []
         for i in range(n_samples):

@@ -20,6 +20,7 @@ from geffect_fast.objectives import (
     RMUMask,
     SatImp,
     SimNPO,
+    TokenWeights,
 )
 
 positive = st.floats(min_value=1e-300, max_value=1e300)
@@ -37,7 +38,7 @@ ELEMENTARY = st.one_of(
     st.builds(SatImp, non_negative, non_negative),
     st.builds(PDU, eps=non_negative, dual=non_negative),
     st.builds(CEU, layers),
-    st.sampled_from([AltPO(), RR(), RMUMask(), UNDIAL(2)]),
+    st.sampled_from([AltPO(), RR(), RMUMask(), UNDIAL(2), TokenWeights()]),
     st.builds(RMU, layer=layers, normalize=st.booleans()),
     st.builds(RMU, layers, positive, st.booleans(), layers),
 )

@@ -33,6 +33,7 @@ STRINGS = [
     "kl",
     "satimp",
     "satimp(beta1=0.7, beta2=1.6)",
+    "token_weights",
     "undial",
     "undial(beta=1.5)",
     "ceu",
@@ -46,7 +47,17 @@ STRINGS = [
 COMPOSITES = [GD(), AltPO(), PDU(eps=0.6)]
 # the two parts of pdu have no names of their own
 CASES = [*map(parse, STRINGS), *(part for _, part in PDU(eps=0.6).parts())]
-TOKEN_LEVEL = ("ga", "nll", "NLLConstraint", "po", "wga", "tnpo", "wtnpo", "satimp")
+TOKEN_LEVEL = (
+    "ga",
+    "nll",
+    "NLLConstraint",
+    "po",
+    "wga",
+    "tnpo",
+    "wtnpo",
+    "satimp",
+    "token_weights",
+)
 each_case = pytest.mark.parametrize("o", CASES, ids=str)
 
 
@@ -111,8 +122,15 @@ def cross_entropy(target, logits):
     return -sum(float(q * (z - logits.logsumexp(0))) for q, z in zip(target, logits, strict=True))
 
 
-def token_weight(o, logp, logp0):
+def own_weights(data, role):
+    """The weights that the data gives the label tokens of every sample."""
+    return [[w for q in sample if q.role == role for w in q.weights] for sample in data.samples]
+
+
+def token_weight(o, logp, logp0, own):
     """The table's `w` of a label token without the mean's factor; `w > 0` pushes it down."""
+    if o.name == "token_weights":
+        return own
     if o.name == "ga":
         return 1.0
     if o.name in ("nll", "NLLConstraint", "po"):
@@ -132,8 +150,8 @@ def expected_loss(o, data, reduction):
     model, frozen = logprobs(data, role)
     if o.name in TOKEN_LEVEL:
         weighted = [
-            [token_weight(o, a, b) * a - getattr(o, "eps", 0) for a, b in zip(m, f, strict=True)]
-            for m, f in zip(model, frozen, strict=True)
+            [token_weight(o, a, *b) * a - getattr(o, "eps", 0) for a, *b in zip(*each, strict=True)]
+            for each in zip(model, frozen, own_weights(data, role), strict=True)
         ]
         return mean(weighted, reduction)
     if o.name == "npo":
@@ -222,7 +240,7 @@ def test_terms_have_the_gradient_of_the_loss(make_data, o, reduction):
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
-@pytest.mark.parametrize("o", [o for o in CASES if o.needs <= {"reference"}], ids=str)
+@pytest.mark.parametrize("o", [o for o in CASES if o.needs <= {"reference", "weights"}], ids=str)
 def test_token_weights_are_those_of_the_table(make_data, o, reduction):
     data = make_data(o.roles, seed=1)
     case = data.case(reduction)
@@ -241,16 +259,16 @@ def test_token_weights_are_those_of_the_table(make_data, o, reduction):
             else []
         )
         for j, q in enumerate(sample):
-            logp, logp0 = iter(q.logp()), iter(q.logp0())
+            numbers = zip(q.logp(), q.logp0(), q.weights, strict=True)
             n_i = len(q.logp())
             for y in q.targets():
                 if y == IGNORE:
                     expected.append(0.0)
                     continue
-                lp, lp0 = next(logp), next(logp0)
+                own = next(numbers)
                 if o.name in TOKEN_LEVEL:
                     f = factor(n_i, logprobs(data, q.role)[0], reduction)
-                    expected.append(token_weight(o, lp, lp0) * f)
+                    expected.append(token_weight(o, *own) * f)
                 elif o.name == "npo":
                     expected.append(b * 2 * sigmoid(o.beta * lose[i]))
                 elif o.name == "dpo":
@@ -316,7 +334,7 @@ def test_extreme_logits_stay_finite(make_data, o, dtype):
         assert all(g.isfinite().all() for g in gradients)
 
 
-@pytest.mark.parametrize("o", [o for o in CASES if o.needs - {"reference"}], ids=str)
+@pytest.mark.parametrize("o", [o for o in CASES if o.needs - {"reference", "weights"}], ids=str)
 def test_half_precision_outputs_are_evaluated_in_single(make_data, o):
     data = make_data(o.roles, seed=6)
     for sample in data.samples:

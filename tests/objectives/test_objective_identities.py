@@ -31,6 +31,7 @@ from geffect_fast.objectives import (
     RMUMask,
     SatImp,
     SimNPO,
+    TokenWeights,
 )
 
 
@@ -46,6 +47,33 @@ def test_nll_is_ga_turned_around(case):
     assert_same(gradient(NLL(), case), -gradient(GA(), case))
     ga, nll = (o.loss(case.outputs, case.batch, None).item() for o in (GA(), NLL()))
     assert nll == -ga > 0
+
+
+def with_weights(case, weights):
+    return replace(case, batch=replace(case.batch, weights=weights))
+
+
+def test_token_weights_of_one_are_ga_to_the_bit(case):
+    ones = with_weights(case, torch.ones(case.batch.total_tokens, dtype=torch.float64))
+    for method in ("loss", "token_terms"):
+        found, ga = (
+            getattr(o, method)(ones.outputs, ones.batch, None) for o in (TokenWeights(), GA())
+        )
+        assert torch.equal(found, ga)
+    assert torch.equal(gradient(TokenWeights(), ones), gradient(GA(), ones))
+
+
+def test_token_weights_of_a_power_of_p_are_wga(case):
+    weights = (0.7 * case.outputs.token_logprob.detach()).exp()
+    weighted = with_weights(case, weights)
+    assert_same(gradient(TokenWeights(), weighted), gradient(WGA(0.7), case))
+
+
+def test_token_weights_without_weights_is_one_clear_line(case):
+    bare = with_weights(case, None)
+    for method in (TokenWeights().loss, TokenWeights().token_terms):
+        with pytest.raises(InputError, match=r"^objective token_weights needs a list 'weights'.*$"):
+            method(bare.outputs, bare.batch, None)
 
 
 @pytest.mark.parametrize("beta", [0.1, 2.0])
@@ -142,7 +170,19 @@ def test_kl_pulls_the_logits_to_the_reference(case):
 
 @pytest.mark.parametrize(
     "o",
-    [GA(), WGA(), NPO(), TNPO(), WTNPO(), SimNPO(), DPO(), SatImp(), CEU(), UNDIAL()],
+    [
+        GA(),
+        WGA(),
+        NPO(),
+        TNPO(),
+        WTNPO(),
+        SimNPO(),
+        DPO(),
+        SatImp(),
+        CEU(),
+        UNDIAL(),
+        TokenWeights(),
+    ],
     ids=str,
 )
 def test_unlearning_pushes_labels_down(make_data, o):
@@ -236,7 +276,7 @@ def test_gd_is_ascent_on_forget_and_descent_on_retain_rows():
 
 def test_needs_and_data_of_every_objective():
     elementary = [GA(), NLL(), PO(), WGA(), NPO(), TNPO(), WTNPO(), DPO(), SimNPO(), RMU(), KL()]
-    elementary += [SatImp(), CEU(), UNDIAL(), RMUMask(), RR()]
+    elementary += [SatImp(), CEU(), UNDIAL(), RMUMask(), RR(), TokenWeights()]
     elementary += [part for _, part in PDU(eps=1).parts()]
     declared = {type(o).__name__: (o.on, o.roles, sorted(o.needs)) for o in elementary}
     assert declared == {
@@ -256,6 +296,7 @@ def test_needs_and_data_of_every_objective():
         "UNDIAL": ("forget", ("answer",), ["reference_logits"]),
         "RMUMask": ("forget", ("answer",), ["hidden_states"]),
         "RR": ("retain", ("answer",), ["hidden_states", "reference_hidden_states"]),
+        "TokenWeights": ("forget", ("answer",), ["weights"]),
         "LogitFlattening": ("forget", ("answer",), ["logits"]),
         "NLLConstraint": ("retain", ("answer",), []),
     }

@@ -53,6 +53,7 @@ def test_built_in_names():
         "satimp",
         "simnpo",
         "tnpo",
+        "token_weights",
         "undial",
         "wga",
         "wtnpo",

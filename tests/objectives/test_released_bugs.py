@@ -28,9 +28,11 @@ from geffect_fast.objectives import (
     Outputs,
     RMUMask,
     SatImp,
+    TokenWeights,
 )
 
-NEW = [SatImp(), CEU(), UNDIAL(), RMUMask(), RR(), DPO(), *(o for _, o in PDU(eps=1).parts())]
+NEW = [SatImp(), TokenWeights(), CEU(), UNDIAL(), RMUMask(), RR(), DPO()]
+NEW += [part for _, part in PDU(eps=1).parts()]
 
 
 def padded(q, n):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from models import FIVE, build, fp64_throughout, samples
-from reference import close, effects
+from reference import close, effects, n_targets
 
 import geffect_fast as gf
 from geffect_fast.engines import reverse
@@ -37,6 +37,7 @@ OBJECTIVES = {
         (1.0, "rmu", {"layer": 2, "c": 2.0, "seed": 0, "normalize": True})
     ],
     "satimp(beta1=2, beta2=0.5)": [(1.0, "satimp", {"beta1": 2.0, "beta2": 0.5})],
+    "token_weights": [(1.0, "token_weights", {})],
     "ceu": [(1.0, "ceu", {"skip": 1})],
     "undial(beta=3)": [(1.0, "undial", {"beta": 3.0})],
     "altpo(beta=0.3, alpha=0.5)": [(1.0, "dpo", {"beta": 0.3}), (0.5, "nll", {})],
@@ -52,8 +53,10 @@ def data(prompt: int = 3):
     forget, retain = samples(FORGET, 1, prompt), samples(RETAIN, 2, prompt)
     alternatives = [[a] for a in samples([n + 4 for n in FORGET], 3, prompt)]
     alternatives[2] += samples([6, 4], 4, prompt)
-    rows = [row | {"alternative": other} for row, other in zip(forget, alternatives, strict=True)]
-    return rows, retain, alternatives
+    for i, (row, other) in enumerate(zip(forget, alternatives, strict=True)):
+        row["alternative"] = other
+        row["weights"] = [(i + j) % 4 / 2 for j in range(n_targets([row]))]
+    return forget, retain, alternatives
 
 
 def run(model, forget, retain, objectives, **kwargs):

@@ -16,6 +16,7 @@ RETAIN = [9, 30, 2]
 
 OBJECTIVES = [
     "satimp(beta1=2, beta2=0.5)",
+    "token_weights",
     "ceu",
     "undial(beta=3)",
     "altpo(beta=0.3)",
@@ -29,6 +30,7 @@ def data():
     forget, retain = samples(FORGET, 1, 3), samples(RETAIN, 2, 3)
     for i, row in enumerate(forget):
         row["alternative"] = samples([6, 9, 4][: 1 + i % 3], 10 + i, 3)
+        row["weights"] = [(i + j) % 4 / 2 for j in range(sum(y != -100 for y in row["labels"][1:]))]
     return forget, retain
 
 
@@ -123,6 +125,7 @@ def test_regularisers_are_at_rest_where_the_reference_is_the_model():
     ("text", "name", "parameters"),
     [
         ("satimp(beta1=1, beta2=0.5)", "satimp", {"beta1": 1.0, "beta2": 0.5}),
+        ("token_weights", "token_weights", {}),
         ("ceu", "ceu", {"skip": 1}),
         ("undial(beta=3)", "undial", {"beta": 3.0}),
         ("pdu(eps=0, dual=0)", "flattening", {}),
