@@ -1,4 +1,7 @@
-"""Objective strings: `npo(beta=0.1) + 0.5*kl` to an objective, by a grammar and nothing else."""
+"""Objective strings: `npo(beta=0.1) + 0.5*kl` to an objective, by a grammar and nothing else.
+
+Where objectives are swept, a range may stand for a number: `npo(beta=0.01:4:30,log)`.
+"""
 
 from __future__ import annotations
 
@@ -8,26 +11,31 @@ from typing import TYPE_CHECKING, Any
 
 from geffect_fast.errors import InputError
 from geffect_fast.objectives.base import Objective, combine
-from geffect_fast.objectives.parameters import Value, finite
+from geffect_fast.objectives.family import Call, Family, Range, Term
+from geffect_fast.objectives.parameters import Value, finite, kind_of, written
+from geffect_fast.objectives.problem import Problem, located, short
 from geffect_fast.objectives.registry import lookup, nearest
 
 if TYPE_CHECKING:
-    from lark import Lark, Token, UnexpectedInput
+    from lark import Lark, Token
 
-    Terms = list[tuple[float, Objective]]
-    Argument = tuple[Token, str | None, Value]
+    Number = tuple[Token, float]
+    Argument = tuple[Token, str | None, Value | Range | str]
 
 _GRAMMAR = r"""
-many: one ("," one)*
+!many: one ("," one)*
 one: total
-total: signed | total "+" signed -> plus | total "-" signed -> minus
+total: term | total "+" term -> plus | total "-" term -> minus
+?term: signed | weights "*" signed -> weighted
+?weights: unsigned | "(" unsigned ["," NAME] ")" -> spaced
+?unsigned: NUMBER ":" number ":" number -> range
 ?signed: product | "+" signed | "-" signed -> negative
 ?product: scaled | NUMBER "*" signed -> times
 ?scaled: atom | scaled "*" number -> times_after
 ?atom: call | "(" total ")"
 call: NAME | NAME "(" [argument ("," argument)*] ")"
 argument: [NAME "="] value
-?value: number | NAME -> boolean
+?value: number | number ":" number ":" number -> range | NAME -> word
 number: NUMBER | "+" number | "-" number -> negative_number
 
 NAME: /[A-Za-z_][A-Za-z0-9_]*/
@@ -35,18 +43,7 @@ NUMBER: /([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?/
 %ignore /\s+/
 """
 
-_WORDS = {
-    "NAME": "a name",
-    "NUMBER": "a number",
-    "PLUS": "'+'",
-    "MINUS": "'-'",
-    "STAR": "'*'",
-    "LPAR": "'('",
-    "RPAR": "')'",
-    "COMMA": "','",
-    "EQUAL": "'='",
-    "$END": "the end",
-}
+LOG = "log"
 MAX_CHARACTERS = 10_000
 
 
@@ -63,7 +60,8 @@ def parse(text: str) -> Objective:
     Raises:
         InputError: one line with what is wrong, the character where, and the text around it.
     """
-    return _parse(text, "one")
+    with located(text):
+        return _without_ranges(_parsed(text, "one"))
 
 
 def parse_list(text: str) -> list[Objective]:
@@ -72,7 +70,22 @@ def parse_list(text: str) -> list[Objective]:
     Raises:
         InputError: as `parse`.
     """
-    return _parse(text, "many")
+    with located(text):
+        return [_without_ranges(found) for found in _parsed(text, "many")[::2]]
+
+
+def parse_families(text: str) -> list[tuple[str, Objective | Family]]:
+    """What a list describes in which ranges may stand for numbers, each with its own text.
+
+    Raises:
+        InputError: as `parse`.
+    """
+    with located(text):
+        found = _parsed(text, "many")
+    commas = [comma.start_pos for comma in found[1::2]]
+    starts, ends = [0, *(comma + 1 for comma in commas)], [*commas, len(text)]
+    texts = [" ".join(text[a:b].split()) for a, b in zip(starts, ends, strict=True)]
+    return list(zip(texts, found[::2], strict=True))
 
 
 def resolve(spec: str | Objective) -> Objective:
@@ -84,108 +97,160 @@ def resolve(spec: str | Objective) -> Objective:
     return spec if isinstance(spec, Objective) else parse(spec)
 
 
-class _Problem(Exception):
-    """Something wrong at a character; becomes an InputError once the text is at hand."""
-
-    def __init__(self, message: str, position: int | None) -> None:
-        self.message = message
-        self.position = position or 0
-
-
 class _Actions:
     """What each rule of the grammar means; runs as the parser reduces, so depth costs no stack."""
 
-    def many(self, items: list[Objective]) -> list[Objective]:
+    def many(self, items: list[Any]) -> list[Any]:
         return items
 
-    def one(self, items: list[Terms]) -> Objective:
-        return combine(items[0])
+    def one(self, items: list[list[Term]]) -> Objective | Family:
+        for _, ranges, objective in items[0]:
+            if ranges or isinstance(objective, Call):
+                return Family(tuple(items[0]))
+        return combine([(c, o) for c, _, o in items[0] if not isinstance(o, Call)])
 
-    def total(self, items: list[Terms]) -> Terms:
+    def total(self, items: list[list[Term]]) -> list[Term]:
         return items[0]
 
-    def plus(self, items: list[Terms]) -> Terms:
+    def plus(self, items: list[list[Term]]) -> list[Term]:
         items[0].extend(items[1])
         return items[0]
 
-    def minus(self, items: list[Terms]) -> Terms:
+    def minus(self, items: list[list[Term]]) -> list[Term]:
         items[0].extend(self.negative(items[1:]))
         return items[0]
 
-    def negative(self, items: list[Terms]) -> Terms:
-        return [(-coefficient, objective) for coefficient, objective in items[0]]
+    def negative(self, items: list[list[Term]]) -> list[Term]:
+        return [term._replace(coefficient=-term.coefficient) for term in items[0]]
 
-    def times(self, items: list[Any]) -> Terms:
+    def weighted(self, items: list[Any]) -> list[Term]:
+        (_, swept), terms = items
+        return [term._replace(ranges=(*term.ranges, swept)) for term in terms]
+
+    def times(self, items: list[Any]) -> list[Term]:
         return self.times_after([items[1], self.number(items[:1])])
 
-    def times_after(self, items: list[Any]) -> Terms:
+    def times_after(self, items: list[Any]) -> list[Term]:
         terms, (token, factor) = items
-        scaled = [(factor * coefficient, objective) for coefficient, objective in terms]
-        if any(finite(coefficient) is None for coefficient, _ in scaled):
-            raise _Problem("coefficient out of range", token.start_pos)
+        scaled = [term._replace(coefficient=factor * term.coefficient) for term in terms]
+        if any(finite(term.coefficient) is None for term in scaled):
+            raise Problem("coefficient out of range", token.start_pos)
         return scaled
 
-    def number(self, items: list[Any]) -> tuple[Token, float]:
+    def number(self, items: list[Any]) -> Number:
         if isinstance(items[0], tuple):  # "+" number
             return items[0]
         token = items[0]
         number = finite(float(token))
         if number is None or len(token) > 400:  # longer than any finite number needs to be
-            raise _Problem(f"number {_short(token)} is too long or out of range", token.start_pos)
+            raise Problem(f"number {short(token)} is too long or out of range", token.start_pos)
         return token, int(token) if token.isdecimal() else number
 
-    def negative_number(self, items: list[tuple[Token, float]]) -> tuple[Token, float]:
+    def negative_number(self, items: list[Number]) -> Number:
         token, number = items[0]
         return token, -number
 
-    def boolean(self, items: list[Token]) -> tuple[Token, bool]:
+    def range(self, items: list[Any]) -> tuple[Token, Range]:
+        (token, start), (_, stop), (last, count) = (self.number([item]) for item in items)
+        if start > stop:
+            ends = f"{written(start)}:{written(stop)}"
+            message = f"range {ends} ends before it begins; give the smaller value first"
+            raise Problem(message, token.start_pos)
+        if count != int(count) or count < 1 or (count == 1 and start != stop):
+            most = "at least 1" if start == stop else "at least 2"
+            message = f"a range needs a whole number of values, {most}, got {count:g}"
+            raise Problem(message, last.start_pos)
+        return token, Range(start, stop, int(count), token.start_pos or 0)
+
+    def spaced(self, items: list[Any]) -> tuple[Token, Range]:
+        (token, swept), word = items
+        return (token, swept) if word is None else (token, _in_log(swept, word))
+
+    def word(self, items: list[Token]) -> tuple[Token, bool | str]:
         token = items[0]
-        if token.lower() not in ("true", "false"):
-            message = f"expected a number, true or false, not {_short(token)}"
-            raise _Problem(message, token.start_pos)
-        return token, token.lower() == "true"
+        if token.lower() not in ("true", "false", LOG):
+            message = f"expected a number, true or false, not {short(token)}"
+            raise Problem(message, token.start_pos)
+        return token, LOG if token.lower() == LOG else token.lower() == "true"
 
     def argument(self, items: list[Any]) -> Argument:
         name, (token, value) = items
         return (token, None, value) if name is None else (name, str(name), value)
 
-    def call(self, items: list[Any]) -> Terms:
+    def call(self, items: list[Any]) -> list[Term]:
         name = items[0]
         try:
             cls = lookup(str(name))
-            objective = cls(**_keywords(cls, [item for item in items[1:] if item is not None]))
+            keywords = _keywords(cls, [item for item in items[1:] if item is not None])
+            if any(isinstance(value, Range) for value in keywords.values()):
+                return [Term(1.0, (), Call(cls, keywords, name.start_pos))]
+            return [Term(1.0, (), cls(**keywords))]
         except InputError as error:
-            raise _Problem(str(error), name.start_pos) from None
-        return [(1.0, objective)]
+            raise Problem(str(error), name.start_pos) from None
 
 
-def _keywords(cls: type[Objective], arguments: list[Argument]) -> dict[str, Value]:
-    """Arguments of a call by parameter name, or a `_Problem` at the one that does not fit."""
-    names = tuple(field.name for field in dataclasses.fields(cls))
-    given: dict[str, Value] = {}
-    for i, (token, name, value) in enumerate(arguments):
+def _keywords(cls: type[Objective], arguments: list[Argument]) -> dict[str, Value | Range]:
+    """Arguments of a call by parameter name, or a `Problem` at the one that does not fit."""
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    names = tuple(fields)
+    given: dict[str, Value | Range] = {}
+    named, last = False, ""
+    for token, name, value in arguments:
+        if isinstance(value, str):
+            before = given.get(last)
+            if name is not None or not isinstance(before, Range):
+                message = "expected a number, true or false, not 'log', which goes behind a range"
+                raise Problem(message, token.start_pos)
+            given[last] = _in_log(before, token)
+            continue
         if name is None:
-            if i >= len(names):
+            if len(given) >= len(names):
                 takes = f"({', '.join(names)})" if names else "no parameters"
-                raise _Problem(f"too many arguments: {cls.name} takes {takes}", token.start_pos)
-            if any(earlier is not None for _, earlier, _ in arguments[:i]):
-                raise _Problem("positional argument after a named one", token.start_pos)
-            name = names[i]
-        elif name not in names:
+                raise Problem(f"too many arguments: {cls.name} takes {takes}", token.start_pos)
+            if named:
+                raise Problem("positional argument after a named one", token.start_pos)
+            last = names[len(given)]
+        elif name not in fields:
             advice = nearest(name, names)
-            message = f"objective {cls.name} has no parameter {_short(token)}; {advice}"
-            raise _Problem(message, token.start_pos)
-        if name in given:
-            raise _Problem(f"objective {cls.name}: {name} is given twice", token.start_pos)
-        given[name] = value
-    missing = [f.name for f in dataclasses.fields(cls) if f.name not in given and _is_required(f)]
+            message = f"objective {cls.name} has no parameter {short(token)}; {advice}"
+            raise Problem(message, token.start_pos)
+        else:
+            named, last = True, name
+        if last in given:
+            raise Problem(f"objective {cls.name}: {last} is given twice", token.start_pos)
+        if isinstance(value, Range) and kind_of(fields[last]) is bool:
+            message = f"objective {cls.name}: {last} must be true or false, got the range {value}"
+            raise Problem(message, token.start_pos)
+        given[last] = value
+    missing = [name for name, field in fields.items() if name not in given and _is_required(field)]
     if missing:
         raise InputError(f"objective {cls.name} needs a value for {', '.join(missing)}")
     return given
 
 
+def _in_log(swept: Range, word: Token) -> Range:
+    """A range evenly spaced in the logarithm, for the word that follows it."""
+    if word.lower() != LOG or swept.log:
+        raise Problem(f"expected only 'log' behind a range, not {short(word)}", word.start_pos)
+    if swept.start <= 0:
+        message = f"range {swept}: values evenly spaced in the logarithm must be above 0"
+        raise Problem(message, swept.position)
+    return dataclasses.replace(swept, log=True)
+
+
 def _is_required(field: dataclasses.Field[Any]) -> bool:
     return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+
+
+def _without_ranges(found: Objective | Family) -> Objective:
+    """The objective; a `Problem` at its first range where it has any."""
+    if isinstance(found, Objective):
+        return found
+    swept = found.axes()[0].range
+    message = (
+        f"range {swept} belongs to a sweep (gf.sweep, geffect-fast sweep); give one value here"
+    )
+    raise Problem(message, swept.position)
 
 
 @cache
@@ -202,9 +267,13 @@ def _lark() -> Lark:
     )
 
 
-def _parse(text: object, start: str) -> Any:
-    from lark import UnexpectedInput
+def _parsed(text: object, start: str) -> Any:
+    """What the grammar makes of a text.
 
+    Raises:
+        InputError: it is no text, empty or too long.
+        Problem, lark.UnexpectedInput: it does not follow the grammar.
+    """
     if not isinstance(text, str):
         hint = f"; write {text.__name__}()" if isinstance(text, type) else ""
         raise InputError(f"objective {text!r} must be a string or an Objective{hint}")
@@ -212,42 +281,7 @@ def _parse(text: object, start: str) -> Any:
         raise InputError(f"objective string {text[:20]!r} is empty; write a name such as 'ga'")
     if len(text) > MAX_CHARACTERS:
         raise InputError(
-            f"objective string {_short(text)} has {len(text)} characters, "
+            f"objective string {short(text)} has {len(text)} characters, "
             f"at most {MAX_CHARACTERS} are allowed"
         )
-    try:
-        return _lark().parse(text, start=start)
-    except _Problem as problem:
-        message, position = problem.message, problem.position
-    except UnexpectedInput as error:
-        message, position = _syntax_error(error, text)
-    raise InputError(f"{message} (character {position + 1} of {_around(text, position)})")
-
-
-def _syntax_error(error: UnexpectedInput, text: str) -> tuple[str, int]:
-    from lark import UnexpectedToken
-
-    if not isinstance(error, UnexpectedToken):
-        position = error.pos_in_stream or 0
-        return f"unexpected {text[position]!r}", position
-    ended = error.token.type == "$END"
-    found = "end of the string" if ended else _short(error.token)
-    words = sorted(_WORDS[terminal] for terminal in error.accepts or {"$END"})
-    position = len(text) if ended else error.token.start_pos or 0
-    return f"unexpected {found}, expected {' or '.join(words)}", position
-
-
-def _short(text: str) -> str:
-    """`text` in quotes and on one line, shortened where it is long."""
-    shown = repr(str(text) if len(text) <= 40 else f"{text[:37]}...")
-    return shown if len(shown) <= 80 else f"{shown[:76]}...{shown[-1]}"
-
-
-def _around(text: str, position: int) -> str:
-    """The part of `text` on both sides of `position`, in quotes and on one line."""
-    for reach in (40, 8):  # less of what is written as escapes
-        start, end = max(position - reach, 0), position + reach
-        shown = repr("..." * (start > 0) + text[start:end] + "..." * (end < len(text)))
-        if len(shown) <= 200:
-            break
-    return shown
+    return _lark().parse(text, start=start)

@@ -1,5 +1,7 @@
 """Objective strings at random: an objective that its own string gives again, or one line of error.
 
+So too for strings with ranges, which describe many objectives.
+
 Nothing in them ever runs: while a string is parsed, whatever could run it fails the test.
 """
 
@@ -7,6 +9,7 @@ from __future__ import annotations
 
 import builtins
 import os
+import re
 import subprocess
 import sys
 from contextlib import contextmanager
@@ -20,6 +23,7 @@ from objective_strategies import OBJECTIVES
 from geffect_fast.errors import InputError
 from geffect_fast.objectives import GA, available, parse, parse_list
 from geffect_fast.objectives.parse import MAX_CHARACTERS
+from geffect_fast.objectives.ranges import MAX_OBJECTIVES, expand_list
 
 RUNNERS = (
     (builtins, "eval"),
@@ -82,8 +86,8 @@ parse_list("ga")  # builds the parser, which compiles its grammar
 
 
 def read_calmly(text):
-    """Parse `text` both ways: objectives that their strings give again, or one line."""
-    for read in (parse, parse_list):
+    """Read `text` in every way: objectives that their strings give again, or one line."""
+    for read in (lambda t: [parse(t)], parse_list, members):
         try:
             with nothing_runs():
                 found = read(text)
@@ -92,15 +96,39 @@ def read_calmly(text):
             assert message.splitlines() == [message]
             assert message.isprintable() and len(message) < LONGEST_LINE
         else:
-            for objective in found if isinstance(found, list) else [found]:
+            assert len(found) <= MAX_OBJECTIVES
+            for objective in found[:20]:
                 again = parse(str(objective))
                 assert again == objective and str(again) == str(objective)
 
 
-pieces = st.sampled_from(
-    [*available(), *"()+-*=,. ", "beta", "alpha", "layer", "true", "1", "0.1", "1e-3", "2", *CODE]
-)
-valid = OBJECTIVES.map(str)
+def members(text):
+    """The objectives of all sweeps in a text; each sweep's own text gives it again."""
+    sweeps = expand_list(text)
+    for sweep in sweeps:
+        assert expand_list(sweep.text) == [sweep]
+    return [objective for sweep in sweeps for _, objective in sweep.members]
+
+
+WORDS = ["beta", "alpha", "layer", "true", "log", "1", "0.1", "1e-3", "2", "1:2:3", "0.1:2:4,log"]
+pieces = st.sampled_from([*available(), *"()+-*=,.: ", *WORDS, *CODE])
+
+
+@st.composite
+def with_ranges(draw):
+    """An objective's string, and perhaps a range in place of some of its numbers."""
+    text = str(draw(OBJECTIVES))
+    numbers = list(re.finditer(r"(?<![\w.])\d[\d.e+-]*", text))
+    for number in reversed(draw(st.lists(st.sampled_from(numbers)) if numbers else st.just([]))):
+        start, stop = draw(st.tuples(st.floats(0, 9), st.floats(0, 9)).map(sorted))
+        swept = (
+            f"{start:.3g}:{stop:.3g}:{draw(st.integers(1, 4))}{draw(st.sampled_from(['', ',log']))}"
+        )
+        text = text[: number.start()] + swept + text[number.end() :]
+    return text
+
+
+valid = st.one_of(OBJECTIVES.map(str), with_ranges())
 
 
 @st.composite
