@@ -13,17 +13,31 @@ if TYPE_CHECKING:
     from geffect_fast.runs.check import check
     from geffect_fast.runs.profile import profile
     from geffect_fast.runs.store import open_run
+    from geffect_fast.runs.sweep import pareto_front, sweep
 
 __version__ = "0.1.0"
 
-__all__ = ["capture", "check", "data", "functional", "objectives", "open_run", "ops", "profile"]
+__all__ = [
+    "capture",
+    "check",
+    "data",
+    "functional",
+    "objectives",
+    "open_run",
+    "ops",
+    "pareto_front",
+    "profile",
+    "sweep",
+]
 
 # What needs more than torch and numpy is imported when it is first asked for.
 _LAZY = {
     "check": ("geffect_fast.runs.check", "check"),
     "functional": ("geffect_fast.functional", None),
     "open_run": ("geffect_fast.runs.store", "open_run"),
+    "pareto_front": ("geffect_fast.runs.sweep", "pareto_front"),
     "profile": ("geffect_fast.runs.profile", "profile"),
+    "sweep": ("geffect_fast.runs.sweep", "sweep"),
 }
 
 

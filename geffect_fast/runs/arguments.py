@@ -38,10 +38,12 @@ def resolved_list(specs: Sequence[str | Objective] | str) -> list[Objective]:
     listed = parse_list(specs) if isinstance(specs, str) else [resolve_objective(s) for s in specs]
     if not listed:
         raise InputError("objectives: the list is empty; give at least one, such as 'ga'")
-    for i, objective in enumerate(listed):
-        if objective in listed[:i]:
-            first = listed[listed.index(objective)]
+    seen: dict[Objective, Objective] = {}
+    for objective in listed:
+        first = seen.get(objective)
+        if first is not None:
             raise InputError(f"objectives: '{objective}' is the same as '{first}'; give it once")
+        seen[objective] = objective
     return listed
 
 
