@@ -8,7 +8,6 @@ generic rule instead of a wrong fast one.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, ClassVar
@@ -23,7 +22,7 @@ from geffect_fast.capture.given import REPLAYING, Given, tensors_of
 from geffect_fast.capture.products import project
 from geffect_fast.capture.segments import Rows, Segments
 from geffect_fast.capture.trials import embedding_scale, is_linear, norm_offset, norm_with
-from geffect_fast.capture.wrappers import eagerly
+from geffect_fast.capture.wrappers import eagerly, forward_differentiable
 from geffect_fast.errors import InputError, UnsupportedModelError
 
 
@@ -289,7 +288,7 @@ class GenericCall(Call):
         a word, so whoever uses this compares with a vjp.
         """
         try:
-            with forward_ad.dual_level(), torch.no_grad(), _experts_one_by_one(self.module):
+            with forward_ad.dual_level(), torch.no_grad(), forward_differentiable(self.module):
                 dual = {k: leaf.detach() for k, leaf in leaves.items()}
                 dual[local] = forward_ad.make_dual(dual[local], direction)
                 moved = [forward_ad.unpack_dual(y) for y in self._outputs(dual)]
@@ -316,22 +315,6 @@ class GenericCall(Call):
             REPLAYING.reset(token)
             handle.remove()
         return tensors_of(returned[-1])
-
-
-@contextmanager
-def _experts_one_by_one(module: nn.Module) -> Iterator[None]:
-    """transformers' experts as a loop inside: grouped products have no forward-mode derivative."""
-    config = getattr(module, "config", None)
-    chosen = getattr(config, "_experts_implementation", None)
-    if chosen != "grouped_mm":
-        yield
-        return
-    assert config is not None
-    try:
-        config._experts_implementation = "eager"
-        yield
-    finally:
-        config._experts_implementation = chosen
 
 
 def _alike(x: Tensor, y: Tensor) -> bool:

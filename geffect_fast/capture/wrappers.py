@@ -72,6 +72,32 @@ def eagerly(model: nn.Module) -> Iterator[None]:
             module.gradient_checkpointing = True
 
 
+_FUSED = {
+    "_attn_implementation": (("flash", "flex"), "sdpa"),
+    "_experts_implementation": (("grouped", "gemm"), "eager"),
+}
+"""Settings of transformers: what the names of code without a forward-mode derivative hold, and what
+computes the same in its place. Names known to nobody are left: whether they have one shows."""
+
+
+@contextmanager
+def forward_differentiable(model: nn.Module) -> Iterator[None]:
+    """Inside, transformers runs no fused code without a forward-mode derivative."""
+    configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
+    changed: list[tuple[Any, str, str]] = []
+    try:
+        for config in configs.values():
+            for setting, (fused, instead) in _FUSED.items():
+                chosen = getattr(config, setting, None)
+                if isinstance(chosen, str) and any(word in chosen for word in fused):
+                    changed.append((config, setting, chosen))
+                    setattr(config, setting, instead)
+        yield
+    finally:
+        for config, setting, chosen in changed:
+            setattr(config, setting, chosen)
+
+
 # ---- peft ----
 
 

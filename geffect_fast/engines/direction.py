@@ -60,7 +60,8 @@ def accumulate_gradients(
                 outputs = model_outputs(plan.model, moved, task.needs)
                 other = reference.outputs(task, batch, moved, outputs)
                 for k, index in enumerate(task.parts):
-                    loss, value = task.loss(index, outputs, moved, other)
+                    terms, value = task.terms(index, outputs, moved, other)
+                    loss = terms.sum()
                     values[index] += value
                     if not loss.requires_grad:
                         continue  # it reads a layer below everything that can be trained

@@ -12,6 +12,9 @@ from geffect_fast.capture.factors import samples
 from geffect_fast.data.batch import Batch
 from geffect_fast.engines.tasks import Task
 
+Collect = Callable[[Task, Batch, Tensor], None]
+"""Receives the effects `(len(task.parts), M, C, n)` fp64 of one batch's samples or tokens."""
+
 Places = Callable[[Task, Batch], Tensor]
 """Where in its sample each token of a batch stands, `(total_tokens,)` int64; -1: nowhere."""
 

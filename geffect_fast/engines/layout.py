@@ -86,25 +86,13 @@ def _norms(
     plan: Plan, probes: list[Tensor], layout: Layout, masked: bool = True
 ) -> dict[str, Tensor]:
     """Per-sample gradient norms `(n_samples,)` of every parameter, summed NLL as the loss."""
-    samples = tuple(
-        Sample(row, "", Sequence(ids, torch.cat([ids.new_tensor([IGNORE]), ids[1:]])))
-        for row, ids in enumerate(probes)
-    )
-    batches = make_batches(
-        SampleSet("probe", samples),
-        ("answer",),
-        token_budget=sum(len(ids) for ids in probes),
-        reduction="sum",
-        layout=layout,
-    )
-    assert len(batches) == 1
     # An expert that no token of a sample was sent to has no gradient there.
     norms = {name: torch.zeros(len(probes), dtype=torch.float64) for name in plan.parameters}
 
     def keep(name: str, factors: list[Factor], _kept: list[Tensor | None]) -> None:
         norms[name] = squared_norms(factors, plan.parameters[name].shape).sqrt().cpu()
 
-    batch: Batch = batches[0].to(next(iter(plan.parameters.values())).device)
+    batch = _batch(plan, probes, layout)
     axis = sample_axis(plan.model, batch)
     while True:
         with (
@@ -119,6 +107,29 @@ def _norms(
                 recorder.finish()
                 return norms
         plan.widen(outside.found)
+
+
+def probe_batch(plan: Plan, sample_set: SampleSet, layout: Layout) -> Batch:
+    """One batch in this layout of what it was tried on, on the model's device."""
+    lengths = PROBE_LENGTHS if layout == "packed" else (PROBE_LENGTHS[0],) * 2
+    probes = _probes(sample_set, lengths)
+    return _batch(plan, probes[:1] if layout == "single" else probes, layout)
+
+
+def _batch(plan: Plan, probes: list[Tensor], layout: Layout) -> Batch:
+    samples = tuple(
+        Sample(row, "", Sequence(ids, torch.cat([ids.new_tensor([IGNORE]), ids[1:]])))
+        for row, ids in enumerate(probes)
+    )
+    batches = make_batches(
+        SampleSet("probe", samples),
+        ("answer",),
+        token_budget=sum(len(ids) for ids in probes),
+        reduction="sum",
+        layout=layout,
+    )
+    assert len(batches) == 1
+    return batches[0].to(next(iter(plan.parameters.values())).device)
 
 
 def _probes(sample_set: SampleSet, lengths: tuple[int, int]) -> list[Tensor]:

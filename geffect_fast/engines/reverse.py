@@ -9,7 +9,7 @@ so a backward that forms no weight gradient is enough, and `V a_t` is shared by 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -18,14 +18,11 @@ from torch import Tensor
 
 from geffect_fast.capture import Factor, Plan, Recorder
 from geffect_fast.capture.products import in_working_precision, inner
-from geffect_fast.data.batch import Batch
 from geffect_fast.engines.direction import Tick, add_gradients, new_gradients
+from geffect_fast.engines.effect_array import Collect
 from geffect_fast.engines.forward_pass import model_outputs, sample_axis
 from geffect_fast.engines.packed_attention import packed_attention
 from geffect_fast.engines.tasks import Reference, Task
-
-Collect = Callable[[Task, Batch, Tensor], None]
-"""Receives the effects `(len(task.parts), M, C, n)` fp64 of one batch's samples or tokens."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +111,8 @@ def reverse_effects(
                 sources = roots + (parameters if norms else [])
                 for k, index in enumerate(task.parts):
                     current = k
-                    loss, value = task.loss(index, outputs, moved, other)
+                    terms, value = task.terms(index, outputs, moved, other)
+                    loss = terms.sum()
                     values[index] += value
                     if not loss.requires_grad:
                         continue  # it reads a layer below everything that can be trained

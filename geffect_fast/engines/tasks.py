@@ -41,14 +41,14 @@ class Task:
     def n_tokens(self) -> int:
         return sum(b.total_tokens for b in self.batches)
 
-    def loss(
+    def terms(
         self, index: int, outputs: Outputs, batch: Batch, reference: Outputs | None
     ) -> tuple[Tensor, float]:
-        """What to differentiate for part `index` on `batch`, and the part's own value."""
+        """What to differentiate for part `index` on `batch`, token by token, and its own value."""
         part = self.parts[index]
         with torch.no_grad():
             value = float(part.loss(outputs, batch, reference))
-        return part.token_terms(outputs, batch, reference).sum(), value
+        return part.token_terms(outputs, batch, reference), value
 
 
 def mixture_of(objectives: Sequence[Objective], parts: Sequence[Objective]) -> Tensor:

@@ -67,6 +67,7 @@ class Objective:
     on: ClassVar[Literal["forget", "retain"]] = "forget"
     roles: ClassVar[tuple[Role, ...]] = ("answer",)
     needs: ClassVar[frozenset[Need]] = frozenset()
+    term_at: ClassVar[Literal["prediction", "label"]] = "prediction"
 
     # numpy scalars on the left leave the multiplication to __rmul__
     __array_ufunc__: ClassVar[None] = None

@@ -48,6 +48,7 @@ class _HiddenState(Objective):
     """A mean over labelled positions of `|error|^2 / d`."""
 
     needs: ClassVar[frozenset[Need]] = frozenset({"hidden_states"})
+    term_at: ClassVar[Literal["prediction", "label"]] = "label"
 
     def error(self, outputs: Outputs, reference: Outputs | None) -> Tensor:
         """By how much the hidden states miss their target, `(total_tokens, d)`."""

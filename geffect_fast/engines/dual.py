@@ -1,0 +1,349 @@
+"""What forward-mode differentiation does with the costly functions of a language model.
+
+The framework differentiates everything else by its own rules. The functions here are caught on the
+way and get rules that take all directions at once, multiply where it adds, and pass over memory
+fewer times; their values are the framework's. Every rule is
+
+    value(x_1, ..., x_n) -> y          tangent((x_1, ..., x_n, y), (x'_1, ..., x'_n)) -> y'
+
+with primals as they are and tangents `(M, *shape)`, M directions side by side, or None for zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import Function
+from torch.overrides import TorchFunctionMode
+
+Primals = tuple[Tensor, ...]
+Tangents = tuple[Tensor | None, ...]
+
+BLOCK = 2**22
+"""Numbers of a temporary that a rule works on at a time: what does not fit a cache is cut up."""
+
+
+class Rule:
+    """A function and how it moves along several directions at once."""
+
+    def value(self, *primals: Any) -> Tensor:
+        """`y`, the framework's own."""
+        raise NotImplementedError
+
+    def tangent(self, primals: Primals, tangents: Tangents) -> Tensor:
+        """`(M, *y.shape)`.
+
+        Args:
+            primals: the arguments (None where one was not given) and then `y`.
+            tangents: of the arguments, `(M, *shape)`, not all None.
+        """
+        raise NotImplementedError
+
+    def __call__(self, *primals: Tensor | None) -> Tensor:
+        out: Tensor = _Dual.apply(self, *primals)  # type: ignore[no-untyped-call]
+        return out
+
+
+class _Dual(Function):
+    """A rule's value, to be differentiated forward; `jvp` is where its own tangent comes in."""
+
+    @staticmethod
+    def forward(rule: Rule, *primals: Tensor | None) -> Tensor:
+        return rule.value(*primals)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.rule, *primals = inputs
+        ctx.set_materialize_grads(False)  # zeros would be multiplied
+        ctx.save_for_forward(*primals, output)
+
+    @staticmethod
+    def jvp(ctx: Any, _rule: None, *tangents: Tensor | None) -> Tensor | None:
+        if all(t is None for t in tangents):
+            return None
+        moved: Tensor = _Stacked.apply(ctx.rule, len(tangents), *tangents, *ctx.saved_tensors)  # type: ignore[no-untyped-call]
+        return moved
+
+    @staticmethod
+    def vmap(_info: Any, _in_dims: Any, rule: Rule, *primals: Tensor | None) -> Any:
+        return rule.value(*primals), None  # directions differ in tangents only
+
+
+class _Stacked(Function):
+    """A rule's tangent; `vmap` is where the directions come in, side by side."""
+
+    @staticmethod
+    def forward(rule: Rule, n: int, *tensors: Tensor | None) -> Tensor:
+        one = tuple(None if t is None else t[None] for t in tensors[:n])
+        return rule.tangent(tensors[n:], one)[0]  # type: ignore[arg-type]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        pass  # no derivative of a derivative
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: tuple[int | None, ...], rule: Rule, n: int, *tensors: Tensor | None
+    ) -> tuple[Tensor, int]:
+        def stacked(t: Tensor | None, dim: int | None) -> Tensor | None:
+            if t is None or dim is not None:
+                return t if t is None else t.movedim(dim, 0)
+            return t.expand(info.batch_size, *t.shape)  # the same along all directions
+
+        moved = tuple(map(stacked, tensors[:n], in_dims[2 : 2 + n]))
+        return rule.tangent(tensors[n:], moved), 0  # type: ignore[arg-type]
+
+
+class Linear(Rule):
+    """`y = x W^T + b`, so `y' = x' W^T + x W'^T + b'`: two products, the second added to the first.
+
+    Shapes: x `(..., d_in)`, W `(d_out, d_in)`, b `(d_out,)` or None.
+    """
+
+    def value(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.linear(x, weight, bias)
+
+    def tangent(self, primals: Primals, tangents: Tangents) -> Tensor:
+        x, weight, _, y = primals
+        dx, dw, db = tangents
+        rows = x.reshape(-1, x.shape[-1])
+        out = None
+        if dx is not None:
+            out = (dx.reshape(-1, x.shape[-1]) @ weight.mT).view(len(dx), len(rows), -1)
+        if dw is not None:
+            each = rows.expand(len(dw), *rows.shape)
+            out = torch.bmm(each, dw.mT) if out is None else out.baddbmm_(each, dw.mT)
+        if db is not None:
+            shift = db[:, None]
+            out = shift.expand(-1, len(rows), -1) if out is None else out.add_(shift)
+        assert out is not None
+        return out.reshape(-1, *y.shape)
+
+
+class PaddedEmbedding(Rule):
+    """`y = W[ids]`, where `W'` does not count at the padding index, as no gradient arrives there.
+
+    By the framework's own rule it would. Shapes: ids any, W `(rows, d)`.
+    """
+
+    def __init__(self, padding: int) -> None:
+        self.padding = padding
+
+    def value(self, ids: Tensor, weight: Tensor) -> Tensor:
+        return F.embedding(ids, weight)
+
+    def tangent(self, primals: Primals, tangents: Tangents) -> Tensor:
+        ids, dw = primals[0], tangents[1]
+        assert dw is not None
+        return dw[:, ids].masked_fill_((ids == self.padding)[..., None], 0)
+
+
+class LabelNLL(Rule):
+    """`y = -log softmax(z)_label`, so `y' = sum_v p_v z'_v - z'_label`, a block of rows at a time.
+
+    Shapes: z `(n, vocab)`, labels `(n,)` int64.
+    """
+
+    def value(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(logits, labels, reduction="none")
+
+    def tangent(self, primals: Primals, tangents: Tangents) -> Tensor:
+        logits, labels, nll = primals
+        moved = tangents[0]
+        assert moved is not None
+        out = moved.new_empty(moved.shape[:2])
+        step = max(1, BLOCK // logits.shape[1])
+        for at in range(0, len(logits), step):
+            own = slice(at, at + step)
+            label = labels[own, None]
+            # log-sum-exp is the label's logit plus its NLL
+            p = (logits[own] - logits[own].gather(1, label) - nll[own, None]).exp_()
+            for m, z in enumerate(moved[:, own]):
+                out[m, own] = torch.linalg.vecdot(p, z) - z.gather(1, label)[:, 0]
+        return out
+
+
+class Attention(Rule):
+    """`O = softmax(S) V` with `S = scale Q K^T + mask`, a block of queries at a time:
+
+        O' = (P * S') V + P V' - rowsum(P * S') O,    S' = scale (Q' K^T + Q K'^T)
+
+    Shapes: Q `(..., heads, n, d)`, K and V `(..., heads, n_keys, d)`, fewer heads with `gqa`.
+    """
+
+    def __init__(self, mask: Tensor | None, causal: bool, scale: float | None, gqa: bool) -> None:
+        self.mask = mask
+        self.causal = causal
+        self.scale = scale
+        self.gqa = gqa
+
+    def value(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            attn_mask=self.mask,
+            is_causal=self.causal,
+            scale=self.scale,
+            enable_gqa=self.gqa,
+        )
+
+    def tangent(self, primals: Primals, tangents: Tangents) -> Tensor:
+        query, key, value, output = primals
+        dq, dk, dv = tangents
+        scale = query.shape[-1] ** -0.5 if self.scale is None else self.scale
+        if self.gqa:
+            share = query.shape[-3] // key.shape[-3]
+            key, value = (x.repeat_interleave(share, -3) for x in (key, value))
+            dk, dv = (None if t is None else t.repeat_interleave(share, -3) for t in (dk, dv))
+        n, n_keys = query.shape[-2], key.shape[-2]
+        mask = self.mask
+        if self.causal:
+            mask = query.new_ones(n, n_keys, dtype=torch.bool).tril()
+        rows = query.numel() // query.shape[-1] // n
+        step = max(1, BLOCK // (rows * n_keys))
+        blocks = []
+        for at in range(0, n, step):
+            q, out = query[..., at : at + step, :], output[..., at : at + step, :]
+            scores = q @ key.mT * scale
+            if mask is not None:
+                own = mask[..., at : at + step, :] if mask.shape[-2] > 1 else mask
+                if own.dtype == torch.bool:
+                    scores = scores.masked_fill(~own, -torch.inf)
+                else:
+                    scores = scores + own
+            p = scores.softmax(-1)
+            moved = 0
+            if dq is not None:
+                moved = dq[..., at : at + step, :] @ key.mT
+            if dk is not None:
+                moved = moved + q @ dk.mT
+            result = 0
+            if not isinstance(moved, int):
+                weighted = moved * (p * scale)
+                result = weighted @ value - weighted.sum(-1, keepdim=True) * out
+            blocks.append(result if dv is None else result + p @ dv)
+        return torch.cat(blocks, dim=-2)
+
+
+class RMSNorm(Rule):
+    """`y = r x (offset + w)`, `r = (mean x^2 + eps)^(-1/2)`, over the last axis; with `n = r x`:
+
+        y' = r (x' - n mean(n x')) (offset + w) + n w'
+
+    Shapes: x `(..., d)`, w `(d,)`.
+    """
+
+    def __init__(self, norm: Callable[[Tensor, Tensor], Tensor], offset: float, eps: float) -> None:
+        self.norm = norm
+        self.offset = offset
+        self.eps = eps
+
+    def value(self, x: Tensor, weight: Tensor) -> Tensor:
+        return self.norm(x, weight)
+
+    def tangent(self, primals: Primals, tangents: Tangents) -> Tensor:
+        x, weight, y = primals
+        dx, dw = tangents
+        wide = torch.promote_types(x.dtype, torch.float32)
+        x = x.to(wide)
+        r = (x.square().mean(-1, keepdim=True) + self.eps).rsqrt()
+        n = x * r
+        out = None
+        if dx is not None:
+            dx = dx.to(wide)
+            along = torch.linalg.vecdot(n, dx)[..., None] / x.shape[-1]
+            out = torch.addcmul(dx, n, along, value=-1).mul_(r * (self.offset + weight))
+        if dw is not None:
+            dw = dw.to(wide).view(len(dw), *[1] * (x.dim() - 1), -1)
+            out = n * dw if out is None else out.addcmul_(n, dw)
+        assert out is not None
+        return out.to(y.dtype)
+
+
+class Gated(Rule):
+    """`y = f(g) u`, `f` elementwise, so `y' = f'(g) u g' + f(g) u'`."""
+
+    def __init__(self, activation: Callable[[Tensor], Tensor]) -> None:
+        self.activation = activation
+
+    def value(self, gate: Tensor, up: Tensor) -> Tensor:
+        return self.activation(gate) * up
+
+    def tangent(self, primals: Primals, tangents: Tangents) -> Tensor:
+        gate, up, _ = primals
+        dg, du = tangents
+        active, slope = torch.func.jvp(self.activation, (gate,), (torch.ones_like(gate),))
+        if dg is None:
+            assert du is not None
+            return active * du
+        out = dg * (slope * up)
+        return out if du is None else out.addcmul_(active, du)
+
+
+class DualFunctions(TorchFunctionMode):
+    """Inside, the rules above serve the functions they are of, and `no_grad` drops tangents too.
+
+    Reverse mode takes what was computed under `no_grad` as constant; forward mode by itself does
+    not, and the two engines would differ.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is torch._C._set_grad_enabled:
+            torch._C._set_fwd_grad_enabled(*args)
+        elif func in _SERVED:
+            served = _SERVED[func](*args, **kwargs)
+            if served is not None:
+                return served
+        return func(*args, **kwargs)
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
+    return Linear()(x, weight, bias) if weight.dim() == 2 else None
+
+
+def _embedding(
+    input: Tensor,
+    weight: Tensor,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    **_: Any,
+) -> Tensor | None:
+    if padding_idx is None or max_norm is not None:
+        return None
+    return PaddedEmbedding(padding_idx % len(weight))(input, weight)
+
+
+def _cross_entropy(input: Tensor, target: Tensor, **options: Any) -> Tensor | None:
+    plain = options == {"reduction": "none"} and input.dim() == 2 and target.dim() == 1
+    return LabelNLL()(input, target) if plain else None
+
+
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor | None:
+    if dropout_p:
+        return None
+    return Attention(attn_mask, is_causal, scale, enable_gqa)(query, key, value)
+
+
+_SERVED: dict[Any, Callable[..., Tensor | None]] = {
+    F.linear: _linear,
+    F.embedding: _embedding,
+    F.cross_entropy: _cross_entropy,
+    F.scaled_dot_product_attention: _attention,
+}

@@ -1,0 +1,238 @@
+"""The forward engine: effects of every objective, per predicted token, from one dual pass.
+
+The effect is the derivative of the objective as the parameters move along a risk's gradient,
+
+    < V, grad L(theta) >  =  d/d eps L(theta + eps V)  at 0,
+
+so one forward pass that carries the tangents of its activations along `V` gives it for every
+objective at once, term by term. M directions share the primal pass; nothing is kept for a backward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, jvp, vmap
+
+from geffect_fast.capture import Plan
+from geffect_fast.capture.wrappers import forward_differentiable, plain_name
+from geffect_fast.data.batch import IGNORE, Batch
+from geffect_fast.engines.direction import Tick
+from geffect_fast.engines.dual import DualFunctions
+from geffect_fast.engines.dual_modules import Forwards, dual_modules, fast_forwards
+from geffect_fast.engines.effect_array import Collect
+from geffect_fast.engines.forward_pass import model_outputs
+from geffect_fast.engines.packed_attention import packed_attention
+from geffect_fast.engines.tasks import Reference, Task
+from geffect_fast.errors import InputError
+from geffect_fast.objectives import Outputs
+from geffect_fast.objectives.base import Need
+
+
+@dataclass(frozen=True)
+class Part:
+    """Parameters that are moved together, along some of the directions, in one pass.
+
+    Attributes:
+        column: where on the result's axis of parameters or groups its effects are added.
+        names: of the parameters.
+        risks: the directions' numbers.
+    """
+
+    column: int
+    names: tuple[str, ...]
+    risks: tuple[int, ...]
+
+
+class _Run(nn.Module):
+    """A model as a function of its parameters and a batch."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: Batch, needs: frozenset[Need]) -> Outputs:
+        return model_outputs(self.model, batch, needs)
+
+
+@contextmanager
+def dual_model(plan: Plan, batch: Batch, forwards: Forwards) -> Iterator[None]:
+    """The model as forward mode can differentiate it, and fast; left as it was."""
+    with ExitStack() as stack:
+        stack.enter_context(torch.enable_grad())  # so that `no_grad` is seen to be entered
+        stack.enter_context(forward_differentiable(plan.model))
+        stack.enter_context(packed_attention(plan.model, batch))
+        stack.enter_context(dual_modules(forwards))
+        stack.enter_context(DualFunctions())
+        yield
+
+
+def tangents(
+    plan: Plan,
+    directions: Mapping[str, Tensor],
+    function: Callable[[Outputs], Tensor],
+    batch: Batch,
+    needs: frozenset[Need],
+) -> Tensor:
+    """What `function(outputs)` changes by as the parameters move along the directions.
+
+    To be called inside `dual_model`.
+
+    Args:
+        plan: of the model.
+        directions: `(M, *shape)` for the parameters that move, in their dtype.
+        function: from the model's `Outputs` on `batch` to a tensor.
+        batch: on the model's device.
+        needs: as `model_outputs`.
+
+    Returns:
+        The tensor's derivatives, `(M, *shape)`.
+    """
+    run = _Run(plan.model)
+    frozen, moving, along = {}, {}, {}
+    for name, p in plan.model.named_parameters():
+        # Detached, so that no graph is built although gradients are enabled.
+        if plain_name(name) in directions:
+            moving[f"model.{name}"] = p.detach()
+            along[f"model.{name}"] = directions[plain_name(name)]
+        else:
+            frozen[f"model.{name}"] = p.detach()
+
+    def value(parameters: dict[str, Tensor]) -> Tensor:
+        outputs = functional_call(run, {**frozen, **parameters}, (batch, needs))
+        return function(outputs)
+
+    def derivative(v: dict[str, Tensor]) -> Tensor:
+        change: Tensor = jvp(value, (moving,), (v,))[1]
+        return change
+
+    # Random vectors, which objectives draw from a seed, are the same for all directions.
+    return vmap(derivative, randomness="same")(along)
+
+
+def forward_effects(
+    plan: Plan,
+    tasks: Sequence[Task],
+    directions: Mapping[str, Tensor],
+    n_objectives: int,
+    reference: Reference,
+    collect: Collect,
+    *,
+    parts: Sequence[Part],
+    per_token: bool = False,
+    tick: Tick,
+) -> tuple[Tensor, Tensor]:
+    """`effects[k, m, c, t]`: what `V_m`, on the parameters of part `c`, does to term `t` of `L_k`.
+
+    Args:
+        plan: of the model.
+        tasks: which objectives read which batches.
+        directions: `(M, *shape)` for every trainable parameter, on any device.
+        n_objectives: K.
+        reference: what the objectives compare with.
+        collect: receives each batch's effects, such as `EffectArray.add`.
+        parts: what is moved in each pass; between them, every parameter once for every direction.
+        per_token: resolve by the token that is predicted, not by sample.
+        tick: progress, once for every pass over a batch.
+
+    Returns:
+        The objectives' values `(K,)`, and effects summed over samples `(K, M, C)`, both fp64.
+    """
+    n_directions = next(iter(directions.values())).shape[0]
+    n_columns = 1 + max(part.column for part in parts)
+    values = torch.zeros(n_objectives, dtype=torch.float64)
+    totals = torch.zeros(n_objectives, n_directions, n_columns, dtype=torch.float64)
+    device = next(iter(plan.parameters.values())).device
+    forwards = fast_forwards(plan.model)
+    for number, part in enumerate(parts):
+        moved_along, scale = _on_device(plan, directions, part)
+        for task in tasks:
+            for batch in task.batches:
+                moved = batch.to(device)
+                with dual_model(plan, moved, forwards):
+                    change, found = _terms(plan, task, batch, moved, reference, moved_along)
+                own = list(task.parts)
+                if number == 0:
+                    values[own] += torch.tensor(found, dtype=torch.float64)
+                change = change.cpu() * scale[:, None, None]
+                n = batch.total_tokens if per_token else batch.n_samples
+                effects = totals.new_zeros(len(own), n_directions, n_columns, n)
+                summed = (
+                    _by_token(task, batch, change) if per_token else _by_sample(batch, change)
+                )
+                effects[:, list(part.risks), part.column] = summed.transpose(0, 1)
+                for k, index in enumerate(own):
+                    totals[index] += effects[k].sum(-1)
+                collect(task, batch, effects)
+                tick(batch.total_tokens)
+    return values, totals
+
+
+def _terms(
+    plan: Plan,
+    task: Task,
+    batch: Batch,
+    moved: Batch,
+    reference: Reference,
+    directions: Mapping[str, Tensor],
+) -> tuple[Tensor, list[float]]:
+    """Derivatives of all token terms `(M, K, total_tokens)` fp64, and the objectives' values."""
+    found: list[float] = []
+
+    def terms(outputs: Outputs) -> Tensor:
+        other = reference.outputs(task, batch, moved, outputs)
+        every = []
+        for index in task.parts:
+            own, value = task.terms(index, outputs, moved, other)
+            every.append(own.double())
+            found.append(value)
+        return torch.stack(every)
+
+    return tangents(plan, directions, terms, moved, task.needs), found
+
+
+def _on_device(
+    plan: Plan, directions: Mapping[str, Tensor], part: Part
+) -> tuple[dict[str, Tensor], Tensor]:
+    """A part's directions in the parameters' place and precision, and what effects are to be
+    multiplied by: in fp16, gradients are scaled to a length at which nothing underflows."""
+    scale = torch.ones(len(part.risks), dtype=torch.float64)
+    chosen = {name: directions[name][list(part.risks)] for name in part.names}
+    if any(plan.parameters[name].dtype == torch.float16 for name in part.names):
+        squares = sum(v.double().flatten(1).square().sum(1).cpu() for v in chosen.values())
+        scale = torch.as_tensor(squares).sqrt().clamp(min=1e-300).log2().round().exp2()
+    moved = {}
+    for name, v in chosen.items():
+        p = plan.parameters[name]
+        by = (1 / scale).to(v).view(-1, *[1] * p.dim())
+        moved[name] = (v * by if p.dtype == torch.float16 else v).to(p.device, p.dtype)
+    return moved, scale
+
+
+def _by_sample(batch: Batch, change: Tensor) -> Tensor:
+    """Sums over the tokens of each sample: `(M, K, total_tokens)` to `(M, K, n_samples)`."""
+    sample = batch.sequence_sample[batch.token_sequence()]
+    return change.new_zeros(*change.shape[:2], batch.n_samples).index_add_(2, sample, change)
+
+
+def _by_token(task: Task, batch: Batch, change: Tensor) -> Tensor:
+    """Terms moved to the token they are about, where they stood at the position before it.
+
+    Raises:
+        InputError: a term is about a token that holds no label.
+    """
+    ahead = torch.tensor([part.term_at == "prediction" for part in task.parts.values()])
+    shifted = torch.cat([torch.zeros_like(change[..., :1]), change[..., :-1]], dim=-1)
+    moved = torch.where(ahead[:, None], shifted, change)
+    elsewhere = (moved[..., batch.labels == IGNORE] != 0).any(-1).any(0)
+    if elsewhere.any():
+        part = list(task.parts.values())[int(elsewhere.nonzero()[0])]
+        raise InputError(
+            f"objective {part}: token_terms has a term at a position that predicts no label, so it "
+            "belongs to no token of an answer; resolve without 'token', or set its `term_at`"
+        )
+    return moved

@@ -1,0 +1,117 @@
+"""Whether forward mode passes a model, and the objectives, without losing a tangent on the way.
+
+Code without a forward-mode rule either raises or, in the case of custom ops and of `.data`, drops
+tangents in silence. Both show on two short sequences, before any work is done.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from geffect_fast.capture import Plan
+from geffect_fast.data import Layout, SampleSet
+from geffect_fast.data.batch import Batch
+from geffect_fast.engines.dual_modules import fast_forwards
+from geffect_fast.engines.forward import dual_model, tangents
+from geffect_fast.engines.forward_pass import model_outputs
+from geffect_fast.engines.layout import probe_batch
+from geffect_fast.errors import UnsupportedModelError
+from geffect_fast.objectives import Outputs
+
+FLOOR = 1e-3
+"""Gradients smaller than this beside the largest are rounding noise, and are not checked."""
+
+TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-3, torch.bfloat16: 0.3, torch.float16: 0.1}
+"""How far one parameter's share may be from 1: rounding of gradients down to FLOOR. Where tangents
+are lost, a share is off by as much as they counted."""
+
+
+def forward_mode_problem(plan: Plan, sample_set: SampleSet, layout: Layout) -> str | None:
+    """Why the forward engine cannot serve this model, naming the module; None where it can.
+
+    Every parameter is moved along its own gradient `g`, divided by `|g|^2`, so that by reverse mode
+    each moves the sum of log-probabilities by exactly 1.
+
+    Args:
+        plan: of the model.
+        sample_set: whose first tokens are tried.
+        layout: as `choose_layout` found it.
+    """
+    batch = probe_batch(plan, sample_set, layout)
+    along = _own_gradients(plan, batch)
+    try:
+        total = _moved(plan, batch, along)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:160]
+        return f"{_failing_module(plan, batch, along)} has no forward-mode derivative: {reason}"
+    limit = {name: TOLERANCE[plan.parameters[name].dtype] for name in along}
+    # Rounding of many parameters adds up as noise does.
+    if abs(total - len(along)) <= max(limit.values()) * len(along) ** 0.5:
+        return None
+    for name, direction in along.items():
+        share = _moved(plan, batch, {name: direction})
+        if abs(share - 1) > limit[name]:
+            return (
+                f"parameter '{name}': forward mode gives {share:.3g} of its derivative by reverse "
+                "mode, so code on its way to the logits drops tangents"
+            )
+    return None
+
+
+def _own_gradients(plan: Plan, batch: Batch) -> dict[str, Tensor]:
+    """`g / |g|^2` `(1, *shape)` of every parameter whose gradient is more than noise."""
+    parameters = plan.parameters
+    with torch.enable_grad():
+        loss = model_outputs(plan.model, batch).token_logprob.sum()
+    grads = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+    found = {name: g for name, g in zip(parameters, grads, strict=True) if g is not None}
+    norms = {name: float(g.double().norm()) for name, g in found.items()}
+    floor = FLOOR * max(norms.values(), default=0.0)
+    return {
+        name: (g.double() / norms[name] ** 2).to(g.dtype)[None]
+        for name, g in found.items()
+        if norms[name] > floor
+    }
+
+
+def _moved(plan: Plan, batch: Batch, along: dict[str, Tensor]) -> float:
+    """By how much the sum of log-probabilities moves."""
+
+    def total(outputs: Outputs) -> Tensor:
+        return outputs.token_logprob.double().sum()
+
+    with dual_model(plan, batch, fast_forwards(plan.model)):
+        return float(tangents(plan, along, total, batch, frozenset()))
+
+
+def _failing_module(plan: Plan, batch: Batch, along: dict[str, Tensor]) -> str:
+    """The innermost module whose forward was entered and not left."""
+    inside: list[str] = []
+
+    def enter(_module: nn.Module, *_: object) -> None:
+        inside.append(names[_module])
+
+    def leave(_module: nn.Module, *_: object) -> None:
+        inside.pop()
+
+    names = {module: name for name, module in plan.model.named_modules()}
+    handles = [m.register_forward_pre_hook(enter, prepend=True) for m in names]
+    handles += [m.register_forward_hook(leave) for m in names]
+    try:
+        _moved(plan, batch, along)
+    except RuntimeError:
+        pass
+    finally:
+        for handle in handles:
+            handle.remove()
+    where = inside[-1] if inside else ""
+    kind = type(plan.model.get_submodule(where)).__name__
+    return f"module '{where or kind}' ({kind})" if where else f"the model ({kind})"
+
+
+def checked_forward_mode(plan: Plan, sample_set: SampleSet, layout: Layout) -> None:
+    """Raise `UnsupportedModelError` naming the module that forward mode does not pass."""
+    problem = forward_mode_problem(plan, sample_set, layout)
+    if problem is not None:
+        raise UnsupportedModelError(f"engine forward: {problem}; use engine='reverse'")
