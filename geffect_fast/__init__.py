@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from geffect_fast.runs.profile import profile
     from geffect_fast.runs.store import open_run
     from geffect_fast.runs.sweep import pareto_front, sweep
+    from geffect_fast.weights import optimal_weights, write_weighted
 
 __version__ = "0.1.0"
 
@@ -25,9 +26,11 @@ __all__ = [
     "objectives",
     "open_run",
     "ops",
+    "optimal_weights",
     "pareto_front",
     "profile",
     "sweep",
+    "write_weighted",
 ]
 
 # What needs more than torch and numpy is imported when it is first asked for.
@@ -35,9 +38,11 @@ _LAZY = {
     "check": ("geffect_fast.runs.check", "check"),
     "functional": ("geffect_fast.functional", None),
     "open_run": ("geffect_fast.runs.store", "open_run"),
+    "optimal_weights": ("geffect_fast.weights", "optimal_weights"),
     "pareto_front": ("geffect_fast.runs.sweep", "pareto_front"),
     "profile": ("geffect_fast.runs.profile", "profile"),
     "sweep": ("geffect_fast.runs.sweep", "sweep"),
+    "write_weighted": ("geffect_fast.weights", "write_weighted"),
 }
 
 

@@ -20,6 +20,7 @@ LAYERS = {
     "engines": {"errors", "ops", "capture", "data", "objectives"},
     "functional": {"errors", "ops", "capture"},
     "runs": {"errors", "ops", "capture", "data", "objectives", "engines", "functional"},
+    "weights": {"errors", "data", "runs"},
     "report": {"errors", "runs"},
     "demo": {"errors", "data", "objectives", "runs", "report"},
     "cli": {"errors", "ops", "runs", "report", "demo"},
