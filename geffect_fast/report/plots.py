@@ -41,7 +41,7 @@ def plot_layers(dataset: xr.Dataset, file: Path) -> bool:
     objectives = [str(o) for o in dataset["objective"].values]
     risks = [str(r) for r in dataset["risk"].values]
     width = min(max(0.42 * len(labels), 3.2), 12)
-    figure = _figure(2.4 + len(risks) * (width + 0.9), 1.6 + 0.36 * len(objectives))
+    figure = blank_figure(2.4 + len(risks) * (width + 0.9), 1.6 + 0.36 * len(objectives))
     panels = figure.subplots(1, len(risks), sharey=True, squeeze=False)[0]
     for panel, risk, effect in zip(panels, risks, values.transpose(1, 0, 2), strict=True):
         scale = np.abs(np.nan_to_num(effect)).max(axis=1)
@@ -91,7 +91,7 @@ def plot_instances(dataset: xr.Dataset, file: Path) -> bool:
     objectives = [str(o) for o in effect["objective"].values]
     n_columns = min(4, len(objectives))
     n_rows = math.ceil(len(objectives) / n_columns)
-    figure = _figure(3.3 * n_columns, 0.7 + 2.9 * n_rows)
+    figure = blank_figure(3.3 * n_columns, 0.7 + 2.9 * n_rows)
     panels = figure.subplots(n_rows, n_columns, squeeze=False).ravel()
     for panel, objective in zip(panels, objectives, strict=False):
         one = effect.sel(objective=objective)
@@ -133,7 +133,7 @@ def _room(values: np.ndarray, reach: float) -> float:
     return max(0.55, values.max(initial=0.0) * 1.35 / reach)
 
 
-def _figure(width: float, height: float) -> Figure:
+def blank_figure(width: float, height: float) -> Figure:
     """A figure that belongs to no window and no global state."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
