@@ -24,7 +24,7 @@ WITH_SANITIZERS = $(SANITIZE) PYTHONPATH="$(CURDIR)/$(SANITIZED)/lib" OMP_NUM_TH
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)"
 
 NATIVE := $(shell find csrc -type f)
-PYTHON_FILES := $(shell find geffect_fast -name '*.py')
+PYTHON_FILES := $(shell find geffect_fast -name '*.py' -o -name '*.jinja')
 CPP_FILES := $(filter %.cpp %.h %.cu %.cuh,$(NATIVE) $(shell find tests/cuda_shim -type f))
 
 # What an extra of pyproject.toml asks for, read from the installed package's own metadata.

@@ -14,6 +14,12 @@ OBJECTIVES = (
     "wtnpo(beta=4, alpha=1.5)",
 )
 
+TOKENS = (
+    *("[red]", " <script>alert(1)</script>", "[/]", "&amp;", "\"'", "\n", "\t", "\x1b[31m", "�"),
+    *("<0xE2>", "", "  ", "\u202e", "日本", "<|end|>", "\\", " I", " do", " not", " know"),
+)
+"""Tokens that break naive pages and terminals; the last four are an alternative's."""
+
 
 def make_dataset(
     objectives=OBJECTIVES,
@@ -96,9 +102,11 @@ def make_dataset(
         dataset["g_effect"] = dataset["g_effect"] * spread
         ids = np.tile([7, 9, -1], (n_samples, 1))
         dataset = dataset.assign_coords(token_id=(("sample", "position"), ids))
+    if "token" in resolve:
+        dataset = _with_tokens(dataset, rng)
     if "group" in resolve:
         left = dataset["g_effect"].groupby("group").sum().transpose(..., "group")
-        order = ("objective", "risk", "group", "sample", "position")
+        order = ("objective", "risk", "group", "sample", "position", "token")
         left = left.transpose(*order, missing_dims="ignore")
         dataset = dataset.drop_dims("parameter").assign(g_effect=left)
     for dim in {"parameter", "sample"} - set(resolve):
@@ -106,3 +114,26 @@ def make_dataset(
             left = dataset["g_effect"].sum(dim)
             dataset = dataset.drop_dims(dim).assign(g_effect=left)
     return dataset
+
+
+def _with_tokens(dataset, rng):
+    """Effects spread over `TOKENS`, of which sample `i` lacks the first `i % 7`."""
+    n, width = dataset.sizes["sample"], len(TOKENS)
+    share = np.zeros((*dataset["g_effect"].shape[:2], n, width))
+    texts, ids = np.full((n, width), "", object), np.full((n, width), -1)
+    sequence = ids.copy()
+    for i in range(n):
+        own = np.arange(i % 7, width)
+        drawn = rng.normal(size=(*share.shape[:2], len(own)))
+        drawn += (1 - drawn.sum(-1, keepdims=True)) / len(own)  # they add up
+        share[:, :, i, : len(own)] = drawn
+        texts[i, : len(own)] = np.array(TOKENS, object)[own]
+        ids[i, : len(own)] = own + 100
+        sequence[i, : len(own)] = own >= width - 4
+    spread = xr.DataArray(share, dims=("objective", "risk", "sample", "token"))
+    return dataset.assign(g_effect=dataset["g_effect"] * spread).assign_coords(
+        token=np.arange(width),
+        token_id=(("sample", "token"), ids),
+        token_text=(("sample", "token"), texts),
+        sequence=(("sample", "token"), sequence),
+    )

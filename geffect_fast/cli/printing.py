@@ -19,18 +19,22 @@ def console() -> Console:
 
 
 def print_result(dataset: xr.Dataset, folder: Path) -> None:
-    """Tables, where the files are, and three sentences."""
+    """Tables, the tokens of an answer, where the files are, and three sentences."""
     from geffect_fast.report.findings import findings
     from geffect_fast.report.table import render
+    from geffect_fast.report.token_terminal import TerminalView
+    from geffect_fast.report.token_view import has_tokens, token_view
     from geffect_fast.runs.dataset import sum_positions
-    from geffect_fast.runs.store import PLOTS
+    from geffect_fast.runs.store import PLOTS, TOKENS
 
-    dataset = sum_positions(dataset)
+    summed = sum_positions(dataset)
     printer = console()
-    printer.print(render(dataset))
-    plots = sorted((folder / PLOTS).glob("*.png")) if folder.is_dir() else []
-    for path in [folder, *plots]:
+    printer.print(render(summed))
+    if has_tokens(dataset):
+        printer.print(TerminalView(token_view(dataset, samples=1, by="removal")), "")
+    pictures = sorted((folder / PLOTS).glob("*.png")) if folder.is_dir() else []
+    for path in [folder, *pictures, *folder.glob(TOKENS)]:
         print(path)
     print()
-    for sentence in findings(dataset):
+    for sentence in findings(summed):
         printer.print(sentence, markup=False)

@@ -109,7 +109,8 @@ def by_place(dataset: xr.Dataset, blocks: bool) -> tuple[list[str], np.ndarray] 
     axis = next((d for d in ("parameter", "group") if d in effect.dims), None)
     if axis is None:
         return None
-    effect = effect.sum([d for d in ("sample", "position") if d in effect.dims], skipna=False)
+    rest = [d for d in effect.dims if d not in ("objective", "risk", axis)]
+    effect = effect.sum(rest, skipna=False)
     effect = effect.transpose("objective", "risk", axis)
     groups = [str(group) for group in effect["group"].values]
     numbers = effect["block"].values if "block" in effect.coords else [OUTSIDE] * len(groups)

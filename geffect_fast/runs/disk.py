@@ -7,7 +7,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +90,37 @@ def set_aside(folder: Path, names: Iterable[str]) -> Iterator[None]:
         raise
     finally:
         shutil.rmtree(hidden, ignore_errors=True)
+
+
+@contextmanager
+def whole_file(what: str, path: str | Path, option: str) -> Iterator[Path]:
+    """A hidden file to write; it takes the place of `path` where the block ends well, else it goes.
+
+    Args:
+        what: that is written, for errors.
+        path: the file; one that is there is replaced.
+        option: what chooses it, such as `--to`.
+
+    Raises:
+        InputError: its folder is missing, it is a folder, or the disk refuses, also in the block.
+    """
+    file = user_path(path)
+    try:
+        if not file.parent.is_dir():
+            raise InputError(f"{what}: folder {file.parent} does not exist; make it first")
+        if file.is_dir():
+            raise InputError(f"{what} is a folder; choose another {option}")
+    except OSError as error:
+        raise unwritable(what, option, error) from None
+    part = file.with_name(f".{file.name}.{os.getpid()}.part")
+    try:
+        yield part
+        part.replace(file)
+    except OSError as error:
+        raise unwritable(what, option, error) from error
+    finally:
+        with suppress(OSError):  # of a name too long to be looked for
+            part.unlink(missing_ok=True)
 
 
 def remove(path: Path) -> None:

@@ -20,6 +20,7 @@ from geffect_fast.runs.disk import (
     set_aside,
     unwritable,
     user_path,
+    whole_file,
 )
 
 if TYPE_CHECKING:
@@ -30,7 +31,8 @@ RESULTS = "results.nc"
 CONFIG = "run.yaml"
 SUMMARY = "summary.csv"
 PLOTS = "plots"
-RUN_FILES = (RESULTS, CONFIG, SUMMARY, PLOTS)
+TOKENS = "tokens.html"
+RUN_FILES = (RESULTS, CONFIG, SUMMARY, PLOTS, TOKENS)
 
 _JSON_ATTRS = "json_attrs"
 _STAGING = ".writing-"
@@ -205,29 +207,17 @@ def export(dataset: xr.Dataset, path: str | Path) -> Path:
     suffix = file.suffix.lower()
     if suffix not in (".parquet", ".csv"):
         raise InputError(f"export {path}: the name must end in .parquet or .csv")
-    try:
-        if not file.parent.is_dir():
-            raise InputError(f"export {path}: folder {file.parent} does not exist; make it first")
-        if file.is_dir():
-            raise InputError(f"export {path} is a folder; choose another --to")
-    except OSError as error:
-        raise unwritable(f"export {path}", "--to", error) from None
-    part = file.with_name(f".{file.name}.{os.getpid()}.part")
-    try:
+    with whole_file(f"export {path}", path, "--to") as part:
         if suffix == ".csv":
             for i, table in enumerate(tables(dataset)):
                 table.to_csv(part, index=False, header=i == 0, mode="a" if i else "w")
         else:
-            _write_parquet(tables(dataset), part)
-        part.replace(file)
-    except ImportError:
-        raise InputError(
-            f"export {path}: Parquet needs pyarrow; pip install pyarrow, or export to .csv"
-        ) from None
-    except OSError as error:
-        raise unwritable(f"export {path}", "--to", error) from error
-    finally:
-        part.unlink(missing_ok=True)
+            try:
+                _write_parquet(tables(dataset), part)
+            except ImportError:
+                raise InputError(
+                    f"export {path}: Parquet needs pyarrow; pip install pyarrow, or export to .csv"
+                ) from None
     return file
 
 

@@ -9,6 +9,7 @@ from geffect_fast.report import write_report
 from geffect_fast.report.findings import findings
 from geffect_fast.report.plots import plot_instances, plot_layers
 from geffect_fast.report.table import render
+from geffect_fast.runs.dataset import sum_positions
 
 
 def text_of(dataset, width=140):
@@ -53,6 +54,7 @@ def awkward():
         "only parameters": make(resolve=("parameter",)),
         "only samples": make(resolve=("sample",)),
         "only totals": make(resolve=()),
+        "tokens": make(resolve=("group", "sample", "token")),
     }
 
 
@@ -74,14 +76,17 @@ def test_what_is_covered_is_printed():
 def test_any_result_is_reported(tmp_path, name):
     dataset = awkward()[name]
     before = dataset.copy(deep=True)
-    assert all(objective in text_of(dataset) for objective in dataset.objective.values)
-    sentences = findings(dataset)
+    summed = sum_positions(dataset)
+    assert all(objective in text_of(summed) for objective in dataset.objective.values)
+    sentences = findings(summed)
     assert len(sentences) == 3
     assert all(s.endswith(".") and "nan" not in s and "\n" not in s for s in sentences)
     write_report(dataset, tmp_path)
     assert (tmp_path / "summary.csv").read_text().count("\n") == 1 + dataset.sizes["objective"]
-    assert (tmp_path / "plots" / "layers.png").exists() == ("parameter" in dataset.g_effect.dims)
+    placed = bool({"parameter", "group"} & set(dataset.g_effect.dims))
+    assert (tmp_path / "plots" / "layers.png").exists() == placed
     assert (tmp_path / "plots" / "instances.png").exists() == ("sample" in dataset.g_effect.dims)
+    assert (tmp_path / "tokens.html").exists() == ("token" in dataset.g_effect.dims)
     assert dataset.identical(before)
 
 

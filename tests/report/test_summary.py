@@ -81,6 +81,8 @@ VIEWS = [
     ("group", "sample"),
     ("parameter", "position"),
     ("group", "sample", "position"),
+    ("sample", "token"),
+    ("group", "sample", "token"),
 ]
 
 

@@ -1,0 +1,57 @@
+"""`geffect-fast tokens`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from geffect_fast.cli.options import Run, option
+from geffect_fast.cli.printing import console
+
+
+def tokens(
+    run: Run,
+    objective: Annotated[
+        str | None, option("--objective", help="As the run's tables call it; else its first.")
+    ] = None,
+    samples: Annotated[
+        int | None, option("--samples", help="How many forget rows: 5, in a page 20.")
+    ] = None,
+    by: Annotated[
+        str | None,
+        option(
+            "--by",
+            help="Which: first, removal (those of lowest e_u) or damage (those of lowest e_r).",
+        ),
+    ] = None,
+    rows: Annotated[
+        str | None, option("--rows", help="Rows by number in place of these two: 3,7,retain:2.")
+    ] = None,
+    html: Annotated[
+        Path | None,
+        option("--html", help="Write a page with all objectives here, and print its name alone."),
+    ] = None,
+) -> None:
+    """Print answers, tokens coloured by e_u and by e_r: which words are attacked, what that costs.
+
+    The run must tell tokens apart, as profile --engine forward --resolve sample,token does. Without
+    colour (NO_COLOR, a pipe) levels from -9 to +9 stand beneath the tokens.
+    """
+    from geffect_fast.report.token_html import tokens_html
+    from geffect_fast.report.token_terminal import TerminalView
+    from geffect_fast.report.token_view import token_view
+    from geffect_fast.runs.disk import user_path, whole_file
+    from geffect_fast.runs.store import open_run, reading
+
+    named = None if rows is None else [row for row in rows.split(",") if row.strip()]
+    with open_run(run, lazy=True) as dataset, reading(run):
+        if html is not None:
+            page = tokens_html(dataset, objective, samples=samples, by=by, rows=named)
+        else:
+            view = token_view(dataset, objective, samples=samples, by=by, rows=named)
+    if html is None:
+        console().print(TerminalView(view))
+        return
+    with whole_file(f"page {html}", html, "--html") as part:
+        part.write_text(page, encoding="utf-8")
+    print(user_path(html))
