@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.overrides import TorchFunctionMode
 
-Primals = tuple[Tensor, ...]
+Primals = tuple[Any, ...]
 Tangents = tuple[Tensor | None, ...]
 
 BLOCK = 2**22
@@ -44,7 +44,7 @@ class Rule:
         raise NotImplementedError
 
     def __call__(self, *primals: Tensor | None) -> Tensor:
-        out: Tensor = _Dual.apply(self, *primals)  # type: ignore[no-untyped-call]
+        out: Tensor = _Dual.apply(self, *primals)
         return out
 
 
@@ -65,7 +65,7 @@ class _Dual(Function):
     def jvp(ctx: Any, _rule: None, *tangents: Tensor | None) -> Tensor | None:
         if all(t is None for t in tangents):
             return None
-        moved: Tensor = _Stacked.apply(ctx.rule, len(tangents), *tangents, *ctx.saved_tensors)  # type: ignore[no-untyped-call]
+        moved: Tensor = _Stacked.apply(ctx.rule, len(tangents), *tangents, *ctx.saved_tensors)
         return moved
 
     @staticmethod
@@ -79,7 +79,7 @@ class _Stacked(Function):
     @staticmethod
     def forward(rule: Rule, n: int, *tensors: Tensor | None) -> Tensor:
         one = tuple(None if t is None else t[None] for t in tensors[:n])
-        return rule.tangent(tensors[n:], one)[0]  # type: ignore[arg-type]
+        return rule.tangent(tensors[n:], one)[0]
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -90,12 +90,13 @@ class _Stacked(Function):
         info: Any, in_dims: tuple[int | None, ...], rule: Rule, n: int, *tensors: Tensor | None
     ) -> tuple[Tensor, int]:
         def stacked(t: Tensor | None, dim: int | None) -> Tensor | None:
-            if t is None or dim is not None:
-                return t if t is None else t.movedim(dim, 0)
-            return t.expand(info.batch_size, *t.shape)  # the same along all directions
+            if t is None:
+                return None
+            # without an axis of directions it is the same along all of them
+            return t.expand(info.batch_size, *t.shape) if dim is None else t.movedim(dim, 0)
 
         moved = tuple(map(stacked, tensors[:n], in_dims[2 : 2 + n]))
-        return rule.tangent(tensors[n:], moved), 0  # type: ignore[arg-type]
+        return rule.tangent(tensors[n:], moved), 0
 
 
 class Linear(Rule):
@@ -217,16 +218,17 @@ class Attention(Rule):
                 else:
                     scores = scores + own
             p = scores.softmax(-1)
-            moved = 0
+            terms = []
             if dq is not None:
-                moved = dq[..., at : at + step, :] @ key.mT
+                terms.append(dq[..., at : at + step, :] @ key.mT)
             if dk is not None:
-                moved = moved + q @ dk.mT
-            result = 0
-            if not isinstance(moved, int):
-                weighted = moved * (p * scale)
-                result = weighted @ value - weighted.sum(-1, keepdim=True) * out
-            blocks.append(result if dv is None else result + p @ dv)
+                terms.append(q @ dk.mT)
+            if terms:
+                weighted = sum(terms[1:], terms[0]) * (p * scale)
+                terms = [weighted @ value - weighted.sum(-1, keepdim=True) * out]
+            if dv is not None:
+                terms.append(p @ dv)
+            blocks.append(sum(terms[1:], terms[0]))
         return torch.cat(blocks, dim=-2)
 
 
@@ -277,7 +279,7 @@ class Gated(Rule):
     def tangent(self, primals: Primals, tangents: Tangents) -> Tensor:
         gate, up, _ = primals
         dg, du = tangents
-        active, slope = torch.func.jvp(self.activation, (gate,), (torch.ones_like(gate),))
+        active, slope = torch.func.jvp(self.activation, (gate,), (torch.ones_like(gate),))[:2]
         if dg is None:
             assert du is not None
             return active * du

@@ -72,7 +72,7 @@ def _norm_forward(module: nn.Module) -> Callable[[Tensor], Tensor] | None:
 
 
 def _normed(rule: RMSNorm, module: nn.Module, x: Tensor) -> Tensor:
-    return rule(x, module.weight)
+    return rule(x, module._parameters["weight"])
 
 
 def _gated_forward(module: nn.Module) -> Callable[[Tensor], Tensor] | None:
@@ -104,7 +104,7 @@ def _serves(rule: Any, function: Callable[..., Tensor], primals: tuple[Tensor, .
     along = tuple(_noise(x, *x.shape, seed=3) for x in primals)
     try:
         with torch.no_grad():
-            y, expected = jvp(function, primals, along)
+            y, expected = jvp(function, primals, along)[:2]
             found = rule.tangent((*primals, y), tuple(t[None] for t in along))[0]
     except (RuntimeError, TypeError, ValueError, IndexError):
         return False

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -25,27 +24,13 @@ from geffect_fast.engines.direction import Tick
 from geffect_fast.engines.dual import DualFunctions
 from geffect_fast.engines.dual_modules import Forwards, dual_modules, fast_forwards
 from geffect_fast.engines.effect_array import Collect
+from geffect_fast.engines.forward_parts import Part
 from geffect_fast.engines.forward_pass import model_outputs
 from geffect_fast.engines.packed_attention import packed_attention
 from geffect_fast.engines.tasks import Reference, Task
 from geffect_fast.errors import InputError
 from geffect_fast.objectives import Outputs
 from geffect_fast.objectives.base import Need
-
-
-@dataclass(frozen=True)
-class Part:
-    """Parameters that are moved together, along some of the directions, in one pass.
-
-    Attributes:
-        column: where on the result's axis of parameters or groups its effects are added.
-        names: of the parameters.
-        risks: the directions' numbers.
-    """
-
-    column: int
-    names: tuple[str, ...]
-    risks: tuple[int, ...]
 
 
 class _Run(nn.Module):
@@ -161,9 +146,7 @@ def forward_effects(
                 change = change.cpu() * scale[:, None, None]
                 n = batch.total_tokens if per_token else batch.n_samples
                 effects = totals.new_zeros(len(own), n_directions, n_columns, n)
-                summed = (
-                    _by_token(task, batch, change) if per_token else _by_sample(batch, change)
-                )
+                summed = _by_token(task, batch, change) if per_token else _by_sample(batch, change)
                 effects[:, list(part.risks), part.column] = summed.transpose(0, 1)
                 for k, index in enumerate(own):
                     totals[index] += effects[k].sum(-1)

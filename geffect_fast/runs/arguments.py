@@ -22,13 +22,12 @@ from geffect_fast.data import (
 )
 from geffect_fast.data.memory import free_memory
 from geffect_fast.data.tokenize import check_positions
+from geffect_fast.engines.choice import ENGINES
 from geffect_fast.errors import InputError
 from geffect_fast.objectives import Objective, parse_list
 from geffect_fast.objectives import resolve as resolve_objective
 from geffect_fast.objectives.base import REFERENCE_NEEDS, WEIGHTS, Need, required
 from geffect_fast.runs.models import check_finite, load_model
-
-ENGINES = ("auto", "reverse")
 
 
 def resolved_list(specs: Sequence[str | Objective] | str) -> list[Objective]:
@@ -171,7 +170,7 @@ def check_memory(
         raise InputError(
             f"resolve: the result takes {needed / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are "
             "free; resolve by 'group' in place of 'parameter', profile fewer objectives, or give "
-            "out=FILE with 'sample' and 'position' (a run folder is written that way)"
+            "out=FILE with 'sample' and 'position' or 'token' (a run folder is written that way)"
         )
 
 

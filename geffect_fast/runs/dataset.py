@@ -32,12 +32,17 @@ COVERAGE_TOLERANCE = {
 """How far the sum over samples may be from the whole gradient's product, relative to both norms."""
 
 
-def gram_matrices(directions: Mapping[str, Tensor], gradients: Mapping[str, Tensor]) -> Tensor:
-    """Gram matrices `(P, M + K, M + K)` fp64 of the risks' and the objectives' gradients."""
-    stacked = [(directions[name], gradients[name]) for name in directions]
-    m, k = stacked[0][0].shape[0], stacked[0][1].shape[0]
-    lists = [[d[i] for d, _ in stacked] for i in range(m)]
-    lists += [[g[i] for _, g in stacked] for i in range(k)]
+def gram_matrices(*gradients: Mapping[str, Tensor]) -> Tensor:
+    """Gram matrices `(P, n, n)` fp64 of gradients, such as the risks' and then the objectives'.
+
+    Args:
+        gradients: `(n_i, *shape)` by parameter; `n` is the sum of the `n_i`.
+    """
+    lists = [
+        [of[name][i] for name in of]
+        for of in gradients
+        for i in range(len(next(iter(of.values()))))
+    ]
     return ops.multi_tensor_gram(lists).double().cpu()
 
 
@@ -52,15 +57,15 @@ def check_directions(x: Tensor, what: str, names: Sequence[str]) -> None:
 
 
 def check_effects(
-    effects: Tensor, values: Tensor, objectives: Sequence[Objective], plan: Plan
+    effects: Tensor, values: Tensor, objectives: Sequence[Objective], places: Sequence[str]
 ) -> None:
     """Raise `NonFiniteError` naming the first objective and parameter that are not finite.
 
     Args:
-        effects: `(K, M, P)`, summed over samples.
+        effects: `(K, M, C)`, summed over samples.
         values: `(K,)`.
         objectives: they, or their parts.
-        plan: of the model.
+        places: names of the C parameters, or groups of them.
     """
     for objective, value in zip(objectives, values.tolist(), strict=True):
         if not math.isfinite(value):
@@ -72,7 +77,7 @@ def check_effects(
     if bad.any():
         k, _, p = bad.nonzero()[0].tolist()
         raise NonFiniteError(
-            f"gradient of objective '{objectives[k]}' at {list(plan.parameters)[p]} is not finite; "
+            f"gradient of objective '{objectives[k]}' at {places[p]} is not finite; "
             "check its hyper-parameters and the model's precision"
         )
 
@@ -132,7 +137,8 @@ def dataset(
         objectives, risks: names along these axes.
         risk_values: `(M,)`.
         losses: `(K,)`.
-        gram: `(P, M + K, M + K)` of risks and then objectives; None: no norms.
+        gram: `(P, M + K, M + K)` of risks and then objectives, or `(P, M, M)` of risks alone; None:
+            no norms.
         tokenizer: writes tokens out along positions; None: their ids only.
         settings: attributes of the result.
     """
@@ -155,25 +161,26 @@ def dataset(
 
 
 def sum_positions(dataset: xr.Dataset) -> xr.Dataset:
-    """The result as it would be without `position`, one sample at a time in memory.
+    """The result as it would be without `position` or `token`, one sample at a time in memory.
 
     Args:
         dataset: a result, in memory or read from its file as it is asked for.
     """
     effect = dataset["g_effect"]
-    if "position" not in effect.dims:
+    axis = next((axis for axis in ("position", "token") if axis in effect.dims), None)
+    if axis is None:
         return dataset
     if "sample" not in effect.dims:
-        summed = effect.sum("position", skipna=False)
+        summed = effect.sum(axis, skipna=False)
     else:
         import xarray as xr
 
         rows = [
-            effect.isel(sample=[row]).sum("position", skipna=False)
+            effect.isel(sample=[row]).sum(axis, skipna=False)
             for row in range(effect.sizes["sample"])
         ]
-        summed = xr.concat(rows, "sample").transpose(*(d for d in effect.dims if d != "position"))
-    return dataset.drop_dims("position").assign(g_effect=summed)
+        summed = xr.concat(rows, "sample").transpose(*(d for d in effect.dims if d != axis))
+    return dataset.drop_dims(axis).assign(g_effect=summed)
 
 
 def _norm_variables(gram: Tensor, m: int, resolution: Resolution) -> dict[str, Any]:
@@ -187,6 +194,8 @@ def _norm_variables(gram: Tensor, m: int, resolution: Resolution) -> dict[str, A
         return norm[..., m:].numpy(), norm[..., :m].numpy(), cosine.numpy()
 
     objective, risk, cosine = of(gram.sum(0))
+    if gram.shape[-1] == m:
+        return {"risk_grad_norm": ("risk", risk)}
     variables: dict[str, Any] = {
         "grad_norm": ("objective", objective),
         "risk_grad_norm": ("risk", risk),

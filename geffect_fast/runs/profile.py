@@ -15,10 +15,11 @@ from torch import nn
 from geffect_fast.capture import Plan
 from geffect_fast.data import estimate_token_budget, make_batches
 from geffect_fast.data.batch import Batch, Reduction, Role
+from geffect_fast.engines.choice import Choice, choose_engine
 from geffect_fast.engines.direction import Tick, accumulate_gradients
-from geffect_fast.engines.effect_array import EffectArray
+from geffect_fast.engines.forward_check import forward_mode_problem
+from geffect_fast.engines.forward_parts import parts_for, product_shares
 from geffect_fast.engines.layout import choose_layout
-from geffect_fast.engines.reverse import reverse_effects
 from geffect_fast.engines.tasks import Reference, Task, mixture_of, tasks_for
 from geffect_fast.errors import InputError, UnsupportedModelError
 from geffect_fast.objectives import Objective
@@ -33,6 +34,7 @@ from geffect_fast.runs.arguments import (
     resolved_list,
     resolved_risk,
 )
+from geffect_fast.runs.axes import checked_blocks
 from geffect_fast.runs.budget import within_budget
 from geffect_fast.runs.coverage import Coverage
 from geffect_fast.runs.dataset import (
@@ -41,8 +43,8 @@ from geffect_fast.runs.dataset import (
     check_effects,
     check_norms,
     dataset,
-    gram_matrices,
 )
+from geffect_fast.runs.effects import find_effects
 from geffect_fast.runs.progress import progress_bar
 from geffect_fast.runs.resolution import Resolution, checked_axes
 from geffect_fast.runs.stream import EffectFile
@@ -65,7 +67,8 @@ def profile(
     engine: str = "auto",
     reduction: Reduction = "token",
     risk: str | Objective = "nll",
-    norms: bool = True,
+    norms: bool | None = None,
+    groups: Mapping[str, Any] | None = None,
     template: str = "auto",
     max_length: int | None = None,
     token_budget: int | None = None,
@@ -94,21 +97,25 @@ def profile(
         reference_model: what NPO-like objectives compare with, a model or the folder of one; None:
             `model` as it is.
         resolve: axes of the result; all others are summed. `parameter`, or `group` (embedding,
-            thirds of the blocks by depth, final norm, output layer); `sample`; `position`: where
-            in the sequence a layer is used, the summand `g_t^T V a_t` of its token `t`. That is
-            another thing than which predicted token drives the effect, though both add up.
-        engine: `auto` or `reverse`.
+            thirds of the blocks by depth, final norm, output layer); `sample`; and within samples
+            one of two, another thing though both add up: `token`, which predicted token drives the
+            effect, or `position`, where in the sequence a layer is used, the summand `g_t^T V a_t`.
+        engine: `reverse` resolves by parameter and position; `forward` by token, and any number of
+            objectives costs the same; `auto` takes what `resolve` needs, or else costs less
+            (`geffect_fast.engines.choice`). The attributes say which it was, and why.
         reduction: what means are taken over, in objectives and risks alike: all answer tokens
             (`token`), each sample's tokens and then samples (`sample`), or no mean (`sum`).
         risk: an objective used as the risk; its part on any data set is the risk on that set.
         norms: also gradient norms and cosines, and a check that the samples' shares add up to the
             whole gradient's, parameter by parameter. Costs one more forward unit an objective, and
-            memory for its gradient.
+            memory for its gradient. None: with the reverse engine; the forward engine forms no
+            gradient of an objective.
+        groups: groups of blocks by name, in place of thirds: `{"first": "0-3", "last": 7}`.
         template: `auto`, or a text with `{question}` and `{answer}`.
         max_length: refuse samples of more tokens.
         token_budget: tokens a batch; None: chosen from free memory.
-        out: a NetCDF file that effects by sample and position are written to while they are
-            computed, for results larger than memory; None: in memory.
+        out: a NetCDF file that effects by sample and position or token are written to while they
+            are computed, for results larger than memory; None: in memory.
         progress: show a bar.
 
     Returns:
@@ -118,9 +125,10 @@ def profile(
         per group under `group_*`. All fp64.
 
         Coordinates: `parameter` with `block`, `kind`, `group`; `sample` (row number) with `set` and
-        `question`; `position` counts through a sample's answer and then its alternatives, with
-        `token_id`, `token` (its text) and `sequence` (0: the answer) on (sample, position). Beyond
-        a sample's end effects are 0 and ids -1.
+        `question`; `position` counts the tokens of a sample's answer and then of its alternatives,
+        `token` those that have a label, with `token_id`, `token_text` and `sequence` (0: the
+        answer) on (sample, position) or (sample, token). Beyond a sample's end effects are 0 and
+        ids -1.
 
         Attributes say what is covered (`covered_parameters` of `trainable_parameters`, the same in
         elements, `frozen_*`, `tied`), and whether the shares were compared with whole gradients
@@ -129,7 +137,8 @@ def profile(
     Raises:
         InputError: unusable data, objective or argument, in one line.
         NonFiniteError: a weight, gradient or effect is not finite; the first is named.
-        UnsupportedModelError: a module's share cannot be attributed exactly; it is named.
+        UnsupportedModelError: a module's share cannot be attributed exactly, or has no derivative
+            in the engine that is needed; it is named.
 
     Example:
         >>> result = gf.profile(model, tokenizer, forget="forget.jsonl", retain="retain.jsonl",
@@ -140,6 +149,8 @@ def profile(
     risk_part = resolved_risk(risk)
     axes = checked_axes(resolve)
     check_arguments(engine, reduction, token_budget=token_budget, max_length=max_length)
+    if not {"parameter", "group"} & set(axes) and groups is not None:
+        raise InputError("groups: goes with resolve by 'group' or 'parameter'; leave it out")
     # Effects are linear in the objective: a part that several objectives share is profiled once.
     parts = list(dict.fromkeys(part for objective in chosen for _, part in objective.parts()))
     needs = {need for part in parts for need in part.needs}
@@ -159,21 +170,43 @@ def profile(
         list(plan.parameters),
         {name: sets[name] for name in ("forget", "retain")[: 1 + uses_retain]},
         "alternative" in roles,
+        checked_blocks(groups, list(plan.parameters)),
     )
+    columns = resolution.columns()[1]
     risk_names = {"unlearn": "forget", "retain": "retain"} | {p: p for p in probes or {}}
     shape = resolution.shape(len(chosen), len(risk_names))
-    if out is not None and axes[-2:] != ("sample", "position"):
-        raise InputError("out: goes with resolve by 'sample' and 'position'; leave it out")
-    check_memory(plan, len(parts) if norms or not resolution.per_sample else 0, shape, out)
+    if out is not None and not ("sample" in axes and resolution.within):
+        raise InputError(
+            "out: goes with resolve by 'sample' and 'position' or 'token'; leave it out"
+        )
+    choice = choose_engine(
+        engine,
+        axes,
+        norms,
+        n_risks=len(risk_names),
+        n_parts=len(parts),
+        shares=product_shares(plan, columns),
+    )
     budget = token_budget or estimate_token_budget(model, n_directions=len(sets))
     try:
         with within_budget(budget, 1):
             layout = choose_layout(plan, sets["forget"])
     except UnsupportedModelError:
-        # Whole gradients need no shares of samples, only samples that do not meet.
-        if resolution.per_sample:
+        # Whole gradients and forward passes need no shares of samples, only that samples do not
+        # meet.
+        if resolution.per_sample and choice.engine == "reverse":
             raise
         layout = "single"
+    if choice.engine == "forward":
+        problem = forward_mode_problem(plan, sets["forget"], layout)
+        if problem is not None and (engine == "forward" or resolution.within is not None):
+            raise UnsupportedModelError(
+                f"engine forward: {problem}; use engine='reverse', without 'token'"
+            )
+        if problem is not None:
+            choice = Choice("reverse", problem)
+    norms = choice.engine == "reverse" if norms is None else norms
+    check_memory(plan, len(parts) if norms or not resolution.per_sample else 0, shape, out)
 
     def batches_of(name: str, wanted: tuple[Role, ...]) -> list[Batch]:
         return make_batches(
@@ -196,46 +229,41 @@ def profile(
     for name, direction in directions.items():
         check_directions(direction, f"gradient of the risk on '{{}}' at {name}", list(risk_names))
     mixture = mixture_of(chosen, parts)
-    columns = resolution.columns()[1]
     m = len(risk_names)
+    passes = parts_for(plan, columns, m) if choice.engine == "forward" else []
     with (
         nullcontext(np.zeros(shape)) if out is None else EffectFile(out, resolution.dims, shape)
     ) as array:
-        with _ticking(progress, "effects of the objectives", tasks, budget) as tick:
+        n_passes = max(len(passes), 1)
+        with _ticking(progress, "effects of the objectives", tasks, budget, n_passes) as tick:
             reference.prepare(tasks, device)
-            if resolution.per_sample:
-                places = resolution.places if "position" in axes else None
-                totals = reverse_effects(
-                    plan,
-                    tasks,
-                    directions,
-                    len(parts),
-                    reference,
-                    EffectArray(mixture, array, places).add,
-                    columns=columns,
-                    per_token="position" in axes,
-                    norms=norms,
-                    tick=tick,
-                )
-                values, by_parameter, gradients = totals.values, totals.effects, totals.gradients
-                gram = None if gradients is None else gram_matrices(directions, gradients)
-            else:
-                values, whole = accumulate_gradients(plan, tasks, len(parts), reference, tick)
-                gram = gram_matrices(directions, whole)
-                by_parameter = gram[:, m:, :m].permute(1, 2, 0)
-                mixed = torch.tensordot(mixture, by_parameter, dims=1)
-                torch.from_numpy(array)[..., 0, 0].index_add_(2, torch.tensor(columns), mixed)
-        check_effects(by_parameter, values, parts, plan)
-        mixed_effects = torch.tensordot(mixture, by_parameter, dims=1)
-        check_effects(mixed_effects, mixture @ values, chosen, plan)
-        if resolution.per_sample and gram is not None:
-            check_coverage(plan, by_parameter, gram, m)
+            found = find_effects(
+                choice.engine,
+                plan,
+                tasks,
+                directions,
+                reference,
+                mixture,
+                resolution,
+                array,
+                passes=passes,
+                norms=norms,
+                tick=tick,
+            )
+        check_effects(found.summed, found.values, parts, found.places)
+        mixed = torch.tensordot(mixture, found.summed, dims=1)
+        check_effects(mixed, mixture @ found.values, chosen, found.places)
+        gram, of_objectives = found.gram, choice.engine == "reverse"
+        if resolution.per_sample and of_objectives and gram is not None:
+            check_coverage(plan, found.summed, gram, m)
         if gram is not None:
-            onto = torch.block_diag(torch.eye(m, dtype=torch.float64), mixture)
+            onto = torch.eye(m, dtype=torch.float64)
+            onto = torch.block_diag(onto, mixture) if of_objectives else onto
             gram = onto @ gram @ onto.T
             check_norms(gram, [*risk_names, *chosen])
         settings = {
-            "engine": "reverse",
+            "engine": choice.engine,
+            "engine_reason": choice.reason,
             "layout": layout,
             "reduction": reduction,
             "risk": str(risk_part),
@@ -247,7 +275,8 @@ def profile(
                 [{"name": o.name, "parameters": o.parameters()} for o in chosen]
             ),
             **Coverage.of(model).attributes(),
-            "coverage_checked": int(gram is not None),  # NetCDF has no booleans
+            # NetCDF has no booleans
+            "coverage_checked": int(of_objectives and gram is not None),
         }
         result = dataset(
             resolution,
@@ -255,8 +284,8 @@ def profile(
             [str(o) for o in chosen],
             list(risk_names),
             risk_values,
-            mixture @ values,
-            gram if norms else None,
+            mixture @ found.values,
+            gram if norms or not of_objectives else None,
             tokenizer,
             settings,
         )
@@ -264,11 +293,13 @@ def profile(
 
 
 @contextmanager
-def _ticking(show: bool, what: str, tasks: Sequence[Task], token_budget: int) -> Iterator[Tick]:
+def _ticking(
+    show: bool, what: str, tasks: Sequence[Task], token_budget: int, n_passes: int = 1
+) -> Iterator[Tick]:
     """Yields a function that is told of tokens done, drawn as a bar; memory may run out."""
     largest = max((b for task in tasks for b in task.batches), key=lambda b: b.total_tokens)
     with (
-        progress_bar(show, what, sum(task.n_tokens for task in tasks)) as update,
+        progress_bar(show, what, n_passes * sum(task.n_tokens for task in tasks)) as update,
         within_budget(token_budget, largest.n_samples),
     ):
         yield lambda n: update(advance=n)

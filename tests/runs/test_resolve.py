@@ -84,7 +84,7 @@ def test_coordinates_of_positions():
         assert (one.token_id.values[len(ids) :] == -1).all()
         assert one.sequence.values[: len(ids)].tolist() == numbers
     assert fine.token_id.values[len(FORGET), :9].tolist() == RETAIN[0]["input_ids"]
-    assert "token" not in fine.coords
+    assert "token_text" not in fine.coords
 
 
 def brute_force(model, layer: nn.Module, row, direction) -> np.ndarray:
@@ -229,7 +229,7 @@ def test_a_run_that_fails_leaves_no_file(tmp_path, monkeypatch):
     ("resolve", "words"),
     [
         (("parameter", "group"), "give 'parameter' or 'group'"),
-        (("token",), "needs the forward engine"),
+        (("token", "position"), "are two profiles"),
         (("layer",), "unknown axis 'layer'; choose from parameter, group, sample, position"),
     ],
 )
