@@ -35,10 +35,10 @@ _FIELDS: dict[str, Any] = {
     "forget": Annotated[str | None, option("--forget", "-f", field="forget")],
     "retain": Annotated[str | None, option("--retain", "-r", field="retain")],
     "objectives": Annotated[
-        str | None,
+        list[str] | None,
         option(
             "--objectives",
-            help="Objectives with commas between: 'ga,wga(alpha=1),npo(beta=0.1)+kl'.",
+            help="Objectives with commas between: 'ga,wga(alpha=1),npo(beta=0.1)+kl'; repeatable.",
         ),
     ],
     "probes": Annotated[
@@ -53,6 +53,14 @@ _FIELDS: dict[str, Any] = {
     "reduction": Annotated[str | None, option("--reduction", field="reduction")],
     "risk": Annotated[str | None, option("--risk", field="risk")],
     "resolve": Annotated[str | None, option("--resolve", field="resolve")],
+    "groups": Annotated[
+        list[str] | None,
+        option(
+            "--group",
+            metavar="NAME=BLOCKS",
+            help="A group of blocks in place of thirds, such as first=0-3; repeatable.",
+        ),
+    ],
     "engine": Annotated[str | None, option("--engine", field="engine")],
     "norms": Annotated[bool | None, option("--norms/--no-norms", field="norms")],
     "template": Annotated[str | None, option("--template", field="template")],
@@ -65,6 +73,7 @@ _FIELDS: dict[str, Any] = {
 """The option of every config field, in the order in which help shows them."""
 
 PROFILE_FIELDS = tuple(_FIELDS)
+SWEEP_FIELDS = tuple(field for field in _FIELDS if field != "objectives")
 CHECK_FIELDS = (
     "refusals",
     "reference",
@@ -113,25 +122,32 @@ def config_options(
 
 def option_names(given: dict[str, Any], **names: str) -> dict[str, str]:
     """What the options behind config fields are called, those aside that `names` holds."""
-    names = {"probes": "--probe"} | names
+    names = {"probes": "--probe", "groups": "--group"} | names
     return {field: names.get(field, f"--{field.replace('_', '-')}") for field in given}
 
 
-def _probes(texts: list[str]) -> dict[str, str]:
-    probes: dict[str, str] = {}
+def _pairs(what: str, form: str, texts: list[str]) -> dict[str, str]:
+    """`NAME=VALUE` of a repeatable option `--what`, by name."""
+    pairs: dict[str, str] = {}
     for text in texts:
-        name, equals, source = (part.strip() for part in text.partition("="))
-        if not (name and equals and source):
-            raise InputError(f"--probe {text!r} must be NAME=DATA, such as general=wiki.jsonl")
-        if name in probes:
-            raise InputError(f"--probe {text!r}: there is a probe {name!r} already; choose another")
-        probes[name] = source
-    return probes
+        name, equals, value = (part.strip() for part in text.partition("="))
+        if not (name and equals and value):
+            raise InputError(f"--{what} {text!r} must be {form}")
+        if name in pairs:
+            raise InputError(
+                f"--{what} {text!r}: there is a {what} {name!r} already; choose another"
+            )
+        pairs[name] = value
+    return pairs
 
 
 def _axes(text: str) -> list[str]:
     return [axis.strip() for axis in text.split(",")]
 
 
-_READ: dict[str, Callable[[Any], Any]] = {"probes": _probes, "resolve": _axes}
+_READ: dict[str, Callable[[Any], Any]] = {
+    "probes": functools.partial(_pairs, "probe", "NAME=DATA, such as general=wiki.jsonl"),
+    "groups": functools.partial(_pairs, "group", "NAME=BLOCKS, such as first=0-3"),
+    "resolve": _axes,
+}
 """How an option's value becomes its field's, where these differ."""

@@ -77,10 +77,10 @@ CASES = [
         "choose from parameter",
     ),
     Case(
-        "an axis of another engine",
-        profile(resolve="sample,token"),
+        "axes of two engines",
+        profile(resolve="sample,token,position"),
         "resolve: 'token'",
-        "'position' says",
+        "two profiles",
     ),
     Case(
         "parameters and groups",
@@ -191,7 +191,7 @@ CASES = [
         "a field unlike any",
         BY_CONFIG,
         "my.yaml: unknown field 'xyzzy'",
-        "known: model,",
+        "known: command, model,",
         config(xyzzy=1),
     ),
     Case(

@@ -100,7 +100,7 @@ def test_effects_by_position_are_streamed_into_the_folder(study, tmp_path, monke
         total = dataset.g_effect.sum("position")
         difference = abs(total - by_sample.g_effect).max() / abs(by_sample.g_effect).max()
         assert float(difference) < 1e-5
-        assert dataset.token.values[0, 0] != "" and dataset.attrs["n_forget"] > 0
+        assert dataset.token_text.values[0, 0] != "" and dataset.attrs["n_forget"] > 0
     assert len(opened) == 1
     held = {"results.nc", "run.yaml", "summary.csv", "plots"}
     assert {p.name for p in (tmp_path / "run").iterdir()} == held
