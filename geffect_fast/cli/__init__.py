@@ -1,4 +1,4 @@
-"""The command line: `geffect-fast profile | check | show | export | demo | env`."""
+"""The command line: `geffect-fast COMMAND`, every command in a module of its name."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from geffect_fast.cli import check, demo, env, export, profile, show
+from geffect_fast.cli import check, demo, env, export, profile, show, sweep, tokens
 from geffect_fast.cli.options import option
 from geffect_fast.errors import GEffectError
 
@@ -16,7 +16,16 @@ EXIT_CODES = (
     "'error: ...' on stderr and nothing written; 3 check found a deviation; 1 unexpected failure; "
     "130 interrupted."
 )
-COMMANDS = (profile.profile, check.check, show.show, export.export, demo.demo, env.env)
+COMMANDS = (
+    profile.profile,
+    sweep.sweep,
+    check.check,
+    show.show,
+    tokens.tokens,
+    export.export,
+    demo.demo,
+    env.env,
+)
 _INTERRUPTED = "interrupted; nothing half-written is left"
 
 app = typer.Typer(

@@ -20,7 +20,9 @@ def console() -> Console:
 
 def print_result(dataset: xr.Dataset, folder: Path) -> None:
     """Tables, the tokens of an answer, where the files are, and three sentences."""
+    from geffect_fast.report.families import is_sweep
     from geffect_fast.report.findings import findings
+    from geffect_fast.report.sweep_table import render_sweep
     from geffect_fast.report.table import render
     from geffect_fast.report.token_terminal import TerminalView
     from geffect_fast.report.token_view import has_tokens, token_view
@@ -29,7 +31,7 @@ def print_result(dataset: xr.Dataset, folder: Path) -> None:
 
     summed = sum_positions(dataset)
     printer = console()
-    printer.print(render(summed))
+    printer.print(render_sweep(summed) if is_sweep(summed) else render(summed))
     if has_tokens(dataset):
         printer.print(TerminalView(token_view(dataset, samples=1, by="removal")), "")
     pictures = sorted((folder / PLOTS).glob("*.png")) if folder.is_dir() else []

@@ -6,6 +6,7 @@ import itertools
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from geffect_fast.errors import InputError
 from geffect_fast.objectives.base import Objective
@@ -17,6 +18,13 @@ from geffect_fast.objectives.problem import located, short
 MAX_OBJECTIVES = 10_000
 
 
+class Member(NamedTuple):
+    """An objective and the values that tell it from the others of its sweep."""
+
+    values: tuple[Value, ...]
+    objective: Objective
+
+
 @dataclass(frozen=True)
 class Sweep:
     """A family of objectives that differ in the values of some hyper-parameters.
@@ -25,13 +33,13 @@ class Sweep:
         text: its string with the ranges as written; the canonical string where there is none.
         names: the swept parameters, in the order of their ranges.
         log: whether a parameter's values are evenly spaced in the logarithm, one each.
-        members: `(values, objective)` each; several ranges make a grid, the last one fastest.
+        members: its objectives; several ranges make a grid, the last one fastest.
     """
 
     text: str
     names: tuple[str, ...]
     log: tuple[bool, ...]
-    members: tuple[tuple[tuple[Value, ...], Objective], ...]
+    members: tuple[Member, ...]
 
 
 def expand(text: str | Objective) -> Sweep:
@@ -73,7 +81,7 @@ def expand_list(texts: Iterable[str | Objective] | str) -> list[Sweep]:
             pieces = parse_families(text)
         for piece, found in pieces:
             if isinstance(found, Objective):
-                sweeps.append(Sweep(str(found), (), (), (((), found),)))
+                sweeps.append(Sweep(str(found), (), (), (Member((), found),)))
             else:
                 with located(str(text)):
                     sweeps.append(_members(piece, found, free))
@@ -89,7 +97,7 @@ def _members(text: str, family: Family, free: int) -> Sweep:
         raise _too_many(text)
     points = itertools.product(*(axis.values() for axis in axes))
     ranges = [axis.range for axis in axes]
-    members = [(values, family.at(dict(zip(ranges, values, strict=True)))) for values in points]
+    members = [Member(v, family.at(dict(zip(ranges, v, strict=True)))) for v in points]
     return Sweep(
         text,
         tuple(axis.name for axis in axes),

@@ -14,24 +14,31 @@ __all__ = ["write_report"]
 def write_report(dataset: xr.Dataset, folder: Path) -> None:
     """Write `summary.csv`, `plots/layers.png`, `plots/instances.png`, `tokens.html` into a folder.
 
-    A plot or page whose axis was summed away is left out.
+    A plot or page whose axis was summed away is left out. A sweep gets `plots/pareto.png` and
+    `plots/sweep.png`, and its other plots show the best objectives only.
 
     Args:
-        dataset: result of `geffect_fast.profile`.
+        dataset: result of `geffect_fast.profile` or `sweep`.
         folder: exists.
     """
+    from geffect_fast.report.families import highlights, is_sweep
     from geffect_fast.report.plots import plot_instances, plot_layers
     from geffect_fast.report.summary import write_summary
+    from geffect_fast.report.sweep_plots import plot_pareto, plot_sweep
     from geffect_fast.report.token_html import tokens_html
     from geffect_fast.report.token_view import has_tokens
     from geffect_fast.runs.dataset import sum_positions
     from geffect_fast.runs.store import TOKENS
 
-    if has_tokens(dataset):
-        (folder / TOKENS).write_text(tokens_html(dataset), encoding="utf-8")
-    dataset = sum_positions(dataset)
-    write_summary(dataset, folder / "summary.csv")
     plots = folder / "plots"
     plots.mkdir(exist_ok=True)
-    plot_layers(dataset, plots / "layers.png")
-    plot_instances(dataset, plots / "instances.png")
+    summed = sum_positions(dataset)
+    write_summary(summed, folder / "summary.csv")
+    if is_sweep(summed):
+        plot_sweep(summed, plots / "sweep.png")
+        plot_pareto(summed, plots / "pareto.png")
+        dataset, summed = highlights(dataset), highlights(summed)
+    if has_tokens(dataset):
+        (folder / TOKENS).write_text(tokens_html(dataset), encoding="utf-8")
+    plot_layers(summed, plots / "layers.png")
+    plot_instances(summed, plots / "instances.png")

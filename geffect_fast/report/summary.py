@@ -137,20 +137,26 @@ def shares(values: np.ndarray) -> np.ndarray:
 
 
 def write_summary(dataset: xr.Dataset, file: Path) -> None:
-    """A CSV with a row an objective: loss, an effect and a cosine a risk, collateral, verdict."""
+    """A CSV with a row an objective: loss, an effect and a cosine a risk, collateral, verdict.
+
+    Of a sweep also its string with ranges, its hyper-parameters, and whether it is on the front.
+    """
     rows = summarise(dataset)
+    swept = [name for name, c in dataset.coords.items() if c.dims == ("objective",)]
+    swept = [*(name for name in swept if name != "objective"), *({"pareto"} & set(dataset))]
     risks = list(rows[0].effects)
     with_cosines = bool(rows[0].cosines)
-    header = ["objective", "loss", *(f"g_effect_{r}" for r in risks)]
+    header = ["objective", *swept, "loss", *(f"g_effect_{r}" for r in risks)]
     header += [f"cosine_{r}" for r in risks if with_cosines] + ["collateral", "verdict"]
     with file.open("w", newline="", encoding="utf-8") as stream:
         writer = csv.writer(stream)
         writer.writerow(header)
-        for row in rows:
+        for i, row in enumerate(rows):
             cosines = list(row.cosines.values())
             writer.writerow(
                 [
                     row.objective,
+                    *(dataset[name].values[i] for name in swept),
                     row.loss,
                     *row.effects.values(),
                     *cosines,

@@ -38,8 +38,7 @@ NOTE = (
 def render(dataset: xr.Dataset) -> RenderableType:
     """All tables of a result, for `rich.console.Console.print`."""
     parts: list[RenderableType] = [totals_table(dataset), Text(NOTE, style="dim"), Text()]
-    if "covered_parameters" in dataset.attrs:  # a run of an older version does not say
-        parts += [Text(_covered(dataset.attrs)), Text()]
+    parts += covered(dataset.attrs)
     for risk in dataset["risk"].values:
         table = group_table(dataset, str(risk))
         if table is not None:
@@ -150,11 +149,14 @@ def question(effect: xr.DataArray, i: int, width: int) -> str:
     return text if len(text) <= width else text[: width - 1].rstrip() + "…"
 
 
-def _covered(attrs: Mapping[str, Any]) -> str:
-    line = coverage_line(attrs)
+def covered(attrs: Mapping[str, Any]) -> list[Text]:
+    """What a result covers and whether that was checked; nothing for runs of older versions."""
+    if "covered_parameters" not in attrs:
+        return []
+    checked = "Not compared with the whole gradient, as norms were left out."
     if attrs["coverage_checked"]:
-        return f"{line} At each of them the shares add up to plain autograd's whole gradient."
-    return f"{line} Not compared with the whole gradient, as norms were left out."
+        checked = "At each of them the shares add up to plain autograd's whole gradient."
+    return [Text(f"{coverage_line(attrs)} {checked}"), Text()]
 
 
 def _extreme(effect: xr.DataArray, share: np.ndarray) -> str:

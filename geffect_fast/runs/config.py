@@ -9,7 +9,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from geffect_fast.errors import InputError
 from geffect_fast.runs.disk import is_there, user_path
@@ -32,9 +41,12 @@ Source = Annotated[str, AfterValidator(_settled)]
 
 
 class ProfileConfig(BaseModel):
-    """All that decides the numbers of a profile; saved as `run.yaml`, it replays them bitwise."""
+    """All that decides the numbers of a run; saved as `run.yaml`, it replays them bitwise."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    command: Literal["profile", "sweep"] = "profile"
+    """The command that replays it; objectives of a sweep may hold ranges."""
 
     model: Source
     """Folder or hub id of a transformers causal language model."""
@@ -67,13 +79,17 @@ class ProfileConfig(BaseModel):
     """The risk whose change is predicted, an objective: nll, the answers' mean loss."""
 
     resolve: tuple[str, ...] = ("parameter", "sample")
-    """Axes of the result: parameter or group; sample; position (of a layer's use in a sequence)."""
+    """Axes of the result: parameter or group; sample; token (predicted) or position (of use)."""
 
-    engine: Literal["auto", "reverse"] = "auto"
-    """How the effect is computed, auto or reverse; every engine is exact."""
+    groups: dict[Annotated[str, Field(min_length=1)], str] = {}
+    """Groups of blocks by name, such as first: 0-3; none: thirds by depth."""
 
-    norms: bool = True
-    """Whether gradient norms and cosines are computed too."""
+    engine: Literal["auto", "reverse", "forward"] = "auto"
+    """reverse (by parameter, position), forward (by token), auto: what resolve needs or is cheaper.
+    Both are exact."""
+
+    norms: bool | None = None
+    """Whether gradient norms and cosines are computed too; none: with the reverse engine."""
 
     template: str = "auto"
     """auto (the chat template, else plain Question:/Answer:), or text with {question}, {answer}."""
@@ -93,23 +109,35 @@ class ProfileConfig(BaseModel):
     threads: int | None = Field(default=None, gt=0)
     """CPU threads; none: torch's own choice, and then recorded."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _axes_of_a_sweep(cls, values: dict[str, Any]) -> dict[str, Any]:
+        return {"resolve": ("sample",)} | values if values.get("command") == "sweep" else values
+
     @field_validator("objectives", mode="before")
     @classmethod
-    def _canonical(cls, value: Any) -> Any:
-        """Canonical strings of a list, or of one string with commas."""
+    def _canonical(cls, value: Any, info: ValidationInfo) -> Any:
+        """Canonical strings of a list, or of one string with commas; ranges as written."""
         from geffect_fast.objectives import parse_list
+        from geffect_fast.objectives.ranges import expand_list
 
         texts = [value] if isinstance(value, str) else value
         if not isinstance(texts, list | tuple):
             return value
+        listed: list[tuple[Any, str]]
+        found: dict[Any, str] = {}
         try:
-            parsed = [objective for text in texts for objective in parse_list(text)]
+            if info.data.get("command") == "sweep":
+                listed = [(sweep.text, sweep.text) for sweep in expand_list(texts)]
+            else:
+                listed = [(o, str(o)) for text in texts for o in parse_list(text)]
         except InputError as error:
             raise ValueError(str(error)) from None
-        for i, objective in enumerate(parsed):
-            if objective in parsed[:i]:
-                raise ValueError(f"objective {objective} is listed twice; leave one out")
-        return tuple(map(str, parsed))
+        for objective, text in listed:
+            if objective in found:
+                raise ValueError(f"objective {text} is listed twice; leave one out")
+            found[objective] = text
+        return tuple(found.values())
 
     @field_validator("risk")
     @classmethod
@@ -220,9 +248,8 @@ def read_values(path: str | Path) -> dict[str, Any]:
 def dump_config(config: ProfileConfig) -> str:
     """The config as YAML that `load_config` reads back to an equal config."""
     values = config.model_dump(mode="json")
-    return "# Replay: geffect-fast profile --config run.yaml --out NEW_FOLDER\n" + yaml.safe_dump(
-        values, sort_keys=False, allow_unicode=True, width=1000
-    )
+    replay = f"# Replay: geffect-fast {config.command} --config run.yaml --out NEW_FOLDER\n"
+    return replay + yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=1000)
 
 
 def _one_line(error: ValidationError, where: str, options: Mapping[str, str]) -> str:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from geffect_fast.data.qa import read_refusals, read_rows
-from geffect_fast.objectives import parse
+from geffect_fast.objectives.ranges import expand_list
 from geffect_fast.runs.arguments import check_needs_no_refusals, check_needs_no_weights
 from geffect_fast.runs.check import Check, check
 from geffect_fast.runs.config import ProfileConfig
@@ -25,6 +25,7 @@ from geffect_fast.runs.store import (
     staged_run,
     write_rest,
 )
+from geffect_fast.runs.sweep import sweep
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -38,7 +39,7 @@ def execute(
     progress: bool = False,
     report: Reporter | None = None,
 ) -> xr.Dataset:
-    """Profile as a config says and write the run folder.
+    """Profile or sweep as a config says and write the run folder.
 
     The config saved beside the results holds what was chosen on the way (token budget, threads,
     device, precision), so that it replays to bitwise the same numbers on the same machine.
@@ -51,8 +52,8 @@ def execute(
         report: adds tables and plots to the folder, such as `geffect_fast.report.write_report`.
 
     Returns:
-        The result, as `geffect_fast.profile` returns it; by sample and position it is read from the
-        run folder as it is asked for.
+        The result, as `geffect_fast.profile` or `sweep` returns it; by sample and position it is
+        read from the run folder as it is asked for.
 
     Raises:
         InputError, NonFiniteError, UnsupportedModelError: nothing has been written then.
@@ -61,13 +62,16 @@ def execute(
     device = _check_sources(config)
     data = _read_data(config)
     tokenizer = _tokenizer(config, _has_text(data))
-    # Effects by sample and position may be larger than memory: they go straight to the folder.
-    streams = config.resolve[-2:] == ("sample", "position")
+    # Effects by sample and position or token may be larger than memory: a profile's go straight to
+    # the folder, a sweep's get coordinates first.
+    large = config.resolve[-2:] in (("sample", "position"), ("sample", "token"))
+    streams = large and config.command == "profile"
     with _threads(config.threads) as threads, ExitStack() as stack:
         model = load_model(config.model, config.dtype, str(device))
         dtype = str(model.dtype).removeprefix("torch.")
         staging = stack.enter_context(staged_run(out, overwrite)) if streams else None
-        dataset = profile(
+        run = sweep if config.command == "sweep" else profile
+        dataset = run(
             model,
             tokenizer,
             **data,
@@ -78,6 +82,7 @@ def execute(
             reduction=config.reduction,
             risk=config.risk,
             norms=config.norms,
+            groups=config.groups or None,
             template=config.template,
             max_length=config.max_length,
             token_budget=config.token_budget,
@@ -155,10 +160,11 @@ def _read_data(config: ProfileConfig) -> dict[str, Any]:
         "probes": {name: read_rows(path, name=name) for name, path in config.probes.items()},
         "refusals": None if config.refusals is None else read_refusals(config.refusals),
     }
+    objectives = [each.members[0].objective for each in expand_list(config.objectives)]
     if data["refusals"] is None and not all(row.get("alternative") for row in forget):
-        check_needs_no_refusals([parse(text) for text in config.objectives])
+        check_needs_no_refusals(objectives)
     if "weights" not in forget[0]:
-        check_needs_no_weights([parse(text) for text in config.objectives])
+        check_needs_no_weights(objectives)
     return data
 
 

@@ -1,0 +1,126 @@
+"""A sweep as its report reads it: families of objectives, and which of one are the best."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from geffect_fast.report.summary import UNLEARN, summarise, total
+from geffect_fast.runs.sweep import HYPER
+
+if TYPE_CHECKING:
+    import xarray as xr
+
+STRONGEST, LEAST, CHEAPEST = "strongest removal", "least damage", "least collateral"
+
+HIGHLIGHTS = 24
+"""How many of a sweep's objectives are shown where each takes room of its own."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """Objectives of one string with ranges, or one objective alone.
+
+    Attributes:
+        text: its string.
+        axes: its swept parameters; whether each is evenly spaced in the logarithm.
+        at: places of its objectives in the result, `(n,)`.
+        values: of every swept parameter, `(n,)` each.
+    """
+
+    text: str
+    axes: dict[str, bool]
+    at: np.ndarray
+    values: dict[str, np.ndarray]
+
+    def point(self, i: int) -> str:
+        """The values of its `i`-th objective, such as `beta=0.1, alpha=2`."""
+        return ", ".join(f"{name}={value[i]:.6g}" for name, value in self.values.items())
+
+
+@dataclass(frozen=True)
+class Swept:
+    """A result as the report of a sweep reads it; all arrays are `(objective,)`.
+
+    Attributes:
+        objectives: their strings.
+        e_u: effect on the forget risk.
+        e_r: effect on the retain risk.
+        collateral: rise of the worst other risk for a unit rise of the forget risk.
+        front: whether an objective is on the Pareto front.
+        families: by string; those whose objectives all belong to others are left out.
+    """
+
+    objectives: list[str]
+    e_u: np.ndarray
+    e_r: np.ndarray
+    collateral: np.ndarray
+    front: np.ndarray
+    families: list[Family]
+
+    @staticmethod
+    def of(dataset: xr.Dataset) -> Swept:
+        """Read the result of `geffect_fast.sweep`."""
+        risks = [str(risk) for risk in dataset["risk"].values]
+        effects = total(dataset)
+        texts = dataset["sweep"].values
+        families = []
+        for text, axes in json.loads(dataset.attrs["sweeps"]).items():
+            at = np.flatnonzero(texts == text)
+            values = {name: dataset[f"{HYPER}{name}"].values[at] for name in axes}
+            families.append(Family(text, axes, at, values))
+        return Swept(
+            [str(objective) for objective in dataset["objective"].values],
+            effects[:, risks.index(UNLEARN)],
+            effects[:, risks.index("retain")],
+            np.array([row.collateral for row in summarise(dataset)]),
+            dataset["pareto"].values,
+            [family for family in families if family.at.size],
+        )
+
+    def picks(self, family: Family) -> dict[int, list[str]]:
+        """The best of a family by its place in it, and in what; empty where all are undefined."""
+        e_u, e_r = self.e_u[family.at], self.e_r[family.at]
+        collateral = self.collateral[family.at]
+        found: dict[int, list[str]] = {}
+        finite = np.isfinite(e_u) & np.isfinite(e_r)
+        removes = finite & np.isfinite(collateral)
+        for what, score, among in (
+            (STRONGEST, e_u, finite),
+            (LEAST, -e_r, removes),
+            (CHEAPEST, collateral, removes),
+        ):
+            if among.any():
+                found.setdefault(int(np.where(among, score, np.inf).argmin()), []).append(what)
+        return found
+
+    def ranked_front(self) -> np.ndarray:
+        """Places of the front's objectives, strongest removal first."""
+        at = np.flatnonzero(self.front)
+        return at[np.argsort(self.e_u[at], kind="stable")]
+
+
+def is_sweep(dataset: xr.Dataset) -> bool:
+    """Whether a result is of `geffect_fast.sweep`."""
+    return "sweep" in dataset.coords
+
+
+def highlights(dataset: xr.Dataset) -> xr.Dataset:
+    """A sweep's result for the best of its families and the front alone, some where they are many.
+
+    What shows every objective by sample or token could not be read otherwise.
+    """
+    swept = Swept.of(dataset)
+    best = {family.at[i] for family in swept.families for i in swept.picks(family)}
+    chosen = np.array(sorted(best | set(swept.ranked_front())), dtype=int)
+    return dataset.isel(objective=thinned(chosen, HIGHLIGHTS))
+
+
+def thinned(places: np.ndarray, most: int) -> np.ndarray:
+    """At most so many of them, the first and the last included, evenly spaced between."""
+    if len(places) <= most:
+        return places
+    return places[np.linspace(0, len(places) - 1, most).round().astype(int)]

@@ -1,0 +1,78 @@
+"""A sweep for the terminal: the best values of each family, and the Pareto front."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from geffect_fast.report.families import Swept, thinned
+from geffect_fast.report.table import covered, new_table, number
+
+if TYPE_CHECKING:
+    import xarray as xr
+
+FRONT_SHOWN = 12
+
+NOTE = (
+    "e_u is the effect on the forget risk (below 0: it rises, as wanted), e_r on the retain risk "
+    "(below 0: the rest is harmed). collateral: rise of the worst other risk for a unit rise of "
+    "the forget risk, below 0 a gain. The front compares steps of one size and so favours "
+    "objectives of a large scale: npo and dpo sum over whole answers, most others are means over "
+    "tokens. Collateral does not depend on scale."
+)
+
+
+def render_sweep(dataset: xr.Dataset) -> RenderableType:
+    """All tables of a sweep, for `rich.console.Console.print`."""
+    swept = Swept.of(dataset)
+    parts: list[RenderableType] = [
+        families_table(swept, int(dataset.attrs["n_forget"])),
+        front_table(swept),
+    ]
+    hidden = int(swept.front.sum()) - FRONT_SHOWN
+    if hidden > 0:
+        parts += [Text(f"and {hidden} between them, marked in summary.csv"), Text()]
+    parts += [Text(NOTE, style="dim"), Text(), *covered(dataset.attrs)]
+    return Group(*parts)
+
+
+def families_table(swept: Swept, n_forget: int) -> Table:
+    """Of each family the values that remove most, that harm least, and with least collateral."""
+    n = len(swept.objectives)
+    table = new_table(f"{n} objectives on {n_forget} forget rows: the best of each family")
+    table.add_column("family", overflow="fold", max_width=30)
+    table.add_column("at", overflow="fold")
+    _add_numbers(table)
+    for family in swept.families:
+        picks = swept.picks(family)
+        if not family.axes:
+            table.add_row(family.text, "", *_numbers(swept, family.at[0]))
+            continue
+        table.add_row(family.text, "" if picks else "undefined (NaN)")
+        for i, names in picks.items():
+            what = Text("\n".join(f"  {name}" for name in names), style="dim")
+            table.add_row(what, family.point(i), *_numbers(swept, family.at[i]))
+    return table
+
+
+def front_table(swept: Swept) -> Table:
+    """The Pareto front, strongest removal first; some, evenly spaced, where they are many."""
+    n = int(swept.front.sum())
+    table = new_table(f"Pareto front: {n} not beaten in both removal and damage")
+    table.add_column("objective", overflow="fold", min_width=30)
+    _add_numbers(table)
+    for i in thinned(swept.ranked_front(), FRONT_SHOWN):
+        table.add_row(swept.objectives[i], *_numbers(swept, i))
+    return table
+
+
+def _add_numbers(table: Table) -> None:
+    for name in ("e_u", "e_r", "collateral"):
+        table.add_column(name, justify="right", no_wrap=True)
+
+
+def _numbers(swept: Swept, i: int) -> list[str]:
+    return [number(swept.e_u[i]), number(swept.e_r[i]), number(swept.collateral[i], ".2f")]
