@@ -10,7 +10,7 @@ objective at once, term by term. M directions share the primal pass; nothing is 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 
 import torch
@@ -26,6 +26,7 @@ from geffect_fast.engines.dual_modules import Forwards, dual_modules, fast_forwa
 from geffect_fast.engines.effect_array import Collect
 from geffect_fast.engines.forward_parts import Part
 from geffect_fast.engines.forward_pass import model_outputs
+from geffect_fast.engines.objective_check import check_same, linearised, named
 from geffect_fast.engines.packed_attention import packed_attention
 from geffect_fast.engines.tasks import Reference, Task
 from geffect_fast.errors import InputError
@@ -136,11 +137,14 @@ def forward_effects(
     for number, part in enumerate(parts):
         moved_along, scale = _on_device(plan, directions, part)
         for task in tasks:
-            for batch in task.batches:
+            own = list(task.parts)
+            # One objective of each kind: hyper-parameters change no code.
+            kinds = {type(objective): index for index, objective in task.parts.items()}
+            for i, batch in enumerate(task.batches):
                 moved = batch.to(device)
+                check = kinds.values() if number == 0 and i == 0 else ()
                 with dual_model(plan, moved, forwards):
-                    change, found = _terms(plan, task, batch, moved, reference, moved_along)
-                own = list(task.parts)
+                    change, found = _terms(plan, task, batch, moved, reference, moved_along, check)
                 if number == 0:
                     values[own] += torch.tensor(found, dtype=torch.float64)
                 change = change.cpu() * scale[:, None, None]
@@ -162,20 +166,33 @@ def _terms(
     moved: Batch,
     reference: Reference,
     directions: Mapping[str, Tensor],
+    check: Collection[int],
 ) -> tuple[Tensor, list[float]]:
-    """Derivatives of all token terms `(M, K, total_tokens)` fp64, and the objectives' values."""
+    """Derivatives of all token terms `(M, K, total_tokens)` fp64, and the objectives' values.
+
+    Those of the objectives in `check` are compared with what reverse mode says.
+    """
     found: list[float] = []
 
     def terms(outputs: Outputs) -> Tensor:
         other = reference.outputs(task, batch, moved, outputs)
-        every = []
-        for index in task.parts:
-            own, value = task.terms(index, outputs, moved, other)
+        every, expected = [], []
+        for index, part in task.parts.items():
+            with named(part):
+                own, value = task.terms(index, outputs, moved, other)
+                if index in check:
+                    expected.append(linearised(part, outputs, moved, other))
             every.append(own.double())
             found.append(value)
-        return torch.stack(every)
+        return torch.cat([torch.stack(every).flatten(), *(e[None] for e in expected)])
 
-    return tangents(plan, directions, terms, moved, task.needs), found
+    change = tangents(plan, directions, terms, moved, task.needs)
+    n = len(task.parts) * moved.total_tokens
+    by_term = change[:, :n].unflatten(1, (len(task.parts), -1))
+    checked = [k for k, index in enumerate(task.parts) if index in check]
+    for k, expected in zip(checked, change[:, n:].unbind(1), strict=True):
+        check_same(list(task.parts.values())[k], by_term[:, k], expected)
+    return by_term, found
 
 
 def _on_device(
