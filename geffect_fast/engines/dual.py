@@ -12,6 +12,7 @@ with primals as they are and tangents `(M, *shape)`, M directions side by side, 
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import prod
 from typing import Any
 
 import torch
@@ -111,18 +112,20 @@ class Linear(Rule):
     def tangent(self, primals: Primals, tangents: Tangents) -> Tensor:
         x, weight, _, y = primals
         dx, dw, db = tangents
-        rows = x.reshape(-1, x.shape[-1])
+        d_out, d_in = weight.shape
+        n = prod(x.shape[:-1])  # may be none: an expert that no token was sent to
+        rows = x.reshape(n, d_in)
         out = None
         if dx is not None:
-            out = (dx.reshape(-1, x.shape[-1]) @ weight.mT).view(len(dx), len(rows), -1)
+            out = (dx.reshape(len(dx) * n, d_in) @ weight.mT).view(len(dx), n, d_out)
         if dw is not None:
-            each = rows.expand(len(dw), *rows.shape)
+            each = rows.expand(len(dw), n, d_in)
             out = torch.bmm(each, dw.mT) if out is None else out.baddbmm_(each, dw.mT)
         if db is not None:
             shift = db[:, None]
-            out = shift.expand(-1, len(rows), -1) if out is None else out.add_(shift)
+            out = shift.expand(-1, n, -1) if out is None else out.add_(shift)
         assert out is not None
-        return out.reshape(-1, *y.shape)
+        return out.reshape(len(out), *y.shape)
 
 
 class PaddedEmbedding(Rule):
@@ -205,10 +208,10 @@ class Attention(Rule):
         mask = self.mask
         if self.causal:
             mask = query.new_ones(n, n_keys, dtype=torch.bool).tril()
-        rows = query.numel() // query.shape[-1] // n
-        step = max(1, BLOCK // (rows * n_keys))
+        rows = prod(query.shape[:-2])
+        step = max(1, BLOCK // max(1, rows * n_keys))
         blocks = []
-        for at in range(0, n, step):
+        for at in range(0, max(n, 1), step):
             q, out = query[..., at : at + step, :], output[..., at : at + step, :]
             scores = q @ key.mT * scale
             if mask is not None:

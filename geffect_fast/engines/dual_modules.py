@@ -14,19 +14,19 @@ from torch.func import jvp
 
 from geffect_fast.engines.dual import Gated, RMSNorm
 
-Forwards = Mapping[nn.Module, Callable[[Tensor], Tensor]]
+Forwards = Mapping[nn.Module, Callable[..., Tensor]]
 
 TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-5, torch.bfloat16: 5e-2, torch.float16: 5e-3}
 """How far a rule may be from the module it stands for, relative to the largest number: rounding,
 which is that of fp32 in fp64 models that compute their norms so."""
 
 
-def fast_forwards(model: nn.Module) -> dict[nn.Module, Callable[[Tensor], Tensor]]:
+def fast_forwards(model: nn.Module) -> dict[nn.Module, Callable[..., Tensor]]:
     """For every RMS norm and gated MLP of `model` a forward of the same values and a faster rule.
 
     What a module computes is tried, values and derivatives, not read off its name.
     """
-    found: dict[nn.Module, Callable[[Tensor], Tensor]] = {}
+    found: dict[nn.Module, Callable[..., Tensor]] = {}
     for module in model.modules():
         if "forward" not in vars(module):
             forward = _norm_forward(module) or _gated_forward(module)
@@ -47,7 +47,7 @@ def dual_modules(forwards: Forwards) -> Iterator[None]:
             vars(module).pop("forward", None)
 
 
-def _norm_forward(module: nn.Module) -> Callable[[Tensor], Tensor] | None:
+def _norm_forward(module: nn.Module) -> Callable[..., Tensor] | None:
     """Of an RMS norm over the last axis with weight `w` or `1 + w`, and no bias."""
     weight = module._parameters.get("weight")
     epsilons = [v for k, v in vars(module).items() if "eps" in k and isinstance(v, float)]
@@ -67,11 +67,20 @@ def _norm_forward(module: nn.Module) -> Callable[[Tensor], Tensor] | None:
         x, w = _noise(weight, 2, len(weight)), _noise(weight, len(weight))
         # at a size where eps counts, and at one where it does not
         if all(_serves(rule, norm, (size * x, w)) for size in (1e-3, 1.0)):
-            return partial(_normed, rule, module)
+            return partial(_normed, rule, module, module.forward)
     return None
 
 
-def _normed(rule: RMSNorm, module: nn.Module, x: Tensor) -> Tensor:
+def _normed(
+    rule: RMSNorm,
+    module: nn.Module,
+    own: Callable[..., Tensor],
+    x: Tensor,
+    *more: Any,
+    **given: Any,
+) -> Tensor:
+    if more or given:  # what the rule knows nothing of, such as a gate
+        return own(x, *more, **given)
     return rule(x, module._parameters["weight"])
 
 
