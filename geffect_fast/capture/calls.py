@@ -7,7 +7,7 @@ generic rule instead of a wrong fast one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, ClassVar
@@ -21,7 +21,13 @@ from geffect_fast.capture.factors import Explicit, Factor, Lookup, Outer, RowSum
 from geffect_fast.capture.given import REPLAYING, Given, tensors_of
 from geffect_fast.capture.products import project
 from geffect_fast.capture.segments import Rows, Segments
-from geffect_fast.capture.trials import embedding_scale, is_linear, norm_offset, norm_with
+from geffect_fast.capture.trials import (
+    embedding_scale,
+    is_linear,
+    likeness,
+    norm_offset,
+    norm_with,
+)
 from geffect_fast.capture.wrappers import eagerly, forward_differentiable
 from geffect_fast.errors import InputError, UnsupportedModelError
 
@@ -65,6 +71,9 @@ class Call:
         """The one tensor the module was called with."""
         return next(iter((*self.given.args, *self.given.kwargs.values())))
 
+    def keep(self, output: Any) -> None:
+        """Take note of what the module returned, before anybody else changes it."""
+
     def factors(self, g: Tensor, rows: Rows) -> Iterator[tuple[str, Factor]]:
         """Each parameter's name in the model with its factor, given the output's gradient `g`."""
         raise NotImplementedError
@@ -76,7 +85,7 @@ class Call:
     def rows(self, segments: Segments, x: Tensor) -> Rows:
         """How the rows of an input or output `(..., d)` lie, offsets on its device."""
         rows = segments.rows(x.shape[:-1], self.where, self.axes)
-        return replace(rows, cu=rows.cu.to(x.device))
+        return rows if x.is_cpu else replace(rows, cu=rows.cu.to(x.device))
 
     def checked_segments(self) -> Segments:
         """The sample axis.
@@ -172,16 +181,32 @@ class EmbeddingCall(Call, serves="torch.nn.modules.sparse.Embedding"):
         return {name: directions[name][:, self.ids(rows)]}
 
 
+@dataclass
 class NormCall(Call):
     """`y = xhat(x) * (offset + w) + b`: `grad_w = sum_t g_t * xhat_t`, `grad_b = sum_t g_t`.
 
     Serves every norm of that form, whatever its name (LayerNorm, the RMSNorms of transformers with
     `w` and with `1 + w`): form and offset are found by trying the module, see `norm_offset`.
+
+    Attributes:
+        output: what the module returned, where `xhat` can be read off it.
+        multiplied: `offset + w`, by which `xhat` was multiplied then.
     """
+
+    output: Given | None = None
+    multiplied: Tensor | None = None
 
     @classmethod
     def fit(cls, module: nn.Module) -> float | None:
         return norm_offset(module)
+
+    def keep(self, output: Any) -> None:
+        # Not where it was rounded to low precision. On a GPU, looking at the weights would wait.
+        weight = self.module.get_parameter("weight").detach()
+        same = self.input.dtype == weight.dtype == output.dtype == widened(output).dtype
+        if same and output.is_cpu and getattr(self.module, "bias", None) is None:
+            self.output = Given.of((output,), {})
+            self.multiplied = weight + self.factor
 
     def factors(self, g: Tensor, rows: Rows) -> Iterator[tuple[str, Factor]]:
         g = rows.flat(g)
@@ -191,14 +216,24 @@ class NormCall(Call):
             yield self.names["bias"], RowSum(g, rows.cu)
 
     def normalized(self) -> Tensor:
-        """`xhat`, `(..., d)`, computed by the module with its weight set to `1 - offset`.
+        """`xhat`, `(..., d)`: its output through its weight, or computed again with weight 1.
 
-        In fp32 at least: a norm that computes in it, and only then rounds, is not rounded here.
+        Again where the output is no longer what it was or a weight is next to nothing, by the
+        module with its weight set to `1 - offset`. In fp32 at least: a norm that computes in it,
+        and only then rounds, is not rounded here.
         """
+        if self.output is not None and not self.output.changed():
+            assert self.multiplied is not None
+            if self.multiplied.abs().min() > SMALLEST_WEIGHT:
+                return self.output.args[0] / self.multiplied
         x = widened(self.input)
         weight = widened(self.module.get_parameter("weight"))
         with torch.no_grad(), self.given.precision():
             return norm_with(self.module, torch.full_like(weight, 1.0 - self.factor), None, x)
+
+
+SMALLEST_WEIGHT = 1e-15
+"""Of a norm: its output divided by less may have lost digits to underflow."""
 
 
 class GenericCall(Call):
@@ -212,6 +247,9 @@ class GenericCall(Call):
     """
 
     returned: list[Tensor] = field(default_factory=list)
+
+    def keep(self, output: Any) -> None:
+        self.returned = [y.detach() for y in tensors_of(output)]
 
     def gradients(self, grads: list[Tensor | None]) -> Iterator[tuple[str, Factor]]:
         """The factors, given the gradient of every tensor the module returned (None: unused)."""
@@ -336,18 +374,28 @@ def _nth(
     return gradient
 
 
-def rule_for(module: nn.Module) -> tuple[type[Call], float]:
+def rule_for(
+    module: nn.Module, tried: dict[Hashable, tuple[type[Call], float]]
+) -> tuple[type[Call], float]:
     """The rule that is exact for `module`, and the factor it found.
 
     Its type's own rule, that of the norms, or the generic one.
+
+    Args:
+        module: owns trainable parameters.
+        tried: what was found out about others, by `likeness`; learned here.
     """
+    like = likeness(module)
+    if like is not None and like in tried:
+        return tried[like]
+    found: tuple[type[Call], float] = (GenericCall, 1.0)
     # Not where `forward` was replaced on the object, nor where other parameters make the weight.
     if "forward" not in vars(module) and module._parameters.keys() <= {"weight", "bias"}:
         kinds = (_qualified(base) for base in type(module).__mro__)
         rules: list[type[Call]] = [Call.rules[kind] for kind in kinds if kind in Call.rules]
         rules.append(NormCall)
-        for rule in rules:
-            factor = rule.fit(module)
-            if factor is not None:
-                return rule, factor
-    return GenericCall, 1.0
+        fits = ((rule, rule.fit(module)) for rule in rules)
+        found = next(((rule, f) for rule, f in fits if f is not None), found)
+    if like is not None:
+        tried[like] = found
+    return found

@@ -37,18 +37,22 @@ class Given:
 
     @classmethod
     def of(cls, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Given:
-        leaves, structure = tree_flatten((args, kwargs))
-        leaves = [x.detach() if isinstance(x, Tensor) else x for x in leaves]
-        tensors = [x for x in leaves if isinstance(x, Tensor)]
+        if len(args) == 1 and not kwargs and isinstance(args[0], Tensor):
+            tensors = [args[0].detach()]  # most calls, and pytrees take a while
+            args = (tensors[0],)
+        else:
+            leaves, structure = tree_flatten((args, kwargs))
+            leaves = [x.detach() if isinstance(x, Tensor) else x for x in leaves]
+            tensors = [x for x in leaves if isinstance(x, Tensor)]
+            args, kwargs = tree_unflatten(leaves, structure)
         kind = tensors[0].device.type if tensors else "cpu"
         on = torch.is_autocast_enabled(kind)
         autocast = (kind, torch.get_autocast_dtype(kind)) if on else None
-        args, kwargs = tree_unflatten(leaves, structure)
-        return cls(args, kwargs, tensors, [_version(x) for x in tensors], autocast)
+        return cls(args, kwargs, tensors, [version_of(x) for x in tensors], autocast)
 
     def changed(self) -> bool:
         """Whether a tensor has been written to since; a detached one shares its version."""
-        return [_version(x) for x in self.tensors] != self.versions
+        return [version_of(x) for x in self.tensors] != self.versions
 
     def precision(self) -> Any:
         """The autocast of the call, to run something again as it ran then."""
@@ -57,13 +61,15 @@ class Given:
         return torch.autocast(self.autocast[0], self.autocast[1], cache_enabled=False)
 
 
-def _version(x: Tensor) -> int:
+def version_of(x: Tensor) -> int:
+    """How often the memory of `x` has been written to; 0 where nobody counts."""
     return 0 if x.is_inference() else x._version
 
 
 def tensors_of(output: Any) -> list[Tensor]:
     """Every floating-point tensor in what a module returned, in order."""
-    return [y for y in tree_leaves(output) if isinstance(y, Tensor) and y.is_floating_point()]
+    leaves = (output,) if isinstance(output, Tensor) else tree_leaves(output)
+    return [y for y in leaves if isinstance(y, Tensor) and y.is_floating_point()]
 
 
 def broadcast_ids(module: nn.Module, args: tuple[Any, ...], segments: Segments) -> tuple[Any, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import takewhile
@@ -66,10 +66,15 @@ class Plan:
                 inside = {f"{path}{k}": name for k, name in trainable.items()}
                 local.setdefault(where, {}).update(inside)
         owners = {}
+        tried: dict[Hashable, tuple[type[Call], float]] = {}
         for where, of in local.items():
             module = model.get_submodule(where)
             nested = any("." in k for k in of)
-            owners[where] = (module, of, *((GenericCall, 1.0) if nested else rule_for(module)))
+            owners[where] = (
+                module,
+                of,
+                *((GenericCall, 1.0) if nested else rule_for(module, tried)),
+            )
         return cls(model, parameters, owners)
 
     @contextmanager

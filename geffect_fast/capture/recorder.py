@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from torch.utils.hooks import RemovableHandle
 
 from geffect_fast.capture.calls import Call, GenericCall
@@ -129,9 +129,10 @@ class Recorder:
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         if REPLAYING.get() or not torch.is_grad_enabled():
             return None
-        if self.segments is not None:
-            args = broadcast_ids(module, args, self.segments)
-        self._entered.setdefault(where, []).append(Given.of(args, kwargs))
+        with torch._C.DisableTorchFunction():  # `OutsideUse` need not look at what hooks do
+            if self.segments is not None:
+                args = broadcast_ids(module, args, self.segments)
+            self._entered.setdefault(where, []).append(Given.of(args, kwargs))
         return args, kwargs
 
     def _after(
@@ -144,6 +145,17 @@ class Recorder:
     ) -> Any:
         if REPLAYING.get() or not torch.is_grad_enabled():
             return None
+        with torch._C.DisableTorchFunction():
+            return self._watch(where, module, args, kwargs, output)
+
+    def _watch(
+        self,
+        where: str,
+        module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        output: Any,
+    ) -> Any:
         _, names, rule, factor = self.plan.owners[where]
         if len(args) + len(kwargs) != 1 or not isinstance(output, Tensor):
             rule = GenericCall
@@ -154,14 +166,14 @@ class Recorder:
         index = len(self.calls)
         self.calls.append(call)
         self._uses.update(names.values())
-        if isinstance(call, GenericCall):
-            call.returned = [y.detach() for y in tensors_of(output)]
-        grafted = tree_map(partial(self._graft, rule), output)
-        if not any(isinstance(y, Tensor) for y in tree_leaves(output)):
+        call.keep(output)
+        leaves, structure = tree_flatten(output)
+        if not any(isinstance(y, Tensor) for y in leaves):
             raise UnsupportedModelError(
                 f"module '{where or type(module).__name__}' returns no tensor that can be watched, "
                 f"but {type(output).__name__}; return a tensor, a tuple or a dict, or freeze it"
             )
+        grafted = [self._graft(rule, y) for y in leaves]
         kept: dict[str, Tensor] = {}
         if self.directions is not None:
             # Rows that cannot be told apart matter only where a gradient arrives: DoRA runs its
@@ -171,7 +183,7 @@ class Recorder:
         for position, y in enumerate(tensors_of(grafted)):
             arrived = partial(self._arrived, index, position, kept)
             self._handles.append(y.register_hook(arrived))
-        return grafted
+        return tree_unflatten(grafted, structure)
 
     def _graft(self, rule: type[Call], y: Any) -> Any:
         if not isinstance(y, Tensor) or not y.is_floating_point():
@@ -223,16 +235,17 @@ class OutsideUse(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        if torch.is_grad_enabled() and not REPLAYING.get():
-            # Every operation of the model comes by: no more than a look at each argument.
-            for x in (*args, *kwargs.values()):
-                for y in x if isinstance(x, list | tuple) else (x,):
-                    if id(y) in self.owners:
-                        self._check(y, func, args, kwargs)
+        # Every operation of the model comes by: no more than a look at each argument.
+        for x in (*args, *kwargs.values()) if kwargs else args:
+            for y in x if isinstance(x, list | tuple) else (x,):
+                if id(y) in self.owners:
+                    self._check(y, func, args, kwargs)
         return func(*args, **kwargs)
 
     def _check(self, p: nn.Parameter, func: Any, args: tuple[Any, ...], kwargs: Any) -> None:
         owners = self.owners[id(p)]
+        if REPLAYING.get() or not torch.is_grad_enabled():
+            return
         if any(self.recorder.running(where) for where in owners):
             return
         # Asking for its shape or dtype, or for zeros like it, is no use of it.

@@ -184,7 +184,7 @@ class Segments:
             sizes = {self.length if front else self.n_samples}
             n_tokens = self.length
         else:
-            return (0 if self._offsets(shape, 0) is not None else None), 0
+            return (0 if self._fits(shape, 0) else None), 0
         found = [k for k, size in enumerate(shape) if k >= front and size in sizes]
         if found[:1] != [front]:
             return (found[0] if len(found) == 1 else None), front
@@ -195,17 +195,22 @@ class Segments:
 
     def _offsets(self, shape: tuple[int, ...], axis: int) -> Tensor | None:
         """The samples' offsets where they lie along `axis`, None where they do not."""
-        size, starts = shape[axis], torch.arange(self.n_samples + 1)
         if self.token_offsets:
             by_total = {int(o[-1]): o for o in reversed(self.token_offsets)}
+            size = shape[axis]
             return by_total[size] * (prod(shape) // size) if size in by_total else None
+        if not self._fits(shape, axis):
+            return None
+        return torch.arange(self.n_samples + 1) * (prod(shape) // self.n_samples)
+
+    def _fits(self, shape: tuple[int, ...], axis: int) -> bool:
+        """Whether the sequences of a batch that is not packed, or their tokens, lie along it."""
+        size = shape[axis]
         if self.per_token and axis > 0:
-            fits = shape[0] == self.n_rows and size == self.length
-        elif self.per_token:
-            fits = axis == 0 and size == self.n_samples
-        else:
-            fits = axis == 0 and size in (self.n_rows, self.n_rows * (self.length or 1))
-        return starts * (prod(shape) // self.n_samples) if fits else None
+            return shape[0] == self.n_rows and size == self.length
+        if self.per_token:
+            return size == self.n_samples
+        return axis == 0 and size in (self.n_rows, self.n_rows * (self.length or 1))
 
 
 def offsets_of(lengths: Tensor) -> Tensor:

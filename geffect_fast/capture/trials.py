@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
 import torch
@@ -30,6 +30,29 @@ def forward_alone(
     """The module's own forward with other parameters: no hook runs a second time."""
     replaced = {f"module.{name}": p for name, p in parameters.items()}
     return functional_call(_Bare(module), replaced, args, kwargs)
+
+
+def likeness(module: nn.Module) -> Hashable | None:
+    """Equal for modules that compute the same but for the values of their parameters.
+
+    None where that cannot be told: something inside it is neither a parameter nor a plain value.
+    """
+    own = {k: v for k, v in vars(module).items() if k not in _EVERY_MODULE}
+    if module._modules or module._buffers or not all(map(_is_plain, own.values())):
+        return None
+    parameters = (
+        (k, p if p is None else (p.shape, p.dtype, p.device)) for k, p in module._parameters.items()
+    )
+    return type(module), module.training, repr(sorted(own.items())), *parameters
+
+
+_EVERY_MODULE = vars(nn.Module()).keys()
+
+
+def _is_plain(x: object) -> bool:
+    if isinstance(x, tuple):
+        return all(map(_is_plain, x))
+    return x is None or type(x) in (bool, int, float, str, torch.dtype)
 
 
 def is_linear(module: nn.Linear) -> bool:
