@@ -8,7 +8,7 @@ import shutil
 import warnings
 
 import pytest
-from bad_input import calls, data, folders, limits, models, objectives, options
+from bad_input import calls, data, folders, limits, models, objectives, options, sweep
 from bad_input.case import Case, snapshot
 
 from geffect_fast.cli import main
@@ -22,6 +22,7 @@ CASES: list[Case] = [
     *options.CASES,
     *folders.CASES,
     *calls.CASES,
+    *sweep.CASES,
 ]
 
 

@@ -58,9 +58,10 @@ def run(
     for name in ("model", "forget", "retain", "objectives"):
         if values.get(name) is None:
             raise InputError(f"--{name} is missing; give it, or a --config that holds it")
-    if command == "profile" and values.get("command") == "sweep":
+    held = values.get("command", command)
+    if (held, command) == ("sweep", "profile"):
         raise InputError(f"config {config} is of a sweep; use geffect-fast sweep --config {config}")
-    values = values | {"command": command}
+    values = values | {"command": command if held == "profile" else held}
     checked = make_config(values, str(config or ""), option_names(given))
 
     from geffect_fast.report import write_report

@@ -58,18 +58,21 @@ def summarise(dataset: xr.Dataset) -> list[Summary]:
     effects = total(dataset)
     risks = [str(r) for r in dataset["risk"].values]
     largest = np.nanmax(np.abs(effects), initial=0.0, where=np.isfinite(effects))
+    losses = dataset["loss"].values
+    cosines = None
+    if "cosine" in dataset:
+        cosines = dataset["cosine"].transpose("objective", "risk").values
     summaries = []
     for i, objective in enumerate(dataset["objective"].values):
         effect = dict(zip(risks, map(float, effects[i]), strict=True))
         cosine = {}
-        if "cosine" in dataset:
-            values = dataset["cosine"].transpose("objective", "risk").values[i]
-            cosine = dict(zip(risks, map(float, values), strict=True))
+        if cosines is not None:
+            cosine = dict(zip(risks, map(float, cosines[i]), strict=True))
         collateral = _collateral(effect, NEGLIGIBLE * largest)
         summaries.append(
             Summary(
                 objective=str(objective),
-                loss=float(dataset["loss"].values[i]),
+                loss=float(losses[i]),
                 effects=effect,
                 cosines=cosine,
                 collateral=collateral,

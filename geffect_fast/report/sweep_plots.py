@@ -33,7 +33,7 @@ _ROWS = {
     "e_r": "e_r\n(below 0: harms the rest)",
     "collateral": "collateral\n(lower: less harm\nper removal)",
 }
-LEGEND, NAMED = 14, 10
+LEGEND, NAMED = 10, 10
 """How many lines or families a legend holds, and how many of a front's objectives are named."""
 
 
@@ -61,9 +61,12 @@ def plot_sweep(dataset: xr.Dataset, file: Path) -> bool:
             for family, colour in families:
                 _draw_family(panel, family, name, values[family.at], colour)
             panel.axhline(0, color="#555555", linewidth=0.8)
-            if quantity != "collateral":
-                _fit_scales(panel.set_yscale, [values[family.at] for family, _ in families])
             panel.margins(y=0.1)
+            if quantity == "collateral":  # what hardly forgets would hide all others
+                low, high = panel.get_ylim()
+                panel.set_ylim(max(low, -2), min(high, 2))
+            else:
+                _fit_scales(panel.set_yscale, [values[family.at] for family, _ in families])
             panel.tick_params(labelsize=8)
         positive = all((family.values[name] > 0).all() for family, _ in families)
         if positive and any(family.axes[name] for family, _ in families):
@@ -171,18 +174,22 @@ def _legend(panel: Axes, **where: Any) -> None:
 
 
 def _name_points(panel: Axes, places: np.ndarray, swept: Swept) -> None:
-    """Names beside points, those left out that would lie on another."""
+    """Names beside points, on the side that keeps them inside; none on top of another."""
     taken: list[tuple[float, float]] = []
     for i in places:
-        x, y = panel.transData.transform((swept.e_u[i], swept.e_r[i]))
+        point = (swept.e_u[i], swept.e_r[i])
+        x, y = panel.transData.transform(point)
         if any(abs(x - a) < 170 and abs(y - b) < 14 for a, b in taken):
             continue
         taken.append((x, y))
+        left = panel.transAxes.inverted().transform((x, y))[0] < 0.5
         panel.annotate(
             swept.objectives[i],
-            (swept.e_u[i], swept.e_r[i]),
-            (6, -9),
+            point,
+            (7, -7) if left else (-7, 7),
             textcoords="offset points",
+            ha="left" if left else "right",
+            va="top" if left else "bottom",
             fontsize=8,
             zorder=4,
             bbox={"facecolor": "white", "alpha": 0.7, "linewidth": 0, "pad": 0.5},
