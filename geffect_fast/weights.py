@@ -35,7 +35,7 @@ from geffect_fast.data import read_rows, write_jsonl
 from geffect_fast.data.batch import IGNORE
 from geffect_fast.data.qa import row_place
 from geffect_fast.errors import InputError, NonFiniteError
-from geffect_fast.runs.disk import folder_for, user_path
+from geffect_fast.runs.disk import user_path, whole_file
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -91,7 +91,10 @@ def optimal_weights(
         >>> gf.optimal_weights(result, retain_budget=0.0).e_u
     """
     if (retain_budget is None) == (removal is None):
-        raise InputError("give either retain_budget or removal: the damage allowed, or an e_u")
+        raise InputError(
+            "give either retain_budget (--retain-budget), the damage allowed, or removal "
+            "(--removal), the e_u to reach"
+        )
     if not 0 < _number("max_weight", max_weight) < math.inf:
         raise InputError(f"max_weight: must be a finite number above 0, got {max_weight!r}")
     shares = _token_shares(result)
@@ -242,10 +245,9 @@ def write_weighted(forget: Any, weights: xr.Dataset, path: str | Path) -> Path:
                     f"{row_place('forget', i)}: '{field}' cannot be written as JSON ({error}); "
                     "leave it out"
                 ) from None
-    file = user_path(path)
-    with folder_for(f"weighted data {path}", file.absolute().parent):
-        write_jsonl(rows, file)
-    return file
+    with whole_file(f"weighted data {path}", path, "path (--out)") as part:
+        write_jsonl(rows, part)
+    return user_path(path)
 
 
 def _check_same(row: dict[str, Any], weight: xr.DataArray, place: str) -> None:

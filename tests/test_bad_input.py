@@ -8,7 +8,18 @@ import shutil
 import warnings
 
 import pytest
-from bad_input import calls, data, folders, limits, models, objectives, options, sweep
+from bad_input import (
+    calls,
+    data,
+    folders,
+    limits,
+    models,
+    objectives,
+    options,
+    sweep,
+    tokens,
+    weights,
+)
 from bad_input.case import Case, snapshot
 
 from geffect_fast.cli import main
@@ -23,6 +34,8 @@ CASES: list[Case] = [
     *folders.CASES,
     *calls.CASES,
     *sweep.CASES,
+    *tokens.CASES,
+    *weights.CASES,
 ]
 
 

@@ -23,7 +23,7 @@ LAYERS = {
     "weights": {"errors", "data", "runs"},
     "report": {"errors", "runs"},
     "demo": {"errors", "data", "objectives", "runs", "report"},
-    "cli": {"errors", "ops", "runs", "report", "demo"},
+    "cli": {"errors", "ops", "runs", "weights", "report", "demo"},
 }
 """What each part may import; `batch`, the type all engines share, lies in data."""
 

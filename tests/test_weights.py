@@ -313,7 +313,7 @@ def test_text_rows_keep_their_fields_and_get_weights_that_fit_their_tokens(tmp_p
         for row, source in zip(tokenised[0], rows, strict=True):
             row["question"] = source["question"]
         best = gf.optimal_weights(labelled(token_result(shares), tokenised[0]), retain_budget=0)
-        file = gf.write_weighted(rows, best, tmp_path / "new/weighted.jsonl")
+        file = gf.write_weighted(rows, best, tmp_path / "weighted.jsonl")
         found = gf.profile(
             model,
             tokenizer,

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from geffect_fast.cli import check, demo, env, export, profile, show, sweep, tokens
+from geffect_fast.cli import check, demo, env, export, profile, show, sweep, tokens, weights
 from geffect_fast.cli.options import option
 from geffect_fast.errors import GEffectError
 
@@ -22,6 +22,7 @@ COMMANDS = (
     check.check,
     show.show,
     tokens.tokens,
+    weights.weights,
     export.export,
     demo.demo,
     env.env,

@@ -43,7 +43,7 @@ def plot_frontier(result: xr.Dataset, best: xr.Dataset, file: Path) -> None:
     label = f"the best that token weights from 0 to {weight:g} do"
     panel.plot(e_u, e_r, color=_CURVE, linewidth=2, zorder=2, label=label)
     at = float(best["e_u"]), float(best["e_r"])
-    panel.plot(*at, "*", color=_CURVE, markersize=15, zorder=4, label=f"chosen: {_asked(best)}")
+    panel.plot(*at, "*", color=_CURVE, markersize=15, zorder=4, label=f"chosen: {asked(best)}")
 
     ga = [float(best[name].sum()) for name in ("token_e_u", "token_e_r")]
     reach = np.abs([[*e_u, ga[0]], [*e_r, ga[1]]]).max(axis=1)
@@ -108,11 +108,16 @@ def _colour(panel: Axes, labels: list[str], xy: np.ndarray) -> list[Annotation]:
     return []
 
 
-def _asked(best: xr.Dataset) -> str:
+def asked(best: xr.Dataset) -> str:
+    """What weights of `geffect_fast.optimal_weights` were asked for, in a few words."""
     if "removal" in best.attrs:
         return f"least damage for e_u ≤ {best.attrs['removal']:.3g}"
     budget = best.attrs["retain_budget"]
-    return "any damage" if budget == np.inf else f"most removal for e_r ≥ {-budget + 0.0:.3g}"
+    return (
+        "most removal, at any damage"
+        if budget == np.inf
+        else f"most removal for e_r ≥ {-budget + 0.0:.3g}"
+    )
 
 
 def _divisor(effect: np.ndarray, room: np.ndarray) -> float:

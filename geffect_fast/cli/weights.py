@@ -1,0 +1,81 @@
+"""`geffect-fast weights`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from geffect_fast.cli.options import Quiet, Run, option
+from geffect_fast.cli.printing import console
+from geffect_fast.errors import InputError
+
+FRONTIER = "frontier.png"
+
+
+def weights(
+    run: Run,
+    out: Annotated[
+        Path, option("--out", "-o", help="The forget data with weights, JSON lines, to write.")
+    ],
+    retain_budget: Annotated[
+        float | None,
+        option("--retain-budget", help="Damage allowed: e_r may fall to minus this; 0 for none."),
+    ] = None,
+    removal: Annotated[
+        float | None,
+        option("--removal", help="In its place the e_u to reach, below 0, with least damage."),
+    ] = None,
+    max_weight: Annotated[
+        float, typer.Option("--max-weight", help="The largest weight; ga is weight 1.")
+    ] = 1.0,
+    forget: Annotated[
+        str | None, option("--forget", "-f", help="The run's forget data, where it has moved.")
+    ] = None,
+    overwrite: Annotated[bool, option("--overwrite", help="Replace files that are there.")] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Find the token weights that remove most for the damage allowed, and write data with them.
+
+    The run must hold ga by token, as profile --objectives ga --resolve sample,token does. Beside
+    --out lies frontier.png: the best for every budget, and the run's objectives. Then geffect-fast
+    profile --forget OUT --objectives token_weights profiles the weights.
+    """
+    from geffect_fast.report.frontier import plot_frontier
+    from geffect_fast.report.weights_table import render_weights
+    from geffect_fast.runs.config import load_config
+    from geffect_fast.runs.disk import is_there, unwritable, user_path, whole_file
+    from geffect_fast.runs.store import CONFIG, open_run, reading
+    from geffect_fast.weights import optimal_weights, write_weighted
+
+    file = user_path(out)
+    picture = file.with_name(FRONTIER)
+    if file.name == FRONTIER:
+        raise InputError(f"--out {out}: the plot has that name; choose another, such as data.jsonl")
+    try:
+        for path in (file, picture):
+            if not overwrite and is_there(path):
+                raise InputError(
+                    f"{path} is there already; choose another --out or use --overwrite"
+                )
+    except OSError as error:
+        raise unwritable(f"weighted data {out}", "--out", error) from None
+    with open_run(run, lazy=True) as result, reading(run):
+        best = optimal_weights(
+            result, retain_budget=retain_budget, removal=removal, max_weight=max_weight
+        )
+        if forget is None:
+            folder = user_path(run) if user_path(run).is_dir() else user_path(run).parent
+            if not is_there(folder / CONFIG):
+                raise InputError(
+                    f"config {folder / CONFIG} does not exist; give the run's forget data, --forget"
+                )
+            forget = load_config(folder / CONFIG).forget
+        with whole_file(f"plot {picture}", picture, "--out") as part:
+            plot_frontier(result, best, part)
+            write_weighted(forget, best, out)
+    if not quiet:
+        console().print(render_weights(best))
+        print(file)
+        print(picture)
