@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
 
 from geffect_fast.report.table import number
 from geffect_fast.report.token_colours import (
@@ -60,8 +62,6 @@ def tokens_html(
     Raises:
         InputError: as `token_view`.
     """
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
     view = token_view(
         dataset,
         objective,
@@ -78,7 +78,7 @@ def tokens_html(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["css_class"] = css_class
+    environment.filters["class_attribute"] = class_attribute
     return environment.get_template("token_view.html.jinja").render(
         view=view,
         risks=[_risk(view, m) for m in range(len(view.risks))],
@@ -95,11 +95,12 @@ def tokens_html(
     )
 
 
-def css_class(good: int) -> str:
-    """The class of a token: `w1` to `w9` wanted, `x1` to `x9` unwanted, `n` undefined."""
-    if good == UNDEFINED:
-        return "n"
-    return f"{'w' if good > 0 else 'x'}{abs(good)}" if good else ""
+def class_attribute(good: int) -> Markup:
+    """The class of a token: `w1` to `w9` wanted, `x1` to `x9` unwanted, `n` undefined, or none."""
+    if good == 0:
+        return Markup()
+    name = "n" if good == UNDEFINED else f"{'w' if good > 0 else 'x'}{abs(good)}"
+    return Markup(' class="{}"').format(name)
 
 
 def _risk(view: TokenView, m: int) -> dict[str, Any]:

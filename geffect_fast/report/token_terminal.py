@@ -48,26 +48,23 @@ class TerminalView:
 
     Args:
         view: as `token_view` returns it.
-        legend: whether it begins with a heading and how to read it.
     """
 
-    def __init__(self, view: TokenView, legend: bool = True) -> None:
+    def __init__(self, view: TokenView) -> None:
         self.view = view
-        self.legend = legend
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         coloured = console.color_system is not None and not console.no_color
         width = _label_width(self.view, coloured)
-        if self.legend:
-            yield from _legend(self.view, console.color_system if coloured else None, width)
+        yield from _legend(self.view, console.color_system if coloured else None, width)
         for answer in self.view.answers:
             yield Text()
-            yield _heading(answer, width)
             if coloured:
                 rows = _coloured(self.view, answer, str(console.color_system))
             else:
                 rows = _marked(self.view, answer, max(8, options.max_width - width))
-            yield _grid((*rows, *_totals(self.view, answer)), width)
+            question = (_row_name(answer), Text(answer.question, style="bold"))
+            yield _grid((question, *rows, *_totals(self.view, answer)), width)
 
 
 def _legend(view: TokenView, system: str | None, width: int) -> Iterator[RenderableType]:
@@ -91,19 +88,21 @@ def _legend(view: TokenView, system: str | None, width: int) -> Iterator[Rendera
     yield Text(" ".join(notes), style="dim")
 
 
-def _heading(answer: Answer, width: int) -> Text:
-    line = Text(_row_name(answer).ljust(width), style="bold")
-    return line.append(answer.question, Style(bold=False))
-
-
 def _row_name(answer: Answer) -> str:
     return f"{answer.data} row {answer.row}"
+
+
+def _read(view: TokenView, answer: Answer) -> Iterator[tuple[int, slice]]:
+    """The answer, and those of its alternatives that the objective reads."""
+    for sequence, tokens in answer.sequences.items():
+        if sequence == 0 or view.values[0, :, :, tokens].any():
+            yield sequence, tokens
 
 
 def _coloured(view: TokenView, answer: Answer, system: str) -> Iterator[tuple[str, Text]]:
     """The answer and its alternatives, each once a risk upon colours: labels and texts."""
     levels = [view.levels(0, m)[0] for m in range(len(view.risks))]
-    for sequence, tokens in answer.sequences.items():
+    for sequence, tokens in _read(view, answer):
         for risk, of_risk in zip(view.risks, levels, strict=True):
             text = Text(overflow="fold")
             for i in range(tokens.start, tokens.stop):
@@ -118,7 +117,7 @@ def _coloured_label(risk: str, sequence: int) -> str:
 def _marked(view: TokenView, answer: Answer, width: int) -> Iterator[tuple[str, Text]]:
     """The answer and its alternatives, the levels of all risks beneath, line by line."""
     levels = [view.levels(0, m)[0] for m in range(len(view.risks))]
-    for sequence, tokens in answer.sequences.items():
+    for sequence, tokens in _read(view, answer):
         cells = [
             (
                 view.texts[i],
@@ -188,7 +187,9 @@ def _label_width(view: TokenView, coloured: bool) -> int:
     """Columns of a terminal left of the texts."""
     names = [effect_name(risk) for risk in view.risks]
     labels = [f"{name} in all" for name in names] + list(map(_row_name, view.answers))
-    last = max((max(answer.sequences, default=0) for answer in view.answers), default=0)
+    last = max(
+        (sequence for answer in view.answers for sequence, _ in _read(view, answer)), default=0
+    )
     if last and coloured:
         labels += [_coloured_label(risk, last) for risk in view.risks]
     elif last:

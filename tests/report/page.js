@@ -11,6 +11,7 @@ class Element {
   set className(value) { this.attributes.class = value; }
   get title() { return this.attributes.title ?? ""; }
   set title(value) { this.attributes.title = value; }
+  get firstChild() { return this.children[0]; }
   get hidden() { return "hidden" in this.attributes; }
   set hidden(value) { if (!value) delete this.attributes.hidden; }
   get textContent() {

@@ -19,9 +19,10 @@ from geffect_fast.report.token_colours import goodness, mark
 from geffect_fast.report.token_html import tokens_html
 from geffect_fast.report.token_view import token_view
 from geffect_fast.runs.config import make_config
-from geffect_fast.runs.store import save_run
+from geffect_fast.runs.store import open_run, save_run
 
 OBJECTIVES = ("ga", "wga(alpha=1)", "npo(beta=0.1) + kl")
+FILES = {"model": "model", "forget": "forget.jsonl", "retain": "retain.jsonl"}
 CONFIG = {"model": "model", "forget": "forget", "retain": "retain", "objectives": "ga"}
 
 
@@ -113,7 +114,7 @@ def test_the_page_shows_every_token_once_in_order_with_its_values(result):
             for element, level in zip(found, wanted, strict=True):
                 good = goodness(risk, int(level))
                 name = f"{'w' if good > 0 else 'x'}{abs(good)}" if good else ""
-                assert element[1]["class"] == (
+                assert element[1].get("class", "") == (
                     "n" if value_of(element) != value_of(element) else name
                 )
 
@@ -164,7 +165,7 @@ def test_the_script_shows_what_the_page_of_an_objective_shows(result, tmp_path):
         assert not state["hidden"]
         tokens = [e for e in elements(page) if "title" in e[1]]
         assert [[c, plain(t), w] for c, t, w in state["tokens"]] == [
-            [e[1]["class"], plain(e[1]["title"]), text(e)] for e in tokens
+            [e[1].get("class", ""), plain(e[1]["title"]), text(e)] for e in tokens
         ]
         heading, scales, totals, tops = state["rest"]
         assert heading == [text(find(page, "h1")[0])]
@@ -209,6 +210,25 @@ def test_a_run_folder_has_a_page_and_show_prints_an_answer(run, result, capsys):
     assert main(["show", "run"]) == 0
     printed = capsys.readouterr().out
     assert "Tokens of 1 of 2 forget rows under ga" in printed and "run/tokens.html" in printed
+
+
+def test_a_profile_by_token_shows_the_answers_of_its_data(study, tmp_path, capsys):
+    words = [f"--{name}={study / file}" for name, file in FILES.items()]
+    words += ["--objectives", "ga,npo(beta=0.1)", "--engine", "forward"]
+    out = tmp_path / "run"
+    assert main(["profile", *words, "--resolve", "sample,token", "--out", str(out)]) == 0
+    assert "Tokens of 1 of 4 forget rows under ga" in capsys.readouterr().out
+    page = Page((out / "tokens.html").read_text(encoding="utf-8")).root
+    effects = open_run(out).g_effect.sel(objective="ga")
+    articles = find(page, "article")
+    for i, line in enumerate((study / "forget.jsonl").read_text().splitlines()):
+        row = json.loads(line)
+        assert text(find(articles[i], "h2")[0]) == f"forget row {i}{row['question']}"
+        for m, risk in enumerate(("unlearn", "retain")):
+            tokens = titled(find(articles[i], "section", data_risk=str(m))[0], "span")
+            assert "".join(map(text, tokens)).strip() == row["answer"] + "<|end|>"
+            shown = sum(map(value_of, tokens))
+            assert shown == pytest.approx(float(effects.sel(risk=risk)[i].sum()), rel=1e-3)
 
 
 def test_the_command_prints_what_is_asked_for(run, capsys):

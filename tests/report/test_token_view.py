@@ -252,6 +252,14 @@ def test_every_token_is_printed_once_in_order_at_any_width(width):
     assert "".join(shown.split()) == "".join("".join(view.texts).split())
 
 
+def test_alternatives_that_the_objective_does_not_read_are_not_printed():
+    result = make(groups=False)
+    assert "alternative 1" in tokens_text(token_view(result))
+    result["g_effect"][0, :, :2, :] *= (result.sequence[:2] < 1).values
+    assert "alternative" not in tokens_text(token_view(result))
+    assert "alternative 1" in tokens_text(token_view(result, "wga(alpha=1)"))
+
+
 def test_no_colour_is_obeyed(colours):
     view = token_view(make())
     assert "\x1b" not in tokens_text(view)
@@ -272,6 +280,16 @@ def test_colours_of_the_terminal_are_those_of_the_levels(colours, theme, variabl
         if level
     }
     assert {"#" + "".join(f"{int(c):02x}" for c in rgb) for rgb in found} == expected
+
+
+def test_upon_colours_the_answer_stands_once_a_risk(colours):
+    view = token_view(of_row([-1.0, 1.0, -0.3], [0.5, -1.0, 0.0], texts=["Vas", "quez", " was"]))
+    plain = re.sub(r"\x1b\[[^m]*m", "", printed(view, "truecolor"))
+    shown = [line.split(maxsplit=1) for line in plain.splitlines() if "Vas" in line]
+    assert [(name, text.strip()) for name, text in shown[:2]] == [
+        ("e_u", "Vasquez was"),
+        ("e_r", "Vasquez was"),
+    ]
 
 
 def test_few_colours_still_tell_wanted_from_unwanted(colours):
