@@ -111,16 +111,21 @@ class Reference:
             self.model = None
 
     @torch.no_grad()
-    def outputs(self, task: Task, batch: Batch, moved: Batch, own: Outputs) -> Outputs | None:
-        """The reference's outputs on `batch` (`moved`: on the device; `own`: the model's)."""
+    def given(self, task: Task, batch: Batch, moved: Batch) -> Outputs | None:
+        """What another model says of `batch` (`moved`: on the device); None where there is none."""
         needs = task.needs & REFERENCE_NEEDS
-        if not needs:
-            return None
-        if id(batch) in self._stored:
+        if needs and id(batch) in self._stored:
             return self._stored[id(batch)]
-        if self.model is not None:
-            with packed_attention(self.model, moved):
-                return model_outputs(self.model, moved, needs)
+        if not needs or self.model is None:
+            return None
+        with packed_attention(self.model, moved):
+            return model_outputs(self.model, moved, needs)
+
+    def outputs(self, task: Task, batch: Batch, moved: Batch, own: Outputs) -> Outputs | None:
+        """The reference's outputs on `batch`, where `own` are the model's."""
+        given = self.given(task, batch, moved)
+        if given is not None or not task.needs & REFERENCE_NEEDS:
+            return given
         return Outputs(
             own.token_logprob.detach(),
             None if own.logits is None else own.logits.detach(),
