@@ -26,12 +26,14 @@ class Architecture:
         settings: its arguments.
         layout: how samples may share a forward.
         generic: the kinds of parameters that take the generic rule; all others have a fast one.
+        forward: the class of the module that forward mode cannot pass; None: it passes all.
     """
 
     config: str
     settings: dict[str, Any]
     layout: str = "packed"
     generic: tuple[str, ...] = ()
+    forward: str | None = None
 
     def __call__(self) -> nn.Module:
         import transformers
@@ -207,7 +209,10 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
     # ---- positions by a bias on attention ----
     "bloom": Architecture(
-        "Bloom", IDS | {"hidden_size": 16, "n_layer": 2, "n_head": 4}, layout="equal_length"
+        "Bloom",
+        IDS | {"hidden_size": 16, "n_layer": 2, "n_head": 4},
+        layout="equal_length",
+        forward="BloomGelu",
     ),
     "mpt": Architecture(
         "Mpt",
@@ -368,6 +373,7 @@ ARCHITECTURES: dict[str, Architecture] = {
             "rg_lru.recurrent_param",
             *(f"rg_lru.{x}_gate_{y}" for x in ("input", "recurrent") for y in ("bias", "weight")),
         ),
+        forward="RecurrentGemmaRglru",
     ),
     "jamba": Architecture(
         "Jamba",
