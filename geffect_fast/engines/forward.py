@@ -10,7 +10,7 @@ objective at once, term by term. M directions share the primal pass; nothing is 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 
 import torch
@@ -26,7 +26,7 @@ from geffect_fast.engines.dual_modules import Forwards, dual_modules, fast_forwa
 from geffect_fast.engines.effect_array import Collect
 from geffect_fast.engines.forward_parts import Part
 from geffect_fast.engines.forward_pass import model_outputs
-from geffect_fast.engines.objective_check import check_same, linearised, named
+from geffect_fast.engines.objective_tangents import check_terms, term_tangents
 from geffect_fast.engines.packed_attention import packed_attention
 from geffect_fast.engines.tasks import Reference, Task
 from geffect_fast.errors import InputError
@@ -35,14 +35,14 @@ from geffect_fast.objectives.base import Need
 
 
 class _Run(nn.Module):
-    """A model as a function of its parameters and a batch."""
+    """A model's outputs on a batch as a function of its parameters."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
 
-    def forward(self, batch: Batch, needs: frozenset[Need]) -> Outputs:
-        return model_outputs(self.model, batch, needs)
+    def forward(self, batch: Batch, needs: frozenset[Need]) -> tuple[Tensor, ...]:
+        return model_outputs(self.model, batch, needs).tensors()
 
 
 @contextmanager
@@ -57,26 +57,21 @@ def dual_model(plan: Plan, batch: Batch, forwards: Forwards) -> Iterator[None]:
         yield
 
 
-def tangents(
-    plan: Plan,
-    directions: Mapping[str, Tensor],
-    function: Callable[[Outputs], Tensor],
-    batch: Batch,
-    needs: frozenset[Need],
-) -> Tensor:
-    """What `function(outputs)` changes by as the parameters move along the directions.
+def dual_outputs(
+    plan: Plan, directions: Mapping[str, Tensor], batch: Batch, needs: frozenset[Need]
+) -> tuple[Outputs, list[Outputs]]:
+    """What the model says about a batch, and how that moves with the parameters.
 
     To be called inside `dual_model`.
 
     Args:
         plan: of the model.
         directions: `(M, *shape)` for the parameters that move, in their dtype.
-        function: from the model's `Outputs` on `batch` to a tensor.
         batch: on the model's device.
         needs: as `model_outputs`.
 
     Returns:
-        The tensor's derivatives, `(M, *shape)`.
+        The outputs, and their derivatives along each direction.
     """
     run = _Run(plan.model)
     frozen, moving, along = {}, {}, {}
@@ -88,16 +83,20 @@ def tangents(
         else:
             frozen[f"model.{name}"] = p.detach()
 
-    def value(parameters: dict[str, Tensor]) -> Tensor:
-        outputs = functional_call(run, {**frozen, **parameters}, (batch, needs))
-        return function(outputs)
+    def outputs(parameters: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        found: tuple[Tensor, ...] = functional_call(run, {**frozen, **parameters}, (batch, needs))
+        return found
 
-    def derivative(v: dict[str, Tensor]) -> Tensor:
-        change: Tensor = jvp(value, (moving,), (v,))[1]
-        return change
+    def dual(v: dict[str, Tensor]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        values, tangents = jvp(outputs, (moving,), (v,))[:2]
+        return values, tangents
 
-    # Random vectors, which objectives draw from a seed, are the same for all directions.
-    return vmap(derivative, randomness="same")(along)
+    values, tangents = vmap(dual, out_dims=(None, 0))(along)  # type: ignore[arg-type]
+    has_logits = not {"logits", "reference_logits"}.isdisjoint(needs)
+    n = len(next(iter(along.values())))
+    return Outputs.of(values, has_logits), [
+        Outputs.of(tuple(t[m] for t in tangents), has_logits) for m in range(n)
+    ]
 
 
 def forward_effects(
@@ -172,29 +171,15 @@ def _terms(
 
     Those of the objectives in `check` are compared with what reverse mode says.
     """
-    found: list[float] = []
-    # Another model is run by itself: some write into their own weights the first time they run.
-    given = reference.given(task, batch, moved)
-
-    def terms(outputs: Outputs) -> Tensor:
-        other = given or reference.outputs(task, batch, moved, outputs)
-        every, expected = [], []
-        for index, part in task.parts.items():
-            with named(part):
-                own, value = task.terms(index, outputs, moved, other)
-                if index in check:
-                    expected.append(linearised(part, outputs, moved, other))
-            every.append(own.double())
-            found.append(value)
-        return torch.cat([torch.stack(every).flatten(), *(e[None] for e in expected)])
-
-    change = tangents(plan, directions, terms, moved, task.needs)
-    n = len(task.parts) * moved.total_tokens
-    by_term = change[:, :n].unflatten(1, (len(task.parts), -1))
-    checked = [k for k, index in enumerate(task.parts) if index in check]
-    for k, expected in zip(checked, change[:, n:].unbind(1), strict=True):
-        check_same(list(task.parts.values())[k], by_term[:, k], expected)
-    return by_term, found
+    outputs, tangents = dual_outputs(plan, directions, moved, task.needs)
+    other = reference.outputs(task, batch, moved, outputs)
+    change = torch.stack(
+        [term_tangents(task.parts.values(), outputs, moved, other, along) for along in tangents]
+    )
+    for k, (index, part) in enumerate(task.parts.items()):
+        if index in check:
+            check_terms(part, outputs, moved, other, tangents, change[:, k])
+    return change, [task.value(index, outputs, moved, other) for index in task.parts]
 
 
 def _on_device(

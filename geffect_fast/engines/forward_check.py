@@ -13,11 +13,10 @@ from geffect_fast.capture import Plan
 from geffect_fast.data import Layout, SampleSet
 from geffect_fast.data.batch import Batch
 from geffect_fast.engines.dual_modules import fast_forwards
-from geffect_fast.engines.forward import dual_model, tangents
+from geffect_fast.engines.forward import dual_model, dual_outputs
 from geffect_fast.engines.forward_pass import model_outputs
 from geffect_fast.engines.layout import probe_batch
 from geffect_fast.errors import UnsupportedModelError
-from geffect_fast.objectives import Outputs
 
 FLOOR = 1e-3
 """Gradients smaller than this beside the largest are rounding noise, and are not checked."""
@@ -77,12 +76,9 @@ def _own_gradients(plan: Plan, batch: Batch) -> dict[str, Tensor]:
 
 def _moved(plan: Plan, batch: Batch, along: dict[str, Tensor]) -> float:
     """By how much the sum of log-probabilities moves."""
-
-    def total(outputs: Outputs) -> Tensor:
-        return outputs.token_logprob.double().sum()
-
     with dual_model(plan, batch, fast_forwards(plan.model)):
-        return float(tangents(plan, along, total, batch, frozenset()))
+        (tangent,) = dual_outputs(plan, along, batch, frozenset())[1]
+    return float(tangent.token_logprob.double().sum())
 
 
 def _failing_module(plan: Plan, batch: Batch, along: dict[str, Tensor]) -> str:

@@ -45,10 +45,13 @@ class Task:
         self, index: int, outputs: Outputs, batch: Batch, reference: Outputs | None
     ) -> tuple[Tensor, float]:
         """What to differentiate for part `index` on `batch`, token by token, and its own value."""
-        part = self.parts[index]
-        with torch.no_grad():
-            value = float(part.loss(outputs, batch, reference))
-        return part.token_terms(outputs, batch, reference), value
+        value = self.value(index, outputs, batch, reference)
+        return self.parts[index].token_terms(outputs, batch, reference), value
+
+    @torch.no_grad()
+    def value(self, index: int, outputs: Outputs, batch: Batch, reference: Outputs | None) -> float:
+        """The value of part `index` on `batch`."""
+        return float(self.parts[index].loss(outputs, batch, reference))
 
 
 def mixture_of(objectives: Sequence[Objective], parts: Sequence[Objective]) -> Tensor:

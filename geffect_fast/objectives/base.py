@@ -46,6 +46,18 @@ class Outputs:
     logits: Tensor | None = None
     hidden_states: tuple[Tensor, ...] | None = None
 
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All of them that are there, in order."""
+        logits = () if self.logits is None else (self.logits,)
+        return (self.token_logprob, *logits, *(self.hidden_states or ()))
+
+    @classmethod
+    def of(cls, tensors: tuple[Tensor, ...], has_logits: bool) -> Outputs:
+        """The outputs that such `tensors` are of."""
+        token_logprob, *rest = tensors
+        states = tuple(rest[has_logits:])
+        return cls(token_logprob, rest[0] if has_logits else None, states or None)
+
 
 @dataclass(frozen=True)
 class Objective:
