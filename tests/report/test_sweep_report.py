@@ -1,0 +1,209 @@
+"""What people read of a sweep: the best of each family, the front, plots, of awkward ones too."""
+
+from __future__ import annotations
+
+import io
+import warnings
+
+import numpy as np
+import pandas as pd
+import pytest
+from rich.console import Console
+from synthetic import make_dataset
+
+from geffect_fast.report import write_report
+from geffect_fast.report.families import HIGHLIGHTS, Swept, highlights, is_sweep, thinned
+from geffect_fast.report.findings import findings
+from geffect_fast.report.sweep_plots import plot_pareto, plot_sweep
+from geffect_fast.report.sweep_table import FRONT_SHOWN, render_sweep
+from geffect_fast.runs import sweep as sweep_module
+
+TEXTS = ["wga(alpha=1:4:4)", "npo(beta=0.1:10:3,log)", "wtnpo(1:2:2, alpha=3:5:3)", "ga"]
+
+
+@pytest.fixture
+def swept(monkeypatch):
+    """Makes the result of a sweep with given totals, or with made-up ones."""
+
+    def make(texts=TEXTS, e_u=None, e_r=None, **kwargs):
+        def made_up(objectives, **_arguments):
+            names = [str(objective) for objective in objectives]
+            dataset = make_dataset(names, **{"resolve": (), "n_blocks": 1} | kwargs)
+            effect = dataset["g_effect"]
+            for risk, totals in ((0, e_u), (1, e_r)):
+                if totals is not None:
+                    effect[:, risk] = totals
+            return dataset
+
+        monkeypatch.setattr(sweep_module, "profile", made_up)
+        return sweep_module.sweep(None, None, forget=[], retain=[], objectives=texts)
+
+    return make
+
+
+def text_of(dataset, width=80):
+    console = Console(width=width, record=True, file=io.StringIO())
+    console.print(render_sweep(dataset))
+    return console.export_text()
+
+
+def awkward(swept):
+    """Sweeps that break naive reports, by name."""
+    broken = swept()
+    broken["g_effect"][:4] = np.nan
+    broken["g_effect"][5, 0] = np.inf
+    broken["pareto"] = sweep_module.pareto_front(broken)
+    return {
+        "broken": broken,
+        "samples": swept(resolve=("sample",)),
+        "zero": swept(e_u=0, e_r=0),
+        "one value": swept(["wga(1:1:1)"]),
+        "one name, log and not": swept(["wtnpo(alpha=1:8:3,log)", "wga(0:3:4)"]),
+        "sizes apart": swept(
+            ["wga(1:2:2)", "npo(1:2:2)"], e_u=[-1e-3, -2e-3, -1e3, -1e2], e_r=[1e-9, 0, 1e2, -1e5]
+        ),
+        "many families": swept([f"wga(alpha={i}:{i + 1}:3)" for i in range(0, 60, 2)]),
+        "a large grid": swept(["wtnpo(0.1:4:15,log, 0:2:15)"]),
+        "places and probes": swept(resolve=("parameter",), risks=("unlearn", "retain", "more")),
+    }
+
+
+def test_any_sweep_is_reported(tmp_path, swept):
+    for name, dataset in awkward(swept).items():
+        folder = tmp_path / name
+        folder.mkdir()
+        before = dataset.copy(deep=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            warnings.filterwarnings("ignore", category=DeprecationWarning)
+            lines = text_of(dataset).splitlines()
+            write_report(dataset, folder)
+        assert max(map(len, lines)) <= 80, name
+        assert len(findings(dataset)) == 3
+        plots = {path.name for path in (folder / "plots").iterdir()}
+        assert ("sweep.png" in plots) == (name != "one value") and "pareto.png" in plots
+        assert ("instances.png" in plots) == (name == "samples")
+        assert ("layers.png" in plots) == (name == "places and probes")
+        assert dataset.identical(before)
+        table = pd.read_csv(folder / "summary.csv")
+        assert list(table.objective) == list(dataset.objective.values)
+        assert list(table.sweep) == list(dataset.sweep.values)
+        assert list(table.pareto) == list(dataset.pareto.values)
+        for hyper in (str(c) for c in dataset.coords if str(c).startswith("hyper_")):
+            np.testing.assert_allclose(table[hyper], dataset[hyper])
+
+
+def test_the_best_of_a_family_are_named(swept):
+    dataset = swept(["wga(alpha=1:4:4)", "ga"], e_u=[-4, -3, -2, 1, -7], e_r=[-4, -1, -0.9, 9, -7])
+    family = Swept.of(dataset).families[0]
+    assert Swept.of(dataset).picks(family) == {
+        0: ["strongest removal"],
+        2: ["least damage"],  # alpha=4 does none and removes nothing
+        1: ["least collateral"],
+    }
+    lines = [line.split() for line in text_of(dataset).splitlines()]
+    assert ["strongest", "removal", "alpha=1", "-4", "-4", "1.00"] in lines
+    assert ["least", "damage", "alpha=3", "-2", "-0.9", "0.45"] in lines
+    assert ["least", "collateral", "alpha=2", "-3", "-1", "0.33"] in lines
+    assert ["ga", "-7", "-7", "1.00"] in lines
+    assert text_of(dataset).startswith("5 objectives on 12 forget rows: the best of each family")
+
+
+def test_values_of_a_grid_stand_together(swept):
+    dataset = swept(["wtnpo(1:2:2, 3:4:2)"], e_u=[-1, -2, -3, -4], e_r=[-4, -3, -2, -1])
+    text = text_of(dataset)
+    line = next(line for line in text.splitlines() if "strongest removal" in line)
+    assert line.split()[2:] == ["beta=2,", "alpha=4", "-4", "-1", "0.25"]
+    assert "strongest removal" in text and "alpha=3" not in text.split("Pareto")[0]
+
+
+def test_a_family_without_the_best_says_so(swept):
+    assert "undefined (NaN)" in text_of(swept(["wga(1:2:2)"], e_u=np.nan))
+    remembers = text_of(swept(["wga(1:2:2)"], e_u=1, e_r=1))
+    assert "strongest removal" in remembers and "least" not in remembers.split("Pareto")[0]
+    assert "undefined" not in remembers
+
+
+def test_the_front_is_listed_from_the_strongest_removal_on(swept):
+    dataset = swept(["wga(0:4:5)"], e_u=[-1, -5, -3, -4, -2], e_r=[-1, -5, -3, -6, -2])
+    front = text_of(dataset).split("Pareto front: 4 not beaten in both removal and damage")[1]
+    listed = [line.split()[0] for line in front.splitlines() if line.startswith(" wga")]
+    assert listed == [f"wga(alpha={i})" for i in (1, 2, 4, 0)]
+
+
+def test_a_long_front_is_thinned(swept):
+    n = 3 * FRONT_SHOWN
+    dataset = swept([f"wga(1:{n}:{n})"], e_u=-np.arange(n), e_r=-np.arange(n))
+    text = text_of(dataset)
+    assert f"and {2 * FRONT_SHOWN} between them, marked in summary.csv" in text
+    front = [line.split()[0] for line in text.splitlines() if line.startswith(" wga(alpha=")]
+    assert front[0] == f"wga(alpha={n})" and front[-1] == "wga(alpha=1)"
+    assert len(front) == FRONT_SHOWN
+
+
+def test_thinning_keeps_the_ends():
+    places = np.arange(100)
+    assert thinned(places, 100) is places
+    kept = thinned(places, 7)
+    assert len(kept) == 7 and kept[0] == 0 and kept[-1] == 99 and (np.diff(kept) > 0).all()
+
+
+def test_only_the_best_take_room_of_their_own(swept):
+    dataset = swept(["wtnpo(0.1:4:20,log, 0:2:20)"])
+    shown = highlights(dataset)
+    assert 1 < shown.sizes["objective"] <= HIGHLIGHTS
+    swept_whole = Swept.of(dataset)
+    best = set(swept_whole.ranked_front()) | set(swept_whole.picks(swept_whole.families[0]))
+    assert set(shown.objective.values) <= {swept_whole.objectives[i] for i in best}
+    assert is_sweep(dataset) and not is_sweep(make_dataset())
+
+
+def test_plots_are_pictures_of_the_numbers(tmp_path, swept):
+    dataset = swept()
+    turned = dataset.copy()
+    turned["g_effect"] = -dataset["g_effect"]
+    turned["pareto"] = sweep_module.pareto_front(turned)
+    pictures = set()
+    for plot in (plot_sweep, plot_pareto):
+        for result in (dataset, turned):
+            plot(result, tmp_path / "x.png")
+            pictures.add((tmp_path / "x.png").read_bytes())
+    assert len(pictures) == 4 and all(p.startswith(b"\x89PNG") for p in pictures)
+
+
+def test_axes_and_lines_are_those_of_the_ranges(tmp_path, swept, monkeypatch):
+    from matplotlib.figure import Figure
+
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *a, **k: drawn.append(figure))
+    assert plot_sweep(swept(), tmp_path / "x.png")
+    panels = drawn[0].axes
+    assert len(panels) == 3 * 2  # e_u, e_r and collateral against alpha and beta
+    names = {panel.get_xlabel(): panel for panel in panels if panel.get_xlabel()}
+    assert set(names) == {"alpha", "beta"}
+    assert names["alpha"].get_xscale() == "linear" and names["beta"].get_xscale() == "log"
+    labels = {
+        name: [line.get_label() for line in panel.get_lines() if line.get_label()[0] != "_"]
+        for name, panel in names.items()
+    }
+    wtnpo = "wtnpo(1:2:2, alpha=3:5:3)"
+    assert labels["alpha"] == ["wga(alpha=1:4:4)", f"{wtnpo}: beta=1", f"{wtnpo}: beta=2"]
+    assert labels["beta"] == [
+        "npo(beta=0.1:10:3,log)",
+        *(f"{wtnpo}: alpha={alpha}" for alpha in (3, 4, 5)),
+    ]
+
+
+def test_a_line_goes_through_the_numbers(tmp_path, swept, monkeypatch):
+    from matplotlib.figure import Figure
+
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *a, **k: drawn.append(figure))
+    dataset = swept(["wga(1:3:3)"], e_u=[-3, -2, np.nan], e_r=[-1, 1, 2])
+    dataset["pareto"] = sweep_module.pareto_front(dataset)
+    plot_sweep(dataset, tmp_path / "x.png")
+    lines = [panel.get_lines()[0] for panel in drawn[0].axes]
+    assert all(list(line.get_xdata()) == [1, 2, 3] for line in lines)
+    np.testing.assert_equal(lines[0].get_ydata(), [-3, -2, np.nan])
+    np.testing.assert_equal(lines[1].get_ydata(), [-1, 1, 2])
+    np.testing.assert_allclose(lines[2].get_ydata(), [1 / 3, -0.5, np.nan])
