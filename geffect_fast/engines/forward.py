@@ -10,7 +10,7 @@ objective at once, term by term. M directions share the primal pass; nothing is 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 
 import torch
@@ -26,7 +26,7 @@ from geffect_fast.engines.dual_modules import Forwards, dual_modules, fast_forwa
 from geffect_fast.engines.effect_array import Collect
 from geffect_fast.engines.forward_parts import Part
 from geffect_fast.engines.forward_pass import model_outputs
-from geffect_fast.engines.objective_tangents import check_terms, term_tangents
+from geffect_fast.engines.objective_tangents import term_tangents
 from geffect_fast.engines.packed_attention import packed_attention
 from geffect_fast.engines.tasks import Reference, Task
 from geffect_fast.errors import InputError
@@ -137,15 +137,21 @@ def forward_effects(
         moved_along, scale = _on_device(plan, directions, part)
         for task in tasks:
             own = list(task.parts)
-            # One objective of each kind: hyper-parameters change no code.
-            kinds = {type(objective): index for index, objective in task.parts.items()}
-            for i, batch in enumerate(task.batches):
+            for batch in task.batches:
                 moved = batch.to(device)
-                check = kinds.values() if number == 0 and i == 0 else ()
                 with dual_model(plan, moved, forwards):
-                    change, found = _terms(plan, task, batch, moved, reference, moved_along, check)
+                    outputs, tangents = dual_outputs(plan, moved_along, moved, task.needs)
+                other = reference.outputs(task, batch, moved, outputs)
+                change = torch.stack(
+                    [
+                        term_tangents(objective, outputs, moved, other, tangents)
+                        for objective in task.parts.values()
+                    ],
+                    dim=1,
+                )
                 if number == 0:
-                    values[own] += torch.tensor(found, dtype=torch.float64)
+                    for index in own:
+                        values[index] += task.value(index, outputs, moved, other)
                 change = change.cpu() * scale[:, None, None]
                 n = batch.total_tokens if per_token else batch.n_samples
                 effects = totals.new_zeros(len(own), n_directions, n_columns, n)
@@ -156,30 +162,6 @@ def forward_effects(
                 collect(task, batch, effects)
                 tick(batch.total_tokens)
     return values, totals
-
-
-def _terms(
-    plan: Plan,
-    task: Task,
-    batch: Batch,
-    moved: Batch,
-    reference: Reference,
-    directions: Mapping[str, Tensor],
-    check: Collection[int],
-) -> tuple[Tensor, list[float]]:
-    """Derivatives of all token terms `(M, K, total_tokens)` fp64, and the objectives' values.
-
-    Those of the objectives in `check` are compared with what reverse mode says.
-    """
-    outputs, tangents = dual_outputs(plan, directions, moved, task.needs)
-    other = reference.outputs(task, batch, moved, outputs)
-    change = torch.stack(
-        [term_tangents(task.parts.values(), outputs, moved, other, along) for along in tangents]
-    )
-    for k, (index, part) in enumerate(task.parts.items()):
-        if index in check:
-            check_terms(part, outputs, moved, other, tangents, change[:, k])
-    return change, [task.value(index, outputs, moved, other) for index in task.parts]
 
 
 def _on_device(
