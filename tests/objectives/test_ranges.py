@@ -80,6 +80,11 @@ GOOD = {
         (False, False),
         [f"{c}*ga - {d}*nll" for c in (4, 6) for d in (3, 6)],
     ),
+    "2:3:2*(4:5:2*ga + nll)": (
+        ("ga_coefficient", "ga_coefficient_2"),
+        (False, False),
+        [f"{c * d}*ga + {c}*nll" for c in (2, 3) for d in (4, 5)],
+    ),
     "2:3:2*npo(1:2:2)": (
         ("npo_coefficient", "beta"),
         (False, False),
