@@ -7,6 +7,7 @@ from geffect_fast.objectives.parameters import parameter
 from geffect_fast.objectives.parse import parse, parse_list, resolve
 from geffect_fast.objectives.preference import DPO, NPO, TNPO, WTNPO, AltPO, SimNPO
 from geffect_fast.objectives.primal_dual import PDU
+from geffect_fast.objectives.ranges import Sweep, expand
 from geffect_fast.objectives.registry import available, register
 from geffect_fast.objectives.representation import RMU, RR, RMUMask
 
@@ -34,8 +35,10 @@ __all__ = [
     "SatImp",
     "SimNPO",
     "Sum",
+    "Sweep",
     "TokenWeights",
     "available",
+    "expand",
     "parameter",
     "parse",
     "parse_list",

@@ -134,7 +134,9 @@ def test_a_sweep_stays_in_memory(study, tmp_path):
 # ---- the front ----
 
 few = st.sampled_from([-2.0, -1.0, 0.0, 1.0, np.nan, np.inf, -np.inf])
-points = st.lists(st.tuples(*[few | st.integers(-64, 64).map(lambda i: i / 16)] * 2), min_size=1, max_size=12)
+points = st.lists(
+    st.tuples(*[few | st.integers(-64, 64).map(lambda i: i / 16)] * 2), min_size=1, max_size=12
+)
 
 
 def effects(points):
