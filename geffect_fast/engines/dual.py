@@ -70,8 +70,13 @@ class _Dual(Function):
         return moved
 
     @staticmethod
-    def vmap(_info: Any, _in_dims: Any, rule: Rule, *primals: Tensor | None) -> Any:
-        return rule.value(*primals), None  # directions differ in tangents only
+    def vmap(
+        _info: Any, in_dims: tuple[int | None, ...], rule: Rule, *primals: Tensor | None
+    ) -> Any:
+        if all(dim is None for dim in in_dims[1:]):
+            return rule.value(*primals), None  # directions differ in tangents only
+        # An axis that the model itself maps over, by the framework's rules.
+        return torch.vmap(rule.value, in_dims[1:])(*primals), 0
 
 
 class _Stacked(Function):
@@ -149,16 +154,21 @@ class PaddedEmbedding(Rule):
 class LabelNLL(Rule):
     """`y = -log softmax(z)_label`, so `y' = sum_v p_v z'_v - z'_label`, a block of rows at a time.
 
-    Shapes: z `(n, vocab)`, labels `(n,)` int64.
+    Shapes: z `(n, vocab)`, labels `(n,)` int64, `y` 0 where they are `ignored`.
     """
 
+    def __init__(self, ignored: int) -> None:
+        self.ignored = ignored
+
     def value(self, logits: Tensor, labels: Tensor) -> Tensor:
-        return F.cross_entropy(logits, labels, reduction="none")
+        return F.cross_entropy(logits, labels, ignore_index=self.ignored, reduction="none")
 
     def tangent(self, primals: Primals, tangents: Tangents) -> Tensor:
         logits, labels, nll = primals
         moved = tangents[0]
         assert moved is not None
+        ignored = labels == self.ignored
+        labels = labels.masked_fill(ignored, 0)
         out = moved.new_empty(moved.shape[:2])
         step = max(1, BLOCK // logits.shape[1])
         for at in range(0, len(logits), step):
@@ -168,71 +178,87 @@ class LabelNLL(Rule):
             p = (logits[own] - logits[own].gather(1, label) - nll[own, None]).exp_()
             for m, z in enumerate(moved[:, own]):
                 out[m, own] = torch.linalg.vecdot(p, z) - z.gather(1, label)[:, 0]
-        return out
+        return out.masked_fill_(ignored, 0)
 
 
 class Attention(Rule):
     """`O = softmax(S) V` with `S = scale Q K^T + mask`, a block of queries at a time:
 
-        O' = (P * S') V + P V' - rowsum(P * S') O,    S' = scale (Q' K^T + Q K'^T)
+        O' = (P * S') V + P V' - rowsum(P * S') O,    S' = scale (Q' K^T + Q K'^T) + mask'
 
-    Shapes: Q `(..., heads, n, d)`, K and V `(..., heads, n_keys, d)`, fewer heads with `gqa`.
+    Shapes: Q `(..., heads, n, d)`, K and V `(..., heads, n_keys, d)`, fewer heads with `gqa`; mask
+    bool or added, `(n, n_keys)` with any axes before or None. A query that sees no key gets 0.
     """
 
-    def __init__(self, mask: Tensor | None, causal: bool, scale: float | None, gqa: bool) -> None:
-        self.mask = mask
+    def __init__(self, causal: bool, scale: float | None, gqa: bool) -> None:
         self.causal = causal
         self.scale = scale
         self.gqa = gqa
 
-    def value(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def value(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         return F.scaled_dot_product_attention(
             query,
             key,
             value,
-            attn_mask=self.mask,
+            attn_mask=mask,
             is_causal=self.causal,
             scale=self.scale,
             enable_gqa=self.gqa,
         )
 
     def tangent(self, primals: Primals, tangents: Tangents) -> Tensor:
-        query, key, value, output = primals
-        dq, dk, dv = tangents
+        query, key, value, mask, output = primals
+        dq, dk, dv, dmask = tangents
         scale = query.shape[-1] ** -0.5 if self.scale is None else self.scale
         if self.gqa:
             share = query.shape[-3] // key.shape[-3]
             key, value = (x.repeat_interleave(share, -3) for x in (key, value))
             dk, dv = (None if t is None else t.repeat_interleave(share, -3) for t in (dk, dv))
         n, n_keys = query.shape[-2], key.shape[-2]
-        mask = self.mask
         if self.causal:
             mask = query.new_ones(n, n_keys, dtype=torch.bool).tril()
+        if dmask is not None:
+            dmask = dmask.view(len(dmask), *[1] * (query.dim() - mask.dim()), *mask.shape)
         rows = prod(query.shape[:-2])
         step = max(1, BLOCK // max(1, rows * n_keys))
         blocks = []
         for at in range(0, max(n, 1), step):
-            q, out = query[..., at : at + step, :], output[..., at : at + step, :]
-            scores = q @ key.mT * scale
-            if mask is not None:
-                own = mask[..., at : at + step, :] if mask.shape[-2] > 1 else mask
-                if own.dtype == torch.bool:
-                    scores = scores.masked_fill(~own, -torch.inf)
-                else:
-                    scores = scores + own
-            p = scores.softmax(-1)
+            own = slice(at, at + step)
+            q, out = query[..., own, :], output[..., own, :]
+            p = _softmax(q @ key.mT * scale, None if mask is None else _rows(mask, own))
             terms = []
             if dq is not None:
-                terms.append(dq[..., at : at + step, :] @ key.mT)
+                terms.append(dq[..., own, :] @ key.mT)
             if dk is not None:
                 terms.append(q @ dk.mT)
-            if terms:
-                weighted = sum(terms[1:], terms[0]) * (p * scale)
+            moved = [sum(terms[1:], terms[0]) * (p * scale)] if terms else []
+            if dmask is not None:
+                moved.append(p * _rows(dmask, own))
+            terms = []
+            if moved:
+                weighted = sum(moved[1:], moved[0])
                 terms = [weighted @ value - weighted.sum(-1, keepdim=True) * out]
             if dv is not None:
                 terms.append(p @ dv)
             blocks.append(sum(terms[1:], terms[0]))
         return torch.cat(blocks, dim=-2)
+
+
+def _rows(mask: Tensor, own: slice) -> Tensor:
+    """Of a mask `(..., n, n_keys)`, or `(..., 1, n_keys)` for all rows."""
+    return mask[..., own, :] if mask.shape[-2] > 1 else mask
+
+
+def _softmax(scores: Tensor, mask: Tensor | None) -> Tensor:
+    """Over the keys that a mask leaves, 0 where it leaves none."""
+    if mask is None:
+        return scores.softmax(-1)
+    if mask.dtype == torch.bool:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    else:
+        scores = scores + mask
+    nothing = scores.amax(-1, keepdim=True) == -torch.inf
+    return scores.softmax(-1).masked_fill_(nothing, 0)
 
 
 class RMSNorm(Rule):
@@ -326,9 +352,18 @@ def _embedding(
     return PaddedEmbedding(padding_idx % len(weight))(input, weight)
 
 
-def _cross_entropy(input: Tensor, target: Tensor, **options: Any) -> Tensor | None:
-    plain = options == {"reduction": "none"} and input.dim() == 2 and target.dim() == 1
-    return LabelNLL()(input, target) if plain else None
+def _cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    **options: Any,
+) -> Tensor | None:
+    # Called with all options that there are, given or not.
+    plain = reduction == "none" and not any(options.values())
+    if not plain or input.dim() != 2 or target.dim() != 1:
+        return None
+    return LabelNLL(ignore_index)(input, target)
 
 
 def _attention(
@@ -343,7 +378,8 @@ def _attention(
 ) -> Tensor | None:
     if dropout_p:
         return None
-    return Attention(attn_mask, is_causal, scale, enable_gqa)(query, key, value)
+    mask = None if attn_mask is None else torch.atleast_2d(attn_mask)
+    return Attention(is_causal, scale, enable_gqa)(query, key, value, mask)
 
 
 _SERVED: dict[Any, Callable[..., Tensor | None]] = {
