@@ -28,7 +28,7 @@ inline Tile tile_at(int64_t out, int64_t in, int64_t d_out, int64_t d_in, int64_
 }
 
 // result (rows x cols) = sum over tokens [begin, end) of g_t a_t^T within the tile, 0 without
-// tokens; `scratch` holds kTileScratch.
+// tokens; `scratch` holds kInnerTokens * (tile.rows + tile.cols).
 template <class T>
 void gradient_tile(acc_t<T>* result, const Matrix<T>& a, const Matrix<T>& g, int64_t begin,
                    int64_t end, const Tile& tile, acc_t<T>* scratch) {
@@ -37,7 +37,7 @@ void gradient_tile(acc_t<T>* result, const Matrix<T>& a, const Matrix<T>& g, int
     const int64_t tokens = std::min(kInnerTokens, end - t);
     const auto g_block = dense_block(g, t, tokens, tile.out, tile.rows, scratch);
     const auto a_block =
-        dense_block(a, t, tokens, tile.in, tile.cols, scratch + kInnerTokens * kTileOut);
+        dense_block(a, t, tokens, tile.in, tile.cols, scratch + kInnerTokens * tile.rows);
     gemm(result, g_block, Transpose::kYes, a_block, Transpose::kNo, t > begin);
   }
 }

@@ -29,6 +29,7 @@ constexpr int64_t kPairTokens = 256;  // tokens of either set in a tile of pairs
 constexpr int64_t kResultRows = 8;    // rows of the result a task owns in the gradient form
 constexpr int64_t kTilesRows = 2048;  // of the tiles of all samples: they stay in the last cache
 constexpr int64_t kMinTileRows = 64;
+constexpr int64_t kMaxTileRows = 512;
 
 template <class T>
 struct Side {
@@ -113,7 +114,7 @@ std::vector<double> by_gradients(const Side<T>& x, const Side<T>& y, bool symmet
   const int64_t n_gradients = symmetric ? n_rows : n_rows + n_columns;
   const int64_t d_in = x.a.cols, d_out = x.g.cols;
   const int64_t tile_rows =
-      std::clamp(kTilesRows / std::max<int64_t>(n_gradients, 1), kMinTileRows, kTileOut);
+      std::clamp(kTilesRows / std::max<int64_t>(n_gradients, 1), kMinTileRows, kMaxTileRows);
   const Scratch<A> tiles(n_gradients * tile_at(0, 0, d_out, d_in, tile_rows).size());
   std::vector<double> result(n_rows * n_columns, 0.0);
   std::vector<const A*> at(n_gradients);
@@ -121,7 +122,8 @@ std::vector<double> by_gradients(const Side<T>& x, const Side<T>& y, bool symmet
   for (int64_t out = 0; out < d_out; out += tile_rows) {
     for (int64_t in = 0; in < d_in; in += kTileIn) {
       const Tile tile = tile_at(out, in, d_out, d_in, tile_rows);
-      run_tasks<A>(n_gradients, kTileScratch, [&](int64_t task, A* scratch) {
+      const int64_t scratch_size = kInnerTokens * (tile.rows + tile.cols);
+      run_tasks<A>(n_gradients, scratch_size, [&](int64_t task, A* scratch) {
         const Side<T>& side = task < n_rows ? x : y;
         const int64_t i = task < n_rows ? task : task - n_rows;
         A* gradient = tiles.data() + task * tile.size();

@@ -7,6 +7,7 @@
 //   all
 //             t >= its first; tiles right of the diagonal count twice.    ~ T_i^2 (d_in + d_out) /
 //             2
+//             Of few tokens: one task, the upper triangle by dot products.
 //   gradient  the sum of squares of G_i^T A_i: a task owns a tile of it.  T_i d_in d_out
 // Neither a T_i x T_i Gram nor a gradient exists beyond a tile a thread. Limiter: arithmetic.
 #include <torch/csrc/stable/library.h>
@@ -24,6 +25,12 @@ constexpr const char* kOp = "ghost_norm";
 constexpr int64_t kRowTokens = 32;
 constexpr int64_t kColTokens = 256;
 
+// Gram form of segments of few tokens: dot products of the triangle's rows, two at a time. BLAS
+// would spend half of its time on packing so few rows.
+constexpr int64_t kShortTokens = 64;
+constexpr int64_t kStrip = 2;
+constexpr int64_t kTriangle = kShortTokens * (kShortTokens + kStrip) / 2;
+
 // A block of token pairs (first: a token) or a tile of the gradient (first, second: its corner).
 struct Task {
   int64_t segment, first, second;
@@ -31,9 +38,9 @@ struct Task {
 };
 
 bool gram_form_is_cheaper(int64_t tokens, int64_t d_in, int64_t d_out) {
-  // One block holds the segment: both triangles are computed.
+  // Dot products of a triangle take about the time that BLAS takes for all pairs.
   const double pairs =
-      static_cast<double>(tokens) * (tokens <= kRowTokens ? tokens : (tokens + kRowTokens) / 2);
+      static_cast<double>(tokens) * (tokens <= kShortTokens ? tokens : (tokens + kRowTokens) / 2);
   return pairs * (d_in + d_out) < static_cast<double>(tokens) * d_in * d_out;
 }
 
@@ -45,6 +52,10 @@ std::vector<Task> plan(const Matrix<T>& a, const Matrix<T>& g,
     const int64_t segment = i, begin = offsets[i], end = offsets[i + 1];
     if (begin == end) continue;
     if (gram_form_is_cheaper(end - begin, a.cols, g.cols)) {
+      if (end - begin <= kShortTokens) {
+        tasks.push_back({segment, begin, 0, true});
+        continue;
+      }
       for (int64_t s = begin; s < end; s += kRowTokens) tasks.push_back({segment, s, 0, true});
       continue;
     }
@@ -73,6 +84,46 @@ double gram_task(const Matrix<T>& a, const Matrix<T>& g, int64_t s, int64_t end,
   return sum;
 }
 
+// triangle (rows x rows, in strips: each strip's columns begin at its first row) = Gram matrix of
+// tokens [begin, begin + rows); `copies` holds rows * kFeatures.
+template <class T>
+void token_triangle(double* triangle, const Matrix<T>& x, int64_t begin, int64_t rows,
+                    acc_t<T>* copies) {
+  const acc_t<T>* at[kShortTokens];
+  std::fill(triangle, triangle + kTriangle, 0.0);
+  for (int64_t f = 0; f < x.cols; f += kFeatures) {
+    const int64_t features = std::min(kFeatures, x.cols - f);
+    for (int64_t r = 0; r < rows; ++r) {
+      at[r] = dense_row(x, begin + r, f, features, copies + r * features);
+    }
+    double* strip = triangle;
+    for (int64_t r = 0; r < rows; r += kStrip) {
+      const int64_t height = std::min(kStrip, rows - r), width = rows - r;
+      dot_rows(&at[r], height, &at[r], width, features, strip);
+      strip += height * width;
+    }
+  }
+}
+
+template <class T>
+double short_gram_task(const Matrix<T>& a, const Matrix<T>& g, int64_t begin, int64_t end,
+                       acc_t<T>* copies) {
+  double triangle_a[kTriangle], triangle_g[kTriangle];
+  const int64_t rows = end - begin;
+  token_triangle(triangle_a, a, begin, rows, copies);
+  token_triangle(triangle_g, g, begin, rows, copies);
+  double sum = 0;
+  for (int64_t r = 0, at = 0; r < rows; r += kStrip) {
+    const int64_t height = std::min(kStrip, rows - r), width = rows - r;
+    for (int64_t i = 0; i < height; ++i) {
+      for (int64_t j = 0; j < width; ++j, ++at) {
+        sum += (j < height ? 1 : 2) * triangle_a[at] * triangle_g[at];
+      }
+    }
+  }
+  return sum;
+}
+
 template <class T>
 double gradient_task(const Matrix<T>& a, const Matrix<T>& g, int64_t begin, int64_t end,
                      const Tile& tile, acc_t<T>* scratch) {
@@ -92,7 +143,9 @@ std::vector<double> ghost_norm_kernel(const Tensor& a_tensor, const Tensor& g_te
   run_tasks<acc_t<T>>(tasks.size(), scratch_size, [&](int64_t i, acc_t<T>* scratch) {
     const Task& task = tasks[i];
     const int64_t begin = offsets[task.segment], end = offsets[task.segment + 1];
-    if (task.gram) {
+    if (task.gram && end - begin <= kShortTokens) {
+      partial[i] = short_gram_task(a, g, begin, end, scratch);
+    } else if (task.gram) {
       partial[i] = gram_task(a, g, task.first, end, scratch);
     } else {
       const Tile tile = tile_at(task.first, task.second, g.cols, a.cols);
