@@ -12,13 +12,16 @@ import torch
 from torch import Tensor, nn
 from torch.func import jvp
 
-from geffect_fast.engines.dual import Gated, RMSNorm
+from geffect_fast.engines.dual import DualFunctions, Gated, RMSNorm
 
 Forwards = Mapping[nn.Module, Callable[..., Tensor]]
 
 TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-5, torch.bfloat16: 5e-2, torch.float16: 5e-3}
 """How far a rule may be from the module it stands for, relative to the largest number: rounding,
 which is that of fp32 in fp64 models that compute their norms so."""
+
+SIZES = (1.0, 100.0)
+"""Of the numbers tried: usual ones, and some that are clipped where large ones are."""
 
 
 def fast_forwards(model: nn.Module) -> dict[nn.Module, Callable[..., Tensor]]:
@@ -65,8 +68,8 @@ def _norm_forward(module: nn.Module) -> Callable[..., Tensor] | None:
     for offset in (0.0, 1.0):
         rule = RMSNorm(norm, offset, epsilons[0])
         x, w = _noise(weight, 2, len(weight)), _noise(weight, len(weight))
-        # at a size where eps counts, and at one where it does not
-        if all(_serves(rule, norm, (size * x, w)) for size in (1e-3, 1.0)):
+        # at a size where eps counts, and at others where it does not
+        if all(_same(rule, norm, (size * x, w)) for size in (1e-3, *SIZES)):
             return partial(_normed, rule, module, module.forward)
     return None
 
@@ -97,34 +100,31 @@ def _gated_forward(module: nn.Module) -> Callable[[Tensor], Tensor] | None:
         y: Tensor = down(rule(gate(x), up(x)))
         return y
 
-    with torch.no_grad():
-        try:
-            x = _noise(gate.weight, 2, gate.in_features)
-            if not _alike(forward(x), own(x)):
-                return None
-        except (RuntimeError, TypeError, ValueError, IndexError):
-            return None
-        gated = tuple(_noise(gate.weight, 2, gate.out_features, seed=seed) for seed in (1, 2))
-    return forward if _serves(rule, rule.value, gated) else None
+    x = _noise(gate.weight, 2, gate.in_features)
+    gated = tuple(_noise(gate.weight, 2, gate.out_features, seed=seed) for seed in (1, 2))
+    serves = _same(rule, rule.value, gated)
+    return forward if serves and all(_same(forward, own, (s * x,)) for s in SIZES) else None
 
 
-def _serves(rule: Any, function: Callable[..., Tensor], primals: tuple[Tensor, ...]) -> bool:
-    """Whether a rule gives the function's derivative, along a direction of noise."""
+def _same(
+    fast: Callable[..., Tensor], plain: Callable[..., Tensor], primals: tuple[Tensor, ...]
+) -> bool:
+    """Whether two functions have one value, and one derivative along a direction of noise."""
     along = tuple(_noise(x, *x.shape, seed=3) for x in primals)
     try:
-        with torch.no_grad():
-            y, expected = jvp(function, primals, along)[:2]
-            found = rule.tangent((*primals, y), tuple(t[None] for t in along))[0]
+        # What is computed without gradients is constant, as where the engine runs it.
+        with torch.enable_grad(), DualFunctions():
+            found, expected = (jvp(function, primals, along)[:2] for function in (fast, plain))
     except (RuntimeError, TypeError, ValueError, IndexError):
         return False
-    return y.shape == primals[0].shape and _alike(found, expected)
+    return all(map(_alike, found, expected))
 
 
 def _alike(found: Any, expected: Any) -> bool:
     if not isinstance(expected, Tensor) or found.shape != expected.shape:
         return False
-    limit = TOLERANCE[expected.dtype] * float(expected.abs().max())
-    return float((found - expected).abs().max()) <= limit
+    limit = TOLERANCE[expected.dtype] * float(expected.detach().abs().max())
+    return float((found - expected).detach().abs().max()) <= limit
 
 
 def _noise(like: Tensor, *shape: int, seed: int = 0) -> Tensor:
