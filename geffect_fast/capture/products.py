@@ -194,16 +194,27 @@ def _pairwise(x: Factor, y: Factor, shape: torch.Size) -> Tensor:
     if isinstance(x, Outer) and isinstance(y, Outer) and x.transposed == y.transposed:
         return ops.ghost_dot(x.a, x.g, x.cu, y.a, y.g, y.cu).double()
     if isinstance(x, RowSum) and isinstance(y, RowSum):
-        return segment_sum(x.p, x.cu) @ segment_sum(y.p, y.cu).T
+        vectors = segment_sum(x.p, x.cu)
+        return vectors @ (vectors if x is y else segment_sum(y.p, y.cu)).T
     if isinstance(y, Lookup) and isinstance(x, Outer | Lookup):
-        every = slice(0, y.ids.numel())
-        rows = [_lookup_gram(x, r, y, every).sum(0) for r in samples(x.cu)]
-        return segment_sum(torch.stack(rows, dim=1), y.cu).T
+        return _lookup_pairs(x, y)
     if isinstance(x, Lookup) and isinstance(y, Outer):
         return _pairwise(y, x, shape).T
     # One side formed a sample at a time, as a direction for the other: exact for anything.
     rows = [inner(y, x.gradient(i).reshape(1, *shape))[0] for i in range(n_samples(x))]
     return torch.stack(rows)
+
+
+def _lookup_pairs(x: Outer | Lookup, y: Lookup) -> Tensor:
+    """`<grad_i, grad_j>` for every sample `i` of `x` and `j` of a table's `y`, `(n, n2)` fp64."""
+    out = torch.zeros(n_samples(x), n_samples(y), dtype=torch.float64, device=y.g.device)
+    starts = y.cu.tolist()
+    for i, rows in enumerate(samples(x.cu)):
+        first = i if x is y else 0  # with itself: half of a symmetric result
+        columns = slice(starts[first], starts[-1])
+        sums = _lookup_gram(x, rows, y, columns).sum(0)
+        out[i, first:] = segment_sum(sums, y.cu[first:] - starts[first])
+    return out.triu() + out.triu(1).T if x is y else out
 
 
 def _lookup_gram(x: Outer | Lookup, rows: slice, y: Lookup, columns: slice) -> Tensor:
