@@ -16,6 +16,10 @@ if TYPE_CHECKING:
 
 STRONGEST, LEAST, CHEAPEST = "strongest removal", "least damage", "least collateral"
 
+CLEARLY = 0.1
+"""The share of a family's strongest removal that the least collateral is sought from: with less
+removal, collateral is a ratio of next to nothings."""
+
 HIGHLIGHTS = 24
 """How many of a sweep's objectives are shown where each takes room of its own."""
 
@@ -88,10 +92,11 @@ class Swept:
         found: dict[int, list[str]] = {}
         finite = np.isfinite(e_u) & np.isfinite(e_r)
         removes = finite & np.isfinite(collateral)
+        clearly = removes & (e_u <= CLEARLY * np.where(removes, e_u, 0.0).min(initial=0.0))
         for what, score, among in (
             (STRONGEST, e_u, finite),
             (LEAST, -e_r, removes),
-            (CHEAPEST, collateral, removes),
+            (CHEAPEST, collateral, clearly),
         ):
             if among.any():
                 found.setdefault(int(np.where(among, score, np.inf).argmin()), []).append(what)

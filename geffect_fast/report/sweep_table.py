@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import numpy as np
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -19,9 +20,10 @@ FRONT_SHOWN = 12
 NOTE = (
     "e_u is the effect on the forget risk (below 0: it rises, as wanted), e_r on the retain risk "
     "(below 0: the rest is harmed). collateral: rise of the worst other risk for a unit rise of "
-    "the forget risk, below 0 a gain. The front compares steps of one size and so favours "
-    "objectives of a large scale: npo and dpo sum over whole answers, most others are means over "
-    "tokens. Collateral does not depend on scale."
+    "the forget risk, below 0 a gain; the least is that of values that remove at least a tenth of "
+    "the family's most. The front compares steps of one size and so favours objectives of a large "
+    "scale: npo and dpo sum over whole answers, most others are means over tokens. Collateral does "
+    "not depend on scale."
 )
 
 
@@ -32,9 +34,9 @@ def render_sweep(dataset: xr.Dataset) -> RenderableType:
         families_table(swept, int(dataset.attrs["n_forget"])),
         front_table(swept),
     ]
-    hidden = int(swept.front.sum()) - FRONT_SHOWN
+    hidden = int(swept.front.sum()) - len(_shown(swept))
     if hidden > 0:
-        parts += [Text(f"and {hidden} between them, marked in summary.csv"), Text()]
+        parts += [Text(f"and {hidden} more, marked in summary.csv"), Text()]
     parts += [Text(NOTE, style="dim"), Text(), *covered(dataset.attrs)]
     return Group(*parts)
 
@@ -59,14 +61,23 @@ def families_table(swept: Swept, n_forget: int) -> Table:
 
 
 def front_table(swept: Swept) -> Table:
-    """The Pareto front, strongest removal first; some, evenly spaced, where they are many."""
+    """The Pareto front, strongest removal first."""
     n = int(swept.front.sum())
     table = new_table(f"Pareto front: {n} not beaten in both removal and damage")
     table.add_column("objective", overflow="fold", min_width=30)
     _add_numbers(table)
-    for i in thinned(swept.ranked_front(), FRONT_SHOWN):
+    for i in _shown(swept):
         table.add_row(swept.objectives[i], *_numbers(swept, i))
     return table
+
+
+def _shown(swept: Swept) -> np.ndarray:
+    """What of the front is listed: where they are many, some of those that remove anything."""
+    front = swept.ranked_front()
+    if len(front) > FRONT_SHOWN:
+        removing = front[swept.e_u[front] < 0]
+        front = removing if len(removing) else front
+    return thinned(front, FRONT_SHOWN)
 
 
 def _add_numbers(table: Table) -> None:

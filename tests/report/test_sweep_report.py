@@ -133,12 +133,26 @@ def test_the_front_is_listed_from_the_strongest_removal_on(swept):
 
 def test_a_long_front_is_thinned(swept):
     n = 3 * FRONT_SHOWN
-    dataset = swept([f"wga(1:{n}:{n})"], e_u=-np.arange(n), e_r=-np.arange(n))
+    dataset = swept([f"wga(1:{n}:{n})"], e_u=-1 - np.arange(n), e_r=-np.arange(n))
     text = text_of(dataset)
-    assert f"and {2 * FRONT_SHOWN} between them, marked in summary.csv" in text
+    assert f"and {2 * FRONT_SHOWN} more, marked in summary.csv" in text
     front = [line.split()[0] for line in text.splitlines() if line.startswith(" wga(alpha=")]
     assert front[0] == f"wga(alpha={n})" and front[-1] == "wga(alpha=1)"
     assert len(front) == FRONT_SHOWN
+
+
+def test_of_a_long_front_those_that_reinforce_are_left_out(swept):
+    n = FRONT_SHOWN + 1
+    e_u = np.arange(n) - 2.0
+    text = text_of(swept([f"wga(1:{n}:{n})"], e_u=e_u, e_r=e_u))
+    front = text.split("Pareto")[1]
+    assert front.count(" wga(alpha=") == 2 and f"and {n - 2} more" in front
+
+
+def test_collateral_of_next_to_no_removal_is_no_merit(swept):
+    dataset = swept(["wga(1:4:4)"], e_u=[-10, -1, -0.99, 1], e_r=[-5, -0.1, 4, 9])
+    picks = Swept.of(dataset).picks(Swept.of(dataset).families[0])
+    assert picks == {0: ["strongest removal"], 1: ["least collateral"], 2: ["least damage"]}
 
 
 def test_thinning_keeps_the_ends():
