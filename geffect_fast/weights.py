@@ -76,7 +76,7 @@ def optimal_weights(
         every `e_r` from the largest down, linear in between; `shadow_price`, the removal that one
         more unit of the budget would buy there, 0 where nothing is left to buy; `token_e_u`,
         `token_e_r` (sample, token), the shares `u` and `r` of `ga`. Samples are the forget rows and
-        tokens their answers' predicted ones, with the coordinates they have in the result.
+        tokens their answers' label tokens, with the coordinates they have in the result.
 
         Of several optima it is one that no other beats in `e_u` and `e_r` at once; tokens of equal
         `|u| / |r|` change their weights in the order of the data.
@@ -255,7 +255,7 @@ def _check_same(row: dict[str, Any], weight: xr.DataArray, place: str) -> None:
     question = row.get("question")
     same = str(weight["question"].item()) == (question if isinstance(question, str) else "")
     if "labels" in row:
-        labels = [label for label in row["labels"][1:] if label != IGNORE]
+        labels = [label for label in row["labels"] if label != IGNORE]
         same = same and weight["token_id"].values.tolist() == labels
     if not same:
         raise InputError(

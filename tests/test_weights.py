@@ -293,6 +293,39 @@ def test_a_profile_of_the_written_file_gives_the_optimum(tmp_path, reduction):
             np.testing.assert_allclose(found[1], ga, rtol=1e-9, atol=1e-9 * size)
 
 
+def test_the_token_axis_is_one_backward_a_token(tmp_path):
+    """The forward engine's shares are brute force's, and its profile of the file weighs them."""
+    forget, retain = samples([6, 2, 9], 1, 2), samples([7, 4], 2, 2)
+    forget += samples([5], 3, 0)  # a label on the first token, which nothing predicts
+    with fp64_throughout():
+        model = build("llama", torch.float64)
+        expected = brute_shares(model, forget, retain)
+
+        def by_token(rows, objective):
+            return gf.profile(
+                model,
+                None,
+                forget=rows,
+                retain=retain,
+                objectives=[objective],
+                resolve=("sample", "token"),
+                engine="forward",
+            )
+
+        result = by_token(forget, "ga")
+        best = gf.optimal_weights(result, retain_budget=0)
+        rows = read_rows(gf.write_weighted(forget, best, tmp_path / "w.jsonl"), name="forget")
+        found = by_token(rows, "token_weights").g_effect[0].values
+    expected[3] = np.concatenate([np.zeros((2, 1)), expected[3]], axis=1)
+    for i, share in enumerate(expected):
+        size = np.abs(share).max()
+        for name, one in zip(("token_e_u", "token_e_r"), share, strict=True):
+            np.testing.assert_allclose(best[name][i, : len(one)], one, atol=1e-10 * size)
+    assert len(rows[3]["weights"]) == 5
+    weighed = result.g_effect[0].values * np.nan_to_num(best.weight.values)
+    np.testing.assert_allclose(found, weighed, atol=1e-12 * np.abs(weighed).max())
+
+
 def test_text_rows_keep_their_fields_and_get_weights_that_fit_their_tokens(tmp_path, study):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -29,8 +29,8 @@ _CHAT_DATE = "26 Jul 2024"
 class Sequence:
     """Token ids and unshifted labels, both `(length,)` int64; `IGNORE` where nothing is learned.
 
-    `weights` `(length,)` fp64 are the labels' own, from the data, 0 where no label is predicted;
-    None where the data gives none.
+    `weights` `(length,)` fp64 are the labels' own, from the data, 0 where there is no label; None
+    where the data gives none.
     """
 
     input_ids: Tensor
@@ -250,19 +250,17 @@ def _sequence(
 
 
 def _weighted(answer: Sequence, weights: Rows[float] | None, place: str) -> Sequence:
-    """The answer with a weight at every label that is predicted."""
+    """The answer with a weight at every label."""
     if weights is None:
         return answer
-    if len(weights) != answer.n_targets:
+    if len(weights) != answer.n_labelled:
         raise InputError(
-            f"{place}: {len(weights)} 'weights' for the {answer.n_targets} label tokens of its "
+            f"{place}: {len(weights)} 'weights' for the {answer.n_labelled} label tokens of its "
             "answer; they were written for another tokenizer, template or answer: write them anew, "
             "or leave them out"
         )
-    predicted = answer.labels != IGNORE
-    predicted[0] = False
     spread = torch.zeros(len(answer), dtype=torch.float64)
-    spread[predicted] = torch.tensor(weights, dtype=torch.float64)
+    spread[answer.labels != IGNORE] = torch.tensor(weights, dtype=torch.float64)
     return replace(answer, weights=spread)
 
 

@@ -129,8 +129,9 @@ class Resolution:
             several = self._sequences(sample)
             kept = own >= 0
             number = torch.repeat_interleave(torch.tensor([len(s) for s in several]))
-            ids[row, own[kept]] = torch.cat([s.input_ids for s in several])[kept].numpy()
-            sequence[row, own[kept]] = number[kept].numpy()
+            at = own[kept].numpy()  # a tensor of one index would be taken for a number
+            ids[row, at] = torch.cat([s.input_ids for s in several])[kept].numpy()
+            sequence[row, at] = number[kept].numpy()
         coords["token_id"] = (("sample", axis), ids)
         coords["sequence"] = (("sample", axis), sequence)
         if tokenizer is not None:

@@ -233,11 +233,11 @@ def test_tokenised_rows_are_used_as_they_are_with_or_without_a_tokenizer(plain_t
         assert totals.n_labelled == {"answer": 3, "alternative": 3}
 
 
-def test_weights_stand_at_the_labels_that_are_predicted(plain_tokenizer):
-    hole = {"input_ids": [7, 8, 9, 3], "labels": [7, 8, IGNORE, 3], "weights": [0.5, 2]}
+def test_weights_stand_at_the_labels(plain_tokenizer):
+    hole = {"input_ids": [7, 8, 9, 3], "labels": [7, 8, IGNORE, 3], "weights": [1, 0.5, 2]}
     [sample] = tokenize_rows(read_rows([hole], name="forget"), None, name="forget").samples
     assert sample.answer.weights.dtype == torch.float64
-    assert sample.answer.weights.tolist() == [0, 0.5, 0, 2]
+    assert sample.answer.weights.tolist() == [1, 0.5, 0, 2]
     plain = tokenize_rows([TEXT], plain_tokenizer, name="forget")
     [bare] = plain.samples
     weights = [1 + i / 8 for i in range(bare.answer.n_targets)]
