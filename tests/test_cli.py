@@ -188,7 +188,10 @@ def test_a_deviation_exits_with_3(here, capsys, monkeypatch):
     assert main([*CHECK, "-q"]) == 3
 
 
-@pytest.mark.parametrize("command", ["profile", "check", "show", "tokens", "export", "demo", "env"])
+@pytest.mark.parametrize(
+    "command",
+    ["profile", "sweep", "check", "show", "tokens", "weights", "export", "demo", "env"],
+)
 def test_every_command_explains_itself_and_its_exit_codes(command, capsys):
     assert main([command, "--help"]) == 0
     printed = " ".join(capsys.readouterr().out.split())
