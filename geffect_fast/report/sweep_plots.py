@@ -63,8 +63,10 @@ def plot_sweep(dataset: xr.Dataset, file: Path) -> bool:
             panel.axhline(0, color="#555555", linewidth=0.8)
             panel.margins(y=0.1)
             if quantity == "collateral":  # what hardly forgets would hide all others
-                low, high = panel.get_ylim()
-                panel.set_ylim(max(low, -2), min(high, 2))
+                seen = np.concatenate([[0.0], *(values[family.at] for family, _ in families)])
+                seen = np.clip(np.nan_to_num(seen), -2, 2)
+                room = 0.1 * np.ptp(seen) or 1.0
+                panel.set_ylim(seen.min() - room, seen.max() + room)
             else:
                 _fit_scales(panel.set_yscale, [values[family.at] for family, _ in families])
             panel.tick_params(labelsize=8)
@@ -98,7 +100,14 @@ def plot_pareto(dataset: xr.Dataset, file: Path) -> None:
     e_u, e_r = swept.e_u[front], swept.e_r[front]
     panel.step(e_u, e_r, where="post", color="black", linewidth=1, zorder=2)
     panel.scatter(
-        e_u, e_r, s=70, facecolors="none", edgecolors="black", label="Pareto front", zorder=4
+        e_u,
+        e_r,
+        s=60,
+        facecolors="none",
+        edgecolors="black",
+        linewidths=0.7,
+        label="Pareto front",
+        zorder=4,
     )
     each = [family.at[finite[family.at]] for family in swept.families]
     _fit_scales(panel.set_xscale, [swept.e_u[at] for at in each])
