@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -22,7 +22,7 @@ from geffect_fast.data import (
 from geffect_fast.data.batch import Batch
 from geffect_fast.errors import GEffectError, InputError
 from geffect_fast.report import write_report
-from geffect_fast.runs.config import ProfileConfig, make_config
+from geffect_fast.runs.config import make_config
 from geffect_fast.runs.disk import folder_for, is_there, set_aside
 from geffect_fast.runs.execute import execute
 from geffect_fast.runs.models import quiet_transformers
@@ -46,7 +46,15 @@ OBJECTIVES = (
     "rmu(layer=2)",
     "npo(beta=0.1) + kl",
 )
-PARTS = ("forget.jsonl", "retain.jsonl", "refusals.jsonl", "reference", "model")
+RANGES = (
+    "ga",
+    "wga(alpha=0.1:7:20)",
+    "npo(beta=0.01:4:20,log)",
+    "tnpo(beta=0.1:5:20)",
+    "simnpo(beta=0.1:5:20)",
+)
+SWEEP = "sweep"
+PARTS = ("forget.jsonl", "retain.jsonl", "refusals.jsonl", "reference", "model", SWEEP)
 PEAK_RATE = 1e-3
 KEPT = 0.93
 """Unlearning begins with steps until so much of the forget set's mean token probability is left."""
@@ -80,19 +88,19 @@ def run_demo(
     progress: bool = True,
     size: Size | None = None,
 ) -> xr.Dataset:
-    """Make data, train a model on it until it knows it by heart, and profile eleven objectives.
+    """Make data, train a model on it until it knows it by heart, profile objectives and sweep them.
 
     Args:
         out: gets `forget.jsonl`, `retain.jsonl`, `refusals.jsonl`, `reference/` (the model that
-            knows all), `model/` (it, a few unlearning steps later) and the run; where anything
-            fails, it is left as it was.
+            knows all), `model/` (it, a few unlearning steps later), the run, and in `sweep/` that
+            of a sweep, by token; where anything fails, it is left as it was.
         seed: of data, weights and order.
         overwrite: whether an earlier demo in `out` may be replaced.
         progress: whether to show bars and say what happens.
         size: how large; None: what two cores train in two minutes.
 
     Returns:
-        The result, as `geffect_fast.profile` returns it.
+        The result, as `geffect_fast.profile` returns it; that of the sweep is in its folder.
 
     Raises:
         InputError: `out` is in use.
@@ -104,12 +112,16 @@ def run_demo(
     if held and not overwrite:
         raise InputError(f"{out} already holds {held[0]}; choose another --out or use --overwrite")
     with folder_for(f"demo {out}", folder), set_aside(folder, (*PARTS, *RUN_FILES)):
-        config = _prepare(folder, seed, progress, size)
-        return execute(config, folder, progress=progress, report=write_report)
+        values = _prepare(folder, seed, progress, size)
+        profiled = make_config(values | {"objectives": OBJECTIVES})
+        result = execute(profiled, folder, progress=progress, report=write_report)
+        swept = {"command": "sweep", "objectives": RANGES, "resolve": ("sample", "token")}
+        execute(make_config(values | swept), folder / SWEEP, progress=progress, report=write_report)
+        return result
 
 
-def _prepare(folder: Path, seed: int, progress: bool, size: Size) -> ProfileConfig:
-    """Fill the folder with data and models, and say how to profile them."""
+def _prepare(folder: Path, seed: int, progress: bool, size: Size) -> dict[str, Any]:
+    """Fill the folder with data and models; the fields of a config that name them."""
     rows = make_fictitious_authors(size.n_authors, seed)
     forget, retain = split_forget(rows, 0.2)
     write_jsonl(forget, folder / "forget.jsonl")
@@ -141,16 +153,13 @@ def _prepare(folder: Path, seed: int, progress: bool, size: Size) -> ProfileConf
         f"({_percent([recall(model, part) for part in sets])}) with the one before as reference, "
         "since at the reference itself npo is ga on another scale and kl has no gradient."
     )
-    return make_config(
-        {
-            "model": str(folder / "model"),
-            "reference": str(folder / "reference"),
-            "forget": str(folder / "forget.jsonl"),
-            "retain": str(folder / "retain.jsonl"),
-            "refusals": str(folder / "refusals.jsonl"),
-            "objectives": OBJECTIVES,
-        }
-    )
+    return {
+        "model": str(folder / "model"),
+        "reference": str(folder / "reference"),
+        "forget": str(folder / "forget.jsonl"),
+        "retain": str(folder / "retain.jsonl"),
+        "refusals": str(folder / "refusals.jsonl"),
+    }
 
 
 def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerBase:

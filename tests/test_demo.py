@@ -10,7 +10,7 @@ import torch
 
 from geffect_fast.cli import main
 from geffect_fast.data import read_rows, tokenize_rows
-from geffect_fast.demo import OBJECTIVES, PARTS, Size, recall, run_demo
+from geffect_fast.demo import OBJECTIVES, PARTS, SWEEP, Size, recall, run_demo
 from geffect_fast.errors import GEffectError, InputError
 from geffect_fast.runs.models import load_model, load_tokenizer
 from geffect_fast.runs.store import open_run
@@ -63,12 +63,24 @@ def test_the_run_profiles_at_least_eight_objectives_against_both_risks(done):
     )
 
 
-def test_run_yaml_replays_it(done, tmp_path):
-    words = ["profile", "--config", str(done / "run.yaml"), "--out", str(tmp_path / "again"), "-q"]
-    assert main(words) == 0
-    assert open_run(tmp_path / "again").g_effect.values.tobytes() == (
-        open_run(done).g_effect.values.tobytes()
-    )
+def test_it_sweeps_hyper_parameters_token_by_token(done):
+    profiled, swept = open_run(done), open_run(done / SWEEP)
+    assert swept.attrs["engine"] == "forward" and swept.sizes["objective"] == 81
+    assert swept.g_effect.dims == ("objective", "risk", "sample", "token")
+    for result in (profiled, swept):
+        assert not result.g_effect.isnull().any()
+    both = profiled.g_effect.sum("parameter"), swept.g_effect.sum("token")
+    one, other = (e.sel(objective="ga")[:, (e.set == "forget").values].values for e in both)
+    assert one == pytest.approx(other, rel=1e-4, abs=1e-5 * abs(one).max())
+    assert (done / SWEEP / "tokens.html").is_file()
+
+
+@pytest.mark.parametrize(("command", "run"), [("profile", "."), ("sweep", SWEEP)])
+def test_run_yaml_replays_it(done, tmp_path, command, run):
+    config, out = done / run / "run.yaml", tmp_path / "again"
+    assert main([command, "--config", str(config), "--out", str(out), "-q"]) == 0
+    again = open_run(out).g_effect.values
+    assert again.tobytes() == open_run(done / run).g_effect.values.tobytes()
 
 
 def test_the_same_seed_gives_the_same_numbers_and_another_seed_others(tmp_path):

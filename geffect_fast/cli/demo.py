@@ -19,10 +19,16 @@ def demo(
 ) -> None:
     """Train a small Llama on invented authors until it knows them by heart, then profile it.
 
-    Needs no network and a few minutes on two cores; --out (demo-run) gets data, models and the run.
+    A sweep of hyper-parameters follows, token by token. Needs no network and a few minutes on two
+    cores; --out (demo-run) gets data, models and the run, and in sweep/ that of the sweep.
     """
-    from geffect_fast.demo import run_demo
+    from geffect_fast.demo import SWEEP, run_demo
+    from geffect_fast.runs.store import open_run
 
     dataset = run_demo(out, seed=seed, overwrite=overwrite, progress=not quiet)
     if not quiet:
         print_result(dataset, out)
+        print()
+        with open_run(out / SWEEP, lazy=True) as swept:
+            print_result(swept, out / SWEEP)
+        print(f"\nThe best token weights: geffect-fast weights {out / SWEEP} --retain-budget 0")

@@ -156,7 +156,12 @@ def covered(attrs: Mapping[str, Any]) -> list[Text]:
     checked = "Not compared with the whole gradient, as norms were left out."
     if attrs["coverage_checked"]:
         checked = "At each of them the shares add up to plain autograd's whole gradient."
-    return [Text(f"{coverage_line(attrs)} {checked}"), Text()]
+    if attrs["engine"] == "forward":
+        checked = "The forward engine moved each of them along the risks' gradients."
+    lines = [Text(f"{coverage_line(attrs)} {checked}")]
+    if "engine_reason" in attrs:
+        lines.append(Text(f"Engine {attrs['engine']}: {attrs['engine_reason']}."))
+    return [*lines, Text()]
 
 
 def _extreme(effect: xr.DataArray, share: np.ndarray) -> str:
