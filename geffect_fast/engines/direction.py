@@ -17,10 +17,16 @@ Tick = Callable[[int], None]
 """Told how many tokens have just been worked through."""
 
 
-def new_gradients(plan: Plan, n: int) -> dict[str, Tensor]:
-    """Zeros `(n, *shape)` for every trainable parameter, in the dtype gradients are added up in."""
+def new_gradients(plan: Plan, n: int, device: torch.device | None = None) -> dict[str, Tensor]:
+    """Zeros `(n, *shape)` for every trainable parameter, in the dtype gradients are added up in.
+
+    Args:
+        plan: of the model.
+        n: number of gradients.
+        device: where they are kept; None: each where its parameter is.
+    """
     return {
-        name: torch.zeros(n, *p.shape, dtype=accumulation_dtype(p.dtype), device=p.device)
+        name: torch.zeros(n, *p.shape, dtype=accumulation_dtype(p.dtype), device=device or p.device)
         for name, p in plan.parameters.items()
     }
 
@@ -31,11 +37,16 @@ def add_gradients(
     """Add one backward's parameter gradients (None: unused) to row `index` of `into`."""
     for name, grad in zip(plan.parameters, grads, strict=True):
         if grad is not None:
-            into[name][index] += grad
+            into[name][index] += grad.to(into[name].device)
 
 
 def accumulate_gradients(
-    plan: Plan, tasks: Sequence[Task], n: int, reference: Reference, tick: Tick
+    plan: Plan,
+    tasks: Sequence[Task],
+    n: int,
+    reference: Reference,
+    tick: Tick,
+    kept_on: torch.device | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Values and gradients of `n` objectives over all their batches.
 
@@ -45,13 +56,14 @@ def accumulate_gradients(
         n: number of objectives.
         reference: what they compare with.
         tick: progress.
+        kept_on: where the gradients are added up; None: each where its parameter is.
 
     Returns:
         Values `(n,)` fp64, and by parameter name the gradients `(n, *shape)`, fp32 sums (fp64 for
         fp64 models) over batches whatever the model's dtype.
     """
     values = torch.zeros(n, dtype=torch.float64)
-    gradients = new_gradients(plan, n)
+    gradients = new_gradients(plan, n, kept_on)
     parameters = list(plan.parameters.values())
     for task in tasks:
         for batch in task.batches:

@@ -27,6 +27,17 @@ class Part:
     risks: tuple[int, ...]
 
 
+def place_for_directions(plan: Plan, n_directions: int) -> torch.device | None:
+    """Where the forward engine's directions are kept: on the CPU where a GPU has no room for them.
+
+    Passes then bring over what they need. None: where the parameters are.
+    """
+    device = next(iter(plan.parameters.values())).device
+    wanted = 4 * n_directions * sum(p.numel() for p in plan.parameters.values())  # in fp32
+    full = device.type == "cuda" and wanted > free_memory(device) // 2
+    return torch.device("cpu") if full else None
+
+
 def parts_for(
     plan: Plan, columns: Sequence[int], n_directions: int, memory_bytes: int | None = None
 ) -> list[Part]:

@@ -18,7 +18,7 @@ from geffect_fast.data.batch import Batch, Reduction, Role
 from geffect_fast.engines.choice import Choice, choose_engine
 from geffect_fast.engines.direction import Tick, accumulate_gradients
 from geffect_fast.engines.forward_check import forward_mode_problem
-from geffect_fast.engines.forward_parts import parts_for, product_shares
+from geffect_fast.engines.forward_parts import parts_for, place_for_directions, product_shares
 from geffect_fast.engines.layout import choose_layout
 from geffect_fast.engines.tasks import Reference, Task, mixture_of, tasks_for
 from geffect_fast.errors import InputError, UnsupportedModelError
@@ -223,8 +223,10 @@ def profile(
     device = next(iter(plan.parameters.values())).device
     reference = Reference(reference_for(reference_model, needs, model, sets))
     with _ticking(progress, "gradients of the risks", risk_tasks, budget) as tick:
+        forward = choice.engine == "forward"
+        place = place_for_directions(plan, len(risk_names)) if forward else None
         risk_values, directions = accumulate_gradients(
-            plan, risk_tasks, len(risk_names), reference, tick
+            plan, risk_tasks, len(risk_names), reference, tick, place
         )
     for name, direction in directions.items():
         check_directions(direction, f"gradient of the risk on '{{}}' at {name}", list(risk_names))
