@@ -68,7 +68,12 @@ CASES = [
     ),
     Case("no samples", check("--samples", "0"), "--samples", "greater than or equal to 1"),
     Case("unknown reduction", profile(reduction="tokens"), "reduction", "did you mean 'token'?"),
-    Case("unknown engine", profile(engine="sideways"), "engine", "should be 'auto' or 'reverse'"),
+    Case(
+        "unknown engine",
+        profile(engine="sideways"),
+        "engine",
+        "should be 'auto', 'reverse' or 'forward'",
+    ),
     Case("unknown precision", check("--dtype", "float31"), "dtype", "did you mean 'float32'?"),
     Case(
         "unknown axis",
