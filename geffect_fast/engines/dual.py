@@ -320,7 +320,8 @@ class DualFunctions(TorchFunctionMode):
     """Inside, the rules above serve the functions they are of, and `no_grad` drops tangents too.
 
     Reverse mode takes what was computed under `no_grad` as constant; forward mode by itself does
-    not, and the two engines would differ.
+    not, and the two engines would differ. `requires_grad_`, of which it knows nothing, does
+    nothing.
     """
 
     def __torch_function__(
@@ -329,6 +330,8 @@ class DualFunctions(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is torch._C._set_grad_enabled:
             torch._C._set_fwd_grad_enabled(*args)
+        elif func is Tensor.requires_grad_:
+            return args[0]  # asked for by checkpointing, where nothing below it can be trained
         elif func in _SERVED:
             served = _SERVED[func](*args, **kwargs)
             if served is not None:
@@ -336,8 +339,8 @@ class DualFunctions(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
-    return Linear()(x, weight, bias) if weight.dim() == 2 else None
+def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
+    return Linear()(input, weight, bias) if weight.dim() == 2 else None
 
 
 def _embedding(

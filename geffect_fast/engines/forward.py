@@ -74,17 +74,26 @@ def dual_outputs(
         The outputs, and their derivatives along each direction.
     """
     run = _Run(plan.model)
-    frozen, moving, along = {}, {}, {}
-    for name, p in plan.model.named_parameters():
-        # Detached, so that no graph is built although gradients are enabled.
-        if plain_name(name) in directions:
-            moving[f"model.{name}"] = p.detach()
-            along[f"model.{name}"] = directions[plain_name(name)]
-        else:
-            frozen[f"model.{name}"] = p.detach()
+    # Detached, so that no graph is built although gradients are enabled.
+    names = {p: plain_name(name) for name, p in plan.model.named_parameters()}
+    still = {name: p.detach() for p, name in names.items() if name not in directions}
+    moving = {name: p.detach() for p, name in names.items() if name in directions}
+    along = {name: directions[name] for name in moving}
+    # Each place where a module holds one, once: of a module that stands at several places torch
+    # would put back what it had put there itself.
+    places = {
+        f"{where}.{key}": names[p]
+        for where, module in run.named_modules()
+        for key, p in module._parameters.items()
+        if p is not None
+    }
 
     def outputs(parameters: dict[str, Tensor]) -> tuple[Tensor, ...]:
-        found: tuple[Tensor, ...] = functional_call(run, {**frozen, **parameters}, (batch, needs))
+        given = still | parameters
+        replaced = {place: given[name] for place, name in places.items()}
+        found: tuple[Tensor, ...] = functional_call(
+            run, replaced, (batch, needs), tie_weights=False
+        )
         return found
 
     def dual(v: dict[str, Tensor]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
