@@ -93,6 +93,8 @@ def test_forward_mode_is_refused(op: str, provider: str) -> None:
     first = sample.args[0][0][0] if nested else sample.args[0]
     with pytest.raises(InputError, match=f"^{op}: .*forward-mode"):
         torch.func.jvp(call, (first,), (torch.ones_like(first),))
+    with pytest.raises(InputError, match=f"^{op}: .*forward-mode"):  # as the forward engine runs
+        torch.vmap(lambda t: torch.func.jvp(call, (first,), (t,))[1])(torch.ones(2, *first.shape))
     with forward_ad.dual_level(), pytest.raises(InputError, match=f"^{op}: .*forward-mode"):
         call(forward_ad.make_dual(first, torch.ones_like(first)))
 
