@@ -12,6 +12,7 @@ with primals as they are and tangents `(M, *shape)`, M directions side by side, 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from math import prod
 from typing import Any
 
@@ -85,7 +86,7 @@ class _Stacked(Function):
     @staticmethod
     def forward(rule: Rule, n: int, *tensors: Tensor | None) -> Tensor:
         one = tuple(None if t is None else t[None] for t in tensors[:n])
-        return rule.tangent(tensors[n:], one)[0]
+        return _moved(rule, tensors[n:], one)[0]
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -102,7 +103,18 @@ class _Stacked(Function):
             return t.expand(info.batch_size, *t.shape) if dim is None else t.movedim(dim, 0)
 
         moved = tuple(map(stacked, tensors[:n], in_dims[2 : 2 + n]))
-        return rule.tangent(tensors[n:], moved), 0
+        return _moved(rule, tensors[n:], moved), 0
+
+
+def _moved(rule: Rule, primals: Primals, tangents: Tangents) -> Tensor:
+    """A rule's tangent in the precision of its arguments, which autocast has had its say in."""
+    device = next(t for t in tangents if t is not None).device.type
+    with torch.autocast(device, enabled=False) if _autocast(device) else nullcontext():
+        return rule.tangent(primals, tangents)
+
+
+def _autocast(device: str) -> bool:
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 class Linear(Rule):
@@ -340,7 +352,7 @@ class DualFunctions(TorchFunctionMode):
 
 
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
-    return Linear()(input, weight, bias) if weight.dim() == 2 else None
+    return Linear()(*_cast(input, weight, bias)) if weight.dim() == 2 else None
 
 
 def _embedding(
@@ -363,7 +375,7 @@ def _cross_entropy(
     **options: Any,
 ) -> Tensor | None:
     # Called with all options that there are, given or not.
-    plain = reduction == "none" and not any(options.values())
+    plain = reduction == "none" and not any(options.values()) and not _autocast(input.device.type)
     if not plain or input.dim() != 2 or target.dim() != 1:
         return None
     return LabelNLL(ignore_index)(input, target)
@@ -382,7 +394,16 @@ def _attention(
     if dropout_p:
         return None
     mask = None if attn_mask is None else torch.atleast_2d(attn_mask)
-    return Attention(is_causal, scale, enable_gqa)(query, key, value, mask)
+    return Attention(is_causal, scale, enable_gqa)(*_cast(query, key, value, mask))
+
+
+def _cast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """What autocast multiplies in place of these, where it is on."""
+    device = next(x for x in tensors if x is not None).device.type
+    if not _autocast(device):
+        return tensors
+    dtype, kept = torch.get_autocast_dtype(device), (torch.bool, torch.float64)
+    return tuple(x if x is None or x.dtype in kept else x.to(dtype) for x in tensors)
 
 
 _SERVED: dict[Any, Callable[..., Tensor | None]] = {

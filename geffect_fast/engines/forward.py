@@ -26,7 +26,8 @@ from geffect_fast.engines.dual_modules import Forwards, dual_modules, fast_forwa
 from geffect_fast.engines.effect_array import Collect
 from geffect_fast.engines.forward_parts import Part
 from geffect_fast.engines.forward_pass import model_outputs
-from geffect_fast.engines.objective_tangents import term_tangents
+from geffect_fast.engines.layout import precisions
+from geffect_fast.engines.objective_tangents import check_terms, term_tangents
 from geffect_fast.engines.packed_attention import packed_attention
 from geffect_fast.engines.tasks import Reference, Task
 from geffect_fast.errors import InputError
@@ -151,6 +152,10 @@ def forward_effects(
                 with dual_model(plan, moved, forwards):
                     outputs, tangents = dual_outputs(plan, moved_along, moved, task.needs)
                 other = reference.outputs(task, batch, moved, outputs)
+                if number == 0 and batch is task.batches[0]:
+                    # One objective of each kind: hyper-parameters change no code.
+                    for objective in {type(part): part for part in task.parts.values()}.values():
+                        check_terms(objective, outputs, moved, other, tangents[0])
                 change = torch.stack(
                     [
                         term_tangents(objective, outputs, moved, other, tangents)
@@ -177,17 +182,20 @@ def _on_device(
     plan: Plan, directions: Mapping[str, Tensor], part: Part
 ) -> tuple[dict[str, Tensor], Tensor]:
     """A part's directions in the parameters' place and precision, and what effects are to be
-    multiplied by: in fp16, gradients are scaled to a length at which nothing underflows."""
+    multiplied by: where a model computes in fp16, gradients are scaled to a length at which nothing
+    underflows."""
     scale = torch.ones(len(part.risks), dtype=torch.float64)
     chosen = {name: directions[name][list(part.risks)] for name in part.names}
-    if any(plan.parameters[name].dtype == torch.float16 for name in part.names):
+    in_fp16 = torch.float16 in precisions(plan.model)
+    if in_fp16:
         squares = sum(v.double().flatten(1).square().sum(1).cpu() for v in chosen.values())
-        scale = torch.as_tensor(squares).sqrt().clamp(min=1e-300).log2().round().exp2()
+        # what is zero stays zero, also in fp32
+        scale = torch.as_tensor(squares).sqrt().clamp(min=2.0**-100).log2().round().exp2()
     moved = {}
     for name, v in chosen.items():
         p = plan.parameters[name]
         by = (1 / scale).to(v).view(-1, *[1] * p.dim())
-        moved[name] = (v * by if p.dtype == torch.float16 else v).to(p.device, p.dtype)
+        moved[name] = (v * by if in_fp16 else v).to(p.device, p.dtype)
     return moved, scale
 
 

@@ -15,7 +15,7 @@ from geffect_fast.data.batch import Batch
 from geffect_fast.engines.dual_modules import fast_forwards
 from geffect_fast.engines.forward import dual_model, dual_outputs
 from geffect_fast.engines.forward_pass import model_outputs
-from geffect_fast.engines.layout import probe_batch
+from geffect_fast.engines.layout import precisions, probe_batch
 from geffect_fast.errors import UnsupportedModelError
 
 FLOOR = 1e-3
@@ -44,13 +44,13 @@ def forward_mode_problem(plan: Plan, sample_set: SampleSet, layout: Layout) -> s
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:160]
         return f"{_failing_module(plan, batch, along)} has no forward-mode derivative: {reason}"
-    limit = {name: TOLERANCE[plan.parameters[name].dtype] for name in along}
+    limit = max(TOLERANCE[dtype] for dtype in precisions(plan.model))
     # Rounding of many parameters adds up as noise does.
-    if abs(total - len(along)) <= max(limit.values()) * len(along) ** 0.5:
+    if abs(total - len(along)) <= limit * len(along) ** 0.5:
         return None
     for name, direction in along.items():
         share = _moved(plan, batch, {name: direction})
-        if abs(share - 1) > limit[name]:
+        if abs(share - 1) > limit:
             return (
                 f"parameter '{name}': forward mode gives {share:.3g} of its derivative by reverse "
                 "mode, so code on its way to the logits drops tangents"

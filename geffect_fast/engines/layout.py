@@ -65,7 +65,7 @@ def _agree(
         return False  # the model cannot be called this way, or its rows not told apart
     expected = {name: torch.cat([a[name] for a in apart]) for name in plan.parameters}
     largest = max(float(e.abs().max()) for e in expected.values())
-    tolerance = max(TOLERANCE[dtype] for dtype in _precisions(plan.model))
+    tolerance = max(TOLERANCE[dtype] for dtype in precisions(plan.model))
     for name, norms in expected.items():
         scale = max(float(norms.max()), 1e-4 * largest)
         if not float((together[name] - norms).abs().max()) <= tolerance * scale:
@@ -73,7 +73,7 @@ def _agree(
     return True
 
 
-def _precisions(model: nn.Module) -> set[torch.dtype]:
+def precisions(model: nn.Module) -> set[torch.dtype]:
     """What a model computes in: its weights' precisions, frozen ones too, and that of autocast."""
     dtypes = {p.dtype for p in model.parameters() if p.dtype in TOLERANCE}
     device = next(model.parameters()).device.type

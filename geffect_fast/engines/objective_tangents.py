@@ -17,12 +17,17 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from geffect_fast.capture.factors import widened
 from geffect_fast.data.batch import Batch
 from geffect_fast.errors import InputError
 from geffect_fast.objectives import Objective, Outputs
 
 TOLERANCE = 1e-3
 """Relative to the sum of the sizes of the terms' derivatives: rounding of sums in fp32."""
+
+ELSEWHERE = 0.75
+"""By what outputs are multiplied where code is tried: kl, say, has no gradient but rounding at the
+outputs of its own reference, and nothing could be compared there."""
 
 
 def term_tangents(
@@ -44,43 +49,74 @@ def term_tangents(
     Raises:
         InputError: the terms' code has a gradient that cannot itself be differentiated.
     """
-    leaves = tuple(x.detach().requires_grad_() for x in outputs.tensors())
-    with torch.enable_grad():
-        own = Outputs.of(leaves, outputs.logits is not None)
-        terms = objective.token_terms(own, batch, reference).double()
-        if not terms.requires_grad:
-            return terms.new_zeros(len(along), len(terms))
-        weights = torch.ones_like(terms, requires_grad=True)
-        slopes = torch.autograd.grad(
-            terms, leaves, grad_outputs=weights, create_graph=True, allow_unused=True
-        )
-    used = [i for i, slope in enumerate(slopes) if slope is not None and slope.requires_grad]
+    terms, weights, slopes = _slopes(objective, outputs, batch, reference)
     found = []
     for moved in along:
-        tangents = moved.tensors()
-        change = None
-        if used:
-            into = [slopes[i] for i in used], [weights], [tangents[i] for i in used]
-            change = torch.autograd.grad(*into, retain_graph=True, allow_unused=True)[0]
-        change = torch.zeros_like(terms) if change is None else change
-        _check(objective, change, slopes, tangents)
-        found.append(change)
+        pairs = [
+            (slope, widened(tangent))
+            for slope, tangent in zip(slopes, moved.tensors(), strict=True)
+            if slope is not None and slope.requires_grad
+        ]
+        found.append(_derivative(objective, pairs, weights) if pairs else torch.zeros_like(terms))
     return torch.stack(found)
 
 
-def _check(
-    objective: Objective,
-    change: Tensor,
-    slopes: Sequence[Tensor | None],
-    tangents: Sequence[Tensor],
+def check_terms(
+    objective: Objective, outputs: Outputs, batch: Batch, reference: Outputs | None, moved: Outputs
 ) -> None:
-    """Raise `InputError` where the terms' derivatives do not add up to that of their sum."""
+    """Raise `InputError` where the terms' derivatives do not add up to that of their sum.
+
+    Args:
+        objective, outputs, batch, reference: as `term_tangents`.
+        moved: the outputs' derivatives along a direction.
+    """
+    tensors = tuple(ELSEWHERE * x for x in outputs.tensors())
+    shifted = Outputs.of(tensors, outputs.logits is not None)
+    change = term_tangents(objective, shifted, batch, reference, [moved])[0]
     expected = change.new_zeros(())
-    for slope, tangent in zip(slopes, tangents, strict=True):
+    slopes = _slopes(objective, shifted, batch, reference)[2]
+    for slope, tangent in zip(slopes, moved.tensors(), strict=True):
         if slope is not None:
             expected = expected + (slope.detach().double() * tangent.double()).sum()
     if (change.sum() - expected).abs() > TOLERANCE * (change.abs().sum() + expected.abs()):
-        raise InputError(
-            f"objective {objective}: the gradient of its token_terms has no derivative, so the "
-            "forward engine cannot tell the terms apart; use engine='reverse'"
+        raise _refusal(objective)
+
+
+def _slopes(
+    objective: Objective, outputs: Outputs, batch: Batch, reference: Outputs | None
+) -> tuple[Tensor, Tensor, Sequence[Tensor | None]]:
+    """Terms, weights of 1, and the gradient of their product by each output, to be differentiated
+    by the weights."""
+    # In fp32 at least: gradients rounded to bf16 would not add up.
+    leaves = tuple(widened(x.detach()).requires_grad_() for x in outputs.tensors())
+    with torch.enable_grad():
+        own = Outputs.of(leaves, outputs.logits is not None)
+        terms = objective.token_terms(own, batch, reference).double()
+        weights = torch.ones_like(terms, requires_grad=True)
+        if not terms.requires_grad:
+            return terms, weights, [None] * len(leaves)
+        slopes = torch.autograd.grad(
+            terms, leaves, grad_outputs=weights, create_graph=True, allow_unused=True
         )
+    return terms, weights, slopes
+
+
+def _derivative(
+    objective: Objective, pairs: Sequence[tuple[Tensor, Tensor]], weights: Tensor
+) -> Tensor:
+    """By the weights, of the sum of products of slopes and tangents."""
+    slopes, tangents = zip(*pairs, strict=True)
+    try:
+        change = torch.autograd.grad(slopes, weights, tangents, retain_graph=True)[0]
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        raise _refusal(objective) from error
+    return change
+
+
+def _refusal(objective: Objective) -> InputError:
+    return InputError(
+        f"objective {objective}: the gradient of its token_terms has no derivative, so the "
+        "forward engine cannot tell the terms apart; use engine='reverse'"
+    )
