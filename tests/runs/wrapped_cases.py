@@ -25,12 +25,14 @@ class Case:
         layout: how samples may share a forward.
         generic: the kinds of parameters that take the generic rule; all others have a fast one.
         plain: the same model without the wrapper, where plain autograd is to run on that.
+        forward: the class of the module that forward mode cannot pass; None: it passes all.
     """
 
     build: Callable[[torch.dtype], nn.Module]
     layout: str = "packed"
     generic: tuple[str, ...] = ()
     plain: Callable[[torch.dtype], nn.Module] | None = None
+    forward: str | None = None
 
 
 # ---- adapters ----
@@ -146,6 +148,7 @@ ADAPTERS = {
     "loha": Case(
         adapted("LoHa", r=2, target_modules=["q_proj"]),
         generic=tuple(f"q_proj.hada_w{i}_{k}" for i in (1, 2) for k in "ab"),
+        forward="Linear",
     ),
     "lokr": Case(
         adapted("LoKr", r=2, target_modules=["q_proj"]),
@@ -320,7 +323,8 @@ WRAPPED = {
     "checkpointed_by_itself": Case(lambda dtype: Checkpointed(LLAMA(dtype), False)),
     "hooks_of_accelerate": Case(hooked, generic=(*LINEARS, "input_layernorm",
                                                  "post_attention_layernorm")),
-    "weight_norm": Case(weight_norm, generic=("weight.original0", "weight.original1")),
+    "weight_norm": Case(weight_norm, generic=("weight.original0", "weight.original1"),
+                        forward="_WeightNorm"),
     "quantised": Case(quantised),
 }  # fmt: skip
 
