@@ -211,7 +211,8 @@ def _run(plan: Plan, loss_fn: LossFn, batch: Any, sink: Any, join: bool = False)
     """Record one forward and backward; the losses `(n_samples,)`, detached."""
     axis = _sample_axis(batch)
     while True:
-        with plan.frozen(), torch.enable_grad(), Recorder(plan, sink, axis, join=join) as recorder:
+        recorder = Recorder(plan, sink, axis, join=join, once=True)
+        with plan.frozen(), torch.enable_grad(), recorder:
             with OutsideUse(recorder) as outside, eagerly(plan.model):
                 losses = loss_fn(plan.model, batch)
             if not outside.found:

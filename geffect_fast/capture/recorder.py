@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import partial
+from itertools import count
 from typing import Any
 
 import torch
@@ -43,6 +44,8 @@ class Recorder:
         sink: receives the factors.
         segments: the sample axis of the next forward; set before it runs.
         join: whether all factors of a parameter are wanted at once.
+        once: whether there is a single backward, so that what a call holds is let go of as soon as
+            its gradient has arrived: the backward's own memory then comes from there.
         directions: `(M, *shape)` a parameter; given, what inner products with them share between
             objectives is computed in the forward and kept.
     """
@@ -54,16 +57,19 @@ class Recorder:
         segments: Segments | None = None,
         *,
         join: bool = False,
+        once: bool = False,
         directions: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.plan = plan
         self.sink = sink
         self.segments = segments
         self.join = join
+        self.once = once
         self.directions = directions
-        self.calls: list[Call] = []
+        self.calls: dict[int, Call] = {}
         self.roots: list[Tensor] = []
         """Leaves that a backward must reach when parameters are frozen."""
+        self._number = count()
         self._handles: list[RemovableHandle] = []
         self._entered: dict[str, list[Given]] = {}
         self._waiting: dict[int, list[Tensor | None]] = {}
@@ -163,8 +169,8 @@ class Recorder:
         entered = self._entered[where].pop()
         given = entered if rule is GenericCall else Given.of(args, kwargs)
         call = rule(where, module, names, given, factor, self.segments, self.plan.axes)
-        index = len(self.calls)
-        self.calls.append(call)
+        index = next(self._number)
+        self.calls[index] = call
         self._uses.update(names.values())
         call.keep(output)
         leaves, structure = tree_flatten(output)
@@ -199,7 +205,14 @@ class Recorder:
 
     @torch.no_grad()
     def _arrived(self, index: int, position: int, kept: dict[str, Tensor], g: Tensor) -> None:
+        if index not in self.calls:
+            raise UnsupportedModelError(
+                "loss_fn: a second backward passes the model, such as one of its own inside; what "
+                "belongs to the losses cannot be told apart"
+            )
         call = self.calls[index]
+        if self.once and not isinstance(call, GenericCall):
+            del self.calls[index]
         if isinstance(call, GenericCall):
             grads = self._waiting.setdefault(index, [])
             grads.extend([None] * (position + 1 - len(grads)))

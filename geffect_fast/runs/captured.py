@@ -144,7 +144,7 @@ class CapturedNumbers:
                 Recorder(self.plan, drop, sample_axis(self.plan.model, moved)) as recorder,
             ):
                 model_outputs(self.plan.model, moved)
-                for call in recorder.calls:
+                for call in recorder.calls.values():
                     rule = type(call).__name__.removesuffix("Call").lower()
                     for name in call.names.values():
                         found.setdefault(name, {})[rule] = None

@@ -13,6 +13,7 @@ from models import build as build_model
 import geffect_fast as gf
 from geffect_fast.capture import Outer, Plan, Recorder, Segments
 from geffect_fast.capture.products import squared_norms
+from geffect_fast.errors import UnsupportedModelError
 
 
 @pytest.mark.parametrize("name", ["linear", "own_parameter_and_child", "llama_norm"])
@@ -146,7 +147,7 @@ def test_no_activation_outlives_the_recorder(join):
         loss = model(x).sum()
         torch.autograd.grad(loss, recorder.roots)
         recorder.finish()
-        roots = [weakref.ref(r) for r in (*recorder.roots, *recorder.calls)]
+        roots = [weakref.ref(r) for r in (*recorder.roots, *recorder.calls.values())]
     del loss, x
     gc.collect()
     assert seen and roots
@@ -177,3 +178,19 @@ def test_the_graph_holds_nothing_of_the_recorder_after_exit():
     del recorder
     gc.collect()
     assert gone() is None and loss.requires_grad
+
+
+def test_a_single_backward_lets_go_of_calls_as_it_goes():
+    model, x = model_of("own_parameter_and_child"), batch()
+    plan = Plan.of(model)
+    left = []
+    recorder = Recorder(
+        plan, lambda *_: left.append(len(recorder.calls)), Segments.rectangular(x.shape), once=True
+    )
+    with recorder, plan.frozen():
+        loss = model(x).sum()
+        n_calls = len(recorder.calls)
+        torch.autograd.grad(loss, recorder.roots, retain_graph=True)
+        assert left and max(left) < n_calls
+        with pytest.raises(UnsupportedModelError, match="second backward"):
+            torch.autograd.grad(loss, recorder.roots)
