@@ -1,0 +1,87 @@
+"""The forward engine in bf16 and fp16: no worse than backwards, and nothing underflows."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from engines.forward_cases import close, run
+from models import build, fp64_throughout
+from runs.wrapped_cases import lora
+
+from geffect_fast.runs import profile as profiling
+
+LOW = ["ga", "wga(alpha=1.5)", "npo(beta=0.5) + 2*kl", "ceu(skip=0)", "rmu(layer=1, c=3)"]
+
+
+def in_fp64(name, model):
+    exact = build(name, torch.float64)
+    exact.load_state_dict(model.state_dict())
+    return exact
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2", "mixtral"])
+def test_low_precision_within_twice_the_error_of_backwards(name, dtype):
+    """The rule of low precision; backwards are plain autograd's, sums of them are not rounded."""
+    model, other = build(name, dtype), build(name, dtype, seed=1)
+    settings = {"objectives": LOW, "resolve": ["sample"], "norms": False}
+    ours = run(model, other, **settings).g_effect
+    plain = run(model, other, engine="reverse", **settings).g_effect
+    with fp64_throughout():
+        model, other = in_fp64(name, model), in_fp64(name, other)
+        exact = run(model, other, engine="reverse", **settings).g_effect
+
+    def error(found):
+        over = ["risk", "sample"]
+        return np.abs(found - exact).max(over) / np.abs(exact).max(over)
+
+    limit = 2 * error(plain) + torch.finfo(dtype).eps
+    assert (error(ours) <= limit).all(), (error(ours), error(plain))
+
+
+class InFp32(torch.nn.Module):
+    def __init__(self, head):
+        super().__init__()
+        self.head = head.float()
+
+    def forward(self, x):
+        return self.head(x.float())
+
+
+@pytest.mark.parametrize("part", ["all", "norms in fp32", "a head in fp32", "adapted in fp32"])
+def test_tiny_gradients_do_not_underflow_in_fp16(part, monkeypatch):
+    """Directions that are 1e-10 of the usual ones, most of them below what fp16 can hold."""
+    model = build("gemma2" if part == "norms in fp32" else "llama", torch.float16)
+    if part == "norms in fp32":
+        for name, module in model.named_modules():
+            if "norm" in name:
+                module.float()
+    elif part == "a head in fp32":
+        model.lm_head = InFp32(model.lm_head)
+    elif part == "adapted in fp32":
+        model = lora()(torch.float32)
+        for p in model.parameters():
+            p.data = p.data if p.requires_grad else p.data.half()
+    settings = {"objectives": ["ga", "npo"], "resolve": ["sample"]}
+    usual = run(model, **settings).g_effect
+    find = profiling.accumulate_gradients
+
+    def tiny(*args, **kwargs):
+        values, directions = find(*args, **kwargs)
+        return values, {name: 1e-10 * v for name, v in directions.items()}
+
+    monkeypatch.setattr(profiling, "accumulate_gradients", tiny)
+    close(run(model, **settings).g_effect / 1e-10, usual, 5e-3)
+
+
+def test_a_parameter_without_gradient_has_no_effect_in_fp16():
+    """An expert, say, that no token is sent to."""
+    settings = {"objectives": ["ga"], "resolve": ["group", "sample"]}
+    model = build("gpt2", torch.float16)
+    expected = run(model, **settings).g_effect
+    model.unused = torch.nn.Linear(2, 2).half()
+    found = run(model, **settings).g_effect
+    assert list(found.group.values) == [*expected.group.values, "lm_head"]
+    np.testing.assert_array_equal(found[:, :, :-1], expected)
+    assert not found[:, :, -1].values.any()
