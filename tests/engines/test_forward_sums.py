@@ -1,4 +1,4 @@
-"""What the forward engine finds adds up: over axes, passes and files, and to the reverse engine's."""
+"""What the forward engine finds adds up, over axes and passes, and to what reverse mode finds."""
 
 from __future__ import annotations
 
