@@ -6,6 +6,9 @@ tangents in silence. Both show on two short sequences, before any work is done.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -16,14 +19,17 @@ from geffect_fast.engines.dual_modules import fast_forwards
 from geffect_fast.engines.forward import dual_model, dual_outputs
 from geffect_fast.engines.forward_pass import model_outputs
 from geffect_fast.engines.layout import precisions, probe_batch
-from geffect_fast.errors import UnsupportedModelError
 
-FLOOR = 1e-3
-"""Gradients smaller than this beside the largest are rounding noise, and are not checked."""
+FLOOR = {torch.float64: 1e-9, torch.float32: 1e-6, torch.bfloat16: 1e-4, torch.float16: 1e-4}
+"""Gradients smaller than this beside the largest may be rounding noise, as those of keys' biases
+are, and are not checked."""
 
 TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-3, torch.bfloat16: 0.3, torch.float16: 0.1}
-"""How far one parameter's share may be from 1: rounding of gradients down to FLOOR. Where tangents
-are lost, a share is off by as much as they counted."""
+"""How far one parameter's share may be from 1: rounding. Where tangents are lost, a share is off by
+as much as they counted; that of the parameter just before is 0."""
+
+LOST = 0.5
+"""By how much the sum of all shares may be off: less than one that is lost."""
 
 
 def forward_mode_problem(plan: Plan, sample_set: SampleSet, layout: Layout) -> str | None:
@@ -38,40 +44,53 @@ def forward_mode_problem(plan: Plan, sample_set: SampleSet, layout: Layout) -> s
         layout: as `choose_layout` found it.
     """
     batch = probe_batch(plan, sample_set, layout)
-    along = _own_gradients(plan, batch)
+    floor, limit = (max(of[d] for d in precisions(plan.model)) for of in (FLOOR, TOLERANCE))
+    along, scale = _own_gradients(plan, batch, floor)
+
+    def off(names: Sequence[str]) -> float:
+        found = _moved(plan, batch, {name: along[name] for name in names}) / scale - len(names)
+        return math.inf if math.isnan(found) else found
+
+    names: Sequence[str] = list(along)
+    if not names:
+        return None
     try:
-        total = _moved(plan, batch, along)
+        total = off(names)
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:160]
         return f"{_failing_module(plan, batch, along)} has no forward-mode derivative: {reason}"
-    limit = max(TOLERANCE[dtype] for dtype in precisions(plan.model))
     # Rounding of many parameters adds up as noise does.
-    if abs(total - len(along)) <= limit * len(along) ** 0.5:
+    if abs(total) <= min(limit * len(names) ** 0.5, LOST):
         return None
-    for name, direction in along.items():
-        share = _moved(plan, batch, {name: direction})
-        if abs(share - 1) > limit:
-            return (
-                f"parameter '{name}': forward mode gives {share:.3g} of its derivative by reverse "
-                "mode, so code on its way to the logits drops tangents"
-            )
-    return None
+    while len(names) > 1:
+        half = len(names) // 2
+        names = max(names[:half], names[half:], key=lambda some: abs(off(some)))
+    share = 1 + off(names)
+    if abs(share - 1) <= limit:
+        return None
+    return (
+        f"parameter '{names[0]}': forward mode gives {share:.4g} of its derivative by reverse "
+        "mode, so code on its way to the logits drops tangents"
+    )
 
 
-def _own_gradients(plan: Plan, batch: Batch) -> dict[str, Tensor]:
-    """`g / |g|^2` `(1, *shape)` of every parameter whose gradient is more than noise."""
+def _own_gradients(plan: Plan, batch: Batch, floor: float) -> tuple[dict[str, Tensor], float]:
+    """`s g / |g|^2` `(1, *shape)` of every parameter whose gradient is more than noise, and `s`, at
+    which their lengths are neither too large nor too small for fp16."""
     parameters = plan.parameters
     with torch.enable_grad():
         loss = model_outputs(plan.model, batch).token_logprob.sum()
     grads = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
     found = {name: g for name, g in zip(parameters, grads, strict=True) if g is not None}
     norms = {name: float(g.double().norm()) for name, g in found.items()}
-    floor = FLOOR * max(norms.values(), default=0.0)
-    return {
-        name: (g.double() / norms[name] ** 2).to(g.dtype)[None]
+    largest = max(norms.values(), default=0.0)
+    scale = largest * floor**0.5
+    along = {
+        name: (g.double() * (scale / norms[name] ** 2)).to(g.dtype)[None]
         for name, g in found.items()
-        if norms[name] > floor
+        if norms[name] > floor * largest
     }
+    return along, scale
 
 
 def _moved(plan: Plan, batch: Batch, along: dict[str, Tensor]) -> float:
@@ -104,10 +123,3 @@ def _failing_module(plan: Plan, batch: Batch, along: dict[str, Tensor]) -> str:
     where = inside[-1] if inside else ""
     kind = type(plan.model.get_submodule(where)).__name__
     return f"module '{where or kind}' ({kind})" if where else f"the model ({kind})"
-
-
-def checked_forward_mode(plan: Plan, sample_set: SampleSet, layout: Layout) -> None:
-    """Raise `UnsupportedModelError` naming the module that forward mode does not pass."""
-    problem = forward_mode_problem(plan, sample_set, layout)
-    if problem is not None:
-        raise UnsupportedModelError(f"engine forward: {problem}; use engine='reverse'")
