@@ -31,6 +31,10 @@ as much as they counted; that of the parameter just before is 0."""
 LOST = 0.5
 """By how much the sum of all shares may be off: less than one that is lost."""
 
+CERTAIN = {torch.float64: 0.0, torch.float32: 0.0, torch.bfloat16: 1e-2, torch.float16: 1e-3}
+"""Gradients smaller than this beside the largest may be rounded beyond TOLERANCE where a model
+amplifies rounding: then only a share of nothing says that tangents are lost."""
+
 
 def forward_mode_problem(plan: Plan, sample_set: SampleSet, layout: Layout) -> str | None:
     """Why the forward engine cannot serve this model, naming the module; None where it can.
@@ -44,34 +48,40 @@ def forward_mode_problem(plan: Plan, sample_set: SampleSet, layout: Layout) -> s
         layout: as `choose_layout` found it.
     """
     batch = probe_batch(plan, sample_set, layout)
-    floor, limit = (max(of[d] for d in precisions(plan.model)) for of in (FLOOR, TOLERANCE))
+    dtypes = precisions(plan.model)
+    floor, limit, certain = (max(of[d] for d in dtypes) for of in (FLOOR, TOLERANCE, CERTAIN))
     along, scale = _own_gradients(plan, batch, floor)
 
     def off(names: Sequence[str]) -> float:
         found = _moved(plan, batch, {name: along[name] for name in names}) / scale - len(names)
         return math.inf if math.isnan(found) else found
 
-    names: Sequence[str] = list(along)
+    names = list(along)
     if not names:
-        return None
+        return None  # every gradient is zero
     try:
         total = off(names)
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:160]
         return f"{_failing_module(plan, batch, along)} has no forward-mode derivative: {reason}"
     # Rounding of many parameters adds up as noise does.
-    if abs(total) <= min(limit * len(names) ** 0.5, LOST):
-        return None
-    while len(names) > 1:
-        half = len(names) // 2
-        names = max(names[:half], names[half:], key=lambda some: abs(off(some)))
-    share = 1 + off(names)
-    if abs(share - 1) <= limit:
-        return None
-    return (
-        f"parameter '{names[0]}': forward mode gives {share:.4g} of its derivative by reverse "
-        "mode, so code on its way to the logits drops tangents"
-    )
+    while abs(total) > min(limit * len(names) ** 0.5, LOST):
+        some = names
+        while len(some) > 1:
+            half = len(some) // 2
+            some = max(some[:half], some[half:], key=lambda part: abs(off(part)))
+        name, share = some[0], 1 + off(some)
+        if abs(share - 1) <= limit:
+            return None
+        size = floor**0.5 / float(along[name].double().norm())  # beside the largest
+        if abs(share) <= limit / 10 or size > certain:
+            return (
+                f"parameter '{name}': forward mode gives {share:.4g} of its derivative by reverse "
+                "mode, so code on its way to the logits drops tangents"
+            )
+        names = [other for other in names if other != name]
+        total = off(names)
+    return None
 
 
 def _own_gradients(plan: Plan, batch: Batch, floor: float) -> tuple[dict[str, Tensor], float]:
