@@ -108,7 +108,9 @@ def checked_blocks(groups: object, names: Sequence[str]) -> Blocks | None:
     blocks: dict[str, frozenset[int]] = {}
     for name, given in groups.items():
         if name in (*GROUPS, OTHER) and name not in THIRDS:
-            raise InputError(f"groups: the name '{name}' is taken by parts outside of the blocks")
+            raise InputError(
+                f"groups: the name '{name}' is taken by parts outside of the blocks; choose another"
+            )
         own = _numbers(str(name), given)
         if not own:
             raise InputError(f"groups: '{name}' is empty; {there}")
@@ -117,7 +119,9 @@ def checked_blocks(groups: object, names: Sequence[str]) -> Blocks | None:
                 raise InputError(f"groups: '{name}' has block {block}; {there} that train")
             taken = next((other for other, blocks_of in blocks.items() if block in blocks_of), None)
             if taken is not None:
-                raise InputError(f"groups: block {block} is in '{taken}' and in '{name}'")
+                raise InputError(
+                    f"groups: block {block} is in '{taken}' and in '{name}'; give it to one"
+                )
         blocks[str(name)] = own
     return blocks
 
