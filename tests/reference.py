@@ -79,7 +79,8 @@ def forget_shares(name, params, model, reference, forget, alternatives, reductio
         elif name == "wga":
             yield mean_over(reduction, forget, -(p.detach() ** params["alpha"]) * nll)
         elif name == "token_weights":
-            yield mean_over(reduction, forget, -torch.tensor(row["weights"]).to(nll)[-len(nll) :] * nll)
+            w = torch.tensor(row["weights"]).to(nll)[-len(nll) :]
+            yield mean_over(reduction, forget, -w * nll)
         elif name == "satimp":
             w = p.detach() ** params["beta1"] * (1 - p.detach()) ** params["beta2"]
             yield mean_over(reduction, forget, -w * nll)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 from models import samples
-from reference import n_labelled, n_targets
+from reference import n_labelled
 
 import geffect_fast as gf
 
@@ -23,8 +23,6 @@ def rows():
 
 
 FORGET, RETAIN, ALTERNATIVES = rows()
-# A weight of a token that nothing predicts is not read.
-PREDICTED = [row | {"weights": row["weights"][-n_targets([row]) :]} for row in FORGET]
 
 OBJECTIVES = {
     "ga": [(1.0, "ga", {})],

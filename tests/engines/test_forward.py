@@ -13,7 +13,6 @@ from engines.forward_cases import (
     ALTERNATIVES,
     FORGET,
     OBJECTIVES,
-    PREDICTED,
     RETAIN,
     close,
     run,
@@ -68,7 +67,7 @@ def shares(objective, model, other):
             own, at = retain_shares(name, params, model, other, RETAIN, "token"), len(FORGET)
         else:
             at = 0
-            own = forget_shares(name, params, model, other, PREDICTED, ALTERNATIVES, "token")
+            own = forget_shares(name, params, model, other, FORGET, ALTERNATIVES, "token")
         for i, share in enumerate(own):
             out[at + i] += coefficient * share
     return out
