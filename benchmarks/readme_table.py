@@ -71,6 +71,29 @@ def per_sample_table() -> str:
     return "\n".join([*lines, "", machine_line(rows[0])])
 
 
+def forward_table() -> str:
+    """The engines' times and memory by shape and number of objectives."""
+    rows = read("forward_cpu.csv")
+    runs = dict.fromkeys((r["contestant"], r["objectives"]) for r in rows)
+    named = [name if name == STEP else f"{name.split()[0]}, {n}" for name, n in runs]
+    lines = [f"| tokens | {' | '.join(named)} |", f"|---|{'---:|' * len(runs)}"]
+    for shape in dict.fromkeys((r["samples"], r["length"]) for r in rows):
+        cells = []
+        for name, n in runs:
+            row = next(
+                r
+                for r in rows
+                if (r["samples"], r["length"]) == shape
+                and (r["contestant"], r["objectives"]) == (name, n)
+            )
+            time = (
+                f"{float(row['min_s']):.2f} s" if name == STEP else f"{float(row['of_step']):.2f}"
+            )
+            cells.append(f"{time}, {float(row['peak_extra_mb']):.0f} MB")
+        lines.append(f"| {' x '.join(shape)} | {' | '.join(cells)} |")
+    return "\n".join([*lines, "", machine_line(rows[0])])
+
+
 def ops_table() -> str:
     """Every op against the fastest way to write it in plain torch, over all benchmarked shapes."""
     rows = read("ops_cpu.csv")
@@ -135,6 +158,7 @@ def rewritten(text: str) -> str:
     """README with its tables made anew."""
     tables = {
         "sweep": sweep_table(),
+        "forward": forward_table(),
         "per sample": per_sample_table(),
         "ops": ops_table(),
         "gpu": gpu_table(),
