@@ -19,6 +19,7 @@ from torch import Tensor
 
 from geffect_fast.capture.factors import widened
 from geffect_fast.data.batch import Batch
+from geffect_fast.data.memory import no_memory
 from geffect_fast.errors import InputError
 from geffect_fast.objectives import Objective, Outputs
 
@@ -108,9 +109,9 @@ def _derivative(
     slopes, tangents = zip(*pairs, strict=True)
     try:
         change = torch.autograd.grad(slopes, weights, tangents, retain_graph=True)[0]
-    except torch.OutOfMemoryError:
-        raise
     except RuntimeError as error:
+        if no_memory(error):
+            raise
         raise _refusal(objective) from error
     return change
 

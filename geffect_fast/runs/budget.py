@@ -5,19 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
-
+from geffect_fast.data.memory import no_memory
 from geffect_fast.errors import OutOfMemoryError
-
-_SIGNS = ("can't allocate memory", "std::bad_alloc", "ALLOC_FAILED")
-"""What torch's errors say where its CPU allocator, C++ or a CUDA library finds no memory."""
-
-
-def no_memory(error: BaseException) -> bool:
-    """Whether an error is a lack of memory, on any device."""
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _SIGNS)
 
 
 @contextmanager

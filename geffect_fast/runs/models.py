@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from geffect_fast.data.memory import no_memory
 from geffect_fast.errors import InputError, NonFiniteError
 from geffect_fast.runs.axes import OUTSIDE, block_of
-from geffect_fast.runs.budget import no_memory
 from geffect_fast.runs.disk import user_path
 
 if TYPE_CHECKING:
