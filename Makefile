@@ -37,7 +37,7 @@ extra = $$($(BIN)/python -c 'from importlib.metadata import requires; \
 help:
 	@echo "make demo          install into $(VENV), build the kernels, run the demo into $(DEMO_OUT)"
 	@echo "make test          install and run all tests"
-	@echo "make test-nobuild  all tests on an installation without native kernels"
+	@echo "make test-nobuild  tests of what calls the kernels, on an installation without them"
 	@echo "make lint          ruff, clang-format, mypy"
 	@echo "make format        let ruff and clang-format rewrite the files"
 	@echo "make cuda-check    compile the CUDA kernels for every GPU target; needs nvcc, no GPU"
