@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from geffect_fast.capture import Plan
 from geffect_fast.data import Layout, SampleSet
 from geffect_fast.data.batch import Batch
-from geffect_fast.engines.dual_modules import fast_forwards
+from geffect_fast.engines.dual_modules import Forwards, fast_forwards
 from geffect_fast.engines.forward import dual_model, dual_outputs
 from geffect_fast.engines.forward_pass import model_outputs
 from geffect_fast.engines.layout import precisions, probe_batch
@@ -51,10 +51,11 @@ def forward_mode_problem(plan: Plan, sample_set: SampleSet, layout: Layout) -> s
     dtypes = precisions(plan.model)
     floor, limit, certain = (max(of[d] for d in dtypes) for of in (FLOOR, TOLERANCE, CERTAIN))
     along, scale = _own_gradients(plan, batch, floor)
+    forwards = fast_forwards(plan.model)
 
     def off(names: Sequence[str]) -> float:
-        found = _moved(plan, batch, {name: along[name] for name in names}) / scale - len(names)
-        return math.inf if math.isnan(found) else found
+        moved = _moved(plan, batch, {name: along[name] for name in names}, forwards)
+        return math.inf if math.isnan(moved) else moved / scale - len(names)
 
     names = list(along)
     if not names:
@@ -63,7 +64,8 @@ def forward_mode_problem(plan: Plan, sample_set: SampleSet, layout: Layout) -> s
         total = off(names)
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:160]
-        return f"{_failing_module(plan, batch, along)} has no forward-mode derivative: {reason}"
+        where = _failing_module(plan, batch, along, forwards)
+        return f"{where} has no forward-mode derivative: {reason}"
     # Rounding of many parameters adds up as noise does.
     while abs(total) > min(limit * len(names) ** 0.5, LOST):
         some = names
@@ -103,14 +105,14 @@ def _own_gradients(plan: Plan, batch: Batch, floor: float) -> tuple[dict[str, Te
     return along, scale
 
 
-def _moved(plan: Plan, batch: Batch, along: dict[str, Tensor]) -> float:
+def _moved(plan: Plan, batch: Batch, along: dict[str, Tensor], forwards: Forwards) -> float:
     """By how much the sum of log-probabilities moves."""
-    with dual_model(plan, batch, fast_forwards(plan.model)):
+    with dual_model(plan, batch, forwards):
         (tangent,) = dual_outputs(plan, along, batch, frozenset())[1]
     return float(tangent.token_logprob.double().sum())
 
 
-def _failing_module(plan: Plan, batch: Batch, along: dict[str, Tensor]) -> str:
+def _failing_module(plan: Plan, batch: Batch, along: dict[str, Tensor], forwards: Forwards) -> str:
     """The innermost module whose forward was entered and not left."""
     inside: list[str] = []
 
@@ -124,7 +126,7 @@ def _failing_module(plan: Plan, batch: Batch, along: dict[str, Tensor]) -> str:
     handles = [m.register_forward_pre_hook(enter, prepend=True) for m in names]
     handles += [m.register_forward_hook(leave) for m in names]
     try:
-        _moved(plan, batch, along)
+        _moved(plan, batch, along, forwards)
     except RuntimeError:
         pass
     finally:
