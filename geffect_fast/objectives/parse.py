@@ -248,7 +248,8 @@ def _without_ranges(found: Objective | Family) -> Objective:
         return found
     swept = found.axes()[0].range
     message = (
-        f"range {swept} belongs to a sweep (gf.sweep, geffect-fast sweep); give one value here"
+        f"range {short(str(swept))} belongs to a sweep (gf.sweep, geffect-fast sweep); "
+        "give one value here"
     )
     raise Problem(message, swept.position)
 

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from unittest.mock import patch
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from objective_strategies import OBJECTIVES
 
@@ -157,6 +157,7 @@ def test_pieces_of_objectives_and_of_code(text):
 
 @settings(max_examples=300, deadline=None)
 @given(nearly_valid())
+@example("wga(alpha=0:0:1000000000000002e+248)")
 def test_strings_that_are_nearly_valid(text):
     read_calmly(text)
 
