@@ -75,12 +75,23 @@ def test_tiny_gradients_do_not_underflow_in_fp16(part, monkeypatch):
     close(run(model, **settings).g_effect / 1e-10, usual, 5e-3)
 
 
-def test_a_parameter_without_gradient_has_no_effect_in_fp16():
-    """An expert, say, that no token is sent to."""
+class Still(torch.nn.Module):
+    """A head with a parameter whose gradient is zero."""
+
+    def __init__(self, head):
+        super().__init__()
+        self.head, self.still = head, torch.nn.Parameter(torch.ones(1, dtype=torch.float16))
+
+    def forward(self, x):
+        return self.head(x) + 0 * self.still
+
+
+def test_a_group_without_gradient_has_no_effect_in_fp16():
+    """An expert, say, that no token is sent to: what is zero is not scaled to a length."""
     settings = {"objectives": ["ga"], "resolve": ["group", "sample"]}
     model = build("gpt2", torch.float16)
     expected = run(model, **settings).g_effect
-    model.unused = torch.nn.Linear(2, 2).half()
+    model.lm_head = Still(model.lm_head)
     found = run(model, **settings).g_effect
     assert list(found.group.values) == [*expected.group.values, "lm_head"]
     np.testing.assert_array_equal(found[:, :, :-1], expected)
