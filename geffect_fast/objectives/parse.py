@@ -247,10 +247,9 @@ def _without_ranges(found: Objective | Family) -> Objective:
     if isinstance(found, Objective):
         return found
     swept = found.axes()[0].range
-    message = (
-        f"range {short(str(swept))} belongs to a sweep (gf.sweep, geffect-fast sweep); "
-        "give one value here"
-    )
+    text = str(swept)
+    text = text if len(text) <= 60 else f"{text[:57]}..."
+    message = f"range {text} belongs to a sweep (gf.sweep, geffect-fast sweep); give one value here"
     raise Problem(message, swept.position)
 
 
