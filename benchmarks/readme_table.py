@@ -39,9 +39,10 @@ def sweep_table() -> str:
     rows = read("sweep_cpu.csv")
     lines = ["| what | against | theirs | ours | |", "|---|---|---:|---:|---|"]
     for row in rows:
+        ratio = float(row["ratio"])
         lines.append(
             f"| {row['what']} | {row['baseline']} | {float(row['baseline_s']):,.1f} s "
-            f"| {float(row['ours_s']):,.1f} s | **{float(row['ratio']):.0f} x faster** |"
+            f"| {float(row['ours_s']):,.1f} s | **{ratio:.{1 if ratio < 10 else 0}f} x faster** |"
         )
     return "\n".join([*lines, "", machine_line(rows[0])])
 
