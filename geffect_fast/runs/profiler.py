@@ -1,0 +1,321 @@
+"""A profile in two steps: what is prepared once, and what is measured of the model as it stands."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from geffect_fast.capture import Plan
+from geffect_fast.data import Layout, estimate_token_budget, make_batches
+from geffect_fast.data.batch import Batch, Reduction, Role
+from geffect_fast.engines.choice import Choice, choose_engine
+from geffect_fast.engines.direction import Tick, accumulate_gradients
+from geffect_fast.engines.forward_check import forward_mode_problem
+from geffect_fast.engines.forward_parts import parts_for, place_for_directions, product_shares
+from geffect_fast.engines.layout import choose_layout
+from geffect_fast.engines.tasks import Reference, Task, mixture_of, tasks_for
+from geffect_fast.errors import InputError, UnsupportedModelError
+from geffect_fast.objectives import Objective
+from geffect_fast.runs.arguments import (
+    check_arguments,
+    check_memory,
+    check_model,
+    check_needs_no_refusals,
+    check_needs_no_weights,
+    read_sets,
+    reference_for,
+    resolved_list,
+    resolved_risk,
+)
+from geffect_fast.runs.axes import checked_blocks
+from geffect_fast.runs.budget import within_budget
+from geffect_fast.runs.coverage import Coverage
+from geffect_fast.runs.dataset import (
+    check_coverage,
+    check_directions,
+    check_effects,
+    check_norms,
+    dataset,
+)
+from geffect_fast.runs.effects import find_effects
+from geffect_fast.runs.models import check_finite
+from geffect_fast.runs.progress import progress_bar
+from geffect_fast.runs.resolution import Resolution, checked_axes
+from geffect_fast.runs.stream import EffectFile
+
+if TYPE_CHECKING:
+    import xarray as xr
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What was measured of a model.
+
+    Attributes:
+        dataset: as `geffect_fast.profile` returns it.
+        directions: the gradients of the risks by parameter, `(M, *shape)`, fp32 (fp64 of fp64
+            models), in the order of `Profiler.risk_names`.
+    """
+
+    dataset: xr.Dataset
+    directions: dict[str, Tensor]
+
+
+class Profiler:
+    """Data, batches and engine of a profile, prepared once; the model's weights may change.
+
+    Takes what `geffect_fast.profile` takes, but `out` and `progress`, and raises what it does for
+    wrong arguments. A `reference_model` that is given is read at the first measurement, and stays
+    what it was then; without one, the reference is the model as it stands at each.
+
+    Attributes:
+        plan: of the model, which must stay in eval mode while it is measured.
+        sets: the data sets, tokenised: `forget`, `retain` and every probe by its name.
+        objectives: the objectives.
+        risk_names: names along the axis `risk`.
+        token_budget: tokens a batch.
+
+    Example:
+        >>> profiler = Profiler(model, tokenizer, forget=rows, retain=others, objectives=["ga"])
+        >>> before = profiler.measure().dataset
+        >>> ...  # a training step
+        >>> after = profiler.measure().dataset
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        *,
+        forget: Any,
+        retain: Any,
+        objectives: Sequence[str | Objective] | str,
+        probes: Mapping[str, Any] | None = None,
+        refusals: Any = None,
+        reference_model: nn.Module | str | Path | None = None,
+        resolve: Sequence[str] = ("parameter", "sample"),
+        engine: str = "auto",
+        reduction: Reduction = "token",
+        risk: str | Objective = "nll",
+        norms: bool | None = None,
+        groups: Mapping[str, Any] | None = None,
+        template: str = "auto",
+        max_length: int | None = None,
+        token_budget: int | None = None,
+    ) -> None:
+        self.objectives = resolved_list(objectives)
+        risk_part = resolved_risk(risk)
+        axes = checked_axes(resolve)
+        check_arguments(engine, reduction, token_budget=token_budget, max_length=max_length)
+        if not {"parameter", "group"} & set(axes) and groups is not None:
+            raise InputError("groups: goes with resolve by 'group' or 'parameter'; leave it out")
+        # Effects are linear in the objective: a part that several share is profiled once.
+        self._parts = list(dict.fromkeys(part for o in self.objectives for _, part in o.parts()))
+        needs = {need for part in self._parts for need in part.needs}
+        alternatives = any("alternative" in part.roles for part in self._parts)
+        self.sets = sets = read_sets(
+            tokenizer, forget, retain, probes, refusals, alternatives, template, max_length
+        )
+        if not sets["forget"].has_alternatives:
+            check_needs_no_refusals(self.objectives)
+        if not sets["forget"].has_weights:
+            check_needs_no_weights(self.objectives)
+        check_model(model, sets)
+        self.plan = plan = Plan.of(model)
+        uses_retain = any(part.on == "retain" for part in self._parts)
+        self._resolution = resolution = Resolution(
+            axes,
+            list(plan.parameters),
+            {name: sets[name] for name in ("forget", "retain")[: 1 + uses_retain]},
+            alternatives,
+            checked_blocks(groups, list(plan.parameters)),
+        )
+        sources = {"unlearn": "forget", "retain": "retain"} | {p: p for p in probes or {}}
+        self.risk_names = list(sources)
+        columns = resolution.columns()[1]
+        choice = choose_engine(
+            engine,
+            axes,
+            norms,
+            n_risks=len(sources),
+            n_parts=len(self._parts),
+            shares=product_shares(plan, columns),
+        )
+        self.token_budget = token_budget or estimate_token_budget(model, n_directions=len(sets))
+        try:
+            with within_budget(self.token_budget, 1):
+                layout = choose_layout(plan, sets["forget"])
+        except UnsupportedModelError:
+            # Whole gradients and forward passes need no shares of samples, only that samples do
+            # not meet.
+            if resolution.per_sample and choice.engine == "reverse":
+                raise
+            layout = "single"
+        self._choice = self._possible(choice, layout, engine == "forward")
+        self._norms = self._choice.engine == "reverse" if norms is None else norms
+
+        def batches_of(name: str, wanted: tuple[Role, ...]) -> list[Batch]:
+            return make_batches(
+                sets[name],
+                wanted,
+                token_budget=self.token_budget,
+                reduction=reduction,
+                layout=layout,
+            )
+
+        offsets = {"forget": 0, "retain": len(sets["forget"])}
+        self._tasks = tasks_for(self._parts, batches_of, offsets)
+        self._risk_tasks = [
+            Task(batches_of(source, risk_part.roles), {m: risk_part})
+            for m, source in enumerate(sources.values())
+        ]
+        self._tokenizer = tokenizer
+        self._settings = {
+            "engine": self._choice.engine,
+            "engine_reason": self._choice.reason,
+            "layout": layout,
+            "reduction": reduction,
+            "risk": str(risk_part),
+            "token_budget": self.token_budget,
+            "n_forget": len(sets["forget"]),
+            "n_retain": len(sets["retain"]),
+            "objectives": json.dumps(
+                [{"name": o.name, "parameters": o.parameters()} for o in self.objectives]
+            ),
+        }
+        self._reference = Reference(reference_for(reference_model, needs, model, sets))
+
+    def measure(self, *, out: str | Path | None = None, progress: bool = False) -> Measurement:
+        """Measure the model as it is now.
+
+        Args:
+            out: as `geffect_fast.profile` takes it.
+            progress: show bars.
+
+        Raises:
+            InputError: the result does not fit in memory, or `out` is of no use.
+            NonFiniteError: a weight, gradient or effect is not finite; the first is named.
+            UnsupportedModelError: the samples' shares miss a gradient.
+        """
+        plan, resolution, mixture = self.plan, self._resolution, self._mixture
+        check_finite(plan.model)
+        m, k, engine = len(self.risk_names), len(self.objectives), self._choice.engine
+        shape = resolution.shape(k, m)
+        if out is not None and not (resolution.per_sample and resolution.within):
+            raise InputError(
+                "out: goes with resolve by 'sample' and 'position' or 'token'; leave it out"
+            )
+        whole = self._norms or not resolution.per_sample
+        check_memory(plan, len(self._parts) if whole else 0, shape, out)
+        risk_values, directions = self.risk_gradients(progress=progress)
+        device = next(iter(plan.parameters.values())).device
+        passes = parts_for(plan, resolution.columns()[1], m) if engine == "forward" else []
+        with (
+            nullcontext(np.zeros(shape)) if out is None else EffectFile(out, resolution.dims, shape)
+        ) as array:
+            what, n_passes = "effects of the objectives", max(len(passes), 1)
+            with self._ticking(progress, what, self._tasks, n_passes) as tick:
+                self._reference.prepare(self._tasks, device)
+                found = find_effects(
+                    engine,
+                    plan,
+                    self._tasks,
+                    directions,
+                    self._reference,
+                    mixture,
+                    resolution,
+                    array,
+                    passes=passes,
+                    norms=self._norms,
+                    tick=tick,
+                )
+            check_effects(found.summed, found.values, self._parts, found.places)
+            mixed = torch.tensordot(mixture, found.summed, dims=1)
+            check_effects(mixed, mixture @ found.values, self.objectives, found.places)
+            gram, of_objectives = found.gram, engine == "reverse"
+            if resolution.per_sample and of_objectives and gram is not None:
+                check_coverage(plan, found.summed, gram, m)
+            if gram is not None:
+                onto = torch.eye(m, dtype=torch.float64)
+                onto = torch.block_diag(onto, mixture) if of_objectives else onto
+                gram = onto @ gram @ onto.T
+                check_norms(gram, [*self.risk_names, *self.objectives])
+            settings = self._settings | {
+                "dtype": str(next(iter(plan.parameters.values())).dtype).removeprefix("torch."),
+                **Coverage.of(plan.model).attributes(),
+                # NetCDF has no booleans
+                "coverage_checked": int(of_objectives and gram is not None),
+            }
+            result = dataset(
+                resolution,
+                None if isinstance(array, EffectFile) else array,
+                [str(o) for o in self.objectives],
+                self.risk_names,
+                risk_values,
+                mixture @ found.values,
+                gram if self._norms or not of_objectives else None,
+                self._tokenizer,
+                settings,
+            )
+            if isinstance(array, EffectFile):
+                result = array.finish(result)
+        return Measurement(result, directions)
+
+    def risk_gradients(self, *, progress: bool = False) -> tuple[Tensor, dict[str, Tensor]]:
+        """Values of the risks `(M,)` fp64 and their gradients, as `Measurement.directions`.
+
+        Raises:
+            NonFiniteError: a gradient is not finite.
+        """
+        n = len(self.risk_names)
+        place = place_for_directions(self.plan, n) if self._choice.engine == "forward" else None
+        with self._ticking(progress, "gradients of the risks", self._risk_tasks) as tick:
+            values, directions = accumulate_gradients(
+                self.plan, self._risk_tasks, n, self._reference, tick, place
+            )
+        for name, direction in directions.items():
+            check_directions(
+                direction, f"gradient of the risk on '{{}}' at {name}", self.risk_names
+            )
+        return values, directions
+
+    @property
+    def _mixture(self) -> Tensor:
+        return mixture_of(self.objectives, self._parts)
+
+    def _possible(self, choice: Choice, layout: Layout, asked: bool) -> Choice:
+        """The engine chosen, or reverse where forward mode cannot pass the model.
+
+        Raises:
+            UnsupportedModelError: it cannot, and what is wanted needs it.
+        """
+        if choice.engine == "reverse":
+            return choice
+        problem = forward_mode_problem(self.plan, self.sets["forget"], layout)
+        if problem is None:
+            return choice
+        if asked or self._resolution.within is not None:
+            raise UnsupportedModelError(
+                f"engine forward: {problem}; use engine='reverse', without 'token'"
+            )
+        return Choice("reverse", problem)
+
+    @contextmanager
+    def _ticking(
+        self, show: bool, what: str, tasks: Sequence[Task], n_passes: int = 1
+    ) -> Iterator[Tick]:
+        """Yields a function that is told of tokens done, drawn as a bar; memory may run out."""
+        largest = max((b for task in tasks for b in task.batches), key=lambda b: b.total_tokens)
+        with (
+            progress_bar(show, what, n_passes * sum(task.n_tokens for task in tasks)) as update,
+            within_budget(self.token_budget, largest.n_samples),
+        ):
+            yield lambda n: update(advance=n)
