@@ -31,3 +31,18 @@ class OutOfMemoryError(GEffectError, MemoryError):
     """A batch does not fit; the message names the token budget and a smaller one."""
 
     exit_code = 2
+
+
+class UnfinishedError(GEffectError):
+    """A run of several steps stopped, and the steps it had written are kept.
+
+    The message names what stopped it and says how to go on.
+    """
+
+    exit_code = 3
+
+
+class InterruptedRunError(GEffectError):
+    """Ctrl-C stopped a run of several steps; the message says what is kept and how to go on."""
+
+    exit_code = 130
