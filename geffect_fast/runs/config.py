@@ -6,7 +6,7 @@ import difflib
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import (
@@ -40,13 +40,13 @@ Source = Annotated[str, AfterValidator(_settled)]
 """A path (stored absolute) or a hub id (stored as it is)."""
 
 
-class ProfileConfig(BaseModel):
-    """All that decides the numbers of a run; saved as `run.yaml`, it replays them bitwise."""
+class RunConfig(BaseModel):
+    """What every run is made from: models, data, and how effects are measured."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
-    command: Literal["profile", "sweep"] = "profile"
-    """The command that replays it; objectives of a sweep may hold ranges."""
+    command: str
+    """The command that replays it."""
 
     model: Source
     """Folder or hub id of a transformers causal language model."""
@@ -108,11 +108,6 @@ class ProfileConfig(BaseModel):
 
     threads: int | None = Field(default=None, gt=0)
     """CPU threads; none: torch's own choice, and then recorded."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _axes_of_a_sweep(cls, values: dict[str, Any]) -> dict[str, Any]:
-        return {"resolve": ("sample",)} | values if values.get("command") == "sweep" else values
 
     @field_validator("objectives", mode="before")
     @classmethod
@@ -183,12 +178,38 @@ class ProfileConfig(BaseModel):
         return value
 
 
+class ProfileConfig(RunConfig):
+    """All that decides the numbers of a profile; saved as `run.yaml`, it replays them bitwise."""
+
+    command: Literal["profile", "sweep"] = "profile"
+    """The command that replays it; objectives of a sweep may hold ranges."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _axes_of_a_sweep(cls, values: dict[str, Any]) -> dict[str, Any]:
+        return {"resolve": ("sample",)} | values if values.get("command") == "sweep" else values
+
+
+Config = TypeVar("Config", bound=RunConfig)
+
+
 def make_config(
     values: dict[Any, Any], where: str = "", options: Mapping[str, str] | None = None
 ) -> ProfileConfig:
+    """A profile's or sweep's config from plain values, as `checked_config`."""
+    return checked_config(ProfileConfig, values, where, options)
+
+
+def checked_config(
+    kind: type[Config],
+    values: dict[Any, Any],
+    where: str = "",
+    options: Mapping[str, str] | None = None,
+) -> Config:
     """A config from plain values.
 
     Args:
+        kind: of what run.
         values: field name to value.
         where: what the error calls the place they come from, such as a file name.
         options: fields that come from options of the command line in its stead, and what these are
@@ -202,18 +223,22 @@ def make_config(
             place = f"{where}: " if where else ""
             raise InputError(f"{place}field {name!r} must be text, such as model or forget")
     try:
-        return ProfileConfig(**values)
+        return kind(**values)
     except ValidationError as error:
-        raise InputError(_one_line(error, where, options or {})) from None
+        raise InputError(_one_line(error, where, options or {}, list(kind.model_fields))) from None
 
 
-def load_config(path: str | Path) -> ProfileConfig:
-    """The config in a YAML file.
+def load_config(path: str | Path) -> RunConfig:
+    """The config in a YAML file, of the kind of run that its field `command` names.
 
     Raises:
         InputError: as `read_values` and `make_config`.
     """
-    return make_config(read_values(path), str(path))
+    from geffect_fast.runs.unlearn_config import UnlearnConfig
+
+    values = read_values(path)
+    kind = UnlearnConfig if values.get("command") == "unlearn" else ProfileConfig
+    return checked_config(kind, values, str(path))
 
 
 def read_values(path: str | Path) -> dict[str, Any]:
@@ -245,20 +270,25 @@ def read_values(path: str | Path) -> dict[str, Any]:
     return values
 
 
-def dump_config(config: ProfileConfig) -> str:
+def dump_config(config: RunConfig) -> str:
     """The config as YAML that `load_config` reads back to an equal config."""
     values = config.model_dump(mode="json")
     replay = f"# Replay: geffect-fast {config.command} --config run.yaml --out NEW_FOLDER\n"
     return replay + yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=1000)
 
 
-def _one_line(error: ValidationError, where: str, options: Mapping[str, str]) -> str:
+def _one_line(
+    error: ValidationError, where: str, options: Mapping[str, str], fields: list[str]
+) -> str:
     """The first problem of a validation error: place, field, problem, remedy."""
     problem = min(error.errors(), key=lambda p: p["type"] != "extra_forbidden")
+    if not problem["loc"]:  # of several fields; the message begins with the one to change
+        field, _, said = str(problem["ctx"]["error"]).partition(": ")
+        place = f"{where}: " if where and field not in options else ""
+        return f"{place}{options.get(field, field)}: {said}"
     first, *inner = map(str, problem["loc"])
     place = f"{where}: " if where and first not in options else ""
     field = ".".join([options.get(first, first), *inner])
-    fields = list(ProfileConfig.model_fields)
     if problem["type"] == "extra_forbidden":
         close = difflib.get_close_matches(field, fields, n=1)
         advice = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(fields)}"
