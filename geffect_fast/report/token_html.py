@@ -6,21 +6,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
 
 from geffect_fast.report.table import number
-from geffect_fast.report.token_colours import (
-    GROUND,
-    INK,
-    SCALE_NOTE,
-    STEPS,
-    UNDEFINED,
-    colour,
-    goodness,
-    inline,
-    mark,
-)
+from geffect_fast.report.templates import render
+from geffect_fast.report.token_colours import SCALE_NOTE, STEPS, goodness, inline, mark
 from geffect_fast.report.token_view import (
     STEP_NOTE,
     Answer,
@@ -71,36 +60,27 @@ def tokens_html(
         all_objectives=True,
         max_values=max_values,
     )
-    environment = Environment(
-        loader=PackageLoader("geffect_fast", "report"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["class_attribute"] = class_attribute
-    return environment.get_template("token_view.html.jinja").render(
-        view=view,
-        risks=[_risk(view, m) for m in range(len(view.risks))],
-        objectives=[_objective(view, k) for k in range(len(view.objectives))],
-        strip=range(-STEPS, STEPS + 1, 3),
-        steps=range(1, STEPS + 1),
-        colour=colour,
-        ground=GROUND,
-        ink=INK,
-        scale_note=SCALE_NOTE,
-        step_note=STEP_NOTE,
-        sequence_name=sequence_name,
-        inline=inline,
-    )
+    return render("token_view.html.jinja", **token_values(view, level=1))
 
 
-def class_attribute(good: int) -> Markup:
-    """The class of a token: `w1` to `w9` wanted, `x1` to `x9` unwanted, `n` undefined, or none."""
-    if good == 0:
-        return Markup()
-    name = "n" if good == UNDEFINED else f"{'w' if good > 0 else 'x'}{abs(good)}"
-    return Markup(' class="{}"').format(name)
+def token_values(view: TokenView, level: int) -> dict[str, Any]:
+    """What the template of the tokens is filled with.
+
+    Args:
+        view: they.
+        level: of their heading.
+    """
+    return {
+        "view": view,
+        "level": level,
+        "risks": [_risk(view, m) for m in range(len(view.risks))],
+        "objectives": [_objective(view, k) for k in range(len(view.objectives))],
+        "strip": range(-STEPS, STEPS + 1, 3),
+        "scale_note": SCALE_NOTE,
+        "step_note": STEP_NOTE,
+        "sequence_name": sequence_name,
+        "inline": inline,
+    }
 
 
 def _risk(view: TokenView, m: int) -> dict[str, Any]:

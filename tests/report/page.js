@@ -46,13 +46,13 @@ const root = new Element(JSON.parse(fs.readFileSync(page)), null);
 const find = (selector) => root.querySelectorAll(selector);
 global.document = root;
 document.getElementById = (id) => root.within().find((e) => e.attributes.id === id) ?? null;
-const select = document.getElementById("objective");
+const select = document.getElementById("tokens-objective");
 select.value = "0";
 eval(fs.readFileSync(script, "utf8"));
 
 const texts = (selector) => find(selector).map((e) => e.textContent);
 const state = () => ({
-  tokens: find("main [title]").map((e) => [e.className, e.title, e.textContent]),
+  tokens: find(".tokens [title]").map((e) => [e.className, e.title, e.textContent]),
   rest: ["h1", ".scale", ".total", ".top"].map(texts),
   hidden: select.closest(".choose").hidden,
 });
@@ -63,6 +63,6 @@ const states = choices.map((choice) => {
 });
 const told = [".text span", "td[title]", "h2"].map((selector) => {
   root.handlers.click({ target: find(selector)[5 % find(selector).length] });
-  return document.getElementById("detail").textContent;
+  return document.getElementById("tokens-detail").textContent;
 });
 console.log(JSON.stringify({ states, told }));

@@ -134,7 +134,7 @@ def test_the_script_is_given_the_numbers_of_every_objective(result):
     page = Page(tokens_html(result, "npo(beta=0.1)+kl")).root
     names = ["npo(beta=0.1) + kl", "ga", "wga(alpha=1)"]
     assert list(map(text, find(page, "option"))) == names
-    data = json.loads(text(find(page, "script", id="data")[0]))
+    data = json.loads(text(find(page, "script", id="tokens-data")[0]))
     view = token_view(result, names[0], all_objectives=True)
     assert [o["heading"] for o in data["objectives"]] == [
         f"Tokens of 2 of 2 forget rows under {name}" for name in names
