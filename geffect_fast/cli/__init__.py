@@ -13,8 +13,8 @@ from geffect_fast.errors import GEffectError
 
 EXIT_CODES = (
     "Exit codes: 0 all went well; 2 bad input, a full disk or too little memory, one line "
-    "'error: ...' on stderr and nothing written; 3 check found a deviation, or a run of several steps "
-    "stopped and kept those it had written; 1 unexpected failure; 130 interrupted."
+    "'error: ...' on stderr and nothing written; 3 check found a deviation, or a run of several "
+    "steps stopped and kept those it had written; 1 unexpected failure; 130 interrupted."
 )
 COMMANDS = (
     profile.profile,

@@ -123,6 +123,15 @@ def whole_file(what: str, path: str | Path, option: str) -> Iterator[Path]:
             part.unlink(missing_ok=True)
 
 
+def synced(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 def remove(path: Path) -> None:
     """Remove a file, link or whole folder, if it is there."""
     if path.is_dir() and not path.is_symlink():

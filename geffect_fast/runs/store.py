@@ -93,7 +93,7 @@ def save_run(
         InputError: as `check_free`, or the disk refuses.
     """
     with staged_run(folder, overwrite) as staging:
-        _write_dataset(dataset, staging / RESULTS)
+        write_dataset(dataset, staging / RESULTS)
         write_rest(staging, dataset, config, report)
     return user_path(folder).absolute()
 
@@ -148,7 +148,8 @@ def open_run(folder: str | Path, *, lazy: bool = False) -> xr.Dataset:
     try:
         dataset.attrs = _plain_attrs(dataset.attrs)
         ours = {"g_effect", "risk_value", "loss"} <= set(dataset.data_vars)
-        ours = ours and dataset["g_effect"].dims[:2] == ("objective", "risk")
+        dims = [dim for dim in dataset["g_effect"].dims if dim != "step"] if ours else []
+        ours = dims[:2] == ["objective", "risk"]
     except ValueError:
         ours = False
     if not ours:
@@ -258,8 +259,8 @@ def _write_parquet(pieces: Iterable[pd.DataFrame], file: Path) -> None:
             writer.close()
 
 
-def _write_dataset(dataset: xr.Dataset, file: Path) -> None:
-    """NetCDF-4 with compression."""
+def write_dataset(dataset: xr.Dataset, file: Path) -> None:
+    """Write a result as NetCDF-4 with compression; raises `OSError` where the disk refuses."""
     import h5netcdf
 
     encoding = {name: COMPRESSION for name in dataset.data_vars if dataset[name].ndim}
