@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -53,12 +53,21 @@ class Sequence:
 
 @dataclass(frozen=True, eq=False)
 class Sample:
-    """Row `row` (from 0) of a set: its answer, and what objectives may put in its place."""
+    """Row `row` (from 0) of a set: its answer, and what objectives may put in its place.
+
+    `part_of` is its row in the set that this one is a part of; None where it is whole.
+    """
 
     row: int
     question: str
     answer: Sequence
     alternatives: tuple[Sequence, ...] = ()
+    part_of: int | None = None
+
+    @property
+    def data_row(self) -> int:
+        """The row in the data as they were read."""
+        return self.row if self.part_of is None else self.part_of
 
     def sequences(self) -> dict[Role, tuple[Sequence, ...]]:
         """The sequences it has, by role."""
@@ -74,6 +83,14 @@ class SampleSet:
 
     def __len__(self) -> int:
         return len(self.samples)
+
+    def part(self, rows: Iterable[int]) -> SampleSet:
+        """A set of these rows alone, in this order, which know where they come from."""
+        picked = [self.samples[row] for row in rows]
+        return replace(
+            self,
+            samples=tuple(replace(s, row=i, part_of=s.data_row) for i, s in enumerate(picked)),
+        )
 
     @property
     def questions(self) -> tuple[str, ...]:

@@ -101,7 +101,10 @@ def read_sets(
     template: str,
     max_length: int | None,
 ) -> dict[str, SampleSet]:
-    """The data sets, tokenised: forget, retain and every probe by its name."""
+    """The data sets, tokenised: forget, retain and every probe by its name.
+
+    A source that is a `SampleSet` is one already.
+    """
     if not isinstance(probes, Mapping | None):
         raise InputError(f"probes: got {type(probes).__name__}; give a dict of data sets by name")
     sources = {"forget": forget, "retain": retain}
@@ -111,7 +114,9 @@ def read_sets(
         sources[name] = source
     replacements = read_refusals(refusals) if refusals is not None and alternatives else None
     return {
-        name: tokenize_rows(
+        name: source
+        if isinstance(source, SampleSet)
+        else tokenize_rows(
             read_rows(source, name=name),
             tokenizer,
             name=name,

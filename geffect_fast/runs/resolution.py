@@ -109,7 +109,7 @@ class Resolution:
             coords["group"] = self.columns()[0]
         if "sample" in self.axes:
             every = list(self._samples())
-            coords["sample"] = np.array([sample.row for _, sample in every])
+            coords["sample"] = np.array([sample.data_row for _, sample in every])
             coords["set"] = ("sample", [name for name, _ in every])
             coords["question"] = ("sample", [sample.question for _, sample in every])
         if self.within is not None:

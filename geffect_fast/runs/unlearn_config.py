@@ -63,7 +63,7 @@ class UnlearnConfig(RunConfig):
     lora_rank: int | None = Field(default=None, gt=0)
     """Train an adapter of this rank in place of the weights (LoRA, needs peft)."""
 
-    lora_alpha: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    lora_alpha: int | None = Field(default=None, gt=0)
     """Scale of the adapter, divided by its rank; none: twice the rank."""
 
     lora_dropout: float = Field(default=0.0, ge=0, lt=1)
@@ -75,7 +75,7 @@ class UnlearnConfig(RunConfig):
     seed: int = Field(default=0, ge=0, lt=2**32)
     """Decides the order of the data, dropout and an adapter's first weights."""
 
-    trainer: dict[str, Any] = {}
+    trainer: dict[str, Any] = Field(default={})
     """Further fields of transformers' TrainingArguments, such as weight_decay: 0.01."""
 
     save_every: int | None = Field(default=None, gt=0)
