@@ -10,6 +10,7 @@ from geffect_fast.capture import capture
 
 if TYPE_CHECKING:
     import geffect_fast.functional as functional
+    import geffect_fast.integrations as integrations
     from geffect_fast.runs.check import check
     from geffect_fast.runs.profile import profile
     from geffect_fast.runs.store import open_run
@@ -23,6 +24,7 @@ __all__ = [
     "check",
     "data",
     "functional",
+    "integrations",
     "objectives",
     "open_run",
     "ops",
@@ -37,6 +39,7 @@ __all__ = [
 _LAZY = {
     "check": ("geffect_fast.runs.check", "check"),
     "functional": ("geffect_fast.functional", None),
+    "integrations": ("geffect_fast.integrations", None),
     "open_run": ("geffect_fast.runs.store", "open_run"),
     "optimal_weights": ("geffect_fast.weights", "optimal_weights"),
     "pareto_front": ("geffect_fast.runs.sweep", "pareto_front"),

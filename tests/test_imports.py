@@ -20,6 +20,7 @@ LAYERS = {
     "engines": {"errors", "ops", "capture", "data", "objectives"},
     "functional": {"errors", "ops", "capture"},
     "runs": {"errors", "ops", "capture", "data", "objectives", "engines", "functional"},
+    "integrations": {"errors", "objectives", "runs"},
     "weights": {"errors", "data", "runs"},
     "report": {"errors", "runs"},
     "demo": {"errors", "data", "objectives", "runs", "report"},

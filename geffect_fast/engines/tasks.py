@@ -17,6 +17,11 @@ from geffect_fast.objectives.base import REFERENCE_NEEDS, Need
 ROLE_ORDER: tuple[Role, ...] = ("answer", "alternative")
 
 
+Watch = Callable[["Task", int, Outputs, Batch, "Outputs | None"], None]
+"""Told of every part, by its number, on every batch, with the model's and the reference's outputs.
+"""
+
+
 @dataclass
 class Task:
     """The parts of objectives that one forward pass over the same batches serves.
@@ -26,12 +31,14 @@ class Task:
         parts: the elementary objectives that read these batches, by their number among all parts.
         offset: number of the first row of this data set on the result's sample axis.
         on: name of the data set.
+        watch: told of each part's evaluation; None: nobody.
     """
 
     batches: Sequence[Batch]
     parts: dict[int, Objective] = field(default_factory=dict)
     offset: int = 0
     on: str = ""
+    watch: Watch | None = None
 
     @property
     def needs(self) -> frozenset[Need]:
@@ -51,6 +58,8 @@ class Task:
     @torch.no_grad()
     def value(self, index: int, outputs: Outputs, batch: Batch, reference: Outputs | None) -> float:
         """The value of part `index` on `batch`."""
+        if self.watch is not None:
+            self.watch(self, index, outputs, batch, reference)
         return float(self.parts[index].loss(outputs, batch, reference))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,6 +50,7 @@ from geffect_fast.runs.models import check_finite
 from geffect_fast.runs.progress import progress_bar
 from geffect_fast.runs.resolution import Resolution, checked_axes
 from geffect_fast.runs.stream import EffectFile
+from geffect_fast.runs.token_axis import TokenWeights
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -82,6 +83,7 @@ class Profiler:
         objectives: the objectives.
         risk_names: names along the axis `risk`.
         token_budget: tokens a batch.
+        settings: attributes of results that hold for all measurements.
 
     Example:
         >>> profiler = Profiler(model, tokenizer, forget=rows, retain=others, objectives=["ga"])
@@ -178,7 +180,7 @@ class Profiler:
             for m, source in enumerate(sources.values())
         ]
         self._tokenizer = tokenizer
-        self._settings = {
+        self.settings = {
             "engine": self._choice.engine,
             "engine_reason": self._choice.reason,
             "layout": layout,
@@ -193,11 +195,16 @@ class Profiler:
         }
         self._reference = Reference(reference_for(reference_model, needs, model, sets))
 
-    def measure(self, *, out: str | Path | None = None, progress: bool = False) -> Measurement:
+    def measure(
+        self, *, out: str | Path | None = None, weights: bool = False, progress: bool = False
+    ) -> Measurement:
         """Measure the model as it is now.
 
         Args:
             out: as `geffect_fast.profile` takes it.
+            weights: also `token_weight` (objective, sample, token): the derivative of an objective
+                by the log-probability of each label, NaN where it has none; left out with
+                `position`.
             progress: show bars.
 
         Raises:
@@ -218,16 +225,21 @@ class Profiler:
         risk_values, directions = self.risk_gradients(progress=progress)
         device = next(iter(plan.parameters.values())).device
         passes = parts_for(plan, resolution.columns()[1], m) if engine == "forward" else []
+        weights = weights and resolution.within != "position"
+        by_token = TokenWeights(resolution, mixture) if weights else None
+        tasks = self._tasks
+        if by_token is not None:
+            tasks = [replace(task, watch=by_token.add) for task in tasks]
         with (
             nullcontext(np.zeros(shape)) if out is None else EffectFile(out, resolution.dims, shape)
         ) as array:
             what, n_passes = "effects of the objectives", max(len(passes), 1)
-            with self._ticking(progress, what, self._tasks, n_passes) as tick:
-                self._reference.prepare(self._tasks, device)
+            with self._ticking(progress, what, tasks, n_passes) as tick:
+                self._reference.prepare(tasks, device)
                 found = find_effects(
                     engine,
                     plan,
-                    self._tasks,
+                    tasks,
                     directions,
                     self._reference,
                     mixture,
@@ -248,7 +260,7 @@ class Profiler:
                 onto = torch.block_diag(onto, mixture) if of_objectives else onto
                 gram = onto @ gram @ onto.T
                 check_norms(gram, [*self.risk_names, *self.objectives])
-            settings = self._settings | {
+            settings = self.settings | {
                 "dtype": str(next(iter(plan.parameters.values())).dtype).removeprefix("torch."),
                 **Coverage.of(plan.model).attributes(),
                 # NetCDF has no booleans
@@ -265,6 +277,9 @@ class Profiler:
                 self._tokenizer,
                 settings,
             )
+            if by_token is not None:
+                variables, coordinates = by_token.variables(self._tokenizer)
+                result = result.assign(variables).assign_coords(coordinates)
             if isinstance(array, EffectFile):
                 result = array.finish(result)
         return Measurement(result, directions)

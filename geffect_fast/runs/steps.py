@@ -53,7 +53,7 @@ class StepStore:
             files = sorted(self.folder.iterdir()) if self.folder and self.folder.exists() else []
         except OSError as error:
             raise InputError(
-                f"steps folder {self.folder} cannot be read: {error.strerror}; choose another --out"
+                f"{self.where} cannot be read: {error.strerror}; choose another --out"
             ) from None
         for file in files:
             problem = self._problem(file)
@@ -64,6 +64,11 @@ class StepStore:
     def steps(self) -> list[int]:
         """Steps of this run that are complete, in order."""
         return sorted({*self._files, *self._held})
+
+    @property
+    def where(self) -> str:
+        """What messages call it."""
+        return "memory" if self.folder is None else f"steps folder {self.folder}"
 
     @property
     def left_alone(self) -> list[str]:
@@ -97,7 +102,7 @@ class StepStore:
         file = self.folder / _name(step)
         part = self.folder / f".{file.name}.part"
         try:
-            with folder_for(f"steps folder {self.folder}", self.folder):
+            with folder_for(self.where, self.folder):
                 self._clean()
                 try:
                     write_dataset(dataset, part)
@@ -137,7 +142,7 @@ class StepStore:
         import xarray as xr
 
         if not self.steps:
-            raise InputError(f"steps folder {self.folder} holds no step of this run; run it first")
+            raise InputError(f"{self.where} holds no step of this run; run it first")
         return xr.concat(
             [self.read(step) for step in self.steps],
             dim="step",

@@ -259,6 +259,16 @@ def _write_parquet(pieces: Iterable[pd.DataFrame], file: Path) -> None:
             writer.close()
 
 
+def save_result(dataset: xr.Dataset, file: Path) -> None:
+    """Write a result alone, in place of a file that is there.
+
+    Raises:
+        InputError: the disk refuses, and the file is as it was.
+    """
+    with whole_file(f"result {file}", file, "folder") as part:
+        write_dataset(dataset, part)
+
+
 def write_dataset(dataset: xr.Dataset, file: Path) -> None:
     """Write a result as NetCDF-4 with compression; raises `OSError` where the disk refuses."""
     import h5netcdf

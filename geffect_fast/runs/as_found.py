@@ -1,0 +1,62 @@
+"""A model in training measured as if it were at rest, and left as it was found."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+_PATCHED = "_original_forward"
+"""Where accelerate keeps a forward that it has wrapped in autocast."""
+
+
+@contextmanager
+def as_found(model: nn.Module, trainable: Collection[nn.Parameter] | None = None) -> Iterator[None]:
+    """Inside, the model is as a profile wants it; afterwards training goes on as without it.
+
+    Inside: eval mode, gradients enabled, no autocast (neither around the model nor, by accelerate,
+    in its forward). What is measured is then what the saved checkpoint would give. Afterwards the
+    modes of all modules, `requires_grad`, and the state of torch's random numbers on the CPU and
+    the model's devices are what they were.
+
+    Args:
+        model: the model, or what is wrapped around it.
+        trainable: the parameters that are measured: these alone ask for gradients inside; None:
+            those that do already.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    asking = [(p, p.requires_grad) for p in model.parameters()]
+    measured = {id(p) for p in trainable or ()}
+    patched = [m for m in model.modules() if {_PATCHED, "forward"} <= vars(m).keys()]
+    forwards = [(module, vars(module)["forward"]) for module in patched]
+    kinds = {p.device.type for p, _ in asking}
+    devices = {p.device for p, _ in asking if p.device.type == "cuda"}
+    try:
+        with torch.random.fork_rng(devices), torch.enable_grad(), _no_autocast(kinds):
+            for module in patched:
+                module.forward = vars(module)[_PATCHED]
+            model.eval()
+            for p, _ in asking if trainable is not None else ():
+                p.requires_grad_(id(p) in measured)
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+        for p, asks in asking:
+            p.requires_grad_(asks)
+        for module, forward in forwards:
+            module.forward = forward
+
+
+@contextmanager
+def _no_autocast(kinds: Collection[str]) -> Iterator[None]:
+    before = {kind: torch.is_autocast_enabled(kind) for kind in kinds}
+    try:
+        for kind in kinds:
+            torch.set_autocast_enabled(kind, False)
+        yield
+    finally:
+        for kind, enabled in before.items():
+            torch.set_autocast_enabled(kind, enabled)
