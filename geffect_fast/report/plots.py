@@ -54,11 +54,8 @@ def plot_layers(dataset: xr.Dataset, file: Path) -> bool:
         )
         panel.set_facecolor("#999999")
         panel.set_title(f"e_{symbol(risk)}: effect on the {risk} risk", fontsize=11)
-        step = math.ceil(len(labels) / 34)
-        ticks = [
-            i for i, label in enumerate(labels) if not label.isdigit() or int(label) % step == 0
-        ]
-        panel.set_xticks(ticks, [labels[i].replace("_", " ") for i in ticks], fontsize=9)
+        ticks = part_ticks(labels)
+        panel.set_xticks(list(ticks), list(ticks.values()), fontsize=9)
         _rotate_names(panel)
         panel.set_yticks(range(len(objectives)), objectives, fontsize=10)
         right = panel.secondary_yaxis("right")
@@ -95,7 +92,7 @@ def plot_instances(dataset: xr.Dataset, file: Path) -> bool:
     panels = figure.subplots(n_rows, n_columns, squeeze=False).ravel()
     for panel, objective in zip(panels, objectives, strict=False):
         one = effect.sel(objective=objective)
-        _scatter(panel, one.sel(risk=UNLEARN).values, one.sel(risk="retain").values)
+        scatter_instances(panel, one.sel(risk=UNLEARN).values, one.sel(risk="retain").values)
         panel.set_title(objective, fontsize=10)
     for panel in panels[len(objectives) :]:
         panel.set_visible(False)
@@ -105,7 +102,8 @@ def plot_instances(dataset: xr.Dataset, file: Path) -> bool:
     return True
 
 
-def _scatter(panel: Axes, e_u: np.ndarray, e_r: np.ndarray) -> None:
+def scatter_instances(panel: Axes, e_u: np.ndarray, e_r: np.ndarray) -> None:
+    """Effects of rows, `(n,)` each, with the meaning of the four quarters in their corners."""
     finite = np.isfinite(e_u) & np.isfinite(e_r)
     panel.axhline(0, color="#555555", linewidth=0.8)
     panel.axvline(0, color="#555555", linewidth=0.8)
@@ -141,6 +139,16 @@ def blank_figure(width: float, height: float) -> Figure:
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure
+
+
+def part_ticks(labels: list[str], most: int = 34) -> dict[int, str]:
+    """What to write beside parts of a model, by place: names, and of many blocks some numbers."""
+    step = math.ceil(len(labels) / most)
+    return {
+        i: label.replace("_", " ")
+        for i, label in enumerate(labels)
+        if not label.isdigit() or int(label) % step == 0
+    }
 
 
 def _rotate_names(panel: Axes) -> None:

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     import xarray as xr
 
 UNLEARN = "unlearn"
+LEAD = ("step", "objective", "risk")
+"""The axes that sums over the rest of a result leave; `step` where it has one."""
 
 LITTLE_HARM, MUCH_HARM = 0.1, 1.0
 HARDLY = 0.1
@@ -68,7 +70,7 @@ def summarise(dataset: xr.Dataset) -> list[Summary]:
         cosine = {}
         if cosines is not None:
             cosine = dict(zip(risks, map(float, cosines[i]), strict=True))
-        collateral = _collateral(effect, NEGLIGIBLE * largest)
+        collateral = collateral_of(effect, NEGLIGIBLE * largest)
         summaries.append(
             Summary(
                 objective=str(objective),
@@ -76,17 +78,21 @@ def summarise(dataset: xr.Dataset) -> list[Summary]:
                 effects=effect,
                 cosines=cosine,
                 collateral=collateral,
-                verdict=_verdict(effect, cosine, collateral, NEGLIGIBLE * largest),
+                verdict=verdict_of(effect, cosine, collateral, NEGLIGIBLE * largest),
             )
         )
     return summaries
 
 
 def total(dataset: xr.Dataset) -> np.ndarray:
-    """G-effects of the whole forget data, `(objective, risk)` fp64; NaN stays NaN."""
+    """G-effects of the whole forget data, `(objective, risk)` fp64; NaN stays NaN.
+
+    Of a step result `(step, objective, risk)`.
+    """
     effect = dataset["g_effect"]
-    rest = [d for d in effect.dims if d not in ("objective", "risk")]
-    return effect.sum(rest, skipna=False).transpose("objective", "risk").values
+    lead = [d for d in LEAD if d in effect.dims]
+    rest = [d for d in effect.dims if d not in lead]
+    return effect.sum(rest, skipna=False).transpose(*lead).values
 
 
 def by_sample(dataset: xr.Dataset) -> xr.DataArray | None:
@@ -106,15 +112,17 @@ def by_place(dataset: xr.Dataset, blocks: bool) -> tuple[list[str], np.ndarray] 
         blocks: every block by itself (True), where the result tells them apart, or groups of them.
 
     Returns:
-        Labels and values `(objective, risk, len(labels))`; None where the whole model is summed.
+        Labels and values `(objective, risk, len(labels))`, of a step result `(step, objective,
+        risk, len(labels))`; None where the whole model is summed.
     """
     effect = dataset["g_effect"]
     axis = next((d for d in ("parameter", "group") if d in effect.dims), None)
     if axis is None:
         return None
-    rest = [d for d in effect.dims if d not in ("objective", "risk", axis)]
+    lead = [d for d in LEAD if d in effect.dims]
+    rest = [d for d in effect.dims if d not in (*lead, axis)]
     effect = effect.sum(rest, skipna=False)
-    effect = effect.transpose("objective", "risk", axis)
+    effect = effect.transpose(*lead, axis)
     groups = [str(group) for group in effect["group"].values]
     numbers = effect["block"].values if "block" in effect.coords else [OUTSIDE] * len(groups)
     labels: list[str] = []
@@ -169,7 +177,8 @@ def write_summary(dataset: xr.Dataset, file: Path) -> None:
             )
 
 
-def _collateral(effects: dict[str, float], negligible: float) -> float:
+def collateral_of(effects: dict[str, float], negligible: float) -> float:
+    """Largest of `e / e_u` over the other risks; NaN where `e_u` is not below `-negligible`."""
     e_u = effects[UNLEARN]
     others = [e for risk, e in effects.items() if risk != UNLEARN]
     if not (e_u < -negligible) or not all(map(math.isfinite, effects.values())):
@@ -177,9 +186,17 @@ def _collateral(effects: dict[str, float], negligible: float) -> float:
     return max((e / e_u for e in others), default=0.0) + 0.0  # + 0.0 turns -0.0 into 0.0
 
 
-def _verdict(
+def verdict_of(
     effects: dict[str, float], cosines: dict[str, float], collateral: float, negligible: float
 ) -> str:
+    """An objective in a word or two: whether it forgets, and what that costs.
+
+    Args:
+        effects: on every risk.
+        cosines: with every risk's gradient; empty where they are not known.
+        collateral: of `collateral_of`.
+        negligible: the size below which an effect is none.
+    """
     if not all(map(math.isfinite, effects.values())):
         return "undefined (NaN)"
     if all(abs(e) <= negligible for e in effects.values()):

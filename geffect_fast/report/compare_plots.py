@@ -1,0 +1,195 @@
+"""Figures of several runs side by side: effects, risks, parts of the model, what removal costs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from geffect_fast.report.curves import (
+    GREY,
+    draw_lines,
+    dress,
+    fit_scale,
+    legend_below,
+    set_titles,
+    shortened,
+    style_of,
+)
+from geffect_fast.report.plots import blank_figure
+from geffect_fast.report.step_plots import effect_words, panels_for
+from geffect_fast.report.steps import risk_words
+from geffect_fast.report.summary import UNLEARN
+from geffect_fast.report.table import number, symbol
+from geffect_fast.runs.axes import GROUPS, THIRDS
+from geffect_fast.runs.compare import compare
+
+if TYPE_CHECKING:
+    import xarray as xr
+    from matplotlib.figure import Figure
+
+
+def compare_figures(datasets: Mapping[str, xr.Dataset]) -> dict[str, Figure]:
+    """`comparison_figures` of step results by name.
+
+    Raises:
+        InputError: as `geffect_fast.compare`.
+    """
+    return comparison_figures(compare(datasets))
+
+
+def comparison_figures(runs: xr.Dataset) -> dict[str, Figure]:
+    """All figures of a comparison by file stem, in the order in which a reader wants them.
+
+    `effects`, `groups`, `risks`, `trade_off`, `cosines`; one whose numbers not all runs hold is
+    left out. `figure.get_label()` describes each in a sentence.
+
+    Args:
+        runs: of `geffect_fast.compare`.
+    """
+    figures = {
+        "effects": _effects(runs),
+        "groups": _groups(runs),
+        "risks": _risks(runs),
+        "trade_off": _trade_off(runs),
+        "cosines": _cosines(runs),
+    }
+    return {name: figure for name, figure in figures.items() if figure is not None}
+
+
+def _lines(values: xr.DataArray) -> dict[str, np.ndarray]:
+    return {
+        str(name): line
+        for name, line in zip(
+            values["run"].values, values.transpose("run", "step").values, strict=True
+        )
+    }
+
+
+def _about(runs: xr.Dataset, what: str, values: xr.DataArray) -> str:
+    """A sentence: what is drawn, and where every run ends."""
+    steps = runs["step"].values
+    ends = ", ".join(
+        f"{name} {number(float(line[-1]), '.3g')}" for name, line in _lines(values).items()
+    )
+    return f"{what} over {len(steps)} steps from {steps[0]} to {steps[-1]}; at the end {ends}."
+
+
+def _effects(runs: xr.Dataset) -> Figure:
+    risks = [str(risk) for risk in runs["risk"].values]
+    figure, panels = panels_for(len(risks))
+    for panel, risk in zip(panels, risks, strict=True):
+        title, words = effect_words(risk)
+        lines = _lines(runs["g_effect"].sel(risk=risk))
+        draw_lines(panel, runs["step"].values, lines, title=title, words=words)
+    legend_below(figure, panels[0])
+    figure.set_label(_about(runs, "G-effects by run; e_u", runs["g_effect"].sel(risk=UNLEARN)))
+    return figure
+
+
+def _groups(runs: xr.Dataset) -> Figure | None:
+    """A row a risk, a column a group of blocks, one scale a row."""
+    if "group_effect" not in runs:
+        return None
+    present = [str(group) for group in runs["group"].values]
+    blocks = [group for group in present if group in THIRDS or group not in GROUPS]
+    if not blocks:
+        return None
+    risks = [str(risk) for risk in runs["risk"].values]
+    figure = blank_figure(0.6 + 3.4 * len(blocks), 0.7 + 2.9 * len(risks))
+    grid = figure.subplots(len(risks), len(blocks), squeeze=False, sharey="row", sharex=True)
+    for row, risk in zip(grid, risks, strict=True):
+        effect = runs["group_effect"].sel(risk=risk)
+        whole = [line for group in blocks for line in _lines(effect.sel(group=group)).values()]
+        for panel, group in zip(row, blocks, strict=True):
+            title = f"e_{symbol(risk)}, {group.replace('_', ' ')} blocks"
+            words = effect_words(risk)[1] if group == blocks[0] else ""
+            draw_lines(
+                panel, runs["step"].values, _lines(effect.sel(group=group)), title=title,
+                words=words, scaled=whole,
+            )  # fmt: skip
+    legend_below(figure, grid[0, 0])
+    parts = ", ".join(blocks)
+    figure.set_label(
+        f"G-effects by run in the {parts} blocks, a row a risk ({', '.join(risks)}), one scale a "
+        "row."
+    )
+    return figure
+
+
+def _risks(runs: xr.Dataset) -> Figure:
+    risks = [str(risk) for risk in runs["risk"].values]
+    figure, panels = panels_for(len(risks))
+    for panel, risk in zip(panels, risks, strict=True):
+        values = runs["risk_value"].sel(risk=risk)
+        wanted = "higher: more is removed" if risk == UNLEARN else "higher: more harm"
+        draw_lines(
+            panel, runs["step"].values, _lines(values), title=risk_words(risk),
+            words=f"{runs.attrs['risk']}  ({wanted})", positive=bool((values > 0).all()),
+        )  # fmt: skip
+    legend_below(figure, panels[0])
+    figure.set_label(
+        _about(runs, "Risks by run; the forget risk", runs["risk_value"].sel(risk=UNLEARN))
+    )
+    return figure
+
+
+def _trade_off(runs: xr.Dataset) -> Figure | None:
+    """Rise of every other risk against the rise of the forget risk, a path a run."""
+    others = [str(risk) for risk in runs["risk"].values if risk != UNLEARN]
+    if not others:
+        return None
+    with np.errstate(invalid="ignore"):  # infinity less infinity
+        rise = runs["risk_value"] - runs["risk_value"].isel(step=0)
+    removed = _lines(rise.sel(risk=UNLEARN))
+    figure, panels = panels_for(len(others), height=4.2)
+    for panel, risk in zip(panels, others, strict=True):
+        harm = _lines(rise.sel(risk=risk))
+        broken = []
+        for i, (name, x) in enumerate(removed.items()):
+            y, style = harm[name], style_of(i)
+            finite = np.isfinite(x) & np.isfinite(y)
+            panel.plot(x[finite], y[finite], linewidth=1.6, label=name, zorder=3, **style)
+            if finite.any():
+                panel.plot(x[finite][-1], y[finite][-1], "o", color=style["color"], zorder=4)
+            if not finite.all():
+                broken.append(f"{shortened(name, 28)} at {(~finite).sum()} steps")
+        panel.axhline(0, color=GREY, linewidth=0.9, zorder=1)
+        panel.axvline(0, color=GREY, linewidth=0.9, zorder=1)
+        across = fit_scale(panel.set_xscale, list(removed.values()))
+        up = fit_scale(panel.set_yscale, list(harm.values()))
+        panel.set_xlabel(f"rise of the forget risk: removed (right)\n{across}", fontsize=9)
+        panel.set_ylabel(f"rise of the {risk_words(risk)}: harm (up)\n{up}", fontsize=9)
+        dress(panel)
+        set_titles(panel, f"what removal costs the {risk} set (dot: last step)", broken)
+    legend_below(figure, panels[0])
+    figure.set_label(
+        f"Rise of {', '.join(map(risk_words, others))} against the rise of the forget risk, a path "
+        "a run; "
+        + ", ".join(
+            f"{name} ends at a rise of {number(float(x[-1]), '.3g')} for "
+            f"{number(float(_lines(rise.sel(risk=others[0]))[name][-1]), '.3g')}"
+            for name, x in removed.items()
+        )
+        + "."
+    )
+    return figure
+
+
+def _cosines(runs: xr.Dataset) -> Figure | None:
+    if "cosine" not in runs:
+        return None
+    risks = [str(risk) for risk in runs["risk"].values]
+    figure, panels = panels_for(len(risks))
+    for panel, risk in zip(panels, risks, strict=True):
+        draw_lines(
+            panel, runs["step"].values, _lines(runs["cosine"].sel(risk=risk)),
+            title=f"with the gradient of the {risk_words(risk)}", words=f"cosine_{symbol(risk)}",
+            limits=(-1.05, 1.05),
+        )  # fmt: skip
+    legend_below(figure, panels[0])
+    figure.set_label(
+        _about(runs, "Cosines by run; with the forget risk", runs["cosine"].sel(risk=UNLEARN))
+    )
+    return figure

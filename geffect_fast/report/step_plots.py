@@ -1,0 +1,276 @@
+"""Figures of a step result: effects, risks, layers, token weights, predictions, over steps."""
+
+from __future__ import annotations
+
+import textwrap
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from geffect_fast.report.curves import (
+    COLOURS,
+    GREY,
+    draw_lines,
+    legend_below,
+    set_titles,
+    shortened,
+)
+from geffect_fast.report.families import thinned
+from geffect_fast.report.layer_maps import layer_maps
+from geffect_fast.report.plots import blank_figure
+from geffect_fast.report.prediction_plot import prediction_figure
+from geffect_fast.report.steps import (
+    Steps,
+    outcome_sentence,
+    risk_words,
+)
+from geffect_fast.report.summary import UNLEARN, by_place
+from geffect_fast.report.table import number, symbol
+
+if TYPE_CHECKING:
+    import xarray as xr
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+PANEL = 4.4
+"""Inches that a panel is wide."""
+SHOWN = 8
+"""Of more objectives than this, some are drawn; the trained one always is."""
+MAPPED = 3
+"""Of so many objectives layers and token weights are drawn."""
+BANDS = ((0.0, 1.0, 0.12), (0.05, 0.95, 0.2), (0.25, 0.75, 0.35))
+"""Quantiles between which token weights are shaded, and how darkly."""
+
+
+def step_figures(dataset: xr.Dataset) -> dict[str, Figure]:
+    """All figures of a step result by file stem, in the order in which a reader wants them.
+
+    `effects`, `risks`, `groups`, `layers`, `prediction`, `cosines`, `norms`, `token_weights`; one
+    whose numbers the result does not hold is left out. `figure.get_label()` describes each in a
+    sentence. They belong to no window and no global state.
+
+    Args:
+        dataset: with a first axis `step`.
+    """
+    read = Steps.of(dataset)
+    figures = {
+        "effects": _effects(read),
+        "risks": _risks(read, dataset),
+        "groups": _groups(read, dataset),
+        "layers": layer_maps(dataset, [read.objectives[k] for k in _shown(read)[:MAPPED]]),
+        "prediction": prediction_figure(dataset),
+        "cosines": _cosines(read, dataset),
+        "norms": _norms(read, dataset),
+        "token_weights": _token_weights(read, dataset),
+    }
+    return {name: figure for name, figure in figures.items() if figure is not None}
+
+
+def effect_words(risk: str) -> tuple[str, str]:
+    """Title of a panel with the effect on a risk, and the words along its axis."""
+    hint = "lower: removes more" if risk == UNLEARN else "below 0: harms"
+    return f"effect on the {risk_words(risk)}", f"e_{symbol(risk)}  ({hint})"
+
+
+def panels_for(n: int, width: float = PANEL, height: float = 3.6) -> tuple[Figure, np.ndarray]:
+    """A figure with panels side by side, three at most in a row; unused ones are not there."""
+    columns = min(n, 3)
+    rows = -(-n // columns)
+    figure = blank_figure(0.4 + width * columns, 0.6 + height * rows)
+    grid = figure.subplots(rows, columns, squeeze=False).ravel()
+    for panel in grid[n:]:
+        panel.remove()
+    return figure, grid[:n]
+
+
+def _shown(read: Steps) -> list[int]:
+    """Places of the objectives that are drawn, the first always."""
+    return [int(k) for k in thinned(np.arange(len(read.objectives)), SHOWN)]
+
+
+def _over(steps: np.ndarray) -> str:
+    return f"over {len(steps)} steps from {steps[0]} to {steps[-1]}"
+
+
+def _ends(values: np.ndarray) -> str:
+    return f"from {number(float(values[0]), '.3g')} to {number(float(values[-1]), '.3g')}"
+
+
+def _effects(read: Steps) -> Figure:
+    figure, panels = panels_for(len(read.risks))
+    shown = _shown(read)
+    for m, (panel, risk) in enumerate(zip(panels, read.risks, strict=True)):
+        lines = {read.objectives[k]: read.effects[:, k, m] for k in shown}
+        title, words = effect_words(risk)
+        draw_lines(panel, read.steps, lines, title=title, words=words)
+    legend_below(figure, panels[0])
+    lead = ", ".join(
+        f"e_{symbol(risk)} {_ends(read.effects[:, 0, m])}" for m, risk in enumerate(read.risks)
+    )
+    left_out = len(read.objectives) - len(shown)
+    more = f"; {left_out} objectives left out" if left_out else ""
+    figure.set_label(
+        f"G-effects of {', '.join(read.objectives[k] for k in shown)} {_over(read.steps)}: "
+        f"{read.objectives[0]} has {lead}{more}."
+    )
+    return figure
+
+
+def _risks(read: Steps, dataset: xr.Dataset) -> Figure:
+    figure, (panel,) = panels_for(1, width=6.2)
+    lines = {risk_words(risk): read.values[:, m] for m, risk in enumerate(read.risks)}
+    trained = dataset.attrs.get("trained_objective")
+    title = f"Risks while trained on {trained}" if trained else "Risks"
+    title = "\n".join(textwrap.wrap(title, 70))
+    words = f"risk ({dataset.attrs.get('risk', 'nll')})"
+    draw_lines(
+        panel, read.steps, lines, title=title, words=words, positive=bool((read.values > 0).all())
+    )
+    legend_below(figure, panel)
+    figure.set_label(outcome_sentence(dataset))
+    return figure
+
+
+def _groups(read: Steps, dataset: xr.Dataset) -> Figure | None:
+    """Effects of the lead objective by part of the model."""
+    placed = by_place(dataset, blocks=False)
+    if placed is None:
+        return None
+    labels, values = placed
+    at = _place(dataset, read.objectives[0])
+    figure, panels = panels_for(len(read.risks))
+    for m, (panel, risk) in enumerate(zip(panels, read.risks, strict=True)):
+        lines = {label.replace("_", " "): values[:, at, m, p] for p, label in enumerate(labels)}
+        title, words = effect_words(risk)
+        draw_lines(panel, read.steps, lines, title=title, words=words)
+    figure.suptitle(f"Parts of the model under {shortened(read.objectives[0], 70)}", fontsize=11)
+    legend_below(figure, panels[0])
+    figure.set_label(
+        f"G-effects of {read.objectives[0]} by part of the model ({', '.join(labels)}) "
+        f"{_over(read.steps)}, a panel a risk."
+    )
+    return figure
+
+
+def _cosines(read: Steps, dataset: xr.Dataset) -> Figure | None:
+    if "cosine" not in dataset:
+        return None
+    cosines = dataset["cosine"].transpose("step", "objective", "risk").values
+    figure, panels = panels_for(len(read.risks))
+    shown = _shown(read)
+    for m, (panel, risk) in enumerate(zip(panels, read.risks, strict=True)):
+        lines = {
+            objective: cosines[:, _place(dataset, objective), m]
+            for objective in (read.objectives[k] for k in shown)
+        }
+        title = f"with the gradient of the {risk_words(risk)}"
+        draw_lines(
+            panel, read.steps, lines, title=title, words=f"cosine_{symbol(risk)}",
+            limits=(-1.05, 1.05),
+        )  # fmt: skip
+    legend_below(figure, panels[0])
+    lead = cosines[:, _place(dataset, read.objectives[0])]
+    ends = ", ".join(f"{risk} {_ends(lead[:, m])}" for m, risk in enumerate(read.risks))
+    figure.set_label(
+        f"Cosines of objectives' gradients with the risks' {_over(read.steps)}: "
+        f"{read.objectives[0]} with {ends}."
+    )
+    return figure
+
+
+def _norms(read: Steps, dataset: xr.Dataset) -> Figure | None:
+    norms = {
+        "objectives": ("grad_norm", "objective", [read.objectives[k] for k in _shown(read)]),
+        "risks": ("risk_grad_norm", "risk", read.risks),
+    }
+    there = {what: norm for what, norm in norms.items() if norm[0] in dataset}
+    if not there:
+        return None
+    figure, panels = panels_for(len(there))
+    for panel, (what, (name, axis, labels)) in zip(panels, there.items(), strict=True):
+        values = dataset[name].transpose("step", axis)
+        lines = {label: values.sel({axis: label}).values for label in labels}
+        positive = all((line > 0).all() for line in lines.values())
+        title = f"gradients of the {what}"
+        draw_lines(panel, read.steps, lines, title=title, words="norm", positive=positive)
+        handles, names = panel.get_legend_handles_labels()
+        panel.legend(
+            handles,
+            [shortened(name, 40) for name in names],
+            loc="upper left",
+            bbox_to_anchor=(0, -0.2),
+            fontsize=8,
+            frameon=False,
+        )
+    figure.set_label(f"Norms of the gradients of {' and '.join(there)} {_over(read.steps)}.")
+    return figure
+
+
+def _token_weights(read: Steps, dataset: xr.Dataset) -> Figure | None:
+    """Quantiles over tokens of the weights an objective puts on them."""
+    if "token_weight" not in dataset:
+        return None
+    weights = dataset["token_weight"].transpose("step", "objective", "sample", "token")
+    of_set = (
+        weights["set"].values
+        if "set" in weights.coords
+        else np.full(weights.sizes["sample"], "forget")
+    )
+    drawn: list[tuple[str, str, np.ndarray]] = []
+    for k in _shown(read):
+        objective = weights.sel(objective=read.objectives[k]).values
+        for name in dict.fromkeys(map(str, of_set)):
+            flat = objective[:, of_set == name].reshape(len(read.steps), -1)
+            if not np.isnan(flat).all():
+                drawn.append((read.objectives[k], name, flat))
+    if not drawn:
+        return None
+    left_out = max(0, len(drawn) - 2 * MAPPED)
+    drawn = drawn[: 2 * MAPPED]
+    figure, panels = panels_for(len(drawn))
+    for panel, (objective, name, flat) in zip(panels, drawn, strict=True):
+        title = f"{shortened(objective, 34)}: {name} rows"
+        _bands(panel, read.steps, flat, title)
+    note = "weight on a token: d objective / d log-probability; above 0 it is pushed away"
+    if left_out:
+        note += f"; {left_out} more panels are left out"
+    figure.suptitle(note, fontsize=9, color=GREY)
+    legend_below(figure, panels[0])
+    figure.set_label(
+        f"Quantiles over tokens of the weights that "
+        f"{', '.join(dict.fromkeys(objective for objective, *_ in drawn))} put on them "
+        f"{_over(read.steps)}."
+    )
+    return figure
+
+
+def _bands(panel: Axes, steps: np.ndarray, weights: np.ndarray, title: str) -> None:
+    """The median and shaded quantiles of `(steps, tokens)`, NaN where there is no token."""
+    # a token that is not there at any step is none; one that is lost on the way is said
+    there = ~np.isnan(weights).all(axis=0)
+    lost = (~np.isfinite(weights[:, there])).any(axis=1)
+    finite = np.where(np.isfinite(weights), weights, np.nan)
+    empty = np.isnan(finite).all(axis=1)
+    finite[empty] = 0.0
+    colour = COLOURS[0]
+    for low, high, alpha in BANDS:
+        edges = np.nanquantile(finite, [low, high], axis=1)
+        edges[:, empty] = np.nan
+        name = "all tokens" if low == 0 else f"{low:.0%} to {high:.0%} of tokens"
+        panel.fill_between(steps, *edges, color=colour, alpha=alpha, linewidth=0, label=name)
+    median = np.nanmedian(finite, axis=1)
+    median[empty] = np.nan
+    draw_lines(
+        panel,
+        steps,
+        {"median": median},
+        title=title,
+        words="weight",
+        styles=[{"color": colour, "linestyle": "-"}],
+    )
+    if lost.any():
+        set_titles(panel, title, [f"tokens at {lost.sum()} of {len(steps)} steps"])
+
+
+def _place(dataset: xr.Dataset, objective: str) -> int:
+    return [str(o) for o in dataset["objective"].values].index(objective)

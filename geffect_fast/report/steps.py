@@ -1,0 +1,250 @@
+"""A step result as its report reads it: totals, what a run came to, predictions against changes."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from geffect_fast.report.summary import (
+    NEGLIGIBLE,
+    UNLEARN,
+    collateral_of,
+    total,
+    verdict_of,
+)
+from geffect_fast.report.table import number
+
+if TYPE_CHECKING:
+    import xarray as xr
+
+PREDICTIONS = {
+    "predicted_update": "by the actual update",
+    "predicted_sgd": "by SGD, −lr·e",
+}
+"""The first-order predictions of a step result, and how they are called."""
+
+CLOSE, NEAR = 0.95, 0.7
+"""Correlations from which a prediction is said to hold, or to hold in its sign."""
+OFF = 0.3
+"""The typical relative error up to which a prediction is said to hold in size too."""
+HALF, MOST = 0.5, 0.9
+"""The relative error that most predictions must keep to: how much, and how many."""
+FEW = 3
+"""Fewer changes than this tell nothing about a correlation."""
+
+
+def has_steps(dataset: xr.Dataset) -> bool:
+    """Whether a result has a step axis."""
+    return "step" in dataset["g_effect"].dims
+
+
+def lead_objective(dataset: xr.Dataset) -> str:
+    """The objective that the model was trained on, or else the first."""
+    objectives = [str(objective) for objective in dataset["objective"].values]
+    trained = str(dataset.attrs.get("trained_objective", ""))
+    return trained if trained in objectives else objectives[0]
+
+
+def risk_words(risk: str) -> str:
+    """How a risk is called in a sentence."""
+    return f"{'forget' if risk == UNLEARN else risk} risk"
+
+
+@dataclass(frozen=True)
+class Steps:
+    """A step result in arrays.
+
+    Attributes:
+        steps: `(S,)` optimizer updates done.
+        objectives: their strings, the trained one (or else the first) in front.
+        risks: their names.
+        effects: G-effects of the whole forget data `(S, K, M)`.
+        values: of the risks `(S, M)`.
+    """
+
+    steps: np.ndarray
+    objectives: list[str]
+    risks: list[str]
+    effects: np.ndarray
+    values: np.ndarray
+
+    @staticmethod
+    def of(dataset: xr.Dataset) -> Steps:
+        """Read a step result."""
+        lead = lead_objective(dataset)
+        given = [str(objective) for objective in dataset["objective"].values]
+        order = sorted(range(len(given)), key=lambda k: given[k] != lead)
+        return Steps(
+            dataset["step"].values,
+            [given[k] for k in order],
+            [str(risk) for risk in dataset["risk"].values],
+            total(dataset)[:, order],
+            dataset["risk_value"].transpose("step", "risk").values,
+        )
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What the risks did from the first step to the last.
+
+    Attributes:
+        start: risks at the first step, by name.
+        change: how much they rose.
+        cost: rise of the worst other risk for a unit rise of the forget risk; NaN where that did
+            not rise.
+        verdict: a word or two, those of an objective's summary.
+    """
+
+    start: dict[str, float]
+    change: dict[str, float]
+    cost: float
+    verdict: str
+
+    @staticmethod
+    def of(values: np.ndarray, risks: list[str]) -> Outcome:
+        """Of risks over steps `(S, M)`."""
+        start = dict(zip(risks, map(float, values[0]), strict=True))
+        with np.errstate(invalid="ignore"):  # infinity less infinity
+            change = dict(zip(risks, map(float, values[-1] - values[0]), strict=True))
+        effects = {risk: -rise for risk, rise in change.items()}
+        finite = values[np.isfinite(values)]
+        negligible = NEGLIGIBLE * float(np.abs(finite).max(initial=0.0))
+        cost = collateral_of(effects, negligible)
+        return Outcome(start, change, cost, verdict_of(effects, {}, cost, negligible))
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """A first-order prediction of a risk's changes beside the changes measured.
+
+    Attributes:
+        n: steps where both are finite.
+        correlation: Pearson's, over these steps; NaN with fewer than three or without variation.
+        same_sign: share of these steps where both have one sign.
+        error: median of |measured - predicted| / |measured|.
+        until: the last step up to which nine tenths of the predictions are off by at most a half;
+            None where there is none, or no later step is worse.
+    """
+
+    n: int
+    correlation: float
+    same_sign: float
+    error: float
+    until: int | None
+
+    @staticmethod
+    def of(measured: np.ndarray, predicted: np.ndarray, steps: np.ndarray) -> Agreement:
+        """Of changes `(S,)` that led to these steps, NaN where there is none."""
+        both = np.isfinite(measured) & np.isfinite(predicted)
+        x, y = predicted[both], measured[both]
+        n = int(both.sum())
+        if n == 0:
+            return Agreement(0, math.nan, math.nan, math.nan, None)
+        correlation = math.nan
+        if n >= FEW:
+            # each over its own largest size, so that squares neither overflow nor vanish
+            x0, y0 = (v / (np.abs(v).max() or 1.0) for v in (x, y))
+            x0, y0 = x0 - x0.mean(), y0 - y0.mean()
+            scale = math.sqrt(float(x0 @ x0) * float(y0 @ y0))
+            correlation = float(x0 @ y0) / scale if scale > 1e-12 else math.nan
+        moved = y != 0
+        error = math.nan
+        if moved.any():
+            error = float(np.median(np.abs(1 - x[moved] / y[moved])))
+        same_sign = float((np.sign(x) == np.sign(y)).mean())
+        good = np.cumsum(np.abs(y - x) <= HALF * np.abs(y)) / np.arange(1, n + 1) >= MOST
+        last = int(np.flatnonzero(good)[-1]) if good.any() else -1
+        until = None if last in (-1, n - 1) else int(steps[both][last])
+        return Agreement(n, correlation, same_sign, error, until)
+
+    @property
+    def words(self) -> str:
+        """Whether to trust the prediction."""
+        if self.n < FEW or math.isnan(self.correlation):
+            return "too few or too equal changes to tell"
+        if self.correlation >= CLOSE and self.error <= OFF:
+            return "trust it in sign and size"
+        up_to = "" if self.until is None else f"; within 50 % up to step {self.until}"
+        if self.correlation >= NEAR or self.same_sign >= MOST:
+            return f"trust its sign, not its size{up_to}"
+        return f"do not trust it: steps too large or too noisy for first order{up_to}"
+
+
+def agreements(dataset: xr.Dataset) -> dict[str, dict[str, Agreement]]:
+    """An `Agreement` for every prediction of a step result that there is, and every risk."""
+    found = {}
+    for name in PREDICTIONS:
+        if name not in dataset or not np.isfinite(dataset[name].values).any():
+            continue
+        predicted = dataset[name].transpose("step", "risk").values
+        measured = dataset["measured_change"].transpose("step", "risk").values
+        steps = dataset["step"].values
+        found[name] = {
+            str(risk): Agreement.of(measured[:, m], predicted[:, m], steps)
+            for m, risk in enumerate(dataset["risk"].values)
+        }
+    return found
+
+
+def outcome_sentence(dataset: xr.Dataset) -> str:
+    """What the run removed, and at what cost."""
+    read = Steps.of(dataset)
+    outcome = Outcome.of(read.values, read.risks)
+    trained = dataset.attrs.get("trained_objective")
+    start = f"Trained on {trained}, from" if trained else "From"
+    moves = [
+        f"the {risk_words(risk)} {'rises' if rise >= 0 else 'falls'} by "
+        f"{number(abs(rise), '.3g')} (from {number(outcome.start[risk], '.3g')})"
+        for risk, rise in outcome.change.items()
+    ]
+    cost = ""
+    if len(moves) > 1 and math.isfinite(outcome.cost):
+        cost = f", {number(outcome.cost, '.2g')} of the worst other for a unit of forgetting"
+    return (
+        f"{start} step {read.steps[0]} to {read.steps[-1]} {' and '.join(moves)}{cost}: "
+        f"{outcome.verdict}."
+    )
+
+
+def trust_sentences(dataset: xr.Dataset) -> list[str]:
+    """A sentence a prediction: how well it holds, and when to trust it."""
+    sentences = []
+    for name, by_risk in agreements(dataset).items():
+        parts = [
+            f"{risk_words(risk)} r = {number(a.correlation, '.2f')}, typically off by "
+            f"{number(100 * a.error, '.0f')} % ({a.words})"
+            for risk, a in by_risk.items()
+        ]
+        n = max(a.n for a in by_risk.values())
+        sentences.append(
+            f"First order {PREDICTIONS[name]} against {n} measured changes: {'; '.join(parts)}."
+        )
+    return sentences
+
+
+def write_step_summary(dataset: xr.Dataset, file: Path) -> None:
+    """A CSV with a row a step and objective: effects, risks, changes, predictions, norms, cosines.
+
+    What belongs to a step alone is repeated beside each of its objectives.
+    """
+    import xarray as xr
+
+    effect = xr.DataArray(total(dataset), dims=("step", "objective", "risk"))
+    tables: dict[str, xr.DataArray] = {"g_effect": effect}
+    names = ("risk_value", "measured_change", *PREDICTIONS, "risk_grad_norm", "cosine")
+    tables |= {name: dataset[name] for name in names if name in dataset}
+    columns = {
+        name: dataset[name].variable
+        for name in ("learning_rate", "loss", "grad_norm")
+        if name in dataset
+    }
+    for name, table in tables.items():
+        for m, risk in enumerate(dataset["risk"].values):
+            columns[f"{name}_{risk}"] = table.isel(risk=m).variable
+    coords = {name: dataset[name].values for name in ("step", "objective")}
+    rows = xr.Dataset(columns, coords).to_dataframe(dim_order=["step", "objective"])
+    rows.to_csv(file)
