@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import jvp
 
-from geffect_fast.engines.dual import DualFunctions, Gated, RMSNorm
+from geffect_fast.engines.dual import DualFunctions
+from geffect_fast.engines.dual_layers import Gated, RMSNorm
 
 Forwards = Mapping[nn.Module, Callable[..., Tensor]]
 

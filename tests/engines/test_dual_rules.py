@@ -11,7 +11,7 @@ from torch.autograd import gradcheck
 from torch.func import jvp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from geffect_fast.engines import dual
+from geffect_fast.engines import dual_attention, dual_layers, dual_output, dual_rule
 from geffect_fast.engines.dual import DualFunctions
 
 quick = settings(deadline=None, max_examples=25)
@@ -53,7 +53,7 @@ def agrees(function, primals, which, *, n_directions=3, block=2**22, seed=0):
     with sdpa_kernel(SDPBackend.MATH):  # the only one with a forward-mode rule
         value, expected = along(function, primals, tangents)
     with pytest.MonkeyPatch.context() as patch, DualFunctions():
-        patch.setattr(dual, "BLOCK", block)
+        patch.setattr(dual_rule, "BLOCK", block)
         own, found = along(function, primals, tangents)
         first = tuple(t[0] for t in tangents if t is not None)
         moving = [i for i, moves in enumerate(which) if moves]
@@ -230,7 +230,7 @@ def test_rms_norm(rows, d, offset, eps, which, seed):
     def norm(x, w):
         return rms_norm(x, w, offset, eps)
 
-    rule = dual.RMSNorm(norm, offset, eps)
+    rule = dual_layers.RMSNorm(norm, offset, eps)
     primals = [noise(*rows, d, seed=seed), noise(d, seed=1)]
     same(rule, norm, primals, which, seed)
 
@@ -244,7 +244,7 @@ def test_rms_norm(rows, d, offset, eps, which, seed):
 )
 def test_gated(shape, activation, which, seed):
     primals = [noise(*shape, seed=seed), noise(*shape, seed=seed + 1)]
-    same(dual.Gated(activation), lambda g, u: activation(g) * u, primals, which, seed)
+    same(dual_layers.Gated(activation), lambda g, u: activation(g) * u, primals, which, seed)
 
 
 def same(rule, function, primals, which, seed=0):
@@ -262,19 +262,19 @@ def same(rule, function, primals, which, seed=0):
 # ---- against differences of values, through the framework's other door to forward mode ----
 
 PRIMALS = {
-    "linear": (dual.Linear(), (noise(2, 3, 4), noise(5, 4), noise(5))),
-    "embedding": (dual.PaddedEmbedding(-1), (torch.tensor([[1, 0, 3]]), noise(4, 2))),
-    "cross entropy": (dual.LabelNLL(3), (noise(3, 4), torch.tensor([1, 0, 3]))),
+    "linear": (dual_layers.Linear(), (noise(2, 3, 4), noise(5, 4), noise(5))),
+    "embedding": (dual_layers.PaddedEmbedding(-1), (torch.tensor([[1, 0, 3]]), noise(4, 2))),
+    "cross entropy": (dual_output.LabelNLL(3), (noise(3, 4), torch.tensor([1, 0, 3]))),
     "causal attention": (
-        dual.Attention(True, None, True),
+        dual_attention.Attention(True, None, True),
         (noise(1, 4, 3, 2), noise(1, 2, 3, 2), noise(1, 2, 3, 5), None),
     ),
     "rms norm": (
-        dual.RMSNorm(lambda x, w: rms_norm(x, w, 1.0, 0.1), 1.0, 0.1),
+        dual_layers.RMSNorm(lambda x, w: rms_norm(x, w, 1.0, 0.1), 1.0, 0.1),
         (noise(2, 3), noise(3)),
     ),
     "attention": (
-        dual.Attention(False, 0.3, False),
+        dual_attention.Attention(False, 0.3, False),
         (noise(1, 3, 2), noise(1, 3, 2, seed=1), noise(1, 3, 4), noise(3, 3)),
     ),
 }
@@ -296,23 +296,26 @@ def test_differences(name):
 @pytest.mark.parametrize(
     ("rule", "call"),
     [
-        (dual.Linear, lambda: F.linear(noise(2, 3), noise(4, 3))),
-        (dual.PaddedEmbedding, lambda: F.embedding(torch.tensor([1]), noise(2, 3), 0)),
-        (dual.LabelNLL, lambda: F.cross_entropy(noise(1, 3), torch.tensor([1]), reduction="none")),
-        (dual.Attention, lambda: F.scaled_dot_product_attention(*[noise(1, 2, 3)] * 3)),
+        (dual_layers.Linear, lambda: F.linear(noise(2, 3), noise(4, 3))),
+        (dual_layers.PaddedEmbedding, lambda: F.embedding(torch.tensor([1]), noise(2, 3), 0)),
+        (
+            dual_output.LabelNLL,
+            lambda: F.cross_entropy(noise(1, 3), torch.tensor([1]), reduction="none"),
+        ),
+        (dual_attention.Attention, lambda: F.scaled_dot_product_attention(*[noise(1, 2, 3)] * 3)),
         (None, lambda: F.cross_entropy(noise(2, 3), torch.tensor([1, 0]))),
         (None, lambda: F.embedding(torch.tensor([1]), noise(2, 3))),
     ],
 )  # fmt: skip
 def test_functions_are_served_by_their_rules(rule, call, monkeypatch):
     served = []
-    apply = dual.Rule.__call__
+    apply = dual_rule.Rule.__call__
 
     def watch(self, *primals):
         served.append(type(self))
         return apply(self, *primals)
 
-    monkeypatch.setattr(dual.Rule, "__call__", watch)
+    monkeypatch.setattr(dual_rule.Rule, "__call__", watch)
     with DualFunctions():
         call()
     assert served == ([] if rule is None else [rule])
