@@ -22,7 +22,6 @@ import torch
 from torch import Tensor, nn
 
 from geffect_fast.data import SampleSet
-from geffect_fast.data import SampleSet
 from geffect_fast.errors import InputError
 from geffect_fast.objectives import resolve
 from geffect_fast.runs.as_found import as_found
