@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -24,18 +24,36 @@ which is that of fp32 in fp64 models that compute their norms so."""
 SIZES = (1.0, 100.0)
 """Of the numbers tried: usual ones, and some that are clipped where large ones are."""
 
+WIDTHS = (6, 10)
+"""Of the small projections that a gated MLP is tried with."""
+
 
 def fast_forwards(model: nn.Module) -> dict[nn.Module, Callable[..., Tensor]]:
     """For every RMS norm and gated MLP of `model` a forward of the same values and a faster rule.
 
-    What a module computes is tried, values and derivatives, not read off its name.
+    What a module computes is tried, values and derivatives, not read off its name; of modules that
+    differ in nothing but their weights, one is tried.
     """
     found: dict[nn.Module, Callable[..., Tensor]] = {}
+    norms: dict[Hashable, RMSNorm | None] = {}
+    gates: dict[Hashable, Gated | None] = {}
     for module in model.modules():
-        if "forward" not in vars(module):
-            forward = _norm_forward(module) or _gated_forward(module)
-            if forward is not None:
-                found[module] = forward
+        if "forward" in vars(module):
+            continue
+        if _may_be_norm(module):
+            kind = _kind(module)
+            if kind not in norms:
+                norms[kind] = _norm_rule(module)
+            norm = norms[kind]
+            if norm is not None:
+                found[module] = partial(_normed, norm, module, module.forward)
+        elif _may_be_gated(module):
+            kind = _kind(module)
+            if kind not in gates:
+                gates[kind] = _gated_rule(module)
+            gate = gates[kind]
+            if gate is not None:
+                found[module] = partial(_gated, gate, module)
     return found
 
 
@@ -51,13 +69,42 @@ def dual_modules(forwards: Forwards) -> Iterator[None]:
             vars(module).pop("forward", None)
 
 
-def _norm_forward(module: nn.Module) -> Callable[..., Tensor] | None:
-    """Of an RMS norm over the last axis with weight `w` or `1 + w`, and no bias."""
+def _kind(module: nn.Module) -> Hashable:
+    """What says how a module computes, all but its weights: class, attributes and children.
+
+    Objects count as themselves, so that two modules hold the same config or are told apart.
+    """
+    held = {k: v for k, v in vars(module).items() if k not in _OF_EVERY_MODULE}
+    plain = (bool, int, float, str, type(None))
+    return (
+        type(module),
+        module.training,
+        frozenset((k, v if isinstance(v, plain) else id(v)) for k, v in held.items()),
+        frozenset((k, id(v)) for k, v in module._buffers.items()),
+        frozenset(
+            (k, None if p is None else (p.shape, p.dtype, p.device))
+            for k, p in module._parameters.items()
+        ),
+        tuple((k, None if m is None else _kind(m)) for k, m in module._modules.items()),
+    )
+
+
+_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+
+
+def _may_be_norm(module: nn.Module) -> bool:
+    """Whether all that a module holds is one vector in a precision known here."""
     weight = module._parameters.get("weight")
+    if weight is None or weight.dim() != 1 or len(module._parameters) > 1:
+        return False
+    return not any(True for _ in module.children()) and weight.dtype in TOLERANCE
+
+
+def _norm_rule(module: nn.Module) -> RMSNorm | None:
+    """Of an RMS norm over the last axis with weight `w` or `1 + w`, and no bias."""
+    weight: Any = module._parameters["weight"]
     epsilons = [v for k, v in vars(module).items() if "eps" in k and isinstance(v, float)]
-    if weight is None or weight.dim() != 1 or len(module._parameters) > 1 or len(epsilons) != 1:
-        return None
-    if any(True for _ in module.children()) or weight.dtype not in TOLERANCE:
+    if len(epsilons) != 1:
         return None
     alone: Any = copy.copy(module)
 
@@ -71,7 +118,7 @@ def _norm_forward(module: nn.Module) -> Callable[..., Tensor] | None:
         x, w = _noise(weight, 2, len(weight)), _noise(weight, len(weight))
         # at a size where eps counts, and at others where it does not
         if all(_same(rule, norm, (size * x, w)) for size in (1e-3, *SIZES)):
-            return partial(_normed, rule, module, module.forward)
+            return rule
     return None
 
 
@@ -88,23 +135,47 @@ def _normed(
     return rule(x, module._parameters["weight"])
 
 
-def _gated_forward(module: nn.Module) -> Callable[[Tensor], Tensor] | None:
-    """Of an MLP `down(act(gate(x)) * up(x))`."""
-    gate, up, down = (module._modules.get(f"{name}_proj") for name in ("gate", "up", "down"))
-    act = getattr(module, "act_fn", None)
-    if not (isinstance(gate, nn.Linear) and up is not None and down is not None and callable(act)):
-        return None
-    rule = Gated(act)
-    own = module.forward
+PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
-    def forward(x: Tensor) -> Tensor:
-        y: Tensor = down(rule(gate(x), up(x)))
-        return y
 
-    x = _noise(gate.weight, 2, gate.in_features)
-    gated = tuple(_noise(gate.weight, 2, gate.out_features, seed=seed) for seed in (1, 2))
-    serves = _same(rule, rule.value, gated)
-    return forward if serves and all(_same(forward, own, (s * x,)) for s in SIZES) else None
+def _may_be_gated(module: nn.Module) -> bool:
+    """Whether a module has three projections, an activation, and no parameter beside them."""
+    gate, *others = (module._modules.get(name) for name in PROJECTIONS)
+    if not isinstance(gate, nn.Linear) or None in others or not callable(_activation(module)):
+        return False
+    projected = {p for name in PROJECTIONS for p in module.get_submodule(name).parameters()}
+    return gate.weight.dtype in TOLERANCE and projected.issuperset(module.parameters())
+
+
+def _activation(module: nn.Module) -> Any:
+    return getattr(module, "act_fn", None)
+
+
+def _gated_rule(module: nn.Module) -> Gated | None:
+    """Of an MLP `down(act(gate(x)) * up(x))`, tried between small projections in place of its own,
+    whose width changes nothing."""
+    rule = Gated(_activation(module))
+    weight = module.get_submodule("gate_proj").weight
+    alone: Any = copy.copy(module)
+    small = {}
+    for seed, name in enumerate(PROJECTIONS):
+        d_in, d_out = (WIDTHS[1], WIDTHS[0]) if name == "down_proj" else WIDTHS
+        small[name] = nn.Linear(d_in, d_out, bias=False, device="meta")
+        # of a size at which products in fp16 stay finite
+        noise = 0.3 * d_in**-0.5 * _noise(weight, d_out, d_in, seed=seed)
+        small[name].weight = nn.Parameter(noise, False)
+    alone._modules = module._modules | small
+    gated = tuple(_noise(weight, 2, WIDTHS[1], seed=seed) for seed in (1, 2))
+    x = _noise(weight, 2, WIDTHS[0])
+    own, fast = partial(type(module).forward, alone), partial(_gated, rule, alone)
+    serves = _same(rule, rule.value, gated) and all(_same(fast, own, (s * x,)) for s in SIZES)
+    return rule if serves else None
+
+
+def _gated(rule: Gated, module: nn.Module, x: Tensor) -> Tensor:
+    gate, up, down = (module.get_submodule(name) for name in PROJECTIONS)
+    y: Tensor = down(rule(gate(x), up(x)))
+    return y
 
 
 def _same(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -92,6 +94,14 @@ def recognised(module):
             torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
         assert "forward" not in vars(module)
     return bool(own)
+
+
+class Nested(nn.Module):
+    """Modules that look alike."""
+
+    def __init__(self, *inside):
+        super().__init__()
+        self.inside = nn.ModuleList(inside)
 
 
 @pytest.mark.parametrize(
@@ -250,13 +260,24 @@ class Needy(MLP):
         return super().forward(x) * routing
 
 
+class Scaled(MLP):
+    """By a parameter of its own, which is 1 as yet."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, x):
+        return self.scale * super().forward(x)
+
+
 OTHERS = [
     *(EpsAfterRoot, EpsAsFloor, OtherEps, SumOfSquares, Centred, TwoPlus, Halved),
     *(Clipped, HighlyClipped, Detached, WithoutGradient, WithBias),
     *(lambda: nn.LayerNorm(D), lambda: nn.RMSNorm((3, D))),
     lambda: nn.RMSNorm(D, elementwise_affine=False),
     *(ClippedMLP, HighlyClippedMLP, Residual, Swapped, ConstantGate, ConstantInside, Softmax),
-    *(TwoOutputs, Needy),
+    *(TwoOutputs, Needy, Scaled, lambda: MLP(nn.PReLU())),
 ]
 
 
@@ -275,6 +296,47 @@ def test_a_forward_replaced_on_the_instance_stays():
         with dual_modules(fast_forwards(module)):
             assert module(torch.ones(1)) == 2
         assert "forward" in vars(module)
+
+
+def unlike(module, **attributes):
+    """With other attributes than its class gives it."""
+    for name, value in attributes.items():
+        setattr(module, name, value)
+    return ready(module)
+
+
+class Switched(MLP):
+    """A flag, a buffer and a list, any of which may change what is computed."""
+
+    scale: float = 1
+    places: ClassVar = []
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("shift", torch.zeros(()))
+
+    def forward(self, x):
+        return self.scale * super().forward(x) + self.shift + len(self.places)
+
+
+def test_modules_that_differ_are_each_tried():
+    """One stands for others where nothing but the weights tells them apart."""
+    modules = [
+        *(Norm(), Norm(), unlike(Norm(), variance_epsilon=0.5), OnePlus(), Clipped(), Norm(D + 1)),
+        *(MLP(), MLP(), MLP(F.gelu), MLP(nn.GELU()), MLP(nn.GELU("tanh"))),
+        *(Switched(), unlike(Switched(), scale=2.0), unlike(Switched(), places=[1])),
+        unlike(Switched(), shift=torch.ones(())),
+    ]
+    found = fast_forwards(ready(Nested(*modules)))
+    assert [module in found for module in modules] == [True] * 4 + [False] + [True] * 7 + [
+        False
+    ] * 3
+    for module in modules:
+        d = len(module.weight) if isinstance(module, Norm) else D
+        x = torch.randn(2, 3, d, dtype=torch.float64)
+        expected = moved(module, x)
+        with dual_modules(found):
+            torch.testing.assert_close(moved(module, x), expected, rtol=1e-12, atol=1e-12)
 
 
 def test_a_gate_that_is_given_is_not_lost():
