@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from geffect_fast.runs.profile import profile
     from geffect_fast.runs.store import open_run
     from geffect_fast.runs.sweep import pareto_front, sweep
+    from geffect_fast.unlearning.unlearn import unlearn
     from geffect_fast.weights import optimal_weights, write_weighted
 
 __version__ = "0.1.0"
@@ -32,6 +33,7 @@ __all__ = [
     "pareto_front",
     "profile",
     "sweep",
+    "unlearn",
     "write_weighted",
 ]
 
@@ -45,6 +47,7 @@ _LAZY = {
     "pareto_front": ("geffect_fast.runs.sweep", "pareto_front"),
     "profile": ("geffect_fast.runs.profile", "profile"),
     "sweep": ("geffect_fast.runs.sweep", "sweep"),
+    "unlearn": ("geffect_fast.unlearning.unlearn", "unlearn"),
     "write_weighted": ("geffect_fast.weights", "write_weighted"),
 }
 

@@ -21,10 +21,11 @@ LAYERS = {
     "functional": {"errors", "ops", "capture"},
     "runs": {"errors", "ops", "capture", "data", "objectives", "engines", "functional"},
     "integrations": {"errors", "objectives", "runs"},
+    "unlearning": {"errors", "data", "objectives", "engines", "runs", "integrations"},
     "weights": {"errors", "data", "runs"},
     "report": {"errors", "runs"},
-    "demo": {"errors", "data", "objectives", "runs", "report"},
-    "cli": {"errors", "ops", "runs", "weights", "report", "demo"},
+    "demo": {"errors", "data", "objectives", "runs", "unlearning", "report"},
+    "cli": {"errors", "ops", "runs", "unlearning", "weights", "report", "demo"},
 }
 """What each part may import; `batch`, the type all engines share, lies in data."""
 

@@ -7,7 +7,18 @@ from typing import Annotated
 
 import typer
 
-from geffect_fast.cli import check, demo, env, export, profile, show, sweep, tokens, weights
+from geffect_fast.cli import (
+    check,
+    demo,
+    env,
+    export,
+    profile,
+    show,
+    sweep,
+    tokens,
+    unlearn,
+    weights,
+)
 from geffect_fast.cli.options import option
 from geffect_fast.errors import GEffectError
 
@@ -19,6 +30,7 @@ EXIT_CODES = (
 COMMANDS = (
     profile.profile,
     sweep.sweep,
+    unlearn.unlearn,
     check.check,
     show.show,
     tokens.tokens,

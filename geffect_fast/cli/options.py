@@ -12,12 +12,14 @@ import typer
 
 from geffect_fast.errors import InputError
 from geffect_fast.runs.config import ProfileConfig
+from geffect_fast.runs.unlearn_config import Training, UnlearnConfig, trainer_value
 
 
 def option(*names: str, field: str | None = None, **more: Any) -> Any:
     """An option; one that sets a config field is described by the field's own docstring."""
     if field is not None:
-        described = ProfileConfig.model_fields[field].description or ""
+        fields = ProfileConfig.model_fields | UnlearnConfig.model_fields
+        described = fields[field].description or ""
         more["help"] = " ".join(described.replace("`", "").split())
     return typer.Option(*names, show_default=False, **more)
 
@@ -73,6 +75,58 @@ _FIELDS: dict[str, Any] = {
 """The option of every config field, in the order in which help shows them."""
 
 PROFILE_FIELDS = tuple(_FIELDS)
+
+_FIELDS |= {
+    "objective": Annotated[str | None, option("--objective", field="objective")],
+    "steps": Annotated[int | None, option("--steps", field="steps")],
+    "probe_every": Annotated[int | None, option("--probe-every", field="probe_every")],
+    "probe_rows": Annotated[
+        str | None, option("--probe-rows", metavar="N|all", field="probe_rows")
+    ],
+    "batch_size": Annotated[int | None, option("--batch-size", field="batch_size")],
+    "retain_batch_size": Annotated[
+        int | None, option("--retain-batch-size", field="retain_batch_size")
+    ],
+    "accumulation": Annotated[int | None, option("--accumulation", field="accumulation")],
+    "learning_rate": Annotated[
+        float | None, option("--learning-rate", "--lr", field="learning_rate")
+    ],
+    "scheduler": Annotated[str | None, option("--scheduler", field="scheduler")],
+    "warmup_steps": Annotated[int | None, option("--warmup-steps", field="warmup_steps")],
+    "optimizer": Annotated[str | None, option("--optimizer", field="optimizer")],
+    "precision": Annotated[str | None, option("--precision", field="precision")],
+    "checkpointing": Annotated[
+        bool | None, option("--checkpointing/--no-checkpointing", field="checkpointing")
+    ],
+    "lora_rank": Annotated[int | None, option("--lora-rank", field="lora_rank")],
+    "lora_alpha": Annotated[int | None, option("--lora-alpha", field="lora_alpha")],
+    "lora_dropout": Annotated[float | None, option("--lora-dropout", field="lora_dropout")],
+    "lora_targets": Annotated[str | None, option("--lora-targets", field="lora_targets")],
+    "seed": Annotated[int | None, option("--seed", field="seed")],
+    "trainer": Annotated[
+        list[str] | None,
+        option(
+            "--trainer",
+            metavar="FIELD=VALUE",
+            help="A field of transformers' TrainingArguments, such as weight_decay=0.01; "
+            "repeatable.",
+        ),
+    ],
+    "save_every": Annotated[int | None, option("--save-every", field="save_every")],
+    "keep_checkpoints": Annotated[
+        bool | None,
+        option("--keep-checkpoints/--no-keep-checkpoints", field="keep_checkpoints"),
+    ],
+}
+UNLEARN_FIELDS = (
+    *("model", "forget", "retain", "objective", "objectives"),
+    *Training.model_fields,
+    *(
+        field
+        for field in PROFILE_FIELDS
+        if field not in ("model", "forget", "retain", "objectives")
+    ),
+)
 SWEEP_FIELDS = tuple(field for field in _FIELDS if field != "objectives")
 CHECK_FIELDS = (
     "refusals",
@@ -141,13 +195,20 @@ def _pairs(what: str, form: str, texts: list[str]) -> dict[str, str]:
     return pairs
 
 
-def _axes(text: str) -> list[str]:
-    return [axis.strip() for axis in text.split(",")]
+def _listed(text: str) -> list[str]:
+    return [item.strip() for item in text.split(",")]
+
+
+def _trainer(texts: list[str]) -> dict[str, Any]:
+    pairs = _pairs("trainer", "FIELD=VALUE, such as weight_decay=0.01", texts)
+    return {name: trainer_value(text) for name, text in pairs.items()}
 
 
 _READ: dict[str, Callable[[Any], Any]] = {
     "probes": functools.partial(_pairs, "probe", "NAME=DATA, such as general=wiki.jsonl"),
     "groups": functools.partial(_pairs, "group", "NAME=BLOCKS, such as first=0-3"),
-    "resolve": _axes,
+    "resolve": _listed,
+    "lora_targets": _listed,
+    "trainer": _trainer,
 }
 """How an option's value becomes its field's, where these differ."""

@@ -190,7 +190,7 @@ class ProfileConfig(RunConfig):
         return {"resolve": ("sample",)} | values if values.get("command") == "sweep" else values
 
 
-Config = TypeVar("Config", bound=RunConfig)
+Config = TypeVar("Config", bound=BaseModel)
 
 
 def make_config(

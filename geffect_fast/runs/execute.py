@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +13,7 @@ from geffect_fast.data.qa import read_refusals, read_rows
 from geffect_fast.objectives.ranges import expand_list
 from geffect_fast.runs.arguments import check_needs_no_refusals, check_needs_no_weights
 from geffect_fast.runs.check import Check, check
-from geffect_fast.runs.config import ProfileConfig
+from geffect_fast.runs.config import ProfileConfig, RunConfig
 from geffect_fast.runs.models import check_model_source, load_model, load_tokenizer, resolve_device
 from geffect_fast.runs.profile import profile
 from geffect_fast.runs.store import (
@@ -59,14 +59,14 @@ def execute(
         InputError, NonFiniteError, UnsupportedModelError: nothing has been written then.
     """
     check_free(out, overwrite)
-    device = _check_sources(config)
-    data = _read_data(config)
-    tokenizer = _tokenizer(config, _has_text(data))
+    device = check_sources(config)
+    data = read_data(config, config.objectives)
+    tokenizer = tokenizer_of(config, has_text(data))
     # Effects by sample and position or token may be larger than memory: a profile's go straight to
     # the folder, a sweep's get coordinates first.
     large = config.resolve[-2:] in (("sample", "position"), ("sample", "token"))
     streams = large and config.command == "profile"
-    with _threads(config.threads) as threads, ExitStack() as stack:
+    with on_threads(config.threads) as threads, ExitStack() as stack:
         model = load_model(config.model, config.dtype, str(device))
         dtype = str(model.dtype).removeprefix("torch.")
         staging = stack.enter_context(staged_run(out, overwrite)) if streams else None
@@ -116,11 +116,11 @@ def execute_check(config: ProfileConfig, samples: int, *, progress: bool = False
     Raises:
         InputError, NonFiniteError, UnsupportedModelError: as `geffect_fast.check`.
     """
-    device = _check_sources(config)
+    device = check_sources(config)
     data = read_rows(config.forget, name="data")
     refusals = None if config.refusals is None else read_refusals(config.refusals)
-    tokenizer = _tokenizer(config, "input_ids" not in data[0])
-    with _threads(config.threads):
+    tokenizer = tokenizer_of(config, "input_ids" not in data[0])
+    with on_threads(config.threads):
         return check(
             load_model(config.model, config.dtype, str(device)),
             tokenizer,
@@ -136,7 +136,7 @@ def execute_check(config: ProfileConfig, samples: int, *, progress: bool = False
         )
 
 
-def _check_sources(config: ProfileConfig) -> torch.device:
+def check_sources(config: RunConfig) -> torch.device:
     """Models that can be known to be missing are; the device."""
     check_model_source(config.model)
     if config.reference is not None:
@@ -144,15 +144,15 @@ def _check_sources(config: ProfileConfig) -> torch.device:
     return resolve_device(config.device)
 
 
-def _tokenizer(config: ProfileConfig, has_text: bool) -> Any:
+def tokenizer_of(config: RunConfig, has_text: bool) -> Any:
     """The tokenizer that was chosen, the model's own for text, or none."""
     if config.tokenizer is not None:
         return load_tokenizer(config.tokenizer)
     return load_tokenizer(config.model, "model") if has_text else None
 
 
-def _read_data(config: ProfileConfig) -> dict[str, Any]:
-    """The data sets as `profile` takes them, all readable."""
+def read_data(config: RunConfig, objectives: Sequence[str]) -> dict[str, Any]:
+    """The data sets of a run as `profile` takes them, all readable, with what objectives need."""
     forget = read_rows(config.forget, name="forget")
     data: dict[str, Any] = {
         "forget": forget,
@@ -160,21 +160,22 @@ def _read_data(config: ProfileConfig) -> dict[str, Any]:
         "probes": {name: read_rows(path, name=name) for name, path in config.probes.items()},
         "refusals": None if config.refusals is None else read_refusals(config.refusals),
     }
-    objectives = [each.members[0].objective for each in expand_list(config.objectives)]
+    meant = [each.members[0].objective for each in expand_list(objectives)]
     if data["refusals"] is None and not all(row.get("alternative") for row in forget):
-        check_needs_no_refusals(objectives)
+        check_needs_no_refusals(meant)
     if "weights" not in forget[0]:
-        check_needs_no_weights(objectives)
+        check_needs_no_weights(meant)
     return data
 
 
-def _has_text(data: dict[str, Any]) -> bool:
+def has_text(data: dict[str, Any]) -> bool:
+    """Whether any data set has to be tokenised."""
     sets = [data["forget"], data["retain"], *data["probes"].values()]
     return any("input_ids" not in rows[0] for rows in sets)
 
 
 @contextmanager
-def _threads(wanted: int | None) -> Iterator[int]:
+def on_threads(wanted: int | None) -> Iterator[int]:
     """torch on so many CPU threads, for the time of a run; yields how many."""
     before = torch.get_num_threads()
     if wanted is not None:

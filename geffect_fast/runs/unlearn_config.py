@@ -5,23 +5,16 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import yaml
-from pydantic import Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from geffect_fast.errors import InputError
 from geffect_fast.runs.config import RunConfig
 
 
-class UnlearnConfig(RunConfig):
-    """All that decides the numbers of an unlearning run; saved as `run.yaml`, it replays them."""
+class Training(BaseModel):
+    """How a model is trained, and how often it is probed on the way."""
 
-    command: Literal["unlearn"] = "unlearn"
-    """The command that replays it."""
-
-    objective: str
-    """The unlearning objective to train on, such as `npo(beta=0.1) + 1.0*kl`."""
-
-    objectives: tuple[str, ...] = ()
-    """Further objectives, measured beside the one trained on."""
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     steps: int = Field(gt=0)
     """Updates of the optimizer."""
@@ -84,16 +77,6 @@ class UnlearnConfig(RunConfig):
     keep_checkpoints: bool = False
     """Whether all checkpoints stay; else each goes when the next, or the run, is complete."""
 
-    @field_validator("objective")
-    @classmethod
-    def _one_objective(cls, value: str) -> str:
-        from geffect_fast.objectives import parse
-
-        try:
-            return str(parse(value))
-        except InputError as error:
-            raise ValueError(str(error)) from None
-
     @field_validator("probe_rows", mode="before")
     @classmethod
     def _rows(cls, value: Any) -> Any:
@@ -118,7 +101,7 @@ class UnlearnConfig(RunConfig):
         return {name: number(given) for name, given in value.items()}
 
     @model_validator(mode="after")
-    def _fits(self) -> UnlearnConfig:
+    def _fits(self) -> Training:
         if self.probe_every > self.steps:
             raise ValueError(
                 f"probe_every: {self.probe_every} is more than the {self.steps} steps; give at "
@@ -130,16 +113,45 @@ class UnlearnConfig(RunConfig):
                 f"save_every: {every} is no multiple of probe_every, {self.probe_every}; give one, "
                 "so that a resumed run knows the probe before it"
             )
-        if self.objective in self.objectives:
-            raise ValueError(f"objectives: '{self.objective}' is trained on and measured anyway")
         if self.lora_rank is None and (self.lora_alpha or self.lora_dropout or self.lora_targets):
             raise ValueError("lora_rank: is missing; give it, or none of the other LoRA fields")
         return self
 
-    @property
-    def measured(self) -> list[str]:
-        """All objectives that a probe measures, the one trained on first."""
-        return [self.objective, *self.objectives]
+
+class UnlearnConfig(Training, RunConfig):
+    """All that decides the numbers of an unlearning run; saved as `run.yaml`, it replays them."""
+
+    command: Literal["unlearn"] = "unlearn"
+    """The command that replays it."""
+
+    objective: str
+    """The unlearning objective to train on, such as `npo(beta=0.1) + 1.0*kl`."""
+
+    objectives: tuple[str, ...] = ()
+    """Further objectives, measured beside the one trained on."""
+
+    @field_validator("objective")
+    @classmethod
+    def _one_objective(cls, value: str) -> str:
+        from geffect_fast.objectives import parse
+
+        try:
+            return str(parse(value))
+        except InputError as error:
+            raise ValueError(str(error)) from None
+
+    def training(self) -> Training:
+        """The fields of training alone."""
+        return Training(**{name: getattr(self, name) for name in Training.model_fields})
+
+    @model_validator(mode="after")
+    def _once(self) -> UnlearnConfig:
+        from geffect_fast.objectives import parse
+
+        for text in self.objectives:
+            if parse(text) == parse(self.objective):
+                raise ValueError(f"objectives: '{text}' is trained on, and measured; leave it out")
+        return self
 
 
 def trainer_value(text: str) -> Any:

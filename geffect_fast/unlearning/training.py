@@ -6,10 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from math import isfinite
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.data import Dataset, SequentialSampler
 from transformers import PrinterCallback, Trainer, TrainingArguments
@@ -20,10 +22,11 @@ from geffect_fast.data.packing import token_places
 from geffect_fast.engines.forward_pass import model_outputs
 from geffect_fast.engines.packed_attention import packed_attention
 from geffect_fast.engines.tasks import Task, tasks_for
-from geffect_fast.errors import NonFiniteError
+from geffect_fast.errors import NonFiniteError, UnfinishedError
 from geffect_fast.objectives import Objective, Outputs
 from geffect_fast.objectives.base import REFERENCE_NEEDS
 from geffect_fast.runs.budget import within_budget
+from geffect_fast.unlearning.checkpoints import load_weights, saving, saving_folder
 
 Rows = Mapping[str, Sequence[int]]
 """Rows of an update, by data set."""
@@ -213,6 +216,7 @@ class UnlearnTrainer(Trainer):
         loss: what is descended on.
         draws: which rows each update reads.
         reference: None where the objective needs none.
+        identity: of the run, for its checkpoints.
         callbacks: of transformers.
     """
 
@@ -224,10 +228,12 @@ class UnlearnTrainer(Trainer):
         loss: Loss,
         draws: Draws,
         reference: RowReference | None,
+        identity: str = "",
         callbacks: Sequence[Any] = (),
     ) -> None:
         self.loss = loss
         self.reference = reference
+        self.identity = identity
         super().__init__(
             model,
             args,
@@ -276,6 +282,29 @@ class UnlearnTrainer(Trainer):
             if loss.requires_grad:  # else it reads layers below everything that can be trained
                 self.accelerator.backward(loss)
         return float(loss.detach())
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> None:
+        """A checkpoint to resume from, whole or not there.
+
+        Raises:
+            UnfinishedError: the disk refuses.
+        """
+        run, step = Path(self.args.output_dir), self.state.global_step
+        try:
+            with saving(run, step, self.identity):
+                super()._save_checkpoint(model, trial)
+        except (OSError, RuntimeError, SafetensorError) as error:  # all of them say: disk full
+            reason = getattr(error, "strerror", None) or error
+            raise UnfinishedError(
+                f"checkpoint of step {step} in {run} cannot be written: {reason}; free some space "
+                "and go on with --resume"
+            ) from error
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(saving_folder(Path(self.args.output_dir)))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        load_weights(self.model, Path(resume_from_checkpoint))
 
     def floating_point_ops(self, inputs: Any) -> int:
         """0: transformers would count the tokens of one input."""

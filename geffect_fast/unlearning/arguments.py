@@ -12,7 +12,7 @@ from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 
 from geffect_fast.errors import InputError
-from geffect_fast.runs.unlearn_config import UnlearnConfig
+from geffect_fast.runs.unlearn_config import Training
 
 OF_CONFIG = {
     "output_dir": "--out",
@@ -54,7 +54,7 @@ NOT_SERVED = (
 """Fields that would change what is trained, or what is saved to resume from."""
 
 
-def training_arguments(config: UnlearnConfig, folder: str | Path, device: str) -> TrainingArguments:
+def training_arguments(config: Training, folder: str | Path, device: str) -> TrainingArguments:
     """The arguments of transformers' Trainer for a run.
 
     The data set of the Trainer holds one item an update (`geffect_fast.runs.training`), so batch

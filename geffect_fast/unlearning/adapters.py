@@ -8,10 +8,10 @@ from typing import Any
 from torch import nn
 
 from geffect_fast.errors import InputError
-from geffect_fast.runs.unlearn_config import UnlearnConfig
+from geffect_fast.runs.unlearn_config import Training
 
 
-def with_adapter(model: nn.Module, config: UnlearnConfig) -> Any:
+def with_adapter(model: nn.Module, config: Training) -> Any:
     """The model with a new adapter that changes nothing yet, all other weights frozen.
 
     Its first weights are drawn from torch's random numbers.

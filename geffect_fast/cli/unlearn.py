@@ -1,0 +1,104 @@
+"""`geffect-fast unlearn`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Annotated, Any
+
+from geffect_fast.cli.options import (
+    UNLEARN_FIELDS,
+    ConfigFile,
+    Out,
+    Overwrite,
+    Quiet,
+    config_options,
+    option,
+    option_names,
+)
+from geffect_fast.cli.printing import print_result
+from geffect_fast.errors import InputError
+from geffect_fast.runs.config import checked_config, read_values
+from geffect_fast.runs.unlearn_config import UnlearnConfig
+
+if TYPE_CHECKING:
+    import xarray as xr
+
+_NEEDED = ("model", "forget", "retain", "objective", "steps")
+
+
+@config_options(UNLEARN_FIELDS)
+def unlearn(
+    *,
+    out: Out,
+    config: ConfigFile = None,
+    given: dict[str, Any],
+    resume: Annotated[
+        bool, option("--resume", help="Go on with the run in --out; no other option is needed.")
+    ] = False,
+    overwrite: Overwrite = False,
+    quiet: Quiet = False,
+) -> None:
+    """Unlearn with an objective, and record the G-effect at steps on the way.
+
+    The folder gets steps/ (a file a probe) and checkpoints while the run goes; in the end model/,
+    results.nc with all steps, summary.csv and plots/. run.yaml replays it: geffect-fast unlearn
+    --config run/run.yaml --out NEW. An adapter is trained on where --model names one.
+    """
+    from geffect_fast.runs.disk import is_there, user_path
+    from geffect_fast.runs.store import CONFIG
+
+    begun = user_path(out) / CONFIG
+    if config is None and resume and is_there(begun):
+        config = begun
+    values = given if config is None else read_values(config) | given
+    for name in _NEEDED:
+        if values.get(name) is None:
+            raise InputError(f"--{name} is missing; give it, or a --config that holds it")
+    if values.get("command", "unlearn") != "unlearn":
+        raise InputError(
+            f"config {config} is of a {values['command']}; use geffect-fast {values['command']} "
+            f"--config {config}"
+        )
+    checked = checked_config(UnlearnConfig, values, str(config or ""), option_names(given))
+
+    from geffect_fast.report import write_report
+    from geffect_fast.unlearning.execute import execute_unlearn
+
+    def say(line: str) -> None:
+        if not quiet:
+            print(line, flush=True)
+
+    dataset = execute_unlearn(
+        checked,
+        out,
+        resume=resume,
+        overwrite=overwrite,
+        progress=not quiet,
+        report=write_report,
+        said=say,
+        told=None if quiet else _telling(checked.steps),
+    )
+    if not quiet:
+        print_result(dataset, out)
+
+
+def _telling(n_steps: int) -> Callable[[int, xr.Dataset], None]:
+    """Prints a line a probe: risks with their changes, and effects of the objective trained on."""
+
+    def tell(step: int, dataset: xr.Dataset) -> None:
+        from geffect_fast.report.table import number
+        from geffect_fast.runs.probe import total_effect
+
+        effects = total_effect(dataset).sel(objective=dataset.attrs["trained_objective"])
+        words = [f"step {step:>{len(str(n_steps))}}/{n_steps}"]
+        for risk in map(str, dataset["risk"].values):
+            at = dataset.sel(risk=risk)
+            e = "e_u" if risk == "unlearn" else "e_r" if risk == "retain" else f"e_{risk}"
+            change = number(float(at["measured_change"]))
+            words.append(
+                f"{risk} risk {float(at['risk_value']):.4f} ({change}), {e} "
+                f"{number(float(effects.sel(risk=risk)))}"
+            )
+        print("  ".join(words), flush=True)
+
+    return tell

@@ -1,0 +1,1 @@
+"""Unlearning runs: a model is trained on an objective, and probed on the way."""

@@ -1,0 +1,111 @@
+"""Which rows a probe measures: so many that it costs no more than a training step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from geffect_fast.data import SampleSet
+from geffect_fast.data.batch import Role
+from geffect_fast.objectives import Objective
+
+
+@dataclass(frozen=True)
+class ProbeRows:
+    """The rows of every data set that probes measure, and what that costs.
+
+    Attributes:
+        rows: row numbers by data set, ascending, evenly spread.
+        cost: of a probe in training steps, by the count of forward passes of docs/concepts.md.
+    """
+
+    rows: Mapping[str, Sequence[int]]
+    cost: float
+
+    def sentence(self, sets: Mapping[str, SampleSet]) -> str:
+        """What a probe measures, for people."""
+        counts = [f"{len(rows)} of {len(sets[name])} {name}" for name, rows in self.rows.items()]
+        return (
+            f"A probe measures {', '.join(counts)} rows, evenly chosen: about {self.cost:.2g} "
+            "training steps' work."
+        )
+
+
+def choose_rows(
+    sets: Mapping[str, SampleSet],
+    wanted: int | str | None,
+    *,
+    trained: Sequence[Objective],
+    measured: Sequence[Objective],
+    risk: Objective,
+    rows_an_update: Mapping[str, int],
+    norms: bool,
+) -> ProbeRows:
+    """The rows of a probe.
+
+    Work is counted in tokens times forward passes. A training step takes 3 of its tokens (forward
+    and backward with weight gradients); a probe by the reverse engine 3 of each risk's rows, and
+    `1 + M + K` (with norms `1 + M + 2 K`) of the rows that K parts of objectives read, M risks.
+
+    Args:
+        sets: the data sets, whole: forget, retain, and probes by name.
+        wanted: rows of each set, `all`, or None: as many as make a probe cost one training step at
+            most, and one at least.
+        trained: parts of the objective that is trained on.
+        measured: parts of all objectives that are measured.
+        risk: the risk.
+        rows_an_update: by data set, of training.
+        norms: whether norms and cosines are measured too.
+    """
+    step = 3 * sum(
+        rows_an_update[name] * np.mean(_tokens(sets[name], roles))
+        for name, roles in _reads(trained).items()
+    )
+
+    def cost(rows: Mapping[str, Sequence[int]]) -> float:
+        risks = sum(
+            3 * _tokens(sets[name], risk.roles)[list(at)].sum() for name, at in rows.items()
+        )
+        effects = 0.0
+        for name, roles in _reads(measured).items():
+            k = sum(part.on == name for part in measured)
+            passes = 1 + len(rows) + (2 * k if norms else k)
+            effects += passes * _tokens(sets[name], roles)[list(rows[name])].sum()
+        return float((risks + effects) / step)
+
+    def spread(n: int | None) -> dict[str, list[int]]:
+        return {name: evenly(len(each), n) for name, each in sets.items()}
+
+    longest = max(map(len, sets.values()))
+    if wanted is not None:
+        rows = spread(None if wanted == "all" else int(wanted))
+        return ProbeRows(rows, cost(rows))
+    low, high = 1, longest  # the cost rises with the rows, but for their lengths
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if cost(spread(middle)) <= 1 else (low, middle - 1)
+    return ProbeRows(spread(low), cost(spread(low)))
+
+
+def evenly(n: int, count: int | None) -> list[int]:
+    """`count` of the rows 0 to n - 1, evenly spread; all where that is none, or too many."""
+    if count is None or count >= n:
+        return list(range(n))
+    return [int(at) for at in (np.arange(count) + 0.5) * n / count]
+
+
+def _reads(parts: Sequence[Objective]) -> dict[str, tuple[Role, ...]]:
+    """The data sets that parts read, and which sequences of their samples."""
+    roles: dict[str, set[Role]] = {}
+    for part in parts:
+        roles.setdefault(part.on, set()).update(part.roles)
+    return {name: tuple(sorted(each)) for name, each in roles.items()}
+
+
+def _tokens(samples: SampleSet, roles: tuple[Role, ...]) -> np.ndarray:
+    """Tokens of each sample in sequences of these roles."""
+    return np.array(
+        [sum(len(q) for role in roles for q in s.sequences()[role]) for s in samples.samples]
+    )
