@@ -1,0 +1,181 @@
+"""The run folder of a run of several steps: begun, gone on with, and in the end complete."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from geffect_fast.errors import InputError, InterruptedRunError, UnfinishedError
+from geffect_fast.runs.config import RunConfig, dump_config, load_config
+from geffect_fast.runs.disk import folder_for, is_there, remove, whole_file
+from geffect_fast.runs.steps import STEPS
+from geffect_fast.runs.store import CONFIG, RESULTS, RUN_FILES, check_free, write_dataset
+
+if TYPE_CHECKING:
+    import xarray as xr
+
+    from geffect_fast.runs.store import Reporter
+
+_FINISHING = ".writing-"
+
+
+def check_start(
+    out: str | Path, resume: bool = False, overwrite: bool = False, more: Collection[str] = ()
+) -> Path:
+    """The folder of a run, if it may begin, or go on, there; touches nothing.
+
+    Args:
+        out: run folder.
+        resume: go on with the run in it.
+        overwrite: whether an earlier run in it may be replaced.
+        more: names of what such a run makes beside what all runs do.
+
+    Raises:
+        InputError: it cannot be written to; it holds a run and neither `resume` nor `overwrite` is
+            given; there is nothing to resume, or the run is complete.
+    """
+    if resume and overwrite:
+        raise InputError("--resume goes on with a run that --overwrite would remove; give one")
+    folder = check_free(out, overwrite=True)
+    held = _held(folder, more)
+    if resume and RESULTS in held:
+        raise InputError(
+            f"run folder {out} is complete, there is nothing to resume; choose another --out or "
+            "use --overwrite"
+        )
+    if resume and not {STEPS, CONFIG} & set(held):
+        raise InputError(f"run folder {out} holds no run to resume; leave out --resume")
+    if held and not (resume or overwrite):
+        advice = "go on with --resume, " if RESULTS not in held and STEPS in held else ""
+        raise InputError(
+            f"run folder {out} already holds {held[0]}; {advice}choose another --out or use "
+            "--overwrite"
+        )
+    return folder
+
+
+def clear(folder: Path, more: Collection[str] = ()) -> None:
+    """Remove an earlier run, its result first, so that what is left is no complete run."""
+    for name in _held(folder, more):
+        remove(folder / name)
+
+
+def begin(folder: Path, config: RunConfig, more: Collection[str] = ()) -> None:
+    """Make the folder, without an earlier run, with the config of this one.
+
+    Raises:
+        InputError: the disk refuses.
+    """
+    with folder_for(f"run folder {folder}", folder):
+        clear(folder, more)
+        with whole_file(f"config {folder / CONFIG}", folder / CONFIG, "--out") as part:
+            part.write_text(dump_config(config), encoding="utf-8")
+
+
+def as_begun(
+    config: RunConfig, folder: Path, chosen: Collection[str], same_numbers: Collection[str] = ()
+) -> dict[str, Any]:
+    """What was chosen when the run in a folder began, for a config that is to go on with it.
+
+    Args:
+        config: what the command says now.
+        folder: of the run.
+        chosen: fields that are decided when a run begins, where nobody says.
+        same_numbers: fields that decide no numbers.
+
+    Returns:
+        Values of those fields of `chosen` that `config` leaves open.
+
+    Raises:
+        InputError: there is no run, or it differs in a field that decides numbers.
+    """
+    if not is_there(folder / CONFIG):
+        raise InputError(f"run folder {folder} holds no {CONFIG} to resume; leave out --resume")
+    begun = load_config(folder / CONFIG)
+    if type(begun) is not type(config) or begun.command != config.command:
+        raise InputError(
+            f"run folder {folder} holds a run of {begun.command}; resume it with that command"
+        )
+    taken: dict[str, Any] = {}
+    for name, field in type(config).model_fields.items():
+        here, there = getattr(config, name), getattr(begun, name)
+        if name in chosen and here == field.default:
+            taken[name] = there
+        elif here != there and name not in same_numbers:
+            raise InputError(
+                f"resume: {name} is {here}, and the run in {folder} was begun with {there}; give "
+                "that, or begin another run in another --out"
+            )
+    return taken
+
+
+def finish(
+    folder: Path,
+    dataset: xr.Dataset,
+    report: Reporter | None = None,
+    more: Callable[[Path], None] = lambda staging: None,
+) -> None:
+    """Write the result and a report, and what else completes a run.
+
+    All is written to a hidden folder and renamed, `results.nc` last. Where that fails, the steps
+    are there still.
+
+    Args:
+        folder: of the run.
+        dataset: of all steps.
+        report: writes tables and plots.
+        more: writes what else the run ends with.
+
+    Raises:
+        UnfinishedError: the disk refuses.
+    """
+    try:
+        for left in folder.glob(f"{_FINISHING}*"):  # of a killed process
+            remove(left)
+        staging = Path(tempfile.mkdtemp(prefix=_FINISHING, dir=folder))
+        try:
+            more(staging)
+            write_dataset(dataset, staging / RESULTS)
+            if report is not None:
+                report(dataset, staging)
+            for item in sorted(staging.iterdir(), key=lambda path: path.name == RESULTS):
+                remove(folder / item.name)
+                item.rename(folder / item.name)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+    except OSError as error:
+        raise UnfinishedError(
+            f"run folder {folder} cannot be completed: {error.strerror or error}; all steps are "
+            "kept: free some space, and go on with --resume"
+        ) from error
+
+
+@contextmanager
+def interruptible(folder: Path | None, where: Callable[[], str]) -> Iterator[None]:
+    """Work that Ctrl-C may stop, and that can be gone on with.
+
+    Args:
+        folder: of the run; None: nothing is kept, and Ctrl-C is Ctrl-C.
+        where: how far it is, such as `step 3 of 60`.
+
+    Raises:
+        InterruptedRunError: it was stopped; the message says how to go on.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        if folder is None:
+            raise
+        raise InterruptedRunError(
+            f"interrupted at {where()}; what was measured is kept in {folder}: give the same "
+            "command with --resume (resume=True)"
+        ) from None
+
+
+def _held(folder: Path, more: Collection[str]) -> list[str]:
+    """What a run made in its folder: its result first, its steps last."""
+    return [name for name in (*RUN_FILES, *more, STEPS) if is_there(folder / name)]
