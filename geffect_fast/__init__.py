@@ -11,8 +11,11 @@ from geffect_fast.capture import capture
 if TYPE_CHECKING:
     import geffect_fast.functional as functional
     import geffect_fast.integrations as integrations
+    from geffect_fast.report.page import write_page
     from geffect_fast.runs.check import check
+    from geffect_fast.runs.compare import compare
     from geffect_fast.runs.profile import profile
+    from geffect_fast.runs.profile_checkpoints import profile_checkpoints
     from geffect_fast.runs.store import open_run
     from geffect_fast.runs.sweep import pareto_front, sweep
     from geffect_fast.unlearning.unlearn import unlearn
@@ -23,6 +26,7 @@ __version__ = "0.1.0"
 __all__ = [
     "capture",
     "check",
+    "compare",
     "data",
     "functional",
     "integrations",
@@ -32,22 +36,27 @@ __all__ = [
     "optimal_weights",
     "pareto_front",
     "profile",
+    "profile_checkpoints",
     "sweep",
     "unlearn",
+    "write_page",
     "write_weighted",
 ]
 
 # What needs more than torch and numpy is imported when it is first asked for.
 _LAZY = {
     "check": ("geffect_fast.runs.check", "check"),
+    "compare": ("geffect_fast.runs.compare", "compare"),
     "functional": ("geffect_fast.functional", None),
     "integrations": ("geffect_fast.integrations", None),
     "open_run": ("geffect_fast.runs.store", "open_run"),
     "optimal_weights": ("geffect_fast.weights", "optimal_weights"),
     "pareto_front": ("geffect_fast.runs.sweep", "pareto_front"),
     "profile": ("geffect_fast.runs.profile", "profile"),
+    "profile_checkpoints": ("geffect_fast.runs.profile_checkpoints", "profile_checkpoints"),
     "sweep": ("geffect_fast.runs.sweep", "sweep"),
     "unlearn": ("geffect_fast.unlearning.unlearn", "unlearn"),
+    "write_page": ("geffect_fast.report.page", "write_page"),
     "write_weighted": ("geffect_fast.weights", "write_weighted"),
 }
 
