@@ -26,6 +26,7 @@ from geffect_fast.runs.arguments import (
     resolved_risk,
 )
 from geffect_fast.runs.config import checked_config
+from geffect_fast.runs.models import quiet_transformers
 from geffect_fast.runs.probe import Probe, run_identity
 from geffect_fast.runs.profiler import Profiler
 from geffect_fast.runs.progress import progress_bar
@@ -302,7 +303,8 @@ class Unlearning:
     def _until_done(self, trainer: Any, checkpoint: Path | None, folder: Path | None) -> None:
         """The Trainer's loop, with errors that say which step it was."""
         try:
-            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+            with quiet_transformers():
+                trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
         except KeyboardInterrupt:
             if folder is None:
                 raise
