@@ -9,10 +9,12 @@ import typer
 
 from geffect_fast.cli import (
     check,
+    compare,
     demo,
     env,
     export,
     profile,
+    report,
     show,
     sweep,
     tokens,
@@ -32,7 +34,9 @@ COMMANDS = (
     sweep.sweep,
     unlearn.unlearn,
     check.check,
+    compare.compare,
     show.show,
+    report.report,
     tokens.tokens,
     weights.weights,
     export.export,

@@ -19,24 +19,35 @@ def console() -> Console:
 
 
 def print_result(dataset: xr.Dataset, folder: Path) -> None:
-    """Tables, the tokens of an answer, where the files are, and three sentences."""
+    """Tables, the tokens of an answer, where the files are, and a few sentences.
+
+    Of a step result tokens are those of its last step.
+    """
     from geffect_fast.report.families import is_sweep
     from geffect_fast.report.findings import findings
+    from geffect_fast.report.step_table import render_steps, step_findings
+    from geffect_fast.report.steps import has_steps, last_step
     from geffect_fast.report.sweep_table import render_sweep
     from geffect_fast.report.table import render
     from geffect_fast.report.token_terminal import TerminalView
     from geffect_fast.report.token_view import has_tokens, token_view
     from geffect_fast.runs.dataset import sum_positions
-    from geffect_fast.runs.store import PLOTS, TOKENS
+    from geffect_fast.runs.store import PLOTS, REPORT, TOKENS
 
     summed = sum_positions(dataset)
     printer = console()
-    printer.print(render_sweep(summed) if is_sweep(summed) else render(summed))
+    if has_steps(summed):
+        tables, sentences = render_steps(summed), step_findings(summed)
+    else:
+        tables = render_sweep(summed) if is_sweep(summed) else render(summed)
+        sentences = findings(summed)
+    printer.print(tables)
     if has_tokens(dataset):
-        printer.print(TerminalView(token_view(dataset, samples=1, by="removal")), "")
+        last = last_step(dataset)
+        printer.print(TerminalView(token_view(last, samples=1, by="removal")), "")
     pictures = sorted((folder / PLOTS).glob("*.png")) if folder.is_dir() else []
-    for path in [folder, *pictures, *folder.glob(TOKENS)]:
+    for path in [folder, *pictures, *folder.glob(TOKENS), *folder.glob(REPORT)]:
         print(path)
     print()
-    for sentence in findings(summed):
+    for sentence in sentences:
         printer.print(sentence, markup=False)

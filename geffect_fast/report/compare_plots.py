@@ -143,9 +143,11 @@ def _trade_off(runs: xr.Dataset) -> Figure | None:
     with np.errstate(invalid="ignore"):  # infinity less infinity
         rise = runs["risk_value"] - runs["risk_value"].isel(step=0)
     removed = _lines(rise.sel(risk=UNLEARN))
-    figure, panels = panels_for(len(others), height=4.2)
+    figure, panels = panels_for(len(others), width=6.2, height=4.4)
     for panel, risk in zip(panels, others, strict=True):
         harm = _lines(rise.sel(risk=risk))
+        across = fit_scale(panel.set_xscale, list(removed.values()))
+        up = fit_scale(panel.set_yscale, list(harm.values()))
         broken = []
         for i, (name, x) in enumerate(removed.items()):
             y, style = harm[name], style_of(i)
@@ -157,8 +159,6 @@ def _trade_off(runs: xr.Dataset) -> Figure | None:
                 broken.append(f"{shortened(name, 28)} at {(~finite).sum()} steps")
         panel.axhline(0, color=GREY, linewidth=0.9, zorder=1)
         panel.axvline(0, color=GREY, linewidth=0.9, zorder=1)
-        across = fit_scale(panel.set_xscale, list(removed.values()))
-        up = fit_scale(panel.set_yscale, list(harm.values()))
         panel.set_xlabel(f"rise of the forget risk: removed (right)\n{across}", fontsize=9)
         panel.set_ylabel(f"rise of the {risk_words(risk)}: harm (up)\n{up}", fontsize=9)
         dress(panel)

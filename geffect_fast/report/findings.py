@@ -36,7 +36,7 @@ def findings(dataset: xr.Dataset) -> tuple[str, str, str]:
     Args:
         dataset: result of `geffect_fast.profile`.
     """
-    return _what(summarise(dataset)), _where(dataset), _signs()
+    return _what(summarise(dataset)), _where(dataset), signs()
 
 
 def _what(rows: list[Summary]) -> str:
@@ -93,7 +93,9 @@ def _where(dataset: xr.Dataset) -> str:
             )
     if not clauses:
         return "Where the unlearning effect sits cannot be told from this result."
-    return f"Averaged over objectives, {' and '.join(clauses)}."
+    over = "Averaged over objectives, " if dataset.sizes["objective"] > 1 else ""
+    sentence = f"{over}{' and '.join(clauses)}."
+    return sentence[0].upper() + sentence[1:]
 
 
 def _mean_size(values: np.ndarray) -> np.ndarray | None:
@@ -104,7 +106,8 @@ def _mean_size(values: np.ndarray) -> np.ndarray | None:
     return np.abs(shares(values[usable])).mean(axis=0)
 
 
-def _signs() -> str:
+def signs() -> str:
+    """How to read the signs of effects."""
     return (
         "Read the signs so: a small descent step on an objective changes a risk by minus its "
         "effect, so wanted are an e_u strongly negative, which raises the risk on what must go, "

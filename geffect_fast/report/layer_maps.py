@@ -47,7 +47,7 @@ def layer_maps(dataset: xr.Dataset, objectives: list[str]) -> Figure | None:
     left_out = len(present) - len(objectives)
     note = "each map has its own scale; red: the risk rises, blue: it falls"
     if left_out:
-        note += f"; {left_out} more objectives are left out"
+        note += f"; objectives left out: {left_out}"
     figure.suptitle(note, fontsize=9, color=GREY)
     figure.set_label(
         f"Heat maps of G-effects by {len(labels)} parts of the model over {len(steps)} steps from "
@@ -63,7 +63,9 @@ def _map(figure: Figure, panel: Axes, steps: np.ndarray, values: np.ndarray, tit
 
     finite = np.isfinite(values)
     scales: dict[str, Any] = {}
-    said = fit_scale(lambda _, **more: scales.update(more), [values[finite]])
+    # decades between steps, not between parts: of those the small ones may stay pale
+    largest = np.abs(np.where(finite, values, 0.0)).max(axis=0)
+    said = fit_scale(lambda _, **more: scales.update(more), [largest])
     reach = float(np.abs(values[finite]).max(initial=0.0)) or 1.0
     norm: Normalize = Normalize(-reach, reach)
     if said:

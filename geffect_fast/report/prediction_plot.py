@@ -46,12 +46,17 @@ def prediction_figure(dataset: xr.Dataset) -> Figure | None:
     for m, risk in enumerate(risks):
         lines = {"measured": measured[:, m]}
         lines |= {f"predicted {PREDICTIONS[name]}": predicted[name][:, m] for name in found}
-        title = f"change of the {risk_words(risk)}\n{next(iter(found.values()))[risk].words}"
+        trust = next(iter(found.values()))[risk].words
+        title = f"change of the {risk_words(risk)}\nfirst order: {trust}"
         draw_lines(
             upper[m], dataset["step"].values, lines, title=title, words="since the step before",
             absent=1, styles=styles,
         )  # fmt: skip
         panel = lower[m]
+        both = [measured[:, m], *(predicted[name][:, m] for name in found)]
+        said = [fit_scale(set_scale, both) for set_scale in (panel.set_xscale, panel.set_yscale)]
+        if not said[0]:
+            panel.locator_params(axis="x", nbins=5)
         for name, by_risk in found.items():
             panel.scatter(
                 predicted[name][:, m],
@@ -64,8 +69,6 @@ def prediction_figure(dataset: xr.Dataset) -> Figure | None:
                 label=f"{PREDICTIONS[name]}: r = {number(by_risk[risk].correlation, '.3f')}",
                 zorder=3,
             )
-        both = [measured[:, m], *(predicted[name][:, m] for name in found)]
-        said = [fit_scale(set_scale, both) for set_scale in (panel.set_xscale, panel.set_yscale)]
         reach = np.concatenate([v[np.isfinite(v)] for v in both] or [np.zeros(1)])
         ends = (min(reach.min(initial=0.0), 0.0), max(reach.max(initial=0.0), 0.0))
         panel.plot(ends, ends, color=GREY, linewidth=0.9, zorder=1)

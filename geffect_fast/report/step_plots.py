@@ -108,7 +108,7 @@ def _effects(read: Steps) -> Figure:
         f"e_{symbol(risk)} {_ends(read.effects[:, 0, m])}" for m, risk in enumerate(read.risks)
     )
     left_out = len(read.objectives) - len(shown)
-    more = f"; {left_out} objectives left out" if left_out else ""
+    more = f"; objectives left out: {left_out}" if left_out else ""
     figure.set_label(
         f"G-effects of {', '.join(read.objectives[k] for k in shown)} {_over(read.steps)}: "
         f"{read.objectives[0]} has {lead}{more}."
@@ -233,7 +233,7 @@ def _token_weights(read: Steps, dataset: xr.Dataset) -> Figure | None:
         _bands(panel, read.steps, flat, title)
     note = "weight on a token: d objective / d log-probability; above 0 it is pushed away"
     if left_out:
-        note += f"; {left_out} more panels are left out"
+        note += f"; panels left out: {left_out}"
     figure.suptitle(note, fontsize=9, color=GREY)
     legend_below(figure, panels[0])
     figure.set_label(

@@ -42,6 +42,11 @@ def has_steps(dataset: xr.Dataset) -> bool:
     return "step" in dataset["g_effect"].dims
 
 
+def last_step(dataset: xr.Dataset) -> xr.Dataset:
+    """A step result at its last step; any other result as it is."""
+    return dataset.isel(step=-1) if has_steps(dataset) else dataset
+
+
 def lead_objective(dataset: xr.Dataset) -> str:
     """The objective that the model was trained on, or else the first."""
     objectives = [str(objective) for objective in dataset["objective"].values]
@@ -203,9 +208,14 @@ def outcome_sentence(dataset: xr.Dataset) -> str:
     ]
     cost = ""
     if len(moves) > 1 and math.isfinite(outcome.cost):
-        cost = f", {number(outcome.cost, '.2g')} of the worst other for a unit of forgetting"
+        cost = ", at no cost elsewhere"
+        if outcome.cost > 0:
+            others = {risk: rise for risk, rise in outcome.change.items() if risk != UNLEARN}
+            worst = max(others, key=others.__getitem__)
+            price = number(outcome.cost, ".2g")
+            cost = f", at a cost of {price} of the {risk_words(worst)} for a unit of forgetting"
     return (
-        f"{start} step {read.steps[0]} to {read.steps[-1]} {' and '.join(moves)}{cost}: "
+        f"{start} step {read.steps[0]} to {read.steps[-1]} {', '.join(moves)}{cost}: "
         f"{outcome.verdict}."
     )
 
@@ -231,20 +241,20 @@ def write_step_summary(dataset: xr.Dataset, file: Path) -> None:
 
     What belongs to a step alone is repeated beside each of its objectives.
     """
-    import xarray as xr
+    axes = ("step", "objective", "risk")
+    kept = [str(name) for name in dataset if set(dataset[name].dims) <= set(axes)]
+    columns = dataset[kept].assign(g_effect=(axes, total(dataset)))
+    columns = by_column(columns.drop_vars(set(columns.coords) - set(axes)), "risk")
+    columns.to_dataframe(dim_order=["step", "objective"]).to_csv(file)
 
-    effect = xr.DataArray(total(dataset), dims=("step", "objective", "risk"))
-    tables: dict[str, xr.DataArray] = {"g_effect": effect}
-    names = ("risk_value", "measured_change", *PREDICTIONS, "risk_grad_norm", "cosine")
-    tables |= {name: dataset[name] for name in names if name in dataset}
-    columns = {
-        name: dataset[name].variable
-        for name in ("learning_rate", "loss", "grad_norm")
-        if name in dataset
-    }
-    for name, table in tables.items():
-        for m, risk in enumerate(dataset["risk"].values):
-            columns[f"{name}_{risk}"] = table.isel(risk=m).variable
-    coords = {name: dataset[name].values for name in ("step", "objective")}
-    rows = xr.Dataset(columns, coords).to_dataframe(dim_order=["step", "objective"])
-    rows.to_csv(file)
+
+def by_column(dataset: xr.Dataset, axis: str) -> xr.Dataset:
+    """The dataset with `name_label` in place of every variable that has this axis, for tables."""
+    columns = {}
+    for name, values in dataset.items():
+        if axis not in values.dims:
+            columns[str(name)] = values
+            continue
+        for label in dataset[axis].values:
+            columns[f"{name}_{label}"] = values.sel({axis: label}, drop=True)
+    return dataset.drop_dims(axis).assign(columns)

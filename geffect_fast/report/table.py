@@ -17,7 +17,7 @@ from geffect_fast.report.summary import UNLEARN, by_place, by_sample, shares, su
 if TYPE_CHECKING:
     import xarray as xr
 
-_STYLES = {
+STYLES = {
     "forgets, spares": "green",
     "forgets, little harm": "green",
     "forgets, some harm": "yellow",
@@ -69,7 +69,7 @@ def totals_table(dataset: xr.Dataset) -> Table:
             *(number(e) for e in row.effects.values()),
             *(number(c, "+.2f") for c in row.cosines.values()),
             number(row.collateral, ".2f"),
-            Text(row.verdict, style=_STYLES.get(row.verdict, "")),
+            Text(row.verdict, style=STYLES.get(row.verdict, "")),
         )
     return table
 

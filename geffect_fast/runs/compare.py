@@ -57,7 +57,8 @@ def compare(
         A Dataset with `g_effect` (run, step, risk), `risk_value`, `measured_change`, `predicted_*`
         and, where all runs have norms, `cosine` likewise, `loss` and `grad_norm` (run, step), and
         `group_effect` (run, step, risk, group) where all tell parts of the model apart. Coordinates
-        `objective` and `trained` (run). `attrs["left_out"]` lists what not all runs have, a line
+        `objective` and `trained` (run). Changes and predictions are those since the run's own probe
+        before, of whatever step. `attrs["left_out"]` lists what not all runs have, a line
         each.
 
     Raises:
@@ -100,7 +101,7 @@ def compare(
         trained=("run", [curve.trained for curve in curves]),
     ).assign_attrs(
         {name: curves[0].dataset.attrs.get(name, "") for name in SETTINGS}
-        | {"left_out": _left_out(curves, names, steps, risks)}
+        | {"left_out": _left_out(curves, steps, risks)}
     )
 
 
@@ -244,15 +245,15 @@ def _steps_of(curve: _Curve) -> str:
     return f"{steps[0]} to {steps[-1]}" if len(steps) > 1 else f"{steps[0]} alone"
 
 
-def _left_out(
-    curves: list[_Curve], names: list[str], steps: np.ndarray, risks: list[str]
-) -> list[str]:
+def _left_out(curves: list[_Curve], steps: np.ndarray, risks: list[str]) -> list[str]:
+    """What of each run is not in all, a line each."""
     lines = []
-    for curve, name in zip(curves, names, strict=True):
-        beyond = np.setdiff1d(curve.dataset["step"].values, steps)
+    for name, dataset in {curve.run: curve.dataset for curve in curves}.items():
+        beyond = np.setdiff1d(dataset["step"].values, steps)
         if beyond.size:
-            lines.append(f"{name}: {beyond.size} steps from {beyond[0]} to {beyond[-1]}")
-        others = [str(r) for r in curve.dataset["risk"].values if str(r) not in risks]
+            several = f"{beyond.size} steps from {beyond[0]} to {beyond[-1]}"
+            lines.append(f"{name}: {several if beyond.size > 1 else f'step {beyond[0]}'}")
+        others = [str(risk) for risk in dataset["risk"].values if str(risk) not in risks]
         if others:
-            lines.append(f"{name}: risks {', '.join(others)}")
+            lines.append(f"{name}: the risk on {', '.join(others)}")
     return lines

@@ -1,0 +1,46 @@
+"""`geffect-fast compare`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from geffect_fast.cli.options import Overwrite, Quiet, option
+from geffect_fast.cli.printing import console
+from geffect_fast.errors import InputError
+
+
+def compare(
+    runs: Annotated[
+        list[Path],
+        typer.Argument(help="Run folders with steps, two or more.", show_default=False),
+    ],
+    out: Annotated[
+        Path, option("--out", "-o", help="Folder for tables and plots; compare where left out.")
+    ] = Path("compare"),
+    overwrite: Overwrite = False,
+    quiet: Quiet = False,
+) -> None:
+    """Compare runs of unlearn, or of profile --checkpoints, step by step.
+
+    What they share (steps, risks) is drawn side by side: effects, risks, parts of the model, and
+    what removal costs. The folder gets summary.csv (a row a run), compare.csv (a row a run and
+    step) and plots/ as PNG and SVG. A run is called by the objective it was trained on.
+    """
+    from geffect_fast.report.compare_table import render_comparison, write_comparison
+    from geffect_fast.runs.compare import compare as align
+    from geffect_fast.runs.disk import is_there, user_path
+    from geffect_fast.runs.store import CONFIG, PLOTS, RESULTS, check_free, staged_run
+
+    folder = check_free(out, overwrite)
+    if any(is_there(folder / name) for name in (RESULTS, CONFIG)):
+        raise InputError(f"--out {out} is the folder of a run; choose another")
+    aligned = align([str(run) for run in runs])
+    with staged_run(out, overwrite) as staging:
+        write_comparison(aligned, staging)
+    if not quiet:
+        console().print(render_comparison(aligned))
+        for path in [user_path(out), *sorted((folder / PLOTS).glob("*.png"))]:
+            print(path)
