@@ -155,7 +155,7 @@ def _gated_rule(module: nn.Module) -> Gated | None:
     """Of an MLP `down(act(gate(x)) * up(x))`, tried between small projections in place of its own,
     whose width changes nothing."""
     rule = Gated(_activation(module))
-    weight = module.get_submodule("gate_proj").weight
+    weight: Any = module.get_submodule("gate_proj").weight
     alone: Any = copy.copy(module)
     small = {}
     for seed, name in enumerate(PROJECTIONS):

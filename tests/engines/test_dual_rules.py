@@ -194,6 +194,19 @@ def test_attention(counts, lengths, masked, scale, which, block, seed):
     agrees(attention, [query, key, value], which, block=block, seed=seed)
 
 
+@pytest.mark.parametrize("shape", [(), (2,), (1, 2)], ids=str)
+@pytest.mark.parametrize("n", [33, 70, 300])
+def test_causal_attention_of_many_tokens(shape, n):
+    """Cut into blocks of queries, the last of them short, that see a part of the keys."""
+    qkv = [noise(*shape, n, 2, seed=i) for i in range(3)]
+    agrees(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True), qkv, [True] * 3)
+
+
+def test_attention_whose_heads_are_given_once():
+    query, key, value = noise(2, 3, 5, 4), noise(3, 6, 4, seed=1), noise(2, 1, 6, 3, seed=2)
+    agrees(F.scaled_dot_product_attention, [query, key, value], [True] * 3)
+
+
 @pytest.mark.parametrize("kind", ["bool", "float"])
 def test_attention_of_a_token_that_sees_nothing(kind):
     """As padding on the left makes them: its value is zero, and stays zero."""
