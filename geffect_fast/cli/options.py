@@ -26,6 +26,9 @@ def option(*names: str, field: str | None = None, **more: Any) -> Any:
 
 Out = Annotated[Path, option("--out", "-o", help="Folder for the results; made if missing.")]
 Overwrite = Annotated[bool, option("--overwrite", help="Replace the run that --out holds.")]
+Resume = Annotated[
+    bool, option("--resume", help="Go on with the run in --out; no other option is needed.")
+]
 Quiet = Annotated[bool, option("--quiet", "-q", help="No progress bars, tables or findings.")]
 Run = Annotated[Path, typer.Argument(help="A run folder, or a results.nc.", show_default=False)]
 ConfigFile = Annotated[
@@ -48,6 +51,10 @@ _FIELDS: dict[str, Any] = {
         option(
             "--probe", metavar="NAME=DATA", help="A further risk on data of its own; repeatable."
         ),
+    ],
+    "checkpoints": Annotated[
+        list[str] | None,
+        option("--checkpoints", metavar="PATTERN", field="checkpoints"),
     ],
     "refusals": Annotated[str | None, option("--refusals", field="refusals")],
     "reference": Annotated[str | None, option("--reference", field="reference")],
@@ -124,10 +131,10 @@ UNLEARN_FIELDS = (
     *(
         field
         for field in PROFILE_FIELDS
-        if field not in ("model", "forget", "retain", "objectives")
+        if field not in ("model", "forget", "retain", "objectives", "checkpoints")
     ),
 )
-SWEEP_FIELDS = tuple(field for field in _FIELDS if field != "objectives")
+SWEEP_FIELDS = tuple(f for f in PROFILE_FIELDS if f not in ("objectives", "checkpoints"))
 CHECK_FIELDS = (
     "refusals",
     "reference",
@@ -172,6 +179,15 @@ def config_options(
         return with_given
 
     return decorate
+
+
+def begun_config(config: Path | None, out: Path, resume: bool) -> Path | None:
+    """The config file that is meant: a run that is gone on with has one in its folder."""
+    from geffect_fast.runs.disk import is_there, user_path
+    from geffect_fast.runs.store import CONFIG
+
+    begun = user_path(out) / CONFIG
+    return begun if config is None and resume and is_there(begun) else config
 
 
 def option_names(given: dict[str, Any], **names: str) -> dict[str, str]:

@@ -11,6 +11,8 @@ from geffect_fast.cli.options import (
     Out,
     Overwrite,
     Quiet,
+    Resume,
+    begun_config,
     config_options,
     option_names,
 )
@@ -25,15 +27,18 @@ def profile(
     out: Out,
     config: ConfigFile = None,
     given: dict[str, Any],
+    resume: Resume = False,
     overwrite: Overwrite = False,
     quiet: Quiet = False,
 ) -> None:
     """Profile objectives on a model and data, and write a run folder.
 
     The folder holds results.nc (NetCDF; geffect_fast.open_run reads it), summary.csv, plots/ and
-    run.yaml, which replays the run: geffect-fast profile --config run/run.yaml --out NEW.
+    run.yaml, which replays the run: geffect-fast profile --config run/run.yaml --out NEW. With
+    --checkpoints 'out/checkpoint-*' it gets steps/, a file a checkpoint, while the run goes, and
+    --resume goes on with one that was stopped.
     """
-    run("profile", given, config, out, overwrite, quiet)
+    run("profile", given, config, out, overwrite, quiet, resume)
 
 
 def run(
@@ -43,6 +48,7 @@ def run(
     out: Path,
     overwrite: bool,
     quiet: bool,
+    resume: bool = False,
 ) -> None:
     """Run what options and a config file say, write the folder and print what was found.
 
@@ -53,9 +59,12 @@ def run(
         out: run folder.
         overwrite: whether to replace a run that is there.
         quiet: whether to print nothing.
+        resume: whether to go on with a run of checkpoints that is there.
     """
+    config = begun_config(config, out, resume)
     values = given if config is None else read_values(config) | given
-    for name in ("model", "forget", "retain", "objectives"):
+    needed = ("forget", "retain", "objectives")
+    for name in needed if values.get("checkpoints") else ("model", *needed):
         if values.get(name) is None:
             raise InputError(f"--{name} is missing; give it, or a --config that holds it")
     held = values.get("command", command)
@@ -66,7 +75,14 @@ def run(
 
     from geffect_fast.report import write_report
     from geffect_fast.runs.execute import execute
+    from geffect_fast.runs.execute_checkpoints import execute_checkpoints
 
-    dataset = execute(checked, out, overwrite=overwrite, progress=not quiet, report=write_report)
+    how: dict[str, Any] = {"overwrite": overwrite, "progress": not quiet, "report": write_report}
+    if checked.checkpoints:
+        dataset = execute_checkpoints(checked, out, resume=resume, **how)
+    elif resume:
+        raise InputError("--resume goes with --checkpoints; leave it out")
+    else:
+        dataset = execute(checked, out, **how)
     if not quiet:
         print_result(dataset, out)

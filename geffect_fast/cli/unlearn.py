@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 from geffect_fast.cli.options import (
     UNLEARN_FIELDS,
@@ -11,8 +11,9 @@ from geffect_fast.cli.options import (
     Out,
     Overwrite,
     Quiet,
+    Resume,
+    begun_config,
     config_options,
-    option,
     option_names,
 )
 from geffect_fast.cli.printing import print_result
@@ -32,9 +33,7 @@ def unlearn(
     out: Out,
     config: ConfigFile = None,
     given: dict[str, Any],
-    resume: Annotated[
-        bool, option("--resume", help="Go on with the run in --out; no other option is needed.")
-    ] = False,
+    resume: Resume = False,
     overwrite: Overwrite = False,
     quiet: Quiet = False,
 ) -> None:
@@ -44,12 +43,7 @@ def unlearn(
     results.nc with all steps, summary.csv and plots/. run.yaml replays it: geffect-fast unlearn
     --config run/run.yaml --out NEW. An adapter is trained on where --model names one.
     """
-    from geffect_fast.runs.disk import is_there, user_path
-    from geffect_fast.runs.store import CONFIG
-
-    begun = user_path(out) / CONFIG
-    if config is None and resume and is_there(begun):
-        config = begun
+    config = begun_config(config, out, resume)
     values = given if config is None else read_values(config) | given
     for name in _NEEDED:
         if values.get(name) is None:

@@ -184,6 +184,27 @@ class ProfileConfig(RunConfig):
     command: Literal["profile", "sweep"] = "profile"
     """The command that replays it; objectives of a sweep may hold ranges."""
 
+    checkpoints: tuple[str, ...] = ()
+    """Folders or patterns, such as out/checkpoint-*, of checkpoints to profile in turn; the model
+    is then that before training, step 0, or left out."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _found_checkpoints(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """Patterns become folders, in order; the first of them is the model where none is given."""
+        given = values.get("checkpoints")
+        if not given or not isinstance(given, list | tuple | str):
+            return values
+        from geffect_fast.runs.checkpoints import find_checkpoints
+
+        if values.get("command") == "sweep":
+            raise ValueError("checkpoints: go with profile, not with sweep; leave them out")
+        try:
+            found = [str(folder) for folder in find_checkpoints(given).values()]
+        except InputError as error:
+            raise ValueError(str(error)) from None
+        return values | {"model": values.get("model") or found[0], "checkpoints": found}
+
     @model_validator(mode="before")
     @classmethod
     def _axes_of_a_sweep(cls, values: dict[str, Any]) -> dict[str, Any]:

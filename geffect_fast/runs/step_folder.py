@@ -132,26 +132,34 @@ def finish(
 
     Raises:
         UnfinishedError: the disk refuses.
+        InterruptedRunError: Ctrl-C.
     """
     try:
-        for left in folder.glob(f"{_FINISHING}*"):  # of a killed process
-            remove(left)
-        staging = Path(tempfile.mkdtemp(prefix=_FINISHING, dir=folder))
-        try:
-            more(staging)
-            write_dataset(dataset, staging / RESULTS)
-            if report is not None:
-                report(dataset, staging)
-            for item in sorted(staging.iterdir(), key=lambda path: path.name == RESULTS):
-                remove(folder / item.name)
-                item.rename(folder / item.name)
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
+        with interruptible(folder, lambda: "the last files"):
+            _finish(folder, dataset, report, more)
     except OSError as error:
         raise UnfinishedError(
             f"run folder {folder} cannot be completed: {error.strerror or error}; all steps are "
             "kept: free some space, and go on with --resume"
         ) from error
+
+
+def _finish(
+    folder: Path, dataset: xr.Dataset, report: Reporter | None, more: Callable[[Path], None]
+) -> None:
+    for left in folder.glob(f"{_FINISHING}*"):  # of a killed process
+        remove(left)
+    staging = Path(tempfile.mkdtemp(prefix=_FINISHING, dir=folder))
+    try:
+        more(staging)
+        write_dataset(dataset, staging / RESULTS)
+        if report is not None:
+            report(dataset, staging)
+        for item in sorted(staging.iterdir(), key=lambda path: path.name == RESULTS):
+            remove(folder / item.name)
+            item.rename(folder / item.name)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
 
 
 @contextmanager

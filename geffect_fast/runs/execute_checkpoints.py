@@ -1,0 +1,86 @@
+"""A profile of checkpoints from its config to its folder, begun or gone on with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from geffect_fast.runs.config import ProfileConfig
+from geffect_fast.runs.execute import check_sources, has_text, on_threads, read_data, tokenizer_of
+from geffect_fast.runs.profile_checkpoints import CheckpointRun
+from geffect_fast.runs.step_folder import as_begun, begin, check_start, finish
+
+if TYPE_CHECKING:
+    import xarray as xr
+
+    from geffect_fast.runs.store import Reporter
+
+_CHOSEN = ("token_budget", "engine", "threads", "device", "dtype")
+"""Fields that are decided when a run begins, where nobody says, and recorded in its `run.yaml`."""
+
+
+def execute_checkpoints(
+    config: ProfileConfig,
+    out: str | Path,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    progress: bool = False,
+    report: Reporter | None = None,
+) -> xr.Dataset:
+    """Profile the checkpoints of a config, and write the run folder step by step.
+
+    Args:
+        config: the run; its `model` is the first checkpoint or stands before it, as step 0.
+        out: run folder.
+        resume: go on with the run in it.
+        overwrite: whether a run in it may be replaced.
+        progress: whether to show a bar.
+        report: adds tables and plots to the folder.
+
+    Returns:
+        The result, as `geffect_fast.profile_checkpoints` returns it.
+
+    Raises:
+        As `geffect_fast.profile_checkpoints`.
+    """
+    folder = check_start(out, resume, overwrite)
+    if resume:
+        config = config.model_copy(update=as_begun(config, folder, _CHOSEN))
+    device = check_sources(config)
+    data = read_data(config, config.objectives)
+    tokenizer = tokenizer_of(config, has_text(data))
+    with on_threads(config.threads) as threads:
+        run = CheckpointRun(
+            config.checkpoints,
+            tokenizer,
+            model=config.model,
+            reference_model=config.reference,
+            dtype=config.dtype,
+            device=str(device),
+            options={
+                **data,
+                "objectives": list(config.objectives),
+                "resolve": config.resolve,
+                "engine": config.engine,
+                "reduction": config.reduction,
+                "risk": config.risk,
+                "norms": config.norms,
+                "groups": config.groups or None,
+                "template": config.template,
+                "max_length": config.max_length,
+                "token_budget": config.token_budget,
+            },
+        )
+        if not resume:
+            chosen = {
+                "token_budget": run.profiler.token_budget,
+                "engine": run.profiler.settings["engine"],
+                "threads": threads,
+                "device": str(device),
+                "dtype": str(run.model.dtype).removeprefix("torch."),
+            }
+            begin(folder, config.model_copy(update=chosen))
+        dataset = run.measure(folder, progress=progress)
+        finish(folder, dataset, report)
+    return dataset
