@@ -15,6 +15,7 @@ from geffect_fast.report.plots import blank_figure
 if TYPE_CHECKING:
     import xarray as xr
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 _COLOURS = (
     "#1f77b4",
@@ -38,12 +39,22 @@ LEGEND, NAMED = 10, 10
 
 
 def plot_sweep(dataset: xr.Dataset, file: Path) -> bool:
-    """Effects and collateral against every swept parameter, a line a family.
-
-    A family with several ranges has a line for every value of the others, the darker the larger.
+    """`sweep_figure` as a picture.
 
     Returns:
         Whether there was anything to plot: False where no parameter has two values.
+    """
+    figure = sweep_figure(dataset)
+    if figure is not None:
+        figure.savefig(file, dpi=150)
+    return figure is not None
+
+
+def sweep_figure(dataset: xr.Dataset) -> Figure | None:
+    """Effects and collateral against every swept parameter, a line a family.
+
+    A family with several ranges has a line for every value of the others, the darker the larger.
+    None where no parameter has two values.
     """
     swept = Swept.of(dataset)
     drawn: dict[str, list[tuple[Family, str]]] = {}
@@ -52,7 +63,7 @@ def plot_sweep(dataset: xr.Dataset, file: Path) -> bool:
             if len(set(values)) > 1:
                 drawn.setdefault(name, []).append((family, _COLOURS[i % len(_COLOURS)]))
     if not drawn:
-        return False
+        return None
     figure = blank_figure(0.8 + 4.2 * len(drawn), 8.6)
     panels = figure.subplots(len(_ROWS), len(drawn), squeeze=False, sharex="col")
     for name, families, column in zip(drawn, drawn.values(), panels.T, strict=True):
@@ -77,14 +88,18 @@ def plot_sweep(dataset: xr.Dataset, file: Path) -> bool:
         _legend(column[-1], loc="upper center", bbox_to_anchor=(0.5, -0.28))
     for panel, words in zip(panels[:, 0], _ROWS.values(), strict=True):
         panel.set_ylabel(words, fontsize=10)
-    figure.savefig(file, dpi=150)
-    return True
+    return figure
 
 
 def plot_pareto(dataset: xr.Dataset, file: Path) -> None:
+    """`pareto_figure` as a picture."""
+    pareto_figure(dataset).savefig(file, dpi=150)
+
+
+def pareto_figure(dataset: xr.Dataset, size: tuple[float, float] = (9.5, 6.2)) -> Figure:
     """Scatter of e_u against e_r of all objectives, with the Pareto front drawn and named."""
     swept = Swept.of(dataset)
-    figure = blank_figure(9.5, 6.2)
+    figure = blank_figure(*size)
     panel = figure.subplots()
     finite = np.isfinite(swept.e_u) & np.isfinite(swept.e_r)
     for i, family in enumerate(swept.families):
@@ -135,7 +150,7 @@ def plot_pareto(dataset: xr.Dataset, file: Path) -> None:
     _legend(panel, loc="upper left", bbox_to_anchor=(1.01, 1))
     figure.draw_without_rendering()  # settles where points are, so that names keep apart
     _name_points(panel, thinned(front, NAMED), swept)
-    figure.savefig(file, dpi=150)
+    return figure
 
 
 def _draw_family(panel: Axes, family: Family, name: str, values: np.ndarray, colour: str) -> None:

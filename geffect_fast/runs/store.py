@@ -32,7 +32,8 @@ CONFIG = "run.yaml"
 SUMMARY = "summary.csv"
 PLOTS = "plots"
 TOKENS = "tokens.html"
-RUN_FILES = (RESULTS, CONFIG, SUMMARY, PLOTS, TOKENS)
+REPORT = "report.html"
+RUN_FILES = (RESULTS, CONFIG, SUMMARY, PLOTS, TOKENS, REPORT)
 
 _JSON_ATTRS = "json_attrs"
 _STAGING = ".writing-"

@@ -1,0 +1,68 @@
+"""`geffect-fast report`."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from geffect_fast.cli.options import option
+from geffect_fast.errors import InputError
+
+
+def report(
+    runs: Annotated[
+        list[Path],
+        typer.Argument(help="A run folder, or several with steps.", show_default=False),
+    ],
+    out: Annotated[
+        Path | None,
+        option("--out", "-o", help="HTML file to write; else report.html in the one run's folder."),
+    ] = None,
+    overwrite: Annotated[bool, option("--overwrite", help="Replace the file --out names.")] = False,
+) -> None:
+    """Write one HTML page of a run: the answer first, then figures, tables and how to read them.
+
+    It holds everything itself: it works offline, from an e-mail or a disk, without scripts, on a
+    phone and printed. Several runs of unlearn, or of profile --checkpoints, are compared step by
+    step; then --out is needed. Prints the file's name.
+    """
+    from geffect_fast.report.page import write_page
+    from geffect_fast.runs.config import read_values
+    from geffect_fast.runs.disk import is_there, unwritable, user_path
+    from geffect_fast.runs.store import CONFIG, REPORT, open_run, reading
+
+    folders = [_folder(run) for run in runs]
+    for i, folder in enumerate(folders):
+        if folder in folders[:i]:
+            raise InputError(f"report: run {runs[i]} is given twice; leave one out")
+    if out is None and len(runs) > 1:
+        raise InputError(f"report: {len(runs)} runs have no folder in common; name the page, --out")
+    file = folders[0] / REPORT if out is None else user_path(out)
+    try:
+        if out is not None and not overwrite and is_there(file):
+            raise InputError(f"report {out} is there already; choose another --out or --overwrite")
+    except OSError as error:
+        raise unwritable(f"report {out}", "--out", error) from None
+    names = [folder.name for folder in folders]
+    if len(set(names)) < len(names):
+        names = [str(run) for run in runs]
+    with ExitStack() as stack:
+        opened, configs = {}, {}
+        for name, run, folder in zip(names, runs, folders, strict=True):
+            opened[name] = stack.enter_context(open_run(run, lazy=True))
+            stack.enter_context(reading(run))
+            if is_there(folder / CONFIG):
+                configs[name] = read_values(folder / CONFIG)
+        write_page(opened, file, configs=configs)
+    print(file if out is not None else runs[0] / REPORT if runs[0].is_dir() else file)
+
+
+def _folder(run: Path) -> Path:
+    """The folder of a run, given as such or by its results file."""
+    from geffect_fast.runs.disk import user_path
+
+    path = user_path(run).absolute()
+    return path.parent if path.is_file() else path
