@@ -67,6 +67,9 @@ class Probe:
         weights: also the weights that objectives put on tokens (`token_weight`); left out of
             results by position.
 
+    Attributes:
+        latest: the step and the result of the last call; None before the first.
+
     Raises:
         InputError: `trained` is not among the objectives.
 
@@ -91,6 +94,7 @@ class Probe:
         self.store = store
         self.trained = None if trained is None else _label(trained, profiler)
         self.weights = weights
+        self.latest: tuple[int, xr.Dataset] | None = None
         self._before: _Before | None = None
 
     def at(self, step: int, *, learning_rates: Sequence[float] = ()) -> xr.Dataset:
@@ -125,6 +129,7 @@ class Probe:
                 self.store.write(step, result)
             copies = {name: p.detach().clone() for name, p in plan.parameters.items()}
             self._before = _Before(step, copies, directions)
+        self.latest = step, result
         return result
 
     def forget(self) -> None:
@@ -141,7 +146,7 @@ class Probe:
                 self.profiler.plan.parameters, before.parameters, before.directions
             )
             if self.trained is not None:
-                effect = total_effect(self.store.read(before.step)).sel(objective=self.trained)
+                effect = total_effect(self._result_of(before.step)).sel(objective=self.trained)
                 sgd = -sum(learning_rates) * torch.from_numpy(effect.values)
         return {
             "predicted_update": ("risk", update.numpy()),
@@ -158,7 +163,7 @@ class Probe:
         """A profile with all that the step axis adds to it."""
         last = self._last_before(step)
         now = dataset["risk_value"]
-        before = math.nan if last is None else self.store.read(last)["risk_value"]
+        before = math.nan if last is None else self._result_of(last)["risk_value"]
         attributes = {} if self.trained is None else {"trained_objective": self.trained}
         return dataset.assign(
             {
@@ -167,6 +172,12 @@ class Probe:
                 **changes,
             }
         ).assign_attrs(attributes)
+
+    def _result_of(self, step: int) -> xr.Dataset:
+        """The result of an earlier step; reading one takes longer than keeping the last."""
+        if self.latest is not None and self.latest[0] == step:
+            return self.latest[1]
+        return self.store.read(step)
 
     def _check_same(self, step: int, stored: xr.Dataset, values: Tensor) -> None:
         """Raise `InputError` where a step in the store is of another model."""
@@ -236,9 +247,9 @@ def run_identity(
 
 
 def total_effect(dataset: xr.Dataset) -> xr.DataArray:
-    """The effects of a result on each risk, summed over all other axes: (objective, risk)."""
+    """The effects of a result on each risk, summed over all other axes but steps."""
     effect = sum_positions(dataset)["g_effect"]
-    return effect.sum([dim for dim in effect.dims if dim not in ("objective", "risk")])
+    return effect.sum([dim for dim in effect.dims if dim not in ("step", "objective", "risk")])
 
 
 def _label(trained: str, profiler: Profiler) -> str:
