@@ -145,11 +145,11 @@ def fit_scale(set_scale: Any, lines: Sequence[np.ndarray], positive: bool = Fals
     Returns:
         What to write beside the axis; empty where the scale is linear.
     """
-    sizes = np.concatenate([np.abs(line[np.isfinite(line)]).ravel() for line in lines])
-    sizes = sizes[sizes > 0]
+    sizes = np.abs(np.concatenate([np.zeros(0), *lines]))
+    sizes = sizes[np.isfinite(sizes) & (sizes > 0)]
     if not sizes.size:
         return ""
-    largest, ordinary = float(sizes.max()), float(np.quantile(sizes, 0.25))
+    largest, ordinary = float(sizes.max()), float(np.quantile(sizes, 0.25, method="lower"))
     if largest / WIDE <= ordinary:
         return ""
     if positive:

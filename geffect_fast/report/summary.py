@@ -96,12 +96,16 @@ def total(dataset: xr.Dataset) -> np.ndarray:
 
 
 def by_sample(dataset: xr.Dataset) -> xr.DataArray | None:
-    """G-effects of the forget rows, `(objective, risk, sample)`; None where samples are summed."""
+    """G-effects of the forget rows, `(objective, risk, sample)`; None where samples are summed.
+
+    Of a step result `(step, objective, risk, sample)`.
+    """
     effect = dataset["g_effect"]
     if "sample" not in effect.dims:
         return None
-    effect = effect.sum([d for d in ("parameter", "group") if d in effect.dims], skipna=False)
-    return effect[..., (effect["set"] == "forget").values].transpose("objective", "risk", "sample")
+    lead = [d for d in LEAD if d in effect.dims]
+    effect = effect.sum([d for d in effect.dims if d not in (*lead, "sample")], skipna=False)
+    return effect.transpose(*lead, "sample")[..., (effect["set"] == "forget").values]
 
 
 def by_place(dataset: xr.Dataset, blocks: bool) -> tuple[list[str], np.ndarray] | None:
