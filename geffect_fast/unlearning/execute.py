@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from geffect_fast.runs.store import Reporter
     from geffect_fast.unlearning.watch import Told
 
-CHOSEN = ("token_budget", "engine", "threads", "device", "dtype", "batch_size", "probe_rows")
+CHOSEN = ("token_budget", "threads", "device", "dtype", "batch_size", "probe_rows")
 """Fields that are decided when a run begins, where nobody says, and recorded in its `run.yaml`."""
 
 
@@ -89,7 +89,6 @@ def execute_unlearn(
         if not resume:
             chosen: dict[str, Any] = {
                 "token_budget": run.profiler.token_budget,
-                "engine": run.profiler.settings["engine"],
                 "threads": n_threads,
                 "device": str(device),
                 "dtype": str(model.dtype).removeprefix("torch."),

@@ -37,10 +37,9 @@ def check_start(out: str | Path, resume: bool, overwrite: bool) -> Path:
     held = _held(folder)
     ours = is_there(folder / STEPS) or is_there(folder / RESULTS)
     theirs = set(folder.glob("checkpoint-*")) - set(checkpoints(folder).values())
-    foreign = sorted(
-        theirs | ({folder / MODEL} if not ours and is_there(folder / MODEL) else set())
-    )
-    if foreign:
+    if not ours and is_there(folder / MODEL):
+        theirs.add(folder / MODEL)
+    if theirs:
         raise InputError(
             f"run folder {out} holds {min(theirs).name}, which no unlearning run made; choose "
             "another --out"

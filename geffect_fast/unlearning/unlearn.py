@@ -257,6 +257,7 @@ class Unlearning:
         store = StepStore(None if folder is None else folder / STEPS, self.identity)
         saved = {} if folder is None else checkpoints(folder, self.identity)
         probe = Probe(self.profiler, store, trained=str(self.loss.objective))
+        live = GEffectCallback.of(probe, training.probe_every)
         sizes = self._rows_an_update([part for _, part in self.loss.objective.parts()])
         needs = {need for part in self.loss.parts for need in part.needs}
         reference = None
@@ -276,7 +277,7 @@ class Unlearning:
                 reference=reference,
                 identity=self.identity,
                 callbacks=[
-                    GEffectCallback.of(probe, training.probe_every),
+                    live,
                     Watch(
                         probe,
                         folder=folder,
@@ -289,7 +290,8 @@ class Unlearning:
             )
             self._until_done(trainer, saved[max(saved)] if saved else None, folder)
         self.model.eval()
-        return store.combined().assign_attrs(self.attributes())
+        assert live.result is not None
+        return live.result.assign_attrs(self.attributes())
 
     def attributes(self) -> dict[str, Any]:
         """What a result says of its run."""

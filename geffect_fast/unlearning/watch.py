@@ -70,5 +70,5 @@ class Watch(TrainerCallback):
 
     def _look(self, step: int) -> None:
         self._tick(step)
-        if step in self._probe.store.steps:
-            self._told(step, self._probe.store.read(step))
+        if self._probe.latest is not None and self._probe.latest[0] == step:
+            self._told(*self._probe.latest)
