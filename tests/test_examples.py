@@ -1,4 +1,4 @@
-"""The example runs from top to bottom, and what its text says is what it finds."""
+"""The examples run from top to bottom, and what their texts say is what they find."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "unlearning_loop.py"
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 
 
 @pytest.fixture(scope="module")
 def found() -> dict:
     """What the script leaves behind."""
-    return runpy.run_path(str(EXAMPLE))
+    return runpy.run_path(str(EXAMPLES / "unlearning_loop.py"))
 
 
 def test_all_ways_to_resolve_the_effect_add_up_to_it(found: dict) -> None:
@@ -51,3 +51,15 @@ def test_acting_forgets_as_much_for_half_the_harm(found: dict) -> None:
     assert harm["acting as well"] < 0.5 * harm["as it is"]
     assert harm["without the stray"] > 0.8 * harm["as it is"]
     assert risks["without the stray"][2] - twin_before > 0.5, "the twin is not saved by that"
+
+
+def test_a_trainer_is_watched_with_three_lines() -> None:
+    found = runpy.run_path(str(EXAMPLES / "trainer_callback.py"))
+    result, effects = found["result"], found["effects"]
+    assert result.step.values.tolist() == [0, 4, 8, 12, 16, 20, 24]
+    assert (effects.sel(objective="ga", risk="unlearn") < 0).all()
+    by_ga, by_wga = (effects.sel(objective=name, risk="retain") for name in result.objective.values)
+    assert (by_ga.values < by_wga.values).all() and (by_wga < 0).all(), "wga harms less"
+    assert (result.risk_value.diff("step") > 0).all()
+    assert found["agreement"] > 0.95
+    assert float(found["weights"][-1]) < float(found["weights"][0]), "what is forgotten is spared"
