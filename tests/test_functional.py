@@ -12,6 +12,7 @@ from architectures import ARCHITECTURES, VOCAB
 from models import FIVE, build, fp64_throughout
 from torch import nn
 
+from geffect_fast.capture import products
 from geffect_fast.errors import InputError, UnsupportedModelError
 from geffect_fast.functional import (
     grad_inner_products,
@@ -334,3 +335,26 @@ def test_grad_inner_products():
 def test_grad_inner_products_wrong_calls(arguments, message):
     with pytest.raises(InputError, match=message):
         grad_inner_products(*arguments)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_layers_of_one_input_share_its_gram_matrix(architecture, monkeypatch):
+    """Queries, keys and values are one call, and so are gate and up: of whole gradients only."""
+    model, batch = build(architecture, torch.float64), padded(LENGTHS)
+    widths = []
+
+    def watch(a, g, cu):
+        widths.append(g.shape[1])
+        return plain(a, g, cu)
+
+    plain = products.ops.ghost_norm
+    monkeypatch.setattr(products.ops, "ghost_norm", watch)
+    apart = per_sample_grad_norms(model, loss_fn, batch, per_parameter=True)
+    each = sorted(widths)
+    widths.clear()
+    whole = per_sample_grad_norms(model, loss_fn, batch)
+    torch.testing.assert_close(whole, torch.stack(list(apart.values())).norm(dim=0))
+    assert sum(widths) == sum(each)
+    blocks = model.config.num_hidden_layers
+    # gpt2 projects queries, keys and values by one layer as it is
+    assert len(each) - len(widths) == (3 * blocks if architecture == "llama" else 0)
