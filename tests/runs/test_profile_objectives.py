@@ -9,7 +9,7 @@ from models import build, fp64_throughout, samples
 from reference import forget_shares
 
 import geffect_fast as gf
-from geffect_fast.runs import profile as profile_module
+from geffect_fast.runs import profiler as profile_module
 
 FORGET = [2, 17, 5, 40]
 RETAIN = [9, 30, 2]

@@ -16,7 +16,7 @@ from torch import nn
 import geffect_fast as gf
 from geffect_fast.errors import InputError, UnsupportedModelError
 from geffect_fast.runs import arguments
-from geffect_fast.runs import profile as profiling
+from geffect_fast.runs import profiler as profiling
 from geffect_fast.runs.axes import GROUPS, groups_of
 from geffect_fast.runs.store import open_run
 
