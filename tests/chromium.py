@@ -123,7 +123,7 @@ class Browser:
         """What scripts threw, the console was told as an error, and the log says."""
         said = []
         for event in self.events:
-            given = event["params"] if "params" in event else {}
+            given = event.get("params", {})
             if event["method"] == "Runtime.exceptionThrown":
                 said.append(str(given["exceptionDetails"]))
             if event["method"] == "Runtime.consoleAPICalled" and given["type"] == "error":

@@ -34,19 +34,20 @@ def report(
     from geffect_fast.runs.disk import is_there, unwritable, user_path
     from geffect_fast.runs.store import CONFIG, REPORT, open_run, reading
 
-    folders = [_folder(run) for run in runs]
-    for i, folder in enumerate(folders):
-        if folder in folders[:i]:
+    places = [_place(run) for run in runs]
+    for i, place in enumerate(places):
+        if place in places[:i]:
             raise InputError(f"report: run {runs[i]} is given twice; leave one out")
     if out is None and len(runs) > 1:
         raise InputError(f"report: {len(runs)} runs have no folder in common; name the page, --out")
+    folders = [place.parent if place.is_file() else place for place in places]
     file = folders[0] / REPORT if out is None else user_path(out)
     try:
         if out is not None and not overwrite and is_there(file):
             raise InputError(f"report {out} is there already; choose another --out or --overwrite")
     except OSError as error:
         raise unwritable(f"report {out}", "--out", error) from None
-    names = [folder.name for folder in folders]
+    names = [place.stem if place.is_file() else place.name for place in places]
     if len(set(names)) < len(names):
         names = [str(run) for run in runs]
     with ExitStack() as stack:
@@ -57,12 +58,13 @@ def report(
             if is_there(folder / CONFIG):
                 configs[name] = read_values(folder / CONFIG)
         write_page(opened, file, configs=configs)
-    print(file if out is not None else runs[0] / REPORT if runs[0].is_dir() else file)
+    print(file)
 
 
-def _folder(run: Path) -> Path:
-    """The folder of a run, given as such or by its results file."""
+def _place(run: Path) -> Path:
+    """The folder of a run, also where its results file is given; else the file."""
     from geffect_fast.runs.disk import user_path
+    from geffect_fast.runs.store import RESULTS
 
     path = user_path(run).absolute()
-    return path.parent if path.is_file() else path
+    return path.parent if path.name == RESULTS else path

@@ -140,8 +140,7 @@ def take_apart(figure: Figure, name: str, colours: Colours) -> Panels:
     columns = [1 + _at(axes)[1] for axes in panels if axes.get_subplotspec() is not None]
     figure.set_figwidth(min(WIDTH, figure.get_figwidth()) * max(columns, default=1))
     figure.patch.set_visible(False)
-    figure.draw_without_rendering()
-    figure.set_layout_engine("none")
+    figure.set_layout_engine("none")  # what would not fit beside others is alone
     for axes in figure.axes:
         axes.set_visible(False)
     parts = []

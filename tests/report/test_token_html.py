@@ -6,11 +6,11 @@ import json
 import re
 import shutil
 import subprocess
-from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pytest
+from html_tree import Page, elements, find, text
 from synthetic import make_dataset
 
 from geffect_fast.cli import main
@@ -34,47 +34,6 @@ def result():
     )
     made["g_effect"][1, 0, 2, 0, 3] = np.nan
     return made
-
-
-class Page(HTMLParser):
-    """The elements of a page as `[tag, attributes, children]`; fails where tags do not match."""
-
-    def __init__(self, html):
-        super().__init__()
-        self.root = ["root", {}, []]
-        self.open = [self.root]
-        self.feed(html)
-        self.close()
-        assert self.open == [self.root]
-
-    def handle_starttag(self, tag, attrs):
-        element = [tag, {name: value or "" for name, value in attrs}, []]
-        self.open[-1][2].append(element)
-        if tag != "meta":
-            self.open.append(element)
-
-    def handle_endtag(self, tag):
-        assert self.open.pop()[0] == tag
-
-    def handle_data(self, data):
-        self.open[-1][2].append(data)
-
-
-def elements(root):
-    """It and all within it."""
-    if isinstance(root, list):
-        yield root
-        for child in root[2]:
-            yield from elements(child)
-
-
-def find(root, tag, **attributes):
-    wanted = {name.replace("_", "-"): value for name, value in attributes.items()}
-    return [e for e in elements(root) if e[0] == tag and wanted.items() <= e[1].items()]
-
-
-def text(element):
-    return "".join(c if isinstance(c, str) else text(c) for c in element[2])
 
 
 def titled(root, tag):
