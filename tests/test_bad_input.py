@@ -10,6 +10,7 @@ import warnings
 import pytest
 from bad_input import (
     calls,
+    compare,
     data,
     folders,
     forward,
@@ -17,8 +18,11 @@ from bad_input import (
     models,
     objectives,
     options,
+    report,
+    steps,
     sweep,
     tokens,
+    unlearn,
     weights,
 )
 from bad_input.case import Case, snapshot
@@ -34,9 +38,13 @@ CASES: list[Case] = [
     *options.CASES,
     *folders.CASES,
     *calls.CASES,
+    *compare.CASES,
     *forward.CASES,
+    *report.CASES,
+    *steps.CASES,
     *sweep.CASES,
     *tokens.CASES,
+    *unlearn.CASES,
     *weights.CASES,
 ]
 

@@ -1,0 +1,129 @@
+"""The page as Chromium shows it: whole, quiet, as wide as a phone, light, dark and printed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from chromium import NAMES, Browser, installed
+from html_tree import Page, find
+from step_results import step_dataset
+from synthetic import OBJECTIVES, make_dataset
+
+from geffect_fast.report.page import write_page
+from geffect_fast.report.token_colours import INK
+
+pytestmark = pytest.mark.skipif(
+    installed() is None, reason=f"there is no browser: none of {', '.join(NAMES)}"
+)
+SCRIPT = Path(__file__).with_name("page_check.js").read_text(encoding="utf-8")
+PAGES = ("profile", "steps", "comparison")
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    with Browser(tmp_path_factory.mktemp("browser")) as browser:
+        yield browser
+
+
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory):
+    """A page of every kind."""
+    folder = tmp_path_factory.mktemp("pages")
+    both = ("group", "sample")
+    results = {
+        "profile": {
+            "run": make_dataset(
+                (*OBJECTIVES[:2], "long(" + "x" * 90 + ")"),
+                n_blocks=3,
+                n_forget=3,
+                resolve=("group", "sample", "token"),
+            )
+        },
+        "steps": {"run": step_dataset(n_steps=5, n_blocks=4, n_forget=5)},
+        "comparison": {
+            name: step_dataset((name,), n_steps=3, n_forget=4, seed=i, resolve=both)
+            for i, name in enumerate(OBJECTIVES[1:3])
+        },
+    }
+    for name in PAGES:
+        write_page(results[name], folder / f"{name}.html")
+    return folder
+
+
+def shown(browser, file, width, **how):
+    browser.look(width, **how)
+    browser.open(file)
+    return json.loads(browser.run(SCRIPT))
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_all_is_there_to_read_at_every_width_light_and_dark(browser, pages, page):
+    file = pages / f"{page}.html"
+    sections = [
+        e[1]["id"]
+        for e in find(Page(file.read_text(encoding="utf-8")).root, "section")
+        if e[1].get("class") == "part"
+    ]
+    seen = {}
+    for width, dark in ((360, False), (360, True), (1200, False), (1200, True)):
+        found = seen[width, dark] = shown(browser, file, width, dark=dark)
+        where = f"{page} at {width}, {'dark' if dark else 'light'}"
+        assert not browser.complaints(), where
+        assert [a for a in browser.loaded() if a[:5] != "data:"] == [file.as_uri()], where
+        for wrong in ("faint", "small", "wide", "empty"):
+            assert not found[wrong], f"{where}: {wrong} {found[wrong]}"
+        assert found["scrolls"] <= 0, where
+        heights = browser.run(
+            "Object.fromEntries([...document.querySelectorAll('section.part')]"
+            ".map((e) => [e.id, e.getBoundingClientRect().height]))"
+        )
+        assert list(heights) == sections and min(heights.values()) > 40, where
+    light, dark = seen[1200, False], seen[1200, True]
+    assert light["ground"] > 0.9 > 0.1 > dark["ground"]
+    assert light["ink"] < 0.1 < 0.8 < dark["ink"]
+    inks = [f"rgb({', '.join(str(int(INK[t][i : i + 2], 16)) for i in (1, 3, 5))})" for t in INK]
+    for lines, own, other in ((light["lines"], *inks), (dark["lines"], *inks[::-1])):
+        assert own in lines and other not in lines
+
+
+def test_it_is_printed_light_and_whole(browser, pages, tmp_path):
+    for page in PAGES:
+        found = shown(browser, pages / f"{page}.html", 700, dark=True, media="print")
+        assert found["ground"] > 0.9 and found["ink"] < 0.1 and not found["faint"]
+        hidden = browser.run("getComputedStyle(document.querySelector('nav')).display")
+        cut = browser.run(
+            "[...document.querySelectorAll('.panel, tr')]"
+            ".filter((e) => getComputedStyle(e).breakInside !== 'avoid').length"
+        )
+        boxes = browser.run(
+            "[...document.querySelectorAll('.box')]"
+            ".filter((e) => getComputedStyle(e).overflowY !== 'visible').length"
+        )
+        assert (hidden, cut, boxes) == ("none", 0, 0)
+        browser.printed(tmp_path / "page.pdf")
+        assert (tmp_path / "page.pdf").read_bytes().startswith(b"%PDF")
+
+
+def test_another_objective_changes_the_tokens_and_not_the_title(browser, pages):
+    browser.look(1200)
+    browser.open(pages / "profile.html")
+    before = browser.run("[document.title, document.querySelector('.total').textContent]")
+    browser.run(
+        "{ const s = document.getElementById('tokens-objective'); s.value = '1';"
+        " s.dispatchEvent(new Event('change')); }"
+    )
+    after = browser.run("[document.title, document.querySelector('.total').textContent]")
+    assert before[0] == after[0] and before[1] != after[1] and not browser.complaints()
+
+
+def test_nothing_needs_a_script(browser, pages):
+    wanted = shown(browser, pages / "profile.html", 1200)
+    browser.call("Emulation.setScriptExecutionDisabled", value=True)
+    try:
+        found = shown(browser, pages / "profile.html", 1200)
+        hint = browser.run("document.querySelector('noscript').textContent")
+    finally:
+        browser.call("Emulation.setScriptExecutionDisabled", value=False)
+    assert found == wanted and "need the page's script" in hint
