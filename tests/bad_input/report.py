@@ -18,7 +18,7 @@ def asked(*words: str) -> list[str]:
 
 
 CASES = [
-    Case("a report of nothing", asked(), "Missing argument 'RUNS'", "report --help"),
+    Case("a report of nothing", asked(), "Missing argument", "report --help"),
     Case(
         "a report of no run", asked("gone"), "run folder gone does not exist", "give a folder made"
     ),
