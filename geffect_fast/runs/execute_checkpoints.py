@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from geffect_fast.runs.config import ProfileConfig
 from geffect_fast.runs.execute import check_sources, has_text, on_threads, read_data, tokenizer_of
 from geffect_fast.runs.profile_checkpoints import CheckpointRun
-from geffect_fast.runs.step_folder import as_begun, begin, check_start, finish
+from geffect_fast.runs.step_folder import as_begun, begun, check_start, finish, kept
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -72,15 +73,15 @@ def execute_checkpoints(
                 "token_budget": config.token_budget,
             },
         )
-        if not resume:
-            chosen = {
-                "token_budget": run.profiler.token_budget,
-                "engine": run.profiler.settings["engine"],
-                "threads": threads,
-                "device": str(device),
-                "dtype": str(run.model.dtype).removeprefix("torch."),
-            }
-            begin(folder, config.model_copy(update=chosen))
-        dataset = run.measure(folder, progress=progress)
-        finish(folder, dataset, report)
+        chosen = {
+            "token_budget": run.profiler.token_budget,
+            "engine": run.profiler.settings["engine"],
+            "threads": threads,
+            "device": str(device),
+            "dtype": str(run.model.dtype).removeprefix("torch."),
+        }
+        settled = config.model_copy(update=chosen)
+        with nullcontext() if resume else begun(folder, settled), kept(folder):
+            dataset = run.measure(folder, progress=progress)
+            finish(folder, dataset, report)
     return dataset

@@ -18,7 +18,7 @@ from geffect_fast.runs.models import check_model_source, load_model
 from geffect_fast.runs.probe import Probe, run_identity
 from geffect_fast.runs.profiler import Profiler
 from geffect_fast.runs.progress import progress_bar
-from geffect_fast.runs.step_folder import check_start, clear, finish, interruptible
+from geffect_fast.runs.step_folder import check_start, clear, finish, kept
 from geffect_fast.runs.steps import STEPS, StepStore
 
 if TYPE_CHECKING:
@@ -89,10 +89,12 @@ def profile_checkpoints(
         device=device,
         options=options | {"forget": forget, "retain": retain, "objectives": objectives},
     )
-    if folder is not None and not resume:
+    if folder is None:
+        return run.measure(None, weights=weights, progress=progress)
+    if not resume:
         clear(folder)
-    dataset = run.measure(folder, weights=weights, progress=progress)
-    if folder is not None:
+    with kept(folder):
+        dataset = run.measure(folder, weights=weights, progress=progress)
         finish(folder, dataset)
     return dataset
 
@@ -153,13 +155,9 @@ class CheckpointRun:
         ]
         probe = Probe(self.profiler, store, weights=weights)
         first = self.folders[steps[0]]
-        at = steps[0]
-        with (
-            interruptible(folder, lambda: f"checkpoint {at} of {steps[-1]}"),
-            progress_bar(progress, "checkpoints", len(wanted)) as update,
-        ):
-            for at in loaded_in_turn(self.model, first, self.folders, wanted):
-                probe.at(at)
+        with progress_bar(progress, "checkpoints", len(wanted)) as update:
+            for step in loaded_in_turn(self.model, first, self.folders, wanted):
+                probe.at(step)
                 update(advance=1)
         return store.combined().assign_attrs(
             command="profile", checkpoints=json.dumps([str(path) for path in self.folders.values()])

@@ -9,7 +9,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from geffect_fast.errors import InputError, InterruptedRunError, UnfinishedError
+from geffect_fast.errors import (
+    GEffectError,
+    InputError,
+    InterruptedRunError,
+    UnfinishedError,
+)
 from geffect_fast.runs.config import RunConfig, dump_config, load_config
 from geffect_fast.runs.disk import folder_for, is_there, remove, whole_file
 from geffect_fast.runs.steps import STEPS
@@ -64,8 +69,11 @@ def clear(folder: Path, more: Collection[str] = ()) -> None:
         remove(folder / name)
 
 
-def begin(folder: Path, config: RunConfig, more: Collection[str] = ()) -> None:
-    """Make the folder, without an earlier run, with the config of this one.
+@contextmanager
+def begun(folder: Path, config: RunConfig, more: Collection[str] = ()) -> Iterator[None]:
+    """The folder, without an earlier run, with the config of this one.
+
+    Where the block fails before there is a step, the config goes, and what was made of folders.
 
     Raises:
         InputError: the disk refuses.
@@ -74,6 +82,12 @@ def begin(folder: Path, config: RunConfig, more: Collection[str] = ()) -> None:
         clear(folder, more)
         with whole_file(f"config {folder / CONFIG}", folder / CONFIG, "--out") as part:
             part.write_text(dump_config(config), encoding="utf-8")
+        try:
+            yield
+        except GEffectError as error:
+            if not isinstance(error, InterruptedRunError) and not is_there(folder / STEPS):
+                remove(folder / CONFIG)
+            raise
 
 
 def as_begun(
@@ -132,11 +146,21 @@ def finish(
 
     Raises:
         UnfinishedError: the disk refuses.
-        InterruptedRunError: Ctrl-C.
     """
     try:
-        with interruptible(folder, lambda: "the last files"):
-            _finish(folder, dataset, report, more)
+        for left in folder.glob(f"{_FINISHING}*"):  # of a killed process
+            remove(left)
+        staging = Path(tempfile.mkdtemp(prefix=_FINISHING, dir=folder))
+        try:
+            more(staging)
+            write_dataset(dataset, staging / RESULTS)
+            if report is not None:
+                report(dataset, staging)
+            for item in sorted(staging.iterdir(), key=lambda path: path.name == RESULTS):
+                remove(folder / item.name)
+                item.rename(folder / item.name)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
     except OSError as error:
         raise UnfinishedError(
             f"run folder {folder} cannot be completed: {error.strerror or error}; all steps are "
@@ -144,43 +168,21 @@ def finish(
         ) from error
 
 
-def _finish(
-    folder: Path, dataset: xr.Dataset, report: Reporter | None, more: Callable[[Path], None]
-) -> None:
-    for left in folder.glob(f"{_FINISHING}*"):  # of a killed process
-        remove(left)
-    staging = Path(tempfile.mkdtemp(prefix=_FINISHING, dir=folder))
-    try:
-        more(staging)
-        write_dataset(dataset, staging / RESULTS)
-        if report is not None:
-            report(dataset, staging)
-        for item in sorted(staging.iterdir(), key=lambda path: path.name == RESULTS):
-            remove(folder / item.name)
-            item.rename(folder / item.name)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-
-
 @contextmanager
-def interruptible(folder: Path | None, where: Callable[[], str]) -> Iterator[None]:
-    """Work that Ctrl-C may stop, and that can be gone on with.
-
-    Args:
-        folder: of the run; None: nothing is kept, and Ctrl-C is Ctrl-C.
-        where: how far it is, such as `step 3 of 60`.
+def kept(folder: Path) -> Iterator[None]:
+    """Ctrl-C in the block is answered with what is kept, and how to go on.
 
     Raises:
-        InterruptedRunError: it was stopped; the message says how to go on.
+        InterruptedRunError: it came.
     """
     try:
         yield
     except KeyboardInterrupt:
-        if folder is None:
-            raise
+        done = sorted((folder / STEPS).glob("step-*.nc"))
+        until = f" to step {int(done[-1].stem.removeprefix('step-'))}" if done else ""
         raise InterruptedRunError(
-            f"interrupted at {where()}; what was measured is kept in {folder}: give the same "
-            "command with --resume (resume=True)"
+            f"interrupted; what was measured{until} is kept: go on with --resume --out {folder} "
+            "(resume=True)"
         ) from None
 
 

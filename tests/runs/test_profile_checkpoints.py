@@ -125,8 +125,8 @@ def test_a_run_that_was_interrupted_goes_on_with_nothing_computed_twice(
     monkeypatch.setattr(Probe, "at", stopping)
     with pytest.raises(InterruptedRunError) as caught:
         gf.profile_checkpoints(out / "checkpoint-*", None, **GIVEN, out=tmp_path / "run")
-    line = f"interrupted at checkpoint {STEPS[after]} of 120; what was measured is kept in "
-    assert str(caught.value).startswith(line) and "--resume" in str(caught.value)
+    line = f"interrupted; what was measured to step {STEPS[after - 1]} is kept: go on with --resume"
+    assert str(caught.value).startswith(line) and caught.value.exit_code == 130
     monkeypatch.undo()
     from geffect_fast.runs.profiler import Profiler
 
