@@ -31,8 +31,8 @@ from geffect_fast.report.summary import by_place, total
 
 STEMS = ["effects", "risks", "groups", "layers", "prediction", "cosines", "norms", "token_weights"]
 
-DRAWN = ("broken", "large", "explodes")
-"""Awkward results of which all figures are drawn and not one: it takes its time."""
+DRAWN = {"broken": STEMS, "large": STEMS, "all nan": STEMS[:1], "explodes": STEMS[3:5]}
+"""Which figures of awkward results are drawn and not only made: it takes its time."""
 
 
 def text_of(dataset, width=120):
@@ -96,7 +96,7 @@ def test_any_step_result_has_its_figures_table_and_sentences():
         figures = step_figures(dataset)
         assert list(figures) == [stem for stem in STEMS if stem not in without], name
         for stem, figure in figures.items():
-            if stem == "effects" or name in DRAWN:
+            if stem in DRAWN.get(name, ()):
                 figure.draw_without_rendering()
             label = figure.get_label()
             assert label.endswith(".") and "\n" not in label and "nan" not in label, (name, label)
