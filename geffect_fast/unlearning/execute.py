@@ -13,7 +13,7 @@ from geffect_fast.runs.execute import check_sources, has_text, on_threads, read_
 from geffect_fast.runs.models import load_model
 from geffect_fast.runs.store import CONFIG
 from geffect_fast.runs.unlearn_config import UnlearnConfig
-from geffect_fast.unlearning.folder import check_start, clear, finish
+from geffect_fast.unlearning.folder import check_start, clear, finish, kept
 from geffect_fast.unlearning.unlearn import SAME_NUMBERS, Unlearning
 
 if TYPE_CHECKING:
@@ -96,8 +96,9 @@ def execute_unlearn(
                 "probe_rows": config.probe_rows or max(map(len, run.rows.rows.values())),
             }
             _begin(folder, config.model_copy(update=chosen))
-        dataset = run.train(folder, progress=progress, told=told)
-        finish(folder, dataset, run, report)
+        with kept(folder):
+            dataset = run.train(folder, progress=progress, told=told)
+            finish(folder, dataset, run, report)
     return dataset
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
-from geffect_fast.errors import InputError, UnfinishedError
+from geffect_fast.errors import InputError, InterruptedRunError, UnfinishedError
 from geffect_fast.runs.disk import is_there, remove
 from geffect_fast.runs.models import quiet_transformers
 from geffect_fast.runs.steps import STEPS
@@ -64,6 +66,24 @@ def clear(folder: Path) -> None:
     """Remove an earlier run, its result first, so that what is left is no complete run."""
     for name in _held(folder):
         remove(folder / name)
+
+
+@contextmanager
+def kept(folder: Path) -> Iterator[None]:
+    """Ctrl-C in the block is answered with what is kept, and how to go on.
+
+    Raises:
+        InterruptedRunError: it came.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        done = sorted((folder / STEPS).glob("step-*.nc"))
+        until = f" to step {int(done[-1].stem.removeprefix('step-'))}" if done else ""
+        raise InterruptedRunError(
+            f"interrupted; what was measured{until} is kept: go on with --resume --out {folder} "
+            "(resume=True)"
+        ) from None
 
 
 def finish(folder: Path, dataset: xr.Dataset, run: Any, report: Reporter | None) -> None:

@@ -11,6 +11,10 @@ from geffect_fast.data import SampleSet
 from geffect_fast.data.batch import Role
 from geffect_fast.objectives import Objective
 
+SHARE = 0.85
+"""Of a training step, what a probe may cost by the count; copies of the weights and writing the
+result, which are not counted, take the rest (benchmarks/bench_probe.py)."""
+
 
 @dataclass(frozen=True)
 class ProbeRows:
@@ -42,27 +46,33 @@ def choose_rows(
     risk: Objective,
     rows_an_update: Mapping[str, int],
     norms: bool,
+    resolve: Sequence[str],
+    engine: str,
 ) -> ProbeRows:
     """The rows of a probe.
 
     Work is counted in tokens times forward passes. A training step takes 3 of its tokens (forward
     and backward with weight gradients); a probe by the reverse engine 3 of each risk's rows, and
-    `1 + M + K` (with norms `1 + M + 2 K`) of the rows that K parts of objectives read, M risks.
+    `1 + M + K` (with norms `1 + M + 2 K`) of the rows that K parts of objectives read, M risks; the
+    forward engine takes `1 + 2 M` of the latter, and about `6 + 4.5 M` by groups of layers.
 
     Args:
         sets: the data sets, whole: forget, retain, and probes by name.
         wanted: rows of each set, `all`, or None: as many as make a probe cost one training step at
-            most, and one at least.
+            most (`SHARE` of it by this count), and one at least.
         trained: parts of the objective that is trained on.
         measured: parts of all objectives that are measured.
         risk: the risk.
         rows_an_update: by data set, of training.
-        norms: whether norms and cosines are measured too.
+        norms: whether norms and cosines are measured too, by the reverse engine.
+        resolve, engine: of the probe.
     """
     step = 3 * sum(
         rows_an_update[name] * np.mean(_tokens(sets[name], roles))
         for name, roles in _reads(trained).items()
     )
+
+    forward = engine != "reverse" and not {"parameter", "position"} & set(resolve)
 
     def cost(rows: Mapping[str, Sequence[int]]) -> float:
         risks = sum(
@@ -71,7 +81,9 @@ def choose_rows(
         effects = 0.0
         for name, roles in _reads(measured).items():
             k = sum(part.on == name for part in measured)
-            passes = 1 + len(rows) + (2 * k if norms else k)
+            passes: float = 1 + len(rows) + (2 * k if norms else k)
+            if forward:
+                passes = 6 + 4.5 * len(rows) if "group" in resolve else 1 + 2 * len(rows)
             effects += passes * _tokens(sets[name], roles)[list(rows[name])].sum()
         return float((risks + effects) / step)
 
@@ -85,7 +97,7 @@ def choose_rows(
     low, high = 1, longest  # the cost rises with the rows, but for their lengths
     while low < high:
         middle = (low + high + 1) // 2
-        low, high = (middle, high) if cost(spread(middle)) <= 1 else (low, middle - 1)
+        low, high = (middle, high) if cost(spread(middle)) <= SHARE else (low, middle - 1)
     return ProbeRows(spread(low), cost(spread(low)))
 
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from geffect_fast.data import Layout
 from geffect_fast.data.batch import Reduction
-from geffect_fast.errors import InputError, InterruptedRunError, NonFiniteError
+from geffect_fast.errors import InputError, NonFiniteError
 from geffect_fast.objectives import Objective
 from geffect_fast.objectives.base import REFERENCE_NEEDS
 from geffect_fast.runs.arguments import (
@@ -33,7 +33,7 @@ from geffect_fast.runs.progress import progress_bar
 from geffect_fast.runs.steps import STEPS, StepStore
 from geffect_fast.runs.unlearn_config import Training
 from geffect_fast.unlearning.checkpoints import checkpoints
-from geffect_fast.unlearning.folder import check_start, clear, finish
+from geffect_fast.unlearning.folder import check_start, clear, finish, kept
 from geffect_fast.unlearning.probe_rows import choose_rows
 
 if TYPE_CHECKING:
@@ -135,11 +135,13 @@ def unlearn(
         },
         reading={"template": template, "max_length": max_length},
     )
-    folder = None if out is None else check_start(out, resume, overwrite)
-    if folder is not None and not resume:
+    if out is None:
+        return run.train(None, progress=progress)
+    folder = check_start(out, resume, overwrite)
+    if not resume:
         clear(folder)
-    dataset = run.train(folder, progress=progress)
-    if folder is not None:
+    with kept(folder):
+        dataset = run.train(folder, progress=progress)
         finish(folder, dataset, run, report)
     return dataset
 
@@ -207,6 +209,8 @@ class Unlearning:
             risk=resolved_risk(measuring["risk"]),
             rows_an_update=self._rows_an_update(trained),
             norms=measuring["norms"] is not False,
+            resolve=measuring["resolve"],
+            engine=measuring["engine"],
         )
         part_of = {name: sets[name].part(rows) for name, rows in self.rows.rows.items()}
         self.profiler = Profiler(
@@ -229,6 +233,7 @@ class Unlearning:
         )
         self._reference = reference
         decides = training.model_dump(mode="json", exclude=SAME_NUMBERS)
+        decides["probe_rows"] = self.rows.rows  # whether they were chosen here or by the user
         self.identity = run_identity(self.profiler, sets, training=decides)
 
     def train(
@@ -288,7 +293,7 @@ class Unlearning:
                     ),
                 ],
             )
-            self._until_done(trainer, saved[max(saved)] if saved else None, folder)
+            self._until_done(trainer, saved[max(saved)] if saved else None)
         self.model.eval()
         assert live.result is not None
         return live.result.assign_attrs(self.attributes())
@@ -299,21 +304,16 @@ class Unlearning:
             "command": "unlearn",
             "probe_cost": self.rows.cost,
             "probe_rows": json.dumps({name: list(rows) for name, rows in self.rows.rows.items()}),
-            "training": json.dumps(self.training.model_dump(mode="json")),
+            "training": json.dumps(
+                self.training.model_dump(mode="json", exclude={*SAME_NUMBERS, "probe_rows"})
+            ),
         }
 
-    def _until_done(self, trainer: Any, checkpoint: Path | None, folder: Path | None) -> None:
+    def _until_done(self, trainer: Any, checkpoint: Path | None) -> None:
         """The Trainer's loop, with errors that say which step it was."""
         try:
             with quiet_transformers():
                 trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
-        except KeyboardInterrupt:
-            if folder is None:
-                raise
-            raise InterruptedRunError(
-                f"interrupted after step {trainer.state.global_step} of {self.training.steps}; "
-                f"what was measured is kept: go on with --resume --out {folder} (resume=True)"
-            ) from None
         except NonFiniteError as error:
             said = str(error)
             if said.startswith("step "):

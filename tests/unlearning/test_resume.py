@@ -17,8 +17,10 @@ import xarray as xr
 from safetensors.torch import load_file
 
 import geffect_fast as gf
+from geffect_fast.demo import save
 from geffect_fast.errors import InputError, InterruptedRunError, UnfinishedError
 from geffect_fast.runs.config import checked_config, load_config
+from geffect_fast.runs.models import load_model, load_tokenizer
 from geffect_fast.runs.profiler import Profiler
 from geffect_fast.runs.unlearn_config import UnlearnConfig
 from geffect_fast.unlearning.execute import execute_unlearn
@@ -36,7 +38,7 @@ def config(study):
             **{name: str(study / f"{name}.jsonl") for name in ("forget", "retain")},
             **{"objective": "npo(beta=0.1) + kl", "steps": 4, "probe_every": 2, "batch_size": 3},
             **{"learning_rate": 1e-3, "scheduler": "cosine", "lora_rank": 2, "lora_dropout": 0.3},
-            **{"probe_rows": 2, "threads": 1, "resolve": ["sample"]},
+            **{"threads": 1, "resolve": ["sample"]},
         },
     )
 
@@ -227,6 +229,19 @@ def test_steps_of_other_data_are_not_gone_on_with(config, tmp_path, whole, study
     text = (folder / "run.yaml").read_text()
     (folder / "run.yaml").write_text(text.replace(str(study / "forget.jsonl"), str(changed)))
     with pytest.raises(InputError, match="is a step of another run"):
+        execute_unlearn(load_config(folder / "run.yaml"), folder, resume=True)
+
+
+def test_a_model_that_changed_meanwhile_is_noticed(config, whole, tmp_path, study):
+    folder = shutil.copytree(whole, tmp_path / "copy")
+    (folder / "results.nc").unlink()
+    model = load_model(study / "model")
+    with torch.no_grad():
+        model.lm_head.weight.mul_(2)
+    save(model, load_tokenizer(study / "model"), tmp_path / "model")
+    text = (folder / "run.yaml").read_text()
+    (folder / "run.yaml").write_text(text.replace(str(study / "model"), str(tmp_path / "model")))
+    with pytest.raises(InputError, match="step 0 was measured of another model"):
         execute_unlearn(load_config(folder / "run.yaml"), folder, resume=True)
 
 

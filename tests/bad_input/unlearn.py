@@ -1,0 +1,315 @@
+"""Unlearning runs: what is trained, how often it is probed, and what is resumed."""
+
+from __future__ import annotations
+
+import shutil
+
+import torch
+from bad_input.case import Case, both, holds
+from models import build, samples
+from torch import nn
+
+import geffect_fast as gf
+from geffect_fast.errors import GEffectError
+from geffect_fast.runs.config import checked_config, dump_config
+from geffect_fast.runs.unlearn_config import UnlearnConfig
+
+DATA = {"forget": samples([5, 7, 4], 1), "retain": samples([6, 3], 2)}
+
+
+def unlearn(*more: str, **changes: str | None) -> list[str]:
+    """A command line that works, with some options changed; None leaves one out."""
+    options = {
+        "model": "model",
+        "forget": "forget.jsonl",
+        "retain": "retain.jsonl",
+        "objective": "ga",
+        "steps": "2",
+        "out": "run",
+    } | changes
+    pairs = [(f"--{key.replace('_', '-')}", value) for key, value in options.items()]
+    return ["unlearn", "--quiet", *(w for p in pairs if p[1] is not None for w in p), *more]
+
+
+def call(model=None, **changes):
+    """`gf.unlearn` with some arguments changed."""
+    given = DATA | {"objective": "ga", "steps": 1, "out": "run"}
+
+    def run(here):
+        made = build("llama") if model is None else model()
+        gf.unlearn(made, None, **(given | changes | {"out": here / "run"}))
+
+    return run
+
+
+class NoLinear(nn.Module):
+    """A language model of tables alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(64, 64)
+        self.scale = nn.Parameter(torch.ones(64))
+
+    def forward(self, input_ids, **_):
+        return self.embed(input_ids) * self.scale
+
+
+def unfinished(here, _patch):
+    """What a run leaves in the folder run that was stopped before its end."""
+    config = checked_config(
+        UnlearnConfig,
+        {
+            "model": str(here / "model"),
+            "forget": str(here / "forget.jsonl"),
+            "retain": str(here / "retain.jsonl"),
+            "objective": "ga",
+            "steps": 2,
+        },
+    )
+    holds("run/run.yaml", dump_config(config))(here, None)
+    (here / "run/steps").mkdir()
+
+
+a_run = both(unfinished, holds("run/results.nc", "whole"))
+
+
+def blows_up(here):
+    """Training goes on until weights are no numbers; the steps before it are there."""
+    before = {path.name for path in here.iterdir()}
+    try:
+        gf.unlearn(
+            build("llama"),
+            None,
+            **DATA,
+            objective="ga",
+            steps=9,
+            optimizer="sgd",
+            learning_rate=1e30,
+            out=here / "run",
+        )
+    except GEffectError:
+        assert (here / "run/steps/step-00000000.nc").exists()
+        shutil.rmtree(here / "run")
+        assert {path.name for path in here.iterdir()} == before
+        raise
+
+
+CASES = [
+    # ---- what is trained ----
+    Case(
+        "an unknown objective to train on",
+        unlearn(objective="gaa"),
+        "--objective: unknown",
+        "did you mean 'ga'?",
+    ),
+    Case("no objective to train on", unlearn(objective=None), "--objective is missing", "give it"),
+    Case("two objectives to train on", unlearn(objective="ga,npo"), "--objective", "','"),
+    Case(
+        "the objective twice",
+        unlearn(objectives="ga"),
+        "--objectives: 'ga' is trained on",
+        "leave it out",
+    ),
+    Case(
+        "the objective twice, written otherwise",
+        unlearn(objective="npo(beta=0.1)", objectives="npo"),
+        "is trained on",
+        "leave it out",
+    ),
+    Case(
+        "an objective that needs refusals",
+        unlearn(objective="po"),
+        "needs refusals",
+        "--refusals FILE",
+    ),
+    Case(
+        "another objective that needs refusals",
+        unlearn(objectives="dpo"),
+        "needs refusals",
+        "--refusals FILE",
+    ),
+    Case("no steps", unlearn(steps="0"), "--steps: should be", "greater than 0, got 0"),
+    Case("how many steps nobody says", unlearn(steps=None), "--steps is missing", "give it"),
+    Case(
+        "an unknown optimizer",
+        unlearn(optimizer="adamw_troch"),
+        "optimizer: unknown 'adamw_troch'",
+        "did you mean 'adamw_torch'?",
+    ),
+    Case(
+        "an unknown scheduler",
+        unlearn(scheduler="cosin"),
+        "scheduler: unknown 'cosin'",
+        "did you mean 'cosine'?",
+    ),
+    Case(
+        "an unknown field of the trainer",
+        unlearn(trainer="weight_deccay=1"),
+        "trainer: unknown 'weight_deccay'",
+        "did you mean 'weight_decay'?",
+    ),
+    Case(
+        "a field of the trainer that is ours",
+        unlearn(trainer="max_steps=9"),
+        "max_steps is decided by --steps",
+        "use that",
+    ),
+    Case(
+        "a field of the trainer without a value",
+        unlearn(trainer="weight_decay"),
+        "--trainer 'weight_decay'",
+        "FIELD=VALUE",
+    ),
+    Case(
+        "a field of the trainer of another kind",
+        unlearn(trainer="eval_strategy=often"),
+        "trainer: ",
+        "correct it or leave it out",
+    ),
+    Case(
+        "a negative learning rate",
+        unlearn(learning_rate="-1"),
+        "--learning-rate: should be",
+        "greater than or equal to 0",
+    ),
+    Case(
+        "a learning rate that is no number",
+        unlearn(learning_rate="nan"),
+        "--learning-rate",
+        "finite number",
+    ),
+    Case("another precision", unlearn(precision="int8"), "--precision", "'bf16' or 'fp16'"),
+    Case(
+        "more rows a batch than there are", unlearn(batch_size="5"), "batch_size: 5", "give fewer"
+    ),
+    Case(
+        "more rows an update than there are",
+        unlearn(batch_size="2", accumulation="3"),
+        "batch_size: 2 times 3",
+        "give fewer",
+    ),
+    Case("a loss that is not finite", blows_up, "step ", "try a smaller --learning-rate"),
+    Case(
+        "a path for a model to train",
+        lambda here: gf.unlearn("model", None, **DATA, objective="ga", steps=1),
+        "model: expected a loaded model",
+        "load it with",
+    ),
+    # ---- adapters ----
+    Case(
+        "a rank on a model without linear layers",
+        call(NoLinear, lora_rank=2),
+        "lora_rank: NoLinear has no linear layers",
+        "leave lora_rank out",
+    ),
+    Case(
+        "modules to adapt that are not there",
+        unlearn(lora_rank="2", lora_targets="no_proj"),
+        "has no no_proj to adapt",
+        "give lora_targets",
+    ),
+    Case("no rank", unlearn(lora_targets="q_proj"), "lora_rank: is missing", "give it"),
+    Case("a rank of nothing", unlearn(lora_rank="0"), "--lora-rank: should be", "greater than 0"),
+    Case(
+        "a rank without peft",
+        unlearn(lora_rank="2"),
+        "needs peft",
+        "pip install peft",
+        lambda here, patch: patch.setattr("importlib.util.find_spec", lambda *a: None),
+    ),
+    # ---- probes ----
+    Case(
+        "probes rarer than steps",
+        unlearn(probe_every="3"),
+        "--probe-every: 3 is more than",
+        "give at most as many",
+    ),
+    Case("no probe rows", unlearn(probe_rows="0"), "--probe-rows: must be", "or all"),
+    Case("probe rows in a word", unlearn(probe_rows="some"), "--probe-rows: must be", "or all"),
+    Case(
+        "checkpoints between probes",
+        unlearn(steps="6", probe_every="2", save_every="3"),
+        "--save-every: 3 is no multiple",
+        "give one",
+    ),
+    Case("an unknown set to probe", unlearn(probe="general=gone.jsonl"), "gone.jsonl", "give"),
+    Case("a misspelt field", call(step=3), "unknown field 'step'", "did you mean 'steps'?"),
+    # ---- folders ----
+    Case("resume of nothing", unlearn("--resume"), "holds no run to resume", "leave out --resume"),
+    Case(
+        "resume of nothing, from Python",
+        call(resume=True),
+        "holds no run to resume",
+        "leave out --resume",
+    ),
+    Case(
+        "resume and overwrite", unlearn("--resume", "--overwrite"), "--resume goes on", "give one"
+    ),
+    Case(
+        "resume of a run that is complete",
+        unlearn("--resume"),
+        "is complete",
+        "choose another --out",
+        a_run,
+    ),
+    Case(
+        "resume with other steps",
+        unlearn("--resume", steps="3"),
+        "steps is 3",
+        "was begun with 2",
+        unfinished,
+    ),
+    Case(
+        "resume with another objective",
+        unlearn("--resume", objective="npo"),
+        "objective is npo",
+        "was begun with ga",
+        unfinished,
+    ),
+    Case(
+        "out folder of another run", unlearn(), "already holds results.nc", "use --overwrite", a_run
+    ),
+    Case(
+        "out folder of an unfinished run",
+        unlearn(),
+        "already holds run.yaml",
+        "go on with --resume",
+        unfinished,
+    ),
+    Case(
+        "resume of a profile",
+        unlearn("--resume"),
+        "of a profile",
+        "profile --config",
+        holds(
+            "run/run.yaml",
+            "command: profile\nmodel: model\nforget: forget.jsonl\n"
+            "retain: retain.jsonl\nobjectives: [ga]\n",
+        ),
+    ),
+    Case(
+        "a config of a profile",
+        ["unlearn", "--config", "run.yaml", "--out", "run", "--objective", "ga", "--steps", "2"],
+        "is of a profile",
+        "use geffect-fast profile",
+        holds(
+            "run.yaml",
+            "command: profile\nmodel: model\nforget: forget.jsonl\n"
+            "retain: retain.jsonl\nobjectives: [ga]\n",
+        ),
+    ),
+    Case(
+        "a checkpoint that is not ours",
+        unlearn("--overwrite"),
+        "holds checkpoint-1",
+        "choose another --out",
+        holds("run/checkpoint-1/model.safetensors", ""),
+    ),
+    Case(
+        "a step file that is not ours",
+        unlearn("--resume"),
+        "step-00000001.nc",
+        "move the file away",
+        both(unfinished, holds("run/steps/step-00000001.nc", "torn")),
+    ),
+]
