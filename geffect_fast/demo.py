@@ -20,14 +20,17 @@ from geffect_fast.data import (
     write_jsonl,
 )
 from geffect_fast.data.batch import Batch
-from geffect_fast.errors import GEffectError, InputError
+from geffect_fast.errors import GEffectError, InputError, InterruptedRunError, UnfinishedError
 from geffect_fast.report import write_report
-from geffect_fast.runs.config import make_config
+from geffect_fast.report.page import write_page
+from geffect_fast.runs.config import checked_config, make_config
 from geffect_fast.runs.disk import folder_for, is_there, set_aside
 from geffect_fast.runs.execute import execute
 from geffect_fast.runs.models import quiet_transformers
 from geffect_fast.runs.progress import progress_bar
 from geffect_fast.runs.store import RUN_FILES, check_free
+from geffect_fast.runs.unlearn_config import UnlearnConfig
+from geffect_fast.unlearning.execute import execute_unlearn
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -53,9 +56,14 @@ RANGES = (
     "tnpo(beta=0.1:5:20)",
     "simnpo(beta=0.1:5:20)",
 )
+UNLEARNED = {"ga": "ga", "wga": "wga(alpha=1)", "npo": "npo(beta=0.1)", "gd": "gd"}
+"""What the model is unlearned with, by folder."""
 SWEEP = "sweep"
-PARTS = ("forget.jsonl", "retain.jsonl", "refusals.jsonl", "reference", "model", SWEEP)
+STEPS = "steps"
+PAGE = "report.html"
+PARTS = ("forget.jsonl", "retain.jsonl", "refusals.jsonl", "reference", "model", SWEEP, STEPS)
 PEAK_RATE = 1e-3
+UNLEARN_RATE = 1e-4
 KEPT = 0.93
 """Unlearning begins with steps until so much of the forget set's mean token probability is left."""
 END = "<|end|>"
@@ -70,6 +78,7 @@ class Size:
         vocab_size, hidden, n_layers: of the Llama.
         known: share of answers that must be reproduced word for word before training ends.
         max_epochs: after which training gives up.
+        n_updates: of unlearning, with each objective.
     """
 
     n_authors: int = 20
@@ -78,6 +87,7 @@ class Size:
     n_layers: int = 4
     known: float = 0.99
     max_epochs: int = 80
+    n_updates: int = 12
 
 
 def run_demo(
@@ -92,8 +102,9 @@ def run_demo(
 
     Args:
         out: gets `forget.jsonl`, `retain.jsonl`, `refusals.jsonl`, `reference/` (the model that
-            knows all), `model/` (it, a few unlearning steps later), the run, and in `sweep/` that
-            of a sweep, by token; where anything fails, it is left as it was.
+            knows all), `model/` (it, a few unlearning steps later), the run, in `sweep/` that of a
+            sweep, by token, and in `steps/` those of unlearning with four objectives, with a page
+            that compares them; where anything fails, it is left as it was.
         seed: of data, weights and order.
         overwrite: whether an earlier demo in `out` may be replaced.
         progress: whether to show bars and say what happens.
@@ -117,7 +128,31 @@ def run_demo(
         result = execute(profiled, folder, progress=progress, report=write_report)
         swept = {"command": "sweep", "objectives": RANGES, "resolve": ("sample", "token")}
         execute(make_config(values | swept), folder / SWEEP, progress=progress, report=write_report)
+        _unlearn(folder, values, progress, size)
         return result
+
+
+def _unlearn(folder: Path, values: dict[str, Any], progress: bool, size: Size) -> None:
+    """Unlearn what the reference knows with each of four objectives, and compare their steps."""
+    if progress:
+        print(f"Unlearned with {', '.join(UNLEARNED.values())} is the model that knows them all.")
+    runs = {}
+    for name, objective in UNLEARNED.items():
+        config = checked_config(
+            UnlearnConfig,
+            {
+                **{field: values[field] for field in ("forget", "retain")},
+                **{"model": values["reference"], "objective": objective, "steps": size.n_updates},
+                **{"probe_every": 2, "probe_rows": 12, "learning_rate": UNLEARN_RATE},
+            },
+        )
+        try:
+            runs[objective] = execute_unlearn(config, folder / STEPS / name, progress=progress)
+        except InterruptedRunError:  # nothing of a demo is kept to go on with
+            raise KeyboardInterrupt from None
+        except UnfinishedError as error:
+            raise InputError(f"{str(error).partition(';')[0]}; free some space") from error
+    write_page(runs, folder / STEPS / PAGE)
 
 
 def _prepare(folder: Path, seed: int, progress: bool, size: Size) -> dict[str, Any]:

@@ -5,12 +5,23 @@ import io
 import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
 from geffect_fast.cli import main
 from geffect_fast.data import read_rows, tokenize_rows
-from geffect_fast.demo import OBJECTIVES, PARTS, SWEEP, Size, recall, run_demo
+from geffect_fast.demo import (
+    OBJECTIVES,
+    PAGE,
+    PARTS,
+    STEPS,
+    SWEEP,
+    UNLEARNED,
+    Size,
+    recall,
+    run_demo,
+)
 from geffect_fast.errors import GEffectError, InputError
 from geffect_fast.runs.models import load_model, load_tokenizer
 from geffect_fast.runs.store import open_run
@@ -116,3 +127,15 @@ def test_a_model_that_does_not_learn_is_said_so(tmp_path):
 def test_it_says_what_happens(told):
     for words in ("20 questions about 2 invented authors", "knows them by heart", "as reference"):
         assert words in told[1]
+
+
+def test_unlearning_raises_the_risk_of_what_must_go_as_predicted(done):
+    for name, objective in UNLEARNED.items():
+        with open_run(done / STEPS / name) as run:
+            assert run.attrs["trained_objective"] == objective
+            forget = run.sel(risk="unlearn")
+        change, predicted = forget.measured_change.values[1:], forget.predicted_update.values[1:]
+        assert len(change) >= 3 and forget.risk_value.values[-1] > forget.risk_value.values[0]
+        assert (np.sign(change) == np.sign(predicted)).all() and change[0] > 0, name
+    page = (done / STEPS / PAGE).read_text(encoding="utf-8")
+    assert all(objective in page for objective in UNLEARNED.values())

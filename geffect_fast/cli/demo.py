@@ -19,10 +19,11 @@ def demo(
 ) -> None:
     """Train a small Llama on invented authors until it knows them by heart, then profile it.
 
-    A sweep of hyper-parameters follows, token by token. Needs no network and a few minutes on two
-    cores; --out (demo-run) gets data, models and the run, and in sweep/ that of the sweep.
+    A sweep of hyper-parameters follows, token by token, and unlearning with four objectives. Needs
+    no network and a few minutes on two cores; --out (demo-run) gets data, models and the run, in
+    sweep/ that of the sweep, and in steps/ those of unlearning, with a page that compares them.
     """
-    from geffect_fast.demo import SWEEP, run_demo
+    from geffect_fast.demo import PAGE, STEPS, SWEEP, run_demo
     from geffect_fast.runs.store import open_run
 
     dataset = run_demo(out, seed=seed, overwrite=overwrite, progress=not quiet)
@@ -32,3 +33,4 @@ def demo(
         with open_run(out / SWEEP, lazy=True) as swept:
             print_result(swept, out / SWEEP)
         print(f"\nThe best token weights: geffect-fast weights {out / SWEEP} --retain-budget 0")
+        print(f"The four unlearning runs, step by step: {out / STEPS / PAGE}")

@@ -37,9 +37,11 @@ def check_start(out: str | Path, resume: bool, overwrite: bool) -> Path:
         raise InputError("--resume goes on with a run that --overwrite would remove; give one")
     folder = check_free(out, overwrite=True)
     held = _held(folder)
-    ours = is_there(folder / STEPS) or is_there(folder / RESULTS)
+    steps = [path.name for path in (folder / STEPS).glob("*")]
     theirs = set(folder.glob("checkpoint-*")) - set(checkpoints(folder).values())
-    if not ours and is_there(folder / MODEL):
+    if any(not name.lstrip(".").startswith("step-") for name in steps):
+        theirs.add(folder / STEPS)
+    if not steps and is_there(folder / MODEL):
         theirs.add(folder / MODEL)
     if theirs:
         raise InputError(
