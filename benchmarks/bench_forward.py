@@ -12,7 +12,6 @@ Contestants take turns; the least of `--rounds` rounds counts, as noise only eve
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -20,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from llama import make_model
-from machine import RESULTS, peak_extra_bytes, write_csv
+from machine import RESULTS, interleaved_minima, peak_extra_bytes, write_csv
 from torch import Tensor, nn
 
 from geffect_fast.capture import Plan
@@ -113,13 +112,7 @@ def contestants(model: nn.Module, n: int, length: int) -> dict[tuple[str, int], 
 def measure(model: nn.Module, n: int, length: int, rounds: int) -> list[dict[str, Any]]:
     """The rows of one shape."""
     runs = contestants(model, n, length)
-    seconds = {key: float("inf") for key in runs}
-    for round_index in range(rounds + 1):  # the first warms up
-        for key, run in runs.items():
-            start = time.perf_counter()
-            run()
-            if round_index:
-                seconds[key] = min(seconds[key], time.perf_counter() - start)
+    seconds = interleaved_minima(runs, rounds)
     memory = {key: peak_extra_bytes(run) for key, run in runs.items()}
     return [
         {

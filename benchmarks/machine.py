@@ -12,13 +12,15 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 import geffect_fast
 
 RESULTS = Path(__file__).parent / "results"
+
+Name = TypeVar("Name")
 
 
 def cpu_model() -> str:
@@ -65,15 +67,29 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 def interleaved_medians(
     candidates: Mapping[str, Callable[[], Any]], rounds: int
 ) -> dict[str, float]:
-    """Return the median seconds of each candidate, timed in turns so that drift hits all alike."""
-    times: dict[str, list[float]] = {name: [] for name in candidates}
+    """Return the median seconds of each candidate."""
+    return {n: statistics.median(times) for n, times in interleaved(candidates, rounds).items()}
+
+
+def interleaved_minima(
+    candidates: Mapping[Name, Callable[[], Any]], rounds: int
+) -> dict[Name, float]:
+    """Return the least seconds of each candidate, as noise only ever adds time."""
+    return {name: min(times) for name, times in interleaved(candidates, rounds).items()}
+
+
+def interleaved(
+    candidates: Mapping[Name, Callable[[], Any]], rounds: int
+) -> dict[Name, list[float]]:
+    """Return the seconds of each candidate, timed in turns so that drift hits all alike."""
+    times: dict[Name, list[float]] = {name: [] for name in candidates}
     for round_index in range(rounds + 1):  # the first round warms up
         for name, run in candidates.items():
             start = time.perf_counter()
             run()
             if round_index:
                 times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in times.items()}
+    return times
 
 
 def peak_extra_bytes(run: Callable[[], Any]) -> int:

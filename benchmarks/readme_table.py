@@ -95,6 +95,21 @@ def forward_table() -> str:
     return "\n".join([*lines, "", machine_line(rows[0])])
 
 
+def rules_table() -> str:
+    """The forward pass with one rule left out, as multiples of the pass with all of them."""
+    rows = read("rules_cpu.csv")
+    shapes = list(dict.fromkeys((r["samples"], r["length"]) for r in rows))
+    lines = [
+        f"| without the rule for | {' | '.join(' x '.join(shape) for shape in shapes)} |",
+        f"|---|{'---:|' * len(shapes)}",
+    ]
+    for name in dict.fromkeys(r["left_out"] for r in rows if r["left_out"]):
+        times = {(r["samples"], r["length"]): r["of_all"] for r in rows if r["left_out"] == name}
+        cells = " | ".join(f"{float(times[shape]):.2f}" for shape in shapes)
+        lines.append(f"| {name} | {cells} |")
+    return "\n".join([*lines, "", machine_line(rows[0])])
+
+
 def ops_table() -> str:
     """Every op against the fastest way to write it in plain torch, over all benchmarked shapes."""
     rows = read("ops_cpu.csv")
@@ -160,6 +175,7 @@ def rewritten(text: str) -> str:
     cpu = {
         "sweep": sweep_table,
         "forward": forward_table,
+        "rules": rules_table,
         "per sample": per_sample_table,
         "ops": ops_table,
     }

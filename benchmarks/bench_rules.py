@@ -1,0 +1,130 @@
+"""What each fast rule of the forward engine saves: the whole pass with it left out.
+
+    python benchmarks/bench_rules.py            # writes benchmarks/results/rules_cpu.csv
+    python benchmarks/bench_rules.py --quick    # a tiny model, one shape, prints only
+
+The passes are those of bench_forward.py, two risks and five objectives. Without its rule a function
+or module is differentiated by the framework's own, attention as products and a softmax, since fused
+attention has none. Contestants take turns; the least of `--rounds` rounds counts.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import torch.nn.functional as F
+from bench_forward import SHAPES, contestants
+from llama import make_model
+from machine import RESULTS, interleaved_minima, write_csv
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from geffect_fast.engines import dual, forward
+from geffect_fast.engines.dual_layers import Gated, RMSNorm
+from geffect_fast.engines.dual_modules import fast_forwards
+from geffect_fast.engines.dual_output import OutputLayer
+
+ALL = "all rules"
+
+
+def without_function(function: Callable[..., Any]) -> AbstractContextManager[Any]:
+    """A function by the framework's own rule."""
+    others = {key: rule for key, rule in dual._SERVED.items() if key is not function}
+    return patch.dict(dual._SERVED, others, clear=True)
+
+
+def without_modules(kind: type) -> AbstractContextManager[Any]:
+    """Modules of one kind as they are written out."""
+
+    def others(model: nn.Module) -> dict[nn.Module, Any]:
+        found: dict[nn.Module, Any] = fast_forwards(model)
+        return {module: f for module, f in found.items() if not isinstance(f.args[0], kind)}
+
+    return patch.object(forward, "fast_forwards", others)
+
+
+def without_output_layer() -> AbstractContextManager[Any]:
+    """With the tangents of logits: a module that names no output layer has none."""
+    return patch.object(forward, "OutputLayer", lambda _model: OutputLayer(nn.Identity()))
+
+
+@contextmanager
+def without_any_for_labels() -> Iterator[None]:
+    """With the tangents of logits and of their whole softmax."""
+    with without_output_layer(), without_function(F.cross_entropy):
+        yield
+
+
+@contextmanager
+def without_attention() -> Iterator[None]:
+    """Attention by the framework's own rule, for which it must not be fused."""
+    with without_function(F.scaled_dot_product_attention), sdpa_kernel(SDPBackend.MATH):
+        yield
+
+
+LEFT_OUT: dict[str, Callable[[], AbstractContextManager[Any]]] = {
+    ALL: nullcontext,
+    "linear layers": lambda: without_function(F.linear),
+    "output layer": without_output_layer,
+    "output layer, label's log-probability": without_any_for_labels,
+    "attention": without_attention,
+    "RMS norms": lambda: without_modules(RMSNorm),
+    "gated MLPs": lambda: without_modules(Gated),
+}
+
+
+def measure(model: nn.Module, n: int, length: int, rounds: int) -> list[dict[str, Any]]:
+    """The rows of one shape."""
+    run = contestants(model, n, length)["forward engine", 5]
+
+    def left_out(name: str) -> None:
+        with LEFT_OUT[name]():
+            run()
+
+    seconds = interleaved_minima(
+        {name: lambda name=name: left_out(name) for name in LEFT_OUT}, rounds
+    )
+    return [
+        {
+            "samples": n,
+            "length": length,
+            "left_out": "" if name == ALL else name,
+            "rounds": rounds,
+            "min_s": float(f"{seconds[name]:.4g}"),
+            "of_all": float(f"{seconds[name] / seconds[ALL]:.4g}"),
+        }
+        for name in LEFT_OUT
+    ]
+
+
+def main() -> None:
+    """Measure, print, and write the CSV."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="a tiny model, prints only")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=2)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    model = make_model(args.quick)
+    rows = []
+    for n, length in SHAPES[:1] if args.quick else SHAPES:
+        for row in measure(model, n, length, args.rounds):
+            rows.append(row)
+            print(
+                f"{n:3} x {length:<4} without {row['left_out'] or 'nothing':38} "
+                f"{row['min_s']:8.3f} s {row['of_all']:7.3f} of all rules",
+                flush=True,
+            )
+    if not args.quick:
+        path = RESULTS / "rules_cpu.csv"
+        write_csv(path, rows)
+        print(f"wrote {path}")
+
+
+if __name__ == "__main__":
+    main()
