@@ -42,5 +42,5 @@ def compare(
         write_comparison(aligned, staging)
     if not quiet:
         console().print(render_comparison(aligned))
-        for path in [user_path(out), *sorted((folder / PLOTS).glob("*.png"))]:
+        for path in [out, *sorted((user_path(out) / PLOTS).glob("*.png"))]:
             print(path)

@@ -107,7 +107,7 @@ def _groups(runs: xr.Dataset) -> Figure | None:
             words = effect_words(risk)[1] if group == blocks[0] else ""
             draw_lines(
                 panel, runs["step"].values, _lines(effect.sel(group=group)), title=title,
-                words=words, scaled=whole,
+                words=words, across="update step" if risk == risks[-1] else "", scaled=whole,
             )  # fmt: skip
     legend_below(figure, grid[0, 0])
     parts = ", ".join(blocks)

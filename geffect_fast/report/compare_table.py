@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from rich.console import Group
 from rich.text import Text
 
@@ -17,10 +19,11 @@ if TYPE_CHECKING:
 
 NOTE = (
     "R: risk at the last step, and its rise since the first. Σe: sum of the effects over these "
-    "steps. cost: rise of the worst other risk for a unit rise of the forget risk, from the "
-    "first step to the last. r: correlation of the first-order prediction by the actual "
-    "update with the measured changes of the forget risk. Learning rates differ between runs as "
-    "they were chosen: compare costs, and trade_off.png."
+    "steps. cost: rise of the worst other risk for a unit rise of the forget risk, from the first "
+    "step to the last. harm at: rise of the worst other risk when the forget risk first had risen "
+    "by as much as it does in every run. r: correlation of the first-order prediction by the "
+    "actual update with the measured changes of the forget risk. Learning rates differ between "
+    "runs as they were chosen: compare harm and cost."
 )
 
 
@@ -28,8 +31,11 @@ def comparison_rows(runs: xr.Dataset) -> list[dict[str, Any]]:
     """What `geffect_fast.compare` found as a row a run, its columns by name.
 
     `risk_*` at the last step, `rise_*` since the first, `sum_of_effects_*` over the steps,
-    `correlation_*` of the first-order prediction by the actual update, `cost`, `verdict`.
+    `correlation_*` of the first-order prediction by the actual update, `cost`, `verdict`;
+    `harm_at_equal_removal`, the rise of the worst other risk when the forget risk first had risen
+    by `equal_removal`, the most that it does in every run.
     """
+    removal, harms = at_equal_removal(runs)
     risks = [str(risk) for risk in runs["risk"].values]
     rows = []
     for at, name in enumerate(map(str, runs["run"].values)):
@@ -42,8 +48,33 @@ def comparison_rows(runs: xr.Dataset) -> list[dict[str, Any]]:
         row |= {f"rise_{risk}": rise for risk, rise in outcome.change.items()}
         row |= {f"sum_of_effects_{risk}": float(effects.sel(risk=risk)) for risk in risks}
         row |= {f"correlation_{risk}": _correlation(run, risk) for risk in risks}
+        row |= {"equal_removal": removal, "harm_at_equal_removal": harms[at]}
         rows.append(row | {"cost": outcome.cost, "verdict": outcome.verdict})
     return rows
+
+
+def at_equal_removal(runs: xr.Dataset) -> tuple[float, list[float]]:
+    """The largest rise of the forget risk that every run reaches, and each one's harm there.
+
+    Harm is the rise of the worst other risk, on a straight line between two steps. All are NaN
+    where a run never raises the forget risk, or there is no other risk.
+    """
+    values = runs["risk_value"].transpose("run", "step", "risk")
+    with np.errstate(invalid="ignore"):  # infinity less infinity
+        rises = values.values - values.values[:, :1]
+    at = [str(risk) for risk in runs["risk"].values].index(UNLEARN)
+    removed = np.where(np.isfinite(rises[..., at]), rises[..., at], -np.inf)
+    target = float(removed.max(axis=1).min())
+    if target <= 0 or rises.shape[-1] < 2:
+        return math.nan, [math.nan] * len(rises)
+    harms = []
+    for rise, there in zip(rises, removed >= target, strict=True):
+        last = int(there.argmax())
+        before, after = rise[last - 1, at], rise[last, at]
+        part = (target - before) / (after - before)
+        others = np.delete(rise[last - 1] + part * (rise[last] - rise[last - 1]), at)
+        harms.append(float(others.max()))
+    return target, harms
 
 
 def _correlation(run: xr.Dataset, risk: str) -> float:
@@ -62,23 +93,30 @@ def render_comparison(runs: xr.Dataset) -> Group:
         f"{runs.sizes['run']} runs at the {len(steps)} steps they share, {steps[0]} to {steps[-1]}"
     )
     table.add_column("run", overflow="fold", min_width=12)
+    few = len(risks) == 2  # of more there is no room for all
     for risk in risks:
         table.add_column(f"R_{symbol(risk)}", justify="right", no_wrap=True)
-        table.add_column("rise", justify="right", no_wrap=True)
-    for risk in risks:
+        if few:
+            table.add_column("rise", justify="right", no_wrap=True)
+    for risk in risks[:2]:
         table.add_column(f"Σe_{symbol(risk)}", justify="right", no_wrap=True)
-    for head in ("cost", "r"):
+    rows = comparison_rows(runs)
+    removal = rows[0]["equal_removal"]
+    for head in ("cost", f"harm at {number(removal, '+.2g')}", "r"):
         table.add_column(head, justify="right", no_wrap=True)
     table.add_column("verdict", no_wrap=True)
-    for row in comparison_rows(runs):
+    for row in rows:
         cells = []
         for risk in risks:
-            cells += [number(row[f"risk_{risk}"], ".3g"), number(row[f"rise_{risk}"], "+.2g")]
+            cells.append(number(row[f"risk_{risk}"], ".3g"))
+            if few:
+                cells.append(number(row[f"rise_{risk}"], "+.2g"))
         table.add_row(
             row["run"],
             *cells,
-            *(number(row[f"sum_of_effects_{risk}"], "+.2g") for risk in risks),
+            *(number(row[f"sum_of_effects_{risk}"], "+.2g") for risk in risks[:2]),
             number(row["cost"], ".2f"),
+            number(row["harm_at_equal_removal"], "+.2g"),
             number(row[f"correlation_{UNLEARN}"], ".2f"),
             Text(row["verdict"], style=STYLES.get(row["verdict"], "")),
         )

@@ -234,7 +234,8 @@ def _token_weights(read: Steps, dataset: xr.Dataset) -> Figure | None:
     note = "weight on a token: d objective / d log-probability; above 0 it is pushed away"
     if left_out:
         note += f"; panels left out: {left_out}"
-    figure.suptitle(note, fontsize=9, color=GREY)
+    width = int(15 * figure.get_figwidth())
+    figure.suptitle(textwrap.fill(note, width), fontsize=9, color=GREY)
     legend_below(figure, panels[0])
     figure.set_label(
         f"Quantiles over tokens of the weights that "

@@ -18,7 +18,8 @@ from geffect_fast.runs.store import open_run
 if TYPE_CHECKING:
     import xarray as xr
 
-SETTINGS = ("risk", "reduction", "n_forget", "n_retain")
+SETTINGS = ("risk", "reduction")
+ROWS = ("n_forget", "n_retain", "probe_rows")
 """Attributes that runs must share, or else their numbers mean different things."""
 BY_RISK = ("risk_value", "cosine", "measured_change", "predicted_update", "predicted_sgd")
 BY_STEP = ("loss", "grad_norm")
@@ -167,8 +168,16 @@ def _check_alike(first: _Curve, other: _Curve) -> None:
         if one != two:
             raise InputError(
                 f"compare: {first.run} has {setting} {one!r}, {other.run} {two!r}; "
-                "compare runs on the same data and risk"
+                "compare runs of the same risk and reduction"
             )
+    rows = [[curve.dataset.attrs.get(name) for name in ROWS] for curve in (first, other)]
+    if rows[0] != rows[1]:
+        counts = [f"{forget} forget and {retain} retain rows" for forget, retain, _ in rows]
+        alike = ", though not the same ones" if counts[0] == counts[1] else ""
+        raise InputError(
+            f"compare: {first.run} was measured on {counts[0]}, {other.run} on {counts[1]}{alike}; "
+            "compare runs on the same data, with the same --probe-rows"
+        )
     one, two = (_questions(curve.dataset) for curve in (first, other))
     if one is not None and two is not None:
         different = next((i for i, (a, b) in enumerate(zip(one, two, strict=True)) if a != b), None)

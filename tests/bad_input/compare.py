@@ -70,10 +70,10 @@ CASES = [
         both(AB, cut("b/results.nc", 3000)),
     ),
     Case(
-        "other risks", WORKS, "has risk 'nll', b 'ga'", "the same data and risk",
+        "other risks", WORKS, "has risk 'nll', b 'ga'", "the same risk and",
         with_b(lambda d: d.assign_attrs(risk="ga")),
     ),
-    Case("other data", WORKS, "n_forget 12, b 9", "the same data and risk", with_b(n_forget=9)),
+    Case("other data", WORKS, "on 12 forget", "the same --probe-rows", with_b(n_forget=9)),
     Case(
         "other questions", WORKS, "forget row 0 of a is not that of b", "the same data",
         both(

@@ -96,7 +96,8 @@ def test_norms_are_left_out_where_a_run_has_none():
     ("change", "line"),
     [
         (lambda d: d.assign_attrs(reduction="sum"), "has reduction 'token', result 2 'sum'"),
-        (lambda d: d.assign_attrs(n_forget=7), "n_forget 12"),
+        (lambda d: d.assign_attrs(n_forget=7), "on 12 forget and 3 retain rows, result 2 on 7 f"),
+        (lambda d: d.assign_attrs(probe_rows="[1]"), "though not the same ones; .*--probe-rows"),
         (lambda d: d.isel(step=[0]), "share 1 steps .result 1 0 to 12, result 2 0 alone."),
         (lambda d: d.assign_coords(step=d["step"] + 100), "probe them at the same steps"),
         (
