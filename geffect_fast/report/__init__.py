@@ -38,10 +38,10 @@ def write_report(dataset: xr.Dataset, folder: Path) -> None:
     from geffect_fast.runs.dataset import sum_positions
     from geffect_fast.runs.store import TOKENS
 
-    write_run_page(dataset, folder)
     plots = folder / "plots"
     plots.mkdir(exist_ok=True)
     summed = sum_positions(dataset)
+    write_run_page(dataset, summed, folder)
     if has_steps(dataset):
         write_step_summary(summed, folder / "summary.csv")
         save_figures(step_figures(dataset), plots)

@@ -77,13 +77,19 @@ def write_page(
     return user_path(file)
 
 
-def write_run_page(dataset: xr.Dataset, folder: Path) -> None:
-    """Write `report.html` of a run into its folder, or into the hidden one that becomes it."""
+def write_run_page(dataset: xr.Dataset, summed: xr.Dataset, folder: Path) -> None:
+    """Write `report.html` of a run into its folder, or into the hidden one that becomes it.
+
+    Args:
+        dataset: the result.
+        summed: it without positions or tokens.
+        folder: exists.
+    """
     home = folder.parent if folder.name.startswith(".") else folder
     held = [place / CONFIG for place in (folder, home) if (place / CONFIG).is_file()]
     name = home.absolute().name
     configs = {name: read_values(held[0])} if held else None
-    text = page_html({name: dataset}, configs=configs)
+    text = _html({name: dataset}, {name: last_step(summed)}, configs or {})
     (folder / REPORT).write_text(text, encoding="utf-8")
 
 
@@ -93,14 +99,25 @@ def page_html(
     """The page that `write_page` writes."""
     if not runs:
         raise InputError("report: there is no run; give one, or several with steps")
+    models = {name: sum_positions(last_step(dataset)) for name, dataset in runs.items()}
+    return _html(runs, models, configs or {})
+
+
+def _html(
+    runs: Mapping[str, xr.Dataset],
+    models: Mapping[str, xr.Dataset],
+    configs: Mapping[str, Mapping[str, Any]],
+) -> str:
+    """The page of runs, and of what they say of one model, the last of steps, by sample at most."""
     colours = Colours()
     if len(runs) > 1:
-        title, parts = _compared(runs, colours)
+        title, parts = _compared(runs, models, colours)
     else:
-        ((name, dataset),) = runs.items()
+        ((name, dataset),), (model,) = runs.items(), models.values()
         title = f"{_what(dataset)}: {name}"
-        parts = _stepped(name, dataset, colours) if has_steps(dataset) else _one(dataset, colours)
-    parts |= {"signs": [Items(SIGNS)], "made": _made(runs, configs or {})}
+        shown = _stepped if has_steps(dataset) else _one
+        parts = shown(name, dataset, model, colours)
+    parts |= {"signs": [Items(SIGNS)], "made": _made(runs, configs)}
     headings = dict(_HEADINGS)
     if any(is_sweep(dataset) for dataset in runs.values()):
         headings["curves"] = "Over hyper-parameters"
@@ -132,9 +149,10 @@ _HEADINGS = {
 }
 
 
-def _one(dataset: xr.Dataset, colours: Colours) -> dict[str, list[Block]]:
+def _one(
+    name: str, dataset: xr.Dataset, summed: xr.Dataset, colours: Colours
+) -> dict[str, list[Block]]:
     """The sections of a profile or a sweep."""
-    summed = sum_positions(dataset)
     what, where, _ = findings(summed)
     trust = (
         "Effects are first order: one small step from this very model. How far that holds is "
@@ -172,7 +190,9 @@ def _sweep_curves(dataset: xr.Dataset, colours: Colours) -> list[Block]:
     ]
 
 
-def _stepped(name: str, dataset: xr.Dataset, colours: Colours) -> dict[str, list[Block]]:
+def _stepped(
+    name: str, dataset: xr.Dataset, last: xr.Dataset, colours: Colours
+) -> dict[str, list[Block]]:
     """The sections of one step result."""
     from geffect_fast.report.step_plots import step_figures
 
@@ -181,8 +201,6 @@ def _stepped(name: str, dataset: xr.Dataset, colours: Colours) -> dict[str, list
     def drawn(*names: str) -> list[Block]:
         return page_steps.blocks_of(figures, names, colours, "")
 
-    last_whole = last_step(dataset)
-    last = sum_positions(last_whole)
     step = int(dataset["step"].values[-1])
 
     def at_last(blocks: list[Block]) -> list[Block]:
@@ -194,14 +212,16 @@ def _stepped(name: str, dataset: xr.Dataset, colours: Colours) -> dict[str, list
         "curves": drawn("effects", "risks", "norms"),
         "layers": drawn("layers", "groups") + at_last(page_profile.layers(last)),
         "instances": at_last(page_profile.instances(last, colours, "instances")),
-        "tokens": drawn("token_weights") + at_last(page_profile.tokens(last_whole)),
+        "tokens": drawn("token_weights") + at_last(page_profile.tokens(last_step(dataset))),
         "cosines": drawn("cosines") + at_last(page_profile.cosines(last)),
         "prediction": page_steps.prediction_table(dataset) + drawn("prediction"),
         "table": page_steps.full_table(dataset),
     }
 
 
-def _compared(runs: Mapping[str, xr.Dataset], colours: Colours) -> tuple[str, dict[str, Any]]:
+def _compared(
+    runs: Mapping[str, xr.Dataset], models: Mapping[str, xr.Dataset], colours: Colours
+) -> tuple[str, dict[str, list[Block]]]:
     """Title and sections of several step results."""
     from geffect_fast.report.compare_plots import comparison_figures
     from geffect_fast.report.step_plots import step_figures
@@ -225,7 +245,7 @@ def _compared(runs: Mapping[str, xr.Dataset], colours: Colours) -> tuple[str, di
     }
     for i, (name, dataset) in enumerate(runs.items()):
         own = {n: f for n, f in step_figures(dataset).items() if n in ("layers", "prediction")}
-        last = sum_positions(last_step(dataset)).sel(objective=[lead_objective(dataset)])
+        last = models[name].sel(objective=[lead_objective(dataset)])
         for id, blocks in (
             ("layers", page_steps.blocks_of(own, ("layers",), colours, f"r{i}-")),
             ("instances", page_profile.instances(last, colours, f"r{i}-instances")),

@@ -149,6 +149,7 @@ def layers(dataset: xr.Dataset) -> list[Block]:
 
 def instances(dataset: xr.Dataset, colours: Colours, name: str) -> list[Block]:
     """A scatter of forget rows an objective, and the rows that remove or cost most by question."""
+    n_objectives = dataset.sizes["objective"]
     if is_sweep(dataset):
         dataset = highlights(dataset)
     effect = by_sample(dataset)
@@ -186,7 +187,7 @@ def instances(dataset: xr.Dataset, colours: Colours, name: str) -> list[Block]:
         caption += f" {MOST_POINTS} of {n} are drawn: the largest, and an even choice of the rest."
     return [
         figure_block(figure, name, caption, colours, lists),
-        *left_out(len(objectives), "objectives", len(kept)),
+        *left_out(n_objectives, "objectives", len(kept)),
     ]
 
 

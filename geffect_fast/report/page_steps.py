@@ -191,7 +191,7 @@ def prediction_table(dataset: xr.Dataset) -> list[Block]:
     if not rows:
         return []
     head = ["prediction", "reading", "changes", "correlation", "same sign, %", "typical error, %"]
-    return [Table("Predicted against measured changes", head, rows, frozenset([0, 1]))]
+    return [Table("How predictions hold, risk by risk", head, rows, frozenset([0, 1]))]
 
 
 def full_table(dataset: xr.Dataset) -> list[Block]:

@@ -148,8 +148,7 @@ def take_apart(figure: Figure, name: str, colours: Colours) -> Panels:
         shown = [axes, *([bars[axes]] if axes in bars else [])]
         for each in shown:
             each.set_visible(True)
-        title = axes.get_title(loc="left") or axes.get_title()
-        words = [title, axes.get_ylabel(), f"against {axes.get_xlabel()}"]
+        words = [_title(axes), axes.get_ylabel(), f"against {axes.get_xlabel()}"]
         label = ", ".join(" ".join(each.split()) for each in words if each)
         parts.append(
             Panel(inline_svg(figure, f"{name}-{i}", label, colours, shown), own_keys[axes])
@@ -160,26 +159,32 @@ def take_apart(figure: Figure, name: str, colours: Colours) -> Panels:
 
 
 def _label_each(figure: Figure, panels: list[Axes]) -> None:
-    """Give each panel the words and ticks that stand at the edge of the figure, or of its row."""
+    """Give each panel the words and ticks that stand at the edge of the figure or of its grid."""
     from matplotlib.ticker import FixedLocator
 
     for axes in panels:
         spec = axes.get_subplotspec()
         alike = panels if spec is None else _of_grid(panels, spec.get_gridspec())
         row = next((a for a in alike if spec and _at(a)[0] == _at(axes)[0]), axes)
-        column = next((a for a in alike[::-1] if spec and _at(a)[1] == _at(axes)[1]), axes)
+        column = [a for a in alike if spec and _at(a)[1] == _at(axes)[1]] or [axes]
         if isinstance(row.yaxis.get_major_locator(), FixedLocator):
             axes.set_yticks(row.get_yticks())
             axes.yaxis.set_major_formatter(row.yaxis.get_major_formatter())
         axes.tick_params(labelleft=True, labelbottom=True)
         words = [
-            axes.get_xlabel() or column.get_xlabel() or figure.get_supxlabel(),
+            axes.get_xlabel() or column[-1].get_xlabel() or figure.get_supxlabel(),
             axes.get_ylabel() or row.get_ylabel() or figure.get_supylabel(),
         ]
+        if not _title(axes):
+            axes.set_title(_title(column[0]), fontsize=10, loc="left")
         axes.set_xlabel(words[0], fontsize=9)
         axes.set_ylabel(words[1], fontsize=9)
     figure.supxlabel("")
     figure.supylabel("")
+
+
+def _title(axes: Axes) -> str:
+    return axes.get_title(loc="left") or axes.get_title()
 
 
 def _of_grid(panels: list[Axes], grid: object) -> list[Axes]:

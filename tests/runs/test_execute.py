@@ -102,7 +102,7 @@ def test_effects_by_position_are_streamed_into_the_folder(study, tmp_path, monke
         assert float(difference) < 1e-5
         assert dataset.token_text.values[0, 0] != "" and dataset.attrs["n_forget"] > 0
     assert len(opened) == 1
-    held = {"results.nc", "run.yaml", "summary.csv", "plots"}
+    held = {"report.html", "results.nc", "run.yaml", "summary.csv", "plots"}
     assert {p.name for p in (tmp_path / "run").iterdir()} == held
     assert load_config(tmp_path / "run" / "run.yaml").resolve == tuple(changes["resolve"])
 
