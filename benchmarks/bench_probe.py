@@ -26,8 +26,8 @@ from geffect_fast.runs.probe import Probe
 from geffect_fast.runs.steps import StepStore
 from geffect_fast.runs.unlearn_config import Training
 from geffect_fast.unlearning.arguments import training_arguments
+from geffect_fast.unlearning.run import Unlearning
 from geffect_fast.unlearning.training import Draws, RowReference, UnlearnTrainer
-from geffect_fast.unlearning.unlearn import Unlearning
 
 ROWS, UPDATE = 64, 32
 LENGTHS = (32, 128)

@@ -14,7 +14,7 @@ from geffect_fast.runs.models import load_model
 from geffect_fast.runs.store import CONFIG
 from geffect_fast.runs.unlearn_config import UnlearnConfig
 from geffect_fast.unlearning.folder import check_start, clear, finish, kept
-from geffect_fast.unlearning.unlearn import SAME_NUMBERS, Unlearning
+from geffect_fast.unlearning.run import SAME_NUMBERS, Unlearning
 
 if TYPE_CHECKING:
     import xarray as xr

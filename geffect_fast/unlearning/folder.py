@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     import xarray as xr
 
     from geffect_fast.runs.store import Reporter
+    from geffect_fast.unlearning.run import Unlearning
 
 MODEL = "model"
 
@@ -88,7 +89,7 @@ def kept(folder: Path) -> Iterator[None]:
         ) from None
 
 
-def finish(folder: Path, dataset: xr.Dataset, run: Any, report: Reporter | None) -> None:
+def finish(folder: Path, dataset: xr.Dataset, run: Unlearning, report: Reporter | None) -> None:
     """Write the model, the report and the result; then checkpoints go.
 
     All is written to a hidden folder and renamed, `results.nc` last. Where that fails, the steps
@@ -97,7 +98,7 @@ def finish(folder: Path, dataset: xr.Dataset, run: Any, report: Reporter | None)
     Args:
         folder: of the run.
         dataset: of all steps.
-        run: `Unlearning`.
+        run: whose model, as it is now, is saved.
         report: writes tables and plots.
 
     Raises:

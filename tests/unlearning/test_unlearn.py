@@ -105,6 +105,12 @@ def test_bf16_autocast_trains_otherwise_and_is_measured_as_ever():
     assert not torch.equal(moved, exact)
     assert float((moved - exact).abs().max()) <= 2.1e-3  # Adam's first step is of the size of lr
     assert {p.dtype for p in mixed.parameters()} == {torch.float32}
+    ids = {"input_ids": torch.arange(6)[None]}
+    logits = mixed(**ids).logits
+    fresh = build("llama")
+    fresh.load_state_dict(mixed.state_dict())
+    assert torch.equal(logits, fresh(**ids).logits)  # no autocast is left in its forward
+    assert mixed.config.use_cache == fresh.config.use_cache
 
 
 def test_gradient_checkpointing_changes_no_number():
