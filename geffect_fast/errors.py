@@ -46,3 +46,7 @@ class InterruptedRunError(GEffectError):
     """Ctrl-C stopped a run of several steps; the message says what is kept and how to go on."""
 
     exit_code = 130
+
+
+class GEffectWarning(UserWarning):
+    """Something worth knowing that stops nothing; one line, as errors are."""

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import sys
-from typing import Annotated
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Annotated, Any
 
 import typer
 
@@ -22,7 +25,7 @@ from geffect_fast.cli import (
     weights,
 )
 from geffect_fast.cli.options import option
-from geffect_fast.errors import GEffectError
+from geffect_fast.errors import GEffectError, GEffectWarning
 
 EXIT_CODES = (
     "Exit codes: 0 all went well; 2 bad input, a full disk or too little memory, one line "
@@ -77,9 +80,10 @@ def main(argv: list[str] | None = None) -> int:
         argv: arguments without the program's name; None: those of the process.
     """
     try:
-        status = typer.main.get_command(app)(
-            args=argv, prog_name="geffect-fast", standalone_mode=False
-        )
+        with _told_in_a_line():
+            status = typer.main.get_command(app)(
+                args=argv, prog_name="geffect-fast", standalone_mode=False
+            )
         # the parser makes an exit code of Ctrl-C itself
         return _fail(_INTERRUPTED, 130) if status == 130 else int(status or 0)
     except GEffectError as error:
@@ -95,6 +99,22 @@ def main(argv: list[str] | None = None) -> int:
 
         traceback.print_exc()
         return _fail(f"unexpected {type(error).__name__}: {error}", 1)
+
+
+@contextmanager
+def _told_in_a_line() -> Iterator[None]:
+    """Our own warnings as `warning: ...` on stderr; other packages' as they come."""
+    with warnings.catch_warnings():
+        show = warnings.showwarning
+
+        def shown(message: Warning | str, category: type[Warning], *more: Any) -> None:
+            if issubclass(category, GEffectWarning):
+                print(f"warning: {message}", file=sys.stderr)
+            else:
+                show(message, category, *more)
+
+        warnings.showwarning = shown  # type: ignore[assignment]
+        yield
 
 
 def _fail(message: str, code: int) -> int:

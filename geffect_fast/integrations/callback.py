@@ -162,7 +162,9 @@ class GEffectCallback(TrainerCallback):
                         "reference_model: is missing; give the folder of the model as it was "
                         "before training, which objectives are compared with"
                     )
-                options["reference_model"] = copy.deepcopy(model)
+                # What is frozen will not change, and need not be there twice.
+                frozen = {id(p): p for p in model.parameters() if not p.requires_grad}
+                options["reference_model"] = copy.deepcopy(model, frozen)
             tokenizer = tokenizer if self._tokenizer is None else self._tokenizer
             profiler = Profiler(model, tokenizer, **options)
         decides = {name: getattr(args, name, None) for name in _DECIDES}

@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from geffect_fast.data import SampleSet
-from geffect_fast.errors import InputError
+from geffect_fast.errors import GEffectWarning, InputError
 from geffect_fast.objectives import resolve
 from geffect_fast.runs.as_found import as_found
 from geffect_fast.runs.dataset import sum_positions
@@ -58,7 +59,8 @@ class _Before:
 class Probe:
     """Measures a model at steps of its training and keeps each step's result in a store.
 
-    The model is left as it was found: measuring changes no training.
+    The model is left as it was found: measuring changes no training. What stands in the store's
+    folder and is no step of this run is told of as a `GEffectWarning`.
 
     Args:
         profiler: of the model that is trained.
@@ -92,6 +94,8 @@ class Probe:
     ) -> None:
         self.profiler = profiler
         self.store = store
+        for line in store.left_alone:
+            warnings.warn(line, GEffectWarning, stacklevel=2)
         self.trained = None if trained is None else _label(trained, profiler)
         self.weights = weights
         self.latest: tuple[int, xr.Dataset] | None = None

@@ -68,7 +68,7 @@ def test_predictions_tend_to_what_is_measured_as_the_learning_rate_shrinks(kind)
     for lr in sizes:
         model = build("llama", torch.float64)
         optimizer = getattr(torch.optim, kind)(model.parameters(), lr=lr)
-        found = trained(model, optimizer, probe_of(model), steps=4, every=2)
+        found = trained(model, optimizer, probe_of(model), steps=2, every=2)
         found = found.isel(step=slice(1, None))
         gap = abs(found.predicted_update / found.measured_change - 1)
         off.append(float(gap.max()))
@@ -214,11 +214,11 @@ def test_steps_that_are_there_are_not_measured_again(tmp_path, monkeypatch):
         model = build("llama", torch.float64)
         probe = probe_of(model, store=store, trained="ga")
         optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
-        trained(model, optimizer, probe, steps=min(4, stop), every=1)
+        trained(model, optimizer, probe, steps=min(3, stop), every=1)
 
     whole = StepStore(None, "")
     run(whole)
-    run(StepStore(tmp_path, ""), stop=2)
+    run(StepStore(tmp_path, ""), stop=1)
     measured, plain = [], Profiler.measure
     monkeypatch.setattr(
         Profiler, "measure", lambda self, **more: measured.append(0) or plain(self, **more)
