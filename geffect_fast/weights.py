@@ -273,6 +273,8 @@ def _token_shares(result: xr.Dataset) -> xr.Dataset:
     if "g_effect" not in getattr(result, "data_vars", ()):
         raise InputError(f"result: got {type(result).__name__}; give what gf.profile returns")
     effect = result["g_effect"]
+    if "step" in effect.dims:
+        raise InputError("result: has several steps; choose one, such as result.isel(step=-1)")
     for axis in ("sample", "token"):
         if axis not in effect.dims:
             raise InputError(

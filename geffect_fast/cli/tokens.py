@@ -34,9 +34,11 @@ def tokens(
 ) -> None:
     """Print answers, tokens coloured by e_u and by e_r: which words are attacked, what that costs.
 
-    The run must tell tokens apart, as profile --engine forward --resolve sample,token does. Without
-    colour (NO_COLOR, a pipe) levels from -9 to +9 stand beneath the tokens.
+    The run must tell tokens apart, as profile --engine forward --resolve sample,token does; of one
+    with steps the last is shown. Without colour (NO_COLOR, a pipe) levels from -9 to +9 stand
+    beneath the tokens.
     """
+    from geffect_fast.report.steps import last_step
     from geffect_fast.report.token_html import tokens_html
     from geffect_fast.report.token_terminal import TerminalView
     from geffect_fast.report.token_view import token_view
@@ -44,7 +46,8 @@ def tokens(
     from geffect_fast.runs.store import open_run, reading
 
     named = None if rows is None else [row for row in rows.split(",") if row.strip()]
-    with open_run(run, lazy=True) as dataset, reading(run):
+    with open_run(run, lazy=True) as result, reading(run):
+        dataset = last_step(result)
         if html is not None:
             page = tokens_html(dataset, objective, samples=samples, by=by, rows=named)
         else:

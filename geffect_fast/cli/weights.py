@@ -38,11 +38,13 @@ def weights(
 ) -> None:
     """Find the token weights that remove most for the damage allowed, and write data with them.
 
-    The run must hold ga by token, as profile --objectives ga --resolve sample,token does. Beside
-    --out lies frontier.png: the best for every budget, and the run's objectives. Then geffect-fast
-    profile --forget OUT --objectives token_weights profiles the weights.
+    The run must hold ga by token, as profile --objectives ga --resolve sample,token does; of one
+    with steps the last counts. Beside --out lies frontier.png: the best for every budget, and the
+    run's objectives. Then geffect-fast profile --forget OUT --objectives token_weights profiles
+    the weights.
     """
     from geffect_fast.report.frontier import plot_frontier
+    from geffect_fast.report.steps import last_step
     from geffect_fast.report.weights_table import render_weights
     from geffect_fast.runs.config import load_config
     from geffect_fast.runs.disk import is_there, unwritable, user_path, whole_file
@@ -61,7 +63,8 @@ def weights(
                 )
     except OSError as error:
         raise unwritable(f"weighted data {out}", "--out", error) from None
-    with open_run(run, lazy=True) as result, reading(run):
+    with open_run(run, lazy=True) as dataset, reading(run):
+        result = last_step(dataset)
         best = optimal_weights(
             result, retain_budget=retain_budget, removal=removal, max_weight=max_weight
         )

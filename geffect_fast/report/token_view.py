@@ -134,7 +134,8 @@ def token_view(
         max_values: how many numbers it may hold; samples and then objectives beyond are left out.
 
     Raises:
-        InputError: no token axis, an unknown objective, order or row, or contradicting choices.
+        InputError: no token axis, several steps, an unknown objective, order or row, or
+            contradicting choices.
     """
     if not has_tokens(dataset):
         raise InputError(
@@ -142,6 +143,8 @@ def token_view(
             "sample,token"
         )
     effect = dataset["g_effect"]
+    if "step" in effect.dims:
+        raise InputError("the result has several steps; choose one, such as .isel(step=-1)")
     chosen = _objective(effect, objective)
     places = _samples(effect, chosen, samples, by, rows)
     order = [

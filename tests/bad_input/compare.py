@@ -9,6 +9,7 @@ from step_results import step_dataset
 from synthetic import make_dataset
 
 import geffect_fast as gf
+from geffect_fast.report.token_view import token_view
 
 
 def run(name: str, objective: str, change: object = None, **kwargs: object) -> Break:
@@ -34,6 +35,11 @@ def plain(here: Path, _patch: object) -> None:
 def copied(here: Path, _patch: object) -> None:
     (here / "copy").mkdir()
     (here / "copy/results.nc").write_bytes((here / "a/results.nc").read_bytes())
+
+
+def stepped():
+    """A step result by token."""
+    return step_dataset(n_steps=2, weights=False, resolve=("sample", "token"))
 
 
 A, B = run("a", "ga"), run("b", "gd", seed=1)
@@ -112,5 +118,12 @@ CASES = [
         "one run from Python", lambda _: gf.compare("a"), "compare: got one run", "a list of two", A
     ),
     Case("numbers for runs", lambda _: gf.compare([1, 2]), "1 is no run", "give folders"),
+    Case(
+        "tokens of several steps", lambda _: token_view(stepped()), "several steps", "isel(step=-1)"
+    ),
+    Case(
+        "weights of several steps", lambda _: gf.optimal_weights(stepped(), removal=-1),
+        "several steps", "isel(step=-1)",
+    ),
     Case("no runs from Python", lambda _: gf.compare({}), "got 0 run", "give two or more"),
 ]  # fmt: skip

@@ -14,6 +14,8 @@ from rich.console import Console
 from step_results import step_dataset, trained_result
 from synthetic import OBJECTIVES
 
+import geffect_fast as gf
+from geffect_fast.cli import main
 from geffect_fast.report import write_report
 from geffect_fast.report.curves import figure_svg, fit_scale, save_figures, style_of
 from geffect_fast.report.layer_maps import edges_of
@@ -344,3 +346,20 @@ def test_a_report_of_steps_is_figures_tokens_and_a_table_over_steps(tmp_path):
         )
         np.testing.assert_allclose(one["loss"], dataset["loss"][:, k])
         np.testing.assert_allclose(one["learning_rate"], dataset["learning_rate"])
+
+
+def test_commands_that_show_tokens_take_the_last_step(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    dataset = step_dataset(n_steps=3, resolve=("sample", "token"), weights=False, n_forget=2)
+    for name, result in (("run", dataset), ("last", dataset.isel(step=-1))):
+        (tmp_path / name).mkdir()
+        result.to_netcdf(tmp_path / name / "results.nc", engine="h5netcdf")
+    printed = []
+    for name in ("run", "last"):
+        assert main(["tokens", name, "--samples", "2"]) == 0
+        printed.append(capsys.readouterr().out)
+    assert printed[0] == printed[1] and "forget row 1" in printed[0]
+    asked = []
+    monkeypatch.setattr("geffect_fast.weights.optimal_weights", lambda r, **_: asked.append(r))
+    assert main(["weights", "run", "--removal", "-1", "--forget", "x", "--out", "w.jsonl"]) == 1
+    assert asked[0].identical(gf.open_run("run").isel(step=-1))
