@@ -94,8 +94,6 @@ class Probe:
     ) -> None:
         self.profiler = profiler
         self.store = store
-        for line in store.left_alone:
-            warnings.warn(line, GEffectWarning, stacklevel=2)
         self.trained = None if trained is None else _label(trained, profiler)
         self.weights = weights
         self.latest: tuple[int, xr.Dataset] | None = None
@@ -117,6 +115,8 @@ class Probe:
                 `StepStore.write`.
         """
         plan, first = self.profiler.plan, self._before is None
+        for line in self.store.left_alone if self.latest is None else ():
+            warnings.warn(line, GEffectWarning, stacklevel=2)
         with as_found(plan.model, plan.parameters.values()):
             if step in self.store.steps:
                 self._before = None  # its memory goes before there is more

@@ -17,7 +17,7 @@ from geffect_fast.errors import (
 )
 from geffect_fast.runs.config import RunConfig, dump_config, load_config
 from geffect_fast.runs.disk import folder_for, is_there, remove, whole_file
-from geffect_fast.runs.steps import STEPS
+from geffect_fast.runs.steps import STEPS, is_step_name
 from geffect_fast.runs.store import CONFIG, RESULTS, RUN_FILES, check_free, write_dataset
 
 if TYPE_CHECKING:
@@ -41,12 +41,17 @@ def check_start(
 
     Raises:
         InputError: it cannot be written to; it holds a run and neither `resume` nor `overwrite` is
-            given; there is nothing to resume, or the run is complete.
+            given, or steps that no run made; there is nothing to resume, or the run is complete.
     """
     if resume and overwrite:
         raise InputError("--resume goes on with a run that --overwrite would remove; give one")
     folder = check_free(out, overwrite=True)
     held = _held(folder, more)
+    odd = [path.name for path in (folder / STEPS).glob("*") if not is_step_name(path.name)]
+    if odd and not resume:
+        raise InputError(
+            f"run folder {out} holds {STEPS}/{min(odd)}, which no run made; choose another --out"
+        )
     if resume and RESULTS in held:
         raise InputError(
             f"run folder {out} is complete, there is nothing to resume; choose another --out or "

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from geffect_fast.errors import InputError
-from geffect_fast.runs.config import dump_config, load_config
-from geffect_fast.runs.disk import folder_for, is_there, whole_file
 from geffect_fast.runs.execute import check_sources, has_text, on_threads, read_data, tokenizer_of
 from geffect_fast.runs.models import load_model
-from geffect_fast.runs.store import CONFIG
+from geffect_fast.runs.step_folder import as_begun, begun, kept
 from geffect_fast.runs.unlearn_config import UnlearnConfig
-from geffect_fast.unlearning.folder import check_start, clear, finish, kept
+from geffect_fast.unlearning.folder import check_start, finish, made_by_unlearning
 from geffect_fast.unlearning.run import SAME_NUMBERS, Unlearning
 
 if TYPE_CHECKING:
@@ -60,7 +58,7 @@ def execute_unlearn(
     """
     folder = check_start(out, resume, overwrite)
     if resume:
-        config = _as_begun(config, folder)
+        config = config.model_copy(update=as_begun(config, folder, CHOSEN, SAME_NUMBERS))
     device = check_sources(config)
     data = read_data(config, [config.objective, *config.objectives])
     tokenizer = tokenizer_of(config, has_text(data))
@@ -86,52 +84,17 @@ def execute_unlearn(
             reading={"template": config.template, "max_length": config.max_length},
         )
         said(run.rows.sentence(run.sets))
-        if not resume:
-            chosen: dict[str, Any] = {
-                "token_budget": run.profiler.token_budget,
-                "threads": n_threads,
-                "device": str(device),
-                "dtype": str(model.dtype).removeprefix("torch."),
-                "batch_size": run.training.batch_size,
-                "probe_rows": config.probe_rows or max(map(len, run.rows.rows.values())),
-            }
-            _begin(folder, config.model_copy(update=chosen))
-        with kept(folder):
+        chosen: dict[str, Any] = {
+            "token_budget": run.profiler.token_budget,
+            "threads": n_threads,
+            "device": str(device),
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "batch_size": run.training.batch_size,
+            "probe_rows": config.probe_rows or max(map(len, run.rows.rows.values())),
+        }
+        settled = config.model_copy(update=chosen)
+        more = made_by_unlearning(folder)
+        with nullcontext() if resume else begun(folder, settled, more), kept(folder):
             dataset = run.train(folder, progress=progress, told=told)
             finish(folder, dataset, run, report)
     return dataset
-
-
-def _begin(folder: Path, config: UnlearnConfig) -> None:
-    """Make the folder, without an earlier run, with the config of this one."""
-    with folder_for(f"run folder {folder}", folder):
-        clear(folder)
-        with whole_file(f"config {folder / CONFIG}", folder / CONFIG, "--out") as part:
-            part.write_text(dump_config(config), encoding="utf-8")
-
-
-def _as_begun(config: UnlearnConfig, folder: Path) -> UnlearnConfig:
-    """The config with what was chosen when the run in the folder began.
-
-    Raises:
-        InputError: they differ in a field that decides numbers.
-    """
-    if not is_there(folder / CONFIG):
-        raise InputError(f"run folder {folder} holds no {CONFIG} to resume; leave out --resume")
-    begun = load_config(folder / CONFIG)
-    if not isinstance(begun, UnlearnConfig):
-        raise InputError(
-            f"run folder {folder} holds a run of {begun.command}, which cannot be resumed; choose "
-            "another --out"
-        )
-    taken: dict[str, Any] = {}
-    for name, field in UnlearnConfig.model_fields.items():
-        here, there = getattr(config, name), getattr(begun, name)
-        if name in CHOSEN and here == field.default:
-            taken[name] = there
-        elif here != there and name not in SAME_NUMBERS:
-            raise InputError(
-                f"resume: {name} is {here}, and the run in {folder} was begun with {there}; give "
-                "that, or begin another run in another --out"
-            )
-    return config.model_copy(update=taken)

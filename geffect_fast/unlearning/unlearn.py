@@ -11,8 +11,9 @@ from torch import nn
 from geffect_fast.data.batch import Reduction
 from geffect_fast.objectives import Objective
 from geffect_fast.runs.config import checked_config
+from geffect_fast.runs.step_folder import clear, kept
 from geffect_fast.runs.unlearn_config import Training
-from geffect_fast.unlearning.folder import check_start, clear, finish, kept
+from geffect_fast.unlearning.folder import check_start, finish, made_by_unlearning
 from geffect_fast.unlearning.run import Unlearning
 
 if TYPE_CHECKING:
@@ -112,7 +113,7 @@ def unlearn(
     if folder is None:
         return run.train(None, progress=progress)
     if not resume:
-        clear(folder)
+        clear(folder, made_by_unlearning(folder))
     with kept(folder):
         dataset = run.train(folder, progress=progress)
         finish(folder, dataset, run, report)
