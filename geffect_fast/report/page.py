@@ -20,6 +20,7 @@ from geffect_fast.report.page_blocks import (
     figure_block,
 )
 from geffect_fast.report.steps import has_steps, last_step, lead_objective
+from geffect_fast.report.summary import by_sample
 from geffect_fast.report.svg import Colours
 from geffect_fast.report.table import coverage_line
 from geffect_fast.report.templates import render
@@ -164,7 +165,7 @@ def _one(
         "verdicts": page_profile.verdicts(summed),
         "curves": _sweep_curves(summed, colours),
         "layers": page_profile.layers(summed),
-        "instances": page_profile.instances(summed, colours, "instances"),
+        "instances": page_profile.instances(summed, colours),
         "tokens": page_profile.tokens(dataset),
         "cosines": page_profile.cosines(summed),
         "table": page_profile.full_table(summed),
@@ -199,7 +200,7 @@ def _stepped(
     figures = step_figures(dataset)
 
     def drawn(*names: str) -> list[Block]:
-        return page_steps.blocks_of(figures, names, colours, "")
+        return page_steps.blocks_of(figures, names, colours)
 
     step = int(dataset["step"].values[-1])
 
@@ -208,10 +209,10 @@ def _stepped(
 
     return {
         "answer": page_steps.answer(dataset),
-        "verdicts": page_steps.verdicts({name: dataset}),
+        "verdicts": page_steps.verdicts(dataset),
         "curves": drawn("effects", "risks", "norms"),
         "layers": drawn("layers", "groups") + at_last(page_profile.layers(last)),
-        "instances": at_last(page_profile.instances(last, colours, "instances")),
+        "instances": at_last(page_profile.instances(last, colours)),
         "tokens": drawn("token_weights") + at_last(page_profile.tokens(last_step(dataset))),
         "cosines": drawn("cosines") + at_last(page_profile.cosines(last)),
         "prediction": page_steps.prediction_table(dataset) + drawn("prediction"),
@@ -224,31 +225,37 @@ def _compared(
 ) -> tuple[str, dict[str, list[Block]]]:
     """Title and sections of several step results."""
     from geffect_fast.report.compare_plots import comparison_figures
-    from geffect_fast.report.step_plots import step_figures
+    from geffect_fast.report.layer_maps import layer_maps
+    from geffect_fast.report.prediction_plot import prediction_figure
     from geffect_fast.runs.compare import compare
 
     both = compare(runs)
     figures = comparison_figures(both)
 
     def drawn(*names: str) -> list[Block]:
-        return page_steps.blocks_of(figures, names, colours, "")
+        return page_steps.blocks_of(figures, names, colours)
 
     parts: dict[str, list[Block]] = {
-        "answer": page_steps.compared(runs),
-        "verdicts": page_steps.verdicts(runs),
+        "answer": page_steps.compared_answer(runs, models, both),
+        "verdicts": page_steps.compared_verdicts(both),
         "curves": drawn("effects", "risks", "trade_off"),
         "layers": drawn("groups"),
-        "instances": [],
         "cosines": drawn("cosines"),
         "prediction": [],
         "table": [],
     }
+    scattered: dict[str, xr.DataArray] = {}
     for i, (name, dataset) in enumerate(runs.items()):
-        own = {n: f for n, f in step_figures(dataset).items() if n in ("layers", "prediction")}
-        last = models[name].sel(objective=[lead_objective(dataset)])
+        own = {
+            "layers": layer_maps(dataset, [lead_objective(dataset)]),
+            "prediction": prediction_figure(dataset),
+        }
+        effect = by_sample(models[name])
+        if effect is not None:
+            lead = effect.sel(objective=lead_objective(dataset))
+            scattered[f"{name}, at step {dataset['step'].values[-1]}"] = lead
         for id, blocks in (
             ("layers", page_steps.blocks_of(own, ("layers",), colours, f"r{i}-")),
-            ("instances", page_profile.instances(last, colours, f"r{i}-instances")),
             (
                 "prediction",
                 page_steps.prediction_table(dataset)
@@ -258,6 +265,7 @@ def _compared(
         ):
             if blocks:
                 parts[id] += [Text(name, "label"), *blocks]
+    parts["instances"] = page_profile.scatters(scattered, len(runs), "runs", colours)
     if both.attrs["left_out"]:
         lines = "; ".join(both.attrs["left_out"])
         parts["curves"].append(
@@ -276,7 +284,9 @@ def _what(dataset: xr.Dataset) -> str:
 def _about(runs: Mapping[str, xr.Dataset]) -> str:
     first = next(iter(runs.values()))
     words = [f"{first.sizes['objective']} objectives" if len(runs) == 1 else f"{len(runs)} runs"]
-    words.append(f"{first.attrs['n_forget']} rows to forget, {first.attrs['n_retain']} to retain")
+    words.append(
+        f"measured on {first.attrs['n_forget']} forget and {first.attrs['n_retain']} retain rows"
+    )
     if has_steps(first) and len(runs) == 1:
         steps = first["step"].values
         words.append(f"{len(steps)} probes from step {steps[0]} to {steps[-1]}")

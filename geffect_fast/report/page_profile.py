@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -147,24 +147,41 @@ def layers(dataset: xr.Dataset) -> list[Block]:
     return [*blocks, *left_out(len(objectives), "objectives", len(kept)), Text(note, "note")]
 
 
-def instances(dataset: xr.Dataset, colours: Colours, name: str) -> list[Block]:
+def instances(dataset: xr.Dataset, colours: Colours) -> list[Block]:
     """A scatter of forget rows an objective, and the rows that remove or cost most by question."""
-    n_objectives = dataset.sizes["objective"]
+    n = dataset.sizes["objective"]
     if is_sweep(dataset):
         dataset = highlights(dataset)
     effect = by_sample(dataset)
-    if effect is None or not effect.sizes["sample"]:
+    if effect is None:
         return []
-    objectives = [str(o) for o in effect["objective"].values]
-    kept = thinned(np.arange(len(objectives)), MOST_PANELS)
+    each = {str(one["objective"].values): one for one in effect}
+    return scatters(each, n, "objectives", colours)
+
+
+def scatters(
+    effects: Mapping[str, xr.DataArray], n: int, what: str, colours: Colours
+) -> list[Block]:
+    """A scatter of rows for each of several effects.
+
+    Args:
+        effects: `(risk, sample)` by title.
+        n: of how many these are some.
+        what: they are.
+        colours: of the page.
+    """
+    names = [name for name, effect in effects.items() if effect.sizes["sample"]]
+    kept = [names[k] for k in thinned(np.arange(len(names)), MOST_PANELS)]
+    if not kept:
+        return []
     figure = blank_figure(4.4 * len(kept), 3.5)
     panels = figure.subplots(1, len(kept), squeeze=False)[0]
     lists = []
-    for panel, k in zip(panels, kept, strict=True):
-        e_u, e_r = (effect[k].sel(risk=risk).values for risk in (UNLEARN, "retain"))
+    for panel, name in zip(panels, kept, strict=True):
+        e_u, e_r = (effects[name].sel(risk=risk).values for risk in (UNLEARN, "retain"))
         drawn = _drawn(e_u, e_r)
         scatter_instances(panel, e_u[drawn], e_r[drawn])
-        panel.set_title(title_of(objectives[k]), fontsize=10, loc="left")
+        panel.set_title(title_of(name), fontsize=10, loc="left")
         panel.set_xlabel("e_u of a forget row (left: removes)", fontsize=9)
         panel.set_ylabel("e_r of the row (down: costs)", fontsize=9)
         named = outliers(e_u, e_r)
@@ -177,17 +194,17 @@ def instances(dataset: xr.Dataset, colours: Colours, name: str) -> list[Block]:
                 fontsize=9,
                 fontweight="bold",
             )
-        lists.append([_named(effect, i, e_u, e_r) for i in named])
-    n = effect.sizes["sample"]
+        lists.append([_named(effects[name], i, e_u, e_r) for i in named])
+    rows = max(effects[name].sizes["sample"] for name in kept)
     caption = (
-        f"Each point is one of {n} forget rows; numbered are up to {NAMED} that remove most and up "
-        f"to {NAMED} that cost the rest most."
+        f"Each point is one of {rows} forget rows; numbered are up to {NAMED} that remove most and "
+        f"up to {NAMED} that cost the rest most."
     )
-    if n > MOST_POINTS:
-        caption += f" {MOST_POINTS} of {n} are drawn: the largest, and an even choice of the rest."
+    if rows > MOST_POINTS:
+        caption += f" {MOST_POINTS} of {rows} are drawn: the largest, and some of the rest."
     return [
-        figure_block(figure, name, caption, colours, lists),
-        *left_out(n_objectives, "objectives", len(kept)),
+        figure_block(figure, "instances", caption, colours, lists),
+        *left_out(n, what, len(kept)),
     ]
 
 

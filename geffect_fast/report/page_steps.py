@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from geffect_fast.report.compare_table import comparison_rows
 from geffect_fast.report.families import thinned
 from geffect_fast.report.findings import findings
 from geffect_fast.report.page_blocks import (
@@ -102,41 +103,65 @@ def turning_sentence(read: Steps) -> str:
     )
 
 
-def verdicts(runs: Mapping[str, xr.Dataset]) -> list[Block]:
-    """What each run came to, and for one run every objective at its first and last step."""
-    read = {name: Steps.of(dataset) for name, dataset in runs.items()}
-    risks = list(dict.fromkeys(risk for each in read.values() for risk in each.risks))
-    rows = []
-    for name, each in read.items():
-        outcome = Outcome.of(each.values, each.risks)
-        trained = runs[name].attrs.get("trained_objective")
-        rows.append(
-            [
-                name,
-                str(trained or "checkpoints"),
-                outcome.verdict,
-                f"{each.steps[0]} to {each.steps[-1]}",
-                *(cell(outcome.change.get(risk, math.nan)) for risk in risks),
-                cell(outcome.cost, ".2g"),
-            ]
-        )
-    heads = [f"rise of the {risk_words(risk)}" for risk in risks]
-    blocks: list[Block] = [
-        Table(
-            "What was measured from the first step to the last",
-            ["run", "trained on", "verdict", "steps", *heads, "cost"],
-            rows,
-            frozenset([0, 1, 2, 3]),
-        )
+_NOTE = (
+    "Cost: rise of the worst other risk for a unit rise of the forget risk; below 0 it fell. A "
+    "dash: not defined."
+)
+
+
+def verdicts(dataset: xr.Dataset) -> list[Block]:
+    """What a run came to, and every objective at its first and last step."""
+    read = Steps.of(dataset)
+    outcome = Outcome.of(read.values, read.risks)
+    trained = dataset.attrs.get("trained_objective")
+    row = [
+        str(trained or "checkpoints"),
+        outcome.verdict,
+        f"{read.steps[0]} to {read.steps[-1]}",
+        *(cell(change) for change in outcome.change.values()),
+        cell(outcome.cost, ".2g"),
     ]
-    if len(runs) == 1:
-        (dataset,) = runs.values()
-        blocks.append(_objectives(dataset))
-    note = (
-        "Cost: rise of the worst other risk for a unit rise of the forget risk; below 0 it fell. "
-        "Collateral: the same of a small step, to first order. A dash: not defined."
+    heads = [f"rise of the {risk_words(risk)}" for risk in outcome.change]
+    measured = Table(
+        "What was measured from the first step to the last",
+        ["trained on" if trained else "run", "verdict", "steps", *heads, "cost"],
+        [row],
+        frozenset([0, 1, 2]),
     )
-    return [*blocks, Text(note, "note")]
+    note = f"{_NOTE} Collateral: the cost of a further small step, to first order."
+    return [measured, _objectives(dataset), Text(note, "note")]
+
+
+def compared_verdicts(both: xr.Dataset) -> list[Block]:
+    """What each of several runs came to, on the steps that they share."""
+    rows = comparison_rows(both)
+    risks = [str(risk) for risk in both["risk"].values]
+    steps, equal = both["step"].values, rows[0]["equal_removal"]
+    table = Table(
+        f"What was measured from step {steps[0]} to step {steps[-1]}",
+        [
+            *("run", "trained on", "verdict"),
+            *(f"rise of the {risk_words(risk)}" for risk in risks),
+            *("cost", f"harm at {cell(equal, '.2g')}"),
+        ],
+        [
+            [
+                row["run"],
+                row["objective"] if trained else "checkpoints",
+                row["verdict"],
+                *(cell(row[f"rise_{risk}"]) for risk in risks),
+                cell(row["cost"], ".3g"),
+                cell(row["harm_at_equal_removal"], ".3g"),
+            ]
+            for row, trained in zip(rows, both["trained"].values, strict=True)
+        ],
+        frozenset([0, 1, 2]),
+    )
+    note = (
+        f"{_NOTE} Harm at {cell(equal, '.2g')}: rise of the worst other risk when the forget risk "
+        "first had risen so far, the most that all runs reach."
+    )
+    return [table, Text(note, "note")]
 
 
 def _objectives(dataset: xr.Dataset) -> Table:
@@ -164,13 +189,16 @@ def _objectives(dataset: xr.Dataset) -> Table:
 
 
 def blocks_of(
-    figures: Mapping[str, Figure], names: tuple[str, ...], colours: Colours, prefix: str
+    figures: Mapping[str, Figure | None],
+    names: tuple[str, ...],
+    colours: Colours,
+    prefix: str = "",
 ) -> list[Block]:
     """Those of the figures that there are, described by their labels."""
+    there = {name: figure for name in names if (figure := figures.get(name)) is not None}
     return [
-        figure_block(figures[name], f"{prefix}{name}", str(figures[name].get_label()), colours)
-        for name in names
-        if name in figures
+        figure_block(figure, f"{prefix}{name}", str(figure.get_label()), colours)
+        for name, figure in there.items()
     ]
 
 
@@ -223,32 +251,52 @@ def full_table(dataset: xr.Dataset) -> list[Block]:
     ]
 
 
-def compared(runs: Mapping[str, xr.Dataset]) -> list[Block]:
-    """Which of several runs removed most, and which at the least cost."""
-    outcomes = {}
-    for name, dataset in runs.items():
-        read = Steps.of(dataset)
-        outcomes[name] = Outcome.of(read.values, read.risks)
-    rises = {n: o.change[UNLEARN] for n, o in outcomes.items() if math.isfinite(o.change[UNLEARN])}
-    costs = {n: o.cost for n, o in outcomes.items() if math.isfinite(o.cost)}
+def compared_answer(
+    runs: Mapping[str, xr.Dataset], models: Mapping[str, xr.Dataset], both: xr.Dataset
+) -> list[Block]:
+    """Which of several runs removed most, which at the least cost, and what each came to.
+
+    Args:
+        runs: they.
+        models: what they say of their last step, by sample at most.
+        both: of `geffect_fast.compare`.
+    """
+    rows = comparison_rows(both)
+    removed = [row for row in rows if row[f"rise_{UNLEARN}"] > 0]
     sentences = []
-    if rises:
-        best = max(rises, key=rises.__getitem__)
+    if removed:
+        best = max(removed, key=lambda row: row[f"rise_{UNLEARN}"])
         sentences.append(
-            f"Of {len(runs)} runs, {best} raises the forget risk most, by "
-            f"{cell(rises[best], '.3g')}."
+            f"Of {len(rows)} runs, {best['run']} raises the forget risk most, by "
+            f"{cell(best[f'rise_{UNLEARN}'], '.3g')}."
         )
-    if costs:
-        least, most = min(costs, key=costs.__getitem__), max(costs, key=costs.__getitem__)
-        sentences.append(
-            f"The least cost for a unit of forgetting has {least} "
-            f"({cell(costs[least], '.2g')}), the highest {most} ({cell(costs[most], '.2g')})."
-        )
-    kept = [name for name in runs if name not in costs]
+    for name, words in (
+        (
+            "harm_at_equal_removal",
+            f"once each has raised it by {cell(rows[0]['equal_removal'], '.3g')}",
+        ),
+        ("cost", "for a unit of forgetting"),
+    ):
+        known = sorted((row for row in rows if math.isfinite(row[name])), key=lambda r: r[name])
+        if len(known) > 1:
+            least, most = known[0], known[-1]
+            sentences.append(
+                f"The worst other risk has risen least under {least['run']} "
+                f"({cell(least[name], '.3g')}) and most under {most['run']} "
+                f"({cell(most[name], '.3g')}), {words}."
+            )
+            break
+    kept = [row["run"] for row in rows if row not in removed]
     if kept:
         sentences.append(f"The forget risk does not rise in {', '.join(kept)}.")
-    each = [
-        f"{name}: {outcome_sentence(dataset)} {turning_sentence(Steps.of(dataset))}"
-        for name, dataset in runs.items()
-    ]
-    return [Text(" ".join(sentences), "lead"), Items(each)]
+    blocks: list[Block] = [Text(" ".join(sentences), "lead")]
+    for name, dataset in runs.items():
+        where = findings(models[name].sel(objective=[lead_objective(dataset)]))[1]
+        said = [
+            outcome_sentence(dataset),
+            turning_sentence(Steps.of(dataset)),
+            f"At the last step: {where}",
+            *trust_sentences(dataset)[:1],
+        ]
+        blocks += [Text(name, "label"), Items(said)]
+    return blocks

@@ -220,7 +220,7 @@ def _swatch(handle: Any, colours: Colours) -> Markup:
     if isinstance(handle, Line2D):
         colour = variable(handle.get_color())
         if handle.get_linestyle() not in ("None", "", " "):
-            dashes = _DASHES.get(str(handle.get_linestyle()), "")
+            dashes = _DASHES.get(str(handle.get_linestyle()), "none")
             shapes.append(
                 f'<path d="M1 7H35" style="fill:none;stroke:{colour};stroke-width:2;'
                 f'stroke-dasharray:{dashes}"/>'
