@@ -97,14 +97,14 @@ def trained_result(*, n_steps=6, rate=2e-2, resolve=("group", "sample")):
     """A tiny model that ascends its forget data by SGD, profiled at every step.
 
     Returns:
-        A Dataset of `ga` (trained) and `npo(beta=0.1)`, with predictions of this run.
+        A Dataset of `ga`, with predictions of this run.
     """
     model = build("llama", dtype=torch.float64)
     forget, retain = samples([9, 7, 11], seed=1), samples([8, 10], seed=2)
     found = []
     for step in range(n_steps):
         one = gf.profile(
-            model, None, forget=forget, retain=retain, objectives="ga,npo(beta=0.1)",
+            model, None, forget=forget, retain=retain, objectives="ga",
             resolve=resolve,
         )  # fmt: skip
         found.append(one.assign_coords(step=step))

@@ -162,7 +162,7 @@ def _trade_off(runs: xr.Dataset) -> Figure | None:
         panel.set_xlabel(f"rise of the forget risk: removed (right)\n{across}", fontsize=9)
         panel.set_ylabel(f"rise of the {risk_words(risk)}: harm (up)\n{up}", fontsize=9)
         dress(panel)
-        set_titles(panel, f"what removal costs the {risk} set (dot: last step)", broken)
+        set_titles(panel, f"what removal costs the {risk} set (dot: last finite step)", broken)
     legend_below(figure, panels[0])
     figure.set_label(
         f"Rise of {', '.join(map(risk_words, others))} against the rise of the forget risk, a path "

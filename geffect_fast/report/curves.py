@@ -115,7 +115,7 @@ def draw_lines(
         panel.set_ylim(*limits)
     panel.set_ylabel(f"{words}\n{scale}" if scale and words else words, fontsize=9)
     panel.set_xlabel(across, fontsize=9)
-    set_titles(panel, title, broken)
+    set_titles(panel, title, broken, " (×)")
     panel.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
     if len(steps) > 1:
         room = 0.02 * (steps[-1] - steps[0])
@@ -131,10 +131,10 @@ def dress(panel: Axes) -> None:
     panel.spines[["top", "right"]].set_visible(False)
 
 
-def set_titles(panel: Axes, title: str, broken: Sequence[str]) -> None:
-    """A panel's title, and what of its lines is not finite above it."""
+def set_titles(panel: Axes, title: str, broken: Sequence[str], mark: str = "") -> None:
+    """A panel's title, and below it what is not finite and how that is marked."""
     if broken:
-        note = "\n".join(textwrap.wrap("NaN or infinite (×): " + "; ".join(broken), 60))
+        note = "\n".join(textwrap.wrap(f"NaN or infinite{mark}: " + "; ".join(broken), 60))
         title = f"{title}\n{note}"
     panel.set_title(title, fontsize=10, loc="left")
 

@@ -74,7 +74,7 @@ def effect_words(risk: str) -> tuple[str, str]:
 
 def panels_for(n: int, width: float = PANEL, height: float = 3.6) -> tuple[Figure, np.ndarray]:
     """A figure with panels side by side, three at most in a row; unused ones are not there."""
-    columns = min(n, 3)
+    columns = 2 if n == 4 else min(n, 3)
     rows = -(-n // columns)
     figure = blank_figure(0.4 + width * columns, 0.6 + height * rows)
     grid = figure.subplots(rows, columns, squeeze=False).ravel()
@@ -109,6 +109,8 @@ def _effects(read: Steps) -> Figure:
     )
     left_out = len(read.objectives) - len(shown)
     more = f"; objectives left out: {left_out}" if left_out else ""
+    if left_out:
+        figure.suptitle(f"objectives left out: {left_out}", fontsize=9, color=GREY)
     figure.set_label(
         f"G-effects of {', '.join(read.objectives[k] for k in shown)} {_over(read.steps)}: "
         f"{read.objectives[0]} has {lead}{more}."

@@ -75,7 +75,7 @@ def awkward():
         "no norms": (no_norms, ("cosines", "norms")),
         "one step": (step_dataset(n_steps=1), ("prediction",)),
         "two steps": (step_dataset(n_steps=2), ()),
-        "explodes": (step_dataset(n_steps=500, explodes=True, n_blocks=24), ()),
+        "explodes": (step_dataset(n_steps=99, explodes=True, n_blocks=24), ()),
         "only totals": (step_dataset(resolve=()), ("groups", "layers", "token_weights")),
         "groups": (step_dataset(resolve=("group", "sample")), ()),
         "four risks": (step_dataset(risks=four, weights=False), ("token_weights",)),
@@ -117,7 +117,7 @@ def test_what_is_not_finite_is_said_where_it_is_drawn():
     marks = [line for line in figures["effects"].axes[0].get_lines() if line.get_marker() == "x"]
     assert [list(mark.get_xdata()) for mark in marks] == [[3, 4, 5, 6, 7], [5]]
     assert "retain risk at 4 steps from 4" in figures["risks"].axes[0].get_title(loc="left")
-    assert "grey" in figures["layers"].axes[0].get_title(loc="left")
+    assert "NaN or infinite: 35 cells, grey" in figures["layers"].axes[0].get_title(loc="left")
     assert "at 4 of 8 steps" in figures["token_weights"].axes[0].get_title(loc="left")
     whole = step_figures(step_dataset())
     assert all("NaN" not in p.get_title(loc="left") for f in whole.values() for p in f.axes)
@@ -213,6 +213,7 @@ def test_many_lines_differ():
     assert len(colours) == 8
     panel = step_figures(awkward()["many objectives"][0])["effects"].axes[0]
     assert len(drawn(panel)) == SHOWN and "wga(alpha=0)" in drawn(panel)
+    assert panel.figure.get_suptitle() == "objectives left out: 4"
 
 
 def test_uneven_steps_have_their_own_widths():
