@@ -115,8 +115,8 @@ _FIELDS |= {
         option(
             "--trainer",
             metavar="FIELD=VALUE",
-            help="A field of transformers' TrainingArguments, such as weight_decay=0.01; "
-            "repeatable.",
+            help="A field of transformers' TrainingArguments, such as weight_decay=0.01, or "
+            "max_grad_norm=1, without which gradients are not clipped; repeatable.",
         ),
     ],
     "save_every": Annotated[int | None, option("--save-every", field="save_every")],

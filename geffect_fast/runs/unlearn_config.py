@@ -69,7 +69,8 @@ class Training(BaseModel):
     """Decides the order of the data, dropout and an adapter's first weights."""
 
     trainer: dict[str, Any] = Field(default={})
-    """Further fields of transformers' TrainingArguments, such as weight_decay: 0.01."""
+    """Further fields of transformers' TrainingArguments, such as weight_decay: 0.01; gradients are
+    clipped only where max_grad_norm is among them."""
 
     save_every: int | None = Field(default=None, gt=0)
     """Updates between two checkpoints to resume from; none: at every probe."""
