@@ -97,9 +97,9 @@ def drawn(panel):
 
 
 def test_a_line_is_a_run():
-    runs = gf.compare(of(3, n_blocks=6))
+    runs = gf.compare(of(3, n_blocks=6, risks=("unlearn", "retain", "general")))
     figures = comparison_figures(runs)
-    for m in range(2):
+    for m in range(3):
         lines = drawn(figures["effects"].axes[m])
         assert list(lines) == list(NAMES[:3])
         for k, name in enumerate(NAMES[:3]):
@@ -109,9 +109,9 @@ def test_a_line_is_a_run():
             np.testing.assert_array_equal(drawn(panel)[name], deep)
     titles = [panel.get_title(loc="left") for panel in figures["groups"].axes]
     assert titles[0] == "e_u, shallow blocks" and titles[5] == "e_r, deep blocks"
-    line = figures["trade_off"].axes[0].get_lines()[0]
     rise = runs.risk_value[0] - runs.risk_value[0, 0]
-    np.testing.assert_array_equal(line.get_xydata(), rise)
+    for m, panel in enumerate(figures["trade_off"].axes, 1):
+        np.testing.assert_array_equal(panel.get_lines()[0].get_xydata(), rise[:, [0, m]])
 
 
 def test_what_is_not_finite_is_said():
