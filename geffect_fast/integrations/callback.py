@@ -18,8 +18,8 @@ from geffect_fast.runs.arguments import check_counts, resolved_list
 from geffect_fast.runs.as_found import as_found
 from geffect_fast.runs.probe import Probe, run_identity
 from geffect_fast.runs.profiler import Profiler
-from geffect_fast.runs.steps import STEPS, StepStore
-from geffect_fast.runs.store import RESULTS, check_free, save_result
+from geffect_fast.runs.steps import StepStore
+from geffect_fast.runs.store import RESULTS, STEPS, check_free, save_result
 
 if TYPE_CHECKING:
     import xarray as xr

@@ -19,7 +19,8 @@ from geffect_fast.runs.probe import Probe, run_identity
 from geffect_fast.runs.profiler import Profiler
 from geffect_fast.runs.progress import progress_bar
 from geffect_fast.runs.step_folder import check_start, clear, finish, kept
-from geffect_fast.runs.steps import STEPS, StepStore
+from geffect_fast.runs.steps import StepStore
+from geffect_fast.runs.store import STEPS
 
 if TYPE_CHECKING:
     import xarray as xr

@@ -17,8 +17,8 @@ from geffect_fast.errors import (
 )
 from geffect_fast.runs.config import RunConfig, dump_config, load_config
 from geffect_fast.runs.disk import folder_for, is_there, remove, whole_file
-from geffect_fast.runs.steps import STEPS, is_step_name
-from geffect_fast.runs.store import CONFIG, RESULTS, RUN_FILES, check_free, write_dataset
+from geffect_fast.runs.steps import is_step_name
+from geffect_fast.runs.store import CONFIG, RESULTS, RUN_FILES, STEPS, check_free, write_dataset
 
 if TYPE_CHECKING:
     import xarray as xr

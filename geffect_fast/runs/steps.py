@@ -15,9 +15,6 @@ from geffect_fast.runs.store import open_run, write_dataset
 if TYPE_CHECKING:
     import xarray as xr
 
-STEPS = "steps"
-"""The folder of step files in a run folder."""
-
 IDENTITY = "run_identity"
 """Attribute of a step file: which run it belongs to."""
 

@@ -33,6 +33,8 @@ SUMMARY = "summary.csv"
 PLOTS = "plots"
 TOKENS = "tokens.html"
 REPORT = "report.html"
+STEPS = "steps"
+"""The folder of step files in the run folder of a run of several steps."""
 RUN_FILES = (RESULTS, CONFIG, SUMMARY, PLOTS, TOKENS, REPORT)
 
 _JSON_ATTRS = "json_attrs"
@@ -174,7 +176,8 @@ def _result_of(folder: str | Path) -> Path:
         ) from None
     torn = any(path.glob(f"{_STAGING}*")) or (path / CONFIG).exists()
     reason = "its run did not finish" if torn else "it is not a run folder"
-    raise InputError(f"run folder {folder} holds no {RESULTS}: {reason}; run profile again")
+    advice = "go on with --resume" if (path / STEPS).is_dir() else "run profile again"
+    raise InputError(f"run folder {folder} holds no {RESULTS}: {reason}; {advice}")
 
 
 @contextmanager

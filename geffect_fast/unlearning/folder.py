@@ -11,8 +11,7 @@ from geffect_fast.errors import InputError
 from geffect_fast.runs import step_folder
 from geffect_fast.runs.disk import is_there, remove
 from geffect_fast.runs.models import quiet_transformers
-from geffect_fast.runs.steps import STEPS
-from geffect_fast.runs.store import check_free
+from geffect_fast.runs.store import STEPS, check_free
 from geffect_fast.unlearning.checkpoints import checkpoints
 
 if TYPE_CHECKING:

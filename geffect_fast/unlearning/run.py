@@ -29,7 +29,8 @@ from geffect_fast.runs.models import quiet_transformers
 from geffect_fast.runs.probe import Probe, run_identity
 from geffect_fast.runs.profiler import Profiler
 from geffect_fast.runs.progress import progress_bar
-from geffect_fast.runs.steps import STEPS, StepStore
+from geffect_fast.runs.steps import StepStore
+from geffect_fast.runs.store import STEPS
 from geffect_fast.runs.unlearn_config import Training
 from geffect_fast.unlearning.checkpoints import checkpoints
 from geffect_fast.unlearning.probe_rows import choose_rows

@@ -288,6 +288,20 @@ CASES = [
         both(saved, a_run),
     ),
     Case(
+        "what a run that stopped has found",
+        ["show", "run"],
+        "run folder run holds no results.nc: its run did not finish",
+        "go on with --resume",
+        half_done,
+    ),
+    Case(
+        "a folder of steps that no run made",
+        checkpoints(),
+        "run folder run holds steps/notes.txt",
+        "choose another --out",
+        both(saved, holds("run/steps/notes.txt", "mine")),
+    ),
+    Case(
         "a torn step file",
         RESUMED,
         "step-00000005.nc is torn or not NetCDF",

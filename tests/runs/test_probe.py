@@ -157,6 +157,7 @@ def logprobs(model, row):
 def test_weights_of_tokens_are_those_of_the_formulas(how):
     model, other = build("llama", torch.float64), build("llama", torch.float64, seed=1)
     objectives = ["ga", "wga(alpha=2)", "npo(beta=0.5)", "npo(beta=0.5) + 3*nll", "rmu(layer=1)"]
+    objectives += ["ga - 2*wga(alpha=2) + rmu(layer=1)"]
     probe = probe_of(model, objectives, reference_model=other, **how)
     found = probe.at(0)["token_weight"]
     assert found.dims == ("objective", "sample", "token")
@@ -171,6 +172,7 @@ def test_weights_of_tokens_are_those_of_the_formulas(how):
         expected[:4, i, : len(logp)] = np.stack(
             [np.full(len(logp), 1 / n), (2 * logp).exp() / n, *[np.full(len(logp), npo)] * 2]
         )
+    expected[5] = expected[0] - 2 * expected[1]
     for i, row in enumerate(DATA["retain"]):
         expected[3, b + i, : len(row["labels"]) - 1] = -3 / n_retain
     np.testing.assert_allclose(found, expected, rtol=1e-10)
