@@ -60,6 +60,7 @@ def layer_maps(dataset: xr.Dataset, objectives: list[str]) -> Figure | None:
 def _map(figure: Figure, panel: Axes, steps: np.ndarray, values: np.ndarray, title: str) -> None:
     """One heat map `(parts, steps)` with its own colour bar."""
     from matplotlib.colors import Normalize, SymLogNorm
+    from matplotlib.ticker import MaxNLocator
 
     finite = np.isfinite(values)
     scales: dict[str, Any] = {}
@@ -79,6 +80,7 @@ def _map(figure: Figure, panel: Axes, steps: np.ndarray, values: np.ndarray, tit
         rasterized=True,  # as vectors many steps and layers would be megabytes
     )
     panel.set_facecolor("#999999")
+    panel.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
     lost = int((~finite).sum())
     set_titles(panel, title, [f"{lost} cells, grey"] if lost else [])
     figure.colorbar(image, ax=panel, pad=0.02, label=said).ax.tick_params(labelsize=8)
