@@ -153,6 +153,15 @@ def test_ctrl_c_keeps_the_steps_and_says_how_to_go_on(
     assert_same_run(folder, whole)
 
 
+def test_what_a_killed_process_left_half_written_goes(config, whole, tmp_path):
+    folder = shutil.copytree(whole, tmp_path / "run")
+    (folder / "results.nc").unlink()
+    for left in (".saving/checkpoint-2", ".writing-abc", "steps/.step-00000002.nc.part"):
+        (folder / left).mkdir(parents=True) if "." in left[:1] else (folder / left).touch()
+    execute_unlearn(config, folder, resume=True)
+    assert_same_run(folder, whole)
+
+
 def test_rarer_checkpoints_train_again_what_they_miss_and_measure_it_once(
     config, whole, tmp_path, monkeypatch
 ):
