@@ -115,7 +115,7 @@ CASES = [
     Case(
         "a report of runs on other data",
         asked("a", "b", "--out", "page.html"),
-        "n_forget",
+        "forget and",
         "compare runs on the same data",
         with_b(n_forget=3),
     ),
