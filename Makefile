@@ -1,5 +1,6 @@
 # make demo: install, build the kernels, run the demo.   make test: install, run all tests.
-# PYTHON=python3.12 chooses the interpreter, GEFFECT_FAST_BUILD=auto|cpu|cuda|none what is built.
+# PYTHON=python3.12 chooses the interpreter, GEFFECT_FAST_BUILD=auto|cpu|cuda|none what is built,
+# JOBS=4 how many tests run side by side.
 # gpu-test and gpu-bench use $(PYTHON) as it is: no virtual environment, no downloads.
 
 PYTHON ?= python3
@@ -11,6 +12,10 @@ DEMO_OUT ?= demo-run
 # By default OpenMP's threads spin while they wait; on cores shared with other programs that turns
 # minutes into hours, and it saves next to nothing elsewhere.
 export OMP_WAIT_POLICY ?= passive
+
+# Tests run side by side, a file at a time; the models are so small that one thread each is fastest.
+JOBS ?= $(shell n=$$(getconf _NPROCESSORS_ONLN); echo $$((n < 8 ? n : 8)))
+SIDE_BY_SIDE = -n $(JOBS) --dist loadfile
 
 # The suite once more on an installation without kernels; it borrows every other package from $(VENV).
 VENV_NONE := .venv-none
@@ -87,7 +92,7 @@ demo: $(VENV)/installed
 	$(BIN)/geffect-fast demo --out $(DEMO_OUT) --overwrite
 
 test: $(VENV)/tools-test
-	$(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(SIDE_BY_SIDE)
 
 $(VENV_NONE)/installed: $(VENV)/tools-test $(PYTHON_FILES)
 	@echo "installing geffect_fast without kernels into $(VENV_NONE)"
@@ -111,7 +116,8 @@ WITHOUT_KERNELS = tests/ops tests/capture tests/engines/test_direction.py \
 
 # pytest's own script, since `python -m pytest` would put this folder's package before the installed one
 test-nobuild: $(VENV_NONE)/installed
-	GEFFECT_FAST_BUILD=none $(VENV_NONE)/bin/python $(BIN)/pytest -q $(WITHOUT_KERNELS)
+	GEFFECT_FAST_BUILD=none OMP_NUM_THREADS=1 \
+		$(VENV_NONE)/bin/python $(BIN)/pytest -q $(SIDE_BY_SIDE) $(WITHOUT_KERNELS)
 
 lint: $(VENV)/tools-lint
 	$(BIN)/ruff check .
