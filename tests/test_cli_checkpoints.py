@@ -60,5 +60,9 @@ def test_a_run_is_stopped_gone_on_with_and_replayed(here, monkeypatch, capsys):
     xr.testing.assert_identical(
         found.drop_attrs(deep=False), gf.open_run("again").drop_attrs(deep=False)
     )
-    assert main(["profile", "--quiet", "--config", "run/run.yaml", "--out", "run"]) == 2
+    over = ["profile", "--quiet", "--config", "run/run.yaml", "--out", "run"]
+    assert main([*over, "--overwrite"]) == 2, "what is not ours is not removed"
+    assert "holds steps/mine.txt, which no run made" in capsys.readouterr().err
+    (here / "run/steps/mine.txt").unlink()
+    assert main(over) == 2
     assert "already holds results.nc" in capsys.readouterr().err
