@@ -9,11 +9,14 @@ import numpy as np
 
 from geffect_fast.data import SampleSet
 from geffect_fast.data.batch import Role
-from geffect_fast.objectives import Objective
+from geffect_fast.objectives import GA, Objective
 
 SHARE = 0.85
 """Of a training step, what a probe may cost by the count; copies of the weights and writing the
 result, which are not counted, take the rest (benchmarks/bench_probe.py)."""
+
+SIMPLEST = (GA(),)
+"""Under what a training step is cheapest."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,8 @@ def choose_rows(
     Args:
         sets: the data sets, whole: forget, retain, and probes by name.
         wanted: rows of each set, `all`, or None: as many as make a probe cost one training step at
-            most (`SHARE` of it by this count), and one at least.
+            most (`SHARE` of it by this count), and one at least; no more than under `ga`, so that
+            runs of several objectives measure the same rows and can be compared.
         trained: parts of the objective that is trained on.
         measured: parts of all objectives that are measured.
         risk: the risk.
@@ -67,14 +71,17 @@ def choose_rows(
         norms: whether norms and cosines are measured too, by the reverse engine.
         resolve, engine: of the probe.
     """
-    step = 3 * sum(
-        rows_an_update[name] * np.mean(_tokens(sets[name], roles))
-        for name, roles in _reads(trained).items()
-    )
-
     forward = engine != "reverse" and not {"parameter", "position"} & set(resolve)
 
-    def cost(rows: Mapping[str, Sequence[int]]) -> float:
+    def cost(
+        rows: Mapping[str, Sequence[int]],
+        trained: Sequence[Objective],
+        measured: Sequence[Objective],
+    ) -> float:
+        step = 3 * sum(
+            rows_an_update[name] * np.mean(_tokens(sets[name], roles))
+            for name, roles in _reads(trained).items()
+        )
         risks = sum(
             3 * _tokens(sets[name], risk.roles)[list(at)].sum() for name, at in rows.items()
         )
@@ -87,18 +94,21 @@ def choose_rows(
             effects += passes * _tokens(sets[name], roles)[list(rows[name])].sum()
         return float((risks + effects) / step)
 
-    def spread(n: int | None) -> dict[str, list[int]]:
-        return {name: evenly(len(each), n) for name, each in sets.items()}
+    def found(n: int | None) -> ProbeRows:
+        rows = {name: evenly(len(each), n) for name, each in sets.items()}
+        return ProbeRows(rows, cost(rows, trained, measured))
 
-    longest = max(map(len, sets.values()))
+    def fits(n: int) -> bool:
+        probe = found(n)
+        return max(probe.cost, cost(probe.rows, SIMPLEST, SIMPLEST)) <= SHARE
+
     if wanted is not None:
-        rows = spread(None if wanted == "all" else int(wanted))
-        return ProbeRows(rows, cost(rows))
-    low, high = 1, longest  # the cost rises with the rows, but for their lengths
+        return found(None if wanted == "all" else int(wanted))
+    low, high = 1, max(map(len, sets.values()))  # the cost rises with the rows, but for lengths
     while low < high:
         middle = (low + high + 1) // 2
-        low, high = (middle, high) if cost(spread(middle)) <= SHARE else (low, middle - 1)
-    return ProbeRows(spread(low), cost(spread(low)))
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return found(low)
 
 
 def evenly(n: int, count: int | None) -> list[int]:

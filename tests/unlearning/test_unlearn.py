@@ -137,13 +137,17 @@ def test_lora_trains_the_adapter_alone_against_the_model_as_it_was(tmp_path):
     assert (out / "model" / "adapter_model.safetensors").exists()
 
 
-def test_default_rows_cost_at_most_one_training_step():
+def test_default_rows_cost_at_most_one_training_step_and_are_those_of_other_objectives():
     forget = samples([9, 17, 5, 12, 8, 11, 6, 14] * 8, 1, 3)
     retain = samples([9, 14, 6] * 10, 2, 3)
-    given = {"objective": "npo + kl", "steps": 1}
-    result = gf.unlearn(build("llama"), None, forget=forget, retain=retain, **given)
+    found = [
+        gf.unlearn(build("llama"), None, forget=forget, retain=retain, objective=each, steps=1)
+        for each in ("npo + kl", "ga", "gd")
+    ]
+    result = found[0]
+    assert len({other.attrs["probe_rows"] for other in found}) == 1
+    assert all(0.4 < other.attrs["probe_cost"] <= 1 for other in found)
     rows = json.loads(result.attrs["probe_rows"])
-    assert 0.4 < result.attrs["probe_cost"] <= 1
     assert len(rows["forget"]) == len(rows["retain"]) >= 3
     gaps = np.diff(rows["forget"])
     assert gaps.max() - gaps.min() <= 1
