@@ -283,7 +283,9 @@ def _what(dataset: xr.Dataset) -> str:
 
 def _about(runs: Mapping[str, xr.Dataset]) -> str:
     first = next(iter(runs.values()))
-    words = [f"{first.sizes['objective']} objectives" if len(runs) == 1 else f"{len(runs)} runs"]
+    n = first.sizes["objective"]
+    one = "one objective" if n == 1 else f"{n} objectives"
+    words = [one if len(runs) == 1 else f"{len(runs)} runs"]
     words.append(
         f"measured on {first.attrs['n_forget']} forget and {first.attrs['n_retain']} retain rows"
     )
