@@ -117,9 +117,11 @@ class OutputLayer:
 
     def __init__(self, model: nn.Module) -> None:
         found = getattr(model, "get_output_embeddings", lambda: None)()
-        plain = isinstance(found, nn.Linear) and type(found).forward is nn.Linear.forward
-        own = plain and "forward" not in vars(found) and not puts_prompt(model)
-        self.layer: nn.Linear | None = found if own else None
+        self.layer: nn.Linear | None = None
+        if isinstance(found, nn.Linear) and type(found).forward is nn.Linear.forward:
+            # A hook could look for what logits that are a leaf do not have.
+            own = "forward" not in vars(found) and not _hooked(found)
+            self.layer = found if own and not puts_prompt(model) else None
         self._tried = False
 
     @contextmanager
@@ -176,3 +178,16 @@ class OutputLayer:
             self._tried = True
         out = widened(logprob.new_zeros(n_directions, len(logprob)))
         return out.index_copy(1, index, calls[0].change(grad, rows, n_directions).to(out))
+
+
+def _hooked(module: nn.Module) -> bool:
+    """Whether anything is called when the module is, of its own or of all modules."""
+    everywhere = torch.nn.modules.module
+    return any(
+        (
+            module._forward_hooks,
+            module._forward_pre_hooks,
+            everywhere._global_forward_hooks,
+            everywhere._global_forward_pre_hooks,
+        )
+    )

@@ -216,7 +216,7 @@ class Profiler:
         check_finite(plan.model)
         m, k, engine = len(self.risk_names), len(self.objectives), self._choice.engine
         shape = resolution.shape(k, m)
-        if out is not None and not (resolution.per_sample and resolution.within):
+        if out is not None and not ("sample" in resolution.axes and resolution.within):
             raise InputError(
                 "out: goes with resolve by 'sample' and 'position' or 'token'; leave it out"
             )

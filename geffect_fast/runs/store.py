@@ -279,9 +279,11 @@ def write_dataset(dataset: xr.Dataset, file: Path) -> None:
 
     encoding = {name: COMPRESSION for name in dataset.data_vars if dataset[name].ndim}
     with DiskFile(file) as disk:
-        with h5netcdf.File(disk, "w") as h5:
-            store_in(h5, dataset, encoding)
-        disk.check()
+        try:
+            with h5netcdf.File(disk, "w") as h5:
+                store_in(h5, dataset, encoding)
+        finally:
+            disk.check()  # also where HDF5 misses what it could not write
 
 
 def store_in(h5: Any, dataset: xr.Dataset, encoding: dict[Any, Any] | None = None) -> None:

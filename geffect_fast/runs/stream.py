@@ -90,9 +90,11 @@ class EffectFile:
         Returns:
             The result, read from the file as it is asked for; close it after use.
         """
-        store_in(self._h5, rest)
-        self._h5.close()
-        self._disk.check()
+        try:
+            store_in(self._h5, rest)
+            self._h5.close()
+        finally:
+            self._disk.check()  # also where HDF5 misses what it could not write
         self._disk.close()
         self._part.rename(self.file)
         return open_run(self.file, lazy=True)

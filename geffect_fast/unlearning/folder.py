@@ -9,9 +9,11 @@ from safetensors import SafetensorError
 
 from geffect_fast.errors import InputError
 from geffect_fast.runs import step_folder
+from geffect_fast.runs.config import load_config
 from geffect_fast.runs.disk import is_there, remove
 from geffect_fast.runs.models import quiet_transformers
-from geffect_fast.runs.store import STEPS, check_free
+from geffect_fast.runs.store import CONFIG, RESULTS, STEPS, check_free
+from geffect_fast.runs.unlearn_config import UnlearnConfig
 from geffect_fast.unlearning.checkpoints import checkpoints
 
 if TYPE_CHECKING:
@@ -29,7 +31,9 @@ def made_by_unlearning(folder: Path) -> list[str]:
 
 
 def check_start(out: str | Path, resume: bool, overwrite: bool) -> Path:
-    """The folder of a run, if it may begin, or go on, there; touches nothing.
+    """The folder of a run, if it may begin, or go on, there.
+
+    Touches nothing but checkpoints that a process killed at its very end left beside its result.
 
     Raises:
         InputError: it cannot be written to; it holds a run and neither `resume` nor `overwrite` is
@@ -45,6 +49,10 @@ def check_start(out: str | Path, resume: bool, overwrite: bool) -> Path:
             f"run folder {out} holds {min(theirs).name}, which no unlearning run made; choose "
             "another --out"
         )
+    if resume and is_there(folder / RESULTS) and is_there(folder / CONFIG):
+        begun = load_config(folder / CONFIG)
+        if isinstance(begun, UnlearnConfig) and not begun.keep_checkpoints:
+            _remove_checkpoints(folder)
     return step_folder.check_start(out, resume, overwrite, made_by_unlearning(folder))
 
 
@@ -74,5 +82,9 @@ def finish(folder: Path, dataset: xr.Dataset, run: Unlearning, report: Reporter 
 
     step_folder.finish(folder, dataset, report, save_model)
     if not run.training.keep_checkpoints:
-        for checkpoint in checkpoints(folder).values():
-            remove(checkpoint)
+        _remove_checkpoints(folder)
+
+
+def _remove_checkpoints(folder: Path) -> None:
+    for checkpoint in checkpoints(folder).values():
+        remove(checkpoint)

@@ -10,6 +10,7 @@ import shutil
 import signal
 import sys
 import time
+import traceback
 
 import pytest
 import torch
@@ -74,7 +75,11 @@ def assert_same_run(folder, whole):
 
 
 def go_on(config, folder, **more):
-    return execute_unlearn(config, folder, resume=(folder / "run.yaml").exists(), **more)
+    resume = (folder / "run.yaml").exists()
+    try:
+        return execute_unlearn(config, folder, resume=resume, **more)
+    except InputError as error:  # killed behind the last file
+        assert "is complete, there is nothing to resume" in str(error)
 
 
 def killed(config, folder, *, after_seconds=None, at_event=None):
@@ -93,6 +98,8 @@ def killed(config, folder, *, after_seconds=None, at_event=None):
             sys.addaudithook(count)
             go_on(config, folder)
             os._exit(0)
+        except BaseException:
+            traceback.print_exc()
         finally:
             os._exit(1)
     if after_seconds is not None:
@@ -120,6 +127,20 @@ def test_killed_20_times_a_run_ends_with_the_same_numbers(config, whole, seconds
             go_on(config, folder)
         assert_same_run(folder, whole)
         runs += 1
+
+
+def test_killed_behind_its_result_a_run_is_complete_and_its_checkpoints_go(config, tmp_path):
+    folder = tmp_path / "run"
+    execute_unlearn(config.model_copy(update={"keep_checkpoints": True}), folder)
+    saved = folder / "run.yaml"
+    text = saved.read_text(encoding="utf-8")
+    with pytest.raises(InputError, match="is complete"):
+        execute_unlearn(config, folder, resume=True)
+    assert len([*folder.glob("checkpoint-*")]) == 2
+    saved.write_text(text.replace("keep_checkpoints: true", "keep_checkpoints: false"))
+    with pytest.raises(InputError, match="is complete"):
+        execute_unlearn(config, folder, resume=True)
+    assert not [*folder.glob("checkpoint-*")]
 
 
 class _Measured:

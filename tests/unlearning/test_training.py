@@ -181,7 +181,7 @@ def test_a_loss_that_is_not_finite_is_named_with_its_step(tmp_path):
         ({"trainer": {"weight_decai": 1}}, "unknown 'weight_decai'; did you mean 'weight_decay'"),
         ({"trainer": {"max_steps": 3}}, "max_steps is decided by --steps; use that"),
         ({"trainer": {"fsdp": "full_shard"}}, "fsdp is not served here; leave it out"),
-        ({"trainer": {"eval_strategy": "often"}}, "trainer: 'often' is not a valid"),
+        ({"trainer": {"eval_strategy": "often"}}, "is not a valid IntervalStrategy"),
     ],
 )
 def test_arguments_that_are_wrong_cost_one_line(fields, message, tmp_path):
