@@ -282,6 +282,20 @@ def test_layers_with_a_forward_of_their_own_are_left():
     assert OutputLayer(nn.Linear(2, 2)).layer is None
 
 
+def test_layers_that_hooks_look_at_are_left():
+    model = build("llama")
+    for register in (
+        model.lm_head.register_forward_hook,
+        model.lm_head.register_forward_pre_hook,
+        nn.modules.module.register_module_forward_hook,
+        nn.modules.module.register_module_forward_pre_hook,
+    ):
+        handle = register(lambda *_: None)
+        assert OutputLayer(model).layer is None
+        handle.remove()
+        assert OutputLayer(model).layer is model.lm_head
+
+
 def test_the_forward_is_put_back_after_an_error():
     model = Small()
     layer = OutputLayer(model)
