@@ -15,6 +15,10 @@ SHARE = 0.85
 """Of a training step, what a probe may cost by the count; copies of the weights and writing the
 result, which are not counted, take the rest (benchmarks/bench_probe.py)."""
 
+WEIGHT_PASS = 300
+"""Forward passes over one token in whose time the parameters are read and multiplied once more:
+whole gradients, their products, copies. Measured (benchmarks/bench_probe.py)."""
+
 SIMPLEST = (GA(),)
 """Under what a training step is cheapest."""
 
@@ -57,7 +61,8 @@ def choose_rows(
     Work is counted in tokens times forward passes. A training step takes 3 of its tokens (forward
     and backward with weight gradients); a probe by the reverse engine 3 of each risk's rows, and
     `1 + M + K` (with norms `1 + M + 2 K`) of the rows that K parts of objectives read, M risks; the
-    forward engine takes `1 + 2 M` of the latter, and about `6 + 4.5 M` by groups of layers.
+    forward engine takes `1 + 2 M` of the latter, and about `6 + 4.5 M` by groups of layers. What
+    rows do not decide is `1 + M + K` times `WEIGHT_PASS`.
 
     Args:
         sets: the data sets, whole: forget, retain, and probes by name.
@@ -92,7 +97,8 @@ def choose_rows(
             if forward:
                 passes = 6 + 4.5 * len(rows) if "group" in resolve else 1 + 2 * len(rows)
             effects += passes * _tokens(sets[name], roles)[list(rows[name])].sum()
-        return float((risks + effects) / step)
+        whole = WEIGHT_PASS * (1 + len(rows) + len(measured))
+        return float((risks + effects + whole) / step)
 
     def found(n: int | None) -> ProbeRows:
         rows = {name: evenly(len(each), n) for name, each in sets.items()}
