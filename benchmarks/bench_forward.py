@@ -11,15 +11,13 @@ Contestants take turns; the least of `--rounds` rounds counts, as noise only eve
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from llama import make_model
-from machine import RESULTS, interleaved_minima, peak_extra_bytes, write_csv
+from machine import interleaved_minima, peak_extra_bytes, run_shapes
 from torch import Tensor, nn
 
 from geffect_fast.capture import Plan
@@ -130,30 +128,14 @@ def measure(model: nn.Module, n: int, length: int, rounds: int) -> list[dict[str
     ]
 
 
-def main() -> None:
-    """Measure, print, and write the CSV."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="a tiny model, prints only")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=2)
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    model = make_model(args.quick)
-    rows = []
-    for n, length in SHAPES[:1] if args.quick else SHAPES:
-        for row in measure(model, n, length, args.rounds):
-            rows.append(row)
-            print(
-                f"{n:3} x {length:<4} {row['contestant']:15} {row['objectives']:4} objectives "
-                f"{row['min_s']:8.3f} s {row['of_step']:7.2f} of a step "
-                f"{row['peak_extra_mb']:8.1f} MB",
-                flush=True,
-            )
-    if not args.quick:
-        path = RESULTS / "forward_cpu.csv"
-        write_csv(path, rows)
-        print(f"wrote {path}")
-
-
 if __name__ == "__main__":
-    main()
+    run_shapes(
+        __doc__,
+        "forward_cpu.csv",
+        SHAPES,
+        measure,
+        lambda row: (
+            f"{row['contestant']:15} {row['objectives']:4} objectives {row['min_s']:8.3f} s "
+            f"{row['of_step']:7.2f} of a step {row['peak_extra_mb']:8.1f} MB"
+        ),
+    )

@@ -10,17 +10,14 @@ attention has none. Contestants take turns; the least of `--rounds` rounds count
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 from unittest.mock import patch
 
-import torch
 import torch.nn.functional as F
 from bench_forward import SHAPES, contestants
-from llama import make_model
-from machine import RESULTS, interleaved_minima, write_csv
+from machine import interleaved_minima, run_shapes
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -102,29 +99,14 @@ def measure(model: nn.Module, n: int, length: int, rounds: int) -> list[dict[str
     ]
 
 
-def main() -> None:
-    """Measure, print, and write the CSV."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="a tiny model, prints only")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=2)
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    model = make_model(args.quick)
-    rows = []
-    for n, length in SHAPES[:1] if args.quick else SHAPES:
-        for row in measure(model, n, length, args.rounds):
-            rows.append(row)
-            print(
-                f"{n:3} x {length:<4} without {row['left_out'] or 'nothing':38} "
-                f"{row['min_s']:8.3f} s {row['of_all']:7.3f} of all rules",
-                flush=True,
-            )
-    if not args.quick:
-        path = RESULTS / "rules_cpu.csv"
-        write_csv(path, rows)
-        print(f"wrote {path}")
-
-
 if __name__ == "__main__":
-    main()
+    run_shapes(
+        __doc__,
+        "rules_cpu.csv",
+        SHAPES,
+        measure,
+        lambda row: (
+            f"without {row['left_out'] or 'nothing':38} {row['min_s']:8.3f} s "
+            f"{row['of_all']:7.3f} of all rules"
+        ),
+    )

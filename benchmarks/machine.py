@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import ctypes
 import datetime
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from llama import make_model
 
 import geffect_fast
 
@@ -90,6 +92,39 @@ def interleaved(
             if round_index:
                 times[name].append(time.perf_counter() - start)
     return times
+
+
+def run_shapes(
+    description: str | None,
+    file: str,
+    shapes: Sequence[tuple[int, int]],
+    measure: Callable[[Any, int, int, int], list[dict[str, Any]]],
+    line: Callable[[Mapping[str, Any]], str],
+) -> None:
+    """A script's whole run: measure every shape on a Llama, print, and write the CSV.
+
+    Args:
+        description: the script's docstring.
+        file: name of the CSV.
+        shapes: `(samples, length)`, the first alone for `--quick`.
+        measure: the rows of one shape, of the model, samples, length and rounds.
+        line: what is printed of a row.
+    """
+    parser = argparse.ArgumentParser(description=(description or "").splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="a tiny model, prints only")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=2)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    model = make_model(args.quick)
+    rows = []
+    for n, length in shapes[:1] if args.quick else shapes:
+        for row in measure(model, n, length, args.rounds):
+            rows.append(row)
+            print(f"{n:3} x {length:<4} {line(row)}", flush=True)
+    if not args.quick:
+        write_csv(RESULTS / file, rows)
+        print(f"wrote {RESULTS / file}")
 
 
 def peak_extra_bytes(run: Callable[[], Any]) -> int:
