@@ -13,6 +13,9 @@ from typing import Any
 
 from geffect_fast.errors import InputError
 
+UNFINISHED = ".unfinished-"
+"""How the name of a folder in a run folder begins while a process fills or removes it."""
+
 
 def user_path(path: str | Path) -> Path:
     """A path with `~` written out; `~name` of nobody here stays, to be named by who looks there."""
@@ -133,11 +136,25 @@ def synced(path: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a file, link or whole folder, if it is there."""
+    """Remove a file, link or whole folder, if it is there.
+
+    A folder loses its name first: a process killed meanwhile leaves no half of one behind.
+    """
     if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
+        hidden = path.with_name(f"{UNFINISHED}{path.name.removeprefix(UNFINISHED)}")
+        if hidden != path:
+            if is_there(hidden):
+                shutil.rmtree(hidden)
+            path.rename(hidden)
+        shutil.rmtree(hidden)
     else:
         path.unlink(missing_ok=True)
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove what a killed process was filling or removing in a run folder."""
+    for left in folder.glob(f"{UNFINISHED}*"):
+        remove(left)
 
 
 class DiskFile(io.FileIO):

@@ -16,7 +16,14 @@ from geffect_fast.errors import (
     UnfinishedError,
 )
 from geffect_fast.runs.config import RunConfig, dump_config, load_config
-from geffect_fast.runs.disk import folder_for, is_there, remove, whole_file
+from geffect_fast.runs.disk import (
+    UNFINISHED,
+    folder_for,
+    is_there,
+    remove,
+    remove_unfinished,
+    whole_file,
+)
 from geffect_fast.runs.steps import is_step_name
 from geffect_fast.runs.store import CONFIG, RESULTS, RUN_FILES, STEPS, check_free, write_dataset
 
@@ -24,8 +31,6 @@ if TYPE_CHECKING:
     import xarray as xr
 
     from geffect_fast.runs.store import Reporter
-
-_FINISHING = ".writing-"
 
 
 def check_start(
@@ -72,6 +77,7 @@ def clear(folder: Path, more: Collection[str] = ()) -> None:
     """Remove an earlier run, its result first, so that what is left is no complete run."""
     for name in _held(folder, more):
         remove(folder / name)
+    remove_unfinished(folder)
 
 
 @contextmanager
@@ -153,9 +159,8 @@ def finish(
         UnfinishedError: the disk refuses.
     """
     try:
-        for left in folder.glob(f"{_FINISHING}*"):  # of a killed process
-            remove(left)
-        staging = Path(tempfile.mkdtemp(prefix=_FINISHING, dir=folder))
+        remove_unfinished(folder)
+        staging = Path(tempfile.mkdtemp(prefix=UNFINISHED, dir=folder))
         try:
             more(staging)
             write_dataset(dataset, staging / RESULTS)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from geffect_fast.errors import InputError
 from geffect_fast.runs.config import ProfileConfig, dump_config
 from geffect_fast.runs.disk import (
+    UNFINISHED,
     DiskFile,
     folder_for,
     is_there,
@@ -38,7 +39,6 @@ STEPS = "steps"
 RUN_FILES = (RESULTS, CONFIG, SUMMARY, PLOTS, TOKENS, REPORT)
 
 _JSON_ATTRS = "json_attrs"
-_STAGING = ".writing-"
 
 COMPRESSION = {"compression": "gzip", "compression_opts": 4, "shuffle": True}
 
@@ -119,7 +119,7 @@ def staged_run(folder: str | Path, overwrite: bool = False) -> Iterator[Path]:
     """
     path = check_free(folder, overwrite)
     with folder_for(f"run folder {folder}", path):
-        staging = Path(tempfile.mkdtemp(prefix=_STAGING, dir=path))
+        staging = Path(tempfile.mkdtemp(prefix=UNFINISHED, dir=path))
         try:
             yield staging
             items = sorted(staging.iterdir(), key=lambda p: p.name == RESULTS)
@@ -174,7 +174,7 @@ def _result_of(folder: str | Path) -> Path:
         raise InputError(
             f"run folder {folder} cannot be read: {error.strerror}; give a folder made by profile"
         ) from None
-    torn = any(path.glob(f"{_STAGING}*")) or (path / CONFIG).exists()
+    torn = any(path.glob(f"{UNFINISHED}*")) or (path / CONFIG).exists()
     reason = "its run did not finish" if torn else "it is not a run folder"
     advice = "go on with --resume" if (path / STEPS).is_dir() else "run profile again"
     raise InputError(f"run folder {folder} holds no {RESULTS}: {reason}; {advice}")

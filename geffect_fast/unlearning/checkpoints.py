@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from geffect_fast.errors import InputError
-from geffect_fast.runs.disk import remove, synced
+from geffect_fast.runs.disk import UNFINISHED, remove, synced
 from geffect_fast.runs.models import load_model
 
 MARK = "geffect_fast.json"
@@ -21,7 +21,7 @@ MARK = "geffect_fast.json"
 
 def saving_folder(run: Path) -> Path:
     """Where checkpoints are written, before they are complete and take their place."""
-    return run / ".saving"
+    return run / f"{UNFINISHED}checkpoint"
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from geffect_fast.errors import InputError
 from geffect_fast.runs import step_folder
 from geffect_fast.runs.config import load_config
-from geffect_fast.runs.disk import is_there, remove
+from geffect_fast.runs.disk import is_there, remove, remove_unfinished
 from geffect_fast.runs.models import quiet_transformers
 from geffect_fast.runs.store import CONFIG, RESULTS, STEPS, check_free
 from geffect_fast.runs.unlearn_config import UnlearnConfig
@@ -33,7 +33,7 @@ def made_by_unlearning(folder: Path) -> list[str]:
 def check_start(out: str | Path, resume: bool, overwrite: bool) -> Path:
     """The folder of a run, if it may begin, or go on, there.
 
-    Touches nothing but checkpoints that a process killed at its very end left beside its result.
+    Touches nothing but what a process killed at its very end left beside its result: checkpoints.
 
     Raises:
         InputError: it cannot be written to; it holds a run and neither `resume` nor `overwrite` is
@@ -53,6 +53,7 @@ def check_start(out: str | Path, resume: bool, overwrite: bool) -> Path:
         begun = load_config(folder / CONFIG)
         if isinstance(begun, UnlearnConfig) and not begun.keep_checkpoints:
             _remove_checkpoints(folder)
+            remove_unfinished(folder)
     return step_folder.check_start(out, resume, overwrite, made_by_unlearning(folder))
 
 

@@ -25,7 +25,7 @@ from geffect_fast.runs.arguments import (
     resolved_list,
     resolved_risk,
 )
-from geffect_fast.runs.disk import remove
+from geffect_fast.runs.disk import remove_unfinished
 from geffect_fast.runs.models import quiet_transformers
 from geffect_fast.runs.probe import Probe, run_identity
 from geffect_fast.runs.profiler import Profiler
@@ -33,7 +33,7 @@ from geffect_fast.runs.progress import progress_bar
 from geffect_fast.runs.steps import StepStore
 from geffect_fast.runs.store import STEPS
 from geffect_fast.runs.unlearn_config import Training
-from geffect_fast.unlearning.checkpoints import checkpoints, saving_folder
+from geffect_fast.unlearning.checkpoints import checkpoints
 from geffect_fast.unlearning.probe_rows import choose_rows
 
 if TYPE_CHECKING:
@@ -164,7 +164,7 @@ class Unlearning:
         store = StepStore(None if folder is None else folder / STEPS, self.identity)
         saved = {} if folder is None else checkpoints(folder, self.identity)
         if folder is not None:
-            remove(saving_folder(folder))  # of a killed process
+            remove_unfinished(folder)
         probe = Probe(self.profiler, store, trained=str(self.loss.objective))
         live = GEffectCallback.of(probe, training.probe_every)
         sizes = self._rows_an_update([part for _, part in self.loss.objective.parts()])

@@ -12,6 +12,7 @@ from bad_input.case import Case, both, check, cut, holds, patched, profile
 from synthetic import make_dataset
 
 from geffect_fast.runs.config import make_config
+from geffect_fast.runs.disk import UNFINISHED
 from geffect_fast.runs.store import save_run
 
 FULL = OSError(errno.ENOSPC, "No space left on device")
@@ -57,7 +58,7 @@ def last_rename(_here, patch):
     rename = Path.rename
 
     def fail(path, target):
-        if path.name == "results.nc" and path.parent.name.startswith(".writing-"):
+        if path.name == "results.nc" and path.parent.name.startswith(UNFINISHED):
             raise FULL
         return rename(path, target)
 

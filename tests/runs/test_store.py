@@ -11,6 +11,7 @@ from synthetic import make_dataset
 
 from geffect_fast.errors import InputError
 from geffect_fast.runs.config import load_config, make_config
+from geffect_fast.runs.disk import UNFINISHED
 from geffect_fast.runs.store import check_free, export, open_run, save_run
 
 CONFIG = make_config({"model": "a/b", "forget": "c/d", "retain": "e/f", "objectives": "ga"})
@@ -136,7 +137,7 @@ def test_what_is_no_run_is_named(tmp_path, dataset):
         open_run(tmp_path / "none")
     with pytest.raises(InputError, match="not a run folder"):
         open_run(tmp_path)
-    (tmp_path / ".writing-x").mkdir()
+    (tmp_path / f"{UNFINISHED}x").mkdir()
     with pytest.raises(InputError, match="did not finish"):
         open_run(tmp_path)
     dataset.rename(g_effect="other").to_netcdf(tmp_path / "results.nc", engine="h5netcdf")

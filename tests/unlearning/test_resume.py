@@ -21,12 +21,14 @@ import geffect_fast as gf
 from geffect_fast.demo import save
 from geffect_fast.errors import InputError, InterruptedRunError, UnfinishedError
 from geffect_fast.runs.config import checked_config, load_config
+from geffect_fast.runs.disk import UNFINISHED
 from geffect_fast.runs.models import load_model, load_tokenizer
 from geffect_fast.runs.profiler import Profiler
 from geffect_fast.runs.unlearn_config import UnlearnConfig
 from geffect_fast.unlearning.execute import execute_unlearn
 
 KILLS = 20
+PART = "steps/.step-00000002.nc.part"
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +84,7 @@ def go_on(config, folder, **more):
         assert "is complete, there is nothing to resume" in str(error)
 
 
-def killed(config, folder, *, after_seconds=None, at_event=None):
+def killed(config, folder, *, after_seconds=None, at_event=None, of=("open", "os."), on=""):
     """Go on in a process of its own until it is killed; whether it came to its end before."""
     child = os.fork()
     if child == 0:
@@ -90,7 +92,7 @@ def killed(config, folder, *, after_seconds=None, at_event=None):
             events = []
 
             def count(event, args):
-                if event.startswith(("open", "os.")) and str(folder) in str(args):
+                if event.startswith(of) and str(folder / on) in str(args):
                     events.append(event)
                     if len(events) == at_event:
                         os.kill(os.getpid(), signal.SIGKILL)
@@ -127,6 +129,17 @@ def test_killed_20_times_a_run_ends_with_the_same_numbers(config, whole, seconds
             go_on(config, folder)
         assert_same_run(folder, whole)
         runs += 1
+
+
+@pytest.mark.parametrize("nth", [1, 2])
+def test_a_checkpoint_half_removed_is_none_and_goes(config, whole, tmp_path, nth):
+    """Killed when its files are gone and its folder is not: of the first, and of the last one."""
+    folder = tmp_path / "run"
+    at = {"of": "os.rmdir", "on": f"{UNFINISHED}checkpoint-"}
+    assert not killed(config, folder, at_event=nth, **at)
+    assert any(path.name.startswith(UNFINISHED) for path in folder.iterdir())
+    go_on(config, folder)
+    assert_same_run(folder, whole)
 
 
 def test_killed_behind_its_result_a_run_is_complete_and_its_checkpoints_go(config, tmp_path):
@@ -177,8 +190,11 @@ def test_ctrl_c_keeps_the_steps_and_says_how_to_go_on(
 def test_what_a_killed_process_left_half_written_goes(config, whole, tmp_path):
     folder = shutil.copytree(whole, tmp_path / "run")
     (folder / "results.nc").unlink()
-    for left in (".saving/checkpoint-2", ".writing-abc", "steps/.step-00000002.nc.part"):
-        (folder / left).mkdir(parents=True) if "." in left[:1] else (folder / left).touch()
+    for left in (
+        *(f"{UNFINISHED}{name}" for name in ("checkpoint/checkpoint-2", "model", "abc")),
+        PART,
+    ):
+        (folder / left).touch() if left is PART else (folder / left).mkdir(parents=True)
     execute_unlearn(config, folder, resume=True)
     assert_same_run(folder, whole)
 
