@@ -24,7 +24,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from geffect_fast.engines import dual, forward
 from geffect_fast.engines.dual_layers import Gated, RMSNorm
 from geffect_fast.engines.dual_modules import fast_forwards
-from geffect_fast.engines.dual_output import OutputLayer
 
 ALL = "all rules"
 
@@ -45,18 +44,6 @@ def without_modules(kind: type) -> AbstractContextManager[Any]:
     return patch.object(forward, "fast_forwards", others)
 
 
-def without_output_layer() -> AbstractContextManager[Any]:
-    """With the tangents of logits: a module that names no output layer has none."""
-    return patch.object(forward, "OutputLayer", lambda _model: OutputLayer(nn.Identity()))
-
-
-@contextmanager
-def without_any_for_labels() -> Iterator[None]:
-    """With the tangents of logits and of their whole softmax."""
-    with without_output_layer(), without_function(F.cross_entropy):
-        yield
-
-
 @contextmanager
 def without_attention() -> Iterator[None]:
     """Attention by the framework's own rule, for which it must not be fused."""
@@ -67,8 +54,7 @@ def without_attention() -> Iterator[None]:
 LEFT_OUT: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     ALL: nullcontext,
     "linear layers": lambda: without_function(F.linear),
-    "output layer": without_output_layer,
-    "output layer, label's log-probability": without_any_for_labels,
+    "label's log-probability": lambda: without_function(F.cross_entropy),
     "attention": without_attention,
     "RMS norms": lambda: without_modules(RMSNorm),
     "gated MLPs": lambda: without_modules(Gated),
@@ -106,7 +92,7 @@ if __name__ == "__main__":
         SHAPES,
         measure,
         lambda row: (
-            f"without {row['left_out'] or 'nothing':38} {row['min_s']:8.3f} s "
+            f"without {row['left_out'] or 'nothing':23} {row['min_s']:8.3f} s "
             f"{row['of_all']:7.3f} of all rules"
         ),
     )

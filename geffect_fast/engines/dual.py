@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 from geffect_fast.engines.dual_attention import Attention
 from geffect_fast.engines.dual_layers import Linear, PaddedEmbedding
 from geffect_fast.engines.dual_output import LabelNLL
-from geffect_fast.engines.dual_rule import cast, in_autocast
+from geffect_fast.engines.dual_rule import in_autocast
 
 
 class DualFunctions(TorchFunctionMode):
@@ -25,15 +25,7 @@ class DualFunctions(TorchFunctionMode):
     Reverse mode takes what was computed under `no_grad` as constant; forward mode by itself does
     not, and the two engines would differ. `requires_grad_`, of which it knows nothing, does
     nothing.
-
-    Args:
-        labels: whether the rule of labels' log-probabilities serves: not where these are to be
-            differentiated in reverse mode.
     """
-
-    def __init__(self, labels: bool = True) -> None:
-        super().__init__()
-        self.labels = labels
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -43,7 +35,7 @@ class DualFunctions(TorchFunctionMode):
             torch._C._set_fwd_grad_enabled(*args)
         elif func is Tensor.requires_grad_:
             return args[0]  # asked for by checkpointing, where nothing below it can be trained
-        elif func in _SERVED and (self.labels or func is not F.cross_entropy):
+        elif func in _SERVED:
             served = _SERVED[func](*args, **kwargs)
             if served is not None:
                 return served
@@ -51,7 +43,7 @@ class DualFunctions(TorchFunctionMode):
 
 
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
-    return Linear()(*cast(input, weight, bias)) if weight.dim() == 2 else None
+    return Linear()(*_cast(input, weight, bias)) if weight.dim() == 2 else None
 
 
 def _embedding(
@@ -93,7 +85,16 @@ def _attention(
     if dropout_p:
         return None
     mask = None if attn_mask is None else torch.atleast_2d(attn_mask)
-    return Attention(is_causal, scale, enable_gqa)(*cast(query, key, value, mask))
+    return Attention(is_causal, scale, enable_gqa)(*_cast(query, key, value, mask))
+
+
+def _cast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """What autocast multiplies in place of these, where it is on."""
+    device = next(x for x in tensors if x is not None).device.type
+    if not in_autocast(device):
+        return tensors
+    dtype, kept = torch.get_autocast_dtype(device), (torch.bool, torch.float64)
+    return tuple(x if x is None or x.dtype in kept else x.to(dtype) for x in tensors)
 
 
 _SERVED: dict[Any, Callable[..., Tensor | None]] = {

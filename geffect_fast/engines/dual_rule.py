@@ -116,12 +116,3 @@ def _moved(rule: Rule, primals: Primals, tangents: Tangents) -> Tensor:
 def in_autocast(device: str) -> bool:
     """Whether autocast is on for a type of device."""
     return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-
-
-def cast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """What autocast multiplies in place of these, where it is on."""
-    device = next(x for x in tensors if x is not None).device.type
-    if not in_autocast(device):
-        return tensors
-    dtype, kept = torch.get_autocast_dtype(device), (torch.bool, torch.float64)
-    return tuple(x if x is None or x.dtype in kept else x.to(dtype) for x in tensors)

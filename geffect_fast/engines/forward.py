@@ -10,9 +10,8 @@ objective at once, term by term. M directions share the primal pass; nothing is 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -21,14 +20,12 @@ from torch.func import functional_call, jvp, vmap
 from geffect_fast.capture import Plan
 from geffect_fast.capture.wrappers import forward_differentiable, plain_name
 from geffect_fast.data.batch import IGNORE, Batch
-from geffect_fast.data.memory import no_memory
 from geffect_fast.engines.direction import Tick
 from geffect_fast.engines.dual import DualFunctions
 from geffect_fast.engines.dual_modules import Forwards, dual_modules, fast_forwards
-from geffect_fast.engines.dual_output import OutputLayer
 from geffect_fast.engines.effect_array import Collect
 from geffect_fast.engines.forward_parts import Part
-from geffect_fast.engines.forward_pass import keeps_logits, model_outputs
+from geffect_fast.engines.forward_pass import model_outputs
 from geffect_fast.engines.layout import precisions
 from geffect_fast.engines.objective_tangents import check_terms, term_tangents
 from geffect_fast.engines.packed_attention import packed_attention
@@ -36,9 +33,6 @@ from geffect_fast.engines.tasks import Reference, Task
 from geffect_fast.errors import InputError
 from geffect_fast.objectives import Outputs
 from geffect_fast.objectives.base import Need
-
-Dual = tuple[tuple[Tensor, ...], tuple[Tensor, ...]]
-"""Outputs, and their tangents `(M, *shape)`."""
 
 
 class _Run(nn.Module):
@@ -60,15 +54,12 @@ def dual_model(plan: Plan, batch: Batch, forwards: Forwards) -> Iterator[None]:
         stack.enter_context(forward_differentiable(plan.model))
         stack.enter_context(packed_attention(plan.model, batch))
         stack.enter_context(dual_modules(forwards))
+        stack.enter_context(DualFunctions())
         yield
 
 
 def dual_outputs(
-    plan: Plan,
-    directions: Mapping[str, Tensor],
-    batch: Batch,
-    needs: frozenset[Need],
-    output_layer: OutputLayer,
+    plan: Plan, directions: Mapping[str, Tensor], batch: Batch, needs: frozenset[Need]
 ) -> tuple[Outputs, list[Outputs]]:
     """What the model says about a batch, and how that moves with the parameters.
 
@@ -79,12 +70,11 @@ def dual_outputs(
         directions: `(M, *shape)` for the parameters that move, in their dtype.
         batch: on the model's device.
         needs: as `model_outputs`.
-        output_layer: of the model; what it is found not to serve for is left to it.
 
     Returns:
         The outputs, and their derivatives along each direction.
     """
-    model = _Run(plan.model)
+    run = _Run(plan.model)
     # Detached, so that no graph is built although gradients are enabled.
     names = {p: plain_name(name) for name, p in plan.model.named_parameters()}
     still = {name: p.detach() for p, name in names.items() if name not in directions}
@@ -94,7 +84,7 @@ def dual_outputs(
     # would put back what it had put there itself.
     places = {
         f"{where}.{key}": names[p]
-        for where, module in model.named_modules()
+        for where, module in run.named_modules()
         for key, p in module._parameters.items()
         if p is not None
     }
@@ -103,50 +93,20 @@ def dual_outputs(
         given = still | parameters
         replaced = {place: given[name] for place, name in places.items()}
         found: tuple[Tensor, ...] = functional_call(
-            model, replaced, (batch, needs), tie_weights=False
+            run, replaced, (batch, needs), tie_weights=False
         )
         return found
 
-    def one(v: dict[str, Tensor]) -> Dual:
+    def dual(v: dict[str, Tensor]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         values, tangents = jvp(outputs, (moving,), (v,))[:2]
         return values, tangents
 
-    def run(v: dict[str, Tensor]) -> Dual:
-        found: Dual = vmap(one, out_dims=(None, 0))(v)  # type: ignore[arg-type]
-        return found
-
+    values, tangents = vmap(dual, out_dims=(None, 0))(along)  # type: ignore[arg-type]
     has_logits = not {"logits", "reference_logits"}.isdisjoint(needs)
     n = len(next(iter(along.values())))
-    found = None
-    if output_layer.layer is not None and not has_logits:
-        found = _without_logits(plan, batch, output_layer, partial(run, along), n)
-    if found is None:
-        with DualFunctions():
-            found = run(along)
-    values, tangents = found
     return Outputs.of(values, has_logits), [
         Outputs.of(tuple(t[m] for t in tangents), has_logits) for m in range(n)
     ]
-
-
-def _without_logits(
-    plan: Plan, batch: Batch, output_layer: OutputLayer, run: Callable[[], Dual], n: int
-) -> Dual | None:
-    """The outputs without forming the logits' tangents; None where that does not serve."""
-    kept = keeps_logits(plan.model, batch)
-    try:
-        with output_layer.calls() as calls, DualFunctions(labels=False):
-            values, tangents = run()
-        change = output_layer.change(calls, values[0], batch.target_index, kept, n)
-    except RuntimeError as error:
-        if no_memory(error):
-            raise
-        change = None
-    if change is None:
-        output_layer.layer = None
-        return None
-    logprob, *others = values
-    return (logprob.detach(), *others), (tangents[0] + change, *tangents[1:])
 
 
 def forward_effects(
@@ -182,7 +142,7 @@ def forward_effects(
     values = torch.zeros(n_objectives, dtype=torch.float64)
     totals = torch.zeros(n_objectives, n_directions, n_columns, dtype=torch.float64)
     device = next(iter(plan.parameters.values())).device
-    forwards, output_layer = fast_forwards(plan.model), OutputLayer(plan.model)
+    forwards = fast_forwards(plan.model)
     for number, part in enumerate(parts):
         moved_along, scale = _on_device(plan, directions, part)
         for task in tasks:
@@ -190,9 +150,7 @@ def forward_effects(
             for batch in task.batches:
                 moved = batch.to(device)
                 with dual_model(plan, moved, forwards):
-                    outputs, tangents = dual_outputs(
-                        plan, moved_along, moved, task.needs, output_layer
-                    )
+                    outputs, tangents = dual_outputs(plan, moved_along, moved, task.needs)
                 other = reference.outputs(task, batch, moved, outputs)
                 if number == 0 and batch is task.batches[0]:
                     # One objective of each kind: hyper-parameters change no code.

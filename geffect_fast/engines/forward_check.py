@@ -16,7 +16,6 @@ from geffect_fast.capture import Plan
 from geffect_fast.data import Layout, SampleSet
 from geffect_fast.data.batch import Batch
 from geffect_fast.engines.dual_modules import Forwards, fast_forwards
-from geffect_fast.engines.dual_output import OutputLayer
 from geffect_fast.engines.forward import dual_model, dual_outputs
 from geffect_fast.engines.forward_pass import model_outputs
 from geffect_fast.engines.layout import precisions, probe_batch
@@ -109,7 +108,7 @@ def _own_gradients(plan: Plan, batch: Batch, floor: float) -> tuple[dict[str, Te
 def _moved(plan: Plan, batch: Batch, along: dict[str, Tensor], forwards: Forwards) -> float:
     """By how much the sum of log-probabilities moves."""
     with dual_model(plan, batch, forwards):
-        (tangent,) = dual_outputs(plan, along, batch, frozenset(), OutputLayer(plan.model))[1]
+        (tangent,) = dual_outputs(plan, along, batch, frozenset())[1]
     return float(tangent.token_logprob.double().sum())
 
 
