@@ -21,6 +21,7 @@ from geffect_fast.capture.products import (
     inner,
     pairwise,
     squared_norms,
+    squared_norms_of_one_input,
 )
 from geffect_fast.capture.recorder import Sink
 from geffect_fast.capture.segments import checked_offsets
@@ -115,7 +116,10 @@ def per_sample_grad_norms(
     def measure(name: str, factors: list[Factor], _kept: list[Tensor | None]) -> None:
         found[name] = squared_norms(factors, plan.parameters[name].shape)
 
-    with _by_input(measure, not per_parameter) as sink:
+    def together(name: str, outers: list[Outer]) -> None:
+        found[name] = squared_norms_of_one_input(outers)
+
+    with _by_input(measure, None if per_parameter else together) as sink:
         losses = _run(plan, loss_fn, batch, sink, join=True)
     return _gathered(plan, found, losses.new_zeros(len(losses)), torch.sqrt, per_parameter)
 
@@ -200,9 +204,14 @@ def pairwise_inner_products(
         if other is not None:
             found[name] = pairwise(other, factors, plan.parameters[name].shape)
 
+    def together(name: str, outers: list[Outer]) -> None:
+        first = outers[0]
+        g = torch.cat([f.g for f in outers], 1) if len(outers) > 1 else first.g
+        multiply(name, [Outer(first.a, g, first.cu)], None)
+
     # What the first batch leaves is kept; the second batch's is used as it arrives.
     n_a = None if batch_a is batch_b else len(_run(plan, loss_fn, batch_a, keep, join=True))
-    with _by_input(multiply, not per_parameter and n_a is None) as sink:
+    with _by_input(multiply, together if not per_parameter and n_a is None else None) as sink:
         losses = _run(plan, loss_fn, batch_b, sink, join=True)
     zeros = losses.new_zeros(len(losses) if n_a is None else n_a, len(losses))
     return _gathered(plan, found, zeros, None, per_parameter)
@@ -212,25 +221,23 @@ def pairwise_inner_products(
 
 
 @contextmanager
-def _by_input(sink: Sink, together: bool) -> Iterator[Sink]:
-    """A sink for `sink` that, if `together`, joins linear layers which were called with one input.
+def _by_input(sink: Sink, together: Callable[[str, list[Outer]], None] | None) -> Iterator[Sink]:
+    """A sink for `sink`, and for `together` where linear layers were called with one input.
 
     The gradients of layers of one input `a` are `[g; h] a^T`, rows below rows, so that products of
     whole gradients need the Gram matrix of `a` once for all of them: a fifth less work in blocks
-    that project queries, keys and values from one input. What is joined goes under the name of the
-    first.
+    that project queries, keys and values from one input. They go under the name of the first.
     """
-    if not together:
+    if together is None:
         yield sink
         return
     waiting: dict[str, Outer] = {}
 
     def flush() -> None:
         if waiting:
-            name, first = next(iter(waiting.items()))
-            g = torch.cat([f.g for f in waiting.values()], 1) if len(waiting) > 1 else first.g
+            name, outers = next(iter(waiting)), [*waiting.values()]
             waiting.clear()
-            sink(name, [Outer(first.a, g, first.cu)], [None])
+            together(name, outers)
 
     def joined(name: str, factors: list[Factor], kept: list[Tensor | None]) -> None:
         # In a backward, what shares an input arrives in a row.
@@ -247,7 +254,7 @@ def _by_input(sink: Sink, together: bool) -> Iterator[Sink]:
 def _same_input(x: Outer, y: Outer) -> bool:
     """Whether two layers saw the same rows: one memory, which `x` keeps from being used anew."""
     here, there = ((f.a.data_ptr(), f.a.shape, f.a.stride(), f.a.dtype, f.g.dtype) for f in (x, y))
-    return here == there and torch.equal(x.cu, y.cu)
+    return here == there and (x.cu is y.cu or torch.equal(x.cu, y.cu))
 
 
 def _run(plan: Plan, loss_fn: LossFn, batch: Any, sink: Any, join: bool = False) -> Tensor:

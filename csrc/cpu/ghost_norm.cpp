@@ -1,9 +1,10 @@
 // ghost_norm: out[i] = || sum_{t in segment i} g_t a_t^T ||_F^2
+// ghost_norm_of_one_input: the sum of it over several g, the output gradients of layers of one input
 //
-// a (total_tokens, d_in), g (total_tokens, d_out), cu_seqlens (n + 1) -> (n); any strides.
+// a (total_tokens, d_in), g (total_tokens, d_out) each, cu_seqlens (n + 1) -> (n); any strides.
 //
 // Two exact forms, chosen for each segment of T_i tokens by their multiply-adds:
-//   Gram      sum_{s,t} (a_s . a_t)(g_s . g_t): a task owns the pairs of a block of tokens s with
+//   Gram      sum_{s,t} (a_s . a_t) sum_g (g_s . g_t): a task owns the pairs of a block of tokens s with
 //   all
 //             t >= its first; tiles right of the diagonal count twice.    ~ T_i^2 (d_in + d_out) /
 //             2
@@ -31,10 +32,12 @@ constexpr int64_t kShortTokens = 64;
 constexpr int64_t kStrip = 2;
 constexpr int64_t kTriangle = kShortTokens * (kShortTokens + kStrip) / 2;
 
-// A block of token pairs (first: a token) or a tile of the gradient (first, second: its corner).
+// A block of token pairs (first: a token) or a tile of one g's gradient (first, second: its corner).
 struct Task {
-  int64_t segment, first, second;
-  bool gram;
+  static constexpr int64_t kGram = -1;
+  int64_t segment, first, second, g;
+
+  bool gram() const { return g == kGram; }
 };
 
 bool gram_form_is_cheaper(int64_t tokens, int64_t d_in, int64_t d_out) {
@@ -45,29 +48,37 @@ bool gram_form_is_cheaper(int64_t tokens, int64_t d_in, int64_t d_out) {
 }
 
 template <class T>
-std::vector<Task> plan(const Matrix<T>& a, const Matrix<T>& g,
+std::vector<Task> plan(const Matrix<T>& a, const std::vector<Matrix<T>>& gs,
                        const std::vector<int64_t>& offsets) {
   std::vector<Task> tasks;
+  int64_t d_out = 0;
+  for (const Matrix<T>& g : gs) d_out += g.cols;
   for (size_t i = 0; i + 1 < offsets.size(); ++i) {
     const int64_t segment = i, begin = offsets[i], end = offsets[i + 1];
     if (begin == end) continue;
-    if (gram_form_is_cheaper(end - begin, a.cols, g.cols)) {
+    if (gram_form_is_cheaper(end - begin, a.cols, d_out)) {
       if (end - begin <= kShortTokens) {
-        tasks.push_back({segment, begin, 0, true});
+        tasks.push_back({segment, begin, 0, Task::kGram});
         continue;
       }
-      for (int64_t s = begin; s < end; s += kRowTokens) tasks.push_back({segment, s, 0, true});
+      for (int64_t s = begin; s < end; s += kRowTokens) {
+        tasks.push_back({segment, s, 0, Task::kGram});
+      }
       continue;
     }
-    for (int64_t out = 0; out < g.cols; out += kTileOut) {
-      for (int64_t in = 0; in < a.cols; in += kTileIn) tasks.push_back({segment, out, in, false});
+    for (size_t k = 0; k < gs.size(); ++k) {
+      for (int64_t out = 0; out < gs[k].cols; out += kTileOut) {
+        for (int64_t in = 0; in < a.cols; in += kTileIn) {
+          tasks.push_back({segment, out, in, static_cast<int64_t>(k)});
+        }
+      }
     }
   }
   return tasks;
 }
 
 template <class T>
-double gram_task(const Matrix<T>& a, const Matrix<T>& g, int64_t s, int64_t end,
+double gram_task(const Matrix<T>& a, const std::vector<Matrix<T>>& gs, int64_t s, int64_t end,
                  acc_t<T>* scratch) {
   acc_t<T>* gram_a = scratch;
   acc_t<T>* gram_g = gram_a + kRowTokens * kColTokens;
@@ -77,20 +88,21 @@ double gram_task(const Matrix<T>& a, const Matrix<T>& g, int64_t s, int64_t end,
   for (int64_t t = s, cols; t < end; t += cols) {
     cols = t == s ? rows : std::min(kColTokens, end - t);
     token_gram(gram_a, a, s, rows, a, t, cols, copies);
-    token_gram(gram_g, g, s, rows, g, t, cols, copies);
+    for (const Matrix<T>& g : gs) {
+      token_gram(gram_g, g, s, rows, g, t, cols, copies, &g != &gs.front());
+    }
     const double weight = t == s ? 1 : 2;
     sum += weight * dot(gram_a, gram_g, rows * cols);
   }
   return sum;
 }
 
-// triangle (rows x rows, in strips: each strip's columns begin at its first row) = Gram matrix of
+// triangle (rows x rows, in strips: each strip's columns begin at its first row) += Gram matrix of
 // tokens [begin, begin + rows); `copies` holds rows * kFeatures.
 template <class T>
 void token_triangle(double* triangle, const Matrix<T>& x, int64_t begin, int64_t rows,
                     acc_t<T>* copies) {
   const acc_t<T>* at[kShortTokens];
-  std::fill(triangle, triangle + kTriangle, 0.0);
   for (int64_t f = 0; f < x.cols; f += kFeatures) {
     const int64_t features = std::min(kFeatures, x.cols - f);
     for (int64_t r = 0; r < rows; ++r) {
@@ -106,12 +118,12 @@ void token_triangle(double* triangle, const Matrix<T>& x, int64_t begin, int64_t
 }
 
 template <class T>
-double short_gram_task(const Matrix<T>& a, const Matrix<T>& g, int64_t begin, int64_t end,
-                       acc_t<T>* copies) {
-  double triangle_a[kTriangle], triangle_g[kTriangle];
+double short_gram_task(const Matrix<T>& a, const std::vector<Matrix<T>>& gs, int64_t begin,
+                       int64_t end, acc_t<T>* copies) {
+  double triangle_a[kTriangle] = {}, triangle_g[kTriangle] = {};
   const int64_t rows = end - begin;
   token_triangle(triangle_a, a, begin, rows, copies);
-  token_triangle(triangle_g, g, begin, rows, copies);
+  for (const Matrix<T>& g : gs) token_triangle(triangle_g, g, begin, rows, copies);
   double sum = 0;
   for (int64_t r = 0, at = 0; r < rows; r += kStrip) {
     const int64_t height = std::min(kStrip, rows - r), width = rows - r;
@@ -132,22 +144,29 @@ double gradient_task(const Matrix<T>& a, const Matrix<T>& g, int64_t begin, int6
 }
 
 template <class T>
-std::vector<double> ghost_norm_kernel(const Tensor& a_tensor, const Tensor& g_tensor,
+std::vector<double> ghost_norm_kernel(const Tensor& a_tensor, const std::vector<Tensor>& g_tensors,
                                       const std::vector<int64_t>& offsets) {
-  const Matrix<T> a = matrix_of<T>(a_tensor), g = matrix_of<T>(g_tensor);
-  const std::vector<Task> tasks = plan(a, g, offsets);
+  const Matrix<T> a = matrix_of<T>(a_tensor);
+  std::vector<Matrix<T>> gs;
+  int64_t widest = a.cols;
+  for (const Tensor& g : g_tensors) {
+    gs.push_back(matrix_of<T>(g));
+    widest = std::max(widest, gs.back().cols);
+  }
+  const std::vector<Task> tasks = plan(a, gs, offsets);
   std::vector<double> partial(tasks.size());
-  const int64_t features = std::min(kFeatures, std::max(a.cols, g.cols));
+  const int64_t features = std::min(kFeatures, widest);
   const int64_t gram_size = 2 * kRowTokens * kColTokens + (kRowTokens + kColTokens) * features;
   const int64_t scratch_size = std::max(gram_size, kTileOut * kTileIn + kTileScratch);
   run_tasks<acc_t<T>>(tasks.size(), scratch_size, [&](int64_t i, acc_t<T>* scratch) {
     const Task& task = tasks[i];
     const int64_t begin = offsets[task.segment], end = offsets[task.segment + 1];
-    if (task.gram && end - begin <= kShortTokens) {
-      partial[i] = short_gram_task(a, g, begin, end, scratch);
-    } else if (task.gram) {
-      partial[i] = gram_task(a, g, task.first, end, scratch);
+    if (task.gram() && end - begin <= kShortTokens) {
+      partial[i] = short_gram_task(a, gs, begin, end, scratch);
+    } else if (task.gram()) {
+      partial[i] = gram_task(a, gs, task.first, end, scratch);
     } else {
+      const Matrix<T>& g = gs[task.g];
       const Tile tile = tile_at(task.first, task.second, g.cols, a.cols);
       partial[i] = gradient_task(a, g, begin, end, tile, scratch);
     }
@@ -157,16 +176,23 @@ std::vector<double> ghost_norm_kernel(const Tensor& a_tensor, const Tensor& g_te
   return out;
 }
 
-Tensor ghost_norm(const Tensor& a, const Tensor& g, const Tensor& cu_seqlens) {
+Tensor ghost_norm_of_one_input(const Tensor& a, const std::vector<Tensor>& gs,
+                               const Tensor& cu_seqlens) {
   check_dim(kOp, "a", a, 2);
-  check_dim(kOp, "g", g, 2);
-  check_shape(kOp, "g", g, {a.size(0), g.size(1)});
-  check_dtype(kOp, "g", g, a.scalar_type());
+  for (const Tensor& g : gs) {
+    check_dim(kOp, "g", g, 2);
+    check_shape(kOp, "g", g, {a.size(0), g.size(1)});
+    check_dtype(kOp, "g", g, a.scalar_type());
+  }
   const std::vector<int64_t> offsets = read_offsets(kOp, "cu_seqlens", cu_seqlens, a.size(0));
   const int64_t n_samples = static_cast<int64_t>(offsets.size()) - 1;
   return dispatch_dtype(kOp, a.scalar_type(), [&](auto type) {
-    return to_result(a, {n_samples}, ghost_norm_kernel<decltype(type)>(a, g, offsets));
+    return to_result(a, {n_samples}, ghost_norm_kernel<decltype(type)>(a, gs, offsets));
   });
+}
+
+Tensor ghost_norm(const Tensor& a, const Tensor& g, const Tensor& cu_seqlens) {
+  return ghost_norm_of_one_input(a, {g}, cu_seqlens);
 }
 
 }  // namespace
@@ -174,4 +200,5 @@ Tensor ghost_norm(const Tensor& a, const Tensor& g, const Tensor& cu_seqlens) {
 
 STABLE_TORCH_LIBRARY_IMPL(geffect_fast, CPU, m) {
   m.impl("ghost_norm", TORCH_BOX(&geffect_fast::ghost_norm));
+  m.impl("ghost_norm_of_one_input", TORCH_BOX(&geffect_fast::ghost_norm_of_one_input));
 }

@@ -56,19 +56,20 @@ class Plan:
             raise InputError("model: every parameter is frozen; set requires_grad on some of them")
         names = {id(p): name for name, p in parameters.items()}
         local: dict[str, dict[str, str]] = {}
+        modules = dict(model.named_modules(remove_duplicate=False))
         paths: dict[nn.Module, list[str]] = {}
-        for where, module in model.named_modules(remove_duplicate=False):
+        for where, module in modules.items():
             paths.setdefault(module, []).append(where)
         for module, places in paths.items():
             own = {k: p for k, p in module._parameters.items() if p is not None}
             trainable = {k: names[id(p)] for k, p in own.items() if id(p) in names}
-            for where, path in _users(model, places).items() if trainable else ():
+            for where, path in _users(modules, places).items() if trainable else ():
                 inside = {f"{path}{k}": name for k, name in trainable.items()}
                 local.setdefault(where, {}).update(inside)
         owners = {}
         tried: dict[Hashable, tuple[type[Call], float]] = {}
         for where, of in local.items():
-            module = model.get_submodule(where)
+            module = modules[where]
             nested = any("." in k for k in of)
             owners[where] = (
                 module,
@@ -98,9 +99,10 @@ class Plan:
         Raises:
             UnsupportedModelError: the owner is the model itself already.
         """
+        modules = dict(self.model.named_modules(remove_duplicate=False))
         for name in names:
             held = [(w, k) for w, (_, of, *_) in self.owners.items() for k in of if of[k] == name]
-            around = _around(self.model, {where for where, _ in held})
+            around = _around(modules, {where for where, _ in held})
             if around is None:
                 raise UnsupportedModelError(
                     f"parameter '{name}' is used outside the model's own forward, so its share "
@@ -112,17 +114,17 @@ class Plan:
                 del self.owners[where][1][local]
                 if not self.owners[where][1]:
                     del self.owners[where]
-            self.owners[around] = (self.model.get_submodule(around), of, GenericCall, 1.0)
+            self.owners[around] = (modules[around], of, GenericCall, 1.0)
 
 
-def _users(model: nn.Module, places: Sequence[str]) -> dict[str, str]:
+def _users(modules: Mapping[str, nn.Module], places: Sequence[str]) -> dict[str, str]:
     """The modules whose forwards use what one module holds, and the way from each down to it.
 
     Itself, unless it is never called: a module without a forward (`ParameterDict`), or a part of a
     parametrisation, which runs wherever the weight is read.
 
     Args:
-        model: the model.
+        modules: of the model, by all of their names.
         places: all names of the module in it.
 
     Returns:
@@ -134,32 +136,32 @@ def _users(model: nn.Module, places: Sequence[str]) -> dict[str, str]:
         user = where
         if _PARAMETRIZATIONS in f".{where}.":
             user = f".{where}.".split(_PARAMETRIZATIONS)[0].removeprefix(".")
-        user = _called(model, user)
+        user = _called(modules, user)
         found[user] = f"{_below(user, where)}." if where != user else ""
     if "" in found.values():
         return {places[0]: ""}  # hooks see it wherever it is called from
     outer = {a for a in found if not any(a != b and _inside(a, b) for b in found)}
-    once = {model.get_submodule(where): where for where in reversed(found) if where in outer}
+    once = {modules[where]: where for where in reversed(found) if where in outer}
     return {where: found[where] for where in once.values()}
 
 
 _PARAMETRIZATIONS = ".parametrizations."
 
 
-def _around(model: nn.Module, places: Collection[str]) -> str | None:
+def _around(modules: Mapping[str, nn.Module], places: Collection[str]) -> str | None:
     """The innermost module with a forward around all of `places`; None around the model itself."""
     if len(places) > 1:
         parts = [where.split(".") for where in places]
         same = takewhile(lambda level: len(set(level)) == 1, zip(*parts, strict=False))
-        return _called(model, ".".join(level[0] for level in same))
+        return _called(modules, ".".join(level[0] for level in same))
     (where,) = places
-    return _called(model, where.rpartition(".")[0]) if where else None
+    return _called(modules, where.rpartition(".")[0]) if where else None
 
 
-def _called(model: nn.Module, where: str) -> str:
+def _called(modules: Mapping[str, nn.Module], where: str) -> str:
     """The module at `where`, or the innermost one around it, that has a forward."""
     while where:
-        module = model.get_submodule(where)
+        module = modules[where]
         if type(module).forward is not nn.Module.forward or "forward" in vars(module):
             break
         where = where.rpartition(".")[0]

@@ -42,9 +42,8 @@ def _without_autocast(function: Callable[P, Tensor]) -> Callable[P, Tensor]:
     @wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> Tensor:
         with ExitStack() as stack:
-            for kind in ("cpu", "cuda"):
-                if torch.is_autocast_enabled(kind):
-                    stack.enter_context(torch.autocast(kind, enabled=False))
+            for kind in filter(torch.is_autocast_enabled, ("cpu", "cuda")):
+                stack.enter_context(torch.autocast(kind, enabled=False))
             return function(*args, **kwargs)
 
     return run
@@ -147,7 +146,7 @@ def squared_norms(factors: list[Factor], shape: torch.Size) -> Tensor:
     """`||grad_i||_F^2` of one parameter, cross terms between its factors included, `(n,)` fp64."""
     if all(isinstance(f, RowSum) for f in factors):
         vectors = [segment_sum(f.p, f.cu) for f in factors if isinstance(f, RowSum)]
-        return torch.stack(vectors).sum(0).square().sum(1)
+        return _sum(vectors).square().sum(1)
     outers = [f for f in factors if isinstance(f, Outer)]
     lookups = [f for f in factors if isinstance(f, Lookup)]
     if len(outers) + len(lookups) < len(factors) or len({f.transposed for f in outers}) > 1:
@@ -168,7 +167,18 @@ def squared_norms(factors: list[Factor], shape: torch.Size) -> Tensor:
             own = zip(samples(outer.cu), samples(lookup.cu), strict=True)
             cross = [_lookup_gram(outer, r, lookup, s).sum() for r, s in own]
             terms.append(2.0 * torch.stack(cross))
-    return torch.stack(terms).sum(0)
+    return _sum(terms)
+
+
+def _sum(terms: list[Tensor]) -> Tensor:
+    return torch.stack(terms).sum(0) if len(terms) > 1 else terms[0]
+
+
+@_without_autocast
+def squared_norms_of_one_input(outers: list[Outer]) -> Tensor:
+    """`||grad_i||_F^2` of all weights together of layers with one input, `(n,)` fp64."""
+    first = outers[0]
+    return ops.ghost_norm(first.a, [f.g for f in outers], first.cu).double()
 
 
 def _table_norms(lookups: list[Lookup]) -> Tensor:
@@ -187,7 +197,7 @@ def _table_norms(lookups: list[Lookup]) -> Tensor:
 @_without_autocast
 def pairwise(a: list[Factor], b: list[Factor], shape: torch.Size) -> Tensor:
     """`<grad_i, grad_j>` of one parameter for every sample `i` of `a` and `j` of `b`, fp64."""
-    return torch.stack([_pairwise(x, y, shape) for x in a for y in b]).sum(0)
+    return _sum([_pairwise(x, y, shape) for x in a for y in b])
 
 
 def _pairwise(x: Factor, y: Factor, shape: torch.Size) -> Tensor:

@@ -71,7 +71,7 @@ class Recorder:
         """Leaves that a backward must reach when parameters are frozen."""
         self._number = count()
         self._handles: list[RemovableHandle] = []
-        self._entered: dict[str, list[Given]] = {}
+        self._entered: dict[str, list[Given | None]] = {}
         self._waiting: dict[int, list[Tensor | None]] = {}
         self._joined: dict[str, list[Factor]] = {}
         self._uses: Counter[str] = Counter()
@@ -138,7 +138,9 @@ class Recorder:
         with torch._C.DisableTorchFunction():  # `OutsideUse` need not look at what hooks do
             if self.segments is not None:
                 args = broadcast_ids(module, args, self.segments)
-            self._entered.setdefault(where, []).append(Given.of(args, kwargs))
+            # The generic rule runs the module again, its hooks included: it takes what came in.
+            again = len(args) + len(kwargs) != 1 or self.plan.owners[where][2] is GenericCall
+            self._entered.setdefault(where, []).append(Given.of(args, kwargs) if again else None)
         return args, kwargs
 
     def _after(
@@ -163,33 +165,36 @@ class Recorder:
         output: Any,
     ) -> Any:
         _, names, rule, factor = self.plan.owners[where]
-        if len(args) + len(kwargs) != 1 or not isinstance(output, Tensor):
-            rule = GenericCall
-        # The generic rule runs the module again, its hooks included: it takes what came in.
         entered = self._entered[where].pop()
-        given = entered if rule is GenericCall else Given.of(args, kwargs)
+        if entered is not None or not isinstance(output, Tensor):
+            rule = GenericCall
+        given = Given.of(args, kwargs) if entered is None else entered
         call = rule(where, module, names, given, factor, self.segments, self.plan.axes)
         index = next(self._number)
         self.calls[index] = call
         self._uses.update(names.values())
         call.keep(output)
-        leaves, structure = tree_flatten(output)
-        if not any(isinstance(y, Tensor) for y in leaves):
-            raise UnsupportedModelError(
-                f"module '{where or type(module).__name__}' returns no tensor that can be watched, "
-                f"but {type(output).__name__}; return a tensor, a tuple or a dict, or freeze it"
-            )
-        grafted = [self._graft(rule, y) for y in leaves]
         kept: dict[str, Tensor] = {}
         if self.directions is not None:
             # Rows that cannot be told apart matter only where a gradient arrives: DoRA runs its
             # layers on an identity matrix, and detaches what they return.
             with torch.no_grad(), suppress(UnsupportedModelError):
                 kept = call.constants(self.directions)
+        if isinstance(output, Tensor):  # most are, and pytrees take a while
+            grafted = self._graft(rule, output)
+        else:
+            leaves, structure = tree_flatten(output)
+            if not any(isinstance(y, Tensor) for y in leaves):
+                raise UnsupportedModelError(
+                    f"module '{where or type(module).__name__}' returns no tensor that can be "
+                    f"watched, but {type(output).__name__}; return a tensor, a tuple or a dict, or "
+                    "freeze it"
+                )
+            grafted = tree_unflatten([self._graft(rule, y) for y in leaves], structure)
         for position, y in enumerate(tensors_of(grafted)):
             arrived = partial(self._arrived, index, position, kept)
             self._handles.append(y.register_hook(arrived))
-        return tree_unflatten(grafted, structure)
+        return grafted
 
     def _graft(self, rule: type[Call], y: Any) -> Any:
         if not isinstance(y, Tensor) or not y.is_floating_point():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any
 
@@ -52,7 +52,9 @@ class Rows:
 
     def flat(self, x: Tensor) -> Tensor:
         """`x` as `(rows, d)`."""
-        return x.movedim(self.axis, self.front).reshape(-1, x.shape[-1])
+        if self.axis != self.front:
+            x = x.movedim(self.axis, self.front)
+        return x.reshape(-1, x.shape[-1])
 
     def only(self, x: Tensor, i: int) -> Tensor:
         """`x` with the rows of every sample but `i` set to zero."""
@@ -87,6 +89,10 @@ class Segments:
     rows_per_sample: int = 1
     length: int | None = None
     per_token: bool = False
+    _certain: dict[tuple[int, ...], Rows] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
+    """What `rows` answers whatever the module: a model's modules are called with few shapes."""
 
     @classmethod
     def packed(cls, cu: Tensor, kept: Tensor | None = None) -> Segments:
@@ -145,28 +151,34 @@ class Segments:
                 elsewhere, axes were swapped); such a model is run one sample at a time.
         """
         shape = tuple(shape)
-        if self.n_samples == 1:
-            return Rows(torch.tensor([0, prod(shape)], dtype=torch.int32))
         known = {} if known is None else known
         place = (where, len(shape))
-        axis, front = self._axis(shape)
-        if axis is not None:
-            known[place] = axis
-        axis = known.get(place)
-        offsets = None if axis is None else self._offsets(shape, axis)
-        if offsets is None and self.per_token:
-            raise UnsupportedModelError(
-                f"module '{where}' was called with rows of shape {shape}, which cannot be told "
-                f"apart by position ({self.n_samples} tokens in the batch); freeze it, or resolve "
+        rows = self._certain.get(shape)
+        if rows is None:
+            axis, front = (0, 0) if self.n_samples == 1 else self._axis(shape)
+            certain = axis is not None
+            axis = axis if certain else known.get(place)
+            offsets = None if axis is None else self._offsets(shape, axis)
+            if axis is None or offsets is None:
+                raise self._mixed(shape, where)
+            rows = Rows(offsets.to(torch.int32), axis, front)
+            if not certain:
+                return rows
+            self._certain[shape] = rows
+        if self.n_samples > 1:
+            known[place] = rows.axis
+        return rows
+
+    def _mixed(self, shape: tuple[int, ...], where: str) -> UnsupportedModelError:
+        rows = f"module '{where}' was called with rows of shape {shape}, which cannot be told apart"
+        if self.per_token:
+            return UnsupportedModelError(
+                f"{rows} by position ({self.n_samples} tokens in the batch); freeze it, or resolve "
                 "without 'position'"
             )
-        if offsets is None:
-            raise UnsupportedModelError(
-                f"module '{where}' was called with rows of shape {shape}, which cannot be told "
-                f"apart by sample ({self.n_samples} samples in the batch); run it one sample at a "
-                "time"
-            )
-        return Rows(offsets.to(torch.int32), axis or 0, front)
+        return UnsupportedModelError(
+            f"{rows} by sample ({self.n_samples} samples in the batch); run it one sample at a time"
+        )
 
     def _axis(self, shape: tuple[int, ...]) -> tuple[int | None, int]:
         """The axis of the tokens, None where its size leaves doubt, and where to move it to.
@@ -195,6 +207,8 @@ class Segments:
 
     def _offsets(self, shape: tuple[int, ...], axis: int) -> Tensor | None:
         """The samples' offsets where they lie along `axis`, None where they do not."""
+        if self.n_samples == 1:
+            return torch.tensor([0, prod(shape)])
         if self.token_offsets:
             by_total = {int(o[-1]): o for o in reversed(self.token_offsets)}
             size = shape[axis]

@@ -192,14 +192,15 @@ def segment_dot(z: Tensor, g: Tensor, cu_seqlens: Tensor) -> Tensor:
     return out if g.dim() == 3 else out[0]
 
 
-def ghost_norm(a: Tensor, g: Tensor, cu_seqlens: Tensor) -> Tensor:
+def ghost_norm(a: Tensor, g: Tensor | Sequence[Tensor], cu_seqlens: Tensor) -> Tensor:
     """Squared Frobenius norm of every sample's weight gradient, without storing the gradient.
 
         out[i] = || sum_{t in i} g_t a_t^T ||_F^2
 
     Args:
         a: layer inputs `(total_tokens, d_in)`.
-        g: output gradients `(total_tokens, d_out)`.
+        g: output gradients `(total_tokens, d_out)`; or those of several layers that were called
+            with `a`, whose squared norms are added up and share the Gram matrix of `a`.
         cu_seqlens: offsets of the samples `(n + 1,)`, int32 or int64.
 
     Returns:
@@ -213,8 +214,16 @@ def ghost_norm(a: Tensor, g: Tensor, cu_seqlens: Tensor) -> Tensor:
         a, g = torch.randn(5, 3), torch.randn(5, 4)
         ghost_norm(a, g, torch.tensor([0, 2, 5])).sqrt()   # norms of two samples' gradients
     """
-    check_rows("ghost_norm", ("a", "g", "cu_seqlens"), a, g, cu_seqlens)
-    return backend.call("ghost_norm", a.device, a, g, cu_seqlens)
+    op = "ghost_norm"
+    gs = [g] if isinstance(g, Tensor) else list(g)
+    if not gs:
+        raise InputError(f"{op}: `g` is an empty list; give the output gradients of a layer")
+    for one in gs:
+        check_rows(op, ("a", "g", "cu_seqlens"), a, one, cu_seqlens)
+    several = "ghost_norm_of_one_input"
+    if len(gs) > 1 and backend.has_native(several, a.device.type):
+        return backend.call(several, a.device, a, gs, cu_seqlens)
+    return backend.call(op, a.device, a, gs[0] if len(gs) == 1 else torch.cat(gs, 1), cu_seqlens)
 
 
 def ghost_dot(

@@ -81,6 +81,11 @@ def ghost_norm(a: Tensor, g: Tensor, cu_seqlens: Tensor) -> Tensor:
     return out
 
 
+def ghost_norm_of_one_input(a: Tensor, g: list[Tensor], cu_seqlens: Tensor) -> Tensor:
+    """`ghost_norm` of gradients `[g_1; g_2; ..] a^T`, rows below rows."""
+    return ghost_norm(a, torch.cat(g, dim=1), cu_seqlens)
+
+
 def ghost_dot(
     a: Tensor, g: Tensor, cu_seqlens: Tensor, a2: Tensor, g2: Tensor, cu_seqlens2: Tensor
 ) -> Tensor:

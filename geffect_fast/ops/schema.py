@@ -31,8 +31,9 @@ SCHEMAS = {
     ),
 }
 
-# What `token_logprob` is made of.
+# What `token_logprob` is made of, and `ghost_norm` of several gradients.
 PART_SCHEMAS = {
+    "ghost_norm_of_one_input": "(Tensor a, Tensor[] g, Tensor cu_seqlens) -> Tensor",
     "token_logprob_rows": (
         "(Tensor product, Tensor labels, int first, float scale, float softcap) -> Tensor"
     ),
@@ -43,7 +44,9 @@ PART_SCHEMAS = {
 }
 
 # The ops behind every function of `geffect_fast.ops`.
-FUNCTIONS = {op: (op,) for op in SCHEMAS} | {"token_logprob": tuple(PART_SCHEMAS)}
+FUNCTIONS = {op: (op,) for op in SCHEMAS} | {
+    "token_logprob": ("token_logprob_rows", "token_logprob_rows_backward")
+}
 
 REFERENCES: dict[str, Callable[..., Tensor]] = {
     name: getattr(reference, name) for name in SCHEMAS | PART_SCHEMAS
@@ -71,6 +74,10 @@ def _fake_segment_dot(z: Tensor, g: Tensor, cu_seqlens: Tensor) -> Tensor:
 
 def _fake_ghost_norm(a: Tensor, g: Tensor, cu_seqlens: Tensor) -> Tensor:
     return a.new_empty((cu_seqlens.shape[0] - 1,), dtype=accumulation_dtype(a.dtype))
+
+
+def _fake_ghost_norm_of_one_input(a: Tensor, g: list[Tensor], cu_seqlens: Tensor) -> Tensor:
+    return _fake_ghost_norm(a, a, cu_seqlens)
 
 
 def _fake_ghost_dot(
@@ -104,6 +111,7 @@ FAKES: dict[str, Callable[..., Tensor]] = {
     "segment_bilinear": _fake_segment_bilinear,
     "segment_dot": _fake_segment_dot,
     "ghost_norm": _fake_ghost_norm,
+    "ghost_norm_of_one_input": _fake_ghost_norm_of_one_input,
     "ghost_dot": _fake_ghost_dot,
     "token_logprob_rows": _fake_token_logprob_rows,
     "token_logprob_rows_backward": _fake_token_logprob_rows_backward,

@@ -214,7 +214,7 @@ def serving() -> Iterator[None]:
     def call_kernel(op: str, _: torch.device, *args: Any) -> Tensor:
         return call(f"{NAMESPACE}::{op}", *args)
 
-    with mock.patch.object(backend, "call", call_kernel):
+    with mock.patch.multiple(backend, call=call_kernel, has_native=lambda op, _device: serves(op)):
         yield
 
 

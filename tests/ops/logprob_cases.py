@@ -18,7 +18,7 @@ from geffect_fast.ops import schema
 
 MODULE = importlib.import_module("geffect_fast.ops.token_logprob")
 TilingOf = MODULE.Tiling
-ROWS, BACKWARD = schema.PART_SCHEMAS
+ROWS, BACKWARD = schema.FUNCTIONS["token_logprob"]
 
 
 def plain(

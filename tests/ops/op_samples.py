@@ -77,7 +77,9 @@ def expected_segment_dot(z: Tensor, g: Tensor, cu_seqlens: Tensor) -> Tensor:
     return out[kept]
 
 
-def expected_ghost_norm(a: Tensor, g: Tensor, cu_seqlens: Tensor) -> Tensor:
+def expected_ghost_norm(a: Tensor, g: Tensor | list[Tensor], cu_seqlens: Tensor) -> Tensor:
+    if isinstance(g, list):
+        return torch.stack([expected_ghost_norm(a, one, cu_seqlens) for one in g]).sum(0)
     norms = [gradient.square().sum() for gradient in gradients(a, g, cu_seqlens)]
     return torch.tensor(norms, dtype=torch.float64)
 
@@ -214,6 +216,16 @@ def sample_inputs(dtype: torch.dtype) -> list[Sample]:
         Sample("ghost_norm", "wide", wide),
         Sample("ghost_norm", "wide, long", wide_long),
         Sample("ghost_norm", "deep", deep),
+        Sample("ghost_norm", "three of one input", (a, [g, column_major, make(len(a), 40)], cu)),
+        Sample("ghost_norm", "two, no tokens", (no_tokens[0], [no_tokens[1]] * 2, no_tokens[2])),
+        Sample("ghost_norm", "two, long", (long[0], [long[1], make(len(long[0]), 9)], long[2])),
+        Sample("ghost_norm", "two, wide", (wide[0], [wide[1], make(len(wide[0]), 9)], wide[2])),
+        Sample(
+            "ghost_norm",
+            "two, wide, long",
+            (wide_long[0], [make(len(wide_long[0]), 270), wide_long[1]], wide_long[2]),
+        ),
+        Sample("ghost_norm", "two, deep", (deep[0], [deep[1], make(len(deep[0]), 2100)], deep[2])),
         Sample("ghost_dot", "deep", (*deep, *deep)),
         Sample("ghost_dot", "with itself", (a, g, cu, a, g, cu)),
         Sample("ghost_dot", "long, with itself", (*long, *long)),
