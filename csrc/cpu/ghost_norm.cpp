@@ -1,14 +1,13 @@
 // ghost_norm: out[i] = || sum_{t in segment i} g_t a_t^T ||_F^2
-// ghost_norm_of_one_input: the sum of it over several g, the output gradients of layers of one input
+// ghost_norm_of_one_input: its sum over several g, of layers that were called with one input
 //
 // a (total_tokens, d_in), g (total_tokens, d_out) each, cu_seqlens (n + 1) -> (n); any strides.
 //
 // Two exact forms, chosen for each segment of T_i tokens by their multiply-adds:
-//   Gram      sum_{s,t} (a_s . a_t) sum_g (g_s . g_t): a task owns the pairs of a block of tokens s with
-//   all
-//             t >= its first; tiles right of the diagonal count twice.    ~ T_i^2 (d_in + d_out) /
-//             2
-//             Of few tokens: one task, the upper triangle by dot products.
+//   Gram      sum_{s,t} (a_s . a_t) sum_g (g_s . g_t): a task owns the pairs of a block of tokens
+//             s with all t >= its first; tiles right of the diagonal count twice.
+//             ~ T_i^2 (d_in + d_out) / 2. Of few tokens: one task, the upper triangle by dot
+//             products.
 //   gradient  the sum of squares of G_i^T A_i: a task owns a tile of it.  T_i d_in d_out
 // Neither a T_i x T_i Gram nor a gradient exists beyond a tile a thread. Limiter: arithmetic.
 #include <torch/csrc/stable/library.h>
@@ -32,7 +31,8 @@ constexpr int64_t kShortTokens = 64;
 constexpr int64_t kStrip = 2;
 constexpr int64_t kTriangle = kShortTokens * (kShortTokens + kStrip) / 2;
 
-// A block of token pairs (first: a token) or a tile of one g's gradient (first, second: its corner).
+// A block of token pairs (first: a token), or a tile of the gradient of one g (first, second: its
+// corner).
 struct Task {
   static constexpr int64_t kGram = -1;
   int64_t segment, first, second, g;
