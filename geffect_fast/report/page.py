@@ -229,7 +229,7 @@ def _compared(
     from geffect_fast.report.prediction_plot import prediction_figure
     from geffect_fast.runs.compare import compare
 
-    both = compare(runs)
+    both = compare(runs, what="report")
     figures = comparison_figures(both)
 
     def drawn(*names: str) -> list[Block]:

@@ -134,9 +134,10 @@ def _room(values: np.ndarray, reach: float) -> float:
 def blank_figure(width: float, height: float) -> Figure:
     """A figure that belongs to no window and no global state."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), layout="constrained")
+    from geffect_fast.report.figure import PlainFigure
+
+    figure = PlainFigure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure
 

@@ -271,6 +271,9 @@ def inline_svg(
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.transforms import Affine2D, Bbox
 
+    from geffect_fast.report.figure import plain_names
+
+    plain_names(figure)
     boxes = [axes.get_tightbbox() for axes in shown]
     box = Bbox.union([b for b in boxes if b is not None]).padded(2)
     box = box.transformed(figure.dpi_scale_trans.inverted() + Affine2D().scale(72))

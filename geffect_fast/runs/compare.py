@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,8 +21,10 @@ if TYPE_CHECKING:
     import xarray as xr
 
 SETTINGS = ("risk", "reduction")
-ROWS = ("n_forget", "n_retain", "probe_rows")
+COUNTS = ("n_forget", "n_retain")
 """Attributes that runs must share, or else their numbers mean different things."""
+BY_SET = ("probe_rows", "digests")
+"""Attributes, JSON by data set, that runs must share of every set that both have."""
 BY_RISK = ("risk_value", "cosine", "measured_change", "predicted_update", "predicted_sgd")
 BY_STEP = ("loss", "grad_norm")
 
@@ -44,6 +48,8 @@ class _Curve:
 
 def compare(
     runs: Sequence[str | Path | xr.Dataset] | Mapping[str, str | Path | xr.Dataset],
+    *,
+    what: str = "compare",
 ) -> xr.Dataset:
     """Step results of several runs in one Dataset, on the steps and risks that all of them have.
 
@@ -53,6 +59,7 @@ def compare(
 
     Args:
         runs: run folders, results or their files, with a step axis; or a mapping of names to them.
+        what: what messages begin with.
 
     Returns:
         A Dataset with `g_effect` (run, step, risk), `risk_value`, `measured_change`, `predicted_*`
@@ -72,15 +79,15 @@ def compare(
     """
     import xarray as xr
 
-    given = _given(runs)
+    given = _given(runs, what)
     curves = [curve for name, run in given.items() for curve in _curves(name, run)]
-    for curve in curves[1:]:
-        _check_alike(curves[0], curve)
+    for one, other in combinations({curve.run: curve for curve in curves}.values(), 2):
+        _check_alike(one, other, what)
     steps = functools.reduce(np.intersect1d, [curve.dataset["step"].values for curve in curves])
     if len(steps) < 2:
         ranges = ", ".join(f"{curve.run} {_steps_of(curve)}" for curve in curves[:4])
         raise InputError(
-            f"compare: the runs share {len(steps)} steps ({ranges}); probe them at the same steps"
+            f"{what}: the runs share {len(steps)} steps ({ranges}); probe them at the same steps"
         )
     first = [str(risk) for risk in curves[0].dataset["risk"].values]
     risks = [risk for risk in first if all(risk in c.dataset["risk"].values for c in curves)]
@@ -107,13 +114,13 @@ def compare(
 
 
 def _given(
-    runs: Sequence[str | Path | xr.Dataset] | Mapping[str, str | Path | xr.Dataset],
+    runs: Sequence[str | Path | xr.Dataset] | Mapping[str, str | Path | xr.Dataset], what: str
 ) -> dict[str, xr.Dataset]:
     """Results by the names of runs, none of them twice."""
     import xarray as xr
 
     if isinstance(runs, str | Path | xr.Dataset):
-        raise InputError("compare: got one run; give a list of two or more")
+        raise InputError(f"{what}: got one run; give a list of two or more")
     if isinstance(runs, Mapping):
         pairs = [(str(name), run) for name, run in runs.items()]
     else:
@@ -122,7 +129,7 @@ def _given(
             for i, run in enumerate(runs)
         ]
     if len(pairs) < 2:
-        raise InputError(f"compare: got {len(pairs)} run; give two or more")
+        raise InputError(f"{what}: got {len(pairs)} run; give two or more")
     found: dict[str, xr.Dataset] = {}
     places: dict[Path, str] = {}
     for name, run in pairs:
@@ -131,19 +138,19 @@ def _given(
             place = place.parent if place.name == "results.nc" else place
             if place in places:
                 raise InputError(
-                    f"compare: {name} and {places[place]} are the same run; give it once"
+                    f"{what}: {name} and {places[place]} are the same run; give it once"
                 )
             places[place] = name
             run = open_run(run)
         elif not isinstance(run, xr.Dataset):
-            raise InputError(f"compare: {run!r} is no run; give folders, or results of open_run")
+            raise InputError(f"{what}: {run!r} is no run; give folders, or results of open_run")
         if "step" not in run["g_effect"].dims:
             raise InputError(
-                f"compare: {name} has no steps; give runs of unlearn or of profile --checkpoints"
+                f"{what}: {name} has no steps; give runs of unlearn or of profile --checkpoints"
             )
         twin = next((other for other, d in found.items() if _same(d, run)), None)
         if twin is not None:
-            raise InputError(f"compare: {name} holds the same result as {twin}; give it once")
+            raise InputError(f"{what}: {name} holds the same result as {twin}; give it once")
         found[name] = run
     return found
 
@@ -161,29 +168,38 @@ def _curves(name: str, dataset: xr.Dataset) -> list[_Curve]:
     return [_Curve(name, objective, False, dataset) for objective in objectives]
 
 
-def _check_alike(first: _Curve, other: _Curve) -> None:
+def _check_alike(first: _Curve, other: _Curve, what: str) -> None:
     """Raise `InputError` where two runs measure different things."""
     for setting in SETTINGS:
         one, two = (curve.dataset.attrs.get(setting) for curve in (first, other))
         if one != two:
             raise InputError(
-                f"compare: {first.run} has {setting} {one!r}, {other.run} {two!r}; "
+                f"{what}: {first.run} has {setting} {one!r}, {other.run} {two!r}; "
                 "compare runs of the same risk and reduction"
             )
-    rows = [[curve.dataset.attrs.get(name) for name in ROWS] for curve in (first, other)]
-    if rows[0] != rows[1]:
-        counts = [f"{forget} forget and {retain} retain rows" for forget, retain, _ in rows]
-        alike = ", though not the same ones" if counts[0] == counts[1] else ""
+    counts = [
+        "{} forget and {} retain rows".format(*map(curve.dataset.attrs.get, COUNTS))
+        for curve in (first, other)
+    ]
+    if counts[0] != counts[1]:
         raise InputError(
-            f"compare: {first.run} was measured on {counts[0]}, {other.run} on {counts[1]}{alike}; "
+            f"{what}: {first.run} was measured on {counts[0]}, {other.run} on {counts[1]}; "
             "compare runs on the same data, with the same --probe-rows"
         )
+    for attribute in BY_SET:  # results of earlier versions may lack them
+        one, two = (json.loads(c.dataset.attrs.get(attribute, "{}")) for c in (first, other))
+        for name in one:
+            if name in two and one[name] != two[name]:
+                raise InputError(
+                    f"{what}: the {name} rows of {first.run} are not those of {other.run}; compare "
+                    "runs on the same data, with the same tokenizer, template and --probe-rows"
+                )
     one, two = (_questions(curve.dataset) for curve in (first, other))
     if one is not None and two is not None:
         different = next((i for i, (a, b) in enumerate(zip(one, two, strict=True)) if a != b), None)
         if different is not None:
             raise InputError(
-                f"compare: forget row {different} of {first.run} is not that of {other.run}; "
+                f"{what}: forget row {different} of {first.run} is not that of {other.run}; "
                 "compare runs on the same data"
             )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import sys
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from geffect_fast import ops
 from geffect_fast.capture import Plan
+from geffect_fast.data import SampleSet
 from geffect_fast.errors import NonFiniteError, UnsupportedModelError
 from geffect_fast.objectives import Objective
 from geffect_fast.runs.resolution import Resolution
@@ -30,6 +32,15 @@ COVERAGE_TOLERANCE = {
     torch.float16: 5e-2,
 }
 """How far the sum over samples may be from the whole gradient's product, relative to both norms."""
+
+
+def digest(samples: SampleSet) -> str:
+    """What tells the rows of a data set from others: a hash of their answers' tokens and labels."""
+    found = hashlib.sha256()
+    for sample in samples.samples:
+        for tensor in (sample.answer.input_ids, sample.answer.labels):
+            found.update(tensor.numpy().astype("<i8").tobytes() + b";")
+    return found.hexdigest()[:16]
 
 
 def gram_matrices(*gradients: Mapping[str, Tensor]) -> Tensor:

@@ -59,9 +59,7 @@ def execute(
         InputError, NonFiniteError, UnsupportedModelError: nothing has been written then.
     """
     check_free(out, overwrite)
-    device = check_sources(config)
-    data = read_data(config, config.objectives)
-    tokenizer = tokenizer_of(config, has_text(data))
+    device, data, tokenizer = read_sources(config, config.objectives)
     # Effects by sample and position or token may be larger than memory: a profile's go straight to
     # the folder, a sweep's get coordinates first.
     large = config.resolve[-2:] in (("sample", "position"), ("sample", "token"))
@@ -77,15 +75,8 @@ def execute(
             **data,
             objectives=list(config.objectives),
             reference_model=config.reference,
-            resolve=config.resolve,
-            engine=config.engine,
-            reduction=config.reduction,
-            risk=config.risk,
-            norms=config.norms,
-            groups=config.groups or None,
-            template=config.template,
-            max_length=config.max_length,
-            token_budget=config.token_budget,
+            **measuring(config),
+            **reading(config),
             out=staging / RESULTS if staging is not None else None,
             progress=progress,
         )
@@ -129,11 +120,30 @@ def execute_check(config: ProfileConfig, samples: int, *, progress: bool = False
             samples=samples,
             refusals=refusals,
             reference_model=config.reference,
-            template=config.template,
-            max_length=config.max_length,
+            **reading(config),
             token_budget=config.token_budget,
             progress=progress,
         )
+
+
+def read_sources(
+    config: RunConfig, objectives: Sequence[str]
+) -> tuple[torch.device, dict[str, Any], Any]:
+    """What is cheap and may be wrong, before a model is loaded: device, data sets and tokenizer."""
+    device = check_sources(config)
+    data = read_data(config, objectives)
+    return device, data, tokenizer_of(config, has_text(data))
+
+
+def measuring(config: RunConfig) -> dict[str, Any]:
+    """The fields that say what is measured and how, as arguments of `profile`."""
+    names = ("resolve", "engine", "reduction", "risk", "norms", "token_budget")
+    return {name: getattr(config, name) for name in names} | {"groups": config.groups or None}
+
+
+def reading(config: RunConfig) -> dict[str, Any]:
+    """The fields that say how data are tokenised, as arguments of `profile`."""
+    return {"template": config.template, "max_length": config.max_length}
 
 
 def check_sources(config: RunConfig) -> torch.device:

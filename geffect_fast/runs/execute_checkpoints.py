@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from geffect_fast.runs.config import ProfileConfig
-from geffect_fast.runs.execute import check_sources, has_text, on_threads, read_data, tokenizer_of
+from geffect_fast.runs.execute import measuring, on_threads, read_sources, reading
 from geffect_fast.runs.profile_checkpoints import CheckpointRun
 from geffect_fast.runs.step_folder import as_begun, begun, check_start, finish, kept
 
@@ -48,9 +48,7 @@ def execute_checkpoints(
     folder = check_start(out, resume, overwrite)
     if resume:
         config = config.model_copy(update=as_begun(config, folder, _CHOSEN))
-    device = check_sources(config)
-    data = read_data(config, config.objectives)
-    tokenizer = tokenizer_of(config, has_text(data))
+    device, data, tokenizer = read_sources(config, config.objectives)
     with on_threads(config.threads) as threads:
         run = CheckpointRun(
             config.checkpoints,
@@ -62,15 +60,8 @@ def execute_checkpoints(
             options={
                 **data,
                 "objectives": list(config.objectives),
-                "resolve": config.resolve,
-                "engine": config.engine,
-                "reduction": config.reduction,
-                "risk": config.risk,
-                "norms": config.norms,
-                "groups": config.groups or None,
-                "template": config.template,
-                "max_length": config.max_length,
-                "token_budget": config.token_budget,
+                **measuring(config),
+                **reading(config),
             },
         )
         chosen = {

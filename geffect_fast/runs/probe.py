@@ -232,7 +232,8 @@ def run_identity(
         more: what else decides them, such as a config; what JSON can hold.
     """
     found = hashlib.sha256()
-    chosen = ("token_budget", "engine_reason")  # from free memory, and in words
+    # from free memory; in words; of what is hashed below
+    chosen = ("token_budget", "engine_reason", "digests")
     plain = {
         "settings": {k: v for k, v in profiler.settings.items() if k not in chosen},
         "risks": profiler.risk_names,

@@ -127,4 +127,4 @@ def profile(
         max_length=max_length,
         token_budget=token_budget,
     )
-    return profiler.measure(out=out, progress=progress).dataset
+    return profiler.measure(out=out, progress=progress, unchanged=True).dataset

@@ -44,6 +44,7 @@ from geffect_fast.runs.dataset import (
     check_effects,
     check_norms,
     dataset,
+    digest,
 )
 from geffect_fast.runs.effects import find_effects
 from geffect_fast.runs.models import check_finite
@@ -189,6 +190,7 @@ class Profiler:
             "token_budget": self.token_budget,
             "n_forget": len(sets["forget"]),
             "n_retain": len(sets["retain"]),
+            "digests": json.dumps({name: digest(each) for name, each in sets.items()}),
             "objectives": json.dumps(
                 [{"name": o.name, "parameters": o.parameters()} for o in self.objectives]
             ),
@@ -196,7 +198,12 @@ class Profiler:
         self._reference = Reference(reference_for(reference_model, needs, model, sets))
 
     def measure(
-        self, *, out: str | Path | None = None, weights: bool = False, progress: bool = False
+        self,
+        *,
+        out: str | Path | None = None,
+        weights: bool = False,
+        progress: bool = False,
+        unchanged: bool = False,
     ) -> Measurement:
         """Measure the model as it is now.
 
@@ -206,6 +213,8 @@ class Profiler:
                 by the log-probability of each label, NaN where it has none; left out with
                 `position`.
             progress: show bars.
+            unchanged: the weights are still those that were searched for NaN when this was made,
+                and need not be again.
 
         Raises:
             InputError: the result does not fit in memory, or `out` is of no use.
@@ -213,7 +222,8 @@ class Profiler:
             UnsupportedModelError: the samples' shares miss a gradient.
         """
         plan, resolution, mixture = self.plan, self._resolution, self._mixture
-        check_finite(plan.model)
+        if not unchanged:
+            check_finite(plan.model)
         m, k, engine = len(self.risk_names), len(self.objectives), self._choice.engine
         shape = resolution.shape(k, m)
         if out is not None and not ("sample" in resolution.axes and resolution.within):

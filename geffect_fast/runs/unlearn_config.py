@@ -48,7 +48,7 @@ class Training(BaseModel):
     """Optimizer of transformers: adamw_torch, sgd, adafactor ..."""
 
     precision: Literal["model", "bf16", "fp16"] = "model"
-    """Autocast in training: bf16 or fp16; model: none, as the weights are."""
+    """Autocast in training: bf16, or on a GPU fp16; model: none, as the weights are."""
 
     checkpointing: bool = False
     """Gradient checkpointing: activations are computed again in the backward, to save memory."""
@@ -69,8 +69,8 @@ class Training(BaseModel):
     """Decides the order of the data, dropout and an adapter's first weights."""
 
     trainer: dict[str, Any] = Field(default={})
-    """Further fields of transformers' TrainingArguments, such as weight_decay: 0.01; gradients are
-    clipped only where max_grad_norm is among them."""
+    """Further fields of transformers' TrainingArguments, of the optimizer, the schedule and
+    logging, such as weight_decay: 0.01; gradients are clipped only with max_grad_norm."""
 
     save_every: int | None = Field(default=None, gt=0)
     """Updates between two checkpoints to resume from; none: at every probe."""

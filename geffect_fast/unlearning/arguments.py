@@ -5,8 +5,11 @@ from __future__ import annotations
 import dataclasses
 import difflib
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import torch
+from pydantic import Field, PositiveFloat, PositiveInt, TypeAdapter, ValidationError
+from torch import nn
 from transformers import TrainingArguments
 from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
@@ -38,20 +41,33 @@ OF_CONFIG = {
 }
 """Fields of TrainingArguments that a field of ours decides, and its option."""
 
-NOT_SERVED = (
-    "auto_find_batch_size",
-    "deepspeed",
-    "fsdp",
-    "fsdp_config",
-    "label_smoothing_factor",
-    "load_best_model_at_end",
-    "parallelism_config",
-    "push_to_hub",
-    "save_only_model",
-    "ignore_data_skip",
-    "torch_compile",
-)
-"""Fields that would change what is trained, or what is saved to resume from."""
+_Rate = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+_Beta = Annotated[float, Field(ge=0, lt=1)]
+_Fields = dict[str, Any] | None
+SERVED: dict[str, Any] = {
+    "weight_decay": _Rate,
+    "adam_beta1": _Beta,
+    "adam_beta2": _Beta,
+    "adam_epsilon": _Rate,
+    "max_grad_norm": _Rate,
+    "optim_args": str | None,
+    "optim_target_modules": str | list[str] | None,
+    "lr_scheduler_kwargs": _Fields,
+    "activation_checkpointing_kwargs": _Fields,
+    "gradient_checkpointing_kwargs": _Fields,
+    "full_determinism": bool,
+    "tf32": bool | None,
+    "torch_empty_cache_steps": PositiveInt | None,
+    "disable_tqdm": bool,
+    "log_level": str,
+    "logging_strategy": str,
+    "logging_steps": PositiveFloat,
+    "logging_first_step": bool,
+    "report_to": str | list[str] | None,
+    "run_name": str | None,
+}
+"""Fields of TrainingArguments that may be given, and what they may hold. Others would change what
+is trained (noise, samplers, other kernels) or saved, or do nothing here (evaluation, workers)."""
 
 
 def training_arguments(config: Training, folder: str | Path, device: str) -> TrainingArguments:
@@ -71,12 +87,18 @@ def training_arguments(config: Training, folder: str | Path, device: str) -> Tra
     _known("optimizer", config.optimizer, [o.value for o in OptimizerNames])
     _known("scheduler", config.scheduler, [s.value for s in SchedulerType])
     names = [f.name for f in dataclasses.fields(TrainingArguments) if f.init]
-    for name in config.trainer:
-        _known("trainer", name, names)
+    given: dict[str, Any] = {}
+    for name, value in config.trainer.items():
+        _known("trainer", name, names, list(SERVED))
         if name in OF_CONFIG:
             raise InputError(f"trainer: {name} is decided by {OF_CONFIG[name]}; use that")
-        if name in NOT_SERVED:
+        if name not in SERVED:
             raise InputError(f"trainer: {name} is not served here; leave it out")
+        try:
+            given[name] = TypeAdapter(SERVED[name]).validate_python(value)
+        except ValidationError as error:
+            why = error.errors()[0]["msg"].removeprefix("Input ")
+            raise InputError(f"trainer: {name} {why}, got {value!r}; correct it") from None
     # transformers 5 renamed gradient checkpointing on its way
     renamed = "activation_checkpointing" in names
     checkpointing = "activation_checkpointing" if renamed else "gradient_checkpointing"
@@ -86,7 +108,7 @@ def training_arguments(config: Training, folder: str | Path, device: str) -> Tra
         "report_to": [],
         "logging_strategy": "no",
         "dataloader_pin_memory": False,
-        **config.trainer,
+        **given,
         "output_dir": str(folder),
         "max_steps": config.steps,
         "per_device_train_batch_size": 1,
@@ -115,9 +137,35 @@ def training_arguments(config: Training, folder: str | Path, device: str) -> Tra
     return arguments
 
 
-def _known(what: str, value: str, names: list[str]) -> None:
+def check_precision(config: Training, model: nn.Module) -> None:
+    """Raise `InputError` where a model cannot be trained with the autocast that is wanted.
+
+    On a CPU accelerate would leave out autocast to fp16 without a word.
+    """
+    if config.precision != "fp16":
+        return
+    if next(model.parameters()).device.type == "cpu":
+        raise InputError("precision: fp16 needs a GPU; use bf16 on a CPU, or leave it out")
+    low = any(p.dtype == torch.float16 for p in model.parameters() if p.requires_grad)
+    if low and config.lora_rank is None:
+        raise InputError(
+            "precision: fp16 scales gradients up, which float16 weights leave no room for; use "
+            "--dtype float32, or leave --precision out"
+        )
+
+
+def refused(config: Training, error: Exception) -> InputError:
+    """What to say where an optimizer, a scheduler or a reporter cannot be made as asked."""
+    return InputError(
+        f"optimizer {config.optimizer}, scheduler {config.scheduler}, or trainer: "
+        f"{_flat(error)[:300]}; correct it or choose another"
+    )
+
+
+def _known(what: str, value: str, names: list[str], advised: list[str] | None = None) -> None:
     if value in names:
         return
+    names = advised or names
     close = difflib.get_close_matches(value, names, n=1)
     advice = f"did you mean {close[0]!r}?" if close else f"choose from {', '.join(names[:12])} ..."
     raise InputError(f"{what}: unknown '{value}'; {advice}")

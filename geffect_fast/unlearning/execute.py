@@ -7,7 +7,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from geffect_fast.runs.execute import check_sources, has_text, on_threads, read_data, tokenizer_of
+from geffect_fast.runs.execute import measuring, on_threads, read_sources, reading
 from geffect_fast.runs.models import load_model
 from geffect_fast.runs.step_folder import as_begun, begun, kept
 from geffect_fast.runs.unlearn_config import UnlearnConfig
@@ -59,9 +59,7 @@ def execute_unlearn(
     folder = check_start(out, resume, overwrite)
     if resume:
         config = config.model_copy(update=as_begun(config, folder, CHOSEN, SAME_NUMBERS))
-    device = check_sources(config)
-    data = read_data(config, [config.objective, *config.objectives])
-    tokenizer = tokenizer_of(config, has_text(data))
+    device, data, tokenizer = read_sources(config, [config.objective, *config.objectives])
     with on_threads(config.threads) as n_threads:
         model = load_model(config.model, config.dtype, str(device))
         run = Unlearning(
@@ -72,16 +70,8 @@ def execute_unlearn(
             objectives=config.objectives,
             sources=data,
             reference_model=config.reference,
-            measuring={
-                "resolve": config.resolve,
-                "engine": config.engine,
-                "reduction": config.reduction,
-                "risk": config.risk,
-                "norms": config.norms,
-                "groups": config.groups or None,
-                "token_budget": config.token_budget,
-            },
-            reading={"template": config.template, "max_length": config.max_length},
+            measuring=measuring(config),
+            reading=reading(config),
         )
         said(run.rows.sentence(run.sets))
         chosen: dict[str, Any] = {

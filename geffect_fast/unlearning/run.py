@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from geffect_fast.data import Layout
-from geffect_fast.errors import InputError, NonFiniteError
+from geffect_fast.errors import GEffectError, InputError, NonFiniteError
 from geffect_fast.objectives import Objective
 from geffect_fast.objectives.base import REFERENCE_NEEDS
 from geffect_fast.runs.arguments import (
@@ -74,7 +74,7 @@ class Unlearning:
         reading: Mapping[str, Any],
     ) -> None:
         from geffect_fast.unlearning.adapters import with_adapter
-        from geffect_fast.unlearning.arguments import training_arguments
+        from geffect_fast.unlearning.arguments import check_precision, training_arguments
         from geffect_fast.unlearning.training import Loss
 
         measured = resolved_list([objective, *objectives])
@@ -95,6 +95,7 @@ class Unlearning:
         self.training = training = self._with_sizes(training)
         self.device = next(model.parameters()).device
         training_arguments(training, ".", str(self.device))  # to have them checked
+        check_precision(training, model)
         reference = reference_for(reference_model, needs, model, sets)
         if needs & REFERENCE_NEEDS and reference is None:
             reference = _as_it_is(model, shares=training.lora_rank is not None)
@@ -156,7 +157,7 @@ class Unlearning:
             All probes along the axis `step`.
         """
         from geffect_fast.integrations import GEffectCallback
-        from geffect_fast.unlearning.arguments import training_arguments
+        from geffect_fast.unlearning.arguments import refused, training_arguments
         from geffect_fast.unlearning.training import Draws, RowReference, UnlearnTrainer
         from geffect_fast.unlearning.watch import Watch
 
@@ -177,29 +178,35 @@ class Unlearning:
             progress_bar(progress, f"unlearning, {self.loss.objective}", training.steps) as show,
             only_weights_change(self.model),
         ):
-            trainer = UnlearnTrainer(
-                self.model,
-                training_arguments(training, folder or ".", str(self.device)),
-                loss=self.loss,
-                draws=Draws(
-                    {name: (len(self.sets[name]), count) for name, count in sizes.items()},
-                    training.steps,
-                    training.seed,
-                ),
-                reference=reference,
-                identity=self.identity,
-                callbacks=[
-                    live,
-                    Watch(
-                        probe,
-                        folder=folder,
-                        save_every=training.save_every or training.probe_every,
-                        keep=training.keep_checkpoints,
-                        told=told or (lambda step, dataset: None),
-                        tick=lambda step: show(completed=step),
+            try:
+                trainer = UnlearnTrainer(
+                    self.model,
+                    training_arguments(training, folder or ".", str(self.device)),
+                    loss=self.loss,
+                    draws=Draws(
+                        {name: (len(self.sets[name]), count) for name, count in sizes.items()},
+                        training.steps,
+                        training.seed,
                     ),
-                ],
-            )
+                    reference=reference,
+                    identity=self.identity,
+                    callbacks=[
+                        live,
+                        Watch(
+                            probe,
+                            folder=folder,
+                            save_every=training.save_every or training.probe_every,
+                            keep=training.keep_checkpoints,
+                            told=told or (lambda step, dataset: None),
+                            tick=lambda step: show(completed=step),
+                        ),
+                    ],
+                )
+                trainer.create_optimizer_and_scheduler(training.steps)
+            except GEffectError:
+                raise
+            except Exception as error:  # of many kinds, from transformers, torch and reporters
+                raise refused(training, error) from error
             self._until_done(trainer, saved[max(saved)] if saved else None)
         assert live.result is not None
         return live.result.assign_attrs(self.attributes())
@@ -226,7 +233,7 @@ class Unlearning:
                 raise
             raise NonFiniteError(
                 f"step {trainer.state.global_step}: {said.partition(';')[0]}; the training made it "
-                "so: try a smaller --learning-rate"
+                "so: try a smaller --learning-rate, or --dtype float32"
             ) from error
 
     def _with_sizes(self, training: Training) -> Training:

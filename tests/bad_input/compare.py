@@ -81,6 +81,14 @@ CASES = [
     ),
     Case("other data", WORKS, "on 12 forget", "the same --probe-rows", with_b(n_forget=9)),
     Case(
+        "other retain rows", WORKS, "compare: the retain rows of a are not those of b",
+        "the same data",
+        both(
+            run("a", "ga", lambda d: d.assign_attrs(digests='{"retain": "1"}')),
+            run("b", "gd", lambda d: d.assign_attrs(digests='{"retain": "2"}')),
+        ),
+    ),
+    Case(
         "other questions", WORKS, "forget row 0 of a is not that of b", "the same data",
         both(
             run("a", "ga", resolve=("sample",)),

@@ -94,7 +94,7 @@ CASES = [
     Case(
         "a report of a run and its copy",
         asked("a", "copy", "--out", "page.html"),
-        "copy holds the same result as a",
+        "report: copy holds the same result as a",
         "give it once",
         both(A, copied),
     ),
@@ -115,7 +115,7 @@ CASES = [
     Case(
         "a report of runs on other data",
         asked("a", "b", "--out", "page.html"),
-        "forget and",
+        "report: a was measured on 12 forget and",
         "compare runs on the same data",
         with_b(n_forget=3),
     ),

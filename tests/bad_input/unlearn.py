@@ -12,7 +12,8 @@ from torch import nn
 import geffect_fast as gf
 from geffect_fast.errors import GEffectError
 from geffect_fast.runs.config import checked_config, dump_config
-from geffect_fast.runs.unlearn_config import UnlearnConfig
+from geffect_fast.runs.unlearn_config import Training, UnlearnConfig
+from geffect_fast.unlearning.arguments import check_precision
 
 DATA = {"forget": samples([5, 7, 4], 1), "retain": samples([6, 3], 2)}
 
@@ -162,9 +163,83 @@ CASES = [
     ),
     Case(
         "a field of the trainer of another kind",
-        unlearn(trainer="eval_strategy=often"),
+        unlearn(trainer="logging_strategy=often"),
         "trainer: ",
         "correct it or leave it out",
+    ),
+    Case(
+        "a field of the trainer that is fixed here",
+        unlearn(trainer="remove_unused_columns=true"),
+        "trainer: remove_unused_columns is not served",
+        "leave it out",
+    ),
+    Case(
+        "a field of the trainer for data that are loaded otherwise",
+        unlearn(trainer="dataloader_num_workers=-1"),
+        "trainer: dataloader_num_workers is not served",
+        "leave it out",
+    ),
+    Case(
+        "a field of the trainer that adds noise",
+        unlearn(trainer="neftune_noise_alpha=5"),
+        "trainer: neftune_noise_alpha is not served",
+        "leave it out",
+    ),
+    Case(
+        "a field of the trainer that is gone",
+        unlearn(trainer="group_by_length=true"),
+        "trainer: unknown 'group_by_length'",
+        "choose from weight_decay, ",
+    ),
+    Case(
+        "a negative weight decay",
+        unlearn(trainer="weight_decay=-1"),
+        "trainer: weight_decay should be greater than or equal to 0, got -1",
+        "correct it",
+    ),
+    Case(
+        "a weight decay in a word",
+        unlearn(trainer="weight_decay=abc"),
+        "trainer: weight_decay should be a valid number",
+        "got 'abc'; correct it",
+    ),
+    Case(
+        "a list for a number",
+        unlearn(trainer="max_grad_norm=[1, 2]"),
+        "trainer: max_grad_norm should be a valid number",
+        "got [1, 2]; correct it",
+    ),
+    Case(
+        "a list for fields by name",
+        unlearn(trainer="lr_scheduler_kwargs=[1, 2]"),
+        "trainer: lr_scheduler_kwargs should be a valid dictionary",
+        "correct it",
+    ),
+    Case(
+        "momentum beyond 1",
+        unlearn(trainer="adam_beta1=5"),
+        "trainer: adam_beta1 should be less than 1, got 5",
+        "correct it",
+    ),
+    Case(
+        "a scheduler that needs more than is given",
+        unlearn(scheduler="cosine_with_min_lr"),
+        "scheduler cosine_with_min_lr, or trainer: ",
+        "correct it or choose another",
+    ),
+    Case(
+        "fp16 on a CPU",
+        unlearn(precision="fp16", device="cpu"),
+        "precision: fp16 needs a GPU",
+        "use bf16",
+    ),
+    Case(
+        "fp16 for weights in float16",
+        lambda _: check_precision(
+            Training(steps=1, precision="fp16"), nn.Linear(2, 2, device="meta", dtype=torch.half)
+        ),
+        "precision: fp16 scales gradients",
+        "--dtype float32",
     ),
     Case(
         "a negative learning rate",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from models import build, samples
 from step_results import step_dataset
 
 import geffect_fast as gf
@@ -11,6 +12,10 @@ from geffect_fast.errors import InputError
 from geffect_fast.report.summary import by_place, total
 
 NPO, GA = "npo(beta=0.1)", "ga"
+KNOWN = {
+    "probe_rows": '{"retain": [0, 2], "general": [1]}',
+    "digests": '{"retain": "a", "general": "a"}',
+}
 
 
 def runs(**kwargs):
@@ -97,7 +102,9 @@ def test_norms_are_left_out_where_a_run_has_none():
     [
         (lambda d: d.assign_attrs(reduction="sum"), "has reduction 'token', result 2 'sum'"),
         (lambda d: d.assign_attrs(n_forget=7), "on 12 forget and 3 retain rows, result 2 on 7 f"),
-        (lambda d: d.assign_attrs(probe_rows="[1]"), "though not the same ones; .*--probe-rows"),
+        (lambda d: d.assign_attrs(probe_rows='{"retain": [1]}'), "retain rows of .*--probe-rows"),
+        (lambda d: d.assign_attrs(digests='{"retain": "b"}'), "retain rows of .*on the same data"),
+        (lambda d: d.assign_attrs(digests='{"general": "b"}'), "the general rows of result 1 are"),
         (lambda d: d.isel(step=[0]), "share 1 steps .result 1 0 to 12, result 2 0 alone."),
         (lambda d: d.assign_coords(step=d["step"] + 100), "probe them at the same steps"),
         (
@@ -107,9 +114,39 @@ def test_norms_are_left_out_where_a_run_has_none():
     ],
 )
 def test_runs_that_measure_other_things_are_refused(change, line):
-    a, b = runs().values()
+    a, b = (run.assign_attrs(KNOWN) for run in runs().values())
+    assert gf.compare([a, b]).sizes["run"] == 2
     with pytest.raises(InputError, match=line):
         gf.compare([a, change(b)])
+
+
+def test_only_sets_that_two_runs_share_must_be_the_same():
+    a, b = (run.assign_attrs(KNOWN) for run in runs().values())
+    fewer = b.assign_attrs(probe_rows='{"retain": [0, 2]}', digests='{"retain": "a"}')
+    assert gf.compare([a, fewer]).sizes["run"] == 2
+    old = a.drop_attrs().assign_attrs(
+        {name: a.attrs[name] for name in a.attrs if name not in KNOWN}
+    )
+    assert gf.compare([old, b]).sizes["run"] == 2
+    other = step_dataset(("gd",), seed=2).assign_attrs(KNOWN | {"digests": '{"retain": "b"}'})
+    with pytest.raises(InputError, match="the retain rows of result 2 are not those of result 3"):
+        gf.compare([old, b, other])
+
+
+def test_a_result_tells_its_rows_from_others_of_the_same_number():
+    def run(objective, general, refused=None, **more):
+        data = {"forget": samples([5, 7], 1), "retain": samples([6, 3], 2)}
+        for row in data["forget"] if refused else ():
+            row["alternative"] = samples([4], refused)
+        return gf.unlearn(
+            build("llama"), None, **data, probes={"general": samples([4, 4], general)},
+            objective=objective, steps=1, probe_rows="all", resolve=(), **more,
+        )  # fmt: skip
+
+    a, same = run("ga", general=3), run("po", general=3, refused=4, learning_rate=1e-3)
+    assert gf.compare([a, same]).sizes["run"] == 2
+    with pytest.raises(InputError, match="the general rows of result 1 are not those of result 2"):
+        gf.compare([a, run("gd", general=5)])
 
 
 def test_questions_of_retain_rows_may_differ():

@@ -11,6 +11,8 @@ from models import build, samples
 
 import geffect_fast as gf
 from geffect_fast.errors import NonFiniteError
+from geffect_fast.runs import arguments
+from geffect_fast.runs import profiler as profiler_module
 from geffect_fast.runs.profiler import Profiler
 
 DATA = {"forget": samples([5, 9, 3], 1), "retain": samples([7, 4], 2)}
@@ -55,6 +57,15 @@ def test_the_directions_are_the_gradients_of_the_risks():
     values, directions = profiler.risk_gradients()
     assert torch.equal(values, torch.from_numpy(found.dataset.risk_value.values))
     assert all(torch.equal(directions[name], v) for name, v in found.directions.items())
+
+
+def test_a_profile_searches_the_weights_for_nan_once(monkeypatch):
+    searched = []
+    for module in (arguments, profiler_module):
+        monkeypatch.setattr(module, "check_finite", lambda model, *_: searched.append(model))
+    model = build("llama")
+    gf.profile(model, None, **DATA, objectives=["ga"])
+    assert searched == [model]
 
 
 def test_weights_that_became_nan_are_named():

@@ -173,6 +173,13 @@ def test_a_loss_that_is_not_finite_is_named_with_its_step(tmp_path):
         trainer.training_step(model, draws[0])
 
 
+def test_fields_of_the_trainer_get_there(tmp_path):
+    given = {"weight_decay": "1e-3", "max_grad_norm": 1, "lr_scheduler_kwargs": {"min_lr": 1e-6}}
+    found = training_arguments(Training(steps=1, trainer=given), tmp_path, "cpu")
+    assert (found.weight_decay, found.max_grad_norm) == (1e-3, 1.0)
+    assert found.lr_scheduler_kwargs == {"min_lr": 1e-6}
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
@@ -181,7 +188,8 @@ def test_a_loss_that_is_not_finite_is_named_with_its_step(tmp_path):
         ({"trainer": {"weight_decai": 1}}, "unknown 'weight_decai'; did you mean 'weight_decay'"),
         ({"trainer": {"max_steps": 3}}, "max_steps is decided by --steps; use that"),
         ({"trainer": {"fsdp": "full_shard"}}, "fsdp is not served here; leave it out"),
-        ({"trainer": {"eval_strategy": "often"}}, "is not a valid IntervalStrategy"),
+        ({"trainer": {"logging_strategy": "often"}}, "is not a valid IntervalStrategy"),
+        ({"trainer": {"max_grad_norm": float("nan")}}, "max_grad_norm should be a finite number"),
     ],
 )
 def test_arguments_that_are_wrong_cost_one_line(fields, message, tmp_path):
