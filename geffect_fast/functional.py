@@ -7,7 +7,7 @@ backward, form no weight gradient of a single sample, and leave the model and it
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -119,7 +119,7 @@ def per_sample_grad_norms(
     def together(name: str, outers: list[Outer]) -> None:
         found[name] = squared_norms_of_one_input(outers)
 
-    with _by_input(measure, None if per_parameter else together) as sink:
+    with nullcontext(measure) if per_parameter else _by_input(measure, together) as sink:
         losses = _run(plan, loss_fn, batch, sink, join=True)
     return _gathered(plan, found, losses.new_zeros(len(losses)), torch.sqrt, per_parameter)
 
@@ -204,15 +204,9 @@ def pairwise_inner_products(
         if other is not None:
             found[name] = pairwise(other, factors, plan.parameters[name].shape)
 
-    def together(name: str, outers: list[Outer]) -> None:
-        first = outers[0]
-        g = torch.cat([f.g for f in outers], 1) if len(outers) > 1 else first.g
-        multiply(name, [Outer(first.a, g, first.cu)], None)
-
     # What the first batch leaves is kept; the second batch's is used as it arrives.
     n_a = None if batch_a is batch_b else len(_run(plan, loss_fn, batch_a, keep, join=True))
-    with _by_input(multiply, together if not per_parameter and n_a is None else None) as sink:
-        losses = _run(plan, loss_fn, batch_b, sink, join=True)
+    losses = _run(plan, loss_fn, batch_b, multiply, join=True)
     zeros = losses.new_zeros(len(losses) if n_a is None else n_a, len(losses))
     return _gathered(plan, found, zeros, None, per_parameter)
 
@@ -221,16 +215,14 @@ def pairwise_inner_products(
 
 
 @contextmanager
-def _by_input(sink: Sink, together: Callable[[str, list[Outer]], None] | None) -> Iterator[Sink]:
+def _by_input(sink: Sink, together: Callable[[str, list[Outer]], None]) -> Iterator[Sink]:
     """A sink for `sink`, and for `together` where linear layers were called with one input.
 
-    The gradients of layers of one input `a` are `[g; h] a^T`, rows below rows, so that products of
+    The gradients of layers of one input `a` are `[g; h] a^T`, rows below rows, so that norms of
     whole gradients need the Gram matrix of `a` once for all of them: a fifth less work in blocks
     that project queries, keys and values from one input. They go under the name of the first.
+    (All pairs take the gradients' own form more often, and gain nothing.)
     """
-    if together is None:
-        yield sink
-        return
     waiting: dict[str, Outer] = {}
 
     def flush() -> None:
