@@ -40,7 +40,7 @@ from geffect_fast.objectives import NLL, parse
 SHAPES = [(32, 32), (8, 128), (4, 512)]
 QUICK_SHAPES = [(5, 12), (2, 80)]
 TOLERANCE = 1e-3
-SLOW = 1.5
+SLOW = 1.2
 """What takes more than `SLOW` x the time of its quantity's fastest is timed in one round only."""
 
 OURS, STEP = "geffect_fast", "training step"
@@ -223,7 +223,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="a tiny model; prints only")
     parser.add_argument("--threads", type=int, default=2, help="threads of torch; default 2")
-    parser.add_argument("--rounds", type=int, help="rounds in turns; default 5, 2 if quick")
+    parser.add_argument("--rounds", type=int, help="rounds in turns; default 9, 2 if quick")
     parser.add_argument("--shape", help="one shape alone, such as 8x128; prints only")
     parser.add_argument("--out", type=Path, help="where the CSV goes")
     arguments = parser.parse_args()
@@ -237,7 +237,7 @@ def main() -> int:
     model = make_model(quick)
     rows = []
     for shape in shapes:
-        for row in measure(model, shape, arguments.rounds or (2 if quick else 5)):
+        for row in measure(model, shape, arguments.rounds or (2 if quick else 9)):
             rows.append(row)
             print(
                 f"{row['samples']:3} x {row['length']:<4} {row['quantity']:25} "
