@@ -233,6 +233,9 @@ class Recorder:
             self.sink(name, [factor], [kept])
 
 
+_SEVERAL = (list, tuple)
+
+
 class OutsideUse(TorchFunctionMode):
     """Notices parameters that are used outside their modules' forwards, where no hook sees it.
 
@@ -255,9 +258,12 @@ class OutsideUse(TorchFunctionMode):
         kwargs = kwargs or {}
         # Every operation of the model comes by: no more than a look at each argument.
         for x in (*args, *kwargs.values()) if kwargs else args:
-            for y in x if isinstance(x, list | tuple) else (x,):
-                if id(y) in self.owners:
-                    self._check(y, func, args, kwargs)
+            if id(x) in self.owners:
+                self._check(x, func, args, kwargs)
+            elif isinstance(x, _SEVERAL):
+                for y in x:
+                    if id(y) in self.owners:
+                        self._check(y, func, args, kwargs)
         return func(*args, **kwargs)
 
     def _check(self, p: nn.Parameter, func: Any, args: tuple[Any, ...], kwargs: Any) -> None:
