@@ -161,6 +161,8 @@ BAD: list[tuple[str, Callable[[], object], str]] = [
         "`cu_seqlens`.*decrease",
     ),
     ("ghost_norm", lambda: ops.ghost_norm(A, G.to("meta"), CU), "`g` is on meta"),
+    ("ghost_norm", lambda: ops.ghost_norm(A, [], CU), "`g` is an empty list; give"),
+    ("ghost_norm", lambda: ops.ghost_norm(A, [G, G[:5]], CU), "`g` has 5 along dimension 0"),
     ("ghost_norm", lambda: ops.ghost_norm(A, G, CU.to("meta")), "`cu_seqlens` is on meta"),
     ("ghost_dot", lambda: ops.ghost_dot(A, G, CU, A[:, 1:], G, CU), "`a2`.*d_in"),
     ("ghost_dot", lambda: ops.ghost_dot(A, G, CU, A, G[:, 1:], CU), "`g2`.*d_out"),
