@@ -249,7 +249,7 @@ def native_extensions(toolkit: Toolkit | None) -> list:
     extensions = [
         op_library(
             "_kernels",
-            [*cpu, *cuda, "csrc/common/vec.cpp"],
+            [*cpu, *cuda, *sources("common/*.cpp")],
             None if toolkit is None else [*NVCC_FLAGS, *gencode, *hopper_defines(gencode)],
         )
     ]

@@ -90,11 +90,25 @@ Block<acc_t<T>> dense_block(const Matrix<T>& m, int64_t row, int64_t rows, int64
 
 enum class Transpose { kNo, kYes };
 
-// out (rows x cols, dense) = or += op(x) op(y), in the accumulation type, by torch's BLAS.
+// What of a result is asked for; elements left of its diagonal may be left as they were.
+enum class Part { kAll, kUpper };
+
+// `gemm` in fp32 on the processors that `packed_gemm_serves`, on the calling thread alone.
+void packed_gemm(float* out, const Block<float>& x, Transpose tx, const Block<float>& y,
+                 Transpose ty, bool accumulate, Part part);
+void packed_row_dots(double* out, const Block<float>& x, const Block<float>& y,
+                     const Block<float>& z);
+bool packed_gemm_serves();
+
+// out (rows x cols, dense) = or += op(x) op(y), in the accumulation type, by torch's BLAS where
+// that is as fast as `packed_gemm`.
 // Called from inside a parallel region it runs on the calling thread alone.
 template <class A>
-void gemm(A* out, const Block<A>& x, Transpose tx, const Block<A>& y, Transpose ty,
-          bool accumulate) {
+void gemm(A* out, const Block<A>& x, Transpose tx, const Block<A>& y, Transpose ty, bool accumulate,
+          Part part = Part::kAll) {
+  if constexpr (std::is_same_v<A, float>) {
+    if (packed_gemm_serves()) return packed_gemm(out, x, tx, y, ty, accumulate, part);
+  }
   static const torch::stable::Device cpu(torch::headeronly::DeviceType::CPU, 0);
   constexpr ScalarType dtype = std::is_same_v<A, double> ? ScalarType::Double : ScalarType::Float;
   using Sizes = std::array<int64_t, 2>;
@@ -113,6 +127,18 @@ void gemm(A* out, const Block<A>& x, Transpose tx, const Block<A>& y, Transpose 
         aoti_torch_cpu_addmm_out(result.get(), result.get(), left.get(), right.get(), 1.0, 1.0));
   } else {
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(result.get(), left.get(), right.get()));
+  }
+}
+
+// out[i] += <row i of x y^T, row i of z>; `scratch` holds x.rows * y.rows.
+template <class A>
+void row_dots(double* out, const Block<A>& x, const Block<A>& y, const Block<A>& z, A* scratch) {
+  if constexpr (std::is_same_v<A, float>) {
+    if (packed_gemm_serves()) return packed_row_dots(out, x, y, z);
+  }
+  gemm(scratch, x, Transpose::kNo, y, Transpose::kYes, false);
+  for (int64_t i = 0; i < x.rows; ++i) {
+    out[i] += dot<A>(scratch + i * y.rows, z.data + i * z.ld, y.rows);
   }
 }
 

@@ -45,16 +45,17 @@ void gradient_tile(acc_t<T>* result, const Matrix<T>& a, const Matrix<T>& g, int
 // Features multiplied at once in a token Gram.
 inline constexpr int64_t kFeatures = 2048;
 
-// result (rows x cols) = or += inner products of x's rows from `row` with y's rows from `col`;
-// `scratch` holds (rows + cols) * kFeatures.
+// result (rows x cols) = or += inner products of x's rows from `row` with y's rows from `col`, at
+// least the `part` of them; `scratch` holds (rows + cols) * kFeatures.
 template <class T>
 void token_gram(acc_t<T>* result, const Matrix<T>& x, int64_t row, int64_t rows, const Matrix<T>& y,
-                int64_t col, int64_t cols, acc_t<T>* scratch, bool accumulate = false) {
+                int64_t col, int64_t cols, acc_t<T>* scratch, bool accumulate = false,
+                Part part = Part::kAll) {
   for (int64_t f = 0; f < x.cols; f += kFeatures) {
     const int64_t features = std::min(kFeatures, x.cols - f);
     const auto left = dense_block(x, row, rows, f, features, scratch);
     const auto right = dense_block(y, col, cols, f, features, scratch + rows * features);
-    gemm(result, left, Transpose::kNo, right, Transpose::kYes, accumulate || f > 0);
+    gemm(result, left, Transpose::kNo, right, Transpose::kYes, accumulate || f > 0, part);
   }
 }
 

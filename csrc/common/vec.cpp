@@ -1,8 +1,9 @@
 #include "common/vec.h"
 
 #include <algorithm>
-#include <cstdlib>
 #include <cstring>
+
+#include "common/instructions.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -131,10 +132,7 @@ struct VecKernels {
 
   VecKernels() {
 #if defined(__x86_64__)
-    const char* wish = std::getenv("ATEN_CPU_CAPABILITY");
-    const bool baseline = wish != nullptr && std::strcmp(wish, "default") == 0;
-    if (!baseline && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-        __builtin_cpu_supports("f16c")) {
+    if (instructions() != Instructions::kBaseline) {
       dot_f32 = dot_f32_avx2;
       dot_f64 = dot_f64_avx2;
       widen_bf16 = widen_bf16_avx2;

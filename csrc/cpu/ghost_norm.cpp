@@ -21,9 +21,13 @@ namespace {
 
 constexpr const char* kOp = "ghost_norm";
 
-// Gram form: tokens s and t of a tile. Few rows, so that little is computed twice at the diagonal.
-constexpr int64_t kRowTokens = 32;
+// Gram form: tokens s and t of a tile. Torch's BLAS computes what is left of the diagonal too, and
+// is given few rows; `packed_gemm` leaves most of it out, and packs fewer times for more rows.
+constexpr int64_t kMostRowTokens = 128;
 constexpr int64_t kColTokens = 256;
+constexpr int64_t kDiagonal = 32;  // columns computed left of the diagonal, and rows for BLAS
+
+int64_t row_tokens() { return packed_gemm_serves() ? kMostRowTokens : kDiagonal; }
 
 // Gram form of segments of few tokens: dot products of the triangle's rows, two at a time. BLAS
 // would spend half of its time on packing so few rows.
@@ -43,7 +47,7 @@ struct Task {
 bool gram_form_is_cheaper(int64_t tokens, int64_t d_in, int64_t d_out) {
   // Dot products of a triangle take about the time that BLAS takes for all pairs.
   const double pairs =
-      static_cast<double>(tokens) * (tokens <= kShortTokens ? tokens : (tokens + kRowTokens) / 2);
+      static_cast<double>(tokens) * (tokens <= kShortTokens ? tokens : (tokens + kDiagonal) / 2);
   return pairs * (d_in + d_out) < static_cast<double>(tokens) * d_in * d_out;
 }
 
@@ -61,7 +65,7 @@ std::vector<Task> plan(const Matrix<T>& a, const std::vector<Matrix<T>>& gs,
         tasks.push_back({segment, begin, 0, Task::kGram});
         continue;
       }
-      for (int64_t s = begin; s < end; s += kRowTokens) {
+      for (int64_t s = begin; s < end; s += row_tokens()) {
         tasks.push_back({segment, s, 0, Task::kGram});
       }
       continue;
@@ -81,18 +85,26 @@ template <class T>
 double gram_task(const Matrix<T>& a, const std::vector<Matrix<T>>& gs, int64_t s, int64_t end,
                  acc_t<T>* scratch) {
   acc_t<T>* gram_a = scratch;
-  acc_t<T>* gram_g = gram_a + kRowTokens * kColTokens;
-  acc_t<T>* copies = gram_g + kRowTokens * kColTokens;
-  const int64_t rows = std::min(kRowTokens, end - s);
+  acc_t<T>* gram_g = gram_a + kMostRowTokens * kColTokens;
+  acc_t<T>* copies = gram_g + kMostRowTokens * kColTokens;
+  const int64_t rows = std::min(row_tokens(), end - s);
   double sum = 0;
-  for (int64_t t = s, cols; t < end; t += cols) {
-    cols = t == s ? rows : std::min(kColTokens, end - t);
-    token_gram(gram_a, a, s, rows, a, t, cols, copies);
+  for (int64_t t = s; t < end; t += kColTokens) {
+    const int64_t cols = std::min(kColTokens, end - t);
+    const Part part = t == s ? Part::kUpper : Part::kAll;
+    token_gram(gram_a, a, s, rows, a, t, cols, copies, false, part);
     for (const Matrix<T>& g : gs) {
-      token_gram(gram_g, g, s, rows, g, t, cols, copies, &g != &gs.front());
+      token_gram(gram_g, g, s, rows, g, t, cols, copies, &g != &gs.front(), part);
     }
-    const double weight = t == s ? 1 : 2;
-    sum += weight * dot(gram_a, gram_g, rows * cols);
+    if (part == Part::kAll) {
+      sum += 2 * dot(gram_a, gram_g, rows * cols);
+      continue;
+    }
+    for (int64_t r = 0; r < rows; ++r) {
+      const int64_t at = r * cols + r;
+      sum += static_cast<double>(gram_a[at]) * gram_g[at];
+      sum += 2 * dot(gram_a + at + 1, gram_g + at + 1, cols - r - 1);
+    }
   }
   return sum;
 }
@@ -156,7 +168,8 @@ std::vector<double> ghost_norm_kernel(const Tensor& a_tensor, const std::vector<
   const std::vector<Task> tasks = plan(a, gs, offsets);
   std::vector<double> partial(tasks.size());
   const int64_t features = std::min(kFeatures, widest);
-  const int64_t gram_size = 2 * kRowTokens * kColTokens + (kRowTokens + kColTokens) * features;
+  const int64_t gram_size =
+      2 * kMostRowTokens * kColTokens + (kMostRowTokens + kColTokens) * features;
   const int64_t scratch_size = std::max(gram_size, kTileOut * kTileIn + kTileScratch);
   run_tasks<acc_t<T>>(tasks.size(), scratch_size, [&](int64_t i, acc_t<T>* scratch) {
     const Task& task = tasks[i];

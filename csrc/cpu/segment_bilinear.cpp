@@ -23,8 +23,8 @@ namespace {
 constexpr const char* kOp = "segment_bilinear";
 
 // Product form: tokens and outputs of a tile of Z.
-constexpr int64_t kTokens = 256;
-constexpr int64_t kOutputs = 512;
+constexpr int64_t kTokens = 512;
+constexpr int64_t kOutputs = 256;
 
 struct Problem {
   int64_t total_tokens, d_in, d_out, n_directions, n_samples;
@@ -52,27 +52,24 @@ std::vector<double> token_terms(const Matrix<T>& a, const Matrix<T>& g,
   // partial[block of outputs][m][t]
   std::vector<double> partial(out_blocks * n_directions * total_tokens, 0.0);
   const int64_t tokens = std::min(kTokens, total_tokens), outputs = std::min(kOutputs, d_out);
-  const int64_t scratch_size = tokens * (outputs + d_in) + outputs * (d_in + 1);
-  run_tasks<A>(
-      out_blocks * n_directions * token_blocks, scratch_size, [&](int64_t task, A* scratch) {
-        const int64_t token = task % token_blocks * kTokens;
-        const int64_t m = task / token_blocks % n_directions;
-        const int64_t out_block = task / token_blocks / n_directions;
-        const int64_t out = out_block * kOutputs;
-        const int64_t rows = std::min(kTokens, total_tokens - token);
-        const int64_t cols = std::min(kOutputs, d_out - out);
-        A* z = scratch;
-        A* a_copy = z + tokens * outputs;
-        A* v_copy = a_copy + tokens * d_in;
-        A* g_copy = v_copy + outputs * d_in;
-        const Block<A> a_block = dense_block(a, token, rows, 0, d_in, a_copy);
-        const Block<A> v_block = dense_block(v[m], out, cols, 0, d_in, v_copy);
-        gemm(z, a_block, Transpose::kNo, v_block, Transpose::kYes, false);
-        double* terms = partial.data() + (out_block * n_directions + m) * total_tokens + token;
-        for (int64_t t = 0; t < rows; ++t) {
-          terms[t] = dot<A>(z + t * cols, dense_row(g, token + t, out, cols, g_copy), cols);
-        }
-      });
+  const int64_t scratch_size = tokens * (2 * outputs + d_in) + outputs * d_in;
+  run_tasks<A>(out_blocks * n_directions * token_blocks, scratch_size,
+               [&](int64_t task, A* scratch) {
+                 const int64_t token = task % token_blocks * kTokens;
+                 const int64_t m = task / token_blocks % n_directions;
+                 const int64_t out_block = task / token_blocks / n_directions;
+                 const int64_t out = out_block * kOutputs;
+                 const int64_t rows = std::min(kTokens, total_tokens - token);
+                 const int64_t cols = std::min(kOutputs, d_out - out);
+                 A* z = scratch;
+                 A* a_copy = z + tokens * outputs;
+                 A* v_copy = a_copy + tokens * d_in;
+                 A* g_copy = v_copy + outputs * d_in;
+                 row_dots(partial.data() + (out_block * n_directions + m) * total_tokens + token,
+                          dense_block(a, token, rows, 0, d_in, a_copy),
+                          dense_block(v[m], out, cols, 0, d_in, v_copy),
+                          dense_block(g, token, rows, out, cols, g_copy), z);
+               });
   const int64_t n_terms = n_directions * total_tokens;
   std::vector<double> terms(n_terms, 0.0);
   for (int64_t block = 0; block < out_blocks; ++block) {

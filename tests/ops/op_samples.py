@@ -148,6 +148,7 @@ def sample_inputs(dtype: torch.dtype) -> list[Sample]:
         [300, 0, 145], 6, 5
     )  # longer than a tile of tokens, Grams dearer than gradients
     wide = make.rows([20, 150, 5], 700, 530)  # wider than a tile of features, Grams cheaper
+    long_gram = make.rows([300, 3, 130], 700, 530)  # more than a tile of tokens, Grams cheaper
     wide_long = make.rows([1100, 2], 520, 300)  # longer than the tokens multiplied at once
     deep = make.rows([9, 3], 2100, 520)  # more features than are multiplied at once
     wide_tiles = make.rows([200, 60], 520, 300)
@@ -208,6 +209,7 @@ def sample_inputs(dtype: torch.dtype) -> list[Sample]:
         Sample("segment_dot", "long, last", (*tokens[:2], offsets([*[0] * 218, *[1] * 40, 2060]))),
         Sample("segment_dot", "every second", (every_second[:2], every_second[2], cu)),
         Sample("segment_dot", "odd rows", (make(2, 64, 13), make(64, 13), offsets([60, 4]))),
+        Sample("ghost_norm", "long, wide", long_gram),
         Sample("ghost_norm", "ragged", (a, g, cu)),
         Sample("ghost_norm", "no samples", empty),
         Sample("ghost_norm", "no tokens", no_tokens),

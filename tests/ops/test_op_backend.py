@@ -171,20 +171,24 @@ def test_missing_native_library_is_said_once() -> None:
     assert "reference" in done.stdout
 
 
-def test_baseline_instructions_give_the_same_values() -> None:
-    """What a processor without AVX2 runs."""
+@pytest.mark.parametrize("capability", ["default", "avx2"])
+def test_older_instructions_give_the_same_values(capability: str) -> None:
+    """What a processor without AVX2 or without AVX-512 runs."""
     code = (
         "import torch\n"
         "from geffect_fast import ops\n"
-        "x = torch.linspace(-3, 4, 70 * 33).reshape(70, 33)\n"
-        "cu = torch.tensor([0, 1, 40, 70])\n"
+        "x = (torch.arange(270 * 533) * 37 % 101).reshape(270, 533) / 101 - 0.3\n"
+        "cu = torch.tensor([0, 1, 40, 270])\n"
         "for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):\n"
-        "    y = x.to(dtype)\n"
+        "    y, g = x.to(dtype), x[:, 3:73].to(dtype)\n"
         "    print(ops.segment_dot(y, y, cu).tolist(), ops.ghost_norm(y, y, cu).tolist())\n"
+        "    print(ops.ghost_dot(y, g, cu, y, g, cu).tolist(), ops.ghost_norm(y, g, cu).tolist())\n"
+        "    w = x[100:170].to(dtype)\n"
+        "    print(ops.segment_bilinear(y, g, w, cu).tolist())\n"
     )
-    chosen, baseline = run_python(code), run_python(code, ATEN_CPU_CAPABILITY="default")
-    for left, right in zip(numbers(chosen.stdout), numbers(baseline.stdout), strict=True):
-        assert left == pytest.approx(right, rel=1e-6)
+    chosen, older = run_python(code), run_python(code, ATEN_CPU_CAPABILITY=capability)
+    for left, right in zip(numbers(chosen.stdout), numbers(older.stdout), strict=True):
+        assert left == pytest.approx(right, rel=1e-5)
 
 
 def numbers(text: str) -> list[float]:
