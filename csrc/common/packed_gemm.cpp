@@ -1,8 +1,9 @@
-// fp32 products of blocks on AMD processors, for which torch's BLAS is not tuned.
+// fp32 products of blocks on AMD processors, where MKL leaves a fifth of the arithmetic units idle.
 //
-// The usual scheme: the columns of y are packed into panels of one vector block's width, so that a
-// step along the depth reads them in one go; MR rows of x times one panel stay in registers. Rows
-// of x that lie along the depth are read where they are, others are packed as well.
+// The usual scheme (Goto and van de Geijn, doi 10.1145/1356052.1356053): y is packed into panels as
+// wide as a block of the result in registers, so that a step along the depth reads one row of a
+// panel; a few rows of x times a panel make such a block. Rows of x that lie along the depth are
+// read where they are, others are packed as well.
 #include <algorithm>
 #include <array>
 #include <cstring>
@@ -241,20 +242,27 @@ void pack_along(const float* src, int64_t ld, int64_t count, int64_t depth, int6
   }
 }
 
-// A block of the result: kernel->rows x kernel->width elements from (row, col), of which height x
+// A block of the result: kKernel->rows x kKernel->width elements from (row, col), of which height x
 // width lie in it, and what they are the product of.
-struct Tile {
+struct RegisterBlock {
+  bool whole() const { return height == kKernel->rows && width == kKernel->width; }
+
+  // out (kKernel->rows x kKernel->width, rows ldo apart) = or += the product.
+  void product(float* out, int64_t ldo, bool accumulate) const {
+    (packed ? kKernel->packed_product : kKernel->product)(x, ldx, y, depth, out, ldo, accumulate);
+  }
+
   int64_t row, col, height, width;
   const float *x, *y;
   int64_t ldx, depth, from;
   bool packed;
 };
 
-// Calls body(tile) for every block of the product of x and y, a piece of the depth at a time; by
+// Calls body(block) for every block of the product of x and y, a piece of the depth at a time; by
 // rows of blocks.
 template <class Body>
-void for_tiles(const Block<float>& x, Transpose tx, const Block<float>& y, Transpose ty,
-               const Body& body) {
+void for_blocks(const Block<float>& x, Transpose tx, const Block<float>& y, Transpose ty,
+                const Body& body) {
   thread_local const Scratch<float> y_panels(kDepth * (kColumns + kWidest));
   thread_local const Scratch<float> x_panels(kDepth * kRows);
   const int64_t block_rows = kKernel->rows, block_width = kKernel->width;
@@ -280,10 +288,10 @@ void for_tiles(const Block<float>& x, Transpose tx, const Block<float>& y, Trans
         }
         for (int64_t top = row; top < next; top += block_rows) {
           for (int64_t col = left; col < right; col += block_width) {
-            body(Tile{top, col, std::min(block_rows, next - top),
-                      std::min(block_width, right - col),
-                      packed ? x_panels.data() + (top - row) * deep : x_rows,
-                      y_panels.data() + (col - left) * deep, x.ld, deep, from, packed});
+            body(RegisterBlock{top, col, std::min(block_rows, next - top),
+                               std::min(block_width, right - col),
+                               packed ? x_panels.data() + (top - row) * deep : x_rows,
+                               y_panels.data() + (col - left) * deep, x.ld, deep, from, packed});
           }
         }
       }
@@ -300,20 +308,16 @@ void packed_gemm(float* out, const Block<float>& x, Transpose tx, const Block<fl
   const int64_t rows = tx == Transpose::kYes ? x.cols : x.rows;
   const int64_t cols = ty == Transpose::kNo ? y.cols : y.rows;
   if (!accumulate && (x.rows == 0 || x.cols == 0)) std::fill(out, out + rows * cols, 0.0f);
-  const int64_t width = kKernel->width;
-  for_tiles(x, tx, y, ty, [&](const Tile& t) {
-    const Product product = t.packed ? kKernel->packed_product : kKernel->product;
-    if (part == Part::kUpper && t.col + t.width <= t.row) return;
-    const bool add = accumulate || t.from > 0;
-    float* at = out + t.row * cols + t.col;
-    if (t.height == kKernel->rows && t.width == width) {
-      return product(t.x, t.ldx, t.y, t.depth, at, cols, add);
-    }
+  for_blocks(x, tx, y, ty, [&](const RegisterBlock& block) {
+    if (part == Part::kUpper && block.col + block.width <= block.row) return;
+    const bool add = accumulate || block.from > 0;
+    float* at = out + block.row * cols + block.col;
+    if (block.whole()) return block.product(at, cols, add);
     alignas(64) std::array<float, kMostRows * kWidest> edge;
-    product(t.x, t.ldx, t.y, t.depth, edge.data(), width, false);
-    for (int64_t i = 0; i < t.height; ++i) {
-      for (int64_t j = 0; j < t.width; ++j) {
-        at[i * cols + j] = (add ? at[i * cols + j] : 0.0f) + edge[i * width + j];
+    block.product(edge.data(), kKernel->width, false);
+    for (int64_t i = 0; i < block.height; ++i) {
+      for (int64_t j = 0; j < block.width; ++j) {
+        at[i * cols + j] = (add ? at[i * cols + j] : 0.0f) + edge[i * kKernel->width + j];
       }
     }
   });
@@ -321,24 +325,25 @@ void packed_gemm(float* out, const Block<float>& x, Transpose tx, const Block<fl
 
 void packed_row_dots(double* out, const Block<float>& x, const Block<float>& y,
                      const Block<float>& z) {
-  const int64_t width = kKernel->width, n_lanes = kKernel->lanes;
+  const int64_t n_lanes = kKernel->lanes;
   alignas(64) std::array<float, kMostRows * kMostLanes> lanes = {};
-  for_tiles(x, Transpose::kNo, y, Transpose::kYes, [&](const Tile& t) {
-    const Dots dots = t.packed ? kKernel->packed_dots : kKernel->dots;
-    const float* z_rows = z.data + t.row * z.ld + t.col;
-    if (t.height == kKernel->rows && t.width == width) {
-      dots(t.x, t.ldx, t.y, t.depth, z_rows, z.ld, lanes.data());
+  for_blocks(x, Transpose::kNo, y, Transpose::kYes, [&](const RegisterBlock& block) {
+    const float* z_rows = z.data + block.row * z.ld + block.col;
+    if (block.whole()) {
+      const Dots dots = block.packed ? kKernel->packed_dots : kKernel->dots;
+      dots(block.x, block.ldx, block.y, block.depth, z_rows, z.ld, lanes.data());
     } else {
-      alignas(64) std::array<float, kMostRows * kWidest> edge = {};
-      for (int64_t i = 0; i < t.height; ++i) {
-        std::copy_n(z_rows + i * z.ld, t.width, edge.data() + i * width);
+      alignas(64) std::array<float, kMostRows * kWidest> edge;
+      block.product(edge.data(), kKernel->width, false);
+      for (int64_t i = 0; i < block.height; ++i) {
+        out[block.row + i] += dot(edge.data() + i * kKernel->width, z_rows + i * z.ld, block.width);
       }
-      dots(t.x, t.ldx, t.y, t.depth, edge.data(), width, lanes.data());
     }
-    if ((t.col + t.width) % kColumns != 0 && t.col + t.width < y.rows) return;
-    for (int64_t i = 0; i < t.height; ++i) {
+    const int64_t right = block.col + block.width;
+    if (right % kColumns != 0 && right < y.rows) return;  // lanes go on with the next block
+    for (int64_t i = 0; i < block.height; ++i) {
       const float* row = lanes.data() + i * n_lanes;
-      out[t.row + i] += std::accumulate(row, row + n_lanes, 0.0);
+      out[block.row + i] += std::accumulate(row, row + n_lanes, 0.0);
     }
     lanes.fill(0.0f);
   });

@@ -186,8 +186,8 @@ def _table_norms(lookups: list[Lookup]) -> Tensor:
     n, n_entries = n_samples(lookups[0]), lookups[0].n_entries
     owners = [torch.repeat_interleave(f.cu.to(f.ids.device).long().diff()) for f in lookups]
     keys = torch.cat([o * n_entries + f.ids for o, f in zip(owners, lookups, strict=True)])
-    order = keys.argsort(stable=True)
-    cells, counts = keys.unique(return_counts=True)  # (sample, row) in order
+    keys, order = keys.sort(stable=True)
+    cells, counts = keys.unique_consecutive(return_counts=True)  # (sample, row) in order
     g = torch.cat([f.g for f in lookups])[order]
     squares = segment_sum(g, offsets_of(counts)).square().sum(1)
     first = torch.arange(n + 1, device=cells.device) * n_entries
