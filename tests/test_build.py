@@ -139,7 +139,8 @@ def test_cuda_build(toolkit: Path, build: str) -> None:
     kernels, hopper = built["geffect_fast._kernels"], built["geffect_fast._kernels_sm90"]
     assert stems(kernels, ".cu") | stems(hopper, ".cu") == CUDA_FILES
     assert stems(hopper, ".cu") == {stem for stem in CUDA_FILES if stem.endswith("_sm90")}
-    assert stems(kernels, ".cpp") == {p.stem for p in ROOT.glob("csrc/cpu/*.cpp")} | {"vec"}
+    cpu = [*ROOT.glob("csrc/cpu/*.cpp"), *ROOT.glob("csrc/common/*.cpp")]
+    assert stems(kernels, ".cpp") == {path.stem for path in cpu}
 
     assert "-DGEFFECT_FAST_SM90A" in kernels["extra_compile_args"]["nvcc"]
     assert gencode(hopper) == {"arch=compute_90a,code=sm_90a"}
