@@ -32,7 +32,7 @@ constexpr int64_t kDepth = 384;
 constexpr int64_t kColumns = 512;
 
 // Of x, where its rows are packed: a multiple of every kernel's rows.
-constexpr int64_t kRows = 128;
+constexpr int64_t kRowsAtOnce = 128;
 
 template <int kBytes>
 using Vec __attribute__((vector_size(kBytes))) = float;
@@ -42,6 +42,7 @@ using UnalignedVec __attribute__((vector_size(kBytes), aligned(alignof(float)), 
 // A block of the result in registers: kRows x (kVectors vectors of kBytes).
 template <int kBytes, int kRows, int kVectors>
 struct Shape {
+  static constexpr int kHeight = kRows;
   static constexpr int kLanes = kBytes / sizeof(float);
   static constexpr int kWidth = kVectors * kLanes;
 
@@ -110,40 +111,25 @@ constexpr int kMostRows = 8, kWidest = 32, kMostLanes = 16;
 using Product = void (*)(const float*, int64_t, const float*, int64_t, float*, int64_t, bool);
 using Dots = void (*)(const float*, int64_t, const float*, int64_t, const float*, int64_t, float*);
 
+template <bool kPackedRows>
 GEFFECT_FAST_AVX2 void product_avx2(const float* x, int64_t ldx, const float* y, int64_t depth,
                                     float* out, int64_t ldo, bool accumulate) {
-  Avx2::product<false>(x, ldx, y, depth, out, ldo, accumulate);
+  Avx2::product<kPackedRows>(x, ldx, y, depth, out, ldo, accumulate);
 }
-GEFFECT_FAST_AVX2 void packed_product_avx2(const float* x, int64_t ldx, const float* y,
-                                           int64_t depth, float* out, int64_t ldo,
-                                           bool accumulate) {
-  Avx2::product<true>(x, ldx, y, depth, out, ldo, accumulate);
-}
+template <bool kPackedRows>
 GEFFECT_FAST_AVX2 void dots_avx2(const float* x, int64_t ldx, const float* y, int64_t depth,
                                  const float* z, int64_t ldz, float* lanes) {
-  Avx2::dots<false>(x, ldx, y, depth, z, ldz, lanes);
+  Avx2::dots<kPackedRows>(x, ldx, y, depth, z, ldz, lanes);
 }
-GEFFECT_FAST_AVX2 void packed_dots_avx2(const float* x, int64_t ldx, const float* y, int64_t depth,
-                                        const float* z, int64_t ldz, float* lanes) {
-  Avx2::dots<true>(x, ldx, y, depth, z, ldz, lanes);
-}
+template <bool kPackedRows>
 GEFFECT_FAST_AVX512 void product_avx512(const float* x, int64_t ldx, const float* y, int64_t depth,
                                         float* out, int64_t ldo, bool accumulate) {
-  Avx512::product<false>(x, ldx, y, depth, out, ldo, accumulate);
+  Avx512::product<kPackedRows>(x, ldx, y, depth, out, ldo, accumulate);
 }
-GEFFECT_FAST_AVX512 void packed_product_avx512(const float* x, int64_t ldx, const float* y,
-                                               int64_t depth, float* out, int64_t ldo,
-                                               bool accumulate) {
-  Avx512::product<true>(x, ldx, y, depth, out, ldo, accumulate);
-}
+template <bool kPackedRows>
 GEFFECT_FAST_AVX512 void dots_avx512(const float* x, int64_t ldx, const float* y, int64_t depth,
                                      const float* z, int64_t ldz, float* lanes) {
-  Avx512::dots<false>(x, ldx, y, depth, z, ldz, lanes);
-}
-GEFFECT_FAST_AVX512 void packed_dots_avx512(const float* x, int64_t ldx, const float* y,
-                                            int64_t depth, const float* z, int64_t ldz,
-                                            float* lanes) {
-  Avx512::dots<true>(x, ldx, y, depth, z, ldz, lanes);
+  Avx512::dots<kPackedRows>(x, ldx, y, depth, z, ldz, lanes);
 }
 
 struct Kernel {
@@ -153,12 +139,12 @@ struct Kernel {
 };
 
 const Kernel* kernel() {
-  static constexpr Kernel avx2 = {
-      4,         Avx2::kWidth,    Avx2::kLanes, product_avx2, packed_product_avx2,
-      dots_avx2, packed_dots_avx2};
-  static constexpr Kernel avx512 = {
-      8,           Avx512::kWidth,    Avx512::kLanes, product_avx512, packed_product_avx512,
-      dots_avx512, packed_dots_avx512};
+  static constexpr Kernel avx2 = {Avx2::kHeight,       Avx2::kWidth,       Avx2::kLanes,
+                                  product_avx2<false>, product_avx2<true>, dots_avx2<false>,
+                                  dots_avx2<true>};
+  static constexpr Kernel avx512 = {Avx512::kHeight,       Avx512::kWidth,       Avx512::kLanes,
+                                    product_avx512<false>, product_avx512<true>, dots_avx512<false>,
+                                    dots_avx512<true>};
   if (!__builtin_cpu_is("amd")) return nullptr;
   switch (instructions()) {
     case Instructions::kAvx512:
@@ -265,7 +251,7 @@ template <class Body>
 void for_blocks(const Block<float>& x, Transpose tx, const Block<float>& y, Transpose ty,
                 const Body& body) {
   thread_local const Scratch<float> y_panels(kDepth * (kColumns + kWidest));
-  thread_local const Scratch<float> x_panels(kDepth * kRows);
+  thread_local const Scratch<float> x_panels(kDepth * kRowsAtOnce);
   const int64_t block_rows = kKernel->rows, block_width = kKernel->width;
   const bool x_along = tx == Transpose::kYes, y_along = ty == Transpose::kNo;
   const int64_t rows = x_along ? x.cols : x.rows, cols = y_along ? y.cols : y.rows;
@@ -281,7 +267,7 @@ void for_blocks(const Block<float>& x, Transpose tx, const Block<float>& y, Tran
       for (int64_t row = 0, next; row < rows; row = next) {
         // Rows that need no packing one block at a time, others as many as there is room for.
         const bool packed = x_along || rows - row < block_rows;
-        next = std::min(row + (packed ? kRows : block_rows), rows);
+        next = std::min(row + (packed ? kRowsAtOnce : block_rows), rows);
         const float* x_rows = x.data + (x_along ? from * x.ld + row : row * x.ld + from);
         if (packed) {
           (x_along ? pack_along : pack_across)(x_rows, x.ld, next - row, deep, block_rows,
