@@ -8,6 +8,7 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 #define GEFFECT_FAST_AVX2 __attribute__((target("avx2,fma,f16c")))
+#define GEFFECT_FAST_AVX512 __attribute__((target("avx512f")))
 #endif
 
 #define GEFFECT_FAST_INLINE inline __attribute__((always_inline))
@@ -15,72 +16,105 @@
 namespace geffect_fast {
 namespace {
 
-constexpr int kVectorBytes = 32;
-constexpr int kAccumulators = 8;  // hides the latency of an FMA on two ports
+template <class T, int kBytes>
+using Vec __attribute__((vector_size(kBytes))) = T;
+template <class T, int kBytes>
+using UnalignedVec __attribute__((vector_size(kBytes), aligned(sizeof(T)), may_alias)) = T;
 
-template <class T>
-using Vec __attribute__((vector_size(kVectorBytes))) = T;
-template <class T>
-using UnalignedVec __attribute__((vector_size(kVectorBytes), aligned(sizeof(T)), may_alias)) = T;
+template <class T, int kBytes>
+GEFFECT_FAST_INLINE T lane_sum(const Vec<T, kBytes>& x) {
+  if constexpr (kBytes == sizeof(T)) {
+    return x[0];
+  } else {
+    Vec<T, kBytes / 2> halves[2];
+    std::memcpy(halves, &x, sizeof(x));
+    return lane_sum<T, kBytes / 2>(halves[0] + halves[1]);
+  }
+}
 
-// out[i * ldo + j] += <x[i], y[j]>, NX x NY pairs held in registers.
-template <class T, int NX, int NY>
-GEFFECT_FAST_INLINE void dot_tile(const T* const* x, const T* const* y, int64_t begin, int64_t end,
-                                  double* out, int64_t ldo) {
-  constexpr int kLanes = kVectorBytes / sizeof(T);
-  constexpr int kUnroll = kAccumulators / (NX * NY);
-  Vec<T> sum[NX][NY][kUnroll] = {};
-  int64_t at = begin;
-  for (; at + kLanes * kUnroll <= end; at += kLanes * kUnroll) {
+// Dot products by vectors of kBytes, tiles of kMostX x 4 pairs of rows in registers: rows come from
+// the second-level cache, which is slower than the multiplications of a smaller tile.
+template <int kBytes, int kMostX>
+struct DotRows {
+  // What hides the latency of an FMA on two ports.
+  static constexpr int kAccumulators = 8;
+
+  template <class T>
+  static constexpr int kLanes = kBytes / sizeof(T);
+
+  template <class T, int NX, int NY>
+  using Sums = Vec<T, kBytes>[NX][NY];
+
+  // sum += products of one vector of each row.
+  template <class T, int NX, int NY>
+  static GEFFECT_FAST_INLINE void multiply(const T* const* x, const T* const* y, int64_t at,
+                                           Sums<T, NX, NY>& sum) {
+    using Unaligned = UnalignedVec<T, kBytes>;
+    Vec<T, kBytes> ys[NY];
+#pragma GCC unroll 4
+    for (int j = 0; j < NY; ++j) ys[j] = *reinterpret_cast<const Unaligned*>(y[j] + at);
+#pragma GCC unroll 4
+    for (int i = 0; i < NX; ++i) {
+      const Vec<T, kBytes> xs = *reinterpret_cast<const Unaligned*>(x[i] + at);
+#pragma GCC unroll 4
+      for (int j = 0; j < NY; ++j) sum[i][j] += xs * ys[j];
+    }
+  }
+
+  // out[i * ldo + j] += <x[i], y[j]> over [begin, end).
+  template <class T, int NX, int NY>
+  static GEFFECT_FAST_INLINE void tile(const T* const* x, const T* const* y, int64_t begin,
+                                       int64_t end, double* out, int64_t ldo) {
+    constexpr int kUnroll = std::max(kAccumulators / (NX * NY), 1);
+    Sums<T, NX, NY> sums[kUnroll] = {};
+    int64_t at = begin;
+    for (; at + kLanes<T> * kUnroll <= end; at += kLanes<T> * kUnroll) {
 #pragma GCC unroll 8
-    for (int u = 0; u < kUnroll; ++u) {
-      Vec<T> ys[NY];
+      for (int u = 0; u < kUnroll; ++u) {
+        multiply<T, NX, NY>(x, y, at + u * kLanes<T>, sums[u]);
+      }
+    }
+    for (; at + kLanes<T> <= end; at += kLanes<T>) multiply<T, NX, NY>(x, y, at, sums[0]);
+#pragma GCC unroll 4
+    for (int i = 0; i < NX; ++i) {
 #pragma GCC unroll 4
       for (int j = 0; j < NY; ++j) {
-        ys[j] = *reinterpret_cast<const UnalignedVec<T>*>(y[j] + at + u * kLanes);
-      }
-#pragma GCC unroll 2
-      for (int i = 0; i < NX; ++i) {
-        const Vec<T> xs = *reinterpret_cast<const UnalignedVec<T>*>(x[i] + at + u * kLanes);
-#pragma GCC unroll 4
-        for (int j = 0; j < NY; ++j) sum[i][j][u] += xs * ys[j];
+        Vec<T, kBytes> lanes = sums[0][i][j];
+#pragma GCC unroll 8
+        for (int u = 1; u < kUnroll; ++u) lanes += sums[u][i][j];
+        double total = lane_sum<T, kBytes>(lanes);
+        for (int64_t t = at; t < end; ++t) total += static_cast<double>(x[i][t]) * y[j][t];
+        out[i * ldo + j] += total;
       }
     }
   }
-  for (int i = 0; i < NX; ++i) {
-    for (int j = 0; j < NY; ++j) {
-      double total = 0;
-      Vec<T> lanes = sum[i][j][0];
-      for (int u = 1; u < kUnroll; ++u) lanes += sum[i][j][u];
-      for (int half = kLanes / 2; half > 0; half /= 2) {
-        for (int lane = 0; lane < half; ++lane) lanes[lane] += lanes[lane + half];
+
+  template <int NX, class T>
+  static GEFFECT_FAST_INLINE void strip(const T* const* x, const T* const* y, int64_t ny,
+                                        int64_t begin, int64_t end, double* out) {
+    int64_t j = 0;
+    for (; j + 4 <= ny; j += 4) tile<T, NX, 4>(x, y + j, begin, end, out + j, ny);
+    for (; j + 2 <= ny; j += 2) tile<T, NX, 2>(x, y + j, begin, end, out + j, ny);
+    for (; j < ny; ++j) tile<T, NX, 1>(x, y + j, begin, end, out + j, ny);
+  }
+
+  template <class T>
+  static GEFFECT_FAST_INLINE void run(const T* const* x, int64_t nx, const T* const* y, int64_t ny,
+                                      int64_t n, double* out) {
+    for (int64_t begin = 0; begin < n; begin += kDotChunk) {
+      const int64_t end = std::min(n, begin + kDotChunk);
+      int64_t i = 0;
+      if constexpr (kMostX == 4) {
+        for (; i + 4 <= nx; i += 4) strip<4>(x + i, y, ny, begin, end, out + i * ny);
       }
-      total += lanes[0];
-      for (int64_t t = at; t < end; ++t) total += static_cast<double>(x[i][t]) * y[j][t];
-      out[i * ldo + j] += total;
+      for (; i + 2 <= nx; i += 2) strip<2>(x + i, y, ny, begin, end, out + i * ny);
+      for (; i < nx; ++i) strip<1>(x + i, y, ny, begin, end, out + i * ny);
     }
   }
-}
+};
 
-template <class T, int NX>
-GEFFECT_FAST_INLINE void dot_strip(const T* const* x, const T* const* y, int64_t ny, int64_t begin,
-                                   int64_t end, double* out) {
-  int64_t j = 0;
-  for (; j + 4 <= ny; j += 4) dot_tile<T, NX, 4>(x, y + j, begin, end, out + j, ny);
-  for (; j + 2 <= ny; j += 2) dot_tile<T, NX, 2>(x, y + j, begin, end, out + j, ny);
-  for (; j < ny; ++j) dot_tile<T, NX, 1>(x, y + j, begin, end, out + j, ny);
-}
-
-template <class T>
-GEFFECT_FAST_INLINE void dot_rows_body(const T* const* x, int64_t nx, const T* const* y, int64_t ny,
-                                       int64_t n, double* out) {
-  for (int64_t begin = 0; begin < n; begin += kDotChunk) {
-    const int64_t end = std::min(n, begin + kDotChunk);
-    int64_t i = 0;
-    for (; i + 2 <= nx; i += 2) dot_strip<T, 2>(x + i, y, ny, begin, end, out + i * ny);
-    for (; i < nx; ++i) dot_strip<T, 1>(x + i, y, ny, begin, end, out + i * ny);
-  }
-}
+using Narrow = DotRows<32, 2>;
+using Wide = DotRows<64, 4>;
 
 GEFFECT_FAST_INLINE void widen_body(const BFloat16* src, int64_t n, float* dst) {
   for (int64_t i = 0; i < n; ++i) {
@@ -91,11 +125,11 @@ GEFFECT_FAST_INLINE void widen_body(const BFloat16* src, int64_t n, float* dst) 
 
 void dot_f32_base(const float* const* x, int64_t nx, const float* const* y, int64_t ny, int64_t n,
                   double* out) {
-  dot_rows_body(x, nx, y, ny, n, out);
+  Narrow::run(x, nx, y, ny, n, out);
 }
 void dot_f64_base(const double* const* x, int64_t nx, const double* const* y, int64_t ny, int64_t n,
                   double* out) {
-  dot_rows_body(x, nx, y, ny, n, out);
+  Narrow::run(x, nx, y, ny, n, out);
 }
 void widen_bf16_base(const BFloat16* src, int64_t n, float* dst) { widen_body(src, n, dst); }
 void widen_f16_base(const Half* src, int64_t n, float* dst) {
@@ -105,11 +139,19 @@ void widen_f16_base(const Half* src, int64_t n, float* dst) {
 #if defined(__x86_64__)
 GEFFECT_FAST_AVX2 void dot_f32_avx2(const float* const* x, int64_t nx, const float* const* y,
                                     int64_t ny, int64_t n, double* out) {
-  dot_rows_body(x, nx, y, ny, n, out);
+  Narrow::run(x, nx, y, ny, n, out);
 }
 GEFFECT_FAST_AVX2 void dot_f64_avx2(const double* const* x, int64_t nx, const double* const* y,
                                     int64_t ny, int64_t n, double* out) {
-  dot_rows_body(x, nx, y, ny, n, out);
+  Narrow::run(x, nx, y, ny, n, out);
+}
+GEFFECT_FAST_AVX512 void dot_f32_avx512(const float* const* x, int64_t nx, const float* const* y,
+                                        int64_t ny, int64_t n, double* out) {
+  Wide::run(x, nx, y, ny, n, out);
+}
+GEFFECT_FAST_AVX512 void dot_f64_avx512(const double* const* x, int64_t nx, const double* const* y,
+                                        int64_t ny, int64_t n, double* out) {
+  Wide::run(x, nx, y, ny, n, out);
 }
 GEFFECT_FAST_AVX2 void widen_bf16_avx2(const BFloat16* src, int64_t n, float* dst) {
   widen_body(src, n, dst);
@@ -137,6 +179,10 @@ struct VecKernels {
       dot_f64 = dot_f64_avx2;
       widen_bf16 = widen_bf16_avx2;
       widen_f16 = widen_f16_avx2;
+    }
+    if (instructions() == Instructions::kAvx512) {
+      dot_f32 = dot_f32_avx512;
+      dot_f64 = dot_f64_avx512;
     }
 #endif
   }

@@ -1,8 +1,7 @@
 // The vector loops that all kernels share: tiles of dot products and conversion to fp32.
 //
-// Compiled twice in vec.cpp, for the baseline instruction set and for AVX2+FMA, and chosen when the
-// library loads by what the processor has; ATEN_CPU_CAPABILITY=default forces the baseline, as in
-// torch.
+// Compiled in vec.cpp for the baseline instruction set, for AVX2+FMA and for AVX-512, and chosen
+// when the library loads, see instructions.h.
 #pragma once
 
 #include <cstdint>

@@ -13,6 +13,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include "common/checks.h"
+#include "common/instructions.h"
 #include "common/products.h"
 #include "common/tasks.h"
 
@@ -29,11 +30,15 @@ constexpr int64_t kDiagonal = 32;  // columns computed left of the diagonal, and
 
 int64_t row_tokens() { return packed_gemm_serves() ? kMostRowTokens : kDiagonal; }
 
-// Gram form of segments of few tokens: dot products of the triangle's rows, two at a time. BLAS
-// would spend half of its time on packing so few rows.
-constexpr int64_t kShortTokens = 64;
-constexpr int64_t kStrip = 2;
-constexpr int64_t kTriangle = kShortTokens * (kShortTokens + kStrip) / 2;
+// Gram form of segments of few tokens: dot products of the triangle's rows, a strip of them at a
+// time. Products would spend half of their time on packing so few rows. Narrow vectors need about
+// the time that BLAS takes for all pairs, wide ones no more for an element than products do.
+const bool kWide = instructions() == Instructions::kAvx512;
+constexpr int64_t kMostShortTokens = 128;
+const int64_t kShortTokens = kWide ? kMostShortTokens : 64;
+constexpr int64_t kMostStrip = 4;
+const int64_t kStrip = kWide ? kMostStrip : 2;
+constexpr int64_t kMostTriangle = kMostShortTokens * (kMostShortTokens + kMostStrip) / 2;
 
 // A block of token pairs (first: a token), or a tile of the gradient of one g (first, second: its
 // corner).
@@ -45,9 +50,10 @@ struct Task {
 };
 
 bool gram_form_is_cheaper(int64_t tokens, int64_t d_in, int64_t d_out) {
-  // Dot products of a triangle take about the time that BLAS takes for all pairs.
-  const double pairs =
-      static_cast<double>(tokens) * (tokens <= kShortTokens ? tokens : (tokens + kDiagonal) / 2);
+  const int64_t columns = tokens > kShortTokens ? (tokens + kDiagonal) / 2
+                          : kWide               ? (tokens + kStrip) / 2
+                                                : tokens;
+  const double pairs = static_cast<double>(tokens) * columns;
   return pairs * (d_in + d_out) < static_cast<double>(tokens) * d_in * d_out;
 }
 
@@ -114,7 +120,7 @@ double gram_task(const Matrix<T>& a, const std::vector<Matrix<T>>& gs, int64_t s
 template <class T>
 void token_triangle(double* triangle, const Matrix<T>& x, int64_t begin, int64_t rows,
                     acc_t<T>* copies) {
-  const acc_t<T>* at[kShortTokens];
+  const acc_t<T>* at[kMostShortTokens];
   for (int64_t f = 0; f < x.cols; f += kFeatures) {
     const int64_t features = std::min(kFeatures, x.cols - f);
     for (int64_t r = 0; r < rows; ++r) {
@@ -132,8 +138,10 @@ void token_triangle(double* triangle, const Matrix<T>& x, int64_t begin, int64_t
 template <class T>
 double short_gram_task(const Matrix<T>& a, const std::vector<Matrix<T>>& gs, int64_t begin,
                        int64_t end, acc_t<T>* copies) {
-  double triangle_a[kTriangle] = {}, triangle_g[kTriangle] = {};
-  const int64_t rows = end - begin;
+  double triangle_a[kMostTriangle], triangle_g[kMostTriangle];
+  const int64_t rows = end - begin, used = rows * (rows + kMostStrip) / 2;
+  std::fill_n(triangle_a, used, 0.0);
+  std::fill_n(triangle_g, used, 0.0);
   token_triangle(triangle_a, a, begin, rows, copies);
   for (const Matrix<T>& g : gs) token_triangle(triangle_g, g, begin, rows, copies);
   double sum = 0;
