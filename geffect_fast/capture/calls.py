@@ -135,9 +135,11 @@ class LinearCall(Call, serves="torch.nn.modules.linear.Linear"):
     def factors(self, g: Tensor, rows: Rows) -> Iterator[tuple[str, Factor]]:
         g = rows.flat(g)
         if "weight" in self.names:
-            a = rows.flat(self.input)
-            wide = torch.promote_types(a.dtype, g.dtype)  # they differ under autocast
-            yield self.names["weight"], Outer(a.to(wide), g.to(wide), rows.cu, self.transposed)
+            a, wide = rows.flat(self.input), g
+            if a.dtype != g.dtype:  # under autocast
+                dtype = torch.promote_types(a.dtype, g.dtype)
+                a, wide = a.to(dtype), g.to(dtype)
+            yield self.names["weight"], Outer(a, wide, rows.cu, self.transposed)
         if "bias" in self.names:
             yield self.names["bias"], RowSum(g, rows.cu)
 
@@ -211,29 +213,35 @@ class NormCall(Call):
     def factors(self, g: Tensor, rows: Rows) -> Iterator[tuple[str, Factor]]:
         g = rows.flat(g)
         if "weight" in self.names:
-            yield self.names["weight"], RowSum(g * rows.flat(self.normalized()), rows.cu)
+            yield self.names["weight"], RowSum(self.products(g, rows), rows.cu)
         if "bias" in self.names:
             yield self.names["bias"], RowSum(g, rows.cu)
 
-    def normalized(self) -> Tensor:
-        """`xhat`, `(..., d)`: its output through its weight, or computed again with weight 1.
+    def products(self, g: Tensor, rows: Rows) -> Tensor:
+        """`g * xhat`, from the output where it is still what it was and no weight next to nothing.
 
-        Again where the output is no longer what it was or a weight is next to nothing, by the
-        module with its weight set to `1 - offset`. In fp32 at least: a norm that computes in it,
-        and only then rounds, is not rounded here.
+        Multiplied first and divided in place: one tensor of this size is allocated, not two.
         """
         if self.output is not None and not self.output.changed():
             assert self.multiplied is not None
             if self.multiplied.abs().min() > SMALLEST_WEIGHT:
-                return self.output.args[0] / self.multiplied
+                return (g * rows.flat(self.output.args[0])).div_(self.multiplied)
+        return g * rows.flat(self.normalized())
+
+    def normalized(self) -> Tensor:
+        """`xhat`, `(..., d)`, computed again by the module with its weight set to `1 - offset`.
+
+        In fp32 at least: a norm that computes in it, and only then rounds, is not rounded here.
+        """
         x = widened(self.input)
         weight = widened(self.module.get_parameter("weight"))
         with torch.no_grad(), self.given.precision():
             return norm_with(self.module, torch.full_like(weight, 1.0 - self.factor), None, x)
 
 
-SMALLEST_WEIGHT = 1e-15
-"""Of a norm: its output divided by less may have lost digits to underflow."""
+SMALLEST_WEIGHT = 1e-9
+"""Of a norm: its output, and even more so its product with a gradient, may have lost digits to
+underflow where it is less."""
 
 
 class GenericCall(Call):

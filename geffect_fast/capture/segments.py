@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from geffect_fast.capture.factors import widened
 from geffect_fast.errors import InputError, UnsupportedModelError
 from geffect_fast.ops.checks import check_cu_seqlens
 
@@ -233,7 +234,16 @@ def offsets_of(lengths: Tensor) -> Tensor:
 
 
 def segment_sum(values: Tensor, cu: Tensor) -> Tensor:
-    """Sums of consecutive rows, `(rows, ...)` to `(n, ...)`, in fp64 and in a fixed order."""
+    """Sums of consecutive rows, `(rows, ...)` to `(n, ...)` fp64, in a fixed order.
+
+    In fp64, but for segments of one length on a CPU: there torch adds in blocks, which in fp32
+    rounds no worse than once or twice, and takes a quarter of the time.
+    """
+    if values.is_cpu:
+        offsets = cu.tolist()
+        n, length = len(offsets) - 1, offsets[-1] // max(len(offsets) - 1, 1)
+        if length and offsets == list(range(0, offsets[-1] + 1, length)):
+            return widened(values).reshape(n, length, *values.shape[1:]).sum(1).double()
     lengths = cu.to(values.device, torch.int64).diff()
     values = values.double()
     if values.is_cpu:  # there the order is fixed, and many times faster

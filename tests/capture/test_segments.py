@@ -124,6 +124,17 @@ def test_rows_of_the_input():
     assert [s.n_samples for s in (PACKED, KEPT, RECTANGULAR, PAIRS, SINGLE)] == [3, 3, 3, 3, 1]
 
 
+@pytest.mark.parametrize("lengths", [[300] * 3, [1] * 5, [1, 0, 700], [0], [40]])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_segment_sum(lengths, dtype):
+    """Of one length or not: as exact as its input; a long sum of one sign loses nothing either."""
+    values = (torch.rand(sum(lengths), 2, 3) + 1).to(dtype)
+    expected = torch.stack([x.double().sum(0) for x in values.split(lengths)])
+    sums = segment_sum(values, torch.tensor([0, *lengths]).cumsum(0))
+    rtol = 1e-14 if dtype == torch.float64 else 5e-7
+    torch.testing.assert_close(sums, expected, rtol=rtol, atol=0)
+
+
 def test_segment_sum_is_fp64_with_empty_segments():
     values = torch.tensor([[1.0], [2.0], [4.0]], dtype=torch.bfloat16)
     sums = segment_sum(values, torch.tensor([0, 2, 2, 3]))
