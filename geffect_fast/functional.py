@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from geffect_fast import ops
-from geffect_fast.capture import Factor, Outer, OutsideUse, Plan, Recorder, Segments, leaves_of
+from geffect_fast.capture import Factor, Outer, Plan, Recorder, Segments, leaves_of
 from geffect_fast.capture.products import (
     in_working_precision,
     inner,
@@ -245,8 +245,11 @@ def _by_input(sink: Sink, together: Callable[[str, list[Outer]], None]) -> Itera
 
 def _same_input(x: Outer, y: Outer) -> bool:
     """Whether two layers saw the same rows: one memory, which `x` keeps from being used anew."""
-    here, there = ((f.a.data_ptr(), f.a.shape, f.a.stride(), f.a.dtype, f.g.dtype) for f in (x, y))
-    return here == there and (x.cu is y.cu or torch.equal(x.cu, y.cu))
+    a, b = x.a, y.a
+    if a.data_ptr() != b.data_ptr():  # most, and the rest takes a while
+        return False
+    same = (a.shape, a.stride(), a.dtype, x.g.dtype) == (b.shape, b.stride(), b.dtype, y.g.dtype)
+    return same and (x.cu is y.cu or torch.equal(x.cu, y.cu))
 
 
 def _run(plan: Plan, loss_fn: LossFn, batch: Any, sink: Any, join: bool = False) -> Tensor:
@@ -255,29 +258,30 @@ def _run(plan: Plan, loss_fn: LossFn, batch: Any, sink: Any, join: bool = False)
     while True:
         recorder = Recorder(plan, sink, axis, join=join, once=True)
         with plan.frozen(), torch.enable_grad(), recorder:
-            with OutsideUse(recorder) as outside, eagerly(plan.model):
-                losses = loss_fn(plan.model, batch)
-            if not outside.found:
-                return _backward(recorder, losses, axis)
-        plan.widen(outside.found)
+            with recorder.showing_parameters(), eagerly(plan.model):
+                losses = _checked_losses(loss_fn(plan.model, batch), axis)
+            leaves = leaves_of(losses)
+            outside = plan.names_of(leaves)
+            if not outside:
+                if not recorder.calls or not losses.requires_grad:
+                    raise UnsupportedModelError(
+                        "loss_fn: the losses depend on no module with trainable parameters; call "
+                        "the model that was given"
+                    )
+                torch.autograd.grad(losses.sum(), leaves, allow_unused=True)
+                recorder.finish()
+                return losses.detach()
+        plan.widen(outside)
 
 
-def _backward(recorder: Recorder, losses: Any, axis: Segments) -> Tensor:
-    """One backward over all of the losses, one a sample; the losses, detached."""
+def _checked_losses(losses: Any, axis: Segments) -> Tensor:
     if not isinstance(losses, Tensor) or losses.shape != (axis.n_samples,):
         got = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
         raise InputError(
             f"loss_fn: must return one loss a sample, shape ({axis.n_samples},), got {got}; "
             "use reduction='none' and reduce over tokens only"
         )
-    if not recorder.calls or not losses.requires_grad:
-        raise UnsupportedModelError(
-            "loss_fn: the losses depend on no module with trainable parameters; call the "
-            "model that was given"
-        )
-    torch.autograd.grad(losses.sum(), leaves_of(losses), allow_unused=True)
-    recorder.finish()
-    return losses.detach()
+    return losses
 
 
 def _sample_axis(batch: Any) -> Segments:

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import takewhile
 
-from torch import nn
+from torch import Tensor, nn
 
 from geffect_fast.capture.calls import Call, GenericCall, rule_for
 from geffect_fast.capture.given import check_is_model, mixing_module
@@ -88,6 +88,11 @@ class Plan:
         finally:
             for p in self.parameters.values():
                 p.requires_grad_(True)
+
+    def names_of(self, tensors: Iterable[Tensor]) -> list[str]:
+        """The names of the trainable parameters among `tensors`."""
+        found = {id(x) for x in tensors}
+        return [name for name, p in self.parameters.items() if id(p) in found]
 
     def widen(self, names: Iterable[str]) -> None:
         """Give each parameter, used outside the modules that own it, to the module around them.

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import count
 from typing import Any
@@ -71,7 +71,8 @@ class Recorder:
         """Leaves that a backward must reach when parameters are frozen."""
         self._number = count()
         self._handles: list[RemovableHandle] = []
-        self._entered: dict[str, list[Given | None]] = {}
+        self._entered: dict[str, list[tuple[Given | None, list[nn.Parameter]]]] = {}
+        self._shown: dict[str, list[nn.Parameter]] | None = None
         self._waiting: dict[int, list[Tensor | None]] = {}
         self._joined: dict[str, list[Factor]] = {}
         self._uses: Counter[str] = Counter()
@@ -114,6 +115,27 @@ class Recorder:
         parameters = {id(p) for p in self.plan.parameters.values()}
         return [leaf for leaf in leaves if id(leaf) not in parameters]
 
+    @contextmanager
+    def showing_parameters(self) -> Iterator[None]:
+        """Inside, frozen parameters ask for a gradient but where a module that owns them runs.
+
+        So a graph made here that reaches one has used it elsewhere, where no hook sees it: names in
+        `plan.names_of(leaves_of(losses))` are for `plan.widen`.
+        """
+        parameters = self.plan.parameters
+        self._shown = {
+            where: [parameters[name] for name in names.values()]
+            for where, (_, names, *_) in self.plan.owners.items()
+        }
+        try:
+            for p in parameters.values():
+                p.requires_grad_(True)
+            yield
+        finally:
+            self._shown = None
+            for p in parameters.values():
+                p.requires_grad_(False)
+
     def running(self, where: str) -> bool:
         """Whether the module's forward has been entered and not yet left."""
         return bool(self._entered.get(where))
@@ -140,7 +162,14 @@ class Recorder:
                 args = broadcast_ids(module, args, self.segments)
             # The generic rule runs the module again, its hooks included: it takes what came in.
             again = len(args) + len(kwargs) != 1 or self.plan.owners[where][2] is GenericCall
-            self._entered.setdefault(where, []).append(Given.of(args, kwargs) if again else None)
+            given = Given.of(args, kwargs) if again else None
+        hidden: list[nn.Parameter] = []
+        if self._shown is not None:
+            # Not where a module around this one has hidden it already.
+            hidden = [p for p in self._shown[where] if p.requires_grad]
+            for p in hidden:
+                p.requires_grad_(False)
+        self._entered.setdefault(where, []).append((given, hidden))
         return args, kwargs
 
     def _after(
@@ -165,14 +194,17 @@ class Recorder:
         output: Any,
     ) -> Any:
         _, names, rule, factor = self.plan.owners[where]
-        entered = self._entered[where].pop()
+        entered, hidden = self._entered[where].pop()
+        for p in hidden:
+            p.requires_grad_(True)
         if entered is not None or not isinstance(output, Tensor):
             rule = GenericCall
         given = Given.of(args, kwargs) if entered is None else entered
         call = rule(where, module, names, given, factor, self.segments, self.plan.axes)
         index = next(self._number)
         self.calls[index] = call
-        self._uses.update(names.values())
+        for name in names.values():
+            self._uses[name] += 1
         call.keep(output)
         kept: dict[str, Tensor] = {}
         if self.directions is not None:
@@ -239,6 +271,9 @@ _SEVERAL = (list, tuple)
 class OutsideUse(TorchFunctionMode):
     """Notices parameters that are used outside their modules' forwards, where no hook sees it.
 
+    For where parameters ask for gradients of their own; `Recorder.showing_parameters` takes less
+    time, and looks at every operation of a graph.
+
     Attributes:
         found: their names; `Plan.widen` takes them.
     """
@@ -295,12 +330,13 @@ def leaves_of(y: Tensor) -> list[Tensor]:
         if node is None or node in seen:
             continue
         seen.add(node)
-        if type(node).__name__ == "CheckpointFunctionBackward":
+        kind = type(node).__name__
+        if kind == "CheckpointFunctionBackward":
             raise InputError(
                 "model: it calls torch.utils.checkpoint with use_reentrant=True, which gives no "
                 "gradients of activations; call it with use_reentrant=False"
             )
         todo.extend(n for n, _ in node.next_functions)
-        if hasattr(node, "variable"):
-            leaves.append(node.variable)
+        if kind == "AccumulateGrad":
+            leaves.append(node.variable)  # type: ignore[attr-defined]
     return leaves

@@ -7,7 +7,7 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor, nn
 
-from geffect_fast.capture import Factor, OutsideUse, Plan, Recorder
+from geffect_fast.capture import Factor, Plan, Recorder, leaves_of
 from geffect_fast.capture.products import squared_norms
 from geffect_fast.data import IGNORE, Layout, Sample, SampleSet, Sequence, make_batches
 from geffect_fast.data.batch import Batch
@@ -100,13 +100,14 @@ def _norms(
             plan.frozen(),
             Recorder(plan, keep, axis, join=True) as recorder,
         ):
-            with OutsideUse(recorder) as outside:
+            with recorder.showing_parameters():
                 loss = -model_outputs(plan.model, batch).token_logprob.sum()
-            if not outside.found:
+            outside = plan.names_of(leaves_of(loss))
+            if not outside:
                 torch.autograd.grad(loss, recorder.roots_of(loss), allow_unused=True)
                 recorder.finish()
                 return norms
-        plan.widen(outside.found)
+        plan.widen(outside)
 
 
 def probe_batch(plan: Plan, sample_set: SampleSet, layout: Layout) -> Batch:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from contextlib import suppress
 
 import pytest
 import torch
@@ -67,6 +68,32 @@ def test_frozen_restores_also_after_an_exception():
             pass
         asking = {k for k, p in model.named_parameters() if p.requires_grad}
         assert asking == set(plan.parameters)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_parameters_show_where_no_module_that_owns_them_runs(fails):
+    model = model_of("own_parameter_and_child")
+    plan = Plan.of(model)
+    recorder = Recorder(plan, lambda *_: None, Segments.rectangular(batch().shape))
+    inside = {}
+
+    def asking():
+        return {name for name, p in model.named_parameters() if p.requires_grad}
+
+    for where, module in model.named_modules():
+        module.register_forward_pre_hook(lambda *_, where=where: inside.update({where: asking()}))
+    with plan.frozen(), recorder:
+        with suppress(KeyError), recorder.showing_parameters():
+            model(batch())
+            assert asking() == set(plan.parameters)
+            if fails:
+                raise KeyError
+        assert not asking()
+    assert asking() == set(plan.parameters)
+    assert len(inside) == len(list(model.modules()))
+    for where, found in inside.items():
+        holders = {name: name.rpartition(".")[0] for name in plan.parameters}
+        assert found == {k for k, h in holders.items() if not f"{where}.".startswith(f"{h}.")}
 
 
 def test_backwards_after_the_block_are_left_alone():
