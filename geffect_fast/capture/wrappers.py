@@ -132,6 +132,8 @@ def check_adapters(model: nn.Module) -> None:
     they run: neither can one be run again without the others, nor a graph be used after another
     forward.
     """
+    if "peft" not in sys.modules:
+        return
     for where, module in model.named_modules():
         kinds = {f"{kind.__module__}.{kind.__qualname__}" for kind in type(module).__mro__}
         if "peft.tuners.lora.layer.ParamWrapper" in kinds and any(

@@ -218,8 +218,7 @@ def ghost_norm(a: Tensor, g: Tensor | Sequence[Tensor], cu_seqlens: Tensor) -> T
     gs = [g] if isinstance(g, Tensor) else list(g)
     if not gs:
         raise InputError(f"{op}: `g` is an empty list; give the output gradients of a layer")
-    for one in gs:
-        check_rows(op, ("a", "g", "cu_seqlens"), a, one, cu_seqlens)
+    check_rows(op, ("a", "g", "cu_seqlens"), a, gs[0], cu_seqlens, *gs[1:])
     several = "ghost_norm_of_one_input"
     if len(gs) > 1 and backend.has_native(several, a.device.type):
         return backend.call(several, a.device, a, gs, cu_seqlens)

@@ -84,14 +84,15 @@ def check_cu_seqlens(
 
 
 def check_rows(
-    op: str, names: tuple[str, str, str], a: Tensor, g: Tensor, cu_seqlens: Tensor
+    op: str, names: tuple[str, str, str], a: Tensor, g: Tensor, cu_seqlens: Tensor, *others: Tensor
 ) -> None:
-    """Require inputs `a`, output gradients `g` and offsets of one packed sequence."""
+    """Require inputs `a`, output gradients `g` (and `others`) and offsets of a packed sequence."""
     a_name, g_name, offsets_name = names
     check_tensor(op, a_name, a, (2,))
-    check_tensor(op, g_name, g, (2,))
-    check_alike(op, (a_name, a), (g_name, g))
-    check_size(op, g_name, g, 0, a.shape[0], f"`{a_name}` (total_tokens)")
+    for gradient in (g, *others):
+        check_tensor(op, g_name, gradient, (2,))
+        check_alike(op, (a_name, a), (g_name, gradient))
+        check_size(op, g_name, gradient, 0, a.shape[0], f"`{a_name}` (total_tokens)")
     check_cu_seqlens(op, offsets_name, cu_seqlens, a.shape[0], a.device)
 
 
