@@ -8,7 +8,9 @@ parameters' gradients, no optimizer. Besides, what a profile runs: one objective
 risks, by sample and parameter, and one risk's gradient. Every contestant's numbers are compared
 with plain autograd in fp64, one sample at a time, before it is timed; `error` is the largest
 difference relative to the largest number. The contestants run in turns, so that what else the
-machine does hits all alike; one that is much slower than the fastest runs in one round only.
+machine does hits all alike; one that is much slower than the fastest runs in one round only. On a
+machine with other work the least times of two contestants may come from different minutes, so
+`of_best_peer` compares within rounds.
 """
 
 from __future__ import annotations
@@ -175,6 +177,9 @@ def measure(model: nn.Module, shape: tuple[int, int], rounds: int) -> list[dict[
         memory[quantity, name] = peak_extra_bytes(lambda: found.append(run()))  # noqa: B023
         errors[quantity, name] = error(found.pop(), expected[quantity])
     step = ("", STEP)
+    quantities = list(dict.fromkeys(quantity for quantity, _ in contestants))
+    # What is compared runs one after the other.
+    contestants = dict(sorted(contestants.items(), key=lambda item: quantities.index(item[0][0])))
     runs: dict[tuple[str, str], Callable[[], Any]] = {
         step: partial(training_step, model, ids),
         **contestants,
@@ -192,11 +197,24 @@ def measure(model: nn.Module, shape: tuple[int, int], rounds: int) -> list[dict[
             "median_s": round(statistics.median(times), 4),
             "rounds": len(times),
             "of_step": round(min(times) / fastest_step, 3),
+            "of_best_peer": of_best_peer(key, seconds),
             "peak_extra_mb": round(memory[key] / 2**20, 1),
             "error": f"{errors[key]:.1e}" if key in errors else "",
         }
         for key, times in seconds.items()
     ]
+
+
+def of_best_peer(key: tuple[str, str], seconds: dict[tuple[str, str], list[float]]) -> float | str:
+    """Of ours: the median over rounds of its time over a peer's, the largest of all peers'."""
+    if key[1] != OURS:
+        return ""
+    ratios = [
+        statistics.median(a / b for a, b in zip(seconds[key], times, strict=False))
+        for (quantity, name), times in seconds.items()
+        if quantity == key[0] and name != OURS
+    ]
+    return round(max(ratios), 3) if ratios else ""
 
 
 def in_turns(
@@ -242,8 +260,9 @@ def main() -> int:
             print(
                 f"{row['samples']:3} x {row['length']:<4} {row['quantity']:25} "
                 f"{row['contestant']:15} {row['min_s']:7.3f} s, median {row['median_s']:7.3f} of "
-                f"{row['rounds']}, {row['of_step']:6.3f} steps, {row['peak_extra_mb']:7.1f} MB, "
-                f"error {row['error'] or '-'}",
+                f"{row['rounds']}, {row['of_step']:6.3f} steps, "
+                f"{row['of_best_peer'] or '-':>5} of the best other, "
+                f"{row['peak_extra_mb']:7.1f} MB, error {row['error'] or '-'}",
                 flush=True,
             )
     if out is not None:

@@ -17,6 +17,7 @@ import gpu_report
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
 STEP = "training step"
+OF_BEST = "geffect_fast over the best other"
 BEGIN, END = "<!-- {}: benchmarks/readme_table.py -->", "<!-- end of {} -->"
 
 
@@ -52,8 +53,8 @@ def per_sample_table() -> str:
     rows = read("per_sample_cpu.csv")
     names = [name for name in dict.fromkeys(r["contestant"] for r in rows) if name != STEP]
     lines = [
-        f"| tokens | training step | multiples of it for | {' | '.join(names)} |",
-        f"|---|---:|---|{'---:|' * len(names)}",
+        f"| tokens | training step | multiples of it for | {' | '.join([*names, OF_BEST])} |",
+        f"|---|---:|---|{'---:|' * (len(names) + 1)}",
     ]
     shapes = dict.fromkeys((r["samples"], r["length"]) for r in rows)
     for shape in shapes:
@@ -61,13 +62,13 @@ def per_sample_table() -> str:
         step = next(r for r in here if r["contestant"] == STEP)
         size, seconds = " x ".join(shape), f"{float(step['min_s']):.2f} s"
         for quantity in dict.fromkeys(r["quantity"] for r in here if r is not step):
-            times = {
-                r["contestant"]: float(r["of_step"]) for r in here if r["quantity"] == quantity
-            }
+            of = [r for r in here if r["quantity"] == quantity]
+            times = {r["contestant"]: float(r["of_step"]) for r in of}
             cells = [f"{times[n]:.2f}" if n in times else "" for n in names]
             least = f"{min(times.values()):.2f}"
             said = [f"**{c}**" if c == least and len(times) > 1 else c for c in cells]
-            lines.append(f"| {size} | {seconds} | {quantity} | {' | '.join(said)} |")
+            paired = next((r["of_best_peer"] for r in of if r["of_best_peer"]), "")
+            lines.append(f"| {size} | {seconds} | {quantity} | {' | '.join(said)} | {paired} |")
             size = seconds = ""
     return "\n".join([*lines, "", machine_line(rows[0])])
 
