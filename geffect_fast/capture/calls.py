@@ -169,7 +169,9 @@ class EmbeddingCall(Call, serves="torch.nn.modules.sparse.Embedding"):
 
     def factors(self, g: Tensor, rows: Rows) -> Iterator[tuple[str, Factor]]:
         assert isinstance(self.module, nn.Embedding)
-        ids, g = self.ids(rows), rows.flat(g) * self.factor
+        ids, g = self.ids(rows), rows.flat(g)
+        if self.factor != 1.0:
+            g = g * self.factor
         if self.module.padding_idx is not None:
             g = g.masked_fill((ids == self.module.padding_idx)[:, None], 0)
         yield self.names["weight"], Lookup(ids, g, rows.cu, len(self.module.weight))
