@@ -67,7 +67,7 @@ def per_sample_table() -> str:
             cells = [f"{times[n]:.2f}" if n in times else "" for n in names]
             least = f"{min(times.values()):.2f}"
             said = [f"**{c}**" if c == least and len(times) > 1 else c for c in cells]
-            paired = next((r["of_best_peer"] for r in of if r["of_best_peer"]), "")
+            paired = next((f"{float(r['of_best_peer']):.3f}" for r in of if r["of_best_peer"]), "")
             lines.append(f"| {size} | {seconds} | {quantity} | {' | '.join(said)} | {paired} |")
             size = seconds = ""
     return "\n".join([*lines, "", machine_line(rows[0])])
