@@ -122,18 +122,18 @@ class Recorder:
         So a graph made here that reaches one has used it elsewhere, where no hook sees it: names in
         `plan.names_of(leaves_of(losses))` are for `plan.widen`.
         """
-        parameters = self.plan.parameters
         self._shown = {
-            where: [parameters[name] for name in names.values()]
+            where: [self.plan.parameters[name] for name in names.values()]
             for where, (_, names, *_) in self.plan.owners.items()
         }
+        owned = [p for own in self._shown.values() for p in own]
         try:
-            for p in parameters.values():
+            for p in owned:
                 p.requires_grad_(True)
             yield
         finally:
             self._shown = None
-            for p in parameters.values():
+            for p in owned:
                 p.requires_grad_(False)
 
     def running(self, where: str) -> bool:
