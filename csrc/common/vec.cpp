@@ -123,12 +123,9 @@ GEFFECT_FAST_INLINE void widen_body(const BFloat16* src, int64_t n, float* dst) 
   }
 }
 
-void dot_f32_base(const float* const* x, int64_t nx, const float* const* y, int64_t ny, int64_t n,
-                  double* out) {
-  Narrow::run(x, nx, y, ny, n, out);
-}
-void dot_f64_base(const double* const* x, int64_t nx, const double* const* y, int64_t ny, int64_t n,
-                  double* out) {
+template <class T>
+void dot_base(const T* const* x, int64_t nx, const T* const* y, int64_t ny, int64_t n,
+              double* out) {
   Narrow::run(x, nx, y, ny, n, out);
 }
 void widen_bf16_base(const BFloat16* src, int64_t n, float* dst) { widen_body(src, n, dst); }
@@ -137,20 +134,14 @@ void widen_f16_base(const Half* src, int64_t n, float* dst) {
 }
 
 #if defined(__x86_64__)
-GEFFECT_FAST_AVX2 void dot_f32_avx2(const float* const* x, int64_t nx, const float* const* y,
-                                    int64_t ny, int64_t n, double* out) {
+template <class T>
+GEFFECT_FAST_AVX2 void dot_avx2(const T* const* x, int64_t nx, const T* const* y, int64_t ny,
+                                int64_t n, double* out) {
   Narrow::run(x, nx, y, ny, n, out);
 }
-GEFFECT_FAST_AVX2 void dot_f64_avx2(const double* const* x, int64_t nx, const double* const* y,
-                                    int64_t ny, int64_t n, double* out) {
-  Narrow::run(x, nx, y, ny, n, out);
-}
-GEFFECT_FAST_AVX512 void dot_f32_avx512(const float* const* x, int64_t nx, const float* const* y,
-                                        int64_t ny, int64_t n, double* out) {
-  Wide::run(x, nx, y, ny, n, out);
-}
-GEFFECT_FAST_AVX512 void dot_f64_avx512(const double* const* x, int64_t nx, const double* const* y,
-                                        int64_t ny, int64_t n, double* out) {
+template <class T>
+GEFFECT_FAST_AVX512 void dot_avx512(const T* const* x, int64_t nx, const T* const* y, int64_t ny,
+                                    int64_t n, double* out) {
   Wide::run(x, nx, y, ny, n, out);
 }
 GEFFECT_FAST_AVX2 void widen_bf16_avx2(const BFloat16* src, int64_t n, float* dst) {
@@ -167,22 +158,22 @@ GEFFECT_FAST_AVX2 void widen_f16_avx2(const Half* src, int64_t n, float* dst) {
 #endif
 
 struct VecKernels {
-  decltype(&dot_f32_base) dot_f32 = dot_f32_base;
-  decltype(&dot_f64_base) dot_f64 = dot_f64_base;
+  decltype(&dot_base<float>) dot_f32 = dot_base<float>;
+  decltype(&dot_base<double>) dot_f64 = dot_base<double>;
   decltype(&widen_bf16_base) widen_bf16 = widen_bf16_base;
   decltype(&widen_f16_base) widen_f16 = widen_f16_base;
 
   VecKernels() {
 #if defined(__x86_64__)
     if (instructions() != Instructions::kBaseline) {
-      dot_f32 = dot_f32_avx2;
-      dot_f64 = dot_f64_avx2;
+      dot_f32 = dot_avx2<float>;
+      dot_f64 = dot_avx2<double>;
       widen_bf16 = widen_bf16_avx2;
       widen_f16 = widen_f16_avx2;
     }
     if (instructions() == Instructions::kAvx512) {
-      dot_f32 = dot_f32_avx512;
-      dot_f64 = dot_f64_avx512;
+      dot_f32 = dot_avx512<float>;
+      dot_f64 = dot_avx512<double>;
     }
 #endif
   }
