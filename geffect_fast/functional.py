@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from geffect_fast import ops
-from geffect_fast.capture import Factor, Outer, Plan, Recorder, Segments, leaves_of
+from geffect_fast.capture import Factor, GramOuter, Outer, Plan, Recorder, Segments, leaves_of
 from geffect_fast.capture.products import (
     in_working_precision,
     inner,
@@ -30,6 +30,7 @@ from geffect_fast.errors import InputError, UnsupportedModelError
 from geffect_fast.ops.reference import accumulation_dtype
 
 LossFn = Callable[[nn.Module, Any], Tensor]
+Linear = Outer | GramOuter
 
 
 def grad_inner_products(
@@ -116,11 +117,11 @@ def per_sample_grad_norms(
     def measure(name: str, factors: list[Factor], _kept: list[Tensor | None]) -> None:
         found[name] = squared_norms(factors, plan.parameters[name].shape)
 
-    def together(name: str, outers: list[Outer]) -> None:
+    def together(name: str, outers: list[Linear]) -> None:
         found[name] = squared_norms_of_one_input(outers)
 
     with nullcontext(measure) if per_parameter else _by_input(measure, together) as sink:
-        losses = _run(plan, loss_fn, batch, sink, join=True)
+        losses = _run(plan, loss_fn, batch, sink, join=True, norms_alone=True)
     return _gathered(plan, found, losses.new_zeros(len(losses)), torch.sqrt, per_parameter)
 
 
@@ -215,7 +216,7 @@ def pairwise_inner_products(
 
 
 @contextmanager
-def _by_input(sink: Sink, together: Callable[[str, list[Outer]], None]) -> Iterator[Sink]:
+def _by_input(sink: Sink, together: Callable[[str, list[Linear]], None]) -> Iterator[Sink]:
     """A sink for `sink`, and for `together` where linear layers were called with one input.
 
     The gradients of layers of one input `a` are `[g; h] a^T`, rows below rows, so that norms of
@@ -223,7 +224,7 @@ def _by_input(sink: Sink, together: Callable[[str, list[Outer]], None]) -> Itera
     that project queries, keys and values from one input. They go under the name of the first.
     (All pairs take the gradients' own form more often, and gain nothing.)
     """
-    waiting: dict[str, Outer] = {}
+    waiting: dict[str, Linear] = {}
 
     def flush() -> None:
         if waiting:
@@ -233,7 +234,7 @@ def _by_input(sink: Sink, together: Callable[[str, list[Outer]], None]) -> Itera
 
     def joined(name: str, factors: list[Factor], kept: list[Tensor | None]) -> None:
         # In a backward, what shares an input arrives in a row.
-        if len(factors) > 1 or not isinstance(factors[0], Outer):
+        if len(factors) > 1 or not isinstance(factors[0], Linear):
             return sink(name, factors, kept)
         if waiting and not _same_input(next(iter(waiting.values())), factors[0]):
             flush()
@@ -243,8 +244,10 @@ def _by_input(sink: Sink, together: Callable[[str, list[Outer]], None]) -> Itera
     flush()
 
 
-def _same_input(x: Outer, y: Outer) -> bool:
+def _same_input(x: Linear, y: Linear) -> bool:
     """Whether two layers saw the same rows: one memory, which `x` keeps from being used anew."""
+    if isinstance(x, GramOuter) or isinstance(y, GramOuter):
+        return isinstance(x, GramOuter) and isinstance(y, GramOuter) and x.grams is y.grams
     a, b = x.a, y.a
     if a.data_ptr() != b.data_ptr():  # most, and the rest takes a while
         return False
@@ -252,17 +255,24 @@ def _same_input(x: Outer, y: Outer) -> bool:
     return same and (x.cu is y.cu or torch.equal(x.cu, y.cu))
 
 
-def _run(plan: Plan, loss_fn: LossFn, batch: Any, sink: Any, join: bool = False) -> Tensor:
+def _run(
+    plan: Plan,
+    loss_fn: LossFn,
+    batch: Any,
+    sink: Any,
+    join: bool = False,
+    norms_alone: bool = False,
+) -> Tensor:
     """Record one forward and backward; the losses `(n_samples,)`, detached."""
     axis = _sample_axis(batch)
     while True:
-        recorder = Recorder(plan, sink, axis, join=join, once=True)
+        recorder = Recorder(plan, sink, axis, join=join, once=True, norms_alone=norms_alone)
         with plan.frozen(), torch.enable_grad(), recorder:
             with recorder.showing_parameters(), eagerly(plan.model):
                 losses = _checked_losses(loss_fn(plan.model, batch), axis)
             leaves = leaves_of(losses)
             outside = plan.names_of(leaves)
-            if not outside:
+            if not outside and not recorder.lost:
                 if not recorder.calls or not losses.requires_grad:
                     raise UnsupportedModelError(
                         "loss_fn: the losses depend on no module with trainable parameters; call "

@@ -12,7 +12,9 @@ from architectures import ARCHITECTURES, VOCAB
 from models import FIVE, build, fp64_throughout
 from torch import nn
 
-from geffect_fast.capture import products
+from geffect_fast import functional
+from geffect_fast.capture import GramOuter, Outer, Plan, Recorder, Segments, products
+from geffect_fast.capture.grams import InputGrams
 from geffect_fast.errors import InputError, UnsupportedModelError
 from geffect_fast.functional import (
     grad_inner_products,
@@ -20,7 +22,11 @@ from geffect_fast.functional import (
     per_sample_grad_norms,
     per_sample_inner_products,
 )
+from geffect_fast.ops import backend
 
+native = pytest.mark.skipif(
+    not backend.has_native("token_grams", "cpu"), reason="the native library is not built"
+)
 LENGTHS = [7, 2, 5]
 OTHER_LENGTHS = [4, 6]
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32}
@@ -337,18 +343,23 @@ def test_grad_inner_products_wrong_calls(arguments, message):
         grad_inner_products(*arguments)
 
 
+@pytest.mark.parametrize("condensed", [False, pytest.param(True, marks=native)])
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
-def test_layers_of_one_input_share_its_gram_matrix(architecture, monkeypatch):
+def test_layers_of_one_input_share_its_gram_matrix(architecture, condensed, monkeypatch):
     """Queries, keys and values are one call, and so are gate and up: of whole gradients only."""
     model, batch = build(architecture, torch.float64), padded(LENGTHS)
     widths = []
+    if not condensed:  # as without the native op, or for long samples
+        monkeypatch.setattr(InputGrams, "of", lambda *_: None)
 
-    def watch(a, g, cu):
-        widths.append(sum(one.shape[1] for one in ([g] if isinstance(g, torch.Tensor) else g)))
-        return plain(a, g, cu)
+    def watch(outers):
+        widths.append(sum(one.g.shape[1] for one in outers))
+        assert all(isinstance(one, GramOuter) == condensed for one in outers)
+        return plain(outers)
 
-    plain = products.ops.ghost_norm
-    monkeypatch.setattr(products.ops, "ghost_norm", watch)
+    plain = products.squared_norms_of_one_input
+    monkeypatch.setattr(products, "squared_norms_of_one_input", watch)
+    monkeypatch.setattr(functional, "squared_norms_of_one_input", watch)
     apart = per_sample_grad_norms(model, loss_fn, batch, per_parameter=True)
     each = sorted(widths)
     widths.clear()
@@ -358,3 +369,55 @@ def test_layers_of_one_input_share_its_gram_matrix(architecture, monkeypatch):
     blocks = model.config.num_hidden_layers
     # gpt2 projects queries, keys and values by one layer as it is
     assert len(each) - len(widths) == (3 * blocks if architecture == "llama" else 0)
+
+
+class Twice(nn.Module):
+    """A layer that is called twice, and one that is called once."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.shared, self.once = (nn.Linear(16, 16, dtype=torch.float64) for _ in "ab")
+
+    def forward(self, x):
+        x = torch.tanh(self.shared(x))
+        return self.shared(x) + self.once(x)
+
+
+def reduced(model, batch):
+    return model(batch["x"]).square().sum((1, 2))
+
+
+@native
+def test_norms_of_a_layer_that_is_called_again():
+    """Its inputs are needed for cross terms: the forward runs again, and only the first time."""
+    model, batch = Twice(), {"x": torch.randn(3, 5, 16, dtype=torch.float64)}
+    forwards = []
+    handle = model.register_forward_hook(lambda *_: forwards.append(1))
+    found = [per_sample_grad_norms(model, reduced, batch, per_parameter=True) for _ in range(2)]
+    handle.remove()
+    assert len(forwards) == 3
+    for i in range(3):
+        loss = reduced(model, {"x": batch["x"][i : i + 1]})[0]
+        exact = torch.autograd.grad(loss, list(model.parameters()))
+        for (name, _), g in zip(model.named_parameters(), exact, strict=True):
+            for norms in found:
+                torch.testing.assert_close(norms[name][i], g.norm(), rtol=1e-10, atol=0)
+
+
+@native
+def test_norms_alone_keep_inner_products_of_inputs():
+    """Of samples that are shorter than layers are wide; longer ones keep their inputs."""
+    model = nn.Sequential(nn.Linear(16, 40), nn.Tanh(), nn.Linear(40, 16))
+    for length, kept in ((16, GramOuter), (17, Outer)):
+        forms = []
+
+        def sink(name, factors, _kept):
+            forms.extend(type(factor) for factor in factors)  # noqa: B023
+
+        plan = Plan.of(model)
+        x = torch.randn(2, length, 16)
+        axis = Segments.rectangular((2, length))
+        with plan.frozen(), Recorder(plan, sink, axis, once=True, norms_alone=True) as recorder:
+            torch.autograd.grad(model(x).sum(), recorder.roots)
+        assert forms.count(kept) == 2 and len(forms) == 4

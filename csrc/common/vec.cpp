@@ -116,6 +116,11 @@ struct DotRows {
 using Narrow = DotRows<32, 2>;
 using Wide = DotRows<64, 4>;
 
+template <class T>
+GEFFECT_FAST_INLINE void add_products_body(const T* x, const T* y, int64_t n, T* __restrict out) {
+  for (int64_t i = 0; i < n; ++i) out[i] += x[i] * y[i];
+}
+
 GEFFECT_FAST_INLINE void widen_body(const BFloat16* src, int64_t n, float* dst) {
   for (int64_t i = 0; i < n; ++i) {
     const uint32_t bits = static_cast<uint32_t>(src[i].x) << 16;
@@ -127,6 +132,10 @@ template <class T>
 void dot_base(const T* const* x, int64_t nx, const T* const* y, int64_t ny, int64_t n,
               double* out) {
   Narrow::run(x, nx, y, ny, n, out);
+}
+template <class T>
+void add_products_base(const T* x, const T* y, int64_t n, T* out) {
+  add_products_body(x, y, n, out);
 }
 void widen_bf16_base(const BFloat16* src, int64_t n, float* dst) { widen_body(src, n, dst); }
 void widen_f16_base(const Half* src, int64_t n, float* dst) {
@@ -144,6 +153,10 @@ GEFFECT_FAST_AVX512 void dot_avx512(const T* const* x, int64_t nx, const T* cons
                                     int64_t n, double* out) {
   Wide::run(x, nx, y, ny, n, out);
 }
+template <class T>
+GEFFECT_FAST_AVX2 void add_products_avx2(const T* x, const T* y, int64_t n, T* out) {
+  add_products_body(x, y, n, out);
+}
 GEFFECT_FAST_AVX2 void widen_bf16_avx2(const BFloat16* src, int64_t n, float* dst) {
   widen_body(src, n, dst);
 }
@@ -160,6 +173,8 @@ GEFFECT_FAST_AVX2 void widen_f16_avx2(const Half* src, int64_t n, float* dst) {
 struct VecKernels {
   decltype(&dot_base<float>) dot_f32 = dot_base<float>;
   decltype(&dot_base<double>) dot_f64 = dot_base<double>;
+  decltype(&add_products_base<float>) add_products_f32 = add_products_base<float>;
+  decltype(&add_products_base<double>) add_products_f64 = add_products_base<double>;
   decltype(&widen_bf16_base) widen_bf16 = widen_bf16_base;
   decltype(&widen_f16_base) widen_f16 = widen_f16_base;
 
@@ -168,6 +183,8 @@ struct VecKernels {
     if (instructions() != Instructions::kBaseline) {
       dot_f32 = dot_avx2<float>;
       dot_f64 = dot_avx2<double>;
+      add_products_f32 = add_products_avx2<float>;
+      add_products_f64 = add_products_avx2<double>;
       widen_bf16 = widen_bf16_avx2;
       widen_f16 = widen_f16_avx2;
     }
@@ -190,6 +207,12 @@ void dot_rows(const float* const* x, int64_t nx, const float* const* y, int64_t 
 void dot_rows(const double* const* x, int64_t nx, const double* const* y, int64_t ny, int64_t n,
               double* out) {
   kVec.dot_f64(x, nx, y, ny, n, out);
+}
+void add_products(const float* x, const float* y, int64_t n, float* out) {
+  kVec.add_products_f32(x, y, n, out);
+}
+void add_products(const double* x, const double* y, int64_t n, double* out) {
+  kVec.add_products_f64(x, y, n, out);
 }
 void widen(const BFloat16* src, int64_t n, float* dst) { kVec.widen_bf16(src, n, dst); }
 void widen(const Half* src, int64_t n, float* dst) { kVec.widen_f16(src, n, dst); }

@@ -19,6 +19,10 @@ void dot_rows(const double* const* x, int64_t nx, const double* const* y, int64_
 
 inline constexpr int64_t kDotChunk = 4096;
 
+// out[i] += x[i] * y[i]
+void add_products(const float* x, const float* y, int64_t n, float* out);
+void add_products(const double* x, const double* y, int64_t n, double* out);
+
 // dst[i] = src[i] in fp32, exactly.
 void widen(const BFloat16* src, int64_t n, float* dst);
 void widen(const Half* src, int64_t n, float* dst);

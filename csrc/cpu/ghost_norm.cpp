@@ -1,5 +1,7 @@
 // ghost_norm: out[i] = || sum_{t in segment i} g_t a_t^T ||_F^2
 // ghost_norm_of_one_input: its sum over several g, of layers that were called with one input
+// token_grams: a_s . a_t for all s, t of a segment, (sum of T_i^2); segments of few tokens
+// ghost_norm_of_grams: ghost_norm_of_one_input, given token_grams in place of a
 //
 // a (total_tokens, d_in), g (total_tokens, d_out) each, cu_seqlens (n + 1) -> (n); any strides.
 //
@@ -135,24 +137,36 @@ void token_triangle(double* triangle, const Matrix<T>& x, int64_t begin, int64_t
   }
 }
 
+// Calls f(at, r, c, times) for every element of a triangle: its index, its tokens, and how often
+// it counts in a sum over all pairs of tokens.
+template <class F>
+void each_pair(int64_t rows, const F& f) {
+  for (int64_t r = 0, at = 0; r < rows; ++r) {
+    const int64_t first = r / kStrip * kStrip;
+    for (int64_t c = first; c < rows; ++c, ++at) f(at, r, c, c < first + kStrip ? 1 : 2);
+  }
+}
+
+// The sum of Gram matrices of tokens [begin, begin + rows) of all of `xs`.
+template <class T>
+struct Triangle {
+  double values[kMostTriangle];
+
+  Triangle(const std::vector<Matrix<T>>& xs, int64_t begin, int64_t rows, acc_t<T>* copies) {
+    std::fill_n(values, rows * (rows + kMostStrip) / 2, 0.0);
+    for (const Matrix<T>& x : xs) token_triangle(values, x, begin, rows, copies);
+  }
+};
+
 template <class T>
 double short_gram_task(const Matrix<T>& a, const std::vector<Matrix<T>>& gs, int64_t begin,
                        int64_t end, acc_t<T>* copies) {
-  double triangle_a[kMostTriangle], triangle_g[kMostTriangle];
-  const int64_t rows = end - begin, used = rows * (rows + kMostStrip) / 2;
-  std::fill_n(triangle_a, used, 0.0);
-  std::fill_n(triangle_g, used, 0.0);
-  token_triangle(triangle_a, a, begin, rows, copies);
-  for (const Matrix<T>& g : gs) token_triangle(triangle_g, g, begin, rows, copies);
+  const int64_t rows = end - begin;
+  const Triangle<T> of_a({a}, begin, rows, copies), of_g(gs, begin, rows, copies);
   double sum = 0;
-  for (int64_t r = 0, at = 0; r < rows; r += kStrip) {
-    const int64_t height = std::min(kStrip, rows - r), width = rows - r;
-    for (int64_t i = 0; i < height; ++i) {
-      for (int64_t j = 0; j < width; ++j, ++at) {
-        sum += (j < height ? 1 : 2) * triangle_a[at] * triangle_g[at];
-      }
-    }
-  }
+  each_pair(rows, [&](int64_t at, int64_t, int64_t, int64_t times) {
+    sum += times * of_a.values[at] * of_g.values[at];
+  });
   return sum;
 }
 
@@ -164,15 +178,25 @@ double gradient_task(const Matrix<T>& a, const Matrix<T>& g, int64_t begin, int6
 }
 
 template <class T>
+std::vector<Matrix<T>> matrices_of(const std::vector<Tensor>& tensors) {
+  std::vector<Matrix<T>> matrices;
+  for (const Tensor& tensor : tensors) matrices.push_back(matrix_of<T>(tensor));
+  return matrices;
+}
+
+template <class T>
+int64_t most_columns(const std::vector<Matrix<T>>& xs) {
+  int64_t widest = 0;
+  for (const Matrix<T>& x : xs) widest = std::max(widest, x.cols);
+  return widest;
+}
+
+template <class T>
 std::vector<double> ghost_norm_kernel(const Tensor& a_tensor, const std::vector<Tensor>& g_tensors,
                                       const std::vector<int64_t>& offsets) {
   const Matrix<T> a = matrix_of<T>(a_tensor);
-  std::vector<Matrix<T>> gs;
-  int64_t widest = a.cols;
-  for (const Tensor& g : g_tensors) {
-    gs.push_back(matrix_of<T>(g));
-    widest = std::max(widest, gs.back().cols);
-  }
+  const std::vector<Matrix<T>> gs = matrices_of<T>(g_tensors);
+  const int64_t widest = std::max(a.cols, most_columns(gs));
   const std::vector<Task> tasks = plan(a, gs, offsets);
   std::vector<double> partial(tasks.size());
   const int64_t features = std::min(kFeatures, widest);
@@ -197,14 +221,100 @@ std::vector<double> ghost_norm_kernel(const Tensor& a_tensor, const std::vector<
   return out;
 }
 
+// Where the Gram matrix of each segment begins among those of all, and where the last one ends.
+std::vector<int64_t> gram_offsets(const std::vector<int64_t>& offsets) {
+  std::vector<int64_t> at{0};
+  for (size_t i = 0; i + 1 < offsets.size(); ++i) {
+    const int64_t tokens = offsets[i + 1] - offsets[i];
+    STD_TORCH_CHECK(tokens <= kMostShortTokens, kOp, ": a segment has more than ", kMostShortTokens,
+                    " tokens");
+    at.push_back(at.back() + tokens * tokens);
+  }
+  return at;
+}
+
+// Calls body(segment, the sum of Gram matrices of its rows of `xs`, as a Triangle) for each.
+template <class T, class Body>
+void each_triangle(const std::vector<Matrix<T>>& xs, const std::vector<int64_t>& offsets,
+                   const Body& body) {
+  const int64_t scratch_size = kMostShortTokens * std::min(kFeatures, most_columns(xs));
+  run_tasks<acc_t<T>>(offsets.size() - 1, scratch_size, [&](int64_t i, acc_t<T>* copies) {
+    body(i, Triangle<T>(xs, offsets[i], offsets[i + 1] - offsets[i], copies));
+  });
+}
+
+template <class T>
+void token_grams_kernel(const Tensor& a, const std::vector<int64_t>& offsets,
+                        const std::vector<int64_t>& at, Tensor& out) {
+  acc_t<T>* grams = out.mutable_data_ptr<acc_t<T>>();
+  each_triangle<T>({matrix_of<T>(a)}, offsets, [&](int64_t i, const Triangle<T>& triangle) {
+    acc_t<T>* gram = grams + at[i];
+    const int64_t rows = offsets[i + 1] - offsets[i];
+    each_pair(rows, [&](int64_t from, int64_t r, int64_t c, int64_t) {
+      gram[r * rows + c] = gram[c * rows + r] = static_cast<acc_t<T>>(triangle.values[from]);
+    });
+  });
+}
+
+Tensor token_grams(const Tensor& a, const Tensor& cu_seqlens) {
+  check_dim(kOp, "a", a, 2);
+  const std::vector<int64_t> offsets = read_offsets(kOp, "cu_seqlens", cu_seqlens, a.size(0));
+  const std::vector<int64_t> at = gram_offsets(offsets);
+  Tensor out = torch::stable::new_empty(a, {at.back()}, acc_dtype(a.scalar_type()));
+  dispatch_dtype(kOp, a.scalar_type(), [&](auto type) {
+    token_grams_kernel<decltype(type)>(a, offsets, at, out);
+    return out;
+  });
+  return out;
+}
+
+template <class T>
+std::vector<double> ghost_norm_of_grams_kernel(const Tensor& grams_tensor,
+                                               const std::vector<Tensor>& gs,
+                                               const std::vector<int64_t>& offsets,
+                                               const std::vector<int64_t>& at) {
+  const acc_t<T>* grams = grams_tensor.const_data_ptr<acc_t<T>>();
+  std::vector<double> out(offsets.size() - 1, 0.0);
+  each_triangle<T>(matrices_of<T>(gs), offsets, [&](int64_t i, const Triangle<T>& triangle) {
+    const acc_t<T>* gram = grams + at[i];
+    const int64_t rows = offsets[i + 1] - offsets[i];
+    each_pair(rows, [&](int64_t from, int64_t r, int64_t c, int64_t times) {
+      out[i] += times * triangle.values[from] * gram[r * rows + c];
+    });
+  });
+  return out;
+}
+
+void check_gradients(const std::vector<Tensor>& gs, int64_t total_tokens, ScalarType dtype) {
+  for (const Tensor& g : gs) {
+    check_dim(kOp, "g", g, 2);
+    check_shape(kOp, "g", g, {total_tokens, g.size(1)});
+    check_dtype(kOp, "g", g, dtype);
+  }
+}
+
+Tensor ghost_norm_of_grams(const Tensor& grams, const std::vector<Tensor>& gs,
+                           const Tensor& cu_seqlens) {
+  STD_TORCH_CHECK(!gs.empty(), kOp, ": `g` is an empty list");
+  const ScalarType dtype = gs.front().scalar_type();
+  const int64_t total_tokens = gs.front().size(0);
+  check_gradients(gs, total_tokens, dtype);
+  const std::vector<int64_t> offsets = read_offsets(kOp, "cu_seqlens", cu_seqlens, total_tokens);
+  const std::vector<int64_t> at = gram_offsets(offsets);
+  check_shape(kOp, "grams", grams, {at.back()});
+  check_dtype(kOp, "grams", grams, acc_dtype(dtype));
+  STD_TORCH_CHECK(grams.is_contiguous(), kOp, ": `grams` must be contiguous");
+  const int64_t n_samples = static_cast<int64_t>(offsets.size()) - 1;
+  return dispatch_dtype(kOp, dtype, [&](auto type) {
+    return to_result(grams, {n_samples},
+                     ghost_norm_of_grams_kernel<decltype(type)>(grams, gs, offsets, at));
+  });
+}
+
 Tensor ghost_norm_of_one_input(const Tensor& a, const std::vector<Tensor>& gs,
                                const Tensor& cu_seqlens) {
   check_dim(kOp, "a", a, 2);
-  for (const Tensor& g : gs) {
-    check_dim(kOp, "g", g, 2);
-    check_shape(kOp, "g", g, {a.size(0), g.size(1)});
-    check_dtype(kOp, "g", g, a.scalar_type());
-  }
+  check_gradients(gs, a.size(0), a.scalar_type());
   const std::vector<int64_t> offsets = read_offsets(kOp, "cu_seqlens", cu_seqlens, a.size(0));
   const int64_t n_samples = static_cast<int64_t>(offsets.size()) - 1;
   return dispatch_dtype(kOp, a.scalar_type(), [&](auto type) {
@@ -222,4 +332,6 @@ Tensor ghost_norm(const Tensor& a, const Tensor& g, const Tensor& cu_seqlens) {
 STABLE_TORCH_LIBRARY_IMPL(geffect_fast, CPU, m) {
   m.impl("ghost_norm", TORCH_BOX(&geffect_fast::ghost_norm));
   m.impl("ghost_norm_of_one_input", TORCH_BOX(&geffect_fast::ghost_norm_of_one_input));
+  m.impl("token_grams", TORCH_BOX(&geffect_fast::token_grams));
+  m.impl("ghost_norm_of_grams", TORCH_BOX(&geffect_fast::ghost_norm_of_grams));
 }

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from geffect_fast.capture.factors import Explicit, Factor, Lookup, Outer, RowSum
+from geffect_fast.capture.factors import Explicit, Factor, GramOuter, Lookup, Outer, RowSum
 from geffect_fast.capture.plan import Plan
 from geffect_fast.capture.recorder import OutsideUse, Recorder, leaves_of
 from geffect_fast.capture.segments import Segments, checked_offsets
@@ -20,6 +20,7 @@ from geffect_fast.errors import UnsupportedModelError
 __all__ = [
     "Explicit",
     "Factor",
+    "GramOuter",
     "Lookup",
     "Outer",
     "OutsideUse",

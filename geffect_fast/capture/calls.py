@@ -17,10 +17,20 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.func import functional_call
 
-from geffect_fast.capture.factors import Explicit, Factor, Lookup, Outer, RowSum, Tangent, widened
-from geffect_fast.capture.given import REPLAYING, Given, tensors_of
+from geffect_fast.capture.factors import (
+    Explicit,
+    Factor,
+    GramOuter,
+    Lookup,
+    Outer,
+    RowSum,
+    Tangent,
+    widened,
+)
+from geffect_fast.capture.given import NOTHING, REPLAYING, Given, tensors_of
+from geffect_fast.capture.grams import InputGrams
 from geffect_fast.capture.products import project
-from geffect_fast.capture.segments import Rows, Segments
+from geffect_fast.capture.segments import Rows, Segments, segment_product, segment_sum
 from geffect_fast.capture.trials import (
     embedding_scale,
     is_linear,
@@ -74,6 +84,10 @@ class Call:
     def keep(self, output: Any) -> None:
         """Take note of what the module returned, before anybody else changes it."""
 
+    def condense(self, grams: InputGrams, output: Any) -> bool:
+        """Keep what norms need in place of the inputs; whether that was done."""
+        return False
+
     def factors(self, g: Tensor, rows: Rows) -> Iterator[tuple[str, Factor]]:
         """Each parameter's name in the model with its factor, given the output's gradient `g`."""
         raise NotImplementedError
@@ -121,10 +135,17 @@ def _qualified(kind: type) -> str:
     return f"{kind.__module__}.{kind.__qualname__}"
 
 
+@dataclass
 class LinearCall(Call, serves="torch.nn.modules.linear.Linear"):
-    """`y = a W^T + b`: `grad_W = sum_t g_t a_t^T`, `grad_b = sum_t g_t`."""
+    """`y = a W^T + b`: `grad_W = sum_t g_t a_t^T`, `grad_b = sum_t g_t`.
+
+    Attributes:
+        grams: of the inputs, in place of them (`condense`).
+    """
 
     transposed: ClassVar[bool] = False
+
+    grams: Tensor | None = None
 
     @classmethod
     def fit(cls, module: nn.Module) -> float | None:
@@ -132,16 +153,27 @@ class LinearCall(Call, serves="torch.nn.modules.linear.Linear"):
             return 1.0
         return 1.0 if isinstance(module, nn.Linear) and is_linear(module) else None
 
+    def condense(self, grams: InputGrams, output: Any) -> bool:
+        if "weight" in self.names:
+            rows = self.rows(self.checked_segments(), self.input)
+            self.grams = grams.of(self.input, output, rows)
+        if self.grams is None:
+            return False
+        self.given = NOTHING
+        return True
+
     def factors(self, g: Tensor, rows: Rows) -> Iterator[tuple[str, Factor]]:
         g = rows.flat(g)
-        if "weight" in self.names:
+        if self.grams is not None:
+            yield self.names["weight"], GramOuter(self.grams, g, rows.cu)
+        elif "weight" in self.names:
             a, wide = rows.flat(self.input), g
             if a.dtype != g.dtype:  # under autocast
                 dtype = torch.promote_types(a.dtype, g.dtype)
                 a, wide = a.to(dtype), g.to(dtype)
             yield self.names["weight"], Outer(a, wide, rows.cu, self.transposed)
         if "bias" in self.names:
-            yield self.names["bias"], RowSum(g, rows.cu)
+            yield self.names["bias"], RowSum(segment_sum(g, rows.cu))
 
     def constants(self, directions: Mapping[str, Tensor]) -> dict[str, Tensor]:
         name = self.names.get("weight")
@@ -215,20 +247,21 @@ class NormCall(Call):
     def factors(self, g: Tensor, rows: Rows) -> Iterator[tuple[str, Factor]]:
         g = rows.flat(g)
         if "weight" in self.names:
-            yield self.names["weight"], RowSum(self.products(g, rows), rows.cu)
+            yield self.names["weight"], RowSum(self.sums(g, rows))
         if "bias" in self.names:
-            yield self.names["bias"], RowSum(g, rows.cu)
+            yield self.names["bias"], RowSum(segment_sum(g, rows.cu))
 
-    def products(self, g: Tensor, rows: Rows) -> Tensor:
-        """`g * xhat`, from the output where it is still what it was and no weight next to nothing.
+    def sums(self, g: Tensor, rows: Rows) -> Tensor:
+        """`sum_t g_t * xhat_t`, `(n, d)` fp64.
 
-        Multiplied first and divided in place: one tensor of this size is allocated, not two.
+        From the output where it is still what it was and no weight next to nothing.
         """
         if self.output is not None and not self.output.changed():
             assert self.multiplied is not None
-            if self.multiplied.abs().min() > SMALLEST_WEIGHT:
-                return (g * rows.flat(self.output.args[0])).div_(self.multiplied)
-        return g * rows.flat(self.normalized())
+            if torch.linalg.vector_norm(self.multiplied, -torch.inf) > SMALLEST_WEIGHT:
+                sums = segment_product(g, rows.flat(self.output.args[0]), rows.cu)
+                return sums.div_(self.multiplied)
+        return segment_product(g, rows.flat(self.normalized()), rows.cu)
 
     def normalized(self) -> Tensor:
         """`xhat`, `(..., d)`, computed again by the module with its weight set to `1 - offset`.

@@ -1,11 +1,12 @@
-"""The four forms in which a per-sample gradient is held without being formed.
+"""The forms in which a per-sample gradient is held without being formed.
 
 The gradient of sample `i` with respect to one parameter, from one call of one module, is a sum over
 the rows `t` of sample `i`:
 
     Outer    sum_t g_t a_t^T              a linear map: inputs `a`, output gradients `g`
+    GramOuter                             the same for norms alone: of `a` its inner products
     Lookup   sum_t e(id_t) g_t^T          a table: row `id_t` receives `g_t`
-    RowSum   sum_t p_t                    a vector parameter: row `t` contributes the vector `p_t`
+    RowSum   v_i                          a vector parameter: what the rows contribute, summed
     Explicit vjp of the module            anything else, with its jvp for inner products
 
 Several factors of one parameter (a tied embedding, a module called twice) add up.
@@ -44,6 +45,21 @@ class Outer:
 
 
 @dataclass(frozen=True)
+class GramOuter:
+    """`Outer` where nothing but norms is asked for: the inputs' inner products are all it takes.
+
+    Attributes:
+        grams: `a_s . a_t` of every pair of tokens of a sample, see `ops.reference.token_grams`.
+        g: `(rows, d_out)` output gradients.
+        cu: `(n_samples + 1,)` int32 offsets of the samples among the rows.
+    """
+
+    grams: Tensor
+    g: Tensor
+    cu: Tensor
+
+
+@dataclass(frozen=True)
 class Lookup:
     """`grad_i[id_t] += g_t`, a table of `n_entries` rows.
 
@@ -67,18 +83,16 @@ class Lookup:
 
 @dataclass(frozen=True)
 class RowSum:
-    """`grad_i = sum_t p_t`, for biases and the weights of norms.
+    """`grad_i = sums_i`, for biases and the weights of norms.
 
     Attributes:
-        p: `(rows, numel)`.
-        cu: `(n_samples + 1,)` int32 offsets.
+        sums: `(n_samples, numel)` fp64.
     """
 
-    p: Tensor
-    cu: Tensor
+    sums: Tensor
 
     def gradient(self, i: int) -> Tensor:
-        return widened(self.p[int(self.cu[i]) : int(self.cu[i + 1])]).sum(0)
+        return self.sums[i]
 
 
 @dataclass(frozen=True)
@@ -118,7 +132,7 @@ class Explicit:
         return self.vjp(i)
 
 
-Factor = Outer | Lookup | RowSum | Explicit
+Factor = Outer | GramOuter | Lookup | RowSum | Explicit
 
 
 def widened(x: Tensor) -> Tensor:
@@ -128,12 +142,20 @@ def widened(x: Tensor) -> Tensor:
 
 def n_samples(factor: Factor) -> int:
     """Number of samples a factor speaks of."""
+    if isinstance(factor, RowSum):
+        return len(factor.sums)
     return factor.n_samples if isinstance(factor, Explicit) else factor.cu.numel() - 1
 
 
 def summed_gradient(factors: list[Factor], i: int, shape: torch.Size) -> Tensor:
     """The gradient of sample `i` itself, all factors of one parameter added, of `shape`."""
-    return torch.stack([f.gradient(i).reshape(shape) for f in factors]).sum(0)
+    return torch.stack([gradient(f, i).reshape(shape) for f in factors]).sum(0)
+
+
+def gradient(factor: Factor, i: int) -> Tensor:
+    """The gradient of sample `i` itself."""
+    assert not isinstance(factor, GramOuter), "its inputs are gone"
+    return factor.gradient(i)
 
 
 def samples(cu: Tensor) -> Iterator[slice]:

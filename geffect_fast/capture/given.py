@@ -18,7 +18,7 @@ REPLAYING: ContextVar[bool] = ContextVar("REPLAYING", default=False)
 """Set while a module is run once more for its vjp: no recorder may take that for a call."""
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Given:
     """What a module was called with, and under which autocast.
 
@@ -59,6 +59,9 @@ class Given:
         if self.autocast is None:
             return nullcontext()
         return torch.autocast(self.autocast[0], self.autocast[1], cache_enabled=False)
+
+
+NOTHING = Given((), {}, [], [], None)
 
 
 def version_of(x: Tensor) -> int:

@@ -7,7 +7,7 @@ arXiv 2110.05679). A tied embedding's cross terms follow from the second with `e
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import wraps
 from typing import ParamSpec
@@ -19,15 +19,18 @@ from geffect_fast import ops
 from geffect_fast.capture.factors import (
     Explicit,
     Factor,
+    GramOuter,
     Lookup,
     Outer,
     RowSum,
+    gradient,
     n_samples,
     samples,
     summed_gradient,
     widened,
 )
 from geffect_fast.capture.segments import offsets_of, segment_sum
+from geffect_fast.ops import backend
 
 P = ParamSpec("P")
 
@@ -108,11 +111,10 @@ def inner(factor: Factor, direction: Tensor, z: Tensor | None = None) -> Tensor:
         looked_up = direction[:, factor.ids] if z is None else z
         dtype = torch.promote_types(factor.g.dtype, looked_up.dtype)
         return ops.segment_dot(looked_up.to(dtype), factor.g.to(dtype), factor.cu).double()
-    flat = widened(direction.flatten(1))
+    flat = direction.flatten(1).double()
     if isinstance(factor, RowSum):
-        dtype = torch.promote_types(factor.p.dtype, flat.dtype)
-        return segment_sum(factor.p.to(dtype) @ flat.to(dtype).T, factor.cu).T
-    flat = flat.double()
+        return flat @ factor.sums.T
+    assert isinstance(factor, Explicit)
     if factor.n_samples > len(direction) + 1:
         moved = _inner_by_jvp(factor, direction, flat)
         if moved is not None:
@@ -148,8 +150,10 @@ def _inner_by_jvp(factor: Explicit, direction: Tensor, flat: Tensor) -> Tensor |
 def squared_norms(factors: list[Factor], shape: torch.Size) -> Tensor:
     """`||grad_i||_F^2` of one parameter, cross terms between its factors included, `(n,)` fp64."""
     if all(isinstance(f, RowSum) for f in factors):
-        vectors = [segment_sum(f.p, f.cu) for f in factors if isinstance(f, RowSum)]
-        return _sum(vectors).square().sum(1)
+        return _sum([f.sums for f in factors if isinstance(f, RowSum)]).square().sum(1)
+    first = factors[0]
+    if isinstance(first, GramOuter) or (isinstance(first, Outer) and len(factors) == 1):
+        return squared_norms_of_one_input([first])  # a `GramOuter` is its parameter's only factor
     outers = [f for f in factors if isinstance(f, Outer)]
     lookups = [f for f in factors if isinstance(f, Lookup)]
     if len(outers) + len(lookups) < len(factors) or len({f.transposed for f in outers}) > 1:
@@ -178,10 +182,14 @@ def _sum(terms: list[Tensor]) -> Tensor:
 
 
 @_without_autocast
-def squared_norms_of_one_input(outers: list[Outer]) -> Tensor:
+def squared_norms_of_one_input(outers: Sequence[Outer | GramOuter]) -> Tensor:
     """`||grad_i||_F^2` of all weights together of layers with one input, `(n,)` fp64."""
-    first = outers[0]
-    return ops.ghost_norm(first.a, [f.g for f in outers], first.cu).double()
+    first, gs = outers[0], [f.g for f in outers]
+    if isinstance(first, GramOuter):
+        found = backend.call("ghost_norm_of_grams", first.g.device, first.grams, gs, first.cu)
+    else:
+        found = ops.ghost_norm(first.a, gs, first.cu)
+    return found.double()
 
 
 def _table_norms(lookups: list[Lookup]) -> Tensor:
@@ -207,14 +215,13 @@ def _pairwise(x: Factor, y: Factor, shape: torch.Size) -> Tensor:
     if isinstance(x, Outer) and isinstance(y, Outer) and x.transposed == y.transposed:
         return ops.ghost_dot(x.a, x.g, x.cu, y.a, y.g, y.cu).double()
     if isinstance(x, RowSum) and isinstance(y, RowSum):
-        vectors = segment_sum(x.p, x.cu)
-        return vectors @ (vectors if x is y else segment_sum(y.p, y.cu)).T
+        return x.sums @ y.sums.T
     if isinstance(y, Lookup) and isinstance(x, Outer | Lookup):
         return _lookup_pairs(x, y)
     if isinstance(x, Lookup) and isinstance(y, Outer):
         return _pairwise(y, x, shape).T
     # One side formed a sample at a time, as a direction for the other: exact for anything.
-    rows = [inner(y, x.gradient(i).reshape(1, *shape))[0] for i in range(n_samples(x))]
+    rows = [inner(y, gradient(x, i).reshape(1, *shape))[0] for i in range(n_samples(x))]
     return torch.stack(rows)
 
 

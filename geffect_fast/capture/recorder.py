@@ -8,6 +8,7 @@ from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import count
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -23,12 +24,17 @@ from geffect_fast.capture.given import (
     broadcast_ids,
     tensors_of,
 )
+from geffect_fast.capture.grams import InputGrams
 from geffect_fast.capture.plan import Plan
 from geffect_fast.capture.segments import Segments
 from geffect_fast.errors import InputError, UnsupportedModelError
 
 Sink = Callable[[str, list[Factor], list[Tensor | None]], None]
 """Receives a parameter's name, the factors that arrived for it, and what was kept for each."""
+
+
+_CALLED_AGAIN: WeakSet[nn.Module] = WeakSet()
+"""Modules that were seen to be called more than once in a forward."""
 
 
 class Recorder:
@@ -48,6 +54,9 @@ class Recorder:
             its gradient has arrived: the backward's own memory then comes from there.
         directions: `(M, *shape)` a parameter; given, what inner products with them share between
             objectives is computed in the forward and kept.
+        norms_alone: whether norms are all that is asked of the factors: what they need of inputs is
+            computed in the forward and kept in place of them, as `GramOuter`, but where a parameter
+            is used twice, for which norms need the inputs.
     """
 
     def __init__(
@@ -59,6 +68,7 @@ class Recorder:
         join: bool = False,
         once: bool = False,
         directions: Mapping[str, Tensor] | None = None,
+        norms_alone: bool = False,
     ) -> None:
         self.plan = plan
         self.sink = sink
@@ -67,6 +77,8 @@ class Recorder:
         self.once = once
         self.directions = directions
         self.calls: dict[int, Call] = {}
+        self.lost = False
+        """Whether a module was called twice whose first inputs are gone: to be recorded again."""
         self.roots: list[Tensor] = []
         """Leaves that a backward must reach when parameters are frozen."""
         self._number = count()
@@ -76,6 +88,17 @@ class Recorder:
         self._waiting: dict[int, list[Tensor | None]] = {}
         self._joined: dict[str, list[Factor]] = {}
         self._uses: Counter[str] = Counter()
+        self._grams = InputGrams()
+        self._condensed: set[str] = set()
+        self._condensable: set[str] = set()
+        """Modules whose parameters nobody else owns, as far as known called once."""
+        if norms_alone:
+            owners = Counter(k for _, names, *_ in plan.owners.values() for k in names.values())
+            self._condensable = {
+                where
+                for where, (module, names, *_) in plan.owners.items()
+                if all(owners[name] == 1 for name in names.values()) and module not in _CALLED_AGAIN
+            }
 
     def __enter__(self) -> Recorder:
         for where, (module, *_) in self.plan.owners.items():
@@ -206,6 +229,8 @@ class Recorder:
         for name in names.values():
             self._uses[name] += 1
         call.keep(output)
+        if where in self._condensable:
+            self._condense(call, output)
         kept: dict[str, Tensor] = {}
         if self.directions is not None:
             # Rows that cannot be told apart matter only where a gradient arrives: DoRA runs its
@@ -227,6 +252,18 @@ class Recorder:
             arrived = partial(self._arrived, index, position, kept)
             self._handles.append(y.register_hook(arrived))
         return grafted
+
+    def _condense(self, call: Call, output: Any) -> None:
+        """Let a call keep what norms need alone, where it is its module's first one."""
+        if call.where in self._condensed:
+            _CALLED_AGAIN.add(call.module)
+            self.lost = True
+        elif self._uses[next(iter(call.names.values()))] == 1 and self.segments is not None:
+            try:
+                if call.condense(self._grams, output):
+                    self._condensed.add(call.where)
+            except UnsupportedModelError:
+                pass  # rows that cannot be told apart matter only where a gradient arrives
 
     def _graft(self, rule: type[Call], y: Any) -> Any:
         if not isinstance(y, Tensor) or not y.is_floating_point():
@@ -324,10 +361,10 @@ def leaves_of(y: Tensor) -> list[Tensor]:
     Raises:
         InputError: a part of the graph is made during the backward only.
     """
-    seen, todo, leaves = set(), [y.grad_fn], []
+    seen, todo, leaves = set(), [y.grad_fn] if y.grad_fn is not None else [], []
     while todo:
         node = todo.pop()
-        if node is None or node in seen:
+        if node in seen:  # reached twice before its turn
             continue
         seen.add(node)
         kind = type(node).__name__
@@ -336,7 +373,7 @@ def leaves_of(y: Tensor) -> list[Tensor]:
                 "model: it calls torch.utils.checkpoint with use_reentrant=True, which gives no "
                 "gradients of activations; call it with use_reentrant=False"
             )
-        todo.extend(n for n, _ in node.next_functions)
+        todo += [n for n, _ in node.next_functions if n is not None and n not in seen]
         if kind == "AccumulateGrad":
             leaves.append(node.variable)  # type: ignore[attr-defined]
     return leaves

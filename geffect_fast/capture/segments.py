@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from math import prod
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from geffect_fast.capture.factors import widened
 from geffect_fast.errors import InputError, UnsupportedModelError
+from geffect_fast.ops import backend
 from geffect_fast.ops.checks import check_cu_seqlens
 
 
@@ -50,6 +52,11 @@ class Rows:
     cu: Tensor
     axis: int = 0
     front: int = 0
+
+    @cached_property
+    def longest(self) -> int:
+        """Rows of the sample that has most of them."""
+        return max(self.cu.diff().tolist(), default=0)
 
     def flat(self, x: Tensor) -> Tensor:
         """`x` as `(rows, d)`."""
@@ -231,6 +238,15 @@ class Segments:
 def offsets_of(lengths: Tensor) -> Tensor:
     """Lengths `(n,)` of consecutive segments as their offsets `(n + 1,)`."""
     return torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
+
+
+def segment_product(x: Tensor, y: Tensor, cu: Tensor) -> Tensor:
+    """Sums of consecutive rows of `x * y`, `(rows, d)` each, to `(n, d)` fp64, in a fixed order."""
+    x, y = widened(x), widened(y)
+    op = "segment_product"
+    if x.is_cpu and x.dtype == y.dtype and backend.has_native(op, "cpu"):
+        return backend.call(op, x.device, x, y, cu).double()
+    return segment_sum(x * y, cu)
 
 
 def segment_sum(values: Tensor, cu: Tensor) -> Tensor:

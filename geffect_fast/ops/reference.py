@@ -67,6 +67,11 @@ def segment_dot(z: Tensor, g: Tensor, cu_seqlens: Tensor) -> Tensor:
     return _segment_sum(terms.permute(1, 2, 0), cu_seqlens)
 
 
+def segment_product(x: Tensor, y: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """`out[i, :] = sum_{t in i} x_t * y_t`, elementwise."""
+    return _segment_sum((_wide(x) * _wide(y)).T, cu_seqlens).T
+
+
 def ghost_norm(a: Tensor, g: Tensor, cu_seqlens: Tensor) -> Tensor:
     """`out[i] = ||sum_{t in i} g_t a_t^T||_F^2`, by token Grams or the gradient."""
     offsets = cu_seqlens.tolist()
@@ -84,6 +89,20 @@ def ghost_norm(a: Tensor, g: Tensor, cu_seqlens: Tensor) -> Tensor:
 def ghost_norm_of_one_input(a: Tensor, g: list[Tensor], cu_seqlens: Tensor) -> Tensor:
     """`ghost_norm` of gradients `[g_1; g_2; ..] a^T`, rows below rows."""
     return ghost_norm(a, torch.cat(g, dim=1), cu_seqlens)
+
+
+def token_grams(a: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """Every segment's `a_i a_i^T`, row by row, one segment behind the other: `(sum of T_i^2,)`."""
+    a = _wide(a)
+    pieces = [a[start:end] for start, end in pairwise(cu_seqlens.tolist())]
+    return torch.cat([a.new_zeros(0), *((a_i @ a_i.T).flatten() for a_i in pieces)])
+
+
+def ghost_norm_of_grams(grams: Tensor, g: list[Tensor], cu_seqlens: Tensor) -> Tensor:
+    """`ghost_norm_of_one_input` of an `a` of which `token_grams` is left."""
+    of_g = token_grams(torch.cat(g, dim=1), cu_seqlens)
+    squares = torch.diff(cu_seqlens).square()
+    return _segment_sum(grams * of_g, torch.nn.functional.pad(squares.cumsum(0), (1, 0)))
 
 
 def ghost_dot(

@@ -31,9 +31,12 @@ SCHEMAS = {
     ),
 }
 
-# What `token_logprob` is made of, and `ghost_norm` of several gradients.
+# What `token_logprob` is made of, `ghost_norm` of several gradients, and what capture alone calls.
 PART_SCHEMAS = {
+    "segment_product": "(Tensor x, Tensor y, Tensor cu_seqlens) -> Tensor",
     "ghost_norm_of_one_input": "(Tensor a, Tensor[] g, Tensor cu_seqlens) -> Tensor",
+    "token_grams": "(Tensor a, Tensor cu_seqlens) -> Tensor",
+    "ghost_norm_of_grams": "(Tensor grams, Tensor[] g, Tensor cu_seqlens) -> Tensor",
     "token_logprob_rows": (
         "(Tensor product, Tensor labels, int first, float scale, float softcap) -> Tensor"
     ),
@@ -80,6 +83,20 @@ def _fake_ghost_norm_of_one_input(a: Tensor, g: list[Tensor], cu_seqlens: Tensor
     return _fake_ghost_norm(a, a, cu_seqlens)
 
 
+def _fake_token_grams(a: Tensor, cu_seqlens: Tensor) -> Tensor:
+    size = torch.library.get_ctx().new_dynamic_size()
+    return a.new_empty((size,), dtype=accumulation_dtype(a.dtype))
+
+
+def _fake_ghost_norm_of_grams(grams: Tensor, g: list[Tensor], cu_seqlens: Tensor) -> Tensor:
+    return _fake_ghost_norm(grams, grams, cu_seqlens)
+
+
+def _fake_segment_product(x: Tensor, y: Tensor, cu_seqlens: Tensor) -> Tensor:
+    shape = (cu_seqlens.shape[0] - 1, x.shape[1])
+    return x.new_empty(shape, dtype=accumulation_dtype(x.dtype))
+
+
 def _fake_ghost_dot(
     a: Tensor, g: Tensor, cu_seqlens: Tensor, a2: Tensor, g2: Tensor, cu_seqlens2: Tensor
 ) -> Tensor:
@@ -112,6 +129,9 @@ FAKES: dict[str, Callable[..., Tensor]] = {
     "segment_dot": _fake_segment_dot,
     "ghost_norm": _fake_ghost_norm,
     "ghost_norm_of_one_input": _fake_ghost_norm_of_one_input,
+    "token_grams": _fake_token_grams,
+    "ghost_norm_of_grams": _fake_ghost_norm_of_grams,
+    "segment_product": _fake_segment_product,
     "ghost_dot": _fake_ghost_dot,
     "token_logprob_rows": _fake_token_logprob_rows,
     "token_logprob_rows_backward": _fake_token_logprob_rows_backward,

@@ -179,7 +179,7 @@ def scaled(rule, which, by):
     def factors(self, g, segments):
         for name, factor in original(self, g, segments):
             if which in name:
-                field = "p" if isinstance(factor, rules.RowSum) else "g"
+                field = "sums" if isinstance(factor, rules.RowSum) else "g"
                 factor = dataclasses.replace(factor, **{field: getattr(factor, field) * by})
             yield name, factor
 
