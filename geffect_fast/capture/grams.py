@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from geffect_fast.capture.given import version_of
@@ -9,8 +10,8 @@ from geffect_fast.capture.segments import Rows
 from geffect_fast.ops import backend
 from geffect_fast.ops.reference import accumulation_dtype
 
-MOST_TOKENS = 128
-"""Of a sample, so that the native op forms its Gram matrix in one task (`kMostShortTokens`)."""
+MOST_TOKENS = 128 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 64
+"""Of a sample whose Gram matrix dot products form best: `kShortTokens` of `ghost_norm.cpp`."""
 
 
 class InputGrams:
