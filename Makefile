@@ -147,8 +147,10 @@ sanitize: $(SANITIZED)/built
 	@$(WITH_SANITIZERS) $(BIN)/geffect-fast env
 	@$(WITH_SANITIZERS) $(BIN)/python tools/sanitizer_check.py
 	@$(WITH_SANITIZERS) $(UNDER_SANITIZERS) tests/ops/test_op_values.py \
-		tests/ops/test_op_contract.py tests/test_functional.py tests/capture
-	@$(WITH_SANITIZERS) ATEN_CPU_CAPABILITY=default $(UNDER_SANITIZERS) tests/ops/test_op_values.py
+		tests/ops/test_op_contract.py tests/ops/test_norm_parts.py tests/test_functional.py \
+		tests/capture
+	@$(WITH_SANITIZERS) ATEN_CPU_CAPABILITY=default $(UNDER_SANITIZERS) tests/ops/test_op_values.py \
+		tests/ops/test_norm_parts.py
 
 bench: $(VENV)/tools-test
 	for script in $(filter-out %/bench_gpu.py,$(wildcard benchmarks/bench_*.py)); do $(BIN)/python "$$script" || exit 1; done

@@ -181,8 +181,8 @@ def test_a_check_prints_a_table_and_a_verdict(here, capsys, dtype):
 def test_a_deviation_exits_with_3(here, capsys, monkeypatch):
     from geffect_fast.capture.calls import NormCall
 
-    products = NormCall.products
-    monkeypatch.setattr(NormCall, "products", lambda *given: 1.01 * products(*given))
+    sums = NormCall.sums
+    monkeypatch.setattr(NormCall, "sums", lambda *given: 1.01 * sums(*given))
     assert main(CHECK) == 3
     printed = capsys.readouterr()
     assert "Deviation: input_layernorm (captured by norm): " in printed.out and printed.err == ""
