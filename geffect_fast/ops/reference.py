@@ -69,7 +69,7 @@ def segment_dot(z: Tensor, g: Tensor, cu_seqlens: Tensor) -> Tensor:
 
 def segment_product(x: Tensor, y: Tensor, cu_seqlens: Tensor) -> Tensor:
     """`out[i, :] = sum_{t in i} x_t * y_t`, elementwise."""
-    return _segment_sum((_wide(x) * _wide(y)).T, cu_seqlens).T
+    return _segment_sum((_wide(x) * _wide(y)).T, cu_seqlens).T.contiguous()
 
 
 def ghost_norm(a: Tensor, g: Tensor, cu_seqlens: Tensor) -> Tensor:

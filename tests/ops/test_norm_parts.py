@@ -43,7 +43,7 @@ def call(op, *args):
 def assert_near(found, expected, size, dtype):
     """Sums in fp32 (fp64) or better: an error of a few roundings of the terms' absolute sum."""
     assert found.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-    assert found.shape == expected.shape
+    assert found.shape == expected.shape and found.is_contiguous()
     eps = torch.finfo(found.dtype).eps
     assert bool(((found.double() - expected).abs() <= 64 * eps * size + 1e-30).all())
 
