@@ -5,6 +5,7 @@
 #pragma once
 
 #include <cstdint>
+#include <cstdio>
 #include <cstdlib>
 #include <string_view>
 
@@ -30,6 +31,21 @@ inline GhostForm ghost_form() {
 
 // Average tokens of a segment from which on large tiles of token pairs pay.
 inline constexpr int64_t kLargeTileTokens = 192;
+
+// How ghost_norm_grams_sm90 makes the Grams: tiles of so many tokens, the features in so many
+// parts, some of them of a, and the slabs that are copied ahead. tile 0: not at all.
+struct GramCut {
+  int64_t tile, parts, a_parts, stages;
+};
+
+inline GramCut gram_cut(int64_t total, int64_t n, int64_t d_in, int64_t d_out, int sms) {
+  if (const char* forced = std::getenv("GEFFECT_FAST_GRAM_CUT")) {
+    GramCut cut{};
+    std::sscanf(forced, "%ld,%ld,%ld,%ld", &cut.tile, &cut.parts, &cut.a_parts, &cut.stages);
+    return cut;
+  }
+  return {total >= kLargeTileTokens * n ? 128 : 64, 2, 1, total >= kLargeTileTokens * n ? 5 : 6};
+}
 
 // Two sets of samples: their tokens and numbers, and the layer.
 struct PairSizes {

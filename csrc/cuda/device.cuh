@@ -38,6 +38,7 @@ class Device {
     stream_ = static_cast<cudaStream_t>(stream);
   }
 
+  int32_t index() const { return index_; }
   cudaStream_t stream() const { return stream_; }
   // 80, 89, 90, ...: ten times the major plus the minor compute capability.
   int capability() const {
@@ -68,7 +69,7 @@ class Device {
   template <class... Params, class... Args>
   void launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes,
               Args&&... args) const {
-    if (shared_bytes > 48 * 1024) {
+    if (shared_bytes > 0) {
       STD_CUDA_CHECK(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
                                           cudaFuncAttributeMaxDynamicSharedMemorySize,
                                           static_cast<int>(shared_bytes)));

@@ -11,6 +11,8 @@
 // writes one partial sum for each segment that its range meets, to slot `block + segment`: both
 // only grow along the tasks, so a slot has one writer. Nothing larger than a tile is stored.
 // Limiter: arithmetic; bytes for segments shorter than about 200 tokens.
+#include <array>
+
 #include "cuda/choose.h"
 #include "cuda/offsets.cuh"
 #include "cuda/tile_product.cuh"
@@ -222,11 +224,11 @@ __global__ void __launch_bounds__(Traits::kThreads, kBlocksPerSm<Traits, kContra
   if (threadIdx.x == 0) partial[blockIdx.x + segment] = total;
 }
 
-// The partial sums of one form: who wrote them, and where they are.
+// The partial sums of one form: who wrote them, and where they are, `width` of them a slot.
 struct Partials {
   const int64_t* first;
   const double* slots;
-  int64_t n_blocks;
+  int64_t n_blocks, width;
 
   __device__ double of_segment(int64_t segment, int64_t n_segments) const {
     const int64_t from = first[segment], to = first[segment + 1];
@@ -234,7 +236,8 @@ struct Partials {
     const Shares shares(first[n_segments], n_blocks);
     double sum = 0;
     for (int64_t block = shares.owner(from); block <= shares.owner(to - 1); ++block) {
-      sum += slots[block + segment];
+      const double* slot = slots + (block + segment) * width;
+      for (int64_t i = 0; i < width; ++i) sum += slot[i];
     }
     return sum;
   }
@@ -247,14 +250,32 @@ __global__ void collect_kernel(Offsets offsets, Partials gram, Partials gradient
   out[i] = offsets.is_valid(i) ? static_cast<float>(sum) : __uint_as_float(0x7fc00000u);
 }
 
+// What ghost_norm_grams_sm90 gives, see there; of first size 0 where it is not built.
+Tensor hopper_grams(const Tensor& a, const Tensor& g, const Tensor& cu_seqlens, const Tensor& first,
+                    const GramCut& cut) {
+  using torch::stable::detail::from;
+  std::array<StableIValue, 8> stack{from(a),           from(g),         from(cu_seqlens),
+                                    from(first),       from(cut.tile),  from(cut.parts),
+                                    from(cut.a_parts), from(cut.stages)};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("geffect_fast::ghost_norm_grams_sm90", "",
+                                                      stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
 template <class T>
 Tensor ghost_norm_typed(const Device& device, const Tensor& a_tensor, const Tensor& g_tensor,
-                        const Offsets& offsets, int* report) {
+                        const Tensor& cu_seqlens, const Offsets& offsets, int* report) {
   const OperandHolder<T> a_held(a_tensor), g_held(g_tensor);
   const Operand<T> a = a_held.operand(), g = g_held.operand();
   const int64_t n = offsets.n;
   const bool large = kTensorCores<T> && offsets.total >= kLargeTileTokens * n;
-  const Sizes sizes{a.cols, g.cols, large ? 128 : 64, kTileSide<T>, SmallTile<T>::kK, ghost_form()};
+  GramCut cut{};
+  if (kTensorCores<T> && device.has_warpgroups() && a.cols > 0 && g.cols > 0 && offsets.total > 0 &&
+      ghost_form() != GhostForm::kGradient) {
+    cut = gram_cut(offsets.total, n, a.cols, g.cols, device.n_multiprocessors());
+  }
+  const int tile = cut.tile > 0 ? static_cast<int>(cut.tile) : large ? 128 : 64;
+  const Sizes sizes{a.cols, g.cols, tile, kTileSide<T>, SmallTile<T>::kK, ghost_form()};
 
   const int64_t max_blocks = 3 * device.n_multiprocessors();
   const Tensor out = new_float(a_tensor, {n});
@@ -262,8 +283,8 @@ Tensor ghost_norm_typed(const Device& device, const Tensor& a_tensor, const Tens
   const Tensor slots = torch::stable::new_empty(a_tensor, {2, max_blocks + n}, ScalarType::Double);
   int64_t* first_gram = first.mutable_data_ptr<int64_t>();
   double* gram_slots = slots.mutable_data_ptr<double>();
-  Partials gram{first_gram, gram_slots, 0};
-  Partials gradient{first_gram + n + 1, gram_slots + max_blocks + n, 0};
+  Partials gram{first_gram, gram_slots, 0, 1};
+  Partials gradient{first_gram + n + 1, gram_slots + max_blocks + n, 0, 1};
   device.launch(plan_kernel, dim3(1), dim3(kPlanThreads), 0, offsets, sizes, first_gram,
                 first_gram + n + 1, report);
 
@@ -278,7 +299,13 @@ Tensor ghost_norm_typed(const Device& device, const Tensor& a_tensor, const Tens
   };
   using Features = std::integral_constant<Contract, Contract::kFeatures>;
   using Tokens = std::integral_constant<Contract, Contract::kTokens>;
-  if (sizes.form != GhostForm::kGradient) {
+  Tensor hopper_slots = out;  // kept until the sums are collected
+  if (cut.tile > 0) {
+    hopper_slots = hopper_grams(a_held.tensor(), g_held.tensor(), cu_seqlens, first, cut);
+    gram.slots = hopper_slots.const_data_ptr<double>();
+    gram.width = hopper_slots.size(1);
+    gram.n_blocks = hopper_slots.size(0) - n;
+  } else if (sizes.form != GhostForm::kGradient) {
     if (large) {
       with_tile<T, HopperTile>(device, [&](auto tile) { run(tile, Features{}, gram); });
     } else {
@@ -307,7 +334,7 @@ Tensor ghost_norm(const Tensor& a, const Tensor& g, const Tensor& cu_seqlens) {
   int* report = OffsetReport::device_word(kOp, kGhostNorm);
   return dispatch_cuda_dtype(kOp, a.scalar_type(), [&](auto type) {
     if (offsets.n == 0) return new_float(a, {0});
-    return ghost_norm_typed<decltype(type)>(device, a, g, offsets, report);
+    return ghost_norm_typed<decltype(type)>(device, a, g, cu_seqlens, offsets, report);
   });
 }
 

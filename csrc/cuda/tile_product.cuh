@@ -45,6 +45,7 @@ class OperandHolder {
     return {static_cast<const T*>(tensor_.const_data_ptr()), tensor_.size(0), tensor_.size(1),
             tensor_.stride(0)};
   }
+  const Tensor& tensor() const { return tensor_; }
 
  private:
   Tensor tensor_;

@@ -140,12 +140,25 @@ FAKES: dict[str, Callable[..., Tensor]] = {
 
 # An op of the native libraries among themselves. What is given here serves where its library is not
 # built: no terms, so that the caller takes another way.
-NATIVE_SCHEMAS = {"segment_bilinear_terms_sm90": "(Tensor a, Tensor g, Tensor v) -> Tensor"}
+NATIVE_SCHEMAS = {
+    "segment_bilinear_terms_sm90": "(Tensor a, Tensor g, Tensor v) -> Tensor",
+    "ghost_norm_grams_sm90": (
+        "(Tensor a, Tensor g, Tensor cu_seqlens, Tensor first, int tile, int parts, int a_parts,"
+        " int stages) -> Tensor"
+    ),
+}
 INTERNAL_SCHEMAS = PART_SCHEMAS | NATIVE_SCHEMAS
 
 
 def _no_terms(a: Tensor, g: Tensor, v: Tensor) -> Tensor:
     return a.new_empty((0, v.shape[0], a.shape[0]), dtype=torch.float32)
+
+
+def _no_grams(a: Tensor, *_: Any) -> Tensor:
+    return a.new_empty((0, 0), dtype=torch.float64)
+
+
+_MISSING = {"segment_bilinear_terms_sm90": _no_terms, "ghost_norm_grams_sm90": _no_grams}
 
 
 def _tensors(args: tuple[Any, ...]) -> list[Tensor]:
@@ -196,7 +209,7 @@ def _define() -> torch.library.Library:
         library.impl(name, _autograd_kernel(name, op), "Autograd")
     for name, signature in NATIVE_SCHEMAS.items():
         library.define(name + signature)
-        library.impl(name, _no_terms, "CompositeExplicitAutograd")
+        library.impl(name, _MISSING[name], "CompositeExplicitAutograd")
     return library
 
 
