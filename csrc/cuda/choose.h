@@ -31,26 +31,6 @@ inline GhostForm ghost_form() {
 // Average tokens of a segment from which on large tiles of token pairs pay.
 inline constexpr int64_t kLargeTileTokens = 192;
 
-// Two sets of samples: their tokens and numbers, and the layer.
-struct PairSizes {
-  int64_t tokens, tokens2, n, n2, d_in, d_out;
-};
-
-// Whether ghost_dot makes tiles of all gradients and multiplies those, rather than all pairs of
-// tokens. Products of gradients are fp32 and cost `fp32_cost` multiply-adds of the inputs' type;
-// half a slab of tokens a sample is padding.
-inline bool ghost_dot_by_gradients(const PairSizes& s, bool tensor_cores) {
-  if (s.d_in == 0 || s.d_out == 0) return false;
-  if (const GhostForm form = ghost_form(); form != GhostForm::kByCost) {
-    return form == GhostForm::kGradient;
-  }
-  const double fp32_cost = tensor_cores ? 12 : 1, padding = tensor_cores ? 32 : 16;
-  const double layer = static_cast<double>(s.d_in) * s.d_out;
-  const double tokens = static_cast<double>(s.tokens) + s.tokens2 + padding * (s.n + s.n2);
-  const double gradients = (tokens + fp32_cost * s.n * s.n2) * layer;
-  return gradients < static_cast<double>(s.tokens) * s.tokens2 * (s.d_in + s.d_out);
-}
-
 // kFused: the product is multiplied by G in registers. kHopper: the same with CUTLASS's parts for
 // sm_90a. kCublas: A V^T by cuBLAS, then the products with G. kGradient: tiles of the segments'
 // gradients, each for two directions.
