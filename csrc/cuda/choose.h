@@ -34,37 +34,17 @@ inline constexpr int64_t kLargeTileTokens = 192;
 
 // How ghost_norm_grams_sm90 makes the Grams: tiles of so many tokens, the features in so many
 // parts, some of them of a, and the slabs that are copied ahead. tile 0: not at all.
-struct GramCut {
+struct GramTiling {
   int64_t tile, parts, a_parts, stages;
 };
 
-inline GramCut gram_cut(int64_t total, int64_t n, int64_t d_in, int64_t d_out, int sms) {
-  if (const char* forced = std::getenv("GEFFECT_FAST_GRAM_CUT")) {
-    GramCut cut{};
+inline GramTiling gram_tiling(int64_t total, int64_t n, int64_t d_in, int64_t d_out, int sms) {
+  if (const char* forced = std::getenv("GEFFECT_FAST_GRAM_TILING")) {
+    GramTiling cut{};
     std::sscanf(forced, "%ld,%ld,%ld,%ld", &cut.tile, &cut.parts, &cut.a_parts, &cut.stages);
     return cut;
   }
   return {total >= kLargeTileTokens * n ? 128 : 64, 2, 1, total >= kLargeTileTokens * n ? 5 : 6};
-}
-
-// Two sets of samples: their tokens and numbers, and the layer.
-struct PairSizes {
-  int64_t tokens, tokens2, n, n2, d_in, d_out;
-};
-
-// Whether ghost_dot makes tiles of all gradients and multiplies those, rather than all pairs of
-// tokens. Products of gradients are fp32 and cost `fp32_cost` multiply-adds of the inputs' type;
-// half a slab of tokens a sample is padding.
-inline bool ghost_dot_by_gradients(const PairSizes& s, bool tensor_cores) {
-  if (s.d_in == 0 || s.d_out == 0) return false;
-  if (const GhostForm form = ghost_form(); form != GhostForm::kByCost) {
-    return form == GhostForm::kGradient;
-  }
-  const double fp32_cost = tensor_cores ? 12 : 1, padding = tensor_cores ? 32 : 16;
-  const double layer = static_cast<double>(s.d_in) * s.d_out;
-  const double tokens = static_cast<double>(s.tokens) + s.tokens2 + padding * (s.n + s.n2);
-  const double gradients = (tokens + fp32_cost * s.n * s.n2) * layer;
-  return gradients < static_cast<double>(s.tokens) * s.tokens2 * (s.d_in + s.d_out);
 }
 
 // kFused: the product is multiplied by G in registers. kHopper: the same with CUTLASS's parts for

@@ -69,6 +69,8 @@ class Device {
   template <class... Params, class... Args>
   void launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes,
               Args&&... args) const {
+    // The limit is for static and dynamic shared memory together, so even a small request can
+    // exceed what a kernel may have unless it is raised.
     if (shared_bytes > 0) {
       STD_CUDA_CHECK(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
                                           cudaFuncAttributeMaxDynamicSharedMemorySize,

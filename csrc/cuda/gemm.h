@@ -19,13 +19,4 @@ inline Tensor matmul_fp32(const Tensor& x, const Tensor& y) {
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
-// out (b, m, n) = x (b, m, k) y (b, k, n), all fp32.
-inline void batched_matmul_fp32(const Tensor& x, const Tensor& y, const Tensor& out) {
-  using torch::stable::detail::from;
-  std::array<StableIValue, 3> stack{from(x), from(y), from(out)};
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      torch_call_dispatcher("aten::bmm", "out", stack.data(), TORCH_ABI_VERSION));
-  torch::stable::detail::to<Tensor>(stack[0]);  // releases the reference that the call returned
-}
-
 }  // namespace geffect_fast

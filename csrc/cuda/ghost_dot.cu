@@ -3,19 +3,13 @@
 // a (T, d_in), g (T, d_out), cu_seqlens (N + 1), a2 (T2, d_in), g2 (T2, d_out), cu_seqlens2
 // (N2 + 1) -> (N, N2) fp32; any strides.
 //
-// Two exact forms, chosen by sizes that the host knows (choose.h):
-//   pairs     sum_{s,t} (a_s . a2_t)(g_s . g2_t). A block owns a tile of token pairs (a warp a part
-//             of it), multiplies both Grams in registers and sums the products by pairs of segments
-//             in shared memory. One partial sum for each pair of segments that meets a tile goes to
-//             slot (row tile + i, column tile + j): both indices only grow along the tokens, so a
-//             slot has one writer.                        T T2 (d_in + d_out) multiply-adds
-//   gradient  for one slab of output rows after another, the tiles of all N + N2 gradients (a block
-//             each), then their inner products by an fp32 GEMM a tile.
-//                                                         (T + T2 + N N2) d_in d_out
-// Memory: (T / tile + N) (T2 / tile + N2) partial sums, or a slab of kSlabBytes. Limiter:
-// arithmetic.
-#include "cuda/choose.h"
-#include "cuda/gemm.h"
+//   sum_{s,t} (a_s . a2_t)(g_s . g2_t)        T T2 (d_in + d_out) multiply-adds
+//
+// A block owns a tile of token pairs (a warp a part of it), multiplies both Grams in registers and
+// sums the products by pairs of segments in shared memory. One partial sum for each pair of
+// segments that meets a tile goes to slot (row tile + i, column tile + j): both indices only grow
+// along the tokens, so a slot has one writer. Memory: (T / tile + N) (T2 / tile + N2) partial sums.
+// Limiter: arithmetic.
 #include "cuda/offsets.cuh"
 #include "cuda/tile_product.cuh"
 
@@ -23,7 +17,6 @@ namespace geffect_fast {
 namespace {
 
 constexpr const char* kOp = "ghost_dot";
-constexpr int64_t kSlabBytes = int64_t{64} << 20;
 
 template <class T>
 struct Side {
@@ -133,51 +126,6 @@ __global__ void collect_pairs_kernel(Side<T> x, Side<T> y, const float* partial,
   }
 }
 
-// gradients[sample][tile - first_tile][kM * kN] of one side's samples, for the tiles [first_tile,
-// first_tile + n_tiles) of the layer; zeros outside the layer.
-template <class Traits>
-__global__ void __launch_bounds__(Traits::kThreads)
-    gradient_tiles_kernel(Side<typename Traits::T> side, int64_t first_tile, int64_t n_tiles,
-                          float* gradients) {
-  const int64_t in_tiles = ceil_div(side.a.cols, Traits::kN);
-  const int64_t n_tasks = side.offsets.n * n_tiles;
-  for (int64_t task = blockIdx.x; task < n_tasks; task += gridDim.x) {
-    const int64_t sample = task / n_tiles, tile = first_tile + task % n_tiles;
-    const int64_t out = tile / in_tiles * Traits::kM, in = tile % in_tiles * Traits::kN;
-    Accumulator<Traits> acc;
-    TilePipeline<Traits, Contract::kTokens>(dynamic_shared())
-        .multiply({side.g, side.a, out, side.g.cols, in, side.a.cols, side.offsets.begin(sample),
-                   side.offsets.end(sample), false},
-                  acc);
-    float* to = gradients + task * (Traits::kM * Traits::kN);
-#pragma unroll
-    for (int r = 0; r < Traits::kRowTiles; ++r) {
-#pragma unroll
-      for (int c = 0; c < Traits::kColTiles; ++c) {
-#pragma unroll
-        for (int e = 0; e < 4; e += 2) {
-          const int at =
-              Accumulator<Traits>::row(r, e) * Traits::kN + Accumulator<Traits>::col(c, e);
-          *reinterpret_cast<float2*>(to + at) =
-              make_float2(acc.part[r][c][e], acc.part[r][c][e + 1]);
-        }
-      }
-    }
-  }
-}
-
-// sums += the products of a slab's tiles, in double; the last slab gives the result.
-__global__ void collect_slab_kernel(const float* products, int64_t n_tiles, int64_t n_results,
-                                    bool first, bool last, double* sums, float* out) {
-  for (int64_t result = int64_t{blockIdx.x} * blockDim.x + threadIdx.x; result < n_results;
-       result += int64_t{gridDim.x} * blockDim.x) {
-    double sum = first ? 0 : sums[result];
-    for (int64_t tile = 0; tile < n_tiles; ++tile) sum += products[tile * n_results + result];
-    sums[result] = sum;
-    if (last) out[result] = static_cast<float>(sum);
-  }
-}
-
 // NaN in the rows and columns of segments whose offsets are wrong; a thread owns a segment of each
 // side.
 __global__ void check_kernel(Offsets offsets, Offsets offsets2, int* report, float* out) {
@@ -198,58 +146,6 @@ __global__ void check_kernel(Offsets offsets, Offsets offsets2, int* report, flo
 }
 
 constexpr int kCollectThreads = 128;
-
-template <class T>
-void by_pairs(const Device& device, const Side<T>& x, const Side<T>& y, const Tensor& out) {
-  const Tensor partial = new_float(out, {x.slots(), y.slots()});
-  with_tile<T, HopperTile>(device, [&](auto tile) {
-    using Traits = decltype(tile);
-    device.launch(pairs_kernel<Traits>, device.grid_for_tiles(x.tiles() * y.tiles()),
-                  dim3(Traits::kThreads), Traits::kSharedBytes, x, y,
-                  partial.mutable_data_ptr<float>());
-  });
-  device.launch(collect_pairs_kernel<T>,
-                device.grid_for_tiles(ceil_div(x.offsets.n * y.offsets.n, kCollectThreads)),
-                dim3(kCollectThreads), 0, x, y, partial.const_data_ptr<float>(),
-                out.mutable_data_ptr<float>());
-}
-
-template <class T>
-void by_gradients(const Device& device, const Side<T>& x, const Side<T>& y, const Tensor& out) {
-  constexpr int64_t kSide = kTileSide<T>, kTile = kSide * kSide;
-  const int64_t n = x.offsets.n, n2 = y.offsets.n;
-  const int64_t tiles = ceil_div(x.g.cols, kSide) * ceil_div(x.a.cols, kSide);
-  const int64_t in_slab = std::clamp<int64_t>(
-      kSlabBytes / (kTile * static_cast<int64_t>(sizeof(float)) * (n + n2)), 1, tiles);
-  const int64_t n_slabs = ceil_div(tiles, in_slab);
-  Tensor memory = new_float(out, {(n + n2) * in_slab * kTile});
-  Tensor products = new_float(out, {in_slab, n, n2});
-  const Tensor sums = torch::stable::new_empty(out, {n, n2}, ScalarType::Double);
-  for (int64_t slab = 0; slab < n_slabs; ++slab) {
-    const int64_t first = slab * in_slab, count = std::min(in_slab, tiles - first);
-    float* to = memory.mutable_data_ptr<float>();
-    for (const Side<T>* side : {&x, &y}) {
-      with_tile<T, HopperPairedTile>(device, [&](auto tile) {
-        using Traits = decltype(tile);
-        device.launch(gradient_tiles_kernel<Traits>, device.grid_for_tiles(side->offsets.n * count),
-                      dim3(Traits::kThreads), Traits::kSharedBytes, *side, first, count, to);
-      });
-      to += side->offsets.n * count * kTile;
-    }
-    // One product a tile: longer sums would lose digits in fp32.
-    const Tensor used = torch::stable::narrow(memory, 0, 0, (n + n2) * count * kTile);
-    Tensor by_sample = torch::stable::view(used, {n + n2, count, kTile});
-    Tensor gradients = torch::stable::transpose(by_sample, 0, 1);
-    const Tensor left = torch::stable::narrow(gradients, 1, 0, n);
-    const Tensor right = torch::stable::narrow(gradients, 1, n, n2);
-    batched_matmul_fp32(left, torch::stable::transpose(right, 1, 2),
-                        torch::stable::narrow(products, 0, 0, count));
-    device.launch(collect_slab_kernel, device.grid_for_tiles(ceil_div(n * n2, kCollectThreads)),
-                  dim3(kCollectThreads), 0, products.const_data_ptr<float>(), count, n * n2,
-                  slab == 0, slab + 1 == n_slabs, sums.mutable_data_ptr<double>(),
-                  out.mutable_data_ptr<float>());
-  }
-}
 
 Tensor ghost_dot(const Tensor& a, const Tensor& g, const Tensor& cu_seqlens, const Tensor& a2,
                  const Tensor& g2, const Tensor& cu_seqlens2) {
@@ -272,12 +168,17 @@ Tensor ghost_dot(const Tensor& a, const Tensor& g, const Tensor& cu_seqlens, con
     const OperandHolder<T> a_held(a), g_held(g), a2_held(a2), g2_held(g2);
     const Side<T> x{a_held.operand(), g_held.operand(), offsets};
     const Side<T> y{a2_held.operand(), g2_held.operand(), offsets2};
-    const PairSizes sizes{offsets.total, offsets2.total, offsets.n, offsets2.n, x.a.cols, x.g.cols};
-    if (ghost_dot_by_gradients(sizes, kTensorCores<T>)) {
-      by_gradients(device, x, y, out);
-    } else {
-      by_pairs(device, x, y, out);
-    }
+    const Tensor partial = new_float(a, {x.slots(), y.slots()});
+    with_tile<T, HopperTile>(device, [&](auto tile) {
+      using Traits = decltype(tile);
+      device.launch(pairs_kernel<Traits>, device.grid_for_tiles(x.tiles() * y.tiles()),
+                    dim3(Traits::kThreads), Traits::kSharedBytes, x, y,
+                    partial.mutable_data_ptr<float>());
+    });
+    device.launch(collect_pairs_kernel<T>,
+                  device.grid_for_tiles(ceil_div(offsets.n * offsets2.n, kCollectThreads)),
+                  dim3(kCollectThreads), 0, x, y, partial.const_data_ptr<float>(),
+                  out.mutable_data_ptr<float>());
     device.launch(check_kernel,
                   device.grid_for_tiles(ceil_div(std::max(offsets.n, offsets2.n), kCollectThreads)),
                   dim3(kCollectThreads), 0, offsets, offsets2, report,

@@ -252,7 +252,7 @@ __global__ void collect_kernel(Offsets offsets, Partials gram, Partials gradient
 
 // What ghost_norm_grams_sm90 gives, see there; of first size 0 where it is not built.
 Tensor hopper_grams(const Tensor& a, const Tensor& g, const Tensor& cu_seqlens, const Tensor& first,
-                    const GramCut& cut) {
+                    const GramTiling& cut) {
   using torch::stable::detail::from;
   std::array<StableIValue, 8> stack{from(a),           from(g),         from(cu_seqlens),
                                     from(first),       from(cut.tile),  from(cut.parts),
@@ -269,10 +269,10 @@ Tensor ghost_norm_typed(const Device& device, const Tensor& a_tensor, const Tens
   const Operand<T> a = a_held.operand(), g = g_held.operand();
   const int64_t n = offsets.n;
   const bool large = kTensorCores<T> && offsets.total >= kLargeTileTokens * n;
-  GramCut cut{};
+  GramTiling cut{};
   if (kTensorCores<T> && device.has_warpgroups() && a.cols > 0 && g.cols > 0 && offsets.total > 0 &&
       ghost_form() != GhostForm::kGradient) {
-    cut = gram_cut(offsets.total, n, a.cols, g.cols, device.n_multiprocessors());
+    cut = gram_tiling(offsets.total, n, a.cols, g.cols, device.n_multiprocessors());
   }
   const int tile = cut.tile > 0 ? static_cast<int>(cut.tile) : large ? 128 : 64;
   const Sizes sizes{a.cols, g.cols, tile, kTileSide<T>, SmallTile<T>::kK, ghost_form()};

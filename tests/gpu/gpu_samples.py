@@ -185,6 +185,8 @@ def _evaluate(sample: Sample, of: Callable[[Tensor], Tensor]) -> Tensor:
         return terms if sample.per_token else _by_segment(terms, cu)
     if sample.op == "ghost_norm":
         a, g, cu = sample.args
+        if isinstance(g, list):
+            return sum(_evaluate(sample._replace(args=(a, one, cu)), of) for one in g)
         norms = [(wide(g[i:j]).T @ wide(a[i:j])).square().sum() for i, j in pairwise(cu.tolist())]
         return torch.stack(norms) if norms else wide(a).new_zeros(0)
     a, g, cu, a2, g2, cu2 = sample.args

@@ -36,7 +36,7 @@ def run_all(dtype: torch.dtype, d_in: int, d_out: int) -> None:
     for form in FORMS["GEFFECT_FAST_GHOST_FORM"]:
         os.environ["GEFFECT_FAST_GHOST_FORM"] = form
         ops.ghost_norm(a, g, bounds)
-        ops.ghost_dot(a, g, bounds, a[:75], g[:75], bounds[:5])
+    ops.ghost_dot(a, g, bounds, a[:75], g[:75], bounds[:5])
     ops.segment_dot(z, g, bounds)
     ops.segment_dot(g, make(d_out, total).T, bounds)
     for n_lists in (2, 9, 17):

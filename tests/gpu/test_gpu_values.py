@@ -36,7 +36,6 @@ FORMS = [
     for form in {
         "segment_bilinear": ("fused", "sm90", "cublas", "gradient"),
         "ghost_norm": ("gram", "gradient"),
-        "ghost_dot": ("gram", "gradient"),
     }.get(op, ())
 ]
 

@@ -17,6 +17,11 @@ AMPERE, HOPPER, BLACKWELL = 8, 9, 10
 LENGTHS = [130, 0, 64, 1, 256, 61]
 GHOST, BILINEAR = "GEFFECT_FAST_GHOST_FORM", "GEFFECT_FAST_BILINEAR_FORM"
 
+FORMS = {
+    "ghost_norm": (GHOST, ("gram", "gradient", "")),
+    "segment_bilinear": (BILINEAR, ("fused", "cublas", "sm90", "gradient", "")),
+}
+
 
 def samples(dtype: torch.dtype) -> dict[str, Sample]:
     make = Maker(dtype, seed=3)
@@ -48,9 +53,7 @@ def test_every_form_gives_the_formula(
     name: str, dtype: torch.dtype, capability: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sample = samples(dtype)[name]
-    bilinear = sample.op == "segment_bilinear"
-    variable = BILINEAR if bilinear else GHOST
-    forms = ("fused", "cublas", "sm90", "gradient", "") if bilinear else ("gram", "gradient", "")
+    variable, forms = FORMS.get(sample.op, (GHOST, ("",)))
     for form in forms:
         monkeypatch.setenv(variable, form)
         found = run(sample, capability)
@@ -59,7 +62,7 @@ def test_every_form_gives_the_formula(
             assert torch.equal(run(sample, capability), found), form
 
 
-@pytest.mark.parametrize(("op", "variable"), [("one", BILINEAR), ("norm", GHOST), ("dot", GHOST)])
+@pytest.mark.parametrize(("op", "variable"), [("one", BILINEAR), ("norm", GHOST)])
 def test_unknown_form_is_an_error(op: str, variable: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(variable, "fastest")
     with pytest.raises(RuntimeError, match=f"{variable} must be"):
@@ -110,33 +113,15 @@ def test_ghost_norm_form_by_sizes(lengths: list[int], d: int, form: str, monkeyp
         assert torch.equal(run(sample, HOPPER)[0], chosen) == (forced == form), forced
 
 
-@pytest.mark.parametrize(
-    ("lengths", "form"), [([256, 256], "gradient"), ([9, 7, 3, 12, 8, 11], "gram")]
-)
-def test_ghost_dot_form_by_sizes(lengths: list[int], form: str, monkeypatch) -> None:
-    sample = Sample("ghost_dot", "", (*rows(lengths, 100, 90), *rows(lengths, 100, 90)))
-    chosen = run(sample, HOPPER)
-    for forced in ("gram", "gradient"):
-        monkeypatch.setenv(GHOST, forced)
-        assert torch.equal(run(sample, HOPPER), chosen) == (forced == form), forced
-
-
 @pytest.mark.parametrize("capability", [AMPERE, HOPPER])
-@pytest.mark.parametrize(
-    ("op", "form"),
-    [("dot", "gram"), ("dot", "gradient"), ("bilinear", "fused"), ("bilinear", "cublas")],
-)
-def test_few_blocks_do_all_tiles(op: str, form: str, capability: int, monkeypatch) -> None:
+@pytest.mark.parametrize("form", ["", "fused", "cublas"])
+def test_few_blocks_do_all_tiles(form: str, capability: int, monkeypatch) -> None:
     """With one multiprocessor there are 16 blocks: fewer than tiles, or rows of results."""
-    monkeypatch.setenv(GHOST if op == "dot" else BILINEAR, form)
-    cu = rows([200, 0, 411], 70, 40)
-    sample = {
-        "dot": Sample("ghost_dot", "", (*cu, *rows([300, 150, 1], 70, 40))),
-        "bilinear": Sample("segment_bilinear", "", (*cu[:2], directions(4, 40, 70), cu[2])),
-    }[op]
-    if form == "gradient":  # tiles of gradients, in two slabs
-        many = rows([9, *[0] * 39, 70], 500, 390)
-        sample = Sample("ghost_dot", "", (*many, *many))
+    a, g, cu = rows([200, 0, 411], 70, 40)
+    sample = Sample("ghost_dot", "", (a, g, cu, *rows([300, 150, 1], 70, 40)))
+    if form:
+        monkeypatch.setenv(BILINEAR, form)
+        sample = Sample("segment_bilinear", "", (a, g, directions(4, 40, 70), cu))
     with cuda_shim.device(multiprocessors=1):
         found = run(sample, capability)
         assert_close_to_formula(sample, found)
