@@ -21,7 +21,6 @@ namespace geffect_fast {
 namespace {
 
 constexpr const char* kOp = "multi_tensor_gram";
-constexpr int kThreads = 128, kWarps = kThreads / kWarp;
 constexpr int kTableBytes = 28 * 1024;  // of the 32764 that the parameters of a kernel may take
 constexpr int64_t kMaxChunks = 16384;   // about: bounds the memory of the partial sums
 
@@ -55,27 +54,51 @@ __host__ __device__ constexpr int pair_index(int j, int k, int n_lists) {
   return j * n_lists - j * (j - 1) / 2 + k - j;
 }
 
+// The first `left` elements from `at`, wherever it lies, and zeros.
+template <class T>
+__device__ __forceinline__ uint4 load_elements(const T* at, int64_t left) {
+  using Bits = std::conditional_t<sizeof(T) == 2, uint16_t, uint32_t>;
+  constexpr int kPerWord = 4 / sizeof(T);
+  uint32_t words[4] = {};
+#pragma unroll
+  for (int e = 0; e < kVector<T>; ++e) {
+    if (e < left) {
+      const uint32_t bits = reinterpret_cast<const Bits*>(at)[e];
+      words[e / kPerWord] |= bits << (e % kPerWord * 16);
+    }
+  }
+  return {words[0], words[1], words[2], words[3]};
+}
+
+// The chunk of a tensor that a block multiplies, in all lists.
+template <int kLists>
+struct GramChunk {
+  const void* const (&lists)[kLists];
+  int n_lists;  // those from here on repeat the last one
+  int64_t begin, end;
+  bool is_aligned;  // every list begins on 16 bytes
+};
+
 // A lane's share of the sums of all pairs. The lanes of a block read a unit of every list at once
 // and issue the loads of a step together.
-template <class T_, int kLists_>
+template <class T_, int kLists_, int kWarps_ = 4,
+          int kBlocks_ = kLists_ <= 4   ? 6
+                         : kLists_ <= 8 ? 4
+                                        : 2>
 struct FmaSums {
   using T = T_;
   static constexpr int kLists = kLists_, kPairs = kLists * (kLists + 1) / 2;
-  static constexpr int kLoads = kLists, kUnit = kThreads * kVector<T>;
-  static constexpr int kStep = kUnit * ceil_div(kLoadsAtOnce, kLoads);
+  static constexpr int kWarps = kWarps_, kUnit = kWarps * kWarp * kVector<T>;
+  static constexpr int kUnroll = ceil_div(kLoadsAtOnce, kLists), kStep = kUnit * kUnroll;
   // Blocks of a multiprocessor, hence at most 80, 128 or 255 registers; and the least bytes of a
   // chunk in all lists, so that reading it takes longer than looking it up and adding up its sums.
-  static constexpr int kBlocks = kLists <= 4 ? 6 : kLists <= 8 ? 4 : 2;
+  static constexpr int kBlocks = kBlocks_;
   static constexpr int64_t kChunkBytes = kLists <= 8 ? 128 * 1024 : 512 * 1024;
-  static constexpr int kEntries = kPairs;
+  static constexpr int kEntries = kPairs, kSharedBytes = 0;
 
   float sums[kPairs] = {};
 
-  // The list and the first element in a unit that this lane loads.
-  static __device__ __forceinline__ int list(int load) { return load; }
-  static __device__ __forceinline__ int element() { return threadIdx.x * kVector<T>; }
-
-  __device__ __forceinline__ void add(const uint4 (&chunks)[kLoads]) {
+  __device__ __forceinline__ void add(const uint4 (&chunks)[kLists]) {
     float x[kLists][kVector<T>];
 #pragma unroll
     for (int j = 0; j < kLists; ++j) unpack(chunks[j], x[j], T{});
@@ -89,6 +112,39 @@ struct FmaSums {
           sum = fmaf(x[j][e], x[k][e], sum);
         }
       }
+    }
+  }
+
+  __device__ __forceinline__ void add(const GramChunk<kLists>& chunk) {
+    const T* lists[kLists];
+#pragma unroll
+    for (int j = 0; j < kLists; ++j) {
+      lists[j] = static_cast<const T*>(chunk.lists[j]) + threadIdx.x * kVector<T>;
+    }
+    int64_t at = chunk.begin;
+    if (chunk.is_aligned) {
+#pragma unroll 1
+      for (; at + kStep <= chunk.end; at += kStep) {
+        uint4 chunks[kUnroll][kLists];
+#pragma unroll
+        for (int u = 0; u < kUnroll; ++u) {
+#pragma unroll
+          for (int j = 0; j < kLists; ++j) {
+            chunks[u][j] = *reinterpret_cast<const uint4*>(lists[j] + at + u * kUnit);
+          }
+        }
+        __syncwarp();  // keeps the compiler from using a load before it has issued the others
+#pragma unroll
+        for (int u = 0; u < kUnroll; ++u) add(chunks[u]);
+      }
+    }
+#pragma unroll 1
+    for (; at < chunk.end; at += kUnit) {
+      const int64_t left = chunk.end - at - threadIdx.x * kVector<T>;
+      uint4 chunks[kLists];
+#pragma unroll
+      for (int j = 0; j < kLists; ++j) chunks[j] = load_elements(lists[j] + at, left);
+      add(chunks);
     }
   }
 
@@ -107,128 +163,148 @@ struct FmaSums {
   static __device__ __forceinline__ int entry(int pair) { return pair; }
 };
 
-// A warp's 16 x 16 sums. The order of elements in a sum is free, so the words that a lane loads of
-// lists q and q + 8 are its part of the left factor and of both halves of the right one.
-template <class T_>
+// A warp's kLists x kLists sums of 16-bit elements. A stage is what a warp multiplies at once: kRow
+// contiguous bytes of every list, copied to shared memory kStages - 1 stages ahead by this warp
+// alone, so that warps never wait for each other. The 16 bytes with number c of list j lie in place
+// c ^ (j % 8) of its row: both the copy's lanes and the rows of a matrix use different banks.
+template <class T_, int kLists_, int kWarps_, int kStages_, int kStageBytes_ = 8192>
 struct TensorCoreSums {
   using T = T_;
-  static constexpr int kLists = 16, kPairs = 136;
-  static constexpr int kLoads = 2, kUnit = kThreads / 8 * kVector<T>;
-  static constexpr int kStep = kUnit * ceil_div(kLoadsAtOnce, kLoads);
-  static constexpr int kBlocks = 6;
+  static constexpr int kLists = kLists_, kPairs = kLists * (kLists + 1) / 2;
+  static_assert(kLists == 8 || kLists == 16);
+  static constexpr int kWarps = kWarps_, kStages = kStages_, kStageBytes = kStageBytes_;
+  static constexpr int kRow = kStageBytes / kLists, kPlaces = kRow / 16;
+  static constexpr int kWarpStep = kRow / sizeof(T), kStep = kWarps * kWarpStep;
+  static constexpr int kSharedBytes = kWarps * kStages * kStageBytes;
+  static constexpr int kBlocks = 200 * 1024 / kSharedBytes;
   static constexpr int64_t kChunkBytes = 128 * 1024;
-  static constexpr int kEntries = 256;
+  static constexpr int kEntries = kLists * kLists;
 
-  float sums[2][4] = {};
+  float sums[kLists / 8][4] = {};
 
-  static __device__ __forceinline__ int list(int load) {
-    return threadIdx.x % kWarp / 4 + 8 * load;
-  }
-  static __device__ __forceinline__ int element() {
-    return (threadIdx.x / kWarp * 4 + threadIdx.x % 4) * kVector<T>;
-  }
-
-  __device__ __forceinline__ void add(const uint4 (&chunks)[kLoads]) {
-    const uint4 low = chunks[0], high = chunks[1];
-    // Tensor cores truncate their sums: 32 products there, the rest by additions in fp32.
-    float tiles[2][4] = {};
-    multiply_add<T>(tiles[0], {low.x, high.x, low.y, high.y}, {low.x, low.y});
-    multiply_add<T>(tiles[1], {low.x, high.x, low.y, high.y}, {high.x, high.y});
-    multiply_add<T>(tiles[0], {low.z, high.z, low.w, high.w}, {low.z, low.w});
-    multiply_add<T>(tiles[1], {low.z, high.z, low.w, high.w}, {high.z, high.w});
+  // Starts copying this warp's elements from `at` on.
+  static __device__ __forceinline__ void load(const GramChunk<kLists>& chunk, int64_t at,
+                                              unsigned char* stage) {
+    const int lane = threadIdx.x % kWarp;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      sums[0][i] += tiles[0][i];
-      sums[1][i] += tiles[1][i];
+    for (int j = 0; j < kLists; ++j) {
+      if (j >= chunk.n_lists) break;
+      const T* const list = static_cast<const T*>(chunk.lists[j]);
+#pragma unroll
+      for (int c = 0; c < kPlaces; c += kWarp) {
+        const int64_t first = at + (c + lane) * kVector<T>, left = chunk.end - first;
+        unsigned char* const place = stage + j * kRow + ((c + lane) ^ j % 8) * 16;
+        if (chunk.is_aligned) {
+          const int bytes = static_cast<int>(
+              max(int64_t{0}, min(left * static_cast<int64_t>(sizeof(T)), int64_t{16})));
+          copy_async_16(place, list + (left > 0 ? first : chunk.begin), bytes);
+        } else {
+          *reinterpret_cast<uint4*>(place) = load_elements(list + first, left);
+        }
+      }
+    }
+  }
+
+  // Lists q and q + 8 of 16 columns are a warp's left factor and the two halves of its right one.
+  __device__ __forceinline__ void multiply(const unsigned char* stage) {
+    const int matrix = threadIdx.x % kWarp / 8, row = threadIdx.x % 8;
+    const int list = kLists == 16 ? matrix % 2 * 8 + row : row;
+    const unsigned char* const own = stage + list * kRow;
+#pragma unroll
+    for (int c = 0; c < kPlaces; c += 4) {
+      // Tensor cores truncate their sums: 32 products there, the rest by additions in fp32.
+      float tiles[kLists / 8][4] = {};
+      if constexpr (kLists == 16) {
+#pragma unroll
+        for (int half = 0; half < 4; half += 2) {
+          uint32_t x[4];
+          load_matrices<false>(x, own + ((c + half + matrix / 2) ^ row) * 16);
+          multiply_add<T>(tiles[0], x, {x[0], x[2]});
+          multiply_add<T>(tiles[1], x, {x[1], x[3]});
+        }
+      } else {
+        uint32_t x[4];
+        load_matrices<false>(x, own + ((c + matrix) ^ row) * 16);
+        multiply_add<T>(tiles[0], {x[0], 0, x[1], 0}, {x[0], x[1]});
+        multiply_add<T>(tiles[0], {x[2], 0, x[3], 0}, {x[2], x[3]});
+      }
+#pragma unroll
+      for (int h = 0; h < kLists / 8; ++h) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) sums[h][i] += tiles[h][i];
+      }
+    }
+  }
+
+  __device__ __forceinline__ void add(const GramChunk<kLists>& chunk) {
+    const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+    unsigned char* const stages = dynamic_shared() + warp * kStages * kStageBytes;
+    // Lists that are not there are never copied.
+    for (int s = 0; s < kStages; ++s) {
+      for (int at = chunk.n_lists * kRow + lane * 16; at < kStageBytes; at += kWarp * 16) {
+        *reinterpret_cast<uint4*>(stages + s * kStageBytes + at) = {};
+      }
+    }
+    const int64_t from = chunk.begin + warp * kWarpStep;
+    const int64_t steps = from < chunk.end ? ceil_div(chunk.end - from, int64_t{kStep}) : 0;
+    for (int s = 0; s < kStages - 1; ++s) {
+      if (s < steps) load(chunk, from + s * kStep, stages + s * kStageBytes);
+      copy_async_commit();
+    }
+    int stage = 0, next = kStages - 1;
+#pragma unroll 1
+    for (int64_t step = 0; step < steps; ++step) {
+      copy_async_wait<kStages - 2>();
+      __syncwarp();  // the other lanes' copies are there, and they have read stage `next`
+      if (step + kStages - 1 < steps) {
+        load(chunk, from + (step + kStages - 1) * kStep, stages + next * kStageBytes);
+      }
+      copy_async_commit();
+      multiply(stages + stage * kStageBytes);
+      stage = stage + 1 < kStages ? stage + 1 : 0;
+      next = next + 1 < kStages ? next + 1 : 0;
     }
   }
 
   __device__ __forceinline__ void store_warp(float* entries) const {
     const int q = threadIdx.x % kWarp / 4, r = threadIdx.x % 4 * 2;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int at = (q + i / 2 * 8) * 16 + r + i % 2;
-      entries[at] = sums[0][i];
-      entries[at + 8] = sums[1][i];
+    for (int h = 0; h < kLists / 8; ++h) {
+#pragma unroll
+      for (int i = 0; i < kLists / 4; ++i) {
+        entries[(q + i / 2 * 8) * kLists + r + i % 2 + h * 8] = sums[h][i];
+      }
     }
   }
   static __device__ __forceinline__ int entry(int pair) {
     int row = 0;
-    while (pair >= 16 - row) pair -= 16 - row++;
-    return row * 16 + row + pair;
+    while (pair >= kLists - row) pair -= kLists - row++;
+    return row * kLists + row + pair;
   }
 };
 
-// The first `left` elements from `at`, wherever it lies, and zeros.
-template <class T>
-__device__ __forceinline__ uint4 load_elements(const T* at, int64_t left) {
-  using Bits = std::conditional_t<sizeof(T) == 2, uint16_t, uint32_t>;
-  constexpr int kPerWord = 4 / sizeof(T);
-  uint32_t words[4] = {};
-#pragma unroll
-  for (int e = 0; e < kVector<T>; ++e) {
-    if (e < left) {
-      const uint32_t bits = reinterpret_cast<const Bits*>(at)[e];
-      words[e / kPerWord] |= bits << (e % kPerWord * 16);
-    }
-  }
-  return {words[0], words[1], words[2], words[3]};
-}
-
 // Column first_chunk + blockIdx.x of partials (kPairs, n_chunks), and its group.
 template <class Sums>
-__global__ void __launch_bounds__(kThreads, Sums::kBlocks)
-    multi_tensor_gram_kernel(const __grid_constant__ Table<Sums::kLists> table, int64_t chunk_size,
-                             int64_t first_chunk, int64_t n_chunks, float* __restrict__ partials,
-                             int64_t* __restrict__ chunk_groups) {
-  using T = typename Sums::T;
-  constexpr int kLoads = Sums::kLoads, kUnroll = Sums::kStep / Sums::kUnit;
+__global__ void __launch_bounds__(Sums::kWarps* kWarp, Sums::kBlocks)
+    multi_tensor_gram_kernel(const __grid_constant__ Table<Sums::kLists> table, int n_lists,
+                             int64_t chunk_size, int64_t first_chunk, int64_t n_chunks,
+                             float* __restrict__ partials, int64_t* __restrict__ chunk_groups) {
+  constexpr int kWarps = Sums::kWarps;
   __shared__ float warp_sums[kWarps][Sums::kEntries];
   const int tensor = table.tensor_of(blockIdx.x);
   const int64_t begin = int64_t{blockIdx.x - table.first_block[tensor]} * chunk_size;
   const int64_t end = min(table.numel[tensor], begin + chunk_size);
-  bool aligned = true;
+  bool is_aligned = true;
   for (int j = 0; j < Sums::kLists; ++j) {
-    aligned = aligned && reinterpret_cast<uintptr_t>(table.data[tensor][j]) % 16 == 0;
+    is_aligned = is_aligned && reinterpret_cast<uintptr_t>(table.data[tensor][j]) % 16 == 0;
   }
-  const T* lists[kLoads];
-#pragma unroll
-  for (int i = 0; i < kLoads; ++i) {
-    lists[i] = static_cast<const T*>(table.data[tensor][Sums::list(i)]) + Sums::element();
-  }
-
   Sums sums;
-  int64_t at = begin;
-  if (aligned) {
-#pragma unroll 1
-    for (; at + Sums::kStep <= end; at += Sums::kStep) {
-      uint4 chunks[kUnroll][kLoads];
-#pragma unroll
-      for (int u = 0; u < kUnroll; ++u) {
-#pragma unroll
-        for (int i = 0; i < kLoads; ++i) {
-          chunks[u][i] = *reinterpret_cast<const uint4*>(lists[i] + at + u * Sums::kUnit);
-        }
-      }
-      __syncwarp();  // keeps the compiler from using a load before it has issued the others
-#pragma unroll
-      for (int u = 0; u < kUnroll; ++u) sums.add(chunks[u]);
-    }
-  }
-#pragma unroll 1
-  for (; at < end; at += Sums::kUnit) {
-    uint4 chunks[kLoads];
-#pragma unroll
-    for (int i = 0; i < kLoads; ++i) {
-      chunks[i] = load_elements(lists[i] + at, end - at - Sums::element());
-    }
-    sums.add(chunks);
-  }
+  sums.add(GramChunk<Sums::kLists>{table.data[tensor], n_lists, begin, end, is_aligned});
 
   sums.store_warp(warp_sums[threadIdx.x / kWarp]);
   __syncthreads();
   const int64_t chunk = first_chunk + blockIdx.x;
-  for (int pair = threadIdx.x; pair < Sums::kPairs; pair += kThreads) {
+  for (int pair = threadIdx.x; pair < Sums::kPairs; pair += kWarps * kWarp) {
     float total = 0.f;
     for (int warp = 0; warp < kWarps; ++warp) total += warp_sums[warp][Sums::entry(pair)];
     partials[pair * n_chunks + chunk] = total;
@@ -318,8 +394,9 @@ void launch_multi_tensor_gram(const Device& device, const std::vector<Parameter>
     table.first_block[i] = n_blocks;
     n_blocks += static_cast<int>(ceil_div(parameters[p].numel, chunk_size));
     if (table.n_tensors == LaunchTable::kTensors || p + 1 == parameters.size()) {
-      device.launch(multi_tensor_gram_kernel<Sums>, grid_for(n_blocks, n_blocks), dim3(kThreads), 0,
-                    table, chunk_size, first_chunk, n_chunks, partials_data, groups_data);
+      device.launch(multi_tensor_gram_kernel<Sums>, grid_for(n_blocks, n_blocks),
+                    dim3(Sums::kWarps * kWarp), Sums::kSharedBytes, table, lists.n, chunk_size,
+                    first_chunk, n_chunks, partials_data, groups_data);
       first_chunk += n_blocks;
       n_blocks = table.n_tensors = 0;
     }
@@ -352,7 +429,7 @@ void dispatch_lists(int n, const Body& body) {
       return body(FmaSums<T, 8>{});
   }
   if constexpr (sizeof(T) == 2) {
-    body(TensorCoreSums<T>{});
+    body(TensorCoreSums<T, 16, 4, 2>{});
   } else if (n <= 12) {
     body(FmaSums<T, 12>{});
   } else {

@@ -6,34 +6,51 @@
 //
 // terms (slices, rows, total) in fp32, summed in double in an order that only the segments decide.
 // A warp owns one (r, i); a long segment is summed by the whole block, whatever the others'
-// lengths. Limiter: latency; the terms come from the second-level cache.
+// lengths. Limiter: latency; the terms come from the second-level cache. So a lane has kInFlight
+// loads on their way, of all slices, and the kernel is started before the first stage has ended.
 #pragma once
 
 #include <cmath>
 
 #include "cuda/device.cuh"
+#include "cuda/intrinsics.cuh"
 #include "cuda/offsets.cuh"
 #include "cuda/vector.cuh"
 
 namespace geffect_fast {
 
 struct SegmentSum {
-  static constexpr int kThreads = 1024;
+  static constexpr int kThreads = 512;
   static constexpr int kWarps = kThreads / kWarp;
-  // Terms of one result from which a block sums faster than a warp: eight loads in flight a lane,
-  // eight times over.
-  static constexpr int64_t kLong = 2048;
+  static constexpr int kInFlight = 16;
+  // Terms of one result from which a block sums them: where it has no other result, as soon as a
+  // warp would wait for loads twice; else where many waits of one warp keep the others waiting.
+  static constexpr int64_t kLongAlone = kInFlight * kWarp, kLong = 4 * kLongAlone;
 };
 
-// This thread's share of row `row` over [begin, end): every `team`-th token from begin + `member`.
+// This thread's share of a row over [begin, end) in all slices: every `team`-th token from begin +
+// `member`, slice by slice.
 __device__ __forceinline__ double sum_of_share(const float* terms, int64_t slices,
                                                int64_t slice_stride, int64_t begin, int64_t end,
                                                int member, int team) {
+  const int64_t first = begin + member;
   double sum = 0;
-  for (int64_t slice = 0; slice < slices; ++slice) {
-    const float* from = terms + slice * slice_stride;
-#pragma unroll 8
-    for (int64_t t = begin + member; t < end; t += team) sum += from[t];
+  if (first >= end) return sum;
+  int64_t t = first;
+  while (slices > 0) {
+    float part[SegmentSum::kInFlight];
+#pragma unroll
+    for (int u = 0; u < SegmentSum::kInFlight; ++u) {
+      part[u] = slices > 0 ? terms[t] : 0.f;
+      t += team;
+      if (t >= end) {
+        t = first;
+        terms += slice_stride;
+        --slices;
+      }
+    }
+#pragma unroll
+    for (int u = 0; u < SegmentSum::kInFlight; ++u) sum += part[u];
   }
   return sum;
 }
@@ -49,6 +66,8 @@ __global__ void __launch_bounds__(SegmentSum::kThreads)
   __shared__ int is_long[kWarps];
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   const int64_t n_results = rows * segments.n, slice_stride = rows * segments.total;
+  const int64_t long_from = n_results <= gridDim.x ? SegmentSum::kLongAlone : SegmentSum::kLong;
+  wait_for_previous_kernel();
 
   // Neighbouring results go to different blocks, so that few results still fill the device.
   const int64_t step = gridDim.x;
@@ -59,7 +78,7 @@ __global__ void __launch_bounds__(SegmentSum::kThreads)
       const int64_t row = own / segments.n, i = own % segments.n;
       const int64_t begin = segments.begin(i), end = segments.end(i);
       const bool valid = segments.is_valid(i);
-      own_is_long = valid && (end - begin) * slices >= SegmentSum::kLong;
+      own_is_long = valid && (end - begin) * slices >= long_from;
       if (!own_is_long) {
         const double sum = valid ? warp_sum(sum_of_share(terms + row * segments.total, slices,
                                                          slice_stride, begin, end, lane, kWarp))
@@ -111,9 +130,9 @@ void launch_segment_sum(const Device& device, const float* terms, int64_t slices
                         const Segments& segments, int* report, const Result& result) {
   const int64_t n_results = rows * segments.n;
   if (n_results == 0) return;
-  device.launch(segment_sum_kernel<Segments, Result>,
-                grid_for(n_results, 2 * device.n_multiprocessors()), dim3(SegmentSum::kThreads), 0,
-                terms, slices, rows, segments, report, result);
+  device.launch_early(segment_sum_kernel<Segments, Result>,
+                      grid_for(n_results, 4 * device.n_multiprocessors()),
+                      dim3(SegmentSum::kThreads), terms, slices, rows, segments, report, result);
 }
 
 // A row-major (rows, n) matrix.
