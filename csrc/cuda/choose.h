@@ -47,6 +47,15 @@ inline GramTiling gram_tiling(int64_t total, int64_t n, int64_t d_in, int64_t d_
   return {total >= kLargeTileTokens * n ? 128 : 64, 2, 1, total >= kLargeTileTokens * n ? 5 : 6};
 }
 
+inline GramTiling pair_tiling(int64_t total, int64_t total2, int64_t d_in, int64_t d_out, int sms) {
+  if (const char* forced = std::getenv("GEFFECT_FAST_PAIR_TILING")) {
+    GramTiling cut{};
+    std::sscanf(forced, "%ld,%ld,%ld,%ld", &cut.tile, &cut.parts, &cut.a_parts, &cut.stages);
+    return cut;
+  }
+  return {256, 2, 1, 4};
+}
+
 // kFused: the product is multiplied by G in registers. kHopper: the same with CUTLASS's parts for
 // sm_90a. kCublas: A V^T by cuBLAS, then the products with G. kGradient: tiles of the segments'
 // gradients, each for two directions.

@@ -84,7 +84,7 @@ struct Clusters {
   }
 
   // Launches n clusters. The kernel may begin before the one before it on the stream has ended, see
-  // wait_for_kernel_before.
+  // wait_for_previous_kernel.
   template <class... Params, class... Args>
   void launch(const Device& device, int64_t n, void (*typed)(Params...), Args&&... args) const {
     cudaLaunchAttribute attributes[2];
@@ -221,13 +221,6 @@ __device__ __forceinline__ void store_at(float4* to, int rank, float4 value) {
       "}\n" ::"r"(shared_address(to)),
       "r"(rank), "f"(value.x), "f"(value.y), "f"(value.z), "f"(value.w)
       : "memory");
-}
-
-// ---- kernels that begin before the one before them has ended ----
-
-// Waits until the kernels before this one on the stream have ended, and what they wrote is there.
-__device__ __forceinline__ void wait_for_kernel_before() {
-  asm volatile("griddepcontrol.wait;\n" ::: "memory");
 }
 
 }  // namespace geffect_fast

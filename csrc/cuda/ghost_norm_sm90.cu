@@ -1,13 +1,13 @@
 // ghost_norm_grams_sm90: the Gram form of ghost_norm by gram_tiles_sm90.cuh.
 //
 // sum_{s,t} (a_s . a_t)(g_s . g_t) over the tiles of token pairs s <= t of every segment. A cluster
-// owns a contiguous range of the tiles, which the caller has numbered, and a warp leaves one sum for
-// each segment that its cluster's range meets, in
+// owns a contiguous range of the tiles, which the caller has numbered, and a warp leaves one sum
+// for each segment that its cluster's range meets, in
 //
 //   slots (clusters + segments, warps of a tile) fp64, row `cluster + segment`
 //
-// so a slot has one writer and no sum depends on the order of blocks. Limiter: bytes for segments up
-// to about 200 tokens, then arithmetic.
+// so a slot has one writer and no sum depends on the order of blocks. Limiter: bytes for segments
+// up to about 200 tokens, then arithmetic.
 #include "common/checks.h"
 #include "cuda/gram_tiles_sm90.cuh"
 #include "cuda/offsets.cuh"
@@ -120,7 +120,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSm)
   const GramBlock<Traits> block(p.cut, p.d_in, p.d_out);
   const int blocks = p.cut.parts * Traits::kRowBlocks;
   const int64_t cluster = blockIdx.x / blocks, clusters = gridDim.x / blocks;
-  wait_for_kernel_before();
+  wait_for_previous_kernel();
   if (block.is_producer()) {
     const CUtensorMap* const matrix = block.of_first ? &a : &g;
     block.produce(matrix, matrix, NormTasks<Traits>(p, cluster, clusters));

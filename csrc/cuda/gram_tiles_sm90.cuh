@@ -1,13 +1,15 @@
-// Tiles of the products of two Grams, (x_s . y_t)(u_s . v_t) for pairs of tokens s, t, with Hopper's
-// copy engine, matrix instruction and clusters: the core of ghost_norm and ghost_dot on sm_90a.
+// Tiles of the products of two Grams, (x_s . y_t)(u_s . v_t) for pairs of tokens s, t, with
+// Hopper's copy engine, matrix instruction and clusters: the core of ghost_norm and ghost_dot on
+// sm_90a.
 //
 // A cluster of blocks owns a tile. The features of both Grams are laid side by side and cut into
-// `parts` contiguous ranges, a block each, the first `a_parts` of them of the first Gram. A producer
-// warp brings the tile's tokens, 64 features at a time, several slabs ahead; the other warps
-// multiply. Then every 16 rows of the tile are collected by one of the blocks, to which the others
-// send their sums through distributed shared memory; it adds up the parts of each Gram, multiplies
-// the Grams and hands the products to a sink. The next tile's copies go on meanwhile. Tiles of
-// 256 x 256 are made by pairs of blocks of 128 rows that share the copies of their 256 columns.
+// `parts` contiguous ranges, a block each, the first `a_parts` of them of the first Gram. A
+// producer warp brings the tile's tokens, 64 features at a time, several slabs ahead; the other
+// warps multiply. Then every 16 rows of the tile are collected by one of the blocks, to which the
+// others send their sums through distributed shared memory; it adds up the parts of each Gram,
+// multiplies the Grams and hands the products to a sink. The next tile's copies go on meanwhile.
+// Tiles of 256 x 256 are made by pairs of blocks of 128 rows that share the copies of their 256
+// columns.
 #pragma once
 
 #include "cuda/copy_engine.cuh"
