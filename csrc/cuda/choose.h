@@ -5,7 +5,6 @@
 #pragma once
 
 #include <cstdint>
-#include <cstdio>
 #include <cstdlib>
 #include <string_view>
 
@@ -19,42 +18,21 @@ inline std::string_view forced_form(const char* variable) {
   return value == nullptr ? "" : value;
 }
 
-enum class GhostForm : int { kByCost, kGram, kGradient };
+// kClusters: Gram tiles by clusters of blocks (gram_tiles_sm90.cuh), where sm_90a has code for
+// them.
+enum class GhostForm : int { kByCost, kGram, kGradient, kClusters };
 
 inline GhostForm ghost_form() {
   const std::string_view forced = forced_form("GEFFECT_FAST_GHOST_FORM");
   if (forced == "gram") return GhostForm::kGram;
   if (forced == "gradient") return GhostForm::kGradient;
-  STD_TORCH_CHECK(forced.empty(), "GEFFECT_FAST_GHOST_FORM must be gram or gradient");
+  if (forced.substr(0, 8) == "clusters") return GhostForm::kClusters;
+  STD_TORCH_CHECK(forced.empty(), "GEFFECT_FAST_GHOST_FORM must be gram, gradient or clusters");
   return GhostForm::kByCost;
 }
 
 // Average tokens of a segment from which on large tiles of token pairs pay.
 inline constexpr int64_t kLargeTileTokens = 192;
-
-// How ghost_norm_grams_sm90 makes the Grams: tiles of so many tokens, the features in so many
-// parts, some of them of a, and the slabs that are copied ahead. tile 0: not at all.
-struct GramTiling {
-  int64_t tile, parts, a_parts, stages;
-};
-
-inline GramTiling gram_tiling(int64_t total, int64_t n, int64_t d_in, int64_t d_out, int sms) {
-  if (const char* forced = std::getenv("GEFFECT_FAST_GRAM_TILING")) {
-    GramTiling cut{};
-    std::sscanf(forced, "%ld,%ld,%ld,%ld", &cut.tile, &cut.parts, &cut.a_parts, &cut.stages);
-    return cut;
-  }
-  return {total >= kLargeTileTokens * n ? 128 : 64, 2, 1, total >= kLargeTileTokens * n ? 5 : 6};
-}
-
-inline GramTiling pair_tiling(int64_t total, int64_t total2, int64_t d_in, int64_t d_out, int sms) {
-  if (const char* forced = std::getenv("GEFFECT_FAST_PAIR_TILING")) {
-    GramTiling cut{};
-    std::sscanf(forced, "%ld,%ld,%ld,%ld", &cut.tile, &cut.parts, &cut.a_parts, &cut.stages);
-    return cut;
-  }
-  return {256, 2, 1, 4};
-}
 
 // kFused: the product is multiplied by G in registers. kHopper: the same with CUTLASS's parts for
 // sm_90a. kCublas: A V^T by cuBLAS, then the products with G. kGradient: tiles of the segments'

@@ -19,6 +19,10 @@
 #define GEFFECT_FAST_CUDA_KEY CUDA
 #define GEFFECT_FAST_CUDA_NAMESPACE geffect_fast
 #endif
+#define GEFFECT_FAST_TEXT_(name) #name
+#define GEFFECT_FAST_TEXT(name) GEFFECT_FAST_TEXT_(name)
+// The full name of an op of this library, for the dispatcher.
+#define GEFFECT_FAST_OP(op) GEFFECT_FAST_TEXT(GEFFECT_FAST_CUDA_NAMESPACE) "::" op
 
 namespace geffect_fast {
 

@@ -13,6 +13,7 @@
 #include <array>
 
 #include "cuda/choose.h"
+#include "cuda/gram_tiling.h"
 #include "cuda/offsets.cuh"
 #include "cuda/pair_sums.h"
 #include "cuda/tile_product.cuh"
@@ -198,7 +199,7 @@ Tensor hopper_pairs(const Device& device, const Tensor& a, const Tensor& g, cons
                                      from(tiling.parts),
                                      from(tiling.a_parts),
                                      from(tiling.stages)};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("geffect_fast::ghost_dot_pairs_sm90", "",
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(GEFFECT_FAST_OP("ghost_dot_pairs_sm90"), "",
                                                       stack.data(), TORCH_ABI_VERSION));
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
@@ -224,14 +225,16 @@ Tensor ghost_dot(const Tensor& a, const Tensor& g, const Tensor& cu_seqlens, con
     const OperandHolder<T> a_held(a), g_held(g), a2_held(a2), g2_held(g2);
     const Side<T> x{a_held.operand(), g_held.operand(), offsets};
     const Side<T> y{a2_held.operand(), g2_held.operand(), offsets2};
-    Tensor partial = new_float(a, {0, 0});
-    PartialSums sums{nullptr, 0, kSumRows, kSumCols};
     const bool empty = a.numel() == 0 || g.numel() == 0 || a2.numel() == 0;
-    if (kTensorCores<T> && device.has_warpgroups() && !empty) {
+    const bool by_clusters = kTensorCores<T> && device.has_warpgroups() && !empty &&
+                             ghost_form() == GhostForm::kClusters;
+    Tensor partial = out;
+    PartialSums sums{nullptr, 0, kSumRows, kSumCols};
+    if (by_clusters) {
       partial = hopper_pairs(device, a_held.tensor(), g_held.tensor(), offsets, a2_held.tensor(),
                              g2_held.tensor(), offsets2);
-    }
-    if (partial.size(0) == 0) {
+      STD_TORCH_CHECK(partial.size(0) > 0, kOp, ": this build has no kernels for clusters");
+    } else {
       partial = new_float(a, {x.slots(), y.slots()});
       sums.rows = sums.cols = kTileSide<T>;
       with_tile<T, HopperTile>(device, [&](auto tile) {

@@ -14,6 +14,7 @@
 #include <array>
 
 #include "cuda/choose.h"
+#include "cuda/gram_tiling.h"
 #include "cuda/offsets.cuh"
 #include "cuda/tile_product.cuh"
 
@@ -42,7 +43,7 @@ __host__ __device__ constexpr int64_t round_up(int64_t a, int64_t b) { return ce
 
 // Counts multiply-adds of whole tiles.
 __host__ __device__ inline bool gram_form_is_cheaper(int64_t tokens, const Sizes& sizes) {
-  if (sizes.form != GhostForm::kByCost) return sizes.form == GhostForm::kGram;
+  if (sizes.form != GhostForm::kByCost) return sizes.form != GhostForm::kGradient;
   const int64_t tile = sizes.gram_tile;
   const double gram = static_cast<double>(triangle(ceil_div(tokens, tile))) * tile * tile *
                       (sizes.d_in + sizes.d_out);
@@ -257,7 +258,7 @@ Tensor hopper_grams(const Tensor& a, const Tensor& g, const Tensor& cu_seqlens, 
   std::array<StableIValue, 8> stack{from(a),           from(g),         from(cu_seqlens),
                                     from(first),       from(cut.tile),  from(cut.parts),
                                     from(cut.a_parts), from(cut.stages)};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("geffect_fast::ghost_norm_grams_sm90", "",
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(GEFFECT_FAST_OP("ghost_norm_grams_sm90"), "",
                                                       stack.data(), TORCH_ABI_VERSION));
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
@@ -271,8 +272,8 @@ Tensor ghost_norm_typed(const Device& device, const Tensor& a_tensor, const Tens
   const bool large = kTensorCores<T> && offsets.total >= kLargeTileTokens * n;
   GramTiling cut{};
   if (kTensorCores<T> && device.has_warpgroups() && a.cols > 0 && g.cols > 0 && offsets.total > 0 &&
-      ghost_form() != GhostForm::kGradient) {
-    cut = gram_tiling(offsets.total, n, a.cols, g.cols, device.n_multiprocessors());
+      ghost_form() == GhostForm::kClusters) {
+    cut = norm_tiling(offsets.total, n, a.cols, g.cols, device.n_multiprocessors());
   }
   const int tile = cut.tile > 0 ? static_cast<int>(cut.tile) : large ? 128 : 64;
   const Sizes sizes{a.cols, g.cols, tile, kTileSide<T>, SmallTile<T>::kK, ghost_form()};
@@ -302,6 +303,7 @@ Tensor ghost_norm_typed(const Device& device, const Tensor& a_tensor, const Tens
   Tensor hopper_slots = out;  // kept until the sums are collected
   if (cut.tile > 0) {
     hopper_slots = hopper_grams(a_held.tensor(), g_held.tensor(), cu_seqlens, first, cut);
+    STD_TORCH_CHECK(hopper_slots.size(0) > 0, kOp, ": this build has no kernels for clusters");
     gram.slots = hopper_slots.const_data_ptr<double>();
     gram.width = hopper_slots.size(1);
     gram.n_blocks = hopper_slots.size(0) - n;

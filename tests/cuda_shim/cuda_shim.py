@@ -65,12 +65,12 @@ def why_missing() -> str | None:
 
 
 def kernel_files() -> list[Path]:
-    """Return the CUDA files that plain C++ can express: those of CUTLASS end in _sm90.cu."""
+    """Return the CUDA files that plain C++ can express: not those of CUTLASS."""
     only = os.environ.get("GEFFECT_FAST_SHIM_ONLY")
     return [
         path
         for path in sorted((ROOT / "csrc/cuda").glob("*.cu"))
-        if not path.stem.endswith("_sm90") and (only is None or path.stem in only.split(","))
+        if "<cutlass/" not in path.read_text() and (only is None or path.stem in only.split(","))
     ]
 
 
@@ -151,7 +151,7 @@ def load(name: str, sources: Sequence[Path], namespace: str) -> None:
 @cache
 def _loaded() -> torch.library.Library | RuntimeError:
     library = torch.library.Library(NAMESPACE, "DEF")
-    for op, signature in (schema.SCHEMAS | schema.PART_SCHEMAS).items():
+    for op, signature in (schema.SCHEMAS | schema.INTERNAL_SCHEMAS).items():
         library.define(op + signature)
     try:
         load("kernels", kernel_files(), NAMESPACE)

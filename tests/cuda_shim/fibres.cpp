@@ -46,7 +46,7 @@ struct Fibre {
   char* stack = nullptr;
   bool started = false;
   State state = State::kExited;
-  int thread;  // in the block
+  int thread, rank;  // in the block, and the block's in its cluster
   uint3 index;
   // Where it waits, and with what.
   const char* waits_for = nullptr;
@@ -66,13 +66,20 @@ bool same(const char* name, const char* other) {
   return name == other || std::strcmp(name, other) == 0;
 }
 
-Fibre fibres[kMaxThreads];
-std::vector<Meeting> warps[kMaxThreads / kLanes];
-const char* barrier_name = nullptr;
-int barrier_arrived = 0, barrier_sum = 0;
+// A block of the cluster that runs: its place, its warps' collectives, its barrier.
+struct Block {
+  uint3 index;
+  std::vector<Meeting> warps[kMaxThreads / kLanes];
+  const char* barrier_name = nullptr;
+  int arrived = 0, sum = 0;
+};
+
+Fibre fibres[kMaxThreads * kMaxBlocks];
+Block blocks[kMaxBlocks];
+int n_blocks_in_cluster = 1, cluster_arrived = 0;
 jmp_buf scheduler;
 Fibre* current = nullptr;  // null on the host
-int n_threads = 0;
+int n_threads = 0;         // of a block
 const std::function<void()>* thread_body = nullptr;
 std::string error;
 
@@ -116,6 +123,7 @@ void start_fibre(Fibre& fibre) {
 void enter_fibre(Fibre& fibre) {
   current = &fibre;
   threadIdx = fibre.index;
+  blockIdx = blocks[fibre.rank].index;
   if (_setjmp(scheduler) == 0) {
     if (!fibre.started) start_fibre(fibre);
     _longjmp(fibre.context, 1);
@@ -167,7 +175,7 @@ class KernelAccess {
 
 std::string describe_waiting() {
   std::map<std::string, int> counts;
-  for (int t = 0; t < n_threads; ++t) {
+  for (int t = 0; t < n_threads * n_blocks_in_cluster; ++t) {
     const Fibre& fibre = fibres[t];
     std::ostringstream where;
     if (fibre.state == State::kExited) {
@@ -185,36 +193,50 @@ std::string describe_waiting() {
   return text;
 }
 
-void run_block(std::mt19937& random) {
+// Runs the cluster of which blockIdx is the first block; without clusters, that block.
+void run_cluster(std::mt19937& random) {
   ++block_number;
-  for (int t = 0; t < n_threads; ++t) {
-    Fibre& fibre = fibres[t];
-    fibre.thread = t;
-    if (fibre.state != State::kExited) fibre.started = false;  // an error left it in a kernel
-    const unsigned row = t / blockDim.x;
-    fibre.index = {t % blockDim.x, row % blockDim.y, row / blockDim.y};
-    fibre.state = State::kReady;
+  const uint3 first = blockIdx;
+  for (int rank = 0; rank < n_blocks_in_cluster; ++rank) {
+    Block& block = blocks[rank];
+    block.index = {first.x + static_cast<unsigned>(rank), first.y, first.z};
+    for (auto& meetings : block.warps) meetings.clear();
+    block.arrived = block.sum = 0;
+    fill_shared_memory(rank);
+    for (int t = 0; t < n_threads; ++t) {
+      Fibre& fibre = fibres[rank * n_threads + t];
+      fibre.thread = t;
+      fibre.rank = rank;
+      if (fibre.state != State::kExited) fibre.started = false;  // an error left it in a kernel
+      const unsigned row = t / blockDim.x;
+      fibre.index = {t % blockDim.x, row % blockDim.y, row / blockDim.y};
+      fibre.state = State::kReady;
+    }
   }
-  for (auto& meetings : warps) meetings.clear();
-  barrier_arrived = barrier_sum = 0;
-  fill_shared_memory();
+  cluster_arrived = 0;
+  forget_barriers();
+  const int n_fibres = n_threads * n_blocks_in_cluster;
   bool progress = true;
   while (progress) {
     progress = false;
-    for (int64_t t : ordered(n_threads, random)) {
+    for (int64_t t : ordered(n_fibres, random)) {
       if (fibres[t].state != State::kReady) continue;
       progress = true;
       enter_fibre(fibres[t]);
       if (!error.empty()) fail(std::exchange(error, {}));
     }
+    // As late as the code allows: when no thread can go on without them.
+    if (!progress) progress = deliver_copies();
   }
   const auto exited = [](const Fibre& fibre) { return fibre.state == State::kExited; };
-  if (!std::all_of(fibres, fibres + n_threads, exited)) {
-    fail("block " + text_of(blockIdx) +
+  if (!std::all_of(fibres, fibres + n_fibres, exited)) {
+    fail("block " + text_of(first) +
          ": threads wait for others that never come: " + describe_waiting());
   }
-  if (const std::string overrun = shared_memory_overrun(); !overrun.empty()) {
-    fail("block " + text_of(blockIdx) + ": " + overrun);
+  for (int rank = 0; rank < n_blocks_in_cluster; ++rank) {
+    if (const std::string overrun = shared_memory_overrun(rank); !overrun.empty()) {
+      fail("block " + text_of(blocks[rank].index) + ": " + overrun);
+    }
   }
 }
 
@@ -228,7 +250,7 @@ void fail(const std::string& what) {
   _longjmp(scheduler, 1);
 }
 
-int current_thread() { return current->thread; }
+int current_thread() { return static_cast<int>(current - fibres); }
 
 int lane() { return current->thread % kLanes; }
 
@@ -241,23 +263,57 @@ void check_that_previous_kernel_was_awaited() {
 }
 
 int block_barrier(const char* name, bool predicate) {
+  Block& block = blocks[current->rank];
   current->state = State::kAtBarrier;
   current->waits_for = name;
-  if (barrier_arrived == 0) barrier_name = name;
-  if (!same(barrier_name, name)) {
-    fail(std::string("threads meet in different barriers: ") + barrier_name + ", " + name);
+  if (block.arrived == 0) block.barrier_name = name;
+  if (!same(block.barrier_name, name)) {
+    fail(std::string("threads meet in different barriers: ") + block.barrier_name + ", " + name);
   }
-  barrier_sum += predicate;
-  if (++barrier_arrived < n_threads) {
+  block.sum += predicate;
+  if (++block.arrived < n_threads) {
     leave_fibre();
   } else {
+    Fibre* const first = current - current->thread;
     for (int t = 0; t < n_threads; ++t) {
-      fibres[t].state = State::kReady;
-      fibres[t].result = barrier_sum;
+      first[t].state = State::kReady;
+      first[t].result = block.sum;
     }
-    barrier_arrived = barrier_sum = 0;
+    block.arrived = block.sum = 0;
   }
   return current->result;
+}
+
+// ---- clusters ----
+
+int cluster_rank() { return current == nullptr ? 0 : current->rank; }
+
+int cluster_size() { return n_blocks_in_cluster; }
+
+ClusterLaunch::ClusterLaunch(int blocks) {
+  if (blocks < 1 || blocks > kMaxBlocks) fail("a cluster of more than 8 blocks");
+  n_blocks_in_cluster = blocks;
+}
+ClusterLaunch::~ClusterLaunch() { n_blocks_in_cluster = 1; }
+
+void cluster_barrier() {
+  current->state = State::kAtBarrier;
+  current->waits_for = "barrier.cluster";
+  if (++cluster_arrived < n_threads * n_blocks_in_cluster) return leave_fibre();
+  for (int t = 0; t < n_threads * n_blocks_in_cluster; ++t) fibres[t].state = State::kReady;
+  cluster_arrived = 0;
+}
+
+void wait_until_woken(const char* name, std::vector<int>& sleepers) {
+  sleepers.push_back(current_thread());
+  current->state = State::kAtBarrier;
+  current->waits_for = name;
+  leave_fibre();
+}
+
+void wake(std::vector<int>& sleepers) {
+  for (int fibre : sleepers) fibres[fibre].state = State::kReady;
+  sleepers.clear();
 }
 
 void warp_collective(const char* name, unsigned mask, void* operand,
@@ -268,7 +324,7 @@ void warp_collective(const char* name, unsigned mask, void* operand,
   current->waits_for = name;
   current->mask = mask;
   // Lanes of one warp may wait in several collectives, of masks that do not overlap.
-  auto& meetings = warps[current->thread / kLanes];
+  auto& meetings = blocks[current->rank].warps[current->thread / kLanes];
   auto meeting = std::find_if(meetings.begin(), meetings.end(),
                               [&](const Meeting& other) { return (other.mask & mask) != 0; });
   if (meeting == meetings.end()) {
@@ -308,12 +364,12 @@ void launch(const void* kernel, const dim3& grid, const dim3& block, size_t byte
   use_shared_memory(kernel, bytes);
   const KernelAccess access;
   std::mt19937 random(order_seed);
-  const int64_t layer = int64_t{grid.x} * grid.y;
-  const int64_t n_blocks = layer * grid.z;
-  for (int64_t b : ordered(n_blocks, random)) {
-    blockIdx = {static_cast<unsigned>(b % grid.x), static_cast<unsigned>(b % layer / grid.x),
-                static_cast<unsigned>(b / layer)};
-    run_block(random);
+  if (grid.x % n_blocks_in_cluster != 0) fail("a grid that clusters do not divide");
+  const int64_t row = grid.x / n_blocks_in_cluster, layer = row * grid.y;
+  for (int64_t c : ordered(layer * grid.z, random)) {
+    blockIdx = {static_cast<unsigned>(c % row * n_blocks_in_cluster),
+                static_cast<unsigned>(c % layer / row), static_cast<unsigned>(c / layer)};
+    run_cluster(random);
   }
 }
 

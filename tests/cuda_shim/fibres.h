@@ -16,6 +16,11 @@ namespace cuda_shim {
 
 inline constexpr int kLanes = 32;
 inline constexpr unsigned kAllLanes = 0xffffffffu;
+// Of a block; blocks of a cluster.
+inline constexpr int kMaxThreads = 1024, kMaxBlocks = 8;
+
+// The running thread's number in its cluster.
+int current_thread();
 
 // Ends the launch (or, on the host, the call) with an error.
 [[noreturn]] void fail(const std::string& what);
@@ -62,6 +67,29 @@ bool is_published(const void* address);
 // must have called it, or what follows could start before that one has ended too.
 void wait_for_previous_kernel();
 void check_that_previous_kernel_was_awaited();
+
+// Clusters of blocks: those of a launch while this lives, and in kernels the block's place in its
+// cluster, the address in block `rank` that corresponds to one in own dynamic shared memory, and a
+// barrier of all threads.
+class ClusterLaunch {
+ public:
+  explicit ClusterLaunch(int blocks);
+  ~ClusterLaunch();
+};
+int cluster_rank();
+int cluster_size();
+void* in_block(void* own, int rank);
+void cluster_barrier();
+
+// Barriers in dynamic shared memory: a phase ends when all arrivals and all bytes that were
+// expected have come. A wait is for the end of the phase of that parity.
+void barrier_init(uint64_t* barrier, int arrivals);
+void barrier_arrive(uint64_t* barrier, int expected_bytes);
+void barrier_wait(uint64_t* barrier, int parity);
+
+// A copy of `bytes` to dynamic shared memory that arrives at `barrier`. It is made by `copy` when
+// no thread can go on without it.
+void copy_later(void* to, int bytes, uint64_t* barrier, std::function<void()> copy);
 
 // Counts blocks over all launches: what a thread remembers must not outlive its block.
 extern uint64_t block_number;

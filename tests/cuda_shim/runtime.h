@@ -3,21 +3,25 @@
 
 #include <cstddef>
 #include <string>
+#include <vector>
 
 #include "cuda_runtime.h"
 
 namespace cuda_shim {
 
-inline constexpr int kMaxThreads = 1024;
-
-// fibres.cpp: the running thread's number in its block.
-int current_thread();
-
 // shared_memory.cpp: what a launch uses; fresh memory for a block of it; what a block has written
 // behind its dynamic shared memory, empty if nothing.
 void use_shared_memory(const void* kernel, size_t bytes);
-void fill_shared_memory();
-std::string shared_memory_overrun();
+void fill_shared_memory(int rank);
+std::string shared_memory_overrun(int rank);
+
+// fibres.cpp: lets the running thread sleep among others; lets them go on.
+void wait_until_woken(const char* name, std::vector<int>& sleepers);
+void wake(std::vector<int>& sleepers);
+
+// clusters.cpp: makes the copies that are under way, if there are any; a cluster begins.
+bool deliver_copies();
+void forget_barriers();
 
 // tensors.cpp: tensors can be touched between these two, and not by the host's code.
 void unlock_tensors();

@@ -4,6 +4,7 @@
 // then its accumulators hold NaN: what is overwritten, read or waited for at the wrong time shows.
 #pragma once
 
+#include <array>
 #include <memory>
 #include <vector>
 
@@ -31,8 +32,10 @@ using Rows = float (*)[4];
 // Accumulators of products in flight: their place and what they hold.
 struct Accumulators {
   Rows place;
-  float value[16][4];
+  std::vector<std::array<float, 4>> value;
   int in_flight = 0;
+
+  size_t bytes() const { return value.size() * sizeof value[0]; }
 };
 
 struct Product {
@@ -48,14 +51,14 @@ struct Thread {
 };
 
 inline Thread& thread() {
-  static Thread threads[1024];
-  Thread& own = threads[threadIdx.x];
+  static Thread threads[cuda_shim::kMaxThreads * cuda_shim::kMaxBlocks];
+  Thread& own = threads[cuda_shim::current_thread()];
   if (own.block != cuda_shim::block_number) own = {};
   return own;
 }
 
 // The accumulators at `place`, hidden from the kernel while products are in flight.
-inline std::shared_ptr<Accumulators> hide(Rows place) {
+inline std::shared_ptr<Accumulators> hide(Rows place, int n) {
   for (const auto& group : thread().groups) {
     for (const Product& product : group) {
       if (product.sum->place == place) return product.sum;
@@ -63,8 +66,9 @@ inline std::shared_ptr<Accumulators> hide(Rows place) {
   }
   auto hidden = std::make_shared<Accumulators>();
   hidden->place = place;
-  std::memcpy(hidden->value, place, sizeof hidden->value);
-  std::memset(place, 0xff, sizeof hidden->value);
+  hidden->value.resize(n);
+  std::memcpy(hidden->value.data(), place, hidden->bytes());
+  std::memset(static_cast<void*>(place), 0xff, hidden->bytes());
   return hidden;
 }
 
@@ -104,7 +108,7 @@ void run(const Product& product, const cuda_shim::Lanes& lanes) {
   for (int i = 0; i < 16; ++i) {
     for (int k = 0; k < 16; ++k) left[i][k] = element<T, kTransposed>(product.x, first + i, k);
   }
-  for (int j = 0; j < 16; ++j) {
+  for (int j = 0; j < static_cast<int>(product.sum->value.size()); ++j) {
     float right[16][8], sum[16][8];
     for (int k = 0; k < 16; ++k) {
       for (int c = 0; c < 8; ++c) {
@@ -113,7 +117,7 @@ void run(const Product& product, const cuda_shim::Lanes& lanes) {
     }
     const auto each = [&](auto&& visit) {
       for (int lane = 0; lane < cuda_shim::kLanes; ++lane) {
-        float* own = lanes.of<Product>(lane).sum->value[j];
+        float* own = lanes.of<Product>(lane).sum->value[j].data();
         for (int e = 0; e < 4; ++e) visit(own[e], sum[lane / 4 + e / 2 * 8][lane % 4 * 2 + e % 2]);
       }
     };
@@ -143,17 +147,17 @@ __device__ inline void warpgroup_wait() {
                                    own.run(own, lanes);
                                  });
       if (--product.sum->in_flight > 0) continue;
-      std::memcpy(product.sum->place, product.sum->value, sizeof product.sum->value);
+      std::memcpy(product.sum->place, product.sum->value.data(), product.sum->bytes());
     }
     groups.erase(groups.begin());
   }
 }
 
-template <class T, bool kTransposed>
-__device__ inline void warpgroup_multiply_add(float (&d)[16][4], uint64_t x, uint64_t y) {
+template <class T, bool kTransposed, int kColTiles>
+__device__ inline void warpgroup_multiply_add(float (&d)[kColTiles][4], uint64_t x, uint64_t y) {
   auto& own = warpgroup_emulation::thread();
   if (!own.begun) cuda_shim::fail("wgmma without warpgroup_begin");
-  const auto sum = warpgroup_emulation::hide(d);
+  const auto sum = warpgroup_emulation::hide(d, kColTiles);
   ++sum->in_flight;
   own.groups.back().push_back({sum, x, y, warpgroup_emulation::run<T, kTransposed>});
 }
