@@ -49,9 +49,9 @@ def fp64_throughout() -> Iterator[None]:
         return wide
 
     def wide_float(self):
-        keeps = self.dtype == torch.float64
-        # Positions become numbers by this; beside fp64 frequencies a product of matrices wants fp64.
-        return self if keeps else to_float(self) if self.is_floating_point() else self.double()
+        if self.dtype == torch.float64 or not self.is_floating_point():
+            return self.double()  # positions too, which are multiplied by frequencies in fp64
+        return to_float(self)
 
     with patch.context() as context:
         for converts in ("to", "type", "softmax"):

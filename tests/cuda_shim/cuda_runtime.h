@@ -13,16 +13,18 @@
 
 #include "fibres.h"
 
-#define __global__
+// What cuda_shim.py finds in the preprocessed text and replaces: a kernel tells its launch bounds.
+#define __global__ SHIM_KERNEL
+#define __launch_bounds__(...) SHIM_LAUNCH_BOUNDS(__VA_ARGS__)
 #define __device__
 #define __host__
 #define __constant__
 #define __grid_constant__
 #define __forceinline__ inline __attribute__((always_inline))
-#define __launch_bounds__(...)
 #define __align__(n) __attribute__((aligned(n)))
-// Thread-local variables of one library lie together, so that they can be filled with NaN.
-#define __shared__ static thread_local
+// Thread-local variables of one library lie together, so that they can be filled with NaN, and the
+// library's symbols say how large those of a kernel are.
+#define __shared__ SHIM_SHARED static thread_local
 
 // ---- vector types ----
 
@@ -292,24 +294,45 @@ inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode*) {
   return cudaSuccess;
 }
-inline cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t) {
+inline cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t stream) {
+  cuda_shim::check_stream(stream);
   std::memset(to, value, bytes);
   return cudaSuccess;
 }
 inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind,
-                                   cudaStream_t) {
+                                   cudaStream_t stream) {
+  cuda_shim::check_stream(stream);
   std::memmove(to, from, bytes);
   return cudaSuccess;
 }
+
+namespace cuda_shim {
+
+// What the parameters of a kernel take, each at its alignment.
+template <class... Params>
+constexpr size_t parameter_bytes() {
+  size_t bytes = 0;
+  ((bytes = (bytes + alignof(Params) - 1) / alignof(Params) * alignof(Params) + sizeof(Params)),
+   ...);
+  return bytes;
+}
+
+template <class T>
+void check_parameter(const T& value) {
+  if constexpr (std::is_pointer_v<T>) check_pointer(value);
+}
+
+}  // namespace cuda_shim
 
 template <class... Params, class... Args>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Params...),
                                Args&&... args) {
   const std::tuple<std::decay_t<Params>...> params(std::forward<Args>(args)...);
+  std::apply([](const auto&... each) { (cuda_shim::check_parameter(each), ...); }, params);
   const bool early =
       config->numAttrs > 0 && config->attrs->val.programmaticStreamSerializationAllowed;
-  cuda_shim::launch(reinterpret_cast<const void*>(kernel), config->gridDim, config->blockDim,
-                    config->dynamicSmemBytes, [&] {
+  cuda_shim::launch(reinterpret_cast<const void*>(kernel), *config,
+                    cuda_shim::parameter_bytes<std::decay_t<Params>...>(), [&] {
                       std::apply(kernel, params);
                       if (early) cuda_shim::check_that_previous_kernel_was_awaited();
                     });

@@ -18,9 +18,11 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import Any
 from unittest import mock
 
+import kernel_text
 import torch
 from torch import Tensor
 
@@ -95,7 +97,7 @@ def _common_hash() -> bytes:
     digest = hashlib.sha256(f"{version}{torch.__version__}{FLAGS}{_flags_of_machine()}".encode())
     headers = [*SHIM.rglob("*.h"), *SHIM.rglob("*.cuh")]
     headers += [*(ROOT / "csrc").rglob("*.h"), *(ROOT / "csrc").rglob("*.cuh")]
-    for header in sorted(headers):
+    for header in sorted([*headers, SHIM / "kernel_text.py"]):
         digest.update(str(header.relative_to(ROOT)).encode() + header.read_bytes())
     return digest.digest()
 
@@ -117,8 +119,18 @@ def _run(command: Sequence[str | Path], output: Path) -> Path:
 
 def _object(source: Path, flags: Sequence[str]) -> Path:
     digest = hashlib.sha256(_common_hash() + source.read_bytes() + str(flags).encode())
-    command = [*compiler(), *FLAGS, *_flags_of_machine(), *flags, "-x", "c++", "-c", source]
-    return _run(command, BUILD / f"{source.stem}-{digest.hexdigest()[:16]}.o")
+    output = BUILD / f"{source.stem}-{digest.hexdigest()[:16]}.o"
+    command = [*compiler(), *FLAGS, *_flags_of_machine(), *flags]
+    if source.suffix != ".cu" or output.exists():
+        return _run([*command, "-x", "c++", "-c", source], output)
+    preprocess = [*command, "-E", "-x", "c++", str(source)]
+    done = subprocess.run(preprocess, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise RuntimeError(f"{' '.join(preprocess)}\n{done.stderr}")
+    with NamedTemporaryFile("w", suffix=".ii") as prepared:
+        prepared.write(kernel_text.rewritten(done.stdout))
+        prepared.flush()
+        return _run([*command, "-x", "c++-cpp-output", "-c", prepared.name], output)
 
 
 def _library(name: str, objects: Sequence[Path], link: Sequence[str]) -> Path:
@@ -233,7 +245,7 @@ def thread_order(seed: int) -> Iterator[None]:
 
 @contextmanager
 def device(**attributes: int) -> Iterator[None]:
-    """Pretend a device with other attributes than the 4 multiprocessors of a small Hopper GPU."""
+    """Pretend a device with other attributes than those of a small Hopper GPU."""
     set_attribute = runtime().shim_set_attribute
     before = {name: set_attribute(name.encode(), value) for name, value in attributes.items()}
     try:

@@ -3,6 +3,7 @@
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/c/shim.h>
 
+#include <algorithm>
 #include <map>
 
 #include "runtime.h"
@@ -12,26 +13,83 @@ namespace {
 
 // A small Hopper GPU: few multiprocessors, so that grids have to stride.
 std::map<std::string, int> attributes = {
-    {"capability_major", 9},       {"capability_minor", 0},        {"multiprocessors", 4},
-    {"shared_memory", 227 * 1024}, {"l2_bytes", 50 * 1024 * 1024},
+    {"capability_major", 9},        {"capability_minor", 0},
+    {"multiprocessors", 4},         {"shared_memory", 0},  // 0: what the capability has
+    {"l2_bytes", 50 * 1024 * 1024},
 };
 
+int capability() {
+  return 10 * attributes.at("capability_major") + attributes.at("capability_minor");
+}
+
+constexpr size_t kDefaultShared = 48 * 1024, kMostParameterBytes = 32764;
+
+// Bytes of shared memory that a block can have when a kernel has been allowed them: what a
+// multiprocessor has, less a KiB that each block takes besides.
+size_t shared_memory() {
+  if (const int chosen = attributes.at("shared_memory"); chosen != 0) return chosen;
+  static const std::map<int, int> kib = {{70, 96},  {75, 64}, {80, 163}, {86, 99},
+                                         {87, 163}, {89, 99}, {90, 227}, {120, 99}};
+  return std::prev(kib.upper_bound(capability()))->second * size_t{1024};
+}
+
 std::map<const void*, size_t> shared_limits;  // what cudaFuncSetAttribute has allowed
+std::map<const char*, size_t> host_memory;    // of cudaHostAlloc, which kernels can reach: bytes
+char current_stream;                          // its address stands for torch's stream
+
+// dynamic_shared() begins on 1024 bytes, so a kernel that has it fills its static part up.
+size_t static_part(const void* kernel, size_t dynamic_bytes) {
+  const size_t bytes = static_shared_bytes(kernel);
+  return dynamic_bytes == 0 ? bytes : (bytes + 1023) / 1024 * 1024;
+}
 
 }  // namespace
 
-void check_launch(const void* kernel, const dim3& grid, const dim3& block, size_t shared_bytes) {
+void check_launch(const void* kernel, const cudaLaunchConfig_t& config, size_t parameter_bytes) {
+  const dim3 &grid = config.gridDim, &block = config.blockDim;
   const uint64_t threads = uint64_t{block.x} * block.y * block.z;
   if (threads == 0 || threads > kMaxThreads || block.z > 64) {
-    fail("a launch with a wrong block size");
+    fail("CUDA error: invalid configuration argument: a launch with a wrong block size");
   }
   if (grid.x == 0 || grid.x > 0x7fffffffu || grid.y == 0 || grid.y > 65535 || grid.z == 0 ||
       grid.z > 65535) {
-    fail("a launch with a wrong grid size");
+    fail("CUDA error: invalid configuration argument: a launch with a wrong grid size");
   }
-  const auto limit = shared_limits.find(kernel);
-  if (shared_bytes > (limit == shared_limits.end() ? 48 * 1024 : limit->second)) {
-    fail("a launch with more dynamic shared memory than its kernel allows");
+  if (parameter_bytes > kMostParameterBytes) {
+    fail("a kernel with " + std::to_string(parameter_bytes) + " bytes of parameters, of which " +
+         std::to_string(kMostParameterBytes) + " are allowed");
+  }
+  check_stream(config.stream);
+  const size_t dynamic_bytes = config.dynamicSmemBytes, held = static_part(kernel, dynamic_bytes);
+  const auto found = shared_limits.find(kernel);
+  const size_t limit = found != shared_limits.end()
+                           ? found->second
+                           : kDefaultShared - std::min(held, kDefaultShared);
+  if (held > kDefaultShared || dynamic_bytes > limit) {
+    fail("CUDA error: invalid argument: a launch with " + std::to_string(held) +
+         " bytes of static" + " and " + std::to_string(dynamic_bytes) +
+         " of dynamic shared memory, of which its kernel" + " allows " + std::to_string(limit));
+  }
+}
+
+void check_stream(const void* stream) {
+  if (stream != &current_stream) fail("work on another stream than torch's current one");
+}
+
+void check_pointer(const void* pointer) {
+  const auto* at = static_cast<const char*>(pointer);
+  const auto after = host_memory.upper_bound(at);
+  const bool in_host_memory =
+      after != host_memory.begin() && at < std::prev(after)->first + std::prev(after)->second;
+  if (pointer != nullptr && !in_host_memory && !is_in_tensor(pointer)) {
+    fail("a kernel with a pointer to memory that the device cannot reach");
+  }
+}
+
+void check_capability(const char* instruction, int least, int most) {
+  if (capability() < least || capability() > most) {
+    fail(std::string(instruction) + ": no code for a device of compute capability " +
+         std::to_string(capability()));
   }
 }
 
@@ -42,16 +100,18 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
       {cudaDevAttrComputeCapabilityMajor, "capability_major"},
       {cudaDevAttrComputeCapabilityMinor, "capability_minor"},
       {cudaDevAttrMultiProcessorCount, "multiprocessors"},
-      {cudaDevAttrMaxSharedMemoryPerBlockOptin, "shared_memory"},
       {cudaDevAttrL2CacheSize, "l2_bytes"},
   };
-  *value = cuda_shim::attributes.at(names.at(attribute));
+  *value = attribute == cudaDevAttrMaxSharedMemoryPerBlockOptin
+               ? static_cast<int>(cuda_shim::shared_memory())
+               : cuda_shim::attributes.at(names.at(attribute));
   return cudaSuccess;
 }
 
 cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute, int value) {
-  if (value > cuda_shim::attributes.at("shared_memory")) {
-    cuda_shim::fail("a kernel is allowed more shared memory than the device has");
+  if (cuda_shim::static_part(kernel, value) + value > cuda_shim::shared_memory()) {
+    cuda_shim::fail(
+        "CUDA error: invalid argument: a kernel is allowed more shared memory than the device has");
   }
   cuda_shim::shared_limits[kernel] = value;
   return cudaSuccess;
@@ -65,6 +125,7 @@ cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void*) {
 
 cudaError_t cudaHostAlloc(void** memory, size_t bytes, unsigned) {
   *memory = std::malloc(bytes);
+  cuda_shim::host_memory[static_cast<const char*>(*memory)] = bytes;
   return cudaSuccess;
 }
 
@@ -96,10 +157,10 @@ void __ubsan_handle_shift_out_of_bounds_abort(const SourcePlace* place, uintptr_
   fail_at(place, "shift by more bits than the type has");
 }
 
-// ---- torch's own: there is no device and no stream to choose ----
+// ---- torch's own: there is no device to choose ----
 
 AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void** stream) {
-  *stream = nullptr;
+  *stream = &cuda_shim::current_stream;
   return AOTI_TORCH_SUCCESS;
 }
 AOTITorchError aoti_torch_create_device_guard(int32_t, DeviceGuardHandle* guard) {

@@ -343,28 +343,83 @@ void warp_collective(const char* name, unsigned mask, void* operand,
   }
 }
 
+// As Hopper's tensor cores add: the sum and 16 exact products are aligned to the largest of them,
+// what lies 25 binary places or more behind its first is cut off, and so is what of their sum does
+// not fit fp32 (Fasi et al., "Numerical behavior of NVIDIA tensor cores", and later measurements).
 void multiply_16x8x16(float (&sum)[16][8], const float (&left)[16][16],
                       const float (&right)[16][8]) {
+  constexpr int kColumns = 8, kPlaces = 25, kLeastExponent = 30, kNotFinite = 255;
   for (int i = 0; i < 16; ++i) {
+    float terms[17][kColumns];
+    unsigned largest[kColumns] = {};  // the bits of the largest size
+    for (int j = 0; j < kColumns; ++j) terms[16][j] = sum[i][j];
     for (int k = 0; k < 16; ++k) {
-      for (int j = 0; j < 8; ++j) sum[i][j] += left[i][k] * right[k][j];
+      for (int j = 0; j < kColumns; ++j) terms[k][j] = left[i][k] * right[k][j];
+    }
+    for (const auto& row : terms) {
+      for (int j = 0; j < kColumns; ++j) {
+        largest[j] = std::max(largest[j], __float_as_uint(row[j]) & 0x7fffffffu);
+      }
+    }
+    if (*std::max_element(largest, largest + kColumns) >> 23 == kNotFinite) {
+      for (int j = 0; j < kColumns; ++j) {
+        for (int k = 0; k < 16; ++k) sum[i][j] += terms[k][j];
+      }
+      continue;
+    }
+    float scale[kColumns];  // makes whole numbers of what is kept, of less than 2^26
+    int total[kColumns] = {};
+    for (int j = 0; j < kColumns; ++j) {
+      const unsigned exponent = std::max<unsigned>(largest[j] >> 23, kLeastExponent);
+      scale[j] = __uint_as_float((127 + 127 + kPlaces - exponent) << 23);
+    }
+    for (const auto& row : terms) {
+      for (int j = 0; j < kColumns; ++j) total[j] += static_cast<int>(row[j] * scale[j]);
+    }
+    for (int j = 0; j < kColumns; ++j) {
+      const unsigned size = static_cast<unsigned>(std::abs(total[j]));
+      const int cut = std::max(0, 8 - __clz(static_cast<int>(size)));
+      const float kept = static_cast<float>(size >> cut << cut) / scale[j];
+      sum[i][j] = total[j] < 0 ? -kept : kept;
     }
   }
 }
 
-void launch(const void* kernel, const dim3& grid, const dim3& block, size_t bytes,
+void enter_kernel(int max_threads, int, int) {
+  // What a compiler may give a thread that has no bounds; the device has 64 K registers a block.
+  constexpr int kMostRegisters = 255, kRegisters = 64 * 1024;
+  if (max_threads > 0 && n_threads > max_threads) {
+    fail("a launch of " + std::to_string(n_threads) + " threads a block of a kernel with " +
+         "__launch_bounds__(" + std::to_string(max_threads) + ")");
+  }
+  if (max_threads == 0 && n_threads * kMostRegisters > kRegisters) {
+    fail("a launch of " + std::to_string(n_threads) + " threads a block of a kernel without " +
+         "__launch_bounds__: too many resources requested for launch, if it takes 255 registers");
+  }
+}
+
+bool is_local(const void* address) {
+  const auto* at = static_cast<const char*>(address);
+  return current != nullptr && at >= current->stack && at < current->stack + kStackBytes;
+}
+
+void launch(const void* kernel, const cudaLaunchConfig_t& config, size_t parameter_bytes,
             const std::function<void()>& thread) {
   static std::mutex mutex;
   const std::lock_guard<std::mutex> lock(mutex);
-  check_launch(kernel, grid, block, bytes);
+  check_launch(kernel, config, parameter_bytes);
+  const dim3 &grid = config.gridDim, &block = config.blockDim;
   gridDim = grid;
   blockDim = block;
   thread_body = &thread;
   n_threads = static_cast<int>(block.x * block.y * block.z);
-  use_shared_memory(kernel, bytes);
+  use_shared_memory(kernel, config.dynamicSmemBytes);
   const KernelAccess access;
   std::mt19937 random(order_seed);
   if (grid.x % n_blocks_in_cluster != 0) fail("a grid that clusters do not divide");
+  if (n_blocks_in_cluster > 1 && static_shared_bytes(kernel) > 0) {
+    fail("static shared memory in clusters is not emulated");
+  }
   const int64_t row = grid.x / n_blocks_in_cluster, layer = row * grid.y;
   for (int64_t c : ordered(layer * grid.z, random)) {
     blockIdx = {static_cast<unsigned>(c % row * n_blocks_in_cluster),

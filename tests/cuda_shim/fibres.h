@@ -11,6 +11,7 @@
 #include <string>
 
 struct dim3;
+struct cudaLaunchConfig_t;
 
 namespace cuda_shim {
 
@@ -25,9 +26,22 @@ int current_thread();
 // Ends the launch (or, on the host, the call) with an error.
 [[noreturn]] void fail(const std::string& what);
 
-// Runs `thread` once for every thread of every block. `kernel` tells kernels apart.
-void launch(const void* kernel, const dim3& grid, const dim3& block, size_t shared_bytes,
+// Runs `thread` once for every thread of every block, unless the device would refuse the launch.
+// `kernel` tells kernels apart.
+void launch(const void* kernel, const cudaLaunchConfig_t& config, size_t parameter_bytes,
             const std::function<void()>& thread);
+
+// Fails where a kernel was given a pointer to what no device can reach, or a call another stream
+// than torch's current one, which nothing orders with torch's own work.
+void check_pointer(const void* pointer);
+void check_stream(const void* stream);
+
+// A kernel begins with this: its launch bounds, 0 where it has none.
+void enter_kernel(int max_threads = 0, int min_blocks = 0, int max_blocks_in_cluster = 0);
+
+// Fails where the device, of ten times the major plus the minor compute capability, has no code
+// for an instruction.
+void check_capability(const char* instruction, int least, int most = 999);
 
 // Waits for all threads of the block; returns how many of them gave a `predicate`.
 int block_barrier(const char* name, bool predicate);

@@ -9,6 +9,9 @@
 
 namespace cuda_shim {
 
+// fibres.cpp: whether bytes are the running thread's local variables.
+bool is_local(const void* address);
+
 // shared_memory.cpp: what a launch uses; fresh memory for a block of it; what a block has written
 // behind its dynamic shared memory, empty if nothing.
 void use_shared_memory(const void* kernel, size_t bytes);
@@ -23,11 +26,16 @@ void wake(std::vector<int>& sleepers);
 bool deliver_copies();
 void forget_barriers();
 
-// tensors.cpp: tensors can be touched between these two, and not by the host's code.
+// symbols.cpp: what a kernel declares with __shared__.
+size_t static_shared_bytes(const void* kernel);
+
+// tensors.cpp: tensors can be touched between these two, and not by the host's code; whether an
+// address is in one, or at its end.
 void unlock_tensors();
 void lock_tensors();
+bool is_in_tensor(const void* address);
 
 // device.cpp: fails where the device refuses a launch.
-void check_launch(const void* kernel, const dim3& grid, const dim3& block, size_t shared_bytes);
+void check_launch(const void* kernel, const cudaLaunchConfig_t& config, size_t parameter_bytes);
 
 }  // namespace cuda_shim

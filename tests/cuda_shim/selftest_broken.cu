@@ -101,6 +101,22 @@ __global__ void misaligned_copy_kernel(const float* x, float* out) {
   out[threadIdx.x] = x[threadIdx.x];
 }
 
+__global__ void misaligned_copy_target_kernel(const float* x, float* out) {
+  copy_async_16(shared_floats() + 1, x, 16);
+  out[threadIdx.x] = x[threadIdx.x];
+}
+
+__global__ void copy_from_shared_kernel(const float* x, float* out) {
+  copy_async_16(shared_floats(), shared_floats() + 4, 16);
+  out[threadIdx.x] = x[threadIdx.x];
+}
+
+__global__ void copy_from_local_kernel(const float* x, float* out) {
+  const float4 local = make_float4(x[0], x[1], x[2], x[3]);
+  copy_async_16(shared_floats(), &local, 16);
+  out[threadIdx.x] = x[threadIdx.x];
+}
+
 __global__ void copy_to_global_kernel(const float* x, float* out) { copy_async_16(out, x, 16); }
 
 __global__ void misaligned_vector_kernel(const float* x, float* out) {
@@ -175,6 +191,9 @@ STABLE_TORCH_LIBRARY_IMPL(cuda_shim_selftest, CPU, m) {
   m.impl("missing_barrier_after_wait", TORCH_BOX(&run<missing_barrier_after_wait_kernel>));
   m.impl("copy_over_what_is_read", TORCH_BOX(&run<copy_over_what_is_read_kernel>));
   m.impl("misaligned_copy", TORCH_BOX(&run<misaligned_copy_kernel>));
+  m.impl("misaligned_copy_target", TORCH_BOX(&run<misaligned_copy_target_kernel>));
+  m.impl("copy_from_shared", TORCH_BOX(&run<copy_from_shared_kernel>));
+  m.impl("copy_from_local", TORCH_BOX(&run<copy_from_local_kernel>));
   m.impl("copy_to_global", TORCH_BOX(&run<copy_to_global_kernel>));
   m.impl("misaligned_vector", TORCH_BOX(&run<misaligned_vector_kernel>));
   m.impl("misaligned_fragment", TORCH_BOX(&run<misaligned_fragment_kernel>));

@@ -123,6 +123,8 @@ void copy_async(void* dst, const void* src, int bytes) {
     fail("cp.async with an address that is not a multiple of 16");
   }
   if (!is_shared(dst, kChunk)) fail("cp.async to outside of shared memory");
+  if (is_shared(src, 1) || is_local(src)) fail("cp.async from outside of global memory");
+  check_capability("cp.async", 80);
   if (bytes < 0 || bytes > 16) fail("cp.async of a number of bytes that is not in 0..16");
   std::memset(dst, 0xff, kChunk);
   copies[current_thread()].groups.back().push_back({dst, src, bytes});

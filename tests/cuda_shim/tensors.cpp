@@ -107,6 +107,13 @@ void unlock_tensors() {
   if (on_device) protect(PROT_READ | PROT_WRITE);
 }
 
+bool is_in_tensor(const void* address) {
+  const std::lock_guard<std::mutex> lock(mutex);
+  auto* at = const_cast<char*>(static_cast<const char*>(address));
+  const auto after = tensors.upper_bound(at);
+  return after != tensors.begin() && at <= std::prev(after)->first + std::prev(after)->second;
+}
+
 }  // namespace cuda_shim
 
 extern "C" {

@@ -147,13 +147,6 @@ def large_sample(name: str, dtype: torch.dtype) -> Sample:
     return Sample(op, name, build(DeviceMaker(dtype)))
 
 
-def matmul_depth(sample: Sample) -> int:
-    """Return how many products the op's matrix products add up at most."""
-    if sample.op in ("segment_dot", "multi_tensor_gram"):
-        return 0
-    return max(sample.args[0].shape[1], sample.args[1].shape[1], sample.args[0].shape[0])
-
-
 # ---- the formulas, whole sets of samples at a time ----
 
 

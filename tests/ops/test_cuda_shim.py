@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable
 
 import cuda_shim
+import kernel_text
 import pytest
 import torch
 from cuda_shim import FORWARD, REVERSE, SHUFFLED
@@ -27,6 +28,9 @@ SIGNATURES = {
     "warpgroup": "(Tensor x, Tensor y, bool transpose)",
     "partial_copy": "(Tensor x, int bytes)",
     "reverse_as": "(Tensor x, int blocks, int threads, int bytes)",
+    "statics": "(Tensor x, int bytes, bool raise_limit)",
+    "grid_of": "(Tensor x, int x, int y, int z, int block_x, int block_z)",
+    "bounds": "(Tensor x, int threads, bool with_bounds)",
 }
 
 
@@ -37,7 +41,8 @@ def run() -> Callable[..., Tensor]:
     library = torch.library.Library("cuda_shim_selftest", "DEF")
     text = "".join(source.read_text() for source in sources)
     for name in re.findall(r'm\.impl\("(\w+)"', text):
-        key = "warpgroup" if name.startswith("warpgroup") else name
+        family = name.partition("_")[0]
+        key = family if family in ("warpgroup", "statics") else name
         library.define(f"{name}{SIGNATURES.get(key, '(Tensor x)')} -> Tensor")
     cuda_shim.load("selftest", sources, "cuda_shim_selftest")
 
@@ -123,6 +128,18 @@ def test_load_matrices(run, transpose: bool, order: int) -> None:
 def test_multiply_add(run, dtype: torch.dtype, order: int) -> None:
     a, b = torch.randn(16, 16).to(dtype), torch.randn(16, 8).to(dtype)
     torch.testing.assert_close(run("product", a, b, order=order), 1 + a.float() @ b.float())
+
+
+def test_tensor_cores_cut_off(run) -> None:
+    """Terms behind the 25th binary place after the largest one's first."""
+    a, b = torch.zeros(16, 16), torch.zeros(16, 8)
+    a[0, 0] = a[1, 0] = a[2, 0] = a[3, 0] = 1.0
+    b[0] = 1.0
+    a[0, 1:9], a[1, 1:9], a[2, 1:9], a[3, 1:9] = 2.0**-13, -(2.0**-13), 2.0**-12, -(2.0**-14)
+    b[1:9] = 2.0**-12
+    found = run("product", a.half(), b.half())[:4, 0].double() - 2
+    # 1 + 1 and eight times +-2^-25, 2^-24 and -2^-26, of which nothing is left
+    assert found.tolist() == [2.0**-22, -(2.0**-22), 2.0**-21, 0.0]
 
 
 def warpgroup_tiles(transpose: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -223,6 +240,9 @@ def test_shared_memory_starts_as_nan(run, name: str) -> None:
         ("lane_outside_mask", "__shfl_xor_sync by a lane outside of its mask"),
         ("shared_overrun", "shared memory is overrun: byte 256 of 256"),
         ("misaligned_copy", "cp.async with an address that is not a multiple of 16"),
+        ("misaligned_copy_target", "cp.async with an address that is not a multiple of 16"),
+        ("copy_from_shared", "cp.async from outside of global memory"),
+        ("copy_from_local", "cp.async from outside of global memory"),
         ("copy_to_global", "cp.async to outside of shared memory"),
         ("misaligned_fragment", "ldmatrix from an address that is not a multiple of 16"),
         ("misaligned_vector", r"selftest_broken.cu:\d+: access to an address that is not aligned"),
@@ -251,15 +271,139 @@ def test_host_must_not_touch_tensors(run) -> None:
 @pytest.mark.parametrize(
     ("blocks", "threads", "n_bytes", "message"),
     [
-        (0, 64, 256, "wrong grid size"),
-        (1, 0, 256, "wrong block size"),
-        (1, 1025, 256, "wrong block size"),
-        (1, 64, 227 * 1024 + 1, "more shared memory than the device has"),
+        (0, 64, 256, "invalid configuration argument: .* wrong grid size"),
+        (1, 0, 256, "invalid configuration argument: .* wrong block size"),
+        (1, 1025, 256, "invalid configuration argument: .* wrong block size"),
+        (1, 64, 227 * 1024 + 1, "invalid argument: .* more shared memory than the device has"),
     ],
 )
 def test_impossible_launch(run, blocks: int, threads: int, n_bytes: int, message: str) -> None:
     with pytest.raises(RuntimeError, match=message):
         run("reverse_as", X, blocks, threads, n_bytes)
+
+
+KIB = 1024
+STATIC = "invalid argument: a launch with 1024 bytes of static and {} of dynamic shared memory"
+
+
+def test_static_shared_memory_counts(run) -> None:
+    """A KiB of static and 48 KiB of dynamic shared memory are more than a kernel is allowed."""
+    for n_bytes in (48 * KIB, 47 * KIB + 1):
+        with pytest.raises(RuntimeError, match=STATIC.format(n_bytes)):
+            run("statics_1_kib", X, n_bytes, False)
+    assert torch.equal(run("statics_1_kib", X, 47 * KIB, False), X.flip(0))
+    assert torch.equal(run("statics_1_kib", X, 48 * KIB, True), X.flip(0))
+    assert torch.equal(run("statics_1_kib", X, 226 * KIB, True), X.flip(0))
+    with pytest.raises(RuntimeError, match="more shared memory than the device has"):
+        run("statics_1_kib", X, 226 * KIB + 1, True)
+    with pytest.raises(RuntimeError, match="50176 bytes of static"):
+        run("statics_49_kib", X, 0, True)
+
+
+@pytest.mark.parametrize(
+    ("capability", "kib"),
+    [((8, 0), 163), ((8, 9), 99), ((9, 0), 227), ((10, 0), 227), ((12, 0), 99)],
+)
+def test_shared_memory_is_that_of_the_capability(run, capability, kib: int) -> None:
+    with cuda_shim.device(capability_major=capability[0], capability_minor=capability[1]):
+        assert torch.equal(run("reverse_as", X, 1, THREADS, kib * KIB), X.flip(0))
+        with pytest.raises(RuntimeError, match="more shared memory than the device has"):
+            run("reverse_as", X, 1, THREADS, kib * KIB + 1)
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ((1, 65535, 1, 32, 1), ""),
+        ((1, 65536, 1, 32, 1), "wrong grid size"),
+        ((1, 1, 65536, 32, 1), "wrong grid size"),
+        ((1, 0, 1, 32, 1), "wrong grid size"),
+        ((1, 1, 1, 1, 64), ""),
+        ((1, 1, 1, 1, 65), "wrong block size"),
+        ((1, 1, 1, 32, 33), "wrong block size"),
+    ],
+)
+def test_limits_of_grids_and_blocks(run, shape: tuple[int, ...], message: str) -> None:
+    if not message:
+        assert torch.equal(run("grid_of", X, *shape), torch.ones(1))
+        return
+    with pytest.raises(RuntimeError, match=message):
+        run("grid_of", X, *shape)
+
+
+def test_launch_bounds(run) -> None:
+    """Without them a compiler may give a thread 255 of a block's 64 K registers."""
+    for threads, with_bounds, message in (
+        (128, True, ""),
+        (129, True, r"129 threads a block of a kernel with __launch_bounds__\(128\)"),
+        (256, False, ""),
+        (288, False, "288 threads a block of a kernel without __launch_bounds__"),
+    ):
+        if not message:
+            assert torch.equal(run("bounds", X, threads, with_bounds), torch.ones(threads))
+            continue
+        with pytest.raises(RuntimeError, match=message):
+            run("bounds", X, threads, with_bounds)
+
+
+def test_parameters_of_a_kernel(run) -> None:
+    assert torch.equal(run("parameters_fit", X), torch.zeros(THREADS))
+    with pytest.raises(RuntimeError, match="a kernel with 32768 bytes of parameters"):
+        run("parameters_too_large", X)
+
+
+def test_kernels_reach_tensors_alone_on_one_stream(run) -> None:
+    with pytest.raises(RuntimeError, match="a pointer to memory that the device cannot reach"):
+        run("host_pointer", X)
+    with pytest.raises(RuntimeError, match="another stream than torch's current one"):
+        run("other_stream", X)
+
+
+def test_instructions_need_their_device(run) -> None:
+    x, y, _ = warpgroup_tiles(False)
+    a, b = torch.ones(16, 16).half(), torch.ones(16, 8).half()
+    for major, minor, refused in (
+        (7, 5, {"cp.async", "mma"}),
+        (8, 0, {"wgmma"}),
+        (10, 0, {"wgmma"}),
+    ):
+        calls = {
+            "cp.async": ("copied", X),
+            "mma": ("product", a, b),
+            "wgmma": ("warpgroup", x, y, False),
+        }
+        with cuda_shim.device(capability_major=major, capability_minor=minor):
+            for instruction, call in calls.items():
+                if instruction in refused:
+                    with pytest.raises(
+                        RuntimeError, match=f"{instruction}.*: no code for a device"
+                    ):
+                        run(*call)
+                elif (major, instruction) != (7, "wgmma"):  # which begins with cp.async
+                    run(*call)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("void f() { SHIM_SHARED static float x[4]; }", "of a function that is no kernel"),
+        ("SHIM_KERNEL void k(int x) { if (x) {}", "nothing closes"),
+    ],
+)
+def test_text_that_cannot_be_emulated(text: str, message: str) -> None:
+    with pytest.raises(RuntimeError, match=message):
+        kernel_text.rewritten(text)
+
+
+def test_kernels_tell_their_launch_bounds() -> None:
+    text = "SHIM_KERNEL void SHIM_LAUNCH_BOUNDS(f(2), 1) k(int (*x)(int)); SHIM_KERNEL void l() {}"
+    assert kernel_text.rewritten(f"{text} int y;") == (
+        " void  k(int (*x)(int));  void l() { ::cuda_shim::enter_kernel();} int y;"
+    )
+    text = "SHIM_KERNEL void SHIM_LAUNCH_BOUNDS(f(2), 1) k() { SHIM_SHARED int x; { } }"
+    assert kernel_text.rewritten(text) == (
+        " void  k() { ::cuda_shim::enter_kernel(f(2), 1);  int x; { } }"
+    )
 
 
 def test_device_can_be_chosen(run) -> None:
@@ -284,7 +428,4 @@ def test_every_function_is_emulated(header: str) -> None:
         return set(re.findall(r"^(?:__device__|inline) [^;{]*?(\w+)\(", text, re.MULTILINE))
 
     real, emulated = functions("csrc/cuda"), functions("tests/cuda_shim/cuda")
-    if "csrc/cuda/gemm.h" in (cuda_shim.SHIM / "cuda" / header).read_text():
-        emulated |= real
-    assert len(real) > 1
-    assert real - {"shared_address"} <= emulated
+    assert real and real - {"shared_address"} <= emulated

@@ -1,10 +1,10 @@
-// csrc/cuda/gemm.h with another matmul_fp32: torch's products with fp32 results of low-precision
-// inputs exist on CUDA only.
+// Emulation of csrc/cuda/gemm.h, which this file replaces by the order of include folders: torch's
+// products with fp32 results of low-precision inputs exist on CUDA only.
 #pragma once
 
-#define matmul_fp32 matmul_fp32_on_cuda
-#include "../../../csrc/cuda/gemm.h"
-#undef matmul_fp32
+#include <torch/csrc/stable/ops.h>
+
+#include "common/dtype.h"
 
 namespace geffect_fast {
 

@@ -30,6 +30,7 @@ __device__ inline void load_matrices(uint32_t (&fragment)[4], const void* row) {
     const uint16_t* row;
     uint32_t fragment[4];
   } operand{static_cast<const uint16_t*>(row), {}};
+  cuda_shim::check_capability("ldmatrix", 75);
   if (reinterpret_cast<uintptr_t>(row) % 16 != 0) {
     cuda_shim::fail("ldmatrix from an address that is not a multiple of 16");
   }
@@ -66,6 +67,7 @@ __device__ inline void multiply_add(float (&d)[4], const uint32_t (&a)[4], const
   } operand{d, a, b};
   const char* name = std::is_same_v<T, BFloat16> ? "mma bf16" : "mma f16";
   static_assert(std::is_same_v<T, BFloat16> || std::is_same_v<T, Half>);
+  cuda_shim::check_capability(name, 80);
   cuda_shim::warp_collective(
       name, cuda_shim::kAllLanes, &operand, [](const cuda_shim::Lanes& lanes) {
         float left[16][16], right[16][8], sum[16][8];

@@ -155,6 +155,7 @@ __device__ inline void warpgroup_wait() {
 
 template <class T, bool kTransposed, int kColTiles>
 __device__ inline void warpgroup_multiply_add(float (&d)[kColTiles][4], uint64_t x, uint64_t y) {
+  cuda_shim::check_capability("wgmma", 90, 90);
   auto& own = warpgroup_emulation::thread();
   if (!own.begun) cuda_shim::fail("wgmma without warpgroup_begin");
   const auto sum = warpgroup_emulation::hide(d, kColTiles);
