@@ -28,6 +28,12 @@ LAYERS = {
 }
 
 
+def has_hopper_kernels(maker: Maker) -> bool:
+    """Whether forms that sm_90a alone has can be timed."""
+    on_hopper = maker.device.type == "cuda" and torch.cuda.get_device_capability() == (9, 0)
+    return on_hopper and backend.HOPPER_MISSING is None
+
+
 # ---- segment_bilinear ----
 
 
@@ -68,9 +74,7 @@ def bilinear_case(
     names = ["fused", "cublas"]
     if dtype != FP32:
         names.append("gradient")
-        hopper = maker.device.type == "cuda" and torch.cuda.get_device_capability() == (9, 0)
-        if hopper and backend.HOPPER_MISSING is None:
-            names.append("sm90")
+        names += ["sm90"] if has_hopper_kernels(maker) else []
     candidates = forms("GEFFECT_FAST_BILINEAR_FORM", names, ops.segment_bilinear)
     candidates["eager"] = Candidate(plain.bilinear, plain.with_lengths)
     candidates["mm_alone"] = Candidate(plain.products_alone)
@@ -169,7 +173,10 @@ def norm_case(
         a, g, _ = maker.layer(total, d_in, d_out, 0, dtype, seed)
         return a, g, maker.offsets(bounds)
 
-    candidates = forms("GEFFECT_FAST_GHOST_FORM", ("gram", "gradient"), ops.ghost_norm)
+    names = ["gram", "gradient"]
+    if dtype != FP32 and has_hopper_kernels(maker):
+        names += ["clusters64", "clusters128", "clusters256"]
+    candidates = forms("GEFFECT_FAST_GHOST_FORM", names, ops.ghost_norm)
     candidates["gram_einsum"] = Candidate(plain.norm_by_gram, plain.padded)
     candidates["gradient_einsum"] = Candidate(plain.norm_by_gradient, plain.padded)
     if priority == 0:
@@ -217,7 +224,9 @@ def pairs_case(
         # The second set resembles the first, so that not every result is small by chance.
         return a, g, cu, a + maker.randn(*a.shape, dtype=dtype), g.clone(), cu
 
-    candidates = {"ours": Candidate(ops.ghost_dot)}
+    clusters = dtype != FP32 and has_hopper_kernels(maker)
+    names = ["clusters128", "clusters256"] if clusters else []
+    candidates = forms("GEFFECT_FAST_GHOST_FORM", names, ops.ghost_dot)
     candidates["gradient_einsum"] = Candidate(plain.pairs_by_gradient, plain.padded_pairs)
     candidates["pairs_of_tokens"] = Candidate(plain.pairs_by_tokens, plain.with_lengths)
     if priority == 0:

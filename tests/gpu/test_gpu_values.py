@@ -36,7 +36,8 @@ FORMS = [
     for name, (op, _) in LARGE.items()
     for form in {
         "segment_bilinear": ("fused", "sm90", "cublas", "gradient"),
-        "ghost_norm": ("gram", "gradient"),
+        "ghost_norm": ("gram", "gradient", "clusters64", "clusters128", "clusters256"),
+        "ghost_dot": ("clusters128", "clusters256"),
     }.get(op, ())
 ]
 

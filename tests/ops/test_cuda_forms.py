@@ -18,8 +18,10 @@ AMPERE, HOPPER, BLACKWELL = 8, 9, 10
 LENGTHS = [130, 0, 64, 1, 256, 61]
 GHOST, BILINEAR = "GEFFECT_FAST_GHOST_FORM", "GEFFECT_FAST_BILINEAR_FORM"
 
+CLUSTERS = ("clusters64", "clusters128", "clusters256")
 FORMS = {
-    "ghost_norm": (GHOST, ("gram", "gradient", "")),
+    "ghost_norm": (GHOST, ("gram", "gradient", *CLUSTERS, "")),
+    "ghost_dot": (GHOST, (*CLUSTERS[1:], "")),
     "segment_bilinear": (BILINEAR, ("fused", "cublas", "sm90", "gradient", "")),
 }
 
@@ -59,7 +61,7 @@ def test_every_form_gives_the_formula(
     name: str, dtype: torch.dtype, capability: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sample = samples(dtype)[name]
-    variable, forms = FORMS.get(sample.op, (GHOST, ("",)))
+    variable, forms = FORMS[sample.op]
     for form in forms:
         monkeypatch.setenv(variable, form)
         found = run(sample, capability)
@@ -135,7 +137,24 @@ def test_few_blocks_do_all_tiles(form: str, capability: int, monkeypatch) -> Non
             assert torch.equal(run(sample, capability), found)
 
 
-@pytest.mark.parametrize("form", ["gram", "gradient"])
+@pytest.mark.parametrize("multiprocessors", [1, 8, 132])
+@pytest.mark.parametrize("form", CLUSTERS)
+@pytest.mark.parametrize("layer", [(300, 260), (70, 600), (900, 40)])
+def test_clusters_of_every_size(
+    layer: tuple[int, int], form: str, multiprocessors: int, monkeypatch
+) -> None:
+    """The fewer tiles a multiprocessor has, the more blocks share one; of `a` or `g`, by width."""
+    monkeypatch.setenv(GHOST, form)
+    first, second = rows([200, 0, 3, 70], *layer), rows([65, 80], *layer)
+    with cuda_shim.device(multiprocessors=multiprocessors):
+        for sample in (
+            Sample("ghost_norm", "", first),
+            Sample("ghost_dot", "", (*first, *second)),
+        ):
+            assert_right(sample, run(sample, HOPPER))
+
+
+@pytest.mark.parametrize("form", ["gram", "gradient", "clusters"])
 def test_more_segments_than_are_planned_at_once(form: str, monkeypatch) -> None:
     monkeypatch.setenv(GHOST, form)
     sample = Sample("ghost_norm", "", rows([3, 70, *[0] * 1100, 5, 0, 2], 24, 16))

@@ -205,6 +205,29 @@ def test_warpgroup_product_fails_without(run, left_out: str, message: str) -> No
         run(f"warpgroup_{left_out}", x, y, False)
 
 
+@pytest.mark.parametrize("order", ORDERS)
+def test_blocks_of_a_cluster_share_copies_and_memory(run, order: int) -> None:
+    x = torch.randn(16, THREADS).bfloat16()
+    found = run("cluster", x, order=order)
+    assert torch.equal(found[:, :16], x.float().expand(2, -1, -1))
+    sent = torch.arange(THREADS - 1.0, -1, -1)
+    assert torch.equal(found[:, 16], torch.stack([100 + sent, sent]))
+
+
+@pytest.mark.parametrize("left_out", ["wait", "expect"])
+def test_copy_that_is_not_waited_for_is_nan(run, left_out: str) -> None:
+    found = run(f"cluster_{left_out}", torch.ones(16, THREADS).bfloat16())
+    assert bool(found[:, :16].isnan().any())
+
+
+@pytest.mark.parametrize(
+    ("left_out", "message"), [("init", "not initialised"), ("arrive", "others that never come")]
+)
+def test_barrier_fails_without(run, left_out: str, message: str) -> None:
+    with pytest.raises(RuntimeError, match=message):
+        run(f"cluster_{left_out}", torch.ones(16, THREADS).bfloat16())
+
+
 def test_order_decides_who_finds_a_value_missing(run) -> None:
     forward, reverse, shuffled = (run("missing_barrier", X, order=order) for order in ORDERS[:3])
     early = torch.arange(THREADS) < THREADS // 2
