@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from itertools import pairwise
 
 import gpu_baselines as plain
+import package_path  # noqa: F401
 import torch
 from gpu_inputs import Candidate, Case, Inputs, Maker, forms
 
@@ -65,9 +66,9 @@ def bilinear_case(
         a, g, v = maker.layer(total, d_in, d_out, most, dtype, seed)
         return a, g, v[:m], maker.offsets(bounds)
 
-    names = ["fused", "cublas"]
+    names = ["cublas"]
     if dtype != FP32:
-        names.append("gradient")
+        names += ["fused", "gradient"]
         hopper = maker.device.type == "cuda" and torch.cuda.get_device_capability() == (9, 0)
         if hopper and backend.HOPPER_MISSING is None:
             names.append("sm90")
