@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from itertools import pairwise
 
 import gpu_baselines as plain
+import package_path  # noqa: F401
 import torch
 from gpu_inputs import Candidate, Case, Inputs, Maker, forms
 
@@ -71,10 +72,9 @@ def bilinear_case(
         a, g, v = maker.layer(total, d_in, d_out, most, dtype, seed)
         return a, g, v[:m], maker.offsets(bounds)
 
-    names = ["fused", "cublas"]
+    names = ["cublas"]
     if dtype != FP32:
-        names.append("gradient")
-        names += ["sm90"] if has_hopper_kernels(maker) else []
+        names += ["fused", "gradient", *(["sm90"] if has_hopper_kernels(maker) else [])]
     candidates = forms("GEFFECT_FAST_BILINEAR_FORM", names, ops.segment_bilinear)
     candidates["eager"] = Candidate(plain.bilinear, plain.with_lengths)
     candidates["mm_alone"] = Candidate(plain.products_alone)

@@ -10,11 +10,13 @@ import gc
 import os
 import platform
 import statistics
+import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+import package_path
 import torch
 from llama import make_model
 
@@ -40,6 +42,16 @@ def driver_version() -> str:
     return next((word for word in words if word[0].isdigit() and "." in word), "")
 
 
+def commit() -> str:
+    """Return which commit is measured, with a + where it was changed; empty outside of git."""
+    command = ["git", "-C", str(package_path.ROOT), "describe", "--always", "--dirty=+"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return ""
+    return done.stdout.strip()
+
+
 def describe_machine() -> dict[str, Any]:
     """Return the columns that make a row comparable: machine, threads, versions, date."""
     return {
@@ -52,6 +64,7 @@ def describe_machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "geffect_fast": geffect_fast.__version__,
+        "commit": commit(),
         "date": datetime.date.today().isoformat(),
     }
 

@@ -164,8 +164,8 @@ def one_gpu_table(rows: list[dict[str, str]]) -> str:
         [
             *lines,
             "",
-            f"{first['gpu']}, driver {first['driver']}, torch {first['torch']}, {first['date']}; "
-            f"copy {first['copy_gb_per_s']} GB/s, "
+            f"{first['gpu']}, driver {first['driver']}, torch {first['torch']}, {first['date']}, "
+            f"code of {first['commit']}; copy {first['copy_gb_per_s']} GB/s, "
             f"bf16 product {first['matmul_tflop_per_s']} TFLOP/s.",
         ]
     )

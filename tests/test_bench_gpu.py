@@ -26,6 +26,9 @@ def test_every_op_is_timed_against_plain_torch(tmp_path: Path) -> None:
     for op in schema.FUNCTIONS:
         providers = {row["provider"] for row in rows if row["op"] == op}
         assert "ours" in providers and any(not p.startswith("ours") for p in providers)
+    command = ["git", "-C", str(SCRIPT.parent), "describe", "--always", "--dirty=+"]
+    commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    assert {row["commit"] for row in rows} == {commit}
     assert all(float(row["ms"]) > 0 and float(row["ratio"]) > 0 for row in rows)
     assert (tmp_path / "cpu.png").stat().st_size > 0
 

@@ -1,9 +1,12 @@
 // Which of several exact forms serves a call: small rules of sizes, all in one place.
 //
-// The constants are predictions from operation and byte counts until a benchmark has set them;
-// benchmarks/bench_gpu.py times every form (GEFFECT_FAST_GHOST_FORM, GEFFECT_FAST_BILINEAR_FORM).
+// Rules predict what every form costs from counts of operations and bytes, at rates that were
+// measured: benchmarks/bench_gpu.py times every form (GEFFECT_FAST_GHOST_FORM,
+// GEFFECT_FAST_BILINEAR_FORM), tests/ops/test_cuda_choice.py holds the rules against what it wrote.
 #pragma once
 
+#include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstdlib>
 #include <string_view>
@@ -43,31 +46,76 @@ struct BilinearSizes {
   int64_t tokens, n, d_in, d_out, n_directions;
 };
 
-// `capability` is 80, 89, 90, ...; gradients give no results per token.
-inline BilinearForm bilinear_form(int capability, bool tensor_cores, bool per_token,
-                                  const BilinearSizes& s) {
-  const bool gradients_serve = tensor_cores && !per_token && s.n > 0 && s.d_in > 0 && s.d_out > 0;
-  const std::string_view forced = forced_form("GEFFECT_FAST_BILINEAR_FORM");
-  if (forced == "fused") return BilinearForm::kFused;
-  if (forced == "sm90") return BilinearForm::kHopper;
-  if (forced == "cublas") return BilinearForm::kCublas;
-  if (forced == "gradient" && gradients_serve) return BilinearForm::kGradient;
-  STD_TORCH_CHECK(forced.empty() || forced == "gradient",
-                  "GEFFECT_FAST_BILINEAR_FORM must be fused, sm90, cublas or gradient");
-  // fp32 inputs go to cuBLAS: its fp32 GEMM is hard to beat by what the epilogue saves.
+// What chooses between forms of segment_bilinear beside the sizes. `capability` is 80, 89, 90, ...
+struct BilinearDevice {
+  int capability, n_multiprocessors;
+};
+
+// Microseconds on an H100 (NVIDIA H100 80GB HBM3, 16-bit elements); products are multiply-adds.
+struct BilinearCosts {
+  double fused, hopper, cublas, gradient;
+
+  BilinearCosts(const BilinearSizes& s, int n_multiprocessors) {
+    constexpr double kLaunches = 10, kBytes = 3e6;
+    const auto upwards = [](int64_t a, int64_t b) { return static_cast<double>((a + b - 1) / b); };
+    const double m = static_cast<double>(s.n_directions), tokens = static_cast<double>(s.tokens);
+    const double layer = static_cast<double>(s.d_in) * s.d_out, results = tokens * s.d_out;
+    // All directions in one launch.
+    fused = 23 + m * tokens * layer / 2.05e8;
+    // A launch for each direction, of tiles of 128 x 256, one on a multiprocessor: a layer with few
+    // of them leaves some idle. Their order does not reuse the second-level cache well where both
+    // sides are long.
+    const double waves = std::ceil(upwards(s.tokens, 128) * upwards(s.d_out, 256) /
+                                   static_cast<double>(n_multiprocessors));
+    const double reuse = results < 4e8 ? 1.1 : 1.4;
+    hopper = kLaunches + m * waves * reuse * (5 + 0.01 * static_cast<double>(s.d_in));
+    // A V^T is written and read in fp32, beside G, by a kernel of its own.
+    cublas = kLaunches + m * (6 + tokens * layer / 3.4e8 + 10 * results / kBytes);
+    // Two directions share a launch. A segment costs as much as 166 tokens more: slabs that are not
+    // full, a pipeline that has to fill, the products with the directions.
+    const double rows = tokens + 166 * static_cast<double>(s.n);
+    gradient = kLaunches + std::ceil(m / 2) * (25 + rows * layer / 2.44e8);
+  }
+};
+
+// The form by sizes alone; `gradients_serve` where the op has a result a segment.
+inline BilinearForm bilinear_form_by_cost(const BilinearDevice& device, bool tensor_cores,
+                                          bool gradients_serve, const BilinearSizes& s) {
+  // cuBLAS is 1.35 times as fast for fp32.
   if (!tensor_cores) return BilinearForm::kCublas;
-  // Predicted: half a slab of 64 tokens a segment is padding, the products with two directions cost
-  // as much as 24 tokens, and a GEMM by TMA is a quarter faster than one by cp.async.
+  if (device.capability == 90) {
+    const BilinearCosts costs(s, device.n_multiprocessors);
+    const double least = std::min({costs.fused, costs.hopper, costs.cublas});
+    if (gradients_serve && costs.gradient < least) return BilinearForm::kGradient;
+    if (costs.hopper <= least) return BilinearForm::kHopper;
+    return costs.cublas <= least ? BilinearForm::kCublas : BilinearForm::kFused;
+  }
+  // Other devices have not been measured. Predicted: half a slab of 64 tokens a segment is padding,
+  // and the products with two directions cost as much as 24 tokens.
   const double gradient_rows = s.tokens + 56.0 * s.n, passes = (s.n_directions + 1) / 2;
   if (gradients_serve && gradient_rows * passes < 0.75 * s.tokens * s.n_directions) {
     return BilinearForm::kGradient;
   }
-  if (capability == 90) return BilinearForm::kHopper;
   // Predicted: m16n8k16 reaches some 80 % of cuBLAS where cuBLAS uses the same instruction, and the
   // product costs 8 bytes an element: a fifth of the GEMM's time at this d_in. sm_100 has faster
   // instructions, which only cuBLAS uses.
-  const bool same_instruction = capability < 90 || capability >= 120;
+  const bool same_instruction = device.capability < 90 || device.capability >= 120;
   return same_instruction && s.d_in <= 2048 ? BilinearForm::kFused : BilinearForm::kCublas;
+}
+
+// Gradients give no results per token; fp32 has the form of cuBLAS alone.
+inline BilinearForm bilinear_form(const BilinearDevice& device, bool tensor_cores, bool per_token,
+                                  const BilinearSizes& s) {
+  const bool gradients_serve = tensor_cores && !per_token && s.n > 0 && s.d_in > 0 && s.d_out > 0;
+  const std::string_view forced = forced_form("GEFFECT_FAST_BILINEAR_FORM");
+  STD_TORCH_CHECK(forced.empty() || forced == "fused" || forced == "sm90" || forced == "cublas" ||
+                      forced == "gradient",
+                  "GEFFECT_FAST_BILINEAR_FORM must be fused, sm90, cublas or gradient");
+  if (forced == "fused" && tensor_cores) return BilinearForm::kFused;
+  if (forced == "sm90") return BilinearForm::kHopper;
+  if (forced == "cublas") return BilinearForm::kCublas;
+  if (forced == "gradient" && gradients_serve) return BilinearForm::kGradient;
+  return bilinear_form_by_cost(device, tensor_cores, gradients_serve, s);
 }
 
 }  // namespace geffect_fast

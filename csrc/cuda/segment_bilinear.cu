@@ -191,7 +191,9 @@ inline Tensor hopper_terms(const Tensor& a, const Tensor& g, const Tensor& v) {
 template <class T>
 Tensor terms_of(BilinearForm form, const Device& device, const Tensor& a, const Tensor& g,
                 const Tensor& v) {
-  if (form == BilinearForm::kFused) return fused_terms<T>(device, a, g, v);
+  if constexpr (kTensorCores<T>) {
+    if (form == BilinearForm::kFused) return fused_terms<T>(device, a, g, v);
+  }
   if (form == BilinearForm::kHopper) {
     const Tensor terms = hopper_terms(a, g, v);
     if (terms.size(0) > 0) return torch::stable::contiguous(terms);
@@ -218,7 +220,7 @@ Tensor segment_bilinear(const Tensor& a, const Tensor& g, const Tensor& v, const
     const Tensor out = new_float(a, {n_directions, per_token ? total_tokens : offsets.n});
     if (n_directions == 0) return out;
     const BilinearForm form =
-        bilinear_form(device.capability(), kTensorCores<T>, per_token,
+        bilinear_form({device.capability(), device.n_multiprocessors()}, kTensorCores<T>, per_token,
                       {total_tokens, offsets.n, a.size(1), g.size(1), n_directions});
     if (form == BilinearForm::kGradient) {
       if constexpr (kTensorCores<T>) {

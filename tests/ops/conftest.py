@@ -9,6 +9,8 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[1] / "cuda_shim"))
+# Last: what it holds must not come before modules of the same names.
+sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 
 from logprob_cases import MODULE, TILINGS
 from op_providers import INSTALLED, serving, why_missing

@@ -1,0 +1,48 @@
+// The rules of csrc/cuda/choose.h as ops of test_cuda_choice.py.
+#include "cuda/choose.h"
+#include "cuda/device.cuh"
+
+namespace geffect_fast {
+namespace {
+
+// sizes (cases, 9): capability, multiprocessors, whether elements have tensor cores, whether
+// gradients serve, tokens, segments, d_in, d_out, directions -> (cases,) of BilinearForm.
+Tensor bilinear_forms(const Tensor& sizes) {
+  const int64_t n = sizes.size(0);
+  const Tensor out = torch::stable::new_empty(sizes, {n});
+  const int64_t* from = sizes.const_data_ptr<int64_t>();
+  for (int64_t i = 0; i < n; ++i, from += 9) {
+    const BilinearDevice device{static_cast<int>(from[0]), static_cast<int>(from[1])};
+    out.mutable_data_ptr<int64_t>()[i] = static_cast<int64_t>(bilinear_form_by_cost(
+        device, from[2] != 0, from[3] != 0, {from[4], from[5], from[6], from[7], from[8]}));
+  }
+  return out;
+}
+
+// The same sizes -> (cases, 4) whole microseconds by BilinearForm.
+Tensor bilinear_costs(const Tensor& sizes) {
+  const int64_t n = sizes.size(0);
+  const Tensor out = torch::stable::new_empty(sizes, {n, 4});
+  const int64_t* from = sizes.const_data_ptr<int64_t>();
+  int64_t* to = out.mutable_data_ptr<int64_t>();
+  for (int64_t i = 0; i < n; ++i, from += 9) {
+    const BilinearCosts costs({from[4], from[5], from[6], from[7], from[8]},
+                              static_cast<int>(from[1]));
+    for (double cost : {costs.fused, costs.hopper, costs.cublas, costs.gradient}) {
+      *to++ = static_cast<int64_t>(cost);
+    }
+  }
+  return out;
+}
+
+}  // namespace
+}  // namespace geffect_fast
+
+STABLE_TORCH_LIBRARY(cuda_shim_choose, m) {
+  m.def("bilinear_forms(Tensor sizes) -> Tensor");
+  m.def("bilinear_costs(Tensor sizes) -> Tensor");
+}
+STABLE_TORCH_LIBRARY_IMPL(cuda_shim_choose, CPU, m) {
+  m.impl("bilinear_forms", TORCH_BOX(&geffect_fast::bilinear_forms));
+  m.impl("bilinear_costs", TORCH_BOX(&geffect_fast::bilinear_costs));
+}
