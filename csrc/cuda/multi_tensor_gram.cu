@@ -210,7 +210,7 @@ struct TensorCoreSums {
     const int matrix = threadIdx.x % kWarp / 8, row = threadIdx.x % 8;
     const int list = kLists == 16 ? matrix % 2 * 8 + row : row;
     const unsigned char* const own = stage + list * kRow;
-#pragma unroll
+#pragma unroll 2
     for (int c = 0; c < kPlaces; c += 4) {
       // Tensor cores truncate their sums: 32 products there, the rest by additions in fp32.
       float tiles[kLists / 8][4] = {};
