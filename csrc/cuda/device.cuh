@@ -81,15 +81,12 @@ class Device {
   // written: its blocks may start while the last ones of the stream's previous kernel still run.
   template <class... Params, class... Args>
   void launch_early(void (*kernel)(Params...), dim3 grid, dim3 block, Args&&... args) const {
-    cudaFuncAttributes code = {};
-    STD_CUDA_CHECK(cudaFuncGetAttributes(&code, reinterpret_cast<const void*>(kernel)));
     cudaLaunchAttribute early = {};
     early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     early.val.programmaticStreamSerializationAllowed = 1;
     cudaLaunchConfig_t config = configured(grid, block, 0);
     config.attrs = &early;
-    // Code for older devices, which later ones may have translated, does not wait.
-    config.numAttrs = code.ptxVersion >= 90 ? 1 : 0;
+    config.numAttrs = has_warpgroups() ? 1 : 0;  // code for other devices does not wait
     STD_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, std::forward<Args>(args)...));
   }
 

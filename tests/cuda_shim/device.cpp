@@ -57,12 +57,6 @@ cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute, int valu
   return cudaSuccess;
 }
 
-cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void*) {
-  attributes->ptxVersion = 10 * cuda_shim::attributes.at("capability_major") +
-                           cuda_shim::attributes.at("capability_minor");
-  return cudaSuccess;
-}
-
 cudaError_t cudaHostAlloc(void** memory, size_t bytes, unsigned) {
   *memory = std::malloc(bytes);
   return cudaSuccess;
