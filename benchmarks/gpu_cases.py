@@ -115,8 +115,7 @@ def dot_case(
         z, g = (maker.randn(count, total, d, dtype=dtype) for count in (m, k))
         return z, g, maker.offsets(bounds)
 
-    candidates = {
-        "ours": Candidate(ops.segment_dot),
+    candidates = forms("GEFFECT_FAST_SUM_FORM", ("at_once",), ops.segment_dot) | {
         "eager": Candidate(plain.dot, plain.with_lengths),
         "einsum": Candidate(plain.dot_by_einsum, plain.with_lengths),
     }
@@ -266,8 +265,8 @@ def gram_case(
         torch.manual_seed(seed)
         return ([[maker.randn(*shape, dtype=dtype) for shape in shapes] for _ in range(k)],)
 
-    candidates = {
-        "ours": Candidate(ops.multi_tensor_gram),
+    other = ("staged",) if k > 4 and dtype != FP32 else ()
+    candidates = forms("GEFFECT_FAST_GRAM_FORM", other, ops.multi_tensor_gram) | {
         "dot_by_dot": Candidate(plain.gram_dot_by_dot),
         "stack_mm": Candidate(plain.gram_by_stacks),
     }

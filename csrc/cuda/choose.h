@@ -1,11 +1,13 @@
 // Which of several exact forms serves a call: small rules of sizes, all in one place.
 //
 // The constants are predictions from operation and byte counts until a benchmark has set them;
-// benchmarks/bench_gpu.py times every form (GEFFECT_FAST_GHOST_FORM, GEFFECT_FAST_BILINEAR_FORM).
+// benchmarks/bench_gpu.py times every form (GEFFECT_FAST_GHOST_FORM, GEFFECT_FAST_BILINEAR_FORM,
+// GEFFECT_FAST_GRAM_FORM, GEFFECT_FAST_SUM_FORM).
 #pragma once
 
 #include <cstdint>
 #include <cstdlib>
+#include <string>
 #include <string_view>
 
 #include "common/dtype.h"
@@ -16,6 +18,25 @@ namespace geffect_fast {
 inline std::string_view forced_form(const char* variable) {
   const char* value = std::getenv(variable);
   return value == nullptr ? "" : value;
+}
+
+// Whether the form `other` serves where there is a usual one and `variable` may name either.
+inline bool is_other_form(const char* variable, std::string_view usual, std::string_view other) {
+  const std::string_view forced = forced_form(variable);
+  STD_TORCH_CHECK(forced.empty() || forced == usual || forced == other, variable, " must be ",
+                  std::string(usual), " or ", std::string(other));
+  return forced == other;
+}
+
+// Whether multi_tensor_gram copies 5 to 16 lists of 16-bit elements to shared memory. No device has
+// measured that yet.
+inline bool gram_is_staged() {
+  return is_other_form("GEFFECT_FAST_GRAM_FORM", "registers", "staged");
+}
+
+// Whether second stages load the terms of several slices at once. No device has measured that yet.
+inline bool sums_slices_at_once() {
+  return is_other_form("GEFFECT_FAST_SUM_FORM", "slices", "at_once");
 }
 
 enum class GhostForm : int { kByCost, kGram, kGradient };

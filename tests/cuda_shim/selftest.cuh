@@ -22,13 +22,4 @@ Tensor run(const Tensor& x) {
   return out;
 }
 
-// The same, started before the previous kernel has ended, without dynamic shared memory.
-template <TestKernel kKernel>
-Tensor run_early(const Tensor& x) {
-  const Tensor out = new_float(x, {kThreads});
-  Device(x).launch_early(kKernel, dim3(1), dim3(kThreads), x.const_data_ptr<float>(),
-                         out.mutable_data_ptr<float>());
-  return out;
-}
-
 }  // namespace geffect_fast

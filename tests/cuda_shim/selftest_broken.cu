@@ -144,11 +144,6 @@ __global__ void deep_stack_kernel(const float* x, float* out) {
   out[threadIdx.x] = local[threadIdx.x];
 }
 
-__global__ void early_without_wait_kernel(const float* x, float* out) {
-  if (threadIdx.x != 5) wait_for_previous_kernel();
-  out[threadIdx.x] = x[threadIdx.x];
-}
-
 // Reads on the host what lies on the device.
 Tensor host_read(const Tensor& x) {
   const Tensor out = run<copied_kernel>(x);
@@ -191,6 +186,5 @@ STABLE_TORCH_LIBRARY_IMPL(cuda_shim_selftest, CPU, m) {
   m.impl("unwritten_result", TORCH_BOX(&run<unwritten_result_kernel>));
   m.impl("deep_stack", TORCH_BOX(&run<deep_stack_kernel>));
   m.impl("unwritten_static_shared", TORCH_BOX(&run<unwritten_static_shared_kernel<float>>));
-  m.impl("early_without_wait", TORCH_BOX(&run_early<early_without_wait_kernel>));
   m.impl("host_read", TORCH_BOX(&host_read));
 }

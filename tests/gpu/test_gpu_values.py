@@ -37,8 +37,11 @@ FORMS = [
         "segment_bilinear": ("fused", "sm90", "cublas", "gradient"),
         "ghost_norm": ("gram", "gradient"),
         "ghost_dot": ("gram", "gradient"),
+        "multi_tensor_gram": ("registers", "staged"),
+        "segment_dot": ("slices", "at_once"),
     }.get(op, ())
 ]
+VARIABLES = {"segment_bilinear": "BILINEAR", "multi_tensor_gram": "GRAM", "segment_dot": "SUM"}
 
 
 @pytest.mark.parametrize(("dtype", "index"), TABLE)
@@ -82,8 +85,7 @@ def test_every_form_equals_formula(
 ) -> None:
     """Whichever form the sizes and the device would choose."""
     sample = large_sample(name, dtype)
-    bilinear = sample.op == "segment_bilinear"
-    monkeypatch.setenv(f"GEFFECT_FAST_{'BILINEAR' if bilinear else 'GHOST'}_FORM", form)
+    monkeypatch.setenv(f"GEFFECT_FAST_{VARIABLES.get(sample.op, 'GHOST')}_FORM", form)
     assert_large_is_right(sample)
 
 

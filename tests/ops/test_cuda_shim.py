@@ -233,7 +233,6 @@ def test_shared_memory_starts_as_nan(run, name: str) -> None:
         ("read_before", "access to an address outside of all"),
         ("write_behind", "thread .63,0,0.: access to an address outside of all"),
         ("deep_stack", "more stack"),
-        ("early_without_wait", "thread .5,0,0.: .* starts early does not wait"),
     ],
 )
 def test_error_ends_the_launch(run, name: str, message: str, order: int) -> None:
