@@ -20,6 +20,14 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
+// In a kernel that is launched so that it may begin before the stream's previous one has ended:
+// returns when that one has ended and what it wrote can be read.
+__device__ __forceinline__ void wait_for_previous_kernel() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;\n" ::: "memory");
+#endif
+}
+
 // Starts copying `bytes` (0 to 16) from global to shared memory and zeros up to 16; both addresses
 // are 16-byte aligned, `src` is readable even for 0 bytes.
 __device__ __forceinline__ void copy_async_16(void* dst, const void* src, int bytes) {

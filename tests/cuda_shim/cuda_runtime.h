@@ -265,10 +265,20 @@ enum cudaMemcpyKind {
 inline constexpr unsigned cudaHostAllocDefault = 0, cudaHostAllocPortable = 1,
                           cudaHostAllocMapped = 2;
 
+enum cudaLaunchAttributeID { cudaLaunchAttributeProgrammaticStreamSerialization = 6 };
+union cudaLaunchAttributeValue {
+  int programmaticStreamSerializationAllowed;
+};
+struct cudaLaunchAttribute {
+  cudaLaunchAttributeID id;
+  cudaLaunchAttributeValue val;
+};
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
   size_t dynamicSmemBytes;
   cudaStream_t stream;
+  cudaLaunchAttribute* attrs;
+  unsigned numAttrs;
 };
 
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device);
@@ -292,7 +302,12 @@ template <class... Params, class... Args>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Params...),
                                Args&&... args) {
   const std::tuple<std::decay_t<Params>...> params(std::forward<Args>(args)...);
+  const bool early =
+      config->numAttrs > 0 && config->attrs->val.programmaticStreamSerializationAllowed;
   cuda_shim::launch(reinterpret_cast<const void*>(kernel), config->gridDim, config->blockDim,
-                    config->dynamicSmemBytes, [&] { std::apply(kernel, params); });
+                    config->dynamicSmemBytes, [&] {
+                      std::apply(kernel, params);
+                      if (early) cuda_shim::check_that_previous_kernel_was_awaited();
+                    });
   return cudaSuccess;
 }

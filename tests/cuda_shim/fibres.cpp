@@ -52,6 +52,7 @@ struct Fibre {
   const char* waits_for = nullptr;
   unsigned mask = 0;
   int result = 0;
+  uint64_t waited_in = 0;  // the block in which it has waited for the previous kernel
 };
 
 // Lanes of a warp on their way into a collective.
@@ -230,6 +231,14 @@ void fail(const std::string& what) {
 int current_thread() { return current->thread; }
 
 int lane() { return current->thread % kLanes; }
+
+void wait_for_previous_kernel() { current->waited_in = block_number; }
+
+void check_that_previous_kernel_was_awaited() {
+  if (current->waited_in != block_number) {
+    fail("a kernel that starts early does not wait for the previous one");
+  }
+}
 
 int block_barrier(const char* name, bool predicate) {
   current->state = State::kAtBarrier;

@@ -58,6 +58,11 @@ void copy_async_wait(int pending);
 void publish_copies();
 bool is_published(const void* address);
 
+// griddepcontrol.wait: every thread of a kernel that may start before the previous one has ended
+// must have called it, or what follows could start before that one has ended too.
+void wait_for_previous_kernel();
+void check_that_previous_kernel_was_awaited();
+
 // Counts blocks over all launches: what a thread remembers must not outlive its block.
 extern uint64_t block_number;
 
