@@ -20,25 +20,6 @@ inline std::string_view forced_form(const char* variable) {
   return value == nullptr ? "" : value;
 }
 
-// Whether the form `other` serves where there is a usual one and `variable` may name either.
-inline bool is_other_form(const char* variable, std::string_view usual, std::string_view other) {
-  const std::string_view forced = forced_form(variable);
-  STD_TORCH_CHECK(forced.empty() || forced == usual || forced == other, variable, " must be ",
-                  std::string(usual), " or ", std::string(other));
-  return forced == other;
-}
-
-// Whether multi_tensor_gram copies 5 to 16 lists of 16-bit elements to shared memory. No device has
-// measured that yet.
-inline bool gram_is_staged() {
-  return is_other_form("GEFFECT_FAST_GRAM_FORM", "registers", "staged");
-}
-
-// Whether second stages load the terms of several slices at once. No device has measured that yet.
-inline bool sums_slices_at_once() {
-  return is_other_form("GEFFECT_FAST_SUM_FORM", "slices", "at_once");
-}
-
 enum class GhostForm : int { kByCost, kGram, kGradient };
 
 inline GhostForm ghost_form() {
@@ -106,6 +87,25 @@ inline BilinearForm bilinear_form(int capability, bool tensor_cores, bool per_to
   // instructions, which only cuBLAS uses.
   const bool same_instruction = capability < 90 || capability >= 120;
   return same_instruction && s.d_in <= 2048 ? BilinearForm::kFused : BilinearForm::kCublas;
+}
+
+// Whether the form `other` serves where there is a usual one and `variable` may name either.
+inline bool is_other_form(const char* variable, std::string_view usual, std::string_view other) {
+  const std::string_view forced = forced_form(variable);
+  STD_TORCH_CHECK(forced.empty() || forced == usual || forced == other, variable, " must be ",
+                  std::string(usual), " or ", std::string(other));
+  return forced == other;
+}
+
+// Whether multi_tensor_gram copies 5 to 16 lists of 16-bit elements to shared memory. No device has
+// measured that yet.
+inline bool gram_is_staged() {
+  return is_other_form("GEFFECT_FAST_GRAM_FORM", "registers", "staged");
+}
+
+// Whether second stages load the terms of several slices at once. No device has measured that yet.
+inline bool sums_slices_at_once() {
+  return is_other_form("GEFFECT_FAST_SUM_FORM", "slices", "at_once");
 }
 
 }  // namespace geffect_fast

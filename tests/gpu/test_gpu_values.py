@@ -34,11 +34,11 @@ FORMS = [
     (name, form)
     for name, (op, _) in LARGE.items()
     for form in {
+        "multi_tensor_gram": ("registers", "staged"),
+        "segment_dot": ("slices", "at_once"),
         "segment_bilinear": ("fused", "sm90", "cublas", "gradient"),
         "ghost_norm": ("gram", "gradient"),
         "ghost_dot": ("gram", "gradient"),
-        "multi_tensor_gram": ("registers", "staged"),
-        "segment_dot": ("slices", "at_once"),
     }.get(op, ())
 ]
 VARIABLES = {"segment_bilinear": "BILINEAR", "multi_tensor_gram": "GRAM", "segment_dot": "SUM"}
