@@ -5,8 +5,8 @@
     python benchmarks/bench_gpu.py --only ghost_norm --out /tmp/found
     python benchmarks/bench_gpu.py --device cpu --quick    # tiny sizes, to try the script out
 
-`ours` is the op as it chooses its form, `ours:<form>` the same told which form to take by
-GEFFECT_FAST_BILINEAR_FORM or GEFFECT_FAST_GHOST_FORM; other candidates are plain torch, `mm_alone`
+`ours` is the op as it chooses its form, `ours:<form>` the same told which form to take by the
+environment variables of csrc/cuda/choose.h; other candidates are plain torch, `mm_alone`
 only the product that segment_bilinear cannot do without. `ratio` is a candidate's time over that of
 `ours`. `gb_per_s` and `tflop_per_s` count the least bytes and operations that the result needs
 (gpu_cases.py); `percent_of_roofline` is the least time that they take at the rates of a copy and of

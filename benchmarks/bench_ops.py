@@ -157,34 +157,6 @@ def gram_case(n_lists: int, shapes: list[tuple[int, ...]], dtype: torch.dtype, s
     )
 
 
-def logprob_case(
-    total_tokens: int, d: int, vocabulary: int, dtype: torch.dtype, *, backward: bool
-) -> Case:
-    """The op, and log_softmax of all logits; plain torch serves the op's parts on a CPU."""
-    hidden = torch.randn(total_tokens, d).to(dtype).requires_grad_()
-    weight = (torch.randn(vocabulary, d) / d**0.5).to(dtype).requires_grad_()
-    labels = torch.randint(vocabulary, (total_tokens,))
-    token_weights = torch.rand(total_tokens)
-
-    def log_softmax(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-        logprob = torch.log_softmax((hidden @ weight.T).float(), -1)
-        return logprob.gather(1, labels[:, None])[:, 0]
-
-    def run(function: Callable[..., Tensor]) -> Callable[[], Any]:
-        if backward:
-            return lambda: torch.autograd.grad(
-                function(hidden, weight, labels), (hidden, weight), token_weights
-            )
-        return torch.no_grad()(lambda: function(hidden, weight, labels))
-
-    shape = f"{d}x{vocabulary} T={total_tokens} {str(dtype).removeprefix('torch.')}"
-    return Case(
-        "token_logprob",
-        f"{shape} backward" if backward else shape,
-        {"kernel": run(ops.token_logprob), "log_softmax": run(log_softmax)},
-    )
-
-
 def llama_shapes(d: int, d_ff: int, vocabulary: int, layers: int) -> list[tuple[int, ...]]:
     """Return the shapes of all parameters of a Llama with tied embeddings."""
     block = [(d, d)] * 4 + [(d_ff, d)] * 2 + [(d, d_ff), (d,), (d,)]
@@ -217,13 +189,6 @@ def cases() -> list[Case]:
     for n_lists, dtype in ((2, torch.float32), (4, torch.float32), (2, torch.bfloat16)):
         name = str(dtype).removeprefix("torch.")
         found.append(gram_case(n_lists, shapes, dtype, f"Llama-26M {name}"))
-    for vocabulary, dtype in (
-        (8192, torch.float32),
-        (32000, torch.float32),
-        (32000, torch.bfloat16),
-    ):
-        for backward in (False, True):
-            found.append(logprob_case(1024, 512, vocabulary, dtype, backward=backward))
     return found
 
 

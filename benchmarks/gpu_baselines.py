@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from itertools import combinations_with_replacement
-from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 FP32 = torch.float32
@@ -129,23 +126,3 @@ def gram_by_stacks(lists: list[list[Tensor]]) -> Tensor:
     """A product for each tensor, of its copies in all lists laid side by side."""
     stacked = [torch.stack([x.flatten() for x in same]) for same in zip(*lists, strict=True)]
     return torch.stack([rows @ rows.T for rows in stacked])
-
-
-# ---- token_logprob ----
-
-
-def logprob(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    """All logits, in fp32 for the softmax."""
-    return -F.cross_entropy(F.linear(hidden, weight).float(), labels, reduction="none")
-
-
-def with_gradients(function: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, ...]]:
-    """The function, and the gradients of a mean of what it returns."""
-
-    def run(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
-        hidden, weight = (x.detach().requires_grad_() for x in (hidden, weight))
-        out = function(hidden, weight, labels)
-        weights: Any = torch.full_like(out, 1 / len(out))
-        return (out.detach(), *torch.autograd.grad(out, (hidden, weight), weights))
-
-    return run

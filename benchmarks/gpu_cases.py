@@ -119,8 +119,7 @@ def dot_case(
         z, g = (maker.randn(count, total, d, dtype=dtype) for count in (m, k))
         return z, g, maker.offsets(bounds)
 
-    candidates = {
-        "ours": Candidate(ops.segment_dot),
+    candidates = forms("GEFFECT_FAST_SUM_FORM", ("at_once",), ops.segment_dot) | {
         "eager": Candidate(plain.dot, plain.with_lengths),
         "einsum": Candidate(plain.dot_by_einsum, plain.with_lengths),
     }
@@ -275,8 +274,8 @@ def gram_case(
         torch.manual_seed(seed)
         return ([[maker.randn(*shape, dtype=dtype) for shape in shapes] for _ in range(k)],)
 
-    candidates = {
-        "ours": Candidate(ops.multi_tensor_gram),
+    other = ("staged",) if k > 4 and dtype != FP32 else ()
+    candidates = forms("GEFFECT_FAST_GRAM_FORM", other, ops.multi_tensor_gram) | {
         "dot_by_dot": Candidate(plain.gram_dot_by_dot),
         "stack_mm": Candidate(plain.gram_by_stacks),
     }
@@ -297,62 +296,8 @@ def gram_case(
     )
 
 
-# ---- token_logprob ----
-
-
-def logprob_cases(maker: Maker) -> Iterator[Case]:
-    """Forward, and with the gradients of hidden states and weight."""
-    for vocabulary, d in ((32000, 4096), (128256, 2048), (128256, 4096)):
-        for total in (2048, 8192):
-            priority = 0 if (vocabulary, total) == (32000, 2048) else 1
-            for backward in (True, False):
-                yield logprob_case(maker, d, vocabulary, total, backward, BF16, priority)
-    for dtype in (FP16, FP32):
-        yield logprob_case(maker, 2048, 32000, 2048, False, dtype, 2)
-
-
-def logprob_case(
-    maker: Maker,
-    d: int,
-    vocabulary: int,
-    total: int,
-    backward: bool,
-    dtype: torch.dtype,
-    priority: int,
-) -> Case:
-    """Least operations: one product, and two more for gradients, the logits being kept."""
-    d, vocabulary, total = map(maker.size, (d, vocabulary, total))
-    input_bytes = dtype.itemsize * (total + vocabulary) * d
-
-    def make(seed: int) -> Inputs:
-        torch.manual_seed(seed)
-        weight = maker.randn(vocabulary, d, dtype=dtype).div_(d**0.5)
-        labels = torch.randint(vocabulary, (total,), device=maker.device)
-        return maker.randn(total, d, dtype=dtype), weight, labels
-
-    candidates = {"ours": Candidate(ops.token_logprob), "eager": Candidate(plain.logprob)}
-    if priority == 0:
-        candidates["compile"] = maker.compiled(candidates["eager"])
-    if backward:
-        candidates = {
-            name: candidate._replace(run=plain.with_gradients(candidate.run))
-            for name, candidate in candidates.items()
-        }
-    return Case(
-        op="token_logprob",
-        shape=f"d={d} V={vocabulary} T={total}{' with gradients' if backward else ''}",
-        dtype=dtype,
-        n_bytes=input_bytes * (2 if backward else 1) + 4 * total,
-        flops=2 * total * d * vocabulary * (3 if backward else 1),
-        make=make,
-        candidates=candidates,
-        input_bytes=input_bytes,
-        priority=priority,
-    )
-
-
 # Ops with few cases first: time may run out.
-CASES = (norm_cases, dot_cases, gram_cases, pairs_cases, logprob_cases, bilinear_cases)
+CASES = (norm_cases, dot_cases, gram_cases, pairs_cases, bilinear_cases)
 
 
 def all_cases(maker: Maker) -> list[Case]:

@@ -1,8 +1,10 @@
 """Times on a GPU: events around single calls, a cold second-level cache, measured ceilings.
 
-A call's time is that of the device: the device is kept busy while the host prepares the call, for
-5 ms at most, so that no launch is waited for. What a call itself waits for on the host counts. On
-the CPU the same functions measure with the host's clock, to try a benchmark out.
+A call's time is that of the device: the device is kept busy while the host prepares the call, for 5
+ms at most, so that no launch is waited for. The cache is emptied by reading other memory: written,
+it would be full of what still has to reach memory, and the call would wait for that. What a call
+itself waits for on the host counts. On the CPU the same functions measure with the host's clock, to
+try a benchmark out.
 """
 
 from __future__ import annotations
@@ -48,7 +50,7 @@ class Timer:
         l2_bytes = 2**20
         if self.is_gpu:
             l2_bytes = getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 2**26)
-        self._flushed = torch.empty(2 * l2_bytes, dtype=torch.uint8, device=device)
+        self._read_before = torch.zeros(2 * l2_bytes // 4, dtype=torch.int32, device=device)
         self._cycles_per_second = self._clock_rate() if self.is_gpu else 0.0
 
     def measure(self, calls: Sequence[Callable[[], Any]]) -> Measured:
@@ -91,7 +93,7 @@ class Timer:
     # ---- one call ----
 
     def _once(self, call: Callable[[], Any], host_seconds: float) -> float:
-        self._flushed.zero_()
+        self._read_before.amax()
         if not self.is_gpu:
             start = time.perf_counter()
             call()

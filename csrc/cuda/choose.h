@@ -2,13 +2,15 @@
 //
 // Rules predict what every form costs from counts of operations and bytes, at rates that were
 // measured: benchmarks/bench_gpu.py times every form (GEFFECT_FAST_GHOST_FORM,
-// GEFFECT_FAST_BILINEAR_FORM), tests/ops/test_cuda_choice.py holds the rules against what it wrote.
+// GEFFECT_FAST_BILINEAR_FORM, GEFFECT_FAST_GRAM_FORM, GEFFECT_FAST_SUM_FORM),
+// tests/ops/test_cuda_choice.py holds the rules against what it wrote.
 #pragma once
 
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
+#include <string>
 #include <string_view>
 
 #include "common/dtype.h"
@@ -116,6 +118,25 @@ inline BilinearForm bilinear_form(const BilinearDevice& device, bool tensor_core
   if (forced == "cublas") return BilinearForm::kCublas;
   if (forced == "gradient" && gradients_serve) return BilinearForm::kGradient;
   return bilinear_form_by_cost(device, tensor_cores, gradients_serve, s);
+}
+
+// Whether the form `other` serves where there is a usual one and `variable` may name either.
+inline bool is_other_form(const char* variable, std::string_view usual, std::string_view other) {
+  const std::string_view forced = forced_form(variable);
+  STD_TORCH_CHECK(forced.empty() || forced == usual || forced == other, variable, " must be ",
+                  std::string(usual), " or ", std::string(other));
+  return forced == other;
+}
+
+// Whether multi_tensor_gram copies 5 to 16 lists of 16-bit elements to shared memory. No device has
+// measured that yet.
+inline bool gram_is_staged() {
+  return is_other_form("GEFFECT_FAST_GRAM_FORM", "registers", "staged");
+}
+
+// Whether second stages load the terms of several slices at once. No device has measured that yet.
+inline bool sums_slices_at_once() {
+  return is_other_form("GEFFECT_FAST_SUM_FORM", "slices", "at_once");
 }
 
 }  // namespace geffect_fast

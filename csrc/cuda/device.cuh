@@ -80,37 +80,17 @@ class Device {
                                           cudaFuncAttributeMaxDynamicSharedMemorySize,
                                           static_cast<int>(shared_bytes)));
     }
-    const cudaLaunchConfig_t config = configured(grid, block, shared_bytes);
-    STD_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, std::forward<Args>(args)...));
-  }
-
-  // The same for a kernel that calls wait_for_previous_kernel before it reads what a kernel has
-  // written: its blocks may start while the last ones of the stream's previous kernel still run.
-  template <class... Params, class... Args>
-  void launch_early(void (*kernel)(Params...), dim3 grid, dim3 block, Args&&... args) const {
-    cudaFuncAttributes code = {};
-    STD_CUDA_CHECK(cudaFuncGetAttributes(&code, reinterpret_cast<const void*>(kernel)));
-    cudaLaunchAttribute early = {};
-    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    early.val.programmaticStreamSerializationAllowed = 1;
-    cudaLaunchConfig_t config = configured(grid, block, 0);
-    config.attrs = &early;
-    // Code for older devices, which later ones may have translated, does not wait.
-    config.numAttrs = code.ptxVersion >= 90 ? 1 : 0;
+    cudaLaunchConfig_t config = {};
+    config.gridDim = grid;
+    config.blockDim = block;
+    config.dynamicSmemBytes = shared_bytes;
+    config.stream = stream_;
     STD_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, std::forward<Args>(args)...));
   }
 
  private:
   static constexpr int kWavesOfBlocks = 16;
 
-  cudaLaunchConfig_t configured(dim3 grid, dim3 block, size_t shared_bytes) const {
-    cudaLaunchConfig_t config = {};
-    config.gridDim = grid;
-    config.blockDim = block;
-    config.dynamicSmemBytes = shared_bytes;
-    config.stream = stream_;
-    return config;
-  }
   int attribute(cudaDeviceAttr name) const {
     int value = 0;
     STD_CUDA_CHECK(cudaDeviceGetAttribute(&value, name, index_));

@@ -20,18 +20,11 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
-// In a kernel of Device::launch_early: returns when the stream's previous kernel has ended and what
-// it wrote can be read.
+// In a kernel that is launched so that it may begin before the stream's previous one has ended:
+// returns when that one has ended and what it wrote can be read.
 __device__ __forceinline__ void wait_for_previous_kernel() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;\n" ::: "memory");
-#endif
-}
-
-// In the kernel before it: once all blocks have called this or ended, the next one's may start.
-__device__ __forceinline__ void let_next_kernel_start() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;\n" ::: "memory");
 #endif
 }
 

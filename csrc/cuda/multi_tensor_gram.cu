@@ -11,7 +11,14 @@
 // keeping the K x K matrix. More than 16 lists go by pairs of 8, each list being read once for
 // every 8 others. The sums of a chunk are a column of `partials`, which segment_sum adds up by
 // group. Limiter: bytes of the gradients.
+//
+// On an H100, bf16, that reads 2 or 4 lists as fast as a copy does, but 8 at 86 % and 16 at 62 % of
+// it: a warp reads 512 and 64 contiguous bytes of a list, all blocks of a multiprocessor together
+// 32 and 96 places at a time. The form `staged` multiplies 5 to 16 lists by tensor cores out of
+// shared memory, where a warp copies 1024 or 512 contiguous bytes of every list. Not yet run on a
+// GPU; predicted: at least 90 % for 8 lists and 85 % for 16.
 #include "common/tensor_lists.h"
+#include "cuda/choose.h"
 #include "cuda/chunk.cuh"
 #include "cuda/device.cuh"
 #include "cuda/intrinsics.cuh"
@@ -21,6 +28,7 @@ namespace geffect_fast {
 namespace {
 
 constexpr const char* kOp = "multi_tensor_gram";
+constexpr int kThreads = 128, kWarps = kThreads / kWarp;
 constexpr int kTableBytes = 28 * 1024;  // of the 32764 that the parameters of a kernel may take
 constexpr int64_t kMaxChunks = 16384;   // about: bounds the memory of the partial sums
 
@@ -32,6 +40,7 @@ struct Table {
   int64_t numel[kTensors], group[kTensors];
   int first_block[kTensors];
   int n_tensors;
+  int n_lists;  // those from here on repeat the last one
 
   // The tensor that `block` works on: the last that begins at it or before.
   __device__ __forceinline__ int tensor_of(int block) const {
@@ -54,6 +63,110 @@ __host__ __device__ constexpr int pair_index(int j, int k, int n_lists) {
   return j * n_lists - j * (j - 1) / 2 + k - j;
 }
 
+// A lane's share of the sums of all pairs. The lanes of a block read a unit of every list at once
+// and issue the loads of a step together.
+template <class T_, int kLists_>
+struct FmaSums {
+  using T = T_;
+  static constexpr int kLists = kLists_, kPairs = kLists * (kLists + 1) / 2;
+  static constexpr int kLoads = kLists, kUnit = kThreads * kVector<T>;
+  static constexpr int kStep = kUnit * ceil_div(kLoadsAtOnce, kLoads);
+  // Blocks of a multiprocessor, hence at most 80, 128 or 255 registers; and the least bytes of a
+  // chunk in all lists, so that reading it takes longer than looking it up and adding up its sums.
+  static constexpr int kBlocks = kLists <= 4 ? 6 : kLists <= 8 ? 4 : 2;
+  static constexpr int64_t kChunkBytes = kLists <= 8 ? 128 * 1024 : 512 * 1024;
+  static constexpr int kEntries = kPairs, kSharedBytes = 0;
+
+  float sums[kPairs] = {};
+
+  // The list and the first element in a unit that this lane loads.
+  static __device__ __forceinline__ int list(int load) { return load; }
+  static __device__ __forceinline__ int element() { return threadIdx.x * kVector<T>; }
+
+  __device__ __forceinline__ void add(const uint4 (&chunks)[kLoads]) {
+    float x[kLists][kVector<T>];
+#pragma unroll
+    for (int j = 0; j < kLists; ++j) unpack(chunks[j], x[j], T{});
+#pragma unroll
+    for (int e = 0; e < kVector<T>; ++e) {
+#pragma unroll
+      for (int j = 0; j < kLists; ++j) {
+#pragma unroll
+        for (int k = j; k < kLists; ++k) {
+          float& sum = sums[pair_index(j, k, kLists)];
+          sum = fmaf(x[j][e], x[k][e], sum);
+        }
+      }
+    }
+  }
+
+  // Writes the sums of the warp to entries[kEntries].
+  __device__ __forceinline__ void store_warp(float* entries) const {
+    const int lane = threadIdx.x % kWarp;
+#pragma unroll
+    for (int first = 0; first < kPairs; first += kWarp) {
+      float part[kWarp];
+#pragma unroll
+      for (int i = 0; i < kWarp; ++i) part[i] = first + i < kPairs ? sums[first + i] : 0.f;
+      const float total = warp_sum_each(part);
+      if (first + lane < kPairs) entries[first + lane] = total;
+    }
+  }
+  static __device__ __forceinline__ int entry(int pair) { return pair; }
+};
+
+// A warp's 16 x 16 sums. The order of elements in a sum is free, so the words that a lane loads of
+// lists q and q + 8 are its part of the left factor and of both halves of the right one.
+template <class T_>
+struct TensorCoreSums {
+  using T = T_;
+  static constexpr int kLists = 16, kPairs = 136;
+  static constexpr int kLoads = 2, kUnit = kThreads / 8 * kVector<T>;
+  static constexpr int kStep = kUnit * ceil_div(kLoadsAtOnce, kLoads);
+  static constexpr int kBlocks = 6;
+  static constexpr int64_t kChunkBytes = 128 * 1024;
+  static constexpr int kEntries = 256, kSharedBytes = 0;
+
+  float sums[2][4] = {};
+
+  static __device__ __forceinline__ int list(int load) {
+    return threadIdx.x % kWarp / 4 + 8 * load;
+  }
+  static __device__ __forceinline__ int element() {
+    return (threadIdx.x / kWarp * 4 + threadIdx.x % 4) * kVector<T>;
+  }
+
+  __device__ __forceinline__ void add(const uint4 (&chunks)[kLoads]) {
+    const uint4 low = chunks[0], high = chunks[1];
+    // Tensor cores truncate their sums: 32 products there, the rest by additions in fp32.
+    float tiles[2][4] = {};
+    multiply_add<T>(tiles[0], {low.x, high.x, low.y, high.y}, {low.x, low.y});
+    multiply_add<T>(tiles[1], {low.x, high.x, low.y, high.y}, {high.x, high.y});
+    multiply_add<T>(tiles[0], {low.z, high.z, low.w, high.w}, {low.z, low.w});
+    multiply_add<T>(tiles[1], {low.z, high.z, low.w, high.w}, {high.z, high.w});
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      sums[0][i] += tiles[0][i];
+      sums[1][i] += tiles[1][i];
+    }
+  }
+
+  __device__ __forceinline__ void store_warp(float* entries) const {
+    const int q = threadIdx.x % kWarp / 4, r = threadIdx.x % 4 * 2;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int at = (q + i / 2 * 8) * 16 + r + i % 2;
+      entries[at] = sums[0][i];
+      entries[at + 8] = sums[1][i];
+    }
+  }
+  static __device__ __forceinline__ int entry(int pair) {
+    int row = 0;
+    while (pair >= 16 - row) pair -= 16 - row++;
+    return row * 16 + row + pair;
+  }
+};
+
 // The first `left` elements from `at`, wherever it lies, and zeros.
 template <class T>
 __device__ __forceinline__ uint4 load_elements(const T* at, int64_t left) {
@@ -74,115 +187,31 @@ __device__ __forceinline__ uint4 load_elements(const T* at, int64_t left) {
 template <int kLists>
 struct GramChunk {
   const void* const (&lists)[kLists];
-  int n_lists;  // those from here on repeat the last one
+  int n_lists;
   int64_t begin, end;
   bool is_aligned;  // every list begins on 16 bytes
 };
 
-// A lane's share of the sums of all pairs. The lanes of a block read a unit of every list at once
-// and issue the loads of a step together.
-template <class T_, int kLists_, int kWarps_ = 4,
-          int kBlocks_ = kLists_ <= 4   ? 6
-                         : kLists_ <= 8 ? 4
-                                        : 2>
-struct FmaSums {
+// A warp's kLists x kLists sums of 16-bit elements, kLists being 8 or 16. A stage is what a warp
+// multiplies at once: kRow contiguous bytes of every list. The warp copies it to shared memory
+// while it multiplies the stage before, and waits for no other warp. The 16 bytes with number c of
+// list j lie in place c ^ (j % 8) of its row: both a copy and a matrix of eight lists use all
+// banks.
+template <class T_, int kLists_>
+struct StagedSums {
   using T = T_;
   static constexpr int kLists = kLists_, kPairs = kLists * (kLists + 1) / 2;
-  static constexpr int kWarps = kWarps_, kUnit = kWarps * kWarp * kVector<T>;
-  static constexpr int kUnroll = ceil_div(kLoadsAtOnce, kLists), kStep = kUnit * kUnroll;
-  // Blocks of a multiprocessor, hence at most 80, 128 or 255 registers; and the least bytes of a
-  // chunk in all lists, so that reading it takes longer than looking it up and adding up its sums.
-  static constexpr int kBlocks = kBlocks_;
-  static constexpr int64_t kChunkBytes = kLists <= 8 ? 128 * 1024 : 512 * 1024;
-  static constexpr int kEntries = kPairs, kSharedBytes = 0;
-
-  float sums[kPairs] = {};
-
-  __device__ __forceinline__ void add(const uint4 (&chunks)[kLists]) {
-    float x[kLists][kVector<T>];
-#pragma unroll
-    for (int j = 0; j < kLists; ++j) unpack(chunks[j], x[j], T{});
-#pragma unroll
-    for (int e = 0; e < kVector<T>; ++e) {
-#pragma unroll
-      for (int j = 0; j < kLists; ++j) {
-#pragma unroll
-        for (int k = j; k < kLists; ++k) {
-          float& sum = sums[pair_index(j, k, kLists)];
-          sum = fmaf(x[j][e], x[k][e], sum);
-        }
-      }
-    }
-  }
-
-  __device__ __forceinline__ void add(const GramChunk<kLists>& chunk) {
-    const T* lists[kLists];
-#pragma unroll
-    for (int j = 0; j < kLists; ++j) {
-      lists[j] = static_cast<const T*>(chunk.lists[j]) + threadIdx.x * kVector<T>;
-    }
-    int64_t at = chunk.begin;
-    if (chunk.is_aligned) {
-#pragma unroll 1
-      for (; at + kStep <= chunk.end; at += kStep) {
-        uint4 chunks[kUnroll][kLists];
-#pragma unroll
-        for (int u = 0; u < kUnroll; ++u) {
-#pragma unroll
-          for (int j = 0; j < kLists; ++j) {
-            chunks[u][j] = *reinterpret_cast<const uint4*>(lists[j] + at + u * kUnit);
-          }
-        }
-        __syncwarp();  // keeps the compiler from using a load before it has issued the others
-#pragma unroll
-        for (int u = 0; u < kUnroll; ++u) add(chunks[u]);
-      }
-    }
-#pragma unroll 1
-    for (; at < chunk.end; at += kUnit) {
-      const int64_t left = chunk.end - at - threadIdx.x * kVector<T>;
-      uint4 chunks[kLists];
-#pragma unroll
-      for (int j = 0; j < kLists; ++j) chunks[j] = load_elements(lists[j] + at, left);
-      add(chunks);
-    }
-  }
-
-  // Writes the sums of the warp to entries[kEntries].
-  __device__ __forceinline__ void store_warp(float* entries) const {
-    const int lane = threadIdx.x % kWarp;
-#pragma unroll
-    for (int first = 0; first < kPairs; first += kWarp) {
-      float part[kWarp];
-#pragma unroll
-      for (int i = 0; i < kWarp; ++i) part[i] = first + i < kPairs ? sums[first + i] : 0.f;
-      const float total = warp_sum_each(part);
-      if (first + lane < kPairs) entries[first + lane] = total;
-    }
-  }
-  static __device__ __forceinline__ int entry(int pair) { return pair; }
-};
-
-// A warp's kLists x kLists sums of 16-bit elements. A stage is what a warp multiplies at once: kRow
-// contiguous bytes of every list, copied to shared memory kStages - 1 stages ahead by this warp
-// alone, so that warps never wait for each other. The 16 bytes with number c of list j lie in place
-// c ^ (j % 8) of its row: both the copy's lanes and the rows of a matrix use different banks.
-template <class T_, int kLists_, int kWarps_, int kStages_, int kStageBytes_ = 8192>
-struct TensorCoreSums {
-  using T = T_;
-  static constexpr int kLists = kLists_, kPairs = kLists * (kLists + 1) / 2;
-  static_assert(kLists == 8 || kLists == 16);
-  static constexpr int kWarps = kWarps_, kStages = kStages_, kStageBytes = kStageBytes_;
+  static constexpr int kStages = 2, kStageBytes = 8192;
   static constexpr int kRow = kStageBytes / kLists, kPlaces = kRow / 16;
   static constexpr int kWarpStep = kRow / sizeof(T), kStep = kWarps * kWarpStep;
   static constexpr int kSharedBytes = kWarps * kStages * kStageBytes;
-  static constexpr int kBlocks = 200 * 1024 / kSharedBytes;
+  static constexpr int kBlocks = 3;  // whose stages a multiprocessor of Hopper holds
   static constexpr int64_t kChunkBytes = 128 * 1024;
   static constexpr int kEntries = kLists * kLists;
 
   float sums[kLists / 8][4] = {};
 
-  // Starts copying this warp's elements from `at` on.
+  // Starts copying this warp's elements from `at` on, and zeros from the chunk's end on.
   static __device__ __forceinline__ void load(const GramChunk<kLists>& chunk, int64_t at,
                                               unsigned char* stage) {
     const int lane = threadIdx.x % kWarp;
@@ -195,9 +224,9 @@ struct TensorCoreSums {
         const int64_t first = at + (c + lane) * kVector<T>, left = chunk.end - first;
         unsigned char* const place = stage + j * kRow + ((c + lane) ^ j % 8) * 16;
         if (chunk.is_aligned) {
-          const int bytes = static_cast<int>(
-              max(int64_t{0}, min(left * static_cast<int64_t>(sizeof(T)), int64_t{16})));
-          copy_async_16(place, list + (left > 0 ? first : chunk.begin), bytes);
+          const int64_t elements = max(int64_t{0}, min(left, int64_t{kVector<T>}));
+          copy_async_16(place, list + (left > 0 ? first : chunk.begin),
+                        static_cast<int>(elements * sizeof(T)));
         } else {
           *reinterpret_cast<uint4*>(place) = load_elements(list + first, left);
         }
@@ -205,12 +234,12 @@ struct TensorCoreSums {
     }
   }
 
-  // Lists q and q + 8 of 16 columns are a warp's left factor and the two halves of its right one.
+  // A matrix of eight lists is part of the left factor and of the right one; that of lists 8 to 15
+  // is the lower half of the left one.
   __device__ __forceinline__ void multiply(const unsigned char* stage) {
     const int matrix = threadIdx.x % kWarp / 8, row = threadIdx.x % 8;
-    const int list = kLists == 16 ? matrix % 2 * 8 + row : row;
-    const unsigned char* const own = stage + list * kRow;
-#pragma unroll
+    const unsigned char* const own = stage + (kLists == 16 ? matrix % 2 * 8 + row : row) * kRow;
+#pragma unroll 2
     for (int c = 0; c < kPlaces; c += 4) {
       // Tensor cores truncate their sums: 32 products there, the rest by additions in fp32.
       float tiles[kLists / 8][4] = {};
@@ -245,24 +274,16 @@ struct TensorCoreSums {
         *reinterpret_cast<uint4*>(stages + s * kStageBytes + at) = {};
       }
     }
-    const int64_t from = chunk.begin + warp * kWarpStep;
-    const int64_t steps = from < chunk.end ? ceil_div(chunk.end - from, int64_t{kStep}) : 0;
-    for (int s = 0; s < kStages - 1; ++s) {
-      if (s < steps) load(chunk, from + s * kStep, stages + s * kStageBytes);
-      copy_async_commit();
-    }
-    int stage = 0, next = kStages - 1;
+    int64_t at = chunk.begin + warp * kWarpStep;
+    if (at < chunk.end) load(chunk, at, stages);
+    copy_async_commit();
 #pragma unroll 1
-    for (int64_t step = 0; step < steps; ++step) {
-      copy_async_wait<kStages - 2>();
-      __syncwarp();  // the other lanes' copies are there, and they have read stage `next`
-      if (step + kStages - 1 < steps) {
-        load(chunk, from + (step + kStages - 1) * kStep, stages + next * kStageBytes);
-      }
+    for (int stage = 0; at < chunk.end; at += kStep, stage ^= 1) {
+      copy_async_wait<0>();
+      __syncwarp();  // the other lanes' copies are there, and the other stage has been read
+      if (at + kStep < chunk.end) load(chunk, at + kStep, stages + (stage ^ 1) * kStageBytes);
       copy_async_commit();
       multiply(stages + stage * kStageBytes);
-      stage = stage + 1 < kStages ? stage + 1 : 0;
-      next = next + 1 < kStages ? next + 1 : 0;
     }
   }
 
@@ -283,13 +304,51 @@ struct TensorCoreSums {
   }
 };
 
+// Adds a chunk's products by what every lane loads.
+template <class Sums>
+__device__ __forceinline__ void add_from_registers(Sums& sums,
+                                                   const GramChunk<Sums::kLists>& chunk) {
+  using T = typename Sums::T;
+  constexpr int kLoads = Sums::kLoads, kUnroll = Sums::kStep / Sums::kUnit;
+  const T* lists[kLoads];
+#pragma unroll
+  for (int i = 0; i < kLoads; ++i) {
+    lists[i] = static_cast<const T*>(chunk.lists[Sums::list(i)]) + Sums::element();
+  }
+  int64_t at = chunk.begin;
+  if (chunk.is_aligned) {
+#pragma unroll 1
+    for (; at + Sums::kStep <= chunk.end; at += Sums::kStep) {
+      uint4 chunks[kUnroll][kLoads];
+#pragma unroll
+      for (int u = 0; u < kUnroll; ++u) {
+#pragma unroll
+        for (int i = 0; i < kLoads; ++i) {
+          chunks[u][i] = *reinterpret_cast<const uint4*>(lists[i] + at + u * Sums::kUnit);
+        }
+      }
+      __syncwarp();  // keeps the compiler from using a load before it has issued the others
+#pragma unroll
+      for (int u = 0; u < kUnroll; ++u) sums.add(chunks[u]);
+    }
+  }
+#pragma unroll 1
+  for (; at < chunk.end; at += Sums::kUnit) {
+    uint4 chunks[kLoads];
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) {
+      chunks[i] = load_elements(lists[i] + at, chunk.end - at - Sums::element());
+    }
+    sums.add(chunks);
+  }
+}
+
 // Column first_chunk + blockIdx.x of partials (kPairs, n_chunks), and its group.
 template <class Sums>
-__global__ void __launch_bounds__(Sums::kWarps* kWarp, Sums::kBlocks)
-    multi_tensor_gram_kernel(const __grid_constant__ Table<Sums::kLists> table, int n_lists,
-                             int64_t chunk_size, int64_t first_chunk, int64_t n_chunks,
-                             float* __restrict__ partials, int64_t* __restrict__ chunk_groups) {
-  constexpr int kWarps = Sums::kWarps;
+__global__ void __launch_bounds__(kThreads, Sums::kBlocks)
+    multi_tensor_gram_kernel(const __grid_constant__ Table<Sums::kLists> table, int64_t chunk_size,
+                             int64_t first_chunk, int64_t n_chunks, float* __restrict__ partials,
+                             int64_t* __restrict__ chunk_groups) {
   __shared__ float warp_sums[kWarps][Sums::kEntries];
   const int tensor = table.tensor_of(blockIdx.x);
   const int64_t begin = int64_t{blockIdx.x - table.first_block[tensor]} * chunk_size;
@@ -299,17 +358,22 @@ __global__ void __launch_bounds__(Sums::kWarps* kWarp, Sums::kBlocks)
     is_aligned = is_aligned && reinterpret_cast<uintptr_t>(table.data[tensor][j]) % 16 == 0;
   }
   Sums sums;
-  sums.add(GramChunk<Sums::kLists>{table.data[tensor], n_lists, begin, end, is_aligned});
+  const GramChunk<Sums::kLists> chunk{table.data[tensor], table.n_lists, begin, end, is_aligned};
+  if constexpr (Sums::kSharedBytes > 0) {
+    sums.add(chunk);
+  } else {
+    add_from_registers(sums, chunk);
+  }
 
   sums.store_warp(warp_sums[threadIdx.x / kWarp]);
   __syncthreads();
-  const int64_t chunk = first_chunk + blockIdx.x;
-  for (int pair = threadIdx.x; pair < Sums::kPairs; pair += kWarps * kWarp) {
+  const int64_t column = first_chunk + blockIdx.x;
+  for (int pair = threadIdx.x; pair < Sums::kPairs; pair += kThreads) {
     float total = 0.f;
     for (int warp = 0; warp < kWarps; ++warp) total += warp_sums[warp][Sums::entry(pair)];
-    partials[pair * n_chunks + chunk] = total;
+    partials[pair * n_chunks + column] = total;
   }
-  if (threadIdx.x == 0) chunk_groups[chunk] = table.group[tensor];
+  if (threadIdx.x == 0) chunk_groups[column] = table.group[tensor];
 }
 
 // The chunks of each group, found in their groups, which never decrease.
@@ -384,6 +448,7 @@ void launch_multi_tensor_gram(const Device& device, const std::vector<Parameter>
   int64_t first_chunk = 0;
   int n_blocks = 0;
   table.n_tensors = 0;
+  table.n_lists = lists.n;
   for (size_t p = 0; p < parameters.size(); ++p) {
     const int i = table.n_tensors++;
     for (int j = 0; j < Sums::kLists; ++j) {
@@ -394,9 +459,9 @@ void launch_multi_tensor_gram(const Device& device, const std::vector<Parameter>
     table.first_block[i] = n_blocks;
     n_blocks += static_cast<int>(ceil_div(parameters[p].numel, chunk_size));
     if (table.n_tensors == LaunchTable::kTensors || p + 1 == parameters.size()) {
-      device.launch(multi_tensor_gram_kernel<Sums>, grid_for(n_blocks, n_blocks),
-                    dim3(Sums::kWarps * kWarp), Sums::kSharedBytes, table, lists.n, chunk_size,
-                    first_chunk, n_chunks, partials_data, groups_data);
+      device.launch(multi_tensor_gram_kernel<Sums>, grid_for(n_blocks, n_blocks), dim3(kThreads),
+                    Sums::kSharedBytes, table, chunk_size, first_chunk, n_chunks, partials_data,
+                    groups_data);
       first_chunk += n_blocks;
       n_blocks = table.n_tensors = 0;
     }
@@ -407,9 +472,15 @@ void launch_multi_tensor_gram(const Device& device, const std::vector<Parameter>
       Grams{static_cast<float*>(out.mutable_data_ptr()), out.size(1), lists, Sums::kLists});
 }
 
-// Calls body with the sums of the fewest lists that hold n of them.
+// Calls body with the sums of the fewest lists that hold n of them, or with staged ones.
 template <class T, class Body>
 void dispatch_lists(int n, const Body& body) {
+  const bool is_staged = gram_is_staged();
+  if constexpr (sizeof(T) == 2) {
+    if (is_staged && n > 4) {
+      return n <= 8 ? body(StagedSums<T, 8>{}) : body(StagedSums<T, 16>{});
+    }
+  }
   switch (n) {
     case 1:
       return body(FmaSums<T, 1>{});
@@ -429,7 +500,7 @@ void dispatch_lists(int n, const Body& body) {
       return body(FmaSums<T, 8>{});
   }
   if constexpr (sizeof(T) == 2) {
-    body(TensorCoreSums<T, 16, 4, 2>{});
+    body(TensorCoreSums<T>{});
   } else if (n <= 12) {
     body(FmaSums<T, 12>{});
   } else {

@@ -133,7 +133,6 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
   const int chunks = static_cast<int>(min(n_chunks - begin, int64_t{p.slice_chunks}));
   // What is left of a row after its last 16 bytes.
   const int tail = kWidth > 1 && blockIdx.x + 1 == gridDim.x ? static_cast<int>(p.d % kWidth) : 0;
-  let_next_kernel_start();
   for (int64_t token = int64_t{blockIdx.y} * kWarps + threadIdx.x / kWarp; token < p.total;
        token += int64_t{gridDim.y} * kWarps) {
     for (int64_t k0 = 0; k0 < p.g.count; k0 += Traits::kKTile) {

@@ -6,58 +6,69 @@
 //
 // terms (slices, rows, total) in fp32, summed in double in an order that only the segments decide.
 // A warp owns one (r, i); a long segment is summed by the whole block, whatever the others'
-// lengths. Limiter: latency; the terms come from the second-level cache. So a lane has kInFlight
-// loads on their way, of all slices, and the kernel is started before the first stage has ended.
+// lengths. Limiter: latency; the terms come from the second-level cache.
+//
+// A lane waits for the terms of one slice before it loads those of the next. The form `at_once`
+// loads kAtOnce terms of whatever slices, then adds. Not yet run on a GPU; predicted from what an
+// H100 took with 1, 2, 6 and 16 slices: 1.2 us less a slice beyond the first.
 #pragma once
 
 #include <cmath>
 
+#include "cuda/choose.h"
 #include "cuda/device.cuh"
-#include "cuda/intrinsics.cuh"
 #include "cuda/offsets.cuh"
 #include "cuda/vector.cuh"
 
 namespace geffect_fast {
 
 struct SegmentSum {
-  static constexpr int kThreads = 512;
+  static constexpr int kThreads = 1024;
   static constexpr int kWarps = kThreads / kWarp;
-  static constexpr int kInFlight = 16;
-  // Terms of one result from which a block sums them: where it has no other result, as soon as a
-  // warp would wait for loads twice; else where many waits of one warp keep the others waiting.
-  static constexpr int64_t kLongAlone = kInFlight * kWarp, kLong = 4 * kLongAlone;
+  // Terms of one result from which a block sums faster than a warp: eight loads in flight a lane,
+  // eight times over.
+  static constexpr int64_t kLong = 2048;
+  static constexpr int kAtOnce = 16;
 };
 
-// This thread's share of a row over [begin, end) in all slices: every `team`-th token from begin +
-// `member`, slice by slice.
+// This thread's share of row `row` over [begin, end): every `team`-th token from begin + `member`,
+// slice by slice. Both forms add in this order.
+template <bool kSlicesAtOnce>
 __device__ __forceinline__ double sum_of_share(const float* terms, int64_t slices,
                                                int64_t slice_stride, int64_t begin, int64_t end,
                                                int member, int team) {
-  const int64_t first = begin + member;
   double sum = 0;
-  if (first >= end) return sum;
-  int64_t t = first;
-  while (slices > 0) {
-    float part[SegmentSum::kInFlight];
+  if constexpr (kSlicesAtOnce) {
+    const int64_t first = begin + member;
+    int64_t left = first < end ? slices : 0, t = first;
+    while (left > 0) {
+      float loaded[SegmentSum::kAtOnce];
 #pragma unroll
-    for (int u = 0; u < SegmentSum::kInFlight; ++u) {
-      part[u] = slices > 0 ? terms[t] : 0.f;
-      t += team;
-      if (t >= end) {
-        t = first;
-        terms += slice_stride;
-        --slices;
+      for (int u = 0; u < SegmentSum::kAtOnce; ++u) {
+        loaded[u] = left > 0 ? terms[t] : 0.f;
+        t += team;
+        if (t >= end) {
+          t = first;
+          terms += slice_stride;
+          --left;
+        }
       }
-    }
 #pragma unroll
-    for (int u = 0; u < SegmentSum::kInFlight; ++u) sum += part[u];
+      for (int u = 0; u < SegmentSum::kAtOnce; ++u) sum += loaded[u];
+    }
+  } else {
+    for (int64_t slice = 0; slice < slices; ++slice) {
+      const float* from = terms + slice * slice_stride;
+#pragma unroll 8
+      for (int64_t t = begin + member; t < end; t += team) sum += from[t];
+    }
   }
   return sum;
 }
 
 // Segments: n of them over `total` terms, with begin(i), end(i), is_valid(i). Result: store(r, i,
 // sum). A segment that is not valid gets NaN, and 1 is stored in *report.
-template <class Segments, class Result>
+template <bool kSlicesAtOnce, class Segments, class Result>
 __global__ void __launch_bounds__(SegmentSum::kThreads)
     segment_sum_kernel(const float* __restrict__ terms, int64_t slices, int64_t rows,
                        const Segments segments, int* report, const Result result) {
@@ -66,8 +77,6 @@ __global__ void __launch_bounds__(SegmentSum::kThreads)
   __shared__ int is_long[kWarps];
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   const int64_t n_results = rows * segments.n, slice_stride = rows * segments.total;
-  const int64_t long_from = n_results <= gridDim.x ? SegmentSum::kLongAlone : SegmentSum::kLong;
-  wait_for_previous_kernel();
 
   // Neighbouring results go to different blocks, so that few results still fill the device.
   const int64_t step = gridDim.x;
@@ -78,11 +87,12 @@ __global__ void __launch_bounds__(SegmentSum::kThreads)
       const int64_t row = own / segments.n, i = own % segments.n;
       const int64_t begin = segments.begin(i), end = segments.end(i);
       const bool valid = segments.is_valid(i);
-      own_is_long = valid && (end - begin) * slices >= long_from;
+      own_is_long = valid && (end - begin) * slices >= SegmentSum::kLong;
       if (!own_is_long) {
-        const double sum = valid ? warp_sum(sum_of_share(terms + row * segments.total, slices,
+        const double sum =
+            valid ? warp_sum(sum_of_share<kSlicesAtOnce>(terms + row * segments.total, slices,
                                                          slice_stride, begin, end, lane, kWarp))
-                                 : NAN;
+                  : NAN;
         if (lane == 0) result.store(row, i, sum);
         if (lane == 0 && !valid) {
           *report = 1;
@@ -96,9 +106,9 @@ __global__ void __launch_bounds__(SegmentSum::kThreads)
       if (!is_long[other]) continue;
       const int64_t shared = first + other * step;
       const int64_t row = shared / segments.n, i = shared % segments.n;
-      const double sum = warp_sum(
-          sum_of_share(terms + row * segments.total, slices, slice_stride, segments.begin(i),
-                       segments.end(i), static_cast<int>(threadIdx.x), SegmentSum::kThreads));
+      const double sum = warp_sum(sum_of_share<kSlicesAtOnce>(
+          terms + row * segments.total, slices, slice_stride, segments.begin(i), segments.end(i),
+          static_cast<int>(threadIdx.x), SegmentSum::kThreads));
       if (lane == 0) partial[warp] = sum;
       __syncthreads();
       if (warp == 0) {
@@ -130,9 +140,15 @@ void launch_segment_sum(const Device& device, const float* terms, int64_t slices
                         const Segments& segments, int* report, const Result& result) {
   const int64_t n_results = rows * segments.n;
   if (n_results == 0) return;
-  device.launch_early(segment_sum_kernel<Segments, Result>,
-                      grid_for(n_results, 4 * device.n_multiprocessors()),
-                      dim3(SegmentSum::kThreads), terms, slices, rows, segments, report, result);
+  const auto launch = [&](auto kernel) {
+    device.launch(kernel, grid_for(n_results, 2 * device.n_multiprocessors()),
+                  dim3(SegmentSum::kThreads), 0, terms, slices, rows, segments, report, result);
+  };
+  if (sums_slices_at_once()) {
+    launch(segment_sum_kernel<true, Segments, Result>);
+  } else {
+    launch(segment_sum_kernel<false, Segments, Result>);
+  }
 }
 
 // A row-major (rows, n) matrix.

@@ -4,7 +4,7 @@ Common to all: bfloat16, float16, float32 or float64 inputs of one dtype and any
 fp32 or better; results in float32 (float64 for float64 inputs); bitwise equal from run to run;
 packed sequences by `cu_seqlens` offsets, an empty segment giving 0. The ops measure: an input that
 requires grad while grad mode is on, or that carries a forward-mode tangent, is an error, never a
-silent detach. Only `token_logprob` has derivatives.
+silent detach.
 
 On CUDA, any strides are served too; operands of matrix products whose rows have gaps between
 elements or do not begin on 16 bytes, and gradients that are not dense in one layout, are copied.
@@ -12,7 +12,6 @@ elements or do not begin on 16 bytes, and gradients that are not dense in one la
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -24,12 +23,10 @@ from geffect_fast.ops.backend import force_reference, providers
 from geffect_fast.ops.checks import (
     check_alike,
     check_cu_seqlens,
-    check_labels,
     check_rows,
     check_size,
     check_tensor,
 )
-from geffect_fast.ops.token_logprob import IGNORED, TokenLogprob
 
 __all__ = [
     "force_reference",
@@ -39,7 +36,6 @@ __all__ = [
     "providers",
     "segment_bilinear",
     "segment_dot",
-    "token_logprob",
 ]
 
 ANY_RANK = tuple(range(65))
@@ -258,64 +254,3 @@ def ghost_dot(
     check_size(op, "a2", a2, 1, a.shape[1], "`a` (d_in)")
     check_size(op, "g2", g2, 1, g.shape[1], "`g` (d_out)")
     return backend.call(op, a.device, a, g, cu_seqlens, a2, g2, cu_seqlens2)
-
-
-def token_logprob(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    *,
-    bias: Tensor | None = None,
-    scale: float = 1.0,
-    softcap: float | None = None,
-) -> Tensor:
-    """Log-probability of every token's label under an lm_head, the logits never held whole.
-
-        x_t = scale (weight hidden_t + bias),  after softcap: softcap tanh(x_t / softcap)
-        out[t] = x_t[label_t] - log sum_v exp(x_t[v])
-
-    Differentiable once, in reverse and in forward mode, by hidden, weight and bias. Every token's
-    result has an incoming gradient of its own, and one forward serves several backwards
-    (`retain_graph=True`); each computes the logits again.
-
-    Args:
-        hidden: inputs of the lm_head `(total_tokens, d_in)`.
-        weight: `(vocabulary, d_in)`.
-        labels: int64 `(total_tokens,)`; where it is -100 the result and the gradients are 0.
-        bias: `(vocabulary,)`.
-        scale: factor of the logits, such as Cohere's `logit_scale` or 1 / Granite's
-            `logits_scaling`.
-        softcap: Gemma 2's `final_logit_softcapping`; None: none.
-
-    Returns:
-        `(total_tokens,)`, float32 (float64 for float64 inputs).
-
-    Raises:
-        InputError: a shape, dtype, device or label that does not fit; a second derivative. On a GPU
-            labels are not read: outside of the vocabulary they give NaN.
-
-    Source: the log-likelihood that every objective is made of.
-
-        h, w, labels = torch.randn(5, 3, requires_grad=True), torch.randn(9, 3), torch.arange(5)
-        logprob = token_logprob(h, w, labels)   # F.log_softmax(h @ w.T, -1)[range(5), labels]
-        logprob.backward(torch.linspace(0, 1, 5))   # h.grad, with a weight a token
-    """
-    op = "token_logprob"
-    check_tensor(op, "hidden", hidden, (2,))
-    check_tensor(op, "weight", weight, (2,))
-    check_alike(op, ("hidden", hidden), ("weight", weight))
-    check_size(op, "weight", weight, 1, hidden.shape[1], "`hidden` (d_in)")
-    if weight.shape[0] == 0:
-        raise InputError(f"{op}: `weight` has no rows; the vocabulary is empty")
-    if bias is not None:
-        check_tensor(op, "bias", bias, (1,))
-        check_alike(op, ("hidden", hidden), ("bias", bias))
-        check_size(op, "bias", bias, 0, weight.shape[0], "`weight` (vocabulary)")
-    check_labels(op, labels, hidden, weight.shape[0], IGNORED)
-    if not math.isfinite(scale):
-        raise InputError(f"{op}: `scale` must be finite, got {scale}")
-    if softcap is not None and not (math.isfinite(softcap) and softcap > 0):
-        raise InputError(f"{op}: `softcap` must be positive and finite, got {softcap}")
-    args = (hidden, weight, bias, labels, float(scale), float(softcap or 0))
-    logprob: Tensor = TokenLogprob.apply(*args)[0]
-    return logprob

@@ -126,14 +126,14 @@ def _say_once(device: str) -> None:
 def providers() -> list[ProviderRow]:
     """Return who serves every op on every device of this machine, with the reason."""
     devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
-    return [_provider(op, device) for op in schema.FUNCTIONS for device in devices]
+    return [_provider(op, device) for op in schema.SCHEMAS for device in devices]
 
 
 def _provider(op: str, device: str) -> ProviderRow:
     if reference_is_forced():
         return ProviderRow(op, device, "reference", "forced by force_reference()")
     missing = _why_missing(device)
-    if missing is not None or not all(has_native(part, device) for part in schema.FUNCTIONS[op]):
+    if missing is not None or not has_native(op, device):
         reason = missing or "plain torch is as fast: no native kernel is kept"
         return ProviderRow(op, device, "reference", reason)
     reason = "native library loaded"

@@ -94,28 +94,3 @@ def check_rows(
         check_alike(op, (a_name, a), (g_name, gradient))
         check_size(op, g_name, gradient, 0, a.shape[0], f"`{a_name}` (total_tokens)")
     check_cu_seqlens(op, offsets_name, cu_seqlens, a.shape[0], a.device)
-
-
-def check_labels(op: str, labels: Tensor, hidden: Tensor, vocabulary: int, ignored: int) -> None:
-    """Require a label in 0..vocabulary-1, or `ignored`, for every row of `hidden`.
-
-    The content is read on CPU tensors only, as with offsets.
-    """
-    if not isinstance(labels, Tensor) or labels.dtype != torch.int64:
-        found = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
-        raise InputError(f"{op}: `labels` must be an int64 tensor, got {found}")
-    if labels.shape != hidden.shape[:1]:
-        raise InputError(
-            f"{op}: `labels` must have shape (total_tokens,) = {tuple(hidden.shape[:1])},"
-            f" got {tuple(labels.shape)}"
-        )
-    if labels.device != hidden.device:
-        raise InputError(f"{op}: `labels` is on {labels.device} but `hidden` is on {hidden.device}")
-    if labels.device.type != "cpu" or torch.compiler.is_compiling():
-        return
-    wrong = labels[((labels < 0) | (labels >= vocabulary)) & (labels != ignored)]
-    if wrong.numel() > 0:
-        raise InputError(
-            f"{op}: `labels` must lie in 0..{vocabulary - 1} or be {ignored} (ignored),"
-            f" got {int(wrong[0])}"
-        )

@@ -31,24 +31,12 @@ SCHEMAS = {
     ),
 }
 
-# What `token_logprob` is made of, `ghost_norm` of several gradients, and what capture alone calls.
+# `ghost_norm` of several gradients, and what capture alone calls.
 PART_SCHEMAS = {
     "segment_product": "(Tensor x, Tensor y, Tensor cu_seqlens) -> Tensor",
     "ghost_norm_of_one_input": "(Tensor a, Tensor[] g, Tensor cu_seqlens) -> Tensor",
     "token_grams": "(Tensor a, Tensor cu_seqlens) -> Tensor",
     "ghost_norm_of_grams": "(Tensor grams, Tensor[] g, Tensor cu_seqlens) -> Tensor",
-    "token_logprob_rows": (
-        "(Tensor product, Tensor labels, int first, float scale, float softcap) -> Tensor"
-    ),
-    "token_logprob_rows_backward": (
-        "(Tensor product, Tensor labels, int first, float scale, float softcap, Tensor normaliser,"
-        " Tensor grad, ScalarType dtype) -> Tensor"
-    ),
-}
-
-# The ops behind every function of `geffect_fast.ops`.
-FUNCTIONS = {op: (op,) for op in SCHEMAS} | {
-    "token_logprob": ("token_logprob_rows", "token_logprob_rows_backward")
 }
 
 REFERENCES: dict[str, Callable[..., Tensor]] = {
@@ -104,25 +92,6 @@ def _fake_ghost_dot(
     return a.new_empty(shape, dtype=accumulation_dtype(a.dtype))
 
 
-def _fake_token_logprob_rows(
-    product: Tensor, labels: Tensor, first: int, scale: float, softcap: float
-) -> Tensor:
-    return product.new_empty((3, product.shape[0]), dtype=accumulation_dtype(product.dtype))
-
-
-def _fake_token_logprob_rows_backward(
-    product: Tensor,
-    labels: Tensor,
-    first: int,
-    scale: float,
-    softcap: float,
-    normaliser: Tensor,
-    grad: Tensor,
-    dtype: torch.dtype,
-) -> Tensor:
-    return product.new_empty(product.shape, dtype=dtype)
-
-
 FAKES: dict[str, Callable[..., Tensor]] = {
     "multi_tensor_gram": _fake_multi_tensor_gram,
     "segment_bilinear": _fake_segment_bilinear,
@@ -133,8 +102,6 @@ FAKES: dict[str, Callable[..., Tensor]] = {
     "ghost_norm_of_grams": _fake_ghost_norm_of_grams,
     "segment_product": _fake_segment_product,
     "ghost_dot": _fake_ghost_dot,
-    "token_logprob_rows": _fake_token_logprob_rows,
-    "token_logprob_rows_backward": _fake_token_logprob_rows_backward,
 }
 
 

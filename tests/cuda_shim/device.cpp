@@ -117,12 +117,6 @@ cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute, int valu
   return cudaSuccess;
 }
 
-cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void*) {
-  attributes->ptxVersion = 10 * cuda_shim::attributes.at("capability_major") +
-                           cuda_shim::attributes.at("capability_minor");
-  return cudaSuccess;
-}
-
 cudaError_t cudaHostAlloc(void** memory, size_t bytes, unsigned) {
   *memory = std::malloc(bytes);
   cuda_shim::host_memory[static_cast<const char*>(*memory)] = bytes;

@@ -16,7 +16,9 @@ from geffect_fast import ops
 DEVICE = os.environ.get("DEVICE", "cuda")
 FORMS = {
     "GEFFECT_FAST_BILINEAR_FORM": ("fused", "cublas", "sm90", "gradient", ""),
-    "GEFFECT_FAST_GHOST_FORM": ("gram", "gradient", ""),
+    "GEFFECT_FAST_GHOST_FORM": ("gram", "gradient", "clusters64", "clusters128", "clusters256", ""),
+    "GEFFECT_FAST_GRAM_FORM": ("staged", ""),
+    "GEFFECT_FAST_SUM_FORM": ("at_once", ""),
 }
 
 
@@ -36,14 +38,15 @@ def run_all(dtype: torch.dtype, d_in: int, d_out: int) -> None:
     for form in FORMS["GEFFECT_FAST_GHOST_FORM"]:
         os.environ["GEFFECT_FAST_GHOST_FORM"] = form
         ops.ghost_norm(a, g, bounds)
-    ops.ghost_dot(a, g, bounds, a[:75], g[:75], bounds[:5])
-    ops.segment_dot(z, g, bounds)
-    ops.segment_dot(g, make(d_out, total).T, bounds)
-    for n_lists in (2, 9, 17):
-        ops.multi_tensor_gram([[make(d_in, d_out), make(5)[1:]] for _ in range(n_lists)])
-    hidden, weight = make(40, d_in).requires_grad_(), make(203, d_in).requires_grad_()
-    logprob = ops.token_logprob(hidden, weight, torch.arange(40, device=DEVICE), softcap=30.0)
-    logprob.sum().backward()
+        ops.ghost_dot(a, g, bounds, a[:75], g[:75], bounds[:5])
+    for form in FORMS["GEFFECT_FAST_SUM_FORM"]:
+        os.environ["GEFFECT_FAST_SUM_FORM"] = form
+        ops.segment_dot(z, g, bounds)
+        ops.segment_dot(g, make(d_out, total).T, bounds)
+    for form in FORMS["GEFFECT_FAST_GRAM_FORM"]:
+        os.environ["GEFFECT_FAST_GRAM_FORM"] = form
+        for n_lists in (2, 8, 9, 17):
+            ops.multi_tensor_gram([[make(d_in, d_out), make(5)[1:]] for _ in range(n_lists)])
 
 
 def run_wrong_offsets() -> None:

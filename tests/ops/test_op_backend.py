@@ -40,10 +40,14 @@ def test_native_build_serves_where_it_is_expected(request: pytest.FixtureRequest
     if os.environ.get("GEFFECT_FAST_BUILD") not in ("cpu", "cuda"):
         pytest.skip("set GEFFECT_FAST_BUILD=cpu or cuda where a native build must be there")
     rows = [row for row in ops.providers() if row.device == "cpu"]
-    assert {row.op for row in rows} == set(schema.FUNCTIONS)
+    assert {row.op for row in rows} == set(schema.SCHEMAS)
     files = (request.config.rootpath / "csrc/cpu").glob("*.cpp")
     kept = {file.stem for file in files} - set(schema.PART_SCHEMAS)
     assert {row.op for row in rows if row.provider == "cpu"} == kept
+
+
+def test_providers_name_functions_and_not_their_parts() -> None:
+    assert {row.op for row in ops.providers()} == set(schema.SCHEMAS) <= set(ops.__all__)
 
 
 def test_build_info_agrees_with_the_providers() -> None:
@@ -81,7 +85,7 @@ def cuda_rows() -> list[backend.ProviderRow]:
 
 
 def test_cuda_kernels_serve(gpu: pytest.MonkeyPatch) -> None:
-    assert {row.op: row.provider for row in cuda_rows()} == dict.fromkeys(schema.FUNCTIONS, "cuda")
+    assert {row.op: row.provider for row in cuda_rows()} == dict.fromkeys(schema.SCHEMAS, "cuda")
     assert all("float64" in row.reason for row in cuda_rows())
     assert not any("sm_90a" in row.reason for row in cuda_rows())
 

@@ -13,7 +13,6 @@ namespace geffect_fast {
 __device__ inline unsigned char* dynamic_shared() { return cuda_shim::dynamic_shared(); }
 
 __device__ inline void wait_for_previous_kernel() { cuda_shim::wait_for_previous_kernel(); }
-__device__ inline void let_next_kernel_start() {}
 
 __device__ inline void copy_async_16(void* dst, const void* src, int bytes) {
   cuda_shim::copy_async(dst, src, bytes);
