@@ -134,7 +134,8 @@ def _no_pairs(a: Tensor, *_: Any) -> Tensor:
 
 
 _MISSING = {
-    "segment_bilinear_terms_sm90": _no_terms, "ghost_norm_grams_sm90": _no_grams,
+    "segment_bilinear_terms_sm90": _no_terms,
+    "ghost_norm_grams_sm90": _no_grams,
     "ghost_dot_pairs_sm90": _no_pairs,
 }
 
