@@ -8,7 +8,7 @@ generic rule instead of a wrong fast one.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, ClassVar
 
@@ -97,9 +97,8 @@ class Call:
         return self.factors(g, self.rows(self.checked_segments(), g))
 
     def rows(self, segments: Segments, x: Tensor) -> Rows:
-        """How the rows of an input or output `(..., d)` lie, offsets on its device."""
-        rows = segments.rows(x.shape[:-1], self.where, self.axes)
-        return rows if x.is_cpu else replace(rows, cu=rows.cu.to(x.device))
+        """How the rows of an input or output `(..., d)` lie."""
+        return segments.rows(x.shape[:-1], self.where, self.axes)
 
     def checked_segments(self) -> Segments:
         """The sample axis.

@@ -165,7 +165,7 @@ def forward_effects(
                 )
                 if number == 0:
                     for index in own:
-                        values[index] += task.value(index, outputs, moved, other)
+                        values[index] += float(task.value(index, outputs, moved, other))
                 change = change.cpu() * scale[:, None, None]
                 n = batch.total_tokens if per_token else batch.n_samples
                 effects = totals.new_zeros(len(own), n_directions, n_columns, n)

@@ -44,7 +44,8 @@ def keeps_logits(model: nn.Module, batch: Batch) -> bool:
 
 def sample_axis(model: nn.Module, batch: Batch, per_token: bool = False) -> Segments:
     """How a module's rows are told apart by sample, or by token, in a forward over `batch`."""
-    kept = batch.target_index if keeps_logits(model, batch) else None
+    host = batch.to("cpu")
+    kept = host.target_index if keeps_logits(model, batch) else None
     if per_token and puts_prompt(model):
         raise UnsupportedModelError(
             f"{type(model).__name__}: a soft prompt stands at no position of a sample; resolve "
@@ -55,7 +56,7 @@ def sample_axis(model: nn.Module, batch: Batch, per_token: bool = False) -> Segm
     if not batch.packed:
         per_sample = len(batch.roles) // batch.n_samples
         return Segments.rectangular(batch.input_ids.shape, per_sample)
-    return Segments.packed(batch.cu_samples, kept)
+    return Segments.packed(host.cu_samples, kept)
 
 
 def model_outputs(model: nn.Module, batch: Batch, needs: Collection[Need] = ()) -> Outputs:
