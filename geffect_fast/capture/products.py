@@ -69,6 +69,11 @@ def in_working_precision(direction: Tensor, parameter: Tensor) -> Tensor:
     return direction
 
 
+def _promoted(x: Tensor, y: Tensor) -> torch.dtype:
+    # Asking torch goes through its dispatcher, for nearly every layer of every batch.
+    return x.dtype if x.dtype == y.dtype else torch.promote_types(x.dtype, y.dtype)
+
+
 @_without_autocast
 def project(a: Tensor, direction: Tensor, transposed: bool) -> Tensor:
     """`z[m, t] = V_m a_t`, the half of an inner product that no objective changes.
@@ -80,7 +85,7 @@ def project(a: Tensor, direction: Tensor, transposed: bool) -> Tensor:
     Returns:
         `(M, rows, d_out)`.
     """
-    dtype = torch.promote_types(a.dtype, direction.dtype)
+    dtype = _promoted(a, direction)
     a, direction = a.to(dtype), direction.to(dtype)
     if transposed:
         return a @ direction
@@ -102,7 +107,7 @@ def inner(factor: Factor, direction: Tensor, z: Tensor | None = None) -> Tensor:
         `(M, n_samples)`, fp64, or fp32 where that is what the kernels add up in.
     """
     if isinstance(factor, Outer):
-        dtype = torch.promote_types(factor.g.dtype, direction.dtype)
+        dtype = _promoted(factor.g, direction)
         g = factor.g.to(dtype)
         if z is not None:
             return ops.segment_dot(z.to(dtype), g, factor.cu.on(g.device))
@@ -110,7 +115,7 @@ def inner(factor: Factor, direction: Tensor, z: Tensor | None = None) -> Tensor:
         return ops.segment_bilinear(factor.a.to(dtype), g, v, factor.cu.on(g.device))
     if isinstance(factor, Lookup):
         looked_up = direction[:, factor.ids] if z is None else z
-        dtype = torch.promote_types(factor.g.dtype, looked_up.dtype)
+        dtype = _promoted(factor.g, looked_up)
         g = factor.g.to(dtype)
         return ops.segment_dot(looked_up.to(dtype), g, factor.cu.on(g.device))
     flat = direction.flatten(1).double()

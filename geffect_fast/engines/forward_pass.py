@@ -13,6 +13,7 @@ from geffect_fast.capture.factors import widened
 from geffect_fast.capture.segments import Segments
 from geffect_fast.capture.wrappers import eagerly, puts_prompt, signed
 from geffect_fast.data.batch import Batch
+from geffect_fast.engines.packed_positions import sequences_known
 from geffect_fast.errors import UnsupportedModelError
 from geffect_fast.objectives import Outputs
 from geffect_fast.objectives.base import Need
@@ -88,7 +89,7 @@ def model_outputs(model: nn.Module, batch: Batch, needs: Collection[Need] = ()) 
             f"{type(model).__name__} takes no position_ids, so sequences cannot be packed into one "
             "row for it; give a model that does, as the other one here, or no reference of its own"
         )
-    with eagerly(model):
+    with eagerly(model), sequences_known(batch):
         answer = model(**kwargs)
     kept = len(index) if keeps_logits(model, batch) else None
     logits = logits_of(answer, model, batch.input_ids, kept).flatten(0, 1)

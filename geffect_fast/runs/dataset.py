@@ -22,6 +22,7 @@ from geffect_fast.errors import NonFiniteError, UnsupportedModelError
 from geffect_fast.objectives import Objective
 from geffect_fast.runs.finite import are_finite
 from geffect_fast.runs.resolution import Resolution
+from geffect_fast.transfer import OnItsWay
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -51,7 +52,8 @@ def gram_matrices(*gradients: Mapping[str, Tensor]) -> Tensor:
         gradients: `(n_i, *shape)` by parameter; `n` is the sum of the `n_i`.
     """
     lists = [row for of in gradients for row in zip(*(x.unbind() for x in of.values()), strict=True)]
-    return ops.multi_tensor_gram(lists).double().cpu()
+    (gram,) = OnItsWay(ops.multi_tensor_gram(lists)).arrived()
+    return gram.double()
 
 
 def check_directions(directions: Mapping[str, Tensor], names: Sequence[str]) -> None:

@@ -203,13 +203,13 @@ def check_finite(model: nn.Module, name: str = "model") -> None:
         NonFiniteError: naming the first tensor that is not.
     """
     tensors = {
-        key: tensor.detach()
+        key: tensor
         for key, tensor in [*model.named_parameters(), *model.named_buffers()]
         if tensor.is_floating_point()
     }
     for (key, tensor), good in zip(tensors.items(), are_finite(list(tensors.values())), strict=True):
         if not good:
-            n_bad = int((~torch.isfinite(tensor)).sum())
+            n_bad = int((~torch.isfinite(tensor.detach())).sum())
             raise NonFiniteError(
                 f"{name}: {key} holds {n_bad} NaN or infinite of {tensor.numel()} values; "
                 "save the model again from a healthy checkpoint"
