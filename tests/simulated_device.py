@@ -207,13 +207,13 @@ def _pinned(x: Tensor) -> Tensor:
     return x
 
 
-def plan_there(model: nn.Module) -> Plan:
-    """The plan of a copy on the simulated device, as it was made on the CPU.
+def plan_there(plan: Plan) -> Plan:
+    """The plan of a copy of a model on the simulated device, as it was made on the CPU.
 
     What a module does is tried once a model, before any batch, partly by forward mode, which torch
     does not offer to tensors of another class.
     """
-    plan, there = Plan.of(model), moved(model)
+    there = moved(plan.model)
     parameters = {plain_name(name): p for name, p in there.named_parameters()}
     owners = {
         where: (there.get_submodule(where), *known) for where, (_, *known) in plan.owners.items()

@@ -10,6 +10,7 @@ import pytest
 import torch
 from models import FIVE, build, samples
 from simulated_device import DEVICE, SimulatedDevice, Waited, moved, plan_there
+from transformers import masking_utils
 
 import geffect_fast as gf
 from geffect_fast.capture import Plan
@@ -86,10 +87,11 @@ def run(plan, objectives, *, layout="packed", reference=None, **options):
 def compare(model, objectives, device, reference=None, **options):
     """On the CPU, and on a device that nobody waits for but once a batch."""
     model.set_attn_implementation("eager")
-    expected = run(Plan.of(model), objectives, reference=reference, **options)[0]
+    here = Plan.of(model)
+    expected = run(here, objectives, reference=reference, **options)[0]
     with device:
         with device.preparing():
-            plan, other = plan_there(model), None if reference is None else moved(reference)
+            plan, other = plan_there(here), None if reference is None else moved(reference)
         found, directions, gradients, n_batches = run(plan, objectives, reference=other, **options)
         assert device.waits == n_batches + 1, "one a batch, and the risks' values"
         check_finite(plan.model)
@@ -123,10 +125,10 @@ def test_objectives(objective, device):
 
 def test_sixteen_bits(device):
     """As a GPU has it: directions in bf16, gradients added up in fp32."""
-    model = build("llama", torch.bfloat16)
+    here = Plan.of(build("llama", torch.bfloat16))
     with device:
         with device.preparing():
-            plan = plan_there(model)
+            plan = plan_there(here)
         found, directions, _, n_batches = run(plan, ("ga",), norms=True)
         assert device.waits == n_batches + 1
     assert {v.dtype for v in directions.values()} == {torch.float32}
@@ -156,11 +158,14 @@ def test_functional(architecture, device, monkeypatch):
             gf.functional.pairwise_inner_products(model, losses, batch, dict(batch)),
         ]
 
-    expected = found(model, ids, direction)
+    expected, here = found(model, ids, direction), Plan.of(model)
     with device:
         with device.preparing():
-            plan = plan_there(model)
+            plan = plan_there(here)
             monkeypatch.setattr(Plan, "of", lambda _model: plan)
+            # That is the caller's own forward, which may wait.
+            monkeypatch.setattr(masking_utils, "find_packed_sequence_indices", lambda _: None)
+            plan.model.config.pad_token_id = None
             ids = ids.to(DEVICE)
             direction = {name: v.to(DEVICE) for name, v in direction.items()}
         got = found(plan.model, ids, direction)
@@ -222,7 +227,8 @@ def test_a_planted_wait_is_refused(wait, device, monkeypatch):
         return value(self, index, outputs, batch, reference)
 
     monkeypatch.setattr(Task, "value", waits)
+    here = Plan.of(build("llama"))
     with device, pytest.raises(Waited):
         with device.preparing():
-            plan = plan_there(build("llama"))
+            plan = plan_there(here)
         run(plan, ("ga",), norms=False)
