@@ -146,10 +146,10 @@ def _inner_by_jvp(factor: Explicit, direction: Tensor, flat: Tensor) -> Tensor |
             return None
         dots = [ops.segment_dot(t.tangent[None], t.g, t.cu.on(t.g.device))[0] for t in tangents]
         scores.append(torch.stack(dots).double().sum(0))
-        sizes.append(sum(float((t.tangent * t.g).abs().sum()) for t in tangents))
+        sizes.append(torch.stack([(t.tangent * t.g).abs().sum() for t in tangents]).double().sum())
     score = torch.stack(scores)
     off = (score.sum(1) - flat @ whole.flatten().double()).abs()
-    rounding = JVP_TOLERANCE.get(direction.dtype, 1e-2) * torch.tensor(sizes).to(off)
+    rounding = JVP_TOLERANCE.get(direction.dtype, 1e-2) * torch.stack(sizes)
     return score if bool((off <= rounding).all()) else None
 
 

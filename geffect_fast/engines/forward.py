@@ -201,7 +201,7 @@ def _on_device(
 
 def _by_sample(batch: Batch, change: Tensor) -> Tensor:
     """Sums over the tokens of each sample: `(M, K, total_tokens)` to `(M, K, n_samples)`."""
-    sample = batch.sequence_sample[batch.token_sequence()]
+    sample = batch.token_sample()
     return change.new_zeros(*change.shape[:2], batch.n_samples).index_add_(2, sample, change)
 
 

@@ -92,11 +92,11 @@ def reverse_effects(
             values: list[Tensor] = []
             scores: list[Tensor] = []
             places: list[tuple[int, int]] = []
+            of_part: list[tuple[int, Tensor]] = []
 
             def add(name: str, factors: list[Factor], kept: list[Tensor | None]) -> None:
                 for factor, z in zip(factors, kept, strict=True):
-                    scores.append(inner(factor, directions[name], z))  # noqa: B023
-                    places.append((len(values) - 1, number[name]))  # noqa: B023
+                    of_part.append((number[name], inner(factor, directions[name], z)))  # noqa: B023
 
             moved = batch.to(parameters[0].device)
             shared = directions if len(task.parts) > 1 else None
@@ -111,6 +111,7 @@ def reverse_effects(
                 roots = recorder.roots_of(outputs.token_logprob)
                 sources = roots + (parameters if norms else [])
                 for k, index in enumerate(task.parts):
+                    of_part.clear()
                     terms, value = task.terms(index, outputs, moved, other)
                     values.append(value)
                     loss = terms.sum()
@@ -120,6 +121,8 @@ def reverse_effects(
                         loss, sources, retain_graph=k + 1 < len(task.parts), allow_unused=True
                     )
                     recorder.finish()
+                    scores += [score for _, score in of_part]
+                    places += [(k, p) for p, _ in of_part]
                     if norms:
                         add_gradients(rows[index], grads[len(roots) :])
             n = batch.total_tokens if per_token else batch.n_samples

@@ -21,6 +21,7 @@ from geffect_fast.engines.reverse import reverse_effects
 from geffect_fast.engines.tasks import Reference, Task, tasks_for
 from geffect_fast.objectives import NLL
 from geffect_fast.objectives.parse import parse
+from geffect_fast.runs import arguments, profiler
 from geffect_fast.runs.dataset import check_directions, gram_matrices
 from geffect_fast.runs.models import check_finite
 
@@ -133,6 +134,33 @@ def test_sixteen_bits(device):
         assert device.waits == n_batches + 1
     assert {v.dtype for v in directions.values()} == {torch.float32}
     assert all(x.isfinite().all() for x in found)
+
+
+@pytest.mark.parametrize("resolve", [("parameter", "sample"), ("group", "sample"), ("parameter",)])
+def test_a_whole_measurement(resolve, device, monkeypatch):
+    """Beside a batch's results: weights, directions and norms are each asked for once."""
+    model = build("llama_tied")
+    model.set_attn_implementation("eager")
+    given = {**SETS, "objectives": ["gd", "npo(beta=0.1)"], "engine": "reverse"}
+    given |= {"token_budget": 16, "resolve": resolve}
+    expected = gf.profile(model, None, **given)
+    here = Plan.of(model)
+    with device:
+        with device.preparing():
+            plan = plan_there(here)
+            monkeypatch.setattr(Plan, "of", lambda _model: plan)
+            monkeypatch.setattr(profiler, "choose_layout", lambda *_: "packed")
+            monkeypatch.setattr(arguments, "free_memory", lambda _: 2**40)
+            prepared = profiler.Profiler(plan.model, None, **given)
+        found = prepared.measure(weights=True).dataset
+        n_batches = sum(len(task.batches) for task in prepared._tasks)
+        # The weights of tokens are read one objective and batch at a time, at the very end.
+        n_weights = sum(len(task.batches) * len(task.parts) for task in prepared._tasks)
+        values = n_batches if "sample" in resolve else 1
+        assert device.waits == values + 4 + n_weights
+    for name in ("g_effect", "loss", "risk_value", "grad_norm", "cosine"):
+        x, y = (torch.from_numpy(of[name].values) for of in (found, expected))
+        torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5 * float(y.abs().max()))
 
 
 def losses(model, given):
