@@ -3,7 +3,7 @@
     python benchmarks/bench_dispatch.py            # writes benchmarks/results/dispatch_cpu.csv
     python benchmarks/bench_dispatch.py --attention eager --out FILE
 
-On a GPU, the host has to launch what it dispatches: a profile of a small batch takes as long as that
+On a GPU, the host launches what it dispatches: a profile of small batches takes as long as that
 does, whatever the kernels. Counts need no GPU, and do not depend on the machine.
 
 A Llama of 16 layers, 16 forget and 16 retain rows of 8 to 23 tokens in one batch a set, one
@@ -116,9 +116,7 @@ def measure(attention: str) -> list[dict[str, Any]]:
     def step() -> None:
         with packed_attention(plan.model, batch):
             ids, positions = batch.input_ids, batch.position_ids
-            found = plan.model(
-                input_ids=ids, position_ids=positions, labels=ids, use_cache=False
-            )
+            found = plan.model(input_ids=ids, position_ids=positions, labels=ids, use_cache=False)
             found.loss.backward()
         plan.model.zero_grad(set_to_none=True)
 

@@ -1,8 +1,8 @@
-"""A GPU that is none: tensors that say they are on one, computed on the CPU, and refuse to be waited for.
+"""A GPU that is none: tensors that say they are on one, are computed on the CPU, and refuse waits.
 
 What a real one would make the host wait for raises `Waited` inside `SimulatedDevice`: reading a
-number, a shape that depends on values (`nonzero`, a boolean index), a copy that is not queued through
-pinned memory. The one way to read is an event (`geffect_fast.transfer.OnItsWay`), which is counted.
+number, a shape that depends on values (`nonzero`, a boolean index), a copy that is not queued
+through pinned memory. The one way to read is an event (`geffect_fast.transfer.OnItsWay`): counted.
 Results are those of the CPU, so that they can be compared.
 """
 
@@ -183,7 +183,7 @@ class SimulatedDevice(TorchDispatchMode):
             raise Waited(f"{func} that checks its lengths")
         if func is aten.copy_.default:
             into, x = args[:2]
-            queued = len(args) > 2 and args[2] or kwargs.get("non_blocking", False)
+            queued = (len(args) > 2 and args[2]) or kwargs.get("non_blocking", False)
             self._check_copy(x, into, queued)
         elif func is aten._to_copy.default and source != target:
             if source:

@@ -255,6 +255,7 @@ class NormCall(Call):
     def sums(self, g: Tensor, rows: Rows) -> Tensor:
         """`sum_t g_t * xhat_t`, `(n, d)` fp64, from the output where it is still what it was."""
         if self.output is not None and not self.output.changed():
+            assert self.multiplied is not None
             sums = segment_product(g, rows.flat(self.output.args[0]), rows.cu)
             return sums.div_(self.multiplied)
         return segment_product(g, rows.flat(self.normalized()), rows.cu)
@@ -286,12 +287,12 @@ class NormWeights:
         self._found: dict[str, Tensor] | None = None
 
     def multiplied(self, where: str) -> Tensor | None:
-        """`offset + w` of the norm at `where`; None where one of its elements is next to nothing."""
+        """`offset + w` of the norm at `where`; None where an element is next to nothing."""
         if self._found is None:
             norms = {
                 where: (module.get_parameter("weight").detach(), offset)
                 for where, (module, _, rule, offset) in self._owners.items()
-                if issubclass(rule, NormCall)
+                if issubclass(rule, NormCall) and module.get_parameter("weight").is_cpu
             }
             weights = torch._foreach_add(*map(list, zip(*norms.values(), strict=True)))
             sizes = torch.stack(torch._foreach_norm(weights, -torch.inf)).tolist()

@@ -203,7 +203,7 @@ def squared_norms_of_one_input(outers: Sequence[Outer | GramOuter]) -> Tensor:
 def _table_norms(lookups: list[Lookup]) -> Tensor:
     """`||grad_i||_F^2` of a table: the gradients of each of its rows that sample `i` looked up."""
     n, n_entries, device = n_samples(lookups[0]), lookups[0].n_entries, lookups[0].g.device
-    owners = torch.tensor([i for f in lookups for i, k in enumerate(f.cu.lengths) for _ in range(k)])
+    owners = torch.cat([torch.repeat_interleave(torch.tensor(f.cu.lengths)) for f in lookups])
     keys = on_device(owners * n_entries, device) + torch.cat([f.ids for f in lookups])
     keys, order = keys.sort(stable=True)
     # Rows that one sample looked up under one id are neighbours: a cell, at most one a row.

@@ -167,12 +167,13 @@ class Segments:
             axis = axis if certain else known.get(place)
             if axis is None:
                 raise self._mixed(shape, where)
-            rows = self._placed.get((*shape, axis))
+            key = (*shape, axis)
+            rows = self._placed.get(key)
             if rows is None:
                 offsets = self._offsets(shape, axis)
                 if offsets is None:
                     raise self._mixed(shape, where)
-                rows = self._placed[(*shape, axis)] = Rows(offsets, axis, front)
+                rows = self._placed[key] = Rows(offsets, axis, front)
             if not certain:
                 return rows
             self._certain[shape] = rows

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -32,7 +32,7 @@ def new_gradients(plan: Plan, n: int, device: torch.device | None = None) -> dic
     }
 
 
-def rows_of(gradients: dict[str, Tensor]) -> list[tuple[Tensor, ...]]:
+def rows_of(gradients: Mapping[str, Tensor]) -> list[tuple[Tensor, ...]]:
     """For each of the n gradients its part of every parameter's `(n, *shape)`, views."""
     return list(zip(*(of.unbind() for of in gradients.values()), strict=True))
 

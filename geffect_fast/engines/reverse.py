@@ -169,6 +169,5 @@ class _Found:
             summed = values.new_zeros(len(parts), totals.effects.shape[2], n_directions)
             summed.flatten(0, 1).index_add_(0, k * summed.shape[1] + p, found.sum(-1))
             totals.effects[parts] += summed.mT
-        collect(
-            self.task, self.batch, effects.unflatten(0, (len(parts), n_columns)).movedim(1, 2)
-        )
+        effects = effects.unflatten(0, (len(parts), n_columns)).movedim(1, 2)
+        collect(self.task, self.batch, effects)

@@ -18,6 +18,7 @@ from torch import Tensor
 from geffect_fast import ops
 from geffect_fast.capture import Plan
 from geffect_fast.data import SampleSet
+from geffect_fast.engines.direction import rows_of
 from geffect_fast.errors import NonFiniteError, UnsupportedModelError
 from geffect_fast.objectives import Objective
 from geffect_fast.runs.finite import are_finite
@@ -51,7 +52,7 @@ def gram_matrices(*gradients: Mapping[str, Tensor]) -> Tensor:
     Args:
         gradients: `(n_i, *shape)` by parameter; `n` is the sum of the `n_i`.
     """
-    lists = [row for of in gradients for row in zip(*(x.unbind() for x in of.values()), strict=True)]
+    lists = [row for of in gradients for row in rows_of(of)]
     (gram,) = OnItsWay(ops.multi_tensor_gram(lists)).arrived()
     return gram.double()
 

@@ -207,8 +207,9 @@ def check_finite(model: nn.Module, name: str = "model") -> None:
         for key, tensor in [*model.named_parameters(), *model.named_buffers()]
         if tensor.is_floating_point()
     }
-    for (key, tensor), good in zip(tensors.items(), are_finite(list(tensors.values())), strict=True):
-        if not good:
+    good = are_finite(list(tensors.values()))
+    for (key, tensor), is_good in zip(tensors.items(), good, strict=True):
+        if not is_good:
             n_bad = int((~torch.isfinite(tensor.detach())).sum())
             raise NonFiniteError(
                 f"{name}: {key} holds {n_bad} NaN or infinite of {tensor.numel()} values; "

@@ -1,4 +1,4 @@
-"""How many operations a profile may dispatch, and how often it may wait: `bench_dispatch.py`'s table.
+"""How much a profile may dispatch, and how often it may wait: the table of `bench_dispatch.py`.
 
 The benchmark says what is counted. The bounds are those at which the device, not the host, is the
 limit: a training step's own operations, few times.
@@ -23,9 +23,7 @@ def table(tmp_path_factory):
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = list(csv.DictReader(out.open(newline="")))
-    return {
-        (row["engine"], row["phase"]): (int(row["calls"]), int(row["waits"])) for row in rows
-    }
+    return {(row["engine"], row["phase"]): (int(row["calls"]), int(row["waits"])) for row in rows}
 
 
 def test_reverse_engine(table):

@@ -1,4 +1,4 @@
-"""Between a batch's first and last kernel the host waits for nothing; results come back once a batch.
+"""From a batch's first kernel to its last the host waits for nothing; results come once a batch.
 
 Engines and per-sample functions run on a device that refuses to be waited for
 (`simulated_device.py`), and must find what they find on the CPU.
