@@ -13,13 +13,17 @@ ROOT = Path(geffect_fast.__file__).parent
 
 LAYERS = {
     "errors": set(),
+    "transfer": set(),
     "ops": {"errors"},
-    "capture": {"errors", "ops"},
-    "data": {"errors"},
-    "objectives": {"errors", "data"},
-    "engines": {"errors", "ops", "capture", "data", "objectives"},
+    "capture": {"errors", "transfer", "ops"},
+    "data": {"errors", "transfer"},
+    "objectives": {"errors", "transfer", "data"},
+    "engines": {"errors", "transfer", "ops", "capture", "data", "objectives"},
     "functional": {"errors", "ops", "capture"},
-    "runs": {"errors", "ops", "capture", "data", "objectives", "engines", "functional"},
+    "runs": {
+        *{"errors", "transfer", "ops", "capture", "data", "objectives", "engines"},
+        "functional",
+    },
     "integrations": {"errors", "objectives", "runs"},
     "unlearning": {"errors", "data", "objectives", "engines", "runs", "integrations"},
     "weights": {"errors", "data", "runs"},

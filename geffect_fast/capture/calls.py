@@ -8,7 +8,7 @@ generic rule instead of a wrong fast one.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, ClassVar
 
@@ -81,7 +81,7 @@ class Call:
         """The one tensor the module was called with."""
         return next(iter((*self.given.args, *self.given.kwargs.values())))
 
-    def keep(self, output: Any) -> None:
+    def keep(self, output: Any, norm_weights: NormWeights) -> None:
         """Take note of what the module returned, before anybody else changes it."""
 
     def condense(self, grams: InputGrams, output: Any) -> bool:
@@ -97,9 +97,8 @@ class Call:
         return self.factors(g, self.rows(self.checked_segments(), g))
 
     def rows(self, segments: Segments, x: Tensor) -> Rows:
-        """How the rows of an input or output `(..., d)` lie, offsets on its device."""
-        rows = segments.rows(x.shape[:-1], self.where, self.axes)
-        return rows if x.is_cpu else replace(rows, cu=rows.cu.to(x.device))
+        """How the rows of an input or output `(..., d)` lie."""
+        return segments.rows(x.shape[:-1], self.where, self.axes)
 
     def checked_segments(self) -> Segments:
         """The sample axis.
@@ -226,7 +225,8 @@ class NormCall(Call):
 
     Attributes:
         output: what the module returned, where `xhat` can be read off it.
-        multiplied: `offset + w`, by which `xhat` was multiplied then.
+        multiplied: `offset + w`, by which `xhat` was multiplied then; None where it is not to be
+            read off the output.
     """
 
     output: Given | None = None
@@ -236,13 +236,14 @@ class NormCall(Call):
     def fit(cls, module: nn.Module) -> float | None:
         return norm_offset(module)
 
-    def keep(self, output: Any) -> None:
-        # Not where it was rounded to low precision. On a GPU, looking at the weights would wait.
-        weight = self.module.get_parameter("weight").detach()
-        same = self.input.dtype == weight.dtype == output.dtype == widened(output).dtype
+    def keep(self, output: Any, norm_weights: NormWeights) -> None:
+        # Not where it was rounded to low precision.
+        weight = self.module.get_parameter("weight")
+        same = self.input.dtype == weight.dtype == output.dtype and weight.dtype.itemsize >= 4
         if same and output.is_cpu and getattr(self.module, "bias", None) is None:
-            self.output = Given.of((output,), {})
-            self.multiplied = weight + self.factor
+            self.multiplied = norm_weights.multiplied(self.where)
+            if self.multiplied is not None:
+                self.output = Given.of((output,), {})
 
     def factors(self, g: Tensor, rows: Rows) -> Iterator[tuple[str, Factor]]:
         g = rows.flat(g)
@@ -252,15 +253,11 @@ class NormCall(Call):
             yield self.names["bias"], RowSum(segment_sum(g, rows.cu))
 
     def sums(self, g: Tensor, rows: Rows) -> Tensor:
-        """`sum_t g_t * xhat_t`, `(n, d)` fp64.
-
-        From the output where it is still what it was and no weight next to nothing.
-        """
+        """`sum_t g_t * xhat_t`, `(n, d)` fp64, from the output where it is still what it was."""
         if self.output is not None and not self.output.changed():
             assert self.multiplied is not None
-            if torch.linalg.vector_norm(self.multiplied, -torch.inf) > SMALLEST_WEIGHT:
-                sums = segment_product(g, rows.flat(self.output.args[0]), rows.cu)
-                return sums.div_(self.multiplied)
+            sums = segment_product(g, rows.flat(self.output.args[0]), rows.cu)
+            return sums.div_(self.multiplied)
         return segment_product(g, rows.flat(self.normalized()), rows.cu)
 
     def normalized(self) -> Tensor:
@@ -272,6 +269,39 @@ class NormCall(Call):
         weight = widened(self.module.get_parameter("weight"))
         with torch.no_grad(), self.given.precision():
             return norm_with(self.module, torch.full_like(weight, 1.0 - self.factor), None, x)
+
+
+class NormWeights:
+    """By what the norms of a model multiply, for those whose `xhat` can be read off the output.
+
+    Looked at once a batch for all of them, as that waits for what computed the weights.
+
+    Args:
+        owners: of a plan.
+    """
+
+    def __init__(
+        self, owners: Mapping[str, tuple[nn.Module, dict[str, str], type[Call], float]]
+    ) -> None:
+        self._owners = owners
+        self._found: dict[str, Tensor] | None = None
+
+    def multiplied(self, where: str) -> Tensor | None:
+        """`offset + w` of the norm at `where`; None where an element is next to nothing."""
+        if self._found is None:
+            norms = {
+                where: (module.get_parameter("weight").detach(), offset)
+                for where, (module, _, rule, offset) in self._owners.items()
+                if issubclass(rule, NormCall) and module.get_parameter("weight").is_cpu
+            }
+            weights = torch._foreach_add(*map(list, zip(*norms.values(), strict=True)))
+            sizes = torch.stack(torch._foreach_norm(weights, -torch.inf)).tolist()
+            self._found = {
+                where: weight
+                for where, weight, size in zip(norms, weights, sizes, strict=True)
+                if size > SMALLEST_WEIGHT
+            }
+        return self._found.get(where)
 
 
 SMALLEST_WEIGHT = 1e-9
@@ -291,7 +321,7 @@ class GenericCall(Call):
 
     returned: list[Tensor] = field(default_factory=list)
 
-    def keep(self, output: Any) -> None:
+    def keep(self, output: Any, norm_weights: NormWeights) -> None:
         self.returned = [y.detach() for y in tensors_of(output)]
 
     def gradients(self, grads: list[Tensor | None]) -> Iterator[tuple[str, Factor]]:

@@ -14,12 +14,13 @@ Several factors of one parameter (a tied embedding, a module called twice) add u
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
 from torch import Tensor
+
+from geffect_fast.capture.offsets import Offsets
 
 
 @dataclass(frozen=True)
@@ -29,17 +30,17 @@ class Outer:
     Attributes:
         a: `(rows, d_in)` inputs.
         g: `(rows, d_out)` output gradients.
-        cu: `(n_samples + 1,)` int32 offsets of the samples among the rows.
+        cu: offsets of the samples among the rows.
         transposed: whether the parameter has shape `(d_in, d_out)`.
     """
 
     a: Tensor
     g: Tensor
-    cu: Tensor
+    cu: Offsets
     transposed: bool = False
 
     def gradient(self, i: int) -> Tensor:
-        rows = slice(int(self.cu[i]), int(self.cu[i + 1]))
+        rows = self.cu[i]
         grad = widened(self.g[rows]).T @ widened(self.a[rows])
         return grad.T if self.transposed else grad
 
@@ -51,12 +52,12 @@ class GramOuter:
     Attributes:
         grams: `a_s . a_t` of every pair of tokens of a sample, see `ops.reference.token_grams`.
         g: `(rows, d_out)` output gradients.
-        cu: `(n_samples + 1,)` int32 offsets of the samples among the rows.
+        cu: offsets of the samples among the rows.
     """
 
     grams: Tensor
     g: Tensor
-    cu: Tensor
+    cu: Offsets
 
 
 @dataclass(frozen=True)
@@ -66,17 +67,17 @@ class Lookup:
     Attributes:
         ids: `(rows,)` int64.
         g: `(rows, d)` gradients of the looked-up rows (0 where the row is padding).
-        cu: `(n_samples + 1,)` int32 offsets.
+        cu: offsets of the samples.
         n_entries: rows of the table.
     """
 
     ids: Tensor
     g: Tensor
-    cu: Tensor
+    cu: Offsets
     n_entries: int
 
     def gradient(self, i: int) -> Tensor:
-        rows = slice(int(self.cu[i]), int(self.cu[i + 1]))
+        rows = self.cu[i]
         g = widened(self.g[rows])
         return g.new_zeros(self.n_entries, g.shape[1]).index_add_(0, self.ids[rows], g)
 
@@ -102,12 +103,12 @@ class Tangent:
     Attributes:
         tangent: `(rows, d)`, the output's derivative along the direction.
         g: `(rows, d)`, the output's gradient.
-        cu: `(n_samples + 1,)` int32 offsets.
+        cu: offsets of the samples.
     """
 
     tangent: Tensor
     g: Tensor
-    cu: Tensor
+    cu: Offsets
 
 
 @dataclass(frozen=True)
@@ -144,7 +145,7 @@ def n_samples(factor: Factor) -> int:
     """Number of samples a factor speaks of."""
     if isinstance(factor, RowSum):
         return len(factor.sums)
-    return factor.n_samples if isinstance(factor, Explicit) else factor.cu.numel() - 1
+    return factor.n_samples if isinstance(factor, Explicit) else len(factor.cu)
 
 
 def summed_gradient(factors: list[Factor], i: int, shape: torch.Size) -> Tensor:
@@ -156,9 +157,3 @@ def gradient(factor: Factor, i: int) -> Tensor:
     """The gradient of sample `i` itself."""
     assert not isinstance(factor, GramOuter), "its inputs are gone"
     return factor.gradient(i)
-
-
-def samples(cu: Tensor) -> Iterator[slice]:
-    """The rows of each sample in turn."""
-    for start, stop in pairwise(cu.tolist()):
-        yield slice(start, stop)

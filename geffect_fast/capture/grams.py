@@ -31,7 +31,8 @@ class InputGrams:
             output: `(..., d_out)`, what the layer returned.
             rows: how the rows of `a` lie.
         """
-        if not a.is_cpu or rows.longest > min(MOST_TOKENS, a.shape[-1], output.shape[-1]):
+        longest = max(rows.cu.lengths, default=0)
+        if not a.is_cpu or longest > min(MOST_TOKENS, a.shape[-1], output.shape[-1]):
             return None
         if accumulation_dtype(a.dtype) != accumulation_dtype(output.dtype):
             return None
@@ -43,6 +44,6 @@ class InputGrams:
             seen = last.data_ptr(), last.shape, last.stride(), last.dtype, version
             if seen == (a.data_ptr(), a.shape, a.stride(), a.dtype, version_of(a)):
                 return grams
-        grams = backend.call("token_grams", a.device, rows.flat(a), rows.cu)
+        grams = backend.call("token_grams", a.device, rows.flat(a), rows.cu.on(a.device))
         self._last = a, version_of(a), grams
         return grams

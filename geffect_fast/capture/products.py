@@ -25,12 +25,13 @@ from geffect_fast.capture.factors import (
     RowSum,
     gradient,
     n_samples,
-    samples,
     summed_gradient,
     widened,
 )
-from geffect_fast.capture.segments import offsets_of, segment_sum
+from geffect_fast.capture.offsets import Offsets
+from geffect_fast.capture.segments import segment_sum, sum_between
 from geffect_fast.ops import backend
+from geffect_fast.transfer import on_device
 
 P = ParamSpec("P")
 
@@ -68,6 +69,11 @@ def in_working_precision(direction: Tensor, parameter: Tensor) -> Tensor:
     return direction
 
 
+def _promoted(x: Tensor, y: Tensor) -> torch.dtype:
+    # Asking torch goes through its dispatcher, for nearly every layer of every batch.
+    return x.dtype if x.dtype == y.dtype else torch.promote_types(x.dtype, y.dtype)
+
+
 @_without_autocast
 def project(a: Tensor, direction: Tensor, transposed: bool) -> Tensor:
     """`z[m, t] = V_m a_t`, the half of an inner product that no objective changes.
@@ -79,7 +85,7 @@ def project(a: Tensor, direction: Tensor, transposed: bool) -> Tensor:
     Returns:
         `(M, rows, d_out)`.
     """
-    dtype = torch.promote_types(a.dtype, direction.dtype)
+    dtype = _promoted(a, direction)
     a, direction = a.to(dtype), direction.to(dtype)
     if transposed:
         return a @ direction
@@ -98,19 +104,20 @@ def inner(factor: Factor, direction: Tensor, z: Tensor | None = None) -> Tensor:
             kept for several objectives.
 
     Returns:
-        `(M, n_samples)` fp64.
+        `(M, n_samples)`, fp64, or fp32 where that is what the kernels add up in.
     """
     if isinstance(factor, Outer):
-        dtype = torch.promote_types(factor.g.dtype, direction.dtype)
+        dtype = _promoted(factor.g, direction)
         g = factor.g.to(dtype)
         if z is not None:
-            return ops.segment_dot(z.to(dtype), g, factor.cu).double()
+            return ops.segment_dot(z.to(dtype), g, factor.cu.on(g.device))
         v = (direction.transpose(1, 2) if factor.transposed else direction).to(dtype)
-        return ops.segment_bilinear(factor.a.to(dtype), g, v, factor.cu).double()
+        return ops.segment_bilinear(factor.a.to(dtype), g, v, factor.cu.on(g.device))
     if isinstance(factor, Lookup):
         looked_up = direction[:, factor.ids] if z is None else z
-        dtype = torch.promote_types(factor.g.dtype, looked_up.dtype)
-        return ops.segment_dot(looked_up.to(dtype), factor.g.to(dtype), factor.cu).double()
+        dtype = _promoted(factor.g, looked_up)
+        g = factor.g.to(dtype)
+        return ops.segment_dot(looked_up.to(dtype), g, factor.cu.on(g.device))
     flat = direction.flatten(1).double()
     if isinstance(factor, RowSum):
         return flat @ factor.sums.T
@@ -137,12 +144,12 @@ def _inner_by_jvp(factor: Explicit, direction: Tensor, flat: Tensor) -> Tensor |
         tangents = factor.jvp(v)
         if tangents is None:
             return None
-        dots = [ops.segment_dot(t.tangent[None], t.g, t.cu.to(t.g.device))[0] for t in tangents]
+        dots = [ops.segment_dot(t.tangent[None], t.g, t.cu.on(t.g.device))[0] for t in tangents]
         scores.append(torch.stack(dots).double().sum(0))
-        sizes.append(sum(float((t.tangent * t.g).abs().sum()) for t in tangents))
+        sizes.append(torch.stack([(t.tangent * t.g).abs().sum() for t in tangents]).double().sum())
     score = torch.stack(scores)
     off = (score.sum(1) - flat @ whole.flatten().double()).abs()
-    rounding = JVP_TOLERANCE.get(direction.dtype, 1e-2) * torch.tensor(sizes).to(off)
+    rounding = JVP_TOLERANCE.get(direction.dtype, 1e-2) * torch.stack(sizes)
     return score if bool((off <= rounding).all()) else None
 
 
@@ -166,12 +173,12 @@ def squared_norms(factors: list[Factor], shape: torch.Size) -> Tensor:
     terms = []
     if outers:
         joined = _joined(outers)
-        terms.append(ops.ghost_norm(joined.a, joined.g, joined.cu).double())
+        terms.append(ops.ghost_norm(joined.a, joined.g, joined.cu.on(joined.g.device)).double())
     if lookups:
         terms.append(_table_norms(lookups))
     for outer in outers:
         for lookup in lookups:
-            own = zip(samples(outer.cu), samples(lookup.cu), strict=True)
+            own = zip(outer.cu, lookup.cu, strict=True)
             cross = [_lookup_gram(outer, r, lookup, s).sum() for r, s in own]
             terms.append(2.0 * torch.stack(cross))
     return _sum(terms)
@@ -185,24 +192,29 @@ def _sum(terms: list[Tensor]) -> Tensor:
 def squared_norms_of_one_input(outers: Sequence[Outer | GramOuter]) -> Tensor:
     """`||grad_i||_F^2` of all weights together of layers with one input, `(n,)` fp64."""
     first, gs = outers[0], [f.g for f in outers]
+    cu = first.cu.on(first.g.device)
     if isinstance(first, GramOuter):
-        found = backend.call("ghost_norm_of_grams", first.g.device, first.grams, gs, first.cu)
+        found = backend.call("ghost_norm_of_grams", first.g.device, first.grams, gs, cu)
     else:
-        found = ops.ghost_norm(first.a, gs, first.cu)
+        found = ops.ghost_norm(first.a, gs, cu)
     return found.double()
 
 
 def _table_norms(lookups: list[Lookup]) -> Tensor:
     """`||grad_i||_F^2` of a table: the gradients of each of its rows that sample `i` looked up."""
-    n, n_entries = n_samples(lookups[0]), lookups[0].n_entries
-    owners = [torch.repeat_interleave(f.cu.to(f.ids.device).long().diff()) for f in lookups]
-    keys = torch.cat([o * n_entries + f.ids for o, f in zip(owners, lookups, strict=True)])
+    n, n_entries, device = n_samples(lookups[0]), lookups[0].n_entries, lookups[0].g.device
+    owners = torch.cat([torch.repeat_interleave(torch.tensor(f.cu.lengths)) for f in lookups])
+    keys = on_device(owners * n_entries, device) + torch.cat([f.ids for f in lookups])
     keys, order = keys.sort(stable=True)
-    cells, counts = keys.unique_consecutive(return_counts=True)  # (sample, row) in order
+    # Rows that one sample looked up under one id are neighbours: a cell, at most one a row.
+    begins = torch.cat([keys.new_zeros(min(1, len(keys))), (keys.diff() != 0).long()])
+    cell, number = begins.cumsum(0), torch.arange(len(keys) + 1, device=device)
     g = torch.cat([f.g for f in lookups])[order]
-    squares = segment_sum(g, offsets_of(counts)).square().sum(1)
-    first = torch.arange(n + 1, device=cells.device) * n_entries
-    return segment_sum(squares, torch.searchsorted(cells, first))
+    squares = sum_between(g, torch.searchsorted(cell, number)).square().sum(1)
+    first = torch.searchsorted(keys, torch.arange(n + 1, device=device) * n_entries)
+    # The cell that each sample begins with; behind the last row, none is left.
+    cells = torch.cat([cell, cell.new_full((1,), len(keys))])
+    return sum_between(squares, cells[first])
 
 
 @_without_autocast
@@ -213,7 +225,8 @@ def pairwise(a: list[Factor], b: list[Factor], shape: torch.Size) -> Tensor:
 
 def _pairwise(x: Factor, y: Factor, shape: torch.Size) -> Tensor:
     if isinstance(x, Outer) and isinstance(y, Outer) and x.transposed == y.transposed:
-        return ops.ghost_dot(x.a, x.g, x.cu, y.a, y.g, y.cu).double()
+        device = x.g.device
+        return ops.ghost_dot(x.a, x.g, x.cu.on(device), y.a, y.g, y.cu.on(device)).double()
     if isinstance(x, RowSum) and isinstance(y, RowSum):
         return x.sums @ y.sums.T
     if isinstance(y, Lookup) and isinstance(x, Outer | Lookup):
@@ -228,12 +241,12 @@ def _pairwise(x: Factor, y: Factor, shape: torch.Size) -> Tensor:
 def _lookup_pairs(x: Outer | Lookup, y: Lookup) -> Tensor:
     """`<grad_i, grad_j>` for every sample `i` of `x` and `j` of a table's `y`, `(n, n2)` fp64."""
     out = torch.zeros(n_samples(x), n_samples(y), dtype=torch.float64, device=y.g.device)
-    starts = y.cu.tolist()
-    for i, rows in enumerate(samples(x.cu)):
+    starts = y.cu.host
+    for i, rows in enumerate(x.cu):
         first = i if x is y else 0  # with itself: half of a symmetric result
         columns = slice(starts[first], starts[-1])
         sums = _lookup_gram(x, rows, y, columns).sum(0)
-        out[i, first:] = segment_sum(sums, y.cu[first:] - starts[first])
+        out[i, first:] = segment_sum(sums, Offsets.of(y.cu.lengths[first:]))
     return out.triu() + out.triu(1).T if x is y else out
 
 
@@ -253,8 +266,8 @@ def _joined(outers: list[Outer]) -> Outer:
     """One factor for several calls of one weight: each sample's rows of all calls side by side."""
     if len(outers) == 1:
         return outers[0]
-    pieces = list(zip(*(samples(f.cu) for f in outers), strict=True))
-    cu = torch.stack([f.cu.long() for f in outers]).sum(0).to(torch.int32)
+    pieces = list(zip(*(f.cu for f in outers), strict=True))
+    cu = Offsets(tuple(map(sum, zip(*(f.cu.host for f in outers), strict=True))))
     a = torch.cat([f.a[rows] for piece in pieces for f, rows in zip(outers, piece, strict=True)])
     g = torch.cat([f.g[rows] for piece in pieces for f, rows in zip(outers, piece, strict=True)])
     return Outer(a, g, cu, outers[0].transposed)

@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from torch.utils.hooks import RemovableHandle
 
-from geffect_fast.capture.calls import Call, GenericCall
+from geffect_fast.capture.calls import Call, GenericCall, NormWeights
 from geffect_fast.capture.factors import Factor
 from geffect_fast.capture.given import (
     REPLAYING,
@@ -89,6 +89,7 @@ class Recorder:
         self._joined: dict[str, list[Factor]] = {}
         self._uses: Counter[str] = Counter()
         self._grams = InputGrams()
+        self._norm_weights = NormWeights(plan.owners)
         self._condensed: set[str] = set()
         self._condensable: set[str] = set()
         """Modules whose parameters nobody else owns, as far as known called once."""
@@ -228,7 +229,7 @@ class Recorder:
         self.calls[index] = call
         for name in names.values():
             self._uses[name] += 1
-        call.keep(output)
+        call.keep(output, self._norm_weights)
         if where in self._condensable:
             self._condense(call, output)
         kept: dict[str, Tensor] = {}

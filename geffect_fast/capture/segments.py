@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from math import prod
 from typing import Any
 
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 
 from geffect_fast.capture.factors import widened
+from geffect_fast.capture.offsets import Offsets
 from geffect_fast.errors import InputError, UnsupportedModelError
 from geffect_fast.ops import backend
 from geffect_fast.ops.checks import check_cu_seqlens
@@ -44,19 +44,14 @@ class Rows:
     """How the rows of a tensor `(..., d)` lie: those of one sample are neighbours in `flat(x)`.
 
     Attributes:
-        cu: `(n_samples + 1,)` int32 offsets of the samples among them.
+        cu: offsets of the samples among them.
         axis, front: the axis of the tokens, and where it is moved to before axes are merged:
             elsewhere in `(batch, heads, tokens, d)`, in place in `(batch, tokens, heads, d)`.
     """
 
-    cu: Tensor
+    cu: Offsets
     axis: int = 0
     front: int = 0
-
-    @cached_property
-    def longest(self) -> int:
-        """Rows of the sample that has most of them."""
-        return max(self.cu.diff().tolist(), default=0)
 
     def flat(self, x: Tensor) -> Tensor:
         """`x` as `(rows, d)`."""
@@ -66,12 +61,11 @@ class Rows:
 
     def only(self, x: Tensor, i: int) -> Tensor:
         """`x` with the rows of every sample but `i` set to zero."""
-        if self.cu.numel() == 2:
+        if len(self.cu) == 1:
             return x
         moved = x.movedim(self.axis, self.front)
         kept = torch.zeros_like(moved, memory_format=torch.contiguous_format)
-        rows = slice(int(self.cu[i]), int(self.cu[i + 1]))
-        kept.view(-1, x.shape[-1])[rows] = self.flat(x)[rows]
+        kept.view(-1, x.shape[-1])[self.cu[i]] = self.flat(x)[self.cu[i]]
         return kept.movedim(self.front, self.axis)
 
 
@@ -86,14 +80,14 @@ class Segments:
 
     Attributes:
         n_samples: number of samples, or of tokens.
-        token_offsets: int64 offsets on the CPU, empty for a rectangular batch.
+        token_offsets: the samples' offsets, empty for a rectangular batch.
         rows_per_sample: sequences a sample in a rectangular batch.
         length: tokens a sequence in a rectangular batch; None where it is not known or packed.
         per_token: whether every token is a segment.
     """
 
     n_samples: int
-    token_offsets: tuple[Tensor, ...] = ()
+    token_offsets: tuple[Offsets, ...] = ()
     rows_per_sample: int = 1
     length: int | None = None
     per_token: bool = False
@@ -101,20 +95,25 @@ class Segments:
         default_factory=dict, init=False, repr=False, compare=False
     )
     """What `rows` answers whatever the module: a model's modules are called with few shapes."""
+    _placed: dict[tuple[int, ...], Rows] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
+    """The rows of a shape where its tokens lie along an axis, the last number of the key."""
 
     @classmethod
     def packed(cls, cu: Tensor, kept: Tensor | None = None) -> Segments:
         """Samples laid end to end in one row of tokens.
 
         Args:
-            cu: `(n_samples + 1,)` offsets of the samples among the tokens.
-            kept: ascending positions of the tokens whose logits are asked for, where not all are.
+            cu: `(n_samples + 1,)` offsets of the samples among the tokens, on the CPU.
+            kept: ascending positions of the tokens whose logits are asked for, where not all are,
+                on the CPU.
         """
-        offsets = cu.detach().to("cpu", torch.int64)
+        offsets = Offsets(tuple(cu.tolist()))
         if kept is None:
-            return cls(offsets.numel() - 1, (offsets,))
-        among_kept = torch.searchsorted(kept.detach().to("cpu", torch.int64), offsets)
-        return cls(offsets.numel() - 1, (offsets, among_kept))
+            return cls(len(offsets), (offsets,))
+        among_kept = torch.searchsorted(kept, cu.to(kept.dtype))
+        return cls(len(offsets), (offsets, Offsets(tuple(among_kept.tolist()))))
 
     @classmethod
     def rectangular(cls, shape: Sequence[int], rows_per_sample: int = 1) -> Segments:
@@ -166,10 +165,15 @@ class Segments:
             axis, front = (0, 0) if self.n_samples == 1 else self._axis(shape)
             certain = axis is not None
             axis = axis if certain else known.get(place)
-            offsets = None if axis is None else self._offsets(shape, axis)
-            if axis is None or offsets is None:
+            if axis is None:
                 raise self._mixed(shape, where)
-            rows = Rows(offsets.to(torch.int32), axis, front)
+            key = (*shape, axis)
+            rows = self._placed.get(key)
+            if rows is None:
+                offsets = self._offsets(shape, axis)
+                if offsets is None:
+                    raise self._mixed(shape, where)
+                rows = self._placed[key] = Rows(offsets, axis, front)
             if not certain:
                 return rows
             self._certain[shape] = rows
@@ -197,8 +201,8 @@ class Segments:
             return None, 0
         if self.token_offsets:
             front = next((k for k, size in enumerate(shape) if size != 1), len(shape) - 1)
-            sizes = {int(o[-1]) for o in self.token_offsets}
-            n_tokens = int(self.token_offsets[0][-1])
+            sizes = {o.host[-1] for o in self.token_offsets}
+            n_tokens = self.token_offsets[0].host[-1]
         elif self.per_token and self.length is not None:
             front = int(len(shape) > 1 and shape[0] == self.n_rows)
             sizes = {self.length if front else self.n_samples}
@@ -213,17 +217,21 @@ class Segments:
         behind = shape[front + 1 :]
         return (None if shape[front] in behind or n_tokens in behind else front), front
 
-    def _offsets(self, shape: tuple[int, ...], axis: int) -> Tensor | None:
+    def _offsets(self, shape: tuple[int, ...], axis: int) -> Offsets | None:
         """The samples' offsets where they lie along `axis`, None where they do not."""
         if self.n_samples == 1:
-            return torch.tensor([0, prod(shape)])
+            return Offsets((0, prod(shape)))
         if self.token_offsets:
-            by_total = {int(o[-1]): o for o in reversed(self.token_offsets)}
+            by_total = {o.host[-1]: o for o in reversed(self.token_offsets)}
             size = shape[axis]
-            return by_total[size] * (prod(shape) // size) if size in by_total else None
+            if size not in by_total:
+                return None
+            each = prod(shape) // size
+            return Offsets(tuple(each * offset for offset in by_total[size].host))
         if not self._fits(shape, axis):
             return None
-        return torch.arange(self.n_samples + 1) * (prod(shape) // self.n_samples)
+        each = prod(shape) // self.n_samples
+        return Offsets(tuple(each * i for i in range(self.n_samples + 1)))
 
     def _fits(self, shape: tuple[int, ...], axis: int) -> bool:
         """Whether the sequences of a batch that is not packed, or their tokens, lie along it."""
@@ -235,34 +243,32 @@ class Segments:
         return axis == 0 and size in (self.n_rows, self.n_rows * (self.length or 1))
 
 
-def offsets_of(lengths: Tensor) -> Tensor:
-    """Lengths `(n,)` of consecutive segments as their offsets `(n + 1,)`."""
-    return torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
-
-
-def segment_product(x: Tensor, y: Tensor, cu: Tensor) -> Tensor:
+def segment_product(x: Tensor, y: Tensor, cu: Offsets) -> Tensor:
     """Sums of consecutive rows of `x * y`, `(rows, d)` each, to `(n, d)` fp64, in a fixed order."""
     x, y = widened(x), widened(y)
     op = "segment_product"
     if x.is_cpu and x.dtype == y.dtype and backend.has_native(op, "cpu"):
-        return backend.call(op, x.device, x, y, cu).double()
+        return backend.call(op, x.device, x, y, cu.on(x.device)).double()
     return segment_sum(x * y, cu)
 
 
-def segment_sum(values: Tensor, cu: Tensor) -> Tensor:
+def segment_sum(values: Tensor, cu: Offsets) -> Tensor:
     """Sums of consecutive rows, `(rows, ...)` to `(n, ...)` fp64, in a fixed order.
 
     In fp64, but for segments of one length on a CPU: there torch adds in blocks, which in fp32
     rounds no worse than once or twice, and takes a quarter of the time.
     """
-    if values.is_cpu:
-        offsets = cu.tolist()
-        n, length = len(offsets) - 1, offsets[-1] // max(len(offsets) - 1, 1)
-        if length and offsets == list(range(0, offsets[-1] + 1, length)):
-            return widened(values).reshape(n, length, *values.shape[1:]).sum(1).double()
-    lengths = cu.to(values.device, torch.int64).diff()
-    values = values.double()
+    if values.is_cpu and cu.one_length is not None:
+        each = widened(values).reshape(len(cu), cu.one_length, *values.shape[1:])
+        return each.sum(1).double()
+    return sum_between(values, cu.on(values.device))
+
+
+def sum_between(values: Tensor, offsets: Tensor) -> Tensor:
+    """`segment_sum` where only the device knows the offsets, `(n + 1,)`."""
+    lengths, values = offsets.long().diff(), values.double()
     if values.is_cpu:  # there the order is fixed, and many times faster
         out = values.new_zeros(lengths.numel(), *values.shape[1:])
         return out.index_add_(0, torch.repeat_interleave(lengths), values)
-    return torch.segment_reduce(values, "sum", lengths=lengths, axis=0, initial=0.0)
+    # `unsafe`: without it torch waits for the device to see that the lengths add up, as they do.
+    return torch.segment_reduce(values, "sum", lengths=lengths, axis=0, initial=0.0, unsafe=True)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields, replace
+from functools import wraps
+from typing import Any, Concatenate, Literal, ParamSpec
 
 import torch
 from torch import Tensor
+
+from geffect_fast.transfer import on_device
 
 IGNORE = -100
 """Label of a token that no loss looks at, as in transformers."""
@@ -40,6 +44,31 @@ class Totals:
         return sum(max(count - skip, 0) for count in self.sequence_targets[role])
 
 
+P = ParamSpec("P")
+
+
+def _from_host(
+    method: Callable[Concatenate[Batch, P], Tensor],
+) -> Callable[Concatenate[Batch, P], Tensor]:
+    """What follows from the tokens alone: computed once, on the host, and moved with the batch.
+
+    Formed on a GPU it would cost a dozen small kernels an objective, and some of it a wait.
+    """
+
+    @wraps(method)
+    def known(self: Batch, *args: P.args, **kwargs: P.kwargs) -> Tensor:
+        key = (method.__name__, args, tuple(kwargs.items()))
+        if key not in self._known:
+            self._known[key] = (
+                method(self, *args, **kwargs)
+                if self.host is None
+                else on_device(known(self.host, *args, **kwargs), self.labels.device)
+            )
+        return self._known[key]
+
+    return known
+
+
 @dataclass(frozen=True)
 class Batch:
     """Several samples as one flat run of tokens.
@@ -65,6 +94,8 @@ class Batch:
             and then samples (`sample`), or not at all (`sum`).
         weights: `(total_tokens,)` fp64, the data's own weight of the label in `targets`, 0 where
             there is none and in sequences other than answers; None where the data gives none.
+        host: the batch on the CPU that this one was moved from, which is asked for what the host
+            needs to know; None where it was not moved.
     """
 
     input_ids: Tensor
@@ -79,6 +110,8 @@ class Batch:
     totals: Totals
     reduction: Reduction = "token"
     weights: Tensor | None = None
+    host: Batch | None = field(default=None, repr=False, compare=False)
+    _known: dict[Any, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def n_samples(self) -> int:
@@ -96,32 +129,64 @@ class Batch:
     @property
     def target_index(self) -> Tensor:
         """Positions that predict a label token, `(n_targets,)` int64, ascending."""
-        return torch.nonzero(self.targets != IGNORE).squeeze(1)
+        return self._target_index()
+
+    @property
+    def sequence_lengths(self) -> list[int]:
+        """Tokens of every sequence."""
+        return (self.host or self).cu_seqlens.diff().tolist()
+
+    @property
+    def sample_lengths(self) -> list[int]:
+        """Tokens of every sample."""
+        return (self.host or self).cu_samples.diff().tolist()
 
     def to(self, device: torch.device | str) -> Batch:
-        """The same batch with its tensors on `device`."""
+        """The same batch with its tensors on `device`, which nobody waits for."""
+        device = torch.device(device)
+        if device == self.labels.device:
+            return self
+        host = self.host or (self if self.labels.is_cpu else None)
+        if host is not None and device.type == "cpu":
+            return host
         moved: dict[str, Any] = {
-            field: value.to(device)
-            for field, value in vars(self).items()
-            if isinstance(value, Tensor)
+            f.name: on_device(value, device)
+            for f in fields(self)
+            if isinstance(value := getattr(self, f.name), Tensor)
         }
-        return replace(self, **moved)
+        return replace(self, **moved, host=host)
 
     # ---- from tokens to samples and back: what objectives are written with ----
 
+    @_from_host
+    def _target_index(self) -> Tensor:
+        return torch.nonzero(self.targets != IGNORE).squeeze(1)
+
+    @_from_host
     def token_sequence(self) -> Tensor:
         """Index of the sequence each token belongs to, `(total_tokens,)` int64."""
-        # How many sequences have ended before each token. Unlike repeat_interleave, this neither
-        # waits for a GPU to learn the result's size nor starts threads on a CPU.
+        # How many sequences have ended before each token. Unlike repeat_interleave, this starts no
+        # threads.
         ends = self.cu_seqlens[1:].long()
         ended = ends.new_zeros(self.total_tokens + 1).index_add_(0, ends, torch.ones_like(ends))
         return ended[:-1].cumsum(0)
 
+    @_from_host
+    def token_sample(self) -> Tensor:
+        """Index of the sample each token belongs to, `(total_tokens,)` int64."""
+        return self.sequence_sample[self.token_sequence()]
+
+    @_from_host
     def role_mask(self, role: Role) -> Tensor:
         """Tokens of sequences that play `role`, `(total_tokens,)` bool."""
-        plays = torch.tensor([r == role for r in self.roles], device=self.labels.device)
-        return plays[self.token_sequence()]
+        return self.plays(role)[self.token_sequence()]
 
+    @_from_host
+    def plays(self, role: Role) -> Tensor:
+        """Sequences that play `role`, `(n_sequences,)` bool."""
+        return torch.tensor([r == role for r in self.roles], device=self.labels.device)
+
+    @_from_host
     def target_mask(self, role: Role = "answer", skip: int = 0) -> Tensor:
         """Positions of `role` that predict a label token, `(total_tokens,)` bool.
 
@@ -134,22 +199,34 @@ class Batch:
             mask = mask & (before - at_start[self.token_sequence()] >= skip)
         return mask & self.role_mask(role)
 
+    @_from_host
     def label_mask(self, role: Role = "answer") -> Tensor:
         """Positions of `role` that hold a label token themselves, `(total_tokens,)` bool."""
         return (self.labels != IGNORE) & self.role_mask(role)
 
+    @_from_host
+    def target_positions(self, role: Role = "answer") -> Tensor:
+        """`target_mask` as positions, ascending, int64: picking by a mask would wait for a GPU."""
+        return torch.nonzero(self.target_mask(role)).squeeze(1)
+
+    @_from_host
+    def label_positions(self, role: Role = "answer") -> Tensor:
+        """`label_mask` as positions, ascending, int64."""
+        return torch.nonzero(self.label_mask(role)).squeeze(1)
+
     def sample_sum(self, values: Tensor, mask: Tensor) -> Tensor:
         """Sums of `values` `(total_tokens,)` where `mask`, `(n_samples,)`, differentiable."""
-        return _segment_sum(values, mask, self.cu_samples)
+        return _segment_sum(values, mask, self.sample_lengths)
 
     def sequence_sum(self, values: Tensor, mask: Tensor) -> Tensor:
         """Sums of `values` `(total_tokens,)` where `mask`, `(n_sequences,)`, differentiable."""
-        return _segment_sum(values, mask, self.cu_seqlens)
+        return _segment_sum(values, mask, self.sequence_lengths)
 
     def spread(self, per_sample: Tensor) -> Tensor:
         """Each token gets its sample's value: `(n_samples,)` to `(total_tokens,)`."""
-        return per_sample[self.sequence_sample[self.token_sequence()]]
+        return per_sample[self.token_sample()]
 
+    @_from_host
     def target_weight(self, role: Role = "answer", skip: int = 0) -> Tensor:
         """What one predicted token counts in a mean, `(total_tokens,)` fp64, 0 elsewhere.
 
@@ -159,6 +236,7 @@ class Batch:
         """
         return self._weight(self.target_mask(role, skip), self.totals.n_targets_after(role, skip))
 
+    @_from_host
     def label_weight(self, role: Role = "answer") -> Tensor:
         """`target_weight`, counted over the positions that hold a label token themselves."""
         return self._weight(self.label_mask(role), self.totals.n_labelled[role])
@@ -177,6 +255,6 @@ class Batch:
         return 1.0 if self.reduction == "sum" else 1.0 / self.totals.n_samples
 
 
-def _segment_sum(values: Tensor, mask: Tensor, offsets: Tensor) -> Tensor:
+def _segment_sum(values: Tensor, mask: Tensor, lengths: list[int]) -> Tensor:
     picked = torch.where(mask, values, torch.zeros_like(values))
-    return torch.stack([part.sum() for part in picked.split(offsets.diff().tolist())])
+    return torch.stack([part.sum() for part in picked.split(lengths)])

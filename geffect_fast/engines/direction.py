@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from geffect_fast.engines.forward_pass import model_outputs
 from geffect_fast.engines.packed_attention import packed_attention
 from geffect_fast.engines.tasks import Reference, Task
 from geffect_fast.ops.reference import accumulation_dtype
+from geffect_fast.transfer import OnItsWay
 
 Tick = Callable[[int], None]
 """Told how many tokens have just been worked through."""
@@ -31,13 +32,19 @@ def new_gradients(plan: Plan, n: int, device: torch.device | None = None) -> dic
     }
 
 
-def add_gradients(
-    plan: Plan, into: dict[str, Tensor], index: int, grads: Sequence[Tensor | None]
-) -> None:
-    """Add one backward's parameter gradients (None: unused) to row `index` of `into`."""
-    for name, grad in zip(plan.parameters, grads, strict=True):
-        if grad is not None:
-            into[name][index] += grad.to(into[name].device)
+def rows_of(gradients: Mapping[str, Tensor]) -> list[tuple[Tensor, ...]]:
+    """For each of the n gradients its part of every parameter's `(n, *shape)`, views."""
+    return list(zip(*(of.unbind() for of in gradients.values()), strict=True))
+
+
+def add_gradients(into: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
+    """Add one backward's parameter gradients (None: unused) to what earlier ones left in `into`."""
+    pairs = [(total, grad) for total, grad in zip(into, grads, strict=True) if grad is not None]
+    if pairs:
+        totals, found = map(list, zip(*pairs, strict=True))
+        if totals[0].is_cpu and not found[0].is_cpu:
+            found = OnItsWay(*found).arrived()
+        torch._foreach_add_(totals, found)
 
 
 def accumulate_gradients(
@@ -62,8 +69,9 @@ def accumulate_gradients(
         Values `(n,)` fp64, and by parameter name the gradients `(n, *shape)`, fp32 sums (fp64 for
         fp64 models) over batches whatever the model's dtype.
     """
-    values = torch.zeros(n, dtype=torch.float64)
+    found: list[tuple[int, Tensor]] = []
     gradients = new_gradients(plan, n, kept_on)
+    rows = rows_of(gradients)
     parameters = list(plan.parameters.values())
     for task in tasks:
         for batch in task.batches:
@@ -74,12 +82,22 @@ def accumulate_gradients(
                 for k, index in enumerate(task.parts):
                     terms, value = task.terms(index, outputs, moved, other)
                     loss = terms.sum()
-                    values[index] += value
+                    found.append((index, value))
                     if not loss.requires_grad:
                         continue  # it reads a layer below everything that can be trained
                     grads = torch.autograd.grad(
                         loss, parameters, retain_graph=k + 1 < len(task.parts), allow_unused=True
                     )
-                    add_gradients(plan, gradients, index, grads)
+                    add_gradients(rows[index], grads)
             tick(batch.total_tokens)
-    return values, gradients
+    return added_up(found, n), gradients
+
+
+def added_up(found: Sequence[tuple[int, Tensor]], n: int) -> Tensor:
+    """Scalars on a device, each added to its place among `n`, `(n,)` fp64: they are read once."""
+    values = torch.zeros(n, dtype=torch.float64)
+    if found:
+        places, scalars = zip(*found, strict=True)
+        (read,) = OnItsWay(torch.stack(scalars)).arrived()
+        values.index_add_(0, torch.tensor(places), read)
+    return values

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from geffect_fast.capture.factors import samples
+from geffect_fast.capture.offsets import Offsets
 from geffect_fast.data.batch import Batch
 from geffect_fast.engines.tasks import Task
 
@@ -50,7 +50,7 @@ class EffectArray:
             pieces = mixed.unbind(-1)
         else:
             places = self.places(task, batch)
-            own = samples(batch.cu_samples)
+            own = Offsets.of(batch.sample_lengths)
             pieces = tuple(_placed(mixed[..., tokens], places[tokens]) for tokens in own)
         for row, piece in zip(batch.rows, pieces, strict=True):
             at = row + task.offset if by_sample else 0

@@ -165,7 +165,7 @@ def forward_effects(
                 )
                 if number == 0:
                     for index in own:
-                        values[index] += task.value(index, outputs, moved, other)
+                        values[index] += float(task.value(index, outputs, moved, other))
                 change = change.cpu() * scale[:, None, None]
                 n = batch.total_tokens if per_token else batch.n_samples
                 effects = totals.new_zeros(len(own), n_directions, n_columns, n)
@@ -201,7 +201,7 @@ def _on_device(
 
 def _by_sample(batch: Batch, change: Tensor) -> Tensor:
     """Sums over the tokens of each sample: `(M, K, total_tokens)` to `(M, K, n_samples)`."""
-    sample = batch.sequence_sample[batch.token_sequence()]
+    sample = batch.token_sample()
     return change.new_zeros(*change.shape[:2], batch.n_samples).index_add_(2, sample, change)
 
 

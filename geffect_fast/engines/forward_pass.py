@@ -13,6 +13,7 @@ from geffect_fast.capture.factors import widened
 from geffect_fast.capture.segments import Segments
 from geffect_fast.capture.wrappers import eagerly, puts_prompt, signed
 from geffect_fast.data.batch import Batch
+from geffect_fast.engines.packed_positions import sequences_known
 from geffect_fast.errors import UnsupportedModelError
 from geffect_fast.objectives import Outputs
 from geffect_fast.objectives.base import Need
@@ -44,7 +45,8 @@ def keeps_logits(model: nn.Module, batch: Batch) -> bool:
 
 def sample_axis(model: nn.Module, batch: Batch, per_token: bool = False) -> Segments:
     """How a module's rows are told apart by sample, or by token, in a forward over `batch`."""
-    kept = batch.target_index if keeps_logits(model, batch) else None
+    host = batch.to("cpu")
+    kept = host.target_index if keeps_logits(model, batch) else None
     if per_token and puts_prompt(model):
         raise UnsupportedModelError(
             f"{type(model).__name__}: a soft prompt stands at no position of a sample; resolve "
@@ -55,7 +57,7 @@ def sample_axis(model: nn.Module, batch: Batch, per_token: bool = False) -> Segm
     if not batch.packed:
         per_sample = len(batch.roles) // batch.n_samples
         return Segments.rectangular(batch.input_ids.shape, per_sample)
-    return Segments.packed(batch.cu_samples, kept)
+    return Segments.packed(host.cu_samples, kept)
 
 
 def model_outputs(model: nn.Module, batch: Batch, needs: Collection[Need] = ()) -> Outputs:
@@ -87,7 +89,7 @@ def model_outputs(model: nn.Module, batch: Batch, needs: Collection[Need] = ()) 
             f"{type(model).__name__} takes no position_ids, so sequences cannot be packed into one "
             "row for it; give a model that does, as the other one here, or no reference of its own"
         )
-    with eagerly(model):
+    with eagerly(model), sequences_known(batch):
         answer = model(**kwargs)
     kept = len(index) if keeps_logits(model, batch) else None
     logits = logits_of(answer, model, batch.input_ids, kept).flatten(0, 1)

@@ -40,7 +40,7 @@ def packed_attention(model: nn.Module, batch: Batch) -> Iterator[None]:
         model: of transformers; its configs are restored at the end.
         batch: on the model's device.
     """
-    lengths = tuple(batch.cu_seqlens.diff().tolist())
+    lengths = tuple(batch.sequence_lengths)
     configs = _configs(model) if batch.packed and len(lengths) > 1 else []
     if not configs or batch.input_ids.device.type != "cpu" or max(lengths) > _reach(configs):
         yield

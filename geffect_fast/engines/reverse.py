@@ -18,11 +18,13 @@ from torch import Tensor
 
 from geffect_fast.capture import Factor, Plan, Recorder
 from geffect_fast.capture.products import in_working_precision, inner
-from geffect_fast.engines.direction import Tick, add_gradients, new_gradients
+from geffect_fast.data.batch import Batch
+from geffect_fast.engines.direction import Tick, add_gradients, new_gradients, rows_of
 from geffect_fast.engines.effect_array import Collect
 from geffect_fast.engines.forward_pass import model_outputs, sample_axis
 from geffect_fast.engines.packed_attention import packed_attention
 from geffect_fast.engines.tasks import Reference, Task
+from geffect_fast.transfer import OnItsWay
 
 
 @dataclass(frozen=True)
@@ -72,30 +74,29 @@ def reverse_effects(
     """
     number = {name: p for p, name in enumerate(plan.parameters)}
     columns = range(len(number)) if columns is None else columns
-    n_columns = max(columns) + 1
     n_directions = next(iter(directions.values())).shape[0]
     directions = {
         name: in_working_precision(v, plan.parameters[name]) for name, v in directions.items()
     }
-    totals = torch.zeros(n_objectives, n_directions, len(number), dtype=torch.float64)
-    values = torch.zeros(n_objectives, dtype=torch.float64)
-    gradients = new_gradients(plan, n_objectives) if norms else None
+    totals = Totals(
+        torch.zeros(n_objectives, dtype=torch.float64),
+        torch.zeros(n_objectives, n_directions, len(number), dtype=torch.float64),
+        new_gradients(plan, n_objectives) if norms else None,
+    )
+    rows = [] if totals.gradients is None else rows_of(totals.gradients)
     parameters = list(plan.parameters.values())
+    before: _Found | None = None
 
     for task in tasks:
         for batch in task.batches:
-            n = batch.total_tokens if per_token else batch.n_samples
-            effects = totals.new_zeros(len(task.parts), n_directions, n_columns, n)
-            current = 0
+            values: list[Tensor] = []
+            scores: list[Tensor] = []
+            places: list[tuple[int, int]] = []
+            of_part: list[tuple[int, Tensor]] = []
 
             def add(name: str, factors: list[Factor], kept: list[Tensor | None]) -> None:
-                score = sum(
-                    inner(f, directions[name], z) for f, z in zip(factors, kept, strict=True)
-                )
-                score = torch.as_tensor(score).cpu()
-                p = number[name]
-                effects[current, :, columns[p]] += score  # noqa: B023
-                totals[list(task.parts)[current], :, p] += score.sum(1)  # noqa: B023
+                for factor, z in zip(factors, kept, strict=True):
+                    of_part.append((number[name], inner(factor, directions[name], z)))  # noqa: B023
 
             moved = batch.to(parameters[0].device)
             shared = directions if len(task.parts) > 1 else None
@@ -110,18 +111,63 @@ def reverse_effects(
                 roots = recorder.roots_of(outputs.token_logprob)
                 sources = roots + (parameters if norms else [])
                 for k, index in enumerate(task.parts):
-                    current = k
+                    of_part.clear()
                     terms, value = task.terms(index, outputs, moved, other)
+                    values.append(value)
                     loss = terms.sum()
-                    values[index] += value
                     if not loss.requires_grad:
                         continue  # it reads a layer below everything that can be trained
                     grads = torch.autograd.grad(
                         loss, sources, retain_graph=k + 1 < len(task.parts), allow_unused=True
                     )
                     recorder.finish()
-                    if gradients is not None:
-                        add_gradients(plan, gradients, index, grads[len(roots) :])
-            collect(task, batch, effects)
+                    scores += [score for _, score in of_part]
+                    places += [(k, p) for p, _ in of_part]
+                    if norms:
+                        add_gradients(rows[index], grads[len(roots) :])
+            n = batch.total_tokens if per_token else batch.n_samples
+            found = _Found(task, batch, n, places, OnItsWay(*_stacked(values, scores)))
+            if before is not None:  # the device is busy with this batch meanwhile
+                before.hand_over(totals, columns, collect)
+            before = found
             tick(batch.total_tokens)
-    return Totals(values, totals, gradients)
+    if before is not None:
+        before.hand_over(totals, columns, collect)
+    return totals
+
+
+def _stacked(values: list[Tensor], scores: list[Tensor]) -> list[Tensor]:
+    return [torch.stack(values), *([torch.stack(scores)] if scores else [])]
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What one batch gave, on its way to the host.
+
+    Attributes:
+        n: samples of the batch, or tokens.
+        places: for every score the objective's number in the task, and the parameter's.
+        copy: values `(len(task.parts),)` and, where there are any, scores `(len(places), M, n)`.
+    """
+
+    task: Task
+    batch: Batch
+    n: int
+    places: list[tuple[int, int]]
+    copy: OnItsWay
+
+    def hand_over(self, totals: Totals, columns: Sequence[int], collect: Collect) -> None:
+        """Add to the totals, and give the batch's effects to `collect`."""
+        values, *scores = self.copy.arrived()
+        parts = list(self.task.parts)
+        totals.values[parts] += values
+        n_directions, n_columns = totals.effects.shape[1], max(columns) + 1
+        effects = values.new_zeros(len(parts) * n_columns, n_directions, self.n)
+        if scores:
+            found, k, p = scores[0].double(), *torch.tensor(self.places).T
+            effects.index_add_(0, k * n_columns + torch.tensor(columns)[p], found)
+            summed = values.new_zeros(len(parts), totals.effects.shape[2], n_directions)
+            summed.flatten(0, 1).index_add_(0, k * summed.shape[1] + p, found.sum(-1))
+            totals.effects[parts] += summed.mT
+        effects = effects.unflatten(0, (len(parts), n_columns)).movedim(1, 2)
+        collect(self.task, self.batch, effects)

@@ -50,17 +50,19 @@ class Task:
 
     def terms(
         self, index: int, outputs: Outputs, batch: Batch, reference: Outputs | None
-    ) -> tuple[Tensor, float]:
+    ) -> tuple[Tensor, Tensor]:
         """What to differentiate for part `index` on `batch`, token by token, and its own value."""
         value = self.value(index, outputs, batch, reference)
         return self.parts[index].token_terms(outputs, batch, reference), value
 
     @torch.no_grad()
-    def value(self, index: int, outputs: Outputs, batch: Batch, reference: Outputs | None) -> float:
-        """The value of part `index` on `batch`."""
+    def value(
+        self, index: int, outputs: Outputs, batch: Batch, reference: Outputs | None
+    ) -> Tensor:
+        """The value of part `index` on `batch`, a fp64 scalar on its device."""
         if self.watch is not None:
             self.watch(self, index, outputs, batch, reference)
-        return float(self.parts[index].loss(outputs, batch, reference))
+        return self.parts[index].loss(outputs, batch, reference).double()
 
 
 def mixture_of(objectives: Sequence[Objective], parts: Sequence[Objective]) -> Tensor:

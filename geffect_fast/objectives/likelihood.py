@@ -21,8 +21,9 @@ from geffect_fast.objectives.registry import register
 
 def mean_nll(outputs: Outputs, batch: Batch, role: Role = "answer") -> Tensor:
     """This batch's share of the mean negative log-likelihood of the labels of `role`, a scalar."""
-    nll = -outputs.token_logprob[batch.target_mask(role)]
-    return (batch.target_weight(role)[batch.target_mask(role)] * nll).sum()
+    positions = batch.target_positions(role)
+    nll = -outputs.token_logprob[positions]
+    return (batch.target_weight(role)[positions] * nll).sum()
 
 
 def probability_power(token_logprob: Tensor, alpha: float) -> Tensor:

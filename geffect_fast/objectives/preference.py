@@ -119,8 +119,7 @@ class DPO(_Referenced):
         A sample's pairs share its weight; its answer is a pair only where it has no alternative.
         """
         sample = batch.sequence_sample
-        wins = torch.tensor([role == "alternative" for role in batch.roles]).to(sample.device)
-        wins = wins.double()
+        wins = batch.plays("alternative").double()
         n_wins = wins.new_zeros(batch.n_samples).index_add(0, sample, wins)[sample]
         return batch.sample_weight() * torch.where(n_wins == 0, 1.0, wins / n_wins.clamp(min=1))
 

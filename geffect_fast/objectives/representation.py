@@ -19,12 +19,14 @@ from geffect_fast.errors import InputError
 from geffect_fast.objectives.base import Need, Objective, Outputs, required
 from geffect_fast.objectives.parameters import parameter
 from geffect_fast.objectives.registry import register
+from geffect_fast.transfer import on_device
 
 
 def uniform(like: Tensor, seed: int) -> Tensor:
     """`u ~ U[0, 1)^d` for hidden states `(total_tokens, d)`, `(d,)`, fp32 numbers."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.rand(like.shape[-1], generator=generator, dtype=torch.float32).to(like)
+    drawn = torch.rand(like.shape[-1], generator=generator, dtype=torch.float32)
+    return on_device(drawn, like.device).to(like.dtype)
 
 
 def hidden_state(objective: Objective, outputs: Outputs | None, layer: int, whose: str) -> Tensor:
@@ -55,9 +57,9 @@ class _HiddenState(Objective):
         raise NotImplementedError
 
     def loss(self, outputs: Outputs, batch: Batch, reference: Outputs | None) -> Tensor:
-        mask = batch.label_mask()
-        squared = self.error(outputs, reference)[mask].square().mean(dim=1)
-        return (batch.label_weight()[mask] * squared).sum()
+        positions = batch.label_positions()
+        squared = self.error(outputs, reference)[positions].square().mean(dim=1)
+        return (batch.label_weight()[positions] * squared).sum()
 
     def token_terms(self, outputs: Outputs, batch: Batch, reference: Outputs | None) -> Tensor:
         return batch.label_weight() * self.error(outputs, reference).square().mean(dim=-1)

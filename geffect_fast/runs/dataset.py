@@ -18,9 +18,12 @@ from torch import Tensor
 from geffect_fast import ops
 from geffect_fast.capture import Plan
 from geffect_fast.data import SampleSet
+from geffect_fast.engines.direction import rows_of
 from geffect_fast.errors import NonFiniteError, UnsupportedModelError
 from geffect_fast.objectives import Objective
+from geffect_fast.runs.finite import are_finite
 from geffect_fast.runs.resolution import Resolution
+from geffect_fast.transfer import OnItsWay
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -49,22 +52,25 @@ def gram_matrices(*gradients: Mapping[str, Tensor]) -> Tensor:
     Args:
         gradients: `(n_i, *shape)` by parameter; `n` is the sum of the `n_i`.
     """
-    lists = [
-        [of[name][i] for name in of]
-        for of in gradients
-        for i in range(len(next(iter(of.values()))))
-    ]
-    return ops.multi_tensor_gram(lists).double().cpu()
+    lists = [row for of in gradients for row in rows_of(of)]
+    (gram,) = OnItsWay(ops.multi_tensor_gram(lists)).arrived()
+    return gram.double()
 
 
-def check_directions(x: Tensor, what: str, names: Sequence[str]) -> None:
-    """Raise `NonFiniteError` naming the first row of `x` that is not finite, `what` of its name."""
-    good = torch.isfinite(x.flatten(1)).all(1)
-    if not good.all():
-        name = names[int((~good).nonzero()[0])]
-        raise NonFiniteError(
-            f"{what.format(name)} is not finite; check the data and the model's precision"
-        )
+def check_directions(directions: Mapping[str, Tensor], names: Sequence[str]) -> None:
+    """Raise `NonFiniteError` naming the first parameter and risk whose gradient is not finite.
+
+    Args:
+        directions: gradients of the risks, `(M, *shape)` by parameter.
+        names: of the risks.
+    """
+    for parameter, good in zip(directions, are_finite(list(directions.values())), strict=True):
+        if not good:
+            rows = torch.isfinite(directions[parameter].flatten(1)).all(1).tolist()
+            raise NonFiniteError(
+                f"gradient of the risk on '{names[rows.index(False)]}' at {parameter} is not "
+                "finite; check the data and the model's precision"
+            )
 
 
 def check_effects(

@@ -18,6 +18,7 @@ from geffect_fast.data.memory import no_memory
 from geffect_fast.errors import InputError, NonFiniteError
 from geffect_fast.runs.axes import OUTSIDE, block_of
 from geffect_fast.runs.disk import user_path
+from geffect_fast.runs.finite import are_finite
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -201,9 +202,15 @@ def check_finite(model: nn.Module, name: str = "model") -> None:
     Raises:
         NonFiniteError: naming the first tensor that is not.
     """
-    for key, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            n_bad = int((~torch.isfinite(tensor)).sum())
+    tensors = {
+        key: tensor
+        for key, tensor in [*model.named_parameters(), *model.named_buffers()]
+        if tensor.is_floating_point()
+    }
+    good = are_finite(list(tensors.values()))
+    for (key, tensor), is_good in zip(tensors.items(), good, strict=True):
+        if not is_good:
+            n_bad = int((~torch.isfinite(tensor.detach())).sum())
             raise NonFiniteError(
                 f"{name}: {key} holds {n_bad} NaN or infinite of {tensor.numel()} values; "
                 "save the model again from a healthy checkpoint"

@@ -306,10 +306,7 @@ class Profiler:
             values, directions = accumulate_gradients(
                 self.plan, self._risk_tasks, n, self._reference, tick, place
             )
-        for name, direction in directions.items():
-            check_directions(
-                direction, f"gradient of the risk on '{{}}' at {name}", self.risk_names
-            )
+        check_directions(directions, self.risk_names)
         return values, directions
 
     @property

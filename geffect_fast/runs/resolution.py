@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from geffect_fast.capture.factors import samples
+from geffect_fast.capture.offsets import Offsets
 from geffect_fast.data import IGNORE, SampleSet, token_places
 from geffect_fast.data.batch import Batch
 from geffect_fast.data.tokenize import Sample
@@ -91,7 +91,7 @@ class Resolution:
         by_row = {sample.row: sample for sample in sample_set.samples}
         stands = token_places(sample_set, batch)
         at = torch.full_like(stands, -1)
-        for row, own in zip(batch.rows, samples(batch.cu_samples), strict=True):
+        for row, own in zip(batch.rows, Offsets.of(batch.sample_lengths), strict=True):
             known = stands[own] >= 0
             at[own][known] = self._within(by_row[row])[stands[own][known]]
         return at

@@ -9,11 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from geffect_fast.data.batch import IGNORE, Batch
+from geffect_fast.data.batch import Batch
 from geffect_fast.engines.tasks import Task
 from geffect_fast.engines.token_weights import token_weights
 from geffect_fast.objectives import Outputs
 from geffect_fast.runs.resolution import Resolution
+from geffect_fast.transfer import OnItsWay
 
 
 class TokenWeights:
@@ -27,25 +28,15 @@ class TokenWeights:
     def __init__(self, resolution: Resolution, mixture: Tensor) -> None:
         self._resolution = replace(resolution, axes=("sample", "token"))
         self._mixture = mixture
-        k, _, _, n, t = self._resolution.shape(len(mixture), 1)
-        self._values = np.full((k, n, t), np.nan)
+        self._coming: list[tuple[Task, int, Batch, OnItsWay]] = []
 
     def add(
         self, task: Task, index: int, outputs: Outputs, batch: Batch, reference: Outputs | None
     ) -> None:
         """As `geffect_fast.engines.tasks.Watch`."""
         found = token_weights(task.parts[index], outputs, batch, reference)
-        if found is None:
-            return
-        batch = batch.to("cpu")
-        places = self._resolution.places(task, batch)
-        sample = batch.sequence_sample[batch.token_sequence()]
-        rows = torch.tensor(batch.rows)[sample] + task.offset
-        ahead = torch.nonzero(batch.targets != IGNORE).squeeze(1)
-        at = (rows[ahead].numpy(), places[ahead + 1].numpy())  # the token that is predicted
-        for k in self._mixture[:, index].nonzero().flatten().tolist():
-            share = float(self._mixture[k, index]) * found.cpu()[ahead].numpy()
-            self._values[k][at] = np.nan_to_num(self._values[k][at]) + share
+        if found is not None:
+            self._coming.append((task, index, batch.to("cpu"), OnItsWay(found)))
 
     def variables(self, tokenizer: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         """The variable `token_weight`, and its coordinates.
@@ -53,5 +44,16 @@ class TokenWeights:
         Args:
             tokenizer: as `Resolution.coordinates`.
         """
+        k, _, _, n, t = self._resolution.shape(len(self._mixture), 1)
+        values = np.full((k, n, t), np.nan)
+        for task, index, batch, copy in self._coming:
+            (found,) = copy.arrived()
+            places = self._resolution.places(task, batch)
+            rows = torch.tensor(batch.rows)[batch.token_sample()] + task.offset
+            ahead = batch.target_index
+            at = (rows[ahead].numpy(), places[ahead + 1].numpy())  # the token that is predicted
+            for k in self._mixture[:, index].nonzero().flatten().tolist():
+                share = float(self._mixture[k, index]) * found[ahead].numpy()
+                values[k][at] = np.nan_to_num(values[k][at]) + share
         dims = ("objective", "sample", "token")
-        return {"token_weight": (dims, self._values)}, self._resolution.coordinates(tokenizer)
+        return {"token_weight": (dims, values)}, self._resolution.coordinates(tokenizer)

@@ -42,7 +42,7 @@ def inputs(name, shape, seed):
 def cut(x, segments):
     """Each sample's own input, `(1, length)` or `(1, length, D)`."""
     if segments.token_offsets:
-        return x.split(segments.token_offsets[0].diff().tolist(), dim=1)
+        return x.split(segments.token_offsets[0].lengths, dim=1)
     return x.split(1)
 
 

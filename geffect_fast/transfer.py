@@ -1,0 +1,47 @@
+"""To a device and back, with nobody waiting.
+
+A copy between a GPU and memory that may be paged out waits for all work before it. Through pinned
+memory it is queued like any kernel, and whoever reads what came back waits for that alone.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def on_device(x: Tensor, device: torch.device) -> Tensor:
+    """`x` on `device`, queued there where that is a GPU."""
+    if device.type == "cuda" and x.is_cpu:
+        return x.pin_memory().to(device, non_blocking=True)
+    return x.to(device)
+
+
+class OnItsWay:
+    """Tensors on their way to the host.
+
+    Args:
+        tensors: of one device, detached; what they hold when all that is queued so far is done.
+
+    Example:
+        >>> copy = OnItsWay(effects, values)
+        >>> ...  # more work for the device
+        >>> effects, values = copy.arrived()
+    """
+
+    def __init__(self, *tensors: Tensor) -> None:
+        self._done: torch.cuda.Event | None = None
+        if not any(x.is_cuda for x in tensors):
+            self._host = [x.cpu() for x in tensors]
+            return
+        self._host = [torch.empty(x.shape, dtype=x.dtype, pin_memory=True) for x in tensors]
+        for host, x in zip(self._host, tensors, strict=True):
+            host.copy_(x, non_blocking=True)
+        self._done = torch.cuda.Event()
+        self._done.record()
+
+    def arrived(self) -> list[Tensor]:
+        """The tensors on the CPU, once they are there."""
+        if self._done is not None:
+            self._done.synchronize()
+        return self._host

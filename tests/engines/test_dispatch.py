@@ -1,0 +1,48 @@
+"""How much a profile may dispatch, and how often it may wait: the table of `bench_dispatch.py`.
+
+The benchmark says what is counted. The bounds are those at which the device, not the host, is the
+limit: a training step's own operations, few times.
+"""
+
+from __future__ import annotations
+
+import csv
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "bench_dispatch.py"
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory):
+    out = tmp_path_factory.mktemp("dispatch") / "rows.csv"
+    command = [sys.executable, str(SCRIPT), "--attention", "eager", "--out", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = list(csv.DictReader(out.open(newline="")))
+    return {(row["engine"], row["phase"]): (int(row["calls"]), int(row["waits"])) for row in rows}
+
+
+def test_reverse_engine(table):
+    step = table["", "training step"][0]
+    calls, waits = table["reverse", "objective pass"]
+    assert calls <= 1.3 * step and waits == 0
+    calls, waits = table["reverse", "risk gradients"]
+    assert calls <= 2.1 * step and waits == 0  # of two risks
+    calls, waits = table["reverse", "measuring"]
+    assert calls <= 4.5 * step and waits <= 64
+
+
+def test_phases_are_all_there(table):
+    phases = ["preparing", "risk gradients", "objective pass", "measuring", "whole profile"]
+    assert list(table) == [
+        ("", "training step"),
+        *(("reverse", phase) for phase in phases),
+        *(("forward", phase) for phase in phases),
+    ]
+    for engine in ("reverse", "forward"):
+        calls = [table[engine, phase][0] for phase in phases]
+        assert calls[1] + calls[2] < calls[3] < calls[4]

@@ -1,0 +1,236 @@
+"""A GPU that is none: tensors that say they are on one, are computed on the CPU, and refuse waits.
+
+What a real one would make the host wait for raises `Waited` inside `SimulatedDevice`: reading a
+number, a shape that depends on values (`nonzero`, a boolean index), a copy that is not queued
+through pinned memory. The one way to read is an event (`geffect_fast.transfer.OnItsWay`): counted.
+Results are those of the CPU, so that they can be compared.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from geffect_fast.capture import Plan
+from geffect_fast.capture.wrappers import plain_name
+from geffect_fast.ops import backend
+
+DEVICE = torch.device("cuda", 0)
+
+
+class Waited(AssertionError):
+    """The host waited for the device."""
+
+
+class OnDevice(Tensor):
+    """A tensor of the simulated device; `inner` holds its numbers.
+
+    To torch's C++ it is one of the meta device, as autograd knows nothing of a GPU in a build
+    without; Python is told that it is on one.
+    """
+
+    device = DEVICE
+    is_cuda = True
+    is_cpu = False
+    is_meta = False
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @staticmethod
+    def __new__(cls, inner: Tensor) -> OnDevice:
+        return torch.Tensor._make_wrapper_subclass(
+            cls,
+            inner.size(),
+            strides=inner.stride(),
+            storage_offset=inner.storage_offset(),
+            dtype=inner.dtype,
+            device="meta",
+        )
+
+    def __init__(self, inner: Tensor) -> None:
+        self.inner = inner
+
+    def __repr__(self) -> str:
+        return f"OnDevice({self.inner})"
+
+    def data_ptr(self) -> int:
+        return self.inner.data_ptr()
+
+    def tolist(self) -> Any:
+        return self.cpu().tolist()
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, *_: Any) -> Any:
+        raise RuntimeError(f"{func} of a simulated device's tensor outside SimulatedDevice")
+
+
+aten = torch.ops.aten
+READS = {
+    aten._local_scalar_dense.default,
+    aten.equal.default,
+    aten.is_nonzero.default,
+    aten.nonzero.default,
+    aten.masked_select.default,
+    aten.bincount.default,
+    aten._unique2.default,
+    aten.unique_dim.default,
+    aten.unique_consecutive.default,
+}
+"""Operations whose result, or its size, the host needs to know."""
+
+INDEXED = {
+    aten.index.Tensor,
+    aten.index_put.default,
+    aten.index_put_.default,
+    aten._index_put_impl_.default,
+    aten._unsafe_index.Tensor,
+}
+
+
+class SimulatedDevice(TorchDispatchMode):
+    """Inside, `cuda:0` is there.
+
+    Attributes:
+        waits: how often an event was waited for, the one way that is allowed.
+        calls: operations that were dispatched.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        super().__init__()
+        self.waits = 0
+        self.calls = 0
+        self._refuses = True
+        mode = self
+
+        class Event:
+            def record(self) -> None:
+                pass
+
+            def synchronize(self) -> None:
+                mode.waits += mode._refuses
+
+        tensor = torch.tensor
+
+        def from_numbers(data: Any, **kwargs: Any) -> Tensor:
+            where = torch.device(kwargs.pop("device", None) or "cpu")
+            return tensor(data, **kwargs).to(where)  # such memory is not pinned
+
+        monkeypatch.setattr(torch, "tensor", from_numbers)
+        monkeypatch.setattr(torch.cuda, "_lazy_init", lambda: None)
+        monkeypatch.setattr(torch.cuda, "Event", Event)
+        monkeypatch.setattr(backend, "_devices_told", {"cpu", "cuda"})
+
+    @contextmanager
+    def preparing(self) -> Iterator[None]:
+        """Inside, anybody may wait: what is done once a model, before any batch."""
+        self._refuses = False
+        try:
+            yield
+        finally:
+            self._refuses = True
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        self.calls += 1
+        given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        from_device = any(isinstance(x, OnDevice) for x in given)
+        to_device = from_device
+        if kwargs.get("device") is not None:
+            to_device = torch.device(kwargs["device"]).type != "cpu"
+        if func is aten._pin_memory.default:
+            return _pinned(args[0].clone())
+        if func is aten.is_pinned.default:
+            return getattr(args[0], "pinned", False)
+        self._check(func, args, kwargs, from_device, to_device)
+
+        if kwargs.get("device") is not None:
+            kwargs["device"] = torch.device("cpu")
+        pin = kwargs.pop("pin_memory", None)
+        own_args, own_kwargs = tree_map_only(OnDevice, lambda x: x.inner, (args, kwargs))
+        found = func(*own_args, **own_kwargs)
+        if func is aten.copy_.default:
+            return args[0]
+        if not to_device:
+            return _pinned(found) if pin else found
+        found = tree_map_only(
+            Tensor, lambda x: x if isinstance(x, OnDevice) else OnDevice(x), found
+        )
+        return return_and_correct_aliasing(func, args, kwargs, found)
+
+    def _check(
+        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], source: bool, target: bool
+    ) -> None:
+        if not self._refuses or not (source or target):
+            return
+        if func in READS:
+            raise Waited(f"{func} of a tensor on the device")
+        if func in INDEXED and any(
+            isinstance(x, Tensor) and x.dtype in (torch.bool, torch.uint8) for x in args[1]
+        ):
+            raise Waited(f"{func} by a mask on the device")
+        if func is aten.repeat_interleave.Tensor and kwargs.get("output_size") is None:
+            raise Waited(f"{func} without a size")
+        if func is aten.segment_reduce.default and not kwargs.get("unsafe", False):
+            raise Waited(f"{func} that checks its lengths")
+        if func is aten.copy_.default:
+            into, x = args[:2]
+            queued = (len(args) > 2 and args[2]) or kwargs.get("non_blocking", False)
+            self._check_copy(x, into, queued)
+        elif func is aten._to_copy.default and source != target:
+            if source:
+                raise Waited("a copy to the host")
+            if not (kwargs.get("non_blocking") and getattr(args[0], "pinned", False)):
+                raise Waited("a copy to the device from memory that is not pinned")
+
+    @staticmethod
+    def _check_copy(x: Tensor, into: Tensor, queued: bool) -> None:
+        if isinstance(x, OnDevice) == isinstance(into, OnDevice):
+            return
+        host = into if isinstance(x, OnDevice) else x
+        if host.dim() == 0 and not isinstance(x, OnDevice):
+            return  # a number, which goes as an argument of the kernel
+        if not (queued and getattr(host, "pinned", False)):
+            raise Waited("a copy between host and device that is not queued")
+
+
+def _pinned(x: Tensor) -> Tensor:
+    x.pinned = True  # type: ignore[attr-defined]
+    return x
+
+
+def plan_there(plan: Plan) -> Plan:
+    """The plan of a copy of a model on the simulated device, as it was made on the CPU.
+
+    What a module does is tried once a model, before any batch, partly by forward mode, which torch
+    does not offer to tensors of another class.
+    """
+    there = moved(plan.model)
+    parameters = {plain_name(name): p for name, p in there.named_parameters()}
+    owners = {
+        where: (there.get_submodule(where), *known) for where, (_, *known) in plan.owners.items()
+    }
+    return Plan(there, {name: parameters[name] for name in plan.parameters}, owners)
+
+
+def moved(model: nn.Module) -> nn.Module:
+    """A copy of a model on the simulated device."""
+    model = copy.deepcopy(model)
+    there: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for key, p in module._parameters.items():
+            if p is not None:
+                other = nn.Parameter(OnDevice(p.detach()), p.requires_grad)
+                module._parameters[key] = there.setdefault(id(p), other)
+        for key, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[key] = OnDevice(buffer)
+    return model
