@@ -84,5 +84,4 @@ def _plain(x: Any) -> Hashable:
         )
     if isinstance(x, list | tuple | set):
         return tuple(map(_plain, sorted(x, key=str) if isinstance(x, set) else x))
-    kind: Hashable = type(x)
-    return kind
+    return repr(type(x))
