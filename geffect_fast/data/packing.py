@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from math import isqrt, prod
-from typing import Literal, get_args
+from typing import Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
@@ -112,15 +113,18 @@ def _lengths(sample: Sample, roles: tuple[Role, ...]) -> list[int]:
     return [len(sequence) for role in roles for sequence in sequences[role]]
 
 
-def _fill(sized: Iterable[tuple[Sample, int]], budget: int) -> Iterator[list[Sample]]:
+Item = TypeVar("Item")
+
+
+def _fill(sized: Iterable[tuple[Item, int]], budget: int) -> Iterator[list[Item]]:
     """Consecutive samples while their sizes stay within the budget."""
-    batch: list[Sample] = []
+    batch: list[Item] = []
     used = 0
-    for sample, size in sized:
+    for item, size in sized:
         if batch and used + size > budget:
             yield batch
             batch, used = [], 0
-        batch.append(sample)
+        batch.append(item)
         used += size
     if batch:
         yield batch
@@ -161,6 +165,39 @@ def _batch(
         totals=totals,
         reduction=reduction,
         weights=_target_weights(sequences),
+    )
+
+
+def split_batch(batch: Batch, token_budget: int) -> list[Batch]:
+    """A batch in smaller ones of at most `token_budget` tokens; a longer sample gets its own.
+
+    Args:
+        batch: of `make_batches`, in any layout, which its pieces keep.
+        token_budget: most tokens a piece.
+    """
+    tokens = batch.cu_samples.tolist()
+    sized = ((i, tokens[i + 1] - tokens[i]) for i in range(batch.n_samples))
+    return [_part(batch, piece[0], piece[-1] + 1) for piece in _fill(sized, token_budget)]
+
+
+def _part(batch: Batch, first: int, end: int) -> Batch:
+    """The samples from `first` to before `end`."""
+    start, stop = batch.cu_samples[[first, end]].tolist()
+    inside = (batch.sequence_sample >= first) & (batch.sequence_sample < end)
+    q, q_end = int(inside.nonzero()[0]), int(inside.nonzero()[-1]) + 1
+    at = (slice(None), slice(start, stop)) if batch.packed else (slice(q, q_end),)
+    return replace(
+        batch,
+        input_ids=batch.input_ids[at],
+        position_ids=batch.position_ids[at],
+        labels=batch.labels[start:stop],
+        targets=batch.targets[start:stop],
+        cu_seqlens=batch.cu_seqlens[q : q_end + 1] - start,
+        cu_samples=batch.cu_samples[first : end + 1] - start,
+        roles=batch.roles[q:q_end],
+        sequence_sample=batch.sequence_sample[q:q_end] - first,
+        rows=batch.rows[first:end],
+        weights=None if batch.weights is None else batch.weights[start:stop],
     )
 
 

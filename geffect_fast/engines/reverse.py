@@ -18,6 +18,7 @@ from torch import Tensor
 
 from geffect_fast.capture import Factor, Plan, Recorder
 from geffect_fast.capture.products import in_working_precision, inner
+from geffect_fast.engines.attempts import Attempt
 from geffect_fast.engines.direction import Tick, add_gradients, new_gradients
 from geffect_fast.engines.effect_array import Collect
 from geffect_fast.engines.forward_pass import model_outputs, sample_axis
@@ -82,46 +83,58 @@ def reverse_effects(
     gradients = new_gradients(plan, n_objectives) if norms else None
     parameters = list(plan.parameters.values())
 
-    for task in tasks:
-        for batch in task.batches:
-            n = batch.total_tokens if per_token else batch.n_samples
-            effects = totals.new_zeros(len(task.parts), n_directions, n_columns, n)
-            current = 0
+    def add_batch(task: Task, attempt: Attempt, effects: Tensor) -> None:
+        """Fill `effects`, of objectives that are not done yet, and add the batch to the sums."""
+        batch, current = attempt.batch, 0
+        own = list(task.parts)
+        summed = totals.new_zeros(len(own), *totals.shape[1:])
 
-            def add(name: str, factors: list[Factor], kept: list[Tensor | None]) -> None:
-                score = sum(
-                    inner(f, directions[name], z) for f, z in zip(factors, kept, strict=True)
-                )
-                score = torch.as_tensor(score).cpu()
-                p = number[name]
-                effects[current, :, columns[p]] += score  # noqa: B023
-                totals[list(task.parts)[current], :, p] += score.sum(1)  # noqa: B023
+        def add(name: str, factors: list[Factor], kept: list[Tensor | None]) -> None:
+            score = sum(inner(f, directions[name], z) for f, z in zip(factors, kept, strict=True))
+            score = torch.as_tensor(score).cpu()
+            p = number[name]
+            effects[current, :, columns[p]] += score
+            summed[current, :, p] += score.sum(1)
 
-            moved = batch.to(parameters[0].device)
-            shared = directions if len(task.parts) > 1 else None
-            axis = sample_axis(plan.model, moved, per_token)
-            with (
-                packed_attention(plan.model, moved),
-                nullcontext() if norms else plan.frozen(),
-                Recorder(plan, add, axis, directions=shared) as recorder,
-            ):
-                outputs = model_outputs(plan.model, moved, task.needs)
-                other = reference.outputs(task, batch, moved, outputs)
-                roots = recorder.roots_of(outputs.token_logprob)
-                sources = roots + (parameters if norms else [])
-                for k, index in enumerate(task.parts):
-                    current = k
-                    terms, value = task.terms(index, outputs, moved, other)
-                    loss = terms.sum()
-                    values[index] += value
-                    if not loss.requires_grad:
-                        continue  # it reads a layer below everything that can be trained
+        moved = batch.to(parameters[0].device)
+        shared = directions if len(own) > 1 else None
+        axis = sample_axis(plan.model, moved, per_token)
+        with (
+            packed_attention(plan.model, moved),
+            nullcontext() if norms else plan.frozen(),
+            Recorder(plan, add, axis, directions=shared) as recorder,
+        ):
+            outputs = model_outputs(plan.model, moved, task.needs)
+            other = reference.outputs(task, batch, moved, outputs)
+            roots = recorder.roots_of(outputs.token_logprob)
+            sources = roots + (parameters if norms else [])
+            wanted = [k for k, index in enumerate(own) if index not in attempt.done]
+            for current in wanted:
+                index = own[current]
+                terms, value = task.terms(index, outputs, moved, other)
+                loss = terms.sum()
+                grads: Sequence[Tensor | None] = [None] * len(sources)
+                if loss.requires_grad:  # else it reads a layer below all that can be trained
                     grads = torch.autograd.grad(
-                        loss, sources, retain_graph=k + 1 < len(task.parts), allow_unused=True
+                        loss, sources, retain_graph=current != wanted[-1], allow_unused=True
                     )
                     recorder.finish()
+                with attempt.finishing(index):
+                    values[index] += value
+                    totals[index] += summed[current]
                     if gradients is not None:
                         add_gradients(plan, gradients, index, grads[len(roots) :])
+
+    for task in tasks:
+        for attempt in task.attempts():
+            batch, before = attempt.batch, attempt.done
+            n = batch.total_tokens if per_token else batch.n_samples
+            effects = totals.new_zeros(len(task.parts), n_directions, n_columns, n)
+            with attempt:
+                add_batch(task, attempt, effects)
+                tick(batch.total_tokens)
+            # Where memory ran out, what is not done has effects that are not whole.
+            done = torch.tensor([index in attempt.done - before for index in task.parts])
+            effects[~done] = 0
             collect(task, batch, effects)
-            tick(batch.total_tokens)
     return Totals(values, totals, gradients)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from geffect_fast.capture import Plan
 from geffect_fast.data import Layout, estimate_token_budget, make_batches
 from geffect_fast.data.batch import Batch, Reduction, Role
+from geffect_fast.engines.attempts import TokenBudget
 from geffect_fast.engines.choice import Choice, choose_engine
 from geffect_fast.engines.direction import Tick, accumulate_gradients
 from geffect_fast.engines.forward_check import forward_mode_problem
@@ -83,8 +84,6 @@ class Profiler:
         sets: the data sets, tokenised: `forget`, `retain` and every probe by its name.
         objectives: the objectives.
         risk_names: names along the axis `risk`.
-        token_budget: tokens a batch.
-        settings: attributes of results that hold for all measurements.
 
     Example:
         >>> profiler = Profiler(model, tokenizer, forget=rows, retain=others, objectives=["ga"])
@@ -152,9 +151,11 @@ class Profiler:
             n_parts=len(self._parts),
             shares=product_shares(plan, columns),
         )
-        self.token_budget = token_budget or estimate_token_budget(model, n_directions=len(sets))
+        self._budget = budget = TokenBudget(
+            token_budget or estimate_token_budget(model, n_directions=len(sets))
+        )
         try:
-            with within_budget(self.token_budget, 1):
+            with within_budget(budget, one_sample=True):
                 layout = choose_layout(plan, sets["forget"])
         except UnsupportedModelError:
             # Whole gradients and forward passes need no shares of samples, only that samples do
@@ -169,25 +170,24 @@ class Profiler:
             return make_batches(
                 sets[name],
                 wanted,
-                token_budget=self.token_budget,
+                token_budget=budget.tokens,
                 reduction=reduction,
                 layout=layout,
             )
 
         offsets = {"forget": 0, "retain": len(sets["forget"])}
-        self._tasks = tasks_for(self._parts, batches_of, offsets)
+        self._tasks = tasks_for(self._parts, batches_of, offsets, budget)
         self._risk_tasks = [
-            Task(batches_of(source, risk_part.roles), {m: risk_part})
+            Task(batches_of(source, risk_part.roles), {m: risk_part}, budget=budget)
             for m, source in enumerate(sources.values())
         ]
         self._tokenizer = tokenizer
-        self.settings = {
+        self._settings = {
             "engine": self._choice.engine,
             "engine_reason": self._choice.reason,
             "layout": layout,
             "reduction": reduction,
             "risk": str(risk_part),
-            "token_budget": self.token_budget,
             "n_forget": len(sets["forget"]),
             "n_retain": len(sets["retain"]),
             "digests": json.dumps({name: digest(each) for name, each in sets.items()}),
@@ -313,6 +313,16 @@ class Profiler:
         return values, directions
 
     @property
+    def token_budget(self) -> int:
+        """Tokens a batch; where memory ran out, less than it was."""
+        return self._budget.tokens
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Attributes of results that hold for all measurements, as they are now."""
+        return self._settings | {"token_budget": self.token_budget}
+
+    @property
     def _mixture(self) -> Tensor:
         return mixture_of(self.objectives, self._parts)
 
@@ -338,9 +348,8 @@ class Profiler:
         self, show: bool, what: str, tasks: Sequence[Task], n_passes: int = 1
     ) -> Iterator[Tick]:
         """Yields a function that is told of tokens done, drawn as a bar; memory may run out."""
-        largest = max((b for task in tasks for b in task.batches), key=lambda b: b.total_tokens)
         with (
             progress_bar(show, what, n_passes * sum(task.n_tokens for task in tasks)) as update,
-            within_budget(self.token_budget, largest.n_samples),
+            within_budget(self._budget),
         ):
             yield lambda n: update(advance=n)

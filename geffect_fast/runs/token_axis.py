@@ -19,6 +19,8 @@ from geffect_fast.runs.resolution import Resolution
 class TokenWeights:
     """Collects `token_weights` of all objectives while an engine evaluates their parts.
 
+    A batch may come twice, whole or in pieces.
+
     Args:
         resolution: of the result.
         mixture: `(K, n_parts)` fp64, how often each part counts in each objective.
@@ -27,8 +29,8 @@ class TokenWeights:
     def __init__(self, resolution: Resolution, mixture: Tensor) -> None:
         self._resolution = replace(resolution, axes=("sample", "token"))
         self._mixture = mixture
-        k, _, _, n, t = self._resolution.shape(len(mixture), 1)
-        self._values = np.full((k, n, t), np.nan)
+        n_parts, _, _, n, t = self._resolution.shape(mixture.shape[1], 1)
+        self._of_parts = np.full((n_parts, n, t), np.nan)
 
     def add(
         self, task: Task, index: int, outputs: Outputs, batch: Batch, reference: Outputs | None
@@ -43,9 +45,7 @@ class TokenWeights:
         rows = torch.tensor(batch.rows)[sample] + task.offset
         ahead = torch.nonzero(batch.targets != IGNORE).squeeze(1)
         at = (rows[ahead].numpy(), places[ahead + 1].numpy())  # the token that is predicted
-        for k in self._mixture[:, index].nonzero().flatten().tolist():
-            share = float(self._mixture[k, index]) * found.cpu()[ahead].numpy()
-            self._values[k][at] = np.nan_to_num(self._values[k][at]) + share
+        self._of_parts[index][at] = found.cpu()[ahead].numpy()
 
     def variables(self, tokenizer: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         """The variable `token_weight`, and its coordinates.
@@ -54,4 +54,10 @@ class TokenWeights:
             tokenizer: as `Resolution.coordinates`.
         """
         dims = ("objective", "sample", "token")
-        return {"token_weight": (dims, self._values)}, self._resolution.coordinates(tokenizer)
+        values = np.full((len(self._mixture), *self._of_parts.shape[1:]), np.nan)
+        for k, index in self._mixture.nonzero().tolist():
+            own = self._of_parts[index]
+            has = ~np.isnan(own)
+            share = float(self._mixture[k, index]) * own[has]
+            values[k][has] = np.nan_to_num(values[k][has]) + share
+        return {"token_weight": (dims, values)}, self._resolution.coordinates(tokenizer)
