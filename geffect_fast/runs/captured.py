@@ -58,7 +58,8 @@ class CapturedNumbers:
         self.reference = reference
         self.parts = list(dict.fromkeys(part for o in objectives for _, part in o.parts()))
         self.budget = budget = TokenBudget(
-            token_budget or estimate_token_budget(plan.model, n_directions=1)
+            token_budget
+            or estimate_token_budget(plan.model, n_directions=1, shared=True, logits=True)
         )
 
         def batches_of(_name: str, roles: tuple[Role, ...]) -> list[Batch]:

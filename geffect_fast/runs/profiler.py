@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -22,9 +23,11 @@ from geffect_fast.engines.direction import Tick, accumulate_gradients
 from geffect_fast.engines.forward_check import forward_mode_problem
 from geffect_fast.engines.forward_parts import parts_for, place_for_directions, product_shares
 from geffect_fast.engines.layout import choose_layout
+from geffect_fast.engines.packed_attention import splits_attention
 from geffect_fast.engines.tasks import Reference, Task, mixture_of, tasks_for
 from geffect_fast.errors import InputError, UnsupportedModelError
 from geffect_fast.objectives import Objective
+from geffect_fast.objectives.base import REFERENCE_NEEDS
 from geffect_fast.runs.arguments import (
     check_arguments,
     check_memory,
@@ -151,9 +154,7 @@ class Profiler:
             n_parts=len(self._parts),
             shares=product_shares(plan, columns),
         )
-        self._budget = budget = TokenBudget(
-            token_budget or estimate_token_budget(model, n_directions=len(sets))
-        )
+        self._budget = budget = TokenBudget(token_budget or 1)
         try:
             with within_budget(budget, one_sample=True):
                 layout = choose_layout(plan, sets["forget"])
@@ -165,6 +166,9 @@ class Profiler:
             layout = "single"
         self._choice = self._possible(choice, layout, engine == "forward")
         self._norms = self._choice.engine == "reverse" if norms is None else norms
+        if token_budget is None:
+            second = REFERENCE_NEEDS & needs and isinstance(reference_model, str | Path)
+            budget.tokens = self._tokens_that_fit(layout, loads_another=bool(second))
 
         def batches_of(name: str, wanted: tuple[Role, ...]) -> list[Batch]:
             return make_batches(
@@ -342,6 +346,31 @@ class Profiler:
                 f"engine forward: {problem}; use engine='reverse', without 'token'"
             )
         return Choice("reverse", problem)
+
+    def _tokens_that_fit(self, layout: Layout, *, loads_another: bool) -> int:
+        """Tokens a batch, from what they take and the memory that is free."""
+        model, forward = self.plan.model, self._choice.engine == "forward"
+        whole = not forward and (self._norms or not self._resolution.per_sample)
+        needs = {need for part in self._parts for need in part.needs}
+        (largest, *_) = make_batches(
+            self.sets["forget"], ("answer",), token_budget=2**62, layout=layout
+        )
+        read = Counter((part.on, frozenset(part.roles)) for part in self._parts)
+        predicted = [
+            each.totals().n_targets["answer"] / sum(len(s.answer) for s in each.samples)
+            for each in self.sets.values()
+        ]
+        return estimate_token_budget(
+            model,
+            n_directions=len(self.risk_names),
+            n_gradients=len(self._parts) if whole else 0,
+            shared=not forward and max(read.values()) > 1,
+            forward=forward,
+            logits=not {"logits", "reference_logits"}.isdisjoint(needs),
+            predicted=max(predicted),
+            by_sample=layout != "packed" or splits_attention(model, largest),
+            reserved=sum(p.nbytes for p in model.parameters()) if loads_another else 0,
+        )
 
     @contextmanager
     def _ticking(

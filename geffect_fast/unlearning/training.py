@@ -282,7 +282,7 @@ class UnlearnTrainer(Trainer):
         while True:
             tasks = replace(self.loss, token_budget=self._budget.tokens).tasks(rows)
             shares: list[float] = []
-            for task, batch in ((task, batch) for task in tasks for batch in task.batches):
+            for task, batch in [(each, batch) for each in tasks for batch in each.batches]:
                 attempt = Attempt(batch, self._budget if begins else None)
                 with attempt:
                     shares.append(self._descend(model, rows, task, batch))
