@@ -10,11 +10,11 @@ from geffect_fast.data.fictitious import (
 from geffect_fast.data.packing import (
     LAYOUTS,
     Layout,
-    estimate_token_budget,
     make_batches,
     token_places,
 )
 from geffect_fast.data.qa import read_refusals, read_rows
+from geffect_fast.data.token_budget import estimate_token_budget
 from geffect_fast.data.tokenize import (
     Sample,
     SampleSet,

@@ -3,35 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from math import isqrt, prod
-from typing import Literal, get_args
+from dataclasses import replace
+from math import prod
+from typing import Literal, TypeVar, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from geffect_fast.data.batch import IGNORE, REDUCTIONS, Batch, Reduction, Role, Totals
-from geffect_fast.data.memory import free_memory
 from geffect_fast.data.qa import row_place
 from geffect_fast.data.tokenize import Sample, SampleSet, Sequence
 from geffect_fast.errors import InputError
 
 Layout = Literal["packed", "equal_length", "single"]
 LAYOUTS: tuple[Layout, ...] = get_args(Layout)
-
-MEMORY_SHARE = 0.5
-"""Part of the free memory a batch may take: the estimate below is one, and allocators fragment."""
-
-MIN_CPU_CAP = 256
-CPU_CAP_PER_HIDDEN = 1
-"""Under a mask, a token of a packed batch attends to every token of the batch: `4 d` operations a
-pair and layer, beside some `24 d^2` a token of the linear layers. At `d` tokens a batch the first
-are a sixth of the second; on a CPU, where larger batches gain nothing else, that is where to stop.
-Below 256 tokens the overhead of each call would dominate."""
-
-LOGIT_COPIES = 4
-"""Logits as computed, in fp32, their log-softmax, and their gradient."""
-
-FP32_BYTES = 4
 
 
 def make_batches(
@@ -112,15 +97,18 @@ def _lengths(sample: Sample, roles: tuple[Role, ...]) -> list[int]:
     return [len(sequence) for role in roles for sequence in sequences[role]]
 
 
-def _fill(sized: Iterable[tuple[Sample, int]], budget: int) -> Iterator[list[Sample]]:
+Item = TypeVar("Item")
+
+
+def _fill(sized: Iterable[tuple[Item, int]], budget: int) -> Iterator[list[Item]]:
     """Consecutive samples while their sizes stay within the budget."""
-    batch: list[Sample] = []
+    batch: list[Item] = []
     used = 0
-    for sample, size in sized:
+    for item, size in sized:
         if batch and used + size > budget:
             yield batch
             batch, used = [], 0
-        batch.append(sample)
+        batch.append(item)
         used += size
     if batch:
         yield batch
@@ -161,6 +149,39 @@ def _batch(
         totals=totals,
         reduction=reduction,
         weights=_target_weights(sequences),
+    )
+
+
+def split_batch(batch: Batch, token_budget: int) -> list[Batch]:
+    """A batch in smaller ones of at most `token_budget` tokens; a longer sample gets its own.
+
+    Args:
+        batch: of `make_batches`, in any layout, which its pieces keep.
+        token_budget: most tokens a piece.
+    """
+    tokens = batch.cu_samples.tolist()
+    sized = ((i, tokens[i + 1] - tokens[i]) for i in range(batch.n_samples))
+    return [_part(batch, piece[0], piece[-1] + 1) for piece in _fill(sized, token_budget)]
+
+
+def _part(batch: Batch, first: int, end: int) -> Batch:
+    """The samples from `first` to before `end`."""
+    start, stop = batch.cu_samples[[first, end]].tolist()
+    inside = (batch.sequence_sample >= first) & (batch.sequence_sample < end)
+    q, q_end = int(inside.nonzero()[0]), int(inside.nonzero()[-1]) + 1
+    at = (slice(None), slice(start, stop)) if batch.packed else (slice(q, q_end),)
+    return replace(
+        batch,
+        input_ids=batch.input_ids[at],
+        position_ids=batch.position_ids[at],
+        labels=batch.labels[start:stop],
+        targets=batch.targets[start:stop],
+        cu_seqlens=batch.cu_seqlens[q : q_end + 1] - start,
+        cu_samples=batch.cu_samples[first : end + 1] - start,
+        roles=batch.roles[q:q_end],
+        sequence_sample=batch.sequence_sample[q:q_end] - first,
+        rows=batch.rows[first:end],
+        weights=None if batch.weights is None else batch.weights[start:stop],
     )
 
 
@@ -220,72 +241,3 @@ def _target_weights(sequences: list[Sequence]) -> Tensor | None:
 
 def _offsets(lengths: list[int]) -> Tensor:
     return torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
-
-
-def estimate_token_budget(
-    model: nn.Module, *, n_directions: int, memory_bytes: int | None = None
-) -> int:
-    """The largest batch, in tokens, that the memory of the model's device holds.
-
-    The largest `T` with `b T + q T^2 <= (free - directions) / 2`, where
-
-        b = 2 e sum(d_in + d_out)  +  4 * 4 vocab  +  4 M sum(d_out)
-            (inputs and outputs of    (logits and      (cached projections
-            linear layers, as much     their copies)    A V^T in fp32)
-            again for what lies
-            between them)
-        q = e + 4 heads                    attention mask; scores of one layer in fp32
-            (heads * layers with eager attention, which saves them in every layer)
-        directions = 4 M n_parameters      in fp32
-
-    `e` is the bytes of a weight, `M` is `n_directions`, sums run over the layers with a weight
-    matrix. On a CPU `T` is at most `max(256, hidden)`, see `CPU_CAP_PER_HIDDEN`.
-
-    Args:
-        model: a transformers causal language model, on its device, before directions are made.
-        n_directions: risks whose gradients are kept.
-        memory_bytes: use this instead of the device's free memory.
-
-    Returns:
-        Tokens a batch, at least 1.
-
-    Raises:
-        InputError: an argument is out of range, or the model has no weight matrix.
-    """
-    if n_directions < 0:
-        raise InputError(f"n_directions: {n_directions} is negative; give the number of risks")
-    if memory_bytes is not None and memory_bytes < 1:
-        raise InputError(f"memory_bytes: {memory_bytes} is no memory; give at least 1, or None")
-    weights = [(m, w) for m in model.modules() if (w := _weight_matrix(m)) is not None]
-    if not weights:
-        raise InputError("model: it has no weight matrix, so it is no language model")
-    device, itemsize = weights[0][1].device, weights[0][1].element_size()
-    config = getattr(model, "config", None)
-    embeddings = [w for m, w in weights if isinstance(m, nn.Embedding)]
-    vocab, hidden = max((w.shape for w in embeddings), default=weights[0][1].shape)
-    layers = [w for m, w in weights if not isinstance(m, nn.Embedding)]
-
-    per_token = (
-        2 * itemsize * sum(sum(w.shape) for w in layers)
-        + FP32_BYTES * LOGIT_COPIES * vocab
-        # A Conv1D stores its weight transposed: the larger side is d_out or more.
-        + FP32_BYTES * n_directions * sum(max(w.shape) for w in layers)
-    )
-    scores = getattr(config, "num_attention_heads", 1)
-    if getattr(config, "_attn_implementation", "eager") == "eager":
-        scores *= getattr(config, "num_hidden_layers", len(layers))
-    per_pair = itemsize + FP32_BYTES * scores
-
-    free = free_memory(device) if memory_bytes is None else memory_bytes
-    directions = FP32_BYTES * n_directions * sum(p.numel() for p in model.parameters())
-    usable = int(MEMORY_SHARE * max(free - directions, 0))
-    root = isqrt(per_token**2 + 4 * per_pair * usable)
-    tokens = (root - per_token) // (2 * per_pair)
-    if device.type == "cpu":
-        tokens = min(tokens, max(MIN_CPU_CAP, CPU_CAP_PER_HIDDEN * hidden))
-    return max(tokens, 1)
-
-
-def _weight_matrix(module: nn.Module) -> Tensor | None:
-    weight = module._parameters.get("weight")
-    return weight if weight is not None and weight.ndim == 2 else None

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from geffect_fast.capture import Plan
+from geffect_fast.engines.attempts import Attempt
 from geffect_fast.engines.forward_pass import model_outputs
 from geffect_fast.engines.packed_attention import packed_attention
 from geffect_fast.engines.tasks import Reference, Task
@@ -73,23 +74,31 @@ def accumulate_gradients(
     gradients = new_gradients(plan, n, kept_on)
     rows = rows_of(gradients)
     parameters = list(plan.parameters.values())
-    for task in tasks:
-        for batch in task.batches:
-            moved = batch.to(parameters[0].device)
-            with packed_attention(plan.model, moved):
-                outputs = model_outputs(plan.model, moved, task.needs)
-                other = reference.outputs(task, batch, moved, outputs)
-                for k, index in enumerate(task.parts):
-                    terms, value = task.terms(index, outputs, moved, other)
-                    loss = terms.sum()
-                    found.append((index, value))
-                    if not loss.requires_grad:
-                        continue  # it reads a layer below everything that can be trained
+
+    def add(task: Task, attempt: Attempt) -> None:
+        batch = attempt.batch
+        moved = batch.to(parameters[0].device)
+        with packed_attention(plan.model, moved):
+            outputs = model_outputs(plan.model, moved, task.needs)
+            other = reference.outputs(task, batch, moved, outputs)
+            wanted = [index for index in task.parts if index not in attempt.done]
+            for index in wanted:
+                terms, value = task.terms(index, outputs, moved, other)
+                loss = terms.sum()
+                grads: Sequence[Tensor | None] = [None] * len(parameters)
+                if loss.requires_grad:  # else it reads a layer below all that can be trained
                     grads = torch.autograd.grad(
-                        loss, parameters, retain_graph=k + 1 < len(task.parts), allow_unused=True
+                        loss, parameters, retain_graph=index != wanted[-1], allow_unused=True
                     )
+                with attempt.finishing(index):
+                    found.append((index, value))
                     add_gradients(rows[index], grads)
-            tick(batch.total_tokens)
+
+    for task in tasks:
+        for attempt in task.attempts():
+            with attempt:
+                add(task, attempt)
+                tick(attempt.batch.total_tokens)
     return added_up(found, n), gradients
 
 

@@ -143,36 +143,47 @@ def forward_effects(
     totals = torch.zeros(n_objectives, n_directions, n_columns, dtype=torch.float64)
     device = next(iter(plan.parameters.values())).device
     forwards = fast_forwards(plan.model)
+
+    def run(
+        task: Task, batch: Batch, moved_along: dict[str, Tensor], number: int
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Changes of terms `(M, K, total_tokens)`, and in the first pass the parts' values."""
+        moved = batch.to(device)
+        with dual_model(plan, moved, forwards):
+            outputs, tangents = dual_outputs(plan, moved_along, moved, task.needs)
+        other = reference.outputs(task, batch, moved, outputs)
+        if number == 0 and batch is task.batches[0]:
+            # One objective of each kind: hyper-parameters change no code.
+            for objective in {type(part): part for part in task.parts.values()}.values():
+                check_terms(objective, outputs, moved, other, tangents[0])
+        change = torch.stack(
+            [
+                term_tangents(objective, outputs, moved, other, tangents)
+                for objective in task.parts.values()
+            ],
+            dim=1,
+        )
+        own = [task.value(k, outputs, moved, other) for k in task.parts] if number == 0 else []
+        return change.cpu(), own
+
     for number, part in enumerate(parts):
         moved_along, scale = _on_device(plan, directions, part)
         for task in tasks:
-            own = list(task.parts)
-            for batch in task.batches:
-                moved = batch.to(device)
-                with dual_model(plan, moved, forwards):
-                    outputs, tangents = dual_outputs(plan, moved_along, moved, task.needs)
-                other = reference.outputs(task, batch, moved, outputs)
-                if number == 0 and batch is task.batches[0]:
-                    # One objective of each kind: hyper-parameters change no code.
-                    for objective in {type(part): part for part in task.parts.values()}.values():
-                        check_terms(objective, outputs, moved, other, tangents[0])
-                change = torch.stack(
-                    [
-                        term_tangents(objective, outputs, moved, other, tangents)
-                        for objective in task.parts.values()
-                    ],
-                    dim=1,
-                )
-                if number == 0:
-                    for index in own:
-                        values[index] += float(task.value(index, outputs, moved, other))
-                change = change.cpu() * scale[:, None, None]
+            for attempt in task.attempts():
+                batch = attempt.batch
+                with attempt:
+                    change, found = run(task, batch, moved_along, number)
+                if attempt.failed:
+                    continue
+                change = change * scale[:, None, None]
                 n = batch.total_tokens if per_token else batch.n_samples
-                effects = totals.new_zeros(len(own), n_directions, n_columns, n)
+                effects = totals.new_zeros(len(task.parts), n_directions, n_columns, n)
                 summed = _by_token(task, batch, change) if per_token else _by_sample(batch, change)
                 effects[:, list(part.risks), part.column] = summed.transpose(0, 1)
-                for k, index in enumerate(own):
+                for k, index in enumerate(task.parts):
                     totals[index] += effects[k].sum(-1)
+                for index, value in zip(task.parts, found, strict=False):
+                    values[index] += value
                 collect(task, batch, effects)
                 tick(batch.total_tokens)
     return values, totals

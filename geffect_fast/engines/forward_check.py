@@ -19,6 +19,7 @@ from geffect_fast.engines.dual_modules import Forwards, fast_forwards
 from geffect_fast.engines.forward import dual_model, dual_outputs
 from geffect_fast.engines.forward_pass import model_outputs
 from geffect_fast.engines.layout import precisions, probe_batch
+from geffect_fast.engines.remembered import Remembered, state_of
 
 FLOOR = {torch.float64: 1e-9, torch.float32: 1e-6, torch.bfloat16: 1e-4, torch.float16: 1e-4}
 """Gradients smaller than this beside the largest may be rounding noise, as those of keys' biases
@@ -36,17 +37,31 @@ CERTAIN = {torch.float64: 0.0, torch.float32: 0.0, torch.bfloat16: 1e-2, torch.f
 amplifies rounding: then only a share of nothing says that tangents are lost."""
 
 
+_FOUND: Remembered[tuple[str | None]] = Remembered()
+
+
 def forward_mode_problem(plan: Plan, sample_set: SampleSet, layout: Layout) -> str | None:
     """Why the forward engine cannot serve this model, naming the module; None where it can.
 
-    Every parameter is moved along its own gradient `g`, divided by `|g|^2`, so that by reverse mode
-    each moves the sum of log-probabilities by exactly 1.
+    Found once a model, for as long as it is what it was (`state_of`). Every parameter moves along
+    its own gradient `g`, divided by `|g|^2`, so that by reverse mode each moves the sum of
+    log-probabilities by exactly 1.
 
     Args:
         plan: of the model.
         sample_set: whose first tokens are tried.
         layout: as `choose_layout` found it.
     """
+    state = (state_of(plan), layout)
+    found = _FOUND.get(plan.model, state)
+    if found is None:
+        found = (_problem(plan, sample_set, layout),)
+        _FOUND.keep(plan.model, state, found)
+    return found[0]
+
+
+def _problem(plan: Plan, sample_set: SampleSet, layout: Layout) -> str | None:
+    """`forward_mode_problem`, by running the model."""
     batch = probe_batch(plan, sample_set, layout)
     dtypes = precisions(plan.model)
     floor, limit, certain = (max(of[d] for d in dtypes) for of in (FLOOR, TOLERANCE, CERTAIN))

@@ -1,8 +1,9 @@
-"""Whether a model's samples can share a forward pass, found out by trying."""
+"""Whether a model's samples can share a forward pass: known from its code, or found by trying."""
 
 from __future__ import annotations
 
 from contextlib import nullcontext
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,9 @@ from geffect_fast.capture.products import squared_norms
 from geffect_fast.data import IGNORE, Layout, Sample, SampleSet, Sequence, make_batches
 from geffect_fast.data.batch import Batch
 from geffect_fast.engines.forward_pass import model_outputs, sample_axis, takes
-from geffect_fast.engines.packed_attention import packed_attention
+from geffect_fast.engines.known_layout import packs_by_its_code
+from geffect_fast.engines.packed_attention import packed_attention, splits_attention
+from geffect_fast.engines.remembered import Remembered, state_of
 from geffect_fast.errors import GEffectError
 
 PROBE_LENGTHS = (7, 4)
@@ -26,14 +29,34 @@ the first figure is not smaller.
 """
 
 
+@dataclass(frozen=True)
+class _Tried:
+    """What trying a model found.
+
+    Attributes:
+        layout: the layout.
+        outside: parameters used outside their modules, as `Plan.widen` was told of them in turn.
+        axes: what the plan was taught.
+    """
+
+    layout: Layout
+    outside: tuple[tuple[str, ...], ...]
+    axes: dict[tuple[str, int], int]
+
+
+_TRIED: Remembered[_Tried] = Remembered()
+
+
 def choose_layout(plan: Plan, sample_set: SampleSet) -> Layout:
     """The fastest layout that is exact for this model: `packed`, `equal_length` or `single`.
 
-    Two short sequences of the user's data are run together and apart. A layout is exact where every
-    parameter's gradient norm, sample by sample, comes out the same: attention that looks across
-    sequences, positions that do not restart, and tokens that a router sends out of order all show.
-    Packed sequences are tried with the model's own mask as well as with `packed_attention`, since a
-    batch may run either way.
+    No pass is run where the model's code shows it (`packs_by_its_code`), nor where the model was
+    tried and is what it was then (`state_of`). Else two short sequences of the user's data are run
+    together and apart. A layout is exact where every parameter's gradient norm, sample by sample,
+    comes out the same: attention that looks across sequences, positions that do not restart, and
+    tokens that a router sends out of order all show. Packed sequences are tried with the model's
+    own mask as well as with `packed_attention` where it serves the model, since a batch may run
+    either way.
 
     Parameters that are used outside their modules' forwards are moved in the plan, see
     `Plan.widen`.
@@ -41,28 +64,48 @@ def choose_layout(plan: Plan, sample_set: SampleSet) -> Layout:
     Raises:
         GEffectError: what the model itself raises when run on one sequence.
     """
-    apart = [_norms(plan, [ids], "single") for ids in _probes(sample_set, PROBE_LENGTHS)]
-    several = _probes(sample_set, PROBE_LENGTHS)
-    if takes(plan.model, "position_ids") and all(
-        _agree(plan, several, "packed", apart, masked) for masked in (True, False)
-    ):
+    if packs_by_its_code(plan):
         return "packed"
+    state = state_of(plan)
+    tried = _TRIED.get(plan.model, state)
+    if tried is None:
+        outside: list[tuple[str, ...]] = []
+        tried = _Tried(_try(plan, sample_set, outside), tuple(outside), dict(plan.axes))
+        _TRIED.keep(plan.model, state, tried)
+    else:
+        for names in tried.outside:
+            plan.widen(names)
+        plan.axes.update(tried.axes)
+    return tried.layout
+
+
+def _try(plan: Plan, sample_set: SampleSet, outside: list[tuple[str, ...]]) -> Layout:
+    """The layout, by running the model; what the plan was told to widen goes to `outside`."""
+
+    def norms(probes: list[Tensor], layout: Layout, masked: bool = True) -> dict[str, Tensor]:
+        return _norms(plan, probes, layout, masked, outside)
+
+    def agree(layout: Layout, probes: list[Tensor], masked: bool = True) -> bool:
+        try:
+            together = norms(probes, layout, masked)
+        except (GEffectError, RuntimeError, ValueError, TypeError, IndexError):
+            return False  # the model cannot be called this way, or its rows not told apart
+        return _same(plan, together, apart)
+
+    several = _probes(sample_set, PROBE_LENGTHS)
+    apart = [norms([ids], "single") for ids in several]
+    if takes(plan.model, "position_ids"):
+        batch = _batch(plan, several, "packed")
+        ways = (True, False) if splits_attention(plan.model, batch) else (True,)
+        if all(agree("packed", several, masked) for masked in ways):
+            return "packed"
     same = _probes(sample_set, (PROBE_LENGTHS[0],) * 2)
-    apart = [_norms(plan, [ids], "single") for ids in same]
-    return "equal_length" if _agree(plan, same, "equal_length", apart) else "single"
+    apart = [apart[0], norms([same[1]], "single")]  # the first is the same
+    return "equal_length" if agree("equal_length", same) else "single"
 
 
-def _agree(
-    plan: Plan,
-    probes: list[Tensor],
-    layout: Layout,
-    apart: list[dict[str, Tensor]],
-    masked: bool = True,
-) -> bool:
-    try:
-        together = _norms(plan, probes, layout, masked)
-    except (GEffectError, RuntimeError, ValueError, TypeError, IndexError):
-        return False  # the model cannot be called this way, or its rows not told apart
+def _same(plan: Plan, together: dict[str, Tensor], apart: list[dict[str, Tensor]]) -> bool:
+    """Whether norms of samples run together are those of the samples run apart."""
     expected = {name: torch.cat([a[name] for a in apart]) for name in plan.parameters}
     largest = max(float(e.abs().max()) for e in expected.values())
     tolerance = max(TOLERANCE[dtype] for dtype in precisions(plan.model))
@@ -83,7 +126,11 @@ def precisions(model: nn.Module) -> set[torch.dtype]:
 
 
 def _norms(
-    plan: Plan, probes: list[Tensor], layout: Layout, masked: bool = True
+    plan: Plan,
+    probes: list[Tensor],
+    layout: Layout,
+    masked: bool,
+    widened: list[tuple[str, ...]],
 ) -> dict[str, Tensor]:
     """Per-sample gradient norms `(n_samples,)` of every parameter, summed NLL as the loss."""
     # An expert that no token of a sample was sent to has no gradient there.
@@ -108,6 +155,7 @@ def _norms(
                 recorder.finish()
                 return norms
         plan.widen(outside)
+        widened.append(tuple(outside))
 
 
 def probe_batch(plan: Plan, sample_set: SampleSet, layout: Layout) -> Batch:

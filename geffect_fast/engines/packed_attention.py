@@ -40,11 +40,11 @@ def packed_attention(model: nn.Module, batch: Batch) -> Iterator[None]:
         model: of transformers; its configs are restored at the end.
         batch: on the model's device.
     """
-    lengths = tuple(batch.sequence_lengths)
-    configs = _configs(model) if batch.packed and len(lengths) > 1 else []
-    if not configs or batch.input_ids.device.type != "cpu" or max(lengths) > _reach(configs):
+    configs = _served(model, batch)
+    if not configs:
         yield
         return
+    lengths = tuple(batch.sequence_lengths)
     _register()
     token = _LENGTHS.set(lengths)
     try:
@@ -55,6 +55,19 @@ def packed_attention(model: nn.Module, batch: Batch) -> Iterator[None]:
         for config in configs:
             config._attn_implementation = "sdpa"
         _LENGTHS.reset(token)
+
+
+def splits_attention(model: nn.Module, batch: Batch) -> bool:
+    """Whether `packed_attention` changes how `model` runs on `batch`."""
+    return bool(_served(model, batch))
+
+
+def _served(model: nn.Module, batch: Batch) -> list[Any]:
+    """The configs to change for `batch`; empty where the model runs as it is."""
+    if not batch.packed or len(batch.roles) == 1 or batch.input_ids.device.type != "cpu":
+        return []
+    configs = _configs(model)
+    return configs if max(batch.sequence_lengths) <= _reach(configs) else []
 
 
 def _configs(model: nn.Module) -> list[Any]:

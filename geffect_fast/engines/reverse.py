@@ -19,6 +19,7 @@ from torch import Tensor
 from geffect_fast.capture import Factor, Plan, Recorder
 from geffect_fast.capture.products import in_working_precision, inner
 from geffect_fast.data.batch import Batch
+from geffect_fast.engines.attempts import Attempt
 from geffect_fast.engines.direction import Tick, add_gradients, new_gradients, rows_of
 from geffect_fast.engines.effect_array import Collect
 from geffect_fast.engines.forward_pass import model_outputs, sample_axis
@@ -87,84 +88,103 @@ def reverse_effects(
     parameters = list(plan.parameters.values())
     before: _Found | None = None
 
-    for task in tasks:
-        for batch in task.batches:
-            values: list[Tensor] = []
-            scores: list[Tensor] = []
-            places: list[tuple[int, int]] = []
-            of_part: list[tuple[int, Tensor]] = []
+    def run(task: Task, attempt: Attempt, found: _Found) -> None:
+        """Run the batch for the objectives that are not done yet."""
+        own = list(task.parts)
+        of_part: list[tuple[int, Tensor]] = []
 
-            def add(name: str, factors: list[Factor], kept: list[Tensor | None]) -> None:
-                for factor, z in zip(factors, kept, strict=True):
-                    of_part.append((number[name], inner(factor, directions[name], z)))  # noqa: B023
+        def add(name: str, factors: list[Factor], kept: list[Tensor | None]) -> None:
+            for factor, z in zip(factors, kept, strict=True):
+                of_part.append((number[name], inner(factor, directions[name], z)))
 
-            moved = batch.to(parameters[0].device)
-            shared = directions if len(task.parts) > 1 else None
-            axis = sample_axis(plan.model, moved, per_token)
-            with (
-                packed_attention(plan.model, moved),
-                nullcontext() if norms else plan.frozen(),
-                Recorder(plan, add, axis, directions=shared) as recorder,
-            ):
-                outputs = model_outputs(plan.model, moved, task.needs)
-                other = reference.outputs(task, batch, moved, outputs)
-                roots = recorder.roots_of(outputs.token_logprob)
-                sources = roots + (parameters if norms else [])
-                for k, index in enumerate(task.parts):
-                    of_part.clear()
-                    terms, value = task.terms(index, outputs, moved, other)
-                    values.append(value)
-                    loss = terms.sum()
-                    if not loss.requires_grad:
-                        continue  # it reads a layer below everything that can be trained
+        moved = attempt.batch.to(parameters[0].device)
+        shared = directions if len(own) > 1 else None
+        axis = sample_axis(plan.model, moved, per_token)
+        with (
+            packed_attention(plan.model, moved),
+            nullcontext() if norms else plan.frozen(),
+            Recorder(plan, add, axis, directions=shared) as recorder,
+        ):
+            outputs = model_outputs(plan.model, moved, task.needs)
+            other = reference.outputs(task, attempt.batch, moved, outputs)
+            roots = recorder.roots_of(outputs.token_logprob)
+            sources = roots + (parameters if norms else [])
+            wanted = [k for k, index in enumerate(own) if index not in attempt.done]
+            for k in wanted:
+                index = own[k]
+                of_part.clear()
+                terms, value = task.terms(index, outputs, moved, other)
+                loss = terms.sum()
+                grads: Sequence[Tensor | None] = [None] * len(sources)
+                if loss.requires_grad:  # else it reads a layer below all that can be trained
                     grads = torch.autograd.grad(
-                        loss, sources, retain_graph=k + 1 < len(task.parts), allow_unused=True
+                        loss, sources, retain_graph=k != wanted[-1], allow_unused=True
                     )
                     recorder.finish()
-                    scores += [score for _, score in of_part]
-                    places += [(k, p) for p, _ in of_part]
+                with attempt.finishing(index):
+                    found.add(k, value, of_part)
                     if norms:
                         add_gradients(rows[index], grads[len(roots) :])
-            n = batch.total_tokens if per_token else batch.n_samples
-            found = _Found(task, batch, n, places, OnItsWay(*_stacked(values, scores)))
+
+    for task in tasks:
+        for attempt in task.attempts():
+            batch = attempt.batch
+            found = _Found(task, batch, batch.total_tokens if per_token else batch.n_samples)
+            with attempt:
+                run(task, attempt, found)
+                tick(batch.total_tokens)
+            found.send()
             if before is not None:  # the device is busy with this batch meanwhile
                 before.hand_over(totals, columns, collect)
             before = found
-            tick(batch.total_tokens)
     if before is not None:
         before.hand_over(totals, columns, collect)
     return totals
 
 
-def _stacked(values: list[Tensor], scores: list[Tensor]) -> list[Tensor]:
-    return [torch.stack(values), *([torch.stack(scores)] if scores else [])]
-
-
-@dataclass(frozen=True)
 class _Found:
-    """What one batch gave, on its way to the host.
+    """What one batch gave, objective by objective, and then on its way to the host.
 
-    Attributes:
+    Args:
         n: samples of the batch, or tokens.
-        places: for every score the objective's number in the task, and the parameter's.
-        copy: values `(len(task.parts),)` and, where there are any, scores `(len(places), M, n)`.
     """
 
-    task: Task
-    batch: Batch
-    n: int
-    places: list[tuple[int, int]]
-    copy: OnItsWay
+    def __init__(self, task: Task, batch: Batch, n: int) -> None:
+        self.task = task
+        self.batch = batch
+        self.n = n
+        self._parts: list[int] = []
+        self._values: list[Tensor] = []
+        self._places: list[tuple[int, int]] = []
+        """For every score the objective's number in the task, and the parameter's."""
+        self._scores: list[Tensor] = []
+        self._copy: OnItsWay | None = None
+
+    def add(self, k: int, value: Tensor, scores: Sequence[tuple[int, Tensor]]) -> None:
+        """Add the value of the task's objective `k`, and its scores `(M, n)` by parameter."""
+        self._parts.append(k)
+        self._values.append(value)
+        self._places += [(k, p) for p, _ in scores]
+        self._scores += [score for _, score in scores]
+
+    def send(self) -> None:
+        """Start the way to the host; nothing is added any more."""
+        if self._values:
+            lists = (self._values, self._scores)
+            self._copy = OnItsWay(*(torch.stack(tensors) for tensors in lists if tensors))
+        self._values, self._scores = [], []
 
     def hand_over(self, totals: Totals, columns: Sequence[int], collect: Collect) -> None:
         """Add to the totals, and give the batch's effects to `collect`."""
-        values, *scores = self.copy.arrived()
+        if self._copy is None:
+            return  # memory ran out before the first objective was done
+        values, *scores = self._copy.arrived()
         parts = list(self.task.parts)
-        totals.values[parts] += values
+        totals.values[[parts[k] for k in self._parts]] += values
         n_directions, n_columns = totals.effects.shape[1], max(columns) + 1
         effects = values.new_zeros(len(parts) * n_columns, n_directions, self.n)
         if scores:
-            found, k, p = scores[0].double(), *torch.tensor(self.places).T
+            found, k, p = scores[0].double(), *torch.tensor(self._places).T
             effects.index_add_(0, k * n_columns + torch.tensor(columns)[p], found)
             summed = values.new_zeros(len(parts), totals.effects.shape[2], n_directions)
             summed.flatten(0, 1).index_add_(0, k * summed.shape[1] + p, found.sum(-1))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from geffect_fast.data.batch import Batch, Role
+from geffect_fast.engines.attempts import Attempt, TokenBudget, attempts
 from geffect_fast.engines.forward_pass import model_outputs
 from geffect_fast.engines.packed_attention import packed_attention
 from geffect_fast.objectives import Objective, Outputs
@@ -27,18 +28,24 @@ class Task:
     """The parts of objectives that one forward pass over the same batches serves.
 
     Attributes:
-        batches: on the CPU.
+        batches: on the CPU; smaller ones take their places where memory runs out.
         parts: the elementary objectives that read these batches, by their number among all parts.
         offset: number of the first row of this data set on the result's sample axis.
         on: name of the data set.
-        watch: told of each part's evaluation; None: nobody.
+        watch: told of each part's evaluation, again where a batch is redone; None: nobody.
+        budget: of tokens a batch; None: a lack of memory is an error.
     """
 
-    batches: Sequence[Batch]
+    batches: list[Batch]
     parts: dict[int, Objective] = field(default_factory=dict)
     offset: int = 0
     on: str = ""
     watch: Watch | None = None
+    budget: TokenBudget | None = None
+
+    def attempts(self) -> Iterator[Attempt]:
+        """The batches, each to be run inside its `Attempt`."""
+        return attempts(self.batches, self.budget)
 
     @property
     def needs(self) -> frozenset[Need]:
@@ -76,8 +83,9 @@ def mixture_of(objectives: Sequence[Objective], parts: Sequence[Objective]) -> T
 
 def tasks_for(
     parts: Sequence[Objective],
-    batches_of: Callable[[str, tuple[Role, ...]], Sequence[Batch]],
+    batches_of: Callable[[str, tuple[Role, ...]], list[Batch]],
     offsets: dict[str, int],
+    budget: TokenBudget | None = None,
 ) -> list[Task]:
     """Group parts of objectives by the data they read.
 
@@ -85,13 +93,15 @@ def tasks_for(
         parts: elementary objectives.
         batches_of: the batches of a data set (`forget`, `retain`) holding sequences of the roles.
         offsets: where each data set starts on the sample axis.
+        budget: of tokens a batch, as `Task` takes it.
     """
     tasks: dict[tuple[str, tuple[Role, ...]], Task] = {}
     for index, part in enumerate(parts):
         roles = tuple(r for r in ROLE_ORDER if r in part.roles)
         key = (part.on, roles)
         if key not in tasks:
-            tasks[key] = Task(batches_of(part.on, roles), offset=offsets[part.on], on=part.on)
+            batches = batches_of(part.on, roles)
+            tasks[key] = Task(batches, offset=offsets[part.on], on=part.on, budget=budget)
         tasks[key].parts[index] = part
     return list(tasks.values())
 
@@ -107,7 +117,8 @@ class Reference:
 
     def __init__(self, model: nn.Module | None = None) -> None:
         self.model = model
-        self._stored: dict[int, Outputs] = {}
+        self._stored: dict[tuple[str, tuple[Role, ...], int], Tensor] = {}
+        """Log-probabilities by data set, roles and row: batches may be cut anew."""
 
     @torch.no_grad()
     def prepare(self, tasks: Sequence[Task], device: torch.device) -> None:
@@ -117,21 +128,28 @@ class Reference:
         needs = [task.needs & REFERENCE_NEEDS for task in tasks]
         for task, needed in zip(tasks, needs, strict=True):
             if needed == {"reference"}:
-                for batch in task.batches:
-                    if id(batch) in self._stored:
+                for attempt in task.attempts():
+                    places = _places(task, attempt.batch)
+                    if places[0] in self._stored:
                         continue  # an earlier measurement's
-                    moved = batch.to(device)
-                    with packed_attention(self.model, moved):
-                        self._stored[id(batch)] = model_outputs(self.model, moved)
+                    with attempt:
+                        found = self._log_probabilities(self.model, attempt.batch.to(device))
+                        lengths = attempt.batch.cu_samples.diff().tolist()
+                        self._stored |= zip(places, found.split(lengths), strict=True)
         if not any(needed - {"reference"} for needed in needs):
             self.model = None
+
+    @staticmethod
+    def _log_probabilities(model: nn.Module, moved: Batch) -> Tensor:
+        with packed_attention(model, moved):
+            return model_outputs(model, moved).token_logprob
 
     @torch.no_grad()
     def given(self, task: Task, batch: Batch, moved: Batch) -> Outputs | None:
         """What another model says of `batch` (`moved`: on the device); None where there is none."""
         needs = task.needs & REFERENCE_NEEDS
-        if needs and id(batch) in self._stored:
-            return self._stored[id(batch)]
+        if needs == {"reference"} and self._stored:
+            return Outputs(torch.cat([self._stored[place] for place in _places(task, batch)]))
         if not needs or self.model is None:
             return None
         with packed_attention(self.model, moved):
@@ -147,3 +165,9 @@ class Reference:
             None if own.logits is None else own.logits.detach(),
             None if own.hidden_states is None else tuple(h.detach() for h in own.hidden_states),
         )
+
+
+def _places(task: Task, batch: Batch) -> list[tuple[str, tuple[Role, ...], int]]:
+    """Where a reference keeps each sample of a batch."""
+    roles = tuple(dict.fromkeys(batch.roles))
+    return [(task.on, roles, row) for row in batch.rows]

@@ -1,4 +1,4 @@
-"""Memory that runs out, answered with the token budget that was too large."""
+"""Memory that runs out for good, answered with the token budget that was too large."""
 
 from __future__ import annotations
 
@@ -6,16 +6,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from geffect_fast.data.memory import no_memory
+from geffect_fast.engines.attempts import TokenBudget
 from geffect_fast.errors import OutOfMemoryError
 
 
 @contextmanager
-def within_budget(token_budget: int, n_samples: int) -> Iterator[None]:
-    """Run batches; where memory runs out, say which token budget to try.
+def within_budget(budget: TokenBudget, *, one_sample: bool = False) -> Iterator[None]:
+    """Run batches; where memory runs out all the same, say what to try.
 
     Args:
-        token_budget: tokens a batch.
-        n_samples: in the largest batch; no budget divides a batch of one.
+        budget: of tokens a batch, as it has become by then.
+        one_sample: whether every batch inside is one sample, which no budget divides.
 
     Raises:
         OutOfMemoryError: one line, in place of the allocator's many.
@@ -25,14 +26,14 @@ def within_budget(token_budget: int, n_samples: int) -> Iterator[None]:
     except (MemoryError, RuntimeError) as error:
         if not no_memory(error):
             raise
-        if n_samples > 1:
-            half = token_budget // 2
+        if not one_sample and not budget.exhausted:
+            half = budget.tokens // 2
             raise OutOfMemoryError(
-                f"out of memory with a token budget of {token_budget}; give a smaller one, such as "
-                f"--token-budget {half} (token_budget={half})"
+                f"out of memory with a token budget of {budget.tokens}; give a smaller one, such "
+                f"as --token-budget {half} (token_budget={half})"
             ) from error
         raise OutOfMemoryError(
-            f"out of memory with a token budget of {token_budget}, which is one sample a batch; "
+            f"out of memory with a token budget of {budget.tokens}, which is one sample a batch; "
             "shorten the longest samples (--max-length finds them), give fewer objectives, or use "
             "--dtype bfloat16"
         ) from error

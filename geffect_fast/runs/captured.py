@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,8 @@ from torch import Tensor, nn
 from geffect_fast.capture import Factor, Plan, Recorder
 from geffect_fast.data import Layout, SampleSet, estimate_token_budget, make_batches
 from geffect_fast.data.batch import Batch, Role
+from geffect_fast.data.packing import split_batch
+from geffect_fast.engines.attempts import Attempt, TokenBudget
 from geffect_fast.engines.direction import Tick, accumulate_gradients
 from geffect_fast.engines.effect_array import EffectArray
 from geffect_fast.engines.forward_pass import (
@@ -54,25 +57,27 @@ class CapturedNumbers:
         self.objectives = objectives
         self.reference = reference
         self.parts = list(dict.fromkeys(part for o in objectives for _, part in o.parts()))
-        budget = token_budget or estimate_token_budget(plan.model, n_directions=1)
-        self.token_budget = budget
+        self.budget = budget = TokenBudget(
+            token_budget
+            or estimate_token_budget(plan.model, n_directions=1, shared=True, logits=True)
+        )
 
         def batches_of(_name: str, roles: tuple[Role, ...]) -> list[Batch]:
-            return make_batches(sample_set, roles, token_budget=budget, layout=layout)
+            return make_batches(sample_set, roles, token_budget=budget.tokens, layout=layout)
 
-        self.answers = batches_of("", ("answer",))
-        self.tasks = tasks_for(self.parts, batches_of, {"forget": 0, "retain": self.n})
-        self.pairs = [(a, b) for x, a in enumerate(self.answers) for b in self.answers[x:]]
+        self.risk = Task(batches_of("", ("answer",)), {0: NLL()}, budget=budget)
+        self.tasks = tasks_for(self.parts, batches_of, {"forget": 0, "retain": self.n}, budget)
 
     @property
-    def most_samples(self) -> int:
-        """Samples of the largest batch."""
-        return max(self.answers, key=lambda batch: batch.total_tokens).n_samples
+    def pairs(self) -> list[tuple[Batch, Batch]]:
+        """Every two batches, each with itself too."""
+        batches = self.risk.batches
+        return [(a, b) for x, a in enumerate(batches) for b in batches[x:]]
 
     @property
     def n_tokens(self) -> int:
         """Tokens that `compute` runs forward."""
-        once = sum(batch.total_tokens for batch in self.answers)
+        once = self.risk.n_tokens
         paired = sum(a.total_tokens + b.total_tokens for a, b in self.pairs)
         return 2 * once + sum(task.n_tokens for task in self.tasks) + paired
 
@@ -82,9 +87,8 @@ class CapturedNumbers:
 
     def _effects(self, tick: Tick) -> Tensor:
         device = next(iter(self.plan.parameters.values())).device
-        risk = Task(self.answers, {0: NLL()})
         reference = Reference(self.reference)
-        _, directions = accumulate_gradients(self.plan, [risk], 1, reference, tick)
+        _, directions = accumulate_gradients(self.plan, [self.risk], 1, reference, tick)
         reference.prepare(self.tasks, device)
         shape = (len(self.objectives), 1, len(self.plan.parameters), 2 * self.n, 1)
         found = EffectArray(mixture_of(self.objectives, self.parts), np.zeros(shape))
@@ -102,26 +106,43 @@ class CapturedNumbers:
 
     def _norms(self, tick: Tick) -> Tensor:
         norms = torch.zeros(len(self.plan.parameters), self.n, dtype=torch.float64)
-        for batch in self.answers:
-            found = per_sample_grad_norms(
-                self.plan.model, _sample_nll, self._given(batch), per_parameter=True
-            )
-            norms[:, list(batch.rows)] = _stacked(found)
-            tick(batch.total_tokens)
+        for attempt in self.risk.attempts():
+            with attempt:
+                found = per_sample_grad_norms(
+                    self.plan.model, _sample_nll, self._given(attempt.batch), per_parameter=True
+                )
+                norms[:, list(attempt.batch.rows)] = _stacked(found)
+                tick(attempt.batch.total_tokens)
         return norms
 
     def _products(self, tick: Tick) -> Tensor:
         products = torch.zeros(len(self.plan.parameters), self.n, self.n, dtype=torch.float64)
-        for a, b in self.pairs:
-            found = _stacked(
-                pairwise_inner_products(
-                    self.plan.model, _sample_nll, self._given(a), self._given(b), per_parameter=True
+        pairs = self.pairs
+        while pairs:
+            a, b = pairs.pop()
+            larger = max(a, b, key=lambda batch: batch.n_samples)
+            attempt = Attempt(larger, self.budget)
+            with attempt:
+                found = _stacked(
+                    pairwise_inner_products(
+                        self.plan.model,
+                        _sample_nll,
+                        self._given(a),
+                        self._given(b),
+                        per_parameter=True,
+                    )
                 )
-            )
-            rows, columns = torch.tensor(a.rows), torch.tensor(b.rows)
-            products[:, rows[:, None], columns] = found
-            products[:, columns[:, None], rows] = found.mT
-            tick(a.total_tokens + b.total_tokens)
+                rows, columns = torch.tensor(a.rows), torch.tensor(b.rows)
+                products[:, rows[:, None], columns] = found
+                products[:, columns[:, None], rows] = found.mT
+                tick(a.total_tokens + b.total_tokens)
+            if attempt.failed:
+                self.budget.halve(larger.total_tokens)
+                pieces = [split_batch(batch, self.budget.tokens) for batch in (a, b)]
+                if a is b:
+                    pairs += [(c, d) for x, c in enumerate(pieces[0]) for d in pieces[0][x:]]
+                else:
+                    pairs += product(pieces[0], pieces[1])
         return products
 
     def _given(self, batch: Batch) -> dict[str, Any]:
@@ -136,9 +157,10 @@ class CapturedNumbers:
         def drop(_name: str, _factors: list[Factor], _kept: list[Tensor | None]) -> None:
             raise AssertionError("no backward is run")
 
-        for batch in self.answers:
-            moved = batch.to(next(iter(self.plan.parameters.values())).device)
+        for attempt in self.risk.attempts():
+            moved = attempt.batch.to(next(iter(self.plan.parameters.values())).device)
             with (
+                attempt,
                 self.plan.frozen(),
                 torch.enable_grad(),
                 Recorder(self.plan, drop, sample_axis(self.plan.model, moved)) as recorder,

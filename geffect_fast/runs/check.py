@@ -185,7 +185,7 @@ def check(
         with (
             computing_in(precision, other),
             progress_bar(progress, what, n_tokens) as update,
-            within_budget(captured.token_budget, 1),
+            within_budget(captured.budget, one_sample=True),
         ):
             return plain_numbers(other, sample_set, chosen, reference, lambda n: update(advance=n))
 
@@ -194,7 +194,7 @@ def check(
         captured = CapturedNumbers(plan, sample_set, chosen, reference, layout, token_budget)
         with (
             progress_bar(progress, "geffect_fast", captured.n_tokens) as update,
-            within_budget(captured.token_budget, captured.most_samples),
+            within_budget(captured.budget),
         ):
             ours = captured.compute(lambda n: update(advance=n))
         rules = captured.rules()

@@ -76,7 +76,8 @@ def profile(
         groups: groups of blocks by name, in place of thirds: `{"first": "0-3", "last": 7}`.
         template: `auto`, or a text with `{question}` and `{answer}`.
         max_length: refuse samples of more tokens.
-        token_budget: tokens a batch; None: chosen from free memory.
+        token_budget: tokens a batch; None: chosen from free memory. Where memory runs out, it is
+            halved, with a `GEffectWarning`; the attribute `token_budget` is what it was at the end.
         out: a NetCDF file that effects by sample and position or token are written to while they
             are computed, for results larger than memory; None: in memory.
         progress: show a bar.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -16,14 +17,17 @@ from torch import Tensor, nn
 from geffect_fast.capture import Plan
 from geffect_fast.data import Layout, estimate_token_budget, make_batches
 from geffect_fast.data.batch import Batch, Reduction, Role
+from geffect_fast.engines.attempts import TokenBudget
 from geffect_fast.engines.choice import Choice, choose_engine
 from geffect_fast.engines.direction import Tick, accumulate_gradients
 from geffect_fast.engines.forward_check import forward_mode_problem
 from geffect_fast.engines.forward_parts import parts_for, place_for_directions, product_shares
 from geffect_fast.engines.layout import choose_layout
+from geffect_fast.engines.packed_attention import splits_attention
 from geffect_fast.engines.tasks import Reference, Task, mixture_of, tasks_for
 from geffect_fast.errors import InputError, UnsupportedModelError
 from geffect_fast.objectives import Objective
+from geffect_fast.objectives.base import REFERENCE_NEEDS
 from geffect_fast.runs.arguments import (
     check_arguments,
     check_memory,
@@ -83,8 +87,6 @@ class Profiler:
         sets: the data sets, tokenised: `forget`, `retain` and every probe by its name.
         objectives: the objectives.
         risk_names: names along the axis `risk`.
-        token_budget: tokens a batch.
-        settings: attributes of results that hold for all measurements.
 
     Example:
         >>> profiler = Profiler(model, tokenizer, forget=rows, retain=others, objectives=["ga"])
@@ -152,9 +154,9 @@ class Profiler:
             n_parts=len(self._parts),
             shares=product_shares(plan, columns),
         )
-        self.token_budget = token_budget or estimate_token_budget(model, n_directions=len(sets))
+        self._budget = budget = TokenBudget(token_budget or 1)
         try:
-            with within_budget(self.token_budget, 1):
+            with within_budget(budget, one_sample=True):
                 layout = choose_layout(plan, sets["forget"])
         except UnsupportedModelError:
             # Whole gradients and forward passes need no shares of samples, only that samples do
@@ -164,30 +166,32 @@ class Profiler:
             layout = "single"
         self._choice = self._possible(choice, layout, engine == "forward")
         self._norms = self._choice.engine == "reverse" if norms is None else norms
+        if token_budget is None:
+            second = REFERENCE_NEEDS & needs and isinstance(reference_model, str | Path)
+            budget.tokens = self._tokens_that_fit(layout, loads_another=bool(second))
 
         def batches_of(name: str, wanted: tuple[Role, ...]) -> list[Batch]:
             return make_batches(
                 sets[name],
                 wanted,
-                token_budget=self.token_budget,
+                token_budget=budget.tokens,
                 reduction=reduction,
                 layout=layout,
             )
 
         offsets = {"forget": 0, "retain": len(sets["forget"])}
-        self._tasks = tasks_for(self._parts, batches_of, offsets)
+        self._tasks = tasks_for(self._parts, batches_of, offsets, budget)
         self._risk_tasks = [
-            Task(batches_of(source, risk_part.roles), {m: risk_part})
+            Task(batches_of(source, risk_part.roles), {m: risk_part}, budget=budget)
             for m, source in enumerate(sources.values())
         ]
         self._tokenizer = tokenizer
-        self.settings = {
+        self._settings = {
             "engine": self._choice.engine,
             "engine_reason": self._choice.reason,
             "layout": layout,
             "reduction": reduction,
             "risk": str(risk_part),
-            "token_budget": self.token_budget,
             "n_forget": len(sets["forget"]),
             "n_retain": len(sets["retain"]),
             "digests": json.dumps({name: digest(each) for name, each in sets.items()}),
@@ -310,6 +314,16 @@ class Profiler:
         return values, directions
 
     @property
+    def token_budget(self) -> int:
+        """Tokens a batch; where memory ran out, less than it was."""
+        return self._budget.tokens
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Attributes of results that hold for all measurements, as they are now."""
+        return self._settings | {"token_budget": self.token_budget}
+
+    @property
     def _mixture(self) -> Tensor:
         return mixture_of(self.objectives, self._parts)
 
@@ -330,14 +344,38 @@ class Profiler:
             )
         return Choice("reverse", problem)
 
+    def _tokens_that_fit(self, layout: Layout, *, loads_another: bool) -> int:
+        """Tokens a batch, from what they take and the memory that is free."""
+        model, forward = self.plan.model, self._choice.engine == "forward"
+        whole = not forward and (self._norms or not self._resolution.per_sample)
+        needs = {need for part in self._parts for need in part.needs}
+        (largest, *_) = make_batches(
+            self.sets["forget"], ("answer",), token_budget=2**62, layout=layout
+        )
+        read = Counter((part.on, frozenset(part.roles)) for part in self._parts)
+        predicted = [
+            each.totals().n_targets["answer"] / sum(len(s.answer) for s in each.samples)
+            for each in self.sets.values()
+        ]
+        return estimate_token_budget(
+            model,
+            n_directions=len(self.risk_names),
+            n_gradients=len(self._parts) if whole else 0,
+            shared=not forward and max(read.values()) > 1,
+            forward=forward,
+            logits=not {"logits", "reference_logits"}.isdisjoint(needs),
+            predicted=max(predicted),
+            by_sample=layout != "packed" or splits_attention(model, largest),
+            reserved=sum(p.nbytes for p in model.parameters()) if loads_another else 0,
+        )
+
     @contextmanager
     def _ticking(
         self, show: bool, what: str, tasks: Sequence[Task], n_passes: int = 1
     ) -> Iterator[Tick]:
         """Yields a function that is told of tokens done, drawn as a bar; memory may run out."""
-        largest = max((b for task in tasks for b in task.batches), key=lambda b: b.total_tokens)
         with (
             progress_bar(show, what, n_passes * sum(task.n_tokens for task in tasks)) as update,
-            within_budget(self.token_budget, largest.n_samples),
+            within_budget(self._budget),
         ):
             yield lambda n: update(advance=n)

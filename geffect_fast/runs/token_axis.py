@@ -20,6 +20,8 @@ from geffect_fast.transfer import OnItsWay
 class TokenWeights:
     """Collects `token_weights` of all objectives while an engine evaluates their parts.
 
+    A batch may come twice, whole or in pieces.
+
     Args:
         resolution: of the result.
         mixture: `(K, n_parts)` fp64, how often each part counts in each objective.
@@ -44,16 +46,20 @@ class TokenWeights:
         Args:
             tokenizer: as `Resolution.coordinates`.
         """
-        k, _, _, n, t = self._resolution.shape(len(self._mixture), 1)
-        values = np.full((k, n, t), np.nan)
+        n_parts, _, _, n, t = self._resolution.shape(self._mixture.shape[1], 1)
+        of_parts = np.full((n_parts, n, t), np.nan)
         for task, index, batch, copy in self._coming:
             (found,) = copy.arrived()
             places = self._resolution.places(task, batch)
             rows = torch.tensor(batch.rows)[batch.token_sample()] + task.offset
             ahead = batch.target_index
             at = (rows[ahead].numpy(), places[ahead + 1].numpy())  # the token that is predicted
-            for k in self._mixture[:, index].nonzero().flatten().tolist():
-                share = float(self._mixture[k, index]) * found[ahead].numpy()
-                values[k][at] = np.nan_to_num(values[k][at]) + share
+            of_parts[index][at] = found[ahead].numpy()
+        values = np.full((len(self._mixture), n, t), np.nan)
+        for k, index in self._mixture.nonzero().tolist():
+            own = of_parts[index]
+            has = ~np.isnan(own)
+            share = float(self._mixture[k, index]) * own[has]
+            values[k][has] = np.nan_to_num(values[k][has]) + share
         dims = ("objective", "sample", "token")
         return {"token_weight": (dims, values)}, self._resolution.coordinates(tokenizer)

@@ -19,6 +19,7 @@ from transformers import PrinterCallback, Trainer, TrainingArguments
 from geffect_fast.data import Layout, SampleSet, make_batches
 from geffect_fast.data.batch import Batch, Reduction, Role
 from geffect_fast.data.packing import token_places
+from geffect_fast.engines.attempts import Attempt, TokenBudget, attempts
 from geffect_fast.engines.forward_pass import model_outputs
 from geffect_fast.engines.packed_attention import packed_attention
 from geffect_fast.engines.tasks import Task, tasks_for
@@ -181,10 +182,15 @@ class RowReference:
         samples = self._loss.sets[task.on]
         lengths = [sum(map(len, (s.answer, *s.alternatives))) for s in samples.samples]
         known: list[Tensor] = []
-        for batch in task.batches:
-            moved = batch.to(next(model.parameters()).device)
-            with packed_attention(model, moved):
-                found = model_outputs(model, moved).token_logprob.cpu()
+        device = next(model.parameters()).device
+        for attempt in attempts(task.batches, TokenBudget(self._loss.token_budget)):
+            batch = attempt.batch
+            with attempt:
+                moved = batch.to(device)
+                with packed_attention(model, moved):
+                    found = model_outputs(model, moved).token_logprob.cpu()
+            if attempt.failed:
+                continue
             if not known:
                 known = [found.new_zeros(length) for length in lengths]
             flat = torch.cat([known[row] for row in batch.rows])
@@ -234,6 +240,7 @@ class UnlearnTrainer(Trainer):
         self.loss = loss
         self.reference = reference
         self.identity = identity
+        self._budget = TokenBudget(loss.token_budget)
         super().__init__(
             model,
             args,
@@ -255,19 +262,37 @@ class UnlearnTrainer(Trainer):
         model.train()
         if callable(getattr(self.optimizer, "train", None)):
             self.optimizer.train()  # of optimizers without a schedule
-        tasks = self.loss.tasks(inputs)
-        largest = max(batch.n_samples for task in tasks for batch in task.batches)
-        total = 0.0
-        with within_budget(self.loss.token_budget, largest):
-            for task in tasks:
-                for batch in task.batches:
-                    total += self._descend(model, inputs, task, batch)
+        with within_budget(self._budget):
+            total = self._update(model, inputs)
         if not isfinite(total):
             raise NonFiniteError(
                 f"step {self.state.global_step + 1}: the loss of {self.loss.objective} is {total}; "
                 "try a smaller --learning-rate, --trainer max_grad_norm=1, or --dtype float32"
             )
         return torch.tensor(total, device=self.args.device)
+
+    def _update(self, model: nn.Module, rows: Rows) -> float:
+        """The loss of an update; where memory runs out, all of it is redone in smaller batches.
+
+        A backward that stops half way has added to some gradients and not to others, so they begin
+        anew. Where there were gradients before, that cannot be, and the lack of memory is an error.
+        """
+        parameters = list(model.parameters())
+        begins = all(p.grad is None for p in parameters)
+        while True:
+            tasks = replace(self.loss, token_budget=self._budget.tokens).tasks(rows)
+            shares: list[float] = []
+            for task, batch in [(each, batch) for each in tasks for batch in each.batches]:
+                attempt = Attempt(batch, self._budget if begins else None)
+                with attempt:
+                    shares.append(self._descend(model, rows, task, batch))
+                if attempt.failed:
+                    break
+            else:
+                return sum(shares)
+            for p in parameters:
+                p.grad = None
+            self._budget.halve(batch.total_tokens)
 
     def _descend(self, model: nn.Module, rows: Rows, task: Task, batch: Batch) -> float:
         """One batch forward and backward; its share in the loss."""

@@ -76,15 +76,15 @@ CASES = [
     Case(
         "no memory for a forward",
         profile(token_budget="960"),
-        "a token budget of 960",
-        "such as --token-budget 480 (token_budget=480)",
+        "which is one sample a batch",
+        "shorten the longest samples",
         crowded,
     ),
     Case(
         "no memory for a forward of a check",
         check("--token-budget", "960"),
-        "a token budget of 960",
-        "such as --token-budget 480 (token_budget=480)",
+        "which is one sample a batch",
+        "shorten the longest samples",
         crowded,
     ),
     Case(
@@ -97,15 +97,15 @@ CASES = [
     Case(
         "no memory at all",
         profile(token_budget="960"),
-        "a token budget of 960, which is one sample",
+        "which is one sample a batch",
         "use --dtype bfloat16",
         patched(MLP, no_memory),
     ),
     Case(
         "no memory for a backward",
         profile(token_budget="960"),
-        "a token budget of 960",
-        "such as --token-budget 480",
+        "which is one sample a batch",
+        "give fewer objectives",
         patched("geffect_fast.engines.reverse.inner", no_memory),
     ),
     Case(

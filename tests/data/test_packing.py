@@ -9,11 +9,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from geffect_fast.data.batch import IGNORE, REDUCTIONS
 from geffect_fast.data.memory import free_memory
-from geffect_fast.data.packing import LAYOUTS, estimate_token_budget, make_batches
+from geffect_fast.data.packing import LAYOUTS, make_batches
 from geffect_fast.data.tokenize import Sample, SampleSet, Sequence
 from geffect_fast.errors import InputError
 
@@ -324,66 +324,7 @@ def test_bad_arguments(arguments, message):
     assert "\n" not in str(caught.value)
 
 
-# ---- token budget and memory ----
-
-
-def llama(hidden: int, layers: int = 2, vocab: int = 50, **options) -> LlamaForCausalLM:
-    config = LlamaConfig(
-        hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=layers,
-        num_attention_heads=4, vocab_size=vocab, **options,
-    )  # fmt: skip
-    return LlamaForCausalLM(config)
-
-
-def test_budget_solves_its_own_formula():
-    model = llama(32, attn_implementation="sdpa")
-    n_parameters = sum(p.numel() for p in model.parameters())
-    sides = 2 * (4 * (32 + 32) + 3 * (32 + 64)) + (32 + 50)
-    outputs = 2 * (4 * 32 + 3 * 64) + 50
-    for n_directions in (0, 1, 3):
-        linear = 2 * 4 * sides + 4 * 4 * 50 + 4 * n_directions * outputs
-        quadratic = 4 + 4 * 4
-        for wanted in (1, 5, 80, 200):
-            need = 2 * (linear * wanted + quadratic * wanted**2) + 4 * n_directions * n_parameters
-            budget = estimate_token_budget(model, n_directions=n_directions, memory_bytes=need)
-            assert budget == wanted
-
-
-def test_budget_shrinks_with_eager_attention_and_directions_and_is_at_least_one():
-    eager, fused = (llama(32, attn_implementation=kind) for kind in ("eager", "sdpa"))
-    memory = 2_000_000
-    budgets = [
-        estimate_token_budget(fused, n_directions=1, memory_bytes=memory),
-        estimate_token_budget(eager, n_directions=1, memory_bytes=memory),
-        estimate_token_budget(eager, n_directions=4, memory_bytes=memory),
-        estimate_token_budget(eager, n_directions=1, memory_bytes=1),
-    ]
-    assert budgets[0] > budgets[1] > budgets[2] > budgets[3] == 1
-
-
-@pytest.mark.parametrize(("hidden", "cap"), [(32, 256), (256, 256), (512, 512)])
-def test_budget_on_a_cpu_is_capped_by_the_cost_of_attention(hidden, cap):
-    model = llama(hidden, layers=1)
-    assert estimate_token_budget(model, n_directions=2, memory_bytes=2**40) == cap
-    assert 1 <= estimate_token_budget(model, n_directions=2) <= cap
-
-
-def test_budget_knows_transposed_weights():
-    model = GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=40))
-    assert estimate_token_budget(model, n_directions=1, memory_bytes=2**40) == 256
-
-
-@pytest.mark.parametrize(
-    ("model", "arguments", "message"),
-    [
-        (torch.nn.Linear(2, 2), {"n_directions": -1}, r"n_directions: -1 is negative"),
-        (torch.nn.Linear(2, 2), {"n_directions": 1, "memory_bytes": 0}, r"memory_bytes: 0"),
-        (torch.nn.ReLU(), {"n_directions": 1}, r"model: it has no weight matrix"),
-    ],
-)
-def test_bad_budget_arguments(model, arguments, message):
-    with pytest.raises(InputError, match=message):
-        estimate_token_budget(model, **arguments)
+# ---- memory ----
 
 
 def write(root, files):

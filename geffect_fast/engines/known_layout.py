@@ -1,0 +1,148 @@
+"""Models whose own code shows that packed samples do not meet, so that nothing need be tried."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from typing import Any
+
+import torch
+from torch import nn
+
+from geffect_fast.capture import Plan
+from geffect_fast.capture.calls import GenericCall, NormCall
+
+KNOWN = frozenset(
+    {
+        "gemma", "gpt2", "gpt_neox", "granite", "llama", "mistral", "nemotron", "olmo", "phi",
+        "phi3", "qwen2", "qwen3", "smollm3", "starcoder2",
+    }
+)  # fmt: skip
+"""Modelling files of transformers that were read: tokens meet in attention alone, which comes from
+transformers' table under its mask of packed sequences, and positions are those that are given.
+Trying agrees for every one of them (`tests/engines/test_known_layout.py`)."""
+
+HEADS_BEHIND = frozenset({"qwen3"})
+"""Those that normalise `(batch, tokens, heads, d)`, by heads."""
+
+_ROW_BY_ROW = frozenset(
+    {
+        nn.Dropout, nn.Embedding, nn.GELU, nn.Identity, nn.LayerNorm, nn.Linear, nn.ModuleList,
+        nn.ReLU, nn.SiLU, nn.Tanh,
+    }
+)  # fmt: skip
+_ROW_BY_ROW_FILES = ("transformers.activations", "transformers.pytorch_utils")
+"""Modules that treat every token by itself."""
+
+_STILL_ROTARY = frozenset({"default", "linear", "llama3", "yarn"})
+"""Kinds of rotary positions whose frequencies do not depend on the longest sequence of a batch."""
+
+_WINDOWS = ("sliding_window", "attention_chunk_size")
+
+
+def packs_by_its_code(plan: Plan) -> bool:
+    """Whether packing is shown to be exact for a model without running it; False: not known.
+
+    All that can run is transformers' own code of a file in `KNOWN`, and torch's: nothing is
+    subclassed, replaced or hooked. Every trainable parameter has a rule that goes row by row.
+    Attention is `sdpa` or `eager` from the table, without a window, under a mask that is tried here
+    on five positions.
+
+    What trying would have taught the plan about axes is entered there.
+    """
+    model, file = plan.model, sys.modules.get(type(plan.model).__module__)
+    name = type(model).__module__.rpartition(".modeling_")[2]
+    if (
+        file is None
+        or name not in KNOWN
+        or type(model).__module__ != f"transformers.models.{name}.modeling_{name}"
+        or not type(model).__name__.endswith(("ForCausalLM", "LMHeadModel"))
+    ):
+        return False
+    config: Any = getattr(model, "config", None)
+    modules = list(model.modules())
+    hooked = nn.modules.module._global_forward_hooks or nn.modules.module._global_forward_pre_hooks
+    if hooked or not all(_is_untouched(m, type(model).__module__) for m in modules):
+        return False
+    if any(getattr(m, "config", config) is not config for m in modules):
+        return False
+    if any(type(p) is not nn.Parameter for p in model.parameters()):
+        return False
+    if any(rule is GenericCall for _, _, rule, _ in plan.owners.values()):
+        return False
+    own = [m for m, _, rule, _ in plan.owners.values() if rule is NormCall]
+    by_head = [m for m in own if m.get_parameter("weight").numel() != config.hidden_size]
+    if by_head and name not in HEADS_BEHIND:
+        return False
+    if not _names_are_its_own(file) or not _attention_is_known(config):
+        return False
+    for where, (module, *_) in plan.owners.items():
+        if module in by_head:
+            plan.axes[where, 3] = 1
+    return True
+
+
+def _is_untouched(module: nn.Module, file: str) -> bool:
+    """Whether a module runs the forward of its class, and that what the class's file says."""
+    kind = type(module)
+    if kind not in _ROW_BY_ROW and kind.__module__ not in (file, *_ROW_BY_ROW_FILES):
+        return False
+    if getattr(sys.modules[kind.__module__], kind.__name__, None) is not kind:
+        return False
+    if "forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks:
+        return False
+    return bool(inspect.unwrap(kind.forward).__module__.startswith(("torch.nn.", "transformers.")))
+
+
+def _names_are_its_own(file: Any) -> bool:
+    """Whether the functions and classes that a modelling file sees are torch's and transformers',
+    and masks and attention come from the tables they should."""
+    from transformers import masking_utils, modeling_utils
+
+    packages = {
+        x.__module__.partition(".")[0]
+        for x in vars(file).values()
+        if inspect.isfunction(x) or inspect.isclass(x)
+    }
+    return (
+        packages <= {"torch", "transformers", "typing", "collections", "dataclasses", "builtins"}
+        and vars(file).get("create_causal_mask") is masking_utils.create_causal_mask
+        and vars(file).get("ALL_ATTENTION_FUNCTIONS") is modeling_utils.ALL_ATTENTION_FUNCTIONS
+    )
+
+
+def _attention_is_known(config: Any) -> bool:
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    implementation = getattr(config, "_attn_implementation", None)
+    if implementation == "sdpa":
+        served = ALL_ATTENTION_FUNCTIONS["sdpa"]
+        if served.__module__ != "transformers.integrations.sdpa_attention":
+            return False
+    elif implementation != "eager":
+        return False
+    if any(getattr(config, window, None) is not None for window in _WINDOWS):
+        return False
+    if set(getattr(config, "layer_types", None) or ()) - {"full_attention"}:
+        return False
+    if getattr(config, "reorder_and_upcast_attn", False):
+        return False
+    rotary = getattr(config, "rope_parameters", None) or {}
+    return rotary.get("rope_type", "default") in _STILL_ROTARY and _masks_packed(config)
+
+
+def _masks_packed(config: Any) -> bool:
+    """Whether transformers masks three tokens from the two that lie before them in a row."""
+    from transformers.masking_utils import create_causal_mask
+
+    positions = torch.tensor([[0, 1, 0, 1, 2]])
+    sample = torch.tensor([0, 0, 1, 1, 1])
+    expected = (sample[:, None] == sample) & torch.ones(5, 5, dtype=torch.bool).tril()
+    try:
+        mask = create_causal_mask(config, torch.zeros(1, 5, 1), None, None, position_ids=positions)
+    except (TypeError, ValueError, RuntimeError, AttributeError):
+        return False
+    if not isinstance(mask, torch.Tensor) or mask.shape[-2:] != (5, 5):
+        return False
+    seen = mask if mask.dtype == torch.bool else mask == 0
+    return torch.equal(seen.reshape(-1, 5, 5), expected.expand(seen.numel() // 25, 5, 5))

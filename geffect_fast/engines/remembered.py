@@ -1,0 +1,87 @@
+"""Answers about a model that are found by running it: kept, and asked for again when it changes."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from typing import Any, Generic, TypeVar
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+
+from geffect_fast.capture import Plan
+
+Answer = TypeVar("Answer")
+
+
+class Remembered(Generic[Answer]):
+    """The last answer found about each model, for as long as the model is what it was then."""
+
+    def __init__(self) -> None:
+        self._answers: WeakKeyDictionary[nn.Module, tuple[Hashable, Answer]] = WeakKeyDictionary()
+
+    def get(self, model: nn.Module, state: Hashable) -> Answer | None:
+        """The answer found when the model was in this state; None where there is none."""
+        then, answer = self._answers.get(model, (None, None))
+        return answer if then == state else None
+
+    def keep(self, model: nn.Module, state: Hashable, answer: Answer) -> None:
+        """Keep an answer in place of an earlier one. It must not hold the model."""
+        self._answers[model] = (state, answer)
+
+
+def state_of(plan: Plan) -> Hashable:
+    """Equal as long as a model computes the same, in the same way, for the same parameters.
+
+    Its modules with their modes, hooks and plain settings (active adapters are some), its configs
+    (which attention runs), its parameters and buffers with their place, type and how often they
+    were written to (what a router does depends on them), which parameters are served by which
+    rules, and autocast.
+    """
+    model = plan.model
+    modules, configs = [], {}
+    for module in model.modules():
+        own = vars(module)
+        config = own.get("config")
+        if config is not None:
+            configs[id(config)] = config
+        modules.append(
+            (
+                type(module),
+                id(own["forward"]) if "forward" in own else None,
+                tuple(module._forward_hooks),
+                tuple(module._forward_pre_hooks),
+                *((k, _plain(own[k])) for k in sorted(own.keys() - _OF_EVERY_MODULE)),
+            )
+        )
+    tensors = tuple(
+        (x.data_ptr(), x._version, x.dtype, x.device, x.shape, x.requires_grad)
+        for x in (*model.parameters(), *model.buffers())
+    )
+    served = tuple(
+        (where, rule, factor, *names.items())
+        for where, (_, names, rule, factor) in plan.owners.items()
+    )
+    kinds = sorted({x.device.type for x in model.parameters()})
+    autocast = tuple(
+        (kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in kinds
+    )
+    said = tuple(_plain(vars(config)) for config in configs.values())
+    return tuple(modules), said, tensors, served, autocast
+
+
+_OF_EVERY_MODULE = vars(nn.Module()).keys() - {"training"}
+_PLAIN = (type(None), bool, int, float, str, torch.dtype, torch.device)
+
+
+def _plain(x: Any) -> Hashable:
+    """A setting as something that can be compared; of what is no plain value the type alone."""
+    if isinstance(x, _PLAIN):
+        return type(x), x
+    if isinstance(x, dict):
+        return tuple(
+            (str(k), _plain(v)) for k, v in sorted(x.items(), key=lambda item: str(item[0]))
+        )
+    if isinstance(x, list | tuple | set):
+        return tuple(map(_plain, sorted(x, key=str) if isinstance(x, set) else x))
+    return repr(type(x))
