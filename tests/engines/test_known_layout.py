@@ -155,7 +155,9 @@ def test_patched_code_is_not_known(monkeypatch, target, name, value):
 
 def test_a_mask_that_lets_samples_meet_is_seen(monkeypatch):
     model = build("llama")
-    monkeypatch.setattr(masking_utils, "find_packed_sequence_indices", lambda _: None)
+    monkeypatch.setattr(
+        masking_utils, "packed_sequence_mask_function", lambda _: masking_utils.causal_mask_function
+    )
     assert not known(model)
     assert tried(model)[0] == "equal_length"
 
