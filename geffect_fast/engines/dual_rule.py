@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from geffect_fast.engines.dual_tensor import Dual, constant
+
 Primals = tuple[Any, ...]
 Tangents = tuple[Tensor | None, ...]
 
@@ -24,9 +26,14 @@ BLOCK = 2**22
 """Numbers of a temporary that a rule works on at a time: what does not fit a cache is cut up."""
 
 
-def rows_at_a_time(size: int) -> int:
+ON_GPU = 2**5
+"""By how much more on a GPU, where every call costs and no cache holds a block."""
+
+
+def rows_at_a_time(size: int, device: torch.device) -> int:
     """How many rows of `size` numbers a rule works on at a time."""
-    return max(1, BLOCK // max(1, size))
+    block = BLOCK * (ON_GPU if device.type == "cuda" else 1)
+    return max(1, block // max(1, size))
 
 
 class Rule:
@@ -45,8 +52,17 @@ class Rule:
         """
         raise NotImplementedError
 
-    def __call__(self, *primals: Tensor | None) -> Tensor:
-        out: Tensor = _Dual.apply(self, *primals)
+    def follow(self, *given: Any) -> Dual:
+        """`y` and its tangents, where some of the arguments are duals."""
+        primals = constant(given)
+        y = self.value(*primals)
+        tangents = tuple(x.tangents if isinstance(x, Dual) else None for x in given)
+        return Dual(y, _moved(self, (*primals, y), tangents))
+
+    def __call__(self, *given: Tensor | None) -> Tensor:
+        if any(isinstance(x, Dual) for x in given):
+            return self.follow(*given)
+        out: Tensor = _Dual.apply(self, *given)
         return out
 
 

@@ -10,103 +10,21 @@ objective at once, term by term. M directions share the primal pass; nothing is 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
 
 import torch
-from torch import Tensor, nn
-from torch.func import functional_call, jvp, vmap
+from torch import Tensor
 
 from geffect_fast.capture import Plan
-from geffect_fast.capture.wrappers import forward_differentiable, plain_name
 from geffect_fast.data.batch import IGNORE, Batch
 from geffect_fast.engines.direction import Tick
-from geffect_fast.engines.dual import DualFunctions
-from geffect_fast.engines.dual_modules import Forwards, dual_modules, fast_forwards
+from geffect_fast.engines.dual_model import DualModel
 from geffect_fast.engines.effect_array import Collect
 from geffect_fast.engines.forward_parts import Part
-from geffect_fast.engines.forward_pass import model_outputs
 from geffect_fast.engines.layout import precisions
 from geffect_fast.engines.objective_tangents import check_terms, term_tangents
-from geffect_fast.engines.packed_attention import packed_attention
 from geffect_fast.engines.tasks import Reference, Task
 from geffect_fast.errors import InputError
-from geffect_fast.objectives import Outputs
-from geffect_fast.objectives.base import Need
-
-
-class _Run(nn.Module):
-    """A model's outputs on a batch as a function of its parameters."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, batch: Batch, needs: frozenset[Need]) -> tuple[Tensor, ...]:
-        return model_outputs(self.model, batch, needs).tensors()
-
-
-@contextmanager
-def dual_model(plan: Plan, batch: Batch, forwards: Forwards) -> Iterator[None]:
-    """The model as forward mode can differentiate it, and fast; left as it was."""
-    with ExitStack() as stack:
-        stack.enter_context(torch.enable_grad())  # so that `no_grad` is seen to be entered
-        stack.enter_context(forward_differentiable(plan.model))
-        stack.enter_context(packed_attention(plan.model, batch))
-        stack.enter_context(dual_modules(forwards))
-        stack.enter_context(DualFunctions())
-        yield
-
-
-def dual_outputs(
-    plan: Plan, directions: Mapping[str, Tensor], batch: Batch, needs: frozenset[Need]
-) -> tuple[Outputs, list[Outputs]]:
-    """What the model says about a batch, and how that moves with the parameters.
-
-    To be called inside `dual_model`.
-
-    Args:
-        plan: of the model.
-        directions: `(M, *shape)` for the parameters that move, in their dtype.
-        batch: on the model's device.
-        needs: as `model_outputs`.
-
-    Returns:
-        The outputs, and their derivatives along each direction.
-    """
-    run = _Run(plan.model)
-    # Detached, so that no graph is built although gradients are enabled.
-    names = {p: plain_name(name) for name, p in plan.model.named_parameters()}
-    still = {name: p.detach() for p, name in names.items() if name not in directions}
-    moving = {name: p.detach() for p, name in names.items() if name in directions}
-    along = {name: directions[name] for name in moving}
-    # Each place where a module holds one, once: of a module that stands at several places torch
-    # would put back what it had put there itself.
-    places = {
-        f"{where}.{key}": names[p]
-        for where, module in run.named_modules()
-        for key, p in module._parameters.items()
-        if p is not None
-    }
-
-    def outputs(parameters: dict[str, Tensor]) -> tuple[Tensor, ...]:
-        given = still | parameters
-        replaced = {place: given[name] for place, name in places.items()}
-        found: tuple[Tensor, ...] = functional_call(
-            run, replaced, (batch, needs), tie_weights=False
-        )
-        return found
-
-    def dual(v: dict[str, Tensor]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        values, tangents = jvp(outputs, (moving,), (v,))[:2]
-        return values, tangents
-
-    values, tangents = vmap(dual, out_dims=(None, 0))(along)  # type: ignore[arg-type]
-    has_logits = not {"logits", "reference_logits"}.isdisjoint(needs)
-    n = len(next(iter(along.values())))
-    return Outputs.of(values, has_logits), [
-        Outputs.of(tuple(t[m] for t in tangents), has_logits) for m in range(n)
-    ]
 
 
 def forward_effects(
@@ -142,15 +60,14 @@ def forward_effects(
     values = torch.zeros(n_objectives, dtype=torch.float64)
     totals = torch.zeros(n_objectives, n_directions, n_columns, dtype=torch.float64)
     device = next(iter(plan.parameters.values())).device
-    forwards = fast_forwards(plan.model)
+    model = DualModel(plan)
     for number, part in enumerate(parts):
         moved_along, scale = _on_device(plan, directions, part)
         for task in tasks:
             own = list(task.parts)
             for batch in task.batches:
                 moved = batch.to(device)
-                with dual_model(plan, moved, forwards):
-                    outputs, tangents = dual_outputs(plan, moved_along, moved, task.needs)
+                outputs, tangents = model.outputs(moved_along, moved, task.needs)
                 other = reference.outputs(task, batch, moved, outputs)
                 if number == 0 and batch is task.batches[0]:
                     # One objective of each kind: hyper-parameters change no code.
