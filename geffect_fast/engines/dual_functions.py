@@ -397,7 +397,7 @@ def _softmax(x: Any, dim: int, dtype: Any = None) -> Any:
     if not x.dim():
         return NotImplemented
     y = torch.softmax(x.primal, dim, dtype)
-    out = x.tangents * y
+    out = x.tangents.to(y.dtype) * y
     back = dim if dim < 0 else dim - x.dim()
     return Dual(y, out.addcmul_(y, out.sum(back, keepdim=True), value=-1))
 
