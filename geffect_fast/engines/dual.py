@@ -10,9 +10,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch._functorch.utils
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import Function
 from torch.overrides import TorchFunctionMode
 
 from geffect_fast.engines import dual_functions  # noqa: F401  its rules
@@ -36,23 +36,24 @@ class DualPass(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
     def __enter__(self) -> DualPass:
-        # A function with a backward of its own shows its body to duals, and what holds is what it
-        # says its derivative is.
-        own = vars(Function)["apply"]
+        # A function with a backward of its own shows its body to duals, while what counts is what
+        # it says its derivative is. All of them pass their arguments through here.
+        utils: Any = torch._functorch.utils
+        self._own = own = utils.unwrap_dead_wrappers
 
-        def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
-            if any(isinstance(x, Dual) for x in (*args, *kwargs.values())):
-                raise NoRuleError(f"{cls.__name__} has a derivative of its own")
-            return own.__func__(cls, *args, **kwargs)
+        def refuse(given: tuple[Any, ...]) -> Any:
+            if any(isinstance(x, Dual) for x in given):
+                raise NoRuleError("a function with a derivative of its own")
+            return own(given)
 
-        self._own = own
-        Function.apply = classmethod(apply)  # type: ignore[method-assign, assignment]
+        utils.unwrap_dead_wrappers = refuse
         super().__enter__()
         return self
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
-        Function.apply = self._own  # type: ignore[method-assign]
+        utils: Any = torch._functorch.utils
+        utils.unwrap_dead_wrappers = self._own
 
 
 class DualFunctions(TorchFunctionMode):

@@ -197,6 +197,8 @@ class Gated(Rule):
             return super().follow(*given)
         # one direction of ones: the slope, by the activation's own rule
         both: Any = self.activation(Dual(gate.primal, torch.ones_like(gate.primal)[None]))
+        if not isinstance(both, Dual):
+            return super().follow(*given)  # a constant
         active, slope = both.primal, both.tangents[0]
         out = gate.stack * (slope * up.primal)
         torch.mul(active, up.primal, out=out[0])

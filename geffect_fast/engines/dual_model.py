@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,10 @@ from geffect_fast.objectives import Outputs
 from geffect_fast.objectives.base import Need
 
 
+_BY_FRAMEWORK: WeakSet[nn.Module] = WeakSet()
+"""Models that duals do not pass."""
+
+
 class DualModel:
     """A model that is run along directions of its parameters.
 
@@ -29,17 +34,23 @@ class DualModel:
     cannot be, because something in the model writes into a constant, say, torch's forward mode runs
     the model instead: whatever it does, at the price of more host time.
 
-    Attributes:
-        by_framework: whether torch's forward mode is used; becomes true where duals do not pass.
     """
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
-        self.by_framework = False
         self._forwards = fast_forwards(plan.model)
         self._names = {p: plain_name(name) for name, p in plan.model.named_parameters()}
         # Without a graph, although gradients are enabled.
         self._values = {name: p.detach() for p, name in self._names.items()}
+
+    @property
+    def by_framework(self) -> bool:
+        """Whether torch's forward mode runs the model, as duals do not pass it."""
+        return self.plan.model in _BY_FRAMEWORK
+
+    def run_by_framework(self) -> None:
+        """Have torch's forward mode run this model from now on."""
+        _BY_FRAMEWORK.add(self.plan.model)
 
     def outputs(
         self, directions: Mapping[str, Tensor], batch: Batch, needs: frozenset[Need]
@@ -59,7 +70,7 @@ class DualModel:
                 try:
                     found = self._by_duals(directions, batch, needs)
                 except NoRuleError:
-                    self.by_framework = True
+                    self.run_by_framework()
             if self.by_framework:
                 found = self._by_framework(directions, batch, needs)
         values, tangents = found

@@ -50,15 +50,32 @@ def forward_mode_problem(plan: Plan, sample_set: SampleSet, layout: Layout) -> s
     dtypes = precisions(plan.model)
     floor, limit, certain = (max(of[d] for d in dtypes) for of in (FLOOR, TOLERANCE, CERTAIN))
     along, scale = _own_gradients(plan, batch, floor)
+    if not along:
+        return None  # every gradient is zero
     model = DualModel(plan)
+    problem = _lost(model, batch, along, scale, floor, limit, certain)
+    if problem is not None and not model.by_framework:
+        model.run_by_framework()  # which may pass what duals do not
+        problem = _lost(model, batch, along, scale, floor, limit, certain)
+    return problem
+
+
+def _lost(
+    model: DualModel,
+    batch: Batch,
+    along: dict[str, Tensor],
+    scale: float,
+    floor: float,
+    limit: float,
+    certain: float,
+) -> str | None:
+    """What of the derivatives along `along` is lost; None where nothing is."""
 
     def off(names: Sequence[str]) -> float:
         moved = _moved(model, batch, {name: along[name] for name in names})
         return math.inf if math.isnan(moved) else moved / scale - len(names)
 
     names = list(along)
-    if not names:
-        return None  # every gradient is zero
     try:
         total = off(names)
     except RuntimeError as error:
