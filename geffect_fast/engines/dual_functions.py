@@ -381,8 +381,10 @@ for _functions, _tangent in _POINTWISE:
 
 @rule(F.gelu)
 def _gelu(input: Any, *, approximate: str = "none") -> Any:
-    tangents = aten.gelu_backward(input.tangents, input.primal, approximate=approximate)
-    return Dual(F.gelu(input.primal, approximate=approximate), tangents)
+    x, tangents = input.primal, input.tangents
+    # which on a CPU wants both of one shape
+    slope = aten.gelu_backward(torch.ones_like(x), x, approximate=approximate)
+    return Dual(F.gelu(x, approximate=approximate), tangents * slope)
 
 
 @rule(*both("pow"))
