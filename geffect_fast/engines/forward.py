@@ -22,7 +22,11 @@ from geffect_fast.engines.dual_model import DualModel
 from geffect_fast.engines.effect_array import Collect
 from geffect_fast.engines.forward_parts import Part
 from geffect_fast.engines.layout import precisions
-from geffect_fast.engines.objective_tangents import check_terms, term_tangents
+from geffect_fast.engines.objective_tangents import (
+    no_derivative,
+    term_tangents,
+    terms_disagree,
+)
 from geffect_fast.engines.tasks import Reference, Task
 from geffect_fast.errors import InputError
 
@@ -59,40 +63,74 @@ def forward_effects(
     n_columns = 1 + max(part.column for part in parts)
     values = torch.zeros(n_objectives, dtype=torch.float64)
     totals = torch.zeros(n_objectives, n_directions, n_columns, dtype=torch.float64)
-    device = next(iter(plan.parameters.values())).device
     model = DualModel(plan)
     for number, part in enumerate(parts):
         moved_along, scale = _on_device(plan, directions, part)
         for task in tasks:
-            own = list(task.parts)
             for batch in task.batches:
-                moved = batch.to(device)
-                outputs, tangents = model.outputs(moved_along, moved, task.needs)
-                other = reference.outputs(task, batch, moved, outputs)
-                if number == 0 and batch is task.batches[0]:
-                    # One objective of each kind: hyper-parameters change no code.
-                    for objective in {type(part): part for part in task.parts.values()}.values():
-                        check_terms(objective, outputs, moved, other, tangents[0])
-                change = torch.stack(
-                    [
-                        term_tangents(objective, outputs, moved, other, tangents)
-                        for objective in task.parts.values()
-                    ],
-                    dim=1,
+                change, found = _changes(
+                    model, task, batch, moved_along, reference, first=number == 0
                 )
-                if number == 0:
-                    for index in own:
-                        values[index] += task.value(index, outputs, moved, other)
-                change = change.cpu() * scale[:, None, None]
+                change = change * scale[:, None, None]
                 n = batch.total_tokens if per_token else batch.n_samples
-                effects = totals.new_zeros(len(own), n_directions, n_columns, n)
+                effects = totals.new_zeros(len(task.parts), n_directions, n_columns, n)
                 summed = _by_token(task, batch, change) if per_token else _by_sample(batch, change)
                 effects[:, list(part.risks), part.column] = summed.transpose(0, 1)
-                for k, index in enumerate(own):
+                for k, index in enumerate(task.parts):
                     totals[index] += effects[k].sum(-1)
+                if number == 0:
+                    values[list(task.parts)] += found
                 collect(task, batch, effects)
                 tick(batch.total_tokens)
     return values, totals
+
+
+def _changes(
+    model: DualModel,
+    task: Task,
+    batch: Batch,
+    along: Mapping[str, Tensor],
+    reference: Reference,
+    *,
+    first: bool,
+) -> tuple[Tensor, Tensor]:
+    """How the terms of a task's parts on a batch change, `(M, K, total_tokens)`, and in the first
+    pass the parts' values `(K,)`, fp64 on the CPU.
+
+    What is found is brought over at once, at the end; until then nothing waits for the device.
+
+    Args:
+        model: of the plan.
+        task: whose parts.
+        batch: on the CPU.
+        along: as `DualModel.outputs` takes directions.
+        reference: what the objectives compare with.
+        first: whether this is the first pass; in it the terms' derivatives on the first batch are
+            compared with that of their sum.
+
+    Raises:
+        InputError: they are not it.
+    """
+    parts = task.parts
+    moved = batch.to(next(iter(along.values())).device)
+    outputs, tangents = model.outputs(along, moved, task.needs)
+    other = reference.outputs(task, batch, moved, outputs)
+    # One objective of each kind: hyper-parameters change no code.
+    checked = first and batch is task.batches[0]
+    kinds = list({type(part): part for part in parts.values()}.values()) if checked else []
+    wrong = [terms_disagree(o, outputs, moved, other, tangents[0]) for o in kinds]
+    change = torch.stack(
+        [term_tangents(o, outputs, moved, other, tangents) for o in parts.values()], dim=1
+    )
+    values = [task.value(k, outputs, moved, other) for k in parts] if first else []
+    numbers = [torch.as_tensor(x, dtype=torch.float64, device=change.device) for x in values]
+    numbers += [x.double() for x in wrong]
+    found = torch.cat([change.flatten(), *(x.view(1) for x in numbers)]).cpu()
+    change, found = found[: change.numel()].view(change.shape), found[change.numel() :]
+    for objective, is_wrong in zip(kinds, found[len(values) :].tolist(), strict=True):
+        if is_wrong:
+            raise no_derivative(objective)
+    return change, found[: len(values)]
 
 
 def _on_device(
@@ -102,7 +140,8 @@ def _on_device(
     multiplied by: where a model computes in fp16, gradients are scaled to a length at which nothing
     underflows."""
     scale = torch.ones(len(part.risks), dtype=torch.float64)
-    chosen = {name: directions[name][list(part.risks)] for name in part.names}
+    risks = slice(part.risks[0], part.risks[-1] + 1)  # neighbours: no copy
+    chosen = {name: directions[name][risks] for name in part.names}
     in_fp16 = torch.float16 in precisions(plan.model)
     if in_fp16:
         squares = sum(v.double().flatten(1).square().sum(1).cpu() for v in chosen.values())
