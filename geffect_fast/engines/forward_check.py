@@ -110,7 +110,8 @@ def _own_gradients(plan: Plan, batch: Batch, floor: float) -> tuple[dict[str, Te
         loss = model_outputs(plan.model, batch).token_logprob.sum()
     grads = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
     found = {name: g for name, g in zip(parameters, grads, strict=True) if g is not None}
-    norms = {name: float(g.double().norm()) for name, g in found.items()}
+    each = torch.stack([g.double().norm() for g in found.values()]) if found else torch.zeros(0)
+    norms = dict(zip(found, each.tolist(), strict=True))
     largest = max(norms.values(), default=0.0)
     scale = largest * floor**0.5
     along = {
