@@ -13,12 +13,12 @@ from geffect_fast.engines.dual_packing import PACKING
 from geffect_fast.engines.dual_rule import Primals, Rule, Tangents, rows_at_a_time
 from geffect_fast.engines.dual_tensor import Dual, constant, lead
 
-CUTS, SHORTEST = 8, 32
-"""Causal attention is cut into so many blocks of queries, and none so short, to leave out keys that
-a block does not see."""
+CUTS = 8
+"""Causal attention is cut into so many blocks of queries, to leave out keys that a block does not
+see."""
 
-LONGEST = 512
-"""Causal attention of fewer queries is not cut on a GPU, where calls cost more than products."""
+SHORTEST = {"cpu": 64, "cuda": 512}
+"""And into none so short: on a GPU calls cost more than products."""
 
 
 class Attention(Rule):
@@ -88,8 +88,7 @@ class Attention(Rule):
         hidden = None  # keys that a query does not see
         if self.causal:
             hidden = q.new_ones(n, n_keys, dtype=torch.bool).triu(1)
-            if n > SHORTEST and not (q.is_cuda and n < LONGEST):
-                step = min(step, max(SHORTEST, -(-n // CUTS)))
+            step = min(step, max(SHORTEST["cpu" if q.device.type == "cpu" else "cuda"], -(-n // CUTS)))
         elif mask is not None:
             hidden = ~mask if mask.dtype == torch.bool else mask
         dmask = tangents[3]

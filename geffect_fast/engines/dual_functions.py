@@ -260,17 +260,15 @@ def _dropout(
 # ---- sums and products ----
 
 
-def _alike(x: Any, y: Any) -> bool:
-    """Whether a number or tensor leaves the other's dtype as it is, and no scalar is widened."""
-    if not isinstance(x, Dual):
-        x, y = y, x
-    if not isinstance(y, Tensor):
-        return not isinstance(y, complex)
-    return x.dtype == y.dtype and x.dim() > 0 and (y.dim() > 0 or not isinstance(y, Dual))
+def _promoted_alike(*given: Any) -> bool:
+    """Whether stacks have the dtype that the tensors have: a scalar's counts less, a stack of
+    scalars is none."""
+    return not any(isinstance(x, complex) or (isinstance(x, Dual) and not x.dim()) for x in given)
 
 
 def _broadcast(tangents: Tensor, y: Tensor) -> Tensor:
     """Tangents of one summand as those of the sum `y`."""
+    tangents = tangents.to(y.dtype)
     if tangents.shape[1:] == y.shape:
         return tangents
     return lead(tangents, y.dim()).expand(len(tangents), *y.shape)
@@ -278,7 +276,7 @@ def _broadcast(tangents: Tensor, y: Tensor) -> Tensor:
 
 @rule(*both("add"))
 def _add(x: Any, y: Any, *, alpha: Any = 1) -> Any:
-    if not _alike(x, y):
+    if not _promoted_alike(x, y):
         return NotImplemented
     if isinstance(x, Dual) and isinstance(y, Dual):
         n = max(x.dim(), y.dim())
@@ -307,7 +305,7 @@ def _neg(x: Any) -> Any:
 @rule(*both("mul"), *both("multiply"))
 def _mul(x: Any, y: Any) -> Any:
     """`(x y)' = x' y + x y'`, the first added with the value."""
-    if not _alike(x, y):
+    if not _promoted_alike(x, y):
         return NotImplemented
     if not isinstance(x, Dual) or (isinstance(y, Dual) and x.whole is None):
         x, y = y, x
@@ -316,13 +314,13 @@ def _mul(x: Any, y: Any) -> Any:
         return moved(x, lambda s: lead(s, n) * y)
     n = max(x.dim(), y.dim())
     out = lead(x.stack, n) * y.primal
-    out[1:].addcmul_(x.primal, lead(y.tangents, n))
+    out[1:].addcmul_(x.primal.to(out.dtype), lead(y.tangents, n).to(out.dtype))
     return Dual.of(out)
 
 
 @rule(*both("div"), *both("true_divide"))
 def _div(x: Any, y: Any, *, rounding_mode: Any = None) -> Any:
-    if rounding_mode is not None or isinstance(y, Dual) or not _alike(x, y):
+    if rounding_mode is not None or isinstance(y, Dual) or not _promoted_alike(x, y):
         return NotImplemented
     n = y.dim() if isinstance(y, Tensor) else 0
     return moved(x, lambda s: lead(s, n) / y)

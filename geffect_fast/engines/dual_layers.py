@@ -107,7 +107,7 @@ class _Norm(Rule):
     def follow(self, *given: Any) -> Dual:
         """The value goes through the same calls as the tangents."""
         x, weight, *more = given
-        if not isinstance(x, Dual):
+        if not isinstance(x, Dual) or (weight is not None and weight.dtype != x.dtype):
             return super().follow(*given)
         n = self._normed(x.stack)
         out = self._scaled(n, constant(weight))

@@ -17,6 +17,7 @@ from geffect_fast.engines.dual import DualFunctions, DualPass
 from geffect_fast.engines.dual_modules import dual_modules, fast_forwards
 from geffect_fast.engines.dual_packing import Packing, packing
 from geffect_fast.engines.dual_tensor import Dual, NoRuleError
+from geffect_fast.engines.dual_transformers import attention_apart
 from geffect_fast.engines.forward_pass import model_outputs
 from geffect_fast.engines.packed_attention import packed_attention
 from geffect_fast.objectives import Outputs
@@ -102,7 +103,8 @@ class DualModel:
             for key, p in module._parameters.items()
             if p is not None
         ]
-        with packed_attention(self.plan.model, batch, duals=True), packing(_packing(batch)):
+        layout = _packing(batch)
+        with packing(layout), attention_apart(self.plan.model, layout):
             try:
                 for holder, key, p in places:
                     holder[key] = own[self._names[p]]  # type: ignore[assignment]

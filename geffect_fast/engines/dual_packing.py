@@ -82,6 +82,11 @@ class Packing:
             )
         return cls(tuple(groups), place.to(device))
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence."""
+        return self.groups[0].index.shape[1]
+
     def masks(self, mask: Any) -> bool:
         """Whether a mask is one between all tokens of the batch."""
         n = len(self.place)
@@ -108,11 +113,11 @@ class Packing:
         key: Tensor,
         value: Tensor,
         attend: Callable[[Any, Any, Any, int], Any],
-    ) -> Dual:
+    ) -> Tensor:
         """Attention `(1, heads, total_tokens, d)` of each group by itself.
 
         Args:
-            query, key, value: `(1, heads, total_tokens, d)`, some of them duals.
+            query, key, value: `(1, heads, total_tokens, d)`, all, some or none of them duals.
             attend: takes those of the group of a number, `(n, heads, length, d)`, and returns the
                 output like them.
         """
@@ -126,14 +131,20 @@ class Packing:
                 for x, t in zip((query, key, value), flat, strict=True)
             ]
             out = attend(*own, number)
-            outputs.append(out.stack.transpose(2, 3).flatten(1, 2))
+            outputs.append(_stack(out).transpose(2, 3).flatten(1, 2))
         every = outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)
-        return Dual.of(every.index_select(1, self.place)[:, None].transpose(2, 3))
+        whole = every.index_select(1, self.place)[:, None].transpose(2, 3)
+        return Dual.of(whole) if isinstance(out, Dual) else whole[0]
+
+
+def _stack(x: Tensor) -> Tensor:
+    """That of a dual; a tensor that does not move, with a leading axis."""
+    return x.stack if isinstance(x, Dual) else x[None]
 
 
 def _tokens(x: Tensor) -> Tensor:
     """`(1, heads, n, d)` as `(1 + M, n, heads, d)`, or `(1, n, heads, d)` where it does not move."""
-    return (x.stack[:, 0] if isinstance(x, Dual) else x).transpose(1, 2)
+    return _stack(x)[:, 0].transpose(1, 2)
 
 
 def _like(x: Tensor, tokens: Tensor) -> Tensor:

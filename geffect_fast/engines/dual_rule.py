@@ -10,7 +10,7 @@ with primals as they are and tangents `(M, *shape)`, M directions side by side, 
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -57,11 +57,13 @@ class Rule:
         primals = constant(given)
         y = self.value(*primals)
         tangents = tuple(x.tangents if isinstance(x, Dual) else None for x in given)
-        return Dual(y, _moved(self, (*primals, y), tangents))
+        return Dual(y, self.tangent((*primals, y), tangents))
 
     def __call__(self, *given: Tensor | None) -> Tensor:
-        if any(isinstance(x, Dual) for x in given):
-            return self.follow(*given)
+        dual = next((x for x in given if isinstance(x, Dual)), None)
+        if dual is not None:
+            with _own_precision(dual.device.type):
+                return self.follow(*given)
         out: Tensor = _Dual.apply(self, *given)
         return out
 
@@ -123,10 +125,14 @@ class _Stacked(Function):
 
 
 def _moved(rule: Rule, primals: Primals, tangents: Tangents) -> Tensor:
-    """A rule's tangent in the precision of its arguments, which autocast has had its say in."""
-    device = next(t for t in tangents if t is not None).device.type
-    with torch.autocast(device, enabled=False) if in_autocast(device) else nullcontext():
+    with _own_precision(next(t for t in tangents if t is not None).device.type):
         return rule.tangent(primals, tangents)
+
+
+def _own_precision(device: str) -> AbstractContextManager[Any]:
+    """Inside, what is computed is in the precision of what is given, which autocast has had its
+    say in."""
+    return torch.autocast(device, enabled=False) if in_autocast(device) else nullcontext()
 
 
 def in_autocast(device: str) -> bool:

@@ -17,8 +17,6 @@ import torch
 from torch import Tensor, nn
 
 from geffect_fast.data.batch import Batch
-from geffect_fast.engines.dual_packing import PACKING
-from geffect_fast.engines.dual_tensor import Dual, NoRuleError
 from geffect_fast.errors import UnsupportedModelError
 
 NAME = "geffect_fast_packed"
@@ -31,7 +29,7 @@ _WINDOWS = ("sliding_window", "attention_chunk_size")
 
 
 @contextmanager
-def packed_attention(model: nn.Module, batch: Batch, *, duals: bool = False) -> Iterator[None]:
+def packed_attention(model: nn.Module, batch: Batch) -> Iterator[None]:
     """Attention by sequence inside, for models that take their attention from transformers' table.
 
     To be left only after everything that runs the model's modules once more (a vjp, a jvp). A model
@@ -41,12 +39,10 @@ def packed_attention(model: nn.Module, batch: Batch, *, duals: bool = False) -> 
     Args:
         model: of transformers; its configs are restored at the end.
         batch: on the model's device.
-        duals: the model is run with duals, which are laid out by `dual_packing` on any device.
     """
     lengths = tuple(batch.cu_seqlens.diff().tolist())
     configs = _configs(model) if batch.packed and len(lengths) > 1 else []
-    served = duals or batch.input_ids.device.type == "cpu"
-    if not configs or not served or max(lengths) > _reach(configs):
+    if not configs or batch.input_ids.device.type != "cpu" or max(lengths) > reach(configs):
         yield
         return
     _register()
@@ -74,7 +70,7 @@ def _configs(model: nn.Module) -> list[Any]:
     return list(configs.values()) if chosen == {"sdpa"} else []
 
 
-def _reach(configs: list[Any]) -> float:
+def reach(configs: list[Any]) -> float:
     """Tokens of the longest sequence whose attention no window cuts short."""
     windows = [getattr(config, name, None) for config in configs for name in _WINDOWS]
     return min((window for window in windows if isinstance(window, int)), default=float("inf"))
@@ -107,16 +103,6 @@ def _attend(
             "sample at a time"
         )
     sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
-    layout = PACKING.get()
-    if layout is not None and any(isinstance(x, Dual) for x in (query, key, value)):
-        if kwargs.get("is_causal", getattr(module, "is_causal", True)) is False:
-            raise NoRuleError("padding would be seen")
-
-        def attend(q: Tensor, k: Tensor, v: Tensor, _number: int) -> Tensor:
-            out: Tensor = sdpa(module, q, k, v, None, **kwargs)[0]
-            return out.transpose(1, 2)
-
-        return layout.apart(query, key, value, attend).transpose(1, 2), None
     # Neighbours of one length are one call.
     runs = [(length, len(list(group))) for length, group in groupby(lengths)]
     sizes = [length * count for length, count in runs]
