@@ -57,7 +57,9 @@ class DualPass(TorchFunctionMode):
 
 
 class DualFunctions(TorchFunctionMode):
-    """Inside, for the framework's forward mode, the rules below serve the functions they are of, and `no_grad` drops tangents too.
+    """Inside, for the framework's forward mode, the rules below serve the functions they are of.
+
+    And `no_grad` drops tangents too.
 
     Reverse mode takes what was computed under `no_grad` as constant; forward mode by itself does
     not, and the two engines would differ. `requires_grad_`, of which it knows nothing, does

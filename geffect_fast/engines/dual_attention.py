@@ -49,7 +49,7 @@ class Attention(Rule):
     def tangent(self, primals: Primals, tangents: Tangents) -> Tensor:
         return self._stack(primals[:4], tangents)[1:]
 
-    def follow(self, *given: Any) -> Dual:
+    def follow(self, *given: Any) -> Tensor:
         query, key, value, mask = given
         packing = PACKING.get()
         if packing is not None and packing.masks(mask):
@@ -64,9 +64,7 @@ class Attention(Rule):
         """The output and its tangents, `(1 + M, ..., heads, n, d)`."""
         query, key, value, mask = primals
         (n, d), (n_keys, d_value) = query.shape[-2:], value.shape[-2:]
-        outer = torch.broadcast_shapes(
-            query.shape[:-3], *(x.shape[:-3] for x in (key, value))
-        )
+        outer = torch.broadcast_shapes(query.shape[:-3], *(x.shape[:-3] for x in (key, value)))
         heads = (*outer, query.shape[-3]) if query.dim() > 2 else ()
         groups = query.shape[-3] // key.shape[-3] if self.gqa else 1
         shared = (*outer, heads[-1] // groups) if heads else ()
@@ -88,7 +86,9 @@ class Attention(Rule):
         hidden = None  # keys that a query does not see
         if self.causal:
             hidden = q.new_ones(n, n_keys, dtype=torch.bool).triu(1)
-            step = min(step, max(SHORTEST["cpu" if q.device.type == "cpu" else "cuda"], -(-n // CUTS)))
+            step = min(
+                step, max(SHORTEST["cpu" if q.device.type == "cpu" else "cuda"], -(-n // CUTS))
+            )
         elif mask is not None:
             hidden = ~mask if mask.dtype == torch.bool else mask
         dmask = tangents[3]
@@ -141,10 +141,8 @@ def _flat_each(tangents: Tensor, heads: Sequence[int]) -> Tensor:
     return each.reshape(len(tangents), -1, *tangents.shape[-2:])
 
 
-def _sum_of_products(
-    dx: Tensor | None, y: Tensor, x: Tensor, dy: Tensor | None
-) -> Tensor | None:
-    """`x'_m y^T + x y'_m^T` for a batch of matrices, as one product; `(M, batch, rows, columns)`."""
+def _sum_of_products(dx: Tensor | None, y: Tensor, x: Tensor, dy: Tensor | None) -> Tensor | None:
+    """`x'_m y^T + x y'_m^T` of matrices, as one product, `(M, batch, rows, columns)`."""
     if dx is None and dy is None:
         return None
     if dy is None:

@@ -23,17 +23,22 @@ def both(name: str) -> tuple[Any, ...]:
     return tuple(f for f in (getattr(torch, name, None), getattr(Tensor, name, None)) if f)
 
 
-# ---- what says nothing of the value's size ----
+# ---- what does not move with its input ----
 
-_CONSTANT = """
-    gt lt ge le eq ne isnan isinf isfinite argmax argmin argsort any all sign is_floating_point
-    is_complex is_tensor is_contiguous stride storage_offset data_ptr item tolist numpy
-    zeros_like ones_like empty_like full_like rand_like randn_like new_zeros new_ones new_empty
-    new_full new_tensor detach get_device element_size nelement logical_not nonzero allclose equal
-    __bool__ __int__ __float__ __repr__ __format__ __contains__
-""".split()
-_ATTRIBUTES = "dtype device requires_grad is_cuda is_cpu is_mps is_xpu is_meta layout is_sparse".split()
-_ATTRIBUTES += ["is_quantized", "is_nested", "data", "grad", "grad_fn", "is_leaf", "names", "itemsize"]
+_CONSTANT = (
+    *("gt", "lt", "ge", "le", "eq", "ne", "isnan", "isinf", "isfinite", "logical_not", "sign"),
+    *("argmax", "argmin", "argsort", "any", "all", "equal", "allclose", "nonzero", "item"),
+    *("tolist", "numpy", "is_floating_point", "is_complex", "is_tensor", "is_contiguous", "stride"),
+    *("get_device", "element_size", "nelement", "storage_offset", "data_ptr", "detach"),
+    *("zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like"),
+    *("new_zeros", "new_ones", "new_empty", "new_full", "new_tensor"),
+    *("__bool__", "__int__", "__float__", "__repr__", "__format__", "__contains__"),
+)
+_ATTRIBUTES = (
+    *("dtype", "device", "layout", "is_cuda", "is_cpu", "is_mps", "is_xpu", "is_meta", "itemsize"),
+    *("is_sparse", "is_quantized", "is_nested", "requires_grad", "grad", "grad_fn", "is_leaf"),
+    *("data", "names"),
+)
 
 
 def _register_constants() -> None:
@@ -108,14 +113,16 @@ def _permute(x: Any, *dims: Any) -> Any:
     return moved(x, lambda s: s.permute(0, *_at(_given(dims))))
 
 
-@rule(Tensor.mT.__get__, Tensor.T.__get__, *both("t"))
+@rule(Tensor.mT.__get__, Tensor.T.__get__, *both("t"))  # type: ignore[attr-defined]
 def _matrix_transpose(x: Any) -> Any:
     return moved(x, lambda s: s.mT) if x.dim() == 2 else NotImplemented
 
 
 @rule(*both("flatten"))
 def _flatten(x: Any, start_dim: int = 0, end_dim: int = -1) -> Any:
-    return moved(x, lambda s: s.flatten(_at(start_dim), _at(end_dim))) if x.dim() else NotImplemented
+    return (
+        moved(x, lambda s: s.flatten(_at(start_dim), _at(end_dim))) if x.dim() else NotImplemented
+    )
 
 
 @rule(*both("unsqueeze"))
@@ -154,7 +161,8 @@ def _getitem(x: Any, index: Any) -> Any:
     lists = [isinstance(i, Tensor | list | bool) for i in index]
     if sum(lists) > 1 or any(isinstance(i, bool | Dual) for i in index):
         return NotImplemented  # where torch puts the axis of several lists depends on the others
-    return moved(x, lambda s: s[(slice(None), *index)])
+    behind = (slice(None), *index)
+    return moved(x, lambda s: s[behind])
 
 
 @rule(Tensor.__setitem__)
@@ -251,9 +259,7 @@ def _masked_fill(x: Any, mask: Tensor, value: Any) -> Any:
 
 
 @rule(F.dropout)
-def _dropout(
-    input: Any, p: float = 0.5, training: bool = True, inplace: bool = False
-) -> Any:
+def _dropout(input: Any, p: float = 0.5, training: bool = True, inplace: bool = False) -> Any:
     return NotImplemented if training and p else input
 
 

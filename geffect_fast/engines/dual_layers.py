@@ -41,7 +41,7 @@ class Linear(Rule):
         assert out is not None
         return out.reshape(len(out), *y.shape)
 
-    def follow(self, *given: Any) -> Dual:
+    def follow(self, *given: Any) -> Tensor:
         """The value and the tangents' first product are one product."""
         x, weight, bias = given
         if not isinstance(x, Dual):
@@ -104,7 +104,7 @@ class _Norm(Rule):
         assert moved is not None
         return moved.expand(-1, *y.shape).to(y.dtype)
 
-    def follow(self, *given: Any) -> Dual:
+    def follow(self, *given: Any) -> Tensor:
         """The value goes through the same calls as the tangents."""
         x, weight, *more = given
         if not isinstance(x, Dual) or (weight is not None and weight.dtype != x.dtype):
@@ -191,7 +191,7 @@ class Gated(Rule):
         out = dg * (slope * up)
         return out if du is None else out.addcmul_(active, du)
 
-    def follow(self, *given: Any) -> Dual:
+    def follow(self, *given: Any) -> Tensor:
         gate, up = given
         if not isinstance(gate, Dual) or not isinstance(up, Dual):
             return super().follow(*given)

@@ -23,7 +23,6 @@ from geffect_fast.engines.packed_attention import packed_attention
 from geffect_fast.objectives import Outputs
 from geffect_fast.objectives.base import Need
 
-
 _BY_FRAMEWORK: WeakSet[nn.Module] = WeakSet()
 """Models that duals do not pass."""
 

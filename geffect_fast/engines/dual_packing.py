@@ -112,7 +112,7 @@ class Packing:
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        attend: Callable[[Any, Any, Any, int], Any],
+        attend: Callable[..., Any],
     ) -> Tensor:
         """Attention `(1, heads, total_tokens, d)` of each group by itself.
 
@@ -143,7 +143,7 @@ def _stack(x: Tensor) -> Tensor:
 
 
 def _tokens(x: Tensor) -> Tensor:
-    """`(1, heads, n, d)` as `(1 + M, n, heads, d)`, or `(1, n, heads, d)` where it does not move."""
+    """`(1, heads, n, d)` as `(1 + M, n, heads, d)`, M being 0 of what does not move."""
     return _stack(x)[:, 0].transpose(1, 2)
 
 

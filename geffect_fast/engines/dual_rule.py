@@ -52,7 +52,7 @@ class Rule:
         """
         raise NotImplementedError
 
-    def follow(self, *given: Any) -> Dual:
+    def follow(self, *given: Any) -> Tensor:
         """`y` and its tangents, where some of the arguments are duals."""
         primals = constant(given)
         y = self.value(*primals)

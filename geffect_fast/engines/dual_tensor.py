@@ -21,8 +21,7 @@ from geffect_fast.data.memory import no_memory
 
 
 class NoRuleError(Exception):
-    """What a model does cannot be followed with duals; the framework has to differentiate it whole.
-    """
+    """What a model does cannot be followed with duals: the framework is to run it."""
 
 
 class Dual(Tensor):
@@ -47,7 +46,7 @@ class Dual(Tensor):
         given = primal if whole is None else whole
         assert given is not None
         size = given.shape if whole is None else given.shape[1:]
-        self: Dual = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        self: Dual = Tensor._make_wrapper_subclass(
             cls, size, dtype=given.dtype, device=given.device
         )
         self._primal, self._tangents, self.whole, self._size = primal, tangents, whole, size
@@ -87,7 +86,7 @@ class Dual(Tensor):
     def shape(self) -> Size:  # type: ignore[override]
         return self._size
 
-    def size(self, dim: int | None = None) -> Any:  # type: ignore[override]
+    def size(self, dim: int | None = None) -> Any:
         return self._size if dim is None else self._size[dim]
 
     def dim(self) -> int:
@@ -110,7 +109,7 @@ class Dual(Tensor):
         return follow(func, args, kwargs or {})
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> NoReturn:
         raise NoRuleError(f"{func} reads a tensor without its tangents")
@@ -189,13 +188,14 @@ def write(target: Dual, index: Any, value: Any) -> None:
     if whole is None:
         raise NoRuleError("a tensor whose tangents lie apart is written to")
     index = index if isinstance(index, tuple) else (index,)
+    behind = (slice(None), *index)
     try:
         if isinstance(value, Dual):
-            place = whole[:1].squeeze(0)[index].dim()
-            whole[(slice(None), *index)] = lead(value.stack, place)
+            place = target.primal[index].dim()
+            whole[behind] = lead(value.stack, place)
         else:
             target.primal[index] = value
-            target.tangents[(slice(None), *index)] = 0
+            target.tangents[behind] = 0
     except (RuntimeError, IndexError) as error:
         raise NoRuleError(str(error)) from error
 
@@ -223,7 +223,9 @@ def _by_framework(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
         return jvp(run, primals, tangents)[:2]
 
     try:
-        values, moved = vmap(along, out_dims=(None, 0))(*(flat[i].tangents for i in at))
+        values, moved = vmap(along, out_dims=(None, 0))(  # type: ignore[arg-type]
+            *(flat[i].tangents for i in at)
+        )
     except (RuntimeError, TypeError, ValueError, IndexError) as error:
         if no_memory(error):
             raise
@@ -231,9 +233,6 @@ def _by_framework(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
     values, spec = tree_flatten(values)
     moved = tree_flatten(moved)[0]
     return tree_unflatten(
-        [
-            Dual(x, t) if x.is_floating_point() else x
-            for x, t in zip(values, moved, strict=True)
-        ],
+        [Dual(x, t) if x.is_floating_point() else x for x, t in zip(values, moved, strict=True)],
         spec,
     )

@@ -104,7 +104,7 @@ def _eager(
     if attend is None:
         raise NoRuleError(f"{type(module).__name__} has attention of its own")
     if packing is None or mask is None or not packing.masks(mask):
-        return attend(module, query, key, value, mask, **kwargs)  # type: ignore[no-any-return]
+        return attend(module, query, key, value, mask, **kwargs)
 
     def group(q: Any, k: Any, v: Any, number: int) -> Any:
         own = packing.block(mask, number)
