@@ -1,26 +1,65 @@
-"""Which functions of a language model are served by rules of their own in forward mode.
+"""How a model is run in forward mode: by duals, or where they do not pass by the framework.
 
-Costly ones are caught on the way; the framework differentiates everything else by its own rules.
+Costly functions are served by the same rules in both. What has no rule at all the framework
+differentiates: a function alone among duals, the whole model otherwise.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch._functorch.utils
 import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from geffect_fast.engines import dual_functions  # noqa: F401  its rules
 from geffect_fast.engines.dual_attention import Attention
-from geffect_fast.engines.dual_layers import Linear, PaddedEmbedding
+from geffect_fast.engines.dual_layers import Embedding, LayerNorm, Linear
 from geffect_fast.engines.dual_output import LabelNLL
 from geffect_fast.engines.dual_rule import in_autocast
+from geffect_fast.engines.dual_tensor import Dual, NoRuleError, follow, rule
+
+
+class DualPass(TorchFunctionMode):
+    """Inside, functions of duals are followed, and nothing asks for a gradient."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if Dual in types:
+            return follow(func, args, kwargs or {})
+        if func is Tensor.requires_grad_:
+            return args[0]  # a graph of what is constant would hold all its activations
+        return func(*args, **(kwargs or {}))
+
+    def __enter__(self) -> DualPass:
+        # A function with a backward of its own shows its body to duals, while what counts is what
+        # it says its derivative is. All of them pass their arguments through here.
+        utils: Any = torch._functorch.utils
+        self._own = own = utils.unwrap_dead_wrappers
+
+        def refuse(given: tuple[Any, ...]) -> Any:
+            if any(isinstance(x, Dual) for x in given):
+                raise NoRuleError("a function with a derivative of its own")
+            return own(given)
+
+        utils.unwrap_dead_wrappers = refuse
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        utils: Any = torch._functorch.utils
+        utils.unwrap_dead_wrappers = self._own
 
 
 class DualFunctions(TorchFunctionMode):
-    """Inside, the rules above serve the functions they are of, and `no_grad` drops tangents too.
+    """Inside, for the framework's forward mode, the rules below serve the functions they are of.
+
+    And `no_grad` drops tangents too.
 
     Reverse mode takes what was computed under `no_grad` as constant; forward mode by itself does
     not, and the two engines would differ. `requires_grad_`, of which it knows nothing, does
@@ -53,9 +92,30 @@ def _embedding(
     max_norm: float | None = None,
     **_: Any,
 ) -> Tensor | None:
-    if padding_idx is None or max_norm is not None:
+    if max_norm is not None:
         return None
-    return PaddedEmbedding(padding_idx % len(weight))(input, weight)
+    return Embedding(None if padding_idx is None else padding_idx % len(weight))(input, weight)
+
+
+def _layer_norm(
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor | None:
+    if len(normalized_shape) > 1 or in_autocast(input.device.type):
+        return None
+    return LayerNorm(eps)(input, weight, bias)
+
+
+def _addmm(
+    input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: float = 1
+) -> Tensor | None:
+    """As GPT-2 writes a linear layer."""
+    if beta != 1 or alpha != 1 or input.shape != mat2.shape[1:]:
+        return None
+    return Linear()(*_cast(mat1, mat2.T, input))
 
 
 def _cross_entropy(
@@ -99,7 +159,21 @@ def _cast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
 
 _SERVED: dict[Any, Callable[..., Tensor | None]] = {
     F.linear: _linear,
+    torch.addmm: _addmm,
+    F.layer_norm: _layer_norm,
     F.embedding: _embedding,
     F.cross_entropy: _cross_entropy,
     F.scaled_dot_product_attention: _attention,
 }
+
+
+def _served(serve: Callable[..., Tensor | None]) -> Callable[..., Any]:
+    def by_rule(*args: Any, **kwargs: Any) -> Any:
+        out = serve(*args, **kwargs)
+        return NotImplemented if out is None else out
+
+    return by_rule
+
+
+for _function, _serve in _SERVED.items():
+    rule(_function)(_served(_serve))

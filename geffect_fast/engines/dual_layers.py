@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from math import prod
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from geffect_fast.engines.dual_rule import Primals, Rule, Tangents
+from geffect_fast.engines.dual_tensor import Dual, constant
 
 
 class Linear(Rule):
@@ -39,14 +41,32 @@ class Linear(Rule):
         assert out is not None
         return out.reshape(len(out), *y.shape)
 
+    def follow(self, *given: Any) -> Tensor:
+        """The value and the tangents' first product are one product."""
+        x, weight, bias = given
+        if not isinstance(x, Dual):
+            return super().follow(*given)
+        stack, w = x.stack, constant(weight)
+        d_out, d_in = w.shape
+        n = prod(x.shape[:-1])
+        out = torch.mm(stack.reshape(-1, d_in), w.t()).view(len(stack), n, d_out)
+        if isinstance(weight, Dual):
+            each = x.primal.reshape(n, d_in).expand(len(stack) - 1, n, d_in)
+            out[1:].baddbmm_(each, weight.tangents.mT)
+        if isinstance(bias, Dual):
+            out += bias.stack[:, None]
+        elif bias is not None:
+            out[0] += bias
+        return Dual.of(out.view(len(stack), *x.shape[:-1], d_out))
 
-class PaddedEmbedding(Rule):
-    """`y = W[ids]`, where `W'` does not count at the padding index, as no gradient arrives there.
+
+class Embedding(Rule):
+    """`y = W[ids]`, where `W'` does not count at a padding index, as no gradient arrives there.
 
     By the framework's own rule it would. Shapes: ids any, W `(rows, d)`.
     """
 
-    def __init__(self, padding: int) -> None:
+    def __init__(self, padding: int | None) -> None:
         self.padding = padding
 
     def value(self, ids: Tensor, weight: Tensor) -> Tensor:
@@ -55,42 +75,101 @@ class PaddedEmbedding(Rule):
     def tangent(self, primals: Primals, tangents: Tangents) -> Tensor:
         ids, dw = primals[0], tangents[1]
         assert dw is not None
-        return dw[:, ids].masked_fill_((ids == self.padding)[..., None], 0)
+        found = dw[:, ids]
+        if self.padding is None:
+            return found
+        return found.masked_fill_((ids == self.padding)[..., None], 0)
 
 
-class RMSNorm(Rule):
-    """`y = r x (offset + w)`, `r = (mean x^2 + eps)^(-1/2)`, over the last axis; with `n = r x`:
+class _Norm(Rule):
+    """`y = n (offset + w) + b` with `n = r x`, `r = (mean x^2 + eps)^(-1/2)` over the last axis:
 
-        y' = r (x' - n mean(n x')) (offset + w) + n w'
+        y' = r (x' - n mean(n x')) (offset + w) + n w' + b'
 
-    Shapes: x `(..., d)`, w `(d,)`.
+    Shapes: x `(..., d)`, w and b `(d,)` or None. Where it is `centred`, x and x' are without their
+    mean.
     """
 
-    def __init__(self, norm: Callable[[Tensor, Tensor], Tensor], offset: float, eps: float) -> None:
-        self.norm = norm
-        self.offset = offset
+    def __init__(self, eps: float, *, offset: float = 0.0, centred: bool = False) -> None:
         self.eps = eps
+        self.offset = offset
+        self.centred = centred
+
+    def tangent(self, primals: Primals, tangents: Tangents) -> Tensor:
+        x, weight, *_, y = primals
+        dx, *dwb = tangents
+        n = self._normed(x[None] if dx is None else torch.cat([x[None], dx]))
+        out = None if dx is None else self._scaled(n[1:], weight)
+        moved = self._of_parameters(out, n[0], *dwb)
+        assert moved is not None
+        return moved.expand(-1, *y.shape).to(y.dtype)
+
+    def follow(self, *given: Any) -> Tensor:
+        """The value goes through the same calls as the tangents."""
+        x, weight, *more = given
+        if not isinstance(x, Dual) or (weight is not None and weight.dtype != x.dtype):
+            return super().follow(*given)
+        n = self._normed(x.stack)
+        out = self._scaled(n, constant(weight))
+        self._of_parameters(
+            out[1:], n[0], *(b.tangents if isinstance(b, Dual) else None for b in given[1:])
+        )
+        for bias in more:
+            if bias is not None:
+                out[0] += constant(bias)
+        return Dual.of(out.to(x.dtype))
+
+    def _normed(self, stack: Tensor) -> Tensor:
+        """`n` and its tangents, in fp32 at least, of a stack of x."""
+        stack = stack.to(torch.promote_types(stack.dtype, torch.float32))
+        if self.centred:
+            stack = stack - stack.mean(-1, keepdim=True)
+        x = stack[0]
+        r = x.square().mean(-1, keepdim=True).add_(self.eps).rsqrt_()
+        n = stack * r
+        own, moved = n[0], n[1:]
+        along = torch.linalg.vecdot(own, moved)[..., None]
+        moved.addcmul_(own, along, value=-1 / x.shape[-1])
+        return n
+
+    def _scaled(self, n: Tensor, weight: Tensor | None) -> Tensor:
+        if weight is None:
+            return n.clone()
+        return n * (weight + self.offset if self.offset else weight)
+
+    def _of_parameters(
+        self, out: Tensor | None, n: Tensor, dw: Tensor | None, db: Tensor | None = None
+    ) -> Tensor | None:
+        """What the parameters' tangents add to `out`, in place where there is one."""
+        for by, d in ((n, dw), (1, db)):
+            if d is not None:
+                d = d.to(n.dtype).view(len(d), *[1] * (n.dim() - 1), -1)
+                if out is None:
+                    out = by * d
+                else:
+                    out.addcmul_(n, d) if by is n else out.add_(d)
+        return out
+
+
+class RMSNorm(_Norm):
+    """A module's norm without a bias, `norm(x, w)`."""
+
+    def __init__(self, norm: Callable[[Tensor, Tensor], Tensor], offset: float, eps: float) -> None:
+        super().__init__(eps, offset=offset)
+        self.norm = norm
 
     def value(self, x: Tensor, weight: Tensor) -> Tensor:
         return self.norm(x, weight)
 
-    def tangent(self, primals: Primals, tangents: Tangents) -> Tensor:
-        x, weight, y = primals
-        dx, dw = tangents
-        wide = torch.promote_types(x.dtype, torch.float32)
-        x = x.to(wide)
-        r = (x.square().mean(-1, keepdim=True) + self.eps).rsqrt()
-        n = x * r
-        out = None
-        if dx is not None:
-            dx = dx.to(wide)
-            along = torch.linalg.vecdot(n, dx)[..., None] / x.shape[-1]
-            out = torch.addcmul(dx, n, along, value=-1).mul_(r * (self.offset + weight))
-        if dw is not None:
-            dw = dw.to(wide).view(len(dw), *[1] * (x.dim() - 1), -1)
-            out = n * dw if out is None else out.addcmul_(n, dw)
-        assert out is not None
-        return out.to(y.dtype)
+
+class LayerNorm(_Norm):
+    """torch's, of the last axis."""
+
+    def __init__(self, eps: float) -> None:
+        super().__init__(eps, centred=True)
+
+    def value(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        return F.layer_norm(x, x.shape[-1:], weight, bias, self.eps)
 
 
 class Gated(Rule):
@@ -111,3 +190,17 @@ class Gated(Rule):
             return active * du
         out = dg * (slope * up)
         return out if du is None else out.addcmul_(active, du)
+
+    def follow(self, *given: Any) -> Tensor:
+        gate, up = given
+        if not isinstance(gate, Dual) or not isinstance(up, Dual):
+            return super().follow(*given)
+        # one direction of ones: the slope, by the activation's own rule
+        both: Any = self.activation(Dual(gate.primal, torch.ones_like(gate.primal)[None]))
+        if not isinstance(both, Dual):
+            return super().follow(*given)  # a constant
+        active, slope = both.primal, both.tangents[0]
+        out = gate.stack * (slope * up.primal)
+        torch.mul(active, up.primal, out=out[0])
+        out[1:].addcmul_(active, up.tangents)
+        return Dual.of(out)

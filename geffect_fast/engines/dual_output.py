@@ -28,12 +28,13 @@ class LabelNLL(Rule):
         ignored = labels == self.ignored
         labels = labels.masked_fill(ignored, 0)
         out = moved.new_empty(moved.shape[:2])
-        step = rows_at_a_time(logits.shape[1])
+        step = rows_at_a_time(logits.shape[1], logits.device)
         for at in range(0, len(logits), step):
             own = slice(at, at + step)
             label = labels[own, None]
             # log-sum-exp is the label's logit plus its NLL
             p = (logits[own] - logits[own].gather(1, label) - nll[own, None]).exp_()
-            for m, z in enumerate(moved[:, own]):
-                out[m, own] = torch.linalg.vecdot(p, z) - z.gather(1, label)[:, 0]
+            z = moved[:, own]
+            own_label = z.gather(2, label.expand(len(z), -1, 1))[..., 0]
+            out[:, own] = torch.linalg.vecdot(p, z) - own_label
         return out.masked_fill_(ignored, 0)

@@ -10,12 +10,14 @@ with primals as they are and tangents `(M, *shape)`, M directions side by side, 
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
+
+from geffect_fast.engines.dual_tensor import Dual, constant
 
 Primals = tuple[Any, ...]
 Tangents = tuple[Tensor | None, ...]
@@ -24,9 +26,14 @@ BLOCK = 2**22
 """Numbers of a temporary that a rule works on at a time: what does not fit a cache is cut up."""
 
 
-def rows_at_a_time(size: int) -> int:
+ON_GPU = 2**5
+"""By how much more on a GPU, where every call costs and no cache holds a block."""
+
+
+def rows_at_a_time(size: int, device: torch.device) -> int:
     """How many rows of `size` numbers a rule works on at a time."""
-    return max(1, BLOCK // max(1, size))
+    block = BLOCK * (ON_GPU if device.type == "cuda" else 1)
+    return max(1, block // max(1, size))
 
 
 class Rule:
@@ -45,8 +52,19 @@ class Rule:
         """
         raise NotImplementedError
 
-    def __call__(self, *primals: Tensor | None) -> Tensor:
-        out: Tensor = _Dual.apply(self, *primals)
+    def follow(self, *given: Any) -> Tensor:
+        """`y` and its tangents, where some of the arguments are duals."""
+        primals = constant(given)
+        y = self.value(*primals)
+        tangents = tuple(x.tangents if isinstance(x, Dual) else None for x in given)
+        return Dual(y, self.tangent((*primals, y), tangents))
+
+    def __call__(self, *given: Tensor | None) -> Tensor:
+        dual = next((x for x in given if isinstance(x, Dual)), None)
+        if dual is not None:
+            with _own_precision(dual.device.type):
+                return self.follow(*given)
+        out: Tensor = _Dual.apply(self, *given)
         return out
 
 
@@ -107,10 +125,14 @@ class _Stacked(Function):
 
 
 def _moved(rule: Rule, primals: Primals, tangents: Tangents) -> Tensor:
-    """A rule's tangent in the precision of its arguments, which autocast has had its say in."""
-    device = next(t for t in tangents if t is not None).device.type
-    with torch.autocast(device, enabled=False) if in_autocast(device) else nullcontext():
+    with _own_precision(next(t for t in tangents if t is not None).device.type):
         return rule.tangent(primals, tangents)
+
+
+def _own_precision(device: str) -> AbstractContextManager[Any]:
+    """Inside, what is computed is in the precision of what is given, which autocast has had its
+    say in."""
+    return torch.autocast(device, enabled=False) if in_autocast(device) else nullcontext()
 
 
 def in_autocast(device: str) -> bool:

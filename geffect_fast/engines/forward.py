@@ -10,103 +10,25 @@ objective at once, term by term. M directions share the primal pass; nothing is 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
 
 import torch
-from torch import Tensor, nn
-from torch.func import functional_call, jvp, vmap
+from torch import Tensor
 
 from geffect_fast.capture import Plan
-from geffect_fast.capture.wrappers import forward_differentiable, plain_name
 from geffect_fast.data.batch import IGNORE, Batch
 from geffect_fast.engines.direction import Tick
-from geffect_fast.engines.dual import DualFunctions
-from geffect_fast.engines.dual_modules import Forwards, dual_modules, fast_forwards
+from geffect_fast.engines.dual_model import DualModel
 from geffect_fast.engines.effect_array import Collect
 from geffect_fast.engines.forward_parts import Part
-from geffect_fast.engines.forward_pass import model_outputs
 from geffect_fast.engines.layout import precisions
-from geffect_fast.engines.objective_tangents import check_terms, term_tangents
-from geffect_fast.engines.packed_attention import packed_attention
+from geffect_fast.engines.objective_tangents import (
+    no_derivative,
+    term_tangents,
+    terms_disagree,
+)
 from geffect_fast.engines.tasks import Reference, Task
 from geffect_fast.errors import InputError
-from geffect_fast.objectives import Outputs
-from geffect_fast.objectives.base import Need
-
-
-class _Run(nn.Module):
-    """A model's outputs on a batch as a function of its parameters."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, batch: Batch, needs: frozenset[Need]) -> tuple[Tensor, ...]:
-        return model_outputs(self.model, batch, needs).tensors()
-
-
-@contextmanager
-def dual_model(plan: Plan, batch: Batch, forwards: Forwards) -> Iterator[None]:
-    """The model as forward mode can differentiate it, and fast; left as it was."""
-    with ExitStack() as stack:
-        stack.enter_context(torch.enable_grad())  # so that `no_grad` is seen to be entered
-        stack.enter_context(forward_differentiable(plan.model))
-        stack.enter_context(packed_attention(plan.model, batch))
-        stack.enter_context(dual_modules(forwards))
-        stack.enter_context(DualFunctions())
-        yield
-
-
-def dual_outputs(
-    plan: Plan, directions: Mapping[str, Tensor], batch: Batch, needs: frozenset[Need]
-) -> tuple[Outputs, list[Outputs]]:
-    """What the model says about a batch, and how that moves with the parameters.
-
-    To be called inside `dual_model`.
-
-    Args:
-        plan: of the model.
-        directions: `(M, *shape)` for the parameters that move, in their dtype.
-        batch: on the model's device.
-        needs: as `model_outputs`.
-
-    Returns:
-        The outputs, and their derivatives along each direction.
-    """
-    run = _Run(plan.model)
-    # Detached, so that no graph is built although gradients are enabled.
-    names = {p: plain_name(name) for name, p in plan.model.named_parameters()}
-    still = {name: p.detach() for p, name in names.items() if name not in directions}
-    moving = {name: p.detach() for p, name in names.items() if name in directions}
-    along = {name: directions[name] for name in moving}
-    # Each place where a module holds one, once: of a module that stands at several places torch
-    # would put back what it had put there itself.
-    places = {
-        f"{where}.{key}": names[p]
-        for where, module in run.named_modules()
-        for key, p in module._parameters.items()
-        if p is not None
-    }
-
-    def outputs(parameters: dict[str, Tensor]) -> tuple[Tensor, ...]:
-        given = still | parameters
-        replaced = {place: given[name] for place, name in places.items()}
-        found: tuple[Tensor, ...] = functional_call(
-            run, replaced, (batch, needs), tie_weights=False
-        )
-        return found
-
-    def dual(v: dict[str, Tensor]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        values, tangents = jvp(outputs, (moving,), (v,))[:2]
-        return values, tangents
-
-    values, tangents = vmap(dual, out_dims=(None, 0))(along)  # type: ignore[arg-type]
-    has_logits = not {"logits", "reference_logits"}.isdisjoint(needs)
-    n = len(next(iter(along.values())))
-    return Outputs.of(values, has_logits), [
-        Outputs.of(tuple(t[m] for t in tangents), has_logits) for m in range(n)
-    ]
 
 
 def forward_effects(
@@ -141,38 +63,16 @@ def forward_effects(
     n_columns = 1 + max(part.column for part in parts)
     values = torch.zeros(n_objectives, dtype=torch.float64)
     totals = torch.zeros(n_objectives, n_directions, n_columns, dtype=torch.float64)
-    device = next(iter(plan.parameters.values())).device
-    forwards = fast_forwards(plan.model)
-
-    def run(
-        task: Task, batch: Batch, moved_along: dict[str, Tensor], number: int
-    ) -> tuple[Tensor, list[Tensor]]:
-        """Changes of terms `(M, K, total_tokens)`, and in the first pass the parts' values."""
-        moved = batch.to(device)
-        with dual_model(plan, moved, forwards):
-            outputs, tangents = dual_outputs(plan, moved_along, moved, task.needs)
-        other = reference.outputs(task, batch, moved, outputs)
-        if number == 0 and batch is task.batches[0]:
-            # One objective of each kind: hyper-parameters change no code.
-            for objective in {type(part): part for part in task.parts.values()}.values():
-                check_terms(objective, outputs, moved, other, tangents[0])
-        change = torch.stack(
-            [
-                term_tangents(objective, outputs, moved, other, tangents)
-                for objective in task.parts.values()
-            ],
-            dim=1,
-        )
-        own = [task.value(k, outputs, moved, other) for k in task.parts] if number == 0 else []
-        return change.cpu(), own
-
+    model = DualModel(plan)
     for number, part in enumerate(parts):
         moved_along, scale = _on_device(plan, directions, part)
         for task in tasks:
             for attempt in task.attempts():
                 batch = attempt.batch
                 with attempt:
-                    change, found = run(task, batch, moved_along, number)
+                    change, found = _changes(
+                        model, task, batch, moved_along, reference, first=number == 0
+                    )
                 if attempt.failed:
                     continue
                 change = change * scale[:, None, None]
@@ -182,11 +82,59 @@ def forward_effects(
                 effects[:, list(part.risks), part.column] = summed.transpose(0, 1)
                 for k, index in enumerate(task.parts):
                     totals[index] += effects[k].sum(-1)
-                for index, value in zip(task.parts, found, strict=False):
-                    values[index] += value
+                if number == 0:
+                    values[list(task.parts)] += found
                 collect(task, batch, effects)
                 tick(batch.total_tokens)
     return values, totals
+
+
+def _changes(
+    model: DualModel,
+    task: Task,
+    batch: Batch,
+    along: Mapping[str, Tensor],
+    reference: Reference,
+    *,
+    first: bool,
+) -> tuple[Tensor, Tensor]:
+    """How the terms of a task's parts on a batch change, `(M, K, total_tokens)`, and in the first
+    pass the parts' values `(K,)`, fp64 on the CPU.
+
+    What is found is brought over at once, at the end; until then nothing waits for the device.
+
+    Args:
+        model: of the plan.
+        task: whose parts.
+        batch: on the CPU.
+        along: as `DualModel.outputs` takes directions.
+        reference: what the objectives compare with.
+        first: whether this is the first pass; in it the terms' derivatives on the first batch are
+            compared with that of their sum.
+
+    Raises:
+        InputError: they are not it.
+    """
+    parts = task.parts
+    moved = batch.to(next(iter(along.values())).device)
+    outputs, tangents = model.outputs(along, moved, task.needs)
+    other = reference.outputs(task, batch, moved, outputs)
+    # One objective of each kind: hyper-parameters change no code.
+    checked = first and batch is task.batches[0]
+    kinds = list({type(part): part for part in parts.values()}.values()) if checked else []
+    wrong = [terms_disagree(o, outputs, moved, other, tangents[0]) for o in kinds]
+    change = torch.stack(
+        [term_tangents(o, outputs, moved, other, tangents) for o in parts.values()], dim=1
+    )
+    values = [task.value(k, outputs, moved, other) for k in parts] if first else []
+    numbers = [torch.as_tensor(x, dtype=torch.float64, device=change.device) for x in values]
+    numbers += [x.double() for x in wrong]
+    found = torch.cat([change.flatten(), *(x.view(1) for x in numbers)]).cpu()
+    change, found = found[: change.numel()].view(change.shape), found[change.numel() :]
+    for objective, is_wrong in zip(kinds, found[len(values) :].tolist(), strict=True):
+        if is_wrong:
+            raise no_derivative(objective)
+    return change, found[: len(values)]
 
 
 def _on_device(
@@ -196,7 +144,8 @@ def _on_device(
     multiplied by: where a model computes in fp16, gradients are scaled to a length at which nothing
     underflows."""
     scale = torch.ones(len(part.risks), dtype=torch.float64)
-    chosen = {name: directions[name][list(part.risks)] for name in part.names}
+    risks = slice(part.risks[0], part.risks[-1] + 1)  # neighbours: no copy
+    chosen = {name: directions[name][risks] for name in part.names}
     in_fp16 = torch.float16 in precisions(plan.model)
     if in_fp16:
         squares = sum(v.double().flatten(1).square().sum(1).cpu() for v in chosen.values())

@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from geffect_fast.capture import Plan
 from geffect_fast.data import Layout, SampleSet
 from geffect_fast.data.batch import Batch
-from geffect_fast.engines.dual_modules import Forwards, fast_forwards
-from geffect_fast.engines.forward import dual_model, dual_outputs
+from geffect_fast.engines.dual_model import DualModel
 from geffect_fast.engines.forward_pass import model_outputs
 from geffect_fast.engines.layout import precisions, probe_batch
 from geffect_fast.engines.remembered import Remembered, state_of
@@ -66,20 +65,37 @@ def _problem(plan: Plan, sample_set: SampleSet, layout: Layout) -> str | None:
     dtypes = precisions(plan.model)
     floor, limit, certain = (max(of[d] for d in dtypes) for of in (FLOOR, TOLERANCE, CERTAIN))
     along, scale = _own_gradients(plan, batch, floor)
-    forwards = fast_forwards(plan.model)
+    if not along:
+        return None  # every gradient is zero
+    model = DualModel(plan)
+    problem = _lost(model, batch, along, scale, floor, limit, certain)
+    if problem is not None and not model.by_framework:
+        model.run_by_framework()  # which may pass what duals do not
+        problem = _lost(model, batch, along, scale, floor, limit, certain)
+    return problem
+
+
+def _lost(
+    model: DualModel,
+    batch: Batch,
+    along: dict[str, Tensor],
+    scale: float,
+    floor: float,
+    limit: float,
+    certain: float,
+) -> str | None:
+    """What of the derivatives along `along` is lost; None where nothing is."""
 
     def off(names: Sequence[str]) -> float:
-        moved = _moved(plan, batch, {name: along[name] for name in names}, forwards)
+        moved = _moved(model, batch, {name: along[name] for name in names})
         return math.inf if math.isnan(moved) else moved / scale - len(names)
 
     names = list(along)
-    if not names:
-        return None  # every gradient is zero
     try:
         total = off(names)
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:160]
-        where = _failing_module(plan, batch, along, forwards)
+        where = _failing_module(model, batch, along)
         return f"{where} has no forward-mode derivative: {reason}"
     # Rounding of many parameters adds up as noise does.
     while abs(total) > min(limit * len(names) ** 0.5, LOST):
@@ -109,7 +125,8 @@ def _own_gradients(plan: Plan, batch: Batch, floor: float) -> tuple[dict[str, Te
         loss = model_outputs(plan.model, batch).token_logprob.sum()
     grads = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
     found = {name: g for name, g in zip(parameters, grads, strict=True) if g is not None}
-    norms = {name: float(g.double().norm()) for name, g in found.items()}
+    each = torch.stack([g.double().norm() for g in found.values()]) if found else torch.zeros(0)
+    norms = dict(zip(found, each.tolist(), strict=True))
     largest = max(norms.values(), default=0.0)
     scale = largest * floor**0.5
     along = {
@@ -120,14 +137,13 @@ def _own_gradients(plan: Plan, batch: Batch, floor: float) -> tuple[dict[str, Te
     return along, scale
 
 
-def _moved(plan: Plan, batch: Batch, along: dict[str, Tensor], forwards: Forwards) -> float:
+def _moved(model: DualModel, batch: Batch, along: dict[str, Tensor]) -> float:
     """By how much the sum of log-probabilities moves."""
-    with dual_model(plan, batch, forwards):
-        (tangent,) = dual_outputs(plan, along, batch, frozenset())[1]
+    (tangent,) = model.outputs(along, batch, frozenset())[1]
     return float(tangent.token_logprob.double().sum())
 
 
-def _failing_module(plan: Plan, batch: Batch, along: dict[str, Tensor], forwards: Forwards) -> str:
+def _failing_module(model: DualModel, batch: Batch, along: dict[str, Tensor]) -> str:
     """The innermost module whose forward was entered and not left."""
     inside: list[str] = []
 
@@ -137,16 +153,16 @@ def _failing_module(plan: Plan, batch: Batch, along: dict[str, Tensor], forwards
     def leave(_module: nn.Module, *_: object) -> None:
         inside.pop()
 
-    names = {module: name for name, module in plan.model.named_modules()}
+    names = {module: name for name, module in model.plan.model.named_modules()}
     handles = [m.register_forward_pre_hook(enter, prepend=True) for m in names]
     handles += [m.register_forward_hook(leave) for m in names]
     try:
-        _moved(plan, batch, along, forwards)
+        _moved(model, batch, along)
     except RuntimeError:
         pass
     finally:
         for handle in handles:
             handle.remove()
     where = inside[-1] if inside else ""
-    kind = type(plan.model.get_submodule(where)).__name__
+    kind = type(model.plan.model.get_submodule(where)).__name__
     return f"module '{where or kind}' ({kind})" if where else f"the model ({kind})"

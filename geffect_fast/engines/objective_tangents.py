@@ -62,10 +62,10 @@ def term_tangents(
     return torch.stack(found)
 
 
-def check_terms(
+def terms_disagree(
     objective: Objective, outputs: Outputs, batch: Batch, reference: Outputs | None, moved: Outputs
-) -> None:
-    """Raise `InputError` where the terms' derivatives do not add up to that of their sum.
+) -> Tensor:
+    """Whether the terms' derivatives do not add up to that of their sum, a bool on the device.
 
     Args:
         objective, outputs, batch, reference: as `term_tangents`.
@@ -79,8 +79,7 @@ def check_terms(
     for slope, tangent in zip(slopes, moved.tensors(), strict=True):
         if slope is not None:
             expected = expected + (slope.detach().double() * tangent.double()).sum()
-    if (change.sum() - expected).abs() > TOLERANCE * (change.abs().sum() + expected.abs()):
-        raise _refusal(objective)
+    return (change.sum() - expected).abs() > TOLERANCE * (change.abs().sum() + expected.abs())
 
 
 def _slopes(
@@ -112,11 +111,12 @@ def _derivative(
     except RuntimeError as error:
         if no_memory(error):
             raise
-        raise _refusal(objective) from error
+        raise no_derivative(objective) from error
     return change
 
 
-def _refusal(objective: Objective) -> InputError:
+def no_derivative(objective: Objective) -> InputError:
+    """That an objective's terms have no derivative of their gradient, or a wrong one."""
     return InputError(
         f"objective {objective}: the gradient of its token_terms has no derivative, so the "
         "forward engine cannot tell the terms apart; use engine='reverse'"

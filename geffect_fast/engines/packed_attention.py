@@ -67,7 +67,7 @@ def _served(model: nn.Module, batch: Batch) -> list[Any]:
     if not batch.packed or len(batch.roles) == 1 or batch.input_ids.device.type != "cpu":
         return []
     configs = _configs(model)
-    return configs if max(batch.sequence_lengths) <= _reach(configs) else []
+    return configs if max(batch.sequence_lengths) <= reach(configs) else []
 
 
 def _configs(model: nn.Module) -> list[Any]:
@@ -83,7 +83,7 @@ def _configs(model: nn.Module) -> list[Any]:
     return list(configs.values()) if chosen == {"sdpa"} else []
 
 
-def _reach(configs: list[Any]) -> float:
+def reach(configs: list[Any]) -> float:
     """Tokens of the longest sequence whose attention no window cuts short."""
     windows = [getattr(config, name, None) for config in configs for name in _WINDOWS]
     return min((window for window in windows if isinstance(window, int)), default=float("inf"))

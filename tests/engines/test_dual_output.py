@@ -12,9 +12,8 @@ from torch import nn
 from geffect_fast.capture import Plan
 from geffect_fast.data import make_batches, tokenize_rows
 from geffect_fast.engines import dual_rule
-from geffect_fast.engines.dual_modules import fast_forwards
+from geffect_fast.engines.dual_model import DualModel
 from geffect_fast.engines.dual_output import LabelNLL
-from geffect_fast.engines.forward import dual_model, dual_outputs
 from geffect_fast.engines.forward_pass import model_outputs
 from geffect_fast.engines.layout import choose_layout
 
@@ -109,8 +108,7 @@ def test_tangents_are_those_of_reverse_mode(name, monkeypatch):
         }
         found = {}
         for needs in (frozenset(), frozenset({"logits"})):
-            with dual_model(plan, batch, fast_forwards(plan.model)):
-                _, found[needs] = dual_outputs(plan, directions, batch, needs)
+            _, found[needs] = DualModel(plan).outputs(directions, batch, needs)
         with torch.enable_grad():
             outputs = model_outputs(plan.model, batch, {"logits"})
         onto = torch.randn(outputs.logits.shape, generator=generator, dtype=torch.float64)

@@ -276,7 +276,7 @@ def same(rule, function, primals, which, seed=0):
 
 PRIMALS = {
     "linear": (dual_layers.Linear(), (noise(2, 3, 4), noise(5, 4), noise(5))),
-    "embedding": (dual_layers.PaddedEmbedding(-1), (torch.tensor([[1, 0, 3]]), noise(4, 2))),
+    "embedding": (dual_layers.Embedding(-1), (torch.tensor([[1, 0, 3]]), noise(4, 2))),
     "cross entropy": (dual_output.LabelNLL(3), (noise(3, 4), torch.tensor([1, 0, 3]))),
     "causal attention": (
         dual_attention.Attention(True, None, True),
@@ -310,14 +310,19 @@ def test_differences(name):
     ("rule", "call"),
     [
         (dual_layers.Linear, lambda: F.linear(noise(2, 3), noise(4, 3))),
-        (dual_layers.PaddedEmbedding, lambda: F.embedding(torch.tensor([1]), noise(2, 3), 0)),
+        (dual_layers.Embedding, lambda: F.embedding(torch.tensor([1]), noise(2, 3), 0)),
         (
             dual_output.LabelNLL,
             lambda: F.cross_entropy(noise(1, 3), torch.tensor([1]), reduction="none"),
         ),
         (dual_attention.Attention, lambda: F.scaled_dot_product_attention(*[noise(1, 2, 3)] * 3)),
         (None, lambda: F.cross_entropy(noise(2, 3), torch.tensor([1, 0]))),
-        (None, lambda: F.embedding(torch.tensor([1]), noise(2, 3))),
+        (dual_layers.Embedding, lambda: F.embedding(torch.tensor([1]), noise(2, 3))),
+        (dual_layers.LayerNorm, lambda: F.layer_norm(noise(2, 3), (3,))),
+        (dual_layers.Linear, lambda: torch.addmm(noise(3), noise(2, 4), noise(4, 3))),
+        (None, lambda: F.layer_norm(noise(2, 3), (2, 3))),
+        (None, lambda: torch.addmm(noise(2, 3), noise(2, 4), noise(4, 3))),
+        (None, lambda: F.embedding(torch.tensor([1]), noise(2, 3), max_norm=1.0)),
     ],
 )  # fmt: skip
 def test_functions_are_served_by_their_rules(rule, call, monkeypatch):

@@ -9,7 +9,7 @@ from models import build, fp64_throughout, samples
 from runs.wrapped_cases import AUTOCAST, CASES
 
 import geffect_fast as gf
-from geffect_fast.engines import forward
+from geffect_fast.engines import dual_model
 from geffect_fast.errors import UnsupportedModelError
 from geffect_fast.runs import profiler as profiling
 
@@ -109,7 +109,7 @@ def test_an_error_inside_leaves_everything_as_it_was(where, monkeypatch):
         raise KeyboardInterrupt
 
     if where == "model":
-        monkeypatch.setattr(forward, "model_outputs", stop)
+        monkeypatch.setattr(dual_model, "model_outputs", stop)
         monkeypatch.setattr(profiling, "forward_mode_problem", lambda *_: None)
     else:
         name = {"terms": "token_terms", "loss": "loss"}[where]
