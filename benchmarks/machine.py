@@ -10,6 +10,8 @@ import gc
 import os
 import platform
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -17,6 +19,8 @@ from typing import Any, TypeVar
 
 import torch
 from llama import make_model
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # benchmarks run from a clone, not installed
 
 import geffect_fast
 
@@ -38,6 +42,23 @@ def driver_version() -> str:
     file = Path("/proc/driver/nvidia/version")
     words = file.read_text().split() if file.exists() else []
     return next((word for word in words if word[0].isdigit() and "." in word), "")
+
+
+def commit_here() -> str:
+    """The commit of this checkout, with a plus where files differ from it; empty without git."""
+    folder = Path(__file__).parent
+
+    def git(*words: str) -> str:
+        done = subprocess.run(
+            ["git", *words], cwd=folder, capture_output=True, text=True, check=True
+        )
+        return done.stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--untracked-files=no")
+        return git("rev-parse", "--short", "HEAD") + "+" * bool(changed)
+    except (OSError, subprocess.CalledProcessError):
+        return ""
 
 
 def describe_machine() -> dict[str, Any]:
