@@ -99,7 +99,8 @@ def profile(
         `precision_error`, the largest `2 |e16 - e32| / |e32|` over objectives and risks, norms over
         two rows of each data set that objectives read (`precision_samples`, of the forget rows),
         `e32` computed in fp32 on the same weights along the same directions; or `precision_note`,
-        why it was not measured. Reports call nothing different within it. With `out` the Dataset reads from the file; close it after use.
+        why it was not measured. Reports call nothing different within it. With `out` the Dataset
+        reads from the file; close it after use.
 
     Raises:
         InputError: unusable data, objective or argument, in one line.
