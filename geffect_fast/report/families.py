@@ -93,7 +93,8 @@ class Swept:
     def picks(self, family: Family) -> dict[int, list[str]]:
         """The best of a family by its place in it, and in what; empty where all are undefined.
 
-        What the best is in is followed by how many others are not told apart from it, if any.
+        What the best is in is followed by how many are alike, where others are not told apart
+        from it.
         """
         e_u, e_r = self.e_u[family.at], self.e_r[family.at]
         errors = self.errors[:, family.at]
@@ -111,9 +112,8 @@ class Swept:
                 continue
             best = int(np.where(among, score, np.inf).argmin())
             alike = among & (off > 0) & ~told_apart(score, score[best], off, off[best])
-            others = int(alike.sum()) - bool(alike[best])
-            more = f" ({others} more no different)" if others else ""
-            found.setdefault(best, []).append(what + more)
+            n_alike = f" ({alike.sum()} alike)" if alike.sum() > 1 else ""
+            found.setdefault(best, []).append(what + n_alike)
         return found
 
     def ranked_front(self) -> np.ndarray:

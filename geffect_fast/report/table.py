@@ -156,7 +156,7 @@ def precision_line(attrs: Mapping[str, Any]) -> str:
         rows = " and ".join(map(str, attrs["precision_samples"]))
         return (
             f"Precision: effects in 16 bits may be off by "
-            f"{100 * precision_error(attrs):.2g} % (twice what float32 makes of forget row "
+            f"{100 * precision_error(attrs):.2g} % (thrice what float32 changes at forget row "
             f"{rows}); objectives that differ by no more are called no different."
         )
     if "precision_note" in attrs:

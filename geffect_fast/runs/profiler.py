@@ -291,7 +291,10 @@ class Profiler:
                 "coverage_checked": int(of_objectives and gram is not None),
             }
             if self._rounding is not None and precision:
-                settings |= self._rounding.attributes(plan, directions, self._reference)
+                every_row = None
+                if isinstance(array, np.ndarray) and "sample" in resolution.axes:
+                    every_row = array.sum((2, 4))
+                settings |= self._rounding.attributes(plan, directions, self._reference, every_row)
             result = dataset(
                 resolution,
                 None if isinstance(array, EffectFile) else array,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -21,8 +21,9 @@ from geffect_fast.runs.effects import find_effects
 from geffect_fast.runs.resolution import Resolution
 
 HALF = (torch.bfloat16, torch.float16)
-SIDES = 2
-"""Both gradients of an effect are rounded alike, and one is computed anew."""
+MARGIN = 3
+"""Times what is found: an effect is the product of two gradients that are rounded alike, of which
+one is computed anew, and two rows stand for all."""
 
 NEGLIGIBLE = 1e-6
 """An objective whose effects are this small beside the largest has none but rounding."""
@@ -34,8 +35,10 @@ class RoundingCheck:
 
     Attributes:
         engine: the profile's.
-        tasks: which parts of objectives read which batches of these rows.
+        tasks: which parts of objectives read which batches of these rows, whose shares are those
+            that they have in the whole data.
         mixture: `(K, n_parts)`, how often each part counts in each objective.
+        whole: the profile's resolution.
         resolution: of these rows, told apart where the profile can tell them apart.
         rows: numbers of the forget rows in their data.
     """
@@ -43,11 +46,16 @@ class RoundingCheck:
     engine: Engine
     tasks: Sequence[Task]
     mixture: Tensor
+    whole: Resolution
     resolution: Resolution
     rows: tuple[int, ...]
 
     def attributes(
-        self, plan: Plan, directions: Mapping[str, Tensor], reference: Reference
+        self,
+        plan: Plan,
+        directions: Mapping[str, Tensor],
+        reference: Reference,
+        every_row: np.ndarray | None,
     ) -> dict[str, Any]:
         """What a result says of its precision.
 
@@ -55,6 +63,8 @@ class RoundingCheck:
             plan: of a 16-bit model.
             directions: gradients of the risks as the profile has them, `(M, *shape)`.
             reference: prepared for `tasks`.
+            every_row: the profile's effects of all rows, `(K, M, n)`; None where they are not told
+                apart, or not in memory: then the two rows are all there is to compare with.
 
         Returns:
             `precision_error`, a float of `precision_error_of`, and `precision_samples`, the
@@ -72,7 +82,12 @@ class RoundingCheck:
             said = next(iter(str(error).strip().splitlines()), "")
             return {"precision_note": f"not measured: {type(error).__name__}: {said}"}
         return {
-            "precision_error": precision_error_of(found, exact),
+            "precision_error": precision_error_of(
+                self._mean_squares(found - exact, self.resolution),
+                self._mean_squares(exact, self.resolution)
+                if every_row is None
+                else self._mean_squares(every_row, self.whole),
+            ),
             "precision_samples": list(self.rows),
         }
 
@@ -103,6 +118,14 @@ class RoundingCheck:
             )
         return array.sum((2, 4))
 
+    def _mean_squares(self, effects: np.ndarray, resolution: Resolution) -> np.ndarray:
+        """Of effects by row the mean of squares, added over data sets, `(K, M)`."""
+        squares = np.square(effects)
+        if "sample" not in resolution.axes:
+            return squares.sum(2)
+        ends = np.cumsum([len(each) for each in resolution.sets.values()])
+        return sum(part.mean(2) for part in np.split(squares, ends[:-1], axis=2))
+
 
 def rounding_check(
     plan: Plan,
@@ -122,15 +145,24 @@ def rounding_check(
     """
     if not any(p.dtype in HALF for p in plan.model.parameters()):
         return None
-    rows = {name: two_rows(len(each)) for name, each in resolution.sets.items()}
-    sets = {name: each.part(rows[name]) for name, each in resolution.sets.items()}
+    few = {name: each.part(two_rows(len(each))) for name, each in resolution.sets.items()}
     # An engine that forms whole gradients alone may have no rule for samples.
     apart = engine == "forward" or resolution.per_sample
     axes = ("sample",) if apart else ("group",)
-    small = Resolution(axes, resolution.parameters, sets, resolution.alternatives)
-    forget = resolution.sets["forget"].part(rows["forget"]).samples
+    tasks = [
+        replace(
+            task,
+            batches=[replace(b, totals=resolution.sets[task.on].totals()) for b in task.batches],
+        )
+        for task in tasks_of(few)
+    ]
     return RoundingCheck(
-        engine, tasks_of(sets), mixture, small, tuple(sample.data_row for sample in forget)
+        engine,
+        tasks,
+        mixture,
+        resolution,
+        Resolution(axes, resolution.parameters, few, resolution.alternatives),
+        tuple(sample.data_row for sample in few["forget"].samples),
     )
 
 
@@ -139,23 +171,21 @@ def two_rows(n: int) -> list[int]:
     return sorted({0, n // 2})
 
 
-def precision_error_of(found: np.ndarray, exact: np.ndarray) -> float:
+def precision_error_of(off: np.ndarray, size: np.ndarray) -> float:
     """By how much of themselves effects are off, at most over objectives and risks.
 
-        2 max_{k,m} |found_km - exact_km| / |exact_km|,   norms over rows
+        MARGIN max_{k,m} sqrt(off_km / size_km)
 
-    A norm over rows, so that a row with next to no effect counts as little as it does in a total.
-    Twice, because an effect is the product of two gradients rounded alike, and `exact` has the same
-    gradients of the risks as `found`. Objectives without an effect on a risk are left out.
+    Relative to what rows have in the mean, so that one with next to no effect counts as little as
+    it does in a total. Objectives without an effect on a risk are left out.
 
     Args:
-        found: effects in 16 bits, `(K, M, rows)`.
-        exact: in fp32 on the same weights, along the same directions.
+        off: mean square, over rows, of effects in 16 bits less those in fp32 on the same weights,
+            along the same directions, `(K, M)`.
+        size: mean square of effects, `(K, M)`.
     """
-    size = np.linalg.norm(exact, axis=2)
-    off = np.linalg.norm(found - exact, axis=2)
-    counts = size > NEGLIGIBLE * size.max(axis=0)
-    return SIDES * float((off[counts] / size[counts]).max(initial=0.0))
+    counts = size > NEGLIGIBLE**2 * size.max(axis=0)
+    return MARGIN * float(np.sqrt((off[counts] / size[counts]).max(initial=0.0)))
 
 
 def _in_fp32(model: nn.Module) -> nn.Module:
