@@ -23,6 +23,7 @@ left is named. Parts come in the order of their weight.
 from __future__ import annotations
 
 import argparse
+import gc
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -38,7 +39,7 @@ from bench_sweep import MICRO_BATCH, PADDED, SWEEP, make_rows, pad, published_mi
 from engines_jobs import JOBS, LAYOUTS, SWEPT, Job, Rows, make_model, train
 from engines_runner import Row, Runner, rounded
 from engines_timing import MOST_RUNS, Timed, Traced
-from machine import RESULTS, commit_here, write_csv
+from machine import RESULTS, commit, write_csv
 from per_sample_peers import (
     loop_direction,
     loop_norms,
@@ -82,11 +83,12 @@ class Bench:
         self.sizes = (2, 4) if tiny else (64, 1024)
         self.per_sample = (4, 12) if tiny else PER_SAMPLE
         self.paired = min(PAIRED, self.per_sample[0])
-        self.families = list(SWEEP)[: 2 if tiny else None]
+        self.families = list(SWEEP)[: 1 if tiny else None]
         self.padded = 100 if tiny else PADDED
         self.most_runs = 0 if tiny else MOST_RUNS
         self.model = make_model(device, tiny, 0)
         self.reference = make_model(device, tiny, 1)
+        gc.freeze()  # what is imported is not looked through at every collection
         self.steps: dict[int, float] = {}
         self.effects: dict[tuple[int, str], np.ndarray] = {}
 
@@ -376,7 +378,6 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--budget", type=float, default=140, help="seconds for all parts")
     parser.add_argument("--limit", type=float, default=LIMIT, help="seconds for a part")
     parser.add_argument("--out", type=Path, help="folder of the CSV")
-    parser.add_argument("--commit", help="of the code that is measured; default: git's")
     return parser.parse_args()
 
 
@@ -394,13 +395,10 @@ def main() -> int:
         if folder
         else None
     )
-    versions = {
-        "transformers": transformers.__version__,
-        "commit": options.commit if options.commit is not None else commit_here(),
-    }
+    versions = {"transformers": transformers.__version__}
     print(
-        f"{gpu}, torch {torch.__version__}, transformers {versions['transformers']}, "
-        f"commit {versions['commit'] or 'unknown'}"
+        f"{gpu}, torch {torch.__version__}, transformers {transformers.__version__}, "
+        f"commit {commit() or 'unknown'}"
     )
     runner = Runner(device, options.budget, options.limit)
     for what, part, least in Bench(runner, device, options.tiny).parts():

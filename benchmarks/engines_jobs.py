@@ -64,7 +64,7 @@ JOBS = [
 
 
 def make_model(device: torch.device, tiny: bool, seed: int) -> nn.Module:
-    """A Llama with random weights in bf16."""
+    """A Llama with random weights in bf16; a tiny one in fp32, which a CPU is faster in."""
     size = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16}
     heads = {"num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256}
     if tiny:
@@ -79,7 +79,7 @@ def make_model(device: torch.device, tiny: bool, seed: int) -> nn.Module:
         attn_implementation="sdpa",
     )
     torch.manual_seed(seed)
-    torch.set_default_dtype(torch.bfloat16)
+    torch.set_default_dtype(torch.float32 if tiny else torch.bfloat16)
     try:
         with device:
             return transformers.LlamaForCausalLM(config).eval()

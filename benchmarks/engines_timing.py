@@ -117,8 +117,8 @@ class Clock:
 
     def release(self) -> None:
         """Give back what the last run has left."""
-        gc.collect()
         if self.is_gpu:
+            gc.collect()
             torch.cuda.empty_cache()
 
     def _synchronize(self) -> None:

@@ -11,16 +11,14 @@ import os
 import platform
 import statistics
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+import package_path
 import torch
 from llama import make_model
-
-sys.path.insert(0, str(Path(__file__).parents[1]))  # benchmarks run from a clone, not installed
 
 import geffect_fast
 
@@ -44,21 +42,14 @@ def driver_version() -> str:
     return next((word for word in words if word[0].isdigit() and "." in word), "")
 
 
-def commit_here() -> str:
-    """The commit of this checkout, with a plus where files differ from it; empty without git."""
-    folder = Path(__file__).parent
-
-    def git(*words: str) -> str:
-        done = subprocess.run(
-            ["git", *words], cwd=folder, capture_output=True, text=True, check=True
-        )
-        return done.stdout.strip()
-
+def commit() -> str:
+    """Return which commit is measured, with a + where it was changed; empty outside of git."""
+    command = ["git", "-C", str(package_path.ROOT), "describe", "--always", "--dirty=+"]
     try:
-        changed = git("status", "--porcelain", "--untracked-files=no")
-        return git("rev-parse", "--short", "HEAD") + "+" * bool(changed)
-    except (OSError, subprocess.CalledProcessError):
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
         return ""
+    return done.stdout.strip()
 
 
 def describe_machine() -> dict[str, Any]:
@@ -73,6 +64,7 @@ def describe_machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "geffect_fast": geffect_fast.__version__,
+        "commit": commit(),
         "date": datetime.date.today().isoformat(),
     }
 

@@ -1,0 +1,9 @@
+"""Importing this lets a script measure the package that it lies beside, installed or not."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(1, str(ROOT))  # behind the scripts' own folder
