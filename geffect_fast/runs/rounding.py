@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from geffect_fast.capture import Plan
 from geffect_fast.data import SampleSet
@@ -77,7 +77,7 @@ class RoundingCheck:
             return {"precision_note": f"not measured: the weights in float32 take {gib}"}
         try:
             found = self._effects(plan, directions, reference)
-            exact = self._effects(Plan.of(_in_fp32(plan.model)), directions, reference)
+            exact = self._effects(_in_fp32(plan), directions, reference)
         except Exception as error:  # the profile stands without it
             said = next(iter(str(error).strip().splitlines()), "")
             return {"precision_note": f"not measured: {type(error).__name__}: {said}"}
@@ -188,10 +188,14 @@ def precision_error_of(off: np.ndarray, size: np.ndarray) -> float:
     return MARGIN * float(np.sqrt((off[counts] / size[counts]).max(initial=0.0)))
 
 
-def _in_fp32(model: nn.Module) -> nn.Module:
-    """A copy of a model in fp32, with an attention that knows it."""
-    wide = copy.deepcopy(model).to(torch.float32)
+def _in_fp32(plan: Plan) -> Plan:
+    """A plan of a copy of the model in fp32, with an attention that knows it.
+
+    The plan is copied too: the choice of the layout has found out what uses which parameters.
+    """
+    plan = copy.deepcopy(plan)
+    wide: Any = plan.model.to(torch.float32)  # in place
     attention = getattr(getattr(wide, "config", None), "_attn_implementation", None)
     if "flash" in str(attention):
-        wide.set_attn_implementation("sdpa")  # type: ignore[operator]
-    return wide
+        wide.set_attn_implementation("sdpa")
+    return plan
