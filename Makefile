@@ -1,7 +1,8 @@
 # make demo: install, build the kernels, run the demo.   make test: install, run all tests.
 # PYTHON=python3.12 chooses the interpreter, GEFFECT_FAST_BUILD=auto|cpu|cuda|none what is built,
 # JOBS=4 how many tests run side by side.
-# gpu-test and gpu-bench use $(PYTHON) as it is: no virtual environment, no downloads.
+# gpu and gpu-* use $(PYTHON) as it is: no virtual environment, no downloads.
+# GPU_OUT=folder is where `make gpu` leaves logs and figures, GPU_STEPS="test engines" what it runs.
 
 PYTHON ?= python3
 VENV := .venv
@@ -37,7 +38,7 @@ extra = $$($(BIN)/python -c 'from importlib.metadata import requires; \
 	print(*(r.split(";")[0].strip() for r in requires("geffect-fast") if "$(1)" in r.partition(";")[2]))')
 
 .DELETE_ON_ERROR:
-.PHONY: help install demo test test-nobuild lint format cuda-check sanitize bench gpu-build gpu-test gpu-bench clean
+.PHONY: help install demo test test-nobuild lint format cuda-check sanitize bench gpu gpu-build gpu-test gpu-bench gpu-engines clean
 
 help:
 	@echo "make demo          install into $(VENV), build the kernels, run the demo into $(DEMO_OUT)"
@@ -48,8 +49,10 @@ help:
 	@echo "make cuda-check    compile the CUDA kernels for every GPU target; needs nvcc, no GPU"
 	@echo "make sanitize      the C++ kernels' tests under AddressSanitizer and UBSan; needs g++"
 	@echo "make bench         benchmarks, into benchmarks/results"
+	@echo "make gpu           build, test and time everything on the GPU that is here, in six minutes"
 	@echo "make gpu-test      build the CUDA kernels for the GPU that is here and test them"
 	@echo "make gpu-bench     the same, and time them"
+	@echo "make gpu-engines   the same, and time whole profiles"
 	@echo "make clean         remove $(VENV), builds and caches"
 
 install: $(VENV)/installed
@@ -153,7 +156,7 @@ sanitize: $(SANITIZED)/built
 		tests/ops/test_norm_parts.py
 
 bench: $(VENV)/tools-test
-	for script in $(filter-out %/bench_gpu.py,$(wildcard benchmarks/bench_*.py)); do $(BIN)/python "$$script" || exit 1; done
+	for script in $(filter-out %/bench_gpu.py %/bench_gpu_engines.py,$(wildcard benchmarks/bench_*.py)); do $(BIN)/python "$$script" || exit 1; done
 
 # What TORCH_CUDA_ARCH_LIST is for the GPUs of this machine.
 GPUS_HERE = import torch; n = torch.cuda.device_count(); \
@@ -173,6 +176,45 @@ gpu-test: gpu-build
 
 gpu-bench: gpu-build
 	$(PYTHON) benchmarks/bench_gpu.py
+
+gpu-engines: gpu-build
+	$(PYTHON) benchmarks/bench_gpu_engines.py
+
+# All of it in one command, what matters most first. Every step has seconds of its own and a log, and
+# one that fails keeps none of the others from running. What is timed in less time than it takes
+# goes to $(GPU_OUT), not to benchmarks/results.
+GPU_OUT ?= build/gpu
+GPU_STEPS ?= build test engines bench
+GPU_SECONDS_build ?= 120
+GPU_SECONDS_test ?= 80
+GPU_SECONDS_engines ?= 100
+GPU_SECONDS_bench ?= 60
+GPU_RUN_build = $(MAKE) --no-print-directory gpu-build
+GPU_RUN_test = $(PYTHON) -m pytest -q tests/gpu
+GPU_RUN_engines = $(PYTHON) benchmarks/bench_gpu_engines.py --out "$(GPU_OUT)" \
+	--budget $$(($(GPU_SECONDS_engines) - 15))
+GPU_RUN_bench = $(PYTHON) benchmarks/bench_gpu.py --out "$(GPU_OUT)" \
+	--budget $$(($(GPU_SECONDS_bench) - 15))
+
+define gpu_step
+	echo "gpu-$(1): $(GPU_OUT)/$(1).log"; begun=$$(date +%s); \
+	timeout -k 10 $(GPU_SECONDS_$(1)) $(GPU_RUN_$(1)) >"$(GPU_OUT)/$(1).log" 2>&1; code=$$?; \
+	took="$$(($$(date +%s) - begun)) s"; said=$$(tail -n 1 "$(GPU_OUT)/$(1).log"); \
+	case $$code in \
+		0) summary="$$summary\ngpu-$(1): passed in $$took: $$said";; \
+		124|137) summary="$$summary\ngpu-$(1): FAILED, over its $(GPU_SECONDS_$(1)) s"; failed=1;; \
+		*) summary="$$summary\ngpu-$(1): FAILED ($$code) in $$took: $$said"; failed=1;; \
+	esac; \
+	tail -n $(GPU_SHOWN) "$(GPU_OUT)/$(1).log";
+endef
+
+# Lines of a log that are shown when its step ends.
+GPU_SHOWN ?= 60
+
+gpu:
+	@mkdir -p "$(GPU_OUT)"; failed=0; summary=; \
+	$(foreach step,$(GPU_STEPS),$(call gpu_step,$(step))) \
+	printf "\n%b\n" "$$summary"; exit $$failed
 
 clean:
 	rm -rf $(VENV) $(VENV_NONE) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -62,13 +62,13 @@ def make_rows(n: int, seed: int) -> list[dict[str, list[int]]]:
 # ---- the published algorithm ----
 
 
-def pad(rows: list[dict[str, list[int]]]) -> dict[str, Tensor]:
-    """A batch padded to `PADDED` tokens."""
+def pad(rows: list[dict[str, list[int]]], length: int = PADDED) -> dict[str, Tensor]:
+    """A batch padded to `length` tokens."""
 
     def filled(key: str, value: int) -> Tensor:
-        return torch.tensor([r[key] + [value] * (PADDED - len(r[key])) for r in rows])
+        return torch.tensor([r[key] + [value] * (length - len(r[key])) for r in rows])
 
-    mask = torch.tensor([[1] * len(r["labels"]) + [0] * (PADDED - len(r["labels"])) for r in rows])
+    mask = torch.tensor([[1] * len(r["labels"]) + [0] * (length - len(r["labels"])) for r in rows])
     return {
         "input_ids": filled("input_ids", 0),
         "labels": filled("labels", -100),
@@ -119,8 +119,19 @@ def published_micro_batch(
     batch: dict[str, Tensor],
     retain: dict[str, Tensor],
     smoothed: dict[str, dict[str, Tensor]],
+    device: str | torch.device = "cpu",
+    names: Collection[str] | None = None,
 ) -> dict[str, tuple[float, float]]:
-    """One micro-batch's `{parameter: (e_u, e_r)}`, four forwards and backwards."""
+    """One micro-batch's `{parameter: (e_u, e_r)}`, four forwards and backwards.
+
+    Args:
+        name: family of the objective.
+        model, reference: on the device of the batches.
+        batch, retain: padded micro-batches.
+        smoothed: the smoothed gradients by loss and parameter, which are updated.
+        device: where they are kept; as published on the CPU.
+        names: parameters whose gradients are kept; None: all.
+    """
     losses: dict[str, Callable[[], Tensor]] = {
         "risk": lambda: model(**batch).loss,
         "objective": lambda: published_loss(name, model, reference, batch, retain),
@@ -130,10 +141,14 @@ def published_micro_batch(
     for kind, loss in losses.items():
         model.zero_grad(set_to_none=True)
         loss().backward()
+        kept = smoothed.setdefault(kind, {})
         for parameter, p in model.named_parameters():
-            grad = torch.zeros_like(p) if p.grad is None else p.grad.detach().clone().cpu()
-            old = smoothed.setdefault(kind, {}).get(parameter)
-            smoothed[kind][parameter] = grad if old is None else 0.6 * old + 0.4 * grad
+            if names is not None and parameter not in names:
+                continue
+            grad = torch.zeros_like(p) if p.grad is None else p.grad.detach().clone()
+            grad = grad.to(device)
+            old = kept.get(parameter)
+            kept[parameter] = grad if old is None else 0.6 * old + 0.4 * grad
     model.zero_grad(set_to_none=True)
     g = smoothed["objective"]
     return {

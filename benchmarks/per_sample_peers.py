@@ -94,10 +94,16 @@ def loop_direction(model: nn.Module, ids: Tensor, direction: Direction) -> Tenso
 
 def loop_pairs(model: nn.Module, ids: Tensor) -> Tensor:
     """One backward a sample, all gradients kept."""
-    flat = torch.empty(len(ids), sum(p.numel() for p in model.parameters()))
+    flat = no_gradients(model, ids)
     for i in range(len(ids)):
         torch.cat([g.flatten() for g in sample_gradients(model, ids, i)], out=flat[i])
     return gram(flat)
+
+
+def no_gradients(model: nn.Module, ids: Tensor) -> Tensor:
+    """Room for the samples' gradients, one a row."""
+    n_elements = sum(p.numel() for p in model.parameters())
+    return torch.empty(len(ids), n_elements, device=ids.device)
 
 
 def gram(flat: Tensor) -> Tensor:
@@ -141,7 +147,7 @@ def vmap_direction(model: nn.Module, ids: Tensor, direction: Direction) -> Tenso
 
 def vmap_pairs(model: nn.Module, ids: Tensor) -> Tensor:
     """All gradients, kept."""
-    flat = torch.empty(len(ids), sum(p.numel() for p in model.parameters()))
+    flat = no_gradients(model, ids)
     for first in range(0, len(ids), VMAP_CHUNK):
         rows = slice(first, first + VMAP_CHUNK)
         gradients = vmap_gradients(model, ids[rows])

@@ -12,6 +12,7 @@ import statistics
 import sys
 from pathlib import Path
 
+import engines_report
 import gpu_report
 
 ROOT = Path(__file__).parent.parent
@@ -143,6 +144,13 @@ def gpu_table() -> str:
     return "\n\n".join(tables) or "Not yet run on a GPU: no figures."
 
 
+def engines_table() -> str:
+    """A table for every GPU on which profiles were timed."""
+    paths = sorted(RESULTS.glob("engines_nvidia-*.csv"))
+    tables = [engines_report.readme_table(read(path.name)) for path in paths]
+    return "\n\n".join(tables) or "Not yet run on a GPU: no figures."
+
+
 def one_gpu_table(rows: list[dict[str, str]]) -> str:
     """Each op over all benchmarked shapes, and what the device did at best."""
     cases = gpu_report.by_case(rows)
@@ -180,7 +188,7 @@ def rewritten(text: str) -> str:
         "per sample": per_sample_table,
         "ops": ops_table,
     }
-    tables = {"gpu": gpu_table()}
+    tables = {"gpu engines": engines_table(), "gpu": gpu_table()}
     for name, table in cpu.items():
         script = f"bench_{name.replace(' ', '_')}.py"
         measured = (RESULTS / f"{name.replace(' ', '_')}_cpu.csv").exists()

@@ -13,6 +13,7 @@ from rich.text import Text
 from geffect_fast.report.steps import Agreement, Outcome, by_column
 from geffect_fast.report.summary import UNLEARN
 from geffect_fast.report.table import STYLES, new_table, number, symbol
+from geffect_fast.runs.told_apart import precision_error
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -121,6 +122,8 @@ def render_comparison(runs: xr.Dataset) -> Group:
             Text(row["verdict"], style=STYLES.get(row["verdict"], "")),
         )
     lines = [Text(f"Left out, as not all runs have it: {line}.") for line in runs.left_out]
+    if share := precision_error(runs.attrs):
+        lines.append(Text(f"Precision: effects in 16 bits may be off by {100 * share:.2g} %."))
     return Group(table, Text(NOTE, style="dim"), *lines)
 
 

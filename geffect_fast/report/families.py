@@ -10,6 +10,7 @@ import numpy as np
 
 from geffect_fast.report.summary import UNLEARN, summarise, total
 from geffect_fast.runs.sweep import HYPER
+from geffect_fast.runs.told_apart import effect_errors, told_apart
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -54,6 +55,7 @@ class Swept:
         e_u: effect on the forget risk.
         e_r: effect on the retain risk.
         collateral: rise of the worst other risk for a unit rise of the forget risk.
+        errors: by how much `e_u`, `e_r` and `collateral` may be off, `(3, objective)`.
         front: whether an objective is on the Pareto front.
         families: by string; those whose objectives all belong to others are left out.
     """
@@ -62,6 +64,7 @@ class Swept:
     e_u: np.ndarray
     e_r: np.ndarray
     collateral: np.ndarray
+    errors: np.ndarray
     front: np.ndarray
     families: list[Family]
 
@@ -69,7 +72,8 @@ class Swept:
     def of(dataset: xr.Dataset) -> Swept:
         """Read the result of `geffect_fast.sweep`."""
         risks = [str(risk) for risk in dataset["risk"].values]
-        effects = total(dataset)
+        effects, errors, rows = total(dataset), effect_errors(dataset), summarise(dataset)
+        at_u, at_r = risks.index(UNLEARN), risks.index("retain")
         texts = dataset["sweep"].values
         families = []
         for text, axes in json.loads(dataset.attrs["sweeps"]).items():
@@ -78,28 +82,38 @@ class Swept:
             families.append(Family(text, axes, at, values))
         return Swept(
             [str(objective) for objective in dataset["objective"].values],
-            effects[:, risks.index(UNLEARN)],
-            effects[:, risks.index("retain")],
-            np.array([row.collateral for row in summarise(dataset)]),
+            effects[:, at_u],
+            effects[:, at_r],
+            np.array([row.collateral for row in rows]),
+            np.stack([errors[:, at_u], errors[:, at_r], [row.collateral_error for row in rows]]),
             dataset["pareto"].values,
             [family for family in families if family.at.size],
         )
 
     def picks(self, family: Family) -> dict[int, list[str]]:
-        """The best of a family by its place in it, and in what; empty where all are undefined."""
+        """The best of a family by its place in it, and in what; empty where all are undefined.
+
+        What the best is in is followed by how many are alike, where others are not told apart
+        from it.
+        """
         e_u, e_r = self.e_u[family.at], self.e_r[family.at]
+        errors = self.errors[:, family.at]
         collateral = self.collateral[family.at]
         found: dict[int, list[str]] = {}
         finite = np.isfinite(e_u) & np.isfinite(e_r)
         removes = finite & np.isfinite(collateral)
         clearly = removes & (e_u <= CLEARLY * np.where(removes, e_u, 0.0).min(initial=0.0))
-        for what, score, among in (
-            (STRONGEST, e_u, finite),
-            (LEAST, -e_r, removes),
-            (CHEAPEST, collateral, clearly),
+        for what, score, off, among in (
+            (STRONGEST, e_u, errors[0], finite),
+            (LEAST, -e_r, errors[1], removes),
+            (CHEAPEST, collateral, errors[2], clearly),
         ):
-            if among.any():
-                found.setdefault(int(np.where(among, score, np.inf).argmin()), []).append(what)
+            if not among.any():
+                continue
+            best = int(np.where(among, score, np.inf).argmin())
+            alike = among & (off > 0) & ~told_apart(score, score[best], off, off[best])
+            n_alike = f" ({alike.sum()} alike)" if alike.sum() > 1 else ""
+            found.setdefault(best, []).append(what + n_alike)
         return found
 
     def ranked_front(self) -> np.ndarray:

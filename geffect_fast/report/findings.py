@@ -16,6 +16,7 @@ from geffect_fast.report.summary import (
     summarise,
 )
 from geffect_fast.report.table import number, question
+from geffect_fast.runs.told_apart import told_apart
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -50,12 +51,27 @@ def _what(rows: list[Summary]) -> str:
     start = f"{len(good)} of {len(rows)} {objectives} the forget risk ({how}){tail}"
     best = min(good, key=lambda row: row.collateral)
     worst = max(good, key=lambda row: row.collateral)
-    if best.collateral == worst.collateral:
-        return f"{start}, at the same cost elsewhere: {_cost(best)} for a unit of forgetting."
+    if not _differ(best, worst):
+        tells = "" if best.collateral == worst.collateral else ", as far as 16 bits tell"
+        same = f"at the same cost elsewhere{tells}"
+        return f"{start}, {same}: {_cost(best)} for a unit of forgetting."
     return (
         f"{start}: at the least cost elsewhere {best.objective} ({_cost(best)} for a unit of "
-        f"forgetting), at the highest {worst.objective} ({_cost(worst)})."
+        f"forgetting{_no_other(best, good)}), at the highest {worst.objective} "
+        f"({_cost(worst)}{_no_other(worst, good)})."
     )
+
+
+def _differ(x: Summary, y: Summary) -> bool:
+    return bool(told_apart(x.collateral, y.collateral, x.collateral_error, y.collateral_error))
+
+
+def _no_other(row: Summary, rows: list[Summary]) -> str:
+    """The objectives whose collateral differs from one's by no more than rounding, if any."""
+    if not row.collateral_error:
+        return ""
+    alike = [other.objective for other in rows if other is not row and not _differ(other, row)]
+    return f"; in 16 bits no other than {' and '.join(alike)}" if alike else ""
 
 
 def _cost(row: Summary) -> str:

@@ -10,6 +10,7 @@ import numpy as np
 
 from geffect_fast.report.plots import blank_figure
 from geffect_fast.report.summary import UNLEARN, total
+from geffect_fast.runs.told_apart import precision_error
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -76,6 +77,8 @@ def plot_frontier(result: xr.Dataset, best: xr.Dataset, file: Path) -> None:
     )
     if any("÷" in label for label in labels):
         note += "\n÷ k: drawn at a k-th of its size, where a step k times smaller puts it."
+    if share := precision_error(result.attrs):
+        note += f"\nIn 16 bits points may be off by {100 * share:.2g} %."
     panel.set_title(note, loc="left", fontsize=8, color=_GREY)
     _untangle(panel, named)
     figure.savefig(file, dpi=150, format="png")

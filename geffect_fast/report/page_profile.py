@@ -22,7 +22,7 @@ from geffect_fast.report.page_blocks import (
 from geffect_fast.report.plots import blank_figure, scatter_instances
 from geffect_fast.report.summary import UNLEARN, by_place, by_sample, shares, summarise
 from geffect_fast.report.svg import Colours
-from geffect_fast.report.table import number, question, symbol
+from geffect_fast.report.table import number, precision_line, question, symbol
 from geffect_fast.report.token_html import token_values
 from geffect_fast.report.token_view import has_tokens, token_view
 
@@ -66,7 +66,7 @@ def verdicts(dataset: xr.Dataset) -> list[Block]:
         ],
         frozenset([0, 1]),
     )
-    return [table, *left_out(len(rows), "objectives"), Text(_NOTE, "note")]
+    return [table, *left_out(len(rows), "objectives"), *_notes(dataset)]
 
 
 _NOTE = (
@@ -113,8 +113,14 @@ def _swept_verdicts(dataset: xr.Dataset) -> list[Block]:
             [[swept.objectives[i], *numbers(int(i))] for i in shown],
         ),
         *left_out(len(front), "objectives of the front", len(shown)),
-        Text(_NOTE, "note"),
+        *_notes(dataset),
     ]
+
+
+def _notes(dataset: xr.Dataset) -> list[Block]:
+    """How to read the numbers, and how far to trust those of 16 bits."""
+    precise = precision_line(dataset.attrs)
+    return [Text(_NOTE, "note"), *([Text(precise, "note")] if precise else [])]
 
 
 def layers(dataset: xr.Dataset) -> list[Block]:

@@ -34,6 +34,7 @@ from geffect_fast.report.steps import (
 from geffect_fast.report.summary import MUCH_HARM, UNLEARN, collateral_of, summarise
 from geffect_fast.report.svg import Colours
 from geffect_fast.report.table import symbol
+from geffect_fast.runs.told_apart import precision_error, told_apart
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -261,14 +262,23 @@ def compared_answer(
         models: what they say of their last step, by sample at most.
         both: of `geffect_fast.compare`.
     """
-    rows = comparison_rows(both)
+    rows, share = comparison_rows(both), precision_error(both.attrs)
     removed = [row for row in rows if row[f"rise_{UNLEARN}"] > 0]
     sentences = []
     if removed:
-        best = max(removed, key=lambda row: row[f"rise_{UNLEARN}"])
+        rise = f"rise_{UNLEARN}"
+        best = max(removed, key=lambda row: row[rise])
+        alike = [
+            row["run"]
+            for row in removed
+            if share
+            and row is not best
+            and not told_apart(row[rise], best[rise], share * row[rise], share * best[rise])
+        ]
+        also = f"; {', '.join(alike)} as much, as far as 16 bits tell" if alike else ""
         sentences.append(
             f"Of {len(rows)} runs, {best['run']} raises the forget risk most, by "
-            f"{cell(best[f'rise_{UNLEARN}'], '.3g')}."
+            f"{cell(best[rise], '.3g')}{also}."
         )
     for name, words in (
         (
@@ -280,6 +290,13 @@ def compared_answer(
         known = sorted((row for row in rows if math.isfinite(row[name])), key=lambda r: r[name])
         if len(known) > 1:
             least, most = known[0], known[-1]
+            off = [share * abs(row[name]) for row in (least, most)]
+            if share and not told_apart(least[name], most[name], *off):
+                sentences.append(
+                    "The worst other risk has risen alike under all, as far as 16 bits tell "
+                    f"({cell(least[name], '.3g')} to {cell(most[name], '.3g')}), {words}."
+                )
+                break
             sentences.append(
                 f"The worst other risk has risen least under {least['run']} "
                 f"({cell(least[name], '.3g')}) and most under {most['run']} "

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from geffect_fast.runs.axes import GROUPS, OUTSIDE
+from geffect_fast.runs.rounding import NEGLIGIBLE
+from geffect_fast.runs.told_apart import collateral_error, effect_errors
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -24,8 +26,6 @@ HARDLY = 0.1
 """A gradient whose cosine with the forget risk's is smaller does next to nothing to that risk."""
 
 MOSTLY_HARM = "mostly harm"
-NEGLIGIBLE = 1e-6
-"""An objective whose effects are this small beside the largest of the run has none but rounding."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,8 @@ class Summary:
         collateral: largest of e / e_u over the other risks, the rise of that risk for a unit
             rise of the forget risk; NaN where the objective does not forget.
         verdict: a word or two.
+        collateral_error: by how much `collateral` may be off in the precision of the result; 0
+            where that is not known.
     """
 
     objective: str
@@ -48,6 +50,7 @@ class Summary:
     cosines: dict[str, float]
     collateral: float
     verdict: str
+    collateral_error: float = 0.0
 
     @property
     def forgets(self) -> bool:
@@ -61,6 +64,7 @@ def summarise(dataset: xr.Dataset) -> list[Summary]:
     risks = [str(r) for r in dataset["risk"].values]
     largest = np.nanmax(np.abs(effects), initial=0.0, where=np.isfinite(effects))
     losses = dataset["loss"].values
+    errors = effect_errors(dataset)
     cosines = None
     if "cosine" in dataset:
         cosines = dataset["cosine"].transpose("objective", "risk").values
@@ -79,9 +83,20 @@ def summarise(dataset: xr.Dataset) -> list[Summary]:
                 cosines=cosine,
                 collateral=collateral,
                 verdict=verdict_of(effect, cosine, collateral, NEGLIGIBLE * largest),
+                collateral_error=_error_of_collateral(effect, collateral, errors[i]),
             )
         )
     return summaries
+
+
+def _error_of_collateral(effects: dict[str, float], collateral: float, errors: np.ndarray) -> float:
+    """That of the risk that `collateral` is of, given those of the effects."""
+    off = dict(zip(effects, map(float, errors), strict=True))
+    others = {risk: e for risk, e in effects.items() if risk != UNLEARN}
+    if math.isnan(collateral) or not others:
+        return 0.0
+    worst = min(others, key=others.__getitem__)  # e_u is below 0
+    return collateral_error(effects[UNLEARN], collateral, (off[worst], off[UNLEARN]))
 
 
 def total(dataset: xr.Dataset) -> np.ndarray:

@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from geffect_fast.report.summary import UNLEARN, by_place, by_sample, shares, summarise
+from geffect_fast.runs.told_apart import precision_error
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -149,8 +150,25 @@ def question(effect: xr.DataArray, i: int, width: int) -> str:
     return text if len(text) <= width else text[: width - 1].rstrip() + "…"
 
 
+def precision_line(attrs: Mapping[str, Any]) -> str:
+    """How far effects in 16 bits can be trusted; empty for results in other precisions."""
+    if "precision_error" in attrs:
+        rows = " and ".join(map(str, attrs["precision_samples"]))
+        return (
+            f"Precision: effects in 16 bits may be off by "
+            f"{100 * precision_error(attrs):.2g} % (thrice what float32 changes at forget row "
+            f"{rows}); objectives that differ by no more are called no different."
+        )
+    if "precision_note" in attrs:
+        return f"Precision of effects in 16 bits: {attrs['precision_note']}."
+    return ""
+
+
 def covered(attrs: Mapping[str, Any]) -> list[Text]:
-    """What a result covers and whether that was checked; nothing for runs of older versions."""
+    """What a result covers, whether that was checked, how precise it is.
+
+    Nothing for runs of older versions.
+    """
     if "covered_parameters" not in attrs:
         return []
     checked = "Not compared with the whole gradient, as norms were left out."
@@ -161,6 +179,8 @@ def covered(attrs: Mapping[str, Any]) -> list[Text]:
     lines = [Text(f"{coverage_line(attrs)} {checked}")]
     if "engine_reason" in attrs:
         lines.append(Text(f"Engine {attrs['engine']}: {attrs['engine_reason']}."))
+    if precise := precision_line(attrs):
+        lines.append(Text(precise))
     return [*lines, Text()]
 
 

@@ -16,6 +16,7 @@ from geffect_fast.errors import InputError
 from geffect_fast.runs.axes import GROUPS
 from geffect_fast.runs.disk import user_path
 from geffect_fast.runs.store import open_run
+from geffect_fast.runs.told_apart import precision_error
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -109,6 +110,7 @@ def compare(
         trained=("run", [curve.trained for curve in curves]),
     ).assign_attrs(
         {name: curves[0].dataset.attrs.get(name, "") for name in SETTINGS}
+        | _least_precise(curves)
         | {"left_out": _left_out(curves, steps, risks)}
     )
 
@@ -166,6 +168,12 @@ def _curves(name: str, dataset: xr.Dataset) -> list[_Curve]:
     if trained in objectives:
         return [_Curve(name, trained, True, dataset)]
     return [_Curve(name, objective, False, dataset) for objective in objectives]
+
+
+def _least_precise(curves: Sequence[_Curve]) -> dict[str, float]:
+    """The largest `precision_error` of the runs, where one has any."""
+    error = max(precision_error(curve.dataset.attrs) for curve in curves)
+    return {"precision_error": error} if error else {}
 
 
 def _check_alike(first: _Curve, other: _Curve, what: str) -> None:

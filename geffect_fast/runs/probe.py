@@ -127,7 +127,10 @@ class Probe:
             else:
                 changes = self._changes(step, learning_rates)
                 self._before = None
-                measured = self.profiler.measure(weights=self.weights)
+                # Said once a run: by its first step, whose attributes are those of all together.
+                measured = self.profiler.measure(
+                    weights=self.weights, precision=not self.store.steps
+                )
                 directions = measured.directions
                 result = self._assembled(step, measured.dataset, learning_rates, changes)
                 self.store.write(step, result)

@@ -96,7 +96,11 @@ def profile(
 
         Attributes say what is covered (`covered_parameters` of `trainable_parameters`, the same in
         elements, `frozen_*`, `tied`), and whether the shares were compared with whole gradients
-        (`coverage_checked`). With `out` the Dataset reads from the file; close it after use.
+        (`coverage_checked`). Those of a 16-bit model also say how far its effects can be trusted:
+        `precision_error`, the part of themselves that effects may be off by, thrice what fp32 on
+        the same weights changes at two rows (`precision_samples`, of the forget rows; the formula
+        is in docs/concepts.md); or `precision_note`, why it was not measured. Reports call nothing
+        different within it. With `out` the Dataset reads from the file; close it after use.
 
     Raises:
         InputError: unusable data, objective or argument, in one line.

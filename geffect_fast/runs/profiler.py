@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from geffect_fast.capture import Plan
-from geffect_fast.data import Layout, estimate_token_budget, make_batches
+from geffect_fast.data import Layout, SampleSet, estimate_token_budget, make_batches
 from geffect_fast.data.batch import Batch, Reduction, Role
 from geffect_fast.engines.attempts import TokenBudget
 from geffect_fast.engines.choice import Choice, choose_engine
@@ -54,6 +54,7 @@ from geffect_fast.runs.effects import find_effects
 from geffect_fast.runs.models import check_finite
 from geffect_fast.runs.progress import progress_bar
 from geffect_fast.runs.resolution import Resolution, checked_axes
+from geffect_fast.runs.rounding import rounding_check
 from geffect_fast.runs.stream import EffectFile
 from geffect_fast.runs.token_axis import TokenWeights
 
@@ -170,21 +171,31 @@ class Profiler:
             second = REFERENCE_NEEDS & needs and isinstance(reference_model, str | Path)
             budget.tokens = self._tokens_that_fit(layout, loads_another=bool(second))
 
-        def batches_of(name: str, wanted: tuple[Role, ...]) -> list[Batch]:
+        def batches_of(sample_set: SampleSet, wanted: tuple[Role, ...]) -> list[Batch]:
             return make_batches(
-                sets[name],
+                sample_set,
                 wanted,
                 token_budget=budget.tokens,
                 reduction=reduction,
                 layout=layout,
             )
 
-        offsets = {"forget": 0, "retain": len(sets["forget"])}
-        self._tasks = tasks_for(self._parts, batches_of, offsets, budget)
+        def tasks_on(sets: Mapping[str, SampleSet]) -> list[Task]:
+            return tasks_for(
+                self._parts,
+                lambda name, wanted: batches_of(sets[name], wanted),
+                {"forget": 0, "retain": len(sets["forget"])},
+                budget,
+            )
+
+        self._tasks = tasks_on(sets)
         self._risk_tasks = [
-            Task(batches_of(source, risk_part.roles), {m: risk_part}, budget=budget)
+            Task(batches_of(sets[source], risk_part.roles), {m: risk_part}, budget=budget)
             for m, source in enumerate(sources.values())
         ]
+        self._rounding = rounding_check(
+            plan, self._choice.engine, resolution, self._mixture, tasks_on
+        )
         self._tokenizer = tokenizer
         self._settings = {
             "engine": self._choice.engine,
@@ -208,6 +219,7 @@ class Profiler:
         weights: bool = False,
         progress: bool = False,
         unchanged: bool = False,
+        precision: bool = True,
     ) -> Measurement:
         """Measure the model as it is now.
 
@@ -219,6 +231,8 @@ class Profiler:
             progress: show bars.
             unchanged: the weights are still those that were searched for NaN when this was made,
                 and need not be again.
+            precision: of a 16-bit model also how far its effects can be trusted, as
+                `geffect_fast.profile` says it.
 
         Raises:
             InputError: the result does not fit in memory, or `out` is of no use.
@@ -249,7 +263,8 @@ class Profiler:
         ) as array:
             what, n_passes = "effects of the objectives", max(len(passes), 1)
             with self._ticking(progress, what, tasks, n_passes) as tick:
-                self._reference.prepare(tasks, device)
+                checked = self._rounding.tasks if self._rounding is not None else []
+                self._reference.prepare([*tasks, *checked], device)
                 found = find_effects(
                     engine,
                     plan,
@@ -280,6 +295,11 @@ class Profiler:
                 # NetCDF has no booleans
                 "coverage_checked": int(of_objectives and gram is not None),
             }
+            if self._rounding is not None and precision:
+                every_row = None
+                if isinstance(array, np.ndarray) and "sample" in resolution.axes:
+                    every_row = array.sum((2, 4))
+                settings |= self._rounding.attributes(plan, directions, self._reference, every_row)
             result = dataset(
                 resolution,
                 None if isinstance(array, EffectFile) else array,

@@ -15,6 +15,7 @@ from geffect_fast.errors import InputError
 from geffect_fast.objectives import Objective
 from geffect_fast.objectives.ranges import Sweep, expand_list
 from geffect_fast.runs.profile import profile
+from geffect_fast.runs.told_apart import effect_errors, told_apart
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -106,9 +107,10 @@ def pareto_front(result: xr.Dataset) -> xr.DataArray:
     """Which objectives no other one beats: more removal, or as much, at less damage, or as little.
 
     An objective is on the front where none has a lower `e_u` and no lower `e_r`, nor the same `e_u`
-    and a higher `e_r`. Both are totals, effects of a descent step of the same size: between
-    objectives of different scales, such as means over tokens and over samples, the front depends
-    on these scales.
+    and a higher `e_r`; of a result in 16 bits, none that differs from it in one of them by more
+    than `precision_error` allows. Both are totals, effects of a descent step of the same size:
+    between objectives of different scales, such as means over tokens and over samples, the front
+    depends on these scales.
 
     Args:
         result: of `profile` or `sweep`, with the risks `unlearn` and `retain`.
@@ -124,10 +126,11 @@ def pareto_front(result: xr.Dataset) -> xr.DataArray:
     e_u, e_r = total.transpose("risk", "objective").values
     finite = np.isfinite(e_u) & np.isfinite(e_r)
     front = np.zeros(len(e_u), dtype=bool)
-    best, at = -math.inf, math.nan
-    for i in np.lexsort((-e_r, e_u)):  # the strongest removal first, its least damage first
-        if finite[i] and (e_r[i] > best or (e_r[i] == best and e_u[i] == at)):
-            front[i], best, at = True, e_r[i], e_u[i]
+    off_u, off_r = effect_errors(result.sel(risk=["unlearn", "retain"])).T
+    for i in np.flatnonzero(finite):
+        different = told_apart(e_u[i], e_u, off_u[i], off_u)
+        different |= told_apart(e_r[i], e_r, off_r[i], off_r)
+        front[i] = not (finite & (e_u <= e_u[i]) & (e_r >= e_r[i]) & different).any()
     return result["objective"].copy(data=front).rename("pareto")
 
 
