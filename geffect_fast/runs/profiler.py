@@ -180,7 +180,9 @@ class Profiler:
                 layout=layout,
             )
 
-        def tasks_on(sets: Mapping[str, SampleSet]) -> list[Task]:
+        def tasks_on(
+            sets: Mapping[str, SampleSet], budget: TokenBudget | None = None
+        ) -> list[Task]:
             return tasks_for(
                 self._parts,
                 lambda name, wanted: batches_of(sets[name], wanted),
@@ -188,7 +190,7 @@ class Profiler:
                 budget,
             )
 
-        self._tasks = tasks_on(sets)
+        self._tasks = tasks_on(sets, budget)
         self._risk_tasks = [
             Task(batches_of(sets[source], risk_part.roles), {m: risk_part}, budget=budget)
             for m, source in enumerate(sources.values())
