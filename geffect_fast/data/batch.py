@@ -59,11 +59,13 @@ def _from_host(
     def known(self: Batch, *args: P.args, **kwargs: P.kwargs) -> Tensor:
         key = (method.__name__, args, tuple(kwargs.items()))
         if key not in self._known:
-            self._known[key] = (
-                method(self, *args, **kwargs)
-                if self.host is None
-                else on_device(known(self.host, *args, **kwargs), self.labels.device)
-            )
+            # Asked for first inside a `jvp`, it would be kept as that one's.
+            with torch._C._DisableFuncTorch():
+                self._known[key] = (
+                    method(self, *args, **kwargs)
+                    if self.host is None
+                    else on_device(known(self.host, *args, **kwargs), self.labels.device)
+                )
         return self._known[key]
 
     return known

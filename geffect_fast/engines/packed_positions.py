@@ -44,7 +44,8 @@ def _register() -> None:
     @wraps(find)
     def known(position_ids: Tensor, *args: Any, **kwargs: Any) -> Tensor | None:
         batch = _BATCH.get()
-        if batch is None or position_ids.shape != batch.position_ids.shape:
+        # A model may count positions itself, over all sequences (Falcon with ALiBi).
+        if batch is None or position_ids is not batch.position_ids:
             found: Tensor | None = find(position_ids, *args, **kwargs)
             return found
         several = batch.packed and len(batch.roles) > 1
