@@ -21,17 +21,18 @@ from machine import interleaved_minima, run_shapes
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from geffect_fast.engines import dual, forward
+from geffect_fast.engines import dual_model
 from geffect_fast.engines.dual_layers import Gated, RMSNorm
 from geffect_fast.engines.dual_modules import fast_forwards
+from geffect_fast.engines.dual_tensor import RULES
 
 ALL = "all rules"
 
 
 def without_function(function: Callable[..., Any]) -> AbstractContextManager[Any]:
     """A function by the framework's own rule."""
-    others = {key: rule for key, rule in dual._SERVED.items() if key is not function}
-    return patch.dict(dual._SERVED, others, clear=True)
+    others = {key: rule for key, rule in RULES.items() if key is not function}
+    return patch.dict(RULES, others, clear=True)
 
 
 def without_modules(kind: type) -> AbstractContextManager[Any]:
@@ -41,7 +42,7 @@ def without_modules(kind: type) -> AbstractContextManager[Any]:
         found: dict[nn.Module, Any] = fast_forwards(model)
         return {module: f for module, f in found.items() if not isinstance(f.args[0], kind)}
 
-    return patch.object(forward, "fast_forwards", others)
+    return patch.object(dual_model, "fast_forwards", others)
 
 
 @contextmanager

@@ -13,7 +13,11 @@ from geffect_fast.capture import Plan
 from geffect_fast.data import make_batches, tokenize_rows
 from geffect_fast.engines.dual_attention import SHORTEST
 from geffect_fast.engines.dual_model import DualModel
+from geffect_fast.engines.forward import forward_effects
+from geffect_fast.engines.forward_parts import parts_for
 from geffect_fast.engines.forward_pass import model_outputs
+from geffect_fast.engines.tasks import Reference, Task
+from geffect_fast.objectives import resolve
 
 FAMILIES = (
     *("llama", "llama_tied", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3"),
@@ -183,6 +187,36 @@ def test_a_pass_makes_few_calls_and_waits_for_none(config):
         plain = calls_of(lambda: model_outputs(model, batch))
     assert ours.n <= 4.5 * plain.n, (ours.n, plain.n)
     assert ours.waits == 0
+
+
+def test_effects_of_an_objective_cost_few_calls_more():
+    """All that a batch costs: trials of modules, the pass, an objective's terms, results."""
+    torch.manual_seed(0)
+    model = sixteen_layers()
+    plan, batch = Plan.of(model), batch_of("packed", range(20, 36))
+    task, n = Task([batch], {0: resolve("npo")}), len(plan.parameters)
+    kept = []
+
+    def effects():
+        forward_effects(
+            plan,
+            [task],
+            directions(plan, 2),
+            1,
+            Reference(),
+            lambda *found: kept.append(found[2]),
+            parts=parts_for(plan, [0] * n, 2),
+            per_token=True,
+            tick=lambda _: None,
+        )
+
+    effects()
+    ours = calls_of(effects)
+    with torch.no_grad():
+        plain = calls_of(lambda: model_outputs(model, batch))
+    assert ours.n <= 6 * plain.n, (ours.n, plain.n)
+    assert ours.waits <= 10
+    assert torch.equal(kept[0], kept[1]) and kept[0].any()
 
 
 def test_more_lengths_make_few_more_calls(monkeypatch):
