@@ -153,6 +153,8 @@ def rounding_check(
         replace(
             task,
             batches=[replace(b, totals=resolution.sets[task.on].totals()) for b in task.batches],
+            # Their numbers among these rows are others' in the whole data.
+            on=f"{task.on}, two rows",
         )
         for task in tasks_of(few)
     ]
