@@ -44,7 +44,7 @@ def _register() -> None:
     @wraps(find)
     def known(position_ids: Tensor, *args: Any, **kwargs: Any) -> Tensor | None:
         batch = _BATCH.get()
-        # A model may count positions itself, over all sequences (Falcon with ALiBi).
+        # A model may count positions of its own, over all sequences.
         if batch is None or position_ids is not batch.position_ids:
             found: Tensor | None = find(position_ids, *args, **kwargs)
             return found
