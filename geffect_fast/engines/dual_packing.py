@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from geffect_fast.engines.dual_tensor import Dual
+from geffect_fast.transfer import on_device
 
 SHORT = 64
 """Tokens up to which sequences are one group whatever their lengths."""
@@ -77,10 +78,9 @@ class Packing:
             place[index[real]] = before + torch.arange(index.numel()).view_as(index)[real]
             before += index.numel()
             ragged = lengths[members[-1]] < longest
-            groups.append(
-                Group(index.to(device), hidden[:, None, None].to(device) if ragged else None)
-            )
-        return cls(tuple(groups), place.to(device))
+            padding = on_device(hidden[:, None, None], device) if ragged else None
+            groups.append(Group(on_device(index, device), padding))
+        return cls(tuple(groups), on_device(place, device))
 
     @property
     def longest(self) -> int:

@@ -29,6 +29,7 @@ from geffect_fast.engines.objective_tangents import (
 )
 from geffect_fast.engines.tasks import Reference, Task
 from geffect_fast.errors import InputError
+from geffect_fast.transfer import OnItsWay
 
 
 def forward_effects(
@@ -129,7 +130,7 @@ def _changes(
     values = [task.value(k, outputs, moved, other) for k in parts] if first else []
     numbers = [torch.as_tensor(x, dtype=torch.float64, device=change.device) for x in values]
     numbers += [x.double() for x in wrong]
-    found = torch.cat([change.flatten(), *(x.view(1) for x in numbers)]).cpu()
+    (found,) = OnItsWay(torch.cat([change.flatten(), *(x.view(1) for x in numbers)])).arrived()
     change, found = found[: change.numel()].view(change.shape), found[change.numel() :]
     for objective, is_wrong in zip(kinds, found[len(values) :].tolist(), strict=True):
         if is_wrong:
