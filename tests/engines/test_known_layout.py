@@ -25,7 +25,7 @@ WITHOUT_WINDOW = {
     "mistral": Architecture("Mistral", BARE),
     "starcoder2": Architecture("Starcoder2", BARE | {"use_bias": True}),
 }
-SHOWN = {name: ARCHITECTURES[name] for name in KNOWN | {"llama_tied"}} | WITHOUT_WINDOW
+SHOWN = {name: ARCHITECTURES[name] for name in sorted(KNOWN | {"llama_tied"})} | WITHOUT_WINDOW
 
 
 def known(model):
