@@ -165,7 +165,7 @@ def test_functions(name):
     agrees(ONE[name], noise(2, 3, 4), ways=(stacked,) if name in WRITES else (stacked, Dual))
 
 
-@pytest.mark.parametrize("name", CONSTANT_TO_VMAP)
+@pytest.mark.parametrize("name", sorted(CONSTANT_TO_VMAP))
 def test_what_is_constant_to_reverse_mode(name):
     x, v = noise(2, 3, 4), noise(M, 2, 3, 4, seed=1)
     leaf = x.clone().requires_grad_()
