@@ -43,12 +43,12 @@ class Sequence:
     @property
     def n_targets(self) -> int:
         """Label tokens that are predicted: all but one on the first token."""
-        return int((self.labels[1:] != IGNORE).sum())
+        return int((self.labels.numpy()[1:] != IGNORE).sum())
 
     @property
     def n_labelled(self) -> int:
         """Tokens that carry a label."""
-        return int((self.labels != IGNORE).sum())
+        return int((self.labels.numpy() != IGNORE).sum())
 
 
 @dataclass(frozen=True, eq=False)
@@ -193,7 +193,7 @@ def check_vocabulary(sample_set: SampleSet, vocab_size: int, what: str = "model"
     for sample in sample_set.samples:
         for role, sequences in sample.sequences().items():
             for sequence in sequences:
-                highest = int(torch.stack([sequence.input_ids, sequence.labels]).max())
+                highest = max(int(x.numpy().max()) for x in (sequence.input_ids, sequence.labels))
                 if highest >= vocab_size:
                     raise InputError(
                         f"{row_place(sample_set.name, sample.row)}: its {role} holds token id "

@@ -61,6 +61,6 @@ class EffectArray:
 def _placed(effects: Tensor, places: Tensor) -> Tensor:
     """Effects `(..., n_tokens)` of one sample at its positions; those of padding are zero."""
     kept = places >= 0
-    placed = effects.new_zeros(*effects.shape[:-1], int(places.max()) + 1)
+    placed = effects.new_zeros(*effects.shape[:-1], int(places.numpy().max()) + 1)
     placed[..., places[kept]] = effects[..., kept]
     return placed

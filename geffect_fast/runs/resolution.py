@@ -77,7 +77,7 @@ class Resolution:
             n_risks,
             len(self.columns()[0]),
             len(every) if "sample" in self.axes else 1,
-            max(int(self._within(sample).max()) + 1 for sample in every) if self.within else 1,
+            max(int(self._within(sample).numpy().max()) + 1 for sample in every) if self.within else 1,
         )
 
     def kept(self, values: np.ndarray) -> np.ndarray:
@@ -119,7 +119,7 @@ class Resolution:
     def _within_coordinates(self, axis: str, tokenizer: Any) -> dict[str, Any]:
         every = [sample for _, sample in self._samples()]
         places = [self._within(sample) for sample in every]
-        n = 1 + max(int(own.max()) for own in places)
+        n = 1 + max(int(own.numpy().max()) for own in places)
         coords: dict[str, Any] = {axis: np.arange(n)}
         if "sample" not in self.axes:
             return coords

@@ -32,8 +32,13 @@ def test_reverse_engine(table):
     assert calls <= 1.3 * step and waits == 0
     calls, waits = table["reverse", "risk gradients"]
     assert calls <= 2.1 * step and waits == 0  # of two risks
-    calls, waits = table["reverse", "measuring"]
+    calls, waits = table["reverse", "whole profile"]
     assert calls <= 4.5 * step and waits <= 64
+
+
+def test_forward_engine(table):
+    calls, waits = table["forward", "whole profile"]
+    assert calls <= 18_000 and waits <= 64
 
 
 def test_phases_are_all_there(table):
