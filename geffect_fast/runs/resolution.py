@@ -77,7 +77,9 @@ class Resolution:
             n_risks,
             len(self.columns()[0]),
             len(every) if "sample" in self.axes else 1,
-            max(int(self._within(sample).numpy().max()) + 1 for sample in every) if self.within else 1,
+            max(int(self._within(sample).numpy().max()) + 1 for sample in every)
+            if self.within
+            else 1,
         )
 
     def kept(self, values: np.ndarray) -> np.ndarray:
