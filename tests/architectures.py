@@ -10,6 +10,8 @@ import copy
 from dataclasses import dataclass
 from typing import Any
 
+import transformers
+from packaging.version import Version
 from torch import nn
 
 VOCAB = 61
@@ -74,6 +76,8 @@ LATENT_ATTENTION = {
     "v_head_dim": 4,
 }
 
+# Its masks know packed sequences from transformers 5.24 on.
+FALCON_LAYOUT = "packed" if Version(transformers.__version__) >= Version("5.24") else "equal_length"
 FALCON = IDS | {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4}
 PER_LAYER = {"vocab_size_per_layer_input": VOCAB, "hidden_size_per_layer_input": 4}
 MAMBA2 = {
@@ -131,12 +135,12 @@ ARCHITECTURES: dict[str, Architecture] = {
     "falcon": Architecture(
         "Falcon",
         FALCON | {"alibi": False, "multi_query": True, "parallel_attn": True},
-        layout="equal_length",
+        layout=FALCON_LAYOUT,
     ),
     "falcon_new": Architecture(
         "Falcon",
         FALCON | {"alibi": False, "num_kv_heads": 2, "new_decoder_architecture": True},
-        layout="equal_length",
+        layout=FALCON_LAYOUT,
     ),
     # ---- embeddings, residuals and logits that are scaled or capped ----
     "gemma": Architecture("Gemma", SMALL | HEADS | {"num_key_value_heads": 1}),

