@@ -1,6 +1,7 @@
 // Element types of the ops and the types in which they accumulate.
 #pragma once
 
+#include <torch/csrc/stable/macros.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/BFloat16.h>
@@ -8,6 +9,11 @@
 #include <torch/headeronly/util/Half.h>
 
 #include <type_traits>
+
+// The headers of torch 2.11 have it under its older name alone.
+#ifndef STABLE_TORCH_ERROR_CODE_CHECK
+#define STABLE_TORCH_ERROR_CODE_CHECK TORCH_ERROR_CODE_CHECK
+#endif
 
 namespace geffect_fast {
 
