@@ -119,7 +119,8 @@ def dot_case(
         z, g = (maker.randn(count, total, d, dtype=dtype) for count in (m, k))
         return z, g, maker.offsets(bounds)
 
-    candidates = forms("GEFFECT_FAST_SUM_FORM", ("at_once",), ops.segment_dot) | {
+    candidates = {
+        "ours": Candidate(ops.segment_dot),
         "eager": Candidate(plain.dot, plain.with_lengths),
         "einsum": Candidate(plain.dot_by_einsum, plain.with_lengths),
     }
@@ -151,6 +152,9 @@ def norm_cases(maker: Maker) -> Iterator[Case]:
             yield norm_case(maker, (d, d), bounds, f"{bounds[1]} each", BF16, priority)
     for layer in ((2048, 8192), (4096, 11008), (4096, 32000)):
         yield norm_case(maker, layer, maker.bounds(8192), "ragged", BF16, 1)
+    for layer in ((2048, 2048), (2048, 8192)):
+        for longest in (100, 150):
+            yield norm_case(maker, layer, maker.bounds(8192, 20, longest), f"to {longest}", BF16, 1)
     for dtype in (FP16, FP32):
         yield norm_case(maker, (2048, 2048), maker.bounds(8192), "ragged", dtype, 2)
 
@@ -174,7 +178,7 @@ def norm_case(
 
     names = ["gram", "gradient"]
     if dtype != FP32 and has_hopper_kernels(maker):
-        names += ["clusters64", "clusters128", "clusters256"]
+        names.append("clusters")
     candidates = forms("GEFFECT_FAST_GHOST_FORM", names, ops.ghost_norm)
     candidates["gram_einsum"] = Candidate(plain.norm_by_gram, plain.padded)
     candidates["gradient_einsum"] = Candidate(plain.norm_by_gradient, plain.padded)
@@ -223,9 +227,7 @@ def pairs_case(
         # The second set resembles the first, so that not every result is small by chance.
         return a, g, cu, a + maker.randn(*a.shape, dtype=dtype), g.clone(), cu
 
-    clusters = dtype != FP32 and has_hopper_kernels(maker)
-    names = ["clusters128", "clusters256"] if clusters else []
-    candidates = forms("GEFFECT_FAST_GHOST_FORM", names, ops.ghost_dot)
+    candidates = {"ours": Candidate(ops.ghost_dot)}
     candidates["gradient_einsum"] = Candidate(plain.pairs_by_gradient, plain.padded_pairs)
     candidates["pairs_of_tokens"] = Candidate(plain.pairs_by_tokens, plain.with_lengths)
     if priority == 0:
@@ -274,8 +276,8 @@ def gram_case(
         torch.manual_seed(seed)
         return ([[maker.randn(*shape, dtype=dtype) for shape in shapes] for _ in range(k)],)
 
-    other = ("staged",) if k > 4 and dtype != FP32 else ()
-    candidates = forms("GEFFECT_FAST_GRAM_FORM", other, ops.multi_tensor_gram) | {
+    candidates = {
+        "ours": Candidate(ops.multi_tensor_gram),
         "dot_by_dot": Candidate(plain.gram_dot_by_dot),
         "stack_mm": Candidate(plain.gram_by_stacks),
     }

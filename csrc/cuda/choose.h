@@ -2,8 +2,7 @@
 //
 // Rules predict what every form costs from counts of operations and bytes, at rates that were
 // measured: benchmarks/bench_gpu.py times every form (GEFFECT_FAST_GHOST_FORM,
-// GEFFECT_FAST_BILINEAR_FORM, GEFFECT_FAST_GRAM_FORM, GEFFECT_FAST_SUM_FORM),
-// tests/ops/test_cuda_choice.py holds the rules against what it wrote.
+// GEFFECT_FAST_BILINEAR_FORM), tests/ops/test_cuda_choice.py holds the rules against what it wrote.
 #pragma once
 
 #include <algorithm>
@@ -23,21 +22,59 @@ inline std::string_view forced_form(const char* variable) {
   return value == nullptr ? "" : value;
 }
 
-// kClusters: Gram tiles by clusters of blocks (gram_tiles_sm90.cuh), where sm_90a has code for
-// them.
+// kClusters: Gram tiles by clusters of blocks (ghost_norm_sm90.cu), where sm_90a has code for them.
 enum class GhostForm : int { kByCost, kGram, kGradient, kClusters };
 
 inline GhostForm ghost_form() {
   const std::string_view forced = forced_form("GEFFECT_FAST_GHOST_FORM");
   if (forced == "gram") return GhostForm::kGram;
   if (forced == "gradient") return GhostForm::kGradient;
-  if (forced.substr(0, 8) == "clusters") return GhostForm::kClusters;
+  if (forced == "clusters") return GhostForm::kClusters;
   STD_TORCH_CHECK(forced.empty(), "GEFFECT_FAST_GHOST_FORM must be gram, gradient or clusters");
   return GhostForm::kByCost;
 }
 
 // Average tokens of a segment from which on large tiles of token pairs pay.
 inline constexpr int64_t kLargeTileTokens = 192;
+
+// Whether ghost_norm's Grams are made by clusters, of n segments with `tokens` in all. Measured on
+// an H100: 0.74 to 0.93 of the other tiles' time at 64 tokens each, 1.35 to 2 times it at 256.
+inline bool grams_by_clusters(int64_t tokens, int64_t n) {
+  constexpr int64_t kShortSegment = 96;
+  const GhostForm form = ghost_form();
+  return form == GhostForm::kClusters ||
+         (form == GhostForm::kByCost && tokens <= kShortSegment * n);
+}
+
+// How many parts clusters cut the features into, and how many of them are of a.
+struct FeatureParts {
+  int64_t parts, a_parts;
+};
+
+// The cut by which a tile a segment ends first: whole rounds of the clusters that the device holds,
+// each as long as its block with the most features, and the sums' way to the blocks that collect
+// them.
+inline FeatureParts feature_parts(int64_t n, int64_t d_in, int64_t d_out, int n_multiprocessors) {
+  // Predicted, in the time of 64 features: waiting for the first copies, what another part sends.
+  constexpr double kStart = 4, kSend = 2;
+  constexpr int64_t kBlocksPerSm = 2;
+  FeatureParts best{};
+  double least = 0;
+  for (int64_t parts : {2, 4}) {
+    const int64_t clusters = std::max<int64_t>(1, kBlocksPerSm * n_multiprocessors / parts);
+    const int64_t rounds = (n + clusters - 1) / clusters;
+    for (int64_t a_parts = 1; a_parts < parts; ++a_parts) {
+      const double features = std::max(static_cast<double>(d_in) / a_parts,
+                                       static_cast<double>(d_out) / (parts - a_parts));
+      const double time = rounds * (features / 64 + kStart + kSend * (parts - 1));
+      if (best.parts == 0 || time < least) {
+        least = time;
+        best = {parts, a_parts};
+      }
+    }
+  }
+  return best;
+}
 
 // kFused: the product is multiplied by G in registers. kHopper: the same with CUTLASS's parts for
 // sm_90a. kCublas: A V^T by cuBLAS, then the products with G. kGradient: tiles of the segments'
@@ -118,25 +155,6 @@ inline BilinearForm bilinear_form(const BilinearDevice& device, bool tensor_core
   if (forced == "cublas") return BilinearForm::kCublas;
   if (forced == "gradient" && gradients_serve) return BilinearForm::kGradient;
   return bilinear_form_by_cost(device, tensor_cores, gradients_serve, s);
-}
-
-// Whether the form `other` serves where there is a usual one and `variable` may name either.
-inline bool is_other_form(const char* variable, std::string_view usual, std::string_view other) {
-  const std::string_view forced = forced_form(variable);
-  STD_TORCH_CHECK(forced.empty() || forced == usual || forced == other, variable, " must be ",
-                  std::string(usual), " or ", std::string(other));
-  return forced == other;
-}
-
-// Whether multi_tensor_gram copies 5 to 16 lists of 16-bit elements to shared memory. No device has
-// measured that yet.
-inline bool gram_is_staged() {
-  return is_other_form("GEFFECT_FAST_GRAM_FORM", "registers", "staged");
-}
-
-// Whether second stages load the terms of several slices at once. No device has measured that yet.
-inline bool sums_slices_at_once() {
-  return is_other_form("GEFFECT_FAST_SUM_FORM", "slices", "at_once");
 }
 
 }  // namespace geffect_fast

@@ -184,17 +184,6 @@ __device__ __forceinline__ void copy_box(void* to, const CUtensorMap* map, int r
       : "memory");
 }
 
-// The same to all blocks of the cluster whose bit is set in `ranks`, to the same place and barrier
-// in each.
-__device__ __forceinline__ void copy_box_to(void* to, const CUtensorMap* map, int row, int col,
-                                            Barrier* barrier, uint16_t ranks) {
-  asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::"
-      "cluster [%0], [%1, {%3, %4}], [%2], %5;\n" ::"r"(shared_address(to)),
-      "l"(map), "r"(shared_address(barrier)), "r"(col), "r"(row), "h"(ranks)
-      : "memory");
-}
-
 // ---- clusters ----
 
 __device__ __forceinline__ int cluster_rank() {

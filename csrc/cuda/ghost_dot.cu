@@ -10,12 +10,7 @@
 // segments that meets a tile goes to slot (row tile + i, column tile + j): both indices only grow
 // along the tokens, so a slot has one writer. Memory: (T / tile + N) (T2 / tile + N2) partial sums.
 // Limiter: arithmetic.
-#include <array>
-
-#include "cuda/choose.h"
-#include "cuda/gram_tiling.h"
 #include "cuda/offsets.cuh"
-#include "cuda/pair_sums.h"
 #include "cuda/tile_product.cuh"
 
 namespace geffect_fast {
@@ -111,46 +106,23 @@ __global__ void __launch_bounds__(Traits::kThreads)
   }
 }
 
-// The segment of every token, for both sides.
-__global__ void token_segments_kernel(Offsets offsets, Offsets offsets2, int32_t* segments,
-                                      int32_t* segments2) {
-  for (int64_t index = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
-       index < offsets.total + offsets2.total; index += int64_t{gridDim.x} * blockDim.x) {
-    if (index < offsets.total) {
-      segments[index] = static_cast<int32_t>(offsets.segment_of(index));
-    } else {
-      const int64_t token = index - offsets.total;
-      segments2[token] = static_cast<int32_t>(offsets2.segment_of(token));
-    }
-  }
-}
-
-// Tiles of partial sums: slot (row tile + i, column tile + j) for segments i and j.
-struct PartialSums {
-  const float* data;
-  int64_t width, rows, cols;  // of a row of slots; of a tile
-};
-
-// A warp owns one result: the sum of its slots.
-__global__ void collect_pairs_kernel(Offsets x, Offsets y, PartialSums partial, float* out) {
-  const int64_t n_results = x.n * y.n, warps = int64_t{gridDim.x} * blockDim.x / kWarp;
-  const int lane = threadIdx.x % kWarp;
-  for (int64_t result = (int64_t{blockIdx.x} * blockDim.x + threadIdx.x) / kWarp;
-       result < n_results; result += warps) {
-    const int64_t i = result / y.n, j = result % y.n;
-    const int64_t s = x.begin(i), s_end = x.end(i), t = y.begin(j), t_end = y.end(j);
+// A thread owns one result: the sum of its slots.
+template <class T>
+__global__ void collect_pairs_kernel(Side<T> x, Side<T> y, const float* partial, float* out) {
+  constexpr int kTile = kTileSide<T>;
+  const int64_t n_results = x.offsets.n * y.offsets.n, y_slots = y.slots();
+  for (int64_t result = int64_t{blockIdx.x} * blockDim.x + threadIdx.x; result < n_results;
+       result += int64_t{gridDim.x} * blockDim.x) {
+    const int64_t i = result / y.offsets.n, j = result % y.offsets.n;
+    const int64_t s = x.offsets.begin(i), s_end = x.offsets.end(i);
+    const int64_t t = y.offsets.begin(j), t_end = y.offsets.end(j);
     double sum = 0;
-    if (s < s_end && t < t_end) {
-      const int64_t row = s / partial.rows, col = t / partial.cols;
-      const int64_t tall = (s_end - 1) / partial.rows - row + 1;
-      const int64_t wide = (t_end - 1) / partial.cols - col + 1;
-      const float* from = partial.data + (row + i) * partial.width + col + j;
-      for (int64_t at = lane; at < tall * wide; at += kWarp) {
-        sum += from[at / wide * partial.width + at % wide];
+    for (int64_t row = s / kTile; s < s_end && row <= (s_end - 1) / kTile; ++row) {
+      for (int64_t col = t / kTile; t < t_end && col <= (t_end - 1) / kTile; ++col) {
+        sum += partial[(row + i) * y_slots + col + j];
       }
     }
-    sum = warp_sum(sum);
-    if (lane == 0) out[result] = static_cast<float>(sum);
+    out[result] = static_cast<float>(sum);
   }
 }
 
@@ -175,35 +147,6 @@ __global__ void check_kernel(Offsets offsets, Offsets offsets2, int* report, flo
 
 constexpr int kCollectThreads = 128;
 
-// What ghost_dot_pairs_sm90 gives, see there; of first size 0 where it is not built.
-Tensor hopper_pairs(const Device& device, const Tensor& a, const Tensor& g, const Offsets& offsets,
-                    const Tensor& a2, const Tensor& g2, const Offsets& offsets2) {
-  using torch::stable::detail::from;
-  const GramTiling tiling =
-      pair_tiling(offsets.total, offsets2.total, a.size(1), g.size(1), device.n_multiprocessors());
-  const Tensor segments = torch::stable::new_empty(a, {offsets.total}, ScalarType::Int);
-  const Tensor segments2 = torch::stable::new_empty(a, {offsets2.total}, ScalarType::Int);
-  device.launch(token_segments_kernel,
-                device.grid_for_tiles(ceil_div(offsets.total + offsets2.total, kCollectThreads)),
-                dim3(kCollectThreads), 0, offsets, offsets2, segments.mutable_data_ptr<int32_t>(),
-                segments2.mutable_data_ptr<int32_t>());
-  std::array<StableIValue, 12> stack{from(a),
-                                     from(g),
-                                     from(segments),
-                                     from(a2),
-                                     from(g2),
-                                     from(segments2),
-                                     from(offsets.n),
-                                     from(offsets2.n),
-                                     from(tiling.tile),
-                                     from(tiling.parts),
-                                     from(tiling.a_parts),
-                                     from(tiling.stages)};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(GEFFECT_FAST_OP("ghost_dot_pairs_sm90"), "",
-                                                      stack.data(), TORCH_ABI_VERSION));
-  return torch::stable::detail::to<Tensor>(stack[0]);
-}
-
 Tensor ghost_dot(const Tensor& a, const Tensor& g, const Tensor& cu_seqlens, const Tensor& a2,
                  const Tensor& g2, const Tensor& cu_seqlens2) {
   for (const Tensor* tensor : {&a, &g, &a2, &g2}) {
@@ -225,30 +168,17 @@ Tensor ghost_dot(const Tensor& a, const Tensor& g, const Tensor& cu_seqlens, con
     const OperandHolder<T> a_held(a), g_held(g), a2_held(a2), g2_held(g2);
     const Side<T> x{a_held.operand(), g_held.operand(), offsets};
     const Side<T> y{a2_held.operand(), g2_held.operand(), offsets2};
-    const bool empty = a.numel() == 0 || g.numel() == 0 || a2.numel() == 0;
-    const bool by_clusters = kTensorCores<T> && device.has_warpgroups() && !empty &&
-                             ghost_form() == GhostForm::kClusters;
-    Tensor partial = out;
-    PartialSums sums{nullptr, 0, kSumRows, kSumCols};
-    if (by_clusters) {
-      partial = hopper_pairs(device, a_held.tensor(), g_held.tensor(), offsets, a2_held.tensor(),
-                             g2_held.tensor(), offsets2);
-      STD_TORCH_CHECK(partial.size(0) > 0, kOp, ": this build has no kernels for clusters");
-    } else {
-      partial = new_float(a, {x.slots(), y.slots()});
-      sums.rows = sums.cols = kTileSide<T>;
-      with_tile<T, HopperTile>(device, [&](auto tile) {
-        using Traits = decltype(tile);
-        device.launch(pairs_kernel<Traits>, device.grid_for_tiles(x.tiles() * y.tiles()),
-                      dim3(Traits::kThreads), Traits::kSharedBytes, x, y,
-                      partial.template mutable_data_ptr<float>());
-      });
-    }
-    sums.data = partial.const_data_ptr<float>();
-    sums.width = partial.size(1);
-    device.launch(collect_pairs_kernel,
-                  device.grid_for_tiles(ceil_div(offsets.n * offsets2.n, kCollectThreads / kWarp)),
-                  dim3(kCollectThreads), 0, offsets, offsets2, sums, out.mutable_data_ptr<float>());
+    const Tensor partial = new_float(a, {x.slots(), y.slots()});
+    with_tile<T, HopperTile>(device, [&](auto tile) {
+      using Traits = decltype(tile);
+      device.launch(pairs_kernel<Traits>, device.grid_for_tiles(x.tiles() * y.tiles()),
+                    dim3(Traits::kThreads), Traits::kSharedBytes, x, y,
+                    partial.mutable_data_ptr<float>());
+    });
+    device.launch(collect_pairs_kernel<T>,
+                  device.grid_for_tiles(ceil_div(offsets.n * offsets2.n, kCollectThreads)),
+                  dim3(kCollectThreads), 0, x, y, partial.const_data_ptr<float>(),
+                  out.mutable_data_ptr<float>());
     device.launch(check_kernel,
                   device.grid_for_tiles(ceil_div(std::max(offsets.n, offsets2.n), kCollectThreads)),
                   dim3(kCollectThreads), 0, offsets, offsets2, report,

@@ -14,7 +14,6 @@
 #include <array>
 
 #include "cuda/choose.h"
-#include "cuda/gram_tiling.h"
 #include "cuda/offsets.cuh"
 #include "cuda/tile_product.cuh"
 
@@ -253,11 +252,10 @@ __global__ void collect_kernel(Offsets offsets, Partials gram, Partials gradient
 
 // What ghost_norm_grams_sm90 gives, see there; of first size 0 where it is not built.
 Tensor hopper_grams(const Tensor& a, const Tensor& g, const Tensor& cu_seqlens, const Tensor& first,
-                    const GramTiling& cut) {
+                    const FeatureParts& cut) {
   using torch::stable::detail::from;
-  std::array<StableIValue, 8> stack{from(a),           from(g),         from(cu_seqlens),
-                                    from(first),       from(cut.tile),  from(cut.parts),
-                                    from(cut.a_parts), from(cut.stages)};
+  std::array<StableIValue, 6> stack{from(a),     from(g),         from(cu_seqlens),
+                                    from(first), from(cut.parts), from(cut.a_parts)};
   STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(GEFFECT_FAST_OP("ghost_norm_grams_sm90"), "",
                                                       stack.data(), TORCH_ABI_VERSION));
   return torch::stable::detail::to<Tensor>(stack[0]);
@@ -269,14 +267,10 @@ Tensor ghost_norm_typed(const Device& device, const Tensor& a_tensor, const Tens
   const OperandHolder<T> a_held(a_tensor), g_held(g_tensor);
   const Operand<T> a = a_held.operand(), g = g_held.operand();
   const int64_t n = offsets.n;
-  const bool large = kTensorCores<T> && offsets.total >= kLargeTileTokens * n;
-  GramTiling cut{};
-  if (kTensorCores<T> && device.has_warpgroups() && a.cols > 0 && g.cols > 0 && offsets.total > 0 &&
-      ghost_form() == GhostForm::kClusters) {
-    cut = norm_tiling(offsets.total, n, a.cols, g.cols, device.n_multiprocessors());
-  }
-  const int tile = cut.tile > 0 ? static_cast<int>(cut.tile) : large ? 128 : 64;
-  const Sizes sizes{a.cols, g.cols, tile, kTileSide<T>, SmallTile<T>::kK, ghost_form()};
+  const bool by_clusters = kTensorCores<T> && device.has_warpgroups() && a.cols > 0 && g.cols > 0 &&
+                           grams_by_clusters(offsets.total, n);
+  const bool large = kTensorCores<T> && !by_clusters && offsets.total >= kLargeTileTokens * n;
+  const Sizes sizes{a.cols, g.cols, large ? 128 : 64, kTileSide<T>, SmallTile<T>::kK, ghost_form()};
 
   const int64_t max_blocks = 3 * device.n_multiprocessors();
   const Tensor out = new_float(a_tensor, {n});
@@ -300,13 +294,14 @@ Tensor ghost_norm_typed(const Device& device, const Tensor& a_tensor, const Tens
   };
   using Features = std::integral_constant<Contract, Contract::kFeatures>;
   using Tokens = std::integral_constant<Contract, Contract::kTokens>;
-  Tensor hopper_slots = out;  // kept until the sums are collected
-  if (cut.tile > 0) {
-    hopper_slots = hopper_grams(a_held.tensor(), g_held.tensor(), cu_seqlens, first, cut);
-    STD_TORCH_CHECK(hopper_slots.size(0) > 0, kOp, ": this build has no kernels for clusters");
-    gram.slots = hopper_slots.const_data_ptr<double>();
-    gram.width = hopper_slots.size(1);
-    gram.n_blocks = hopper_slots.size(0) - n;
+  Tensor cluster_slots = torch::stable::new_empty(a_tensor, {0}, ScalarType::Double);
+  if (by_clusters) {
+    cluster_slots = hopper_grams(a_held.tensor(), g_held.tensor(), cu_seqlens, first,
+                                 feature_parts(n, a.cols, g.cols, device.n_multiprocessors()));
+  }
+  if (cluster_slots.size(0) > 0) {
+    gram = {first_gram, cluster_slots.const_data_ptr<double>(), cluster_slots.size(0) - n,
+            cluster_slots.size(1)};
   } else if (sizes.form != GhostForm::kGradient) {
     if (large) {
       with_tile<T, HopperTile>(device, [&](auto tile) { run(tile, Features{}, gram); });

@@ -5,20 +5,14 @@
 // row-major order, one by one, only then. All tensors share a launch, for as many as a table of
 // kernel parameters holds: no other memory is written by the host.
 //
-// A block owns a chunk of one tensor in all lists, at most 16 of them, and reads it once: 16 bytes
-// a lane, list and load. Up to 8 lists, and all fp32 lists, are multiplied by FMAs, a lane keeping
-// its share of all K (K + 1) / 2 sums; 9 to 16 lists of 16-bit elements by tensor cores, a warp
-// keeping the K x K matrix. More than 16 lists go by pairs of 8, each list being read once for
-// every 8 others. The sums of a chunk are a column of `partials`, which segment_sum adds up by
-// group. Limiter: bytes of the gradients.
-//
-// On an H100, bf16, that reads 2 or 4 lists as fast as a copy does, but 8 at 86 % and 16 at 62 % of
-// it: a warp reads 512 and 64 contiguous bytes of a list, all blocks of a multiprocessor together
-// 32 and 96 places at a time. The form `staged` multiplies 5 to 16 lists by tensor cores out of
-// shared memory, where a warp copies 1024 or 512 contiguous bytes of every list. Not yet run on a
-// GPU; predicted: at least 90 % for 8 lists and 85 % for 16.
+// A block owns a chunk of one tensor in all lists, at most 16 of them, and reads it once. Up to 8
+// lists, and all fp32 lists, are multiplied by FMAs, a lane reading 16 bytes of every list at once
+// and keeping its share of all K (K + 1) / 2 sums; 9 to 16 lists of 16-bit elements by tensor cores
+// out of shared memory, where a warp copies 512 contiguous bytes of every list and keeps the K x K
+// matrix. More than 16 lists go by pairs of 8, each list being read once for every 8 others. The
+// sums of a chunk are a column of `partials`, which segment_sum adds up by group. Limiter: bytes of
+// the gradients.
 #include "common/tensor_lists.h"
-#include "cuda/choose.h"
 #include "cuda/chunk.cuh"
 #include "cuda/device.cuh"
 #include "cuda/intrinsics.cuh"
@@ -63,110 +57,6 @@ __host__ __device__ constexpr int pair_index(int j, int k, int n_lists) {
   return j * n_lists - j * (j - 1) / 2 + k - j;
 }
 
-// A lane's share of the sums of all pairs. The lanes of a block read a unit of every list at once
-// and issue the loads of a step together.
-template <class T_, int kLists_>
-struct FmaSums {
-  using T = T_;
-  static constexpr int kLists = kLists_, kPairs = kLists * (kLists + 1) / 2;
-  static constexpr int kLoads = kLists, kUnit = kThreads * kVector<T>;
-  static constexpr int kStep = kUnit * ceil_div(kLoadsAtOnce, kLoads);
-  // Blocks of a multiprocessor, hence at most 80, 128 or 255 registers; and the least bytes of a
-  // chunk in all lists, so that reading it takes longer than looking it up and adding up its sums.
-  static constexpr int kBlocks = kLists <= 4 ? 6 : kLists <= 8 ? 4 : 2;
-  static constexpr int64_t kChunkBytes = kLists <= 8 ? 128 * 1024 : 512 * 1024;
-  static constexpr int kEntries = kPairs, kSharedBytes = 0;
-
-  float sums[kPairs] = {};
-
-  // The list and the first element in a unit that this lane loads.
-  static __device__ __forceinline__ int list(int load) { return load; }
-  static __device__ __forceinline__ int element() { return threadIdx.x * kVector<T>; }
-
-  __device__ __forceinline__ void add(const uint4 (&chunks)[kLoads]) {
-    float x[kLists][kVector<T>];
-#pragma unroll
-    for (int j = 0; j < kLists; ++j) unpack(chunks[j], x[j], T{});
-#pragma unroll
-    for (int e = 0; e < kVector<T>; ++e) {
-#pragma unroll
-      for (int j = 0; j < kLists; ++j) {
-#pragma unroll
-        for (int k = j; k < kLists; ++k) {
-          float& sum = sums[pair_index(j, k, kLists)];
-          sum = fmaf(x[j][e], x[k][e], sum);
-        }
-      }
-    }
-  }
-
-  // Writes the sums of the warp to entries[kEntries].
-  __device__ __forceinline__ void store_warp(float* entries) const {
-    const int lane = threadIdx.x % kWarp;
-#pragma unroll
-    for (int first = 0; first < kPairs; first += kWarp) {
-      float part[kWarp];
-#pragma unroll
-      for (int i = 0; i < kWarp; ++i) part[i] = first + i < kPairs ? sums[first + i] : 0.f;
-      const float total = warp_sum_each(part);
-      if (first + lane < kPairs) entries[first + lane] = total;
-    }
-  }
-  static __device__ __forceinline__ int entry(int pair) { return pair; }
-};
-
-// A warp's 16 x 16 sums. The order of elements in a sum is free, so the words that a lane loads of
-// lists q and q + 8 are its part of the left factor and of both halves of the right one.
-template <class T_>
-struct TensorCoreSums {
-  using T = T_;
-  static constexpr int kLists = 16, kPairs = 136;
-  static constexpr int kLoads = 2, kUnit = kThreads / 8 * kVector<T>;
-  static constexpr int kStep = kUnit * ceil_div(kLoadsAtOnce, kLoads);
-  static constexpr int kBlocks = 6;
-  static constexpr int64_t kChunkBytes = 128 * 1024;
-  static constexpr int kEntries = 256, kSharedBytes = 0;
-
-  float sums[2][4] = {};
-
-  static __device__ __forceinline__ int list(int load) {
-    return threadIdx.x % kWarp / 4 + 8 * load;
-  }
-  static __device__ __forceinline__ int element() {
-    return (threadIdx.x / kWarp * 4 + threadIdx.x % 4) * kVector<T>;
-  }
-
-  __device__ __forceinline__ void add(const uint4 (&chunks)[kLoads]) {
-    const uint4 low = chunks[0], high = chunks[1];
-    // Tensor cores truncate their sums: 32 products there, the rest by additions in fp32.
-    float tiles[2][4] = {};
-    multiply_add<T>(tiles[0], {low.x, high.x, low.y, high.y}, {low.x, low.y});
-    multiply_add<T>(tiles[1], {low.x, high.x, low.y, high.y}, {high.x, high.y});
-    multiply_add<T>(tiles[0], {low.z, high.z, low.w, high.w}, {low.z, low.w});
-    multiply_add<T>(tiles[1], {low.z, high.z, low.w, high.w}, {high.z, high.w});
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      sums[0][i] += tiles[0][i];
-      sums[1][i] += tiles[1][i];
-    }
-  }
-
-  __device__ __forceinline__ void store_warp(float* entries) const {
-    const int q = threadIdx.x % kWarp / 4, r = threadIdx.x % 4 * 2;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int at = (q + i / 2 * 8) * 16 + r + i % 2;
-      entries[at] = sums[0][i];
-      entries[at + 8] = sums[1][i];
-    }
-  }
-  static __device__ __forceinline__ int entry(int pair) {
-    int row = 0;
-    while (pair >= 16 - row) pair -= 16 - row++;
-    return row * 16 + row + pair;
-  }
-};
-
 // The first `left` elements from `at`, wherever it lies, and zeros.
 template <class T>
 __device__ __forceinline__ uint4 load_elements(const T* at, int64_t left) {
@@ -192,15 +82,95 @@ struct GramChunk {
   bool is_aligned;  // every list begins on 16 bytes
 };
 
-// A warp's kLists x kLists sums of 16-bit elements, kLists being 8 or 16. A stage is what a warp
-// multiplies at once: kRow contiguous bytes of every list. The warp copies it to shared memory
-// while it multiplies the stage before, and waits for no other warp. The 16 bytes with number c of
-// list j lie in place c ^ (j % 8) of its row: both a copy and a matrix of eight lists use all
-// banks.
+// A lane's share of the sums of all pairs. The lanes of a block read a unit of every list at once
+// and issue the loads of a step together.
 template <class T_, int kLists_>
-struct StagedSums {
+struct FmaSums {
   using T = T_;
   static constexpr int kLists = kLists_, kPairs = kLists * (kLists + 1) / 2;
+  static constexpr int kUnit = kThreads * kVector<T>;
+  static constexpr int kUnroll = ceil_div(kLoadsAtOnce, kLists), kStep = kUnit * kUnroll;
+  // Blocks of a multiprocessor, hence at most 80, 128 or 255 registers; and the least bytes of a
+  // chunk in all lists, so that reading it takes longer than looking it up and adding up its sums.
+  static constexpr int kBlocks = kLists <= 4 ? 6 : kLists <= 8 ? 4 : 2;
+  static constexpr int64_t kChunkBytes = kLists <= 8 ? 128 * 1024 : 512 * 1024;
+  static constexpr int kEntries = kPairs, kSharedBytes = 0;
+
+  float sums[kPairs] = {};
+
+  __device__ __forceinline__ void add(const uint4 (&chunks)[kLists]) {
+    float x[kLists][kVector<T>];
+#pragma unroll
+    for (int j = 0; j < kLists; ++j) unpack(chunks[j], x[j], T{});
+#pragma unroll
+    for (int e = 0; e < kVector<T>; ++e) {
+#pragma unroll
+      for (int j = 0; j < kLists; ++j) {
+#pragma unroll
+        for (int k = j; k < kLists; ++k) {
+          float& sum = sums[pair_index(j, k, kLists)];
+          sum = fmaf(x[j][e], x[k][e], sum);
+        }
+      }
+    }
+  }
+
+  __device__ __forceinline__ void add(const GramChunk<kLists>& chunk) {
+    const T* lists[kLists];
+#pragma unroll
+    for (int j = 0; j < kLists; ++j) {
+      lists[j] = static_cast<const T*>(chunk.lists[j]) + threadIdx.x * kVector<T>;
+    }
+    int64_t at = chunk.begin;
+    if (chunk.is_aligned) {
+#pragma unroll 1
+      for (; at + kStep <= chunk.end; at += kStep) {
+        uint4 chunks[kUnroll][kLists];
+#pragma unroll
+        for (int u = 0; u < kUnroll; ++u) {
+#pragma unroll
+          for (int j = 0; j < kLists; ++j) {
+            chunks[u][j] = *reinterpret_cast<const uint4*>(lists[j] + at + u * kUnit);
+          }
+        }
+        __syncwarp();  // keeps the compiler from using a load before it has issued the others
+#pragma unroll
+        for (int u = 0; u < kUnroll; ++u) add(chunks[u]);
+      }
+    }
+#pragma unroll 1
+    for (; at < chunk.end; at += kUnit) {
+      const int64_t left = chunk.end - at - threadIdx.x * kVector<T>;
+      uint4 chunks[kLists];
+#pragma unroll
+      for (int j = 0; j < kLists; ++j) chunks[j] = load_elements(lists[j] + at, left);
+      add(chunks);
+    }
+  }
+
+  // Writes the sums of the warp to entries[kEntries].
+  __device__ __forceinline__ void store_warp(float* entries) const {
+    const int lane = threadIdx.x % kWarp;
+#pragma unroll
+    for (int first = 0; first < kPairs; first += kWarp) {
+      float part[kWarp];
+#pragma unroll
+      for (int i = 0; i < kWarp; ++i) part[i] = first + i < kPairs ? sums[first + i] : 0.f;
+      const float total = warp_sum_each(part);
+      if (first + lane < kPairs) entries[first + lane] = total;
+    }
+  }
+  static __device__ __forceinline__ int entry(int pair) { return pair; }
+};
+
+// A warp's 16 x 16 sums of 16-bit elements. A stage is what a warp multiplies at once: kRow
+// contiguous bytes of every list. The warp copies it to shared memory while it multiplies the stage
+// before, and waits for no other warp. The 16 bytes with number c of list j lie in place c ^ (j %
+// 8) of its row: both a copy and a matrix of eight lists use all banks.
+template <class T_>
+struct TensorCoreSums {
+  using T = T_;
+  static constexpr int kLists = 16, kPairs = kLists * (kLists + 1) / 2;
   static constexpr int kStages = 2, kStageBytes = 8192;
   static constexpr int kRow = kStageBytes / kLists, kPlaces = kRow / 16;
   static constexpr int kWarpStep = kRow / sizeof(T), kStep = kWarps * kWarpStep;
@@ -209,7 +179,7 @@ struct StagedSums {
   static constexpr int64_t kChunkBytes = 128 * 1024;
   static constexpr int kEntries = kLists * kLists;
 
-  float sums[kLists / 8][4] = {};
+  float sums[2][4] = {};
 
   // Starts copying this warp's elements from `at` on, and zeros from the chunk's end on.
   static __device__ __forceinline__ void load(const GramChunk<kLists>& chunk, int64_t at,
@@ -238,29 +208,22 @@ struct StagedSums {
   // is the lower half of the left one.
   __device__ __forceinline__ void multiply(const unsigned char* stage) {
     const int matrix = threadIdx.x % kWarp / 8, row = threadIdx.x % 8;
-    const unsigned char* const own = stage + (kLists == 16 ? matrix % 2 * 8 + row : row) * kRow;
+    const unsigned char* const own = stage + (matrix % 2 * 8 + row) * kRow;
 #pragma unroll 2
     for (int c = 0; c < kPlaces; c += 4) {
       // Tensor cores truncate their sums: 32 products there, the rest by additions in fp32.
-      float tiles[kLists / 8][4] = {};
-      if constexpr (kLists == 16) {
+      float tiles[2][4] = {};
 #pragma unroll
-        for (int half = 0; half < 4; half += 2) {
-          uint32_t x[4];
-          load_matrices<false>(x, own + ((c + half + matrix / 2) ^ row) * 16);
-          multiply_add<T>(tiles[0], x, {x[0], x[2]});
-          multiply_add<T>(tiles[1], x, {x[1], x[3]});
-        }
-      } else {
+      for (int half = 0; half < 4; half += 2) {
         uint32_t x[4];
-        load_matrices<false>(x, own + ((c + matrix) ^ row) * 16);
-        multiply_add<T>(tiles[0], {x[0], 0, x[1], 0}, {x[0], x[1]});
-        multiply_add<T>(tiles[0], {x[2], 0, x[3], 0}, {x[2], x[3]});
+        load_matrices<false>(x, own + ((c + half + matrix / 2) ^ row) * 16);
+        multiply_add<T>(tiles[0], x, {x[0], x[2]});
+        multiply_add<T>(tiles[1], x, {x[1], x[3]});
       }
 #pragma unroll
-      for (int h = 0; h < kLists / 8; ++h) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) sums[h][i] += tiles[h][i];
+      for (int i = 0; i < 4; ++i) {
+        sums[0][i] += tiles[0][i];
+        sums[1][i] += tiles[1][i];
       }
     }
   }
@@ -290,11 +253,10 @@ struct StagedSums {
   __device__ __forceinline__ void store_warp(float* entries) const {
     const int q = threadIdx.x % kWarp / 4, r = threadIdx.x % 4 * 2;
 #pragma unroll
-    for (int h = 0; h < kLists / 8; ++h) {
-#pragma unroll
-      for (int i = 0; i < kLists / 4; ++i) {
-        entries[(q + i / 2 * 8) * kLists + r + i % 2 + h * 8] = sums[h][i];
-      }
+    for (int i = 0; i < 4; ++i) {
+      const int at = (q + i / 2 * 8) * kLists + r + i % 2;
+      entries[at] = sums[0][i];
+      entries[at + 8] = sums[1][i];
     }
   }
   static __device__ __forceinline__ int entry(int pair) {
@@ -303,45 +265,6 @@ struct StagedSums {
     return row * kLists + row + pair;
   }
 };
-
-// Adds a chunk's products by what every lane loads.
-template <class Sums>
-__device__ __forceinline__ void add_from_registers(Sums& sums,
-                                                   const GramChunk<Sums::kLists>& chunk) {
-  using T = typename Sums::T;
-  constexpr int kLoads = Sums::kLoads, kUnroll = Sums::kStep / Sums::kUnit;
-  const T* lists[kLoads];
-#pragma unroll
-  for (int i = 0; i < kLoads; ++i) {
-    lists[i] = static_cast<const T*>(chunk.lists[Sums::list(i)]) + Sums::element();
-  }
-  int64_t at = chunk.begin;
-  if (chunk.is_aligned) {
-#pragma unroll 1
-    for (; at + Sums::kStep <= chunk.end; at += Sums::kStep) {
-      uint4 chunks[kUnroll][kLoads];
-#pragma unroll
-      for (int u = 0; u < kUnroll; ++u) {
-#pragma unroll
-        for (int i = 0; i < kLoads; ++i) {
-          chunks[u][i] = *reinterpret_cast<const uint4*>(lists[i] + at + u * Sums::kUnit);
-        }
-      }
-      __syncwarp();  // keeps the compiler from using a load before it has issued the others
-#pragma unroll
-      for (int u = 0; u < kUnroll; ++u) sums.add(chunks[u]);
-    }
-  }
-#pragma unroll 1
-  for (; at < chunk.end; at += Sums::kUnit) {
-    uint4 chunks[kLoads];
-#pragma unroll
-    for (int i = 0; i < kLoads; ++i) {
-      chunks[i] = load_elements(lists[i] + at, chunk.end - at - Sums::element());
-    }
-    sums.add(chunks);
-  }
-}
 
 // Column first_chunk + blockIdx.x of partials (kPairs, n_chunks), and its group.
 template <class Sums>
@@ -359,11 +282,7 @@ __global__ void __launch_bounds__(kThreads, Sums::kBlocks)
   }
   Sums sums;
   const GramChunk<Sums::kLists> chunk{table.data[tensor], table.n_lists, begin, end, is_aligned};
-  if constexpr (Sums::kSharedBytes > 0) {
-    sums.add(chunk);
-  } else {
-    add_from_registers(sums, chunk);
-  }
+  sums.add(chunk);
 
   sums.store_warp(warp_sums[threadIdx.x / kWarp]);
   __syncthreads();
@@ -472,15 +391,9 @@ void launch_multi_tensor_gram(const Device& device, const std::vector<Parameter>
       Grams{static_cast<float*>(out.mutable_data_ptr()), out.size(1), lists, Sums::kLists});
 }
 
-// Calls body with the sums of the fewest lists that hold n of them, or with staged ones.
+// Calls body with the sums of the fewest lists that hold n of them.
 template <class T, class Body>
 void dispatch_lists(int n, const Body& body) {
-  const bool is_staged = gram_is_staged();
-  if constexpr (sizeof(T) == 2) {
-    if (is_staged && n > 4) {
-      return n <= 8 ? body(StagedSums<T, 8>{}) : body(StagedSums<T, 16>{});
-    }
-  }
   switch (n) {
     case 1:
       return body(FmaSums<T, 1>{});

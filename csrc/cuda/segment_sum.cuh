@@ -6,16 +6,12 @@
 //
 // terms (slices, rows, total) in fp32, summed in double in an order that only the segments decide.
 // A warp owns one (r, i); a long segment is summed by the whole block, whatever the others'
-// lengths. Limiter: latency; the terms come from the second-level cache.
-//
-// A lane waits for the terms of one slice before it loads those of the next. The form `at_once`
-// loads kAtOnce terms of whatever slices, then adds. Not yet run on a GPU; predicted from what an
-// H100 took with 1, 2, 6 and 16 slices: 1.2 us less a slice beyond the first.
+// lengths. Limiter: latency; the terms come from the second-level cache, so a lane loads kAtOnce of
+// them, of whatever slices, before it adds the first.
 #pragma once
 
 #include <cmath>
 
-#include "cuda/choose.h"
 #include "cuda/device.cuh"
 #include "cuda/offsets.cuh"
 #include "cuda/vector.cuh"
@@ -25,50 +21,40 @@ namespace geffect_fast {
 struct SegmentSum {
   static constexpr int kThreads = 1024;
   static constexpr int kWarps = kThreads / kWarp;
-  // Terms of one result from which a block sums faster than a warp: eight loads in flight a lane,
-  // eight times over.
+  // Terms of one result from which a block sums faster than a warp.
   static constexpr int64_t kLong = 2048;
   static constexpr int kAtOnce = 16;
 };
 
 // This thread's share of row `row` over [begin, end): every `team`-th token from begin + `member`,
-// slice by slice. Both forms add in this order.
-template <bool kSlicesAtOnce>
+// slice by slice.
 __device__ __forceinline__ double sum_of_share(const float* terms, int64_t slices,
                                                int64_t slice_stride, int64_t begin, int64_t end,
                                                int member, int team) {
+  const int64_t first = begin + member;
+  int64_t left = first < end ? slices : 0, t = first;
   double sum = 0;
-  if constexpr (kSlicesAtOnce) {
-    const int64_t first = begin + member;
-    int64_t left = first < end ? slices : 0, t = first;
-    while (left > 0) {
-      float loaded[SegmentSum::kAtOnce];
+  while (left > 0) {
+    float loaded[SegmentSum::kAtOnce];
 #pragma unroll
-      for (int u = 0; u < SegmentSum::kAtOnce; ++u) {
-        loaded[u] = left > 0 ? terms[t] : 0.f;
-        t += team;
-        if (t >= end) {
-          t = first;
-          terms += slice_stride;
-          --left;
-        }
+    for (int u = 0; u < SegmentSum::kAtOnce; ++u) {
+      loaded[u] = left > 0 ? terms[t] : 0.f;
+      t += team;
+      if (t >= end) {
+        t = first;
+        terms += slice_stride;
+        --left;
       }
+    }
 #pragma unroll
-      for (int u = 0; u < SegmentSum::kAtOnce; ++u) sum += loaded[u];
-    }
-  } else {
-    for (int64_t slice = 0; slice < slices; ++slice) {
-      const float* from = terms + slice * slice_stride;
-#pragma unroll 8
-      for (int64_t t = begin + member; t < end; t += team) sum += from[t];
-    }
+    for (int u = 0; u < SegmentSum::kAtOnce; ++u) sum += loaded[u];
   }
   return sum;
 }
 
 // Segments: n of them over `total` terms, with begin(i), end(i), is_valid(i). Result: store(r, i,
 // sum). A segment that is not valid gets NaN, and 1 is stored in *report.
-template <bool kSlicesAtOnce, class Segments, class Result>
+template <class Segments, class Result>
 __global__ void __launch_bounds__(SegmentSum::kThreads)
     segment_sum_kernel(const float* __restrict__ terms, int64_t slices, int64_t rows,
                        const Segments segments, int* report, const Result result) {
@@ -89,10 +75,9 @@ __global__ void __launch_bounds__(SegmentSum::kThreads)
       const bool valid = segments.is_valid(i);
       own_is_long = valid && (end - begin) * slices >= SegmentSum::kLong;
       if (!own_is_long) {
-        const double sum =
-            valid ? warp_sum(sum_of_share<kSlicesAtOnce>(terms + row * segments.total, slices,
+        const double sum = valid ? warp_sum(sum_of_share(terms + row * segments.total, slices,
                                                          slice_stride, begin, end, lane, kWarp))
-                  : NAN;
+                                 : NAN;
         if (lane == 0) result.store(row, i, sum);
         if (lane == 0 && !valid) {
           *report = 1;
@@ -106,9 +91,9 @@ __global__ void __launch_bounds__(SegmentSum::kThreads)
       if (!is_long[other]) continue;
       const int64_t shared = first + other * step;
       const int64_t row = shared / segments.n, i = shared % segments.n;
-      const double sum = warp_sum(sum_of_share<kSlicesAtOnce>(
-          terms + row * segments.total, slices, slice_stride, segments.begin(i), segments.end(i),
-          static_cast<int>(threadIdx.x), SegmentSum::kThreads));
+      const double sum = warp_sum(
+          sum_of_share(terms + row * segments.total, slices, slice_stride, segments.begin(i),
+                       segments.end(i), static_cast<int>(threadIdx.x), SegmentSum::kThreads));
       if (lane == 0) partial[warp] = sum;
       __syncthreads();
       if (warp == 0) {
@@ -140,15 +125,9 @@ void launch_segment_sum(const Device& device, const float* terms, int64_t slices
                         const Segments& segments, int* report, const Result& result) {
   const int64_t n_results = rows * segments.n;
   if (n_results == 0) return;
-  const auto launch = [&](auto kernel) {
-    device.launch(kernel, grid_for(n_results, 2 * device.n_multiprocessors()),
-                  dim3(SegmentSum::kThreads), 0, terms, slices, rows, segments, report, result);
-  };
-  if (sums_slices_at_once()) {
-    launch(segment_sum_kernel<true, Segments, Result>);
-  } else {
-    launch(segment_sum_kernel<false, Segments, Result>);
-  }
+  device.launch(segment_sum_kernel<Segments, Result>,
+                grid_for(n_results, 2 * device.n_multiprocessors()), dim3(SegmentSum::kThreads), 0,
+                terms, slices, rows, segments, report, result);
 }
 
 // A row-major (rows, n) matrix.

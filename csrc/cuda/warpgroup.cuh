@@ -66,7 +66,7 @@ __device__ __forceinline__ void warpgroup_wait() {
       GEFFECT_FAST_ROW(i + 4), GEFFECT_FAST_ROW(i + 5), GEFFECT_FAST_ROW(i + 6),                  \
       GEFFECT_FAST_ROW(i + 7)
 
-// d (64 x 64, 128 or 256, fp32) += x (64 x 16) y (16 x the same), described by describe_tile. Warp
+// d (64 x 64 or 128, fp32) += x (64 x 16) y (16 x the same), described by describe_tile. Warp
 // w of the four holds rows 16 w to 16 w + 15; d[j] are columns 8 j to 8 j + 7 in the arrangement of
 // multiply_add.
 template <class T, bool kTransposed>
@@ -118,46 +118,6 @@ __device__ __forceinline__ void warpgroup_multiply_add(float (&d)[16][4], uint64
         "%50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "
         "%64, %65, 1, 1, 1, %66, %66;\n"
         : GEFFECT_FAST_ROWS(0), GEFFECT_FAST_ROWS(8)
-        : "l"(x), "l"(y), "n"(kTransposed ? 1 : 0));
-  }
-#else
-  __trap();
-#endif
-}
-
-template <class T, bool kTransposed>
-__device__ __forceinline__ void warpgroup_multiply_add(float (&d)[32][4], uint64_t x, uint64_t y) {
-#if GEFFECT_FAST_WGMMA
-  if constexpr (std::is_same_v<T, BFloat16>) {
-    asm volatile(
-        "wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16 {"
-        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, "
-        "%18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, "
-        "%34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, "
-        "%50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, %64, %65, "
-        "%66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, "
-        "%82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, %96, %97, "
-        "%98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, "
-        "%111, %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, "
-        "%124, %125, %126, %127}, "
-        "%128, %129, 1, 1, 1, %130, %130;\n"
-        : GEFFECT_FAST_ROWS(0), GEFFECT_FAST_ROWS(8), GEFFECT_FAST_ROWS(16), GEFFECT_FAST_ROWS(24)
-        : "l"(x), "l"(y), "n"(kTransposed ? 1 : 0));
-  } else {
-    static_assert(std::is_same_v<T, Half>);
-    asm volatile(
-        "wgmma.mma_async.sync.aligned.m64n256k16.f32.f16.f16 {"
-        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, "
-        "%18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, "
-        "%34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, "
-        "%50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, %64, %65, "
-        "%66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, "
-        "%82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, %96, %97, "
-        "%98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, "
-        "%111, %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, "
-        "%124, %125, %126, %127}, "
-        "%128, %129, 1, 1, 1, %130, %130;\n"
-        : GEFFECT_FAST_ROWS(0), GEFFECT_FAST_ROWS(8), GEFFECT_FAST_ROWS(16), GEFFECT_FAST_ROWS(24)
         : "l"(x), "l"(y), "n"(kTransposed ? 1 : 0));
   }
 #else

@@ -110,12 +110,7 @@ FAKES: dict[str, Callable[..., Tensor]] = {
 NATIVE_SCHEMAS = {
     "segment_bilinear_terms_sm90": "(Tensor a, Tensor g, Tensor v) -> Tensor",
     "ghost_norm_grams_sm90": (
-        "(Tensor a, Tensor g, Tensor cu_seqlens, Tensor first, int tile, int parts, int a_parts,"
-        " int stages) -> Tensor"
-    ),
-    "ghost_dot_pairs_sm90": (
-        "(Tensor a, Tensor g, Tensor segments, Tensor a2, Tensor g2, Tensor segments2, int n,"
-        " int n2, int tile, int parts, int a_parts, int stages) -> Tensor"
+        "(Tensor a, Tensor g, Tensor cu_seqlens, Tensor first, int parts, int a_parts) -> Tensor"
     ),
 }
 INTERNAL_SCHEMAS = PART_SCHEMAS | NATIVE_SCHEMAS
@@ -129,14 +124,9 @@ def _no_grams(a: Tensor, *_: Any) -> Tensor:
     return a.new_empty((0, 0), dtype=torch.float64)
 
 
-def _no_pairs(a: Tensor, *_: Any) -> Tensor:
-    return a.new_empty((0, 0), dtype=torch.float32)
-
-
 _MISSING = {
     "segment_bilinear_terms_sm90": _no_terms,
     "ghost_norm_grams_sm90": _no_grams,
-    "ghost_dot_pairs_sm90": _no_pairs,
 }
 
 

@@ -1,4 +1,4 @@
-// Two blocks that share their shared memory and the copy engine's boxes, right and with one line
+// Two blocks that share their shared memory, and the copy engine's boxes, right and with one line
 // left out.
 #include "cuda/copy_engine.cuh"
 #include "selftest.cuh"
@@ -10,8 +10,8 @@ enum class Without : int { kNothing, kInit, kExpect, kWait, kArrive };
 
 constexpr int kRows = 8, kBox = kRows * 128, kBlocks = 2;
 
-// out (kBlocks, 17, 64): each block's copy of x (16, 64), of which either block brings half to
-// both; and in the last row what the other block's threads sent.
+// out (kBlocks, 17, 64): each block's copy of x (16, 64), in two boxes; and in the last row what
+// the other block's threads sent.
 template <Without kWithout>
 __global__ void __launch_bounds__(kThreads) cluster_kernel(const CUtensorMap x, float* out) {
   unsigned char* const tiles = dynamic_shared();
@@ -30,7 +30,9 @@ __global__ void __launch_bounds__(kThreads) cluster_kernel(const CUtensorMap x, 
     } else {
       barrier_expect(&barriers[0], kBlocks * kBox);
     }
-    copy_box_to(tiles + rank * kBox, &x, rank * kRows, 0, &barriers[0], 3);
+    for (int box = 0; box < 2; ++box) {
+      copy_box(tiles + box * kBox, &x, box * kRows, 0, &barriers[0]);
+    }
   }
   if (kWithout != Without::kWait) barrier_wait(&barriers[0], 0);
   float* const own = out + rank * 17 * kThreads + t;

@@ -16,9 +16,7 @@ from geffect_fast import ops
 DEVICE = os.environ.get("DEVICE", "cuda")
 FORMS = {
     "GEFFECT_FAST_BILINEAR_FORM": ("fused", "cublas", "sm90", "gradient", ""),
-    "GEFFECT_FAST_GHOST_FORM": ("gram", "gradient", "clusters64", "clusters128", "clusters256", ""),
-    "GEFFECT_FAST_GRAM_FORM": ("staged", ""),
-    "GEFFECT_FAST_SUM_FORM": ("at_once", ""),
+    "GEFFECT_FAST_GHOST_FORM": ("gram", "gradient", "clusters", ""),
 }
 
 
@@ -38,15 +36,11 @@ def run_all(dtype: torch.dtype, d_in: int, d_out: int) -> None:
     for form in FORMS["GEFFECT_FAST_GHOST_FORM"]:
         os.environ["GEFFECT_FAST_GHOST_FORM"] = form
         ops.ghost_norm(a, g, bounds)
-        ops.ghost_dot(a, g, bounds, a[:75], g[:75], bounds[:5])
-    for form in FORMS["GEFFECT_FAST_SUM_FORM"]:
-        os.environ["GEFFECT_FAST_SUM_FORM"] = form
-        ops.segment_dot(z, g, bounds)
-        ops.segment_dot(g, make(d_out, total).T, bounds)
-    for form in FORMS["GEFFECT_FAST_GRAM_FORM"]:
-        os.environ["GEFFECT_FAST_GRAM_FORM"] = form
-        for n_lists in (2, 8, 9, 17):
-            ops.multi_tensor_gram([[make(d_in, d_out), make(5)[1:]] for _ in range(n_lists)])
+    ops.ghost_dot(a, g, bounds, a[:75], g[:75], bounds[:5])
+    ops.segment_dot(z, g, bounds)
+    ops.segment_dot(g, make(d_out, total).T, bounds)
+    for n_lists in (2, 8, 9, 17):
+        ops.multi_tensor_gram([[make(d_in, d_out), make(5)[1:]] for _ in range(n_lists)])
 
 
 def run_wrong_offsets() -> None:

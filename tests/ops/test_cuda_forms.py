@@ -17,12 +17,10 @@ AMPERE, HOPPER, BLACKWELL = 8, 9, 10
 # Segments that end within tiles, on their edges, and that a tile cannot hold; empty ones between.
 LENGTHS = [130, 0, 64, 1, 256, 61]
 GHOST, BILINEAR = "GEFFECT_FAST_GHOST_FORM", "GEFFECT_FAST_BILINEAR_FORM"
-GRAM, SUM = "GEFFECT_FAST_GRAM_FORM", "GEFFECT_FAST_SUM_FORM"
 
-CLUSTERS = ("clusters64", "clusters128", "clusters256")
 FORMS = {
-    "ghost_norm": (GHOST, ("gram", "gradient", *CLUSTERS, "")),
-    "ghost_dot": (GHOST, (*CLUSTERS[1:], "")),
+    "ghost_norm": (GHOST, ("gram", "gradient", "clusters", "")),
+    "ghost_dot": (GHOST, ("",)),
     "segment_bilinear": (BILINEAR, ("fused", "cublas", "sm90", "gradient", "")),
 }
 
@@ -112,14 +110,19 @@ def test_bilinear_form_by_sizes(
 
 
 @pytest.mark.parametrize(
-    ("lengths", "d", "form"), [([500, 3], 192, "gradient"), ([60, 40, 50], 192, "gram")]
+    ("lengths", "d", "form"),
+    [
+        ([500, 480], 192, "gradient"),
+        ([120, 110, 150, 130, 140], 520, "gram"),
+        ([60, 40, 50, 30, 61, 45, 22, 64], 520, "clusters"),
+    ],
 )
 def test_ghost_norm_form_by_sizes(lengths: list[int], d: int, form: str, monkeypatch) -> None:
     sample = Sample("ghost_norm", "", rows(lengths, d, d))
-    chosen = run(sample, HOPPER)[0]
-    for forced in ("gram", "gradient"):
+    chosen = run(sample, HOPPER)
+    for forced in ("gram", "gradient", "clusters"):
         monkeypatch.setenv(GHOST, forced)
-        assert torch.equal(run(sample, HOPPER)[0], chosen) == (forced == form), forced
+        assert torch.equal(run(sample, HOPPER), chosen) == (forced == form), forced
 
 
 @pytest.mark.parametrize("capability", [AMPERE, HOPPER])
@@ -139,20 +142,13 @@ def test_few_blocks_do_all_tiles(form: str, capability: int, monkeypatch) -> Non
 
 
 @pytest.mark.parametrize("multiprocessors", [1, 8, 132])
-@pytest.mark.parametrize("form", CLUSTERS)
 @pytest.mark.parametrize("layer", [(300, 260), (70, 600), (900, 40)])
-def test_clusters_of_every_size(
-    layer: tuple[int, int], form: str, multiprocessors: int, monkeypatch
-) -> None:
+def test_clusters_of_every_size(layer: tuple[int, int], multiprocessors: int, monkeypatch) -> None:
     """The fewer tiles a multiprocessor has, the more blocks share one; of `a` or `g`, by width."""
-    monkeypatch.setenv(GHOST, form)
-    first, second = rows([200, 0, 3, 70], *layer), rows([65, 80], *layer)
+    monkeypatch.setenv(GHOST, "clusters")
+    sample = Sample("ghost_norm", "", rows([200, 0, 3, 70], *layer))
     with cuda_shim.device(multiprocessors=multiprocessors):
-        for sample in (
-            Sample("ghost_norm", "", first),
-            Sample("ghost_dot", "", (*first, *second)),
-        ):
-            assert_right(sample, run(sample, HOPPER))
+        assert_right(sample, run(sample, HOPPER))
 
 
 @pytest.mark.parametrize("form", ["gram", "gradient", "clusters"])
@@ -192,8 +188,6 @@ def test_wrong_offsets_are_nan_and_reported(op: str, offsets: list[int], capabil
         assert not call(good).isnan().any()
 
 
-# ---- forms that serve only where they are asked for ----
-
 # Elements of a tensor: several stages and a part of one, whole stages, fewer than 16 bytes.
 NUMELS = [5003, 1024, 3]
 
@@ -201,43 +195,21 @@ NUMELS = [5003, 1024, 3]
 @pytest.mark.parametrize("capability", [AMPERE, HOPPER])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("first", [0, 1], ids=["on 16 bytes", "off"])
-@pytest.mark.parametrize("n_lists", [4, 5, 8, 9, 16, 18])
-def test_staged_gram(
-    n_lists: int, first: int, dtype: torch.dtype, capability: int, monkeypatch
-) -> None:
+@pytest.mark.parametrize("n_lists", [4, 8, 9, 16, 18])
+def test_gram_of_many_lists(n_lists: int, first: int, dtype: torch.dtype, capability: int) -> None:
     make = Maker(dtype, seed=n_lists)
     lists = [[make(first + n)[first:] for n in NUMELS] for _ in range(n_lists)]
     sample = Sample("multi_tensor_gram", "", (lists, [0, 1, 1]))
-    usual = run(sample, capability)
-    monkeypatch.setenv(GRAM, "registers")
-    assert torch.equal(run(sample, capability), usual)
-    monkeypatch.setenv(GRAM, "staged")
     found = run(sample, capability)
     assert_close_to_formula(sample, found)
-    # Forms add in different orders: equal bits tell that the other one ran.
-    assert torch.equal(found, usual) == (n_lists == 4 or dtype == torch.float32)
     with cuda_shim.thread_order(cuda_shim.SHUFFLED):
         assert torch.equal(run(sample, capability), found)
 
 
 @pytest.mark.parametrize("lengths", [[2100, 0, 3], [9, 40, 1, 0, 130]], ids=["long", "short"])
-def test_sums_at_once_are_those_slice_by_slice(lengths: list[int], monkeypatch) -> None:
-    """More slices than are loaded at once; the order of a sum is the same."""
+def test_sums_over_more_slices_than_are_loaded_at_once(lengths: list[int]) -> None:
     make = Maker(torch.float32, seed=5)
     total = sum(lengths)
     z, g = make(1, total, 18000 if total < 200 else 1032), make(1, total, 1)
     sample = Sample("segment_dot", "", (z, g.expand_as(z).contiguous(), rows(lengths, 1, 1)[2]))
-    usual = run(sample, HOPPER)
-    assert_close_to_formula(sample, usual)
-    for form in ("slices", "at_once"):
-        monkeypatch.setenv(SUM, form)
-        assert torch.equal(run(sample, HOPPER), usual)
-
-
-@pytest.mark.parametrize(("op", "variable"), [("multi_tensor_gram", GRAM), ("segment_dot", SUM)])
-def test_unknown_other_form_is_an_error(op: str, variable: str, monkeypatch) -> None:
-    a, _, cu = rows([3, 4], 8, 8)
-    sample = Sample(op, "", ([[a], [a]],) if op == "multi_tensor_gram" else (a, a, cu))
-    monkeypatch.setenv(variable, "fastest")
-    with pytest.raises(RuntimeError, match=f"{variable} must be"):
-        run(sample, HOPPER)
+    assert_close_to_formula(sample, run(sample, HOPPER))

@@ -206,7 +206,7 @@ def test_warpgroup_product_fails_without(run, left_out: str, message: str) -> No
 
 
 @pytest.mark.parametrize("order", ORDERS)
-def test_blocks_of_a_cluster_share_copies_and_memory(run, order: int) -> None:
+def test_blocks_of_a_cluster_share_memory(run, order: int) -> None:
     x = torch.randn(16, THREADS).bfloat16()
     found = run("cluster", x, order=order)
     assert torch.equal(found[:, :16], x.float().expand(2, -1, -1))

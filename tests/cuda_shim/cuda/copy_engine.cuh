@@ -71,36 +71,24 @@ inline void barrier_wait(Barrier* barrier, int parity) { cuda_shim::barrier_wait
 
 inline void prefetch_matrix(const CUtensorMap*) {}
 
-// The box at (row, col) to `to` and `barrier` of every block whose bit is set in `ranks`.
-inline void copy_box_to(void* to, const CUtensorMap* map, int row, int col, Barrier* barrier,
-                        uint16_t ranks) {
+inline void copy_box(void* to, const CUtensorMap* map, int row, int col, Barrier* barrier) {
   if (reinterpret_cast<uintptr_t>(to) % 1024 != 0) {
     cuda_shim::fail("a box that does not begin on 1024 bytes");
   }
   constexpr int kCols = 64;
   const CUtensorMap from = *map;
-  for (int rank = 0; ranks >> rank != 0; ++rank) {
-    if ((ranks >> rank & 1) == 0) continue;
-    auto* target = static_cast<unsigned char*>(cuda_shim::in_block(to, rank));
-    cuda_shim::copy_later(target, from.box_rows * kCols * 2,
-                          static_cast<Barrier*>(cuda_shim::in_block(barrier, rank)), [=] {
-                            for (int r = 0; r < from.box_rows; ++r) {
-                              for (int c = 0; c < kCols; ++c) {
-                                const bool inside = row + r >= 0 && row + r < from.rows &&
-                                                    col + c >= 0 && col + c < from.cols;
-                                const uint16_t value =
-                                    inside ? from.data[(row + r) * from.row_stride + col + c] : 0;
-                                // The 128-byte swizzle.
-                                const int chunk = c / 8 ^ (r & 7);
-                                std::memcpy(target + r * 128 + chunk * 16 + c % 8 * 2, &value, 2);
-                              }
-                            }
-                          });
-  }
-}
-
-inline void copy_box(void* to, const CUtensorMap* map, int row, int col, Barrier* barrier) {
-  copy_box_to(to, map, row, col, barrier, static_cast<uint16_t>(1 << cuda_shim::cluster_rank()));
+  auto* target = static_cast<unsigned char*>(to);
+  cuda_shim::copy_later(to, from.box_rows * kCols * 2, barrier, [=] {
+    for (int r = 0; r < from.box_rows; ++r) {
+      for (int c = 0; c < kCols; ++c) {
+        const bool inside =
+            row + r >= 0 && row + r < from.rows && col + c >= 0 && col + c < from.cols;
+        const uint16_t value = inside ? from.data[(row + r) * from.row_stride + col + c] : 0;
+        const int chunk = c / 8 ^ (r & 7);  // the 128-byte swizzle
+        std::memcpy(target + r * 128 + chunk * 16 + c % 8 * 2, &value, 2);
+      }
+    }
+  });
 }
 
 inline int cluster_rank() { return cuda_shim::cluster_rank(); }
