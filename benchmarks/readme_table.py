@@ -9,7 +9,9 @@ from __future__ import annotations
 import argparse
 import csv
 import statistics
+import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import engines_report
@@ -17,6 +19,7 @@ import gpu_report
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
+GPU_CODE = ("csrc", "geffect_fast/ops", "geffect_fast/capture", "geffect_fast/engines")
 STEP = "training step"
 OF_BEST = "geffect_fast over the best other"
 BEGIN, END = "<!-- {}: benchmarks/readme_table.py -->", "<!-- end of {} -->"
@@ -138,17 +141,31 @@ def ops_table() -> str:
     return "\n".join([*lines, "", machine_line(rows[0])])
 
 
-def gpu_table() -> str:
-    """A table for every GPU that was measured: each op against the fastest other way."""
-    tables = [one_gpu_table(read(path.name)) for path in sorted(RESULTS.glob("nvidia-*.csv"))]
-    return "\n\n".join(tables) or "Not yet run on a GPU: no figures."
+def has_changed(commit: str) -> bool | None:
+    """Whether what GPU figures depend on differs from a commit; None where git does not know it."""
+    command = ["git", "diff", "--quiet", commit, "--", *GPU_CODE]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, check=False)
+    return {0: False, 1: True}.get(done.returncode)
 
 
-def engines_table() -> str:
-    """A table for every GPU on which profiles were timed."""
-    paths = sorted(RESULTS.glob("engines_nvidia-*.csv"))
-    tables = [engines_report.readme_table(read(path.name)) for path in paths]
-    return "\n\n".join(tables) or "Not yet run on a GPU: no figures."
+def gpu_tables(pattern: str, table: Callable[[list[dict[str, str]]], str]) -> str | None:
+    """A table for every GPU that was measured, or which code was, where that is not this one; None
+    where it cannot be told."""
+    found = []
+    for path in sorted(RESULTS.glob(pattern)):
+        rows = read(path.name)
+        commits = sorted({row["commit"] for row in rows})
+        changed = [has_changed(commit) for commit in commits]
+        if None in changed:
+            return None
+        where = f"benchmarks/results/{path.name}"
+        found.append(
+            f"Run on an {rows[0]['gpu']} at {' and '.join(commits)}; the code has changed since, so "
+            f"the figures stay in `{where}`."
+            if any(changed)
+            else table(rows)
+        )
+    return "\n\n".join(found) or "Not yet run on a GPU: no figures."
 
 
 def one_gpu_table(rows: list[dict[str, str]]) -> str:
@@ -188,16 +205,21 @@ def rewritten(text: str) -> str:
         "per sample": per_sample_table,
         "ops": ops_table,
     }
-    tables = {"gpu engines": engines_table(), "gpu": gpu_table()}
+    tables: dict[str, str | None] = {
+        "gpu engines": gpu_tables("engines_nvidia-*.csv", engines_report.readme_table),
+        "gpu": gpu_tables("nvidia-*.csv", one_gpu_table),
+    }
     for name, table in cpu.items():
         script = f"bench_{name.replace(' ', '_')}.py"
         measured = (RESULTS / f"{name.replace(' ', '_')}_cpu.csv").exists()
         missing = f"Not measured on this version: `python benchmarks/{script}`."
         tables[name] = table() if measured else missing
-    for name, table in tables.items():
+    for name, found in tables.items():
+        if found is None:
+            continue
         begin, end = BEGIN.format(name), END.format(name)
         head, rest = text.split(begin)
-        text = f"{head}{begin}\n\n{table}\n\n{end}{rest.split(end)[1]}"
+        text = f"{head}{begin}\n\n{found}\n\n{end}{rest.split(end)[1]}"
     return text
 
 
