@@ -160,8 +160,8 @@ def gpu_tables(pattern: str, table: Callable[[list[dict[str, str]]], str]) -> st
             return None
         where = f"benchmarks/results/{path.name}"
         found.append(
-            f"Run on an {rows[0]['gpu']} at {' and '.join(commits)}; the code has changed since, so "
-            f"the figures stay in `{where}`."
+            f"Run on an {rows[0]['gpu']} at {' and '.join(commits)}; the code has changed since, so"
+            f" the figures stay in `{where}`."
             if any(changed)
             else table(rows)
         )
