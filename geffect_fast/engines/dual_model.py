@@ -33,7 +33,6 @@ class DualModel:
     Its own code runs, with duals in place of the parameters that move (`dual_tensor`). Where that
     cannot be, because something in the model writes into a constant, say, torch's forward mode runs
     the model instead: whatever it does, at the price of more host time.
-
     """
 
     def __init__(self, plan: Plan) -> None:
