@@ -33,6 +33,31 @@ class Scratch {
   std::unique_ptr<A, Free> memory_;
 };
 
+#if defined(__linux__)
+// Intel's MKL, where torch is built with it: threads of the products this thread asks for, 0 for
+// the process's setting; returns what was set.
+extern "C" int MKL_Set_Num_Threads_Local(int) __attribute__((weak));
+#endif
+
+// While it lives, a product by BLAS stays on the calling thread. MKL splits a sum by the number of
+// threads it is allowed even where it gets none, inside a parallel region.
+class OneBlasThread {
+ public:
+#if defined(__linux__)
+  OneBlasThread() {
+    if (MKL_Set_Num_Threads_Local != nullptr) before_ = MKL_Set_Num_Threads_Local(1);
+  }
+  ~OneBlasThread() {
+    if (MKL_Set_Num_Threads_Local != nullptr) MKL_Set_Num_Threads_Local(before_);
+  }
+
+ private:
+  int before_ = 0;
+#else
+  OneBlasThread() {}
+#endif
+};
+
 // Calls body(task, scratch) once for every task; threads fetch the next task when they are free,
 // and each has `scratch_elements` of its own. A task must write results that no other task writes.
 template <class A, class Body>
@@ -40,6 +65,7 @@ void run_tasks(int64_t n_tasks, int64_t scratch_elements, const Body& body) {
   const int64_t workers = std::min<int64_t>(n_tasks, torch::stable::get_num_threads());
   std::atomic<int64_t> next{0};
   torch::stable::parallel_for(0, workers, 1, [&](int64_t, int64_t) {
+    const OneBlasThread one_blas_thread;
     const Scratch<A> scratch(scratch_elements);
     for (int64_t task = next++; task < n_tasks; task = next++) body(task, scratch.data());
   });
