@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -14,6 +15,8 @@ from torch.func import jvp
 
 from geffect_fast.engines.dual import DualFunctions
 from geffect_fast.engines.dual_layers import Gated, RMSNorm
+from geffect_fast.engines.remembered import Remembered, settings_of
+from geffect_fast.transfer import on_device
 
 Forwards = Mapping[nn.Module, Callable[..., Tensor]]
 
@@ -28,32 +31,50 @@ WIDTHS = (6, 10)
 """Of the small projections that a gated MLP is tried with."""
 
 
+@dataclass(frozen=True)
+class _Served:
+    """Which modules the rules serve, by `_kind`.
+
+    Attributes:
+        norms: what is added to the weight of an RMS norm; None of a module that is none.
+        gates: whether a module is a gated MLP.
+    """
+
+    norms: dict[Hashable, float | None] = field(default_factory=dict)
+    gates: dict[Hashable, bool] = field(default_factory=dict)
+
+
+_SERVED: Remembered[_Served] = Remembered()
+
+
 def fast_forwards(model: nn.Module) -> dict[nn.Module, Callable[..., Tensor]]:
     """For every RMS norm and gated MLP of `model` a forward of the same values and a faster rule.
 
     What a module computes is tried, values and derivatives, not read off its name; of modules that
-    differ in nothing but their weights, one is tried.
+    differ in nothing but their weights, one is tried, once a model.
     """
+    state = (_kind(model), settings_of(model))
+    served = _SERVED.get(model, state)
+    if served is None:
+        served = _Served()
+        _SERVED.keep(model, state, served)
     found: dict[nn.Module, Callable[..., Tensor]] = {}
-    norms: dict[Hashable, RMSNorm | None] = {}
-    gates: dict[Hashable, Gated | None] = {}
     for module in model.modules():
         if "forward" in vars(module):
             continue
         if _may_be_norm(module):
             kind = _kind(module)
-            if kind not in norms:
-                norms[kind] = _norm_rule(module)
-            norm = norms[kind]
-            if norm is not None:
-                found[module] = partial(_normed, norm, module, module.forward)
+            if kind not in served.norms:
+                served.norms[kind] = _offset(module)
+            offset = served.norms[kind]
+            if offset is not None:
+                found[module] = partial(_normed, _norm(module, offset), module, module.forward)
         elif _may_be_gated(module):
             kind = _kind(module)
-            if kind not in gates:
-                gates[kind] = _gated_rule(module)
-            gate = gates[kind]
-            if gate is not None:
-                found[module] = partial(_gated, gate, module)
+            if kind not in served.gates:
+                served.gates[kind] = _is_gated(module)
+            if served.gates[kind]:
+                found[module] = partial(_gated, Gated(_activation(module)), module)
     return found
 
 
@@ -70,7 +91,7 @@ def dual_modules(forwards: Forwards) -> Iterator[None]:
 
 
 def _kind(module: nn.Module) -> Hashable:
-    """What says how a module computes, all but its weights: class, attributes and children.
+    """What says how a module computes, all but its weights: code, attributes and children.
 
     Objects count as themselves, so that two modules hold the same config or are told apart.
     """
@@ -78,6 +99,7 @@ def _kind(module: nn.Module) -> Hashable:
     plain = (bool, int, float, str, type(None))
     return (
         type(module),
+        type(module).forward,
         module.training,
         frozenset((k, v if isinstance(v, plain) else id(v)) for k, v in held.items()),
         frozenset((k, id(v)) for k, v in module._buffers.items()),
@@ -100,12 +122,26 @@ def _may_be_norm(module: nn.Module) -> bool:
     return not any(True for _ in module.children()) and weight.dtype in TOLERANCE
 
 
-def _norm_rule(module: nn.Module) -> RMSNorm | None:
-    """Of an RMS norm over the last axis with weight `w` or `1 + w`, and no bias."""
+def _offset(module: nn.Module) -> float | None:
+    """What an RMS norm over the last axis without a bias adds to its weight `w`: 0, or 1 where it
+    multiplies by `1 + w`; None of another module."""
     weight: Any = module._parameters["weight"]
-    epsilons = [v for k, v in vars(module).items() if "eps" in k and isinstance(v, float)]
-    if len(epsilons) != 1:
+    if len(_epsilons(module)) != 1:
         return None
+    for offset in (0.0, 1.0):
+        rule = _norm(module, offset)
+        x, w = _noise(weight, 2, len(weight)), _noise(weight, len(weight))
+        # at a size where eps counts, and at others where it does not
+        if all(_same(rule, rule.norm, (size * x, w)) for size in (1e-3, *SIZES)):
+            return offset
+    return None
+
+
+def _epsilons(module: nn.Module) -> list[float]:
+    return [v for k, v in vars(module).items() if "eps" in k and isinstance(v, float)]
+
+
+def _norm(module: nn.Module, offset: float) -> RMSNorm:
     alone: Any = copy.copy(module)
 
     def norm(x: Tensor, w: Tensor) -> Tensor:
@@ -113,13 +149,8 @@ def _norm_rule(module: nn.Module) -> RMSNorm | None:
         y: Tensor = type(module).forward(alone, x)
         return y
 
-    for offset in (0.0, 1.0):
-        rule = RMSNorm(norm, offset, epsilons[0])
-        x, w = _noise(weight, 2, len(weight)), _noise(weight, len(weight))
-        # at a size where eps counts, and at others where it does not
-        if all(_same(rule, norm, (size * x, w)) for size in (1e-3, *SIZES)):
-            return rule
-    return None
+    (epsilon,) = _epsilons(module)
+    return RMSNorm(norm, offset, epsilon)
 
 
 def _normed(
@@ -151,9 +182,9 @@ def _activation(module: nn.Module) -> Any:
     return getattr(module, "act_fn", None)
 
 
-def _gated_rule(module: nn.Module) -> Gated | None:
-    """Of an MLP `down(act(gate(x)) * up(x))`, tried between small projections in place of its own,
-    whose width changes nothing."""
+def _is_gated(module: nn.Module) -> bool:
+    """Whether an MLP is `down(act(gate(x)) * up(x))`, tried between small projections in place of
+    its own, whose width changes nothing."""
     rule = Gated(_activation(module))
     weight: Any = module.get_submodule("gate_proj").weight
     alone: Any = copy.copy(module)
@@ -168,8 +199,7 @@ def _gated_rule(module: nn.Module) -> Gated | None:
     gated = tuple(_noise(weight, 2, WIDTHS[1], seed=seed) for seed in (1, 2))
     x = _noise(weight, 2, WIDTHS[0])
     own, fast = partial(type(module).forward, alone), partial(_gated, rule, alone)
-    serves = _same(rule, rule.value, gated) and all(_same(fast, own, (s * x,)) for s in SIZES)
-    return rule if serves else None
+    return _same(rule, rule.value, gated) and all(_same(fast, own, (s * x,)) for s in SIZES)
 
 
 def _gated(rule: Gated, module: nn.Module, x: Tensor) -> Tensor:
@@ -202,4 +232,5 @@ def _same(
 
 def _noise(like: Tensor, *shape: int, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, generator=generator, dtype=torch.float64).to(like.device, like.dtype)
+    noise = torch.randn(shape, generator=generator, dtype=torch.float64)
+    return on_device(noise, like.device).to(like.dtype)

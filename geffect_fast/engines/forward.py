@@ -29,7 +29,7 @@ from geffect_fast.engines.objective_tangents import (
 )
 from geffect_fast.engines.tasks import Reference, Task
 from geffect_fast.errors import InputError
-from geffect_fast.transfer import OnItsWay
+from geffect_fast.transfer import OnItsWay, on_device
 
 
 def forward_effects(
@@ -147,17 +147,18 @@ def _on_device(
     scale = torch.ones(len(part.risks), dtype=torch.float64)
     risks = slice(part.risks[0], part.risks[-1] + 1)  # neighbours: no copy
     chosen = {name: directions[name][risks] for name in part.names}
-    in_fp16 = torch.float16 in precisions(plan.model)
-    if in_fp16:
+    if torch.float16 in precisions(plan.model):
         squares = sum(v.double().flatten(1).square().sum(1).cpu() for v in chosen.values())
         # what is zero stays zero, also in fp32
         scale = torch.as_tensor(squares).sqrt().clamp(min=2.0**-100).log2().round().exp2()
-    moved = {}
-    for name, v in chosen.items():
-        p = plan.parameters[name]
-        by = (1 / scale).to(v).view(-1, *[1] * p.dim())
-        moved[name] = (v * by if in_fp16 else v).to(p.device, p.dtype)
-    return moved, scale
+        inverse = on_device(1 / scale, next(iter(chosen.values())).device)
+        chosen = {
+            n: v * inverse.to(v.dtype).view(-1, *[1] * (v.dim() - 1)) for n, v in chosen.items()
+        }
+    places = {name: plan.parameters[name] for name in chosen}
+    return {
+        name: v.to(places[name].device, places[name].dtype) for name, v in chosen.items()
+    }, scale
 
 
 def _by_sample(batch: Batch, change: Tensor) -> Tensor:

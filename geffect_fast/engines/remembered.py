@@ -39,12 +39,9 @@ def state_of(plan: Plan) -> Hashable:
     rules, and autocast.
     """
     model = plan.model
-    modules, configs = [], {}
+    modules = []
     for module in model.modules():
         own = vars(module)
-        config = own.get("config")
-        if config is not None:
-            configs[id(config)] = config
         modules.append(
             (
                 type(module),
@@ -66,8 +63,14 @@ def state_of(plan: Plan) -> Hashable:
     autocast = tuple(
         (kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in kinds
     )
-    said = tuple(_plain(vars(config)) for config in configs.values())
-    return tuple(modules), said, tensors, served, autocast
+    return tuple(modules), settings_of(model), tensors, served, autocast
+
+
+def settings_of(model: nn.Module) -> Hashable:
+    """What the configs of a model say."""
+    found = (vars(module).get("config") for module in model.modules())
+    configs = {id(config): config for config in found if config is not None}
+    return tuple(_plain(vars(config)) for config in configs.values())
 
 
 _OF_EVERY_MODULE = vars(nn.Module()).keys() - {"training"}

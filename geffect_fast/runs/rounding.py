@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from geffect_fast.capture import Plan
 from geffect_fast.data import SampleSet
@@ -64,7 +64,8 @@ class RoundingCheck:
             directions: gradients of the risks as the profile has them, `(M, *shape)`.
             reference: prepared for `tasks`.
             every_row: the profile's effects of all rows, `(K, M, n)`; None where they are not told
-                apart, or not in memory: then the two rows are all there is to compare with.
+                apart, or not in memory: then those of the two rows are found once more, and are all
+                there is to compare with.
 
         Returns:
             `precision_error`, a float of `precision_error_of`, and `precision_samples`, the
@@ -76,7 +77,11 @@ class RoundingCheck:
             gib = f"{needed / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are free"
             return {"precision_note": f"not measured: the weights in float32 take {gib}"}
         try:
-            found = self._effects(plan, directions, reference)
+            found = (
+                self._effects(plan, directions, reference)
+                if every_row is None
+                else every_row[:, :, self._places]
+            )
             exact = self._effects(_in_fp32(plan), directions, reference)
         except Exception as error:  # the profile stands without it
             said = next(iter(str(error).strip().splitlines()), "")
@@ -117,6 +122,12 @@ class RoundingCheck:
                 tick=lambda _: None,
             )
         return array.sum((2, 4))
+
+    @property
+    def _places(self) -> list[int]:
+        """Where these rows stand among all, data set by data set."""
+        sizes = [len(each) for each in self.whole.sets.values()]
+        return [sum(sizes[:i]) + row for i, n in enumerate(sizes) for row in two_rows(n)]
 
     def _mean_squares(self, effects: np.ndarray, resolution: Resolution) -> np.ndarray:
         """Of effects by row the mean of squares, added over data sets, `(K, M)`."""
@@ -195,8 +206,14 @@ def _in_fp32(plan: Plan) -> Plan:
 
     The plan is copied too: the choice of the layout has found out what uses which parameters.
     """
-    plan = copy.deepcopy(plan)
-    wide: Any = plan.model.to(torch.float32)  # in place
+    in_fp32: dict[int, Any] = {
+        id(p): nn.Parameter(p.detach().float(), p.requires_grad) for p in plan.model.parameters()
+    }
+    for b in plan.model.buffers():
+        if b.is_floating_point():
+            in_fp32[id(b)] = b.to(torch.float32, copy=True)
+    plan = copy.deepcopy(plan, in_fp32)  # which takes these in the place of copies
+    wide: Any = plan.model
     attention = getattr(getattr(wide, "config", None), "_attn_implementation", None)
     if "flash" in str(attention):
         wide.set_attn_implementation("sdpa")

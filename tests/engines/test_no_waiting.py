@@ -16,6 +16,7 @@ import geffect_fast as gf
 from geffect_fast.capture import Plan
 from geffect_fast.data import make_batches
 from geffect_fast.data.tokenize import tokenize_rows
+from geffect_fast.engines import dual_modules, forward_parts
 from geffect_fast.engines.direction import accumulate_gradients
 from geffect_fast.engines.reverse import reverse_effects
 from geffect_fast.engines.tasks import Reference, Task, tasks_for
@@ -161,6 +162,38 @@ def test_a_whole_measurement(resolve, device, monkeypatch):
     for name in ("g_effect", "loss", "risk_value", "grad_norm", "cosine"):
         x, y = (torch.from_numpy(of[name].values) for of in (found, expected))
         torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5 * float(y.abs().max()))
+
+
+@pytest.mark.parametrize(
+    ("architecture", "offset"), [("llama_tied", 0.0), ("gpt2", 0.0), ("phi", 0.0), ("gemma2", 1.0)]
+)
+def test_a_whole_measurement_of_the_forward_engine(architecture, offset, device, monkeypatch):
+    """Results once a batch, and what a reverse pass asks for the risks' gradients."""
+    model = build(architecture)
+    given = {**SETS, "objectives": ["gd", "npo(beta=0.1)"], "engine": "forward"}
+    given |= {"token_budget": 16, "resolve": ("sample", "token")}
+    expected = gf.profile(model, None, **given)
+    here = Plan.of(model)
+    with device:
+        with device.preparing():
+            plan = plan_there(here)
+            monkeypatch.setattr(Plan, "of", lambda _model: plan)
+            monkeypatch.setattr(profiler, "choose_layout", lambda *_: "packed")
+            monkeypatch.setattr(profiler, "forward_mode_problem", lambda *_: None)
+            monkeypatch.setattr(dual_modules, "_offset", lambda _: offset)
+            monkeypatch.setattr(dual_modules, "_is_gated", lambda _: True)
+            for module in (arguments, forward_parts):
+                monkeypatch.setattr(module, "free_memory", lambda _: 2**40)
+            prepared = profiler.Profiler(plan.model, None, **given)
+        found = prepared.measure().dataset
+        n_batches = sum(len(task.batches) for task in prepared._tasks)
+        # Weights, values of the risks, their gradients and the inner products of those.
+        assert device.waits == n_batches + 4
+    for name in ("g_effect", "loss", "risk_value"):
+        x, y = (torch.from_numpy(of[name].values) for of in (found, expected))
+        torch.testing.assert_close(
+            x, y, rtol=1e-4, atol=1e-5 * float(y.nan_to_num().abs().max()), equal_nan=True
+        )
 
 
 def losses(model, given):

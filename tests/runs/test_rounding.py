@@ -72,11 +72,12 @@ def test_the_figure_is_that_of_plain_autograd(architecture, engine, monkeypatch)
         ]
         return torch.stack(found).numpy()[..., [0, 3, 7, 9]]
 
-    found, exact = passes
+    (exact,) = passes
     in_bf16, in_fp32 = plain(model), plain(copy.deepcopy(model).float())
     scale = np.linalg.norm(in_fp32, axis=2, keepdims=True)
     np.testing.assert_allclose(exact / scale, in_fp32 / scale, atol=2e-5)
     rows = measured.dataset.g_effect.values
+    found = rows[..., [0, 3, 7, 9]]
 
     def figure_of(off):
         split = [(off[..., :2], rows[..., :7]), (off[..., 2:], rows[..., 7:])]
@@ -123,7 +124,7 @@ def test_fp16_rounds_less_than_bf16():
 def test_the_figure_does_not_depend_on_other_axes(axes):
     model = build("llama", torch.bfloat16)
     found, expected = stated(profile(model, resolve=axes)), stated(profile(model))
-    assert found.pop("precision_error") == pytest.approx(expected.pop("precision_error"), rel=1e-6)
+    assert found.pop("precision_error") == pytest.approx(expected.pop("precision_error"), rel=1e-5)
     assert found == expected
 
 
