@@ -30,6 +30,14 @@ inline constexpr int kWarp = 32;
 
 __host__ __device__ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// Before every launch of a kernel with dynamic shared memory. The limit is for static and dynamic
+// memory together, so even a small request can exceed it, and it is the last that was set, be it by
+// a launch that asked for less.
+inline void set_shared_memory_limit(const void* kernel, size_t bytes) {
+  STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                      static_cast<int>(bytes)));
+}
+
 // Makes a tensor's device the current one for as long as it lives, and knows torch's current
 // stream there.
 class Device {
@@ -73,12 +81,8 @@ class Device {
   template <class... Params, class... Args>
   void launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes,
               Args&&... args) const {
-    // The limit is for static and dynamic shared memory together, so even a small request can
-    // exceed what a kernel may have unless it is raised.
     if (shared_bytes > 0) {
-      STD_CUDA_CHECK(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                          cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                          static_cast<int>(shared_bytes)));
+      set_shared_memory_limit(reinterpret_cast<const void*>(kernel), shared_bytes);
     }
     cudaLaunchConfig_t config = {};
     config.gridDim = grid;

@@ -17,9 +17,11 @@
 // so a slot has one writer and no sum depends on the order of blocks. Limiter: bytes; on an H100,
 // segments of 64 tokens are read at up to 83 % of a copy's rate.
 #include "common/checks.h"
+#include "cuda/clusters.cuh"
 #include "cuda/copy_engine.cuh"
 #include "cuda/device.cuh"
 #include "cuda/offsets.cuh"
+#include "cuda/tensor_map.cuh"
 #include "cuda/warpgroup.cuh"
 
 namespace geffect_fast {

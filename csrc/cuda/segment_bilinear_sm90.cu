@@ -21,6 +21,7 @@
 
 #include "common/checks.h"
 #include "cuda/device.cuh"
+#include "cuda/tensor_map.cuh"
 #include "cuda/vector.cuh"
 
 namespace geffect_fast {
@@ -79,23 +80,14 @@ void check_status(cutlass::Status status) {
 }
 
 template <class T>
-bool fits_copy_engine(const Tensor& matrix) {
-  const int64_t last = matrix.dim() - 1;
-  bool fits =
-      matrix.stride(last) == 1 && matrix.size(last) % kVector<T> == 0 &&
-      rows_are_aligned(static_cast<const T*>(matrix.const_data_ptr()), matrix.stride(last - 1)) &&
-      matrix.stride(last - 1) >= matrix.size(last) && matrix.numel() > 0;
-  for (int64_t i = 0; i <= last; ++i) fits = fits && matrix.size(i) <= INT32_MAX;
-  return fits && (matrix.dim() == 2 || matrix.stride(0) % kVector<T> == 0);
-}
-
-template <class T>
 Tensor terms_typed(const Tensor& a, const Tensor& g, const Tensor& v) {
   using Traits = HopperTraits<T>;
   using Element = typename Traits::Element;
   using Gemm = typename Traits::Gemm;
   const int64_t total_tokens = a.size(0), n_directions = v.size(0);
-  if (!fits_copy_engine<T>(a) || !fits_copy_engine<T>(g) || !fits_copy_engine<T>(v)) {
+  const bool whole_vectors = a.size(1) % kVector<T> == 0 && g.size(1) % kVector<T> == 0;
+  if (!whole_vectors || !fits_copy_engine<T>(a) || !fits_copy_engine<T>(g) ||
+      !fits_copy_engine<T>(v)) {
     return new_float(a, {0, n_directions, total_tokens});
   }
   const Device device(a);

@@ -267,8 +267,14 @@ enum cudaMemcpyKind {
 inline constexpr unsigned cudaHostAllocDefault = 0, cudaHostAllocPortable = 1,
                           cudaHostAllocMapped = 2;
 
-enum cudaLaunchAttributeID { cudaLaunchAttributeProgrammaticStreamSerialization = 6 };
+enum cudaLaunchAttributeID {
+  cudaLaunchAttributeClusterDimension = 4,
+  cudaLaunchAttributeProgrammaticStreamSerialization = 6,
+};
 union cudaLaunchAttributeValue {
+  struct {
+    unsigned x, y, z;
+  } clusterDim;
   int programmaticStreamSerializationAllowed;
 };
 struct cudaLaunchAttribute {
@@ -285,6 +291,13 @@ struct cudaLaunchConfig_t {
 
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device);
 cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute, int value);
+cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, const void* kernel,
+                                           const cudaLaunchConfig_t* config);
+enum cudaDriverEntryPointQueryResult { cudaDriverEntryPointSuccess = 0 };
+inline constexpr unsigned long long cudaEnableDefault = 0;
+cudaError_t cudaGetDriverEntryPointByVersion(const char* name, void** found, unsigned version,
+                                             unsigned long long flags,
+                                             cudaDriverEntryPointQueryResult* result);
 cudaError_t cudaHostAlloc(void** memory, size_t bytes, unsigned flags);
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode*) {
@@ -325,8 +338,17 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
                                Args&&... args) {
   const std::tuple<std::decay_t<Params>...> params(std::forward<Args>(args)...);
   std::apply([](const auto&... each) { (cuda_shim::check_parameter(each), ...); }, params);
-  const bool early =
-      config->numAttrs > 0 && config->attrs->val.programmaticStreamSerializationAllowed;
+  bool early = false;
+  unsigned blocks = 1;
+  for (unsigned i = 0; i < config->numAttrs; ++i) {
+    const cudaLaunchAttribute& attribute = config->attrs[i];
+    if (attribute.id == cudaLaunchAttributeClusterDimension) {
+      blocks = attribute.val.clusterDim.x;
+    } else {
+      early = attribute.val.programmaticStreamSerializationAllowed;
+    }
+  }
+  const cuda_shim::ClusterLaunch cluster(blocks);
   cuda_shim::launch(reinterpret_cast<const void*>(kernel), *config,
                     cuda_shim::parameter_bytes<std::decay_t<Params>...>(), [&] {
                       std::apply(kernel, params);

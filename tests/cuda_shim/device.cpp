@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <map>
 
+#include "cuda.h"
 #include "runtime.h"
 
 namespace cuda_shim {
@@ -115,6 +116,48 @@ cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute, int valu
   }
   cuda_shim::shared_limits[kernel] = value;
   return cudaSuccess;
+}
+
+cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, const void* kernel,
+                                           const cudaLaunchConfig_t* config) {
+  const size_t held = cuda_shim::static_part(kernel, config->dynamicSmemBytes);
+  const size_t of_block = held + config->dynamicSmemBytes + 1024;
+  const int blocks = static_cast<int>((cuda_shim::shared_memory() + 1024) / of_block);
+  const int in_cluster = static_cast<int>(config->attrs->val.clusterDim.x);
+  // A device has the multiprocessors for one cluster of any size that is allowed.
+  *clusters = std::max(1, blocks * cuda_shim::attributes.at("multiprocessors") / in_cluster);
+  return cudaSuccess;
+}
+
+cudaError_t cudaGetDriverEntryPointByVersion(const char* name, void** found, unsigned,
+                                             unsigned long long,
+                                             cudaDriverEntryPointQueryResult* result) {
+  if (std::string(name) != "cuTensorMapEncodeTiled") cuda_shim::fail("an unknown driver's call");
+  *found = reinterpret_cast<void*>(&cuTensorMapEncodeTiled);
+  *result = cudaDriverEntryPointSuccess;
+  return cudaSuccess;
+}
+
+// Matrices of 16-bit elements, in boxes of 128 bytes a row.
+CUresult cuTensorMapEncodeTiled(CUtensorMap* map, CUtensorMapDataType, cuuint32_t rank,
+                                void* address, const cuuint64_t* sizes, const cuuint64_t* strides,
+                                const cuuint32_t* box, const cuuint32_t* steps,
+                                CUtensorMapInterleave, CUtensorMapSwizzle swizzle,
+                                CUtensorMapL2promotion, CUtensorMapFloatOOBfill) {
+  const bool is_aligned = reinterpret_cast<uintptr_t>(address) % 16 == 0 && strides[0] % 16 == 0;
+  const bool has_sizes = rank == 2 && std::min(sizes[0], sizes[1]) > 0 &&
+                         std::max(sizes[0], sizes[1]) <= uint64_t{1} << 32 &&
+                         strides[0] >= sizes[0] * 2 && strides[0] < uint64_t{1} << 40;
+  const bool has_box = box[0] * 2 == 128 && box[1] > 0 && box[1] <= 256 && steps[0] == 1 &&
+                       steps[1] == 1 && swizzle == CU_TENSOR_MAP_SWIZZLE_128B;
+  if (!is_aligned || !has_sizes || !has_box) return CUDA_ERROR_INVALID_VALUE;
+  *map = {static_cast<const uint16_t*>(address),
+          static_cast<int64_t>(sizes[1]),
+          static_cast<int64_t>(sizes[0]),
+          static_cast<int64_t>(strides[0] / 2),
+          static_cast<int>(box[1]),
+          static_cast<int>(box[0])};
+  return CUDA_SUCCESS;
 }
 
 cudaError_t cudaHostAlloc(void** memory, size_t bytes, unsigned) {

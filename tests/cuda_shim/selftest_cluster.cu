@@ -1,6 +1,8 @@
 // Two blocks that share their shared memory, and the copy engine's boxes, right and with one line
 // left out.
+#include "cuda/clusters.cuh"
 #include "cuda/copy_engine.cuh"
+#include "cuda/tensor_map.cuh"
 #include "selftest.cuh"
 
 namespace geffect_fast {
@@ -23,6 +25,7 @@ __global__ void __launch_bounds__(kThreads) cluster_kernel(const CUtensorMap x, 
     barrier_init(&barriers[1], kThreads);
     publish_barriers();
   }
+  wait_for_previous_kernel();
   cluster_sync();
   if (t == 0) {
     if (kWithout == Without::kExpect) {

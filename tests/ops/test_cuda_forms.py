@@ -151,6 +151,16 @@ def test_clusters_of_every_size(layer: tuple[int, int], multiprocessors: int, mo
         assert_right(sample, run(sample, HOPPER))
 
 
+def test_clusters_of_other_sizes_in_turn(monkeypatch) -> None:
+    """Four blocks for one sample, two for many: what one launch asks of the device holds for the
+    next as well."""
+    monkeypatch.setenv(GHOST, "clusters")
+    with cuda_shim.device(multiprocessors=8):
+        for n in (1, 40, 1, 40):
+            sample = Sample("ghost_norm", "", rows([64] * n, 600, 600))
+            assert_right(sample, run(sample, HOPPER))
+
+
 @pytest.mark.parametrize("form", ["gram", "gradient", "clusters"])
 def test_more_segments_than_are_planned_at_once(form: str, monkeypatch) -> None:
     monkeypatch.setenv(GHOST, form)

@@ -4,55 +4,15 @@
 // without it, and until then its target holds NaN.
 #pragma once
 
-#include "cuda/device.cuh"
+#include <cuda.h>
+
+#include <cstring>
+
 #include "cuda/intrinsics.cuh"
 #include "cuda/vector.cuh"
 #include "fibres.h"
 
 namespace geffect_fast {
-
-struct CUtensorMap {
-  const uint16_t* data;
-  int64_t rows, cols, row_stride;
-  int box_rows;
-};
-
-template <class T>
-CUtensorMap describe_matrix(const Tensor& matrix, int box_rows) {
-  if (box_rows < 1 || box_rows > 256) cuda_shim::fail("a box of more than 256 rows");
-  return {static_cast<const uint16_t*>(matrix.const_data_ptr()), matrix.size(0), matrix.size(1),
-          matrix.stride(0), box_rows};
-}
-
-template <class T>
-bool fits_copy_engine(const Tensor& matrix) {
-  return matrix.numel() > 0 && matrix.stride(1) == 1 &&
-         rows_are_aligned(static_cast<const T*>(matrix.const_data_ptr()), matrix.stride(0)) &&
-         matrix.stride(0) >= matrix.size(1);
-}
-
-struct Clusters {
-  const void* kernel;
-  int threads, blocks;
-  size_t shared_bytes;
-
-  int64_t resident(const Device& device) const {
-    return std::max(1, device.n_multiprocessors() / blocks);
-  }
-
-  template <class... Params, class... Args>
-  void launch(const Device& device, int64_t n, void (*typed)(Params...), Args&&... args) const {
-    STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                        static_cast<int>(shared_bytes)));
-    cudaLaunchConfig_t config = {};
-    config.gridDim = dim3(static_cast<unsigned>(n * blocks));
-    config.blockDim = dim3(static_cast<unsigned>(threads));
-    config.dynamicSmemBytes = shared_bytes;
-    config.stream = device.stream();
-    cuda_shim::ClusterLaunch cluster(blocks);
-    STD_CUDA_CHECK(cudaLaunchKernelEx(&config, typed, std::forward<Args>(args)...));
-  }
-};
 
 using Barrier = uint64_t;
 
@@ -75,12 +35,11 @@ inline void copy_box(void* to, const CUtensorMap* map, int row, int col, Barrier
   if (reinterpret_cast<uintptr_t>(to) % 1024 != 0) {
     cuda_shim::fail("a box that does not begin on 1024 bytes");
   }
-  constexpr int kCols = 64;
   const CUtensorMap from = *map;
   auto* target = static_cast<unsigned char*>(to);
-  cuda_shim::copy_later(to, from.box_rows * kCols * 2, barrier, [=] {
+  cuda_shim::copy_later(to, from.box_rows * from.box_cols * 2, barrier, [=] {
     for (int r = 0; r < from.box_rows; ++r) {
-      for (int c = 0; c < kCols; ++c) {
+      for (int c = 0; c < from.box_cols; ++c) {
         const bool inside =
             row + r >= 0 && row + r < from.rows && col + c >= 0 && col + c < from.cols;
         const uint16_t value = inside ? from.data[(row + r) * from.row_stride + col + c] : 0;
