@@ -12,7 +12,7 @@
 #include <string>
 #include <string_view>
 
-#include "common/dtype.h"
+#include "cuda/device.cuh"
 
 namespace geffect_fast {
 
@@ -34,8 +34,32 @@ inline GhostForm ghost_form() {
   return GhostForm::kByCost;
 }
 
-// Average tokens of a segment from which on large tiles of token pairs pay.
-inline constexpr int64_t kLargeTileTokens = 192;
+// Tokens along a tile of token pairs, and whether the large ones pay for n segments with `tokens`
+// in all.
+inline constexpr int kSmallGramTile = 64, kLargeGramTile = 128;
+inline bool by_large_tiles(int64_t tokens, int64_t n) { return tokens >= 192 * n; }
+
+// What chooses between the Gram and the gradient of a segment in ghost_norm: the layer, tokens
+// along a tile of pairs, features along a tile of a gradient, tokens that it takes at once.
+struct GhostSizes {
+  int64_t d_in, d_out;
+  int gram_tile, gradient_tile, slab_tokens;
+  GhostForm form;
+};
+
+__host__ __device__ constexpr int64_t triangle(int64_t n) { return n * (n + 1) / 2; }
+
+// By the multiply-adds of whole tiles.
+__host__ __device__ inline bool gram_form_is_cheaper(int64_t tokens, const GhostSizes& sizes) {
+  if (sizes.form != GhostForm::kByCost) return sizes.form != GhostForm::kGradient;
+  const auto round_up = [](int64_t a, int64_t b) { return ceil_div(a, b) * b; };
+  const int64_t tile = sizes.gram_tile;
+  const double gram = static_cast<double>(triangle(ceil_div(tokens, tile))) * tile * tile *
+                      (sizes.d_in + sizes.d_out);
+  return gram <= static_cast<double>(round_up(tokens, sizes.slab_tokens)) *
+                     round_up(sizes.d_in, sizes.gradient_tile) *
+                     round_up(sizes.d_out, sizes.gradient_tile);
+}
 
 // Whether ghost_norm's Grams are made by clusters, of n segments with `tokens` in all. Measured on
 // an H100: 0.74 to 0.93 of the other tiles' time at 64 tokens each, 1.35 to 2 times it at 256.

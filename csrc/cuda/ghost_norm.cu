@@ -30,27 +30,6 @@ constexpr int kBlocksPerSm = Traits::kM == 64                                   
 
 constexpr int kPlanThreads = 1024;
 
-struct Sizes {
-  int64_t d_in, d_out;
-  int gram_tile, gradient_tile, slab_tokens;
-  GhostForm form;
-};
-
-__host__ __device__ constexpr int64_t triangle(int64_t n) { return n * (n + 1) / 2; }
-
-__host__ __device__ constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
-
-// Counts multiply-adds of whole tiles.
-__host__ __device__ inline bool gram_form_is_cheaper(int64_t tokens, const Sizes& sizes) {
-  if (sizes.form != GhostForm::kByCost) return sizes.form != GhostForm::kGradient;
-  const int64_t tile = sizes.gram_tile;
-  const double gram = static_cast<double>(triangle(ceil_div(tokens, tile))) * tile * tile *
-                      (sizes.d_in + sizes.d_out);
-  return gram <= static_cast<double>(round_up(tokens, sizes.slab_tokens)) *
-                     round_up(sizes.d_in, sizes.gradient_tile) *
-                     round_up(sizes.d_out, sizes.gradient_tile);
-}
-
 // The inclusive sum over the threads of a block up to each; `shared` holds one a warp.
 __device__ int64_t block_scan(int64_t value, int64_t* shared) {
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
@@ -67,7 +46,7 @@ __device__ int64_t block_scan(int64_t value, int64_t* shared) {
 
 // first_gram[i], first_gradient[i] (n + 1 each): the tasks of both forms before segment i.
 __global__ void __launch_bounds__(kPlanThreads)
-    plan_kernel(Offsets offsets, Sizes sizes, int64_t* first_gram, int64_t* first_gradient,
+    plan_kernel(Offsets offsets, GhostSizes sizes, int64_t* first_gram, int64_t* first_gradient,
                 int* report) {
   __shared__ int64_t sums[kPlanThreads / kWarp];
   __shared__ int64_t totals[2];
@@ -269,8 +248,9 @@ Tensor ghost_norm_typed(const Device& device, const Tensor& a_tensor, const Tens
   const int64_t n = offsets.n;
   const bool by_clusters = kTensorCores<T> && device.has_warpgroups() && a.cols > 0 && g.cols > 0 &&
                            grams_by_clusters(offsets.total, n);
-  const bool large = kTensorCores<T> && !by_clusters && offsets.total >= kLargeTileTokens * n;
-  const Sizes sizes{a.cols, g.cols, large ? 128 : 64, kTileSide<T>, SmallTile<T>::kK, ghost_form()};
+  const bool large = kTensorCores<T> && !by_clusters && by_large_tiles(offsets.total, n);
+  const GhostSizes sizes{a.cols,       g.cols,           large ? kLargeGramTile : kSmallGramTile,
+                         kTileSide<T>, SmallTile<T>::kK, ghost_form()};
 
   const int64_t max_blocks = 3 * device.n_multiprocessors();
   const Tensor out = new_float(a_tensor, {n});

@@ -1,6 +1,6 @@
 // The rules of csrc/cuda/choose.h as ops of test_cuda_choice.py.
 #include "cuda/choose.h"
-#include "cuda/device.cuh"
+#include "cuda/tile_product.cuh"
 
 namespace geffect_fast {
 namespace {
@@ -35,14 +35,40 @@ Tensor bilinear_costs(const Tensor& sizes) {
   return out;
 }
 
+// sizes (cases, 4): tokens, segments of one length, d_in, d_out, of 16-bit elements on Hopper ->
+// (cases,) of GhostForm, never kByCost.
+Tensor ghost_norm_forms(const Tensor& sizes) {
+  const int64_t n = sizes.size(0);
+  const Tensor out = torch::stable::new_empty(sizes, {n});
+  const int64_t* from = sizes.const_data_ptr<int64_t>();
+  for (int64_t i = 0; i < n; ++i, from += 4) {
+    const int64_t tokens = from[0], segments = from[1];
+    const bool by_clusters = grams_by_clusters(tokens, segments);
+    const bool large = !by_clusters && by_large_tiles(tokens, segments);
+    const GhostSizes ghost{from[2],
+                           from[3],
+                           large ? kLargeGramTile : kSmallGramTile,
+                           kTileSide<BFloat16>,
+                           SmallTile<BFloat16>::kK,
+                           GhostForm::kByCost};
+    const GhostForm form = !gram_form_is_cheaper(tokens / segments, ghost) ? GhostForm::kGradient
+                           : by_clusters                                   ? GhostForm::kClusters
+                                                                           : GhostForm::kGram;
+    out.mutable_data_ptr<int64_t>()[i] = static_cast<int64_t>(form);
+  }
+  return out;
+}
+
 }  // namespace
 }  // namespace geffect_fast
 
 STABLE_TORCH_LIBRARY(cuda_shim_choose, m) {
   m.def("bilinear_forms(Tensor sizes) -> Tensor");
   m.def("bilinear_costs(Tensor sizes) -> Tensor");
+  m.def("ghost_norm_forms(Tensor sizes) -> Tensor");
 }
 STABLE_TORCH_LIBRARY_IMPL(cuda_shim_choose, CPU, m) {
   m.impl("bilinear_forms", TORCH_BOX(&geffect_fast::bilinear_forms));
   m.impl("bilinear_costs", TORCH_BOX(&geffect_fast::bilinear_costs));
+  m.impl("ghost_norm_forms", TORCH_BOX(&geffect_fast::ghost_norm_forms));
 }
