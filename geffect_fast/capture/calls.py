@@ -324,14 +324,18 @@ class GenericCall(Call):
     def keep(self, output: Any, norm_weights: NormWeights) -> None:
         self.returned = [y.detach() for y in tensors_of(output)]
 
-    def gradients(self, grads: list[Tensor | None]) -> Iterator[tuple[str, Factor]]:
-        """The factors, given the gradient of every tensor the module returned (None: unused)."""
-        segments = self.checked_segments()
+    def checked_segments(self) -> Segments:
+        segments = super().checked_segments()
         if segments.n_samples > 1 and not self.given.tensors:
             raise UnsupportedModelError(
                 f"module '{self.where}' is called without a tensor, so its share cannot be told "
                 "apart by sample; run it one sample at a time"
             )
+        return segments
+
+    def gradients(self, grads: list[Tensor | None]) -> Iterator[tuple[str, Factor]]:
+        """The factors, given the gradient of every tensor the module returned (None: unused)."""
+        segments = self.checked_segments()
         leaves = {k: self.module.get_parameter(k).detach().requires_grad_() for k in self.names}
         again = self._outputs(leaves)
         if not all(map(_alike, again, self.returned)):
@@ -405,7 +409,10 @@ class GenericCall(Call):
                 moved = [forward_ad.unpack_dual(y) for y in self._outputs(dual)]
         except (RuntimeError, NotImplementedError):
             return None
-        return [torch.zeros_like(y.primal) if y.tangent is None else y.tangent for y in moved]
+        # The replay may leave gradients on: DoRA's parts ask for them by themselves.
+        return [
+            torch.zeros_like(y.primal) if y.tangent is None else y.tangent.detach() for y in moved
+        ]
 
     def _outputs(self, leaves: dict[str, Tensor]) -> list[Tensor]:
         """What the module returns with `leaves` for its own parameters, before others' hooks."""

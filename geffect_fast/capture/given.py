@@ -78,9 +78,10 @@ def tensors_of(output: Any) -> list[Tensor]:
 def broadcast_ids(module: nn.Module, args: tuple[Any, ...], segments: Segments) -> tuple[Any, ...]:
     """Position ids `(1, length)` shared by several sequences, given to each of them."""
     if isinstance(module, nn.Embedding) and args and isinstance(args[0], Tensor):
-        ids, n = args[0], segments.n_rows
-        if n > 1 and ids.dim() >= 2 and ids.shape[:2] == (1, segments.length):
-            return (ids.expand(n, *ids.shape[1:]), *args[1:])
+        ids, n, length = args[0], segments.n_rows, segments.length or 0
+        # A single one may be anything, such as the one distance within a sample of one token.
+        if n > 1 and length > 1 and ids.shape == (1, length):
+            return (ids.expand(n, length), *args[1:])
     return args
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import count
@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from torch.utils.hooks import RemovableHandle
 
+from geffect_fast.capture.attribution import Attribution
 from geffect_fast.capture.calls import Call, GenericCall, NormWeights
 from geffect_fast.capture.factors import Factor
 from geffect_fast.capture.given import (
@@ -81,6 +82,13 @@ class Recorder:
         """Whether a module was called twice whose first inputs are gone: to be recorded again."""
         self.roots: list[Tensor] = []
         """Leaves that a backward must reach when parameters are frozen."""
+        self.structure: list[Hashable] = []
+        """What was called, in order, and how the axes of what it returned compare with the batch's:
+        calls of one structure count their rows for samples in one way."""
+        self.gave_positions = False
+        """Whether position ids of all samples were given to each, which a model might not take."""
+        self.attribution: Attribution | None = None
+        """Set, backwards are noted by it and compared, as it says."""
         self._number = count()
         self._handles: list[RemovableHandle] = []
         self._entered: dict[str, list[tuple[Given | None, list[nn.Parameter]]]] = {}
@@ -183,7 +191,9 @@ class Recorder:
             return None
         with torch._C.DisableTorchFunction():  # `OutsideUse` need not look at what hooks do
             if self.segments is not None:
-                args = broadcast_ids(module, args, self.segments)
+                given_to_each = broadcast_ids(module, args, self.segments)
+                self.gave_positions |= given_to_each is not args
+                args = given_to_each
             # The generic rule runs the module again, its hooks included: it takes what came in.
             again = len(args) + len(kwargs) != 1 or self.plan.owners[where][2] is GenericCall
             given = Given.of(args, kwargs) if again else None
@@ -250,6 +260,8 @@ class Recorder:
                 )
             grafted = tree_unflatten([self._graft(rule, y) for y in leaves], structure)
         for position, y in enumerate(tensors_of(grafted)):
+            if self.segments is not None:
+                self.structure.append((where, rule, self.segments.likeness(y.shape[:-1])))
             arrived = partial(self._arrived, index, position, kept)
             self._handles.append(y.register_hook(arrived))
         return grafted
@@ -286,6 +298,13 @@ class Recorder:
                 "belongs to the losses cannot be told apart"
             )
         call = self.calls[index]
+        if self.attribution is not None:
+            if self.attribution.noting:
+                call.checked_segments()
+                self.attribution.note((index, position), g)
+                return
+            rows = call.rows(call.checked_segments(), g)
+            self.attribution.compare((index, position), call.where, g, rows)
         if self.once and not isinstance(call, GenericCall):
             del self.calls[index]
         if isinstance(call, GenericCall):

@@ -142,6 +142,12 @@ class Segments:
             return self.n_samples // self.length
         return self.n_samples * self.rows_per_sample
 
+    def likeness(self, shape: Sequence[int]) -> tuple[tuple[bool, ...], ...]:
+        """Which of the batch's own numbers each axis of a shape equals: all that `rows` goes by."""
+        totals = {o.host[-1] for o in self.token_offsets}
+        own = (1, self.n_samples, self.n_rows, self.length, self.n_rows * (self.length or 1))
+        return tuple((*(size == k for k in own), size in totals) for size in shape)
+
     def rows(
         self, shape: Sequence[int], where: str, known: dict[tuple[str, int], int] | None = None
     ) -> Rows:
