@@ -2,6 +2,8 @@
 
 All of them take a `loss_fn(model, batch)` that returns one loss a sample, run one forward and one
 backward, form no weight gradient of a single sample, and leave the model and its gradients alone.
+The first call for a model, a loss function and a structure of calls runs one backward more, which
+shows that rows belong to the samples they are counted for (`geffect_fast.capture.attribution`).
 """
 
 from __future__ import annotations
