@@ -42,6 +42,9 @@ def capture(
     behave as without it; inside the block nothing of it runs compiled, and no activations are
     computed a second time (gradient checkpointing).
 
+    Which rows are a sample's goes by their place alone, as the losses of single samples are not
+    known here: a model that swaps axes or reorders samples is not noticed. `gf.functional` notices.
+
     Args:
         model: any `nn.Module` in eval mode, or without dropout; frozen parameters are skipped.
         cu_seqlens: `(n_samples + 1,)` offsets where samples are packed into one row; without it
