@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -276,3 +277,41 @@ def test_losses_that_meet_are_refused() -> None:
     model, batch = Model(["linear"], 0).double(), {"input_ids": ids_of(4, 6)}
     with pytest.raises(UnsupportedModelError, match="samples that meet in the model or in loss_fn"):
         gf.functional.per_sample_grad_norms(model, contrasted, batch)
+
+
+def encoder_of(kind: str) -> nn.Module:
+    """Logits by token of a tiny encoder of transformers."""
+    sizes = {"vocab_size": 11, "hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1}
+    sizes |= {"num_attention_heads": 2, "max_position_embeddings": 32}
+    t5 = {"vocab_size": 11, "d_model": 8, "d_ff": 16, "d_kv": 4, "num_layers": 1, "num_heads": 2}
+    dropped = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    made: dict[str, Callable[[], nn.Module]] = {
+        "t5": lambda: transformers.T5EncoderModel(transformers.T5Config(**t5)),
+        "umt5": lambda: transformers.UMT5EncoderModel(transformers.UMT5Config(**t5)),
+        "mpnet": lambda: transformers.MPNetModel(transformers.MPNetConfig(**sizes, **dropped)),
+        "longformer": lambda: transformers.LongformerModel(
+            transformers.LongformerConfig(**sizes, **dropped, attention_window=4)
+        ),
+        "bert": lambda: transformers.BertModel(transformers.BertConfig(**sizes, **dropped)),
+    }
+    return made[kind]()
+
+
+class Encoder(nn.Module):
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.inner, self.head = encoder_of(kind), nn.Linear(8, 11)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(self.inner(input_ids=ids).last_hidden_state)
+
+
+@pytest.mark.parametrize(("n", "tokens"), [(4, 4), (3, 5), (6, 6)], ids=str)
+@pytest.mark.parametrize("kind", ["t5", "umt5", "mpnet", "longformer", "bert"])
+def test_encoders_of_transformers(kind: str, n: int, tokens: int) -> None:
+    """Positions relative to each other are one table for all samples; Longformer's tokens come
+    first inside."""
+    model = Encoder(kind).double().eval()
+    served = is_exact(model, ids_of(n, tokens))
+    assert served == (kind == "bert")

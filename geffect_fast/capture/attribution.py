@@ -4,8 +4,8 @@ Rows are counted for samples by where they stand, and a module may hand them on 
 let samples meet. The batch itself can tell. With `l_i` the loss of sample `i` and `g_r` what a
 module's output gradient is at row `r`, counted for sample `s`, a backward of `sum_i w_i l_i` leaves
 
-    sum_i w_i dl_i/dy_r,    which is    w_s g_r    for random w only where no other sample's loss
-                                                   depends on the row.
+    sum_i w_i dl_i/dy_r,    which is    w_s g_r    for weights that differ only where no other
+                                                   sample's loss depends on the row.
 
 Then every product and norm of samples is exact, whatever the rows of the inputs hold.
 """
@@ -20,20 +20,22 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from geffect_fast.capture.factors import widened
 from geffect_fast.capture.segments import Rows, segment_sum
 from geffect_fast.errors import UnsupportedModelError
 from geffect_fast.transfer import OnItsWay, on_device
 
-OF_ROW = {"double": 1e-4, "single": 1e-2, "half": 0.3}
-"""By how much of its own size a row's gradient may differ."""
+OF_ROW = {"double": 1e-6, "single": 1e-3, "half": 0.05}
+"""By how much of its own size a row's gradient may differ, by precision. Weights are powers of two,
+so that nothing rounds in another way: this is for kernels that add up in any order."""
 
-OF_SAMPLE = {"double": 1e-6, "single": 3e-5, "half": 0.05}
-"""And by how much of that of its sample: rounding, where a row's gradient is a small difference."""
+OF_CALL = {"double": 1e-12, "single": 1e-6, "half": 5e-3}
+"""And by how much of the largest sample's in the call, where a row's is a small difference."""
 
-OF_ALL = {"double": 1e-10, "single": 1e-6, "half": 2e-3}
-"""And of the largest of all samples and modules, where a whole sample's is: that of a key which
-alone is attended to."""
+OF_ALL = {"double": 1e-18, "single": 1e-9, "half": 1e-6}
+"""And of the largest of all calls, where a whole call's is: keys that alone are attended to."""
+
+EXPONENTS = {torch.float64: 200, torch.bfloat16: 40, torch.float32: 40, torch.float16: 3}
+"""Weights go from 2 to the power of minus this to plus this: far from what a precision holds."""
 
 _SHOWN: WeakKeyDictionary[nn.Module, set[Hashable]] = WeakKeyDictionary()
 """What was found right, by model."""
@@ -48,12 +50,18 @@ class Attribution:
     """
 
     def __init__(self, model: nn.Module, n_samples: int) -> None:
-        self.precision = _precision(model)
+        dtype = _coarsest(model)
+        self.precision = PRECISIONS[dtype]
         self.noting = True
-        generator = torch.Generator().manual_seed(n_samples)
-        size = 0.5 + torch.rand(n_samples, generator=generator, dtype=torch.float64)
-        sign = torch.randint(2, (n_samples,), generator=generator) * 2 - 1
-        self._weights = size * sign
+        # No two are alike as long as there are as many.
+        span, generator = EXPONENTS[dtype], torch.Generator().manual_seed(n_samples)
+        n_each = 2 * span + 1
+        drawn = [
+            torch.randperm(2 * n_each, generator=generator) for _ in range(0, n_samples, 2 * n_each)
+        ]
+        chosen = torch.cat(drawn)[:n_samples]
+        sign = 1.0 - 2.0 * (chosen // n_each).double()
+        self._weights = sign * torch.exp2((chosen % n_each - span).double())
         self._noted: dict[tuple[int, int], Tensor] = {}
         self._directions: dict[tuple[int, torch.device], Tensor] = {}
         self._losses: Tensor | None = None
@@ -88,15 +96,13 @@ class Attribution:
         if noted is None:  # no gradient arrived in the first
             noted = torch.zeros_like(plain)
         moved, still = (rows.flat(x[..., None])[:, 0] for x in (noted, plain))
-        squares = widened(rows.flat(g)).square().sum(1).double()
-        of_sample = segment_sum(squares, rows.cu)
-        sample = torch.arange(len(rows.cu)).repeat_interleave(torch.tensor(rows.cu.lengths))
-        sample = on_device(sample, g.device)
-        weights = on_device(self._weights, g.device)
-        allowed = OF_ROW[self.precision] * squares.sqrt()
-        allowed += OF_SAMPLE[self.precision] * of_sample.sqrt()[sample]
-        off = (moved - weights[sample] * still).abs()
-        self._compared.append((where, off, allowed, of_sample.amax().sqrt()))
+        wide = torch.float64 if g.dtype == torch.float64 else torch.float32
+        size = torch.linalg.vector_norm(rows.flat(g), dim=1, dtype=wide).double()
+        lengths = torch.tensor(rows.cu.lengths)
+        weight = on_device(self._weights.repeat_interleave(lengths), g.device)
+        of_call = segment_sum(size.square()[:, None], rows.cu).amax().sqrt()
+        allowed = OF_ROW[self.precision] * size + OF_CALL[self.precision] * of_call
+        self._compared.append((where, (moved / weight - still).abs(), allowed, of_call))
 
     def conclude(self) -> None:
         """Wait for the comparisons.
@@ -134,13 +140,16 @@ class Attribution:
                 )
 
     def _along_noise(self, g: Tensor) -> Tensor:
-        """`g` along a direction of noise, `(...)` fp64: 0 where `g` is, else by chance alone."""
+        """`g` along a direction of noise, `(...)` fp64: 0 where `g` is, else by chance alone.
+
+        In the precision of `g`: what is a power of two times another is so along the noise as well.
+        """
         place = (g.shape[-1], g.device)
         if place not in self._directions:
             generator = torch.Generator().manual_seed(g.shape[-1])
             noise = torch.randn(g.shape[-1], generator=generator, dtype=torch.float64)
             self._directions[place] = on_device(noise, g.device)
-        return g.double() @ self._directions[place]
+        return (g @ self._directions[place].to(g.dtype)).double()
 
 
 def is_shown(model: nn.Module, loss_fn: Any, structure: Hashable) -> bool:
@@ -170,14 +179,20 @@ def _code(function: Callable[..., Any]) -> Hashable:
 _PLAIN = (bool, int, float, str, type(None))
 
 
-def _precision(model: nn.Module) -> str:
-    """The lowest precision in which something may be computed."""
+PRECISIONS = {
+    torch.float64: "double",
+    torch.float32: "single",
+    torch.bfloat16: "half",
+    torch.float16: "half",
+}
+
+
+def _coarsest(model: nn.Module) -> torch.dtype:
+    """Of the precisions in which something may be computed."""
     parameters = list(model.parameters())
-    kinds = {p.device.type for p in parameters}
-    if any(p.dtype in (torch.bfloat16, torch.float16) for p in parameters) or any(
-        torch.is_autocast_enabled(kind) for kind in kinds & {"cpu", "cuda"}
-    ):
-        return "half"
-    if torch.get_float32_matmul_precision() != "highest" and "cuda" in kinds:
-        return "half"
-    return "double" if all(p.dtype == torch.float64 for p in parameters) else "single"
+    found = {p.dtype for p in parameters}
+    for kind in {p.device.type for p in parameters} & {"cpu", "cuda"}:
+        if torch.is_autocast_enabled(kind):
+            found.add(torch.get_autocast_dtype(kind))
+    order = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+    return next((dtype for dtype in order if dtype in found), torch.float32)
