@@ -204,7 +204,10 @@ def packs_at_length(model: nn.Module, probes: Sequences[Tensor]) -> bool:
         model: whose samples are to be packed, a reference among them.
         probes: the sequences' tokens.
     """
-    device, tolerance = next(model.parameters()).device, max(TOLERANCE[d] for d in precisions(model))
+    device, tolerance = (
+        next(model.parameters()).device,
+        max(TOLERANCE[d] for d in precisions(model)),
+    )
     with torch.no_grad():
         apart = [_batch([ids], "single").to(device) for ids in probes]
         own = torch.cat([model_outputs(model, batch).token_logprob for batch in apart])
@@ -212,8 +215,12 @@ def packs_at_length(model: nn.Module, probes: Sequences[Tensor]) -> bool:
     return close(together, own, tolerance)
 
 
-def check_reference(model: nn.Module, layout: Layout, sample_set: SampleSet) -> None:
-    """Raise where a reference is not itself in the layout of the model it is compared with.
+def check_reference(model: nn.Module, layout: Layout, sample_set: SampleSet, longest: int) -> None:
+    """A reference computes what it does by itself in the layout of the model it is compared with.
+
+    Args:
+        model: the reference.
+        layout, sample_set, longest: as `choose_layout` found and takes them.
 
     Raises:
         UnsupportedModelError: its samples cannot be packed.
@@ -221,7 +228,7 @@ def check_reference(model: nn.Module, layout: Layout, sample_set: SampleSet) -> 
     if layout != "packed":
         return
     several, extremes = _probes(sample_set, PROBE_LENGTHS), _extremes(sample_set)
-    still = longest_sequence(sample_set) <= still_up_to(model) and not in_chunks(model)
+    still = longest <= still_up_to(model) and not in_chunks(model)
     if not (still and packs_at_length(model, several) and packs_at_length(model, extremes)):
         raise UnsupportedModelError(
             f"reference_model: {type(model).__name__} does not compute the same for samples packed "

@@ -14,18 +14,23 @@ from typing import Any
 
 from torch import nn
 
+from geffect_fast.data import SampleSet
+from geffect_fast.data.qa import row_place
+from geffect_fast.errors import UnsupportedModelError
+
 
 def still_up_to(model: nn.Module) -> float:
     """Tokens of the longest sequence with which no frequency of `model` changes; inf: of any."""
     limits = [math.inf]
-    for module in model.modules():
+    modules: Iterator[Any] = model.modules()
+    for module in modules:
         for kind, prefix in _kinds(module):
             if "dynamic" in kind:
-                limits.append(module.original_max_seq_len)  # type: ignore[arg-type]
+                limits.append(module.original_max_seq_len)
             elif kind == "longrope":
-                of = module.config.rope_parameters  # type: ignore[union-attr]
-                of = of[prefix.removesuffix("_")] if prefix else of
-                limits.append(of["original_max_position_embeddings"])
+                settings = module.config.rope_parameters
+                settings = settings[prefix.removesuffix("_")] if prefix else settings
+                limits.append(settings["original_max_position_embeddings"])
     return min(limits)
 
 
@@ -46,6 +51,26 @@ def frequencies_at_first(model: nn.Module) -> Iterator[None]:
         for module, before in reversed(found):
             for name, value in before.items():
                 setattr(module, name, value)
+
+
+def check_pairs(model: nn.Module, sample_set: SampleSet) -> None:
+    """Refuse sequences of a sample that have frequencies of their own, as objectives read them.
+
+    They share a forward, in which the shorter ones are extended to the longest.
+
+    Raises:
+        UnsupportedModelError: naming the first row.
+    """
+    still = still_up_to(model)
+    for sample in sample_set.samples if still < math.inf else ():
+        lengths = {len(q) for sequences in sample.sequences().values() for q in sequences}
+        if len(lengths) > 1 and max(lengths) > still:
+            raise UnsupportedModelError(
+                f"{row_place(sample_set.name, sample.row)}: its answer and alternatives have "
+                f"{min(lengths)} to {max(lengths)} tokens, and beyond {still:.0f} the model's "
+                f"rotary frequencies follow the length; give max_length={still:.0f}, or leave out "
+                "objectives that read alternatives"
+            )
 
 
 def _start_again(module: Any, prefix: str) -> dict[str, Any]:
