@@ -144,9 +144,11 @@ def _inner_by_jvp(factor: Explicit, direction: Tensor, flat: Tensor) -> Tensor |
         tangents = factor.jvp(v)
         if tangents is None:
             return None
-        dots = [ops.segment_dot(t.tangent[None], t.g, t.cu.on(t.g.device))[0] for t in tangents]
+        # The module's children have parameters that may ask for gradients of their own.
+        moved = [(t.tangent.detach(), t.g, t.cu.on(t.g.device)) for t in tangents]
+        dots = [ops.segment_dot(x[None], g, cu)[0] for x, g, cu in moved]
         scores.append(torch.stack(dots).double().sum(0))
-        sizes.append(torch.stack([(t.tangent * t.g).abs().sum() for t in tangents]).double().sum())
+        sizes.append(torch.stack([(x * g).abs().sum() for x, g, _ in moved]).double().sum())
     score = torch.stack(scores)
     off = (score.sum(1) - flat @ whole.flatten().double()).abs()
     rounding = JVP_TOLERANCE.get(direction.dtype, 1e-2) * torch.stack(sizes)

@@ -82,7 +82,8 @@ class Batch:
     Attributes:
         input_ids: `(1, total_tokens)` packed, or `(n_sequences, length)` where a model cannot be
             packed; flattened, both give the same order.
-        position_ids: like `input_ids`; restarts at every sequence.
+        position_ids: like `input_ids`, where sequences are packed: restarts at every sequence. None
+            where every sequence has a row of its own, whose positions the model counts itself.
         labels: `(total_tokens,)` unshifted labels, `IGNORE` where no loss looks.
         targets: `(total_tokens,)` the label that this position predicts (the next token's label
             within the same sequence), `IGNORE` where there is none.
@@ -101,7 +102,7 @@ class Batch:
     """
 
     input_ids: Tensor
-    position_ids: Tensor
+    position_ids: Tensor | None
     labels: Tensor
     targets: Tensor
     cu_seqlens: Tensor

@@ -32,12 +32,12 @@ def make_batches(
     Layouts:
         packed: `input_ids` `(1, total_tokens)`, samples in row order, positions restart at every
             sequence.
-        equal_length: `input_ids` `(n_sequences, length)`, for models that cannot be packed: samples
-            of one length are batched, longest first, so that a budget too large fails at once. The
-            sequences of a sample must share a batch, since an objective may couple them; where they
-            differ in length, the shorter ones repeat their last token, unlabelled. That is exact
-            for a causal model: no labelled position sees what comes after it. All samples of a
-            batch have the same number of sequences.
+        equal_length: `input_ids` `(n_sequences, length)`, for models that cannot be packed, which
+            count positions themselves: samples of one length are batched, longest first, so that a
+            budget too large fails at once. The sequences of a sample must share a batch, since an
+            objective may couple them; where they differ in length, the shorter ones repeat their
+            last token, unlabelled. That is exact for a causal model: no labelled position sees what
+            comes after it. All samples of a batch have the same number of sequences.
         single: one sample a batch, whatever the budget; its sequences, where it brings several, as
             in `equal_length`.
 
@@ -138,7 +138,7 @@ def _batch(
     sequences_a_sample = torch.bincount(sequence_sample).tolist()
     return Batch(
         input_ids=torch.cat([s.input_ids for s in sequences]).view(shape),
-        position_ids=torch.cat([torch.arange(length) for length in lengths]).view(shape),
+        position_ids=_restarting(lengths) if layout == "packed" else None,
         labels=torch.cat([s.labels for s in sequences]),
         targets=torch.cat([_ahead(s.labels, IGNORE) for s in sequences]),
         cu_seqlens=cu_seqlens,
@@ -173,7 +173,7 @@ def _part(batch: Batch, first: int, end: int) -> Batch:
     return replace(
         batch,
         input_ids=batch.input_ids[at],
-        position_ids=batch.position_ids[at],
+        position_ids=None if batch.position_ids is None else batch.position_ids[at],
         labels=batch.labels[start:stop],
         targets=batch.targets[start:stop],
         cu_seqlens=batch.cu_seqlens[q : q_end + 1] - start,
@@ -237,6 +237,11 @@ def _target_weights(sequences: list[Sequence]) -> Tensor | None:
             for s in sequences
         ]
     )
+
+
+def _restarting(lengths: list[int]) -> Tensor:
+    """Positions `(1, total_tokens)` that restart at every sequence."""
+    return torch.cat([torch.arange(length) for length in lengths])[None]
 
 
 def _offsets(lengths: list[int]) -> Tensor:

@@ -165,12 +165,12 @@ def _kept_beside(model: nn.Module) -> int:
     total = 0
     for parent in model.modules():
         widths = [max(w.shape) for m in parent.children() if (w := _weight_matrix(m)) is not None]
-        some = next((p for p in parent.parameters()), None)
+        some = next((p for p in parent.parameters() if p.is_floating_point()), None)
         for module in parent.children():
             if any(True for _ in module.children()) or _weight_matrix(module) is not None:
                 continue
             weight = module._parameters.get("weight")
-            if weight is not None and weight.ndim == 1:
+            if weight is not None and weight.ndim == 1 and weight.is_floating_point():
                 like, width = weight, weight.numel()
             elif weight is None and widths and some is not None:
                 like, width = some, max(widths)  # an activation of the widest of its neighbours
@@ -198,8 +198,8 @@ def _tried_on_rows(module: nn.Module, like: Tensor, width: int) -> int:
     try:
         with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda s: s):
             y = module.forward(x)
-    except (RuntimeError, TypeError, ValueError, IndexError, AttributeError):
-        return 0  # it is called otherwise: a rotary embedding, say
+    except Exception:  # it is called otherwise: a rotary embedding, a norm with a gate
+        return 0
     if not isinstance(y, Tensor):
         return 0
     if not own:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import wraps
 
 import torch
 from torch import Tensor
@@ -12,6 +14,7 @@ from geffect_fast.engines.attempts import Attempt
 from geffect_fast.engines.forward_pass import model_outputs
 from geffect_fast.engines.packed_attention import packed_attention
 from geffect_fast.engines.tasks import Reference, Task
+from geffect_fast.errors import UnsupportedModelError
 from geffect_fast.ops.reference import accumulation_dtype
 from geffect_fast.transfer import OnItsWay
 
@@ -46,6 +49,41 @@ def add_gradients(into: Sequence[Tensor], grads: Sequence[Tensor | None]) -> Non
         if totals[0].is_cpu and not found[0].is_cpu:
             found = OnItsWay(*found).arrived()
         torch._foreach_add_(totals, found)
+
+
+@contextmanager
+def gradients_as_they_are(plan: Plan) -> Iterator[None]:
+    """Inside, a hook of a parameter that changes its gradient is an error.
+
+    Shares of samples are of the loss's own gradient. What only looks at it, as loggers do, may.
+
+    Raises:
+        UnsupportedModelError: naming the parameter, once such a gradient arrives.
+    """
+
+    def watched(name: str, hook: Callable[[Tensor], Tensor | None]) -> Callable[[Tensor], None]:
+        @wraps(hook)
+        def run(g: Tensor) -> None:
+            before = g.clone()
+            after = hook(g)
+            if not torch.equal(before, g if after is None else after):
+                raise UnsupportedModelError(
+                    f"parameter '{name}': a hook changes its gradient (as OSF of peft does), so the "
+                    "model does not learn by the gradient of its loss; remove the hook, or freeze "
+                    "the parameter"
+                )
+
+        return run
+
+    hooked = {name: hooks for name, p in plan.parameters.items() if (hooks := p._backward_hooks)}
+    own = {name: dict(hooks) for name, hooks in hooked.items()}
+    try:
+        for name, hooks in hooked.items():
+            hooks.update({key: watched(name, hook) for key, hook in own[name].items()})
+        yield
+    finally:
+        for name, hooks in hooked.items():
+            hooks.update(own[name])
 
 
 def accumulate_gradients(
@@ -94,11 +132,12 @@ def accumulate_gradients(
                     found.append((index, value))
                     add_gradients(rows[index], grads)
 
-    for task in tasks:
-        for attempt in task.attempts():
-            with attempt:
-                add(task, attempt)
-                tick(attempt.batch.total_tokens)
+    with gradients_as_they_are(plan):
+        for task in tasks:
+            for attempt in task.attempts():
+                with attempt:
+                    add(task, attempt)
+                    tick(attempt.batch.total_tokens)
     return added_up(found, n), gradients
 
 

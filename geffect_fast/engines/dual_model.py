@@ -39,8 +39,11 @@ class DualModel:
         self.plan = plan
         self._forwards = fast_forwards(plan.model)
         self._names = {p: plain_name(name) for name, p in plan.model.named_parameters()}
-        # Without a graph, although gradients are enabled.
-        self._values = {name: p.detach() for p, name in self._names.items()}
+        # Without a graph, although gradients are enabled. What is frozen has none and stays what it
+        # is: a quantised weight knows itself how it is read.
+        self._values: dict[str, Tensor] = {
+            name: p.detach() if p.requires_grad else p for p, name in self._names.items()
+        }
 
     @property
     def by_framework(self) -> bool:

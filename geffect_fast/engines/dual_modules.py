@@ -217,7 +217,7 @@ def _same(
         # What is computed without gradients is constant, as where the engine runs it.
         with torch.enable_grad(), DualFunctions():
             found, expected = (jvp(function, primals, along)[:2] for function in (fast, plain))
-    except (RuntimeError, TypeError, ValueError, IndexError):
+    except Exception:  # whatever a module raises that is called otherwise
         return False
     if not all(isinstance(y, Tensor) for y in expected):
         return False

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from geffect_fast.capture import Plan
 from geffect_fast.data import Layout, SampleSet
 from geffect_fast.data.batch import Batch
+from geffect_fast.data.memory import no_memory
 from geffect_fast.engines.dual_model import DualModel
 from geffect_fast.engines.forward_pass import model_outputs
 from geffect_fast.engines.layout import precisions, probe_batch
@@ -93,8 +94,10 @@ def _lost(
     names = list(along)
     try:
         total = off(names)
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())[:160]
+    except Exception as error:  # whatever code raises that knows no forward mode
+        if no_memory(error):
+            raise
+        reason = " ".join(str(error).split())[:160] or type(error).__name__
         where = _failing_module(model, batch, along)
         return f"{where} has no forward-mode derivative: {reason}"
     # Rounding of many parameters adds up as noise does.
@@ -158,7 +161,7 @@ def _failing_module(model: DualModel, batch: Batch, along: dict[str, Tensor]) ->
     handles += [m.register_forward_hook(leave) for m in names]
     try:
         _moved(model, batch, along)
-    except RuntimeError:
+    except Exception:  # as above
         pass
     finally:
         for handle in handles:

@@ -14,6 +14,7 @@ from geffect_fast.capture.segments import Segments
 from geffect_fast.capture.wrappers import eagerly, puts_prompt, signed
 from geffect_fast.data.batch import Batch
 from geffect_fast.engines.packed_positions import sequences_known
+from geffect_fast.engines.rotary_frequencies import frequencies_at_first
 from geffect_fast.errors import UnsupportedModelError
 from geffect_fast.objectives import Outputs
 from geffect_fast.objectives.base import Need
@@ -36,6 +37,16 @@ def without_cache(model: nn.Module) -> dict[str, bool]:
     config = getattr(inside, "config", None)
     named = "use_cache" in parameters or (hands_on and hasattr(config, "use_cache"))
     return {"use_cache": False} if named else {}
+
+
+def positions(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+    """The argument that tells packed sequences apart, where the model has one.
+
+    Not given where every sequence has a row of its own: the model counts by itself then, from where
+    and as it does (RoBERTa's kin from `padding_idx + 1`, and past padding).
+    """
+    given = batch.position_ids is not None and takes(model, "position_ids")
+    return {"position_ids": batch.position_ids} if given else {}  # type: ignore[dict-item]
 
 
 def keeps_logits(model: nn.Module, batch: Batch) -> bool:
@@ -78,8 +89,7 @@ def model_outputs(model: nn.Module, batch: Batch, needs: Collection[Need] = ()) 
     wants_hidden = not {"hidden_states", "reference_hidden_states"}.isdisjoint(needs)
     index = batch.target_index
     kwargs: dict[str, Any] = {"input_ids": batch.input_ids, **without_cache(model)}
-    if takes(model, "position_ids"):
-        kwargs["position_ids"] = batch.position_ids
+    kwargs |= positions(model, batch)
     if keeps_logits(model, batch):
         kwargs["logits_to_keep"] = index
     if wants_hidden:
@@ -89,7 +99,7 @@ def model_outputs(model: nn.Module, batch: Batch, needs: Collection[Need] = ()) 
             f"{type(model).__name__} takes no position_ids, so sequences cannot be packed into one "
             "row for it; give a model that does, as the other one here, or no reference of its own"
         )
-    with eagerly(model), sequences_known(batch):
+    with eagerly(model), sequences_known(batch), frequencies_at_first(model):
         answer = model(**kwargs)
     kept = len(index) if keeps_logits(model, batch) else None
     logits = logits_of(answer, model, batch.input_ids, kept).flatten(0, 1)

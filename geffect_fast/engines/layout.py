@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Sequences
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -16,7 +17,8 @@ from geffect_fast.engines.forward_pass import model_outputs, sample_axis, takes
 from geffect_fast.engines.known_layout import packs_by_its_code
 from geffect_fast.engines.packed_attention import packed_attention, splits_attention
 from geffect_fast.engines.remembered import Remembered, state_of
-from geffect_fast.errors import GEffectError
+from geffect_fast.engines.rotary_frequencies import still_up_to
+from geffect_fast.errors import UnsupportedModelError
 
 PROBE_LENGTHS = (7, 4)
 """Tokens of the two probe sequences: long enough for attention, short enough to cost nothing."""
@@ -47,30 +49,43 @@ class _Tried:
 _TRIED: Remembered[_Tried] = Remembered()
 
 
-def choose_layout(plan: Plan, sample_set: SampleSet) -> Layout:
+def choose_layout(plan: Plan, sample_set: SampleSet, longest: int | None = None) -> Layout:
     """The fastest layout that is exact for this model: `packed`, `equal_length` or `single`.
 
     No pass is run where the model's code shows it (`packs_by_its_code`), nor where the model was
     tried and is what it was then (`state_of`). Else two short sequences of the user's data are run
-    together and apart. A layout is exact where every parameter's gradient norm, sample by sample,
-    comes out the same: attention that looks across sequences, positions that do not restart, and
-    tokens that a router sends out of order all show. Packed sequences are tried with the model's
-    own mask as well as with `packed_attention` where it serves the model, since a batch may run
-    either way.
+    together and apart, where apart is the model's own forward: of one sequence, whose positions it
+    counts itself. A layout is exact where every log-probability, and every parameter's gradient
+    norm sample by sample, comes out the same: attention that looks across sequences, positions that
+    do not restart or begin elsewhere, and tokens that a router sends out of order all show. Packed
+    sequences are tried with the model's own mask as well as with `packed_attention` where it serves
+    the model, since a batch may run either way; what depends on lengths (`packs_at_length`), also
+    on the longest and the shortest sample.
 
     Parameters that are used outside their modules' forwards are moved in the plan, see
     `Plan.widen`.
+
+    Args:
+        plan: of the model.
+        sample_set: whose first samples are tried, and whose longest and shortest.
+        longest: tokens of the longest sequence of all data; None: of `sample_set`.
 
     Raises:
         GEffectError: what the model itself raises when run on one sequence.
     """
     if packs_by_its_code(plan):
         return "packed"
-    state = state_of(plan)
+    extremes = _extremes(sample_set)
+    longest = max(longest_sequence(sample_set), longest or 0)
+    may_pack = longest <= still_up_to(plan.model)
+    state = (state_of(plan), may_pack, *map(len, extremes))
     tried = _TRIED.get(plan.model, state)
     if tried is None:
         outside: list[tuple[str, ...]] = []
-        tried = _Tried(_try(plan, sample_set, outside), tuple(outside), dict(plan.axes))
+        layout = _try(plan, sample_set, outside, may_pack)
+        if layout == "packed" and not packs_at_length(plan.model, extremes):
+            layout = _try(plan, sample_set, outside, may_pack=False)
+        tried = _Tried(layout, tuple(outside), dict(plan.axes))
         _TRIED.keep(plan.model, state, tried)
     else:
         for names in tried.outside:
@@ -79,7 +94,9 @@ def choose_layout(plan: Plan, sample_set: SampleSet) -> Layout:
     return tried.layout
 
 
-def _try(plan: Plan, sample_set: SampleSet, outside: list[tuple[str, ...]]) -> Layout:
+def _try(
+    plan: Plan, sample_set: SampleSet, outside: list[tuple[str, ...]], may_pack: bool = True
+) -> Layout:
     """The layout, by running the model; what the plan was told to widen goes to `outside`."""
 
     def norms(probes: list[Tensor], layout: Layout, masked: bool = True) -> dict[str, Tensor]:
@@ -88,16 +105,16 @@ def _try(plan: Plan, sample_set: SampleSet, outside: list[tuple[str, ...]]) -> L
     def agree(layout: Layout, probes: list[Tensor], masked: bool = True) -> bool:
         try:
             together = norms(probes, layout, masked)
-        except (GEffectError, RuntimeError, ValueError, TypeError, IndexError):
-            return False  # the model cannot be called this way, or its rows not told apart
+        except Exception:  # whatever a model raises that cannot be called this way
+            return False
         return _same(plan, together, apart)
 
     several = _probes(sample_set, PROBE_LENGTHS)
     apart = [norms([ids], "single") for ids in several]
     # ALiBi counts along the row, in bf16: the few tokens of a trial do not show what it rounds.
     alibi = getattr(getattr(plan.model, "config", None), "alibi", False)
-    if takes(plan.model, "position_ids") and not alibi:
-        batch = _batch(plan, several, "packed")
+    if may_pack and takes(plan.model, "position_ids") and not (alibi or in_chunks(plan.model)):
+        batch = _batch(several, "packed").to(next(iter(plan.parameters.values())).device)
         ways = (True, False) if splits_attention(plan.model, batch) else (True,)
         if all(agree("packed", several, masked) for masked in ways):
             return "packed"
@@ -108,9 +125,11 @@ def _try(plan: Plan, sample_set: SampleSet, outside: list[tuple[str, ...]]) -> L
 
 def _same(plan: Plan, together: dict[str, Tensor], apart: list[dict[str, Tensor]]) -> bool:
     """Whether norms of samples run together are those of the samples run apart."""
-    expected = {name: torch.cat([a[name] for a in apart]) for name in plan.parameters}
-    largest = max(float(e.abs().max()) for e in expected.values())
+    expected = {name: torch.cat([a[name] for a in apart]) for name in together}
+    largest = max(float(expected[name].abs().max()) for name in plan.parameters)
     tolerance = max(TOLERANCE[dtype] for dtype in precisions(plan.model))
+    if not close(together[""], expected.pop(""), tolerance):
+        return False
     for name, norms in expected.items():
         scale = max(float(norms.max()), 1e-4 * largest)
         if not float((together[name] - norms).abs().max()) <= tolerance * scale:
@@ -134,14 +153,17 @@ def _norms(
     masked: bool,
     widened: list[tuple[str, ...]],
 ) -> dict[str, Tensor]:
-    """Per-sample gradient norms `(n_samples,)` of every parameter, summed NLL as the loss."""
+    """Per-sample gradient norms `(n_samples,)` of every parameter, summed NLL as the loss.
+
+    Under the empty name the log-probabilities `(total_tokens,)`.
+    """
     # An expert that no token of a sample was sent to has no gradient there.
     norms = {name: torch.zeros(len(probes), dtype=torch.float64) for name in plan.parameters}
 
     def keep(name: str, factors: list[Factor], _kept: list[Tensor | None]) -> None:
         norms[name] = squared_norms(factors, plan.parameters[name].shape).sqrt().cpu()
 
-    batch = _batch(plan, probes, layout)
+    batch = _batch(probes, layout).to(next(iter(plan.parameters.values())).device)
     axis = sample_axis(plan.model, batch)
     while True:
         with (
@@ -150,24 +172,92 @@ def _norms(
             Recorder(plan, keep, axis, join=True) as recorder,
         ):
             with recorder.showing_parameters():
-                loss = -model_outputs(plan.model, batch).token_logprob.sum()
+                logprob = model_outputs(plan.model, batch).token_logprob
+                loss = -logprob.sum()
             outside = plan.names_of(leaves_of(loss))
             if not outside:
                 torch.autograd.grad(loss, recorder.roots_of(loss), allow_unused=True)
                 recorder.finish()
-                return norms
+                return norms | {"": logprob.detach().double().cpu()}
         plan.widen(outside)
         widened.append(tuple(outside))
+
+
+def in_chunks(model: nn.Module) -> bool:
+    """Whether attention is cut into chunks of a row, wherever its sequences begin.
+
+    The few tokens of a trial do not fill one.
+    """
+    configs = (getattr(module, "config", None) for module in model.modules())
+    return any(getattr(config, "attention_chunk_size", None) is not None for config in configs)
+
+
+def longest_sequence(sample_set: SampleSet) -> int:
+    """Tokens of the longest sequence, alternatives included."""
+    return max(len(q) for s in sample_set.samples for qs in s.sequences().values() for q in qs)
+
+
+def packs_at_length(model: nn.Module, probes: Sequences[Tensor]) -> bool:
+    """Whether log-probabilities of sequences in one row are the model's own of each by itself.
+
+    Args:
+        model: whose samples are to be packed, a reference among them.
+        probes: the sequences' tokens.
+    """
+    device, tolerance = (
+        next(model.parameters()).device,
+        max(TOLERANCE[d] for d in precisions(model)),
+    )
+    with torch.no_grad():
+        apart = [_batch([ids], "single").to(device) for ids in probes]
+        own = torch.cat([model_outputs(model, batch).token_logprob for batch in apart])
+        together = model_outputs(model, _batch(probes, "packed").to(device)).token_logprob
+    return close(together, own, tolerance)
+
+
+def check_reference(model: nn.Module, layout: Layout, sample_set: SampleSet, longest: int) -> None:
+    """A reference computes what it does by itself in the layout of the model it is compared with.
+
+    Args:
+        model: the reference.
+        layout, sample_set, longest: as `choose_layout` found and takes them.
+
+    Raises:
+        UnsupportedModelError: its samples cannot be packed.
+    """
+    if layout != "packed":
+        return
+    several, extremes = _probes(sample_set, PROBE_LENGTHS), _extremes(sample_set)
+    still = longest <= still_up_to(model) and not in_chunks(model)
+    if not (still and packs_at_length(model, several) and packs_at_length(model, extremes)):
+        raise UnsupportedModelError(
+            f"reference_model: {type(model).__name__} does not compute the same for samples packed "
+            "into one row as for each by itself, and the model's are packed; give a reference of "
+            "the model's own architecture, or none"
+        )
+
+
+def _extremes(sample_set: SampleSet) -> list[Tensor]:
+    """The tokens of the longest and of the shortest answer."""
+    answers = sorted((s.answer.input_ids for s in sample_set.samples), key=len)
+    return [answers[-1], answers[0]]
+
+
+def close(found: Tensor, expected: Tensor, tolerance: float) -> bool:
+    """Whether two tensors differ by no more than rounding, all elements together."""
+    difference = (found.double() - expected.double()).norm()
+    return bool(difference <= tolerance * expected.double().norm())
 
 
 def probe_batch(plan: Plan, sample_set: SampleSet, layout: Layout) -> Batch:
     """One batch in this layout of what it was tried on, on the model's device."""
     lengths = PROBE_LENGTHS if layout == "packed" else (PROBE_LENGTHS[0],) * 2
     probes = _probes(sample_set, lengths)
-    return _batch(plan, probes[:1] if layout == "single" else probes, layout)
+    device = next(iter(plan.parameters.values())).device
+    return _batch(probes[:1] if layout == "single" else probes, layout).to(device)
 
 
-def _batch(plan: Plan, probes: list[Tensor], layout: Layout) -> Batch:
+def _batch(probes: Sequences[Tensor], layout: Layout) -> Batch:
     samples = tuple(
         Sample(row, "", Sequence(ids, torch.cat([ids.new_tensor([IGNORE]), ids[1:]])))
         for row, ids in enumerate(probes)
@@ -180,7 +270,7 @@ def _batch(plan: Plan, probes: list[Tensor], layout: Layout) -> Batch:
         layout=layout,
     )
     assert len(batches) == 1
-    return batches[0].to(next(iter(plan.parameters.values())).device)
+    return batches[0]
 
 
 def _probes(sample_set: SampleSet, lengths: tuple[int, int]) -> list[Tensor]:

@@ -129,13 +129,18 @@ def read_sets(
 
 
 def check_model(model: nn.Module, sets: Mapping[str, SampleSet], what: str = "model") -> None:
-    """Raise where a model is none, holds NaN, or is too small for the data sets.
+    """Raise where a model is none, no decoder alone, holds NaN, or is too small for the data sets.
 
     Too small are vocabularies that lack a token, and tables of positions that samples run out of.
     """
     check_is_model(model, what)
     check_finite(model, what)
     config = getattr(model, "config", None)
+    if getattr(config, "is_encoder_decoder", False) is True:
+        raise InputError(
+            f"{what}: {type(model).__name__} reads the question by an encoder and the answer by a "
+            "decoder; give a causal language model, which reads both as one text"
+        )
     config = getattr(config, "get_text_config", lambda: config)()
     vocab_size = getattr(config, "vocab_size", None)
     n_positions = getattr(config, "max_position_embeddings", None)

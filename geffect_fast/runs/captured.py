@@ -20,11 +20,12 @@ from geffect_fast.engines.effect_array import EffectArray
 from geffect_fast.engines.forward_pass import (
     logits_of,
     model_outputs,
+    positions,
     sample_axis,
-    takes,
     without_cache,
 )
 from geffect_fast.engines.reverse import reverse_effects
+from geffect_fast.engines.rotary_frequencies import frequencies_at_first
 from geffect_fast.engines.tasks import Reference, Task, mixture_of, tasks_for
 from geffect_fast.functional import pairwise_inner_products, per_sample_grad_norms
 from geffect_fast.objectives import NLL, Objective
@@ -177,9 +178,10 @@ def _sample_nll(model: nn.Module, given: Mapping[str, Any]) -> Tensor:
     """Every sample's share of the mean negative log-likelihood, all logits computed."""
     batch: Batch = given["batch"]
     kwargs: dict[str, Any] = {"input_ids": batch.input_ids, **without_cache(model)}
-    if takes(model, "position_ids"):
-        kwargs["position_ids"] = batch.position_ids
-    logits = logits_of(model(**kwargs), model, batch.input_ids)
+    kwargs |= positions(model, batch)
+    with frequencies_at_first(model):
+        answer = model(**kwargs)
+    logits = logits_of(answer, model, batch.input_ids)
     logits = logits.flatten(0, 1)[batch.target_index]
     weighted = -batch.target_weight() * token_logprob(logits, batch)
     return batch.sample_sum(weighted, batch.target_mask())

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from geffect_fast.capture import Plan
 from geffect_fast.data import SampleSet, read_refusals, read_rows, tokenize_rows
-from geffect_fast.engines.layout import choose_layout
+from geffect_fast.engines.layout import check_reference, choose_layout, longest_sequence
+from geffect_fast.engines.rotary_frequencies import check_pairs
 from geffect_fast.errors import InputError, NonFiniteError
 from geffect_fast.objectives import Objective
 from geffect_fast.runs.arguments import (
@@ -175,6 +176,8 @@ def check(
         check_needs_no_weights(chosen)
     check_model(model, {"data": sample_set})
     plan = Plan.of(model)
+    if alternatives:
+        check_pairs(model, sample_set)
     needs = {need for part in parts for need in part.needs}
     reference = reference_for(reference_model, needs, model, {"data": sample_set})
     dtype = coarsest_dtype(model)
@@ -191,6 +194,8 @@ def check(
 
     with computing_in(dtype, model):
         layout = choose_layout(plan, sample_set)
+        if reference is not None:
+            check_reference(reference, layout, sample_set, longest_sequence(sample_set))
         captured = CapturedNumbers(plan, sample_set, chosen, reference, layout, token_budget)
         with (
             progress_bar(progress, "geffect_fast", captured.n_tokens) as update,

@@ -130,7 +130,7 @@ def check_coverage(plan: Plan, effects: Tensor, gram: Tensor, m: int) -> None:
         dtype = torch.get_autocast_dtype(kind)
     if worst[p] > COVERAGE_TOLERANCE[dtype]:
         raise UnsupportedModelError(
-            f"parameter '{name}': the samples' shares miss its gradient by {float(worst[p]):.1%}; "
+            f"parameter '{name}': the samples' shares miss {float(worst[p]):.2g} of its gradient; "
             "the model uses it outside its module's forward. Freeze it, or resolve without 'sample'"
         )
 

@@ -197,16 +197,20 @@ def _settings(source: str | Path, name: str, what: str) -> dict[str, Any]:
 
 
 def check_finite(model: nn.Module, name: str = "model") -> None:
-    """Every parameter and buffer of a model is finite.
+    """Every parameter and buffer of a model is there and finite.
 
     Raises:
-        NonFiniteError: naming the first tensor that is not.
+        InputError: naming the first tensor without numbers, on the device `meta`.
+        NonFiniteError: naming the first tensor that is not finite.
     """
-    tensors = {
-        key: tensor
-        for key, tensor in [*model.named_parameters(), *model.named_buffers()]
-        if tensor.is_floating_point()
-    }
+    every = [*model.named_parameters(), *model.named_buffers()]
+    for key, tensor in every:
+        if tensor.is_meta:
+            raise InputError(
+                f"{name}: {key} is on the device 'meta', where accelerate leaves weights that it "
+                "offloads; load the model whole, without device_map and offload_folder"
+            )
+    tensors = {key: tensor for key, tensor in every if tensor.is_floating_point()}
     good = are_finite(list(tensors.values()))
     for (key, tensor), is_good in zip(tensors.items(), good, strict=True):
         if not is_good:

@@ -18,6 +18,7 @@ from geffect_fast.data import SampleSet, make_batches
 from geffect_fast.data.batch import Batch
 from geffect_fast.engines.direction import Tick
 from geffect_fast.engines.forward_pass import logits_of, without_cache
+from geffect_fast.engines.rotary_frequencies import frequencies_at_first
 from geffect_fast.engines.tasks import ROLE_ORDER
 from geffect_fast.objectives import NLL, Objective, Outputs
 from geffect_fast.ops.reference import accumulation_dtype
@@ -123,8 +124,11 @@ def plain_outputs(model: nn.Module, batch: Batch, needs: Collection[str] = ()) -
     if any("hidden_states" in need for need in needs):
         kwargs["output_hidden_states"] = True
     sequences = batch.input_ids.flatten().split(batch.cu_seqlens.diff().tolist())
+    answers = []
     with eagerly(model):
-        answers = [model(input_ids=ids[None], **kwargs) for ids in sequences]
+        for ids in sequences:
+            with frequencies_at_first(model):
+                answers.append(model(input_ids=ids[None], **kwargs))
     rows = zip(answers, sequences, strict=True)
     logits = torch.cat([logits_of(answer, model, ids[None])[0] for answer, ids in rows])
     logits = logits[batch.target_index]

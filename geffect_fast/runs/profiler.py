@@ -22,8 +22,9 @@ from geffect_fast.engines.choice import Choice, choose_engine
 from geffect_fast.engines.direction import Tick, accumulate_gradients
 from geffect_fast.engines.forward_check import forward_mode_problem
 from geffect_fast.engines.forward_parts import parts_for, place_for_directions, product_shares
-from geffect_fast.engines.layout import choose_layout
+from geffect_fast.engines.layout import check_reference, choose_layout, longest_sequence
 from geffect_fast.engines.packed_attention import splits_attention
+from geffect_fast.engines.rotary_frequencies import check_pairs
 from geffect_fast.engines.tasks import Reference, Task, mixture_of, tasks_for
 from geffect_fast.errors import InputError, UnsupportedModelError
 from geffect_fast.objectives import Objective
@@ -156,9 +157,12 @@ class Profiler:
             shares=product_shares(plan, columns),
         )
         self._budget = budget = TokenBudget(token_budget or 1)
+        longest = max(map(longest_sequence, sets.values()))
+        if alternatives:
+            check_pairs(model, sets["forget"])
         try:
             with within_budget(budget, one_sample=True):
-                layout = choose_layout(plan, sets["forget"])
+                layout = choose_layout(plan, sets["forget"], longest)
         except UnsupportedModelError:
             # Whole gradients and forward passes need no shares of samples, only that samples do
             # not meet.
@@ -212,7 +216,11 @@ class Profiler:
                 [{"name": o.name, "parameters": o.parameters()} for o in self.objectives]
             ),
         }
-        self._reference = Reference(reference_for(reference_model, needs, model, sets))
+        reference = reference_for(reference_model, needs, model, sets)
+        if reference is not None:
+            with within_budget(budget, one_sample=True):
+                check_reference(reference, layout, sets["forget"], longest)
+        self._reference = Reference(reference)
 
     def measure(
         self,

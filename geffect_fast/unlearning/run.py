@@ -7,12 +7,13 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from geffect_fast.data import Layout
+from geffect_fast.engines.layout import choose_layout, longest_sequence
 from geffect_fast.errors import GEffectError, InputError, NonFiniteError
 from geffect_fast.objectives import Objective
 from geffect_fast.objectives.base import REFERENCE_NEEDS
@@ -126,11 +127,15 @@ class Unlearning:
             reference_model=reference,
             **measuring,
         )
+        layout: Layout = self.profiler.settings["layout"]
+        if layout == "packed":  # rows that are not probed may be longer
+            longest = max(map(longest_sequence, sets.values()))
+            layout = choose_layout(self.profiler.plan, sets["forget"], longest)
         self.loss = Loss(
             measured[0],
             sets,
             self.profiler.token_budget,
-            cast(Layout, self.profiler.settings["layout"]),
+            layout,
             measuring["reduction"],
             training.accumulation,
         )
