@@ -13,6 +13,7 @@ from bad_input import (
     compare,
     data,
     folders,
+    formats,
     forward,
     limits,
     models,
@@ -32,6 +33,7 @@ from geffect_fast.errors import GEffectError
 
 CASES: list[Case] = [
     *data.CASES,
+    *formats.CASES,
     *objectives.CASES,
     *models.CASES,
     *limits.CASES,

@@ -56,7 +56,7 @@ def watched_streams() -> Iterator[None]:
     found = sys.stdout, sys.stderr
     try:
         # a stream that was closed from the start is None, and nothing is printed to it
-        sys.stdout, sys.stderr = (s if s is None else _Stream(s) for s in found)  # type: ignore[assignment]
+        sys.stdout, sys.stderr = (s if s is None else _Stream(s) for s in found)
         yield
         for stream in found:
             if stream is not None:

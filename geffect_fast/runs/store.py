@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from geffect_fast.data.files import check_regular
 from geffect_fast.errors import InputError
 from geffect_fast.runs.config import ProfileConfig, dump_config
 from geffect_fast.runs.disk import (
@@ -167,6 +168,7 @@ def _result_of(folder: str | Path) -> Path:
     try:
         file = path / RESULTS if path.is_dir() else path
         if is_there(file):
+            check_regular(file, f"result {file}")
             return file
         if not is_there(path):
             raise InputError(f"run folder {folder} does not exist; give a folder made by profile")
