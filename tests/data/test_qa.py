@@ -207,7 +207,7 @@ BAD_ROWS = [
     ([{"input_ids": [True, 2], "labels": [1, 2]}], r"row 0 .*: 'input_ids' holds type bool"),
     ([{"input_ids": torch.ones(1, 2, dtype=int), "labels": [1, 2]}], r"holds type list; give a"),
     ([{"input_ids": torch.tensor(3), "labels": [1, 2]}], r"'input_ids' is of type int; give"),
-    ([{"input_ids": "12", "labels": [1, 2]}], r"row 0 .*: 'input_ids' is of type str; give a flat list"),
+    ([{"input_ids": "12", "labels": [1, 2]}], r"row 0 .*: 'input_ids' is of type str; give a flat"),
     ([TOKENS | {"attention_mask": [1, 1, 0]}], r"row 0 .*: 'attention_mask' marks padding; drop"),
     ([TOKENS | {"alternative": "No."}], r"row 0 .*, 'alternative' is of type str; give"),
     ([TOKENS | {"alternative": {"input_ids": [1, 2], "labels": [1]}}], r"'alternative': 2"),
