@@ -36,6 +36,7 @@ from geffect_fast.data.batch import IGNORE
 from geffect_fast.data.qa import row_place
 from geffect_fast.errors import InputError, NonFiniteError
 from geffect_fast.runs.disk import user_path, whole_file
+from geffect_fast.runs.resolution import stored_text
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -253,7 +254,8 @@ def write_weighted(forget: Any, weights: xr.Dataset, path: str | Path) -> Path:
 def _check_same(row: dict[str, Any], weight: xr.DataArray, place: str) -> None:
     """Raise `InputError` where a row is not the one that the weights are of."""
     question = row.get("question")
-    same = str(weight["question"].item()) == (question if isinstance(question, str) else "")
+    own = stored_text(question) if isinstance(question, str) else ""
+    same = str(weight["question"].item()) == own
     if "labels" in row:
         labels = [label for label in row["labels"] if label != IGNORE]
         same = same and weight["token_id"].values.tolist() == labels

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Annotated, Any
 
 import typer
@@ -25,12 +26,14 @@ from geffect_fast.cli import (
     weights,
 )
 from geffect_fast.cli.options import option
+from geffect_fast.cli.streams import OutputLost, watched_streams
 from geffect_fast.errors import GEffectError, GEffectWarning
 
 EXIT_CODES = (
     "Exit codes: 0 all went well; 2 bad input, a full disk or too little memory, one line "
     "'error: ...' on stderr and nothing written; 3 check found a deviation, or a run of several "
-    "steps stopped and kept those it had written; 1 unexpected failure; 130 interrupted."
+    "steps stopped and kept those it had written; 1 unexpected failure; 130 interrupted; 141 "
+    "nobody reads what is printed."
 )
 COMMANDS = (
     profile.profile,
@@ -79,6 +82,18 @@ def main(argv: list[str] | None = None) -> int:
     Args:
         argv: arguments without the program's name; None: those of the process.
     """
+    try:
+        with watched_streams():
+            return _run(argv)
+    except OutputLost as lost:
+        if lost.error.errno == errno.EPIPE:
+            return 141  # as where the signal ends a program, and as silent
+        with suppress(OSError):  # where stderr is lost too
+            _fail(f"what is printed cannot be written: {lost.error.strerror}; free some space", 2)
+        return 2
+
+
+def _run(argv: list[str] | None) -> int:
     try:
         with _told_in_a_line():
             status = typer.main.get_command(app)(

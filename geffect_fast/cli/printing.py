@@ -15,7 +15,8 @@ def console() -> Console:
     """Of the terminal's width; 120 columns in a file or a pipe."""
     from rich.console import Console
 
-    return Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+    at_terminal = sys.stdout is not None and sys.stdout.isatty()
+    return Console(width=None if at_terminal else 120, highlight=False)
 
 
 def print_result(dataset: xr.Dataset, folder: Path) -> None:

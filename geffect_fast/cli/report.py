@@ -32,6 +32,7 @@ def report(
     from geffect_fast.report.page import write_page
     from geffect_fast.runs.config import read_values
     from geffect_fast.runs.disk import is_there, unwritable, user_path
+    from geffect_fast.runs.result_form import check_complete
     from geffect_fast.runs.store import CONFIG, REPORT, open_run, reading
 
     places = [_place(run) for run in runs]
@@ -55,6 +56,7 @@ def report(
         for name, run, folder in zip(names, runs, folders, strict=True):
             opened[name] = stack.enter_context(open_run(run, lazy=True))
             stack.enter_context(reading(run))
+            check_complete(opened[name], run)
             if is_there(folder / CONFIG):
                 configs[name] = read_values(folder / CONFIG)
         write_page(opened, file, configs=configs)

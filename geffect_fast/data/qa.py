@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from geffect_fast.data.batch import IGNORE
+from geffect_fast.data.files import check_regular, folder_kind, no_data
+from geffect_fast.data.row_shapes import known_shape, known_turns
 from geffect_fast.errors import InputError
 
 Source = Any
@@ -31,9 +33,9 @@ def read_rows(source: Source, *, name: str) -> list[dict[str, Any]]:
             set id, `org/name`, `org/name:config` or `org/name:config:split`; or an iterable or
             torch Dataset of dicts. A row is text (`question`, `answer`, optional `alternative`, one
             or a list of them), or tokenised (`input_ids`, unshifted `labels` with -100 where
-            nothing is learned, both lists or tensors of shape `(length,)`, optional `alternative`
-            of the same two fields, or a list of such). Either may carry `weights`, one number of 0
-            or more for each label token of its answer; then all rows do.
+            nothing is learned, both lists, arrays or tensors of shape `(length,)`, optional
+            `alternative` of the same two fields, or a list of such). Either may carry `weights`,
+            one number of 0 or more for each label token of its answer; then all rows do.
         name: the argument's name, for messages.
 
     Returns:
@@ -123,14 +125,22 @@ def _raw_refusals(source: Source) -> Iterator[tuple[str, Any]]:
 def _read_text(source: str | os.PathLike[str], name: str, remedy: str) -> str:
     shown = _shown(source)
     try:
-        raw = Path(source).expanduser().read_bytes()
+        file = Path(source).expanduser()
+        check_regular(file, f"{name}: {shown}")
+        raw = file.read_bytes()
     except FileNotFoundError:
         raise InputError(f"{name}: file {shown} does not exist; {remedy}") from None
     except IsADirectoryError:
-        raise InputError(f"{name}: {shown} is a directory; {remedy}") from None
+        kind = folder_kind(file)
+        what = f"a directory; {remedy}" if kind is None else f"a directory {kind}"
+        raise InputError(f"{name}: {shown} is {what}") from None
+    except InputError:
+        raise
     except (OSError, ValueError, RuntimeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise InputError(f"{name}: cannot read {shown} ({_one_line(reason)}); {remedy}") from None
+    if kind := no_data(raw[:512]):
+        raise InputError(f"{name}: {shown} is {kind[0]}; {kind[1]}; {remedy}")
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -171,6 +181,12 @@ def _numbered(rows: Iterable[Any], name: str, origin: str = "") -> Iterator[tupl
 
 
 def _iterable(source: Any, name: str) -> Iterable[Any]:
+    if hasattr(source, "to_dict") and hasattr(source, "columns"):
+        raise InputError(
+            f"{name}: got a {type(source).__name__} of columns; give its rows, .to_dict('records')"
+        )
+    if hasattr(source, "to_pylist"):
+        raise InputError(f"{name}: got an Arrow {type(source).__name__}; give its .to_pylist()")
     if isinstance(source, Mapping | bytes):
         got = f"type {type(source).__name__}"
         if all(isinstance(key, str) for key in source):
@@ -211,21 +227,23 @@ def _hub_rows(source: str, hub: re.Match[str], name: str) -> Iterable[Any]:
 
 def _check_row(raw: Any, where: str) -> dict[str, Any]:
     if not isinstance(raw, Mapping):
+        shape = known_turns(raw)
         raise InputError(
             f"{where} is of type {type(raw).__name__}, not an object with 'question' and 'answer'"
+            + (f"; {shape}" if shape else "")
         )
     row = dict(raw)
     if "input_ids" in row or "labels" in row:
         row.update(_check_tokens(row, where))
     else:
         for field in ("question", "answer"):
-            _check_text(row, field, where)
+            _check_text(row, field, where, known_shape(row))
     if row.get("alternative") is not None:
         row["alternative"] = _check_alternatives(row["alternative"], "input_ids" in row, where)
     if row.get("weights") is None:
         row.pop("weights", None)
     else:
-        row["weights"] = _check_weights(row["weights"], where)
+        row["weights"] = _check_weights(row, where)
     return row
 
 
@@ -254,13 +272,16 @@ def _check_refusal(raw: Any, where: str) -> str | dict[str, list[int]]:
     return _check_text(raw, "refusal" if "refusal" in raw else "answer", where)
 
 
-def _check_text(row: Mapping[str, Any], field: str, where: str) -> str:
+def _check_text(row: Mapping[str, Any], field: str, where: str, shape: str | None = None) -> str:
+    """The text of a field; `shape` is what is known of a row that has none."""
     if field not in row:
-        fields = ", ".join(sorted(map(repr, row))[:6]) or "none"
-        raise InputError(f"{where} has no '{field}' (its fields: {fields}); add a non-empty string")
+        fields = ", ".join(sorted(_one_line(repr(key), 40) for key in row)[:6]) or "none"
+        advice = shape or "add a non-empty string"
+        raise InputError(f"{where} has no '{field}' (its fields: {fields}); {advice}")
     value = row[field]
     if not isinstance(value, str):
-        raise InputError(f"{where}: '{field}' is of type {type(value).__name__}; make it a string")
+        advice = shape or "make it a string"
+        raise InputError(f"{where}: '{field}' is of type {type(value).__name__}; {advice}")
     if not value.strip():
         raise InputError(f"{where}: '{field}' is empty; fill it in or leave the row out")
     if any("\ud800" <= char <= "\udfff" for char in value):
@@ -289,7 +310,7 @@ def _check_tokens(raw: Any, where: str) -> dict[str, list[int]]:
             f"{where}: 'labels' has nothing to learn after the first token; "
             f"label the answer's tokens (unshifted, {IGNORE} elsewhere)"
         )
-    if "attention_mask" in raw and not all(_check_ids(raw, "attention_mask", where)):
+    if "attention_mask" in raw and not all(_listed(raw, "attention_mask", where)):
         raise InputError(
             f"{where}: 'attention_mask' marks padding; drop the padded tokens, samples are packed"
         )
@@ -297,30 +318,40 @@ def _check_tokens(raw: Any, where: str) -> dict[str, list[int]]:
 
 
 def _check_ids(raw: Mapping[str, Any], field: str, where: str) -> list[int]:
-    if field not in raw:
-        raise InputError(f"{where} has no '{field}'; tokenised rows need 'input_ids' and 'labels'")
-    value = raw[field]
-    if hasattr(value, "tolist"):
-        value = value.tolist()
-    if not isinstance(value, list | tuple):
+    items = _listed(raw, field, where)
+    if items and all(isinstance(item, bool) for item in items):
         raise InputError(
-            f"{where}: '{field}' is of type {type(value).__name__}; give a list of ids"
+            f"{where}: '{field}' is a boolean mask; give token ids, and {IGNORE} as the label of "
+            "those that are not learned"
         )
-    for item in value:
+    for item in items:
         if not isinstance(item, int) or isinstance(item, bool):
             raise InputError(
                 f"{where}: '{field}' holds type {type(item).__name__}; give a flat list of ids"
             )
-    return list(value)
+    return items
 
 
-def _check_weights(raw: Any, where: str) -> list[float]:
-    value = raw.tolist() if hasattr(raw, "tolist") else raw
-    if not isinstance(value, list | tuple):
+def _listed(
+    raw: Mapping[str, Any], field: str, where: str, wanted: str = "a flat list of ids"
+) -> list[Any]:
+    """A field of numbers, be it a list, an array or a tensor, as a list of Python's own."""
+    if field not in raw:
+        raise InputError(f"{where} has no '{field}'; tokenised rows need 'input_ids' and 'labels'")
+    value = raw[field]
+    try:
+        value = value.tolist() if hasattr(value, "tolist") else value
+        if isinstance(value, list | tuple):
+            return [item.item() if hasattr(item, "item") else item for item in value]
+    except (RuntimeError, ValueError) as error:  # a tensor without numbers, or a list of vectors
         raise InputError(
-            f"{where}: 'weights' is of type {type(value).__name__}; give a list of numbers, "
-            "one a label token of its answer"
-        )
+            f"{where}: '{field}' cannot be read ({_one_line(error)}); give {wanted}"
+        ) from None
+    raise InputError(f"{where}: '{field}' is of type {type(value).__name__}; give {wanted}")
+
+
+def _check_weights(raw: Mapping[str, Any], where: str) -> list[float]:
+    value = _listed(raw, "weights", where, "a list of numbers, one a label token of its answer")
     for item in value:
         if not isinstance(item, int | float) or isinstance(item, bool):
             raise InputError(
@@ -341,6 +372,6 @@ def _shown(source: Any) -> str:
     return text if len(text) <= 200 else f"{text[:200]}..."
 
 
-def _one_line(error: object) -> str:
+def _one_line(error: object, longest: int = 200) -> str:
     text = " ".join(str(error).split())
-    return text if len(text) <= 200 else f"{text[:200]}..."
+    return text if len(text) <= longest else f"{text[:longest]}..."

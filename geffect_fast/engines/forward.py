@@ -29,6 +29,7 @@ from geffect_fast.engines.objective_tangents import (
 )
 from geffect_fast.engines.tasks import Reference, Task
 from geffect_fast.errors import InputError
+from geffect_fast.objectives import Objective
 from geffect_fast.transfer import OnItsWay, on_device
 
 
@@ -62,6 +63,7 @@ def forward_effects(
     """
     n_directions = next(iter(directions.values())).shape[0]
     n_columns = 1 + max(part.column for part in parts)
+    judged: set[tuple[int, type]] = set()
     values = torch.zeros(n_objectives, dtype=torch.float64)
     totals = torch.zeros(n_objectives, n_directions, n_columns, dtype=torch.float64)
     model = DualModel(plan)
@@ -72,7 +74,7 @@ def forward_effects(
                 batch = attempt.batch
                 with attempt:
                     change, found = _changes(
-                        model, task, batch, moved_along, reference, first=number == 0
+                        model, task, batch, moved_along, reference, judged, first=number == 0
                     )
                 if attempt.failed:
                     continue
@@ -96,6 +98,7 @@ def _changes(
     batch: Batch,
     along: Mapping[str, Tensor],
     reference: Reference,
+    judged: set[tuple[int, type]],
     *,
     first: bool,
 ) -> tuple[Tensor, Tensor]:
@@ -110,8 +113,9 @@ def _changes(
         batch: on the CPU.
         along: as `DualModel.outputs` takes directions.
         reference: what the objectives compare with.
-        first: whether this is the first pass; in it the terms' derivatives on the first batch are
-            compared with that of their sum.
+        judged: kinds of objectives, by task, whose terms' derivatives were compared with that of
+            their sum; what is compared here is added.
+        first: whether this is the first pass, in which the kinds that were not yet are.
 
     Raises:
         InputError: they are not it.
@@ -121,20 +125,32 @@ def _changes(
     outputs, tangents = model.outputs(along, moved, task.needs)
     other = reference.outputs(task, batch, moved, outputs)
     # One objective of each kind: hyper-parameters change no code.
-    checked = first and batch is task.batches[0]
-    kinds = list({type(part): part for part in parts.values()}.values()) if checked else []
-    wrong = [terms_disagree(o, outputs, moved, other, tangents[0]) for o in kinds]
+    kinds: dict[type, list[Objective]] = {}
+    for part in parts.values() if first else ():
+        if (id(task), type(part)) not in judged:
+            kinds.setdefault(type(part), []).append(part)
+
+    def disagree(objective: Objective) -> Tensor:
+        return terms_disagree(objective, outputs, moved, other, tangents[0])
+
+    wrong = [disagree(some[0]) for some in kinds.values()]
     change = torch.stack(
         [term_tangents(o, outputs, moved, other, tangents) for o in parts.values()], dim=1
     )
     values = [task.value(k, outputs, moved, other) for k in parts] if first else []
     numbers = [torch.as_tensor(x, dtype=torch.float64, device=change.device) for x in values]
     numbers += [x.double() for x in wrong]
-    (found,) = OnItsWay(torch.cat([change.flatten(), *(x.view(1) for x in numbers)])).arrived()
+    (found,) = OnItsWay(torch.cat([change.flatten(), *(x.flatten() for x in numbers)])).arrived()
     change, found = found[: change.numel()].view(change.shape), found[change.numel() :]
-    for objective, is_wrong in zip(kinds, found[len(values) :].tolist(), strict=True):
-        if is_wrong:
-            raise no_derivative(objective)
+    for (kind, some), said in zip(kinds.items(), found[len(values) :].view(-1, 2), strict=True):
+        for objective in some:
+            # a second of a kind is tried, and waited for, where nothing was to be seen of the first
+            is_wrong, nothing = (said if objective is some[0] else disagree(objective)).tolist()
+            if is_wrong:
+                raise no_derivative(objective)
+            if not nothing:
+                judged.add((id(task), kind))
+                break
     return change, found[: len(values)]
 
 

@@ -26,6 +26,9 @@ from geffect_fast.objectives import Objective, Outputs
 TOLERANCE = 1e-3
 """Relative to the sum of the sizes of the terms' derivatives: rounding of sums in fp32."""
 
+SMALLEST_SLOPE = torch.finfo(torch.float32).tiny / TOLERANCE
+"""A slope below loses in fp32 as much as is told wrong by; one of 0 in all places says nothing."""
+
 ELSEWHERE = 0.75
 """By what outputs are multiplied where code is tried: kl, say, has no gradient but rounding at the
 outputs of its own reference, and nothing could be compared there."""
@@ -65,7 +68,10 @@ def term_tangents(
 def terms_disagree(
     objective: Objective, outputs: Outputs, batch: Batch, reference: Outputs | None, moved: Outputs
 ) -> Tensor:
-    """Whether the terms' derivatives do not add up to that of their sum, a bool on the device.
+    """Whether the terms' derivatives add up to that of their sum: `(2,)` bool on the device.
+
+    The first says that they do not, the second that there is nothing to tell by: derivatives that
+    fp32 hardly holds, as those of a weight `p^alpha` of an unlikely token at a large alpha are.
 
     Args:
         objective, outputs, batch, reference: as `term_tangents`.
@@ -74,12 +80,16 @@ def terms_disagree(
     tensors = tuple(ELSEWHERE * x for x in outputs.tensors())
     shifted = Outputs.of(tensors, outputs.logits is not None)
     change = term_tangents(objective, shifted, batch, reference, [moved])[0]
-    expected = change.new_zeros(())
+    expected, length = change.new_zeros(()), change.new_zeros(())
     slopes = _slopes(objective, shifted, batch, reference)[2]
     for slope, tangent in zip(slopes, moved.tensors(), strict=True):
         if slope is not None:
             expected = expected + (slope.detach().double() * tangent.double()).sum()
-    return (change.sum() - expected).abs() > TOLERANCE * (change.abs().sum() + expected.abs())
+            length = length + tangent.double().abs().sum()
+    size = change.abs().sum() + expected.abs()
+    wrong = (change.sum() - expected).abs() > TOLERANCE * size
+    nothing = size <= SMALLEST_SLOPE * length
+    return torch.stack([wrong & ~nothing, nothing])
 
 
 def _slopes(

@@ -15,6 +15,7 @@ import numpy as np
 from geffect_fast.errors import InputError
 from geffect_fast.runs.axes import GROUPS
 from geffect_fast.runs.disk import user_path
+from geffect_fast.runs.result_form import check_complete
 from geffect_fast.runs.store import open_run
 from geffect_fast.runs.told_apart import precision_error
 
@@ -143,7 +144,8 @@ def _given(
                     f"{what}: {name} and {places[place]} are the same run; give it once"
                 )
             places[place] = name
-            run = open_run(run)
+            folder, run = run, open_run(run)
+            check_complete(run, folder)
         elif not isinstance(run, xr.Dataset):
             raise InputError(f"{what}: {run!r} is no run; give folders, or results of open_run")
         if "step" not in run["g_effect"].dims:

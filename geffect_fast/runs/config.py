@@ -20,6 +20,7 @@ from pydantic import (
     model_validator,
 )
 
+from geffect_fast.data.files import check_regular
 from geffect_fast.errors import InputError
 from geffect_fast.runs.disk import is_there, user_path
 
@@ -269,7 +270,10 @@ def read_values(path: str | Path) -> dict[str, Any]:
         InputError: the file is missing, is not YAML, or holds no fields.
     """
     try:
+        check_regular(Path(path), f"config {path}")
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except InputError:
+        raise
     except FileNotFoundError:
         raise InputError(
             f"config {path} does not exist; give a YAML file such as run.yaml"
@@ -279,8 +283,12 @@ def read_values(path: str | Path) -> dict[str, Any]:
         raise InputError(
             f"config {path} cannot be read: {reason}; give a YAML file such as run.yaml"
         ) from None
-    except ValueError:
+    except UnicodeDecodeError:
         raise InputError(f"config {path} is not UTF-8; save it as UTF-8") from None
+    except (RecursionError, ValueError) as error:  # nested too deep, or a date such as 2024-13-01
+        raise InputError(
+            f"config {path} is unusable YAML ({_flat(error)[:120]}); mend or replace it"
+        ) from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f" at line {mark.line + 1}" if mark else ""

@@ -36,6 +36,10 @@ COVERAGE_TOLERANCE = {
 }
 """How far the sum over samples may be from the whole gradient's product, relative to both norms."""
 
+SHORTEST = 2.0**-48
+"""A gradient of this length is nothing beside one of a loss of 1, and fp32 holds no square of a
+shorter one: that of wga at a large alpha, whose weights are all but 0, comes out as 0."""
+
 
 def digest(samples: SampleSet) -> str:
     """What tells the rows of a data set from others: a hash of their answers' tokens and labels."""
@@ -119,6 +123,8 @@ def check_coverage(plan: Plan, effects: Tensor, gram: Tensor, m: int) -> None:
     """The samples' shares must add up to the whole gradient's product, or a use was missed."""
     whole = gram[:, m:, :m].permute(1, 2, 0)
     square = gram.diagonal(dim1=1, dim2=2)
+    if any(p.dtype != torch.float64 for p in plan.parameters.values()):
+        square = square.clamp(min=SHORTEST**2)
     scale = (square[:, m:, None] * square[:, None, :m]).sqrt().permute(1, 2, 0)
     # A gradient that is rounding noise beside the model's has a direction of noise.
     floor = 1e-6 * scale.amax(dim=-1, keepdim=True)

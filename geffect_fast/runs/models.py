@@ -84,8 +84,24 @@ def _base_of(source: str | Path, what: str) -> str | None:
     """The base model of an adapter's folder, a folder or hub id; None where it is no such folder.
 
     Raises:
-        InputError: the adapter does not say.
+        InputError: the adapter does not say, or it is in the end its own base.
     """
+    base = _named_base(source, what)
+    seen, at = {user_path(source).resolve()}, base
+    while at is not None:
+        place = user_path(at).resolve()
+        if place in seen:
+            raise InputError(
+                f"{what} {source}: {_ADAPTER_CONFIG} leads back to {at} as its own base model; "
+                "write the base model's folder or hub id into base_model_name_or_path"
+            )
+        seen.add(place)
+        at = _named_base(at, what)
+    return base
+
+
+def _named_base(source: str | Path, what: str) -> str | None:
+    """What the adapter in a folder names as its base model."""
     if not (user_path(source) / _ADAPTER_CONFIG).is_file():
         return None
     base = _settings(source, _ADAPTER_CONFIG, what).get("base_model_name_or_path")

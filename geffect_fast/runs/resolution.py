@@ -113,7 +113,7 @@ class Resolution:
             every = list(self._samples())
             coords["sample"] = np.array([sample.data_row for _, sample in every])
             coords["set"] = ("sample", [name for name, _ in every])
-            coords["question"] = ("sample", [sample.question for _, sample in every])
+            coords["question"] = ("sample", [stored_text(sample.question) for _, sample in every])
         if self.within is not None:
             coords |= self._within_coordinates(self.within, tokenizer)
         return coords
@@ -138,7 +138,10 @@ class Resolution:
         coords["sequence"] = (("sample", axis), sequence)
         if tokenizer is not None:
             known, at = np.unique(ids, return_inverse=True)
-            texts = ["" if token < 0 else tokenizer.decode([token]) for token in known.tolist()]
+            texts = [
+                "" if token < 0 else stored_text(tokenizer.decode([token]))
+                for token in known.tolist()
+            ]
             coords["token_text"] = (
                 ("sample", axis),
                 np.array(texts, dtype=object)[at].reshape(ids.shape),
@@ -163,6 +166,12 @@ class Resolution:
 
     def _sequences(self, sample: Sample) -> list[TokenSequence]:
         return [sample.answer, *(sample.alternatives if self.alternatives else ())]
+
+
+def stored_text(text: str) -> str:
+    """A text as results hold it: for U+0000, at which NetCDF ends one, stands its picture; for half
+    a surrogate pair, which no file holds, its escape."""
+    return text.replace("\0", "\N{SYMBOL FOR NULL}").encode(errors="backslashreplace").decode()
 
 
 def checked_axes(resolve: Sequence[str]) -> tuple[str, ...]:

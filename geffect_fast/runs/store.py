@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from geffect_fast.data.files import check_regular
 from geffect_fast.errors import InputError
 from geffect_fast.runs.config import ProfileConfig, dump_config
 from geffect_fast.runs.disk import (
@@ -23,6 +24,7 @@ from geffect_fast.runs.disk import (
     user_path,
     whole_file,
 )
+from geffect_fast.runs.result_form import check_form, check_size
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -145,7 +147,10 @@ def open_run(folder: str | Path, *, lazy: bool = False) -> xr.Dataset:
 
     file = _result_of(folder)
     try:
-        dataset = (xr.open_dataset if lazy else xr.load_dataset)(file, engine="h5netcdf")
+        check_size(file)
+        dataset = xr.open_dataset(file, engine="h5netcdf")
+    except InputError:
+        raise
     except Exception as error:  # a torn file fails in many ways, deep in HDF5
         raise _torn(file, error) from error
     try:
@@ -158,7 +163,17 @@ def open_run(folder: str | Path, *, lazy: bool = False) -> xr.Dataset:
     if not ours:
         dataset.close()
         raise InputError(f"{file} holds no G-effect; give a file written by geffect_fast")
-    return dataset
+    try:
+        check_form(dataset, file)
+        if lazy:
+            return dataset
+        with dataset:
+            return dataset.load()
+    except Exception as error:  # as above
+        dataset.close()
+        if isinstance(error, InputError):
+            raise
+        raise _torn(file, error) from error
 
 
 def _result_of(folder: str | Path) -> Path:
@@ -167,6 +182,7 @@ def _result_of(folder: str | Path) -> Path:
     try:
         file = path / RESULTS if path.is_dir() else path
         if is_there(file):
+            check_regular(file, f"result {file}")
             return file
         if not is_there(path):
             raise InputError(f"run folder {folder} does not exist; give a folder made by profile")

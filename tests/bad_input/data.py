@@ -142,7 +142,7 @@ CASES = [
         "save it as UTF-8",
         line("forget.jsonl", 2, '{"question": "Où?", "answer": "là"}'.encode("latin-1")),
     ),
-    Case("a binary file", profile(forget="model/model.safetensors"), "line 1", "save it as UTF-8"),
+    Case("a model as data", profile(forget="model/model.safetensors"), "safetensors", "JSON lines"),
     Case(
         "no question",
         profile(),

@@ -172,6 +172,33 @@ CASES = [
         ),
     ),
     Case(
+        "an adapter that is its own base",
+        profile(),
+        "adapter_config.json leads back to",
+        "write the base model's folder",
+        both(
+            gone(CONFIG), holds("model/adapter_config.json", '{"base_model_name_or_path": "model"}')
+        ),
+    ),
+    Case(
+        "adapters that are each other's base",
+        profile(),
+        "adapter_config.json leads back to",
+        "write the base model's folder",
+        both(
+            gone(CONFIG),
+            holds("model/adapter_config.json", '{"base_model_name_or_path": "./other"}'),
+            holds("other/adapter_config.json", '{"base_model_name_or_path": "other/../model"}'),
+        ),
+    ),
+    Case(
+        "a tokenizer of an adapter that is its own base",
+        profile(tokenizer="own"),
+        "adapter_config.json leads back to",
+        "write the base model's folder",
+        holds("own/adapter_config.json", '{"base_model_name_or_path": "own"}'),
+    ),
+    Case(
         "adapters that name no model",
         profile(),
         "adapter_config.json names no base_model_name_or_path",

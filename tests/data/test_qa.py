@@ -79,6 +79,45 @@ def test_tokenised_rows_become_lists(make):
     assert all(type(i) is int for i in row["input_ids"] + row["alternative"]["labels"])
 
 
+@pytest.mark.parametrize(
+    "ids",
+    [
+        [np.int64(1), np.int32(2), np.uint8(3)],
+        [torch.tensor(1), 2, torch.tensor(3)],
+        np.array([1, 2, 3], dtype=np.uint16),
+        np.array([1, 2, 3], dtype=object),
+        torch.tensor([1, 2, 3], dtype=torch.int32),
+        (1, 2, 3),
+    ],
+    ids=["numbers of numpy", "tensors of one", "array", "objects", "tensor", "tuple"],
+)
+@pytest.mark.parametrize(
+    "mask",
+    [
+        [True, True, True],
+        np.ones(3, dtype=bool),
+        torch.ones(3, dtype=torch.bool),
+        [np.True_, np.True_, np.int64(1)],
+    ],
+    ids=["list", "array", "tensor", "numbers of numpy"],
+)
+def test_ids_and_masks_of_any_integers_become_python_ones(ids, mask):
+    (row,) = read_rows([{"input_ids": ids, "labels": ids, "attention_mask": mask}], name="forget")
+    for field in ("input_ids", "labels"):
+        assert row[field] == [1, 2, 3] and {type(i) for i in row[field]} == {int}
+
+
+def test_weights_of_numpy_become_floats():
+    (row,) = read_rows([TOKENS | {"weights": [np.float32(0.5), torch.tensor(2)]}], name="forget")
+    assert row["weights"] == [0.5, 2.0] and {type(w) for w in row["weights"]} == {float}
+
+
+def test_text_that_begins_as_other_files_do_is_text(tmp_path):
+    path = tmp_path / "refusals.txt"
+    path.write_text("ORC is all I hear.\nBZh? No.\nPAR1\n", encoding="utf-8")
+    assert read_refusals(path) == ["ORC is all I hear.", "BZh? No.", "PAR1"]
+
+
 def test_alternatives_may_be_several():
     rows = [ROW | {"alternative": ("Nowhere.", "There.")}, ROW | {"alternative": "Here."}, ROW]
     found = read_rows(rows, name="forget")
@@ -168,7 +207,7 @@ BAD_ROWS = [
     ([{"input_ids": [True, 2], "labels": [1, 2]}], r"row 0 .*: 'input_ids' holds type bool"),
     ([{"input_ids": torch.ones(1, 2, dtype=int), "labels": [1, 2]}], r"holds type list; give a"),
     ([{"input_ids": torch.tensor(3), "labels": [1, 2]}], r"'input_ids' is of type int; give"),
-    ([{"input_ids": "12", "labels": [1, 2]}], r"row 0 .*: 'input_ids' is of type str; give a list"),
+    ([{"input_ids": "12", "labels": [1, 2]}], r"row 0 .*: 'input_ids' is of type str; give a flat"),
     ([TOKENS | {"attention_mask": [1, 1, 0]}], r"row 0 .*: 'attention_mask' marks padding; drop"),
     ([TOKENS | {"alternative": "No."}], r"row 0 .*, 'alternative' is of type str; give"),
     ([TOKENS | {"alternative": {"input_ids": [1, 2], "labels": [1]}}], r"'alternative': 2"),

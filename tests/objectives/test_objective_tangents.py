@@ -13,7 +13,7 @@ from test_objective_formulas import CASES
 import geffect_fast as gf
 from geffect_fast.engines.objective_tangents import term_tangents, terms_disagree
 from geffect_fast.errors import InputError
-from geffect_fast.objectives import KL, UNDIAL, WGA, Objective, Outputs
+from geffect_fast.objectives import KL, UNDIAL, WGA, Objective, Outputs, SatImp, SimNPO
 
 
 def noise(outputs, seed):
@@ -56,7 +56,7 @@ def test_terms_move_as_reverse_mode_says(o, reduction, make_data):
             assert float(terms[t]) == pytest.approx(
                 slope(o, case, outputs, moved, one), rel=1e-10, abs=1e-13
             )
-        assert not terms_disagree(o, outputs, case.batch, case.reference, moved)
+        assert not terms_disagree(o, outputs, case.batch, case.reference, moved).any()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -68,7 +68,7 @@ def test_at_its_own_reference_there_is_no_gradient_and_no_complaint(o, dtype, ma
     moved = noise(own, 1)
     found = term_tangents(o, own, case.batch, frozen, [moved])
     assert found.abs().max() < 1e-6
-    assert not terms_disagree(o, own, case.batch, frozen, moved)
+    assert not terms_disagree(o, own, case.batch, frozen, moved)[0]
 
 
 # ---- what users write ----
@@ -165,6 +165,58 @@ def test_a_gradient_without_derivative_is_refused_by_name(by):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5 * float(expected.max()))
 
 
+def effects(objectives, engine, **more):
+    model = build("llama")
+    return gf.profile(
+        model, None, retain=samples([5], 2), objectives=objectives, engine=engine,
+        resolve=["sample"], norms=False, **({"forget": samples([6, 7], 1)} | more),
+    ).g_effect  # fmt: skip
+
+
+UNDERFLOWING = [WGA(12), WGA(21), WGA(60), WGA(400), SatImp(beta1=60), SimNPO(beta=60)]
+
+
+@pytest.mark.parametrize("faint", UNDERFLOWING, ids=str)
+@pytest.mark.parametrize("alone", [True, False])
+def test_weights_that_underflow_stop_no_run(faint, alone):
+    """Whichever of its kind is tried first: what fp32 cannot hold says nothing of the code."""
+    plain = type(faint)()
+    for objectives in [[faint]] if alone else [[faint, plain], [plain, faint]]:
+        found = effects(objectives, "forward")
+        expected = effects(objectives, "reverse")
+        scale = 1e-4 * abs(expected).max("sample")
+        assert (abs(found - expected) <= scale + 1e-37).all()
+        assert alone or (scale.sel(objective=str(plain)) > 1e-20).all()
+
+
+@dataclass(frozen=True)
+class Faint(Squared):
+    """Squares of log-probabilities of the tokens above one, times a factor in fp64."""
+
+    factor: float = 1.0
+    above: int = 0
+
+    def token_terms(self, outputs, batch, reference):
+        counted = batch.labels.roll(-1) > self.above
+        return self.factor * counted * super().token_terms(outputs, batch, reference).double()
+
+
+@pytest.mark.parametrize("factors", [(1e-60, 1.0), (1.0, 1e-60), (1e-60, 1e-50, 1.0)], ids=str)
+def test_a_wrong_objective_is_seen_behind_one_of_its_kind_that_says_nothing(factors):
+    with pytest.raises(InputError, match=r"the gradient of its token_terms has no derivative"):
+        effects([Faint(2, factor) for factor in factors], "forward")
+    effects([Faint(0, factor) for factor in factors], "forward")
+
+
+def test_a_wrong_objective_is_seen_in_a_later_batch():
+    """Where the first batch has nothing to tell by, as no token of it counts."""
+    low, high = ({"input_ids": [3, i, i], "labels": [-100, i, i]} for i in (5, 25))
+    for forget in ([low, high], [high, low]):
+        with pytest.raises(InputError, match=r"the gradient of its token_terms has no derivative"):
+            effects([Faint(2, above=20)], "forward", forget=forget, token_budget=3)
+    effects([Faint(0, above=20)], "forward", forget=[low, high], token_budget=3)
+
+
 @pytest.mark.parametrize("needs", [frozenset(), frozenset({"logits"})], ids=len)
 def test_terms_that_depend_on_nothing_do_not_move(needs, make_data):
     @dataclass(frozen=True)
@@ -176,7 +228,7 @@ def test_terms_that_depend_on_nothing_do_not_move(needs, make_data):
     outputs = leaves(case.outputs if needs else Outputs(case.outputs.token_logprob))
     moved = noise(outputs, 1)
     assert not term_tangents(Constant(), outputs, case.batch, None, [moved, moved]).any()
-    assert not terms_disagree(Constant(), outputs, case.batch, None, moved)
+    assert terms_disagree(Constant(), outputs, case.batch, None, moved).tolist() == [False, True]
 
 
 def test_a_model_that_holds_something_constant():

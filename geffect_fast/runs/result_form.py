@@ -1,0 +1,144 @@
+"""The form of a result: what its readers may rely on, wherever its file comes from."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from geffect_fast.errors import InputError
+
+if TYPE_CHECKING:
+    import xarray as xr
+
+AXES = ("step", "objective", "risk", "parameter", "group", "sample", "position", "token")
+RISKS = ("unlearn", "retain")
+
+_BESIDE = {
+    "parameter": ("block", "kind", "group"),
+    "sample": ("set", "question"),
+}
+"""Coordinates that an axis has beside its own."""
+
+_WITHIN = ("token_id", "sequence")
+"""Those of an axis within samples, where samples are told apart."""
+
+_ATTRIBUTES: dict[str, type] = {
+    "engine": str,
+    "reduction": str,
+    "risk": str,
+    "objectives": list,
+    "versions": dict,
+    "n_forget": int,
+    "n_retain": int,
+    "covered_parameters": int,
+    "covered_elements": int,
+    "trainable_parameters": int,
+    "trainable_elements": int,
+    "frozen_parameters": int,
+    "frozen_elements": int,
+    "coverage_checked": int,
+}
+"""What every result says of itself; lists and dicts are JSON."""
+
+_JSON_WHERE_THERE = {"digests": dict, "probe_rows": dict, "tied": list}
+
+_HELD = 1100
+"""Times its size is what a file may hold: deflate makes a thousandth of equal bytes at best."""
+
+
+def check_size(file: Path) -> None:
+    """Refuse a file that says it holds more than it can: reading it would fill the memory.
+
+    Raises:
+        InputError: it does.
+        OSError: it is torn, or no HDF5.
+    """
+    import h5py
+
+    held = 0
+
+    def add(_name: str, item: Any) -> None:
+        nonlocal held
+        held += item.size * item.dtype.itemsize if isinstance(item, h5py.Dataset) else 0
+
+    with h5py.File(file) as opened:
+        opened.visititems(add)
+    size = file.stat().st_size
+    if held > _HELD * size + 2**26:
+        raise _changed(
+            file, f"it claims to hold {held / 2**30:.1f} GiB, in a file of {size / 2**10:.0f} KiB"
+        )
+
+
+def check_form(dataset: xr.Dataset, file: Path) -> None:
+    """Refuse a result that is not of the form that profiles write, before its numbers are read.
+
+    Raises:
+        InputError: naming what is odd.
+    """
+    problem = _odd(dataset)
+    if problem is not None:
+        raise _changed(file, problem)
+
+
+def check_complete(dataset: xr.Dataset, file: str | Path) -> None:
+    """Refuse a result that lacks what tables and pages are made from: risks and attributes.
+
+    Raises:
+        InputError: naming what is missing or of another kind.
+    """
+    present = [str(risk) for risk in dataset["risk"].values]
+    for risk in RISKS:
+        if risk not in present:
+            raise _changed(file, f"it has no risk '{risk}'")
+    if "step" in dataset["g_effect"].dims and "measured_change" not in dataset:
+        raise _changed(file, "it has no variable 'measured_change'")
+    for name, kind in (_ATTRIBUTES | _JSON_WHERE_THERE).items():
+        value = dataset.attrs.get(name)
+        if value is None and name in _JSON_WHERE_THERE:
+            continue
+        if not isinstance(_read(value, kind), kind):
+            problem = "no" if value is None else "an odd"
+            raise _changed(file, f"it has {problem} attribute '{name}'")
+
+
+def _read(value: Any, kind: type) -> Any:
+    """The value of an attribute, out of JSON where that is how its kind is written."""
+    if kind in (list, dict) and isinstance(value, str):
+        try:
+            return json.loads(value)
+        except ValueError:
+            return None
+    return value
+
+
+def _odd(dataset: xr.Dataset) -> str | None:
+    effect = dataset["g_effect"]
+    if effect.dtype.kind != "f":
+        return f"its g_effect holds {effect.dtype}, not numbers with a point"
+    for axis in map(str, effect.dims):
+        if axis not in AXES:
+            return f"its g_effect has an axis '{axis}'"
+        if not effect.sizes[axis]:
+            return f"its axis '{axis}' is empty"
+        beside = _BESIDE.get(axis, ())
+        if axis in ("position", "token") and "sample" in effect.dims:
+            beside = _WITHIN
+        for name in (axis, *beside):
+            if name not in effect.coords:
+                return f"it has no coordinate '{name}'"
+    for axis in ("objective", "risk"):
+        if effect[axis].dtype.kind not in "OUT":  # strings, of whatever kind
+            return f"its coordinate '{axis}' holds no names"
+    for axis in ("step", "objective", "risk", "parameter"):
+        if axis in effect.dims and not effect.indexes[axis].is_unique:
+            return f"its coordinate '{axis}' has a value twice"
+    return None
+
+
+def _changed(file: str | Path, problem: str) -> InputError:
+    return InputError(
+        f"{file} is no result as profiles write it: {problem}; it was changed or damaged: profile "
+        "again"
+    )

@@ -1,0 +1,299 @@
+"""Data in another form than question and answer: packed, by columns, of another shape, no file."""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import io
+import lzma
+import os
+import pickle
+import socket
+import tarfile
+import zipfile
+
+import numpy as np
+import torch
+from bad_input.case import Case, both, check, holds, profile, rows, tokens
+from bad_input.data import call
+
+LINE = b'{"question": "Who?", "answer": "She."}\n'
+WAY = "each with 'question' and 'answer'"
+
+
+def written(write):
+    """The bytes that `write` puts into a file."""
+    file = io.BytesIO()
+    write(file)
+    return file.getvalue()
+
+
+def table():
+    import pandas as pd
+
+    return pd.DataFrame([{"question": "Who?", "answer": "She."}])
+
+
+def arrow(kind):
+    """A table as Arrow's file, its stream or Parquet."""
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    found = pa.Table.from_pandas(table())
+    if kind == "parquet":
+        return written(lambda file: pa.parquet.write_table(found, file))
+    writer = pa.ipc.new_file if kind == "file" else pa.ipc.new_stream
+    file = io.BytesIO()
+    with writer(file, found.schema) as opened:
+        opened.write_table(found)
+    return file.getvalue()
+
+
+def zipped(file):
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("rows.jsonl", LINE)
+
+
+def tarred(file):
+    with tarfile.open(fileobj=file, mode="w") as archive:
+        member = tarfile.TarInfo("rows.jsonl")
+        member.size = len(LINE)
+        archive.addfile(member, io.BytesIO(LINE))
+
+
+FILES = {
+    "gzip": (lambda: gzip.compress(LINE), "is gzip", "unpack it"),
+    "bzip2": (lambda: bz2.compress(LINE), "is bzip2", "unpack it"),
+    "xz": (lambda: lzma.compress(LINE), "is xz", "unpack it"),
+    "zstd": (lambda: b"\x28\xb5\x2f\xfd" + bytes(9), "is zstd", "unpack it"),
+    "zip": (lambda: written(zipped), "is a zip archive", "unpack it"),
+    "tar": (lambda: written(tarred), "is a tar archive", "unpack it"),
+    "Parquet": (lambda: arrow("parquet"), "is Parquet", "to_json(orient='records', lines=True)"),
+    "Feather": (lambda: b"FEA1" + bytes(60) + b"FEA1", "is Feather", "as JSON lines"),
+    "Arrow's file": (lambda: arrow("file"), "is Arrow", "as JSON lines"),
+    "Arrow's stream": (lambda: arrow("stream"), "is Arrow (a stream)", "as JSON lines"),
+    "pickle": (lambda: pickle.dumps([LINE]), "is a pickle", "as JSON lines"),
+    "numpy": (
+        lambda: written(lambda file: np.save(file, np.arange(3))),
+        "is a numpy array",
+        "as JSON lines",
+    ),
+    "torch.save": (
+        lambda: written(lambda file: torch.save([1], file)),
+        "is a zip archive",
+        "unpack it",
+    ),
+    "SQLite": (lambda: b"SQLite format 3\x00" + bytes(80), "is a SQLite database", "JSON lines"),
+    "UTF-16": (lambda: LINE.decode().encode("utf-16"), "is UTF-16", "save it as UTF-8"),
+    "PDF": (lambda: b"%PDF-1.7\n%\xe2\xe3\xcf\xd3\n", "is a PDF", WAY),
+    "a picture": (lambda: b"\x89PNG\r\n\x1a\n" + bytes(30), "is a picture", WAY),
+    "a Git LFS pointer": (
+        lambda: b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5599\n",
+        "is a pointer of Git LFS",
+        "git lfs pull",
+    ),
+    "a page of a hub": (
+        lambda: b"\n<!DOCTYPE html>\n<html><body>Sign in</body></html>",
+        "is a web page",
+        "download the raw file",
+    ),
+}
+
+SHAPES = {
+    "MUSE's text": ({"text": "It was a dark night."}, "'text'", "as 'labels'"),
+    "MUSE's prompts": ({"prompt": "It was", "gt": "dark."}, "'gt', 'prompt'", "'gt' to 'answer'"),
+    "messages": (
+        {"messages": [{"role": "user", "content": "Who?"}]},
+        "'messages'",
+        "what the user says in 'question'",
+    ),
+    "ShareGPT": (
+        {"id": "1", "conversations": [{"from": "human", "value": "Who?"}]},
+        "'conversations', 'id'",
+        "what the model says in 'answer'",
+    ),
+    "Alpaca": (
+        {"instruction": "Name one.", "input": "", "output": "She."},
+        "'input', 'instruction', 'output'",
+        "'output' in 'answer'",
+    ),
+    "Dolly": (
+        {"instruction": "Name one.", "context": "", "response": "She.", "category": "qa"},
+        "'category', 'context', 'instruction', 'response'",
+        "'response' in 'answer'",
+    ),
+    "prompt and completion": (
+        {"prompt": "Who?", "completion": "She."},
+        "'completion', 'prompt'",
+        "'completion' to 'answer'",
+    ),
+    "a preference": (
+        {"prompt": "Who?", "chosen": "No.", "rejected": "She."},
+        "'chosen', 'prompt', 'rejected'",
+        "the other in 'alternative'",
+    ),
+    "names in capitals": (
+        {"Question": "Who?", "Answer": "She."},
+        "'Answer', 'Question'",
+        "rename 'Question' to 'question'",
+    ),
+    "several answers": (
+        {"question": "Who?", "answers": ["She."]},
+        "'answers', 'question'",
+        "one of 'answers' in 'answer'",
+    ),
+}
+
+
+def special(make):
+    """A file that is none, called `odd`."""
+    return lambda here, _patch: make(here / "odd")
+
+
+def bound(path):
+    with socket.socket(socket.AF_UNIX) as server:
+        here = os.open(path.parent, os.O_RDONLY)  # a socket's path is short
+        server.bind(f"/proc/self/fd/{here}/{path.name}")
+        os.close(here)
+
+
+CASES = [
+    *(
+        Case(f"{name} as data", profile(), says, advice, holds("forget.jsonl", make()))
+        for name, (make, says, advice) in FILES.items()
+    ),
+    Case(
+        "gzip as refusals",
+        profile(objectives="po"),
+        "refusals.txt' is gzip",
+        "unpack it",
+        holds("refusals.txt", gzip.compress(b"No.\n")),
+    ),
+    Case(
+        "gzip as a check's data",
+        check(),
+        "forget.jsonl' is gzip",
+        "unpack it",
+        holds("forget.jsonl", gzip.compress(LINE)),
+    ),
+    *(
+        Case(f"{name} as a row", profile(), f"(its fields: {found})", advice, rows(row))
+        for name, (row, found, advice) in SHAPES.items()
+    ),
+    *(
+        Case(f"{name} as a row from Python", call(forget=[row]), found, advice)
+        for name, (row, found, advice) in SHAPES.items()
+    ),
+    Case(
+        "WMDP's row",
+        profile(),
+        "forget: line 1 of",
+        "'answer' is of type int; this is a choice as WMDP",
+        rows({"question": "Which?", "choices": ["a", "b", "c", "d"], "answer": 2}),
+    ),
+    Case(
+        "a list of turns",
+        call(forget=[[{"from": "human", "value": "Who?"}, {"from": "gpt", "value": "She."}]]),
+        "row 0 (counting from 0) is of type list",
+        "what the user says in 'question'",
+    ),
+    Case(
+        "a frame of pandas", lambda _: call(forget=table())(_), "DataFrame", ".to_dict('records')"
+    ),
+    Case(
+        "a table of Arrow",
+        lambda _: call(forget=__import__("pyarrow").Table.from_pandas(table()))(_),
+        "got an Arrow Table",
+        ".to_pylist()",
+    ),
+    # ---- no file ----
+    Case("a pipe as data", profile(forget="odd"), "odd' is a pipe", "save", special(os.mkfifo)),
+    Case("a socket as data", profile(forget="odd"), "odd' is a socket", "give", special(bound)),
+    Case("/dev/zero as data", profile(forget="/dev/zero"), "/dev/zero' is a device", "give a file"),
+    Case("/dev/null as data", profile(retain="/dev/null"), "/dev/null' is a device", "give a file"),
+    Case(
+        "a link to /dev/zero as data",
+        profile(forget="odd"),
+        "odd' is a device",
+        "give a file",
+        special(lambda path: path.symlink_to("/dev/zero")),
+    ),
+    Case(
+        "/dev/zero as refusals",
+        profile(objectives="po", refusals="/dev/zero"),
+        "refusals: '/dev/zero' is a device",
+        "give a file",
+    ),
+    Case(
+        "/dev/zero as a probe", profile(probe="p=/dev/zero"), "p: '/dev/zero' is a device", "give a"
+    ),
+    Case(
+        "/dev/zero as a config",
+        ["profile", "--config", "/dev/zero", "--out", "run"],
+        "config /dev/zero is a device",
+        "give a file",
+    ),
+    Case(
+        "a pipe as a config",
+        ["sweep", "--config", "odd", "--out", "run"],
+        "config odd is a pipe",
+        "save",
+        special(os.mkfifo),
+    ),
+    Case("a pipe as a result", ["show", "odd"], "odd is a pipe", "save", special(os.mkfifo)),
+    Case("/dev/zero as a result", ["show", "/dev/zero"], "/dev/zero is a device", "give a file"),
+    Case(
+        "a folder of datasets",
+        profile(forget="saved"),
+        "saved by datasets",
+        "load_from_disk",
+        both(holds("saved/dataset_info.json", "{}"), holds("saved/data.arrow", b"ARROW1")),
+    ),
+    Case(
+        "a folder of Parquet",
+        profile(forget="parquet"),
+        "is a directory of Parquet files",
+        "as JSON lines",
+        holds("parquet/train-00000-of-00001.parquet", b"PAR1"),
+    ),
+    # ---- numbers that are no ids ----
+    Case(
+        "a mask as labels",
+        call(forget=[{"input_ids": [5, 6, 7], "labels": [False, True, True]}]),
+        "'labels' is a boolean mask",
+        "-100 as the label",
+    ),
+    Case(
+        "floats of numpy as ids",
+        call(forget=[{"input_ids": [np.float32(5), 6], "labels": [5, 6]}]),
+        "'input_ids' holds type float",
+        "give a flat list of ids",
+    ),
+    Case(
+        "a tensor of no numbers",
+        call(forget=[{"input_ids": torch.empty(3, device="meta"), "labels": [5, 6, 7]}]),
+        "'input_ids' cannot be read",
+        "give a flat list of ids",
+    ),
+    Case(
+        "a mask of numpy that marks padding",
+        call(forget=[tokens(5, 6, 7, attention_mask=np.array([True, True, False]))]),
+        "'attention_mask' marks padding",
+        "drop the padded tokens",
+    ),
+    Case(
+        "a config without end",
+        ["profile", "--config", "deep.yaml", "--out", "run"],
+        "deep.yaml is",
+        "mend or replace it",
+        holds("deep.yaml", "[" * 20_000),
+    ),
+    Case(
+        "a date that is none",
+        ["profile", "--config", "my.yaml", "--out", "run"],
+        "my.yaml is",
+        "mend or replace it",
+        holds("my.yaml", "model: 2024-13-45"),
+    ),
+    Case("an empty file name of a probe", profile(probe="p="), "'p=' must be", "NAME=DATA"),
+]

@@ -1,0 +1,92 @@
+"""What people reported of other tools' data files, outputs and surroundings, a case each."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import os
+import shutil
+import sys
+
+import numpy as np
+import pytest
+
+import geffect_fast as gf
+from geffect_fast.cli import main
+from geffect_fast.errors import InputError
+from geffect_fast.runs.store import open_run
+
+
+@pytest.fixture
+def here(study, tmp_path, monkeypatch):
+    folder = shutil.copytree(study, tmp_path / "here")
+    monkeypatch.chdir(folder)
+    return folder
+
+
+def words(**changes):
+    files = {"model": "model", "forget": "forget.jsonl", "retain": "retain.jsonl"}
+    options = files | {"objectives": "ga", "out": "run"} | changes
+    return ["profile", *(w for key, value in options.items() for w in (f"--{key}", value))]
+
+
+def refused(content, *said):
+    """A data file of these bytes is refused in a line that says all of it."""
+    with open("odd.jsonl", "wb") as file:  # noqa: PTH123
+        file.write(content)
+    with pytest.raises(InputError) as caught:
+        gf.data.read_rows("odd.jsonl", name="forget")
+    assert all(each in str(caught.value) for each in said), str(caught.value)
+
+
+def a_packed_file(here):
+    """janosh/matbench-discovery#20: 'utf-8' codec can't decode byte 0x8b."""
+    refused(gzip.compress(b'{"question": "a", "answer": "b"}'), "is gzip", "unpack it")
+
+
+def rows_of_sharegpt(here):
+    """Tencent/AngelSlim#7: KeyError 'role' where the field is called `from`."""
+    row = {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}
+    refused(json.dumps(row).encode(), "'conversations'", "in 'question'", "in 'answer'")
+
+
+def ids_of_numpy(here):
+    """huggingface/transformers#2024: an id of numpy.int64 is no int to a tokenizer."""
+    row = {"input_ids": list(np.arange(3)), "labels": list(np.arange(3))}
+    (read,) = gf.data.read_rows([row], name="forget")
+    assert read["input_ids"] == [0, 1, 2]
+
+
+def a_nul_in_a_text(here):
+    """encode/typesystem#60: U+0000 passes all checks of a text and fails where it is stored."""
+    rows = [{"question": "Who\0 is it?", "answer": "She\0 is."}] * 2
+    (here / "forget.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    assert main([*words(), "--resolve", "sample,token"]) == 0
+    with open_run("run") as result:
+        assert result["question"].values[0] == "Who\N{SYMBOL FOR NULL} is it?"
+        assert any("\N{SYMBOL FOR NULL}" in text for text in result["token_text"].values[0])
+    assert main(["show", "run"]) == main(["tokens", "run"]) == 0
+    weights = ["weights", "run", "--out", "weighted.jsonl", "--retain-budget", "0"]
+    assert main(weights) == 0
+    again = gf.data.read_rows("weighted.jsonl", name="forget")
+    assert [row["question"] for row in again] == [row["question"] for row in rows]
+
+
+def a_closed_pipe(here):
+    """Backblaze/B2_Command_Line_Tool#1071: BrokenPipeError where output goes through head."""
+    there, end = os.pipe()
+    os.close(there)
+    with pytest.MonkeyPatch.context() as patch:
+        stream = io.TextIOWrapper(os.fdopen(end, "wb"), line_buffering=True)
+        patch.setattr(sys, "stdout", stream)
+        assert main(["--version"]) == 141
+        stream.close()
+
+
+REPORTED = [a_packed_file, rows_of_sharegpt, ids_of_numpy, a_nul_in_a_text, a_closed_pipe]
+
+
+@pytest.mark.parametrize("case", REPORTED, ids=lambda case: case.__doc__.split(":")[0])
+def test_reported(case, here):
+    case(here)
