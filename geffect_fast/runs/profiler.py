@@ -54,6 +54,7 @@ from geffect_fast.runs.effects import find_effects
 from geffect_fast.runs.intervals import LEVEL
 from geffect_fast.runs.models import check_finite
 from geffect_fast.runs.progress import progress_bar
+from geffect_fast.runs.reference import same_weights
 from geffect_fast.runs.resolution import Resolution, checked_axes
 from geffect_fast.runs.risk_rows import RiskRows, RowValues
 from geffect_fast.runs.rounding import rounding_check
@@ -225,7 +226,11 @@ class Profiler:
                 [{"name": o.name, "parameters": o.parameters()} for o in self.objectives]
             ),
         }
-        self._reference = Reference(reference_for(reference_model, needs, model, sets))
+        reference = reference_for(reference_model, needs, model, sets)
+        self._reference_is_model = bool(REFERENCE_NEEDS & needs) and (
+            reference is None or same_weights(model, reference)
+        )
+        self._reference = Reference(reference)
 
     def measure(
         self,
@@ -311,6 +316,8 @@ class Profiler:
                 # NetCDF has no booleans
                 "coverage_checked": int(of_objectives and gram is not None),
             }
+            if unchanged and self._reference_is_model:
+                settings["reference_is_model"] = 1
             if self._rounding is not None and precision:
                 every_row = None
                 if isinstance(array, np.ndarray) and "sample" in resolution.axes:
