@@ -154,7 +154,7 @@ def cell_with_interval(value: float, interval: Interval | None, spec: str = "+.3
     text = cell(value, spec)
     if interval is None or math.isnan(value) or any(map(math.isnan, interval)):
         return text
-    low, high = (cell(bound, spec.replace("3", "2")) for bound in interval)
+    low, high = (cell(bound, spec) for bound in interval)
     return f"{text} [{low}, {high}]"
 
 

@@ -161,8 +161,8 @@ def with_interval(value: float, interval: Interval | None, spec: str = "+.3g") -
 
 
 def bounds(interval: Interval, spec: str = "+.3g") -> str:
-    """An interval in brackets, by two digits."""
-    low, high = (number(bound, spec.replace("3", "2")) for bound in interval)
+    """An interval in brackets."""
+    low, high = (number(bound, spec) for bound in interval)
     return f"[{low}, {high}]"
 
 
