@@ -77,9 +77,16 @@ def unlearn(
 
 
 def _telling(n_steps: int) -> Callable[[int, xr.Dataset], None]:
-    """Prints a line a probe: risks with their changes, and effects of the objective trained on."""
+    """Prints a line a probe: risks with their changes, and effects of the objective trained on.
+
+    With the first also how far the rows that are probed tell.
+    """
+
+    begun = False
 
     def tell(step: int, dataset: xr.Dataset) -> None:
+        nonlocal begun
+        from geffect_fast.report.steps import rows_sentence
         from geffect_fast.report.table import number
         from geffect_fast.runs.probe import total_effect
 
@@ -94,5 +101,8 @@ def _telling(n_steps: int) -> Callable[[int, xr.Dataset], None]:
                 f"{number(float(effects.sel(risk=risk)))}"
             )
         print("  ".join(words), flush=True)
+        if not begun and (few := rows_sentence(dataset)):
+            print(few, flush=True)
+        begun = True
 
     return tell

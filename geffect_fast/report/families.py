@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from geffect_fast.report.summary import UNLEARN, summarise, total
+from geffect_fast.report.summary import UNLEARN, Summary, summarise, total
 from geffect_fast.runs.sweep import HYPER
-from geffect_fast.runs.told_apart import effect_errors, told_apart
+from geffect_fast.runs.told_apart import effect_errors, effect_spreads, told_apart
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -55,7 +55,10 @@ class Swept:
         e_u: effect on the forget risk.
         e_r: effect on the retain risk.
         collateral: rise of the worst other risk for a unit rise of the forget risk.
-        errors: by how much `e_u`, `e_r` and `collateral` may be off, `(3, objective)`.
+        errors: by how much rounding may put `e_u`, `e_r` and `collateral` off, `(3, objective)`.
+        spreads: what each row moves them by, `(3, objective, rows)`, as `told_apart` takes it.
+        rows: summaries of the objectives.
+        alike: of each objective those with the same effects, where it stands for them.
         front: whether an objective is on the Pareto front.
         families: by string; those whose objectives all belong to others are left out.
     """
@@ -65,6 +68,9 @@ class Swept:
     e_r: np.ndarray
     collateral: np.ndarray
     errors: np.ndarray
+    spreads: np.ndarray
+    rows: list[Summary]
+    alike: dict[int, list[str]]
     front: np.ndarray
     families: list[Family]
 
@@ -73,6 +79,7 @@ class Swept:
         """Read the result of `geffect_fast.sweep`."""
         risks = [str(risk) for risk in dataset["risk"].values]
         effects, errors, rows = total(dataset), effect_errors(dataset), summarise(dataset)
+        spreads = effect_spreads(dataset)
         at_u, at_r = risks.index(UNLEARN), risks.index("retain")
         texts = dataset["sweep"].values
         families = []
@@ -86,6 +93,9 @@ class Swept:
             effects[:, at_r],
             np.array([row.collateral for row in rows]),
             np.stack([errors[:, at_u], errors[:, at_r], [row.collateral_error for row in rows]]),
+            np.stack([spreads[:, at_u], spreads[:, at_r], [r.collateral_spread for r in rows]]),
+            rows,
+            _alike(dataset),
             dataset["pareto"].values,
             [family for family in families if family.at.size],
         )
@@ -94,32 +104,55 @@ class Swept:
         """The best of a family by its place in it, and in what; empty where all are undefined.
 
         What the best is in is followed by how many are alike, where others are not told apart
-        from it.
+        from it by the rows or the precision; where none is told apart from it, nothing is best.
         """
         e_u, e_r = self.e_u[family.at], self.e_r[family.at]
-        errors = self.errors[:, family.at]
+        errors, spreads = self.errors[:, family.at], self.spreads[:, family.at]
         collateral = self.collateral[family.at]
         found: dict[int, list[str]] = {}
         finite = np.isfinite(e_u) & np.isfinite(e_r)
         removes = finite & np.isfinite(collateral)
         clearly = removes & (e_u <= CLEARLY * np.where(removes, e_u, 0.0).min(initial=0.0))
-        for what, score, off, among in (
-            (STRONGEST, e_u, errors[0], finite),
-            (LEAST, -e_r, errors[1], removes),
-            (CHEAPEST, collateral, errors[2], clearly),
+        for what, score, off, spread, among in (
+            (STRONGEST, e_u, errors[0], spreads[0], finite),
+            (LEAST, -e_r, errors[1], spreads[1], removes),
+            (CHEAPEST, collateral, errors[2], spreads[2], clearly),
         ):
             if not among.any():
                 continue
             best = int(np.where(among, score, np.inf).argmin())
-            alike = among & (off > 0) & ~told_apart(score, score[best], off, off[best])
-            n_alike = f" ({alike.sum()} alike)" if alike.sum() > 1 else ""
-            found.setdefault(best, []).append(what + n_alike)
+            apart = told_apart(score, score[best], off, off[best], spread, spread[best])
+            n_alike = int((among & ~apart).sum()) if off.any() or spread.shape[-1] else 1
+            if n_alike > 1:
+                every = n_alike == among.sum()
+                what = f"{what}: all {n_alike} alike" if every else f"{what} ({n_alike} alike)"
+            found.setdefault(best, []).append(what)
         return found
+
+    def label(self, i: int, most: int = 3) -> str:
+        """An objective and, by name or number, those with the same effects that it stands for."""
+        same = self.alike.get(i, [])
+        if not same:
+            return self.objectives[i]
+        named = same if len(same) <= most else [*same[:most], f"{len(same) - most} more"]
+        return f"{self.objectives[i]} (the same: {', '.join(named)})"
 
     def ranked_front(self) -> np.ndarray:
         """Places of the front's objectives, strongest removal first."""
         at = np.flatnonzero(self.front)
         return at[np.argsort(self.e_u[at], kind="stable")]
+
+
+def _alike(dataset: xr.Dataset) -> dict[int, list[str]]:
+    """By the place of the objective that stands for them, those with the same effects."""
+    if "same_as" not in dataset.coords:  # of an earlier version
+        return {}
+    names = [str(name) for name in dataset["objective"].values]
+    found: dict[int, list[str]] = {}
+    for name, first in zip(names, map(str, dataset["same_as"].values), strict=True):
+        if name != first and first in names:
+            found.setdefault(names.index(first), []).append(name)
+    return found
 
 
 def is_sweep(dataset: xr.Dataset) -> bool:

@@ -8,6 +8,7 @@ import numpy as np
 
 from geffect_fast.report.summary import (
     HARDLY,
+    UNCLEAR,
     UNLEARN,
     Summary,
     by_place,
@@ -20,6 +21,9 @@ from geffect_fast.runs.told_apart import told_apart
 
 if TYPE_CHECKING:
     import xarray as xr
+
+NAMED = 4
+"""How many objectives that are alike are named."""
 
 _PARTS = {
     "embedding": "the embedding",
@@ -43,7 +47,10 @@ def findings(dataset: xr.Dataset) -> tuple[str, str, str]:
 def _what(rows: list[Summary]) -> str:
     good = [row for row in rows if row.forgets]
     broken = [row.objective for row in rows if row.verdict.startswith("undefined")]
+    unclear = sum(row.verdict == UNCLEAR for row in rows)
     tail = f", and {len(broken)} undefined ({', '.join(broken)})" if broken else ""
+    if unclear:
+        tail = f"; for {unclear} these rows do not tell{tail}"
     objectives = "objective raises" if len(good) == 1 else "objectives raise"
     if not good:
         return f"None of the {len(rows)} objectives clearly raises the forget risk{tail}."
@@ -52,7 +59,7 @@ def _what(rows: list[Summary]) -> str:
     best = min(good, key=lambda row: row.collateral)
     worst = max(good, key=lambda row: row.collateral)
     if not _differ(best, worst):
-        tells = "" if best.collateral == worst.collateral else ", as far as 16 bits tell"
+        tells = "" if best.collateral == worst.collateral else f", as far as {_teller(best)} tell"
         same = f"at the same cost elsewhere{tells}"
         return f"{start}, {same}: {_cost(best)} for a unit of forgetting."
     return (
@@ -63,15 +70,33 @@ def _what(rows: list[Summary]) -> str:
 
 
 def _differ(x: Summary, y: Summary) -> bool:
-    return bool(told_apart(x.collateral, y.collateral, x.collateral_error, y.collateral_error))
+    return bool(
+        told_apart(
+            x.collateral,
+            y.collateral,
+            x.collateral_error,
+            y.collateral_error,
+            x.collateral_spread,
+            y.collateral_spread,
+        )
+    )
+
+
+def _teller(row: Summary) -> str:
+    """What tells objectives apart, or does not."""
+    by = ["these rows"] if row.collateral_spread.size else []
+    return " and ".join([*by, *(["16 bits"] if row.collateral_error else [])])
 
 
 def _no_other(row: Summary, rows: list[Summary]) -> str:
-    """The objectives whose collateral differs from one's by no more than rounding, if any."""
-    if not row.collateral_error:
+    """The objectives whose collateral differs from one's by rounding or the choice of rows only."""
+    by = _teller(row)
+    if not by:
         return ""
     alike = [other.objective for other in rows if other is not row and not _differ(other, row)]
-    return f"; in 16 bits no other than {' and '.join(alike)}" if alike else ""
+    if len(alike) > NAMED:
+        alike = [*alike[:NAMED], f"{len(alike) - NAMED} more"]
+    return f"; as far as {by} tell no other than {' and '.join(alike)}" if alike else ""
 
 
 def _cost(row: Summary) -> str:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
+from geffect_fast.report.summary import Interval
 from geffect_fast.report.svg import Colours, Panels, take_apart
 from geffect_fast.report.table import number, symbol
 from geffect_fast.report.token_colours import goodness, levels, mark
@@ -146,6 +147,15 @@ def cell(value: float, spec: str = "+.3g") -> str:
     if math.isnan(value):
         return "–"
     return number(value, spec) if math.isfinite(value) else ("+∞" if value > 0 else "−∞")
+
+
+def cell_with_interval(value: float, interval: Interval | None, spec: str = "+.3g") -> str:
+    """A number of a table, with its interval behind it where that is known."""
+    text = cell(value, spec)
+    if interval is None or math.isnan(value) or any(map(math.isnan, interval)):
+        return text
+    low, high = (cell(bound, spec) for bound in interval)
+    return f"{text} [{low}, {high}]"
 
 
 def spoken(value: float) -> str:

@@ -15,6 +15,7 @@ from geffect_fast.report.page_blocks import (
     Text,
     Tokens,
     cell,
+    cell_with_interval,
     effect_heads,
     figure_block,
     title_of,
@@ -22,7 +23,14 @@ from geffect_fast.report.page_blocks import (
 from geffect_fast.report.plots import blank_figure, scatter_instances
 from geffect_fast.report.summary import UNLEARN, by_place, by_sample, shares, summarise
 from geffect_fast.report.svg import Colours
-from geffect_fast.report.table import number, precision_line, question, symbol
+from geffect_fast.report.table import (
+    interval_line,
+    number,
+    precision_line,
+    question,
+    reference_line,
+    symbol,
+)
 from geffect_fast.report.token_html import token_values
 from geffect_fast.report.token_view import has_tokens, token_view
 
@@ -59,8 +67,8 @@ def verdicts(dataset: xr.Dataset) -> list[Block]:
             [
                 row.objective,
                 row.verdict,
-                *(cell(e) for e in row.effects.values()),
-                cell(row.collateral, ".2g"),
+                *(cell_with_interval(e, row.intervals.get(r)) for r, e in row.effects.items()),
+                cell_with_interval(row.collateral, row.collateral_interval, ".2g"),
             ]
             for row in rows[:MOST_ROWS]
         ],
@@ -81,8 +89,12 @@ def _swept_verdicts(dataset: xr.Dataset) -> list[Block]:
     swept = Swept.of(dataset)
 
     def numbers(i: int) -> list[str]:
-        found = [cell(float(v[i])) for v in (swept.e_u, swept.e_r)]
-        return [*found, cell(float(swept.collateral[i]), ".2g")]
+        row = swept.rows[i]
+        of = [(swept.e_u, row.intervals.get(UNLEARN)), (swept.e_r, row.intervals.get("retain"))]
+        return [
+            *(cell_with_interval(float(values[i]), interval) for values, interval in of),
+            cell_with_interval(float(swept.collateral[i]), row.collateral_interval, ".2g"),
+        ]
 
     rows = []
     for family in swept.families:
@@ -110,7 +122,7 @@ def _swept_verdicts(dataset: xr.Dataset) -> list[Block]:
         Table(
             f"Pareto front: {len(front)} objectives that none beats in both removal and damage",
             ["objective", *heads],
-            [[swept.objectives[i], *numbers(int(i))] for i in shown],
+            [[swept.label(int(i)), *numbers(int(i))] for i in shown],
         ),
         *left_out(len(front), "objectives of the front", len(shown)),
         *_notes(dataset),
@@ -118,9 +130,9 @@ def _swept_verdicts(dataset: xr.Dataset) -> list[Block]:
 
 
 def _notes(dataset: xr.Dataset) -> list[Block]:
-    """How to read the numbers, and how far to trust those of 16 bits."""
-    precise = precision_line(dataset.attrs)
-    return [Text(_NOTE, "note"), *([Text(precise, "note")] if precise else [])]
+    """How to read the numbers, what they compare with, and how far to trust them."""
+    lines = [line(dataset.attrs) for line in (reference_line, interval_line, precision_line)]
+    return [Text(_NOTE, "note"), *(Text(line, "note") for line in lines if line)]
 
 
 def layers(dataset: xr.Dataset) -> list[Block]:

@@ -17,6 +17,7 @@ from geffect_fast.report.page_blocks import (
     Table,
     Text,
     cell,
+    cell_with_interval,
     effect_heads,
     figure_block,
 )
@@ -29,11 +30,12 @@ from geffect_fast.report.steps import (
     lead_objective,
     outcome_sentence,
     risk_words,
+    rows_sentence,
     trust_sentences,
 )
 from geffect_fast.report.summary import MUCH_HARM, UNLEARN, collateral_of, summarise
 from geffect_fast.report.svg import Colours
-from geffect_fast.report.table import symbol
+from geffect_fast.report.table import interval_line, symbol
 from geffect_fast.runs.told_apart import precision_error, told_apart
 
 if TYPE_CHECKING:
@@ -54,9 +56,10 @@ def answer(dataset: xr.Dataset) -> list[Block]:
         "No prediction can be compared with what was measured: there is but one step, or none is "
         "finite."
     ]
+    few = rows_sentence(dataset.isel(step=0))
     return [
         Text(outcome_sentence(dataset), "lead"),
-        *(Text(sentence) for sentence in [*sentences, *trust]),
+        *(Text(sentence) for sentence in [*([few] if few else []), *sentences, *trust]),
     ]
 
 
@@ -130,7 +133,9 @@ def verdicts(dataset: xr.Dataset) -> list[Block]:
         frozenset([0, 1, 2]),
     )
     note = f"{_NOTE} Collateral: the cost of a further small step, to first order."
-    return [measured, _objectives(dataset), Text(note, "note")]
+    drawn = interval_line(dataset.attrs)
+    notes = [note, *([drawn] if drawn else [])]
+    return [measured, _objectives(dataset), *(Text(line, "note") for line in notes)]
 
 
 def compared_verdicts(both: xr.Dataset) -> list[Block]:
@@ -176,8 +181,8 @@ def _objectives(dataset: xr.Dataset) -> Table:
                     row.objective,
                     row.verdict,
                     str(steps[place]),
-                    *(cell(e) for e in row.effects.values()),
-                    cell(row.collateral, ".2g"),
+                    *(cell_with_interval(e, row.intervals.get(r)) for r, e in row.effects.items()),
+                    cell_with_interval(row.collateral, row.collateral_interval, ".2g"),
                 ]
             )
     risks = [str(risk) for risk in dataset["risk"].values]

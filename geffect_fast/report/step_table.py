@@ -18,7 +18,9 @@ from geffect_fast.report.steps import (
     last_step,
     lead_objective,
     outcome_sentence,
+    risk_intervals,
     risk_words,
+    rows_sentence,
 )
 from geffect_fast.report.summary import summarise
 from geffect_fast.report.table import (
@@ -28,6 +30,7 @@ from geffect_fast.report.table import (
     number,
     symbol,
     totals_table,
+    with_interval,
 )
 
 if TYPE_CHECKING:
@@ -46,6 +49,8 @@ NOTE = (
 def render_steps(dataset: xr.Dataset) -> RenderableType:
     """All tables of a step result, for `rich.console.Console.print`."""
     parts: list[RenderableType] = [steps_table(dataset), Text(NOTE, style="dim"), Text()]
+    if few := rows_sentence(dataset.isel(step=0)):
+        parts += [Text(few), Text()]
     if dataset.sizes["objective"] > 1:
         last = last_step(dataset)
         table = totals_table(last)
@@ -77,9 +82,14 @@ def steps_table(dataset: xr.Dataset) -> Table:
         (row,) = summarise(dataset.isel(step=i).sel(objective=[lead]))
         table.add_row(
             str(read.steps[i]),
-            *(number(value, ".4g") for value in read.values[i]),
-            *(number(e) for e in row.effects.values()),
-            number(row.collateral, ".2f"),
+            *(
+                with_interval(value, interval, ".4g")
+                for value, interval in zip(
+                    read.values[i], risk_intervals(dataset.isel(step=i)), strict=True
+                )
+            ),
+            *(with_interval(e, row.intervals.get(risk)) for risk, e in row.effects.items()),
+            with_interval(row.collateral, row.collateral_interval, ".2f"),
             Text(row.verdict, style=STYLES.get(row.verdict, "")),
         )
     return table

@@ -11,12 +11,16 @@ import numpy as np
 
 from geffect_fast.report.summary import (
     NEGLIGIBLE,
+    UNKNOWN,
     UNLEARN,
+    Interval,
     collateral_of,
     total,
     verdict_of,
 )
-from geffect_fast.report.table import number
+from geffect_fast.report.table import bounds, number
+from geffect_fast.runs.intervals import Z
+from geffect_fast.runs.told_apart import has_intervals
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -27,10 +31,15 @@ PREDICTIONS = {
 }
 """The first-order predictions of a step result, and how they are called."""
 
-CLOSE, NEAR = 0.95, 0.7
-"""Correlations from which a prediction is said to hold, or to hold in its sign."""
-OFF = 0.3
-"""The typical relative error up to which a prediction is said to hold in size too."""
+CLOSE = 0.95
+"""The correlation from which a prediction is said to hold in size."""
+FACTOR, WORST_FACTOR = 1.5, 3.0
+"""A prediction holds in size where most are within the first factor of what was measured, as is
+their sum, and none is beyond the second, but for changes of next to nothing."""
+SMALL = 0.05
+"""The share of the largest change or prediction below which both are next to nothing."""
+WIDE = 0.2
+"""The relative deviation up to which an interval of e_u is narrow enough not to be spoken of."""
 HALF, MOST = 0.5, 0.9
 """The relative error that most predictions must keep to: how much, and how many."""
 FEW = 3
@@ -131,6 +140,8 @@ class Agreement:
         correlation: Pearson's, over these steps; NaN with fewer than three or without variation.
         same_sign: share of these steps where both have one sign.
         error: median of |measured - predicted| / |measured|.
+        sure_sign: lower bound of `same_sign`, of its 95 % interval (Wilson).
+        in_size: whether predictions are within the stated factors of what was measured.
         until: the last step up to which nine tenths of the predictions are off by at most a half;
             None where there is none, or no later step is worse.
     """
@@ -140,6 +151,8 @@ class Agreement:
     same_sign: float
     error: float
     until: int | None
+    sure_sign: float = math.nan
+    in_size: bool = False
 
     @staticmethod
     def of(measured: np.ndarray, predicted: np.ndarray, steps: np.ndarray) -> Agreement:
@@ -164,19 +177,45 @@ class Agreement:
         good = np.cumsum(np.abs(y - x) <= HALF * np.abs(y)) / np.arange(1, n + 1) >= MOST
         last = int(np.flatnonzero(good)[-1]) if good.any() else -1
         until = None if last in (-1, n - 1) else int(steps[both][last])
-        return Agreement(n, correlation, same_sign, error, until)
+        sure_sign = _wilson_low(same_sign, n)
+        return Agreement(n, correlation, same_sign, error, until, sure_sign, _in_size(x, y))
 
     @property
     def words(self) -> str:
         """Whether to trust the prediction."""
         if self.n < FEW or math.isnan(self.correlation):
             return "too few or too equal changes to tell"
-        if self.correlation >= CLOSE and self.error <= OFF:
-            return "trust it in sign and size"
+        signs = self.same_sign >= MOST and self.sure_sign > 0.5
+        if signs and self.correlation >= CLOSE and self.in_size:
+            return f"trust it in sign and size: within a factor of {FACTOR:g}"
         up_to = "" if self.until is None else f"; within 50 % up to step {self.until}"
-        if self.correlation >= NEAR or self.same_sign >= MOST:
+        if signs:
             return f"trust its sign, not its size{up_to}"
         return f"do not trust it: steps too large or too noisy for first order{up_to}"
+
+
+def _wilson_low(share: float, n: int) -> float:
+    """Lower bound of a share that was found in `n` cases."""
+    middle, width = share + Z**2 / (2 * n), share * (1 - share) / n + Z**2 / (4 * n**2)
+    return (middle - Z * math.sqrt(width)) / (1 + Z**2 / n)
+
+
+def _in_size(predicted: np.ndarray, measured: np.ndarray) -> bool:
+    """Whether predictions are within the stated factors of what was measured, sign and all."""
+
+    def within(x: np.ndarray, y: np.ndarray, factor: float) -> np.ndarray:
+        size_x, size_y = np.abs(x), np.abs(y)
+        same = np.sign(x) == np.sign(y)
+        return same & (size_x <= factor * size_y) & (size_y <= factor * size_x)
+
+    size = np.maximum(np.abs(predicted), np.abs(measured))
+    counts = size >= SMALL * size.max()
+    x, y = predicted[counts], measured[counts]
+    return bool(
+        within(x, y, FACTOR).mean() >= MOST
+        and within(x, y, WORST_FACTOR).all()
+        and within(x.sum(), y.sum(), FACTOR)
+    )
 
 
 def agreements(dataset: xr.Dataset) -> dict[str, dict[str, Agreement]]:
@@ -193,6 +232,45 @@ def agreements(dataset: xr.Dataset) -> dict[str, dict[str, Agreement]]:
             for m, risk in enumerate(dataset["risk"].values)
         }
     return found
+
+
+def risk_intervals(dataset: xr.Dataset) -> list[Interval]:
+    """Those of the risks of a result at one step; NaN where they are not known."""
+    if not has_intervals(dataset):
+        return [UNKNOWN] * dataset.sizes["risk"]
+    low, high = (dataset[f"risk_value_{side}"].values.tolist() for side in ("low", "high"))
+    return list(zip(low, high, strict=True))
+
+
+def rows_sentence(dataset: xr.Dataset) -> str:
+    """How wide the interval of e_u is for the rows measured, and what would make it narrower.
+
+    Empty where it is narrow enough (`WIDE`), or not known.
+
+    Args:
+        dataset: a result at one step.
+    """
+    if not has_intervals(dataset):
+        return ""
+    one = dataset.sel(objective=lead_objective(dataset), risk=UNLEARN)
+    effect = one["g_effect"]
+    e_u = float(effect.sum(skipna=False))
+    low, high = float(one["g_effect_low"]), float(one["g_effect_high"])
+    n = int(dataset.attrs["n_forget"])
+    if math.isnan(low):
+        return "No interval of e_u can be given from one row; --probe-rows 20 measures more."
+    off = max(high - e_u, e_u - low) / abs(e_u) if e_u else math.inf
+    if off <= WIDE:
+        return ""
+    at = f" at step {int(dataset['step'])}" if "step" in dataset.coords else ""
+    wanted = math.ceil(n * (off / WIDE) ** 2)
+    # from an interval as wide as the number itself the rows that it takes cannot be told
+    more = f"about {wanted:,} rows (--probe-rows {wanted})" if off < 1 else "all (--probe-rows all)"
+    uncertain = f"by {100 * off:.0f} %" if off < 1 else "by more than itself"
+    return (
+        f"e_u{at} is {number(e_u)} {bounds((low, high))}: the choice of {n} forget rows makes it "
+        f"uncertain {uncertain}, not by {100 * WIDE:.0f} % at most; measure {more} to know it better."
+    )
 
 
 def outcome_sentence(dataset: xr.Dataset) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,7 +12,13 @@ import numpy as np
 
 from geffect_fast.runs.axes import GROUPS, OUTSIDE
 from geffect_fast.runs.rounding import NEGLIGIBLE
-from geffect_fast.runs.told_apart import collateral_error, effect_errors
+from geffect_fast.runs.told_apart import (
+    collateral_error,
+    effect_errors,
+    effect_spreads,
+    has_intervals,
+    ratio_spread,
+)
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -26,6 +32,11 @@ HARDLY = 0.1
 """A gradient whose cosine with the forget risk's is smaller does next to nothing to that risk."""
 
 MOSTLY_HARM = "mostly harm"
+UNCLEAR, HARM_UNCLEAR = "within noise", "forgets, harm unclear"
+"""Verdicts where the interval of e_u holds 0, and where that of collateral allows several."""
+
+Interval = tuple[float, float]
+UNKNOWN: Interval = (math.nan, math.nan)
 
 
 @dataclass(frozen=True)
@@ -42,6 +53,9 @@ class Summary:
         verdict: a word or two.
         collateral_error: by how much `collateral` may be off in the precision of the result; 0
             where that is not known.
+        intervals: of the effect on each risk, by the choice of rows; empty where not known.
+        collateral_interval: the same of collateral.
+        collateral_spread: what each row moves it by, `(rows,)`, as `told_apart` takes it.
     """
 
     objective: str
@@ -51,6 +65,9 @@ class Summary:
     collateral: float
     verdict: str
     collateral_error: float = 0.0
+    intervals: dict[str, Interval] = field(default_factory=dict)
+    collateral_interval: Interval = UNKNOWN
+    collateral_spread: np.ndarray = field(default_factory=lambda: np.zeros(0))
 
     @property
     def forgets(self) -> bool:
@@ -64,7 +81,8 @@ def summarise(dataset: xr.Dataset) -> list[Summary]:
     risks = [str(r) for r in dataset["risk"].values]
     largest = np.nanmax(np.abs(effects), initial=0.0, where=np.isfinite(effects))
     losses = dataset["loss"].values
-    errors = effect_errors(dataset)
+    errors, spreads = effect_errors(dataset), effect_spreads(dataset)
+    bounds = _intervals_of(dataset)
     cosines = None
     if "cosine" in dataset:
         cosines = dataset["cosine"].transpose("objective", "risk").values
@@ -75,6 +93,7 @@ def summarise(dataset: xr.Dataset) -> list[Summary]:
         if cosines is not None:
             cosine = dict(zip(risks, map(float, cosines[i]), strict=True))
         collateral = collateral_of(effect, NEGLIGIBLE * largest)
+        intervals, of_collateral = bounds[i]
         summaries.append(
             Summary(
                 objective=str(objective),
@@ -82,21 +101,65 @@ def summarise(dataset: xr.Dataset) -> list[Summary]:
                 effects=effect,
                 cosines=cosine,
                 collateral=collateral,
-                verdict=verdict_of(effect, cosine, collateral, NEGLIGIBLE * largest),
+                verdict=verdict_of(
+                    effect,
+                    cosine,
+                    collateral,
+                    NEGLIGIBLE * largest,
+                    intervals.get(UNLEARN, UNKNOWN),
+                    of_collateral,
+                ),
                 collateral_error=_error_of_collateral(effect, collateral, errors[i]),
+                intervals=intervals,
+                collateral_interval=of_collateral,
+                collateral_spread=_spread_of_collateral(effect, collateral, spreads[i]),
             )
         )
     return summaries
 
 
+def _intervals_of(dataset: xr.Dataset) -> list[tuple[dict[str, Interval], Interval]]:
+    """Of each objective the intervals of its effects by risk, and of its collateral."""
+    if not has_intervals(dataset):
+        return [({}, UNKNOWN)] * dataset.sizes["objective"]
+    risks = [str(r) for r in dataset["risk"].values]
+    low, high = (
+        dataset[f"g_effect_{side}"].transpose("objective", "risk").values.tolist()
+        for side in ("low", "high")
+    )
+    least, most = (dataset[f"collateral_{side}"].values.tolist() for side in ("low", "high"))
+    return [
+        (dict(zip(risks, zip(low[k], high[k], strict=True), strict=True)), (least[k], most[k]))
+        for k in range(len(least))
+    ]
+
+
+def _worst_other(effects: dict[str, float], collateral: float) -> str | None:
+    """The risk that `collateral` is of; None where it is of none."""
+    others = {risk: e for risk, e in effects.items() if risk != UNLEARN}
+    if math.isnan(collateral) or not others:
+        return None
+    return min(others, key=others.__getitem__)  # e_u is below 0
+
+
 def _error_of_collateral(effects: dict[str, float], collateral: float, errors: np.ndarray) -> float:
     """That of the risk that `collateral` is of, given those of the effects."""
     off = dict(zip(effects, map(float, errors), strict=True))
-    others = {risk: e for risk, e in effects.items() if risk != UNLEARN}
-    if math.isnan(collateral) or not others:
+    worst = _worst_other(effects, collateral)
+    if worst is None:
         return 0.0
-    worst = min(others, key=others.__getitem__)  # e_u is below 0
     return collateral_error(effects[UNLEARN], collateral, (off[worst], off[UNLEARN]))
+
+
+def _spread_of_collateral(
+    effects: dict[str, float], collateral: float, spreads: np.ndarray
+) -> np.ndarray:
+    """What rows move `collateral` by, given what they move the effects by, `(M, rows)`."""
+    of = dict(zip(effects, spreads, strict=True))
+    worst = _worst_other(effects, collateral)
+    if worst is None:
+        return np.zeros(spreads.shape[-1])
+    return ratio_spread(effects[UNLEARN], collateral, of[worst], of[UNLEARN])
 
 
 def total(dataset: xr.Dataset) -> np.ndarray:
@@ -169,6 +232,7 @@ def shares(values: np.ndarray) -> np.ndarray:
 def write_summary(dataset: xr.Dataset, file: Path) -> None:
     """A CSV with a row an objective: loss, an effect and a cosine a risk, collateral, verdict.
 
+    Where they are known, the intervals of effects and collateral behind them.
     Of a sweep also its string with ranges, its hyper-parameters, and whether it is on the front.
     """
     rows = summarise(dataset)
@@ -178,6 +242,8 @@ def write_summary(dataset: xr.Dataset, file: Path) -> None:
     with_cosines = bool(rows[0].cosines)
     header = ["objective", *swept, "loss", *(f"g_effect_{r}" for r in risks)]
     header += [f"cosine_{r}" for r in risks if with_cosines] + ["collateral", "verdict"]
+    intervals = [*(f"g_effect_{r}" for r in risks), "collateral"] if rows[0].intervals else []
+    header += [f"{name}_{side}" for name in intervals for side in ("low", "high")]
     with file.open("w", newline="", encoding="utf-8") as stream:
         writer = csv.writer(stream)
         writer.writerow(header)
@@ -192,6 +258,8 @@ def write_summary(dataset: xr.Dataset, file: Path) -> None:
                     *cosines,
                     row.collateral,
                     row.verdict,
+                    *(bound for interval in row.intervals.values() for bound in interval),
+                    *(row.collateral_interval if intervals else ()),
                 ]
             )
 
@@ -206,7 +274,12 @@ def collateral_of(effects: dict[str, float], negligible: float) -> float:
 
 
 def verdict_of(
-    effects: dict[str, float], cosines: dict[str, float], collateral: float, negligible: float
+    effects: dict[str, float],
+    cosines: dict[str, float],
+    collateral: float,
+    negligible: float,
+    e_u: Interval = UNKNOWN,
+    harm: Interval = UNKNOWN,
 ) -> str:
     """An objective in a word or two: whether it forgets, and what that costs.
 
@@ -215,15 +288,26 @@ def verdict_of(
         cosines: with every risk's gradient; empty where they are not known.
         collateral: of `collateral_of`.
         negligible: the size below which an effect is none.
+        e_u: interval of the effect on the forget risk; NaN: not known.
+        harm: that of collateral.
     """
     if not all(map(math.isfinite, effects.values())):
         return "undefined (NaN)"
     if all(abs(e) <= negligible for e in effects.values()):
         return "no effect"
+    if e_u[0] <= 0 <= e_u[1]:
+        return UNCLEAR
     if math.isnan(collateral):
         return "does not forget"
     if cosines and cosines[UNLEARN] > -HARDLY:
         return "hardly forgets"
+    known = [bound for bound in (collateral, *harm) if not math.isnan(bound)]
+    words = {_harm_words(bound) for bound in known}
+    return words.pop() if len(words) == 1 else HARM_UNCLEAR
+
+
+def _harm_words(collateral: float) -> str:
+    """What an objective that forgets costs, in a word or two."""
     if collateral <= 0:
         return "forgets, spares"
     if collateral < LITTLE_HARM:

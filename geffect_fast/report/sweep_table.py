@@ -10,7 +10,8 @@ from rich.table import Table
 from rich.text import Text
 
 from geffect_fast.report.families import Swept, thinned
-from geffect_fast.report.table import covered, new_table, number
+from geffect_fast.report.summary import UNLEARN
+from geffect_fast.report.table import covered, new_table, with_interval
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -67,7 +68,7 @@ def front_table(swept: Swept) -> Table:
     table.add_column("objective", overflow="fold", min_width=30)
     _add_numbers(table)
     for i in _shown(swept):
-        table.add_row(swept.objectives[i], *_numbers(swept, i))
+        table.add_row(swept.label(i), *_numbers(swept, i))
     return table
 
 
@@ -85,5 +86,10 @@ def _add_numbers(table: Table) -> None:
         table.add_column(name, justify="right", no_wrap=True)
 
 
-def _numbers(swept: Swept, i: int) -> list[str]:
-    return [number(swept.e_u[i]), number(swept.e_r[i]), number(swept.collateral[i], ".2f")]
+def _numbers(swept: Swept, i: int) -> list[Text]:
+    row = swept.rows[i]
+    return [
+        with_interval(swept.e_u[i], row.intervals.get(UNLEARN)),
+        with_interval(swept.e_r[i], row.intervals.get("retain")),
+        with_interval(swept.collateral[i], row.collateral_interval, ".2f"),
+    ]

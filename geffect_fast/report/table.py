@@ -12,7 +12,15 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from geffect_fast.report.summary import UNLEARN, by_place, by_sample, shares, summarise
+from geffect_fast.report.summary import (
+    UNLEARN,
+    Interval,
+    by_place,
+    by_sample,
+    shares,
+    summarise,
+)
+from geffect_fast.runs.reference import REFERENCE_IS_MODEL
 from geffect_fast.runs.told_apart import precision_error
 
 if TYPE_CHECKING:
@@ -23,6 +31,8 @@ STYLES = {
     "forgets, little harm": "green",
     "forgets, some harm": "yellow",
     "mostly harm": "red",
+    "forgets, harm unclear": "yellow",
+    "within noise": "yellow",
     "hardly forgets": "yellow",
     "does not forget": "red",
     "undefined (NaN)": "bold red",
@@ -67,9 +77,9 @@ def totals_table(dataset: xr.Dataset) -> Table:
     for row in rows:
         table.add_row(
             row.objective,
-            *(number(e) for e in row.effects.values()),
+            *(with_interval(e, row.intervals.get(risk)) for risk, e in row.effects.items()),
             *(number(c, "+.2f") for c in row.cosines.values()),
-            number(row.collateral, ".2f"),
+            with_interval(row.collateral, row.collateral_interval, ".2f"),
             Text(row.verdict, style=STYLES.get(row.verdict, "")),
         )
     return table
@@ -142,6 +152,38 @@ def number(value: float, spec: str = "+.3g") -> str:
     return "0" if value == 0 else f"{value:{spec}}"
 
 
+def with_interval(value: float, interval: Interval | None, spec: str = "+.3g") -> Text:
+    """A number for a cell, with its interval below it where that is known."""
+    text = Text(number(value, spec))
+    if interval is not None and not any(map(math.isnan, interval)) and math.isfinite(value):
+        text.append(f"\n{bounds(interval, spec)}", style="dim")
+    return text
+
+
+def bounds(interval: Interval, spec: str = "+.3g") -> str:
+    """An interval in brackets."""
+    low, high = (number(bound, spec) for bound in interval)
+    return f"[{low}, {high}]"
+
+
+def reference_line(attrs: Mapping[str, Any]) -> str:
+    """That objectives were compared with the model itself; empty where they were not."""
+    if not attrs.get("reference_is_model"):
+        return ""
+    return f"Reference: {REFERENCE_IS_MODEL}."
+
+
+def interval_line(attrs: Mapping[str, Any]) -> str:
+    """What intervals are of; empty for results without."""
+    if "interval_level" not in attrs:
+        return ""
+    return (
+        f"In brackets: {100 * attrs['interval_level']:.0f} % intervals by the choice of the rows "
+        f"({attrs['n_forget']} forget, {attrs['n_retain']} retain, drawn anew with replacement); "
+        "nothing is called best, more or less within them."
+    )
+
+
 def question(effect: xr.DataArray, i: int, width: int) -> str:
     """The question of a forget row, shortened; empty where there is none."""
     text = (
@@ -179,8 +221,8 @@ def covered(attrs: Mapping[str, Any]) -> list[Text]:
     lines = [Text(f"{coverage_line(attrs)} {checked}")]
     if "engine_reason" in attrs:
         lines.append(Text(f"Engine {attrs['engine']}: {attrs['engine_reason']}."))
-    if precise := precision_line(attrs):
-        lines.append(Text(precise))
+    found = [line(attrs) for line in (reference_line, interval_line, precision_line)]
+    lines += [Text(line) for line in found if line]
     return [*lines, Text()]
 
 

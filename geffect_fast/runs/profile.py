@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from geffect_fast.data.batch import Reduction
+from geffect_fast.errors import GEffectWarning
 from geffect_fast.objectives import Objective
 from geffect_fast.runs.profiler import Profiler
+from geffect_fast.runs.reference import REFERENCE_IS_MODEL
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -58,7 +61,8 @@ def profile(
         refusals: answers that po, dpo and altpo put in place of the forget set's, where a row has
             no field `alternative`, one or a list, of its own.
         reference_model: what NPO-like objectives compare with, a model or the folder of one; None:
-            `model` as it is.
+            `model` as it is, for which, as for any model of the same weights, there is a
+            `GEffectWarning`: betas only scale then.
         resolve: axes of the result; all others are summed. `parameter`, or `group` (embedding,
             thirds of the blocks by depth, final norm, output layer); `sample`; and within samples
             one of two, another thing though both add up: `token`, which predicted token drives the
@@ -88,6 +92,12 @@ def profile(
         (objective, risk) of the whole gradients and the same per parameter under `parameter_*`, or
         per group under `group_*`. All fp64.
 
+        By sample also intervals by the choice of the rows, `interval_level` of all draws
+        (`geffect_fast.runs.intervals`; docs/concepts.md): `g_effect_low` and `g_effect_high`
+        (objective, risk) of total effects, `risk_value_low` and `risk_value_high` (risk), and
+        `collateral` (objective), the rise of the worst other risk for a unit rise of the forget
+        risk, with `collateral_low` and `collateral_high`. NaN where a data set has one row.
+
         Coordinates: `parameter` with `block`, `kind`, `group`; `sample` (row number) with `set` and
         `question`; `position` counts the tokens of a sample's answer and then of its alternatives,
         `token` those that have a label, with `token_id`, `token_text` and `sequence` (0: the
@@ -101,6 +111,9 @@ def profile(
         the same weights changes at two rows (`precision_samples`, of the forget rows; the formula
         is in docs/concepts.md); or `precision_note`, why it was not measured. Reports call nothing
         different within it. With `out` the Dataset reads from the file; close it after use.
+
+        `reference_is_model` is 1 where an objective compares with a reference, and that is the
+        model itself.
 
     Raises:
         InputError: unusable data, objective or argument, in one line.
@@ -132,4 +145,7 @@ def profile(
         max_length=max_length,
         token_budget=token_budget,
     )
-    return profiler.measure(out=out, progress=progress, unchanged=True).dataset
+    result = profiler.measure(out=out, progress=progress, unchanged=True).dataset
+    if "reference_is_model" in result.attrs:
+        warnings.warn(f"reference: {REFERENCE_IS_MODEL}", GEffectWarning, stacklevel=2)
+    return result

@@ -52,9 +52,12 @@ from geffect_fast.runs.dataset import (
     digest,
 )
 from geffect_fast.runs.effects import find_effects
+from geffect_fast.runs.intervals import LEVEL
 from geffect_fast.runs.models import check_finite
 from geffect_fast.runs.progress import progress_bar
+from geffect_fast.runs.reference import same_weights
 from geffect_fast.runs.resolution import Resolution, checked_axes
+from geffect_fast.runs.risk_rows import RiskRows, RowValues
 from geffect_fast.runs.rounding import rounding_check
 from geffect_fast.runs.stream import EffectFile
 from geffect_fast.runs.token_axis import TokenWeights
@@ -199,6 +202,17 @@ class Profiler:
             Task(batches_of(sets[source], risk_part.roles), {m: risk_part}, budget=budget)
             for m, source in enumerate(sources.values())
         ]
+        self._risk_rows = None
+        if "sample" in axes:
+            self._risk_rows = RiskRows(
+                {risk: sets[source] for risk, source in sources.items()},
+                risk_part,
+                batches_of,
+                self._choice.engine,
+                plan,
+                budget,
+                adds_up=reduction == "sum",
+            )
         self._rounding = rounding_check(
             plan, self._choice.engine, resolution, self._mixture, tasks_on
         )
@@ -220,6 +234,9 @@ class Profiler:
         if reference is not None:
             with within_budget(budget, one_sample=True):
                 check_reference(reference, layout, sets["forget"], longest)
+        self._reference_is_model = bool(REFERENCE_NEEDS & needs) and (
+            reference is None or same_weights(model, reference)
+        )
         self._reference = Reference(reference)
 
     def measure(
@@ -260,7 +277,8 @@ class Profiler:
             )
         whole = self._norms or not resolution.per_sample
         check_memory(plan, len(self._parts) if whole else 0, shape, out)
-        risk_values, directions = self.risk_gradients(progress=progress)
+        watched = None if self._risk_rows is None else self._risk_rows.watch()
+        risk_values, directions = self.risk_gradients(progress=progress, watched=watched)
         device = next(iter(plan.parameters.values())).device
         passes = parts_for(plan, resolution.columns()[1], m) if engine == "forward" else []
         weights = weights and resolution.within != "position"
@@ -305,6 +323,8 @@ class Profiler:
                 # NetCDF has no booleans
                 "coverage_checked": int(of_objectives and gram is not None),
             }
+            if unchanged and self._reference_is_model:
+                settings["reference_is_model"] = 1
             if self._rounding is not None and precision:
                 every_row = None
                 if isinstance(array, np.ndarray) and "sample" in resolution.axes:
@@ -321,6 +341,12 @@ class Profiler:
                 self._tokenizer,
                 settings,
             )
+            if self._risk_rows is not None and watched is not None:
+                with within_budget(self._budget):
+                    found_rows = self._risk_rows.variables(
+                        _by_row(array), resolution.set_names, watched, risk_values, directions
+                    )
+                result = result.assign(found_rows).assign_attrs(interval_level=LEVEL)
             if by_token is not None:
                 variables, coordinates = by_token.variables(self._tokenizer)
                 result = result.assign(variables).assign_coords(coordinates)
@@ -328,17 +354,26 @@ class Profiler:
                 result = array.finish(result)
         return Measurement(result, directions)
 
-    def risk_gradients(self, *, progress: bool = False) -> tuple[Tensor, dict[str, Tensor]]:
+    def risk_gradients(
+        self, *, progress: bool = False, watched: RowValues | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """Values of the risks `(M,)` fp64 and their gradients, as `Measurement.directions`.
+
+        Args:
+            progress: show a bar.
+            watched: told of what every row adds to the risks.
 
         Raises:
             NonFiniteError: a gradient is not finite.
         """
         n = len(self.risk_names)
         place = place_for_directions(self.plan, n) if self._choice.engine == "forward" else None
-        with self._ticking(progress, "gradients of the risks", self._risk_tasks) as tick:
+        tasks = self._risk_tasks
+        if watched is not None:
+            tasks = [replace(task, watch=watched.add) for task in tasks]
+        with self._ticking(progress, "gradients of the risks", tasks) as tick:
             values, directions = accumulate_gradients(
-                self.plan, self._risk_tasks, n, self._reference, tick, place
+                self.plan, tasks, n, self._reference, tick, place
             )
         check_directions(directions, self.risk_names)
         return values, directions
@@ -409,3 +444,11 @@ class Profiler:
             within_budget(self._budget),
         ):
             yield lambda n: update(advance=n)
+
+
+def _by_row(array: np.ndarray | EffectFile) -> np.ndarray:
+    """Effects summed over all but objectives, risks and rows, `(K, M, n)`."""
+    if isinstance(array, np.ndarray):
+        return array.sum((2, 4))
+    rows = range(array.shape[3])
+    return np.stack([array[:, :, :, row, :].sum((2, 3)) for row in rows], axis=-1)

@@ -58,6 +58,11 @@ class Resolution:
         return next((axis for axis in WITHIN if axis in self.axes), None)
 
     @property
+    def set_names(self) -> list[str]:
+        """Of each row on the sample axis, the name of its data set."""
+        return [name for name, _ in self._samples()]
+
+    @property
     def dims(self) -> tuple[str, ...]:
         return ("objective", "risk", *self.axes)
 

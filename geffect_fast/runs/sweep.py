@@ -15,12 +15,16 @@ from geffect_fast.errors import InputError
 from geffect_fast.objectives import Objective
 from geffect_fast.objectives.ranges import Sweep, expand_list
 from geffect_fast.runs.profile import profile
-from geffect_fast.runs.told_apart import effect_errors, told_apart
+from geffect_fast.runs.told_apart import effect_errors, effect_spreads, told_apart
 
 if TYPE_CHECKING:
     import xarray as xr
 
 P = ParamSpec("P")
+
+SAME = 1e-6
+"""How far effects may be apart, relative to their size, that only sums in another order make."""
+_AT_ONCE = 64
 
 HYPER = "hyper_"
 """What the coordinates of swept parameters begin with."""
@@ -74,6 +78,8 @@ def sweep(*, objectives: Any, out: Any, **arguments: Any) -> xr.Dataset:
           `hyper_alpha`; NaN where the objective's string has no range for it. Where a string has
           ranges for several parameters of one name, these are `hyper_npo_beta` and the like;
           coefficients are `hyper_kl_coefficient`;
+        - coordinate `same_as`: the first objective with the same effects on both risks, itself
+          where none is before it;
         - variable `pareto`, bool: `pareto_front` of the result.
 
         Attribute `sweeps`: as JSON, by string, its swept parameters and whether each is evenly
@@ -100,6 +106,7 @@ def sweep(*, objectives: Any, out: Any, **arguments: Any) -> xr.Dataset:
     result.attrs["sweeps"] = json.dumps(
         {family.text: dict(zip(family.names, family.log, strict=True)) for family in families}
     )
+    result = result.assign_coords(same_as=("objective", same_effects(result).values))
     return result.assign(pareto=pareto_front(result))
 
 
@@ -107,10 +114,11 @@ def pareto_front(result: xr.Dataset) -> xr.DataArray:
     """Which objectives no other one beats: more removal, or as much, at less damage, or as little.
 
     An objective is on the front where none has a lower `e_u` and no lower `e_r`, nor the same `e_u`
-    and a higher `e_r`; of a result in 16 bits, none that differs from it in one of them by more
-    than `precision_error` allows. Both are totals, effects of a descent step of the same size:
-    between objectives of different scales, such as means over tokens and over samples, the front
-    depends on these scales.
+    and a higher `e_r`, and differs from it in one of them by more than the choice of the rows, and
+    in 16 bits `precision_error`, may make it. Of objectives with the same effects, such as `npo` at
+    any beta without a reference model, the first stands for all. Both are totals, effects of a
+    descent step of the same size: between objectives of different scales, such as means over tokens
+    and over samples, the front depends on these scales.
 
     Args:
         result: of `profile` or `sweep`, with the risks `unlearn` and `retain`.
@@ -121,17 +129,55 @@ def pareto_front(result: xr.Dataset) -> xr.DataArray:
     Example:
         >>> result.objective[gf.pareto_front(result)]
     """
-    effect = result["g_effect"].sel(risk=["unlearn", "retain"])
-    total = effect.sum([d for d in effect.dims if d not in ("objective", "risk")], skipna=False)
-    e_u, e_r = total.transpose("risk", "objective").values
-    finite = np.isfinite(e_u) & np.isfinite(e_r)
-    front = np.zeros(len(e_u), dtype=bool)
-    off_u, off_r = effect_errors(result.sel(risk=["unlearn", "retain"])).T
-    for i in np.flatnonzero(finite):
-        different = told_apart(e_u[i], e_u, off_u[i], off_u)
-        different |= told_apart(e_r[i], e_r, off_r[i], off_r)
-        front[i] = not (finite & (e_u <= e_u[i]) & (e_r >= e_r[i]) & different).any()
+    result = result.sel(risk=["unlearn", "retain"])
+    e_u, e_r = _totals(result)
+    off_u, off_r = effect_errors(result).T
+    by_row = effect_spreads(result)
+    front = np.isfinite(e_u) & np.isfinite(e_r)
+    finite = front.copy()
+    front &= same_effects(result).values == result["objective"].values
+    for i in np.flatnonzero(front):
+        better = np.flatnonzero(finite & (e_u <= e_u[i]) & (e_r >= e_r[i]))
+        for first in range(0, len(better), _AT_ONCE):  # the first few beat most
+            j = better[first : first + _AT_ONCE]
+            different = told_apart(e_u[i], e_u[j], off_u[i], off_u[j], by_row[i, 0], by_row[j, 0])
+            different |= told_apart(e_r[i], e_r[j], off_r[i], off_r[j], by_row[i, 1], by_row[j, 1])
+            if different.any():
+                front[i] = False
+                break
     return result["objective"].copy(data=front).rename("pareto")
+
+
+def same_effects(result: xr.Dataset) -> xr.DataArray:
+    """Of each objective the first one with the same effects on forget and retain data.
+
+    Args:
+        result: of `profile` or `sweep`, with the risks `unlearn` and `retain`.
+
+    Returns:
+        Names of objectives (objective), each its own where no objective before it has its effects.
+    """
+    import xarray as xr
+
+    e_u, e_r = _totals(result.sel(risk=["unlearn", "retain"]))
+    names = result["objective"].values.copy()
+    size = np.hypot(e_u, e_r)
+    firsts: list[int] = []
+    for i in range(len(names)):
+        j = np.array(firsts, dtype=int)
+        near = np.hypot(e_u[j] - e_u[i], e_r[j] - e_r[i]) <= SAME * size[i]  # NaN is like nothing
+        if near.any():
+            names[i] = names[j[near.argmax()]]
+        else:
+            firsts.append(i)
+    return xr.DataArray(names, {"objective": result["objective"].values}, name="same_as")
+
+
+def _totals(result: xr.Dataset) -> np.ndarray:
+    """Effects of the whole forget data, `(risk, objective)`."""
+    effect = result["g_effect"]
+    rest = [d for d in effect.dims if d not in ("objective", "risk")]
+    return effect.sum(rest, skipna=False).transpose("risk", "objective").values
 
 
 def expanded(objectives: Iterable[str | Objective] | str) -> list[Sweep]:

@@ -10,6 +10,7 @@ import numpy as np
 from geffect_fast.data import SampleSet
 from geffect_fast.data.batch import Role
 from geffect_fast.objectives import GA, Objective
+from geffect_fast.runs.risk_rows import few_rows
 
 SHARE = 0.85
 """Of a training step, what a probe may cost by the count; copies of the weights and writing the
@@ -61,8 +62,9 @@ def choose_rows(
     Work is counted in tokens times forward passes. A training step takes 3 of its tokens (forward
     and backward with weight gradients); a probe by the reverse engine 3 of each risk's rows, and
     `1 + M + K` (with norms `1 + M + 2 K`) of the rows that K parts of objectives read, M risks; the
-    forward engine takes `1 + 2 M` of the latter, and about `6 + 4.5 M` by groups of layers. What
-    rows do not decide is `1 + M + K` times `WEIGHT_PASS`.
+    forward engine takes `1 + 2 M` of the latter, and about `6 + 4.5 M` by groups of layers. By
+    sample, 3 are for a few rows of every risk but the forget risk, of which intervals need to know
+    (`geffect_fast.runs.risk_rows`). What rows do not decide is `1 + M + K` times `WEIGHT_PASS`.
 
     Args:
         sets: the data sets, whole: forget, retain, and probes by name.
@@ -97,6 +99,10 @@ def choose_rows(
             if forward:
                 passes = 6 + 4.5 * len(rows) if "group" in resolve else 1 + 2 * len(rows)
             effects += passes * _tokens(sets[name], roles)[list(rows[name])].sum()
+        if "sample" in resolve:
+            for name in rows.keys() - {"forget"}:
+                few = [rows[name][i] for i in few_rows(len(rows[name]))]
+                risks += 3 * _tokens(sets[name], risk.roles)[few].sum()
         whole = WEIGHT_PASS * (1 + len(rows) + len(measured))
         return float((risks + effects + whole) / step)
 

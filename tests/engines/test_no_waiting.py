@@ -140,6 +140,14 @@ def test_sixteen_bits(device):
     assert all(x.isfinite().all() for x in found)
 
 
+def waits_of_intervals(prepared):
+    """What rows add to the risks, the square of a gradient, and each batch of a risk's few rows."""
+    if prepared._risk_rows is None:
+        return 0
+    squares = 2 if prepared.settings["engine"] == "forward" else 1  # it forms one of any direction
+    return 1 + squares + sum(len(task.batches) for task in prepared._risk_rows._tasks)
+
+
 @pytest.mark.parametrize("resolve", [("parameter", "sample"), ("group", "sample"), ("parameter",)])
 def test_a_whole_measurement(resolve, device, monkeypatch):
     """Beside a batch's results: weights, directions and norms are each asked for once."""
@@ -161,7 +169,7 @@ def test_a_whole_measurement(resolve, device, monkeypatch):
         # The weights of tokens are read one objective and batch at a time, at the very end.
         n_weights = sum(len(task.batches) * len(task.parts) for task in prepared._tasks)
         values = n_batches if "sample" in resolve else 1
-        assert device.waits == values + 4 + n_weights
+        assert device.waits == values + 4 + n_weights + waits_of_intervals(prepared)
     for name in ("g_effect", "loss", "risk_value", "grad_norm", "cosine"):
         x, y = (torch.from_numpy(of[name].values) for of in (found, expected))
         torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5 * float(y.abs().max()))
@@ -191,7 +199,7 @@ def test_a_whole_measurement_of_the_forward_engine(architecture, offset, device,
         found = prepared.measure().dataset
         n_batches = sum(len(task.batches) for task in prepared._tasks)
         # Weights, values of the risks, their gradients and the inner products of those.
-        assert device.waits == n_batches + 4
+        assert device.waits == n_batches + 4 + waits_of_intervals(prepared)
     for name in ("g_effect", "loss", "risk_value"):
         x, y = (torch.from_numpy(of[name].values) for of in (found, expected))
         torch.testing.assert_close(

@@ -265,7 +265,10 @@ def test_an_agreement_is_the_correlation_of_finite_pairs():
 def test_when_to_trust_first_order():
     steps, rng = np.arange(50), np.random.default_rng(1)
     y = 1.0 + rng.random(50)
-    assert Agreement.of(y, 1.02 * y, steps).words == "trust it in sign and size"
+    words = "trust it in sign and size: within a factor of 1.5"
+    assert Agreement.of(y, 1.02 * y, steps).words == words
+    assert Agreement.of(y, 1.6 * y, steps).words == "trust its sign, not its size"
+    assert not Agreement.of(y, -1.02 * y, steps).words.startswith("trust")
     assert Agreement.of(y, 9 * y, steps).words == "trust its sign, not its size"
     assert Agreement.of(y, rng.normal(size=50), steps).words.startswith("do not trust it")
     assert Agreement.of(y[:2], y[:2], steps[:2]).words.startswith("too few")
@@ -274,6 +277,27 @@ def test_when_to_trust_first_order():
     later = np.where(steps < 20, y, 8 * y)
     found = Agreement.of(y, later, steps)
     assert found.until == 21 and found.words.endswith("within 50 % up to step 21")
+
+
+@pytest.mark.parametrize("late", [1, 3, 6])
+def test_a_curve_a_hundred_times_off_is_not_trusted_in_size(late):
+    """Its median error is 2 % and its correlation 0.99: a few changes are most of the curve."""
+    steps, rng = np.arange(50), np.random.default_rng(1)
+    y = 1.0 + rng.random(50)
+    y[-late:] = np.linspace(800, 1000, late)
+    x = np.where(steps < 50 - late, 1.02 * y, y / 100)
+    found = Agreement.of(y, x * 1.0, steps)
+    assert found.error < 0.05 and "and size" not in found.words
+    x = np.where(steps < 50 - late, 0.01 * y, y)
+    assert "and size" in Agreement.of(y, x, steps).words  # but for next to nothing
+
+
+def test_three_changes_of_one_sign_are_too_few_for_it():
+    """Of three the interval of the share of right signs goes down to 0.44."""
+    y = np.array([1.0, 2.0, 3.0])
+    assert not Agreement.of(y, y, np.arange(3)).words.startswith("trust")
+    y = np.arange(1.0, 6.0)
+    assert Agreement.of(y, y, np.arange(5)).words.startswith("trust it in sign and size")
 
 
 def test_first_order_gets_better_as_steps_get_smaller():

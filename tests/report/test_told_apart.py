@@ -45,7 +45,7 @@ def test_the_least_cost_is_shared_by_what_is_no_different():
     # Collaterals 0.30, 0.305 and 0.60; each may be off by 2 % of itself.
     found = findings(result([-1, -1, -1], [-0.30, -0.305, -0.60]))[0]
     assert "at the least cost elsewhere ga " in found
-    assert "; in 16 bits no other than npo(beta=0.1))" in found
+    assert "; as far as 16 bits tell no other than npo(beta=0.1))" in found
     assert "at the highest gd (the retain risk rises by 0.6)" in found
 
 

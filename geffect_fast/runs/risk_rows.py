@@ -1,0 +1,187 @@
+"""What a risk's own rows add to effects and to the risk: intervals need it beside the objectives'.
+
+An effect is the product of two gradients, and the rows of both are a choice. Those of the
+objective are told apart by the result. Of the risk's, a few are measured along the gradient `G` of
+the forget risk, along which objectives move by `e_u / <G, G>`:
+
+    < grad R_j, grad L >  ~  e_u(L) / <G, G>  < grad R_j, G >
+
+the same number for the gradient ascent itself; what an objective does across `G` is left out.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from geffect_fast.capture import Plan
+from geffect_fast.data import SampleSet
+from geffect_fast.data.batch import Batch, Role
+from geffect_fast.engines.attempts import TokenBudget
+from geffect_fast.engines.choice import Engine
+from geffect_fast.engines.forward_parts import parts_for
+from geffect_fast.engines.tasks import Reference, Task
+from geffect_fast.objectives import Objective, Outputs
+from geffect_fast.runs.dataset import gram_matrices
+from geffect_fast.runs.effects import find_effects
+from geffect_fast.runs.intervals import FEW, effect_intervals, risk_interval, spread_of_risk
+from geffect_fast.runs.resolution import Resolution
+from geffect_fast.transfer import OnItsWay
+
+UNLEARN = "unlearn"
+
+
+def few_rows(n: int) -> list[int]:
+    """At most `FEW` of the rows 0 to n - 1, evenly spread."""
+    return sorted({int(at) for at in (np.arange(min(n, FEW)) + 0.5) * n / min(n, FEW)})
+
+
+class RowValues:
+    """Collects what every row adds to each risk, while the risks' gradients are found.
+
+    A batch may come twice, whole or in pieces.
+
+    Args:
+        sizes: rows of each risk's data set.
+    """
+
+    def __init__(self, sizes: Sequence[int]) -> None:
+        self._sizes = sizes
+        self._found: list[tuple[int, list[int], Tensor]] = []
+
+    def add(
+        self, task: Task, index: int, outputs: Outputs, batch: Batch, reference: Outputs | None
+    ) -> None:
+        """As `geffect_fast.engines.tasks.Watch`."""
+        terms = task.parts[index].token_terms(outputs, batch, reference).detach().double()
+        sums = terms.new_zeros(2, batch.n_samples)
+        at = batch.token_sample()
+        sums[0].index_add_(0, at, terms)
+        sums[1].index_add_(0, at, batch.target_weight())
+        self._found.append((index, list(batch.rows), sums))
+
+    def by_risk(self) -> list[np.ndarray]:
+        """Of each risk `(2, n)` fp64: what rows add to it, and their parts of what it counts."""
+        found = [np.zeros((2, n)) for n in self._sizes]
+        if self._found:
+            (read,) = OnItsWay(torch.cat([sums for *_, sums in self._found], dim=1)).arrived()
+            each = read.split([len(rows) for _, rows, _ in self._found], dim=1)
+            for (index, rows, _), values in zip(self._found, each, strict=True):
+                found[index][:, rows] = values.numpy()
+        return found
+
+
+class RiskRows:
+    """The rows of a profile's risks, and what they make of its numbers.
+
+    Args:
+        sets: data by risk, the forget risk first.
+        risk: the objective used as the risk.
+        batches_of: cuts a data set into batches that hold sequences of these roles.
+        engine: the profile's.
+        plan: of the model.
+        budget: of tokens a batch.
+        adds_up: whether a risk is a sum over rows, and no mean.
+    """
+
+    def __init__(
+        self,
+        sets: Mapping[str, SampleSet],
+        risk: Objective,
+        batches_of: Callable[[SampleSet, tuple[Role, ...]], list[Batch]],
+        engine: Engine,
+        plan: Plan,
+        budget: TokenBudget,
+        *,
+        adds_up: bool,
+    ) -> None:
+        self._sizes = {name: len(each) for name, each in sets.items()}
+        self._engine, self._plan, self._adds_up = engine, plan, adds_up
+        others = [name for name in sets if name != UNLEARN]
+        few = {name: sets[name].part(few_rows(len(sets[name]))) for name in others}
+        self._resolution = Resolution(("sample",), list(plan.parameters), few, False)
+        ends = np.cumsum([0, *map(len, few.values())])
+        self._ends = ends
+        self._tasks = [
+            Task(
+                # Shares are those that the rows have in the whole data.
+                [replace(b, totals=sets[name].totals()) for b in batches_of(few[name], risk.roles)],
+                {m: risk},
+                offset=int(ends[m]),
+                on=f"{name}, a few rows",
+                budget=budget,
+            )
+            for m, name in enumerate(others)
+        ]
+
+    def watch(self) -> RowValues:
+        """What is to be told of the risks while their gradients are found."""
+        return RowValues(list(self._sizes.values()))
+
+    def variables(
+        self,
+        rows: np.ndarray,
+        sets: Sequence[str],
+        watched: RowValues,
+        risk_values: Tensor,
+        directions: Mapping[str, Tensor],
+    ) -> dict[str, Any]:
+        """Variables of a result that say how much of its numbers is the choice of the rows.
+
+        Args:
+            rows: effects of objectives by row, `(K, M, n)`.
+            sets: of each row the name of its data set.
+            watched: told of the risks.
+            risk_values: `(M,)`.
+            directions: gradients of the risks by parameter, `(M, *shape)`.
+
+        Returns:
+            Those of `geffect_fast.runs.intervals.effect_intervals`, and `risk_value_low` and
+            `risk_value_high` (risk).
+        """
+        forget = {name: v[:1] for name, v in directions.items()}
+        square = float(gram_matrices(forget).sum())
+        spreads = np.zeros((len(self._sizes), FEW))
+        sizes = list(self._sizes.values())
+        for m, along in enumerate(self._along(forget), 1):
+            spreads[m] = spread_of_risk(along, sizes[m], square)
+        low, high = np.full((2, len(sizes)), np.nan)
+        for m, (name, (values, parts), whole) in enumerate(
+            zip(self._sizes, watched.by_risk(), risk_values.tolist(), strict=True)
+        ):
+            if math.isclose(values.sum(), whole, rel_tol=1e-4):  # of other risks it is not known
+                low[m], high[m] = risk_interval(values, None if self._adds_up else parts, name)
+        bounds = {"risk_value_low": ("risk", low), "risk_value_high": ("risk", high)}
+        return bounds | effect_intervals(rows, sets, spreads)
+
+    def _along(self, direction: Mapping[str, Tensor]) -> list[np.ndarray]:
+        """`< grad R_j, G >` of a few rows of each other risk, by plain shares of its whole data."""
+        m = len(self._tasks)
+        if not m:
+            return []
+        array = np.zeros(self._resolution.shape(m, 1))
+        passes = []
+        if self._engine == "forward":
+            passes = parts_for(self._plan, self._resolution.columns()[1], 1)
+        find_effects(
+            self._engine,
+            self._plan,
+            self._tasks,
+            direction,
+            Reference(),
+            torch.eye(m, dtype=torch.float64),
+            self._resolution,
+            array,
+            passes=passes,
+            norms=False,
+            tick=lambda _: None,
+        )
+        rows = array.sum((1, 2, 4))
+        return [rows[k, first:last] for k, (first, last) in enumerate(pairwise(self._ends))]
