@@ -6,16 +6,15 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from geffect_fast.terminal import Console
+
 if TYPE_CHECKING:
     import xarray as xr
-    from rich.console import Console
 
 
 def console() -> Console:
     """Of the terminal's width; 120 columns in a file or a pipe."""
-    from rich.console import Console
-
-    return Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+    return Console(width=None if sys.stdout.isatty() else 120)
 
 
 def print_result(dataset: xr.Dataset, folder: Path) -> None:
@@ -50,4 +49,4 @@ def print_result(dataset: xr.Dataset, folder: Path) -> None:
         print(path)
     print()
     for sentence in sentences:
-        printer.print(sentence, markup=False)
+        printer.print(sentence)
