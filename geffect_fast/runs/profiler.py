@@ -116,6 +116,7 @@ class Profiler:
         template: str = "auto",
         max_length: int | None = None,
         token_budget: int | None = None,
+        trust_remote_code: bool = False,
     ) -> None:
         self.objectives = resolved_list(objectives)
         risk_part = resolved_risk(risk)
@@ -212,7 +213,9 @@ class Profiler:
                 [{"name": o.name, "parameters": o.parameters()} for o in self.objectives]
             ),
         }
-        self._reference = Reference(reference_for(reference_model, needs, model, sets))
+        self._reference = Reference(
+            reference_for(reference_model, needs, model, sets, trust_remote_code)
+        )
 
     def measure(
         self,
