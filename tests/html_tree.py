@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 from html.parser import HTMLParser
 
 VOID = {"meta", "link", "br", "hr", "img", "input", "wbr"}
@@ -49,3 +51,22 @@ def find(root, tag, **attributes):
 def text(element):
     """All text within an element."""
     return "".join(c if isinstance(c, str) else text(c) for c in element[2])
+
+
+def assert_allows_no_request(root):
+    """The page's policy comes before all else that it holds, and lets it ask for nothing."""
+    head = [e for e in find(root, "head")[0][2] if isinstance(e, list)]
+    assert "charset" in head[0][1] and head[1][1]["http-equiv"] == "Content-Security-Policy"
+    rules = dict(rule.split(" ", 1) for rule in head[1][1]["content"].split("; "))
+    hashed = rules.pop("script-src").strip("'").removeprefix("sha256-")
+    assert rules == {
+        "default-src": "'none'",
+        "style-src": "'unsafe-inline'",
+        "img-src": "data:",
+        "base-uri": "'none'",
+        "form-action": "'none'",
+    }
+    for script in find(root, "script"):
+        if script[1].get("type") != "application/json":
+            digest = hashlib.sha256(text(script).encode()).digest()
+            assert hashed == base64.b64encode(digest).decode()

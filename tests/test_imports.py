@@ -14,6 +14,7 @@ ROOT = Path(geffect_fast.__file__).parent
 LAYERS = {
     "errors": set(),
     "transfer": set(),
+    "terminal": set(),
     "ops": {"errors"},
     "capture": {"errors", "transfer", "ops"},
     "data": {"errors", "transfer"},
@@ -22,14 +23,14 @@ LAYERS = {
     "functional": {"errors", "ops", "capture"},
     "runs": {
         *{"errors", "transfer", "ops", "capture", "data", "objectives", "engines"},
-        "functional",
+        *{"functional", "terminal"},
     },
     "integrations": {"errors", "objectives", "runs"},
     "unlearning": {"errors", "data", "objectives", "engines", "runs", "integrations"},
     "weights": {"errors", "data", "runs"},
-    "report": {"errors", "runs"},
+    "report": {"errors", "terminal", "runs"},
     "demo": {"errors", "data", "objectives", "runs", "unlearning", "report"},
-    "cli": {"errors", "ops", "runs", "unlearning", "weights", "report", "demo"},
+    "cli": {"errors", "terminal", "ops", "runs", "unlearning", "weights", "report", "demo"},
 }
 """What each part may import; `batch`, the type all engines share, lies in data."""
 

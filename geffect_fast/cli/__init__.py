@@ -28,6 +28,7 @@ from geffect_fast.cli import (
 from geffect_fast.cli.options import option
 from geffect_fast.cli.streams import OutputLost, watched_streams
 from geffect_fast.errors import GEffectError, GEffectWarning
+from geffect_fast.terminal import clean_output
 
 EXIT_CODES = (
     "Exit codes: 0 all went well; 2 bad input, a full disk or too little memory, one line "
@@ -82,6 +83,11 @@ def main(argv: list[str] | None = None) -> int:
     Args:
         argv: arguments without the program's name; None: those of the process.
     """
+    with clean_output():
+        return _exit_code(argv)
+
+
+def _exit_code(argv: list[str] | None) -> int:
     try:
         with watched_streams():
             return _run(argv)

@@ -75,6 +75,9 @@ _FIELDS: dict[str, Any] = {
     "template": Annotated[str | None, option("--template", field="template")],
     "max_length": Annotated[int | None, option("--max-length", field="max_length")],
     "token_budget": Annotated[int | None, option("--token-budget", field="token_budget")],
+    "trust_remote_code": Annotated[
+        bool | None, option("--trust-remote-code", field="trust_remote_code")
+    ],
     "dtype": Annotated[str | None, option("--dtype", field="dtype")],
     "device": Annotated[str | None, option("--device", field="device")],
     "threads": Annotated[int | None, option("--threads", field="threads")],
@@ -142,6 +145,7 @@ CHECK_FIELDS = (
     "template",
     "max_length",
     "token_budget",
+    "trust_remote_code",
     "dtype",
     "device",
     "threads",

@@ -6,17 +6,16 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from geffect_fast.terminal import Console
+
 if TYPE_CHECKING:
     import xarray as xr
-    from rich.console import Console
 
 
 def console() -> Console:
     """Of the terminal's width; 120 columns in a file or a pipe."""
-    from rich.console import Console
-
     at_terminal = sys.stdout is not None and sys.stdout.isatty()
-    return Console(width=None if at_terminal else 120, highlight=False)
+    return Console(width=None if at_terminal else 120)
 
 
 def print_result(dataset: xr.Dataset, folder: Path) -> None:
@@ -51,4 +50,4 @@ def print_result(dataset: xr.Dataset, folder: Path) -> None:
         print(path)
     print()
     for sentence in sentences:
-        printer.print(sentence, markup=False)
+        printer.print(sentence)

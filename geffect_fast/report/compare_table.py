@@ -13,6 +13,7 @@ from rich.text import Text
 from geffect_fast.report.steps import Agreement, Outcome, by_column
 from geffect_fast.report.summary import UNLEARN
 from geffect_fast.report.table import STYLES, new_table, number, symbol
+from geffect_fast.runs.csv_cells import write_csv
 from geffect_fast.runs.told_apart import precision_error
 
 if TYPE_CHECKING:
@@ -139,11 +140,12 @@ def write_comparison(runs: xr.Dataset, folder: Path) -> None:
     from geffect_fast.report.compare_plots import comparison_figures
     from geffect_fast.report.curves import save_figures
 
-    pd.DataFrame(comparison_rows(runs)).to_csv(folder / "summary.csv", index=False)
+    write_csv(pd.DataFrame(comparison_rows(runs)), folder / "summary.csv")
     columns = by_column(runs, "risk")
     if "group" in runs.dims:
         columns = by_column(columns, "group")
-    columns.to_dataframe(dim_order=["run", "step"]).to_csv(folder / "compare.csv")
+    table = columns.to_dataframe(dim_order=["run", "step"]).reset_index()
+    write_csv(table, folder / "compare.csv")
     plots = folder / "plots"
     plots.mkdir()
     save_figures(comparison_figures(runs), plots)

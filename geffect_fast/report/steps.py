@@ -19,6 +19,7 @@ from geffect_fast.report.summary import (
     verdict_of,
 )
 from geffect_fast.report.table import bounds, number
+from geffect_fast.runs.csv_cells import write_csv
 from geffect_fast.runs.intervals import Z
 from geffect_fast.runs.told_apart import has_intervals
 
@@ -323,7 +324,7 @@ def write_step_summary(dataset: xr.Dataset, file: Path) -> None:
     kept = [str(name) for name in dataset if set(dataset[name].dims) <= set(axes)]
     columns = dataset[kept].assign(g_effect=(axes, total(dataset)))
     columns = by_column(columns.drop_vars(set(columns.coords) - set(axes)), "risk")
-    columns.to_dataframe(dim_order=["step", "objective"]).to_csv(file)
+    write_csv(columns.to_dataframe(dim_order=["step", "objective"]).reset_index(), file)
 
 
 def by_column(dataset: xr.Dataset, axis: str) -> xr.Dataset:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from geffect_fast.runs.axes import GROUPS, OUTSIDE
+from geffect_fast.runs.csv_cells import csv_cell
 from geffect_fast.runs.rounding import NEGLIGIBLE
 from geffect_fast.runs.told_apart import (
     collateral_error,
@@ -246,22 +247,20 @@ def write_summary(dataset: xr.Dataset, file: Path) -> None:
     header += [f"{name}_{side}" for name in intervals for side in ("low", "high")]
     with file.open("w", newline="", encoding="utf-8") as stream:
         writer = csv.writer(stream)
-        writer.writerow(header)
+        writer.writerow(map(csv_cell, header))
         for i, row in enumerate(rows):
-            cosines = list(row.cosines.values())
-            writer.writerow(
-                [
-                    row.objective,
-                    *(dataset[name].values[i] for name in swept),
-                    row.loss,
-                    *row.effects.values(),
-                    *cosines,
-                    row.collateral,
-                    row.verdict,
-                    *(bound for interval in row.intervals.values() for bound in interval),
-                    *(row.collateral_interval if intervals else ()),
-                ]
-            )
+            cells = [
+                row.objective,
+                *(dataset[name].values[i] for name in swept),
+                row.loss,
+                *row.effects.values(),
+                *row.cosines.values(),
+                row.collateral,
+                row.verdict,
+                *(bound for interval in row.intervals.values() for bound in interval),
+                *(row.collateral_interval if intervals else ()),
+            ]
+            writer.writerow(map(csv_cell, cells))
 
 
 def collateral_of(effects: dict[str, float], negligible: float) -> float:

@@ -6,7 +6,7 @@ import io
 from collections.abc import Iterable, Iterator
 
 from rich.cells import cell_len, set_cell_size
-from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
+from rich.console import ConsoleOptions, RenderableType, RenderResult
 from rich.style import Style
 from rich.table import Table
 from rich.text import Text
@@ -34,12 +34,13 @@ from geffect_fast.report.token_view import (
     sequence_name,
     top_words,
 )
+from geffect_fast.terminal import Console
 
 
 def tokens_text(view: TokenView, width: int = 80) -> str:
     """The view's first objective as plain text, without colour."""
     stream = io.StringIO()
-    Console(file=stream, width=width, color_system=None, highlight=False).print(TerminalView(view))
+    Console(file=stream, width=width, color_system=None).print(TerminalView(view))
     return stream.getvalue()
 
 

@@ -189,6 +189,7 @@ def reference_for(
     needs: set[Need],
     model: nn.Module,
     sets: Mapping[str, SampleSet],
+    trust_remote_code: bool,
 ) -> nn.Module | None:
     """The reference model, loaded where a folder is given; None where the model itself serves."""
     if not needs & REFERENCE_NEEDS or source is None or source is model:
@@ -201,6 +202,8 @@ def reference_for(
     else:
         first = next(model.parameters())
         dtype, device = str(first.dtype).removeprefix("torch."), str(first.device)
-        reference = load_model(source, dtype, device, "reference")
+        reference = load_model(
+            source, dtype, device, "reference", trust_remote_code=trust_remote_code
+        )
     check_model(reference, sets, "reference_model")
     return reference

@@ -134,6 +134,7 @@ def check(
     template: str = "auto",
     max_length: int | None = None,
     token_budget: int | None = None,
+    trust_remote_code: bool = False,
     progress: bool = False,
 ) -> Check:
     """Compare the engine with plain autograd on a few samples, parameter by parameter.
@@ -151,7 +152,8 @@ def check(
         data: forget data as for `profile`; it serves as retain data as well.
         objectives: as for `profile`.
         samples: how many rows of the data, the first ones.
-        refusals, reference_model, template, max_length, token_budget, progress: as for `profile`.
+        refusals, reference_model, template, max_length, token_budget, trust_remote_code, progress:
+            as for `profile`.
 
     Returns:
         A `Check`; `check.exact` is the verdict.
@@ -179,7 +181,9 @@ def check(
     if alternatives:
         check_pairs(model, sample_set)
     needs = {need for part in parts for need in part.needs}
-    reference = reference_for(reference_model, needs, model, {"data": sample_set})
+    reference = reference_for(
+        reference_model, needs, model, {"data": sample_set}, trust_remote_code
+    )
     dtype = coarsest_dtype(model)
 
     def plain_of(other: nn.Module, precision: torch.dtype) -> Numbers:

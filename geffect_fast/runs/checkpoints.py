@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from geffect_fast.errors import InputError
 from geffect_fast.runs.disk import user_path
-from geffect_fast.runs.models import check_finite, check_model_source, load_model
+from geffect_fast.runs.models import check_finite, has_remote_code, load_model
 
 _NUMBER = re.compile(r".*[-_](\d+)")
 _INDEX = "model.safetensors.index.json"
@@ -156,8 +156,13 @@ class _Read:
         if tensors is None or not _fit(own, tensors):
             # Weights that have other names and shapes in files than in the model (fused experts),
             # adapters, formats of old; and what is wrong is said there.
-            check_model_source(self.folder, "checkpoint")
-            loaded = load_model(self.folder, _dtype_of(model), "cpu", "checkpoint")
+            loaded = load_model(
+                self.folder,
+                _dtype_of(model),
+                "cpu",
+                "checkpoint",
+                trust_remote_code=has_remote_code(model),
+            )
             tensors = loaded.state_dict()
             self._check_same(own, tensors, other)
         for key in sorted({*self.settings, *other.settings}):

@@ -101,6 +101,10 @@ class RunConfig(BaseModel):
     token_budget: int | None = Field(default=None, gt=0)
     """Tokens a batch; none: chosen from free memory, and then recorded."""
 
+    trust_remote_code: bool = False
+    """Run Python code that a model's folder or hub id brings along (auto_map), with all your
+    rights; without it such models are refused, and nobody is asked."""
+
     dtype: Literal["auto", "float64", "float32", "bfloat16", "float16"] = "auto"
     """float64, float32, bfloat16 or float16; auto: that of the checkpoint."""
 

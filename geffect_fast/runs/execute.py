@@ -65,7 +65,8 @@ def execute(
     large = config.resolve[-2:] in (("sample", "position"), ("sample", "token"))
     streams = large and config.command == "profile"
     with on_threads(config.threads) as threads, ExitStack() as stack:
-        model = load_model(config.model, config.dtype, str(device))
+        trusted = config.trust_remote_code
+        model = load_model(config.model, config.dtype, str(device), trust_remote_code=trusted)
         dtype = str(model.dtype).removeprefix("torch.")
         staging = stack.enter_context(staged_run(out, overwrite)) if streams else None
         run = sweep if config.command == "sweep" else profile
@@ -75,6 +76,7 @@ def execute(
             **data,
             objectives=list(config.objectives),
             reference_model=config.reference,
+            trust_remote_code=trusted,
             **measuring(config),
             **reading(config),
             out=staging / RESULTS if staging is not None else None,
@@ -111,15 +113,17 @@ def execute_check(config: ProfileConfig, samples: int, *, progress: bool = False
     data = read_rows(config.forget, name="data")
     refusals = None if config.refusals is None else read_refusals(config.refusals)
     tokenizer = tokenizer_of(config, "input_ids" not in data[0])
+    trusted = config.trust_remote_code
     with on_threads(config.threads):
         return check(
-            load_model(config.model, config.dtype, str(device)),
+            load_model(config.model, config.dtype, str(device), trust_remote_code=trusted),
             tokenizer,
             data=data,
             objectives=list(config.objectives),
             samples=samples,
             refusals=refusals,
             reference_model=config.reference,
+            trust_remote_code=trusted,
             **reading(config),
             token_budget=config.token_budget,
             progress=progress,
@@ -148,17 +152,20 @@ def reading(config: RunConfig) -> dict[str, Any]:
 
 def check_sources(config: RunConfig) -> torch.device:
     """Models that can be known to be missing are; the device."""
-    check_model_source(config.model)
+    check_model_source(config.model, trust_remote_code=config.trust_remote_code)
     if config.reference is not None:
-        check_model_source(config.reference, "reference")
+        check_model_source(config.reference, "reference", config.trust_remote_code)
     return resolve_device(config.device)
 
 
 def tokenizer_of(config: RunConfig, has_text: bool) -> Any:
     """The tokenizer that was chosen, the model's own for text, or none."""
+    trusted = config.trust_remote_code
     if config.tokenizer is not None:
-        return load_tokenizer(config.tokenizer)
-    return load_tokenizer(config.model, "model") if has_text else None
+        return load_tokenizer(config.tokenizer, trust_remote_code=trusted)
+    if not has_text:
+        return None
+    return load_tokenizer(config.model, "model", trust_remote_code=trusted)
 
 
 def read_data(config: RunConfig, objectives: Sequence[str]) -> dict[str, Any]:

@@ -57,6 +57,7 @@ def execute_checkpoints(
             reference_model=config.reference,
             dtype=config.dtype,
             device=str(device),
+            trust_remote_code=config.trust_remote_code,
             options={
                 **data,
                 "objectives": list(config.objectives),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import sys
 import warnings
 from collections.abc import Iterator
@@ -25,6 +26,12 @@ if TYPE_CHECKING:
 
 _CAUSAL_ENDINGS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 _ADAPTER_CONFIG = "adapter_config.json"
+_MOST = (
+    (re.compile(r"layers?$|depth$|n_layer|num_layers|num_blocks"), 10_000),
+    (re.compile(r"(size|dim|embd|inner|heads|experts|units|model)$"), 2**24),
+    (re.compile(r"positions?|position_embeddings$|seq_len|n_ctx"), 2**27),
+)
+"""What whole numbers of a config of such names may be: some hundred times what there is."""
 _TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -36,7 +43,12 @@ _TOKENIZER_FILES = (
 
 
 def load_model(
-    source: str | Path, dtype: str = "auto", device: str = "auto", what: str = "model"
+    source: str | Path,
+    dtype: str = "auto",
+    device: str = "auto",
+    what: str = "model",
+    *,
+    trust_remote_code: bool = False,
 ) -> PreTrainedModel:
     """A causal language model in evaluation mode, complete and finite, or an error that says why.
 
@@ -51,25 +63,33 @@ def load_model(
             adapter has its base's, and float32 beside bfloat16 and float16.
         device: `cpu`, `cuda`, `cuda:N`, or `auto` for CUDA where there is one.
         what: what messages call it.
+        trust_remote_code: run the Python code that a folder or hub id may bring along
+            (`auto_map`), with all rights of this process; without it such a model is refused, and
+            nobody is asked.
 
     Raises:
-        InputError: the model is missing, broken, incomplete or not a causal language model.
+        InputError: the model is missing, broken, incomplete or not a causal language model, or
+            needs code of its own.
         NonFiniteError: a weight is NaN or infinite; the first one is named.
     """
-    check_model_source(source, what)
+    check_model_source(source, what, trust_remote_code)
     place = resolve_device(device)
     base = _base_of(source, what)
     if base is not None:
-        inside = load_model(base, dtype, str(place), _base_name(source, what))
+        name = _base_name(source, what)
+        inside = load_model(base, dtype, str(place), name, trust_remote_code=trust_remote_code)
         return _with_adapter(inside, source, what).to(place).eval()
     with quiet_transformers():
-        from transformers import AutoModelForCausalLM
+        from transformers import AutoModelForCausalLM, PreTrainedConfig
 
         wanted = dtype if dtype == "auto" else getattr(torch, dtype)
         try:
+            _check_sizes(PreTrainedConfig.get_config_dict(source)[0], source, what)  # of a hub id
             model, info = AutoModelForCausalLM.from_pretrained(
-                source, dtype=wanted, output_loading_info=True
+                source, dtype=wanted, output_loading_info=True, trust_remote_code=trust_remote_code
             )
+        except InputError:
+            raise
         except Exception as error:  # every loader beneath has errors of its own
             raise InputError(_why_not(source, what, error)) from error
     _check_complete(source, what, model, info)
@@ -142,11 +162,15 @@ def _with_adapter(base: PreTrainedModel, source: str | Path, what: str) -> PreTr
     return model
 
 
-def load_tokenizer(source: str | Path, what: str = "tokenizer") -> PreTrainedTokenizerBase:
+def load_tokenizer(
+    source: str | Path, what: str = "tokenizer", *, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
     """The tokenizer in a folder or at a hub id; messages call the place `what`.
 
+    `trust_remote_code` as for `load_model`.
+
     Raises:
-        InputError: there is none, or it cannot be read.
+        InputError: there is none, it cannot be read, or needs code of its own.
     """
     _check_folder(source, what)
     folder = user_path(source)
@@ -154,7 +178,8 @@ def load_tokenizer(source: str | Path, what: str = "tokenizer") -> PreTrainedTok
     if folder.is_dir() and not any((folder / name).is_file() for name in _TOKENIZER_FILES):
         base = _base_of(source, what)
         if base is not None:
-            return load_tokenizer(base, _base_name(source, what))
+            name = _base_name(source, what)
+            return load_tokenizer(base, name, trust_remote_code=trust_remote_code)
         raise InputError(
             f"{what} {source}: no tokenizer files in the folder; give another with --tokenizer"
         )
@@ -162,13 +187,18 @@ def load_tokenizer(source: str | Path, what: str = "tokenizer") -> PreTrainedTok
         from transformers import AutoTokenizer
 
         try:
-            return AutoTokenizer.from_pretrained(source)
+            return AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
         except Exception as error:  # as above
             raise InputError(_why_not(source, f"tokenizer of {what}", error)) from error
 
 
-def check_model_source(source: str | Path, what: str = "model") -> None:
+def check_model_source(
+    source: str | Path, what: str = "model", trust_remote_code: bool = False
+) -> None:
     """What can be known of a model before its weights are read: a folder, a readable causal config.
+
+    Its sizes are those of a model that there can be, and it needs no code of its own, unless
+    `trust_remote_code` allows that.
 
     Raises:
         InputError: one line with the folder and the remedy.
@@ -183,7 +213,7 @@ def check_model_source(source: str | Path, what: str = "model") -> None:
             raise InputError(
                 f"{what} {source}: an adapter of peft, which is not installed; pip install peft"
             )
-        return check_model_source(base, _base_name(source, what))
+        return check_model_source(base, _base_name(source, what), trust_remote_code)
     if not (folder / "config.json").is_file():
         raise InputError(f"{what} {source}: no config.json; give a folder saved by save_pretrained")
     content = _settings(source, "config.json", what)
@@ -193,13 +223,52 @@ def check_model_source(source: str | Path, what: str = "model") -> None:
             f"{what} {source}: {', '.join(map(str, names))} is not a causal language model; "
             "give one that predicts next tokens"
         )
+    _check_sizes(content, source, what)
+    if not trust_remote_code and _needs_its_code(content):
+        raise InputError(_untrusted(source, what))
+
+
+def _needs_its_code(config: dict[str, Any]) -> bool:
+    """Whether a config names code beside it, for a kind of model that transformers has not."""
+    if not config.get("auto_map"):
+        return False
+    from transformers import CONFIG_MAPPING
+
+    return config.get("model_type") not in CONFIG_MAPPING
+
+
+def _untrusted(source: str | Path, what: str) -> str:
+    return (
+        f"{what} {source}: needs Python code that it brings along (auto_map), which would run with "
+        "all your rights; read that code, and allow it with --trust-remote-code "
+        "(trust_remote_code=True)"
+    )
+
+
+def has_remote_code(model: nn.Module) -> bool:
+    """Whether a model's class is code that came with it, which somebody has allowed."""
+    return any(kind.__module__.startswith("transformers_modules") for kind in type(model).__mro__)
+
+
+def _check_sizes(config: dict[str, Any], source: str | Path, what: str) -> None:
+    """Refuse sizes of which no model could be built, before it is tried for hours."""
+    for name, value in config.items():
+        if isinstance(value, dict):
+            _check_sizes(value, source, what)
+        elif isinstance(value, int) and not isinstance(value, bool):
+            most = next((most for words, most in _MOST if words.search(name)), None)
+            if most is not None and value > most:
+                raise InputError(
+                    f"{what} {source}: its config.json asks for {name} = {str(value)[:20]}, more "
+                    f"than {most}; save it again with save_pretrained, or mend the config"
+                )
 
 
 def _settings(source: str | Path, name: str, what: str) -> dict[str, Any]:
     """What a JSON file in the folder `source` holds."""
     try:
         content = json.loads((user_path(source) / name).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(
             f"{what} {source}: {name} is not JSON ({_flat(error)}); save it again with "
             "save_pretrained"
@@ -290,6 +359,8 @@ def _check_complete(source: str | Path, what: str, model: nn.Module, info: dict[
 def _why_not(source: str | Path, what: str, error: Exception) -> str:
     """One line for whatever a loader raised."""
     text = _flat(error)
+    if "trust_remote_code=True" in text:
+        return _untrusted(source, what)
     if no_memory(error):
         return f"{what} {source} does not fit in memory; use --dtype bfloat16 or another --device"
     if user_path(source).is_dir():

@@ -38,6 +38,7 @@ def profile(
     template: str = "auto",
     max_length: int | None = None,
     token_budget: int | None = None,
+    trust_remote_code: bool = False,
     out: str | Path | None = None,
     progress: bool = False,
 ) -> xr.Dataset:
@@ -82,6 +83,7 @@ def profile(
         max_length: refuse samples of more tokens.
         token_budget: tokens a batch; None: chosen from free memory. Where memory runs out, it is
             halved, with a `GEffectWarning`; the attribute `token_budget` is what it was at the end.
+        trust_remote_code: run Python code that the folder of a `reference_model` brings along.
         out: a NetCDF file that effects by sample and position or token are written to while they
             are computed, for results larger than memory; None: in memory.
         progress: show a bar.
@@ -144,6 +146,7 @@ def profile(
         template=template,
         max_length=max_length,
         token_budget=token_budget,
+        trust_remote_code=trust_remote_code,
     )
     result = profiler.measure(out=out, progress=progress, unchanged=True).dataset
     if "reference_is_model" in result.attrs:

@@ -37,6 +37,7 @@ def profile_checkpoints(
     reference_model: nn.Module | str | Path | None = None,
     dtype: str = "auto",
     device: str = "auto",
+    trust_remote_code: bool = False,
     weights: bool = True,
     out: str | Path | None = None,
     resume: bool = False,
@@ -57,7 +58,7 @@ def profile_checkpoints(
         forget, retain, objectives: as `geffect_fast.profile` takes them.
         model: folder of the model before training, measured as step 0; None: not measured.
         reference_model: what NPO-like objectives compare with; None: the first of the models.
-        dtype, device: as `geffect_fast.runs.models.load_model` takes them.
+        dtype, device, trust_remote_code: as `geffect_fast.runs.models.load_model` takes them.
         weights: also `token_weight`, what objectives put on tokens.
         out: run folder, for one file a step and in the end `results.nc`; None: in memory.
         resume: go on with what `out` holds of this run.
@@ -88,6 +89,7 @@ def profile_checkpoints(
         reference_model=reference_model,
         dtype=dtype,
         device=device,
+        trust_remote_code=trust_remote_code,
         options=options | {"forget": forget, "retain": retain, "objectives": objectives},
     )
     if folder is None:
@@ -118,17 +120,26 @@ class CheckpointRun:
         reference_model: nn.Module | str | Path | None,
         dtype: str,
         device: str,
+        trust_remote_code: bool,
         options: dict[str, Any],
     ) -> None:
         self.folders = with_model(find_checkpoints(checkpoints), model)
         for folder in self.folders.values():
-            check_model_source(folder, "checkpoint")
+            check_model_source(folder, "checkpoint", trust_remote_code)
         options = options | {"objectives": resolved_list(options["objectives"])}
         first = next(iter(self.folders.values()))
-        self.model = load_model(first, dtype, device, "checkpoint")
+        self.model = load_model(
+            first, dtype, device, "checkpoint", trust_remote_code=trust_remote_code
+        )
         # A folder, as the model itself will not stay what it is.
         reference = first if reference_model is None else reference_model
-        self.profiler = Profiler(self.model, tokenizer, reference_model=reference, **options)
+        self.profiler = Profiler(
+            self.model,
+            tokenizer,
+            reference_model=reference,
+            trust_remote_code=trust_remote_code,
+            **options,
+        )
         self._names = json.dumps({step: str(path) for step, path in self.folders.items()})
 
     def measure(

@@ -120,6 +120,7 @@ class Profiler:
         template: str = "auto",
         max_length: int | None = None,
         token_budget: int | None = None,
+        trust_remote_code: bool = False,
     ) -> None:
         self.objectives = resolved_list(objectives)
         risk_part = resolved_risk(risk)
@@ -230,7 +231,7 @@ class Profiler:
                 [{"name": o.name, "parameters": o.parameters()} for o in self.objectives]
             ),
         }
-        reference = reference_for(reference_model, needs, model, sets)
+        reference = reference_for(reference_model, needs, model, sets, trust_remote_code)
         if reference is not None:
             with within_budget(budget, one_sample=True):
                 check_reference(reference, layout, sets["forget"], longest)

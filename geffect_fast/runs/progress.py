@@ -18,8 +18,9 @@ def progress_bar(show: bool, what: str, total: float) -> Iterator[Callable[..., 
     if not show:
         yield lambda **_: None
         return
-    from rich.console import Console
     from rich.progress import Progress
+
+    from geffect_fast.terminal import Console
 
     console = Console(stderr=True)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:

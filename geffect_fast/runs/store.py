@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from geffect_fast.data.files import check_regular
 from geffect_fast.errors import InputError
 from geffect_fast.runs.config import ProfileConfig, dump_config
+from geffect_fast.runs.csv_cells import write_csv
 from geffect_fast.runs.disk import (
     UNFINISHED,
     DiskFile,
@@ -231,7 +232,7 @@ def export(dataset: xr.Dataset, path: str | Path) -> Path:
     with whole_file(f"export {path}", path, "--to") as part:
         if suffix == ".csv":
             for i, table in enumerate(tables(dataset)):
-                table.to_csv(part, index=False, header=i == 0, mode="a" if i else "w")
+                write_csv(table, part, header=i == 0, mode="a" if i else "w")
         else:
             try:
                 _write_parquet(tables(dataset), part)

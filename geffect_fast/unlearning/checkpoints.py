@@ -13,7 +13,7 @@ from torch import nn
 
 from geffect_fast.errors import InputError
 from geffect_fast.runs.disk import UNFINISHED, remove, synced
-from geffect_fast.runs.models import load_model
+from geffect_fast.runs.models import has_remote_code, load_model
 
 MARK = "geffect_fast.json"
 """In a checkpoint of ours, written last: which run and step it is of."""
@@ -80,7 +80,9 @@ def load_weights(model: nn.Module, folder: Path) -> None:
         return
     first = next(model.parameters())
     dtype = str(first.dtype).removeprefix("torch.")
-    saved = load_model(folder, dtype, "cpu", "checkpoint").state_dict()
+    trusted = has_remote_code(model)
+    loaded = load_model(folder, dtype, "cpu", "checkpoint", trust_remote_code=trusted)
+    saved = loaded.state_dict()
     own = model.state_dict()
     odd = sorted(saved.keys() ^ own.keys()) or [
         name for name, tensor in own.items() if tensor.shape != saved[name].shape

@@ -61,7 +61,8 @@ def execute_unlearn(
         config = config.model_copy(update=as_begun(config, folder, CHOSEN, SAME_NUMBERS))
     device, data, tokenizer = read_sources(config, [config.objective, *config.objectives])
     with on_threads(config.threads) as n_threads:
-        model = load_model(config.model, config.dtype, str(device))
+        trusted = config.trust_remote_code
+        model = load_model(config.model, config.dtype, str(device), trust_remote_code=trusted)
         run = Unlearning(
             model,
             tokenizer,
@@ -72,6 +73,7 @@ def execute_unlearn(
             reference_model=config.reference,
             measuring=measuring(config),
             reading=reading(config),
+            trust_remote_code=trusted,
         )
         said(run.rows.sentence(run.sets))
         chosen: dict[str, Any] = {

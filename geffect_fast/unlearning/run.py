@@ -73,6 +73,7 @@ class Unlearning:
         reference_model: nn.Module | str | Path | None,
         measuring: Mapping[str, Any],
         reading: Mapping[str, Any],
+        trust_remote_code: bool,
     ) -> None:
         from geffect_fast.unlearning.adapters import with_adapter
         from geffect_fast.unlearning.arguments import check_precision, training_arguments
@@ -97,7 +98,7 @@ class Unlearning:
         self.device = next(model.parameters()).device
         training_arguments(training, ".", str(self.device))  # to have them checked
         check_precision(training, model)
-        reference = reference_for(reference_model, needs, model, sets)
+        reference = reference_for(reference_model, needs, model, sets, trust_remote_code)
         if needs & REFERENCE_NEEDS and reference is None:
             reference = _as_it_is(model, shares=training.lora_rank is not None)
         if training.lora_rank is not None:

@@ -42,6 +42,7 @@ def unlearn(
     template: str = "auto",
     max_length: int | None = None,
     token_budget: int | None = None,
+    trust_remote_code: bool = False,
     out: str | Path | None = None,
     resume: bool = False,
     overwrite: bool = False,
@@ -59,8 +60,8 @@ def unlearn(
         model: a causal language model of transformers, trained in place (with `lora_rank` an
             adapter is put into it); in eval mode afterwards.
         tokenizer, forget, retain, probes, refusals, resolve, engine, reduction, risk, norms,
-            groups, template, max_length, token_budget: as `geffect_fast.profile` takes them; the
-            engine and its axes are those of the probes.
+            groups, template, max_length, token_budget, trust_remote_code: as `geffect_fast.profile`
+            takes them; the engine and its axes are those of the probes.
         objective: what is trained on, such as `npo(beta=0.1) + 1.0*kl`.
         objectives: further ones, measured beside it.
         reference_model: what NPO-like objectives compare with; None: the model as it was before
@@ -108,6 +109,7 @@ def unlearn(
             "groups": groups,
             "token_budget": token_budget,
         },
+        trust_remote_code=trust_remote_code,
         reading={"template": template, "max_length": max_length},
     )
     if folder is None:

@@ -84,6 +84,20 @@ def another_weight(name):
     return apply
 
 
+def deep(name, depth=200_000):
+    """A JSON file of nothing but objects in objects."""
+    return holds(name, '{"a":' * depth + "1" + "}" * depth)
+
+
+def own_code(kind):
+    """A model of a kind that transformers has not, whose folder brings code that must not run."""
+    return both(
+        settings(CONFIG, auto_map={kind: "own.Own"}, model_type="own"),
+        holds("model/own.py", "raise SystemExit('the code ran')"),
+        patched("builtins.input", AssertionError("somebody was asked")),
+    )
+
+
 class NoLogits(nn.Module):
     """Answers with one number a sample."""
 
@@ -140,6 +154,90 @@ CASES = [
         "/model: config.json must hold an object",
         "save it again",
         holds(CONFIG, "[]"),
+    ),
+    Case(
+        "a config of a thousand million layers",
+        profile(),
+        "/model: its config.json asks for num_hidden_layers = 1000000000, more than 10000",
+        "mend the config",
+        settings(CONFIG, num_hidden_layers=10**9),
+    ),
+    Case(
+        "a config as wide as nothing",
+        profile(),
+        "asks for hidden_size = 1000000000000",
+        "mend the config",
+        settings(CONFIG, hidden_size=10**12),
+    ),
+    Case(
+        "a vocabulary beyond any memory",
+        check(),
+        "asks for vocab_size = 10000000000",
+        "mend the config",
+        settings(CONFIG, vocab_size=10**10),
+    ),
+    Case(
+        "more positions than anybody reads",
+        profile(),
+        "asks for max_position_embeddings = 1000000000000000",
+        "mend the config",
+        settings(CONFIG, max_position_embeddings=10**15),
+    ),
+    Case(
+        "layers of a model within a model",
+        profile(),
+        "asks for num_hidden_layers = 99999999",
+        "mend the config",
+        settings(CONFIG, text_config={"num_hidden_layers": 99_999_999}),
+    ),
+    Case(
+        "a reference of too many layers",
+        profile(reference="reference"),
+        "reference: its config.json asks for num_hidden_layers",
+        "mend the config",
+        settings("reference/config.json", num_hidden_layers=10**9),
+    ),
+    Case("a config that is deep", profile(), "config.json is not JSON", "save it", deep(CONFIG)),
+    Case(
+        "an adapter's config that is deep",
+        profile(),
+        "adapter_config.json is not JSON",
+        "save it again",
+        both(gone(CONFIG), deep("model/adapter_config.json")),
+    ),
+    Case(
+        "a model that needs code of its own",
+        profile(),
+        "/model: needs Python code that it brings along (auto_map), which would run with all your",
+        "allow it with --trust-remote-code (trust_remote_code=True)",
+        own_code("AutoConfig"),
+    ),
+    Case(
+        "a model class that is code of its own",
+        profile(),
+        "/model: needs Python code that it brings along",
+        "read that code, and allow it with --trust-remote-code",
+        own_code("AutoModelForCausalLM"),
+    ),
+    Case(
+        "a reference that needs code of its own",
+        call(objectives=["npo"], reference_model="reference"),
+        "reference reference: needs Python code",
+        "trust_remote_code=True",
+        settings("reference/config.json", model_type="own", auto_map={"AutoConfig": "own.Own"}),
+    ),
+    Case(
+        "a tokenizer that needs code of its own",
+        profile(tokenizer="tok"),
+        "tok: needs Python code that it brings along",
+        "allow it with --trust-remote-code",
+        both(
+            holds(
+                "tok/tokenizer_config.json", '{"auto_map": {"AutoTokenizer": ["own.Own", null]}}'
+            ),
+            holds("tok/own.py", "raise SystemExit('the code ran')"),
+            patched("builtins.input", AssertionError("somebody was asked")),
+        ),
     ),
     Case(
         "no such architecture",

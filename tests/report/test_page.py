@@ -7,7 +7,7 @@ import re
 
 import numpy as np
 import pytest
-from html_tree import Page, elements, find, text
+from html_tree import Page, assert_allows_no_request, elements, find, text
 from step_results import step_dataset
 from synthetic import OBJECTIVES, make_dataset
 from test_sweep_report import swept  # noqa: F401
@@ -95,7 +95,9 @@ def checked(html):
             for target in re.findall(r"url\(#([^)]+)\)", value):
                 assert target in ids
             assert "url(" not in value or "url(#" in value
-    assert "http" not in html and "@import" not in html and "url(" not in style_of(root)
+    assert html.count("http") == html.count("<meta http-equiv=") == 1
+    assert_allows_no_request(root)
+    assert "@import" not in html and "url(" not in style_of(root)
     used = set(re.findall(r"var\((--k\d+)\)", html))
     defined = re.findall(r"(--k\d+):", style_of(root))
     assert sorted(defined) == sorted([*used, *used])  # light and dark

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
@@ -127,3 +129,66 @@ def test_nothing_needs_a_script(browser, pages):
     finally:
         browser.call("Emulation.setScriptExecutionDisabled", value=False)
     assert found == wanted and "need the page's script" in hint
+
+
+# ---- hostile rows ----
+
+INJECTED = """<script>window.ran = 1; fetch("{0}fetch")</script>
+<script src="{0}script"></script><img src="{0}img" onerror="window.ran = 2">
+<link rel="stylesheet" href="{0}link"><link rel="prefetch" href="{0}prefetch">
+<style>@import "{0}import"; @font-face {{ font-family: f; src: url({0}font) }}
+body {{ background: url({0}ground); font-family: f }}</style>
+<iframe src="{0}frame"></iframe><object data="{0}object"></object><embed src="{0}embed">
+<video poster="{0}poster" src="{0}video" autoplay></video><base href="{0}">
+<svg><image href="{0}image"/><use href="{0}use#x"/></svg><p style="background: url({0}style)">x</p>
+<form action="{0}form" id="sent"></form>"""
+"""What somebody who found a way around the escaping of text would put in a page."""
+
+
+@pytest.fixture
+def server():
+    """The address of a server on this machine, and the paths that it was asked for."""
+    asked = []
+
+    class Note(BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked.append(self.path)
+            self.send_response(204)
+            self.end_headers()
+
+        def log_message(self, *_):
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Note) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/", asked
+        server.shutdown()
+
+
+def test_hostile_rows_ask_for_nothing_and_run_nothing(browser, tmp_path, server):
+    address, asked = server
+    hostile = INJECTED.format(address)
+    dataset = make_dataset(OBJECTIVES[:2], n_blocks=2, n_forget=2, n_retain=0)
+    dataset = dataset.assign_coords(question=("sample", [hostile, hostile[::-1]]))
+    write_page(
+        {hostile[:40]: dataset}, tmp_path / "page.html", configs={hostile[:40]: {"a": hostile}}
+    )
+    browser.open(tmp_path / "page.html")
+    assert browser.run("window.ran") is None and not asked and not browser.complaints()
+
+
+def test_the_policy_holds_where_the_escaping_of_text_would_not(browser, pages, tmp_path, server):
+    address, asked = server
+    html = (pages / "profile.html").read_text(encoding="utf-8")
+    broken = html.replace("</main>", INJECTED.format(address) + "</main>")
+    policy = html[html.index("<meta http-equiv") :].partition("\n")[0]
+    for name, text in (("kept", broken), ("without", broken.replace(policy, ""))):
+        (tmp_path / f"{name}.html").write_text(text, encoding="utf-8")
+        browser.open(tmp_path / f"{name}.html")
+        browser.run("document.getElementById('sent').submit()")
+        browser.run("new Promise((done) => setTimeout(done, 300))")
+        if name == "kept":
+            assert browser.run("window.ran") is None and not asked
+            chosen = browser.run("document.querySelector('.choose').hidden")
+            assert chosen is False  # the page's own script runs
+    assert {"/script", "/img", "/import", "/ground", "/frame"} <= set(asked)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from html_tree import Page, elements, find, text
+from html_tree import Page, assert_allows_no_request, elements, find, text
 from synthetic import make_dataset
 
 from geffect_fast.cli import main
@@ -84,6 +84,7 @@ def test_markup_in_tokens_questions_and_names_stays_text(result):
     )
     html = tokens_html(result)
     page = Page(html).root
+    assert_allows_no_request(page)
     assert not find(page, "i") and html.count("<script") == html.count("</script") == 2
     assert "\x1b" not in html and text(find(page, "h2")[0]).endswith("<i>&␛")
     assert " <script>alert(1)</script>" in map(text, titled(page, "span"))

@@ -1,0 +1,87 @@
+"""What reaches a terminal: nothing of other people's text in it is obeyed.
+
+Questions, tokens, file names and messages of templates may hold escape codes that recolour, erase
+or retitle a terminal, and characters that turn the order of what is read. They are shown in place
+of that, as in `\\x1b` and `\\u202e`, by the streams of a command (`clean_output`) and by `Console`,
+so that no `print` can forget it.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, TextIO
+
+import rich.console
+from rich.segment import Segment
+from rich.text import Text
+
+_OBEYED = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f"  # control characters of both kinds but tab and newline
+    "\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069"  # of the direction of text
+    "\u2028\u2029\ud800-\udfff]"  # line breaks; bytes of file names that are no characters
+)
+_BAR = re.compile(r"\r|\n*(?:\x1b\[A)+\Z")
+"""How tqdm moves between its bars, with a write that begins or consists of this."""
+
+
+def visible(text: str) -> str:
+    """The text with what a terminal would obey shown as Python writes it; the rest as it is."""
+    return _OBEYED.sub(_escaped, text)
+
+
+def _escaped(found: re.Match[str]) -> str:
+    code = ord(found[0])
+    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"
+
+
+class Console(rich.console.Console):
+    """rich's, for text of anyone: colours come from styles alone, never from the text or markup."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**({"highlight": False, "markup": False, "emoji": False} | options))
+
+    def render_str(self, text: str, **how: Any) -> Text:
+        """As rich does, of visible text, so that widths are right too."""
+        return super().render_str(visible(text), **how)
+
+    def render(self, renderable: Any, options: Any = None) -> Iterable[Segment]:
+        """As rich does; whatever is no control code of its own is made visible."""
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else segment._replace(text=visible(segment.text))
+
+
+class _CleanStream:
+    """A text stream that writes what is visible; otherwise the stream it is made of."""
+
+    def __init__(self, stream: TextIO, has_bars: bool) -> None:
+        self._stream, self._has_bars = stream, has_bars
+        self.rich_proxied_file = stream  # where rich's consoles, which clean by themselves, write
+
+    def write(self, text: str) -> int:
+        bar = _BAR.match(text) if self._has_bars else None
+        moves = bar[0] if bar is not None else ""
+        self._stream.write(moves + visible(text[len(moves) :]))
+        return len(text)
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        for line in lines:
+            self.write(line)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+@contextmanager
+def clean_output() -> Iterator[None]:
+    """Whatever is printed to stdout and stderr inside, by whom ever, is made visible."""
+    before = sys.stdout, sys.stderr
+    wrap: Callable[..., Any] = _CleanStream
+    sys.stdout = before[0] and wrap(before[0], has_bars=False)
+    sys.stderr = before[1] and wrap(before[1], has_bars=True)
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = before
