@@ -58,7 +58,7 @@ def load_model(
     """
     check_model_source(source, what)
     place = resolve_device(device)
-    base = _base_of(source, what)
+    base = base_of(source, what)
     if base is not None:
         inside = load_model(base, dtype, str(place), _base_name(source, what))
         return _with_adapter(inside, source, what).to(place).eval()
@@ -80,7 +80,7 @@ def load_model(
         raise InputError(_why_not(source, what, error)) from error
 
 
-def _base_of(source: str | Path, what: str) -> str | None:
+def base_of(source: str | Path, what: str) -> str | None:
     """The base model of an adapter's folder, a folder or hub id; None where it is no such folder.
 
     Raises:
@@ -136,7 +136,7 @@ def load_tokenizer(source: str | Path, what: str = "tokenizer") -> PreTrainedTok
     folder = user_path(source)
     # some tokenizer classes start with an empty vocabulary where there are no files at all
     if folder.is_dir() and not any((folder / name).is_file() for name in _TOKENIZER_FILES):
-        base = _base_of(source, what)
+        base = base_of(source, what)
         if base is not None:
             return load_tokenizer(base, _base_name(source, what))
         raise InputError(
@@ -161,7 +161,7 @@ def check_model_source(source: str | Path, what: str = "model") -> None:
     folder = user_path(source)
     if not folder.is_dir():
         return
-    base = _base_of(source, what)
+    base = base_of(source, what)
     if base is not None:
         if importlib.util.find_spec("peft") is None:
             raise InputError(

@@ -131,10 +131,10 @@ CASES = [
         "use --overwrite",
     ),
     Case(
-        "a run.yaml in the folder",
+        "a run.yaml of somebody in the folder",
         profile(out="."),
-        "already holds run.yaml",
-        "use --overwrite",
+        ". holds run.yaml, which no run made",
+        "choose another --out",
         holds("run.yaml", "mine"),
     ),
     # ---- runs that cannot be read ----
@@ -174,14 +174,14 @@ CASES = [
     Case(
         "a result torn in the middle",
         ["show", "run"],
-        "run/results.nc is torn",
+        "run/results.nc is damaged or was replaced: its checksum",
         "run profile again",
         both(a_run, middle_lost),
     ),
     Case(
         "a result torn in the middle, exported",
         ["export", "run", "--to", "x.csv"],
-        "run/results.nc is torn",
+        "run/results.nc is damaged or was replaced: its checksum",
         "run profile again",
         both(a_run, middle_lost),
     ),
