@@ -66,6 +66,13 @@ class Manifest:
         part.replace(folder / MANIFEST)
 
 
+def note(folder: Path, *names: str) -> None:
+    """Add files, or files that were written anew, to the manifest of a run, where it has one."""
+    manifest = Manifest.read(folder)
+    if manifest is not None:
+        Manifest({**manifest.files, **checksums(folder, names)}, manifest.inputs).write(folder)
+
+
 def check_file(folder: Path, name: str, advice: str = "run profile again") -> bool:
     """Raise `InputError` where a file of a run is not what the run wrote.
 

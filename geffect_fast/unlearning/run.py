@@ -214,7 +214,7 @@ class Unlearning:
     def _check_steps(self, store: StepStore, checkpoint: Path, done: int) -> None:
         """Raise `InputError` where a step is lost that training would go on behind."""
         ends = [done] if done == self.training.steps else []
-        for step in [*range(0, done, self.training.probe_every), *ends]:
+        for step in [*range(0, done + 1, self.training.probe_every), *ends]:
             store.check_free([step])
             if step not in store.steps:
                 raise InputError(
