@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,9 +27,11 @@ from geffect_fast.report.page import write_page
 from geffect_fast.runs.config import checked_config, make_config
 from geffect_fast.runs.disk import folder_for, is_there, set_aside
 from geffect_fast.runs.execute import execute
+from geffect_fast.runs.lock import locked
+from geffect_fast.runs.manifest import files_below, note
 from geffect_fast.runs.models import quiet_transformers
 from geffect_fast.runs.progress import progress_bar
-from geffect_fast.runs.store import RUN_FILES, check_free
+from geffect_fast.runs.store import PLAIN_FILES, check_free, own_files
 from geffect_fast.runs.unlearn_config import UnlearnConfig
 from geffect_fast.unlearning.execute import execute_unlearn
 
@@ -118,17 +121,43 @@ def run_demo(
         GEffectError: the model did not learn its data.
     """
     size = size or Size()
-    folder = check_free(out, overwrite)
-    held = [name for name in PARTS if is_there(folder / name)]
-    if held and not overwrite:
-        raise InputError(f"{out} already holds {held[0]}; choose another --out or use --overwrite")
-    with folder_for(f"demo {out}", folder), set_aside(folder, (*PARTS, *RUN_FILES)):
+    with locked(out) as folder, folder_for(f"demo {out}", folder):
+        check_free(out, overwrite)
+        _check_parts(out, folder, overwrite)
+        return _run_demo(folder, own_files(folder), seed, progress, size)
+
+
+def _check_parts(out: str | Path, folder: Path, overwrite: bool) -> None:
+    """Raise `InputError` where something is in the way of a demo's data, models and runs."""
+    own = own_files(folder)
+    for part in PARTS:
+        held = _part_files(folder, part)
+        if theirs := [name for name in held if name not in own]:
+            raise InputError(f"{out} holds {theirs[0]}, which no demo made; choose another --out")
+        if is_there(folder / part) and not overwrite:
+            raise InputError(f"{out} already holds {part}; choose another --out or use --overwrite")
+
+
+def _part_files(folder: Path, part: str) -> list[str]:
+    """The files of one of `PARTS` that are there, by path in the demo's folder."""
+    if (folder / part).is_dir():
+        return [f"{part}/{name}" for name in files_below(folder / part)]
+    return [part] if is_there(folder / part) else []
+
+
+def _run_demo(
+    folder: Path, own: Collection[str], seed: int, progress: bool, size: Size
+) -> xr.Dataset:
+    """All of a demo, in the place of an earlier one's files `own`."""
+    outside = {name for name in own if Path(name).parts[0] not in PARTS}
+    with set_aside(folder, {*outside, *PARTS, *PLAIN_FILES}):
         values = _prepare(folder, seed, progress, size)
         profiled = make_config(values | {"objectives": OBJECTIVES})
         result = execute(profiled, folder, progress=progress, report=write_report)
         swept = {"command": "sweep", "objectives": RANGES, "resolve": ("sample", "token")}
         execute(make_config(values | swept), folder / SWEEP, progress=progress, report=write_report)
         _unlearn(folder, values, progress, size)
+        note(folder, *(name for part in PARTS for name in _part_files(folder, part)))
         return result
 
 

@@ -51,7 +51,9 @@ def known(folder, model, data):
 
 def test_everything_a_user_would_have_is_there(done):
     names = {path.name for path in done.iterdir()}
-    assert names == {*PARTS, "report.html", "results.nc", "run.yaml", "summary.csv", "plots"}
+    assert names == {*PARTS, "report.html", "results.nc", "run.yaml", "summary.csv", "plots"} | {
+        "manifest.json"
+    }
     rows = [json.loads(line) for line in (done / "forget.jsonl").read_text().splitlines()]
     assert len(rows) == 10 and all(row["question"] and row["answer"] for row in rows)
     assert len(read_rows(done / "retain.jsonl", name="retain")) == 10

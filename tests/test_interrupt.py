@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import re
 import resource
 import shutil
@@ -14,6 +15,7 @@ from contextlib import contextmanager
 import pytest
 from bad_input.case import profile, snapshot
 from bad_input.folders import a_run
+from bad_input.steps import half_done
 
 WAITING = """
 import sys, time
@@ -71,23 +73,98 @@ def said(process):
     return out, re.sub(r"\Aops on .* run in plain torch.*\n", "", error)
 
 
-@pytest.mark.parametrize("moment", MOMENTS)
-def test_ctrl_c_leaves_the_earlier_run_whole(here, tmp_path, moment):
+def waiting(mark, process):
+    """Until the program of `WAITING` has come to where it stops."""
+    while not mark.exists():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+
+
+CODES = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129}
+
+
+@pytest.mark.parametrize(
+    ("moment", "sent"),
+    [
+        *((moment, signal.SIGINT) for moment in MOMENTS),
+        ("while files change places", signal.SIGTERM),
+        ("between two plots", signal.SIGHUP),
+    ],
+)
+def test_ctrl_c_leaves_the_earlier_run_whole(here, tmp_path, moment, sent):
+    """And so do the signals of schedulers and of terminals that close."""
     before, mark = snapshot(here), tmp_path / "there"
     function, call_number = MOMENTS[moment]
     words = ["-c", WAITING, str(mark), function, str(call_number), *profile(), "--overwrite"]
     with running(words, here) as process:
-        while not mark.exists():
-            assert process.poll() is None, process.communicate()
-            time.sleep(0.05)
-        assert (snapshot(here) == before) == (moment == "at work")
+        waiting(mark, process)
+        now = {name: digest for name, digest in snapshot(here).items() if name != "run/.lock"}
+        assert (now == before) == (moment == "at work")
         moved = moment == "while files change places"
         assert (here / "run/results.nc").exists() == (not moved)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(sent)
         printed = said(process)
-    assert process.returncode == 130
+    assert process.returncode == CODES[sent]
     assert printed == ("", "error: interrupted; nothing half-written is left\n")
     assert snapshot(here) == before
+
+
+@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGTERM])
+def test_a_second_run_in_a_folder_is_refused_until_the_first_is_gone(here, tmp_path, sent):
+    mark = tmp_path / "there"
+    words = ["-c", WAITING, str(mark), "torch.autograd.grad", "6", *profile(out="new")]
+    with running(words, here) as first:
+        waiting(mark, first)
+        before = snapshot(here)
+        for more in ([], ["--overwrite"]):
+            with running(["-m", "geffect_fast.cli", *profile(out="new"), *more], here) as second:
+                out, error = said(second)
+            assert (second.returncode, out) == (2, "")
+            assert error == (
+                f"error: run folder new is in use by process {first.pid} on {platform.node()}; "
+                "wait for its end, or choose another --out\n"
+            )
+        assert snapshot(here) == before
+        first.send_signal(sent)
+        first.wait()
+    with running(["-m", "geffect_fast.cli", *profile(out="new")], here) as third:
+        assert said(third) == ("", "")
+    assert third.returncode == 0
+    assert not [path for path in (here / "new").iterdir() if path.name.startswith(".")]
+
+
+def test_a_second_resume_is_refused(here, tmp_path, monkeypatch):
+    monkeypatch.chdir(here)
+    shutil.rmtree(here / "run")
+    half_done(here, None)
+    resumed = ["profile", "--quiet", "--out", "run", "--resume"]
+    mark = tmp_path / "there"
+    words = ["-c", WAITING, str(mark), "geffect_fast.runs.probe.Probe.at", "1", *resumed]
+    with running(words, here) as first:
+        waiting(mark, first)
+        with running(["-m", "geffect_fast.cli", *resumed], here) as second:
+            _, error = said(second)
+        assert second.returncode == 2
+        assert f"run folder run is in use by process {first.pid} on" in error
+        first.kill()
+    with running(["-m", "geffect_fast.cli", *resumed], here) as third:
+        assert said(third)[1] == ""
+    assert third.returncode == 0
+
+
+def test_nohup_goes_on(here, tmp_path):
+    """Who has SIGHUP ignored wants the command to outlive its terminal."""
+    mark = tmp_path / "there"
+    words = ["-c", WAITING, str(mark), "torch.autograd.grad", "6", *profile(out="new")]
+
+    def ignore():
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+
+    with running(words, here, preexec_fn=ignore) as process:
+        waiting(mark, process)
+        process.send_signal(signal.SIGHUP)
+        time.sleep(0.5)
+        assert process.poll() is None
 
 
 def test_a_full_disk_leaves_the_earlier_run_whole(here):

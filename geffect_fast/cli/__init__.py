@@ -26,6 +26,7 @@ from geffect_fast.cli import (
     weights,
 )
 from geffect_fast.cli.options import option
+from geffect_fast.cli.signals import ended_by_signals
 from geffect_fast.cli.streams import OutputLost, watched_streams
 from geffect_fast.errors import GEffectError, GEffectWarning
 from geffect_fast.terminal import clean_output
@@ -33,8 +34,8 @@ from geffect_fast.terminal import clean_output
 EXIT_CODES = (
     "Exit codes: 0 all went well; 2 bad input, a full disk or too little memory, one line "
     "'error: ...' on stderr and nothing written; 3 check found a deviation, or a run of several "
-    "steps stopped and kept those it had written; 1 unexpected failure; 130 interrupted; 141 "
-    "nobody reads what is printed."
+    "steps stopped and kept those it had written; 1 unexpected failure; 130 interrupted, 143 by "
+    "SIGTERM, 129 by SIGHUP; 141 nobody reads what is printed."
 )
 COMMANDS = (
     profile.profile,
@@ -77,6 +78,7 @@ def _root(
         print(context.get_help())
 
 
+@ended_by_signals
 def main(argv: list[str] | None = None) -> int:
     """Run the command line and return its exit code.
 

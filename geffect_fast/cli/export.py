@@ -11,10 +11,11 @@ from geffect_fast.cli.options import Run, option
 def export(
     run: Run,
     to: Annotated[Path, option("--to", help="File to write; ends in .csv or .parquet.")],
+    overwrite: Annotated[bool, option("--overwrite", help="Replace a file that is there.")] = False,
 ) -> None:
     """Write a run as one long table, a row a G-effect: objective, risk, parameter, sample."""
-    from geffect_fast.runs.store import export as write_table
+    from geffect_fast.runs.export import export as write_table
     from geffect_fast.runs.store import open_run
 
     with open_run(run, lazy=True) as dataset:
-        print(write_table(dataset, to))
+        print(write_table(dataset, to, overwrite))

@@ -188,10 +188,18 @@ def config_options(
 def begun_config(config: Path | None, out: Path, resume: bool) -> Path | None:
     """The config file that is meant: a run that is gone on with has one in its folder."""
     from geffect_fast.runs.disk import is_there, user_path
-    from geffect_fast.runs.store import CONFIG
+    from geffect_fast.runs.store import CONFIG, NEXT
 
-    begun = user_path(out) / CONFIG
-    return begun if config is None and resume and is_there(begun) else config
+    if config is None and resume:
+        for begun in (user_path(out) / NEXT / CONFIG, user_path(out) / CONFIG):
+            if is_there(begun):
+                return begun
+    return config
+
+
+def config_input(config: Path | None, resume: bool) -> dict[str, Path]:
+    """The config file as an input of a run, by its option."""
+    return {} if config is None or resume else {"--config": config}
 
 
 def option_names(given: dict[str, Any], **names: str) -> dict[str, str]:

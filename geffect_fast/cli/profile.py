@@ -13,6 +13,7 @@ from geffect_fast.cli.options import (
     Quiet,
     Resume,
     begun_config,
+    config_input,
     config_options,
     option_names,
 )
@@ -78,6 +79,7 @@ def run(
     from geffect_fast.runs.execute_checkpoints import execute_checkpoints
 
     how: dict[str, Any] = {"overwrite": overwrite, "progress": not quiet, "report": write_report}
+    how["inputs"] = config_input(config, resume)
     if checked.checkpoints:
         dataset = execute_checkpoints(checked, out, resume=resume, **how)
     elif resume:

@@ -32,8 +32,9 @@ def report(
     from geffect_fast.report.page import write_page
     from geffect_fast.runs.config import read_values
     from geffect_fast.runs.disk import is_there, unwritable, user_path
+    from geffect_fast.runs.manifest import check_file, note
     from geffect_fast.runs.result_form import check_complete
-    from geffect_fast.runs.store import CONFIG, REPORT, open_run, reading
+    from geffect_fast.runs.store import CONFIG, REPORT, open_run, own_files, reading
 
     places = [_place(run) for run in runs]
     for i, place in enumerate(places):
@@ -46,6 +47,8 @@ def report(
     try:
         if out is not None and not overwrite and is_there(file):
             raise InputError(f"report {out} is there already; choose another --out or --overwrite")
+        if out is None and is_there(file) and REPORT not in own_files(folders[0]):
+            raise InputError(f"report {file}: no run made that; name another page, --out")
     except OSError as error:
         raise unwritable(f"report {out}", "--out", error) from None
     names = [place.stem if place.is_file() else place.name for place in places]
@@ -58,8 +61,11 @@ def report(
             stack.enter_context(reading(run))
             check_complete(opened[name], run)
             if is_there(folder / CONFIG):
+                check_file(folder, CONFIG, "put back what was there")
                 configs[name] = read_values(folder / CONFIG)
         write_page(opened, file, configs=configs)
+    if out is None:
+        note(folders[0], REPORT)
     print(file)
 
 

@@ -13,6 +13,7 @@ from geffect_fast.cli.options import (
     Quiet,
     Resume,
     begun_config,
+    config_input,
     config_options,
     option_names,
 )
@@ -70,6 +71,7 @@ def unlearn(
         progress=not quiet,
         report=write_report,
         said=say,
+        inputs=config_input(config, resume),
         told=None if quiet else _telling(checked.steps),
     )
     if not quiet:

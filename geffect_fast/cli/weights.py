@@ -48,6 +48,7 @@ def weights(
     from geffect_fast.report.weights_table import render_weights
     from geffect_fast.runs.config import load_config
     from geffect_fast.runs.disk import is_there, unwritable, user_path, whole_file
+    from geffect_fast.runs.manifest import check_file
     from geffect_fast.runs.store import CONFIG, open_run, reading
     from geffect_fast.weights import optimal_weights, write_weighted
 
@@ -74,6 +75,7 @@ def weights(
                 raise InputError(
                     f"config {folder / CONFIG} does not exist; give the run's forget data, --forget"
                 )
+            check_file(folder, CONFIG, "give the run's forget data, --forget")
             forget = load_config(folder / CONFIG).forget
         with whole_file(f"plot {picture}", picture, "--out") as part:
             plot_frontier(result, best, part)

@@ -131,8 +131,8 @@ def _read_text(source: str | os.PathLike[str], name: str, remedy: str) -> str:
     except FileNotFoundError:
         raise InputError(f"{name}: file {shown} does not exist; {remedy}") from None
     except IsADirectoryError:
-        kind = folder_kind(file)
-        what = f"a directory; {remedy}" if kind is None else f"a directory {kind}"
+        holds = folder_kind(file)
+        what = f"a directory; {remedy}" if holds is None else f"a directory {holds}"
         raise InputError(f"{name}: {shown} is {what}") from None
     except InputError:
         raise

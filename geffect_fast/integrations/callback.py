@@ -16,10 +16,12 @@ from geffect_fast.objectives import Objective
 from geffect_fast.objectives.base import REFERENCE_NEEDS
 from geffect_fast.runs.arguments import check_counts, resolved_list
 from geffect_fast.runs.as_found import as_found
+from geffect_fast.runs.lock import locked
+from geffect_fast.runs.manifest import MANIFEST, Manifest, checksums
 from geffect_fast.runs.probe import Probe, run_identity
 from geffect_fast.runs.profiler import Profiler
 from geffect_fast.runs.steps import StepStore
-from geffect_fast.runs.store import RESULTS, STEPS, check_free, save_result
+from geffect_fast.runs.store import RESULTS, STEPS, check_free, own_files, save_result
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -138,7 +140,10 @@ class GEffectCallback(TrainerCallback):
         self.result = self._probe.store.combined()
         self._probe.forget()
         if self.out is not None:
-            save_result(self.result, self.out / RESULTS)
+            with locked(self.out):
+                save_result(self.result, self.out / RESULTS)
+                names = [name for name in own_files(self.out) if name != MANIFEST]
+                Manifest(checksums(self.out, sorted(names))).write(self.out)
 
     def _measure(self, state: TrainerState) -> None:
         if self._probe is not None:

@@ -24,6 +24,9 @@ from geffect_fast.data.files import check_regular
 from geffect_fast.errors import InputError
 from geffect_fast.runs.disk import is_there, user_path
 
+CONFIG_BEGINS = "# Replay: geffect-fast"
+"""What a file says first that `dump_config` wrote."""
+
 
 def _settled(source: str) -> str:
     """An existing path made absolute, so that a replay from elsewhere finds it; else unchanged."""
@@ -306,7 +309,7 @@ def read_values(path: str | Path) -> dict[str, Any]:
 def dump_config(config: RunConfig) -> str:
     """The config as YAML that `load_config` reads back to an equal config."""
     values = config.model_dump(mode="json")
-    replay = f"# Replay: geffect-fast {config.command} --config run.yaml --out NEW_FOLDER\n"
+    replay = f"{CONFIG_BEGINS} {config.command} --config run.yaml --out NEW_FOLDER\n"
     return replay + yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=1000)
 
 

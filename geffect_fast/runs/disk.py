@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import glob
 import io
+import json
 import os
+import platform
 import shutil
 import tempfile
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -15,6 +19,12 @@ from geffect_fast.errors import InputError
 
 UNFINISHED = ".unfinished-"
 """How the name of a folder in a run folder begins while a process fills or removes it."""
+
+REPLACED = ".replaced-"
+"""How the name of a folder begins that holds what a new run takes the place of, until it has."""
+
+_NOTE = "note.json"
+_ASIDE = "aside"
 
 
 def user_path(path: str | Path) -> Path:
@@ -68,31 +78,133 @@ def folder_for(what: str, path: Path) -> Iterator[None]:
         raise
 
 
+def check_usable(folder: str | Path) -> Path:
+    """The absolute path of a run folder that is there, or can be made; touches nothing.
+
+    Raises:
+        InputError: it is a file, or cannot be written to.
+    """
+    path = user_path(folder).absolute()
+    try:
+        existing = next(p for p in (path, *path.parents) if is_there(p))
+    except OSError as error:
+        raise unwritable(f"run folder {folder}", "--out", error) from None
+    if not existing.is_dir():
+        raise InputError(f"run folder {folder}: {existing} is a file; choose another --out")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise InputError(f"run folder {folder}: {existing} is not writable; choose another --out")
+    return path
+
+
 @contextmanager
 def set_aside(folder: Path, names: Iterable[str]) -> Iterator[None]:
     """Move files and folders of these names out of the way; they are back if the block fails.
 
     Where it does, whatever it made under these names goes; where it does not, what was set aside
-    goes.
+    goes. What is to be put back is written down before anything moves, so that `recovered` can do
+    it for a process that was killed in the block.
+
+    Args:
+        folder: they are in; folders that become empty go.
+        names: paths in it.
     """
-    names = set(names)
-    hidden = Path(tempfile.mkdtemp(prefix=".replaced-", dir=folder))
-    present = {name for name in names if is_there(folder / name)}
+    names = sorted(set(names))
+    above = {parent.as_posix() for name in names for parent in Path(name).parents} - {"."}
+    note = {
+        "names": names,
+        "present": [name for name in names if is_there(folder / name)],
+        "folders": sorted(each for each in above if not is_there(folder / each)),
+    }
+    hidden = folder / f"{REPLACED}{time.time_ns()}"
+    begun = Path(tempfile.mkdtemp(prefix=UNFINISHED, dir=folder))
+    done = begun.with_name(f"{begun.name}-done")
     try:
-        for name in present:
-            (folder / name).rename(hidden / name)
+        (begun / _NOTE).write_text(json.dumps(note), encoding="utf-8")
+        synced(begun / _NOTE)
+        synced(begun)
+        begun.rename(hidden)
+        for name in note["present"]:
+            aside = hidden / _ASIDE / name
+            aside.parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).rename(aside)
         yield
+        synced(folder)
+        hidden.rename(done)  # from here on what the block made counts
+        synced(folder)
+        _remove_empty(folder, above)
     except BaseException:
-        # What was moved is read from the disk: Ctrl-C may come between a move and any note of it.
-        for name in names:
-            if is_there(hidden / name):
-                remove(folder / name)
-                (hidden / name).rename(folder / name)
-            elif name not in present:
-                remove(folder / name)
+        if is_there(hidden):
+            _put_back(folder, hidden)
         raise
     finally:
-        shutil.rmtree(hidden, ignore_errors=True)
+        for left in (begun, done):
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def recovered(folder: Path) -> None:
+    """Put right what a killed process left in a run folder: what it set aside is back, halves go.
+
+    The caller holds the folder's lock.
+
+    Raises:
+        OSError: the disk refuses.
+        InputError: a version without notes set aside what cannot be put back without a loss.
+    """
+    for hidden in sorted(folder.glob(f"{REPLACED}*"), reverse=True):  # the innermost first
+        _put_back(folder, hidden)
+    remove_unfinished(folder)
+
+
+def check_inside(folder: Path, name: str) -> None:
+    """Raise `InputError` where a path that was read from a file leads out of a folder, or is it."""
+    place = folder / name
+    above, root = os.path.realpath(place.parent), os.path.realpath(folder)
+    if Path(name).name in ("", "..") or os.path.commonpath([above, root]) != root:
+        raise InputError(f"run folder {folder}: {name!r} is no file in it; it is left alone")
+
+
+def _put_back(folder: Path, hidden: Path) -> None:
+    """Undo a `set_aside` that did not come to its end; may itself be stopped and done again."""
+    if is_there(hidden / _NOTE):
+        note = json.loads((hidden / _NOTE).read_text(encoding="utf-8"))
+    else:
+        note = _note_of_old(folder, hidden)
+    for name in [*note["names"], *note["folders"]]:
+        check_inside(folder, name)
+    for name in note["names"]:
+        # What was moved is read from the disk: a kill may come between a move and any note of it.
+        aside, place = hidden / _ASIDE / name, folder / name
+        if is_there(aside):
+            remove(place)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            aside.rename(place)
+        elif name not in note["present"]:
+            remove(place)
+    _remove_empty(folder, note["folders"])
+    synced(folder)
+    remove(hidden)
+
+
+def _note_of_old(folder: Path, hidden: Path) -> dict[str, list[str]]:
+    """The note of what a version without notes set aside, where all of it can be put back."""
+    names = [path.name for path in hidden.iterdir() if path.name != _ASIDE]
+    for name in names:
+        if is_there(folder / name):
+            raise InputError(
+                f"run folder {folder} holds {hidden.name}, an earlier run that a killed process "
+                f"set aside, and {name} beside it; move one of them away"
+            )
+        (hidden / _ASIDE).mkdir(exist_ok=True)
+        (hidden / name).rename(hidden / _ASIDE / name)
+    aside = hidden / _ASIDE
+    names = [path.name for path in aside.iterdir()] if aside.is_dir() else []
+    return {"names": names, "present": names, "folders": []}
+
+
+def _remove_empty(folder: Path, names: Iterable[str]) -> None:
+    for name in sorted(names, reverse=True):  # what is inside first
+        with suppress(OSError):  # not empty, or not there
+            (folder / name).rmdir()
 
 
 @contextmanager
@@ -115,15 +227,32 @@ def whole_file(what: str, path: str | Path, option: str) -> Iterator[Path]:
             raise InputError(f"{what} is a folder; choose another {option}")
     except OSError as error:
         raise unwritable(what, option, error) from None
-    part = file.with_name(f".{file.name}.{os.getpid()}.part")
+    host = platform.node()
+    part = file.with_name(f".{file.name}.{host}.{os.getpid()}.part")
     try:
+        for left in file.parent.glob(f".{glob.escape(file.name)}.{glob.escape(host)}.*.part"):
+            if not _lives(left.suffixes[-2].removeprefix(".")):
+                left.unlink(missing_ok=True)
         yield part
+        synced(part)
         part.replace(file)
+        synced(file.parent)
     except OSError as error:
         raise unwritable(what, option, error) from error
     finally:
         with suppress(OSError):  # of a name too long to be looked for
             part.unlink(missing_ok=True)
+
+
+def _lives(pid: str) -> bool:
+    """Whether there is a process of that number here; also True of what is no number."""
+    try:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return False
+    except (ValueError, OverflowError, PermissionError):
+        pass
+    return True
 
 
 def synced(path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +15,8 @@ from geffect_fast.objectives.ranges import expand_list
 from geffect_fast.runs.arguments import check_needs_no_refusals, check_needs_no_weights
 from geffect_fast.runs.check import Check, check
 from geffect_fast.runs.config import ProfileConfig, RunConfig
+from geffect_fast.runs.inputs import Inputs, inputs_of
+from geffect_fast.runs.lock import locked
 from geffect_fast.runs.models import check_model_source, load_model, load_tokenizer, resolve_device
 from geffect_fast.runs.profile import profile
 from geffect_fast.runs.store import (
@@ -38,6 +41,7 @@ def execute(
     overwrite: bool = False,
     progress: bool = False,
     report: Reporter | None = None,
+    inputs: Inputs = MappingProxyType({}),
 ) -> xr.Dataset:
     """Profile or sweep as a config says and write the run folder.
 
@@ -50,6 +54,7 @@ def execute(
         overwrite: whether a run in `out` may be replaced.
         progress: whether to show progress bars.
         report: adds tables and plots to the folder, such as `geffect_fast.report.write_report`.
+        inputs: what else is read, beside what the config names: its own file.
 
     Returns:
         The result, as `geffect_fast.profile` or `sweep` returns it; by sample and position it is
@@ -58,17 +63,18 @@ def execute(
     Raises:
         InputError, NonFiniteError, UnsupportedModelError: nothing has been written then.
     """
-    check_free(out, overwrite)
+    read = inputs_of(config) | dict(inputs)
+    check_free(out, overwrite, read)
     device, data, tokenizer = read_sources(config, config.objectives)
     # Effects by sample and position or token may be larger than memory: a profile's go straight to
     # the folder, a sweep's get coordinates first.
     large = config.resolve[-2:] in (("sample", "position"), ("sample", "token"))
     streams = large and config.command == "profile"
-    with on_threads(config.threads) as threads, ExitStack() as stack:
+    with locked(out), on_threads(config.threads) as threads, ExitStack() as stack:
         trusted = config.trust_remote_code
         model = load_model(config.model, config.dtype, str(device), trust_remote_code=trusted)
         dtype = str(model.dtype).removeprefix("torch.")
-        staging = stack.enter_context(staged_run(out, overwrite)) if streams else None
+        staging = stack.enter_context(staged_run(out, overwrite, read)) if streams else None
         run = sweep if config.command == "sweep" else profile
         dataset = run(
             model,
@@ -91,7 +97,7 @@ def execute(
         }
         replay = config.model_copy(update=chosen)
         if staging is None:
-            save_run(out, dataset, replay, overwrite, report)
+            save_run(out, dataset, replay, overwrite, report, read)
             return dataset
         with dataset:
             write_rest(staging, dataset, replay, report)

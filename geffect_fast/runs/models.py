@@ -74,7 +74,7 @@ def load_model(
     """
     check_model_source(source, what, trust_remote_code)
     place = resolve_device(device)
-    base = _base_of(source, what)
+    base = base_of(source, what)
     if base is not None:
         name = _base_name(source, what)
         inside = load_model(base, dtype, str(place), name, trust_remote_code=trust_remote_code)
@@ -100,7 +100,7 @@ def load_model(
         raise InputError(_why_not(source, what, error)) from error
 
 
-def _base_of(source: str | Path, what: str) -> str | None:
+def base_of(source: str | Path, what: str) -> str | None:
     """The base model of an adapter's folder, a folder or hub id; None where it is no such folder.
 
     Raises:
@@ -176,7 +176,7 @@ def load_tokenizer(
     folder = user_path(source)
     # some tokenizer classes start with an empty vocabulary where there are no files at all
     if folder.is_dir() and not any((folder / name).is_file() for name in _TOKENIZER_FILES):
-        base = _base_of(source, what)
+        base = base_of(source, what)
         if base is not None:
             name = _base_name(source, what)
             return load_tokenizer(base, name, trust_remote_code=trust_remote_code)
@@ -207,7 +207,7 @@ def check_model_source(
     folder = user_path(source)
     if not folder.is_dir():
         return
-    base = _base_of(source, what)
+    base = base_of(source, what)
     if base is not None:
         if importlib.util.find_spec("peft") is None:
             raise InputError(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,11 +15,13 @@ from geffect_fast.objectives import Objective
 from geffect_fast.runs.arguments import resolved_list
 from geffect_fast.runs.checkpoints import find_checkpoints, loaded_in_turn
 from geffect_fast.runs.disk import user_path
+from geffect_fast.runs.inputs import input_sums
+from geffect_fast.runs.lock import locked
 from geffect_fast.runs.models import check_model_source, load_model
 from geffect_fast.runs.probe import Probe, run_identity
 from geffect_fast.runs.profiler import Profiler
 from geffect_fast.runs.progress import progress_bar
-from geffect_fast.runs.step_folder import check_start, clear, finish, kept
+from geffect_fast.runs.step_folder import begun, check_resumed, check_start, finish, kept
 from geffect_fast.runs.steps import StepStore
 from geffect_fast.runs.store import STEPS
 
@@ -81,25 +84,50 @@ def profile_checkpoints(
         ...                                 retain="retain.jsonl", objectives=["ga", "npo"])
         >>> result.g_effect.sum(["parameter", "sample"]).sel(risk="unlearn")
     """
-    folder = None if out is None else check_start(out, resume, overwrite)
-    run = CheckpointRun(
-        checkpoints,
-        tokenizer,
-        model=model,
-        reference_model=reference_model,
-        dtype=dtype,
-        device=device,
-        trust_remote_code=trust_remote_code,
-        options=options | {"forget": forget, "retain": retain, "objectives": objectives},
-    )
-    if folder is None:
-        return run.measure(None, weights=weights, progress=progress)
-    if not resume:
-        clear(folder)
-    with kept(folder):
-        dataset = run.measure(folder, weights=weights, progress=progress)
-        finish(folder, dataset)
+
+    def prepared() -> CheckpointRun:
+        return CheckpointRun(
+            checkpoints,
+            tokenizer,
+            model=model,
+            reference_model=reference_model,
+            dtype=dtype,
+            device=device,
+            trust_remote_code=trust_remote_code,
+            options=options | {"forget": forget, "retain": retain, "objectives": objectives},
+        )
+
+    if out is None:
+        return prepared().measure(None, weights=weights, progress=progress)
+    with locked(out):
+        read = _paths(checkpoints, model, reference_model, forget, retain, options)
+        folder = check_start(out, resume, overwrite, inputs=read)
+        run = prepared()
+        sums = input_sums(read)
+        if resume:
+            check_resumed(folder, sums)
+        with nullcontext() if resume else begun(folder, None, sums), kept(folder):
+            dataset = run.measure(folder, weights=weights, progress=progress)
+            finish(folder, dataset)
     return dataset
+
+
+def _paths(
+    checkpoints: str | Path | Sequence[str | Path],
+    model: str | Path | None,
+    reference_model: Any,
+    forget: Any,
+    retain: Any,
+    options: Mapping[str, Any],
+) -> dict[str, str | Path]:
+    """What is given as a path or a name, by argument."""
+    given = {"model": model, "reference_model": reference_model, "forget": forget, "retain": retain}
+    given |= {"refusals": options.get("refusals"), **(options.get("probes") or {})}
+    folders = find_checkpoints(checkpoints).values()
+    return {
+        **{f"checkpoint {path.name}": path for path in folders},
+        **{name: source for name, source in given.items() if isinstance(source, str | Path)},
+    }
 
 
 class CheckpointRun:

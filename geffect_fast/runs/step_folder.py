@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,19 +13,33 @@ from geffect_fast.errors import (
     GEffectError,
     InputError,
     InterruptedRunError,
+    NonFiniteError,
     UnfinishedError,
 )
 from geffect_fast.runs.config import RunConfig, dump_config, load_config
-from geffect_fast.runs.disk import (
-    UNFINISHED,
-    folder_for,
-    is_there,
-    remove,
-    remove_unfinished,
-    whole_file,
+from geffect_fast.runs.disk import UNFINISHED, folder_for, is_there, remove, whole_file
+from geffect_fast.runs.inputs import Inputs, check_unchanged
+from geffect_fast.runs.manifest import (
+    MANIFEST,
+    Manifest,
+    Sums,
+    check_file,
+    checksums,
+    files_below,
 )
-from geffect_fast.runs.steps import is_step_name
-from geffect_fast.runs.store import CONFIG, RESULTS, RUN_FILES, STEPS, check_free, write_dataset
+from geffect_fast.runs.store import (
+    CONFIG,
+    NEXT,
+    RESULTS,
+    RUN_FILES,
+    STEPS,
+    check_free,
+    check_inputs,
+    is_step_name,
+    own_files,
+    put_in_place,
+    write_dataset,
+)
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -34,23 +48,39 @@ if TYPE_CHECKING:
 
 
 def check_start(
-    out: str | Path, resume: bool = False, overwrite: bool = False, more: Collection[str] = ()
+    out: str | Path,
+    resume: bool = False,
+    overwrite: bool = False,
+    more: Collection[str] = (),
+    inputs: Inputs | None = None,
 ) -> Path:
-    """The folder of a run, if it may begin, or go on, there; touches nothing.
+    """The folder in which a run works, if it may begin, or go on, in `out`.
+
+    It is `out` itself, or, for a run that is to replace the one in `out`, a hidden folder in it: an
+    earlier run stays in its place until the new one is whole. The caller holds the lock of `out`.
 
     Args:
         out: run folder.
         resume: go on with the run in it.
         overwrite: whether an earlier run in it may be replaced.
-        more: names of what such a run makes beside what all runs do.
+        more: files that such a run makes beside what all runs do, and that are there.
+        inputs: what the run reads.
 
     Raises:
         InputError: it cannot be written to; it holds a run and neither `resume` nor `overwrite` is
-            given, or steps that no run made; there is nothing to resume, or the run is complete.
+            given, or what no run made where runs write; there is nothing to resume, the run is
+            complete, or an input would be replaced.
     """
     if resume and overwrite:
         raise InputError("--resume goes on with a run that --overwrite would remove; give one")
-    folder = check_free(out, overwrite=True)
+    folder = check_free(out, overwrite=True, inputs=inputs)
+    if overwrite:
+        check_inputs(folder, more, inputs or {})
+    replacing = folder / NEXT
+    if resume and is_there(replacing / RESULTS):
+        _promote(replacing, more)  # a kill came between its end and that
+    elif resume and is_there(replacing):
+        return replacing
     held = _held(folder, more)
     odd = [path.name for path in (folder / STEPS).glob("*") if not is_step_name(path.name)]
     if odd and not resume:
@@ -65,39 +95,43 @@ def check_start(
     if resume and not {STEPS, CONFIG} & set(held):
         raise InputError(f"run folder {out} holds no run to resume; leave out --resume")
     if held and not (resume or overwrite):
-        advice = "go on with --resume, " if RESULTS not in held and STEPS in held else ""
+        unfinished = is_there(replacing) or (RESULTS not in held and STEPS in held)
+        advice = "go on with --resume, " if unfinished else ""
         raise InputError(
             f"run folder {out} already holds {held[0]}; {advice}choose another --out or use "
             "--overwrite"
         )
-    return folder
-
-
-def clear(folder: Path, more: Collection[str] = ()) -> None:
-    """Remove an earlier run, its result first, so that what is left is no complete run."""
-    for name in _held(folder, more):
-        remove(folder / name)
-    remove_unfinished(folder)
+    return replacing if held and overwrite else folder
 
 
 @contextmanager
-def begun(folder: Path, config: RunConfig, more: Collection[str] = ()) -> Iterator[None]:
-    """The folder, without an earlier run, with the config of this one.
+def begun(folder: Path, config: RunConfig | None, inputs: Mapping[str, Sums]) -> Iterator[None]:
+    """The folder with the config of a run that begins, and with what it is made from.
 
-    Where the block fails before there is a step, the config goes, and what was made of folders.
+    Where the block fails before there is a step, both go, and what was made of folders.
+
+    Args:
+        folder: as `check_start` returned it.
+        config: of the run; None: of one that no config describes.
+        inputs: checksums of what it reads.
 
     Raises:
         InputError: the disk refuses.
     """
+    if folder.name == NEXT:
+        remove(folder)
     with folder_for(f"run folder {folder}", folder):
-        clear(folder, more)
-        with whole_file(f"config {folder / CONFIG}", folder / CONFIG, "--out") as part:
-            part.write_text(dump_config(config), encoding="utf-8")
+        if config is not None:
+            with whole_file(f"config {folder / CONFIG}", folder / CONFIG, "--out") as part:
+                part.write_text(dump_config(config), encoding="utf-8")
         try:
+            made = [CONFIG] if config is not None else []
+            Manifest(checksums(folder, made), inputs).write(folder)
             yield
-        except GEffectError as error:
+        except (GEffectError, OSError) as error:
             if not isinstance(error, InterruptedRunError) and not is_there(folder / STEPS):
                 remove(folder / CONFIG)
+                remove(folder / MANIFEST)
             raise
 
 
@@ -120,6 +154,7 @@ def as_begun(
     """
     if not is_there(folder / CONFIG):
         raise InputError(f"run folder {folder} holds no {CONFIG} to resume; leave out --resume")
+    check_file(folder, CONFIG, "put back what was there, or begin another run in another --out")
     begun = load_config(folder / CONFIG)
     if type(begun) is not type(config) or begun.command != config.command:
         raise InputError(
@@ -138,62 +173,116 @@ def as_begun(
     return taken
 
 
+def check_resumed(folder: Path, inputs: Mapping[str, Sums]) -> None:
+    """Raise `InputError` where a run would go on with other inputs than it was begun with."""
+    manifest = Manifest.read(folder)
+    if manifest is not None:
+        check_unchanged(_home(folder), manifest.inputs, inputs)
+
+
 def finish(
     folder: Path,
     dataset: xr.Dataset,
     report: Reporter | None = None,
     more: Callable[[Path], None] = lambda staging: None,
+    checkpoint_files: Callable[[Path], Collection[str]] = lambda folder: (),
+    keep: bool = False,
 ) -> None:
     """Write the result and a report, and what else completes a run.
 
-    All is written to a hidden folder and renamed, `results.nc` last. Where that fails, the steps
-    are there still.
+    All is written to a hidden folder and put in place together. Where that fails, the steps are
+    there still. A run that was to replace another one then does.
 
     Args:
-        folder: of the run.
+        folder: of the run, as `check_start` returned it.
         dataset: of all steps.
         report: writes tables and plots.
         more: writes what else the run ends with.
+        checkpoint_files: what a folder holds of checkpoints.
+        keep: whether checkpoints stay; else they go once the result is on the disk.
 
     Raises:
         UnfinishedError: the disk refuses.
     """
     try:
-        remove_unfinished(folder)
         staging = Path(tempfile.mkdtemp(prefix=UNFINISHED, dir=folder))
         try:
             more(staging)
             write_dataset(dataset, staging / RESULTS)
             if report is not None:
                 report(dataset, staging)
-            for item in sorted(staging.iterdir(), key=lambda path: path.name == RESULTS):
-                remove(folder / item.name)
-                item.rename(folder / item.name)
+            here = [
+                name
+                for name in own_files(folder)
+                if name == CONFIG or name.startswith(f"{STEPS}/step-")
+            ]
+            begun = Manifest.read(folder)
+            stays = checkpoint_files(folder) if keep else ()
+            sums = {
+                **checksums(folder, sorted({*here, *stays})),
+                **checksums(staging, files_below(staging)),
+            }
+            Manifest(sums, begun.inputs if begun is not None else {}).write(staging)
+            put_in_place(folder, staging, own_files(folder) & {*files_below(staging)})
         finally:
             shutil.rmtree(staging, ignore_errors=True)
+        if not keep:
+            for checkpoint in {Path(name).parts[0] for name in checkpoint_files(folder)}:
+                remove(folder / checkpoint)
+        if folder.name == NEXT:
+            _promote(folder, checkpoint_files(folder.parent))
     except OSError as error:
         raise UnfinishedError(
-            f"run folder {folder} cannot be completed: {error.strerror or error}; all steps are "
-            "kept: free some space, and go on with --resume"
+            f"run folder {_home(folder)} cannot be completed: {error.strerror or error}; all steps "
+            "are kept: free some space, and go on with --resume"
         ) from error
+
+
+def _promote(folder: Path, more: Collection[str]) -> None:
+    """Put a run that is whole in the place of the one around it."""
+    home = folder.parent
+    put_in_place(home, folder, {*own_files(home), *more} - {NEXT})
+    remove(folder)
+
+
+def _home(folder: Path) -> Path:
+    """The run folder that is meant by who works in the folder of a run that is to replace it."""
+    return folder.parent if folder.name == NEXT else folder
 
 
 @contextmanager
 def kept(folder: Path) -> Iterator[None]:
-    """Ctrl-C in the block is answered with what is kept, and how to go on.
+    """Ctrl-C, and numbers that are none, are answered with what is kept, and how to go on.
+
+    A run that was to replace another one goes where its numbers did, and the other one stays.
 
     Raises:
-        InterruptedRunError: it came.
+        InterruptedRunError: Ctrl-C came.
     """
     try:
         yield
     except KeyboardInterrupt:
-        done = sorted((folder / STEPS).glob("step-*.nc"))
-        until = f" to step {int(done[-1].stem.removeprefix('step-'))}" if done else ""
         raise InterruptedRunError(
-            f"interrupted; what was measured{until} is kept: go on with --resume --out {folder} "
-            "(resume=True)"
+            f"interrupted; what was measured{_until(folder)} is kept: go on with --resume --out "
+            f"{_home(folder)} (resume=True)"
         ) from None
+    except NonFiniteError as error:
+        if folder.name == NEXT:
+            remove(folder)
+            raise type(error)(
+                f"{error}; the run that was to be replaced in {_home(folder)} is as it was"
+            ) from error
+        if until := _until(folder):
+            raise type(error)(
+                f"{error}; what was measured{until} is kept in {folder / STEPS}"
+            ) from error
+        raise
+
+
+def _until(folder: Path) -> str:
+    """The last step that was measured, in words."""
+    done = sorted((folder / STEPS).glob("step-*.nc"))
+    return f" to step {int(done[-1].stem.removeprefix('step-'))}" if done else ""
 
 
 def _held(folder: Path, more: Collection[str]) -> list[str]:

@@ -177,10 +177,5 @@ class StepStore:
                 file.unlink()
 
 
-def is_step_name(name: str) -> bool:
-    """Whether a run writes files of that name into its folder of steps."""
-    return bool(_STEP.fullmatch(name) or _PART.fullmatch(name))
-
-
 def _name(step: int) -> str:
     return f"step-{step:08d}.nc"

@@ -4,31 +4,34 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from geffect_fast.data.files import check_regular
 from geffect_fast.errors import InputError
-from geffect_fast.runs.config import ProfileConfig, dump_config
-from geffect_fast.runs.csv_cells import write_csv
+from geffect_fast.runs.config import CONFIG_BEGINS, ProfileConfig, dump_config
 from geffect_fast.runs.disk import (
     UNFINISHED,
     DiskFile,
+    check_usable,
     folder_for,
     is_there,
     set_aside,
-    unwritable,
+    synced,
     user_path,
     whole_file,
 )
+from geffect_fast.runs.lock import locked, restored
+from geffect_fast.runs.manifest import MANIFEST, Manifest, check_file, checksums, files_below
 from geffect_fast.runs.result_form import check_form, check_size
+from geffect_fast.runs.seal import seal, seal_holds
 
 if TYPE_CHECKING:
-    import pandas as pd
     import xarray as xr
 
 RESULTS = "results.nc"
@@ -39,7 +42,19 @@ TOKENS = "tokens.html"
 REPORT = "report.html"
 STEPS = "steps"
 """The folder of step files in the run folder of a run of several steps."""
+_STEP_NAME = re.compile(r"step-\d{8,}\.nc|\.step-\d{8,}\.nc\.part")
+NEXT = ".next"
+"""The folder of a run of several steps that is to replace the one around it, until it is whole."""
 RUN_FILES = (RESULTS, CONFIG, SUMMARY, PLOTS, TOKENS, REPORT)
+_FIGURES = (
+    *("layers", "instances", "sweep", "pareto", "effects", "risks", "groups", "prediction"),
+    *("cosines", "norms", "token_weights", "trade_off"),
+)
+PLAIN_FILES = (
+    *(RESULTS, CONFIG, SUMMARY, TOKENS, REPORT, MANIFEST),
+    *(f"{PLOTS}/{name}.{kind}" for name in _FIGURES for kind in ("png", "svg")),
+)
+"""What runs write under names that say nothing of whose they are."""
 
 _JSON_ATTRS = "json_attrs"
 
@@ -49,27 +64,95 @@ Reporter = Callable[["xr.Dataset", Path], None]
 """Writes what people look at (tables, plots) into a folder."""
 
 
-def check_free(folder: str | Path, overwrite: bool = False) -> Path:
+def check_free(
+    folder: str | Path, overwrite: bool = False, inputs: Mapping[str, str | Path] | None = None
+) -> Path:
     """The run folder, if results may be written there; touches nothing.
 
+    Args:
+        folder: its path.
+        overwrite: whether an earlier run in it may be replaced.
+        inputs: what the new run reads, by the option that says so.
+
     Raises:
-        InputError: it is a file, cannot be written to, or holds a run and `overwrite` is False.
+        InputError: it is a file, cannot be written to, holds what no run made where a run writes,
+            holds a run and `overwrite` is False, or holds an input that would be replaced.
     """
-    path = user_path(folder).absolute()
-    try:
-        existing = next(p for p in (path, *path.parents) if is_there(p))
-    except OSError as error:
-        raise unwritable(f"run folder {folder}", "--out", error) from None
-    if not existing.is_dir():
-        raise InputError(f"run folder {folder}: {existing} is a file; choose another --out")
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise InputError(f"run folder {folder}: {existing} is not writable; choose another --out")
+    path = check_usable(folder)
+    restored(path)
+    own = own_files(path)
+    theirs = [name for name in PLAIN_FILES if is_there(path / name) and name not in own]
+    if theirs:
+        raise InputError(
+            f"run folder {folder} holds {theirs[0]}, which no run made; choose another --out"
+        )
     held = [name for name in RUN_FILES if is_there(path / name)]
     if held and not overwrite:
         raise InputError(
             f"run folder {folder} already holds {held[0]}; choose another --out or use --overwrite"
         )
+    check_inputs(path, own, inputs or {})
     return path
+
+
+def own_files(folder: Path) -> set[str]:
+    """The files of the run in a folder, by path in it: what may be replaced.
+
+    Those of its manifest; where there is none, as in runs of earlier versions and such that are
+    not complete, those whose names runs alone give, if a run.yaml or steps show that there was one.
+
+    Raises:
+        InputError: the manifest is damaged.
+    """
+    manifest = Manifest.read(folder)
+    names = {MANIFEST, NEXT}
+    if manifest is not None:
+        names |= manifest.files.keys()
+    elif _was_a_run(folder):
+        names |= {*PLAIN_FILES, "compare.csv"}
+    if (folder / STEPS).is_dir():
+        found = (path.name for path in (folder / STEPS).iterdir())
+        names |= {f"{STEPS}/{name}" for name in found if is_step_name(name)}
+    return {name for name in names if is_there(folder / name)}
+
+
+def _was_a_run(folder: Path) -> bool:
+    """Whether a folder without a manifest holds a run nevertheless."""
+    try:
+        if (folder / CONFIG).read_text(encoding="utf-8").startswith(CONFIG_BEGINS):
+            return True
+    except (OSError, ValueError):
+        pass
+    if any((folder / STEPS).glob("step-*.nc")) or is_there(folder / "compare.csv"):
+        return True
+    try:
+        with open_run(folder / RESULTS, lazy=True):
+            return True
+    except InputError:
+        return False
+
+
+def check_inputs(folder: Path, own: Collection[str], inputs: Mapping[str, str | Path]) -> None:
+    """Raise `InputError` where a run would replace what it is made from.
+
+    Args:
+        folder: of the run.
+        own: paths in it of what is to be replaced.
+        inputs: paths, or names of other things, by the option that gives them.
+    """
+    replaced = {os.path.realpath(folder / name) for name in own}
+    for option, source in inputs.items():
+        place = user_path(source)
+        try:
+            within = [*place.iterdir()] if place.is_dir() else [place]
+            real = {os.path.realpath(each) for each in within}
+        except OSError:
+            continue  # of no file; who reads it says so
+        if taken := sorted(real & replaced):
+            raise InputError(
+                f"{option} {source} is of the run in {folder} ({Path(taken[0]).name}), which "
+                "--overwrite would replace; choose another --out"
+            )
 
 
 def save_run(
@@ -78,6 +161,7 @@ def save_run(
     config: ProfileConfig,
     overwrite: bool = False,
     report: Reporter | None = None,
+    inputs: Mapping[str, str | Path] | None = None,
 ) -> Path:
     """Write `results.nc`, `run.yaml` and a report into a run folder.
 
@@ -91,6 +175,7 @@ def save_run(
         config: what replays it.
         overwrite: whether to replace a run that is there.
         report: adds files such as `summary.csv` and `plots/`.
+        inputs: as `check_free`.
 
     Returns:
         The absolute path of the folder.
@@ -98,7 +183,7 @@ def save_run(
     Raises:
         InputError: as `check_free`, or the disk refuses.
     """
-    with staged_run(folder, overwrite) as staging:
+    with staged_run(folder, overwrite, inputs) as staging:
         write_dataset(dataset, staging / RESULTS)
         write_rest(staging, dataset, config, report)
     return user_path(folder).absolute()
@@ -113,24 +198,60 @@ def write_rest(
         report(dataset, staging)
 
 
+def is_step_name(name: str) -> bool:
+    """Whether a run writes files of that name into its folder of steps."""
+    return bool(_STEP_NAME.fullmatch(name))
+
+
 @contextmanager
-def staged_run(folder: str | Path, overwrite: bool = False) -> Iterator[Path]:
+def staged_run(
+    folder: str | Path, overwrite: bool = False, inputs: Mapping[str, str | Path] | None = None
+) -> Iterator[Path]:
     """A hidden folder in a run folder; what is written to it appears when the block ends well.
 
     Raises:
-        InputError: as `save_run`.
+        InputError: as `save_run`; or another process works in the folder.
     """
-    path = check_free(folder, overwrite)
-    with folder_for(f"run folder {folder}", path):
-        staging = Path(tempfile.mkdtemp(prefix=UNFINISHED, dir=path))
-        try:
-            yield staging
-            items = sorted(staging.iterdir(), key=lambda p: p.name == RESULTS)
-            with set_aside(path, {*RUN_FILES, *(item.name for item in items)}):
-                for item in items:
-                    item.rename(path / item.name)
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
+    with locked(folder) as path:
+        check_free(folder, overwrite, inputs)
+        with folder_for(f"run folder {folder}", path):
+            staging = Path(tempfile.mkdtemp(prefix=UNFINISHED, dir=path))
+            try:
+                yield staging
+                Manifest(checksums(staging, files_below(staging))).write(staging)
+                put_in_place(path, staging, own_files(path))
+            finally:
+                shutil.rmtree(staging, ignore_errors=True)
+
+
+def put_in_place(folder: Path, staging: Path, own: Collection[str]) -> None:
+    """Put the files of a new run in the place of those of an earlier one, `results.nc` last.
+
+    Either all of it happens, or nothing: what a kill leaves half done is undone by the next command
+    (`set_aside`). Files are on the disk before they count.
+
+    Args:
+        folder: of the run.
+        staging: holds the new files.
+        own: paths in `folder` of the earlier run's files, all of which go.
+
+    Raises:
+        InputError: there is a file that no run made where one would be written.
+        OSError: the disk refuses.
+    """
+    names = sorted(files_below(staging), key=lambda name: name == RESULTS)
+    for name in names:
+        if is_there(folder / name) and name not in own:
+            raise InputError(
+                f"run folder {folder} holds {name}, which no run made; choose another --out"
+            )
+        synced(staging / name)
+    with set_aside(folder, {*own, *names}):
+        for name in names:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (staging / name).rename(folder / name)
+        for parent in {(folder / name).parent for name in names}:
+            synced(parent)
 
 
 def open_run(folder: str | Path, *, lazy: bool = False) -> xr.Dataset:
@@ -147,6 +268,7 @@ def open_run(folder: str | Path, *, lazy: bool = False) -> xr.Dataset:
     import xarray as xr
 
     file = _result_of(folder)
+    _check_whole(file)
     try:
         check_size(file)
         dataset = xr.open_dataset(file, engine="h5netcdf")
@@ -177,10 +299,25 @@ def open_run(folder: str | Path, *, lazy: bool = False) -> xr.Dataset:
         raise _torn(file, error) from error
 
 
+def _check_whole(file: Path) -> None:
+    """Raise `InputError` where a result's bytes are not those that were written; reads it once."""
+    try:
+        if file.name == RESULTS and check_file(file.parent, RESULTS):
+            return
+        whole = not file.is_file() or seal_holds(file)
+    except OSError as error:
+        raise _torn(file, error) from error
+    if not whole:
+        raise InputError(
+            f"{file} is damaged: its checksum is not that of what was written; run profile again"
+        )
+
+
 def _result_of(folder: str | Path) -> Path:
     """The result's file in a run folder, or the file itself; raise `InputError` without one."""
     path = user_path(folder)
     try:
+        restored(path)
         file = path / RESULTS if path.is_dir() else path
         if is_there(file):
             check_regular(file, f"result {file}")
@@ -215,71 +352,6 @@ def _torn(file: str | Path, error: Exception) -> InputError:
     return InputError(f"{file} is torn or not NetCDF ({reason}); run profile again")
 
 
-def export(dataset: xr.Dataset, path: str | Path) -> Path:
-    """Write a result as one long table: a row a G-effect, its coordinates beside it.
-
-    Args:
-        dataset: result of `geffect_fast.profile` or `open_run`.
-        path: ends in `.parquet` or `.csv`.
-
-    Raises:
-        InputError: another ending, no pyarrow for Parquet, or the disk refuses.
-    """
-    file = user_path(path)
-    suffix = file.suffix.lower()
-    if suffix not in (".parquet", ".csv"):
-        raise InputError(f"export {path}: the name must end in .parquet or .csv")
-    with whole_file(f"export {path}", path, "--to") as part:
-        if suffix == ".csv":
-            for i, table in enumerate(tables(dataset)):
-                write_csv(table, part, header=i == 0, mode="a" if i else "w")
-        else:
-            try:
-                _write_parquet(tables(dataset), part)
-            except ImportError:
-                raise InputError(
-                    f"export {path}: Parquet needs pyarrow; pip install pyarrow, or export to .csv"
-                ) from None
-    return file
-
-
-def tables(dataset: xr.Dataset) -> Iterator[pd.DataFrame]:
-    """The long table that `export` writes, piece by piece: coordinates, then `g_effect`.
-
-    An objective a piece; by sample and position a sample of an objective, without the positions
-    beyond its end.
-    """
-    whole = dataset["g_effect"]
-    names = [str(name) for name in whole.dims]
-    names += [str(name) for name in whole.coords if name not in whole.dims]
-    by_token = "token_id" in whole.coords
-    samples = [[row] for row in range(whole.sizes["sample"])] if by_token else [slice(None)]
-    for at in range(whole.sizes["objective"]):
-        for sample in samples:
-            effect = whole.isel(objective=[at])
-            effect = effect.isel(sample=sample) if by_token else effect
-            with reading(dataset.encoding.get("source", "the result")):
-                table = effect.to_dataframe().reset_index()
-            if by_token:
-                table = table[table["token_id"] >= 0]
-            yield table[[*names, "g_effect"]]
-
-
-def _write_parquet(pieces: Iterable[pd.DataFrame], file: Path) -> None:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    writer = None
-    try:
-        for piece in pieces:
-            table = pa.Table.from_pandas(piece, preserve_index=False)
-            writer = writer or pq.ParquetWriter(file, table.schema)
-            writer.write_table(table)
-    finally:
-        if writer is not None:
-            writer.close()
-
-
 def save_result(dataset: xr.Dataset, file: Path) -> None:
     """Write a result alone, in place of a file that is there.
 
@@ -301,6 +373,7 @@ def write_dataset(dataset: xr.Dataset, file: Path) -> None:
                 store_in(h5, dataset, encoding)
         finally:
             disk.check()  # also where HDF5 misses what it could not write
+    seal(file)
 
 
 def store_in(h5: Any, dataset: xr.Dataset, encoding: dict[Any, Any] | None = None) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 
 from geffect_fast.errors import InputError
 from geffect_fast.runs.disk import DiskFile, unwritable, user_path
+from geffect_fast.runs.seal import seal
 from geffect_fast.runs.store import COMPRESSION, open_run, store_in
 
 if TYPE_CHECKING:
@@ -96,5 +97,6 @@ class EffectFile:
         finally:
             self._disk.check()  # also where HDF5 misses what it could not write
         self._disk.close()
+        seal(self._part)
         self._part.rename(self.file)
         return open_run(self.file, lazy=True)

@@ -13,10 +13,16 @@ from torch import nn
 
 from geffect_fast.errors import InputError
 from geffect_fast.runs.disk import UNFINISHED, remove, synced
+from geffect_fast.runs.manifest import check_sums, checksums, files_below
 from geffect_fast.runs.models import has_remote_code, load_model
+from geffect_fast.runs.seal import read_sealed, write_sealed
 
 MARK = "geffect_fast.json"
 """In a checkpoint of ours, written last: which run and step it is of."""
+
+
+_STATE = ("trainer_state.json", "optimizer.pt", "scheduler.pt", "rng_state.pth")
+"""Without one of these transformers goes on too, to other numbers."""
 
 
 def saving_folder(run: Path) -> Path:
@@ -37,10 +43,12 @@ def saving(run: Path, step: int, identity: str) -> Iterator[None]:
     try:
         yield
         written = saving_folder(run) / f"checkpoint-{step}"
-        mark = {"identity": identity, "step": step}
-        (written / MARK).write_text(json.dumps(mark), encoding="utf-8")
-        for file in written.iterdir():
-            synced(file)
+        names = files_below(written)
+        sums = checksums(written, names)
+        write_sealed(written / MARK, {"identity": identity, "step": step, "files": dict(sums)})
+        for name in [*names, MARK]:
+            synced(written / name)
+        synced(written)
         remove(run / written.name)  # of this run and step: only such a one can be there
         written.rename(run / written.name)
         synced(run)
@@ -61,6 +69,18 @@ def checkpoints(run: Path, identity: str | None = None) -> dict[int, Path]:
         if held is not None and identity in (None, held["identity"]):
             found[int(held["step"])] = folder
     return dict(sorted(found.items()))
+
+
+def check_whole(folder: Path) -> None:
+    """Raise `InputError` where a file of a checkpoint is missing, or is not what was saved."""
+    advice = f"remove the folder {folder.name} to train again from what is before it"
+    mark = _mark_of(folder)
+    assert mark is not None
+    if "files" in mark:
+        check_sums(folder, mark["files"], advice)
+    for name in _STATE:
+        if not (folder / name).is_file():
+            raise InputError(f"{folder / name} is missing, and was written; {advice}")
 
 
 def load_weights(model: nn.Module, folder: Path) -> None:
@@ -95,9 +115,11 @@ def load_weights(model: nn.Module, folder: Path) -> None:
 
 
 def _mark_of(folder: Path) -> dict[str, Any] | None:
-    """What a checkpoint of ours says of itself; None of another's."""
+    """What a checkpoint of ours says of itself; None of another's, and of one that is damaged."""
     try:
         held = json.loads((folder / MARK).read_text(encoding="utf-8"))
+        if {"files", "sha256"} & held.keys():  # marks of earlier versions have neither
+            held = read_sealed(folder / MARK)
         return held if {"identity", "step"} <= held.keys() else None
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError, AttributeError, RecursionError):
         return None

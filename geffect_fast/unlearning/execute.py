@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from geffect_fast.runs.execute import measuring, on_threads, read_sources, reading
+from geffect_fast.runs.inputs import Inputs, input_sums, inputs_of
+from geffect_fast.runs.lock import locked
 from geffect_fast.runs.models import load_model
-from geffect_fast.runs.step_folder import as_begun, begun, kept
+from geffect_fast.runs.step_folder import as_begun, begun, check_resumed, kept
 from geffect_fast.runs.unlearn_config import UnlearnConfig
-from geffect_fast.unlearning.folder import check_start, finish, made_by_unlearning
+from geffect_fast.unlearning.folder import check_start, finish
 from geffect_fast.unlearning.run import SAME_NUMBERS, Unlearning
 
 if TYPE_CHECKING:
@@ -34,6 +37,7 @@ def execute_unlearn(
     report: Reporter | None = None,
     said: Callable[[str], None] = lambda line: None,
     told: Told | None = None,
+    inputs: Inputs = MappingProxyType({}),
 ) -> xr.Dataset:
     """Unlearn as a config says, and write the run folder as it goes.
 
@@ -49,6 +53,7 @@ def execute_unlearn(
         report: adds tables and plots to the folder.
         said: told what was decided, a sentence each.
         told: of every probe.
+        inputs: what else is read, beside what the config names: its own file.
 
     Returns:
         The result, as `geffect_fast.unlearn` returns it.
@@ -56,37 +61,40 @@ def execute_unlearn(
     Raises:
         As `geffect_fast.unlearn`.
     """
-    folder = check_start(out, resume, overwrite)
-    if resume:
-        config = config.model_copy(update=as_begun(config, folder, CHOSEN, SAME_NUMBERS))
-    device, data, tokenizer = read_sources(config, [config.objective, *config.objectives])
-    with on_threads(config.threads) as n_threads:
-        trusted = config.trust_remote_code
-        model = load_model(config.model, config.dtype, str(device), trust_remote_code=trusted)
-        run = Unlearning(
-            model,
-            tokenizer,
-            config.training(),
-            objective=config.objective,
-            objectives=config.objectives,
-            sources=data,
-            reference_model=config.reference,
-            measuring=measuring(config),
-            reading=reading(config),
-            trust_remote_code=trusted,
-        )
-        said(run.rows.sentence(run.sets))
-        chosen: dict[str, Any] = {
-            "token_budget": run.profiler.token_budget,
-            "threads": n_threads,
-            "device": str(device),
-            "dtype": str(model.dtype).removeprefix("torch."),
-            "batch_size": run.training.batch_size,
-            "probe_rows": config.probe_rows or max(map(len, run.rows.rows.values())),
-        }
-        settled = config.model_copy(update=chosen)
-        more = made_by_unlearning(folder)
-        with nullcontext() if resume else begun(folder, settled, more), kept(folder):
-            dataset = run.train(folder, progress=progress, told=told)
-            finish(folder, dataset, run, report)
+    with locked(out):
+        folder = check_start(out, resume, overwrite, inputs_of(config) | dict(inputs))
+        if resume:
+            config = config.model_copy(update=as_begun(config, folder, CHOSEN, SAME_NUMBERS))
+        device, data, tokenizer = read_sources(config, [config.objective, *config.objectives])
+        sums = input_sums(inputs_of(config))
+        if resume:
+            check_resumed(folder, sums)
+        with on_threads(config.threads) as n_threads:
+            trusted = config.trust_remote_code
+            model = load_model(config.model, config.dtype, str(device), trust_remote_code=trusted)
+            run = Unlearning(
+                model,
+                tokenizer,
+                config.training(),
+                objective=config.objective,
+                objectives=config.objectives,
+                sources=data,
+                reference_model=config.reference,
+                measuring=measuring(config),
+                reading=reading(config),
+                trust_remote_code=trusted,
+            )
+            said(run.rows.sentence(run.sets))
+            chosen: dict[str, Any] = {
+                "token_budget": run.profiler.token_budget,
+                "threads": n_threads,
+                "device": str(device),
+                "dtype": str(model.dtype).removeprefix("torch."),
+                "batch_size": run.training.batch_size,
+                "probe_rows": config.probe_rows or max(map(len, run.rows.rows.values())),
+            }
+            settled = config.model_copy(update=chosen)
+            with nullcontext() if resume else begun(folder, settled, sums), kept(folder):
+                dataset = run.train(folder, progress=progress, told=told)
+                finish(folder, dataset, run, report)
     return dataset

@@ -10,9 +10,11 @@ from safetensors import SafetensorError
 from geffect_fast.errors import InputError
 from geffect_fast.runs import step_folder
 from geffect_fast.runs.config import load_config
-from geffect_fast.runs.disk import is_there, remove, remove_unfinished
+from geffect_fast.runs.disk import is_there, remove
+from geffect_fast.runs.inputs import Inputs
+from geffect_fast.runs.manifest import files_below
 from geffect_fast.runs.models import quiet_transformers
-from geffect_fast.runs.store import CONFIG, RESULTS, STEPS, check_free
+from geffect_fast.runs.store import CONFIG, RESULTS, check_free, own_files
 from geffect_fast.runs.unlearn_config import UnlearnConfig
 from geffect_fast.unlearning.checkpoints import checkpoints
 
@@ -25,36 +27,40 @@ if TYPE_CHECKING:
 MODEL = "model"
 
 
-def made_by_unlearning(folder: Path) -> list[str]:
-    """Names of what such a run makes in its folder beside what every run of steps does."""
-    return [*(path.name for path in checkpoints(folder).values()), MODEL]
+def checkpoint_files(folder: Path) -> list[str]:
+    """The files of the checkpoints in a run folder that an unlearning run made."""
+    return [
+        f"{checkpoint.name}/{name}"
+        for checkpoint in checkpoints(folder).values()
+        for name in files_below(checkpoint)
+    ]
 
 
-def check_start(out: str | Path, resume: bool, overwrite: bool) -> Path:
-    """The folder of a run, if it may begin, or go on, there.
+def check_start(out: str | Path, resume: bool, overwrite: bool, inputs: Inputs) -> Path:
+    """The folder in which a run works, if it may begin, or go on, in `out`; the caller locks that.
 
     Touches nothing but what a process killed at its very end left beside its result: checkpoints.
 
     Raises:
         InputError: it cannot be written to; it holds a run and neither `resume` nor `overwrite` is
-            given, or something else under a name of ours; there is nothing to resume, or the run
-            is complete.
+            given, or something else under a name of ours; there is nothing to resume, the run is
+            complete, or an input would be replaced.
     """
     folder = check_free(out, overwrite=True)
-    theirs = set(folder.glob("checkpoint-*")) - set(checkpoints(folder).values())
-    if not is_there(folder / STEPS) and is_there(folder / MODEL):
-        theirs.add(folder / MODEL)
+    theirs = {path.name for path in folder.glob("checkpoint-*")}
+    theirs -= {path.name for path in checkpoints(folder).values()}
+    if is_there(folder / MODEL) and not any(n.startswith(f"{MODEL}/") for n in own_files(folder)):
+        theirs.add(MODEL)
     if theirs:
         raise InputError(
-            f"run folder {out} holds {min(theirs).name}, which no unlearning run made; choose "
-            "another --out"
+            f"run folder {out} holds {min(theirs)}, which no unlearning run made, or one that kept "
+            "no list of its files; move it away, or choose another --out"
         )
     if resume and is_there(folder / RESULTS) and is_there(folder / CONFIG):
         begun = load_config(folder / CONFIG)
         if isinstance(begun, UnlearnConfig) and not begun.keep_checkpoints:
             _remove_checkpoints(folder)
-            remove_unfinished(folder)
-    return step_folder.check_start(out, resume, overwrite, made_by_unlearning(folder))
+    return step_folder.check_start(out, resume, overwrite, checkpoint_files(folder), inputs)
 
 
 def finish(folder: Path, dataset: xr.Dataset, run: Unlearning, report: Reporter | None) -> None:
@@ -81,9 +87,9 @@ def finish(folder: Path, dataset: xr.Dataset, run: Unlearning, report: Reporter 
         except SafetensorError as error:
             raise OSError(str(error)) from error
 
-    step_folder.finish(folder, dataset, report, save_model)
-    if not run.training.keep_checkpoints:
-        _remove_checkpoints(folder)
+    step_folder.finish(
+        folder, dataset, report, save_model, checkpoint_files, run.training.keep_checkpoints
+    )
 
 
 def _remove_checkpoints(folder: Path) -> None:

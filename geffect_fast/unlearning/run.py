@@ -26,7 +26,6 @@ from geffect_fast.runs.arguments import (
     resolved_list,
     resolved_risk,
 )
-from geffect_fast.runs.disk import remove_unfinished
 from geffect_fast.runs.models import quiet_transformers
 from geffect_fast.runs.probe import Probe, run_identity
 from geffect_fast.runs.profiler import Profiler
@@ -34,7 +33,7 @@ from geffect_fast.runs.progress import progress_bar
 from geffect_fast.runs.steps import StepStore
 from geffect_fast.runs.store import STEPS
 from geffect_fast.runs.unlearn_config import Training
-from geffect_fast.unlearning.checkpoints import checkpoints
+from geffect_fast.unlearning.checkpoints import check_whole, checkpoints
 from geffect_fast.unlearning.probe_rows import choose_rows
 
 if TYPE_CHECKING:
@@ -170,8 +169,9 @@ class Unlearning:
         training = self.training
         store = StepStore(None if folder is None else folder / STEPS, self.identity)
         saved = {} if folder is None else checkpoints(folder, self.identity)
-        if folder is not None:
-            remove_unfinished(folder)
+        if saved:
+            check_whole(saved[max(saved)])
+            self._check_steps(store, saved[max(saved)], max(saved))
         probe = Probe(self.profiler, store, trained=str(self.loss.objective))
         live = GEffectCallback.of(probe, training.probe_every)
         sizes = self._rows_an_update([part for _, part in self.loss.objective.parts()])
@@ -216,6 +216,17 @@ class Unlearning:
             self._until_done(trainer, saved[max(saved)] if saved else None)
         assert live.result is not None
         return live.result.assign_attrs(self.attributes())
+
+    def _check_steps(self, store: StepStore, checkpoint: Path, done: int) -> None:
+        """Raise `InputError` where a step is lost that training would go on behind."""
+        ends = [done] if done == self.training.steps else []
+        for step in [*range(0, done + 1, self.training.probe_every), *ends]:
+            store.check_free([step])
+            if step not in store.steps:
+                raise InputError(
+                    f"{store.where}: step {step} is missing, and {checkpoint.name} is behind it; "
+                    "put its file back, or remove that folder to train again"
+                )
 
     def attributes(self) -> dict[str, Any]:
         """What a result says of its run."""

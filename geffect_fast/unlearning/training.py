@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from math import isfinite
@@ -23,7 +24,7 @@ from geffect_fast.engines.attempts import Attempt, TokenBudget, attempts
 from geffect_fast.engines.forward_pass import model_outputs
 from geffect_fast.engines.packed_attention import packed_attention
 from geffect_fast.engines.tasks import Task, tasks_for
-from geffect_fast.errors import NonFiniteError, UnfinishedError
+from geffect_fast.errors import InputError, NonFiniteError, UnfinishedError
 from geffect_fast.objectives import Objective, Outputs
 from geffect_fast.objectives.base import REFERENCE_NEEDS
 from geffect_fast.runs.budget import within_budget
@@ -331,9 +332,34 @@ class UnlearnTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         load_weights(self.model, Path(resume_from_checkpoint))
 
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with _readable(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with _readable(checkpoint):
+            super()._load_rng_state(checkpoint)
+
     def floating_point_ops(self, inputs: Any) -> int:
         """0: transformers would count the tokens of one input."""
         return 0
 
     def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
         return SequentialSampler(self.train_dataset)
+
+
+@contextmanager
+def _readable(checkpoint: str | None) -> Iterator[None]:
+    """A checkpoint's states being loaded, which fail in many ways where they are none.
+
+    Raises:
+        InputError: they do.
+    """
+    try:
+        yield
+    except Exception as error:
+        reason = " ".join(str(error).split())[:120] or type(error).__name__
+        raise InputError(
+            f"checkpoint {checkpoint}: its optimizer.pt, scheduler.pt or rng_state.pth cannot be "
+            f"loaded ({reason}); remove the folder to train again from what is before it"
+        ) from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,9 +12,11 @@ from torch import nn
 from geffect_fast.data.batch import Reduction
 from geffect_fast.objectives import Objective
 from geffect_fast.runs.config import checked_config
-from geffect_fast.runs.step_folder import clear, kept
+from geffect_fast.runs.inputs import input_sums, weights_sums
+from geffect_fast.runs.lock import locked
+from geffect_fast.runs.step_folder import begun, check_resumed, kept
 from geffect_fast.runs.unlearn_config import Training
-from geffect_fast.unlearning.folder import check_start, finish, made_by_unlearning
+from geffect_fast.unlearning.folder import check_start, finish
 from geffect_fast.unlearning.run import Unlearning
 
 if TYPE_CHECKING:
@@ -91,32 +94,45 @@ def unlearn(
         ...                     objective="npo(beta=0.1)", steps=60, learning_rate=1e-5)
         >>> result.g_effect.sum(["parameter", "sample"]).sel(objective="npo(beta=0.1)")
     """
-    folder = None if out is None else check_start(out, resume, overwrite)
-    run = Unlearning(
-        model,
-        tokenizer,
-        checked_config(Training, training),
-        objective=objective,
-        objectives=objectives,
-        sources={"forget": forget, "retain": retain, "probes": probes, "refusals": refusals},
-        reference_model=reference_model,
-        measuring={
-            "resolve": resolve,
-            "engine": engine,
-            "reduction": reduction,
-            "risk": risk,
-            "norms": norms,
-            "groups": groups,
-            "token_budget": token_budget,
-        },
-        trust_remote_code=trust_remote_code,
-        reading={"template": template, "max_length": max_length},
-    )
-    if folder is None:
-        return run.train(None, progress=progress)
-    if not resume:
-        clear(folder, made_by_unlearning(folder))
-    with kept(folder):
-        dataset = run.train(folder, progress=progress)
-        finish(folder, dataset, run, report)
+
+    def prepared() -> Unlearning:
+        return Unlearning(
+            model,
+            tokenizer,
+            checked_config(Training, training),
+            objective=objective,
+            objectives=objectives,
+            sources={"forget": forget, "retain": retain, "probes": probes, "refusals": refusals},
+            reference_model=reference_model,
+            measuring={
+                "resolve": resolve,
+                "engine": engine,
+                "reduction": reduction,
+                "risk": risk,
+                "norms": norms,
+                "groups": groups,
+                "token_budget": token_budget,
+            },
+            trust_remote_code=trust_remote_code,
+            reading={"template": template, "max_length": max_length},
+        )
+
+    if out is None:
+        return prepared().train(None, progress=progress)
+    given = {"forget": forget, "retain": retain, "refusals": refusals, **(probes or {})}
+    given["reference_model"] = reference_model
+    read = {name: source for name, source in given.items() if isinstance(source, str | Path)}
+    with locked(out):
+        folder = check_start(out, resume, overwrite, read)
+        models = {"model": model, "reference_model": reference_model}
+        weights = {
+            name: weights_sums(each) for name, each in models.items() if isinstance(each, nn.Module)
+        }
+        run = prepared()  # which may put an adapter into the model
+        sums = input_sums(read) | weights
+        if resume:
+            check_resumed(folder, sums)
+        with nullcontext() if resume else begun(folder, None, sums), kept(folder):
+            dataset = run.train(folder, progress=progress)
+            finish(folder, dataset, run, report)
     return dataset

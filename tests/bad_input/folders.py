@@ -13,6 +13,7 @@ from synthetic import make_dataset
 
 from geffect_fast.runs.config import make_config
 from geffect_fast.runs.disk import UNFINISHED
+from geffect_fast.runs.manifest import Manifest, checksums, files_below
 from geffect_fast.runs.store import save_run
 
 FULL = OSError(errno.ENOSPC, "No space left on device")
@@ -23,6 +24,11 @@ LAST_PLOT = "geffect_fast.report.plots.plot_instances"
 def a_run(here, _patch):
     """A finished run in the folder run."""
     save_run(here / "run", make_dataset(n_blocks=2), make_config(CONFIG))
+
+
+def made_by_a_run(here, _patch):
+    """Everything in the folder, by what its manifest says."""
+    Manifest(checksums(here, files_below(here))).write(here)
 
 
 def changed(change):
@@ -126,15 +132,15 @@ CASES = [
     ),
     Case(
         "a demo over other data",
-        ["demo", "-q", "--out", "."],
-        ". already holds forget.jsonl",
-        "use --overwrite",
+        ["demo", "-q", "--out", ".", "--overwrite"],
+        ". holds forget.jsonl, which no demo made",
+        "choose another --out",
     ),
     Case(
-        "a run.yaml in the folder",
+        "a run.yaml of somebody in the folder",
         profile(out="."),
-        "already holds run.yaml",
-        "use --overwrite",
+        ". holds run.yaml, which no run made",
+        "choose another --out",
         holds("run.yaml", "mine"),
     ),
     # ---- runs that cannot be read ----
@@ -174,14 +180,14 @@ CASES = [
     Case(
         "a result torn in the middle",
         ["show", "run"],
-        "run/results.nc is torn",
+        "run/results.nc is damaged or was replaced: its checksum",
         "run profile again",
         both(a_run, middle_lost),
     ),
     Case(
         "a result torn in the middle, exported",
         ["export", "run", "--to", "x.csv"],
-        "run/results.nc is torn",
+        "run/results.nc is damaged or was replaced: its checksum",
         "run profile again",
         both(a_run, middle_lost),
     ),
@@ -388,7 +394,7 @@ CASES = [
         ["demo", "-q", "--out", ".", "--overwrite"],
         "interrupted",
         "nothing",
-        interrupted("torch.optim.AdamW.step"),
+        both(made_by_a_run, interrupted("torch.optim.AdamW.step")),
         130,
     ),
 ]

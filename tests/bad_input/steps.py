@@ -327,7 +327,11 @@ CASES = [
         RESUMED,
         "step-00000000.nc is a step of another run",
         "move the file away",
-        both(half_done, lambda here, _: shutil.copy(here / "retain.jsonl", here / "forget.jsonl")),
+        both(
+            half_done,
+            gone("run/manifest.json"),
+            lambda here, _: shutil.copy(here / "retain.jsonl", here / "forget.jsonl"),
+        ),
     ),
     # ---- the disk ----
     Case(
@@ -335,7 +339,7 @@ CASES = [
         checkpoints(),
         "run/steps cannot be written: No space left",
         "free some space",
-        both(saved, patched("os.fsync", FULL)),
+        both(saved, patched("geffect_fast.runs.steps.synced", FULL)),
     ),
     Case(
         "a disk that is full at a later step",

@@ -12,7 +12,7 @@ from synthetic import make_dataset
 from geffect_fast.report.steps import write_step_summary
 from geffect_fast.report.summary import write_summary
 from geffect_fast.runs.csv_cells import csv_cell, write_csv
-from geffect_fast.runs.store import export
+from geffect_fast.runs.export import export
 
 FORMULAS = [
     *("=1+1", '=HYPERLINK("http://x")', "+1+cmd|' /C calc'!A0", "-2+3", "@SUM(1)"),

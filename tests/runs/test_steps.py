@@ -88,7 +88,7 @@ def damages():
     torn = "is torn or not NetCDF"
     return [
         (cut, torn),
-        (middle, torn),
+        (middle, "is damaged: its checksum is not that of what was written"),
         (empty, torn),
         (other, "is a step of another run"),
         (renumbered, "holds step 0"),

@@ -12,7 +12,8 @@ from synthetic import make_dataset
 from geffect_fast.errors import InputError
 from geffect_fast.runs.config import load_config, make_config
 from geffect_fast.runs.disk import UNFINISHED
-from geffect_fast.runs.store import check_free, export, open_run, save_run
+from geffect_fast.runs.export import export
+from geffect_fast.runs.store import check_free, open_run, save_run
 
 CONFIG = make_config({"model": "a/b", "forget": "c/d", "retain": "e/f", "objectives": "ga"})
 
@@ -77,7 +78,7 @@ def test_a_folder_with_a_run_is_refused_unless_overwritten(tmp_path, dataset):
 
 def test_a_foreign_run_yaml_is_never_overwritten_unasked(tmp_path, dataset):
     (tmp_path / "run.yaml").write_text("mine")
-    with pytest.raises(InputError, match=r"already holds run\.yaml"):
+    with pytest.raises(InputError, match=r"holds run\.yaml, which no run made"):
         save_run(tmp_path, dataset, CONFIG)
     assert files(tmp_path) == ["run.yaml"]
 
@@ -149,7 +150,7 @@ def test_what_is_no_run_is_named(tmp_path, dataset):
 def test_a_torn_result_is_named(tmp_path, dataset, kept):
     file = save_run(tmp_path / "run", dataset, CONFIG) / "results.nc"
     file.write_bytes(file.read_bytes()[:kept])
-    with pytest.raises(InputError, match=r"results\.nc is torn or not NetCDF") as caught:
+    with pytest.raises(InputError, match=r"results\.nc is torn or was replaced: it has") as caught:
         open_run(tmp_path / "run")
     assert "\n" not in str(caught.value)
 
