@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Annotated
 
@@ -32,6 +32,7 @@ def report(
     from geffect_fast.report.page import write_page
     from geffect_fast.runs.config import read_values
     from geffect_fast.runs.disk import is_there, unwritable, user_path
+    from geffect_fast.runs.lock import locked
     from geffect_fast.runs.manifest import check_file, note
     from geffect_fast.runs.result_form import check_complete
     from geffect_fast.runs.store import CONFIG, REPORT, open_run, own_files, reading
@@ -63,9 +64,10 @@ def report(
             if is_there(folder / CONFIG):
                 check_file(folder, CONFIG, "put back what was there")
                 configs[name] = read_values(folder / CONFIG)
-        write_page(opened, file, configs=configs)
-    if out is None:
-        note(folders[0], REPORT)
+        with locked(folders[0]) if out is None else nullcontext():
+            write_page(opened, file, configs=configs)
+            if out is None:
+                note(folders[0], REPORT)
     print(file)
 
 

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import platform
+import re
 import shutil
 import tempfile
 import time
@@ -22,6 +23,9 @@ UNFINISHED = ".unfinished-"
 
 REPLACED = ".replaced-"
 """How the name of a folder begins that holds what a new run takes the place of, until it has."""
+
+_RUN_PART = re.compile(r"\.(run\.yaml|manifest\.json|results\.nc|report\.html)\..+\.\d+\.part")
+"""What `part_of` calls files of a run, which are written by who holds the folder's lock."""
 
 _NOTE = "note.json"
 _ASIDE = "aside"
@@ -97,7 +101,7 @@ def check_usable(folder: str | Path) -> Path:
 
 
 @contextmanager
-def set_aside(folder: Path, names: Iterable[str]) -> Iterator[None]:
+def set_aside(folder: Path, names: Iterable[str], source: Path | None = None) -> Iterator[None]:
     """Move files and folders of these names out of the way; they are back if the block fails.
 
     Where it does, whatever it made under these names goes; where it does not, what was set aside
@@ -107,13 +111,16 @@ def set_aside(folder: Path, names: Iterable[str]) -> Iterator[None]:
     Args:
         folder: they are in; folders that become empty go.
         names: paths in it.
+        source: folder in it that the block moves new ones out of, and to which these return where
+            the block fails; None: they are made anew, and go then.
     """
     names = sorted(set(names))
     above = {parent.as_posix() for name in names for parent in Path(name).parents} - {"."}
-    note = {
+    note: dict[str, Any] = {
         "names": names,
         "present": [name for name in names if is_there(folder / name)],
         "folders": sorted(each for each in above if not is_there(folder / each)),
+        "source": None if source is None else source.relative_to(folder).as_posix(),
     }
     hidden = folder / f"{REPLACED}{time.time_ns()}"
     begun = Path(tempfile.mkdtemp(prefix=UNFINISHED, dir=folder))
@@ -153,6 +160,9 @@ def recovered(folder: Path) -> None:
     for hidden in sorted(folder.glob(f"{REPLACED}*"), reverse=True):  # the innermost first
         _put_back(folder, hidden)
     remove_unfinished(folder)
+    for left in folder.glob(".*.part"):
+        if _RUN_PART.fullmatch(left.name):
+            left.unlink()
 
 
 def check_inside(folder: Path, name: str) -> None:
@@ -169,23 +179,28 @@ def _put_back(folder: Path, hidden: Path) -> None:
         note = json.loads((hidden / _NOTE).read_text(encoding="utf-8"))
     else:
         note = _note_of_old(folder, hidden)
-    for name in [*note["names"], *note["folders"]]:
+    source = note["source"]
+    for name in [*note["names"], *note["folders"], *([source] if source else [])]:
         check_inside(folder, name)
     for name in note["names"]:
         # What was moved is read from the disk: a kill may come between a move and any note of it.
         aside, place = hidden / _ASIDE / name, folder / name
+        if is_there(place) and (is_there(aside) or name not in note["present"]):
+            origin = folder / source / name if source else None
+            if origin is None or is_there(origin):
+                remove(place)
+            else:
+                origin.parent.mkdir(parents=True, exist_ok=True)
+                place.rename(origin)
         if is_there(aside):
-            remove(place)
             place.parent.mkdir(parents=True, exist_ok=True)
             aside.rename(place)
-        elif name not in note["present"]:
-            remove(place)
     _remove_empty(folder, note["folders"])
     synced(folder)
     remove(hidden)
 
 
-def _note_of_old(folder: Path, hidden: Path) -> dict[str, list[str]]:
+def _note_of_old(folder: Path, hidden: Path) -> dict[str, Any]:
     """The note of what a version without notes set aside, where all of it can be put back."""
     names = [path.name for path in hidden.iterdir() if path.name != _ASIDE]
     for name in names:
@@ -198,7 +213,7 @@ def _note_of_old(folder: Path, hidden: Path) -> dict[str, list[str]]:
         (hidden / name).rename(hidden / _ASIDE / name)
     aside = hidden / _ASIDE
     names = [path.name for path in aside.iterdir()] if aside.is_dir() else []
-    return {"names": names, "present": names, "folders": []}
+    return {"names": names, "present": names, "folders": [], "source": None}
 
 
 def _remove_empty(folder: Path, names: Iterable[str]) -> None:
@@ -227,10 +242,9 @@ def whole_file(what: str, path: str | Path, option: str) -> Iterator[Path]:
             raise InputError(f"{what} is a folder; choose another {option}")
     except OSError as error:
         raise unwritable(what, option, error) from None
-    host = platform.node()
-    part = file.with_name(f".{file.name}.{host}.{os.getpid()}.part")
+    part = part_of(file)
     try:
-        for left in file.parent.glob(f".{glob.escape(file.name)}.{glob.escape(host)}.*.part"):
+        for left in file.parent.glob(f"{glob.escape(part.name.rsplit('.', 2)[0])}.*.part"):
             if not _lives(left.suffixes[-2].removeprefix(".")):
                 left.unlink(missing_ok=True)
         yield part
@@ -242,6 +256,11 @@ def whole_file(what: str, path: str | Path, option: str) -> Iterator[Path]:
     finally:
         with suppress(OSError):  # of a name too long to be looked for
             part.unlink(missing_ok=True)
+
+
+def part_of(file: Path) -> Path:
+    """Where this process writes a file, before that takes its place."""
+    return file.with_name(f".{file.name}.{platform.node()}.{os.getpid()}.part")
 
 
 def _lives(pid: str) -> bool:

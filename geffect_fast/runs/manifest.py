@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from geffect_fast.errors import InputError
-from geffect_fast.runs.disk import check_inside, is_there
+from geffect_fast.runs.disk import check_inside, is_there, part_of, synced
 from geffect_fast.runs.seal import read_sealed, write_sealed
 
 MANIFEST = "manifest.json"
@@ -59,11 +59,14 @@ class Manifest:
 
     def write(self, folder: Path) -> None:
         """Write it into a folder; one that is there is replaced at once."""
-        part = folder / f".{MANIFEST}.part"
-        write_sealed(part, {"files": dict(self.files), "inputs": dict(self.inputs)})
-        with part.open("rb") as written:
-            os.fsync(written.fileno())
-        part.replace(folder / MANIFEST)
+        part = part_of(folder / MANIFEST)
+        try:
+            write_sealed(part, {"files": dict(self.files), "inputs": dict(self.inputs)})
+            synced(part)
+            part.replace(folder / MANIFEST)
+            synced(folder)
+        finally:
+            part.unlink(missing_ok=True)
 
 
 def note(folder: Path, *names: str) -> None:

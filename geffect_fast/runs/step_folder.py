@@ -17,7 +17,7 @@ from geffect_fast.errors import (
     UnfinishedError,
 )
 from geffect_fast.runs.config import RunConfig, dump_config, load_config
-from geffect_fast.runs.disk import UNFINISHED, folder_for, is_there, remove, whole_file
+from geffect_fast.runs.disk import UNFINISHED, folder_for, is_there, recovered, remove, whole_file
 from geffect_fast.runs.inputs import Inputs, check_unchanged
 from geffect_fast.runs.manifest import (
     MANIFEST,
@@ -77,6 +77,8 @@ def check_start(
     if overwrite:
         check_inputs(folder, more, inputs or {})
     replacing = folder / NEXT
+    if is_there(replacing):
+        recovered(replacing)
     if resume and is_there(replacing / RESULTS):
         _promote(replacing, more)  # a kill came between its end and that
     elif resume and is_there(replacing):

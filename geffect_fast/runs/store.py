@@ -232,21 +232,24 @@ def put_in_place(folder: Path, staging: Path, own: Collection[str]) -> None:
 
     Args:
         folder: of the run.
-        staging: holds the new files.
+        staging: holds the new files, and a manifest that lists them.
         own: paths in `folder` of the earlier run's files, all of which go.
 
     Raises:
         InputError: there is a file that no run made where one would be written.
         OSError: the disk refuses.
     """
-    names = sorted(files_below(staging), key=lambda name: name == RESULTS)
+    manifest = Manifest.read(staging)
+    assert manifest is not None
+    made = [name for name in files_below(staging) if name in {MANIFEST, *manifest.files}]
+    names = sorted(made, key=lambda name: name == RESULTS)
     for name in names:
         if is_there(folder / name) and name not in own:
             raise InputError(
                 f"run folder {folder} holds {name}, which no run made; choose another --out"
             )
         synced(staging / name)
-    with set_aside(folder, {*own, *names}):
+    with set_aside(folder, {*own, *names}, staging):
         for name in names:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (staging / name).rename(folder / name)

@@ -111,7 +111,8 @@ CASES = [
         "--out a is the folder of a run", "choose another", AB,
     ),
     Case(
-        "a comparison over another", WORKS, "already holds summary.csv", "--overwrite",
+        "a comparison over a summary of somebody", WORKS,
+        "c holds summary.csv, which no run made", "choose another --out",
         both(AB, holds("c/summary.csv", "mine")),
     ),
     Case(

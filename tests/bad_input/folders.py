@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import stat
 import sys
 from pathlib import Path
@@ -27,8 +28,13 @@ def a_run(here, _patch):
 
 
 def made_by_a_run(here, _patch):
-    """Everything in the folder, by what its manifest says."""
+    """Everything here, by what a manifest says."""
     Manifest(checksums(here, files_below(here))).write(here)
+
+
+def listed(here, _patch):
+    """The run in the folder run with a manifest of everything in it."""
+    Manifest(checksums(here / "run", files_below(here / "run"))).write(here / "run")
 
 
 def changed(change):
@@ -142,6 +148,60 @@ CASES = [
         ". holds run.yaml, which no run made",
         "choose another --out",
         holds("run.yaml", "mine"),
+    ),
+    Case(
+        "a summary of somebody in the folder",
+        [*profile(out="."), "--overwrite"],
+        ". holds summary.csv, which no run made",
+        "choose another --out",
+        holds("summary.csv", "mine"),
+    ),
+    Case(
+        "a report of somebody in the folder of a run",
+        ["report", "run"],
+        "report.html: no run made that",
+        "name another page, --out",
+        both(a_run, holds("run/report.html", "mine")),
+    ),
+    Case(
+        "data that an earlier run made, and that would be replaced",
+        [*profile(forget="run/forget.jsonl"), "--overwrite"],
+        "--forget",
+        "which --overwrite would replace; choose another --out",
+        both(a_run, lambda here, _: shutil.copy(here / "forget.jsonl", here / "run"), listed),
+    ),
+    Case(
+        "a model that an earlier run made, and that would be replaced",
+        [*profile(model="run/model"), "--overwrite"],
+        "--model",
+        "which --overwrite would replace; choose another --out",
+        both(a_run, lambda here, _: shutil.copytree(here / "model", here / "run/model"), listed),
+    ),
+    Case(
+        "a link to a model that would be replaced",
+        [*profile(reference="linked"), "--overwrite"],
+        "--reference",
+        "which --overwrite would replace; choose another --out",
+        both(
+            a_run,
+            lambda here, _: shutil.copytree(here / "model", here / "run/model"),
+            listed,
+            lambda here, _: (here / "linked").symlink_to("run/model"),
+        ),
+    ),
+    Case(
+        "a config that would be replaced",
+        ["profile", "-q", "--config", "run/run.yaml", "--out", "run", "--overwrite"],
+        "--config run/run.yaml",
+        "which --overwrite would replace; choose another --out",
+        a_run,
+    ),
+    Case(
+        "a manifest of another program",
+        [*profile(out="."), "--overwrite"],
+        "manifest.json is not as a run wrote it",
+        "move it away",
+        holds("manifest.json", '{"name": "app"}'),
     ),
     # ---- runs that cannot be read ----
     Case(
@@ -263,6 +323,13 @@ CASES = [
         "export x.csv",
         "choose another --to",
         both(a_run, lambda here, _: (here / "x.csv").mkdir()),
+    ),
+    Case(
+        "an export over a file",
+        ["export", "run", "--to", "retain.jsonl.csv"],
+        "export retain.jsonl.csv is there already",
+        "choose another --to or use --overwrite",
+        both(a_run, holds("retain.jsonl.csv", "mine")),
     ),
     Case(
         "no pyarrow",

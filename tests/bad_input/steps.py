@@ -333,6 +333,27 @@ CASES = [
             lambda here, _: shutil.copy(here / "retain.jsonl", here / "forget.jsonl"),
         ),
     ),
+    Case(
+        "a checkpoint that was replaced after it was measured",
+        RESUMED,
+        "resume: model.safetensors of --checkpoints",
+        "put that back, or begin another run",
+        both(half_done, weight("lm_head.weight", 0.5, "out/checkpoint-5")),
+    ),
+    Case(
+        "a checkpoint to come that was replaced",
+        RESUMED,
+        "resume: model.safetensors of --checkpoints",
+        "put that back, or begin another run",
+        both(half_done, weight("lm_head.weight", 0.5, "out/checkpoint-10")),
+    ),
+    Case(
+        "data that were replaced",
+        RESUMED,
+        "resume: forget.jsonl of --forget is not what the run",
+        "put that back, or begin another run",
+        both(half_done, lambda here, _: shutil.copy(here / "retain.jsonl", here / "forget.jsonl")),
+    ),
     # ---- the disk ----
     Case(
         "a disk that is full at the first step",

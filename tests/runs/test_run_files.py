@@ -113,7 +113,9 @@ def test_what_was_set_aside_leads_nowhere_else(run, name):
     (run / "link").symlink_to(run.parent)
     hidden = run / f"{REPLACED}1"
     hidden.mkdir()
-    (hidden / "note.json").write_text(f'{{"names": ["{name}"], "present": [], "folders": []}}')
+    (hidden / "note.json").write_text(
+        f'{{"names": ["{name}"], "present": [], "folders": [], "source": null}}'
+    )
     with pytest.raises(InputError, match="is no file in it; it is left alone"):
         open_run(run)
     assert mine.read_text() == "mine"
