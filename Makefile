@@ -38,10 +38,11 @@ extra = $$($(BIN)/python -c 'from importlib.metadata import requires; \
 	print(*(r.split(";")[0].strip() for r in requires("geffect-fast") if "$(1)" in r.partition(";")[2]))')
 
 .DELETE_ON_ERROR:
-.PHONY: help install demo test test-nobuild lint format cuda-check sanitize bench gpu gpu-build gpu-test gpu-bench gpu-engines clean
+.PHONY: help install demo readme test test-nobuild lint format cuda-check sanitize bench gpu gpu-build gpu-test gpu-bench gpu-engines clean
 
 help:
 	@echo "make demo          install into $(VENV), build the kernels, run the demo into $(DEMO_OUT)"
+	@echo "make readme        compare README's outputs with what its commands print"
 	@echo "make test          install and run all tests"
 	@echo "make test-nobuild  tests of what calls the kernels, on an installation without them"
 	@echo "make lint          ruff, clang-format, mypy"
@@ -93,6 +94,10 @@ $(VENV)/tools-cuda: $(VENV)/installed
 
 demo: $(VENV)/installed
 	$(BIN)/geffect-fast demo --out $(DEMO_OUT) --overwrite
+
+# README's outputs are those of the commands above them; without --check the script puts them there.
+readme: $(VENV)/installed
+	$(BIN)/python tools/readme_outputs.py --check
 
 test: $(VENV)/tools-test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(SIDE_BY_SIDE)

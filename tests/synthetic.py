@@ -101,7 +101,9 @@ def make_dataset(
         spread = xr.DataArray([2 / 3, 1 / 3, 0.0], {"position": [0, 1, 2]})
         dataset["g_effect"] = dataset["g_effect"] * spread
         ids = np.tile([7, 9, -1], (n_samples, 1))
-        dataset = dataset.assign_coords(token_id=(("sample", "position"), ids))
+        within = ("sample", "position")
+        sequence = np.where(ids < 0, -1, 0)
+        dataset = dataset.assign_coords(token_id=(within, ids), sequence=(within, sequence))
     if "token" in resolve:
         dataset = _with_tokens(dataset, rng)
     if "group" in resolve:

@@ -10,11 +10,11 @@ import numpy as np
 from rich.console import Group
 from rich.text import Text
 
-from geffect_fast.report.steps import Agreement, Outcome, by_column
+from geffect_fast.report.steps import Agreement, Outcome, by_column, cost_spread
 from geffect_fast.report.summary import UNLEARN
 from geffect_fast.report.table import STYLES, new_table, number, symbol
 from geffect_fast.runs.csv_cells import write_csv
-from geffect_fast.runs.told_apart import precision_error
+from geffect_fast.runs.told_apart import precision_error, risk_spreads
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -43,7 +43,7 @@ def comparison_rows(runs: xr.Dataset) -> list[dict[str, Any]]:
     for at, name in enumerate(map(str, runs["run"].values)):
         run = runs.isel(run=at)
         values = run["risk_value"].transpose("step", "risk").values
-        outcome = Outcome.of(values, risks)
+        outcome = Outcome.of(values, risks, risk_spreads(run))
         effects = run["g_effect"].sum("step", skipna=False)
         row: dict[str, Any] = {"run": name, "objective": str(run["objective"].item())}
         row |= {f"risk_{risk}": values[-1, m] for m, risk in enumerate(risks)}
@@ -53,6 +53,42 @@ def comparison_rows(runs: xr.Dataset) -> list[dict[str, Any]]:
         row |= {"equal_removal": removal, "harm_at_equal_removal": harms[at]}
         rows.append(row | {"cost": outcome.cost, "verdict": outcome.verdict})
     return rows
+
+
+def comparison_spreads(runs: xr.Dataset) -> dict[str, np.ndarray]:
+    """What rows move columns of `comparison_rows` by, `(run, rows)` by name; 0 rows: not known."""
+    risks = [str(risk) for risk in runs["risk"].values]
+    unlearn = risks.index(UNLEARN)
+    target, _ = at_equal_removal(runs)
+    found: dict[str, list[np.ndarray]] = {}
+    for at in range(runs.sizes["run"]):
+        run = runs.isel(run=at)
+        values, spreads = run["risk_value"].transpose("step", "risk").values, risk_spreads(run)
+        rises, moved = values - values[:1], spreads - spreads[:1]
+        outcome = Outcome.of(values, risks)
+        of_harm = np.zeros(moved.shape[-1])
+        if math.isfinite(target):
+            last, part = _crossing(rises[:, unlearn], target)
+            between = moved[last - 1] + part * (moved[last] - moved[last - 1])
+            harm = rises[last - 1] + part * (rises[last] - rises[last - 1])
+            worst = max((m for m in range(len(risks)) if m != unlearn), key=harm.__getitem__)
+            steps = rises[last] - rises[last - 1]
+            of_harm = between[worst] - steps[worst] / steps[unlearn] * between[unlearn]
+        for name, spread in (
+            (f"rise_{UNLEARN}", moved[-1, unlearn]),
+            ("cost", cost_spread(outcome.change, outcome.cost, moved[-1])),
+            ("harm_at_equal_removal", of_harm),
+        ):
+            found.setdefault(name, []).append(spread)
+    return {name: np.stack(spreads) for name, spreads in found.items()}
+
+
+def _crossing(removed: np.ndarray, target: float) -> tuple[int, float]:
+    """The place where a rise first reaches a target, and the part of the way to it from before."""
+    there = np.where(np.isfinite(removed), removed, -np.inf) >= target
+    last = int(there.argmax())
+    before, after = removed[last - 1], removed[last]
+    return last, float((target - before) / (after - before))
 
 
 def at_equal_removal(runs: xr.Dataset) -> tuple[float, list[float]]:
@@ -70,10 +106,8 @@ def at_equal_removal(runs: xr.Dataset) -> tuple[float, list[float]]:
     if target <= 0 or rises.shape[-1] < 2:
         return math.nan, [math.nan] * len(rises)
     harms = []
-    for rise, there in zip(rises, removed >= target, strict=True):
-        last = int(there.argmax())
-        before, after = rise[last - 1, at], rise[last, at]
-        part = (target - before) / (after - before)
+    for rise in rises:
+        last, part = _crossing(rise[:, at], target)
         others = np.delete(rise[last - 1] + part * (rise[last] - rise[last - 1]), at)
         harms.append(float(others.max()))
     return target, harms
@@ -141,7 +175,7 @@ def write_comparison(runs: xr.Dataset, folder: Path) -> None:
     from geffect_fast.report.curves import save_figures
 
     write_csv(pd.DataFrame(comparison_rows(runs)), folder / "summary.csv")
-    columns = by_column(runs, "risk")
+    columns = by_column(runs.drop_vars("risk_value_spread", errors="ignore"), "risk")
     if "group" in runs.dims:
         columns = by_column(columns, "group")
     table = columns.to_dataframe(dim_order=["run", "step"]).reset_index()

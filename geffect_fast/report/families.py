@@ -125,7 +125,7 @@ class Swept:
             n_alike = int((among & ~apart).sum()) if off.any() or spread.shape[-1] else 1
             if n_alike > 1:
                 every = n_alike == among.sum()
-                what = f"{what}: all {n_alike} alike" if every else f"{what} ({n_alike} alike)"
+                what = f"{what} (all alike)" if every else f"{what} ({n_alike} alike)"
             found.setdefault(best, []).append(what)
         return found
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from geffect_fast.report.compare_table import comparison_rows
+from geffect_fast.report.compare_table import comparison_rows, comparison_spreads
 from geffect_fast.report.families import thinned
 from geffect_fast.report.findings import findings
 from geffect_fast.report.page_blocks import (
@@ -36,7 +36,7 @@ from geffect_fast.report.steps import (
 from geffect_fast.report.summary import MUCH_HARM, UNLEARN, collateral_of, summarise
 from geffect_fast.report.svg import Colours
 from geffect_fast.report.table import interval_line, symbol
-from geffect_fast.runs.told_apart import precision_error, told_apart
+from geffect_fast.runs.told_apart import precision_error, risk_spreads, told_apart
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -116,7 +116,7 @@ _NOTE = (
 def verdicts(dataset: xr.Dataset) -> list[Block]:
     """What a run came to, and every objective at its first and last step."""
     read = Steps.of(dataset)
-    outcome = Outcome.of(read.values, read.risks)
+    outcome = Outcome.of(read.values, read.risks, risk_spreads(dataset))
     trained = dataset.attrs.get("trained_objective")
     row = [
         str(trained or "checkpoints"),
@@ -257,6 +257,11 @@ def full_table(dataset: xr.Dataset) -> list[Block]:
     ]
 
 
+def _with(name: str, alike: list[str]) -> str:
+    """A run and those that the rows do not tell apart from it."""
+    return f"{name} (as far as these rows tell no other than {', '.join(alike)})" if alike else name
+
+
 def compared_answer(
     runs: Mapping[str, xr.Dataset], models: Mapping[str, xr.Dataset], both: xr.Dataset
 ) -> list[Block]:
@@ -268,6 +273,16 @@ def compared_answer(
         both: of `geffect_fast.compare`.
     """
     rows, share = comparison_rows(both), precision_error(both.attrs)
+    spreads = comparison_spreads(both)
+    known = bool(spreads["cost"].shape[-1])
+    tell = " and ".join(["these rows"] * known + ["16 bits"] * bool(share)) + " tell"
+    place = {row["run"]: i for i, row in enumerate(rows)}
+
+    def differ(x: dict[str, Any], y: dict[str, Any], name: str) -> bool:
+        of_x, of_y = (spreads[name][place[row["run"]]] for row in (x, y))
+        off_x, off_y = (share * abs(row[name]) for row in (x, y))
+        return bool(told_apart(x[name], y[name], off_x, off_y, of_x, of_y))
+
     removed = [row for row in rows if row[f"rise_{UNLEARN}"] > 0]
     sentences = []
     if removed:
@@ -276,11 +291,9 @@ def compared_answer(
         alike = [
             row["run"]
             for row in removed
-            if share
-            and row is not best
-            and not told_apart(row[rise], best[rise], share * row[rise], share * best[rise])
+            if (share or known) and row is not best and not differ(row, best, rise)
         ]
-        also = f"; {', '.join(alike)} as much, as far as 16 bits tell" if alike else ""
+        also = f"; {', '.join(alike)} as much, as far as {tell}" if alike else ""
         sentences.append(
             f"Of {len(rows)} runs, {best['run']} raises the forget risk most, by "
             f"{cell(best[rise], '.3g')}{also}."
@@ -292,19 +305,22 @@ def compared_answer(
         ),
         ("cost", "for a unit of forgetting"),
     ):
-        known = sorted((row for row in rows if math.isfinite(row[name])), key=lambda r: r[name])
-        if len(known) > 1:
-            least, most = known[0], known[-1]
-            off = [share * abs(row[name]) for row in (least, most)]
-            if share and not told_apart(least[name], most[name], *off):
+        ranked = sorted((row for row in rows if math.isfinite(row[name])), key=lambda r: r[name])
+        if len(ranked) > 1:
+            least, most = ranked[0], ranked[-1]
+            if (share or known) and not differ(least, most, name):
                 sentences.append(
-                    "The worst other risk has risen alike under all, as far as 16 bits tell "
+                    f"The worst other risk has risen alike under all, as far as {tell} "
                     f"({cell(least[name], '.3g')} to {cell(most[name], '.3g')}), {words}."
                 )
                 break
+            low, high = (
+                [r["run"] for r in ranked if known and r is not end and not differ(r, end, name)]
+                for end in (least, most)
+            )
             sentences.append(
-                f"The worst other risk has risen least under {least['run']} "
-                f"({cell(least[name], '.3g')}) and most under {most['run']} "
+                f"The worst other risk has risen least under {_with(least['run'], low)} "
+                f"({cell(least[name], '.3g')}) and most under {_with(most['run'], high)} "
                 f"({cell(most[name], '.3g')}), {words}."
             )
             break

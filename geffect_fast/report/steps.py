@@ -21,7 +21,12 @@ from geffect_fast.report.summary import (
 from geffect_fast.report.table import bounds, number
 from geffect_fast.runs.csv_cells import write_csv
 from geffect_fast.runs.intervals import Z
-from geffect_fast.runs.told_apart import has_intervals
+from geffect_fast.runs.told_apart import (
+    has_intervals,
+    interval_of,
+    ratio_spread,
+    risk_spreads,
+)
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -120,8 +125,14 @@ class Outcome:
     verdict: str
 
     @staticmethod
-    def of(values: np.ndarray, risks: list[str]) -> Outcome:
-        """Of risks over steps `(S, M)`."""
+    def of(values: np.ndarray, risks: list[str], spreads: np.ndarray | None = None) -> Outcome:
+        """Of risks over steps `(S, M)`.
+
+        Args:
+            values: they.
+            risks: their names.
+            spreads: what rows move them by, `(S, M, rows)`, of `told_apart.risk_spreads`.
+        """
         start = dict(zip(risks, map(float, values[0]), strict=True))
         with np.errstate(invalid="ignore"):  # infinity less infinity
             change = dict(zip(risks, map(float, values[-1] - values[0]), strict=True))
@@ -129,7 +140,23 @@ class Outcome:
         finite = values[np.isfinite(values)]
         negligible = NEGLIGIBLE * float(np.abs(finite).max(initial=0.0))
         cost = collateral_of(effects, negligible)
-        return Outcome(start, change, cost, verdict_of(effects, {}, cost, negligible))
+        moved = np.zeros((len(risks), 0)) if spreads is None else spreads[-1] - spreads[0]
+        low, high = interval_of(change[UNLEARN], moved[risks.index(UNLEARN)])
+        of_cost = cost_spread(change, cost, moved)
+        harm = interval_of(cost, of_cost)
+        verdict = verdict_of(effects, {}, cost, negligible, (-high, -low), harm)
+        return Outcome(start, change, cost, verdict)
+
+
+def cost_spread(change: dict[str, float], cost: float, moved: np.ndarray) -> np.ndarray:
+    """What rows move an outcome's cost by, `(rows,)`, from what they move the rises by."""
+    others = [risk for risk in change if risk != UNLEARN]
+    if math.isnan(cost) or not others:
+        return np.zeros(moved.shape[-1])
+    names = list(change)
+    worst = max(others, key=change.__getitem__)
+    at, of = names.index(worst), names.index(UNLEARN)
+    return ratio_spread(change[UNLEARN], cost, moved[at], moved[of])
 
 
 @dataclass(frozen=True)
@@ -270,14 +297,15 @@ def rows_sentence(dataset: xr.Dataset) -> str:
     uncertain = f"by {100 * off:.0f} %" if off < 1 else "by more than itself"
     return (
         f"e_u{at} is {number(e_u)} {bounds((low, high))}: the choice of {n} forget rows makes it "
-        f"uncertain {uncertain}, not by {100 * WIDE:.0f} % at most; measure {more} to know it better."
+        f"uncertain {uncertain}, not by {100 * WIDE:.0f} % at most; measure {more} to know it "
+        "better."
     )
 
 
 def outcome_sentence(dataset: xr.Dataset) -> str:
     """What the run removed, and at what cost."""
     read = Steps.of(dataset)
-    outcome = Outcome.of(read.values, read.risks)
+    outcome = Outcome.of(read.values, read.risks, risk_spreads(dataset))
     trained = dataset.attrs.get("trained_objective")
     start = f"Trained on {trained}, from" if trained else "From"
     moves = [

@@ -46,7 +46,7 @@ def families_table(swept: Swept, n_forget: int) -> Table:
     """Of each family the values that remove most, that harm least, and with least collateral."""
     n = len(swept.objectives)
     table = new_table(f"{n} objectives on {n_forget} forget rows: the best of each family")
-    table.add_column("family", overflow="fold", max_width=30)
+    table.add_column("family", overflow="fold", max_width=34)
     table.add_column("at", overflow="fold")
     _add_numbers(table)
     for family in swept.families:

@@ -27,7 +27,10 @@ COUNTS = ("n_forget", "n_retain")
 """Attributes that runs must share, or else their numbers mean different things."""
 BY_SET = ("probe_rows", "digests")
 """Attributes, JSON by data set, that runs must share of every set that both have."""
-BY_RISK = ("risk_value", "cosine", "measured_change", "predicted_update", "predicted_sgd")
+BY_RISK = (
+    *("risk_value", "cosine", "measured_change", "predicted_update", "predicted_sgd"),
+    *("g_effect_low", "g_effect_high", "risk_value_low", "risk_value_high", "risk_value_spread"),
+)
 BY_STEP = ("loss", "grad_norm")
 
 
@@ -65,7 +68,9 @@ def compare(
 
     Returns:
         A Dataset with `g_effect` (run, step, risk), `risk_value`, `measured_change`, `predicted_*`
-        and, where all runs have norms, `cosine` likewise, `loss` and `grad_norm` (run, step), and
+        and, where all runs have them, `cosine` and the bounds `*_low` and `*_high` likewise, and
+        `risk_value_spread` (run, step, risk, risk_sample), what rows move the risks by,
+        `loss` and `grad_norm` (run, step), and
         `group_effect` (run, step, risk, group) where all tell parts of the model apart. Coordinates
         `objective` and `trained` (run). Changes and predictions are those since the run's own probe
         before, of whatever step. `attrs["left_out"]` lists what not all runs have, a line

@@ -175,3 +175,13 @@ def risk_interval(
     weights = row_weights([name] * len(values))
     draws = weights @ values
     return bounds(draws if parts is None else draws / (weights @ parts))
+
+
+def risk_spread(values: np.ndarray, parts: np.ndarray | None) -> np.ndarray:
+    """What each row moves a risk by when rows are drawn, `(n,)`, as `told_apart` takes it.
+
+    Args:
+        values, parts: as `risk_interval` takes them.
+    """
+    middle = values.mean() if parts is None else values.sum() * parts
+    return (values - middle) * stretch(len(values))

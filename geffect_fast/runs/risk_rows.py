@@ -31,7 +31,13 @@ from geffect_fast.engines.tasks import Reference, Task
 from geffect_fast.objectives import Objective, Outputs
 from geffect_fast.runs.dataset import gram_matrices
 from geffect_fast.runs.effects import find_effects
-from geffect_fast.runs.intervals import FEW, effect_intervals, risk_interval, spread_of_risk
+from geffect_fast.runs.intervals import (
+    FEW,
+    effect_intervals,
+    risk_interval,
+    risk_spread,
+    spread_of_risk,
+)
 from geffect_fast.runs.resolution import Resolution
 from geffect_fast.transfer import OnItsWay
 
@@ -143,8 +149,9 @@ class RiskRows:
             directions: gradients of the risks by parameter, `(M, *shape)`.
 
         Returns:
-            Those of `geffect_fast.runs.intervals.effect_intervals`, and `risk_value_low` and
-            `risk_value_high` (risk).
+            Those of `geffect_fast.runs.intervals.effect_intervals`, `risk_value_low` and
+            `risk_value_high` (risk), and `risk_value_spread` (risk, risk_sample), what each row
+            moves a risk by; 0 beyond its rows.
         """
         forget = {name: v[:1] for name, v in directions.items()}
         square = float(gram_matrices(forget).sum())
@@ -153,12 +160,21 @@ class RiskRows:
         for m, along in enumerate(self._along(forget), 1):
             spreads[m] = spread_of_risk(along, sizes[m], square)
         low, high = np.full((2, len(sizes)), np.nan)
+        moved = np.zeros((len(sizes), max(sizes)))
         for m, (name, (values, parts), whole) in enumerate(
             zip(self._sizes, watched.by_risk(), risk_values.tolist(), strict=True)
         ):
             if math.isclose(values.sum(), whole, rel_tol=1e-4):  # of other risks it is not known
-                low[m], high[m] = risk_interval(values, None if self._adds_up else parts, name)
-        bounds = {"risk_value_low": ("risk", low), "risk_value_high": ("risk", high)}
+                of = None if self._adds_up else parts
+                low[m], high[m] = risk_interval(values, of, name)
+                moved[m, : sizes[m]] = risk_spread(values, of)
+            else:
+                moved[m] = np.nan
+        bounds = {
+            "risk_value_low": ("risk", low),
+            "risk_value_high": ("risk", high),
+            "risk_value_spread": (("risk", "risk_sample"), moved),
+        }
         return bounds | effect_intervals(rows, sets, spreads)
 
     def _along(self, direction: Mapping[str, Tensor]) -> list[np.ndarray]:

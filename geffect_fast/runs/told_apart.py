@@ -71,6 +71,29 @@ def effect_spreads(result: xr.Dataset) -> np.ndarray:
     return np.concatenate([spread, e_u[:, None, None] * apart], axis=-1)
 
 
+def risk_spreads(result: xr.Dataset) -> np.ndarray:
+    """What each row moves the risks by, `(step, risk, rows)`; without intervals of 0 rows.
+
+    Args:
+        result: with steps, of one run.
+    """
+    if "risk_value_spread" not in result:
+        return np.zeros((result.sizes["step"], result.sizes["risk"], 0))
+    spread = result["risk_value_spread"].transpose("step", "risk", "risk_sample").values
+    n_steps, n_risks, n = spread.shape
+    # The rows of one risk are not those of another.
+    apart = np.zeros((n_steps, n_risks, n_risks, n))
+    for m in range(n_risks):
+        apart[:, m, m] = spread[:, m]
+    return apart.reshape(n_steps, n_risks, -1)
+
+
+def interval_of(value: float, spread: np.ndarray) -> tuple[float, float]:
+    """The interval of a number, from what rows move it by; NaN where that is not known."""
+    off = Z * math.sqrt(float(np.square(spread).sum())) if spread.size else math.nan
+    return value - off, value + off
+
+
 def has_intervals(result: xr.Dataset) -> bool:
     """Whether a result says how much of its numbers is the choice of the rows."""
     return "g_effect_low" in result

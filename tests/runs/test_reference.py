@@ -1,0 +1,95 @@
+"""Where the reference is the model itself it is said: warning, attribute, table, page."""
+
+from __future__ import annotations
+
+import copy
+import io
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from models import build, samples
+from rich.console import Console
+
+import geffect_fast as gf
+from geffect_fast.errors import GEffectWarning
+from geffect_fast.report.families import Swept
+from geffect_fast.report.page import page_html
+from geffect_fast.report.sweep_table import render_sweep
+from geffect_fast.report.table import render
+
+SETS = {"forget": samples([9, 7, 11], 1), "retain": samples([8, 10], 2)}
+
+
+@pytest.fixture(scope="module")
+def model():
+    return build("llama", dtype=torch.float64)
+
+
+def other(model):
+    moved = copy.deepcopy(model)
+    with torch.no_grad():
+        next(moved.parameters()).mul_(1.1)
+    return moved
+
+
+def text_of(what):
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(what)
+    return " ".join(console.export_text().split())
+
+
+def given(kind, model, tmp_path):
+    if kind != "folder":
+        return {"none": None, "itself": model, "copy": copy.deepcopy(model)}[kind]
+    model.save_pretrained(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("kind", ["none", "itself", "copy", "folder"])
+@pytest.mark.parametrize("objective", ["npo(beta=0.5)", "ga + kl"])
+def test_a_reference_that_is_the_model_is_said(kind, objective, model, tmp_path):
+    with pytest.warns(GEffectWarning, match="reference: the model itself"):
+        result = gf.profile(
+            model,
+            None,
+            **SETS,
+            objectives=[objective],
+            reference_model=given(kind, model, tmp_path),
+        )
+    assert result.attrs["reference_is_model"] == 1
+    assert "Reference: the model itself" in text_of(render(result))
+    assert "Reference: the model itself" in page_html({"run": result})
+
+
+def test_another_reference_and_objectives_without_one_are_not_warned_of(model):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", GEffectWarning)
+        compared = gf.profile(model, None, **SETS, objectives=["npo"], reference_model=other(model))
+        alone = gf.profile(model, None, **SETS, objectives=["ga", "simnpo"])
+    for result in (compared, alone):
+        assert "reference_is_model" not in result.attrs
+        assert "Reference" not in text_of(render(result))
+
+
+def test_over_the_steps_of_a_training_it_is_the_beginning(model):
+    """The reference is the model before training by design, and nothing to be warned of."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", GEffectWarning)
+        result = gf.unlearn(
+            copy.deepcopy(model), None, **SETS, objective="npo", steps=1, resolve=("sample",)
+        )
+    assert "reference_is_model" not in result.attrs
+
+
+def test_a_sweep_without_reference_is_one_point(model):
+    objectives = ["npo(beta=0.01:4:12,log)", "ga"]
+    with pytest.warns(GEffectWarning, match="the model itself"):
+        same = gf.sweep(model, None, **SETS, objectives=objectives)
+    assert set(same.same_as.values) == {"npo(beta=0.01)", "ga"}
+    assert same.pareto.sum() <= 2 and not same.pareto[1:12].any()
+    assert "(the same: npo(beta=0.0172417), " in Swept.of(same).label(0)
+    assert "Reference: the model itself" in text_of(render_sweep(same))
+    apart = gf.sweep(model, None, **SETS, objectives=objectives, reference_model=other(model))
+    np.testing.assert_array_equal(apart.same_as, apart.objective)

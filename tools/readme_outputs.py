@@ -1,0 +1,222 @@
+"""README's outputs: made by the commands above them, and compared with what is written there.
+
+    python tools/readme_outputs.py            runs every command of README that shows an output, and
+                                              puts what it prints in place
+    python tools/readme_outputs.py --check    says what differs, and exits with 1
+
+Commands run as they are written, one after the other, in a folder with invented authors
+(`forget.jsonl`, `retain.jsonl`), a small Llama that learned them (`reference`), and the same a few
+steps of gradient ascent later (`model`). Training is in fp64, so that other processors find the
+same model; numbers are compared to `TOLERANCE`, words exactly.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shlex
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+README = ROOT / "README.md"
+TOLERANCE = 0.03
+"""Relative; and a unit of the last digit that is written."""
+
+SHOWN = {
+    "sweep": ("the best of each family", r"^$"),
+    "tokens": ("^forget row", r"^$"),
+    "weights": ("^Against", r"^(?!Against|Of )"),
+    "check": ("^Covered", r"^(?!Covered|Tied|Exact|$)"),
+}
+"""Of a command's output, the line from which it is shown, and the first that is not any more; a
+table's head is followed by a line that is empty."""
+
+NUMBER = re.compile(r"[-+−]?\d[\d,]*(?:\.\d+)?(?:e[-+]?\d+)?")
+
+
+@dataclass(frozen=True)
+class Block:
+    """Commands in README and the output below them.
+
+    Attributes:
+        first, last: lines of the output in README, `last` exclusive.
+        commands: they, of which the last prints it.
+        shown: the output as README has it.
+    """
+
+    first: int
+    last: int
+    commands: list[str]
+    shown: list[str]
+
+
+def blocks(lines: list[str]) -> Iterator[Block]:
+    """Every indented block that begins with a prompt and holds an output after a line `...`."""
+    at = 0
+    while at < len(lines):
+        if not lines[at].startswith("    $ geffect-fast"):
+            at += 1
+            continue
+        commands: list[str] = []
+        while lines[at].startswith("    $ ") or (commands and commands[-1].endswith("\\")):
+            text = lines[at].strip().removeprefix("$ ")
+            if commands and commands[-1].endswith("\\"):
+                commands[-1] = commands[-1][:-1] + text
+            else:
+                commands.append(text)
+            at += 1
+        if lines[at] != "    ...":
+            continue
+        first = at = at + 1
+        while lines[at].startswith("    ") or (not lines[at] and lines[at + 1].startswith("    ")):
+            at += 1
+        yield Block(first, at, commands, [line[4:] for line in lines[first:at]])
+
+
+def shown_of(command: str, output: str) -> list[str]:
+    """What README shows of a command's output."""
+    begin, end = SHOWN[command.split()[1]]
+    lines = [line.rstrip() for line in output.splitlines()]
+    start = next((i for i, line in enumerate(lines) if re.search(begin, line)), None)
+    if start is None:
+        raise SystemExit(f"error: {command} prints no line '{begin}':\n{output}")
+    # the title of a table is followed by an empty line
+    body = start + 2 if start + 1 < len(lines) and not lines[start + 1] else start + 1
+    stop = next((i for i in range(body, len(lines)) if re.search(end, lines[i])), len(lines))
+    while not lines[stop - 1]:
+        stop -= 1
+    return lines[start:stop]
+
+
+def differences(written: list[str], found: list[str]) -> list[str]:
+    """Lines that differ in words, or in a number by more than `TOLERANCE`."""
+    if len(written) != len(found):
+        return [f"{len(written)} lines in README, {len(found)} printed", *found]
+    return [
+        f"README   {old}\nprinted  {new}"
+        for old, new in zip(written, found, strict=True)
+        if not alike(old, new)
+    ]
+
+
+def alike(old: str, new: str) -> bool:
+    """Whether two lines have the same words, and numbers within the tolerance."""
+
+    def words(line: str) -> list[str]:
+        return re.sub(r"─+", "─", NUMBER.sub("#", line)).split()
+
+    def close(x: str, y: str) -> bool:
+        a, b = (float(n.replace(",", "").replace("−", "-")) for n in (x, y))
+        last = max(digit(x), digit(y))
+        return abs(a - b) <= TOLERANCE * max(abs(a), abs(b)) + 1.01 * last
+
+    numbers = [NUMBER.findall(line) for line in (old, new)]
+    return words(old) == words(new) and all(map(close, *numbers))
+
+
+def digit(number: str) -> float:
+    """What one in the last digit is worth that is written."""
+    mantissa, _, exponent = number.partition("e")
+    decimals = len(mantissa.partition(".")[2])
+    return float(10.0 ** (int(exponent or 0) - decimals))
+
+
+def prepare(folder: Path) -> None:
+    """The data and models that the commands read."""
+    import torch
+
+    from geffect_fast import demo
+    from geffect_fast.data import (
+        make_batches,
+        make_fictitious_authors,
+        split_forget,
+        tokenize_rows,
+        write_jsonl,
+    )
+
+    rows = make_fictitious_authors(AUTHORS, 0)
+    parts = dict(zip(("forget", "retain"), split_forget(rows, 0.4), strict=True))
+    for name, part in parts.items():
+        write_jsonl(part, folder / f"{name}.jsonl")
+    tokenizer = demo.train_tokenizer([f"{r['question']} {r['answer']}" for r in rows], 512)
+    torch.manual_seed(0)
+    model = demo.make_model(tokenizer, demo.Size(hidden=48, n_layers=2)).double()
+
+    def train(
+        part: list[dict[str, str]], optimizer: torch.optim.Optimizer, sign: float, n: int
+    ) -> None:
+        sample_set = tokenize_rows(part, tokenizer, name="readme")
+        batches = make_batches(sample_set, ("answer",), token_budget=256)
+        for batch in batches * n:
+            ids, places = batch.input_ids, batch.position_ids
+            logits = model(input_ids=ids, position_ids=places, use_cache=False).logits[0]
+            at = batch.target_index
+            loss = torch.nn.functional.cross_entropy(logits[at], batch.targets[at].long())
+            optimizer.zero_grad()
+            (sign * loss).backward()
+            optimizer.step()
+
+    train(rows, torch.optim.Adam(model.parameters(), lr=4e-3), 1.0, EPOCHS)
+    demo.save(model.float(), tokenizer, folder / "reference")
+    descent = torch.optim.SGD(model.double().parameters(), lr=0.05)
+    train(parts["forget"], descent, -1.0, ASCENTS)
+    demo.save(model.float(), tokenizer, folder / "model")
+
+
+AUTHORS, EPOCHS, ASCENTS = 6, 24, 3
+
+
+def run(command: str, folder: Path) -> str:
+    """What a command prints in the folder."""
+    arguments = shlex.split(command, comments=True)[1:]
+    done = subprocess.run(
+        [sys.executable, "-m", "geffect_fast.cli", *arguments, "--threads", "1"][
+            : None if "--model" in arguments else -2
+        ],
+        cwd=folder,
+        env=os.environ | {"OMP_WAIT_POLICY": "passive", "NO_COLOR": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        raise SystemExit(f"error: {command} exits with {done.returncode}:\n{done.stderr}")
+    return done.stdout
+
+
+def main() -> int:
+    """Make or compare the outputs; the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="change nothing")
+    given = parser.parse_args()
+    lines = README.read_text(encoding="utf-8").splitlines()
+    wrong = 0
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        prepare(folder)
+        found = [
+            (block, shown_of(block.commands[-1], [run(c, folder) for c in block.commands][-1]))
+            for block in blocks(lines)
+        ]
+    for block, output in reversed(found):
+        differing = differences(block.shown, output)
+        if differing and given.check:
+            wrong += 1
+            print(f"README's output of {block.commands[-1]}\n", *differing, sep="\n")
+        if differing:
+            lines[block.first : block.last] = [f"    {line}".rstrip() for line in output]
+    if not given.check:
+        README.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        return 0
+    print(f"README: {wrong} of {len(found)} outputs are not what the commands print")
+    return int(wrong > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
