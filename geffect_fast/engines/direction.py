@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import wraps
 
 import torch
 from torch import Tensor
 
-from geffect_fast.capture import Plan
+from geffect_fast.capture import Factor, Plan, Recorder
+from geffect_fast.capture.products import in_working_precision, inner
+from geffect_fast.capture.recorder import Sink
 from geffect_fast.engines.attempts import Attempt
-from geffect_fast.engines.forward_pass import model_outputs
+from geffect_fast.engines.forward_pass import model_outputs, sample_axis
 from geffect_fast.engines.packed_attention import packed_attention
 from geffect_fast.engines.tasks import Reference, Task
 from geffect_fast.errors import UnsupportedModelError
@@ -68,9 +70,9 @@ def gradients_as_they_are(plan: Plan) -> Iterator[None]:
             after = hook(g)
             if not torch.equal(before, g if after is None else after):
                 raise UnsupportedModelError(
-                    f"parameter '{name}': a hook changes its gradient (as OSF of peft does), so the "
-                    "model does not learn by the gradient of its loss; remove the hook, or freeze "
-                    "the parameter"
+                    f"parameter '{name}': a hook changes its gradient (as OSF of peft does), so "
+                    "the model does not learn by the gradient of its loss; remove the hook, or "
+                    "freeze the parameter"
                 )
 
         return run
@@ -86,6 +88,20 @@ def gradients_as_they_are(plan: Plan) -> Iterator[None]:
             hooks.update(own[name])
 
 
+class ProductsWithFirst:
+    """`< grad L_j, grad L_0 >` of the samples of objectives 1, 2, ..., found in their own passes.
+
+    Where samples cannot be told apart there are none.
+
+    Attributes:
+        found: for every batch the objective's number, the samples' and their products `(n,)`.
+    """
+
+    def __init__(self) -> None:
+        self.found: list[tuple[int, list[int], Tensor]] = []
+        self.exist = True
+
+
 def accumulate_gradients(
     plan: Plan,
     tasks: Sequence[Task],
@@ -93,6 +109,7 @@ def accumulate_gradients(
     reference: Reference,
     tick: Tick,
     kept_on: torch.device | None = None,
+    products: ProductsWithFirst | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Values and gradients of `n` objectives over all their batches.
 
@@ -103,6 +120,8 @@ def accumulate_gradients(
         reference: what they compare with.
         tick: progress.
         kept_on: where the gradients are added up; None: each where its parameter is.
+        products: receives products with the first objective's gradient. The first task is that of
+            the first objective, and the others' parts are one each.
 
     Returns:
         Values `(n,)` fp64, and by parameter name the gradients `(n, *shape)`, fp32 sums (fp64 for
@@ -114,9 +133,32 @@ def accumulate_gradients(
     parameters = list(plan.parameters.values())
 
     def add(task: Task, attempt: Attempt) -> None:
+        if products is None or not products.exist or task is tasks[0]:
+            return run(task, attempt)
+        scores: list[Tensor] = []
+
+        def multiply(name: str, factors: list[Factor], _kept: list[Tensor | None]) -> None:
+            p = plan.parameters[name]
+            first = in_working_precision(gradients[name][:1].to(p.device), p)
+            scores.extend(inner(factor, first)[0].double() for factor in factors)
+
+        try:
+            run(task, attempt, multiply)
+        except UnsupportedModelError:
+            products.exist = False
+            return run(task, attempt)
+        (index,) = task.parts
+        if scores:
+            own = torch.stack([score.to(scores[0].device) for score in scores]).sum(0)
+            products.found.append((index, list(attempt.batch.rows), own))
+
+    def run(task: Task, attempt: Attempt, sink: Sink | None = None) -> None:
         batch = attempt.batch
         moved = batch.to(parameters[0].device)
-        with packed_attention(plan.model, moved):
+        recorder = None
+        if sink is not None:
+            recorder = Recorder(plan, sink, sample_axis(plan.model, batch), once=True)
+        with packed_attention(plan.model, moved), recorder or nullcontext():
             outputs = model_outputs(plan.model, moved, task.needs)
             other = reference.outputs(task, batch, moved, outputs)
             wanted = [index for index in task.parts if index not in attempt.done]
@@ -128,6 +170,8 @@ def accumulate_gradients(
                     grads = torch.autograd.grad(
                         loss, parameters, retain_graph=index != wanted[-1], allow_unused=True
                     )
+                    if recorder is not None:
+                        recorder.finish()
                 with attempt.finishing(index):
                     found.append((index, value))
                     add_gradients(rows[index], grads)

@@ -205,15 +205,8 @@ class Profiler:
         ]
         self._risk_rows = None
         if "sample" in axes:
-            self._risk_rows = RiskRows(
-                {risk: sets[source] for risk, source in sources.items()},
-                risk_part,
-                batches_of,
-                self._choice.engine,
-                plan,
-                budget,
-                adds_up=reduction == "sum",
-            )
+            sizes = {risk: len(sets[source]) for risk, source in sources.items()}
+            self._risk_rows = RiskRows(sizes, adds_up=reduction == "sum")
         self._rounding = rounding_check(
             plan, self._choice.engine, resolution, self._mixture, tasks_on
         )
@@ -374,7 +367,13 @@ class Profiler:
             tasks = [replace(task, watch=watched.add) for task in tasks]
         with self._ticking(progress, "gradients of the risks", tasks) as tick:
             values, directions = accumulate_gradients(
-                self.plan, tasks, n, self._reference, tick, place
+                self.plan,
+                tasks,
+                n,
+                self._reference,
+                tick,
+                place,
+                None if watched is None else watched.products,
             )
         check_directions(directions, self.risk_names)
         return values, directions

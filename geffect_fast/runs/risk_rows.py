@@ -12,25 +12,18 @@ the same number for the gradient ascent itself; what an objective does across `G
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
-from itertools import pairwise
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from geffect_fast.capture import Plan
-from geffect_fast.data import SampleSet
-from geffect_fast.data.batch import Batch, Role
-from geffect_fast.engines.attempts import TokenBudget
-from geffect_fast.engines.choice import Engine
-from geffect_fast.engines.forward_parts import parts_for
-from geffect_fast.engines.tasks import Reference, Task
-from geffect_fast.objectives import Objective, Outputs
+from geffect_fast.data.batch import Batch
+from geffect_fast.engines.direction import ProductsWithFirst
+from geffect_fast.engines.tasks import Task
+from geffect_fast.objectives import Outputs
 from geffect_fast.runs.dataset import gram_matrices
-from geffect_fast.runs.effects import find_effects
 from geffect_fast.runs.intervals import (
     FEW,
     effect_intervals,
@@ -38,7 +31,6 @@ from geffect_fast.runs.intervals import (
     risk_spread,
     spread_of_risk,
 )
-from geffect_fast.runs.resolution import Resolution
 from geffect_fast.transfer import OnItsWay
 
 UNLEARN = "unlearn"
@@ -56,11 +48,15 @@ class RowValues:
 
     Args:
         sizes: rows of each risk's data set.
+
+    Attributes:
+        products: receives those of rows with the forget risk's gradient.
     """
 
     def __init__(self, sizes: Sequence[int]) -> None:
         self._sizes = sizes
         self._found: list[tuple[int, list[int], Tensor]] = []
+        self.products = ProductsWithFirst()
 
     def add(
         self, task: Task, index: int, outputs: Outputs, batch: Batch, reference: Outputs | None
@@ -72,6 +68,17 @@ class RowValues:
         sums[0].index_add_(0, at, terms)
         sums[1].index_add_(0, at, batch.target_weight())
         self._found.append((index, list(batch.rows), sums))
+
+    def along(self) -> list[np.ndarray]:
+        """`< grad R_j, G >` of a few rows of each risk but the first; NaN where there are none."""
+        whole = [np.full(n, np.nan if not self.products.exist else 0.0) for n in self._sizes]
+        found = self.products.found
+        if self.products.exist and found:
+            (read,) = OnItsWay(torch.cat([own for *_, own in found])).arrived()
+            each = read.split([len(rows) for _, rows, _ in found])
+            for (index, rows, _), own in zip(found, each, strict=True):
+                whole[index][rows] += own.numpy()
+        return [of[few_rows(len(of))] for of in whole[1:]]
 
     def by_risk(self) -> list[np.ndarray]:
         """Of each risk `(2, n)` fp64: what rows add to it, and their parts of what it counts."""
@@ -88,44 +95,12 @@ class RiskRows:
     """The rows of a profile's risks, and what they make of its numbers.
 
     Args:
-        sets: data by risk, the forget risk first.
-        risk: the objective used as the risk.
-        batches_of: cuts a data set into batches that hold sequences of these roles.
-        engine: the profile's.
-        plan: of the model.
-        budget: of tokens a batch.
+        sizes: rows of each risk's data, by risk, the forget risk first.
         adds_up: whether a risk is a sum over rows, and no mean.
     """
 
-    def __init__(
-        self,
-        sets: Mapping[str, SampleSet],
-        risk: Objective,
-        batches_of: Callable[[SampleSet, tuple[Role, ...]], list[Batch]],
-        engine: Engine,
-        plan: Plan,
-        budget: TokenBudget,
-        *,
-        adds_up: bool,
-    ) -> None:
-        self._sizes = {name: len(each) for name, each in sets.items()}
-        self._engine, self._plan, self._adds_up = engine, plan, adds_up
-        others = [name for name in sets if name != UNLEARN]
-        few = {name: sets[name].part(few_rows(len(sets[name]))) for name in others}
-        self._resolution = Resolution(("sample",), list(plan.parameters), few, False)
-        ends = np.cumsum([0, *map(len, few.values())])
-        self._ends = ends
-        self._tasks = [
-            Task(
-                # Shares are those that the rows have in the whole data.
-                [replace(b, totals=sets[name].totals()) for b in batches_of(few[name], risk.roles)],
-                {m: risk},
-                offset=int(ends[m]),
-                on=f"{name}, a few rows",
-                budget=budget,
-            )
-            for m, name in enumerate(others)
-        ]
+    def __init__(self, sizes: Mapping[str, int], *, adds_up: bool) -> None:
+        self._sizes, self._adds_up = dict(sizes), adds_up
 
     def watch(self) -> RowValues:
         """What is to be told of the risks while their gradients are found."""
@@ -157,7 +132,7 @@ class RiskRows:
         square = float(gram_matrices(forget).sum())
         spreads = np.zeros((len(self._sizes), FEW))
         sizes = list(self._sizes.values())
-        for m, along in enumerate(self._along(forget), 1):
+        for m, along in enumerate(watched.along(), 1):
             spreads[m] = spread_of_risk(along, sizes[m], square)
         low, high = np.full((2, len(sizes)), np.nan)
         moved = np.zeros((len(sizes), max(sizes)))
@@ -176,28 +151,3 @@ class RiskRows:
             "risk_value_spread": (("risk", "risk_sample"), moved),
         }
         return bounds | effect_intervals(rows, sets, spreads)
-
-    def _along(self, direction: Mapping[str, Tensor]) -> list[np.ndarray]:
-        """`< grad R_j, G >` of a few rows of each other risk, by plain shares of its whole data."""
-        m = len(self._tasks)
-        if not m:
-            return []
-        array = np.zeros(self._resolution.shape(m, 1))
-        passes = []
-        if self._engine == "forward":
-            passes = parts_for(self._plan, self._resolution.columns()[1], 1)
-        find_effects(
-            self._engine,
-            self._plan,
-            self._tasks,
-            direction,
-            Reference(),
-            torch.eye(m, dtype=torch.float64),
-            self._resolution,
-            array,
-            passes=passes,
-            norms=False,
-            tick=lambda _: None,
-        )
-        rows = array.sum((1, 2, 4))
-        return [rows[k, first:last] for k, (first, last) in enumerate(pairwise(self._ends))]

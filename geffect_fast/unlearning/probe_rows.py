@@ -10,7 +10,6 @@ import numpy as np
 from geffect_fast.data import SampleSet
 from geffect_fast.data.batch import Role
 from geffect_fast.objectives import GA, Objective
-from geffect_fast.runs.risk_rows import few_rows
 
 SHARE = 0.85
 """Of a training step, what a probe may cost by the count; copies of the weights and writing the
@@ -63,8 +62,8 @@ def choose_rows(
     and backward with weight gradients); a probe by the reverse engine 3 of each risk's rows, and
     `1 + M + K` (with norms `1 + M + 2 K`) of the rows that K parts of objectives read, M risks; the
     forward engine takes `1 + 2 M` of the latter, and about `6 + 4.5 M` by groups of layers. By
-    sample, 3 are for a few rows of every risk but the forget risk, of which intervals need to know
-    (`geffect_fast.runs.risk_rows`). What rows do not decide is `1 + M + K` times `WEIGHT_PASS`.
+    sample, 1 more is for the rows of every risk but the forget risk, of which intervals need to
+    know (`geffect_fast.runs.risk_rows`). What rows do not decide is `1 + M + K` times `WEIGHT_PASS`.
 
     Args:
         sets: the data sets, whole: forget, retain, and probes by name.
@@ -101,8 +100,7 @@ def choose_rows(
             effects += passes * _tokens(sets[name], roles)[list(rows[name])].sum()
         if "sample" in resolve:
             for name in rows.keys() - {"forget"}:
-                few = [rows[name][i] for i in few_rows(len(rows[name]))]
-                risks += 3 * _tokens(sets[name], risk.roles)[few].sum()
+                risks += _tokens(sets[name], risk.roles)[list(rows[name])].sum()
         whole = WEIGHT_PASS * (1 + len(rows) + len(measured))
         return float((risks + effects + whole) / step)
 

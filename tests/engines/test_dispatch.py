@@ -33,12 +33,12 @@ def test_reverse_engine(table):
     calls, waits = table["reverse", "risk gradients"]
     assert calls <= 2.1 * step and waits == 0  # of two risks
     calls, waits = table["reverse", "whole profile"]
-    assert calls <= 5 * step and waits <= 64
+    assert calls <= 4.5 * step and waits <= 64
 
 
 def test_forward_engine(table):
     calls, waits = table["forward", "whole profile"]
-    assert calls <= 20_000 and waits <= 64
+    assert calls <= 18_000 and waits <= 64
 
 
 def test_phases_are_all_there(table):
