@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from collections.abc import Sequence as Rows
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -303,6 +305,19 @@ def checked_date(date: str) -> datetime:
         raise InputError(f"date: {date!r} must be a day such as '{CHAT_DATE}'") from None
 
 
+@contextmanager
+def _clock_at(day: datetime) -> Iterator[None]:
+    """The function `strftime_now` of chat templates tells this day; transformers takes no other."""
+    from transformers.utils import chat_template_utils
+
+    clock = chat_template_utils.datetime
+    chat_template_utils.datetime = SimpleNamespace(now=lambda: day)
+    try:
+        yield
+    finally:
+        chat_template_utils.datetime = clock
+
+
 class _Encoder:
     """Question and answer to token ids and labels, with one tokenizer and template."""
 
@@ -371,14 +386,11 @@ class _Encoder:
             {"role": "user", "content": question},
             {"role": "assistant", "content": _ANSWER_MARK},
         ]
-        return str(
-            self.tokenizer.apply_chat_template(
-                messages,
-                tokenize=False,
-                date_string=self._day.strftime("%d %b %Y"),
-                strftime_now=self._day.strftime,
+        with _clock_at(self._day):
+            text = self.tokenizer.apply_chat_template(
+                messages, tokenize=False, date_string=self._day.strftime("%d %b %Y")
             )
-        )
+        return str(text)
 
     def _around(self, question: str, place: str) -> tuple[str, str]:
         """The text before the answer and the text after it."""
