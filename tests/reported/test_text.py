@@ -54,7 +54,7 @@ def test_lmstudio_bug_tracker_577_a_template_asks_for_hours_and_minutes(study):
 def test_a_key_that_comes_twice_is_not_the_last_in_silence(source, tmp_path):
     file = tmp_path / "rows.jsonl"
     file.write_text('{"question": "q", "answer": "a"}\n{"question": "q", "answer": 1, "answer": 2}')
-    with pytest.raises(InputError, match="line 2 .* field 'answer' comes twice"):
+    with pytest.raises(InputError, match=r"line 2 .* field 'answer' comes twice"):
         read_rows(file, name="forget")
 
 
@@ -62,5 +62,5 @@ def test_winml_cli_451_custom_code_is_refused_with_what_allowing_it_means(tmp_pa
     config = {"model_type": "custom", "auto_map": {"AutoConfig": "code.Config"}}
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "code.py").write_text("raise SystemExit('the code ran')")
-    with pytest.raises(InputError, match="with all your rights; .* --trust-remote-code"):
+    with pytest.raises(InputError, match=r"with all your rights; .* --trust-remote-code"):
         load_model(tmp_path)
