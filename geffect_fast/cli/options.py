@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from geffect_fast.errors import InputError
-from geffect_fast.runs.config import ProfileConfig
+from geffect_fast.runs.config import ProfileConfig, read_values
 from geffect_fast.runs.unlearn_config import Training, UnlearnConfig, trainer_value
 
 
@@ -74,6 +74,7 @@ _FIELDS: dict[str, Any] = {
     "norms": Annotated[bool | None, option("--norms/--no-norms", field="norms")],
     "template": Annotated[str | None, option("--template", field="template")],
     "max_length": Annotated[int | None, option("--max-length", field="max_length")],
+    "date": Annotated[str | None, option("--date", metavar="YYYY-MM-DD", field="date")],
     "token_budget": Annotated[int | None, option("--token-budget", field="token_budget")],
     "trust_remote_code": Annotated[
         bool | None, option("--trust-remote-code", field="trust_remote_code")
@@ -144,6 +145,7 @@ CHECK_FIELDS = (
     "tokenizer",
     "template",
     "max_length",
+    "date",
     "token_budget",
     "trust_remote_code",
     "dtype",
@@ -200,6 +202,20 @@ def begun_config(config: Path | None, out: Path, resume: bool) -> Path | None:
 def config_input(config: Path | None, resume: bool) -> dict[str, Path]:
     """The config file as an input of a run, by its option."""
     return {} if config is None or resume else {"--config": config}
+
+
+def values_of(config: Path | None, given: dict[str, Any]) -> dict[str, Any]:
+    """Fields of a config file and of options, which override it.
+
+    What the file recorded of rows is left out where an option chooses others.
+    """
+    values = {} if config is None else read_values(config)
+    if given.keys() & _DECIDE_ROWS:
+        values.pop("rows", None)
+    return values | given
+
+
+_DECIDE_ROWS = {"model", "tokenizer", "forget", "retain", "probes", "template", "date"}
 
 
 def option_names(given: dict[str, Any], **names: str) -> dict[str, str]:

@@ -16,10 +16,11 @@ from geffect_fast.cli.options import (
     config_input,
     config_options,
     option_names,
+    values_of,
 )
 from geffect_fast.cli.printing import print_result
 from geffect_fast.errors import InputError
-from geffect_fast.runs.config import make_config, read_values
+from geffect_fast.runs.config import make_config
 
 
 @config_options(PROFILE_FIELDS)
@@ -63,7 +64,7 @@ def run(
         resume: whether to go on with a run of checkpoints that is there.
     """
     config = begun_config(config, out, resume)
-    values = given if config is None else read_values(config) | given
+    values = values_of(config, given)
     needed = ("forget", "retain", "objectives")
     for name in needed if values.get("checkpoints") else ("model", *needed):
         if values.get(name) is None:

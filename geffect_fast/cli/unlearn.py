@@ -16,10 +16,11 @@ from geffect_fast.cli.options import (
     config_input,
     config_options,
     option_names,
+    values_of,
 )
 from geffect_fast.cli.printing import print_result
 from geffect_fast.errors import InputError
-from geffect_fast.runs.config import checked_config, read_values
+from geffect_fast.runs.config import checked_config
 from geffect_fast.runs.unlearn_config import UnlearnConfig
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ def unlearn(
     --config run/run.yaml --out NEW. An adapter is trained on where --model names one.
     """
     config = begun_config(config, out, resume)
-    values = given if config is None else read_values(config) | given
+    values = values_of(config, given)
     for name in _NEEDED:
         if values.get(name) is None:
             raise InputError(f"--{name} is missing; give it, or a --config that holds it")

@@ -167,13 +167,23 @@ def _json_array(text: str, source: Any, name: str) -> Iterator[tuple[str, Any]]:
 
 def _parse(text: str, where: str, remedy: str) -> Any:
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_each_once)
     except json.JSONDecodeError as error:
         line = f"line {error.lineno} " if "\n" in text else ""
         at = f"{line}column {error.colno}"
         raise InputError(f"{where} is malformed JSON ({error.msg}, {at}); {remedy}") from None
     except (RecursionError, ValueError) as error:
         raise InputError(f"{where} is unusable JSON ({_one_line(error)}); {remedy}") from None
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The fields of an object; of one that comes twice nobody can say which is meant."""
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"its field {twice!r} comes twice, keep one")
+    return fields
 
 
 def _numbered(rows: Iterable[Any], name: str, origin: str = "") -> Iterator[tuple[str, Any]]:

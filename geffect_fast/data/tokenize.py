@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from collections.abc import Sequence as Rows
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from datetime import datetime
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from geffect_fast.data.batch import IGNORE, Role, Totals
+from geffect_fast.data.chat_render import Rendered, render
+from geffect_fast.data.fewest_tokens import FewestTokens
 from geffect_fast.data.qa import row_place
 from geffect_fast.errors import InputError
 
@@ -21,8 +26,9 @@ PLAIN_TEMPLATE = "Question: {question}\nAnswer: {answer}"
 """What `template="auto"` means for a tokenizer without a chat template."""
 
 _ANSWER_MARK = "@@answer@@"
-_CHAT_DATE = "26 Jul 2024"
-"""Llama's templates print today's date unless given one; a fixed one lets a run be replayed."""
+CHAT_DATE = "2024-07-26"
+"""The day that chat templates are told, unless another is given; a fixed one lets a run be replayed
+on any day. It is the one in Llama's own template."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,6 +139,8 @@ def tokenize_rows(
     refusals: Rows[str] | Rows[Mapping[str, Any]] | None = None,
     template: str = "auto",
     max_length: int | None = None,
+    date: str = CHAT_DATE,
+    n_positions: int | None = None,
 ) -> SampleSet:
     """Turn rows into samples whose labels cover the answer and the token that ends it.
 
@@ -153,16 +161,24 @@ def tokenize_rows(
         template: `auto` (the tokenizer's chat template, else `PLAIN_TEMPLATE`), or a string with
             `{question}` and then `{answer}`.
         max_length: refuse sequences of more tokens.
+        date: the day, `YYYY-MM-DD`, that a chat template is told which asks (`strftime_now`,
+            `date_string`), so that no run depends on when it is made.
+        n_positions: of the model, where it has a table of them: text that cannot fit is refused
+            before it is tokenised (`check_positions` counts).
 
     Returns:
         One sample a row, in order.
 
     Raises:
-        InputError: text without a tokenizer, a bad template, a sample that is too long or has no
-            label to learn, weights of another number of tokens, or tokenised refusals that do not
-            match the rows.
+        InputError: text without a tokenizer, a bad template or date, a template that takes too much
+            time, memory or room (`geffect_fast.data.chat_render`), a sample that is too long or has
+            no label to learn, weights of another number of tokens, or tokenised refusals that do
+            not match the rows.
     """
-    encode = None if tokenizer is None else _Encoder(tokenizer, template)
+    most = min((n for n in (max_length, n_positions) if n is not None), default=None)
+    encode = None if tokenizer is None else _Encoder(tokenizer, template, date, most)
+    if encode is not None:
+        encode.render([row["question"].strip() for row in rows if "input_ids" not in row])
     samples = []
     for i, (row, others) in enumerate(zip(rows, _alternatives(rows, refusals), strict=True)):
         place = row_place(name, i)
@@ -281,10 +297,33 @@ def _weighted(answer: Sequence, weights: Rows[float] | None, place: str) -> Sequ
     return replace(answer, weights=spread)
 
 
+def checked_date(date: str) -> datetime:
+    """Midnight of a day; raise `InputError` where `date` is none."""
+    try:
+        return datetime.strptime(date, "%Y-%m-%d")
+    except (TypeError, ValueError):
+        raise InputError(f"date: {date!r} must be a day such as '{CHAT_DATE}'") from None
+
+
+@contextmanager
+def _clock_at(day: datetime) -> Iterator[None]:
+    """The function `strftime_now` of chat templates tells this day; transformers takes no other."""
+    from transformers.utils import chat_template_utils
+
+    clock = chat_template_utils.datetime
+    chat_template_utils.datetime = SimpleNamespace(now=lambda: day)
+    try:
+        yield
+    finally:
+        chat_template_utils.datetime = clock
+
+
 class _Encoder:
     """Question and answer to token ids and labels, with one tokenizer and template."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, template: str) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, template: str, date: str, most: int | None
+    ) -> None:
         if not callable(tokenizer):
             raise InputError(
                 f"tokenizer: expected one of transformers, got {type(tokenizer).__name__}; "
@@ -293,6 +332,9 @@ class _Encoder:
         if not isinstance(template, str):
             raise InputError(f"template: got {type(template).__name__}; give 'auto' or a text")
         self.tokenizer = tokenizer
+        self._day = checked_date(date)
+        self._rendered: dict[str, Rendered] = {}
+        self._most, self._fewest = most, FewestTokens(tokenizer)
         self.chat = template == "auto" and bool(getattr(tokenizer, "chat_template", None))
         if template == "auto":
             template = PLAIN_TEMPLATE
@@ -312,6 +354,13 @@ class _Encoder:
 
     def __call__(self, question: str, answer: str, place: str) -> tuple[list[int], list[int]]:
         prompt, tail = self._around(question, place)
+        fewest = 0 if self._most is None else self._fewest(prompt + answer)
+        if self._most is not None and fewest > self._most:
+            raise InputError(
+                f"{place} has {len(prompt + answer)} characters, at least {fewest} tokens, "
+                f"more than {self._most} (the model's positions, or max_length); shorten or drop "
+                "the row"
+            )
         ids, first = self._prompt_and_answer(prompt, answer)
         n_body = len(ids)
         if tail:
@@ -326,26 +375,37 @@ class _Encoder:
             raise InputError(f"{place} has no token to learn after a first one; check the template")
         return self.begin + ids, [IGNORE] * n_prompt + ids[first:]
 
-    def _around(self, question: str, place: str) -> tuple[str, str]:
-        """The text before the answer and the text after it."""
-        if not self.chat:
-            return self.before + question + self.between, self.after
+    def render(self, questions: Rows[str]) -> None:
+        """Have the chat template, if there is one, make its texts of these questions."""
+        if self.chat:
+            once = list(dict.fromkeys(questions))
+            self._rendered |= zip(once, render(self._by_template, once), strict=False)
+
+    def _by_template(self, question: str) -> str:
         messages = [
             {"role": "user", "content": question},
             {"role": "assistant", "content": _ANSWER_MARK},
         ]
-        try:
+        with _clock_at(self._day):
             text = self.tokenizer.apply_chat_template(
-                messages, tokenize=False, date_string=_CHAT_DATE
+                messages, tokenize=False, date_string=self._day.strftime("%d %b %Y")
             )
-        except Exception as error:  # jinja's errors, and whatever a template raises itself
-            reason = " ".join(str(error).split())
+        return str(text)
+
+    def _around(self, question: str, place: str) -> tuple[str, str]:
+        """The text before the answer and the text after it."""
+        if not self.chat:
+            return self.before + question + self.between, self.after
+        if question not in self._rendered:
+            self.render([question])
+        rendered = self._rendered[question]
+        if rendered.reason:
             raise InputError(
-                f"{place} does not fit the tokenizer's chat template ({reason}); "
+                f"{place} does not fit the tokenizer's chat template ({rendered.reason[:200]}); "
                 "give template='...{question}...{answer}'"
-            ) from None
+            )
         # The last one: a question may hold the mark too, but it comes before the answer.
-        prompt, mark, tail = text.rpartition(_ANSWER_MARK)
+        prompt, mark, tail = rendered.text.rpartition(_ANSWER_MARK)
         if not mark:
             raise InputError(
                 f"{place} is lost in the tokenizer's chat template, which shows no assistant turn; "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from math import prod
 from pathlib import Path
@@ -21,9 +22,10 @@ from geffect_fast.data import (
     tokenize_rows,
 )
 from geffect_fast.data.memory import free_memory
+from geffect_fast.data.qa import row_place
 from geffect_fast.data.tokenize import check_positions
 from geffect_fast.engines.choice import ENGINES
-from geffect_fast.errors import InputError
+from geffect_fast.errors import GEffectWarning, InputError
 from geffect_fast.objectives import Objective, parse_list
 from geffect_fast.objectives import resolve as resolve_objective
 from geffect_fast.objectives.base import REFERENCE_NEEDS, WEIGHTS, Need, required
@@ -100,8 +102,10 @@ def read_sets(
     alternatives: bool,
     template: str,
     max_length: int | None,
+    date: str,
+    model: nn.Module,
 ) -> dict[str, SampleSet]:
-    """The data sets, tokenised: forget, retain and every probe by its name.
+    """The data sets, tokenised for a model: forget, retain and every probe by its name.
 
     A source that is a `SampleSet` is one already.
     """
@@ -123,6 +127,8 @@ def read_sets(
             refusals=replacements if name == "forget" else None,
             template=template,
             max_length=max_length,
+            date=date,
+            n_positions=table_of_positions(model),
         )
         for name, source in sources.items()
     }
@@ -143,23 +149,53 @@ def check_model(model: nn.Module, sets: Mapping[str, SampleSet], what: str = "mo
         )
     config = getattr(config, "get_text_config", lambda: config)()
     vocab_size = getattr(config, "vocab_size", None)
-    n_positions = getattr(config, "max_position_embeddings", None)
     for sample_set in sets.values():
         if isinstance(vocab_size, int):
             check_vocabulary(sample_set, vocab_size, what)
-        if isinstance(n_positions, int) and _looks_up_positions(model, n_positions):
-            check_positions(sample_set, n_positions, what)
+    n_positions, table = _positions(config), table_of_positions(model)
+    if table is not None:
+        for sample_set in sets.values():
+            check_positions(sample_set, table, what)
+    elif n_positions is not None:
+        _tell_of_long_rows(sets, n_positions, what)
 
 
-def _looks_up_positions(model: nn.Module, n_positions: int) -> bool:
-    """Whether positions are rows of a table, which some models make a few rows longer."""
+def _tell_of_long_rows(sets: Mapping[str, SampleSet], n_positions: int, what: str) -> None:
+    """A warning that names the first row beyond the positions that a model was made for."""
+    for sample_set in sets.values():
+        for sample in sample_set.samples:
+            longest = max(len(q) for qs in sample.sequences().values() for q in qs)
+            if longest > n_positions:
+                warnings.warn(
+                    f"{row_place(sample_set.name, sample.data_row)} has {longest} tokens, and the "
+                    f"{what} was made for {n_positions} positions; what it computes beyond them "
+                    "may mean little",
+                    GEffectWarning,
+                    stacklevel=2,
+                )
+                return
+
+
+def _positions(config: Any) -> int | None:
+    """The positions that a config speaks of."""
+    n_positions = getattr(config, "max_position_embeddings", None)
+    return n_positions if isinstance(n_positions, int) else None
+
+
+def table_of_positions(model: nn.Module) -> int | None:
+    """Rows of a model's table of positions, which some make a few longer; None without one."""
+    config = getattr(model, "config", None)
+    n_positions = _positions(getattr(config, "get_text_config", lambda: config)())
+    if n_positions is None or not isinstance(model, nn.Module):
+        return None
     tokens = getattr(model, "get_input_embeddings", lambda: None)()
-    return any(
+    found = any(
         isinstance(module, nn.Embedding)
         and module is not tokens
         and 0 <= module.num_embeddings - n_positions < 8
         for module in model.modules()
     )
+    return n_positions if found else None
 
 
 def check_memory(

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from geffect_fast.capture import Plan
-from geffect_fast.data import SampleSet, read_refusals, read_rows, tokenize_rows
+from geffect_fast.data import read_refusals, read_rows, tokenize_rows
+from geffect_fast.data.tokenize import CHAT_DATE
 from geffect_fast.engines.layout import check_reference, choose_layout, longest_sequence
 from geffect_fast.engines.rotary_frequencies import check_pairs
 from geffect_fast.errors import InputError, NonFiniteError
@@ -27,6 +28,7 @@ from geffect_fast.runs.arguments import (
     check_needs_no_weights,
     reference_for,
     resolved_list,
+    table_of_positions,
 )
 from geffect_fast.runs.axes import kind_of
 from geffect_fast.runs.budget import within_budget
@@ -133,6 +135,7 @@ def check(
     reference_model: nn.Module | str | Path | None = None,
     template: str = "auto",
     max_length: int | None = None,
+    date: str = CHAT_DATE,
     token_budget: int | None = None,
     trust_remote_code: bool = False,
     progress: bool = False,
@@ -152,8 +155,8 @@ def check(
         data: forget data as for `profile`; it serves as retain data as well.
         objectives: as for `profile`.
         samples: how many rows of the data, the first ones.
-        refusals, reference_model, template, max_length, token_budget, trust_remote_code, progress:
-            as for `profile`.
+        refusals, reference_model, template, max_length, date, token_budget, trust_remote_code,
+            progress: as for `profile`.
 
     Returns:
         A `Check`; `check.exact` is the verdict.
@@ -169,8 +172,17 @@ def check(
     check_counts(samples=samples, token_budget=token_budget, max_length=max_length)
     parts = [part for objective in chosen for _, part in objective.parts()]
     alternatives = any("alternative" in part.roles for part in parts)
-    sample_set = _read(
-        data, tokenizer, samples, refusals if alternatives else None, template, max_length
+    sample_set = tokenize_rows(
+        read_rows(data, name="data")[:samples],
+        tokenizer,
+        name="data",
+        refusals=None
+        if refusals is None or not alternatives
+        else read_refusals(refusals)[:samples],
+        template=template,
+        max_length=max_length,
+        date=date,
+        n_positions=table_of_positions(model),
     )
     if not sample_set.has_alternatives:
         check_needs_no_refusals(chosen)
@@ -233,20 +245,6 @@ def check(
         objectives=tuple(str(objective) for objective in chosen),
         n_samples=len(sample_set),
         n_tokens=sum(len(sample.answer) for sample in sample_set.samples),
-    )
-
-
-def _read(
-    data: Any, tokenizer: Any, n: int, refusals: Any, template: str, max_length: int | None
-) -> SampleSet:
-    """The first `n` rows of the data."""
-    return tokenize_rows(
-        read_rows(data, name="data")[:n],
-        tokenizer,
-        name="data",
-        refusals=None if refusals is None else read_refusals(refusals)[:n],
-        template=template,
-        max_length=max_length,
     )
 
 

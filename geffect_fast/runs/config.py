@@ -21,6 +21,7 @@ from pydantic import (
 )
 
 from geffect_fast.data.files import check_regular
+from geffect_fast.data.tokenize import CHAT_DATE, checked_date
 from geffect_fast.errors import InputError
 from geffect_fast.runs.disk import is_there, user_path
 
@@ -101,6 +102,13 @@ class RunConfig(BaseModel):
     max_length: int | None = Field(default=None, gt=0)
     """Longest sequence accepted, in tokens; a longer one is an error that names its row."""
 
+    date: str = CHAT_DATE
+    """The day, YYYY-MM-DD, that chat templates are told which ask for it: no number depends on when
+    a run is made."""
+
+    rows: dict[str, str] = {}
+    """Digests of the tokenised rows by data set; recorded, so that a replay tells other rows."""
+
     token_budget: int | None = Field(default=None, gt=0)
     """Tokens a batch; none: chosen from free memory, and then recorded."""
 
@@ -161,6 +169,15 @@ class RunConfig(BaseModel):
             return checked_axes(value)
         except InputError as error:
             raise ValueError(str(error).removeprefix("resolve: ")) from None
+
+    @field_validator("date")
+    @classmethod
+    def _a_day(cls, value: str) -> str:
+        try:
+            checked_date(value)
+        except InputError as error:
+            raise ValueError(str(error).removeprefix("date: ")) from None
+        return value
 
     @field_validator("probes")
     @classmethod

@@ -50,6 +50,11 @@ def digest(samples: SampleSet) -> str:
     return found.hexdigest()[:16]
 
 
+def digests(sets: Mapping[str, SampleSet]) -> dict[str, str]:
+    """The `digest` of data sets by name."""
+    return {name: digest(each) for name, each in sets.items()}
+
+
 def gram_matrices(*gradients: Mapping[str, Tensor]) -> Tensor:
     """Gram matrices `(P, n, n)` fp64 of gradients, such as the risks' and then the objectives'.
 

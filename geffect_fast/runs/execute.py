@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -19,6 +20,7 @@ from geffect_fast.runs.inputs import Inputs, inputs_of
 from geffect_fast.runs.lock import locked
 from geffect_fast.runs.models import check_model_source, load_model, load_tokenizer, resolve_device
 from geffect_fast.runs.profile import profile
+from geffect_fast.runs.recorded_rows import check_recorded
 from geffect_fast.runs.store import (
     RESULTS,
     Reporter,
@@ -94,7 +96,9 @@ def execute(
             "threads": threads,
             "device": str(device),
             "dtype": dtype,
+            "rows": json.loads(dataset.attrs["digests"]),
         }
+        check_recorded(config.rows, chosen["rows"])
         replay = config.model_copy(update=chosen)
         if staging is None:
             save_run(out, dataset, replay, overwrite, report, read)
@@ -153,7 +157,8 @@ def measuring(config: RunConfig) -> dict[str, Any]:
 
 def reading(config: RunConfig) -> dict[str, Any]:
     """The fields that say how data are tokenised, as arguments of `profile`."""
-    return {"template": config.template, "max_length": config.max_length}
+    names = ("template", "max_length", "date")
+    return {name: getattr(config, name) for name in names}
 
 
 def check_sources(config: RunConfig) -> torch.device:

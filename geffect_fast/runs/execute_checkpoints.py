@@ -8,10 +8,12 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from geffect_fast.runs.config import ProfileConfig
+from geffect_fast.runs.dataset import digests
 from geffect_fast.runs.execute import measuring, on_threads, read_sources, reading
 from geffect_fast.runs.inputs import Inputs, input_sums, inputs_of
 from geffect_fast.runs.lock import locked
 from geffect_fast.runs.profile_checkpoints import CheckpointRun
+from geffect_fast.runs.recorded_rows import check_recorded
 from geffect_fast.runs.step_folder import (
     as_begun,
     begun,
@@ -26,7 +28,7 @@ if TYPE_CHECKING:
 
     from geffect_fast.runs.store import Reporter
 
-_CHOSEN = ("token_budget", "engine", "threads", "device", "dtype")
+_CHOSEN = ("token_budget", "engine", "threads", "device", "dtype", "rows")
 """Fields that are decided when a run begins, where nobody says, and recorded in its `run.yaml`."""
 
 
@@ -81,12 +83,15 @@ def execute_checkpoints(
                     **reading(config),
                 },
             )
+            rows = digests(run.profiler.sets)
+            check_recorded(config.rows, rows, folder if resume else None)
             chosen = {
                 "token_budget": run.profiler.token_budget,
                 "engine": run.profiler.settings["engine"],
                 "threads": threads,
                 "device": str(device),
                 "dtype": str(run.model.dtype).removeprefix("torch."),
+                "rows": rows,
             }
             settled = config.model_copy(update=chosen)
             with nullcontext() if resume else begun(folder, settled, sums), kept(folder):

@@ -236,7 +236,7 @@ def run_identity(
     """
     found = hashlib.sha256()
     # from free memory; in words; of what is hashed below
-    chosen = ("token_budget", "engine_reason", "digests")
+    chosen = ("token_budget", "engine_reason", "date", "digests")
     plain = {
         "settings": {k: v for k, v in profiler.settings.items() if k not in chosen},
         "risks": profiler.risk_names,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from geffect_fast.data.batch import Reduction
+from geffect_fast.data.tokenize import CHAT_DATE
 from geffect_fast.errors import GEffectWarning
 from geffect_fast.objectives import Objective
 from geffect_fast.runs.profiler import Profiler
@@ -37,6 +38,7 @@ def profile(
     groups: Mapping[str, Any] | None = None,
     template: str = "auto",
     max_length: int | None = None,
+    date: str = CHAT_DATE,
     token_budget: int | None = None,
     trust_remote_code: bool = False,
     out: str | Path | None = None,
@@ -81,6 +83,8 @@ def profile(
         groups: groups of blocks by name, in place of thirds: `{"first": "0-3", "last": 7}`.
         template: `auto`, or a text with `{question}` and `{answer}`.
         max_length: refuse samples of more tokens.
+        date: the day, `YYYY-MM-DD`, that a chat template is told which asks for it; a fixed one, so
+            that no number depends on the day.
         token_budget: tokens a batch; None: chosen from free memory. Where memory runs out, it is
             halved, with a `GEffectWarning`; the attribute `token_budget` is what it was at the end.
         trust_remote_code: run Python code that the folder of a `reference_model` brings along.
@@ -145,6 +149,7 @@ def profile(
         groups=groups,
         template=template,
         max_length=max_length,
+        date=date,
         token_budget=token_budget,
         trust_remote_code=trust_remote_code,
     )

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from geffect_fast.capture import Plan
 from geffect_fast.data import Layout, SampleSet, estimate_token_budget, make_batches
 from geffect_fast.data.batch import Batch, Reduction, Role
+from geffect_fast.data.tokenize import CHAT_DATE
 from geffect_fast.engines.attempts import TokenBudget
 from geffect_fast.engines.choice import Choice, choose_engine
 from geffect_fast.engines.direction import Tick, accumulate_gradients
@@ -49,7 +50,7 @@ from geffect_fast.runs.dataset import (
     check_effects,
     check_norms,
     dataset,
-    digest,
+    digests,
 )
 from geffect_fast.runs.effects import find_effects
 from geffect_fast.runs.intervals import LEVEL
@@ -119,6 +120,7 @@ class Profiler:
         groups: Mapping[str, Any] | None = None,
         template: str = "auto",
         max_length: int | None = None,
+        date: str = CHAT_DATE,
         token_budget: int | None = None,
         trust_remote_code: bool = False,
     ) -> None:
@@ -133,7 +135,16 @@ class Profiler:
         needs = {need for part in self._parts for need in part.needs}
         alternatives = any("alternative" in part.roles for part in self._parts)
         self.sets = sets = read_sets(
-            tokenizer, forget, retain, probes, refusals, alternatives, template, max_length
+            tokenizer,
+            forget,
+            retain,
+            probes,
+            refusals,
+            alternatives,
+            template,
+            max_length,
+            date,
+            model,
         )
         if not sets["forget"].has_alternatives:
             check_needs_no_refusals(self.objectives)
@@ -219,7 +230,8 @@ class Profiler:
             "risk": str(risk_part),
             "n_forget": len(sets["forget"]),
             "n_retain": len(sets["retain"]),
-            "digests": json.dumps({name: digest(each) for name, each in sets.items()}),
+            "date": date,
+            "digests": json.dumps(digests(sets)),
             "objectives": json.dumps(
                 [{"name": o.name, "parameters": o.parameters()} for o in self.objectives]
             ),

@@ -8,10 +8,12 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+from geffect_fast.runs.dataset import digests
 from geffect_fast.runs.execute import measuring, on_threads, read_sources, reading
 from geffect_fast.runs.inputs import Inputs, input_sums, inputs_of
 from geffect_fast.runs.lock import locked
 from geffect_fast.runs.models import load_model
+from geffect_fast.runs.recorded_rows import check_recorded
 from geffect_fast.runs.step_folder import as_begun, begun, check_resumed, kept
 from geffect_fast.runs.unlearn_config import UnlearnConfig
 from geffect_fast.unlearning.folder import check_start, finish
@@ -23,7 +25,7 @@ if TYPE_CHECKING:
     from geffect_fast.runs.store import Reporter
     from geffect_fast.unlearning.watch import Told
 
-CHOSEN = ("token_budget", "threads", "device", "dtype", "batch_size", "probe_rows")
+CHOSEN = ("token_budget", "threads", "device", "dtype", "batch_size", "probe_rows", "rows")
 """Fields that are decided when a run begins, where nobody says, and recorded in its `run.yaml`."""
 
 
@@ -85,11 +87,14 @@ def execute_unlearn(
                 trust_remote_code=trusted,
             )
             said(run.rows.sentence(run.sets))
+            rows = digests(run.sets)
+            check_recorded(config.rows, rows, folder if resume else None)
             chosen: dict[str, Any] = {
                 "token_budget": run.profiler.token_budget,
                 "threads": n_threads,
                 "device": str(device),
                 "dtype": str(model.dtype).removeprefix("torch."),
+                "rows": rows,
                 "batch_size": run.training.batch_size,
                 "probe_rows": config.probe_rows or max(map(len, run.rows.rows.values())),
             }

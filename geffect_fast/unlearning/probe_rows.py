@@ -63,7 +63,8 @@ def choose_rows(
     `1 + M + K` (with norms `1 + M + 2 K`) of the rows that K parts of objectives read, M risks; the
     forward engine takes `1 + 2 M` of the latter, and about `6 + 4.5 M` by groups of layers. By
     sample, 1 more is for the rows of every risk but the forget risk, of which intervals need to
-    know (`geffect_fast.runs.risk_rows`). What rows do not decide is `1 + M + K` times `WEIGHT_PASS`.
+    know (`geffect_fast.runs.risk_rows`). What rows do not decide is `1 + M + K` times
+    `WEIGHT_PASS`.
 
     Args:
         sets: the data sets, whole: forget, retain, and probes by name.

@@ -87,6 +87,7 @@ class Unlearning:
             **sources,
             alternatives=any("alternative" in part.roles for part in parts),
             **reading,
+            model=model,
         )
         if not sets["forget"].has_alternatives:
             check_needs_no_refusals(measured)
@@ -125,6 +126,7 @@ class Unlearning:
             probes=part_of,
             objectives=measured,
             reference_model=reference,
+            date=reading["date"],
             **measuring,
         )
         layout: Layout = self.profiler.settings["layout"]

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from geffect_fast.data.batch import Reduction
+from geffect_fast.data.tokenize import CHAT_DATE
 from geffect_fast.objectives import Objective
 from geffect_fast.runs.config import checked_config
 from geffect_fast.runs.inputs import input_sums, weights_sums
@@ -44,6 +45,7 @@ def unlearn(
     groups: Mapping[str, Any] | None = None,
     template: str = "auto",
     max_length: int | None = None,
+    date: str = CHAT_DATE,
     token_budget: int | None = None,
     trust_remote_code: bool = False,
     out: str | Path | None = None,
@@ -63,8 +65,8 @@ def unlearn(
         model: a causal language model of transformers, trained in place (with `lora_rank` an
             adapter is put into it); in eval mode afterwards.
         tokenizer, forget, retain, probes, refusals, resolve, engine, reduction, risk, norms,
-            groups, template, max_length, token_budget, trust_remote_code: as `geffect_fast.profile`
-            takes them; the engine and its axes are those of the probes.
+            groups, template, max_length, date, token_budget, trust_remote_code: as
+            `geffect_fast.profile` takes them; the engine and its axes are those of the probes.
         objective: what is trained on, such as `npo(beta=0.1) + 1.0*kl`.
         objectives: further ones, measured beside it.
         reference_model: what NPO-like objectives compare with; None: the model as it was before
@@ -114,7 +116,7 @@ def unlearn(
                 "token_budget": token_budget,
             },
             trust_remote_code=trust_remote_code,
-            reading={"template": template, "max_length": max_length},
+            reading={"template": template, "max_length": max_length, "date": date},
         )
 
     if out is None:

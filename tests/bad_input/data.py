@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from bad_input.case import (
     Case,
+    both,
     check,
     cut,
     gone,
@@ -44,7 +45,56 @@ class Listed(torch.utils.data.Dataset):
         return self.items[index]
 
 
+def chat_template(text):
+    """The tokenizer's."""
+    return holds("model/chat_template.jinja", text)
+
+
 CASES = [
+    Case(
+        "a field twice in a row",
+        profile(),
+        "forget.jsonl' is unusable JSON (its field 'answer' comes twice",
+        "keep one",
+        line("forget.jsonl", 2, '{"question": "q", "answer": "a", "answer": "b"}'),
+    ),
+    Case(
+        "a field twice in an array",
+        profile(retain="retain.json"),
+        "its field 'question' comes twice",
+        "keep one",
+        holds("retain.json", '[{"question": "q", "question": "p", "answer": "a"}]'),
+    ),
+    Case(
+        "a chat template that loops for years",
+        profile(),
+        "forget: row 0 (counting from 0), answer, does not fit the tokenizer's chat template (it",
+        "give template=",
+        both(
+            chat_template("{% for i in range(99999) %}" * 3 + "{% endfor %}" * 3),
+            lambda _here, patch: patch.setattr("geffect_fast.data.chat_render.SECONDS", 0.5),
+        ),
+    ),
+    Case(
+        "a chat template that writes without end",
+        check(),
+        "chat template (it writes 99999000 characters)",
+        "give template=",
+        chat_template("{% for i in range(99999) %}{{ 'x' * 1000 }}{% endfor %}"),
+    ),
+    Case(
+        "an answer as long as a library",
+        profile(max_length="1024"),
+        "forget: row 1 (counting from 0), answer, has ",
+        "more than 1024 (the model's positions, or max_length); shorten or drop the row",
+        row(2, question="q", answer="a" * 1_000_000),
+    ),
+    Case(
+        "no day",
+        profile(date="tomorrow"),
+        "--date: 'tomorrow' must be a day such as '2024-07-26'",
+        "such as",
+    ),
     # ---- files ----
     Case("forget missing", profile(forget="no/such.jsonl"), "'no/such.jsonl'", "give a file of"),
     Case("retain missing", profile(retain="none.json"), "retain: file 'none.json'", "give a file"),

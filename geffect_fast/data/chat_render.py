@@ -1,0 +1,138 @@
+"""Chat templates are programs from elsewhere: they run in a process of their own, within bounds.
+
+A template may loop for years or write without end, in ways that nothing inside a Python process can
+stop. So a child of the process, forked once for a whole data set, renders the rows and sends back
+text; the system ends it where a row takes too much time, and gives it no more memory than stated.
+Where there is no fork (Windows), rows are rendered in place, without bounds but that of their text.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import random
+import signal
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+SECONDS = 5.0
+"""Processor time that a template may take for a row; ordinary ones take a ten-thousandth of it."""
+MEMORY = 2**30
+"""Bytes that it may ask for beyond what the process has."""
+CHARACTERS = 1_000_000
+"""Characters that it may write around a row's own."""
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """What a template made of a row: `text`, or the reason why there is none."""
+
+    text: str = ""
+    reason: str = ""
+
+
+def render(template: Callable[[str], str], questions: Sequence[str]) -> list[Rendered]:
+    """The texts that a template makes of questions, up to the first at which it had to be ended.
+
+    Args:
+        template: whatever it raises is the reason why a question has no text.
+        questions: one a row.
+    """
+    if not hasattr(os, "fork"):
+        return [_rendered(template, question) for question in questions]
+    results, status = _in_a_child(template, questions)
+    if len(results) < len(questions):
+        late = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGPROF
+        ended = f"it takes more than {SECONDS:g} seconds" if late else "it ended its process"
+        results.append(Rendered(reason=ended))
+    return results
+
+
+def _rendered(template: Callable[[str], str], question: str) -> Rendered:
+    try:
+        text = template(question)
+    except MemoryError:
+        return Rendered(reason=f"it asks for more than {MEMORY >> 30} GiB of memory")
+    except Exception as error:  # jinja's errors, and whatever a template raises itself
+        return Rendered(reason=" ".join(str(error)[:1000].split()) or type(error).__name__)
+    if len(text) > len(question) + CHARACTERS:
+        return Rendered(reason=f"it writes {len(text)} characters")
+    return Rendered(text)
+
+
+def _in_a_child(
+    template: Callable[[str], str], questions: Sequence[str]
+) -> tuple[list[Rendered], int]:
+    """What a child process rendered before it ended, and how it ended."""
+    read, write = os.pipe()
+    with _silent_fork():
+        child = os.fork()
+    if child == 0:
+        _serve(template, questions, write)
+    os.close(write)
+    results = []
+    try:
+        with os.fdopen(read, encoding="utf-8") as lines:
+            for line in lines:
+                if line.endswith("\n"):  # the last one may be cut
+                    results.append(Rendered(*json.loads(line)))
+                if len(results) == len(questions):
+                    break
+    except BaseException:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        raise
+    return results, os.waitpid(child, 0)[1]
+
+
+def _serve(template: Callable[[str], str], questions: Sequence[str], pipe: int) -> Any:
+    """The child: renders, and ends without anything that a process does at its end."""
+    try:
+        gc.disable()  # what it would free belongs to the parent, devices included
+        for number in (signal.SIGINT, signal.SIGPROF, signal.SIGTERM):
+            signal.signal(number, signal.SIG_DFL)
+        _limit_memory()
+        with os.fdopen(pipe, "w", encoding="utf-8") as out:
+            for question in questions:
+                signal.setitimer(signal.ITIMER_PROF, SECONDS)
+                random.seed(0)  # jinja's `random` and `lipsum` are part of what can be replayed
+                done = _rendered(template, question)
+                out.write(json.dumps([done.text, done.reason]) + "\n")
+                out.flush()  # so that where it ends says at which row
+    finally:
+        os._exit(0)
+
+
+def _limit_memory() -> None:
+    """No more memory than there is now and `MEMORY`, where the system can tell."""
+    import resource
+
+    try:
+        sizes = Path("/proc/self/statm").read_text(encoding="ascii")
+    except OSError:
+        return
+    held = int(sizes.split()[0]) * resource.getpagesize()
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    limits = [limit for limit in (soft, hard) if limit != resource.RLIM_INFINITY]
+    resource.setrlimit(resource.RLIMIT_AS, (min([held + MEMORY, *limits]), hard))
+
+
+@contextmanager
+def _silent_fork() -> Iterator[None]:
+    """A fork of which neither Python nor tokenizers warns: the child uses no thread."""
+    name = "TOKENIZERS_PARALLELISM"
+    unset = name not in os.environ
+    if unset:
+        os.environ[name] = "true"
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            yield
+    finally:
+        if unset:
+            os.environ.pop(name, None)
