@@ -325,8 +325,8 @@ CASES = [
     Case(
         "steps of other data",
         RESUMED,
-        "step-00000000.nc is a step of another run",
-        "move the file away",
+        "resume: the rows of forget are other tokens than when the run in",
+        "bring back what it was",
         both(
             half_done,
             gone("run/manifest.json"),
