@@ -68,6 +68,7 @@ def snapshot(folder):
 
 def test_a_run_folder_is_complete(finished):
     assert sorted(p.name for p in finished.iterdir()) == [
+        "manifest.json",
         "plots",
         "report.html",
         "results.nc",

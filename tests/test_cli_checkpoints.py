@@ -45,7 +45,11 @@ def test_a_run_is_stopped_gone_on_with_and_replayed(here, monkeypatch, capsys):
     line = capsys.readouterr().err
     assert line.startswith("error: interrupted; what was measured to step 2 is kept: go on with")
     assert f"--resume --out {here / 'run'}" in line and len(line.splitlines()) == 1
-    assert sorted(path.name for path in (here / "run").iterdir()) == ["run.yaml", "steps"]
+    assert sorted(path.name for path in (here / "run").iterdir()) == [
+        "manifest.json",
+        "run.yaml",
+        "steps",
+    ]
     monkeypatch.undo()
     monkeypatch.chdir(here)
     (here / "run/steps/mine.txt").write_text("x")
@@ -60,7 +64,7 @@ def test_a_run_is_stopped_gone_on_with_and_replayed(here, monkeypatch, capsys):
     xr.testing.assert_identical(
         found.drop_attrs(deep=False), gf.open_run("again").drop_attrs(deep=False)
     )
-    over = ["profile", "--quiet", "--config", "run/run.yaml", "--out", "run"]
+    over = ["profile", "--quiet", "--config", "again/run.yaml", "--out", "run"]
     assert main([*over, "--overwrite"]) == 2, "what is not ours is not removed"
     assert "holds steps/mine.txt, which no run made" in capsys.readouterr().err
     (here / "run/steps/mine.txt").unlink()

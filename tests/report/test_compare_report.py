@@ -184,7 +184,10 @@ def test_the_command_writes_tables_and_plots(here, capsys):
 def test_the_command_replaces_a_comparison_where_told_to(here, capsys, monkeypatch):
     monkeypatch.setattr("geffect_fast.report.compare_plots.comparison_figures", lambda _: {})
     (here / "c").mkdir()
-    (here / "c/summary.csv").write_text("an earlier one")
+    for name in ("summary.csv", "compare.csv"):  # of an earlier version, which made no list
+        (here / f"c/{name}").write_text("an earlier one")
+    assert main(["compare", "a", "b", "--out", "c", "--quiet"]) == 2
+    assert "already holds summary.csv" in capsys.readouterr().err
     assert main(["compare", "a", "b", "--out", "c", "--quiet", "--overwrite"]) == 0
     assert capsys.readouterr() == ("", "")
     assert len(pd.read_csv(here / "c/summary.csv")) == 2

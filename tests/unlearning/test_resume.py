@@ -269,6 +269,7 @@ def test_what_cannot_be_resumed_is_said_and_nothing_is_touched(config, whole, tm
 def test_steps_of_other_data_are_not_gone_on_with(config, tmp_path, whole, study):
     folder = shutil.copytree(whole, tmp_path / "copy")
     (folder / "manifest.json").unlink()
+    shutil.rmtree(folder / "model")
     (folder / "results.nc").unlink()
     rows = (study / "forget.jsonl").read_text().splitlines()
     changed = tmp_path / "forget.jsonl"
@@ -282,6 +283,7 @@ def test_steps_of_other_data_are_not_gone_on_with(config, tmp_path, whole, study
 def test_a_model_that_changed_meanwhile_is_noticed(config, whole, tmp_path, study):
     folder = shutil.copytree(whole, tmp_path / "copy")
     (folder / "manifest.json").unlink()
+    shutil.rmtree(folder / "model")
     (folder / "results.nc").unlink()
     model = load_model(study / "model")
     with torch.no_grad():
