@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from architectures import ARCHITECTURES
@@ -13,7 +15,18 @@ from geffect_fast.errors import GEffectError
 from geffect_fast.report.check_table import verdict
 
 NUMBERS_OF_ROWS = (1, 3, 6)
-MODELS = {name: (lambda name=name: build(name)) for name in ARCHITECTURES}
+LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+
+
+def smallest(name):
+    """A row of the table with one layer, where it has two of one kind."""
+    row = ARCHITECTURES[name]
+    alike = not any(isinstance(value, list) for value in row.settings.values())
+    fewer = {k: 1 for k in LAYERS if alike and row.settings.get(k) == 2}
+    return build(replace(row, settings=row.settings | fewer))
+
+
+MODELS = {name: (lambda name=name: smallest(name)) for name in ARCHITECTURES}
 MODELS |= {
     name: (lambda case=case: case.build(torch.float32))
     for name, case in (ADAPTERS | WRAPPED).items()
@@ -21,7 +34,7 @@ MODELS |= {
 
 
 def rows(n):
-    """Short, of two lengths; labels on all but the prompt."""
+    """Short, of two lengths."""
     return samples([4, 5, 4, 4, 5, 4][:n], 1)
 
 
@@ -52,3 +65,9 @@ def test_both_refuse_it(name):
         with pytest.raises(GEffectError) as of_check:
             checked(model, n)
         assert str(of_profile.value) == str(of_check.value)
+
+
+def test_norms_in_fp32_inside_fp64_are_no_missed_share():
+    model = build("gemma4", torch.float64)
+    for n in NUMBERS_OF_ROWS:
+        profiled(model, n)
