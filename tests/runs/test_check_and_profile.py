@@ -21,7 +21,8 @@ LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 def smallest(name):
     """A row of the table with one layer, where it has two of one kind."""
     row = ARCHITECTURES[name]
-    alike = not any(isinstance(value, list) for value in row.settings.values())
+    # RWKV's initial weights divide by the number of layers less one.
+    alike = name != "rwkv" and not any(isinstance(v, list) for v in row.settings.values())
     fewer = {k: 1 for k in LAYERS if alike and row.settings.get(k) == 2}
     return build(replace(row, settings=row.settings | fewer))
 
