@@ -142,7 +142,7 @@ def _inner_by_jvp(factor: Explicit, direction: Tensor, flat: Tensor) -> Tensor |
     scores, sizes = [], []
     for v in direction:
         tangents = factor.jvp(v)
-        if tangents is None:
+        if not tangents:  # nor where nothing that the module returned was used
             return None
         # The module's children have parameters that may ask for gradients of their own.
         moved = [(t.tangent.detach(), t.g, t.cu.on(t.g.device)) for t in tangents]

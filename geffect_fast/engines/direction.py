@@ -70,9 +70,9 @@ def gradients_as_they_are(plan: Plan) -> Iterator[None]:
             after = hook(g)
             if not torch.equal(before, g if after is None else after):
                 raise UnsupportedModelError(
-                    f"parameter '{name}': a hook changes its gradient (as OSF of peft does), so "
-                    "the model does not learn by the gradient of its loss; remove the hook, or "
-                    "freeze the parameter"
+                    f"parameter '{name}': a hook changes its gradient (OSF of peft does), so the "
+                    "model does not learn by the gradient of its loss; remove the hook, or freeze "
+                    "the parameter"
                 )
 
         return run

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     import xarray as xr
 
 COVERAGE_TOLERANCE = {
-    torch.float64: 1e-7,
+    torch.float64: 1e-5,  # of models that compute norms in fp32
     torch.float32: 1e-3,
     torch.bfloat16: 5e-2,
     torch.float16: 5e-2,
