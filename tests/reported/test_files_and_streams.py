@@ -7,6 +7,7 @@ import io
 import json
 import os
 import shutil
+import subprocess
 import sys
 
 import numpy as np
@@ -84,7 +85,25 @@ def a_closed_pipe(here):
         stream.close()
 
 
-REPORTED = [a_packed_file, rows_of_sharegpt, ids_of_numpy, a_nul_in_a_text, a_closed_pipe]
+def a_backend_of_notebooks(here):
+    """bmaltais/kohya_ss#2521: matplotlib is not imported where MPLBACKEND is a notebook's."""
+    backend = {"MPLBACKEND": "module://no_such_module.backend_inline"}
+    command = [sys.executable, "-m", "geffect_fast.cli", *words(), "--quiet"]
+    done = subprocess.run(
+        command, env=os.environ | backend, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0 and "error" not in done.stderr, done.stderr
+    assert (here / "run/results.nc").exists() and (here / "run/plots/layers.png").exists()
+
+
+REPORTED = [
+    a_backend_of_notebooks,
+    a_packed_file,
+    rows_of_sharegpt,
+    ids_of_numpy,
+    a_nul_in_a_text,
+    a_closed_pipe,
+]
 
 
 @pytest.mark.parametrize("case", REPORTED, ids=lambda case: case.__doc__.split(":")[0])
