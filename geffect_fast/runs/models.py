@@ -32,6 +32,9 @@ _TOKENIZER_FILES = (
     "vocab.json",
     "vocab.txt",
     "spiece.model",
+    "spm.model",
+    "sentencepiece.bpe.model",
+    "tekken.json",
 )
 
 
