@@ -94,7 +94,9 @@ def tekken(path):
         {"rank": i, "token_bytes": base64.b64encode(text).decode(), "token_str": None}
         for i, text in enumerate(texts)
     ]
-    special = ["<unk>", "<s>", "</s>", "[INST]", "[/INST]", "<pad>"]
+    special = "<unk> <s> </s> [INST] [/INST] [AVAILABLE_TOOLS] [/AVAILABLE_TOOLS] [TOOL_RESULTS] "
+    special += "[/TOOL_RESULTS] [TOOL_CALLS] [IMG] <pad> [IMG_BREAK] [IMG_END] [PREFIX] [MIDDLE] "
+    special += "[SUFFIX] [SYSTEM_PROMPT] [/SYSTEM_PROMPT] [TOOL_CONTENT]"
     config = {
         "pattern": r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|\s+|[^\s\p{L}\p{N}]+",
         "num_vocab_tokens": len(words),
@@ -103,8 +105,7 @@ def tekken(path):
         "version": "v7",
     }
     tokens = [
-        {"rank": i, "token_str": text, "is_control": True}
-        for i, text in enumerate([*special, *(f"<extra_{i}>" for i in range(20 - len(special)))])
+        {"rank": i, "token_str": text, "is_control": True} for i, text in enumerate(special.split())
     ]
     content = {"config": config, "vocab": words, "special_tokens": tokens}
     path.write_text(json.dumps(content), encoding="utf-8")
