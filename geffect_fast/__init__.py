@@ -5,8 +5,12 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from geffect_fast import data, objectives, ops
-from geffect_fast.capture import capture
+from geffect_fast import threads
+
+threads.prepare()  # before torch is loaded, as the next lines do
+
+from geffect_fast import data, objectives, ops  # noqa: E402
+from geffect_fast.capture import capture  # noqa: E402
 
 if TYPE_CHECKING:
     import geffect_fast.functional as functional

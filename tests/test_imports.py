@@ -13,6 +13,7 @@ ROOT = Path(geffect_fast.__file__).parent
 
 LAYERS = {
     "errors": set(),
+    "threads": set(),
     "transfer": set(),
     "terminal": set(),
     "ops": {"errors"},

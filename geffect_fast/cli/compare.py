@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from geffect_fast.cli.options import Overwrite, Quiet, option
+from geffect_fast.cli.options import Overwrite, Quiet, given_path, option
 from geffect_fast.cli.printing import console
 from geffect_fast.errors import InputError
 
@@ -15,10 +15,18 @@ from geffect_fast.errors import InputError
 def compare(
     runs: Annotated[
         list[Path],
-        typer.Argument(help="Run folders with steps, two or more.", show_default=False),
+        typer.Argument(
+            help="Run folders with steps, two or more.", show_default=False, parser=given_path
+        ),
     ],
     out: Annotated[
-        Path, option("--out", "-o", help="Folder for tables and plots; compare where left out.")
+        Path,
+        option(
+            "--out",
+            "-o",
+            help="Folder for tables and plots; compare where left out.",
+            parser=given_path,
+        ),
     ] = Path("compare"),
     overwrite: Overwrite = False,
     quiet: Quiet = False,

@@ -22,6 +22,9 @@ def env() -> None:
         except PackageNotFoundError:
             print(f"{name:<13} not installed")
     print(f"cpu           {os.cpu_count()} cores, {torch.get_num_threads()} threads in torch")
+    waiting = os.environ.get("OMP_WAIT_POLICY", "not set")
+    number = os.environ.get("OMP_NUM_THREADS", "not set")
+    print(f"threads       OMP_WAIT_POLICY {waiting}, OMP_NUM_THREADS {number}")
     for i in range(torch.cuda.device_count()):
         print(f"cuda:{i}        {torch.cuda.get_device_name(i)}")
     if not torch.cuda.is_available():

@@ -5,12 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-from geffect_fast.cli.options import Run, option
+from geffect_fast.cli.options import Run, given_path, option
 
 
 def export(
     run: Run,
-    to: Annotated[Path, option("--to", help="File to write; ends in .csv or .parquet.")],
+    to: Annotated[
+        Path, option("--to", help="File to write; ends in .csv or .parquet.", parser=given_path)
+    ],
     overwrite: Annotated[bool, option("--overwrite", help="Replace a file that is there.")] = False,
 ) -> None:
     """Write a run as one long table, a row a G-effect: objective, risk, parameter, sample."""

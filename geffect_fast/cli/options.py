@@ -24,15 +24,30 @@ def option(*names: str, field: str | None = None, **more: Any) -> Any:
     return typer.Option(*names, show_default=False, **more)
 
 
-Out = Annotated[Path, option("--out", "-o", help="Folder for the results; made if missing.")]
+def given_path(text: str | Path) -> Path:
+    """A path; an empty one would mean the working folder, which nobody asks for in that way."""
+    if text == "":
+        raise typer.BadParameter("must not be empty; give a path, or . for the working folder")
+    return Path(text)
+
+
+Out = Annotated[
+    Path, option("--out", "-o", help="Folder for the results; made if missing.", parser=given_path)
+]
 Overwrite = Annotated[bool, option("--overwrite", help="Replace the run that --out holds.")]
 Resume = Annotated[
     bool, option("--resume", help="Go on with the run in --out; no other option is needed.")
 ]
 Quiet = Annotated[bool, option("--quiet", "-q", help="No progress bars, tables or findings.")]
-Run = Annotated[Path, typer.Argument(help="A run folder, or a results.nc.", show_default=False)]
+Run = Annotated[
+    Path,
+    typer.Argument(help="A run folder, or a results.nc.", show_default=False, parser=given_path),
+]
 ConfigFile = Annotated[
-    Path | None, option("--config", "-c", help="YAML file of fields; options given override it.")
+    Path | None,
+    option(
+        "--config", "-c", help="YAML file of fields; options given override it.", parser=given_path
+    ),
 ]
 
 _FIELDS: dict[str, Any] = {

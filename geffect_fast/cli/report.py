@@ -8,18 +8,25 @@ from typing import Annotated
 
 import typer
 
-from geffect_fast.cli.options import option
+from geffect_fast.cli.options import given_path, option
 from geffect_fast.errors import InputError
 
 
 def report(
     runs: Annotated[
         list[Path],
-        typer.Argument(help="A run folder, or several with steps.", show_default=False),
+        typer.Argument(
+            help="A run folder, or several with steps.", show_default=False, parser=given_path
+        ),
     ],
     out: Annotated[
         Path | None,
-        option("--out", "-o", help="HTML file to write; else report.html in the one run's folder."),
+        option(
+            "--out",
+            "-o",
+            help="HTML file to write; else report.html in the one run's folder.",
+            parser=given_path,
+        ),
     ] = None,
     overwrite: Annotated[bool, option("--overwrite", help="Replace the file --out names.")] = False,
 ) -> None:

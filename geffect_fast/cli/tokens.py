@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-from geffect_fast.cli.options import Run, option
+from geffect_fast.cli.options import Run, given_path, option
 from geffect_fast.cli.printing import console
 
 
@@ -29,7 +29,11 @@ def tokens(
     ] = None,
     html: Annotated[
         Path | None,
-        option("--html", help="Write a page with all objectives here, and print its name alone."),
+        option(
+            "--html",
+            help="Write a page with all objectives here, and print its name alone.",
+            parser=given_path,
+        ),
     ] = None,
 ) -> None:
     """Print answers, tokens coloured by e_u and by e_r: which words are attacked, what that costs.

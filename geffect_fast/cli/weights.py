@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from geffect_fast.cli.options import Quiet, Run, option
+from geffect_fast.cli.options import Quiet, Run, given_path, option
 from geffect_fast.cli.printing import console
 from geffect_fast.errors import InputError
 
@@ -17,7 +17,13 @@ FRONTIER = "frontier.png"
 def weights(
     run: Run,
     out: Annotated[
-        Path, option("--out", "-o", help="The forget data with weights, JSON lines, to write.")
+        Path,
+        option(
+            "--out",
+            "-o",
+            help="The forget data with weights, JSON lines, to write.",
+            parser=given_path,
+        ),
     ],
     retain_budget: Annotated[
         float | None,

@@ -139,8 +139,8 @@ def _read_text(source: str | os.PathLike[str], name: str, remedy: str) -> str:
     except (OSError, ValueError, RuntimeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise InputError(f"{name}: cannot read {shown} ({_one_line(reason)}); {remedy}") from None
-    if kind := no_data(raw[:512]):
-        raise InputError(f"{name}: {shown} is {kind[0]}; {kind[1]}; {remedy}")
+    if found := no_data(raw[:512]):
+        raise InputError(f"{name}: {shown} is {found[0]}; {found[1]}; {remedy}")
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:

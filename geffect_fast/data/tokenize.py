@@ -349,8 +349,9 @@ class _Encoder:
         # A chat template writes its own beginning of sequence; elsewhere the tokenizer decides.
         begins = not self.chat and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
         self.begin = [tokenizer.bos_token_id] if begins else []
-        added = getattr(tokenizer, "added_tokens_decoder", {})
-        self.special = set(tokenizer.all_special_ids) | {i for i, t in added.items() if t.special}
+        added = getattr(tokenizer, "added_tokens_decoder", None)
+        of_added = added.items() if isinstance(added, Mapping) else ()  # mistral-common has none
+        self.special = set(tokenizer.all_special_ids) | {i for i, t in of_added if t.special}
 
     def __call__(self, question: str, answer: str, place: str) -> tuple[list[int], list[int]]:
         prompt, tail = self._around(question, place)

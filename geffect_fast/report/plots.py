@@ -133,6 +133,7 @@ def _room(values: np.ndarray, reach: float) -> float:
 
 def blank_figure(width: float, height: float) -> Figure:
     """A figure that belongs to no window and no global state."""
+    import geffect_fast.report.any_backend  # noqa: F401, I001
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     from geffect_fast.report.figure import PlainFigure

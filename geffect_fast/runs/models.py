@@ -39,6 +39,9 @@ _TOKENIZER_FILES = (
     "vocab.json",
     "vocab.txt",
     "spiece.model",
+    "spm.model",
+    "sentencepiece.bpe.model",
+    "tekken.json",
 )
 
 

@@ -20,8 +20,8 @@ _BESIDE = {
 }
 """Coordinates that an axis has beside its own."""
 
-_WITHIN = ("token_id", "sequence")
-"""Those of an axis within samples, where samples are told apart."""
+_OF_TOKENS = ("token_id", "sequence")
+"""Those of the axis of tokens, where samples are told apart."""
 
 _ATTRIBUTES: dict[str, type] = {
     "engine": str,
@@ -123,8 +123,8 @@ def _odd(dataset: xr.Dataset) -> str | None:
         if not effect.sizes[axis]:
             return f"its axis '{axis}' is empty"
         beside = _BESIDE.get(axis, ())
-        if axis in ("position", "token") and "sample" in effect.dims:
-            beside = _WITHIN
+        if axis == "token" and "sample" in effect.dims:
+            beside = _OF_TOKENS
         for name in (axis, *beside):
             if name not in effect.coords:
                 return f"it has no coordinate '{name}'"

@@ -272,6 +272,28 @@ CASES = [
         "field 'forget' is missing",
         "give it",
     ),
+    # ---- paths of no letters ----
+    *(
+        Case(
+            f"{words[0]} with an empty {name}",
+            words,
+            "must not be empty",
+            "give a path",
+        )
+        for name, words in {
+            "--out": profile(out=""),
+            "--out of a sweep": ["sweep", *profile(out="")[1:]],
+            "--out of a training": ["unlearn", "--out", ""],
+            "--config": ["profile", "--config", "", "--out", "run"],
+            "run": ["show", ""],
+            "--to": ["export", "run", "--to", ""],
+            "--html": ["tokens", "run", "--html", ""],
+            "runs": ["compare", "one", ""],
+            "page": ["report", "run", "--out", ""],
+            "weighted data": ["weights", "run", "--out", ""],
+            "demo": ["demo", "--out", ""],
+        }.items()
+    ),
     # ---- from Python ----
     Case(
         "unknown axis from Python",

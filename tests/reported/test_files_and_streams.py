@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import base64
 import gzip
 import io
 import json
 import os
 import shutil
+import subprocess
 import sys
 
 import numpy as np
 import pytest
+import transformers
 
 import geffect_fast as gf
 from geffect_fast.cli import main
@@ -84,7 +87,98 @@ def a_closed_pipe(here):
         stream.close()
 
 
-REPORTED = [a_packed_file, rows_of_sharegpt, ids_of_numpy, a_nul_in_a_text, a_closed_pipe]
+def tekken(path):
+    """The tokenizer file of Mistral's own format, with bytes and a few words."""
+    texts = [bytes([i]) for i in range(256)] + [b" author", b" book", b"She", b"Wh"]
+    words = [
+        {"rank": i, "token_bytes": base64.b64encode(text).decode(), "token_str": None}
+        for i, text in enumerate(texts)
+    ]
+    special = "<unk> <s> </s> [INST] [/INST] [AVAILABLE_TOOLS] [/AVAILABLE_TOOLS] [TOOL_RESULTS] "
+    special += "[/TOOL_RESULTS] [TOOL_CALLS] [IMG] <pad> [IMG_BREAK] [IMG_END] [PREFIX] [MIDDLE] "
+    special += "[SUFFIX] [SYSTEM_PROMPT] [/SYSTEM_PROMPT] [TOOL_CONTENT]"
+    config = {
+        "pattern": r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|\s+|[^\s\p{L}\p{N}]+",
+        "num_vocab_tokens": len(words),
+        "default_vocab_size": len(words) + 20,
+        "default_num_special_tokens": 20,
+        "version": "v7",
+    }
+    tokens = [
+        {"rank": i, "token_str": text, "is_control": True} for i, text in enumerate(special.split())
+    ]
+    content = {"config": config, "vocab": words, "special_tokens": tokens}
+    path.write_text(json.dumps(content), encoding="utf-8")
+
+
+def tokens_of_mistral(here):
+    """huggingface/transformers#47507: a model whose tokenizer is a tekken.json alone."""
+    pytest.importorskip("mistral_common")
+    shutil.rmtree("model")
+    config = transformers.MistralConfig(
+        vocab_size=300, hidden_size=16, intermediate_size=24, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=1,
+    )  # fmt: skip
+    transformers.MistralForCausalLM(config).save_pretrained("model")
+    tekken(here / "model/tekken.json")
+    assert main([*words(), "--quiet", "--resolve", "sample,token"]) == 0
+    with open_run("run") as result:
+        assert "</s>" in result["token_text"].values[0]
+        tokenizer = transformers.AutoTokenizer.from_pretrained("model")
+        model = transformers.AutoModelForCausalLM.from_pretrained("model").eval()
+        data = {"forget": "forget.jsonl", "retain": "retain.jsonl"}
+        by_api = gf.profile(
+            model, tokenizer, **data, objectives=["ga"], resolve=["sample", "token"]
+        )
+        np.testing.assert_array_equal(by_api["token_id"], result["token_id"])
+        np.testing.assert_allclose(by_api["g_effect"], result["g_effect"], rtol=1e-5)
+
+
+def a_tokenizer_without_a_list_of_added_tokens(here):
+    """huggingface/transformers#46622: mistral-common's class has methods where others have data."""
+
+    class WithMethod:
+        def __init__(self, tokenizer):
+            self.inside = tokenizer
+
+        def __getattr__(self, name):
+            return getattr(self.inside, name)
+
+        def __call__(self, *args, **kwargs):
+            return self.inside(*args, **kwargs)
+
+        def added_tokens_decoder(self):
+            raise NotImplementedError
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained("model")
+    rows = gf.data.read_rows("forget.jsonl", name="forget")
+    found, expected = (
+        gf.data.tokenize_rows(rows, t, name="forget") for t in (WithMethod(tokenizer), tokenizer)
+    )
+    assert found.n_tokens == expected.n_tokens
+
+
+def a_backend_of_notebooks(here):
+    """bmaltais/kohya_ss#2521: matplotlib is not imported where MPLBACKEND is a notebook's."""
+    backend = {"MPLBACKEND": "module://no_such_module.backend_inline"}
+    command = [sys.executable, "-m", "geffect_fast.cli", *words(), "--quiet"]
+    done = subprocess.run(
+        command, env=os.environ | backend, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0 and "error" not in done.stderr, done.stderr
+    assert (here / "run/results.nc").exists() and (here / "run/plots/layers.png").exists()
+
+
+REPORTED = [
+    tokens_of_mistral,
+    a_tokenizer_without_a_list_of_added_tokens,
+    a_backend_of_notebooks,
+    a_packed_file,
+    rows_of_sharegpt,
+    ids_of_numpy,
+    a_nul_in_a_text,
+    a_closed_pipe,
+]
 
 
 @pytest.mark.parametrize("case", REPORTED, ids=lambda case: case.__doc__.split(":")[0])

@@ -1,0 +1,114 @@
+"""Threads of torch on a machine that others use too: how many, and whether they spin as they wait.
+
+OpenMP reads its settings where torch is loaded, so commands set them before; a program that imports
+the package is told.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+COMMAND = "geffect-fast"
+
+_OF_WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
+_OF_NUMBER = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
+
+
+def is_command() -> bool:
+    """Whether this process is the command line: by its script, or `python -m geffect_fast.cli`."""
+    words = sys.orig_argv
+    as_module = any(pair == ("-m", "geffect_fast.cli") for pair in pairwise(words))
+    return as_module or Path(sys.argv[0] if sys.argv else "").name == COMMAND
+
+
+def prepare() -> None:
+    """Before torch is loaded: what a command sets, or what a program is told.
+
+    What the user has set stays as it is.
+    """
+    if "torch" in sys.modules:
+        return
+    if is_command():
+        if not any(name in os.environ for name in _OF_WAITING):
+            os.environ["OMP_WAIT_POLICY"] = "passive"
+        if not any(name in os.environ for name in _OF_NUMBER):
+            os.environ["OMP_NUM_THREADS"] = str(usable_cores())
+        return
+    advice = _advice()
+    if advice is not None:
+        logging.getLogger("geffect_fast").warning(advice)
+
+
+def usable_cores(root: Path = Path("/sys/fs/cgroup")) -> int:
+    """Cores that this process may use: those of its affinity, and no more than its control group's
+    share of time is worth; at least 1.
+
+    Args:
+        root: where the control groups are.
+    """
+    mine = os.sched_getaffinity(0)
+    cores = {_core(cpu) for cpu in mine}
+    share = _share(root)
+    return len(cores) if share is None else max(1, min(len(cores), int(share)))
+
+
+def _core(cpu: int) -> str:
+    """The core of a logical processor, by all that it is; two threads of one share its units."""
+    place = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
+    try:
+        return place.read_text(encoding="ascii").strip()
+    except (OSError, UnicodeDecodeError):
+        return str(cpu)
+
+
+def _share(root: Path) -> float | None:
+    """How many processors' time the control group may use; None: no limit, or none is known."""
+    try:
+        group = Path("/proc/self/cgroup").read_text(encoding="utf-8")
+    except OSError:
+        return None
+    inside = next((line[3:].strip("/\n") for line in group.splitlines() if line[:3] == "0::"), "")
+    shares = []
+    folders = [root / inside, *(root / inside).parents] if ".." not in inside else [root]
+    for folder in folders:
+        if folder == root.parent:
+            break
+        shares += _limit(folder)
+    return min(shares, default=None)
+
+
+def _limit(folder: Path) -> list[float]:
+    """The limit of one group, of either version of control groups; nothing where it has none."""
+    try:
+        quota, period = (folder / "cpu.max").read_text(encoding="ascii").split()
+        return [] if quota == "max" else [int(quota) / int(period)]
+    except (OSError, ValueError):
+        pass
+    try:
+        quota, period = (
+            (folder / "cpu" / f"cpu.cfs_{name}_us").read_text(encoding="ascii")
+            for name in ("quota", "period")
+        )
+        return [] if int(quota) < 0 else [int(quota) / int(period)]
+    except (OSError, ValueError, ZeroDivisionError):
+        return []
+
+
+def _advice() -> str | None:
+    """What to set where neither the waiting nor the number is, and the cores are busy."""
+    if os.environ.get("OMP_WAIT_POLICY", "").lower() == "passive":
+        return None
+    if any(name in os.environ for name in (*_OF_WAITING[1:], *_OF_NUMBER)):
+        return None
+    load, cores = os.getloadavg()[0], usable_cores()
+    if load < 0.5 * cores:
+        return None
+    return (
+        f"other processes keep this machine busy (load {load:.1f} on {cores} cores), and threads "
+        "of torch that spin as they wait make that many times slower: set OMP_WAIT_POLICY=passive, "
+        f"and OMP_NUM_THREADS={cores} or less, before Python starts"
+    )

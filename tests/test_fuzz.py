@@ -1,0 +1,174 @@
+"""Whatever arguments and files a user gives: an exit code that is documented, and no traceback."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import time
+
+import pytest
+from bad_input.folders import a_run
+from step_results import step_dataset
+
+from geffect_fast.cli import COMMANDS, main
+from geffect_fast.runs.store import save_result
+
+SECONDS = 12.0
+"""For each kind; what is drawn in it is decided by the seed, how much of it by the machine."""
+
+WORDS = [
+    *(
+        "",
+        " ",
+        "-",
+        "--",
+        "0",
+        "-1",
+        "1e999",
+        "nan",
+        "ga",
+        "ga,",
+        "npo(beta=)",
+        "((",
+        "a=b",
+        "=",
+        ",",
+    ),
+    *("run", "steps", "one", "model", "reference", "forget.jsonl", "retain.jsonl", "refusals.txt"),
+    *(".", "..", "/", "/dev/null", "/dev/zero", "/proc/self/mem", "run/results.nc", "run/run.yaml"),
+    *(
+        "no/such",
+        "x" * 300,
+        "\udcff",
+        "ü\u202e",
+        "~nobody",
+        "[red]",
+        "$x$",
+        "{}",
+        "*",
+        "sample,token",
+    ),
+]
+OPTIONS = [
+    *("--model", "--forget", "--retain", "--objectives", "--objective", "--probe", "--refusals"),
+    *("--reference", "--tokenizer", "--reduction", "--risk", "--resolve", "--group", "--engine"),
+    *("--template", "--max-length", "--token-budget", "--dtype", "--device", "--threads", "--data"),
+    *("--steps", "--lr", "--trainer", "--out", "--config", "--resume", "--overwrite", "--quiet"),
+    *("--samples", "--rows", "--by", "--html", "--to", "--removal", "--retain-budget", "--norms"),
+]
+MADE_FROM = "--model model --forget forget.jsonl --retain retain.jsonl"
+GOOD = {
+    "profile": f"{MADE_FROM} --objectives ga --out new",
+    "sweep": f"{MADE_FROM} --objectives ga --out new",
+    "check": "--model model --data forget.jsonl --samples 1",
+    "show": "run",
+    "tokens": "run",
+    "report": "run --out page.html",
+    "export": "run --to t.csv",
+    "weights": "run --out w.jsonl --retain-budget 0",
+    "compare": "steps one --out new",
+    "unlearn": f"{MADE_FROM} --objective ga --steps 1",
+}
+DEMO = "demo"
+"""Trains for minutes where its arguments are fine."""
+
+
+@pytest.fixture(scope="module")
+def source(study, tmp_path_factory):
+    folder = shutil.copytree(study, tmp_path_factory.mktemp("fuzz") / "here")
+    a_run(folder, None)
+    for seed, name in enumerate(("steps", "one")):
+        (folder / name).mkdir()
+        save_result(step_dataset(n_steps=3, seed=seed), folder / name / "results.nc")
+    return folder
+
+
+@pytest.fixture
+def here(source, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.chdir(tmp_path)
+    return shutil.copytree(source, tmp_path / "here", dirs_exist_ok=True)
+
+
+def try_all(drawn, capfd, least):
+    """Runs what is drawn until the time is up."""
+    until = time.monotonic() + SECONDS
+    for n, (words, what) in enumerate(drawn, start=1):
+        code = main(words)
+        error = capfd.readouterr().err
+        assert code in (0, 2, 3, 130), (words, what, error[-2000:])
+        assert "Traceback" not in error, (words, what, error)
+        if n >= least and time.monotonic() > until:
+            return
+
+
+def arguments(rng):
+    """Commands that work, with words put in, taken out and replaced; and words alone."""
+    commands = [command.__name__ for command in COMMANDS if command.__name__ != DEMO]
+    while True:
+        command = rng.choice(commands)
+        words = GOOD.get(command, "").split() if rng.random() < 0.7 else []
+        for _ in range(rng.randrange(1, 4)):
+            at = rng.randrange(len(words) + 1)
+            new = [rng.choice(OPTIONS)] if rng.random() < 0.5 else []
+            new += [rng.choice(WORDS)] if rng.random() < 0.7 else []
+            words[at : at + rng.randrange(2)] = new
+        if "unlearn" in (command, *words) and "--steps" in words:
+            words += ["--template", "{answer}{question}"]  # nothing is trained
+        yield [command, *words], None
+
+
+@pytest.mark.parametrize("seed", [1])
+def test_arguments(here, seed, capfd, monkeypatch):
+    monkeypatch.chdir(here)
+    try_all(arguments(random.Random(seed)), capfd, 60)
+
+
+FILES = {
+    "forget.jsonl": [GOOD["check"].split()],
+    "refusals.txt": [f"{GOOD['check']} --objectives po --refusals refusals.txt".split()],
+    "run/results.nc": [["show", "run"], ["export", "run", "--to", "t.csv"]],
+    "steps/results.nc": [["show", "steps"], ["compare", "steps", "one", "--out", "c"]],
+    "run/run.yaml": [["profile", "--config", "run/run.yaml", "--template", "x", "--out", "new"]],
+    "model/config.json": [GOOD["check"].split()],
+    "model/tokenizer.json": [GOOD["check"].split()],
+    "model/tokenizer_config.json": [GOOD["check"].split()],
+    "model/model.safetensors": [GOOD["check"].split()],
+}
+
+
+def damaged(rng, data):
+    """A file cut, with bytes replaced, doubled, or with a word of JSON in place of another."""
+    at = rng.randrange(len(data) + 1)
+    kind = rng.randrange(5)
+    if kind == 0:
+        return data[:at]
+    if kind == 1:
+        return (
+            data[:at] + bytes(rng.randrange(256) for _ in range(rng.randrange(1, 40))) + data[at:]
+        )
+    if kind == 2:
+        end = at + rng.randrange(1, 200)
+        return data[:at] + bytes(len(data[at:end])) + data[end:]
+    if kind == 3:
+        return data + data[at:]
+    word = rng.choice(["null", "[]", "{}", "-1", "1e999", '"x"', "true", "\\u0000", "\ud7ff"])
+    return data[:at] + json.dumps(word).encode() + data[at + rng.randrange(9) :]
+
+
+def files(rng, here):
+    """Commands that work, on a file that is damaged."""
+    whole = {name: (here / name).read_bytes() for name in FILES}
+    while True:
+        name = rng.choice(list(FILES))
+        data = damaged(rng, whole[name])
+        (here / name).write_bytes(data)
+        yield rng.choice(FILES[name]), (name, data[:200])
+        (here / name).write_bytes(whole[name])
+
+
+@pytest.mark.parametrize("seed", [1])
+def test_files(here, seed, capfd, monkeypatch):
+    monkeypatch.chdir(here)
+    try_all(files(random.Random(seed), here), capfd, 30)
