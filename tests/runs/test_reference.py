@@ -89,7 +89,7 @@ def test_a_sweep_without_reference_is_one_point(model):
         same = gf.sweep(model, None, **SETS, objectives=objectives)
     assert set(same.same_as.values) == {"npo(beta=0.01)", "ga"}
     assert same.pareto.sum() <= 2 and not same.pareto[1:12].any()
-    assert "(the same: npo(beta=0.0172417), " in Swept.of(same).label(0)
+    assert "(the same: npo(beta=0.0172405), " in Swept.of(same).label(0)
     assert "Reference: the model itself" in text_of(render_sweep(same))
     apart = gf.sweep(model, None, **SETS, objectives=objectives, reference_model=other(model))
     np.testing.assert_array_equal(apart.same_as, apart.objective)
