@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from geffect_fast.capture import Plan
 from geffect_fast.data import read_refusals, read_rows, tokenize_rows
 from geffect_fast.data.tokenize import CHAT_DATE
+from geffect_fast.engines.attempts import TokenBudget
 from geffect_fast.engines.layout import check_reference, choose_layout, longest_sequence
 from geffect_fast.engines.rotary_frequencies import check_pairs
 from geffect_fast.errors import InputError, NonFiniteError
@@ -208,10 +209,12 @@ def check(
         ):
             return plain_numbers(other, sample_set, chosen, reference, lambda n: update(advance=n))
 
+    longest = longest_sequence(sample_set)
     with computing_in(dtype, model):
-        layout = choose_layout(plan, sample_set)
-        if reference is not None:
-            check_reference(reference, layout, sample_set, longest_sequence(sample_set))
+        with within_budget(TokenBudget(token_budget or longest), one_sample=True):
+            layout = choose_layout(plan, sample_set)
+            if reference is not None:
+                check_reference(reference, layout, sample_set, longest)
         captured = CapturedNumbers(plan, sample_set, chosen, reference, layout, token_budget)
         with (
             progress_bar(progress, "geffect_fast", captured.n_tokens) as update,
