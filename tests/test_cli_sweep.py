@@ -114,7 +114,7 @@ def test_a_loud_sweep_prints_what_show_prints_again(words, finished, taken, caps
         "(below 0: it rises, as wanted)",
         "plots/pareto.png",
         "plots/sweep.png",
-        "Read the signs so",
+        "How to read the signs",
     ):
         assert expected in printed, expected
     assert main(["show", str(finished)]) == 0

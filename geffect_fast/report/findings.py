@@ -150,8 +150,7 @@ def _mean_size(values: np.ndarray) -> np.ndarray | None:
 def signs() -> str:
     """How to read the signs of effects."""
     return (
-        "Read the signs so: a small descent step on an objective changes a risk by minus its "
-        "effect, so wanted are an e_u strongly negative, which raises the risk on what must go, "
-        "and an e_r zero or positive, which does not raise it on the rest, while a negative e_r "
-        "is harm."
+        "How to read the signs: a small descent step on an objective changes a risk by minus its "
+        "effect. A strongly negative e_u is what you want: it raises the risk on what must go. An "
+        "e_r of zero or more leaves the rest unharmed; a negative e_r harms it."
     )
