@@ -120,7 +120,12 @@ def test_options_override_the_config(finished, tmp_path):
 def test_a_loud_run_prints_tables_paths_and_findings(here, capsys):
     assert main(arguments(objectives="ga,po")) == 0
     printed = capsys.readouterr()
-    for words in ("verdict", "Where e_u comes from", "run/plots/layers.png", "How to read the signs"):
+    for words in (
+        "verdict",
+        "Where e_u comes from",
+        "run/plots/layers.png",
+        "How to read the signs",
+    ):
         assert words in printed.out
     assert main(["show", "run"]) == 0
     again = capsys.readouterr().out

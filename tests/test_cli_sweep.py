@@ -32,7 +32,7 @@ def finished(words, tmp_path_factory):
 
 
 def test_a_run_folder_is_that_of_a_profile_and_more(finished):
-    held = {"report.html", "results.nc", "run.yaml", "summary.csv", "plots"}
+    held = {"manifest.json", "report.html", "results.nc", "run.yaml", "summary.csv", "plots"}
     assert {path.name for path in finished.iterdir()} == held
     plots = {path.name for path in (finished / "plots").iterdir()}
     assert plots == {"sweep.png", "pareto.png", "instances.png"}

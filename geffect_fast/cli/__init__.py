@@ -85,13 +85,9 @@ def main(argv: list[str] | None = None) -> int:
     Args:
         argv: arguments without the program's name; None: those of the process.
     """
-    with clean_output():
-        return _exit_code(argv)
-
-
-def _exit_code(argv: list[str] | None) -> int:
     try:
-        with watched_streams():
+        # Rich writes to what a clean stream is made of, which is to be a watched one.
+        with watched_streams(), clean_output():
             return _run(argv)
     except OutputLost as lost:
         if lost.error.errno == errno.EPIPE:

@@ -13,6 +13,7 @@ from geffect_fast.capture import Factor, Plan, Recorder, leaves_of
 from geffect_fast.capture.products import squared_norms
 from geffect_fast.data import IGNORE, Layout, Sample, SampleSet, Sequence, make_batches
 from geffect_fast.data.batch import Batch
+from geffect_fast.data.memory import no_memory
 from geffect_fast.engines.forward_pass import model_outputs, sample_axis, takes
 from geffect_fast.engines.known_layout import packs_by_its_code
 from geffect_fast.engines.packed_attention import packed_attention, splits_attention
@@ -83,7 +84,7 @@ def choose_layout(plan: Plan, sample_set: SampleSet, longest: int | None = None)
     if tried is None:
         outside: list[tuple[str, ...]] = []
         layout = _try(plan, sample_set, outside, may_pack)
-        if layout == "packed" and not packs_at_length(plan.model, extremes):
+        if layout == "packed" and not _packs_if_there_is_room(plan.model, extremes):
             layout = _try(plan, sample_set, outside, may_pack=False)
         tried = _Tried(layout, tuple(outside), dict(plan.axes))
         _TRIED.keep(plan.model, state, tried)
@@ -213,6 +214,16 @@ def packs_at_length(model: nn.Module, probes: Sequences[Tensor]) -> bool:
         own = torch.cat([model_outputs(model, batch).token_logprob for batch in apart])
         together = model_outputs(model, _batch(probes, "packed").to(device)).token_logprob
     return close(together, own, tolerance)
+
+
+def _packs_if_there_is_room(model: nn.Module, probes: Sequences[Tensor]) -> bool:
+    """`packs_at_length`; no where memory runs out for two sequences, as it would for a batch."""
+    try:
+        return packs_at_length(model, probes)
+    except (MemoryError, RuntimeError) as error:
+        if not no_memory(error):
+            raise
+        return False
 
 
 def check_reference(model: nn.Module, layout: Layout, sample_set: SampleSet, longest: int) -> None:

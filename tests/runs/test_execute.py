@@ -27,9 +27,9 @@ def test_what_was_chosen_is_recorded(study, tmp_path):
     assert saved.token_budget == dataset.attrs["token_budget"] > 0
     assert saved.threads == torch.get_num_threads()
     assert (saved.device, saved.dtype) == ("cpu", "float32")
-    assert saved.model_dump(exclude={"token_budget", "threads", "device", "dtype", "engine"}) == (
-        config(study).model_dump(exclude={"token_budget", "threads", "device", "dtype", "engine"})
-    )
+    assert saved.rows.keys() == {"forget", "retain"}
+    chosen = {"token_budget", "threads", "device", "dtype", "engine", "rows"}
+    assert saved.model_dump(exclude=chosen) == config(study).model_dump(exclude=chosen)
     assert open_run(tmp_path / "run").identical(dataset)
 
 
@@ -102,7 +102,7 @@ def test_effects_by_position_are_streamed_into_the_folder(study, tmp_path, monke
         assert float(difference) < 1e-5
         assert dataset.token_text.values[0, 0] != "" and dataset.attrs["n_forget"] > 0
     assert len(opened) == 1
-    held = {"report.html", "results.nc", "run.yaml", "summary.csv", "plots"}
+    held = {"manifest.json", "report.html", "results.nc", "run.yaml", "summary.csv", "plots"}
     assert {p.name for p in (tmp_path / "run").iterdir()} == held
     assert load_config(tmp_path / "run" / "run.yaml").resolve == tuple(changes["resolve"])
 

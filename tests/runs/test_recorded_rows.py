@@ -90,7 +90,7 @@ def test_a_training_goes_on_with_its_own_rows_alone(dated, monkeypatch, capsys):
     (dated / "forget.jsonl").write_text(changed)
     assert main(resume) == 2
     said = capsys.readouterr().err
-    assert "resume: the rows of forget are other tokens" in said and "another --out" in said
+    assert "resume: forget.jsonl of --forget is not what the run" in said
     (dated / "forget.jsonl").write_text(before)
     assert main(resume) == 0
 

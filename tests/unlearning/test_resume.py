@@ -276,7 +276,7 @@ def test_steps_of_other_data_are_not_gone_on_with(config, tmp_path, whole, study
     changed.write_text("\n".join([*rows[1:], rows[0]]))
     text = (folder / "run.yaml").read_text()
     (folder / "run.yaml").write_text(text.replace(str(study / "forget.jsonl"), str(changed)))
-    with pytest.raises(InputError, match="is a step of another run"):
+    with pytest.raises(InputError, match="the rows of forget are other tokens"):
         execute_unlearn(load_config(folder / "run.yaml"), folder, resume=True)
 
 
