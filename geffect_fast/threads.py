@@ -50,6 +50,8 @@ def usable_cores(root: Path = Path("/sys/fs/cgroup")) -> int:
     Args:
         root: where the control groups are.
     """
+    if not hasattr(os, "sched_getaffinity"):  # neither is known outside of Linux
+        return os.cpu_count() or 1
     mine = os.sched_getaffinity(0)
     cores = {_core(cpu) for cpu in mine}
     share = _share(root)
@@ -103,6 +105,8 @@ def _advice() -> str | None:
     if os.environ.get("OMP_WAIT_POLICY", "").lower() == "passive":
         return None
     if any(name in os.environ for name in (*_OF_WAITING[1:], *_OF_NUMBER)):
+        return None
+    if not hasattr(os, "getloadavg"):
         return None
     load, cores = os.getloadavg()[0], usable_cores()
     if load < 0.5 * cores:
