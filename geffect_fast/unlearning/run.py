@@ -72,7 +72,7 @@ class Unlearning:
         reference_model: nn.Module | str | Path | None,
         measuring: Mapping[str, Any],
         reading: Mapping[str, Any],
-        trust_remote_code: bool,
+        trust_remote_code: bool = False,
     ) -> None:
         from geffect_fast.unlearning.adapters import with_adapter
         from geffect_fast.unlearning.arguments import check_precision, training_arguments
