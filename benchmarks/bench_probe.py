@@ -22,6 +22,7 @@ import torch
 from llama import make_model
 from machine import RESULTS, write_csv
 
+from geffect_fast.data.tokenize import CHAT_DATE
 from geffect_fast.runs.probe import Probe
 from geffect_fast.runs.steps import StepStore
 from geffect_fast.runs.unlearn_config import Training
@@ -65,7 +66,7 @@ def measure(
         measuring={"resolve": ("parameter", "sample"), "reduction": "token", "risk": "nll"}
         | dict.fromkeys(("norms", "groups", "token_budget"))
         | {"engine": "auto"},
-        reading={"template": "auto", "max_length": None},
+        reading={"template": "auto", "max_length": None, "date": CHAT_DATE},
     )
     draws = Draws(dict.fromkeys(run.loss.reads, (ROWS, UPDATE)), rounds + 1, seed=0)
     trainer = UnlearnTrainer(
