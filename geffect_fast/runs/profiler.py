@@ -51,6 +51,7 @@ from geffect_fast.runs.dataset import (
     check_norms,
     dataset,
     digests,
+    gram_matrices,
 )
 from geffect_fast.runs.effects import find_effects
 from geffect_fast.runs.intervals import LEVEL
@@ -348,10 +349,11 @@ class Profiler:
                 settings,
             )
             if self._risk_rows is not None and watched is not None:
-                with within_budget(self._budget):
-                    found_rows = self._risk_rows.variables(
-                        _by_row(array), resolution.set_names, watched, risk_values, directions
-                    )
+                of_risks = gram_matrices(directions) if gram is None else gram
+                square = float(of_risks[:, 0, 0].sum())
+                found_rows = self._risk_rows.variables(
+                    _by_row(array), resolution.set_names, watched, risk_values, square
+                )
                 result = result.assign(found_rows).assign_attrs(interval_level=LEVEL)
             if by_token is not None:
                 variables, coordinates = by_token.variables(self._tokenizer)

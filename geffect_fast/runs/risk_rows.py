@@ -23,7 +23,6 @@ from geffect_fast.data.batch import Batch
 from geffect_fast.engines.direction import ProductsWithFirst
 from geffect_fast.engines.tasks import Task
 from geffect_fast.objectives import Outputs
-from geffect_fast.runs.dataset import gram_matrices
 from geffect_fast.runs.intervals import (
     FEW,
     effect_intervals,
@@ -112,7 +111,7 @@ class RiskRows:
         sets: Sequence[str],
         watched: RowValues,
         risk_values: Tensor,
-        directions: Mapping[str, Tensor],
+        square: float,
     ) -> dict[str, Any]:
         """Variables of a result that say how much of its numbers is the choice of the rows.
 
@@ -121,15 +120,13 @@ class RiskRows:
             sets: of each row the name of its data set.
             watched: told of the risks.
             risk_values: `(M,)`.
-            directions: gradients of the risks by parameter, `(M, *shape)`.
+            square: `< G, G >`.
 
         Returns:
             Those of `geffect_fast.runs.intervals.effect_intervals`, `risk_value_low` and
             `risk_value_high` (risk), and `risk_value_spread` (risk, risk_sample), what each row
             moves a risk by; 0 beyond its rows.
         """
-        forget = {name: v[:1] for name, v in directions.items()}
-        square = float(gram_matrices(forget).sum())
         spreads = np.zeros((len(self._sizes), FEW))
         sizes = list(self._sizes.values())
         for m, along in enumerate(watched.along(), 1):
