@@ -20,6 +20,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from geffect_fast.capture.precision import COARSEST_FIRST, precisions
 from geffect_fast.capture.segments import Rows, segment_sum
 from geffect_fast.errors import UnsupportedModelError
 from geffect_fast.transfer import OnItsWay, on_device
@@ -50,7 +51,8 @@ class Attribution:
     """
 
     def __init__(self, model: nn.Module, n_samples: int) -> None:
-        dtype = _coarsest(model)
+        found = precisions(model)
+        dtype = next((d for d in COARSEST_FIRST if d in found), torch.float32)
         self.precision = PRECISIONS[dtype]
         self.noting = True
         # No two are alike as long as there are as many.
@@ -185,14 +187,3 @@ PRECISIONS = {
     torch.bfloat16: "half",
     torch.float16: "half",
 }
-
-
-def _coarsest(model: nn.Module) -> torch.dtype:
-    """Of the precisions in which something may be computed."""
-    parameters = list(model.parameters())
-    found = {p.dtype for p in parameters}
-    for kind in {p.device.type for p in parameters} & {"cpu", "cuda"}:
-        if torch.is_autocast_enabled(kind):
-            found.add(torch.get_autocast_dtype(kind))
-    order = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-    return next((dtype for dtype in order if dtype in found), torch.float32)

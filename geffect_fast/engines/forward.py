@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 
 from geffect_fast.capture import Plan
+from geffect_fast.capture.precision import precisions
 from geffect_fast.data.batch import IGNORE, Batch
 from geffect_fast.engines.direction import Tick
 from geffect_fast.engines.dual_model import DualModel
 from geffect_fast.engines.effect_array import Collect
 from geffect_fast.engines.forward_parts import Part
-from geffect_fast.engines.layout import precisions
 from geffect_fast.engines.objective_tangents import (
     no_derivative,
     term_tangents,

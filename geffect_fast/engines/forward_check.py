@@ -13,12 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from geffect_fast.capture import Plan
+from geffect_fast.capture.precision import precisions
 from geffect_fast.data import Layout, SampleSet
 from geffect_fast.data.batch import Batch
 from geffect_fast.data.memory import no_memory
 from geffect_fast.engines.dual_model import DualModel
 from geffect_fast.engines.forward_pass import model_outputs
-from geffect_fast.engines.layout import precisions, probe_batch
+from geffect_fast.engines.layout import probe_batch
 from geffect_fast.engines.remembered import Remembered, state_of
 
 FLOOR = {torch.float64: 1e-9, torch.float32: 1e-6, torch.bfloat16: 1e-4, torch.float16: 1e-4}

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from geffect_fast.capture import Factor, Plan, Recorder, leaves_of
+from geffect_fast.capture.precision import precisions
 from geffect_fast.capture.products import squared_norms
 from geffect_fast.data import IGNORE, Layout, Sample, SampleSet, Sequence, make_batches
 from geffect_fast.data.batch import Batch
@@ -136,15 +137,6 @@ def _same(plan: Plan, together: dict[str, Tensor], apart: list[dict[str, Tensor]
         if not float((together[name] - norms).abs().max()) <= tolerance * scale:
             return False
     return True
-
-
-def precisions(model: nn.Module) -> set[torch.dtype]:
-    """What a model computes in: its weights' precisions, frozen ones too, and that of autocast."""
-    dtypes = {p.dtype for p in model.parameters() if p.dtype in TOLERANCE}
-    device = next(model.parameters()).device.type
-    if torch.is_autocast_enabled(device):
-        dtypes.add(torch.get_autocast_dtype(device))
-    return dtypes
 
 
 def _norms(

@@ -9,6 +9,7 @@ import warnings
 
 import numpy as np
 import pytest
+from interrupted import interrupted_at
 from models import build, samples
 
 import geffect_fast as gf
@@ -68,19 +69,9 @@ def test_a_replay_of_other_rows_is_told(dated, capsys):
 
 
 def test_a_training_goes_on_with_its_own_rows_alone(dated, monkeypatch, capsys):
-    from geffect_fast.integrations import GEffectCallback
-
-    measure = GEffectCallback.on_step_end
-
-    def stopped(self, args, state, *more, **kwargs):
-        if state.global_step == 2:
-            raise KeyboardInterrupt
-        return measure(self, args, state, *more, **kwargs)
-
-    monkeypatch.setattr(GEffectCallback, "on_step_end", stopped)
     words = ["unlearn", *options("run"), "--objective", "ga", "--steps", "2", "--batch-size", "2"]
-    assert main(words) == 130
-    monkeypatch.setattr(GEffectCallback, "on_step_end", measure)
+    with interrupted_at(2):
+        assert main(words) == 130
     monkeypatch.setattr("transformers.utils.chat_template_utils.datetime", Tomorrow)
     resume = ["unlearn", "--resume", "--quiet", "--out", "run"]
     capsys.readouterr()

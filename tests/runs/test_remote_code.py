@@ -6,6 +6,7 @@ import json
 import shutil
 
 import pytest
+from interrupted import interrupted_at
 
 import geffect_fast as gf
 from geffect_fast.cli import main
@@ -71,22 +72,12 @@ def test_it_runs_where_it_is_allowed_and_nowhere_else(own, study, tmp_path, caps
     )
 
 
-def test_a_training_goes_on_from_its_own_checkpoint(own, study, tmp_path, monkeypatch):
+def test_a_training_goes_on_from_its_own_checkpoint(own, study, tmp_path):
     folder, _ = own
     words = ["unlearn", *options(study, folder, tmp_path / "run"), "--trust-remote-code"]
     words += ["--objective", "ga", "--steps", "2", "--batch-size", "2"]
-    from geffect_fast.integrations import GEffectCallback
-
-    measure = GEffectCallback.on_step_end
-
-    def stopped(self, args, state, *more, **kwargs):
-        if state.global_step == 2:
-            raise KeyboardInterrupt
-        return measure(self, args, state, *more, **kwargs)
-
-    monkeypatch.setattr(GEffectCallback, "on_step_end", stopped)
-    assert main(words) == 130
-    monkeypatch.setattr(GEffectCallback, "on_step_end", measure)
+    with interrupted_at(2):
+        assert main(words) == 130
     assert main(["unlearn", "--resume", "--quiet", "--out", str(tmp_path / "run")]) == 0
 
 

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import random
-import signal
-import sys
-import traceback
 
 import pytest
 import xarray as xr
+from killed import killed
 from synthetic import make_dataset
 
 from geffect_fast.errors import InputError
@@ -124,37 +121,15 @@ def test_what_was_set_aside_leads_nowhere_else(run, name):
 # ---- kills ----
 
 
-def killed(folder, at_event, counted=None):
-    """Overwrite a run in a process of its own that dies before its n-th change of the disk."""
-    child = os.fork()
-    if child == 0:
-        try:
-            seen = []
-
-            def count(event, args):
-                if event.startswith(("os.", "open", "shutil.")) and str(folder) in str(args):
-                    seen.append(event)
-                    if len(seen) == at_event:
-                        os.kill(os.getpid(), signal.SIGKILL)
-
-            sys.addaudithook(count)
-            save_run(folder, NEW, CONFIG, overwrite=True, report=more)
-            if counted is not None:
-                counted.write_text(str(len(seen)))
-            os._exit(0)
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            os._exit(1)
-    status = os.waitpid(child, 0)[1]
-    assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0, "the run failed by itself"
-    return os.WIFSIGNALED(status)
+def overwrite(folder):
+    """Another run in its place."""
+    save_run(folder, NEW, CONFIG, overwrite=True, report=more)
 
 
 def test_killed_at_any_moment_the_old_run_or_the_new_one_is_there(tmp_path):
     dice, found = random.Random(5), []
     save_run(tmp_path / "counted", OLD, CONFIG, report=note)
-    killed(tmp_path / "counted", None, tmp_path / "count")
+    killed(overwrite, tmp_path / "counted", None, tmp_path / "count")
     count = int((tmp_path / "count").read_text())
     assert count > 40
     # Half of them where files change places, which comes at the end.
@@ -162,7 +137,7 @@ def test_killed_at_any_moment_the_old_run_or_the_new_one_is_there(tmp_path):
     moments += [dice.randrange(count // 2, count) for _ in range(KILLS)]
     for number, moment in enumerate(moments):
         folder = save_run(tmp_path / f"run{number}", OLD, CONFIG, report=note)
-        assert killed(folder, moment)
+        assert killed(overwrite, folder, moment)
         result = open_run(folder)  # the next command: it restores what was set aside
         new = result.identical(NEW)
         assert new or result.identical(OLD)
@@ -177,7 +152,7 @@ def test_a_new_run_behind_a_killed_one_restores_it_first(run):
     """Also without --overwrite: what was set aside is the run that is there."""
     dice = random.Random(2)
     for _ in range(5):
-        killed(run, dice.randrange(60, 100))
+        killed(overwrite, run, dice.randrange(60, 100))
         with pytest.raises(InputError, match=r"already holds results\.nc"):
             save_run(run, NEW, CONFIG)
         assert not [path for path in run.iterdir() if path.name.startswith((REPLACED, ".lock"))]

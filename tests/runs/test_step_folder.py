@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import random
-import signal
-import sys
-import traceback
 
 import pytest
 import xarray as xr
+from killed import killed
 from synthetic import make_dataset
 
 from geffect_fast.errors import InputError, InterruptedRunError, NonFiniteError
@@ -108,42 +105,20 @@ def test_another_run_takes_the_place_of_one_that_was_interrupted(run, expected):
     assert_new(run, expected)
 
 
-def killed(folder, at_event, counted=None):
-    """Replace a run in a process of its own that dies before its n-th change of the disk."""
-    child = os.fork()
-    if child == 0:
-        try:
-            seen = []
-
-            def count(event, args):
-                if event.startswith(("os.", "open", "shutil.")) and str(folder) in str(args):
-                    seen.append(event)
-                    if len(seen) == at_event:
-                        os.kill(os.getpid(), signal.SIGKILL)
-
-            sys.addaudithook(count)
-            go(folder, overwrite=True)
-            if counted is not None:
-                counted.write_text(str(len(seen)))
-            os._exit(0)
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            os._exit(1)
-    status = os.waitpid(child, 0)[1]
-    assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0, "the run failed by itself"
-    return os.WIFSIGNALED(status)
+def overwrite(folder):
+    """A step run in its place."""
+    go(folder, overwrite=True)
 
 
 def test_killed_at_any_moment_the_earlier_run_is_there_or_the_new_one(tmp_path, expected):
     dice, found = random.Random(3), []
     save_run(tmp_path / "counted", OLD, CONFIG, report=note)
-    killed(tmp_path / "counted", None, tmp_path / "count")
+    killed(overwrite, tmp_path / "counted", None, tmp_path / "count")
     count = int((tmp_path / "count").read_text())
     for number in range(KILLS):
         first = count // 2 if number % 2 else 1  # half of them where files change places
         folder = save_run(tmp_path / f"run{number}", OLD, CONFIG, report=note)
-        assert killed(folder, dice.randrange(first, count))
+        assert killed(overwrite, folder, dice.randrange(first, count))
         result = open_run(folder)
         found.append("step" in result.dims)
         assert found[-1] or result.identical(OLD)

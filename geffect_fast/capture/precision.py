@@ -1,0 +1,19 @@
+"""Which precisions a model computes in."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+COARSEST_FIRST = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+"""By what a precision holds: fp16 rounds less than bf16, and has the shorter range."""
+
+
+def precisions(model: nn.Module) -> set[torch.dtype]:
+    """What a model computes in: its weights' precisions, frozen ones too, and that of autocast."""
+    parameters = list(model.parameters())
+    dtypes = {p.dtype for p in parameters if p.dtype in COARSEST_FIRST}
+    for kind in {p.device.type for p in parameters}:
+        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+            dtypes.add(torch.get_autocast_dtype(kind))
+    return dtypes

@@ -1,0 +1,45 @@
+"""A process that is killed before one of the changes that it makes to a folder."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import traceback
+
+
+def killed(change, folder, at_event, counted=None):
+    """Call `change(folder)` in a process of its own that dies before its n-th change of the disk.
+
+    Args:
+        change: writes to the folder.
+        folder: a path.
+        at_event: n, from 1; None: nothing dies.
+        counted: a file that receives the number of changes where nothing died.
+
+    Returns:
+        Whether it died.
+    """
+    child = os.fork()
+    if child == 0:
+        try:
+            seen = []
+
+            def count(event, args):
+                if event.startswith(("os.", "open", "shutil.")) and str(folder) in str(args):
+                    seen.append(event)
+                    if len(seen) == at_event:
+                        os.kill(os.getpid(), signal.SIGKILL)
+
+            sys.addaudithook(count)
+            change(folder)
+            if counted is not None:
+                counted.write_text(str(len(seen)))
+            os._exit(0)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(1)
+    status = os.waitpid(child, 0)[1]
+    assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0, "the run failed by itself"
+    return os.WIFSIGNALED(status)
