@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -12,12 +11,9 @@ from typing import Any
 
 from geffect_fast.errors import InputError
 from geffect_fast.runs.disk import check_inside, is_there, part_of, synced
-from geffect_fast.runs.seal import read_sealed, write_sealed
+from geffect_fast.runs.seal import read_sealed, sha256_of, write_sealed
 
 MANIFEST = "manifest.json"
-
-_PIECE = 2**20
-"""Bytes of a file in memory at a time."""
 
 Sums = Mapping[str, Mapping[str, Any]]
 """By a file's name within its folder, its `bytes` and its `sha256`."""
@@ -117,12 +113,9 @@ def checksums(folder: Path, names: Iterable[str]) -> Sums:
     names = list(names)
 
     def summed(name: str) -> dict[str, Any]:
-        found, size = hashlib.sha256(), 0
         with (folder / name).open("rb") as file:
-            while piece := file.read(_PIECE):
-                found.update(piece)
-                size += len(piece)
-        return {"bytes": size, "sha256": found.hexdigest()}
+            found, size = sha256_of(file)
+        return {"bytes": size, "sha256": found}
 
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         return dict(zip(names, pool.map(summed, names), strict=True))

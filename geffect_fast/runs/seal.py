@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 _TRAILER = re.compile(rb"\ngeffect_fast sha256 ([0-9a-f]{64})\n")
 _TRAILER_BYTES = 86
@@ -36,11 +37,9 @@ def seal(file: Path) -> None:
     So a result proves itself also where it lies alone, names and attributes included, which HDF5's
     own checksums leave out.
     """
-    found = hashlib.sha256()
     with file.open("r+b") as opened:
-        while piece := opened.read(_PIECE):
-            found.update(piece)
-        opened.write(f"\ngeffect_fast sha256 {found.hexdigest()}\n".encode())
+        found, _ = sha256_of(opened)
+        opened.write(f"\ngeffect_fast sha256 {found}\n".encode())
 
 
 def seal_holds(file: Path) -> bool:
@@ -56,12 +55,23 @@ def seal_holds(file: Path) -> bool:
         if trailer is None:
             return True
         opened.seek(0)
-        found, left = hashlib.sha256(), size - _TRAILER_BYTES
-        while left:
-            piece = opened.read(min(_PIECE, left))
-            found.update(piece)
-            left -= len(piece)
-    return found.hexdigest().encode() == trailer[1]
+        found, _ = sha256_of(opened, size - _TRAILER_BYTES)
+    return found.encode() == trailer[1]
+
+
+def sha256_of(opened: BinaryIO, n_bytes: int | None = None) -> tuple[str, int]:
+    """The checksum of what follows in an open file, and how many bytes that is.
+
+    Args:
+        opened: read piece by piece, about 1 GB/s a core.
+        n_bytes: no more than these; None: to the end.
+    """
+    found, size = hashlib.sha256(), 0
+    left = math.inf if n_bytes is None else n_bytes
+    while left > size and (piece := opened.read(int(min(_PIECE, left - size)))):
+        found.update(piece)
+        size += len(piece)
+    return found.hexdigest(), size
 
 
 def _sum(values: Mapping[str, Any]) -> str:
