@@ -142,8 +142,8 @@ def test_the_second_sentence_names_part_and_rows(dataset):
 
 
 def test_the_third_sentence_says_how_to_read_the_signs(dataset):
-    assert "e_u strongly negative" in findings(dataset)[2]
-    assert "negative e_r is harm" in findings(dataset)[2]
+    assert "strongly negative e_u is what you want" in findings(dataset)[2]
+    assert "a negative e_r harms it" in findings(dataset)[2]
 
 
 def test_undefined_objectives_are_named(dataset):
