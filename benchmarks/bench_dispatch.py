@@ -38,8 +38,8 @@ from geffect_fast.engines.forward_parts import parts_for
 from geffect_fast.engines.packed_attention import packed_attention
 from geffect_fast.engines.reverse import reverse_effects
 from geffect_fast.engines.tasks import Reference, Task, tasks_for
+from geffect_fast.measure.profiler import Profiler
 from geffect_fast.objectives import NLL, parse
-from geffect_fast.runs.profiler import Profiler
 
 ATTENTION = ("eager", "sdpa")
 RESOLVE = {"reverse": ("parameter", "sample"), "forward": ("sample", "token")}

@@ -23,12 +23,12 @@ from llama import make_model
 from machine import RESULTS, write_csv
 
 from geffect_fast.data.tokenize import CHAT_DATE
-from geffect_fast.runs.probe import Probe
-from geffect_fast.runs.steps import StepStore
-from geffect_fast.runs.unlearn_config import Training
-from geffect_fast.unlearning.arguments import training_arguments
-from geffect_fast.unlearning.run import Unlearning
-from geffect_fast.unlearning.training import Draws, RowReference, UnlearnTrainer
+from geffect_fast.settings import Training
+from geffect_fast.steps.probe import Probe
+from geffect_fast.storage.step_store import StepStore
+from geffect_fast.training.run import Unlearning
+from geffect_fast.training.trainer import Draws, RowReference, UnlearnTrainer
+from geffect_fast.training.trainer_arguments import training_arguments
 
 ROWS, UPDATE = 64, 32
 LENGTHS = (32, 128)

@@ -15,15 +15,15 @@ from geffect_fast.capture import capture  # noqa: E402
 if TYPE_CHECKING:
     import geffect_fast.functional as functional
     import geffect_fast.integrations as integrations
+    from geffect_fast.measure.check import check
+    from geffect_fast.measure.profile import profile
+    from geffect_fast.measure.sweep import pareto_front, sweep
+    from geffect_fast.metrics.optimal_weights import optimal_weights, write_weighted
     from geffect_fast.report.page import write_page
-    from geffect_fast.runs.check import check
-    from geffect_fast.runs.compare import compare
-    from geffect_fast.runs.profile import profile
-    from geffect_fast.runs.profile_checkpoints import profile_checkpoints
-    from geffect_fast.runs.store import open_run
-    from geffect_fast.runs.sweep import pareto_front, sweep
-    from geffect_fast.unlearning.unlearn import unlearn
-    from geffect_fast.weights import optimal_weights, write_weighted
+    from geffect_fast.steps.compare import compare
+    from geffect_fast.steps.profile_checkpoints import profile_checkpoints
+    from geffect_fast.storage.run_folder import open_run
+    from geffect_fast.training.unlearn import unlearn
 
 __version__ = "0.1.0"
 
@@ -49,19 +49,19 @@ __all__ = [
 
 # What needs more than torch and numpy is imported when it is first asked for.
 _LAZY = {
-    "check": ("geffect_fast.runs.check", "check"),
-    "compare": ("geffect_fast.runs.compare", "compare"),
+    "check": ("geffect_fast.measure.check", "check"),
+    "compare": ("geffect_fast.steps.compare", "compare"),
     "functional": ("geffect_fast.functional", None),
     "integrations": ("geffect_fast.integrations", None),
-    "open_run": ("geffect_fast.runs.store", "open_run"),
-    "optimal_weights": ("geffect_fast.weights", "optimal_weights"),
-    "pareto_front": ("geffect_fast.runs.sweep", "pareto_front"),
-    "profile": ("geffect_fast.runs.profile", "profile"),
-    "profile_checkpoints": ("geffect_fast.runs.profile_checkpoints", "profile_checkpoints"),
-    "sweep": ("geffect_fast.runs.sweep", "sweep"),
-    "unlearn": ("geffect_fast.unlearning.unlearn", "unlearn"),
+    "open_run": ("geffect_fast.storage.run_folder", "open_run"),
+    "optimal_weights": ("geffect_fast.metrics.optimal_weights", "optimal_weights"),
+    "pareto_front": ("geffect_fast.measure.sweep", "pareto_front"),
+    "profile": ("geffect_fast.measure.profile", "profile"),
+    "profile_checkpoints": ("geffect_fast.steps.profile_checkpoints", "profile_checkpoints"),
+    "sweep": ("geffect_fast.measure.sweep", "sweep"),
+    "unlearn": ("geffect_fast.training.unlearn", "unlearn"),
     "write_page": ("geffect_fast.report.page", "write_page"),
-    "write_weighted": ("geffect_fast.weights", "write_weighted"),
+    "write_weighted": ("geffect_fast.metrics.optimal_weights", "write_weighted"),
 }
 
 

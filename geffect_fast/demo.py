@@ -22,18 +22,18 @@ from geffect_fast.data import (
 )
 from geffect_fast.data.batch import Batch
 from geffect_fast.errors import GEffectError, InputError, InterruptedRunError, UnfinishedError
+from geffect_fast.measure.execute import execute
+from geffect_fast.measure.models import quiet_transformers
+from geffect_fast.measure.progress import progress_bar
+from geffect_fast.paths import is_there
 from geffect_fast.report import write_report
 from geffect_fast.report.page import write_page
-from geffect_fast.runs.config import checked_config, make_config
-from geffect_fast.runs.disk import folder_for, is_there, set_aside
-from geffect_fast.runs.execute import execute
-from geffect_fast.runs.lock import locked
-from geffect_fast.runs.manifest import files_below, note
-from geffect_fast.runs.models import quiet_transformers
-from geffect_fast.runs.progress import progress_bar
-from geffect_fast.runs.store import PLAIN_FILES, check_free, own_files
-from geffect_fast.runs.unlearn_config import UnlearnConfig
-from geffect_fast.unlearning.execute import execute_unlearn
+from geffect_fast.settings import UnlearnConfig, checked_config, make_config
+from geffect_fast.storage.disk import folder_for, set_aside
+from geffect_fast.storage.lock import locked
+from geffect_fast.storage.manifest import files_below, note
+from geffect_fast.storage.run_folder import PLAIN_FILES, check_free, own_files
+from geffect_fast.training.execute import execute_unlearn
 
 if TYPE_CHECKING:
     import xarray as xr

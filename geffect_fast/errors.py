@@ -50,3 +50,8 @@ class InterruptedRunError(GEffectError):
 
 class GEffectWarning(UserWarning):
     """Something worth knowing that stops nothing; one line, as errors are."""
+
+
+def in_one_line(error: object, longest: int = 160) -> str:
+    """What another package's error says, on one line and cut; its kind where it says nothing."""
+    return " ".join(str(error).split())[:longest] or type(error).__name__

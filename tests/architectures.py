@@ -1,6 +1,6 @@
 """Small causal language models of transformers: adding an architecture is adding a row.
 
-`tests/runs/test_architectures.py` compares every row with plain autograd; `docs/models.md` has
+`tests/measure/test_architectures.py` compares every row with plain autograd; `docs/models.md` has
 the same rows.
 """
 

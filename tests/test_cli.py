@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from geffect_fast.cli import main
-from geffect_fast.runs.store import open_run
+from geffect_fast.storage.run_folder import open_run
 
 OBJECTIVES = "ga,wga(alpha=1),npo(beta=0.1)+kl,dpo,rmu(layer=1)"
 
@@ -219,8 +219,10 @@ def test_without_a_command_there_is_help_and_a_version(capsys):
 def test_a_refused_out_folder_costs_no_work(here, capsys, monkeypatch):
     (here / "run").mkdir()
     (here / "run" / "results.nc").touch()
-    monkeypatch.setattr("geffect_fast.runs.execute.load_model", lambda *a: pytest.fail("loaded"))
-    monkeypatch.setattr("geffect_fast.runs.execute.read_rows", lambda *a, **k: pytest.fail("read"))
+    monkeypatch.setattr("geffect_fast.measure.execute.load_model", lambda *a: pytest.fail("loaded"))
+    monkeypatch.setattr(
+        "geffect_fast.measure.execute.read_rows", lambda *a, **k: pytest.fail("read")
+    )
     assert main(arguments()) == 2
 
 
@@ -228,7 +230,7 @@ def test_an_unexpected_failure_shows_where_and_exits_with_1(here, capsys, monkey
     def fail(*args, **kwargs):
         raise RuntimeError("a wheel came off")
 
-    monkeypatch.setattr("geffect_fast.runs.execute.profile", fail)
+    monkeypatch.setattr("geffect_fast.measure.execute.profile", fail)
     assert main([*arguments(), "-q"]) == 1
     printed = capsys.readouterr().err
     assert "Traceback" in printed

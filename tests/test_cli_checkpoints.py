@@ -10,8 +10,8 @@ import xarray as xr
 
 import geffect_fast as gf
 from geffect_fast.cli import main
-from geffect_fast.runs.models import load_model
-from geffect_fast.runs.probe import Probe
+from geffect_fast.measure.models import load_model
+from geffect_fast.steps.probe import Probe
 
 WORDS = ["profile", "--quiet", "--forget", "forget.jsonl", "--retain", "retain.jsonl"]
 WORDS += ["--objectives", "ga", "--resolve", "group", "--checkpoints", "out/checkpoint-*"]

@@ -9,8 +9,9 @@ from bad_input.case import profile
 
 import geffect_fast as gf
 from geffect_fast.cli import main
-from geffect_fast.runs.config import dump_config, load_config, make_config
-from geffect_fast.runs.store import open_run
+from geffect_fast.settings import make_config
+from geffect_fast.storage.run_folder import open_run
+from geffect_fast.storage.run_yaml import dump_config, load_config
 
 SWEPT = ["wga(alpha=1:2:3)", "npo(beta=0.1:10:2,log) + 0.5*kl", "ga"]
 
@@ -45,7 +46,7 @@ def test_a_run_folder_is_that_of_a_profile_and_more(finished):
 
 
 def test_its_result_is_that_of_gf_sweep(finished, study):
-    from geffect_fast.runs.models import load_model, load_tokenizer
+    from geffect_fast.measure.models import load_model, load_tokenizer
 
     there = open_run(finished)
     here = gf.sweep(
@@ -84,7 +85,7 @@ def taken(finished, monkeypatch):
         configs.append(config)
         return open_run(finished)
 
-    monkeypatch.setattr("geffect_fast.runs.execute.execute", note)
+    monkeypatch.setattr("geffect_fast.measure.execute.execute", note)
     return configs
 
 

@@ -23,8 +23,8 @@ from geffect_fast.demo import (
     run_demo,
 )
 from geffect_fast.errors import GEffectError, InputError
-from geffect_fast.runs.models import load_model, load_tokenizer
-from geffect_fast.runs.store import open_run
+from geffect_fast.measure.models import load_model, load_tokenizer
+from geffect_fast.storage.run_folder import open_run
 
 TINY = Size(n_authors=2, vocab_size=400, hidden=48, n_layers=2, known=0.5, max_epochs=300)
 

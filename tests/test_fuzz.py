@@ -12,7 +12,7 @@ from bad_input.folders import a_run
 from step_results import step_dataset
 
 from geffect_fast.cli import COMMANDS, main
-from geffect_fast.runs.store import save_result
+from geffect_fast.storage.run_folder import save_result
 
 SECONDS = 12.0
 """For each kind; what is drawn in it is decided by the seed, how much of it by the machine."""

@@ -22,16 +22,33 @@ LAYERS = {
     "objectives": {"errors", "transfer", "data"},
     "engines": {"errors", "transfer", "ops", "capture", "data", "objectives"},
     "functional": {"errors", "ops", "capture"},
-    "runs": {
-        *{"errors", "transfer", "ops", "capture", "data", "objectives", "engines"},
-        *{"functional", "terminal"},
+    "paths": {"errors"},
+    "results": {"errors", "transfer", "ops", "capture", "data", "objectives", "engines"},
+    "settings": {"errors", "data", "objectives", "paths", "results"},
+    "storage": {"errors", "data", "paths", "results", "settings"},
+    "measure": {
+        *{"errors", "transfer", "terminal", "ops", "capture", "data", "objectives", "engines"},
+        *{"functional", "paths", "results", "settings", "storage"},
     },
-    "integrations": {"errors", "objectives", "runs"},
-    "unlearning": {"errors", "data", "objectives", "engines", "runs", "integrations"},
-    "weights": {"errors", "data", "runs"},
-    "report": {"errors", "terminal", "runs"},
-    "demo": {"errors", "data", "objectives", "runs", "unlearning", "report"},
-    "cli": {"errors", "terminal", "ops", "runs", "unlearning", "weights", "report", "demo"},
+    "steps": {
+        *{"errors", "data", "objectives", "engines", "paths", "results", "settings", "storage"},
+        "measure",
+    },
+    "integrations": {"steps"},
+    "training": {
+        *{"errors", "data", "objectives", "engines", "paths", "results", "settings", "storage"},
+        *{"measure", "steps"},
+    },
+    "metrics": {"errors", "data", "paths", "results", "storage"},
+    "report": {"errors", "terminal", "paths", "results", "storage", "measure", "steps"},
+    "demo": {
+        *{"errors", "data", "objectives", "paths", "settings", "storage", "measure", "training"},
+        "report",
+    },
+    "cli": {
+        *{"errors", "terminal", "ops", "paths", "results", "settings", "storage", "measure"},
+        *{"steps", "training", "metrics", "report", "demo"},
+    },
 }
 """What each part may import; `batch`, the type all engines share, lies in data."""
 

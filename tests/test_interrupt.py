@@ -139,7 +139,7 @@ def test_a_second_resume_is_refused(here, tmp_path, monkeypatch):
     half_done(here, None)
     resumed = ["profile", "--quiet", "--out", "run", "--resume"]
     mark = tmp_path / "there"
-    words = ["-c", WAITING, str(mark), "geffect_fast.runs.probe.Probe.at", "1", *resumed]
+    words = ["-c", WAITING, str(mark), "geffect_fast.steps.probe.Probe.at", "1", *resumed]
     with running(words, here) as first:
         waiting(mark, first)
         with running(["-m", "geffect_fast.cli", *resumed], here) as second:

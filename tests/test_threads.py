@@ -19,7 +19,7 @@ BUSY = """
 import os
 os.getloadavg = lambda: (50.0, 50.0, 50.0)
 import geffect_fast
-import geffect_fast.runs.profile
+import geffect_fast.measure.profile
 """
 
 

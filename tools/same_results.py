@@ -44,7 +44,8 @@ MADE = {
     "lora": f"unlearn {READS} --objective ga --steps 3 --learning-rate 1e-2 --probe-rows all "
     "--optimizer sgd --lora-rank 2 --batch-size 2 --out runs/lora",
     "checkpoints": "profile --checkpoints 'runs/unlearn/checkpoint-*' --forget study/forget.jsonl "
-    "--tokenizer study/model --retain study/retain.jsonl --objectives ga,wga --out runs/checkpoints",
+    "--retain study/retain.jsonl --tokenizer study/model --objectives ga,wga "
+    "--out runs/checkpoints",
     "weights": "weights runs/token --retain-budget 0.5 --out runs/weights.jsonl",
 }
 """Commands that compute, by name; the folder of a run has its name."""

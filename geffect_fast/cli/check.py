@@ -8,7 +8,7 @@ import typer
 
 from geffect_fast.cli.options import CHECK_FIELDS, config_options, option, option_names
 from geffect_fast.cli.printing import console
-from geffect_fast.runs.config import make_config
+from geffect_fast.settings import make_config
 
 DEVIATION = 3
 """Exit code of a check that found one."""
@@ -34,8 +34,8 @@ def check(
     values = {"model": model, "forget": data, "retain": data, "objectives": objectives} | given
     config = make_config(values, options=option_names(values, forget="--data"))
 
+    from geffect_fast.measure.execute import execute_check
     from geffect_fast.report.check_table import render_check, verdict
-    from geffect_fast.runs.execute import execute_check
 
     found = execute_check(config, samples, progress=not quiet)
     if quiet:

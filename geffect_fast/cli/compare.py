@@ -37,10 +37,10 @@ def compare(
     what removal costs. The folder gets summary.csv (a row a run), compare.csv (a row a run and
     step) and plots/ as PNG and SVG. A run is called by the objective it was trained on.
     """
+    from geffect_fast.paths import is_there, user_path
     from geffect_fast.report.compare_table import render_comparison, write_comparison
-    from geffect_fast.runs.compare import compare as align
-    from geffect_fast.runs.disk import is_there, user_path
-    from geffect_fast.runs.store import CONFIG, PLOTS, RESULTS, check_free, staged_run
+    from geffect_fast.steps.compare import compare as align
+    from geffect_fast.storage.run_folder import CONFIG, PLOTS, RESULTS, check_free, staged_run
 
     folder = check_free(out, overwrite)
     if any(is_there(folder / name) for name in (RESULTS, CONFIG)):

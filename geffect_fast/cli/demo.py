@@ -24,7 +24,7 @@ def demo(
     sweep/ that of the sweep, and in steps/ those of unlearning, with a page that compares them.
     """
     from geffect_fast.demo import PAGE, STEPS, SWEEP, run_demo
-    from geffect_fast.runs.store import open_run
+    from geffect_fast.storage.run_folder import open_run
 
     dataset = run_demo(out, seed=seed, overwrite=overwrite, progress=not quiet)
     if not quiet:

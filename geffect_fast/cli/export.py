@@ -16,8 +16,8 @@ def export(
     overwrite: Annotated[bool, option("--overwrite", help="Replace a file that is there.")] = False,
 ) -> None:
     """Write a run as one long table, a row a G-effect: objective, risk, parameter, sample."""
-    from geffect_fast.runs.export import export as write_table
-    from geffect_fast.runs.store import open_run
+    from geffect_fast.storage.export import export as write_table
+    from geffect_fast.storage.run_folder import open_run
 
     with open_run(run, lazy=True) as dataset:
         print(write_table(dataset, to, overwrite))

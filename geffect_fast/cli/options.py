@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+import yaml
 
 from geffect_fast.errors import InputError
-from geffect_fast.runs.config import ProfileConfig, read_values
-from geffect_fast.runs.unlearn_config import Training, UnlearnConfig, trainer_value
+from geffect_fast.settings import ProfileConfig, Training, UnlearnConfig
+from geffect_fast.storage.run_yaml import read_values
 
 
 def option(*names: str, field: str | None = None, **more: Any) -> Any:
@@ -204,8 +205,8 @@ def config_options(
 
 def begun_config(config: Path | None, out: Path, resume: bool) -> Path | None:
     """The config file that is meant: a run that is gone on with has one in its folder."""
-    from geffect_fast.runs.disk import is_there, user_path
-    from geffect_fast.runs.store import CONFIG, NEXT
+    from geffect_fast.paths import is_there, user_path
+    from geffect_fast.storage.run_folder import CONFIG, NEXT
 
     if config is None and resume:
         for begun in (user_path(out) / NEXT / CONFIG, user_path(out) / CONFIG):
@@ -258,9 +259,17 @@ def _listed(text: str) -> list[str]:
     return [item.strip() for item in text.split(",")]
 
 
+def _trainer_value(text: str) -> Any:
+    """What an option's text stands for: a number, true, false, null, a list, or the text itself."""
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+
+
 def _trainer(texts: list[str]) -> dict[str, Any]:
     pairs = _pairs("trainer", "FIELD=VALUE, such as weight_decay=0.01", texts)
-    return {name: trainer_value(text) for name, text in pairs.items()}
+    return {name: _trainer_value(text) for name, text in pairs.items()}
 
 
 _READ: dict[str, Callable[[Any], Any]] = {

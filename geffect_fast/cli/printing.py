@@ -31,8 +31,8 @@ def print_result(dataset: xr.Dataset, folder: Path) -> None:
     from geffect_fast.report.table import render
     from geffect_fast.report.token_terminal import TerminalView
     from geffect_fast.report.token_view import has_tokens, token_view
-    from geffect_fast.runs.dataset import sum_positions
-    from geffect_fast.runs.store import PLOTS, REPORT, TOKENS
+    from geffect_fast.results.dataset import sum_positions
+    from geffect_fast.storage.run_folder import PLOTS, REPORT, TOKENS
 
     summed = sum_positions(dataset)
     printer = console()

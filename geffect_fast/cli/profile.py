@@ -20,7 +20,7 @@ from geffect_fast.cli.options import (
 )
 from geffect_fast.cli.printing import print_result
 from geffect_fast.errors import InputError
-from geffect_fast.runs.config import make_config
+from geffect_fast.settings import make_config
 
 
 @config_options(PROFILE_FIELDS)
@@ -75,9 +75,9 @@ def run(
     values = values | {"command": command if held == "profile" else held}
     checked = make_config(values, str(config or ""), option_names(given))
 
+    from geffect_fast.measure.execute import execute
     from geffect_fast.report import write_report
-    from geffect_fast.runs.execute import execute
-    from geffect_fast.runs.execute_checkpoints import execute_checkpoints
+    from geffect_fast.steps.execute import execute_checkpoints
 
     how: dict[str, Any] = {"overwrite": overwrite, "progress": not quiet, "report": write_report}
     how["inputs"] = config_input(config, resume)

@@ -36,13 +36,14 @@ def report(
     phone and printed. Several runs of unlearn, or of profile --checkpoints, are compared step by
     step; then --out is needed. Prints the file's name.
     """
+    from geffect_fast.paths import is_there, user_path
     from geffect_fast.report.page import write_page
-    from geffect_fast.runs.config import read_values
-    from geffect_fast.runs.disk import is_there, unwritable, user_path
-    from geffect_fast.runs.lock import locked
-    from geffect_fast.runs.manifest import check_file, note
-    from geffect_fast.runs.result_form import check_complete
-    from geffect_fast.runs.store import CONFIG, REPORT, open_run, own_files, reading
+    from geffect_fast.results.form import check_complete
+    from geffect_fast.storage.disk import unwritable
+    from geffect_fast.storage.lock import locked
+    from geffect_fast.storage.manifest import check_file, note
+    from geffect_fast.storage.run_folder import CONFIG, REPORT, open_run, own_files, reading
+    from geffect_fast.storage.run_yaml import read_values
 
     places = [_place(run) for run in runs]
     for i, place in enumerate(places):
@@ -80,8 +81,8 @@ def report(
 
 def _place(run: Path) -> Path:
     """The folder of a run, also where its results file is given; else the file."""
-    from geffect_fast.runs.disk import user_path
-    from geffect_fast.runs.store import RESULTS
+    from geffect_fast.paths import user_path
+    from geffect_fast.storage.run_folder import RESULTS
 
     path = user_path(run).absolute()
     return path.parent if path.name == RESULTS else path

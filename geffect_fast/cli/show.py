@@ -8,8 +8,8 @@ from geffect_fast.cli.printing import print_result
 
 def show(run: Run) -> None:
     """Print the tables and findings of a run again."""
-    from geffect_fast.runs.result_form import check_complete
-    from geffect_fast.runs.store import open_run, reading
+    from geffect_fast.results.form import check_complete
+    from geffect_fast.storage.run_folder import open_run, reading
 
     with open_run(run, lazy=True) as dataset, reading(run):
         check_complete(dataset, run)

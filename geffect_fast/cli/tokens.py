@@ -42,12 +42,13 @@ def tokens(
     with steps the last is shown. Without colour (NO_COLOR, a pipe) levels from -9 to +9 stand
     beneath the tokens.
     """
+    from geffect_fast.paths import user_path
     from geffect_fast.report.steps import last_step
     from geffect_fast.report.token_html import tokens_html
     from geffect_fast.report.token_terminal import TerminalView
     from geffect_fast.report.token_view import token_view
-    from geffect_fast.runs.disk import user_path, whole_file
-    from geffect_fast.runs.store import open_run, reading
+    from geffect_fast.storage.disk import whole_file
+    from geffect_fast.storage.run_folder import open_run, reading
 
     named = None if rows is None else [row for row in rows.split(",") if row.strip()]
     with open_run(run, lazy=True) as result, reading(run):

@@ -20,8 +20,7 @@ from geffect_fast.cli.options import (
 )
 from geffect_fast.cli.printing import print_result
 from geffect_fast.errors import InputError
-from geffect_fast.runs.config import checked_config
-from geffect_fast.runs.unlearn_config import UnlearnConfig
+from geffect_fast.settings import UnlearnConfig, checked_config
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -58,7 +57,7 @@ def unlearn(
     checked = checked_config(UnlearnConfig, values, str(config or ""), option_names(given))
 
     from geffect_fast.report import write_report
-    from geffect_fast.unlearning.execute import execute_unlearn
+    from geffect_fast.training.execute import execute_unlearn
 
     def say(line: str) -> None:
         if not quiet:
@@ -91,7 +90,7 @@ def _telling(n_steps: int) -> Callable[[int, xr.Dataset], None]:
         nonlocal begun
         from geffect_fast.report.steps import rows_sentence
         from geffect_fast.report.table import number
-        from geffect_fast.runs.probe import total_effect
+        from geffect_fast.steps.probe import total_effect
 
         effects = total_effect(dataset).sel(objective=dataset.attrs["trained_objective"])
         words = [f"step {step:>{len(str(n_steps))}}/{n_steps}"]

@@ -49,14 +49,15 @@ def weights(
     run's objectives. Then geffect-fast profile --forget OUT --objectives token_weights profiles
     the weights.
     """
+    from geffect_fast.metrics.optimal_weights import optimal_weights, write_weighted
+    from geffect_fast.paths import is_there, user_path
     from geffect_fast.report.frontier import plot_frontier
     from geffect_fast.report.steps import last_step
     from geffect_fast.report.weights_table import render_weights
-    from geffect_fast.runs.config import load_config
-    from geffect_fast.runs.disk import is_there, unwritable, user_path, whole_file
-    from geffect_fast.runs.manifest import check_file
-    from geffect_fast.runs.store import CONFIG, open_run, reading
-    from geffect_fast.weights import optimal_weights, write_weighted
+    from geffect_fast.storage.disk import unwritable, whole_file
+    from geffect_fast.storage.manifest import check_file
+    from geffect_fast.storage.run_folder import CONFIG, open_run, reading
+    from geffect_fast.storage.run_yaml import load_config
 
     file = user_path(out)
     picture = file.with_name(FRONTIER)

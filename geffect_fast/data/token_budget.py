@@ -1,7 +1,7 @@
 """How many tokens a batch may hold: what a token of a model takes, beside the memory that is free.
 
 Counted from the model's modules and, for norms and activations, from trying each kind on a few
-rows; no forward pass is run. `tests/runs/test_token_budget.py` holds it against the memory that
+rows; no forward pass is run. `tests/measure/test_token_budget.py` holds it against the memory that
 profiles take.
 """
 

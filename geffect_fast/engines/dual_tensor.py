@@ -18,6 +18,7 @@ from torch.func import jvp, vmap
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from geffect_fast.data.memory import no_memory
+from geffect_fast.errors import in_one_line
 
 
 class NoRuleError(Exception):
@@ -229,7 +230,7 @@ def _by_framework(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
     except Exception as error:  # whatever a function raises that knows no duals
         if no_memory(error):
             raise
-        raise NoRuleError(f"{func}: {' '.join(str(error).split())[:160]}") from error
+        raise NoRuleError(f"{func}: {in_one_line(error)}") from error
     values, spec = tree_flatten(values)
     moved = tree_flatten(moved)[0]
     return tree_unflatten(

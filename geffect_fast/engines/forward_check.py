@@ -21,6 +21,7 @@ from geffect_fast.engines.dual_model import DualModel
 from geffect_fast.engines.forward_pass import model_outputs
 from geffect_fast.engines.layout import probe_batch
 from geffect_fast.engines.remembered import Remembered, state_of
+from geffect_fast.errors import in_one_line
 
 FLOOR = {torch.float64: 1e-9, torch.float32: 1e-6, torch.bfloat16: 1e-4, torch.float16: 1e-4}
 """Gradients smaller than this beside the largest may be rounding noise, as those of keys' biases
@@ -98,7 +99,7 @@ def _lost(
     except Exception as error:  # whatever code raises that knows no forward mode
         if no_memory(error):
             raise
-        reason = " ".join(str(error).split())[:160] or type(error).__name__
+        reason = in_one_line(error)
         where = _failing_module(model, batch, along)
         return f"{where} has no forward-mode derivative: {reason}"
     # Rounding of many parameters adds up as noise does.

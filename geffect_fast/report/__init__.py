@@ -35,8 +35,8 @@ def write_report(dataset: xr.Dataset, folder: Path) -> None:
     from geffect_fast.report.sweep_plots import plot_pareto, plot_sweep
     from geffect_fast.report.token_html import tokens_html
     from geffect_fast.report.token_view import has_tokens
-    from geffect_fast.runs.dataset import sum_positions
-    from geffect_fast.runs.store import TOKENS
+    from geffect_fast.results.dataset import sum_positions
+    from geffect_fast.storage.run_folder import TOKENS
 
     plots = folder / "plots"
     plots.mkdir(exist_ok=True)

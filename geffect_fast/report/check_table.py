@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from rich.console import Group
 from rich.text import Text
 
+from geffect_fast.measure.check import QUANTITIES, Check, KindCheck
 from geffect_fast.report.table import coverage_line, new_table
-from geffect_fast.runs.check import QUANTITIES, Check, KindCheck
 
 NAMES_SHOWN = 8
 

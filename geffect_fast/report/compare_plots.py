@@ -22,8 +22,8 @@ from geffect_fast.report.step_plots import effect_words, panels_for
 from geffect_fast.report.steps import risk_words
 from geffect_fast.report.summary import UNLEARN
 from geffect_fast.report.table import number, symbol
-from geffect_fast.runs.axes import GROUPS, THIRDS
-from geffect_fast.runs.compare import compare
+from geffect_fast.results.axes import GROUPS, THIRDS
+from geffect_fast.steps.compare import compare
 
 if TYPE_CHECKING:
     import xarray as xr

@@ -13,8 +13,8 @@ from rich.text import Text
 from geffect_fast.report.steps import Agreement, Outcome, by_column, cost_spread
 from geffect_fast.report.summary import UNLEARN
 from geffect_fast.report.table import STYLES, new_table, number, symbol
-from geffect_fast.runs.csv_cells import write_csv
-from geffect_fast.runs.told_apart import precision_error, risk_spreads
+from geffect_fast.results.told_apart import precision_error, risk_spreads
+from geffect_fast.storage.csv_cells import write_csv
 
 if TYPE_CHECKING:
     import xarray as xr

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from geffect_fast.measure.sweep import HYPER
 from geffect_fast.report.summary import UNLEARN, Summary, summarise, total
-from geffect_fast.runs.sweep import HYPER
-from geffect_fast.runs.told_apart import effect_errors, effect_spreads, told_apart
+from geffect_fast.results.told_apart import effect_errors, effect_spreads, told_apart
 
 if TYPE_CHECKING:
     import xarray as xr

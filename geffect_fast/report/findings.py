@@ -17,7 +17,7 @@ from geffect_fast.report.summary import (
     summarise,
 )
 from geffect_fast.report.table import number, question
-from geffect_fast.runs.told_apart import told_apart
+from geffect_fast.results.told_apart import told_apart
 
 if TYPE_CHECKING:
     import xarray as xr

@@ -10,7 +10,7 @@ import numpy as np
 
 from geffect_fast.report.plots import blank_figure
 from geffect_fast.report.summary import UNLEARN, total
-from geffect_fast.runs.told_apart import precision_error
+from geffect_fast.results.told_apart import precision_error
 
 if TYPE_CHECKING:
     import xarray as xr

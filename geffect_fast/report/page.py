@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from geffect_fast.errors import InputError
+from geffect_fast.paths import user_path
 from geffect_fast.report import page_profile, page_steps
 from geffect_fast.report.families import is_sweep
 from geffect_fast.report.findings import findings
@@ -24,10 +25,10 @@ from geffect_fast.report.summary import by_sample
 from geffect_fast.report.svg import Colours
 from geffect_fast.report.table import coverage_line
 from geffect_fast.report.templates import render
-from geffect_fast.runs.config import read_values
-from geffect_fast.runs.dataset import sum_positions
-from geffect_fast.runs.disk import user_path, whole_file
-from geffect_fast.runs.store import CONFIG, REPORT
+from geffect_fast.results.dataset import sum_positions
+from geffect_fast.storage.disk import whole_file
+from geffect_fast.storage.run_folder import CONFIG, REPORT
+from geffect_fast.storage.run_yaml import read_values
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -227,7 +228,7 @@ def _compared(
     from geffect_fast.report.compare_plots import comparison_figures
     from geffect_fast.report.layer_maps import layer_maps
     from geffect_fast.report.prediction_plot import prediction_figure
-    from geffect_fast.runs.compare import compare
+    from geffect_fast.steps.compare import compare
 
     both = compare(runs, what="report")
     figures = comparison_figures(both)

@@ -36,7 +36,7 @@ from geffect_fast.report.steps import (
 from geffect_fast.report.summary import MUCH_HARM, UNLEARN, collateral_of, summarise
 from geffect_fast.report.svg import Colours
 from geffect_fast.report.table import interval_line, symbol
-from geffect_fast.runs.told_apart import precision_error, risk_spreads, told_apart
+from geffect_fast.results.told_apart import precision_error, risk_spreads, told_apart
 
 if TYPE_CHECKING:
     import xarray as xr

@@ -19,14 +19,14 @@ from geffect_fast.report.summary import (
     verdict_of,
 )
 from geffect_fast.report.table import bounds, number
-from geffect_fast.runs.csv_cells import write_csv
-from geffect_fast.runs.intervals import Z
-from geffect_fast.runs.told_apart import (
+from geffect_fast.results.intervals import Z
+from geffect_fast.results.told_apart import (
     has_intervals,
     interval_of,
     ratio_spread,
     risk_spreads,
 )
+from geffect_fast.storage.csv_cells import write_csv
 
 if TYPE_CHECKING:
     import xarray as xr

@@ -10,16 +10,16 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from geffect_fast.runs.axes import GROUPS, OUTSIDE
-from geffect_fast.runs.csv_cells import csv_cell
-from geffect_fast.runs.rounding import NEGLIGIBLE
-from geffect_fast.runs.told_apart import (
+from geffect_fast.results.axes import GROUPS, OUTSIDE
+from geffect_fast.results.intervals import NEGLIGIBLE
+from geffect_fast.results.told_apart import (
     collateral_error,
     effect_errors,
     effect_spreads,
     has_intervals,
     ratio_spread,
 )
+from geffect_fast.storage.csv_cells import csv_cell
 
 if TYPE_CHECKING:
     import xarray as xr

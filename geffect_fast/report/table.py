@@ -12,6 +12,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from geffect_fast.measure.reference import REFERENCE_IS_MODEL
 from geffect_fast.report.summary import (
     UNLEARN,
     Interval,
@@ -20,8 +21,7 @@ from geffect_fast.report.summary import (
     shares,
     summarise,
 )
-from geffect_fast.runs.reference import REFERENCE_IS_MODEL
-from geffect_fast.runs.told_apart import precision_error
+from geffect_fast.results.told_apart import precision_error
 
 if TYPE_CHECKING:
     import xarray as xr

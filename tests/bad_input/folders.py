@@ -12,10 +12,10 @@ from pathlib import Path
 from bad_input.case import Case, both, check, cut, holds, patched, profile
 from synthetic import make_dataset
 
-from geffect_fast.runs.config import make_config
-from geffect_fast.runs.disk import UNFINISHED
-from geffect_fast.runs.manifest import Manifest, checksums, files_below
-from geffect_fast.runs.store import save_run
+from geffect_fast.settings import make_config
+from geffect_fast.storage.disk import UNFINISHED
+from geffect_fast.storage.manifest import Manifest, checksums, files_below
+from geffect_fast.storage.run_folder import save_run
 
 FULL = OSError(errno.ENOSPC, "No space left on device")
 CONFIG = {"model": "model", "forget": "forget.jsonl", "retain": "retain.jsonl", "objectives": "ga"}

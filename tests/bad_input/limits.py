@@ -123,6 +123,6 @@ CASES = [
         check("--token-budget", "960"),
         "a token budget of 960, which is one sample a batch",
         "shorten the longest samples",
-        patched("geffect_fast.runs.check.plain_numbers", MemoryError()),
+        patched("geffect_fast.measure.check.plain_numbers", MemoryError()),
     ),
 ]

@@ -20,7 +20,7 @@ from models import build, samples
 from torch import nn
 
 import geffect_fast as gf
-from geffect_fast.runs.models import quiet_transformers
+from geffect_fast.measure.models import quiet_transformers
 
 MLP = "transformers.models.llama.modeling_llama.LlamaMLP.forward"
 CONFIG = "model/config.json"

@@ -8,7 +8,7 @@ from bad_input.case import Case, both, gone
 from bad_input.folders import a_run, changed
 from step_results import step_dataset
 
-from geffect_fast.runs.store import open_run, save_result
+from geffect_fast.storage.run_folder import open_run, save_result
 
 
 def without(attribute):

@@ -10,8 +10,8 @@ from bad_input.folders import FULL, a_run, not_writable
 from models import build, samples
 
 import geffect_fast as gf
-from geffect_fast.runs.config import make_config
-from geffect_fast.runs.execute_checkpoints import execute_checkpoints
+from geffect_fast.settings import make_config
+from geffect_fast.steps.execute import execute_checkpoints
 
 PATTERN = "out/checkpoint-*"
 
@@ -51,7 +51,7 @@ def also(name, change=lambda folder: None):
 def narrower(here, patch):
     """A model of another width among the checkpoints."""
     from geffect_fast.demo import Size, make_model, save
-    from geffect_fast.runs.models import load_tokenizer
+    from geffect_fast.measure.models import load_tokenizer
 
     saved(here, patch)
     shutil.rmtree(here / "out/checkpoint-5")
@@ -360,7 +360,7 @@ CASES = [
         checkpoints(),
         "run/steps cannot be written: No space left",
         "free some space",
-        both(saved, patched("geffect_fast.runs.steps.synced", FULL)),
+        both(saved, patched("geffect_fast.storage.step_store.synced", FULL)),
     ),
     Case(
         "a disk that is full at a later step",
@@ -375,7 +375,7 @@ CASES = [
         RESUMED,
         "interrupted; what was measured to step 5 is kept",
         "go on with --resume --out",
-        both(half_done, patched("geffect_fast.runs.probe.Probe.at", KeyboardInterrupt())),
+        both(half_done, patched("geffect_fast.steps.probe.Probe.at", KeyboardInterrupt())),
         code=130,
     ),
     Case(

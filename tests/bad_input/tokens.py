@@ -10,8 +10,8 @@ from synthetic import make_dataset
 
 from geffect_fast.report.token_html import tokens_html
 from geffect_fast.report.token_view import token_view
-from geffect_fast.runs.config import make_config
-from geffect_fast.runs.store import save_run
+from geffect_fast.settings import make_config
+from geffect_fast.storage.run_folder import save_run
 
 AXES = ("sample", "token")
 

@@ -11,9 +11,9 @@ from torch import nn
 
 import geffect_fast as gf
 from geffect_fast.errors import GEffectError
-from geffect_fast.runs.config import checked_config, dump_config
-from geffect_fast.runs.unlearn_config import Training, UnlearnConfig
-from geffect_fast.unlearning.arguments import check_precision
+from geffect_fast.settings import Training, UnlearnConfig, checked_config
+from geffect_fast.storage.run_yaml import dump_config
+from geffect_fast.training.trainer_arguments import check_precision
 
 DATA = {"forget": samples([5, 7, 4], 1), "retain": samples([6, 3], 2)}
 

@@ -11,8 +11,8 @@ from models import build, samples
 from token_results import drawn_shares, token_result
 
 import geffect_fast as gf
-from geffect_fast.runs.config import make_config
-from geffect_fast.runs.store import save_run
+from geffect_fast.settings import make_config
+from geffect_fast.storage.run_folder import save_run
 
 RESULT = token_result(drawn_shares([3, 5]), {"npo": 2.0})
 BEST = gf.optimal_weights(RESULT, retain_budget=0.0)
@@ -304,7 +304,7 @@ CASES = [
         both(
             run_of(),
             holds("weighted.jsonl", "an earlier one"),
-            patched("geffect_fast.weights.write_jsonl", FULL),
+            patched("geffect_fast.metrics.optimal_weights.write_jsonl", FULL),
         ),
     ),
     Case(
@@ -312,7 +312,7 @@ CASES = [
         weights(),
         "interrupted",
         "nothing half-written",
-        both(run_of(), interrupted("geffect_fast.weights.write_jsonl")),
+        both(run_of(), interrupted("geffect_fast.metrics.optimal_weights.write_jsonl")),
         code=130,
     ),
 ]

@@ -134,7 +134,9 @@ def test_a_profile_says_so_before_any_work_or_is_served_by_the_other_engine(name
     assert re.match(message, auto.attrs["engine_reason"])
     expected = run(model, engine="reverse", objectives=several, resolve=["sample"])
     assert (auto.g_effect.values == expected.g_effect.values).all()
-    monkeypatch.setattr("geffect_fast.runs.profiler.accumulate_gradients", None)  # the first work
+    monkeypatch.setattr(
+        "geffect_fast.measure.profiler.accumulate_gradients", None
+    )  # the first work
     refused = f"^engine forward: {message.rstrip('$')}.*; use engine='reverse', without 'token'$"
     for settings in ({}, {"resolve": ["token"], "engine": "auto"}):
         with pytest.raises(UnsupportedModelError, match=refused):

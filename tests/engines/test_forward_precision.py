@@ -9,7 +9,7 @@ from engines.forward_cases import close, run
 from models import build, fp64_throughout
 from runs.wrapped_cases import lora
 
-from geffect_fast.runs import profiler as profiling
+from geffect_fast.measure import profiler as profiling
 
 LOW = ["ga", "wga(alpha=1.5)", "npo(beta=0.5) + 2*kl", "ceu(skip=0)", "rmu(layer=1, c=3)"]
 

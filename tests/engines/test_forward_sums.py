@@ -13,8 +13,8 @@ from models import build, fp64_throughout
 import geffect_fast as gf
 from geffect_fast.capture import Plan
 from geffect_fast.engines.forward_parts import parts_for
-from geffect_fast.runs import profiler as profiling
-from geffect_fast.runs.store import open_run
+from geffect_fast.measure import profiler as profiling
+from geffect_fast.storage.run_folder import open_run
 
 
 @pytest.mark.parametrize("reduction", ["token", "sample", "sum"])

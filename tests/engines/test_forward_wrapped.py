@@ -11,7 +11,7 @@ from runs.wrapped_cases import AUTOCAST, CASES
 import geffect_fast as gf
 from geffect_fast.engines import dual_model
 from geffect_fast.errors import UnsupportedModelError
-from geffect_fast.runs import profiler as profiling
+from geffect_fast.measure import profiler as profiling
 
 FORGET, RETAIN = samples([5, 5], 1), samples([6], 2)
 

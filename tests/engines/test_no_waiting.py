@@ -20,11 +20,11 @@ from geffect_fast.engines import dual_modules, forward_parts
 from geffect_fast.engines.direction import accumulate_gradients
 from geffect_fast.engines.reverse import reverse_effects
 from geffect_fast.engines.tasks import Reference, Task, tasks_for
+from geffect_fast.measure import arguments, profiler
+from geffect_fast.measure.models import check_finite
 from geffect_fast.objectives import NLL
 from geffect_fast.objectives.parse import parse
-from geffect_fast.runs import arguments, profiler
-from geffect_fast.runs.dataset import check_directions, gram_matrices
-from geffect_fast.runs.models import check_finite
+from geffect_fast.results.dataset import check_directions, gram_matrices
 
 SETS = {"forget": samples([7, 4, 9], 1, 2), "retain": samples([6, 8], 2, 2)}
 ALTERNATIVES = [[row] for row in samples([5, 6, 4], 3, 2)]

@@ -13,7 +13,7 @@ from torch import nn
 
 from geffect_fast.data import token_budget
 from geffect_fast.errors import GEffectWarning
-from geffect_fast.runs.profiler import Profiler
+from geffect_fast.measure.profiler import Profiler
 
 transformers = pytest.importorskip("transformers")
 

@@ -1,7 +1,7 @@
 """What released implementations of these objectives get wrong, and these do not.
 
 That batches add up, with no average that depends on their order, is in test_objective_formulas.py;
-frozen parameters and effects that are lost are in tests/runs/test_profile_objectives.py.
+frozen parameters and effects that are lost are in tests/measure/test_profile_objectives.py.
 """
 
 from __future__ import annotations

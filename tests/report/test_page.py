@@ -23,8 +23,8 @@ from geffect_fast.report.page_steps import turning_sentence
 from geffect_fast.report.steps import Steps
 from geffect_fast.report.svg import dark
 from geffect_fast.report.token_colours import GROUND
-from geffect_fast.runs.config import make_config
-from geffect_fast.runs.store import open_run, save_run
+from geffect_fast.settings import make_config
+from geffect_fast.storage.run_folder import open_run, save_run
 
 ORDER = [
     *("answer", "verdicts", "curves", "layers", "instances", "tokens", "cosines", "prediction"),

@@ -9,7 +9,7 @@ from geffect_fast.report import write_report
 from geffect_fast.report.findings import findings
 from geffect_fast.report.plots import plot_instances, plot_layers
 from geffect_fast.report.table import render
-from geffect_fast.runs.dataset import sum_positions
+from geffect_fast.results.dataset import sum_positions
 
 
 def text_of(dataset, width=140):

@@ -385,6 +385,8 @@ def test_commands_that_show_tokens_take_the_last_step(tmp_path, capsys, monkeypa
         printed.append(capsys.readouterr().out)
     assert printed[0] == printed[1] and "forget row 1" in printed[0]
     asked = []
-    monkeypatch.setattr("geffect_fast.weights.optimal_weights", lambda r, **_: asked.append(r))
+    monkeypatch.setattr(
+        "geffect_fast.metrics.optimal_weights.optimal_weights", lambda r, **_: asked.append(r)
+    )
     assert main(["weights", "run", "--removal", "-1", "--forget", "x", "--out", "w.jsonl"]) == 1
     assert asked[0].identical(gf.open_run("run").isel(step=-1))

@@ -15,7 +15,7 @@ from geffect_fast.report.summary import (
     total,
     write_summary,
 )
-from geffect_fast.runs.dataset import sum_positions
+from geffect_fast.results.dataset import sum_positions
 
 
 def with_effects(*pairs):

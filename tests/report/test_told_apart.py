@@ -21,7 +21,7 @@ from geffect_fast.report.page import page_html
 from geffect_fast.report.summary import summarise
 from geffect_fast.report.sweep_table import render_sweep
 from geffect_fast.report.table import render
-from geffect_fast.runs.told_apart import effect_errors, told_apart
+from geffect_fast.results.told_apart import effect_errors, told_apart
 
 NAMES = ["ga", "npo(beta=0.1)", "gd"]
 

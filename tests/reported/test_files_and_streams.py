@@ -18,7 +18,7 @@ import transformers
 import geffect_fast as gf
 from geffect_fast.cli import main
 from geffect_fast.errors import InputError
-from geffect_fast.runs.store import open_run
+from geffect_fast.storage.run_folder import open_run
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from models import build, samples
 
 import geffect_fast as gf
 from geffect_fast.errors import GEffectWarning
-from geffect_fast.runs.intervals import bounds, row_weights
+from geffect_fast.results.intervals import bounds, row_weights
 
 SETS = {"forget": samples([9, 7, 11, 8], 1), "retain": samples([8, 10, 9], 2)}
 

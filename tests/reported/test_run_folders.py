@@ -13,11 +13,11 @@ from synthetic import make_dataset
 
 from geffect_fast.cli.signals import ended_by_signals
 from geffect_fast.errors import InputError
-from geffect_fast.runs.config import make_config
-from geffect_fast.runs.disk import is_there
-from geffect_fast.runs.lock import LOCK, locked
-from geffect_fast.runs.manifest import files_below
-from geffect_fast.runs.store import open_run, save_run
+from geffect_fast.paths import is_there
+from geffect_fast.settings import make_config
+from geffect_fast.storage.lock import LOCK, locked
+from geffect_fast.storage.manifest import files_below
+from geffect_fast.storage.run_folder import open_run, save_run
 
 CONFIG = make_config({"model": "a/b", "forget": "c/d", "retain": "e/f", "objectives": "ga"})
 OLD, NEW = (make_dataset(n_blocks=1, n_forget=2, seed=seed) for seed in (1, 2))

@@ -9,8 +9,8 @@ import pytest
 
 from geffect_fast.data import read_rows, tokenize_rows
 from geffect_fast.errors import InputError
-from geffect_fast.runs.csv_cells import csv_cell
-from geffect_fast.runs.models import load_model
+from geffect_fast.measure.models import load_model
+from geffect_fast.storage.csv_cells import csv_cell
 from geffect_fast.terminal import clean_output, visible
 
 PRINTED = [

@@ -1,0 +1,361 @@
+"""`check`: the engine against plain autograd, one sample at a time, on a user's own model and data.
+
+Exact is a property of a model as much as of the engine: a module may do what no rule foresaw. So
+every parameter's effects, norms and inner products are computed both ways and compared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from geffect_fast.capture import Plan
+from geffect_fast.data import read_refusals, read_rows, tokenize_rows
+from geffect_fast.data.tokenize import CHAT_DATE
+from geffect_fast.engines.attempts import TokenBudget
+from geffect_fast.engines.layout import check_reference, choose_layout, longest_sequence
+from geffect_fast.engines.rotary_frequencies import check_pairs
+from geffect_fast.errors import InputError, NonFiniteError
+from geffect_fast.measure.arguments import (
+    check_counts,
+    check_model,
+    check_needs_no_refusals,
+    check_needs_no_weights,
+    reference_for,
+    resolved_list,
+    table_of_positions,
+)
+from geffect_fast.measure.budget import within_budget
+from geffect_fast.measure.captured import CapturedNumbers
+from geffect_fast.measure.plain_autograd import Numbers, plain_numbers, plain_tokens
+from geffect_fast.measure.precision import (
+    TOLERANCE,
+    WIDER,
+    coarsest_dtype,
+    computing_in,
+    widened_copy,
+)
+from geffect_fast.measure.progress import progress_bar
+from geffect_fast.objectives import Objective
+from geffect_fast.results.axes import kind_of
+from geffect_fast.results.coverage import Coverage
+
+QUANTITIES = ("effects", "norms", "products")
+SMALL = 1e-3
+"""Part of the model's largest gradient below which a parameter's own is measured against that: it
+is a difference of larger numbers, and no method that rounds on the way is precise there."""
+ALLOWANCE = 2.0
+"""How many times plain autograd's own rounding error is still rounding."""
+NOISE = 0.5
+"""An objective whose effects round by this much of the largest has none: it is at its minimum."""
+
+
+@dataclass(frozen=True)
+class KindCheck:
+    """What was found for all parameters of one kind, such as `q_proj` or `q_proj.bias`.
+
+    Mappings are by quantity: `effects`, `norms` and `products`.
+
+    Attributes:
+        kind: the coordinate `kind` of a profile.
+        rules: the rules of capture that served it; empty where it took no part.
+        n_parameters: how many there are.
+        relative: largest error, relative to the parameter's largest share, or to a thousandth
+            (a millionth for effects and products) of the model's largest where that is more.
+        absolute: largest error.
+        judged: what is held against `limit`: `relative`, or, against a wider precision, the root
+            mean square of all the relative errors, as the largest is a matter of chance then.
+        limit: what is still rounding.
+        worst: name of the parameter that is furthest off.
+    """
+
+    kind: str
+    rules: tuple[str, ...]
+    n_parameters: int
+    relative: Mapping[str, float]
+    absolute: Mapping[str, float]
+    judged: Mapping[str, float]
+    limit: Mapping[str, float]
+    worst: str
+
+    @property
+    def excess(self) -> float:
+        """Largest error as a multiple of its limit; more than 1 is a deviation."""
+        return max(self.judged[q] / self.limit[q] for q in QUANTITIES)
+
+
+@dataclass(frozen=True)
+class Check:
+    """The result of a check.
+
+    Attributes:
+        kinds: what was found, kind by kind, in the model's order.
+        coverage: what the numbers speak of.
+        uncovered: trainable parameters that have a gradient and that no rule captured.
+        unreached: trainable parameters without any gradient on these samples, such as an expert
+            that no token was sent to; equal (zero) both ways, but hardly checked.
+        dtype: the model's precision.
+        wider: the precision that rounding was measured against; None where it was not needed.
+        tolerance: relative error that is always rounding.
+        layout: how samples share a forward pass.
+        objectives: what was checked.
+        n_samples, n_tokens: on what.
+    """
+
+    kinds: tuple[KindCheck, ...]
+    coverage: Coverage
+    uncovered: tuple[str, ...]
+    unreached: tuple[str, ...]
+    dtype: str
+    wider: str | None
+    tolerance: float
+    layout: str
+    objectives: tuple[str, ...]
+    n_samples: int
+    n_tokens: int
+
+    @property
+    def exact(self) -> bool:
+        """Whether every trainable parameter is covered and every error is rounding."""
+        return not self.uncovered and all(kind.excess <= 1 for kind in self.kinds)
+
+
+def check(
+    model: nn.Module,
+    tokenizer: Any,
+    *,
+    data: Any,
+    objectives: Sequence[str | Objective] | str = ("ga",),
+    samples: int = 4,
+    refusals: Any = None,
+    reference_model: nn.Module | str | Path | None = None,
+    template: str = "auto",
+    max_length: int | None = None,
+    date: str = CHAT_DATE,
+    token_budget: int | None = None,
+    trust_remote_code: bool = False,
+    progress: bool = False,
+) -> Check:
+    """Compare the engine with plain autograd on a few samples, parameter by parameter.
+
+    Compared are every sample's effect along the risk's gradient for each objective, its gradient's
+    norm, and the inner products of all pairs of samples. Plain autograd runs every sequence by
+    itself and differentiates the published formula, `n (n + 1) / 2 + n + K n` backward passes of
+    one sample (18 for 4 samples and one objective), and sums in fp64; at most two gradients are
+    held at a time. An error is rounding where it is at most 1e-5 in fp32 and 1e-10 in fp64, or at
+    most twice plain autograd's own error against a wider precision (fp32 for bf16 and fp16, fp64
+    for fp32) plus the tolerance.
+
+    Args:
+        model, tokenizer: as for `profile`.
+        data: forget data as for `profile`; it serves as retain data as well.
+        objectives: as for `profile`.
+        samples: how many rows of the data, the first ones.
+        refusals, reference_model, template, max_length, date, token_budget, trust_remote_code,
+            progress: as for `profile`.
+
+    Returns:
+        A `Check`; `check.exact` is the verdict.
+
+    Raises:
+        InputError, NonFiniteError, UnsupportedModelError: as `profile`.
+
+    Example:
+        >>> gf.check(model, tokenizer, data="forget.jsonl").exact
+        True
+    """
+    chosen = resolved_list(objectives)
+    check_counts(samples=samples, token_budget=token_budget, max_length=max_length)
+    parts = [part for objective in chosen for _, part in objective.parts()]
+    alternatives = any("alternative" in part.roles for part in parts)
+    sample_set = tokenize_rows(
+        read_rows(data, name="data")[:samples],
+        tokenizer,
+        name="data",
+        refusals=None
+        if refusals is None or not alternatives
+        else read_refusals(refusals)[:samples],
+        template=template,
+        max_length=max_length,
+        date=date,
+        n_positions=table_of_positions(model),
+    )
+    if not sample_set.has_alternatives:
+        check_needs_no_refusals(chosen)
+    if not sample_set.has_weights:
+        check_needs_no_weights(chosen)
+    check_model(model, {"data": sample_set})
+    plan = Plan.of(model)
+    if alternatives:
+        check_pairs(model, sample_set)
+    needs = {need for part in parts for need in part.needs}
+    reference = reference_for(
+        reference_model, needs, model, {"data": sample_set}, trust_remote_code
+    )
+    dtype = coarsest_dtype(model)
+
+    def plain_of(other: nn.Module, precision: torch.dtype) -> Numbers:
+        what = f"plain autograd, {_name(precision)}"
+        n_tokens = plain_tokens(sample_set, chosen)
+        with (
+            computing_in(precision, other),
+            progress_bar(progress, what, n_tokens) as update,
+            within_budget(captured.budget, one_sample=True),
+        ):
+            return plain_numbers(other, sample_set, chosen, reference, lambda n: update(advance=n))
+
+    longest = longest_sequence(sample_set)
+    with computing_in(dtype, model):
+        with within_budget(TokenBudget(token_budget or longest), one_sample=True):
+            layout = choose_layout(plan, sample_set)
+            if reference is not None:
+                check_reference(reference, layout, sample_set, longest)
+        captured = CapturedNumbers(plan, sample_set, chosen, reference, layout, token_budget)
+        with (
+            progress_bar(progress, "geffect_fast", captured.n_tokens) as update,
+            within_budget(captured.budget),
+        ):
+            ours = captured.compute(lambda n: update(advance=n))
+        rules = captured.rules()
+    plain = plain_of(model, dtype)
+    _check_finite(plain, plan)
+
+    errors, wider = _errors(ours, plain), WIDER.get(dtype)
+    if dtype == torch.float32 and all(bool((e <= TOLERANCE[dtype]).all()) for e, _ in errors):
+        wider = None
+    rounding = None
+    if wider is not None:
+        exact = plain_of(widened_copy(model, wider), wider)
+        errors, rounding = _errors(ours, exact), _errors(plain, exact)
+    _check_objectives(chosen, plain, rounding, dtype)
+    silent = (plain.norms == 0).all(1) & (plain.effects == 0).all(2).all(0)
+    unreached = tuple(n for n, zero in zip(plan.parameters, silent, strict=True) if zero)
+    uncovered = tuple(n for n in plan.parameters if n not in rules and n not in unreached)
+    return Check(
+        kinds=_by_kind(list(plan.parameters), rules, errors, rounding, TOLERANCE[dtype]),
+        coverage=Coverage.of(model, uncovered),
+        uncovered=uncovered,
+        unreached=unreached,
+        dtype=_name(dtype),
+        wider=None if wider is None else _name(wider),
+        tolerance=TOLERANCE[dtype],
+        layout=layout,
+        objectives=tuple(str(objective) for objective in chosen),
+        n_samples=len(sample_set),
+        n_tokens=sum(len(sample.answer) for sample in sample_set.samples),
+    )
+
+
+def _check_finite(plain: Numbers, plan: Plan) -> None:
+    """Raise `NonFiniteError` naming the first parameter whose own gradient is not finite."""
+    bad = ~(torch.isfinite(plain.norms).all(1) & torch.isfinite(plain.effects).all(2).all(0))
+    if bad.any():
+        name = list(plan.parameters)[int(bad.nonzero()[0])]
+        raise NonFiniteError(
+            f"the gradient at {name} is not finite, also by plain autograd; check the data and "
+            "the model's precision"
+        )
+
+
+def _check_objectives(
+    objectives: Sequence[Objective],
+    plain: Numbers,
+    rounding: list[Errors] | None,
+    dtype: torch.dtype,
+) -> None:
+    """Raise `InputError` naming the first objective whose effects are nothing but rounding."""
+    # Objectives are computed in fp32 at least; the gradient of one at its minimum is some 0.02 eps.
+    eps = torch.finfo(torch.promote_types(dtype, torch.float32)).eps
+    for k, (objective, effects) in enumerate(zip(objectives, plain.effects, strict=True)):
+        size = float(effects.abs().max())
+        noise = eps * float(plain.products.abs().max())
+        if rounding is not None:
+            noise = max(noise, float(rounding[0][1][:, k].max()) / NOISE)
+        if size <= noise:
+            raise InputError(
+                f"objective '{objective}' has no gradient on these samples but rounding, so there "
+                "is nothing to compare; give another, or a reference model that is not the model"
+            )
+
+
+# ---- errors, and what is rounding ----
+
+Errors = tuple[Tensor, Tensor]
+"""Relative and absolute errors of one quantity, `(P, K, C)` both; K is 1 but for effects."""
+
+
+def _errors(ours: Numbers, exact: Numbers) -> list[Errors]:
+    """The errors of each of `QUANTITIES`."""
+    found = []
+    for quantity in QUANTITIES:
+        x, y = getattr(ours, quantity), getattr(exact, quantity)
+        if quantity == "effects":
+            x, y = x.transpose(0, 1), y.transpose(0, 1)
+        else:
+            x, y = x.flatten(1)[:, None], y.flatten(1)[:, None]
+        scale = y.abs().amax(2, keepdim=True)
+        small = SMALL if quantity == "norms" else SMALL**2  # two gradients are multiplied
+        scale = torch.maximum(scale, small * scale.amax(0, keepdim=True))
+        off = (x - y).abs().nan_to_num(nan=torch.inf)
+        found.append((off / scale.clamp(min=torch.finfo(torch.float64).tiny), off))
+    return found
+
+
+def _by_kind(
+    names: Sequence[str],
+    rules: Mapping[str, tuple[str, ...]],
+    errors: list[Errors],
+    rounding: list[Errors] | None,
+    tolerance: float,
+) -> tuple[KindCheck, ...]:
+    """A row a kind, in the order of the model."""
+    members: dict[str, list[int]] = {}
+    for p, name in enumerate(names):
+        members.setdefault(kind_of(name), []).append(p)
+    rows = []
+    for kind, at in members.items():
+        relative = [error[at] for error, _ in errors]
+        limit = [tolerance] * len(QUANTITIES)
+        measure = _largest
+        if rounding is not None:
+            measure = _root_mean_square
+            limit = [tolerance + ALLOWANCE * _root_mean_square(r[at]) for r, _ in rounding]
+        excess = [
+            max(measure(error[i]) / most for error, most in zip(relative, limit, strict=True))
+            for i in range(len(at))
+        ]
+        found = {
+            "relative": map(_largest, relative),
+            "absolute": (_largest(error[at]) for _, error in errors),
+            "judged": map(measure, relative),
+            "limit": limit,
+        }
+        rows.append(
+            KindCheck(
+                kind=kind,
+                rules=tuple(dict.fromkeys(rule for p in at for rule in rules.get(names[p], ()))),
+                n_parameters=len(at),
+                worst=names[at[excess.index(max(excess))]],
+                **{
+                    key: dict(zip(QUANTITIES, values, strict=True)) for key, values in found.items()
+                },
+            )
+        )
+    return tuple(rows)
+
+
+def _largest(errors: Tensor) -> float:
+    return float(errors.max())
+
+
+def _root_mean_square(errors: Tensor) -> float:
+    return float(errors.square().mean().sqrt())
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,112 @@
+"""The effects of all parts of objectives, by the engine that was chosen."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from geffect_fast.capture import Plan
+from geffect_fast.engines.choice import Engine
+from geffect_fast.engines.direction import Tick, accumulate_gradients
+from geffect_fast.engines.effect_array import EffectArray
+from geffect_fast.engines.forward import forward_effects
+from geffect_fast.engines.forward_parts import Part
+from geffect_fast.engines.reverse import reverse_effects
+from geffect_fast.engines.tasks import Reference, Task
+from geffect_fast.results.dataset import gram_matrices
+from geffect_fast.results.resolution import Resolution
+
+
+@dataclass(frozen=True)
+class Effects:
+    """What an engine found, summed over samples; the rest it added to the result's array.
+
+    Attributes:
+        values: `(n_parts,)` fp64, the values of the objectives' parts.
+        summed: `(n_parts, M, C)` fp64.
+        places: what the C are: names of parameters, or of groups of them.
+        gram: `(P, M + n_parts, M + n_parts)` fp64, Gram matrices of the gradients of risks and
+            parts by parameter; `(P, M, M)` from the forward engine; None where not formed.
+    """
+
+    values: Tensor
+    summed: Tensor
+    places: Sequence[str]
+    gram: Tensor | None
+
+
+def find_effects(
+    engine: Engine,
+    plan: Plan,
+    tasks: Sequence[Task],
+    directions: Mapping[str, Tensor],
+    reference: Reference,
+    mixture: Tensor,
+    resolution: Resolution,
+    array: Any,
+    *,
+    passes: Sequence[Part],
+    norms: bool,
+    tick: Tick,
+) -> Effects:
+    """Run the engine over the objectives' data.
+
+    Args:
+        engine: which.
+        plan: of the model.
+        tasks: which parts read which batches.
+        directions: `(M, *shape)` for every trainable parameter.
+        reference: what objectives compare with, prepared.
+        mixture: `(K, n_parts)`, how often each part counts in each objective.
+        resolution: the axes.
+        array: of `resolution.shape`, added to.
+        passes: of the forward engine.
+        norms: whether the reverse engine forms whole gradients too.
+        tick: progress.
+    """
+    labels, columns = resolution.columns()
+    n_parts = mixture.shape[1]
+    names = list(plan.parameters)
+    within = resolution.within is not None
+    collect = EffectArray(mixture, array, resolution.places if within else None).add
+    if engine == "forward":
+        values, summed = forward_effects(
+            plan,
+            tasks,
+            directions,
+            n_parts,
+            reference,
+            collect,
+            parts=passes,
+            per_token=within,
+            tick=tick,
+        )
+        places = [label or "the whole model" for label in labels]
+        return Effects(values, summed, places, gram_matrices(directions))
+    if resolution.per_sample:
+        totals = reverse_effects(
+            plan,
+            tasks,
+            directions,
+            n_parts,
+            reference,
+            collect,
+            columns=columns,
+            per_token=within,
+            norms=norms,
+            tick=tick,
+        )
+        whole = totals.gradients
+        gram = None if whole is None else gram_matrices(directions, whole)
+        return Effects(totals.values, totals.effects, names, gram)
+    values, whole = accumulate_gradients(plan, tasks, n_parts, reference, tick)
+    gram = gram_matrices(directions, whole)
+    n_risks = gram.shape[1] - n_parts
+    summed = gram[:, n_risks:, :n_risks].permute(1, 2, 0)
+    mixed = torch.tensordot(mixture, summed, dims=1)
+    torch.from_numpy(array)[..., 0, 0].index_add_(2, torch.tensor(columns), mixed)
+    return Effects(values, summed, names, gram)

@@ -1,0 +1,215 @@
+"""A run from its config to its folder: check what is cheap, load, profile, save."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from geffect_fast.data.qa import read_refusals, read_rows
+from geffect_fast.measure.arguments import check_needs_no_refusals, check_needs_no_weights
+from geffect_fast.measure.check import Check, check
+from geffect_fast.measure.models import load_model, load_tokenizer, resolve_device
+from geffect_fast.measure.profile import profile
+from geffect_fast.measure.sweep import sweep
+from geffect_fast.objectives.ranges import expand_list
+from geffect_fast.settings import ProfileConfig, RunConfig
+from geffect_fast.storage.inputs import Inputs, inputs_of
+from geffect_fast.storage.lock import locked
+from geffect_fast.storage.model_folder import check_model_source
+from geffect_fast.storage.recorded_rows import check_recorded
+from geffect_fast.storage.run_folder import (
+    RESULTS,
+    Reporter,
+    check_free,
+    open_run,
+    save_run,
+    staged_run,
+    write_rest,
+)
+
+if TYPE_CHECKING:
+    import xarray as xr
+
+
+def execute(
+    config: ProfileConfig,
+    out: str | Path,
+    *,
+    overwrite: bool = False,
+    progress: bool = False,
+    report: Reporter | None = None,
+    inputs: Inputs = MappingProxyType({}),
+) -> xr.Dataset:
+    """Profile or sweep as a config says and write the run folder.
+
+    The config saved beside the results holds what was chosen on the way (token budget, threads,
+    device, precision), so that it replays to bitwise the same numbers on the same machine.
+
+    Args:
+        config: the run.
+        out: run folder.
+        overwrite: whether a run in `out` may be replaced.
+        progress: whether to show progress bars.
+        report: adds tables and plots to the folder, such as `geffect_fast.report.write_report`.
+        inputs: what else is read, beside what the config names: its own file.
+
+    Returns:
+        The result, as `geffect_fast.profile` or `sweep` returns it; by sample and position it is
+        read from the run folder as it is asked for.
+
+    Raises:
+        InputError, NonFiniteError, UnsupportedModelError: nothing has been written then.
+    """
+    read = inputs_of(config) | dict(inputs)
+    check_free(out, overwrite, read)
+    device, data, tokenizer = read_sources(config, config.objectives)
+    # Effects by sample and position or token may be larger than memory: a profile's go straight to
+    # the folder, a sweep's get coordinates first.
+    large = config.resolve[-2:] in (("sample", "position"), ("sample", "token"))
+    streams = large and config.command == "profile"
+    with locked(out), on_threads(config.threads) as threads, ExitStack() as stack:
+        trusted = config.trust_remote_code
+        model = load_model(config.model, config.dtype, str(device), trust_remote_code=trusted)
+        dtype = str(model.dtype).removeprefix("torch.")
+        staging = stack.enter_context(staged_run(out, overwrite, read)) if streams else None
+        run = sweep if config.command == "sweep" else profile
+        dataset = run(
+            model,
+            tokenizer,
+            **data,
+            objectives=list(config.objectives),
+            reference_model=config.reference,
+            trust_remote_code=trusted,
+            **measuring(config),
+            **reading(config),
+            out=staging / RESULTS if staging is not None else None,
+            progress=progress,
+        )
+        chosen = {
+            "token_budget": int(dataset.attrs["token_budget"]),
+            "engine": dataset.attrs["engine"],
+            "threads": threads,
+            "device": str(device),
+            "dtype": dtype,
+            "rows": json.loads(dataset.attrs["digests"]),
+        }
+        check_recorded(config.rows, chosen["rows"])
+        replay = config.model_copy(update=chosen)
+        if staging is None:
+            save_run(out, dataset, replay, overwrite, report, read)
+            return dataset
+        with dataset:
+            write_rest(staging, dataset, replay, report)
+    return open_run(out, lazy=True)
+
+
+def execute_check(config: ProfileConfig, samples: int, *, progress: bool = False) -> Check:
+    """Check the model of a config on the first rows of its forget data; nothing is written.
+
+    Args:
+        config: what a profile would be made from; its retain data is not read.
+        samples: how many rows.
+        progress: whether to show progress bars.
+
+    Raises:
+        InputError, NonFiniteError, UnsupportedModelError: as `geffect_fast.check`.
+    """
+    device = check_sources(config)
+    data = read_rows(config.forget, name="data")
+    refusals = None if config.refusals is None else read_refusals(config.refusals)
+    tokenizer = tokenizer_of(config, "input_ids" not in data[0])
+    trusted = config.trust_remote_code
+    with on_threads(config.threads):
+        return check(
+            load_model(config.model, config.dtype, str(device), trust_remote_code=trusted),
+            tokenizer,
+            data=data,
+            objectives=list(config.objectives),
+            samples=samples,
+            refusals=refusals,
+            reference_model=config.reference,
+            trust_remote_code=trusted,
+            **reading(config),
+            token_budget=config.token_budget,
+            progress=progress,
+        )
+
+
+def read_sources(
+    config: RunConfig, objectives: Sequence[str]
+) -> tuple[torch.device, dict[str, Any], Any]:
+    """What is cheap and may be wrong, before a model is loaded: device, data sets and tokenizer."""
+    device = check_sources(config)
+    data = read_data(config, objectives)
+    return device, data, tokenizer_of(config, has_text(data))
+
+
+def measuring(config: RunConfig) -> dict[str, Any]:
+    """The fields that say what is measured and how, as arguments of `profile`."""
+    names = ("resolve", "engine", "reduction", "risk", "norms", "token_budget")
+    return {name: getattr(config, name) for name in names} | {"groups": config.groups or None}
+
+
+def reading(config: RunConfig) -> dict[str, Any]:
+    """The fields that say how data are tokenised, as arguments of `profile`."""
+    names = ("template", "max_length", "date")
+    return {name: getattr(config, name) for name in names}
+
+
+def check_sources(config: RunConfig) -> torch.device:
+    """Models that can be known to be missing are; the device."""
+    check_model_source(config.model, trust_remote_code=config.trust_remote_code)
+    if config.reference is not None:
+        check_model_source(config.reference, "reference", config.trust_remote_code)
+    return resolve_device(config.device)
+
+
+def tokenizer_of(config: RunConfig, has_text: bool) -> Any:
+    """The tokenizer that was chosen, the model's own for text, or none."""
+    trusted = config.trust_remote_code
+    if config.tokenizer is not None:
+        return load_tokenizer(config.tokenizer, trust_remote_code=trusted)
+    if not has_text:
+        return None
+    return load_tokenizer(config.model, "model", trust_remote_code=trusted)
+
+
+def read_data(config: RunConfig, objectives: Sequence[str]) -> dict[str, Any]:
+    """The data sets of a run as `profile` takes them, all readable, with what objectives need."""
+    forget = read_rows(config.forget, name="forget")
+    data: dict[str, Any] = {
+        "forget": forget,
+        "retain": read_rows(config.retain, name="retain"),
+        "probes": {name: read_rows(path, name=name) for name, path in config.probes.items()},
+        "refusals": None if config.refusals is None else read_refusals(config.refusals),
+    }
+    meant = [each.members[0].objective for each in expand_list(objectives)]
+    if data["refusals"] is None and not all(row.get("alternative") for row in forget):
+        check_needs_no_refusals(meant)
+    if "weights" not in forget[0]:
+        check_needs_no_weights(meant)
+    return data
+
+
+def has_text(data: dict[str, Any]) -> bool:
+    """Whether any data set has to be tokenised."""
+    sets = [data["forget"], data["retain"], *data["probes"].values()]
+    return any("input_ids" not in rows[0] for rows in sets)
+
+
+@contextmanager
+def on_threads(wanted: int | None) -> Iterator[int]:
+    """torch on so many CPU threads, for the time of a run; yields how many."""
+    before = torch.get_num_threads()
+    if wanted is not None:
+        torch.set_num_threads(wanted)
+    try:
+        yield torch.get_num_threads()
+    finally:
+        torch.set_num_threads(before)

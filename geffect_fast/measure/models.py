@@ -1,0 +1,273 @@
+"""Loading a language model and its tokenizer, with errors a person can act on."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from geffect_fast.data.memory import no_memory
+from geffect_fast.errors import InputError, NonFiniteError, in_one_line
+from geffect_fast.paths import user_path
+from geffect_fast.results.axes import OUTSIDE, block_of
+from geffect_fast.results.finite import are_finite
+from geffect_fast.storage.model_folder import (
+    base_name,
+    base_of,
+    check_folder,
+    check_model_source,
+    check_sizes,
+    needs_trust,
+)
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "vocab.json",
+    "vocab.txt",
+    "spiece.model",
+    "spm.model",
+    "sentencepiece.bpe.model",
+    "tekken.json",
+)
+
+
+def load_model(
+    source: str | Path,
+    dtype: str = "auto",
+    device: str = "auto",
+    what: str = "model",
+    *,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """A causal language model in evaluation mode, complete and finite, or an error that says why.
+
+    transformers only warns when a checkpoint lacks weights and fills them with random numbers; here
+    that is an error. Of an adapter of peft the base model is loaded too, and frozen; what the
+    adapter learns can be trained, as when it is trained on.
+
+    Args:
+        source: folder with `config.json` and weights, folder of an adapter (`adapter_config.json`),
+            or a hub id of a model.
+        dtype: `float64`, `float32`, `bfloat16`, `float16`, or `auto` for the checkpoint's own. An
+            adapter has its base's, and float32 beside bfloat16 and float16.
+        device: `cpu`, `cuda`, `cuda:N`, or `auto` for CUDA where there is one.
+        what: what messages call it.
+        trust_remote_code: run the Python code that a folder or hub id may bring along
+            (`auto_map`), with all rights of this process; without it such a model is refused, and
+            nobody is asked.
+
+    Raises:
+        InputError: the model is missing, broken, incomplete or not a causal language model, or
+            needs code of its own.
+        NonFiniteError: a weight is NaN or infinite; the first one is named.
+    """
+    check_model_source(source, what, trust_remote_code)
+    place = resolve_device(device)
+    base = base_of(source, what)
+    if base is not None:
+        name = base_name(source, what)
+        inside = load_model(base, dtype, str(place), name, trust_remote_code=trust_remote_code)
+        return _with_adapter(inside, source, what).to(place).eval()
+    with quiet_transformers():
+        from transformers import AutoModelForCausalLM, PreTrainedConfig
+
+        wanted = dtype if dtype == "auto" else getattr(torch, dtype)
+        try:
+            check_sizes(PreTrainedConfig.get_config_dict(source)[0], source, what)  # of a hub id
+            model, info = AutoModelForCausalLM.from_pretrained(
+                source, dtype=wanted, output_loading_info=True, trust_remote_code=trust_remote_code
+            )
+        except InputError:
+            raise
+        except Exception as error:  # every loader beneath has errors of its own
+            raise InputError(_why_not(source, what, error)) from error
+    _check_complete(source, what, model, info)
+    check_finite(model, f"{what} {source}")
+    try:
+        return model.to(place).eval()
+    except torch.OutOfMemoryError as error:
+        raise InputError(_why_not(source, what, error)) from error
+
+
+def _with_adapter(base: PreTrainedModel, source: str | Path, what: str) -> PreTrainedModel:
+    """The adapter in the folder `source` around its base model, all of its weights found."""
+    with quiet_transformers(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of missing keys, which are an error below
+        import peft
+
+        try:
+            saved = set(peft.utils.load_peft_weights(str(source), device="cpu"))
+            model = peft.PeftModel.from_pretrained(base, str(source), is_trainable=True)
+        except Exception as error:  # as for models
+            raise InputError(
+                f"{what} {source}: the adapter cannot be loaded ({in_one_line(error)}); save it "
+                "again with save_pretrained, or correct its base_model_name_or_path"
+            ) from error
+        wanted = set(peft.get_peft_model_state_dict(model, save_embedding_layers=False))
+    odd = sorted(wanted - saved) or sorted(saved - wanted - set(model.state_dict()))
+    if odd:
+        raise InputError(
+            f"{what} {source}: {odd[0]} is {'not ' if odd[0] in wanted else 'only '}among the "
+            "adapter's weights; it is incomplete or belongs to another base model"
+        )
+    check_finite(model, f"{what} {source}")
+    return model
+
+
+def load_tokenizer(
+    source: str | Path, what: str = "tokenizer", *, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
+    """The tokenizer in a folder or at a hub id; messages call the place `what`.
+
+    `trust_remote_code` as for `load_model`.
+
+    Raises:
+        InputError: there is none, it cannot be read, or needs code of its own.
+    """
+    check_folder(source, what)
+    folder = user_path(source)
+    # some tokenizer classes start with an empty vocabulary where there are no files at all
+    if folder.is_dir() and not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+        base = base_of(source, what)
+        if base is not None:
+            name = base_name(source, what)
+            return load_tokenizer(base, name, trust_remote_code=trust_remote_code)
+        raise InputError(
+            f"{what} {source}: no tokenizer files in the folder; give another with --tokenizer"
+        )
+    with quiet_transformers():
+        from transformers import AutoTokenizer
+
+        try:
+            return AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+        except Exception as error:  # as above
+            raise InputError(_why_not(source, f"tokenizer of {what}", error)) from error
+
+
+def has_remote_code(model: nn.Module) -> bool:
+    """Whether a model's class is code that came with it, which somebody has allowed."""
+    return any(kind.__module__.startswith("transformers_modules") for kind in type(model).__mro__)
+
+
+def check_finite(model: nn.Module, name: str = "model") -> None:
+    """Every parameter and buffer of a model is there and finite.
+
+    Raises:
+        InputError: naming the first tensor without numbers, on the device `meta`.
+        NonFiniteError: naming the first tensor that is not finite.
+    """
+    every = [*model.named_parameters(), *model.named_buffers()]
+    for key, tensor in every:
+        if tensor.is_meta:
+            raise InputError(
+                f"{name}: {key} is on the device 'meta', where accelerate leaves weights that it "
+                "offloads; load the model whole, without device_map and offload_folder"
+            )
+    tensors = {key: tensor for key, tensor in every if tensor.is_floating_point()}
+    good = are_finite(list(tensors.values()))
+    for (key, tensor), is_good in zip(tensors.items(), good, strict=True):
+        if not is_good:
+            n_bad = int((~torch.isfinite(tensor.detach())).sum())
+            raise NonFiniteError(
+                f"{name}: {key} holds {n_bad} NaN or infinite of {tensor.numel()} values; "
+                "save the model again from a healthy checkpoint"
+            )
+
+
+def resolve_device(device: str) -> torch.device:
+    """The device meant by `auto`, `cpu`, `cuda` or `cuda:N`.
+
+    Raises:
+        InputError: it is not on this machine.
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    place = torch.device(device)
+    if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
+        found = torch.cuda.device_count()
+        raise InputError(f"device {device} is not here ({found} CUDA devices); use --device cpu")
+    return place
+
+
+def _check_complete(source: str | Path, what: str, model: nn.Module, info: dict[str, Any]) -> None:
+    """Refuse a checkpoint that lacks weights of the model, or has some that the model leaves out.
+
+    Left out without a word are whole modules that the architecture does not have, such as a value
+    head; a layer too many, or a bias that its config.json denies, makes another model.
+    """
+    missing = sorted(info.get("missing_keys") or [])
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise InputError(
+            f"{what} {source}: the checkpoint lacks {missing[0]}{more}; "
+            "it is incomplete or belongs to another architecture"
+        )
+    n_blocks = 1 + max((block_of(name) for name, _ in model.named_modules()), default=OUTSIDE)
+    leaves = {name for name, module in model.named_modules() if not any(module.children())}
+    for key in sorted(info.get("unexpected_keys") or []):
+        if block_of(key) >= max(n_blocks, 1) or key.rpartition(".")[0] in leaves:
+            raise InputError(
+                f"{what} {source}: the checkpoint holds {key}, which its config.json leaves out; "
+                "mend the config, such as num_hidden_layers, or save the model again"
+            )
+
+
+def _why_not(source: str | Path, what: str, error: Exception) -> str:
+    """One line for whatever a loader raised."""
+    text = in_one_line(error, 2000)
+    if "trust_remote_code=True" in text:
+        return needs_trust(source, what)
+    if no_memory(error):
+        return f"{what} {source} does not fit in memory; use --dtype bfloat16 or another --device"
+    if user_path(source).is_dir():
+        if "Unrecognized configuration class" in text:
+            return (
+                f"{what} {source}: not a causal language model; give one that predicts next tokens"
+            )
+        if "ignore_mismatched_sizes" in text:
+            reason = "the shapes of its weights do not fit its config.json"
+        elif type(error).__name__ == "SafetensorError":
+            reason = f"its weights are truncated or broken ({text})"
+        elif isinstance(error, OSError) and "no file named" in text:
+            reason = "no weights (model.safetensors) in the folder"
+        else:
+            reason = f"cannot be loaded ({text[:160]})"
+        return f"{what} {source}: {reason}; save it again with save_pretrained"
+    return (
+        f"{what} {source}: no such folder, and not to be had from the hub "
+        f"({text[:90].rstrip('. ')} ...); give a folder, or check the id and the network"
+    )
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """transformers without warnings and advice, for the time of a load; downloads show a bar."""
+    from huggingface_hub.utils import enable_progress_bars
+    from huggingface_hub.utils import logging as hub_logging
+    from transformers.utils import logging
+
+    verbosity, hub_verbosity = logging.get_verbosity(), hub_logging.get_verbosity()
+    bars = logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    hub_logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    if sys.stderr.isatty():
+        enable_progress_bars()  # the line above took the bars of downloads away too
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        hub_logging.set_verbosity(hub_verbosity)
+        if bars:
+            logging.enable_progress_bar()

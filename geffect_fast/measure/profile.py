@@ -1,0 +1,159 @@
+"""`profile`: from a model and two data sets to effects with names on every axis."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from geffect_fast.data.batch import Reduction
+from geffect_fast.data.tokenize import CHAT_DATE
+from geffect_fast.errors import GEffectWarning
+from geffect_fast.measure.profiler import Profiler
+from geffect_fast.measure.reference import REFERENCE_IS_MODEL
+from geffect_fast.objectives import Objective
+
+if TYPE_CHECKING:
+    import xarray as xr
+
+
+def profile(
+    model: nn.Module,
+    tokenizer: Any,
+    *,
+    forget: Any,
+    retain: Any,
+    objectives: Sequence[str | Objective] | str,
+    probes: Mapping[str, Any] | None = None,
+    refusals: Any = None,
+    reference_model: nn.Module | str | Path | None = None,
+    resolve: Sequence[str] = ("parameter", "sample"),
+    engine: str = "auto",
+    reduction: Reduction = "token",
+    risk: str | Objective = "nll",
+    norms: bool | None = None,
+    groups: Mapping[str, Any] | None = None,
+    template: str = "auto",
+    max_length: int | None = None,
+    date: str = CHAT_DATE,
+    token_budget: int | None = None,
+    trust_remote_code: bool = False,
+    out: str | Path | None = None,
+    progress: bool = False,
+) -> xr.Dataset:
+    """The G-effect of unlearning objectives on a model's risks: by parameter, sample, position.
+
+        e = < grad R(D), grad L(D_u) >
+
+    A descent step of size `lr` on `L` changes the risk `R(D)` by `-lr e` to first order. Wanted:
+    `e` strongly negative for the risk on what must go (`unlearn`), zero or positive elsewhere
+    (`retain`).
+
+    Args:
+        model: a causal language model of transformers in eval mode; trainable parameters are
+            profiled, frozen ones skipped. It is left as it was.
+        tokenizer: of transformers; None for samples that are tokenised already.
+        forget: what must go: a path to JSON or JSON lines of `question` and `answer`, a hub id, a
+            list of dicts, a torch Dataset, or tokenised samples (`input_ids`, unshifted `labels`).
+        retain: what must stay, likewise.
+        objectives: strings such as `npo(beta=0.1) + 1.0*kl`, or `geffect_fast.objectives` objects.
+        probes: further data sets by name, each a risk of its own.
+        refusals: answers that po, dpo and altpo put in place of the forget set's, where a row has
+            no field `alternative`, one or a list, of its own.
+        reference_model: what NPO-like objectives compare with, a model or the folder of one; None:
+            `model` as it is, for which, as for any model of the same weights, there is a
+            `GEffectWarning`: betas only scale then.
+        resolve: axes of the result; all others are summed. `parameter`, or `group` (embedding,
+            thirds of the blocks by depth, final norm, output layer); `sample`; and within samples
+            one of two, another thing though both add up: `token`, which predicted token drives the
+            effect, or `position`, where in the sequence a layer is used, the summand `g_t^T V a_t`.
+        engine: `reverse` resolves by parameter and position; `forward` by token, and any number of
+            objectives costs the same; `auto` takes what `resolve` needs, or else costs less
+            (`geffect_fast.engines.choice`). The attributes say which it was, and why.
+        reduction: what means are taken over, in objectives and risks alike: all answer tokens
+            (`token`), each sample's tokens and then samples (`sample`), or no mean (`sum`).
+        risk: an objective used as the risk; its part on any data set is the risk on that set.
+        norms: also gradient norms and cosines, and a check that the samples' shares add up to the
+            whole gradient's, parameter by parameter. Costs one more forward unit an objective, and
+            memory for its gradient. None: with the reverse engine; the forward engine forms no
+            gradient of an objective.
+        groups: groups of blocks by name, in place of thirds: `{"first": "0-3", "last": 7}`.
+        template: `auto`, or a text with `{question}` and `{answer}`.
+        max_length: refuse samples of more tokens.
+        date: the day, `YYYY-MM-DD`, that a chat template is told which asks for it; a fixed one, so
+            that no number depends on the day.
+        token_budget: tokens a batch; None: chosen from free memory. Where memory runs out, it is
+            halved, with a `GEffectWarning`; the attribute `token_budget` is what it was at the end.
+        trust_remote_code: run Python code that the folder of a `reference_model` brings along.
+        out: a NetCDF file that effects by sample and position or token are written to while they
+            are computed, for results larger than memory; None: in memory.
+        progress: show a bar.
+
+    Returns:
+        A Dataset with `g_effect` (objective, risk, parameter, sample), `risk_value` (risk), `loss`
+        (objective), and with `norms` `grad_norm` (objective), `risk_grad_norm` (risk), `cosine`
+        (objective, risk) of the whole gradients and the same per parameter under `parameter_*`, or
+        per group under `group_*`. All fp64.
+
+        By sample also intervals by the choice of the rows, `interval_level` of all draws
+        (`geffect_fast.results.intervals`; docs/concepts.md): `g_effect_low` and `g_effect_high`
+        (objective, risk) of total effects, `risk_value_low` and `risk_value_high` (risk), and
+        `collateral` (objective), the rise of the worst other risk for a unit rise of the forget
+        risk, with `collateral_low` and `collateral_high`. NaN where a data set has one row.
+
+        Coordinates: `parameter` with `block`, `kind`, `group`; `sample` (row number) with `set` and
+        `question`; `position` counts the tokens of a sample's answer and then of its alternatives,
+        `token` those that have a label, with `token_id`, `token_text` and `sequence` (0: the
+        answer) on (sample, position) or (sample, token). Beyond a sample's end effects are 0 and
+        ids -1.
+
+        Attributes say what is covered (`covered_parameters` of `trainable_parameters`, the same in
+        elements, `frozen_*`, `tied`), and whether the shares were compared with whole gradients
+        (`coverage_checked`). Those of a 16-bit model also say how far its effects can be trusted:
+        `precision_error`, the part of themselves that effects may be off by, thrice what fp32 on
+        the same weights changes at two rows (`precision_samples`, of the forget rows; the formula
+        is in docs/concepts.md); or `precision_note`, why it was not measured. Reports call nothing
+        different within it. With `out` the Dataset reads from the file; close it after use.
+
+        `reference_is_model` is 1 where an objective compares with a reference, and that is the
+        model itself.
+
+    Raises:
+        InputError: unusable data, objective or argument, in one line.
+        NonFiniteError: a weight, gradient or effect is not finite; the first is named.
+        UnsupportedModelError: a module's share cannot be attributed exactly, or has no derivative
+            in the engine that is needed; it is named.
+
+    Example:
+        >>> result = gf.profile(model, tokenizer, forget="forget.jsonl", retain="retain.jsonl",
+        ...                     objectives=["ga", "npo(beta=0.1)"])
+        >>> result.g_effect.sum(["parameter", "sample"])
+    """
+    profiler = Profiler(
+        model,
+        tokenizer,
+        forget=forget,
+        retain=retain,
+        objectives=objectives,
+        probes=probes,
+        refusals=refusals,
+        reference_model=reference_model,
+        resolve=resolve,
+        engine=engine,
+        reduction=reduction,
+        risk=risk,
+        norms=norms,
+        groups=groups,
+        template=template,
+        max_length=max_length,
+        date=date,
+        token_budget=token_budget,
+        trust_remote_code=trust_remote_code,
+    )
+    result = profiler.measure(out=out, progress=progress, unchanged=True).dataset
+    if "reference_is_model" in result.attrs:
+        warnings.warn(f"reference: {REFERENCE_IS_MODEL}", GEffectWarning, stacklevel=2)
+    return result

@@ -1,0 +1,468 @@
+"""A profile in two steps: what is prepared once, and what is measured of the model as it stands."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from geffect_fast.capture import Plan
+from geffect_fast.data import Layout, SampleSet, estimate_token_budget, make_batches
+from geffect_fast.data.batch import Batch, Reduction, Role
+from geffect_fast.data.tokenize import CHAT_DATE
+from geffect_fast.engines.attempts import TokenBudget
+from geffect_fast.engines.choice import Choice, choose_engine
+from geffect_fast.engines.direction import Tick, accumulate_gradients
+from geffect_fast.engines.forward_check import forward_mode_problem
+from geffect_fast.engines.forward_parts import parts_for, place_for_directions, product_shares
+from geffect_fast.engines.layout import check_reference, choose_layout, longest_sequence
+from geffect_fast.engines.packed_attention import splits_attention
+from geffect_fast.engines.rotary_frequencies import check_pairs
+from geffect_fast.engines.tasks import Reference, Task, mixture_of, tasks_for
+from geffect_fast.errors import InputError, UnsupportedModelError
+from geffect_fast.measure.arguments import (
+    check_arguments,
+    check_memory,
+    check_model,
+    check_needs_no_refusals,
+    check_needs_no_weights,
+    read_sets,
+    reference_for,
+    resolved_list,
+    resolved_risk,
+)
+from geffect_fast.measure.budget import within_budget
+from geffect_fast.measure.effects import find_effects
+from geffect_fast.measure.models import check_finite
+from geffect_fast.measure.progress import progress_bar
+from geffect_fast.measure.reference import same_weights
+from geffect_fast.measure.rounding import rounding_check
+from geffect_fast.objectives import Objective
+from geffect_fast.objectives.base import REFERENCE_NEEDS
+from geffect_fast.results.axes import checked_blocks
+from geffect_fast.results.coverage import Coverage
+from geffect_fast.results.dataset import (
+    check_coverage,
+    check_directions,
+    check_effects,
+    check_norms,
+    dataset,
+    digests,
+    gram_matrices,
+)
+from geffect_fast.results.intervals import LEVEL
+from geffect_fast.results.objective_weights import TokenWeights
+from geffect_fast.results.resolution import Resolution, checked_axes
+from geffect_fast.results.risk_rows import RiskRows, RowValues
+from geffect_fast.storage.stream import EffectFile
+
+if TYPE_CHECKING:
+    import xarray as xr
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What was measured of a model.
+
+    Attributes:
+        dataset: as `geffect_fast.profile` returns it.
+        directions: the gradients of the risks by parameter, `(M, *shape)`, fp32 (fp64 of fp64
+            models), in the order of `Profiler.risk_names`.
+    """
+
+    dataset: xr.Dataset
+    directions: dict[str, Tensor]
+
+
+class Profiler:
+    """Data, batches and engine of a profile, prepared once; the model's weights may change.
+
+    Takes what `geffect_fast.profile` takes, but `out` and `progress`, and raises what it does for
+    wrong arguments. A `reference_model` that is given is read at the first measurement, and stays
+    what it was then; without one, the reference is the model as it stands at each.
+
+    Attributes:
+        plan: of the model, which must stay in eval mode while it is measured.
+        sets: the data sets, tokenised: `forget`, `retain` and every probe by its name.
+        objectives: the objectives.
+        risk_names: names along the axis `risk`.
+
+    Example:
+        >>> profiler = Profiler(model, tokenizer, forget=rows, retain=others, objectives=["ga"])
+        >>> before = profiler.measure().dataset
+        >>> ...  # a training step
+        >>> after = profiler.measure().dataset
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        *,
+        forget: Any,
+        retain: Any,
+        objectives: Sequence[str | Objective] | str,
+        probes: Mapping[str, Any] | None = None,
+        refusals: Any = None,
+        reference_model: nn.Module | str | Path | None = None,
+        resolve: Sequence[str] = ("parameter", "sample"),
+        engine: str = "auto",
+        reduction: Reduction = "token",
+        risk: str | Objective = "nll",
+        norms: bool | None = None,
+        groups: Mapping[str, Any] | None = None,
+        template: str = "auto",
+        max_length: int | None = None,
+        date: str = CHAT_DATE,
+        token_budget: int | None = None,
+        trust_remote_code: bool = False,
+    ) -> None:
+        self.objectives = resolved_list(objectives)
+        risk_part = resolved_risk(risk)
+        axes = checked_axes(resolve)
+        check_arguments(engine, reduction, token_budget=token_budget, max_length=max_length)
+        if not {"parameter", "group"} & set(axes) and groups is not None:
+            raise InputError("groups: goes with resolve by 'group' or 'parameter'; leave it out")
+        # Effects are linear in the objective: a part that several share is profiled once.
+        self._parts = list(dict.fromkeys(part for o in self.objectives for _, part in o.parts()))
+        needs = {need for part in self._parts for need in part.needs}
+        alternatives = any("alternative" in part.roles for part in self._parts)
+        self.sets = sets = read_sets(
+            tokenizer,
+            forget,
+            retain,
+            probes,
+            refusals,
+            alternatives,
+            template,
+            max_length,
+            date,
+            model,
+        )
+        if not sets["forget"].has_alternatives:
+            check_needs_no_refusals(self.objectives)
+        if not sets["forget"].has_weights:
+            check_needs_no_weights(self.objectives)
+        check_model(model, sets)
+        self.plan = plan = Plan.of(model)
+        uses_retain = any(part.on == "retain" for part in self._parts)
+        self._resolution = resolution = Resolution(
+            axes,
+            list(plan.parameters),
+            {name: sets[name] for name in ("forget", "retain")[: 1 + uses_retain]},
+            alternatives,
+            checked_blocks(groups, list(plan.parameters)),
+        )
+        sources = {"unlearn": "forget", "retain": "retain"} | {p: p for p in probes or {}}
+        self.risk_names = list(sources)
+        columns = resolution.columns()[1]
+        choice = choose_engine(
+            engine,
+            axes,
+            norms,
+            n_risks=len(sources),
+            n_parts=len(self._parts),
+            shares=product_shares(plan, columns),
+        )
+        self._budget = budget = TokenBudget(token_budget or 1)
+        longest = max(map(longest_sequence, sets.values()))
+        if alternatives:
+            check_pairs(model, sets["forget"])
+        try:
+            with within_budget(budget, one_sample=True):
+                layout = choose_layout(plan, sets["forget"], longest)
+        except UnsupportedModelError:
+            # Whole gradients and forward passes need no shares of samples, only that samples do
+            # not meet.
+            if resolution.per_sample and choice.engine == "reverse":
+                raise
+            layout = "single"
+        self._choice = self._possible(choice, layout, engine == "forward")
+        self._norms = self._choice.engine == "reverse" if norms is None else norms
+        if token_budget is None:
+            second = REFERENCE_NEEDS & needs and isinstance(reference_model, str | Path)
+            budget.tokens = self._tokens_that_fit(layout, loads_another=bool(second))
+
+        def batches_of(sample_set: SampleSet, wanted: tuple[Role, ...]) -> list[Batch]:
+            return make_batches(
+                sample_set,
+                wanted,
+                token_budget=budget.tokens,
+                reduction=reduction,
+                layout=layout,
+            )
+
+        def tasks_on(
+            sets: Mapping[str, SampleSet], budget: TokenBudget | None = None
+        ) -> list[Task]:
+            return tasks_for(
+                self._parts,
+                lambda name, wanted: batches_of(sets[name], wanted),
+                {"forget": 0, "retain": len(sets["forget"])},
+                budget,
+            )
+
+        self._tasks = tasks_on(sets, budget)
+        self._risk_tasks = [
+            Task(batches_of(sets[source], risk_part.roles), {m: risk_part}, budget=budget)
+            for m, source in enumerate(sources.values())
+        ]
+        self._risk_rows = None
+        if "sample" in axes:
+            sizes = {risk: len(sets[source]) for risk, source in sources.items()}
+            self._risk_rows = RiskRows(sizes, adds_up=reduction == "sum")
+        self._rounding = rounding_check(
+            plan, self._choice.engine, resolution, self._mixture, tasks_on
+        )
+        self._tokenizer = tokenizer
+        self._settings = {
+            "engine": self._choice.engine,
+            "engine_reason": self._choice.reason,
+            "layout": layout,
+            "reduction": reduction,
+            "risk": str(risk_part),
+            "n_forget": len(sets["forget"]),
+            "n_retain": len(sets["retain"]),
+            "date": date,
+            "digests": json.dumps(digests(sets)),
+            "objectives": json.dumps(
+                [{"name": o.name, "parameters": o.parameters()} for o in self.objectives]
+            ),
+        }
+        reference = reference_for(reference_model, needs, model, sets, trust_remote_code)
+        if reference is not None:
+            with within_budget(budget, one_sample=True):
+                check_reference(reference, layout, sets["forget"], longest)
+        self._reference_is_model = bool(REFERENCE_NEEDS & needs) and (
+            reference is None or same_weights(model, reference)
+        )
+        self._reference = Reference(reference)
+
+    def measure(
+        self,
+        *,
+        out: str | Path | None = None,
+        weights: bool = False,
+        progress: bool = False,
+        unchanged: bool = False,
+        precision: bool = True,
+    ) -> Measurement:
+        """Measure the model as it is now.
+
+        Args:
+            out: as `geffect_fast.profile` takes it.
+            weights: also `token_weight` (objective, sample, token): the derivative of an objective
+                by the log-probability of each label, NaN where it has none; left out with
+                `position`.
+            progress: show bars.
+            unchanged: the weights are still those that were searched for NaN when this was made,
+                and need not be again.
+            precision: of a 16-bit model also how far its effects can be trusted, as
+                `geffect_fast.profile` says it.
+
+        Raises:
+            InputError: the result does not fit in memory, or `out` is of no use.
+            NonFiniteError: a weight, gradient or effect is not finite; the first is named.
+            UnsupportedModelError: the samples' shares miss a gradient.
+        """
+        plan, resolution, mixture = self.plan, self._resolution, self._mixture
+        if not unchanged:
+            check_finite(plan.model)
+        m, k, engine = len(self.risk_names), len(self.objectives), self._choice.engine
+        shape = resolution.shape(k, m)
+        if out is not None and not ("sample" in resolution.axes and resolution.within):
+            raise InputError(
+                "out: goes with resolve by 'sample' and 'position' or 'token'; leave it out"
+            )
+        whole = self._norms or not resolution.per_sample
+        check_memory(plan, len(self._parts) if whole else 0, shape, out)
+        watched = None if self._risk_rows is None else self._risk_rows.watch()
+        risk_values, directions = self.risk_gradients(progress=progress, watched=watched)
+        device = next(iter(plan.parameters.values())).device
+        passes = parts_for(plan, resolution.columns()[1], m) if engine == "forward" else []
+        weights = weights and resolution.within != "position"
+        by_token = TokenWeights(resolution, mixture) if weights else None
+        tasks = self._tasks
+        if by_token is not None:
+            tasks = [replace(task, watch=by_token.add) for task in tasks]
+        with (
+            nullcontext(np.zeros(shape)) if out is None else EffectFile(out, resolution.dims, shape)
+        ) as array:
+            what, n_passes = "effects of the objectives", max(len(passes), 1)
+            with self._ticking(progress, what, tasks, n_passes) as tick:
+                checked = self._rounding.tasks if self._rounding is not None else []
+                self._reference.prepare([*tasks, *checked], device)
+                found = find_effects(
+                    engine,
+                    plan,
+                    tasks,
+                    directions,
+                    self._reference,
+                    mixture,
+                    resolution,
+                    array,
+                    passes=passes,
+                    norms=self._norms,
+                    tick=tick,
+                )
+            check_effects(found.summed, found.values, self._parts, found.places)
+            mixed = torch.tensordot(mixture, found.summed, dims=1)
+            check_effects(mixed, mixture @ found.values, self.objectives, found.places)
+            gram, of_objectives = found.gram, engine == "reverse"
+            if resolution.per_sample and of_objectives and gram is not None:
+                check_coverage(plan, found.summed, gram, m)
+            if gram is not None:
+                onto = torch.eye(m, dtype=torch.float64)
+                onto = torch.block_diag(onto, mixture) if of_objectives else onto
+                gram = onto @ gram @ onto.T
+                check_norms(gram, [*self.risk_names, *self.objectives])
+            settings = self.settings | {
+                "dtype": str(next(iter(plan.parameters.values())).dtype).removeprefix("torch."),
+                **Coverage.of(plan.model).attributes(),
+                # NetCDF has no booleans
+                "coverage_checked": int(of_objectives and gram is not None),
+            }
+            if unchanged and self._reference_is_model:
+                settings["reference_is_model"] = 1
+            if self._rounding is not None and precision:
+                every_row = None
+                if isinstance(array, np.ndarray) and "sample" in resolution.axes:
+                    every_row = array.sum((2, 4))
+                settings |= self._rounding.attributes(plan, directions, self._reference, every_row)
+            result = dataset(
+                resolution,
+                None if isinstance(array, EffectFile) else array,
+                [str(o) for o in self.objectives],
+                self.risk_names,
+                risk_values,
+                mixture @ found.values,
+                gram if self._norms or not of_objectives else None,
+                self._tokenizer,
+                settings,
+            )
+            if self._risk_rows is not None and watched is not None:
+                of_risks = gram_matrices(directions) if gram is None else gram
+                square = float(of_risks[:, 0, 0].sum())
+                found_rows = self._risk_rows.variables(
+                    _by_row(array), resolution.set_names, watched, risk_values, square
+                )
+                result = result.assign(found_rows).assign_attrs(interval_level=LEVEL)
+            if by_token is not None:
+                variables, coordinates = by_token.variables(self._tokenizer)
+                result = result.assign(variables).assign_coords(coordinates)
+            if isinstance(array, EffectFile):
+                result = array.finish(result)
+        return Measurement(result, directions)
+
+    def risk_gradients(
+        self, *, progress: bool = False, watched: RowValues | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Values of the risks `(M,)` fp64 and their gradients, as `Measurement.directions`.
+
+        Args:
+            progress: show a bar.
+            watched: told of what every row adds to the risks.
+
+        Raises:
+            NonFiniteError: a gradient is not finite.
+        """
+        n = len(self.risk_names)
+        place = place_for_directions(self.plan, n) if self._choice.engine == "forward" else None
+        tasks = self._risk_tasks
+        if watched is not None:
+            tasks = [replace(task, watch=watched.add) for task in tasks]
+        with self._ticking(progress, "gradients of the risks", tasks) as tick:
+            values, directions = accumulate_gradients(
+                self.plan,
+                tasks,
+                n,
+                self._reference,
+                tick,
+                place,
+                None if watched is None else watched.products,
+            )
+        check_directions(directions, self.risk_names)
+        return values, directions
+
+    @property
+    def token_budget(self) -> int:
+        """Tokens a batch; where memory ran out, less than it was."""
+        return self._budget.tokens
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Attributes of results that hold for all measurements, as they are now."""
+        return self._settings | {"token_budget": self.token_budget}
+
+    @property
+    def _mixture(self) -> Tensor:
+        return mixture_of(self.objectives, self._parts)
+
+    def _possible(self, choice: Choice, layout: Layout, asked: bool) -> Choice:
+        """The engine chosen, or reverse where forward mode cannot pass the model.
+
+        Raises:
+            UnsupportedModelError: it cannot, and what is wanted needs it.
+        """
+        if choice.engine == "reverse":
+            return choice
+        problem = forward_mode_problem(self.plan, self.sets["forget"], layout)
+        if problem is None:
+            return choice
+        if asked or self._resolution.within is not None:
+            raise UnsupportedModelError(
+                f"engine forward: {problem}; use engine='reverse', without 'token'"
+            )
+        return Choice("reverse", problem)
+
+    def _tokens_that_fit(self, layout: Layout, *, loads_another: bool) -> int:
+        """Tokens a batch, from what they take and the memory that is free."""
+        model, forward = self.plan.model, self._choice.engine == "forward"
+        whole = not forward and (self._norms or not self._resolution.per_sample)
+        needs = {need for part in self._parts for need in part.needs}
+        (largest, *_) = make_batches(
+            self.sets["forget"], ("answer",), token_budget=2**62, layout=layout
+        )
+        read = Counter((part.on, frozenset(part.roles)) for part in self._parts)
+        predicted = [
+            each.totals().n_targets["answer"] / sum(len(s.answer) for s in each.samples)
+            for each in self.sets.values()
+        ]
+        return estimate_token_budget(
+            model,
+            n_directions=len(self.risk_names),
+            n_gradients=len(self._parts) if whole else 0,
+            shared=not forward and max(read.values()) > 1,
+            forward=forward,
+            logits=not {"logits", "reference_logits"}.isdisjoint(needs),
+            predicted=max(predicted),
+            by_sample=layout != "packed" or splits_attention(model, largest),
+            reserved=sum(p.nbytes for p in model.parameters()) if loads_another else 0,
+        )
+
+    @contextmanager
+    def _ticking(
+        self, show: bool, what: str, tasks: Sequence[Task], n_passes: int = 1
+    ) -> Iterator[Tick]:
+        """Yields a function that is told of tokens done, drawn as a bar; memory may run out."""
+        with (
+            progress_bar(show, what, n_passes * sum(task.n_tokens for task in tasks)) as update,
+            within_budget(self._budget),
+        ):
+            yield lambda n: update(advance=n)
+
+
+def _by_row(array: np.ndarray | EffectFile) -> np.ndarray:
+    """Effects summed over all but objectives, risks and rows, `(K, M, n)`."""
+    if isinstance(array, np.ndarray):
+        return array.sum((2, 4))
+    rows = range(array.shape[3])
+    return np.stack([array[:, :, :, row, :].sum((2, 3)) for row in rows], axis=-1)

@@ -1,0 +1,218 @@
+"""How far effects in a 16-bit precision can be trusted: those of two rows, once more in fp32."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from geffect_fast.capture import Plan
+from geffect_fast.data import SampleSet
+from geffect_fast.data.memory import free_memory
+from geffect_fast.engines.choice import Engine
+from geffect_fast.engines.forward_parts import parts_for
+from geffect_fast.engines.tasks import Reference, Task
+from geffect_fast.measure.effects import find_effects
+from geffect_fast.results.intervals import NEGLIGIBLE
+from geffect_fast.results.resolution import Resolution
+
+HALF = (torch.bfloat16, torch.float16)
+MARGIN = 3
+"""Times what is found: an effect is the product of two gradients that are rounded alike, of which
+one is computed anew, and two rows stand for all."""
+
+
+@dataclass(frozen=True)
+class RoundingCheck:
+    """Two rows of every data set that objectives read, and how their effects are found.
+
+    Attributes:
+        engine: the profile's.
+        tasks: which parts of objectives read which batches of these rows, whose shares are those
+            that they have in the whole data.
+        mixture: `(K, n_parts)`, how often each part counts in each objective.
+        whole: the profile's resolution.
+        resolution: of these rows, told apart where the profile can tell them apart.
+        rows: numbers of the forget rows in their data.
+    """
+
+    engine: Engine
+    tasks: Sequence[Task]
+    mixture: Tensor
+    whole: Resolution
+    resolution: Resolution
+    rows: tuple[int, ...]
+
+    def attributes(
+        self,
+        plan: Plan,
+        directions: Mapping[str, Tensor],
+        reference: Reference,
+        every_row: np.ndarray | None,
+    ) -> dict[str, Any]:
+        """What a result says of its precision.
+
+        Args:
+            plan: of a 16-bit model.
+            directions: gradients of the risks as the profile has them, `(M, *shape)`.
+            reference: prepared for `tasks`.
+            every_row: the profile's effects of all rows, `(K, M, n)`; None where they are not told
+                apart, or not in memory: then those of the two rows are found once more, and are all
+                there is to compare with.
+
+        Returns:
+            `precision_error`, a float of `precision_error_of`, and `precision_samples`, the
+            numbers of the forget rows; or `precision_note`, why there is none.
+        """
+        needed = 4 * sum(p.numel() for p in plan.model.parameters())
+        free = free_memory(next(iter(plan.parameters.values())).device)
+        if needed > free:
+            gib = f"{needed / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are free"
+            return {"precision_note": f"not measured: the weights in float32 take {gib}"}
+        try:
+            found = (
+                self._effects(plan, directions, reference)
+                if every_row is None
+                else every_row[:, :, self._places]
+            )
+            exact = self._effects(_in_fp32(plan), directions, reference)
+        except Exception as error:  # the profile stands without it
+            said = next(iter(str(error).strip().splitlines()), "")
+            return {"precision_note": f"not measured: {type(error).__name__}: {said}"}
+        return {
+            "precision_error": precision_error_of(
+                self._mean_squares(found - exact, self.resolution),
+                self._mean_squares(exact, self.resolution)
+                if every_row is None
+                else self._mean_squares(every_row, self.whole),
+            ),
+            "precision_samples": list(self.rows),
+        }
+
+    def _effects(
+        self, plan: Plan, directions: Mapping[str, Tensor], reference: Reference
+    ) -> np.ndarray:
+        """Effects on every risk by row, `(K, M, rows)`; one row where they are not told apart."""
+        n_risks = len(next(iter(directions.values())))
+        shape = self.resolution.shape(len(self.mixture), n_risks)
+        array = np.zeros(shape)
+        passes = []
+        if self.engine == "forward":
+            passes = parts_for(plan, self.resolution.columns()[1], n_risks)
+        device = next(iter(plan.parameters.values())).device
+        with torch.autocast(device.type, enabled=False):
+            find_effects(
+                self.engine,
+                plan,
+                self.tasks,
+                directions,
+                reference,
+                self.mixture,
+                self.resolution,
+                array,
+                passes=passes,
+                norms=False,
+                tick=lambda _: None,
+            )
+        return array.sum((2, 4))
+
+    @property
+    def _places(self) -> list[int]:
+        """Where these rows stand among all, data set by data set."""
+        sizes = [len(each) for each in self.whole.sets.values()]
+        return [sum(sizes[:i]) + row for i, n in enumerate(sizes) for row in two_rows(n)]
+
+    def _mean_squares(self, effects: np.ndarray, resolution: Resolution) -> np.ndarray:
+        """Of effects by row the mean of squares, added over data sets, `(K, M)`."""
+        squares = np.square(effects)
+        if "sample" not in resolution.axes:
+            return squares.sum(2)
+        ends = np.cumsum([len(each) for each in resolution.sets.values()])
+        return sum(part.mean(2) for part in np.split(squares, ends[:-1], axis=2))
+
+
+def rounding_check(
+    plan: Plan,
+    engine: Engine,
+    resolution: Resolution,
+    mixture: Tensor,
+    tasks_of: Callable[[Mapping[str, SampleSet]], Sequence[Task]],
+) -> RoundingCheck | None:
+    """The check of a profile; None where no parameter of the model is of 16 bits.
+
+    Args:
+        plan: of the model.
+        engine: the profile's.
+        resolution: the profile's.
+        mixture: `(K, n_parts)`.
+        tasks_of: the tasks on data sets by name.
+    """
+    if not any(p.dtype in HALF for p in plan.model.parameters()):
+        return None
+    few = {name: each.part(two_rows(len(each))) for name, each in resolution.sets.items()}
+    # An engine that forms whole gradients alone may have no rule for samples.
+    apart = engine == "forward" or resolution.per_sample
+    axes = ("sample",) if apart else ("group",)
+    tasks = [
+        replace(
+            task,
+            batches=[replace(b, totals=resolution.sets[task.on].totals()) for b in task.batches],
+            # Their numbers among these rows are others' in the whole data.
+            on=f"{task.on}, two rows",
+        )
+        for task in tasks_of(few)
+    ]
+    return RoundingCheck(
+        engine,
+        tasks,
+        mixture,
+        resolution,
+        Resolution(axes, resolution.parameters, few, resolution.alternatives),
+        tuple(sample.data_row for sample in few["forget"].samples),
+    )
+
+
+def two_rows(n: int) -> list[int]:
+    """The first row of `n` and the one in the middle."""
+    return sorted({0, n // 2})
+
+
+def precision_error_of(off: np.ndarray, size: np.ndarray) -> float:
+    """By how much of themselves effects are off, at most over objectives and risks.
+
+        MARGIN max_{k,m} sqrt(off_km / size_km)
+
+    Relative to what rows have in the mean, so that one with next to no effect counts as little as
+    it does in a total. Objectives without an effect on a risk are left out.
+
+    Args:
+        off: mean square, over rows, of effects in 16 bits less those in fp32 on the same weights,
+            along the same directions, `(K, M)`.
+        size: mean square of effects, `(K, M)`.
+    """
+    counts = size > NEGLIGIBLE**2 * size.max(axis=0)
+    return MARGIN * float(np.sqrt((off[counts] / size[counts]).max(initial=0.0)))
+
+
+def _in_fp32(plan: Plan) -> Plan:
+    """A plan of a copy of the model in fp32, with an attention that knows it.
+
+    The plan is copied too: the choice of the layout has found out what uses which parameters.
+    """
+    in_fp32: dict[int, Any] = {
+        id(p): nn.Parameter(p.detach().float(), p.requires_grad) for p in plan.model.parameters()
+    }
+    for b in plan.model.buffers():
+        if b.is_floating_point():
+            in_fp32[id(b)] = b.to(torch.float32, copy=True)
+    plan = copy.deepcopy(plan, in_fp32)  # which takes these in the place of copies
+    wide: Any = plan.model
+    attention = getattr(getattr(wide, "config", None), "_attn_implementation", None)
+    if "flash" in str(attention):
+        wide.set_attn_implementation("sdpa")
+    return plan

@@ -1,0 +1,211 @@
+"""`sweep`: objectives at every value of their hyper-parameters, and which of them are best."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import json
+import math
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec
+
+import numpy as np
+
+from geffect_fast.errors import InputError
+from geffect_fast.measure.profile import profile
+from geffect_fast.objectives import Objective
+from geffect_fast.objectives.ranges import Sweep, expand_list
+from geffect_fast.results.told_apart import effect_errors, effect_spreads, told_apart
+
+if TYPE_CHECKING:
+    import xarray as xr
+
+P = ParamSpec("P")
+
+SAME = 1e-6
+"""How far effects may be apart, relative to their size, that only sums in another order make."""
+_AT_ONCE = 64
+
+HYPER = "hyper_"
+"""What the coordinates of swept parameters begin with."""
+
+
+def _called_like(
+    other: Callable[P, xr.Dataset], **defaults: Any
+) -> Callable[[Callable[..., xr.Dataset]], Callable[P, xr.Dataset]]:
+    """Gives a function the signature of another one, with some defaults changed."""
+    signature = inspect.signature(other)
+    parameters = [
+        p.replace(default=defaults.get(p.name, p.default)) for p in signature.parameters.values()
+    ]
+    signature = signature.replace(parameters=parameters)
+
+    def decorate(function: Callable[..., xr.Dataset]) -> Callable[P, xr.Dataset]:
+        @functools.wraps(function)
+        def called(*args: P.args, **kwargs: P.kwargs) -> xr.Dataset:
+            bound = signature.bind(*args, **kwargs)
+            bound.apply_defaults()
+            return function(**bound.arguments)
+
+        called.__dict__["__signature__"] = signature
+        return called
+
+    return decorate
+
+
+@_called_like(profile, resolve=("sample",))
+def sweep(*, objectives: Any, out: Any, **arguments: Any) -> xr.Dataset:
+    """The G-effect of objectives at many values of their hyper-parameters, from one profile.
+
+    Takes what `profile` takes, and ranges in objective strings: `wga(alpha=0.1:7:30)` is 30 evenly
+    spaced values, `npo(beta=0.01:4:30,log)` as many evenly spaced in the logarithm, `ga +
+    0.1:2:5*kl` five coefficients; several ranges in one objective make a grid. Values are rounded
+    to 6 significant digits and used so, as their labels say.
+
+    Args:
+        model, tokenizer, ...: as `profile` takes them, and by default `resolve=("sample",)`.
+        objectives: strings with or without ranges, or objects; at most 10,000 objectives in all.
+            An objective that several ranges hold is profiled once, and belongs to the first of
+            them.
+        out: None; the result of a sweep is held in memory.
+
+    Returns:
+        The Dataset of `profile` with every objective, and these along `objective`:
+
+        - coordinate `sweep`: the string that the objective is from, with its ranges as written; its
+          own where that has none;
+        - coordinates `hyper_<name>`, fp64: the values of every swept parameter, such as
+          `hyper_alpha`; NaN where the objective's string has no range for it. Where a string has
+          ranges for several parameters of one name, these are `hyper_npo_beta` and the like;
+          coefficients are `hyper_kl_coefficient`;
+        - coordinate `same_as`: the first objective with the same effects on both risks, itself
+          where none is before it;
+        - variable `pareto`, bool: `pareto_front` of the result.
+
+        Attribute `sweeps`: as JSON, by string, its swept parameters and whether each is evenly
+        spaced in the logarithm.
+
+    Raises:
+        InputError: as `profile`, or a range is wrong; the line names the character.
+
+    Example:
+        >>> result = gf.sweep(model, tokenizer, forget="forget.jsonl", retain="retain.jsonl",
+        ...                   objectives=["wga(alpha=0.1:7:30)", "npo(beta=0.01:4:30,log)"])
+        >>> result.g_effect.sum("sample").sel(risk="unlearn").set_index(objective="hyper_alpha")
+    """
+    if out is not None:
+        raise InputError("out: the result of a sweep is held in memory; leave it out")
+    families = expanded(objectives)
+    members = _members(families)
+    result = profile(objectives=[member.objective for member in members], **arguments)
+    coords: dict[str, Any] = {"sweep": ("objective", [member.family.text for member in members])}
+    for name in dict.fromkeys(name for family in families for name in family.names):
+        values = [member.values.get(name, math.nan) for member in members]
+        coords[f"{HYPER}{name}"] = ("objective", np.array(values, dtype=float))
+    result = result.assign_coords(coords)
+    result.attrs["sweeps"] = json.dumps(
+        {family.text: dict(zip(family.names, family.log, strict=True)) for family in families}
+    )
+    result = result.assign_coords(same_as=("objective", same_effects(result).values))
+    return result.assign(pareto=pareto_front(result))
+
+
+def pareto_front(result: xr.Dataset) -> xr.DataArray:
+    """Which objectives no other one beats: more removal, or as much, at less damage, or as little.
+
+    An objective is on the front where none has a lower `e_u` and no lower `e_r`, nor the same `e_u`
+    and a higher `e_r`, and differs from it in one of them by more than the choice of the rows, and
+    in 16 bits `precision_error`, may make it. Of objectives with the same effects, such as `npo` at
+    any beta without a reference model, the first stands for all. Both are totals, effects of a
+    descent step of the same size: between objectives of different scales, such as means over tokens
+    and over samples, the front depends on these scales.
+
+    Args:
+        result: of `profile` or `sweep`, with the risks `unlearn` and `retain`.
+
+    Returns:
+        bool (objective); False where an effect is not finite.
+
+    Example:
+        >>> result.objective[gf.pareto_front(result)]
+    """
+    result = result.sel(risk=["unlearn", "retain"])
+    e_u, e_r = _totals(result)
+    off_u, off_r = effect_errors(result).T
+    by_row = effect_spreads(result)
+    front = np.isfinite(e_u) & np.isfinite(e_r)
+    finite = front.copy()
+    front &= same_effects(result).values == result["objective"].values
+    for i in np.flatnonzero(front):
+        better = np.flatnonzero(finite & (e_u <= e_u[i]) & (e_r >= e_r[i]))
+        for first in range(0, len(better), _AT_ONCE):  # the first few beat most
+            j = better[first : first + _AT_ONCE]
+            different = told_apart(e_u[i], e_u[j], off_u[i], off_u[j], by_row[i, 0], by_row[j, 0])
+            different |= told_apart(e_r[i], e_r[j], off_r[i], off_r[j], by_row[i, 1], by_row[j, 1])
+            if different.any():
+                front[i] = False
+                break
+    return result["objective"].copy(data=front).rename("pareto")
+
+
+def same_effects(result: xr.Dataset) -> xr.DataArray:
+    """Of each objective the first one with the same effects on forget and retain data.
+
+    Args:
+        result: of `profile` or `sweep`, with the risks `unlearn` and `retain`.
+
+    Returns:
+        Names of objectives (objective), each its own where no objective before it has its effects.
+    """
+    import xarray as xr
+
+    e_u, e_r = _totals(result.sel(risk=["unlearn", "retain"]))
+    names = result["objective"].values.copy()
+    size = np.hypot(e_u, e_r)
+    firsts: list[int] = []
+    for i in range(len(names)):
+        j = np.array(firsts, dtype=int)
+        near = np.hypot(e_u[j] - e_u[i], e_r[j] - e_r[i]) <= SAME * size[i]  # NaN is like nothing
+        if near.any():
+            names[i] = names[j[near.argmax()]]
+        else:
+            firsts.append(i)
+    return xr.DataArray(names, {"objective": result["objective"].values}, name="same_as")
+
+
+def _totals(result: xr.Dataset) -> np.ndarray:
+    """Effects of the whole forget data, `(risk, objective)`."""
+    effect = result["g_effect"]
+    rest = [d for d in effect.dims if d not in ("objective", "risk")]
+    return effect.sum(rest, skipna=False).transpose("risk", "objective").values
+
+
+def expanded(objectives: Iterable[str | Objective] | str) -> list[Sweep]:
+    """The sweeps that are meant; raise `InputError` where there is none, or one twice."""
+    if isinstance(objectives, Objective) or not isinstance(objectives, Iterable):
+        raise InputError(f"objectives: got {objectives}; give a list, such as ['wga(alpha=1:2:3)']")
+    sweeps = expand_list(objectives)
+    if not sweeps:
+        raise InputError("objectives: the list is empty; give at least one, such as 'ga'")
+    for i, text in enumerate(texts := [sweep.text for sweep in sweeps]):
+        if text in texts[:i]:
+            raise InputError(f"objectives: '{text}' is listed twice; leave one out")
+    return sweeps
+
+
+class _Member(NamedTuple):
+    objective: Objective
+    family: Sweep
+    values: dict[str, float]
+
+
+def _members(families: list[Sweep]) -> list[_Member]:
+    """Every objective once: of the first range that holds it, or its own."""
+    found: dict[Objective, _Member] = {}
+    for family in families:
+        for values, objective in family.members:
+            earlier = found.get(objective)
+            if earlier is None or (family.names and not earlier.family.names):
+                named = dict(zip(family.names, map(float, values), strict=True))
+                found[objective] = _Member(objective, family, named)
+    return list(found.values())

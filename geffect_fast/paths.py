@@ -1,0 +1,79 @@
+"""Paths as users write them: `~`, folders that may be missing, patterns of checkpoints."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from geffect_fast.errors import InputError
+
+_NUMBER = re.compile(r".*[-_](\d+)")
+
+
+def user_path(path: str | Path) -> Path:
+    """A path with `~` written out; `~name` of nobody here stays, to be named by who looks there."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        return Path(path)
+
+
+def is_there(path: Path) -> bool:
+    """Whether there is a file, folder or link, also one to nowhere; raises what else is wrong."""
+    try:
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
+
+
+def find_checkpoints(checkpoints: str | Path | Sequence[str | Path]) -> dict[int, Path]:
+    """Folders of checkpoints by the number of updates they were saved after, in order.
+
+    Args:
+        checkpoints: patterns such as `out/checkpoint-*`, or folders. The number is the one that
+            ends a folder's name, or else the `global_step` of its `trainer_state.json`.
+
+    Raises:
+        InputError: a pattern matches no folder, a folder says no number, or two say the same.
+    """
+    given = [checkpoints] if isinstance(checkpoints, str | Path) else list(checkpoints)
+    found: dict[int, Path] = {}
+    for each in given:
+        folders = [user_path(each)]
+        if not folders[0].is_dir():
+            root = Path(folders[0].anchor)
+            matching = root.glob(str(folders[0].relative_to(root)))
+            folders = [path for path in matching if path.is_dir()]
+        if not folders:
+            raise InputError(
+                f"checkpoints: no folder matches {each}; give a pattern such as 'out/checkpoint-*'"
+            )
+        for folder in sorted(path.absolute() for path in folders):
+            step = _step_of(folder)
+            if found.setdefault(step, folder) != folder:
+                raise InputError(
+                    f"checkpoints: {found[step]} and {folder} are both of step {step}; leave one "
+                    "out"
+                )
+    if not found:
+        raise InputError(
+            "checkpoints: the list is empty; give a pattern such as 'out/checkpoint-*'"
+        )
+    return dict(sorted(found.items()))
+
+
+def _step_of(folder: Path) -> int:
+    named = _NUMBER.fullmatch(folder.name)
+    if named is not None:
+        return int(named[1])
+    try:
+        state = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
+        return int(state["global_step"])
+    except (OSError, ValueError, TypeError, KeyError):
+        raise InputError(
+            f"checkpoint {folder}: neither its name ends in a number, as in checkpoint-10, nor is "
+            "there a trainer_state.json with a global_step; rename it"
+        ) from None

@@ -1,0 +1,252 @@
+"""From numbers to an `xarray.Dataset` with names on every axis, checked on the way."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from geffect_fast import ops
+from geffect_fast.capture import Plan
+from geffect_fast.data import SampleSet
+from geffect_fast.engines.direction import rows_of
+from geffect_fast.errors import NonFiniteError, UnsupportedModelError
+from geffect_fast.objectives import Objective
+from geffect_fast.results.finite import are_finite
+from geffect_fast.results.resolution import Resolution
+from geffect_fast.transfer import OnItsWay
+
+if TYPE_CHECKING:
+    import xarray as xr
+
+COVERAGE_TOLERANCE = {
+    torch.float64: 1e-5,  # of models that compute norms in fp32
+    torch.float32: 1e-3,
+    torch.bfloat16: 5e-2,
+    torch.float16: 5e-2,
+}
+"""How far the sum over samples may be from the whole gradient's product, relative to both norms."""
+
+SHORTEST = 2.0**-48
+"""A gradient of this length is nothing beside one of a loss of 1, and fp32 holds no square of a
+shorter one: that of wga at a large alpha, whose weights are all but 0, comes out as 0."""
+
+
+def digest(samples: SampleSet) -> str:
+    """What tells the rows of a data set from others: a hash of their answers' tokens and labels."""
+    found = hashlib.sha256()
+    for sample in samples.samples:
+        for tensor in (sample.answer.input_ids, sample.answer.labels):
+            found.update(tensor.numpy().astype("<i8").tobytes() + b";")
+    return found.hexdigest()[:16]
+
+
+def digests(sets: Mapping[str, SampleSet]) -> dict[str, str]:
+    """The `digest` of data sets by name."""
+    return {name: digest(each) for name, each in sets.items()}
+
+
+def gram_matrices(*gradients: Mapping[str, Tensor]) -> Tensor:
+    """Gram matrices `(P, n, n)` fp64 of gradients, such as the risks' and then the objectives'.
+
+    Args:
+        gradients: `(n_i, *shape)` by parameter; `n` is the sum of the `n_i`.
+    """
+    lists = [row for of in gradients for row in rows_of(of)]
+    (gram,) = OnItsWay(ops.multi_tensor_gram(lists)).arrived()
+    return gram.double()
+
+
+def check_directions(directions: Mapping[str, Tensor], names: Sequence[str]) -> None:
+    """Raise `NonFiniteError` naming the first parameter and risk whose gradient is not finite.
+
+    Args:
+        directions: gradients of the risks, `(M, *shape)` by parameter.
+        names: of the risks.
+    """
+    for parameter, good in zip(directions, are_finite(list(directions.values())), strict=True):
+        if not good:
+            rows = torch.isfinite(directions[parameter].flatten(1)).all(1).tolist()
+            raise NonFiniteError(
+                f"gradient of the risk on '{names[rows.index(False)]}' at {parameter} is not "
+                "finite; check the data and the model's precision"
+            )
+
+
+def check_effects(
+    effects: Tensor, values: Tensor, objectives: Sequence[Objective], places: Sequence[str]
+) -> None:
+    """Raise `NonFiniteError` naming the first objective and parameter that are not finite.
+
+    Args:
+        effects: `(K, M, C)`, summed over samples.
+        values: `(K,)`.
+        objectives: they, or their parts.
+        places: names of the C parameters, or groups of them.
+    """
+    for objective, value in zip(objectives, values.tolist(), strict=True):
+        if not math.isfinite(value):
+            raise NonFiniteError(
+                f"the value of objective '{objective}' is {value}; check its hyper-parameters and "
+                "the model's precision"
+            )
+    bad = ~torch.isfinite(effects)
+    if bad.any():
+        k, _, p = bad.nonzero()[0].tolist()
+        raise NonFiniteError(
+            f"gradient of objective '{objectives[k]}' at {places[p]} is not finite; "
+            "check its hyper-parameters and the model's precision"
+        )
+
+
+def check_norms(gram: Tensor, names: Sequence[object]) -> None:
+    """Raise `NonFiniteError` naming the first whole gradient whose square is not finite.
+
+    Args:
+        gram: `(P, n, n)`.
+        names: of the n gradients.
+    """
+    good = torch.isfinite(gram.diagonal(dim1=1, dim2=2)).all(0)
+    if not good.all():
+        name = names[int((~good).nonzero()[0])]
+        raise NonFiniteError(
+            f"the norm of the gradient of '{name}' is not finite; check its coefficients and "
+            "hyper-parameters"
+        )
+
+
+def check_coverage(plan: Plan, effects: Tensor, gram: Tensor, m: int) -> None:
+    """The samples' shares must add up to the whole gradient's product, or a use was missed."""
+    whole = gram[:, m:, :m].permute(1, 2, 0)
+    square = gram.diagonal(dim1=1, dim2=2)
+    if any(p.dtype != torch.float64 for p in plan.parameters.values()):
+        square = square.clamp(min=SHORTEST**2)
+    scale = (square[:, m:, None] * square[:, None, :m]).sqrt().permute(1, 2, 0)
+    # A gradient that is rounding noise beside the model's has a direction of noise.
+    floor = 1e-6 * scale.amax(dim=-1, keepdim=True)
+    worst = ((effects - whole).abs() / (scale + floor).clamp(min=1e-300)).amax(dim=(0, 1))
+    p = int(worst.argmax())
+    name = list(plan.parameters)[p]
+    dtype, kind = plan.parameters[name].dtype, plan.parameters[name].device.type
+    if torch.is_autocast_enabled(kind):  # gradients were rounded to its precision
+        dtype = torch.get_autocast_dtype(kind)
+    if worst[p] > COVERAGE_TOLERANCE[dtype]:
+        raise UnsupportedModelError(
+            f"parameter '{name}': the samples' shares miss {float(worst[p]):.2g} of its gradient; "
+            "the model uses it outside its module's forward. Freeze it, or resolve without 'sample'"
+        )
+
+
+def dataset(
+    resolution: Resolution,
+    effects: np.ndarray | None,
+    objectives: Sequence[str],
+    risks: Sequence[str],
+    risk_values: Tensor,
+    losses: Tensor,
+    gram: Tensor | None,
+    tokenizer: Any,
+    settings: Mapping[str, Any],
+) -> xr.Dataset:
+    """The result: every number under its name on every axis that was asked for.
+
+    Args:
+        resolution: the axes.
+        effects: `resolution.shape(K, M)` fp64; None where they are in a file already.
+        objectives, risks: names along these axes.
+        risk_values: `(M,)`.
+        losses: `(K,)`.
+        gram: `(P, M + K, M + K)` of risks and then objectives, or `(P, M, M)` of risks alone; None:
+            no norms.
+        tokenizer: writes tokens out along positions; None: their ids only.
+        settings: attributes of the result.
+    """
+    import xarray as xr
+
+    variables: dict[str, Any] = {
+        "risk_value": ("risk", risk_values.numpy()),
+        "loss": ("objective", losses.numpy()),
+    }
+    if effects is not None:
+        variables = {"g_effect": (resolution.dims, resolution.kept(effects))} | variables
+    if gram is not None:
+        variables |= _norm_variables(gram, len(risks), resolution)
+    coords = {"objective": list(objectives), "risk": list(risks)}
+    attrs = dict(settings) | {
+        "versions": json.dumps(_versions()),
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+    return xr.Dataset(variables, coords | resolution.coordinates(tokenizer), attrs)
+
+
+def sum_positions(dataset: xr.Dataset) -> xr.Dataset:
+    """The result as it would be without `position` or `token`, one sample at a time in memory.
+
+    Args:
+        dataset: a result, in memory or read from its file as it is asked for.
+    """
+    effect = dataset["g_effect"]
+    axis = next((axis for axis in ("position", "token") if axis in effect.dims), None)
+    if axis is None:
+        return dataset
+    if "sample" not in effect.dims:
+        summed = effect.sum(axis, skipna=False)
+    else:
+        import xarray as xr
+
+        rows = [
+            effect.isel(sample=[row]).sum(axis, skipna=False)
+            for row in range(effect.sizes["sample"])
+        ]
+        summed = xr.concat(rows, "sample").transpose(*(d for d in effect.dims if d != axis))
+    return dataset.drop_dims(axis).assign(g_effect=summed)
+
+
+def _norm_variables(gram: Tensor, m: int, resolution: Resolution) -> dict[str, Any]:
+    """Norms and cosines of whole gradients, and by parameter or group where that is an axis."""
+
+    def of(g: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        norm = g.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt()
+        product = norm[..., m:, None] * norm[..., None, :m]
+        # Gradients that are one another's multiples come out a rounding beyond 1.
+        cosine = torch.where(product > 0, (g[..., m:, :m] / product).clamp(-1, 1), torch.nan)
+        return norm[..., m:].numpy(), norm[..., :m].numpy(), cosine.numpy()
+
+    objective, risk, cosine = of(gram.sum(0))
+    if gram.shape[-1] == m:
+        return {"risk_grad_norm": ("risk", risk)}
+    variables: dict[str, Any] = {
+        "grad_norm": ("objective", objective),
+        "risk_grad_norm": ("risk", risk),
+        "cosine": (("objective", "risk"), cosine),
+    }
+    by = resolution.by_place
+    if by is not None:
+        labels, columns = resolution.columns()
+        placed = gram.new_zeros(len(labels), *gram.shape[1:])
+        objective, risk, cosine = of(placed.index_add_(0, torch.tensor(columns), gram))
+        variables |= {
+            f"{by}_grad_norm": ((by, "objective"), objective),
+            f"{by}_risk_grad_norm": ((by, "risk"), risk),
+            f"{by}_cosine": ((by, "objective", "risk"), cosine),
+        }
+    return variables
+
+
+def _versions() -> dict[str, str]:
+    versions = {"python": sys.version.split()[0]}
+    for package in ("geffect-fast", "torch", "transformers", "numpy"):
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = "not installed"
+    return versions

@@ -1,0 +1,188 @@
+"""Intervals of effects, risks and collateral: how much of a number is the choice of the rows.
+
+The rows of each data set are drawn anew, with replacement and as many, by themselves, and every
+number is found again from the shares of the rows drawn: a percentile bootstrap. For few rows its
+deviations are stretched by
+
+    t(n - 1) / t(inf) * sqrt(n / (n - 1))        "expanded", Hesterberg, arXiv 1411.5279
+
+An effect is a product of two gradients, and both are of rows that were chosen. Those of the
+objective are told apart by the result. The forget rows make the gradient of the forget risk too:
+where the shares drawn add up to `s`, the effect on it is `s |s| / |e|`. What the rows of the other
+risks add is known of a few of them (`geffect_fast.results.risk_rows`). Means keep the number of
+tokens that they have in the data, so that rows of unlike lengths make intervals wider.
+
+Nothing can be said of a data set of one row, or where the result sums over samples.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import zlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+LEVEL = 0.95
+"""Of the draws that lie between the bounds."""
+Z = 1.959964
+"""The same of a normal distribution, in standard deviations either side."""
+DRAWS = 1000
+FEW = 8
+"""Rows of a risk whose spread stands for that of all."""
+SEED = 0
+
+NEGLIGIBLE = 1e-6
+"""An objective whose effects are this small beside the largest has none but rounding."""
+
+_AT_ONCE = 256
+"""Objectives of which all draws are in memory."""
+
+
+def stretch(n: int) -> float:
+    """By what deviations that are found from `n` rows are multiplied; NaN for fewer than two."""
+    if n < 2:
+        return math.nan
+    v = n - 1
+    # The quantile of Student's distribution (Abramowitz and Stegun, 26.7.5); within 4 % from v = 2.
+    powers = [
+        (Z**3 + Z) / 4,
+        (5 * Z**5 + 16 * Z**3 + 3 * Z) / 96,
+        (3 * Z**7 + 19 * Z**5 + 17 * Z**3 - 15 * Z) / 384,
+    ]
+    t = Z + sum(power / v**k for k, power in enumerate(powers, 1))
+    return t / Z * math.sqrt(n / v)
+
+
+@functools.lru_cache(maxsize=8)
+def _drawn(name: str, n: int) -> np.ndarray:
+    """Weights of a data set's rows in each draw, `(DRAWS, n)`: counts, stretched about 1."""
+    rng = np.random.default_rng([SEED, zlib.crc32(name.encode())])
+    counts = rng.multinomial(n, np.full(n, 1 / n), size=DRAWS)
+    return 1 + (counts - 1) * stretch(n)
+
+
+def row_weights(sets: Sequence[str]) -> np.ndarray:
+    """Weights of rows in each draw, `(DRAWS, n)`; NaN where a data set has one row alone.
+
+    Args:
+        sets: of each of the rows, the name of its data set.
+    """
+    names = np.asarray(sets, dtype=str)
+    weights = np.empty((DRAWS, len(names)))
+    for name in dict.fromkeys(names.tolist()):
+        own = names == name
+        weights[:, own] = _drawn(name, int(own.sum()))
+    return weights
+
+
+def bounds(draws: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The bounds of `LEVEL` of the draws along the first axis; NaN where a draw is NaN."""
+    out = (1 - LEVEL) / 2
+    # Infinite draws are not averaged with finite ones.
+    low, high = np.quantile(draws, [out, 1 - out], axis=0, method="nearest")
+    return low, high
+
+
+def collateral_of(effects: np.ndarray, negligible: float = 0.0) -> np.ndarray:
+    """Largest of `e / e_u` over the other risks, from effects `(..., M)`, the forget risk first.
+
+    NaN where `e_u` is not below `-negligible`, or an effect is not finite; 0 without other risks.
+
+    Args:
+        effects: on all risks.
+        negligible: the size below which `e_u` is none.
+    """
+    e_u, others = effects[..., 0], effects[..., 1:]
+    forgets = (e_u < -negligible) & np.isfinite(effects).all(-1)
+    ratio = others / np.where(forgets, e_u, np.nan)[..., None]
+    worst = ratio.max(-1) if others.shape[-1] else np.where(forgets, 0.0, np.nan)
+    return worst + 0.0  # turns -0.0 into 0.0
+
+
+def effect_intervals(rows: np.ndarray, sets: Sequence[str], spreads: np.ndarray) -> dict[str, Any]:
+    """Variables of a result: bounds of effects and of collateral, and collateral itself.
+
+    Args:
+        rows: effects by row, `(K, M, n)` fp64, the forget risk first.
+        sets: of each row, the name of its data set.
+        spreads: of `spread_of_risk`, for all risks, `(M, J)`; 0 for the forget risk.
+
+    Returns:
+        `g_effect_low` and `g_effect_high` (objective, risk), of the whole data's effects;
+        `collateral`, `collateral_low` and `collateral_high` (objective); `risk_row_spread` (risk,
+        risk_row), as given. A draw in which the forget risk would not rise has an infinite
+        collateral.
+    """
+    weights = row_weights(sets)
+    others = np.stack(
+        [(row_weights([f"risk {m}"] * len(of)) - 1) @ of for m, of in enumerate(spreads)], axis=-1
+    )
+    effects = rows.sum(-1)
+    largest = np.abs(effects[np.isfinite(effects)]).max(initial=0.0)
+    found = []
+    for at in range(0, len(rows), _AT_ONCE):
+        e_u = effects[at : at + _AT_ONCE, 0]
+        with np.errstate(invalid="ignore", divide="ignore"):
+            draws = np.einsum("bn,kmn->bkm", weights, rows[at : at + _AT_ONCE], optimize=True)
+            draws += e_u[:, None] * others[:, None]
+            twice = draws[..., 0] * np.abs(draws[..., 0] / e_u)
+            draws[..., 0] = np.where(e_u == 0, draws[..., 0], twice)
+        ratio = collateral_of(draws)
+        ratio[np.isnan(ratio) & np.isfinite(draws).all(-1)] = math.inf
+        found.append((*bounds(draws), *bounds(ratio)))
+    low, high, least, most = (np.concatenate(part) for part in zip(*found, strict=True))
+    both = ("objective", "risk")
+    return {
+        "g_effect_low": (both, low),
+        "g_effect_high": (both, high),
+        "collateral": ("objective", collateral_of(effects, NEGLIGIBLE * largest)),
+        "collateral_low": ("objective", least),
+        "collateral_high": ("objective", most),
+        "risk_row_spread": (("risk", "risk_row"), spreads),
+    }
+
+
+def spread_of_risk(along: np.ndarray, n: int, square: float) -> np.ndarray:
+    """What a few rows of a risk add to an effect when they are drawn, in units of `e_u`, `(FEW,)`.
+
+    NaN where the risk has one row alone.
+
+    Args:
+        along: `< grad R_j, G >` of the few rows, at most `FEW`.
+        n: rows of the risk's data.
+        square: `< G, G >`, of the forget risk's gradient.
+    """
+    few = len(along)
+    spread = np.zeros(FEW)
+    if square > 0:
+        spread[:few] = (along - along.mean()) / square
+    return spread * math.sqrt(n / few) * stretch(few) / stretch(FEW)
+
+
+def risk_interval(
+    values: np.ndarray, parts: np.ndarray | None, name: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """Bounds of a risk.
+
+    Args:
+        values: of each row, what it adds to the risk, `(n,)`.
+        parts: of each row, its part of what the mean is over, such as its tokens, adding to 1; None
+            where the risk is a sum.
+        name: of the data set.
+    """
+    weights = row_weights([name] * len(values))
+    draws = weights @ values
+    return bounds(draws if parts is None else draws / (weights @ parts))
+
+
+def risk_spread(values: np.ndarray, parts: np.ndarray | None) -> np.ndarray:
+    """What each row moves a risk by when rows are drawn, `(n,)`, as `told_apart` takes it.
+
+    Args:
+        values, parts: as `risk_interval` takes them.
+    """
+    middle = values.mean() if parts is None else values.sum() * parts
+    return (values - middle) * stretch(len(values))

@@ -1,0 +1,199 @@
+"""Which axes a result has, and what is written along them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from geffect_fast.capture.offsets import Offsets
+from geffect_fast.data import IGNORE, SampleSet, token_places
+from geffect_fast.data.batch import Batch
+from geffect_fast.data.tokenize import Sample
+from geffect_fast.data.tokenize import Sequence as TokenSequence
+from geffect_fast.engines.tasks import Task
+from geffect_fast.errors import InputError
+from geffect_fast.results.axes import Blocks, groups_of, parameter_coordinates
+
+AXES = ("parameter", "group", "sample", "position", "token")
+WITHIN = ("position", "token")
+"""Axes within a sample, each of one engine: where a layer is used, and which token is predicted."""
+
+
+@dataclass(frozen=True)
+class Resolution:
+    """The axes of a result beside `objective` and `risk`; all others are summed.
+
+    Attributes:
+        axes: of `AXES`, in that order.
+        parameters: names of the trainable parameters.
+        sets: the data sets on the sample axis, by name: forget, and retain where it is read.
+        alternatives: whether the samples' alternatives are read too.
+        blocks: groups of blocks by name, see `geffect_fast.results.axes.groups_of`; None: thirds.
+    """
+
+    axes: tuple[str, ...]
+    parameters: Sequence[str]
+    sets: dict[str, SampleSet]
+    alternatives: bool
+    blocks: Blocks | None = None
+
+    @property
+    def by_place(self) -> str | None:
+        """`parameter`, `group`, or None where the whole model is summed."""
+        return next((axis for axis in ("parameter", "group") if axis in self.axes), None)
+
+    @property
+    def per_sample(self) -> bool:
+        """Whether samples, or what is within them, have to be told apart."""
+        return "sample" in self.axes or self.within is not None
+
+    @property
+    def within(self) -> str | None:
+        """`position`, `token`, or None where samples are summed over what is within them."""
+        return next((axis for axis in WITHIN if axis in self.axes), None)
+
+    @property
+    def set_names(self) -> list[str]:
+        """Of each row on the sample axis, the name of its data set."""
+        return [name for name, _ in self._samples()]
+
+    @property
+    def dims(self) -> tuple[str, ...]:
+        return ("objective", "risk", *self.axes)
+
+    def columns(self) -> tuple[list[str], list[int]]:
+        """Labels of parameters or groups, and for each parameter the number of its label."""
+        if self.by_place == "parameter":
+            return list(self.parameters), list(range(len(self.parameters)))
+        if self.by_place == "group":
+            return groups_of(self.parameters, self.blocks)
+        return [""], [0] * len(self.parameters)
+
+    def shape(self, n_objectives: int, n_risks: int) -> tuple[int, int, int, int, int]:
+        """Objectives, risks, parameters or groups, samples, positions or tokens; 1: summed."""
+        every = [sample for _, sample in self._samples()]
+        return (
+            n_objectives,
+            n_risks,
+            len(self.columns()[0]),
+            len(every) if "sample" in self.axes else 1,
+            max(int(self._within(sample).numpy().max()) + 1 for sample in every)
+            if self.within
+            else 1,
+        )
+
+    def kept(self, values: np.ndarray) -> np.ndarray:
+        """An array of `shape` without the axes that were summed."""
+        has = {2: self.by_place is not None, 3: "sample" in self.axes, 4: self.within is not None}
+        return values.squeeze(tuple(at for at, is_axis in has.items() if not is_axis))
+
+    def places(self, task: Task, batch: Batch) -> Tensor:
+        """As `geffect_fast.engines.effect_array.Places`, along the axis within samples."""
+        sample_set = self.sets[task.on]
+        by_row = {sample.row: sample for sample in sample_set.samples}
+        stands = token_places(sample_set, batch)
+        at = torch.full_like(stands, -1)
+        for row, own in zip(batch.rows, Offsets.of(batch.sample_lengths), strict=True):
+            known = stands[own] >= 0
+            at[own][known] = self._within(by_row[row])[stands[own][known]]
+        return at
+
+    def coordinates(self, tokenizer: Any) -> dict[str, Any]:
+        """Coordinates of all axes.
+
+        Args:
+            tokenizer: writes the tokens out along the axis within; None: their ids only.
+        """
+        coords: dict[str, Any] = {}
+        if self.by_place == "parameter":
+            coords |= parameter_coordinates(self.parameters, self.blocks)
+        elif self.by_place == "group":
+            coords["group"] = self.columns()[0]
+        if "sample" in self.axes:
+            every = list(self._samples())
+            coords["sample"] = np.array([sample.data_row for _, sample in every])
+            coords["set"] = ("sample", [name for name, _ in every])
+            coords["question"] = ("sample", [stored_text(sample.question) for _, sample in every])
+        if self.within is not None:
+            coords |= self._within_coordinates(self.within, tokenizer)
+        return coords
+
+    def _within_coordinates(self, axis: str, tokenizer: Any) -> dict[str, Any]:
+        every = [sample for _, sample in self._samples()]
+        places = [self._within(sample) for sample in every]
+        n = 1 + max(int(own.numpy().max()) for own in places)
+        coords: dict[str, Any] = {axis: np.arange(n)}
+        if "sample" not in self.axes:
+            return coords
+        ids = np.full((len(every), n), -1, dtype=np.int32)
+        sequence = ids.copy()
+        for row, (sample, own) in enumerate(zip(every, places, strict=True)):
+            several = self._sequences(sample)
+            kept = own >= 0
+            number = torch.repeat_interleave(torch.tensor([len(s) for s in several]))
+            at = own[kept].numpy()  # a tensor of one index would be taken for a number
+            ids[row, at] = torch.cat([s.input_ids for s in several])[kept].numpy()
+            sequence[row, at] = number[kept].numpy()
+        coords["token_id"] = (("sample", axis), ids)
+        coords["sequence"] = (("sample", axis), sequence)
+        if tokenizer is not None:
+            known, at = np.unique(ids, return_inverse=True)
+            texts = [
+                "" if token < 0 else stored_text(tokenizer.decode([token]))
+                for token in known.tolist()
+            ]
+            coords["token_text"] = (
+                ("sample", axis),
+                np.array(texts, dtype=object)[at].reshape(ids.shape),
+            )
+        return coords
+
+    def _within(self, sample: Sample) -> Tensor:
+        """Where each token of a sample's sequences, one after the other, stands on the axis.
+
+        Positions count all of them, tokens those with a label, `(n_tokens,)` int64; -1: nowhere.
+        """
+        labels = torch.cat([s.labels for s in self._sequences(sample)])
+        counted = torch.ones_like(labels, dtype=torch.bool)
+        if self.within == "token":
+            counted = labels != IGNORE
+        return torch.where(counted, counted.cumsum(0) - 1, -1)
+
+    def _samples(self) -> Iterator[tuple[str, Sample]]:
+        for name, sample_set in self.sets.items():
+            for sample in sample_set.samples:
+                yield name, sample
+
+    def _sequences(self, sample: Sample) -> list[TokenSequence]:
+        return [sample.answer, *(sample.alternatives if self.alternatives else ())]
+
+
+def stored_text(text: str) -> str:
+    """A text as results hold it: for U+0000, at which NetCDF ends one, stands its picture; for half
+    a surrogate pair, which no file holds, its escape."""
+    return text.replace("\0", "\N{SYMBOL FOR NULL}").encode(errors="backslashreplace").decode()
+
+
+def checked_axes(resolve: Sequence[str]) -> tuple[str, ...]:
+    """The axes that are meant, in the order of `AXES`; raise `InputError` where there are none."""
+    if not isinstance(resolve, Iterable):
+        raise InputError(f"resolve: got {resolve!r}; choose from {', '.join(AXES)}")
+    asked = (resolve,) if isinstance(resolve, str) else tuple(resolve)
+    for axis in asked:
+        if axis not in AXES:
+            raise InputError(f"resolve: unknown axis '{axis}'; choose from {', '.join(AXES)}")
+    if {"parameter", "group"} <= set(asked):
+        raise InputError(
+            "resolve: 'parameter' has its group beside it already; give 'parameter' or 'group'"
+        )
+    if set(WITHIN) <= set(asked):
+        raise InputError(
+            "resolve: 'token', which predicted token drives an effect, and 'position', where in a "
+            "sequence a layer is used, are two profiles; give one of them"
+        )
+    return tuple(axis for axis in AXES if axis in asked)

@@ -1,0 +1,150 @@
+"""What a risk's own rows add to effects and to the risk: intervals need it beside the objectives'.
+
+An effect is the product of two gradients, and the rows of both are a choice. Those of the
+objective are told apart by the result. Of the risk's, a few are measured along the gradient `G` of
+the forget risk, along which objectives move by `e_u / <G, G>`:
+
+    < grad R_j, grad L >  ~  e_u(L) / <G, G>  < grad R_j, G >
+
+the same number for the gradient ascent itself; what an objective does across `G` is left out.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from geffect_fast.data.batch import Batch
+from geffect_fast.engines.direction import ProductsWithFirst
+from geffect_fast.engines.tasks import Task
+from geffect_fast.objectives import Outputs
+from geffect_fast.results.intervals import (
+    FEW,
+    effect_intervals,
+    risk_interval,
+    risk_spread,
+    spread_of_risk,
+)
+from geffect_fast.transfer import OnItsWay
+
+UNLEARN = "unlearn"
+
+
+def few_rows(n: int) -> list[int]:
+    """At most `FEW` of the rows 0 to n - 1, evenly spread."""
+    return sorted({int(at) for at in (np.arange(min(n, FEW)) + 0.5) * n / min(n, FEW)})
+
+
+class RowValues:
+    """Collects what every row adds to each risk, while the risks' gradients are found.
+
+    A batch may come twice, whole or in pieces.
+
+    Args:
+        sizes: rows of each risk's data set.
+
+    Attributes:
+        products: receives those of rows with the forget risk's gradient.
+    """
+
+    def __init__(self, sizes: Sequence[int]) -> None:
+        self._sizes = sizes
+        self._found: list[tuple[int, list[int], Tensor]] = []
+        self.products = ProductsWithFirst()
+
+    def add(
+        self, task: Task, index: int, outputs: Outputs, batch: Batch, reference: Outputs | None
+    ) -> None:
+        """As `geffect_fast.engines.tasks.Watch`."""
+        terms = task.parts[index].token_terms(outputs, batch, reference).detach().double()
+        sums = terms.new_zeros(2, batch.n_samples)
+        at = batch.token_sample()
+        sums[0].index_add_(0, at, terms)
+        sums[1].index_add_(0, at, batch.target_weight())
+        self._found.append((index, list(batch.rows), sums))
+
+    def along(self) -> list[np.ndarray]:
+        """`< grad R_j, G >` of a few rows of each risk but the first; NaN where there are none."""
+        whole = [np.full(n, np.nan if not self.products.exist else 0.0) for n in self._sizes]
+        found = self.products.found
+        if self.products.exist and found:
+            (read,) = OnItsWay(torch.cat([own for *_, own in found])).arrived()
+            each = read.split([len(rows) for _, rows, _ in found])
+            for (index, rows, _), own in zip(found, each, strict=True):
+                whole[index][rows] += own.numpy()
+        return [of[few_rows(len(of))] for of in whole[1:]]
+
+    def by_risk(self) -> list[np.ndarray]:
+        """Of each risk `(2, n)` fp64: what rows add to it, and their parts of what it counts."""
+        found = [np.zeros((2, n)) for n in self._sizes]
+        if self._found:
+            (read,) = OnItsWay(torch.cat([sums for *_, sums in self._found], dim=1)).arrived()
+            each = read.split([len(rows) for _, rows, _ in self._found], dim=1)
+            for (index, rows, _), values in zip(self._found, each, strict=True):
+                found[index][:, rows] = values.numpy()
+        return found
+
+
+class RiskRows:
+    """The rows of a profile's risks, and what they make of its numbers.
+
+    Args:
+        sizes: rows of each risk's data, by risk, the forget risk first.
+        adds_up: whether a risk is a sum over rows, and no mean.
+    """
+
+    def __init__(self, sizes: Mapping[str, int], *, adds_up: bool) -> None:
+        self._sizes, self._adds_up = dict(sizes), adds_up
+
+    def watch(self) -> RowValues:
+        """What is to be told of the risks while their gradients are found."""
+        return RowValues(list(self._sizes.values()))
+
+    def variables(
+        self,
+        rows: np.ndarray,
+        sets: Sequence[str],
+        watched: RowValues,
+        risk_values: Tensor,
+        square: float,
+    ) -> dict[str, Any]:
+        """Variables of a result that say how much of its numbers is the choice of the rows.
+
+        Args:
+            rows: effects of objectives by row, `(K, M, n)`.
+            sets: of each row the name of its data set.
+            watched: told of the risks.
+            risk_values: `(M,)`.
+            square: `< G, G >`.
+
+        Returns:
+            Those of `geffect_fast.results.intervals.effect_intervals`, `risk_value_low` and
+            `risk_value_high` (risk), and `risk_value_spread` (risk, risk_sample), what each row
+            moves a risk by; 0 beyond its rows.
+        """
+        spreads = np.zeros((len(self._sizes), FEW))
+        sizes = list(self._sizes.values())
+        for m, along in enumerate(watched.along(), 1):
+            spreads[m] = spread_of_risk(along, sizes[m], square)
+        low, high = np.full((2, len(sizes)), np.nan)
+        moved = np.zeros((len(sizes), max(sizes)))
+        for m, (name, (values, parts), whole) in enumerate(
+            zip(self._sizes, watched.by_risk(), risk_values.tolist(), strict=True)
+        ):
+            if math.isclose(values.sum(), whole, rel_tol=1e-4):  # of other risks it is not known
+                of = None if self._adds_up else parts
+                low[m], high[m] = risk_interval(values, of, name)
+                moved[m, : sizes[m]] = risk_spread(values, of)
+            else:
+                moved[m] = np.nan
+        bounds = {
+            "risk_value_low": ("risk", low),
+            "risk_value_high": ("risk", high),
+            "risk_value_spread": (("risk", "risk_sample"), moved),
+        }
+        return bounds | effect_intervals(rows, sets, spreads)

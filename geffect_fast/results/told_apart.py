@@ -1,0 +1,138 @@
+"""Which numbers of a result are different, and which only by rounding or by the choice of rows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from geffect_fast.results.intervals import FEW, Z, stretch
+
+if TYPE_CHECKING:
+    import xarray as xr
+
+
+def precision_error(attributes: Mapping[Any, Any]) -> float:
+    """By how much of itself an effect may be off, from a result's attributes; 0 if not stated."""
+    return float(attributes.get("precision_error", 0.0))
+
+
+def effect_errors(result: xr.Dataset) -> np.ndarray:
+    """By how much rounding may put the total effects off, `(objective, risk)` fp64.
+
+        precision_error * sum_i |e_i|
+
+    Over samples, as their shares may cancel and their errors need not; where samples are summed
+    already, over the one total.
+
+    Args:
+        result: of `geffect_fast.profile` or `sweep`, at one step.
+    """
+    effect, share = result["g_effect"], precision_error(result.attrs)
+    if not share:
+        return np.zeros((effect.sizes["objective"], effect.sizes["risk"]))
+    kept = [d for d in effect.dims if d in ("objective", "risk", "sample")]
+    effect = effect.sum([d for d in effect.dims if d not in kept], skipna=False)
+    size = abs(effect).sum([d for d in kept if d == "sample"], skipna=False)
+    return share * size.transpose("objective", "risk").values
+
+
+def effect_spreads(result: xr.Dataset) -> np.ndarray:
+    """What each row moves the total effects by when rows are drawn, `(objective, risk, rows)`.
+
+    The root of the sum of their squares is a standard deviation; that of the differences between
+    two objectives, whose rows are the same, is the one of their difference. As the intervals of
+    `geffect_fast.results.intervals`, which are of the same rows: those of the objectives' data,
+    twice for the forget risk, and a few of each other risk's. Without intervals there are 0 rows.
+
+    Args:
+        result: of `geffect_fast.profile` or `sweep`, at one step.
+    """
+    effect = result["g_effect"]
+    if not has_intervals(result) or "sample" not in effect.dims:
+        return np.zeros((effect.sizes["objective"], effect.sizes["risk"], 0))
+    rest = [d for d in effect.dims if d not in ("objective", "risk", "sample")]
+    rows = effect.sum(rest, skipna=False).transpose("objective", "risk", "sample").values
+    unlearn = [str(risk) for risk in result["risk"].values].index("unlearn")
+    sets, spread = result["set"].values, np.empty_like(rows)
+    for name in dict.fromkeys(sets.tolist()):
+        own = rows[..., sets == name]
+        middle = own.mean(axis=-1, keepdims=True)
+        spread[..., sets == name] = (own - middle) * stretch(own.shape[-1])
+    spread[:, unlearn] *= 2  # the forget rows make both gradients
+    of_risks = result["risk_row_spread"].transpose("risk", "risk_row").values * stretch(FEW)
+    e_u = rows[:, unlearn].sum(-1)
+    # The rows of one risk are not those of another.
+    apart = np.zeros((len(of_risks), of_risks.size))
+    for m, own in enumerate(of_risks):
+        apart[m, m * len(own) : (m + 1) * len(own)] = own
+    return np.concatenate([spread, e_u[:, None, None] * apart], axis=-1)
+
+
+def risk_spreads(result: xr.Dataset) -> np.ndarray:
+    """What each row moves the risks by, `(step, risk, rows)`; without intervals of 0 rows.
+
+    Args:
+        result: with steps, of one run.
+    """
+    if "risk_value_spread" not in result:
+        return np.zeros((result.sizes["step"], result.sizes["risk"], 0))
+    spread = result["risk_value_spread"].transpose("step", "risk", "risk_sample").values
+    n_steps, n_risks, n = spread.shape
+    # The rows of one risk are not those of another.
+    apart = np.zeros((n_steps, n_risks, n_risks, n))
+    for m in range(n_risks):
+        apart[:, m, m] = spread[:, m]
+    return apart.reshape(n_steps, n_risks, -1)
+
+
+def interval_of(value: float, spread: np.ndarray) -> tuple[float, float]:
+    """The interval of a number, from what rows move it by; NaN where that is not known."""
+    off = Z * math.sqrt(float(np.square(spread).sum())) if spread.size else math.nan
+    return value - off, value + off
+
+
+def has_intervals(result: xr.Dataset) -> bool:
+    """Whether a result says how much of its numbers is the choice of the rows."""
+    return "g_effect_low" in result
+
+
+def collateral_error(e_u: float, collateral: float, errors: tuple[float, float]) -> float:
+    """By how much the ratio `e / e_u` may be off where `e` and `e_u` may be by `errors`."""
+    off, off_u = errors
+    return (off + abs(collateral) * off_u) / abs(e_u) if e_u else math.nan
+
+
+def ratio_spread(
+    e_u: np.ndarray | float, ratio: np.ndarray | float, of_e: np.ndarray, of_e_u: np.ndarray
+) -> np.ndarray:
+    """What rows move `e / e_u` by, from what they move both by, `(..., rows)`."""
+    e_u, ratio = np.asarray(e_u)[..., None], np.asarray(ratio)[..., None]
+    return (of_e - ratio * of_e_u) / e_u
+
+
+def told_apart(
+    x: np.ndarray | float,
+    y: np.ndarray | float,
+    x_error: np.ndarray | float,
+    y_error: np.ndarray | float,
+    x_spread: np.ndarray | None = None,
+    y_spread: np.ndarray | None = None,
+) -> np.ndarray:
+    """Whether numbers differ by more than rounding and the choice of the rows may make them.
+
+    By the larger of the two rounding errors, not their sum: both come from the same weights and
+    data. The rows are the same too, so that it is the interval of the difference that must not hold
+    0. Without errors and spreads, whether they differ.
+
+    Args:
+        x, y: numbers.
+        x_error, y_error: by how much rounding may put them off.
+        x_spread, y_spread: what rows move them by, `(..., rows)`; None: not known.
+    """
+    off = np.maximum(x_error, y_error)
+    if x_spread is not None and y_spread is not None:
+        off = off + Z * np.sqrt(np.square(x_spread - y_spread).sum(-1))
+    return np.abs(np.asarray(x) - y) > off

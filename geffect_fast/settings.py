@@ -1,0 +1,443 @@
+"""Settings: every option of every run, declared and checked here; `run.yaml` and the command line's
+options are made from them."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+
+from geffect_fast.data.tokenize import CHAT_DATE, checked_date
+from geffect_fast.errors import InputError
+from geffect_fast.paths import find_checkpoints, is_there, user_path
+
+
+def _settled(source: str) -> str:
+    """An existing path made absolute, so that a replay from elsewhere finds it; else unchanged."""
+    if not source:
+        raise ValueError("must not be empty; give a path or a hub id")
+    path = user_path(source)
+    try:
+        return str(path.absolute()) if is_there(path) else source
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(f"{reason}; give a path or a hub id") from None
+
+
+Source = Annotated[str, AfterValidator(_settled)]
+"""A path (stored absolute) or a hub id (stored as it is)."""
+
+
+class RunConfig(BaseModel):
+    """What every run is made from: models, data, and how effects are measured."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    command: str
+    """The command that replays it."""
+
+    model: Source
+    """Folder or hub id of a transformers causal language model."""
+
+    tokenizer: Source | None = None
+    """Folder or hub id of the tokenizer, where it is not the model's own."""
+
+    forget: Source
+    """Data to forget: JSON (lines) with question and answer, or a hub id `name:config:split`."""
+
+    retain: Source
+    """Data to keep, in the same format: the retain risk and retain regularisers read it."""
+
+    probes: dict[Annotated[str, Field(min_length=1)], Source] = {}
+    """Further data sets, each a risk of its own under the name given."""
+
+    objectives: tuple[str, ...] = Field(min_length=1)
+    """Unlearning objectives, such as `npo(beta=0.1) + 0.5*kl`."""
+
+    refusals: Source | None = None
+    """Refusals for po, dpo and altpo, one a line, where rows have no `alternative` of their own."""
+
+    reference: Source | None = None
+    """Folder or hub id of the reference model of NPO-like objectives; none: the model itself."""
+
+    reduction: Literal["token", "sample", "sum"] = "token"
+    """token: means over all answer tokens; sample: over each sample's, then samples; sum: none."""
+
+    risk: str = "nll"
+    """The risk whose change is predicted, an objective: nll, the answers' mean loss."""
+
+    resolve: tuple[str, ...] = ("parameter", "sample")
+    """Axes of the result: parameter or group; sample; token (predicted) or position (of use)."""
+
+    groups: dict[Annotated[str, Field(min_length=1)], str] = {}
+    """Groups of blocks by name, such as first: 0-3; none: thirds by depth."""
+
+    engine: Literal["auto", "reverse", "forward"] = "auto"
+    """reverse (by parameter, position), forward (by token), auto: what resolve needs or is cheaper.
+    Both are exact."""
+
+    norms: bool | None = None
+    """Whether gradient norms and cosines are computed too; none: with the reverse engine."""
+
+    template: str = "auto"
+    """auto (the chat template, else plain Question:/Answer:), or text with {question}, {answer}."""
+
+    max_length: int | None = Field(default=None, gt=0)
+    """Longest sequence accepted, in tokens; a longer one is an error that names its row."""
+
+    date: str = CHAT_DATE
+    """The day, YYYY-MM-DD, that chat templates are told which ask for it: no number depends on when
+    a run is made."""
+
+    rows: dict[str, str] = {}
+    """Digests of the tokenised rows by data set; recorded, so that a replay tells other rows."""
+
+    token_budget: int | None = Field(default=None, gt=0)
+    """Tokens a batch; none: chosen from free memory, and then recorded."""
+
+    trust_remote_code: bool = False
+    """Run Python code that a model's folder or hub id brings along (auto_map), with all your
+    rights; without it such models are refused, and nobody is asked."""
+
+    dtype: Literal["auto", "float64", "float32", "bfloat16", "float16"] = "auto"
+    """float64, float32, bfloat16 or float16; auto: that of the checkpoint."""
+
+    device: str = "auto"
+    """cpu, cuda, cuda:1 ...; auto: cuda where there is one."""
+
+    threads: int | None = Field(default=None, gt=0)
+    """CPU threads; none: torch's own choice, and then recorded."""
+
+    @field_validator("objectives", mode="before")
+    @classmethod
+    def _canonical(cls, value: Any, info: ValidationInfo) -> Any:
+        """Canonical strings of a list, or of one string with commas; ranges as written."""
+        from geffect_fast.objectives import parse_list
+        from geffect_fast.objectives.ranges import expand_list
+
+        texts = [value] if isinstance(value, str) else value
+        if not isinstance(texts, list | tuple):
+            return value
+        listed: list[tuple[Any, str]]
+        found: dict[Any, str] = {}
+        try:
+            if info.data.get("command") == "sweep":
+                listed = [(sweep.text, sweep.text) for sweep in expand_list(texts)]
+            else:
+                listed = [(o, str(o)) for text in texts for o in parse_list(text)]
+        except InputError as error:
+            raise ValueError(str(error)) from None
+        for objective, text in listed:
+            if objective in found:
+                raise ValueError(f"objective {text} is listed twice; leave one out")
+            found[objective] = text
+        return tuple(found.values())
+
+    @field_validator("risk")
+    @classmethod
+    def _parsed_risk(cls, value: str) -> str:
+        from geffect_fast.objectives import parse
+
+        try:
+            return str(parse(value))
+        except InputError as error:
+            raise ValueError(str(error)) from None
+
+    @field_validator("resolve")
+    @classmethod
+    def _known_axes(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        from geffect_fast.results.resolution import checked_axes
+
+        try:
+            return checked_axes(value)
+        except InputError as error:
+            raise ValueError(str(error).removeprefix("resolve: ")) from None
+
+    @field_validator("date")
+    @classmethod
+    def _a_day(cls, value: str) -> str:
+        try:
+            checked_date(value)
+        except InputError as error:
+            raise ValueError(str(error).removeprefix("date: ")) from None
+        return value
+
+    @field_validator("probes")
+    @classmethod
+    def _free_names(cls, value: dict[str, str]) -> dict[str, str]:
+        for name in value:
+            if name in ("unlearn", "retain"):
+                raise ValueError(f"probe name {name!r} is taken by a built-in risk; choose another")
+        return value
+
+    @field_validator("device")
+    @classmethod
+    def _known_device(cls, value: str) -> str:
+        import torch
+
+        if value == "auto":
+            return value
+        try:
+            device = torch.device(value)
+        except RuntimeError:
+            raise ValueError(f"device {value!r} must be auto, cpu, cuda or cuda:N") from None
+        if device.type not in ("cpu", "cuda"):
+            raise ValueError(f"device {value!r} must be auto, cpu, cuda or cuda:N")
+        return value
+
+
+class ProfileConfig(RunConfig):
+    """All that decides the numbers of a profile; saved as `run.yaml`, it replays them bitwise."""
+
+    command: Literal["profile", "sweep"] = "profile"
+    """The command that replays it; objectives of a sweep may hold ranges."""
+
+    checkpoints: tuple[str, ...] = ()
+    """Folders or patterns, such as out/checkpoint-*, of checkpoints to profile in turn; the model
+    is then that before training, step 0, or left out."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _found_checkpoints(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """Patterns become folders, in order; the first of them is the model where none is given."""
+        given = values.get("checkpoints")
+        if not given or not isinstance(given, list | tuple | str):
+            return values
+        if values.get("command") == "sweep":
+            raise ValueError("checkpoints: go with profile, not with sweep; leave them out")
+        try:
+            found = [str(folder) for folder in find_checkpoints(given).values()]
+        except InputError as error:
+            raise ValueError(str(error)) from None
+        return values | {"model": values.get("model") or found[0], "checkpoints": found}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _axes_of_a_sweep(cls, values: dict[str, Any]) -> dict[str, Any]:
+        return {"resolve": ("sample",)} | values if values.get("command") == "sweep" else values
+
+
+class Training(BaseModel):
+    """How a model is trained, and how often it is probed on the way."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    steps: int = Field(gt=0)
+    """Updates of the optimizer."""
+
+    probe_every: int = Field(default=1, gt=0)
+    """Updates between two probes; the first is before training, the last at its end."""
+
+    probe_rows: int | Literal["all"] | None = Field(default=None)
+    """Rows of each data set that a probe measures, evenly chosen: a number, or all; none: so many
+    that a probe costs at most one training step, and then recorded."""
+
+    batch_size: int | None = Field(default=None, gt=0)
+    """Forget rows a batch; none: 32, or the whole set where it is smaller."""
+
+    retain_batch_size: int | None = Field(default=None, gt=0)
+    """Retain rows drawn beside a batch, where the objective reads them; none: as many."""
+
+    accumulation: int = Field(default=1, gt=0)
+    """Batches whose gradients are added up for one update, exactly as of one larger batch."""
+
+    learning_rate: float = Field(default=1e-5, ge=0, allow_inf_nan=False)
+    """Learning rate, at its peak where a scheduler changes it."""
+
+    scheduler: str = "constant"
+    """Learning rate scheduler of transformers: constant, linear, cosine ..."""
+
+    warmup_steps: int = Field(default=0, ge=0)
+    """Updates over which the learning rate rises from 0; for schedulers that warm up."""
+
+    optimizer: str = "adamw_torch"
+    """Optimizer of transformers: adamw_torch, sgd, adafactor ..."""
+
+    precision: Literal["model", "bf16", "fp16"] = "model"
+    """Autocast in training: bf16, or on a GPU fp16; model: none, as the weights are."""
+
+    checkpointing: bool = False
+    """Gradient checkpointing: activations are computed again in the backward, to save memory."""
+
+    lora_rank: int | None = Field(default=None, gt=0)
+    """Train an adapter of this rank in place of the weights (LoRA, needs peft)."""
+
+    lora_alpha: int | None = Field(default=None, gt=0)
+    """Scale of the adapter, divided by its rank; none: twice the rank."""
+
+    lora_dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Dropout before the adapter, in training."""
+
+    lora_targets: tuple[str, ...] = ()
+    """Names of the modules to adapt, such as q_proj; none: every linear layer but the output."""
+
+    seed: int = Field(default=0, ge=0, lt=2**32)
+    """Decides the order of the data, dropout and an adapter's first weights."""
+
+    trainer: dict[str, Any] = Field(default={})
+    """Further fields of transformers' TrainingArguments, of the optimizer, the schedule and
+    logging, such as weight_decay: 0.01; gradients are clipped only with max_grad_norm."""
+
+    save_every: int | None = Field(default=None, gt=0)
+    """Updates between two checkpoints to resume from; none: at every probe."""
+
+    keep_checkpoints: bool = False
+    """Whether all checkpoints stay; else each goes when the next, or the run, is complete."""
+
+    @field_validator("probe_rows", mode="before")
+    @classmethod
+    def _rows(cls, value: Any) -> Any:
+        """A number written as text, as options are."""
+        number = int(value) if isinstance(value, str) and value.isdecimal() else value
+        whole = isinstance(number, int) and not isinstance(number, bool) and number > 0
+        if number in (None, "all") or whole:
+            return number
+        raise ValueError(f"must be a whole number of at least 1, or all, got {value!r}")
+
+    @field_validator("trainer")
+    @classmethod
+    def _plain(cls, value: dict[str, Any]) -> dict[str, Any]:
+        """Numbers written like 1e-3, which YAML takes for text."""
+
+        def number(given: Any) -> Any:
+            try:
+                return float(given) if isinstance(given, str) else given
+            except ValueError:
+                return given
+
+        return {name: number(given) for name, given in value.items()}
+
+    @model_validator(mode="after")
+    def _fits(self) -> Training:
+        if self.probe_every > self.steps:
+            raise ValueError(
+                f"probe_every: {self.probe_every} is more than the {self.steps} steps; give at "
+                "most as many"
+            )
+        every = self.save_every
+        if every is not None and every % self.probe_every:
+            raise ValueError(
+                f"save_every: {every} is no multiple of probe_every, {self.probe_every}; give one, "
+                "so that a resumed run knows the probe before it"
+            )
+        if self.lora_rank is None and (self.lora_alpha or self.lora_dropout or self.lora_targets):
+            raise ValueError("lora_rank: is missing; give it, or none of the other LoRA fields")
+        return self
+
+
+class UnlearnConfig(Training, RunConfig):
+    """All that decides the numbers of an unlearning run; saved as `run.yaml`, it replays them."""
+
+    command: Literal["unlearn"] = "unlearn"
+    """The command that replays it."""
+
+    objective: str
+    """The unlearning objective to train on, such as `npo(beta=0.1) + 1.0*kl`."""
+
+    objectives: tuple[str, ...] = ()
+    """Further objectives, measured beside the one trained on."""
+
+    @field_validator("objective")
+    @classmethod
+    def _one_objective(cls, value: str) -> str:
+        from geffect_fast.objectives import parse
+
+        try:
+            return str(parse(value))
+        except InputError as error:
+            raise ValueError(str(error)) from None
+
+    def training(self) -> Training:
+        """The fields of training alone."""
+        return Training(**{name: getattr(self, name) for name in Training.model_fields})
+
+    @model_validator(mode="after")
+    def _once(self) -> UnlearnConfig:
+        from geffect_fast.objectives import parse
+
+        for text in self.objectives:
+            if parse(text) == parse(self.objective):
+                raise ValueError(f"objectives: '{text}' is trained on, and measured; leave it out")
+        return self
+
+
+Config = TypeVar("Config", bound=BaseModel)
+
+
+def make_config(
+    values: dict[Any, Any], where: str = "", options: Mapping[str, str] | None = None
+) -> ProfileConfig:
+    """A profile's or sweep's config from plain values, as `checked_config`."""
+    return checked_config(ProfileConfig, values, where, options)
+
+
+def checked_config(
+    kind: type[Config],
+    values: dict[Any, Any],
+    where: str = "",
+    options: Mapping[str, str] | None = None,
+) -> Config:
+    """A config from plain values.
+
+    Args:
+        kind: of what run.
+        values: field name to value.
+        where: what the error calls the place they come from, such as a file name.
+        options: fields that come from options of the command line in its stead, and what these are
+            called.
+
+    Raises:
+        InputError: one line with the place, the field, what is wrong and the nearest field name.
+    """
+    for name in values:
+        if not isinstance(name, str):
+            place = f"{where}: " if where else ""
+            raise InputError(f"{place}field {name!r} must be text, such as model or forget")
+    try:
+        return kind(**values)
+    except ValidationError as error:
+        raise InputError(_one_line(error, where, options or {}, list(kind.model_fields))) from None
+
+
+def _one_line(
+    error: ValidationError, where: str, options: Mapping[str, str], fields: list[str]
+) -> str:
+    """The first problem of a validation error: place, field, problem, remedy."""
+    problem = min(error.errors(), key=lambda p: p["type"] != "extra_forbidden")
+    if not problem["loc"]:  # of several fields; the message begins with the one to change
+        field, _, said = str(problem["ctx"]["error"]).partition(": ")
+        place = f"{where}: " if where and field not in options else ""
+        return f"{place}{options.get(field, field)}: {said}"
+    first, *inner = map(str, problem["loc"])
+    place = f"{where}: " if where and first not in options else ""
+    field = ".".join([options.get(first, first), *inner])
+    if problem["type"] == "extra_forbidden":
+        close = difflib.get_close_matches(field, fields, n=1)
+        advice = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(fields)}"
+        return f"{place}unknown field {_short(field)}; {advice}"
+    if problem["type"] == "missing":
+        return f"{place}field {field!r} is missing; give it"
+    if problem["type"] == "value_error":
+        return f"{place}{field}: {problem['ctx']['error']}"
+    given = problem["input"]
+    message = f"{place}{field}: {problem['msg'].replace('Input s', 's')}, got {_short(given)}"
+    allowed = re.findall(r"'([^']+)'", str(problem.get("ctx", {}).get("expected")))
+    close = difflib.get_close_matches(str(given), allowed, n=1)
+    return message + (f"; did you mean {close[0]!r}?" if close else "")
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

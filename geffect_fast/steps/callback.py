@@ -1,0 +1,203 @@
+"""`GEffectCallback`: the G-effect, live, in anyone's own transformers `Trainer`."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from geffect_fast.errors import InputError, UnsupportedModelError
+from geffect_fast.measure.arguments import check_counts, resolved_list
+from geffect_fast.measure.profiler import Profiler
+from geffect_fast.objectives import Objective
+from geffect_fast.objectives.base import REFERENCE_NEEDS
+from geffect_fast.steps.at_rest import as_found
+from geffect_fast.steps.probe import Probe, run_identity
+from geffect_fast.storage.lock import locked
+from geffect_fast.storage.manifest import MANIFEST, Manifest, checksums
+from geffect_fast.storage.run_folder import RESULTS, STEPS, check_free, own_files, save_result
+from geffect_fast.storage.step_store import StepStore
+
+if TYPE_CHECKING:
+    import xarray as xr
+
+_DECIDES = (
+    *("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "warmup_ratio"),
+    *("optim", "optim_args", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon"),
+    *("max_grad_norm", "max_steps", "num_train_epochs", "per_device_train_batch_size"),
+    *("gradient_accumulation_steps", "seed", "data_seed", "bf16", "fp16"),
+    *("label_smoothing_factor", "neftune_noise_alpha"),
+)
+"""Training arguments that decide the weights: steps under other ones are of another run."""
+
+
+class GEffectCallback(TrainerCallback):
+    """Measures the G-effect while a `Trainer` trains, and changes nothing about the training.
+
+    Args:
+        probe_sets: data by name: `forget` and `retain`, and any more, each a risk of its own;
+            whatever `geffect_fast.profile` takes as data.
+        every: updates between two probes; the first is before training, the last at its end.
+        objectives: what to measure, as `geffect_fast.profile` takes them.
+        trained: the one of them that is trained on, for `predicted_sgd`; None: another loss.
+        out: a folder for one file a step, `steps/step-00000010.nc`, and in the end `results.nc`;
+            None: in memory. A training resumed from a checkpoint goes on where they end.
+        weights: also `token_weight`.
+        tokenizer: None: the Trainer's `processing_class`.
+        reference_model: what NPO-like objectives compare with; None: a copy of the model before
+            training, kept for as long as it is needed.
+        options: further arguments of `geffect_fast.profile`, such as `resolve` or `refusals`.
+
+    Attributes:
+        result: after training, the result of all probes along a first axis `step`; see
+            `docs/concepts.md` for what it holds.
+
+    Raises:
+        InputError: unusable arguments, here or when training begins.
+
+    Example:
+        >>> probe = gf.integrations.GEffectCallback(
+        ...     {"forget": "forget.jsonl", "retain": "retain.jsonl"}, every=10, objectives=["npo"])
+        >>> Trainer(model, args, train_dataset=data, callbacks=[probe]).train()
+        >>> probe.result.g_effect.sum(["parameter", "sample"])
+    """
+
+    def __init__(
+        self,
+        probe_sets: Mapping[str, Any],
+        every: int = 10,
+        *,
+        objectives: Sequence[str | Objective] | str = ("ga",),
+        trained: str | None = None,
+        out: str | Path | None = None,
+        weights: bool = True,
+        tokenizer: Any = None,
+        reference_model: nn.Module | str | Path | None = None,
+        **options: Any,
+    ) -> None:
+        check_counts(every=every)
+        self.every = every
+        self.out = None if out is None else check_free(out)
+        self.result: xr.Dataset | None = None
+        self._options = options | _sets(probe_sets) | {"reference_model": reference_model}
+        self._options["objectives"] = resolved_list(objectives)
+        self._tokenizer = tokenizer
+        self._trained, self._weights = trained, weights
+        self._probe: Probe | None = None
+        self._rates: list[float] = []
+
+    @classmethod
+    def of(cls, probe: Probe, every: int) -> GEffectCallback:
+        """A callback for a probe that was made before; its store says what is measured already."""
+        self = cls({"forget": (), "retain": ()}, every)
+        self._probe = probe
+        return self
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Prepare, and measure the model before training, or as it was saved at a probe."""
+        if not state.is_world_process_zero:
+            return
+        if self._probe is None:
+            self._probe = self._prepared(args, state, kwargs["model"], kwargs["processing_class"])
+        start, end = state.global_step, state.max_steps
+        due = {*range(start + -start % self.every, end, self.every), end}
+        self._probe.store.check_free(sorted(due - {*self._probe.store.steps}))
+        self._rates = []
+        if start % self.every == 0:
+            self._probe.at(start)
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Note the learning rate of the update, before a scheduler changes it."""
+        optimizer = kwargs["optimizer"]
+        rates = {float(group["lr"]) for group in optimizer.param_groups}
+        skipped = getattr(optimizer, "step_was_skipped", False)  # an overflow in fp16
+        self._rates.append(0.0 if skipped else rates.pop() if len(rates) == 1 else float("nan"))
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Measure where a probe is due."""
+        if state.global_step % self.every == 0 or state.global_step >= state.max_steps:
+            self._measure(state)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Measure the end of a training that was stopped early, and put all steps together."""
+        if self._probe is None:
+            return
+        if state.global_step not in self._probe.store.steps:
+            self._measure(state)
+        self.result = self._probe.store.combined()
+        self._probe.forget()
+        if self.out is not None:
+            with locked(self.out):
+                save_result(self.result, self.out / RESULTS)
+                names = [name for name in own_files(self.out) if name != MANIFEST]
+                Manifest(checksums(self.out, sorted(names))).write(self.out)
+
+    def _measure(self, state: TrainerState) -> None:
+        if self._probe is not None:
+            self._probe.at(state.global_step, learning_rates=self._rates)
+            self._rates = []
+
+    def _prepared(
+        self, args: TrainingArguments, state: TrainerState, model: nn.Module, tokenizer: Any
+    ) -> Probe:
+        """The probe of a model that is about to be trained."""
+        if any(hasattr(p, "ds_id") or hasattr(p, "placements") for p in model.parameters()):
+            raise UnsupportedModelError(
+                "model: its parameters are spread over devices (ZeRO, FSDP), and a probe needs "
+                "them whole; save checkpoints, and use geffect_fast.profile_checkpoints"
+            )
+        options, resumed = dict(self._options), state.global_step > 0
+        with as_found(model):
+            if options["reference_model"] is None and _compares(options["objectives"]):
+                if resumed:
+                    raise InputError(
+                        "reference_model: is missing; give the folder of the model as it was "
+                        "before training, which objectives are compared with"
+                    )
+                # What is frozen will not change, and need not be there twice.
+                frozen = {id(p): p for p in model.parameters() if not p.requires_grad}
+                options["reference_model"] = copy.deepcopy(model, frozen)
+            tokenizer = tokenizer if self._tokenizer is None else self._tokenizer
+            profiler = Profiler(model, tokenizer, **options)
+        decides = {name: getattr(args, name, None) for name in _DECIDES}
+        folder = None if self.out is None else self.out / STEPS
+        store = StepStore(folder, run_identity(profiler, training=decides, every=self.every))
+        if store.steps and not resumed:
+            raise InputError(
+                f"out: {store.where} holds steps of an earlier run, and this training begins; "
+                "choose another folder, or resume from a checkpoint"
+            )
+        return Probe(profiler, store, trained=self._trained, weights=self._weights)
+
+
+def _sets(probe_sets: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of `Profiler` for data sets by name; raise `InputError` where one is missing."""
+    if not isinstance(probe_sets, Mapping):
+        raise InputError(
+            f"probe_sets: got {type(probe_sets).__name__}; give a dict with forget and retain"
+        )
+    for name in ("forget", "retain"):
+        if name not in probe_sets:
+            close = difflib.get_close_matches(name, map(str, probe_sets), n=1)
+            advice = f"did you mean that by '{close[0]}'?" if close else "give one of that name"
+            raise InputError(f"probe_sets: there is no '{name}'; {advice}")
+    more = {name: rows for name, rows in probe_sets.items() if name not in ("forget", "retain")}
+    return {"forget": probe_sets["forget"], "retain": probe_sets["retain"], "probes": more}
+
+
+def _compares(objectives: Sequence[Objective]) -> bool:
+    """Whether any of them reads a reference model."""
+    return any(part.needs & REFERENCE_NEEDS for o in objectives for _, part in o.parts())

@@ -1,0 +1,299 @@
+"""`compare`: step results of several runs side by side, on the steps and risks they share."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from geffect_fast.errors import InputError
+from geffect_fast.paths import user_path
+from geffect_fast.results.axes import GROUPS
+from geffect_fast.results.form import check_complete
+from geffect_fast.results.told_apart import precision_error
+from geffect_fast.storage.run_folder import open_run
+
+if TYPE_CHECKING:
+    import xarray as xr
+
+SETTINGS = ("risk", "reduction")
+COUNTS = ("n_forget", "n_retain")
+"""Attributes that runs must share, or else their numbers mean different things."""
+BY_SET = ("probe_rows", "digests")
+"""Attributes, JSON by data set, that runs must share of every set that both have."""
+BY_RISK = (
+    *("risk_value", "cosine", "measured_change", "predicted_update", "predicted_sgd"),
+    *("g_effect_low", "g_effect_high", "risk_value_low", "risk_value_high", "risk_value_spread"),
+)
+BY_STEP = ("loss", "grad_norm")
+
+
+@dataclass(frozen=True)
+class _Curve:
+    """One objective of one run.
+
+    Attributes:
+        run: how the run was given.
+        objective: of the result's axis.
+        trained: whether the run was trained on it.
+        dataset: the whole result.
+    """
+
+    run: str
+    objective: str
+    trained: bool
+    dataset: xr.Dataset
+
+
+def compare(
+    runs: Sequence[str | Path | xr.Dataset] | Mapping[str, str | Path | xr.Dataset],
+    *,
+    what: str = "compare",
+) -> xr.Dataset:
+    """Step results of several runs in one Dataset, on the steps and risks that all of them have.
+
+    A run is a curve of the objective it was trained on; one of checkpoints is a curve of each of
+    its objectives. A curve is named by that objective, or, where several have the same, by the
+    run's folder.
+
+    Args:
+        runs: run folders, results or their files, with a step axis; or a mapping of names to them.
+        what: what messages begin with.
+
+    Returns:
+        A Dataset with `g_effect` (run, step, risk), `risk_value`, `measured_change`, `predicted_*`
+        and, where all runs have them, `cosine` and the bounds `*_low` and `*_high` likewise, and
+        `risk_value_spread` (run, step, risk, risk_sample), what rows move the risks by,
+        `loss` and `grad_norm` (run, step), and
+        `group_effect` (run, step, risk, group) where all tell parts of the model apart. Coordinates
+        `objective` and `trained` (run). Changes and predictions are those since the run's own probe
+        before, of whatever step. `attrs["left_out"]` lists what not all runs have, a line
+        each.
+
+    Raises:
+        InputError: fewer than two runs, one without steps, one twice, other data, or no steps in
+            common.
+
+    Example:
+        >>> both = gf.compare(["run-ga", "run-npo"])
+        >>> both.risk_value.sel(risk="retain").isel(step=-1)
+    """
+    import xarray as xr
+
+    given = _given(runs, what)
+    curves = [curve for name, run in given.items() for curve in _curves(name, run)]
+    for one, other in combinations({curve.run: curve for curve in curves}.values(), 2):
+        _check_alike(one, other, what)
+    steps = functools.reduce(np.intersect1d, [curve.dataset["step"].values for curve in curves])
+    if len(steps) < 2:
+        ranges = ", ".join(f"{curve.run} {_steps_of(curve)}" for curve in curves[:4])
+        raise InputError(
+            f"{what}: the runs share {len(steps)} steps ({ranges}); probe them at the same steps"
+        )
+    first = [str(risk) for risk in curves[0].dataset["risk"].values]
+    risks = [risk for risk in first if all(risk in c.dataset["risk"].values for c in curves)]
+    groups = [_groups(curve.dataset) for curve in curves]
+    by_group = bool(groups[0]) and all(group == groups[0] for group in groups)
+    there = {str(name) for name in curves[0].dataset}
+    shared = there.intersection(*(map(str, curve.dataset) for curve in curves))
+    names = _names(curves, isinstance(runs, Mapping))
+    data = xr.concat(
+        [
+            _row(curve, shared, groups[0] if by_group else []).sel(step=steps, risk=risks)
+            for curve in curves
+        ],
+        dim="run",
+    )
+    return data.assign_coords(
+        run=names,
+        objective=("run", [curve.objective for curve in curves]),
+        trained=("run", [curve.trained for curve in curves]),
+    ).assign_attrs(
+        {name: curves[0].dataset.attrs.get(name, "") for name in SETTINGS}
+        | _least_precise(curves)
+        | {"left_out": _left_out(curves, steps, risks)}
+    )
+
+
+def _given(
+    runs: Sequence[str | Path | xr.Dataset] | Mapping[str, str | Path | xr.Dataset], what: str
+) -> dict[str, xr.Dataset]:
+    """Results by the names of runs, none of them twice."""
+    import xarray as xr
+
+    if isinstance(runs, str | Path | xr.Dataset):
+        raise InputError(f"{what}: got one run; give a list of two or more")
+    if isinstance(runs, Mapping):
+        pairs = [(str(name), run) for name, run in runs.items()]
+    else:
+        pairs = [
+            (f"result {i + 1}" if isinstance(run, xr.Dataset) else str(run), run)
+            for i, run in enumerate(runs)
+        ]
+    if len(pairs) < 2:
+        raise InputError(f"{what}: got {len(pairs)} run; give two or more")
+    found: dict[str, xr.Dataset] = {}
+    places: dict[Path, str] = {}
+    for name, run in pairs:
+        if isinstance(run, str | Path):
+            place = user_path(run).resolve()
+            place = place.parent if place.name == "results.nc" else place
+            if place in places:
+                raise InputError(
+                    f"{what}: {name} and {places[place]} are the same run; give it once"
+                )
+            places[place] = name
+            folder, run = run, open_run(run)
+            check_complete(run, folder)
+        elif not isinstance(run, xr.Dataset):
+            raise InputError(f"{what}: {run!r} is no run; give folders, or results of open_run")
+        if "step" not in run["g_effect"].dims:
+            raise InputError(
+                f"{what}: {name} has no steps; give runs of unlearn or of profile --checkpoints"
+            )
+        twin = next((other for other, d in found.items() if _same(d, run)), None)
+        if twin is not None:
+            raise InputError(f"{what}: {name} holds the same result as {twin}; give it once")
+        found[name] = run
+    return found
+
+
+def _same(a: xr.Dataset, b: xr.Dataset) -> bool:
+    return a is b or (a.attrs == b.attrs and a.identical(b))
+
+
+def _curves(name: str, dataset: xr.Dataset) -> list[_Curve]:
+    """The objective that a run was trained on, or every one of checkpoints."""
+    objectives = [str(objective) for objective in dataset["objective"].values]
+    trained = str(dataset.attrs.get("trained_objective", ""))
+    if trained in objectives:
+        return [_Curve(name, trained, True, dataset)]
+    return [_Curve(name, objective, False, dataset) for objective in objectives]
+
+
+def _least_precise(curves: Sequence[_Curve]) -> dict[str, float]:
+    """The largest `precision_error` of the runs, where one has any."""
+    error = max(precision_error(curve.dataset.attrs) for curve in curves)
+    return {"precision_error": error} if error else {}
+
+
+def _check_alike(first: _Curve, other: _Curve, what: str) -> None:
+    """Raise `InputError` where two runs measure different things."""
+    for setting in SETTINGS:
+        one, two = (curve.dataset.attrs.get(setting) for curve in (first, other))
+        if one != two:
+            raise InputError(
+                f"{what}: {first.run} has {setting} {one!r}, {other.run} {two!r}; "
+                "compare runs of the same risk and reduction"
+            )
+    counts = [
+        "{} forget and {} retain rows".format(*map(curve.dataset.attrs.get, COUNTS))
+        for curve in (first, other)
+    ]
+    if counts[0] != counts[1]:
+        raise InputError(
+            f"{what}: {first.run} was measured on {counts[0]}, {other.run} on {counts[1]}; "
+            "compare runs on the same data, with the same --probe-rows"
+        )
+    for attribute in BY_SET:  # results of earlier versions may lack them
+        one, two = (json.loads(c.dataset.attrs.get(attribute, "{}")) for c in (first, other))
+        for name in one:
+            if name in two and one[name] != two[name]:
+                raise InputError(
+                    f"{what}: the {name} rows of {first.run} are not those of {other.run}; compare "
+                    "runs on the same data, with the same tokenizer, template and --probe-rows"
+                )
+    one, two = (_questions(curve.dataset) for curve in (first, other))
+    if one is not None and two is not None:
+        different = next((i for i, (a, b) in enumerate(zip(one, two, strict=True)) if a != b), None)
+        if different is not None:
+            raise InputError(
+                f"{what}: forget row {different} of {first.run} is not that of {other.run}; "
+                "compare runs on the same data"
+            )
+
+
+def _questions(dataset: xr.Dataset) -> list[str] | None:
+    """The forget rows' questions; None where samples are summed."""
+    if "question" not in dataset.coords:
+        return None
+    return [str(q) for q in dataset["question"].values[dataset["set"].values == "forget"]]
+
+
+def _groups(dataset: xr.Dataset) -> list[str]:
+    """Parts of the model front to back; empty where they are summed."""
+    if "group" not in dataset["g_effect"].coords:
+        return []
+    present = list(dict.fromkeys(map(str, dataset["group"].values)))
+    known = all(group in GROUPS for group in present)
+    return sorted(present, key=GROUPS.index) if known else present
+
+
+def _row(curve: _Curve, shared: set[str], groups: list[str]) -> xr.Dataset:
+    """What a comparison holds of one curve."""
+    dataset = curve.dataset
+    effect = dataset["g_effect"].sel(objective=curve.objective, drop=True)
+    rest = [d for d in effect.dims if d not in ("step", "risk")]
+    row = effect.sum(rest, skipna=False).transpose("step", "risk").to_dataset(name="g_effect")
+    for name in BY_RISK + BY_STEP:
+        if name in shared:
+            values = dataset[name]
+            if "objective" in values.dims:
+                values = values.sel(objective=curve.objective, drop=True)
+            row[name] = values
+    if groups:
+        axis = "group" if "group" in effect.dims else "parameter"
+        summed = effect.sum([d for d in rest if d != axis], skipna=False)
+        if axis == "parameter":
+            summed = summed.groupby("group").sum(skipna=False)
+        row["group_effect"] = summed.sel(group=groups).transpose("step", "risk", "group")
+    return row
+
+
+def _names(curves: list[_Curve], given: bool) -> list[str]:
+    """Names of curves: their objectives, or where these are not told apart their runs.
+
+    Args:
+        curves: of the runs.
+        given: whether the user named the runs.
+    """
+    objectives = [curve.objective for curve in curves]
+    per_run = {run: sum(curve.run == run for curve in curves) for run in {c.run for c in curves}}
+    folders = {run: Path(run).name or run for run in per_run}
+    if given or len(set(folders.values())) < len(folders):
+        folders = {run: run for run in folders}
+    names = []
+    for curve in curves:
+        alone = per_run[curve.run] == 1
+        if given:
+            names.append(curve.run if alone else f"{curve.run}: {curve.objective}")
+        elif objectives.count(curve.objective) == 1:
+            names.append(curve.objective)
+        else:
+            names.append(f"{folders[curve.run]}: {curve.objective}")
+    return names
+
+
+def _steps_of(curve: _Curve) -> str:
+    steps = curve.dataset["step"].values
+    return f"{steps[0]} to {steps[-1]}" if len(steps) > 1 else f"{steps[0]} alone"
+
+
+def _left_out(curves: list[_Curve], steps: np.ndarray, risks: list[str]) -> list[str]:
+    """What of each run is not in all, a line each."""
+    lines = []
+    for name, dataset in {curve.run: curve.dataset for curve in curves}.items():
+        beyond = np.setdiff1d(dataset["step"].values, steps)
+        if beyond.size:
+            several = f"{beyond.size} steps from {beyond[0]} to {beyond[-1]}"
+            lines.append(f"{name}: {several if beyond.size > 1 else f'step {beyond[0]}'}")
+        others = [str(risk) for risk in dataset["risk"].values if str(risk) not in risks]
+        if others:
+            lines.append(f"{name}: the risk on {', '.join(others)}")
+    return lines

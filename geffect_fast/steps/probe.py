@@ -1,0 +1,269 @@
+"""Probes: what a profile says of a model at steps of its training, and what each step did.
+
+Between two probes the parameters move from `theta` to `theta'`, and a risk `R` changes, to first
+order, by
+
+    < theta' - theta, grad R(theta) >        whatever made the update (Adam, clipping, decay)
+    - sum(lr) * e(theta)                     where it was plain gradient descent on the objective
+
+Both stand beside the measured `R(theta') - R(theta)`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from geffect_fast.data import SampleSet
+from geffect_fast.errors import GEffectWarning, InputError
+from geffect_fast.measure.profiler import Profiler
+from geffect_fast.objectives import resolve
+from geffect_fast.results.dataset import sum_positions
+from geffect_fast.steps.at_rest import as_found
+from geffect_fast.storage.step_store import StepStore
+
+if TYPE_CHECKING:
+    import xarray as xr
+
+SAME = 1e-3
+"""How far a risk may be from the one in the store, relative to it: of the same model it is another
+machine's rounding."""
+
+_CHUNK = 2**22
+"""Elements of a product at a time, so that fp64 copies of large parameters are not made whole."""
+
+
+@dataclass(frozen=True)
+class _Before:
+    """What the next prediction needs of a probe.
+
+    Attributes:
+        step: updates done.
+        parameters: copies of the parameters measured, by name.
+        directions: gradients of the risks there, `(M, *shape)` by name.
+    """
+
+    step: int
+    parameters: dict[str, Tensor]
+    directions: Mapping[str, Tensor]
+
+
+class Probe:
+    """Measures a model at steps of its training and keeps each step's result in a store.
+
+    The model is left as it was found: measuring changes no training. What stands in the store's
+    folder and is no step of this run is told of as a `GEffectWarning`.
+
+    Args:
+        profiler: of the model that is trained.
+        store: where results go; steps that are there already are not measured again.
+        trained: the objective that is trained on, among those of the profiler; None: unknown.
+        weights: also the weights that objectives put on tokens (`token_weight`); left out of
+            results by position.
+
+    Attributes:
+        latest: the step and the result of the last call; None before the first.
+
+    Raises:
+        InputError: `trained` is not among the objectives.
+
+    Example:
+        >>> profiler = Profiler(model, tokenizer, **data, objectives=["npo"])
+        >>> probe = Probe(profiler, StepStore(None, run_identity(profiler)))
+        >>> probe.at(0)
+        >>> ...  # ten updates
+        >>> probe.at(10)
+        >>> probe.store.combined().g_effect.sum(["parameter", "sample"])
+    """
+
+    def __init__(
+        self,
+        profiler: Profiler,
+        store: StepStore,
+        *,
+        trained: str | None = None,
+        weights: bool = True,
+    ) -> None:
+        self.profiler = profiler
+        self.store = store
+        self.trained = None if trained is None else _label(trained, profiler)
+        self.weights = weights
+        self.latest: tuple[int, xr.Dataset] | None = None
+        self._before: _Before | None = None
+
+    def at(self, step: int, *, learning_rates: Sequence[float] = ()) -> xr.Dataset:
+        """Measure the model as it is after `step` updates, and keep the result.
+
+        Args:
+            step: more than at the last call.
+            learning_rates: of the updates since the last call, for `learning_rate` and
+                `predicted_sgd`.
+
+        Returns:
+            The result of this step, from the store where it is there already.
+
+        Raises:
+            InputError, NonFiniteError, UnfinishedError: as `Profiler.measure` and
+                `StepStore.write`.
+        """
+        plan, first = self.profiler.plan, self._before is None
+        for line in self.store.left_alone if self.latest is None else ():
+            warnings.warn(line, GEffectWarning, stacklevel=2)
+        with as_found(plan.model, plan.parameters.values()):
+            if step in self.store.steps:
+                self._before = None  # its memory goes before there is more
+                result = self.store.read(step)
+                values, directions = self.profiler.risk_gradients()
+                if first:
+                    self._check_same(step, result, values)
+            else:
+                changes = self._changes(step, learning_rates)
+                self._before = None
+                # Said once a run: by its first step, whose attributes are those of all together.
+                measured = self.profiler.measure(
+                    weights=self.weights, precision=not self.store.steps
+                )
+                directions = measured.directions
+                result = self._assembled(step, measured.dataset, learning_rates, changes)
+                self.store.write(step, result)
+            copies = {name: p.detach().clone() for name, p in plan.parameters.items()}
+            self._before = _Before(step, copies, directions)
+        self.latest = step, result
+        return result
+
+    def forget(self) -> None:
+        """Let go of the memory that the next prediction would need."""
+        self._before = None
+
+    def _changes(self, step: int, learning_rates: Sequence[float]) -> dict[str, Any]:
+        """First-order predictions of the risks' changes since the last probe, by variable."""
+        before, risks = self._before, self.profiler.risk_names
+        unknown = torch.full((len(risks),), math.nan, dtype=torch.float64)
+        update, sgd = unknown, unknown
+        if before is not None and before.step == self._last_before(step):
+            update = inner_with_update(
+                self.profiler.plan.parameters, before.parameters, before.directions
+            )
+            if self.trained is not None:
+                effect = total_effect(self._result_of(before.step)).sel(objective=self.trained)
+                sgd = -sum(learning_rates) * torch.from_numpy(effect.values)
+        return {
+            "predicted_update": ("risk", update.numpy()),
+            "predicted_sgd": ("risk", sgd.numpy()),
+        }
+
+    def _assembled(
+        self,
+        step: int,
+        dataset: xr.Dataset,
+        learning_rates: Sequence[float],
+        changes: Mapping[str, Any],
+    ) -> xr.Dataset:
+        """A profile with all that the step axis adds to it."""
+        last = self._last_before(step)
+        now = dataset["risk_value"]
+        before = math.nan if last is None else self._result_of(last)["risk_value"]
+        attributes = {} if self.trained is None else {"trained_objective": self.trained}
+        return dataset.assign(
+            {
+                "learning_rate": learning_rates[-1] if learning_rates else math.nan,
+                "measured_change": now - before,
+                **changes,
+            }
+        ).assign_attrs(attributes)
+
+    def _result_of(self, step: int) -> xr.Dataset:
+        """The result of an earlier step; reading one takes longer than keeping the last."""
+        if self.latest is not None and self.latest[0] == step:
+            return self.latest[1]
+        return self.store.read(step)
+
+    def _check_same(self, step: int, stored: xr.Dataset, values: Tensor) -> None:
+        """Raise `InputError` where a step in the store is of another model."""
+        for name, now in zip(self.profiler.risk_names, values.tolist(), strict=True):
+            then = float(stored["risk_value"].sel(risk=name))
+            if abs(now - then) > SAME * max(abs(then), 1e-3):
+                raise InputError(
+                    f"{self.store.where}: step {step} was measured of another model: risk '{name}' "
+                    f"is {then:.4g} there and {now:.4g} now; choose another folder, or remove it"
+                )
+
+    def _last_before(self, step: int) -> int | None:
+        return max((s for s in self.store.steps if s < step), default=None)
+
+
+def inner_with_update(
+    parameters: Mapping[str, nn.Parameter],
+    before: Mapping[str, Tensor],
+    directions: Mapping[str, Tensor],
+) -> Tensor:
+    """`< theta' - theta, V_m >` for every direction, `(M,)` fp64 on the CPU.
+
+    Args:
+        parameters: as they are, `theta'`, by name.
+        before: as they were, `theta`.
+        directions: `(M, *shape)` by name, on any device.
+    """
+    n = len(next(iter(directions.values())))
+    total = torch.zeros(n, dtype=torch.float64)
+    for name, p in parameters.items():
+        v = directions[name].flatten(1)
+        now, then = p.detach().flatten(), before[name].flatten()
+        for at in range(0, len(now), _CHUNK):
+            piece = slice(at, at + _CHUNK)
+            moved = now[piece].double() - then[piece].double()
+            total += (v[:, piece].double() @ moved.to(v.device)).cpu()
+    return total
+
+
+def run_identity(
+    profiler: Profiler, sets: Mapping[str, SampleSet] | None = None, **more: Any
+) -> str:
+    """What makes a step file belong to a run: a hash of all that its numbers come from but weights.
+
+    Args:
+        profiler: its data, objectives, settings, and the names and shapes of its parameters.
+        sets: the data, where the profiler measures a part of it.
+        more: what else decides them, such as a config; what JSON can hold.
+    """
+    found = hashlib.sha256()
+    # from free memory; in words; of what is hashed below
+    chosen = ("token_budget", "engine_reason", "date", "digests")
+    plain = {
+        "settings": {k: v for k, v in profiler.settings.items() if k not in chosen},
+        "risks": profiler.risk_names,
+        "parameters": {name: list(p.shape) for name, p in profiler.plan.parameters.items()},
+        "more": more,
+    }
+    found.update(json.dumps(plain, sort_keys=True, default=str).encode())
+    for name, sample_set in (sets or profiler.sets).items():
+        found.update(name.encode())
+        for sample in sample_set.samples:
+            for sequence in (sample.answer, *sample.alternatives):
+                for tensor in (sequence.input_ids, sequence.labels, sequence.weights):
+                    if tensor is not None:
+                        found.update(tensor.numpy().tobytes() + b";")
+    return found.hexdigest()[:32]
+
+
+def total_effect(dataset: xr.Dataset) -> xr.DataArray:
+    """The effects of a result on each risk, summed over all other axes but steps."""
+    effect = sum_positions(dataset)["g_effect"]
+    return effect.sum([dim for dim in effect.dims if dim not in ("step", "objective", "risk")])
+
+
+def _label(trained: str, profiler: Profiler) -> str:
+    """The name of an objective along the axis; raise `InputError` where it is not measured."""
+    for objective in profiler.objectives:
+        if objective == resolve(trained):
+            return str(objective)
+    listed = ", ".join(map(str, profiler.objectives))
+    raise InputError(f"trained: '{trained}' is not among the objectives measured: {listed}; add it")

@@ -1,0 +1,225 @@
+"""`profile_checkpoints`: the profiles of a training's saved checkpoints, along an axis `step`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from geffect_fast.errors import InputError
+from geffect_fast.measure.arguments import resolved_list
+from geffect_fast.measure.models import load_model
+from geffect_fast.measure.profiler import Profiler
+from geffect_fast.measure.progress import progress_bar
+from geffect_fast.objectives import Objective
+from geffect_fast.paths import find_checkpoints, user_path
+from geffect_fast.steps.checkpoints import loaded_in_turn
+from geffect_fast.steps.probe import Probe, run_identity
+from geffect_fast.storage.inputs import input_sums
+from geffect_fast.storage.lock import locked
+from geffect_fast.storage.model_folder import check_model_source
+from geffect_fast.storage.run_folder import STEPS
+from geffect_fast.storage.step_folder import begun, check_resumed, check_start, finish, kept
+from geffect_fast.storage.step_store import StepStore
+
+if TYPE_CHECKING:
+    import xarray as xr
+
+
+def profile_checkpoints(
+    checkpoints: str | Path | Sequence[str | Path],
+    tokenizer: Any,
+    *,
+    forget: Any,
+    retain: Any,
+    objectives: Sequence[str | Objective] | str,
+    model: str | Path | None = None,
+    reference_model: nn.Module | str | Path | None = None,
+    dtype: str = "auto",
+    device: str = "auto",
+    trust_remote_code: bool = False,
+    weights: bool = True,
+    out: str | Path | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    progress: bool = False,
+    **options: Any,
+) -> xr.Dataset:
+    """Profile one checkpoint after the other: the G-effect along a training that was done before.
+
+    One process and one model, into which the weights are copied; while a checkpoint is worked on,
+    the next is read from disk.
+
+    Args:
+        checkpoints: patterns such as `out/checkpoint-*`, or folders, of models or of adapters. The
+            step is the number that ends a folder's name, or the `global_step` of its
+            `trainer_state.json`.
+        tokenizer: of transformers; None for samples that are tokenised already.
+        forget, retain, objectives: as `geffect_fast.profile` takes them.
+        model: folder of the model before training, measured as step 0; None: not measured.
+        reference_model: what NPO-like objectives compare with; None: the first of the models.
+        dtype, device, trust_remote_code: as `geffect_fast.measure.models.load_model` takes them.
+        weights: also `token_weight`, what objectives put on tokens.
+        out: run folder, for one file a step and in the end `results.nc`; None: in memory.
+        resume: go on with what `out` holds of this run.
+        overwrite: whether an earlier run in `out` may be replaced.
+        progress: show a bar.
+        options: further arguments of `geffect_fast.profile`.
+
+    Returns:
+        The results of `geffect_fast.profile` along a first axis `step`, with `measured_change` and
+        `predicted_update` of the risks between checkpoints (docs/concepts.md).
+
+    Raises:
+        InputError: unusable arguments, no checkpoint, one of another architecture, or two of one
+            step.
+        UnfinishedError: the disk refuses; the steps before it are kept.
+        InterruptedRunError: Ctrl-C with `out`; the steps are kept.
+
+    Example:
+        >>> result = gf.profile_checkpoints("out/checkpoint-*", tokenizer, forget="forget.jsonl",
+        ...                                 retain="retain.jsonl", objectives=["ga", "npo"])
+        >>> result.g_effect.sum(["parameter", "sample"]).sel(risk="unlearn")
+    """
+
+    def prepared() -> CheckpointRun:
+        return CheckpointRun(
+            checkpoints,
+            tokenizer,
+            model=model,
+            reference_model=reference_model,
+            dtype=dtype,
+            device=device,
+            trust_remote_code=trust_remote_code,
+            options=options | {"forget": forget, "retain": retain, "objectives": objectives},
+        )
+
+    if out is None:
+        return prepared().measure(None, weights=weights, progress=progress)
+    with locked(out):
+        read = _paths(checkpoints, model, reference_model, forget, retain, options)
+        folder = check_start(out, resume, overwrite, inputs=read)
+        run = prepared()
+        sums = input_sums(read)
+        if resume:
+            check_resumed(folder, sums)
+        with nullcontext() if resume else begun(folder, None, sums), kept(folder):
+            dataset = run.measure(folder, weights=weights, progress=progress)
+            finish(folder, dataset)
+    return dataset
+
+
+def _paths(
+    checkpoints: str | Path | Sequence[str | Path],
+    model: str | Path | None,
+    reference_model: Any,
+    forget: Any,
+    retain: Any,
+    options: Mapping[str, Any],
+) -> dict[str, str | Path]:
+    """What is given as a path or a name, by argument."""
+    given = {"model": model, "reference_model": reference_model, "forget": forget, "retain": retain}
+    given |= {"refusals": options.get("refusals"), **(options.get("probes") or {})}
+    folders = find_checkpoints(checkpoints).values()
+    return {
+        **{f"checkpoint {path.name}": path for path in folders},
+        **{name: source for name, source in given.items() if isinstance(source, str | Path)},
+    }
+
+
+class CheckpointRun:
+    """Checkpoints that were found, and what is prepared to profile them; nothing is written yet.
+
+    Attributes:
+        folders: of checkpoints, by step.
+        model: that of the first, whose weights will change.
+        profiler: of it.
+    """
+
+    def __init__(
+        self,
+        checkpoints: str | Path | Sequence[str | Path],
+        tokenizer: Any,
+        *,
+        model: str | Path | None,
+        reference_model: nn.Module | str | Path | None,
+        dtype: str,
+        device: str,
+        trust_remote_code: bool,
+        options: dict[str, Any],
+    ) -> None:
+        self.folders = with_model(find_checkpoints(checkpoints), model)
+        for folder in self.folders.values():
+            check_model_source(folder, "checkpoint", trust_remote_code)
+        options = options | {"objectives": resolved_list(options["objectives"])}
+        first = next(iter(self.folders.values()))
+        self.model = load_model(
+            first, dtype, device, "checkpoint", trust_remote_code=trust_remote_code
+        )
+        # A folder, as the model itself will not stay what it is.
+        reference = first if reference_model is None else reference_model
+        self.profiler = Profiler(
+            self.model,
+            tokenizer,
+            reference_model=reference,
+            trust_remote_code=trust_remote_code,
+            **options,
+        )
+        self._names = json.dumps({step: str(path) for step, path in self.folders.items()})
+
+    def measure(
+        self, folder: Path | None, *, weights: bool = True, progress: bool = False
+    ) -> xr.Dataset:
+        """Measure what is not measured yet.
+
+        Args:
+            folder: of the run, with its steps; None: they stay in memory.
+            weights: as `profile_checkpoints`.
+            progress: show a bar.
+
+        Returns:
+            All steps.
+        """
+        identity = run_identity(self.profiler, checkpoints=self._names, weights=weights)
+        store = StepStore(None if folder is None else folder / STEPS, identity)
+        steps, done = list(self.folders), store.steps
+        store.check_free(step for step in steps if step not in done)
+        # One that is done is looked at again where the next is to be compared with it.
+        wanted = [
+            step
+            for step, following in zip(steps, [*steps[1:], steps[-1]], strict=True)
+            if step not in done or following not in done
+        ]
+        probe = Probe(self.profiler, store, weights=weights)
+        first = self.folders[steps[0]]
+        with progress_bar(progress, "checkpoints", len(wanted)) as update:
+            for step in loaded_in_turn(self.model, first, self.folders, wanted):
+                probe.at(step)
+                update(advance=1)
+        return store.combined().assign_attrs(
+            command="profile", checkpoints=json.dumps([str(path) for path in self.folders.values()])
+        )
+
+
+def with_model(folders: dict[int, Path], model: str | Path | None) -> dict[int, Path]:
+    """The checkpoints, and the model before training as step 0, where it is not among them.
+
+    Raises:
+        InputError: there is a checkpoint of step 0 beside it, or it is no folder.
+    """
+    if model is None:
+        return folders
+    folder = user_path(model).absolute()
+    if folder in folders.values():
+        return folders
+    if not folder.is_dir():
+        raise InputError(f"model {model}: give a folder, as checkpoints are, or leave it out")
+    if 0 in folders:
+        raise InputError(
+            f"checkpoints: {folders[0]} is of step 0, and so is the model {model}; leave one out"
+        )
+    return {0: folder} | folders

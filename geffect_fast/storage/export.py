@@ -1,0 +1,89 @@
+"""A result as one long table, in CSV or Parquet."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from geffect_fast.errors import InputError
+from geffect_fast.paths import user_path
+from geffect_fast.storage.csv_cells import write_csv
+from geffect_fast.storage.disk import unwritable, whole_file
+from geffect_fast.storage.run_folder import reading
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import xarray as xr
+
+
+def export(dataset: xr.Dataset, path: str | Path, overwrite: bool = False) -> Path:
+    """Write a result as one long table: a row a G-effect, its coordinates beside it.
+
+    Args:
+        dataset: result of `geffect_fast.profile` or `open_run`.
+        path: ends in `.parquet` or `.csv`.
+        overwrite: whether a file that is there may be replaced.
+
+    Raises:
+        InputError: another ending, the file is there, no pyarrow for Parquet, or the disk refuses.
+    """
+    file = user_path(path)
+    suffix = file.suffix.lower()
+    if suffix not in (".parquet", ".csv"):
+        raise InputError(f"export {path}: the name must end in .parquet or .csv")
+    try:
+        taken = not overwrite and file.is_file()
+    except OSError as error:
+        raise unwritable(f"export {path}", "--to", error) from None
+    if taken:
+        raise InputError(f"export {path} is there already; choose another --to or use --overwrite")
+    with whole_file(f"export {path}", path, "--to") as part:
+        if suffix == ".csv":
+            for i, table in enumerate(tables(dataset)):
+                write_csv(table, part, header=i == 0, mode="a" if i else "w")
+        else:
+            try:
+                _write_parquet(tables(dataset), part)
+            except ImportError:
+                raise InputError(
+                    f"export {path}: Parquet needs pyarrow; pip install pyarrow, or export to .csv"
+                ) from None
+    return file
+
+
+def tables(dataset: xr.Dataset) -> Iterator[pd.DataFrame]:
+    """The long table that `export` writes, piece by piece: coordinates, then `g_effect`.
+
+    An objective a piece; by sample and position a sample of an objective, without the positions
+    beyond its end.
+    """
+    whole = dataset["g_effect"]
+    names = [str(name) for name in whole.dims]
+    names += [str(name) for name in whole.coords if name not in whole.dims]
+    by_token = "token_id" in whole.coords
+    samples = [[row] for row in range(whole.sizes["sample"])] if by_token else [slice(None)]
+    for at in range(whole.sizes["objective"]):
+        for sample in samples:
+            effect = whole.isel(objective=[at])
+            effect = effect.isel(sample=sample) if by_token else effect
+            with reading(dataset.encoding.get("source", "the result")):
+                table = effect.to_dataframe().reset_index()
+            if by_token:
+                table = table[table["token_id"] >= 0]
+            yield table[[*names, "g_effect"]]
+
+
+def _write_parquet(pieces: Iterable[pd.DataFrame], file: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    writer = None
+    try:
+        for piece in pieces:
+            table = pa.Table.from_pandas(piece, preserve_index=False)
+            writer = writer or pq.ParquetWriter(file, table.schema)
+            writer.write_table(table)
+    finally:
+        if writer is not None:
+            writer.close()

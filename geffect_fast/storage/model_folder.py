@@ -1,0 +1,156 @@
+"""What the folder of a model says before its weights are read: config, adapter, code of its own."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from geffect_fast.errors import InputError, in_one_line
+from geffect_fast.paths import user_path
+
+_CAUSAL_ENDINGS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+_ADAPTER_CONFIG = "adapter_config.json"
+_MOST = (
+    (re.compile(r"layers?$|depth$|n_layer|num_layers|num_blocks"), 10_000),
+    (re.compile(r"(size|dim|embd|inner|heads|experts|units|model)$"), 2**24),
+    (re.compile(r"positions?|position_embeddings$|seq_len|n_ctx"), 2**27),
+)
+"""What whole numbers of a config of such names may be: some hundred times what there is."""
+
+
+def check_model_source(
+    source: str | Path, what: str = "model", trust_remote_code: bool = False
+) -> None:
+    """What can be known of a model before its weights are read: a folder, a readable causal config.
+
+    Its sizes are those of a model that there can be, and it needs no code of its own, unless
+    `trust_remote_code` allows that.
+
+    Raises:
+        InputError: one line with the folder and the remedy.
+    """
+    check_folder(source, what)
+    folder = user_path(source)
+    if not folder.is_dir():
+        return
+    base = base_of(source, what)
+    if base is not None:
+        if importlib.util.find_spec("peft") is None:
+            raise InputError(
+                f"{what} {source}: an adapter of peft, which is not installed; pip install peft"
+            )
+        return check_model_source(base, base_name(source, what), trust_remote_code)
+    if not (folder / "config.json").is_file():
+        raise InputError(f"{what} {source}: no config.json; give a folder saved by save_pretrained")
+    content = folder_settings(source, "config.json", what)
+    names = content.get("architectures") or []
+    if names and not any(str(name).endswith(_CAUSAL_ENDINGS) for name in names):
+        raise InputError(
+            f"{what} {source}: {', '.join(map(str, names))} is not a causal language model; "
+            "give one that predicts next tokens"
+        )
+    check_sizes(content, source, what)
+    if not trust_remote_code and _needs_its_code(content):
+        raise InputError(needs_trust(source, what))
+
+
+def _needs_its_code(config: dict[str, Any]) -> bool:
+    """Whether a config names code beside it, for a kind of model that transformers has not."""
+    if not config.get("auto_map"):
+        return False
+    from transformers import CONFIG_MAPPING
+
+    return config.get("model_type") not in CONFIG_MAPPING
+
+
+def needs_trust(source: str | Path, what: str) -> str:
+    """The message that refuses a model whose own code nobody has allowed."""
+    return (
+        f"{what} {source}: needs Python code that it brings along (auto_map), which would run with "
+        "all your rights; read that code, and allow it with --trust-remote-code "
+        "(trust_remote_code=True)"
+    )
+
+
+def base_of(source: str | Path, what: str) -> str | None:
+    """The base model of an adapter's folder, a folder or hub id; None where it is no such folder.
+
+    Raises:
+        InputError: the adapter does not say, or it is in the end its own base.
+    """
+    base = _named_base(source, what)
+    seen, at = {user_path(source).resolve()}, base
+    while at is not None:
+        place = user_path(at).resolve()
+        if place in seen:
+            raise InputError(
+                f"{what} {source}: {_ADAPTER_CONFIG} leads back to {at} as its own base model; "
+                "write the base model's folder or hub id into base_model_name_or_path"
+            )
+        seen.add(place)
+        at = _named_base(at, what)
+    return base
+
+
+def _named_base(source: str | Path, what: str) -> str | None:
+    """What the adapter in a folder names as its base model."""
+    if not (user_path(source) / _ADAPTER_CONFIG).is_file():
+        return None
+    base = folder_settings(source, _ADAPTER_CONFIG, what).get("base_model_name_or_path")
+    if not isinstance(base, str) or not base:
+        raise InputError(
+            f"{what} {source}: {_ADAPTER_CONFIG} names no base_model_name_or_path; write the base "
+            "model's folder or hub id there"
+        )
+    return base
+
+
+def base_name(source: str | Path, what: str) -> str:
+    """What messages call the base model of an adapter's folder."""
+    return f"{what} {source}: base model"
+
+
+def check_sizes(config: dict[str, Any], source: str | Path, what: str) -> None:
+    """Refuse sizes of which no model could be built, before it is tried for hours."""
+    for name, value in config.items():
+        if isinstance(value, dict):
+            check_sizes(value, source, what)
+        elif isinstance(value, int) and not isinstance(value, bool):
+            most = next((most for words, most in _MOST if words.search(name)), None)
+            if most is not None and value > most:
+                raise InputError(
+                    f"{what} {source}: its config.json asks for {name} = {str(value)[:20]}, more "
+                    f"than {most}; save it again with save_pretrained, or mend the config"
+                )
+
+
+def folder_settings(source: str | Path, name: str, what: str) -> dict[str, Any]:
+    """What a JSON file in the folder `source` holds."""
+    try:
+        content = json.loads((user_path(source) / name).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(
+            f"{what} {source}: {name} is not JSON ({in_one_line(error)}); save it again with "
+            "save_pretrained"
+        ) from None
+    if not isinstance(content, dict):
+        raise InputError(
+            f"{what} {source}: {name} must hold an object of settings; save it again with "
+            "save_pretrained"
+        )
+    return content
+
+
+def check_folder(source: str | Path, what: str) -> None:
+    """Refuse a path that does not exist, or is no folder; a hub id passes."""
+    path = user_path(source)
+    if path.is_dir():
+        return
+    if path.exists():
+        raise InputError(f"{what} {source} is a file; give the folder that holds it")
+    text = str(source)
+    if path.is_absolute() or text.startswith((".", "~")) or text.count("/") > 1:
+        raise InputError(f"{what} {source} does not exist; give a folder or a hub id")

@@ -1,0 +1,404 @@
+"""Run folders: results, the config that replays them, a report; never half-written."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from geffect_fast.data.files import check_regular
+from geffect_fast.errors import InputError, in_one_line
+from geffect_fast.paths import is_there, user_path
+from geffect_fast.results.form import check_form, check_size
+from geffect_fast.settings import ProfileConfig
+from geffect_fast.storage.disk import (
+    UNFINISHED,
+    DiskFile,
+    check_usable,
+    folder_for,
+    set_aside,
+    synced,
+    whole_file,
+)
+from geffect_fast.storage.lock import locked, restored
+from geffect_fast.storage.manifest import MANIFEST, Manifest, check_file, checksums, files_below
+from geffect_fast.storage.run_yaml import CONFIG_BEGINS, dump_config
+from geffect_fast.storage.seal import seal, seal_holds
+
+if TYPE_CHECKING:
+    import xarray as xr
+
+RESULTS = "results.nc"
+CONFIG = "run.yaml"
+SUMMARY = "summary.csv"
+PLOTS = "plots"
+TOKENS = "tokens.html"
+REPORT = "report.html"
+STEPS = "steps"
+"""The folder of step files in the run folder of a run of several steps."""
+_STEP_NAME = re.compile(r"step-\d{8,}\.nc|\.step-\d{8,}\.nc\.part")
+NEXT = ".next"
+"""The folder of a run of several steps that is to replace the one around it, until it is whole."""
+RUN_FILES = (RESULTS, CONFIG, SUMMARY, PLOTS, TOKENS, REPORT)
+_FIGURES = (
+    *("layers", "instances", "sweep", "pareto", "effects", "risks", "groups", "prediction"),
+    *("cosines", "norms", "token_weights", "trade_off"),
+)
+PLAIN_FILES = (
+    *(RESULTS, CONFIG, SUMMARY, TOKENS, REPORT, MANIFEST),
+    *(f"{PLOTS}/{name}.{kind}" for name in _FIGURES for kind in ("png", "svg")),
+)
+"""What runs write under names that say nothing of whose they are."""
+
+_JSON_ATTRS = "json_attrs"
+
+COMPRESSION = {"compression": "gzip", "compression_opts": 4, "shuffle": True}
+
+Reporter = Callable[["xr.Dataset", Path], None]
+"""Writes what people look at (tables, plots) into a folder."""
+
+
+def check_free(
+    folder: str | Path, overwrite: bool = False, inputs: Mapping[str, str | Path] | None = None
+) -> Path:
+    """The run folder, if results may be written there; touches nothing.
+
+    Args:
+        folder: its path.
+        overwrite: whether an earlier run in it may be replaced.
+        inputs: what the new run reads, by the option that says so.
+
+    Raises:
+        InputError: it is a file, cannot be written to, holds what no run made where a run writes,
+            holds a run and `overwrite` is False, or holds an input that would be replaced.
+    """
+    path = check_usable(folder)
+    restored(path)
+    own = own_files(path)
+    theirs = [name for name in PLAIN_FILES if is_there(path / name) and name not in own]
+    if theirs:
+        raise InputError(
+            f"run folder {folder} holds {theirs[0]}, which no run made; choose another --out"
+        )
+    held = [name for name in RUN_FILES if is_there(path / name)]
+    if held and not overwrite:
+        raise InputError(
+            f"run folder {folder} already holds {held[0]}; choose another --out or use --overwrite"
+        )
+    check_inputs(path, own, inputs or {})
+    return path
+
+
+def own_files(folder: Path) -> set[str]:
+    """The files of the run in a folder, by path in it: what may be replaced.
+
+    Those of its manifest; where there is none, as in runs of earlier versions and such that are
+    not complete, those whose names runs alone give, if a run.yaml or steps show that there was one.
+
+    Raises:
+        InputError: the manifest is damaged.
+    """
+    manifest = Manifest.read(folder)
+    names = {MANIFEST, NEXT}
+    if manifest is not None:
+        names |= manifest.files.keys()
+    elif _was_a_run(folder):
+        names |= {*PLAIN_FILES, "compare.csv"}
+    if (folder / STEPS).is_dir():
+        found = (path.name for path in (folder / STEPS).iterdir())
+        names |= {f"{STEPS}/{name}" for name in found if is_step_name(name)}
+    return {name for name in names if is_there(folder / name)}
+
+
+def _was_a_run(folder: Path) -> bool:
+    """Whether a folder without a manifest holds a run nevertheless."""
+    try:
+        if (folder / CONFIG).read_text(encoding="utf-8").startswith(CONFIG_BEGINS):
+            return True
+    except (OSError, ValueError):
+        pass
+    if any((folder / STEPS).glob("step-*.nc")) or is_there(folder / "compare.csv"):
+        return True
+    try:
+        with open_run(folder / RESULTS, lazy=True):
+            return True
+    except InputError:
+        return False
+
+
+def check_inputs(folder: Path, own: Collection[str], inputs: Mapping[str, str | Path]) -> None:
+    """Raise `InputError` where a run would replace what it is made from.
+
+    Args:
+        folder: of the run.
+        own: paths in it of what is to be replaced.
+        inputs: paths, or names of other things, by the option that gives them.
+    """
+    replaced = {os.path.realpath(folder / name) for name in own}
+    for option, source in inputs.items():
+        place = user_path(source)
+        try:
+            within = [*place.iterdir()] if place.is_dir() else [place]
+            real = {os.path.realpath(each) for each in within}
+        except OSError:
+            continue  # of no file; who reads it says so
+        if taken := sorted(real & replaced):
+            raise InputError(
+                f"{option} {source} is of the run in {folder} ({Path(taken[0]).name}), which "
+                "--overwrite would replace; choose another --out"
+            )
+
+
+def save_run(
+    folder: str | Path,
+    dataset: xr.Dataset,
+    config: ProfileConfig,
+    overwrite: bool = False,
+    report: Reporter | None = None,
+    inputs: Mapping[str, str | Path] | None = None,
+) -> Path:
+    """Write `results.nc`, `run.yaml` and a report into a run folder.
+
+    Everything is written in full to a hidden folder inside and then renamed, `results.nc` last: a
+    run folder with `results.nc` is complete, and a failure at any point leaves what was there
+    before, a run that was to be replaced included.
+
+    Args:
+        folder: made where it does not exist; other files in it stay.
+        dataset: result of `geffect_fast.profile`.
+        config: what replays it.
+        overwrite: whether to replace a run that is there.
+        report: adds files such as `summary.csv` and `plots/`.
+        inputs: as `check_free`.
+
+    Returns:
+        The absolute path of the folder.
+
+    Raises:
+        InputError: as `check_free`, or the disk refuses.
+    """
+    with staged_run(folder, overwrite, inputs) as staging:
+        write_dataset(dataset, staging / RESULTS)
+        write_rest(staging, dataset, config, report)
+    return user_path(folder).absolute()
+
+
+def write_rest(
+    staging: Path, dataset: xr.Dataset, config: ProfileConfig, report: Reporter | None
+) -> None:
+    """Write all of a run but its result: `run.yaml` and the report."""
+    (staging / CONFIG).write_text(dump_config(config), encoding="utf-8")
+    if report is not None:
+        report(dataset, staging)
+
+
+def is_step_name(name: str) -> bool:
+    """Whether a run writes files of that name into its folder of steps."""
+    return bool(_STEP_NAME.fullmatch(name))
+
+
+@contextmanager
+def staged_run(
+    folder: str | Path, overwrite: bool = False, inputs: Mapping[str, str | Path] | None = None
+) -> Iterator[Path]:
+    """A hidden folder in a run folder; what is written to it appears when the block ends well.
+
+    Raises:
+        InputError: as `save_run`; or another process works in the folder.
+    """
+    with locked(folder) as path:
+        check_free(folder, overwrite, inputs)
+        with folder_for(f"run folder {folder}", path):
+            staging = Path(tempfile.mkdtemp(prefix=UNFINISHED, dir=path))
+            try:
+                yield staging
+                Manifest(checksums(staging, files_below(staging))).write(staging)
+                put_in_place(path, staging, own_files(path))
+            finally:
+                shutil.rmtree(staging, ignore_errors=True)
+
+
+def put_in_place(folder: Path, staging: Path, own: Collection[str]) -> None:
+    """Put the files of a new run in the place of those of an earlier one, `results.nc` last.
+
+    Either all of it happens, or nothing: what a kill leaves half done is undone by the next command
+    (`set_aside`). Files are on the disk before they count.
+
+    Args:
+        folder: of the run.
+        staging: holds the new files, and a manifest that lists them.
+        own: paths in `folder` of the earlier run's files, all of which go.
+
+    Raises:
+        InputError: there is a file that no run made where one would be written.
+        OSError: the disk refuses.
+    """
+    manifest = Manifest.read(staging)
+    assert manifest is not None
+    made = [name for name in files_below(staging) if name in {MANIFEST, *manifest.files}]
+    names = sorted(made, key=lambda name: name == RESULTS)
+    for name in names:
+        if is_there(folder / name) and name not in own:
+            raise InputError(
+                f"run folder {folder} holds {name}, which no run made; choose another --out"
+            )
+        synced(staging / name)
+    with set_aside(folder, {*own, *names}, staging):
+        for name in names:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (staging / name).rename(folder / name)
+        for parent in {(folder / name).parent for name in names}:
+            synced(parent)
+
+
+def open_run(folder: str | Path, *, lazy: bool = False) -> xr.Dataset:
+    """The result of a run, loaded into memory with the file closed again.
+
+    Args:
+        folder: a run folder, or a `.nc` file itself.
+        lazy: read from the file what is asked for when it is asked for, until `.close()`: for
+            results by position that do not fit in memory.
+
+    Raises:
+        InputError: there is no complete result there, or it is not one of this package.
+    """
+    import xarray as xr
+
+    file = _result_of(folder)
+    _check_whole(file)
+    try:
+        check_size(file)
+        dataset = xr.open_dataset(file, engine="h5netcdf")
+    except InputError:
+        raise
+    except Exception as error:  # a torn file fails in many ways, deep in HDF5
+        raise _torn(file, error) from error
+    try:
+        dataset.attrs = _plain_attrs(dataset.attrs)
+        ours = {"g_effect", "risk_value", "loss"} <= set(dataset.data_vars)
+        dims = [dim for dim in dataset["g_effect"].dims if dim != "step"] if ours else []
+        ours = dims[:2] == ["objective", "risk"]
+    except ValueError:
+        ours = False
+    if not ours:
+        dataset.close()
+        raise InputError(f"{file} holds no G-effect; give a file written by geffect_fast")
+    try:
+        check_form(dataset, file)
+        if lazy:
+            return dataset
+        with dataset:
+            return dataset.load()
+    except Exception as error:  # as above
+        dataset.close()
+        if isinstance(error, InputError):
+            raise
+        raise _torn(file, error) from error
+
+
+def _check_whole(file: Path) -> None:
+    """Raise `InputError` where a result's bytes are not those that were written; reads it once."""
+    try:
+        if file.name == RESULTS and check_file(file.parent, RESULTS):
+            return
+        whole = not file.is_file() or seal_holds(file)
+    except OSError as error:
+        raise _torn(file, error) from error
+    if not whole:
+        raise InputError(
+            f"{file} is damaged: its checksum is not that of what was written; run profile again"
+        )
+
+
+def _result_of(folder: str | Path) -> Path:
+    """The result's file in a run folder, or the file itself; raise `InputError` without one."""
+    path = user_path(folder)
+    try:
+        restored(path)
+        file = path / RESULTS if path.is_dir() else path
+        if is_there(file):
+            check_regular(file, f"result {file}")
+            return file
+        if not is_there(path):
+            raise InputError(f"run folder {folder} does not exist; give a folder made by profile")
+    except OSError as error:
+        raise InputError(
+            f"run folder {folder} cannot be read: {error.strerror}; give a folder made by profile"
+        ) from None
+    torn = any(path.glob(f"{UNFINISHED}*")) or (path / CONFIG).exists()
+    reason = "its run did not finish" if torn else "it is not a run folder"
+    advice = "go on with --resume" if (path / STEPS).is_dir() else "run profile again"
+    raise InputError(f"run folder {folder} holds no {RESULTS}: {reason}; {advice}")
+
+
+@contextmanager
+def reading(file: str | Path) -> Iterator[None]:
+    """Reads from a result opened lazily; a file torn in the middle shows only then.
+
+    Raises:
+        InputError: it is.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise _torn(file, error) from error
+
+
+def _torn(file: str | Path, error: Exception) -> InputError:
+    reason = in_one_line(error, 120)
+    return InputError(f"{file} is torn or not NetCDF ({reason}); run profile again")
+
+
+def save_result(dataset: xr.Dataset, file: Path) -> None:
+    """Write a result alone, in place of a file that is there.
+
+    Raises:
+        InputError: the disk refuses, and the file is as it was.
+    """
+    with whole_file(f"result {file}", file, "folder") as part:
+        write_dataset(dataset, part)
+
+
+def write_dataset(dataset: xr.Dataset, file: Path) -> None:
+    """Write a result as NetCDF-4 with compression; raises `OSError` where the disk refuses."""
+    import h5netcdf
+
+    encoding = {name: COMPRESSION for name in dataset.data_vars if dataset[name].ndim}
+    with DiskFile(file) as disk:
+        try:
+            with h5netcdf.File(disk, "w") as h5:
+                store_in(h5, dataset, encoding)
+        finally:
+            disk.check()  # also where HDF5 misses what it could not write
+    seal(file)
+
+
+def store_in(h5: Any, dataset: xr.Dataset, encoding: dict[Any, Any] | None = None) -> None:
+    """Write a dataset into an open file of h5netcdf."""
+    import xarray as xr
+
+    _encoded(dataset).dump_to_store(xr.backends.H5NetCDFStore(h5), encoding=encoding)
+
+
+def _encoded(dataset: xr.Dataset) -> xr.Dataset:
+    """The dataset with attributes that NetCDF has no type for written as JSON."""
+    encoded = dataset.copy()
+    as_json = [k for k, v in dataset.attrs.items() if type(v) not in (str, int, float)]
+    for key in as_json:
+        encoded.attrs[key] = json.dumps(dataset.attrs[key])
+    encoded.attrs[_JSON_ATTRS] = json.dumps(as_json)
+    return encoded
+
+
+def _plain_attrs(attrs: dict[Any, Any]) -> dict[Any, Any]:
+    """Attributes as they were before writing: numpy scalars to Python's, JSON to values."""
+    plain = {k: v.item() if hasattr(v, "item") else v for k, v in attrs.items()}
+    for key in json.loads(plain.pop(_JSON_ATTRS, "[]")):
+        plain[key] = json.loads(plain[key])
+    return plain

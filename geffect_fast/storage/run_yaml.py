@@ -1,0 +1,70 @@
+"""`run.yaml`: the settings of a run as a file, written beside its results and read again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from geffect_fast.data.files import check_regular
+from geffect_fast.errors import InputError, in_one_line
+from geffect_fast.settings import ProfileConfig, RunConfig, UnlearnConfig, checked_config
+
+CONFIG_BEGINS = "# Replay: geffect-fast"
+"""What a file says first that `dump_config` wrote."""
+
+
+def load_config(path: str | Path) -> RunConfig:
+    """The config in a YAML file, of the kind of run that its field `command` names.
+
+    Raises:
+        InputError: as `read_values` and `make_config`.
+    """
+
+    values = read_values(path)
+    kind = UnlearnConfig if values.get("command") == "unlearn" else ProfileConfig
+    return checked_config(kind, values, str(path))
+
+
+def read_values(path: str | Path) -> dict[str, Any]:
+    """The unchecked fields of a YAML file, for a caller that overrides some of them.
+
+    Raises:
+        InputError: the file is missing, is not YAML, or holds no fields.
+    """
+    try:
+        check_regular(Path(path), f"config {path}")
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except InputError:
+        raise
+    except FileNotFoundError:
+        raise InputError(
+            f"config {path} does not exist; give a YAML file such as run.yaml"
+        ) from None
+    except OSError as error:
+        reason = error.strerror or error
+        raise InputError(
+            f"config {path} cannot be read: {reason}; give a YAML file such as run.yaml"
+        ) from None
+    except UnicodeDecodeError:
+        raise InputError(f"config {path} is not UTF-8; save it as UTF-8") from None
+    except (RecursionError, ValueError) as error:  # nested too deep, or a date such as 2024-13-01
+        raise InputError(
+            f"config {path} is unusable YAML ({in_one_line(error, 120)}); mend or replace it"
+        ) from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f" at line {mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or in_one_line(error)
+        raise InputError(f"config {path} is not valid YAML{line}: {problem}") from None
+    if not isinstance(values, dict):
+        raise InputError(f"config {path} must hold fields such as 'model: PATH'")
+    return values
+
+
+def dump_config(config: RunConfig) -> str:
+    """The config as YAML that `load_config` reads back to an equal config."""
+    values = config.model_dump(mode="json")
+    replay = f"{CONFIG_BEGINS} {config.command} --config run.yaml --out NEW_FOLDER\n"
+    return replay + yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=1000)

@@ -1,0 +1,103 @@
+"""Effects that need not fit in memory: written to the result's file while they are computed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from geffect_fast.errors import InputError
+from geffect_fast.paths import user_path
+from geffect_fast.storage.disk import DiskFile, unwritable
+from geffect_fast.storage.run_folder import COMPRESSION, open_run, store_in
+from geffect_fast.storage.seal import seal
+
+if TYPE_CHECKING:
+    import xarray as xr
+
+
+class EffectFile:
+    """A NetCDF file whose `g_effect` is written sample by sample, and then the rest.
+
+    A context manager: the file appears, whole, once `finish` has been called; where that does not
+    happen, nothing is left.
+
+    Args:
+        file: does not exist.
+        dims: names of the axes, the last two `sample` and `position`.
+        shape: sizes of all five axes of an `EffectArray`, 1 for one that is summed.
+    """
+
+    def __init__(self, file: str | Path, dims: Sequence[str], shape: tuple[int, ...]) -> None:
+        self.file = user_path(file).absolute()
+        self.dims = tuple(dims)
+        self.shape = shape
+        self._part = self.file.with_name(f".{self.file.name}.part")
+        if self.file.exists():
+            raise InputError(f"out: {file} exists; choose another name")
+        if not self.file.parent.is_dir():
+            raise InputError(f"out: folder {self.file.parent} does not exist; make it first")
+
+    def __enter__(self) -> EffectFile:
+        import h5netcdf
+
+        sizes = [n for at, n in enumerate(self.shape) if at != 2 or len(self.dims) == 5]
+        # A sample is written at a time, and read at a time by whoever sums over positions.
+        chunks = (1, 1, *sizes[2:-2], 1, sizes[-1])
+        try:
+            self._disk = DiskFile(self._part)
+        except OSError as error:
+            raise unwritable(f"out: {self.file}", "file", error) from error
+        self._h5 = h5netcdf.File(self._disk, "w")
+        self._h5.dimensions = dict(zip(self.dims, sizes, strict=True))
+        self._effect = self._h5.create_variable(
+            "g_effect", self.dims, "f8", chunks=chunks, **COMPRESSION
+        )
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._h5.close()
+        self._disk.close()
+        self._part.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise unwritable(f"out: {self.file}", "file", error) from error
+
+    # `EffectArray` adds to `values[:, :, :, row, :n]`, which has all five axes.
+
+    def __getitem__(self, index: tuple[Any, ...]) -> np.ndarray:
+        found = self._effect[self._own(index)]
+        return found if len(self.dims) == 5 else found[:, :, None]
+
+    def __setitem__(self, index: tuple[Any, ...], values: np.ndarray) -> None:
+        self._effect[self._own(index)] = values if len(self.dims) == 5 else values[:, :, 0]
+        self._disk.check()
+
+    def _own(self, index: tuple[Any, ...]) -> tuple[Any, ...]:
+        return index if len(self.dims) == 5 else (*index[:2], *index[3:])
+
+    def finish(self, rest: xr.Dataset) -> xr.Dataset:
+        """Write everything else, put the file in its place, and open it.
+
+        Args:
+            rest: the result without `g_effect`.
+
+        Returns:
+            The result, read from the file as it is asked for; close it after use.
+        """
+        try:
+            store_in(self._h5, rest)
+            self._h5.close()
+        finally:
+            self._disk.check()  # also where HDF5 misses what it could not write
+        self._disk.close()
+        seal(self._part)
+        self._part.rename(self.file)
+        return open_run(self.file, lazy=True)

@@ -1,0 +1,105 @@
+"""An unlearning run from its config to its folder, begun or resumed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+from geffect_fast.measure.execute import measuring, on_threads, read_sources, reading
+from geffect_fast.measure.models import load_model
+from geffect_fast.results.dataset import digests
+from geffect_fast.settings import UnlearnConfig
+from geffect_fast.storage.inputs import Inputs, input_sums, inputs_of
+from geffect_fast.storage.lock import locked
+from geffect_fast.storage.recorded_rows import check_recorded
+from geffect_fast.storage.step_folder import as_begun, begun, check_resumed, kept
+from geffect_fast.training.folder import check_start, finish
+from geffect_fast.training.run import SAME_NUMBERS, Unlearning
+
+if TYPE_CHECKING:
+    import xarray as xr
+
+    from geffect_fast.storage.run_folder import Reporter
+    from geffect_fast.training.watch import Told
+
+CHOSEN = ("token_budget", "threads", "device", "dtype", "batch_size", "probe_rows", "rows")
+"""Fields that are decided when a run begins, where nobody says, and recorded in its `run.yaml`."""
+
+
+def execute_unlearn(
+    config: UnlearnConfig,
+    out: str | Path,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    progress: bool = False,
+    report: Reporter | None = None,
+    said: Callable[[str], None] = lambda line: None,
+    told: Told | None = None,
+    inputs: Inputs = MappingProxyType({}),
+) -> xr.Dataset:
+    """Unlearn as a config says, and write the run folder as it goes.
+
+    The config saved holds what was chosen on the way (token budget, threads, batch size ...), so
+    that it replays, and resumes, to bitwise the same numbers on the same machine.
+
+    Args:
+        config: the run.
+        out: run folder.
+        resume: go on with the run in it.
+        overwrite: whether a run in it may be replaced.
+        progress: whether to show a bar.
+        report: adds tables and plots to the folder.
+        said: told what was decided, a sentence each.
+        told: of every probe.
+        inputs: what else is read, beside what the config names: its own file.
+
+    Returns:
+        The result, as `geffect_fast.unlearn` returns it.
+
+    Raises:
+        As `geffect_fast.unlearn`.
+    """
+    with locked(out):
+        folder = check_start(out, resume, overwrite, inputs_of(config) | dict(inputs))
+        if resume:
+            config = config.model_copy(update=as_begun(config, folder, CHOSEN, SAME_NUMBERS))
+        device, data, tokenizer = read_sources(config, [config.objective, *config.objectives])
+        sums = input_sums(inputs_of(config))
+        if resume:
+            check_resumed(folder, sums)
+        with on_threads(config.threads) as n_threads:
+            trusted = config.trust_remote_code
+            model = load_model(config.model, config.dtype, str(device), trust_remote_code=trusted)
+            run = Unlearning(
+                model,
+                tokenizer,
+                config.training(),
+                objective=config.objective,
+                objectives=config.objectives,
+                sources=data,
+                reference_model=config.reference,
+                measuring=measuring(config),
+                reading=reading(config),
+                trust_remote_code=trusted,
+            )
+            said(run.rows.sentence(run.sets))
+            rows = digests(run.sets)
+            check_recorded(config.rows, rows, folder if resume else None)
+            chosen: dict[str, Any] = {
+                "token_budget": run.profiler.token_budget,
+                "threads": n_threads,
+                "device": str(device),
+                "dtype": str(model.dtype).removeprefix("torch."),
+                "rows": rows,
+                "batch_size": run.training.batch_size,
+                "probe_rows": config.probe_rows or max(map(len, run.rows.rows.values())),
+            }
+            settled = config.model_copy(update=chosen)
+            with nullcontext() if resume else begun(folder, settled, sums), kept(folder):
+                dataset = run.train(folder, progress=progress, told=told)
+                finish(folder, dataset, run, report)
+    return dataset

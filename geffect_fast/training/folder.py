@@ -1,0 +1,98 @@
+"""The folder of an unlearning run: what may be written there, and how it becomes complete."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from safetensors import SafetensorError
+
+from geffect_fast.errors import InputError
+from geffect_fast.measure.models import quiet_transformers
+from geffect_fast.paths import is_there
+from geffect_fast.settings import UnlearnConfig
+from geffect_fast.storage import step_folder
+from geffect_fast.storage.disk import remove
+from geffect_fast.storage.inputs import Inputs
+from geffect_fast.storage.manifest import files_below
+from geffect_fast.storage.run_folder import CONFIG, RESULTS, check_free, own_files
+from geffect_fast.storage.run_yaml import load_config
+from geffect_fast.training.resume import checkpoints
+
+if TYPE_CHECKING:
+    import xarray as xr
+
+    from geffect_fast.storage.run_folder import Reporter
+    from geffect_fast.training.run import Unlearning
+
+MODEL = "model"
+
+
+def checkpoint_files(folder: Path) -> list[str]:
+    """The files of the checkpoints in a run folder that an unlearning run made."""
+    return [
+        f"{checkpoint.name}/{name}"
+        for checkpoint in checkpoints(folder).values()
+        for name in files_below(checkpoint)
+    ]
+
+
+def check_start(out: str | Path, resume: bool, overwrite: bool, inputs: Inputs) -> Path:
+    """The folder in which a run works, if it may begin, or go on, in `out`; the caller locks that.
+
+    Touches nothing but what a process killed at its very end left beside its result: checkpoints.
+
+    Raises:
+        InputError: it cannot be written to; it holds a run and neither `resume` nor `overwrite` is
+            given, or something else under a name of ours; there is nothing to resume, the run is
+            complete, or an input would be replaced.
+    """
+    folder = check_free(out, overwrite=True)
+    theirs = {path.name for path in folder.glob("checkpoint-*")}
+    theirs -= {path.name for path in checkpoints(folder).values()}
+    if is_there(folder / MODEL) and not any(n.startswith(f"{MODEL}/") for n in own_files(folder)):
+        theirs.add(MODEL)
+    if theirs:
+        raise InputError(
+            f"run folder {out} holds {min(theirs)}, which no unlearning run made, or one that kept "
+            "no list of its files; move it away, or choose another --out"
+        )
+    if resume and is_there(folder / RESULTS) and is_there(folder / CONFIG):
+        begun = load_config(folder / CONFIG)
+        if isinstance(begun, UnlearnConfig) and not begun.keep_checkpoints:
+            _remove_checkpoints(folder)
+    return step_folder.check_start(out, resume, overwrite, checkpoint_files(folder), inputs)
+
+
+def finish(folder: Path, dataset: xr.Dataset, run: Unlearning, report: Reporter | None) -> None:
+    """Write the model, the report and the result; then checkpoints go.
+
+    Where that fails, the steps and the last checkpoint are there still.
+
+    Args:
+        folder: of the run.
+        dataset: of all steps.
+        run: whose model, as it is now, is saved.
+        report: writes tables and plots.
+
+    Raises:
+        UnfinishedError: the disk refuses.
+    """
+
+    def save_model(staging: Path) -> None:
+        try:
+            with quiet_transformers():
+                run.model.save_pretrained(staging / MODEL)
+                if run.tokenizer is not None:
+                    run.tokenizer.save_pretrained(staging / MODEL)
+        except SafetensorError as error:
+            raise OSError(str(error)) from error
+
+    step_folder.finish(
+        folder, dataset, report, save_model, checkpoint_files, run.training.keep_checkpoints
+    )
+
+
+def _remove_checkpoints(folder: Path) -> None:
+    for checkpoint in checkpoints(folder).values():
+        remove(checkpoint)

@@ -1,0 +1,125 @@
+"""Checkpoints to resume from: whole or not there, the one before gone when the next is whole."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from geffect_fast.errors import InputError
+from geffect_fast.measure.models import has_remote_code, load_model
+from geffect_fast.storage.disk import UNFINISHED, remove, synced
+from geffect_fast.storage.manifest import check_sums, checksums, files_below
+from geffect_fast.storage.seal import read_sealed, write_sealed
+
+MARK = "geffect_fast.json"
+"""In a checkpoint of ours, written last: which run and step it is of."""
+
+
+_STATE = ("trainer_state.json", "optimizer.pt", "scheduler.pt", "rng_state.pth")
+"""Without one of these transformers goes on too, to other numbers."""
+
+
+def saving_folder(run: Path) -> Path:
+    """Where checkpoints are written, before they are complete and take their place."""
+    return run / f"{UNFINISHED}checkpoint"
+
+
+@contextmanager
+def saving(run: Path, step: int, identity: str) -> Iterator[None]:
+    """What the block writes to `checkpoint-STEP` in `saving_folder` becomes a checkpoint.
+
+    Args:
+        run: folder of the run.
+        step: updates done.
+        identity: of the run.
+    """
+    remove(saving_folder(run))  # of a killed process
+    try:
+        yield
+        written = saving_folder(run) / f"checkpoint-{step}"
+        names = files_below(written)
+        sums = checksums(written, names)
+        write_sealed(written / MARK, {"identity": identity, "step": step, "files": dict(sums)})
+        for name in [*names, MARK]:
+            synced(written / name)
+        synced(written)
+        remove(run / written.name)  # of this run and step: only such a one can be there
+        written.rename(run / written.name)
+        synced(run)
+    finally:
+        remove(saving_folder(run))
+
+
+def checkpoints(run: Path, identity: str | None = None) -> dict[int, Path]:
+    """The complete checkpoints in a folder by step, in order.
+
+    Args:
+        run: the folder.
+        identity: of the run they belong to; None: of any unlearning run.
+    """
+    found = {}
+    for folder in run.glob("checkpoint-*") if run.is_dir() else ():
+        held = _mark_of(folder)
+        if held is not None and identity in (None, held["identity"]):
+            found[int(held["step"])] = folder
+    return dict(sorted(found.items()))
+
+
+def check_whole(folder: Path) -> None:
+    """Raise `InputError` where a file of a checkpoint is missing, or is not what was saved."""
+    advice = f"remove the folder {folder.name} to train again from what is before it"
+    mark = _mark_of(folder)
+    assert mark is not None
+    if "files" in mark:
+        check_sums(folder, mark["files"], advice)
+    for name in _STATE:
+        if not (folder / name).is_file():
+            raise InputError(f"{folder / name} is missing, and was written; {advice}")
+
+
+def load_weights(model: nn.Module, folder: Path) -> None:
+    """Copy the weights of a checkpoint, a model or an adapter, into a model of its kind.
+
+    A model's come through transformers' own loader, since what it saves may have other names and
+    shapes than its parameters (fused experts).
+
+    Raises:
+        InputError: it is damaged, or of another model.
+    """
+    if hasattr(model, "peft_config"):
+        import peft
+
+        weights = peft.utils.load_peft_weights(str(folder), device="cpu")
+        peft.set_peft_model_state_dict(model, weights)
+        return
+    first = next(model.parameters())
+    dtype = str(first.dtype).removeprefix("torch.")
+    trusted = has_remote_code(model)
+    loaded = load_model(folder, dtype, "cpu", "checkpoint", trust_remote_code=trusted)
+    saved = loaded.state_dict()
+    own = model.state_dict()
+    odd = sorted(saved.keys() ^ own.keys()) or [
+        name for name, tensor in own.items() if tensor.shape != saved[name].shape
+    ]
+    if odd:
+        raise InputError(f"checkpoint {folder}: {odd[0]} is not as in the model; remove the folder")
+    with torch.no_grad():
+        for name, tensor in own.items():
+            tensor.copy_(saved[name])
+
+
+def _mark_of(folder: Path) -> dict[str, Any] | None:
+    """What a checkpoint of ours says of itself; None of another's, and of one that is damaged."""
+    try:
+        held = json.loads((folder / MARK).read_text(encoding="utf-8"))
+        if {"files", "sha256"} & held.keys():  # marks of earlier versions have neither
+            held = read_sealed(folder / MARK)
+        return held if {"identity", "step"} <= held.keys() else None
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return None

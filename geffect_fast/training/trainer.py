@@ -1,0 +1,365 @@
+"""Training on an unlearning objective: transformers' Trainer with packed batches and our losses."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from math import isfinite
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from torch.utils.data import Dataset, SequentialSampler
+from transformers import PrinterCallback, Trainer, TrainingArguments
+
+from geffect_fast.data import Layout, SampleSet, make_batches
+from geffect_fast.data.batch import Batch, Reduction, Role
+from geffect_fast.data.packing import token_places
+from geffect_fast.engines.attempts import Attempt, TokenBudget, attempts
+from geffect_fast.engines.forward_pass import model_outputs
+from geffect_fast.engines.packed_attention import packed_attention
+from geffect_fast.engines.tasks import Task, tasks_for
+from geffect_fast.errors import InputError, NonFiniteError, UnfinishedError, in_one_line
+from geffect_fast.measure.budget import within_budget
+from geffect_fast.objectives import Objective, Outputs
+from geffect_fast.objectives.base import REFERENCE_NEEDS
+from geffect_fast.training.resume import load_weights, saving, saving_folder
+
+Rows = Mapping[str, Sequence[int]]
+"""Rows of an update, by data set."""
+
+
+class Draws(Dataset[Rows]):
+    """Which rows each update reads: every row once, in random order, then all over again.
+
+    They follow from the seed and the number of the update, so that a run that is resumed reads what
+    it would have read.
+
+    Args:
+        sizes: by data set the number of its rows, and how many an update reads.
+        n_updates: of the run.
+        seed: of the order.
+    """
+
+    def __init__(self, sizes: Mapping[str, tuple[int, int]], n_updates: int, seed: int) -> None:
+        self.sizes = dict(sizes)
+        self.n_updates = n_updates
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return self.n_updates
+
+    def __getitem__(self, update: int) -> Rows:
+        rows: dict[str, list[int]] = {}
+        for which, (name, (n, count)) in enumerate(self.sizes.items()):
+            places = range(update * count, (update + 1) * count)
+            orders = {p: self._order(which, p, n) for p in {place // n for place in places}}
+            rows[name] = [int(orders[place // n][place % n]) for place in places]
+        return rows
+
+    def _order(self, which: int, number: int, n: int) -> np.ndarray:
+        return np.random.default_rng([self.seed, which, number]).permutation(n)
+
+
+@dataclass(frozen=True)
+class Loss:
+    """What a training step descends on, and how its rows become batches.
+
+    Attributes:
+        objective: the objective.
+        sets: the data sets by name, whole.
+        token_budget: tokens a batch; a larger update is several, whose gradients add up exactly.
+        layout: of the batches.
+        reduction: over what means are taken, within the rows of an update.
+        pieces: batches an update is cut into at least.
+    """
+
+    objective: Objective
+    sets: Mapping[str, SampleSet]
+    token_budget: int
+    layout: Layout
+    reduction: Reduction
+    pieces: int = 1
+
+    @property
+    def parts(self) -> list[Objective]:
+        return list(dict.fromkeys(part for _, part in self.objective.parts()))
+
+    @property
+    def reads(self) -> list[str]:
+        """The data sets that it reads; the forget set first."""
+        on = {part.on for part in self.parts}
+        return ["forget", *(["retain"] if "retain" in on else [])]
+
+    def tasks(self, rows: Rows) -> list[Task]:
+        """The batches of an update, and which parts of the objective read them.
+
+        Samples are numbered as in `rows`, in which one may come twice.
+        """
+        picked = {name: self.sets[name].part(chosen).samples for name, chosen in rows.items()}
+
+        def batches_of(name: str, roles: tuple[Role, ...]) -> list[Batch]:
+            totals = SampleSet(name, picked[name]).totals()
+            edges = np.linspace(0, len(picked[name]), self.pieces + 1).round().astype(int)
+            return [
+                replace(batch, totals=totals)
+                for start, end in pairwise(edges)
+                if end > start
+                for batch in make_batches(
+                    SampleSet(name, picked[name][start:end]),
+                    roles,
+                    token_budget=self.token_budget,
+                    reduction=self.reduction,
+                    layout=self.layout,
+                )
+            ]
+
+        return tasks_for(self.parts, batches_of, dict.fromkeys(picked, 0))
+
+    def value(
+        self, task: Task, outputs: Outputs, batch: Batch, reference: Outputs | None
+    ) -> Tensor:
+        """The share of a batch in the objective, a scalar, differentiable."""
+        shares = [
+            coefficient * part.loss(outputs, batch, reference)
+            for coefficient, part in self.objective.parts()
+            if part in task.parts.values()
+        ]
+        return torch.stack([share.double() for share in shares]).sum()
+
+
+class RowReference:
+    """What the reference model says of any rows: log-probabilities are computed once and kept.
+
+    Only for logits and hidden states, whose size forbids that, the model is kept.
+
+    Args:
+        model: the reference.
+        loss: says what is needed of it.
+    """
+
+    def __init__(self, model: nn.Module, loss: Loss) -> None:
+        self._known: dict[str, list[Tensor]] = {}
+        self._loss = loss
+        every = {name: range(len(loss.sets[name])) for name in loss.reads}
+        tasks = loss.tasks(every)
+        needs = [task.needs & REFERENCE_NEEDS for task in tasks]
+        for task, needed in zip(tasks, needs, strict=True):
+            if needed == {"reference"}:
+                self._keep(model, task)
+        self._model = model if any(needed - {"reference"} for needed in needs) else None
+
+    @torch.no_grad()
+    def outputs(self, task: Task, rows: Rows, batch: Batch, moved: Batch) -> Outputs | None:
+        """The reference's outputs on a batch of the update `rows`; None where nothing needs them.
+
+        Args:
+            task: which parts read the batch.
+            rows: of the update.
+            batch: one of the task's, on the CPU.
+            moved: the same, where the model is.
+        """
+        needs = task.needs & REFERENCE_NEEDS
+        if not needs:
+            return None
+        if needs != {"reference"}:
+            assert self._model is not None
+            with packed_attention(self._model, moved):
+                return model_outputs(self._model, moved, needs)
+        chosen = rows[task.on]
+        known = [self._known[task.on][chosen[row]] for row in batch.rows]
+        at = _flat_places(self._loss.sets[task.on].part(chosen), batch, [len(k) for k in known])
+        values = torch.cat(known)[at.clamp(min=0)]
+        return Outputs(values.masked_fill(at < 0, 0.0).to(moved.labels.device))
+
+    @torch.no_grad()
+    def _keep(self, model: nn.Module, task: Task) -> None:
+        """Log-probabilities of every row's tokens, through its answer and its alternatives."""
+        samples = self._loss.sets[task.on]
+        lengths = [sum(map(len, (s.answer, *s.alternatives))) for s in samples.samples]
+        known: list[Tensor] = []
+        device = next(model.parameters()).device
+        for attempt in attempts(task.batches, TokenBudget(self._loss.token_budget)):
+            batch = attempt.batch
+            with attempt:
+                moved = batch.to(device)
+                with packed_attention(model, moved):
+                    found = model_outputs(model, moved).token_logprob.cpu()
+            if attempt.failed:
+                continue
+            if not known:
+                known = [found.new_zeros(length) for length in lengths]
+            flat = torch.cat([known[row] for row in batch.rows])
+            inside = [lengths[row] for row in batch.rows]
+            at = _flat_places(samples, batch, inside)
+            flat[at[at >= 0]] = found[at >= 0]
+            for row, piece in zip(batch.rows, flat.split(inside), strict=True):
+                known[row] = piece.clone()
+        self._known[task.on] = known
+
+
+def _flat_places(samples: SampleSet, batch: Batch, lengths: list[int]) -> Tensor:
+    """Where each token of a batch stands in its samples laid end to end; -1 for extensions."""
+    places = token_places(samples, batch)
+    starts = torch.tensor([0, *lengths]).cumsum(0)[:-1]
+    sample = batch.sequence_sample[batch.token_sequence()]
+    return torch.where(places < 0, -1, places + starts[sample])
+
+
+class UnlearnTrainer(Trainer):
+    """transformers' Trainer, whose loss is an objective on forget rows, and retain rows beside.
+
+    Gradients of the batches of an update add up to the gradient of the objective on all of its rows
+    together: means are taken over the update, not over its batches.
+
+    Args:
+        model: a causal language model of transformers.
+        args: the Trainer's.
+        loss: what is descended on.
+        draws: which rows each update reads.
+        reference: None where the objective needs none.
+        identity: of the run, for its checkpoints.
+        callbacks: of transformers.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: TrainingArguments,
+        *,
+        loss: Loss,
+        draws: Draws,
+        reference: RowReference | None,
+        identity: str = "",
+        callbacks: Sequence[Any] = (),
+    ) -> None:
+        self.loss = loss
+        self.reference = reference
+        self.identity = identity
+        self._budget = TokenBudget(loss.token_budget)
+        super().__init__(
+            model,
+            args,
+            train_dataset=draws,
+            data_collator=lambda updates: updates[0],
+            callbacks=list(callbacks),
+        )
+        self.remove_callback(PrinterCallback)
+
+    def training_step(
+        self, model: nn.Module, inputs: Rows, num_items_in_batch: Any = None
+    ) -> Tensor:
+        """The gradient of one update, added to the parameters' `.grad`; returns the loss.
+
+        Raises:
+            NonFiniteError: the loss is not finite.
+            OutOfMemoryError: a batch does not fit.
+        """
+        model.train()
+        if callable(getattr(self.optimizer, "train", None)):
+            self.optimizer.train()  # of optimizers without a schedule
+        with within_budget(self._budget):
+            total = self._update(model, inputs)
+        if not isfinite(total):
+            raise NonFiniteError(
+                f"step {self.state.global_step + 1}: the loss of {self.loss.objective} is {total}; "
+                "try a smaller --learning-rate, --trainer max_grad_norm=1, or --dtype float32"
+            )
+        return torch.tensor(total, device=self.args.device)
+
+    def _update(self, model: nn.Module, rows: Rows) -> float:
+        """The loss of an update; where memory runs out, all of it is redone in smaller batches.
+
+        A backward that stops half way has added to some gradients and not to others, so they begin
+        anew. Where there were gradients before, that cannot be, and the lack of memory is an error.
+        """
+        parameters = list(model.parameters())
+        begins = all(p.grad is None for p in parameters)
+        while True:
+            tasks = replace(self.loss, token_budget=self._budget.tokens).tasks(rows)
+            shares: list[float] = []
+            for task, batch in [(each, batch) for each in tasks for batch in each.batches]:
+                attempt = Attempt(batch, self._budget if begins else None)
+                with attempt:
+                    shares.append(self._descend(model, rows, task, batch))
+                if attempt.failed:
+                    break
+            else:
+                return sum(shares)
+            for p in parameters:
+                p.grad = None
+            self._budget.halve(batch.total_tokens)
+
+    def _descend(self, model: nn.Module, rows: Rows, task: Task, batch: Batch) -> float:
+        """One batch forward and backward; its share in the loss."""
+        moved = batch.to(self.args.device)
+        # What is computed again in the backward (gradient checkpointing) needs the attention too.
+        with packed_attention(model, moved), self.compute_loss_context_manager():
+            outputs = model_outputs(model, moved, task.needs)
+            other = None
+            if self.reference is not None:
+                other = self.reference.outputs(task, rows, batch, moved)
+            loss = self.loss.value(task, outputs, moved, other)
+            if loss.requires_grad:  # else it reads layers below everything that can be trained
+                self.accelerator.backward(loss)
+        return float(loss.detach())
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> None:
+        """A checkpoint to resume from, whole or not there.
+
+        Raises:
+            UnfinishedError: the disk refuses.
+        """
+        run, step = Path(self.args.output_dir), self.state.global_step
+        try:
+            with saving(run, step, self.identity):
+                super()._save_checkpoint(model, trial)
+        except (OSError, RuntimeError, SafetensorError) as error:  # all of them say: disk full
+            reason = getattr(error, "strerror", None) or error
+            raise UnfinishedError(
+                f"checkpoint of step {step} in {run} cannot be written: {reason}; free some space "
+                "and go on with --resume"
+            ) from error
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(saving_folder(Path(self.args.output_dir)))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        load_weights(self.model, Path(resume_from_checkpoint))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with _readable(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with _readable(checkpoint):
+            super()._load_rng_state(checkpoint)
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        """0: transformers would count the tokens of one input."""
+        return 0
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
+        return SequentialSampler(self.train_dataset)
+
+
+@contextmanager
+def _readable(checkpoint: str | None) -> Iterator[None]:
+    """A checkpoint's states being loaded, which fail in many ways where they are none.
+
+    Raises:
+        InputError: they do.
+    """
+    try:
+        yield
+    except Exception as error:
+        reason = in_one_line(error, 120)
+        raise InputError(
+            f"checkpoint {checkpoint}: its optimizer.pt, scheduler.pt or rng_state.pth cannot be "
+            f"loaded ({reason}); remove the folder to train again from what is before it"
+        ) from error

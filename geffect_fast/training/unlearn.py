@@ -1,0 +1,139 @@
+"""`unlearn`: train a model on an unlearning objective, the G-effect measured as it changes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from geffect_fast.data.batch import Reduction
+from geffect_fast.data.tokenize import CHAT_DATE
+from geffect_fast.objectives import Objective
+from geffect_fast.settings import Training, checked_config
+from geffect_fast.storage.inputs import input_sums, weights_sums
+from geffect_fast.storage.lock import locked
+from geffect_fast.storage.step_folder import begun, check_resumed, kept
+from geffect_fast.training.folder import check_start, finish
+from geffect_fast.training.run import Unlearning
+
+if TYPE_CHECKING:
+    import xarray as xr
+
+    from geffect_fast.storage.run_folder import Reporter
+
+
+def unlearn(
+    model: nn.Module,
+    tokenizer: Any,
+    *,
+    forget: Any,
+    retain: Any,
+    objective: str | Objective,
+    objectives: Sequence[str | Objective] = (),
+    probes: Mapping[str, Any] | None = None,
+    refusals: Any = None,
+    reference_model: nn.Module | str | Path | None = None,
+    resolve: Sequence[str] = ("parameter", "sample"),
+    engine: str = "auto",
+    reduction: Reduction = "token",
+    risk: str | Objective = "nll",
+    norms: bool | None = None,
+    groups: Mapping[str, Any] | None = None,
+    template: str = "auto",
+    max_length: int | None = None,
+    date: str = CHAT_DATE,
+    token_budget: int | None = None,
+    trust_remote_code: bool = False,
+    out: str | Path | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    progress: bool = False,
+    report: Reporter | None = None,
+    **training: Any,
+) -> xr.Dataset:
+    """Train a model on an unlearning objective, and measure the G-effect at steps on the way.
+
+    The training is transformers' `Trainer`. Every update reads `batch_size` forget rows, and as
+    many retain rows where the objective reads them; the gradient is that of the objective on these
+    rows together, whatever they are cut into. Probes change nothing about the training.
+
+    Args:
+        model: a causal language model of transformers, trained in place (with `lora_rank` an
+            adapter is put into it); in eval mode afterwards.
+        tokenizer, forget, retain, probes, refusals, resolve, engine, reduction, risk, norms,
+            groups, template, max_length, date, token_budget, trust_remote_code: as
+            `geffect_fast.profile` takes them; the engine and its axes are those of the probes.
+        objective: what is trained on, such as `npo(beta=0.1) + 1.0*kl`.
+        objectives: further ones, measured beside it.
+        reference_model: what NPO-like objectives compare with; None: the model as it was before
+            training.
+        out: a folder for `steps/` (a file a probe), checkpoints to resume from, and in the end
+            `model/` and `results.nc`; None: nothing is written.
+        resume: go on with what `out` holds of this run.
+        overwrite: whether an earlier run in `out` may be replaced.
+        progress: show a bar.
+        report: writes tables and plots into `out` beside the result.
+        training: `steps`, `learning_rate`, `probe_every` ...: the fields of
+            `geffect_fast.settings_unlearn.Training`.
+
+    Returns:
+        The results of `geffect_fast.profile` along a first axis `step`, and what each step did:
+        `learning_rate`, `measured_change`, `predicted_update`, `predicted_sgd`, `token_weight`
+        (docs/concepts.md).
+
+    Raises:
+        InputError, UnsupportedModelError: unusable data, objective or argument; nothing is written.
+        NonFiniteError: the loss, or a gradient at a probe, is not finite; the step is named.
+        UnfinishedError: the disk refuses; the steps before it are kept.
+        InterruptedRunError: Ctrl-C with `out`; the steps are kept.
+
+    Example:
+        >>> result = gf.unlearn(model, tokenizer, forget="forget.jsonl", retain="retain.jsonl",
+        ...                     objective="npo(beta=0.1)", steps=60, learning_rate=1e-5)
+        >>> result.g_effect.sum(["parameter", "sample"]).sel(objective="npo(beta=0.1)")
+    """
+
+    def prepared() -> Unlearning:
+        return Unlearning(
+            model,
+            tokenizer,
+            checked_config(Training, training),
+            objective=objective,
+            objectives=objectives,
+            sources={"forget": forget, "retain": retain, "probes": probes, "refusals": refusals},
+            reference_model=reference_model,
+            measuring={
+                "resolve": resolve,
+                "engine": engine,
+                "reduction": reduction,
+                "risk": risk,
+                "norms": norms,
+                "groups": groups,
+                "token_budget": token_budget,
+            },
+            trust_remote_code=trust_remote_code,
+            reading={"template": template, "max_length": max_length, "date": date},
+        )
+
+    if out is None:
+        return prepared().train(None, progress=progress)
+    given = {"forget": forget, "retain": retain, "refusals": refusals, **(probes or {})}
+    given["reference_model"] = reference_model
+    read = {name: source for name, source in given.items() if isinstance(source, str | Path)}
+    with locked(out):
+        folder = check_start(out, resume, overwrite, read)
+        models = {"model": model, "reference_model": reference_model}
+        weights = {
+            name: weights_sums(each) for name, each in models.items() if isinstance(each, nn.Module)
+        }
+        run = prepared()  # which may put an adapter into the model
+        sums = input_sums(read) | weights
+        if resume:
+            check_resumed(folder, sums)
+        with nullcontext() if resume else begun(folder, None, sums), kept(folder):
+            dataset = run.train(folder, progress=progress)
+            finish(folder, dataset, run, report)
+    return dataset

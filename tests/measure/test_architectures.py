@@ -1,0 +1,120 @@
+"""Every architecture of the table is exact, for every parameter and sample, by the rules it names.
+
+A row that falls back to a slower rule or layout fails, as does one that is not exact.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from architectures import ARCHITECTURES, FALCON_LAYOUT, PADDING
+from models import build, fp64_throughout, samples
+from reference import effects, error, risk_gradients
+
+import geffect_fast as gf
+from geffect_fast.capture import Plan
+from geffect_fast.data import tokenize_rows
+from geffect_fast.engines.layout import choose_layout
+from geffect_fast.measure.captured import CapturedNumbers
+from geffect_fast.objectives import resolve
+from geffect_fast.results.axes import kind_of
+
+ROOT = Path(__file__).resolve().parents[2]
+FORGET, RETAIN = [2, 9, 6, 6], [5, 7]
+
+OBJECTIVES = {
+    "npo(beta=0.1) + kl": [(1.0, "npo", {"beta": 0.1}), (1.0, "kl", {})],
+    "wga(alpha=1)": [(1.0, "wga", {"alpha": 1.0})],
+}
+TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
+
+
+def expected(name, dtype, forget, retain):
+    """Effects of every objective by plain autograd in `dtype`, and the models."""
+    model, other = build(name, dtype), build(name, dtype, seed=1)
+    with fp64_throughout() if dtype == torch.float64 else contextlib.nullcontext():
+        risks = risk_gradients(model, forget, retain)
+        every = [
+            effects(model, other, objective, forget, retain, None, risks=risks)
+            for objective in OBJECTIVES.values()
+        ]
+    return every, model, other
+
+
+def largest(found, every):
+    return max(error(own, wanted) for own, wanted in zip(found, every, strict=True))
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=["fp32", "fp64"])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_effects_equal_one_sample_at_a_time(name, dtype):
+    forget, retain = samples(FORGET, 1, 2), samples(RETAIN, 2, 2)
+    plain, model, other = expected(name, dtype, forget, retain)
+    with fp64_throughout() if dtype == torch.float64 else contextlib.nullcontext():
+        result = gf.profile(
+            model,
+            None,
+            forget=forget,
+            retain=retain,
+            objectives=list(OBJECTIVES),
+            reference_model=other,
+            token_budget=24,
+        )
+    trainable = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert list(result.parameter.values) == trainable
+    assert result.attrs["layout"] == ARCHITECTURES[name].layout
+    found = torch.from_numpy(result.g_effect.values)
+    if dtype == torch.float32 and largest(found, plain) > TOLERANCE[dtype]:
+        # Plain autograd rounds as much where a model amplifies rounding: the rule of `check` then.
+        exact, *_ = expected(name, torch.float64, forget, retain)
+        assert largest(found, exact) <= 2 * largest(plain, exact) + TOLERANCE[dtype]
+    else:
+        assert largest(found, plain) <= TOLERANCE[dtype]
+
+
+def test_samples_hold_the_padding_token():
+    ids = [row["input_ids"] for row in samples(FORGET, 1)]
+    model = build("opt")
+    assert model.get_input_embeddings().padding_idx == PADDING and any(PADDING in i for i in ids)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_layout_and_rules(name):
+    row, model = ARCHITECTURES[name], build(name)
+    plan, rows = Plan.of(model), tokenize_rows(samples(FORGET, 1), None, name="forget")
+    assert choose_layout(plan, rows) == row.layout
+    rules = CapturedNumbers(plan, rows, [resolve("ga")], None, row.layout).rules()
+    generic = {kind_of(name) for name, served in rules.items() if "generic" in served}
+    assert generic == set(row.generic)
+    assert rules.keys() == plan.parameters.keys()
+
+
+@pytest.mark.skipif(FALCON_LAYOUT != "packed", reason="the page is of transformers 5.24 and later")
+def test_the_page_of_models_has_the_same_rows():
+    page = (ROOT / "docs/models.md").read_text(encoding="utf-8")
+    layouts = "packed|equal_length|single"
+    forward = r"yes|not past `\w+`"
+    pattern = rf"^\| (\w+) \| (\w+) \| ({layouts}) \| (.*?) \| ({forward}) \| [^|]+ \|$"
+    rows = re.findall(pattern, page, re.MULTILINE)
+    found = {
+        row: (*cells, set(re.findall(r"`(.+?)`", kinds)), passed)
+        for row, *cells, kinds, passed in rows
+    }
+    assert len(found) == len(rows)
+    assert found == {
+        name: (
+            row.config,
+            row.layout,
+            set(row.generic),
+            f"not past `{row.forward}`" if row.forward else "yes",
+        )
+        for name, row in ARCHITECTURES.items()
+    }
+    assert f"\n{len(ARCHITECTURES)} architectures;" in page
+    for file, test in re.findall(r"`(tests/[\w/]+\.py)(?:::(\w+))?", page):
+        assert f"def {test}" in (ROOT / file).read_text(encoding="utf-8")
+    assert f"for {len(ARCHITECTURES)} architectures" in (ROOT / "README.md").read_text("utf-8")

@@ -1,0 +1,432 @@
+"""`check`: models that are served exactly pass, and a rule that is wrong is found and named."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import types
+
+import pytest
+import torch
+from architectures import ARCHITECTURES, VOCAB
+from models import build, fp64_throughout, samples
+from reference import effects, gradients, mean_over, token_logprobs
+from torch import nn
+
+import geffect_fast as gf
+from geffect_fast.capture import Plan
+from geffect_fast.capture import calls as rules
+from geffect_fast.errors import GEffectError, InputError, NonFiniteError, UnsupportedModelError
+from geffect_fast.measure import check as module
+from geffect_fast.measure.captured import CapturedNumbers
+from geffect_fast.measure.check import check
+from geffect_fast.measure.plain_autograd import BLOCK, dots, plain_numbers, plain_tokens
+from geffect_fast.measure.precision import TOLERANCE, computing_in
+from geffect_fast.objectives import parse
+from geffect_fast.report.check_table import render_check, verdict
+
+LENGTHS = [7, 12, 20, 5]
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+
+
+def run(model, **kwargs):
+    return check(model, None, **({"data": samples(LENGTHS, prompt=3)} | kwargs))
+
+
+def printed(found):
+    from rich.console import Console
+
+    console = Console(width=120, record=True, file=io.StringIO())
+    console.print(render_check(found))
+    return " ".join(console.export_text().split())
+
+
+def by_kind(found):
+    return {row.kind: row for row in found.kinds}
+
+
+# ---- models that are served exactly ----
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("architecture", ["llama_tied", "gpt2", "mixtral"])
+def test_exact_models_pass(architecture, dtype):
+    model = build(architecture, dtype)
+    found = run(model)
+    assert found.exact, verdict(found)
+    assert verdict(found).startswith("Exact: all ")
+    assert found.layout == "packed" and (found.n_samples, found.n_tokens) == (4, sum(LENGTHS))
+    assert found.dtype == str(dtype).removeprefix("torch.")
+    assert found.wider == (None if dtype.itemsize > 2 else "float32")
+    parameters = dict(model.named_parameters())
+    assert sum(row.n_parameters for row in found.kinds) == len(parameters)
+    assert found.coverage.covered_parameters == found.coverage.trainable_parameters
+    assert found.coverage.covered_parameters == len(parameters)
+    assert found.coverage.covered_elements == sum(p.numel() for p in parameters.values())
+    assert found.coverage.frozen_parameters == 0 and found.uncovered == ()
+    assert any(row.absolute["effects"] > 0 for row in found.kinds)
+
+
+def test_several_objectives_their_sums_and_their_data():
+    rows = samples(LENGTHS, prompt=3)
+    others = samples([9, 4, 6, 11], 5, prompt=2)
+    rows = [row | {"alternative": other} for row, other in zip(rows, others, strict=True)]
+    wanted = "ga,npo(beta=0.5)+0.5*kl,dpo(beta=0.2),rmu(layer=1),gd"
+    found = run(
+        build("llama"), data=rows, objectives=wanted, reference_model=build("llama", seed=1)
+    )
+    assert found.exact, verdict(found)
+    assert found.objectives == tuple(str(parse(text)) for text in wanted.split(","))
+
+
+def test_which_rule_captured_each_kind():
+    found = by_kind(run(build("llama_tied")))
+    assert found["embed_tokens"].rules == ("embedding", "linear")
+    assert found["q_proj"].rules == found["q_proj.bias"].rules == ("linear",)
+    assert found["input_layernorm"].rules == ("norm",) and found["norm"].n_parameters == 1
+    assert by_kind(run(build("gpt2")))["c_attn"].rules == ("conv1d",)
+    mixture = by_kind(run(build("mixtral")))
+    assert mixture["experts.gate_up_proj"].rules == mixture["gate"].rules == ("generic",)
+
+
+class WithoutPositions(nn.Module):
+    """GPT-2 that counts positions itself: it cannot be packed."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = build("gpt2")
+
+    def forward(self, input_ids):
+        return self.inner(input_ids=input_ids).logits
+
+
+class Routed(nn.Module):
+    """Tokens go to one of three experts by their id, so rows cannot be told apart by sample."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(VOCAB, 8)
+        self.experts = nn.ModuleList(nn.Linear(8, 8) for _ in range(3))
+        self.head = nn.Linear(8, VOCAB)
+
+    def forward(self, input_ids, position_ids=None):
+        hidden = self.embed(input_ids)
+        out = torch.zeros_like(hidden)
+        for e, expert in enumerate(self.experts):
+            picked = input_ids % 3 == e
+            if picked.any():
+                out[picked] = torch.tanh(expert(hidden[picked]))
+        return self.head(hidden + out)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "layout"), [(WithoutPositions, "equal_length"), (Routed, "single")]
+)
+def test_models_that_cannot_be_packed(architecture, layout):
+    found = run(build(architecture), data=samples([6, 9, 6, 9]), objectives="ga,gd")
+    assert found.exact, verdict(found)
+    assert found.layout == layout
+    assert f"Layout: {layout}," in printed(found)
+
+
+def test_parameters_that_no_sample_reaches_are_named():
+    rows = [{"input_ids": [3, 6, 9, 12], "labels": [-100, 6, 9, 12]}] * 2
+    found = run(build(Routed), data=rows)
+    idle = [f"experts.{e}.{leaf}" for e in (1, 2) for leaf in ("weight", "bias")]
+    assert found.exact and list(found.unreached) == idle
+    assert f"Without a gradient on these samples: {', '.join(idle)}." in printed(found)
+
+
+def test_frozen_parameters_are_counted_apart_and_tied_ones_named():
+    model = build("llama_tied")
+    for name, p in model.named_parameters():
+        p.requires_grad_("layers.1" in name or "embed" in name)
+    found = run(model)
+    assert found.exact
+    c = found.coverage
+    assert c.covered_parameters + c.frozen_parameters == len(list(model.parameters()))
+    assert c.covered_elements + c.frozen_elements == sum(p.numel() for p in model.parameters())
+    assert c.tied == (("model.embed_tokens.weight", "lm_head.weight"),)
+    text = printed(found)
+    assert f"left out: {c.frozen_parameters} frozen ones, {c.frozen_elements:,} elements" in text
+    assert "Tied: model.embed_tokens.weight = lm_head.weight." in text
+
+
+def test_samples_are_the_first_rows():
+    model = build("gpt2")
+    assert run(model, samples=2).n_tokens == sum(LENGTHS[:2])
+    assert run(model, samples=9).n_samples == len(LENGTHS)
+
+
+def test_the_model_is_left_as_it_was():
+    model = build("mixtral").double()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    experts = model.get_experts_implementation()
+    run(model)
+    assert model.get_experts_implementation() == experts
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(p.requires_grad and p.grad is None for p in model.parameters())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+# ---- deviations ----
+
+
+def scaled(rule, which, by):
+    """A rule's `factors` with one parameter's factor scaled, as a wrong formula would."""
+    original = rule.factors
+
+    def factors(self, g, segments):
+        for name, factor in original(self, g, segments):
+            if which in name:
+                field = "sums" if isinstance(factor, rules.RowSum) else "g"
+                factor = dataclasses.replace(factor, **{field: getattr(factor, field) * by})
+            yield name, factor
+
+    return factors
+
+
+@pytest.mark.parametrize(
+    ("architecture", "rule", "which", "kind"),
+    [
+        ("llama_tied", rules.LinearCall, "up_proj.weight", "up_proj"),
+        ("llama_tied", rules.LinearCall, "layers.1.self_attn.v_proj.bias", "v_proj.bias"),
+        ("llama_tied", rules.NormCall, "post_attention_layernorm", "post_attention_layernorm"),
+        ("llama_tied", rules.EmbeddingCall, "embed_tokens", "embed_tokens"),
+        ("gpt2", rules.LinearCall, "c_fc.weight", "c_fc"),
+    ],
+)
+@pytest.mark.parametrize(
+    ("dtype", "by"),
+    [(torch.float32, 1.001), (torch.float64, 1 + 1e-8), (torch.bfloat16, 1.5)],
+    ids=str,
+)
+def test_a_wrong_rule_is_found_and_named(architecture, rule, which, kind, dtype, by, monkeypatch):
+    monkeypatch.setattr(rule, "factors", scaled(rule, which, by))
+    found = run(build(architecture, dtype))
+    assert not found.exact
+    wrong = [row for row in found.kinds if row.excess > 1]
+    assert [row.kind for row in wrong] == [kind] and which in wrong[0].worst
+    message = verdict(found)
+    assert message.startswith(f"Deviation: {kind} (captured by ") and wrong[0].worst in message
+    assert message in printed(found)
+    assert ("Check in float32" in message) == (dtype == torch.bfloat16)
+
+
+@pytest.mark.parametrize("quantity", ["effects", "norms", "products"])
+def test_each_quantity_is_compared(quantity, monkeypatch):
+    original = CapturedNumbers.compute
+
+    def compute(self, tick):
+        found = original(self, tick)
+        getattr(found, quantity)[..., 3, 1] *= 1.001
+        return found
+
+    monkeypatch.setattr(CapturedNumbers, "compute", compute)
+    found = run(build("llama"))
+    assert not found.exact
+    row = max(found.kinds, key=lambda row: row.excess)
+    assert [q for q in row.judged if row.judged[q] > row.limit[q]] == [quantity]
+    assert f": {quantity} off by" in verdict(found)
+
+
+@pytest.mark.parametrize("quantity", ["effects", "products"])
+def test_small_shares_are_compared_too(quantity, monkeypatch):
+    """In a fresh model attention's share is tiny beside the largest; it is checked all the same."""
+    original = CapturedNumbers.compute
+    torch.manual_seed(0)
+    model = ARCHITECTURES["llama"]().eval()
+    p = [name for name, _ in model.named_parameters()].index(
+        "model.layers.1.self_attn.q_proj.weight"
+    )
+
+    def compute(self, tick):
+        found = original(self, tick)
+        numbers = getattr(found, quantity)
+        shares = numbers.abs().amax((0, 2) if quantity == "effects" else (1, 2))
+        assert 0 < shares[p] < 1e-4 * shares.max()
+        numbers.select(1 if quantity == "effects" else 0, p).mul_(1.01)
+        return found
+
+    monkeypatch.setattr(CapturedNumbers, "compute", compute)
+    found = run(model)
+    assert [row.kind for row in found.kinds if row.excess > 1] == ["q_proj"]
+
+
+def test_numbers_that_are_not_finite_deviate(monkeypatch):
+    monkeypatch.setattr(
+        rules.NormCall, "factors", scaled(rules.NormCall, "model.norm", float("nan"))
+    )
+    found = run(build("llama"))
+    assert not found.exact and by_kind(found)["norm"].excess == float("inf")
+
+
+def test_a_parameter_that_no_rule_captured_is_named(monkeypatch):
+    original = Plan.of.__func__
+
+    def of(cls, model):
+        plan = original(cls, model)
+        owners = {k: v for k, v in plan.owners.items() if k != "lm_head"}
+        return cls(plan.model, plan.parameters, owners)
+
+    monkeypatch.setattr(Plan, "of", classmethod(of))
+    model = build("llama")
+    found = run(model)
+    assert not found.exact and found.uncovered == ("lm_head.weight",)
+    assert by_kind(found)["lm_head"].rules == ()
+    c, missed = found.coverage, model.lm_head.weight.numel()
+    assert (c.covered_parameters, c.trainable_elements - c.covered_elements) == (
+        c.trainable_parameters - 1,
+        missed,
+    )
+    assert "no rule captured lm_head.weight" in verdict(found)
+    assert f"Covered: {c.covered_parameters} of {c.trainable_parameters} " in printed(found)
+
+
+def test_fp32_rounding_is_told_from_a_deviation_by_fp64(monkeypatch):
+    """Deep models round by more than the tolerance; a wrong rule is still found then."""
+    monkeypatch.setitem(TOLERANCE, torch.float32, 1e-7)
+    found = run(build("llama"))
+    assert found.exact and found.wider == "float64"
+    assert "float64 on the same weights" in printed(found)
+    monkeypatch.setattr(rules.NormCall, "factors", scaled(rules.NormCall, "model.norm", 1.00001))
+    found = run(build("llama"))
+    assert [row.kind for row in found.kinds if row.excess > 1] == ["norm"]
+
+
+# ---- what it is compared with ----
+
+
+def test_plain_autograd_is_that_of_the_formulas():
+    rows = samples(LENGTHS, prompt=3)
+    objectives = {
+        "ga": [(1.0, "ga", {})],
+        "wga(alpha=1.5) + 0.5*nll": [(1.0, "wga", {"alpha": 1.5}), (0.5, "nll", {})],
+        "npo(beta=0.5) + kl": [(1.0, "npo", {"beta": 0.5}), (1.0, "kl", {})],
+        "rmu(layer=2)": [(1.0, "rmu", {"layer": 2, "c": 2.0, "seed": 0, "normalize": False})],
+    }
+    sample_set = gf.data.tokenize_rows(rows, None, name="data")
+    with fp64_throughout():
+        model, other = build("llama", torch.float64), build("llama", torch.float64, seed=1)
+        found = plain_numbers(model, sample_set, [parse(o) for o in objectives], other, [].append)
+        for k, terms in enumerate(objectives.values()):
+            expected = effects(model, other, terms, rows, rows, None)[0]
+            torch.testing.assert_close(found.effects[k], expected, rtol=1e-9, atol=1e-15)
+        shares = [
+            gradients(mean_over("token", rows, -token_logprobs(model, row)), model) for row in rows
+        ]
+        for p in range(found.norms.shape[0]):
+            flat = torch.stack([share[p].flatten() for share in shares])
+            torch.testing.assert_close(found.products[p], flat @ flat.T, rtol=1e-9, atol=1e-15)
+            torch.testing.assert_close(found.norms[p], flat.norm(dim=1), rtol=1e-9, atol=1e-12)
+
+
+def test_products_are_summed_in_fp64():
+    x = torch.full((BLOCK + 5,), 0.1)
+    exact = (BLOCK + 5) * float(x[0].double()) ** 2
+    assert float(dots([x, None], [x, x])[0]) == pytest.approx(exact, rel=1e-9)
+    assert float(dots([x, None], [x, x])[1]) == 0
+
+
+def test_progress_ends_where_it_was_said_to():
+    rows = samples(LENGTHS, prompt=3)
+    sample_set = gf.data.tokenize_rows(rows, None, name="data")
+    objectives = [parse("ga"), parse("gd")]
+    model = build("llama")
+    ticks: list[int] = []
+    plain_numbers(model, sample_set, objectives, None, ticks.append)
+    assert sum(ticks) == plain_tokens(sample_set, objectives)
+    ticks.clear()
+    captured = CapturedNumbers(Plan.of(model), sample_set, objectives, None, "packed")
+    captured.compute(ticks.append)
+    assert sum(ticks) == captured.n_tokens
+
+
+def test_fp64_is_kept_and_other_precisions_are_left_alone():
+    model = build("llama", torch.float64)
+    x = torch.randn(3, dtype=torch.float64, requires_grad=True)
+    with computing_in(torch.float64, model):
+        assert x.float().dtype == x.to(torch.float32).dtype == torch.float64
+        assert torch.softmax(x, 0, dtype=torch.float32).dtype == torch.float64
+        (grad,) = torch.autograd.grad(x.float().square().sum(), x)
+    assert torch.equal(grad, 2 * x)
+    assert x.float().dtype == torch.float32
+    with computing_in(torch.float32, model):
+        assert x.float().dtype == torch.float32
+
+
+# ---- bad input ----
+
+BAD = {
+    "no samples": ({"samples": 0}, "samples"),
+    "no data": ({"data": []}, "data"),
+    "missing file": ({"data": "gone.jsonl"}, "gone.jsonl"),
+    "unknown objective": ({"objectives": "gaa"}, "gaa"),
+    "no objective": ({"objectives": []}, "objectives"),
+    "no refusals": ({"objectives": "po"}, "refusals"),
+    "no tokenizer": ({"data": [{"question": "a?", "answer": "b"}]}, "tokenizer"),
+    "vocabulary": ({"data": [{"input_ids": [1, 999], "labels": [-100, 999]}]}, "999"),
+    "nothing but rounding": ({"objectives": "ga,kl"}, "'kl' has no gradient"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_line_that_names_the_culprit(case):
+    change, named = BAD[case]
+    with pytest.raises(InputError) as caught:
+        run(build("llama"), **change)
+    assert named in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_an_objective_without_a_gradient_is_refused_in_every_precision(dtype):
+    with pytest.raises(InputError, match="'kl' has no gradient"):
+        run(build("llama", dtype), objectives="kl")
+
+
+class Opaque(Routed):
+    """A module of it returns what no hook can look into."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = ScaleInABox()
+
+    def forward(self, input_ids, position_ids=None):
+        return self.scale(super().forward(input_ids)).content
+
+
+class ScaleInABox(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(VOCAB))
+
+    def forward(self, x):
+        return types.SimpleNamespace(content=x * self.scale)
+
+
+def test_a_model_that_the_engine_refuses_is_named():
+    with pytest.raises(UnsupportedModelError, match="module 'scale' returns no tensor"):
+        run(build(Opaque))
+
+
+def test_models_that_are_none_or_broken():
+    with pytest.raises(InputError, match="model"):
+        run("some/folder")
+    model = build("llama")
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1e30)
+        model.model.norm.weight.mul_(1e30)
+    with pytest.raises(NonFiniteError, match="not finite"):
+        run(model)
+
+
+def test_a_copy_that_does_not_fit_is_refused(monkeypatch):
+    monkeypatch.setattr("geffect_fast.measure.precision.free_memory", lambda device: 1000)
+    assert run(build("llama")).exact
+    with pytest.raises(GEffectError, match="float32 and two gradients"):
+        run(build("llama", torch.bfloat16))
+
+
+def test_limits_are_the_stated_ones():
+    assert TOLERANCE[torch.float32] == 1e-5 and TOLERANCE[torch.float64] == 1e-10
+    assert module.ALLOWANCE == 2

@@ -1,0 +1,56 @@
+"""Configs: made canonical, written and read back unchanged; wrong ones are in `bad_input`."""
+
+import pytest
+
+from geffect_fast.settings import ProfileConfig, make_config
+from geffect_fast.storage.run_yaml import dump_config, load_config
+
+GOOD = {
+    "model": "someone/model",
+    "forget": "org/data:main:train",
+    "retain": "org/other",
+    "objectives": "ga, npo(beta=0.10)+kl",
+}
+
+
+def test_every_field_is_described():
+    assert all(field.description for field in ProfileConfig.model_fields.values())
+
+
+def test_objectives_become_canonical_strings():
+    assert make_config(GOOD).objectives == ("ga", "npo(beta=0.1) + kl")
+    assert make_config(GOOD | {"objectives": ["ga", "wga( alpha = 2 )"]}).objectives == (
+        "ga",
+        "wga(alpha=2)",
+    )
+
+
+def test_paths_become_absolute_and_hub_ids_stay(tmp_path, monkeypatch):
+    (tmp_path / "forget.jsonl").touch()
+    monkeypatch.chdir(tmp_path)
+    config = make_config(GOOD | {"forget": "forget.jsonl", "probes": {"p": "./forget.jsonl"}})
+    assert config.forget == config.probes["p"] == str(tmp_path / "forget.jsonl")
+    assert config.model == "someone/model"
+
+
+def test_round_trip_through_yaml(tmp_path):
+    config = make_config(
+        GOOD
+        | {
+            "probes": {"general": "org/général"},
+            "reduction": "sample",
+            "resolve": ["sample"],
+            "norms": False,
+            "template": "Q: {question}\nA: {answer}",
+            "token_budget": 77,
+            "threads": 2,
+            "dtype": "float64",
+        }
+    )
+    (tmp_path / "run.yaml").write_text(dump_config(config), encoding="utf-8")
+    assert load_config(tmp_path / "run.yaml") == config
+
+
+def test_config_is_frozen():
+    with pytest.raises(ValueError, match="frozen"):
+        make_config(GOOD).model = "another"
