@@ -142,9 +142,9 @@ def measure(attention: str) -> list[dict[str, Any]]:
             "resolve": resolve,
             "token_budget": BUDGET,
         }
-        profiler = Profiler(model, None, **given)
+        profiler = Profiler.of(model, None, **given)
         jobs = {
-            "preparing": lambda given=given: Profiler(model, None, **given),
+            "preparing": lambda given=given: Profiler.of(model, None, **given),
             "risk gradients": risk_gradients,
             "objective pass": lambda engine=engine: objective_pass(engine),
             "measuring": profiler.measure,

@@ -24,7 +24,6 @@ from geffect_fast.data.batch import Batch
 from geffect_fast.errors import GEffectError, InputError, InterruptedRunError, UnfinishedError
 from geffect_fast.measure.execute import execute
 from geffect_fast.measure.models import quiet_transformers
-from geffect_fast.measure.progress import progress_bar
 from geffect_fast.paths import is_there
 from geffect_fast.report import write_report
 from geffect_fast.report.page import write_page
@@ -33,6 +32,7 @@ from geffect_fast.storage.disk import folder_for, set_aside
 from geffect_fast.storage.lock import locked
 from geffect_fast.storage.manifest import files_below, note
 from geffect_fast.storage.run_folder import PLAIN_FILES, check_free, own_files
+from geffect_fast.terminal import progress_bar
 from geffect_fast.training.execute import execute_unlearn
 
 if TYPE_CHECKING:

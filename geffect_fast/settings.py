@@ -1,16 +1,23 @@
-"""Settings: every option of every run, declared and checked here; `run.yaml` and the command line's
-options are made from them."""
+"""Settings: every option of every run, declared, described and checked here, once.
+
+`run.yaml`, the options of commands and the arguments of `geffect_fast.profile` and the like are
+made from these fields; a field's docstring is its help everywhere.
+"""
 
 from __future__ import annotations
 
 import difflib
+import inspect
 import re
-from collections.abc import Mapping
+import textwrap
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
+import torch
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     ValidationError,
@@ -21,7 +28,15 @@ from pydantic import (
 
 from geffect_fast.data.tokenize import CHAT_DATE, checked_date
 from geffect_fast.errors import InputError
+from geffect_fast.objectives import Objective, parse, parse_list
+from geffect_fast.objectives import resolve as resolve_objective
+from geffect_fast.objectives.base import REFERENCE_NEEDS
+from geffect_fast.objectives.ranges import expand_list
 from geffect_fast.paths import find_checkpoints, is_there, user_path
+from geffect_fast.results.resolution import checked_axes
+
+Value = TypeVar("Value")
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def _settled(source: str) -> str:
@@ -36,14 +51,57 @@ def _settled(source: str) -> str:
         raise ValueError(f"{reason}; give a path or a hub id") from None
 
 
+def _read_by(field: str, read: Callable[[Any], Value]) -> Callable[[Any], Value]:
+    """A reader whose errors are those of a field, which names itself."""
+
+    def checked(value: Any) -> Value:
+        try:
+            return read(value)
+        except InputError as error:
+            raise ValueError(str(error).removeprefix(f"{field}: ")) from None
+
+    return checked
+
+
+def _day(date: str) -> str:
+    checked_date(date)
+    return date
+
+
+def _canonical(objective: str) -> str:
+    return str(parse(objective))
+
+
+def _risk(spec: str | Objective) -> str | Objective:
+    """The canonical string of a risk, or the objective that is given."""
+    parts = resolve_objective(spec).parts()
+    if len(parts) != 1 or parts[0][0] != 1.0 or parts[0][1].needs & REFERENCE_NEEDS:
+        raise InputError(f"'{spec}' must be one objective that needs no reference, such as nll")
+    return str(parts[0][1]) if isinstance(spec, str) else spec
+
+
 Source = Annotated[str, AfterValidator(_settled)]
 """A path (stored absolute) or a hub id (stored as it is)."""
+Name = Annotated[str, Field(min_length=1)]
 
 
-class RunConfig(BaseModel):
-    """What every run is made from: models, data, and how effects are measured."""
+class Settings(BaseModel):
+    """What all settings share: they are checked when they are made, and never change."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        use_attribute_docstrings=True,
+        arbitrary_types_allowed=True,
+    )
+
+    def fields(self, kind: type[Settings]) -> dict[str, Any]:
+        """Those that `kind` declares, by name, as arguments."""
+        return {name: getattr(self, name) for name in kind.model_fields}
+
+
+class Named(Settings):
+    """What a run reads, by path or hub id."""
 
     command: str
     """The command that replays it."""
@@ -60,7 +118,7 @@ class RunConfig(BaseModel):
     retain: Source
     """Data to keep, in the same format: the retain risk and retain regularisers read it."""
 
-    probes: dict[Annotated[str, Field(min_length=1)], Source] = {}
+    probes: dict[Name, Source] = {}
     """Further data sets, each a risk of its own under the name given."""
 
     objectives: tuple[str, ...] = Field(min_length=1)
@@ -72,61 +130,13 @@ class RunConfig(BaseModel):
     reference: Source | None = None
     """Folder or hub id of the reference model of NPO-like objectives; none: the model itself."""
 
-    reduction: Literal["token", "sample", "sum"] = "token"
-    """token: means over all answer tokens; sample: over each sample's, then samples; sum: none."""
-
-    risk: str = "nll"
-    """The risk whose change is predicted, an objective: nll, the answers' mean loss."""
-
-    resolve: tuple[str, ...] = ("parameter", "sample")
-    """Axes of the result: parameter or group; sample; token (predicted) or position (of use)."""
-
-    groups: dict[Annotated[str, Field(min_length=1)], str] = {}
-    """Groups of blocks by name, such as first: 0-3; none: thirds by depth."""
-
-    engine: Literal["auto", "reverse", "forward"] = "auto"
-    """reverse (by parameter, position), forward (by token), auto: what resolve needs or is cheaper.
-    Both are exact."""
-
-    norms: bool | None = None
-    """Whether gradient norms and cosines are computed too; none: with the reverse engine."""
-
-    template: str = "auto"
-    """auto (the chat template, else plain Question:/Answer:), or text with {question}, {answer}."""
-
-    max_length: int | None = Field(default=None, gt=0)
-    """Longest sequence accepted, in tokens; a longer one is an error that names its row."""
-
-    date: str = CHAT_DATE
-    """The day, YYYY-MM-DD, that chat templates are told which ask for it: no number depends on when
-    a run is made."""
-
     rows: dict[str, str] = {}
     """Digests of the tokenised rows by data set; recorded, so that a replay tells other rows."""
 
-    token_budget: int | None = Field(default=None, gt=0)
-    """Tokens a batch; none: chosen from free memory, and then recorded."""
-
-    trust_remote_code: bool = False
-    """Run Python code that a model's folder or hub id brings along (auto_map), with all your
-    rights; without it such models are refused, and nobody is asked."""
-
-    dtype: Literal["auto", "float64", "float32", "bfloat16", "float16"] = "auto"
-    """float64, float32, bfloat16 or float16; auto: that of the checkpoint."""
-
-    device: str = "auto"
-    """cpu, cuda, cuda:1 ...; auto: cuda where there is one."""
-
-    threads: int | None = Field(default=None, gt=0)
-    """CPU threads; none: torch's own choice, and then recorded."""
-
     @field_validator("objectives", mode="before")
     @classmethod
-    def _canonical(cls, value: Any, info: ValidationInfo) -> Any:
+    def _canonical_once(cls, value: Any, info: ValidationInfo) -> Any:
         """Canonical strings of a list, or of one string with commas; ranges as written."""
-        from geffect_fast.objectives import parse_list
-        from geffect_fast.objectives.ranges import expand_list
-
         texts = [value] if isinstance(value, str) else value
         if not isinstance(texts, list | tuple):
             return value
@@ -145,35 +155,6 @@ class RunConfig(BaseModel):
             found[objective] = text
         return tuple(found.values())
 
-    @field_validator("risk")
-    @classmethod
-    def _parsed_risk(cls, value: str) -> str:
-        from geffect_fast.objectives import parse
-
-        try:
-            return str(parse(value))
-        except InputError as error:
-            raise ValueError(str(error)) from None
-
-    @field_validator("resolve")
-    @classmethod
-    def _known_axes(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        from geffect_fast.results.resolution import checked_axes
-
-        try:
-            return checked_axes(value)
-        except InputError as error:
-            raise ValueError(str(error).removeprefix("resolve: ")) from None
-
-    @field_validator("date")
-    @classmethod
-    def _a_day(cls, value: str) -> str:
-        try:
-            checked_date(value)
-        except InputError as error:
-            raise ValueError(str(error).removeprefix("date: ")) from None
-        return value
-
     @field_validator("probes")
     @classmethod
     def _free_names(cls, value: dict[str, str]) -> dict[str, str]:
@@ -182,20 +163,91 @@ class RunConfig(BaseModel):
                 raise ValueError(f"probe name {name!r} is taken by a built-in risk; choose another")
         return value
 
+
+class Reading(Settings):
+    """How rows become tokens, and tokens batches."""
+
+    template: str = "auto"
+    """auto (the chat template, else plain Question:/Answer:), or text with {question}, {answer}."""
+
+    max_length: int | None = Field(default=None, gt=0)
+    """Longest sequence accepted, in tokens; a longer one is an error that names its row."""
+
+    date: Annotated[str, AfterValidator(_read_by("date", _day))] = CHAT_DATE
+    """The day, YYYY-MM-DD, that chat templates are told which ask for it: no number depends on when
+    a run is made."""
+
+    token_budget: int | None = Field(default=None, gt=0)
+    """Tokens a batch; none: chosen from free memory, and then recorded. Where memory runs out, it
+    is halved, with a warning."""
+
+    trust_remote_code: bool = False
+    """Run Python code that a model's folder or hub id brings along (auto_map), with all your
+    rights; without it such models are refused, and nobody is asked."""
+
+
+class Measuring(Reading):
+    """What is measured, and how."""
+
+    reduction: Literal["token", "sample", "sum"] = "token"
+    """token: means over all answer tokens; sample: over each sample's, then samples; sum: none."""
+
+    risk: Annotated[Any, BeforeValidator(_read_by("risk", _risk))] = "nll"
+    """The risk whose change is predicted, an objective: nll, the answers' mean loss."""
+
+    resolve: Annotated[tuple[str, ...], BeforeValidator(_read_by("resolve", checked_axes))] = (
+        "parameter",
+        "sample",
+    )
+    """Axes of the result: parameter or group; sample; token (predicted) or position (of use)."""
+
+    groups: Annotated[dict[Name, Any], BeforeValidator(lambda groups: groups or {})] = {}
+    """Groups of blocks by name, such as first: 0-3; none: thirds by depth."""
+
+    engine: Literal["auto", "reverse", "forward"] = "auto"
+    """reverse (by parameter, position), forward (by token), auto: what resolve needs or is cheaper.
+    Both are exact."""
+
+    norms: bool | None = None
+    """Whether gradient norms and cosines are computed too; none: with the reverse engine."""
+
+    @property
+    def risk_objective(self) -> Objective:
+        """The risk, parsed."""
+        return resolve_objective(self.risk).parts()[0][1]
+
+
+class Machine(Settings):
+    """Where a run is made, and in what precision."""
+
+    dtype: Literal["auto", "float64", "float32", "bfloat16", "float16"] = "auto"
+    """float64, float32, bfloat16 or float16; auto: that of the checkpoint."""
+
+    device: str = "auto"
+    """cpu, cuda, cuda:1 ...; auto: cuda where there is one."""
+
+    threads: int | None = Field(default=None, gt=0)
+    """CPU threads; none: torch's own choice, and then recorded."""
+
     @field_validator("device")
     @classmethod
     def _known_device(cls, value: str) -> str:
-        import torch
-
-        if value == "auto":
-            return value
         try:
-            device = torch.device(value)
+            known = value == "auto" or torch.device(value).type in ("cpu", "cuda")
         except RuntimeError:
-            raise ValueError(f"device {value!r} must be auto, cpu, cuda or cuda:N") from None
-        if device.type not in ("cpu", "cuda"):
+            known = False
+        if not known:
             raise ValueError(f"device {value!r} must be auto, cpu, cuda or cuda:N")
         return value
+
+
+class RunConfig(Machine, Measuring, Named):
+    """What every run is made from: models, data, and how effects are measured."""
+
+    @property
+    def measured(self) -> tuple[str, ...]:
+        """All objectives."""
+        return self.objectives
 
 
 class ProfileConfig(RunConfig):
@@ -229,10 +281,8 @@ class ProfileConfig(RunConfig):
         return {"resolve": ("sample",)} | values if values.get("command") == "sweep" else values
 
 
-class Training(BaseModel):
+class Training(Settings):
     """How a model is trained, and how often it is probed on the way."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     steps: int = Field(gt=0)
     """Updates of the optimizer."""
@@ -337,43 +387,36 @@ class Training(BaseModel):
         return self
 
 
-class UnlearnConfig(Training, RunConfig):
+class UnlearnSettings(Training, Measuring):
+    """How a model is trained, and what a probe measures, and how."""
+
+
+class UnlearnConfig(UnlearnSettings, RunConfig):
     """All that decides the numbers of an unlearning run; saved as `run.yaml`, it replays them."""
 
     command: Literal["unlearn"] = "unlearn"
     """The command that replays it."""
 
-    objective: str
+    objective: Annotated[str, AfterValidator(_read_by("objective", _canonical))]
     """The unlearning objective to train on, such as `npo(beta=0.1) + 1.0*kl`."""
 
     objectives: tuple[str, ...] = ()
     """Further objectives, measured beside the one trained on."""
 
-    @field_validator("objective")
-    @classmethod
-    def _one_objective(cls, value: str) -> str:
-        from geffect_fast.objectives import parse
-
-        try:
-            return str(parse(value))
-        except InputError as error:
-            raise ValueError(str(error)) from None
-
-    def training(self) -> Training:
-        """The fields of training alone."""
-        return Training(**{name: getattr(self, name) for name in Training.model_fields})
+    @property
+    def measured(self) -> tuple[str, ...]:
+        """All objectives, the one trained on first."""
+        return (self.objective, *self.objectives)
 
     @model_validator(mode="after")
     def _once(self) -> UnlearnConfig:
-        from geffect_fast.objectives import parse
-
         for text in self.objectives:
             if parse(text) == parse(self.objective):
                 raise ValueError(f"objectives: '{text}' is trained on, and measured; leave it out")
         return self
 
 
-Config = TypeVar("Config", bound=BaseModel)
+Kind = TypeVar("Kind", bound=Settings)
 
 
 def make_config(
@@ -384,15 +427,15 @@ def make_config(
 
 
 def checked_config(
-    kind: type[Config],
+    kind: type[Kind],
     values: dict[Any, Any],
     where: str = "",
     options: Mapping[str, str] | None = None,
-) -> Config:
-    """A config from plain values.
+) -> Kind:
+    """Settings from plain values.
 
     Args:
-        kind: of what run.
+        kind: which settings.
         values: field name to value.
         where: what the error calls the place they come from, such as a file name.
         options: fields that come from options of the command line in its stead, and what these are
@@ -409,6 +452,47 @@ def checked_config(
         return kind(**values)
     except ValidationError as error:
         raise InputError(_one_line(error, where, options or {}, list(kind.model_fields))) from None
+
+
+def takes(kind: type[Settings], **defaults: Any) -> Callable[[Function], Function]:
+    """Show the fields of `kind` in the signature and the docstring of a function.
+
+    The function takes them as `**settings`, as they are given, and its docstring has a line
+    `settings:` among its arguments.
+
+    Args:
+        kind: which settings.
+        defaults: where the function's differ from the fields'.
+    """
+
+    def decorate(function: Function) -> Function:
+        signature = inspect.signature(function)
+        shown, described = [], []
+        for parameter in signature.parameters.values():
+            if parameter.kind is not inspect.Parameter.VAR_KEYWORD:
+                shown.append(parameter)
+        for name, field in kind.model_fields.items():
+            default = inspect.Parameter.empty if field.is_required() else field.get_default()
+            keyword = inspect.Parameter(
+                name, inspect.Parameter.KEYWORD_ONLY, default=defaults.get(name, default)
+            )
+            shown.append(keyword)
+            described.append(
+                textwrap.fill(
+                    f"{name}: {' '.join((field.description or '').split())}",
+                    100,
+                    initial_indent=8 * " ",
+                    subsequent_indent=12 * " ",
+                )
+            )
+        vars(function)["__signature__"] = signature.replace(parameters=shown)
+        text = function.__doc__ or ""
+        if f"{8 * ' '}settings:\n" not in text:
+            raise ValueError(f"{function.__name__}: its docstring has no line 'settings:'")
+        function.__doc__ = text.replace(f"{8 * ' '}settings:", "\n".join(described))
+        return function
+
+    return decorate
 
 
 def _one_line(

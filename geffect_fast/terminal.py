@@ -12,6 +12,7 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, TextIO
 
 import rich.console
@@ -85,3 +86,20 @@ def clean_output() -> Iterator[None]:
         yield
     finally:
         sys.stdout, sys.stderr = before
+
+
+@contextmanager
+def progress_bar(show: bool, what: str, total: float) -> Iterator[Callable[..., Any]]:
+    """A bar from 0 to `total`, none where `show` is False or stderr is no terminal.
+
+    Yields:
+        A function that is told `completed=` so much, or `advance=` by so much.
+    """
+    if not show:
+        yield lambda **_: None
+        return
+    from rich.progress import Progress
+
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+        yield partial(progress.update, progress.add_task(what, total=total))

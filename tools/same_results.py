@@ -62,8 +62,10 @@ READ = {
 """Commands that read what those have written."""
 
 NUMBER = re.compile(r"[-+−]?\d[\d,]*(?:\.\d+)?(?:e[-+]?\d+)?")
-VOLATILE = {"geffect_fast_version", "created"}
-"""Attributes of a result that may differ between two recordings."""
+VOLATILE = {"created", "geffect_fast_version"}
+BY_PATH = {"checkpoints", "run_identity"}
+"""Attributes of a profile of checkpoints that hold the paths of these, which the folder of a
+recording is part of."""
 
 
 def run(name: str, command: str, folder: Path) -> None:
@@ -117,9 +119,10 @@ def differing_results(old: Path, new: Path) -> list[str]:
             same = x.dims == y.dims and x.dtype == y.dtype and x.attrs == y.attrs
             if not (same and np.array_equal(x.values, y.values, equal_nan=x.dtype.kind == "f")):
                 found.append(name)
+        exempt = VOLATILE | (BY_PATH if "checkpoints" in old.parts else set())
         found += [
             f"attribute {name}: {a.attrs.get(name)!r}, {b.attrs.get(name)!r}"
-            for name in sorted({*a.attrs, *b.attrs} - VOLATILE)
+            for name in sorted({*a.attrs, *b.attrs} - exempt)
             if str(a.attrs.get(name)) != str(b.attrs.get(name))
         ]
     return [f"{new}: {line}" for line in found]

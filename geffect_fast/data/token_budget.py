@@ -52,7 +52,6 @@ def estimate_token_budget(
     logits: bool = False,
     predicted: float = 1.0,
     by_sample: bool = False,
-    reserved: int = 0,
     memory_bytes: int | None = None,
 ) -> int:
     """The largest batch, in tokens, that the memory of the model's device holds.
@@ -85,7 +84,6 @@ def estimate_token_budget(
         logits: whether any of them reads logits.
         predicted: part of the tokens that predict a label.
         by_sample: whether attention runs sample by sample, without a mask.
-        reserved: bytes that will be taken besides.
         memory_bytes: use this instead of the device's free memory.
 
     Returns:
@@ -111,7 +109,7 @@ def estimate_token_budget(
     d_out = sum(max(w.shape) for w in layers)
     n_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
 
-    fixed = wide * n_directions * n_trained + reserved
+    fixed = wide * n_directions * n_trained
     if itemsize < WIDE_BYTES and device.type == "cuda":
         fixed += itemsize * n_directions * n_trained
     if n_gradients:

@@ -15,23 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from geffect_fast.capture import Plan
-from geffect_fast.data import read_refusals, read_rows, tokenize_rows
-from geffect_fast.data.tokenize import CHAT_DATE
+from geffect_fast.data import read_refusals, read_rows
 from geffect_fast.engines.attempts import TokenBudget
 from geffect_fast.engines.layout import check_reference, choose_layout, longest_sequence
-from geffect_fast.engines.rotary_frequencies import check_pairs
 from geffect_fast.errors import InputError, NonFiniteError
-from geffect_fast.measure.arguments import (
-    check_counts,
-    check_model,
-    check_needs_no_refusals,
-    check_needs_no_weights,
-    reference_for,
-    resolved_list,
-    table_of_positions,
-)
-from geffect_fast.measure.budget import within_budget
 from geffect_fast.measure.captured import CapturedNumbers
+from geffect_fast.measure.memory import within_budget
 from geffect_fast.measure.plain_autograd import Numbers, plain_numbers, plain_tokens
 from geffect_fast.measure.precision import (
     TOLERANCE,
@@ -40,10 +29,12 @@ from geffect_fast.measure.precision import (
     computing_in,
     widened_copy,
 )
-from geffect_fast.measure.progress import progress_bar
+from geffect_fast.measure.prepare import Sources, check_count, prepare, resolved_list
 from geffect_fast.objectives import Objective
 from geffect_fast.results.axes import kind_of
 from geffect_fast.results.coverage import Coverage
+from geffect_fast.settings import Reading, checked_config, takes
+from geffect_fast.terminal import progress_bar
 
 QUANTITIES = ("effects", "norms", "products")
 SMALL = 1e-3
@@ -125,6 +116,7 @@ class Check:
         return not self.uncovered and all(kind.excess <= 1 for kind in self.kinds)
 
 
+@takes(Reading)
 def check(
     model: nn.Module,
     tokenizer: Any,
@@ -134,12 +126,8 @@ def check(
     samples: int = 4,
     refusals: Any = None,
     reference_model: nn.Module | str | Path | None = None,
-    template: str = "auto",
-    max_length: int | None = None,
-    date: str = CHAT_DATE,
-    token_budget: int | None = None,
-    trust_remote_code: bool = False,
     progress: bool = False,
+    **settings: Any,
 ) -> Check:
     """Compare the engine with plain autograd on a few samples, parameter by parameter.
 
@@ -156,8 +144,8 @@ def check(
         data: forget data as for `profile`; it serves as retain data as well.
         objectives: as for `profile`.
         samples: how many rows of the data, the first ones.
-        refusals, reference_model, template, max_length, date, token_budget, trust_remote_code,
-            progress: as for `profile`.
+        refusals, reference_model, progress: as for `profile`.
+        settings:
 
     Returns:
         A `Check`; `check.exact` is the verdict.
@@ -169,34 +157,17 @@ def check(
         >>> gf.check(model, tokenizer, data="forget.jsonl").exact
         True
     """
+    check_count("samples", samples)
     chosen = resolved_list(objectives)
-    check_counts(samples=samples, token_budget=token_budget, max_length=max_length)
-    parts = [part for objective in chosen for _, part in objective.parts()]
-    alternatives = any("alternative" in part.roles for part in parts)
-    sample_set = tokenize_rows(
-        read_rows(data, name="data")[:samples],
-        tokenizer,
-        name="data",
-        refusals=None
-        if refusals is None or not alternatives
-        else read_refusals(refusals)[:samples],
-        template=template,
-        max_length=max_length,
-        date=date,
-        n_positions=table_of_positions(model),
+    rows = read_rows(data, name="data")[:samples]
+    some = None if refusals is None else read_refusals(refusals)[:samples]
+    reading = checked_config(Reading, settings)
+    prepared = prepare(
+        model, tokenizer, Sources(rows, rows, refusals=some), chosen, reading, reference_model
     )
-    if not sample_set.has_alternatives:
-        check_needs_no_refusals(chosen)
-    if not sample_set.has_weights:
-        check_needs_no_weights(chosen)
-    check_model(model, {"data": sample_set})
+    sample_set, reference = prepared.sets["forget"], prepared.reference
+    token_budget = reading.token_budget
     plan = Plan.of(model)
-    if alternatives:
-        check_pairs(model, sample_set)
-    needs = {need for part in parts for need in part.needs}
-    reference = reference_for(
-        reference_model, needs, model, {"data": sample_set}, trust_remote_code
-    )
     dtype = coarsest_dtype(model)
 
     def plain_of(other: nn.Module, precision: torch.dtype) -> Numbers:

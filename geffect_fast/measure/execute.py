@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import MappingProxyType
@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from geffect_fast.data.qa import read_refusals, read_rows
-from geffect_fast.measure.arguments import check_needs_no_refusals, check_needs_no_weights
 from geffect_fast.measure.check import Check, check
 from geffect_fast.measure.models import load_model, load_tokenizer, resolve_device
+from geffect_fast.measure.prepare import Sources, read_sources
 from geffect_fast.measure.profile import profile
 from geffect_fast.measure.sweep import sweep
 from geffect_fast.objectives.ranges import expand_list
-from geffect_fast.settings import ProfileConfig, RunConfig
+from geffect_fast.settings import Measuring, ProfileConfig, Reading, RunConfig
 from geffect_fast.storage.inputs import Inputs, inputs_of
 from geffect_fast.storage.lock import locked
 from geffect_fast.storage.model_folder import check_model_source
@@ -68,7 +68,7 @@ def execute(
     """
     read = inputs_of(config) | dict(inputs)
     check_free(out, overwrite, read)
-    device, data, tokenizer = read_sources(config, config.objectives)
+    device, sources, tokenizer = read_sources_of(config)
     # Effects by sample and position or token may be larger than memory: a profile's go straight to
     # the folder, a sweep's get coordinates first.
     large = config.resolve[-2:] in (("sample", "position"), ("sample", "token"))
@@ -76,31 +76,28 @@ def execute(
     with locked(out), on_threads(config.threads) as threads, ExitStack() as stack:
         trusted = config.trust_remote_code
         model = load_model(config.model, config.dtype, str(device), trust_remote_code=trusted)
-        dtype = str(model.dtype).removeprefix("torch.")
         staging = stack.enter_context(staged_run(out, overwrite, read)) if streams else None
         run = sweep if config.command == "sweep" else profile
         dataset = run(
             model,
             tokenizer,
-            **data,
+            **vars(sources),
             objectives=list(config.objectives),
             reference_model=config.reference,
-            trust_remote_code=trusted,
-            **measuring(config),
-            **reading(config),
+            **config.fields(Measuring),
             out=staging / RESULTS if staging is not None else None,
             progress=progress,
         )
-        chosen = {
-            "token_budget": int(dataset.attrs["token_budget"]),
-            "engine": dataset.attrs["engine"],
-            "threads": threads,
-            "device": str(device),
-            "dtype": dtype,
-            "rows": json.loads(dataset.attrs["digests"]),
-        }
-        check_recorded(config.rows, chosen["rows"])
-        replay = config.model_copy(update=chosen)
+        rows = json.loads(dataset.attrs["digests"])
+        check_recorded(config.rows, rows)
+        replay = config.model_copy(
+            update={
+                "token_budget": int(dataset.attrs["token_budget"]),
+                "engine": dataset.attrs["engine"],
+                **machine(threads, device, model),
+                "rows": rows,
+            }
+        )
         if staging is None:
             save_run(out, dataset, replay, overwrite, report, read)
             return dataset
@@ -134,32 +131,18 @@ def execute_check(config: ProfileConfig, samples: int, *, progress: bool = False
             samples=samples,
             refusals=refusals,
             reference_model=config.reference,
-            trust_remote_code=trusted,
-            **reading(config),
-            token_budget=config.token_budget,
             progress=progress,
+            **config.fields(Reading),
         )
 
 
-def read_sources(
-    config: RunConfig, objectives: Sequence[str]
-) -> tuple[torch.device, dict[str, Any], Any]:
+def read_sources_of(config: RunConfig) -> tuple[torch.device, Sources, Any]:
     """What is cheap and may be wrong, before a model is loaded: device, data sets and tokenizer."""
     device = check_sources(config)
-    data = read_data(config, objectives)
-    return device, data, tokenizer_of(config, has_text(data))
-
-
-def measuring(config: RunConfig) -> dict[str, Any]:
-    """The fields that say what is measured and how, as arguments of `profile`."""
-    names = ("resolve", "engine", "reduction", "risk", "norms", "token_budget")
-    return {name: getattr(config, name) for name in names} | {"groups": config.groups or None}
-
-
-def reading(config: RunConfig) -> dict[str, Any]:
-    """The fields that say how data are tokenised, as arguments of `profile`."""
-    names = ("template", "max_length", "date")
-    return {name: getattr(config, name) for name in names}
+    named = Sources(config.forget, config.retain, config.probes, config.refusals)
+    objectives = [each.members[0].objective for each in expand_list(config.measured)]
+    sources = read_sources(named, objectives)
+    return device, sources, tokenizer_of(config, sources.has_text)
 
 
 def check_sources(config: RunConfig) -> torch.device:
@@ -180,27 +163,10 @@ def tokenizer_of(config: RunConfig, has_text: bool) -> Any:
     return load_tokenizer(config.model, "model", trust_remote_code=trusted)
 
 
-def read_data(config: RunConfig, objectives: Sequence[str]) -> dict[str, Any]:
-    """The data sets of a run as `profile` takes them, all readable, with what objectives need."""
-    forget = read_rows(config.forget, name="forget")
-    data: dict[str, Any] = {
-        "forget": forget,
-        "retain": read_rows(config.retain, name="retain"),
-        "probes": {name: read_rows(path, name=name) for name, path in config.probes.items()},
-        "refusals": None if config.refusals is None else read_refusals(config.refusals),
-    }
-    meant = [each.members[0].objective for each in expand_list(objectives)]
-    if data["refusals"] is None and not all(row.get("alternative") for row in forget):
-        check_needs_no_refusals(meant)
-    if "weights" not in forget[0]:
-        check_needs_no_weights(meant)
-    return data
-
-
-def has_text(data: dict[str, Any]) -> bool:
-    """Whether any data set has to be tokenised."""
-    sets = [data["forget"], data["retain"], *data["probes"].values()]
-    return any("input_ids" not in rows[0] for rows in sets)
+def machine(threads: int, device: torch.device, model: Any) -> dict[str, Any]:
+    """Where a run is made, as its config records it."""
+    dtype = str(model.dtype).removeprefix("torch.")
+    return {"threads": threads, "device": str(device), "dtype": dtype}
 
 
 @contextmanager

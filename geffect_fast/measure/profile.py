@@ -9,17 +9,17 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from geffect_fast.data.batch import Reduction
-from geffect_fast.data.tokenize import CHAT_DATE
 from geffect_fast.errors import GEffectWarning
 from geffect_fast.measure.profiler import Profiler
 from geffect_fast.measure.reference import REFERENCE_IS_MODEL
 from geffect_fast.objectives import Objective
+from geffect_fast.settings import Measuring, takes
 
 if TYPE_CHECKING:
     import xarray as xr
 
 
+@takes(Measuring)
 def profile(
     model: nn.Module,
     tokenizer: Any,
@@ -30,19 +30,9 @@ def profile(
     probes: Mapping[str, Any] | None = None,
     refusals: Any = None,
     reference_model: nn.Module | str | Path | None = None,
-    resolve: Sequence[str] = ("parameter", "sample"),
-    engine: str = "auto",
-    reduction: Reduction = "token",
-    risk: str | Objective = "nll",
-    norms: bool | None = None,
-    groups: Mapping[str, Any] | None = None,
-    template: str = "auto",
-    max_length: int | None = None,
-    date: str = CHAT_DATE,
-    token_budget: int | None = None,
-    trust_remote_code: bool = False,
     out: str | Path | None = None,
     progress: bool = False,
+    **settings: Any,
 ) -> xr.Dataset:
     """The G-effect of unlearning objectives on a model's risks: by parameter, sample, position.
 
@@ -66,31 +56,10 @@ def profile(
         reference_model: what NPO-like objectives compare with, a model or the folder of one; None:
             `model` as it is, for which, as for any model of the same weights, there is a
             `GEffectWarning`: betas only scale then.
-        resolve: axes of the result; all others are summed. `parameter`, or `group` (embedding,
-            thirds of the blocks by depth, final norm, output layer); `sample`; and within samples
-            one of two, another thing though both add up: `token`, which predicted token drives the
-            effect, or `position`, where in the sequence a layer is used, the summand `g_t^T V a_t`.
-        engine: `reverse` resolves by parameter and position; `forward` by token, and any number of
-            objectives costs the same; `auto` takes what `resolve` needs, or else costs less
-            (`geffect_fast.engines.choice`). The attributes say which it was, and why.
-        reduction: what means are taken over, in objectives and risks alike: all answer tokens
-            (`token`), each sample's tokens and then samples (`sample`), or no mean (`sum`).
-        risk: an objective used as the risk; its part on any data set is the risk on that set.
-        norms: also gradient norms and cosines, and a check that the samples' shares add up to the
-            whole gradient's, parameter by parameter. Costs one more forward unit an objective, and
-            memory for its gradient. None: with the reverse engine; the forward engine forms no
-            gradient of an objective.
-        groups: groups of blocks by name, in place of thirds: `{"first": "0-3", "last": 7}`.
-        template: `auto`, or a text with `{question}` and `{answer}`.
-        max_length: refuse samples of more tokens.
-        date: the day, `YYYY-MM-DD`, that a chat template is told which asks for it; a fixed one, so
-            that no number depends on the day.
-        token_budget: tokens a batch; None: chosen from free memory. Where memory runs out, it is
-            halved, with a `GEffectWarning`; the attribute `token_budget` is what it was at the end.
-        trust_remote_code: run Python code that the folder of a `reference_model` brings along.
         out: a NetCDF file that effects by sample and position or token are written to while they
             are computed, for results larger than memory; None: in memory.
         progress: show a bar.
+        settings:
 
     Returns:
         A Dataset with `g_effect` (objective, risk, parameter, sample), `risk_value` (risk), `loss`
@@ -132,7 +101,7 @@ def profile(
         ...                     objectives=["ga", "npo(beta=0.1)"])
         >>> result.g_effect.sum(["parameter", "sample"])
     """
-    profiler = Profiler(
+    profiler = Profiler.of(
         model,
         tokenizer,
         forget=forget,
@@ -141,17 +110,7 @@ def profile(
         probes=probes,
         refusals=refusals,
         reference_model=reference_model,
-        resolve=resolve,
-        engine=engine,
-        reduction=reduction,
-        risk=risk,
-        norms=norms,
-        groups=groups,
-        template=template,
-        max_length=max_length,
-        date=date,
-        token_budget=token_budget,
-        trust_remote_code=trust_remote_code,
+        **settings,
     )
     result = profiler.measure(out=out, progress=progress, unchanged=True).dataset
     if "reference_is_model" in result.attrs:

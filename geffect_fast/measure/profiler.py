@@ -16,8 +16,7 @@ from torch import Tensor, nn
 
 from geffect_fast.capture import Plan
 from geffect_fast.data import Layout, SampleSet, estimate_token_budget, make_batches
-from geffect_fast.data.batch import Batch, Reduction, Role
-from geffect_fast.data.tokenize import CHAT_DATE
+from geffect_fast.data.batch import Batch, Role
 from geffect_fast.engines.attempts import TokenBudget
 from geffect_fast.engines.choice import Choice, choose_engine
 from geffect_fast.engines.direction import Tick, accumulate_gradients
@@ -25,28 +24,15 @@ from geffect_fast.engines.forward_check import forward_mode_problem
 from geffect_fast.engines.forward_parts import parts_for, place_for_directions, product_shares
 from geffect_fast.engines.layout import check_reference, choose_layout, longest_sequence
 from geffect_fast.engines.packed_attention import splits_attention
-from geffect_fast.engines.rotary_frequencies import check_pairs
 from geffect_fast.engines.tasks import Reference, Task, mixture_of, tasks_for
 from geffect_fast.errors import InputError, UnsupportedModelError
-from geffect_fast.measure.arguments import (
-    check_arguments,
-    check_memory,
-    check_model,
-    check_needs_no_refusals,
-    check_needs_no_weights,
-    read_sets,
-    reference_for,
-    resolved_list,
-    resolved_risk,
-)
-from geffect_fast.measure.budget import within_budget
 from geffect_fast.measure.effects import find_effects
+from geffect_fast.measure.memory import check_memory, within_budget
 from geffect_fast.measure.models import check_finite
-from geffect_fast.measure.progress import progress_bar
+from geffect_fast.measure.prepare import Prepared, Sources, needs_of, prepare, resolved_list
 from geffect_fast.measure.reference import same_weights
 from geffect_fast.measure.rounding import rounding_check
 from geffect_fast.objectives import Objective
-from geffect_fast.objectives.base import REFERENCE_NEEDS
 from geffect_fast.results.axes import checked_blocks
 from geffect_fast.results.coverage import Coverage
 from geffect_fast.results.dataset import (
@@ -60,9 +46,11 @@ from geffect_fast.results.dataset import (
 )
 from geffect_fast.results.intervals import LEVEL
 from geffect_fast.results.objective_weights import TokenWeights
-from geffect_fast.results.resolution import Resolution, checked_axes
+from geffect_fast.results.resolution import Resolution
 from geffect_fast.results.risk_rows import RiskRows, RowValues
+from geffect_fast.settings import Measuring, checked_config
 from geffect_fast.storage.stream import EffectFile
+from geffect_fast.terminal import progress_bar
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -83,11 +71,13 @@ class Measurement:
 
 
 class Profiler:
-    """Data, batches and engine of a profile, prepared once; the model's weights may change.
+    """Batches and engine of a profile, decided once; the model's weights may change.
 
-    Takes what `geffect_fast.profile` takes, but `out` and `progress`, and raises what it does for
-    wrong arguments. A `reference_model` that is given is read at the first measurement, and stays
-    what it was then; without one, the reference is the model as it stands at each.
+    A reference model that is given is read at the first measurement, and stays what it was then;
+    without one, the reference is the model as it stands at each.
+
+    Args:
+        prepared: the model, its data and objectives, and what to measure.
 
     Attributes:
         plan: of the model, which must stay in eval mode while it is measured.
@@ -96,86 +86,42 @@ class Profiler:
         risk_names: names along the axis `risk`.
 
     Example:
-        >>> profiler = Profiler(model, tokenizer, forget=rows, retain=others, objectives=["ga"])
+        >>> profiler = Profiler.of(model, tokenizer, forget=rows, retain=others, objectives=["ga"])
         >>> before = profiler.measure().dataset
         >>> ...  # a training step
         >>> after = profiler.measure().dataset
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        tokenizer: Any,
-        *,
-        forget: Any,
-        retain: Any,
-        objectives: Sequence[str | Objective] | str,
-        probes: Mapping[str, Any] | None = None,
-        refusals: Any = None,
-        reference_model: nn.Module | str | Path | None = None,
-        resolve: Sequence[str] = ("parameter", "sample"),
-        engine: str = "auto",
-        reduction: Reduction = "token",
-        risk: str | Objective = "nll",
-        norms: bool | None = None,
-        groups: Mapping[str, Any] | None = None,
-        template: str = "auto",
-        max_length: int | None = None,
-        date: str = CHAT_DATE,
-        token_budget: int | None = None,
-        trust_remote_code: bool = False,
-    ) -> None:
-        self.objectives = resolved_list(objectives)
-        risk_part = resolved_risk(risk)
-        axes = checked_axes(resolve)
-        check_arguments(engine, reduction, token_budget=token_budget, max_length=max_length)
-        if not {"parameter", "group"} & set(axes) and groups is not None:
+    def __init__(self, prepared: Prepared[Measuring]) -> None:
+        settings, model, sets = prepared.settings, prepared.model, prepared.sets
+        axes, reduction = settings.resolve, settings.reduction
+        if not {"parameter", "group"} & set(axes) and settings.groups:
             raise InputError("groups: goes with resolve by 'group' or 'parameter'; leave it out")
-        # Effects are linear in the objective: a part that several share is profiled once.
-        self._parts = list(dict.fromkeys(part for o in self.objectives for _, part in o.parts()))
-        needs = {need for part in self._parts for need in part.needs}
-        alternatives = any("alternative" in part.roles for part in self._parts)
-        self.sets = sets = read_sets(
-            tokenizer,
-            forget,
-            retain,
-            probes,
-            refusals,
-            alternatives,
-            template,
-            max_length,
-            date,
-            model,
-        )
-        if not sets["forget"].has_alternatives:
-            check_needs_no_refusals(self.objectives)
-        if not sets["forget"].has_weights:
-            check_needs_no_weights(self.objectives)
-        check_model(model, sets)
+        self.objectives, self.sets = prepared.objectives, sets
+        self._parts = prepared.parts
+        risk = settings.risk_objective
         self.plan = plan = Plan.of(model)
         uses_retain = any(part.on == "retain" for part in self._parts)
         self._resolution = resolution = Resolution(
             axes,
             list(plan.parameters),
             {name: sets[name] for name in ("forget", "retain")[: 1 + uses_retain]},
-            alternatives,
-            checked_blocks(groups, list(plan.parameters)),
+            prepared.reads_alternatives,
+            checked_blocks(settings.groups or None, list(plan.parameters)),
         )
-        sources = {"unlearn": "forget", "retain": "retain"} | {p: p for p in probes or {}}
+        sources = {"unlearn": "forget"} | {name: name for name in sets if name != "forget"}
         self.risk_names = list(sources)
         columns = resolution.columns()[1]
         choice = choose_engine(
-            engine,
+            settings.engine,
             axes,
-            norms,
+            settings.norms,
             n_risks=len(sources),
             n_parts=len(self._parts),
             shares=product_shares(plan, columns),
         )
-        self._budget = budget = TokenBudget(token_budget or 1)
+        self._budget = budget = TokenBudget(settings.token_budget or 1)
         longest = max(map(longest_sequence, sets.values()))
-        if alternatives:
-            check_pairs(model, sets["forget"])
         try:
             with within_budget(budget, one_sample=True):
                 layout = choose_layout(plan, sets["forget"], longest)
@@ -185,11 +131,11 @@ class Profiler:
             if resolution.per_sample and choice.engine == "reverse":
                 raise
             layout = "single"
-        self._choice = self._possible(choice, layout, engine == "forward")
-        self._norms = self._choice.engine == "reverse" if norms is None else norms
-        if token_budget is None:
-            second = REFERENCE_NEEDS & needs and isinstance(reference_model, str | Path)
-            budget.tokens = self._tokens_that_fit(layout, loads_another=bool(second))
+        self._choice = self._possible(choice, layout, settings.engine == "forward")
+        by_reverse = self._choice.engine == "reverse"
+        self._norms = by_reverse if settings.norms is None else settings.norms
+        if settings.token_budget is None:
+            budget.tokens = self._tokens_that_fit(layout)
 
         def batches_of(sample_set: SampleSet, wanted: tuple[Role, ...]) -> list[Batch]:
             return make_batches(
@@ -212,7 +158,7 @@ class Profiler:
 
         self._tasks = tasks_on(sets, budget)
         self._risk_tasks = [
-            Task(batches_of(sets[source], risk_part.roles), {m: risk_part}, budget=budget)
+            Task(batches_of(sets[source], risk.roles), {m: risk}, budget=budget)
             for m, source in enumerate(sources.values())
         ]
         self._risk_rows = None
@@ -222,29 +168,55 @@ class Profiler:
         self._rounding = rounding_check(
             plan, self._choice.engine, resolution, self._mixture, tasks_on
         )
-        self._tokenizer = tokenizer
-        self._settings = {
+        self._tokenizer = prepared.tokenizer
+        self._attributes = {
             "engine": self._choice.engine,
             "engine_reason": self._choice.reason,
             "layout": layout,
             "reduction": reduction,
-            "risk": str(risk_part),
+            "risk": str(risk),
             "n_forget": len(sets["forget"]),
             "n_retain": len(sets["retain"]),
-            "date": date,
+            "date": settings.date,
             "digests": json.dumps(digests(sets)),
             "objectives": json.dumps(
                 [{"name": o.name, "parameters": o.parameters()} for o in self.objectives]
             ),
         }
-        reference = reference_for(reference_model, needs, model, sets, trust_remote_code)
+        reference = prepared.reference
         if reference is not None:
             with within_budget(budget, one_sample=True):
                 check_reference(reference, layout, sets["forget"], longest)
-        self._reference_is_model = bool(REFERENCE_NEEDS & needs) and (
+        self._reference_is_model = prepared.compares and (
             reference is None or same_weights(model, reference)
         )
         self._reference = Reference(reference)
+
+    @classmethod
+    def of(
+        cls,
+        model: nn.Module,
+        tokenizer: Any,
+        *,
+        forget: Any,
+        retain: Any,
+        objectives: Sequence[str | Objective] | str,
+        probes: Mapping[str, Any] | None = None,
+        refusals: Any = None,
+        reference_model: nn.Module | str | Path | None = None,
+        **settings: Any,
+    ) -> Profiler:
+        """A profiler of what `geffect_fast.profile` takes; raises what it does."""
+        return cls(
+            prepare(
+                model,
+                tokenizer,
+                Sources(forget, retain, probes, refusals),
+                resolved_list(objectives),
+                checked_config(Measuring, settings),
+                reference_model,
+            )
+        )
 
     def measure(
         self,
@@ -324,19 +296,21 @@ class Profiler:
                 onto = torch.block_diag(onto, mixture) if of_objectives else onto
                 gram = onto @ gram @ onto.T
                 check_norms(gram, [*self.risk_names, *self.objectives])
-            settings = self.settings | {
+            attributes = self.attributes | {
                 "dtype": str(next(iter(plan.parameters.values())).dtype).removeprefix("torch."),
                 **Coverage.of(plan.model).attributes(),
                 # NetCDF has no booleans
                 "coverage_checked": int(of_objectives and gram is not None),
             }
             if unchanged and self._reference_is_model:
-                settings["reference_is_model"] = 1
+                attributes["reference_is_model"] = 1
             if self._rounding is not None and precision:
                 every_row = None
                 if isinstance(array, np.ndarray) and "sample" in resolution.axes:
                     every_row = array.sum((2, 4))
-                settings |= self._rounding.attributes(plan, directions, self._reference, every_row)
+                attributes |= self._rounding.attributes(
+                    plan, directions, self._reference, every_row
+                )
             result = dataset(
                 resolution,
                 None if isinstance(array, EffectFile) else array,
@@ -346,7 +320,7 @@ class Profiler:
                 mixture @ found.values,
                 gram if self._norms or not of_objectives else None,
                 self._tokenizer,
-                settings,
+                attributes,
             )
             if self._risk_rows is not None and watched is not None:
                 of_risks = gram_matrices(directions) if gram is None else gram
@@ -398,9 +372,9 @@ class Profiler:
         return self._budget.tokens
 
     @property
-    def settings(self) -> dict[str, Any]:
+    def attributes(self) -> dict[str, Any]:
         """Attributes of results that hold for all measurements, as they are now."""
-        return self._settings | {"token_budget": self.token_budget}
+        return self._attributes | {"token_budget": self.token_budget}
 
     @property
     def _mixture(self) -> Tensor:
@@ -423,11 +397,11 @@ class Profiler:
             )
         return Choice("reverse", problem)
 
-    def _tokens_that_fit(self, layout: Layout, *, loads_another: bool) -> int:
+    def _tokens_that_fit(self, layout: Layout) -> int:
         """Tokens a batch, from what they take and the memory that is free."""
         model, forward = self.plan.model, self._choice.engine == "forward"
         whole = not forward and (self._norms or not self._resolution.per_sample)
-        needs = {need for part in self._parts for need in part.needs}
+        needs = needs_of(self._parts)
         (largest, *_) = make_batches(
             self.sets["forget"], ("answer",), token_budget=2**62, layout=layout
         )
@@ -445,7 +419,6 @@ class Profiler:
             logits=not {"logits", "reference_logits"}.isdisjoint(needs),
             predicted=max(predicted),
             by_sample=layout != "packed" or splits_attention(model, largest),
-            reserved=sum(p.nbytes for p in model.parameters()) if loads_another else 0,
         )
 
     @contextmanager

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import functools
-import inspect
 import json
 import math
-from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+from torch import nn
 
 from geffect_fast.errors import InputError
 from geffect_fast.measure.profile import profile
@@ -20,8 +19,6 @@ from geffect_fast.results.told_apart import effect_errors, effect_spreads, told_
 if TYPE_CHECKING:
     import xarray as xr
 
-P = ParamSpec("P")
-
 SAME = 1e-6
 """How far effects may be apart, relative to their size, that only sums in another order make."""
 _AT_ONCE = 64
@@ -30,31 +27,14 @@ HYPER = "hyper_"
 """What the coordinates of swept parameters begin with."""
 
 
-def _called_like(
-    other: Callable[P, xr.Dataset], **defaults: Any
-) -> Callable[[Callable[..., xr.Dataset]], Callable[P, xr.Dataset]]:
-    """Gives a function the signature of another one, with some defaults changed."""
-    signature = inspect.signature(other)
-    parameters = [
-        p.replace(default=defaults.get(p.name, p.default)) for p in signature.parameters.values()
-    ]
-    signature = signature.replace(parameters=parameters)
-
-    def decorate(function: Callable[..., xr.Dataset]) -> Callable[P, xr.Dataset]:
-        @functools.wraps(function)
-        def called(*args: P.args, **kwargs: P.kwargs) -> xr.Dataset:
-            bound = signature.bind(*args, **kwargs)
-            bound.apply_defaults()
-            return function(**bound.arguments)
-
-        called.__dict__["__signature__"] = signature
-        return called
-
-    return decorate
-
-
-@_called_like(profile, resolve=("sample",))
-def sweep(*, objectives: Any, out: Any, **arguments: Any) -> xr.Dataset:
+def sweep(
+    model: nn.Module,
+    tokenizer: Any,
+    *,
+    objectives: Iterable[str | Objective] | str,
+    resolve: Sequence[str] = ("sample",),
+    **arguments: Any,
+) -> xr.Dataset:
     """The G-effect of objectives at many values of their hyper-parameters, from one profile.
 
     Takes what `profile` takes, and ranges in objective strings: `wga(alpha=0.1:7:30)` is 30 evenly
@@ -63,11 +43,12 @@ def sweep(*, objectives: Any, out: Any, **arguments: Any) -> xr.Dataset:
     to 6 significant digits and used so, as their labels say.
 
     Args:
-        model, tokenizer, ...: as `profile` takes them, and by default `resolve=("sample",)`.
+        model, tokenizer: as `profile` takes them.
         objectives: strings with or without ranges, or objects; at most 10,000 objectives in all.
             An objective that several ranges hold is profiled once, and belongs to the first of
             them.
-        out: None; the result of a sweep is held in memory.
+        arguments: `forget`, `retain` and all others of `profile` but `out`: the result is held in
+            memory. By default `resolve=("sample",)`.
 
     Returns:
         The Dataset of `profile` with every objective, and these along `objective`:
@@ -93,11 +74,17 @@ def sweep(*, objectives: Any, out: Any, **arguments: Any) -> xr.Dataset:
         ...                   objectives=["wga(alpha=0.1:7:30)", "npo(beta=0.01:4:30,log)"])
         >>> result.g_effect.sum("sample").sel(risk="unlearn").set_index(objective="hyper_alpha")
     """
-    if out is not None:
+    if arguments.get("out") is not None:
         raise InputError("out: the result of a sweep is held in memory; leave it out")
     families = expanded(objectives)
     members = _members(families)
-    result = profile(objectives=[member.objective for member in members], **arguments)
+    result = profile(
+        model,
+        tokenizer,
+        objectives=[member.objective for member in members],
+        resolve=resolve,
+        **arguments,
+    )
     coords: dict[str, Any] = {"sweep": ("objective", [member.family.text for member in members])}
     for name in dict.fromkeys(name for family in families for name in family.names):
         values = [member.values.get(name, math.nan) for member in members]

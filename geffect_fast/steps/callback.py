@@ -12,7 +12,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from geffect_fast.errors import InputError, UnsupportedModelError
-from geffect_fast.measure.arguments import check_counts, resolved_list
+from geffect_fast.measure.prepare import check_count, resolved_list
 from geffect_fast.measure.profiler import Profiler
 from geffect_fast.objectives import Objective
 from geffect_fast.objectives.base import REFERENCE_NEEDS
@@ -80,7 +80,7 @@ class GEffectCallback(TrainerCallback):
         reference_model: nn.Module | str | Path | None = None,
         **options: Any,
     ) -> None:
-        check_counts(every=every)
+        check_count("every", every)
         self.every = every
         self.out = None if out is None else check_free(out)
         self.result: xr.Dataset | None = None
@@ -171,7 +171,7 @@ class GEffectCallback(TrainerCallback):
                 frozen = {id(p): p for p in model.parameters() if not p.requires_grad}
                 options["reference_model"] = copy.deepcopy(model, frozen)
             tokenizer = tokenizer if self._tokenizer is None else self._tokenizer
-            profiler = Profiler(model, tokenizer, **options)
+            profiler = Profiler.of(model, tokenizer, **options)
         decides = {name: getattr(args, name, None) for name in _DECIDES}
         folder = None if self.out is None else self.out / STEPS
         store = StepStore(folder, run_identity(profiler, training=decides, every=self.every))
@@ -184,7 +184,7 @@ class GEffectCallback(TrainerCallback):
 
 
 def _sets(probe_sets: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments of `Profiler` for data sets by name; raise `InputError` where one is missing."""
+    """Arguments of `Profiler.of` for data sets by name; raise `InputError` where one is missing."""
     if not isinstance(probe_sets, Mapping):
         raise InputError(
             f"probe_sets: got {type(probe_sets).__name__}; give a dict with forget and retain"

@@ -7,9 +7,9 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
-from geffect_fast.measure.execute import measuring, on_threads, read_sources, reading
+from geffect_fast.measure.execute import machine, on_threads, read_sources_of
 from geffect_fast.results.dataset import digests
-from geffect_fast.settings import ProfileConfig
+from geffect_fast.settings import Measuring, ProfileConfig
 from geffect_fast.steps.profile_checkpoints import CheckpointRun
 from geffect_fast.storage.inputs import Inputs, input_sums, inputs_of
 from geffect_fast.storage.lock import locked
@@ -63,7 +63,7 @@ def execute_checkpoints(
         folder = check_start(out, resume, overwrite, inputs=inputs_of(config) | dict(inputs))
         if resume:
             config = config.model_copy(update=as_begun(config, folder, _CHOSEN))
-        device, data, tokenizer = read_sources(config, config.objectives)
+        device, sources, tokenizer = read_sources_of(config)
         sums = input_sums(inputs_of(config))
         if resume:
             check_resumed(folder, sums)
@@ -75,22 +75,18 @@ def execute_checkpoints(
                 reference_model=config.reference,
                 dtype=config.dtype,
                 device=str(device),
-                trust_remote_code=config.trust_remote_code,
                 options={
-                    **data,
+                    **vars(sources),
                     "objectives": list(config.objectives),
-                    **measuring(config),
-                    **reading(config),
+                    **config.fields(Measuring),
                 },
             )
             rows = digests(run.profiler.sets)
             check_recorded(config.rows, rows, folder if resume else None)
             chosen = {
                 "token_budget": run.profiler.token_budget,
-                "engine": run.profiler.settings["engine"],
-                "threads": threads,
-                "device": str(device),
-                "dtype": str(run.model.dtype).removeprefix("torch."),
+                "engine": run.profiler.attributes["engine"],
+                **machine(threads, device, run.model),
                 "rows": rows,
             }
             settled = config.model_copy(update=chosen)

@@ -238,7 +238,7 @@ def run_identity(
     # from free memory; in words; of what is hashed below
     chosen = ("token_budget", "engine_reason", "date", "digests")
     plain = {
-        "settings": {k: v for k, v in profiler.settings.items() if k not in chosen},
+        "settings": {k: v for k, v in profiler.attributes.items() if k not in chosen},
         "risks": profiler.risk_names,
         "parameters": {name: list(p.shape) for name, p in profiler.plan.parameters.items()},
         "more": more,

@@ -11,10 +11,9 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from geffect_fast.errors import InputError
-from geffect_fast.measure.arguments import resolved_list
 from geffect_fast.measure.models import load_model
+from geffect_fast.measure.prepare import resolved_list
 from geffect_fast.measure.profiler import Profiler
-from geffect_fast.measure.progress import progress_bar
 from geffect_fast.objectives import Objective
 from geffect_fast.paths import find_checkpoints, user_path
 from geffect_fast.steps.checkpoints import loaded_in_turn
@@ -25,6 +24,7 @@ from geffect_fast.storage.model_folder import check_model_source
 from geffect_fast.storage.run_folder import STEPS
 from geffect_fast.storage.step_folder import begun, check_resumed, check_start, finish, kept
 from geffect_fast.storage.step_store import StepStore
+from geffect_fast.terminal import progress_bar
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -41,7 +41,6 @@ def profile_checkpoints(
     reference_model: nn.Module | str | Path | None = None,
     dtype: str = "auto",
     device: str = "auto",
-    trust_remote_code: bool = False,
     weights: bool = True,
     out: str | Path | None = None,
     resume: bool = False,
@@ -62,7 +61,7 @@ def profile_checkpoints(
         forget, retain, objectives: as `geffect_fast.profile` takes them.
         model: folder of the model before training, measured as step 0; None: not measured.
         reference_model: what NPO-like objectives compare with; None: the first of the models.
-        dtype, device, trust_remote_code: as `geffect_fast.measure.models.load_model` takes them.
+        dtype, device: as `geffect_fast.measure.models.load_model` takes them.
         weights: also `token_weight`, what objectives put on tokens.
         out: run folder, for one file a step and in the end `results.nc`; None: in memory.
         resume: go on with what `out` holds of this run.
@@ -94,7 +93,6 @@ def profile_checkpoints(
             reference_model=reference_model,
             dtype=dtype,
             device=device,
-            trust_remote_code=trust_remote_code,
             options=options | {"forget": forget, "retain": retain, "objectives": objectives},
         )
 
@@ -149,26 +147,18 @@ class CheckpointRun:
         reference_model: nn.Module | str | Path | None,
         dtype: str,
         device: str,
-        trust_remote_code: bool,
         options: dict[str, Any],
     ) -> None:
         self.folders = with_model(find_checkpoints(checkpoints), model)
+        trusted = options.get("trust_remote_code", False)
         for folder in self.folders.values():
-            check_model_source(folder, "checkpoint", trust_remote_code)
+            check_model_source(folder, "checkpoint", trusted)
         options = options | {"objectives": resolved_list(options["objectives"])}
         first = next(iter(self.folders.values()))
-        self.model = load_model(
-            first, dtype, device, "checkpoint", trust_remote_code=trust_remote_code
-        )
+        self.model = load_model(first, dtype, device, "checkpoint", trust_remote_code=trusted)
         # A folder, as the model itself will not stay what it is.
         reference = first if reference_model is None else reference_model
-        self.profiler = Profiler(
-            self.model,
-            tokenizer,
-            reference_model=reference,
-            trust_remote_code=trust_remote_code,
-            **options,
-        )
+        self.profiler = Profiler.of(self.model, tokenizer, reference_model=reference, **options)
         self._names = json.dumps({step: str(path) for step, path in self.folders.items()})
 
     def measure(

@@ -8,10 +8,10 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from geffect_fast.measure.execute import measuring, on_threads, read_sources, reading
+from geffect_fast.measure.execute import machine, on_threads, read_sources_of
 from geffect_fast.measure.models import load_model
 from geffect_fast.results.dataset import digests
-from geffect_fast.settings import UnlearnConfig
+from geffect_fast.settings import Measuring, Training, UnlearnConfig
 from geffect_fast.storage.inputs import Inputs, input_sums, inputs_of
 from geffect_fast.storage.lock import locked
 from geffect_fast.storage.recorded_rows import check_recorded
@@ -67,7 +67,7 @@ def execute_unlearn(
         folder = check_start(out, resume, overwrite, inputs_of(config) | dict(inputs))
         if resume:
             config = config.model_copy(update=as_begun(config, folder, CHOSEN, SAME_NUMBERS))
-        device, data, tokenizer = read_sources(config, [config.objective, *config.objectives])
+        device, sources, tokenizer = read_sources_of(config)
         sums = input_sums(inputs_of(config))
         if resume:
             check_resumed(folder, sums)
@@ -77,23 +77,18 @@ def execute_unlearn(
             run = Unlearning(
                 model,
                 tokenizer,
-                config.training(),
-                objective=config.objective,
-                objectives=config.objectives,
-                sources=data,
+                Training(**config.fields(Training)),
+                objectives=config.measured,
+                sources=sources,
+                settings=Measuring(**config.fields(Measuring)),
                 reference_model=config.reference,
-                measuring=measuring(config),
-                reading=reading(config),
-                trust_remote_code=trusted,
             )
             said(run.rows.sentence(run.sets))
             rows = digests(run.sets)
             check_recorded(config.rows, rows, folder if resume else None)
             chosen: dict[str, Any] = {
                 "token_budget": run.profiler.token_budget,
-                "threads": n_threads,
-                "device": str(device),
-                "dtype": str(model.dtype).removeprefix("torch."),
+                **machine(n_threads, device, model),
                 "rows": rows,
                 "batch_size": run.training.batch_size,
                 "probe_rows": config.probe_rows or max(map(len, run.rows.rows.values())),

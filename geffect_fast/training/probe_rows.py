@@ -10,6 +10,7 @@ import numpy as np
 from geffect_fast.data import SampleSet
 from geffect_fast.data.batch import Role
 from geffect_fast.objectives import GA, Objective
+from geffect_fast.settings import Measuring
 
 SHARE = 0.85
 """Of a training step, what a probe may cost by the count; copies of the weights and writing the
@@ -50,11 +51,8 @@ def choose_rows(
     *,
     trained: Sequence[Objective],
     measured: Sequence[Objective],
-    risk: Objective,
+    settings: Measuring,
     rows_an_update: Mapping[str, int],
-    norms: bool,
-    resolve: Sequence[str],
-    engine: str,
 ) -> ProbeRows:
     """The rows of a probe.
 
@@ -73,12 +71,11 @@ def choose_rows(
             runs of several objectives measure the same rows and can be compared.
         trained: parts of the objective that is trained on.
         measured: parts of all objectives that are measured.
-        risk: the risk.
+        settings: of the probe.
         rows_an_update: by data set, of training.
-        norms: whether norms and cosines are measured too, by the reverse engine.
-        resolve, engine: of the probe.
     """
-    forward = engine != "reverse" and not {"parameter", "position"} & set(resolve)
+    risk, resolve = settings.risk_objective, settings.resolve
+    forward = settings.engine != "reverse" and not {"parameter", "position"} & set(resolve)
 
     def cost(
         rows: Mapping[str, Sequence[int]],
@@ -95,7 +92,7 @@ def choose_rows(
         effects = 0.0
         for name, roles in _reads(measured).items():
             k = sum(part.on == name for part in measured)
-            passes: float = 1 + len(rows) + (2 * k if norms else k)
+            passes: float = 1 + len(rows) + (k if settings.norms is False else 2 * k)
             if forward:
                 passes = 6 + 4.5 * len(rows) if "group" in resolve else 1 + 2 * len(rows)
             effects += passes * _tokens(sets[name], roles)[list(rows[name])].sum()

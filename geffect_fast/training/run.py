@@ -4,35 +4,36 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
+from geffect_fast.capture.given import check_is_model
 from geffect_fast.data import Layout
 from geffect_fast.engines.layout import choose_layout, longest_sequence
 from geffect_fast.errors import GEffectError, InputError, NonFiniteError
-from geffect_fast.measure.arguments import (
-    check_model,
-    check_needs_no_refusals,
-    check_needs_no_weights,
-    read_sets,
-    reference_for,
-    resolved_list,
-    resolved_risk,
-)
 from geffect_fast.measure.models import quiet_transformers
+from geffect_fast.measure.prepare import (
+    Sources,
+    needs_of,
+    parts_of,
+    prepare,
+    read_sources,
+    resolved_list,
+)
 from geffect_fast.measure.profiler import Profiler
-from geffect_fast.measure.progress import progress_bar
 from geffect_fast.objectives import Objective
 from geffect_fast.objectives.base import REFERENCE_NEEDS
-from geffect_fast.settings import Training
+from geffect_fast.settings import Measuring, Training
 from geffect_fast.steps.probe import Probe, run_identity
 from geffect_fast.storage.run_folder import STEPS
 from geffect_fast.storage.step_store import StepStore
+from geffect_fast.terminal import progress_bar
 from geffect_fast.training.probe_rows import choose_rows
 from geffect_fast.training.resume import check_whole, checkpoints
 
@@ -66,85 +67,57 @@ class Unlearning:
         tokenizer: Any,
         training: Training,
         *,
-        objective: str | Objective,
         objectives: Sequence[str | Objective],
-        sources: Mapping[str, Any],
+        sources: Sources,
+        settings: Measuring,
         reference_model: nn.Module | str | Path | None,
-        measuring: Mapping[str, Any],
-        reading: Mapping[str, Any],
-        trust_remote_code: bool = False,
     ) -> None:
         from geffect_fast.training.adapters import with_adapter
         from geffect_fast.training.trainer import Loss
         from geffect_fast.training.trainer_arguments import check_precision, training_arguments
 
-        measured = resolved_list([objective, *objectives])
-        parts = list(dict.fromkeys(part for o in measured for _, part in o.parts()))
-        needs = {need for part in parts for need in part.needs}
-        self.tokenizer = tokenizer
-        self.sets = sets = read_sets(
-            tokenizer,
-            **sources,
-            alternatives=any("alternative" in part.roles for part in parts),
-            **reading,
-            model=model,
-        )
-        if not sets["forget"].has_alternatives:
-            check_needs_no_refusals(measured)
-        if not sets["forget"].has_weights:
-            check_needs_no_weights(measured)
-        check_model(model, sets)
-        self.training = training = self._with_sizes(training)
+        measured = resolved_list(objectives)
+        check_is_model(model, "model")
+        sources = read_sources(sources, measured)
+        self.training = training = with_batch_size(training, len(sources.forget))
         self.device = next(model.parameters()).device
         training_arguments(training, ".", str(self.device))  # to have them checked
         check_precision(training, model)
-        reference = reference_for(reference_model, needs, model, sets, trust_remote_code)
-        if needs & REFERENCE_NEEDS and reference is None:
-            reference = _as_it_is(model, shares=training.lora_rank is not None)
+        prepared = prepare(model, tokenizer, sources, measured, settings, reference_model)
+        self.tokenizer, self.sets = tokenizer, prepared.sets
+        if prepared.compares and prepared.reference is None:
+            shares = training.lora_rank is not None
+            prepared = replace(prepared, reference=_as_it_is(model, shares))
         if training.lora_rank is not None:
             torch.manual_seed(training.seed)
             model = with_adapter(model, training)
         self.model: Any = model
-        trained = [part for _, part in measured[0].parts()]
+        trained = parts_of(measured[:1])
         self.rows = choose_rows(
-            sets,
+            self.sets,
             training.probe_rows,
             trained=trained,
-            measured=parts,
-            risk=resolved_risk(measuring["risk"]),
+            measured=prepared.parts,
+            settings=settings,
             rows_an_update=self._rows_an_update(trained),
-            norms=measuring["norms"] is not False,
-            resolve=measuring["resolve"],
-            engine=measuring["engine"],
         )
-        part_of = {name: sets[name].part(rows) for name, rows in self.rows.rows.items()}
-        self.profiler = Profiler(
-            model,
-            tokenizer,
-            forget=part_of.pop("forget"),
-            retain=part_of.pop("retain"),
-            probes=part_of,
-            objectives=measured,
-            reference_model=reference,
-            date=reading["date"],
-            **measuring,
-        )
-        layout: Layout = self.profiler.settings["layout"]
+        self.profiler = Profiler(replace(prepared.of_rows(self.rows.rows), model=model))
+        layout: Layout = self.profiler.attributes["layout"]
         if layout == "packed":  # rows that are not probed may be longer
-            longest = max(map(longest_sequence, sets.values()))
-            layout = choose_layout(self.profiler.plan, sets["forget"], longest)
+            longest = max(map(longest_sequence, self.sets.values()))
+            layout = choose_layout(self.profiler.plan, self.sets["forget"], longest)
         self.loss = Loss(
             measured[0],
-            sets,
+            self.sets,
             self.profiler.token_budget,
             layout,
-            measuring["reduction"],
+            settings.reduction,
             training.accumulation,
         )
-        self._reference = reference
+        self._reference = prepared.reference
         decides = training.model_dump(mode="json", exclude=SAME_NUMBERS)
         decides["probe_rows"] = self.rows.rows  # whether they were chosen here or by the user
-        self.identity = run_identity(self.profiler, sets, training=decides)
+        self.identity = run_identity(self.profiler, self.sets, training=decides)
 
     def train(
         self,
@@ -176,8 +149,8 @@ class Unlearning:
             self._check_steps(store, saved[max(saved)], max(saved))
         probe = Probe(self.profiler, store, trained=str(self.loss.objective))
         live = GEffectCallback.of(probe, training.probe_every)
-        sizes = self._rows_an_update([part for _, part in self.loss.objective.parts()])
-        needs = {need for part in self.loss.parts for need in part.needs}
+        sizes = self._rows_an_update(parts_of([self.loss.objective]))
+        needs = needs_of(self.loss.parts)
         reference = None
         if needs & REFERENCE_NEEDS and self._reference is not None:
             reference = RowReference(self._reference, self.loss)
@@ -255,17 +228,6 @@ class Unlearning:
                 "so: try a smaller --learning-rate, or --dtype float32"
             ) from error
 
-    def _with_sizes(self, training: Training) -> Training:
-        """The training with its batch size decided, and checked against the data."""
-        n = len(self.sets["forget"])
-        size = training.batch_size or max(min(ROWS_AN_UPDATE, n) // training.accumulation, 1)
-        if size * training.accumulation > n:
-            times = "" if training.accumulation == 1 else f" times {training.accumulation}"
-            raise InputError(
-                f"batch_size: {size}{times} is more than the {n} rows of forget; give fewer"
-            )
-        return training.model_copy(update={"batch_size": size})
-
     def _rows_an_update(self, trained: Sequence[Objective]) -> dict[str, int]:
         """How many rows of each data set an update reads."""
         training = self.training
@@ -275,6 +237,17 @@ class Unlearning:
             retain = training.retain_batch_size or training.batch_size
             rows["retain"] = retain * training.accumulation
         return rows
+
+
+def with_batch_size(training: Training, n_forget: int) -> Training:
+    """The training with its batch size decided, and checked against the rows there are."""
+    size = training.batch_size or max(min(ROWS_AN_UPDATE, n_forget) // training.accumulation, 1)
+    if size * training.accumulation > n_forget:
+        times = "" if training.accumulation == 1 else f" times {training.accumulation}"
+        raise InputError(
+            f"batch_size: {size}{times} is more than the {n_forget} rows of forget; give fewer"
+        )
+    return training.model_copy(update={"batch_size": size})
 
 
 def _as_it_is(model: nn.Module, shares: bool) -> nn.Module:

@@ -25,7 +25,7 @@ from geffect_fast.engines.forward_pass import model_outputs
 from geffect_fast.engines.packed_attention import packed_attention
 from geffect_fast.engines.tasks import Task, tasks_for
 from geffect_fast.errors import InputError, NonFiniteError, UnfinishedError, in_one_line
-from geffect_fast.measure.budget import within_budget
+from geffect_fast.measure.memory import within_budget
 from geffect_fast.objectives import Objective, Outputs
 from geffect_fast.objectives.base import REFERENCE_NEEDS
 from geffect_fast.training.resume import load_weights, saving, saving_folder

@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from geffect_fast.data.batch import Reduction
-from geffect_fast.data.tokenize import CHAT_DATE
+from geffect_fast.measure.prepare import Sources
 from geffect_fast.objectives import Objective
-from geffect_fast.settings import Training, checked_config
+from geffect_fast.settings import Measuring, Training, UnlearnSettings, checked_config, takes
 from geffect_fast.storage.inputs import input_sums, weights_sums
 from geffect_fast.storage.lock import locked
 from geffect_fast.storage.step_folder import begun, check_resumed, kept
@@ -25,6 +24,7 @@ if TYPE_CHECKING:
     from geffect_fast.storage.run_folder import Reporter
 
 
+@takes(UnlearnSettings)
 def unlearn(
     model: nn.Module,
     tokenizer: Any,
@@ -36,23 +36,12 @@ def unlearn(
     probes: Mapping[str, Any] | None = None,
     refusals: Any = None,
     reference_model: nn.Module | str | Path | None = None,
-    resolve: Sequence[str] = ("parameter", "sample"),
-    engine: str = "auto",
-    reduction: Reduction = "token",
-    risk: str | Objective = "nll",
-    norms: bool | None = None,
-    groups: Mapping[str, Any] | None = None,
-    template: str = "auto",
-    max_length: int | None = None,
-    date: str = CHAT_DATE,
-    token_budget: int | None = None,
-    trust_remote_code: bool = False,
     out: str | Path | None = None,
     resume: bool = False,
     overwrite: bool = False,
     progress: bool = False,
     report: Reporter | None = None,
-    **training: Any,
+    **settings: Any,
 ) -> xr.Dataset:
     """Train a model on an unlearning objective, and measure the G-effect at steps on the way.
 
@@ -63,9 +52,7 @@ def unlearn(
     Args:
         model: a causal language model of transformers, trained in place (with `lora_rank` an
             adapter is put into it); in eval mode afterwards.
-        tokenizer, forget, retain, probes, refusals, resolve, engine, reduction, risk, norms,
-            groups, template, max_length, date, token_budget, trust_remote_code: as
-            `geffect_fast.profile` takes them; the engine and its axes are those of the probes.
+        tokenizer, forget, retain, probes, refusals: as `geffect_fast.profile` takes them.
         objective: what is trained on, such as `npo(beta=0.1) + 1.0*kl`.
         objectives: further ones, measured beside it.
         reference_model: what NPO-like objectives compare with; None: the model as it was before
@@ -76,8 +63,7 @@ def unlearn(
         overwrite: whether an earlier run in `out` may be replaced.
         progress: show a bar.
         report: writes tables and plots into `out` beside the result.
-        training: `steps`, `learning_rate`, `probe_every` ...: the fields of
-            `geffect_fast.settings_unlearn.Training`.
+        settings:
 
     Returns:
         The results of `geffect_fast.profile` along a first axis `step`, and what each step did:
@@ -96,26 +82,17 @@ def unlearn(
         >>> result.g_effect.sum(["parameter", "sample"]).sel(objective="npo(beta=0.1)")
     """
 
+    checked = checked_config(UnlearnSettings, settings)
+
     def prepared() -> Unlearning:
         return Unlearning(
             model,
             tokenizer,
-            checked_config(Training, training),
-            objective=objective,
-            objectives=objectives,
-            sources={"forget": forget, "retain": retain, "probes": probes, "refusals": refusals},
+            Training(**checked.fields(Training)),
+            objectives=[objective, *objectives],
+            sources=Sources(forget, retain, probes, refusals),
+            settings=Measuring(**checked.fields(Measuring)),
             reference_model=reference_model,
-            measuring={
-                "resolve": resolve,
-                "engine": engine,
-                "reduction": reduction,
-                "risk": risk,
-                "norms": norms,
-                "groups": groups,
-                "token_budget": token_budget,
-            },
-            trust_remote_code=trust_remote_code,
-            reading={"template": template, "max_length": max_length, "date": date},
         )
 
     if out is None:

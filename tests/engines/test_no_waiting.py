@@ -20,7 +20,7 @@ from geffect_fast.engines import dual_modules, forward_parts
 from geffect_fast.engines.direction import accumulate_gradients
 from geffect_fast.engines.reverse import reverse_effects
 from geffect_fast.engines.tasks import Reference, Task, tasks_for
-from geffect_fast.measure import arguments, profiler
+from geffect_fast.measure import memory, profiler
 from geffect_fast.measure.models import check_finite
 from geffect_fast.objectives import NLL
 from geffect_fast.objectives.parse import parse
@@ -159,8 +159,8 @@ def test_a_whole_measurement(resolve, device, monkeypatch):
             plan = plan_there(here)
             monkeypatch.setattr(Plan, "of", lambda _model: plan)
             monkeypatch.setattr(profiler, "choose_layout", lambda *_: "packed")
-            monkeypatch.setattr(arguments, "free_memory", lambda _: 2**40)
-            prepared = profiler.Profiler(plan.model, None, **given)
+            monkeypatch.setattr(memory, "free_memory", lambda _: 2**40)
+            prepared = profiler.Profiler.of(plan.model, None, **given)
         found = prepared.measure(weights=True).dataset
         n_batches = sum(len(task.batches) for task in prepared._tasks)
         # The weights of tokens are read one objective and batch at a time, at the very end.
@@ -190,9 +190,9 @@ def test_a_whole_measurement_of_the_forward_engine(architecture, offset, device,
             monkeypatch.setattr(profiler, "forward_mode_problem", lambda *_: None)
             monkeypatch.setattr(dual_modules, "_offset", lambda _: offset)
             monkeypatch.setattr(dual_modules, "_is_gated", lambda _: True)
-            for module in (arguments, forward_parts):
+            for module in (memory, forward_parts):
                 monkeypatch.setattr(module, "free_memory", lambda _: 2**40)
-            prepared = profiler.Profiler(plan.model, None, **given)
+            prepared = profiler.Profiler.of(plan.model, None, **given)
         found = prepared.measure().dataset
         n_batches = sum(len(task.batches) for task in prepared._tasks)
         # Weights, values of the risks, their gradients and the inner products of those.

@@ -47,7 +47,7 @@ def test_a_profile_takes_most_of_the_memory_and_not_all(
     free = 2 * GIB
     model = make(dtype)
     monkeypatch.setattr(token_budget, "free_memory", lambda _: free)
-    profiler = Profiler(
+    profiler = Profiler.of(
         model, None, forget=FORGET, retain=RETAIN, objectives=objectives, **settings
     )
     n_tokens = sum(len(row["input_ids"]) for row in FORGET)
@@ -81,7 +81,7 @@ def test_batches_that_do_not_fit_are_redone_in_smaller_ones(
     model = make(torch.float32)
 
     def measured() -> tuple[np.ndarray, int]:
-        profiler = Profiler(
+        profiler = Profiler.of(
             model, None, forget=FORGET, retain=RETAIN, objectives=objectives, token_budget=10**6,
             **settings,
         )  # fmt: skip

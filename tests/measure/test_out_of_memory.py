@@ -75,7 +75,7 @@ def scarce(monkeypatch):
 
 def numbers(model, other, **settings):
     given = {"forget": FOR_PAIRS, "retain": RETAIN, "objectives": OBJECTIVES}
-    profiler = Profiler(model, None, reference_model=other, **(given | settings))
+    profiler = Profiler.of(model, None, reference_model=other, **(given | settings))
     return profiler.measure(weights=settings.get("engine") != "forward").dataset
 
 
@@ -153,7 +153,7 @@ def test_the_notice_says_what_is_done(scarce):
 
 
 def test_later_measurements_begin_with_what_fits(scarce):
-    profiler = Profiler(build("llama"), None, forget=FORGET, retain=RETAIN, objectives=["npo"])
+    profiler = Profiler.of(build("llama"), None, forget=FORGET, retain=RETAIN, objectives=["npo"])
     with scarce("forward", 20):
         with pytest.warns(GEffectWarning):
             first = profiler.measure().dataset

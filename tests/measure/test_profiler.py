@@ -11,7 +11,7 @@ from models import build, samples
 
 import geffect_fast as gf
 from geffect_fast.errors import NonFiniteError
-from geffect_fast.measure import arguments
+from geffect_fast.measure import prepare
 from geffect_fast.measure import profiler as profiler_module
 from geffect_fast.measure.profiler import Profiler
 
@@ -34,7 +34,7 @@ def test_measured_again_a_changed_model_has_the_numbers_of_a_new_profile(engine,
     reference = copy.deepcopy(model)
     given = DATA | {"objectives": objectives, "reference_model": reference, "engine": engine}
     given["resolve"] = ("sample",)
-    profiler = Profiler(model, None, **given)
+    profiler = Profiler.of(model, None, **given)
     first = profiler.measure()
     xr.testing.assert_equal(first.dataset, gf.profile(model, None, **given))
     again = profiler.measure().dataset
@@ -47,7 +47,7 @@ def test_measured_again_a_changed_model_has_the_numbers_of_a_new_profile(engine,
 
 def test_the_directions_are_the_gradients_of_the_risks():
     model = build("llama", torch.float64)
-    profiler = Profiler(model, None, **DATA, objectives=["ga"])
+    profiler = Profiler.of(model, None, **DATA, objectives=["ga"])
     found = profiler.measure()
     assert profiler.risk_names == ["unlearn", "retain"]
     squares = sum(v.flatten(1).square().sum(1) for v in found.directions.values())
@@ -61,7 +61,7 @@ def test_the_directions_are_the_gradients_of_the_risks():
 
 def test_a_profile_searches_the_weights_for_nan_once(monkeypatch):
     searched = []
-    for module in (arguments, profiler_module):
+    for module in (prepare, profiler_module):
         monkeypatch.setattr(module, "check_finite", lambda model, *_: searched.append(model))
     model = build("llama")
     gf.profile(model, None, **DATA, objectives=["ga"])
@@ -70,7 +70,7 @@ def test_a_profile_searches_the_weights_for_nan_once(monkeypatch):
 
 def test_weights_that_became_nan_are_named():
     model = build("llama")
-    profiler = Profiler(model, None, **DATA, objectives=["ga"])
+    profiler = Profiler.of(model, None, **DATA, objectives=["ga"])
     profiler.measure()
     with torch.no_grad():
         next(model.parameters())[0, 0] = torch.nan

@@ -15,7 +15,7 @@ from torch import nn
 
 import geffect_fast as gf
 from geffect_fast.errors import InputError, UnsupportedModelError
-from geffect_fast.measure import arguments
+from geffect_fast.measure import memory
 from geffect_fast.measure import profiler as profiling
 from geffect_fast.results.axes import GROUPS, groups_of
 from geffect_fast.storage.run_folder import open_run
@@ -265,7 +265,7 @@ def test_files_that_are_refused(tmp_path, resolve, out, words):
 
 def test_a_result_larger_than_memory_is_refused(monkeypatch):
     wanted = ("parameter", "sample", "position")
-    monkeypatch.setattr(arguments, "free_memory", lambda _device: 1_000_000)
+    monkeypatch.setattr(memory, "free_memory", lambda _device: 1_000_000)
     with pytest.raises(InputError, match="resolve by 'group' in place of 'parameter'"):
         run(build("llama"), wanted, ["ga"], samples([900] * 9, 1))
 

@@ -58,7 +58,7 @@ def test_the_figure_is_that_of_plain_autograd(architecture, engine, monkeypatch)
 
     monkeypatch.setattr(rounding, "find_effects", kept)
     given = {"objectives": list(OBJECTIVES), "resolve": ("sample",), "engine": engine}
-    profiler = Profiler(model, None, **DATA, reference_model=reference, **given, norms=False)
+    profiler = Profiler.of(model, None, **DATA, reference_model=reference, **given, norms=False)
     measured = profiler.measure()
     risks = [
         [measured.directions[name][m].double() for name, _ in model.named_parameters()]
@@ -179,7 +179,7 @@ def test_attributes_are_kept_in_files(tmp_path):
 
 def test_of_several_steps_the_first_says_it():
     model = build("llama", torch.bfloat16)
-    profiler = Profiler(model, None, **DATA, objectives=["ga"], resolve=("sample",))
+    profiler = Profiler.of(model, None, **DATA, objectives=["ga"], resolve=("sample",))
     probe = Probe(profiler, StepStore(None, run_identity(profiler)))
     first = stated(probe.at(0))
     assert first.keys() == STATED

@@ -83,7 +83,7 @@ def test_a_profile_takes_most_of_the_memory_and_not_all(name, dtype, job, monkey
     monkeypatch.setattr(token_budget, "free_memory", lambda _: free)
     monkeypatch.setattr(token_budget, "MIN_CPU_CAP", 2**40)
     monkeypatch.setattr("geffect_fast.measure.profiler.check_memory", lambda *_: None)
-    profiler = Profiler(
+    profiler = Profiler.of(
         make(name, dtype), None, forget=rows(50, 1), retain=rows(50, 2), objectives=objectives,
         **settings,
     )  # fmt: skip

@@ -28,7 +28,9 @@ def in_fp64():
 
 
 def probe_of(model, objectives=("ga",), store=None, trained=None, **more):
-    profiler = Profiler(model, None, **DATA | {"objectives": objectives, "token_budget": 64} | more)
+    profiler = Profiler.of(
+        model, None, **DATA | {"objectives": objectives, "token_budget": 64} | more
+    )
     return Probe(profiler, store or StepStore(None, ""), trained=trained)
 
 
@@ -254,7 +256,7 @@ def test_steps_of_another_model_are_refused(tmp_path):
 
 def test_a_run_is_told_by_its_data_objectives_settings_and_parameters():
     def identity(model="llama", more=None, **changes):
-        profiler = Profiler(build(model), None, **DATA | {"objectives": ["ga"]} | changes)
+        profiler = Profiler.of(build(model), None, **DATA | {"objectives": ["ga"]} | changes)
         return run_identity(profiler, **more or {})
 
     found = [

@@ -1,0 +1,66 @@
+"""Whether a profile fits in memory, and what to try where it does not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from math import prod
+from pathlib import Path
+
+import torch
+
+from geffect_fast.capture import Plan
+from geffect_fast.data.memory import free_memory, no_memory
+from geffect_fast.engines.attempts import TokenBudget
+from geffect_fast.errors import InputError, OutOfMemoryError
+
+
+@contextmanager
+def within_budget(budget: TokenBudget, *, one_sample: bool = False) -> Iterator[None]:
+    """Run batches; where memory runs out all the same, say what to try.
+
+    Args:
+        budget: of tokens a batch, as it has become by then.
+        one_sample: whether every batch inside is one sample, which no budget divides.
+
+    Raises:
+        OutOfMemoryError: one line, in place of the allocator's many.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not no_memory(error):
+            raise
+        if not one_sample and not budget.exhausted:
+            half = budget.tokens // 2
+            raise OutOfMemoryError(
+                f"out of memory with a token budget of {budget.tokens}; give a smaller one, such "
+                f"as --token-budget {half} (token_budget={half})"
+            ) from error
+        raise OutOfMemoryError(
+            f"out of memory with a token budget of {budget.tokens}, which is one sample a batch; "
+            "shorten the longest samples (--max-length finds them), give fewer objectives, or use "
+            "--dtype bfloat16"
+        ) from error
+
+
+def check_memory(
+    plan: Plan, n_gradients: int, shape: tuple[int, ...], out: str | Path | None
+) -> None:
+    """Raise `InputError` where whole gradients, or the result itself, do not fit."""
+    device = next(iter(plan.parameters.values())).device
+    needed = 4 * n_gradients * sum(p.numel() for p in plan.parameters.values())
+    free = free_memory(device)
+    if needed > free:
+        raise InputError(
+            f"objectives: the whole gradients of {n_gradients} take {needed / 2**30:.1f} GiB and "
+            f"{free / 2**30:.1f} GiB are free; profile fewer at once, or resolve by sample with "
+            "norms=False (--no-norms)"
+        )
+    needed, free = 8 * prod(shape), free_memory(torch.device("cpu"))
+    if out is None and needed > free:
+        raise InputError(
+            f"resolve: the result takes {needed / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are "
+            "free; resolve by 'group' in place of 'parameter', profile fewer objectives, or give "
+            "out=FILE with 'sample' and 'position' or 'token' (a run folder is written that way)"
+        )
