@@ -11,6 +11,7 @@ import inspect
 import re
 import textwrap
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar
 
 import torch
@@ -80,6 +81,23 @@ def _risk(spec: str | Objective) -> str | Objective:
     return str(parts[0][1]) if isinstance(spec, str) else spec
 
 
+@dataclass(frozen=True)
+class Option:
+    """How the command line takes a field, where that is not by its name with dashes.
+
+    Attributes:
+        names: of the option.
+        metavar: what stands for its value.
+        help: in place of the field's docstring.
+        repeatable: whether the option may be given several times.
+    """
+
+    names: tuple[str, ...] = ()
+    metavar: str | None = None
+    help: str | None = None
+    repeatable: bool = False
+
+
 Source = Annotated[str, AfterValidator(_settled)]
 """A path (stored absolute) or a hub id (stored as it is)."""
 Name = Annotated[str, Field(min_length=1)]
@@ -106,29 +124,38 @@ class Named(Settings):
     command: str
     """The command that replays it."""
 
-    model: Source
+    model: Annotated[Source, Option(("--model", "-m"))]
     """Folder or hub id of a transformers causal language model."""
 
-    tokenizer: Source | None = None
-    """Folder or hub id of the tokenizer, where it is not the model's own."""
-
-    forget: Source
+    forget: Annotated[Source, Option(("--forget", "-f"))]
     """Data to forget: JSON (lines) with question and answer, or a hub id `name:config:split`."""
 
-    retain: Source
+    retain: Annotated[Source, Option(("--retain", "-r"))]
     """Data to keep, in the same format: the retain risk and retain regularisers read it."""
 
-    probes: dict[Name, Source] = {}
-    """Further data sets, each a risk of its own under the name given."""
-
-    objectives: tuple[str, ...] = Field(min_length=1)
+    objectives: Annotated[
+        tuple[str, ...],
+        Option(
+            help="Objectives with commas between: 'ga,wga(alpha=1),npo(beta=0.1)+kl'; repeatable.",
+            repeatable=True,
+        ),
+    ] = Field(min_length=1)
     """Unlearning objectives, such as `npo(beta=0.1) + 0.5*kl`."""
+
+    probes: Annotated[
+        dict[Name, Source],
+        Option(("--probe",), "NAME=DATA", "A further risk on data of its own; repeatable."),
+    ] = {}
+    """Further data sets, each a risk of its own under the name given."""
 
     refusals: Source | None = None
     """Refusals for po, dpo and altpo, one a line, where rows have no `alternative` of their own."""
 
     reference: Source | None = None
     """Folder or hub id of the reference model of NPO-like objectives; none: the model itself."""
+
+    tokenizer: Source | None = None
+    """Folder or hub id of the tokenizer, where it is not the model's own."""
 
     rows: dict[str, str] = {}
     """Digests of the tokenised rows by data set; recorded, so that a replay tells other rows."""
@@ -173,7 +200,9 @@ class Reading(Settings):
     max_length: int | None = Field(default=None, gt=0)
     """Longest sequence accepted, in tokens; a longer one is an error that names its row."""
 
-    date: Annotated[str, AfterValidator(_read_by("date", _day))] = CHAT_DATE
+    date: Annotated[str, AfterValidator(_read_by("date", _day)), Option(metavar="YYYY-MM-DD")] = (
+        CHAT_DATE
+    )
     """The day, YYYY-MM-DD, that chat templates are told which ask for it: no number depends on when
     a run is made."""
 
@@ -201,7 +230,15 @@ class Measuring(Reading):
     )
     """Axes of the result: parameter or group; sample; token (predicted) or position (of use)."""
 
-    groups: Annotated[dict[Name, Any], BeforeValidator(lambda groups: groups or {})] = {}
+    groups: Annotated[
+        dict[Name, Any],
+        BeforeValidator(lambda groups: groups or {}),
+        Option(
+            ("--group",),
+            "NAME=BLOCKS",
+            "A group of blocks in place of thirds, such as first=0-3; repeatable.",
+        ),
+    ] = {}
     """Groups of blocks by name, such as first: 0-3; none: thirds by depth."""
 
     engine: Literal["auto", "reverse", "forward"] = "auto"
@@ -256,7 +293,7 @@ class ProfileConfig(RunConfig):
     command: Literal["profile", "sweep"] = "profile"
     """The command that replays it; objectives of a sweep may hold ranges."""
 
-    checkpoints: tuple[str, ...] = ()
+    checkpoints: Annotated[tuple[str, ...], Option(metavar="PATTERN", repeatable=True)] = ()
     """Folders or patterns, such as out/checkpoint-*, of checkpoints to profile in turn; the model
     is then that before training, step 0, or left out."""
 
@@ -290,7 +327,7 @@ class Training(Settings):
     probe_every: int = Field(default=1, gt=0)
     """Updates between two probes; the first is before training, the last at its end."""
 
-    probe_rows: int | Literal["all"] | None = Field(default=None)
+    probe_rows: Annotated[int | Literal["all"] | None, Option(metavar="N|all")] = None
     """Rows of each data set that a probe measures, evenly chosen: a number, or all; none: so many
     that a probe costs at most one training step, and then recorded."""
 
@@ -303,7 +340,9 @@ class Training(Settings):
     accumulation: int = Field(default=1, gt=0)
     """Batches whose gradients are added up for one update, exactly as of one larger batch."""
 
-    learning_rate: float = Field(default=1e-5, ge=0, allow_inf_nan=False)
+    learning_rate: Annotated[float, Option(("--learning-rate", "--lr"))] = Field(
+        default=1e-5, ge=0, allow_inf_nan=False
+    )
     """Learning rate, at its peak where a scheduler changes it."""
 
     scheduler: str = "constant"
@@ -336,7 +375,14 @@ class Training(Settings):
     seed: int = Field(default=0, ge=0, lt=2**32)
     """Decides the order of the data, dropout and an adapter's first weights."""
 
-    trainer: dict[str, Any] = Field(default={})
+    trainer: Annotated[
+        dict[str, Any],
+        Option(
+            metavar="FIELD=VALUE",
+            help="A field of transformers' TrainingArguments, such as weight_decay=0.01, or "
+            "max_grad_norm=1, without which gradients are not clipped; repeatable.",
+        ),
+    ] = {}
     """Further fields of transformers' TrainingArguments, of the optimizer, the schedule and
     logging, such as weight_decay: 0.01; gradients are clipped only with max_grad_norm."""
 

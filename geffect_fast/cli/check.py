@@ -6,7 +6,14 @@ from typing import Annotated, Any
 
 import typer
 
-from geffect_fast.cli.options import CHECK_FIELDS, config_options, option, option_names
+from geffect_fast.cli.options import (
+    CHECK_FIELDS,
+    PROFILE_FIELDS,
+    config_options,
+    described,
+    option,
+    option_names,
+)
 from geffect_fast.cli.printing import console
 from geffect_fast.settings import make_config
 
@@ -17,8 +24,8 @@ DEVIATION = 3
 @config_options(CHECK_FIELDS)
 def check(
     *,
-    model: Annotated[str, option("--model", "-m", field="model")],
-    data: Annotated[str, option("--data", "-d", field="forget")],
+    model: Annotated[str, option("--model", "-m", help=described(PROFILE_FIELDS["model"]))],
+    data: Annotated[str, option("--data", "-d", help=described(PROFILE_FIELDS["forget"]))],
     samples: Annotated[int, typer.Option(help="Rows of the data, the first ones.", min=1)] = 4,
     objectives: Annotated[
         str, typer.Option("--objectives", "--objective", help="Objectives with commas between.")

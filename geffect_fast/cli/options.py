@@ -4,24 +4,21 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args, get_origin
 
 import typer
 import yaml
+from pydantic.fields import FieldInfo
 
 from geffect_fast.errors import InputError
-from geffect_fast.settings import ProfileConfig, Training, UnlearnConfig
+from geffect_fast.settings import Machine, Option, ProfileConfig, Reading, Settings, UnlearnConfig
 from geffect_fast.storage.run_yaml import read_values
 
 
-def option(*names: str, field: str | None = None, **more: Any) -> Any:
-    """An option; one that sets a config field is described by the field's own docstring."""
-    if field is not None:
-        fields = ProfileConfig.model_fields | UnlearnConfig.model_fields
-        described = fields[field].description or ""
-        more["help"] = " ".join(described.replace("`", "").split())
+def option(*names: str, **more: Any) -> Any:
+    """An option whose default is that nobody has given it."""
     return typer.Option(*names, show_default=False, **more)
 
 
@@ -51,127 +48,62 @@ ConfigFile = Annotated[
     ),
 ]
 
-_FIELDS: dict[str, Any] = {
-    "model": Annotated[str | None, option("--model", "-m", field="model")],
-    "forget": Annotated[str | None, option("--forget", "-f", field="forget")],
-    "retain": Annotated[str | None, option("--retain", "-r", field="retain")],
-    "objectives": Annotated[
-        list[str] | None,
-        option(
-            "--objectives",
-            help="Objectives with commas between: 'ga,wga(alpha=1),npo(beta=0.1)+kl'; repeatable.",
-        ),
-    ],
-    "probes": Annotated[
-        list[str] | None,
-        option(
-            "--probe", metavar="NAME=DATA", help="A further risk on data of its own; repeatable."
-        ),
-    ],
-    "checkpoints": Annotated[
-        list[str] | None,
-        option("--checkpoints", metavar="PATTERN", field="checkpoints"),
-    ],
-    "refusals": Annotated[str | None, option("--refusals", field="refusals")],
-    "reference": Annotated[str | None, option("--reference", field="reference")],
-    "tokenizer": Annotated[str | None, option("--tokenizer", field="tokenizer")],
-    "reduction": Annotated[str | None, option("--reduction", field="reduction")],
-    "risk": Annotated[str | None, option("--risk", field="risk")],
-    "resolve": Annotated[str | None, option("--resolve", field="resolve")],
-    "groups": Annotated[
-        list[str] | None,
-        option(
-            "--group",
-            metavar="NAME=BLOCKS",
-            help="A group of blocks in place of thirds, such as first=0-3; repeatable.",
-        ),
-    ],
-    "engine": Annotated[str | None, option("--engine", field="engine")],
-    "norms": Annotated[bool | None, option("--norms/--no-norms", field="norms")],
-    "template": Annotated[str | None, option("--template", field="template")],
-    "max_length": Annotated[int | None, option("--max-length", field="max_length")],
-    "date": Annotated[str | None, option("--date", metavar="YYYY-MM-DD", field="date")],
-    "token_budget": Annotated[int | None, option("--token-budget", field="token_budget")],
-    "trust_remote_code": Annotated[
-        bool | None, option("--trust-remote-code", field="trust_remote_code")
-    ],
-    "dtype": Annotated[str | None, option("--dtype", field="dtype")],
-    "device": Annotated[str | None, option("--device", field="device")],
-    "threads": Annotated[int | None, option("--threads", field="threads")],
-}
-"""The option of every config field, in the order in which help shows them."""
+_RECORDED = ("command", "rows")
+"""Fields that no option sets."""
 
-PROFILE_FIELDS = tuple(_FIELDS)
 
-_FIELDS |= {
-    "objective": Annotated[str | None, option("--objective", field="objective")],
-    "steps": Annotated[int | None, option("--steps", field="steps")],
-    "probe_every": Annotated[int | None, option("--probe-every", field="probe_every")],
-    "probe_rows": Annotated[
-        str | None, option("--probe-rows", metavar="N|all", field="probe_rows")
-    ],
-    "batch_size": Annotated[int | None, option("--batch-size", field="batch_size")],
-    "retain_batch_size": Annotated[
-        int | None, option("--retain-batch-size", field="retain_batch_size")
-    ],
-    "accumulation": Annotated[int | None, option("--accumulation", field="accumulation")],
-    "learning_rate": Annotated[
-        float | None, option("--learning-rate", "--lr", field="learning_rate")
-    ],
-    "scheduler": Annotated[str | None, option("--scheduler", field="scheduler")],
-    "warmup_steps": Annotated[int | None, option("--warmup-steps", field="warmup_steps")],
-    "optimizer": Annotated[str | None, option("--optimizer", field="optimizer")],
-    "precision": Annotated[str | None, option("--precision", field="precision")],
-    "checkpointing": Annotated[
-        bool | None, option("--checkpointing/--no-checkpointing", field="checkpointing")
-    ],
-    "lora_rank": Annotated[int | None, option("--lora-rank", field="lora_rank")],
-    "lora_alpha": Annotated[int | None, option("--lora-alpha", field="lora_alpha")],
-    "lora_dropout": Annotated[float | None, option("--lora-dropout", field="lora_dropout")],
-    "lora_targets": Annotated[str | None, option("--lora-targets", field="lora_targets")],
-    "seed": Annotated[int | None, option("--seed", field="seed")],
-    "trainer": Annotated[
-        list[str] | None,
-        option(
-            "--trainer",
-            metavar="FIELD=VALUE",
-            help="A field of transformers' TrainingArguments, such as weight_decay=0.01, or "
-            "max_grad_norm=1, without which gradients are not clipped; repeatable.",
-        ),
-    ],
-    "save_every": Annotated[int | None, option("--save-every", field="save_every")],
-    "keep_checkpoints": Annotated[
-        bool | None,
-        option("--keep-checkpoints/--no-keep-checkpoints", field="keep_checkpoints"),
-    ],
+def _fields(kind: type[Settings], *without: str) -> dict[str, FieldInfo]:
+    """Fields that options set, by name."""
+    return {n: f for n, f in kind.model_fields.items() if n not in (*_RECORDED, *without)}
+
+
+PROFILE_FIELDS = _fields(ProfileConfig)
+SWEEP_FIELDS = _fields(ProfileConfig, "objectives", "checkpoints")
+UNLEARN_FIELDS = _fields(UnlearnConfig)
+CHECK_FIELDS = {
+    name: field
+    for name, field in PROFILE_FIELDS.items()
+    if name in {*Reading.model_fields, *Machine.model_fields, "refusals", "reference", "tokenizer"}
 }
-UNLEARN_FIELDS = (
-    *("model", "forget", "retain", "objective", "objectives"),
-    *Training.model_fields,
-    *(
-        field
-        for field in PROFILE_FIELDS
-        if field not in ("model", "forget", "retain", "objectives", "checkpoints")
-    ),
-)
-SWEEP_FIELDS = tuple(f for f in PROFILE_FIELDS if f not in ("objectives", "checkpoints"))
-CHECK_FIELDS = (
-    "refusals",
-    "reference",
-    "tokenizer",
-    "template",
-    "max_length",
-    "date",
-    "token_budget",
-    "trust_remote_code",
-    "dtype",
-    "device",
-    "threads",
-)
+
+
+def option_of(name: str, field: FieldInfo) -> Any:
+    """The type of the option that sets a field, and what help says of it."""
+    how = next((each for each in field.metadata if isinstance(each, Option)), Option())
+    dashed = f"--{name.replace('_', '-')}"
+    kind = _type_of(field)
+    if kind is bool and name != "trust_remote_code":
+        dashed = f"{dashed}/--no-{dashed[2:]}"
+    if how.repeatable or kind is dict:
+        shown: Any = list[str]
+    else:
+        shown = kind if kind in (int, float, bool) else str
+    named = option(
+        *(how.names or (dashed,)), metavar=how.metavar, help=how.help or described(field)
+    )
+    return Annotated[shown | None, named]
+
+
+def described(field: FieldInfo) -> str:
+    """A field's docstring as help shows it."""
+    return " ".join((field.description or "").replace("`", "").split())
+
+
+def _type_of(field: FieldInfo) -> type:
+    """`int`, `float`, `bool`, `tuple`, `dict`, or `str` for all others."""
+    kinds = [
+        get_origin(each) or each
+        for each in (get_args(field.annotation) or (field.annotation,))
+        if each is not type(None)
+    ]
+    origin = get_origin(field.annotation)
+    if origin in (tuple, dict):
+        return origin
+    return kinds[0] if len(kinds) == 1 and isinstance(kinds[0], type) else str
 
 
 def config_options(
-    fields: tuple[str, ...],
+    fields: Mapping[str, FieldInfo],
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Give a command the options of these config fields, where its parameter `given` stands.
 
@@ -183,19 +115,19 @@ def config_options(
         def with_given(**values: Any) -> None:
             options = {field: values.pop(field) for field in fields}
             used = {field: value for field, value in options.items() if value is not None}
-            command(given={f: _READ[f](v) if f in _READ else v for f, v in used.items()}, **values)
+            command(given={f: _read(f, fields[f], v) for f, v in used.items()}, **values)
 
         parameters: list[inspect.Parameter] = []
         for parameter in inspect.signature(command, eval_str=True).parameters.values():
             if parameter.name != "given":
                 parameters.append(parameter)
                 continue
-            for field in fields:
-                parameters.append(
-                    inspect.Parameter(
-                        field, parameter.kind, default=None, annotation=_FIELDS[field]
-                    )
+            parameters.extend(
+                inspect.Parameter(
+                    name, parameter.kind, default=None, annotation=option_of(name, field)
                 )
+                for name, field in fields.items()
+            )
         with_given.__dict__["__signature__"] = inspect.Signature(parameters)
         with_given.__annotations__ = {p.name: p.annotation for p in parameters}
         return with_given
@@ -234,10 +166,28 @@ def values_of(config: Path | None, given: dict[str, Any]) -> dict[str, Any]:
 _DECIDE_ROWS = {"model", "tokenizer", "forget", "retain", "probes", "template", "date"}
 
 
-def option_names(given: dict[str, Any], **names: str) -> dict[str, str]:
-    """What the options behind config fields are called, those aside that `names` holds."""
+def option_names(given: Iterable[str], **names: str) -> dict[str, str]:
+    """What the options behind fields are called, those aside that `names` holds."""
     names = {"probes": "--probe", "groups": "--group"} | names
     return {field: names.get(field, f"--{field.replace('_', '-')}") for field in given}
+
+
+def _read(name: str, field: FieldInfo, value: Any) -> Any:
+    """An option's value as its field takes it."""
+    if name == "trainer":
+        pairs = _pairs(name, "FIELD=VALUE, such as weight_decay=0.01", value)
+        return {key: _plain_value(text) for key, text in pairs.items()}
+    if name in _PAIRS:
+        return _pairs(*_PAIRS[name], value)
+    if _type_of(field) is tuple and isinstance(value, str):
+        return [item.strip() for item in value.split(",")]
+    return value
+
+
+_PAIRS = {
+    "probes": ("probe", "NAME=DATA, such as general=wiki.jsonl"),
+    "groups": ("group", "NAME=BLOCKS, such as first=0-3"),
+}
 
 
 def _pairs(what: str, form: str, texts: list[str]) -> dict[str, str]:
@@ -255,28 +205,9 @@ def _pairs(what: str, form: str, texts: list[str]) -> dict[str, str]:
     return pairs
 
 
-def _listed(text: str) -> list[str]:
-    return [item.strip() for item in text.split(",")]
-
-
-def _trainer_value(text: str) -> Any:
+def _plain_value(text: str) -> Any:
     """What an option's text stands for: a number, true, false, null, a list, or the text itself."""
     try:
         return yaml.safe_load(text)
     except yaml.YAMLError:
         return text
-
-
-def _trainer(texts: list[str]) -> dict[str, Any]:
-    pairs = _pairs("trainer", "FIELD=VALUE, such as weight_decay=0.01", texts)
-    return {name: _trainer_value(text) for name, text in pairs.items()}
-
-
-_READ: dict[str, Callable[[Any], Any]] = {
-    "probes": functools.partial(_pairs, "probe", "NAME=DATA, such as general=wiki.jsonl"),
-    "groups": functools.partial(_pairs, "group", "NAME=BLOCKS, such as first=0-3"),
-    "resolve": _listed,
-    "lora_targets": _listed,
-    "trainer": _trainer,
-}
-"""How an option's value becomes its field's, where these differ."""
