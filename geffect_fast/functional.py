@@ -33,7 +33,7 @@ from geffect_fast.errors import InputError, UnsupportedModelError
 from geffect_fast.ops.reference import accumulation_dtype
 
 LossFn = Callable[[nn.Module, Any], Tensor]
-Linear = Outer | GramOuter
+OfLinear = Outer | GramOuter
 
 
 def grad_inner_products(
@@ -120,7 +120,7 @@ def per_sample_grad_norms(
     def measure(name: str, factors: list[Factor], _kept: list[Tensor | None]) -> None:
         found[name] = squared_norms(factors, plan.parameters[name].shape)
 
-    def together(name: str, outers: list[Linear]) -> None:
+    def together(name: str, outers: list[OfLinear]) -> None:
         found[name] = squared_norms_of_one_input(outers)
 
     with nullcontext(measure) if per_parameter else _by_input(measure, together) as sink:
@@ -219,7 +219,7 @@ def pairwise_inner_products(
 
 
 @contextmanager
-def _by_input(sink: Sink, together: Callable[[str, list[Linear]], None]) -> Iterator[Sink]:
+def _by_input(sink: Sink, together: Callable[[str, list[OfLinear]], None]) -> Iterator[Sink]:
     """A sink for `sink`, and for `together` where linear layers were called with one input.
 
     The gradients of layers of one input `a` are `[g; h] a^T`, rows below rows, so that norms of
@@ -227,7 +227,7 @@ def _by_input(sink: Sink, together: Callable[[str, list[Linear]], None]) -> Iter
     that project queries, keys and values from one input. They go under the name of the first.
     (All pairs take the gradients' own form more often, and gain nothing.)
     """
-    waiting: dict[str, Linear] = {}
+    waiting: dict[str, OfLinear] = {}
 
     def flush() -> None:
         if waiting:
@@ -237,7 +237,7 @@ def _by_input(sink: Sink, together: Callable[[str, list[Linear]], None]) -> Iter
 
     def joined(name: str, factors: list[Factor], kept: list[Tensor | None]) -> None:
         # In a backward, what shares an input arrives in a row.
-        if len(factors) > 1 or not isinstance(factors[0], Linear):
+        if len(factors) > 1 or not isinstance(factors[0], OfLinear):
             return sink(name, factors, kept)
         if waiting and not _same_input(next(iter(waiting.values())), factors[0]):
             flush()
@@ -247,7 +247,7 @@ def _by_input(sink: Sink, together: Callable[[str, list[Linear]], None]) -> Iter
     flush()
 
 
-def _same_input(x: Linear, y: Linear) -> bool:
+def _same_input(x: OfLinear, y: OfLinear) -> bool:
     """Whether two layers saw the same rows: one memory, which `x` keeps from being used anew."""
     if isinstance(x, GramOuter) or isinstance(y, GramOuter):
         return isinstance(x, GramOuter) and isinstance(y, GramOuter) and x.grams is y.grams

@@ -36,7 +36,7 @@ from geffect_fast.objectives.ranges import expand_list
 from geffect_fast.paths import find_checkpoints, is_there, user_path
 from geffect_fast.results.resolution import checked_axes
 
-Value = TypeVar("Value")
+Read = TypeVar("Read")
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
@@ -52,10 +52,10 @@ def _settled(source: str) -> str:
         raise ValueError(f"{reason}; give a path or a hub id") from None
 
 
-def _read_by(field: str, read: Callable[[Any], Value]) -> Callable[[Any], Value]:
+def _read_by(field: str, read: Callable[[Any], Read]) -> Callable[[Any], Read]:
     """A reader whose errors are those of a field, which names itself."""
 
-    def checked(value: Any) -> Value:
+    def checked(value: Any) -> Read:
         try:
             return read(value)
         except InputError as error:
@@ -98,7 +98,7 @@ class Option:
     repeatable: bool = False
 
 
-Source = Annotated[str, AfterValidator(_settled)]
+PathOrId = Annotated[str, AfterValidator(_settled)]
 """A path (stored absolute) or a hub id (stored as it is)."""
 Name = Annotated[str, Field(min_length=1)]
 
@@ -124,13 +124,13 @@ class Named(Settings):
     command: str
     """The command that replays it."""
 
-    model: Annotated[Source, Option(("--model", "-m"))]
+    model: Annotated[PathOrId, Option(("--model", "-m"))]
     """Folder or hub id of a transformers causal language model."""
 
-    forget: Annotated[Source, Option(("--forget", "-f"))]
+    forget: Annotated[PathOrId, Option(("--forget", "-f"))]
     """Data to forget: JSON (lines) with question and answer, or a hub id `name:config:split`."""
 
-    retain: Annotated[Source, Option(("--retain", "-r"))]
+    retain: Annotated[PathOrId, Option(("--retain", "-r"))]
     """Data to keep, in the same format: the retain risk and retain regularisers read it."""
 
     objectives: Annotated[
@@ -143,18 +143,18 @@ class Named(Settings):
     """Unlearning objectives, such as `npo(beta=0.1) + 0.5*kl`."""
 
     probes: Annotated[
-        dict[Name, Source],
+        dict[Name, PathOrId],
         Option(("--probe",), "NAME=DATA", "A further risk on data of its own; repeatable."),
     ] = {}
     """Further data sets, each a risk of its own under the name given."""
 
-    refusals: Source | None = None
+    refusals: PathOrId | None = None
     """Refusals for po, dpo and altpo, one a line, where rows have no `alternative` of their own."""
 
-    reference: Source | None = None
+    reference: PathOrId | None = None
     """Folder or hub id of the reference model of NPO-like objectives; none: the model itself."""
 
-    tokenizer: Source | None = None
+    tokenizer: PathOrId | None = None
     """Folder or hub id of the tokenizer, where it is not the model's own."""
 
     rows: dict[str, str] = {}

@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
@@ -119,6 +120,77 @@ def test_the_order_has_no_circle():
     for part, below in LAYERS.items():
         assert below <= seen
         seen.add(part)
+
+
+def test_a_class_has_a_name_of_its_own():
+    places = defaultdict(list)
+    for file in files():
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                places[node.name].append(str(file.relative_to(ROOT)))
+    assert {name: where for name, where in places.items() if len(where) > 1} == {}
+
+
+SMALL = {
+    "cli/check.py": "a command",
+    "cli/compare.py": "a command",
+    "cli/demo.py": "a command",
+    "cli/env.py": "a command",
+    "cli/export.py": "a command",
+    "cli/show.py": "a command",
+    "cli/sweep.py": "a command",
+    "cli/signals.py": "of the process, before a command is known",
+    "data/fewest_tokens.py": "a bound of its own",
+    "engines/dual_output.py": "one rule, as the other dual_ files are of several",
+    "engines/token_weights.py": "of objectives, for results",
+    "report/any_backend.py": "imported before matplotlib",
+    "training/adapters.py": "needs peft",
+}
+"""Modules under 60 lines that one other imports, and why they stand alone."""
+
+
+def test_a_small_module_is_used_by_several():
+    importers = defaultdict(set)
+    for file in files():
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                for alias in node.names:
+                    importers[alias.name].add(file)
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("geffect_fast"):
+                for name in [node.module, *(f"{node.module}.{a.name}" for a in node.names)]:
+                    importers[name].add(file)
+    alone = set()
+    for file in files():
+        where = file.relative_to(ROOT)
+        name = "geffect_fast." + ".".join(where.with_suffix("").parts).removesuffix(".__init__")
+        lines = file.read_text(encoding="utf-8").count("\n")
+        if lines < 60 and len(importers[name] - {file}) == 1:
+            alone.add(str(where))
+    assert alone == SMALL.keys()
+
+
+def test_an_option_is_declared_once():
+    """With its default, as a field of the settings; a sweep has other axes."""
+    from geffect_fast.settings import Measuring, Training
+
+    own = {*Measuring.model_fields, *Training.model_fields}
+    found = {}
+    for file in files():
+        if file.relative_to(ROOT).parts[0] not in ("measure", "steps", "training"):
+            continue
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef):
+                last = node.args.args[len(node.args.args) - len(node.args.defaults) :]
+                pairs = zip(node.args.kwonlyargs, node.args.kw_defaults, strict=True)
+                given = {a.arg for a in last} | {a.arg for a, d in pairs if d is not None}
+                found |= (
+                    {f"{file.relative_to(ROOT)}: {node.name}": given & own} if given & own else {}
+                )
+    assert found == {
+        "measure/models.py: load_model": {"trust_remote_code"},  # off, whoever loads a model
+        "measure/models.py: load_tokenizer": {"trust_remote_code"},
+        "measure/sweep.py: sweep": {"resolve"},
+    }
 
 
 def python(code):

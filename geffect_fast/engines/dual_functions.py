@@ -352,10 +352,10 @@ def _matmul(x: Any, y: Any) -> Any:
 
 # ---- elementwise, by the slope that torch's own backward multiplies with ----
 
-Tangent = Callable[..., Tensor]
+TangentOf = Callable[..., Tensor]
 """`(d, x, y)` to the tangent of `y = f(x)`."""
 
-_POINTWISE: list[tuple[tuple[Any, ...], Tangent]] = [
+_POINTWISE: list[tuple[tuple[Any, ...], TangentOf]] = [
     ((*both("tanh"), F.tanh), lambda d, x, y: aten.tanh_backward(d, y)),
     ((*both("sigmoid"), F.sigmoid), lambda d, x, y: aten.sigmoid_backward(d, y)),
     ((F.silu,), lambda d, x, y: aten.silu_backward(d, x)),
@@ -368,7 +368,7 @@ _POINTWISE: list[tuple[tuple[Any, ...], Tangent]] = [
 ]
 
 
-def _pointwise(func: Any, tangent: Tangent) -> Callable[..., Any]:
+def _pointwise(func: Any, tangent: TangentOf) -> Callable[..., Any]:
     def serve(x: Any, *args: Any, **kwargs: Any) -> Any:
         if args or any(kwargs.values()) or not isinstance(x, Dual):
             return NotImplemented

@@ -11,21 +11,21 @@ from torch import nn
 
 from geffect_fast.capture import Plan
 
-Answer = TypeVar("Answer")
+Answered = TypeVar("Answered")
 
 
-class Remembered(Generic[Answer]):
+class Remembered(Generic[Answered]):
     """The last answer found about each model, for as long as the model is what it was then."""
 
     def __init__(self) -> None:
-        self._answers: WeakKeyDictionary[nn.Module, tuple[Hashable, Answer]] = WeakKeyDictionary()
+        self._answers: WeakKeyDictionary[nn.Module, tuple[Hashable, Answered]] = WeakKeyDictionary()
 
-    def get(self, model: nn.Module, state: Hashable) -> Answer | None:
+    def get(self, model: nn.Module, state: Hashable) -> Answered | None:
         """The answer found when the model was in this state; None where there is none."""
         then, answer = self._answers.get(model, (None, None))
         return answer if then == state else None
 
-    def keep(self, model: nn.Module, state: Hashable, answer: Answer) -> None:
+    def keep(self, model: nn.Module, state: Hashable, answer: Answered) -> None:
         """Keep an answer in place of an earlier one. It must not hold the model."""
         self._answers[model] = (state, answer)
 

@@ -29,7 +29,7 @@ from geffect_fast.transfer import OnItsWay
 
 
 @dataclass(frozen=True)
-class Totals:
+class EffectSums:
     """What one pass over the objectives' data gives, summed over samples.
 
     Attributes:
@@ -56,7 +56,7 @@ def reverse_effects(
     per_token: bool = False,
     norms: bool,
     tick: Tick,
-) -> Totals:
+) -> EffectSums:
     """`effects[k, m, p, i] = <grad_p L_k of sample i, V_m>`, exact, for every trainable parameter.
 
     Args:
@@ -79,7 +79,7 @@ def reverse_effects(
     directions = {
         name: in_working_precision(v, plan.parameters[name]) for name, v in directions.items()
     }
-    totals = Totals(
+    totals = EffectSums(
         torch.zeros(n_objectives, dtype=torch.float64),
         torch.zeros(n_objectives, n_directions, len(number), dtype=torch.float64),
         new_gradients(plan, n_objectives) if norms else None,
@@ -174,7 +174,7 @@ class _Found:
             self._copy = OnItsWay(*(torch.stack(tensors) for tensors in lists if tensors))
         self._values, self._scores = [], []
 
-    def hand_over(self, totals: Totals, columns: Sequence[int], collect: Collect) -> None:
+    def hand_over(self, totals: EffectSums, columns: Sequence[int], collect: Collect) -> None:
         """Add to the totals, and give the batch's effects to `collect`."""
         if self._copy is None:
             return  # memory ran out before the first objective was done

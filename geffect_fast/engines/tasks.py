@@ -18,7 +18,7 @@ from geffect_fast.objectives.base import REFERENCE_NEEDS, Need
 ROLE_ORDER: tuple[Role, ...] = ("answer", "alternative")
 
 
-Watch = Callable[["Task", int, Outputs, Batch, "Outputs | None"], None]
+Listener = Callable[["Task", int, Outputs, Batch, "Outputs | None"], None]
 """Told of every part, by its number, on every batch, with the model's and the reference's outputs.
 """
 
@@ -40,7 +40,7 @@ class Task:
     parts: dict[int, Objective] = field(default_factory=dict)
     offset: int = 0
     on: str = ""
-    watch: Watch | None = None
+    watch: Listener | None = None
     budget: TokenBudget | None = None
 
     def attempts(self) -> Iterator[Attempt]:

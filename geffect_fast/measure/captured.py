@@ -51,7 +51,7 @@ class CapturedNumbers:
         objectives: Sequence[Objective],
         reference: nn.Module | None,
         layout: Layout,
-        token_budget: int | None = None,
+        token_budget: int | None,
     ) -> None:
         self.plan = plan
         self.n = len(sample_set)

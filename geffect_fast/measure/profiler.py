@@ -45,7 +45,7 @@ from geffect_fast.results.dataset import (
     gram_matrices,
 )
 from geffect_fast.results.intervals import LEVEL
-from geffect_fast.results.objective_weights import TokenWeights
+from geffect_fast.results.objective_weights import ObjectiveWeights
 from geffect_fast.results.resolution import Resolution
 from geffect_fast.results.risk_rows import RiskRows, RowValues
 from geffect_fast.settings import Measuring, checked_config
@@ -225,7 +225,7 @@ class Profiler:
         weights: bool = False,
         progress: bool = False,
         unchanged: bool = False,
-        precision: bool = True,
+        rounding: bool = True,
     ) -> Measurement:
         """Measure the model as it is now.
 
@@ -237,7 +237,7 @@ class Profiler:
             progress: show bars.
             unchanged: the weights are still those that were searched for NaN when this was made,
                 and need not be again.
-            precision: of a 16-bit model also how far its effects can be trusted, as
+            rounding: of a 16-bit model also how far its effects can be trusted, as
                 `geffect_fast.profile` says it.
 
         Raises:
@@ -261,7 +261,7 @@ class Profiler:
         device = next(iter(plan.parameters.values())).device
         passes = parts_for(plan, resolution.columns()[1], m) if engine == "forward" else []
         weights = weights and resolution.within != "position"
-        by_token = TokenWeights(resolution, mixture) if weights else None
+        by_token = ObjectiveWeights(resolution, mixture) if weights else None
         tasks = self._tasks
         if by_token is not None:
             tasks = [replace(task, watch=by_token.add) for task in tasks]
@@ -304,7 +304,7 @@ class Profiler:
             }
             if unchanged and self._reference_is_model:
                 attributes["reference_is_model"] = 1
-            if self._rounding is not None and precision:
+            if self._rounding is not None and rounding:
                 every_row = None
                 if isinstance(array, np.ndarray) and "sample" in resolution.axes:
                     every_row = array.sum((2, 4))

@@ -51,7 +51,7 @@ class Range:
 
 
 @dataclass(frozen=True)
-class Call:
+class RangedObjective:
     """An objective with ranges among its parameters.
 
     Attributes:
@@ -87,7 +87,7 @@ class Term(NamedTuple):
 
     coefficient: float
     ranges: tuple[Range, ...]
-    objective: Objective | Call
+    objective: Objective | RangedObjective
 
 
 class Axis(NamedTuple):
@@ -126,7 +126,7 @@ class Axis(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Family:
+class RangedSum:
     """A weighted sum with at least one range in it."""
 
     terms: tuple[Term, ...]
@@ -137,7 +137,7 @@ class Family:
         for _, factors, objective in self.terms:
             for factor in factors:  # a bracket's factor is named for the bracket's first objective
                 found.setdefault(factor, (objective.name, "coefficient", float))
-            if isinstance(objective, Call):
+            if isinstance(objective, RangedObjective):
                 kinds = {f.name: kind_of(f) or float for f in dataclasses.fields(objective.cls)}
                 for name, value in objective.keywords.items():
                     if isinstance(value, Range):
@@ -165,6 +165,6 @@ class Family:
                 coefficient *= point[factor]
             if not math.isfinite(coefficient):
                 raise Problem("coefficient out of range", factors[0].position)
-            made = objective.at(point) if isinstance(objective, Call) else objective
+            made = objective.at(point) if isinstance(objective, RangedObjective) else objective
             terms.append((coefficient, made))
         return combine(terms)

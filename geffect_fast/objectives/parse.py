@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from geffect_fast.errors import InputError
 from geffect_fast.objectives.base import Objective, combine
-from geffect_fast.objectives.family import Call, Family, Range, Term
+from geffect_fast.objectives.family import Range, RangedObjective, RangedSum, Term
 from geffect_fast.objectives.parameters import Value, finite, kind_of, written
 from geffect_fast.objectives.problem import Problem, located, short
 from geffect_fast.objectives.registry import lookup, nearest
@@ -74,7 +74,7 @@ def parse_list(text: str) -> list[Objective]:
         return [_without_ranges(found) for found in _parsed(text, "many")[::2]]
 
 
-def parse_families(text: str) -> list[tuple[str, Objective | Family]]:
+def parse_families(text: str) -> list[tuple[str, Objective | RangedSum]]:
     """What a list describes in which ranges may stand for numbers, each with its own text.
 
     Raises:
@@ -103,11 +103,11 @@ class _Actions:
     def many(self, items: list[Any]) -> list[Any]:
         return items
 
-    def one(self, items: list[list[Term]]) -> Objective | Family:
+    def one(self, items: list[list[Term]]) -> Objective | RangedSum:
         for _, ranges, objective in items[0]:
-            if ranges or isinstance(objective, Call):
-                return Family(tuple(items[0]))
-        return combine([(c, o) for c, _, o in items[0] if not isinstance(o, Call)])
+            if ranges or isinstance(objective, RangedObjective):
+                return RangedSum(tuple(items[0]))
+        return combine([(c, o) for c, _, o in items[0] if not isinstance(o, RangedObjective)])
 
     def total(self, items: list[list[Term]]) -> list[Term]:
         return items[0]
@@ -183,7 +183,7 @@ class _Actions:
             cls = lookup(str(name))
             keywords = _keywords(cls, [item for item in items[1:] if item is not None])
             if any(isinstance(value, Range) for value in keywords.values()):
-                return [Term(1.0, (), Call(cls, keywords, name.start_pos))]
+                return [Term(1.0, (), RangedObjective(cls, keywords, name.start_pos))]
             return [Term(1.0, (), cls(**keywords))]
         except InputError as error:
             raise Problem(str(error), name.start_pos) from None
@@ -242,7 +242,7 @@ def _is_required(field: dataclasses.Field[Any]) -> bool:
     return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
 
 
-def _without_ranges(found: Objective | Family) -> Objective:
+def _without_ranges(found: Objective | RangedSum) -> Objective:
     """The objective; a `Problem` at its first range where it has any."""
     if isinstance(found, Objective):
         return found

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from geffect_fast.errors import InputError
 from geffect_fast.objectives.base import Objective
-from geffect_fast.objectives.family import Family
+from geffect_fast.objectives.family import RangedSum
 from geffect_fast.objectives.parameters import Value
 from geffect_fast.objectives.parse import parse_families
 from geffect_fast.objectives.problem import located, short
@@ -76,7 +76,7 @@ def expand_list(texts: Iterable[str | Objective] | str) -> list[Sweep]:
     free = MAX_OBJECTIVES
     for text in [texts] if isinstance(texts, str) else texts:
         if isinstance(text, Objective):
-            pieces: list[tuple[str, Objective | Family]] = [(str(text), text)]
+            pieces: list[tuple[str, Objective | RangedSum]] = [(str(text), text)]
         else:
             pieces = parse_families(text)
         for piece, found in pieces:
@@ -91,7 +91,7 @@ def expand_list(texts: Iterable[str | Objective] | str) -> list[Sweep]:
     return sweeps
 
 
-def _members(text: str, family: Family, free: int) -> Sweep:
+def _members(text: str, family: RangedSum, free: int) -> Sweep:
     axes = family.axes()
     if math.prod(axis.range.count for axis in axes) > free:
         raise _too_many(text)

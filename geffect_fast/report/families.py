@@ -26,7 +26,7 @@ HIGHLIGHTS = 24
 
 
 @dataclass(frozen=True)
-class Family:
+class SweptFamily:
     """Objectives of one string with ranges, or one objective alone.
 
     Attributes:
@@ -72,7 +72,7 @@ class Swept:
     rows: list[Summary]
     alike: dict[int, list[str]]
     front: np.ndarray
-    families: list[Family]
+    families: list[SweptFamily]
 
     @staticmethod
     def of(dataset: xr.Dataset) -> Swept:
@@ -86,7 +86,7 @@ class Swept:
         for text, axes in json.loads(dataset.attrs["sweeps"]).items():
             at = np.flatnonzero(texts == text)
             values = {name: dataset[f"{HYPER}{name}"].values[at] for name in axes}
-            families.append(Family(text, axes, at, values))
+            families.append(SweptFamily(text, axes, at, values))
         return Swept(
             [str(objective) for objective in dataset["objective"].values],
             effects[:, at_u],
@@ -100,7 +100,7 @@ class Swept:
             [family for family in families if family.at.size],
         )
 
-    def picks(self, family: Family) -> dict[int, list[str]]:
+    def picks(self, family: SweptFamily) -> dict[int, list[str]]:
         """The best of a family by its place in it, and in what; empty where all are undefined.
 
         What the best is in is followed by how many are alike, where others are not told apart

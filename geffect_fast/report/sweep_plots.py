@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from geffect_fast.report.families import Family, Swept, thinned
+from geffect_fast.report.families import Swept, SweptFamily, thinned
 from geffect_fast.report.plots import blank_figure
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def sweep_figure(dataset: xr.Dataset) -> Figure | None:
     None where no parameter has two values.
     """
     swept = Swept.of(dataset)
-    drawn: dict[str, list[tuple[Family, str]]] = {}
+    drawn: dict[str, list[tuple[SweptFamily, str]]] = {}
     for i, family in enumerate(swept.families):
         for name, values in family.values.items():
             if len(set(values)) > 1:
@@ -153,7 +153,9 @@ def pareto_figure(dataset: xr.Dataset, size: tuple[float, float] = (9.5, 6.2)) -
     return figure
 
 
-def _draw_family(panel: Axes, family: Family, name: str, values: np.ndarray, colour: str) -> None:
+def _draw_family(
+    panel: Axes, family: SweptFamily, name: str, values: np.ndarray, colour: str
+) -> None:
     """A family's values against one of its parameters, a line for each point of the others."""
     from matplotlib.colors import to_rgb
 

@@ -17,7 +17,7 @@ from geffect_fast.results.resolution import Resolution
 from geffect_fast.transfer import OnItsWay
 
 
-class TokenWeights:
+class ObjectiveWeights:
     """Collects `token_weights` of all objectives while an engine evaluates their parts.
 
     A batch may come twice, whole or in pieces.

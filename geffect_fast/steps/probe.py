@@ -129,7 +129,7 @@ class Probe:
                 self._before = None
                 # Said once a run: by its first step, whose attributes are those of all together.
                 measured = self.profiler.measure(
-                    weights=self.weights, precision=not self.store.steps
+                    weights=self.weights, rounding=not self.store.steps
                 )
                 directions = measured.directions
                 result = self._assembled(step, measured.dataset, learning_rates, changes)

@@ -30,11 +30,11 @@ from geffect_fast.objectives import Objective, Outputs
 from geffect_fast.objectives.base import REFERENCE_NEEDS
 from geffect_fast.training.resume import load_weights, saving, saving_folder
 
-Rows = Mapping[str, Sequence[int]]
-"""Rows of an update, by data set."""
+RowNumbers = Mapping[str, Sequence[int]]
+"""RowNumbers of an update, by data set."""
 
 
-class Draws(Dataset[Rows]):
+class Draws(Dataset[RowNumbers]):
     """Which rows each update reads: every row once, in random order, then all over again.
 
     They follow from the seed and the number of the update, so that a run that is resumed reads what
@@ -54,7 +54,7 @@ class Draws(Dataset[Rows]):
     def __len__(self) -> int:
         return self.n_updates
 
-    def __getitem__(self, update: int) -> Rows:
+    def __getitem__(self, update: int) -> RowNumbers:
         rows: dict[str, list[int]] = {}
         for which, (name, (n, count)) in enumerate(self.sizes.items()):
             places = range(update * count, (update + 1) * count)
@@ -96,7 +96,7 @@ class Loss:
         on = {part.on for part in self.parts}
         return ["forget", *(["retain"] if "retain" in on else [])]
 
-    def tasks(self, rows: Rows) -> list[Task]:
+    def tasks(self, rows: RowNumbers) -> list[Task]:
         """The batches of an update, and which parts of the objective read them.
 
         Samples are numbered as in `rows`, in which one may come twice.
@@ -155,7 +155,7 @@ class RowReference:
         self._model = model if any(needed - {"reference"} for needed in needs) else None
 
     @torch.no_grad()
-    def outputs(self, task: Task, rows: Rows, batch: Batch, moved: Batch) -> Outputs | None:
+    def outputs(self, task: Task, rows: RowNumbers, batch: Batch, moved: Batch) -> Outputs | None:
         """The reference's outputs on a batch of the update `rows`; None where nothing needs them.
 
         Args:
@@ -252,7 +252,7 @@ class UnlearnTrainer(Trainer):
         self.remove_callback(PrinterCallback)
 
     def training_step(
-        self, model: nn.Module, inputs: Rows, num_items_in_batch: Any = None
+        self, model: nn.Module, inputs: RowNumbers, num_items_in_batch: Any = None
     ) -> Tensor:
         """The gradient of one update, added to the parameters' `.grad`; returns the loss.
 
@@ -272,7 +272,7 @@ class UnlearnTrainer(Trainer):
             )
         return torch.tensor(total, device=self.args.device)
 
-    def _update(self, model: nn.Module, rows: Rows) -> float:
+    def _update(self, model: nn.Module, rows: RowNumbers) -> float:
         """The loss of an update; where memory runs out, all of it is redone in smaller batches.
 
         A backward that stops half way has added to some gradients and not to others, so they begin
@@ -295,7 +295,7 @@ class UnlearnTrainer(Trainer):
                 p.grad = None
             self._budget.halve(batch.total_tokens)
 
-    def _descend(self, model: nn.Module, rows: Rows, task: Task, batch: Batch) -> float:
+    def _descend(self, model: nn.Module, rows: RowNumbers, task: Task, batch: Batch) -> float:
         """One batch forward and backward; its share in the loss."""
         moved = batch.to(self.args.device)
         # What is computed again in the backward (gradient checkpointing) needs the attention too.

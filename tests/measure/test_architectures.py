@@ -87,7 +87,7 @@ def test_layout_and_rules(name):
     row, model = ARCHITECTURES[name], build(name)
     plan, rows = Plan.of(model), tokenize_rows(samples(FORGET, 1), None, name="forget")
     assert choose_layout(plan, rows) == row.layout
-    rules = CapturedNumbers(plan, rows, [resolve("ga")], None, row.layout).rules()
+    rules = CapturedNumbers(plan, rows, [resolve("ga")], None, row.layout, None).rules()
     generic = {kind_of(name) for name, served in rules.items() if "generic" in served}
     assert generic == set(row.generic)
     assert rules.keys() == plan.parameters.keys()

@@ -337,7 +337,7 @@ def test_progress_ends_where_it_was_said_to():
     plain_numbers(model, sample_set, objectives, None, ticks.append)
     assert sum(ticks) == plain_tokens(sample_set, objectives)
     ticks.clear()
-    captured = CapturedNumbers(Plan.of(model), sample_set, objectives, None, "packed")
+    captured = CapturedNumbers(Plan.of(model), sample_set, objectives, None, "packed", None)
     captured.compute(ticks.append)
     assert sum(ticks) == captured.n_tokens
 
