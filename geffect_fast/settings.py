@@ -75,9 +75,12 @@ def _canonical(objective: str) -> str:
 
 def _risk(spec: str | Objective) -> str | Objective:
     """The canonical string of a risk, or the objective that is given."""
-    parts = resolve_objective(spec).parts()
+    objective = resolve_objective(spec)
+    parts = objective.parts()
     if len(parts) != 1 or parts[0][0] != 1.0 or parts[0][1].needs & REFERENCE_NEEDS:
-        raise InputError(f"'{spec}' must be one objective that needs no reference, such as nll")
+        raise InputError(
+            f"'{objective}' must be one objective that needs no reference, such as nll"
+        )
     return str(parts[0][1]) if isinstance(spec, str) else spec
 
 
@@ -562,10 +565,12 @@ def _one_line(
     if problem["type"] == "value_error":
         return f"{place}{field}: {problem['ctx']['error']}"
     given = problem["input"]
-    message = f"{place}{field}: {problem['msg'].replace('Input s', 's')}, got {_short(given)}"
-    allowed = re.findall(r"'([^']+)'", str(problem.get("ctx", {}).get("expected")))
-    close = difflib.get_close_matches(str(given), allowed, n=1)
-    return message + (f"; did you mean {close[0]!r}?" if close else "")
+    if problem["type"] == "literal_error" and isinstance(given, str):
+        allowed = re.findall(r"'([^']+)'", str(problem["ctx"]["expected"]))
+        close = difflib.get_close_matches(given, allowed, n=1)
+        advice = f"did you mean {close[0]!r}?" if close else f"choose from {', '.join(allowed)}"
+        return f"{place}{field}: unknown {_short(given)}; {advice}"
+    return f"{place}{field}: {problem['msg'].replace('Input s', 's')}, got {_short(given)}"
 
 
 def _short(value: object) -> str:

@@ -163,9 +163,9 @@ def check(
     some = None if refusals is None else read_refusals(refusals)[:samples]
     reading = checked_config(Reading, settings)
     prepared = prepare(
-        model, tokenizer, Sources(rows, rows, refusals=some), chosen, reading, reference_model
+        model, tokenizer, Sources({"data": rows}, some), chosen, reading, reference_model
     )
-    sample_set, reference = prepared.sets["forget"], prepared.reference
+    sample_set, reference = prepared.sets["data"], prepared.reference
     token_budget = reading.token_budget
     plan = Plan.of(model)
     dtype = coarsest_dtype(model)

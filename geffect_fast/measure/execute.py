@@ -81,7 +81,7 @@ def execute(
         dataset = run(
             model,
             tokenizer,
-            **vars(sources),
+            **sources.arguments(),
             objectives=list(config.objectives),
             reference_model=config.reference,
             **config.fields(Measuring),
@@ -139,7 +139,7 @@ def execute_check(config: ProfileConfig, samples: int, *, progress: bool = False
 def read_sources_of(config: RunConfig) -> tuple[torch.device, Sources, Any]:
     """What is cheap and may be wrong, before a model is loaded: device, data sets and tokenizer."""
     device = check_sources(config)
-    named = Sources(config.forget, config.retain, config.probes, config.refusals)
+    named = Sources.of(config.forget, config.retain, config.probes, config.refusals)
     objectives = [each.members[0].objective for each in expand_list(config.measured)]
     sources = read_sources(named, objectives)
     return device, sources, tokenizer_of(config, sources.has_text)

@@ -37,36 +37,41 @@ class Sources:
     """Data sets as users give them: a path, a hub id, rows, or samples that are tokenised already.
 
     Attributes:
-        forget: what must go.
-        retain: what must stay.
-        probes: further sets by name, each a risk of its own.
-        refusals: answers in place of the forget set's, for objectives that read alternatives.
+        sets: by name; the first is what must go.
+        refusals: answers in place of the first set's, for objectives that read alternatives.
     """
 
-    forget: Any
-    retain: Any
-    probes: Mapping[str, Any] | None = None
+    sets: Mapping[str, Any]
     refusals: Any = None
 
-    def by_name(self) -> dict[str, Any]:
-        """`forget`, `retain`, and every probe; raise `InputError` where a probe has their name."""
-        if not isinstance(self.probes, Mapping | None):
+    @classmethod
+    def of(
+        cls, forget: Any, retain: Any, probes: Mapping[str, Any] | None, refusals: Any
+    ) -> Sources:
+        """Of a command's arguments; raise `InputError` where a probe has the name of another."""
+        if not isinstance(probes, Mapping | None):
             raise InputError(
-                f"probes: got {type(self.probes).__name__}; give a dict of data sets by name"
+                f"probes: got {type(probes).__name__}; give a dict of data sets by name"
             )
-        sources = {"forget": self.forget, "retain": self.retain}
-        for name, source in (self.probes or {}).items():
-            if name in (*sources, "unlearn"):
+        sets = {"forget": forget, "retain": retain}
+        for name, source in (probes or {}).items():
+            if name in (*sets, "unlearn"):
                 raise InputError(f"probes: the name '{name}' is taken; choose another")
-            sources[name] = source
-        return sources
+            sets[name] = source
+        return cls(sets, refusals)
+
+    def arguments(self) -> dict[str, Any]:
+        """Again as arguments of a command."""
+        probes = {name: s for name, s in self.sets.items() if name not in ("forget", "retain")}
+        named = {name: self.sets[name] for name in ("forget", "retain")}
+        return named | {"probes": probes, "refusals": self.refusals}
 
     @property
     def has_text(self) -> bool:
         """Whether a tokenizer is needed, of sources that are read."""
         return any(
             not isinstance(rows, SampleSet) and "input_ids" not in rows[0]
-            for rows in self.by_name().values()
+            for rows in self.sets.values()
         )
 
 
@@ -76,12 +81,12 @@ def read_sources(sources: Sources, objectives: Sequence[Objective]) -> Sources:
     Raises:
         InputError: a set cannot be read, or lacks refusals or weights that an objective needs.
     """
-    read = {
+    sets = {
         name: source if isinstance(source, SampleSet) else read_rows(source, name=name)
-        for name, source in sources.by_name().items()
+        for name, source in sources.sets.items()
     }
     refusals = None if sources.refusals is None else read_refusals(sources.refusals)
-    forget = read.pop("forget")
+    forget = next(iter(sets.values()))
     if isinstance(forget, SampleSet):
         has_alternatives, has_weights = forget.has_alternatives, forget.has_weights
     else:
@@ -93,7 +98,7 @@ def read_sources(sources: Sources, objectives: Sequence[Objective]) -> Sources:
         for objective in objectives:
             if any("weights" in part.needs for _, part in objective.parts()):
                 required(objective, None, WEIGHTS)
-    return Sources(forget, read.pop("retain"), read, refusals)
+    return Sources(sets, refusals)
 
 
 @dataclass(frozen=True)
@@ -104,7 +109,7 @@ class Prepared(Generic[ReadingT]):
         model, tokenizer: as given.
         settings: how rows were read, and what else the command takes.
         objectives: each once.
-        sets: `forget`, `retain` and every probe by its name, tokenised.
+        sets: by name, as in `Sources`, tokenised.
         reference: what NPO-like objectives compare with; None: the model itself.
     """
 
@@ -166,6 +171,7 @@ def prepare(
     sources = read_sources(sources, objectives)
     parts = parts_of(objectives)
     alternatives = any("alternative" in part.roles for part in parts)
+    first = next(iter(sources.sets))
     sets = {
         name: rows
         if isinstance(rows, SampleSet)
@@ -173,17 +179,17 @@ def prepare(
             rows,
             tokenizer,
             name=name,
-            refusals=sources.refusals if name == "forget" and alternatives else None,
+            refusals=sources.refusals if name == first and alternatives else None,
             template=settings.template,
             max_length=settings.max_length,
             date=settings.date,
             n_positions=table_of_positions(model),
         )
-        for name, rows in sources.by_name().items()
+        for name, rows in sources.sets.items()
     }
     check_model(model, sets)
     if alternatives:
-        check_pairs(model, sets["forget"])
+        check_pairs(model, sets[first])
     reference = None
     if needs_of(parts) & REFERENCE_NEEDS and reference_model not in (None, model):
         reference = _reference(reference_model, model, settings.trust_remote_code)

@@ -211,7 +211,7 @@ class Profiler:
             prepare(
                 model,
                 tokenizer,
-                Sources(forget, retain, probes, refusals),
+                Sources.of(forget, retain, probes, refusals),
                 resolved_list(objectives),
                 checked_config(Measuring, settings),
                 reference_model,

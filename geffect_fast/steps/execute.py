@@ -76,7 +76,7 @@ def execute_checkpoints(
                 dtype=config.dtype,
                 device=str(device),
                 options={
-                    **vars(sources),
+                    **sources.arguments(),
                     "objectives": list(config.objectives),
                     **config.fields(Measuring),
                 },

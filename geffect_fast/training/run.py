@@ -79,7 +79,7 @@ class Unlearning:
         measured = resolved_list(objectives)
         check_is_model(model, "model")
         sources = read_sources(sources, measured)
-        self.training = training = with_batch_size(training, len(sources.forget))
+        self.training = training = with_batch_size(training, len(sources.sets["forget"]))
         self.device = next(model.parameters()).device
         training_arguments(training, ".", str(self.device))  # to have them checked
         check_precision(training, model)

@@ -90,7 +90,7 @@ def unlearn(
             tokenizer,
             Training(**checked.fields(Training)),
             objectives=[objective, *objectives],
-            sources=Sources(forget, retain, probes, refusals),
+            sources=Sources.of(forget, retain, probes, refusals),
             settings=Measuring(**checked.fields(Measuring)),
             reference_model=reference_model,
         )
