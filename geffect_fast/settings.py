@@ -69,6 +69,12 @@ def _day(date: str) -> str:
     return date
 
 
+def _groups(groups: Any) -> Any:
+    if not isinstance(groups, Mapping | None):
+        raise InputError(f"got {groups!r}; give blocks by name, such as {{'first': '0-3'}}")
+    return groups or {}
+
+
 def _canonical(objective: str) -> str:
     return str(parse(objective))
 
@@ -235,7 +241,7 @@ class Measuring(Reading):
 
     groups: Annotated[
         dict[Name, Any],
-        BeforeValidator(lambda groups: groups or {}),
+        BeforeValidator(_read_by("groups", _groups)),
         Option(
             ("--group",),
             "NAME=BLOCKS",

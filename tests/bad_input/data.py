@@ -409,7 +409,7 @@ CASES = [
         "give at least one",
     ),
     Case("probes without names", call(probes=[samples([4])]), "probes", "name"),
-    Case("max_length 0", call(max_length=0), "max_length: must be", "at least 1, got 0"),
+    Case("max_length 0", call(max_length=0), "max_length: should be", "greater than 0, got 0"),
     Case(
         "an unknown token in an alternative",
         profile(objectives="po", refusals=None),

@@ -141,7 +141,6 @@ CASES = [
     Case(
         "groups that are a list", in_python(["0-1"]), "groups: got ['0-1']", "give blocks by name"
     ),
-    Case("no groups at all", in_python({}), "groups: got {}", "give blocks by name"),
     Case(
         "a group of half a block",
         in_python({"first": 0.5}),

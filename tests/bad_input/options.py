@@ -72,7 +72,7 @@ CASES = [
         "unknown engine",
         profile(engine="sideways"),
         "engine",
-        "should be 'auto', 'reverse' or 'forward'",
+        "unknown 'sideways'; choose from auto, reverse, forward",
     ),
     Case("unknown precision", check("--dtype", "float31"), "dtype", "did you mean 'float32'?"),
     Case(
@@ -317,14 +317,14 @@ CASES = [
     Case(
         "a budget of nothing from Python",
         call(token_budget=0),
-        "token_budget: must be",
-        "at least 1, got 0",
+        "token_budget: should be",
+        "greater than 0, got 0",
     ),
     Case(
         "a budget that is half a token",
         call(token_budget=1.5),
-        "token_budget: must be",
-        "at least 1",
+        "token_budget: should be",
+        "a valid integer",
     ),
     Case(
         "a name for a probe that is taken",
