@@ -55,14 +55,14 @@ READ = {
     "show_steps": "show runs/unlearn",
     "tokens": "tokens runs/token --rows 1,retain:2",
     "export": "export runs/profile --to runs/profile.csv --overwrite",
-    "compare": "compare runs/unlearn runs/lora",
+    "compare": "compare runs/unlearn runs/lora --overwrite",
     "report": "report runs/profile --overwrite",
     "report_steps": "report runs/unlearn --overwrite",
 }
 """Commands that read what those have written."""
 
 NUMBER = re.compile(r"[-+−]?\d[\d,]*(?:\.\d+)?(?:e[-+]?\d+)?")
-VOLATILE = {"created", "geffect_fast_version"}
+VOLATILE = {"created", "versions"}
 BY_PATH = {"checkpoints", "run_identity"}
 """Attributes of a profile of checkpoints that hold the paths of these, which the folder of a
 recording is part of."""
