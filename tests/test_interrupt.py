@@ -55,11 +55,17 @@ def here(study, tmp_path):
     return folder
 
 
+def _obedient():
+    """Signals as a terminal's own commands have them; those in the background ignore some."""
+    for each in CODES:
+        signal.signal(each, signal.SIG_DFL)
+
+
 @contextmanager
-def running(words, folder, **more):
+def running(words, folder, preexec_fn=_obedient):
     """A process, ended when the block is."""
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    process = subprocess.Popen([sys.executable, *words], cwd=folder, **pipes, **more)
+    process = subprocess.Popen([sys.executable, *words], cwd=folder, preexec_fn=preexec_fn, **pipes)
     try:
         yield process
     finally:
