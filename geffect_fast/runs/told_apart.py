@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from geffect_fast.runs.intervals import FEW, Z, stretch
+from geffect_fast.runs.intervals import Z, stretch
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -45,7 +45,7 @@ def effect_spreads(result: xr.Dataset) -> np.ndarray:
     The root of the sum of their squares is a standard deviation; that of the differences between
     two objectives, whose rows are the same, is the one of their difference. As the intervals of
     `geffect_fast.runs.intervals`, which are of the same rows: those of the objectives' data, twice
-    for the forget risk, and a few of each other risk's. Without intervals there are 0 rows.
+    for the forget risk, and each other risk's own. Without intervals there are 0 rows.
 
     Args:
         result: of `geffect_fast.profile` or `sweep`, at one step.
@@ -62,12 +62,13 @@ def effect_spreads(result: xr.Dataset) -> np.ndarray:
         middle = own.mean(axis=-1, keepdims=True)
         spread[..., sets == name] = (own - middle) * stretch(own.shape[-1])
     spread[:, unlearn] *= 2  # the forget rows make both gradients
-    of_risks = result["risk_row_spread"].transpose("risk", "risk_row").values * stretch(FEW)
+    of_risks = result["risk_row_spread"].transpose("risk", "risk_row").values
     e_u = rows[:, unlearn].sum(-1)
     # The rows of one risk are not those of another.
-    apart = np.zeros((len(of_risks), of_risks.size))
-    for m, own in enumerate(of_risks):
-        apart[m, m * len(own) : (m + 1) * len(own)] = own
+    others = [m for m in range(len(of_risks)) if m != unlearn]
+    apart = np.zeros((len(of_risks), len(others), of_risks.shape[1]))
+    apart[others, range(len(others))] = of_risks[others]
+    apart = apart.reshape(len(of_risks), -1)
     return np.concatenate([spread, e_u[:, None, None] * apart], axis=-1)
 
 
