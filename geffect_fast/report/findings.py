@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from geffect_fast.report.summary import (
     HARDLY,
+    PERHAPS,
     UNCLEAR,
     UNLEARN,
     Summary,
@@ -16,7 +18,7 @@ from geffect_fast.report.summary import (
     shares,
     summarise,
 )
-from geffect_fast.report.table import number, question
+from geffect_fast.report.table import bounds, number, question
 from geffect_fast.runs.told_apart import told_apart
 
 if TYPE_CHECKING:
@@ -47,7 +49,7 @@ def findings(dataset: xr.Dataset) -> tuple[str, str, str]:
 def _what(rows: list[Summary]) -> str:
     good = [row for row in rows if row.forgets]
     broken = [row.objective for row in rows if row.verdict.startswith("undefined")]
-    unclear = sum(row.verdict == UNCLEAR for row in rows)
+    unclear = sum(row.verdict in (UNCLEAR, PERHAPS) for row in rows)
     tail = f", and {len(broken)} undefined ({', '.join(broken)})" if broken else ""
     if unclear:
         tail = f"; for {unclear} these rows do not tell{tail}"
@@ -104,8 +106,14 @@ def _cost(row: Summary) -> str:
     what = f"the {others[0]} risk" if len(others) == 1 else "the worst other risk"
     if row.collateral == 0:
         return f"{what} stays"
+    low, high = row.collateral_interval
+    if low <= 0 <= high:
+        return f"what {what} does is within noise, {bounds((low, high), '.2g')}"
     verb = "rises" if row.collateral > 0 else "falls"
-    return f"{what} {verb} by {number(abs(row.collateral), '.2g')}"
+    if row.collateral < 0:
+        low, high = -high, -low
+    known = "" if math.isnan(low) else f" {bounds((low, high), '.2g')}"
+    return f"{what} {verb} by {number(abs(row.collateral), '.2g')}{known}"
 
 
 def _where(dataset: xr.Dataset) -> str:

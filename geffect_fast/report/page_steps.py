@@ -33,10 +33,16 @@ from geffect_fast.report.steps import (
     rows_sentence,
     trust_sentences,
 )
-from geffect_fast.report.summary import MUCH_HARM, UNLEARN, collateral_of, summarise
+from geffect_fast.report.summary import UNLEARN, Interval, summarise
 from geffect_fast.report.svg import Colours
 from geffect_fast.report.table import interval_line, symbol
-from geffect_fast.runs.told_apart import precision_error, risk_spreads, told_apart
+from geffect_fast.report.turning import turning_sentence
+from geffect_fast.runs.told_apart import (
+    interval_of,
+    precision_error,
+    risk_spreads,
+    told_apart,
+)
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -61,50 +67,6 @@ def answer(dataset: xr.Dataset) -> list[Block]:
         Text(outcome_sentence(dataset), "lead"),
         *(Text(sentence) for sentence in [*([few] if few else []), *sentences, *trust]),
     ]
-
-
-def turning_sentence(read: Steps) -> str:
-    """From which step on a further step of the lead objective costs more than it removes."""
-    lead = read.objectives[0]
-    costs = [
-        collateral_of(dict(zip(read.risks, map(float, effect), strict=True)), 0.0)
-        for effect in read.effects[:, 0]
-    ]
-    finite = np.isfinite(read.effects[:, 0]).all(axis=1)
-    # NaN where the forget risk would not even rise
-    bad = np.array([not cost <= MUCH_HARM for cost in costs])
-    lost = int((~finite).sum())
-    tail = f" At {lost} of {len(costs)} steps its effects are NaN or infinite." if lost else ""
-    good = np.flatnonzero(~bad)
-    if not bad.any():
-        return (
-            f"At every probed step a further small step on {lead} removes more than it costs any "
-            f"other risk.{tail}"
-        )
-    if not good.size:
-        return (
-            f"At no probed step does a further small step on {lead} remove more than it costs."
-            f"{tail}"
-        )
-    last = int(good[-1])
-    if last == len(costs) - 1:
-        return (
-            f"At {int(bad.sum())} of {len(costs)} probed steps a further small step on {lead} "
-            f"costs more than it removes, first at step {read.steps[int(bad.argmax())]}, but not "
-            f"at the last.{tail}"
-        )
-    why = (
-        "the forget risk would fall"
-        if math.isnan(costs[last + 1])
-        else (
-            f"the worst other risk would rise by {cell(costs[last + 1], '.2g')} for a unit rise of "
-            "the forget risk"
-        )
-    )
-    return (
-        f"From step {read.steps[last + 1]} on, a further small step on {lead} costs more than it "
-        f"removes: there {why}.{tail}"
-    )
 
 
 _NOTE = (
@@ -262,6 +224,13 @@ def _with(name: str, alike: list[str]) -> str:
     return f"{name} (as far as these rows tell no other than {', '.join(alike)})" if alike else name
 
 
+def _direction(value: float, interval: Interval) -> int:
+    """1 for a rise, -1 for none; 0 where its interval holds 0."""
+    if interval[0] <= 0 <= interval[1]:
+        return 0
+    return 1 if value > 0 else -1
+
+
 def compared_answer(
     runs: Mapping[str, xr.Dataset], models: Mapping[str, xr.Dataset], both: xr.Dataset
 ) -> list[Block]:
@@ -283,21 +252,33 @@ def compared_answer(
         off_x, off_y = (share * abs(row[name]) for row in (x, y))
         return bool(told_apart(x[name], y[name], off_x, off_y, of_x, of_y))
 
-    removed = [row for row in rows if row[f"rise_{UNLEARN}"] > 0]
+    rise = f"rise_{UNLEARN}"
+    side = [
+        _direction(row[rise], interval_of(row[rise], of))
+        for row, of in zip(rows, spreads[rise], strict=True)
+    ]
+    removed = [row for row, way in zip(rows, side, strict=True) if way == 1]
     sentences = []
     if removed:
-        rise = f"rise_{UNLEARN}"
         best = max(removed, key=lambda row: row[rise])
         alike = [
             row["run"]
             for row in removed
             if (share or known) and row is not best and not differ(row, best, rise)
         ]
-        also = f"; {', '.join(alike)} as much, as far as {tell}" if alike else ""
-        sentences.append(
-            f"Of {len(rows)} runs, {best['run']} raises the forget risk most, by "
-            f"{cell(best[rise], '.3g')}{also}."
-        )
+        least = min(removed, key=lambda row: row[rise])
+        if len(removed) > 1 and len(alike) == len(removed) - 1:
+            sentences.append(
+                f"{'All' if len(removed) == len(rows) else len(removed)} of {len(rows)} runs raise "
+                f"the forget risk, alike as far as {tell}: by {cell(least[rise], '.3g')} to "
+                f"{cell(best[rise], '.3g')}."
+            )
+        else:
+            also = f"; {', '.join(alike)} as much, as far as {tell}" if alike else ""
+            sentences.append(
+                f"Of {len(rows)} runs, {best['run']} raises the forget risk most, by "
+                f"{cell(best[rise], '.3g')}{also}."
+            )
     for name, words in (
         (
             "harm_at_equal_removal",
@@ -324,9 +305,13 @@ def compared_answer(
                 f"({cell(most[name], '.3g')}), {words}."
             )
             break
-    kept = [row["run"] for row in rows if row not in removed]
-    if kept:
-        sentences.append(f"The forget risk does not rise in {', '.join(kept)}.")
+    for way, words in (
+        (-1, "The forget risk does not rise in"),
+        (0, "Whether the forget risk rises is within what the choice of the rows moves in"),
+    ):
+        names = [row["run"] for row, of in zip(rows, side, strict=True) if of == way]
+        if names:
+            sentences.append(f"{words} {', '.join(names)}.")
     blocks: list[Block] = [Text(" ".join(sentences), "lead")]
     for name, dataset in runs.items():
         where = findings(models[name].sel(objective=[lead_objective(dataset)]))[1]

@@ -12,6 +12,7 @@ import numpy as np
 
 from geffect_fast.runs.axes import GROUPS, OUTSIDE
 from geffect_fast.runs.csv_cells import csv_cell
+from geffect_fast.runs.intervals import cosine_interval
 from geffect_fast.runs.rounding import NEGLIGIBLE
 from geffect_fast.runs.told_apart import (
     collateral_error,
@@ -35,6 +36,8 @@ HARDLY = 0.1
 MOSTLY_HARM = "mostly harm"
 UNCLEAR, HARM_UNCLEAR = "within noise", "forgets, harm unclear"
 """Verdicts where the interval of e_u holds 0, and where that of collateral allows several."""
+PERHAPS = "perhaps hardly forgets"
+"""The verdict where the interval of the cosine with the forget risk holds `-HARDLY`."""
 
 Interval = tuple[float, float]
 UNKNOWN: Interval = (math.nan, math.nan)
@@ -55,6 +58,7 @@ class Summary:
         collateral_error: by how much `collateral` may be off in the precision of the result; 0
             where that is not known.
         intervals: of the effect on each risk, by the choice of rows; empty where not known.
+        cosine_intervals: the same of cosines.
         collateral_interval: the same of collateral.
         collateral_spread: what each row moves it by, `(rows,)`, as `told_apart` takes it.
     """
@@ -67,6 +71,7 @@ class Summary:
     verdict: str
     collateral_error: float = 0.0
     intervals: dict[str, Interval] = field(default_factory=dict)
+    cosine_intervals: dict[str, Interval] = field(default_factory=dict)
     collateral_interval: Interval = UNKNOWN
     collateral_spread: np.ndarray = field(default_factory=lambda: np.zeros(0))
 
@@ -95,6 +100,11 @@ def summarise(dataset: xr.Dataset) -> list[Summary]:
             cosine = dict(zip(risks, map(float, cosines[i]), strict=True))
         collateral = collateral_of(effect, NEGLIGIBLE * largest)
         intervals, of_collateral = bounds[i]
+        of_cosines = {
+            risk: cosine_interval(c, effect[risk], intervals[risk])
+            for risk, c in cosine.items()
+            if risk in intervals
+        }
         summaries.append(
             Summary(
                 objective=str(objective),
@@ -109,9 +119,11 @@ def summarise(dataset: xr.Dataset) -> list[Summary]:
                     NEGLIGIBLE * largest,
                     intervals.get(UNLEARN, UNKNOWN),
                     of_collateral,
+                    of_cosines.get(UNLEARN, UNKNOWN),
                 ),
                 collateral_error=_error_of_collateral(effect, collateral, errors[i]),
                 intervals=intervals,
+                cosine_intervals=of_cosines,
                 collateral_interval=of_collateral,
                 collateral_spread=_spread_of_collateral(effect, collateral, spreads[i]),
             )
@@ -279,6 +291,7 @@ def verdict_of(
     negligible: float,
     e_u: Interval = UNKNOWN,
     harm: Interval = UNKNOWN,
+    cosine: Interval = UNKNOWN,
 ) -> str:
     """An objective in a word or two: whether it forgets, and what that costs.
 
@@ -289,6 +302,7 @@ def verdict_of(
         negligible: the size below which an effect is none.
         e_u: interval of the effect on the forget risk; NaN: not known.
         harm: that of collateral.
+        cosine: that of the cosine with the forget risk's gradient.
     """
     if not all(map(math.isfinite, effects.values())):
         return "undefined (NaN)"
@@ -298,11 +312,17 @@ def verdict_of(
         return UNCLEAR
     if math.isnan(collateral):
         return "does not forget"
-    if cosines and cosines[UNLEARN] > -HARDLY:
-        return "hardly forgets"
-    known = [bound for bound in (collateral, *harm) if not math.isnan(bound)]
-    words = {_harm_words(bound) for bound in known}
+    if cosines:
+        hardly = {bound > -HARDLY for bound in _known(cosines[UNLEARN], cosine)}
+        if True in hardly:
+            return "hardly forgets" if len(hardly) == 1 else PERHAPS
+    words = {_harm_words(bound) for bound in _known(collateral, harm)}
     return words.pop() if len(words) == 1 else HARM_UNCLEAR
+
+
+def _known(value: float, interval: Interval) -> list[float]:
+    """A number and the bounds of its interval, as far as they are known."""
+    return [value, *(bound for bound in interval if not math.isnan(bound))]
 
 
 def _harm_words(collateral: float) -> str:

@@ -147,6 +147,33 @@ def effect_intervals(
     }
 
 
+def cosine_interval(
+    cosine: float, effect: float, interval: tuple[float, float]
+) -> tuple[float, float]:
+    """The interval of a cosine, from that of the effect that it is of.
+
+        r c / sqrt(r^2 c^2 + 1 - c^2),        r = bound / effect
+
+    Rows move the gradient along the risk's, and what it has across that stays: so -1 stays -1,
+    however uncertain the effect. NaN where the interval is not known, or there is no effect.
+
+    Args:
+        cosine: `c`, of the two gradients.
+        effect: their product.
+        interval: of it.
+    """
+    if effect == 0:
+        return math.nan, math.nan
+    across = max(1 - cosine**2, 0.0)
+
+    def at(bound: float) -> float:
+        along = bound / effect * cosine
+        return along / math.hypot(along, math.sqrt(across)) if along else 0.0
+
+    low, high = sorted(map(at, interval))
+    return low, high
+
+
 def spread_of_risk(along: np.ndarray, square: float) -> np.ndarray:
     """What each row of a risk moves an effect by when rows are drawn, in units of `e_u`, `(n,)`.
 
