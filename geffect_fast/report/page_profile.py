@@ -27,6 +27,7 @@ from geffect_fast.report.summary import (
     Interval,
     by_place,
     by_sample,
+    place_widths,
     shares,
     summarise,
 )
@@ -149,6 +150,7 @@ def layers(dataset: xr.Dataset) -> list[Block]:
     if placed is None:
         return []
     labels, values = placed
+    widths = place_widths(dataset, blocks=True)
     objectives = [str(o) for o in dataset["objective"].values]
     if is_sweep(dataset):
         chosen = highlights(dataset)["objective"].values
@@ -163,6 +165,7 @@ def layers(dataset: xr.Dataset) -> list[Block]:
             labels,
             [objectives[k] for k in kept],
             values[kept, m],
+            None if widths is None else widths[kept, m],
         )
         for m, risk in enumerate(dataset["risk"].values)
     ]
@@ -170,6 +173,11 @@ def layers(dataset: xr.Dataset) -> list[Block]:
         "Each row by itself: 9 is its largest effect, which stands beside its name. Blue is wanted "
         "(the forget risk rises, any other does not); orange and a ! are unwanted."
     )
+    if widths is not None:
+        note += (
+            " In brackets, without colour: within what the choice of the rows that objectives read "
+            "moves, those of other risks not being told apart by part."
+        )
     return [*blocks, *left_out(len(objectives), "objectives", len(kept)), Text(note, "note")]
 
 

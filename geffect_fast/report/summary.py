@@ -18,8 +18,10 @@ from geffect_fast.runs.told_apart import (
     collateral_error,
     effect_errors,
     effect_spreads,
+    half_width,
     has_intervals,
     ratio_spread,
+    row_spreads,
 )
 
 if TYPE_CHECKING:
@@ -199,12 +201,15 @@ def by_sample(dataset: xr.Dataset) -> xr.DataArray | None:
     return effect.transpose(*lead, "sample")[..., (effect["set"] == "forget").values]
 
 
-def by_place(dataset: xr.Dataset, blocks: bool) -> tuple[list[str], np.ndarray] | None:
+def by_place(
+    dataset: xr.Dataset, blocks: bool, *, rows: bool = False
+) -> tuple[list[str], np.ndarray] | None:
     """G-effects of parts of the model, front to back.
 
     Args:
         dataset: a result.
         blocks: every block by itself (True), where the result tells them apart, or groups of them.
+        rows: keep samples apart, in a last axis.
 
     Returns:
         Labels and values `(objective, risk, len(labels))`, of a step result `(step, objective,
@@ -215,9 +220,9 @@ def by_place(dataset: xr.Dataset, blocks: bool) -> tuple[list[str], np.ndarray] 
     if axis is None:
         return None
     lead = [d for d in LEAD if d in effect.dims]
-    rest = [d for d in effect.dims if d not in (*lead, axis)]
-    effect = effect.sum(rest, skipna=False)
-    effect = effect.transpose(*lead, axis)
+    kept_dims = [*lead, axis, *(["sample"] if rows else [])]
+    effect = effect.sum([d for d in effect.dims if d not in kept_dims], skipna=False)
+    effect = effect.transpose(*kept_dims)
     groups = [str(group) for group in effect["group"].values]
     numbers = effect["block"].values if "block" in effect.coords else [OUTSIDE] * len(groups)
     labels: list[str] = []
@@ -227,9 +232,28 @@ def by_place(dataset: xr.Dataset, blocks: bool) -> tuple[list[str], np.ndarray] 
         label = str(block) if blocks and block != OUTSIDE else group
         where[label] = (place, int(block) if blocks else 0)
         labels.append(label)
-    kept = sorted(where, key=where.__getitem__)
-    parts = [effect.values[..., [label == part for label in labels]].sum(axis=-1) for part in kept]
-    return kept, np.stack(parts, axis=-1)
+    kept, at = sorted(where, key=where.__getitem__), len(lead)
+    parts = [
+        np.compress([label == part for label in labels], effect.values, axis=at).sum(axis=at)
+        for part in kept
+    ]
+    return kept, np.stack(parts, axis=at)
+
+
+def place_widths(dataset: xr.Dataset, blocks: bool) -> np.ndarray | None:
+    """Half of the intervals of `by_place`'s values; None where they are not known.
+
+    By the rows that objectives read, of which the forget rows make both gradients; what the rows of
+    other risks add is not told apart by part.
+    """
+    if not has_intervals(dataset) or "sample" not in dataset["g_effect"].dims:
+        return None
+    placed = by_place(dataset, blocks, rows=True)
+    if placed is None:
+        return None
+    widths = half_width(row_spreads(placed[1], dataset["set"].values))
+    widths[..., [str(risk) for risk in dataset["risk"].values].index(UNLEARN), :] *= 2
+    return widths
 
 
 def shares(values: np.ndarray) -> np.ndarray:

@@ -56,11 +56,7 @@ def effect_spreads(result: xr.Dataset) -> np.ndarray:
     rest = [d for d in effect.dims if d not in ("objective", "risk", "sample")]
     rows = effect.sum(rest, skipna=False).transpose("objective", "risk", "sample").values
     unlearn = [str(risk) for risk in result["risk"].values].index("unlearn")
-    sets, spread = result["set"].values, np.empty_like(rows)
-    for name in dict.fromkeys(sets.tolist()):
-        own = rows[..., sets == name]
-        middle = own.mean(axis=-1, keepdims=True)
-        spread[..., sets == name] = (own - middle) * stretch(own.shape[-1])
+    spread = row_spreads(rows, result["set"].values)
     spread[:, unlearn] *= 2  # the forget rows make both gradients
     of_risks = result["risk_row_spread"].transpose("risk", "risk_row").values
     e_u = rows[:, unlearn].sum(-1)
@@ -70,6 +66,26 @@ def effect_spreads(result: xr.Dataset) -> np.ndarray:
     apart[others, range(len(others))] = of_risks[others]
     apart = apart.reshape(len(of_risks), -1)
     return np.concatenate([spread, e_u[:, None, None] * apart], axis=-1)
+
+
+def row_spreads(rows: np.ndarray, sets: np.ndarray) -> np.ndarray:
+    """What each row moves sums over rows by when the rows of data sets are drawn, `(..., n)`.
+
+    Args:
+        rows: what each adds to the sum, `(..., n)`.
+        sets: of each the name of its data set.
+    """
+    spread = np.empty_like(rows)
+    for name in dict.fromkeys(sets.tolist()):
+        own = rows[..., sets == name]
+        middle = own.mean(axis=-1, keepdims=True)
+        spread[..., sets == name] = (own - middle) * stretch(own.shape[-1])
+    return spread
+
+
+def half_width(spread: np.ndarray) -> np.ndarray:
+    """Half of the interval of a number, from what rows move it by, `(..., rows)`."""
+    return Z * np.sqrt(np.square(spread).sum(-1))
 
 
 def risk_spreads(result: xr.Dataset) -> np.ndarray:
@@ -91,7 +107,7 @@ def risk_spreads(result: xr.Dataset) -> np.ndarray:
 
 def interval_of(value: float, spread: np.ndarray) -> tuple[float, float]:
     """The interval of a number, from what rows move it by; NaN where that is not known."""
-    off = Z * math.sqrt(float(np.square(spread).sum())) if spread.size else math.nan
+    off = float(half_width(spread)) if spread.size else math.nan
     return value - off, value + off
 
 
@@ -135,5 +151,5 @@ def told_apart(
     """
     off = np.maximum(x_error, y_error)
     if x_spread is not None and y_spread is not None:
-        off = off + Z * np.sqrt(np.square(x_spread - y_spread).sum(-1))
+        off = off + half_width(x_spread - y_spread)
     return np.abs(np.asarray(x) - y) > off
