@@ -359,10 +359,13 @@ def full_table(dataset: xr.Dataset) -> list[Block]:
     for k in kept:
         row = rows[k]
         found = [row.objective, cell(row.loss, ".4g")]
-        found += [cell(e, "+.4g") for e in row.effects.values()]
+        found += [
+            cell_with_interval(e, row.intervals.get(r), "+.4g") for r, e in row.effects.items()
+        ]
         found += [cell(c, "+.3f") for c in row.cosines.values()]
         found += [] if norms is None else [cell(float(norms[k]), ".4g")]
-        cells.append([*found, cell(row.collateral, ".3f"), row.verdict])
+        collateral = cell_with_interval(row.collateral, row.collateral_interval, ".3f")
+        cells.append([*found, collateral, row.verdict])
     blocks: list[Block] = [
         Table("All objectives", head, cells, frozenset([0, len(head) - 1])),
         *left_out(len(rows), "objectives", len(kept)),

@@ -8,7 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from geffect_fast.report.compare_table import comparison_rows, comparison_spreads
+from geffect_fast.report.compare_table import (
+    comparison_intervals,
+    comparison_rows,
+    comparison_spreads,
+)
 from geffect_fast.report.families import thinned
 from geffect_fast.report.findings import findings
 from geffect_fast.report.page_blocks import (
@@ -38,6 +42,7 @@ from geffect_fast.report.svg import Colours
 from geffect_fast.report.table import interval_line, symbol
 from geffect_fast.report.turning import turning_sentence
 from geffect_fast.runs.told_apart import (
+    half_width,
     interval_of,
     precision_error,
     risk_spreads,
@@ -78,14 +83,18 @@ _NOTE = (
 def verdicts(dataset: xr.Dataset) -> list[Block]:
     """What a run came to, and every objective at its first and last step."""
     read = Steps.of(dataset)
-    outcome = Outcome.of(read.values, read.risks, risk_spreads(dataset))
+    spreads = risk_spreads(dataset)
+    outcome = Outcome.of(read.values, read.risks, spreads)
     trained = dataset.attrs.get("trained_objective")
     row = [
         str(trained or "checkpoints"),
         outcome.verdict,
         f"{read.steps[0]} to {read.steps[-1]}",
-        *(cell(change) for change in outcome.change.values()),
-        cell(outcome.cost, ".2g"),
+        *(
+            cell_with_interval(rise, interval_of(rise, moved))
+            for rise, moved in zip(outcome.change.values(), spreads[-1] - spreads[0], strict=True)
+        ),
+        cell_with_interval(outcome.cost, outcome.cost_interval, ".2g"),
     ]
     heads = [f"rise of the {risk_words(risk)}" for risk in outcome.change]
     measured = Table(
@@ -102,7 +111,7 @@ def verdicts(dataset: xr.Dataset) -> list[Block]:
 
 def compared_verdicts(both: xr.Dataset) -> list[Block]:
     """What each of several runs came to, on the steps that they share."""
-    rows = comparison_rows(both)
+    rows, intervals = comparison_rows(both), comparison_intervals(both)
     risks = [str(risk) for risk in both["risk"].values]
     steps, equal = both["step"].values, rows[0]["equal_removal"]
     table = Table(
@@ -117,11 +126,15 @@ def compared_verdicts(both: xr.Dataset) -> list[Block]:
                 row["run"],
                 row["objective"] if trained else "checkpoints",
                 row["verdict"],
-                *(cell(row[f"rise_{risk}"]) for risk in risks),
-                cell(row["cost"], ".3g"),
-                cell(row["harm_at_equal_removal"], ".3g"),
+                *(
+                    cell_with_interval(row[name], of.get(name), spec)
+                    for name, spec in (
+                        *((f"rise_{risk}", "+.3g") for risk in risks),
+                        *(("cost", ".3g"), ("harm_at_equal_removal", ".3g")),
+                    )
+                ),
             ]
-            for row, trained in zip(rows, both["trained"].values, strict=True)
+            for row, of, trained in zip(rows, intervals, both["trained"].values, strict=True)
         ],
         frozenset([0, 1, 2]),
     )
@@ -129,7 +142,8 @@ def compared_verdicts(both: xr.Dataset) -> list[Block]:
         f"{_NOTE} Harm at {cell(equal, '.2g')}: rise of the worst other risk when the forget risk "
         "first had risen so far, the most that all runs reach."
     )
-    return [table, Text(note, "note")]
+    drawn = interval_line(both.attrs)
+    return [table, *(Text(line, "note") for line in [note, *([drawn] if drawn else [])])]
 
 
 def _objectives(dataset: xr.Dataset) -> Table:
@@ -195,22 +209,42 @@ def full_table(dataset: xr.Dataset) -> list[Block]:
     read = Steps.of(dataset)
     lead = dataset.sel(objective=read.objectives[0])
     kept = [int(s) for s in thinned(np.arange(len(read.steps)), MOST_ROWS)]
-    columns: dict[str, np.ndarray] = {}
+    columns: dict[str, tuple[np.ndarray, np.ndarray | None]] = {}
     if "learning_rate" in dataset:
-        columns["lr"] = dataset["learning_rate"].values
+        columns["lr"] = dataset["learning_rate"].values, None
+    spreads = risk_spreads(dataset)
+    moved = spreads - np.roll(spreads, 1, axis=0)
     for m, risk in enumerate(read.risks):
-        columns[f"R_{symbol(risk)}"] = read.values[:, m]
-        columns[f"e_{symbol(risk)}"] = read.effects[:, 0, m]
+        values, effects = read.value_bounds, read.effect_bounds
+        columns[f"R_{symbol(risk)}"] = (
+            read.values[:, m],
+            None if values is None else values[:, :, m],
+        )
+        columns[f"e_{symbol(risk)}"] = (
+            read.effects[:, 0, m],
+            None if effects is None else effects[:, :, 0, m],
+        )
         names = {"cosine": "cos", "measured_change": "ΔR"}
         names |= {name: f"ΔR, {words}" for name, words in PREDICTIONS.items()}
         for name, words in names.items():
             if name in lead:
-                columns[f"{words} ({symbol(risk)})"] = lead[name].sel(risk=risk).values
+                found, bounds = lead[name].sel(risk=risk).values, None
+                if name == "measured_change" and moved.shape[-1]:
+                    bounds = found + np.outer([-1, 1], half_width(moved[:, m]))
+                columns[f"{words} ({symbol(risk)})"] = found, bounds
     for name, words in (("loss", "loss"), ("grad_norm", "|grad|")):
         if name in lead:
-            columns[words] = lead[name].values
+            columns[words] = lead[name].values, None
     rows = [
-        [str(read.steps[s]), *(cell(float(values[s]), ".4g") for values in columns.values())]
+        [
+            str(read.steps[s]),
+            *(
+                cell_with_interval(
+                    float(values[s]), None if bounds is None else tuple(bounds[:, s]), ".4g"
+                )
+                for values, bounds in columns.values()
+            ),
+        ]
         for s in kept
     ]
     return [

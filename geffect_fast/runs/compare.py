@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -122,6 +122,7 @@ def compare(
     ).assign_attrs(
         {name: curves[0].dataset.attrs.get(name, "") for name in SETTINGS}
         | _least_precise(curves)
+        | _interval_attributes(curves, shared)
         | {"left_out": _left_out(curves, steps, risks)}
     )
 
@@ -186,6 +187,15 @@ def _least_precise(curves: Sequence[_Curve]) -> dict[str, float]:
     """The largest `precision_error` of the runs, where one has any."""
     error = max(precision_error(curve.dataset.attrs) for curve in curves)
     return {"precision_error": error} if error else {}
+
+
+def _interval_attributes(curves: Sequence[_Curve], shared: set[str]) -> dict[str, Any]:
+    """What intervals are of, where all runs have them."""
+    if "g_effect_low" not in shared:
+        return {}
+    names = ("interval_level", *COUNTS)
+    attrs = curves[0].dataset.attrs
+    return {name: attrs[name] for name in names if name in attrs}
 
 
 def _check_alike(first: _Curve, other: _Curve, what: str) -> None:
