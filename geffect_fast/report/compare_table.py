@@ -166,7 +166,8 @@ def render_comparison(runs: xr.Dataset) -> Group:
     table.add_column("run", overflow="fold", min_width=12)
     few = len(risks) == 2  # of more there is no room for all
     rows, intervals = comparison_rows(runs), comparison_intervals(runs)
-    removal = rows[0]["equal_removal"]
+    plain = not has_intervals(runs)
+    removal, gap = rows[0]["equal_removal"], " " if plain else "\n"
     columns = []
     for risk in risks:
         columns.append((f"R_{symbol(risk)}", f"risk_{risk}", ".3g"))
@@ -174,24 +175,19 @@ def render_comparison(runs: xr.Dataset) -> Group:
     columns += [(f"Σe_{symbol(risk)}", f"sum_of_effects_{risk}", "+.2g") for risk in risks[:2]]
     columns += [
         ("cost", "cost", ".2f"),
-        (f"harm at {number(removal, '+.2g')}", "harm_at_equal_removal", "+.2g"),
+        (f"harm at{gap}{number(removal, '+.2g')}", "harm_at_equal_removal", "+.2g"),
     ]
-    cells = [
-        [with_interval(row[name], of.get(name), spec) for _, name, spec in columns]
-        for row, of in zip(rows, intervals, strict=True)
-    ]
-    for (head, *_), column in zip(columns, zip(*cells, strict=True), strict=True):
-        # Where there is no room for them on one line, bounds stand below each other.
-        words = [word for cell in column for word in cell.plain.split()]
-        table.add_column(head, justify="right", min_width=max(map(len, words)))
+    for head, *_ in columns:
+        table.add_column(head, justify="right", no_wrap=True)
     table.add_column("r", justify="right", no_wrap=True)
-    table.add_column("verdict", no_wrap=not has_intervals(runs))
-    for row, numbers in zip(rows, cells, strict=True):
+    table.add_column("verdict", no_wrap=True)
+    for row, of in zip(rows, intervals, strict=True):
+        verdict = row["verdict"] if plain else row["verdict"].replace(", ", ",\n")
         table.add_row(
             row["run"],
-            *numbers,
+            *(_stacked(row[name], of[name], spec) for _, name, spec in columns),
             number(row[f"correlation_{UNLEARN}"], ".2f"),
-            Text(row["verdict"], style=STYLES.get(row["verdict"], "")),
+            Text(verdict, style=STYLES.get(row["verdict"], "")),
         )
     lines = [Text(f"Left out, as not all runs have it: {line}.") for line in runs.left_out]
     if share := precision_error(runs.attrs):
@@ -199,6 +195,12 @@ def render_comparison(runs: xr.Dataset) -> Group:
     if drawn := interval_line(runs.attrs):
         lines.append(Text(drawn))
     return Group(table, Text(NOTE, style="dim"), *lines)
+
+
+def _stacked(value: float, interval: Interval, spec: str) -> Text:
+    """A number with the bounds of its interval below each other, as many stand in a row."""
+    text = with_interval(value, interval, spec)
+    return Text("\n").join(text.split(" "))
 
 
 def write_comparison(runs: xr.Dataset, folder: Path) -> None:
