@@ -34,13 +34,13 @@ from geffect_fast.report.steps import (
     lead_objective,
     outcome_sentence,
     risk_words,
-    rows_sentence,
     trust_sentences,
 )
 from geffect_fast.report.summary import UNLEARN, Interval, summarise
 from geffect_fast.report.svg import Colours
 from geffect_fast.report.table import interval_line, symbol
 from geffect_fast.report.turning import turning_sentence
+from geffect_fast.runs.rows_needed import rows_note
 from geffect_fast.runs.told_apart import (
     half_width,
     interval_of,
@@ -67,7 +67,7 @@ def answer(dataset: xr.Dataset) -> list[Block]:
         "No prediction can be compared with what was measured: there is but one step, or none is "
         "finite."
     ]
-    few = rows_sentence(dataset.isel(step=0))
+    few = rows_note(dataset.isel(step=0))
     return [
         Text(outcome_sentence(dataset), "lead"),
         *(Text(sentence) for sentence in [*([few] if few else []), *sentences, *trust]),

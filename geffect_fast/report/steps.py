@@ -46,8 +46,6 @@ FACTOR, WORST_FACTOR = 1.5, 3.0
 their sum, and none is beyond the second, but for changes of next to nothing."""
 SMALL = 0.05
 """The share of the largest change or prediction below which both are next to nothing."""
-WIDE = 0.2
-"""The relative deviation up to which an interval of e_u is narrow enough not to be spoken of."""
 HALF, MOST = 0.5, 0.9
 """The relative error that most predictions must keep to: how much, and how many."""
 FEW = 3
@@ -300,38 +298,6 @@ def risk_intervals(dataset: xr.Dataset) -> list[Interval]:
         return [UNKNOWN] * dataset.sizes["risk"]
     low, high = (dataset[f"risk_value_{side}"].values.tolist() for side in ("low", "high"))
     return list(zip(low, high, strict=True))
-
-
-def rows_sentence(dataset: xr.Dataset) -> str:
-    """How wide the interval of e_u is for the rows measured, and what would make it narrower.
-
-    Empty where it is narrow enough (`WIDE`), or not known.
-
-    Args:
-        dataset: a result at one step.
-    """
-    if not has_intervals(dataset):
-        return ""
-    one = dataset.sel(objective=lead_objective(dataset), risk=UNLEARN)
-    effect = one["g_effect"]
-    e_u = float(effect.sum(skipna=False))
-    low, high = float(one["g_effect_low"]), float(one["g_effect_high"])
-    n = int(dataset.attrs["n_forget"])
-    if math.isnan(low):
-        return "No interval of e_u can be given from one row; --probe-rows 20 measures more."
-    off = max(high - e_u, e_u - low) / abs(e_u) if e_u else math.inf
-    if off <= WIDE:
-        return ""
-    at = f" at step {int(dataset['step'])}" if "step" in dataset.coords else ""
-    wanted = math.ceil(n * (off / WIDE) ** 2)
-    # from an interval as wide as the number itself the rows that it takes cannot be told
-    more = f"about {wanted:,} rows (--probe-rows {wanted})" if off < 1 else "all (--probe-rows all)"
-    uncertain = f"by {100 * off:.0f} %" if off < 1 else "by more than itself"
-    return (
-        f"e_u{at} is {number(e_u)} {bounds((low, high))}: the choice of {n} forget rows makes it "
-        f"uncertain {uncertain}, not by {100 * WIDE:.0f} % at most; measure {more} to know it "
-        "better."
-    )
 
 
 def outcome_sentence(dataset: xr.Dataset) -> str:
