@@ -47,11 +47,13 @@ def rows_note(dataset: xr.Dataset) -> str:
         return ""
     at = f" at step {int(dataset['step'])}" if "step" in dataset.coords else ""
     uncertain = f"{100 * off:.0f} %" if off < 1 else "more than itself"
-    wanted = math.ceil(n * (off / WIDE) ** 2) if math.isfinite(off) else there + 1
-    takes = f"it takes about {wanted:,} rows" if math.isfinite(off) else "it takes more rows"
+    takes, wanted = "it takes more rows", there
+    if math.isfinite(off):
+        wanted = math.ceil(n * (off / WIDE) ** 2 - 1e-6)
+        takes = f"it takes about {wanted:,} rows"
     if there <= n:
         remedy = f"{takes}, and all {n} are measured"
-    elif wanted > there:
+    elif wanted >= there:
         remedy = f"{takes}; measure {_asked(wanted, there)}"
     else:
         remedy = f"measure about {_asked(wanted, there)}"
