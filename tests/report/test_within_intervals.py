@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from matplotlib.collections import LineCollection, PolyCollection
+from models import build, samples
+from rich.console import Console
 from step_results import step_dataset
 from synthetic import make_dataset
 
@@ -21,13 +25,16 @@ from geffect_fast.report.compare_table import (
     write_comparison,
 )
 from geffect_fast.report.findings import findings
+from geffect_fast.report.frontier import plot_frontier
 from geffect_fast.report.page_blocks import HeatMap
 from geffect_fast.report.page_profile import full_table, read_cosines
+from geffect_fast.report.plots import blank_figure, mark_noise
 from geffect_fast.report.step_plots import step_figures
 from geffect_fast.report.steps import Steps, outcome_sentence
-from geffect_fast.report.summary import place_widths, summarise, verdict_of
+from geffect_fast.report.summary import by_place, place_widths, summarise, verdict_of
 from geffect_fast.report.sweep_plots import BARS, pareto_figure, sweep_figure
 from geffect_fast.report.turning import turning_sentence
+from geffect_fast.report.weights_table import render_weights
 from geffect_fast.runs.intervals import Z, cosine_interval, effect_intervals, stretch
 
 BOTH = ["unlearn", "retain"]
@@ -389,3 +396,57 @@ def test_maps_say_which_parts_are_within_noise():
     widths = place_widths(dataset, blocks=False)
     assert widths.shape == (1, 2, 6) and (widths > 0).all()
     assert place_widths(make_dataset(["ga"]), blocks=False) is None
+
+
+def test_maps_have_a_dot_on_every_cell_within_noise():
+    dataset = with_intervals(make_dataset(["ga", "gd"]), narrow=0.2)
+    values, widths = by_place(dataset, True)[1][:, 1], place_widths(dataset, True)[:, 1]
+    panel = blank_figure(3, 3).subplots()
+    mark_noise(panel, np.arange(values.shape[1]), values, widths)
+    (dots,) = panel.get_lines()
+    found = sorted(zip(dots.get_ydata(), dots.get_xdata(), strict=True))
+    inside = [(k, p) for k, p in np.ndindex(values.shape) if abs(values[k, p]) <= widths[k, p]]
+    assert found == inside and 0 < len(inside) < values.size
+
+
+def test_weights_have_the_intervals_of_their_rows():
+    """The optimum's rows are drawn anew, with its weights as they are."""
+    model = build("llama", dtype=torch.float64)
+    forget, retain = samples([9, 7, 11, 8], 1), samples([8, 10, 9], 2)
+    result = gf.profile(
+        model, None, forget=forget, retain=retain, objectives=["ga"], resolve=("sample", "token")
+    )
+    best = gf.optimal_weights(result, retain_budget=0.0)
+    for effect, risk in (("e_u", "unlearn"), ("e_r", "retain")):
+        ga = result.sel(objective="ga", risk=risk)
+        assert float(best[f"ga_{effect}_low"]) == pytest.approx(float(ga.g_effect_low))
+        assert float(best[f"ga_{effect}_high"]) == pytest.approx(float(ga.g_effect_high))
+    rows = (best["weight"] * best["token_e_u"]).sum("token").values
+    rng = np.random.default_rng(1)
+    counts = 1 + (rng.multinomial(4, [0.25] * 4, size=4000) - 1) * stretch(4)
+    drawn = counts @ rows
+    drawn = np.quantile(drawn * np.abs(drawn) / abs(rows.sum()), [0.025, 0.975])
+    found = [float(best[f"e_u_{side}"]) for side in ("low", "high")]
+    np.testing.assert_allclose(found, drawn, atol=0.12 * np.ptp(drawn))
+    table = Console(width=120, record=True, file=io.StringIO())
+    table.print(render_weights(best))
+    assert f"[{found[0]:+.3g}, {found[1]:+.3g}]" in table.export_text()
+
+
+def test_the_frontier_has_a_bar_an_objective(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(
+        "geffect_fast.report.frontier._untangle", lambda panel, labels: drawn.append(panel)
+    )
+    model = build("llama", dtype=torch.float64)
+    forget, retain = samples([9, 7, 11, 8], 1), samples([8, 10, 9], 2)
+    result = gf.profile(
+        model, None, forget=forget, retain=retain, objectives=["ga", "wga(alpha=1)"],
+        resolve=("sample", "token"),
+    )  # fmt: skip
+    plot_frontier(result, gf.optimal_weights(result, retain_budget=0.0), tmp_path / "f.png")
+    bars = [b for b in drawn[0].collections if isinstance(b, LineCollection)]
+    up = np.array(bars[1].get_segments())[:, :, 1]
+    low, high = (result[f"g_effect_{side}"].sel(risk="retain").values for side in ("low", "high"))
+    np.testing.assert_allclose(np.sort(up[0]), [low[0], high[0]], rtol=1e-9)
+    assert "Bars: 95 %" in drawn[0].get_title(loc="left")
