@@ -34,6 +34,7 @@ STYLES = {
     "forgets, harm unclear": "yellow",
     "within noise": "yellow",
     "hardly forgets": "yellow",
+    "perhaps hardly forgets": "yellow",
     "does not forget": "red",
     "undefined (NaN)": "bold red",
 }
