@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from collections.abc import Sequence as Sequences
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -10,12 +11,18 @@ import torch
 from torch import Tensor, nn
 
 from geffect_fast.capture import Factor, Plan, Recorder, leaves_of
+from geffect_fast.capture.attribution import ANY
 from geffect_fast.capture.precision import precisions
 from geffect_fast.capture.products import squared_norms
 from geffect_fast.data import IGNORE, Layout, Sample, SampleSet, Sequence, make_batches
 from geffect_fast.data.batch import Batch
 from geffect_fast.data.memory import no_memory
-from geffect_fast.engines.forward_pass import model_outputs, sample_axis, takes
+from geffect_fast.engines.forward_pass import (
+    model_outputs,
+    nll_by_sample,
+    sample_axis,
+    takes,
+)
 from geffect_fast.engines.known_layout import packs_by_its_code
 from geffect_fast.engines.packed_attention import packed_attention, splits_attention
 from geffect_fast.engines.remembered import Remembered, state_of
@@ -40,12 +47,13 @@ class _Tried:
     Attributes:
         layout: the layout.
         outside: parameters used outside their modules, as `Plan.widen` was told of them in turn.
-        axes: what the plan was taught.
+        axes, shown: what the plan was taught.
     """
 
     layout: Layout
     outside: tuple[tuple[str, ...], ...]
     axes: dict[tuple[str, int], int]
+    shown: set[Hashable]
 
 
 _TRIED: Remembered[_Tried] = Remembered()
@@ -76,6 +84,7 @@ def choose_layout(plan: Plan, sample_set: SampleSet, longest: int | None = None)
         GEffectError: what the model itself raises when run on one sequence.
     """
     if packs_by_its_code(plan):
+        plan.shown.add(ANY)
         return "packed"
     extremes = _extremes(sample_set)
     longest = max(longest_sequence(sample_set), longest or 0)
@@ -87,12 +96,13 @@ def choose_layout(plan: Plan, sample_set: SampleSet, longest: int | None = None)
         layout = _try(plan, sample_set, outside, may_pack)
         if layout == "packed" and not _packs_if_there_is_room(plan.model, extremes):
             layout = _try(plan, sample_set, outside, may_pack=False)
-        tried = _Tried(layout, tuple(outside), dict(plan.axes))
+        tried = _Tried(layout, tuple(outside), dict(plan.axes), set(plan.shown))
         _TRIED.keep(plan.model, state, tried)
     else:
         for names in tried.outside:
             plan.widen(names)
         plan.axes.update(tried.axes)
+        plan.shown.update(tried.shown)
     return tried.layout
 
 
@@ -165,13 +175,16 @@ def _norms(
             Recorder(plan, keep, axis, join=True) as recorder,
         ):
             with recorder.showing_parameters():
-                logprob = model_outputs(plan.model, batch).token_logprob
-                loss = -logprob.sum()
-            outside = plan.names_of(leaves_of(loss))
+                outputs = model_outputs(plan.model, batch)
+                losses = nll_by_sample(outputs, batch)
+            outside = plan.names_of(leaves_of(losses))
             if not outside:
-                torch.autograd.grad(loss, recorder.roots_of(loss), allow_unused=True)
+                roots = recorder.roots_of(losses)
+                if recorder.to_be_shown():
+                    recorder.show_rows(losses, roots)
+                torch.autograd.grad(losses.sum(), roots, allow_unused=True)
                 recorder.finish()
-                return norms | {"": logprob.detach().double().cpu()}
+                return norms | {"": outputs.token_logprob.detach().double().cpu()}
         plan.widen(outside)
         widened.append(tuple(outside))
 
