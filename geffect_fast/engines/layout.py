@@ -16,7 +16,6 @@ from geffect_fast.capture.precision import precisions
 from geffect_fast.capture.products import squared_norms
 from geffect_fast.data import IGNORE, Layout, Sample, SampleSet, Sequence, make_batches
 from geffect_fast.data.batch import Batch
-from geffect_fast.data.memory import no_memory
 from geffect_fast.engines.forward_pass import (
     model_outputs,
     nll_by_sample,
@@ -27,7 +26,8 @@ from geffect_fast.engines.known_layout import packs_by_its_code
 from geffect_fast.engines.packed_attention import packed_attention, splits_attention
 from geffect_fast.engines.remembered import Remembered, state_of
 from geffect_fast.engines.rotary_frequencies import still_up_to
-from geffect_fast.errors import UnsupportedModelError
+from geffect_fast.errors import GEffectError, UnsupportedModelError
+from geffect_fast.trying import Trying, no_memory
 
 PROBE_LENGTHS = (7, 4)
 """Tokens of the two probe sequences: long enough for attention, short enough to cost nothing."""
@@ -81,7 +81,8 @@ def choose_layout(plan: Plan, sample_set: SampleSet, longest: int | None = None)
         longest: tokens of the longest sequence of all data; None: of `sample_set`.
 
     Raises:
-        GEffectError: what the model itself raises when run on one sequence.
+        UnsupportedModelError: the model does not run on one sequence; the first line of what it
+            raises is named.
     """
     if packs_by_its_code(plan):
         plan.shown.add(ANY)
@@ -115,14 +116,25 @@ def _try(
         return _norms(plan, probes, layout, masked, outside)
 
     def agree(layout: Layout, probes: list[Tensor], masked: bool = True) -> bool:
-        try:
-            together = norms(probes, layout, masked)
-        except Exception:  # whatever a model raises that cannot be called this way
-            return False
-        return _same(plan, together, apart)
+        with Trying():
+            return _same(plan, norms(probes, layout, masked), apart)
+        return False
+
+    def alone(ids: Tensor) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
+        with Trying() as trial:
+            found = norms([ids], "single")
+        if trial.error is not None and not isinstance(trial.error, GEffectError):
+            raise UnsupportedModelError(
+                f"{type(plan.model).__name__}: it cannot be profiled on a sequence of {len(ids)} "
+                f"tokens by itself ({trial.reason}); give a causal language model that runs on one"
+            ) from trial.error
+        if trial.error is not None:
+            raise trial.error
+        return found
 
     several = _probes(sample_set, PROBE_LENGTHS)
-    apart = [norms([ids], "single") for ids in several]
+    apart = [alone(ids) for ids in several]
     # ALiBi counts along the row, in bf16: the few tokens of a trial do not show what it rounds.
     alibi = getattr(getattr(plan.model, "config", None), "alibi", False)
     if may_pack and takes(plan.model, "position_ids") and not (alibi or in_chunks(plan.model)):
@@ -131,7 +143,7 @@ def _try(
         if all(agree("packed", several, masked) for masked in ways):
             return "packed"
     same = _probes(sample_set, (PROBE_LENGTHS[0],) * 2)
-    apart = [apart[0], norms([same[1]], "single")]  # the first is the same
+    apart = [apart[0], alone(same[1])]  # the first is the same
     return "equal_length" if agree("equal_length", same) else "single"
 
 

@@ -24,11 +24,11 @@ from geffect_fast.capture.factors import widened
 from geffect_fast.capture.precision import precisions
 from geffect_fast.capture.wrappers import eagerly
 from geffect_fast.data import SampleSet
-from geffect_fast.data.memory import no_memory
 from geffect_fast.engines.forward_pass import logits_of, model_outputs, takes, without_cache
 from geffect_fast.engines.layout import probe_batch
 from geffect_fast.engines.rotary_frequencies import frequencies_at_first
 from geffect_fast.errors import UnsupportedModelError
+from geffect_fast.trying import Trying
 
 TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 """Largest difference of two losses, relative to them, that rounding explains: they are computed in
@@ -87,16 +87,12 @@ def own_loss(plan: Plan, sample_set: SampleSet) -> OwnLoss | None:
         return None
     batch = probe_batch(plan, sample_set, "single")
     ids = batch.input_ids
-    try:
-        with torch.no_grad(), eagerly(model), frequencies_at_first(model), _without_remarks():
-            answer = model(input_ids=ids, labels=ids.clone(), **without_cache(model))
-            loss = getattr(answer, "loss", None)
-            logits = logits_of(answer, model, ids)
-    except Exception as error:  # whatever a model raises that wants other labels
-        if no_memory(error):
-            raise
-        return None
-    if not isinstance(loss, Tensor) or loss.numel() != 1:
+    answer, loss, logits = None, None, torch.zeros(0)
+    with Trying(), torch.no_grad(), eagerly(model), frequencies_at_first(model), _without_remarks():
+        answer = model(input_ids=ids, labels=ids.clone(), **without_cache(model))
+        logits = logits_of(answer, model, ids)
+        loss = getattr(answer, "loss", None)
+    if not isinstance(loss, Tensor) or loss.numel() != 1:  # or it wants other labels
         return None
     logits, ids = widened(logits[0]), ids[0]
     tolerance = max(TOLERANCE[dtype] for dtype in precisions(model))
