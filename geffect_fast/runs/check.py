@@ -148,11 +148,11 @@ def check(
 
     Compared are every sample's effect along the risk's gradient for each objective, its gradient's
     norm, and the inner products of all pairs of samples. Plain autograd runs every sequence by
-    itself and differentiates the published formula, `n (n + 1) / 2 + n + K n` backward passes of
-    one sample (18 for 4 samples and one objective), and sums in fp64; at most two gradients are
-    held at a time. An error is rounding where it is at most 1e-5 in fp32 and 1e-10 in fp64, or at
-    most twice plain autograd's own error against a wider precision (fp32 for bf16 and fp16, fp64
-    for fp32) plus the tolerance.
+    itself and differentiates the published formula, `n + K n` backward passes of one sample (8 for
+    4 samples and one objective), and sums in fp64; where `n` gradients would take more than a
+    quarter of free memory it takes `n (n + 1) / 2 + n + K n`, and holds two at a time. An error is
+    rounding where it is at most 1e-5 in fp32 and 1e-10 in fp64, or at most twice plain autograd's
+    own error against a wider precision (fp32 for bf16 and fp16, fp64 for fp32) plus the tolerance.
 
     Args:
         model, tokenizer: as for `profile`.
@@ -204,7 +204,7 @@ def check(
 
     def plain_of(other: nn.Module, precision: torch.dtype) -> Numbers:
         what = f"plain autograd, {_name(precision)}"
-        n_tokens = plain_tokens(sample_set, chosen)
+        n_tokens = plain_tokens(other, sample_set, chosen)
         with (
             computing_in(precision, other),
             progress_bar(progress, what, n_tokens) as update,
