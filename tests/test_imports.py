@@ -13,17 +13,18 @@ ROOT = Path(geffect_fast.__file__).parent
 
 LAYERS = {
     "errors": set(),
+    "trying": set(),
     "threads": set(),
     "transfer": set(),
     "terminal": set(),
     "ops": {"errors"},
-    "capture": {"errors", "transfer", "ops"},
-    "data": {"errors", "transfer"},
+    "capture": {"errors", "trying", "transfer", "ops"},
+    "data": {"errors", "trying", "transfer"},
     "objectives": {"errors", "transfer", "data"},
-    "engines": {"errors", "transfer", "ops", "capture", "data", "objectives"},
+    "engines": {"errors", "trying", "transfer", "ops", "capture", "data", "objectives"},
     "functional": {"errors", "ops", "capture"},
     "runs": {
-        *{"errors", "transfer", "ops", "capture", "data", "objectives", "engines"},
+        *{"errors", "trying", "transfer", "ops", "capture", "data", "objectives", "engines"},
         *{"functional", "terminal"},
     },
     "integrations": {"errors", "objectives", "runs"},

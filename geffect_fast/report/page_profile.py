@@ -33,11 +33,9 @@ from geffect_fast.report.summary import (
 )
 from geffect_fast.report.svg import Colours
 from geffect_fast.report.table import (
-    interval_line,
+    notes,
     number,
-    precision_line,
     question,
-    reference_line,
     symbol,
 )
 from geffect_fast.report.token_html import token_values
@@ -140,8 +138,7 @@ def _swept_verdicts(dataset: xr.Dataset) -> list[Block]:
 
 def _notes(dataset: xr.Dataset) -> list[Block]:
     """How to read the numbers, what they compare with, and how far to trust them."""
-    lines = [line(dataset.attrs) for line in (reference_line, interval_line, precision_line)]
-    return [Text(_NOTE, "note"), *(Text(line, "note") for line in lines if line)]
+    return [Text(_NOTE, "note"), *(Text(line, "note") for line in notes(dataset.attrs))]
 
 
 def layers(dataset: xr.Dataset) -> list[Block]:

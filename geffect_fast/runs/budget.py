@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from geffect_fast.data.memory import no_memory
 from geffect_fast.engines.attempts import TokenBudget
 from geffect_fast.errors import OutOfMemoryError
+from geffect_fast.trying import no_memory
 
 
 @contextmanager

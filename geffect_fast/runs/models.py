@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from geffect_fast.data.memory import no_memory
 from geffect_fast.errors import InputError, NonFiniteError
 from geffect_fast.runs.axes import OUTSIDE, block_of
 from geffect_fast.runs.disk import user_path
 from geffect_fast.runs.finite import are_finite
+from geffect_fast.trying import no_memory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

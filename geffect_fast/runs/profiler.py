@@ -24,6 +24,7 @@ from geffect_fast.engines.direction import Tick, accumulate_gradients
 from geffect_fast.engines.forward_check import forward_mode_problem
 from geffect_fast.engines.forward_parts import parts_for, place_for_directions, product_shares
 from geffect_fast.engines.layout import check_reference, choose_layout, longest_sequence
+from geffect_fast.engines.own_loss import own_loss
 from geffect_fast.engines.packed_attention import splits_attention
 from geffect_fast.engines.rotary_frequencies import check_pairs
 from geffect_fast.engines.tasks import Reference, Task, mixture_of, tasks_for
@@ -94,6 +95,7 @@ class Profiler:
         sets: the data sets, tokenised: `forget`, `retain` and every probe by its name.
         objectives: the objectives.
         risk_names: names along the axis `risk`.
+        own_loss: how the model's own loss differs from the risk; None: not.
 
     Example:
         >>> profiler = Profiler(model, tokenizer, forget=rows, retain=others, objectives=["ga"])
@@ -185,6 +187,8 @@ class Profiler:
             if resolution.per_sample and choice.engine == "reverse":
                 raise
             layout = "single"
+        with within_budget(budget, one_sample=True):
+            self.own_loss = own_loss(plan, sets["forget"])
         self._choice = self._possible(choice, layout, engine == "forward")
         self._norms = self._choice.engine == "reverse" if norms is None else norms
         if token_budget is None:
@@ -237,6 +241,8 @@ class Profiler:
                 [{"name": o.name, "parameters": o.parameters()} for o in self.objectives]
             ),
         }
+        if self.own_loss is not None:
+            self._settings |= self.own_loss.attributes()
         reference = reference_for(reference_model, needs, model, sets, trust_remote_code)
         if reference is not None:
             with within_budget(budget, one_sample=True):
