@@ -44,7 +44,8 @@ MADE = {
     "lora": f"unlearn {READS} --objective ga --steps 3 --learning-rate 1e-2 --probe-rows all "
     "--optimizer sgd --lora-rank 2 --batch-size 2 --out runs/lora",
     "checkpoints": "profile --checkpoints 'runs/unlearn/checkpoint-*' --forget study/forget.jsonl "
-    "--tokenizer study/model --retain study/retain.jsonl --objectives ga,wga --out runs/checkpoints",
+    "--retain study/retain.jsonl --tokenizer study/model --objectives ga,wga "
+    "--out runs/checkpoints",
     "weights": "weights runs/token --retain-budget 0.5 --out runs/weights.jsonl",
 }
 """Commands that compute, by name; the folder of a run has its name."""
@@ -54,15 +55,17 @@ READ = {
     "show_steps": "show runs/unlearn",
     "tokens": "tokens runs/token --rows 1,retain:2",
     "export": "export runs/profile --to runs/profile.csv --overwrite",
-    "compare": "compare runs/unlearn runs/lora",
+    "compare": "compare runs/unlearn runs/lora --overwrite",
     "report": "report runs/profile --overwrite",
     "report_steps": "report runs/unlearn --overwrite",
 }
 """Commands that read what those have written."""
 
 NUMBER = re.compile(r"[-+−]?\d[\d,]*(?:\.\d+)?(?:e[-+]?\d+)?")
-VOLATILE = {"geffect_fast_version", "created"}
-"""Attributes of a result that may differ between two recordings."""
+VOLATILE = {"created", "versions"}
+BY_PATH = {"checkpoints", "run_identity"}
+"""Attributes of a profile of checkpoints that hold the paths of these, which the folder of a
+recording is part of."""
 
 
 def run(name: str, command: str, folder: Path) -> None:
@@ -116,9 +119,10 @@ def differing_results(old: Path, new: Path) -> list[str]:
             same = x.dims == y.dims and x.dtype == y.dtype and x.attrs == y.attrs
             if not (same and np.array_equal(x.values, y.values, equal_nan=x.dtype.kind == "f")):
                 found.append(name)
+        exempt = VOLATILE | (BY_PATH if "checkpoints" in old.parts else set())
         found += [
             f"attribute {name}: {a.attrs.get(name)!r}, {b.attrs.get(name)!r}"
-            for name in sorted({*a.attrs, *b.attrs} - VOLATILE)
+            for name in sorted({*a.attrs, *b.attrs} - exempt)
             if str(a.attrs.get(name)) != str(b.attrs.get(name))
         ]
     return [f"{new}: {line}" for line in found]
