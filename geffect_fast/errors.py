@@ -50,3 +50,11 @@ class InterruptedRunError(GEffectError):
 
 class GEffectWarning(UserWarning):
     """Something worth knowing that stops nothing; one line, as errors are."""
+
+
+def reason_of(error: BaseException) -> str:
+    """What an error of anybody's says, in one short line."""
+    text = " ".join(str(getattr(error, "strerror", None) or error).split())[:160]
+    if isinstance(error, OSError | GEffectError) and text:
+        return text
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__

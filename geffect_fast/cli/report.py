@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -34,9 +35,12 @@ def report(
 
     It holds everything itself: it works offline, from an e-mail or a disk, without scripts, on a
     phone and printed. Several runs of unlearn, or of profile --checkpoints, are compared step by
-    step; then --out is needed. Prints the file's name.
+    step; then --out is needed. In a run's own folder it also writes what is missing there of
+    summary.csv, plots/ and tokens.html. Prints the file's name.
     """
+    from geffect_fast.report import write_report
     from geffect_fast.report.page import write_page
+    from geffect_fast.runs.add_report import add_report
     from geffect_fast.runs.config import read_values
     from geffect_fast.runs.disk import is_there, unwritable, user_path
     from geffect_fast.runs.lock import locked
@@ -75,6 +79,8 @@ def report(
             write_page(opened, file, configs=configs)
             if out is None:
                 note(folders[0], REPORT)
+                missing = partial(write_report, held=folders[0])
+                add_report(folders[0], next(iter(opened.values())), missing)
     print(file)
 
 

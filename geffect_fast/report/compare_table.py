@@ -163,7 +163,7 @@ def render_comparison(runs: xr.Dataset) -> Group:
 
 
 def write_comparison(runs: xr.Dataset, folder: Path) -> None:
-    """Write `summary.csv` (a row a run), `compare.csv` (run and step) and `plots/` into a folder.
+    """Write `summary.csv` (a row a run) and `compare.csv` (run and step) into a folder.
 
     Args:
         runs: of `geffect_fast.compare`.
@@ -171,15 +171,9 @@ def write_comparison(runs: xr.Dataset, folder: Path) -> None:
     """
     import pandas as pd
 
-    from geffect_fast.report.compare_plots import comparison_figures
-    from geffect_fast.report.curves import save_figures
-
     write_csv(pd.DataFrame(comparison_rows(runs)), folder / "summary.csv")
     columns = by_column(runs.drop_vars("risk_value_spread", errors="ignore"), "risk")
     if "group" in runs.dims:
         columns = by_column(columns, "group")
     table = columns.to_dataframe(dim_order=["run", "step"]).reset_index()
     write_csv(table, folder / "compare.csv")
-    plots = folder / "plots"
-    plots.mkdir()
-    save_figures(comparison_figures(runs), plots)

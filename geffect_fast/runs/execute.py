@@ -13,6 +13,7 @@ import torch
 
 from geffect_fast.data.qa import read_refusals, read_rows
 from geffect_fast.objectives.ranges import expand_list
+from geffect_fast.runs.add_report import add_report
 from geffect_fast.runs.arguments import check_needs_no_refusals, check_needs_no_weights
 from geffect_fast.runs.check import Check, check
 from geffect_fast.runs.config import ProfileConfig, RunConfig
@@ -28,7 +29,7 @@ from geffect_fast.runs.store import (
     open_run,
     save_run,
     staged_run,
-    write_rest,
+    write_config,
 )
 from geffect_fast.runs.sweep import sweep
 
@@ -72,7 +73,7 @@ def execute(
     # the folder, a sweep's get coordinates first.
     large = config.resolve[-2:] in (("sample", "position"), ("sample", "token"))
     streams = large and config.command == "profile"
-    with locked(out), on_threads(config.threads) as threads, ExitStack() as stack:
+    with locked(out) as folder, on_threads(config.threads) as threads, ExitStack() as stack:
         trusted = config.trust_remote_code
         model = load_model(config.model, config.dtype, str(device), trust_remote_code=trusted)
         dtype = str(model.dtype).removeprefix("torch.")
@@ -103,9 +104,16 @@ def execute(
         if staging is None:
             save_run(out, dataset, replay, overwrite, report, read)
             return dataset
-        with dataset:
-            write_rest(staging, dataset, replay, report)
-    return open_run(out, lazy=True)
+        dataset.close()
+        write_config(replay, staging)
+        stack.pop_all().close()
+        dataset = open_run(out, lazy=True)
+        try:
+            add_report(folder, dataset, report)
+        except BaseException:
+            dataset.close()
+            raise
+    return dataset
 
 
 def execute_check(config: ProfileConfig, samples: int, *, progress: bool = False) -> Check:

@@ -61,7 +61,7 @@ _JSON_ATTRS = "json_attrs"
 COMPRESSION = {"compression": "gzip", "compression_opts": 4, "shuffle": True}
 
 Reporter = Callable[["xr.Dataset", Path], None]
-"""Writes what people look at (tables, plots) into a folder."""
+"""Writes what people look at (tables, plots) into a folder; it is added to a run that is whole."""
 
 
 def check_free(
@@ -165,9 +165,9 @@ def save_run(
 ) -> Path:
     """Write `results.nc`, `run.yaml` and a report into a run folder.
 
-    Everything is written in full to a hidden folder inside and then renamed, `results.nc` last: a
-    run folder with `results.nc` is complete, and a failure at any point leaves what was there
-    before, a run that was to be replaced included.
+    The first two are written in full to a hidden folder inside and then renamed, `results.nc` last:
+    a run folder with `results.nc` has all its numbers, and a failure before leaves what was there,
+    a run that was to be replaced included. The report is added then.
 
     Args:
         folder: made where it does not exist; other files in it stay.
@@ -182,20 +182,21 @@ def save_run(
 
     Raises:
         InputError: as `check_free`, or the disk refuses.
+        UnfinishedError: the report fails, and the numbers are there.
     """
-    with staged_run(folder, overwrite, inputs) as staging:
-        write_dataset(dataset, staging / RESULTS)
-        write_rest(staging, dataset, config, report)
-    return user_path(folder).absolute()
+    from geffect_fast.runs.add_report import add_report  # which is made of what is here
+
+    with locked(folder) as path:
+        with staged_run(folder, overwrite, inputs) as staging:
+            write_dataset(dataset, staging / RESULTS)
+            write_config(config, staging)
+        add_report(path, dataset, report)
+    return path
 
 
-def write_rest(
-    staging: Path, dataset: xr.Dataset, config: ProfileConfig, report: Reporter | None
-) -> None:
-    """Write all of a run but its result: `run.yaml` and the report."""
+def write_config(config: ProfileConfig, staging: Path) -> None:
+    """Write the `run.yaml` of a run."""
     (staging / CONFIG).write_text(dump_config(config), encoding="utf-8")
-    if report is not None:
-        report(dataset, staging)
 
 
 def is_step_name(name: str) -> bool:
