@@ -42,6 +42,7 @@ def compare(
     from geffect_fast.runs.add_report import add_report
     from geffect_fast.runs.compare import compare as align
     from geffect_fast.runs.disk import is_there, user_path
+    from geffect_fast.runs.inputs import result_sums
     from geffect_fast.runs.lock import locked
     from geffect_fast.runs.store import CONFIG, PLOTS, RESULTS, check_free, staged_run
 
@@ -50,7 +51,7 @@ def compare(
         raise InputError(f"--out {out} is the folder of a run; choose another")
     aligned = align([str(run) for run in runs])
     with locked(out):
-        with staged_run(out, overwrite) as staging:
+        with staged_run(out, overwrite, sums=lambda: result_sums(runs)) as staging:
             write_comparison(aligned, staging)
         again = "the same command with --overwrite"
         add_report(folder, aligned, draw_comparison, again)

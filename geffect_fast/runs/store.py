@@ -27,7 +27,14 @@ from geffect_fast.runs.disk import (
     whole_file,
 )
 from geffect_fast.runs.lock import locked, restored
-from geffect_fast.runs.manifest import MANIFEST, Manifest, check_file, checksums, files_below
+from geffect_fast.runs.manifest import (
+    MANIFEST,
+    Manifest,
+    Sums,
+    check_file,
+    checksums,
+    files_below,
+)
 from geffect_fast.runs.result_form import check_form, check_size
 from geffect_fast.runs.seal import seal, seal_holds
 
@@ -162,6 +169,7 @@ def save_run(
     overwrite: bool = False,
     report: Reporter | None = None,
     inputs: Mapping[str, str | Path] | None = None,
+    sums: Mapping[str, Sums] | None = None,
 ) -> Path:
     """Write `results.nc`, `run.yaml` and a report into a run folder.
 
@@ -176,6 +184,7 @@ def save_run(
         overwrite: whether to replace a run that is there.
         report: adds files such as `summary.csv` and `plots/`.
         inputs: as `check_free`.
+        sums: checksums of what the run was made from, by option.
 
     Returns:
         The absolute path of the folder.
@@ -187,7 +196,7 @@ def save_run(
     from geffect_fast.runs.add_report import add_report  # which is made of what is here
 
     with locked(folder) as path:
-        with staged_run(folder, overwrite, inputs) as staging:
+        with staged_run(folder, overwrite, inputs, lambda: sums or {}) as staging:
             write_dataset(dataset, staging / RESULTS)
             write_config(config, staging)
         add_report(path, dataset, report)
@@ -206,9 +215,16 @@ def is_step_name(name: str) -> bool:
 
 @contextmanager
 def staged_run(
-    folder: str | Path, overwrite: bool = False, inputs: Mapping[str, str | Path] | None = None
+    folder: str | Path,
+    overwrite: bool = False,
+    inputs: Mapping[str, str | Path] | None = None,
+    sums: Callable[[], Mapping[str, Sums]] = dict,
 ) -> Iterator[Path]:
     """A hidden folder in a run folder; what is written to it appears when the block ends well.
+
+    Args:
+        folder, overwrite, inputs: as `save_run`.
+        sums: returns checksums of what the run was made from, for its manifest.
 
     Raises:
         InputError: as `save_run`; or another process works in the folder.
@@ -219,7 +235,7 @@ def staged_run(
             staging = Path(tempfile.mkdtemp(prefix=UNFINISHED, dir=path))
             try:
                 yield staging
-                Manifest(checksums(staging, files_below(staging))).write(staging)
+                Manifest(checksums(staging, files_below(staging)), sums()).write(staging)
                 put_in_place(path, staging, own_files(path))
             finally:
                 shutil.rmtree(staging, ignore_errors=True)
