@@ -43,8 +43,11 @@ class Manifest:
         if not is_there(file):
             return None
         held = read_sealed(file)
-        if held is None or not all(
-            map(_are_sums, (held.get("files"), *held.get("inputs", {}).values()))
+        inputs = None if held is None else held.get("inputs")
+        if (
+            held is None
+            or not isinstance(inputs, dict)
+            or not all(map(_are_sums, (held.get("files"), *inputs.values())))
         ):
             raise InputError(
                 f"{file} is not as a run wrote it: damaged, edited or of another program; move it "
@@ -52,7 +55,7 @@ class Manifest:
             )
         for name in held["files"]:
             check_inside(folder, name)
-        return cls(held["files"], held["inputs"])
+        return cls(held["files"], inputs)
 
     @classmethod
     def of_a_run(cls, folder: Path) -> Manifest | None:
@@ -149,5 +152,8 @@ def files_below(folder: Path) -> list[str]:
 def _are_sums(held: object) -> bool:
     """Whether what a manifest holds has the form of `Sums`."""
     return isinstance(held, dict) and all(
-        isinstance(each, dict) and {"bytes", "sha256"} <= each.keys() for each in held.values()
+        isinstance(each, dict)
+        and isinstance(each.get("bytes"), int)
+        and isinstance(each.get("sha256"), str)
+        for each in held.values()
     )

@@ -25,6 +25,8 @@ def write_sealed(file: Path, values: Mapping[str, Any]) -> None:
 def read_sealed(file: Path) -> dict[str, Any] | None:
     """What `write_sealed` wrote; None where it is unreadable or has changed since."""
     try:
+        if not file.is_file():  # but what never ends, such as a pipe
+            return None
         held = json.loads(file.read_text(encoding="utf-8"))
         seal = held.pop("sha256")
         return held if seal == _sum(held) else None

@@ -301,7 +301,7 @@ def open_run(folder: str | Path, *, lazy: bool = False) -> xr.Dataset:
         ours = {"g_effect", "risk_value", "loss"} <= set(dataset.data_vars)
         dims = [dim for dim in dataset["g_effect"].dims if dim != "step"] if ours else []
         ours = dims[:2] == ["objective", "risk"]
-    except ValueError:
+    except (ValueError, TypeError, KeyError, RecursionError):  # of attributes
         ours = False
     if not ours:
         dataset.close()
