@@ -9,6 +9,7 @@ import pytest
 from bad_input.case import profile
 from bad_input.folders import a_run
 from step_results import step_dataset
+from synthetic import make_dataset
 
 from geffect_fast.cli import main
 from geffect_fast.runs.disk import REPLACED
@@ -89,7 +90,7 @@ def test_every_file_that_is_read_may_hold_anything(here, name, capfd):
         # Any text is a refusal, and a long one is worked on for long.
         file.write_bytes(content[: 300 if name == "refusals.txt" else None])
         code = main(READ_BY[name].split())
-        out, error = capfd.readouterr()
+        error = capfd.readouterr().err
         assert code in (0, 2), (name, kind, error[-2000:])
         line = error.splitlines()[-1] if error else ""
         assert code == 0 or (line.startswith("error: ") and "error: unexpected" not in line), (
@@ -141,12 +142,13 @@ def test_a_mark_of_a_checkpoint_may_hold_anything(tmp_path, step):
         assert checkpoints(tmp_path) == {}
 
 
-ODD = [*("[" * 100_000, "{", "null", "[]", "1", '"x"', '{"a": 1}', "", "1" * 10_000), 1, 1.5]
+ODD = [*("[" * 100_000, "null", '{"a": 1}', "", "1" * 10_000), 1.5]
 
 
 @pytest.mark.parametrize("steps", [False, True])
-def test_every_attribute_of_a_result_may_hold_anything(here, steps, capfd):
-    from synthetic import make_dataset
+def test_every_attribute_of_a_result_may_hold_anything(here, steps, capfd, monkeypatch):
+    """Read from the result, not drawn."""
+    monkeypatch.setattr("geffect_fast.report.compare_plots.draw_comparison", lambda *_: None)
 
     made = step_dataset(n_steps=3) if steps else make_dataset(n_blocks=1)
     made = made.assign_attrs(json_attrs="[]")

@@ -10,6 +10,7 @@ import typer
 from geffect_fast.cli.options import Overwrite, Quiet, given_path, option
 from geffect_fast.cli.printing import console
 from geffect_fast.errors import InputError
+from geffect_fast.visible import one_line
 
 
 def compare(
@@ -58,4 +59,4 @@ def compare(
     if not quiet:
         console().print(render_comparison(aligned))
         for path in [out, *sorted((user_path(out) / PLOTS).glob("*.png"))]:
-            print(path)
+            print(one_line(str(path)))

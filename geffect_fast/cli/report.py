@@ -11,6 +11,7 @@ import typer
 
 from geffect_fast.cli.options import given_path, option
 from geffect_fast.errors import InputError
+from geffect_fast.visible import one_line
 
 
 def report(
@@ -63,9 +64,9 @@ def report(
             raise InputError(f"report {file}: no run made that; name another page, --out")
     except OSError as error:
         raise unwritable(f"report {out}", "--out", error) from None
-    names = [place.stem if place.is_file() else place.name for place in places]
+    names = [one_line(place.stem if place.is_file() else place.name) for place in places]
     if len(set(names)) < len(names):
-        names = [str(run) for run in runs]
+        names = [one_line(str(run)) for run in runs]
     with ExitStack() as stack:
         opened, configs = {}, {}
         for name, run, folder in zip(names, runs, folders, strict=True):
@@ -81,7 +82,7 @@ def report(
                 note(folders[0], REPORT)
                 missing = partial(write_report, held=folders[0])
                 add_report(folders[0], next(iter(opened.values())), missing)
-    print(file)
+    print(one_line(str(file)))
 
 
 def _place(run: Path) -> Path:

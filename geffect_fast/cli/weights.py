@@ -10,6 +10,7 @@ import typer
 from geffect_fast.cli.options import Quiet, Run, given_path, option
 from geffect_fast.cli.printing import console
 from geffect_fast.errors import InputError, UnfinishedError, reason_of
+from geffect_fast.visible import one_line
 
 FRONTIER = "frontier.png"
 
@@ -94,5 +95,5 @@ def weights(
             ) from error
     if not quiet:
         console().print(render_weights(best))
-        print(file)
-        print(picture)
+        print(one_line(str(file)))
+        print(one_line(str(picture)))

@@ -18,6 +18,7 @@ from geffect_fast.runs.disk import user_path
 from geffect_fast.runs.result_form import check_complete
 from geffect_fast.runs.store import open_run
 from geffect_fast.runs.told_apart import precision_error
+from geffect_fast.visible import one_line
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -265,7 +266,7 @@ def _names(curves: list[_Curve], given: bool) -> list[str]:
     """
     objectives = [curve.objective for curve in curves]
     per_run = {run: sum(curve.run == run for curve in curves) for run in {c.run for c in curves}}
-    folders = {run: Path(run).name or run for run in per_run}
+    folders = {run: one_line(Path(run).name or run) for run in per_run}
     if given or len(set(folders.values())) < len(folders):
         folders = {run: run for run in folders}
     names = []

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from geffect_fast.visible import visible
+
 if TYPE_CHECKING:
     import pandas as pd
 
@@ -14,7 +16,10 @@ _FORMULA = tuple("=+-@\t\r\n＝＋－＠")
 
 def csv_cell(value: Any) -> Any:
     """The value; of text that a spreadsheet would compute, with `'` before it. Numbers stay."""
-    if not isinstance(value, str) or not value.startswith(_FORMULA):
+    if not isinstance(value, str):
+        return value
+    value = visible(value)
+    if not value.startswith(_FORMULA):
         return value
     try:
         float(value)

@@ -205,12 +205,12 @@ def _put_back(folder: Path, hidden: Path) -> None:
 
 
 def _note_in(folder: Path, hidden: Path) -> dict[str, Any]:
-    """The note of what was set aside; raise `InputError` where it is not as `set_aside` wrote it."""
+    """The note of what was set aside; raise `InputError` where that is damaged."""
     try:
         note = json.loads((hidden / _NOTE).read_text(encoding="utf-8"))
         lists = [note["names"], note["present"], note["folders"]]
-        whole = all(isinstance(each, list) for each in lists) and all(
-            isinstance(name, str) for name in [*sum(lists, []), note["source"] or ""]
+        whole = isinstance(note["source"], str | None) and all(
+            isinstance(each, list) and all(isinstance(name, str) for name in each) for each in lists
         )
     except (ValueError, KeyError, TypeError, RecursionError):
         whole = False
