@@ -74,6 +74,7 @@ def test_what_no_run_made_is_refused_by_name(tmp_path, name):
 def test_a_file_that_came_while_the_run_was_made_is_refused_by_name(run):
     def late(dataset, folder):
         more(dataset, folder)
+        (run / "plots").mkdir(exist_ok=True)
         (run / "plots/instances.png").write_text("mine")
 
     with pytest.raises(UnfinishedError, match=r"holds plots/instances\.png, which no run made"):
