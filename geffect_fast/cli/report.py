@@ -55,7 +55,10 @@ def report(
             raise InputError(f"report: run {runs[i]} is given twice; leave one out")
     if out is None and len(runs) > 1:
         raise InputError(f"report: {len(runs)} runs have no folder in common; name the page, --out")
-    folders = [place.parent if place.is_file() else place for place in places]
+    files = [_is_file(place) for place in places]
+    folders = [
+        place.parent if is_one else place for place, is_one in zip(places, files, strict=True)
+    ]
     file = folders[0] / REPORT if out is None else user_path(out)
     try:
         if out is not None and not overwrite and is_there(file):
@@ -64,7 +67,10 @@ def report(
             raise InputError(f"report {file}: no run made that; name another page, --out")
     except OSError as error:
         raise unwritable(f"report {out}", "--out", error) from None
-    names = [one_line(place.stem if place.is_file() else place.name) for place in places]
+    names = [
+        one_line(place.stem if is_one else place.name)
+        for place, is_one in zip(places, files, strict=True)
+    ]
     if len(set(names)) < len(names):
         names = [one_line(str(run)) for run in runs]
     with ExitStack() as stack:
@@ -83,6 +89,14 @@ def report(
                 missing = partial(write_report, held=folders[0])
                 add_report(folders[0], next(iter(opened.values())), missing)
     print(one_line(str(file)))
+
+
+def _is_file(place: Path) -> bool:
+    """Whether there is a file; of a name that no file has, `open_run` says what is wrong."""
+    try:
+        return place.is_file()
+    except OSError:
+        return False
 
 
 def _place(run: Path) -> Path:
