@@ -12,11 +12,12 @@ import geffect_fast
 ROOT = Path(geffect_fast.__file__).parent
 
 LAYERS = {
-    "errors": set(),
+    "visible": set(),
+    "errors": {"visible"},
     "trying": set(),
     "threads": set(),
     "transfer": set(),
-    "terminal": set(),
+    "terminal": {"visible"},
     "ops": {"errors"},
     "capture": {"errors", "trying", "transfer", "ops"},
     "data": {"errors", "trying", "transfer"},
@@ -25,14 +26,24 @@ LAYERS = {
     "functional": {"errors", "ops", "capture"},
     "runs": {
         *{"errors", "trying", "transfer", "ops", "capture", "data", "objectives", "engines"},
-        *{"functional", "terminal"},
+        *{"functional", "terminal", "visible"},
     },
     "integrations": {"errors", "objectives", "runs"},
     "unlearning": {"errors", "data", "objectives", "engines", "runs", "integrations"},
     "weights": {"errors", "data", "runs"},
-    "report": {"errors", "terminal", "runs"},
+    "report": {"errors", "terminal", "visible", "runs"},
     "demo": {"errors", "data", "objectives", "runs", "unlearning", "report"},
-    "cli": {"errors", "terminal", "ops", "runs", "unlearning", "weights", "report", "demo"},
+    "cli": {
+        "errors",
+        "terminal",
+        "visible",
+        "ops",
+        "runs",
+        "unlearning",
+        "weights",
+        "report",
+        "demo",
+    },
 }
 """What each part may import; `batch`, the type all engines share, lies in data."""
 

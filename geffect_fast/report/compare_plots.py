@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -20,6 +21,7 @@ from geffect_fast.report.curves import (
     shortened,
     style_of,
 )
+from geffect_fast.report.parts import Drawings, drawn_parts, write_parts
 from geffect_fast.report.plots import blank_figure
 from geffect_fast.report.step_plots import PARTS_NOTE, effect_words, panels_for
 from geffect_fast.report.steps import bounds_of, risk_words
@@ -52,14 +54,28 @@ def comparison_figures(runs: xr.Dataset) -> dict[str, Figure]:
     Args:
         runs: of `geffect_fast.compare`.
     """
-    figures = {
-        "effects": _effects(runs),
-        "groups": _groups(runs),
-        "risks": _risks(runs),
-        "trade_off": _trade_off(runs),
-        "cosines": _cosines(runs),
+    drawn = {name: draw() for name, draw in comparison_drawings(runs).items()}
+    return {name: figure for name, figure in drawn.items() if figure is not None}
+
+
+def comparison_drawings(runs: xr.Dataset) -> Drawings:
+    """How the figures of `comparison_figures` are made, one by one."""
+    return {
+        "effects": lambda: _effects(runs),
+        "groups": lambda: _groups(runs),
+        "risks": lambda: _risks(runs),
+        "trade_off": lambda: _trade_off(runs),
+        "cosines": lambda: _cosines(runs),
     }
-    return {name: figure for name, figure in figures.items() if figure is not None}
+
+
+def draw_comparison(runs: xr.Dataset, folder: Path) -> None:
+    """Write the figures of a comparison into `plots/` in a folder.
+
+    Raises:
+        UnfinishedError: some could not be drawn; the others are there.
+    """
+    write_parts(drawn_parts(comparison_drawings(runs)), folder)
 
 
 def _lines(values: xr.DataArray) -> dict[str, np.ndarray]:

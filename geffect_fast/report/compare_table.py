@@ -204,16 +204,13 @@ def _stacked(value: float, interval: Interval, spec: str) -> Text:
 
 
 def write_comparison(runs: xr.Dataset, folder: Path) -> None:
-    """Write `summary.csv` (a row a run), `compare.csv` (run and step) and `plots/` into a folder.
+    """Write `summary.csv` (a row a run) and `compare.csv` (run and step) into a folder.
 
     Args:
         runs: of `geffect_fast.compare`.
         folder: exists.
     """
     import pandas as pd
-
-    from geffect_fast.report.compare_plots import comparison_figures
-    from geffect_fast.report.curves import save_figures
 
     rows = comparison_rows(runs)
     if has_intervals(runs):
@@ -226,6 +223,3 @@ def write_comparison(runs: xr.Dataset, folder: Path) -> None:
         columns = by_column(columns, "group")
     table = columns.to_dataframe(dim_order=["run", "step"]).reset_index()
     write_csv(table, folder / "compare.csv")
-    plots = folder / "plots"
-    plots.mkdir()
-    save_figures(comparison_figures(runs), plots)

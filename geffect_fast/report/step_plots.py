@@ -18,6 +18,7 @@ from geffect_fast.report.curves import (
 )
 from geffect_fast.report.families import thinned
 from geffect_fast.report.layer_maps import layer_maps
+from geffect_fast.report.parts import Drawings
 from geffect_fast.report.plots import blank_figure
 from geffect_fast.report.prediction_plot import prediction_figure
 from geffect_fast.report.steps import (
@@ -56,18 +57,24 @@ def step_figures(dataset: xr.Dataset) -> dict[str, Figure]:
     Args:
         dataset: with a first axis `step`.
     """
+    drawn = {name: draw() for name, draw in step_drawings(dataset).items()}
+    return {name: figure for name, figure in drawn.items() if figure is not None}
+
+
+def step_drawings(dataset: xr.Dataset) -> Drawings:
+    """How the figures of `step_figures` are made, one by one."""
     read = Steps.of(dataset)
-    figures = {
-        "effects": _effects(read),
-        "risks": _risks(read, dataset),
-        "groups": _groups(read, dataset),
-        "layers": layer_maps(dataset, [read.objectives[k] for k in _shown(read)[:MAPPED]]),
-        "prediction": prediction_figure(dataset),
-        "cosines": _cosines(read, dataset),
-        "norms": _norms(read, dataset),
-        "token_weights": _token_weights(read, dataset),
+    mapped = [read.objectives[k] for k in _shown(read)[:MAPPED]]
+    return {
+        "effects": lambda: _effects(read),
+        "risks": lambda: _risks(read, dataset),
+        "groups": lambda: _groups(read, dataset),
+        "layers": lambda: layer_maps(dataset, mapped),
+        "prediction": lambda: prediction_figure(dataset),
+        "cosines": lambda: _cosines(read, dataset),
+        "norms": lambda: _norms(read, dataset),
+        "token_weights": lambda: _token_weights(read, dataset),
     }
-    return {name: figure for name, figure in figures.items() if figure is not None}
 
 
 def effect_words(risk: str) -> tuple[str, str]:

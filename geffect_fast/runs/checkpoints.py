@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from geffect_fast.errors import InputError
 from geffect_fast.runs.disk import user_path
 from geffect_fast.runs.models import check_finite, has_remote_code, load_model
+from geffect_fast.runs.run_model import check_run_model
 
 _NUMBER = re.compile(r".*[-_](\d+)")
 _INDEX = "model.safetensors.index.json"
@@ -69,7 +70,7 @@ def _step_of(folder: Path) -> int:
     try:
         state = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
         return int(state["global_step"])
-    except (OSError, ValueError, TypeError, KeyError):
+    except (OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError):
         raise InputError(
             f"checkpoint {folder}: neither its name ends in a number, as in checkpoint-10, nor is "
             "there a trainer_state.json with a global_step; rename it"
@@ -151,6 +152,7 @@ class _Read:
         Raises:
             InputError, NonFiniteError: as `loaded_in_turn`.
         """
+        check_run_model(self.folder, "checkpoint", weights=True)
         own = model.state_dict(keep_vars=True)
         tensors = self.tensors
         if tensors is None or not _fit(own, tensors):

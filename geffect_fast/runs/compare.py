@@ -22,6 +22,7 @@ from geffect_fast.runs.told_apart import (
     precision_error,
     row_spreads,
 )
+from geffect_fast.visible import one_line
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -302,7 +303,7 @@ def _names(curves: list[_Curve], given: bool) -> list[str]:
     """
     objectives = [curve.objective for curve in curves]
     per_run = {run: sum(curve.run == run for curve in curves) for run in {c.run for c in curves}}
-    folders = {run: Path(run).name or run for run in per_run}
+    folders = {run: one_line(Path(run).name or run) for run in per_run}
     if given or len(set(folders.values())) < len(folders):
         folders = {run: run for run in folders}
     names = []

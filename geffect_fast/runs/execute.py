@@ -13,10 +13,11 @@ import torch
 
 from geffect_fast.data.qa import read_refusals, read_rows
 from geffect_fast.objectives.ranges import expand_list
+from geffect_fast.runs.add_report import add_report
 from geffect_fast.runs.arguments import check_needs_no_refusals, check_needs_no_weights
 from geffect_fast.runs.check import Check, check
 from geffect_fast.runs.config import ProfileConfig, RunConfig
-from geffect_fast.runs.inputs import Inputs, inputs_of
+from geffect_fast.runs.inputs import Inputs, check_replayed, inputs_of, summed_beside
 from geffect_fast.runs.lock import locked
 from geffect_fast.runs.models import check_model_source, load_model, load_tokenizer, resolve_device
 from geffect_fast.runs.profile import profile
@@ -28,7 +29,7 @@ from geffect_fast.runs.store import (
     open_run,
     save_run,
     staged_run,
-    write_rest,
+    write_config,
 )
 from geffect_fast.runs.sweep import sweep
 
@@ -72,11 +73,18 @@ def execute(
     # the folder, a sweep's get coordinates first.
     large = config.resolve[-2:] in (("sample", "position"), ("sample", "token"))
     streams = large and config.command == "profile"
-    with locked(out), on_threads(config.threads) as threads, ExitStack() as stack:
+    with (
+        locked(out) as folder,
+        on_threads(config.threads) as threads,
+        summed_beside(inputs_of(config)) as sums,
+        ExitStack() as stack,
+    ):
         trusted = config.trust_remote_code
         model = load_model(config.model, config.dtype, str(device), trust_remote_code=trusted)
         dtype = str(model.dtype).removeprefix("torch.")
-        staging = stack.enter_context(staged_run(out, overwrite, read)) if streams else None
+        staging = None
+        if streams:
+            staging = stack.enter_context(staged_run(out, overwrite, read, sums))
         run = sweep if config.command == "sweep" else profile
         dataset = run(
             model,
@@ -99,13 +107,21 @@ def execute(
             "rows": json.loads(dataset.attrs["digests"]),
         }
         check_recorded(config.rows, chosen["rows"])
+        check_replayed(inputs.get("--config"), config, sums())
         replay = config.model_copy(update=chosen)
         if staging is None:
-            save_run(out, dataset, replay, overwrite, report, read)
+            save_run(out, dataset, replay, overwrite, report, read, sums())
             return dataset
-        with dataset:
-            write_rest(staging, dataset, replay, report)
-    return open_run(out, lazy=True)
+        dataset.close()
+        write_config(replay, staging)
+        stack.pop_all().close()
+        dataset = open_run(out, lazy=True)
+        try:
+            add_report(folder, dataset, report)
+        except BaseException:
+            dataset.close()
+            raise
+    return dataset
 
 
 def execute_check(config: ProfileConfig, samples: int, *, progress: bool = False) -> Check:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from geffect_fast.runs.config import ProfileConfig
 from geffect_fast.runs.dataset import digests
 from geffect_fast.runs.execute import measuring, on_threads, read_sources, reading
-from geffect_fast.runs.inputs import Inputs, input_sums, inputs_of
+from geffect_fast.runs.inputs import Inputs, check_replayed, input_sums, inputs_of
 from geffect_fast.runs.lock import locked
 from geffect_fast.runs.profile_checkpoints import CheckpointRun
 from geffect_fast.runs.recorded_rows import check_recorded
@@ -85,6 +85,7 @@ def execute_checkpoints(
             )
             rows = digests(run.profiler.sets)
             check_recorded(config.rows, rows, folder if resume else None)
+            check_replayed(inputs.get("--config"), config, sums)
             chosen = {
                 "token_budget": run.profiler.token_budget,
                 "engine": run.profiler.settings["engine"],

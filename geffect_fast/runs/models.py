@@ -19,6 +19,7 @@ from geffect_fast.errors import InputError, NonFiniteError
 from geffect_fast.runs.axes import OUTSIDE, block_of
 from geffect_fast.runs.disk import user_path
 from geffect_fast.runs.finite import are_finite
+from geffect_fast.runs.run_model import check_run_model
 from geffect_fast.trying import no_memory
 
 if TYPE_CHECKING:
@@ -76,6 +77,7 @@ def load_model(
         NonFiniteError: a weight is NaN or infinite; the first one is named.
     """
     check_model_source(source, what, trust_remote_code)
+    check_run_model(source, what, weights=True)
     place = resolve_device(device)
     base = base_of(source, what)
     if base is not None:
@@ -176,6 +178,7 @@ def load_tokenizer(
         InputError: there is none, it cannot be read, or needs code of its own.
     """
     _check_folder(source, what)
+    check_run_model(source, what, weights=False)
     folder = user_path(source)
     # some tokenizer classes start with an empty vocabulary where there are no files at all
     if folder.is_dir() and not any((folder / name).is_file() for name in _TOKENIZER_FILES):
@@ -210,6 +213,7 @@ def check_model_source(
     folder = user_path(source)
     if not folder.is_dir():
         return
+    check_run_model(source, what, weights=False)
     base = base_of(source, what)
     if base is not None:
         if importlib.util.find_spec("peft") is None:

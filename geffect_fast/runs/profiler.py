@@ -58,7 +58,6 @@ from geffect_fast.runs.effects import find_effects
 from geffect_fast.runs.intervals import LEVEL
 from geffect_fast.runs.models import check_finite
 from geffect_fast.runs.progress import progress_bar
-from geffect_fast.runs.reference import same_weights
 from geffect_fast.runs.resolution import Resolution, checked_axes
 from geffect_fast.runs.risk_rows import RiskRows, RowValues
 from geffect_fast.runs.rounding import rounding_check
@@ -247,9 +246,10 @@ class Profiler:
         if reference is not None:
             with within_budget(budget, one_sample=True):
                 check_reference(reference, layout, sets["forget"], longest)
-        self._reference_is_model = bool(REFERENCE_NEEDS & needs) and (
-            reference is None or same_weights(model, reference)
-        )
+        self._reference_is_model: bool | None = False
+        if REFERENCE_NEEDS & needs:  # other weights may compute the same, as a new adapter does
+            self._reference_is_model = True if reference is None else None
+        self._one_row = tasks_on({name: rows.part([0]) for name, rows in sets.items()})
         self._reference = Reference(reference)
 
     def measure(
@@ -304,6 +304,12 @@ class Profiler:
         ) as array:
             what, n_passes = "effects of the objectives", max(len(passes), 1)
             with self._ticking(progress, what, tasks, n_passes) as tick:
+                if self._reference_is_model is None and unchanged:
+                    # Models that differ do so at the first row.
+                    same = self._reference.is_computed_by
+                    self._reference_is_model = all(
+                        same(plan.model, each, device) for each in (self._one_row, tasks)
+                    )
                 checked = self._rounding.tasks if self._rounding is not None else []
                 self._reference.prepare([*tasks, *checked], device)
                 found = find_effects(

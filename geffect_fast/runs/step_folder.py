@@ -16,6 +16,7 @@ from geffect_fast.errors import (
     NonFiniteError,
     UnfinishedError,
 )
+from geffect_fast.runs.add_report import add_report
 from geffect_fast.runs.config import RunConfig, dump_config, load_config
 from geffect_fast.runs.disk import UNFINISHED, folder_for, is_there, recovered, remove, whole_file
 from geffect_fast.runs.inputs import Inputs, check_unchanged
@@ -190,10 +191,10 @@ def finish(
     checkpoint_files: Callable[[Path], Collection[str]] = lambda folder: (),
     keep: bool = False,
 ) -> None:
-    """Write the result and a report, and what else completes a run.
+    """Write the result and what else completes a run; then add a report.
 
-    All is written to a hidden folder and put in place together. Where that fails, the steps are
-    there still. A run that was to replace another one then does.
+    All but the report is written to a hidden folder and put in place together. Where that fails,
+    the steps are there still. A run that was to replace another one then does.
 
     Args:
         folder: of the run, as `check_start` returned it.
@@ -204,15 +205,13 @@ def finish(
         keep: whether checkpoints stay; else they go once the result is on the disk.
 
     Raises:
-        UnfinishedError: the disk refuses.
+        UnfinishedError: the disk refuses; or the report fails, and the numbers are there.
     """
     try:
         staging = Path(tempfile.mkdtemp(prefix=UNFINISHED, dir=folder))
         try:
             more(staging)
             write_dataset(dataset, staging / RESULTS)
-            if report is not None:
-                report(dataset, staging)
             here = [
                 name
                 for name in own_files(folder)
@@ -238,6 +237,7 @@ def finish(
             f"run folder {_home(folder)} cannot be completed: {error.strerror or error}; all steps "
             "are kept: free some space, and go on with --resume"
         ) from error
+    add_report(_home(folder), dataset, report)
 
 
 def _promote(folder: Path, more: Collection[str]) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from geffect_fast.runs.dataset import digests
 from geffect_fast.runs.execute import measuring, on_threads, read_sources, reading
-from geffect_fast.runs.inputs import Inputs, input_sums, inputs_of
+from geffect_fast.runs.inputs import Inputs, check_replayed, input_sums, inputs_of
 from geffect_fast.runs.lock import locked
 from geffect_fast.runs.models import load_model
 from geffect_fast.runs.recorded_rows import check_recorded
@@ -89,6 +89,7 @@ def execute_unlearn(
             said(run.rows.sentence(run.sets))
             rows = digests(run.sets)
             check_recorded(config.rows, rows, folder if resume else None)
+            check_replayed(inputs.get("--config"), config, sums)
             chosen: dict[str, Any] = {
                 "token_budget": run.profiler.token_budget,
                 "threads": n_threads,
