@@ -36,6 +36,7 @@ from geffect_fast.runs.store import (
     STEPS,
     check_free,
     check_inputs,
+    held_files,
     is_step_name,
     own_files,
     put_in_place,
@@ -289,4 +290,4 @@ def _until(folder: Path) -> str:
 
 def _held(folder: Path, more: Collection[str]) -> list[str]:
     """What a run made in its folder: its result first, its steps last."""
-    return [name for name in (*RUN_FILES, *more, STEPS) if is_there(folder / name)]
+    return held_files(folder, (*RUN_FILES, *more, STEPS), own_files(folder))

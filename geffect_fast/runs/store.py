@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -93,13 +93,23 @@ def check_free(
         raise InputError(
             f"run folder {folder} holds {theirs[0]}, which no run made; choose another --out"
         )
-    held = [name for name in RUN_FILES if is_there(path / name)]
+    held = held_files(path, RUN_FILES, own)
     if held and not overwrite:
         raise InputError(
             f"run folder {folder} already holds {held[0]}; choose another --out or use --overwrite"
         )
     check_inputs(path, own, inputs or {})
     return path
+
+
+def held_files(folder: Path, names: Iterable[str], own: Collection[str]) -> list[str]:
+    """Which files and folders of a run are there; a folder with nothing of a run's own is none."""
+    return [
+        name
+        for name in names
+        if (is_there(folder / name) and not (folder / name).is_dir())
+        or any(each.startswith(f"{name}/") for each in own)
+    ]
 
 
 def own_files(folder: Path) -> set[str]:

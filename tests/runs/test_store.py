@@ -102,6 +102,18 @@ class Stop(BaseException):
 
 
 @pytest.mark.parametrize("error", [RuntimeError, Stop, KeyboardInterrupt, OSError(28, "full")])
+def test_pictures_of_others_in_plots_are_in_nobody_s_way(tmp_path, dataset):
+    """Neither of a first run nor of one that replaces it, and they stay."""
+    folder, picture = tmp_path / "run", tmp_path / "run/plots/mine.pdf"
+    picture.parent.mkdir(parents=True)
+    picture.write_bytes(b"mine")
+    save_run(folder, dataset, CONFIG)
+    with pytest.raises(InputError, match="already holds results.nc"):
+        save_run(folder, dataset, CONFIG)
+    save_run(folder, dataset * 2, CONFIG, overwrite=True)
+    assert picture.read_bytes() == b"mine"
+
+
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_a_failure_while_writing_numbers_leaves_what_was_there(
     tmp_path, dataset, error, overwrite, monkeypatch
