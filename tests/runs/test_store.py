@@ -84,6 +84,18 @@ def test_a_foreign_run_yaml_is_never_overwritten_unasked(tmp_path, dataset):
     assert files(tmp_path) == ["run.yaml"]
 
 
+def test_pictures_of_others_in_plots_are_in_nobody_s_way(tmp_path, dataset):
+    """Neither of a first run nor of one that replaces it, and they stay."""
+    folder, picture = tmp_path / "run", tmp_path / "run/plots/mine.pdf"
+    picture.parent.mkdir(parents=True)
+    picture.write_bytes(b"mine")
+    save_run(folder, dataset, CONFIG)
+    with pytest.raises(InputError, match="already holds"):
+        save_run(folder, dataset, CONFIG)
+    save_run(folder, dataset * 2, CONFIG, overwrite=True)
+    assert picture.read_bytes() == b"mine"
+
+
 def test_checking_writes_nothing(tmp_path):
     assert check_free(tmp_path / "a" / "b") == tmp_path / "a" / "b"
     assert files(tmp_path) == []
@@ -102,18 +114,6 @@ class Stop(BaseException):
 
 
 @pytest.mark.parametrize("error", [RuntimeError, Stop, KeyboardInterrupt, OSError(28, "full")])
-def test_pictures_of_others_in_plots_are_in_nobody_s_way(tmp_path, dataset):
-    """Neither of a first run nor of one that replaces it, and they stay."""
-    folder, picture = tmp_path / "run", tmp_path / "run/plots/mine.pdf"
-    picture.parent.mkdir(parents=True)
-    picture.write_bytes(b"mine")
-    save_run(folder, dataset, CONFIG)
-    with pytest.raises(InputError, match="already holds results.nc"):
-        save_run(folder, dataset, CONFIG)
-    save_run(folder, dataset * 2, CONFIG, overwrite=True)
-    assert picture.read_bytes() == b"mine"
-
-
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_a_failure_while_writing_numbers_leaves_what_was_there(
     tmp_path, dataset, error, overwrite, monkeypatch
