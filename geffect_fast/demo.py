@@ -21,17 +21,23 @@ from geffect_fast.data import (
     write_jsonl,
 )
 from geffect_fast.data.batch import Batch
-from geffect_fast.errors import GEffectError, InputError, InterruptedRunError, UnfinishedError
+from geffect_fast.errors import (
+    GEffectError,
+    InputError,
+    InterruptedRunError,
+    UnfinishedError,
+    reason_of,
+)
 from geffect_fast.measure.execute import execute
 from geffect_fast.measure.models import quiet_transformers
 from geffect_fast.paths import is_there
 from geffect_fast.report import write_report
 from geffect_fast.report.page import write_page
-from geffect_fast.settings import UnlearnConfig, checked_config, make_config
+from geffect_fast.settings import ProfileConfig, UnlearnConfig, checked_config, make_config
 from geffect_fast.storage.disk import folder_for, set_aside
 from geffect_fast.storage.lock import locked
 from geffect_fast.storage.manifest import files_below, note
-from geffect_fast.storage.run_folder import PLAIN_FILES, check_free, own_files
+from geffect_fast.storage.run_folder import PLAIN_FILES, check_free, open_run, own_files
 from geffect_fast.terminal import progress_bar
 from geffect_fast.training.execute import execute_unlearn
 
@@ -121,10 +127,14 @@ def run_demo(
         GEffectError: the model did not learn its data.
     """
     size = size or Size()
+    unmade: list[UnfinishedError] = []
     with locked(out) as folder, folder_for(f"demo {out}", folder):
         check_free(out, overwrite)
         _check_parts(out, folder, overwrite)
-        return _run_demo(folder, own_files(folder), seed, progress, size)
+        result = _run_demo(folder, own_files(folder), seed, progress, size, unmade)
+    if unmade:
+        raise unmade[0]
+    return result
 
 
 def _check_parts(out: str | Path, folder: Path, overwrite: bool) -> None:
@@ -146,23 +156,56 @@ def _part_files(folder: Path, part: str) -> list[str]:
 
 
 def _run_demo(
-    folder: Path, own: Collection[str], seed: int, progress: bool, size: Size
+    folder: Path,
+    own: Collection[str],
+    seed: int,
+    progress: bool,
+    size: Size,
+    unmade: list[UnfinishedError],
 ) -> xr.Dataset:
-    """All of a demo, in the place of an earlier one's files `own`."""
+    """All of a demo, in the place of an earlier one's files `own`.
+
+    Plots and pages that could not be made are added to `unmade`.
+    """
     outside = {name for name in own if Path(name).parts[0] not in PARTS}
     with set_aside(folder, {*outside, *PARTS, *PLAIN_FILES}):
         values = _prepare(folder, seed, progress, size)
         profiled = make_config(values | {"objectives": OBJECTIVES})
-        result = execute(profiled, folder, progress=progress, report=write_report)
+        result = _execute(profiled, folder, progress, unmade)
         swept = {"command": "sweep", "objectives": RANGES, "resolve": ("sample", "token")}
-        execute(make_config(values | swept), folder / SWEEP, progress=progress, report=write_report)
-        _unlearn(folder, values, progress, size)
+        _execute(make_config(values | swept), folder / SWEEP, progress, unmade)
+        runs = _unlearn(folder, values, progress, size)
+        try:
+            write_page(runs, folder / STEPS / PAGE)
+        except Exception as error:  # as `write_report`
+            unmade.append(
+                UnfinishedError(
+                    f"the demo in {folder} is whole, but {PAGE} could not be made "
+                    f"({reason_of(error)}); geffect-fast report {folder / STEPS}/* --out FILE "
+                    "writes one"
+                )
+            )
         note(folder, *(name for part in PARTS for name in _part_files(folder, part)))
         return result
 
 
-def _unlearn(folder: Path, values: dict[str, Any], progress: bool, size: Size) -> None:
-    """Unlearn what the reference knows with each of four objectives, and compare their steps."""
+def _execute(
+    config: ProfileConfig, folder: Path, progress: bool, unmade: list[UnfinishedError]
+) -> xr.Dataset:
+    """A profile or sweep of a demo; what its report lacks is added to `unmade`."""
+    try:
+        return execute(config, folder, progress=progress, report=write_report)
+    except UnfinishedError as error:
+        unmade.append(error)
+        return open_run(folder, lazy=True)
+    except InterruptedRunError:  # nothing of a demo is kept
+        raise KeyboardInterrupt from None
+
+
+def _unlearn(
+    folder: Path, values: dict[str, Any], progress: bool, size: Size
+) -> dict[str, xr.Dataset]:
+    """Unlearn what the reference knows with each of four objectives; the results by objective."""
     if progress:
         print(f"Unlearned with {', '.join(UNLEARNED.values())} is the model that knows them all.")
     runs = {}
@@ -181,7 +224,7 @@ def _unlearn(folder: Path, values: dict[str, Any], progress: bool, size: Size) -
             raise KeyboardInterrupt from None
         except UnfinishedError as error:
             raise InputError(f"{str(error).partition(';')[0]}; free some space") from error
-    write_page(runs, folder / STEPS / PAGE)
+    return runs
 
 
 def _prepare(folder: Path, seed: int, progress: bool, size: Size) -> dict[str, Any]:

@@ -1,12 +1,21 @@
-"""The errors a user can meet; each carries one line that names the culprit and the remedy."""
+"""The errors a user can meet; each carries one line that names the culprit and the remedy.
+
+Names of files and other text of anyone's may hold anything: what is no plain character of a line is
+escaped in it.
+"""
 
 from __future__ import annotations
+
+from geffect_fast.visible import one_line
 
 
 class GEffectError(Exception):
     """Base of every error raised on purpose; `exit_code` is what the command line returns."""
 
     exit_code = 1
+
+    def __init__(self, *said: object) -> None:
+        super().__init__(*(one_line(each) if isinstance(each, str) else each for each in said))
 
 
 class InputError(GEffectError, ValueError):
@@ -50,6 +59,17 @@ class InterruptedRunError(GEffectError):
 
 class GEffectWarning(UserWarning):
     """Something worth knowing that stops nothing; one line, as errors are."""
+
+    def __init__(self, *said: object) -> None:
+        super().__init__(*(one_line(each) if isinstance(each, str) else each for each in said))
+
+
+def reason_of(error: BaseException) -> str:
+    """What an error of anybody's says, in one short line."""
+    text = " ".join(str(getattr(error, "strerror", None) or error).split())[:160]
+    if isinstance(error, OSError | GEffectError) and text:
+        return text
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 def in_one_line(error: object, longest: int = 160) -> str:

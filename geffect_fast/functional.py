@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from geffect_fast import ops
 from geffect_fast.capture import Factor, GramOuter, Outer, Plan, Recorder, Segments, leaves_of
-from geffect_fast.capture.attribution import Attribution, is_shown, keep_shown
+from geffect_fast.capture.attribution import is_shown, keep_shown
 from geffect_fast.capture.products import (
     in_working_precision,
     inner,
@@ -284,14 +284,10 @@ def _run(
                 if axis.n_samples > 1 and not is_shown(
                     plan.model, loss_fn, tuple(recorder.structure)
                 ):
-                    trial = recorder.attribution = Attribution(plan.model, axis.n_samples)
+                    trial = recorder.weigh(losses, leaves)
                     if recorder.gave_positions:
                         with torch.no_grad():  # where no hook changes anything
                             trial.compare_losses(losses, loss_fn(plan.model, batch))
-                    torch.autograd.grad(
-                        trial.weighted(losses), leaves, retain_graph=True, allow_unused=True
-                    )
-                    trial.noting = False
                 torch.autograd.grad(losses.sum(), leaves, allow_unused=True)
                 recorder.finish()
                 if recorder.attribution is not None:

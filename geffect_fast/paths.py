@@ -72,7 +72,7 @@ def _step_of(folder: Path) -> int:
     try:
         state = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
         return int(state["global_step"])
-    except (OSError, ValueError, TypeError, KeyError):
+    except (OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError):
         raise InputError(
             f"checkpoint {folder}: neither its name ends in a number, as in checkpoint-10, nor is "
             "there a trainer_state.json with a global_step; rename it"

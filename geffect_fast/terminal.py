@@ -19,23 +19,10 @@ import rich.console
 from rich.segment import Segment
 from rich.text import Text
 
-_OBEYED = re.compile(
-    "[\x00-\x08\x0b-\x1f\x7f-\x9f"  # control characters of both kinds but tab and newline
-    "\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069"  # of the direction of text
-    "\u2028\u2029\ud800-\udfff]"  # line breaks; bytes of file names that are no characters
-)
+from geffect_fast.visible import visible
+
 _BAR = re.compile(r"\r|\n*(?:\x1b\[A)+\Z")
 """How tqdm moves between its bars, with a write that begins or consists of this."""
-
-
-def visible(text: str) -> str:
-    """The text with what a terminal would obey shown as Python writes it; the rest as it is."""
-    return _OBEYED.sub(_escaped, text)
-
-
-def _escaped(found: re.Match[str]) -> str:
-    code = ord(found[0])
-    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"
 
 
 class Console(rich.console.Console):

@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_a
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from geffect_fast.capture import Plan
+from geffect_fast.capture.attribution import ANY
 from geffect_fast.capture.wrappers import plain_name
 from geffect_fast.ops import backend
 
@@ -211,14 +212,15 @@ def plan_there(plan: Plan) -> Plan:
     """The plan of a copy of a model on the simulated device, as it was made on the CPU.
 
     What a module does is tried once a model, before any batch, partly by forward mode, which torch
-    does not offer to tensors of another class.
+    does not offer to tensors of another class. That rows lie by sample is known from these models'
+    code.
     """
     there = moved(plan.model)
     parameters = {plain_name(name): p for name, p in there.named_parameters()}
     owners = {
         where: (there.get_submodule(where), *known) for where, (_, *known) in plan.owners.items()
     }
-    return Plan(there, {name: parameters[name] for name in plan.parameters}, owners)
+    return Plan(there, {name: parameters[name] for name in plan.parameters}, owners, shown={ANY})
 
 
 def moved(model: nn.Module) -> nn.Module:

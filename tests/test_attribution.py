@@ -254,6 +254,28 @@ def test_rows_are_tried_once_a_structure(monkeypatch: pytest.MonkeyPatch) -> Non
     assert trials == [3, 3, 3]
 
 
+class Single(nn.LayerNorm):
+    """A norm that computes in fp32, as those of transformers do in models of fp64."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x.float(), self.normalized_shape).to(x.dtype) * self.weight
+
+
+@pytest.mark.parametrize("n", [2, 3, 5, 20])
+def test_norms_in_fp32_inside_fp64_hide_nothing(n: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights stay within what they hold."""
+    trials = []
+    conclude = Attribution.conclude
+    monkeypatch.setattr(Attribution, "conclude", lambda self: trials.append(self) or conclude(self))
+    model = Model(["reversed"], 0).double()
+    model.blocks.append(Single(WIDTH).double())
+    batch = {"input_ids": ids_of(n, 3)}
+    with pytest.raises(UnsupportedModelError, match=r"'blocks\.0\.inner': losses of other samples"):
+        gf.functional.per_sample_grad_norms(model, losses, batch)
+    (trial,) = trials
+    assert all(off.isfinite().all() for _, off, *_ in trial._compared)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_lower_precisions_refuse_the_same(dtype: torch.dtype) -> None:
     for name in BLOCKS:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
 import random
 import shutil
+import sys
 import time
 
 import pytest
@@ -14,8 +17,10 @@ from step_results import step_dataset
 from geffect_fast.cli import COMMANDS, main
 from geffect_fast.storage.run_folder import save_result
 
-SECONDS = 12.0
-"""For each kind; what is drawn in it is decided by the seed, how much of it by the machine."""
+SECONDS = float(os.environ.get("GEFFECT_FAST_FUZZ_SECONDS", "5"))
+"""For each kind and seed; what is drawn is decided by the seed, how much of it by the machine."""
+
+SEEDS = [int(seed) for seed in os.environ.get("GEFFECT_FAST_FUZZ_SEEDS", "1,2").split(",")]
 
 WORDS = [
     *(
@@ -69,9 +74,8 @@ GOOD = {
     "weights": "run --out w.jsonl --retain-budget 0",
     "compare": "steps one --out new",
     "unlearn": f"{MADE_FROM} --objective ga --steps 1",
+    "demo": "--out new --seed 1",
 }
-DEMO = "demo"
-"""Trains for minutes where its arguments are fine."""
 
 
 @pytest.fixture(scope="module")
@@ -87,25 +91,42 @@ def source(study, tmp_path_factory):
 @pytest.fixture
 def here(source, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    # It would train for minutes; the user has not so long.
+    monkeypatch.setattr("geffect_fast.demo.memorise", interrupted)
     monkeypatch.chdir(tmp_path)
     return shutil.copytree(source, tmp_path / "here", dirs_exist_ok=True)
 
 
-def try_all(drawn, capfd, least):
-    """Runs what is drawn until the time is up."""
+def interrupted(*_args, **_kwargs):
+    raise KeyboardInterrupt
+
+
+def closed_pipe():
+    there, here = os.pipe()
+    os.close(there)
+    return io.TextIOWrapper(os.fdopen(here, "wb", -1), line_buffering=True)
+
+
+def try_all(drawn, rng, capfd, least):
+    """Runs what is drawn until the time is up, some of it with nobody who reads what it prints."""
     until = time.monotonic() + SECONDS
     for n, (words, what) in enumerate(drawn, start=1):
-        code = main(words)
+        lost = [name for name in ("stdout", "stderr") if rng.random() < 0.1]
+        with pytest.MonkeyPatch.context() as patch:
+            for name in lost:
+                patch.setattr(sys, name, closed_pipe())
+            code = main(words)
         error = capfd.readouterr().err
-        assert code in (0, 2, 3, 130), (words, what, error[-2000:])
+        assert code in (0, 2, 3, 130, *([141] if lost else [])), (words, what, error[-2000:])
         assert "Traceback" not in error, (words, what, error)
+        assert error.count("error: ") == (code not in (0, 141) and "stderr" not in lost), error
         if n >= least and time.monotonic() > until:
             return
 
 
 def arguments(rng):
     """Commands that work, with words put in, taken out and replaced; and words alone."""
-    commands = [command.__name__ for command in COMMANDS if command.__name__ != DEMO]
+    commands = [command.__name__ for command in COMMANDS]
     while True:
         command = rng.choice(commands)
         words = GOOD.get(command, "").split() if rng.random() < 0.7 else []
@@ -119,14 +140,22 @@ def arguments(rng):
         yield [command, *words], None
 
 
-@pytest.mark.parametrize("seed", [1])
+@pytest.mark.parametrize("seed", SEEDS)
 def test_arguments(here, seed, capfd, monkeypatch):
     monkeypatch.chdir(here)
-    try_all(arguments(random.Random(seed)), capfd, 60)
+    rng = random.Random(seed)
+    try_all(arguments(rng), rng, capfd, 40)
 
 
+AGAIN = f"profile {MADE_FROM} --objectives ga -q --template x --out run --overwrite".split()
 FILES = {
-    "forget.jsonl": [GOOD["check"].split()],
+    "forget.jsonl": [GOOD["check"].split(), ["weights", *GOOD["weights"].split()]],
+    "retain.jsonl": [f"profile {GOOD['profile']} --max-length 1".split()],
+    "run/manifest.json": [["show", "run"], ["report", "run"], AGAIN],
+    "run/.replaced-1/note.json": [["show", "run"], ["report", "run"], AGAIN],
+    "run/.replaced-1/aside/summary.csv": [["show", "run"]],
+    "run/.next/run.yaml": [["profile", "-q", "--resume", "--out", "run"]],
+    "run/steps/step-00000000.nc": [AGAIN, ["profile", "-q", "--resume", "--out", "run"]],
     "refusals.txt": [f"{GOOD['check']} --objectives po --refusals refusals.txt".split()],
     "run/results.nc": [["show", "run"], ["export", "run", "--to", "t.csv"]],
     "steps/results.nc": [["show", "steps"], ["compare", "steps", "one", "--out", "c"]],
@@ -158,17 +187,31 @@ def damaged(rng, data):
 
 
 def files(rng, here):
-    """Commands that work, on a file that is damaged."""
-    whole = {name: (here / name).read_bytes() for name in FILES}
+    """Commands that work, on a file that is damaged, missing, or something else."""
     while True:
         name = rng.choice(list(FILES))
-        data = damaged(rng, whole[name])
-        (here / name).write_bytes(data)
-        yield rng.choice(FILES[name]), (name, data[:200])
-        (here / name).write_bytes(whole[name])
+        file = here / name
+        kept = shutil.copytree(here, here.with_name("kept"), symlinks=True)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        data = file.read_bytes() if file.exists() else (here / "run/run.yaml").read_bytes()
+        data = damaged(rng, data)
+        file.unlink(missing_ok=True)
+        kind = rng.random()
+        if kind < 0.8:
+            file.write_bytes(data)
+        elif kind < 0.87:
+            file.mkdir()
+        elif kind < 0.94:
+            file.symlink_to(rng.choice([file.name, "/", "nowhere", "../forget.jsonl"]))
+        yield rng.choice(FILES[name]), (name, kind, data[:200])
+        for each in here.iterdir():
+            shutil.rmtree(each) if each.is_dir() and not each.is_symlink() else each.unlink()
+        shutil.copytree(kept, here, dirs_exist_ok=True, symlinks=True)
+        shutil.rmtree(kept)
 
 
-@pytest.mark.parametrize("seed", [1])
+@pytest.mark.parametrize("seed", SEEDS)
 def test_files(here, seed, capfd, monkeypatch):
     monkeypatch.chdir(here)
-    try_all(files(random.Random(seed), here), capfd, 30)
+    rng = random.Random(seed)
+    try_all(files(rng, here), rng, capfd, 20)

@@ -13,15 +13,17 @@ import geffect_fast
 ROOT = Path(geffect_fast.__file__).parent
 
 LAYERS = {
-    "errors": set(),
+    "visible": set(),
+    "errors": {"visible"},
+    "trying": set(),
     "threads": set(),
     "transfer": set(),
-    "terminal": set(),
+    "terminal": {"visible"},
     "ops": {"errors"},
-    "capture": {"errors", "transfer", "ops"},
-    "data": {"errors", "transfer"},
+    "capture": {"errors", "trying", "transfer", "ops"},
+    "data": {"errors", "trying", "transfer"},
     "objectives": {"errors", "transfer", "data"},
-    "engines": {"errors", "transfer", "ops", "capture", "data", "objectives"},
+    "engines": {"errors", "trying", "transfer", "ops", "capture", "data", "objectives"},
     "functional": {"errors", "ops", "capture"},
     "paths": {"errors"},
     "results": {"errors", "transfer", "ops", "capture", "data", "objectives", "engines"},

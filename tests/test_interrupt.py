@@ -13,9 +13,13 @@ import time
 from contextlib import contextmanager
 
 import pytest
+import xarray as xr
 from bad_input.case import profile, snapshot
 from bad_input.folders import a_run
 from bad_input.steps import half_done
+
+from geffect_fast.storage.manifest import MANIFEST, Manifest, check_sums, files_below
+from geffect_fast.storage.run_folder import open_run
 
 WAITING = """
 import sys, time
@@ -42,7 +46,6 @@ sys.exit(main(sys.argv[4:]))
 
 MOMENTS = {
     "at work": ("torch.autograd.grad", 6),
-    "between two plots": ("geffect_fast.report.plots.plot_instances", 1),
     "while files change places": ("pathlib.Path.rename", 6),
 }
 
@@ -55,11 +58,17 @@ def here(study, tmp_path):
     return folder
 
 
+def _obedient():
+    """Signals as a terminal's own commands have them; those in the background ignore some."""
+    for each in CODES:
+        signal.signal(each, signal.SIG_DFL)
+
+
 @contextmanager
-def running(words, folder, **more):
+def running(words, folder, preexec_fn=_obedient):
     """A process, ended when the block is."""
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    process = subprocess.Popen([sys.executable, *words], cwd=folder, **pipes, **more)
+    process = subprocess.Popen([sys.executable, *words], cwd=folder, preexec_fn=preexec_fn, **pipes)
     try:
         yield process
     finally:
@@ -88,7 +97,7 @@ CODES = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129}
     [
         *((moment, signal.SIGINT) for moment in MOMENTS),
         ("while files change places", signal.SIGTERM),
-        ("between two plots", signal.SIGHUP),
+        ("at work", signal.SIGHUP),
     ],
 )
 def test_ctrl_c_leaves_the_earlier_run_whole(here, tmp_path, moment, sent):
@@ -107,6 +116,31 @@ def test_ctrl_c_leaves_the_earlier_run_whole(here, tmp_path, moment, sent):
     assert process.returncode == CODES[sent]
     assert printed == ("", "error: interrupted; nothing half-written is left\n")
     assert snapshot(here) == before
+
+
+@pytest.mark.parametrize("sent", [*CODES, signal.SIGKILL])
+def test_stopped_between_two_plots_the_numbers_of_the_new_run_are_there(here, tmp_path, sent):
+    before, mark = open_run(here / "run"), tmp_path / "there"
+    plot = ("geffect_fast.report.plots.plot_instances", "1")
+    words = ["-c", WAITING, str(mark), *plot, *profile(), "--overwrite"]
+    with running(words, here) as process:
+        waiting(mark, process)
+        process.send_signal(sent)
+        out, error = said(process)
+    assert process.returncode == CODES.get(sent, -sent)
+    if sent in CODES:
+        assert (out, error.count("\n")) == ("", 1)
+        assert "the numbers of run folder" in error and "geffect-fast report" in error
+    after = open_run(here / "run")
+    assert after.sizes != before.sizes
+    with running(["-m", "geffect_fast.cli", "report", "run"], here) as process:
+        assert process.wait() == 0
+    held = Manifest.read(here / "run").files
+    check_sums(here / "run", held, "")
+    assert {*files_below(here / "run")} == {*held, MANIFEST}
+    assert {"results.nc", "run.yaml", "summary.csv", "report.html"} <= {*held}
+    assert {"plots/layers.png", "plots/instances.png"} <= {*held}
+    xr.testing.assert_identical(open_run(here / "run"), after)
 
 
 @pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGTERM])

@@ -35,8 +35,16 @@ OF_CALL = {"double": 1e-12, "single": 1e-6, "half": 5e-3}
 OF_ALL = {"double": 1e-18, "single": 1e-9, "half": 1e-6}
 """And of the largest of all calls, where a whole call's is: keys that alone are attended to."""
 
-EXPONENTS = {torch.float64: 200, torch.bfloat16: 40, torch.float32: 40, torch.float16: 3}
-"""Weights go from 2 to the power of minus this to plus this: far from what a precision holds."""
+EXPONENTS = {torch.float64: 40, torch.bfloat16: 40, torch.float32: 40, torch.float16: 3}
+"""Weights go from 2 to the power of minus this to plus this: far from what a precision holds, also
+where a model of fp64 computes its norms in fp32."""
+
+FURTHEST = 20
+"""The most that the exponents of two neighbours differ by: a mask of -30 is one for all purposes,
+and lets 2 to the power of -43 through."""
+
+ANY = "any"
+"""Stands among structures found right where a model's own code shows that all are."""
 
 _SHOWN: WeakKeyDictionary[nn.Module, set[Hashable]] = WeakKeyDictionary()
 """What was found right, by model."""
@@ -44,6 +52,10 @@ _SHOWN: WeakKeyDictionary[nn.Module, set[Hashable]] = WeakKeyDictionary()
 
 class Attribution:
     """One trial: a backward whose gradients are noted, and one that they are compared with.
+
+    Attributes:
+        noting: whether the first backward is still to come, or running.
+        alone: whether the second is run for this alone.
 
     Args:
         model: whose batch.
@@ -55,14 +67,13 @@ class Attribution:
         dtype = next((d for d in COARSEST_FIRST if d in found), torch.float32)
         self.precision = PRECISIONS[dtype]
         self.noting = True
-        # No two are alike as long as there are as many.
+        self.alone = False
+        # No two are alike as long as there are as many, and those of few samples lie far apart:
+        # what little one leaves in another's rows shows as well.
         span, generator = EXPONENTS[dtype], torch.Generator().manual_seed(n_samples)
-        n_each = 2 * span + 1
-        drawn = [
-            torch.randperm(2 * n_each, generator=generator) for _ in range(0, n_samples, 2 * n_each)
-        ]
-        chosen = torch.cat(drawn)[:n_samples]
-        sign = 1.0 - 2.0 * (chosen // n_each).double()
+        n_each, step = 2 * span + 1, min(2 * span // max(n_samples - 1, 1), FURTHEST) or 1
+        chosen = torch.randperm(n_samples, generator=generator) * step
+        sign = 1.0 - 2.0 * (chosen // n_each % 2).double()
         self._weights = sign * torch.exp2((chosen % n_each - span).double())
         self._noted: dict[tuple[int, int], Tensor] = {}
         self._directions: dict[tuple[int, torch.device], Tensor] = {}

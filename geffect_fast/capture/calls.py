@@ -40,6 +40,7 @@ from geffect_fast.capture.trials import (
 )
 from geffect_fast.capture.wrappers import eagerly, forward_differentiable
 from geffect_fast.errors import InputError, UnsupportedModelError
+from geffect_fast.trying import Trying
 
 
 @dataclass
@@ -337,7 +338,14 @@ class GenericCall(Call):
         """The factors, given the gradient of every tensor the module returned (None: unused)."""
         segments = self.checked_segments()
         leaves = {k: self.module.get_parameter(k).detach().requires_grad_() for k in self.names}
-        again = self._outputs(leaves)
+        again: list[Tensor] = []
+        with Trying() as replay:
+            again = self._outputs(leaves)
+        if replay.error is not None:
+            raise UnsupportedModelError(
+                f"module '{self.where}' cannot be run again on the same input ({replay.reason}), "
+                "so its share cannot be told apart by sample; freeze it"
+            ) from replay.error
         if not all(map(_alike, again, self.returned)):
             raise UnsupportedModelError(
                 f"module '{self.where}' does not return the same when it is run again on the same "
@@ -402,12 +410,17 @@ class GenericCall(Call):
         An operation with a rule of its own and none for forward mode may drop the tangent without
         a word, so whoever uses this compares with a vjp.
         """
-        try:
-            with forward_ad.dual_level(), torch.no_grad(), forward_differentiable(self.module):
-                dual = {k: leaf.detach() for k, leaf in leaves.items()}
-                dual[local] = forward_ad.make_dual(dual[local], direction)
-                moved = [forward_ad.unpack_dual(y) for y in self._outputs(dual)]
-        except (RuntimeError, NotImplementedError):
+        moved: list[Any] = []
+        with (
+            Trying() as trial,
+            forward_ad.dual_level(),
+            torch.no_grad(),
+            forward_differentiable(self.module),
+        ):
+            dual = {k: leaf.detach() for k, leaf in leaves.items()}
+            dual[local] = forward_ad.make_dual(dual[local], direction)
+            moved = [forward_ad.unpack_dual(y) for y in self._outputs(dual)]
+        if trial.error is not None:
             return None
         # The replay may leave gradients on: DoRA's parts ask for them by themselves.
         return [

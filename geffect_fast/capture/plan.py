@@ -28,12 +28,15 @@ class Plan:
             What modules without a forward hold (a `ParameterDict`, a parametrisation) belongs to
             the module around them, whose local name for it has dots.
         axes: what batches have taught about the axes of modules' outputs, see `Segments.rows`.
+        shown: structures of calls whose rows were shown to belong to their samples, or `ANY`, see
+            `Recorder.show_rows`.
     """
 
     model: nn.Module
     parameters: Mapping[str, nn.Parameter]
     owners: dict[str, tuple[nn.Module, dict[str, str], type[Call], float]]
     axes: dict[tuple[str, int], int] = field(default_factory=dict)
+    shown: set[Hashable] = field(default_factory=set)
 
     @classmethod
     def of(cls, model: nn.Module) -> Plan:

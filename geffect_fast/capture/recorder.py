@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import count
@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from torch.utils.hooks import RemovableHandle
 
-from geffect_fast.capture.attribution import Attribution
+from geffect_fast.capture.attribution import ANY, Attribution
 from geffect_fast.capture.calls import Call, GenericCall, NormWeights
 from geffect_fast.capture.factors import Factor
 from geffect_fast.capture.given import (
@@ -146,6 +146,46 @@ class Recorder:
             )
         parameters = {id(p) for p in self.plan.parameters.values()}
         return [leaf for leaf in leaves if id(leaf) not in parameters]
+
+    def weigh(self, losses: Tensor, sources: Sequence[Tensor]) -> Attribution:
+        """Run the backward of a trial of rows, which the next backward is compared with.
+
+        Args:
+            losses: `(n_samples,)`, of which each depends on its own sample alone.
+            sources: what a backward must reach.
+        """
+        trial = self.attribution = Attribution(self.plan.model, len(losses))
+        torch.autograd.grad(trial.weighted(losses), sources, retain_graph=True, allow_unused=True)
+        trial.noting = False
+        return trial
+
+    def to_be_shown(self) -> bool:
+        """Whether it is still open that rows belong to the samples they are counted for.
+
+        Positions are no samples, and are asked for where samples were shown.
+        """
+        axis = self.segments
+        if axis is None or axis.n_samples == 1 or axis.per_token:
+            return False
+        return not {ANY, tuple(self.structure)} & self.plan.shown
+
+    def show_rows(self, losses: Tensor, sources: Sequence[Tensor]) -> None:
+        """Show that rows belong to the samples they are counted for, once a structure of calls.
+
+        It takes two backwards, from which nothing is handed over.
+
+        Args:
+            losses, sources: as `weigh` takes them.
+
+        Raises:
+            UnsupportedModelError: they do not; the module is named.
+        """
+        trial = self.weigh(losses, sources)
+        trial.alone = True
+        torch.autograd.grad(losses.sum(), sources, retain_graph=True, allow_unused=True)
+        self.attribution = None
+        trial.conclude()
+        self.plan.shown.add(tuple(self.structure))
 
     @contextmanager
     def showing_parameters(self) -> Iterator[None]:
@@ -305,6 +345,8 @@ class Recorder:
                 return
             rows = call.rows(call.checked_segments(), g)
             self.attribution.compare((index, position), call.where, g, rows)
+            if self.attribution.alone:
+                return
         if self.once and not isinstance(call, GenericCall):
             del self.calls[index]
         if isinstance(call, GenericCall):

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, jvp
 
+from geffect_fast.trying import Trying
+
 
 class _Bare(nn.Module):
     """A module without its hooks."""
@@ -77,19 +79,17 @@ def is_linear(module: nn.Linear) -> bool:
         y = forward(size * x)
         return y.detach(), *torch.autograd.grad(y, own, g)
 
-    try:
-        with torch.enable_grad():
-            return all(
-                _alike(found, expected)
-                for size in (1e-3, 1.0, 1e3)
-                for found, expected in zip(
-                    outcome(lambda x: forward_alone(module, parameters, (x,)), size),
-                    outcome(lambda x: nn.functional.linear(x, *own), size),
-                    strict=True,
-                )
+    with Trying(), torch.enable_grad():
+        return all(
+            _alike(found, expected)
+            for size in (1e-3, 1.0, 1e3)
+            for found, expected in zip(
+                outcome(lambda x: forward_alone(module, parameters, (x,)), size),
+                outcome(lambda x: nn.functional.linear(x, *own), size),
+                strict=True,
             )
-    except Exception:  # as below
-        return False
+        )
+    return False
 
 
 def _alike(found: Tensor, expected: Tensor) -> bool:
@@ -112,16 +112,14 @@ def embedding_scale(module: nn.Embedding) -> float | None:
     def look_up(weight: Tensor) -> Tensor:
         return forward_alone(module, {"weight": weight}, (ids,))
 
-    try:
-        with torch.no_grad():
-            y, slope = jvp(look_up, (table,), (torch.ones_like(table),))[:2]
-            zero = look_up(torch.zeros_like(table))
-    except Exception:  # whatever a module raises that is called otherwise
-        return None
-    # The row of the padding index receives no tangent, so the slope is read off the others.
-    scale = slope.flatten()[slope.abs().argmax()].item()
-    linear = torch.allclose(y, table[ids] * scale, rtol=1e-2 if y.dtype.itemsize < 4 else 1e-5)
-    return scale if linear and not zero.any() else None
+    with Trying(), torch.no_grad():
+        y, slope = jvp(look_up, (table,), (torch.ones_like(table),))[:2]
+        zero = look_up(torch.zeros_like(table))
+        # The row of the padding index receives no tangent, so the slope is read off the others.
+        scale = float(slope.flatten()[slope.abs().argmax()])
+        linear = torch.allclose(y, table[ids] * scale, rtol=1e-2 if y.dtype.itemsize < 4 else 1e-5)
+        return scale if linear and not zero.any() else None
+    return None
 
 
 def norm_with(
@@ -150,14 +148,11 @@ def norm_offset(module: nn.Module) -> float | None:
         torch.randn(shape, generator=generator, dtype=torch.float64).to(weight)
         for shape in ((2, 3 if d != 3 else 4, d), (d,), (d,))
     )
-    try:
-        with torch.no_grad():
-            at_zero = norm_with(module, torch.zeros_like(w), None, x)
-            at_one = norm_with(module, torch.ones_like(w), None, x)
-            at_random = norm_with(module, w, None if bias is None else b, x)
-    except Exception:  # whatever a module raises that is called otherwise
-        return None
-    if not isinstance(at_one, Tensor) or at_one.shape != x.shape:
+    with Trying() as trial, torch.no_grad():
+        at_zero = norm_with(module, torch.zeros_like(w), None, x)
+        at_one = norm_with(module, torch.ones_like(w), None, x)
+        at_random = norm_with(module, w, None if bias is None else b, x)
+    if trial.error is not None or not isinstance(at_one, Tensor) or at_one.shape != x.shape:
         return None
     offset, xhat = (1.0, at_zero) if at_zero.any() else (0.0, at_one)
     rtol = 5e-2 if x.dtype.itemsize < 4 else 1e-5

@@ -34,7 +34,8 @@ from geffect_fast.terminal import clean_output
 EXIT_CODES = (
     "Exit codes: 0 all went well; 2 bad input, a full disk or too little memory, one line "
     "'error: ...' on stderr and nothing written; 3 check found a deviation, or a run of several "
-    "steps stopped and kept those it had written; 1 unexpected failure; 130 interrupted, 143 by "
+    "steps stopped and kept those it had written, or a plot or page could not be made; 1 "
+    "unexpected failure; 130 interrupted, 143 by "
     "SIGTERM, 129 by SIGHUP; 141 nobody reads what is printed."
 )
 COMMANDS = (

@@ -35,7 +35,7 @@ def check(
 ) -> None:
     """Compare every parameter's effects, norms and inner products with plain autograd.
 
-    On a few samples of your own data, one at a time: 18 backward passes for 4 of them and one
+    On a few samples of your own data, one at a time: 8 backward passes for 4 of them and one
     objective. Prints the largest error by kind of layer, what is covered, and a verdict.
     """
     values = {"model": model, "forget": data, "retain": data, "objectives": objectives} | given

@@ -10,6 +10,7 @@ import typer
 from geffect_fast.cli.options import Overwrite, Quiet, given_path, option
 from geffect_fast.cli.printing import console
 from geffect_fast.errors import InputError
+from geffect_fast.visible import one_line
 
 
 def compare(
@@ -38,17 +39,24 @@ def compare(
     step) and plots/ as PNG and SVG. A run is called by the objective it was trained on.
     """
     from geffect_fast.paths import is_there, user_path
+    from geffect_fast.report.compare_plots import draw_comparison
     from geffect_fast.report.compare_table import render_comparison, write_comparison
     from geffect_fast.steps.compare import compare as align
+    from geffect_fast.storage.add_report import add_report
+    from geffect_fast.storage.inputs import result_sums
+    from geffect_fast.storage.lock import locked
     from geffect_fast.storage.run_folder import CONFIG, PLOTS, RESULTS, check_free, staged_run
 
     folder = check_free(out, overwrite)
     if any(is_there(folder / name) for name in (RESULTS, CONFIG)):
         raise InputError(f"--out {out} is the folder of a run; choose another")
     aligned = align([str(run) for run in runs])
-    with staged_run(out, overwrite) as staging:
-        write_comparison(aligned, staging)
+    with locked(out):
+        with staged_run(out, overwrite, sums=lambda: result_sums(runs)) as staging:
+            write_comparison(aligned, staging)
+        again = "the same command with --overwrite"
+        add_report(folder, aligned, draw_comparison, again)
     if not quiet:
         console().print(render_comparison(aligned))
         for path in [out, *sorted((user_path(out) / PLOTS).glob("*.png"))]:
-            print(path)
+            print(one_line(str(path)))

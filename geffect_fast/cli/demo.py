@@ -9,6 +9,7 @@ import typer
 
 from geffect_fast.cli.options import Out, Overwrite, Quiet
 from geffect_fast.cli.printing import print_result
+from geffect_fast.visible import one_line
 
 
 def demo(
@@ -32,5 +33,6 @@ def demo(
         print()
         with open_run(out / SWEEP, lazy=True) as swept:
             print_result(swept, out / SWEEP)
-        print(f"\nThe best token weights: geffect-fast weights {out / SWEEP} --retain-budget 0")
-        print(f"The four unlearning runs, step by step: {out / STEPS / PAGE}")
+        run = one_line(str(out / SWEEP))
+        print(f"\nThe best token weights: geffect-fast weights {run} --retain-budget 0")
+        print(f"The four unlearning runs, step by step: {one_line(str(out / STEPS / PAGE))}")

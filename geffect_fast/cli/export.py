@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 from geffect_fast.cli.options import Run, given_path, option
+from geffect_fast.visible import one_line
 
 
 def export(
@@ -20,4 +21,4 @@ def export(
     from geffect_fast.storage.run_folder import open_run
 
     with open_run(run, lazy=True) as dataset:
-        print(write_table(dataset, to, overwrite))
+        print(one_line(str(write_table(dataset, to, overwrite))))

@@ -209,5 +209,5 @@ def _plain_value(text: str) -> Any:
     """What an option's text stands for: a number, true, false, null, a list, or the text itself."""
     try:
         return yaml.safe_load(text)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError, RecursionError):
         return text

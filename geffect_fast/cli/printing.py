@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from geffect_fast.terminal import Console
+from geffect_fast.visible import one_line
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -47,7 +48,7 @@ def print_result(dataset: xr.Dataset, folder: Path) -> None:
         printer.print(TerminalView(token_view(last, samples=1, by="removal")), "")
     pictures = sorted((folder / PLOTS).glob("*.png")) if folder.is_dir() else []
     for path in [folder, *pictures, *folder.glob(TOKENS), *folder.glob(REPORT)]:
-        print(path)
+        print(one_line(str(path)))
     print()
     for sentence in sentences:
         printer.print(sentence)

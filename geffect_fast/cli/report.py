@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -10,6 +11,7 @@ import typer
 
 from geffect_fast.cli.options import given_path, option
 from geffect_fast.errors import InputError
+from geffect_fast.visible import one_line
 
 
 def report(
@@ -34,11 +36,14 @@ def report(
 
     It holds everything itself: it works offline, from an e-mail or a disk, without scripts, on a
     phone and printed. Several runs of unlearn, or of profile --checkpoints, are compared step by
-    step; then --out is needed. Prints the file's name.
+    step; then --out is needed. In a run's own folder it also writes what is missing there of
+    summary.csv, plots/ and tokens.html. Prints the file's name.
     """
     from geffect_fast.paths import is_there, user_path
+    from geffect_fast.report import write_report
     from geffect_fast.report.page import write_page
     from geffect_fast.results.form import check_complete
+    from geffect_fast.storage.add_report import add_report
     from geffect_fast.storage.disk import unwritable
     from geffect_fast.storage.lock import locked
     from geffect_fast.storage.manifest import check_file, note
@@ -51,7 +56,10 @@ def report(
             raise InputError(f"report: run {runs[i]} is given twice; leave one out")
     if out is None and len(runs) > 1:
         raise InputError(f"report: {len(runs)} runs have no folder in common; name the page, --out")
-    folders = [place.parent if place.is_file() else place for place in places]
+    files = [_is_file(place) for place in places]
+    folders = [
+        place.parent if is_one else place for place, is_one in zip(places, files, strict=True)
+    ]
     file = folders[0] / REPORT if out is None else user_path(out)
     try:
         if out is not None and not overwrite and is_there(file):
@@ -60,9 +68,12 @@ def report(
             raise InputError(f"report {file}: no run made that; name another page, --out")
     except OSError as error:
         raise unwritable(f"report {out}", "--out", error) from None
-    names = [place.stem if place.is_file() else place.name for place in places]
+    names = [
+        one_line(place.stem if is_one else place.name)
+        for place, is_one in zip(places, files, strict=True)
+    ]
     if len(set(names)) < len(names):
-        names = [str(run) for run in runs]
+        names = [one_line(str(run)) for run in runs]
     with ExitStack() as stack:
         opened, configs = {}, {}
         for name, run, folder in zip(names, runs, folders, strict=True):
@@ -76,7 +87,17 @@ def report(
             write_page(opened, file, configs=configs)
             if out is None:
                 note(folders[0], REPORT)
-    print(file)
+                missing = partial(write_report, held=folders[0])
+                add_report(folders[0], next(iter(opened.values())), missing)
+    print(one_line(str(file)))
+
+
+def _is_file(place: Path) -> bool:
+    """Whether there is a file; of a name that no file has, `open_run` says what is wrong."""
+    try:
+        return place.is_file()
+    except OSError:
+        return False
 
 
 def _place(run: Path) -> Path:

@@ -7,6 +7,7 @@ from typing import Annotated
 
 from geffect_fast.cli.options import Run, given_path, option
 from geffect_fast.cli.printing import console
+from geffect_fast.visible import one_line
 
 
 def tokens(
@@ -62,4 +63,4 @@ def tokens(
         return
     with whole_file(f"page {html}", html, "--html") as part:
         part.write_text(page, encoding="utf-8")
-    print(user_path(html))
+    print(one_line(str(user_path(html))))

@@ -88,8 +88,8 @@ def _telling(n_steps: int) -> Callable[[int, xr.Dataset], None]:
 
     def tell(step: int, dataset: xr.Dataset) -> None:
         nonlocal begun
-        from geffect_fast.report.steps import rows_sentence
         from geffect_fast.report.table import number
+        from geffect_fast.results.rows_needed import rows_note
         from geffect_fast.steps.probe import total_effect
 
         effects = total_effect(dataset).sel(objective=dataset.attrs["trained_objective"])
@@ -103,7 +103,7 @@ def _telling(n_steps: int) -> Callable[[int, xr.Dataset], None]:
                 f"{number(float(effects.sel(risk=risk)))}"
             )
         print("  ".join(words), flush=True)
-        if not begun and (few := rows_sentence(dataset)):
+        if not begun and (few := rows_note(dataset)):
             print(few, flush=True)
         begun = True
 

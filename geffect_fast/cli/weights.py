@@ -9,7 +9,8 @@ import typer
 
 from geffect_fast.cli.options import Quiet, Run, given_path, option
 from geffect_fast.cli.printing import console
-from geffect_fast.errors import InputError
+from geffect_fast.errors import InputError, UnfinishedError, reason_of
+from geffect_fast.visible import one_line
 
 FRONTIER = "frontier.png"
 
@@ -84,10 +85,16 @@ def weights(
                 )
             check_file(folder, CONFIG, "give the run's forget data, --forget")
             forget = load_config(folder / CONFIG).forget
-        with whole_file(f"plot {picture}", picture, "--out") as part:
-            plot_frontier(result, best, part)
-            write_weighted(forget, best, out)
+        write_weighted(forget, best, out)
+        try:
+            with whole_file(f"plot {picture}", picture, "--out") as part:
+                plot_frontier(result, best, part)
+        except Exception as error:  # of fonts, disks, packages: it costs no weights
+            raise UnfinishedError(
+                f"{file} is written, but {picture} could not be made ({reason_of(error)}); the "
+                "same command with --overwrite writes that again"
+            ) from error
     if not quiet:
         console().print(render_weights(best))
-        print(file)
-        print(picture)
+        print(one_line(str(file)))
+        print(one_line(str(picture)))

@@ -1,4 +1,4 @@
-"""How much memory is free on a device, within the limits this process runs under, and its lack."""
+"""How much memory is free on a device, within the limits this process runs under."""
 
 from __future__ import annotations
 
@@ -12,16 +12,6 @@ _CGROUP_FILES = (
     ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
 )
 """Limit, use, and the reclaimable part of the use in `memory.stat`, of cgroup versions 2 and 1."""
-
-_SIGNS = ("can't allocate memory", "std::bad_alloc", "ALLOC_FAILED")
-"""What torch's errors say where its CPU allocator, C++ or a CUDA library finds no memory."""
-
-
-def no_memory(error: BaseException) -> bool:
-    """Whether an error is a lack of memory, on any device."""
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _SIGNS)
 
 
 def free_memory(device: torch.device, root: Path = Path("/")) -> int:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from geffect_fast.data.memory import free_memory
 from geffect_fast.errors import InputError
+from geffect_fast.trying import Trying
 
 MEMORY_SHARE = 0.8
 """Part of the free memory that a batch is to take: the estimate is one, allocators fragment, and
@@ -193,12 +194,11 @@ def _tried_on_rows(module: nn.Module, like: Tensor, width: int) -> int:
             kept[storage._cdata] = storage.nbytes()
         return saved
 
-    try:
-        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda s: s):
-            y = module.forward(x)
-    except Exception:  # it is called otherwise: a rotary embedding, a norm with a gate
-        return 0
-    if not isinstance(y, Tensor):
+    y = None
+    hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda s: s)
+    with Trying(), torch.enable_grad(), hooks:
+        y = module.forward(x)
+    if not isinstance(y, Tensor):  # or it is called otherwise: a rotary embedding, a gated norm
         return 0
     if not own:
         kept[y.untyped_storage()._cdata] = y.untyped_storage().nbytes()

@@ -12,9 +12,9 @@ from contextlib import contextmanager
 from types import TracebackType
 
 from geffect_fast.data.batch import Batch
-from geffect_fast.data.memory import no_memory
 from geffect_fast.data.packing import split_batch
 from geffect_fast.errors import GEffectWarning
+from geffect_fast.trying import no_memory
 
 
 class TokenBudget:

@@ -13,7 +13,7 @@ from geffect_fast.capture import Factor, Plan, Recorder
 from geffect_fast.capture.products import in_working_precision, inner
 from geffect_fast.capture.recorder import Sink
 from geffect_fast.engines.attempts import Attempt
-from geffect_fast.engines.forward_pass import model_outputs, sample_axis
+from geffect_fast.engines.forward_pass import model_outputs, nll_by_sample, sample_axis
 from geffect_fast.engines.packed_attention import packed_attention
 from geffect_fast.engines.tasks import Reference, Task
 from geffect_fast.errors import UnsupportedModelError
@@ -160,6 +160,8 @@ def accumulate_gradients(
             recorder = Recorder(plan, sink, sample_axis(plan.model, batch), once=True)
         with packed_attention(plan.model, moved), recorder or nullcontext():
             outputs = model_outputs(plan.model, moved, task.needs)
+            if recorder is not None and recorder.to_be_shown():
+                recorder.show_rows(nll_by_sample(outputs, moved), parameters)
             other = reference.outputs(task, batch, moved, outputs)
             wanted = [index for index in task.parts if index not in attempt.done]
             for index in wanted:

@@ -17,6 +17,7 @@ from geffect_fast.engines.dual import DualFunctions
 from geffect_fast.engines.dual_layers import Gated, RMSNorm
 from geffect_fast.engines.remembered import Remembered, settings_of
 from geffect_fast.transfer import on_device
+from geffect_fast.trying import Trying
 
 Forwards = Mapping[nn.Module, Callable[..., Tensor]]
 
@@ -213,13 +214,12 @@ def _same(
 ) -> bool:
     """Whether two functions have one value, and one derivative along a direction of noise."""
     along = tuple(_noise(x, *x.shape, seed=3) for x in primals)
-    try:
-        # What is computed without gradients is constant, as where the engine runs it.
-        with torch.enable_grad(), DualFunctions():
-            found, expected = (jvp(function, primals, along)[:2] for function in (fast, plain))
-    except Exception:  # whatever a module raises that is called otherwise
-        return False
-    if not all(isinstance(y, Tensor) for y in expected):
+    found: Any = ()
+    expected: Any = ()
+    # What is computed without gradients is constant, as where the engine runs it.
+    with Trying() as trial, torch.enable_grad(), DualFunctions():
+        found, expected = (jvp(function, primals, along)[:2] for function in (fast, plain))
+    if trial.error is not None or not all(isinstance(y, Tensor) for y in expected):
         return False
     if any(x.shape != y.shape for x, y in zip(found, expected, strict=True)):
         return False

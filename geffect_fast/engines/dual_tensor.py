@@ -17,8 +17,8 @@ from torch import Size, Tensor
 from torch.func import jvp, vmap
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from geffect_fast.data.memory import no_memory
 from geffect_fast.errors import in_one_line
+from geffect_fast.trying import no_memory
 
 
 class NoRuleError(Exception):

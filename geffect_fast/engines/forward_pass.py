@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Collection
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -113,6 +114,12 @@ def model_outputs(model: nn.Module, batch: Batch, needs: Collection[Need] = ()) 
         length = batch.input_ids.shape[1]  # of a soft prompt before them nobody asks
         hidden = tuple(h[:, -length:].flatten(0, 1) for h in answer.hidden_states)
     return Outputs(token_logprob, logits if wants_logits else None, hidden)
+
+
+def nll_by_sample(outputs: Outputs, batch: Batch) -> Tensor:
+    """The samples' sums of negative log-likelihoods, `(n_samples,)`, differentiable."""
+    nll = -outputs.token_logprob
+    return batch.sample_sum(nll, torch.ones_like(nll, dtype=torch.bool))
 
 
 def logits_of(answer: Any, model: nn.Module, input_ids: Tensor, kept: int | None = None) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from collections.abc import Sequence as Sequences
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -10,17 +11,23 @@ import torch
 from torch import Tensor, nn
 
 from geffect_fast.capture import Factor, Plan, Recorder, leaves_of
+from geffect_fast.capture.attribution import ANY
 from geffect_fast.capture.precision import precisions
 from geffect_fast.capture.products import squared_norms
 from geffect_fast.data import IGNORE, Layout, Sample, SampleSet, Sequence, make_batches
 from geffect_fast.data.batch import Batch
-from geffect_fast.data.memory import no_memory
-from geffect_fast.engines.forward_pass import model_outputs, sample_axis, takes
+from geffect_fast.engines.forward_pass import (
+    model_outputs,
+    nll_by_sample,
+    sample_axis,
+    takes,
+)
 from geffect_fast.engines.known_layout import packs_by_its_code
 from geffect_fast.engines.packed_attention import packed_attention, splits_attention
 from geffect_fast.engines.remembered import Remembered, state_of
 from geffect_fast.engines.rotary_frequencies import still_up_to
-from geffect_fast.errors import UnsupportedModelError
+from geffect_fast.errors import GEffectError, UnsupportedModelError
+from geffect_fast.trying import Trying, no_memory
 
 PROBE_LENGTHS = (7, 4)
 """Tokens of the two probe sequences: long enough for attention, short enough to cost nothing."""
@@ -40,12 +47,13 @@ class _Tried:
     Attributes:
         layout: the layout.
         outside: parameters used outside their modules, as `Plan.widen` was told of them in turn.
-        axes: what the plan was taught.
+        axes, shown: what the plan was taught.
     """
 
     layout: Layout
     outside: tuple[tuple[str, ...], ...]
     axes: dict[tuple[str, int], int]
+    shown: set[Hashable]
 
 
 _TRIED: Remembered[_Tried] = Remembered()
@@ -73,9 +81,11 @@ def choose_layout(plan: Plan, sample_set: SampleSet, longest: int | None = None)
         longest: tokens of the longest sequence of all data; None: of `sample_set`.
 
     Raises:
-        GEffectError: what the model itself raises when run on one sequence.
+        UnsupportedModelError: the model does not run on one sequence; the first line of what it
+            raises is named.
     """
     if packs_by_its_code(plan):
+        plan.shown.add(ANY)
         return "packed"
     extremes = _extremes(sample_set)
     longest = max(longest_sequence(sample_set), longest or 0)
@@ -87,12 +97,13 @@ def choose_layout(plan: Plan, sample_set: SampleSet, longest: int | None = None)
         layout = _try(plan, sample_set, outside, may_pack)
         if layout == "packed" and not _packs_if_there_is_room(plan.model, extremes):
             layout = _try(plan, sample_set, outside, may_pack=False)
-        tried = _Tried(layout, tuple(outside), dict(plan.axes))
+        tried = _Tried(layout, tuple(outside), dict(plan.axes), set(plan.shown))
         _TRIED.keep(plan.model, state, tried)
     else:
         for names in tried.outside:
             plan.widen(names)
         plan.axes.update(tried.axes)
+        plan.shown.update(tried.shown)
     return tried.layout
 
 
@@ -107,12 +118,25 @@ def _try(
     def agree(layout: Layout, probes: list[Tensor], masked: bool = True) -> bool:
         try:
             together = norms(probes, layout, masked)
-        except Exception:  # whatever a model raises that cannot be called this way
+        except Exception:  # whatever a model raises that cannot be called this way, or has no room
             return False
         return _same(plan, together, apart)
 
+    def alone(ids: Tensor) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
+        with Trying() as trial:
+            found = norms([ids], "single")
+        if trial.error is not None and not isinstance(trial.error, GEffectError):
+            raise UnsupportedModelError(
+                f"{type(plan.model).__name__}: it cannot be profiled on a sequence of {len(ids)} "
+                f"tokens by itself ({trial.reason}); give a causal language model that runs on one"
+            ) from trial.error
+        if trial.error is not None:
+            raise trial.error
+        return found
+
     several = _probes(sample_set, PROBE_LENGTHS)
-    apart = [norms([ids], "single") for ids in several]
+    apart = [alone(ids) for ids in several]
     # ALiBi counts along the row, in bf16: the few tokens of a trial do not show what it rounds.
     alibi = getattr(getattr(plan.model, "config", None), "alibi", False)
     if may_pack and takes(plan.model, "position_ids") and not (alibi or in_chunks(plan.model)):
@@ -121,7 +145,7 @@ def _try(
         if all(agree("packed", several, masked) for masked in ways):
             return "packed"
     same = _probes(sample_set, (PROBE_LENGTHS[0],) * 2)
-    apart = [apart[0], norms([same[1]], "single")]  # the first is the same
+    apart = [apart[0], alone(same[1])]  # the first is the same
     return "equal_length" if agree("equal_length", same) else "single"
 
 
@@ -165,13 +189,16 @@ def _norms(
             Recorder(plan, keep, axis, join=True) as recorder,
         ):
             with recorder.showing_parameters():
-                logprob = model_outputs(plan.model, batch).token_logprob
-                loss = -logprob.sum()
-            outside = plan.names_of(leaves_of(loss))
+                outputs = model_outputs(plan.model, batch)
+                losses = nll_by_sample(outputs, batch)
+            outside = plan.names_of(leaves_of(losses))
             if not outside:
-                torch.autograd.grad(loss, recorder.roots_of(loss), allow_unused=True)
+                roots = recorder.roots_of(losses)
+                if recorder.to_be_shown():
+                    recorder.show_rows(losses, roots)
+                torch.autograd.grad(losses.sum(), roots, allow_unused=True)
                 recorder.finish()
-                return norms | {"": logprob.detach().double().cpu()}
+                return norms | {"": outputs.token_logprob.detach().double().cpu()}
         plan.widen(outside)
         widened.append(tuple(outside))
 

@@ -19,9 +19,9 @@ from torch import Tensor
 
 from geffect_fast.capture.factors import widened
 from geffect_fast.data.batch import Batch
-from geffect_fast.data.memory import no_memory
 from geffect_fast.errors import InputError
 from geffect_fast.objectives import Objective, Outputs
+from geffect_fast.trying import no_memory
 
 TOLERANCE = 1e-3
 """Relative to the sum of the sizes of the terms' derivatives: rounding of sums in fp32."""

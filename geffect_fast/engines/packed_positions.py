@@ -37,6 +37,9 @@ def sequences_known(batch: Batch) -> Iterator[None]:
 
 def _register() -> None:
     masks: Any = sys.modules.get("transformers.masking_utils")
+    models: Any = sys.modules.get("transformers.modeling_utils")
+    if models is None:  # none of its models has been made
+        return
     find = getattr(masks, "find_packed_sequence_indices", None)
     if find is None or hasattr(find, "__wrapped__"):
         return
@@ -52,7 +55,7 @@ def _register() -> None:
         return batch.token_sequence()[None] if several else None
 
     masks.find_packed_sequence_indices = known
-    kind: Any = sys.modules["transformers.modeling_utils"].PreTrainedModel
+    kind = models.PreTrainedModel
     warn = getattr(kind, "warn_if_padding_and_no_attention_mask", None)
     if warn is None:
         return

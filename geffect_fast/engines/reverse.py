@@ -22,7 +22,7 @@ from geffect_fast.data.batch import Batch
 from geffect_fast.engines.attempts import Attempt
 from geffect_fast.engines.direction import Tick, add_gradients, new_gradients, rows_of
 from geffect_fast.engines.effect_array import Collect
-from geffect_fast.engines.forward_pass import model_outputs, sample_axis
+from geffect_fast.engines.forward_pass import model_outputs, nll_by_sample, sample_axis
 from geffect_fast.engines.packed_attention import packed_attention
 from geffect_fast.engines.tasks import Reference, Task
 from geffect_fast.transfer import OnItsWay
@@ -109,6 +109,8 @@ def reverse_effects(
             other = reference.outputs(task, attempt.batch, moved, outputs)
             roots = recorder.roots_of(outputs.token_logprob)
             sources = roots + (parameters if norms else [])
+            if recorder.to_be_shown():
+                recorder.show_rows(nll_by_sample(outputs, moved), sources)
             wanted = [k for k, index in enumerate(own) if index not in attempt.done]
             for k in wanted:
                 index = own[k]

@@ -139,6 +139,28 @@ class Reference:
         if not any(needed - {"reference"} for needed in needs):
             self.model = None
 
+    @torch.no_grad()
+    def is_computed_by(self, model: nn.Module, tasks: Sequence[Task], device: torch.device) -> bool:
+        """Whether another model says the same, bit by bit, on all that `tasks` compare with.
+
+        It ends at the first batch on which it does not. Before `prepare`, which may let go of the
+        reference.
+        """
+        if self.model is None:
+            return False
+        for task in tasks:
+            needs = task.needs & REFERENCE_NEEDS
+            for attempt in task.attempts() if needs else ():
+                with attempt:
+                    moved = attempt.batch.to(device)
+                    said = []
+                    for each in (self.model, model):
+                        with packed_attention(each, moved):
+                            said.append(model_outputs(each, moved, needs))
+                    if not _equal(*said):
+                        return False
+        return True
+
     @staticmethod
     def _log_probabilities(model: nn.Module, moved: Batch) -> Tensor:
         with packed_attention(model, moved):
@@ -165,6 +187,15 @@ class Reference:
             None if own.logits is None else own.logits.detach(),
             None if own.hidden_states is None else tuple(h.detach() for h in own.hidden_states),
         )
+
+
+def _equal(one: Outputs, other: Outputs) -> bool:
+    """Whether two models say the same, bit by bit."""
+    pairs = [(one.token_logprob, other.token_logprob)]
+    if one.logits is not None and other.logits is not None:
+        pairs.append((one.logits, other.logits))
+    pairs += zip(one.hidden_states or (), other.hidden_states or (), strict=True)
+    return all(torch.equal(a, b) for a, b in pairs)
 
 
 def _places(task: Task, batch: Batch) -> list[tuple[str, tuple[Role, ...], int]]:

@@ -18,6 +18,7 @@ from geffect_fast.capture import Plan
 from geffect_fast.data import read_refusals, read_rows
 from geffect_fast.engines.attempts import TokenBudget
 from geffect_fast.engines.layout import check_reference, choose_layout, longest_sequence
+from geffect_fast.engines.own_loss import OwnLoss, own_loss
 from geffect_fast.errors import InputError, NonFiniteError
 from geffect_fast.measure.captured import CapturedNumbers
 from geffect_fast.measure.memory import within_budget
@@ -96,6 +97,7 @@ class Check:
         layout: how samples share a forward pass.
         objectives: what was checked.
         n_samples, n_tokens: on what.
+        own_loss: how the model's own loss differs from the risk; None: not.
     """
 
     kinds: tuple[KindCheck, ...]
@@ -109,6 +111,7 @@ class Check:
     objectives: tuple[str, ...]
     n_samples: int
     n_tokens: int
+    own_loss: OwnLoss | None = None
 
     @property
     def exact(self) -> bool:
@@ -133,11 +136,11 @@ def check(
 
     Compared are every sample's effect along the risk's gradient for each objective, its gradient's
     norm, and the inner products of all pairs of samples. Plain autograd runs every sequence by
-    itself and differentiates the published formula, `n (n + 1) / 2 + n + K n` backward passes of
-    one sample (18 for 4 samples and one objective), and sums in fp64; at most two gradients are
-    held at a time. An error is rounding where it is at most 1e-5 in fp32 and 1e-10 in fp64, or at
-    most twice plain autograd's own error against a wider precision (fp32 for bf16 and fp16, fp64
-    for fp32) plus the tolerance.
+    itself and differentiates the published formula, `n + K n` backward passes of one sample (8 for
+    4 samples and one objective), and sums in fp64; where `n` gradients would take more than a
+    quarter of free memory it takes `n (n + 1) / 2 + n + K n`, and holds two at a time. An error is
+    rounding where it is at most 1e-5 in fp32 and 1e-10 in fp64, or at most twice plain autograd's
+    own error against a wider precision (fp32 for bf16 and fp16, fp64 for fp32) plus the tolerance.
 
     Args:
         model, tokenizer: as for `profile`.
@@ -172,7 +175,7 @@ def check(
 
     def plain_of(other: nn.Module, precision: torch.dtype) -> Numbers:
         what = f"plain autograd, {_name(precision)}"
-        n_tokens = plain_tokens(sample_set, chosen)
+        n_tokens = plain_tokens(other, sample_set, chosen)
         with (
             computing_in(precision, other),
             progress_bar(progress, what, n_tokens) as update,
@@ -184,6 +187,7 @@ def check(
     with computing_in(dtype, model):
         with within_budget(TokenBudget(token_budget or longest), one_sample=True):
             layout = choose_layout(plan, sample_set)
+            own = own_loss(plan, sample_set)
             if reference is not None:
                 check_reference(reference, layout, sample_set, longest)
         captured = CapturedNumbers(plan, sample_set, chosen, reference, layout, token_budget)
@@ -219,6 +223,7 @@ def check(
         objectives=tuple(str(objective) for objective in chosen),
         n_samples=len(sample_set),
         n_tokens=sum(len(sample.answer) for sample in sample_set.samples),
+        own_loss=own,
     )
 
 

@@ -19,7 +19,8 @@ from geffect_fast.measure.profile import profile
 from geffect_fast.measure.sweep import sweep
 from geffect_fast.objectives.ranges import expand_list
 from geffect_fast.settings import Measuring, ProfileConfig, Reading, RunConfig
-from geffect_fast.storage.inputs import Inputs, inputs_of
+from geffect_fast.storage.add_report import add_report
+from geffect_fast.storage.inputs import Inputs, check_replayed, inputs_of, summed_beside
 from geffect_fast.storage.lock import locked
 from geffect_fast.storage.model_folder import check_model_source
 from geffect_fast.storage.recorded_rows import check_recorded
@@ -30,7 +31,7 @@ from geffect_fast.storage.run_folder import (
     open_run,
     save_run,
     staged_run,
-    write_rest,
+    write_config,
 )
 
 if TYPE_CHECKING:
@@ -73,10 +74,17 @@ def execute(
     # the folder, a sweep's get coordinates first.
     large = config.resolve[-2:] in (("sample", "position"), ("sample", "token"))
     streams = large and config.command == "profile"
-    with locked(out), on_threads(config.threads) as threads, ExitStack() as stack:
+    with (
+        locked(out) as folder,
+        on_threads(config.threads) as threads,
+        summed_beside(inputs_of(config)) as sums,
+        ExitStack() as stack,
+    ):
         trusted = config.trust_remote_code
         model = load_model(config.model, config.dtype, str(device), trust_remote_code=trusted)
-        staging = stack.enter_context(staged_run(out, overwrite, read)) if streams else None
+        staging = None
+        if streams:
+            staging = stack.enter_context(staged_run(out, overwrite, read, sums))
         run = sweep if config.command == "sweep" else profile
         dataset = run(
             model,
@@ -90,6 +98,7 @@ def execute(
         )
         rows = json.loads(dataset.attrs["digests"])
         check_recorded(config.rows, rows)
+        check_replayed(inputs.get("--config"), config, sums())
         replay = config.model_copy(
             update={
                 "token_budget": int(dataset.attrs["token_budget"]),
@@ -99,11 +108,18 @@ def execute(
             }
         )
         if staging is None:
-            save_run(out, dataset, replay, overwrite, report, read)
+            save_run(out, dataset, replay, overwrite, report, read, sums())
             return dataset
-        with dataset:
-            write_rest(staging, dataset, replay, report)
-    return open_run(out, lazy=True)
+        dataset.close()
+        write_config(replay, staging)
+        stack.pop_all().close()
+        dataset = open_run(out, lazy=True)
+        try:
+            add_report(folder, dataset, report)
+        except BaseException:
+            dataset.close()
+            raise
+    return dataset
 
 
 def execute_check(config: ProfileConfig, samples: int, *, progress: bool = False) -> Check:

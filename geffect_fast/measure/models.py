@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from geffect_fast.data.memory import no_memory
 from geffect_fast.errors import InputError, NonFiniteError, in_one_line
 from geffect_fast.paths import user_path
 from geffect_fast.results.axes import OUTSIDE, block_of
@@ -25,6 +24,8 @@ from geffect_fast.storage.model_folder import (
     check_sizes,
     needs_trust,
 )
+from geffect_fast.storage.run_model import check_run_model
+from geffect_fast.trying import no_memory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -73,6 +74,7 @@ def load_model(
         NonFiniteError: a weight is NaN or infinite; the first one is named.
     """
     check_model_source(source, what, trust_remote_code)
+    check_run_model(source, what, weights=True)
     place = resolve_device(device)
     base = base_of(source, what)
     if base is not None:
@@ -136,6 +138,7 @@ def load_tokenizer(
         InputError: there is none, it cannot be read, or needs code of its own.
     """
     check_folder(source, what)
+    check_run_model(source, what, weights=False)
     folder = user_path(source)
     # some tokenizer classes start with an empty vocabulary where there are no files at all
     if folder.is_dir() and not any((folder / name).is_file() for name in _TOKENIZER_FILES):

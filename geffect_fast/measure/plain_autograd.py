@@ -16,6 +16,7 @@ from geffect_fast.capture.factors import widened
 from geffect_fast.capture.wrappers import eagerly
 from geffect_fast.data import SampleSet, make_batches
 from geffect_fast.data.batch import Batch
+from geffect_fast.data.memory import free_memory
 from geffect_fast.engines.direction import Tick
 from geffect_fast.engines.forward_pass import logits_of, without_cache
 from geffect_fast.engines.rotary_frequencies import frequencies_at_first
@@ -25,6 +26,10 @@ from geffect_fast.ops.reference import accumulation_dtype
 
 BLOCK = 2**22
 """Elements that are converted to fp64 at a time."""
+
+
+PART_HELD = 0.25
+"""Of free memory, that samples' gradients may take."""
 
 
 @dataclass(frozen=True)
@@ -50,9 +55,10 @@ def plain_numbers(
     reference: nn.Module | None,
     tick: Tick,
 ) -> Numbers:
-    """`Numbers` of a model by one backward a sample, `n (n + 1) / 2 + n + K n` of them.
+    """`Numbers` of a model by one backward a sample, `n + K n` of them.
 
-    At most two gradients are held at a time.
+    Where the samples' gradients do not all fit into a part of free memory at once, two are held at
+    a time, and those of the risk formed again for each pair: `n (n + 1) / 2 + n + K n`.
 
     Args:
         model: its trainable parameters count.
@@ -77,11 +83,12 @@ def plain_numbers(
 
     risk = NLL()
     answers = _batches(sample_set, risk)
+    held = [gradient(risk, batch) for batch in answers] if holds_all(model, n) else []
     products = torch.zeros(n_parameters, n, n, dtype=torch.float64)
     for i in range(n):
-        first = gradient(risk, answers[i])
+        first = held[i] if held else gradient(risk, answers[i])
         for j in range(i, n):
-            second = first if j == i else gradient(risk, answers[j])
+            second = held[j] if held else first if j == i else gradient(risk, answers[j])
             products[:, i, j] = products[:, j, i] = dots(first, second)
     first = second = []
 
@@ -89,10 +96,12 @@ def plain_numbers(
         torch.zeros_like(p, dtype=accumulation_dtype(p.dtype), requires_grad=False)
         for p in parameters
     ]
-    for batch in answers:
-        for total, grad in zip(direction, gradient(risk, batch), strict=True):
+    for i, batch in enumerate(answers):
+        own = held[i] if held else gradient(risk, batch)
+        for total, grad in zip(direction, own, strict=True):
             if total is not None and grad is not None:
                 total += grad
+    held, own = [], []
     effects = torch.zeros(len(objectives), n_parameters, 2 * n, dtype=torch.float64)
     for k, objective in enumerate(objectives):
         for coefficient, part in objective.parts():
@@ -103,10 +112,18 @@ def plain_numbers(
     return Numbers(effects, products.diagonal(dim1=1, dim2=2).sqrt(), products)
 
 
-def plain_tokens(sample_set: SampleSet, objectives: Sequence[Objective]) -> int:
+def holds_all(model: nn.Module, n: int) -> bool:
+    """Whether `n` gradients take no more than a part of the memory that is free."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    return n * sum(p.nbytes for p in parameters) <= PART_HELD * free_memory(parameters[0].device)
+
+
+def plain_tokens(model: nn.Module, sample_set: SampleSet, objectives: Sequence[Objective]) -> int:
     """Tokens that `plain_numbers` runs forward and backward."""
     lengths = [batch.total_tokens for batch in _batches(sample_set, NLL())]
-    pairs = sum((j + 1) * length for j, length in enumerate(lengths))
+    pairs = 0
+    if not holds_all(model, len(lengths)):
+        pairs = sum((j + 1) * length for j, length in enumerate(lengths))
     parts = [part for objective in objectives for _, part in objective.parts()]
     effects = sum(b.total_tokens for part in parts for b in _batches(sample_set, part))
     return pairs + sum(lengths) + effects

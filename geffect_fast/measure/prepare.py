@@ -296,9 +296,9 @@ def _tell_of_long_rows(sets: Mapping[str, SampleSet], n_positions: int, what: st
 
 
 def _positions(config: Any) -> int | None:
-    """The positions that a config speaks of."""
+    """The positions that a config speaks of; XLNet's -1 are as many as one likes."""
     n_positions = getattr(config, "max_position_embeddings", None)
-    return n_positions if isinstance(n_positions, int) else None
+    return n_positions if isinstance(n_positions, int) and n_positions > 0 else None
 
 
 def table_of_positions(model: nn.Module) -> int | None:

@@ -88,7 +88,10 @@ def profile(
         different within it. With `out` the Dataset reads from the file; close it after use.
 
         `reference_is_model` is 1 where an objective compares with a reference, and that is the
-        model itself.
+        model itself. `own_loss` is there where the model's own loss is not the risk: `unshifted`
+        (labels at their own places), `auxiliary` (with its routers', say) or `other`;
+        `own_loss_difference` is how much more it is on a short sequence, in nats a token, and
+        `own_loss_note` a sentence, which is a `GEffectWarning` too.
 
     Raises:
         InputError: unusable data, objective or argument, in one line.
@@ -113,6 +116,8 @@ def profile(
         **settings,
     )
     result = profiler.measure(out=out, progress=progress, unchanged=True).dataset
+    if profiler.own_loss is not None:
+        warnings.warn(f"model: {profiler.own_loss}", GEffectWarning, stacklevel=2)
     if "reference_is_model" in result.attrs:
         warnings.warn(f"reference: {REFERENCE_IS_MODEL}", GEffectWarning, stacklevel=2)
     return result

@@ -23,6 +23,7 @@ from geffect_fast.engines.direction import Tick, accumulate_gradients
 from geffect_fast.engines.forward_check import forward_mode_problem
 from geffect_fast.engines.forward_parts import parts_for, place_for_directions, product_shares
 from geffect_fast.engines.layout import check_reference, choose_layout, longest_sequence
+from geffect_fast.engines.own_loss import own_loss
 from geffect_fast.engines.packed_attention import splits_attention
 from geffect_fast.engines.tasks import Reference, Task, mixture_of, tasks_for
 from geffect_fast.errors import InputError, UnsupportedModelError
@@ -30,7 +31,6 @@ from geffect_fast.measure.effects import find_effects
 from geffect_fast.measure.memory import check_memory, within_budget
 from geffect_fast.measure.models import check_finite
 from geffect_fast.measure.prepare import Prepared, Sources, needs_of, prepare, resolved_list
-from geffect_fast.measure.reference import same_weights
 from geffect_fast.measure.rounding import rounding_check
 from geffect_fast.objectives import Objective
 from geffect_fast.results.axes import checked_blocks
@@ -84,6 +84,7 @@ class Profiler:
         sets: the data sets, tokenised: `forget`, `retain` and every probe by its name.
         objectives: the objectives.
         risk_names: names along the axis `risk`.
+        own_loss: how the model's own loss differs from the risk; None: not.
 
     Example:
         >>> profiler = Profiler.of(model, tokenizer, forget=rows, retain=others, objectives=["ga"])
@@ -131,6 +132,8 @@ class Profiler:
             if resolution.per_sample and choice.engine == "reverse":
                 raise
             layout = "single"
+        with within_budget(budget, one_sample=True):
+            self.own_loss = own_loss(plan, sets["forget"])
         self._choice = self._possible(choice, layout, settings.engine == "forward")
         by_reverse = self._choice.engine == "reverse"
         self._norms = by_reverse if settings.norms is None else settings.norms
@@ -183,13 +186,16 @@ class Profiler:
                 [{"name": o.name, "parameters": o.parameters()} for o in self.objectives]
             ),
         }
+        if self.own_loss is not None:
+            self._attributes |= self.own_loss.attributes()
         reference = prepared.reference
         if reference is not None:
             with within_budget(budget, one_sample=True):
                 check_reference(reference, layout, sets["forget"], longest)
-        self._reference_is_model = prepared.compares and (
-            reference is None or same_weights(model, reference)
-        )
+        self._reference_is_model: bool | None = False
+        if prepared.compares:  # other weights may compute the same, as a new adapter does
+            self._reference_is_model = True if reference is None else None
+        self._one_row = tasks_on({name: rows.part([0]) for name, rows in sets.items()})
         self._reference = Reference(reference)
 
     @classmethod
@@ -270,6 +276,12 @@ class Profiler:
         ) as array:
             what, n_passes = "effects of the objectives", max(len(passes), 1)
             with self._ticking(progress, what, tasks, n_passes) as tick:
+                if self._reference_is_model is None and unchanged:
+                    # Models that differ do so at the first row.
+                    same = self._reference.is_computed_by
+                    self._reference_is_model = all(
+                        same(plan.model, each, device) for each in (self._one_row, tasks)
+                    )
                 checked = self._rounding.tasks if self._rounding is not None else []
                 self._reference.prepare([*tasks, *checked], device)
                 found = find_effects(

@@ -36,7 +36,9 @@ from geffect_fast.data.batch import IGNORE
 from geffect_fast.data.qa import row_place
 from geffect_fast.errors import InputError, NonFiniteError
 from geffect_fast.paths import user_path
+from geffect_fast.results.intervals import effect_intervals
 from geffect_fast.results.resolution import stored_text
+from geffect_fast.results.told_apart import has_intervals
 from geffect_fast.storage.disk import whole_file
 
 if TYPE_CHECKING:
@@ -77,7 +79,9 @@ def optimal_weights(
         `e_u`, `e_r` at the optimum; `frontier_e_u`, `frontier_e_r` (vertex), the best `e_u` for
         every `e_r` from the largest down, linear in between; `shadow_price`, the removal that one
         more unit of the budget would buy there, 0 where nothing is left to buy; `token_e_u`,
-        `token_e_r` (sample, token), the shares `u` and `r` of `ga`. Samples are the forget rows and
+        `token_e_r` (sample, token), the shares `u` and `r` of `ga`; where the result has intervals
+        `e_u_low`, `e_u_high`, `e_r_low`, `e_r_high`, what these very weights do on other rows of
+        the kind, and `ga_e_u_low` and so on, what `ga` does. Samples are the forget rows and
         tokens their answers' label tokens, with the coordinates they have in the result.
 
         Of several optima it is one that no other beats in `e_u` and `e_r` at once; tokens of equal
@@ -121,9 +125,26 @@ def optimal_weights(
         frontier_e_r=("vertex", frontier.e_r),
         shadow_price=frontier.price(done),
     )
-    return found.assign_attrs(
+    return found.assign(_intervals(found, result)).assign_attrs(
         asked, max_weight=float(max_weight), reduction=result.attrs["reduction"]
     )
+
+
+def _intervals(found: xr.Dataset, result: xr.Dataset) -> dict[str, float]:
+    """Bounds of `e_u` and `e_r` of the optimum and of `ga`, where the result has intervals."""
+    if not has_intervals(result):
+        return {}
+    tokens = np.stack([found[name].values for name in ("token_e_u", "token_e_r")])
+    weights = np.stack([np.ones(tokens.shape[1:]), np.nan_to_num(found["weight"].values)])
+    rows = (weights[:, None] * tokens).sum(-1)
+    spread = result["risk_row_spread"].sel(risk="retain").values[: int(result.attrs["n_retain"])]
+    bounds = effect_intervals(rows, ["forget"] * rows.shape[-1], [spread])
+    return {
+        f"{prefix}{name}_{side}": float(bounds[f"g_effect_{side}"][1][k, m])
+        for k, prefix in enumerate(("ga_", ""))
+        for m, name in enumerate(("e_u", "e_r"))
+        for side in ("low", "high")
+    }
 
 
 @dataclass(frozen=True)

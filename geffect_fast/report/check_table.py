@@ -72,6 +72,8 @@ def _facts(check: Check) -> list[str]:
         coverage_line(vars(check.coverage)),
     ]
     facts += [f"Tied: {' = '.join(names)}." for names in check.coverage.tied]
+    if check.own_loss is not None:
+        facts.append(f"Model: {check.own_loss}.")
     if check.unreached:
         facts.append(f"Without a gradient on these samples: {_names(check.unreached)}.")
     return facts

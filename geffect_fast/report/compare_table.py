@@ -10,10 +10,22 @@ import numpy as np
 from rich.console import Group
 from rich.text import Text
 
-from geffect_fast.report.steps import Agreement, Outcome, by_column, cost_spread
-from geffect_fast.report.summary import UNLEARN
-from geffect_fast.report.table import STYLES, new_table, number, symbol
-from geffect_fast.results.told_apart import precision_error, risk_spreads
+from geffect_fast.report.steps import Agreement, Outcome, bounds_of, by_column, cost_spread
+from geffect_fast.report.summary import UNKNOWN, UNLEARN, Interval
+from geffect_fast.report.table import (
+    STYLES,
+    interval_line,
+    new_table,
+    number,
+    symbol,
+    with_interval,
+)
+from geffect_fast.results.told_apart import (
+    has_intervals,
+    interval_of,
+    precision_error,
+    risk_spreads,
+)
 from geffect_fast.storage.csv_cells import write_csv
 
 if TYPE_CHECKING:
@@ -55,8 +67,36 @@ def comparison_rows(runs: xr.Dataset) -> list[dict[str, Any]]:
     return rows
 
 
+def comparison_intervals(runs: xr.Dataset) -> list[dict[str, Interval]]:
+    """Those of columns of `comparison_rows`, by name, a run each; NaN where they are not known.
+
+    Of `risk_*`, `rise_*`, `sum_of_effects_*`, `cost` and `harm_at_equal_removal`. That of a sum of
+    effects adds up the bounds of its steps, as the rows are the same at each: it is no narrower
+    than the sum's own.
+    """
+    risks = [str(risk) for risk in runs["risk"].values]
+    spreads = comparison_spreads(runs)
+    of_risks, of_effects = (bounds_of(runs, name) for name in ("risk_value", "g_effect"))
+    found = []
+    for i, row in enumerate(comparison_rows(runs)):
+        of: dict[str, Interval] = {}
+        for name, bounds in (
+            ("risk", None if of_risks is None else of_risks[:, i, -1]),
+            ("sum_of_effects", None if of_effects is None else of_effects[:, i].sum(axis=1)),
+        ):
+            for m, risk in enumerate(risks):
+                low, high = UNKNOWN if bounds is None else bounds[:, m].tolist()
+                of[f"{name}_{risk}"] = low, high
+        of |= {name: interval_of(row[name], spread[i]) for name, spread in spreads.items()}
+        found.append(of)
+    return found
+
+
 def comparison_spreads(runs: xr.Dataset) -> dict[str, np.ndarray]:
-    """What rows move columns of `comparison_rows` by, `(run, rows)` by name; 0 rows: not known."""
+    """What rows move columns of `comparison_rows` by, `(run, rows)` by name; 0 rows: not known.
+
+    Of `rise_*`, `cost` and `harm_at_equal_removal`.
+    """
     risks = [str(risk) for risk in runs["risk"].values]
     unlearn = risks.index(UNLEARN)
     target, _ = at_equal_removal(runs)
@@ -75,7 +115,7 @@ def comparison_spreads(runs: xr.Dataset) -> dict[str, np.ndarray]:
             steps = rises[last] - rises[last - 1]
             of_harm = between[worst] - steps[worst] / steps[unlearn] * between[unlearn]
         for name, spread in (
-            (f"rise_{UNLEARN}", moved[-1, unlearn]),
+            *((f"rise_{risk}", moved[-1, m]) for m, risk in enumerate(risks)),
             ("cost", cost_spread(outcome.change, outcome.cost, moved[-1])),
             ("harm_at_equal_removal", of_harm),
         ):
@@ -130,40 +170,46 @@ def render_comparison(runs: xr.Dataset) -> Group:
     )
     table.add_column("run", overflow="fold", min_width=12)
     few = len(risks) == 2  # of more there is no room for all
+    rows, intervals = comparison_rows(runs), comparison_intervals(runs)
+    plain = not has_intervals(runs)
+    removal, gap = rows[0]["equal_removal"], " " if plain else "\n"
+    columns = []
     for risk in risks:
-        table.add_column(f"R_{symbol(risk)}", justify="right", no_wrap=True)
-        if few:
-            table.add_column("rise", justify="right", no_wrap=True)
-    for risk in risks[:2]:
-        table.add_column(f"Σe_{symbol(risk)}", justify="right", no_wrap=True)
-    rows = comparison_rows(runs)
-    removal = rows[0]["equal_removal"]
-    for head in ("cost", f"harm at {number(removal, '+.2g')}", "r"):
+        columns.append((f"R_{symbol(risk)}", f"risk_{risk}", ".3g"))
+        columns += [("rise", f"rise_{risk}", "+.2g")] * few
+    columns += [(f"Σe_{symbol(risk)}", f"sum_of_effects_{risk}", "+.2g") for risk in risks[:2]]
+    columns += [
+        ("cost", "cost", ".2f"),
+        (f"harm at{gap}{number(removal, '+.2g')}", "harm_at_equal_removal", "+.2g"),
+    ]
+    for head, *_ in columns:
         table.add_column(head, justify="right", no_wrap=True)
+    table.add_column("r", justify="right", no_wrap=True)
     table.add_column("verdict", no_wrap=True)
-    for row in rows:
-        cells = []
-        for risk in risks:
-            cells.append(number(row[f"risk_{risk}"], ".3g"))
-            if few:
-                cells.append(number(row[f"rise_{risk}"], "+.2g"))
+    for row, of in zip(rows, intervals, strict=True):
+        verdict = row["verdict"] if plain else row["verdict"].replace(", ", ",\n")
         table.add_row(
             row["run"],
-            *cells,
-            *(number(row[f"sum_of_effects_{risk}"], "+.2g") for risk in risks[:2]),
-            number(row["cost"], ".2f"),
-            number(row["harm_at_equal_removal"], "+.2g"),
+            *(_stacked(row[name], of[name], spec) for _, name, spec in columns),
             number(row[f"correlation_{UNLEARN}"], ".2f"),
-            Text(row["verdict"], style=STYLES.get(row["verdict"], "")),
+            Text(verdict, style=STYLES.get(row["verdict"], "")),
         )
     lines = [Text(f"Left out, as not all runs have it: {line}.") for line in runs.left_out]
     if share := precision_error(runs.attrs):
         lines.append(Text(f"Precision: effects in 16 bits may be off by {100 * share:.2g} %."))
+    if drawn := interval_line(runs.attrs):
+        lines.append(Text(drawn))
     return Group(table, Text(NOTE, style="dim"), *lines)
 
 
+def _stacked(value: float, interval: Interval, spec: str) -> Text:
+    """A number with the bounds of its interval below each other, as many stand in a row."""
+    text = with_interval(value, interval, spec)
+    return Text("\n").join(text.split(" "))
+
+
 def write_comparison(runs: xr.Dataset, folder: Path) -> None:
-    """Write `summary.csv` (a row a run), `compare.csv` (run and step) and `plots/` into a folder.
+    """Write `summary.csv` (a row a run) and `compare.csv` (run and step) into a folder.
 
     Args:
         runs: of `geffect_fast.compare`.
@@ -171,15 +217,14 @@ def write_comparison(runs: xr.Dataset, folder: Path) -> None:
     """
     import pandas as pd
 
-    from geffect_fast.report.compare_plots import comparison_figures
-    from geffect_fast.report.curves import save_figures
-
-    write_csv(pd.DataFrame(comparison_rows(runs)), folder / "summary.csv")
+    rows = comparison_rows(runs)
+    if has_intervals(runs):
+        for row, intervals in zip(rows, comparison_intervals(runs), strict=True):
+            for name, bounds in intervals.items():
+                row |= zip((f"{name}_low", f"{name}_high"), bounds, strict=True)
+    write_csv(pd.DataFrame(rows), folder / "summary.csv")
     columns = by_column(runs.drop_vars("risk_value_spread", errors="ignore"), "risk")
     if "group" in runs.dims:
         columns = by_column(columns, "group")
     table = columns.to_dataframe(dim_order=["run", "step"]).reset_index()
     write_csv(table, folder / "compare.csv")
-    plots = folder / "plots"
-    plots.mkdir()
-    save_figures(comparison_figures(runs), plots)

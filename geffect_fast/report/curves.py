@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from geffect_fast.results.intervals import LEVEL
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -33,6 +35,10 @@ MARKED = 30
 """Up to so many steps every one has a marker."""
 WIDE = 50.0
 """Values whose largest is so many times the ordinary one are drawn on a logarithmic scale."""
+SHADED = 0.16
+"""How opaque the interval about a line is."""
+SHADED_NOTE = f"Shaded: {100 * LEVEL:.0f} % intervals by the choice of the rows."
+BARS_NOTE = f"Bars: {100 * LEVEL:.0f} % intervals by the choice of the rows."
 DECADES = 6
 """The most decades that such a scale shows on one side of zero."""
 
@@ -58,6 +64,7 @@ def draw_lines(
     styles: Sequence[dict[str, Any]] | None = None,
     limits: tuple[float, float] | None = None,
     scaled: Sequence[np.ndarray] | None = None,
+    bands: Mapping[str, np.ndarray] | None = None,
 ) -> None:
     """Lines over steps in a panel; what is not finite is said in its title and marked below.
 
@@ -73,6 +80,7 @@ def draw_lines(
         styles: in place of those of `style_of`.
         limits: of the vertical axis, which is linear then.
         scaled: values that choose its scale, where panels share it; else those of the lines.
+        bands: bounds of intervals of some of the lines, `(2, S)`, by name.
     """
     from matplotlib.ticker import MaxNLocator
 
@@ -96,6 +104,8 @@ def draw_lines(
             zorder=3,
             **style,
         )
+        if bands and name in bands:
+            shade(panel, steps, bands[name], style["color"])
         lost = steps[absent:][~finite[absent:]]
         if lost.size:
             several = f"{lost.size} steps from {lost[0]}" if lost.size > 1 else f"step {lost[0]}"
@@ -121,6 +131,22 @@ def draw_lines(
         room = 0.02 * (steps[-1] - steps[0])
         panel.set_xlim(steps[0] - room, steps[-1] + room)
     dress(panel)
+
+
+def shade(panel: Axes, x: np.ndarray, bounds: np.ndarray, colour: Any) -> None:
+    """Shade an interval `(2, n)` about a line, where it is known and finite; alone it is a bar."""
+    known = np.isfinite(bounds).all(axis=0)
+    low, high = np.where(known, bounds, np.nan)
+    panel.fill_between(x, low, high, color=colour, alpha=SHADED, linewidth=0, zorder=2)
+    # a step between others that are not known has no area
+    alone = known & ~np.append(known[1:], False) & ~np.append(False, known[:-1])
+    panel.vlines(x[alone], low[alone], high[alone], color=colour, linewidth=1.2, zorder=2)
+
+
+def note(figure: Figure, text: str) -> None:
+    """Write a line above all panels, below what stands there."""
+    said = figure.get_suptitle()
+    figure.suptitle(f"{said}\n{text}" if said else text, fontsize=9, color=GREY)
 
 
 def dress(panel: Axes) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from geffect_fast.measure.sweep import HYPER
-from geffect_fast.report.summary import UNLEARN, Summary, summarise, total
+from geffect_fast.report.summary import UNKNOWN, UNLEARN, Summary, summarise, total
 from geffect_fast.results.told_apart import effect_errors, effect_spreads, told_apart
 
 if TYPE_CHECKING:
@@ -99,6 +99,21 @@ class Swept:
             dataset["pareto"].values,
             [family for family in families if family.at.size],
         )
+
+    @property
+    def bounds(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        """Low and high bounds of `e_u`, `e_r` and `collateral` by name; NaN where not known."""
+        found = {
+            "e_u": [row.intervals.get(UNLEARN, UNKNOWN) for row in self.rows],
+            "e_r": [row.intervals.get("retain", UNKNOWN) for row in self.rows],
+            "collateral": [row.collateral_interval for row in self.rows],
+        }
+        return {name: (low, high) for name, of in found.items() for low, high in [np.array(of).T]}
+
+    @property
+    def has_bounds(self) -> bool:
+        """Whether intervals are known."""
+        return any(row.intervals for row in self.rows)
 
     def picks(self, family: SweptFamily) -> dict[int, list[str]]:
         """The best of a family by its place in it, and in what; empty where all are undefined.

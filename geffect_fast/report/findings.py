@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from geffect_fast.report.summary import (
     HARDLY,
+    PERHAPS,
     UNCLEAR,
     UNLEARN,
     Summary,
@@ -16,8 +18,8 @@ from geffect_fast.report.summary import (
     shares,
     summarise,
 )
-from geffect_fast.report.table import number, question
-from geffect_fast.results.told_apart import told_apart
+from geffect_fast.report.table import bounds, number, question
+from geffect_fast.results.told_apart import has_intervals, row_spreads, told_apart
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -47,7 +49,7 @@ def findings(dataset: xr.Dataset) -> tuple[str, str, str]:
 def _what(rows: list[Summary]) -> str:
     good = [row for row in rows if row.forgets]
     broken = [row.objective for row in rows if row.verdict.startswith("undefined")]
-    unclear = sum(row.verdict == UNCLEAR for row in rows)
+    unclear = sum(row.verdict in (UNCLEAR, PERHAPS) for row in rows)
     tail = f", and {len(broken)} undefined ({', '.join(broken)})" if broken else ""
     if unclear:
         tail = f"; for {unclear} these rows do not tell{tail}"
@@ -104,8 +106,14 @@ def _cost(row: Summary) -> str:
     what = f"the {others[0]} risk" if len(others) == 1 else "the worst other risk"
     if row.collateral == 0:
         return f"{what} stays"
+    low, high = row.collateral_interval
+    if low <= 0 <= high:
+        return f"what {what} does is within noise, {bounds((low, high), '.2g')}"
     verb = "rises" if row.collateral > 0 else "falls"
-    return f"{what} {verb} by {number(abs(row.collateral), '.2g')}"
+    if row.collateral < 0:
+        low, high = -high, -low
+    known = "" if math.isnan(low) else f" {bounds((low, high), '.2g')}"
+    return f"{what} {verb} by {number(abs(row.collateral), '.2g')}{known}"
 
 
 def _where(dataset: xr.Dataset) -> str:
@@ -117,8 +125,16 @@ def _where(dataset: xr.Dataset) -> str:
         size = _mean_size(placed[1][:, at])
         if size is not None:
             top = int(size.argmax())
-            part = _PARTS.get(placed[0][top], placed[0][top])
-            clauses.append(f"{100 * size[top]:.0f} % of the unlearning effect sits in {part}")
+            names = [_PARTS.get(label, label) for label in placed[0]]
+            alike = [names[p] for p in _no_smaller(dataset, size, top)]
+            tell = (
+                f" (as far as these rows tell no more than in {' and '.join(alike)})"
+                if alike
+                else ""
+            )
+            clauses.append(
+                f"{100 * size[top]:.0f} % of the unlearning effect sits in {names[top]}{tell}"
+            )
     effect = by_sample(dataset)
     if effect is not None:
         size = _mean_size(effect.values[:, at])
@@ -139,9 +155,34 @@ def _where(dataset: xr.Dataset) -> str:
     return sentence[0].upper() + sentence[1:]
 
 
+def _no_smaller(dataset: xr.Dataset, size: np.ndarray, top: int) -> list[int]:
+    """Parts whose mean share the rows do not tell from the largest; none where that is not known.
+
+    A share `a_p = |e_p| / S` of parts moves by `(d|e_p| - a_p dS) / S`.
+    """
+    if not has_intervals(dataset) or "sample" not in dataset["g_effect"].dims:
+        return []
+    placed = by_place(dataset, blocks=False, rows=True)
+    assert placed is not None
+    rows = placed[1][:, [str(r) for r in dataset["risk"].values].index(UNLEARN)]
+    rows = rows[_usable(rows.sum(-1))]
+    effects = rows.sum(-1)
+    moved = 2 * np.sign(effects)[..., None] * row_spreads(rows, dataset["set"].values)
+    whole = np.abs(effects).sum(-1)[:, None, None]
+    part = np.abs(shares(effects))[..., None]
+    spread = ((moved - part * moved.sum(1, keepdims=True)) / whole).mean(0)
+    apart = told_apart(size, size[top], 0, 0, spread, spread[top])
+    return [int(p) for p in np.flatnonzero(~apart) if p != top]
+
+
+def _usable(values: np.ndarray) -> np.ndarray:
+    """Which objectives have finite effects, and any, `(K,)`."""
+    return np.isfinite(values).all(axis=-1) & (values != 0).any(axis=-1)
+
+
 def _mean_size(values: np.ndarray) -> np.ndarray | None:
     """Mean share of the size over the objectives that have any; None where none has."""
-    usable = np.isfinite(values).all(axis=-1) & (values != 0).any(axis=-1)
+    usable = _usable(values)
     if not usable.any():
         return None
     return np.abs(shares(values[usable])).mean(axis=0)

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from geffect_fast.report.curves import BARS_NOTE
 from geffect_fast.report.plots import blank_figure
+from geffect_fast.report.steps import bounds_of
 from geffect_fast.report.summary import UNLEARN, total
 from geffect_fast.results.told_apart import precision_error
 
@@ -48,18 +50,28 @@ def plot_frontier(result: xr.Dataset, best: xr.Dataset, file: Path) -> None:
 
     ga = [float(best[name].sum()) for name in ("token_e_u", "token_e_r")]
     reach = np.abs([[*e_u, ga[0]], [*e_r, ga[1]]]).max(axis=1)
-    labels, points, lost = [], [], []
+    labels, points, lost, bars = [], [], [], []
     risks = [str(risk) for risk in result["risk"].values]
-    effects = total(result)[:, [risks.index(UNLEARN), risks.index("retain")]]
-    for objective, effect in zip(map(str, result["objective"].values), effects, strict=True):
+    wanted = [risks.index(UNLEARN), risks.index("retain")]
+    effects, known = total(result)[:, wanted], bounds_of(result, "g_effect")
+    intervals = np.full((2, *effects.shape), np.nan) if known is None else known[:, :, wanted]
+    for k, objective in enumerate(map(str, result["objective"].values)):
+        effect = effects[k]
         if not np.isfinite(effect).all():
             lost.append(objective)
             continue
         divisor = _divisor(effect, ROOM * reach)
         labels.append(objective if divisor == 1 else f"{objective} ÷ {divisor:g}")
         points.append(effect / divisor)
+        bars.append(np.abs(intervals[:, k] - effect) / divisor)
     panel.margins(0.12)
     xy = np.array(points).reshape(-1, 2)
+    if known is not None and 0 < len(labels) <= MANY:
+        off = np.array(bars)
+        panel.errorbar(
+            xy[:, 0], xy[:, 1], xerr=off[:, :, 0].T, yerr=off[:, :, 1].T, fmt="none", ecolor=_GREY,
+            elinewidth=0.8, zorder=1,
+        )  # fmt: skip
     named = _name(panel, labels, xy) if len(labels) <= MANY else _colour(panel, labels, xy)
     panel.set_xlabel("e_u of all forget rows (left: raises the forget risk, removes)", fontsize=11)
     panel.set_ylabel("e_r (down: raises the retain risk, does damage)", fontsize=11)
@@ -77,6 +89,8 @@ def plot_frontier(result: xr.Dataset, best: xr.Dataset, file: Path) -> None:
     )
     if any("÷" in label for label in labels):
         note += "\n÷ k: drawn at a k-th of its size, where a step k times smaller puts it."
+    if known is not None and len(labels) <= MANY:
+        note += f"\n{BARS_NOTE}"
     if share := precision_error(result.attrs):
         note += f"\nIn 16 bits points may be off by {100 * share:.2g} %."
     panel.set_title(note, loc="left", fontsize=8, color=_GREY)

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from geffect_fast.report.curves import GREY, fit_scale, set_titles, shortened
-from geffect_fast.report.plots import blank_figure, part_ticks
-from geffect_fast.report.summary import by_place
+from geffect_fast.report.plots import NOISE_NOTE, blank_figure, mark_noise, part_ticks
+from geffect_fast.report.summary import by_place, place_widths
 from geffect_fast.report.table import symbol
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ def layer_maps(dataset: xr.Dataset, objectives: list[str]) -> Figure | None:
     if placed is None:
         return None
     labels, values = placed
+    widths = place_widths(dataset, blocks=True)
     steps = dataset["step"].values
     risks = [str(risk) for risk in dataset["risk"].values]
     present = [str(objective) for objective in dataset["objective"].values]
@@ -36,16 +37,21 @@ def layer_maps(dataset: xr.Dataset, objectives: list[str]) -> Figure | None:
     grid = figure.subplots(len(objectives), len(risks), squeeze=False)
     ticks = part_ticks(labels, 20)
     for row, objective in zip(grid, objectives, strict=True):
-        effect = values[:, present.index(objective)]
+        k = present.index(objective)
+        effect = values[:, k]
         for m, (panel, risk) in enumerate(zip(row, risks, strict=True)):
             title = f"e_{symbol(risk)} under {shortened(objective, 34)}"
             _map(figure, panel, steps, effect[:, m].T, title)
+            if widths is not None:
+                mark_noise(panel, steps, effect[:, m].T, widths[:, k, m].T)
             panel.set_yticks(list(ticks), list(ticks.values()) if m == 0 else [])
             panel.tick_params(labelsize=8, length=2)
     figure.supxlabel("update step", fontsize=10)
     figure.supylabel("part of the model, input (bottom) to output", fontsize=10)
     left_out = len(present) - len(objectives)
     note = "each map has its own scale; red: the risk rises, blue: it falls"
+    if widths is not None:
+        note += f"; {NOISE_NOTE}"
     if left_out:
         note += f"; objectives left out: {left_out}"
     figure.suptitle(note, fontsize=9, color=GREY)

@@ -29,6 +29,7 @@ from geffect_fast.results.dataset import sum_positions
 from geffect_fast.storage.disk import whole_file
 from geffect_fast.storage.run_folder import CONFIG, REPORT
 from geffect_fast.storage.run_yaml import read_values
+from geffect_fast.visible import one_line
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -89,7 +90,7 @@ def write_run_page(dataset: xr.Dataset, summed: xr.Dataset, folder: Path) -> Non
     """
     home = folder.parent if folder.name.startswith(".") else folder
     held = [place / CONFIG for place in (folder, home) if (place / CONFIG).is_file()]
-    name = home.absolute().name
+    name = one_line(home.absolute().name)
     configs = {name: read_values(held[0])} if held else None
     text = _html({name: dataset}, {name: last_step(summed)}, configs or {})
     (folder / REPORT).write_text(text, encoding="utf-8")

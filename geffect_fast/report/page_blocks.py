@@ -75,18 +75,39 @@ class HeatMap:
 
     @staticmethod
     def of(
-        caption: str, risk: str, columns: Sequence[str], names: Sequence[str], values: np.ndarray
+        caption: str,
+        risk: str,
+        columns: Sequence[str],
+        names: Sequence[str],
+        values: np.ndarray,
+        widths: np.ndarray | None = None,
     ) -> HeatMap:
-        """From effects `(names, columns)`; NaN and infinite ones are marked."""
+        """From effects `(names, columns)`; NaN and infinite ones are marked.
+
+        Given half of their intervals, those whose interval holds 0 are in brackets and without a
+        colour.
+        """
         rows = []
-        for name, effect in zip(names, values, strict=True):
+        offs = np.full(values.shape, np.nan) if widths is None else widths
+        for name, effect, off in zip(names, values, offs, strict=True):
             size = float(np.abs(effect[np.isfinite(effect)]).max(initial=0.0))
             cells = [
-                (goodness(risk, int(level)), mark(risk, int(level)), spoken(float(value)))
-                for level, value in zip(levels(effect, size), effect, strict=True)
+                _heat_cell(risk, int(level), float(value), float(width))
+                for level, value, width in zip(levels(effect, size), effect, off, strict=True)
             ]
             rows.append((name, number(size, ".2g"), cells))
         return HeatMap(caption, [c.replace("_", " ") for c in columns], rows)
+
+
+def _heat_cell(risk: str, level: int, value: float, width: float) -> tuple[int, str, str]:
+    """Goodness, mark and exact value of an effect with half of its interval, NaN: not known."""
+    exact = spoken(value)
+    if not math.isfinite(width) or not math.isfinite(value):
+        return goodness(risk, level), mark(risk, level), exact
+    exact = f"{exact} [{value - width:+.3e}, {value + width:+.3e}]"
+    if width < abs(value) or not level:
+        return goodness(risk, level), mark(risk, level), exact
+    return 0, f"({level:+d})", exact
 
 
 @dataclass(frozen=True)

@@ -21,14 +21,21 @@ from geffect_fast.report.page_blocks import (
     title_of,
 )
 from geffect_fast.report.plots import blank_figure, scatter_instances
-from geffect_fast.report.summary import UNLEARN, by_place, by_sample, shares, summarise
+from geffect_fast.report.summary import (
+    HARDLY,
+    UNLEARN,
+    Interval,
+    by_place,
+    by_sample,
+    place_widths,
+    shares,
+    summarise,
+)
 from geffect_fast.report.svg import Colours
 from geffect_fast.report.table import (
-    interval_line,
+    notes,
     number,
-    precision_line,
     question,
-    reference_line,
     symbol,
 )
 from geffect_fast.report.token_html import token_values
@@ -131,8 +138,7 @@ def _swept_verdicts(dataset: xr.Dataset) -> list[Block]:
 
 def _notes(dataset: xr.Dataset) -> list[Block]:
     """How to read the numbers, what they compare with, and how far to trust them."""
-    lines = [line(dataset.attrs) for line in (reference_line, interval_line, precision_line)]
-    return [Text(_NOTE, "note"), *(Text(line, "note") for line in lines if line)]
+    return [Text(_NOTE, "note"), *(Text(line, "note") for line in notes(dataset.attrs))]
 
 
 def layers(dataset: xr.Dataset) -> list[Block]:
@@ -141,6 +147,7 @@ def layers(dataset: xr.Dataset) -> list[Block]:
     if placed is None:
         return []
     labels, values = placed
+    widths = place_widths(dataset, blocks=True)
     objectives = [str(o) for o in dataset["objective"].values]
     if is_sweep(dataset):
         chosen = highlights(dataset)["objective"].values
@@ -155,6 +162,7 @@ def layers(dataset: xr.Dataset) -> list[Block]:
             labels,
             [objectives[k] for k in kept],
             values[kept, m],
+            None if widths is None else widths[kept, m],
         )
         for m, risk in enumerate(dataset["risk"].values)
     ]
@@ -162,6 +170,11 @@ def layers(dataset: xr.Dataset) -> list[Block]:
         "Each row by itself: 9 is its largest effect, which stands beside its name. Blue is wanted "
         "(the forget risk rises, any other does not); orange and a ! are unwanted."
     )
+    if widths is not None:
+        note += (
+            " In brackets, without colour: within what the choice of the rows that objectives read "
+            "moves, those of other risks not being told apart by part."
+        )
     return [*blocks, *left_out(len(objectives), "objectives", len(kept)), Text(note, "note")]
 
 
@@ -271,7 +284,6 @@ def cosines(dataset: xr.Dataset) -> list[Block]:
     if "cosine" not in dataset:
         return []
     rows = summarise(dataset)
-    values = np.array([list(row.cosines.values()) for row in rows])
     risks = list(rows[0].cosines)
     kept = thinned(np.arange(len(rows)), MOST_ROWS)
     table = Table(
@@ -280,8 +292,11 @@ def cosines(dataset: xr.Dataset) -> list[Block]:
         [
             [
                 rows[k].objective,
-                *(cell(float(v), "+.3f") for v in values[k]),
-                _read_cosines(dict(zip(risks, map(float, values[k]), strict=True))),
+                *(
+                    cell_with_interval(c, rows[k].cosine_intervals.get(risk), "+.3f")
+                    for risk, c in rows[k].cosines.items()
+                ),
+                read_cosines(rows[k].cosines, rows[k].cosine_intervals),
             ]
             for k in kept
         ],
@@ -290,22 +305,42 @@ def cosines(dataset: xr.Dataset) -> list[Block]:
     return [table, *left_out(len(rows), "objectives", len(kept))]
 
 
-def _read_cosines(by_risk: dict[str, float]) -> str:
-    """In words what the cosines say."""
+_ON_FORGET = {
+    -1: "removes",
+    0: "hardly touches it",
+    1: "reinforces",
+    None: "removes or not: within noise",
+}
+_ON_REST = {
+    -1: "costs the rest",
+    0: "leaves the rest",
+    1: "helps the rest",
+    None: "harms the rest or not: within noise",
+}
+
+
+def read_cosines(by_risk: Mapping[str, float], intervals: Mapping[str, Interval]) -> str:
+    """In words what cosines say, as far as all of their intervals say it.
+
+    Args:
+        by_risk: the cosines.
+        intervals: of them; empty or NaN where they are not known.
+    """
     if not all(map(np.isfinite, by_risk.values())):
         return "not defined"
-    removes = by_risk[UNLEARN]
-    others = [cosine for risk, cosine in by_risk.items() if risk != UNLEARN]
-    first = "removes" if removes < -0.1 else "reinforces" if removes > 0.1 else "hardly touches it"
-    worst = min(others, default=0.0)
-    second = (
-        "costs the rest"
-        if worst < -0.1
-        else "helps the rest"
-        if worst > 0.1
-        else ("leaves the rest")
-    )
-    return f"{first}, {second}"
+    known = {
+        risk: [c, *(bound for bound in intervals.get(risk, ()) if not np.isnan(bound))]
+        for risk, c in by_risk.items()
+    }
+    others = [known[risk] for risk in by_risk if risk != UNLEARN]
+    worst = [min(map(min, others), default=0.0), min(map(max, others), default=0.0)]
+    return f"{_ON_FORGET[_sign(known[UNLEARN])]}, {_ON_REST[_sign(worst)]}"
+
+
+def _sign(values: Sequence[float]) -> int | None:
+    """Of cosines: -1 or 1 beyond `HARDLY`, 0 within; None where they are not all alike."""
+    signs = {-1 if c < -HARDLY else 1 if c > HARDLY else 0 for c in values}
+    return signs.pop() if len(signs) == 1 else None
 
 
 def full_table(dataset: xr.Dataset) -> list[Block]:
@@ -321,10 +356,13 @@ def full_table(dataset: xr.Dataset) -> list[Block]:
     for k in kept:
         row = rows[k]
         found = [row.objective, cell(row.loss, ".4g")]
-        found += [cell(e, "+.4g") for e in row.effects.values()]
+        found += [
+            cell_with_interval(e, row.intervals.get(r), "+.4g") for r, e in row.effects.items()
+        ]
         found += [cell(c, "+.3f") for c in row.cosines.values()]
         found += [] if norms is None else [cell(float(norms[k]), ".4g")]
-        cells.append([*found, cell(row.collateral, ".3f"), row.verdict])
+        collateral = cell_with_interval(row.collateral, row.collateral_interval, ".3f")
+        cells.append([*found, collateral, row.verdict])
     blocks: list[Block] = [
         Table("All objectives", head, cells, frozenset([0, len(head) - 1])),
         *left_out(len(rows), "objectives", len(kept)),

@@ -8,7 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from geffect_fast.report.compare_table import comparison_rows, comparison_spreads
+from geffect_fast.report.compare_table import (
+    comparison_intervals,
+    comparison_rows,
+    comparison_spreads,
+)
 from geffect_fast.report.families import thinned
 from geffect_fast.report.findings import findings
 from geffect_fast.report.page_blocks import (
@@ -30,13 +34,20 @@ from geffect_fast.report.steps import (
     lead_objective,
     outcome_sentence,
     risk_words,
-    rows_sentence,
     trust_sentences,
 )
-from geffect_fast.report.summary import MUCH_HARM, UNLEARN, collateral_of, summarise
+from geffect_fast.report.summary import UNLEARN, Interval, summarise
 from geffect_fast.report.svg import Colours
 from geffect_fast.report.table import interval_line, symbol
-from geffect_fast.results.told_apart import precision_error, risk_spreads, told_apart
+from geffect_fast.report.turning import turning_sentence
+from geffect_fast.results.rows_needed import rows_note
+from geffect_fast.results.told_apart import (
+    half_width,
+    interval_of,
+    precision_error,
+    risk_spreads,
+    told_apart,
+)
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -56,55 +67,11 @@ def answer(dataset: xr.Dataset) -> list[Block]:
         "No prediction can be compared with what was measured: there is but one step, or none is "
         "finite."
     ]
-    few = rows_sentence(dataset.isel(step=0))
+    few = rows_note(dataset.isel(step=0))
     return [
         Text(outcome_sentence(dataset), "lead"),
         *(Text(sentence) for sentence in [*([few] if few else []), *sentences, *trust]),
     ]
-
-
-def turning_sentence(read: Steps) -> str:
-    """From which step on a further step of the lead objective costs more than it removes."""
-    lead = read.objectives[0]
-    costs = [
-        collateral_of(dict(zip(read.risks, map(float, effect), strict=True)), 0.0)
-        for effect in read.effects[:, 0]
-    ]
-    finite = np.isfinite(read.effects[:, 0]).all(axis=1)
-    # NaN where the forget risk would not even rise
-    bad = np.array([not cost <= MUCH_HARM for cost in costs])
-    lost = int((~finite).sum())
-    tail = f" At {lost} of {len(costs)} steps its effects are NaN or infinite." if lost else ""
-    good = np.flatnonzero(~bad)
-    if not bad.any():
-        return (
-            f"At every probed step a further small step on {lead} removes more than it costs any "
-            f"other risk.{tail}"
-        )
-    if not good.size:
-        return (
-            f"At no probed step does a further small step on {lead} remove more than it costs."
-            f"{tail}"
-        )
-    last = int(good[-1])
-    if last == len(costs) - 1:
-        return (
-            f"At {int(bad.sum())} of {len(costs)} probed steps a further small step on {lead} "
-            f"costs more than it removes, first at step {read.steps[int(bad.argmax())]}, but not "
-            f"at the last.{tail}"
-        )
-    why = (
-        "the forget risk would fall"
-        if math.isnan(costs[last + 1])
-        else (
-            f"the worst other risk would rise by {cell(costs[last + 1], '.2g')} for a unit rise of "
-            "the forget risk"
-        )
-    )
-    return (
-        f"From step {read.steps[last + 1]} on, a further small step on {lead} costs more than it "
-        f"removes: there {why}.{tail}"
-    )
 
 
 _NOTE = (
@@ -116,14 +83,18 @@ _NOTE = (
 def verdicts(dataset: xr.Dataset) -> list[Block]:
     """What a run came to, and every objective at its first and last step."""
     read = Steps.of(dataset)
-    outcome = Outcome.of(read.values, read.risks, risk_spreads(dataset))
+    spreads = risk_spreads(dataset)
+    outcome = Outcome.of(read.values, read.risks, spreads)
     trained = dataset.attrs.get("trained_objective")
     row = [
         str(trained or "checkpoints"),
         outcome.verdict,
         f"{read.steps[0]} to {read.steps[-1]}",
-        *(cell(change) for change in outcome.change.values()),
-        cell(outcome.cost, ".2g"),
+        *(
+            cell_with_interval(rise, interval_of(rise, moved))
+            for rise, moved in zip(outcome.change.values(), spreads[-1] - spreads[0], strict=True)
+        ),
+        cell_with_interval(outcome.cost, outcome.cost_interval, ".2g"),
     ]
     heads = [f"rise of the {risk_words(risk)}" for risk in outcome.change]
     measured = Table(
@@ -140,7 +111,7 @@ def verdicts(dataset: xr.Dataset) -> list[Block]:
 
 def compared_verdicts(both: xr.Dataset) -> list[Block]:
     """What each of several runs came to, on the steps that they share."""
-    rows = comparison_rows(both)
+    rows, intervals = comparison_rows(both), comparison_intervals(both)
     risks = [str(risk) for risk in both["risk"].values]
     steps, equal = both["step"].values, rows[0]["equal_removal"]
     table = Table(
@@ -155,11 +126,15 @@ def compared_verdicts(both: xr.Dataset) -> list[Block]:
                 row["run"],
                 row["objective"] if trained else "checkpoints",
                 row["verdict"],
-                *(cell(row[f"rise_{risk}"]) for risk in risks),
-                cell(row["cost"], ".3g"),
-                cell(row["harm_at_equal_removal"], ".3g"),
+                *(
+                    cell_with_interval(row[name], of.get(name), spec)
+                    for name, spec in (
+                        *((f"rise_{risk}", "+.3g") for risk in risks),
+                        *(("cost", ".3g"), ("harm_at_equal_removal", ".3g")),
+                    )
+                ),
             ]
-            for row, trained in zip(rows, both["trained"].values, strict=True)
+            for row, of, trained in zip(rows, intervals, both["trained"].values, strict=True)
         ],
         frozenset([0, 1, 2]),
     )
@@ -167,7 +142,8 @@ def compared_verdicts(both: xr.Dataset) -> list[Block]:
         f"{_NOTE} Harm at {cell(equal, '.2g')}: rise of the worst other risk when the forget risk "
         "first had risen so far, the most that all runs reach."
     )
-    return [table, Text(note, "note")]
+    drawn = interval_line(both.attrs)
+    return [table, *(Text(line, "note") for line in [note, *([drawn] if drawn else [])])]
 
 
 def _objectives(dataset: xr.Dataset) -> Table:
@@ -233,22 +209,42 @@ def full_table(dataset: xr.Dataset) -> list[Block]:
     read = Steps.of(dataset)
     lead = dataset.sel(objective=read.objectives[0])
     kept = [int(s) for s in thinned(np.arange(len(read.steps)), MOST_ROWS)]
-    columns: dict[str, np.ndarray] = {}
+    columns: dict[str, tuple[np.ndarray, np.ndarray | None]] = {}
     if "learning_rate" in dataset:
-        columns["lr"] = dataset["learning_rate"].values
+        columns["lr"] = dataset["learning_rate"].values, None
+    spreads = risk_spreads(dataset)
+    moved = spreads - np.roll(spreads, 1, axis=0)
     for m, risk in enumerate(read.risks):
-        columns[f"R_{symbol(risk)}"] = read.values[:, m]
-        columns[f"e_{symbol(risk)}"] = read.effects[:, 0, m]
+        values, effects = read.value_bounds, read.effect_bounds
+        columns[f"R_{symbol(risk)}"] = (
+            read.values[:, m],
+            None if values is None else values[:, :, m],
+        )
+        columns[f"e_{symbol(risk)}"] = (
+            read.effects[:, 0, m],
+            None if effects is None else effects[:, :, 0, m],
+        )
         names = {"cosine": "cos", "measured_change": "ΔR"}
         names |= {name: f"ΔR, {words}" for name, words in PREDICTIONS.items()}
         for name, words in names.items():
             if name in lead:
-                columns[f"{words} ({symbol(risk)})"] = lead[name].sel(risk=risk).values
+                found, bounds = lead[name].sel(risk=risk).values, None
+                if name == "measured_change" and moved.shape[-1]:
+                    bounds = found + np.outer([-1, 1], half_width(moved[:, m]))
+                columns[f"{words} ({symbol(risk)})"] = found, bounds
     for name, words in (("loss", "loss"), ("grad_norm", "|grad|")):
         if name in lead:
-            columns[words] = lead[name].values
+            columns[words] = lead[name].values, None
     rows = [
-        [str(read.steps[s]), *(cell(float(values[s]), ".4g") for values in columns.values())]
+        [
+            str(read.steps[s]),
+            *(
+                cell_with_interval(
+                    float(values[s]), None if bounds is None else tuple(bounds[:, s]), ".4g"
+                )
+                for values, bounds in columns.values()
+            ),
+        ]
         for s in kept
     ]
     return [
@@ -260,6 +256,13 @@ def full_table(dataset: xr.Dataset) -> list[Block]:
 def _with(name: str, alike: list[str]) -> str:
     """A run and those that the rows do not tell apart from it."""
     return f"{name} (as far as these rows tell no other than {', '.join(alike)})" if alike else name
+
+
+def _direction(value: float, interval: Interval) -> int:
+    """1 for a rise, -1 for none; 0 where its interval holds 0."""
+    if interval[0] <= 0 <= interval[1]:
+        return 0
+    return 1 if value > 0 else -1
 
 
 def compared_answer(
@@ -283,21 +286,33 @@ def compared_answer(
         off_x, off_y = (share * abs(row[name]) for row in (x, y))
         return bool(told_apart(x[name], y[name], off_x, off_y, of_x, of_y))
 
-    removed = [row for row in rows if row[f"rise_{UNLEARN}"] > 0]
+    rise = f"rise_{UNLEARN}"
+    side = [
+        _direction(row[rise], interval_of(row[rise], of))
+        for row, of in zip(rows, spreads[rise], strict=True)
+    ]
+    removed = [row for row, way in zip(rows, side, strict=True) if way == 1]
     sentences = []
     if removed:
-        rise = f"rise_{UNLEARN}"
         best = max(removed, key=lambda row: row[rise])
         alike = [
             row["run"]
             for row in removed
             if (share or known) and row is not best and not differ(row, best, rise)
         ]
-        also = f"; {', '.join(alike)} as much, as far as {tell}" if alike else ""
-        sentences.append(
-            f"Of {len(rows)} runs, {best['run']} raises the forget risk most, by "
-            f"{cell(best[rise], '.3g')}{also}."
-        )
+        least = min(removed, key=lambda row: row[rise])
+        if len(removed) > 1 and len(alike) == len(removed) - 1:
+            sentences.append(
+                f"{'All' if len(removed) == len(rows) else len(removed)} of {len(rows)} runs raise "
+                f"the forget risk, alike as far as {tell}: by {cell(least[rise], '.3g')} to "
+                f"{cell(best[rise], '.3g')}."
+            )
+        else:
+            also = f"; {', '.join(alike)} as much, as far as {tell}" if alike else ""
+            sentences.append(
+                f"Of {len(rows)} runs, {best['run']} raises the forget risk most, by "
+                f"{cell(best[rise], '.3g')}{also}."
+            )
     for name, words in (
         (
             "harm_at_equal_removal",
@@ -324,9 +339,13 @@ def compared_answer(
                 f"({cell(most[name], '.3g')}), {words}."
             )
             break
-    kept = [row["run"] for row in rows if row not in removed]
-    if kept:
-        sentences.append(f"The forget risk does not rise in {', '.join(kept)}.")
+    for way, words in (
+        (-1, "The forget risk does not rise in"),
+        (0, "Whether the forget risk rises is within what the choice of the rows moves in"),
+    ):
+        names = [row["run"] for row, of in zip(rows, side, strict=True) if of == way]
+        if names:
+            sentences.append(f"{words} {', '.join(names)}.")
     blocks: list[Block] = [Text(" ".join(sentences), "lead")]
     for name, dataset in runs.items():
         where = findings(models[name].sel(objective=[lead_objective(dataset)]))[1]

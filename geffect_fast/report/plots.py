@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from geffect_fast.report.summary import UNLEARN, by_place, by_sample
+from geffect_fast.report.summary import UNLEARN, by_place, by_sample, place_widths
 from geffect_fast.report.table import symbol
 
 if TYPE_CHECKING:
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _RISES, _FALLS = "#b2182b", "#2166ac"
+NOISE_NOTE = "dots: within what the choice of the rows that objectives read moves"
 _QUADRANTS = (
     (0.02, 0.98, "left", "top", "forgets,\nhelps the rest"),
     (0.02, 0.02, "left", "bottom", "forgets,\nharms the rest"),
@@ -38,12 +39,14 @@ def plot_layers(dataset: xr.Dataset, file: Path) -> bool:
     if placed is None:
         return False
     labels, values = placed
+    widths = place_widths(dataset, blocks=True)
     objectives = [str(o) for o in dataset["objective"].values]
     risks = [str(r) for r in dataset["risk"].values]
     width = min(max(0.42 * len(labels), 3.2), 12)
     figure = blank_figure(2.4 + len(risks) * (width + 0.9), 1.6 + 0.36 * len(objectives))
     panels = figure.subplots(1, len(risks), sharey=True, squeeze=False)[0]
-    for panel, risk, effect in zip(panels, risks, values.transpose(1, 0, 2), strict=True):
+    for m, (panel, risk) in enumerate(zip(panels, risks, strict=True)):
+        effect = values[:, m]
         scale = np.abs(np.nan_to_num(effect)).max(axis=1)
         shown = np.divide(
             effect, scale[:, None], out=np.zeros_like(effect), where=scale[:, None] > 0
@@ -52,6 +55,8 @@ def plot_layers(dataset: xr.Dataset, file: Path) -> bool:
         image = panel.imshow(
             np.ma.masked_invalid(shown), cmap="RdBu", vmin=-1, vmax=1, aspect="auto"
         )
+        if widths is not None:
+            mark_noise(panel, np.arange(len(labels)), effect, widths[:, m])
         panel.set_facecolor("#999999")
         panel.set_title(f"e_{symbol(risk)}: effect on the {risk} risk", fontsize=11)
         ticks = part_ticks(labels)
@@ -68,12 +73,26 @@ def plot_layers(dataset: xr.Dataset, file: Path) -> bool:
         panel.tick_params(length=0)
         panel.spines[:].set_visible(False)
     panels[0].set_ylabel("objective", fontsize=11)
-    figure.supxlabel("part of the model, input to output (numbers: blocks)", fontsize=11)
+    noise = "" if widths is None else f"\n{NOISE_NOTE}"
+    figure.supxlabel(f"part of the model, input to output (numbers: blocks){noise}", fontsize=11)
     bar = figure.colorbar(image, ax=panels, fraction=0.025, pad=0.01, ticks=[-1, 0, 1])
     bar.ax.set_yticklabels(["−1  risk rises", "0", "+1  risk falls"], fontsize=9)
     bar.set_label("effect / max |e| of its row", fontsize=9)
     figure.savefig(file, dpi=150)
     return True
+
+
+def mark_noise(panel: Axes, x: np.ndarray, values: np.ndarray, widths: np.ndarray) -> None:
+    """Dots on the cells of a heat map `(rows, columns)` whose interval holds 0.
+
+    Args:
+        panel: of the map.
+        x: middles of its columns.
+        values: they.
+        widths: half of their intervals; NaN: not known.
+    """
+    rows, columns = np.nonzero((widths >= np.abs(values)) & (values != 0))
+    panel.plot(x[columns], rows, ".", color="#333333", markersize=3, rasterized=True)
 
 
 def plot_instances(dataset: xr.Dataset, file: Path) -> bool:

@@ -6,10 +6,20 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from geffect_fast.report.curves import COLOURS, GREY, draw_lines, dress, fit_scale, legend_below
+from geffect_fast.report.curves import (
+    COLOURS,
+    GREY,
+    SHADED_NOTE,
+    draw_lines,
+    dress,
+    fit_scale,
+    legend_below,
+    note,
+)
 from geffect_fast.report.plots import blank_figure
 from geffect_fast.report.steps import PREDICTIONS, agreements, risk_words, trust_sentences
 from geffect_fast.report.table import number
+from geffect_fast.results.told_apart import half_width, risk_spreads
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -43,14 +53,20 @@ def prediction_figure(dataset: xr.Dataset) -> Figure | None:
     styles = [{"color": COLOURS[4], "linestyle": "-"}]
     colours = dict(zip(PREDICTIONS, COLOURS, strict=False))
     styles += [{"color": colours[name], "linestyle": DRAWN[name][0]} for name in found]
+    spreads, bands = risk_spreads(dataset), None
+    if spreads.shape[-1]:
+        note(figure, SHADED_NOTE)
+        widths = half_width(spreads - np.roll(spreads, 1, axis=0))
     for m, risk in enumerate(risks):
+        if spreads.shape[-1]:
+            bands = {"measured": measured[:, m] + np.outer([-1, 1], widths[:, m])}
         lines = {"measured": measured[:, m]}
         lines |= {f"predicted {PREDICTIONS[name]}": predicted[name][:, m] for name in found}
         trust = next(iter(found.values()))[risk].words
         title = f"change of the {risk_words(risk)}\nfirst order: {trust}"
         draw_lines(
             upper[m], dataset["step"].values, lines, title=title, words="since the step before",
-            absent=1, styles=styles,
+            absent=1, styles=styles, bands=bands,
         )  # fmt: skip
         panel = lower[m]
         both = [measured[:, m], *(predicted[name][:, m] for name in found)]

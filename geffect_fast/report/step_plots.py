@@ -9,14 +9,16 @@ import numpy as np
 
 from geffect_fast.report.curves import (
     COLOURS,
-    GREY,
+    SHADED_NOTE,
     draw_lines,
     legend_below,
+    note,
     set_titles,
     shortened,
 )
 from geffect_fast.report.families import thinned
 from geffect_fast.report.layer_maps import layer_maps
+from geffect_fast.report.parts import Drawings
 from geffect_fast.report.plots import blank_figure
 from geffect_fast.report.prediction_plot import prediction_figure
 from geffect_fast.report.steps import (
@@ -24,7 +26,7 @@ from geffect_fast.report.steps import (
     outcome_sentence,
     risk_words,
 )
-from geffect_fast.report.summary import UNLEARN, by_place
+from geffect_fast.report.summary import UNLEARN, by_place, place_widths
 from geffect_fast.report.table import number, symbol
 
 if TYPE_CHECKING:
@@ -41,6 +43,9 @@ MAPPED = 3
 BANDS = ((0.0, 1.0, 0.12), (0.05, 0.95, 0.2), (0.25, 0.75, 0.35))
 """Quantiles between which token weights are shaded, and how darkly."""
 
+PARTS_NOTE = f"{SHADED_NOTE[:-1]} that objectives read."
+"""Those of other risks are not told apart by part."""
+
 
 def step_figures(dataset: xr.Dataset) -> dict[str, Figure]:
     """All figures of a step result by file stem, in the order in which a reader wants them.
@@ -52,18 +57,24 @@ def step_figures(dataset: xr.Dataset) -> dict[str, Figure]:
     Args:
         dataset: with a first axis `step`.
     """
+    drawn = {name: draw() for name, draw in step_drawings(dataset).items()}
+    return {name: figure for name, figure in drawn.items() if figure is not None}
+
+
+def step_drawings(dataset: xr.Dataset) -> Drawings:
+    """How the figures of `step_figures` are made, one by one."""
     read = Steps.of(dataset)
-    figures = {
-        "effects": _effects(read),
-        "risks": _risks(read, dataset),
-        "groups": _groups(read, dataset),
-        "layers": layer_maps(dataset, [read.objectives[k] for k in _shown(read)[:MAPPED]]),
-        "prediction": prediction_figure(dataset),
-        "cosines": _cosines(read, dataset),
-        "norms": _norms(read, dataset),
-        "token_weights": _token_weights(read, dataset),
+    mapped = [read.objectives[k] for k in _shown(read)[:MAPPED]]
+    return {
+        "effects": lambda: _effects(read),
+        "risks": lambda: _risks(read, dataset),
+        "groups": lambda: _groups(read, dataset),
+        "layers": lambda: layer_maps(dataset, mapped),
+        "prediction": lambda: prediction_figure(dataset),
+        "cosines": lambda: _cosines(read, dataset),
+        "norms": lambda: _norms(read, dataset),
+        "token_weights": lambda: _token_weights(read, dataset),
     }
-    return {name: figure for name, figure in figures.items() if figure is not None}
 
 
 def effect_words(risk: str) -> tuple[str, str]:
@@ -101,8 +112,11 @@ def _effects(read: Steps) -> Figure:
     shown = _shown(read)
     for m, (panel, risk) in enumerate(zip(panels, read.risks, strict=True)):
         lines = {read.objectives[k]: read.effects[:, k, m] for k in shown}
+        bands = None
+        if read.effect_bounds is not None:
+            bands = {read.objectives[k]: read.effect_bounds[:, :, k, m] for k in shown}
         title, words = effect_words(risk)
-        draw_lines(panel, read.steps, lines, title=title, words=words)
+        draw_lines(panel, read.steps, lines, title=title, words=words, bands=bands)
     legend_below(figure, panels[0])
     lead = ", ".join(
         f"e_{symbol(risk)} {_ends(read.effects[:, 0, m])}" for m, risk in enumerate(read.risks)
@@ -110,7 +124,9 @@ def _effects(read: Steps) -> Figure:
     left_out = len(read.objectives) - len(shown)
     more = f"; objectives left out: {left_out}" if left_out else ""
     if left_out:
-        figure.suptitle(f"objectives left out: {left_out}", fontsize=9, color=GREY)
+        note(figure, f"objectives left out: {left_out}")
+    if read.effect_bounds is not None:
+        note(figure, SHADED_NOTE)
     figure.set_label(
         f"G-effects of {', '.join(read.objectives[k] for k in shown)} {_over(read.steps)}: "
         f"{read.objectives[0]} has {lead}{more}."
@@ -125,9 +141,14 @@ def _risks(read: Steps, dataset: xr.Dataset) -> Figure:
     title = f"Risks while trained on {trained}" if trained else "Risks"
     title = "\n".join(textwrap.wrap(title, 70))
     words = f"risk ({dataset.attrs.get('risk', 'nll')})"
+    bands = None
+    if read.value_bounds is not None:
+        bands = {risk_words(r): read.value_bounds[:, :, m] for m, r in enumerate(read.risks)}
+        note(figure, SHADED_NOTE)
     draw_lines(
-        panel, read.steps, lines, title=title, words=words, positive=bool((read.values > 0).all())
-    )
+        panel, read.steps, lines, title=title, words=words,
+        positive=bool((read.values > 0).all()), bands=bands,
+    )  # fmt: skip
     legend_below(figure, panel)
     figure.set_label(outcome_sentence(dataset))
     return figure
@@ -141,11 +162,21 @@ def _groups(read: Steps, dataset: xr.Dataset) -> Figure | None:
     labels, values = placed
     at = _place(dataset, read.objectives[0])
     figure, panels = panels_for(len(read.risks))
+    figure.suptitle(f"Parts of the model under {shortened(read.objectives[0], 70)}", fontsize=10)
+    widths = place_widths(dataset, blocks=False)
+    if widths is not None:
+        note(figure, PARTS_NOTE)
     for m, (panel, risk) in enumerate(zip(panels, read.risks, strict=True)):
-        lines = {label.replace("_", " "): values[:, at, m, p] for p, label in enumerate(labels)}
+        names = [label.replace("_", " ") for label in labels]
+        lines = {name: values[:, at, m, p] for p, name in enumerate(names)}
+        bands = None
+        if widths is not None:
+            bands = {
+                name: values[:, at, m, p] + np.outer([-1, 1], widths[:, at, m, p])
+                for p, name in enumerate(names)
+            }
         title, words = effect_words(risk)
-        draw_lines(panel, read.steps, lines, title=title, words=words)
-    figure.suptitle(f"Parts of the model under {shortened(read.objectives[0], 70)}", fontsize=11)
+        draw_lines(panel, read.steps, lines, title=title, words=words, bands=bands)
     legend_below(figure, panels[0])
     figure.set_label(
         f"G-effects of {read.objectives[0]} by part of the model ({', '.join(labels)}) "
@@ -233,11 +264,10 @@ def _token_weights(read: Steps, dataset: xr.Dataset) -> Figure | None:
     for panel, (objective, name, flat) in zip(panels, drawn, strict=True):
         title = f"{shortened(objective, 34)}: {name} rows"
         _bands(panel, read.steps, flat, title)
-    note = "weight on a token: d objective / d log-probability; above 0 it is pushed away"
+    about = "weight on a token: d objective / d log-probability; above 0 it is pushed away"
     if left_out:
-        note += f"; panels left out: {left_out}"
-    width = int(15 * figure.get_figwidth())
-    figure.suptitle(textwrap.fill(note, width), fontsize=9, color=GREY)
+        about += f"; panels left out: {left_out}"
+    note(figure, textwrap.fill(about, int(15 * figure.get_figwidth())))
     legend_below(figure, panels[0])
     figure.set_label(
         f"Quantiles over tokens of the weights that "

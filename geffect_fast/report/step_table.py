@@ -20,7 +20,6 @@ from geffect_fast.report.steps import (
     outcome_sentence,
     risk_intervals,
     risk_words,
-    rows_sentence,
 )
 from geffect_fast.report.summary import summarise
 from geffect_fast.report.table import (
@@ -32,6 +31,7 @@ from geffect_fast.report.table import (
     totals_table,
     with_interval,
 )
+from geffect_fast.results.rows_needed import rows_note
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -49,7 +49,7 @@ NOTE = (
 def render_steps(dataset: xr.Dataset) -> RenderableType:
     """All tables of a step result, for `rich.console.Console.print`."""
     parts: list[RenderableType] = [steps_table(dataset), Text(NOTE, style="dim"), Text()]
-    if few := rows_sentence(dataset.isel(step=0)):
+    if few := rows_note(dataset.isel(step=0)):
         parts += [Text(few), Text()]
     if dataset.sizes["objective"] > 1:
         last = last_step(dataset)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from geffect_fast.report.summary import (
+    LEAD,
     NEGLIGIBLE,
     UNKNOWN,
     UNLEARN,
@@ -25,6 +26,7 @@ from geffect_fast.results.told_apart import (
     interval_of,
     ratio_spread,
     risk_spreads,
+    told_apart,
 )
 from geffect_fast.storage.csv_cells import write_csv
 
@@ -44,12 +46,28 @@ FACTOR, WORST_FACTOR = 1.5, 3.0
 their sum, and none is beyond the second, but for changes of next to nothing."""
 SMALL = 0.05
 """The share of the largest change or prediction below which both are next to nothing."""
-WIDE = 0.2
-"""The relative deviation up to which an interval of e_u is narrow enough not to be spoken of."""
 HALF, MOST = 0.5, 0.9
 """The relative error that most predictions must keep to: how much, and how many."""
 FEW = 3
 """Fewer changes than this tell nothing about a correlation."""
+
+
+BOUNDED = ("g_effect", "risk_value", "collateral")
+"""Of these a result may hold the bounds of intervals."""
+
+
+def bounds_of(dataset: xr.Dataset, name: str) -> np.ndarray | None:
+    """Low and high bounds of intervals, `(2, ...)`, axes in the order of `LEAD`; None: not known.
+
+    Args:
+        dataset: a result, or runs that are compared.
+        name: of `BOUNDED`, or another variable with `_low` and `_high`.
+    """
+    if f"{name}_low" not in dataset:
+        return None
+    sides = [dataset[f"{name}_{side}"] for side in ("low", "high")]
+    dims = [d for d in ("run", *LEAD) if d in sides[0].dims]
+    return np.stack([side.transpose(*dims, ...).values for side in sides])
 
 
 def has_steps(dataset: xr.Dataset) -> bool:
@@ -84,6 +102,9 @@ class Steps:
         risks: their names.
         effects: G-effects of the whole forget data `(S, K, M)`.
         values: of the risks `(S, M)`.
+        effect_bounds: of intervals of the effects, low and high, `(2, S, K, M)`; None: not known.
+        value_bounds: those of the risks, `(2, S, M)`.
+        collateral_bounds: those of collateral, `(2, S, K)`.
     """
 
     steps: np.ndarray
@@ -91,6 +112,9 @@ class Steps:
     risks: list[str]
     effects: np.ndarray
     values: np.ndarray
+    effect_bounds: np.ndarray | None = None
+    value_bounds: np.ndarray | None = None
+    collateral_bounds: np.ndarray | None = None
 
     @staticmethod
     def of(dataset: xr.Dataset) -> Steps:
@@ -98,12 +122,16 @@ class Steps:
         lead = lead_objective(dataset)
         given = [str(objective) for objective in dataset["objective"].values]
         order = sorted(range(len(given)), key=lambda k: given[k] != lead)
+        effects, values, collateral = (bounds_of(dataset, name) for name in BOUNDED)
         return Steps(
             dataset["step"].values,
             [given[k] for k in order],
             [str(risk) for risk in dataset["risk"].values],
             total(dataset)[:, order],
             dataset["risk_value"].transpose("step", "risk").values,
+            None if effects is None else effects[:, :, order],
+            values,
+            None if collateral is None else collateral[:, :, order],
         )
 
 
@@ -117,12 +145,14 @@ class Outcome:
         cost: rise of the worst other risk for a unit rise of the forget risk; NaN where that did
             not rise.
         verdict: a word or two, those of an objective's summary.
+        cost_interval: of `cost`, by the choice of rows; NaN where it is not known.
     """
 
     start: dict[str, float]
     change: dict[str, float]
     cost: float
     verdict: str
+    cost_interval: Interval = UNKNOWN
 
     @staticmethod
     def of(values: np.ndarray, risks: list[str], spreads: np.ndarray | None = None) -> Outcome:
@@ -145,7 +175,7 @@ class Outcome:
         of_cost = cost_spread(change, cost, moved)
         harm = interval_of(cost, of_cost)
         verdict = verdict_of(effects, {}, cost, negligible, (-high, -low), harm)
-        return Outcome(start, change, cost, verdict)
+        return Outcome(start, change, cost, verdict, harm)
 
 
 def cost_spread(change: dict[str, float], cost: float, moved: np.ndarray) -> np.ndarray:
@@ -270,60 +300,51 @@ def risk_intervals(dataset: xr.Dataset) -> list[Interval]:
     return list(zip(low, high, strict=True))
 
 
-def rows_sentence(dataset: xr.Dataset) -> str:
-    """How wide the interval of e_u is for the rows measured, and what would make it narrower.
-
-    Empty where it is narrow enough (`WIDE`), or not known.
-
-    Args:
-        dataset: a result at one step.
-    """
-    if not has_intervals(dataset):
-        return ""
-    one = dataset.sel(objective=lead_objective(dataset), risk=UNLEARN)
-    effect = one["g_effect"]
-    e_u = float(effect.sum(skipna=False))
-    low, high = float(one["g_effect_low"]), float(one["g_effect_high"])
-    n = int(dataset.attrs["n_forget"])
-    if math.isnan(low):
-        return "No interval of e_u can be given from one row; --probe-rows 20 measures more."
-    off = max(high - e_u, e_u - low) / abs(e_u) if e_u else math.inf
-    if off <= WIDE:
-        return ""
-    at = f" at step {int(dataset['step'])}" if "step" in dataset.coords else ""
-    wanted = math.ceil(n * (off / WIDE) ** 2)
-    # from an interval as wide as the number itself the rows that it takes cannot be told
-    more = f"about {wanted:,} rows (--probe-rows {wanted})" if off < 1 else "all (--probe-rows all)"
-    uncertain = f"by {100 * off:.0f} %" if off < 1 else "by more than itself"
-    return (
-        f"e_u{at} is {number(e_u)} {bounds((low, high))}: the choice of {n} forget rows makes it "
-        f"uncertain {uncertain}, not by {100 * WIDE:.0f} % at most; measure {more} to know it "
-        "better."
-    )
-
-
 def outcome_sentence(dataset: xr.Dataset) -> str:
-    """What the run removed, and at what cost."""
-    read = Steps.of(dataset)
-    outcome = Outcome.of(read.values, read.risks, risk_spreads(dataset))
+    """What the run removed, and at what cost; without a direction where the rows tell none."""
+    read, spreads = Steps.of(dataset), risk_spreads(dataset)
+    outcome = Outcome.of(read.values, read.risks, spreads)
+    moved = dict(zip(read.risks, spreads[-1] - spreads[0], strict=True))
     trained = dataset.attrs.get("trained_objective")
     start = f"Trained on {trained}, from" if trained else "From"
-    moves = [
-        f"the {risk_words(risk)} {'rises' if rise >= 0 else 'falls'} by "
-        f"{number(abs(rise), '.3g')} (from {number(outcome.start[risk], '.3g')})"
-        for risk, rise in outcome.change.items()
-    ]
+    moves = []
+    for risk, rise in outcome.change.items():
+        low, high = interval_of(rise, moved[risk])
+        if low <= 0 <= high:
+            verb, size = "moves within noise, by", number(rise, "+.3g")
+        else:
+            verb, size = f"{'rises' if rise >= 0 else 'falls'} by", number(abs(rise), ".3g")
+            low, high = (low, high) if rise >= 0 else (-high, -low)
+        known = "" if math.isnan(low) else f" {bounds((low, high), '.3g')}"
+        of = number(outcome.start[risk], ".3g")
+        moves.append(f"the {risk_words(risk)} {verb} {size}{known} (from {of})")
     cost = ""
     if len(moves) > 1 and math.isfinite(outcome.cost):
-        cost = ", at no cost elsewhere"
-        if outcome.cost > 0:
-            others = {risk: rise for risk, rise in outcome.change.items() if risk != UNLEARN}
-            worst = max(others, key=others.__getitem__)
-            price = number(outcome.cost, ".2g")
-            cost = f", at a cost of {price} of the {risk_words(worst)} for a unit of forgetting"
+        cost = _cost_words(outcome, moved)
     return (
         f"{start} step {read.steps[0]} to {read.steps[-1]} {', '.join(moves)}{cost}: "
         f"{outcome.verdict}."
+    )
+
+
+def _cost_words(outcome: Outcome, moved: dict[str, np.ndarray]) -> str:
+    """What removal cost the worst other risk, which is named where it is told from the others."""
+    low, high = outcome.cost_interval
+    if max(outcome.cost, -math.inf if math.isnan(high) else high) <= 0:
+        return ", at no cost elsewhere"
+    if low <= 0 <= high:
+        return f", at a cost elsewhere within noise, {bounds((low, high), '.2g')}"
+    others = {risk: rise for risk, rise in outcome.change.items() if risk != UNLEARN}
+    worst = max(others, key=others.__getitem__)
+    alike = any(
+        moved[worst].size and not told_apart(rise, others[worst], 0, 0, moved[risk], moved[worst])
+        for risk, rise in others.items()
+        if risk != worst
+    )
+    known = "" if math.isnan(low) else f" {bounds((low, high), '.2g')}"
+    return (
+        f", at a cost of {number(outcome.cost, '.2g')}{known} of the "
+        f"{'worst other risk' if alike else risk_words(worst)} for a unit of forgetting"
     )
 
 

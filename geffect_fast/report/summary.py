@@ -11,13 +11,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from geffect_fast.results.axes import GROUPS, OUTSIDE
-from geffect_fast.results.intervals import NEGLIGIBLE
+from geffect_fast.results.intervals import NEGLIGIBLE, cosine_interval
 from geffect_fast.results.told_apart import (
     collateral_error,
     effect_errors,
     effect_spreads,
+    half_width,
     has_intervals,
     ratio_spread,
+    row_spreads,
 )
 from geffect_fast.storage.csv_cells import csv_cell
 
@@ -35,6 +37,8 @@ HARDLY = 0.1
 MOSTLY_HARM = "mostly harm"
 UNCLEAR, HARM_UNCLEAR = "within noise", "forgets, harm unclear"
 """Verdicts where the interval of e_u holds 0, and where that of collateral allows several."""
+PERHAPS = "perhaps hardly forgets"
+"""The verdict where the interval of the cosine with the forget risk holds `-HARDLY`."""
 
 Interval = tuple[float, float]
 UNKNOWN: Interval = (math.nan, math.nan)
@@ -55,6 +59,7 @@ class Summary:
         collateral_error: by how much `collateral` may be off in the precision of the result; 0
             where that is not known.
         intervals: of the effect on each risk, by the choice of rows; empty where not known.
+        cosine_intervals: the same of cosines.
         collateral_interval: the same of collateral.
         collateral_spread: what each row moves it by, `(rows,)`, as `told_apart` takes it.
     """
@@ -67,6 +72,7 @@ class Summary:
     verdict: str
     collateral_error: float = 0.0
     intervals: dict[str, Interval] = field(default_factory=dict)
+    cosine_intervals: dict[str, Interval] = field(default_factory=dict)
     collateral_interval: Interval = UNKNOWN
     collateral_spread: np.ndarray = field(default_factory=lambda: np.zeros(0))
 
@@ -95,6 +101,11 @@ def summarise(dataset: xr.Dataset) -> list[Summary]:
             cosine = dict(zip(risks, map(float, cosines[i]), strict=True))
         collateral = collateral_of(effect, NEGLIGIBLE * largest)
         intervals, of_collateral = bounds[i]
+        of_cosines = {
+            risk: cosine_interval(c, effect[risk], intervals[risk])
+            for risk, c in cosine.items()
+            if risk in intervals
+        }
         summaries.append(
             Summary(
                 objective=str(objective),
@@ -109,9 +120,11 @@ def summarise(dataset: xr.Dataset) -> list[Summary]:
                     NEGLIGIBLE * largest,
                     intervals.get(UNLEARN, UNKNOWN),
                     of_collateral,
+                    of_cosines.get(UNLEARN, UNKNOWN),
                 ),
                 collateral_error=_error_of_collateral(effect, collateral, errors[i]),
                 intervals=intervals,
+                cosine_intervals=of_cosines,
                 collateral_interval=of_collateral,
                 collateral_spread=_spread_of_collateral(effect, collateral, spreads[i]),
             )
@@ -187,12 +200,15 @@ def by_sample(dataset: xr.Dataset) -> xr.DataArray | None:
     return effect.transpose(*lead, "sample")[..., (effect["set"] == "forget").values]
 
 
-def by_place(dataset: xr.Dataset, blocks: bool) -> tuple[list[str], np.ndarray] | None:
+def by_place(
+    dataset: xr.Dataset, blocks: bool, *, rows: bool = False
+) -> tuple[list[str], np.ndarray] | None:
     """G-effects of parts of the model, front to back.
 
     Args:
         dataset: a result.
         blocks: every block by itself (True), where the result tells them apart, or groups of them.
+        rows: keep samples apart, in a last axis.
 
     Returns:
         Labels and values `(objective, risk, len(labels))`, of a step result `(step, objective,
@@ -203,9 +219,9 @@ def by_place(dataset: xr.Dataset, blocks: bool) -> tuple[list[str], np.ndarray] 
     if axis is None:
         return None
     lead = [d for d in LEAD if d in effect.dims]
-    rest = [d for d in effect.dims if d not in (*lead, axis)]
-    effect = effect.sum(rest, skipna=False)
-    effect = effect.transpose(*lead, axis)
+    kept_dims = [*lead, axis, *(["sample"] if rows else [])]
+    effect = effect.sum([d for d in effect.dims if d not in kept_dims], skipna=False)
+    effect = effect.transpose(*kept_dims)
     groups = [str(group) for group in effect["group"].values]
     numbers = effect["block"].values if "block" in effect.coords else [OUTSIDE] * len(groups)
     labels: list[str] = []
@@ -215,9 +231,28 @@ def by_place(dataset: xr.Dataset, blocks: bool) -> tuple[list[str], np.ndarray] 
         label = str(block) if blocks and block != OUTSIDE else group
         where[label] = (place, int(block) if blocks else 0)
         labels.append(label)
-    kept = sorted(where, key=where.__getitem__)
-    parts = [effect.values[..., [label == part for label in labels]].sum(axis=-1) for part in kept]
-    return kept, np.stack(parts, axis=-1)
+    kept, at = sorted(where, key=where.__getitem__), len(lead)
+    parts = [
+        np.compress([label == part for label in labels], effect.values, axis=at).sum(axis=at)
+        for part in kept
+    ]
+    return kept, np.stack(parts, axis=at)
+
+
+def place_widths(dataset: xr.Dataset, blocks: bool) -> np.ndarray | None:
+    """Half of the intervals of `by_place`'s values; None where they are not known.
+
+    By the rows that objectives read, of which the forget rows make both gradients; what the rows of
+    other risks add is not told apart by part.
+    """
+    if not has_intervals(dataset) or "sample" not in dataset["g_effect"].dims:
+        return None
+    placed = by_place(dataset, blocks, rows=True)
+    if placed is None:
+        return None
+    widths = half_width(row_spreads(placed[1], dataset["set"].values))
+    widths[..., [str(risk) for risk in dataset["risk"].values].index(UNLEARN), :] *= 2
+    return widths
 
 
 def shares(values: np.ndarray) -> np.ndarray:
@@ -279,6 +314,7 @@ def verdict_of(
     negligible: float,
     e_u: Interval = UNKNOWN,
     harm: Interval = UNKNOWN,
+    cosine: Interval = UNKNOWN,
 ) -> str:
     """An objective in a word or two: whether it forgets, and what that costs.
 
@@ -289,6 +325,7 @@ def verdict_of(
         negligible: the size below which an effect is none.
         e_u: interval of the effect on the forget risk; NaN: not known.
         harm: that of collateral.
+        cosine: that of the cosine with the forget risk's gradient.
     """
     if not all(map(math.isfinite, effects.values())):
         return "undefined (NaN)"
@@ -298,11 +335,17 @@ def verdict_of(
         return UNCLEAR
     if math.isnan(collateral):
         return "does not forget"
-    if cosines and cosines[UNLEARN] > -HARDLY:
-        return "hardly forgets"
-    known = [bound for bound in (collateral, *harm) if not math.isnan(bound)]
-    words = {_harm_words(bound) for bound in known}
+    if cosines:
+        hardly = {bound > -HARDLY for bound in _known(cosines[UNLEARN], cosine)}
+        if True in hardly:
+            return "hardly forgets" if len(hardly) == 1 else PERHAPS
+    words = {_harm_words(bound) for bound in _known(collateral, harm)}
     return words.pop() if len(words) == 1 else HARM_UNCLEAR
+
+
+def _known(value: float, interval: Interval) -> list[float]:
+    """A number and the bounds of its interval, as far as they are known."""
+    return [value, *(bound for bound in interval if not math.isnan(bound))]
 
 
 def _harm_words(collateral: float) -> str:

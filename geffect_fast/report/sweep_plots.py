@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from geffect_fast.report.curves import BARS_NOTE, SHADED_NOTE, note, shade
 from geffect_fast.report.families import Swept, SweptFamily, thinned
 from geffect_fast.report.plots import blank_figure
 
@@ -36,6 +37,8 @@ _ROWS = {
 }
 LEGEND, NAMED = 10, 10
 """How many lines or families a legend holds, and how many of a front's objectives are named."""
+BARS = 24
+"""Of more objectives than this not all have their intervals drawn."""
 
 
 def plot_sweep(dataset: xr.Dataset, file: Path) -> bool:
@@ -68,13 +71,16 @@ def sweep_figure(dataset: xr.Dataset) -> Figure | None:
     panels = figure.subplots(len(_ROWS), len(drawn), squeeze=False, sharex="col")
     for name, families, column in zip(drawn, drawn.values(), panels.T, strict=True):
         for panel, quantity in zip(column, _ROWS, strict=True):
-            values = getattr(swept, quantity)
+            values, bounds = getattr(swept, quantity), np.stack(swept.bounds[quantity])
+            if quantity == "collateral":  # infinite ones leave the panel
+                bounds = np.where(np.isnan(values), np.nan, bounds.clip(-10, 10))
             for family, colour in families:
-                _draw_family(panel, family, name, values[family.at], colour)
+                _draw_family(panel, family, name, values[family.at], bounds[:, family.at], colour)
             panel.axhline(0, color="#555555", linewidth=0.8)
             panel.margins(y=0.1)
             if quantity == "collateral":  # what hardly forgets would hide all others
-                seen = np.concatenate([[0.0], *(values[family.at] for family, _ in families)])
+                at = np.concatenate([family.at for family, _ in families])
+                seen = np.concatenate([[0.0], values[at], *bounds[:, at]])
                 seen = np.clip(np.nan_to_num(seen), -2, 2)
                 room = 0.1 * np.ptp(seen) or 1.0
                 panel.set_ylim(seen.min() - room, seen.max() + room)
@@ -88,6 +94,8 @@ def sweep_figure(dataset: xr.Dataset) -> Figure | None:
         _legend(column[-1], loc="upper center", bbox_to_anchor=(0.5, -0.28))
     for panel, words in zip(panels[:, 0], _ROWS.values(), strict=True):
         panel.set_ylabel(words, fontsize=10)
+    if swept.has_bounds:
+        note(figure, SHADED_NOTE)
     return figure
 
 
@@ -112,6 +120,9 @@ def pareto_figure(dataset: xr.Dataset, size: tuple[float, float] = (9.5, 6.2)) -
     panel.axhline(0, color="#555555", linewidth=0.8)
     panel.axvline(0, color="#555555", linewidth=0.8)
     front = swept.ranked_front()
+    if swept.has_bounds:
+        _draw_bars(panel, swept, np.flatnonzero(finite) if finite.sum() <= BARS else front)
+        note(figure, BARS_NOTE)
     e_u, e_r = swept.e_u[front], swept.e_r[front]
     panel.step(e_u, e_r, where="post", color="black", linewidth=1, zorder=2)
     panel.scatter(
@@ -153,10 +164,39 @@ def pareto_figure(dataset: xr.Dataset, size: tuple[float, float] = (9.5, 6.2)) -
     return figure
 
 
+def _draw_bars(panel: Axes, swept: Swept, places: np.ndarray) -> None:
+    """Intervals of some objectives, of many those that are named."""
+    if len(places) > BARS:
+        places = thinned(places, NAMED)
+    x, y = swept.e_u[places], swept.e_r[places]
+    offs = [
+        np.abs(np.stack(swept.bounds[name])[:, places] - values)
+        for name, values in (("e_u", x), ("e_r", y))
+    ]
+    panel.errorbar(
+        x, y, xerr=offs[0], yerr=offs[1], fmt="none", ecolor="#555555", elinewidth=0.8, alpha=0.7,
+        zorder=1,
+    )  # fmt: skip
+
+
 def _draw_family(
-    panel: Axes, family: SweptFamily, name: str, values: np.ndarray, colour: str
+    panel: Axes,
+    family: SweptFamily,
+    name: str,
+    values: np.ndarray,
+    bounds: np.ndarray,
+    colour: str,
 ) -> None:
-    """A family's values against one of its parameters, a line for each point of the others."""
+    """A family's values against one of its parameters, a line for each point of the others.
+
+    Args:
+        panel: gets them.
+        family: the objectives.
+        name: of the parameter.
+        values: `(n,)`.
+        bounds: of their intervals, `(2, n)`; NaN: not known.
+        colour: of the family.
+    """
     from matplotlib.colors import to_rgb
 
     others = [n for n, v in family.values.items() if n != name and len(set(v)) > 1]
@@ -168,11 +208,12 @@ def _draw_family(
             on_line &= family.values[other] == value
         order = np.flatnonzero(on_line)[np.argsort(x[on_line], kind="stable")]
         depth = 1 if len(points) == 1 else 0.35 + 0.65 * i / (len(points) - 1)
-        shade = tuple(1 - depth * (1 - part) for part in to_rgb(colour))
+        tint = tuple(1 - depth * (1 - part) for part in to_rgb(colour))
         fixed = ", ".join(f"{n}={v:.6g}" for n, v in zip(others, point, strict=True))
         label = f"{family.text}: {fixed}" if fixed else family.text
         y = np.where(np.isfinite(values), values, np.nan)[order]
-        panel.plot(x[order], y, color=shade, marker="o", markersize=3, linewidth=1.4, label=label)
+        panel.plot(x[order], y, color=tint, marker="o", markersize=3, linewidth=1.4, label=label)
+        shade(panel, x[order], bounds[:, order], tint)
 
 
 def _fit_scales(set_scale: Callable[..., Any], families: list[np.ndarray]) -> None:

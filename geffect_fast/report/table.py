@@ -34,6 +34,7 @@ STYLES = {
     "forgets, harm unclear": "yellow",
     "within noise": "yellow",
     "hardly forgets": "yellow",
+    "perhaps hardly forgets": "yellow",
     "does not forget": "red",
     "undefined (NaN)": "bold red",
 }
@@ -173,6 +174,13 @@ def reference_line(attrs: Mapping[str, Any]) -> str:
     return f"Reference: {REFERENCE_IS_MODEL}."
 
 
+def own_loss_line(attrs: Mapping[str, Any]) -> str:
+    """That the model's own loss is not the risk; empty where it is."""
+    if "own_loss" not in attrs:
+        return ""
+    return f"Model: {attrs.get('own_loss_note', attrs['own_loss'])}."
+
+
 def interval_line(attrs: Mapping[str, Any]) -> str:
     """What intervals are of; empty for results without."""
     if "interval_level" not in attrs:
@@ -206,6 +214,12 @@ def precision_line(attrs: Mapping[str, Any]) -> str:
     return ""
 
 
+def notes(attrs: Mapping[str, Any]) -> list[str]:
+    """What a result compares with, and how far to trust it, in lines."""
+    lines = (own_loss_line, reference_line, interval_line, precision_line)
+    return [found for line in lines if (found := line(attrs))]
+
+
 def covered(attrs: Mapping[str, Any]) -> list[Text]:
     """What a result covers, whether that was checked, how precise it is.
 
@@ -221,8 +235,7 @@ def covered(attrs: Mapping[str, Any]) -> list[Text]:
     lines = [Text(f"{coverage_line(attrs)} {checked}")]
     if "engine_reason" in attrs:
         lines.append(Text(f"Engine {attrs['engine']}: {attrs['engine_reason']}."))
-    found = [line(attrs) for line in (reference_line, interval_line, precision_line)]
-    lines += [Text(line) for line in found if line]
+    lines += map(Text, notes(attrs))
     return [*lines, Text()]
 
 

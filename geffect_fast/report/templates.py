@@ -12,10 +12,11 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from geffect_fast.report.token_colours import GROUND, INK, STEPS, UNDEFINED, colour
+from geffect_fast.visible import visible
 
 
 def render(template: str, **values: Any) -> str:
-    """A page; whatever comes from data is escaped."""
+    """A page; whatever comes from data is escaped, and control characters in it are visible."""
     return _environment().get_template(template).render(**values)
 
 
@@ -27,6 +28,7 @@ def _environment() -> Environment:
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
+        finalize=lambda value: visible(value) if type(value) is str else value,
     )
     environment.filters["class_attribute"] = class_attribute
     environment.globals.update(steps=range(1, STEPS + 1), colour=colour, ground=GROUND, ink=INK)

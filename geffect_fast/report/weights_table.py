@@ -10,7 +10,8 @@ from rich.table import Table
 from rich.text import Text
 
 from geffect_fast.report.frontier import asked
-from geffect_fast.report.table import new_table, number, question
+from geffect_fast.report.summary import Interval
+from geffect_fast.report.table import new_table, number, question, with_interval
 from geffect_fast.report.token_colours import inline, visible
 
 if TYPE_CHECKING:
@@ -52,9 +53,23 @@ def _reached(best: xr.Dataset) -> Table:
     for name in ("e_u", "e_r", "removal kept", "damage"):
         table.add_column(name, justify="right", no_wrap=True)
     ga = [float(best[name].sum()) for name in ("token_e_u", "token_e_r")]
-    for name, e in (("ga", ga), ("best", [float(best["e_u"]), float(best["e_r"])])):
-        table.add_row(name, *map(number, e), *_compared(best, *e))
+    for name, prefix, e in (
+        ("ga", "ga_", ga),
+        ("best", "", [float(best["e_u"]), float(best["e_r"])]),
+    ):
+        numbers = [
+            with_interval(value, _interval(best, f"{prefix}{effect}"))
+            for value, effect in zip(e, ("e_u", "e_r"), strict=True)
+        ]
+        table.add_row(name, *numbers, *_compared(best, *e))
     return table
+
+
+def _interval(best: xr.Dataset, name: str) -> Interval | None:
+    """That of an effect, where it is known."""
+    if f"{name}_low" not in best:
+        return None
+    return float(best[f"{name}_low"]), float(best[f"{name}_high"])
 
 
 def _compared(best: xr.Dataset, e_u: float, e_r: float) -> tuple[str, str]:

@@ -108,7 +108,7 @@ def _read(value: Any, kind: type) -> Any:
     if kind in (list, dict) and isinstance(value, str):
         try:
             return json.loads(value)
-        except ValueError:
+        except (ValueError, RecursionError):
             return None
     return value
 

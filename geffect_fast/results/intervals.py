@@ -9,7 +9,7 @@ deviations are stretched by
 An effect is a product of two gradients, and both are of rows that were chosen. Those of the
 objective are told apart by the result. The forget rows make the gradient of the forget risk too:
 where the shares drawn add up to `s`, the effect on it is `s |s| / |e|`. What the rows of the other
-risks add is known of a few of them (`geffect_fast.results.risk_rows`). Means keep the number of
+risks add is known along that gradient (`geffect_fast.results.risk_rows`). Means keep the number of
 tokens that they have in the data, so that rows of unlike lengths make intervals wider.
 
 Nothing can be said of a data set of one row, or where the result sums over samples.
@@ -30,8 +30,6 @@ LEVEL = 0.95
 Z = 1.959964
 """The same of a normal distribution, in standard deviations either side."""
 DRAWS = 1000
-FEW = 8
-"""Rows of a risk whose spread stands for that of all."""
 SEED = 0
 
 NEGLIGIBLE = 1e-6
@@ -102,24 +100,29 @@ def collateral_of(effects: np.ndarray, negligible: float = 0.0) -> np.ndarray:
     return worst + 0.0  # turns -0.0 into 0.0
 
 
-def effect_intervals(rows: np.ndarray, sets: Sequence[str], spreads: np.ndarray) -> dict[str, Any]:
+def effect_intervals(
+    rows: np.ndarray, sets: Sequence[str], spreads: Sequence[np.ndarray]
+) -> dict[str, Any]:
     """Variables of a result: bounds of effects and of collateral, and collateral itself.
 
     Args:
         rows: effects by row, `(K, M, n)` fp64, the forget risk first.
         sets: of each row, the name of its data set.
-        spreads: of `spread_of_risk`, for all risks, `(M, J)`; 0 for the forget risk.
+        spreads: of `spread_of_risk`, for every risk but the first, `(n_m,)` each.
 
     Returns:
         `g_effect_low` and `g_effect_high` (objective, risk), of the whole data's effects;
         `collateral`, `collateral_low` and `collateral_high` (objective); `risk_row_spread` (risk,
-        risk_row), as given. A draw in which the forget risk would not rise has an infinite
-        collateral.
+        risk_row), as given, 0 beyond a risk's rows. A draw in which the forget risk would not rise
+        has an infinite collateral.
     """
     weights = row_weights(sets)
-    others = np.stack(
-        [(row_weights([f"risk {m}"] * len(of)) - 1) @ of for m, of in enumerate(spreads)], axis=-1
-    )
+    others = np.zeros((DRAWS, 1 + len(spreads)))
+    stored = np.zeros((1 + len(spreads), max(map(len, spreads), default=0)))
+    for m, of in enumerate(spreads, 1):
+        # Stretched already, as `told_apart` takes it.
+        others[:, m] = (row_weights([f"risk {m}"] * len(of)) - 1) @ of / stretch(len(of))
+        stored[m, : len(of)] = of
     effects = rows.sum(-1)
     largest = np.abs(effects[np.isfinite(effects)]).max(initial=0.0)
     found = []
@@ -141,25 +144,48 @@ def effect_intervals(rows: np.ndarray, sets: Sequence[str], spreads: np.ndarray)
         "collateral": ("objective", collateral_of(effects, NEGLIGIBLE * largest)),
         "collateral_low": ("objective", least),
         "collateral_high": ("objective", most),
-        "risk_row_spread": (("risk", "risk_row"), spreads),
+        "risk_row_spread": (("risk", "risk_row"), stored),
     }
 
 
-def spread_of_risk(along: np.ndarray, n: int, square: float) -> np.ndarray:
-    """What a few rows of a risk add to an effect when they are drawn, in units of `e_u`, `(FEW,)`.
+def cosine_interval(
+    cosine: float, effect: float, interval: tuple[float, float]
+) -> tuple[float, float]:
+    """The interval of a cosine, from that of the effect that it is of.
+
+        r c / sqrt(r^2 c^2 + 1 - c^2),        r = bound / effect
+
+    Rows move the gradient along the risk's, and what it has across that stays: so -1 stays -1,
+    however uncertain the effect. NaN where the interval is not known, or there is no effect.
+
+    Args:
+        cosine: `c`, of the two gradients.
+        effect: their product.
+        interval: of it.
+    """
+    if effect == 0:
+        return math.nan, math.nan
+    across = max(1 - cosine**2, 0.0)
+
+    def at(bound: float) -> float:
+        along = bound / effect * cosine
+        return along / math.hypot(along, math.sqrt(across)) if along else 0.0
+
+    low, high = sorted(map(at, interval))
+    return low, high
+
+
+def spread_of_risk(along: np.ndarray, square: float) -> np.ndarray:
+    """What each row of a risk moves an effect by when rows are drawn, in units of `e_u`, `(n,)`.
 
     NaN where the risk has one row alone.
 
     Args:
-        along: `< grad R_j, G >` of the few rows, at most `FEW`.
-        n: rows of the risk's data.
+        along: `< grad R_j, G >` of its rows, `(n,)`.
         square: `< G, G >`, of the forget risk's gradient.
     """
-    few = len(along)
-    spread = np.zeros(FEW)
-    if square > 0:
-        spread[:few] = (along - along.mean()) / square
-    return spread * math.sqrt(n / few) * stretch(few) / stretch(FEW)
+    moved = (along - along.mean()) / square if square > 0 else np.zeros(len(along))
+    return moved * stretch(len(along))
 
 
 def risk_interval(

@@ -1,8 +1,8 @@
 """What a risk's own rows add to effects and to the risk: intervals need it beside the objectives'.
 
 An effect is the product of two gradients, and the rows of both are a choice. Those of the
-objective are told apart by the result. Of the risk's, a few are measured along the gradient `G` of
-the forget risk, along which objectives move by `e_u / <G, G>`:
+objective are told apart by the result. The risk's are measured along the gradient `G` of the forget
+risk, in the pass that finds the risk's own; along it objectives move by `e_u / <G, G>`:
 
     < grad R_j, grad L >  ~  e_u(L) / <G, G>  < grad R_j, G >
 
@@ -24,7 +24,6 @@ from geffect_fast.engines.direction import ProductsWithFirst
 from geffect_fast.engines.tasks import Task
 from geffect_fast.objectives import Outputs
 from geffect_fast.results.intervals import (
-    FEW,
     effect_intervals,
     risk_interval,
     risk_spread,
@@ -33,11 +32,6 @@ from geffect_fast.results.intervals import (
 from geffect_fast.transfer import OnItsWay
 
 UNLEARN = "unlearn"
-
-
-def few_rows(n: int) -> list[int]:
-    """At most `FEW` of the rows 0 to n - 1, evenly spread."""
-    return sorted({int(at) for at in (np.arange(min(n, FEW)) + 0.5) * n / min(n, FEW)})
 
 
 class RowValues:
@@ -69,7 +63,7 @@ class RowValues:
         self._found.append((index, list(batch.rows), sums))
 
     def along(self) -> list[np.ndarray]:
-        """`< grad R_j, G >` of a few rows of each risk but the first; NaN where there are none."""
+        """`< grad R_j, G >` of the rows of each risk but the first; NaN where there are none."""
         whole = [np.full(n, np.nan if not self.products.exist else 0.0) for n in self._sizes]
         found = self.products.found
         if self.products.exist and found:
@@ -77,7 +71,7 @@ class RowValues:
             each = read.split([len(rows) for _, rows, _ in found])
             for (index, rows, _), own in zip(found, each, strict=True):
                 whole[index][rows] += own.numpy()
-        return [of[few_rows(len(of))] for of in whole[1:]]
+        return whole[1:]
 
     def by_risk(self) -> list[np.ndarray]:
         """Of each risk `(2, n)` fp64: what rows add to it, and their parts of what it counts."""
@@ -127,10 +121,8 @@ class RiskRows:
             `risk_value_high` (risk), and `risk_value_spread` (risk, risk_sample), what each row
             moves a risk by; 0 beyond its rows.
         """
-        spreads = np.zeros((len(self._sizes), FEW))
+        spreads = [spread_of_risk(along, square) for along in watched.along()]
         sizes = list(self._sizes.values())
-        for m, along in enumerate(watched.along(), 1):
-            spreads[m] = spread_of_risk(along, sizes[m], square)
         low, high = np.full((2, len(sizes)), np.nan)
         moved = np.zeros((len(sizes), max(sizes)))
         for m, (name, (values, parts), whole) in enumerate(

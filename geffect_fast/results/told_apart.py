@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from geffect_fast.results.intervals import FEW, Z, stretch
+from geffect_fast.results.intervals import Z, stretch
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -45,7 +45,7 @@ def effect_spreads(result: xr.Dataset) -> np.ndarray:
     The root of the sum of their squares is a standard deviation; that of the differences between
     two objectives, whose rows are the same, is the one of their difference. As the intervals of
     `geffect_fast.results.intervals`, which are of the same rows: those of the objectives' data,
-    twice for the forget risk, and a few of each other risk's. Without intervals there are 0 rows.
+    twice for the forget risk, and each other risk's own. Without intervals there are 0 rows.
 
     Args:
         result: of `geffect_fast.profile` or `sweep`, at one step.
@@ -56,19 +56,36 @@ def effect_spreads(result: xr.Dataset) -> np.ndarray:
     rest = [d for d in effect.dims if d not in ("objective", "risk", "sample")]
     rows = effect.sum(rest, skipna=False).transpose("objective", "risk", "sample").values
     unlearn = [str(risk) for risk in result["risk"].values].index("unlearn")
-    sets, spread = result["set"].values, np.empty_like(rows)
+    spread = row_spreads(rows, result["set"].values)
+    spread[:, unlearn] *= 2  # the forget rows make both gradients
+    of_risks = result["risk_row_spread"].transpose("risk", "risk_row").values
+    e_u = rows[:, unlearn].sum(-1)
+    # The rows of one risk are not those of another.
+    others = [m for m in range(len(of_risks)) if m != unlearn]
+    apart = np.zeros((len(of_risks), len(others), of_risks.shape[1]))
+    apart[others, range(len(others))] = of_risks[others]
+    apart = apart.reshape(len(of_risks), -1)
+    return np.concatenate([spread, e_u[:, None, None] * apart], axis=-1)
+
+
+def row_spreads(rows: np.ndarray, sets: np.ndarray) -> np.ndarray:
+    """What each row moves sums over rows by when the rows of data sets are drawn, `(..., n)`.
+
+    Args:
+        rows: what each adds to the sum, `(..., n)`.
+        sets: of each the name of its data set.
+    """
+    spread = np.empty_like(rows)
     for name in dict.fromkeys(sets.tolist()):
         own = rows[..., sets == name]
         middle = own.mean(axis=-1, keepdims=True)
         spread[..., sets == name] = (own - middle) * stretch(own.shape[-1])
-    spread[:, unlearn] *= 2  # the forget rows make both gradients
-    of_risks = result["risk_row_spread"].transpose("risk", "risk_row").values * stretch(FEW)
-    e_u = rows[:, unlearn].sum(-1)
-    # The rows of one risk are not those of another.
-    apart = np.zeros((len(of_risks), of_risks.size))
-    for m, own in enumerate(of_risks):
-        apart[m, m * len(own) : (m + 1) * len(own)] = own
-    return np.concatenate([spread, e_u[:, None, None] * apart], axis=-1)
+    return spread
+
+
+def half_width(spread: np.ndarray) -> np.ndarray:
+    """Half of the interval of a number, from what rows move it by, `(..., rows)`."""
+    return Z * np.sqrt(np.square(spread).sum(-1))
 
 
 def risk_spreads(result: xr.Dataset) -> np.ndarray:
@@ -90,7 +107,7 @@ def risk_spreads(result: xr.Dataset) -> np.ndarray:
 
 def interval_of(value: float, spread: np.ndarray) -> tuple[float, float]:
     """The interval of a number, from what rows move it by; NaN where that is not known."""
-    off = Z * math.sqrt(float(np.square(spread).sum())) if spread.size else math.nan
+    off = float(half_width(spread)) if spread.size else math.nan
     return value - off, value + off
 
 
@@ -134,5 +151,5 @@ def told_apart(
     """
     off = np.maximum(x_error, y_error)
     if x_spread is not None and y_spread is not None:
-        off = off + Z * np.sqrt(np.square(x_spread - y_spread).sum(-1))
+        off = off + half_width(x_spread - y_spread)
     return np.abs(np.asarray(x) - y) > off

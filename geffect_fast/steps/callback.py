@@ -18,6 +18,7 @@ from geffect_fast.objectives import Objective
 from geffect_fast.objectives.base import REFERENCE_NEEDS
 from geffect_fast.steps.at_rest import as_found
 from geffect_fast.steps.probe import Probe, run_identity
+from geffect_fast.steps.training_lock import TrainingLock
 from geffect_fast.storage.lock import locked
 from geffect_fast.storage.manifest import MANIFEST, Manifest, checksums
 from geffect_fast.storage.run_folder import RESULTS, STEPS, check_free, own_files, save_result
@@ -46,7 +47,8 @@ class GEffectCallback(TrainerCallback):
         objectives: what to measure, as `geffect_fast.profile` takes them.
         trained: the one of them that is trained on, for `predicted_sgd`; None: another loss.
         out: a folder for one file a step, `steps/step-00000010.nc`, and in the end `results.nc`;
-            None: in memory. A training resumed from a checkpoint goes on where they end.
+            None: in memory. One training at a time works in it: it is locked until that ends, also
+            by an exception. A training resumed from a checkpoint goes on where they end.
         weights: also `token_weight`.
         tokenizer: None: the Trainer's `processing_class`.
         reference_model: what NPO-like objectives compare with; None: a copy of the model before
@@ -90,6 +92,7 @@ class GEffectCallback(TrainerCallback):
         self._trained, self._weights = trained, weights
         self._probe: Probe | None = None
         self._rates: list[float] = []
+        self._lock: TrainingLock | None = None
 
     @classmethod
     def of(cls, probe: Probe, every: int) -> GEffectCallback:
@@ -104,8 +107,20 @@ class GEffectCallback(TrainerCallback):
         """Prepare, and measure the model before training, or as it was saved at a probe."""
         if not state.is_world_process_zero:
             return
+        if self.out is not None:
+            self._unlock()
+            self._lock = TrainingLock(self.out)
+        try:
+            self._begin(args, state, kwargs)
+        except BaseException:
+            self._unlock()
+            raise
+
+    def _begin(
+        self, args: TrainingArguments, state: TrainerState, given: Mapping[str, Any]
+    ) -> None:
         if self._probe is None:
-            self._probe = self._prepared(args, state, kwargs["model"], kwargs["processing_class"])
+            self._probe = self._prepared(args, state, given["model"], given["processing_class"])
         start, end = state.global_step, state.max_steps
         due = {*range(start + -start % self.every, end, self.every), end}
         self._probe.store.check_free(sorted(due - {*self._probe.store.steps}))
@@ -144,6 +159,12 @@ class GEffectCallback(TrainerCallback):
                 save_result(self.result, self.out / RESULTS)
                 names = [name for name in own_files(self.out) if name != MANIFEST]
                 Manifest(checksums(self.out, sorted(names))).write(self.out)
+            self._unlock()
+
+    def _unlock(self) -> None:
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
 
     def _measure(self, state: TrainerState) -> None:
         if self._probe is not None:

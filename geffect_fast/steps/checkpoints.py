@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from geffect_fast.errors import InputError
 from geffect_fast.measure.models import check_finite, has_remote_code, load_model
+from geffect_fast.storage.run_model import check_run_model
 
 _INDEX = "model.safetensors.index.json"
 _WHOLE = "model.safetensors"
@@ -99,6 +100,7 @@ class _Read:
         Raises:
             InputError, NonFiniteError: as `loaded_in_turn`.
         """
+        check_run_model(self.folder, "checkpoint", weights=True)
         own = model.state_dict(keep_vars=True)
         tensors = self.tensors
         if tensors is None or not _fit(own, tensors):

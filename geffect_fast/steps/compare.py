@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -16,8 +16,13 @@ from geffect_fast.errors import InputError
 from geffect_fast.paths import user_path
 from geffect_fast.results.axes import GROUPS
 from geffect_fast.results.form import check_complete
-from geffect_fast.results.told_apart import precision_error
+from geffect_fast.results.told_apart import (
+    half_width,
+    precision_error,
+    row_spreads,
+)
 from geffect_fast.storage.run_folder import open_run
+from geffect_fast.visible import one_line
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -71,7 +76,8 @@ def compare(
         and, where all runs have them, `cosine` and the bounds `*_low` and `*_high` likewise, and
         `risk_value_spread` (run, step, risk, risk_sample), what rows move the risks by,
         `loss` and `grad_norm` (run, step), and
-        `group_effect` (run, step, risk, group) where all tell parts of the model apart. Coordinates
+        `group_effect` (run, step, risk, group) where all tell parts of the model apart, and where
+        intervals are known `group_effect_low` and `group_effect_high`. Coordinates
         `objective` and `trained` (run). Changes and predictions are those since the run's own probe
         before, of whatever step. `attrs["left_out"]` lists what not all runs have, a line
         each.
@@ -117,6 +123,7 @@ def compare(
     ).assign_attrs(
         {name: curves[0].dataset.attrs.get(name, "") for name in SETTINGS}
         | _least_precise(curves)
+        | _interval_attributes(curves, shared)
         | {"left_out": _left_out(curves, steps, risks)}
     )
 
@@ -181,6 +188,15 @@ def _least_precise(curves: Sequence[_Curve]) -> dict[str, float]:
     """The largest `precision_error` of the runs, where one has any."""
     error = max(precision_error(curve.dataset.attrs) for curve in curves)
     return {"precision_error": error} if error else {}
+
+
+def _interval_attributes(curves: Sequence[_Curve], shared: set[str]) -> dict[str, Any]:
+    """What intervals are of, where all runs have them."""
+    if "g_effect_low" not in shared:
+        return {}
+    names = ("interval_level", *COUNTS)
+    attrs = curves[0].dataset.attrs
+    return {name: attrs[name] for name in names if name in attrs}
 
 
 def _check_alike(first: _Curve, other: _Curve, what: str) -> None:
@@ -253,7 +269,29 @@ def _row(curve: _Curve, shared: set[str], groups: list[str]) -> xr.Dataset:
         if axis == "parameter":
             summed = summed.groupby("group").sum(skipna=False)
         row["group_effect"] = summed.sel(group=groups).transpose("step", "risk", "group")
+        if "g_effect_low" in shared:
+            width = _group_widths(effect, axis, groups)
+            row["group_effect_low"] = row["group_effect"] - width
+            row["group_effect_high"] = row["group_effect"] + width
     return row
+
+
+def _group_widths(effect: xr.DataArray, axis: str, groups: list[str]) -> xr.DataArray:
+    """Half of the intervals of effects by group, by the rows that objectives read.
+
+    Args:
+        effect: of one objective, by step, risk and sample, and by `axis` with a coordinate `group`.
+        axis: `group` or `parameter`.
+        groups: in order.
+    """
+    kept = ("step", "risk", "sample", axis)
+    rows = effect.sum([d for d in effect.dims if d not in kept], skipna=False)
+    if axis == "parameter":
+        rows = rows.groupby("group").sum(skipna=False)
+    rows = rows.sel(group=groups).transpose("step", "risk", "group", "sample")
+    width = half_width(row_spreads(rows.values, effect["set"].values))
+    width[:, [str(risk) for risk in rows["risk"].values].index("unlearn")] *= 2
+    return rows.isel(sample=0, drop=True).copy(data=width)
 
 
 def _names(curves: list[_Curve], given: bool) -> list[str]:
@@ -265,7 +303,7 @@ def _names(curves: list[_Curve], given: bool) -> list[str]:
     """
     objectives = [curve.objective for curve in curves]
     per_run = {run: sum(curve.run == run for curve in curves) for run in {c.run for c in curves}}
-    folders = {run: Path(run).name or run for run in per_run}
+    folders = {run: one_line(Path(run).name or run) for run in per_run}
     if given or len(set(folders.values())) < len(folders):
         folders = {run: run for run in folders}
     names = []

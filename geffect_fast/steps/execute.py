@@ -11,7 +11,7 @@ from geffect_fast.measure.execute import machine, on_threads, read_sources_of
 from geffect_fast.results.dataset import digests
 from geffect_fast.settings import Measuring, ProfileConfig
 from geffect_fast.steps.profile_checkpoints import CheckpointRun
-from geffect_fast.storage.inputs import Inputs, input_sums, inputs_of
+from geffect_fast.storage.inputs import Inputs, check_replayed, input_sums, inputs_of
 from geffect_fast.storage.lock import locked
 from geffect_fast.storage.recorded_rows import check_recorded
 from geffect_fast.storage.step_folder import (
@@ -83,6 +83,7 @@ def execute_checkpoints(
             )
             rows = digests(run.profiler.sets)
             check_recorded(config.rows, rows, folder if resume else None)
+            check_replayed(inputs.get("--config"), config, sums)
             chosen = {
                 "token_budget": run.profiler.token_budget,
                 "engine": run.profiler.attributes["engine"],

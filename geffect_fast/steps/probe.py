@@ -27,6 +27,7 @@ from geffect_fast.errors import GEffectWarning, InputError
 from geffect_fast.measure.profiler import Profiler
 from geffect_fast.objectives import resolve
 from geffect_fast.results.dataset import sum_positions
+from geffect_fast.results.rows_needed import rows_note
 from geffect_fast.steps.at_rest import as_found
 from geffect_fast.storage.step_store import StepStore
 
@@ -68,6 +69,7 @@ class Probe:
         trained: the objective that is trained on, among those of the profiler; None: unknown.
         weights: also the weights that objectives put on tokens (`token_weight`); left out of
             results by position.
+        forget_rows: of the data, of which the profiler may measure a part; None: it measures all.
 
     Attributes:
         latest: the step and the result of the last call; None before the first.
@@ -91,11 +93,13 @@ class Probe:
         *,
         trained: str | None = None,
         weights: bool = True,
+        forget_rows: int | None = None,
     ) -> None:
         self.profiler = profiler
         self.store = store
         self.trained = None if trained is None else _label(trained, profiler)
         self.weights = weights
+        self.forget_rows = len(profiler.sets["forget"]) if forget_rows is None else forget_rows
         self.latest: tuple[int, xr.Dataset] | None = None
         self._before: _Before | None = None
 
@@ -171,14 +175,19 @@ class Probe:
         last = self._last_before(step)
         now = dataset["risk_value"]
         before = math.nan if last is None else self._result_of(last)["risk_value"]
-        attributes = {} if self.trained is None else {"trained_objective": self.trained}
-        return dataset.assign(
+        attributes: dict[str, Any] = {"forget_rows": self.forget_rows}
+        if self.trained is not None:
+            attributes["trained_objective"] = self.trained
+        result = dataset.assign(
             {
                 "learning_rate": learning_rates[-1] if learning_rates else math.nan,
                 "measured_change": now - before,
                 **changes,
             }
         ).assign_attrs(attributes)
+        # Of the first step, whose attributes are those of all together.
+        few = rows_note(result.assign_coords(step=step)) if last is None else ""
+        return result.assign_attrs({"rows_note": few} if few else {})
 
     def _result_of(self, step: int) -> xr.Dataset:
         """The result of an earlier step; reading one takes longer than keeping the last."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from geffect_fast.visible import visible
+
 if TYPE_CHECKING:
     import pandas as pd
 
@@ -13,14 +15,18 @@ _FORMULA = tuple("=+-@\t\r\n＝＋－＠")
 
 
 def csv_cell(value: Any) -> Any:
-    """The value; of text that a spreadsheet would compute, with `'` before it. Numbers stay."""
-    if not isinstance(value, str) or not value.startswith(_FORMULA):
+    """The value; text without control characters, and with `'` before what a spreadsheet would
+    compute. Numbers stay."""
+    if not isinstance(value, str):
         return value
+    shown = visible(value)
+    if not value.startswith(_FORMULA):
+        return shown
     try:
         float(value)
     except ValueError:
-        return f"'{value}"
-    return f"'{value}" if value[0] in "\t\r\n" else value
+        return f"'{shown}"
+    return f"'{shown}" if value[0] in "\t\r\n" else value
 
 
 def write_csv(table: pd.DataFrame, file: Path, *, header: bool = True, mode: str = "w") -> None:

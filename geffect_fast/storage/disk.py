@@ -151,16 +151,20 @@ def recovered(folder: Path) -> None:
 
 def check_inside(folder: Path, name: str) -> None:
     """Raise `InputError` where a path that was read from a file leads out of a folder, or is it."""
-    place = folder / name
-    above, root = os.path.realpath(place.parent), os.path.realpath(folder)
-    if Path(name).name in ("", "..") or os.path.commonpath([above, root]) != root:
+    try:
+        above, root = os.path.realpath((folder / name).parent), os.path.realpath(folder)
+        inside = Path(name).name not in ("", "..") and os.path.commonpath([above, root]) == root
+        is_there(folder / name)
+    except (OSError, ValueError):  # of a name that no file has
+        inside = False
+    if not inside:
         raise InputError(f"run folder {folder}: {name!r} is no file in it; it is left alone")
 
 
 def _put_back(folder: Path, hidden: Path) -> None:
     """Undo a `set_aside` that did not come to its end; may itself be stopped and done again."""
     if is_there(hidden / _NOTE):
-        note = json.loads((hidden / _NOTE).read_text(encoding="utf-8"))
+        note = _note_in(folder, hidden)
     else:
         note = _note_of_old(folder, hidden)
     source = note["source"]
@@ -182,6 +186,25 @@ def _put_back(folder: Path, hidden: Path) -> None:
     _remove_empty(folder, note["folders"])
     synced(folder)
     remove(hidden)
+
+
+def _note_in(folder: Path, hidden: Path) -> dict[str, Any]:
+    """The note of what was set aside; raise `InputError` where that is damaged."""
+    try:
+        note = json.loads((hidden / _NOTE).read_text(encoding="utf-8"))
+        lists = [note["names"], note["present"], note["folders"]]
+        whole = isinstance(note["source"], str | None) and all(
+            isinstance(each, list) and all(isinstance(name, str) for name in each) for each in lists
+        )
+    except (ValueError, KeyError, TypeError, RecursionError):
+        whole = False
+    if not whole:
+        raise InputError(
+            f"run folder {folder} holds {hidden.name}, an earlier run that a killed process set "
+            f"aside, and the {_NOTE} in it is damaged; move what is in {hidden.name}/{_ASIDE} back "
+            f"to its place, or away, and remove {hidden.name}"
+        )
+    return dict(note)
 
 
 def _note_of_old(folder: Path, hidden: Path) -> dict[str, Any]:

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
+from threading import Event
 
 import torch
 from torch import Tensor, nn
 
-from geffect_fast.errors import InputError
+from geffect_fast.errors import GEffectWarning, InputError
 from geffect_fast.paths import is_there, user_path
 from geffect_fast.settings import RunConfig
-from geffect_fast.storage.manifest import Sums, checksums
+from geffect_fast.storage.manifest import Manifest, Sums, checksums
 from geffect_fast.storage.model_folder import base_of
+from geffect_fast.storage.run_folder import RESULTS
+from geffect_fast.storage.run_yaml import load_config
 
 Inputs = Mapping[str, str | Path]
 """Paths or hub ids by the option that gives them."""
@@ -44,33 +50,76 @@ def inputs_of(config: RunConfig) -> dict[str, str | Path]:
     return found
 
 
-def input_sums(inputs: Inputs) -> dict[str, Sums]:
+def input_sums(inputs: Inputs, stop: Event | None = None) -> dict[str, Sums]:
     """Sizes and checksums of the files behind inputs, each read once.
 
     Of a folder the files in it that a model or tokenizer is loaded from; of a hub id those that the
     hub's cache holds; of data on the hub none, whose rows a step's identity knows.
+
+    Args:
+        inputs: paths or hub ids by option.
+        stop: set where nobody wants them any more.
+
+    Raises:
+        InputError: a file cannot be read.
     """
     found: dict[str, Sums] = {}
     for option, source in inputs.items():
-        place = user_path(source)
-        if not is_there(place):
-            from huggingface_hub import try_to_load_from_cache
-            from huggingface_hub.errors import HFValidationError
-
-            try:
-                config = try_to_load_from_cache(str(source), "config.json")
-            except HFValidationError:
-                continue
-            if not isinstance(config, str):
-                continue
-            place = Path(config).parent
-        if place.is_dir():
-            names = [each.name for each in place.iterdir() if each.suffix in _DECIDE]
-            names = [name for name in names if name not in _DO_NOT and (place / name).is_file()]
-            found[option] = checksums(place, sorted(names))
-        elif place.is_file():
-            found[option] = checksums(place.parent, [place.name])
+        try:
+            if (sums := _sums_behind(source, stop)) is not None:
+                found[option] = sums
+        except OSError as error:
+            raise InputError(
+                f"{option} {source} cannot be read: {error.strerror or error}; see that it stays "
+                "as it is while the run goes"
+            ) from error
     return found
+
+
+@contextmanager
+def summed_beside(inputs: Inputs) -> Iterator[Callable[[], dict[str, Sums]]]:
+    """`input_sums` by a thread of its own, beside the work in the block, which may load the files.
+
+    Yields:
+        What waits for them and returns them.
+    """
+    stop = Event()
+    with ThreadPoolExecutor(1, "inputs") as pool:
+        sums = pool.submit(input_sums, inputs, stop)
+        try:
+            yield sums.result
+        finally:
+            stop.set()
+
+
+def _sums_behind(source: str | Path, stop: Event | None) -> Sums | None:
+    """The checksums of one input; None where no file is known."""
+    place = user_path(source)
+    if not is_there(place):
+        from huggingface_hub import try_to_load_from_cache
+        from huggingface_hub.errors import HFValidationError
+
+        try:
+            config = try_to_load_from_cache(str(source), "config.json")
+        except HFValidationError:
+            return None
+        if not isinstance(config, str):
+            return None
+        place = Path(config).parent
+    if place.is_dir():
+        names = [each.name for each in place.iterdir() if each.suffix in _DECIDE]
+        names = [name for name in names if name not in _DO_NOT and (place / name).is_file()]
+        return checksums(place, sorted(names), stop)
+    if place.is_file():
+        return checksums(place.parent, [place.name], stop)
+    return None
+
+
+def result_sums(runs: Iterable[Path]) -> dict[str, Sums]:
+    """Sizes and checksums of the results of runs, by folder or file."""
+    places = {str(run): user_path(run) for run in runs}
+    files = {run: place / RESULTS if place.is_dir() else place for run, place in places.items()}
+    return {run: checksums(file.parent, [file.name]) for run, file in files.items()}
 
 
 def weights_sums(model: nn.Module) -> Sums:
@@ -85,6 +134,47 @@ def weights_sums(model: nn.Module) -> Sums:
     return {"weights": {"bytes": size, "sha256": found.hexdigest()}}
 
 
+def check_replayed(file: str | Path | None, config: RunConfig, now: Mapping[str, Sums]) -> None:
+    """Warn of an input that is not what the run was made from whose `run.yaml` is replayed.
+
+    Args:
+        file: the config that is replayed; None, or one that no run wrote: nothing is said.
+        config: as it is run; what options replaced in it is not compared.
+        now: as `input_sums` returns them.
+
+    Raises:
+        InputError: the run's manifest is damaged.
+    """
+    if file is None:
+        return
+    folder = user_path(file).absolute().parent
+    manifest = Manifest.of_a_run(folder)
+    if manifest is None or not manifest.inputs:
+        return
+    try:
+        begun, given = inputs_of(load_config(file)), inputs_of(config)
+    except InputError:  # fields that options were to add: no config of a run
+        return
+    same = {option for option in given if given[option] == begun.get(option)}
+    sums = {option: each for option, each in manifest.inputs.items() if option in same}
+    if changed := first_changed(sums, now):
+        warnings.warn(
+            f"{changed} is not what the run in {folder} was made from, so this is no replay",
+            GEffectWarning,
+            stacklevel=2,
+        )
+
+
+def first_changed(begun: Mapping[str, Sums], now: Mapping[str, Sums]) -> str | None:
+    """The first file that differs between two of what `input_sums` returns, with its option."""
+    for option, sums in begun.items():
+        here = now.get(option, {})
+        for name in sorted({*sums, *here}):
+            if sums.get(name) != here.get(name):
+                return f"{name} of {option}"
+    return None
+
+
 def check_unchanged(folder: Path, begun: Mapping[str, Sums], now: Mapping[str, Sums]) -> None:
     """Raise `InputError` naming the first input that is not what a run was begun with.
 
@@ -92,11 +182,8 @@ def check_unchanged(folder: Path, begun: Mapping[str, Sums], now: Mapping[str, S
         folder: of the run, for the message.
         begun, now: as `input_sums` returns them.
     """
-    for option, sums in begun.items():
-        here = now.get(option, {})
-        for name in sorted({*sums, *here}):
-            if sums.get(name) != here.get(name):
-                raise InputError(
-                    f"resume: {name} of {option} is not what the run in {folder} was begun with; "
-                    "put that back, or begin another run in another --out"
-                )
+    if changed := first_changed(begun, now):
+        raise InputError(
+            f"resume: {changed} is not what the run in {folder} was begun with; put that back, or "
+            "begin another run in another --out"
+        )

@@ -77,6 +77,18 @@ def restored(path: Path) -> None:
             pass
 
 
+def in_use(out: str | Path, owner: str = "") -> InputError:
+    """What to raise where another one works in a folder; by default this very process."""
+    owner = owner or _this_process()
+    return InputError(
+        f"run folder {out} is in use by {owner}; wait for its end, or choose another --out"
+    )
+
+
+def _this_process() -> str:
+    return f"process {os.getpid()} on {platform.node()}"
+
+
 def _acquired(file: Path, out: str | Path) -> int:
     """The handle of a file that is locked; raise `InputError` where another process has it."""
     while True:
@@ -88,15 +100,12 @@ def _acquired(file: Path, out: str | Path) -> int:
             os.close(handle)
             if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
                 return _without_lock(file, error)
-            raise InputError(
-                f"run folder {out} is in use by {owner or 'another process'}; wait for its end, or "
-                "choose another --out"
-            ) from None
+            raise in_use(out, owner or "another process") from None
         # An owner that left has taken the name away: a lock on what it named keeps nobody out.
         with suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(handle), file.stat()):
                 os.ftruncate(handle, 0)
-                os.pwrite(handle, f"process {os.getpid()} on {platform.node()}\n".encode(), 0)
+                os.pwrite(handle, f"{_this_process()}\n".encode(), 0)
                 return handle
         os.close(handle)
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 from geffect_fast.errors import InputError
@@ -43,8 +44,11 @@ class Manifest:
         if not is_there(file):
             return None
         held = read_sealed(file)
-        if held is None or not all(
-            map(_are_sums, (held.get("files"), *held.get("inputs", {}).values()))
+        inputs = None if held is None else held.get("inputs")
+        if (
+            held is None
+            or not isinstance(inputs, dict)
+            or not all(map(_are_sums, (held.get("files"), *inputs.values())))
         ):
             raise InputError(
                 f"{file} is not as a run wrote it: damaged, edited or of another program; move it "
@@ -52,7 +56,17 @@ class Manifest:
             )
         for name in held["files"]:
             check_inside(folder, name)
-        return cls(held["files"], held["inputs"])
+        return cls(held["files"], inputs)
+
+    @classmethod
+    def of_a_run(cls, folder: Path) -> Manifest | None:
+        """As `read`, and None also where the folder is no run and the file some other program's."""
+        try:
+            return cls.read(folder)
+        except InputError:
+            if is_there(folder / "run.yaml") or is_there(folder / "results.nc"):
+                raise
+            return None
 
     def write(self, folder: Path) -> None:
         """Write it into a folder; one that is there is replaced at once."""
@@ -106,16 +120,21 @@ def check_sums(folder: Path, sums: Sums, advice: str) -> None:
             )
 
 
-def checksums(folder: Path, names: Iterable[str]) -> Sums:
+def checksums(folder: Path, names: Iterable[str], stop: Event | None = None) -> Sums:
     """Sizes and SHA-256 of files, read once, piece by piece, several at a time.
 
     About 1 GB/s a core: the shards of a model of 14 GB take some four seconds on four cores.
+
+    Args:
+        folder: they are in.
+        names: of the files, by path in it.
+        stop: set where nobody wants them any more: what is then returned is not theirs.
     """
     names = list(names)
 
     def summed(name: str) -> dict[str, Any]:
         with (folder / name).open("rb") as file:
-            found, size = sha256_of(file)
+            found, size = sha256_of(file, stop=stop)
         return {"bytes": size, "sha256": found}
 
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
@@ -134,5 +153,8 @@ def files_below(folder: Path) -> list[str]:
 def _are_sums(held: object) -> bool:
     """Whether what a manifest holds has the form of `Sums`."""
     return isinstance(held, dict) and all(
-        isinstance(each, dict) and {"bytes", "sha256"} <= each.keys() for each in held.values()
+        isinstance(each, dict)
+        and isinstance(each.get("bytes"), int)
+        and isinstance(each.get("sha256"), str)
+        for each in held.values()
     )

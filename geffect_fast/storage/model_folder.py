@@ -10,6 +10,7 @@ from typing import Any
 
 from geffect_fast.errors import InputError, in_one_line
 from geffect_fast.paths import user_path
+from geffect_fast.storage.run_model import check_run_model
 
 _CAUSAL_ENDINGS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 _ADAPTER_CONFIG = "adapter_config.json"
@@ -36,6 +37,7 @@ def check_model_source(
     folder = user_path(source)
     if not folder.is_dir():
         return
+    check_run_model(source, what, weights=False)
     base = base_of(source, what)
     if base is not None:
         if importlib.util.find_spec("peft") is None:

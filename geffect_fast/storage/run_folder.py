@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,7 +27,14 @@ from geffect_fast.storage.disk import (
     whole_file,
 )
 from geffect_fast.storage.lock import locked, restored
-from geffect_fast.storage.manifest import MANIFEST, Manifest, check_file, checksums, files_below
+from geffect_fast.storage.manifest import (
+    MANIFEST,
+    Manifest,
+    Sums,
+    check_file,
+    checksums,
+    files_below,
+)
 from geffect_fast.storage.run_yaml import CONFIG_BEGINS, dump_config
 from geffect_fast.storage.seal import seal, seal_holds
 
@@ -61,7 +68,7 @@ _JSON_ATTRS = "json_attrs"
 COMPRESSION = {"compression": "gzip", "compression_opts": 4, "shuffle": True}
 
 Reporter = Callable[["xr.Dataset", Path], None]
-"""Writes what people look at (tables, plots) into a folder."""
+"""Writes what people look at (tables, plots) into a folder; it is added to a run that is whole."""
 
 
 def check_free(
@@ -86,13 +93,23 @@ def check_free(
         raise InputError(
             f"run folder {folder} holds {theirs[0]}, which no run made; choose another --out"
         )
-    held = [name for name in RUN_FILES if is_there(path / name)]
+    held = held_files(path, RUN_FILES, own)
     if held and not overwrite:
         raise InputError(
             f"run folder {folder} already holds {held[0]}; choose another --out or use --overwrite"
         )
     check_inputs(path, own, inputs or {})
     return path
+
+
+def held_files(folder: Path, names: Iterable[str], own: Collection[str]) -> list[str]:
+    """Which files and folders of a run are there; a folder with nothing of a run's own is none."""
+    return [
+        name
+        for name in names
+        if (is_there(folder / name) and not (folder / name).is_dir())
+        or any(each.startswith(f"{name}/") for each in own)
+    ]
 
 
 def own_files(folder: Path) -> set[str]:
@@ -162,12 +179,13 @@ def save_run(
     overwrite: bool = False,
     report: Reporter | None = None,
     inputs: Mapping[str, str | Path] | None = None,
+    sums: Mapping[str, Sums] | None = None,
 ) -> Path:
     """Write `results.nc`, `run.yaml` and a report into a run folder.
 
-    Everything is written in full to a hidden folder inside and then renamed, `results.nc` last: a
-    run folder with `results.nc` is complete, and a failure at any point leaves what was there
-    before, a run that was to be replaced included.
+    The first two are written in full to a hidden folder inside and then renamed, `results.nc` last:
+    a run folder with `results.nc` has all its numbers, and a failure before leaves what was there,
+    a run that was to be replaced included. The report is added then.
 
     Args:
         folder: made where it does not exist; other files in it stay.
@@ -176,26 +194,28 @@ def save_run(
         overwrite: whether to replace a run that is there.
         report: adds files such as `summary.csv` and `plots/`.
         inputs: as `check_free`.
+        sums: checksums of what the run was made from, by option.
 
     Returns:
         The absolute path of the folder.
 
     Raises:
         InputError: as `check_free`, or the disk refuses.
+        UnfinishedError: the report fails, and the numbers are there.
     """
-    with staged_run(folder, overwrite, inputs) as staging:
-        write_dataset(dataset, staging / RESULTS)
-        write_rest(staging, dataset, config, report)
-    return user_path(folder).absolute()
+    from geffect_fast.storage.add_report import add_report  # which is made of what is here
+
+    with locked(folder) as path:
+        with staged_run(folder, overwrite, inputs, lambda: sums or {}) as staging:
+            write_dataset(dataset, staging / RESULTS)
+            write_config(config, staging)
+        add_report(path, dataset, report)
+    return path
 
 
-def write_rest(
-    staging: Path, dataset: xr.Dataset, config: ProfileConfig, report: Reporter | None
-) -> None:
-    """Write all of a run but its result: `run.yaml` and the report."""
+def write_config(config: ProfileConfig, staging: Path) -> None:
+    """Write the `run.yaml` of a run."""
     (staging / CONFIG).write_text(dump_config(config), encoding="utf-8")
-    if report is not None:
-        report(dataset, staging)
 
 
 def is_step_name(name: str) -> bool:
@@ -205,9 +225,16 @@ def is_step_name(name: str) -> bool:
 
 @contextmanager
 def staged_run(
-    folder: str | Path, overwrite: bool = False, inputs: Mapping[str, str | Path] | None = None
+    folder: str | Path,
+    overwrite: bool = False,
+    inputs: Mapping[str, str | Path] | None = None,
+    sums: Callable[[], Mapping[str, Sums]] = dict,
 ) -> Iterator[Path]:
     """A hidden folder in a run folder; what is written to it appears when the block ends well.
+
+    Args:
+        folder, overwrite, inputs: as `save_run`.
+        sums: returns checksums of what the run was made from, for its manifest.
 
     Raises:
         InputError: as `save_run`; or another process works in the folder.
@@ -218,7 +245,7 @@ def staged_run(
             staging = Path(tempfile.mkdtemp(prefix=UNFINISHED, dir=path))
             try:
                 yield staging
-                Manifest(checksums(staging, files_below(staging))).write(staging)
+                Manifest(checksums(staging, files_below(staging)), sums()).write(staging)
                 put_in_place(path, staging, own_files(path))
             finally:
                 shutil.rmtree(staging, ignore_errors=True)
@@ -284,7 +311,7 @@ def open_run(folder: str | Path, *, lazy: bool = False) -> xr.Dataset:
         ours = {"g_effect", "risk_value", "loss"} <= set(dataset.data_vars)
         dims = [dim for dim in dataset["g_effect"].dims if dim != "step"] if ours else []
         ours = dims[:2] == ["objective", "risk"]
-    except ValueError:
+    except (ValueError, TypeError, KeyError, RecursionError):  # of attributes
         ours = False
     if not ours:
         dataset.close()

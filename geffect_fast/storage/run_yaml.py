@@ -10,6 +10,7 @@ import yaml
 from geffect_fast.data.files import check_regular
 from geffect_fast.errors import InputError, in_one_line
 from geffect_fast.settings import ProfileConfig, RunConfig, UnlearnConfig, checked_config
+from geffect_fast.visible import one_line, visible
 
 CONFIG_BEGINS = "# Replay: geffect-fast"
 """What a file says first that `dump_config` wrote."""
@@ -67,4 +68,17 @@ def dump_config(config: RunConfig) -> str:
     """The config as YAML that `load_config` reads back to an equal config."""
     values = config.model_dump(mode="json")
     replay = f"{CONFIG_BEGINS} {config.command} --config run.yaml --out NEW_FOLDER\n"
-    return replay + yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=1000)
+    text = yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=1000)
+    # What is left of them YAML counts as printable; it stands between double quotes.
+    return replay + visible(text)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes names as they are, and those with control characters escaped, between quotes."""
+
+    def represent_str(self, data: str) -> yaml.ScalarNode:
+        style = None if one_line(data) == data else '"'
+        return self.represent_scalar("tag:yaml.org,2002:str", data, style=style)
+
+
+_Dumper.add_representer(str, _Dumper.represent_str)

@@ -8,6 +8,7 @@ import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from threading import Event
 from typing import Any, BinaryIO
 
 _TRAILER = re.compile(rb"\ngeffect_fast sha256 ([0-9a-f]{64})\n")
@@ -24,6 +25,8 @@ def write_sealed(file: Path, values: Mapping[str, Any]) -> None:
 def read_sealed(file: Path) -> dict[str, Any] | None:
     """What `write_sealed` wrote; None where it is unreadable or has changed since."""
     try:
+        if not file.is_file():  # but what never ends, such as a pipe
+            return None
         held = json.loads(file.read_text(encoding="utf-8"))
         seal = held.pop("sha256")
         return held if seal == _sum(held) else None
@@ -59,16 +62,23 @@ def seal_holds(file: Path) -> bool:
     return found.encode() == trailer[1]
 
 
-def sha256_of(opened: BinaryIO, n_bytes: int | None = None) -> tuple[str, int]:
+def sha256_of(
+    opened: BinaryIO, n_bytes: int | None = None, stop: Event | None = None
+) -> tuple[str, int]:
     """The checksum of what follows in an open file, and how many bytes that is.
 
     Args:
         opened: read piece by piece, about 1 GB/s a core.
         n_bytes: no more than these; None: to the end.
+        stop: no more is read once it is set.
     """
     found, size = hashlib.sha256(), 0
     left = math.inf if n_bytes is None else n_bytes
-    while left > size and (piece := opened.read(int(min(_PIECE, left - size)))):
+    while (
+        left > size
+        and not (stop is not None and stop.is_set())
+        and (piece := opened.read(int(min(_PIECE, left - size))))
+    ):
         found.update(piece)
         size += len(piece)
     return found.hexdigest(), size

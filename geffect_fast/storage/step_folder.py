@@ -18,6 +18,7 @@ from geffect_fast.errors import (
 )
 from geffect_fast.paths import is_there
 from geffect_fast.settings import RunConfig
+from geffect_fast.storage.add_report import add_report
 from geffect_fast.storage.disk import UNFINISHED, folder_for, recovered, remove, whole_file
 from geffect_fast.storage.inputs import Inputs, check_unchanged
 from geffect_fast.storage.manifest import (
@@ -36,6 +37,7 @@ from geffect_fast.storage.run_folder import (
     STEPS,
     check_free,
     check_inputs,
+    held_files,
     is_step_name,
     own_files,
     put_in_place,
@@ -192,10 +194,10 @@ def finish(
     checkpoint_files: Callable[[Path], Collection[str]] = lambda folder: (),
     keep: bool = False,
 ) -> None:
-    """Write the result and a report, and what else completes a run.
+    """Write the result and what else completes a run; then add a report.
 
-    All is written to a hidden folder and put in place together. Where that fails, the steps are
-    there still. A run that was to replace another one then does.
+    All but the report is written to a hidden folder and put in place together. Where that fails,
+    the steps are there still. A run that was to replace another one then does.
 
     Args:
         folder: of the run, as `check_start` returned it.
@@ -206,15 +208,13 @@ def finish(
         keep: whether checkpoints stay; else they go once the result is on the disk.
 
     Raises:
-        UnfinishedError: the disk refuses.
+        UnfinishedError: the disk refuses; or the report fails, and the numbers are there.
     """
     try:
         staging = Path(tempfile.mkdtemp(prefix=UNFINISHED, dir=folder))
         try:
             more(staging)
             write_dataset(dataset, staging / RESULTS)
-            if report is not None:
-                report(dataset, staging)
             here = [
                 name
                 for name in own_files(folder)
@@ -240,6 +240,7 @@ def finish(
             f"run folder {_home(folder)} cannot be completed: {error.strerror or error}; all steps "
             "are kept: free some space, and go on with --resume"
         ) from error
+    add_report(_home(folder), dataset, report)
 
 
 def _promote(folder: Path, more: Collection[str]) -> None:
@@ -291,4 +292,4 @@ def _until(folder: Path) -> str:
 
 def _held(folder: Path, more: Collection[str]) -> list[str]:
     """What a run made in its folder: its result first, its steps last."""
-    return [name for name in (*RUN_FILES, *more, STEPS) if is_there(folder / name)]
+    return held_files(folder, (*RUN_FILES, *more, STEPS), own_files(folder))

@@ -12,7 +12,7 @@ from geffect_fast.measure.execute import machine, on_threads, read_sources_of
 from geffect_fast.measure.models import load_model
 from geffect_fast.results.dataset import digests
 from geffect_fast.settings import Measuring, Training, UnlearnConfig
-from geffect_fast.storage.inputs import Inputs, input_sums, inputs_of
+from geffect_fast.storage.inputs import Inputs, check_replayed, input_sums, inputs_of
 from geffect_fast.storage.lock import locked
 from geffect_fast.storage.recorded_rows import check_recorded
 from geffect_fast.storage.step_folder import as_begun, begun, check_resumed, kept
@@ -86,6 +86,7 @@ def execute_unlearn(
             said(run.rows.sentence(run.sets))
             rows = digests(run.sets)
             check_recorded(config.rows, rows, folder if resume else None)
+            check_replayed(inputs.get("--config"), config, sums)
             chosen: dict[str, Any] = {
                 "token_budget": run.profiler.token_budget,
                 **machine(n_threads, device, model),

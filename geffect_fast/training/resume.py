@@ -120,6 +120,7 @@ def _mark_of(folder: Path) -> dict[str, Any] | None:
         held = json.loads((folder / MARK).read_text(encoding="utf-8"))
         if {"files", "sha256"} & held.keys():  # marks of earlier versions have neither
             held = read_sealed(folder / MARK)
-        return held if {"identity", "step"} <= held.keys() else None
-    except (OSError, ValueError, AttributeError, RecursionError):
+        known = isinstance(held["identity"], str) and isinstance(held["step"], int)
+        return held if known else None
+    except (OSError, ValueError, AttributeError, KeyError, TypeError, RecursionError):
         return None

@@ -147,7 +147,12 @@ class Unlearning:
         if saved:
             check_whole(saved[max(saved)])
             self._check_steps(store, saved[max(saved)], max(saved))
-        probe = Probe(self.profiler, store, trained=str(self.loss.objective))
+        probe = Probe(
+            self.profiler,
+            store,
+            trained=str(self.loss.objective),
+            forget_rows=len(self.sets["forget"]),
+        )
         live = GEffectCallback.of(probe, training.probe_every)
         sizes = self._rows_an_update(parts_of([self.loss.objective]))
         needs = needs_of(self.loss.parts)

@@ -121,7 +121,7 @@ CASES = [
     ),
     Case(
         "a full disk for a comparison", WORKS, "run folder c cannot be written",
-        "free some space", AB, largest_file=4000,
+        "free some space", AB, largest_file=400,
     ),
     Case(
         "one run from Python", lambda _: gf.compare("a"), "compare: got one run", "a list of two", A

@@ -19,7 +19,6 @@ from geffect_fast.storage.run_folder import save_run
 
 FULL = OSError(errno.ENOSPC, "No space left on device")
 CONFIG = {"model": "model", "forget": "forget.jsonl", "retain": "retain.jsonl", "objectives": "ga"}
-LAST_PLOT = "geffect_fast.report.plots.plot_instances"
 
 
 def a_run(here, _patch):
@@ -347,13 +346,6 @@ CASES = [
         largest_file=3_000,
     ),
     Case(
-        "a disk full at the plots",
-        profile(),
-        "run folder run cannot be written",
-        "free some space",
-        largest_file=30_000,
-    ),
-    Case(
         "a disk full by position",
         profile(resolve="sample,position"),
         "cannot be written",
@@ -368,13 +360,6 @@ CASES = [
         patched("pathlib.Path.write_text", FULL),
     ),
     Case(
-        "a disk full at the summary",
-        profile(),
-        "No space left on device",
-        "free some space",
-        patched("csv.writer", FULL),
-    ),
-    Case(
         "a disk full at the last rename",
         profiled_again(),
         "No space left on device",
@@ -387,7 +372,7 @@ CASES = [
         "cannot be written",
         "free some space",
         a_run,
-        largest_file=30_000,
+        largest_file=3_000,
     ),
     Case(
         "a disk full at a CSV",
@@ -422,14 +407,11 @@ CASES = [
         130,
     ),
     Case(
-        "Ctrl-C at the last plot", profile(), "interrupted", "nothing", interrupted(LAST_PLOT), 130
-    ),
-    Case(
         "Ctrl-C while overwriting",
         profiled_again(),
         "interrupted",
         "nothing",
-        both(a_run, interrupted(LAST_PLOT)),
+        both(a_run, interrupted("geffect_fast.storage.run_folder.dump_config")),
         130,
     ),
     Case(

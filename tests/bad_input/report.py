@@ -119,5 +119,12 @@ CASES = [
         "compare runs on the same data",
         with_b(n_forget=3),
     ),
+    Case(
+        "a run of a name that no folder has",
+        asked("a", "x" * 300, "--out", "page.html"),
+        "File name too long",
+        "give a folder",
+        AB,
+    ),
     Case("a page of no results", lambda _: gf.write_page({}, "page.html"), "no run", "give one"),
 ]

@@ -289,14 +289,6 @@ CASES = [
         both(run_of(), gone("run/run.yaml")),
     ),
     Case(
-        "a disk full at the plot of weights",
-        weights("--overwrite"),
-        "plot frontier.png cannot be written",
-        "free some space",
-        both(run_of(), holds("frontier.png", "an earlier one")),
-        largest_file=20_000,
-    ),
-    Case(
         "a disk full at the weights",
         weights("--overwrite"),
         "No space left on device",

@@ -18,6 +18,7 @@ from geffect_fast.capture import Plan
 from geffect_fast.capture import calls as rules
 from geffect_fast.errors import GEffectError, InputError, NonFiniteError, UnsupportedModelError
 from geffect_fast.measure import check as module
+from geffect_fast.measure import plain_autograd as plain
 from geffect_fast.measure.captured import CapturedNumbers
 from geffect_fast.measure.check import check
 from geffect_fast.measure.plain_autograd import BLOCK, dots, plain_numbers, plain_tokens
@@ -328,14 +329,22 @@ def test_products_are_summed_in_fp64():
     assert float(dots([x, None], [x, x])[1]) == 0
 
 
-def test_progress_ends_where_it_was_said_to():
+@pytest.mark.parametrize("free", [2**40, 0], ids=["held", "two at a time"])
+def test_progress_ends_where_it_was_said_to(free, monkeypatch):
+    monkeypatch.setattr(plain, "free_memory", lambda _: free)
     rows = samples(LENGTHS, prompt=3)
     sample_set = gf.data.tokenize_rows(rows, None, name="data")
     objectives = [parse("ga"), parse("gd")]
     model = build("llama")
     ticks: list[int] = []
-    plain_numbers(model, sample_set, objectives, None, ticks.append)
-    assert sum(ticks) == plain_tokens(sample_set, objectives)
+    found = plain_numbers(model, sample_set, objectives, None, ticks.append)
+    assert sum(ticks) == plain_tokens(model, sample_set, objectives)
+    n = len(rows)
+    of_risk = n if free else n * (n + 1) // 2 + n
+    assert len(ticks) == of_risk + 3 * n  # gd has two parts
+    monkeypatch.setattr(plain, "free_memory", lambda _: 2**40 - free)
+    other = plain_numbers(model, sample_set, objectives, None, [].append)
+    assert all(map(torch.equal, vars(found).values(), vars(other).values()))
     ticks.clear()
     captured = CapturedNumbers(Plan.of(model), sample_set, objectives, None, "packed", None)
     captured.compute(ticks.append)

@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+import xarray as xr
+from geffect_fast.storage.run_yaml import load_config
 
-from geffect_fast.errors import InputError
+from geffect_fast.errors import InputError, UnfinishedError
 from geffect_fast.measure.execute import execute
 from geffect_fast.settings import make_config
 from geffect_fast.storage.run_folder import open_run
@@ -78,13 +80,18 @@ def test_an_alternative_in_every_row_stands_in_for_refusals(study, tmp_path):
     assert (dataset.g_effect != 0).any()
 
 
-def test_a_failing_report_leaves_nothing(study, tmp_path):
+@pytest.mark.parametrize("resolve", [["sample"], ["sample", "position"]])
+def test_a_failing_report_leaves_the_numbers(study, tmp_path, resolve):
     def fail(dataset, folder):
         raise RuntimeError("no ink")
 
-    with pytest.raises(RuntimeError, match="no ink"):
-        execute(config(study), tmp_path / "run", report=fail)
-    assert not list(tmp_path.iterdir())
+    with pytest.raises(UnfinishedError, match=r"no ink; geffect-fast report .*run writes that"):
+        execute(config(study, resolve=resolve), tmp_path / "run", report=fail)
+    expected = execute(config(study, resolve=resolve), tmp_path / "expected")
+    found = open_run(tmp_path / "run")
+    xr.testing.assert_identical(found.drop_attrs(deep=False), expected.drop_attrs(deep=False))
+    left = {path.name for path in (tmp_path / "run").iterdir()}
+    assert left == {"manifest.json", "results.nc", "run.yaml"}
 
 
 def test_effects_by_position_are_streamed_into_the_folder(study, tmp_path, monkeypatch):

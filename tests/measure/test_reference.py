@@ -7,6 +7,7 @@ import io
 import warnings
 
 import numpy as np
+import peft
 import pytest
 import torch
 from models import build, samples
@@ -38,6 +39,68 @@ def text_of(what):
     console = Console(width=200, record=True, file=io.StringIO())
     console.print(what)
     return " ".join(console.export_text().split())
+
+
+def with_adapter(model, seed=0, scale=0.0):
+    """A LoRA around a copy of the model; with B = 0 it computes what the model does."""
+    torch.manual_seed(seed)
+    config = peft.LoraConfig(r=2, target_modules=["q_proj", "up_proj"], lora_dropout=0.3)
+    wrapped = peft.get_peft_model(copy.deepcopy(model), config).double().eval()
+    with torch.no_grad():
+        for name, parameter in wrapped.named_parameters():
+            if "lora_B" in name:
+                parameter.copy_(torch.full_like(parameter, scale))
+    return wrapped
+
+
+@pytest.mark.parametrize("engine", ["reverse", "forward"])
+@pytest.mark.parametrize("objective", ["npo(beta=0.5)", "ga + kl", "dpo"])
+@pytest.mark.parametrize("kind", ["new adapter", "other A", "same adapter", "saved adapter"])
+def test_models_that_compute_the_same_are_one(kind, objective, engine, model, tmp_path):
+    trained = 0.1 if kind in ("same adapter", "saved adapter") else 0.0
+    reference = model
+    if kind != "new adapter":
+        reference = with_adapter(model, seed=kind == "other A", scale=trained)
+    if kind == "saved adapter":
+        model.save_pretrained(tmp_path / "base")
+        reference.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
+        reference.save_pretrained(tmp_path / "adapter")
+        reference = tmp_path / "adapter"
+    sets = SETS
+    if objective == "dpo":
+        refused = samples([5, 5, 5], 9)
+        sets = SETS | {
+            "forget": [
+                row | {"alternative": other}
+                for row, other in zip(SETS["forget"], refused, strict=True)
+            ]
+        }
+    options = {"objectives": [objective], "engine": engine, "resolve": ("sample",)}
+    with pytest.warns(GEffectWarning, match="reference: the model itself"):
+        result = gf.profile(
+            with_adapter(model, scale=trained), None, **sets, **options, reference_model=reference
+        )
+    assert result.attrs["reference_is_model"] == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", GEffectWarning)
+        result = gf.profile(
+            with_adapter(model, scale=1e-9), None, **sets, **options, reference_model=model
+        )
+    assert "reference_is_model" not in result.attrs
+
+
+def test_a_reference_that_is_another_on_one_row_alone_is_another(model):
+    """Its embeddings differ for tokens of the last row only."""
+    reference, last = copy.deepcopy(model), set(SETS["forget"][-1]["input_ids"])
+    new = min(last - {t for row in SETS["forget"][:-1] for t in row["input_ids"]})
+    with torch.no_grad():
+        reference.get_input_embeddings().weight[new] *= 1.5
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", GEffectWarning)
+        gf.profile(model, None, **SETS, objectives=["npo"], reference_model=reference)
+    one = SETS | {"forget": SETS["forget"][:-1]}
+    with pytest.warns(GEffectWarning, match="reference: the model itself"):
+        gf.profile(model, None, **one, objectives=["npo"], reference_model=reference)
 
 
 def given(kind, model, tmp_path):

@@ -153,7 +153,11 @@ def compared(rises, error):
 def test_runs_that_are_compared_are_held_to_the_figure():
     rises = {"ga": (2.0, 0.500), "gd": (1.99, 0.499)}
     both, said = compared(rises, error=0.02)
-    assert "ga raises the forget risk most, by 2; gd as much, as far as 16 bits tell." in said
+    assert (
+        "All of 2 runs raise the forget risk, alike as far as 16 bits tell: by 1.99 to 2." in said
+    )
+    three = compared(rises | {"npo(beta=0.1)": (1.0, 0.2)}, error=0.02)[1]
+    assert "ga raises the forget risk most, by 2; gd as much, as far as 16 bits tell." in three
     assert "risen alike under all, as far as 16 bits tell" in said and "least" not in said
     assert "effects in 16 bits may be off by 2 %" in written(render_comparison(both))
     both, said = compared(rises, error=0.0)

@@ -13,6 +13,7 @@ from geffect_fast.results import intervals
 from geffect_fast.results.told_apart import effect_spreads, told_apart
 
 FORGET, RETAIN = samples([9, 7, 11, 8, 6, 9], 1), samples([8, 10, 9, 7, 12], 2)
+MANY = samples([8, 10, 9, 7, 12, 5, 11, 6, 9, 13, 7], 5)
 
 
 @pytest.fixture(scope="module")
@@ -68,28 +69,60 @@ def test_nothing_is_said_of_one_row(model):
     assert found.g_effect_low.isnull().values.tolist() == [[False, True]]
 
 
-def test_the_rows_of_a_risk_are_measured_exactly(model):
-    """`<grad R_j, G> / <G, G>`, by one backward a row, scaled and centred as the formula says."""
+def gradient(model, rows, total):
+    """Of the rows' losses over `total` tokens, by plain autograd."""
+    model.zero_grad()
+    for row in rows:
+        logits = model(torch.tensor([row["input_ids"]])).logits[:, :-1]
+        labels = torch.tensor([row["labels"]])[:, 1:]
+        torch.nn.functional.cross_entropy(
+            logits.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum"
+        ).div(total).backward()
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
-    def gradient(rows, total):
-        model.zero_grad()
-        for row in rows:
-            logits = model(torch.tensor([row["input_ids"]])).logits[:, :-1]
-            labels = torch.tensor([row["labels"]])[:, 1:]
-            torch.nn.functional.cross_entropy(
-                logits.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum"
-            ).div(total).backward()
-        return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
-    def targets(rows):
-        return sum(sum(label >= 0 for label in row["labels"][1:]) for row in rows)
+def targets(rows):
+    return sum(sum(label >= 0 for label in row["labels"][1:]) for row in rows)
 
-    forget = gradient(FORGET, targets(FORGET))
-    along = torch.stack([gradient([row], targets(RETAIN)) @ forget for row in RETAIN]).numpy()
-    spread = (along - along.mean()) / float(forget @ forget)
-    spread = spread * intervals.stretch(5) / intervals.stretch(8)
-    found = profile(model).risk_row_spread.sel(risk="retain").values
-    np.testing.assert_allclose(found, [*spread, 0, 0, 0], rtol=1e-8, atol=1e-12)
+
+def test_all_rows_of_a_risk_are_measured_exactly(model):
+    """`<grad R_j, G> / <G, G>`, by one backward a row, centred and stretched as the formula says.
+
+    Fewer rows than another risk has are followed by zeros.
+    """
+    probe = samples([6, 7, 8], 4)
+    forget = gradient(model, FORGET, targets(FORGET))
+    found = profile(model, retain=MANY, probes={"probe": probe}).risk_row_spread
+    assert found.dims == ("risk", "risk_row") and found.shape == (3, len(MANY))
+    for risk, rows in (("retain", MANY), ("probe", probe)):
+        along = torch.stack([gradient(model, [row], targets(rows)) @ forget for row in rows])
+        spread = ((along - along.mean()) / (forget @ forget)).numpy()
+        spread = np.pad(spread * intervals.stretch(len(rows)), (0, len(MANY) - len(rows)))
+        np.testing.assert_allclose(found.sel(risk=risk), spread, rtol=1e-8, atol=1e-12)
+    assert not found.sel(risk="unlearn").values.any()
+
+
+def test_an_interval_is_that_of_drawing_both_data_sets_anew(model):
+    """A bootstrap of `-<sum_i w_i g_i, sum_j v_j r_j>` from one gradient a row, for `ga`."""
+    n, m = 8 * len(FORGET), 8 * len(MANY)
+    of_forget = torch.stack([gradient(model, [row], 8 * targets(FORGET)) for row in FORGET])
+    of_retain = torch.stack([gradient(model, [row], 8 * targets(MANY)) for row in MANY])
+    products = np.tile(-(of_forget @ of_retain.T).numpy(), (8, 8))
+    rng = np.random.default_rng(7)
+    draws = np.array(
+        [
+            (1 + (rng.multinomial(n, [1 / n] * n) - 1) * intervals.stretch(n))
+            @ products
+            @ (1 + (rng.multinomial(m, [1 / m] * m) - 1) * intervals.stretch(m))
+            for _ in range(4000)
+        ]
+    )
+    result = profile(model, forget=FORGET * 8, retain=MANY * 8, objectives=["ga"])
+    result = result.sel(objective="ga", risk="retain")
+    low, high = float(result.g_effect_low), float(result.g_effect_high)
+    expected = np.quantile(draws, [0.025, 0.975])
+    np.testing.assert_allclose(high - low, np.ptp(expected), rtol=0.1)
+    np.testing.assert_allclose([low, high], expected, atol=0.1 * np.ptp(expected))
 
 
 @pytest.mark.parametrize(("n", "factor"), [(3, 4.303), (6, 2.571), (12, 2.201), (40, 2.023)])
@@ -106,7 +139,7 @@ def test_intervals_of_what_is_known_cover_it():
     for _ in range(200):
         rows = np.stack([-rng.gamma(4, 1, 12), -rng.gamma(2, 0.5, 12)])[None] / 12
         rows[:, 0] *= np.sqrt(np.abs(rows[:, 0].sum()))  # a product with itself
-        found = intervals.effect_intervals(rows, ["forget"] * 12, np.zeros((2, 8)))
+        found = intervals.effect_intervals(rows, ["forget"] * 12, [np.zeros(8)])
         low, high = found["g_effect_low"][1][0], found["g_effect_high"][1][0]
         truth = np.array([-(4**1.5), -1.0])
         hits[:2] += (low <= truth) & (truth <= high)

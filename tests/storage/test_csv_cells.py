@@ -23,7 +23,11 @@ OTHERS = ["", "a=1", " -", "'=1", "-0.5", "+1e-3", "-inf", -0.5, None, True]
 
 @pytest.mark.parametrize("text", FORMULAS)
 def test_a_formula_gets_an_apostrophe(text):
-    assert csv_cell(text) == f"'{text}"
+    assert csv_cell(text) == "'" + text.replace("\r", "\\x0d")
+
+
+def test_no_cell_holds_an_escape_code():
+    assert csv_cell("a\x1b[31m\nb") == "a\\x1b[31m\nb"
 
 
 @pytest.mark.parametrize("value", OTHERS)

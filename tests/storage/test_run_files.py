@@ -9,7 +9,7 @@ import xarray as xr
 from killed import killed
 from synthetic import make_dataset
 
-from geffect_fast.errors import InputError
+from geffect_fast.errors import InputError, UnfinishedError
 from geffect_fast.settings import make_config
 from geffect_fast.storage.disk import REPLACED, UNFINISHED
 from geffect_fast.storage.manifest import MANIFEST, Manifest, check_sums, files_below
@@ -74,12 +74,13 @@ def test_what_no_run_made_is_refused_by_name(tmp_path, name):
 def test_a_file_that_came_while_the_run_was_made_is_refused_by_name(run):
     def late(dataset, folder):
         more(dataset, folder)
+        (run / "plots").mkdir(exist_ok=True)
         (run / "plots/instances.png").write_text("mine")
 
-    with pytest.raises(InputError, match=r"holds plots/instances\.png, which no run made"):
+    with pytest.raises(UnfinishedError, match=r"holds plots/instances\.png, which no run made"):
         save_run(run, NEW, CONFIG, overwrite=True, report=late)
     assert (run / "plots/instances.png").read_text() == "mine"
-    xr.testing.assert_identical(open_run(run), OLD)
+    xr.testing.assert_identical(open_run(run), NEW)
 
 
 def test_of_a_run_without_a_manifest_only_what_runs_alone_write_goes(run):

@@ -9,10 +9,11 @@ import pytest
 import xarray as xr
 from synthetic import make_dataset
 
-from geffect_fast.errors import InputError
+from geffect_fast.errors import GEffectError, InputError
 from geffect_fast.settings import make_config
 from geffect_fast.storage.disk import UNFINISHED
 from geffect_fast.storage.export import export
+from geffect_fast.storage.manifest import Manifest, check_sums, files_below
 from geffect_fast.storage.run_folder import check_free, open_run, save_run
 from geffect_fast.storage.run_yaml import load_config
 
@@ -84,6 +85,18 @@ def test_a_foreign_run_yaml_is_never_overwritten_unasked(tmp_path, dataset):
     assert files(tmp_path) == ["run.yaml"]
 
 
+def test_pictures_of_others_in_plots_are_in_nobody_s_way(tmp_path, dataset):
+    """Neither of a first run nor of one that replaces it, and they stay."""
+    folder, picture = tmp_path / "run", tmp_path / "run/plots/mine.pdf"
+    picture.parent.mkdir(parents=True)
+    picture.write_bytes(b"mine")
+    save_run(folder, dataset, CONFIG)
+    with pytest.raises(InputError, match="already holds"):
+        save_run(folder, dataset, CONFIG)
+    save_run(folder, dataset * 2, CONFIG, overwrite=True)
+    assert picture.read_bytes() == b"mine"
+
+
 def test_checking_writes_nothing(tmp_path):
     assert check_free(tmp_path / "a" / "b") == tmp_path / "a" / "b"
     assert files(tmp_path) == []
@@ -101,37 +114,52 @@ class Stop(BaseException):
     pass
 
 
-@pytest.mark.parametrize("error", [RuntimeError, Stop, KeyboardInterrupt])
-def test_a_failure_while_writing_leaves_nothing(tmp_path, dataset, error):
+@pytest.mark.parametrize("error", [RuntimeError, Stop, KeyboardInterrupt, OSError(28, "full")])
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_failure_while_writing_numbers_leaves_what_was_there(
+    tmp_path, dataset, error, overwrite, monkeypatch
+):
+    if overwrite:
+        save_run(tmp_path / "deep" / "run", dataset, CONFIG, report=note)
+    before = files(tmp_path)
+
+    def fail(config):
+        raise error
+
+    monkeypatch.setattr("geffect_fast.storage.run_folder.dump_config", fail)
+    refused = InputError if isinstance(error, OSError) else error
+    with pytest.raises(refused):
+        save_run(tmp_path / "deep" / "run", dataset * 2, CONFIG, overwrite=True)
+    assert files(tmp_path) == before
+    if overwrite:
+        xr.testing.assert_identical(open_run(tmp_path / "deep" / "run"), dataset)
+
+
+@pytest.mark.parametrize(
+    ("error", "said", "code"),
+    [
+        (RuntimeError("no ink"), "are whole, but RuntimeError: no ink; geffect-fast report", 3),
+        (OSError(28, "No space left"), "are whole, but No space left; geffect-fast report", 3),
+        (MemoryError(), "are whole, but MemoryError; geffect-fast report", 3),
+        (KeyboardInterrupt(), "interrupted; the numbers of run folder .*run are whole", 130),
+    ],
+)
+def test_a_failure_of_the_report_costs_no_number(tmp_path, dataset, error, said, code):
+    save_run(tmp_path / "run", dataset, CONFIG, report=note)
+
     def fail(dataset, folder):
         note(dataset, folder)
         raise error
 
-    with pytest.raises(error):
-        save_run(tmp_path / "deep" / "run", dataset, CONFIG, report=fail)
-    assert files(tmp_path) == []
-
-
-def test_a_failure_while_overwriting_leaves_the_old_run(tmp_path, dataset):
-    folder = save_run(tmp_path / "run", dataset, CONFIG, report=note)
-    before = files(folder)
-
-    def fail(dataset, folder):
-        raise RuntimeError
-
-    with pytest.raises(RuntimeError):
-        save_run(folder, dataset * 2, CONFIG, overwrite=True, report=fail)
-    assert files(folder) == before
-    xr.testing.assert_identical(open_run(folder), dataset)
-
-
-def test_a_full_disk_is_one_line(tmp_path, dataset):
-    def fail(dataset, folder):
-        raise OSError(28, "No space left on device")
-
-    with pytest.raises(InputError, match=r"cannot be written: .*No space left"):
-        save_run(tmp_path / "run", dataset, CONFIG, report=fail)
-    assert files(tmp_path) == []
+    with pytest.raises(GEffectError, match=said) as caught:
+        save_run(tmp_path / "run", dataset * 2, CONFIG, overwrite=True, report=fail)
+    assert caught.value.exit_code == code
+    xr.testing.assert_identical(open_run(tmp_path / "run"), dataset * 2)
+    held = Manifest.read(tmp_path / "run").files
+    check_sums(tmp_path / "run", held, "")
+    # What was written before it failed is there too.
+    assert {*files_below(tmp_path / "run")} == {*held, "manifest.json"}
+    assert ("summary.csv" in held) == (code == 3)
 
 
 def test_what_is_no_run_is_named(tmp_path, dataset):

@@ -1,0 +1,142 @@
+"""Whether a model's own loss is the risk, which is of labels predicted one position earlier.
+
+transformers' decoders of encoder-decoder families compare the logits with the labels at the same
+place; others add a router's loss, or smooth labels. It is found by asking a model for its loss on
+one short sequence.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from geffect_fast.capture import Plan
+from geffect_fast.capture.attribution import ANY
+from geffect_fast.capture.factors import widened
+from geffect_fast.capture.precision import precisions
+from geffect_fast.capture.wrappers import eagerly
+from geffect_fast.data import SampleSet
+from geffect_fast.engines.forward_pass import logits_of, model_outputs, takes, without_cache
+from geffect_fast.engines.layout import probe_batch
+from geffect_fast.engines.rotary_frequencies import frequencies_at_first
+from geffect_fast.errors import UnsupportedModelError
+from geffect_fast.trying import Trying
+
+TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+"""Largest difference of two losses, relative to them, that rounding explains: they are computed in
+fp32 at least, and may be rounded to the model's precision afterwards."""
+
+
+@dataclass(frozen=True)
+class OwnLoss:
+    """A model's own loss that is not the risk.
+
+    Attributes:
+        kind: `unshifted`: the loss of labels at their own places; `auxiliary`: it adds a loss that
+            it names, such as its routers'; `other`: anything else, such as labels smoothed.
+        difference: how much it is more than the risk of the sequence tried, in nats a token.
+    """
+
+    kind: Literal["unshifted", "auxiliary", "other"]
+    difference: float
+
+    def __str__(self) -> str:
+        if self.kind == "unshifted":
+            return (
+                "the model's own loss does not shift labels: it compares them with the logits at "
+                "their own places; the risk and the effects are of labels that are predicted one "
+                "position earlier, from the same logits"
+            )
+        auxiliary = self.kind == "auxiliary"
+        why = "an auxiliary loss" if auxiliary else "a term, a scale or a smoothing of its own"
+        return (
+            f"the model's own loss holds {why}: on a short sequence it differs by "
+            f"{self.difference:+.4g} from the mean negative log-likelihood of the labels, of which "
+            "the risk and the effects are"
+        )
+
+    def attributes(self) -> dict[str, Any]:
+        """Attributes of a result."""
+        difference = {"own_loss_difference": self.difference}
+        return {"own_loss": self.kind, "own_loss_note": str(self)} | difference
+
+
+def own_loss(plan: Plan, sample_set: SampleSet) -> OwnLoss | None:
+    """How a model's own loss differs from the risk; None: it does not, or the model gives none.
+
+    No pass is run where the model's code shows it (`choose_layout` knows it then), else one over
+    seven tokens, and one more where the losses differ.
+
+    Args:
+        plan: of the model, as `choose_layout` left it.
+        sample_set: of whose first sample the tokens are.
+
+    Raises:
+        UnsupportedModelError: the model gives other logits where it is given labels.
+    """
+    model = plan.model
+    if not takes(model, "labels") or _shifts_by_its_code(plan):
+        return None
+    batch = probe_batch(plan, sample_set, "single")
+    ids = batch.input_ids
+    answer, loss, logits = None, None, torch.zeros(0)
+    with Trying(), torch.no_grad(), eagerly(model), frequencies_at_first(model), _without_remarks():
+        answer = model(input_ids=ids, labels=ids.clone(), **without_cache(model))
+        logits = logits_of(answer, model, ids)
+        loss = getattr(answer, "loss", None)
+    if not isinstance(loss, Tensor) or loss.numel() != 1:  # or it wants other labels
+        return None
+    logits, ids = widened(logits[0]), ids[0]
+    tolerance = max(TOLERANCE[dtype] for dtype in precisions(model))
+    found, risk, unshifted = (
+        float(x)
+        for x in (
+            loss,
+            F.cross_entropy(logits[:-1], ids[1:]),
+            F.cross_entropy(logits, ids),
+        )
+    )
+    if _close(found, risk, tolerance) or not math.isfinite(found - risk):
+        return None
+    with torch.no_grad():
+        plain = float(-model_outputs(model, batch).token_logprob.sum() / (len(ids) - 1))
+    if not _close(plain, risk, tolerance):
+        raise UnsupportedModelError(
+            f"{type(model).__name__}: it computes other logits where it is given labels, so its "
+            "own loss is of another function than the risk; give a causal language model"
+        )
+    if _close(found, unshifted, tolerance):
+        return OwnLoss("unshifted", found - risk)
+    named = getattr(answer, "aux_loss", None) is not None
+    return OwnLoss("auxiliary" if named else "other", found - risk)
+
+
+def _close(found: float, expected: float, tolerance: float) -> bool:
+    return abs(found - expected) <= tolerance * max(1.0, abs(expected))
+
+
+def _shifts_by_its_code(plan: Plan) -> bool:
+    """Whether the model's file was read, and its loss is transformers' for causal models."""
+    model: nn.Module = plan.model
+    replaced = "_loss_function" in vars(model)
+    named = getattr(model, "loss_type", None) in (None, "ForCausalLM")
+    return ANY in plan.shown and named and not replaced
+
+
+@contextmanager
+def _without_remarks() -> Iterator[None]:
+    """Inside, transformers' models do not say in the log which loss they take."""
+    log = logging.getLogger("transformers.modeling_utils")
+    before, log.disabled = log.disabled, True
+    try:
+        yield
+    finally:
+        log.disabled = before

@@ -1,0 +1,173 @@
+"""A callback's folder is its own from the beginning of a training to its end, however it ends."""
+
+from __future__ import annotations
+
+import gc
+import os
+import platform
+import random
+import signal
+import sys
+import threading
+import time
+import traceback
+
+import pytest
+from models import build, samples
+from test_callback import TRAINED_ON, arguments, collated
+from transformers import Trainer, TrainerCallback
+
+import geffect_fast as gf
+from geffect_fast.errors import InputError
+from geffect_fast.storage.lock import LOCK, locked
+
+KILLS = 20
+IN_USE = f"is in use by process {os.getpid()} on {platform.node()}; wait for its end"
+
+
+def training(folder, *more, steps=2):
+    probe = gf.integrations.GEffectCallback(
+        {"forget": samples([5], 1), "retain": samples([4], 2)},
+        every=1,
+        out=folder / "out",
+        resolve=("sample",),
+        token_budget=64,
+    )
+    return Trainer(
+        build("llama"),
+        arguments(folder, max_steps=steps),
+        train_dataset=TRAINED_ON,
+        data_collator=collated,
+        callbacks=[probe, *more],
+    )
+
+
+class At(TrainerCallback):
+    """Does something after the first update, and at the beginning."""
+
+    def __init__(self, act, event="on_step_end"):
+        setattr(self, event, lambda *args, **kwargs: act())
+
+
+def refused_in(run):
+    """What another thread, a child of `fork`, and this very thread are told."""
+    said = []
+
+    def attempt():
+        try:
+            run()
+            said.append("nothing")
+        except InputError as error:
+            said.append(str(error))
+
+    other = threading.Thread(target=attempt)
+    other.start()
+    other.join()
+    child = os.fork()
+    if child == 0:
+        attempt()
+        os._exit(0 if IN_USE in said[-1] else 1)
+    said.append(IN_USE if os.waitpid(child, 0)[1] == 0 else "nothing")
+    return said
+
+
+@pytest.mark.parametrize("event", ["on_train_begin", "on_step_end", "on_epoch_end"])
+def test_others_are_refused_by_name_while_it_trains(tmp_path, event):
+    said = []
+
+    def lock():
+        with locked(tmp_path / "out"):
+            pass
+
+    def nested():
+        training(tmp_path).train()
+
+    def look():
+        said.extend(refused_in(lock))
+        with pytest.raises(InputError) as caught:  # the same thread, another training
+            nested()
+        said.append(str(caught.value))
+
+    training(tmp_path, At(look, event)).train()
+    assert len(said) >= 3 and all(IN_USE in line for line in said), said
+    lock()
+    assert not (tmp_path / "out" / LOCK).exists()
+    assert gf.open_run(tmp_path / "out").step.values.tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, InputError, MemoryError])
+@pytest.mark.parametrize("event", ["on_train_begin", "on_step_begin", "on_step_end"])
+def test_an_exception_frees_it_though_everything_of_it_is_kept(tmp_path, error, event):
+    def stop():
+        raise error("stop")
+
+    run = training(tmp_path, At(stop, event))
+    with pytest.raises(error) as caught:
+        run.train()
+    until = time.monotonic() + 5
+    while (tmp_path / "out" / LOCK).exists():
+        assert time.monotonic() < until
+        time.sleep(0.02)
+    assert caught.value.__traceback__ is not None and run is not None
+    with locked(tmp_path / "out"):
+        pass
+    assert not [t for t in threading.enumerate() if t.name == "training lock"]
+
+
+def test_a_training_behind_one_that_failed_has_the_folder_at_once_and_for_itself(tmp_path):
+    """In the same process and thread, as in a notebook, before anybody noticed the failure."""
+    said = []
+
+    def stop():
+        raise RuntimeError("stop")
+
+    run = training(tmp_path, At(stop, "on_train_begin"))
+    with pytest.raises(RuntimeError):
+        run.train()
+    (tmp_path / "out/steps/step-00000000.nc").unlink()
+
+    def look():
+        time.sleep(0.6)  # the first one's end is noticed meanwhile
+        said.extend(refused_in(lambda: locked(tmp_path / "out").__enter__()))
+
+    training(tmp_path, At(look)).train()
+    assert said and all(IN_USE in line for line in said), said
+
+
+def test_what_trained_is_not_kept_alive(tmp_path):
+    run = training(tmp_path)
+    run.train()
+    watched = [each for each in gc.get_objects() if type(each).__name__ == "TrainingLock"]
+    assert not [each for each in watched if each._loop is not None]
+
+
+def test_killed_at_any_moment_it_is_free(tmp_path):
+    dice = random.Random(3)
+    training(tmp_path / "whole").train()
+    for number in range(KILLS):
+        folder = tmp_path / f"run{number}"
+        moment = dice.randrange(1, 60)
+        child = os.fork()
+        if child == 0:
+            try:
+                seen = []
+
+                def count(event, args, seen=seen, moment=moment, out=str(folder / "out")):
+                    if event.startswith(("os.", "open", "fcntl.")) and (
+                        out in str(args) or event == "fcntl.flock"
+                    ):
+                        seen.append(event)
+                        if len(seen) == moment:
+                            os.kill(os.getpid(), signal.SIGKILL)
+
+                sys.addaudithook(count)
+                training(folder).train()
+                os._exit(0)
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                os._exit(1)
+        status = os.waitpid(child, 0)[1]
+        assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0
+        with locked(folder / "out"):
+            pass
