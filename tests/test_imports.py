@@ -12,77 +12,39 @@ import geffect_fast
 
 ROOT = Path(geffect_fast.__file__).parent
 
+BASE = {"errors", "trying", "transfer", "visible"}
+"""What every part may import."""
+MODEL = {"ops", "capture", "data", "objectives", "engines"}
+RUN = {"paths", "results", "settings", "storage"}
+
 LAYERS = {
     "visible": set(),
     "errors": {"visible"},
-    "trying": set(),
-    "threads": set(),
+    "trying": {"errors"},
     "transfer": set(),
-    "terminal": {"visible"},
-    "ops": {"errors"},
-    "capture": {"errors", "trying", "transfer", "ops"},
-    "data": {"errors", "trying", "transfer"},
-    "objectives": {"errors", "transfer", "data"},
-    "engines": {"errors", "trying", "transfer", "ops", "capture", "data", "objectives"},
-    "functional": {"errors", "ops", "capture"},
-    "paths": {"errors"},
-    "results": {"errors", "transfer", "ops", "capture", "data", "objectives", "engines"},
-    "settings": {"errors", "data", "objectives", "paths", "results"},
-    "storage": {"errors", "data", "paths", "results", "settings"},
-    "measure": {
-        *{"errors", "transfer", "terminal", "ops", "capture", "data", "objectives", "engines"},
-        *{"functional", "paths", "results", "settings", "storage"},
-    },
-    "steps": {
-        *{
-            "errors",
-            "terminal",
-            "data",
-            "objectives",
-            "engines",
-            "paths",
-            "results",
-            "settings",
-            "storage",
-        },
-        "measure",
-    },
+    "threads": set(),
+    "terminal": BASE,
+    "ops": BASE,
+    "capture": BASE | {"ops"},
+    "data": BASE,
+    "objectives": BASE | {"data"},
+    "engines": BASE | MODEL - {"engines"},
+    "functional": BASE | {"ops", "capture"},
+    "paths": BASE,
+    "results": BASE | MODEL,
+    "settings": BASE | {"data", "objectives", "paths", "results"},
+    "storage": BASE | {"data"} | RUN - {"storage"},
+    "measure": BASE | MODEL | RUN | {"terminal", "functional"},
+    "steps": BASE | MODEL | RUN | {"terminal", "measure"},
     "integrations": {"steps"},
-    "training": {
-        *{
-            "errors",
-            "terminal",
-            "capture",
-            "data",
-            "objectives",
-            "engines",
-            "paths",
-            "results",
-            "settings",
-            "storage",
-        },
-        *{"measure", "steps"},
-    },
-    "metrics": {"errors", "data", "paths", "results", "storage"},
-    "report": {"errors", "terminal", "paths", "results", "storage", "measure", "steps"},
-    "demo": {
-        *{
-            "errors",
-            "terminal",
-            "data",
-            "objectives",
-            "paths",
-            "settings",
-            "storage",
-            "measure",
-            "training",
-        },
-        "report",
-    },
-    "cli": {
-        *{"errors", "terminal", "ops", "paths", "results", "settings", "storage", "measure"},
-        *{"steps", "training", "metrics", "report", "demo"},
-    },
+    "training": BASE | MODEL | RUN | {"terminal", "measure", "steps"},
+    "metrics": BASE | RUN | {"data"},
+    "report": BASE | RUN - {"settings"} | {"terminal", "measure", "steps"},
+    "demo": BASE | RUN | {"data", "objectives", "terminal", "measure", "training", "report"},
+    "cli": BASE
+    | RUN
+    | {"ops", "terminal", "measure", "steps"}
+    | {"training", "metrics", "report", "demo"},
 }
 """What each part may import; `batch`, the type all engines share, lies in data."""
 
@@ -135,7 +97,6 @@ def test_a_class_has_a_name_of_its_own():
 
 SMALL = {
     "cli/check.py": "a command",
-    "cli/compare.py": "a command",
     "cli/demo.py": "a command",
     "cli/env.py": "a command",
     "cli/export.py": "a command",

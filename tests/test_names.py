@@ -9,7 +9,6 @@ import warnings
 import pandas as pd
 import pytest
 from bad_input.case import profile
-from geffect_fast.storage.run_yaml import dump_config, load_config
 from step_results import step_dataset
 
 import geffect_fast as gf
@@ -17,6 +16,7 @@ from geffect_fast.cli import main
 from geffect_fast.errors import GEffectError, GEffectWarning, InputError
 from geffect_fast.settings import make_config
 from geffect_fast.storage.run_folder import open_run, save_result
+from geffect_fast.storage.run_yaml import dump_config, load_config
 
 NAMES = {
     "a\nb": "a\\nb",

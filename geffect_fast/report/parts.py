@@ -18,7 +18,7 @@ Drawings = dict[str, Callable[[], "Figure | None"]]
 """How figures are made, by file stem; None: the result holds nothing for one."""
 
 
-class Part(NamedTuple):
+class ReportPart(NamedTuple):
     """Files of a report that are written together.
 
     Attributes:
@@ -31,7 +31,7 @@ class Part(NamedTuple):
     write: Callable[[Path], object]
 
 
-def write_parts(parts: Iterable[Part], folder: Path) -> None:
+def write_parts(parts: Iterable[ReportPart], folder: Path) -> None:
     """Write every part that can be written.
 
     Args:
@@ -56,7 +56,7 @@ def write_parts(parts: Iterable[Part], folder: Path) -> None:
         raise UnfinishedError(f"{name} could not be made ({reason_of(first)}){others}") from first
 
 
-def report_parts(dataset: xr.Dataset) -> Iterator[Part]:
+def report_parts(dataset: xr.Dataset) -> Iterator[ReportPart]:
     """The parts of the report that `geffect_fast.report.write_report` writes, tables first."""
     from geffect_fast.report.families import highlights, is_sweep
     from geffect_fast.report.steps import has_steps, last_step, write_step_summary
@@ -67,8 +67,8 @@ def report_parts(dataset: xr.Dataset) -> Iterator[Part]:
 
     summed = sum_positions(dataset)
     summary = write_step_summary if has_steps(dataset) else write_summary
-    yield Part((SUMMARY,), lambda folder: summary(summed, folder / SUMMARY))
-    yield Part((REPORT,), partial(_write_page, dataset, summed))
+    yield ReportPart((SUMMARY,), lambda folder: summary(summed, folder / SUMMARY))
+    yield ReportPart((REPORT,), partial(_write_page, dataset, summed))
     shown, shown_summed = dataset, summed
     if has_steps(dataset):
         from geffect_fast.report.step_plots import step_drawings
@@ -77,22 +77,22 @@ def report_parts(dataset: xr.Dataset) -> Iterator[Part]:
         shown = last_step(dataset)
     else:
         if is_sweep(summed):
-            yield Part((f"{PLOTS}/sweep.png",), partial(_plot, "sweep", summed))
-            yield Part((f"{PLOTS}/pareto.png",), partial(_plot, "pareto", summed))
+            yield ReportPart((f"{PLOTS}/sweep.png",), partial(_plot, "sweep", summed))
+            yield ReportPart((f"{PLOTS}/pareto.png",), partial(_plot, "pareto", summed))
             shown, shown_summed = highlights(dataset), highlights(summed)
         for name in ("layers", "instances"):
-            yield Part((f"{PLOTS}/{name}.png",), partial(_plot, name, shown_summed))
+            yield ReportPart((f"{PLOTS}/{name}.png",), partial(_plot, name, shown_summed))
     if has_tokens(shown):
-        yield Part((TOKENS,), partial(_write_tokens, shown))
+        yield ReportPart((TOKENS,), partial(_write_tokens, shown))
 
 
-def drawn_parts(drawings: Drawings) -> Iterator[Part]:
+def drawn_parts(drawings: Drawings) -> Iterator[ReportPart]:
     """A part for every figure, as PNG and SVG."""
     from geffect_fast.storage.run_folder import PLOTS
 
     for name, draw in drawings.items():
         names = (f"{PLOTS}/{name}.png", f"{PLOTS}/{name}.svg")
-        yield Part(names, partial(_draw, name, draw))
+        yield ReportPart(names, partial(_draw, name, draw))
 
 
 def _draw(name: str, draw: Callable[[], Figure | None], folder: Path) -> None:

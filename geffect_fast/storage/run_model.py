@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from geffect_fast.paths import user_path
-
 from geffect_fast.errors import InputError
+from geffect_fast.paths import user_path
 from geffect_fast.storage.manifest import Manifest, check_sums
 
 _WEIGHTS = (".safetensors", ".bin")

@@ -3,7 +3,6 @@
 import pytest
 import torch
 import xarray as xr
-from geffect_fast.storage.run_yaml import load_config
 
 from geffect_fast.errors import InputError, UnfinishedError
 from geffect_fast.measure.execute import execute
