@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -218,7 +219,7 @@ def plan_there(plan: Plan) -> Plan:
     there = moved(plan.model)
     parameters = {plain_name(name): p for name, p in there.named_parameters()}
     owners = {
-        where: (there.get_submodule(where), *known) for where, (_, *known) in plan.owners.items()
+        where: replace(own, module=there.get_submodule(where)) for where, own in plan.owners.items()
     }
     return Plan(there, {name: parameters[name] for name in plan.parameters}, owners, shown={ANY})
 

@@ -272,6 +272,23 @@ class NormCall(Call):
             return norm_with(self.module, torch.full_like(weight, 1.0 - self.factor), None, x)
 
 
+@dataclass(frozen=True)
+class Owner:
+    """A module that owns trainable parameters, and how their shares are found.
+
+    Attributes:
+        module: it.
+        names: of its parameters in the model, by the module's own name for each.
+        rule: what one call of it is to them.
+        factor: of the rule, such as the `1` in `1 + w` of a norm.
+    """
+
+    module: nn.Module
+    names: dict[str, str]
+    rule: type[Call]
+    factor: float
+
+
 class NormWeights:
     """By what the norms of a model multiply, for those whose `xhat` can be read off the output.
 
@@ -281,9 +298,7 @@ class NormWeights:
         owners: of a plan.
     """
 
-    def __init__(
-        self, owners: Mapping[str, tuple[nn.Module, dict[str, str], type[Call], float]]
-    ) -> None:
+    def __init__(self, owners: Mapping[str, Owner]) -> None:
         self._owners = owners
         self._found: dict[str, Tensor] | None = None
 
@@ -291,9 +306,9 @@ class NormWeights:
         """`offset + w` of the norm at `where`; None where an element is next to nothing."""
         if self._found is None:
             norms = {
-                where: (module.get_parameter("weight").detach(), offset)
-                for where, (module, _, rule, offset) in self._owners.items()
-                if issubclass(rule, NormCall) and module.get_parameter("weight").is_cpu
+                where: (own.module.get_parameter("weight").detach(), own.factor)
+                for where, own in self._owners.items()
+                if issubclass(own.rule, NormCall) and own.module.get_parameter("weight").is_cpu
             }
             weights = torch._foreach_add(*map(list, zip(*norms.values(), strict=True)))
             sizes = torch.stack(torch._foreach_norm(weights, -torch.inf)).tolist()

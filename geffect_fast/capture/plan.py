@@ -9,7 +9,7 @@ from itertools import takewhile
 
 from torch import Tensor, nn
 
-from geffect_fast.capture.calls import Call, GenericCall, rule_for
+from geffect_fast.capture.calls import Call, GenericCall, Owner, rule_for
 from geffect_fast.capture.given import check_is_model, mixing_module
 from geffect_fast.capture.wrappers import check_adapters, plain_name, unwrapped
 from geffect_fast.errors import InputError, UnsupportedModelError
@@ -24,7 +24,7 @@ class Plan:
     Attributes:
         model: the model.
         parameters: its trainable parameters by name (a tied one once, under its first name).
-        owners: module name -> (module, local name -> name in the model, rule, the rule's factor).
+        owners: by the module's name.
             What modules without a forward hold (a `ParameterDict`, a parametrisation) belongs to
             the module around them, whose local name for it has dots.
         axes: what batches have taught about the axes of modules' outputs, see `Segments.rows`.
@@ -34,7 +34,7 @@ class Plan:
 
     model: nn.Module
     parameters: Mapping[str, nn.Parameter]
-    owners: dict[str, tuple[nn.Module, dict[str, str], type[Call], float]]
+    owners: dict[str, Owner]
     axes: dict[tuple[str, int], int] = field(default_factory=dict)
     shown: set[Hashable] = field(default_factory=set)
 
@@ -74,11 +74,8 @@ class Plan:
         for where, of in local.items():
             module = modules[where]
             nested = any("." in k for k in of)
-            owners[where] = (
-                module,
-                of,
-                *((GenericCall, 1.0) if nested else rule_for(module, tried)),
-            )
+            rule, factor = (GenericCall, 1.0) if nested else rule_for(module, tried)
+            owners[where] = Owner(module, of, rule, factor)
         return cls(model, parameters, owners)
 
     @contextmanager
@@ -109,20 +106,25 @@ class Plan:
         """
         modules = dict(self.model.named_modules(remove_duplicate=False))
         for name in names:
-            held = [(w, k) for w, (_, of, *_) in self.owners.items() for k in of if of[k] == name]
+            held = [
+                (where, local)
+                for where, own in self.owners.items()
+                for local, known in own.names.items()
+                if known == name
+            ]
             around = _around(modules, {where for where, _ in held})
             if around is None:
                 raise UnsupportedModelError(
                     f"parameter '{name}' is used outside the model's own forward, so its share "
                     "cannot be told apart by sample; freeze it"
                 )
-            of = dict(self.owners[around][1]) if around in self.owners else {}
+            of = dict(self.owners[around].names) if around in self.owners else {}
             for where, local in held:
                 of[_below(around, f"{where}.{local}" if where else local)] = name
-                del self.owners[where][1][local]
-                if not self.owners[where][1]:
+                del self.owners[where].names[local]
+                if not self.owners[where].names:
                     del self.owners[where]
-            self.owners[around] = (modules[around], of, GenericCall, 1.0)
+            self.owners[around] = Owner(modules[around], of, GenericCall, 1.0)
 
 
 def _users(modules: Mapping[str, nn.Module], places: Sequence[str]) -> dict[str, str]:

@@ -102,15 +102,17 @@ class Recorder:
         self._condensable: set[str] = set()
         """Modules whose parameters nobody else owns, as far as known called once."""
         if norms_alone:
-            owners = Counter(k for _, names, *_ in plan.owners.values() for k in names.values())
+            owners = Counter(k for own in plan.owners.values() for k in own.names.values())
             self._condensable = {
                 where
-                for where, (module, names, *_) in plan.owners.items()
-                if all(owners[name] == 1 for name in names.values()) and module not in _CALLED_AGAIN
+                for where, own in plan.owners.items()
+                if all(owners[name] == 1 for name in own.names.values())
+                and own.module not in _CALLED_AGAIN
             }
 
     def __enter__(self) -> Recorder:
-        for where, (module, *_) in self.plan.owners.items():
+        for where, owner in self.plan.owners.items():
+            module = owner.module
             before, after = partial(self._before, where), partial(self._after, where)
             # First among the module's hooks: another hook may replace the input or the output.
             self._handles.append(
@@ -195,8 +197,8 @@ class Recorder:
         `plan.names_of(leaves_of(losses))` are for `plan.widen`.
         """
         self._shown = {
-            where: [self.plan.parameters[name] for name in names.values()]
-            for where, (_, names, *_) in self.plan.owners.items()
+            where: [self.plan.parameters[name] for name in own.names.values()]
+            for where, own in self.plan.owners.items()
         }
         owned = [p for own in self._shown.values() for p in own]
         try:
@@ -235,7 +237,7 @@ class Recorder:
                 self.gave_positions |= given_to_each is not args
                 args = given_to_each
             # The generic rule runs the module again, its hooks included: it takes what came in.
-            again = len(args) + len(kwargs) != 1 or self.plan.owners[where][2] is GenericCall
+            again = len(args) + len(kwargs) != 1 or self.plan.owners[where].rule is GenericCall
             given = Given.of(args, kwargs) if again else None
         hidden: list[nn.Parameter] = []
         if self._shown is not None:
@@ -267,14 +269,15 @@ class Recorder:
         kwargs: dict[str, Any],
         output: Any,
     ) -> Any:
-        _, names, rule, factor = self.plan.owners[where]
+        own = self.plan.owners[where]
+        names, rule = own.names, own.rule
         entered, hidden = self._entered[where].pop()
         for p in hidden:
             p.requires_grad_(True)
         if entered is not None or not isinstance(output, Tensor):
             rule = GenericCall
         given = Given.of(args, kwargs) if entered is None else entered
-        call = rule(where, module, names, given, factor, self.segments, self.plan.axes)
+        call = rule(where, module, names, given, own.factor, self.segments, self.plan.axes)
         index = next(self._number)
         self.calls[index] = call
         for name in names.values():
@@ -382,7 +385,8 @@ class OutsideUse(TorchFunctionMode):
         self.recorder = recorder
         self.found: dict[str, None] = {}
         self.owners: dict[int, list[str]] = {}
-        for where, (module, names, *_) in recorder.plan.owners.items():
+        for where, own in recorder.plan.owners.items():
+            module, names = own.module, own.names
             for local in names:
                 self.owners.setdefault(id(module.get_parameter(local)), []).append(where)
 

@@ -92,9 +92,9 @@ def product_shares(plan: Plan, columns: Sequence[int]) -> list[float]:
     """Each column's share of a forward pass's products: of the elements that multiply a token."""
     multiplied = {
         name
-        for module, of, *_ in plan.owners.values()
-        if not isinstance(module, nn.Embedding)
-        for name in of.values()
+        for own in plan.owners.values()
+        if not isinstance(own.module, nn.Embedding)
+        for name in own.names.values()
     }
     shares = torch.zeros(max(columns) + 1, dtype=torch.float64)
     for (name, p), column in zip(plan.parameters.items(), columns, strict=True):

@@ -69,16 +69,16 @@ def packs_by_its_code(plan: Plan) -> bool:
         return False
     if any(type(p) is not nn.Parameter for p in model.parameters()):
         return False
-    if any(rule is GenericCall for _, _, rule, _ in plan.owners.values()):
+    if any(own.rule is GenericCall for own in plan.owners.values()):
         return False
-    own = [m for m, _, rule, _ in plan.owners.values() if rule is NormCall]
+    own = [each.module for each in plan.owners.values() if each.rule is NormCall]
     by_head = [m for m in own if m.get_parameter("weight").numel() != config.hidden_size]
     if by_head and name not in HEADS_BEHIND:
         return False
     if not _names_are_its_own(file) or not _attention_is_known(config):
         return False
-    for where, (module, *_) in plan.owners.items():
-        if module in by_head:
+    for where, each in plan.owners.items():
+        if each.module in by_head:
             plan.axes[where, 3] = 1
     return True
 

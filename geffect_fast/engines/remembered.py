@@ -56,8 +56,7 @@ def state_of(plan: Plan) -> Hashable:
         for x in (*model.parameters(), *model.buffers())
     )
     served = tuple(
-        (where, rule, factor, *names.items())
-        for where, (_, names, rule, factor) in plan.owners.items()
+        (where, own.rule, own.factor, *own.names.items()) for where, own in plan.owners.items()
     )
     kinds = sorted({x.device.type for x in model.parameters()})
     autocast = tuple(

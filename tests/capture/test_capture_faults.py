@@ -167,7 +167,7 @@ def test_a_parameter_used_outside_its_module():
         torch.cat([plan.model.e.weight, torch.ones(1, 4)])
     assert list(outside.found) == ["e.weight"]
     plan.widen(outside.found)
-    assert {where: names for where, (_, names, *_) in plan.owners.items()} == {
+    assert {where: own.names for where, own in plan.owners.items()} == {
         "": {"e.weight": "e.weight"}
     }
 

@@ -192,7 +192,7 @@ def test_what_trying_taught_the_plan_is_remembered():
     model = ready(SecondHead)
     plans = [Plan.of(model), Plan.of(model)]
     assert {module.choose_layout(plan, ROWS) for plan in plans} == {"single"}
-    first, second = ({w: names for w, (_, names, *_) in p.owners.items()} for p in plans)
+    first, second = ({where: own.names for where, own in p.owners.items()} for p in plans)
     assert first == second and "" in first
     assert plans[0].axes == plans[1].axes
 
