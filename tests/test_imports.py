@@ -133,7 +133,7 @@ def test_a_small_module_is_used_by_several():
 
 
 def test_an_option_is_declared_once():
-    """With its default, as a field of the settings; a sweep has other axes."""
+    """With its default, as a field of the settings."""
     from geffect_fast.settings import Measuring, Training
 
     own = {*Measuring.model_fields, *Training.model_fields}
@@ -152,7 +152,6 @@ def test_an_option_is_declared_once():
     assert found == {
         "measure/models.py: load_model": {"trust_remote_code"},  # off, whoever loads a model
         "measure/models.py: load_tokenizer": {"trust_remote_code"},
-        "measure/sweep.py: sweep": {"resolve"},
     }
 
 

@@ -26,6 +26,7 @@ from geffect_fast.capture.wrappers import eagerly
 from geffect_fast.data import SampleSet
 from geffect_fast.engines.forward_pass import logits_of, model_outputs, takes, without_cache
 from geffect_fast.engines.layout import probe_batch
+from geffect_fast.engines.remembered import Remembered, state_of
 from geffect_fast.engines.rotary_frequencies import frequencies_at_first
 from geffect_fast.errors import UnsupportedModelError
 from geffect_fast.trying import Trying
@@ -82,9 +83,21 @@ def own_loss(plan: Plan, sample_set: SampleSet) -> OwnLoss | None:
     Raises:
         UnsupportedModelError: the model gives other logits where it is given labels.
     """
-    model = plan.model
-    if not takes(model, "labels") or _shifts_by_its_code(plan):
+    if not takes(plan.model, "labels") or _shifts_by_its_code(plan):
         return None
+    state = state_of(plan)
+    known = _KNOWN.get(plan.model, state)
+    if known is None:
+        known = (_found(plan, sample_set),)
+        _KNOWN.keep(plan.model, state, known)
+    return known[0]
+
+
+_KNOWN: Remembered[tuple[OwnLoss | None]] = Remembered()
+
+
+def _found(plan: Plan, sample_set: SampleSet) -> OwnLoss | None:
+    model = plan.model
     batch = probe_batch(plan, sample_set, "single")
     ids = batch.input_ids
     answer, loss, logits = None, None, torch.zeros(0)

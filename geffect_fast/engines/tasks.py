@@ -194,7 +194,10 @@ def _equal(one: Outputs, other: Outputs) -> bool:
     pairs = [(one.token_logprob, other.token_logprob)]
     if one.logits is not None and other.logits is not None:
         pairs.append((one.logits, other.logits))
-    pairs += zip(one.hidden_states or (), other.hidden_states or (), strict=True)
+    own, others = one.hidden_states or (), other.hidden_states or ()
+    if len(own) != len(others):
+        return False
+    pairs += zip(own, others, strict=True)
     return all(torch.equal(a, b) for a, b in pairs)
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -15,6 +16,7 @@ from geffect_fast.measure.profile import profile
 from geffect_fast.objectives import Objective
 from geffect_fast.objectives.ranges import Sweep, expand_list
 from geffect_fast.results.told_apart import effect_errors, effect_spreads, told_apart
+from geffect_fast.settings import Measuring, takes
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -27,13 +29,20 @@ HYPER = "hyper_"
 """What the coordinates of swept parameters begin with."""
 
 
+@takes(Measuring, resolve=("sample",))
 def sweep(
     model: nn.Module,
     tokenizer: Any,
     *,
-    objectives: Iterable[str | Objective] | str,
-    resolve: Sequence[str] = ("sample",),
-    **arguments: Any,
+    forget: Any,
+    retain: Any,
+    objectives: Sequence[str | Objective] | str,
+    probes: Mapping[str, Any] | None = None,
+    refusals: Any = None,
+    reference_model: nn.Module | str | Path | None = None,
+    out: str | Path | None = None,
+    progress: bool = False,
+    **settings: Any,
 ) -> xr.Dataset:
     """The G-effect of objectives at many values of their hyper-parameters, from one profile.
 
@@ -47,8 +56,9 @@ def sweep(
         objectives: strings with or without ranges, or objects; at most 10,000 objectives in all.
             An objective that several ranges hold is profiled once, and belongs to the first of
             them.
-        arguments: `forget`, `retain` and all others of `profile` but `out`: the result is held in
-            memory. By default `resolve=("sample",)`.
+        forget, retain, probes, refusals, reference_model, progress: as `profile` takes them.
+        out: None; the result of a sweep is held in memory.
+        settings:
 
     Returns:
         The Dataset of `profile` with every objective, and these along `objective`:
@@ -74,16 +84,21 @@ def sweep(
         ...                   objectives=["wga(alpha=0.1:7:30)", "npo(beta=0.01:4:30,log)"])
         >>> result.g_effect.sum("sample").sel(risk="unlearn").set_index(objective="hyper_alpha")
     """
-    if arguments.get("out") is not None:
+    if out is not None:
         raise InputError("out: the result of a sweep is held in memory; leave it out")
     families = expanded(objectives)
     members = _members(families)
     result = profile(
-        model,
-        tokenizer,
+        model=model,
+        tokenizer=tokenizer,
+        forget=forget,
+        retain=retain,
         objectives=[member.objective for member in members],
-        resolve=resolve,
-        **arguments,
+        probes=probes,
+        refusals=refusals,
+        reference_model=reference_model,
+        progress=progress,
+        **{"resolve": ("sample",)} | settings,
     )
     coords: dict[str, Any] = {"sweep": ("objective", [member.family.text for member in members])}
     for name in dict.fromkeys(name for family in families for name in family.names):

@@ -292,4 +292,5 @@ def _until(folder: Path) -> str:
 
 def _held(folder: Path, more: Collection[str]) -> list[str]:
     """What a run made in its folder: its result first, its steps last."""
-    return held_files(folder, (*RUN_FILES, *more, STEPS), own_files(folder))
+    held = held_files(folder, (*RUN_FILES, *more), own_files(folder))
+    return [*held, STEPS] if is_there(folder / STEPS) else held

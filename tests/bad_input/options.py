@@ -249,8 +249,8 @@ CASES = [
     Case(
         "the config is fine, the option is not",
         [*BY_CONFIG, "--reduction", "mean"],
-        "--reduction: should be",
-        "got 'mean'",
+        "--reduction: unknown",
+        "'mean'; choose from token, sample, sum",
         config(),
     ),
     Case(

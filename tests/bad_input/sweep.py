@@ -97,7 +97,7 @@ CASES = [
         "a config of no command",
         profile(config="my.yaml"),
         "my.yaml: command",
-        "should be 'profile' or 'sweep'",
+        "choose from profile, sweep",
         holds("my.yaml", json.dumps({"command": "train"})),
     ),
     # ---- from Python ----

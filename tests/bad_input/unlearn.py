@@ -253,7 +253,12 @@ CASES = [
         "--learning-rate",
         "finite number",
     ),
-    Case("another precision", unlearn(precision="int8"), "--precision", "'bf16' or 'fp16'"),
+    Case(
+        "another precision",
+        unlearn(precision="int8"),
+        "--precision",
+        "choose from model, bf16, fp16",
+    ),
     Case(
         "more rows a batch than there are", unlearn(batch_size="5"), "batch_size: 5", "give fewer"
     ),

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from architectures import ARCHITECTURES
+from measure.wrapped_cases import lora
 from models import build, fp64_throughout, samples
-from runs.wrapped_cases import lora
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from geffect_fast.capture import Plan

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from engines.forward_cases import FORGET
+from measure.wrapped_cases import ADAPTERS, lora
 from models import build, fp64_throughout
-from runs.wrapped_cases import ADAPTERS, lora
 from torch import nn
 
 from geffect_fast.capture import Plan

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 from engines.forward_cases import close, run
+from measure.wrapped_cases import lora
 from models import build, fp64_throughout
-from runs.wrapped_cases import lora
 
 from geffect_fast.measure import profiler as profiling
 

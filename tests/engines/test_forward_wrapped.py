@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from measure.wrapped_cases import AUTOCAST, CASES
 from models import build, fp64_throughout, samples
-from runs.wrapped_cases import AUTOCAST, CASES
 
 import geffect_fast as gf
 from geffect_fast.engines import dual_model

@@ -106,8 +106,8 @@ def test_it_is_called_as_profile_is():
     assert changed == {"resolve"} and ours["resolve"].default == ("sample",)
     with pytest.raises(TypeError, match="forget"):
         gf.sweep(None, None, retain=[], objectives="ga")
-    with pytest.raises(TypeError, match="objektives"):
-        gf.sweep(None, None, forget=[], retain=[], objectives="ga", objektives="ga")
+    with pytest.raises(InputError, match="unknown field 'resolv'; did you mean 'resolve'"):
+        gf.sweep(None, None, forget=[], retain=[], objectives="ga", resolv="group")
 
 
 @pytest.mark.parametrize(

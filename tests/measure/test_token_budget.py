@@ -126,7 +126,6 @@ def test_budget_solves_its_own_formula(uncapped):
         {"n_gradients": 1},
         {"shared": True},
         {"logits": True},
-        {"reserved": 2**20},
         {"predicted": 1.0},
         {"by_sample": False},
         {"memory_bytes": 2**22},

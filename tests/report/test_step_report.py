@@ -388,5 +388,5 @@ def test_commands_that_show_tokens_take_the_last_step(tmp_path, capsys, monkeypa
     monkeypatch.setattr(
         "geffect_fast.metrics.optimal_weights.optimal_weights", lambda r, **_: asked.append(r)
     )
-    assert main(["weights", "run", "--removal", "-1", "--forget", "x", "--out", "w.jsonl"]) == 1
+    assert main(["weights", "run", "--removal", "-1", "--forget", "x", "--out", "w.jsonl"]) == 2
     assert asked[0].identical(gf.open_run("run").isel(step=-1))

@@ -71,7 +71,7 @@ def test_a_training_says_it_in_its_result_its_tables_and_its_page():
     """By the interval that the probed rows give, recomputed from their effects."""
     model = build("llama", dtype=torch.float64)
     whole, retain = samples([9, 7, 11, 8, 6, 9, 12, 5], 1), samples([8, 10], 2)
-    profiler = Profiler(
+    profiler = Profiler.of(
         model, None, forget=whole[:3], retain=retain, objectives=["ga"], resolve=("sample",)
     )
     store = StepStore(None, run_identity(profiler))
