@@ -228,16 +228,20 @@ class Measuring(Reading):
     """What is measured, and how."""
 
     reduction: Literal["token", "sample", "sum"] = "token"
-    """token: means over all answer tokens; sample: over each sample's, then samples; sum: none."""
+    """What means are taken over, in objectives and risks alike: token, all answer tokens; sample,
+    each sample's tokens and then samples; sum, no mean."""
 
     risk: Annotated[Any, BeforeValidator(_read_by("risk", _risk))] = "nll"
-    """The risk whose change is predicted, an objective: nll, the answers' mean loss."""
+    """An objective used as the risk; its part on any data set is the risk on that set. nll is the
+    mean loss of the answers."""
 
     resolve: Annotated[tuple[str, ...], BeforeValidator(_read_by("resolve", checked_axes))] = (
         "parameter",
         "sample",
     )
-    """Axes of the result: parameter or group; sample; token (predicted) or position (of use)."""
+    """Axes of the result; all others are summed: parameter, or group (embedding, thirds of the
+    blocks by depth, final norm, output layer); sample; and within samples token, which predicted
+    token drives an effect, or position, where in the sequence a layer is used."""
 
     groups: Annotated[
         dict[Name, Any],
@@ -248,14 +252,17 @@ class Measuring(Reading):
             "A group of blocks in place of thirds, such as first=0-3; repeatable.",
         ),
     ] = {}
-    """Groups of blocks by name, such as first: 0-3; none: thirds by depth."""
+    """Groups of blocks by name, such as first: 0-3, in place of thirds by depth."""
 
     engine: Literal["auto", "reverse", "forward"] = "auto"
-    """reverse (by parameter, position), forward (by token), auto: what resolve needs or is cheaper.
-    Both are exact."""
+    """reverse resolves by parameter and position; forward by token, and any number of objectives
+    costs the same; auto takes what resolve needs, or else costs less, and says why. Both are
+    exact."""
 
     norms: bool | None = None
-    """Whether gradient norms and cosines are computed too; none: with the reverse engine."""
+    """Whether gradient norms and cosines are computed too, and the samples' shares compared with
+    whole gradients; none: with the reverse engine, as the forward engine forms no gradient of an
+    objective."""
 
     @property
     def risk_objective(self) -> Objective:
