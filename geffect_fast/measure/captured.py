@@ -79,7 +79,7 @@ class CapturedNumbers:
     def n_tokens(self) -> int:
         """Tokens that `compute` runs forward."""
         once = self.risk.n_tokens
-        paired = sum(a.total_tokens + b.total_tokens for a, b in self.pairs)
+        paired = sum(_tokens(a, b) for a, b in self.pairs)
         return 2 * once + sum(task.n_tokens for task in self.tasks) + paired
 
     def compute(self, tick: Tick) -> Numbers:
@@ -124,19 +124,17 @@ class CapturedNumbers:
             larger = max(a, b, key=lambda batch: batch.n_samples)
             attempt = Attempt(larger, self.budget)
             with attempt:
+                first = self._given(a)
+                second = first if a is b else self._given(b)
                 found = _stacked(
                     pairwise_inner_products(
-                        self.plan.model,
-                        _sample_nll,
-                        self._given(a),
-                        self._given(b),
-                        per_parameter=True,
+                        self.plan.model, _sample_nll, first, second, per_parameter=True
                     )
                 )
                 rows, columns = torch.tensor(a.rows), torch.tensor(b.rows)
                 products[:, rows[:, None], columns] = found
                 products[:, columns[:, None], rows] = found.mT
-                tick(a.total_tokens + b.total_tokens)
+                tick(_tokens(a, b))
             if attempt.failed:
                 self.budget.halve(larger.total_tokens)
                 pieces = [split_batch(batch, self.budget.tokens) for batch in (a, b)]
@@ -172,6 +170,11 @@ class CapturedNumbers:
                     for name in call.names.values():
                         found.setdefault(name, {})[rule] = None
         return {name: tuple(rules) for name, rules in found.items()}
+
+
+def _tokens(a: Batch, b: Batch) -> int:
+    """Tokens that the products of two batches run; one that is paired with itself runs once."""
+    return a.total_tokens + (0 if a is b else b.total_tokens)
 
 
 def _sample_nll(model: nn.Module, given: Mapping[str, Any]) -> Tensor:

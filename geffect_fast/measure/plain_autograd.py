@@ -84,13 +84,16 @@ def plain_numbers(
     risk = NLL()
     answers = _batches(sample_set, risk)
     held = [gradient(risk, batch) for batch in answers] if holds_all(model, n) else []
-    products = torch.zeros(n_parameters, n, n, dtype=torch.float64)
-    for i in range(n):
-        first = held[i] if held else gradient(risk, answers[i])
-        for j in range(i, n):
-            second = held[j] if held else first if j == i else gradient(risk, answers[j])
-            products[:, i, j] = products[:, j, i] = dots(first, second)
-    first = second = []
+    if held:
+        products = torch.stack([gram(grads) for grads in zip(*held, strict=True)])
+    else:
+        products = torch.zeros(n_parameters, n, n, dtype=torch.float64)
+        for i in range(n):
+            first = gradient(risk, answers[i])
+            for j in range(i, n):
+                second = first if j == i else gradient(risk, answers[j])
+                products[:, i, j] = products[:, j, i] = dots(first, second)
+        first = second = []
 
     direction: list[Tensor | None] = [
         torch.zeros_like(p, dtype=accumulation_dtype(p.dtype), requires_grad=False)
@@ -169,6 +172,17 @@ def token_logprob(logits: Tensor, batch: Batch) -> Tensor:
 def dots(a: Sequence[Tensor | None], b: Sequence[Tensor | None]) -> Tensor:
     """Inner products of two gradients by parameter, `(P,)`, summed in fp64; None is zero."""
     return torch.tensor([_dot(x, y) for x, y in zip(a, b, strict=True)], dtype=torch.float64)
+
+
+def gram(grads: Sequence[Tensor | None]) -> Tensor:
+    """Inner products of `n` gradients of one parameter, `(n, n)`, summed in fp64; None is zero."""
+    products = torch.zeros(len(grads), len(grads), dtype=torch.float64)
+    there = [i for i, grad in enumerate(grads) if grad is not None]
+    flat = [grad.reshape(-1).split(BLOCK) for grad in grads if grad is not None]
+    for blocks in zip(*flat, strict=True):
+        wide = torch.stack([block.double() for block in blocks])
+        products[torch.tensor(there)[:, None], there] += (wide @ wide.mT).cpu()
+    return products
 
 
 def _dot(x: Tensor | None, y: Tensor | None) -> float:
