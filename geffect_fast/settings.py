@@ -462,8 +462,8 @@ class UnlearnConfig(UnlearnSettings, RunConfig):
     objective: Annotated[str, AfterValidator(_read_by("objective", _canonical))]
     """The unlearning objective to train on, such as `npo(beta=0.1) + 1.0*kl`."""
 
-    objectives: tuple[str, ...] = ()
-    """Further objectives, measured beside the one trained on."""
+    objectives: Annotated[tuple[str, ...], Option(repeatable=True)] = ()
+    """Further objectives, measured beside the one trained on; with commas between."""
 
     @property
     def measured(self) -> tuple[str, ...]:

@@ -2,6 +2,8 @@
 
 import pytest
 
+from geffect_fast.cli import main
+from geffect_fast.errors import InputError
 from geffect_fast.settings import ProfileConfig, make_config
 from geffect_fast.storage.run_yaml import dump_config, load_config
 
@@ -54,3 +56,19 @@ def test_round_trip_through_yaml(tmp_path):
 def test_config_is_frozen():
     with pytest.raises(ValueError, match="frozen"):
         make_config(GOOD).model = "another"
+
+
+def test_commas_within_an_objective_part_no_list(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    found = []
+
+    def unlearn(config, *_args, **_kwargs):
+        found.append(config)
+        raise InputError("enough")
+
+    monkeypatch.setattr("geffect_fast.training.execute.execute_unlearn", unlearn)
+    words = ["unlearn", "-m", "a/b", "-f", "c/d", "-r", "e/f", "--steps", "1", "--out", "run"]
+    more = ["--objectives", "satimp(beta1=5,beta2=1),wga", "--objectives", "npo(beta=0.5)"]
+    assert main([*words, "--objective", "ga", *more]) == 2
+    assert found[0].measured == ("ga", "satimp(beta1=5, beta2=1)", "wga", "npo(beta=0.5)")
+    assert found[0].objective == "ga"
