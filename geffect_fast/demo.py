@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from geffect_fast.arguments import checked_config, make_config
 from geffect_fast.data import (
     REFUSALS,
     SampleSet,
@@ -33,7 +34,7 @@ from geffect_fast.measure.models import quiet_transformers
 from geffect_fast.paths import is_there
 from geffect_fast.report import write_report
 from geffect_fast.report.page import write_page
-from geffect_fast.settings import ProfileConfig, UnlearnConfig, checked_config, make_config
+from geffect_fast.settings import ProfileConfig, UnlearnConfig
 from geffect_fast.storage.disk import folder_for, set_aside
 from geffect_fast.storage.lock import locked
 from geffect_fast.storage.manifest import files_below, note

@@ -66,10 +66,8 @@ class GEffectWarning(UserWarning):
 
 def reason_of(error: BaseException) -> str:
     """What an error of anybody's says, in one short line."""
-    text = " ".join(str(getattr(error, "strerror", None) or error).split())[:160]
-    if isinstance(error, OSError | GEffectError) and text:
-        return text
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+    text, kind = in_one_line(getattr(error, "strerror", None) or error), type(error).__name__
+    return text if isinstance(error, OSError | GEffectError) or text == kind else f"{kind}: {text}"
 
 
 def in_one_line(error: object, longest: int = 160) -> str:

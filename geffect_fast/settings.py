@@ -6,13 +6,7 @@ made from these fields; a field's docstring is its help everywhere.
 
 from __future__ import annotations
 
-import difflib
-import inspect
-import re
-import textwrap
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import (
@@ -21,95 +15,28 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
-    ValidationError,
     ValidationInfo,
     field_validator,
     model_validator,
 )
 
-from geffect_fast.data.tokenize import CHAT_DATE, checked_date
+from geffect_fast.data.tokenize import CHAT_DATE
 from geffect_fast.errors import InputError
 from geffect_fast.objectives import Objective, parse, parse_list
 from geffect_fast.objectives import resolve as resolve_objective
-from geffect_fast.objectives.base import REFERENCE_NEEDS
 from geffect_fast.objectives.ranges import expand_list
-from geffect_fast.paths import find_checkpoints, is_there, user_path
+from geffect_fast.paths import find_checkpoints
 from geffect_fast.results.resolution import checked_axes
-
-Read = TypeVar("Read")
-Function = TypeVar("Function", bound=Callable[..., Any])
-
-
-def _settled(source: str) -> str:
-    """An existing path made absolute, so that a replay from elsewhere finds it; else unchanged."""
-    if not source:
-        raise ValueError("must not be empty; give a path or a hub id")
-    path = user_path(source)
-    try:
-        return str(path.absolute()) if is_there(path) else source
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise ValueError(f"{reason}; give a path or a hub id") from None
-
-
-def _read_by(field: str, read: Callable[[Any], Read]) -> Callable[[Any], Read]:
-    """A reader whose errors are those of a field, which names itself."""
-
-    def checked(value: Any) -> Read:
-        try:
-            return read(value)
-        except InputError as error:
-            raise ValueError(str(error).removeprefix(f"{field}: ")) from None
-
-    return checked
-
-
-def _day(date: str) -> str:
-    checked_date(date)
-    return date
-
-
-def _groups(groups: Any) -> Any:
-    if not isinstance(groups, Mapping | None):
-        raise InputError(f"got {groups!r}; give blocks by name, such as {{'first': '0-3'}}")
-    return groups or {}
-
-
-def _canonical(objective: str) -> str:
-    return str(parse(objective))
-
-
-def _risk(spec: str | Objective) -> str | Objective:
-    """The canonical string of a risk, or the objective that is given."""
-    objective = resolve_objective(spec)
-    parts = objective.parts()
-    if len(parts) != 1 or parts[0][0] != 1.0 or parts[0][1].needs & REFERENCE_NEEDS:
-        raise InputError(
-            f"'{objective}' must be one objective that needs no reference, such as nll"
-        )
-    return str(parts[0][1]) if isinstance(spec, str) else spec
-
-
-@dataclass(frozen=True)
-class Option:
-    """How the command line takes a field, where that is not by its name with dashes.
-
-    Attributes:
-        names: of the option.
-        metavar: what stands for its value.
-        help: in place of the field's docstring.
-        repeatable: whether the option may be given several times.
-    """
-
-    names: tuple[str, ...] = ()
-    metavar: str | None = None
-    help: str | None = None
-    repeatable: bool = False
-
-
-PathOrId = Annotated[str, AfterValidator(_settled)]
-"""A path (stored absolute) or a hub id (stored as it is)."""
-Name = Annotated[str, Field(min_length=1)]
+from geffect_fast.setting_types import (
+    Name,
+    Option,
+    PathOrId,
+    blocks_by_name,
+    canonical,
+    day,
+    read_by,
+    risk_of,
+)
 
 
 class Settings(BaseModel):
@@ -209,7 +136,7 @@ class Reading(Settings):
     max_length: int | None = Field(default=None, gt=0)
     """Longest sequence accepted, in tokens; a longer one is an error that names its row."""
 
-    date: Annotated[str, AfterValidator(_read_by("date", _day)), Option(metavar="YYYY-MM-DD")] = (
+    date: Annotated[str, AfterValidator(read_by("date", day)), Option(metavar="YYYY-MM-DD")] = (
         CHAT_DATE
     )
     """The day, YYYY-MM-DD, that chat templates are told which ask for it: no number depends on when
@@ -231,11 +158,11 @@ class Measuring(Reading):
     """What means are taken over, in objectives and risks alike: token, all answer tokens; sample,
     each sample's tokens and then samples; sum, no mean."""
 
-    risk: Annotated[Any, BeforeValidator(_read_by("risk", _risk))] = "nll"
+    risk: Annotated[Any, BeforeValidator(read_by("risk", risk_of))] = "nll"
     """An objective used as the risk; its part on any data set is the risk on that set. nll is the
     mean loss of the answers."""
 
-    resolve: Annotated[tuple[str, ...], BeforeValidator(_read_by("resolve", checked_axes))] = (
+    resolve: Annotated[tuple[str, ...], BeforeValidator(read_by("resolve", checked_axes))] = (
         "parameter",
         "sample",
     )
@@ -245,7 +172,7 @@ class Measuring(Reading):
 
     groups: Annotated[
         dict[Name, Any],
-        BeforeValidator(_read_by("groups", _groups)),
+        BeforeValidator(read_by("groups", blocks_by_name)),
         Option(
             ("--group",),
             "NAME=BLOCKS",
@@ -459,7 +386,7 @@ class UnlearnConfig(UnlearnSettings, RunConfig):
     command: Literal["unlearn"] = "unlearn"
     """The command that replays it."""
 
-    objective: Annotated[str, AfterValidator(_read_by("objective", _canonical))]
+    objective: Annotated[str, AfterValidator(read_by("objective", canonical))]
     """The unlearning objective to train on, such as `npo(beta=0.1) + 1.0*kl`."""
 
     objectives: Annotated[tuple[str, ...], Option(repeatable=True)] = ()
@@ -476,116 +403,3 @@ class UnlearnConfig(UnlearnSettings, RunConfig):
             if parse(text) == parse(self.objective):
                 raise ValueError(f"objectives: '{text}' is trained on, and measured; leave it out")
         return self
-
-
-Kind = TypeVar("Kind", bound=Settings)
-
-
-def make_config(
-    values: dict[Any, Any], where: str = "", options: Mapping[str, str] | None = None
-) -> ProfileConfig:
-    """A profile's or sweep's config from plain values, as `checked_config`."""
-    return checked_config(ProfileConfig, values, where, options)
-
-
-def checked_config(
-    kind: type[Kind],
-    values: dict[Any, Any],
-    where: str = "",
-    options: Mapping[str, str] | None = None,
-) -> Kind:
-    """Settings from plain values.
-
-    Args:
-        kind: which settings.
-        values: field name to value.
-        where: what the error calls the place they come from, such as a file name.
-        options: fields that come from options of the command line in its stead, and what these are
-            called.
-
-    Raises:
-        InputError: one line with the place, the field, what is wrong and the nearest field name.
-    """
-    for name in values:
-        if not isinstance(name, str):
-            place = f"{where}: " if where else ""
-            raise InputError(f"{place}field {name!r} must be text, such as model or forget")
-    try:
-        return kind(**values)
-    except ValidationError as error:
-        raise InputError(_one_line(error, where, options or {}, list(kind.model_fields))) from None
-
-
-def takes(kind: type[Settings], **defaults: Any) -> Callable[[Function], Function]:
-    """Show the fields of `kind` in the signature and the docstring of a function.
-
-    The function takes them as `**settings`, as they are given, and its docstring has a line
-    `settings:` among its arguments.
-
-    Args:
-        kind: which settings.
-        defaults: where the function's differ from the fields'.
-    """
-
-    def decorate(function: Function) -> Function:
-        signature = inspect.signature(function)
-        shown, described = [], []
-        for parameter in signature.parameters.values():
-            if parameter.kind is not inspect.Parameter.VAR_KEYWORD:
-                shown.append(parameter)
-        for name, field in kind.model_fields.items():
-            default = inspect.Parameter.empty if field.is_required() else field.get_default()
-            keyword = inspect.Parameter(
-                name, inspect.Parameter.KEYWORD_ONLY, default=defaults.get(name, default)
-            )
-            shown.append(keyword)
-            described.append(
-                textwrap.fill(
-                    f"{name}: {' '.join((field.description or '').split())}",
-                    100,
-                    initial_indent=8 * " ",
-                    subsequent_indent=12 * " ",
-                )
-            )
-        vars(function)["__signature__"] = signature.replace(parameters=shown)
-        text = function.__doc__ or ""
-        if f"{8 * ' '}settings:\n" not in text:
-            raise ValueError(f"{function.__name__}: its docstring has no line 'settings:'")
-        function.__doc__ = text.replace(f"{8 * ' '}settings:", "\n".join(described))
-        return function
-
-    return decorate
-
-
-def _one_line(
-    error: ValidationError, where: str, options: Mapping[str, str], fields: list[str]
-) -> str:
-    """The first problem of a validation error: place, field, problem, remedy."""
-    problem = min(error.errors(), key=lambda p: p["type"] != "extra_forbidden")
-    if not problem["loc"]:  # of several fields; the message begins with the one to change
-        field, _, said = str(problem["ctx"]["error"]).partition(": ")
-        place = f"{where}: " if where and field not in options else ""
-        return f"{place}{options.get(field, field)}: {said}"
-    first, *inner = map(str, problem["loc"])
-    place = f"{where}: " if where and first not in options else ""
-    field = ".".join([options.get(first, first), *inner])
-    if problem["type"] == "extra_forbidden":
-        close = difflib.get_close_matches(field, fields, n=1)
-        advice = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(fields)}"
-        return f"{place}unknown field {_short(field)}; {advice}"
-    if problem["type"] == "missing":
-        return f"{place}field {field!r} is missing; give it"
-    if problem["type"] == "value_error":
-        return f"{place}{field}: {problem['ctx']['error']}"
-    given = problem["input"]
-    if problem["type"] == "literal_error" and isinstance(given, str):
-        allowed = re.findall(r"'([^']+)'", str(problem["ctx"]["expected"]))
-        close = difflib.get_close_matches(given, allowed, n=1)
-        advice = f"did you mean {close[0]!r}?" if close else f"choose from {', '.join(allowed)}"
-        return f"{place}{field}: unknown {_short(given)}; {advice}"
-    return f"{place}{field}: {problem['msg'].replace('Input s', 's')}, got {_short(given)}"
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."

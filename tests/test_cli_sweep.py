@@ -8,8 +8,8 @@ import xarray as xr
 from bad_input.case import profile
 
 import geffect_fast as gf
+from geffect_fast.arguments import make_config
 from geffect_fast.cli import main
-from geffect_fast.settings import make_config
 from geffect_fast.storage.run_folder import open_run
 from geffect_fast.storage.run_yaml import dump_config, load_config
 

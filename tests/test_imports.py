@@ -15,7 +15,7 @@ ROOT = Path(geffect_fast.__file__).parent
 BASE = {"errors", "trying", "transfer", "visible"}
 """What every part may import."""
 MODEL = {"ops", "capture", "data", "objectives", "engines"}
-RUN = {"paths", "results", "settings", "storage"}
+RUN = {"paths", "results", "settings", "arguments", "storage"}
 
 LAYERS = {
     "visible": set(),
@@ -32,16 +32,19 @@ LAYERS = {
     "functional": BASE | {"ops", "capture"},
     "paths": BASE,
     "results": BASE | MODEL,
-    "settings": BASE | {"data", "objectives", "paths", "results"},
+    "setting_types": BASE | {"data", "objectives", "paths"},
+    "settings": BASE | {"data", "objectives", "paths", "results", "setting_types"},
+    "arguments": BASE | {"settings"},
     "storage": BASE | {"data"} | RUN - {"storage"},
     "measure": BASE | MODEL | RUN | {"terminal", "functional"},
     "steps": BASE | MODEL | RUN | {"terminal", "measure"},
     "integrations": {"steps"},
     "training": BASE | MODEL | RUN | {"terminal", "measure", "steps"},
     "metrics": BASE | RUN | {"data"},
-    "report": BASE | RUN - {"settings"} | {"terminal", "measure", "steps"},
+    "report": BASE | RUN - {"settings", "arguments"} | {"terminal", "measure", "steps"},
     "demo": BASE | RUN | {"data", "objectives", "terminal", "measure", "training", "report"},
     "cli": BASE
+    | {"setting_types"}
     | RUN
     | {"ops", "terminal", "measure", "steps"}
     | {"training", "metrics", "report", "demo"},

@@ -12,9 +12,9 @@ from bad_input.case import profile
 from step_results import step_dataset
 
 import geffect_fast as gf
+from geffect_fast.arguments import make_config
 from geffect_fast.cli import main
 from geffect_fast.errors import GEffectError, GEffectWarning, InputError
-from geffect_fast.settings import make_config
 from geffect_fast.storage.run_folder import open_run, save_result
 from geffect_fast.storage.run_yaml import dump_config, load_config
 

@@ -2,9 +2,10 @@
 
 import pytest
 
+from geffect_fast.arguments import make_config
 from geffect_fast.cli import main
 from geffect_fast.errors import InputError
-from geffect_fast.settings import ProfileConfig, make_config
+from geffect_fast.settings import ProfileConfig
 from geffect_fast.storage.run_yaml import dump_config, load_config
 
 GOOD = {

@@ -1,46 +1,38 @@
 """What one call of one module says about the gradients of its parameters: a rule a module type.
 
-A rule is a class whose line names the module type it serves; `rule_for` picks it only where the
-module really runs that type's own forward, so a subclass with another forward gets the exact
-generic rule instead of a wrong fast one.
+A rule is a class whose line names the module type it serves; `rule_for` (`capture/plan.py`) picks
+it only where the module really runs that type's own forward, so a subclass with another forward
+gets the exact generic rule (`capture/generic_call.py`) instead of a wrong fast one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Mapping
-from dataclasses import dataclass, field
-from functools import partial
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
-from torch.func import functional_call
 
 from geffect_fast.capture.factors import (
-    Explicit,
     Factor,
     GramOuter,
     Lookup,
     Outer,
     RowSum,
-    Tangent,
     widened,
 )
-from geffect_fast.capture.given import NOTHING, REPLAYING, Given, tensors_of
+from geffect_fast.capture.given import NOTHING, Given
 from geffect_fast.capture.grams import InputGrams
 from geffect_fast.capture.products import project
 from geffect_fast.capture.segments import Rows, Segments, segment_product, segment_sum
 from geffect_fast.capture.trials import (
     embedding_scale,
     is_linear,
-    likeness,
     norm_offset,
     norm_with,
 )
-from geffect_fast.capture.wrappers import eagerly, forward_differentiable
 from geffect_fast.errors import InputError, UnsupportedModelError
-from geffect_fast.trying import Trying
 
 
 @dataclass
@@ -127,11 +119,12 @@ class Call:
 
 def runs_forward_of(module: nn.Module, rule: type[Call]) -> bool:
     """Whether the module runs the forward of the type that `rule` serves, not one of its own."""
-    served = (b for b in type(module).__mro__ if Call.rules.get(_qualified(b)) is rule)
+    served = (b for b in type(module).__mro__ if Call.rules.get(qualified(b)) is rule)
     return any(type(module).forward is vars(base).get("forward") for base in served)
 
 
-def _qualified(kind: type) -> str:
+def qualified(kind: type) -> str:
+    """A type's name with its module's, by which rules serve it."""
     return f"{kind.__module__}.{kind.__qualname__}"
 
 
@@ -323,187 +316,3 @@ class NormWeights:
 SMALLEST_WEIGHT = 1e-9
 """Of a norm: its output, and even more so its product with a gradient, may have lost digits to
 underflow where it is less."""
-
-
-class GenericCall(Call):
-    """Anything else: the module is run once more and its vjp taken, one sample at a time.
-
-    Exact whatever the module does inside, as long as its outputs' rows belong to samples: the
-    gradient of sample `i` is the vjp of the output gradient with all other samples' rows zeroed.
-
-    Attributes:
-        returned: the tensors that the module returned in the call.
-    """
-
-    returned: list[Tensor] = field(default_factory=list)
-
-    def keep(self, output: Any, norm_weights: NormWeights) -> None:
-        self.returned = [y.detach() for y in tensors_of(output)]
-
-    def checked_segments(self) -> Segments:
-        segments = super().checked_segments()
-        if segments.n_samples > 1 and not self.given.tensors:
-            raise UnsupportedModelError(
-                f"module '{self.where}' is called without a tensor, so its share cannot be told "
-                "apart by sample; run it one sample at a time"
-            )
-        return segments
-
-    def gradients(self, grads: list[Tensor | None]) -> Iterator[tuple[str, Factor]]:
-        """The factors, given the gradient of every tensor the module returned (None: unused)."""
-        segments = self.checked_segments()
-        leaves = {k: self.module.get_parameter(k).detach().requires_grad_() for k in self.names}
-        again: list[Tensor] = []
-        with Trying() as replay:
-            again = self._outputs(leaves)
-        if replay.error is not None:
-            raise UnsupportedModelError(
-                f"module '{self.where}' cannot be run again on the same input ({replay.reason}), "
-                "so its share cannot be told apart by sample; freeze it"
-            ) from replay.error
-        if not all(map(_alike, again, self.returned)):
-            raise UnsupportedModelError(
-                f"module '{self.where}' does not return the same when it is run again on the same "
-                "input (it is random, or depends on what surrounds it), so its share cannot be "
-                "told apart by sample; freeze it"
-            )
-        # Outputs behind the last one that received a gradient are not in `grads`.
-        used = {
-            position: (y, g)
-            for position, (y, g) in enumerate(zip(again, grads, strict=False))
-            if g is not None and y.requires_grad
-        }
-        rows = {
-            position: self.rows(segments, g if segments.n_samples > 1 else g[..., None])
-            for position, (_, g) in used.items()
-        }
-        formed: dict[int | None, tuple[Tensor | None, ...]] = {}
-
-        def vjp(i: int | None) -> tuple[Tensor | None, ...]:
-            """The gradients of sample `i`, of all samples together for None."""
-            if i not in formed:
-                # Only the last sample is kept: parameters of one module are asked for in turn.
-                formed.clear()
-                masked = [
-                    g if i is None else rows[position].only(g, i)
-                    for position, (_, g) in used.items()
-                ]
-                formed[i] = (
-                    torch.autograd.grad(
-                        [y for y, _ in used.values()],
-                        list(leaves.values()),
-                        masked,
-                        retain_graph=True,
-                        allow_unused=True,
-                    )
-                    if used
-                    else (None,) * len(leaves)
-                )
-            return formed[i]
-
-        def jvp(local: str, direction: Tensor) -> list[Tangent] | None:
-            moved = self._tangents(leaves, local, direction)
-            if moved is None:
-                return None
-            return [
-                Tangent(at.flat(moved[position]), at.flat(used[position][1]), at.cu)
-                for position, at in rows.items()
-            ]
-
-        for k, (local, leaf) in enumerate(leaves.items()):
-            one = _nth(vjp, k, leaf)
-            yield (
-                self.names[local],
-                Explicit(one, partial(one, None), partial(jvp, local), segments.n_samples),
-            )
-
-    def _tangents(
-        self, leaves: dict[str, Tensor], local: str, direction: Tensor
-    ) -> list[Tensor] | None:
-        """The outputs' derivatives along `direction` of one parameter; None where they have none.
-
-        An operation with a rule of its own and none for forward mode may drop the tangent without
-        a word, so whoever uses this compares with a vjp.
-        """
-        moved: list[Any] = []
-        with (
-            Trying() as trial,
-            forward_ad.dual_level(),
-            torch.no_grad(),
-            forward_differentiable(self.module),
-        ):
-            dual = {k: leaf.detach() for k, leaf in leaves.items()}
-            dual[local] = forward_ad.make_dual(dual[local], direction)
-            moved = [forward_ad.unpack_dual(y) for y in self._outputs(dual)]
-        if trial.error is not None:
-            return None
-        # The replay may leave gradients on: DoRA's parts ask for them by themselves.
-        return [
-            torch.zeros_like(y.primal) if y.tangent is None else y.tangent.detach() for y in moved
-        ]
-
-    def _outputs(self, leaves: dict[str, Tensor]) -> list[Tensor]:
-        """What the module returns with `leaves` for its own parameters, before others' hooks."""
-        returned: list[Any] = []
-
-        def see(_module: nn.Module, _args: Any, output: Any) -> None:
-            returned.append(output)
-
-        handle = self.module.register_forward_hook(see, prepend=True)
-        token = REPLAYING.set(True)
-        try:
-            with torch.enable_grad(), self.given.precision(), eagerly(self.module):
-                # Not tied: what a child does with a shared parameter is in the child's own factors.
-                functional_call(
-                    self.module, leaves, self.given.args, self.given.kwargs, tie_weights=False
-                )
-        finally:
-            REPLAYING.reset(token)
-            handle.remove()
-        return tensors_of(returned[-1])
-
-
-def _alike(x: Tensor, y: Tensor) -> bool:
-    """Whether two results of one computation differ by no more than the order of its sums."""
-    x, y = x.detach(), y.detach()
-    if x.shape != y.shape or torch.equal(x, y):
-        return x.shape == y.shape
-    bound = y.abs().nan_to_num().max() * torch.finfo(y.dtype).eps * 100
-    return bool(((x - y).abs() <= bound).logical_or(x.isnan() & y.isnan()).all())
-
-
-def _nth(
-    vjp: Callable[[int | None], tuple[Tensor | None, ...]], k: int, leaf: Tensor
-) -> Callable[[int | None], Tensor]:
-    def gradient(i: int | None) -> Tensor:
-        grad = vjp(i)[k]
-        return torch.zeros_like(leaf) if grad is None else grad
-
-    return gradient
-
-
-def rule_for(
-    module: nn.Module, tried: dict[Hashable, tuple[type[Call], float]]
-) -> tuple[type[Call], float]:
-    """The rule that is exact for `module`, and the factor it found.
-
-    Its type's own rule, that of the norms, or the generic one.
-
-    Args:
-        module: owns trainable parameters.
-        tried: what was found out about others, by `likeness`; learned here.
-    """
-    like = likeness(module)
-    if like is not None and like in tried:
-        return tried[like]
-    found: tuple[type[Call], float] = (GenericCall, 1.0)
-    # Not where `forward` was replaced on the object, nor where other parameters make the weight.
-    if "forward" not in vars(module) and module._parameters.keys() <= {"weight", "bias"}:
-        kinds = (_qualified(base) for base in type(module).__mro__)
-        rules: list[type[Call]] = [Call.rules[kind] for kind in kinds if kind in Call.rules]
-        rules.append(NormCall)
-        fits = ((rule, rule.fit(module)) for rule in rules)
-        found = next(((rule, f) for rule, f in fits if f is not None), found)
-    if like is not None:
-        tried[like] = found
-    return found

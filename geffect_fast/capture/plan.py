@@ -9,8 +9,10 @@ from itertools import takewhile
 
 from torch import Tensor, nn
 
-from geffect_fast.capture.calls import Call, GenericCall, Owner, rule_for
+from geffect_fast.capture.calls import Call, NormCall, Owner, qualified
+from geffect_fast.capture.generic_call import GenericCall
 from geffect_fast.capture.given import check_is_model, mixing_module
+from geffect_fast.capture.trials import likeness
 from geffect_fast.capture.wrappers import check_adapters, plain_name, unwrapped
 from geffect_fast.errors import InputError, UnsupportedModelError
 
@@ -185,3 +187,30 @@ def _below(outer: str, inner: str) -> str:
 
 def _inside(inner: str, outer: str) -> bool:
     return not outer or inner.startswith(f"{outer}.")
+
+
+def rule_for(
+    module: nn.Module, tried: dict[Hashable, tuple[type[Call], float]]
+) -> tuple[type[Call], float]:
+    """The rule that is exact for `module`, and the factor it found.
+
+    Its type's own rule, that of the norms, or the generic one.
+
+    Args:
+        module: owns trainable parameters.
+        tried: what was found out about others, by `likeness`; learned here.
+    """
+    like = likeness(module)
+    if like is not None and like in tried:
+        return tried[like]
+    found: tuple[type[Call], float] = (GenericCall, 1.0)
+    # Not where `forward` was replaced on the object, nor where other parameters make the weight.
+    if "forward" not in vars(module) and module._parameters.keys() <= {"weight", "bias"}:
+        kinds = (qualified(base) for base in type(module).__mro__)
+        rules: list[type[Call]] = [Call.rules[kind] for kind in kinds if kind in Call.rules]
+        rules.append(NormCall)
+        fits = ((rule, rule.fit(module)) for rule in rules)
+        found = next(((rule, f) for rule, f in fits if f is not None), found)
+    if like is not None:
+        tried[like] = found
+    return found

@@ -17,8 +17,9 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from torch.utils.hooks import RemovableHandle
 
 from geffect_fast.capture.attribution import ANY, Attribution
-from geffect_fast.capture.calls import Call, GenericCall, NormWeights
+from geffect_fast.capture.calls import Call, NormWeights
 from geffect_fast.capture.factors import Factor
+from geffect_fast.capture.generic_call import GenericCall
 from geffect_fast.capture.given import (
     REPLAYING,
     Given,

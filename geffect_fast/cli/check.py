@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
+from geffect_fast.arguments import make_config
 from geffect_fast.cli.options import (
     CHECK_FIELDS,
     PROFILE_FIELDS,
@@ -15,7 +16,6 @@ from geffect_fast.cli.options import (
     option_names,
 )
 from geffect_fast.cli.printing import console
-from geffect_fast.settings import make_config
 
 DEVIATION = 3
 """Exit code of a check that found one."""

@@ -13,7 +13,8 @@ import yaml
 from pydantic.fields import FieldInfo
 
 from geffect_fast.errors import InputError
-from geffect_fast.settings import Machine, Option, ProfileConfig, Reading, Settings, UnlearnConfig
+from geffect_fast.setting_types import Option
+from geffect_fast.settings import Machine, ProfileConfig, Reading, Settings, UnlearnConfig
 from geffect_fast.storage.run_yaml import read_values
 
 

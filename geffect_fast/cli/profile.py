@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from geffect_fast.arguments import make_config
 from geffect_fast.cli.options import (
     PROFILE_FIELDS,
     ConfigFile,
@@ -20,7 +21,6 @@ from geffect_fast.cli.options import (
 )
 from geffect_fast.cli.printing import print_result
 from geffect_fast.errors import InputError
-from geffect_fast.settings import make_config
 
 
 @config_options(PROFILE_FIELDS)

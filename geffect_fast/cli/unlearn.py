@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from geffect_fast.arguments import checked_config
 from geffect_fast.cli.options import (
     UNLEARN_FIELDS,
     ConfigFile,
@@ -20,7 +21,7 @@ from geffect_fast.cli.options import (
 )
 from geffect_fast.cli.printing import print_result
 from geffect_fast.errors import InputError
-from geffect_fast.settings import UnlearnConfig, checked_config
+from geffect_fast.settings import UnlearnConfig
 
 if TYPE_CHECKING:
     import xarray as xr

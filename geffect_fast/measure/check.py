@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from geffect_fast.arguments import checked_config, with_settings
 from geffect_fast.capture import Plan
 from geffect_fast.data import read_refusals, read_rows
 from geffect_fast.engines.attempts import TokenBudget
@@ -34,7 +35,7 @@ from geffect_fast.measure.prepare import Sources, check_count, prepare, resolved
 from geffect_fast.objectives import Objective
 from geffect_fast.results.axes import kind_of
 from geffect_fast.results.coverage import Coverage
-from geffect_fast.settings import Reading, checked_config, takes
+from geffect_fast.settings import Reading
 from geffect_fast.terminal import progress_bar
 
 QUANTITIES = ("effects", "norms", "products")
@@ -119,7 +120,7 @@ class Check:
         return not self.uncovered and all(kind.excess <= 1 for kind in self.kinds)
 
 
-@takes(Reading)
+@with_settings(Reading)
 def check(
     model: nn.Module,
     tokenizer: Any,

@@ -9,17 +9,18 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from geffect_fast.arguments import with_settings
 from geffect_fast.errors import GEffectWarning
 from geffect_fast.measure.profiler import Profiler
 from geffect_fast.measure.reference import REFERENCE_IS_MODEL
 from geffect_fast.objectives import Objective
-from geffect_fast.settings import Measuring, takes
+from geffect_fast.settings import Measuring
 
 if TYPE_CHECKING:
     import xarray as xr
 
 
-@takes(Measuring)
+@with_settings(Measuring)
 def profile(
     model: nn.Module,
     tokenizer: Any,

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from geffect_fast.arguments import checked_config
 from geffect_fast.capture import Plan
 from geffect_fast.data import Layout, SampleSet, estimate_token_budget, make_batches
 from geffect_fast.data.batch import Batch, Role
@@ -48,8 +49,8 @@ from geffect_fast.results.intervals import LEVEL
 from geffect_fast.results.objective_weights import ObjectiveWeights
 from geffect_fast.results.resolution import Resolution
 from geffect_fast.results.risk_rows import RiskRows, RowValues
-from geffect_fast.settings import Measuring, checked_config
-from geffect_fast.storage.stream import EffectFile
+from geffect_fast.settings import Measuring
+from geffect_fast.storage.stream import EffectFile, by_row
 from geffect_fast.terminal import progress_bar
 
 if TYPE_CHECKING:
@@ -338,7 +339,7 @@ class Profiler:
                 of_risks = gram_matrices(directions) if gram is None else gram
                 square = float(of_risks[:, 0, 0].sum())
                 found_rows = self._risk_rows.variables(
-                    _by_row(array), resolution.set_names, watched, risk_values, square
+                    by_row(array), resolution.set_names, watched, risk_values, square
                 )
                 result = result.assign(found_rows).assign_attrs(interval_level=LEVEL)
             if by_token is not None:
@@ -443,11 +444,3 @@ class Profiler:
             within_budget(self._budget),
         ):
             yield lambda n: update(advance=n)
-
-
-def _by_row(array: np.ndarray | EffectFile) -> np.ndarray:
-    """Effects summed over all but objectives, risks and rows, `(K, M, n)`."""
-    if isinstance(array, np.ndarray):
-        return array.sum((2, 4))
-    rows = range(array.shape[3])
-    return np.stack([array[:, :, :, row, :].sum((2, 3)) for row in rows], axis=-1)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -16,7 +17,6 @@ from geffect_fast.measure.profile import profile
 from geffect_fast.objectives import Objective
 from geffect_fast.objectives.ranges import Sweep, expand_list
 from geffect_fast.results.told_apart import effect_errors, effect_spreads, told_apart
-from geffect_fast.settings import Measuring, takes
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -29,20 +29,13 @@ HYPER = "hyper_"
 """What the coordinates of swept parameters begin with."""
 
 
-@takes(Measuring, resolve=("sample",))
 def sweep(
     model: nn.Module,
     tokenizer: Any,
     *,
-    forget: Any,
-    retain: Any,
     objectives: Sequence[str | Objective] | str,
-    probes: Mapping[str, Any] | None = None,
-    refusals: Any = None,
-    reference_model: nn.Module | str | Path | None = None,
     out: str | Path | None = None,
-    progress: bool = False,
-    **settings: Any,
+    **arguments: Any,
 ) -> xr.Dataset:
     """The G-effect of objectives at many values of their hyper-parameters, from one profile.
 
@@ -56,9 +49,8 @@ def sweep(
         objectives: strings with or without ranges, or objects; at most 10,000 objectives in all.
             An objective that several ranges hold is profiled once, and belongs to the first of
             them.
-        forget, retain, probes, refusals, reference_model, progress: as `profile` takes them.
         out: None; the result of a sweep is held in memory.
-        settings:
+        arguments: as `profile` takes them, by default with `resolve=("sample",)`.
 
     Returns:
         The Dataset of `profile` with every objective, and these along `objective`:
@@ -88,18 +80,8 @@ def sweep(
         raise InputError("out: the result of a sweep is held in memory; leave it out")
     families = expanded(objectives)
     members = _members(families)
-    result = profile(
-        model=model,
-        tokenizer=tokenizer,
-        forget=forget,
-        retain=retain,
-        objectives=[member.objective for member in members],
-        probes=probes,
-        refusals=refusals,
-        reference_model=reference_model,
-        progress=progress,
-        **{"resolve": ("sample",)} | settings,
-    )
+    measured = [member.objective for member in members]
+    result = profile(model, tokenizer, objectives=measured, **{"resolve": ("sample",)} | arguments)
     coords: dict[str, Any] = {"sweep": ("objective", [member.family.text for member in members])}
     for name in dict.fromkeys(name for family in families for name in family.names):
         values = [member.values.get(name, math.nan) for member in members]
@@ -110,6 +92,18 @@ def sweep(
     )
     result = result.assign_coords(same_as=("objective", same_effects(result).values))
     return result.assign(pareto=pareto_front(result))
+
+
+def _as_profile() -> inspect.Signature:
+    """The signature of `profile`, with the axes of a sweep."""
+    signature = inspect.signature(profile)
+    shown = signature.parameters.values()
+    return signature.replace(
+        parameters=[p.replace(default=("sample",)) if p.name == "resolve" else p for p in shown]
+    )
+
+
+vars(sweep)["__signature__"] = _as_profile()
 
 
 def pareto_front(result: xr.Dataset) -> xr.DataArray:

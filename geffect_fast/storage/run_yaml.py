@@ -7,9 +7,10 @@ from typing import Any
 
 import yaml
 
+from geffect_fast.arguments import checked_config
 from geffect_fast.data.files import check_regular
 from geffect_fast.errors import InputError, in_one_line
-from geffect_fast.settings import ProfileConfig, RunConfig, UnlearnConfig, checked_config
+from geffect_fast.settings import ProfileConfig, RunConfig, UnlearnConfig
 from geffect_fast.visible import one_line, visible
 
 CONFIG_BEGINS = "# Replay: geffect-fast"

@@ -101,3 +101,11 @@ class EffectFile:
         seal(self._part)
         self._part.rename(self.file)
         return open_run(self.file, lazy=True)
+
+
+def by_row(array: np.ndarray | EffectFile) -> np.ndarray:
+    """Effects summed over all but objectives, risks and rows, `(K, M, n)`."""
+    if isinstance(array, np.ndarray):
+        return array.sum((2, 4))
+    rows = range(array.shape[3])
+    return np.stack([array[:, :, :, row, :].sum((2, 3)) for row in rows], axis=-1)

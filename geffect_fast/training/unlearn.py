@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from geffect_fast.arguments import checked_config, with_settings
 from geffect_fast.measure.prepare import Sources
 from geffect_fast.objectives import Objective
-from geffect_fast.settings import Measuring, Training, UnlearnSettings, checked_config, takes
+from geffect_fast.settings import Measuring, Training, UnlearnSettings
 from geffect_fast.storage.inputs import input_sums, weights_sums
 from geffect_fast.storage.lock import locked
 from geffect_fast.storage.step_folder import begun, check_resumed, kept
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from geffect_fast.storage.run_folder import Reporter
 
 
-@takes(UnlearnSettings)
+@with_settings(UnlearnSettings)
 def unlearn(
     model: nn.Module,
     tokenizer: Any,

@@ -12,7 +12,7 @@ from pathlib import Path
 from bad_input.case import Case, both, check, cut, holds, patched, profile
 from synthetic import make_dataset
 
-from geffect_fast.settings import make_config
+from geffect_fast.arguments import make_config
 from geffect_fast.storage.disk import UNFINISHED
 from geffect_fast.storage.manifest import Manifest, checksums, files_below
 from geffect_fast.storage.run_folder import save_run

@@ -8,7 +8,7 @@ from bad_input.case import Case, check, holds, profile
 from bad_input.data import call
 from models import samples
 
-from geffect_fast.settings import make_config
+from geffect_fast.arguments import make_config
 
 GOOD = {
     "model": "model",

@@ -10,7 +10,7 @@ from bad_input.folders import FULL, a_run, not_writable
 from models import build, samples
 
 import geffect_fast as gf
-from geffect_fast.settings import make_config
+from geffect_fast.arguments import make_config
 from geffect_fast.steps.execute import execute_checkpoints
 
 PATTERN = "out/checkpoint-*"

@@ -10,8 +10,9 @@ from models import build, samples
 from torch import nn
 
 import geffect_fast as gf
+from geffect_fast.arguments import checked_config
 from geffect_fast.errors import GEffectError
-from geffect_fast.settings import Training, UnlearnConfig, checked_config
+from geffect_fast.settings import Training, UnlearnConfig
 from geffect_fast.storage.run_yaml import dump_config
 from geffect_fast.training.trainer_arguments import check_precision
 

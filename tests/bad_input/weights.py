@@ -11,7 +11,7 @@ from models import build, samples
 from token_results import drawn_shares, token_result
 
 import geffect_fast as gf
-from geffect_fast.settings import make_config
+from geffect_fast.arguments import make_config
 from geffect_fast.storage.run_folder import save_run
 
 RESULT = token_result(drawn_shares([3, 5]), {"npo": 2.0})

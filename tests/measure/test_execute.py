@@ -4,9 +4,9 @@ import pytest
 import torch
 import xarray as xr
 
+from geffect_fast.arguments import make_config
 from geffect_fast.errors import InputError, UnfinishedError
 from geffect_fast.measure.execute import execute
-from geffect_fast.settings import make_config
 from geffect_fast.storage.run_folder import open_run
 from geffect_fast.storage.run_yaml import load_config
 

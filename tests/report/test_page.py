@@ -13,6 +13,7 @@ from synthetic import OBJECTIVES, make_dataset
 from test_sweep_report import swept  # noqa: F401
 
 import geffect_fast as gf
+from geffect_fast.arguments import make_config
 from geffect_fast.cli import main
 from geffect_fast.errors import InputError
 from geffect_fast.report import write_report
@@ -23,7 +24,6 @@ from geffect_fast.report.page_steps import turning_sentence
 from geffect_fast.report.steps import Steps
 from geffect_fast.report.svg import dark
 from geffect_fast.report.token_colours import GROUND
-from geffect_fast.settings import make_config
 from geffect_fast.storage.run_folder import open_run, save_run
 
 ORDER = [

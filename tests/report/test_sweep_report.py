@@ -26,7 +26,7 @@ def swept(monkeypatch):
     """Makes the result of a sweep with given totals, or with made-up ones."""
 
     def make(texts=TEXTS, e_u=None, e_r=None, **kwargs):
-        def made_up(objectives, **_arguments):
+        def made_up(_model, _tokenizer, objectives, **_arguments):
             names = [str(objective) for objective in objectives]
             dataset = make_dataset(names, **{"resolve": (), "n_blocks": 1} | kwargs)
             effect = dataset["g_effect"]

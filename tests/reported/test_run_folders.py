@@ -11,10 +11,10 @@ import pytest
 import xarray as xr
 from synthetic import make_dataset
 
+from geffect_fast.arguments import make_config
 from geffect_fast.cli.signals import ended_by_signals
 from geffect_fast.errors import InputError
 from geffect_fast.paths import is_there
-from geffect_fast.settings import make_config
 from geffect_fast.storage.lock import LOCK, locked
 from geffect_fast.storage.manifest import files_below
 from geffect_fast.storage.run_folder import open_run, save_run

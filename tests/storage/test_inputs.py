@@ -11,10 +11,10 @@ from bad_input.case import profile
 from step_results import step_dataset
 from synthetic import make_dataset
 
+from geffect_fast.arguments import make_config
 from geffect_fast.cli import main
 from geffect_fast.errors import InputError
 from geffect_fast.measure.models import load_model, load_tokenizer
-from geffect_fast.settings import make_config
 from geffect_fast.storage.inputs import input_sums, summed_beside
 from geffect_fast.storage.manifest import Manifest, checksums, files_below
 from geffect_fast.storage.run_folder import save_result, save_run

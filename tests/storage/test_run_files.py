@@ -9,8 +9,8 @@ import xarray as xr
 from killed import killed
 from synthetic import make_dataset
 
+from geffect_fast.arguments import make_config
 from geffect_fast.errors import InputError, UnfinishedError
-from geffect_fast.settings import make_config
 from geffect_fast.storage.disk import REPLACED, UNFINISHED
 from geffect_fast.storage.manifest import MANIFEST, Manifest, check_sums, files_below
 from geffect_fast.storage.run_folder import check_free, open_run, save_run

@@ -9,8 +9,8 @@ import pytest
 import xarray as xr
 from synthetic import make_dataset
 
+from geffect_fast.arguments import make_config
 from geffect_fast.errors import GEffectError, InputError
-from geffect_fast.settings import make_config
 from geffect_fast.storage.disk import UNFINISHED
 from geffect_fast.storage.export import export
 from geffect_fast.storage.manifest import Manifest, check_sums, files_below

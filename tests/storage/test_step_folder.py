@@ -9,8 +9,8 @@ import xarray as xr
 from killed import killed
 from synthetic import make_dataset
 
+from geffect_fast.arguments import make_config
 from geffect_fast.errors import InputError, InterruptedRunError, NonFiniteError
-from geffect_fast.settings import make_config
 from geffect_fast.storage.add_report import add_report
 from geffect_fast.storage.lock import locked
 from geffect_fast.storage.manifest import MANIFEST, Manifest, check_sums, files_below

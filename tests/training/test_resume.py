@@ -18,11 +18,12 @@ import xarray as xr
 from safetensors.torch import load_file
 
 import geffect_fast as gf
+from geffect_fast.arguments import checked_config
 from geffect_fast.demo import save
 from geffect_fast.errors import InputError, InterruptedRunError, UnfinishedError
 from geffect_fast.measure.models import load_model, load_tokenizer
 from geffect_fast.measure.profiler import Profiler
-from geffect_fast.settings import UnlearnConfig, checked_config
+from geffect_fast.settings import UnlearnConfig
 from geffect_fast.storage.disk import UNFINISHED
 from geffect_fast.storage.run_yaml import load_config
 from geffect_fast.training.execute import execute_unlearn

@@ -1,0 +1,131 @@
+"""Arguments of Python, fields of YAML and options of commands made into settings.
+
+Whatever is wrong with them is said in one line, with the nearest name that there is.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import re
+import textwrap
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+from pydantic import ValidationError
+
+from geffect_fast.errors import InputError
+from geffect_fast.settings import ProfileConfig, Settings
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+Kind = TypeVar("Kind", bound=Settings)
+
+
+def make_config(
+    values: dict[Any, Any], where: str = "", options: Mapping[str, str] | None = None
+) -> ProfileConfig:
+    """A profile's or sweep's config from plain values, as `checked_config`."""
+    return checked_config(ProfileConfig, values, where, options)
+
+
+def checked_config(
+    kind: type[Kind],
+    values: dict[Any, Any],
+    where: str = "",
+    options: Mapping[str, str] | None = None,
+) -> Kind:
+    """Settings from plain values.
+
+    Args:
+        kind: which settings.
+        values: field name to value.
+        where: what the error calls the place they come from, such as a file name.
+        options: fields that come from options of the command line in its stead, and what these are
+            called.
+
+    Raises:
+        InputError: one line with the place, the field, what is wrong and the nearest field name.
+    """
+    for name in values:
+        if not isinstance(name, str):
+            place = f"{where}: " if where else ""
+            raise InputError(f"{place}field {name!r} must be text, such as model or forget")
+    try:
+        return kind(**values)
+    except ValidationError as error:
+        raise InputError(_one_line(error, where, options or {}, list(kind.model_fields))) from None
+
+
+def with_settings(kind: type[Settings], **defaults: Any) -> Callable[[Function], Function]:
+    """Show the fields of `kind` in the signature and the docstring of a function.
+
+    The function takes them as `**settings`, as they are given, and its docstring has a line
+    `settings:` among its arguments.
+
+    Args:
+        kind: which settings.
+        defaults: where the function's differ from the fields'.
+    """
+
+    def decorate(function: Function) -> Function:
+        signature = inspect.signature(function)
+        shown, described = [], []
+        for parameter in signature.parameters.values():
+            if parameter.kind is not inspect.Parameter.VAR_KEYWORD:
+                shown.append(parameter)
+        for name, field in kind.model_fields.items():
+            default = inspect.Parameter.empty if field.is_required() else field.get_default()
+            keyword = inspect.Parameter(
+                name, inspect.Parameter.KEYWORD_ONLY, default=defaults.get(name, default)
+            )
+            shown.append(keyword)
+            described.append(
+                textwrap.fill(
+                    f"{name}: {' '.join((field.description or '').split())}",
+                    100,
+                    initial_indent=8 * " ",
+                    subsequent_indent=12 * " ",
+                )
+            )
+        vars(function)["__signature__"] = signature.replace(parameters=shown)
+        text = function.__doc__ or ""
+        if f"{8 * ' '}settings:\n" not in text:
+            raise ValueError(f"{function.__name__}: its docstring has no line 'settings:'")
+        function.__doc__ = text.replace(f"{8 * ' '}settings:", "\n".join(described))
+        return function
+
+    return decorate
+
+
+def _one_line(
+    error: ValidationError, where: str, options: Mapping[str, str], fields: list[str]
+) -> str:
+    """The first problem of a validation error: place, field, problem, remedy."""
+    problem = min(error.errors(), key=lambda p: p["type"] != "extra_forbidden")
+    if not problem["loc"]:  # of several fields; the message begins with the one to change
+        field, _, said = str(problem["ctx"]["error"]).partition(": ")
+        place = f"{where}: " if where and field not in options else ""
+        return f"{place}{options.get(field, field)}: {said}"
+    first, *inner = map(str, problem["loc"])
+    place = f"{where}: " if where and first not in options else ""
+    field = ".".join([options.get(first, first), *inner])
+    if problem["type"] == "extra_forbidden":
+        close = difflib.get_close_matches(field, fields, n=1)
+        advice = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(fields)}"
+        return f"{place}unknown field {_short(field)}; {advice}"
+    if problem["type"] == "missing":
+        return f"{place}field {field!r} is missing; give it"
+    if problem["type"] == "value_error":
+        return f"{place}{field}: {problem['ctx']['error']}"
+    given = problem["input"]
+    if problem["type"] == "literal_error" and isinstance(given, str):
+        allowed = re.findall(r"'([^']+)'", str(problem["ctx"]["expected"]))
+        close = difflib.get_close_matches(given, allowed, n=1)
+        advice = f"did you mean {close[0]!r}?" if close else f"choose from {', '.join(allowed)}"
+        return f"{place}{field}: unknown {_short(given)}; {advice}"
+    return f"{place}{field}: {problem['msg'].replace('Input s', 's')}, got {_short(given)}"
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

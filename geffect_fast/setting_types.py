@@ -1,0 +1,93 @@
+"""What fields of settings are made of: paths, names, days, objectives, and how options say them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, TypeVar
+
+from pydantic import AfterValidator, Field
+
+from geffect_fast.data.tokenize import checked_date
+from geffect_fast.errors import InputError
+from geffect_fast.objectives import Objective, parse
+from geffect_fast.objectives import resolve as resolve_objective
+from geffect_fast.objectives.base import REFERENCE_NEEDS
+from geffect_fast.paths import is_there, user_path
+
+Read = TypeVar("Read")
+
+
+def settled(source: str) -> str:
+    """An existing path made absolute, so that a replay from elsewhere finds it; else unchanged."""
+    if not source:
+        raise ValueError("must not be empty; give a path or a hub id")
+    path = user_path(source)
+    try:
+        return str(path.absolute()) if is_there(path) else source
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(f"{reason}; give a path or a hub id") from None
+
+
+def read_by(field: str, read: Callable[[Any], Read]) -> Callable[[Any], Read]:
+    """A reader whose errors are those of a field, which names itself."""
+
+    def checked(value: Any) -> Read:
+        try:
+            return read(value)
+        except InputError as error:
+            raise ValueError(str(error).removeprefix(f"{field}: ")) from None
+
+    return checked
+
+
+def day(date: str) -> str:
+    """A day as it is written, checked."""
+    checked_date(date)
+    return date
+
+
+def blocks_by_name(groups: Any) -> Any:
+    """Blocks by the group's name, none for None."""
+    if not isinstance(groups, Mapping | None):
+        raise InputError(f"got {groups!r}; give blocks by name, such as {{'first': '0-3'}}")
+    return groups or {}
+
+
+def canonical(objective: str) -> str:
+    """An objective's string as results write it."""
+    return str(parse(objective))
+
+
+def risk_of(spec: str | Objective) -> str | Objective:
+    """The canonical string of a risk, or the objective that is given."""
+    objective = resolve_objective(spec)
+    parts = objective.parts()
+    if len(parts) != 1 or parts[0][0] != 1.0 or parts[0][1].needs & REFERENCE_NEEDS:
+        raise InputError(
+            f"'{objective}' must be one objective that needs no reference, such as nll"
+        )
+    return str(parts[0][1]) if isinstance(spec, str) else spec
+
+
+@dataclass(frozen=True)
+class Option:
+    """How the command line takes a field, where that is not by its name with dashes.
+
+    Attributes:
+        names: of the option.
+        metavar: what stands for its value.
+        help: in place of the field's docstring.
+        repeatable: whether the option may be given several times.
+    """
+
+    names: tuple[str, ...] = ()
+    metavar: str | None = None
+    help: str | None = None
+    repeatable: bool = False
+
+
+PathOrId = Annotated[str, AfterValidator(settled)]
+"""A path (stored absolute) or a hub id (stored as it is)."""
+Name = Annotated[str, Field(min_length=1)]
