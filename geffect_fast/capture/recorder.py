@@ -170,7 +170,8 @@ class Recorder:
         axis = self.segments
         if axis is None or axis.n_samples == 1 or axis.per_token:
             return False
-        return not {ANY, tuple(self.structure)} & self.plan.shown
+        shown = self.plan.shown
+        return ANY not in shown and tuple(self.structure) not in shown
 
     def show_rows(self, losses: Tensor, sources: Sequence[Tensor]) -> None:
         """Show that rows belong to the samples they are counted for, once a structure of calls.

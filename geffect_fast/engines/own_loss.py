@@ -74,7 +74,7 @@ def own_loss(plan: Plan, sample_set: SampleSet) -> OwnLoss | None:
     """How a model's own loss differs from the risk; None: it does not, or the model gives none.
 
     No pass is run where the model's code shows it (`choose_layout` knows it then), else one over
-    seven tokens, and one more where the losses differ.
+    seven tokens, and one more where the losses differ. What is found holds until the model changes.
 
     Args:
         plan: of the model, as `choose_layout` left it.
