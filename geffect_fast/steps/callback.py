@@ -12,7 +12,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from geffect_fast.errors import InputError, UnsupportedModelError
-from geffect_fast.measure.prepare import check_count, resolved_list
+from geffect_fast.measure.prepare import check_count, needs_of, parts_of, resolved_list
 from geffect_fast.measure.profiler import Profiler
 from geffect_fast.objectives import Objective
 from geffect_fast.objectives.base import REFERENCE_NEEDS
@@ -182,7 +182,8 @@ class GEffectCallback(TrainerCallback):
             )
         options, resumed = dict(self._options), state.global_step > 0
         with as_found(model):
-            if options["reference_model"] is None and _compares(options["objectives"]):
+            compares = REFERENCE_NEEDS & needs_of(parts_of(options["objectives"]))
+            if options["reference_model"] is None and compares:
                 if resumed:
                     raise InputError(
                         "reference_model: is missing; give the folder of the model as it was "
@@ -217,8 +218,3 @@ def _sets(probe_sets: Mapping[str, Any]) -> dict[str, Any]:
             raise InputError(f"probe_sets: there is no '{name}'; {advice}")
     more = {name: rows for name, rows in probe_sets.items() if name not in ("forget", "retain")}
     return {"forget": probe_sets["forget"], "retain": probe_sets["retain"], "probes": more}
-
-
-def _compares(objectives: Sequence[Objective]) -> bool:
-    """Whether any of them reads a reference model."""
-    return any(part.needs & REFERENCE_NEEDS for o in objectives for _, part in o.parts())

@@ -68,11 +68,13 @@ class _Read:
         settings: what its config.json and adapter_config.json hold.
         tensors: by name, in memory; None where they are not plain files of safetensors, or where
             reading failed: transformers' own loader is to say what is there then.
+        damage: what a run's manifest says against them.
     """
 
     folder: Path
     settings: Mapping[str, Any]
     tensors: Mapping[str, Tensor] | None
+    damage: InputError | None = None
 
     @classmethod
     def of(cls, folder: Path, tensors: bool = True) -> _Read:
@@ -81,6 +83,11 @@ class _Read:
 
         settings: dict[str, Any] = {}
         found: dict[str, Tensor] | None = None
+        damage = None
+        try:
+            check_run_model(folder, "checkpoint", weights=tensors)
+        except InputError as error:
+            damage = error
         try:
             for name in ("config.json", "adapter_config.json"):
                 if (folder / name).exists():
@@ -92,7 +99,7 @@ class _Read:
                     found |= {name: x.clone() for name, x in load_file(folder / file).items()}
         except Exception:  # of whatever kind: the loader says it again, in the caller's thread
             found = None
-        return cls(folder, settings, found)
+        return cls(folder, settings, found, damage)
 
     def copy_to(self, model: nn.Module, other: _Read) -> None:
         """Copy the weights into a model that was loaded from another checkpoint, `other`.
@@ -100,7 +107,8 @@ class _Read:
         Raises:
             InputError, NonFiniteError: as `loaded_in_turn`.
         """
-        check_run_model(self.folder, "checkpoint", weights=True)
+        if self.damage is not None:
+            raise self.damage
         own = model.state_dict(keep_vars=True)
         tensors = self.tensors
         if tensors is None or not _fit(own, tensors):
