@@ -167,6 +167,15 @@ def values_of(config: Path | None, given: dict[str, Any]) -> dict[str, Any]:
 _DECIDE_ROWS = {"model", "tokenizer", "forget", "retain", "probes", "template", "date"}
 
 
+def check_command(config: Path | None, held: Any, *commands: str) -> None:
+    """Raise `InputError` where a config file is of another command than these."""
+    if held in ("profile", "sweep", "unlearn") and held not in commands:
+        raise InputError(
+            f"config {config} is of {'an' if held == 'unlearn' else 'a'} {held}; use geffect-fast "
+            f"{held} --config {config}"
+        )
+
+
 def option_names(given: Iterable[str], **names: str) -> dict[str, str]:
     """What the options behind fields are called, those aside that `names` holds."""
     names = {"probes": "--probe", "groups": "--group"} | names

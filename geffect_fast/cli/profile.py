@@ -14,6 +14,7 @@ from geffect_fast.cli.options import (
     Quiet,
     Resume,
     begun_config,
+    check_command,
     config_input,
     config_options,
     option_names,
@@ -65,13 +66,12 @@ def run(
     """
     config = begun_config(config, out, resume)
     values = values_of(config, given)
+    held = values.get("command", command)
+    check_command(config, held, "profile", *(["sweep"] if command == "sweep" else []))
     needed = ("forget", "retain", "objectives")
     for name in needed if values.get("checkpoints") else ("model", *needed):
         if values.get(name) is None:
             raise InputError(f"--{name} is missing; give it, or a --config that holds it")
-    held = values.get("command", command)
-    if (held, command) == ("sweep", "profile"):
-        raise InputError(f"config {config} is of a sweep; use geffect-fast sweep --config {config}")
     values = values | {"command": command if held == "profile" else held}
     checked = make_config(values, str(config or ""), option_names(given))
 

@@ -14,6 +14,7 @@ from geffect_fast.cli.options import (
     Quiet,
     Resume,
     begun_config,
+    check_command,
     config_input,
     config_options,
     option_names,
@@ -47,14 +48,10 @@ def unlearn(
     """
     config = begun_config(config, out, resume)
     values = values_of(config, given)
+    check_command(config, values.get("command", "unlearn"), "unlearn")
     for name in _NEEDED:
         if values.get(name) is None:
             raise InputError(f"--{name} is missing; give it, or a --config that holds it")
-    if values.get("command", "unlearn") != "unlearn":
-        raise InputError(
-            f"config {config} is of a {values['command']}; use geffect-fast {values['command']} "
-            f"--config {config}"
-        )
     checked = checked_config(UnlearnConfig, values, str(config or ""), option_names(given))
 
     from geffect_fast.report import write_report

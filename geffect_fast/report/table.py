@@ -182,8 +182,8 @@ def own_loss_line(attrs: Mapping[str, Any]) -> str:
 
 
 def interval_line(attrs: Mapping[str, Any]) -> str:
-    """What intervals are of; empty for results without."""
-    if "interval_level" not in attrs:
+    """What intervals are of; empty for results without, as those of one row of each set are."""
+    if "interval_level" not in attrs or attrs["n_forget"] == attrs["n_retain"] == 1:
         return ""
     return (
         f"In brackets: {100 * attrs['interval_level']:.0f} % intervals by the choice of the rows "

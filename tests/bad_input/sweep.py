@@ -94,6 +94,20 @@ CASES = [
         holds("my.yaml", json.dumps({"command": "sweep", "objectives": ["wga(1:2:2)"]})),
     ),
     Case(
+        "a training's config to sweep",
+        [*sweep(), "--config", "my.yaml"],
+        "config my.yaml is of an unlearn",
+        "use geffect-fast unlearn --config my.yaml",
+        holds("my.yaml", json.dumps({"command": "unlearn", "steps": 2})),
+    ),
+    Case(
+        "a config of a list of commands",
+        profile(config="my.yaml"),
+        "my.yaml: command",
+        "should be",
+        holds("my.yaml", json.dumps({"command": ["sweep"]})),
+    ),
+    Case(
         "a config of no command",
         profile(config="my.yaml"),
         "my.yaml: command",
