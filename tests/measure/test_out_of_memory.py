@@ -160,7 +160,7 @@ def test_later_measurements_begin_with_what_fits(scarce):
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             second = profiler.measure().dataset
-    assert first.identical(second)
+    assert first.drop_attrs(deep=False).identical(second.drop_attrs(deep=False))
 
 
 def halved(where):

@@ -104,14 +104,14 @@ def test_an_exception_frees_it_though_everything_of_it_is_kept(tmp_path, error, 
     run = training(tmp_path, At(stop, event))
     with pytest.raises(error) as caught:
         run.train()
-    until = time.monotonic() + 5
-    while (tmp_path / "out" / LOCK).exists():
-        assert time.monotonic() < until
-        time.sleep(0.02)
+    watches = [thread for thread in threading.enumerate() if thread.name == "training lock"]
+    for watch in watches:
+        watch.join(5)
+    assert not any(watch.is_alive() for watch in watches)
+    assert not (tmp_path / "out" / LOCK).exists()
     assert caught.value.__traceback__ is not None and run is not None
     with locked(tmp_path / "out"):
         pass
-    assert not [t for t in threading.enumerate() if t.name == "training lock"]
 
 
 def test_a_training_behind_one_that_failed_has_the_folder_at_once_and_for_itself(tmp_path):
