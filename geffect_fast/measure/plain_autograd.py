@@ -6,7 +6,7 @@ formula of an objective is differentiated, and inner products are summed in fp64
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,12 +24,18 @@ from geffect_fast.engines.tasks import ROLE_ORDER
 from geffect_fast.objectives import NLL, Objective, Outputs
 from geffect_fast.ops.reference import accumulation_dtype
 
-BLOCK = 2**22
-"""Elements that are converted to fp64 at a time."""
+BLOCK = {"cpu": 2**16}
+"""Elements that are converted to fp64 at a time, by device: on a CPU, what its caches hold."""
+LARGE_BLOCK = 2**22
+"""And on any other device."""
 
 
 PART_HELD = 0.25
 """Of free memory, that samples' gradients may take."""
+
+
+Gradient = list[Tensor | None]
+"""By parameter; None where it takes no part."""
 
 
 @dataclass(frozen=True)
@@ -55,10 +61,11 @@ def plain_numbers(
     reference: nn.Module | None,
     tick: Tick,
 ) -> Numbers:
-    """`Numbers` of a model by one backward a sample, `n + K n` of them.
+    """`Numbers` of a model by one backward a sample, `n + K n` of them for `K` different terms.
 
-    Where the samples' gradients do not all fit into a part of free memory at once, two are held at
-    a time, and those of the risk formed again for each pair: `n (n + 1) / 2 + n + K n`.
+    The risk and the terms that read its sequences share one forward of a sample, as far as their
+    gradients fit into a part of free memory. Where not even the risk's do, two are held at a time,
+    and formed again for each pair: `n (n + 1) / 2 + n + K n`.
 
     Args:
         model: its trainable parameters count.
@@ -71,47 +78,62 @@ def plain_numbers(
     device = parameters[0].device
     n, n_parameters = len(sample_set), len(parameters)
 
-    def gradient(objective: Objective, batch: Batch) -> list[Tensor | None]:
+    def gradients(objectives: Sequence[Objective], batch: Batch) -> list[Gradient]:
+        """Of objectives that read the same sequences, by one forward."""
         batch = batch.to(device)
-        outputs, other = plain_outputs(model, batch, objective.needs), None
-        if any(need.startswith("reference") for need in objective.needs):
+        needs = {need for objective in objectives for need in objective.needs}
+        outputs, other = plain_outputs(model, batch, needs), None
+        if any(need.startswith("reference") for need in needs):
             with torch.no_grad():
-                other = plain_outputs(reference or model, batch, objective.needs)
-        loss = objective.loss(outputs, batch, other)
-        tick(batch.total_tokens)
-        return list(torch.autograd.grad(loss, parameters, allow_unused=True))
+                other = plain_outputs(reference or model, batch, needs)
+        losses = [objective.loss(outputs, batch, other) for objective in objectives]
+        tick(len(losses) * batch.total_tokens)
+        return [
+            list(torch.autograd.grad(loss, parameters, allow_unused=True, retain_graph=later))
+            for loss, later in zip(losses, range(len(losses) - 1, -1, -1), strict=True)
+        ]
 
     risk = NLL()
     answers = _batches(sample_set, risk)
-    held = [gradient(risk, batch) for batch in answers] if holds_all(model, n) else []
-    if held:
-        products = torch.stack([gram(grads) for grads in zip(*held, strict=True)])
+    parts = list(dict.fromkeys(part for objective in objectives for _, part in objective.parts()))
+    held: dict[Objective, list[Gradient]] = {}
+    if holds_all(model, n):
+        kept = [risk]
+        for part in parts:  # that the risk's forward answers as well, as far as memory goes
+            if part not in kept and part.roles == risk.roles:
+                if holds_all(model, (len(kept) + 1) * n):
+                    kept.append(part)
+        by_sample = [gradients(kept, batch) for batch in answers]
+        held = dict(zip(kept, zip(*by_sample, strict=True), strict=True))
+        products = torch.stack([gram(grads) for grads in zip(*held[risk], strict=True)])
     else:
         products = torch.zeros(n_parameters, n, n, dtype=torch.float64)
         for i in range(n):
-            first = gradient(risk, answers[i])
+            (first,) = gradients([risk], answers[i])
             for j in range(i, n):
-                second = first if j == i else gradient(risk, answers[j])
+                (second,) = [first] if j == i else gradients([risk], answers[j])
                 products[:, i, j] = products[:, j, i] = dots(first, second)
         first = second = []
 
-    direction: list[Tensor | None] = [
+    direction: Gradient = [
         torch.zeros_like(p, dtype=accumulation_dtype(p.dtype), requires_grad=False)
         for p in parameters
     ]
     for i, batch in enumerate(answers):
-        own = held[i] if held else gradient(risk, batch)
+        own = held[risk][i] if held else gradients([risk], batch)[0]
         for total, grad in zip(direction, own, strict=True):
             if total is not None and grad is not None:
                 total += grad
-    held, own = [], []
+    scores = torch.zeros(len(parts), n_parameters, n, dtype=torch.float64)
+    for k, part in enumerate(parts):
+        for i, batch in enumerate(_batches(sample_set, part)):
+            own = held[part][i] if part in held else gradients([part], batch)[0]
+            scores[k, :, i] = dots(own, direction)
     effects = torch.zeros(len(objectives), n_parameters, 2 * n, dtype=torch.float64)
     for k, objective in enumerate(objectives):
         for coefficient, part in objective.parts():
             offset = n if part.on == "retain" else 0
-            for i, batch in enumerate(_batches(sample_set, part)):
-                score = dots(gradient(part, batch), direction)
-                effects[k, :, offset + i] += coefficient * score
+            effects[k, :, offset : offset + n] += coefficient * scores[parts.index(part)]
     return Numbers(effects, products.diagonal(dim1=1, dim2=2).sqrt(), products)
 
 
@@ -123,11 +145,14 @@ def holds_all(model: nn.Module, n: int) -> bool:
 
 def plain_tokens(model: nn.Module, sample_set: SampleSet, objectives: Sequence[Objective]) -> int:
     """Tokens that `plain_numbers` runs forward and backward."""
-    lengths = [batch.total_tokens for batch in _batches(sample_set, NLL())]
+    risk = NLL()
+    lengths = [batch.total_tokens for batch in _batches(sample_set, risk)]
+    parts = dict.fromkeys(part for objective in objectives for _, part in objective.parts())
     pairs = 0
-    if not holds_all(model, len(lengths)):
+    if holds_all(model, len(lengths)):
+        parts.pop(risk, None)  # its gradients are there
+    else:
         pairs = sum((j + 1) * length for j, length in enumerate(lengths))
-    parts = [part for objective in objectives for _, part in objective.parts()]
     effects = sum(b.total_tokens for part in parts for b in _batches(sample_set, part))
     return pairs + sum(lengths) + effects
 
@@ -178,8 +203,7 @@ def gram(grads: Sequence[Tensor | None]) -> Tensor:
     """Inner products of `n` gradients of one parameter, `(n, n)`, summed in fp64; None is zero."""
     products = torch.zeros(len(grads), len(grads), dtype=torch.float64)
     there = [i for i, grad in enumerate(grads) if grad is not None]
-    flat = [grad.reshape(-1).split(BLOCK) for grad in grads if grad is not None]
-    for blocks in zip(*flat, strict=True):
+    for blocks in _blocks(*(grad for grad in grads if grad is not None)):
         wide = torch.stack([block.double() for block in blocks])
         products[torch.tensor(there)[:, None], there] += (wide @ wide.mT).cpu()
     return products
@@ -188,5 +212,10 @@ def gram(grads: Sequence[Tensor | None]) -> Tensor:
 def _dot(x: Tensor | None, y: Tensor | None) -> float:
     if x is None or y is None:
         return 0.0
-    blocks = zip(x.reshape(-1).split(BLOCK), y.reshape(-1).split(BLOCK), strict=True)
-    return sum(float(torch.dot(p.double(), q.double())) for p, q in blocks)
+    return sum(float(torch.dot(p.double(), q.double())) for p, q in _blocks(x, y))
+
+
+def _blocks(*grads: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Flat pieces of gradients of one parameter, the same of each."""
+    size = BLOCK.get(grads[0].device.type, LARGE_BLOCK) if grads else 1
+    return zip(*(grad.reshape(-1).split(size) for grad in grads), strict=True)
