@@ -100,9 +100,9 @@ def plain_numbers(
     if holds_all(model, n):
         kept = [risk]
         for part in parts:  # that the risk's forward answers as well, as far as memory goes
-            if part not in kept and part.roles == risk.roles:
-                if holds_all(model, (len(kept) + 1) * n):
-                    kept.append(part)
+            reads_the_same = part not in kept and part.roles == risk.roles
+            if reads_the_same and holds_all(model, (len(kept) + 1) * n):
+                kept.append(part)
         by_sample = [gradients(kept, batch) for batch in answers]
         held = dict(zip(kept, zip(*by_sample, strict=True), strict=True))
         products = torch.stack([gram(grads) for grads in zip(*held[risk], strict=True)])
