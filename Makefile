@@ -33,9 +33,11 @@ NATIVE := $(shell find csrc -type f)
 PYTHON_FILES := $(shell find geffect_fast -name '*.py' -o -name '*.jinja')
 CPP_FILES := $(filter %.cpp %.h %.cu %.cuh,$(NATIVE) $(shell find tests/cuda_shim -type f))
 
-# What an extra of pyproject.toml asks for, read from the installed package's own metadata.
+# What an extra of pyproject.toml asks for on this Python, from the installed package's metadata.
 extra = $$($(BIN)/python -c 'from importlib.metadata import requires; \
-	print(*(r.split(";")[0].strip() for r in requires("geffect-fast") if "$(1)" in r.partition(";")[2]))')
+	from packaging.requirements import Requirement; \
+	print(*(str(r).split(";")[0] for r in map(Requirement, requires("geffect-fast")) \
+		if r.marker and r.marker.evaluate({"extra": "$(1)"}) and not r.marker.evaluate({"extra": ""})))')
 
 .DELETE_ON_ERROR:
 .PHONY: help install demo readme test test-nobuild lint format cuda-check sanitize bench gpu gpu-build gpu-test gpu-bench gpu-engines clean
