@@ -31,13 +31,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import geffect_fast as gf
 from geffect_fast.capture import Plan
 from geffect_fast.data import make_batches, tokenize_rows
-from geffect_fast.engines.direction import accumulate_gradients
+from geffect_fast.engines.directions import accumulate_gradients
 from geffect_fast.engines.effect_array import Collect
 from geffect_fast.engines.forward import forward_effects
 from geffect_fast.engines.forward_parts import parts_for
 from geffect_fast.engines.packed_attention import packed_attention
+from geffect_fast.engines.reference import Reference, Task, tasks_for
 from geffect_fast.engines.reverse import reverse_effects
-from geffect_fast.engines.tasks import Reference, Task, tasks_for
 from geffect_fast.measure.profiler import Profiler
 from geffect_fast.objectives import NLL, parse
 

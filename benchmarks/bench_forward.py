@@ -25,8 +25,8 @@ from geffect_fast.data import SampleSet, make_batches, tokenize_rows
 from geffect_fast.engines.effect_array import EffectArray
 from geffect_fast.engines.forward import forward_effects
 from geffect_fast.engines.forward_parts import parts_for
+from geffect_fast.engines.reference import Reference, Task, tasks_for
 from geffect_fast.engines.reverse import reverse_effects
-from geffect_fast.engines.tasks import Reference, Task, tasks_for
 from geffect_fast.objectives import parse_list
 from geffect_fast.objectives.ranges import expand
 

@@ -34,9 +34,9 @@ from torch import Tensor, nn
 import geffect_fast as gf
 from geffect_fast.capture import Plan
 from geffect_fast.data import estimate_token_budget, make_batches, tokenize_rows
-from geffect_fast.engines.direction import accumulate_gradients
+from geffect_fast.engines.directions import accumulate_gradients
+from geffect_fast.engines.reference import Reference, Task, tasks_for
 from geffect_fast.engines.reverse import reverse_effects
-from geffect_fast.engines.tasks import Reference, Task, tasks_for
 from geffect_fast.objectives import NLL, parse
 
 SHAPES = [(32, 32), (8, 128), (4, 512)]

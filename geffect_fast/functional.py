@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 from geffect_fast import ops
 from geffect_fast.capture import Factor, GramOuter, Outer, Plan, Recorder, Segments, leaves_of
 from geffect_fast.capture.attribution import is_shown, keep_shown
+from geffect_fast.capture.compat import eagerly, plain_name
 from geffect_fast.capture.products import (
     in_working_precision,
     inner,
@@ -27,8 +28,7 @@ from geffect_fast.capture.products import (
     squared_norms_of_one_input,
 )
 from geffect_fast.capture.recorder import Sink
-from geffect_fast.capture.segments import checked_offsets
-from geffect_fast.capture.wrappers import eagerly, plain_name
+from geffect_fast.capture.samples import checked_offsets
 from geffect_fast.errors import InputError, UnsupportedModelError
 from geffect_fast.ops.reference import accumulation_dtype
 

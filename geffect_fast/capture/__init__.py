@@ -10,11 +10,11 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from geffect_fast.capture.compat import eagerly
 from geffect_fast.capture.factors import Explicit, Factor, GramOuter, Lookup, Outer, RowSum
 from geffect_fast.capture.plan import Plan
 from geffect_fast.capture.recorder import OutsideUse, Recorder, leaves_of
-from geffect_fast.capture.segments import Segments, checked_offsets
-from geffect_fast.capture.wrappers import eagerly
+from geffect_fast.capture.samples import Segments, checked_offsets
 from geffect_fast.errors import UnsupportedModelError
 
 __all__ = [

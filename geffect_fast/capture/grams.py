@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from geffect_fast.capture.given import version_of
-from geffect_fast.capture.segments import Rows
+from geffect_fast.capture.inputs import version_of
+from geffect_fast.capture.samples import Rows
 from geffect_fast.ops import backend
 from geffect_fast.ops.reference import accumulation_dtype
 

@@ -9,11 +9,11 @@ from itertools import takewhile
 
 from torch import Tensor, nn
 
-from geffect_fast.capture.calls import Call, NormCall, Owner, qualified
-from geffect_fast.capture.generic_call import GenericCall
-from geffect_fast.capture.given import check_is_model, mixing_module
-from geffect_fast.capture.trials import likeness
-from geffect_fast.capture.wrappers import check_adapters, plain_name, unwrapped
+from geffect_fast.capture.compat import check_adapters, plain_name, unwrapped
+from geffect_fast.capture.generic_rule import GenericCall
+from geffect_fast.capture.inputs import check_is_model, mixing_module
+from geffect_fast.capture.layer_rules import Call, NormCall, Owner, qualified
+from geffect_fast.capture.probing import likeness
 from geffect_fast.errors import InputError, UnsupportedModelError
 
 

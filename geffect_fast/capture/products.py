@@ -29,7 +29,7 @@ from geffect_fast.capture.factors import (
     widened,
 )
 from geffect_fast.capture.offsets import Offsets
-from geffect_fast.capture.segments import segment_sum, sum_between
+from geffect_fast.capture.samples import segment_sum, sum_between
 from geffect_fast.ops import backend
 from geffect_fast.transfer import on_device
 

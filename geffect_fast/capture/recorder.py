@@ -17,18 +17,18 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from torch.utils.hooks import RemovableHandle
 
 from geffect_fast.capture.attribution import ANY, Attribution
-from geffect_fast.capture.calls import Call, NormWeights
 from geffect_fast.capture.factors import Factor
-from geffect_fast.capture.generic_call import GenericCall
-from geffect_fast.capture.given import (
+from geffect_fast.capture.generic_rule import GenericCall
+from geffect_fast.capture.grams import InputGrams
+from geffect_fast.capture.inputs import (
     REPLAYING,
     Given,
     broadcast_ids,
     tensors_of,
 )
-from geffect_fast.capture.grams import InputGrams
+from geffect_fast.capture.layer_rules import Call, NormWeights
 from geffect_fast.capture.plan import Plan
-from geffect_fast.capture.segments import Segments
+from geffect_fast.capture.samples import Segments
 from geffect_fast.errors import InputError, UnsupportedModelError
 
 Sink = Callable[[str, list[Factor], list[Tensor | None]], None]

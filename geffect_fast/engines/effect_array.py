@@ -10,7 +10,7 @@ from torch import Tensor
 
 from geffect_fast.capture.offsets import Offsets
 from geffect_fast.data.batch import Batch
-from geffect_fast.engines.tasks import Task
+from geffect_fast.engines.reference import Task
 
 Collect = Callable[[Task, Batch, Tensor], None]
 """Receives the effects `(len(task.parts), M, C, n)` fp64 of one batch's samples or tokens."""

@@ -18,8 +18,8 @@ from torch import Tensor
 from geffect_fast.capture import Plan
 from geffect_fast.capture.precision import precisions
 from geffect_fast.data.batch import IGNORE, Batch
-from geffect_fast.engines.direction import Tick
-from geffect_fast.engines.dual_model import DualModel
+from geffect_fast.engines.directions import Tick
+from geffect_fast.engines.dual.model import DualModel
 from geffect_fast.engines.effect_array import Collect
 from geffect_fast.engines.forward_parts import Part
 from geffect_fast.engines.objective_tangents import (
@@ -27,7 +27,7 @@ from geffect_fast.engines.objective_tangents import (
     term_tangents,
     terms_disagree,
 )
-from geffect_fast.engines.tasks import Reference, Task
+from geffect_fast.engines.reference import Reference, Task
 from geffect_fast.errors import InputError
 from geffect_fast.objectives import Objective
 from geffect_fast.transfer import OnItsWay, on_device

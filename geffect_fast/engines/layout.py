@@ -16,13 +16,13 @@ from geffect_fast.capture.precision import precisions
 from geffect_fast.capture.products import squared_norms
 from geffect_fast.data import IGNORE, Layout, Sample, SampleSet, Sequence, make_batches
 from geffect_fast.data.batch import Batch
-from geffect_fast.engines.forward_pass import (
+from geffect_fast.engines.known_layout import packs_by_its_code
+from geffect_fast.engines.model_outputs import (
     model_outputs,
     nll_by_sample,
     sample_axis,
     takes,
 )
-from geffect_fast.engines.known_layout import packs_by_its_code
 from geffect_fast.engines.packed_attention import packed_attention, splits_attention
 from geffect_fast.engines.remembered import Remembered, state_of
 from geffect_fast.engines.rotary_frequencies import still_up_to

@@ -19,12 +19,12 @@ from torch import Tensor
 from geffect_fast.capture import Factor, Plan, Recorder
 from geffect_fast.capture.products import in_working_precision, inner
 from geffect_fast.data.batch import Batch
-from geffect_fast.engines.attempts import Attempt
-from geffect_fast.engines.direction import Tick, add_gradients, new_gradients, rows_of
+from geffect_fast.engines.batches import Attempt
+from geffect_fast.engines.directions import Tick, add_gradients, new_gradients, rows_of
 from geffect_fast.engines.effect_array import Collect
-from geffect_fast.engines.forward_pass import model_outputs, nll_by_sample, sample_axis
+from geffect_fast.engines.model_outputs import model_outputs, nll_by_sample, sample_axis
 from geffect_fast.engines.packed_attention import packed_attention
-from geffect_fast.engines.tasks import Reference, Task
+from geffect_fast.engines.reference import Reference, Task
 from geffect_fast.transfer import OnItsWay
 
 

@@ -11,14 +11,14 @@ from torch import Tensor
 
 from geffect_fast.capture import Plan
 from geffect_fast.engines.choice import Engine
-from geffect_fast.engines.direction import Tick, accumulate_gradients
+from geffect_fast.engines.directions import Tick, accumulate_gradients
 from geffect_fast.engines.effect_array import EffectArray
 from geffect_fast.engines.forward import forward_effects
 from geffect_fast.engines.forward_parts import Part
+from geffect_fast.engines.reference import Reference, Task
 from geffect_fast.engines.reverse import reverse_effects
-from geffect_fast.engines.tasks import Reference, Task
+from geffect_fast.results.axes import Resolution
 from geffect_fast.results.dataset import gram_matrices
-from geffect_fast.results.resolution import Resolution
 
 
 @dataclass(frozen=True)

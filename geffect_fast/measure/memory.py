@@ -11,7 +11,7 @@ import torch
 
 from geffect_fast.capture import Plan
 from geffect_fast.data.memory import free_memory
-from geffect_fast.engines.attempts import TokenBudget
+from geffect_fast.engines.batches import TokenBudget
 from geffect_fast.errors import InputError, OutOfMemoryError
 from geffect_fast.trying import no_memory
 

@@ -14,8 +14,8 @@ from torch import nn
 
 from geffect_fast.errors import InputError, NonFiniteError, in_one_line
 from geffect_fast.paths import user_path
-from geffect_fast.results.axes import OUTSIDE, block_of
 from geffect_fast.results.finite import are_finite
+from geffect_fast.results.groups import OUTSIDE, block_of
 from geffect_fast.storage.model_folder import (
     base_name,
     base_of,

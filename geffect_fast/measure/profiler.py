@@ -18,15 +18,15 @@ from geffect_fast.arguments import checked_config
 from geffect_fast.capture import Plan
 from geffect_fast.data import Layout, SampleSet, estimate_token_budget, make_batches
 from geffect_fast.data.batch import Batch, Role
-from geffect_fast.engines.attempts import TokenBudget
+from geffect_fast.engines.batches import TokenBudget
 from geffect_fast.engines.choice import Choice, choose_engine
-from geffect_fast.engines.direction import Tick, accumulate_gradients
+from geffect_fast.engines.directions import Tick, accumulate_gradients
 from geffect_fast.engines.forward_check import forward_mode_problem
 from geffect_fast.engines.forward_parts import parts_for, place_for_directions, product_shares
 from geffect_fast.engines.layout import check_reference, choose_layout, longest_sequence
 from geffect_fast.engines.own_loss import own_loss
 from geffect_fast.engines.packed_attention import splits_attention
-from geffect_fast.engines.tasks import Reference, Task, mixture_of, tasks_for
+from geffect_fast.engines.reference import Reference, Task, mixture_of, tasks_for
 from geffect_fast.errors import InputError, UnsupportedModelError
 from geffect_fast.measure.effects import find_effects
 from geffect_fast.measure.memory import check_memory, within_budget
@@ -34,7 +34,7 @@ from geffect_fast.measure.models import check_finite
 from geffect_fast.measure.prepare import Prepared, Sources, needs_of, prepare, resolved_list
 from geffect_fast.measure.rounding import rounding_check
 from geffect_fast.objectives import Objective
-from geffect_fast.results.axes import checked_blocks
+from geffect_fast.results.axes import Resolution
 from geffect_fast.results.coverage import Coverage
 from geffect_fast.results.dataset import (
     check_coverage,
@@ -45,10 +45,10 @@ from geffect_fast.results.dataset import (
     digests,
     gram_matrices,
 )
+from geffect_fast.results.groups import checked_blocks
 from geffect_fast.results.intervals import LEVEL
-from geffect_fast.results.objective_weights import ObjectiveWeights
-from geffect_fast.results.resolution import Resolution
 from geffect_fast.results.risk_rows import RiskRows, RowValues
+from geffect_fast.results.token_weights import ObjectiveWeights
 from geffect_fast.settings import Measuring
 from geffect_fast.storage.stream import EffectFile, by_row
 from geffect_fast.terminal import progress_bar

@@ -16,10 +16,10 @@ from geffect_fast.data import SampleSet
 from geffect_fast.data.memory import free_memory
 from geffect_fast.engines.choice import Engine
 from geffect_fast.engines.forward_parts import parts_for
-from geffect_fast.engines.tasks import Reference, Task
+from geffect_fast.engines.reference import Reference, Task
 from geffect_fast.measure.effects import find_effects
+from geffect_fast.results.axes import Resolution
 from geffect_fast.results.intervals import NEGLIGIBLE
-from geffect_fast.results.resolution import Resolution
 
 HALF = (torch.bfloat16, torch.float16)
 MARGIN = 3

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from geffect_fast.data.batch import Batch
-from geffect_fast.engines.direction import ProductsWithFirst
-from geffect_fast.engines.tasks import Task
+from geffect_fast.engines.directions import ProductsWithFirst
+from geffect_fast.engines.reference import Task
 from geffect_fast.objectives import Outputs
 from geffect_fast.results.intervals import (
     effect_intervals,

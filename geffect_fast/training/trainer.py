@@ -20,10 +20,10 @@ from transformers import PrinterCallback, Trainer, TrainingArguments
 from geffect_fast.data import Layout, SampleSet, make_batches
 from geffect_fast.data.batch import Batch, Reduction, Role
 from geffect_fast.data.packing import token_places
-from geffect_fast.engines.attempts import Attempt, TokenBudget, attempts
-from geffect_fast.engines.forward_pass import model_outputs
+from geffect_fast.engines.batches import Attempt, TokenBudget, attempts
+from geffect_fast.engines.model_outputs import model_outputs
 from geffect_fast.engines.packed_attention import packed_attention
-from geffect_fast.engines.tasks import Task, tasks_for
+from geffect_fast.engines.reference import Task, tasks_for
 from geffect_fast.errors import InputError, NonFiniteError, UnfinishedError, in_one_line
 from geffect_fast.measure.memory import within_budget
 from geffect_fast.objectives import Objective, Outputs

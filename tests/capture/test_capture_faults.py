@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from captured import batch, brute, model_of, per_sample
 from layer_cases import CASES, Net, Own, around
+from models_by_autograd import batch, brute, model_of, per_sample
 from torch import nn
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 

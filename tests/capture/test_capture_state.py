@@ -8,8 +8,8 @@ from contextlib import suppress
 
 import pytest
 import torch
-from captured import assert_records, batch, brute, hooks, model_of, per_sample
 from models import build as build_model
+from models_by_autograd import assert_records, batch, brute, hooks, model_of, per_sample
 
 import geffect_fast as gf
 from geffect_fast.capture import Outer, Plan, Recorder, Segments

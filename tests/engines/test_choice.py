@@ -18,7 +18,7 @@ from geffect_fast.engines.choice import Choice, choose_engine, forward_units, re
 from geffect_fast.engines.forward_parts import product_shares
 from geffect_fast.errors import InputError
 from geffect_fast.measure import profiler as profiling
-from geffect_fast.results.axes import groups_of
+from geffect_fast.results.groups import groups_of
 
 FORGET, RETAIN = samples([9] * 8, 1, 2), samples([6], 2, 2)
 WIDE = SMALL | {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1}

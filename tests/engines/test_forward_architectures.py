@@ -18,8 +18,8 @@ from geffect_fast.engines.forward import forward_effects
 from geffect_fast.engines.forward_check import forward_mode_problem
 from geffect_fast.engines.forward_parts import Part
 from geffect_fast.engines.layout import choose_layout
+from geffect_fast.engines.reference import Reference, tasks_for
 from geffect_fast.engines.reverse import reverse_effects
-from geffect_fast.engines.tasks import Reference, tasks_for
 from geffect_fast.errors import UnsupportedModelError
 from geffect_fast.objectives import resolve
 

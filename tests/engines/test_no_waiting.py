@@ -16,10 +16,11 @@ import geffect_fast as gf
 from geffect_fast.capture import Plan
 from geffect_fast.data import make_batches
 from geffect_fast.data.tokenize import tokenize_rows
-from geffect_fast.engines import dual_modules, forward_parts
-from geffect_fast.engines.direction import accumulate_gradients
+from geffect_fast.engines import forward_parts
+from geffect_fast.engines.directions import accumulate_gradients
+from geffect_fast.engines.dual import modules as dual_modules
+from geffect_fast.engines.reference import Reference, Task, tasks_for
 from geffect_fast.engines.reverse import reverse_effects
-from geffect_fast.engines.tasks import Reference, Task, tasks_for
 from geffect_fast.measure import memory, profiler
 from geffect_fast.measure.models import check_finite
 from geffect_fast.objectives import NLL

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 import geffect_fast as gf
 from geffect_fast.capture import Plan
 from geffect_fast.data import make_batches, tokenize_rows
-from geffect_fast.engines.direction import accumulate_gradients
+from geffect_fast.engines.directions import accumulate_gradients
 from geffect_fast.engines.effect_array import EffectArray
 from geffect_fast.engines.layout import choose_layout
+from geffect_fast.engines.reference import Reference, Task, mixture_of, tasks_for
 from geffect_fast.engines.reverse import Totals, reverse_effects
-from geffect_fast.engines.tasks import Reference, Task, mixture_of, tasks_for
 from geffect_fast.objectives import GA, KL, NLL, NPO, RMU, WGA, Objective
 
 pytest.importorskip("transformers")

@@ -11,8 +11,8 @@ from models import build, fp64_throughout, samples
 
 from geffect_fast.capture import Plan
 from geffect_fast.data import make_batches, tokenize_rows
-from geffect_fast.engines.direction import accumulate_gradients
-from geffect_fast.engines.tasks import Reference, mixture_of, tasks_for
+from geffect_fast.engines.directions import accumulate_gradients
+from geffect_fast.engines.reference import Reference, mixture_of, tasks_for
 from geffect_fast.errors import InputError, NonFiniteError
 from geffect_fast.objectives import parse
 from geffect_fast.settings import Training
@@ -151,7 +151,7 @@ def test_a_row_that_comes_twice_counts_twice(tmp_path):
 
 
 def _outputs(model, batch):
-    from geffect_fast.engines.forward_pass import model_outputs
+    from geffect_fast.engines.model_outputs import model_outputs
 
     return model_outputs(model, batch)
 

@@ -8,7 +8,7 @@ import pytest
 from architectures import ARCHITECTURES
 from models import build
 
-from geffect_fast.results.axes import block_of, group_of, kind_of, parameter_coordinates
+from geffect_fast.results.groups import block_of, group_of, kind_of, parameter_coordinates
 
 PEFT = "base_model.model.model"
 

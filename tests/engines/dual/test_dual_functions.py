@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch.func import jvp, vmap
 
-from geffect_fast.engines import dual_tensor
-from geffect_fast.engines.dual import DualPass
-from geffect_fast.engines.dual_tensor import Dual, NoRuleError
+from geffect_fast.engines.dual import tensor as dual_tensor
+from geffect_fast.engines.dual.modes import DualPass
+from geffect_fast.engines.dual.tensor import Dual, NoRuleError
 
 M = 3
 

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from geffect_fast.engines.dual_rule import Primals, Rule, Tangents, rows_at_a_time
+from geffect_fast.engines.dual.rule import Primals, Rule, Tangents, rows_at_a_time
 
 
 class LabelNLL(Rule):

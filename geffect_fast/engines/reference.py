@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from geffect_fast.data.batch import Batch, Role
-from geffect_fast.engines.attempts import Attempt, TokenBudget, attempts
-from geffect_fast.engines.forward_pass import model_outputs
+from geffect_fast.engines.batches import Attempt, TokenBudget, attempts
+from geffect_fast.engines.model_outputs import model_outputs
 from geffect_fast.engines.packed_attention import packed_attention
 from geffect_fast.objectives import Objective, Outputs
 from geffect_fast.objectives.base import REFERENCE_NEEDS, Need

@@ -2,7 +2,7 @@
 
 A `Dual` stands in a model for a tensor `x` that moves: its value and its tangents along M
 directions, one behind the other in a *stack* `(1 + M, *shape)`. What is linear acts on the stack in
-one call, as many as the plain model makes; what is not has a rule (`dual_functions`, `dual_rule`).
+one call, as many as the plain model makes; what is not has a rule (`functions`, `rule`).
 A function without a rule is differentiated by the framework, it alone. Shape, dtype and device are
 those of `x`, so a model's code runs as it is written.
 """

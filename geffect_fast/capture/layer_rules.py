@@ -2,7 +2,7 @@
 
 A rule is a class whose line names the module type it serves; `rule_for` (`capture/plan.py`) picks
 it only where the module really runs that type's own forward, so a subclass with another forward
-gets the exact generic rule (`capture/generic_call.py`) instead of a wrong fast one.
+gets the exact generic rule (`capture/generic_rule.py`) instead of a wrong fast one.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from geffect_fast.capture.factors import (
     RowSum,
     widened,
 )
-from geffect_fast.capture.given import NOTHING, Given
 from geffect_fast.capture.grams import InputGrams
-from geffect_fast.capture.products import project
-from geffect_fast.capture.segments import Rows, Segments, segment_product, segment_sum
-from geffect_fast.capture.trials import (
+from geffect_fast.capture.inputs import NOTHING, Given
+from geffect_fast.capture.probing import (
     embedding_scale,
     is_linear,
     norm_offset,
     norm_with,
 )
+from geffect_fast.capture.products import project
+from geffect_fast.capture.samples import Rows, Segments, segment_product, segment_sum
 from geffect_fast.errors import InputError, UnsupportedModelError
 
 

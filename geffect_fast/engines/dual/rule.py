@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from geffect_fast.engines.dual_tensor import Dual, constant
+from geffect_fast.engines.dual.tensor import Dual, constant
 
 Primals = tuple[Any, ...]
 Tangents = tuple[Tensor | None, ...]

@@ -11,8 +11,9 @@ from torch.autograd import gradcheck
 from torch.func import jvp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from geffect_fast.engines import dual_attention, dual_layers, dual_output, dual_rule
-from geffect_fast.engines.dual import DualFunctions
+from geffect_fast.engines.dual import attention, layers, output
+from geffect_fast.engines.dual import rule as dual_rule
+from geffect_fast.engines.dual.modes import DualFunctions
 
 quick = settings(deadline=None, max_examples=25)
 sizes = st.integers(1, 5)
@@ -243,7 +244,7 @@ def test_rms_norm(rows, d, offset, eps, which, seed):
     def norm(x, w):
         return rms_norm(x, w, offset, eps)
 
-    rule = dual_layers.RMSNorm(norm, offset, eps)
+    rule = layers.RMSNorm(norm, offset, eps)
     primals = [noise(*rows, d, seed=seed), noise(d, seed=1)]
     same(rule, norm, primals, which, seed)
 
@@ -257,7 +258,7 @@ def test_rms_norm(rows, d, offset, eps, which, seed):
 )
 def test_gated(shape, activation, which, seed):
     primals = [noise(*shape, seed=seed), noise(*shape, seed=seed + 1)]
-    same(dual_layers.Gated(activation), lambda g, u: activation(g) * u, primals, which, seed)
+    same(layers.Gated(activation), lambda g, u: activation(g) * u, primals, which, seed)
 
 
 def same(rule, function, primals, which, seed=0):
@@ -275,19 +276,19 @@ def same(rule, function, primals, which, seed=0):
 # ---- against differences of values, through the framework's other door to forward mode ----
 
 PRIMALS = {
-    "linear": (dual_layers.Linear(), (noise(2, 3, 4), noise(5, 4), noise(5))),
-    "embedding": (dual_layers.Embedding(-1), (torch.tensor([[1, 0, 3]]), noise(4, 2))),
-    "cross entropy": (dual_output.LabelNLL(3), (noise(3, 4), torch.tensor([1, 0, 3]))),
+    "linear": (layers.Linear(), (noise(2, 3, 4), noise(5, 4), noise(5))),
+    "embedding": (layers.Embedding(-1), (torch.tensor([[1, 0, 3]]), noise(4, 2))),
+    "cross entropy": (output.LabelNLL(3), (noise(3, 4), torch.tensor([1, 0, 3]))),
     "causal attention": (
-        dual_attention.Attention(True, None, True),
+        attention.Attention(True, None, True),
         (noise(1, 4, 3, 2), noise(1, 2, 3, 2), noise(1, 2, 3, 5), None),
     ),
     "rms norm": (
-        dual_layers.RMSNorm(lambda x, w: rms_norm(x, w, 1.0, 0.1), 1.0, 0.1),
+        layers.RMSNorm(lambda x, w: rms_norm(x, w, 1.0, 0.1), 1.0, 0.1),
         (noise(2, 3), noise(3)),
     ),
     "attention": (
-        dual_attention.Attention(False, 0.3, False),
+        attention.Attention(False, 0.3, False),
         (noise(1, 3, 2), noise(1, 3, 2, seed=1), noise(1, 3, 4), noise(3, 3)),
     ),
 }
@@ -309,17 +310,17 @@ def test_differences(name):
 @pytest.mark.parametrize(
     ("rule", "call"),
     [
-        (dual_layers.Linear, lambda: F.linear(noise(2, 3), noise(4, 3))),
-        (dual_layers.Embedding, lambda: F.embedding(torch.tensor([1]), noise(2, 3), 0)),
+        (layers.Linear, lambda: F.linear(noise(2, 3), noise(4, 3))),
+        (layers.Embedding, lambda: F.embedding(torch.tensor([1]), noise(2, 3), 0)),
         (
-            dual_output.LabelNLL,
+            output.LabelNLL,
             lambda: F.cross_entropy(noise(1, 3), torch.tensor([1]), reduction="none"),
         ),
-        (dual_attention.Attention, lambda: F.scaled_dot_product_attention(*[noise(1, 2, 3)] * 3)),
+        (attention.Attention, lambda: F.scaled_dot_product_attention(*[noise(1, 2, 3)] * 3)),
         (None, lambda: F.cross_entropy(noise(2, 3), torch.tensor([1, 0]))),
-        (dual_layers.Embedding, lambda: F.embedding(torch.tensor([1]), noise(2, 3))),
-        (dual_layers.LayerNorm, lambda: F.layer_norm(noise(2, 3), (3,))),
-        (dual_layers.Linear, lambda: torch.addmm(noise(3), noise(2, 4), noise(4, 3))),
+        (layers.Embedding, lambda: F.embedding(torch.tensor([1]), noise(2, 3))),
+        (layers.LayerNorm, lambda: F.layer_norm(noise(2, 3), (3,))),
+        (layers.Linear, lambda: torch.addmm(noise(3), noise(2, 4), noise(4, 3))),
         (None, lambda: F.layer_norm(noise(2, 3), (2, 3))),
         (None, lambda: torch.addmm(noise(2, 3), noise(2, 4), noise(4, 3))),
         (None, lambda: F.embedding(torch.tensor([1]), noise(2, 3), max_norm=1.0)),

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from geffect_fast.engines.dual_rule import Primals, Rule, Tangents
-from geffect_fast.engines.dual_tensor import Dual, constant
+from geffect_fast.engines.dual.rule import Primals, Rule, Tangents
+from geffect_fast.engines.dual.tensor import Dual, constant
 
 
 class Linear(Rule):

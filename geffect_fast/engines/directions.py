@@ -12,10 +12,10 @@ from torch import Tensor
 from geffect_fast.capture import Factor, Plan, Recorder
 from geffect_fast.capture.products import in_working_precision, inner
 from geffect_fast.capture.recorder import Sink
-from geffect_fast.engines.attempts import Attempt
-from geffect_fast.engines.forward_pass import model_outputs, nll_by_sample, sample_axis
+from geffect_fast.engines.batches import Attempt
+from geffect_fast.engines.model_outputs import model_outputs, nll_by_sample, sample_axis
 from geffect_fast.engines.packed_attention import packed_attention
-from geffect_fast.engines.tasks import Reference, Task
+from geffect_fast.engines.reference import Reference, Task
 from geffect_fast.errors import UnsupportedModelError
 from geffect_fast.ops.reference import accumulation_dtype
 from geffect_fast.transfer import OnItsWay

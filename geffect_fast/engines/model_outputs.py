@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from geffect_fast.capture.compat import eagerly, puts_prompt, signed
 from geffect_fast.capture.factors import widened
-from geffect_fast.capture.segments import Segments
-from geffect_fast.capture.wrappers import eagerly, puts_prompt, signed
+from geffect_fast.capture.samples import Segments
 from geffect_fast.data.batch import Batch
 from geffect_fast.engines.packed_positions import sequences_known
 from geffect_fast.engines.rotary_frequencies import frequencies_at_first
@@ -77,7 +77,7 @@ def model_outputs(model: nn.Module, batch: Batch, needs: Collection[Need] = ()) 
 
     Args:
         model: a causal language model of transformers, or one called and answering like it; what
-            it may be wrapped in is in `geffect_fast.capture.wrappers`.
+            it may be wrapped in is in `geffect_fast.capture.compat`.
         batch: on the model's device.
         needs: `hidden_states` and `logits` cost memory and are returned only where asked for;
             `reference_hidden_states` and `reference_logits` ask for the same, here of this model.

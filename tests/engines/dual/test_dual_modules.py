@@ -12,7 +12,7 @@ from models import build
 from torch import nn
 from torch.func import functional_call, jvp
 
-from geffect_fast.engines.dual_modules import TOLERANCE, dual_modules, fast_forwards
+from geffect_fast.engines.dual.modules import TOLERANCE, dual_modules, fast_forwards
 
 D, WIDE = 6, 10
 

@@ -1,4 +1,4 @@
-"""The attention of transformers' models among duals: sequences side by side (`dual_packing`).
+"""The attention of transformers' models among duals: sequences side by side (`packing`).
 
 transformers looks its attention up by name, and builds a mask between all tokens of a batch for the
 names that it has masks for. Under names of our own a layer's attention is handed over here, and
@@ -14,8 +14,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from geffect_fast.engines.dual_packing import PACKING, Packing
-from geffect_fast.engines.dual_tensor import NoRuleError
+from geffect_fast.engines.dual.packing import PACKING, Packing
+from geffect_fast.engines.dual.tensor import NoRuleError
 from geffect_fast.engines.packed_attention import reach
 
 SDPA, EAGER = "geffect_fast_dual_sdpa", "geffect_fast_dual_eager"

@@ -15,12 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from geffect_fast.engines import dual_functions  # noqa: F401  its rules
-from geffect_fast.engines.dual_attention import Attention
-from geffect_fast.engines.dual_layers import Embedding, LayerNorm, Linear
-from geffect_fast.engines.dual_output import LabelNLL
-from geffect_fast.engines.dual_rule import in_autocast
-from geffect_fast.engines.dual_tensor import Dual, NoRuleError, follow, rule
+from geffect_fast.engines.dual import functions  # noqa: F401  its rules
+from geffect_fast.engines.dual.attention import Attention
+from geffect_fast.engines.dual.layers import Embedding, LayerNorm, Linear
+from geffect_fast.engines.dual.output import LabelNLL
+from geffect_fast.engines.dual.rule import in_autocast
+from geffect_fast.engines.dual.tensor import Dual, NoRuleError, follow, rule
 
 
 class DualPass(TorchFunctionMode):

@@ -12,10 +12,10 @@ from reference import gradients, mean_over, token_logprobs
 
 from geffect_fast.capture import Plan
 from geffect_fast.data import make_batches, tokenize_rows
-from geffect_fast.engines.direction import accumulate_gradients, new_gradients
-from geffect_fast.engines.forward_pass import model_outputs
+from geffect_fast.engines.directions import accumulate_gradients, new_gradients
+from geffect_fast.engines.model_outputs import model_outputs
 from geffect_fast.engines.packed_attention import packed_attention
-from geffect_fast.engines.tasks import Reference, Task, tasks_for
+from geffect_fast.engines.reference import Reference, Task, tasks_for
 from geffect_fast.errors import UnsupportedModelError
 from geffect_fast.objectives import resolve
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-from geffect_fast.capture.segments import Segments
+from geffect_fast.capture.samples import Segments
 from geffect_fast.errors import InputError
 
 REPLAYING: ContextVar[bool] = ContextVar("REPLAYING", default=False)

@@ -12,15 +12,15 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.func import functional_call
 
-from geffect_fast.capture.calls import Call, NormWeights
+from geffect_fast.capture.compat import eagerly, forward_differentiable
 from geffect_fast.capture.factors import (
     Explicit,
     Factor,
     Tangent,
 )
-from geffect_fast.capture.given import REPLAYING, tensors_of
-from geffect_fast.capture.segments import Segments
-from geffect_fast.capture.wrappers import eagerly, forward_differentiable
+from geffect_fast.capture.inputs import REPLAYING, tensors_of
+from geffect_fast.capture.layer_rules import Call, NormWeights
+from geffect_fast.capture.samples import Segments
 from geffect_fast.errors import UnsupportedModelError
 from geffect_fast.trying import Trying
 

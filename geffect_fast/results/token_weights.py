@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from geffect_fast.data.batch import Batch
-from geffect_fast.engines.tasks import Task
-from geffect_fast.engines.token_weights import token_weights
+from geffect_fast.engines.reference import Task
 from geffect_fast.objectives import Outputs
-from geffect_fast.results.resolution import Resolution
+from geffect_fast.results.axes import Resolution
+from geffect_fast.results.weights_of_tokens import token_weights
 from geffect_fast.transfer import OnItsWay
 
 

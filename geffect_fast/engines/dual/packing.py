@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from geffect_fast.engines.dual_tensor import Dual
+from geffect_fast.engines.dual.tensor import Dual
 from geffect_fast.transfer import on_device
 
 SHORT = 64

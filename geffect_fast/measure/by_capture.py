@@ -14,19 +14,19 @@ from geffect_fast.capture import Factor, Plan, Recorder
 from geffect_fast.data import Layout, SampleSet, estimate_token_budget, make_batches
 from geffect_fast.data.batch import Batch, Role
 from geffect_fast.data.packing import split_batch
-from geffect_fast.engines.attempts import Attempt, TokenBudget
-from geffect_fast.engines.direction import Tick, accumulate_gradients
+from geffect_fast.engines.batches import Attempt, TokenBudget
+from geffect_fast.engines.directions import Tick, accumulate_gradients
 from geffect_fast.engines.effect_array import EffectArray
-from geffect_fast.engines.forward_pass import (
+from geffect_fast.engines.model_outputs import (
     logits_of,
     model_outputs,
     positions,
     sample_axis,
     without_cache,
 )
+from geffect_fast.engines.reference import Reference, Task, mixture_of, tasks_for
 from geffect_fast.engines.reverse import reverse_effects
 from geffect_fast.engines.rotary_frequencies import frequencies_at_first
-from geffect_fast.engines.tasks import Reference, Task, mixture_of, tasks_for
 from geffect_fast.functional import pairwise_inner_products, per_sample_grad_norms
 from geffect_fast.measure.plain_autograd import Numbers, token_logprob
 from geffect_fast.objectives import NLL, Objective

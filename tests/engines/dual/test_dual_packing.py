@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from geffect_fast.engines.dual_packing import SHARE, SHORT, Packing
+from geffect_fast.engines.dual.packing import SHARE, SHORT, Packing
 
 CPU = torch.device("cpu")
 lengths = st.lists(st.integers(1, 300), min_size=1, max_size=12)

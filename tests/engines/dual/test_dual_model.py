@@ -11,12 +11,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from geffect_fast.capture import Plan
 from geffect_fast.data import make_batches, tokenize_rows
-from geffect_fast.engines.dual_attention import SHORTEST
-from geffect_fast.engines.dual_model import DualModel
+from geffect_fast.engines.dual.attention import SHORTEST
+from geffect_fast.engines.dual.model import DualModel
 from geffect_fast.engines.forward import forward_effects
 from geffect_fast.engines.forward_parts import parts_for
-from geffect_fast.engines.forward_pass import model_outputs
-from geffect_fast.engines.tasks import Reference, Task
+from geffect_fast.engines.model_outputs import model_outputs
+from geffect_fast.engines.reference import Reference, Task
 from geffect_fast.objectives import resolve
 
 FAMILIES = (

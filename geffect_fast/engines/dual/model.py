@@ -11,14 +11,14 @@ from torch import Tensor, nn
 from torch.func import functional_call, jvp, vmap
 
 from geffect_fast.capture import Plan
-from geffect_fast.capture.wrappers import forward_differentiable, plain_name
+from geffect_fast.capture.compat import forward_differentiable, plain_name
 from geffect_fast.data.batch import Batch
-from geffect_fast.engines.dual import DualFunctions, DualPass
-from geffect_fast.engines.dual_modules import dual_modules, fast_forwards
-from geffect_fast.engines.dual_packing import Packing, packing
-from geffect_fast.engines.dual_tensor import Dual, NoRuleError
-from geffect_fast.engines.dual_transformers import attention_apart
-from geffect_fast.engines.forward_pass import model_outputs
+from geffect_fast.engines.dual.modes import DualFunctions, DualPass
+from geffect_fast.engines.dual.modules import dual_modules, fast_forwards
+from geffect_fast.engines.dual.packing import Packing, packing
+from geffect_fast.engines.dual.tensor import Dual, NoRuleError
+from geffect_fast.engines.dual.transformers_attention import attention_apart
+from geffect_fast.engines.model_outputs import model_outputs
 from geffect_fast.engines.packed_attention import packed_attention
 from geffect_fast.objectives import Outputs
 from geffect_fast.objectives.base import Need
@@ -30,7 +30,7 @@ _BY_FRAMEWORK: WeakSet[nn.Module] = WeakSet()
 class DualModel:
     """A model that is run along directions of its parameters.
 
-    Its own code runs, with duals in place of the parameters that move (`dual_tensor`). Where that
+    Its own code runs, with duals in place of the parameters that move (`tensor`). Where that
     cannot be, because something in the model writes into a constant, say, torch's forward mode runs
     the model instead: whatever it does, at the price of more host time.
     """

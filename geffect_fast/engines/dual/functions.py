@@ -1,7 +1,7 @@
 """Rules of the functions that language models are written in: how each follows a `Dual`.
 
 Those that are linear act on the stack; `d` below is a tangent. Costly ones (products, attention,
-norms) are in `dual_layers`, `dual_attention` and `dual_output`.
+norms) are in `layers` and `attention`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from geffect_fast.engines.dual_tensor import Dual, constant, lead, rule, write
+from geffect_fast.engines.dual.tensor import Dual, constant, lead, rule, write
 
 aten = torch.ops.aten
 

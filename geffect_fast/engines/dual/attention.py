@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from geffect_fast.engines.dual_packing import PACKING
-from geffect_fast.engines.dual_rule import Primals, Rule, Tangents, rows_at_a_time
-from geffect_fast.engines.dual_tensor import Dual, constant, lead
+from geffect_fast.engines.dual.packing import PACKING
+from geffect_fast.engines.dual.rule import Primals, Rule, Tangents, rows_at_a_time
+from geffect_fast.engines.dual.tensor import Dual, constant, lead
 
 CUTS = 8
 """Causal attention is cut into so many blocks of queries, to leave out keys that a block does not
