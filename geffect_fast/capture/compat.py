@@ -1,4 +1,4 @@
-"""What may be wrapped around a model or its modules, and the model inside, run as it is written.
+"""Models as others write them: what is refused, what is unwrapped, and what is off meanwhile.
 
 Compiled modules and activation checkpointing compute the same function in another way: by code that
 knows nothing of hooks, and by running parts of the forward again inside the backward. Here both are
@@ -15,10 +15,45 @@ from typing import Any
 import torch
 from torch import nn
 
-from geffect_fast.errors import UnsupportedModelError
+from geffect_fast.errors import InputError, UnsupportedModelError
 
 COMPILED = "_orig_mod."
 """What `torch.compile` puts into the names of a module's parameters."""
+
+
+def check_is_model(model: object, what: str = "model") -> None:
+    """Raise `InputError` where `what` is something else, such as the path of a model."""
+    if not isinstance(model, nn.Module):
+        raise InputError(
+            f"{what}: expected a loaded model, got {type(model).__name__}; load it with "
+            "transformers' AutoModelForCausalLM.from_pretrained"
+        )
+
+
+def mixing_module(model: nn.Module) -> str | None:
+    """The first module whose gradients are random or depend on other samples, why, and what to do.
+
+    None where there is no such module.
+    """
+    for name, module in model.named_modules():
+        where = f"'{name or type(module).__name__}'"
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and (
+            module.training or module.running_mean is None
+        ):
+            return f"{where} normalises over the samples of a batch; call model.eval() first"
+        if isinstance(module, nn.Embedding) and module.scale_grad_by_freq:
+            return f"{where} scales gradients by the ids of other samples; unset scale_grad_by_freq"
+        if not module.training:
+            continue
+        rates = {k: v for k, v in vars(module).items() if "drop" in k and isinstance(v, float)}
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            rates["p"] = module.p
+        if any(rate > 0 for rate in rates.values()):
+            return (
+                f"{where} is in train mode with active dropout, so gradients would be random; "
+                "call model.eval() first"
+            )
+    return None
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

@@ -42,7 +42,7 @@ class GenericCall(Call):
 
     def checked_segments(self) -> Segments:
         segments = super().checked_segments()
-        if segments.n_samples > 1 and not self.given.tensors:
+        if segments.n_samples > 1 and not self.inputs.tensors:
             raise UnsupportedModelError(
                 f"module '{self.where}' is called without a tensor, so its share cannot be told "
                 "apart by sample; run it one sample at a time"
@@ -152,10 +152,10 @@ class GenericCall(Call):
         handle = self.module.register_forward_hook(see, prepend=True)
         token = REPLAYING.set(True)
         try:
-            with torch.enable_grad(), self.given.precision(), eagerly(self.module):
+            with torch.enable_grad(), self.inputs.precision(), eagerly(self.module):
                 # Not tied: what a child does with a shared parameter is in the child's own factors.
                 functional_call(
-                    self.module, leaves, self.given.args, self.given.kwargs, tie_weights=False
+                    self.module, leaves, self.inputs.args, self.inputs.kwargs, tie_weights=False
                 )
         finally:
             REPLAYING.reset(token)

@@ -20,10 +20,9 @@ from geffect_fast.capture.factors import (
     Lookup,
     Outer,
     RowSum,
-    widened,
 )
-from geffect_fast.capture.grams import InputGrams
-from geffect_fast.capture.inputs import NOTHING, Given
+from geffect_fast.capture.inputs import NOTHING, Inputs, version_of
+from geffect_fast.capture.precision import widened
 from geffect_fast.capture.probing import (
     embedding_scale,
     is_linear,
@@ -33,6 +32,8 @@ from geffect_fast.capture.probing import (
 from geffect_fast.capture.products import project
 from geffect_fast.capture.samples import Rows, Segments, segment_product, segment_sum
 from geffect_fast.errors import InputError, UnsupportedModelError
+from geffect_fast.ops import backend
+from geffect_fast.ops.reference import accumulation_dtype
 
 
 @dataclass
@@ -43,7 +44,7 @@ class Call:
         where: the module's name in the model.
         module: the module.
         names: its trainable parameters, local name (`weight`) to name in the model.
-        given: what it was called with.
+        inputs: what it was called with.
         factor: the one number a rule found out about the module (`fit`).
         segments: the sample axis; None where it is not known.
         axes: which axis of a module's output holds the tokens, as far as it is known (`Segments`).
@@ -52,7 +53,7 @@ class Call:
     where: str
     module: nn.Module
     names: Mapping[str, str]
-    given: Given
+    inputs: Inputs
     factor: float
     segments: Segments | None
     axes: dict[tuple[str, int], int]
@@ -72,7 +73,7 @@ class Call:
     @property
     def input(self) -> Tensor:
         """The one tensor the module was called with."""
-        return next(iter((*self.given.args, *self.given.kwargs.values())))
+        return next(iter((*self.inputs.args, *self.inputs.kwargs.values())))
 
     def keep(self, output: Any, norm_weights: NormWeights) -> None:
         """Take note of what the module returned, before anybody else changes it."""
@@ -105,7 +106,7 @@ class Call:
                 f"capture: '{self.where}' ran outside the model's own forward, so its samples are "
                 "not known; call the model that was given"
             )
-        if self.given.changed():
+        if self.inputs.changed():
             raise UnsupportedModelError(
                 f"module '{self.where}': its input was changed in place after the call and before "
                 "the backward; change a copy instead"
@@ -126,6 +127,45 @@ def runs_forward_of(module: nn.Module, rule: type[Call]) -> bool:
 def qualified(kind: type) -> str:
     """A type's name with its module's, by which rules serve it."""
     return f"{kind.__module__}.{kind.__qualname__}"
+
+
+MOST_TOKENS = 128 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 64
+"""Of a sample whose Gram matrix dot products form best: `kShortTokens` of `ghost_norm.cpp`."""
+
+
+class InputGrams:
+    """Forms the Gram matrices of inputs, once for neighbouring layers that are given the same one.
+
+    In a forward inputs are in the cache still, and need not be kept for the backward.
+    """
+
+    def __init__(self) -> None:
+        self._last: tuple[Tensor, int, Tensor] | None = None
+
+    def of(self, a: Tensor, output: Tensor, rows: Rows) -> Tensor | None:
+        """`(sum of T_i^2,)`; None where that is more than the inputs are, or no kernel serves.
+
+        Args:
+            a: `(..., d_in)`, inputs of a linear layer, detached.
+            output: `(..., d_out)`, what the layer returned.
+            rows: how the rows of `a` lie.
+        """
+        longest = max(rows.cu.lengths, default=0)
+        if not a.is_cpu or longest > min(MOST_TOKENS, a.shape[-1], output.shape[-1]):
+            return None
+        if accumulation_dtype(a.dtype) != accumulation_dtype(output.dtype):
+            return None
+        if backend.reference_is_forced() or not backend.has_native("token_grams", "cpu"):
+            return None
+        if self._last is not None:
+            last, version, grams = self._last
+            # `last` is kept: its memory cannot have become another tensor's.
+            seen = last.data_ptr(), last.shape, last.stride(), last.dtype, version
+            if seen == (a.data_ptr(), a.shape, a.stride(), a.dtype, version_of(a)):
+                return grams
+        grams = backend.call("token_grams", a.device, rows.flat(a), rows.cu.on(a.device))
+        self._last = a, version_of(a), grams
+        return grams
 
 
 @dataclass
@@ -152,7 +192,7 @@ class LinearCall(Call, serves="torch.nn.modules.linear.Linear"):
             self.grams = grams.of(self.input, output, rows)
         if self.grams is None:
             return False
-        self.given = NOTHING
+        self.inputs = NOTHING
         return True
 
     def factors(self, g: Tensor, rows: Rows) -> Iterator[tuple[str, Factor]]:
@@ -218,12 +258,13 @@ class NormCall(Call):
     `w` and with `1 + w`): form and offset are found by trying the module, see `norm_offset`.
 
     Attributes:
-        output: what the module returned, where `xhat` can be read off it.
+        output: what the module returned, and how often it was written to by then, where `xhat` can
+            be read off it.
         multiplied: `offset + w`, by which `xhat` was multiplied then; None where it is not to be
             read off the output.
     """
 
-    output: Given | None = None
+    output: tuple[Tensor, int] | None = None
     multiplied: Tensor | None = None
 
     @classmethod
@@ -237,7 +278,7 @@ class NormCall(Call):
         if same and output.is_cpu and getattr(self.module, "bias", None) is None:
             self.multiplied = norm_weights.multiplied(self.where)
             if self.multiplied is not None:
-                self.output = Given.of((output,), {})
+                self.output = output.detach(), version_of(output)
 
     def factors(self, g: Tensor, rows: Rows) -> Iterator[tuple[str, Factor]]:
         g = rows.flat(g)
@@ -248,9 +289,9 @@ class NormCall(Call):
 
     def sums(self, g: Tensor, rows: Rows) -> Tensor:
         """`sum_t g_t * xhat_t`, `(n, d)` fp64, from the output where it is still what it was."""
-        if self.output is not None and not self.output.changed():
+        if self.output is not None and version_of(self.output[0]) == self.output[1]:
             assert self.multiplied is not None
-            sums = segment_product(g, rows.flat(self.output.args[0]), rows.cu)
+            sums = segment_product(g, rows.flat(self.output[0]), rows.cu)
             return sums.div_(self.multiplied)
         return segment_product(g, rows.flat(self.normalized()), rows.cu)
 
@@ -261,25 +302,8 @@ class NormCall(Call):
         """
         x = widened(self.input)
         weight = widened(self.module.get_parameter("weight"))
-        with torch.no_grad(), self.given.precision():
+        with torch.no_grad(), self.inputs.precision():
             return norm_with(self.module, torch.full_like(weight, 1.0 - self.factor), None, x)
-
-
-@dataclass(frozen=True)
-class Owner:
-    """A module that owns trainable parameters, and how their shares are found.
-
-    Attributes:
-        module: it.
-        names: of its parameters in the model, by the module's own name for each.
-        rule: what one call of it is to them.
-        factor: of the rule, such as the `1` in `1 + w` of a norm.
-    """
-
-    module: nn.Module
-    names: dict[str, str]
-    rule: type[Call]
-    factor: float
 
 
 class NormWeights:
@@ -288,26 +312,21 @@ class NormWeights:
     Looked at once a batch for all of them, as that waits for what computed the weights.
 
     Args:
-        owners: of a plan.
+        norms: weight and offset of each on a CPU, by the module's name.
     """
 
-    def __init__(self, owners: Mapping[str, Owner]) -> None:
-        self._owners = owners
+    def __init__(self, norms: Mapping[str, tuple[Tensor, float]]) -> None:
+        self._norms = norms
         self._found: dict[str, Tensor] | None = None
 
     def multiplied(self, where: str) -> Tensor | None:
         """`offset + w` of the norm at `where`; None where an element is next to nothing."""
         if self._found is None:
-            norms = {
-                where: (own.module.get_parameter("weight").detach(), own.factor)
-                for where, own in self._owners.items()
-                if issubclass(own.rule, NormCall) and own.module.get_parameter("weight").is_cpu
-            }
-            weights = torch._foreach_add(*map(list, zip(*norms.values(), strict=True)))
+            weights = torch._foreach_add(*map(list, zip(*self._norms.values(), strict=True)))
             sizes = torch.stack(torch._foreach_norm(weights, -torch.inf)).tolist()
             self._found = {
                 where: weight
-                for where, weight, size in zip(norms, weights, sizes, strict=True)
+                for where, weight, size in zip(self._norms, weights, sizes, strict=True)
                 if size > SMALLEST_WEIGHT
             }
         return self._found.get(where)

@@ -9,7 +9,7 @@ from functools import wraps
 import torch
 from torch import Tensor
 
-from geffect_fast.capture import Factor, Plan, Recorder
+from geffect_fast.capture import Factor, Plan, Recorder, Recording
 from geffect_fast.capture.products import in_working_precision, inner
 from geffect_fast.capture.recorder import Sink
 from geffect_fast.engines.batches import Attempt
@@ -157,7 +157,8 @@ def accumulate_gradients(
         moved = batch.to(parameters[0].device)
         recorder = None
         if sink is not None:
-            recorder = Recorder(plan, sink, sample_axis(plan.model, batch), once=True)
+            axis = sample_axis(plan.model, batch)
+            recorder = Recorder(plan, sink, axis, Recording(one_backward=True))
         with packed_attention(plan.model, moved), recorder or nullcontext():
             outputs = model_outputs(plan.model, moved, task.needs)
             if recorder is not None and recorder.to_be_shown():

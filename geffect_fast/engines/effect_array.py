@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from geffect_fast.capture.offsets import Offsets
+from geffect_fast.capture.samples import Offsets
 from geffect_fast.data.batch import Batch
 from geffect_fast.engines.reference import Task
 

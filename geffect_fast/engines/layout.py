@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from geffect_fast.capture import Factor, Plan, Recorder, leaves_of
+from geffect_fast.capture import Factor, Plan, Recorder, Recording, leaves_of
 from geffect_fast.capture.attribution import ANY
 from geffect_fast.capture.precision import precisions
 from geffect_fast.capture.products import squared_norms
@@ -186,7 +186,7 @@ def _norms(
         with (
             nullcontext() if masked else packed_attention(plan.model, batch),
             plan.frozen(),
-            Recorder(plan, keep, axis, join=True) as recorder,
+            Recorder(plan, keep, axis, Recording(joined=True)) as recorder,
         ):
             with recorder.showing_parameters():
                 outputs = model_outputs(plan.model, batch)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from geffect_fast.capture.compat import eagerly, puts_prompt, signed
-from geffect_fast.capture.factors import widened
+from geffect_fast.capture.precision import widened
 from geffect_fast.capture.samples import Segments
 from geffect_fast.data.batch import Batch
 from geffect_fast.engines.packed_positions import sequences_known

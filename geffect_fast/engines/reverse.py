@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from geffect_fast.capture import Factor, Plan, Recorder
+from geffect_fast.capture import Factor, Plan, Recorder, Recording
 from geffect_fast.capture.products import in_working_precision, inner
 from geffect_fast.data.batch import Batch
 from geffect_fast.engines.batches import Attempt
@@ -103,7 +103,7 @@ def reverse_effects(
         with (
             packed_attention(plan.model, moved),
             nullcontext() if norms else plan.frozen(),
-            Recorder(plan, add, axis, directions=shared) as recorder,
+            Recorder(plan, add, axis, Recording(directions=shared)) as recorder,
         ):
             outputs = model_outputs(plan.model, moved, task.needs)
             other = reference.outputs(task, attempt.batch, moved, outputs)

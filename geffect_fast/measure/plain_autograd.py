@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from geffect_fast.capture.compat import eagerly
-from geffect_fast.capture.factors import widened
+from geffect_fast.capture.precision import widened
 from geffect_fast.data import SampleSet, make_batches
 from geffect_fast.data.batch import Batch
 from geffect_fast.data.memory import free_memory

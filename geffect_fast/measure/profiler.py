@@ -35,7 +35,6 @@ from geffect_fast.measure.prepare import Prepared, Sources, needs_of, prepare, r
 from geffect_fast.measure.rounding import rounding_check
 from geffect_fast.objectives import Objective
 from geffect_fast.results.axes import Resolution
-from geffect_fast.results.coverage import Coverage
 from geffect_fast.results.dataset import (
     check_coverage,
     check_directions,
@@ -311,7 +310,7 @@ class Profiler:
                 check_norms(gram, [*self.risk_names, *self.objectives])
             attributes = self.attributes | {
                 "dtype": str(next(iter(plan.parameters.values())).dtype).removeprefix("torch."),
-                **Coverage.of(plan.model).attributes(),
+                **plan.coverage().attributes(),
                 # NetCDF has no booleans
                 "coverage_checked": int(of_objectives and gram is not None),
             }

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from geffect_fast.capture.offsets import Offsets
+from geffect_fast.capture.samples import Offsets
 from geffect_fast.data import IGNORE, SampleSet, token_places
 from geffect_fast.data.batch import Batch
 from geffect_fast.data.tokenize import Sample

@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from geffect_fast.capture.factors import widened
+from geffect_fast.capture.precision import widened
 from geffect_fast.data.batch import Batch
 from geffect_fast.objectives import Objective, Outputs
 

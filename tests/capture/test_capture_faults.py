@@ -159,7 +159,7 @@ def test_a_parameter_used_outside_its_module():
     with (
         plan.frozen(),
         Recorder(plan, lambda *_: None) as recorder,
-        OutsideUse(recorder) as outside,
+        OutsideUse(plan, recorder.running) as outside,
     ):
         with torch.no_grad():
             plan.model.e.weight.sum()
