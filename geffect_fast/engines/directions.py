@@ -12,16 +12,13 @@ from torch import Tensor
 from geffect_fast.capture import Factor, Plan, Recorder, Recording
 from geffect_fast.capture.products import in_working_precision, inner
 from geffect_fast.capture.recorder import Sink
-from geffect_fast.engines.batches import Attempt
+from geffect_fast.engines.batches import Attempt, DataPass, Tick, each_batch
 from geffect_fast.engines.model_outputs import model_outputs, nll_by_sample, sample_axis
 from geffect_fast.engines.packed_attention import packed_attention
-from geffect_fast.engines.reference import Reference, Task
+from geffect_fast.engines.reference import Reference
 from geffect_fast.errors import UnsupportedModelError
 from geffect_fast.ops.reference import accumulation_dtype
 from geffect_fast.transfer import OnItsWay
-
-Tick = Callable[[int], None]
-"""Told how many tokens have just been worked through."""
 
 
 def new_gradients(plan: Plan, n: int, device: torch.device | None = None) -> dict[str, Tensor]:
@@ -104,7 +101,7 @@ class ProductsWithFirst:
 
 def accumulate_gradients(
     plan: Plan,
-    tasks: Sequence[Task],
+    passes: Sequence[DataPass],
     n: int,
     reference: Reference,
     tick: Tick,
@@ -115,13 +112,13 @@ def accumulate_gradients(
 
     Args:
         plan: of the model.
-        tasks: which objectives read which batches.
+        passes: which objectives read which batches.
         n: number of objectives.
         reference: what they compare with.
         tick: progress.
         kept_on: where the gradients are added up; None: each where its parameter is.
-        products: receives products with the first objective's gradient. The first task is that of
-            the first objective, and the others' parts are one each.
+        products: receives products with the first objective's gradient. The first pass is that
+            of the first objective, and the others' parts are one each.
 
     Returns:
         Values `(n,)` fp64, and by parameter name the gradients `(n, *shape)`, fp32 sums (fp64 for
@@ -132,9 +129,9 @@ def accumulate_gradients(
     rows = rows_of(gradients)
     parameters = list(plan.parameters.values())
 
-    def add(task: Task, attempt: Attempt) -> None:
-        if products is None or not products.exist or task is tasks[0]:
-            return run(task, attempt)
+    def add(data_pass: DataPass, attempt: Attempt) -> None:
+        if products is None or not products.exist or data_pass is passes[0]:
+            return run(data_pass, attempt)
         scores: list[Tensor] = []
 
         def multiply(name: str, factors: list[Factor], _kept: list[Tensor | None]) -> None:
@@ -143,16 +140,16 @@ def accumulate_gradients(
             scores.extend(inner(factor, first)[0].double() for factor in factors)
 
         try:
-            run(task, attempt, multiply)
+            run(data_pass, attempt, multiply)
         except UnsupportedModelError:
             products.exist = False
-            return run(task, attempt)
-        (index,) = task.parts
+            return run(data_pass, attempt)
+        (index,) = data_pass.parts
         if scores:
             own = torch.stack([score.to(scores[0].device) for score in scores]).sum(0)
             products.found.append((index, list(attempt.batch.rows), own))
 
-    def run(task: Task, attempt: Attempt, sink: Sink | None = None) -> None:
+    def run(data_pass: DataPass, attempt: Attempt, sink: Sink | None = None) -> None:
         batch = attempt.batch
         moved = batch.to(parameters[0].device)
         recorder = None
@@ -160,13 +157,13 @@ def accumulate_gradients(
             axis = sample_axis(plan.model, batch)
             recorder = Recorder(plan, sink, axis, Recording(one_backward=True))
         with packed_attention(plan.model, moved), recorder or nullcontext():
-            outputs = model_outputs(plan.model, moved, task.needs)
+            outputs = model_outputs(plan.model, moved, data_pass.needs)
             if recorder is not None and recorder.to_be_shown():
                 recorder.show_rows(nll_by_sample(outputs, moved), parameters)
-            other = reference.outputs(task, batch, moved, outputs)
-            wanted = [index for index in task.parts if index not in attempt.done]
+            other = reference.outputs(data_pass, batch, moved, outputs)
+            wanted = [index for index in data_pass.parts if index not in attempt.done]
             for index in wanted:
-                terms, value = task.terms(index, outputs, moved, other)
+                terms, value = data_pass.terms(index, outputs, moved, other)
                 loss = terms.sum()
                 grads: Sequence[Tensor | None] = [None] * len(parameters)
                 if loss.requires_grad:  # else it reads a layer below all that can be trained
@@ -180,11 +177,9 @@ def accumulate_gradients(
                     add_gradients(rows[index], grads)
 
     with gradients_as_they_are(plan):
-        for task in tasks:
-            for attempt in task.attempts():
-                with attempt:
-                    add(task, attempt)
-                    tick(attempt.batch.total_tokens)
+        for data_pass, attempt in each_batch(passes, tick):
+            with attempt:
+                add(data_pass, attempt)
     return added_up(found, n), gradients
 
 

@@ -10,12 +10,9 @@ from torch import Tensor
 
 from geffect_fast.capture.samples import Offsets
 from geffect_fast.data.batch import Batch
-from geffect_fast.engines.reference import Task
+from geffect_fast.engines.batches import DataPass
 
-Collect = Callable[[Task, Batch, Tensor], None]
-"""Receives the effects `(len(task.parts), M, C, n)` fp64 of one batch's samples or tokens."""
-
-Places = Callable[[Task, Batch], Tensor]
+Places = Callable[[DataPass, Batch], Tensor]
 """Where in its sample each token of a batch stands, `(total_tokens,)` int64; -1: nowhere."""
 
 
@@ -35,25 +32,25 @@ class EffectArray:
         self.values = values
         self.places = places
 
-    def add(self, task: Task, batch: Batch, effects: Tensor) -> None:
+    def add(self, data_pass: DataPass, batch: Batch, effects: Tensor) -> None:
         """Add what one batch gave.
 
         Args:
-            task: which parts read the batch.
+            data_pass: which parts read the batch.
             batch: which samples it holds.
-            effects: `(len(task.parts), M, C, n)` fp64 on the CPU, `n` the batch's samples or, with
-                `places`, its tokens.
+            effects: `(len(data_pass.parts), M, C, n)` fp64 on the CPU, `n` the batch's samples or,
+                with `places`, its tokens.
         """
-        mixed = torch.tensordot(self.mixture[:, list(task.parts)], effects, dims=1)
+        mixed = torch.tensordot(self.mixture[:, list(data_pass.parts)], effects, dims=1)
         by_sample = self.values.shape[3] > 1
         if self.places is None:
             pieces = mixed.unbind(-1)
         else:
-            places = self.places(task, batch)
+            places = self.places(data_pass, batch)
             own = Offsets.of(batch.sample_lengths)
             pieces = tuple(_placed(mixed[..., tokens], places[tokens]) for tokens in own)
         for row, piece in zip(batch.rows, pieces, strict=True):
-            at = row + task.offset if by_sample else 0
+            at = row + data_pass.offset if by_sample else 0
             piece = piece.reshape(*piece.shape[:3], -1).numpy()
             self.values[:, :, :, at, : piece.shape[-1]] += piece
 

@@ -13,7 +13,7 @@ from geffect_fast.data.memory import free_memory
 
 
 @dataclass(frozen=True)
-class Part:
+class Move:
     """Parameters that are moved together, along some of the directions, in one pass.
 
     Attributes:
@@ -38,9 +38,9 @@ def place_for_directions(plan: Plan, n_directions: int) -> torch.device | None:
     return torch.device("cpu") if full else None
 
 
-def parts_for(
+def moves_for(
     plan: Plan, columns: Sequence[int], n_directions: int, memory_bytes: int | None = None
-) -> list[Part]:
+) -> list[Move]:
     """One pass a column, or more where its directions do not fit on the device at once.
 
     All directions of a pass share the primal pass, so directions are kept together as long as
@@ -57,7 +57,7 @@ def parts_for(
     device = next(iter(plan.parameters.values())).device
     if memory_bytes is None:
         memory_bytes = free_memory(device) // 2 if device.type == "cuda" else 2**62
-    parts = []
+    moves = []
     for column in range(max(columns) + 1):
         names = [name for name, c in zip(plan.parameters, columns, strict=True) if c == column]
         size = sum(_n_bytes(plan, name) for name in names)
@@ -65,8 +65,8 @@ def parts_for(
         for first in range(0, n_directions, together):
             risks = tuple(range(first, min(first + together, n_directions)))
             for piece in _pieces(plan, names, memory_bytes):
-                parts.append(Part(column, piece, risks))
-    return parts
+                moves.append(Move(column, piece, risks))
+    return moves
 
 
 def _pieces(plan: Plan, names: Sequence[str], memory_bytes: int) -> Iterator[tuple[str, ...]]:

@@ -14,8 +14,16 @@ from geffect_fast.capture import Factor, Plan, Recorder
 from geffect_fast.data import Layout, SampleSet, estimate_token_budget, make_batches
 from geffect_fast.data.batch import Batch, Role
 from geffect_fast.data.packing import split_batch
-from geffect_fast.engines.batches import Attempt, TokenBudget
-from geffect_fast.engines.directions import Tick, accumulate_gradients
+from geffect_fast.engines.batches import (
+    Attempt,
+    DataPass,
+    Tick,
+    TokenBudget,
+    each_batch,
+    mixture_of,
+    passes_for,
+)
+from geffect_fast.engines.directions import accumulate_gradients
 from geffect_fast.engines.effect_array import EffectArray
 from geffect_fast.engines.model_outputs import (
     logits_of,
@@ -24,7 +32,7 @@ from geffect_fast.engines.model_outputs import (
     sample_axis,
     without_cache,
 )
-from geffect_fast.engines.reference import Reference, Task, mixture_of, tasks_for
+from geffect_fast.engines.reference import Reference
 from geffect_fast.engines.reverse import reverse_effects
 from geffect_fast.engines.rotary_frequencies import frequencies_at_first
 from geffect_fast.functional import pairwise_inner_products, per_sample_grad_norms
@@ -66,8 +74,8 @@ class CapturedNumbers:
         def batches_of(_name: str, roles: tuple[Role, ...]) -> list[Batch]:
             return make_batches(sample_set, roles, token_budget=budget.tokens, layout=layout)
 
-        self.risk = Task(batches_of("", ("answer",)), {0: NLL()}, budget=budget)
-        self.tasks = tasks_for(self.parts, batches_of, {"forget": 0, "retain": self.n}, budget)
+        self.risk = DataPass(batches_of("", ("answer",)), {0: NLL()}, budget=budget)
+        self.passes = passes_for(self.parts, batches_of, {"forget": 0, "retain": self.n}, budget)
 
     @property
     def pairs(self) -> list[tuple[Batch, Batch]]:
@@ -80,7 +88,7 @@ class CapturedNumbers:
         """Tokens that `compute` runs forward."""
         once = self.risk.n_tokens
         paired = sum(_tokens(a, b) for a, b in self.pairs)
-        return 2 * once + sum(task.n_tokens for task in self.tasks) + paired
+        return 2 * once + sum(data_pass.n_tokens for data_pass in self.passes) + paired
 
     def compute(self, tick: Tick) -> Numbers:
         """Effects by the reverse engine, norms and products by `geffect_fast.functional`."""
@@ -90,12 +98,12 @@ class CapturedNumbers:
         device = next(iter(self.plan.parameters.values())).device
         reference = Reference(self.reference)
         _, directions = accumulate_gradients(self.plan, [self.risk], 1, reference, tick)
-        reference.prepare(self.tasks, device)
+        reference.prepare(self.passes, device)
         shape = (len(self.objectives), 1, len(self.plan.parameters), 2 * self.n, 1)
         found = EffectArray(mixture_of(self.objectives, self.parts), np.zeros(shape))
         reverse_effects(
             self.plan,
-            self.tasks,
+            self.passes,
             directions,
             len(self.parts),
             reference,
@@ -107,13 +115,12 @@ class CapturedNumbers:
 
     def _norms(self, tick: Tick) -> Tensor:
         norms = torch.zeros(len(self.plan.parameters), self.n, dtype=torch.float64)
-        for attempt in self.risk.attempts():
+        for _, attempt in each_batch([self.risk], tick):
             with attempt:
                 found = per_sample_grad_norms(
                     self.plan.model, _sample_nll, self._given(attempt.batch), per_parameter=True
                 )
                 norms[:, list(attempt.batch.rows)] = _stacked(found)
-                tick(attempt.batch.total_tokens)
         return norms
 
     def _products(self, tick: Tick) -> Tensor:
@@ -156,7 +163,7 @@ class CapturedNumbers:
         def drop(_name: str, _factors: list[Factor], _kept: list[Tensor | None]) -> None:
             raise AssertionError("no backward is run")
 
-        for attempt in self.risk.attempts():
+        for _, attempt in each_batch([self.risk]):
             moved = attempt.batch.to(next(iter(self.plan.parameters.values())).device)
             with (
                 attempt,

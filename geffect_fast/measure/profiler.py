@@ -18,15 +18,15 @@ from geffect_fast.arguments import checked_config
 from geffect_fast.capture import Plan
 from geffect_fast.data import Layout, SampleSet, estimate_token_budget, make_batches
 from geffect_fast.data.batch import Batch, Role
-from geffect_fast.engines.batches import TokenBudget
+from geffect_fast.engines.batches import DataPass, Tick, TokenBudget, mixture_of, passes_for
 from geffect_fast.engines.choice import Choice, choose_engine
-from geffect_fast.engines.directions import Tick, accumulate_gradients
+from geffect_fast.engines.directions import accumulate_gradients
 from geffect_fast.engines.forward_check import forward_mode_problem
-from geffect_fast.engines.forward_parts import parts_for, place_for_directions, product_shares
+from geffect_fast.engines.forward_parts import moves_for, place_for_directions, product_shares
 from geffect_fast.engines.layout import check_reference, choose_layout, longest_sequence
 from geffect_fast.engines.own_loss import own_loss
 from geffect_fast.engines.packed_attention import splits_attention
-from geffect_fast.engines.reference import Reference, Task, mixture_of, tasks_for
+from geffect_fast.engines.reference import Reference
 from geffect_fast.errors import InputError, UnsupportedModelError
 from geffect_fast.measure.effects import find_effects
 from geffect_fast.measure.memory import check_memory, within_budget
@@ -149,19 +149,19 @@ class Profiler:
                 layout=layout,
             )
 
-        def tasks_on(
+        def passes_on(
             sets: Mapping[str, SampleSet], budget: TokenBudget | None = None
-        ) -> list[Task]:
-            return tasks_for(
+        ) -> list[DataPass]:
+            return passes_for(
                 self._parts,
                 lambda name, wanted: batches_of(sets[name], wanted),
                 {"forget": 0, "retain": len(sets["forget"])},
                 budget,
             )
 
-        self._tasks = tasks_on(sets, budget)
-        self._risk_tasks = [
-            Task(batches_of(sets[source], risk.roles), {m: risk}, budget=budget)
+        self._passes = passes_on(sets, budget)
+        self._risk_passes = [
+            DataPass(batches_of(sets[source], risk.roles), {m: risk}, budget=budget)
             for m, source in enumerate(sources.values())
         ]
         self._risk_rows = None
@@ -169,7 +169,7 @@ class Profiler:
             sizes = {risk: len(sets[source]) for risk, source in sources.items()}
             self._risk_rows = RiskRows(sizes, adds_up=reduction == "sum")
         self._rounding = rounding_check(
-            plan, self._choice.engine, resolution, self._mixture, tasks_on
+            plan, self._choice.engine, resolution, self._mixture, passes_on
         )
         self._tokenizer = prepared.tokenizer
         self._attributes = {
@@ -195,7 +195,7 @@ class Profiler:
         self._reference_is_model: bool | None = False
         if prepared.compares:  # other weights may compute the same, as a new adapter does
             self._reference_is_model = True if reference is None else None
-        self._one_row = tasks_on({name: rows.part([0]) for name, rows in sets.items()})
+        self._one_row = passes_on({name: rows.part([0]) for name, rows in sets.items()})
         self._reference = Reference(reference)
 
     @classmethod
@@ -265,35 +265,35 @@ class Profiler:
         watched = None if self._risk_rows is None else self._risk_rows.watch()
         risk_values, directions = self.risk_gradients(progress=progress, watched=watched)
         device = next(iter(plan.parameters.values())).device
-        passes = parts_for(plan, resolution.columns()[1], m) if engine == "forward" else []
+        moves = moves_for(plan, resolution.columns()[1], m) if engine == "forward" else []
         weights = weights and resolution.within != "position"
         by_token = ObjectiveWeights(resolution, mixture) if weights else None
-        tasks = self._tasks
+        passes = self._passes
         if by_token is not None:
-            tasks = [replace(task, watch=by_token.add) for task in tasks]
+            passes = [replace(data_pass, watch=by_token.add) for data_pass in passes]
         with (
             nullcontext(np.zeros(shape)) if out is None else EffectFile(out, resolution.dims, shape)
         ) as array:
-            what, n_passes = "effects of the objectives", max(len(passes), 1)
-            with self._ticking(progress, what, tasks, n_passes) as tick:
+            what, n_passes = "effects of the objectives", max(len(moves), 1)
+            with self._ticking(progress, what, passes, n_passes) as tick:
                 if self._reference_is_model is None and unchanged:
                     # Models that differ do so at the first row.
                     same = self._reference.is_computed_by
                     self._reference_is_model = all(
-                        same(plan.model, each, device) for each in (self._one_row, tasks)
+                        same(plan.model, each, device) for each in (self._one_row, passes)
                     )
-                checked = self._rounding.tasks if self._rounding is not None else []
-                self._reference.prepare([*tasks, *checked], device)
+                checked = self._rounding.passes if self._rounding is not None else []
+                self._reference.prepare([*passes, *checked], device)
                 found = find_effects(
                     engine,
                     plan,
-                    tasks,
+                    passes,
                     directions,
                     self._reference,
                     mixture,
                     resolution,
                     array,
-                    passes=passes,
+                    moves=moves,
                     norms=self._norms,
                     tick=tick,
                 )
@@ -362,13 +362,13 @@ class Profiler:
         """
         n = len(self.risk_names)
         place = place_for_directions(self.plan, n) if self._choice.engine == "forward" else None
-        tasks = self._risk_tasks
+        passes = self._risk_passes
         if watched is not None:
-            tasks = [replace(task, watch=watched.add) for task in tasks]
-        with self._ticking(progress, "gradients of the risks", tasks) as tick:
+            passes = [replace(data_pass, watch=watched.add) for data_pass in passes]
+        with self._ticking(progress, "gradients of the risks", passes) as tick:
             values, directions = accumulate_gradients(
                 self.plan,
-                tasks,
+                passes,
                 n,
                 self._reference,
                 tick,
@@ -435,11 +435,13 @@ class Profiler:
 
     @contextmanager
     def _ticking(
-        self, show: bool, what: str, tasks: Sequence[Task], n_passes: int = 1
+        self, show: bool, what: str, passes: Sequence[DataPass], n_passes: int = 1
     ) -> Iterator[Tick]:
         """Yields a function that is told of tokens done, drawn as a bar; memory may run out."""
         with (
-            progress_bar(show, what, n_passes * sum(task.n_tokens for task in tasks)) as update,
+            progress_bar(
+                show, what, n_passes * sum(data_pass.n_tokens for data_pass in passes)
+            ) as update,
             within_budget(self._budget),
         ):
             yield lambda n: update(advance=n)

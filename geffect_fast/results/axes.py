@@ -15,7 +15,7 @@ from geffect_fast.data import IGNORE, SampleSet, token_places
 from geffect_fast.data.batch import Batch
 from geffect_fast.data.tokenize import Sample
 from geffect_fast.data.tokenize import Sequence as TokenSequence
-from geffect_fast.engines.reference import Task
+from geffect_fast.engines.batches import DataPass
 from geffect_fast.errors import InputError
 from geffect_fast.results.groups import Blocks, groups_of, parameter_coordinates
 
@@ -92,9 +92,9 @@ class Resolution:
         has = {2: self.by_place is not None, 3: "sample" in self.axes, 4: self.within is not None}
         return values.squeeze(tuple(at for at, is_axis in has.items() if not is_axis))
 
-    def places(self, task: Task, batch: Batch) -> Tensor:
+    def places(self, data_pass: DataPass, batch: Batch) -> Tensor:
         """As `geffect_fast.engines.effect_array.Places`, along the axis within samples."""
-        sample_set = self.sets[task.on]
+        sample_set = self.sets[data_pass.on]
         by_row = {sample.row: sample for sample in sample_set.samples}
         stands = token_places(sample_set, batch)
         at = torch.full_like(stands, -1)

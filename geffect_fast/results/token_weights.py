@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from geffect_fast.data.batch import Batch
-from geffect_fast.engines.reference import Task
+from geffect_fast.engines.batches import DataPass
 from geffect_fast.objectives import Outputs
 from geffect_fast.results.axes import Resolution
 from geffect_fast.results.weights_of_tokens import token_weights
@@ -30,15 +30,20 @@ class ObjectiveWeights:
     def __init__(self, resolution: Resolution, mixture: Tensor) -> None:
         self._resolution = replace(resolution, axes=("sample", "token"))
         self._mixture = mixture
-        self._coming: list[tuple[Task, int, Batch, OnItsWay]] = []
+        self._coming: list[tuple[DataPass, int, Batch, OnItsWay]] = []
 
     def add(
-        self, task: Task, index: int, outputs: Outputs, batch: Batch, reference: Outputs | None
+        self,
+        data_pass: DataPass,
+        index: int,
+        outputs: Outputs,
+        batch: Batch,
+        reference: Outputs | None,
     ) -> None:
-        """As `geffect_fast.engines.tasks.Watch`."""
-        found = token_weights(task.parts[index], outputs, batch, reference)
+        """As `geffect_fast.engines.batches.Listener`."""
+        found = token_weights(data_pass.parts[index], outputs, batch, reference)
         if found is not None:
-            self._coming.append((task, index, batch.to("cpu"), OnItsWay(found)))
+            self._coming.append((data_pass, index, batch.to("cpu"), OnItsWay(found)))
 
     def variables(self, tokenizer: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         """The variable `token_weight`, and its coordinates.
@@ -48,10 +53,10 @@ class ObjectiveWeights:
         """
         n_parts, _, _, n, t = self._resolution.shape(self._mixture.shape[1], 1)
         of_parts = np.full((n_parts, n, t), np.nan)
-        for task, index, batch, copy in self._coming:
+        for data_pass, index, batch, copy in self._coming:
             (found,) = copy.arrived()
-            places = self._resolution.places(task, batch)
-            rows = torch.tensor(batch.rows)[batch.token_sample()] + task.offset
+            places = self._resolution.places(data_pass, batch)
+            rows = torch.tensor(batch.rows)[batch.token_sample()] + data_pass.offset
             ahead = batch.target_index
             at = (rows[ahead].numpy(), places[ahead + 1].numpy())  # the token that is predicted
             of_parts[index][at] = found[ahead].numpy()

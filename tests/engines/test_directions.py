@@ -12,10 +12,11 @@ from reference import gradients, mean_over, token_logprobs
 
 from geffect_fast.capture import Plan
 from geffect_fast.data import make_batches, tokenize_rows
+from geffect_fast.engines.batches import DataPass, passes_for
 from geffect_fast.engines.directions import accumulate_gradients, new_gradients
 from geffect_fast.engines.model_outputs import model_outputs
 from geffect_fast.engines.packed_attention import packed_attention
-from geffect_fast.engines.reference import Reference, Task, tasks_for
+from geffect_fast.engines.reference import Reference
 from geffect_fast.errors import UnsupportedModelError
 from geffect_fast.objectives import resolve
 
@@ -28,11 +29,11 @@ def batches_of(name, roles=("answer",), reduction="token", budget=12):
     return make_batches(rows, roles, token_budget=budget, reduction=reduction)
 
 
-def tasks(*objectives, **kwargs):
+def passes(*objectives, **kwargs):
     def of(name, roles):
         return batches_of(name, roles, **kwargs)
 
-    return tasks_for([resolve(o) for o in objectives], of, {"forget": 0, "retain": len(FORGET)})
+    return passes_for([resolve(o) for o in objectives], of, {"forget": 0, "retain": len(FORGET)})
 
 
 def accumulate(model, wanted, n, reference=None):
@@ -40,7 +41,7 @@ def accumulate(model, wanted, n, reference=None):
     values, grads = accumulate_gradients(
         Plan.of(model), wanted, n, reference or Reference(), ticks.append
     )
-    assert sum(ticks) == sum(task.n_tokens for task in wanted)
+    assert sum(ticks) == sum(data_pass.n_tokens for data_pass in wanted)
     return values, grads
 
 
@@ -49,7 +50,7 @@ def accumulate(model, wanted, n, reference=None):
 def test_equals_autograd(name, reduction):
     with fp64_throughout():
         model = build(name, torch.float64)
-        values, grads = accumulate(model, tasks("ga", "nll", reduction=reduction), 2)
+        values, grads = accumulate(model, passes("ga", "nll", reduction=reduction), 2)
 
         def risk(rows):
             return sum(mean_over(reduction, rows, -token_logprobs(model, row)) for row in rows)
@@ -65,7 +66,7 @@ def test_equals_autograd(name, reduction):
 def test_frozen_parameters_have_no_direction():
     model = build("llama")
     model.lm_head.weight.requires_grad_(False)
-    _, grads = accumulate(model, tasks("ga"), 1)
+    _, grads = accumulate(model, passes("ga"), 1)
     assert set(grads) == {k for k, _ in model.named_parameters()} - {"lm_head.weight"}
 
 
@@ -73,7 +74,7 @@ def test_bf16_models_are_summed_in_fp32():
     """Batch gradients are bf16, their sum over many batches is not rounded to bf16 again."""
     model = build("llama", torch.bfloat16)
     assert {g.dtype for g in new_gradients(Plan.of(model), 2).values()} == {torch.float32}
-    wanted = tasks("ga", budget=1)
+    wanted = passes("ga", budget=1)
     _, grads = accumulate(model, wanted, 1)
     plan, expected = Plan.of(model), 0
     for batch in wanted[0].batches:
@@ -96,15 +97,15 @@ def test_fp64_models_are_summed_in_fp64():
 
 
 def test_parts_that_read_the_same_data_share_a_forward():
-    found = tasks("ga", "npo", "kl", "wga", "nll")
-    assert [list(task.parts) for task in found] == [[0, 1, 3], [2, 4]]
-    assert [task.offset for task in found] == [0, len(FORGET)]
+    found = passes("ga", "npo", "kl", "wga", "nll")
+    assert [list(data_pass.parts) for data_pass in found] == [[0, 1, 3], [2, 4]]
+    assert [data_pass.offset for data_pass in found] == [0, len(FORGET)]
     assert found[0].needs == {"reference"} and found[1].needs == {"reference_logits"}
 
 
 def test_the_reference_is_computed_once_and_its_model_released():
     model, other = build("llama"), build("llama", seed=1)
-    wanted = tasks("npo")
+    wanted = passes("npo")
     expected = [model_outputs(other, batch).token_logprob.detach() for batch in wanted[0].batches]
     gone = weakref.ref(other)
     reference = Reference(other)
@@ -121,7 +122,7 @@ def test_the_reference_is_computed_once_and_its_model_released():
 
 def test_kl_keeps_the_model_and_takes_its_logits():
     model, other = build("gpt2"), build("gpt2", seed=1)
-    wanted = tasks("kl")
+    wanted = passes("kl")
     reference = Reference(other)
     reference.prepare(wanted, torch.device("cpu"))
     assert reference.model is other
@@ -136,7 +137,7 @@ def test_kl_keeps_the_model_and_takes_its_logits():
 
 def test_rr_keeps_the_model_and_takes_its_hidden_states():
     model, other = build("gpt2"), build("gpt2", seed=1)
-    wanted = tasks("rr(layer=1)")
+    wanted = passes("rr(layer=1)")
     reference = Reference(other)
     reference.prepare(wanted, torch.device("cpu"))
     assert reference.model is other
@@ -161,7 +162,7 @@ def test_hidden_states_and_logits_are_those_asked_for():
     assert len(outputs.hidden_states) == 4
     assert outputs.logits is None
     # an objective that reads logits and hidden states of its own needs no reference
-    own = tasks("ceu", "rmu_mask(layer=1)")[0]
+    own = passes("ceu", "rmu_mask(layer=1)")[0]
     assert Reference().outputs(own, batch, batch, model_outputs(model, batch, own.needs)) is None
 
 
@@ -169,7 +170,7 @@ def test_kl_to_another_model_equals_autograd():
     with fp64_throughout():
         model, other = build("gpt2", torch.float64), build("gpt2", torch.float64, seed=1)
         reference = Reference(other)
-        wanted = tasks("kl")
+        wanted = passes("kl")
         reference.prepare(wanted, torch.device("cpu"))
         values, grads = accumulate(model, wanted, 1, reference)
         loss = 0
@@ -187,17 +188,17 @@ def test_kl_to_another_model_equals_autograd():
 
 def test_without_a_model_of_its_own_the_reference_is_the_model_detached():
     model = build("llama")
-    wanted = tasks("npo", "rr(layer=1)", "kl")
+    wanted = passes("npo", "rr(layer=1)", "kl")
     reference = Reference()
     reference.prepare(wanted, torch.device("cpu"))
-    for task in wanted:
-        own = model_outputs(model, task.batches[0], task.needs)
-        outputs = reference.outputs(task, task.batches[0], task.batches[0], own)
+    for data_pass in wanted:
+        own = model_outputs(model, data_pass.batches[0], data_pass.needs)
+        outputs = reference.outputs(data_pass, data_pass.batches[0], data_pass.batches[0], own)
         assert torch.equal(outputs.token_logprob, own.token_logprob)
         assert not outputs.token_logprob.requires_grad
         for found in (outputs.logits, *(outputs.hidden_states or ())):
             assert found is None or not found.requires_grad
-    (ga,) = tasks("ga")
+    (ga,) = passes("ga")
     assert reference.outputs(ga, ga.batches[0], ga.batches[0], own) is None
 
 
@@ -232,5 +233,5 @@ def test_outputs_are_those_of_single_sequences():
 
 
 def test_tasks_know_their_size():
-    task = Task(batches_of("forget"))
-    assert task.n_tokens == sum(len(row["input_ids"]) for row in FORGET)
+    data_pass = DataPass(batches_of("forget"))
+    assert data_pass.n_tokens == sum(len(row["input_ids"]) for row in FORGET)

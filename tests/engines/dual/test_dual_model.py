@@ -11,12 +11,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from geffect_fast.capture import Plan
 from geffect_fast.data import make_batches, tokenize_rows
+from geffect_fast.engines.batches import DataPass
 from geffect_fast.engines.dual.attention import SHORTEST
 from geffect_fast.engines.dual.model import DualModel
 from geffect_fast.engines.forward import forward_effects
-from geffect_fast.engines.forward_parts import parts_for
+from geffect_fast.engines.forward_parts import moves_for
 from geffect_fast.engines.model_outputs import model_outputs
-from geffect_fast.engines.reference import Reference, Task
+from geffect_fast.engines.reference import Reference
 from geffect_fast.objectives import resolve
 
 FAMILIES = (
@@ -194,18 +195,18 @@ def test_effects_of_an_objective_cost_few_calls_more():
     torch.manual_seed(0)
     model = sixteen_layers()
     plan, batch = Plan.of(model), batch_of("packed", range(20, 36))
-    task, n = Task([batch], {0: resolve("npo")}), len(plan.parameters)
+    data_pass, n = DataPass([batch], {0: resolve("npo")}), len(plan.parameters)
     kept = []
 
     def effects():
         forward_effects(
             plan,
-            [task],
+            [data_pass],
             directions(plan, 2),
             1,
             Reference(),
             lambda *found: kept.append(found[2]),
-            parts=parts_for(plan, [0] * n, 2),
+            moves=moves_for(plan, [0] * n, 2),
             per_token=True,
             tick=lambda _: None,
         )
