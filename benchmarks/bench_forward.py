@@ -23,13 +23,12 @@ from torch import Tensor, nn
 from geffect_fast.capture import Plan
 from geffect_fast.data import SampleSet, make_batches, tokenize_rows
 from geffect_fast.engines.batches import DataPass, passes_for
-from geffect_fast.engines.effect_array import EffectArray
-from geffect_fast.engines.forward import forward_effects
-from geffect_fast.engines.forward_parts import moves_for
+from geffect_fast.engines.forward import forward_effects, moves_for
 from geffect_fast.engines.reference import Reference
 from geffect_fast.engines.reverse import reverse_effects
 from geffect_fast.objectives import parse_list
 from geffect_fast.objectives.ranges import expand
+from geffect_fast.results.axes import EffectArray
 
 SHAPES = ((32, 32), (8, 128), (4, 512))
 RANGES = (

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from itertools import takewhile
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor, nn
 
 from geffect_fast.capture.compat import (
@@ -170,6 +171,20 @@ class Plan:
         rules = {where: own for where, own in self.owners.items() if issubclass(own.rule, NormCall)}
         weights = {where: own.module.get_parameter("weight") for where, own in rules.items()}
         return {w: (p.detach(), rules[w].factor) for w, p in weights.items() if p.is_cpu}
+
+    def product_shares(self, columns: Sequence[int]) -> list[float]:
+        """Each column's share of a forward pass's products: of elements that multiply a token."""
+        multiplied = {
+            name
+            for own in self.owners.values()
+            if not isinstance(own.module, nn.Embedding)
+            for name in own.names.values()
+        }
+        shares = torch.zeros(max(columns) + 1, dtype=torch.float64)
+        for (name, p), column in zip(self.parameters.items(), columns, strict=True):
+            if p.dim() > 1 and name in multiplied:
+                shares[column] += p.numel()
+        return (shares / shares.sum().clamp(min=1)).tolist()
 
     @contextmanager
     def frozen(self) -> Iterator[None]:

@@ -12,6 +12,7 @@ from torch import Tensor
 from geffect_fast.capture import Factor, Plan, Recorder, Recording
 from geffect_fast.capture.products import in_working_precision, inner
 from geffect_fast.capture.recorder import Sink
+from geffect_fast.data.memory import free_memory
 from geffect_fast.engines.batches import Attempt, DataPass, Tick, each_batch
 from geffect_fast.engines.model_outputs import model_outputs, nll_by_sample, sample_axis
 from geffect_fast.engines.packed_attention import packed_attention
@@ -33,6 +34,17 @@ def new_gradients(plan: Plan, n: int, device: torch.device | None = None) -> dic
         name: torch.zeros(n, *p.shape, dtype=accumulation_dtype(p.dtype), device=device or p.device)
         for name, p in plan.parameters.items()
     }
+
+
+def place_for_directions(plan: Plan, n_directions: int) -> torch.device | None:
+    """Where the forward engine's directions are kept: on the CPU where a GPU has no room for them.
+
+    Passes then bring over what they need. None: where the parameters are.
+    """
+    device = next(iter(plan.parameters.values())).device
+    wanted = 4 * n_directions * sum(p.numel() for p in plan.parameters.values())  # in fp32
+    full = device.type == "cuda" and wanted > free_memory(device) // 2
+    return torch.device("cpu") if full else None
 
 
 def rows_of(gradients: Mapping[str, Tensor]) -> list[tuple[Tensor, ...]]:

@@ -10,7 +10,8 @@ objective at once, term by term. M directions share the primal pass; nothing is 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -18,9 +19,9 @@ from torch import Tensor
 from geffect_fast.capture import Plan
 from geffect_fast.capture.precision import precisions
 from geffect_fast.data.batch import IGNORE, Batch
+from geffect_fast.data.memory import free_memory
 from geffect_fast.engines.batches import Collect, DataPass, Tick, each_batch
 from geffect_fast.engines.dual.model import DualModel
-from geffect_fast.engines.forward_parts import Move
 from geffect_fast.engines.objective_tangents import (
     no_derivative,
     term_tangents,
@@ -30,6 +31,71 @@ from geffect_fast.engines.reference import Reference
 from geffect_fast.errors import InputError
 from geffect_fast.objectives import Objective
 from geffect_fast.transfer import OnItsWay, on_device
+
+
+@dataclass(frozen=True)
+class Move:
+    """Parameters that are moved together, along some of the directions, in one pass.
+
+    Attributes:
+        column: where on the result's axis of parameters or groups its effects are added.
+        names: of the parameters.
+        risks: the directions' numbers.
+    """
+
+    column: int
+    names: tuple[str, ...]
+    risks: tuple[int, ...]
+
+
+def moves_for(
+    plan: Plan, columns: Sequence[int], n_directions: int, memory_bytes: int | None = None
+) -> list[Move]:
+    """One pass a column, or more where its directions do not fit on the device at once.
+
+    All directions of a pass share the primal pass, so directions are kept together as long as
+    they fit. An effect is the sum of the effects of its parameters, so those of one column are
+    shared out over passes where even one direction does not fit.
+
+    Args:
+        plan: of the model.
+        columns: for each parameter the number of its column.
+        n_directions: M.
+        memory_bytes: what the directions of one pass may take; None: half of what is free on a
+            GPU, any number on a CPU, where the directions lie already.
+    """
+    device = next(iter(plan.parameters.values())).device
+    if memory_bytes is None:
+        memory_bytes = free_memory(device) // 2 if device.type == "cuda" else 2**62
+    moves = []
+    for column in range(max(columns) + 1):
+        names = [name for name, c in zip(plan.parameters, columns, strict=True) if c == column]
+        size = sum(_n_bytes(plan, name) for name in names)
+        together = min(max(memory_bytes // max(size, 1), 1), n_directions)
+        for first in range(0, n_directions, together):
+            risks = tuple(range(first, min(first + together, n_directions)))
+            for piece in _pieces(plan, names, memory_bytes):
+                moves.append(Move(column, piece, risks))
+    return moves
+
+
+def _pieces(plan: Plan, names: Sequence[str], memory_bytes: int) -> Iterator[tuple[str, ...]]:
+    """Neighbouring parameters whose sizes stay within the limit, where one alone does."""
+    piece: list[str] = []
+    used = 0
+    for name in names:
+        size = _n_bytes(plan, name)
+        if piece and used + size > memory_bytes:
+            yield tuple(piece)
+            piece, used = [], 0
+        piece.append(name)
+        used += size
+    yield tuple(piece)
+
+
+def _n_bytes(plan: Plan, name: str) -> int:
+    p = plan.parameters[name]
+    return p.numel() * p.element_size()
 
 
 def forward_effects(

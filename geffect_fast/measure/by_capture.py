@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from itertools import product
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -24,7 +23,6 @@ from geffect_fast.engines.batches import (
     passes_for,
 )
 from geffect_fast.engines.directions import accumulate_gradients
-from geffect_fast.engines.effect_array import EffectArray
 from geffect_fast.engines.model_outputs import (
     logits_of,
     model_outputs,
@@ -99,19 +97,25 @@ class CapturedNumbers:
         reference = Reference(self.reference)
         _, directions = accumulate_gradients(self.plan, [self.risk], 1, reference, tick)
         reference.prepare(self.passes, device)
-        shape = (len(self.objectives), 1, len(self.plan.parameters), 2 * self.n, 1)
-        found = EffectArray(mixture_of(self.objectives, self.parts), np.zeros(shape))
+        mixture = mixture_of(self.objectives, self.parts)
+        shape = (len(self.objectives), len(self.plan.parameters), 2 * self.n)
+        found = torch.zeros(shape, dtype=torch.float64)
+
+        def collect(data_pass: DataPass, batch: Batch, effects: Tensor) -> None:
+            mixed = torch.tensordot(mixture[:, list(data_pass.parts)], effects[:, 0], dims=1)
+            found[:, :, torch.tensor(batch.rows) + data_pass.offset] += mixed
+
         reverse_effects(
             self.plan,
             self.passes,
             directions,
             len(self.parts),
             reference,
-            found.add,
+            collect,
             norms=False,
             tick=tick,
         )
-        return torch.from_numpy(found.values)[:, 0, :, :, 0]
+        return found
 
     def _norms(self, tick: Tick) -> Tensor:
         norms = torch.zeros(len(self.plan.parameters), self.n, dtype=torch.float64)

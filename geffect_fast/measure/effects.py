@@ -6,19 +6,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from geffect_fast.capture import Plan
 from geffect_fast.engines.batches import DataPass, Tick
 from geffect_fast.engines.choice import Engine
 from geffect_fast.engines.directions import accumulate_gradients
-from geffect_fast.engines.effect_array import EffectArray
-from geffect_fast.engines.forward import forward_effects
-from geffect_fast.engines.forward_parts import Move
+from geffect_fast.engines.forward import Move, forward_effects
 from geffect_fast.engines.reference import Reference
 from geffect_fast.engines.reverse import reverse_effects
-from geffect_fast.results.axes import Resolution
+from geffect_fast.results.axes import EffectArray, Resolution
 from geffect_fast.results.dataset import gram_matrices
 
 
@@ -73,7 +70,7 @@ def find_effects(
     n_parts = mixture.shape[1]
     names = list(plan.parameters)
     within = resolution.within is not None
-    collect = EffectArray(mixture, array, resolution.places if within else None).add
+    effects = EffectArray(mixture, array, resolution.places if within else None)
     if engine == "forward":
         values, summed = forward_effects(
             plan,
@@ -81,7 +78,7 @@ def find_effects(
             directions,
             n_parts,
             reference,
-            collect,
+            effects.add,
             moves=moves,
             per_token=within,
             tick=tick,
@@ -95,7 +92,7 @@ def find_effects(
             directions,
             n_parts,
             reference,
-            collect,
+            effects.add,
             columns=columns,
             per_token=within,
             norms=norms,
@@ -108,6 +105,5 @@ def find_effects(
     gram = gram_matrices(directions, whole)
     n_risks = gram.shape[1] - n_parts
     summed = gram[:, n_risks:, :n_risks].permute(1, 2, 0)
-    mixed = torch.tensordot(mixture, summed, dims=1)
-    torch.from_numpy(array)[..., 0, 0].index_add_(2, torch.tensor(columns), mixed)
+    effects.add_whole(columns, summed)
     return Effects(values, summed, names, gram)

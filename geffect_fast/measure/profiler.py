@@ -20,9 +20,9 @@ from geffect_fast.data import Layout, SampleSet, estimate_token_budget, make_bat
 from geffect_fast.data.batch import Batch, Role
 from geffect_fast.engines.batches import DataPass, Tick, TokenBudget, mixture_of, passes_for
 from geffect_fast.engines.choice import Choice, choose_engine
-from geffect_fast.engines.directions import accumulate_gradients
+from geffect_fast.engines.directions import accumulate_gradients, place_for_directions
+from geffect_fast.engines.forward import moves_for
 from geffect_fast.engines.forward_check import forward_mode_problem
-from geffect_fast.engines.forward_parts import moves_for, place_for_directions, product_shares
 from geffect_fast.engines.layout import check_reference, choose_layout, longest_sequence
 from geffect_fast.engines.own_loss import own_loss
 from geffect_fast.engines.packed_attention import splits_attention
@@ -34,7 +34,7 @@ from geffect_fast.measure.models import check_finite
 from geffect_fast.measure.prepare import Prepared, Sources, needs_of, prepare, resolved_list
 from geffect_fast.measure.rounding import rounding_check
 from geffect_fast.objectives import Objective
-from geffect_fast.results.axes import Resolution
+from geffect_fast.results.axes import Resolution, by_row
 from geffect_fast.results.dataset import (
     check_coverage,
     check_directions,
@@ -49,7 +49,7 @@ from geffect_fast.results.intervals import LEVEL
 from geffect_fast.results.risk_rows import RiskRows, RowValues
 from geffect_fast.results.token_weights import ObjectiveWeights
 from geffect_fast.settings import Measuring
-from geffect_fast.storage.stream import EffectFile, by_row
+from geffect_fast.storage.stream import EffectFile
 from geffect_fast.terminal import progress_bar
 
 if TYPE_CHECKING:
@@ -119,7 +119,7 @@ class Profiler:
             settings.norms,
             n_risks=len(sources),
             n_parts=len(self._parts),
-            shares=product_shares(plan, columns),
+            shares=plan.product_shares(columns),
         )
         self._budget = budget = TokenBudget(settings.token_budget or 1)
         longest = max(map(longest_sequence, sets.values()))
@@ -319,7 +319,7 @@ class Profiler:
             if self._rounding is not None and rounding:
                 every_row = None
                 if isinstance(array, np.ndarray) and "sample" in resolution.axes:
-                    every_row = array.sum((2, 4))
+                    every_row = by_row(array)
                 attributes |= self._rounding.attributes(
                     plan, directions, self._reference, every_row
                 )

@@ -16,10 +16,10 @@ from geffect_fast.data import SampleSet
 from geffect_fast.data.memory import free_memory
 from geffect_fast.engines.batches import DataPass
 from geffect_fast.engines.choice import Engine
-from geffect_fast.engines.forward_parts import moves_for
+from geffect_fast.engines.forward import moves_for
 from geffect_fast.engines.reference import Reference
 from geffect_fast.measure.effects import find_effects
-from geffect_fast.results.axes import Resolution
+from geffect_fast.results.axes import Resolution, by_row
 from geffect_fast.results.intervals import NEGLIGIBLE
 
 HALF = (torch.bfloat16, torch.float16)
@@ -120,7 +120,7 @@ class RoundingCheck:
                 norms=False,
                 tick=lambda _: None,
             )
-        return array.sum((2, 4))
+        return by_row(array)
 
     @property
     def _places(self) -> list[int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,10 @@ from geffect_fast.results.groups import Blocks, groups_of, parameter_coordinates
 AXES = ("parameter", "group", "sample", "position", "token")
 WITHIN = ("position", "token")
 """Axes within a sample, each of one engine: where a layer is used, and which token is predicted."""
+
+PLACE, SAMPLE, WITHIN_SAMPLE = 2, 3, 4
+"""Axes of effects behind objectives and risks: parameters or groups of them, rows of all data sets,
+positions or tokens. Arrays of effects have all five, of size 1 where they are summed."""
 
 
 @dataclass(frozen=True)
@@ -89,11 +93,18 @@ class Resolution:
 
     def kept(self, values: np.ndarray) -> np.ndarray:
         """An array of `shape` without the axes that were summed."""
-        has = {2: self.by_place is not None, 3: "sample" in self.axes, 4: self.within is not None}
+        has = {
+            PLACE: self.by_place is not None,
+            SAMPLE: "sample" in self.axes,
+            WITHIN_SAMPLE: self.within is not None,
+        }
         return values.squeeze(tuple(at for at, is_axis in has.items() if not is_axis))
 
     def places(self, data_pass: DataPass, batch: Batch) -> Tensor:
-        """As `geffect_fast.engines.effect_array.Places`, along the axis within samples."""
+        """Where along the axis within samples each token of a batch stands.
+
+        `(total_tokens,)` int64; -1: nowhere.
+        """
         sample_set = self.sets[data_pass.on]
         by_row = {sample.row: sample for sample in sample_set.samples}
         stands = token_places(sample_set, batch)
@@ -171,6 +182,75 @@ class Resolution:
 
     def _sequences(self, sample: Sample) -> list[TokenSequence]:
         return [sample.answer, *(sample.alternatives if self.alternatives else ())]
+
+
+class EffectArray:
+    """Effects of objectives, added up from batches of the effects of their parts.
+
+    Args:
+        mixture: `(K, n_parts)` fp64, how often each part counts in each objective.
+        values: fp64 zeros of `Resolution.shape`, added to in place: an array of numpy, or one in a
+            file, of which one sample at a time is in memory.
+        places: `Resolution.places`; None to sum over what is within samples.
+    """
+
+    def __init__(
+        self,
+        mixture: Tensor,
+        values: Any,
+        places: Callable[[DataPass, Batch], Tensor] | None = None,
+    ) -> None:
+        self.mixture = mixture
+        self.values = values
+        self.places = places
+
+    def add(self, data_pass: DataPass, batch: Batch, effects: Tensor) -> None:
+        """Add what one batch gave.
+
+        Args:
+            data_pass: which parts read the batch.
+            batch: which samples it holds.
+            effects: `(len(data_pass.parts), M, C, n)` fp64 on the CPU, `n` the batch's samples or,
+                with `places`, its tokens.
+        """
+        mixed = torch.tensordot(self.mixture[:, list(data_pass.parts)], effects, dims=1)
+        by_sample = self.values.shape[SAMPLE] > 1
+        if self.places is None:
+            pieces = mixed.unbind(-1)
+        else:
+            places = self.places(data_pass, batch)
+            own = Offsets.of(batch.sample_lengths)
+            pieces = tuple(_placed(mixed[..., tokens], places[tokens]) for tokens in own)
+        for row, piece in zip(batch.rows, pieces, strict=True):
+            at = row + data_pass.offset if by_sample else 0
+            piece = piece.reshape(*piece.shape[:3], -1).numpy()
+            self.values[:, :, :, at, : piece.shape[-1]] += piece
+
+    def add_whole(self, columns: Sequence[int], effects: Tensor) -> None:
+        """Add effects `(n_parts, M, P)` of whole data sets, where nothing but place is told apart.
+
+        Args:
+            columns: for each parameter the number of its label.
+            effects: by parameter, on the CPU.
+        """
+        mixed = torch.tensordot(self.mixture, effects, dims=1)
+        torch.from_numpy(self.values)[..., 0, 0].index_add_(PLACE, torch.tensor(columns), mixed)
+
+
+def by_row(values: Any) -> np.ndarray:
+    """Effects summed over all but objectives, risks and rows, `(K, M, n)`; `EffectArray.values`."""
+    if isinstance(values, np.ndarray):
+        return values.sum((PLACE, WITHIN_SAMPLE))
+    rows = range(values.shape[SAMPLE])  # one at a time is in memory
+    return np.stack([values[:, :, :, row, :].sum((PLACE, PLACE + 1)) for row in rows], axis=-1)
+
+
+def _placed(effects: Tensor, places: Tensor) -> Tensor:
+    """Effects `(..., n_tokens)` of one sample at its positions; those of padding are zero."""
+    kept = places >= 0
+    placed = effects.new_zeros(*effects.shape[:-1], int(places.numpy().max()) + 1)
+    placed[..., places[kept]] = effects[..., kept]
+    return placed
 
 
 def stored_text(text: str) -> str:

@@ -12,7 +12,7 @@ from models import build, fp64_throughout
 
 import geffect_fast as gf
 from geffect_fast.capture import Plan
-from geffect_fast.engines.forward_parts import moves_for
+from geffect_fast.engines.forward import moves_for
 from geffect_fast.measure import profiler as profiling
 from geffect_fast.storage.run_folder import open_run
 

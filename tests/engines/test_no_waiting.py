@@ -16,7 +16,7 @@ import geffect_fast as gf
 from geffect_fast.capture import Plan
 from geffect_fast.data import make_batches
 from geffect_fast.data.tokenize import tokenize_rows
-from geffect_fast.engines import forward_parts
+from geffect_fast.engines import directions, forward
 from geffect_fast.engines.batches import DataPass, passes_for
 from geffect_fast.engines.directions import accumulate_gradients
 from geffect_fast.engines.dual import modules as dual_modules
@@ -194,7 +194,7 @@ def test_a_whole_measurement_of_the_forward_engine(architecture, offset, device,
             monkeypatch.setattr(profiler, "forward_mode_problem", lambda *_: None)
             monkeypatch.setattr(dual_modules, "_offset", lambda _: offset)
             monkeypatch.setattr(dual_modules, "_is_gated", lambda _: True)
-            for module in (memory, forward_parts):
+            for module in (memory, directions, forward):
                 monkeypatch.setattr(module, "free_memory", lambda _: 2**40)
             prepared = profiler.Profiler.of(plan.model, None, **given)
         found = prepared.measure().dataset

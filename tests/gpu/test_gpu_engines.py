@@ -16,11 +16,11 @@ from geffect_fast.capture import Plan
 from geffect_fast.data import make_batches, tokenize_rows
 from geffect_fast.engines.batches import DataPass, mixture_of, passes_for
 from geffect_fast.engines.directions import accumulate_gradients
-from geffect_fast.engines.effect_array import EffectArray
 from geffect_fast.engines.layout import choose_layout
 from geffect_fast.engines.reference import Reference
 from geffect_fast.engines.reverse import Totals, reverse_effects
 from geffect_fast.objectives import GA, KL, NLL, NPO, RMU, WGA, Objective
+from geffect_fast.results.axes import EffectArray
 
 pytest.importorskip("transformers")
 

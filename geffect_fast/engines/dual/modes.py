@@ -17,8 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from geffect_fast.engines.dual import functions  # noqa: F401  its rules
 from geffect_fast.engines.dual.attention import Attention
-from geffect_fast.engines.dual.layers import Embedding, LayerNorm, Linear
-from geffect_fast.engines.dual.output import LabelNLL
+from geffect_fast.engines.dual.layers import Embedding, LabelNLL, LayerNorm, Linear
 from geffect_fast.engines.dual.rule import in_autocast
 from geffect_fast.engines.dual.tensor import Dual, NoRuleError, follow, rule
 

@@ -14,8 +14,7 @@ from geffect_fast.data import make_batches, tokenize_rows
 from geffect_fast.engines.batches import DataPass
 from geffect_fast.engines.dual.attention import SHORTEST
 from geffect_fast.engines.dual.model import DualModel
-from geffect_fast.engines.forward import forward_effects
-from geffect_fast.engines.forward_parts import moves_for
+from geffect_fast.engines.forward import forward_effects, moves_for
 from geffect_fast.engines.model_outputs import model_outputs
 from geffect_fast.engines.reference import Reference
 from geffect_fast.objectives import resolve

@@ -12,8 +12,8 @@ from torch import nn
 from geffect_fast.capture import Plan
 from geffect_fast.data import make_batches, tokenize_rows
 from geffect_fast.engines.dual import rule as dual_rule
+from geffect_fast.engines.dual.layers import LabelNLL
 from geffect_fast.engines.dual.model import DualModel
-from geffect_fast.engines.dual.output import LabelNLL
 from geffect_fast.engines.layout import choose_layout
 from geffect_fast.engines.model_outputs import model_outputs
 

@@ -11,7 +11,7 @@ from torch.autograd import gradcheck
 from torch.func import jvp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from geffect_fast.engines.dual import attention, layers, output
+from geffect_fast.engines.dual import attention, layers
 from geffect_fast.engines.dual import rule as dual_rule
 from geffect_fast.engines.dual.modes import DualFunctions
 
@@ -278,7 +278,7 @@ def same(rule, function, primals, which, seed=0):
 PRIMALS = {
     "linear": (layers.Linear(), (noise(2, 3, 4), noise(5, 4), noise(5))),
     "embedding": (layers.Embedding(-1), (torch.tensor([[1, 0, 3]]), noise(4, 2))),
-    "cross entropy": (output.LabelNLL(3), (noise(3, 4), torch.tensor([1, 0, 3]))),
+    "cross entropy": (layers.LabelNLL(3), (noise(3, 4), torch.tensor([1, 0, 3]))),
     "causal attention": (
         attention.Attention(True, None, True),
         (noise(1, 4, 3, 2), noise(1, 2, 3, 2), noise(1, 2, 3, 5), None),
@@ -313,7 +313,7 @@ def test_differences(name):
         (layers.Linear, lambda: F.linear(noise(2, 3), noise(4, 3))),
         (layers.Embedding, lambda: F.embedding(torch.tensor([1]), noise(2, 3), 0)),
         (
-            output.LabelNLL,
+            layers.LabelNLL,
             lambda: F.cross_entropy(noise(1, 3), torch.tensor([1]), reduction="none"),
         ),
         (attention.Attention, lambda: F.scaled_dot_product_attention(*[noise(1, 2, 3)] * 3)),
