@@ -104,7 +104,7 @@ class Plan:
     model: nn.Module
     parameters: Mapping[str, nn.Parameter]
     owners: dict[str, Owner]
-    learned: Learned
+    learned: Learned = field(default_factory=Learned)
     axes: dict[tuple[str, int], int] = field(default_factory=dict)
     shown: set[Hashable] = field(default_factory=set)
 
