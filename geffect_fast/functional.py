@@ -30,8 +30,8 @@ from geffect_fast.capture import (
 from geffect_fast.capture.attribution import code_of
 from geffect_fast.capture.compat import eagerly, plain_name
 from geffect_fast.capture.products import (
+    InnerProducts,
     in_working_precision,
-    inner,
     pairwise,
     squared_norms,
     squared_norms_of_one_input,
@@ -170,16 +170,12 @@ def per_sample_inner_products(
     """
     plan = Plan.of(model)
     stacked, several = _stacked(plan, direction)
+    products = InnerProducts(stacked.get)
+    losses = _run(plan, loss_fn, batch, products)
     found: dict[str, Tensor] = {}
-
-    def measure(name: str, factors: list[Factor], kept: list[Tensor | None]) -> None:
-        if name in stacked:
-            for factor, z in zip(factors, kept, strict=True):
-                score = inner(factor, stacked[name], z).double()
-                score = score if several else score[0]
-                found[name] = found[name] + score if name in found else score
-
-    losses = _run(plan, loss_fn, batch, measure)
+    for name, score in products.found:
+        score = score.double() if several else score[0].double()
+        found[name] = found[name] + score if name in found else score
     n_directions = len(next(iter(stacked.values()))) if stacked else 1
     shape = (n_directions, len(losses)) if several else (len(losses),)
     return _gathered(plan, found, losses.new_zeros(shape), None, per_parameter)

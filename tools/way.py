@@ -7,8 +7,9 @@ Three figures of each call, on a tiny model, with nothing remembered of it:
 
     stack     files of the package on the stack when the first op of `geffect_fast.ops` is called
     climbs    how often that stack goes on in a room above: a call-back
-    entered   files with a function that was given the model until then, itself or in an object
-    returns   how often the way through those came back to a file that it had left
+    entered   files with a function that was given the model until then, itself or in an object,
+              in the order in which they were entered first
+    climbs    how often that order goes on in a room above
 
 Rooms are the parts of the package in the order in which they may import each other
 (`tests/test_imports.py`): what is imported lies below.
@@ -47,21 +48,16 @@ class Way:
 
     Attributes:
         stack: files on the stack, from the public call down, neighbours once.
-        entered: files as they were entered with the model in hand, neighbours once.
+        entered: files that were entered with the model in hand, each once.
     """
 
     stack: list[str]
     entered: list[str]
 
-    @property
-    def climbs(self) -> int:
-        """How often the stack goes on in a room above."""
-        return sum(_height(b) > _height(a) for a, b in pairwise(self.stack))
 
-    @property
-    def returns(self) -> int:
-        """How often the way comes back to a file that it had left."""
-        return len(self.entered) - len(set(self.entered))
+def climbs(files: list[str]) -> int:
+    """How often files go on in a room above."""
+    return sum(_height(b) > _height(a) for a, b in pairwise(files))
 
 
 def way_of(model: nn.Module, call: Callable[[], object]) -> Way:
@@ -89,7 +85,7 @@ def way_of(model: nn.Module, call: Callable[[], object]) -> Way:
         call()
     finally:
         sys.setprofile(None)
-    return Way(stack, _neighbours_once(entered))
+    return Way(stack, list(dict.fromkeys(entered)))
 
 
 def _file(frame: FrameType) -> str | None:
@@ -173,8 +169,8 @@ def main() -> None:
             warnings.simplefilter("ignore")
             way = way_of(model, lambda: call(model))  # noqa: B023
         print(
-            f"{name}: stack {len(set(way.stack))} files, {way.climbs} climbs; "
-            f"entered {len(set(way.entered))} files, {way.returns} returns"
+            f"{name}: stack {len(set(way.stack))} files, {climbs(way.stack)} climbs; "
+            f"entered {len(way.entered)} files, {climbs(way.entered)} climbs"
         )
         if name == steps:
             print("  stack:", *way.stack, sep="\n    ")

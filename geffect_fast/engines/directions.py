@@ -9,15 +9,17 @@ from functools import wraps
 import torch
 from torch import Tensor
 
-from geffect_fast.capture import Factor, Plan, Recorder, Recording
-from geffect_fast.capture.products import in_working_precision, inner
+from geffect_fast.capture import Plan, Recorder, Recording
+from geffect_fast.capture.products import InnerProducts, in_working_precision
 from geffect_fast.capture.recorder import Sink
+from geffect_fast.data.batch import Batch
 from geffect_fast.data.memory import free_memory
 from geffect_fast.engines.batches import Attempt, DataPass, Tick, each_batch
 from geffect_fast.engines.model_outputs import model_outputs, nll_by_sample, sample_axis
 from geffect_fast.engines.packed_attention import packed_attention
 from geffect_fast.engines.reference import Reference
 from geffect_fast.errors import UnsupportedModelError
+from geffect_fast.objectives import Outputs
 from geffect_fast.ops.reference import accumulation_dtype
 from geffect_fast.transfer import OnItsWay
 
@@ -144,20 +146,20 @@ def accumulate_gradients(
     def add(data_pass: DataPass, attempt: Attempt) -> None:
         if products is None or not products.exist or data_pass is passes[0]:
             return run(data_pass, attempt)
-        scores: list[Tensor] = []
 
-        def multiply(name: str, factors: list[Factor], _kept: list[Tensor | None]) -> None:
+        def first(name: str) -> Tensor:
             p = plan.parameters[name]
-            first = in_working_precision(gradients[name][:1].to(p.device), p)
-            scores.extend(inner(factor, first)[0].double() for factor in factors)
+            return in_working_precision(gradients[name][:1].to(p.device), p)
 
+        sink = InnerProducts(first)
         try:
-            run(data_pass, attempt, multiply)
+            run(data_pass, attempt, sink)
         except UnsupportedModelError:
             products.exist = False
             return run(data_pass, attempt)
         (index,) = data_pass.parts
-        if scores:
+        if sink.found:
+            scores = [score[0].double() for _, score in sink.found]
             own = torch.stack([score.to(scores[0].device) for score in scores]).sum(0)
             products.found.append((index, list(attempt.batch.rows), own))
 
@@ -173,17 +175,8 @@ def accumulate_gradients(
             if recorder is not None and recorder.to_be_shown():
                 recorder.show_rows(nll_by_sample(outputs, moved), parameters)
             other = reference.outputs(data_pass, batch, moved, outputs)
-            wanted = [index for index in data_pass.parts if index not in attempt.done]
-            for index in wanted:
-                terms, value = data_pass.terms(index, outputs, moved, other)
-                loss = terms.sum()
-                grads: Sequence[Tensor | None] = [None] * len(parameters)
-                if loss.requires_grad:  # else it reads a layer below all that can be trained
-                    grads = torch.autograd.grad(
-                        loss, parameters, retain_graph=index != wanted[-1], allow_unused=True
-                    )
-                    if recorder is not None:
-                        recorder.finish()
+            evaluated = data_pass, attempt, outputs, moved, other
+            for index, value, grads in backwards(*evaluated, parameters, recorder):
                 with attempt.finishing(index):
                     found.append((index, value))
                     add_gradients(rows[index], grads)
@@ -193,6 +186,41 @@ def accumulate_gradients(
             with attempt:
                 add(data_pass, attempt)
     return added_up(found, n), gradients
+
+
+def backwards(
+    data_pass: DataPass,
+    attempt: Attempt,
+    outputs: Outputs,
+    moved: Batch,
+    reference: Outputs | None,
+    sources: Sequence[Tensor],
+    recorder: Recorder | None,
+) -> Iterator[tuple[int, Tensor, Sequence[Tensor | None]]]:
+    """One backward a part of objectives that is not done yet, through one graph of outputs.
+
+    Args:
+        data_pass, attempt: which parts, on which batch.
+        outputs, reference: the model's and the reference's on it.
+        moved: the batch, on the model's device.
+        sources: what is differentiated by.
+        recorder: told when a backward is over.
+
+    Yields:
+        A part's number, its value, and its gradients by the sources, None where it has none.
+    """
+    wanted = [index for index in data_pass.parts if index not in attempt.done]
+    for index in wanted:
+        terms, value = data_pass.terms(index, outputs, moved, reference)
+        loss = terms.sum()
+        grads: Sequence[Tensor | None] = [None] * len(sources)
+        if loss.requires_grad:  # else it reads a layer below all that can be trained
+            grads = torch.autograd.grad(
+                loss, sources, retain_graph=index != wanted[-1], allow_unused=True
+            )
+            if recorder is not None:
+                recorder.finish()
+        yield index, value, grads
 
 
 def added_up(found: Sequence[tuple[int, Tensor]], n: int) -> Tensor:

@@ -16,11 +16,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from geffect_fast.capture import Factor, Plan, Recorder, Recording
-from geffect_fast.capture.products import in_working_precision, inner
+from geffect_fast.capture import Plan, Recorder, Recording
+from geffect_fast.capture.products import InnerProducts, in_working_precision
 from geffect_fast.data.batch import Batch
 from geffect_fast.engines.batches import Attempt, Collect, DataPass, Tick, each_batch
-from geffect_fast.engines.directions import add_gradients, new_gradients, rows_of
+from geffect_fast.engines.directions import add_gradients, backwards, new_gradients, rows_of
 from geffect_fast.engines.model_outputs import model_outputs, nll_by_sample, sample_axis
 from geffect_fast.engines.packed_attention import packed_attention
 from geffect_fast.engines.reference import Reference
@@ -90,19 +90,14 @@ def reverse_effects(
     def run(data_pass: DataPass, attempt: Attempt, found: _Found) -> None:
         """Run the batch for the objectives that are not done yet."""
         own = list(data_pass.parts)
-        of_part: list[tuple[int, Tensor]] = []
-
-        def add(name: str, factors: list[Factor], kept: list[Tensor | None]) -> None:
-            for factor, z in zip(factors, kept, strict=True):
-                of_part.append((number[name], inner(factor, directions[name], z)))
-
+        products = InnerProducts(directions.__getitem__)
         moved = attempt.batch.to(parameters[0].device)
         shared = directions if len(own) > 1 else None
         axis = sample_axis(plan.model, moved, per_token)
         with (
             packed_attention(plan.model, moved),
             nullcontext() if norms else plan.frozen(),
-            Recorder(plan, add, axis, Recording(directions=shared)) as recorder,
+            Recorder(plan, products, axis, Recording(directions=shared)) as recorder,
         ):
             outputs = model_outputs(plan.model, moved, data_pass.needs)
             other = reference.outputs(data_pass, attempt.batch, moved, outputs)
@@ -110,22 +105,14 @@ def reverse_effects(
             sources = roots + (parameters if norms else [])
             if recorder.to_be_shown():
                 recorder.show_rows(nll_by_sample(outputs, moved), sources)
-            wanted = [k for k, index in enumerate(own) if index not in attempt.done]
-            for k in wanted:
-                index = own[k]
-                of_part.clear()
-                terms, value = data_pass.terms(index, outputs, moved, other)
-                loss = terms.sum()
-                grads: Sequence[Tensor | None] = [None] * len(sources)
-                if loss.requires_grad:  # else it reads a layer below all that can be trained
-                    grads = torch.autograd.grad(
-                        loss, sources, retain_graph=k != wanted[-1], allow_unused=True
-                    )
-                    recorder.finish()
+            evaluated = data_pass, attempt, outputs, moved, other
+            for index, value, grads in backwards(*evaluated, sources, recorder):
                 with attempt.finishing(index):
-                    found.add(k, value, of_part)
+                    scores = [(number[name], score) for name, score in products.found]
+                    found.add(own.index(index), value, scores)
                     if norms:
                         add_gradients(rows[index], grads[len(roots) :])
+                products.found.clear()
 
     for data_pass, attempt in each_batch(passes, tick):
         batch = attempt.batch

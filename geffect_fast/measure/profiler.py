@@ -32,7 +32,7 @@ from geffect_fast.measure.effects import find_effects
 from geffect_fast.measure.memory import check_memory, within_budget
 from geffect_fast.measure.models import check_finite
 from geffect_fast.measure.prepare import Prepared, Sources, needs_of, prepare, resolved_list
-from geffect_fast.measure.rounding import rounding_check
+from geffect_fast.measure.rounding import HALF, RoundingCheck
 from geffect_fast.objectives import Objective
 from geffect_fast.results.axes import Resolution, by_row
 from geffect_fast.results.dataset import (
@@ -168,9 +168,10 @@ class Profiler:
         if "sample" in axes:
             sizes = {risk: len(sets[source]) for risk, source in sources.items()}
             self._risk_rows = RiskRows(sizes, adds_up=reduction == "sum")
-        self._rounding = rounding_check(
-            plan, self._choice.engine, resolution, self._mixture, passes_on
-        )
+        self._rounding = None
+        if any(p.dtype in HALF for p in plan.model.parameters()):
+            engine = self._choice.engine
+            self._rounding = RoundingCheck.of(engine, resolution, self._mixture, passes_on)
         self._tokenizer = prepared.tokenizer
         self._attributes = {
             "engine": self._choice.engine,
@@ -261,10 +262,11 @@ class Profiler:
                 "out: goes with resolve by 'sample' and 'position' or 'token'; leave it out"
             )
         whole = self._norms or not resolution.per_sample
-        check_memory(plan, len(self._parts) if whole else 0, shape, out)
+        device = next(iter(plan.parameters.values())).device
+        n_elements = sum(p.numel() for p in plan.parameters.values())
+        check_memory(len(self._parts) if whole else 0, n_elements, device, shape, out)
         watched = None if self._risk_rows is None else self._risk_rows.watch()
         risk_values, directions = self.risk_gradients(progress=progress, watched=watched)
-        device = next(iter(plan.parameters.values())).device
         moves = moves_for(plan, resolution.columns()[1], m) if engine == "forward" else []
         weights = weights and resolution.within != "position"
         by_token = ObjectiveWeights(resolution, mixture) if weights else None

@@ -49,6 +49,42 @@ class RoundingCheck:
     resolution: Resolution
     rows: tuple[int, ...]
 
+    @classmethod
+    def of(
+        cls,
+        engine: Engine,
+        resolution: Resolution,
+        mixture: Tensor,
+        passes_of: Callable[[Mapping[str, SampleSet]], Sequence[DataPass]],
+    ) -> RoundingCheck:
+        """The check of a profile of a 16-bit model.
+
+        Args:
+            engine, resolution, mixture: the profile's.
+            passes_of: the passes over data sets by name.
+        """
+        few = {name: each.part(two_rows(len(each))) for name, each in resolution.sets.items()}
+        # An engine that forms whole gradients alone may have no rule for samples.
+        apart = engine == "forward" or resolution.per_sample
+        axes = ("sample",) if apart else ("group",)
+        passes = [
+            replace(
+                one,
+                batches=[replace(b, totals=resolution.sets[one.on].totals()) for b in one.batches],
+                # Their numbers among these rows are others' in the whole data.
+                on=f"{one.on}, two rows",
+            )
+            for one in passes_of(few)
+        ]
+        return cls(
+            engine,
+            passes,
+            mixture,
+            resolution,
+            Resolution(axes, resolution.parameters, few, resolution.alternatives),
+            tuple(sample.data_row for sample in few["forget"].samples),
+        )
+
     def attributes(
         self,
         plan: Plan,
@@ -135,49 +171,6 @@ class RoundingCheck:
             return squares.sum(2)
         ends = np.cumsum([len(each) for each in resolution.sets.values()])
         return sum(part.mean(2) for part in np.split(squares, ends[:-1], axis=2))
-
-
-def rounding_check(
-    plan: Plan,
-    engine: Engine,
-    resolution: Resolution,
-    mixture: Tensor,
-    passes_of: Callable[[Mapping[str, SampleSet]], Sequence[DataPass]],
-) -> RoundingCheck | None:
-    """The check of a profile; None where no parameter of the model is of 16 bits.
-
-    Args:
-        plan: of the model.
-        engine: the profile's.
-        resolution: the profile's.
-        mixture: `(K, n_parts)`.
-        passes_of: the passes on data sets by name.
-    """
-    if not any(p.dtype in HALF for p in plan.model.parameters()):
-        return None
-    few = {name: each.part(two_rows(len(each))) for name, each in resolution.sets.items()}
-    # An engine that forms whole gradients alone may have no rule for samples.
-    apart = engine == "forward" or resolution.per_sample
-    axes = ("sample",) if apart else ("group",)
-    passes = [
-        replace(
-            data_pass,
-            batches=[
-                replace(b, totals=resolution.sets[data_pass.on].totals()) for b in data_pass.batches
-            ],
-            # Their numbers among these rows are others' in the whole data.
-            on=f"{data_pass.on}, two rows",
-        )
-        for data_pass in passes_of(few)
-    ]
-    return RoundingCheck(
-        engine,
-        passes,
-        mixture,
-        resolution,
-        Resolution(axes, resolution.parameters, few, resolution.alternatives),
-        tuple(sample.data_row for sample in few["forget"].samples),
-    )
 
 
 def two_rows(n: int) -> list[int]:
