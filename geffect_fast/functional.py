@@ -25,7 +25,6 @@ from geffect_fast.capture import (
     Recorder,
     Recording,
     Segments,
-    leaves_of,
 )
 from geffect_fast.capture.attribution import code_of
 from geffect_fast.capture.compat import eagerly, plain_name
@@ -279,28 +278,26 @@ def _run(
         with plan.frozen(), torch.enable_grad(), recorder:
             with recorder.showing_parameters(), eagerly(plan.model):
                 losses = _checked_losses(loss_fn(plan.model, batch), axis)
-            leaves = leaves_of(losses)
-            outside = plan.names_of(leaves)
-            if not outside and not recorder.called_again:
-                key = code_of(loss_fn), tuple(recorder.structure)
-                if not recorder.calls or not losses.requires_grad:
-                    raise UnsupportedModelError(
-                        "loss_fn: the losses depend on no module with trainable parameters; call "
-                        "the model that was given"
-                    )
-                if axis.n_samples > 1 and key not in plan.learned.shown:
-                    trial = recorder.weigh(losses, leaves)
-                    if recorder.gave_positions:
-                        with torch.no_grad():  # where no hook changes anything
-                            trial.compare_losses(losses, loss_fn(plan.model, batch))
-                torch.autograd.grad(losses.sum(), leaves, allow_unused=True)
-                recorder.finish()
-                if recorder.attribution is not None:
-                    recorder.attribution.conclude()
-                    plan.learned.shown.add(key)
-                return losses.detach()
-        plan.widen(outside)
-        plan.learned.called_again |= recorder.called_again
+            leaves = recorder.leaves_of(losses)
+            if leaves is None:
+                continue
+            if not recorder.calls or not losses.requires_grad:
+                raise UnsupportedModelError(
+                    "loss_fn: the losses depend on no module with trainable parameters; call the "
+                    "model that was given"
+                )
+            key = code_of(loss_fn), tuple(recorder.structure)
+            if axis.n_samples > 1 and key not in plan.learned.shown:
+                trial = recorder.weigh(losses, leaves)
+                if recorder.gave_positions:
+                    with torch.no_grad():  # where no hook changes anything
+                        trial.compare_losses(losses, loss_fn(plan.model, batch))
+            torch.autograd.grad(losses.sum(), leaves, allow_unused=True)
+            recorder.finish()
+            if recorder.attribution is not None:
+                recorder.attribution.conclude()
+                plan.learned.shown.add(key)
+            return losses.detach()
 
 
 def _checked_losses(losses: Any, axis: Segments) -> Tensor:

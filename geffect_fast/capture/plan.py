@@ -97,6 +97,7 @@ class Plan:
             the module around them, whose local name for it has dots.
         learned: what recordings of the model have taught, from any plan of it.
         axes: what batches have taught about the axes of modules' outputs, see `Segments.rows`.
+        widened: names that `widen` was told of, in turn.
         shown: structures of calls whose rows were shown to belong to their samples, or `ANY`, see
             `Recorder.show_rows`.
     """
@@ -107,6 +108,7 @@ class Plan:
     learned: Learned = field(default_factory=Learned)
     axes: dict[tuple[str, int], int] = field(default_factory=dict)
     shown: set[Hashable] = field(default_factory=set)
+    widened: list[tuple[str, ...]] = field(default_factory=list)
 
     @classmethod
     def of(cls, model: nn.Module) -> Plan:
@@ -212,7 +214,8 @@ class Plan:
         Raises:
             UnsupportedModelError: the owner is the model itself already.
         """
-        modules = dict(self.model.named_modules(remove_duplicate=False))
+        modules, names = dict(self.model.named_modules(remove_duplicate=False)), tuple(names)
+        self.widened.extend([names] if names else [])
         for name in names:
             held = [
                 (where, local)

@@ -134,6 +134,20 @@ class Recorder:
         for waiting in (self._entered, self._waiting, self._joined, self._uses):
             waiting.clear()
 
+    def leaves_of(self, losses: Tensor) -> list[Tensor] | None:
+        """All leaves that losses depend on, of a forward inside `showing_parameters`.
+
+        None where the forward taught the plan something: it is to run again, by another recorder.
+
+        Raises:
+            UnsupportedModelError: a parameter is used outside the model.
+        """
+        leaves = leaves_of(losses)
+        outside = self.plan.names_of(leaves)
+        self.plan.widen(outside)
+        self.plan.learned.called_again |= self.called_again
+        return None if outside or self.called_again else leaves
+
     def roots_of(self, y: Tensor) -> list[Tensor]:
         """The leaves that a backward from `y` must reach to pass by every recorded call.
 
