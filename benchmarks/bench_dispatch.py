@@ -31,13 +31,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import geffect_fast as gf
 from geffect_fast.capture import Plan
 from geffect_fast.data import make_batches, tokenize_rows
-from geffect_fast.engines.direction import accumulate_gradients
-from geffect_fast.engines.effect_array import Collect
-from geffect_fast.engines.forward import forward_effects
-from geffect_fast.engines.forward_parts import parts_for
+from geffect_fast.engines.batches import Collect, DataPass, passes_for
+from geffect_fast.engines.directions import accumulate_gradients
+from geffect_fast.engines.forward import forward_effects, moves_for
 from geffect_fast.engines.packed_attention import packed_attention
+from geffect_fast.engines.reference import Reference
 from geffect_fast.engines.reverse import reverse_effects
-from geffect_fast.engines.tasks import Reference, Task, tasks_for
 from geffect_fast.measure.profiler import Profiler
 from geffect_fast.objectives import NLL, parse
 
@@ -104,9 +103,9 @@ def measure(attention: str) -> list[dict[str, Any]]:
     def batches_of(name: str, roles: Any) -> Any:
         return make_batches(sets[name], roles, token_budget=BUDGET)
 
-    risks = [Task(batches_of(name, ("answer",)), {m: NLL()}) for m, name in enumerate(sets)]
-    tasks = tasks_for([parse("ga")], batches_of, {"forget": 0, "retain": 16})
-    (batch,) = tasks[0].batches
+    risks = [DataPass(batches_of(name, ("answer",)), {m: NLL()}) for m, name in enumerate(sets)]
+    passes = passes_for([parse("ga")], batches_of, {"forget": 0, "retain": 16})
+    (batch,) = passes[0].batches
 
     def ignore(*_: Any) -> None:
         pass
@@ -126,12 +125,12 @@ def measure(attention: str) -> list[dict[str, Any]]:
     directions = risk_gradients()
 
     def objective_pass(engine: str) -> None:
-        given = (plan, tasks, directions, 1, Reference(), collect)
+        given = (plan, passes, directions, 1, Reference(), collect)
         if engine == "reverse":
             reverse_effects(*given, norms=False, tick=ignore)
         else:
-            moved = parts_for(plan, [0] * len(plan.parameters), len(risks))
-            forward_effects(*given, parts=moved, per_token=True, tick=ignore)
+            moved = moves_for(plan, [0] * len(plan.parameters), len(risks))
+            forward_effects(*given, moves=moved, per_token=True, tick=ignore)
 
     table = [("", "training step", *counted(step))]
     for engine, resolve in RESOLVE.items():

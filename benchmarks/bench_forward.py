@@ -22,13 +22,13 @@ from torch import Tensor, nn
 
 from geffect_fast.capture import Plan
 from geffect_fast.data import SampleSet, make_batches, tokenize_rows
-from geffect_fast.engines.effect_array import EffectArray
-from geffect_fast.engines.forward import forward_effects
-from geffect_fast.engines.forward_parts import parts_for
+from geffect_fast.engines.batches import DataPass, passes_for
+from geffect_fast.engines.forward import forward_effects, moves_for
+from geffect_fast.engines.reference import Reference
 from geffect_fast.engines.reverse import reverse_effects
-from geffect_fast.engines.tasks import Reference, Task, tasks_for
 from geffect_fast.objectives import parse_list
 from geffect_fast.objectives.ranges import expand
+from geffect_fast.results.axes import EffectArray
 
 SHAPES = ((32, 32), (8, 128), (4, 512))
 RANGES = (
@@ -67,14 +67,19 @@ def objectives_of(n: int) -> list[Any]:
 
 
 def effects(
-    engine: str, plan: Plan, tasks: list[Task], directions: dict[str, Tensor], n: int, samples: int
+    engine: str,
+    plan: Plan,
+    passes: list[DataPass],
+    directions: dict[str, Tensor],
+    n: int,
+    samples: int,
 ) -> None:
-    """One engine over the tasks of `n` objectives."""
+    """One engine over the passes of `n` objectives."""
     array = EffectArray(torch.eye(n, dtype=torch.float64), np.zeros((n, 2, 1, samples, 1)))
     columns = [0] * len(plan.parameters)
-    shared = (plan, tasks, directions, n, Reference(), array.add)
+    shared = (plan, passes, directions, n, Reference(), array.add)
     if engine == "forward":
-        forward_effects(*shared, parts=parts_for(plan, columns, 2), tick=lambda n: None)
+        forward_effects(*shared, moves=moves_for(plan, columns, 2), tick=lambda n: None)
     else:
         reverse_effects(*shared, columns=columns, norms=False, tick=lambda n: None)
 
@@ -100,9 +105,9 @@ def contestants(model: nn.Module, n: int, length: int) -> dict[tuple[str, int], 
     }
     for engine, count in (("forward", 5), ("forward", 200), ("reverse", 5)):
         parts = objectives_of(count)
-        tasks = tasks_for(parts, batches_of, {"forget": 0})
+        passes = passes_for(parts, batches_of, {"forget": 0})
         found[f"{engine} engine", count] = partial(
-            effects, engine, plan, tasks, directions, count, n
+            effects, engine, plan, passes, directions, count, n
         )
     return found
 

@@ -34,9 +34,10 @@ from torch import Tensor, nn
 import geffect_fast as gf
 from geffect_fast.capture import Plan
 from geffect_fast.data import estimate_token_budget, make_batches, tokenize_rows
-from geffect_fast.engines.direction import accumulate_gradients
+from geffect_fast.engines.batches import DataPass, passes_for
+from geffect_fast.engines.directions import accumulate_gradients
+from geffect_fast.engines.reference import Reference
 from geffect_fast.engines.reverse import reverse_effects
-from geffect_fast.engines.tasks import Reference, Task, tasks_for
 from geffect_fast.objectives import NLL, parse
 
 SHAPES = [(32, 32), (8, 128), (4, 512)]
@@ -112,18 +113,18 @@ def profile_parts(model: nn.Module, ids: Tensor, directions: list[Direction]) ->
     data = tokenize_rows(samples, None, name="forget")
     budget = estimate_token_budget(model, n_directions=2)
     batches = make_batches(data, ("answer",), token_budget=budget)
-    tasks = tasks_for([parse("ga")], lambda *_: batches, {"forget": 0})
-    risk = [Task(batches, {0: NLL()})]
+    passes = passes_for([parse("ga")], lambda *_: batches, {"forget": 0})
+    risk = [DataPass(batches, {0: NLL()})]
     stacked = {name: torch.stack([v[name] for v in directions]) for name in plan.parameters}
 
     def effects() -> Tensor:
         found = torch.zeros(len(directions), n, dtype=torch.float64)
 
-        def collect(_task: Task, batch: Any, values: Tensor) -> None:
+        def collect(_task: DataPass, batch: Any, values: Tensor) -> None:
             found[:, batch.rows] += values[0].sum(1)
 
         reverse_effects(
-            plan, tasks, stacked, 1, Reference(), collect, norms=False, tick=lambda _: None
+            plan, passes, stacked, 1, Reference(), collect, norms=False, tick=lambda _: None
         )
         return -n * found  # `ga` is minus the mean over samples, all of one length
 

@@ -21,10 +21,10 @@ from machine import interleaved_minima, run_shapes
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from geffect_fast.engines import dual_model
-from geffect_fast.engines.dual_layers import Gated, RMSNorm
-from geffect_fast.engines.dual_modules import fast_forwards
-from geffect_fast.engines.dual_tensor import RULES
+from geffect_fast.engines.dual import model as dual_model
+from geffect_fast.engines.dual.layers import Gated, RMSNorm
+from geffect_fast.engines.dual.modules import fast_forwards
+from geffect_fast.engines.dual.tensor import RULES
 
 ALL = "all rules"
 

@@ -27,7 +27,7 @@ from torch import nn
 import geffect_fast as gf
 from geffect_fast.data import SampleSet, make_batches, read_rows, tokenize_rows
 from geffect_fast.demo import Size, make_model, recall, save, train_tokenizer
-from geffect_fast.engines.forward_pass import model_outputs
+from geffect_fast.engines.model_outputs import model_outputs
 from geffect_fast.measure.models import load_model, load_tokenizer
 from geffect_fast.report import write_report
 from geffect_fast.report.compare_table import write_comparison

@@ -17,22 +17,32 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from geffect_fast import ops
-from geffect_fast.capture import Factor, GramOuter, Outer, Plan, Recorder, Segments, leaves_of
-from geffect_fast.capture.attribution import is_shown, keep_shown
+from geffect_fast.capture import (
+    Factor,
+    GramOuter,
+    Outer,
+    Plan,
+    Recorder,
+    Recording,
+    Segments,
+)
+from geffect_fast.capture.attribution import code_of
+from geffect_fast.capture.compat import eagerly, plain_name
 from geffect_fast.capture.products import (
+    InnerProducts,
     in_working_precision,
-    inner,
     pairwise,
     squared_norms,
     squared_norms_of_one_input,
 )
 from geffect_fast.capture.recorder import Sink
-from geffect_fast.capture.segments import checked_offsets
-from geffect_fast.capture.wrappers import eagerly, plain_name
+from geffect_fast.capture.samples import checked_offsets
 from geffect_fast.errors import InputError, UnsupportedModelError
 from geffect_fast.ops.reference import accumulation_dtype
 
 LossFn = Callable[[nn.Module, Any], Tensor]
+JOINED = Recording(joined=True, one_backward=True)
+NORMS = Recording(joined=True, one_backward=True, norms_alone=True)
 OfLinear = Outer | GramOuter
 
 
@@ -124,7 +134,7 @@ def per_sample_grad_norms(
         found[name] = squared_norms_of_one_input(outers)
 
     with nullcontext(measure) if per_parameter else _by_input(measure, together) as sink:
-        losses = _run(plan, loss_fn, batch, sink, join=True, norms_alone=True)
+        losses = _run(plan, loss_fn, batch, sink, NORMS)
     return _gathered(plan, found, losses.new_zeros(len(losses)), torch.sqrt, per_parameter)
 
 
@@ -159,16 +169,12 @@ def per_sample_inner_products(
     """
     plan = Plan.of(model)
     stacked, several = _stacked(plan, direction)
+    products = InnerProducts(stacked.get)
+    losses = _run(plan, loss_fn, batch, products)
     found: dict[str, Tensor] = {}
-
-    def measure(name: str, factors: list[Factor], kept: list[Tensor | None]) -> None:
-        if name in stacked:
-            for factor, z in zip(factors, kept, strict=True):
-                score = inner(factor, stacked[name], z).double()
-                score = score if several else score[0]
-                found[name] = found[name] + score if name in found else score
-
-    losses = _run(plan, loss_fn, batch, measure)
+    for name, score in products.found:
+        score = score.double() if several else score[0].double()
+        found[name] = found[name] + score if name in found else score
     n_directions = len(next(iter(stacked.values()))) if stacked else 1
     shape = (n_directions, len(losses)) if several else (len(losses),)
     return _gathered(plan, found, losses.new_zeros(shape), None, per_parameter)
@@ -209,8 +215,8 @@ def pairwise_inner_products(
             found[name] = pairwise(other, factors, plan.parameters[name].shape)
 
     # What the first batch leaves is kept; the second batch's is used as it arrives.
-    n_a = None if batch_a is batch_b else len(_run(plan, loss_fn, batch_a, keep, join=True))
-    losses = _run(plan, loss_fn, batch_b, multiply, join=True)
+    n_a = None if batch_a is batch_b else len(_run(plan, loss_fn, batch_a, keep, JOINED))
+    losses = _run(plan, loss_fn, batch_b, multiply, JOINED)
     zeros = losses.new_zeros(len(losses) if n_a is None else n_a, len(losses))
     return _gathered(plan, found, zeros, None, per_parameter)
 
@@ -263,38 +269,35 @@ def _run(
     loss_fn: LossFn,
     batch: Any,
     sink: Any,
-    join: bool = False,
-    norms_alone: bool = False,
+    recording: Recording = Recording(one_backward=True),  # noqa: B008  frozen
 ) -> Tensor:
     """Record one forward and backward; the losses `(n_samples,)`, detached."""
     axis = _sample_axis(batch)
     while True:
-        recorder = Recorder(plan, sink, axis, join=join, once=True, norms_alone=norms_alone)
+        recorder = Recorder(plan, sink, axis, recording)
         with plan.frozen(), torch.enable_grad(), recorder:
             with recorder.showing_parameters(), eagerly(plan.model):
                 losses = _checked_losses(loss_fn(plan.model, batch), axis)
-            leaves = leaves_of(losses)
-            outside = plan.names_of(leaves)
-            if not outside and not recorder.lost:
-                if not recorder.calls or not losses.requires_grad:
-                    raise UnsupportedModelError(
-                        "loss_fn: the losses depend on no module with trainable parameters; call "
-                        "the model that was given"
-                    )
-                if axis.n_samples > 1 and not is_shown(
-                    plan.model, loss_fn, tuple(recorder.structure)
-                ):
-                    trial = recorder.weigh(losses, leaves)
-                    if recorder.gave_positions:
-                        with torch.no_grad():  # where no hook changes anything
-                            trial.compare_losses(losses, loss_fn(plan.model, batch))
-                torch.autograd.grad(losses.sum(), leaves, allow_unused=True)
-                recorder.finish()
-                if recorder.attribution is not None:
-                    recorder.attribution.conclude()
-                    keep_shown(plan.model, loss_fn, tuple(recorder.structure))
-                return losses.detach()
-        plan.widen(outside)
+            leaves = recorder.leaves_of(losses)
+            if leaves is None:
+                continue
+            if not recorder.calls or not losses.requires_grad:
+                raise UnsupportedModelError(
+                    "loss_fn: the losses depend on no module with trainable parameters; call the "
+                    "model that was given"
+                )
+            key = code_of(loss_fn), tuple(recorder.structure)
+            if axis.n_samples > 1 and key not in plan.learned.shown:
+                trial = recorder.weigh(losses, leaves)
+                if recorder.gave_positions:
+                    with torch.no_grad():  # where no hook changes anything
+                        trial.compare_losses(losses, loss_fn(plan.model, batch))
+            torch.autograd.grad(losses.sum(), leaves, allow_unused=True)
+            recorder.finish()
+            if recorder.attribution is not None:
+                recorder.attribution.conclude()
+                plan.learned.shown.add(key)
+            return losses.detach()
 
 
 def _checked_losses(losses: Any, axis: Segments) -> Tensor:

@@ -26,7 +26,7 @@ from geffect_fast.objectives import Objective, parse, parse_list
 from geffect_fast.objectives import resolve as resolve_objective
 from geffect_fast.objectives.ranges import expand_list
 from geffect_fast.paths import find_checkpoints
-from geffect_fast.results.resolution import checked_axes
+from geffect_fast.results.axes import checked_axes
 from geffect_fast.setting_types import (
     Name,
     Option,

@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from geffect_fast.capture import Plan
 from geffect_fast.capture.attribution import ANY
-from geffect_fast.capture.wrappers import plain_name
+from geffect_fast.capture.compat import plain_name
 from geffect_fast.ops import backend
 
 DEVICE = torch.device("cuda", 0)

@@ -185,7 +185,7 @@ def test_a_check_prints_a_table_and_a_verdict(here, capsys, dtype):
 
 
 def test_a_deviation_exits_with_3(here, capsys, monkeypatch):
-    from geffect_fast.capture.calls import NormCall
+    from geffect_fast.capture.layer_rules import NormCall
 
     sums = NormCall.sums
     monkeypatch.setattr(NormCall, "sums", lambda *given: 1.01 * sums(*given))

@@ -14,7 +14,7 @@ from torch import nn
 
 from geffect_fast import functional
 from geffect_fast.capture import GramOuter, Outer, Plan, Recorder, Segments, products
-from geffect_fast.capture.grams import InputGrams
+from geffect_fast.capture.layer_rules import InputGrams
 from geffect_fast.errors import InputError, UnsupportedModelError
 from geffect_fast.functional import (
     grad_inner_products,
@@ -418,6 +418,6 @@ def test_norms_alone_keep_inner_products_of_inputs():
         plan = Plan.of(model)
         x = torch.randn(2, length, 16)
         axis = Segments.rectangular((2, length))
-        with plan.frozen(), Recorder(plan, sink, axis, once=True, norms_alone=True) as recorder:
+        with plan.frozen(), Recorder(plan, sink, axis, functional.NORMS) as recorder:
             torch.autograd.grad(model(x).sum(), recorder.roots)
         assert forms.count(kept) == 2 and len(forms) == 4

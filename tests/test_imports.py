@@ -107,8 +107,6 @@ SMALL = {
     "cli/sweep.py": "a command",
     "cli/signals.py": "of the process, before a command is known",
     "data/fewest_tokens.py": "a bound of its own",
-    "engines/dual_output.py": "one rule, as the other dual_ files are of several",
-    "engines/token_weights.py": "of objectives, for results",
     "report/any_backend.py": "imported before matplotlib",
     "training/adapters.py": "needs peft",
 }

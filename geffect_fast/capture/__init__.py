@@ -10,11 +10,12 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from geffect_fast.capture.compat import eagerly
 from geffect_fast.capture.factors import Explicit, Factor, GramOuter, Lookup, Outer, RowSum
+from geffect_fast.capture.outside_use import OutsideUse, leaves_of
 from geffect_fast.capture.plan import Plan
-from geffect_fast.capture.recorder import OutsideUse, Recorder, leaves_of
-from geffect_fast.capture.segments import Segments, checked_offsets
-from geffect_fast.capture.wrappers import eagerly
+from geffect_fast.capture.recorder import Recorder, Recording
+from geffect_fast.capture.samples import Segments, checked_offsets
 from geffect_fast.errors import UnsupportedModelError
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "OutsideUse",
     "Plan",
     "Recorder",
+    "Recording",
     "RowSum",
     "Segments",
     "leaves_of",
@@ -85,7 +87,7 @@ def capture(
 
     handle = plan.model.register_forward_pre_hook(see_input, with_kwargs=True, prepend=True)
     try:
-        with recorder, eagerly(model), OutsideUse(recorder) as outside:
+        with recorder, eagerly(model), OutsideUse(plan, recorder.running) as outside:
             yield records
             recorder.finish()
         for name in outside.found:

@@ -15,13 +15,13 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable
 from functools import partial
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
+from geffect_fast.capture.layer_rules import Call
 from geffect_fast.capture.precision import COARSEST_FIRST, precisions
-from geffect_fast.capture.segments import Rows, segment_sum
+from geffect_fast.capture.samples import Rows, segment_sum
 from geffect_fast.errors import UnsupportedModelError
 from geffect_fast.transfer import OnItsWay, on_device
 
@@ -45,9 +45,6 @@ and lets 2 to the power of -43 through."""
 
 ANY = "any"
 """Stands among structures found right where a model's own code shows that all are."""
-
-_SHOWN: WeakKeyDictionary[nn.Module, set[Hashable]] = WeakKeyDictionary()
-"""What was found right, by model."""
 
 
 class Attribution:
@@ -91,19 +88,24 @@ class Attribution:
         allowed = OF_ROW[self.precision] * own.abs().amax()
         self._losses = ((recorded - own).abs() > allowed).any()
 
-    def note(self, key: tuple[int, int], g: Tensor) -> None:
-        """Take note of a gradient `(..., d)` of the first backward: of every row one number."""
-        self._noted[key] = self._along_noise(g)
+    def take(self, key: tuple[int, int], call: Call, g: Tensor) -> bool:
+        """Take a gradient that has arrived at a module's output; whether it was for this alone.
 
-    def compare(self, key: tuple[int, int], where: str, g: Tensor, rows: Rows) -> None:
-        """Compare what was noted with the gradient of the second backward.
+        Of the first backward one number a row is noted, with which the second is compared.
 
         Args:
             key: of the call and output.
-            where: the module's name.
+            call: the module's.
             g: `(..., d)`.
-            rows: how its rows lie.
         """
+        segments = call.checked_segments()
+        if self.noting:
+            self._noted[key] = self._along_noise(g)
+        else:
+            self._compare(key, call.where, g, call.rows(segments, g))
+        return self.noting or self.alone
+
+    def _compare(self, key: tuple[int, int], where: str, g: Tensor, rows: Rows) -> None:
         plain = self._along_noise(g)
         noted = self._noted.pop(key, None)
         if noted is None:  # no gradient arrived in the first
@@ -165,23 +167,13 @@ class Attribution:
         return (g @ self._directions[place].to(g.dtype)).double()
 
 
-def is_shown(model: nn.Module, loss_fn: Any, structure: Hashable) -> bool:
-    """Whether rows were found right for a model, a loss function and a structure of calls."""
-    return (_code(loss_fn), structure) in _SHOWN.get(model, ())
-
-
-def keep_shown(model: nn.Module, loss_fn: Any, structure: Hashable) -> None:
-    """Keep that they were."""
-    _SHOWN.setdefault(model, set()).add((_code(loss_fn), structure))
-
-
-def _code(function: Callable[..., Any]) -> Hashable:
+def code_of(function: Callable[..., Any]) -> Hashable:
     """What a function runs, and the plain values it is bound to: one that is made anew is the same.
 
     Of other callables the type's own.
     """
     if isinstance(function, partial):
-        return _code(function.func)
+        return code_of(function.func)
     inner: Any = getattr(function, "__func__", function)
     if not hasattr(inner, "__code__"):
         return id(type(function))

@@ -20,7 +20,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from geffect_fast.capture.offsets import Offsets
+from geffect_fast.capture.precision import widened
+from geffect_fast.capture.samples import Offsets
 
 
 @dataclass(frozen=True)
@@ -134,11 +135,6 @@ class Explicit:
 
 
 Factor = Outer | GramOuter | Lookup | RowSum | Explicit
-
-
-def widened(x: Tensor) -> Tensor:
-    """`x` in fp32 where it is of lower precision: sums are never taken in bf16 or fp16."""
-    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
 def n_samples(factor: Factor) -> int:

@@ -2,19 +2,85 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import takewhile
+from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor, nn
 
-from geffect_fast.capture.calls import Call, NormCall, Owner, qualified
-from geffect_fast.capture.generic_call import GenericCall
-from geffect_fast.capture.given import check_is_model, mixing_module
-from geffect_fast.capture.trials import likeness
-from geffect_fast.capture.wrappers import check_adapters, plain_name, unwrapped
+from geffect_fast.capture.compat import (
+    check_adapters,
+    check_is_model,
+    mixing_module,
+    plain_name,
+    unwrapped,
+)
+from geffect_fast.capture.generic_rule import GenericCall
+from geffect_fast.capture.layer_rules import Call, NormCall, qualified
+from geffect_fast.capture.probing import likeness
 from geffect_fast.errors import InputError, UnsupportedModelError
+
+
+@dataclass(frozen=True)
+class Owner:
+    """A module that owns trainable parameters, and how their shares are found.
+
+    Attributes:
+        module: it.
+        names: of its parameters in the model, by the module's own name for each.
+        rule: what one call of it is to them.
+        factor: of the rule, such as the `1` in `1 + w` of a norm.
+    """
+
+    module: nn.Module
+    names: dict[str, str]
+    rule: type[Call]
+    factor: float
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """How many parameters a model has, each counted once however often it is used.
+
+    Attributes:
+        covered_parameters, covered_elements: trainable ones that a result speaks of.
+        trainable_parameters, trainable_elements: all that ask for a gradient.
+        frozen_parameters, frozen_elements: those that do not, and are left out.
+        tied: all names of every parameter that has several, its first name first.
+    """
+
+    covered_parameters: int
+    covered_elements: int
+    trainable_parameters: int
+    trainable_elements: int
+    frozen_parameters: int
+    frozen_elements: int
+    tied: tuple[tuple[str, ...], ...]
+
+    def attributes(self) -> dict[str, int | str]:
+        """As attributes of a result."""
+        return vars(self) | {"tied": json.dumps(self.tied)}
+
+
+@dataclass
+class Learned:
+    """What recordings have found out about a model, kept for as long as the model is there.
+
+    Attributes:
+        called_again: names of modules that a forward calls more than once.
+        shown: loss functions with structures of calls whose rows were shown to belong to their
+            samples, see `attribution.code_of` and `Recorder.structure`.
+    """
+
+    called_again: set[str] = field(default_factory=set)
+    shown: set[Hashable] = field(default_factory=set)
+
+
+_LEARNED: WeakKeyDictionary[nn.Module, Learned] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -29,7 +95,9 @@ class Plan:
         owners: by the module's name.
             What modules without a forward hold (a `ParameterDict`, a parametrisation) belongs to
             the module around them, whose local name for it has dots.
+        learned: what recordings of the model have taught, from any plan of it.
         axes: what batches have taught about the axes of modules' outputs, see `Segments.rows`.
+        widened: names that `widen` was told of, in turn.
         shown: structures of calls whose rows were shown to belong to their samples, or `ANY`, see
             `Recorder.show_rows`.
     """
@@ -37,8 +105,10 @@ class Plan:
     model: nn.Module
     parameters: Mapping[str, nn.Parameter]
     owners: dict[str, Owner]
+    learned: Learned = field(default_factory=Learned)
     axes: dict[tuple[str, int], int] = field(default_factory=dict)
     shown: set[Hashable] = field(default_factory=set)
+    widened: list[tuple[str, ...]] = field(default_factory=list)
 
     @classmethod
     def of(cls, model: nn.Module) -> Plan:
@@ -78,7 +148,45 @@ class Plan:
             nested = any("." in k for k in of)
             rule, factor = (GenericCall, 1.0) if nested else rule_for(module, tried)
             owners[where] = Owner(module, of, rule, factor)
-        return cls(model, parameters, owners)
+        return cls(model, parameters, owners, _LEARNED.setdefault(model, Learned()))
+
+    def coverage(self, uncovered: Collection[str] = ()) -> Coverage:
+        """Count the model's parameters; `uncovered` are trainable ones that were missed."""
+        covered = [p.numel() for name, p in self.parameters.items() if name not in uncovered]
+        trainable = {id(p): p.numel() for p in self.parameters.values()}
+        frozen = [p.numel() for p in self.model.parameters() if id(p) not in trainable]
+        names: dict[int, list[str]] = {}
+        for name, p in self.model.named_parameters(remove_duplicate=False):
+            names.setdefault(id(p), []).append(name)
+        return Coverage(
+            covered_parameters=len(covered),
+            covered_elements=sum(covered),
+            trainable_parameters=len(trainable),
+            trainable_elements=sum(trainable.values()),
+            frozen_parameters=len(frozen),
+            frozen_elements=sum(frozen),
+            tied=tuple(tuple(several) for several in names.values() if len(several) > 1),
+        )
+
+    def norms(self) -> dict[str, tuple[Tensor, float]]:
+        """Weight and offset of every norm on a CPU, by the module's name."""
+        rules = {where: own for where, own in self.owners.items() if issubclass(own.rule, NormCall)}
+        weights = {where: own.module.get_parameter("weight") for where, own in rules.items()}
+        return {w: (p.detach(), rules[w].factor) for w, p in weights.items() if p.is_cpu}
+
+    def product_shares(self, columns: Sequence[int]) -> list[float]:
+        """Each column's share of a forward pass's products: of elements that multiply a token."""
+        multiplied = {
+            name
+            for own in self.owners.values()
+            if not isinstance(own.module, nn.Embedding)
+            for name in own.names.values()
+        }
+        shares = torch.zeros(max(columns) + 1, dtype=torch.float64)
+        for (name, p), column in zip(self.parameters.items(), columns, strict=True):
+            if p.dim() > 1 and name in multiplied:
+                shares[column] += p.numel()
+        return (shares / shares.sum().clamp(min=1)).tolist()
 
     @contextmanager
     def frozen(self) -> Iterator[None]:
@@ -106,7 +214,8 @@ class Plan:
         Raises:
             UnsupportedModelError: the owner is the model itself already.
         """
-        modules = dict(self.model.named_modules(remove_duplicate=False))
+        modules, names = dict(self.model.named_modules(remove_duplicate=False)), tuple(names)
+        self.widened.extend([names] if names else [])
         for name in names:
             held = [
                 (where, local)

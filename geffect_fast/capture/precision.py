@@ -1,9 +1,9 @@
-"""Which precisions a model computes in."""
+"""Which precisions a model computes in, and the one that sums are taken in."""
 
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 COARSEST_FIRST = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 """By what a precision holds: fp16 rounds less than bf16, and has the shorter range."""
@@ -17,3 +17,8 @@ def precisions(model: nn.Module) -> set[torch.dtype]:
         if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
             dtypes.add(torch.get_autocast_dtype(kind))
     return dtypes
+
+
+def widened(x: Tensor) -> Tensor:
+    """`x` in fp32 where it is of lower precision: sums are never taken in bf16 or fp16."""
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x

@@ -28,8 +28,7 @@ from geffect_fast.capture.factors import (
     summed_gradient,
     widened,
 )
-from geffect_fast.capture.offsets import Offsets
-from geffect_fast.capture.segments import segment_sum, sum_between
+from geffect_fast.capture.samples import Offsets, segment_sum, sum_between
 from geffect_fast.ops import backend
 from geffect_fast.transfer import on_device
 
@@ -128,6 +127,27 @@ def inner(factor: Factor, direction: Tensor, z: Tensor | None = None) -> Tensor:
             return moved
     score = [flat @ factor.vjp(i).flatten().double() for i in range(factor.n_samples)]
     return torch.stack(score, dim=1)
+
+
+class InnerProducts:
+    """Receives a recorder's factors, and finds their inner products with directions.
+
+    Args:
+        direction_of: `(M, *shape)` of a parameter by its name; None: it is left out.
+
+    Attributes:
+        found: parameters' names with their products `(M, n_samples)`, as factors arrived.
+    """
+
+    def __init__(self, direction_of: Callable[[str], Tensor | None]) -> None:
+        self.found: list[tuple[str, Tensor]] = []
+        self._direction_of = direction_of
+
+    def __call__(self, name: str, factors: list[Factor], kept: list[Tensor | None]) -> None:
+        direction = self._direction_of(name)
+        if direction is not None:
+            for factor, z in zip(factors, kept, strict=True):
+                self.found.append((name, inner(factor, direction, z)))
 
 
 def _inner_by_jvp(factor: Explicit, direction: Tensor, flat: Tensor) -> Tensor | None:

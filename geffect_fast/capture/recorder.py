@@ -5,60 +5,75 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from functools import partial
 from itertools import count
 from typing import Any
-from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.hooks import RemovableHandle
 
 from geffect_fast.capture.attribution import ANY, Attribution
-from geffect_fast.capture.calls import Call, NormWeights
 from geffect_fast.capture.factors import Factor
-from geffect_fast.capture.generic_call import GenericCall
-from geffect_fast.capture.given import (
-    REPLAYING,
-    Given,
-    broadcast_ids,
-    tensors_of,
-)
-from geffect_fast.capture.grams import InputGrams
+from geffect_fast.capture.generic_rule import GenericCall
+from geffect_fast.capture.inputs import REPLAYING, Inputs, tensors_of
+from geffect_fast.capture.layer_rules import Call, InputGrams, NormWeights
+from geffect_fast.capture.outside_use import OutsideUseInGraph, leaves_of
 from geffect_fast.capture.plan import Plan
-from geffect_fast.capture.segments import Segments
+from geffect_fast.capture.samples import Segments
 from geffect_fast.errors import InputError, UnsupportedModelError
 
 Sink = Callable[[str, list[Factor], list[Tensor | None]], None]
 """Receives a parameter's name, the factors that arrived for it, and what was kept for each."""
 
 
-_CALLED_AGAIN: WeakSet[nn.Module] = WeakSet()
-"""Modules that were seen to be called more than once in a forward."""
+@dataclass(frozen=True)
+class Recording:
+    """What is kept of a forward for its backwards, and how factors are handed over.
+
+    A parameter's factors are handed over as soon as the output gradient of a call has arrived,
+    unless they are joined; those of the generic rule when the backward is over, as it needs the
+    gradients of all of a module's outputs.
+
+    Attributes:
+        joined: those of a parameter that was used several times are handed over together, when the
+            backward is over: for what is not additive over calls, such as norms.
+        one_backward: there is a single one, so that what a call holds is let go of as soon as its
+            gradient has arrived: the backward's own memory then comes from there.
+        directions: `(M, *shape)` a parameter; given, what inner products with them share between
+            objectives is computed in the forward and kept.
+        norms_alone: norms are all that is asked of the factors: what they need of inputs is
+            computed in the forward and kept in place of them, as `GramOuter`, but where a parameter
+            is used twice, for which norms need the inputs.
+    """
+
+    joined: bool = False
+    one_backward: bool = False
+    directions: Mapping[str, Tensor] | None = None
+    norms_alone: bool = False
 
 
 class Recorder:
     """Context manager: inside it, every backward hands factors of per-sample gradients to `sink`.
 
-    A parameter's factors are handed over as soon as the output gradient of a call has arrived. With
-    `join=True` those of a parameter that was used several times are kept until the backward is over
-    (`finish`) and handed over together, for what is not additive over calls (norms). The generic
-    rule always waits, as it needs the gradients of all of a module's outputs.
-
     Args:
         plan: of the model.
         sink: receives the factors.
         segments: the sample axis of the next forward; set before it runs.
-        join: whether all factors of a parameter are wanted at once.
-        once: whether there is a single backward, so that what a call holds is let go of as soon as
-            its gradient has arrived: the backward's own memory then comes from there.
-        directions: `(M, *shape)` a parameter; given, what inner products with them share between
-            objectives is computed in the forward and kept.
-        norms_alone: whether norms are all that is asked of the factors: what they need of inputs is
-            computed in the forward and kept in place of them, as `GramOuter`, but where a parameter
-            is used twice, for which norms need the inputs.
+        recording: what is kept, and how it is handed over.
+
+    Attributes:
+        calls: every call that was seen and is still held, by its number.
+        roots: leaves that a backward must reach when parameters are frozen.
+        structure: what was called, in order, and how the axes of what it returned compare with the
+            batch's: calls of one structure count their rows for samples in one way.
+        called_again: names of modules called twice whose first inputs are gone, as norms alone were
+            asked for. The plan is to learn them, and the forward to run again.
+        gave_positions: whether position ids of all samples were given to each, which a model might
+            not take.
+        attribution: set, backwards are noted by it and compared, as it says.
     """
 
     def __init__(
@@ -66,50 +81,37 @@ class Recorder:
         plan: Plan,
         sink: Sink,
         segments: Segments | None = None,
-        *,
-        join: bool = False,
-        once: bool = False,
-        directions: Mapping[str, Tensor] | None = None,
-        norms_alone: bool = False,
+        recording: Recording = Recording(),
     ) -> None:
         self.plan = plan
         self.sink = sink
         self.segments = segments
-        self.join = join
-        self.once = once
-        self.directions = directions
+        self.recording = recording
         self.calls: dict[int, Call] = {}
-        self.lost = False
-        """Whether a module was called twice whose first inputs are gone: to be recorded again."""
         self.roots: list[Tensor] = []
-        """Leaves that a backward must reach when parameters are frozen."""
         self.structure: list[Hashable] = []
-        """What was called, in order, and how the axes of what it returned compare with the batch's:
-        calls of one structure count their rows for samples in one way."""
+        self.called_again: set[str] = set()
         self.gave_positions = False
-        """Whether position ids of all samples were given to each, which a model might not take."""
         self.attribution: Attribution | None = None
-        """Set, backwards are noted by it and compared, as it says."""
         self._number = count()
         self._handles: list[RemovableHandle] = []
-        self._entered: dict[str, list[tuple[Given | None, list[nn.Parameter]]]] = {}
-        self._shown: dict[str, list[nn.Parameter]] | None = None
+        self._entered: dict[str, list[tuple[Inputs | None, list[nn.Parameter]]]] = {}
+        self._outside: OutsideUseInGraph | None = None
         self._waiting: dict[int, list[Tensor | None]] = {}
         self._joined: dict[str, list[Factor]] = {}
         self._uses: Counter[str] = Counter()
         self._grams = InputGrams()
-        self._norm_weights = NormWeights(plan.owners)
+        self._norm_weights = NormWeights(plan.norms())
         self._condensed: set[str] = set()
         self._condensable: set[str] = set()
         """Modules whose parameters nobody else owns, as far as known called once."""
-        if norms_alone:
+        if recording.norms_alone:
             owners = Counter(k for own in plan.owners.values() for k in own.names.values())
             self._condensable = {
                 where
                 for where, own in plan.owners.items()
                 if all(owners[name] == 1 for name in own.names.values())
-                and own.module not in _CALLED_AGAIN
-            }
+            } - plan.learned.called_again
 
     def __enter__(self) -> Recorder:
         for where, owner in self.plan.owners.items():
@@ -131,6 +133,20 @@ class Recorder:
             kept.clear()
         for waiting in (self._entered, self._waiting, self._joined, self._uses):
             waiting.clear()
+
+    def leaves_of(self, losses: Tensor) -> list[Tensor] | None:
+        """All leaves that losses depend on, of a forward inside `showing_parameters`.
+
+        None where the forward taught the plan something: it is to run again, by another recorder.
+
+        Raises:
+            UnsupportedModelError: a parameter is used outside the model.
+        """
+        leaves = leaves_of(losses)
+        outside = self.plan.names_of(leaves)
+        self.plan.widen(outside)
+        self.plan.learned.called_again |= self.called_again
+        return None if outside or self.called_again else leaves
 
     def roots_of(self, y: Tensor) -> list[Tensor]:
         """The leaves that a backward from `y` must reach to pass by every recorded call.
@@ -193,24 +209,12 @@ class Recorder:
 
     @contextmanager
     def showing_parameters(self) -> Iterator[None]:
-        """Inside, frozen parameters ask for a gradient but where a module that owns them runs.
-
-        So a graph made here that reaches one has used it elsewhere, where no hook sees it: names in
-        `plan.names_of(leaves_of(losses))` are for `plan.widen`.
-        """
-        self._shown = {
-            where: [self.plan.parameters[name] for name in own.names.values()]
-            for where, own in self.plan.owners.items()
-        }
-        owned = [p for own in self._shown.values() for p in own]
+        """Inside, a graph that is made shows which parameters were used elsewhere."""
         try:
-            for p in owned:
-                p.requires_grad_(True)
-            yield
+            with OutsideUseInGraph(self.plan) as self._outside:
+                yield
         finally:
-            self._shown = None
-            for p in owned:
-                p.requires_grad_(False)
+            self._outside = None
 
     def running(self, where: str) -> bool:
         """Whether the module's forward has been entered and not yet left."""
@@ -235,19 +239,14 @@ class Recorder:
             return None
         with torch._C.DisableTorchFunction():  # `OutsideUse` need not look at what hooks do
             if self.segments is not None:
-                given_to_each = broadcast_ids(module, args, self.segments)
-                self.gave_positions |= given_to_each is not args
-                args = given_to_each
+                of_each = _ids_of_each(module, args, self.segments)
+                self.gave_positions |= of_each is not args
+                args = of_each
             # The generic rule runs the module again, its hooks included: it takes what came in.
             again = len(args) + len(kwargs) != 1 or self.plan.owners[where].rule is GenericCall
-            given = Given.of(args, kwargs) if again else None
-        hidden: list[nn.Parameter] = []
-        if self._shown is not None:
-            # Not where a module around this one has hidden it already.
-            hidden = [p for p in self._shown[where] if p.requires_grad]
-            for p in hidden:
-                p.requires_grad_(False)
-        self._entered.setdefault(where, []).append((given, hidden))
+            inputs = Inputs.of(args, kwargs) if again else None
+        hidden = [] if self._outside is None else self._outside.hide(where)
+        self._entered.setdefault(where, []).append((inputs, hidden))
         return args, kwargs
 
     def _after(
@@ -273,13 +272,13 @@ class Recorder:
     ) -> Any:
         own = self.plan.owners[where]
         names, rule = own.names, own.rule
-        entered, hidden = self._entered[where].pop()
+        inputs, hidden = self._entered[where].pop()
         for p in hidden:
             p.requires_grad_(True)
-        if entered is not None or not isinstance(output, Tensor):
+        if inputs is not None or not isinstance(output, Tensor):
             rule = GenericCall
-        given = Given.of(args, kwargs) if entered is None else entered
-        call = rule(where, module, names, given, own.factor, self.segments, self.plan.axes)
+        inputs = Inputs.of(args, kwargs) if inputs is None else inputs
+        call = rule(where, module, names, inputs, own.factor, self.segments, self.plan.axes)
         index = next(self._number)
         self.calls[index] = call
         for name in names.values():
@@ -288,11 +287,11 @@ class Recorder:
         if where in self._condensable:
             self._condense(call, output)
         kept: dict[str, Tensor] = {}
-        if self.directions is not None:
+        if self.recording.directions is not None:
             # Rows that cannot be told apart matter only where a gradient arrives: DoRA runs its
             # layers on an identity matrix, and detaches what they return.
             with torch.no_grad(), suppress(UnsupportedModelError):
-                kept = call.constants(self.directions)
+                kept = call.constants(self.recording.directions)
         if isinstance(output, Tensor):  # most are, and pytrees take a while
             grafted = self._graft(rule, output)
         else:
@@ -314,8 +313,7 @@ class Recorder:
     def _condense(self, call: Call, output: Any) -> None:
         """Let a call keep what norms need alone, where it is its module's first one."""
         if call.where in self._condensed:
-            _CALLED_AGAIN.add(call.module)
-            self.lost = True
+            self.called_again.add(call.where)
         elif self._uses[next(iter(call.names.values()))] == 1 and self.segments is not None:
             try:
                 if call.condense(self._grams, output):
@@ -343,16 +341,10 @@ class Recorder:
                 "belongs to the losses cannot be told apart"
             )
         call = self.calls[index]
-        if self.attribution is not None:
-            if self.attribution.noting:
-                call.checked_segments()
-                self.attribution.note((index, position), g)
-                return
-            rows = call.rows(call.checked_segments(), g)
-            self.attribution.compare((index, position), call.where, g, rows)
-            if self.attribution.alone:
-                return
-        if self.once and not isinstance(call, GenericCall):
+        trial = self.attribution
+        if trial is not None and trial.take((index, position), call, g):
+            return
+        if self.recording.one_backward and not isinstance(call, GenericCall):
             del self.calls[index]
         if isinstance(call, GenericCall):
             grads = self._waiting.setdefault(index, [])
@@ -363,85 +355,17 @@ class Recorder:
             self._hand_over(name, factor, kept.get(name))
 
     def _hand_over(self, name: str, factor: Factor, kept: Tensor | None) -> None:
-        if self.join and self._uses[name] > 1:
+        if self.recording.joined and self._uses[name] > 1:
             self._joined.setdefault(name, []).append(factor)
         else:
             self.sink(name, [factor], [kept])
 
 
-_SEVERAL = (list, tuple)
-
-
-class OutsideUse(TorchFunctionMode):
-    """Notices parameters that are used outside their modules' forwards, where no hook sees it.
-
-    For where parameters ask for gradients of their own; `Recorder.showing_parameters` takes less
-    time, and looks at every operation of a graph.
-
-    Attributes:
-        found: their names; `Plan.widen` takes them.
-    """
-
-    def __init__(self, recorder: Recorder) -> None:
-        super().__init__()
-        self.recorder = recorder
-        self.found: dict[str, None] = {}
-        self.owners: dict[int, list[str]] = {}
-        for where, own in recorder.plan.owners.items():
-            module, names = own.module, own.names
-            for local in names:
-                self.owners.setdefault(id(module.get_parameter(local)), []).append(where)
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        # Every operation of the model comes by: no more than a look at each argument.
-        for x in (*args, *kwargs.values()) if kwargs else args:
-            if id(x) in self.owners:
-                self._check(x, func, args, kwargs)
-            elif isinstance(x, _SEVERAL):
-                for y in x:
-                    if id(y) in self.owners:
-                        self._check(y, func, args, kwargs)
-        return func(*args, **kwargs)
-
-    def _check(self, p: nn.Parameter, func: Any, args: tuple[Any, ...], kwargs: Any) -> None:
-        owners = self.owners[id(p)]
-        if REPLAYING.get() or not torch.is_grad_enabled():
-            return
-        if any(self.recorder.running(where) for where in owners):
-            return
-        # Asking for its shape or dtype, or for zeros like it, is no use of it.
-        leaf = p.detach().requires_grad_()
-        replaced = tree_map(lambda x: leaf if x is p else x, (args, kwargs))
-        used = func(*replaced[0], **replaced[1])
-        if any(y.requires_grad and y is not leaf for y in tensors_of(used)):
-            name = next(k for k, q in self.recorder.plan.parameters.items() if q is p)
-            self.found[name] = None
-
-
-def leaves_of(y: Tensor) -> list[Tensor]:
-    """Every leaf that `y` depends on: a backward to all of them passes by every recorded call.
-
-    A recorder's own roots are among them, and whatever else asks for a gradient (soft prompts).
-
-    Raises:
-        InputError: a part of the graph is made during the backward only.
-    """
-    seen, todo, leaves = set(), [y.grad_fn] if y.grad_fn is not None else [], []
-    while todo:
-        node = todo.pop()
-        if node in seen:  # reached twice before its turn
-            continue
-        seen.add(node)
-        kind = type(node).__name__
-        if kind == "CheckpointFunctionBackward":
-            raise InputError(
-                "model: it calls torch.utils.checkpoint with use_reentrant=True, which gives no "
-                "gradients of activations; call it with use_reentrant=False"
-            )
-        todo += [n for n, _ in node.next_functions if n is not None and n not in seen]
-        if kind == "AccumulateGrad":
-            leaves.append(node.variable)  # type: ignore[attr-defined]
-    return leaves
+def _ids_of_each(module: nn.Module, args: tuple[Any, ...], segments: Segments) -> tuple[Any, ...]:
+    """Position ids `(1, length)` shared by several sequences, given to each of them."""
+    if isinstance(module, nn.Embedding) and args and isinstance(args[0], Tensor):
+        ids, n, length = args[0], segments.n_rows, segments.length or 0
+        # A single one may be anything, such as the one distance within a sample of one token.
+        if n > 1 and length > 1 and ids.shape == (1, length):
+            return (ids.expand(n, length), *args[1:])
+    return args

@@ -10,7 +10,8 @@ objective at once, term by term. M directions share the primal pass; nothing is 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -18,43 +19,107 @@ from torch import Tensor
 from geffect_fast.capture import Plan
 from geffect_fast.capture.precision import precisions
 from geffect_fast.data.batch import IGNORE, Batch
-from geffect_fast.engines.direction import Tick
-from geffect_fast.engines.dual_model import DualModel
-from geffect_fast.engines.effect_array import Collect
-from geffect_fast.engines.forward_parts import Part
+from geffect_fast.data.memory import free_memory
+from geffect_fast.engines.batches import Collect, DataPass, Tick, each_batch
+from geffect_fast.engines.dual.model import DualModel
 from geffect_fast.engines.objective_tangents import (
     no_derivative,
     term_tangents,
     terms_disagree,
 )
-from geffect_fast.engines.tasks import Reference, Task
+from geffect_fast.engines.reference import Reference
 from geffect_fast.errors import InputError
 from geffect_fast.objectives import Objective
 from geffect_fast.transfer import OnItsWay, on_device
 
 
+@dataclass(frozen=True)
+class Move:
+    """Parameters that are moved together, along some of the directions, in one pass.
+
+    Attributes:
+        column: where on the result's axis of parameters or groups its effects are added.
+        names: of the parameters.
+        risks: the directions' numbers.
+    """
+
+    column: int
+    names: tuple[str, ...]
+    risks: tuple[int, ...]
+
+
+def moves_for(
+    plan: Plan, columns: Sequence[int], n_directions: int, memory_bytes: int | None = None
+) -> list[Move]:
+    """One pass a column, or more where its directions do not fit on the device at once.
+
+    All directions of a pass share the primal pass, so directions are kept together as long as
+    they fit. An effect is the sum of the effects of its parameters, so those of one column are
+    shared out over passes where even one direction does not fit.
+
+    Args:
+        plan: of the model.
+        columns: for each parameter the number of its column.
+        n_directions: M.
+        memory_bytes: what the directions of one pass may take; None: half of what is free on a
+            GPU, any number on a CPU, where the directions lie already.
+    """
+    device = next(iter(plan.parameters.values())).device
+    if memory_bytes is None:
+        memory_bytes = free_memory(device) // 2 if device.type == "cuda" else 2**62
+    moves = []
+    for column in range(max(columns) + 1):
+        names = [name for name, c in zip(plan.parameters, columns, strict=True) if c == column]
+        size = sum(_n_bytes(plan, name) for name in names)
+        together = min(max(memory_bytes // max(size, 1), 1), n_directions)
+        for first in range(0, n_directions, together):
+            risks = tuple(range(first, min(first + together, n_directions)))
+            for piece in _pieces(plan, names, memory_bytes):
+                moves.append(Move(column, piece, risks))
+    return moves
+
+
+def _pieces(plan: Plan, names: Sequence[str], memory_bytes: int) -> Iterator[tuple[str, ...]]:
+    """Neighbouring parameters whose sizes stay within the limit, where one alone does."""
+    piece: list[str] = []
+    used = 0
+    for name in names:
+        size = _n_bytes(plan, name)
+        if piece and used + size > memory_bytes:
+            yield tuple(piece)
+            piece, used = [], 0
+        piece.append(name)
+        used += size
+    yield tuple(piece)
+
+
+def _n_bytes(plan: Plan, name: str) -> int:
+    p = plan.parameters[name]
+    return p.numel() * p.element_size()
+
+
 def forward_effects(
     plan: Plan,
-    tasks: Sequence[Task],
+    passes: Sequence[DataPass],
     directions: Mapping[str, Tensor],
     n_objectives: int,
     reference: Reference,
     collect: Collect,
     *,
-    parts: Sequence[Part],
+    moves: Sequence[Move],
     per_token: bool = False,
     tick: Tick,
 ) -> tuple[Tensor, Tensor]:
-    """`effects[k, m, c, t]`: what `V_m`, on the parameters of part `c`, does to term `t` of `L_k`.
+    """`effects[k, m, c, t]`: what `V_m`, on column `c` of parameters, does to term `t` of `L_k`.
 
     Args:
         plan: of the model.
-        tasks: which objectives read which batches.
+        passes: which objectives read which batches.
         directions: `(M, *shape)` for every trainable parameter, on any device.
         n_objectives: K.
         reference: what the objectives compare with.
         collect: receives each batch's effects, such as `EffectArray.add`.
-        parts: what is moved in each pass; between them, every parameter once for every direction.
+        moves: what is moved in each pass; between them, every parameter once for every direction.
         per_token: resolve by the token that is predicted, not by sample.
         tick: progress, once for every pass over a batch.
 
@@ -62,39 +127,37 @@ def forward_effects(
         The objectives' values `(K,)`, and effects summed over samples `(K, M, C)`, both fp64.
     """
     n_directions = next(iter(directions.values())).shape[0]
-    n_columns = 1 + max(part.column for part in parts)
+    n_columns = 1 + max(move.column for move in moves)
     judged: set[tuple[int, type]] = set()
     values = torch.zeros(n_objectives, dtype=torch.float64)
     totals = torch.zeros(n_objectives, n_directions, n_columns, dtype=torch.float64)
     model = DualModel(plan)
-    for number, part in enumerate(parts):
-        moved_along, scale = _on_device(plan, directions, part)
-        for task in tasks:
-            for attempt in task.attempts():
-                batch = attempt.batch
-                with attempt:
-                    change, found = _changes(
-                        model, task, batch, moved_along, reference, judged, first=number == 0
-                    )
-                if attempt.failed:
-                    continue
-                change = change * scale[:, None, None]
-                n = batch.total_tokens if per_token else batch.n_samples
-                effects = totals.new_zeros(len(task.parts), n_directions, n_columns, n)
-                summed = _by_token(task, batch, change) if per_token else _by_sample(batch, change)
-                effects[:, list(part.risks), part.column] = summed.transpose(0, 1)
-                for k, index in enumerate(task.parts):
-                    totals[index] += effects[k].sum(-1)
-                if number == 0:
-                    values[list(task.parts)] += found
-                collect(task, batch, effects)
-                tick(batch.total_tokens)
+    for number, move in enumerate(moves):
+        moved_along, scale = _on_device(plan, directions, move)
+        for data_pass, attempt in each_batch(passes, tick):
+            batch = attempt.batch
+            with attempt:
+                change, found = _changes(
+                    model, data_pass, batch, moved_along, reference, judged, first=number == 0
+                )
+            if attempt.failed:
+                continue
+            change = change * scale[:, None, None]
+            n = batch.total_tokens if per_token else batch.n_samples
+            effects = totals.new_zeros(len(data_pass.parts), n_directions, n_columns, n)
+            summed = _by_token(data_pass, batch, change) if per_token else _by_sample(batch, change)
+            effects[:, list(move.risks), move.column] = summed.transpose(0, 1)
+            for k, index in enumerate(data_pass.parts):
+                totals[index] += effects[k].sum(-1)
+            if number == 0:
+                values[list(data_pass.parts)] += found
+            collect(data_pass, batch, effects)
     return values, totals
 
 
 def _changes(
     model: DualModel,
-    task: Task,
+    data_pass: DataPass,
     batch: Batch,
     along: Mapping[str, Tensor],
     reference: Reference,
@@ -102,32 +165,32 @@ def _changes(
     *,
     first: bool,
 ) -> tuple[Tensor, Tensor]:
-    """How the terms of a task's parts on a batch change, `(M, K, total_tokens)`, and in the first
-    pass the parts' values `(K,)`, fp64 on the CPU.
+    """How the terms of a pass's parts on a batch change, `(M, K, total_tokens)`, and for the first
+    move the parts' values `(K,)`, fp64 on the CPU.
 
     What is found is brought over at once, at the end; until then nothing waits for the device.
 
     Args:
         model: of the plan.
-        task: whose parts.
+        data_pass: whose parts.
         batch: on the CPU.
         along: as `DualModel.outputs` takes directions.
         reference: what the objectives compare with.
-        judged: kinds of objectives, by task, whose terms' derivatives were compared with that of
+        judged: kinds of objectives, by pass, whose terms' derivatives were compared with that of
             their sum; what is compared here is added.
         first: whether this is the first pass, in which the kinds that were not yet are.
 
     Raises:
         InputError: they are not it.
     """
-    parts = task.parts
+    parts = data_pass.parts
     moved = batch.to(next(iter(along.values())).device)
-    outputs, tangents = model.outputs(along, moved, task.needs)
-    other = reference.outputs(task, batch, moved, outputs)
+    outputs, tangents = model.outputs(along, moved, data_pass.needs)
+    other = reference.outputs(data_pass, batch, moved, outputs)
     # One objective of each kind: hyper-parameters change no code.
     kinds: dict[type, list[Objective]] = {}
     for part in parts.values() if first else ():
-        if (id(task), type(part)) not in judged:
+        if (id(data_pass), type(part)) not in judged:
             kinds.setdefault(type(part), []).append(part)
 
     def disagree(objective: Objective) -> Tensor:
@@ -137,7 +200,7 @@ def _changes(
     change = torch.stack(
         [term_tangents(o, outputs, moved, other, tangents) for o in parts.values()], dim=1
     )
-    values = [task.value(k, outputs, moved, other) for k in parts] if first else []
+    values = [data_pass.value(k, outputs, moved, other) for k in parts] if first else []
     numbers = [torch.as_tensor(x, dtype=torch.float64, device=change.device) for x in values]
     numbers += [x.double() for x in wrong]
     (found,) = OnItsWay(torch.cat([change.flatten(), *(x.flatten() for x in numbers)])).arrived()
@@ -149,20 +212,20 @@ def _changes(
             if is_wrong:
                 raise no_derivative(objective)
             if not nothing:
-                judged.add((id(task), kind))
+                judged.add((id(data_pass), kind))
                 break
     return change, found[: len(values)]
 
 
 def _on_device(
-    plan: Plan, directions: Mapping[str, Tensor], part: Part
+    plan: Plan, directions: Mapping[str, Tensor], move: Move
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """A part's directions in the parameters' place and precision, and what effects are to be
+    """A move's directions in the parameters' place and precision, and what effects are to be
     multiplied by: where a model computes in fp16, gradients are scaled to a length at which nothing
     underflows."""
-    scale = torch.ones(len(part.risks), dtype=torch.float64)
-    risks = slice(part.risks[0], part.risks[-1] + 1)  # neighbours: no copy
-    chosen = {name: directions[name][risks] for name in part.names}
+    scale = torch.ones(len(move.risks), dtype=torch.float64)
+    risks = slice(move.risks[0], move.risks[-1] + 1)  # neighbours: no copy
+    chosen = {name: directions[name][risks] for name in move.names}
     if torch.float16 in precisions(plan.model):
         squares = sum(v.double().flatten(1).square().sum(1).cpu() for v in chosen.values())
         # what is zero stays zero, also in fp32
@@ -183,18 +246,18 @@ def _by_sample(batch: Batch, change: Tensor) -> Tensor:
     return change.new_zeros(*change.shape[:2], batch.n_samples).index_add_(2, sample, change)
 
 
-def _by_token(task: Task, batch: Batch, change: Tensor) -> Tensor:
+def _by_token(data_pass: DataPass, batch: Batch, change: Tensor) -> Tensor:
     """Terms moved to the token they are about, where they stood at the position before it.
 
     Raises:
         InputError: a term is about a token that holds no label.
     """
-    ahead = torch.tensor([part.term_at == "prediction" for part in task.parts.values()])
+    ahead = torch.tensor([part.term_at == "prediction" for part in data_pass.parts.values()])
     shifted = torch.cat([torch.zeros_like(change[..., :1]), change[..., :-1]], dim=-1)
     moved = torch.where(ahead[:, None], shifted, change)
     elsewhere = (moved[..., batch.labels == IGNORE] != 0).any(-1).any(0)
     if elsewhere.any():
-        part = list(task.parts.values())[int(elsewhere.nonzero()[0])]
+        part = list(data_pass.parts.values())[int(elsewhere.nonzero()[0])]
         raise InputError(
             f"objective {part}: token_terms has a term at a position that predicts no label, so it "
             "belongs to no token of an answer; resolve without 'token', or set its `term_at`"

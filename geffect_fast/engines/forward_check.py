@@ -16,9 +16,9 @@ from geffect_fast.capture import Plan
 from geffect_fast.capture.precision import precisions
 from geffect_fast.data import Layout, SampleSet
 from geffect_fast.data.batch import Batch
-from geffect_fast.engines.dual_model import DualModel
-from geffect_fast.engines.forward_pass import model_outputs
+from geffect_fast.engines.dual.model import DualModel
 from geffect_fast.engines.layout import probe_batch
+from geffect_fast.engines.model_outputs import model_outputs
 from geffect_fast.engines.remembered import Remembered, state_of
 from geffect_fast.errors import in_one_line
 from geffect_fast.trying import no_memory

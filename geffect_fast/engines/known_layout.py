@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from geffect_fast.capture import Plan
-from geffect_fast.capture.calls import NormCall
-from geffect_fast.capture.generic_call import GenericCall
+from geffect_fast.capture.generic_rule import GenericCall
+from geffect_fast.capture.layer_rules import NormCall
 from geffect_fast.trying import Trying
 
 KNOWN = frozenset(

@@ -10,19 +10,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from geffect_fast.capture import Factor, Plan, Recorder, leaves_of
+from geffect_fast.capture import Factor, Plan, Recorder, Recording
 from geffect_fast.capture.attribution import ANY
 from geffect_fast.capture.precision import precisions
 from geffect_fast.capture.products import squared_norms
 from geffect_fast.data import IGNORE, Layout, Sample, SampleSet, Sequence, make_batches
 from geffect_fast.data.batch import Batch
-from geffect_fast.engines.forward_pass import (
+from geffect_fast.engines.known_layout import packs_by_its_code
+from geffect_fast.engines.model_outputs import (
     model_outputs,
     nll_by_sample,
     sample_axis,
     takes,
 )
-from geffect_fast.engines.known_layout import packs_by_its_code
 from geffect_fast.engines.packed_attention import packed_attention, splits_attention
 from geffect_fast.engines.remembered import Remembered, state_of
 from geffect_fast.engines.rotary_frequencies import still_up_to
@@ -93,11 +93,11 @@ def choose_layout(plan: Plan, sample_set: SampleSet, longest: int | None = None)
     state = (state_of(plan), may_pack, *map(len, extremes))
     tried = _TRIED.get(plan.model, state)
     if tried is None:
-        outside: list[tuple[str, ...]] = []
-        layout = _try(plan, sample_set, outside, may_pack)
+        known = len(plan.widened)
+        layout = _try(plan, sample_set, may_pack)
         if layout == "packed" and not _packs_if_there_is_room(plan.model, extremes):
-            layout = _try(plan, sample_set, outside, may_pack=False)
-        tried = _Tried(layout, tuple(outside), dict(plan.axes), set(plan.shown))
+            layout = _try(plan, sample_set, may_pack=False)
+        tried = _Tried(layout, tuple(plan.widened[known:]), dict(plan.axes), set(plan.shown))
         _TRIED.keep(plan.model, state, tried)
     else:
         for names in tried.outside:
@@ -107,17 +107,12 @@ def choose_layout(plan: Plan, sample_set: SampleSet, longest: int | None = None)
     return tried.layout
 
 
-def _try(
-    plan: Plan, sample_set: SampleSet, outside: list[tuple[str, ...]], may_pack: bool = True
-) -> Layout:
-    """The layout, by running the model; what the plan was told to widen goes to `outside`."""
-
-    def norms(probes: list[Tensor], layout: Layout, masked: bool = True) -> dict[str, Tensor]:
-        return _norms(plan, probes, layout, masked, outside)
+def _try(plan: Plan, sample_set: SampleSet, may_pack: bool = True) -> Layout:
+    """The layout, by running the model."""
 
     def agree(layout: Layout, probes: list[Tensor], masked: bool = True) -> bool:
         try:
-            together = norms(probes, layout, masked)
+            together = _norms(plan, probes, layout, masked)
         except Exception:  # whatever a model raises that cannot be called this way, or has no room
             return False
         return _same(plan, together, apart)
@@ -125,7 +120,7 @@ def _try(
     def alone(ids: Tensor) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
         with Trying() as trial:
-            found = norms([ids], "single")
+            found = _norms(plan, [ids], "single")
         if trial.error is not None and not isinstance(trial.error, GEffectError):
             raise UnsupportedModelError(
                 f"{type(plan.model).__name__}: it cannot be profiled on a sequence of {len(ids)} "
@@ -164,11 +159,7 @@ def _same(plan: Plan, together: dict[str, Tensor], apart: list[dict[str, Tensor]
 
 
 def _norms(
-    plan: Plan,
-    probes: list[Tensor],
-    layout: Layout,
-    masked: bool,
-    widened: list[tuple[str, ...]],
+    plan: Plan, probes: list[Tensor], layout: Layout, masked: bool = True
 ) -> dict[str, Tensor]:
     """Per-sample gradient norms `(n_samples,)` of every parameter, summed NLL as the loss.
 
@@ -186,21 +177,19 @@ def _norms(
         with (
             nullcontext() if masked else packed_attention(plan.model, batch),
             plan.frozen(),
-            Recorder(plan, keep, axis, join=True) as recorder,
+            Recorder(plan, keep, axis, Recording(joined=True)) as recorder,
         ):
             with recorder.showing_parameters():
                 outputs = model_outputs(plan.model, batch)
                 losses = nll_by_sample(outputs, batch)
-            outside = plan.names_of(leaves_of(losses))
-            if not outside:
-                roots = recorder.roots_of(losses)
-                if recorder.to_be_shown():
-                    recorder.show_rows(losses, roots)
-                torch.autograd.grad(losses.sum(), roots, allow_unused=True)
-                recorder.finish()
-                return norms | {"": outputs.token_logprob.detach().double().cpu()}
-        plan.widen(outside)
-        widened.append(tuple(outside))
+            if recorder.leaves_of(losses) is None:
+                continue
+            roots = recorder.roots_of(losses)
+            if recorder.to_be_shown():
+                recorder.show_rows(losses, roots)
+            torch.autograd.grad(losses.sum(), roots, allow_unused=True)
+            recorder.finish()
+            return norms | {"": outputs.token_logprob.detach().double().cpu()}
 
 
 def in_chunks(model: nn.Module) -> bool:

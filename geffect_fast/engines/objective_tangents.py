@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from geffect_fast.capture.factors import widened
+from geffect_fast.capture.precision import widened
 from geffect_fast.data.batch import Batch
 from geffect_fast.errors import InputError
 from geffect_fast.objectives import Objective, Outputs

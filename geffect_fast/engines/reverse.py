@@ -16,15 +16,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from geffect_fast.capture import Factor, Plan, Recorder
-from geffect_fast.capture.products import in_working_precision, inner
+from geffect_fast.capture import Plan, Recorder, Recording
+from geffect_fast.capture.products import InnerProducts, in_working_precision
 from geffect_fast.data.batch import Batch
-from geffect_fast.engines.attempts import Attempt
-from geffect_fast.engines.direction import Tick, add_gradients, new_gradients, rows_of
-from geffect_fast.engines.effect_array import Collect
-from geffect_fast.engines.forward_pass import model_outputs, nll_by_sample, sample_axis
+from geffect_fast.engines.batches import Attempt, Collect, DataPass, Tick, each_batch
+from geffect_fast.engines.directions import add_gradients, backwards, new_gradients, rows_of
+from geffect_fast.engines.model_outputs import model_outputs, nll_by_sample, sample_axis
 from geffect_fast.engines.packed_attention import packed_attention
-from geffect_fast.engines.tasks import Reference, Task
+from geffect_fast.engines.reference import Reference
 from geffect_fast.transfer import OnItsWay
 
 
@@ -46,7 +45,7 @@ class EffectSums:
 
 def reverse_effects(
     plan: Plan,
-    tasks: Sequence[Task],
+    passes: Sequence[DataPass],
     directions: Mapping[str, Tensor],
     n_objectives: int,
     reference: Reference,
@@ -61,7 +60,7 @@ def reverse_effects(
 
     Args:
         plan: of the model.
-        tasks: which objectives read which batches.
+        passes: which objectives read which batches.
         directions: `(M, *shape)` for every trainable parameter.
         n_objectives: K.
         reference: what the objectives compare with.
@@ -88,57 +87,42 @@ def reverse_effects(
     parameters = list(plan.parameters.values())
     before: _Found | None = None
 
-    def run(task: Task, attempt: Attempt, found: _Found) -> None:
+    def run(data_pass: DataPass, attempt: Attempt, found: _Found) -> None:
         """Run the batch for the objectives that are not done yet."""
-        own = list(task.parts)
-        of_part: list[tuple[int, Tensor]] = []
-
-        def add(name: str, factors: list[Factor], kept: list[Tensor | None]) -> None:
-            for factor, z in zip(factors, kept, strict=True):
-                of_part.append((number[name], inner(factor, directions[name], z)))
-
+        own = list(data_pass.parts)
+        products = InnerProducts(directions.__getitem__)
         moved = attempt.batch.to(parameters[0].device)
         shared = directions if len(own) > 1 else None
         axis = sample_axis(plan.model, moved, per_token)
         with (
             packed_attention(plan.model, moved),
             nullcontext() if norms else plan.frozen(),
-            Recorder(plan, add, axis, directions=shared) as recorder,
+            Recorder(plan, products, axis, Recording(directions=shared)) as recorder,
         ):
-            outputs = model_outputs(plan.model, moved, task.needs)
-            other = reference.outputs(task, attempt.batch, moved, outputs)
+            outputs = model_outputs(plan.model, moved, data_pass.needs)
+            other = reference.outputs(data_pass, attempt.batch, moved, outputs)
             roots = recorder.roots_of(outputs.token_logprob)
             sources = roots + (parameters if norms else [])
             if recorder.to_be_shown():
                 recorder.show_rows(nll_by_sample(outputs, moved), sources)
-            wanted = [k for k, index in enumerate(own) if index not in attempt.done]
-            for k in wanted:
-                index = own[k]
-                of_part.clear()
-                terms, value = task.terms(index, outputs, moved, other)
-                loss = terms.sum()
-                grads: Sequence[Tensor | None] = [None] * len(sources)
-                if loss.requires_grad:  # else it reads a layer below all that can be trained
-                    grads = torch.autograd.grad(
-                        loss, sources, retain_graph=k != wanted[-1], allow_unused=True
-                    )
-                    recorder.finish()
+            evaluated = data_pass, attempt, outputs, moved, other
+            for index, value, grads in backwards(*evaluated, sources, recorder):
                 with attempt.finishing(index):
-                    found.add(k, value, of_part)
+                    scores = [(number[name], score) for name, score in products.found]
+                    found.add(own.index(index), value, scores)
                     if norms:
                         add_gradients(rows[index], grads[len(roots) :])
+                products.found.clear()
 
-    for task in tasks:
-        for attempt in task.attempts():
-            batch = attempt.batch
-            found = _Found(task, batch, batch.total_tokens if per_token else batch.n_samples)
-            with attempt:
-                run(task, attempt, found)
-                tick(batch.total_tokens)
-            found.send()
-            if before is not None:  # the device is busy with this batch meanwhile
-                before.hand_over(totals, columns, collect)
-            before = found
+    for data_pass, attempt in each_batch(passes, tick):
+        batch = attempt.batch
+        found = _Found(data_pass, batch, batch.total_tokens if per_token else batch.n_samples)
+        with attempt:
+            run(data_pass, attempt, found)
+        found.send()
+        if before is not None:  # the device is busy with this batch meanwhile
+            before.hand_over(totals, columns, collect)
+        before = found
     if before is not None:
         before.hand_over(totals, columns, collect)
     return totals
@@ -151,19 +135,19 @@ class _Found:
         n: samples of the batch, or tokens.
     """
 
-    def __init__(self, task: Task, batch: Batch, n: int) -> None:
-        self.task = task
+    def __init__(self, data_pass: DataPass, batch: Batch, n: int) -> None:
+        self.data_pass = data_pass
         self.batch = batch
         self.n = n
         self._parts: list[int] = []
         self._values: list[Tensor] = []
         self._places: list[tuple[int, int]] = []
-        """For every score the objective's number in the task, and the parameter's."""
+        """For every score the objective's number in the pass, and the parameter's."""
         self._scores: list[Tensor] = []
         self._copy: OnItsWay | None = None
 
     def add(self, k: int, value: Tensor, scores: Sequence[tuple[int, Tensor]]) -> None:
-        """Add the value of the task's objective `k`, and its scores `(M, n)` by parameter."""
+        """Add the value of the pass's objective `k`, and its scores `(M, n)` by parameter."""
         self._parts.append(k)
         self._values.append(value)
         self._places += [(k, p) for p, _ in scores]
@@ -181,7 +165,7 @@ class _Found:
         if self._copy is None:
             return  # memory ran out before the first objective was done
         values, *scores = self._copy.arrived()
-        parts = list(self.task.parts)
+        parts = list(self.data_pass.parts)
         totals.values[[parts[k] for k in self._parts]] += values
         n_directions, n_columns = totals.effects.shape[1], max(columns) + 1
         effects = values.new_zeros(len(parts) * n_columns, n_directions, self.n)
@@ -192,4 +176,4 @@ class _Found:
             summed.flatten(0, 1).index_add_(0, k * summed.shape[1] + p, found.sum(-1))
             totals.effects[parts] += summed.mT
         effects = effects.unflatten(0, (len(parts), n_columns)).movedim(1, 2)
-        collect(self.task, self.batch, effects)
+        collect(self.data_pass, self.batch, effects)

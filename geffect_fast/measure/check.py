@@ -16,12 +16,13 @@ from torch import Tensor, nn
 
 from geffect_fast.arguments import checked_config, with_settings
 from geffect_fast.capture import Plan
+from geffect_fast.capture.plan import Coverage
 from geffect_fast.data import read_refusals, read_rows
-from geffect_fast.engines.attempts import TokenBudget
+from geffect_fast.engines.batches import TokenBudget
 from geffect_fast.engines.layout import check_reference, choose_layout, longest_sequence
 from geffect_fast.engines.own_loss import OwnLoss, own_loss
 from geffect_fast.errors import InputError, NonFiniteError
-from geffect_fast.measure.captured import CapturedNumbers
+from geffect_fast.measure.by_capture import CapturedNumbers
 from geffect_fast.measure.memory import within_budget
 from geffect_fast.measure.plain_autograd import Numbers, plain_numbers, plain_tokens
 from geffect_fast.measure.precision import (
@@ -33,8 +34,7 @@ from geffect_fast.measure.precision import (
 )
 from geffect_fast.measure.prepare import Sources, check_count, prepare, resolved_list
 from geffect_fast.objectives import Objective
-from geffect_fast.results.axes import kind_of
-from geffect_fast.results.coverage import Coverage
+from geffect_fast.results.groups import kind_of
 from geffect_fast.settings import Reading
 from geffect_fast.terminal import progress_bar
 
@@ -214,7 +214,7 @@ def check(
     uncovered = tuple(n for n in plan.parameters if n not in rules and n not in unreached)
     return Check(
         kinds=_by_kind(list(plan.parameters), rules, errors, rounding, TOLERANCE[dtype]),
-        coverage=Coverage.of(model, uncovered),
+        coverage=plan.coverage(uncovered),
         uncovered=uncovered,
         unreached=unreached,
         dtype=_name(dtype),

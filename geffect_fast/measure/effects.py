@@ -6,19 +6,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from geffect_fast.capture import Plan
+from geffect_fast.engines.batches import DataPass, Tick
 from geffect_fast.engines.choice import Engine
-from geffect_fast.engines.direction import Tick, accumulate_gradients
-from geffect_fast.engines.effect_array import EffectArray
-from geffect_fast.engines.forward import forward_effects
-from geffect_fast.engines.forward_parts import Part
+from geffect_fast.engines.directions import accumulate_gradients
+from geffect_fast.engines.forward import Move, forward_effects
+from geffect_fast.engines.reference import Reference
 from geffect_fast.engines.reverse import reverse_effects
-from geffect_fast.engines.tasks import Reference, Task
+from geffect_fast.results.axes import EffectArray, Resolution
 from geffect_fast.results.dataset import gram_matrices
-from geffect_fast.results.resolution import Resolution
 
 
 @dataclass(frozen=True)
@@ -42,14 +40,14 @@ class Effects:
 def find_effects(
     engine: Engine,
     plan: Plan,
-    tasks: Sequence[Task],
+    passes: Sequence[DataPass],
     directions: Mapping[str, Tensor],
     reference: Reference,
     mixture: Tensor,
     resolution: Resolution,
     array: Any,
     *,
-    passes: Sequence[Part],
+    moves: Sequence[Move],
     norms: bool,
     tick: Tick,
 ) -> Effects:
@@ -58,13 +56,13 @@ def find_effects(
     Args:
         engine: which.
         plan: of the model.
-        tasks: which parts read which batches.
+        passes: which parts read which batches.
         directions: `(M, *shape)` for every trainable parameter.
         reference: what objectives compare with, prepared.
         mixture: `(K, n_parts)`, how often each part counts in each objective.
         resolution: the axes.
         array: of `resolution.shape`, added to.
-        passes: of the forward engine.
+        moves: of the forward engine.
         norms: whether the reverse engine forms whole gradients too.
         tick: progress.
     """
@@ -72,16 +70,16 @@ def find_effects(
     n_parts = mixture.shape[1]
     names = list(plan.parameters)
     within = resolution.within is not None
-    collect = EffectArray(mixture, array, resolution.places if within else None).add
+    effects = EffectArray(mixture, array, resolution.places if within else None)
     if engine == "forward":
         values, summed = forward_effects(
             plan,
-            tasks,
+            passes,
             directions,
             n_parts,
             reference,
-            collect,
-            parts=passes,
+            effects.add,
+            moves=moves,
             per_token=within,
             tick=tick,
         )
@@ -90,11 +88,11 @@ def find_effects(
     if resolution.per_sample:
         totals = reverse_effects(
             plan,
-            tasks,
+            passes,
             directions,
             n_parts,
             reference,
-            collect,
+            effects.add,
             columns=columns,
             per_token=within,
             norms=norms,
@@ -103,10 +101,9 @@ def find_effects(
         whole = totals.gradients
         gram = None if whole is None else gram_matrices(directions, whole)
         return Effects(totals.values, totals.effects, names, gram)
-    values, whole = accumulate_gradients(plan, tasks, n_parts, reference, tick)
+    values, whole = accumulate_gradients(plan, passes, n_parts, reference, tick)
     gram = gram_matrices(directions, whole)
     n_risks = gram.shape[1] - n_parts
     summed = gram[:, n_risks:, :n_risks].permute(1, 2, 0)
-    mixed = torch.tensordot(mixture, summed, dims=1)
-    torch.from_numpy(array)[..., 0, 0].index_add_(2, torch.tensor(columns), mixed)
+    effects.add_whole(columns, summed)
     return Effects(values, summed, names, gram)

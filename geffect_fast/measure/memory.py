@@ -9,9 +9,8 @@ from pathlib import Path
 
 import torch
 
-from geffect_fast.capture import Plan
 from geffect_fast.data.memory import free_memory
-from geffect_fast.engines.attempts import TokenBudget
+from geffect_fast.engines.batches import TokenBudget
 from geffect_fast.errors import InputError, OutOfMemoryError
 from geffect_fast.trying import no_memory
 
@@ -46,12 +45,20 @@ def within_budget(budget: TokenBudget, *, one_sample: bool = False) -> Iterator[
 
 
 def check_memory(
-    plan: Plan, n_gradients: int, shape: tuple[int, ...], out: str | Path | None
+    n_gradients: int,
+    n_elements: int,
+    device: torch.device,
+    shape: tuple[int, ...],
+    out: str | Path | None,
 ) -> None:
-    """Raise `InputError` where whole gradients, or the result itself, do not fit."""
-    device = next(iter(plan.parameters.values())).device
-    needed = 4 * n_gradients * sum(p.numel() for p in plan.parameters.values())
-    free = free_memory(device)
+    """Raise `InputError` where whole gradients, or the result itself, do not fit.
+
+    Args:
+        n_gradients, n_elements: whole gradients, and the elements of each.
+        device: where they lie.
+        shape, out: of the effects, and the file that they are written to.
+    """
+    needed, free = 4 * n_gradients * n_elements, free_memory(device)
     if needed > free:
         raise InputError(
             f"objectives: the whole gradients of {n_gradients} take {needed / 2**30:.1f} GiB and "

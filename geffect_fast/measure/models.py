@@ -14,8 +14,7 @@ from torch import nn
 
 from geffect_fast.errors import InputError, NonFiniteError, in_one_line
 from geffect_fast.paths import user_path
-from geffect_fast.results.axes import OUTSIDE, block_of
-from geffect_fast.results.finite import are_finite
+from geffect_fast.results.groups import OUTSIDE, block_of
 from geffect_fast.storage.model_folder import (
     base_name,
     base_of,
@@ -25,6 +24,7 @@ from geffect_fast.storage.model_folder import (
     needs_trust,
 )
 from geffect_fast.storage.run_model import check_run_model
+from geffect_fast.transfer import are_finite
 from geffect_fast.trying import no_memory
 
 if TYPE_CHECKING:

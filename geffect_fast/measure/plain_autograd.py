@@ -12,15 +12,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from geffect_fast.capture.factors import widened
-from geffect_fast.capture.wrappers import eagerly
+from geffect_fast.capture.compat import eagerly
+from geffect_fast.capture.precision import widened
 from geffect_fast.data import SampleSet, make_batches
 from geffect_fast.data.batch import Batch
 from geffect_fast.data.memory import free_memory
-from geffect_fast.engines.direction import Tick
-from geffect_fast.engines.forward_pass import logits_of, without_cache
+from geffect_fast.engines.batches import ROLE_ORDER, Tick
+from geffect_fast.engines.model_outputs import logits_of, without_cache
 from geffect_fast.engines.rotary_frequencies import frequencies_at_first
-from geffect_fast.engines.tasks import ROLE_ORDER
 from geffect_fast.objectives import NLL, Objective, Outputs
 from geffect_fast.ops.reference import accumulation_dtype
 

@@ -11,7 +11,7 @@ from typing import Any, Generic, TypeVar
 
 from torch import nn
 
-from geffect_fast.capture.given import check_is_model, mixing_module
+from geffect_fast.capture.compat import check_is_model, mixing_module
 from geffect_fast.data import (
     SampleSet,
     check_vocabulary,

@@ -12,8 +12,8 @@ from torch import nn
 from geffect_fast.arguments import with_settings
 from geffect_fast.errors import GEffectWarning
 from geffect_fast.measure.profiler import Profiler
-from geffect_fast.measure.reference import REFERENCE_IS_MODEL
 from geffect_fast.objectives import Objective
+from geffect_fast.results.form import REFERENCE_IS_MODEL
 from geffect_fast.settings import Measuring
 
 if TYPE_CHECKING:

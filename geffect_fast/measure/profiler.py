@@ -18,24 +18,23 @@ from geffect_fast.arguments import checked_config
 from geffect_fast.capture import Plan
 from geffect_fast.data import Layout, SampleSet, estimate_token_budget, make_batches
 from geffect_fast.data.batch import Batch, Role
-from geffect_fast.engines.attempts import TokenBudget
+from geffect_fast.engines.batches import DataPass, Tick, TokenBudget, mixture_of, passes_for
 from geffect_fast.engines.choice import Choice, choose_engine
-from geffect_fast.engines.direction import Tick, accumulate_gradients
+from geffect_fast.engines.directions import accumulate_gradients, place_for_directions
+from geffect_fast.engines.forward import moves_for
 from geffect_fast.engines.forward_check import forward_mode_problem
-from geffect_fast.engines.forward_parts import parts_for, place_for_directions, product_shares
 from geffect_fast.engines.layout import check_reference, choose_layout, longest_sequence
 from geffect_fast.engines.own_loss import own_loss
 from geffect_fast.engines.packed_attention import splits_attention
-from geffect_fast.engines.tasks import Reference, Task, mixture_of, tasks_for
+from geffect_fast.engines.reference import Reference
 from geffect_fast.errors import InputError, UnsupportedModelError
 from geffect_fast.measure.effects import find_effects
 from geffect_fast.measure.memory import check_memory, within_budget
 from geffect_fast.measure.models import check_finite
 from geffect_fast.measure.prepare import Prepared, Sources, needs_of, prepare, resolved_list
-from geffect_fast.measure.rounding import rounding_check
+from geffect_fast.measure.rounding import HALF, RoundingCheck
 from geffect_fast.objectives import Objective
-from geffect_fast.results.axes import checked_blocks
-from geffect_fast.results.coverage import Coverage
+from geffect_fast.results.axes import Resolution, by_row
 from geffect_fast.results.dataset import (
     check_coverage,
     check_directions,
@@ -45,12 +44,12 @@ from geffect_fast.results.dataset import (
     digests,
     gram_matrices,
 )
+from geffect_fast.results.groups import checked_blocks
 from geffect_fast.results.intervals import LEVEL
-from geffect_fast.results.objective_weights import ObjectiveWeights
-from geffect_fast.results.resolution import Resolution
 from geffect_fast.results.risk_rows import RiskRows, RowValues
+from geffect_fast.results.token_weights import ObjectiveWeights
 from geffect_fast.settings import Measuring
-from geffect_fast.storage.stream import EffectFile, by_row
+from geffect_fast.storage.stream import EffectFile
 from geffect_fast.terminal import progress_bar
 
 if TYPE_CHECKING:
@@ -120,7 +119,7 @@ class Profiler:
             settings.norms,
             n_risks=len(sources),
             n_parts=len(self._parts),
-            shares=product_shares(plan, columns),
+            shares=plan.product_shares(columns),
         )
         self._budget = budget = TokenBudget(settings.token_budget or 1)
         longest = max(map(longest_sequence, sets.values()))
@@ -150,28 +149,29 @@ class Profiler:
                 layout=layout,
             )
 
-        def tasks_on(
+        def passes_on(
             sets: Mapping[str, SampleSet], budget: TokenBudget | None = None
-        ) -> list[Task]:
-            return tasks_for(
+        ) -> list[DataPass]:
+            return passes_for(
                 self._parts,
                 lambda name, wanted: batches_of(sets[name], wanted),
                 {"forget": 0, "retain": len(sets["forget"])},
                 budget,
             )
 
-        self._tasks = tasks_on(sets, budget)
-        self._risk_tasks = [
-            Task(batches_of(sets[source], risk.roles), {m: risk}, budget=budget)
+        self._passes = passes_on(sets, budget)
+        self._risk_passes = [
+            DataPass(batches_of(sets[source], risk.roles), {m: risk}, budget=budget)
             for m, source in enumerate(sources.values())
         ]
         self._risk_rows = None
         if "sample" in axes:
             sizes = {risk: len(sets[source]) for risk, source in sources.items()}
             self._risk_rows = RiskRows(sizes, adds_up=reduction == "sum")
-        self._rounding = rounding_check(
-            plan, self._choice.engine, resolution, self._mixture, tasks_on
-        )
+        self._rounding = None
+        if any(p.dtype in HALF for p in plan.model.parameters()):
+            engine = self._choice.engine
+            self._rounding = RoundingCheck.of(engine, resolution, self._mixture, passes_on)
         self._tokenizer = prepared.tokenizer
         self._attributes = {
             "engine": self._choice.engine,
@@ -196,7 +196,7 @@ class Profiler:
         self._reference_is_model: bool | None = False
         if prepared.compares:  # other weights may compute the same, as a new adapter does
             self._reference_is_model = True if reference is None else None
-        self._one_row = tasks_on({name: rows.part([0]) for name, rows in sets.items()})
+        self._one_row = passes_on({name: rows.part([0]) for name, rows in sets.items()})
         self._reference = Reference(reference)
 
     @classmethod
@@ -262,39 +262,40 @@ class Profiler:
                 "out: goes with resolve by 'sample' and 'position' or 'token'; leave it out"
             )
         whole = self._norms or not resolution.per_sample
-        check_memory(plan, len(self._parts) if whole else 0, shape, out)
+        device = next(iter(plan.parameters.values())).device
+        n_elements = sum(p.numel() for p in plan.parameters.values())
+        check_memory(len(self._parts) if whole else 0, n_elements, device, shape, out)
         watched = None if self._risk_rows is None else self._risk_rows.watch()
         risk_values, directions = self.risk_gradients(progress=progress, watched=watched)
-        device = next(iter(plan.parameters.values())).device
-        passes = parts_for(plan, resolution.columns()[1], m) if engine == "forward" else []
+        moves = moves_for(plan, resolution.columns()[1], m) if engine == "forward" else []
         weights = weights and resolution.within != "position"
         by_token = ObjectiveWeights(resolution, mixture) if weights else None
-        tasks = self._tasks
+        passes = self._passes
         if by_token is not None:
-            tasks = [replace(task, watch=by_token.add) for task in tasks]
+            passes = [replace(data_pass, watch=by_token.add) for data_pass in passes]
         with (
             nullcontext(np.zeros(shape)) if out is None else EffectFile(out, resolution.dims, shape)
         ) as array:
-            what, n_passes = "effects of the objectives", max(len(passes), 1)
-            with self._ticking(progress, what, tasks, n_passes) as tick:
+            what, n_passes = "effects of the objectives", max(len(moves), 1)
+            with self._ticking(progress, what, passes, n_passes) as tick:
                 if self._reference_is_model is None and unchanged:
                     # Models that differ do so at the first row.
                     same = self._reference.is_computed_by
                     self._reference_is_model = all(
-                        same(plan.model, each, device) for each in (self._one_row, tasks)
+                        same(plan.model, each, device) for each in (self._one_row, passes)
                     )
-                checked = self._rounding.tasks if self._rounding is not None else []
-                self._reference.prepare([*tasks, *checked], device)
+                checked = self._rounding.passes if self._rounding is not None else []
+                self._reference.prepare([*passes, *checked], device)
                 found = find_effects(
                     engine,
                     plan,
-                    tasks,
+                    passes,
                     directions,
                     self._reference,
                     mixture,
                     resolution,
                     array,
-                    passes=passes,
+                    moves=moves,
                     norms=self._norms,
                     tick=tick,
                 )
@@ -311,7 +312,7 @@ class Profiler:
                 check_norms(gram, [*self.risk_names, *self.objectives])
             attributes = self.attributes | {
                 "dtype": str(next(iter(plan.parameters.values())).dtype).removeprefix("torch."),
-                **Coverage.of(plan.model).attributes(),
+                **plan.coverage().attributes(),
                 # NetCDF has no booleans
                 "coverage_checked": int(of_objectives and gram is not None),
             }
@@ -320,7 +321,7 @@ class Profiler:
             if self._rounding is not None and rounding:
                 every_row = None
                 if isinstance(array, np.ndarray) and "sample" in resolution.axes:
-                    every_row = array.sum((2, 4))
+                    every_row = by_row(array)
                 attributes |= self._rounding.attributes(
                     plan, directions, self._reference, every_row
                 )
@@ -363,13 +364,13 @@ class Profiler:
         """
         n = len(self.risk_names)
         place = place_for_directions(self.plan, n) if self._choice.engine == "forward" else None
-        tasks = self._risk_tasks
+        passes = self._risk_passes
         if watched is not None:
-            tasks = [replace(task, watch=watched.add) for task in tasks]
-        with self._ticking(progress, "gradients of the risks", tasks) as tick:
+            passes = [replace(data_pass, watch=watched.add) for data_pass in passes]
+        with self._ticking(progress, "gradients of the risks", passes) as tick:
             values, directions = accumulate_gradients(
                 self.plan,
-                tasks,
+                passes,
                 n,
                 self._reference,
                 tick,
@@ -436,11 +437,13 @@ class Profiler:
 
     @contextmanager
     def _ticking(
-        self, show: bool, what: str, tasks: Sequence[Task], n_passes: int = 1
+        self, show: bool, what: str, passes: Sequence[DataPass], n_passes: int = 1
     ) -> Iterator[Tick]:
         """Yields a function that is told of tokens done, drawn as a bar; memory may run out."""
         with (
-            progress_bar(show, what, n_passes * sum(task.n_tokens for task in tasks)) as update,
+            progress_bar(
+                show, what, n_passes * sum(data_pass.n_tokens for data_pass in passes)
+            ) as update,
             within_budget(self._budget),
         ):
             yield lambda n: update(advance=n)

@@ -14,12 +14,13 @@ from torch import Tensor, nn
 from geffect_fast.capture import Plan
 from geffect_fast.data import SampleSet
 from geffect_fast.data.memory import free_memory
+from geffect_fast.engines.batches import DataPass
 from geffect_fast.engines.choice import Engine
-from geffect_fast.engines.forward_parts import parts_for
-from geffect_fast.engines.tasks import Reference, Task
+from geffect_fast.engines.forward import moves_for
+from geffect_fast.engines.reference import Reference
 from geffect_fast.measure.effects import find_effects
+from geffect_fast.results.axes import Resolution, by_row
 from geffect_fast.results.intervals import NEGLIGIBLE
-from geffect_fast.results.resolution import Resolution
 
 HALF = (torch.bfloat16, torch.float16)
 MARGIN = 3
@@ -33,7 +34,7 @@ class RoundingCheck:
 
     Attributes:
         engine: the profile's.
-        tasks: which parts of objectives read which batches of these rows, whose shares are those
+        passes: which parts of objectives read which batches of these rows, whose shares are those
             that they have in the whole data.
         mixture: `(K, n_parts)`, how often each part counts in each objective.
         whole: the profile's resolution.
@@ -42,11 +43,47 @@ class RoundingCheck:
     """
 
     engine: Engine
-    tasks: Sequence[Task]
+    passes: Sequence[DataPass]
     mixture: Tensor
     whole: Resolution
     resolution: Resolution
     rows: tuple[int, ...]
+
+    @classmethod
+    def of(
+        cls,
+        engine: Engine,
+        resolution: Resolution,
+        mixture: Tensor,
+        passes_of: Callable[[Mapping[str, SampleSet]], Sequence[DataPass]],
+    ) -> RoundingCheck:
+        """The check of a profile of a 16-bit model.
+
+        Args:
+            engine, resolution, mixture: the profile's.
+            passes_of: the passes over data sets by name.
+        """
+        few = {name: each.part(two_rows(len(each))) for name, each in resolution.sets.items()}
+        # An engine that forms whole gradients alone may have no rule for samples.
+        apart = engine == "forward" or resolution.per_sample
+        axes = ("sample",) if apart else ("group",)
+        passes = [
+            replace(
+                one,
+                batches=[replace(b, totals=resolution.sets[one.on].totals()) for b in one.batches],
+                # Their numbers among these rows are others' in the whole data.
+                on=f"{one.on}, two rows",
+            )
+            for one in passes_of(few)
+        ]
+        return cls(
+            engine,
+            passes,
+            mixture,
+            resolution,
+            Resolution(axes, resolution.parameters, few, resolution.alternatives),
+            tuple(sample.data_row for sample in few["forget"].samples),
+        )
 
     def attributes(
         self,
@@ -60,7 +97,7 @@ class RoundingCheck:
         Args:
             plan: of a 16-bit model.
             directions: gradients of the risks as the profile has them, `(M, *shape)`.
-            reference: prepared for `tasks`.
+            reference: prepared for `passes`.
             every_row: the profile's effects of all rows, `(K, M, n)`; None where they are not told
                 apart, or not in memory: then those of the two rows are found once more, and are all
                 there is to compare with.
@@ -101,25 +138,25 @@ class RoundingCheck:
         n_risks = len(next(iter(directions.values())))
         shape = self.resolution.shape(len(self.mixture), n_risks)
         array = np.zeros(shape)
-        passes = []
+        moves = []
         if self.engine == "forward":
-            passes = parts_for(plan, self.resolution.columns()[1], n_risks)
+            moves = moves_for(plan, self.resolution.columns()[1], n_risks)
         device = next(iter(plan.parameters.values())).device
         with torch.autocast(device.type, enabled=False):
             find_effects(
                 self.engine,
                 plan,
-                self.tasks,
+                self.passes,
                 directions,
                 reference,
                 self.mixture,
                 self.resolution,
                 array,
-                passes=passes,
+                moves=moves,
                 norms=False,
                 tick=lambda _: None,
             )
-        return array.sum((2, 4))
+        return by_row(array)
 
     @property
     def _places(self) -> list[int]:
@@ -134,47 +171,6 @@ class RoundingCheck:
             return squares.sum(2)
         ends = np.cumsum([len(each) for each in resolution.sets.values()])
         return sum(part.mean(2) for part in np.split(squares, ends[:-1], axis=2))
-
-
-def rounding_check(
-    plan: Plan,
-    engine: Engine,
-    resolution: Resolution,
-    mixture: Tensor,
-    tasks_of: Callable[[Mapping[str, SampleSet]], Sequence[Task]],
-) -> RoundingCheck | None:
-    """The check of a profile; None where no parameter of the model is of 16 bits.
-
-    Args:
-        plan: of the model.
-        engine: the profile's.
-        resolution: the profile's.
-        mixture: `(K, n_parts)`.
-        tasks_of: the tasks on data sets by name.
-    """
-    if not any(p.dtype in HALF for p in plan.model.parameters()):
-        return None
-    few = {name: each.part(two_rows(len(each))) for name, each in resolution.sets.items()}
-    # An engine that forms whole gradients alone may have no rule for samples.
-    apart = engine == "forward" or resolution.per_sample
-    axes = ("sample",) if apart else ("group",)
-    tasks = [
-        replace(
-            task,
-            batches=[replace(b, totals=resolution.sets[task.on].totals()) for b in task.batches],
-            # Their numbers among these rows are others' in the whole data.
-            on=f"{task.on}, two rows",
-        )
-        for task in tasks_of(few)
-    ]
-    return RoundingCheck(
-        engine,
-        tasks,
-        mixture,
-        resolution,
-        Resolution(axes, resolution.parameters, few, resolution.alternatives),
-        tuple(sample.data_row for sample in few["forget"].samples),
-    )
 
 
 def two_rows(n: int) -> list[int]:

@@ -36,8 +36,8 @@ from geffect_fast.data.batch import IGNORE
 from geffect_fast.data.qa import row_place
 from geffect_fast.errors import InputError, NonFiniteError
 from geffect_fast.paths import user_path
+from geffect_fast.results.axes import stored_text
 from geffect_fast.results.intervals import effect_intervals
-from geffect_fast.results.resolution import stored_text
 from geffect_fast.results.told_apart import has_intervals
 from geffect_fast.storage.disk import whole_file
 

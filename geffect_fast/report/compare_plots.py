@@ -27,7 +27,7 @@ from geffect_fast.report.step_plots import PARTS_NOTE, effect_words, panels_for
 from geffect_fast.report.steps import bounds_of, risk_words
 from geffect_fast.report.summary import UNLEARN
 from geffect_fast.report.table import number, symbol
-from geffect_fast.results.axes import GROUPS, THIRDS
+from geffect_fast.results.groups import GROUPS, THIRDS
 from geffect_fast.results.told_apart import half_width, risk_spreads
 from geffect_fast.steps.compare import compare
 

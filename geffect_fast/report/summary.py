@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from geffect_fast.results.axes import GROUPS, OUTSIDE
+from geffect_fast.results.groups import GROUPS, OUTSIDE
 from geffect_fast.results.intervals import NEGLIGIBLE, cosine_interval
 from geffect_fast.results.told_apart import (
     collateral_error,

@@ -12,7 +12,6 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from geffect_fast.measure.reference import REFERENCE_IS_MODEL
 from geffect_fast.report.summary import (
     UNLEARN,
     Interval,
@@ -21,6 +20,7 @@ from geffect_fast.report.summary import (
     shares,
     summarise,
 )
+from geffect_fast.results.form import REFERENCE_IS_MODEL
 from geffect_fast.results.told_apart import precision_error
 
 if TYPE_CHECKING:

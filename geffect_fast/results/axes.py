@@ -1,168 +1,279 @@
-"""Where a parameter sits in a model: its block, kind and group, read off its name."""
+"""Which axes a result has, and what is written along them."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
+from geffect_fast.capture.samples import Offsets
+from geffect_fast.data import IGNORE, SampleSet, token_places
+from geffect_fast.data.batch import Batch
+from geffect_fast.data.tokenize import Sample
+from geffect_fast.data.tokenize import Sequence as TokenSequence
+from geffect_fast.engines.batches import DataPass
 from geffect_fast.errors import InputError
+from geffect_fast.results.groups import Blocks, groups_of, parameter_coordinates
 
-OUTSIDE = -1
-"""Block of a parameter outside the stack of layers."""
+AXES = ("parameter", "group", "sample", "position", "token")
+WITHIN = ("position", "token")
+"""Axes within a sample, each of one engine: where a layer is used, and which token is predicted."""
 
-THIRDS = ("shallow", "middle", "deep")
-GROUPS = ("embedding", *THIRDS, "final_norm", "lm_head")
-"""Parts of a model, front to back."""
-
-Blocks = Mapping[str, frozenset[int]]
-"""Groups of blocks by name, front to back, in place of thirds."""
-
-OTHER = "other_blocks"
-"""The group of blocks that are in none of the user's."""
+PLACE, SAMPLE, WITHIN_SAMPLE = 2, 3, 4
+"""Axes of effects behind objectives and risks: parameters or groups of them, rows of all data sets,
+positions or tokens. Arrays of effects have all five, of size 1 where they are summed."""
 
 
-_ADAPTER = re.compile(
-    r"(?:\.token_adapter)?\.((?:lora|ia3|hada|lokr|vera|oft|boft|hra|road|vblora|fourierft|randlora"
-    r"|ranknum|ln_tuning|trainable_tokens|modules_to_save)\w*)\.\w+?(\.weight|\.bias|)$"
-)
-"""How names in an adapter of peft end: what is learned, the adapter's name, the parameter."""
+@dataclass(frozen=True)
+class Resolution:
+    """The axes of a result beside `objective` and `risk`; all others are summed.
 
-
-def block_of(name: str) -> int:
-    """Index of the layer a parameter belongs to, `OUTSIDE` where it is in none.
-
-    The first number in the dotted name: `model.layers.3.mlp.experts.5.w` is in block 3.
+    Attributes:
+        axes: of `AXES`, in that order.
+        parameters: names of the trainable parameters.
+        sets: the data sets on the sample axis, by name: forget, and retain where it is read.
+        alternatives: whether the samples' alternatives are read too.
+        blocks: groups of blocks by name, see `geffect_fast.results.axes.groups_of`; None: thirds.
     """
-    found = re.search(r"\.(\d+)\.", f".{name}.")
-    return int(found.group(1)) if found else OUTSIDE
+
+    axes: tuple[str, ...]
+    parameters: Sequence[str]
+    sets: dict[str, SampleSet]
+    alternatives: bool
+    blocks: Blocks | None = None
+
+    @property
+    def by_place(self) -> str | None:
+        """`parameter`, `group`, or None where the whole model is summed."""
+        return next((axis for axis in ("parameter", "group") if axis in self.axes), None)
+
+    @property
+    def per_sample(self) -> bool:
+        """Whether samples, or what is within them, have to be told apart."""
+        return "sample" in self.axes or self.within is not None
+
+    @property
+    def within(self) -> str | None:
+        """`position`, `token`, or None where samples are summed over what is within them."""
+        return next((axis for axis in WITHIN if axis in self.axes), None)
+
+    @property
+    def set_names(self) -> list[str]:
+        """Of each row on the sample axis, the name of its data set."""
+        return [name for name, _ in self._samples()]
+
+    @property
+    def dims(self) -> tuple[str, ...]:
+        return ("objective", "risk", *self.axes)
+
+    def columns(self) -> tuple[list[str], list[int]]:
+        """Labels of parameters or groups, and for each parameter the number of its label."""
+        if self.by_place == "parameter":
+            return list(self.parameters), list(range(len(self.parameters)))
+        if self.by_place == "group":
+            return groups_of(self.parameters, self.blocks)
+        return [""], [0] * len(self.parameters)
+
+    def shape(self, n_objectives: int, n_risks: int) -> tuple[int, int, int, int, int]:
+        """Objectives, risks, parameters or groups, samples, positions or tokens; 1: summed."""
+        every = [sample for _, sample in self._samples()]
+        return (
+            n_objectives,
+            n_risks,
+            len(self.columns()[0]),
+            len(every) if "sample" in self.axes else 1,
+            max(int(self._within(sample).numpy().max()) + 1 for sample in every)
+            if self.within
+            else 1,
+        )
+
+    def kept(self, values: np.ndarray) -> np.ndarray:
+        """An array of `shape` without the axes that were summed."""
+        has = {
+            PLACE: self.by_place is not None,
+            SAMPLE: "sample" in self.axes,
+            WITHIN_SAMPLE: self.within is not None,
+        }
+        return values.squeeze(tuple(at for at, is_axis in has.items() if not is_axis))
+
+    def places(self, data_pass: DataPass, batch: Batch) -> Tensor:
+        """Where along the axis within samples each token of a batch stands.
+
+        `(total_tokens,)` int64; -1: nowhere.
+        """
+        sample_set = self.sets[data_pass.on]
+        by_row = {sample.row: sample for sample in sample_set.samples}
+        stands = token_places(sample_set, batch)
+        at = torch.full_like(stands, -1)
+        for row, own in zip(batch.rows, Offsets.of(batch.sample_lengths), strict=True):
+            known = stands[own] >= 0
+            at[own][known] = self._within(by_row[row])[stands[own][known]]
+        return at
+
+    def coordinates(self, tokenizer: Any) -> dict[str, Any]:
+        """Coordinates of all axes.
+
+        Args:
+            tokenizer: writes the tokens out along the axis within; None: their ids only.
+        """
+        coords: dict[str, Any] = {}
+        if self.by_place == "parameter":
+            coords |= parameter_coordinates(self.parameters, self.blocks)
+        elif self.by_place == "group":
+            coords["group"] = self.columns()[0]
+        if "sample" in self.axes:
+            every = list(self._samples())
+            coords["sample"] = np.array([sample.data_row for _, sample in every])
+            coords["set"] = ("sample", [name for name, _ in every])
+            coords["question"] = ("sample", [stored_text(sample.question) for _, sample in every])
+        if self.within is not None:
+            coords |= self._within_coordinates(self.within, tokenizer)
+        return coords
+
+    def _within_coordinates(self, axis: str, tokenizer: Any) -> dict[str, Any]:
+        every = [sample for _, sample in self._samples()]
+        places = [self._within(sample) for sample in every]
+        n = 1 + max(int(own.numpy().max()) for own in places)
+        coords: dict[str, Any] = {axis: np.arange(n)}
+        if "sample" not in self.axes:
+            return coords
+        ids = np.full((len(every), n), -1, dtype=np.int32)
+        sequence = ids.copy()
+        for row, (sample, own) in enumerate(zip(every, places, strict=True)):
+            several = self._sequences(sample)
+            kept = own >= 0
+            number = torch.repeat_interleave(torch.tensor([len(s) for s in several]))
+            at = own[kept].numpy()  # a tensor of one index would be taken for a number
+            ids[row, at] = torch.cat([s.input_ids for s in several])[kept].numpy()
+            sequence[row, at] = number[kept].numpy()
+        coords["token_id"] = (("sample", axis), ids)
+        coords["sequence"] = (("sample", axis), sequence)
+        if tokenizer is not None:
+            known, at = np.unique(ids, return_inverse=True)
+            texts = [
+                "" if token < 0 else stored_text(tokenizer.decode([token]))
+                for token in known.tolist()
+            ]
+            coords["token_text"] = (
+                ("sample", axis),
+                np.array(texts, dtype=object)[at].reshape(ids.shape),
+            )
+        return coords
+
+    def _within(self, sample: Sample) -> Tensor:
+        """Where each token of a sample's sequences, one after the other, stands on the axis.
+
+        Positions count all of them, tokens those with a label, `(n_tokens,)` int64; -1: nowhere.
+        """
+        labels = torch.cat([s.labels for s in self._sequences(sample)])
+        counted = torch.ones_like(labels, dtype=torch.bool)
+        if self.within == "token":
+            counted = labels != IGNORE
+        return torch.where(counted, counted.cumsum(0) - 1, -1)
+
+    def _samples(self) -> Iterator[tuple[str, Sample]]:
+        for name, sample_set in self.sets.items():
+            for sample in sample_set.samples:
+                yield name, sample
+
+    def _sequences(self, sample: Sample) -> list[TokenSequence]:
+        return [sample.answer, *(sample.alternatives if self.alternatives else ())]
 
 
-def kind_of(name: str) -> str:
-    """The short name of a parameter's module, `q_proj`; `q_proj.bias` for what is not a weight.
-
-    What peft put beside a module is named with it, `q_proj.lora_A`, whatever the adapter's name.
-    """
-    adapted = _ADAPTER.search(name)
-    if adapted:
-        of = kind_of(name[: adapted.start()] + ".weight")
-        return f"{of}.{adapted[1]}" + (adapted[2] if adapted[2] == ".bias" else "")
-    *path, leaf = name.replace(".base_layer.", ".").split(".")
-    module = next((part for part in reversed(path) if not part.isdigit()), "")
-    if leaf == "weight" and module:
-        return module
-    return f"{module}.{leaf}" if module else leaf
-
-
-def group_of(name: str, n_blocks: int) -> str:
-    """`embedding`, a third of the blocks by depth, `final_norm` or `lm_head`."""
-    block = block_of(name)
-    if block != OUTSIDE:
-        return THIRDS[min(3 * block // n_blocks, 2)]
-    # LFM2's `embedding_norm` is its last norm, GPT-NeoX's `embed_out` its head.
-    if re.search(r"emb(?!edding_norm|ed_out)|wte|wpe|project_in|per_layer", name):
-        return "embedding"
-    return "final_norm" if re.search(r"norm|ln_", name) else "lm_head"
-
-
-def groups_of(names: Sequence[str], blocks: Blocks | None = None) -> tuple[list[str], list[int]]:
-    """The groups of these parameters, front to back, and for each parameter its group's number.
+class EffectArray:
+    """Effects of objectives, added up from batches of the effects of their parts.
 
     Args:
-        names: of the parameters.
-        blocks: groups of blocks by name, which take the place of the thirds.
+        mixture: `(K, n_parts)` fp64, how often each part counts in each objective.
+        values: fp64 zeros of `Resolution.shape`, added to in place: an array of numpy, or one in a
+            file, of which one sample at a time is in memory.
+        places: `Resolution.places`; None to sum over what is within samples.
     """
-    n_blocks = _n_blocks(names)
-    groups = [group_of(name, n_blocks) for name in names]
-    order: Sequence[str] = GROUPS
-    if blocks is not None:
-        of = {block: group for group, own in blocks.items() for block in own}
-        in_stack = [block_of(name) != OUTSIDE for name in names]
-        groups = [
-            of.get(block_of(name), OTHER) if inside else group
-            for name, group, inside in zip(names, groups, in_stack, strict=True)
-        ]
-        order = (GROUPS[0], *blocks, OTHER, *GROUPS[-2:])
-    present = [group for group in order if group in groups]
-    return present, [present.index(group) for group in groups]
+
+    def __init__(
+        self,
+        mixture: Tensor,
+        values: Any,
+        places: Callable[[DataPass, Batch], Tensor] | None = None,
+    ) -> None:
+        self.mixture = mixture
+        self.values = values
+        self.places = places
+
+    def add(self, data_pass: DataPass, batch: Batch, effects: Tensor) -> None:
+        """Add what one batch gave.
+
+        Args:
+            data_pass: which parts read the batch.
+            batch: which samples it holds.
+            effects: `(len(data_pass.parts), M, C, n)` fp64 on the CPU, `n` the batch's samples or,
+                with `places`, its tokens.
+        """
+        mixed = torch.tensordot(self.mixture[:, list(data_pass.parts)], effects, dims=1)
+        by_sample = self.values.shape[SAMPLE] > 1
+        if self.places is None:
+            pieces = mixed.unbind(-1)
+        else:
+            places = self.places(data_pass, batch)
+            own = Offsets.of(batch.sample_lengths)
+            pieces = tuple(_placed(mixed[..., tokens], places[tokens]) for tokens in own)
+        for row, piece in zip(batch.rows, pieces, strict=True):
+            at = row + data_pass.offset if by_sample else 0
+            piece = piece.reshape(*piece.shape[:3], -1).numpy()
+            self.values[:, :, :, at, : piece.shape[-1]] += piece
+
+    def add_whole(self, columns: Sequence[int], effects: Tensor) -> None:
+        """Add effects `(n_parts, M, P)` of whole data sets, where nothing but place is told apart.
+
+        Args:
+            columns: for each parameter the number of its label.
+            effects: by parameter, on the CPU.
+        """
+        mixed = torch.tensordot(self.mixture, effects, dims=1)
+        torch.from_numpy(self.values)[..., 0, 0].index_add_(PLACE, torch.tensor(columns), mixed)
 
 
-def checked_blocks(groups: object, names: Sequence[str]) -> Blocks | None:
-    """Groups of blocks as the user gave them, each an interval `0-3`, a block, or several.
-
-    Args:
-        groups: name to `"0-3"`, `"0-3,7"`, a number or numbers; None: thirds by depth.
-        names: of the trainable parameters.
-
-    Raises:
-        InputError: no such block, a block in two groups, or a group with no trainable parameter.
-    """
-    if groups is None:
-        return None
-    if not isinstance(groups, Mapping) or not groups:
-        raise InputError(f"groups: got {groups!r}; give blocks by name, such as {{'first': '0-3'}}")
-    known = {block_of(name) for name in names} - {OUTSIDE}
-    there = f"the model has blocks {_written(known)}" if known else "the model has no blocks"
-    blocks: dict[str, frozenset[int]] = {}
-    for name, given in groups.items():
-        if name in (*GROUPS, OTHER) and name not in THIRDS:
-            raise InputError(
-                f"groups: the name '{name}' is taken by parts outside of the blocks; choose another"
-            )
-        own = _numbers(str(name), given)
-        if not own:
-            raise InputError(f"groups: '{name}' is empty; {there}")
-        for block in sorted(own):
-            if block not in known:
-                raise InputError(f"groups: '{name}' has block {block}; {there} that train")
-            taken = next((other for other, blocks_of in blocks.items() if block in blocks_of), None)
-            if taken is not None:
-                raise InputError(
-                    f"groups: block {block} is in '{taken}' and in '{name}'; give it to one"
-                )
-        blocks[str(name)] = own
-    return blocks
+def by_row(values: Any) -> np.ndarray:
+    """Effects summed over all but objectives, risks and rows, `(K, M, n)`; `EffectArray.values`."""
+    if isinstance(values, np.ndarray):
+        return values.sum((PLACE, WITHIN_SAMPLE))
+    rows = range(values.shape[SAMPLE])  # one at a time is in memory
+    return np.stack([values[:, :, :, row, :].sum((PLACE, PLACE + 1)) for row in rows], axis=-1)
 
 
-def _numbers(name: str, given: object) -> frozenset[int]:
-    """Blocks from `3`, `"0-3,7"` or `[0, 1]`."""
-    if isinstance(given, int) and not isinstance(given, bool):
-        return frozenset([given])
-    if isinstance(given, Sequence | set | frozenset | range) and not isinstance(given, str):
-        return frozenset().union(*(_numbers(name, one) for one in given))
-    numbers: set[int] = set()
-    for piece in str(given).split(","):
-        interval = re.fullmatch(r"\s*(\d{1,6})\s*(?:-\s*(\d{1,6})\s*)?", piece)
-        if isinstance(given, bool) or interval is None:
-            if not piece.strip() and isinstance(given, str):
-                continue
-            raise InputError(
-                f"groups: '{name}' has blocks {given!r}; write numbers and intervals such as "
-                "'0-3,7', blocks counted from 0"
-            )
-        first, last = int(interval[1]), int(interval[2] or interval[1])
-        if last < first:
-            raise InputError(f"groups: '{name}' has blocks {given!r}, upside down; write it again")
-        numbers.update(range(first, last + 1))
-    return frozenset(numbers)
+def _placed(effects: Tensor, places: Tensor) -> Tensor:
+    """Effects `(..., n_tokens)` of one sample at its positions; those of padding are zero."""
+    kept = places >= 0
+    placed = effects.new_zeros(*effects.shape[:-1], int(places.numpy().max()) + 1)
+    placed[..., places[kept]] = effects[..., kept]
+    return placed
 
 
-def _written(blocks: set[int]) -> str:
-    return f"{min(blocks)} to {max(blocks)}"
+def stored_text(text: str) -> str:
+    """A text as results hold it: for U+0000, at which NetCDF ends one, stands its picture; for half
+    a surrogate pair, which no file holds, its escape."""
+    return text.replace("\0", "\N{SYMBOL FOR NULL}").encode(errors="backslashreplace").decode()
 
 
-def _n_blocks(names: Sequence[str]) -> int:
-    return max(map(block_of, names), default=OUTSIDE) + 1
-
-
-def parameter_coordinates(names: Sequence[str], blocks: Blocks | None = None) -> dict[str, Any]:
-    """Coordinates of the parameter axis: `block`, `kind` and `group` of every name."""
-    groups, members = groups_of(names, blocks)
-    return {
-        "parameter": list(names),
-        "block": ("parameter", np.array([block_of(name) for name in names])),
-        "kind": ("parameter", [kind_of(name) for name in names]),
-        "group": ("parameter", [groups[g] for g in members]),
-    }
+def checked_axes(resolve: Sequence[str]) -> tuple[str, ...]:
+    """The axes that are meant, in the order of `AXES`; raise `InputError` where there are none."""
+    if not isinstance(resolve, Iterable):
+        raise InputError(f"resolve: got {resolve!r}; choose from {', '.join(AXES)}")
+    asked = (resolve,) if isinstance(resolve, str) else tuple(resolve)
+    for axis in asked:
+        if axis not in AXES:
+            raise InputError(f"resolve: unknown axis '{axis}'; choose from {', '.join(AXES)}")
+    if {"parameter", "group"} <= set(asked):
+        raise InputError(
+            "resolve: 'parameter' has its group beside it already; give 'parameter' or 'group'"
+        )
+    if set(WITHIN) <= set(asked):
+        raise InputError(
+            "resolve: 'token', which predicted token drives an effect, and 'position', where in a "
+            "sequence a layer is used, are two profiles; give one of them"
+        )
+    return tuple(axis for axis in AXES if axis in asked)

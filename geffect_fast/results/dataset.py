@@ -18,12 +18,11 @@ from torch import Tensor
 from geffect_fast import ops
 from geffect_fast.capture import Plan
 from geffect_fast.data import SampleSet
-from geffect_fast.engines.direction import rows_of
+from geffect_fast.engines.directions import rows_of
 from geffect_fast.errors import NonFiniteError, UnsupportedModelError
 from geffect_fast.objectives import Objective
-from geffect_fast.results.finite import are_finite
-from geffect_fast.results.resolution import Resolution
-from geffect_fast.transfer import OnItsWay
+from geffect_fast.results.axes import Resolution
+from geffect_fast.transfer import OnItsWay, are_finite
 
 if TYPE_CHECKING:
     import xarray as xr

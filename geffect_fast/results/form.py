@@ -43,6 +43,13 @@ _ATTRIBUTES: dict[str, type] = {
 
 _JSON_WHERE_THERE = {"digests": dict, "probe_rows": dict, "tied": list}
 
+REFERENCE_IS_MODEL = (
+    "the model itself, with which every log-ratio is 0: npo, dpo, tnpo, wtnpo are the same at any "
+    "beta but for their scale, and the gradient of kl is 0; give the model as it was before "
+    "unlearning (--reference) where that is another"
+)
+"""What `reference_is_model` of a result means, for people."""
+
 _HELD = 1100
 """Times its size is what a file may hold: deflate makes a thousandth of equal bytes at best."""
 

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from geffect_fast.data.batch import Batch
-from geffect_fast.engines.direction import ProductsWithFirst
-from geffect_fast.engines.tasks import Task
+from geffect_fast.engines.batches import DataPass
+from geffect_fast.engines.directions import ProductsWithFirst
 from geffect_fast.objectives import Outputs
 from geffect_fast.results.intervals import (
     effect_intervals,
@@ -52,10 +52,15 @@ class RowValues:
         self.products = ProductsWithFirst()
 
     def add(
-        self, task: Task, index: int, outputs: Outputs, batch: Batch, reference: Outputs | None
+        self,
+        data_pass: DataPass,
+        index: int,
+        outputs: Outputs,
+        batch: Batch,
+        reference: Outputs | None,
     ) -> None:
-        """As `geffect_fast.engines.tasks.Watch`."""
-        terms = task.parts[index].token_terms(outputs, batch, reference).detach().double()
+        """As `geffect_fast.engines.batches.Listener`."""
+        terms = data_pass.parts[index].token_terms(outputs, batch, reference).detach().double()
         sums = terms.new_zeros(2, batch.n_samples)
         at = batch.token_sample()
         sums[0].index_add_(0, at, terms)

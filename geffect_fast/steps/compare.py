@@ -14,8 +14,8 @@ import numpy as np
 
 from geffect_fast.errors import InputError
 from geffect_fast.paths import user_path
-from geffect_fast.results.axes import GROUPS
 from geffect_fast.results.form import check_complete
+from geffect_fast.results.groups import GROUPS
 from geffect_fast.results.told_apart import (
     half_width,
     precision_error,

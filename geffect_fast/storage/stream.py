@@ -11,6 +11,7 @@ import numpy as np
 
 from geffect_fast.errors import InputError
 from geffect_fast.paths import user_path
+from geffect_fast.results.axes import PLACE
 from geffect_fast.storage.disk import DiskFile, unwritable
 from geffect_fast.storage.run_folder import COMPRESSION, open_run, store_in
 from geffect_fast.storage.seal import seal
@@ -28,13 +29,14 @@ class EffectFile:
     Args:
         file: does not exist.
         dims: names of the axes, the last two `sample` and `position`.
-        shape: sizes of all five axes of an `EffectArray`, 1 for one that is summed.
+        shape: of `geffect_fast.results.axes.Resolution`.
     """
 
     def __init__(self, file: str | Path, dims: Sequence[str], shape: tuple[int, ...]) -> None:
         self.file = user_path(file).absolute()
         self.dims = tuple(dims)
         self.shape = shape
+        self._has_place = len(dims) == len(shape)
         self._part = self.file.with_name(f".{self.file.name}.part")
         if self.file.exists():
             raise InputError(f"out: {file} exists; choose another name")
@@ -44,7 +46,7 @@ class EffectFile:
     def __enter__(self) -> EffectFile:
         import h5netcdf
 
-        sizes = [n for at, n in enumerate(self.shape) if at != 2 or len(self.dims) == 5]
+        sizes = [n for at, n in enumerate(self.shape) if at != PLACE or self._has_place]
         # A sample is written at a time, and read at a time by whoever sums over positions.
         chunks = (1, 1, *sizes[2:-2], 1, sizes[-1])
         try:
@@ -70,18 +72,18 @@ class EffectFile:
         if isinstance(error, OSError):
             raise unwritable(f"out: {self.file}", "file", error) from error
 
-    # `EffectArray` adds to `values[:, :, :, row, :n]`, which has all five axes.
+    # Indices have all axes of `shape`; here the one of places may be missing.
 
     def __getitem__(self, index: tuple[Any, ...]) -> np.ndarray:
         found = self._effect[self._own(index)]
-        return found if len(self.dims) == 5 else found[:, :, None]
+        return found if self._has_place else np.expand_dims(found, PLACE)
 
     def __setitem__(self, index: tuple[Any, ...], values: np.ndarray) -> None:
-        self._effect[self._own(index)] = values if len(self.dims) == 5 else values[:, :, 0]
+        self._effect[self._own(index)] = values if self._has_place else values.squeeze(PLACE)
         self._disk.check()
 
     def _own(self, index: tuple[Any, ...]) -> tuple[Any, ...]:
-        return index if len(self.dims) == 5 else (*index[:2], *index[3:])
+        return index if self._has_place else (*index[:PLACE], *index[PLACE + 1 :])
 
     def finish(self, rest: xr.Dataset) -> xr.Dataset:
         """Write everything else, put the file in its place, and open it.
@@ -101,11 +103,3 @@ class EffectFile:
         seal(self._part)
         self._part.rename(self.file)
         return open_run(self.file, lazy=True)
-
-
-def by_row(array: np.ndarray | EffectFile) -> np.ndarray:
-    """Effects summed over all but objectives, risks and rows, `(K, M, n)`."""
-    if isinstance(array, np.ndarray):
-        return array.sum((2, 4))
-    rows = range(array.shape[3])
-    return np.stack([array[:, :, :, row, :].sum((2, 3)) for row in rows], axis=-1)

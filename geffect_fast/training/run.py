@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from geffect_fast.capture.given import check_is_model
+from geffect_fast.capture.compat import check_is_model
 from geffect_fast.data import Layout
 from geffect_fast.engines.layout import choose_layout, longest_sequence
 from geffect_fast.errors import GEffectError, InputError, NonFiniteError

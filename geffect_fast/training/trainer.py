@@ -20,10 +20,9 @@ from transformers import PrinterCallback, Trainer, TrainingArguments
 from geffect_fast.data import Layout, SampleSet, make_batches
 from geffect_fast.data.batch import Batch, Reduction, Role
 from geffect_fast.data.packing import token_places
-from geffect_fast.engines.attempts import Attempt, TokenBudget, attempts
-from geffect_fast.engines.forward_pass import model_outputs
+from geffect_fast.engines.batches import Attempt, DataPass, TokenBudget, each_batch, passes_for
+from geffect_fast.engines.model_outputs import model_outputs
 from geffect_fast.engines.packed_attention import packed_attention
-from geffect_fast.engines.tasks import Task, tasks_for
 from geffect_fast.errors import InputError, NonFiniteError, UnfinishedError, in_one_line
 from geffect_fast.measure.memory import within_budget
 from geffect_fast.objectives import Objective, Outputs
@@ -96,7 +95,7 @@ class Loss:
         on = {part.on for part in self.parts}
         return ["forget", *(["retain"] if "retain" in on else [])]
 
-    def tasks(self, rows: RowNumbers) -> list[Task]:
+    def passes(self, rows: RowNumbers) -> list[DataPass]:
         """The batches of an update, and which parts of the objective read them.
 
         Samples are numbered as in `rows`, in which one may come twice.
@@ -119,16 +118,16 @@ class Loss:
                 )
             ]
 
-        return tasks_for(self.parts, batches_of, dict.fromkeys(picked, 0))
+        return passes_for(self.parts, batches_of, dict.fromkeys(picked, 0))
 
     def value(
-        self, task: Task, outputs: Outputs, batch: Batch, reference: Outputs | None
+        self, data_pass: DataPass, outputs: Outputs, batch: Batch, reference: Outputs | None
     ) -> Tensor:
         """The share of a batch in the objective, a scalar, differentiable."""
         shares = [
             coefficient * part.loss(outputs, batch, reference)
             for coefficient, part in self.objective.parts()
-            if part in task.parts.values()
+            if part in data_pass.parts.values()
         ]
         return torch.stack([share.double() for share in shares]).sum()
 
@@ -147,44 +146,49 @@ class RowReference:
         self._known: dict[str, list[Tensor]] = {}
         self._loss = loss
         every = {name: range(len(loss.sets[name])) for name in loss.reads}
-        tasks = loss.tasks(every)
-        needs = [task.needs & REFERENCE_NEEDS for task in tasks]
-        for task, needed in zip(tasks, needs, strict=True):
+        passes = loss.passes(every)
+        needs = [data_pass.needs & REFERENCE_NEEDS for data_pass in passes]
+        for data_pass, needed in zip(passes, needs, strict=True):
             if needed == {"reference"}:
-                self._keep(model, task)
+                self._keep(model, data_pass)
         self._model = model if any(needed - {"reference"} for needed in needs) else None
 
     @torch.no_grad()
-    def outputs(self, task: Task, rows: RowNumbers, batch: Batch, moved: Batch) -> Outputs | None:
+    def outputs(
+        self, data_pass: DataPass, rows: RowNumbers, batch: Batch, moved: Batch
+    ) -> Outputs | None:
         """The reference's outputs on a batch of the update `rows`; None where nothing needs them.
 
         Args:
-            task: which parts read the batch.
+            data_pass: which parts read the batch.
             rows: of the update.
-            batch: one of the task's, on the CPU.
+            batch: one of the pass's, on the CPU.
             moved: the same, where the model is.
         """
-        needs = task.needs & REFERENCE_NEEDS
+        needs = data_pass.needs & REFERENCE_NEEDS
         if not needs:
             return None
         if needs != {"reference"}:
             assert self._model is not None
             with packed_attention(self._model, moved):
                 return model_outputs(self._model, moved, needs)
-        chosen = rows[task.on]
-        known = [self._known[task.on][chosen[row]] for row in batch.rows]
-        at = _flat_places(self._loss.sets[task.on].part(chosen), batch, [len(k) for k in known])
+        chosen = rows[data_pass.on]
+        known = [self._known[data_pass.on][chosen[row]] for row in batch.rows]
+        at = _flat_places(
+            self._loss.sets[data_pass.on].part(chosen), batch, [len(k) for k in known]
+        )
         values = torch.cat(known)[at.clamp(min=0)]
         return Outputs(values.masked_fill(at < 0, 0.0).to(moved.labels.device))
 
     @torch.no_grad()
-    def _keep(self, model: nn.Module, task: Task) -> None:
+    def _keep(self, model: nn.Module, data_pass: DataPass) -> None:
         """Log-probabilities of every row's tokens, through its answer and its alternatives."""
-        samples = self._loss.sets[task.on]
+        samples = self._loss.sets[data_pass.on]
         lengths = [sum(map(len, (s.answer, *s.alternatives))) for s in samples.samples]
         known: list[Tensor] = []
         device = next(model.parameters()).device
-        for attempt in attempts(task.batches, TokenBudget(self._loss.token_budget)):
+        cut = replace(data_pass, budget=TokenBudget(self._loss.token_budget))
+        for _, attempt in each_batch([cut]):
             batch = attempt.batch
             with attempt:
                 moved = batch.to(device)
@@ -200,7 +204,7 @@ class RowReference:
             flat[at[at >= 0]] = found[at >= 0]
             for row, piece in zip(batch.rows, flat.split(inside), strict=True):
                 known[row] = piece.clone()
-        self._known[task.on] = known
+        self._known[data_pass.on] = known
 
 
 def _flat_places(samples: SampleSet, batch: Batch, lengths: list[int]) -> Tensor:
@@ -281,12 +285,12 @@ class UnlearnTrainer(Trainer):
         parameters = list(model.parameters())
         begins = all(p.grad is None for p in parameters)
         while True:
-            tasks = replace(self.loss, token_budget=self._budget.tokens).tasks(rows)
+            passes = replace(self.loss, token_budget=self._budget.tokens).passes(rows)
             shares: list[float] = []
-            for task, batch in [(each, batch) for each in tasks for batch in each.batches]:
+            for data_pass, batch in [(each, batch) for each in passes for batch in each.batches]:
                 attempt = Attempt(batch, self._budget if begins else None)
                 with attempt:
-                    shares.append(self._descend(model, rows, task, batch))
+                    shares.append(self._descend(model, rows, data_pass, batch))
                 if attempt.failed:
                     break
             else:
@@ -295,16 +299,18 @@ class UnlearnTrainer(Trainer):
                 p.grad = None
             self._budget.halve(batch.total_tokens)
 
-    def _descend(self, model: nn.Module, rows: RowNumbers, task: Task, batch: Batch) -> float:
+    def _descend(
+        self, model: nn.Module, rows: RowNumbers, data_pass: DataPass, batch: Batch
+    ) -> float:
         """One batch forward and backward; its share in the loss."""
         moved = batch.to(self.args.device)
         # What is computed again in the backward (gradient checkpointing) needs the attention too.
         with packed_attention(model, moved), self.compute_loss_context_manager():
-            outputs = model_outputs(model, moved, task.needs)
+            outputs = model_outputs(model, moved, data_pass.needs)
             other = None
             if self.reference is not None:
-                other = self.reference.outputs(task, rows, batch, moved)
-            loss = self.loss.value(task, outputs, moved, other)
+                other = self.reference.outputs(data_pass, rows, batch, moved)
+            loss = self.loss.value(data_pass, outputs, moved, other)
             if loss.requires_grad:  # else it reads layers below everything that can be trained
                 self.accelerator.backward(loss)
         return float(loss.detach())

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from captured import batch, brute, model_of, per_sample
 from layer_cases import CASES, Net, Own, around
+from models_by_autograd import batch, brute, model_of, per_sample
 from torch import nn
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
@@ -159,7 +159,7 @@ def test_a_parameter_used_outside_its_module():
     with (
         plan.frozen(),
         Recorder(plan, lambda *_: None) as recorder,
-        OutsideUse(recorder) as outside,
+        OutsideUse(plan, recorder.running) as outside,
     ):
         with torch.no_grad():
             plan.model.e.weight.sum()

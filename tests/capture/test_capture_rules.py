@@ -7,7 +7,7 @@ import torch
 from layer_cases import CASES, VOCAB, D
 from models import fp64_throughout
 
-from geffect_fast.capture import Plan, Recorder, Segments
+from geffect_fast.capture import Plan, Recorder, Recording, Segments
 from geffect_fast.capture.factors import summed_gradient
 from geffect_fast.capture.products import inner, pairwise, squared_norms
 
@@ -70,7 +70,7 @@ def record(model, x, segments, *, directions=None, frozen=True, join=True):
         old = found.get(name, ([], []))
         found[name] = (old[0] + factors, old[1] + kept)
 
-    with Recorder(plan, keep, segments, join=join, directions=directions) as recorder:
+    with Recorder(plan, keep, segments, Recording(join, directions=directions)) as recorder:
         if frozen:
             with plan.frozen():
                 torch.autograd.grad(loss(model(x)), recorder.roots)

@@ -8,11 +8,11 @@ from contextlib import suppress
 
 import pytest
 import torch
-from captured import assert_records, batch, brute, hooks, model_of, per_sample
 from models import build as build_model
+from models_by_autograd import assert_records, batch, brute, hooks, model_of, per_sample
 
 import geffect_fast as gf
-from geffect_fast.capture import Outer, Plan, Recorder, Segments
+from geffect_fast.capture import Outer, Plan, Recorder, Recording, Segments
 from geffect_fast.capture.products import squared_norms
 from geffect_fast.errors import UnsupportedModelError
 
@@ -169,7 +169,8 @@ def test_no_activation_outlives_the_recorder(join):
         tensors = [*tensors, *(z for z in kept if z is not None)]
         seen.extend(weakref.ref(t) for t in tensors if t.is_floating_point())  # not offsets
 
-    recorder = Recorder(plan, sink, Segments.rectangular(x.shape), join=join, directions=directions)
+    recording = Recording(joined=join, directions=directions)
+    recorder = Recorder(plan, sink, Segments.rectangular(x.shape), recording)
     activation = weakref.ref(x)
     with recorder, plan.frozen():
         loss = model(x).sum()
@@ -199,7 +200,8 @@ def test_the_graph_holds_nothing_of_the_recorder_after_exit():
     model, x = model_of(), batch()
     plan = Plan.of(model)
     kept = {k: torch.ones(1, *p.shape).double() for k, p in plan.parameters.items()}
-    recorder = Recorder(plan, lambda *_: None, Segments.rectangular(x.shape), directions=kept)
+    recording = Recording(directions=kept)
+    recorder = Recorder(plan, lambda *_: None, Segments.rectangular(x.shape), recording)
     with recorder:
         loss = model(x).sum()
     gone = weakref.ref(recorder)
@@ -212,9 +214,8 @@ def test_a_single_backward_lets_go_of_calls_as_it_goes():
     model, x = model_of("own_parameter_and_child"), batch()
     plan = Plan.of(model)
     left = []
-    recorder = Recorder(
-        plan, lambda *_: left.append(len(recorder.calls)), Segments.rectangular(x.shape), once=True
-    )
+    axis, recording = Segments.rectangular(x.shape), Recording(one_backward=True)
+    recorder = Recorder(plan, lambda *_: left.append(len(recorder.calls)), axis, recording)
     with recorder, plan.frozen():
         loss = model(x).sum()
         n_calls = len(recorder.calls)

@@ -15,10 +15,9 @@ from torch.utils.flop_counter import FlopCounterMode
 import geffect_fast as gf
 from geffect_fast.capture import Plan
 from geffect_fast.engines.choice import Choice, choose_engine, forward_units, reverse_units
-from geffect_fast.engines.forward_parts import product_shares
 from geffect_fast.errors import InputError
 from geffect_fast.measure import profiler as profiling
-from geffect_fast.results.axes import groups_of
+from geffect_fast.results.groups import groups_of
 
 FORGET, RETAIN = samples([9] * 8, 1, 2), samples([6], 2, 2)
 WIDE = SMALL | {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1}
@@ -162,14 +161,14 @@ def test_shares_are_those_of_the_products(name):
         if p.dim() > 1 and (id(p) not in tables or id(p) == head):
             sizes[names[column]] += p.numel()
     expected = [size / sum(sizes.values()) for size in sizes.values()]
-    assert product_shares(plan, columns) == pytest.approx(expected)
-    assert product_shares(plan, [0] * len(columns)) == [1.0]
+    assert plan.product_shares(columns) == pytest.approx(expected)
+    assert plan.product_shares([0] * len(columns)) == [1.0]
 
 
 def test_shares_of_a_model_that_multiplies_nothing():
     model = build("llama").requires_grad_(False)
     model.model.norm.requires_grad_(True)
-    assert product_shares(Plan.of(model), [0]) == [0.0]
+    assert Plan.of(model).product_shares([0]) == [0.0]
 
 
 def baddbmm_flops(_out, a, b, *_args, **_kwargs):
@@ -218,7 +217,7 @@ def test_auto_takes_what_fewer_counted_products_take(resolve, monkeypatch):
     plan = Plan.of(model)
     names = list(plan.parameters)
     columns = groups_of(names)[1] if "group" in resolve else [0] * len(names)
-    units = forward_units(2, product_shares(plan, columns))
+    units = forward_units(2, plan.product_shares(columns))
     taken = set()
     for n_parts in (1, 12):
         objectives = [f"wga(alpha={k})" for k in range(n_parts)]

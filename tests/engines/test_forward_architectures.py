@@ -14,12 +14,12 @@ from models import build, fp64_throughout, samples
 import geffect_fast as gf
 from geffect_fast.capture import Plan
 from geffect_fast.data import make_batches, tokenize_rows
-from geffect_fast.engines.forward import forward_effects
+from geffect_fast.engines.batches import passes_for
+from geffect_fast.engines.forward import Move, forward_effects
 from geffect_fast.engines.forward_check import forward_mode_problem
-from geffect_fast.engines.forward_parts import Part
 from geffect_fast.engines.layout import choose_layout
+from geffect_fast.engines.reference import Reference
 from geffect_fast.engines.reverse import reverse_effects
-from geffect_fast.engines.tasks import Reference, tasks_for
 from geffect_fast.errors import UnsupportedModelError
 from geffect_fast.objectives import resolve
 
@@ -43,11 +43,11 @@ PASSED = [name for name, row in ARCHITECTURES.items() if row.forward is None]
 REFUSED = [name for name in ARCHITECTURES if name not in PASSED]
 
 
-def tasks(names, layout):
+def passes(names, layout):
     def batches_of(name, roles):
         return make_batches(SETS[name], roles, token_budget=60, layout=layout)
 
-    return tasks_for([resolve(name) for name in names], batches_of, {"forget": 0, "retain": 3})
+    return passes_for([resolve(name) for name in names], batches_of, {"forget": 0, "retain": 3})
 
 
 def directions(plan, dtype):
@@ -75,8 +75,8 @@ def forward(plan, wanted, reference, dtype, per_token):
         pieces = effects.tensor_split(list(ends), dim=-1)
         found.append(torch.stack([piece.sum(-1) for piece in pieces], dim=-1))
 
-    whole = Part(0, tuple(plan.parameters), tuple(range(N_RISKS)))
-    n = sum(len(task.parts) for task in wanted)
+    whole = Move(0, tuple(plan.parameters), tuple(range(N_RISKS)))
+    n = sum(len(data_pass.parts) for data_pass in wanted)
     values, _ = forward_effects(
         plan,
         wanted,
@@ -84,7 +84,7 @@ def forward(plan, wanted, reference, dtype, per_token):
         n,
         reference,
         keep,
-        parts=[whole],
+        moves=[whole],
         per_token=per_token,
         tick=lambda _: None,
     )
@@ -93,7 +93,7 @@ def forward(plan, wanted, reference, dtype, per_token):
 
 def reverse(plan, wanted, reference):
     found = []
-    n = sum(len(task.parts) for task in wanted)
+    n = sum(len(data_pass.parts) for data_pass in wanted)
     totals = reverse_effects(
         plan,
         wanted,
@@ -111,14 +111,14 @@ def reverse(plan, wanted, reference):
 def close(found, expected, wanted, dtype):
     """Batch by batch; a batch may hold one sample, whose effect is a difference of large ones."""
     largest = {}
-    batches = [(task, batch) for task in wanted for batch in task.batches]
-    for (task, _), effects in zip(batches, expected, strict=True):
-        for k, own in zip(task.parts, effects, strict=True):
+    batches = [(data_pass, batch) for data_pass in wanted for batch in data_pass.batches]
+    for (data_pass, _), effects in zip(batches, expected, strict=True):
+        for k, own in zip(data_pass.parts, effects, strict=True):
             largest[k] = max(largest.get(k, 0.0), float(own.abs().max()))
-    for (task, _), own, effects in zip(batches, found, expected, strict=True):
-        for k, ours, exact in zip(task.parts, own, effects, strict=True):
+    for (data_pass, _), own, effects in zip(batches, found, expected, strict=True):
+        for k, ours, exact in zip(data_pass.parts, own, effects, strict=True):
             error = float((ours - exact).abs().max()) / largest[k]
-            assert error <= TOLERANCE[dtype], (task.parts[k], error)
+            assert error <= TOLERANCE[dtype], (data_pass.parts[k], error)
 
 
 @pytest.mark.parametrize("name", PASSED)
@@ -127,14 +127,14 @@ def test_forward_equals_reverse(name):
         plan = Plan.of(build(name, torch.float64))
         layout = choose_layout(plan, SETS["forget"])
         assert forward_mode_problem(plan, SETS["forget"], layout) is None
-        wanted = tasks(ON_ANSWERS + ON_OTHERS, layout)
+        wanted = passes(ON_ANSWERS + ON_OTHERS, layout)
         reference = Reference(build(name, torch.float64, seed=1))
         reference.prepare(wanted, torch.device("cpu"))
         exact, values = reverse(plan, wanted, reference)
         found, own_values = forward(plan, wanted, reference, torch.float64, per_token=True)
         close(found, exact, wanted, torch.float64)
         torch.testing.assert_close(own_values, values, rtol=1e-12, atol=1e-12)
-    wanted = tasks(ON_ANSWERS, layout)
+    wanted = passes(ON_ANSWERS, layout)
     plan, reference = prepared(name, torch.float32, wanted)
     found, _ = forward(plan, wanted, reference, torch.float32, per_token=False)
     n_batches = len(wanted[0].batches)

@@ -9,7 +9,7 @@ from measure.wrapped_cases import AUTOCAST, CASES
 from models import build, fp64_throughout, samples
 
 import geffect_fast as gf
-from geffect_fast.engines import dual_model
+from geffect_fast.engines.dual import model as dual_model
 from geffect_fast.errors import UnsupportedModelError
 from geffect_fast.measure import profiler as profiling
 

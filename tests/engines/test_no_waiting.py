@@ -16,10 +16,12 @@ import geffect_fast as gf
 from geffect_fast.capture import Plan
 from geffect_fast.data import make_batches
 from geffect_fast.data.tokenize import tokenize_rows
-from geffect_fast.engines import dual_modules, forward_parts
-from geffect_fast.engines.direction import accumulate_gradients
+from geffect_fast.engines import directions, forward
+from geffect_fast.engines.batches import DataPass, passes_for
+from geffect_fast.engines.directions import accumulate_gradients
+from geffect_fast.engines.dual import modules as dual_modules
+from geffect_fast.engines.reference import Reference
 from geffect_fast.engines.reverse import reverse_effects
-from geffect_fast.engines.tasks import Reference, Task, tasks_for
 from geffect_fast.measure import memory, profiler
 from geffect_fast.measure.models import check_finite
 from geffect_fast.objectives import NLL
@@ -64,17 +66,17 @@ def run(plan, objectives, *, layout="packed", reference=None, **options):
     def ignore(_n):
         pass
 
-    risks = [Task(batches_of(name, ("answer",)), {m: NLL()}) for m, name in enumerate(rows)]
+    risks = [DataPass(batches_of(name, ("answer",)), {m: NLL()}) for m, name in enumerate(rows)]
     n_batches = 0
     values, directions = accumulate_gradients(plan, risks, 2, Reference(), ignore)
     parts = list(dict.fromkeys(part for o in objectives for _, part in parse(o).parts()))
-    tasks = tasks_for(parts, batches_of, {"forget": 0, "retain": 3})
+    passes = passes_for(parts, batches_of, {"forget": 0, "retain": 3})
     compared = Reference(reference)
-    compared.prepare(tasks, next(iter(plan.parameters.values())).device)
+    compared.prepare(passes, next(iter(plan.parameters.values())).device)
     effects = []
     totals = reverse_effects(
         plan,
-        tasks,
+        passes,
         directions,
         len(parts),
         compared,
@@ -162,9 +164,11 @@ def test_a_whole_measurement(resolve, device, monkeypatch):
             monkeypatch.setattr(memory, "free_memory", lambda _: 2**40)
             prepared = profiler.Profiler.of(plan.model, None, **given)
         found = prepared.measure(weights=True).dataset
-        n_batches = sum(len(task.batches) for task in prepared._tasks)
+        n_batches = sum(len(data_pass.batches) for data_pass in prepared._passes)
         # The weights of tokens are read one objective and batch at a time, at the very end.
-        n_weights = sum(len(task.batches) * len(task.parts) for task in prepared._tasks)
+        n_weights = sum(
+            len(data_pass.batches) * len(data_pass.parts) for data_pass in prepared._passes
+        )
         values = n_batches if "sample" in resolve else 1
         assert device.waits == values + 4 + n_weights + waits_of_intervals(prepared)
     for name in ("g_effect", "loss", "risk_value", "grad_norm", "cosine"):
@@ -190,11 +194,11 @@ def test_a_whole_measurement_of_the_forward_engine(architecture, offset, device,
             monkeypatch.setattr(profiler, "forward_mode_problem", lambda *_: None)
             monkeypatch.setattr(dual_modules, "_offset", lambda _: offset)
             monkeypatch.setattr(dual_modules, "_is_gated", lambda _: True)
-            for module in (memory, forward_parts):
+            for module in (memory, directions, forward):
                 monkeypatch.setattr(module, "free_memory", lambda _: 2**40)
             prepared = profiler.Profiler.of(plan.model, None, **given)
         found = prepared.measure().dataset
-        n_batches = sum(len(task.batches) for task in prepared._tasks)
+        n_batches = sum(len(data_pass.batches) for data_pass in prepared._passes)
         # Weights, values of the risks, their gradients and the inner products of those.
         assert device.waits == n_batches + 4 + waits_of_intervals(prepared)
     for name in ("g_effect", "loss", "risk_value"):
@@ -290,13 +294,13 @@ def repeated(x):
     ],
 )
 def test_a_planted_wait_is_refused(wait, device, monkeypatch):
-    value = Task.value
+    value = DataPass.value
 
     def waits(self, index, outputs, batch, reference):
         wait(outputs.token_logprob.detach())
         return value(self, index, outputs, batch, reference)
 
-    monkeypatch.setattr(Task, "value", waits)
+    monkeypatch.setattr(DataPass, "value", waits)
     here = Plan.of(build("llama"))
     with device, pytest.raises(Waited):
         with device.preparing():

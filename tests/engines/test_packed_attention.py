@@ -13,7 +13,7 @@ from torch import nn
 import geffect_fast as gf
 from geffect_fast.data import make_batches, tokenize_rows
 from geffect_fast.engines import packed_attention as module
-from geffect_fast.engines.forward_pass import model_outputs
+from geffect_fast.engines.model_outputs import model_outputs
 from geffect_fast.engines.packed_attention import packed_attention
 from geffect_fast.errors import UnsupportedModelError
 

@@ -14,12 +14,13 @@ from torch import Tensor, nn
 import geffect_fast as gf
 from geffect_fast.capture import Plan
 from geffect_fast.data import make_batches, tokenize_rows
-from geffect_fast.engines.direction import accumulate_gradients
-from geffect_fast.engines.effect_array import EffectArray
+from geffect_fast.engines.batches import DataPass, mixture_of, passes_for
+from geffect_fast.engines.directions import accumulate_gradients
 from geffect_fast.engines.layout import choose_layout
+from geffect_fast.engines.reference import Reference
 from geffect_fast.engines.reverse import Totals, reverse_effects
-from geffect_fast.engines.tasks import Reference, Task, mixture_of, tasks_for
 from geffect_fast.objectives import GA, KL, NLL, NPO, RMU, WGA, Objective
+from geffect_fast.results.axes import EffectArray
 
 pytest.importorskip("transformers")
 
@@ -41,16 +42,16 @@ def reverse(
     def batches_of(name, roles):
         return make_batches(sets[name], roles, token_budget=80, reduction="token")
 
-    risks = [Task(batches_of(name, ("answer",)), {m: NLL()}) for m, name in enumerate(sets)]
+    risks = [DataPass(batches_of(name, ("answer",)), {m: NLL()}) for m, name in enumerate(sets)]
     _, directions = accumulate_gradients(plan, risks, 2, Reference(), lambda _: None)
-    tasks = tasks_for(parts, batches_of, {"forget": 0, "retain": len(FORGET)})
+    passes = passes_for(parts, batches_of, {"forget": 0, "retain": len(FORGET)})
     reference = Reference(other)
-    reference.prepare(tasks, next(model.parameters()).device)
+    reference.prepare(passes, next(model.parameters()).device)
     shape = (len(parts), 2, len(plan.parameters), len(FORGET) + len(RETAIN), 1)
     found = EffectArray(mixture_of(parts, parts), np.zeros(shape))
     totals = reverse_effects(
         plan,
-        tasks,
+        passes,
         directions,
         len(parts),
         reference,

@@ -19,9 +19,9 @@ import geffect_fast as gf
 from geffect_fast.capture import Plan
 from geffect_fast.data import tokenize_rows
 from geffect_fast.engines.layout import choose_layout
-from geffect_fast.measure.captured import CapturedNumbers
+from geffect_fast.measure.by_capture import CapturedNumbers
 from geffect_fast.objectives import resolve
-from geffect_fast.results.axes import kind_of
+from geffect_fast.results.groups import kind_of
 
 ROOT = Path(__file__).resolve().parents[2]
 FORGET, RETAIN = [2, 9, 6, 6], [5, 7]

@@ -15,11 +15,11 @@ from torch import nn
 
 import geffect_fast as gf
 from geffect_fast.capture import Plan
-from geffect_fast.capture import calls as rules
+from geffect_fast.capture import layer_rules as rules
 from geffect_fast.errors import GEffectError, InputError, NonFiniteError, UnsupportedModelError
 from geffect_fast.measure import check as module
 from geffect_fast.measure import plain_autograd as plain
-from geffect_fast.measure.captured import CapturedNumbers
+from geffect_fast.measure.by_capture import CapturedNumbers
 from geffect_fast.measure.check import check
 from geffect_fast.measure.plain_autograd import BLOCK, dots, plain_numbers, plain_tokens
 from geffect_fast.measure.precision import TOLERANCE, computing_in

@@ -205,55 +205,6 @@ def test_objectives_that_share_parts():
                 )
 
 
-def test_batching_packing_and_order_change_nothing():
-    forget, retain, _ = data()
-    objectives = ["dpo(beta=0.2)", "npo(beta=0.1)+kl", "rmu(layer=1)"]
-    order = [3, 0, 4, 1, 2]
-    with fp64_throughout():
-        model, other = build("llama", torch.float64), build("llama", torch.float64, seed=1)
-        whole = run(model, forget, retain, objectives, reference_model=other, token_budget=10**6)
-        single = run(model, forget, retain, objectives, reference_model=other, token_budget=1)
-        shuffled = run(model, [forget[i] for i in order], retain, objectives, reference_model=other)
-    np.testing.assert_allclose(single.g_effect, whole.g_effect, rtol=1e-8, atol=1e-12)
-    n = len(forget)
-    np.testing.assert_allclose(
-        shuffled.g_effect[..., :n], whole.g_effect[..., order], rtol=1e-8, atol=1e-12
-    )
-
-
-def test_predicts_the_change_of_the_risk_to_first_order():
-    """Identity 5: the risk after a step of size lr is R - lr e + O(lr^2)."""
-    forget, retain, _ = data()
-    with fp64_throughout():
-        model = build("llama", torch.float64)
-        result = run(model, forget, retain, ["wga(alpha=1)"])
-        e = result.g_effect.sum(["parameter", "sample"])[0].values
-        before = result.risk_value.values
-        errors = []
-        for lr in (1e-3, 5e-4):
-            stepped = build("llama", torch.float64)
-            loss = sum(
-                -(lp.exp().detach() * -lp).sum()
-                for lp in (_logprobs(stepped, row) for row in forget)
-            )
-            loss = loss / sum(x != -100 for row in forget for x in row["labels"][1:])
-            loss.backward()
-            with torch.no_grad():
-                for p in stepped.parameters():
-                    p -= lr * p.grad
-                    p.grad = None
-            after = run(stepped, forget, retain, ["ga"]).risk_value.values
-            errors.append(np.abs(after - (before - lr * e)))
-    # Halving the step quarters the error.
-    assert (errors[1] < 0.3 * errors[0]).all()
-
-
-def _logprobs(model, row):
-    from reference import token_logprobs
-
-    return token_logprobs(model, row)
-
-
 def test_probes_are_risks_of_their_own():
     forget, retain, _ = data()
     extra = samples([11, 6], 9)

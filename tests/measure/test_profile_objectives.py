@@ -23,6 +23,9 @@ OBJECTIVES = [
     "pdu(eps=0.3)",
     "rmu_mask(layer=1, seed=2)",
     "rr(layer=2)",
+    "dpo(beta=0.2)",
+    "npo(beta=0.1)+kl",
+    "rmu(layer=1)",
 ]
 
 
@@ -42,8 +45,10 @@ def models():
     return build("llama", torch.float64), build("llama", torch.float64, seed=1)
 
 
-@pytest.mark.parametrize("layout", ["packed", "equal_length", "single"])
-def test_batches_layouts_and_order_change_nothing(monkeypatch, layout):
+@pytest.mark.parametrize(
+    "layout, budget", [("packed", 30), ("packed", 1), ("equal_length", 30), ("single", 30)]
+)
+def test_batches_layouts_and_order_change_nothing(monkeypatch, layout, budget):
     forget, retain = data()
     order = [3, 0, 2, 1]
     with fp64_throughout():
@@ -56,7 +61,7 @@ def test_batches_layouts_and_order_change_nothing(monkeypatch, layout):
             retain,
             OBJECTIVES,
             reference_model=other,
-            token_budget=30,
+            token_budget=budget,
         )
     n = len(forget)
     assert cut.attrs["layout"] == layout
@@ -124,6 +129,7 @@ def test_regularisers_are_at_rest_where_the_reference_is_the_model():
 @pytest.mark.parametrize(
     ("text", "name", "parameters"),
     [
+        ("wga(alpha=1)", "wga", {"alpha": 1.0}),
         ("satimp(beta1=1, beta2=0.5)", "satimp", {"beta1": 1.0, "beta2": 0.5}),
         ("token_weights", "token_weights", {}),
         ("ceu", "ceu", {"skip": 1}),

@@ -11,8 +11,8 @@ from torch import nn
 from torch.autograd import forward_ad
 
 import geffect_fast as gf
-from geffect_fast.capture.given import REPLAYING
-from geffect_fast.capture.trials import embedding_scale, is_linear, norm_offset
+from geffect_fast.capture.inputs import REPLAYING
+from geffect_fast.capture.probing import embedding_scale, is_linear, norm_offset
 from geffect_fast.errors import UnsupportedModelError
 from geffect_fast.trying import Trying
 

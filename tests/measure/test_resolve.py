@@ -17,7 +17,7 @@ import geffect_fast as gf
 from geffect_fast.errors import InputError, UnsupportedModelError
 from geffect_fast.measure import memory
 from geffect_fast.measure import profiler as profiling
-from geffect_fast.results.axes import GROUPS, groups_of
+from geffect_fast.results.groups import GROUPS, groups_of
 from geffect_fast.storage.run_folder import open_run
 
 FORGET, RETAIN = samples([2, 11, 5, 19], 1, 3), samples([9, 17, 12], 2, 3)

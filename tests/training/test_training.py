@@ -11,8 +11,9 @@ from models import build, fp64_throughout, samples
 
 from geffect_fast.capture import Plan
 from geffect_fast.data import make_batches, tokenize_rows
-from geffect_fast.engines.direction import accumulate_gradients
-from geffect_fast.engines.tasks import Reference, mixture_of, tasks_for
+from geffect_fast.engines.batches import mixture_of, passes_for
+from geffect_fast.engines.directions import accumulate_gradients
+from geffect_fast.engines.reference import Reference
 from geffect_fast.errors import InputError, NonFiniteError
 from geffect_fast.objectives import parse
 from geffect_fast.settings import Training
@@ -65,9 +66,9 @@ def gradient_of(model, objective, reference, reduction="token"):
             data[name], roles, token_budget=10**6, reduction=reduction, layout="packed"
         )
 
-    tasks = tasks_for(parts, batches_of, {"forget": 0, "retain": 0})
+    passes = passes_for(parts, batches_of, {"forget": 0, "retain": 0})
     values, gradients = accumulate_gradients(
-        plan, tasks, len(parts), Reference(reference), lambda n: None
+        plan, passes, len(parts), Reference(reference), lambda n: None
     )
     mixture = mixture_of([parse(objective)], parts)[0]
     mixed = {name: torch.tensordot(mixture, g, dims=1) for name, g in gradients.items()}
@@ -141,17 +142,17 @@ def test_a_row_that_comes_twice_counts_twice(tmp_path):
     model, other = build("llama"), build("llama", seed=1)
     reference = RowReference(other, loss)
     rows = {"forget": [2, 0, 2]}
-    [task] = loss.tasks(rows)
-    [batch] = task.batches
-    found = reference.outputs(task, rows, batch, batch).token_logprob
+    [data_pass] = loss.passes(rows)
+    [batch] = data_pass.batches
+    found = reference.outputs(data_pass, rows, batch, batch).token_logprob
     assert Counter(batch.rows) == Counter([0, 1, 2])
     pieces = found.split([5, 2, 5])
     assert torch.equal(pieces[0], pieces[2]) and pieces[0].abs().sum() > 0
-    assert float(loss.value(task, _outputs(model, batch), batch, _outputs(other, batch))) != 0
+    assert float(loss.value(data_pass, _outputs(model, batch), batch, _outputs(other, batch))) != 0
 
 
 def _outputs(model, batch):
-    from geffect_fast.engines.forward_pass import model_outputs
+    from geffect_fast.engines.model_outputs import model_outputs
 
     return model_outputs(model, batch)
 

@@ -1,0 +1,180 @@
+"""Models as others write them: what is refused, what is unwrapped, and what is off meanwhile.
+
+Compiled modules and activation checkpointing compute the same function in another way: by code that
+knows nothing of hooks, and by running parts of the forward again inside the backward. Here both are
+off for as long as hooks watch.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+
+from geffect_fast.errors import InputError, UnsupportedModelError
+
+COMPILED = "_orig_mod."
+"""What `torch.compile` puts into the names of a module's parameters."""
+
+
+def check_is_model(model: object, what: str = "model") -> None:
+    """Raise `InputError` where `what` is something else, such as the path of a model."""
+    if not isinstance(model, nn.Module):
+        raise InputError(
+            f"{what}: expected a loaded model, got {type(model).__name__}; load it with "
+            "transformers' AutoModelForCausalLM.from_pretrained"
+        )
+
+
+def mixing_module(model: nn.Module) -> str | None:
+    """The first module whose gradients are random or depend on other samples, why, and what to do.
+
+    None where there is no such module.
+    """
+    for name, module in model.named_modules():
+        where = f"'{name or type(module).__name__}'"
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and (
+            module.training or module.running_mean is None
+        ):
+            return f"{where} normalises over the samples of a batch; call model.eval() first"
+        if isinstance(module, nn.Embedding) and module.scale_grad_by_freq:
+            return f"{where} scales gradients by the ids of other samples; unset scale_grad_by_freq"
+        if not module.training:
+            continue
+        rates = {k: v for k, v in vars(module).items() if "drop" in k and isinstance(v, float)}
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            rates["p"] = module.p
+        if any(rate > 0 for rate in rates.values()):
+            return (
+                f"{where} is in train mode with active dropout, so gradients would be random; "
+                "call model.eval() first"
+            )
+    return None
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model itself, where it was given inside `torch.compile`.
+
+    Raises:
+        UnsupportedModelError: it is given inside a wrapper that spreads it over devices.
+    """
+    while hasattr(model, "_modules") and "_orig_mod" in model._modules:
+        model = model.get_submodule("_orig_mod")
+    kind = type(model)
+    if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        raise UnsupportedModelError(
+            f"model: it is wrapped in {kind.__name__}, which copies it to other devices; give the "
+            "model inside, `model.module`"
+        )
+    if any(base.__module__.startswith("torch.distributed.fsdp") for base in kind.__mro__):
+        raise UnsupportedModelError(
+            f"model: it is wrapped in {kind.__name__}, which holds parts of its parameters; load "
+            "the model without it, or give `model.module` gathered on one device"
+        )
+    return model
+
+
+def plain_name(name: str) -> str:
+    """The name of a parameter without what `torch.compile` of a module puts into it."""
+    return name.replace(COMPILED, "")
+
+
+@contextmanager
+def eagerly(model: nn.Module) -> Iterator[None]:
+    """Inside, nothing of `model` runs compiled, and no activation is computed a second time.
+
+    Also left out is the fused path of `nn.TransformerEncoderLayer`, which passes its modules by.
+    """
+    checkpointed: list[Any] = [
+        m for m in model.modules() if vars(m).get("gradient_checkpointing") is True
+    ]
+    fused = torch.backends.mha.get_fastpath_enabled()
+    # Where dynamo was never imported nothing is compiled, and importing it takes seconds.
+    compiled = "torch._dynamo" in sys.modules
+    try:
+        torch.backends.mha.set_fastpath_enabled(False)
+        for module in checkpointed:
+            module.gradient_checkpointing = False
+        with torch.compiler.set_stance("force_eager") if compiled else nullcontext():
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
+        for module in checkpointed:
+            module.gradient_checkpointing = True
+
+
+_FUSED = {
+    "_attn_implementation": (("flash", "flex"), "sdpa"),
+    "_experts_implementation": (("grouped", "gemm"), "eager"),
+}
+"""Settings of transformers: what the names of code without a forward-mode derivative hold, and what
+computes the same in its place. Names known to nobody are left: whether they have one shows."""
+
+
+@contextmanager
+def forward_differentiable(model: nn.Module) -> Iterator[None]:
+    """Inside, transformers runs no fused code without a forward-mode derivative."""
+    configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
+    changed: list[tuple[Any, str, str]] = []
+    try:
+        for config in configs.values():
+            for setting, (fused, instead) in _FUSED.items():
+                chosen = getattr(config, setting, None)
+                if isinstance(chosen, str) and any(word in chosen for word in fused):
+                    changed.append((config, setting, chosen))
+                    setattr(config, setting, instead)
+        yield
+    finally:
+        for config, setting, chosen in changed:
+            setattr(config, setting, chosen)
+
+
+# ---- peft ----
+
+
+def signed(model: nn.Module) -> nn.Module:
+    """The module whose `forward` names the arguments that `model` takes.
+
+    A model of peft hands on what it does not know to the model inside, except where it puts a soft
+    prompt before the input: positions mean something else there.
+    """
+    model = unwrapped(model)
+    if not _is_peft(model) or puts_prompt(model):
+        return model
+    return signed(model.base_model.model)  # type: ignore[union-attr, arg-type]
+
+
+def puts_prompt(model: nn.Module) -> bool:
+    """Whether a model of peft puts virtual tokens before the input (prompt and prefix tuning)."""
+    model = unwrapped(model)
+    config: Any = getattr(model, "active_peft_config", None) if _is_peft(model) else None
+    return bool(getattr(config, "is_prompt_learning", False))
+
+
+def _is_peft(model: nn.Module) -> bool:
+    peft = sys.modules.get("peft")
+    return peft is not None and isinstance(model, peft.PeftModel | peft.PeftMixedModel)
+
+
+def check_adapters(model: nn.Module) -> None:
+    """Raise `UnsupportedModelError` naming a trainable LoRA on a parameter, not on a module.
+
+    Such wrappers (`target_parameters`) are nested, and write into the base model's weights whenever
+    they run: neither can one be run again without the others, nor a graph be used after another
+    forward.
+    """
+    if "peft" not in sys.modules:
+        return
+    for where, module in model.named_modules():
+        kinds = {f"{kind.__module__}.{kind.__qualname__}" for kind in type(module).__mro__}
+        if "peft.tuners.lora.layer.ParamWrapper" in kinds and any(
+            p.requires_grad for p in module.parameters()
+        ):
+            raise UnsupportedModelError(
+                f"module '{where}': LoRA on a parameter (target_parameters) cannot be told apart "
+                "by sample; adapt modules instead (target_modules), or freeze it"
+            )

@@ -1,0 +1,137 @@
+"""Parameters that are used outside the forwards of the modules that own them, where no hook sees.
+
+Two ways to see it all the same. The graph of the losses tells by what it reaches, and takes no
+time; where the user's own backward wants weight gradients, every operation has to be looked at.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map
+
+from geffect_fast.capture.inputs import REPLAYING, tensors_of
+from geffect_fast.capture.plan import Plan
+from geffect_fast.errors import InputError
+
+
+class OutsideUseInGraph(AbstractContextManager["OutsideUseInGraph"]):
+    """Seen in a graph: inside, frozen parameters ask for a gradient but where their modules run.
+
+    So a graph made inside that reaches one has used it elsewhere: `plan.names_of(leaves_of(y))`
+    are for `plan.widen`.
+
+    Args:
+        plan: of the model, whose parameters are frozen (`plan.frozen`).
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        self._owned = {
+            where: [plan.parameters[name] for name in own.names.values()]
+            for where, own in plan.owners.items()
+        }
+
+    def __enter__(self) -> OutsideUseInGraph:
+        self._ask(True)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._ask(False)
+
+    def _ask(self, asks: bool) -> None:
+        for own in self._owned.values():
+            for p in own:
+                p.requires_grad_(asks)
+
+    def hide(self, where: str) -> list[nn.Parameter]:
+        """Freeze what the module owns, as its forward begins; what is to be shown when it ends."""
+        # Not what a module around this one has hidden already.
+        hidden = [p for p in self._owned[where] if p.requires_grad]
+        for p in hidden:
+            p.requires_grad_(False)
+        return hidden
+
+
+_SEVERAL = (list, tuple)
+
+
+class OutsideUse(TorchFunctionMode):
+    """Seen at the operations: for where parameters ask for gradients of their own.
+
+    Args:
+        plan: of the model.
+        running: whether the forward of the module of a name is running.
+
+    Attributes:
+        found: names of the parameters; `Plan.widen` takes them.
+    """
+
+    def __init__(self, plan: Plan, running: Callable[[str], bool]) -> None:
+        super().__init__()
+        self.plan = plan
+        self.running = running
+        self.found: dict[str, None] = {}
+        self.owners: dict[int, list[str]] = {}
+        for where, own in plan.owners.items():
+            module, names = own.module, own.names
+            for local in names:
+                self.owners.setdefault(id(module.get_parameter(local)), []).append(where)
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        # Every operation of the model comes by: no more than a look at each argument.
+        for x in (*args, *kwargs.values()) if kwargs else args:
+            if id(x) in self.owners:
+                self._check(x, func, args, kwargs)
+            elif isinstance(x, _SEVERAL):
+                for y in x:
+                    if id(y) in self.owners:
+                        self._check(y, func, args, kwargs)
+        return func(*args, **kwargs)
+
+    def _check(self, p: nn.Parameter, func: Any, args: tuple[Any, ...], kwargs: Any) -> None:
+        owners = self.owners[id(p)]
+        if REPLAYING.get() or not torch.is_grad_enabled():
+            return
+        if any(self.running(where) for where in owners):
+            return
+        # Asking for its shape or dtype, or for zeros like it, is no use of it.
+        leaf = p.detach().requires_grad_()
+        replaced = tree_map(lambda x: leaf if x is p else x, (args, kwargs))
+        used = func(*replaced[0], **replaced[1])
+        if any(y.requires_grad and y is not leaf for y in tensors_of(used)):
+            name = next(k for k, q in self.plan.parameters.items() if q is p)
+            self.found[name] = None
+
+
+def leaves_of(y: Tensor) -> list[Tensor]:
+    """Every leaf that `y` depends on: a backward to all of them passes by every recorded call.
+
+    A recorder's own roots are among them, and whatever else asks for a gradient (soft prompts).
+
+    Raises:
+        InputError: a part of the graph is made during the backward only.
+    """
+    seen, todo, leaves = set(), [y.grad_fn] if y.grad_fn is not None else [], []
+    while todo:
+        node = todo.pop()
+        if node in seen:  # reached twice before its turn
+            continue
+        seen.add(node)
+        kind = type(node).__name__
+        if kind == "CheckpointFunctionBackward":
+            raise InputError(
+                "model: it calls torch.utils.checkpoint with use_reentrant=True, which gives no "
+                "gradients of activations; call it with use_reentrant=False"
+            )
+        todo += [n for n, _ in node.next_functions if n is not None and n not in seen]
+        if kind == "AccumulateGrad":
+            leaves.append(node.variable)  # type: ignore[attr-defined]
+    return leaves

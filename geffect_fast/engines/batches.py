@@ -1,0 +1,221 @@
+"""Batches of the data, what is evaluated on each, and the one loop over them.
+
+Where memory runs out, the batch that failed is redone in smaller ones. Nothing is counted twice:
+what was finished of a batch before memory ran out, objective by objective, is not done again, and
+the rest was not counted yet.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import TracebackType
+
+import torch
+from torch import Tensor
+
+from geffect_fast.data.batch import Batch, Role
+from geffect_fast.data.packing import split_batch
+from geffect_fast.errors import GEffectWarning
+from geffect_fast.objectives import Objective, Outputs
+from geffect_fast.objectives.base import Need
+from geffect_fast.trying import no_memory
+
+ROLE_ORDER: tuple[Role, ...] = ("answer", "alternative")
+
+Tick = Callable[[int], None]
+"""Told how many tokens have just been worked through."""
+
+Listener = Callable[["DataPass", int, Outputs, Batch, "Outputs | None"], None]
+"""Told of every part, by its number, on every batch, with the model's and the reference's outputs.
+"""
+
+Collect = Callable[["DataPass", Batch, Tensor], None]
+"""Receives the effects `(len(data_pass.parts), M, C, n)` fp64 of one batch's samples or tokens."""
+
+
+class TokenBudget:
+    """Tokens a batch, halved where memory runs out.
+
+    Attributes:
+        tokens: as it is now.
+        exhausted: whether memory ran out for a batch of one sample, which no budget divides.
+    """
+
+    def __init__(self, tokens: int) -> None:
+        self.tokens = tokens
+        self.exhausted = False
+
+    def halve(self, n_tokens: int) -> None:
+        """Allow half of what memory ran out for, and say so in a line (`GEffectWarning`).
+
+        Args:
+            n_tokens: of the batch that did not fit; the budget may be larger than the data.
+        """
+        self.tokens = max(min(self.tokens, n_tokens) // 2, 1)
+        warnings.warn(
+            f"out of memory with a batch of {n_tokens} tokens; going on with a token budget of "
+            f"{self.tokens}",
+            GEffectWarning,
+            stacklevel=3,
+        )
+
+
+@dataclass
+class DataPass:
+    """One forward pass over a data set's batches, and the parts of objectives that it serves.
+
+    Attributes:
+        batches: on the CPU; smaller ones take their places where memory runs out.
+        parts: the elementary objectives that read these batches, by their number among all parts.
+        offset: number of the first row of this data set on the result's sample axis.
+        on: name of the data set.
+        watch: told of each part's evaluation, again where a batch is redone; None: nobody.
+        budget: of tokens a batch; None: a lack of memory is an error.
+    """
+
+    batches: list[Batch]
+    parts: dict[int, Objective] = field(default_factory=dict)
+    offset: int = 0
+    on: str = ""
+    watch: Listener | None = None
+    budget: TokenBudget | None = None
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        return frozenset(need for part in self.parts.values() for need in part.needs)
+
+    @property
+    def n_tokens(self) -> int:
+        return sum(b.total_tokens for b in self.batches)
+
+    def terms(
+        self, index: int, outputs: Outputs, batch: Batch, reference: Outputs | None
+    ) -> tuple[Tensor, Tensor]:
+        """What to differentiate for part `index` on `batch`, token by token, and its own value."""
+        value = self.value(index, outputs, batch, reference)
+        return self.parts[index].token_terms(outputs, batch, reference), value
+
+    @torch.no_grad()
+    def value(
+        self, index: int, outputs: Outputs, batch: Batch, reference: Outputs | None
+    ) -> Tensor:
+        """The value of part `index` on `batch`, a fp64 scalar on its device."""
+        if self.watch is not None:
+            self.watch(self, index, outputs, batch, reference)
+        return self.parts[index].loss(outputs, batch, reference).double()
+
+
+def mixture_of(objectives: Sequence[Objective], parts: Sequence[Objective]) -> Tensor:
+    """How often each part counts in each objective, `(K, n_parts)` fp64."""
+    mixture = torch.zeros(len(objectives), len(parts), dtype=torch.float64)
+    for k, objective in enumerate(objectives):
+        for coefficient, part in objective.parts():
+            mixture[k, parts.index(part)] += coefficient
+    return mixture
+
+
+def passes_for(
+    parts: Sequence[Objective],
+    batches_of: Callable[[str, tuple[Role, ...]], list[Batch]],
+    offsets: dict[str, int],
+    budget: TokenBudget | None = None,
+) -> list[DataPass]:
+    """Group parts of objectives by the data they read.
+
+    Args:
+        parts: elementary objectives.
+        batches_of: the batches of a data set (`forget`, `retain`) holding sequences of the roles.
+        offsets: where each data set starts on the sample axis.
+        budget: of tokens a batch, as `DataPass` takes it.
+    """
+    passes: dict[tuple[str, tuple[Role, ...]], DataPass] = {}
+    for index, part in enumerate(parts):
+        roles = tuple(r for r in ROLE_ORDER if r in part.roles)
+        key = (part.on, roles)
+        if key not in passes:
+            batches = batches_of(part.on, roles)
+            passes[key] = DataPass(batches, offset=offsets[part.on], on=part.on, budget=budget)
+        passes[key].parts[index] = part
+    return list(passes.values())
+
+
+class Attempt:
+    """One try at a batch, as a context manager: inside it, a lack of memory ends the try alone.
+
+    Not where the batch is one sample, nor inside `finishing`. What failed should hold nothing that
+    takes memory afterwards: run it in a function of its own.
+
+    Attributes:
+        batch: on the CPU.
+        done: numbers of objectives that are done for this batch's samples already.
+        failed: whether memory ran out.
+    """
+
+    def __init__(
+        self, batch: Batch, budget: TokenBudget | None, done: frozenset[int] = frozenset()
+    ) -> None:
+        self.batch = batch
+        self.done = done
+        self.failed = False
+        self._budget = budget
+        self._finishing = False
+
+    @contextmanager
+    def finishing(self, index: int) -> Iterator[None]:
+        """Inside, add up what was found for objective `index`; afterwards it is done."""
+        self._finishing = True
+        yield
+        self._finishing = False
+        self.done |= {index}
+
+    def __enter__(self) -> Attempt:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> bool:
+        if error is None or self._budget is None or self._finishing or not no_memory(error):
+            return False
+        self._budget.exhausted = self.batch.n_samples == 1
+        self.failed = not self._budget.exhausted
+        return self.failed
+
+
+def each_batch(
+    passes: Iterable[DataPass], tick: Tick | None = None
+) -> Iterator[tuple[DataPass, Attempt]]:
+    """Every batch of every pass, to be run inside its `Attempt`; what fails comes again in halves.
+
+    Batches of a pass are replaced in place by the pieces, so that they need not fail again. Larger
+    ones than its token budget allows are cut before they are tried.
+
+    Args:
+        passes: in turn.
+        tick: told of every batch that was run.
+    """
+    for data_pass in passes:
+        batches, budget = data_pass.batches, data_pass.budget
+        at, done = 0, [frozenset[int]()] * len(batches)
+        while at < len(batches):
+            batch = batches[at]
+            if budget is not None and batch.total_tokens > budget.tokens and batch.n_samples > 1:
+                pieces = split_batch(batch, budget.tokens)
+                batches[at : at + 1] = pieces
+                done[at : at + 1] = [done[at]] * len(pieces)
+                continue
+            attempt = Attempt(batch, budget, done[at])
+            yield data_pass, attempt
+            if attempt.failed:
+                assert budget is not None
+                budget.halve(batch.total_tokens)
+                done[at] = attempt.done
+                continue
+            at += 1
+            if tick is not None:
+                tick(batch.total_tokens)

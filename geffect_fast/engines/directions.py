@@ -1,0 +1,233 @@
+"""Gradients of whole data sets: the directions of the risks, and objectives in aggregated mode."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import wraps
+
+import torch
+from torch import Tensor
+
+from geffect_fast.capture import Plan, Recorder, Recording
+from geffect_fast.capture.products import InnerProducts, in_working_precision
+from geffect_fast.capture.recorder import Sink
+from geffect_fast.data.batch import Batch
+from geffect_fast.data.memory import free_memory
+from geffect_fast.engines.batches import Attempt, DataPass, Tick, each_batch
+from geffect_fast.engines.model_outputs import model_outputs, nll_by_sample, sample_axis
+from geffect_fast.engines.packed_attention import packed_attention
+from geffect_fast.engines.reference import Reference
+from geffect_fast.errors import UnsupportedModelError
+from geffect_fast.objectives import Outputs
+from geffect_fast.ops.reference import accumulation_dtype
+from geffect_fast.transfer import OnItsWay
+
+
+def new_gradients(plan: Plan, n: int, device: torch.device | None = None) -> dict[str, Tensor]:
+    """Zeros `(n, *shape)` for every trainable parameter, in the dtype gradients are added up in.
+
+    Args:
+        plan: of the model.
+        n: number of gradients.
+        device: where they are kept; None: each where its parameter is.
+    """
+    return {
+        name: torch.zeros(n, *p.shape, dtype=accumulation_dtype(p.dtype), device=device or p.device)
+        for name, p in plan.parameters.items()
+    }
+
+
+def place_for_directions(plan: Plan, n_directions: int) -> torch.device | None:
+    """Where the forward engine's directions are kept: on the CPU where a GPU has no room for them.
+
+    Passes then bring over what they need. None: where the parameters are.
+    """
+    device = next(iter(plan.parameters.values())).device
+    wanted = 4 * n_directions * sum(p.numel() for p in plan.parameters.values())  # in fp32
+    full = device.type == "cuda" and wanted > free_memory(device) // 2
+    return torch.device("cpu") if full else None
+
+
+def rows_of(gradients: Mapping[str, Tensor]) -> list[tuple[Tensor, ...]]:
+    """For each of the n gradients its part of every parameter's `(n, *shape)`, views."""
+    return list(zip(*(of.unbind() for of in gradients.values()), strict=True))
+
+
+def add_gradients(into: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
+    """Add one backward's parameter gradients (None: unused) to what earlier ones left in `into`."""
+    pairs = [(total, grad) for total, grad in zip(into, grads, strict=True) if grad is not None]
+    if pairs:
+        totals, found = map(list, zip(*pairs, strict=True))
+        if totals[0].is_cpu and not found[0].is_cpu:
+            found = OnItsWay(*found).arrived()
+        torch._foreach_add_(totals, found)
+
+
+@contextmanager
+def gradients_as_they_are(plan: Plan) -> Iterator[None]:
+    """Inside, a hook of a parameter that changes its gradient is an error.
+
+    Shares of samples are of the loss's own gradient. What only looks at it, as loggers do, may.
+
+    Raises:
+        UnsupportedModelError: naming the parameter, once such a gradient arrives.
+    """
+
+    def watched(name: str, hook: Callable[[Tensor], Tensor | None]) -> Callable[[Tensor], None]:
+        @wraps(hook)
+        def run(g: Tensor) -> None:
+            before = g.clone()
+            after = hook(g)
+            if not torch.equal(before, g if after is None else after):
+                raise UnsupportedModelError(
+                    f"parameter '{name}': a hook changes its gradient (OSF of peft does), so the "
+                    "model does not learn by the gradient of its loss; remove the hook, or freeze "
+                    "the parameter"
+                )
+
+        return run
+
+    hooked = {name: hooks for name, p in plan.parameters.items() if (hooks := p._backward_hooks)}
+    own = {name: dict(hooks) for name, hooks in hooked.items()}
+    try:
+        for name, hooks in hooked.items():
+            hooks.update({key: watched(name, hook) for key, hook in own[name].items()})
+        yield
+    finally:
+        for name, hooks in hooked.items():
+            hooks.update(own[name])
+
+
+class ProductsWithFirst:
+    """`< grad L_j, grad L_0 >` of the samples of objectives 1, 2, ..., found in their own passes.
+
+    Where samples cannot be told apart there are none.
+
+    Attributes:
+        found: for every batch the objective's number, the samples' and their products `(n,)`.
+    """
+
+    def __init__(self) -> None:
+        self.found: list[tuple[int, list[int], Tensor]] = []
+        self.exist = True
+
+
+def accumulate_gradients(
+    plan: Plan,
+    passes: Sequence[DataPass],
+    n: int,
+    reference: Reference,
+    tick: Tick,
+    kept_on: torch.device | None = None,
+    products: ProductsWithFirst | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Values and gradients of `n` objectives over all their batches.
+
+    Args:
+        plan: of the model.
+        passes: which objectives read which batches.
+        n: number of objectives.
+        reference: what they compare with.
+        tick: progress.
+        kept_on: where the gradients are added up; None: each where its parameter is.
+        products: receives products with the first objective's gradient. The first pass is that
+            of the first objective, and the others' parts are one each.
+
+    Returns:
+        Values `(n,)` fp64, and by parameter name the gradients `(n, *shape)`, fp32 sums (fp64 for
+        fp64 models) over batches whatever the model's dtype.
+    """
+    found: list[tuple[int, Tensor]] = []
+    gradients = new_gradients(plan, n, kept_on)
+    rows = rows_of(gradients)
+    parameters = list(plan.parameters.values())
+
+    def add(data_pass: DataPass, attempt: Attempt) -> None:
+        if products is None or not products.exist or data_pass is passes[0]:
+            return run(data_pass, attempt)
+
+        def first(name: str) -> Tensor:
+            p = plan.parameters[name]
+            return in_working_precision(gradients[name][:1].to(p.device), p)
+
+        sink = InnerProducts(first)
+        try:
+            run(data_pass, attempt, sink)
+        except UnsupportedModelError:
+            products.exist = False
+            return run(data_pass, attempt)
+        (index,) = data_pass.parts
+        if sink.found:
+            scores = [score[0].double() for _, score in sink.found]
+            own = torch.stack([score.to(scores[0].device) for score in scores]).sum(0)
+            products.found.append((index, list(attempt.batch.rows), own))
+
+    def run(data_pass: DataPass, attempt: Attempt, sink: Sink | None = None) -> None:
+        batch = attempt.batch
+        moved = batch.to(parameters[0].device)
+        recorder = None
+        if sink is not None:
+            axis = sample_axis(plan.model, batch)
+            recorder = Recorder(plan, sink, axis, Recording(one_backward=True))
+        with packed_attention(plan.model, moved), recorder or nullcontext():
+            outputs = model_outputs(plan.model, moved, data_pass.needs)
+            if recorder is not None and recorder.to_be_shown():
+                recorder.show_rows(nll_by_sample(outputs, moved), parameters)
+            other = reference.outputs(data_pass, batch, moved, outputs)
+            evaluated = data_pass, attempt, outputs, moved, other
+            for index, value, grads in backwards(*evaluated, parameters, recorder):
+                with attempt.finishing(index):
+                    found.append((index, value))
+                    add_gradients(rows[index], grads)
+
+    with gradients_as_they_are(plan):
+        for data_pass, attempt in each_batch(passes, tick):
+            with attempt:
+                add(data_pass, attempt)
+    return added_up(found, n), gradients
+
+
+def backwards(
+    data_pass: DataPass,
+    attempt: Attempt,
+    outputs: Outputs,
+    moved: Batch,
+    reference: Outputs | None,
+    sources: Sequence[Tensor],
+    recorder: Recorder | None,
+) -> Iterator[tuple[int, Tensor, Sequence[Tensor | None]]]:
+    """One backward a part of objectives that is not done yet, through one graph of outputs.
+
+    Args:
+        data_pass, attempt: which parts, on which batch.
+        outputs, reference: the model's and the reference's on it.
+        moved: the batch, on the model's device.
+        sources: what is differentiated by.
+        recorder: told when a backward is over.
+
+    Yields:
+        A part's number, its value, and its gradients by the sources, None where it has none.
+    """
+    wanted = [index for index in data_pass.parts if index not in attempt.done]
+    for index in wanted:
+        terms, value = data_pass.terms(index, outputs, moved, reference)
+        loss = terms.sum()
+        grads: Sequence[Tensor | None] = [None] * len(sources)
+        if loss.requires_grad:  # else it reads a layer below all that can be trained
+            grads = torch.autograd.grad(
+                loss, sources, retain_graph=index != wanted[-1], allow_unused=True
+            )
+            if recorder is not None:
+                recorder.finish()
+        yield index, value, grads
+
+
+def added_up(found: Sequence[tuple[int, Tensor]], n: int) -> Tensor:
+    """Scalars on a device, each added to its place among `n`, `(n,)` fp64: they are read once."""
+    values = torch.zeros(n, dtype=torch.float64)
+    if found:
+        places, scalars = zip(*found, strict=True)
+        (read,) = OnItsWay(torch.stack(scalars)).arrived()
+        values.index_add_(0, torch.tensor(places), read)
+    return values

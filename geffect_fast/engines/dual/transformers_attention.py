@@ -1,0 +1,113 @@
+"""The attention of transformers' models among duals: sequences side by side (`packing`).
+
+transformers looks its attention up by name, and builds a mask between all tokens of a batch for the
+names that it has masks for. Under names of our own a layer's attention is handed over here, and
+runs as it would, on the sequences of a group instead of all tokens in a row.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from geffect_fast.engines.dual.packing import PACKING, Packing
+from geffect_fast.engines.dual.tensor import NoRuleError
+from geffect_fast.engines.packed_attention import reach
+
+SDPA, EAGER = "geffect_fast_dual_sdpa", "geffect_fast_dual_eager"
+"""Names of the functions below; the first is without masks, the second has those of eager."""
+
+
+@contextmanager
+def attention_apart(model: nn.Module, packing: Packing | None) -> Iterator[None]:
+    """Attention by group inside, for models that take their attention from transformers' table.
+
+    Where a window cuts sequences short, sdpa gets its mask from transformers, and the rule for it
+    cuts that up.
+
+    Args:
+        model: its configs are restored at the end.
+        packing: of the batch; None: it is not packed, and runs as it is.
+    """
+    configs = [] if packing is None else _configs(model)
+    chosen = {config._attn_implementation for config in configs}
+    name = None
+    if packing is not None and chosen == {"sdpa"} and packing.longest <= reach(configs):
+        name = SDPA
+    elif chosen == {"eager"}:
+        name = EAGER
+    if name is None:
+        yield
+        return
+    _register()
+    (before,) = chosen
+    try:
+        for config in configs:
+            config._attn_implementation = name
+        yield
+    finally:
+        for config in configs:
+            config._attn_implementation = before
+
+
+def _configs(model: nn.Module) -> list[Any]:
+    """The configs that say which attention runs; none where one has attention of its own."""
+    configs: dict[int, Any] = {}
+    for module in model.modules():
+        if not getattr(module, "_supports_attention_backend", True):
+            return []
+        config = getattr(module, "config", None)
+        if hasattr(config, "_attn_implementation"):
+            configs[id(config)] = config
+    return list(configs.values())
+
+
+def _register() -> None:
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    if SDPA not in ALL_ATTENTION_FUNCTIONS.valid_keys():
+        ALL_ATTENTION_FUNCTIONS.register(SDPA, _sdpa)
+        ALL_ATTENTION_FUNCTIONS.register(EAGER, _eager)
+        ALL_MASK_ATTENTION_FUNCTIONS.register(EAGER, ALL_MASK_ATTENTION_FUNCTIONS["eager"])
+
+
+def _sdpa(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
+) -> tuple[Any, None]:
+    """transformers' own; where it is causal, what pads a sequence is behind all that counts."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    packing, attend = PACKING.get(), ALL_ATTENTION_FUNCTIONS["sdpa"]
+    causal = kwargs.get("is_causal", getattr(module, "is_causal", True)) is not False
+    if packing is None or mask is not None or query.shape[2] != len(packing.place):
+        raise NoRuleError("attention over other tokens than the batch's")
+
+    def group(q: Any, k: Any, v: Any, number: int) -> Any:
+        hidden = None if causal else packing.groups[number].hidden
+        own = None if hidden is None else ~hidden
+        return attend(module, q, k, v, own, **kwargs)[0].transpose(1, 2)
+
+    return packing.apart(query, key, value, group).transpose(1, 2), None
+
+
+def _eager(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
+) -> tuple[Any, Any]:
+    """That of the model's own file."""
+    packing = PACKING.get()
+    attend = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    if attend is None:
+        raise NoRuleError(f"{type(module).__name__} has attention of its own")
+    if packing is None or mask is None or not packing.masks(mask):
+        return attend(module, query, key, value, mask, **kwargs)
+
+    def group(q: Any, k: Any, v: Any, number: int) -> Any:
+        own = packing.block(mask, number)
+        return attend(module, q, k, v, own, **kwargs)[0].transpose(1, 2)
+
+    return packing.apart(query, key, value, group).transpose(1, 2), None

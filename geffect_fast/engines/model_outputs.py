@@ -1,0 +1,213 @@
+"""One forward pass over a batch: log-probabilities of the labels, and what else objectives need."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import wraps
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from geffect_fast.capture.compat import eagerly, puts_prompt, signed
+from geffect_fast.capture.precision import widened
+from geffect_fast.capture.samples import Segments
+from geffect_fast.data.batch import Batch
+from geffect_fast.engines.rotary_frequencies import frequencies_at_first
+from geffect_fast.errors import UnsupportedModelError
+from geffect_fast.objectives import Outputs
+from geffect_fast.objectives.base import Need
+
+
+def takes(model: nn.Module, argument: str) -> bool:
+    """Whether the model's forward, or that of the model inside its wrapper, names `argument`."""
+    return argument in inspect.signature(signed(model).forward).parameters
+
+
+def without_cache(model: nn.Module) -> dict[str, bool]:
+    """The argument that keeps a model from building a cache, where it has one.
+
+    Beside a cache, transformers does not tell packed sequences apart. Some models (GraniteMoe) do
+    not name the argument and hand it on to the model inside.
+    """
+    inside = signed(model)
+    parameters = inspect.signature(inside.forward).parameters
+    hands_on = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    config = getattr(inside, "config", None)
+    named = "use_cache" in parameters or (hands_on and hasattr(config, "use_cache"))
+    return {"use_cache": False} if named else {}
+
+
+def positions(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+    """The argument that tells packed sequences apart, where the model has one.
+
+    Not given where every sequence has a row of its own: the model counts by itself then, from where
+    and as it does (RoBERTa's kin from `padding_idx + 1`, and past padding).
+    """
+    given = batch.position_ids is not None and takes(model, "position_ids")
+    return {"position_ids": batch.position_ids} if given else {}  # type: ignore[dict-item]
+
+
+def keeps_logits(model: nn.Module, batch: Batch) -> bool:
+    """Whether the model computes logits at the batch's targets only."""
+    return batch.packed and takes(model, "logits_to_keep")
+
+
+def sample_axis(model: nn.Module, batch: Batch, per_token: bool = False) -> Segments:
+    """How a module's rows are told apart by sample, or by token, in a forward over `batch`."""
+    host = batch.to("cpu")
+    kept = host.target_index if keeps_logits(model, batch) else None
+    if per_token and puts_prompt(model):
+        raise UnsupportedModelError(
+            f"{type(model).__name__}: a soft prompt stands at no position of a sample; resolve "
+            "without 'position'"
+        )
+    if per_token:
+        return Segments.tokens(batch.input_ids.shape, kept)
+    if not batch.packed:
+        per_sample = len(batch.roles) // batch.n_samples
+        return Segments.rectangular(batch.input_ids.shape, per_sample)
+    return Segments.packed(host.cu_samples, kept)
+
+
+def model_outputs(model: nn.Module, batch: Batch, needs: Collection[Need] = ()) -> Outputs:
+    """Run `model` on `batch`, under the caller's grad mode.
+
+    Args:
+        model: a causal language model of transformers, or one called and answering like it; what
+            it may be wrapped in is in `geffect_fast.capture.compat`.
+        batch: on the model's device.
+        needs: `hidden_states` and `logits` cost memory and are returned only where asked for;
+            `reference_hidden_states` and `reference_logits` ask for the same, here of this model.
+
+    Raises:
+        UnsupportedModelError: the model's answer has no logits of the expected shape, or it is
+            given several packed sequences and no way to say where they start.
+    """
+    wants_logits = not {"logits", "reference_logits"}.isdisjoint(needs)
+    wants_hidden = not {"hidden_states", "reference_hidden_states"}.isdisjoint(needs)
+    index = batch.target_index
+    kwargs: dict[str, Any] = {"input_ids": batch.input_ids, **without_cache(model)}
+    kwargs |= positions(model, batch)
+    if keeps_logits(model, batch):
+        kwargs["logits_to_keep"] = index
+    if wants_hidden:
+        kwargs["output_hidden_states"] = True
+    if batch.packed and len(batch.roles) > 1 and "position_ids" not in kwargs:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} takes no position_ids, so sequences cannot be packed into one "
+            "row for it; give a model that does, as the other one here, or no reference of its own"
+        )
+    with eagerly(model), sequences_known(batch), frequencies_at_first(model):
+        answer = model(**kwargs)
+    kept = len(index) if keeps_logits(model, batch) else None
+    logits = logits_of(answer, model, batch.input_ids, kept).flatten(0, 1)
+    if kept is None:
+        logits = logits[index]
+    # Log-probabilities are differences of numbers of like size: never in bf16 or fp16.
+    nll = F.cross_entropy(widened(logits), batch.targets[index], reduction="none")
+    token_logprob = nll.new_zeros(batch.total_tokens).index_copy(0, index, -nll)
+    hidden = None
+    if wants_hidden:
+        length = batch.input_ids.shape[1]  # of a soft prompt before them nobody asks
+        hidden = tuple(h[:, -length:].flatten(0, 1) for h in answer.hidden_states)
+    return Outputs(token_logprob, logits if wants_logits else None, hidden)
+
+
+def nll_by_sample(outputs: Outputs, batch: Batch) -> Tensor:
+    """The samples' sums of negative log-likelihoods, `(n_samples,)`, differentiable."""
+    nll = -outputs.token_logprob
+    return batch.sample_sum(nll, torch.ones_like(nll, dtype=torch.bool))
+
+
+def logits_of(answer: Any, model: nn.Module, input_ids: Tensor, kept: int | None = None) -> Tensor:
+    """The logits at the tokens of the input, `(batch, tokens, vocabulary)`.
+
+    Those of virtual tokens, which a soft prompt puts before the input, are cut off.
+
+    Args:
+        answer: what the model returned.
+        model: the model.
+        input_ids: `(batch, length)`.
+        kept: number of positions the model was asked for; None: all.
+
+    Raises:
+        UnsupportedModelError: there are no logits, or they are of other tokens.
+    """
+    logits = getattr(answer, "logits", answer)
+    if not isinstance(logits, Tensor) or logits.dim() != 3:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} returned no logits of shape (batch, tokens, vocabulary); "
+            "give a causal language model"
+        )
+    length = input_ids.shape[1] if kept is None else kept
+    if puts_prompt(model):
+        logits = logits[:, -length:]
+    if logits.shape[:2] != (len(input_ids), length):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} returned logits of shape {tuple(logits.shape)} for "
+            f"{len(input_ids)} sequences of {length} tokens; give a model with one row a token"
+        )
+    return logits
+
+
+# ---- what transformers would read off the device ----
+
+_BATCH: ContextVar[Batch | None] = ContextVar("_BATCH", default=None)
+
+
+@contextmanager
+def sequences_known(batch: Batch) -> Iterator[None]:
+    """Inside, transformers' models run over `batch` without a look at its positions and tokens.
+
+    They would find out from `position_ids` whether a row holds several sequences, and from
+    `input_ids` whether there is padding to warn of; each waits for the device, once a forward. The
+    batch knows.
+
+    Args:
+        batch: on the model's device, whose `position_ids` the model is given.
+    """
+    _register()
+    token = _BATCH.set(batch)
+    try:
+        yield
+    finally:
+        _BATCH.reset(token)
+
+
+def _register() -> None:
+    masks: Any = sys.modules.get("transformers.masking_utils")
+    models: Any = sys.modules.get("transformers.modeling_utils")
+    if models is None:  # none of its models has been made
+        return
+    find = getattr(masks, "find_packed_sequence_indices", None)
+    if find is None or hasattr(find, "__wrapped__"):
+        return
+
+    @wraps(find)
+    def known(position_ids: Tensor, *args: Any, **kwargs: Any) -> Tensor | None:
+        batch = _BATCH.get()
+        # A model may count positions of its own, over all sequences.
+        if batch is None or position_ids is not batch.position_ids:
+            found: Tensor | None = find(position_ids, *args, **kwargs)
+            return found
+        several = batch.packed and len(batch.roles) > 1
+        return batch.token_sequence()[None] if several else None
+
+    masks.find_packed_sequence_indices = known
+    kind = models.PreTrainedModel
+    warn = getattr(kind, "warn_if_padding_and_no_attention_mask", None)
+    if warn is None:
+        return
+
+    @wraps(warn)
+    def without_padding(self: Any, *args: Any, **kwargs: Any) -> None:
+        if _BATCH.get() is None:  # no batch holds padding
+            warn(self, *args, **kwargs)
+
+    kind.warn_if_padding_and_no_attention_mask = without_padding

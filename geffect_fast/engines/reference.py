@@ -1,0 +1,118 @@
+"""The model that objectives compare with, and what it says of each batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from geffect_fast.data.batch import Batch, Role
+from geffect_fast.engines.batches import DataPass, each_batch
+from geffect_fast.engines.model_outputs import model_outputs
+from geffect_fast.engines.packed_attention import packed_attention
+from geffect_fast.objectives import Outputs
+from geffect_fast.objectives.base import REFERENCE_NEEDS
+
+
+class Reference:
+    """The frozen model that objectives compare with.
+
+    Without a model of its own it is the profiled model as it stands, and costs nothing. Otherwise
+    log-probabilities are computed once, before the engine starts, so that no second model need stay
+    in memory; only logits (kl) and hidden states (rr) are computed batch by batch, with the model
+    kept.
+    """
+
+    def __init__(self, model: nn.Module | None = None) -> None:
+        self.model = model
+        self._stored: dict[tuple[str, tuple[Role, ...], int], Tensor] = {}
+        """Log-probabilities by data set, roles and row: batches may be cut anew."""
+
+    @torch.no_grad()
+    def prepare(self, passes: Sequence[DataPass], device: torch.device) -> None:
+        """Compute and keep what `passes` need; let go of the model where nothing else is needed."""
+        if self.model is None:
+            return
+        needs = [data_pass.needs & REFERENCE_NEEDS for data_pass in passes]
+        for data_pass, needed in zip(passes, needs, strict=True):
+            if needed == {"reference"}:
+                for _, attempt in each_batch([data_pass]):
+                    places = _places(data_pass, attempt.batch)
+                    if places[0] in self._stored:
+                        continue  # an earlier measurement's
+                    with attempt:
+                        found = self._log_probabilities(self.model, attempt.batch.to(device))
+                        lengths = attempt.batch.cu_samples.diff().tolist()
+                        self._stored |= zip(places, found.split(lengths), strict=True)
+        if not any(needed - {"reference"} for needed in needs):
+            self.model = None
+
+    @torch.no_grad()
+    def is_computed_by(
+        self, model: nn.Module, passes: Sequence[DataPass], device: torch.device
+    ) -> bool:
+        """Whether another model says the same, bit by bit, on all that `passes` compare with.
+
+        It ends at the first batch on which it does not. Before `prepare`, which may let go of the
+        reference.
+        """
+        if self.model is None:
+            return False
+        for data_pass, attempt in each_batch(t for t in passes if t.needs & REFERENCE_NEEDS):
+            with attempt:
+                moved = attempt.batch.to(device)
+                said = []
+                for each in (self.model, model):
+                    with packed_attention(each, moved):
+                        said.append(model_outputs(each, moved, data_pass.needs & REFERENCE_NEEDS))
+                if not _equal(*said):
+                    return False
+        return True
+
+    @staticmethod
+    def _log_probabilities(model: nn.Module, moved: Batch) -> Tensor:
+        with packed_attention(model, moved):
+            return model_outputs(model, moved).token_logprob
+
+    @torch.no_grad()
+    def of_its_own(self, data_pass: DataPass, batch: Batch, moved: Batch) -> Outputs | None:
+        """What another model says of `batch` (`moved`: on the device); None where there is none."""
+        needs = data_pass.needs & REFERENCE_NEEDS
+        if needs == {"reference"} and self._stored:
+            return Outputs(torch.cat([self._stored[place] for place in _places(data_pass, batch)]))
+        if not needs or self.model is None:
+            return None
+        with packed_attention(self.model, moved):
+            return model_outputs(self.model, moved, needs)
+
+    def outputs(
+        self, data_pass: DataPass, batch: Batch, moved: Batch, own: Outputs
+    ) -> Outputs | None:
+        """The reference's outputs on `batch`, where `own` are the model's."""
+        another = self.of_its_own(data_pass, batch, moved)
+        if another is not None or not data_pass.needs & REFERENCE_NEEDS:
+            return another
+        return Outputs(
+            own.token_logprob.detach(),
+            None if own.logits is None else own.logits.detach(),
+            None if own.hidden_states is None else tuple(h.detach() for h in own.hidden_states),
+        )
+
+
+def _equal(one: Outputs, other: Outputs) -> bool:
+    """Whether two models say the same, bit by bit."""
+    pairs = [(one.token_logprob, other.token_logprob)]
+    if one.logits is not None and other.logits is not None:
+        pairs.append((one.logits, other.logits))
+    own, others = one.hidden_states or (), other.hidden_states or ()
+    if len(own) != len(others):
+        return False
+    pairs += zip(own, others, strict=True)
+    return all(torch.equal(a, b) for a, b in pairs)
+
+
+def _places(data_pass: DataPass, batch: Batch) -> list[tuple[str, tuple[Role, ...], int]]:
+    """Where a reference keeps each sample of a batch."""
+    roles = tuple(dict.fromkeys(batch.roles))
+    return [(data_pass.on, roles, row) for row in batch.rows]

@@ -1,0 +1,206 @@
+"""The numbers of `plain`, by capture: what profiles and the per-sample functions are made of."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import product
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from geffect_fast.capture import Factor, Plan, Recorder
+from geffect_fast.data import Layout, SampleSet, estimate_token_budget, make_batches
+from geffect_fast.data.batch import Batch, Role
+from geffect_fast.data.packing import split_batch
+from geffect_fast.engines.batches import (
+    Attempt,
+    DataPass,
+    Tick,
+    TokenBudget,
+    each_batch,
+    mixture_of,
+    passes_for,
+)
+from geffect_fast.engines.directions import accumulate_gradients
+from geffect_fast.engines.model_outputs import (
+    logits_of,
+    model_outputs,
+    positions,
+    sample_axis,
+    without_cache,
+)
+from geffect_fast.engines.reference import Reference
+from geffect_fast.engines.reverse import reverse_effects
+from geffect_fast.engines.rotary_frequencies import frequencies_at_first
+from geffect_fast.functional import pairwise_inner_products, per_sample_grad_norms
+from geffect_fast.measure.plain_autograd import Numbers, token_logprob
+from geffect_fast.objectives import NLL, Objective
+
+
+class CapturedNumbers:
+    """`Numbers` of a model, samples packed into batches as a profile packs them.
+
+    Args:
+        plan: of the model.
+        sample_set: serves as forget data, retain data and data of the risk (`nll`).
+        objectives: elementary ones or sums.
+        reference: what objectives compare with; None: the model itself.
+        layout: how samples share a batch.
+        token_budget: tokens a batch; None: chosen from free memory.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        sample_set: SampleSet,
+        objectives: Sequence[Objective],
+        reference: nn.Module | None,
+        layout: Layout,
+        token_budget: int | None,
+    ) -> None:
+        self.plan = plan
+        self.n = len(sample_set)
+        self.objectives = objectives
+        self.reference = reference
+        self.parts = list(dict.fromkeys(part for o in objectives for _, part in o.parts()))
+        self.budget = budget = TokenBudget(
+            token_budget
+            or estimate_token_budget(plan.model, n_directions=1, shared=True, logits=True)
+        )
+
+        def batches_of(_name: str, roles: tuple[Role, ...]) -> list[Batch]:
+            return make_batches(sample_set, roles, token_budget=budget.tokens, layout=layout)
+
+        self.risk = DataPass(batches_of("", ("answer",)), {0: NLL()}, budget=budget)
+        self.passes = passes_for(self.parts, batches_of, {"forget": 0, "retain": self.n}, budget)
+
+    @property
+    def pairs(self) -> list[tuple[Batch, Batch]]:
+        """Every two batches, each with itself too."""
+        batches = self.risk.batches
+        return [(a, b) for x, a in enumerate(batches) for b in batches[x:]]
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens that `compute` runs forward."""
+        once = self.risk.n_tokens
+        paired = sum(_tokens(a, b) for a, b in self.pairs)
+        return 2 * once + sum(data_pass.n_tokens for data_pass in self.passes) + paired
+
+    def compute(self, tick: Tick) -> Numbers:
+        """Effects by the reverse engine, norms and products by `geffect_fast.functional`."""
+        return Numbers(self._effects(tick), self._norms(tick), self._products(tick))
+
+    def _effects(self, tick: Tick) -> Tensor:
+        device = next(iter(self.plan.parameters.values())).device
+        reference = Reference(self.reference)
+        _, directions = accumulate_gradients(self.plan, [self.risk], 1, reference, tick)
+        reference.prepare(self.passes, device)
+        mixture = mixture_of(self.objectives, self.parts)
+        shape = (len(self.objectives), len(self.plan.parameters), 2 * self.n)
+        found = torch.zeros(shape, dtype=torch.float64)
+
+        def collect(data_pass: DataPass, batch: Batch, effects: Tensor) -> None:
+            mixed = torch.tensordot(mixture[:, list(data_pass.parts)], effects[:, 0], dims=1)
+            found[:, :, torch.tensor(batch.rows) + data_pass.offset] += mixed
+
+        reverse_effects(
+            self.plan,
+            self.passes,
+            directions,
+            len(self.parts),
+            reference,
+            collect,
+            norms=False,
+            tick=tick,
+        )
+        return found
+
+    def _norms(self, tick: Tick) -> Tensor:
+        norms = torch.zeros(len(self.plan.parameters), self.n, dtype=torch.float64)
+        for _, attempt in each_batch([self.risk], tick):
+            with attempt:
+                found = per_sample_grad_norms(
+                    self.plan.model, _sample_nll, self._given(attempt.batch), per_parameter=True
+                )
+                norms[:, list(attempt.batch.rows)] = _stacked(found)
+        return norms
+
+    def _products(self, tick: Tick) -> Tensor:
+        products = torch.zeros(len(self.plan.parameters), self.n, self.n, dtype=torch.float64)
+        pairs = self.pairs
+        while pairs:
+            a, b = pairs.pop()
+            larger = max(a, b, key=lambda batch: batch.n_samples)
+            attempt = Attempt(larger, self.budget)
+            with attempt:
+                first = self._given(a)
+                second = first if a is b else self._given(b)
+                found = _stacked(
+                    pairwise_inner_products(
+                        self.plan.model, _sample_nll, first, second, per_parameter=True
+                    )
+                )
+                rows, columns = torch.tensor(a.rows), torch.tensor(b.rows)
+                products[:, rows[:, None], columns] = found
+                products[:, columns[:, None], rows] = found.mT
+                tick(_tokens(a, b))
+            if attempt.failed:
+                self.budget.halve(larger.total_tokens)
+                pieces = [split_batch(batch, self.budget.tokens) for batch in (a, b)]
+                if a is b:
+                    pairs += [(c, d) for x, c in enumerate(pieces[0]) for d in pieces[0][x:]]
+                else:
+                    pairs += product(pieces[0], pieces[1])
+        return products
+
+    def _given(self, batch: Batch) -> dict[str, Any]:
+        batch = batch.to(next(iter(self.plan.parameters.values())).device)
+        offsets = {"cu_seqlens": batch.cu_samples} if batch.packed else {}
+        return {"input_ids": batch.input_ids, "batch": batch} | offsets
+
+    def rules(self) -> dict[str, tuple[str, ...]]:
+        """The rules that serve each parameter on these samples, by the parameter's name."""
+        found: dict[str, dict[str, None]] = {}
+
+        def drop(_name: str, _factors: list[Factor], _kept: list[Tensor | None]) -> None:
+            raise AssertionError("no backward is run")
+
+        for _, attempt in each_batch([self.risk]):
+            moved = attempt.batch.to(next(iter(self.plan.parameters.values())).device)
+            with (
+                attempt,
+                self.plan.frozen(),
+                torch.enable_grad(),
+                Recorder(self.plan, drop, sample_axis(self.plan.model, moved)) as recorder,
+            ):
+                model_outputs(self.plan.model, moved)
+                for call in recorder.calls.values():
+                    rule = type(call).__name__.removesuffix("Call").lower()
+                    for name in call.names.values():
+                        found.setdefault(name, {})[rule] = None
+        return {name: tuple(rules) for name, rules in found.items()}
+
+
+def _tokens(a: Batch, b: Batch) -> int:
+    """Tokens that the products of two batches run; one that is paired with itself runs once."""
+    return a.total_tokens + (0 if a is b else b.total_tokens)
+
+
+def _sample_nll(model: nn.Module, given: Mapping[str, Any]) -> Tensor:
+    """Every sample's share of the mean negative log-likelihood, all logits computed."""
+    batch: Batch = given["batch"]
+    kwargs: dict[str, Any] = {"input_ids": batch.input_ids, **without_cache(model)}
+    kwargs |= positions(model, batch)
+    with frequencies_at_first(model):
+        answer = model(**kwargs)
+    logits = logits_of(answer, model, batch.input_ids)
+    logits = logits.flatten(0, 1)[batch.target_index]
+    weighted = -batch.target_weight() * token_logprob(logits, batch)
+    return batch.sample_sum(weighted, batch.target_mask())
+
+
+def _stacked(by_name: Tensor | dict[str, Tensor]) -> Tensor:
+    assert isinstance(by_name, dict)
+    return torch.stack(list(by_name.values())).cpu()
