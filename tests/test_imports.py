@@ -109,7 +109,7 @@ SMALL = {
     "data/fewest_tokens.py": "a bound of its own",
     "engines/dual_output.py": "one rule, as the other dual_ files are of several",
     "engines/token_weights.py": "of objectives, for results",
-    "report/any_backend.py": "imported before matplotlib",
+    "report/figures/any_backend.py": "imported before matplotlib",
     "training/adapters.py": "needs peft",
 }
 """Modules under 60 lines that one other imports, and why they stand alone."""

@@ -39,8 +39,8 @@ def compare(
     step) and plots/ as PNG and SVG. A run is called by the objective it was trained on.
     """
     from geffect_fast.paths import is_there, user_path
-    from geffect_fast.report.compare_plots import draw_comparison
-    from geffect_fast.report.compare_table import render_comparison, write_comparison
+    from geffect_fast.report.figures.compare import draw_comparison
+    from geffect_fast.report.tables.compare import render_comparison, write_comparison
     from geffect_fast.steps.compare import compare as align
     from geffect_fast.storage.add_report import add_report
     from geffect_fast.storage.inputs import result_sums

@@ -41,7 +41,7 @@ def report(
     """
     from geffect_fast.paths import is_there, user_path
     from geffect_fast.report import write_report
-    from geffect_fast.report.page import write_page
+    from geffect_fast.report.html.page import write_page
     from geffect_fast.results.form import check_complete
     from geffect_fast.storage.add_report import add_report
     from geffect_fast.storage.disk import unwritable

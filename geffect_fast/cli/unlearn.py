@@ -86,7 +86,7 @@ def _telling(n_steps: int) -> Callable[[int, xr.Dataset], None]:
 
     def tell(step: int, dataset: xr.Dataset) -> None:
         nonlocal begun
-        from geffect_fast.report.table import number
+        from geffect_fast.report.tables.profile import number
         from geffect_fast.results.rows_needed import rows_note
         from geffect_fast.steps.probe import total_effect
 

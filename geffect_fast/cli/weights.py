@@ -52,9 +52,9 @@ def weights(
     """
     from geffect_fast.metrics.optimal_weights import optimal_weights, write_weighted
     from geffect_fast.paths import is_there, user_path
-    from geffect_fast.report.frontier import plot_frontier
-    from geffect_fast.report.steps import last_step
-    from geffect_fast.report.weights_table import render_weights
+    from geffect_fast.report.figures.frontier import plot_frontier
+    from geffect_fast.report.summary.steps import last_step
+    from geffect_fast.report.tables.weights import render_weights
     from geffect_fast.storage.disk import unwritable, whole_file
     from geffect_fast.storage.manifest import check_file
     from geffect_fast.storage.run_folder import CONFIG, open_run, reading

@@ -30,7 +30,7 @@ def write_report(dataset: xr.Dataset, folder: Path, held: Path | None = None) ->
         UnfinishedError: something could not be drawn or written; all else is there.
     """
     from geffect_fast.paths import is_there
-    from geffect_fast.report.parts import report_parts, write_parts
+    from geffect_fast.report.files import report_parts, write_parts
 
     def missing(names: tuple[str, ...]) -> bool:
         return held is None or not any(is_there(held / name) for name in names)

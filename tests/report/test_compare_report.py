@@ -14,9 +14,9 @@ from step_results import step_dataset
 
 import geffect_fast as gf
 from geffect_fast.cli import main
-from geffect_fast.report.compare_plots import compare_figures, comparison_figures
-from geffect_fast.report.compare_table import at_equal_removal, comparison_rows, render_comparison
-from geffect_fast.report.steps import Agreement
+from geffect_fast.report.figures.compare import compare_figures, comparison_figures
+from geffect_fast.report.summary.steps import Agreement
+from geffect_fast.report.tables.compare import at_equal_removal, comparison_rows, render_comparison
 
 NAMES = (
     "ga",
@@ -182,7 +182,7 @@ def test_the_command_writes_tables_and_plots(here, capsys):
 
 
 def test_the_command_replaces_a_comparison_where_told_to(here, capsys, monkeypatch):
-    monkeypatch.setattr("geffect_fast.report.compare_plots.comparison_figures", lambda _: {})
+    monkeypatch.setattr("geffect_fast.report.figures.compare.comparison_figures", lambda _: {})
     (here / "c").mkdir()
     for name in ("summary.csv", "compare.csv"):  # of an earlier version, which made no list
         (here / f"c/{name}").write_text("an earlier one")

@@ -14,12 +14,12 @@ from token_results import drawn_shares, token_result
 
 import geffect_fast as gf
 from geffect_fast.report import write_report
-from geffect_fast.report.compare_plots import comparison_figures
-from geffect_fast.report.curves import figure_svg
-from geffect_fast.report.frontier import plot_frontier
-from geffect_fast.report.page import page_html
-from geffect_fast.report.plots import blank_figure
-from geffect_fast.report.step_plots import step_figures
+from geffect_fast.report.figures.compare import comparison_figures
+from geffect_fast.report.figures.frontier import plot_frontier
+from geffect_fast.report.figures.profile import blank_figure
+from geffect_fast.report.figures.steps import step_figures
+from geffect_fast.report.figures.style import figure_svg
+from geffect_fast.report.html.page import page_html
 
 BROKEN, VALID = r"ga $\frac{$", "npo $x_2$"
 RISKS = ("unlearn", "retain", r"cost $\{$")

@@ -7,8 +7,8 @@ import pytest
 from token_results import drawn_shares, token_result
 
 import geffect_fast as gf
-from geffect_fast.report import frontier
-from geffect_fast.report.frontier import plot_frontier
+from geffect_fast.report.figures import frontier
+from geffect_fast.report.figures.frontier import plot_frontier
 
 
 @pytest.fixture

@@ -17,13 +17,13 @@ from geffect_fast.arguments import make_config
 from geffect_fast.cli import main
 from geffect_fast.errors import InputError
 from geffect_fast.report import write_report
-from geffect_fast.report.curves import COLOURS
-from geffect_fast.report.page import page_html, write_page
-from geffect_fast.report.page_profile import MOST_POINTS, outliers
-from geffect_fast.report.page_steps import turning_sentence
-from geffect_fast.report.steps import Steps
-from geffect_fast.report.svg import dark
-from geffect_fast.report.token_colours import GROUND
+from geffect_fast.report.figures.style import COLOURS
+from geffect_fast.report.figures.svg import dark
+from geffect_fast.report.html.page import page_html, write_page
+from geffect_fast.report.html.profile import MOST_POINTS, outliers
+from geffect_fast.report.html.steps import turning_sentence
+from geffect_fast.report.summary.steps import Steps
+from geffect_fast.report.tokens.colours import GROUND
 from geffect_fast.storage.run_folder import open_run, save_run
 
 ORDER = [

@@ -13,8 +13,8 @@ from html_tree import Page, find
 from step_results import step_dataset
 from synthetic import OBJECTIVES, make_dataset
 
-from geffect_fast.report.page import write_page
-from geffect_fast.report.token_colours import INK
+from geffect_fast.report.html.page import write_page
+from geffect_fast.report.tokens.colours import INK
 
 pytestmark = pytest.mark.skipif(
     installed() is None, reason=f"there is no browser: none of {', '.join(NAMES)}"

@@ -6,9 +6,9 @@ from rich.console import Console
 from synthetic import OBJECTIVES, make_dataset
 
 from geffect_fast.report import write_report
-from geffect_fast.report.findings import findings
-from geffect_fast.report.plots import plot_instances, plot_layers
-from geffect_fast.report.table import render
+from geffect_fast.report.figures.profile import plot_instances, plot_layers
+from geffect_fast.report.summary.findings import findings
+from geffect_fast.report.tables.profile import render
 from geffect_fast.results.dataset import sum_positions
 
 

@@ -17,11 +17,11 @@ from synthetic import OBJECTIVES
 import geffect_fast as gf
 from geffect_fast.cli import main
 from geffect_fast.report import write_report
-from geffect_fast.report.curves import figure_svg, fit_scale, save_figures, style_of
-from geffect_fast.report.layer_maps import edges_of
-from geffect_fast.report.step_plots import SHOWN, step_figures
-from geffect_fast.report.step_table import ROWS, render_steps, step_findings
-from geffect_fast.report.steps import (
+from geffect_fast.report.figures.layer_maps import edges_of
+from geffect_fast.report.figures.steps import SHOWN, step_figures
+from geffect_fast.report.figures.style import figure_svg, fit_scale, save_figures, style_of
+from geffect_fast.report.summary.objectives import by_place, total
+from geffect_fast.report.summary.steps import (
     Agreement,
     Outcome,
     Steps,
@@ -29,7 +29,7 @@ from geffect_fast.report.steps import (
     outcome_sentence,
     trust_sentences,
 )
-from geffect_fast.report.summary import by_place, total
+from geffect_fast.report.tables.steps import ROWS, render_steps, step_findings
 
 STEMS = ["effects", "risks", "groups", "layers", "prediction", "cosines", "norms", "token_weights"]
 

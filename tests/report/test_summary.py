@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from synthetic import make_dataset
 
-from geffect_fast.report.summary import (
+from geffect_fast.report.summary.objectives import (
     by_place,
     by_sample,
     shares,

@@ -13,10 +13,10 @@ from synthetic import make_dataset
 
 from geffect_fast.measure import sweep as sweep_module
 from geffect_fast.report import write_report
-from geffect_fast.report.families import HIGHLIGHTS, Swept, highlights, is_sweep, thinned
-from geffect_fast.report.findings import findings
-from geffect_fast.report.sweep_plots import plot_pareto, plot_sweep
-from geffect_fast.report.sweep_table import FRONT_SHOWN, render_sweep
+from geffect_fast.report.figures.sweep import plot_pareto, plot_sweep
+from geffect_fast.report.summary.findings import findings
+from geffect_fast.report.summary.sweep import HIGHLIGHTS, Swept, highlights, is_sweep, thinned
+from geffect_fast.report.tables.sweep import FRONT_SHOWN, render_sweep
 
 TEXTS = ["wga(alpha=1:4:4)", "npo(beta=0.1:10:3,log)", "wtnpo(1:2:2, alpha=3:5:3)", "ga"]
 

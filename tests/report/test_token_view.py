@@ -14,7 +14,7 @@ from rich.console import Console
 from synthetic import make_dataset
 
 from geffect_fast.errors import InputError
-from geffect_fast.report.token_colours import (
+from geffect_fast.report.tokens.colours import (
     INK,
     SHADES_OF_256,
     STEPS,
@@ -27,8 +27,8 @@ from geffect_fast.report.token_colours import (
     robust_scale,
     visible,
 )
-from geffect_fast.report.token_terminal import TerminalView, tokens_text
-from geffect_fast.report.token_view import token_view
+from geffect_fast.report.tokens.terminal import TerminalView, tokens_text
+from geffect_fast.report.tokens.view import token_view
 
 OBJECTIVES = ("ga", "wga(alpha=1)", "npo(beta=0.1) + kl")
 

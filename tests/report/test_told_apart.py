@@ -13,14 +13,14 @@ from step_results import step_dataset
 from synthetic import make_dataset
 
 import geffect_fast as gf
-from geffect_fast.report import page_steps
-from geffect_fast.report.compare_table import render_comparison
-from geffect_fast.report.families import Swept
-from geffect_fast.report.findings import findings
-from geffect_fast.report.page import page_html
-from geffect_fast.report.summary import summarise
-from geffect_fast.report.sweep_table import render_sweep
-from geffect_fast.report.table import render
+from geffect_fast.report.html import steps as page_steps
+from geffect_fast.report.html.page import page_html
+from geffect_fast.report.summary.findings import findings
+from geffect_fast.report.summary.objectives import summarise
+from geffect_fast.report.summary.sweep import Swept
+from geffect_fast.report.tables.compare import render_comparison
+from geffect_fast.report.tables.profile import render
+from geffect_fast.report.tables.sweep import render_sweep
 from geffect_fast.results.told_apart import effect_errors, told_apart
 
 NAMES = ["ga", "npo(beta=0.1)", "gd"]

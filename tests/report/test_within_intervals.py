@@ -17,24 +17,24 @@ from step_results import step_dataset
 from synthetic import make_dataset
 
 import geffect_fast as gf
-from geffect_fast.report import page_steps
-from geffect_fast.report.compare_plots import compare_figures
-from geffect_fast.report.compare_table import (
+from geffect_fast.report.figures.compare import compare_figures
+from geffect_fast.report.figures.frontier import plot_frontier
+from geffect_fast.report.figures.profile import blank_figure, mark_noise
+from geffect_fast.report.figures.steps import step_figures
+from geffect_fast.report.figures.sweep import BARS, pareto_figure, sweep_figure
+from geffect_fast.report.html import steps as page_steps
+from geffect_fast.report.html.blocks import HeatMap
+from geffect_fast.report.html.profile import full_table, read_cosines
+from geffect_fast.report.summary.findings import findings
+from geffect_fast.report.summary.objectives import by_place, place_widths, summarise, verdict_of
+from geffect_fast.report.summary.step_findings import turning_sentence
+from geffect_fast.report.summary.steps import Steps, outcome_sentence
+from geffect_fast.report.tables.compare import (
     comparison_intervals,
     comparison_rows,
     write_comparison,
 )
-from geffect_fast.report.findings import findings
-from geffect_fast.report.frontier import plot_frontier
-from geffect_fast.report.page_blocks import HeatMap
-from geffect_fast.report.page_profile import full_table, read_cosines
-from geffect_fast.report.plots import blank_figure, mark_noise
-from geffect_fast.report.step_plots import step_figures
-from geffect_fast.report.steps import Steps, outcome_sentence
-from geffect_fast.report.summary import by_place, place_widths, summarise, verdict_of
-from geffect_fast.report.sweep_plots import BARS, pareto_figure, sweep_figure
-from geffect_fast.report.turning import turning_sentence
-from geffect_fast.report.weights_table import render_weights
+from geffect_fast.report.tables.weights import render_weights
 from geffect_fast.results.intervals import Z, cosine_interval, effect_intervals, stretch
 
 BOTH = ["unlearn", "retain"]
@@ -436,7 +436,7 @@ def test_weights_have_the_intervals_of_their_rows():
 def test_the_frontier_has_a_bar_an_objective(tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr(
-        "geffect_fast.report.frontier._untangle", lambda panel, labels: drawn.append(panel)
+        "geffect_fast.report.figures.frontier._untangle", lambda panel, labels: drawn.append(panel)
     )
     model = build("llama", dtype=torch.float64)
     forget, retain = samples([9, 7, 11, 8], 1), samples([8, 10, 9], 2)
