@@ -24,8 +24,8 @@ def print_result(dataset: xr.Dataset, folder: Path) -> None:
 
     Of a step result tokens are those of its last step.
     """
+    from geffect_fast.report.summary.effects import has_steps, last_step
     from geffect_fast.report.summary.findings import findings
-    from geffect_fast.report.summary.steps import has_steps, last_step
     from geffect_fast.report.summary.sweep import is_sweep
     from geffect_fast.report.tables.profile import render
     from geffect_fast.report.tables.steps import render_steps, step_findings

@@ -44,7 +44,7 @@ def tokens(
     beneath the tokens.
     """
     from geffect_fast.paths import user_path
-    from geffect_fast.report.summary.steps import last_step
+    from geffect_fast.report.summary.effects import last_step
     from geffect_fast.report.tokens.html import tokens_html
     from geffect_fast.report.tokens.terminal import TerminalView
     from geffect_fast.report.tokens.view import token_view

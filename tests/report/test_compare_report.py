@@ -14,9 +14,10 @@ from step_results import step_dataset
 
 import geffect_fast as gf
 from geffect_fast.cli import main
-from geffect_fast.report.figures.compare import compare_figures, comparison_figures
+from geffect_fast.report.figures.compare import comparison_figures
+from geffect_fast.report.summary.runs import at_equal_removal, comparison_rows
 from geffect_fast.report.summary.steps import Agreement
-from geffect_fast.report.tables.compare import at_equal_removal, comparison_rows, render_comparison
+from geffect_fast.report.tables.compare import render_comparison
 
 NAMES = (
     "ga",
@@ -76,7 +77,7 @@ def test_any_comparison_has_its_figures_and_table():
         warnings.simplefilter("error")
         warnings.filterwarnings("ignore", category=DeprecationWarning)
         for name, (runs, without) in awkward().items():
-            figures = compare_figures(runs)
+            figures = comparison_figures(gf.compare(runs))
             assert list(figures) == [stem for stem in STEMS if stem not in without], name
             for stem, figure in figures.items():
                 if name in ("broken", "eight runs, many steps") or stem == "trade_off":
@@ -115,7 +116,7 @@ def test_a_line_is_a_run():
 
 
 def test_what_is_not_finite_is_said():
-    figures = compare_figures(awkward()["broken"][0])
+    figures = comparison_figures(gf.compare(awkward()["broken"][0]))
     assert "ga at 3 steps from 2" in figures["effects"].axes[0].get_title(loc="left")
     title = " ".join(figures["trade_off"].axes[0].get_title(loc="left").split())
     assert title.endswith("ga at 2 steps; wga(alpha=1) at 5 steps")
@@ -182,7 +183,7 @@ def test_the_command_writes_tables_and_plots(here, capsys):
 
 
 def test_the_command_replaces_a_comparison_where_told_to(here, capsys, monkeypatch):
-    monkeypatch.setattr("geffect_fast.report.figures.compare.comparison_figures", lambda _: {})
+    monkeypatch.setattr("geffect_fast.report.figures.compare.comparison_drawings", lambda _: {})
     (here / "c").mkdir()
     for name in ("summary.csv", "compare.csv"):  # of an earlier version, which made no list
         (here / f"c/{name}").write_text("an earlier one")

@@ -6,7 +6,8 @@ from rich.console import Console
 from synthetic import OBJECTIVES, make_dataset
 
 from geffect_fast.report import write_report
-from geffect_fast.report.figures.profile import plot_instances, plot_layers
+from geffect_fast.report.figures.profile import instances_figure, layers_figure
+from geffect_fast.report.summary.effects import by_place, by_sample
 from geffect_fast.report.summary.findings import findings
 from geffect_fast.report.tables.profile import render
 from geffect_fast.results.dataset import sum_positions
@@ -151,17 +152,22 @@ def test_undefined_objectives_are_named(dataset):
     assert "1 undefined (npo(beta=0.1))" in findings(dataset)[0]
 
 
-def test_plots_are_pictures_of_the_numbers(tmp_path, dataset):
-    assert plot_layers(dataset, tmp_path / "a.png") and plot_instances(dataset, tmp_path / "b.png")
-    plot_layers(-dataset, tmp_path / "c.png")
-    plot_instances(-dataset, tmp_path / "d.png")
-    pictures = [(tmp_path / f"{x}.png").read_bytes() for x in "abcd"]
-    assert all(p.startswith(b"\x89PNG") for p in pictures) and len(set(pictures)) == 4
+def test_plots_are_of_the_numbers(dataset):
+    panels = layers_figure(dataset).axes
+    effect = by_place(dataset, blocks=True)[1]
+    for m, panel in enumerate(panels[:2]):
+        shown = panel.images[0].get_array()
+        expected = effect[:, m] / np.abs(effect[:, m]).max(axis=1, keepdims=True)
+        np.testing.assert_allclose(shown, expected)
+    effect = by_sample(dataset)
+    for panel, one in zip(instances_figure(dataset).axes, effect, strict=False):
+        points = panel.collections[0].get_offsets()
+        np.testing.assert_array_equal(points, one.transpose("sample", "risk"))
 
 
-def test_plotting_leaves_no_figure_and_no_backend_behind(tmp_path, dataset):
+def test_plotting_leaves_no_figure_and_no_backend_behind(dataset):
     import matplotlib.pyplot as plt
 
     before = plt.get_backend()
-    plot_layers(dataset, tmp_path / "a.png")
+    layers_figure(dataset)
     assert plt.get_backend() == before and not plt.get_fignums()

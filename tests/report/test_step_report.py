@@ -19,16 +19,10 @@ from geffect_fast.cli import main
 from geffect_fast.report import write_report
 from geffect_fast.report.figures.layer_maps import edges_of
 from geffect_fast.report.figures.steps import SHOWN, step_figures
-from geffect_fast.report.figures.style import figure_svg, fit_scale, save_figures, style_of
-from geffect_fast.report.summary.objectives import by_place, total
-from geffect_fast.report.summary.steps import (
-    Agreement,
-    Outcome,
-    Steps,
-    agreements,
-    outcome_sentence,
-    trust_sentences,
-)
+from geffect_fast.report.figures.style import fit_scale, save_figure, style_of
+from geffect_fast.report.summary.effects import by_place, total
+from geffect_fast.report.summary.step_findings import outcome_sentence, trust_sentences
+from geffect_fast.report.summary.steps import Agreement, Outcome, Steps, agreements
 from geffect_fast.report.tables.steps import ROWS, render_steps, step_findings
 
 STEMS = ["effects", "risks", "groups", "layers", "prediction", "cosines", "norms", "token_weights"]
@@ -221,14 +215,17 @@ def test_uneven_steps_have_their_own_widths():
     np.testing.assert_array_equal(edges_of(np.array([3])), [2.5, 3.5])
 
 
-def test_a_figure_as_svg_keeps_its_text_and_is_the_same_again():
-    figure = step_figures(step_dataset(n_steps=3))["risks"]
-    written = figure_svg(figure, "risks")
-    assert written == figure_svg(step_figures(step_dataset(n_steps=3))["risks"], "risks")
-    root = ElementTree.fromstring(written)
+def test_a_figure_as_svg_keeps_its_text_and_is_the_same_again(tmp_path):
+    written = []
+    for _ in range(2):
+        figure = step_figures(step_dataset(n_steps=3))["risks"]
+        save_figure(figure, tmp_path / "risks", ("svg",))
+        written.append((tmp_path / "risks.svg").read_text(encoding="utf-8"))
+    assert written[0] == written[1]
+    root = ElementTree.fromstring(written[0])
     texts = {t.text for t in root.iter("{http://www.w3.org/2000/svg}text")}
     assert {"update step", "forget risk", "Risks while trained on ga"} <= texts
-    assert figure.get_label() in written
+    assert figure.get_label() in written[0]
 
 
 def test_pictures_leave_no_global_state_behind(tmp_path):
@@ -236,10 +233,9 @@ def test_pictures_leave_no_global_state_behind(tmp_path):
     import matplotlib.pyplot as plt
 
     before = dict(mpl.rcParams)
-    figures = step_figures(step_dataset(n_steps=3))
-    files = save_figures({"risks": figures["risks"]}, tmp_path)
-    assert [file.name for file in files] == ["risks.png", "risks.svg"]
-    assert files[0].read_bytes().startswith(b"\x89PNG")
+    save_figure(step_figures(step_dataset(n_steps=3))["risks"], tmp_path / "risks")
+    assert {file.name for file in tmp_path.iterdir()} == {"risks.png", "risks.svg"}
+    assert (tmp_path / "risks.png").read_bytes().startswith(b"\x89PNG")
     assert dict(mpl.rcParams) == before and not plt.get_fignums()
 
 

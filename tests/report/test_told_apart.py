@@ -13,10 +13,10 @@ from step_results import step_dataset
 from synthetic import make_dataset
 
 import geffect_fast as gf
-from geffect_fast.report.html import steps as page_steps
 from geffect_fast.report.html.page import page_html
 from geffect_fast.report.summary.findings import findings
 from geffect_fast.report.summary.objectives import summarise
+from geffect_fast.report.summary.run_findings import comparison_finding
 from geffect_fast.report.summary.sweep import Swept
 from geffect_fast.report.tables.compare import render_comparison
 from geffect_fast.report.tables.profile import render
@@ -146,8 +146,7 @@ def compared(rises, error):
         stated = {"precision_error": error, "precision_samples": [0]} if error else {}
         runs[name] = run.assign_attrs(stated)
     both = gf.compare(runs)
-    lead = page_steps.compared_answer(runs, {n: r.isel(step=-1) for n, r in runs.items()}, both)[0]
-    return both, lead.text
+    return both, comparison_finding(both)
 
 
 def test_runs_that_are_compared_are_held_to_the_figure():

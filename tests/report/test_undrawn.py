@@ -38,8 +38,7 @@ def raising(error):
 def no_matplotlib(patch):
     for name in [n for n in sys.modules if n.partition(".")[0] == "matplotlib"]:
         patch.delitem(sys.modules, name)
-    for name in ("plain", "any_backend"):
-        patch.delitem(sys.modules, f"geffect_fast.report.figures.{name}", raising=False)
+    patch.delitem(sys.modules, "geffect_fast.report.figures.canvas", raising=False)
     patch.setitem(sys.modules, "matplotlib", None)
     yield
 
@@ -158,7 +157,7 @@ def check_whole(folder):
 def test_one_picture_that_fails_leaves_the_others(here, capfd, monkeypatch):
     error = RuntimeError("no\nink\x1b[31m")
     with monkeypatch.context() as patch:
-        patch.setattr("geffect_fast.report.figures.profile.plot_layers", raising(error))
+        patch.setattr("geffect_fast.report.figures.profile.layers_figure", raising(error))
         assert main(profile()) == 3
     line = capfd.readouterr().err
     assert line.count("\n") == 1 and "\x1b" not in line and "nor " not in line

@@ -17,23 +17,22 @@ from step_results import step_dataset
 from synthetic import make_dataset
 
 import geffect_fast as gf
-from geffect_fast.report.figures.compare import compare_figures
-from geffect_fast.report.figures.frontier import plot_frontier
-from geffect_fast.report.figures.profile import blank_figure, mark_noise
+from geffect_fast.report.figures.compare import comparison_figures
+from geffect_fast.report.figures.frontier import frontier_figure
+from geffect_fast.report.figures.profile import mark_noise
 from geffect_fast.report.figures.steps import step_figures
+from geffect_fast.report.figures.style import blank_figure
 from geffect_fast.report.figures.sweep import BARS, pareto_figure, sweep_figure
-from geffect_fast.report.html import steps as page_steps
 from geffect_fast.report.html.blocks import HeatMap
 from geffect_fast.report.html.profile import full_table, read_cosines
+from geffect_fast.report.html.steps import full_table as steps_table
+from geffect_fast.report.summary.effects import by_place, place_widths
 from geffect_fast.report.summary.findings import findings
-from geffect_fast.report.summary.objectives import by_place, place_widths, summarise, verdict_of
-from geffect_fast.report.summary.step_findings import turning_sentence
-from geffect_fast.report.summary.steps import Steps, outcome_sentence
-from geffect_fast.report.tables.compare import (
-    comparison_intervals,
-    comparison_rows,
-    write_comparison,
-)
+from geffect_fast.report.summary.objectives import summarise, verdict_of
+from geffect_fast.report.summary.run_findings import comparison_finding
+from geffect_fast.report.summary.runs import comparison_intervals, comparison_rows, write_comparison
+from geffect_fast.report.summary.step_findings import outcome_sentence, turning_sentence
+from geffect_fast.report.summary.steps import Steps
 from geffect_fast.report.tables.weights import render_weights
 from geffect_fast.results.intervals import Z, cosine_interval, effect_intervals, stretch
 
@@ -194,8 +193,7 @@ def compared(rises, size):
         path = [[1, 1], [1 + rise, 1 + abs(rise) / 2]]
         runs[name] = with_risks(path, spread, objective=name, seed=i)
     both = gf.compare(runs)
-    lasts = {name: run.isel(step=-1) for name, run in runs.items()}
-    return both, page_steps.compared_answer(runs, lasts, both)[0].text
+    return both, comparison_finding(both)
 
 
 def test_no_run_removes_most_within_noise():
@@ -268,7 +266,7 @@ def test_full_tables_have_an_interval_beside_each_number():
     spread = np.zeros((2, 2, 3))
     spread[1, 0] = [0.03, 0, 0.04]
     steps = with_risks([[1, 2], [3, 2.5]], spread)
-    table = page_steps.full_table(steps)[0]
+    table = steps_table(steps)[0]
     last = dict(zip(table.head, table.rows[1], strict=True))
     assert last["R_u"] == f"3 [{3 - Z * 0.05:.4g}, {3 + Z * 0.05:.4g}]"
     change = float(steps["measured_change"][1, 0])
@@ -334,7 +332,7 @@ def test_curves_of_several_runs_are_shaded_and_paths_end_in_bars():
         name: with_risks([[1, 1], [2, 1.5]], np.full((2, 2, 3), 0.1) * [[[0]], [[1]]], seed=i)
         for i, name in enumerate(("one", "two"))
     }
-    both, figures = gf.compare(runs), compare_figures(runs)
+    both, figures = gf.compare(runs), comparison_figures(gf.compare(runs))
     for i, (low, high) in enumerate(shaded(figures["effects"].axes[1])):
         np.testing.assert_allclose(low, both["g_effect_low"][i, :, 1], rtol=1e-6)
         np.testing.assert_allclose(high, both["g_effect_high"][i, :, 1], rtol=1e-6)
@@ -433,20 +431,16 @@ def test_weights_have_the_intervals_of_their_rows():
     assert f"[{found[0]:+.3g}, {found[1]:+.3g}]" in table.export_text()
 
 
-def test_the_frontier_has_a_bar_an_objective(tmp_path, monkeypatch):
-    drawn = []
-    monkeypatch.setattr(
-        "geffect_fast.report.figures.frontier._untangle", lambda panel, labels: drawn.append(panel)
-    )
+def test_the_frontier_has_a_bar_an_objective():
     model = build("llama", dtype=torch.float64)
     forget, retain = samples([9, 7, 11, 8], 1), samples([8, 10, 9], 2)
     result = gf.profile(
         model, None, forget=forget, retain=retain, objectives=["ga", "wga(alpha=1)"],
         resolve=("sample", "token"),
     )  # fmt: skip
-    plot_frontier(result, gf.optimal_weights(result, retain_budget=0.0), tmp_path / "f.png")
-    bars = [b for b in drawn[0].collections if isinstance(b, LineCollection)]
+    (panel,) = frontier_figure(result, gf.optimal_weights(result, retain_budget=0.0)).axes
+    bars = [b for b in panel.collections if isinstance(b, LineCollection)]
     up = np.array(bars[1].get_segments())[:, :, 1]
     low, high = (result[f"g_effect_{side}"].sel(risk="retain").values for side in ("low", "high"))
     np.testing.assert_allclose(np.sort(up[0]), [low[0], high[0]], rtol=1e-9)
-    assert "Bars: 95 %" in drawn[0].get_title(loc="left")
+    assert "Bars: 95 %" in panel.get_title(loc="left")

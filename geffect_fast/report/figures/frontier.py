@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from geffect_fast.report.figures.profile import blank_figure
-from geffect_fast.report.figures.style import BARS_NOTE
-from geffect_fast.report.summary.objectives import UNLEARN, total
-from geffect_fast.report.summary.steps import bounds_of
+from geffect_fast.report.figures.style import BARS_NOTE, blank_figure, zero_lines
+from geffect_fast.report.format import UNLEARN
+from geffect_fast.report.summary.effects import bounds_of, labels, total
 from geffect_fast.results.told_apart import precision_error
 
 if TYPE_CHECKING:
     import xarray as xr
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
     from matplotlib.text import Annotation
 
 _CURVE, _POINT, _GREY = "#2166ac", "#444444", "#666666"
@@ -26,7 +25,7 @@ ROOM = 1.3
 """How far beyond the curve and ga points are at their own place, as a multiple of their reach."""
 
 
-def plot_frontier(result: xr.Dataset, best: xr.Dataset, file: Path) -> None:
+def frontier_figure(result: xr.Dataset, best: xr.Dataset) -> Figure:
     """Frontier of (e_u, e_r), the weights chosen on it, and a point an objective, labelled.
 
     An objective whose effects are far larger than the curve's is drawn nearer to 0 on its own ray,
@@ -35,14 +34,12 @@ def plot_frontier(result: xr.Dataset, best: xr.Dataset, file: Path) -> None:
     Args:
         result: what `best` was made from.
         best: of `geffect_fast.optimal_weights`.
-        file: a PNG, whatever its name.
     """
     figure = blank_figure(8.2, 6.0)
     panel = figure.subplots()
     weight = float(best.attrs["max_weight"])
     e_u, e_r = best["frontier_e_u"].values, best["frontier_e_r"].values
-    panel.axhline(0, color="#555555", linewidth=0.8)
-    panel.axvline(0, color="#555555", linewidth=0.8)
+    zero_lines(panel)
     label = f"the best that token weights from 0 to {weight:g} do"
     panel.plot(e_u, e_r, color=_CURVE, linewidth=2, zorder=2, label=label)
     at = float(best["e_u"]), float(best["e_r"])
@@ -50,29 +47,28 @@ def plot_frontier(result: xr.Dataset, best: xr.Dataset, file: Path) -> None:
 
     ga = [float(best[name].sum()) for name in ("token_e_u", "token_e_r")]
     reach = np.abs([[*e_u, ga[0]], [*e_r, ga[1]]]).max(axis=1)
-    labels, points, lost, bars = [], [], [], []
-    risks = [str(risk) for risk in result["risk"].values]
-    wanted = [risks.index(UNLEARN), risks.index("retain")]
+    names, points, lost, bars = [], [], [], []
+    wanted = [labels(result, "risk").index(risk) for risk in (UNLEARN, "retain")]
     effects, known = total(result)[:, wanted], bounds_of(result, "g_effect")
     intervals = np.full((2, *effects.shape), np.nan) if known is None else known[:, :, wanted]
-    for k, objective in enumerate(map(str, result["objective"].values)):
+    for k, objective in enumerate(labels(result, "objective")):
         effect = effects[k]
         if not np.isfinite(effect).all():
             lost.append(objective)
             continue
         divisor = _divisor(effect, ROOM * reach)
-        labels.append(objective if divisor == 1 else f"{objective} ÷ {divisor:g}")
+        names.append(objective if divisor == 1 else f"{objective} ÷ {divisor:g}")
         points.append(effect / divisor)
         bars.append(np.abs(intervals[:, k] - effect) / divisor)
     panel.margins(0.12)
     xy = np.array(points).reshape(-1, 2)
-    if known is not None and 0 < len(labels) <= MANY:
+    if known is not None and 0 < len(names) <= MANY:
         off = np.array(bars)
         panel.errorbar(
             xy[:, 0], xy[:, 1], xerr=off[:, :, 0].T, yerr=off[:, :, 1].T, fmt="none", ecolor=_GREY,
             elinewidth=0.8, zorder=1,
         )  # fmt: skip
-    named = _name(panel, labels, xy) if len(labels) <= MANY else _colour(panel, labels, xy)
+    named = _name(panel, names, xy) if len(names) <= MANY else _colour(panel, names, xy)
     panel.set_xlabel("e_u of all forget rows (left: raises the forget risk, removes)", fontsize=11)
     panel.set_ylabel("e_r (down: raises the retain risk, does damage)", fontsize=11)
     corner: dict[str, Any] = {"transform": panel.transAxes, "fontsize": 9, "color": _GREY}
@@ -87,15 +83,15 @@ def plot_frontier(result: xr.Dataset, best: xr.Dataset, file: Path) -> None:
         f"Points above the curve: weights above {weight:g}, or terms that ga has not (retain rows, "
         "other answers, hidden states)."
     )
-    if any("÷" in label for label in labels):
+    if any("÷" in label for label in names):
         note += "\n÷ k: drawn at a k-th of its size, where a step k times smaller puts it."
-    if known is not None and len(labels) <= MANY:
+    if known is not None and len(names) <= MANY:
         note += f"\n{BARS_NOTE}"
     if share := precision_error(result.attrs):
         note += f"\nIn 16 bits points may be off by {100 * share:.2g} %."
     panel.set_title(note, loc="left", fontsize=8, color=_GREY)
     _untangle(panel, named)
-    figure.savefig(file, dpi=150, format="png")
+    return figure
 
 
 def _name(panel: Axes, labels: list[str], xy: np.ndarray) -> list[Annotation]:

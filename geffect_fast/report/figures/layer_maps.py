@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from geffect_fast.report.figures.profile import NOISE_NOTE, blank_figure, mark_noise, part_ticks
-from geffect_fast.report.figures.style import GREY, fit_scale, set_titles, shortened
-from geffect_fast.report.summary.objectives import by_place, place_widths
-from geffect_fast.report.tables.profile import symbol
+from geffect_fast.report.figures.profile import NOISE_NOTE, mark_noise, part_ticks
+from geffect_fast.report.figures.style import GREY, blank_figure, fit_scale, set_titles
+from geffect_fast.report.format import effect_name, shortened
+from geffect_fast.report.summary.effects import by_place, labels, place_widths
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -27,20 +27,19 @@ def layer_maps(dataset: xr.Dataset, objectives: list[str]) -> Figure | None:
     placed = by_place(dataset, blocks=True)
     if placed is None:
         return None
-    labels, values = placed
+    parts, values = placed
     widths = place_widths(dataset, blocks=True)
     steps = dataset["step"].values
-    risks = [str(risk) for risk in dataset["risk"].values]
-    present = [str(objective) for objective in dataset["objective"].values]
-    height = min(max(0.2 * len(labels), 2.2), 6.0)
+    risks, present = labels(dataset, "risk"), labels(dataset, "objective")
+    height = min(max(0.2 * len(parts), 2.2), 6.0)
     figure = blank_figure(0.8 + 4.9 * len(risks), 0.8 + (height + 0.6) * len(objectives))
     grid = figure.subplots(len(objectives), len(risks), squeeze=False)
-    ticks = part_ticks(labels, 20)
+    ticks = part_ticks(parts, 20)
     for row, objective in zip(grid, objectives, strict=True):
         k = present.index(objective)
         effect = values[:, k]
         for m, (panel, risk) in enumerate(zip(row, risks, strict=True)):
-            title = f"e_{symbol(risk)} under {shortened(objective, 34)}"
+            title = f"{effect_name(risk)} under {shortened(objective, 34)}"
             _map(figure, panel, steps, effect[:, m].T, title)
             if widths is not None:
                 mark_noise(panel, steps, effect[:, m].T, widths[:, k, m].T)
@@ -56,7 +55,7 @@ def layer_maps(dataset: xr.Dataset, objectives: list[str]) -> Figure | None:
         note += f"; objectives left out: {left_out}"
     figure.suptitle(note, fontsize=9, color=GREY)
     figure.set_label(
-        f"Heat maps of G-effects by {len(labels)} parts of the model over {len(steps)} steps from "
+        f"Heat maps of G-effects by {len(parts)} parts of the model over {len(steps)} steps from "
         f"{steps[0]} to {steps[-1]}, one a risk ({', '.join(risks)}), under "
         f"{', '.join(objectives)}; {note}."
     )

@@ -6,19 +6,22 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from geffect_fast.report.figures.profile import blank_figure
+from geffect_fast.report.figures.curves import draw_lines
 from geffect_fast.report.figures.style import (
     COLOURS,
     GREY,
     SHADED_NOTE,
-    draw_lines,
+    blank_figure,
     dress,
     fit_scale,
     legend_below,
     note,
+    zero_lines,
 )
-from geffect_fast.report.summary.steps import PREDICTIONS, agreements, risk_words, trust_sentences
-from geffect_fast.report.tables.profile import number
+from geffect_fast.report.format import number, risk_words
+from geffect_fast.report.summary.effects import labels
+from geffect_fast.report.summary.step_findings import trust_sentences
+from geffect_fast.report.summary.steps import PREDICTIONS, agreements
 from geffect_fast.results.told_apart import half_width, risk_spreads
 
 if TYPE_CHECKING:
@@ -44,7 +47,7 @@ def prediction_figure(dataset: xr.Dataset) -> Figure | None:
     found = agreements(dataset)
     if not found:
         return None
-    risks = [str(risk) for risk in dataset["risk"].values]
+    risks = labels(dataset, "risk")
     n = len(risks)
     figure = blank_figure(0.6 + PANEL * n, 7.6)
     upper, lower = figure.subplots(2, n, squeeze=False)
@@ -53,20 +56,21 @@ def prediction_figure(dataset: xr.Dataset) -> Figure | None:
     styles = [{"color": COLOURS[4], "linestyle": "-"}]
     colours = dict(zip(PREDICTIONS, COLOURS, strict=False))
     styles += [{"color": colours[name], "linestyle": DRAWN[name][0]} for name in found]
-    spreads, bands = risk_spreads(dataset), None
+    spreads = risk_spreads(dataset)
     if spreads.shape[-1]:
         note(figure, SHADED_NOTE)
         widths = half_width(spreads - np.roll(spreads, 1, axis=0))
     for m, risk in enumerate(risks):
+        bounds = None
         if spreads.shape[-1]:
-            bands = {"measured": measured[:, m] + np.outer([-1, 1], widths[:, m])}
+            bounds = (measured[:, m] + np.outer([-1, 1], widths[:, m]))[..., None]
         lines = {"measured": measured[:, m]}
         lines |= {f"predicted {PREDICTIONS[name]}": predicted[name][:, m] for name in found}
         trust = next(iter(found.values()))[risk].words
         title = f"change of the {risk_words(risk)}\nfirst order: {trust}"
         draw_lines(
             upper[m], dataset["step"].values, lines, title=title, words="since the step before",
-            absent=1, styles=styles, bands=bands,
+            absent=1, styles=styles, bounds=bounds,
         )  # fmt: skip
         panel = lower[m]
         both = [measured[:, m], *(predicted[name][:, m] for name in found)]
@@ -88,8 +92,7 @@ def prediction_figure(dataset: xr.Dataset) -> Figure | None:
         reach = np.concatenate([v[np.isfinite(v)] for v in both] or [np.zeros(1)])
         ends = (min(reach.min(initial=0.0), 0.0), max(reach.max(initial=0.0), 0.0))
         panel.plot(ends, ends, color=GREY, linewidth=0.9, zorder=1)
-        panel.axhline(0, color="#bbbbbb", linewidth=0.8, zorder=0)
-        panel.axvline(0, color="#bbbbbb", linewidth=0.8, zorder=0)
+        zero_lines(panel, color="#bbbbbb", zorder=0)
         panel.set_xlabel(f"predicted {said[0]}".strip(), fontsize=9)
         panel.set_ylabel("measured  (grey line: equal)", fontsize=9)
         dress(panel)

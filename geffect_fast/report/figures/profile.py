@@ -1,15 +1,15 @@
-"""Plots of a result: where in the model an effect sits, and which instances drive it."""
+"""Figures of a profile: where in the model an effect sits, and which instances drive it."""
 
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from geffect_fast.report.summary.objectives import UNLEARN, by_place, by_sample, place_widths
-from geffect_fast.report.tables.profile import symbol
+from geffect_fast.report.figures.style import Drawings, blank_figure, zero_lines
+from geffect_fast.report.format import UNLEARN, effect_name
+from geffect_fast.report.summary.effects import by_place, by_sample, labels, place_widths
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -26,23 +26,28 @@ _QUADRANTS = (
 )
 
 
-def plot_layers(dataset: xr.Dataset, file: Path) -> bool:
+def profile_drawings(dataset: xr.Dataset) -> Drawings:
+    """How the figures of a profile are made, one by one."""
+    return {
+        "layers": lambda: layers_figure(dataset),
+        "instances": lambda: instances_figure(dataset),
+    }
+
+
+def layers_figure(dataset: xr.Dataset) -> Figure | None:
     """Heat map of objectives against parts of the model front to back, a panel a risk.
 
     Each row is divided by its largest size, which stands at its right end, so that objectives of
     different magnitude can be read together; red is a risk that descent raises, blue one it lowers.
-
-    Returns:
-        Whether there was anything to plot: False where the result sums over parameters.
+    None where the result sums over parameters.
     """
     placed = by_place(dataset, blocks=True)
     if placed is None:
-        return False
-    labels, values = placed
+        return None
+    parts, values = placed
     widths = place_widths(dataset, blocks=True)
-    objectives = [str(o) for o in dataset["objective"].values]
-    risks = [str(r) for r in dataset["risk"].values]
-    width = min(max(0.42 * len(labels), 3.2), 12)
+    objectives, risks = labels(dataset, "objective"), labels(dataset, "risk")
+    width = min(max(0.42 * len(parts), 3.2), 12)
     figure = blank_figure(2.4 + len(risks) * (width + 0.9), 1.6 + 0.36 * len(objectives))
     panels = figure.subplots(1, len(risks), sharey=True, squeeze=False)[0]
     for m, (panel, risk) in enumerate(zip(panels, risks, strict=True)):
@@ -56,10 +61,10 @@ def plot_layers(dataset: xr.Dataset, file: Path) -> bool:
             np.ma.masked_invalid(shown), cmap="RdBu", vmin=-1, vmax=1, aspect="auto"
         )
         if widths is not None:
-            mark_noise(panel, np.arange(len(labels)), effect, widths[:, m])
+            mark_noise(panel, np.arange(len(parts)), effect, widths[:, m])
         panel.set_facecolor("#999999")
-        panel.set_title(f"e_{symbol(risk)}: effect on the {risk} risk", fontsize=11)
-        ticks = part_ticks(labels)
+        panel.set_title(f"{effect_name(risk)}: effect on the {risk} risk", fontsize=11)
+        ticks = part_ticks(parts)
         panel.set_xticks(list(ticks), list(ticks.values()), fontsize=9)
         _rotate_names(panel)
         panel.set_yticks(range(len(objectives)), objectives, fontsize=10)
@@ -78,8 +83,7 @@ def plot_layers(dataset: xr.Dataset, file: Path) -> bool:
     bar = figure.colorbar(image, ax=panels, fraction=0.025, pad=0.01, ticks=[-1, 0, 1])
     bar.ax.set_yticklabels(["−1  risk rises", "0", "+1  risk falls"], fontsize=9)
     bar.set_label("effect / max |e| of its row", fontsize=9)
-    figure.savefig(file, dpi=150)
-    return True
+    return figure
 
 
 def mark_noise(panel: Axes, x: np.ndarray, values: np.ndarray, widths: np.ndarray) -> None:
@@ -95,16 +99,15 @@ def mark_noise(panel: Axes, x: np.ndarray, values: np.ndarray, widths: np.ndarra
     panel.plot(x[columns], rows, ".", color="#333333", markersize=3, rasterized=True)
 
 
-def plot_instances(dataset: xr.Dataset, file: Path) -> bool:
+def instances_figure(dataset: xr.Dataset) -> Figure | None:
     """Scatter of e_u against e_r of every forget row, a panel an objective.
 
-    Returns:
-        Whether there was anything to plot: False where the result sums over samples.
+    None where the result sums over samples.
     """
     effect = by_sample(dataset)
     if effect is None or not effect.sizes["sample"]:
-        return False
-    objectives = [str(o) for o in effect["objective"].values]
+        return None
+    objectives = labels(effect, "objective")
     n_columns = min(4, len(objectives))
     n_rows = math.ceil(len(objectives) / n_columns)
     figure = blank_figure(3.3 * n_columns, 0.7 + 2.9 * n_rows)
@@ -117,15 +120,13 @@ def plot_instances(dataset: xr.Dataset, file: Path) -> bool:
         panel.set_visible(False)
     figure.supxlabel("e_u of a forget row (left: its share raises the forget risk)", fontsize=11)
     figure.supylabel("e_r of the row (down: raises the retain risk)", fontsize=11)
-    figure.savefig(file, dpi=150)
-    return True
+    return figure
 
 
 def scatter_instances(panel: Axes, e_u: np.ndarray, e_r: np.ndarray) -> None:
     """Effects of rows, `(n,)` each, with the meaning of the four quarters in their corners."""
     finite = np.isfinite(e_u) & np.isfinite(e_r)
-    panel.axhline(0, color="#555555", linewidth=0.8)
-    panel.axvline(0, color="#555555", linewidth=0.8)
+    zero_lines(panel)
     colours = np.where(e_r[finite] < 0, _RISES, _FALLS)
     panel.scatter(e_u[finite], e_r[finite], s=14, c=colours, alpha=0.65, linewidths=0)
     for values, limit in ((e_u[finite], panel.set_xlim), (e_r[finite], panel.set_ylim)):
@@ -150,25 +151,13 @@ def _room(values: np.ndarray, reach: float) -> float:
     return max(0.55, values.max(initial=0.0) * 1.35 / reach)
 
 
-def blank_figure(width: float, height: float) -> Figure:
-    """A figure that belongs to no window and no global state."""
-    import geffect_fast.report.figures.any_backend  # noqa: F401, I001
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-    from geffect_fast.report.figures.plain import PlainFigure
-
-    figure = PlainFigure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def part_ticks(labels: list[str], most: int = 34) -> dict[int, str]:
+def part_ticks(parts: list[str], most: int = 34) -> dict[int, str]:
     """What to write beside parts of a model, by place: names, and of many blocks some numbers."""
-    step = math.ceil(len(labels) / most)
+    step = math.ceil(len(parts) / most)
     return {
-        i: label.replace("_", " ")
-        for i, label in enumerate(labels)
-        if not label.isdigit() or int(label) % step == 0
+        i: part.replace("_", " ")
+        for i, part in enumerate(parts)
+        if not part.isdigit() or int(part) % step == 0
     }
 
 

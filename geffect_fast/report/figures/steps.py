@@ -7,44 +7,41 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from geffect_fast.report.figures.curves import (
+    PARTS_NOTE,
+    cosine_words,
+    draw_lines,
+    lines_by_risk,
+    over,
+)
 from geffect_fast.report.figures.layer_maps import layer_maps
 from geffect_fast.report.figures.prediction import prediction_figure
-from geffect_fast.report.figures.profile import blank_figure
 from geffect_fast.report.figures.style import (
     COLOURS,
     SHADED_NOTE,
-    draw_lines,
+    Drawings,
+    drawn,
     legend_below,
     note,
+    panels_for,
     set_titles,
-    shortened,
 )
-from geffect_fast.report.files import Drawings
-from geffect_fast.report.summary.objectives import UNLEARN, by_place, place_widths
-from geffect_fast.report.summary.steps import (
-    Steps,
-    outcome_sentence,
-    risk_words,
-)
-from geffect_fast.report.summary.sweep import thinned
-from geffect_fast.report.tables.profile import number, symbol
+from geffect_fast.report.format import effect_name, number, risk_words, shortened
+from geffect_fast.report.summary.effects import by_place, labels, place_widths, thinned
+from geffect_fast.report.summary.step_findings import outcome_sentence
+from geffect_fast.report.summary.steps import Steps
 
 if TYPE_CHECKING:
     import xarray as xr
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-PANEL = 4.4
-"""Inches that a panel is wide."""
 SHOWN = 8
 """Of more objectives than this, some are drawn; the trained one always is."""
 MAPPED = 3
 """Of so many objectives layers and token weights are drawn."""
 BANDS = ((0.0, 1.0, 0.12), (0.05, 0.95, 0.2), (0.25, 0.75, 0.35))
 """Quantiles between which token weights are shaded, and how darkly."""
-
-PARTS_NOTE = f"{SHADED_NOTE[:-1]} that objectives read."
-"""Those of other risks are not told apart by part."""
 
 
 def step_figures(dataset: xr.Dataset) -> dict[str, Figure]:
@@ -57,8 +54,7 @@ def step_figures(dataset: xr.Dataset) -> dict[str, Figure]:
     Args:
         dataset: with a first axis `step`.
     """
-    drawn = {name: draw() for name, draw in step_drawings(dataset).items()}
-    return {name: figure for name, figure in drawn.items() if figure is not None}
+    return drawn(step_drawings(dataset))
 
 
 def step_drawings(dataset: xr.Dataset) -> Drawings:
@@ -77,78 +73,57 @@ def step_drawings(dataset: xr.Dataset) -> Drawings:
     }
 
 
-def effect_words(risk: str) -> tuple[str, str]:
-    """Title of a panel with the effect on a risk, and the words along its axis."""
-    hint = "lower: removes more" if risk == UNLEARN else "below 0: harms"
-    return f"effect on the {risk_words(risk)}", f"e_{symbol(risk)}  ({hint})"
-
-
-def panels_for(n: int, width: float = PANEL, height: float = 3.6) -> tuple[Figure, np.ndarray]:
-    """A figure with panels side by side, three at most in a row; unused ones are not there."""
-    columns = 2 if n == 4 else min(n, 3)
-    rows = -(-n // columns)
-    figure = blank_figure(0.4 + width * columns, 0.6 + height * rows)
-    grid = figure.subplots(rows, columns, squeeze=False).ravel()
-    for panel in grid[n:]:
-        panel.remove()
-    return figure, grid[:n]
-
-
 def _shown(read: Steps) -> list[int]:
     """Places of the objectives that are drawn, the first always."""
-    return [int(k) for k in thinned(np.arange(len(read.objectives)), SHOWN)]
+    return thinned(np.arange(len(read.objectives)), SHOWN).tolist()
 
 
-def _over(steps: np.ndarray) -> str:
-    return f"over {len(steps)} steps from {steps[0]} to {steps[-1]}"
-
-
-def _ends(values: np.ndarray) -> str:
-    return f"from {number(float(values[0]), '.3g')} to {number(float(values[-1]), '.3g')}"
+def _from_to(names: list[str], values: np.ndarray) -> str:
+    """Names with the first and the last of their values, `(S, len(names))`."""
+    return ", ".join(
+        f"{name} from {number(float(v[0]), '.3g')} to {number(float(v[-1]), '.3g')}"
+        for name, v in zip(names, values.T, strict=True)
+    )
 
 
 def _effects(read: Steps) -> Figure:
-    figure, panels = panels_for(len(read.risks))
     shown = _shown(read)
-    for m, (panel, risk) in enumerate(zip(panels, read.risks, strict=True)):
-        lines = {read.objectives[k]: read.effects[:, k, m] for k in shown}
-        bands = None
-        if read.effect_bounds is not None:
-            bands = {read.objectives[k]: read.effect_bounds[:, :, k, m] for k in shown}
-        title, words = effect_words(risk)
-        draw_lines(panel, read.steps, lines, title=title, words=words, bands=bands)
-    legend_below(figure, panels[0])
-    lead = ", ".join(
-        f"e_{symbol(risk)} {_ends(read.effects[:, 0, m])}" for m, risk in enumerate(read.risks)
+    names, of_bounds = [read.objectives[k] for k in shown], read.effect_bounds
+    figure = lines_by_risk(
+        read.steps,
+        read.risks,
+        names,
+        read.effects[:, shown],
+        None if of_bounds is None else of_bounds[:, :, shown],
     )
     left_out = len(read.objectives) - len(shown)
-    more = f"; objectives left out: {left_out}" if left_out else ""
-    if left_out:
-        note(figure, f"objectives left out: {left_out}")
-    if read.effect_bounds is not None:
-        note(figure, SHADED_NOTE)
+    more = f"objectives left out: {left_out}" if left_out else ""
+    if more:
+        note(figure, more)
+    lead = _from_to([*map(effect_name, read.risks)], read.effects[:, 0])
     figure.set_label(
-        f"G-effects of {', '.join(read.objectives[k] for k in shown)} {_over(read.steps)}: "
-        f"{read.objectives[0]} has {lead}{more}."
+        f"G-effects of {', '.join(names)} {over(read.steps)}: {read.objectives[0]} has {lead}"
+        f"{more and f'; {more}'}."
     )
     return figure
 
 
 def _risks(read: Steps, dataset: xr.Dataset) -> Figure:
     figure, (panel,) = panels_for(1, width=6.2)
-    lines = {risk_words(risk): read.values[:, m] for m, risk in enumerate(read.risks)}
+    names, bounds = [*map(risk_words, read.risks)], read.value_bounds
     trained = dataset.attrs.get("trained_objective")
     title = f"Risks while trained on {trained}" if trained else "Risks"
-    title = "\n".join(textwrap.wrap(title, 70))
-    words = f"risk ({dataset.attrs.get('risk', 'nll')})"
-    bands = None
-    if read.value_bounds is not None:
-        bands = {risk_words(r): read.value_bounds[:, :, m] for m, r in enumerate(read.risks)}
+    if bounds is not None:
         note(figure, SHADED_NOTE)
     draw_lines(
-        panel, read.steps, lines, title=title, words=words,
-        positive=bool((read.values > 0).all()), bands=bands,
-    )  # fmt: skip
+        panel,
+        read.steps,
+        dict(zip(names, read.values.T, strict=True)),
+        title="\n".join(textwrap.wrap(title, 70)),
+        words=f"risk ({dataset.attrs.get('risk', 'nll')})",
+        positive=bool((read.values > 0).all()),
+        bounds=bounds,
+    )
     legend_below(figure, panel)
     figure.set_label(outcome_sentence(dataset))
     return figure
@@ -159,28 +134,21 @@ def _groups(read: Steps, dataset: xr.Dataset) -> Figure | None:
     placed = by_place(dataset, blocks=False)
     if placed is None:
         return None
-    labels, values = placed
-    at = _place(dataset, read.objectives[0])
-    figure, panels = panels_for(len(read.risks))
-    figure.suptitle(f"Parts of the model under {shortened(read.objectives[0], 70)}", fontsize=10)
-    widths = place_widths(dataset, blocks=False)
+    parts, values = placed
+    at = labels(dataset, "objective").index(read.objectives[0])
+    effects, widths = values[:, at].swapaxes(1, 2), place_widths(dataset, blocks=False)
+    bounds = None
     if widths is not None:
-        note(figure, PARTS_NOTE)
-    for m, (panel, risk) in enumerate(zip(panels, read.risks, strict=True)):
-        names = [label.replace("_", " ") for label in labels]
-        lines = {name: values[:, at, m, p] for p, name in enumerate(names)}
-        bands = None
-        if widths is not None:
-            bands = {
-                name: values[:, at, m, p] + np.outer([-1, 1], widths[:, at, m, p])
-                for p, name in enumerate(names)
-            }
-        title, words = effect_words(risk)
-        draw_lines(panel, read.steps, lines, title=title, words=words, bands=bands)
-    legend_below(figure, panels[0])
+        off = widths[:, at].swapaxes(1, 2)
+        bounds = np.stack([effects - off, effects + off])
+    names = [part.replace("_", " ") for part in parts]
+    title = f"Parts of the model under {shortened(read.objectives[0], 70)}"
+    figure = lines_by_risk(
+        read.steps, read.risks, names, effects, bounds, above=title, said=PARTS_NOTE
+    )
     figure.set_label(
-        f"G-effects of {read.objectives[0]} by part of the model ({', '.join(labels)}) "
-        f"{_over(read.steps)}, a panel a risk."
+        f"G-effects of {read.objectives[0]} by part of the model ({', '.join(parts)}) "
+        f"{over(read.steps)}, a panel a risk."
     )
     return figure
 
@@ -188,25 +156,14 @@ def _groups(read: Steps, dataset: xr.Dataset) -> Figure | None:
 def _cosines(read: Steps, dataset: xr.Dataset) -> Figure | None:
     if "cosine" not in dataset:
         return None
-    cosines = dataset["cosine"].transpose("step", "objective", "risk").values
-    figure, panels = panels_for(len(read.risks))
-    shown = _shown(read)
-    for m, (panel, risk) in enumerate(zip(panels, read.risks, strict=True)):
-        lines = {
-            objective: cosines[:, _place(dataset, objective), m]
-            for objective in (read.objectives[k] for k in shown)
-        }
-        title = f"with the gradient of the {risk_words(risk)}"
-        draw_lines(
-            panel, read.steps, lines, title=title, words=f"cosine_{symbol(risk)}",
-            limits=(-1.05, 1.05),
-        )  # fmt: skip
-    legend_below(figure, panels[0])
-    lead = cosines[:, _place(dataset, read.objectives[0])]
-    ends = ", ".join(f"{risk} {_ends(lead[:, m])}" for m, risk in enumerate(read.risks))
+    names = [read.objectives[k] for k in _shown(read)]
+    cosines = dataset["cosine"].sel(objective=names).transpose("step", "objective", "risk").values
+    figure = lines_by_risk(
+        read.steps, read.risks, names, cosines, words=cosine_words, limits=(-1.05, 1.05)
+    )
     figure.set_label(
-        f"Cosines of objectives' gradients with the risks' {_over(read.steps)}: "
-        f"{read.objectives[0]} with {ends}."
+        f"Cosines of objectives' gradients with the risks' {over(read.steps)}: "
+        f"{names[0]} with {_from_to(read.risks, cosines[:, 0])}."
     )
     return figure
 
@@ -220,9 +177,8 @@ def _norms(read: Steps, dataset: xr.Dataset) -> Figure | None:
     if not there:
         return None
     figure, panels = panels_for(len(there))
-    for panel, (what, (name, axis, labels)) in zip(panels, there.items(), strict=True):
-        values = dataset[name].transpose("step", axis)
-        lines = {label: values.sel({axis: label}).values for label in labels}
+    for panel, (what, (name, axis, names)) in zip(panels, there.items(), strict=True):
+        lines = {label: dataset[name].sel({axis: label}).values for label in names}
         positive = all((line > 0).all() for line in lines.values())
         title = f"gradients of the {what}"
         draw_lines(panel, read.steps, lines, title=title, words="norm", positive=positive)
@@ -235,7 +191,7 @@ def _norms(read: Steps, dataset: xr.Dataset) -> Figure | None:
             fontsize=8,
             frameon=False,
         )
-    figure.set_label(f"Norms of the gradients of {' and '.join(there)} {_over(read.steps)}.")
+    figure.set_label(f"Norms of the gradients of {' and '.join(there)} {over(read.steps)}.")
     return figure
 
 
@@ -249,19 +205,19 @@ def _token_weights(read: Steps, dataset: xr.Dataset) -> Figure | None:
         if "set" in weights.coords
         else np.full(weights.sizes["sample"], "forget")
     )
-    drawn: list[tuple[str, str, np.ndarray]] = []
+    bands: list[tuple[str, str, np.ndarray]] = []
     for k in _shown(read):
         objective = weights.sel(objective=read.objectives[k]).values
         for name in dict.fromkeys(map(str, of_set)):
             flat = objective[:, of_set == name].reshape(len(read.steps), -1)
             if not np.isnan(flat).all():
-                drawn.append((read.objectives[k], name, flat))
-    if not drawn:
+                bands.append((read.objectives[k], name, flat))
+    if not bands:
         return None
-    left_out = max(0, len(drawn) - 2 * MAPPED)
-    drawn = drawn[: 2 * MAPPED]
-    figure, panels = panels_for(len(drawn))
-    for panel, (objective, name, flat) in zip(panels, drawn, strict=True):
+    left_out = max(0, len(bands) - 2 * MAPPED)
+    bands = bands[: 2 * MAPPED]
+    figure, panels = panels_for(len(bands))
+    for panel, (objective, name, flat) in zip(panels, bands, strict=True):
         title = f"{shortened(objective, 34)}: {name} rows"
         _bands(panel, read.steps, flat, title)
     about = "weight on a token: d objective / d log-probability; above 0 it is pushed away"
@@ -271,8 +227,8 @@ def _token_weights(read: Steps, dataset: xr.Dataset) -> Figure | None:
     legend_below(figure, panels[0])
     figure.set_label(
         f"Quantiles over tokens of the weights that "
-        f"{', '.join(dict.fromkeys(objective for objective, *_ in drawn))} put on them "
-        f"{_over(read.steps)}."
+        f"{', '.join(dict.fromkeys(objective for objective, *_ in bands))} put on them "
+        f"{over(read.steps)}."
     )
     return figure
 
@@ -303,7 +259,3 @@ def _bands(panel: Axes, steps: np.ndarray, weights: np.ndarray, title: str) -> N
     )
     if lost.any():
         set_titles(panel, title, [f"tokens at {lost.sum()} of {len(steps)} steps"])
-
-
-def _place(dataset: xr.Dataset, objective: str) -> int:
-    return [str(o) for o in dataset["objective"].values].index(objective)

@@ -1,24 +1,32 @@
-"""Plots of a sweep: effects against hyper-parameters, and the Pareto front of all objectives."""
+"""Figures of a sweep: effects against hyper-parameters, and the Pareto front of all objectives."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from geffect_fast.report.figures.profile import blank_figure
-from geffect_fast.report.figures.style import BARS_NOTE, SHADED_NOTE, note, shade
-from geffect_fast.report.summary.sweep import Swept, SweptFamily, thinned
+from geffect_fast.report.figures.curves import shade
+from geffect_fast.report.figures.style import (
+    BARS_NOTE,
+    GREY,
+    SHADED_NOTE,
+    Drawings,
+    blank_figure,
+    note,
+    zero_lines,
+)
+from geffect_fast.report.summary.effects import thinned
+from geffect_fast.report.summary.sweep import Swept, SweptFamily
 
 if TYPE_CHECKING:
     import xarray as xr
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_COLOURS = (
+FAMILIES = (
     "#1f77b4",
     "#ff7f0e",
     "#2ca02c",
@@ -26,7 +34,7 @@ _COLOURS = (
     "#8c564b",
     "#e377c2",
     "#17becf",
-    "#bcbd22",
+    "#8a8b1a",
     "#7f7f7f",
     "#d62728",
 )
@@ -41,16 +49,9 @@ BARS = 24
 """Of more objectives than this not all have their intervals drawn."""
 
 
-def plot_sweep(dataset: xr.Dataset, file: Path) -> bool:
-    """`sweep_figure` as a picture.
-
-    Returns:
-        Whether there was anything to plot: False where no parameter has two values.
-    """
-    figure = sweep_figure(dataset)
-    if figure is not None:
-        figure.savefig(file, dpi=150)
-    return figure is not None
+def sweep_drawings(dataset: xr.Dataset) -> Drawings:
+    """How the figures of a sweep are made, one by one."""
+    return {"sweep": lambda: sweep_figure(dataset), "pareto": lambda: pareto_figure(dataset)}
 
 
 def sweep_figure(dataset: xr.Dataset) -> Figure | None:
@@ -64,7 +65,7 @@ def sweep_figure(dataset: xr.Dataset) -> Figure | None:
     for i, family in enumerate(swept.families):
         for name, values in family.values.items():
             if len(set(values)) > 1:
-                drawn.setdefault(name, []).append((family, _COLOURS[i % len(_COLOURS)]))
+                drawn.setdefault(name, []).append((family, FAMILIES[i % len(FAMILIES)]))
     if not drawn:
         return None
     figure = blank_figure(0.8 + 4.2 * len(drawn), 8.6)
@@ -76,7 +77,7 @@ def sweep_figure(dataset: xr.Dataset) -> Figure | None:
                 bounds = np.where(np.isnan(values), np.nan, bounds.clip(-10, 10))
             for family, colour in families:
                 _draw_family(panel, family, name, values[family.at], bounds[:, family.at], colour)
-            panel.axhline(0, color="#555555", linewidth=0.8)
+            zero_lines(panel, across=False)
             panel.margins(y=0.1)
             if quantity == "collateral":  # what hardly forgets would hide all others
                 at = np.concatenate([family.at for family, _ in families])
@@ -99,11 +100,6 @@ def sweep_figure(dataset: xr.Dataset) -> Figure | None:
     return figure
 
 
-def plot_pareto(dataset: xr.Dataset, file: Path) -> None:
-    """`pareto_figure` as a picture."""
-    pareto_figure(dataset).savefig(file, dpi=150)
-
-
 def pareto_figure(dataset: xr.Dataset, size: tuple[float, float] = (9.5, 6.2)) -> Figure:
     """Scatter of e_u against e_r of all objectives, with the Pareto front drawn and named."""
     swept = Swept.of(dataset)
@@ -113,12 +109,11 @@ def pareto_figure(dataset: xr.Dataset, size: tuple[float, float] = (9.5, 6.2)) -
     for i, family in enumerate(swept.families):
         at = family.at[finite[family.at]]
         marker = "o" if family.axes else "D"
-        colour = _COLOURS[i % len(_COLOURS)]
+        colour = FAMILIES[i % len(FAMILIES)]
         panel.scatter(
             swept.e_u[at], swept.e_r[at], s=26, c=colour, marker=marker, label=family.text, zorder=3
         )
-    panel.axhline(0, color="#555555", linewidth=0.8)
-    panel.axvline(0, color="#555555", linewidth=0.8)
+    zero_lines(panel)
     front = swept.ranked_front()
     if swept.has_bounds:
         _draw_bars(panel, swept, np.flatnonzero(finite) if finite.sum() <= BARS else front)
@@ -174,7 +169,7 @@ def _draw_bars(panel: Axes, swept: Swept, places: np.ndarray) -> None:
         for name, values in (("e_u", x), ("e_r", y))
     ]
     panel.errorbar(
-        x, y, xerr=offs[0], yerr=offs[1], fmt="none", ecolor="#555555", elinewidth=0.8, alpha=0.7,
+        x, y, xerr=offs[0], yerr=offs[1], fmt="none", ecolor=GREY, elinewidth=0.8, alpha=0.7,
         zorder=1,
     )  # fmt: skip
 

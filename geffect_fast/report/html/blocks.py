@@ -6,20 +6,21 @@ No block holds markup but figures' own; whatever else they hold is text, which t
 from __future__ import annotations
 
 import math
-import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from geffect_fast.report.figures.svg import Colours, Panels, take_apart
-from geffect_fast.report.summary.objectives import Interval
-from geffect_fast.report.tables.profile import number, symbol
+from geffect_fast.report.figures.svg import Panels, take_apart
+from geffect_fast.report.format import number, spoken
 from geffect_fast.report.tokens.colours import goodness, levels, mark
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+MOST_ROWS = 200
+"""Rows of a table beyond which some are left out."""
 
 
 @dataclass(frozen=True)
@@ -33,11 +34,10 @@ class Text:
 
 @dataclass(frozen=True)
 class Items:
-    """A list of sentences; numbered where the numbers are those in a figure."""
+    """A list of sentences."""
 
     kind: ClassVar[str] = "items"
     items: list[str]
-    numbered: bool = False
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ class Figures:
 
     kind: ClassVar[str] = "figures"
     caption: str
-    parts: Panels
+    figure: Panels
     lists: list[list[str]] = field(default_factory=list)
 
 
@@ -141,7 +141,7 @@ Block = Text | Items | Table | HeatMap | Figures | Facts | Tokens
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the page with a heading.
+    """What stands under one heading of the page.
 
     Attributes:
         id: of its element.
@@ -155,46 +155,32 @@ class Section:
 
 
 def figure_block(
-    figure: Figure, name: str, caption: str, colours: Colours, lists: list[list[str]] | None = None
+    figure: Figure, name: str, caption: str, lists: list[list[str]] | None = None
 ) -> Figures:
-    """A figure's panels, its notes first in the caption."""
-    parts = take_apart(figure, name, colours)
-    notes = [note for note in parts.notes if note not in caption]
-    return Figures(" ".join([caption, *notes]), parts, lists or [])
+    """A figure's panels, its notes behind the caption."""
+    apart = take_apart(figure, name)
+    notes = [note for note in apart.notes if note not in caption]
+    return Figures(" ".join([caption, *notes]), apart, lists or [])
 
 
-def cell(value: float, spec: str = "+.3g") -> str:
-    """A number of a table; what is not one is said."""
-    if math.isnan(value):
-        return "–"
-    return number(value, spec) if math.isfinite(value) else ("+∞" if value > 0 else "−∞")
+def drawn_blocks(
+    figures: Mapping[str, Figure | None], names: Sequence[str], prefix: str = ""
+) -> list[Block]:
+    """Those of the figures that there are, described by their labels."""
+    there = {name: figure for name in names if (figure := figures.get(name)) is not None}
+    return [
+        figure_block(figure, f"{prefix}{name}", str(figure.get_label()))
+        for name, figure in there.items()
+    ]
 
 
-def cell_with_interval(value: float, interval: Interval | None, spec: str = "+.3g") -> str:
-    """A number of a table, with its interval behind it where that is known."""
-    text = cell(value, spec)
-    if interval is None or math.isnan(value) or any(map(math.isnan, interval)):
-        return text
-    low, high = (cell(bound, spec) for bound in interval)
-    return f"{text} [{low}, {high}]"
+def notes_of(lines: Sequence[str]) -> list[Block]:
+    """Notes below what they are of; empty ones are left out."""
+    return [Text(line, "note") for line in lines if line]
 
 
-def spoken(value: float) -> str:
-    """A number of its own."""
-    return (
-        f"{value:+.3e}"
-        if math.isfinite(value)
-        else "not a number"
-        if math.isnan(value)
-        else ("+infinite" if value > 0 else "-infinite")
-    )
-
-
-def effect_heads(risks: Sequence[str]) -> list[str]:
-    """`e_u`, `e_r` and so on."""
-    return [f"e_{symbol(risk)}" for risk in risks]
-
-
-def title_of(name: str, width: int = 44) -> str:
-    """A name as a panel's title, on up to three lines."""
-    return "\n".join(textwrap.wrap(name, width, max_lines=3, placeholder=" …"))
+def left_out(n: int, what: str, shown: int = MOST_ROWS) -> list[Block]:
+    """A sentence where not all are shown."""
+    if n <= shown:
+        return []
+    return notes_of([f"{shown} of {n:,} {what} are shown; summary.csv and results.nc hold all."])

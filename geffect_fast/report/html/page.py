@@ -9,23 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 from geffect_fast.errors import InputError
 from geffect_fast.paths import user_path
-from geffect_fast.report.figures.svg import Colours
-from geffect_fast.report.html import profile as page_profile
-from geffect_fast.report.html import steps as page_steps
-from geffect_fast.report.html.blocks import (
-    Block,
-    Facts,
-    Items,
-    Section,
-    Text,
-    figure_block,
-)
+from geffect_fast.report.format import coverage_line
+from geffect_fast.report.html import compare, profile, steps
+from geffect_fast.report.html.blocks import Block, Facts, Items, Section, Text
 from geffect_fast.report.html.templates import render
-from geffect_fast.report.summary.findings import findings
-from geffect_fast.report.summary.objectives import by_sample
-from geffect_fast.report.summary.steps import has_steps, last_step, lead_objective
+from geffect_fast.report.summary.effects import has_steps, last_step
 from geffect_fast.report.summary.sweep import is_sweep
-from geffect_fast.report.tables.profile import coverage_line
 from geffect_fast.results.dataset import sum_positions
 from geffect_fast.storage.disk import whole_file
 from geffect_fast.storage.run_folder import CONFIG, REPORT
@@ -113,27 +102,24 @@ def _html(
     configs: Mapping[str, Mapping[str, Any]],
 ) -> str:
     """The page of runs, and of what they say of one model, the last of steps, by sample at most."""
-    colours = Colours()
     if len(runs) > 1:
-        title, parts = _compared(runs, models, colours)
+        title, blocks = f"{len(runs)} unlearning runs compared", compare.sections(runs, models)
     else:
         ((name, dataset),), (model,) = runs.items(), models.values()
         title = f"{_what(dataset)}: {name}"
-        shown = _stepped if has_steps(dataset) else _one
-        parts = shown(name, dataset, model, colours)
-    parts |= {"signs": [Items(SIGNS)], "made": _made(runs, configs)}
+        blocks = (steps if has_steps(dataset) else profile).sections(dataset, model)
+    blocks |= {"signs": [Items(SIGNS)], "made": _made(runs, configs)}
     headings = dict(_HEADINGS)
     if any(is_sweep(dataset) for dataset in runs.values()):
         headings["curves"] = "Over hyper-parameters"
     sections = [
-        Section(id, heading, parts[id]) for id, heading in headings.items() if parts.get(id)
+        Section(id, heading, blocks[id]) for id, heading in headings.items() if blocks.get(id)
     ]
     return render(
         "page.html.jinja",
         title=title,
         about=_about(runs),
         sections=sections,
-        colours=colours,
         foot="Made by geffect_fast. This page is whole: it loads nothing.",
     )
 
@@ -151,130 +137,6 @@ _HEADINGS = {
     "signs": "How to read a sign",
     "made": "What was run",
 }
-
-
-def _one(
-    name: str, dataset: xr.Dataset, summed: xr.Dataset, colours: Colours
-) -> dict[str, list[Block]]:
-    """The sections of a profile or a sweep."""
-    what, where, _ = findings(summed)
-    trust = (
-        "Effects are first order: one small step from this very model. How far that holds is "
-        "measured over steps, by geffect-fast unlearn, or by profile --checkpoints for a run that "
-        "there is."
-    )
-    return {
-        "answer": [Text(what, "lead"), Text(where), Text(trust)],
-        "verdicts": page_profile.verdicts(summed),
-        "curves": _sweep_curves(summed, colours),
-        "layers": page_profile.layers(summed),
-        "instances": page_profile.instances(summed, colours),
-        "tokens": page_profile.tokens(dataset),
-        "cosines": page_profile.cosines(summed),
-        "table": page_profile.full_table(summed),
-    }
-
-
-def _sweep_curves(dataset: xr.Dataset, colours: Colours) -> list[Block]:
-    if not is_sweep(dataset):
-        return []
-    from geffect_fast.report.figures.sweep import pareto_figure, sweep_figure
-
-    figures = {
-        "sweep": (sweep_figure(dataset), "Effects and collateral against hyper-parameters."),
-        "pareto": (
-            pareto_figure(dataset, (6.2, 5.2)),
-            "Removal against damage, and the Pareto front.",
-        ),
-    }
-    return [
-        figure_block(figure, name, caption, colours)
-        for name, (figure, caption) in figures.items()
-        if figure is not None
-    ]
-
-
-def _stepped(
-    name: str, dataset: xr.Dataset, last: xr.Dataset, colours: Colours
-) -> dict[str, list[Block]]:
-    """The sections of one step result."""
-    from geffect_fast.report.figures.steps import step_figures
-
-    figures = step_figures(dataset)
-
-    def drawn(*names: str) -> list[Block]:
-        return page_steps.blocks_of(figures, names, colours)
-
-    step = int(dataset["step"].values[-1])
-
-    def at_last(blocks: list[Block]) -> list[Block]:
-        return [Text(f"At the last step, {step}", "label"), *blocks] if blocks else []
-
-    return {
-        "answer": page_steps.answer(dataset),
-        "verdicts": page_steps.verdicts(dataset),
-        "curves": drawn("effects", "risks", "norms"),
-        "layers": drawn("layers", "groups") + at_last(page_profile.layers(last)),
-        "instances": at_last(page_profile.instances(last, colours)),
-        "tokens": drawn("token_weights") + at_last(page_profile.tokens(last_step(dataset))),
-        "cosines": drawn("cosines") + at_last(page_profile.cosines(last)),
-        "prediction": page_steps.prediction_table(dataset) + drawn("prediction"),
-        "table": page_steps.full_table(dataset),
-    }
-
-
-def _compared(
-    runs: Mapping[str, xr.Dataset], models: Mapping[str, xr.Dataset], colours: Colours
-) -> tuple[str, dict[str, list[Block]]]:
-    """Title and sections of several step results."""
-    from geffect_fast.report.figures.compare import comparison_figures
-    from geffect_fast.report.figures.layer_maps import layer_maps
-    from geffect_fast.report.figures.prediction import prediction_figure
-    from geffect_fast.steps.compare import compare
-
-    both = compare(runs, what="report")
-    figures = comparison_figures(both)
-
-    def drawn(*names: str) -> list[Block]:
-        return page_steps.blocks_of(figures, names, colours)
-
-    parts: dict[str, list[Block]] = {
-        "answer": page_steps.compared_answer(runs, models, both),
-        "verdicts": page_steps.compared_verdicts(both),
-        "curves": drawn("effects", "risks", "trade_off"),
-        "layers": drawn("groups"),
-        "cosines": drawn("cosines"),
-        "prediction": [],
-        "table": [],
-    }
-    scattered: dict[str, xr.DataArray] = {}
-    for i, (name, dataset) in enumerate(runs.items()):
-        own = {
-            "layers": layer_maps(dataset, [lead_objective(dataset)]),
-            "prediction": prediction_figure(dataset),
-        }
-        effect = by_sample(models[name])
-        if effect is not None:
-            lead = effect.sel(objective=lead_objective(dataset))
-            scattered[f"{name}, at step {dataset['step'].values[-1]}"] = lead
-        for id, blocks in (
-            ("layers", page_steps.blocks_of(own, ("layers",), colours, f"r{i}-")),
-            (
-                "prediction",
-                page_steps.prediction_table(dataset)
-                + page_steps.blocks_of(own, ("prediction",), colours, f"r{i}-"),
-            ),
-            ("table", page_steps.full_table(dataset)),
-        ):
-            if blocks:
-                parts[id] += [Text(name, "label"), *blocks]
-    parts["instances"] = page_profile.scatters(scattered, len(runs), "runs", colours)
-    if both.attrs["left_out"]:
-        lines = "; ".join(both.attrs["left_out"])
-        parts["curves"].append(
-            Text(f"Not all runs have these, which are left out: {lines}.", "note")
-        )
-    return f"{len(runs)} unlearning runs compared", parts
 
 
 def _what(dataset: xr.Dataset) -> str:

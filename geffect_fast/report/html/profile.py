@@ -7,45 +7,49 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from geffect_fast.report.figures.profile import blank_figure, scatter_instances
-from geffect_fast.report.figures.svg import Colours
+from geffect_fast.report.figures.profile import scatter_instances
+from geffect_fast.report.figures.style import blank_figure
+from geffect_fast.report.figures.sweep import pareto_figure, sweep_figure
+from geffect_fast.report.format import (
+    UNLEARN,
+    Interval,
+    cell,
+    cell_with_interval,
+    effect_name,
+    notes,
+    number,
+    question,
+    symbol,
+    title_of,
+)
 from geffect_fast.report.html.blocks import (
+    MOST_ROWS,
     Block,
     HeatMap,
     Table,
     Text,
     Tokens,
-    cell,
-    cell_with_interval,
-    effect_heads,
     figure_block,
-    title_of,
+    left_out,
+    notes_of,
 )
-from geffect_fast.report.summary.objectives import (
-    HARDLY,
-    UNLEARN,
-    Interval,
+from geffect_fast.report.summary.effects import (
     by_place,
     by_sample,
+    labels,
     place_widths,
     shares,
-    summarise,
+    thinned,
 )
-from geffect_fast.report.summary.sweep import Swept, highlights, is_sweep, thinned
-from geffect_fast.report.tables.profile import (
-    notes,
-    number,
-    question,
-    symbol,
-)
+from geffect_fast.report.summary.findings import findings
+from geffect_fast.report.summary.objectives import HARDLY, Summary, summarise
+from geffect_fast.report.summary.sweep import NUMBERS, Swept, highlights, is_sweep
 from geffect_fast.report.tokens.html import token_values
 from geffect_fast.report.tokens.view import has_tokens, token_view
 
 if TYPE_CHECKING:
     import xarray as xr
 
-MOST_ROWS = 200
-"""Rows of a table beyond which some are left out."""
 MOST_PANELS = 12
 """Objectives whose instances are drawn."""
 MOST_POINTS = 250
@@ -58,6 +62,49 @@ TOKEN_SAMPLES, TOKEN_VALUES = 8, 40_000
 """Answers of the token view and numbers that it may hold, a quarter of those of its own page."""
 
 
+def sections(dataset: xr.Dataset, summed: xr.Dataset) -> dict[str, list[Block]]:
+    """Those of a profile or a sweep, by their ids.
+
+    Args:
+        dataset: the result.
+        summed: it without positions or tokens.
+    """
+    what, where, _ = findings(summed)
+    trust = (
+        "Effects are first order: one small step from this very model. How far that holds is "
+        "measured over steps, by geffect-fast unlearn, or by profile --checkpoints for a run that "
+        "there is."
+    )
+    return {
+        "answer": [Text(what, "lead"), Text(where), Text(trust)],
+        "verdicts": verdicts(summed),
+        "curves": sweep_curves(summed),
+        "layers": layers(summed),
+        "instances": instances(summed),
+        "tokens": tokens(dataset),
+        "cosines": cosines(summed),
+        "table": full_table(summed),
+    }
+
+
+def sweep_curves(dataset: xr.Dataset) -> list[Block]:
+    """The figures of a sweep; none of a profile."""
+    if not is_sweep(dataset):
+        return []
+    figures = {
+        "sweep": (sweep_figure(dataset), "Effects and collateral against hyper-parameters."),
+        "pareto": (
+            pareto_figure(dataset, (6.2, 5.2)),
+            "Removal against damage, and the Pareto front.",
+        ),
+    }
+    return [
+        figure_block(figure, name, caption)
+        for name, (figure, caption) in figures.items()
+        if figure is not None
+    ]
+
+
 def verdicts(dataset: xr.Dataset) -> list[Block]:
     """A row an objective: effect on every risk, cosine, collateral and a verdict in words.
 
@@ -66,22 +113,21 @@ def verdicts(dataset: xr.Dataset) -> list[Block]:
     if is_sweep(dataset):
         return _swept_verdicts(dataset)
     rows = summarise(dataset)
-    risks = list(rows[0].effects)
     table = Table(
         f"{len(rows)} objectives on {dataset.attrs['n_forget']} forget rows",
-        ["objective", "verdict", *effect_heads(risks), "collateral"],
-        [
-            [
-                row.objective,
-                row.verdict,
-                *(cell_with_interval(e, row.intervals.get(r)) for r, e in row.effects.items()),
-                cell_with_interval(row.collateral, row.collateral_interval, ".2g"),
-            ]
-            for row in rows[:MOST_ROWS]
-        ],
+        ["objective", "verdict", *map(effect_name, rows[0].effects), "collateral"],
+        [[row.objective, row.verdict, *effect_cells(row)] for row in rows[:MOST_ROWS]],
         frozenset([0, 1]),
     )
     return [table, *left_out(len(rows), "objectives"), *_notes(dataset)]
+
+
+def effect_cells(row: Summary) -> list[str]:
+    """Effects and collateral of an objective."""
+    return [
+        *(cell_with_interval(e, row.intervals.get(risk)) for risk, e in row.effects.items()),
+        cell_with_interval(row.collateral, row.collateral_interval, ".2g"),
+    ]
 
 
 _NOTE = (
@@ -96,11 +142,10 @@ def _swept_verdicts(dataset: xr.Dataset) -> list[Block]:
     swept = Swept.of(dataset)
 
     def numbers(i: int) -> list[str]:
-        row = swept.rows[i]
-        of = [(swept.e_u, row.intervals.get(UNLEARN)), (swept.e_r, row.intervals.get("retain"))]
+        specs = ("+.3g", "+.3g", ".2g")
         return [
-            *(cell_with_interval(float(values[i]), interval) for values, interval in of),
-            cell_with_interval(float(swept.collateral[i]), row.collateral_interval, ".2g"),
+            cell_with_interval(value, interval, spec)
+            for (value, interval), spec in zip(swept.numbers(i), specs, strict=True)
         ]
 
     rows = []
@@ -117,18 +162,17 @@ def _swept_verdicts(dataset: xr.Dataset) -> list[Block]:
         ]
     front = swept.ranked_front()
     shown = thinned(front, MOST_ROWS // 8)
-    heads = ["e_u", "e_r", "collateral"]
     return [
         Table(
             f"The best of each family, of {len(swept.objectives)} objectives",
-            ["family", "best in", "at", *heads],
+            ["family", "best in", "at", *NUMBERS],
             rows[:MOST_ROWS],
             frozenset([0, 1, 2]),
         ),
         *left_out(len(rows), "rows"),
         Table(
             f"Pareto front: {len(front)} objectives that none beats in both removal and damage",
-            ["objective", *heads],
+            ["objective", *NUMBERS],
             [[swept.label(int(i)), *numbers(int(i))] for i in shown],
         ),
         *left_out(len(front), "objectives of the front", len(shown)),
@@ -138,7 +182,7 @@ def _swept_verdicts(dataset: xr.Dataset) -> list[Block]:
 
 def _notes(dataset: xr.Dataset) -> list[Block]:
     """How to read the numbers, what they compare with, and how far to trust them."""
-    return [Text(_NOTE, "note"), *(Text(line, "note") for line in notes(dataset.attrs))]
+    return notes_of([_NOTE, *notes(dataset.attrs)])
 
 
 def layers(dataset: xr.Dataset) -> list[Block]:
@@ -146,9 +190,9 @@ def layers(dataset: xr.Dataset) -> list[Block]:
     placed = by_place(dataset, blocks=True)
     if placed is None:
         return []
-    labels, values = placed
+    parts, values = placed
     widths = place_widths(dataset, blocks=True)
-    objectives = [str(o) for o in dataset["objective"].values]
+    objectives = labels(dataset, "objective")
     if is_sweep(dataset):
         chosen = highlights(dataset)["objective"].values
         kept = np.array([i for i, o in enumerate(objectives) if o in chosen])
@@ -156,15 +200,15 @@ def layers(dataset: xr.Dataset) -> list[Block]:
         kept = thinned(np.arange(len(objectives)), MOST_ROWS // 4)
     blocks: list[Block] = [
         HeatMap.of(
-            f"e_{symbol(risk)}: effect on the {risk} risk by part of the model, input to output "
+            f"{effect_name(risk)}: effect on the {risk} risk by part of the model, input to output "
             "(numbers: blocks)",
-            str(risk),
-            labels,
+            risk,
+            parts,
             [objectives[k] for k in kept],
             values[kept, m],
             None if widths is None else widths[kept, m],
         )
-        for m, risk in enumerate(dataset["risk"].values)
+        for m, risk in enumerate(labels(dataset, "risk"))
     ]
     note = (
         "Each row by itself: 9 is its largest effect, which stands beside its name. Blue is wanted "
@@ -175,10 +219,10 @@ def layers(dataset: xr.Dataset) -> list[Block]:
             " In brackets, without colour: within what the choice of the rows that objectives read "
             "moves, those of other risks not being told apart by part."
         )
-    return [*blocks, *left_out(len(objectives), "objectives", len(kept)), Text(note, "note")]
+    return [*blocks, *left_out(len(objectives), "objectives", len(kept)), *notes_of([note])]
 
 
-def instances(dataset: xr.Dataset, colours: Colours) -> list[Block]:
+def instances(dataset: xr.Dataset) -> list[Block]:
     """A scatter of forget rows an objective, and the rows that remove or cost most by question."""
     n = dataset.sizes["objective"]
     if is_sweep(dataset):
@@ -187,19 +231,16 @@ def instances(dataset: xr.Dataset, colours: Colours) -> list[Block]:
     if effect is None:
         return []
     each = {str(one["objective"].values): one for one in effect}
-    return scatters(each, n, "objectives", colours)
+    return scatters(each, n, "objectives")
 
 
-def scatters(
-    effects: Mapping[str, xr.DataArray], n: int, what: str, colours: Colours
-) -> list[Block]:
+def scatters(effects: Mapping[str, xr.DataArray], n: int, what: str) -> list[Block]:
     """A scatter of rows for each of several effects.
 
     Args:
         effects: `(risk, sample)` by title.
         n: of how many these are some.
         what: they are.
-        colours: of the page.
     """
     names = [name for name, effect in effects.items() if effect.sizes["sample"]]
     kept = [names[k] for k in thinned(np.arange(len(names)), MOST_PANELS)]
@@ -234,7 +275,7 @@ def scatters(
     if rows > MOST_POINTS:
         caption += f" {MOST_POINTS} of {rows} are drawn: the largest, and some of the rest."
     return [
-        figure_block(figure, "instances", caption, colours, lists),
+        figure_block(figure, "instances", caption, lists),
         *left_out(n, what, len(kept)),
     ]
 
@@ -349,7 +390,7 @@ def full_table(dataset: xr.Dataset) -> list[Block]:
     kept = [int(k) for k in thinned(np.arange(len(rows)), MOST_ROWS)]
     risks, with_cosines = list(rows[0].effects), bool(rows[0].cosines)
     norms = dataset["grad_norm"].values if "grad_norm" in dataset else None
-    head = ["objective", "loss", *effect_heads(risks)]
+    head = ["objective", "loss", *map(effect_name, risks)]
     head += [f"cos_{symbol(risk)}" for risk in risks if with_cosines]
     head += ["|grad|"] * (norms is not None) + ["collateral", "verdict"]
     cells = []
@@ -375,26 +416,16 @@ def part_tables(dataset: xr.Dataset, kept: Sequence[int]) -> list[Block]:
     placed = by_place(dataset, blocks=False)
     if placed is None:
         return []
-    labels, values = placed
+    parts, values = placed
+    objectives = labels(dataset, "objective")
     return [
         Table(
-            f"Where e_{symbol(risk)} comes from: percent of each part, sizes adding to 100",
-            ["objective", *(label.replace("_", " ") for label in labels)],
+            f"Where {effect_name(risk)} comes from: percent of each part, sizes adding to 100",
+            ["objective", *(part.replace("_", " ") for part in parts)],
             [
-                [
-                    str(dataset["objective"].values[k]),
-                    *(number(100 * share, "+.0f") for share in shares(values[k, m])),
-                ]
+                [objectives[k], *(number(100 * share, "+.0f") for share in shares(values[k, m]))]
                 for k in kept
             ],
         )
-        for m, risk in enumerate(dataset["risk"].values)
+        for m, risk in enumerate(labels(dataset, "risk"))
     ]
-
-
-def left_out(n: int, what: str, shown: int = MOST_ROWS) -> list[Block]:
-    """A sentence where not all are shown."""
-    if n <= shown:
-        return []
-    more = "summary.csv and results.nc hold all"
-    return [Text(f"{shown} of {n:,} {what} are shown; {more}.", "note")]

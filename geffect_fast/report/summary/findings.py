@@ -7,18 +7,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from geffect_fast.report.summary.objectives import (
-    HARDLY,
-    PERHAPS,
-    UNCLEAR,
-    UNLEARN,
-    Summary,
-    by_place,
-    by_sample,
-    shares,
-    summarise,
-)
-from geffect_fast.report.tables.profile import bounds, number, question
+from geffect_fast.report.format import UNLEARN, bounds, number, question
+from geffect_fast.report.summary.effects import by_place, by_sample, labels, shares
+from geffect_fast.report.summary.objectives import HARDLY, PERHAPS, UNCLEAR, Summary, summarise
 from geffect_fast.results.told_apart import has_intervals, row_spreads, told_apart
 
 if TYPE_CHECKING:
@@ -120,7 +111,7 @@ def _where(dataset: xr.Dataset) -> str:
     """Mean shares over objectives of the effect on the forget risk, by part and by row."""
     clauses = []
     placed = by_place(dataset, blocks=False)
-    at = [str(r) for r in dataset["risk"].values].index(UNLEARN)
+    at = labels(dataset, "risk").index(UNLEARN)
     if placed is not None:
         size = _mean_size(placed[1][:, at])
         if size is not None:
@@ -164,7 +155,7 @@ def _no_smaller(dataset: xr.Dataset, size: np.ndarray, top: int) -> list[int]:
         return []
     placed = by_place(dataset, blocks=False, rows=True)
     assert placed is not None
-    rows = placed[1][:, [str(r) for r in dataset["risk"].values].index(UNLEARN)]
+    rows = placed[1][:, labels(dataset, "risk").index(UNLEARN)]
     rows = rows[_usable(rows.sum(-1))]
     effects = rows.sum(-1)
     moved = 2 * np.sign(effects)[..., None] * row_spreads(rows, dataset["set"].values)

@@ -1,4 +1,4 @@
-"""What a report says in numbers: totals, shares and a verdict an objective, from a result."""
+"""Objectives in a line each: totals, collateral and a verdict, from a result."""
 
 from __future__ import annotations
 
@@ -10,25 +10,19 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from geffect_fast.results.axes import GROUPS, OUTSIDE
-from geffect_fast.results.intervals import NEGLIGIBLE, cosine_interval
+from geffect_fast.report.format import UNKNOWN, UNLEARN, Interval
+from geffect_fast.report.summary.effects import bounds_of, interval_at, labels, total
+from geffect_fast.results import intervals as of_rows
 from geffect_fast.results.told_apart import (
     collateral_error,
     effect_errors,
     effect_spreads,
-    half_width,
-    has_intervals,
     ratio_spread,
-    row_spreads,
 )
 from geffect_fast.storage.csv_cells import csv_cell
 
 if TYPE_CHECKING:
     import xarray as xr
-
-UNLEARN = "unlearn"
-LEAD = ("step", "objective", "risk")
-"""The axes that sums over the rest of a result leave; `step` where it has one."""
 
 LITTLE_HARM, MUCH_HARM = 0.1, 1.0
 HARDLY = 0.1
@@ -39,9 +33,6 @@ UNCLEAR, HARM_UNCLEAR = "within noise", "forgets, harm unclear"
 """Verdicts where the interval of e_u holds 0, and where that of collateral allows several."""
 PERHAPS = "perhaps hardly forgets"
 """The verdict where the interval of the cosine with the forget risk holds `-HARDLY`."""
-
-Interval = tuple[float, float]
-UNKNOWN: Interval = (math.nan, math.nan)
 
 
 @dataclass(frozen=True)
@@ -84,68 +75,54 @@ class Summary:
 
 def summarise(dataset: xr.Dataset) -> list[Summary]:
     """A `Summary` for every objective of a result, in its order."""
-    effects = total(dataset)
-    risks = [str(r) for r in dataset["risk"].values]
-    largest = np.nanmax(np.abs(effects), initial=0.0, where=np.isfinite(effects))
-    losses = dataset["loss"].values
+    effects, risks = total(dataset), labels(dataset, "risk")
+    finite = np.isfinite(effects)
+    negligible = of_rows.NEGLIGIBLE * np.abs(np.where(finite, effects, 0.0)).max(initial=0.0)
     errors, spreads = effect_errors(dataset), effect_spreads(dataset)
-    bounds = _intervals_of(dataset)
+    of_effects, of_collateral = (bounds_of(dataset, name) for name in ("g_effect", "collateral"))
     cosines = None
     if "cosine" in dataset:
-        cosines = dataset["cosine"].transpose("objective", "risk").values
-    summaries = []
-    for i, objective in enumerate(dataset["objective"].values):
-        effect = dict(zip(risks, map(float, effects[i]), strict=True))
-        cosine = {}
-        if cosines is not None:
-            cosine = dict(zip(risks, map(float, cosines[i]), strict=True))
-        collateral = collateral_of(effect, NEGLIGIBLE * largest)
-        intervals, of_collateral = bounds[i]
+        cosines = dataset["cosine"].transpose("objective", "risk").values.tolist()
+    found = []
+    for k, objective in enumerate(labels(dataset, "objective")):
+        effect = dict(zip(risks, effects[k].tolist(), strict=True))
+        cosine = {} if cosines is None else dict(zip(risks, cosines[k], strict=True))
+        known = (
+            {}
+            if of_effects is None
+            else {r: interval_at(of_effects, k, m) for m, r in enumerate(risks)}
+        )
         of_cosines = {
-            risk: cosine_interval(c, effect[risk], intervals[risk])
+            risk: of_rows.cosine_interval(c, effect[risk], known[risk])
             for risk, c in cosine.items()
-            if risk in intervals
+            if risk in known
         }
-        summaries.append(
+        collateral, harm = collateral_of(effect, negligible), interval_at(of_collateral, k)
+        verdict = verdict_of(
+            effect,
+            cosine,
+            collateral,
+            negligible,
+            known.get(UNLEARN, UNKNOWN),
+            harm,
+            of_cosines.get(UNLEARN, UNKNOWN),
+        )
+        found.append(
             Summary(
-                objective=str(objective),
-                loss=float(losses[i]),
+                objective=objective,
+                loss=float(dataset["loss"].values[k]),
                 effects=effect,
                 cosines=cosine,
                 collateral=collateral,
-                verdict=verdict_of(
-                    effect,
-                    cosine,
-                    collateral,
-                    NEGLIGIBLE * largest,
-                    intervals.get(UNLEARN, UNKNOWN),
-                    of_collateral,
-                    of_cosines.get(UNLEARN, UNKNOWN),
-                ),
-                collateral_error=_error_of_collateral(effect, collateral, errors[i]),
-                intervals=intervals,
+                verdict=verdict,
+                collateral_error=_error_of_collateral(effect, collateral, errors[k]),
+                intervals=known,
                 cosine_intervals=of_cosines,
-                collateral_interval=of_collateral,
-                collateral_spread=_spread_of_collateral(effect, collateral, spreads[i]),
+                collateral_interval=harm,
+                collateral_spread=_spread_of_collateral(effect, collateral, spreads[k]),
             )
         )
-    return summaries
-
-
-def _intervals_of(dataset: xr.Dataset) -> list[tuple[dict[str, Interval], Interval]]:
-    """Of each objective the intervals of its effects by risk, and of its collateral."""
-    if not has_intervals(dataset):
-        return [({}, UNKNOWN)] * dataset.sizes["objective"]
-    risks = [str(r) for r in dataset["risk"].values]
-    low, high = (
-        dataset[f"g_effect_{side}"].transpose("objective", "risk").values.tolist()
-        for side in ("low", "high")
-    )
-    least, most = (dataset[f"collateral_{side}"].values.tolist() for side in ("low", "high"))
-    return [
-        (dict(zip(risks, zip(low[k], high[k], strict=True), strict=True)), (least[k], most[k]))
-        for k in range(len(least))
-    ]
+    return found
 
 
 def _worst_other(effects: dict[str, float], collateral: float) -> str | None:
@@ -174,95 +151,6 @@ def _spread_of_collateral(
     if worst is None:
         return np.zeros(spreads.shape[-1])
     return ratio_spread(effects[UNLEARN], collateral, of[worst], of[UNLEARN])
-
-
-def total(dataset: xr.Dataset) -> np.ndarray:
-    """G-effects of the whole forget data, `(objective, risk)` fp64; NaN stays NaN.
-
-    Of a step result `(step, objective, risk)`.
-    """
-    effect = dataset["g_effect"]
-    lead = [d for d in LEAD if d in effect.dims]
-    rest = [d for d in effect.dims if d not in lead]
-    return effect.sum(rest, skipna=False).transpose(*lead).values
-
-
-def by_sample(dataset: xr.Dataset) -> xr.DataArray | None:
-    """G-effects of the forget rows, `(objective, risk, sample)`; None where samples are summed.
-
-    Of a step result `(step, objective, risk, sample)`.
-    """
-    effect = dataset["g_effect"]
-    if "sample" not in effect.dims:
-        return None
-    lead = [d for d in LEAD if d in effect.dims]
-    effect = effect.sum([d for d in effect.dims if d not in (*lead, "sample")], skipna=False)
-    return effect.transpose(*lead, "sample")[..., (effect["set"] == "forget").values]
-
-
-def by_place(
-    dataset: xr.Dataset, blocks: bool, *, rows: bool = False
-) -> tuple[list[str], np.ndarray] | None:
-    """G-effects of parts of the model, front to back.
-
-    Args:
-        dataset: a result.
-        blocks: every block by itself (True), where the result tells them apart, or groups of them.
-        rows: keep samples apart, in a last axis.
-
-    Returns:
-        Labels and values `(objective, risk, len(labels))`, of a step result `(step, objective,
-        risk, len(labels))`; None where the whole model is summed.
-    """
-    effect = dataset["g_effect"]
-    axis = next((d for d in ("parameter", "group") if d in effect.dims), None)
-    if axis is None:
-        return None
-    lead = [d for d in LEAD if d in effect.dims]
-    kept_dims = [*lead, axis, *(["sample"] if rows else [])]
-    effect = effect.sum([d for d in effect.dims if d not in kept_dims], skipna=False)
-    effect = effect.transpose(*kept_dims)
-    groups = [str(group) for group in effect["group"].values]
-    numbers = effect["block"].values if "block" in effect.coords else [OUTSIDE] * len(groups)
-    labels: list[str] = []
-    where: dict[str, tuple[int, int]] = {}
-    for group, block in zip(groups, numbers, strict=True):
-        place = GROUPS.index(group) if group in GROUPS else len(GROUPS)
-        label = str(block) if blocks and block != OUTSIDE else group
-        where[label] = (place, int(block) if blocks else 0)
-        labels.append(label)
-    kept, at = sorted(where, key=where.__getitem__), len(lead)
-    parts = [
-        np.compress([label == part for label in labels], effect.values, axis=at).sum(axis=at)
-        for part in kept
-    ]
-    return kept, np.stack(parts, axis=at)
-
-
-def place_widths(dataset: xr.Dataset, blocks: bool) -> np.ndarray | None:
-    """Half of the intervals of `by_place`'s values; None where they are not known.
-
-    By the rows that objectives read, of which the forget rows make both gradients; what the rows of
-    other risks add is not told apart by part.
-    """
-    if not has_intervals(dataset) or "sample" not in dataset["g_effect"].dims:
-        return None
-    placed = by_place(dataset, blocks, rows=True)
-    if placed is None:
-        return None
-    widths = half_width(row_spreads(placed[1], dataset["set"].values))
-    widths[..., [str(risk) for risk in dataset["risk"].values].index(UNLEARN), :] *= 2
-    return widths
-
-
-def shares(values: np.ndarray) -> np.ndarray:
-    """Values along the last axis over the sum of their sizes, signed.
-
-    All zero stays zero; where one is not finite, all are NaN.
-    """
-    size = np.abs(values).sum(axis=-1, keepdims=True)
-    defined = np.divide(values, size, out=np.zeros_like(values), where=(size > 0) & (size < np.inf))
-    return np.where(np.isfinite(size), defined, np.nan)
 
 
 def write_summary(dataset: xr.Dataset, file: Path) -> None:
@@ -300,11 +188,8 @@ def write_summary(dataset: xr.Dataset, file: Path) -> None:
 
 def collateral_of(effects: dict[str, float], negligible: float) -> float:
     """Largest of `e / e_u` over the other risks; NaN where `e_u` is not below `-negligible`."""
-    e_u = effects[UNLEARN]
     others = [e for risk, e in effects.items() if risk != UNLEARN]
-    if not (e_u < -negligible) or not all(map(math.isfinite, effects.values())):
-        return math.nan
-    return max((e / e_u for e in others), default=0.0) + 0.0  # + 0.0 turns -0.0 into 0.0
+    return float(of_rows.collateral_of(np.array([effects[UNLEARN], *others]), negligible))
 
 
 def verdict_of(

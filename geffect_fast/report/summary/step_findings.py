@@ -1,14 +1,26 @@
-"""From which step of a training on a further step costs more than it removes, if the rows tell."""
+"""Sentences on a step result: what it came to, from when on it cost more, what to trust."""
 
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from geffect_fast.report.html.blocks import cell_with_interval
-from geffect_fast.report.summary.objectives import MUCH_HARM, UNKNOWN, collateral_of
-from geffect_fast.report.summary.steps import Steps
+from geffect_fast.report.format import (
+    UNLEARN,
+    bounds,
+    cell_with_interval,
+    number,
+    risk_words,
+)
+from geffect_fast.report.summary.effects import interval_at
+from geffect_fast.report.summary.objectives import MUCH_HARM, collateral_of
+from geffect_fast.report.summary.steps import PREDICTIONS, Outcome, Steps, agreements
+from geffect_fast.results.told_apart import interval_of, risk_spreads, told_apart
+
+if TYPE_CHECKING:
+    import xarray as xr
 
 GOOD, OPEN, BAD = 0, 1, 2
 """A further step removes more than it costs, the choice of the rows decides, it costs more."""
@@ -84,9 +96,70 @@ def _why(read: Steps, at: int, cost: float) -> str:
     """What a further step does at one where it costs more than it removes."""
     if math.isnan(cost):
         return "the forget risk would fall"
-    interval = UNKNOWN
-    if read.collateral_bounds is not None:
-        low, high = read.collateral_bounds[:, at, 0]
-        interval = float(low), float(high)
+    interval = interval_at(read.collateral_bounds, at, 0)
     rise = cell_with_interval(cost, interval, ".2g")
     return f"the worst other risk would rise by {rise} for a unit rise of the forget risk"
+
+
+def outcome_sentence(dataset: xr.Dataset) -> str:
+    """What the run removed, and at what cost; without a direction where the rows tell none."""
+    read, spreads = Steps.of(dataset), risk_spreads(dataset)
+    outcome = Outcome.of(read.values, read.risks, spreads)
+    moved = dict(zip(read.risks, spreads[-1] - spreads[0], strict=True))
+    trained = dataset.attrs.get("trained_objective")
+    start = f"Trained on {trained}, from" if trained else "From"
+    moves = []
+    for risk, rise in outcome.change.items():
+        low, high = interval_of(rise, moved[risk])
+        if low <= 0 <= high:
+            verb, size = "moves within noise, by", number(rise, "+.3g")
+        else:
+            verb, size = f"{'rises' if rise >= 0 else 'falls'} by", number(abs(rise), ".3g")
+            low, high = (low, high) if rise >= 0 else (-high, -low)
+        known = "" if math.isnan(low) else f" {bounds((low, high), '.3g')}"
+        of = number(outcome.start[risk], ".3g")
+        moves.append(f"the {risk_words(risk)} {verb} {size}{known} (from {of})")
+    cost = ""
+    if len(moves) > 1 and math.isfinite(outcome.cost):
+        cost = _cost_words(outcome, moved)
+    return (
+        f"{start} step {read.steps[0]} to {read.steps[-1]} {', '.join(moves)}{cost}: "
+        f"{outcome.verdict}."
+    )
+
+
+def _cost_words(outcome: Outcome, moved: dict[str, np.ndarray]) -> str:
+    """What removal cost the worst other risk, which is named where it is told from the others."""
+    low, high = outcome.cost_interval
+    if max(outcome.cost, -math.inf if math.isnan(high) else high) <= 0:
+        return ", at no cost elsewhere"
+    if low <= 0 <= high:
+        return f", at a cost elsewhere within noise, {bounds((low, high), '.2g')}"
+    others = {risk: rise for risk, rise in outcome.change.items() if risk != UNLEARN}
+    worst = max(others, key=others.__getitem__)
+    alike = any(
+        moved[worst].size and not told_apart(rise, others[worst], 0, 0, moved[risk], moved[worst])
+        for risk, rise in others.items()
+        if risk != worst
+    )
+    known = "" if math.isnan(low) else f" {bounds((low, high), '.2g')}"
+    return (
+        f", at a cost of {number(outcome.cost, '.2g')}{known} of the "
+        f"{'worst other risk' if alike else risk_words(worst)} for a unit of forgetting"
+    )
+
+
+def trust_sentences(dataset: xr.Dataset) -> list[str]:
+    """A sentence a prediction: how well it holds, and when to trust it."""
+    sentences = []
+    for name, by_risk in agreements(dataset).items():
+        parts = [
+            f"{risk_words(risk)} r = {number(a.correlation, '.2f')}, typically off by "
+            f"{number(100 * a.error, '.0f')} % ({a.words})"
+            for risk, a in by_risk.items()
+        ]
+        n = max(a.n for a in by_risk.values())
+        sentences.append(
+            f"First order {PREDICTIONS[name]} against {n} measured changes: {'; '.join(parts)}."
+        )
+    return sentences

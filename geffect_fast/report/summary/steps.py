@@ -1,4 +1,4 @@
-"""A step result as its report reads it: totals, what a run came to, predictions against changes."""
+"""A step result in arrays: its totals, what a run came to, predictions against changes."""
 
 from __future__ import annotations
 
@@ -9,25 +9,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from geffect_fast.report.summary.objectives import (
-    LEAD,
-    NEGLIGIBLE,
-    UNKNOWN,
-    UNLEARN,
-    Interval,
-    collateral_of,
-    total,
-    verdict_of,
-)
-from geffect_fast.report.tables.profile import bounds, number
-from geffect_fast.results.intervals import Z
-from geffect_fast.results.told_apart import (
-    has_intervals,
-    interval_of,
-    ratio_spread,
-    risk_spreads,
-    told_apart,
-)
+from geffect_fast.report.format import UNKNOWN, UNLEARN, Interval
+from geffect_fast.report.summary.effects import bounds_of, labels, total
+from geffect_fast.report.summary.objectives import collateral_of, verdict_of
+from geffect_fast.results.intervals import NEGLIGIBLE, Z
+from geffect_fast.results.told_apart import interval_of, ratio_spread
 from geffect_fast.storage.csv_cells import write_csv
 
 if TYPE_CHECKING:
@@ -52,44 +38,11 @@ FEW = 3
 """Fewer changes than this tell nothing about a correlation."""
 
 
-BOUNDED = ("g_effect", "risk_value", "collateral")
-"""Of these a result may hold the bounds of intervals."""
-
-
-def bounds_of(dataset: xr.Dataset, name: str) -> np.ndarray | None:
-    """Low and high bounds of intervals, `(2, ...)`, axes in the order of `LEAD`; None: not known.
-
-    Args:
-        dataset: a result, or runs that are compared.
-        name: of `BOUNDED`, or another variable with `_low` and `_high`.
-    """
-    if f"{name}_low" not in dataset:
-        return None
-    sides = [dataset[f"{name}_{side}"] for side in ("low", "high")]
-    dims = [d for d in ("run", *LEAD) if d in sides[0].dims]
-    return np.stack([side.transpose(*dims, ...).values for side in sides])
-
-
-def has_steps(dataset: xr.Dataset) -> bool:
-    """Whether a result has a step axis."""
-    return "step" in dataset["g_effect"].dims
-
-
-def last_step(dataset: xr.Dataset) -> xr.Dataset:
-    """A step result at its last step; any other result as it is."""
-    return dataset.isel(step=-1) if has_steps(dataset) else dataset
-
-
 def lead_objective(dataset: xr.Dataset) -> str:
     """The objective that the model was trained on, or else the first."""
-    objectives = [str(objective) for objective in dataset["objective"].values]
+    objectives = labels(dataset, "objective")
     trained = str(dataset.attrs.get("trained_objective", ""))
     return trained if trained in objectives else objectives[0]
-
-
-def risk_words(risk: str) -> str:
-    """How a risk is called in a sentence."""
-    return f"{'forget' if risk == UNLEARN else risk} risk"
 
 
 @dataclass(frozen=True)
@@ -120,18 +73,18 @@ class Steps:
     def of(dataset: xr.Dataset) -> Steps:
         """Read a step result."""
         lead = lead_objective(dataset)
-        given = [str(objective) for objective in dataset["objective"].values]
+        given = labels(dataset, "objective")
         order = sorted(range(len(given)), key=lambda k: given[k] != lead)
-        effects, values, collateral = (bounds_of(dataset, name) for name in BOUNDED)
+        of_effects, of_collateral = (bounds_of(dataset, n) for n in ("g_effect", "collateral"))
         return Steps(
             dataset["step"].values,
             [given[k] for k in order],
-            [str(risk) for risk in dataset["risk"].values],
+            labels(dataset, "risk"),
             total(dataset)[:, order],
             dataset["risk_value"].transpose("step", "risk").values,
-            None if effects is None else effects[:, :, order],
-            values,
-            None if collateral is None else collateral[:, :, order],
+            None if of_effects is None else of_effects[:, :, order],
+            bounds_of(dataset, "risk_value"),
+            None if of_collateral is None else of_collateral[:, :, order],
         )
 
 
@@ -278,90 +231,19 @@ def _in_size(predicted: np.ndarray, measured: np.ndarray) -> bool:
 
 def agreements(dataset: xr.Dataset) -> dict[str, dict[str, Agreement]]:
     """An `Agreement` for every prediction of a step result that there is, and every risk."""
-    found = {}
-    for name in PREDICTIONS:
-        if name not in dataset or not np.isfinite(dataset[name].values).any():
-            continue
-        predicted = dataset[name].transpose("step", "risk").values
-        measured = dataset["measured_change"].transpose("step", "risk").values
-        steps = dataset["step"].values
-        found[name] = {
-            str(risk): Agreement.of(measured[:, m], predicted[:, m], steps)
-            for m, risk in enumerate(dataset["risk"].values)
+    there = (name for name in PREDICTIONS if name in dataset)
+    return {
+        name: {
+            risk: Agreement.of(
+                dataset["measured_change"].sel(risk=risk).values,
+                dataset[name].sel(risk=risk).values,
+                dataset["step"].values,
+            )
+            for risk in labels(dataset, "risk")
         }
-    return found
-
-
-def risk_intervals(dataset: xr.Dataset) -> list[Interval]:
-    """Those of the risks of a result at one step; NaN where they are not known."""
-    if not has_intervals(dataset):
-        return [UNKNOWN] * dataset.sizes["risk"]
-    low, high = (dataset[f"risk_value_{side}"].values.tolist() for side in ("low", "high"))
-    return list(zip(low, high, strict=True))
-
-
-def outcome_sentence(dataset: xr.Dataset) -> str:
-    """What the run removed, and at what cost; without a direction where the rows tell none."""
-    read, spreads = Steps.of(dataset), risk_spreads(dataset)
-    outcome = Outcome.of(read.values, read.risks, spreads)
-    moved = dict(zip(read.risks, spreads[-1] - spreads[0], strict=True))
-    trained = dataset.attrs.get("trained_objective")
-    start = f"Trained on {trained}, from" if trained else "From"
-    moves = []
-    for risk, rise in outcome.change.items():
-        low, high = interval_of(rise, moved[risk])
-        if low <= 0 <= high:
-            verb, size = "moves within noise, by", number(rise, "+.3g")
-        else:
-            verb, size = f"{'rises' if rise >= 0 else 'falls'} by", number(abs(rise), ".3g")
-            low, high = (low, high) if rise >= 0 else (-high, -low)
-        known = "" if math.isnan(low) else f" {bounds((low, high), '.3g')}"
-        of = number(outcome.start[risk], ".3g")
-        moves.append(f"the {risk_words(risk)} {verb} {size}{known} (from {of})")
-    cost = ""
-    if len(moves) > 1 and math.isfinite(outcome.cost):
-        cost = _cost_words(outcome, moved)
-    return (
-        f"{start} step {read.steps[0]} to {read.steps[-1]} {', '.join(moves)}{cost}: "
-        f"{outcome.verdict}."
-    )
-
-
-def _cost_words(outcome: Outcome, moved: dict[str, np.ndarray]) -> str:
-    """What removal cost the worst other risk, which is named where it is told from the others."""
-    low, high = outcome.cost_interval
-    if max(outcome.cost, -math.inf if math.isnan(high) else high) <= 0:
-        return ", at no cost elsewhere"
-    if low <= 0 <= high:
-        return f", at a cost elsewhere within noise, {bounds((low, high), '.2g')}"
-    others = {risk: rise for risk, rise in outcome.change.items() if risk != UNLEARN}
-    worst = max(others, key=others.__getitem__)
-    alike = any(
-        moved[worst].size and not told_apart(rise, others[worst], 0, 0, moved[risk], moved[worst])
-        for risk, rise in others.items()
-        if risk != worst
-    )
-    known = "" if math.isnan(low) else f" {bounds((low, high), '.2g')}"
-    return (
-        f", at a cost of {number(outcome.cost, '.2g')}{known} of the "
-        f"{'worst other risk' if alike else risk_words(worst)} for a unit of forgetting"
-    )
-
-
-def trust_sentences(dataset: xr.Dataset) -> list[str]:
-    """A sentence a prediction: how well it holds, and when to trust it."""
-    sentences = []
-    for name, by_risk in agreements(dataset).items():
-        parts = [
-            f"{risk_words(risk)} r = {number(a.correlation, '.2f')}, typically off by "
-            f"{number(100 * a.error, '.0f')} % ({a.words})"
-            for risk, a in by_risk.items()
-        ]
-        n = max(a.n for a in by_risk.values())
-        sentences.append(
-            f"First order {PREDICTIONS[name]} against {n} measured changes: {'; '.join(parts)}."
-        )
-    return sentences
+        for name in there
+        if np.isfinite(dataset[name].values).any()
+    }
 
 
 def write_step_summary(dataset: xr.Dataset, file: Path) -> None:

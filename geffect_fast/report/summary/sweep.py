@@ -9,13 +9,17 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from geffect_fast.measure.sweep import HYPER
-from geffect_fast.report.summary.objectives import UNKNOWN, UNLEARN, Summary, summarise, total
+from geffect_fast.report.format import UNKNOWN, UNLEARN, Interval
+from geffect_fast.report.summary.effects import labels, thinned, total
+from geffect_fast.report.summary.objectives import Summary, summarise
 from geffect_fast.results.told_apart import effect_errors, effect_spreads, told_apart
 
 if TYPE_CHECKING:
     import xarray as xr
 
 STRONGEST, LEAST, CHEAPEST = "strongest removal", "least damage", "least collateral"
+
+NUMBERS = ("e_u", "e_r", "collateral")
 
 CLEARLY = 0.1
 """The share of a family's strongest removal that the least collateral is sought from: with less
@@ -77,10 +81,9 @@ class Swept:
     @staticmethod
     def of(dataset: xr.Dataset) -> Swept:
         """Read the result of `geffect_fast.sweep`."""
-        risks = [str(risk) for risk in dataset["risk"].values]
         effects, errors, rows = total(dataset), effect_errors(dataset), summarise(dataset)
         spreads = effect_spreads(dataset)
-        at_u, at_r = risks.index(UNLEARN), risks.index("retain")
+        at_u, at_r = map(labels(dataset, "risk").index, (UNLEARN, "retain"))
         texts = dataset["sweep"].values
         families = []
         for text, axes in json.loads(dataset.attrs["sweeps"]).items():
@@ -88,7 +91,7 @@ class Swept:
             values = {name: dataset[f"{HYPER}{name}"].values[at] for name in axes}
             families.append(SweptFamily(text, axes, at, values))
         return Swept(
-            [str(objective) for objective in dataset["objective"].values],
+            labels(dataset, "objective"),
             effects[:, at_u],
             effects[:, at_r],
             np.array([row.collateral for row in rows]),
@@ -103,17 +106,23 @@ class Swept:
     @property
     def bounds(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         """Low and high bounds of `e_u`, `e_r` and `collateral` by name; NaN where not known."""
-        found = {
-            "e_u": [row.intervals.get(UNLEARN, UNKNOWN) for row in self.rows],
-            "e_r": [row.intervals.get("retain", UNKNOWN) for row in self.rows],
-            "collateral": [row.collateral_interval for row in self.rows],
-        }
-        return {name: (low, high) for name, of in found.items() for low, high in [np.array(of).T]}
+        known = np.array([[of for _, of in self.numbers(i)] for i in range(len(self.rows))])
+        low, high = np.moveaxis(known.reshape(-1, len(NUMBERS), 2), 2, 0)
+        return {name: (low[:, n], high[:, n]) for n, name in enumerate(NUMBERS)}
 
     @property
     def has_bounds(self) -> bool:
         """Whether intervals are known."""
         return any(row.intervals for row in self.rows)
+
+    def numbers(self, i: int) -> list[tuple[float, Interval]]:
+        """`e_u`, `e_r` and `collateral` of an objective with their intervals."""
+        row = self.rows[i]
+        return [
+            (float(self.e_u[i]), row.intervals.get(UNLEARN, UNKNOWN)),
+            (float(self.e_r[i]), row.intervals.get("retain", UNKNOWN)),
+            (float(self.collateral[i]), row.collateral_interval),
+        ]
 
     def picks(self, family: SweptFamily) -> dict[int, list[str]]:
         """The best of a family by its place in it, and in what; empty where all are undefined.
@@ -162,9 +171,9 @@ def _alike(dataset: xr.Dataset) -> dict[int, list[str]]:
     """By the place of the objective that stands for them, those with the same effects."""
     if "same_as" not in dataset.coords:  # of an earlier version
         return {}
-    names = [str(name) for name in dataset["objective"].values]
+    names = labels(dataset, "objective")
     found: dict[int, list[str]] = {}
-    for name, first in zip(names, map(str, dataset["same_as"].values), strict=True):
+    for name, first in zip(names, labels(dataset, "same_as"), strict=True):
         if name != first and first in names:
             found.setdefault(names.index(first), []).append(name)
     return found
@@ -184,10 +193,3 @@ def highlights(dataset: xr.Dataset) -> xr.Dataset:
     best = {family.at[i] for family in swept.families for i in swept.picks(family)}
     chosen = np.array(sorted(best | set(swept.ranked_front())), dtype=int)
     return dataset.isel(objective=thinned(chosen, HIGHLIGHTS))
-
-
-def thinned(places: np.ndarray, most: int) -> np.ndarray:
-    """At most so many of them, the first and the last included, evenly spaced between."""
-    if len(places) <= most:
-        return places
-    return places[np.linspace(0, len(places) - 1, most).round().astype(int)]

@@ -8,7 +8,8 @@ from rich.console import Group
 from rich.text import Text
 
 from geffect_fast.measure.check import QUANTITIES, Check, KindCheck
-from geffect_fast.report.tables.profile import coverage_line, new_table
+from geffect_fast.report.format import coverage_line
+from geffect_fast.report.tables.cells import FOLDED, WHOLE, new_table
 
 NAMES_SHOWN = 8
 
@@ -18,15 +19,11 @@ def render_check(check: Check) -> Group:
     objectives = ", ".join(check.objectives)
     table = new_table(
         f"{objectives} on {check.n_samples} samples ({check.n_tokens} tokens): geffect_fast "
-        f"against plain autograd, one sample at a time"
+        f"against plain autograd, one sample at a time",
+        ("kind", WHOLE | {"min_width": max(len(kind.kind) for kind in check.kinds)}),
+        ("captured by", FOLDED),
+        *("number", *QUANTITIES, "effects, abs.", "of limit"),
     )
-    table.add_column("kind", no_wrap=True, min_width=max(len(kind.kind) for kind in check.kinds))
-    table.add_column("captured by", overflow="fold")
-    table.add_column("number", justify="right", no_wrap=True)
-    for quantity in QUANTITIES:
-        table.add_column(quantity, justify="right", no_wrap=True)
-    table.add_column("effects, abs.", justify="right", no_wrap=True)
-    table.add_column("of limit", justify="right", no_wrap=True)
     for kind in check.kinds:
         table.add_row(
             kind.kind,

@@ -9,28 +9,21 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from geffect_fast.report.format import effect_name, number, risk_words, symbol
+from geffect_fast.report.summary.effects import interval_at, last_step, thinned
 from geffect_fast.report.summary.findings import signs
 from geffect_fast.report.summary.objectives import summarise
-from geffect_fast.report.summary.steps import (
-    PREDICTIONS,
-    Steps,
-    agreements,
-    last_step,
-    lead_objective,
-    outcome_sentence,
-    risk_intervals,
-    risk_words,
-)
-from geffect_fast.report.summary.sweep import thinned
-from geffect_fast.report.tables.profile import (
-    STYLES,
+from geffect_fast.report.summary.step_findings import outcome_sentence
+from geffect_fast.report.summary.steps import PREDICTIONS, Steps, agreements
+from geffect_fast.report.tables.cells import (
+    FOLDED,
+    WHOLE,
     covered,
     new_table,
-    number,
-    symbol,
-    totals_table,
+    verdict_cell,
     with_interval,
 )
+from geffect_fast.report.tables.profile import totals_table
 from geffect_fast.results.rows_needed import rows_note
 
 if TYPE_CHECKING:
@@ -65,32 +58,27 @@ def render_steps(dataset: xr.Dataset) -> RenderableType:
 def steps_table(dataset: xr.Dataset) -> Table:
     """Evenly spaced steps: risks, effects of the trained objective (or else the first), verdict."""
     read = Steps.of(dataset)
-    lead = lead_objective(dataset)
-    n_forget, last = dataset.attrs["n_forget"], read.steps[-1]
+    lead, n_forget, last = read.objectives[0], dataset.attrs["n_forget"], read.steps[-1]
     what = f"Trained on {lead}" if "trained_objective" in dataset.attrs else f"Effects of {lead}"
     table = new_table(
-        f"{what} to step {last}, measured at {len(read.steps)} steps on {n_forget} forget rows"
+        f"{what} to step {last}, measured at {len(read.steps)} steps on {n_forget} forget rows",
+        "step",
+        *(f"R_{symbol(risk)}" for risk in read.risks),
+        *map(effect_name, read.risks),
+        "collateral",
+        ("verdict", WHOLE),
     )
-    table.add_column("step", justify="right", no_wrap=True)
-    for risk in read.risks:
-        table.add_column(f"R_{symbol(risk)}", justify="right", no_wrap=True)
-    for risk in read.risks:
-        table.add_column(f"e_{symbol(risk)}", justify="right", no_wrap=True)
-    table.add_column("collateral", justify="right", no_wrap=True)
-    table.add_column("verdict", no_wrap=True)
     for i in thinned(np.arange(len(read.steps)), ROWS):
         (row,) = summarise(dataset.isel(step=i).sel(objective=[lead]))
         table.add_row(
             str(read.steps[i]),
             *(
-                with_interval(value, interval, ".4g")
-                for value, interval in zip(
-                    read.values[i], risk_intervals(dataset.isel(step=i)), strict=True
-                )
+                with_interval(value, interval_at(read.value_bounds, i, m), ".4g")
+                for m, value in enumerate(read.values[i])
             ),
             *(with_interval(e, row.intervals.get(risk)) for risk, e in row.effects.items()),
             with_interval(row.collateral, row.collateral_interval, ".2f"),
-            Text(row.verdict, style=STYLES.get(row.verdict, "")),
+            verdict_cell(row.verdict),
         )
     return table
 
@@ -101,12 +89,13 @@ def trust_table(dataset: xr.Dataset) -> Table | None:
     if not found:
         return None
     n = max(a.n for by_risk in found.values() for a in by_risk.values())
-    table = new_table(f"First order against {n} measured changes")
-    table.add_column("predicted", no_wrap=True)
-    table.add_column("change of", no_wrap=True)
-    for head in ("correlation", "same sign", "typically off by"):
-        table.add_column(head, justify="right", no_wrap=True)
-    table.add_column("so", overflow="fold")
+    table = new_table(
+        f"First order against {n} measured changes",
+        ("predicted", WHOLE),
+        ("change of", WHOLE),
+        *("correlation", "same sign", "typically off by"),
+        ("so", FOLDED),
+    )
     for name, by_risk in found.items():
         for risk, a in by_risk.items():
             table.add_row(

@@ -9,14 +9,15 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from geffect_fast.report.summary.objectives import UNLEARN
-from geffect_fast.report.summary.sweep import Swept, thinned
-from geffect_fast.report.tables.profile import covered, new_table, with_interval
+from geffect_fast.report.summary.effects import thinned
+from geffect_fast.report.summary.sweep import NUMBERS, Swept
+from geffect_fast.report.tables.cells import FOLDED, covered, new_table, with_interval
 
 if TYPE_CHECKING:
     import xarray as xr
 
 FRONT_SHOWN = 12
+"""Objectives of a long front that are listed."""
 
 NOTE = (
     "e_u is the effect on the forget risk (below 0: it rises, as wanted), e_r on the retain risk "
@@ -45,10 +46,12 @@ def render_sweep(dataset: xr.Dataset) -> RenderableType:
 def families_table(swept: Swept, n_forget: int) -> Table:
     """Of each family the values that remove most, that harm least, and with least collateral."""
     n = len(swept.objectives)
-    table = new_table(f"{n} objectives on {n_forget} forget rows: the best of each family")
-    table.add_column("family", overflow="fold", max_width=34)
-    table.add_column("at", overflow="fold")
-    _add_numbers(table)
+    table = new_table(
+        f"{n} objectives on {n_forget} forget rows: the best of each family",
+        ("family", FOLDED | {"max_width": 34}),
+        ("at", FOLDED),
+        *NUMBERS,
+    )
     for family in swept.families:
         picks = swept.picks(family)
         if not family.axes:
@@ -64,9 +67,11 @@ def families_table(swept: Swept, n_forget: int) -> Table:
 def front_table(swept: Swept) -> Table:
     """The Pareto front, strongest removal first."""
     n = int(swept.front.sum())
-    table = new_table(f"Pareto front: {n} not beaten in both removal and damage")
-    table.add_column("objective", overflow="fold", min_width=30)
-    _add_numbers(table)
+    table = new_table(
+        f"Pareto front: {n} not beaten in both removal and damage",
+        ("objective", FOLDED | {"min_width": 30}),
+        *NUMBERS,
+    )
     for i in _shown(swept):
         table.add_row(swept.label(i), *_numbers(swept, i))
     return table
@@ -81,15 +86,8 @@ def _shown(swept: Swept) -> np.ndarray:
     return thinned(front, FRONT_SHOWN)
 
 
-def _add_numbers(table: Table) -> None:
-    for name in ("e_u", "e_r", "collateral"):
-        table.add_column(name, justify="right", no_wrap=True)
-
-
 def _numbers(swept: Swept, i: int) -> list[Text]:
-    row = swept.rows[i]
     return [
-        with_interval(swept.e_u[i], row.intervals.get(UNLEARN)),
-        with_interval(swept.e_r[i], row.intervals.get("retain")),
-        with_interval(swept.collateral[i], row.collateral_interval, ".2f"),
+        with_interval(value, interval, spec)
+        for (value, interval), spec in zip(swept.numbers(i), ("+.3g", "+.3g", ".2f"), strict=True)
     ]

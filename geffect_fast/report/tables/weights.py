@@ -10,8 +10,8 @@ from rich.table import Table
 from rich.text import Text
 
 from geffect_fast.report.figures.frontier import asked
-from geffect_fast.report.summary.objectives import Interval
-from geffect_fast.report.tables.profile import new_table, number, question, with_interval
+from geffect_fast.report.format import Interval, number, question
+from geffect_fast.report.tables.cells import WHOLE, new_table, with_interval
 from geffect_fast.report.tokens.colours import inline, visible
 
 if TYPE_CHECKING:
@@ -47,11 +47,8 @@ def reached(best: xr.Dataset) -> str:
 
 def _reached(best: xr.Dataset) -> Table:
     title = f"Token weights from 0 to {best.attrs['max_weight']:g}: {asked(best)}"
-    table = new_table(title)
+    table = new_table(title, ("weights", WHOLE), "e_u", "e_r", "removal kept", "damage")
     table.min_width = len(title)
-    table.add_column("weights", no_wrap=True)
-    for name in ("e_u", "e_r", "removal kept", "damage"):
-        table.add_column(name, justify="right", no_wrap=True)
     ga = [float(best[name].sum()) for name in ("token_e_u", "token_e_r")]
     for name, prefix, e in (
         ("ga", "ga_", ga),
@@ -96,12 +93,7 @@ def _counts(best: xr.Dataset) -> str:
 
 def _tokens(best: xr.Dataset, chosen: np.ndarray, by: str, title: str) -> Table:
     """The first tokens of a choice, those whose effect `by` is lowest first."""
-    table = new_table(title)
-    table.add_column("token", no_wrap=True)
-    table.add_column("e_u", justify="right", no_wrap=True)
-    table.add_column("e_r", justify="right", no_wrap=True)
-    table.add_column("row", justify="right", no_wrap=True)
-    table.add_column("question", no_wrap=True)
+    table = new_table(title, ("token", WHOLE), "e_u", "e_r", "row", ("question", WHOLE))
     effect = np.where(chosen, best[by].values, np.inf)
     for flat in effect.argsort(axis=None, kind="stable")[: min(TOKENS_SHOWN, int(chosen.sum()))]:
         i, t = (int(at) for at in np.unravel_index(flat, effect.shape))

@@ -7,14 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from geffect_fast.report.format import effect_name, number
 from geffect_fast.report.html.templates import render
-from geffect_fast.report.tables.profile import number
 from geffect_fast.report.tokens.colours import SCALE_NOTE, STEPS, goodness, inline, mark
 from geffect_fast.report.tokens.view import (
     STEP_NOTE,
     Answer,
     TokenView,
-    effect_name,
     heading,
     meaning,
     sequence_name,

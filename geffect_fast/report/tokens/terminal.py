@@ -11,7 +11,7 @@ from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
-from geffect_fast.report.tables.profile import number
+from geffect_fast.report.format import effect_name, number
 from geffect_fast.report.tokens.colours import (
     INK,
     SCALE_NOTE,
@@ -28,7 +28,6 @@ from geffect_fast.report.tokens.view import (
     STEP_NOTE,
     Answer,
     TokenView,
-    effect_name,
     heading,
     meaning,
     sequence_name,

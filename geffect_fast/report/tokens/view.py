@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from geffect_fast.errors import InputError
-from geffect_fast.report.summary.objectives import UNLEARN
-from geffect_fast.report.tables.profile import symbol
+from geffect_fast.report.format import UNLEARN
 from geffect_fast.report.tokens.colours import levels, robust_scale, visible
 
 if TYPE_CHECKING:
@@ -290,11 +289,6 @@ def _place(row: Any, sets: np.ndarray, numbers: np.ndarray) -> int:
         has = f"has {own.min()} to {own.max()}" if own.size else "has none of that set"
         raise InputError(f"rows: there is no {data} row {text}; the result {has}; choose from them")
     return int(found[0])
-
-
-def effect_name(risk: str) -> str:
-    """`e_u`, `e_r`, or `e_` and a probe's name."""
-    return f"e_{symbol(risk)}"
 
 
 def sequence_name(number: int) -> str:
