@@ -18,6 +18,8 @@ UNLEARN = "unlearn"
 
 Interval = tuple[float, float]
 UNKNOWN: Interval = (math.nan, math.nan)
+Number = tuple[float, Interval]
+"""A number with its interval, which is `UNKNOWN` where no choice of rows is known."""
 
 # ---- risks and names ----
 

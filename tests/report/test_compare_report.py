@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import io
 import math
 import warnings
 
 import numpy as np
 import pandas as pd
 import pytest
-from rich.console import Console
+from report_views import drawn, text_of
 from step_results import step_dataset
 
 import geffect_fast as gf
@@ -48,12 +47,6 @@ def with_risks(*paths):
     return gf.compare(runs)
 
 
-def text_of(runs, width=120):
-    console = Console(width=width, record=True, file=io.StringIO())
-    console.print(render_comparison(runs))
-    return console.export_text()
-
-
 def awkward():
     """Comparisons that break naive reports, by name, and the figures they lack."""
     broken = of(3, n_steps=5)
@@ -84,17 +77,9 @@ def test_any_comparison_has_its_figures_and_table():
                     figure.draw_without_rendering()
                 label = figure.get_label()
                 assert label.endswith(".") and "\n" not in label and "nan" not in label
-            text = text_of(gf.compare(runs))
+            text = text_of(render_comparison(gf.compare(runs)))
             assert max(map(len, text.splitlines())) <= 120, name
             assert all(run.split("(")[0] in text for run in runs)
-
-
-def drawn(panel):
-    return {
-        line.get_label(): line.get_ydata()
-        for line in panel.get_lines()
-        if not line.get_label().startswith("_")
-    }
 
 
 def test_a_line_is_a_run():
@@ -132,7 +117,7 @@ def test_harm_is_compared_at_equal_removal():
     rows = comparison_rows(runs)
     assert [row["cost"] for row in rows] == pytest.approx([1, 0.1])
     assert [row["rise_unlearn"] for row in rows] == [8, 2]
-    text = text_of(runs)
+    text = text_of(render_comparison(runs))
     assert "harm at +2" in text and "+1.8" in text and "mostly harm" in text
     never = with_risks(first, [(2, 2), (1, 3), (1, 3), (1, 3)])
     assert all(

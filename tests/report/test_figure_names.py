@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from step_results import step_dataset
 from synthetic import make_dataset
-from test_sweep_report import swept  # noqa: F401
 from token_results import drawn_shares, token_result
 
 import geffect_fast as gf
@@ -57,7 +56,7 @@ def test_runs_side_by_side(tmp_path):
     assert page_html(runs).count(r"run $\alpha$") > 3
 
 
-def test_a_sweep(swept, tmp_path):  # noqa: F811
+def test_a_sweep(swept, tmp_path):
     dataset = swept()
     named = [f"{name} $\\frac{{$" for name in map(str, dataset["objective"].values)]
     write_report(dataset.assign_coords(objective=named), tmp_path)

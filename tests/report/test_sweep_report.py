@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import io
 import warnings
 
 import numpy as np
 import pandas as pd
-import pytest
-from rich.console import Console
+from html_tree import find, text
+from report_views import checked, section, sections
+from report_views import text_of as printed
 from synthetic import make_dataset
 
 from geffect_fast.measure import sweep as sweep_module
@@ -19,33 +19,9 @@ from geffect_fast.report.summary.findings import findings
 from geffect_fast.report.summary.sweep import HIGHLIGHTS, Swept, highlights, is_sweep
 from geffect_fast.report.tables.sweep import FRONT_SHOWN, render_sweep
 
-TEXTS = ["wga(alpha=1:4:4)", "npo(beta=0.1:10:3,log)", "wtnpo(1:2:2, alpha=3:5:3)", "ga"]
 
-
-@pytest.fixture
-def swept(monkeypatch):
-    """Makes the result of a sweep with given totals, or with made-up ones."""
-
-    def make(texts=TEXTS, e_u=None, e_r=None, **kwargs):
-        def made_up(_model, _tokenizer, objectives, **_arguments):
-            names = [str(objective) for objective in objectives]
-            dataset = make_dataset(names, **{"resolve": (), "n_blocks": 1} | kwargs)
-            effect = dataset["g_effect"]
-            for risk, totals in ((0, e_u), (1, e_r)):
-                if totals is not None:
-                    effect[:, risk] = totals
-            return dataset
-
-        monkeypatch.setattr(sweep_module, "profile", made_up)
-        return sweep_module.sweep(None, None, forget=[], retain=[], objectives=texts)
-
-    return make
-
-
-def text_of(dataset, width=80):
-    console = Console(width=width, record=True, file=io.StringIO())
-    console.print(render_sweep(dataset))
-    return console.export_text()
+def text_of(dataset):
+    return printed(render_sweep(dataset), 80)
 
 
 def awkward(swept):
@@ -79,6 +55,10 @@ def test_any_sweep_is_reported(tmp_path, swept):
             warnings.filterwarnings("ignore", category=DeprecationWarning)
             lines = text_of(dataset).splitlines()
             write_report(dataset, folder)
+        root = checked((folder / "report.html").read_text(encoding="utf-8"))
+        assert ("curves" in sections(root)) and "hyper-parameters" in text(
+            find(section(root, "curves"), "h2")[0]
+        )
         assert max(map(len, lines)) <= 80, name
         assert len(findings(dataset)) == 3
         plots = {path.name for path in (folder / "plots").iterdir()}

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from report_views import luminance
 from rich.cells import cell_len
 from rich.console import Console
 from synthetic import make_dataset
@@ -54,12 +55,6 @@ def of_row(*effects, texts=None):
 
 
 # ---- colours ----
-
-
-def luminance(hexadecimal):
-    channels = [int(hexadecimal[at : at + 2], 16) / 255 for at in (1, 3, 5)]
-    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
-    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])

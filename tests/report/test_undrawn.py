@@ -109,7 +109,7 @@ def command(kind):
     ("kind", "fault", "named"),
     [
         ("profile", no_matplotlib, "report.html could not be made (ModuleNotFoundError: "),
-        ("profile", broken_matplotlib, "plots/layers.png could not be made (SystemError: bad buil"),
+        ("profile", broken_matplotlib, "report.html could not be made (SystemError: bad build)"),
         ("profile", no_font, "could not be made (RuntimeError: Can not load face"),
         ("profile", broken_template, "report.html could not be made (TemplateSyntaxError"),
         ("profile", broken_table, "summary.csv could not be made (ValueError: no columns)"),
@@ -117,11 +117,7 @@ def command(kind):
         ("sweep", no_font, "could not be made (RuntimeError: Can not load face"),
         ("tokens", broken_template, "report.html could not be made (TemplateSyntaxError"),
         ("unlearn", no_matplotlib, "report.html could not be made (ModuleNotFoundError: "),
-        (
-            "unlearn",
-            broken_matplotlib,
-            "plots/effects.png could not be made (SystemError: bad buil",
-        ),
+        ("unlearn", broken_matplotlib, "report.html could not be made (SystemError: bad build)"),
     ],
 )
 def test_numbers_are_there_and_report_makes_what_is_missing(

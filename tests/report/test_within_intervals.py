@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import io
-import json
 import math
 
 import numpy as np
@@ -12,7 +10,7 @@ import pytest
 import torch
 from matplotlib.collections import LineCollection, PolyCollection
 from models import build, samples
-from rich.console import Console
+from report_views import text_of
 from step_results import step_dataset
 from synthetic import make_dataset
 
@@ -347,19 +345,12 @@ def test_curves_of_several_runs_are_shaded_and_paths_end_in_bars():
     assert ends == pytest.approx([2 * Z * 0.1 * 3**0.5] * 4)
 
 
-def swept(n):
-    names = [f"wga(alpha={i + 1})" for i in range(n)]
-    text = f"wga(alpha=1:{n}:{n})"
-    dataset = with_intervals(make_dataset(names, resolve=("sample",)), narrow=0.2).assign_coords(
-        sweep=("objective", [text] * n),
-        hyper_alpha=("objective", np.arange(1.0, n + 1)),
-    )
-    dataset.attrs["sweeps"] = json.dumps({text: {"alpha": False}})
-    return dataset.assign(pareto=gf.pareto_front(dataset))
+def test_a_sweep_is_shaded_and_its_front_has_bars(swept):
+    def of(n):
+        made = with_intervals(swept([f"wga(alpha=1:{n}:{n})"], resolve=("sample",)), narrow=0.2)
+        return made.assign(pareto=gf.pareto_front(made))
 
-
-def test_a_sweep_is_shaded_and_its_front_has_bars():
-    dataset = swept(5)
+    dataset = of(5)
     panels = sweep_figure(dataset).axes
     for m, panel in enumerate(panels[:2]):
         (band,) = shaded(panel)
@@ -378,7 +369,7 @@ def test_a_sweep_is_shaded_and_its_front_has_bars():
     np.testing.assert_allclose(np.sort(across[..., 0]), np.stack(
         [dataset.g_effect_low[:, 0], dataset.g_effect_high[:, 0]], -1), rtol=1e-9)  # fmt: skip
     np.testing.assert_allclose(up[:, 1, 1], dataset.g_effect_high[:, 1], rtol=1e-9)
-    many = swept(BARS + 6)
+    many = of(BARS + 6)
     assert len(bars(many)[0]) <= BARS  # of many those of the front
 
 
@@ -426,9 +417,7 @@ def test_weights_have_the_intervals_of_their_rows():
     drawn = np.quantile(drawn * np.abs(drawn) / abs(rows.sum()), [0.025, 0.975])
     found = [float(best[f"e_u_{side}"]) for side in ("low", "high")]
     np.testing.assert_allclose(found, drawn, atol=0.12 * np.ptp(drawn))
-    table = Console(width=120, record=True, file=io.StringIO())
-    table.print(render_weights(best))
-    assert f"[{found[0]:+.3g}, {found[1]:+.3g}]" in table.export_text()
+    assert f"[{found[0]:+.3g}, {found[1]:+.3g}]" in text_of(render_weights(best))
 
 
 def test_the_frontier_has_a_bar_an_objective():

@@ -97,6 +97,7 @@ def sweep_figure(dataset: xr.Dataset) -> Figure | None:
         panel.set_ylabel(words, fontsize=10)
     if swept.has_bounds:
         note(figure, SHADED_NOTE)
+    figure.set_label("Effects and collateral against hyper-parameters.")
     return figure
 
 
@@ -156,6 +157,7 @@ def pareto_figure(dataset: xr.Dataset, size: tuple[float, float] = (9.5, 6.2)) -
     _legend(panel, loc="upper left", bbox_to_anchor=(1.01, 1))
     figure.draw_without_rendering()  # settles where points are, so that names keep apart
     _name_points(panel, thinned(front, NAMED), swept)
+    figure.set_label("Removal against damage, and the Pareto front.")
     return figure
 
 

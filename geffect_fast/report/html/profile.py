@@ -13,6 +13,7 @@ from geffect_fast.report.figures.sweep import pareto_figure, sweep_figure
 from geffect_fast.report.format import (
     UNLEARN,
     Interval,
+    Number,
     cell,
     cell_with_interval,
     effect_name,
@@ -29,6 +30,7 @@ from geffect_fast.report.html.blocks import (
     Table,
     Text,
     Tokens,
+    drawn_blocks,
     figure_block,
     left_out,
     notes_of,
@@ -42,7 +44,7 @@ from geffect_fast.report.summary.effects import (
     thinned,
 )
 from geffect_fast.report.summary.findings import findings
-from geffect_fast.report.summary.objectives import HARDLY, Summary, summarise
+from geffect_fast.report.summary.objectives import HARDLY, summarise
 from geffect_fast.report.summary.sweep import NUMBERS, Swept, highlights, is_sweep
 from geffect_fast.report.tokens.html import token_values
 from geffect_fast.report.tokens.view import has_tokens, token_view
@@ -91,18 +93,8 @@ def sweep_curves(dataset: xr.Dataset) -> list[Block]:
     """The figures of a sweep; none of a profile."""
     if not is_sweep(dataset):
         return []
-    figures = {
-        "sweep": (sweep_figure(dataset), "Effects and collateral against hyper-parameters."),
-        "pareto": (
-            pareto_figure(dataset, (6.2, 5.2)),
-            "Removal against damage, and the Pareto front.",
-        ),
-    }
-    return [
-        figure_block(figure, name, caption)
-        for name, (figure, caption) in figures.items()
-        if figure is not None
-    ]
+    figures = {"sweep": sweep_figure(dataset), "pareto": pareto_figure(dataset, (6.2, 5.2))}
+    return drawn_blocks(figures, [*figures])
 
 
 def verdicts(dataset: xr.Dataset) -> list[Block]:
@@ -116,18 +108,16 @@ def verdicts(dataset: xr.Dataset) -> list[Block]:
     table = Table(
         f"{len(rows)} objectives on {dataset.attrs['n_forget']} forget rows",
         ["objective", "verdict", *map(effect_name, rows[0].effects), "collateral"],
-        [[row.objective, row.verdict, *effect_cells(row)] for row in rows[:MOST_ROWS]],
+        [[row.objective, row.verdict, *effect_cells(row.numbers)] for row in rows[:MOST_ROWS]],
         frozenset([0, 1]),
     )
     return [table, *left_out(len(rows), "objectives"), *_notes(dataset)]
 
 
-def effect_cells(row: Summary) -> list[str]:
-    """Effects and collateral of an objective."""
-    return [
-        *(cell_with_interval(e, row.intervals.get(risk)) for risk, e in row.effects.items()),
-        cell_with_interval(row.collateral, row.collateral_interval, ".2g"),
-    ]
+def effect_cells(numbers: Mapping[str, Number]) -> list[str]:
+    """Effects and collateral of an objective, as its summary names them."""
+    specs = {"collateral": ".2g"}
+    return [cell_with_interval(*each, specs.get(name, "+.3g")) for name, each in numbers.items()]
 
 
 _NOTE = (
@@ -141,25 +131,21 @@ _NOTE = (
 def _swept_verdicts(dataset: xr.Dataset) -> list[Block]:
     swept = Swept.of(dataset)
 
-    def numbers(i: int) -> list[str]:
-        specs = ("+.3g", "+.3g", ".2g")
-        return [
-            cell_with_interval(value, interval, spec)
-            for (value, interval), spec in zip(swept.numbers(i), specs, strict=True)
-        ]
+    def cells(i: int) -> list[str]:
+        return effect_cells(swept.numbers(i))
 
     rows = []
     for family in swept.families:
-        if not family.axes:
-            rows.append([family.text, "the only one", "", *numbers(int(family.at[0]))])
-            continue
         picks = swept.picks(family)
-        if not picks:
+        if not family.axes:
+            rows.append([family.text, "the only one", "", *cells(family.at[0])])
+        elif not picks:
             rows.append([family.text, "undefined (NaN)", "", "–", "–", "–"])
-        rows += [
-            [family.text, ", ".join(names), family.point(i), *numbers(int(family.at[i]))]
-            for i, names in picks.items()
-        ]
+        else:
+            rows += [
+                [family.text, ", ".join(names), family.point(i), *cells(family.at[i])]
+                for i, names in picks.items()
+            ]
     front = swept.ranked_front()
     shown = thinned(front, MOST_ROWS // 8)
     return [
@@ -173,7 +159,7 @@ def _swept_verdicts(dataset: xr.Dataset) -> list[Block]:
         Table(
             f"Pareto front: {len(front)} objectives that none beats in both removal and damage",
             ["objective", *NUMBERS],
-            [[swept.label(int(i)), *numbers(int(i))] for i in shown],
+            [[swept.label(int(i)), *cells(i)] for i in shown],
         ),
         *left_out(len(front), "objectives of the front", len(shown)),
         *_notes(dataset),

@@ -136,7 +136,7 @@ def _objectives(dataset: xr.Dataset) -> Table:
     """Every objective at the first and the last step."""
     steps = dataset["step"].values
     rows = [
-        [row.objective, row.verdict, str(steps[place]), *profile.effect_cells(row)]
+        [row.objective, row.verdict, str(steps[place]), *profile.effect_cells(row.numbers)]
         for place in dict.fromkeys([0, len(steps) - 1])
         for row in summarise(dataset.isel(step=place))
     ]

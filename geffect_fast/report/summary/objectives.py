@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from geffect_fast.report.format import UNKNOWN, UNLEARN, Interval
+from geffect_fast.report.format import UNKNOWN, UNLEARN, Interval, Number, effect_name
 from geffect_fast.report.summary.effects import bounds_of, interval_at, labels, total
 from geffect_fast.results import intervals as of_rows
 from geffect_fast.results.told_apart import (
@@ -66,6 +66,15 @@ class Summary:
     cosine_intervals: dict[str, Interval] = field(default_factory=dict)
     collateral_interval: Interval = UNKNOWN
     collateral_spread: np.ndarray = field(default_factory=lambda: np.zeros(0))
+
+    @property
+    def numbers(self) -> dict[str, Number]:
+        """Its effects, `e_u` first, and its collateral, by name."""
+        effects = {
+            effect_name(risk): (e, self.intervals.get(risk, UNKNOWN))
+            for risk, e in self.effects.items()
+        }
+        return effects | {"collateral": (self.collateral, self.collateral_interval)}
 
     @property
     def forgets(self) -> bool:
@@ -160,30 +169,23 @@ def write_summary(dataset: xr.Dataset, file: Path) -> None:
     Of a sweep also its string with ranges, its hyper-parameters, and whether it is on the front.
     """
     rows = summarise(dataset)
-    swept = [name for name, c in dataset.coords.items() if c.dims == ("objective",)]
-    swept = [*(name for name in swept if name != "objective"), *({"pareto"} & set(dataset))]
-    risks = list(rows[0].effects)
-    with_cosines = bool(rows[0].cosines)
-    header = ["objective", *swept, "loss", *(f"g_effect_{r}" for r in risks)]
-    header += [f"cosine_{r}" for r in risks if with_cosines] + ["collateral", "verdict"]
-    intervals = [*(f"g_effect_{r}" for r in risks), "collateral"] if rows[0].intervals else []
-    header += [f"{name}_{side}" for name in intervals for side in ("low", "high")]
+    swept = [n for n, c in dataset.coords.items() if c.dims == ("objective",) and n != "objective"]
+    swept += {"pareto"} & set(dataset)
     with file.open("w", newline="", encoding="utf-8") as stream:
         writer = csv.writer(stream)
-        writer.writerow(map(csv_cell, header))
         for i, row in enumerate(rows):
-            cells = [
-                row.objective,
-                *(dataset[name].values[i] for name in swept),
-                row.loss,
-                *row.effects.values(),
-                *row.cosines.values(),
-                row.collateral,
-                row.verdict,
-                *(bound for interval in row.intervals.values() for bound in interval),
-                *(row.collateral_interval if intervals else ()),
-            ]
-            writer.writerow(map(csv_cell, cells))
+            cells = {"objective": row.objective} | {n: dataset[n].values[i] for n in swept}
+            cells["loss"] = row.loss
+            cells |= {f"g_effect_{risk}": e for risk, e in row.effects.items()}
+            cells |= {f"cosine_{risk}": c for risk, c in row.cosines.items()}
+            cells |= {"collateral": row.collateral, "verdict": row.verdict}
+            known = {f"g_effect_{risk}": of for risk, of in row.intervals.items()}
+            known |= {"collateral": row.collateral_interval} if known else {}
+            for name, (low, high) in known.items():
+                cells |= {f"{name}_low": low, f"{name}_high": high}
+            if i == 0:
+                writer.writerow(map(csv_cell, cells))
+            writer.writerow(map(csv_cell, cells.values()))
 
 
 def collateral_of(effects: dict[str, float], negligible: float) -> float:

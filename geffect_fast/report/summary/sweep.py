@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from geffect_fast.measure.sweep import HYPER
-from geffect_fast.report.format import UNKNOWN, UNLEARN, Interval
+from geffect_fast.report.format import UNLEARN, Number
 from geffect_fast.report.summary.effects import labels, thinned, total
 from geffect_fast.report.summary.objectives import Summary, summarise
 from geffect_fast.results.told_apart import effect_errors, effect_spreads, told_apart
@@ -106,23 +106,17 @@ class Swept:
     @property
     def bounds(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         """Low and high bounds of `e_u`, `e_r` and `collateral` by name; NaN where not known."""
-        known = np.array([[of for _, of in self.numbers(i)] for i in range(len(self.rows))])
-        low, high = np.moveaxis(known.reshape(-1, len(NUMBERS), 2), 2, 0)
-        return {name: (low[:, n], high[:, n]) for n, name in enumerate(NUMBERS)}
+        known = np.array([[row.numbers[name][1] for name in NUMBERS] for row in self.rows])
+        return {name: (known[:, n, 0], known[:, n, 1]) for n, name in enumerate(NUMBERS)}
 
     @property
     def has_bounds(self) -> bool:
         """Whether intervals are known."""
         return any(row.intervals for row in self.rows)
 
-    def numbers(self, i: int) -> list[tuple[float, Interval]]:
-        """`e_u`, `e_r` and `collateral` of an objective with their intervals."""
-        row = self.rows[i]
-        return [
-            (float(self.e_u[i]), row.intervals.get(UNLEARN, UNKNOWN)),
-            (float(self.e_r[i]), row.intervals.get("retain", UNKNOWN)),
-            (float(self.collateral[i]), row.collateral_interval),
-        ]
+    def numbers(self, i: int) -> dict[str, Number]:
+        """`e_u`, `e_r` and `collateral` of an objective."""
+        return {name: self.rows[i].numbers[name] for name in NUMBERS}
 
     def picks(self, family: SweptFamily) -> dict[int, list[str]]:
         """The best of a family by its place in it, and in what; empty where all are undefined.

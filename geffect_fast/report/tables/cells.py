@@ -10,7 +10,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from geffect_fast.report.format import Interval, bounds, coverage_line, notes, number
+from geffect_fast.report.format import Interval, Number, bounds, coverage_line, notes, number
 
 STYLES = {
     "forgets, spares": "green",
@@ -53,6 +53,12 @@ def with_interval(value: float, interval: Interval | None, spec: str = "+.3g") -
     if interval is not None and not any(map(math.isnan, interval)) and math.isfinite(value):
         text.append(f"\n{bounds(interval, spec)}", style="dim")
     return text
+
+
+def effect_cells(numbers: Mapping[str, Number]) -> list[Text]:
+    """Effects and collateral of an objective, as its summary names them."""
+    specs = {"collateral": ".2f"}
+    return [with_interval(*each, specs.get(name, "+.3g")) for name, each in numbers.items()]
 
 
 def verdict_cell(verdict: str, shown: str = "") -> Text:

@@ -16,9 +16,9 @@ from geffect_fast.report.tables.cells import (
     FOLDED,
     WHOLE,
     covered,
+    effect_cells,
     new_table,
     verdict_cell,
-    with_interval,
 )
 
 if TYPE_CHECKING:
@@ -53,13 +53,9 @@ def totals_table(dataset: xr.Dataset) -> Table:
         ("verdict", WHOLE),
     )
     for row in rows:
-        table.add_row(
-            row.objective,
-            *(with_interval(e, row.intervals.get(risk)) for risk, e in row.effects.items()),
-            *(number(c, "+.2f") for c in row.cosines.values()),
-            with_interval(row.collateral, row.collateral_interval, ".2f"),
-            verdict_cell(row.verdict),
-        )
+        *effects, collateral = effect_cells(row.numbers)
+        cosines = (number(c, "+.2f") for c in row.cosines.values())
+        table.add_row(row.objective, *effects, *cosines, collateral, verdict_cell(row.verdict))
     return table
 
 

@@ -19,6 +19,7 @@ from geffect_fast.report.tables.cells import (
     FOLDED,
     WHOLE,
     covered,
+    effect_cells,
     new_table,
     verdict_cell,
     with_interval,
@@ -76,8 +77,7 @@ def steps_table(dataset: xr.Dataset) -> Table:
                 with_interval(value, interval_at(read.value_bounds, i, m), ".4g")
                 for m, value in enumerate(read.values[i])
             ),
-            *(with_interval(e, row.intervals.get(risk)) for risk, e in row.effects.items()),
-            with_interval(row.collateral, row.collateral_interval, ".2f"),
+            *effect_cells(row.numbers),
             verdict_cell(row.verdict),
         )
     return table

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from geffect_fast.report.summary.effects import thinned
 from geffect_fast.report.summary.sweep import NUMBERS, Swept
-from geffect_fast.report.tables.cells import FOLDED, covered, new_table, with_interval
+from geffect_fast.report.tables.cells import FOLDED, covered, effect_cells, new_table
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -55,12 +55,12 @@ def families_table(swept: Swept, n_forget: int) -> Table:
     for family in swept.families:
         picks = swept.picks(family)
         if not family.axes:
-            table.add_row(family.text, "", *_numbers(swept, family.at[0]))
+            table.add_row(family.text, "", *effect_cells(swept.numbers(family.at[0])))
             continue
         table.add_row(family.text, "" if picks else "undefined (NaN)")
         for i, names in picks.items():
             what = Text("\n".join(f"  {name}" for name in names), style="dim")
-            table.add_row(what, family.point(i), *_numbers(swept, family.at[i]))
+            table.add_row(what, family.point(i), *effect_cells(swept.numbers(family.at[i])))
     return table
 
 
@@ -73,7 +73,7 @@ def front_table(swept: Swept) -> Table:
         *NUMBERS,
     )
     for i in _shown(swept):
-        table.add_row(swept.label(i), *_numbers(swept, i))
+        table.add_row(swept.label(i), *effect_cells(swept.numbers(i)))
     return table
 
 
@@ -84,10 +84,3 @@ def _shown(swept: Swept) -> np.ndarray:
         removing = front[swept.e_u[front] < 0]
         front = removing if len(removing) else front
     return thinned(front, FRONT_SHOWN)
-
-
-def _numbers(swept: Swept, i: int) -> list[Text]:
-    return [
-        with_interval(value, interval, spec)
-        for (value, interval), spec in zip(swept.numbers(i), ("+.3g", "+.3g", ".2f"), strict=True)
-    ]
