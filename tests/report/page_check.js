@@ -24,8 +24,9 @@
   // as the page's filter shows a colour of a drawing
   const shown = (element, [r, g, b, a]) => {
     const svg = element.closest("svg");
-    if (!svg || getComputedStyle(svg).filter === "none") return [r, g, b, a];
-    const [x, y, z] = [255 - r, 255 - g, 255 - b];
+    const filter = svg && /invert\(([\d.]+)\) hue-rotate\(180deg\)/.exec(getComputedStyle(svg).filter);
+    if (!filter) return [r, g, b, a];
+    const [x, y, z] = [r, g, b].map((c) => 255 * filter[1] + (1 - 2 * filter[1]) * c);
     const grey = 2 * (0.213 * x + 0.715 * y + 0.072 * z);
     return [...[x, y, z].map((c) => Math.round(Math.min(255, Math.max(0, grey - c)))), a];
   };

@@ -84,7 +84,7 @@ def test_all_is_there_to_read_at_every_width_light_and_dark(browser, pages, page
     light, dark = seen[1200, False], seen[1200, True]
     assert light["ground"] > 0.9 > 0.1 > dark["ground"]
     assert light["ink"] < 0.1 < 0.8 < dark["ink"]
-    black, white = "0 0 0", "255 255 255"
+    black, white = "0 0 0", "235 235 235"
     assert black in light["lines"] and white not in light["lines"]
     assert white in dark["lines"] and black not in dark["lines"]
 
