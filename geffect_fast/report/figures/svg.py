@@ -9,9 +9,11 @@ from __future__ import annotations
 import io
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from markupsafe import Markup
+
+from geffect_fast.report.figures.style import blank_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -24,13 +26,12 @@ WIDTH = 4.5
 """Inches, a figure's of 72 points, that a panel is wide: what a phone shows in its own size."""
 
 _UNSIGNED = {"Date": None, "Creator": None, "Format": None, "Type": None}
-_DASHES = {"--": "7 3", "-.": "7 3 2 3", ":": "2 3"}
 _OF_FILES = re.compile(
     # what stands before the drawing and about it, counted ids, fonts, space between elements
     r"(?s)\A.*?(?=<svg)|<metadata>.*?</metadata>|<!--.*?-->|<style.*?</style>"
     r"| id=\"[^\"]*_\d{1,4}\"|font-family:[^;\"]*(?:; )?|xlink:(?=href)|(?<=>)\s+(?=<)|\s+\Z"
 )
-_ROOT = re.compile(r'<svg [^>]*?viewBox="0 0 ([\d.]+) ([\d.]+)"[^>]*>')
+_ROOT = re.compile(r'(<svg [^>]*?viewBox="0 0 ([\d.]+) ([\d.]+)"[^>]*>)')
 _PLACES = re.compile(r'(?<= )(?:d|x|y|transform|points)="[^"]*"')
 _NUMBER = re.compile(r"-?\d+\.\d+")
 
@@ -85,19 +86,18 @@ def take_apart(figure: Figure, name: str) -> Panels:
     _label_each(figure, panels)
     notes = figure.get_suptitle().splitlines()
     figure.suptitle("")
-    keys = [key for legend in figure.legends for key in _keys(legend)]
-    for shared in list(figure.legends):
+    shared = figure.legends[0] if figure.legends else None
+    keys = _keys(shared, f"{name}-key")
+    if shared is not None:
         shared.remove()
-    own_keys: dict[Axes, list[Key]] = {}
+    legends: dict[Axes, Legend | None] = {}
     for axes in panels[::-1]:  # a row's legend stands below the last of the column
-        legend = axes.get_legend()
-        below = [a for a in own_keys if axes.get_shared_x_axes().joined(axes, a)]
-        inherited = own_keys[below[0]] if below else []
-        own_keys[axes] = _keys(legend) if legend else inherited
-        if legend is not None:
-            legend.remove()
-    columns = [1 + _at(axes)[1] for axes in panels if axes.get_subplotspec() is not None]
-    figure.set_figwidth(min(WIDTH, figure.get_figwidth()) * max(columns, default=1))
+        below = [a for a in legends if axes.get_shared_x_axes().joined(axes, a)]
+        legends[axes] = axes.get_legend() or (legends[below[0]] if below else None)
+    for legend in filter(None, dict.fromkeys(legends.values())):
+        legend.remove()
+    columns = 1 + max(_at(axes)[1] for axes in panels)
+    figure.set_figwidth(min(WIDTH, figure.get_figwidth()) * columns)
     figure.patch.set_visible(False)
     figure.set_layout_engine("none")  # what would not fit beside others is alone
     for axes in figure.axes:
@@ -109,7 +109,8 @@ def take_apart(figure: Figure, name: str) -> Panels:
             each.set_visible(True)
         words = [_title(axes), axes.get_ylabel(), f"against {axes.get_xlabel()}"]
         label = ", ".join(" ".join(each.split()) for each in words if each)
-        apart.append(Panel(inline_svg(figure, f"{name}-{i}", label), own_keys[axes]))
+        keys_below = _keys(legends[axes], f"{name}-{i}-key")
+        apart.append(Panel(inline_svg(figure, f"{name}-{i}", label), keys_below))
         for each in shown:
             each.set_visible(False)
     return Panels(apart, keys, [" ".join(notes)] if notes else [])
@@ -120,10 +121,10 @@ def _label_each(figure: Figure, panels: list[Axes]) -> None:
     from matplotlib.ticker import FixedLocator
 
     for axes in panels:
-        spec = axes.get_subplotspec()
-        alike = panels if spec is None else _of_grid(panels, spec.get_gridspec())
-        row = next((a for a in alike if spec and _at(a)[0] == _at(axes)[0]), axes)
-        column = [a for a in alike if spec and _at(a)[1] == _at(axes)[1]] or [axes]
+        grid = axes.get_gridspec()
+        alike = [each for each in panels if each.get_gridspec() is grid]
+        row = next((a for a in alike if _at(a)[0] == _at(axes)[0]), axes)
+        column = [a for a in alike if _at(a)[1] == _at(axes)[1]]
         if isinstance(row.yaxis.get_major_locator(), FixedLocator):
             axes.set_yticks(row.get_yticks())
             axes.yaxis.set_major_formatter(row.yaxis.get_major_formatter())
@@ -144,11 +145,6 @@ def _title(axes: Axes) -> str:
     return axes.get_title(loc="left") or axes.get_title()
 
 
-def _of_grid(panels: list[Axes], grid: object) -> list[Axes]:
-    """Those in one grid of panels."""
-    return [p for p in panels if (s := p.get_subplotspec()) and s.get_gridspec() is grid]
-
-
 def _at(axes: Axes) -> tuple[int, int]:
     """Row and column in its grid."""
     spec = axes.get_subplotspec()
@@ -156,62 +152,34 @@ def _at(axes: Axes) -> tuple[int, int]:
     return spec.rowspan.start, spec.colspan.start
 
 
-def _keys(legend: Legend) -> list[Key]:
-    """A legend's entries as the page draws them."""
-    return [
-        Key(_swatch(handle), " ".join(text.get_text().split()))
-        for handle, text in zip(legend.legend_handles, legend.get_texts(), strict=True)
-    ]
+def _keys(legend: Legend | None, name: str) -> list[Key]:
+    """A legend's entries, each drawn by itself, and its name as text of the page."""
+    if legend is None:
+        return []
+    keys = []
+    for i, (handle, text) in enumerate(zip(legend.legend_handles, legend.get_texts(), strict=True)):
+        figure = blank_figure(0.5, 0.2)
+        figure.patch.set_visible(False)
+        figure.legend(
+            handles=[handle],
+            labels=[""],
+            loc="center",
+            frameon=False,
+            borderpad=0,
+            handlelength=2.6,
+            handletextpad=0,
+        )
+        keys.append(Key(inline_svg(figure, f"{name}-{i}"), " ".join(text.get_text().split())))
+    return keys
 
 
-def _swatch(handle: Any) -> Markup:
-    """How a legend's entry looks: a dashed line, a mark, or a patch."""
-    from matplotlib.colors import to_hex
-    from matplotlib.lines import Line2D
-    from matplotlib.markers import MarkerStyle
-
-    shapes, none = [], ("None", "", " ", None)
-    if isinstance(handle, Line2D):
-        colour = to_hex(handle.get_color())
-        if handle.get_linestyle() not in none:
-            dashes = _DASHES.get(str(handle.get_linestyle()), "none")
-            look = f"fill:none;stroke:{colour};stroke-width:2;stroke-dasharray:{dashes}"
-            shapes.append(f'<path d="M1 7H35" style="{look}"/>')
-        if handle.get_marker() not in none:
-            marker = MarkerStyle(handle.get_marker())
-            path = marker.get_path().transformed(marker.get_transform())
-            shapes.append(_outline(path, 3.5, f"fill:{colour};stroke:{colour}"))
-    elif hasattr(handle, "get_paths"):
-        face, edge = handle.get_facecolor(), handle.get_edgecolor()
-        look = f"fill:{to_hex(face[0]) if len(face) else 'none'}"
-        look += f";stroke:{to_hex(edge[0])}" if len(edge) else ""
-        path = handle.get_paths()[0]
-        shapes.append(_outline(path, 4 / (abs(path.vertices).max() or 1.0), look))
-    else:
-        face = handle.get_facecolor()
-        look = f"fill:{to_hex(face)};fill-opacity:{face[3]:.2f}"
-        shapes.append(f'<rect x="6" y="2" width="24" height="10" style="{look}"/>')
-    return Markup(  # numbers and colours only
-        f'<svg class="key" viewBox="0 0 36 14" aria-hidden="true">{"".join(shapes)}</svg>'
-    )
-
-
-def _outline(path: Any, size: float, look: str) -> str:
-    """A mark in the middle of a swatch."""
-    d = "".join(
-        "M" + "L".join(f"{18 + size * x:.1f} {7 - size * y:.1f}" for x, y in ring)
-        for ring in path.to_polygons(closed_only=False)
-    )
-    return f'<path d="{d}" style="{look}"/>'
-
-
-def inline_svg(figure: Figure, name: str, label: str) -> Markup:
+def inline_svg(figure: Figure, name: str, label: str = "") -> Markup:
     """What is visible of a figure, as an `<svg>` element as wide as there is room.
 
     Args:
         figure: of matplotlib.
         name: of no other `<svg>` of the page; ids are made from it, the same for the same figure.
-        label: what it shows, read out in its place.
+        label: what it shows, read out in its place; empty: it is a legend's key, beside words.
     """
     import matplotlib as mpl
 
@@ -221,18 +189,16 @@ def inline_svg(figure: Figure, name: str, label: str) -> Markup:
             written, format="svg", bbox_inches="tight", pad_inches=2 / 72, metadata=_UNSIGNED
         )
     text = _OF_FILES.sub("", written.getvalue())
-    text = _PLACES.sub(lambda found: _NUMBER.sub(_rounded, " ".join(found[0].split())), text)
-
-    def root(found: re.Match[str]) -> str:
-        width, height = map(float, found.groups())
-        return Markup(
-            '<svg viewBox="0 0 {:.1f} {:.1f}" style="max-width: {:.0f}px" role="img" '
-            'aria-label="{}">'
-        ).format(width, height, LARGEST * width, label)
-
-    return Markup(_ROOT.sub(root, text, count=1))  # matplotlib has escaped what is text
-
-
-def _rounded(number: re.Match[str]) -> str:
-    """Hundredths of a point are enough."""
-    return f"{float(number[0]):.2f}"
+    # hundredths of a point are enough
+    text = _PLACES.sub(
+        lambda place: _NUMBER.sub(lambda n: f"{float(n[0]):.2f}", " ".join(place[0].split())), text
+    )
+    (whole,) = _ROOT.findall(text)
+    width, height = map(float, whole[1:])
+    look = Markup('class="key" aria-hidden="true"')
+    if label:
+        look = Markup('style="max-width: {:.0f}px" role="img" aria-label="{}"').format(
+            LARGEST * width, label
+        )
+    root = Markup('<svg viewBox="0 0 {:.1f} {:.1f}" {}>').format(width, height, look)
+    return Markup(text.replace(whole[0], root))  # matplotlib has escaped what is text
