@@ -30,7 +30,7 @@ from geffect_fast.demo import Size, make_model, recall, save, train_tokenizer
 from geffect_fast.engines.model_outputs import model_outputs
 from geffect_fast.measure.models import load_model, load_tokenizer
 from geffect_fast.report import write_report
-from geffect_fast.report.compare_table import write_comparison
+from geffect_fast.report.summary.runs import write_comparison
 
 OBJECTIVES = ("ga", "wga(alpha=5)", "npo(beta=0.1)", "ga + kl")
 VOCABULARY, HIDDEN, LAYERS = 2048, 192, 4

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from geffect_fast.measure.profile import profile
     from geffect_fast.measure.sweep import pareto_front, sweep
     from geffect_fast.metrics.optimal_weights import optimal_weights, write_weighted
-    from geffect_fast.report.page import write_page
+    from geffect_fast.report.html.page import write_page
     from geffect_fast.steps.compare import compare
     from geffect_fast.steps.profile_checkpoints import profile_checkpoints
     from geffect_fast.storage.run_folder import open_run
@@ -60,7 +60,7 @@ _LAZY = {
     "profile_checkpoints": ("geffect_fast.steps.profile_checkpoints", "profile_checkpoints"),
     "sweep": ("geffect_fast.measure.sweep", "sweep"),
     "unlearn": ("geffect_fast.training.unlearn", "unlearn"),
-    "write_page": ("geffect_fast.report.page", "write_page"),
+    "write_page": ("geffect_fast.report.html.page", "write_page"),
     "write_weighted": ("geffect_fast.metrics.optimal_weights", "write_weighted"),
 }
 

@@ -33,7 +33,7 @@ from geffect_fast.measure.execute import execute
 from geffect_fast.measure.models import quiet_transformers
 from geffect_fast.paths import is_there
 from geffect_fast.report import write_report
-from geffect_fast.report.page import write_page
+from geffect_fast.report.html.page import write_page
 from geffect_fast.settings import ProfileConfig, UnlearnConfig
 from geffect_fast.storage.disk import folder_for, set_aside
 from geffect_fast.storage.lock import locked

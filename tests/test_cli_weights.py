@@ -14,7 +14,7 @@ from token_results import drawn_shares, token_result
 
 import geffect_fast as gf
 from geffect_fast.cli import main
-from geffect_fast.report.weights_table import reached, render_weights
+from geffect_fast.report.tables.weights import reached, render_weights
 
 
 @pytest.fixture(scope="module")

@@ -148,7 +148,7 @@ ODD = [*("[" * 100_000, "null", '{"a": 1}', "", "1" * 10_000), 1.5]
 @pytest.mark.parametrize("steps", [False, True])
 def test_every_attribute_of_a_result_may_hold_anything(here, steps, capfd, monkeypatch):
     """Read from the result, not drawn."""
-    monkeypatch.setattr("geffect_fast.report.compare_plots.draw_comparison", lambda *_: None)
+    monkeypatch.setattr("geffect_fast.report.write_comparison_plots", lambda *_: None)
 
     made = step_dataset(n_steps=3) if steps else make_dataset(n_blocks=1)
     made = made.assign_attrs(json_attrs="[]")

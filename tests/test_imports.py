@@ -89,6 +89,48 @@ def test_the_order_has_no_circle():
         seen.add(part)
 
 
+def modules():
+    """Files by the names of their modules."""
+    dotted = (f.relative_to(ROOT.parent).with_suffix("").parts for f in files())
+    return dict(zip((".".join(d).removesuffix(".__init__") for d in dotted), files(), strict=True))
+
+
+def imports_of(file, known):
+    """The modules of the package that a file imports, wherever it does, but for types alone."""
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    for_types = {
+        id(within)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        for each in node.body
+        for within in ast.walk(each)
+    }
+    for node in ast.walk(tree):
+        if id(node) in for_types:
+            continue
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name in known)
+        if isinstance(node, ast.ImportFrom):
+            for alias in node.names:
+                module = f"{node.module}.{alias.name}"
+                yield module if module in known else node.module
+
+
+def test_no_module_imports_itself_by_a_detour():
+    """Within functions neither: what is imported late to break a circle is a circle."""
+    known = modules()
+    left = {
+        name: {*imports_of(file, known)} & known.keys() - {name} for name, file in known.items()
+    }
+    while free := [name for name, needs in left.items() if not needs & left.keys()]:
+        for name in free:
+            del left[name]
+    while unused := left.keys() - {need for needs in left.values() for need in needs}:
+        for name in unused:
+            del left[name]
+    assert sorted(left) == []
+
+
 def test_a_class_has_a_name_of_its_own():
     places = defaultdict(list)
     for file in files():
@@ -107,7 +149,6 @@ SMALL = {
     "cli/sweep.py": "a command",
     "cli/signals.py": "of the process, before a command is known",
     "data/fewest_tokens.py": "a bound of its own",
-    "report/any_backend.py": "imported before matplotlib",
     "training/adapters.py": "needs peft",
 }
 """Modules under 60 lines that one other imports, and why they stand alone."""

@@ -121,7 +121,7 @@ def test_ctrl_c_leaves_the_earlier_run_whole(here, tmp_path, moment, sent):
 @pytest.mark.parametrize("sent", [*CODES, signal.SIGKILL])
 def test_stopped_between_two_plots_the_numbers_of_the_new_run_are_there(here, tmp_path, sent):
     before, mark = open_run(here / "run"), tmp_path / "there"
-    plot = ("geffect_fast.report.plots.plot_instances", "1")
+    plot = ("geffect_fast.report.figures.profile.instances_figure", "1")
     words = ["-c", WAITING, str(mark), *plot, *profile(), "--overwrite"]
     with running(words, here) as process:
         waiting(mark, process)

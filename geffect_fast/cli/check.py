@@ -42,7 +42,7 @@ def check(
     config = make_config(values, options=option_names(values, forget="--data"))
 
     from geffect_fast.measure.execute import execute_check
-    from geffect_fast.report.check_table import render_check, verdict
+    from geffect_fast.report.tables.check import render_check, verdict
 
     found = execute_check(config, samples, progress=not quiet)
     if quiet:

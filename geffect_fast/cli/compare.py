@@ -39,13 +39,14 @@ def compare(
     step) and plots/ as PNG and SVG. A run is called by the objective it was trained on.
     """
     from geffect_fast.paths import is_there, user_path
-    from geffect_fast.report.compare_plots import draw_comparison
-    from geffect_fast.report.compare_table import render_comparison, write_comparison
+    from geffect_fast.report import write_comparison_plots
+    from geffect_fast.report.summary.runs import write_comparison
+    from geffect_fast.report.tables.compare import render_comparison
     from geffect_fast.steps.compare import compare as align
-    from geffect_fast.storage.add_report import add_report
     from geffect_fast.storage.inputs import result_sums
     from geffect_fast.storage.lock import locked
     from geffect_fast.storage.run_folder import CONFIG, PLOTS, RESULTS, check_free, staged_run
+    from geffect_fast.storage.save_run import add_report
 
     folder = check_free(out, overwrite)
     if any(is_there(folder / name) for name in (RESULTS, CONFIG)):
@@ -55,7 +56,7 @@ def compare(
         with staged_run(out, overwrite, sums=lambda: result_sums(runs)) as staging:
             write_comparison(aligned, staging)
         again = "the same command with --overwrite"
-        add_report(folder, aligned, draw_comparison, again)
+        add_report(folder, aligned, write_comparison_plots, again)
     if not quiet:
         console().print(render_comparison(aligned))
         for path in [out, *sorted((user_path(out) / PLOTS).glob("*.png"))]:

@@ -24,14 +24,14 @@ def print_result(dataset: xr.Dataset, folder: Path) -> None:
 
     Of a step result tokens are those of its last step.
     """
-    from geffect_fast.report.families import is_sweep
-    from geffect_fast.report.findings import findings
-    from geffect_fast.report.step_table import render_steps, step_findings
-    from geffect_fast.report.steps import has_steps, last_step
-    from geffect_fast.report.sweep_table import render_sweep
-    from geffect_fast.report.table import render
-    from geffect_fast.report.token_terminal import TerminalView
-    from geffect_fast.report.token_view import has_tokens, token_view
+    from geffect_fast.report.summary.effects import has_steps, last_step
+    from geffect_fast.report.summary.findings import findings
+    from geffect_fast.report.summary.sweep import is_sweep
+    from geffect_fast.report.tables.profile import render
+    from geffect_fast.report.tables.steps import render_steps, step_findings
+    from geffect_fast.report.tables.sweep import render_sweep
+    from geffect_fast.report.tokens.terminal import TerminalView
+    from geffect_fast.report.tokens.view import has_tokens, token_view
     from geffect_fast.results.dataset import sum_positions
     from geffect_fast.storage.run_folder import PLOTS, REPORT, TOKENS
 

@@ -41,14 +41,14 @@ def report(
     """
     from geffect_fast.paths import is_there, user_path
     from geffect_fast.report import write_report
-    from geffect_fast.report.page import write_page
+    from geffect_fast.report.html.page import write_page
     from geffect_fast.results.form import check_complete
-    from geffect_fast.storage.add_report import add_report
     from geffect_fast.storage.disk import unwritable
     from geffect_fast.storage.lock import locked
     from geffect_fast.storage.manifest import check_file, note
     from geffect_fast.storage.run_folder import CONFIG, REPORT, open_run, own_files, reading
     from geffect_fast.storage.run_yaml import read_values
+    from geffect_fast.storage.save_run import add_report
 
     places = [_place(run) for run in runs]
     for i, place in enumerate(places):

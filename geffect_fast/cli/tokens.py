@@ -44,10 +44,10 @@ def tokens(
     beneath the tokens.
     """
     from geffect_fast.paths import user_path
-    from geffect_fast.report.steps import last_step
-    from geffect_fast.report.token_html import tokens_html
-    from geffect_fast.report.token_terminal import TerminalView
-    from geffect_fast.report.token_view import token_view
+    from geffect_fast.report.summary.effects import last_step
+    from geffect_fast.report.tokens.html import tokens_html
+    from geffect_fast.report.tokens.terminal import TerminalView
+    from geffect_fast.report.tokens.view import token_view
     from geffect_fast.storage.disk import whole_file
     from geffect_fast.storage.run_folder import open_run, reading
 

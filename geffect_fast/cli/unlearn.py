@@ -86,7 +86,7 @@ def _telling(n_steps: int) -> Callable[[int, xr.Dataset], None]:
 
     def tell(step: int, dataset: xr.Dataset) -> None:
         nonlocal begun
-        from geffect_fast.report.table import number
+        from geffect_fast.report.format import effect_name, number
         from geffect_fast.results.rows_needed import rows_note
         from geffect_fast.steps.probe import total_effect
 
@@ -94,10 +94,9 @@ def _telling(n_steps: int) -> Callable[[int, xr.Dataset], None]:
         words = [f"step {step:>{len(str(n_steps))}}/{n_steps}"]
         for risk in map(str, dataset["risk"].values):
             at = dataset.sel(risk=risk)
-            e = "e_u" if risk == "unlearn" else "e_r" if risk == "retain" else f"e_{risk}"
             change = number(float(at["measured_change"]))
             words.append(
-                f"{risk} risk {float(at['risk_value']):.4f} ({change}), {e} "
+                f"{risk} risk {float(at['risk_value']):.4f} ({change}), {effect_name(risk)} "
                 f"{number(float(effects.sel(risk=risk)))}"
             )
         print("  ".join(words), flush=True)

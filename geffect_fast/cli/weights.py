@@ -52,9 +52,9 @@ def weights(
     """
     from geffect_fast.metrics.optimal_weights import optimal_weights, write_weighted
     from geffect_fast.paths import is_there, user_path
-    from geffect_fast.report.frontier import plot_frontier
-    from geffect_fast.report.steps import last_step
-    from geffect_fast.report.weights_table import render_weights
+    from geffect_fast.report.figures.frontier import frontier_figure
+    from geffect_fast.report.summary.effects import last_step
+    from geffect_fast.report.tables.weights import render_weights
     from geffect_fast.storage.disk import unwritable, whole_file
     from geffect_fast.storage.manifest import check_file
     from geffect_fast.storage.run_folder import CONFIG, open_run, reading
@@ -88,7 +88,7 @@ def weights(
         write_weighted(forget, best, out)
         try:
             with whole_file(f"plot {picture}", picture, "--out") as part:
-                plot_frontier(result, best, part)
+                frontier_figure(result, best).savefig(part, dpi=150, format="png")
         except Exception as error:  # of fonts, disks, packages: it costs no weights
             raise UnfinishedError(
                 f"{file} is written, but {picture} could not be made ({reason_of(error)}); the "

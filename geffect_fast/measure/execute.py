@@ -19,7 +19,6 @@ from geffect_fast.measure.profile import profile
 from geffect_fast.measure.sweep import sweep
 from geffect_fast.objectives.ranges import expand_list
 from geffect_fast.settings import Measuring, ProfileConfig, Reading, RunConfig
-from geffect_fast.storage.add_report import add_report
 from geffect_fast.storage.inputs import Inputs, check_replayed, inputs_of, summed_beside
 from geffect_fast.storage.lock import locked
 from geffect_fast.storage.model_folder import check_model_source
@@ -29,10 +28,10 @@ from geffect_fast.storage.run_folder import (
     Reporter,
     check_free,
     open_run,
-    save_run,
     staged_run,
     write_config,
 )
+from geffect_fast.storage.save_run import add_report, save_run
 
 if TYPE_CHECKING:
     import xarray as xr

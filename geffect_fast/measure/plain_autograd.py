@@ -87,17 +87,19 @@ def plain_numbers(
                 other = plain_outputs(reference or model, batch, needs)
         losses = [objective.loss(outputs, batch, other) for objective in objectives]
         tick(len(losses) * batch.total_tokens)
-        return [
-            list(torch.autograd.grad(loss, parameters, allow_unused=True, retain_graph=later))
-            for loss, later in zip(losses, range(len(losses) - 1, -1, -1), strict=True)
-        ]
+        found: list[Gradient] = []
+        for loss in losses:
+            more = loss is not losses[-1]
+            grads = torch.autograd.grad(loss, parameters, allow_unused=True, retain_graph=more)
+            found.append(list(grads))
+        return found
 
     risk = NLL()
     answers = _batches(sample_set, risk)
     parts = list(dict.fromkeys(part for objective in objectives for _, part in objective.parts()))
-    held: dict[Objective, list[Gradient]] = {}
+    held: dict[Objective, tuple[Gradient, ...]] = {}
     if holds_all(model, n):
-        kept = [risk]
+        kept: list[Objective] = [risk]
         for part in parts:  # that the risk's forward answers as well, as far as memory goes
             reads_the_same = part not in kept and part.roles == risk.roles
             if reads_the_same and holds_all(model, (len(kept) + 1) * n):

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import xarray as xr
 
-__all__ = ["write_report"]
+    from geffect_fast.report.files import ReportFiles
+
+__all__ = ["write_comparison_plots", "write_report"]
 
 
 def write_report(dataset: xr.Dataset, folder: Path, held: Path | None = None) -> None:
@@ -18,7 +21,7 @@ def write_report(dataset: xr.Dataset, folder: Path, held: Path | None = None) ->
 
     A plot or page whose axis was summed away is left out. A sweep gets `plots/pareto.png` and
     `plots/sweep.png`, and its other plots show the best objectives only. A step result gets a
-    `summary.csv` over steps, the figures of `step_plots.step_figures` as PNG and SVG, and the
+    `summary.csv` over steps, the figures of `figures.steps.step_figures` as PNG and SVG, and the
     `tokens.html` of its last step.
 
     Args:
@@ -30,9 +33,65 @@ def write_report(dataset: xr.Dataset, folder: Path, held: Path | None = None) ->
         UnfinishedError: something could not be drawn or written; all else is there.
     """
     from geffect_fast.paths import is_there
-    from geffect_fast.report.parts import report_parts, write_parts
+    from geffect_fast.report.files import write_each
 
     def missing(names: tuple[str, ...]) -> bool:
         return held is None or not any(is_there(held / name) for name in names)
 
-    write_parts((part for part in report_parts(dataset) if missing(part.names)), folder)
+    write_each((files for files in _files(dataset) if missing(files.names)), folder)
+
+
+def write_comparison_plots(runs: xr.Dataset, folder: Path) -> None:
+    """Write the figures of a comparison into `plots/` in a folder.
+
+    Raises:
+        UnfinishedError: some could not be drawn; the others are there.
+    """
+    from geffect_fast.report.figures.compare import comparison_drawings
+    from geffect_fast.report.files import plot_files, write_each
+
+    write_each(plot_files(comparison_drawings(runs)), folder)
+
+
+def _files(dataset: xr.Dataset) -> Iterator[ReportFiles]:
+    """The files of a report, tables first; what they need is imported as they are written."""
+    from geffect_fast.report.files import ReportFiles, plot_files
+    from geffect_fast.report.summary.effects import has_steps, last_step
+    from geffect_fast.report.summary.objectives import write_summary
+    from geffect_fast.report.summary.steps import write_step_summary
+    from geffect_fast.report.summary.sweep import highlights, is_sweep
+    from geffect_fast.report.tokens.view import has_tokens
+    from geffect_fast.results.dataset import sum_positions
+    from geffect_fast.storage.run_folder import REPORT, SUMMARY, TOKENS
+
+    summed = sum_positions(dataset)
+    shown, shown_summed = last_step(dataset), summed
+    if is_sweep(dataset):
+        shown, shown_summed = highlights(dataset), highlights(summed)
+
+    def page(folder: Path) -> None:
+        from geffect_fast.report.html.page import write_run_page
+
+        write_run_page(dataset, summed, folder)
+
+    def tokens(folder: Path) -> None:
+        from geffect_fast.report.tokens.html import tokens_html
+
+        (folder / TOKENS).write_text(tokens_html(shown), encoding="utf-8")
+
+    summary = write_step_summary if has_steps(dataset) else write_summary
+    yield ReportFiles((SUMMARY,), lambda folder: summary(summed, folder / SUMMARY))
+    yield ReportFiles((REPORT,), page)
+    if has_steps(dataset):
+        from geffect_fast.report.figures.steps import step_drawings
+
+        yield from plot_files(step_drawings(dataset))
+    else:
+        from geffect_fast.report.figures.profile import profile_drawings
+        from geffect_fast.report.figures.sweep import sweep_drawings
+
+        if is_sweep(dataset):
+            yield from plot_files(sweep_drawings(summed), ("png",))
+        yield from plot_files(profile_drawings(shown_summed), ("png",))
+    if has_tokens(shown):
+        yield ReportFiles((TOKENS,), tokens)

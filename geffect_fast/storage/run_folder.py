@@ -172,47 +172,6 @@ def check_inputs(folder: Path, own: Collection[str], inputs: Mapping[str, str | 
             )
 
 
-def save_run(
-    folder: str | Path,
-    dataset: xr.Dataset,
-    config: ProfileConfig,
-    overwrite: bool = False,
-    report: Reporter | None = None,
-    inputs: Mapping[str, str | Path] | None = None,
-    sums: Mapping[str, Sums] | None = None,
-) -> Path:
-    """Write `results.nc`, `run.yaml` and a report into a run folder.
-
-    The first two are written in full to a hidden folder inside and then renamed, `results.nc` last:
-    a run folder with `results.nc` has all its numbers, and a failure before leaves what was there,
-    a run that was to be replaced included. The report is added then.
-
-    Args:
-        folder: made where it does not exist; other files in it stay.
-        dataset: result of `geffect_fast.profile`.
-        config: what replays it.
-        overwrite: whether to replace a run that is there.
-        report: adds files such as `summary.csv` and `plots/`.
-        inputs: as `check_free`.
-        sums: checksums of what the run was made from, by option.
-
-    Returns:
-        The absolute path of the folder.
-
-    Raises:
-        InputError: as `check_free`, or the disk refuses.
-        UnfinishedError: the report fails, and the numbers are there.
-    """
-    from geffect_fast.storage.add_report import add_report  # which is made of what is here
-
-    with locked(folder) as path:
-        with staged_run(folder, overwrite, inputs, lambda: sums or {}) as staging:
-            write_dataset(dataset, staging / RESULTS)
-            write_config(config, staging)
-        add_report(path, dataset, report)
-    return path
-
-
 def write_config(config: ProfileConfig, staging: Path) -> None:
     """Write the `run.yaml` of a run."""
     (staging / CONFIG).write_text(dump_config(config), encoding="utf-8")

@@ -18,7 +18,6 @@ from geffect_fast.errors import (
 )
 from geffect_fast.paths import is_there
 from geffect_fast.settings import RunConfig
-from geffect_fast.storage.add_report import add_report
 from geffect_fast.storage.disk import UNFINISHED, folder_for, recovered, remove, whole_file
 from geffect_fast.storage.inputs import Inputs, check_unchanged
 from geffect_fast.storage.manifest import (
@@ -44,6 +43,7 @@ from geffect_fast.storage.run_folder import (
     write_dataset,
 )
 from geffect_fast.storage.run_yaml import dump_config, load_config
+from geffect_fast.storage.save_run import add_report
 
 if TYPE_CHECKING:
     import xarray as xr

@@ -9,7 +9,7 @@ from step_results import step_dataset
 from synthetic import make_dataset
 
 import geffect_fast as gf
-from geffect_fast.report.token_view import token_view
+from geffect_fast.report.tokens.view import token_view
 
 
 def run(name: str, objective: str, change: object = None, **kwargs: object) -> Break:

@@ -15,7 +15,7 @@ from synthetic import make_dataset
 from geffect_fast.arguments import make_config
 from geffect_fast.storage.disk import UNFINISHED
 from geffect_fast.storage.manifest import Manifest, checksums, files_below
-from geffect_fast.storage.run_folder import save_run
+from geffect_fast.storage.save_run import save_run
 
 FULL = OSError(errno.ENOSPC, "No space left on device")
 CONFIG = {"model": "model", "forget": "forget.jsonl", "retain": "retain.jsonl", "objectives": "ga"}

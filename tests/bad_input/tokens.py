@@ -9,9 +9,9 @@ from bad_input.folders import CONFIG, a_run, changed
 from synthetic import make_dataset
 
 from geffect_fast.arguments import make_config
-from geffect_fast.report.token_html import tokens_html
-from geffect_fast.report.token_view import token_view
-from geffect_fast.storage.run_folder import save_run
+from geffect_fast.report.tokens.html import tokens_html
+from geffect_fast.report.tokens.view import token_view
+from geffect_fast.storage.save_run import save_run
 
 AXES = ("sample", "token")
 

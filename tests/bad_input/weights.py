@@ -12,7 +12,7 @@ from token_results import drawn_shares, token_result
 
 import geffect_fast as gf
 from geffect_fast.arguments import make_config
-from geffect_fast.storage.run_folder import save_run
+from geffect_fast.storage.save_run import save_run
 
 RESULT = token_result(drawn_shares([3, 5]), {"npo": 2.0})
 BEST = gf.optimal_weights(RESULT, retain_budget=0.0)

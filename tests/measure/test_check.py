@@ -24,7 +24,7 @@ from geffect_fast.measure.check import check
 from geffect_fast.measure.plain_autograd import BLOCK, dots, plain_numbers, plain_tokens
 from geffect_fast.measure.precision import TOLERANCE, computing_in
 from geffect_fast.objectives import parse
-from geffect_fast.report.check_table import render_check, verdict
+from geffect_fast.report.tables.check import render_check, verdict
 
 LENGTHS = [7, 12, 20, 5]
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]

@@ -12,7 +12,7 @@ from wrapped_cases import ADAPTERS, REFUSED, WRAPPED
 
 import geffect_fast as gf
 from geffect_fast.errors import GEffectError
-from geffect_fast.report.check_table import verdict
+from geffect_fast.report.tables.check import verdict
 
 NUMBERS_OF_ROWS = (1, 3, 6)
 LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")

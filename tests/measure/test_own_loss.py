@@ -20,8 +20,8 @@ from geffect_fast.data.tokenize import tokenize_rows
 from geffect_fast.engines.layout import choose_layout
 from geffect_fast.engines.own_loss import own_loss
 from geffect_fast.errors import GEffectWarning, UnsupportedModelError
-from geffect_fast.report.check_table import render_check
-from geffect_fast.report.table import notes
+from geffect_fast.report.format import notes
+from geffect_fast.report.tables.check import render_check
 
 ROWS = samples([7, 9, 6], 1)
 

@@ -15,10 +15,10 @@ from rich.console import Console
 
 import geffect_fast as gf
 from geffect_fast.errors import GEffectWarning
-from geffect_fast.report.families import Swept
-from geffect_fast.report.page import page_html
-from geffect_fast.report.sweep_table import render_sweep
-from geffect_fast.report.table import render
+from geffect_fast.report.html.page import page_html
+from geffect_fast.report.summary.sweep import Swept
+from geffect_fast.report.tables.profile import render
+from geffect_fast.report.tables.sweep import render_sweep
 
 SETS = {"forget": samples([9, 7, 11], 1), "retain": samples([8, 10], 2)}
 

@@ -20,7 +20,7 @@ from wrapped_cases import ADAPTERS, AUTOCAST, CASES, LOW, REFUSED, checkpointed,
 
 import geffect_fast as gf
 from geffect_fast.errors import InputError, UnsupportedModelError
-from geffect_fast.report.check_table import verdict
+from geffect_fast.report.tables.check import verdict
 
 FORGET, RETAIN = samples([2, 9, 5, 12, 5], 1), samples([6, 3, 6], 2)
 OBJECTIVES = {

@@ -21,6 +21,15 @@
     for (let at = element; at; at = at.parentElement) product *= getComputedStyle(at).opacity;
     return product;
   };
+  // as the page's filter shows a colour of a drawing
+  const shown = (element, [r, g, b, a]) => {
+    const svg = element.closest("svg");
+    const filter = svg && /invert\(([\d.]+)\) hue-rotate\(180deg\)/.exec(getComputedStyle(svg).filter);
+    if (!filter) return [r, g, b, a];
+    const [x, y, z] = [r, g, b].map((c) => 255 * filter[1] + (1 - 2 * filter[1]) * c);
+    const grey = 2 * (0.213 * x + 0.715 * y + 0.072 * z);
+    return [...[x, y, z].map((c) => Math.round(Math.min(255, Math.max(0, grey - c)))), a];
+  };
   const seen = (element) => element.checkVisibility({ opacityProperty: true });
   const name = (element) => `${element.tagName}.${element.getAttribute("class") ?? ""}`;
 
@@ -32,7 +41,7 @@
     const svg = element.closest("svg");
     const style = getComputedStyle(element);
     const behind = ground(element);
-    const colour = rgba(svg ? style.fill : style.color);
+    const colour = shown(element, rgba(svg ? style.fill : style.color));
     colour[3] *= opacity(element);
     const [a, b] = [luminance(over(colour, behind)), luminance(behind)].sort((x, y) => y - x);
     const ratio = (a + 0.05) / (b + 0.05);
@@ -54,6 +63,8 @@
       .filter((e) => seen(e) && (e.getBoundingClientRect().width < 20 || e.getBoundingClientRect().height < 10))
       .map(name),
     ground: luminance(rgba(style.backgroundColor)), ink: luminance(rgba(style.color)),
-    lines: [...new Set([...document.querySelectorAll("figure svg path")].map((e) => getComputedStyle(e).stroke))],
+    lines: [...new Set([...document.querySelectorAll("figure svg path")]
+      .filter((e) => getComputedStyle(e).stroke !== "none")
+      .map((e) => shown(e, rgba(getComputedStyle(e).stroke)).slice(0, 3).join(" ")))],
   });
 })();

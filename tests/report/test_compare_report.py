@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import io
 import math
 import warnings
 
 import numpy as np
 import pandas as pd
 import pytest
-from rich.console import Console
+from report_views import drawn, text_of
 from step_results import step_dataset
 
 import geffect_fast as gf
 from geffect_fast.cli import main
-from geffect_fast.report.compare_plots import compare_figures, comparison_figures
-from geffect_fast.report.compare_table import at_equal_removal, comparison_rows, render_comparison
-from geffect_fast.report.steps import Agreement
+from geffect_fast.report.figures.compare import comparison_figures
+from geffect_fast.report.summary.runs import at_equal_removal, comparison_rows
+from geffect_fast.report.summary.steps import Agreement
+from geffect_fast.report.tables.compare import render_comparison
 
 NAMES = (
     "ga",
@@ -47,12 +47,6 @@ def with_risks(*paths):
     return gf.compare(runs)
 
 
-def text_of(runs, width=120):
-    console = Console(width=width, record=True, file=io.StringIO())
-    console.print(render_comparison(runs))
-    return console.export_text()
-
-
 def awkward():
     """Comparisons that break naive reports, by name, and the figures they lack."""
     broken = of(3, n_steps=5)
@@ -76,24 +70,16 @@ def test_any_comparison_has_its_figures_and_table():
         warnings.simplefilter("error")
         warnings.filterwarnings("ignore", category=DeprecationWarning)
         for name, (runs, without) in awkward().items():
-            figures = compare_figures(runs)
+            figures = comparison_figures(gf.compare(runs))
             assert list(figures) == [stem for stem in STEMS if stem not in without], name
             for stem, figure in figures.items():
                 if name in ("broken", "eight runs, many steps") or stem == "trade_off":
                     figure.draw_without_rendering()
                 label = figure.get_label()
                 assert label.endswith(".") and "\n" not in label and "nan" not in label
-            text = text_of(gf.compare(runs))
+            text = text_of(render_comparison(gf.compare(runs)))
             assert max(map(len, text.splitlines())) <= 120, name
             assert all(run.split("(")[0] in text for run in runs)
-
-
-def drawn(panel):
-    return {
-        line.get_label(): line.get_ydata()
-        for line in panel.get_lines()
-        if not line.get_label().startswith("_")
-    }
 
 
 def test_a_line_is_a_run():
@@ -115,7 +101,7 @@ def test_a_line_is_a_run():
 
 
 def test_what_is_not_finite_is_said():
-    figures = compare_figures(awkward()["broken"][0])
+    figures = comparison_figures(gf.compare(awkward()["broken"][0]))
     assert "ga at 3 steps from 2" in figures["effects"].axes[0].get_title(loc="left")
     title = " ".join(figures["trade_off"].axes[0].get_title(loc="left").split())
     assert title.endswith("ga at 2 steps; wga(alpha=1) at 5 steps")
@@ -131,7 +117,7 @@ def test_harm_is_compared_at_equal_removal():
     rows = comparison_rows(runs)
     assert [row["cost"] for row in rows] == pytest.approx([1, 0.1])
     assert [row["rise_unlearn"] for row in rows] == [8, 2]
-    text = text_of(runs)
+    text = text_of(render_comparison(runs))
     assert "harm at +2" in text and "+1.8" in text and "mostly harm" in text
     never = with_risks(first, [(2, 2), (1, 3), (1, 3), (1, 3)])
     assert all(
@@ -182,7 +168,7 @@ def test_the_command_writes_tables_and_plots(here, capsys):
 
 
 def test_the_command_replaces_a_comparison_where_told_to(here, capsys, monkeypatch):
-    monkeypatch.setattr("geffect_fast.report.compare_plots.comparison_figures", lambda _: {})
+    monkeypatch.setattr("geffect_fast.report.figures.compare.comparison_drawings", lambda _: {})
     (here / "c").mkdir()
     for name in ("summary.csv", "compare.csv"):  # of an earlier version, which made no list
         (here / f"c/{name}").write_text("an earlier one")

@@ -9,24 +9,24 @@ import numpy as np
 import pytest
 from step_results import step_dataset
 from synthetic import make_dataset
-from test_sweep_report import swept  # noqa: F401
 from token_results import drawn_shares, token_result
 
 import geffect_fast as gf
 from geffect_fast.report import write_report
-from geffect_fast.report.compare_plots import comparison_figures
-from geffect_fast.report.curves import figure_svg
-from geffect_fast.report.frontier import plot_frontier
-from geffect_fast.report.page import page_html
-from geffect_fast.report.plots import blank_figure
-from geffect_fast.report.step_plots import step_figures
+from geffect_fast.report.figures.compare import comparison_figures
+from geffect_fast.report.figures.frontier import frontier_figure
+from geffect_fast.report.figures.steps import step_figures
+from geffect_fast.report.figures.style import blank_figure, save_figure
+from geffect_fast.report.html.page import page_html
 
 BROKEN, VALID = r"ga $\frac{$", "npo $x_2$"
 RISKS = ("unlearn", "retain", r"cost $\{$")
 
 
-def words(svg):
-    """The texts of an SVG, one after the other."""
+def words(figure, folder):
+    """The texts of a figure as SVG, one after the other."""
+    save_figure(figure, folder / "x", ("svg",))
+    svg = (folder / "x.svg").read_text(encoding="utf-8")
     found = ElementTree.fromstring(svg).iter("{http://www.w3.org/2000/svg}text")
     return " ".join("".join(each.itertext()) for each in found)
 
@@ -41,22 +41,22 @@ def test_a_profile_and_its_page(tmp_path):
 def test_steps(tmp_path):
     dataset = step_dataset((BROKEN, VALID), n_steps=3, risks=RISKS)
     for name, figure in step_figures(dataset).items():
-        svg = figure_svg(figure, name)
-        assert VALID in words(svg) or BROKEN in words(svg) or RISKS[2] in words(svg), name
+        found = words(figure, tmp_path)
+        assert any(label in found for label in (VALID, BROKEN, RISKS[2])), name
     assert page_html({"a $1$": dataset}).count(BROKEN) > 3
 
 
-def test_runs_side_by_side():
+def test_runs_side_by_side(tmp_path):
     runs = {r"run $\alpha": step_dataset((BROKEN,), n_steps=3, risks=RISKS), "b $": None}
     runs["b $"] = step_dataset((VALID,), n_steps=3, seed=1, risks=RISKS)
     runs = {f"{name}$": run for name, run in runs.items()}
     for name, figure in comparison_figures(gf.compare(runs)).items():
-        found = words(figure_svg(figure, name))
+        found = words(figure, tmp_path)
         assert all(run in found for run in runs), (name, found)
     assert page_html(runs).count(r"run $\alpha$") > 3
 
 
-def test_a_sweep(swept, tmp_path):  # noqa: F811
+def test_a_sweep(swept, tmp_path):
     dataset = swept()
     named = [f"{name} $\\frac{{$" for name in map(str, dataset["objective"].values)]
     write_report(dataset.assign_coords(objective=named), tmp_path)
@@ -66,15 +66,16 @@ def test_a_sweep(swept, tmp_path):  # noqa: F811
 def test_the_frontier(tmp_path):
     result = token_result(drawn_shares([9, 14, 6]), {VALID: 0.4, BROKEN: 1.2})
     best = gf.optimal_weights(result, retain_budget=0.002)
-    plot_frontier(result, best, tmp_path / "frontier.png")
+    found = words(frontier_figure(result, best), tmp_path)
+    assert BROKEN in found and VALID in found
 
 
 @pytest.mark.parametrize("scale", ["log", "symlog"])
-def test_powers_of_ten_stay_powers(scale):
+def test_powers_of_ten_stay_powers(scale, tmp_path):
     figure = blank_figure(4, 3)
     panel = figure.subplots()
     panel.plot(np.geomspace(1, 1e6, 5), label=BROKEN)
     panel.set_yscale(scale)
     panel.legend()
-    found = words(figure_svg(figure, "x"))
+    found = words(figure, tmp_path)
     assert BROKEN in found and "106" in "".join(found.split()) and "mathdefault" not in found

@@ -3,34 +3,17 @@
 from __future__ import annotations
 
 import numpy as np
-import pytest
 from token_results import drawn_shares, token_result
 
 import geffect_fast as gf
-from geffect_fast.report import frontier
-from geffect_fast.report.frontier import plot_frontier
+from geffect_fast.report.figures.frontier import frontier_figure
 
 
-@pytest.fixture
-def drawn(monkeypatch, tmp_path):
-    """Draws a frontier and gives the panel it is drawn on."""
-    figures = []
-
-    def kept(*size):
-        figures.append(blank(*size))
-        return figures[-1]
-
-    blank = frontier.blank_figure
-    monkeypatch.setattr(frontier, "blank_figure", kept)
-
-    def draw(result, **asked):
-        best = gf.optimal_weights(result, **asked)
-        file = tmp_path / "picture.part"
-        plot_frontier(result, best, file)
-        assert file.read_bytes().startswith(b"\x89PNG") and file.stat().st_size > 10_000
-        return best, figures[-1].axes[0]
-
-    return draw
+def drawn(result, **asked):
+    """The best weights, and the panel that a frontier is drawn on."""
+    best = gf.optimal_weights(result, **asked)
+    (panel,) = frontier_figure(result, best).axes
+    return best, panel
 
 
 def lines(panel):
@@ -44,7 +27,7 @@ def words(panel):
 OTHERS = {"wga(alpha=1)": 0.4, "npo(beta=0.1)": 40.0, "gd": 1.2}
 
 
-def test_the_curve_the_choice_and_every_objective_are_there(drawn):
+def test_the_curve_the_choice_and_every_objective_are_there():
     result = token_result(drawn_shares([9, 14, 6]), OTHERS)
     best, panel = drawn(result, retain_budget=0.002)
     found = lines(panel)
@@ -62,7 +45,7 @@ def test_the_curve_the_choice_and_every_objective_are_there(drawn):
     assert "weights above 1" in title and "÷ k" in title
 
 
-def test_labels_are_not_written_over_each_other(drawn):
+def test_labels_are_not_written_over_each_other():
     close = {f"wga(alpha={i})": 1 - 0.003 * i for i in range(12)}
     _, panel = drawn(token_result(drawn_shares([9, 14]), close), removal=-0.01)
     panel.figure.canvas.draw()  # saving has left sizes of another resolution
@@ -72,7 +55,7 @@ def test_labels_are_not_written_over_each_other(drawn):
         assert not any(box.shrunk(1, 0.95).overlaps(other.shrunk(1, 0.95)) for other in boxes[:i])
 
 
-def test_many_objectives_are_told_apart_by_family(drawn):
+def test_many_objectives_are_told_apart_by_family():
     many = {f"wga(alpha={i})": 0.9**i for i in range(2, 14)} | {
         f"npo(beta={i})": 9.0 for i in (1, 2)
     }
@@ -84,7 +67,7 @@ def test_many_objectives_are_told_apart_by_family(drawn):
     )
 
 
-def test_objectives_that_are_not_finite_are_named(drawn):
+def test_objectives_that_are_not_finite_are_named():
     result = token_result(drawn_shares([9, 14]), OTHERS)
     result.g_effect[1, 0, 0, 0] = np.nan
     _, panel = drawn(result, removal=-0.01)
@@ -92,7 +75,7 @@ def test_objectives_that_are_not_finite_are_named(drawn):
     assert lines(panel)["objectives"].shape == (2, 3)
 
 
-def test_a_curve_without_any_trade_is_a_point(drawn):
+def test_a_curve_without_any_trade_is_a_point():
     best, panel = drawn(token_result([np.array([[-1.0, -2.0], [0.1, 0.2]])]), retain_budget=0)
     assert lines(panel)["the best that token weights from 0 to 1 do"].shape == (2, 1)
     assert float(best.shadow_price) == 0

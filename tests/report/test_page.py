@@ -2,191 +2,33 @@
 
 from __future__ import annotations
 
-import itertools
-import re
-
 import numpy as np
 import pytest
-from html_tree import Page, assert_allows_no_request, elements, find, text
+from html_tree import find, text
+from report_views import ORDER, checked, luminance, rows_of, section, sections, visible
 from step_results import step_dataset
 from synthetic import OBJECTIVES, make_dataset
-from test_sweep_report import swept  # noqa: F401
 
 import geffect_fast as gf
 from geffect_fast.arguments import make_config
 from geffect_fast.cli import main
 from geffect_fast.errors import InputError
 from geffect_fast.report import write_report
-from geffect_fast.report.curves import COLOURS
-from geffect_fast.report.page import page_html, write_page
-from geffect_fast.report.page_profile import MOST_POINTS, outliers
-from geffect_fast.report.page_steps import turning_sentence
-from geffect_fast.report.steps import Steps
-from geffect_fast.report.svg import dark
-from geffect_fast.report.token_colours import GROUND
-from geffect_fast.storage.run_folder import open_run, save_run
+from geffect_fast.report.figures.style import COLOURS
+from geffect_fast.report.figures.sweep import FAMILIES
+from geffect_fast.report.html.page import page_html, write_page
+from geffect_fast.report.html.profile import MOST_POINTS, outliers
+from geffect_fast.report.summary.step_findings import turning_sentence
+from geffect_fast.report.summary.steps import Steps
+from geffect_fast.report.tokens.colours import GROUND
+from geffect_fast.storage.run_folder import open_run
+from geffect_fast.storage.save_run import save_run
 
-ORDER = [
-    *("answer", "verdicts", "curves", "layers", "instances", "tokens", "cosines", "prediction"),
-    *("table", "signs", "made"),
-]
 CONFIG = {"model": "model", "forget": "forget", "retain": "retain", "objectives": "ga"}
 
 
 def make(**kwargs):
     return make_dataset(objectives=OBJECTIVES[:2], **kwargs)
-
-
-def broken(dataset, at, value):
-    dataset["g_effect"][at] = value
-    return dataset
-
-
-def profiles():
-    """Results of one model, ordinary and awkward ones, by name; and the sections of their pages."""
-    unnamed = make()
-    unnamed["question"] = ("sample", [""] * unnamed.sizes["sample"])
-    return {
-        "ordinary": (make(), {"layers", "instances", "cosines"}),
-        "zero": (broken(make(), ..., 0), {"layers", "instances", "cosines"}),
-        "nan": (broken(make(), 1, np.nan), {"layers", "instances", "cosines"}),
-        "infinite": (broken(make(), (0, 1, 2, 3), np.inf), {"layers", "instances", "cosines"}),
-        "all nan": (broken(make(), ..., np.nan), {"layers", "instances", "cosines"}),
-        "no questions": (unnamed, {"layers", "instances", "cosines"}),
-        "no norms": (make().drop_vars(["cosine", "grad_norm"]), {"layers", "instances"}),
-        "one row": (make(n_forget=1, n_retain=0), {"layers", "instances", "cosines"}),
-        "probes": (make(risks=("unlearn", "retain", "code")), {"layers", "instances", "cosines"}),
-        "only parameters": (make(resolve=("parameter",)), {"layers", "cosines"}),
-        "only totals": (make(resolve=()), {"cosines"}),
-        "tokens": (
-            make(resolve=("group", "sample", "token")),
-            {"layers", "instances", "tokens", "cosines"},
-        ),
-    }
-
-
-def step_results():
-    """Step results, ordinary and awkward ones, by name."""
-    lost = step_dataset(n_steps=5, resolve=())
-    lost["g_effect"][3] = np.nan
-    lost["risk_value"][4] = np.inf
-    return {
-        "trained": step_dataset(("ga", "npo(beta=0.1)"), n_steps=3),
-        "checkpoints": step_dataset(n_steps=3, every=10, trained=False, resolve=("group",)),
-        "one step": step_dataset(n_steps=1, resolve=()),
-        "lost": lost,
-        "tokens": step_dataset(
-            n_steps=2, n_forget=2, resolve=("sample", "token"), weights=False, explodes=True
-        ),
-    }
-
-
-def checked(html):
-    """The tree of a page that is whole and by itself."""
-    root = Page(html).root
-    ids = [e[1]["id"] for e in elements(root) if "id" in e[1]]
-    assert len(ids) == len(set(ids))
-    for element in elements(root):
-        for name, value in element[1].items():
-            assert not name.startswith("on")
-            if name in ("href", "src", "action", "data", "poster", "srcset"):
-                assert value.startswith("#") or (element[0] == "image" and "data:" in value[:5])
-                assert value[0] != "#" or value[1:] in ids
-            for target in re.findall(r"url\(#([^)]+)\)", value):
-                assert target in ids
-            assert "url(" not in value or "url(#" in value
-    assert html.count("http") == html.count("<meta http-equiv=") == 1
-    assert_allows_no_request(root)
-    assert "@import" not in html and "url(" not in style_of(root)
-    used = set(re.findall(r"var\((--k\d+)\)", html))
-    defined = re.findall(r"(--k\d+):", style_of(root))
-    assert sorted(defined) == sorted([*used, *used])  # light and dark
-    for svg in find(root, "svg"):
-        assert svg[1].get("aria-hidden") == "true" or (
-            svg[1]["role"] == "img" and svg[1]["aria-label"].strip(" ,")
-        )
-    for figure in find(root, "figure"):
-        assert len(text(find(figure, "figcaption")[0])) > 20
-    for table in find(root, "table"):
-        assert table[1].get("aria-label") or "map" in str(find(root, "div", **{"class": "map"}))
-        heads = find(find(table, "thead")[0], "th")
-        assert heads and all(head[1]["scope"] == "col" for head in heads)
-        rows = find(find(table, "tbody")[0], "tr")
-        for row in rows:
-            assert row[2][0][0] == "th" and row[2][0][1]["scope"] == "row"
-            assert len([c for c in row[2] if not isinstance(c, str)]) >= len(heads)
-    levels = [int(e[0][1]) for e in elements(root) if re.fullmatch(r"h[1-6]", e[0])]
-    assert levels[0] == 1 and levels.count(1) == 1
-    assert all(b <= a + 1 for a, b in itertools.pairwise(levels))
-    (html_element,), (title,) = find(root, "html"), find(root, "title")
-    assert html_element[1]["lang"] == "en" and text(title)
-    assert [len(find(root, tag)) for tag in ("header", "main", "nav", "footer")] == [1] * 4
-    assert not re.search(r"\bnan\b|None(?! of)|Undefined", visible(root))
-    return root
-
-
-def style_of(root):
-    return "".join(map(text, find(root, "style")))
-
-
-def visible(root):
-    """What a reader sees, without figures."""
-    hidden = ("style", "script", "svg")
-    if isinstance(root, str):
-        return root
-    return "" if root[0] in hidden else " ".join(visible(c) for c in root[2])
-
-
-def sections(root):
-    return [e[1]["id"] for e in find(root, "section") if e[1].get("class") == "part"]
-
-
-def section(root, name):
-    return find(root, "section", id=name)[0]
-
-
-def rows_of(root, label):
-    """The cells of a table whose name begins so."""
-    table = next(t for t in find(root, "table") if t[1].get("aria-label", "").startswith(label))
-    return [
-        [text(cell) for cell in row[2] if not isinstance(cell, str)] for row in find(table, "tr")
-    ]
-
-
-# ---- any result gives a whole page ----
-
-
-@pytest.mark.parametrize("name", profiles())
-def test_any_profile_gives_a_page(name):
-    dataset, more = profiles()[name]
-    before = dataset.copy(deep=True)
-    root = checked(page_html({"run": dataset}))
-    assert sections(root) == [
-        s for s in ORDER if s in {"answer", "verdicts", "table", "signs", "made"} | more
-    ]
-    assert dataset.identical(before)
-
-
-def test_any_sweep_gives_a_page(swept):  # noqa: F811
-    lost = swept()
-    lost["g_effect"][:5] = np.nan
-    for dataset in (lost, swept(["wga(1:1:1)"], resolve=("sample",))):
-        root = checked(page_html({"sweep": dataset}))
-        assert "curves" in sections(root)
-        assert "hyper-parameters" in text(find(section(root, "curves"), "h2")[0])
-
-
-@pytest.mark.parametrize("name", step_results())
-def test_any_step_result_gives_a_page(name):
-    dataset = step_results()[name]
-    before = dataset.copy(deep=True)
-    root = checked(page_html({"run": dataset}))
-    found = sections(root)
-    assert found == [s for s in ORDER if s in found]
-    assert {"answer", "verdicts", "curves", "table", "signs", "made"} <= set(found)
-    assert ("prediction" in found) == (name != "one step")
-    assert ("tokens" in found) == (name in ("trained", "tokens"))
-    assert dataset.identical(before)
 
 
 def test_several_step_results_are_compared():
@@ -311,17 +153,26 @@ def test_from_which_step_on_it_costs_more_than_it_removes(e_u, e_r, says):
 # ---- colours ----
 
 
-def luminance(colour):
-    c = np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)]) / 255
-    linear = np.where(c <= 0.04045, c / 12.92, ((c + 0.055) / 1.055) ** 2.4)
-    return float(linear @ [0.2126, 0.7152, 0.0722])
+TURN = 2 * np.array([0.213, 0.715, 0.072]) - np.eye(3)
+"""hue-rotate(180deg) of CSS on red, green and blue (Filter Effects, 8.5)."""
+
+
+INVERT = 0.92
+
+
+def dark(colour):
+    """What the filter of dark pages makes of a colour."""
+    channels = np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)]) / 255
+    channels = INVERT + (1 - 2 * INVERT) * channels
+    return "#" + "".join(f"{round(255 * c):02x}" for c in (TURN @ channels).clip(0, 1))
 
 
 def test_colours_of_figures_are_told_apart_from_a_dark_page():
+    assert "figure svg { filter: invert(.92) hue-rotate(180deg); }" in page_html({"run": make()})
     ground = luminance(GROUND["dark"])
     greys = [luminance(dark(f"#{v:02x}{v:02x}{v:02x}")) for v in range(0, 256, 15)]
-    assert greys == sorted(greys, reverse=True) and greys[0] > 0.85 and greys[-1] < 0.02
-    for colour in (*COLOURS, "#555555", "#666666", "#b2182b", "#2166ac"):
+    assert greys == sorted(greys, reverse=True) and greys[0] > 0.8 and greys[-1] < 0.02
+    for colour in (*COLOURS, *FAMILIES, "#555555", "#666666", "#b2182b", "#2166ac"):
         assert (luminance(dark(colour)) + 0.05) / (ground + 0.05) >= 3, colour
 
 

@@ -2,20 +2,15 @@
 
 import numpy as np
 import pytest
-from rich.console import Console
+from report_views import ORDER, checked, sections, text_of, words_of
 from synthetic import OBJECTIVES, make_dataset
 
 from geffect_fast.report import write_report
-from geffect_fast.report.findings import findings
-from geffect_fast.report.plots import plot_instances, plot_layers
-from geffect_fast.report.table import render
+from geffect_fast.report.figures.profile import instances_figure, layers_figure
+from geffect_fast.report.summary.effects import by_place, by_sample
+from geffect_fast.report.summary.findings import findings
+from geffect_fast.report.tables.profile import render
 from geffect_fast.results.dataset import sum_positions
-
-
-def text_of(dataset, width=140):
-    console = Console(width=width, record=True, file=open("/dev/null", "w"))  # noqa: SIM115, PTH123
-    console.print(render(dataset))
-    return console.export_text()
 
 
 def make(**kwargs):
@@ -60,7 +55,7 @@ def awkward():
 
 def test_what_is_covered_is_printed():
     def words(result):
-        return " ".join(text_of(result).split())
+        return words_of(render(result))
 
     result = make()
     line = "Covered: 15 of 15 trainable parameters, 12,345 of 12,345 elements; left out: 2 frozen"
@@ -77,7 +72,7 @@ def test_any_result_is_reported(tmp_path, name):
     dataset = awkward()[name]
     before = dataset.copy(deep=True)
     summed = sum_positions(dataset)
-    assert all(objective in text_of(summed) for objective in dataset.objective.values)
+    assert all(objective in text_of(render(summed), 140) for objective in dataset.objective.values)
     sentences = findings(summed)
     assert len(sentences) == 3
     assert all(s.endswith(".") and "nan" not in s and "\n" not in s for s in sentences)
@@ -86,7 +81,15 @@ def test_any_result_is_reported(tmp_path, name):
     placed = bool({"parameter", "group"} & set(dataset.g_effect.dims))
     assert (tmp_path / "plots" / "layers.png").exists() == placed
     assert (tmp_path / "plots" / "instances.png").exists() == ("sample" in dataset.g_effect.dims)
-    assert (tmp_path / "tokens.html").exists() == ("token" in dataset.g_effect.dims)
+    tokens = "token" in dataset.g_effect.dims
+    assert (tmp_path / "tokens.html").exists() == tokens
+    found = {"answer", "verdicts", "table", "signs", "made"}
+    found |= {"layers"} if placed else set()
+    found |= {"instances"} if "sample" in dataset.g_effect.dims else set()
+    found |= {"tokens"} if tokens else set()
+    found |= {"cosines"} if "cosine" in dataset else set()
+    page = checked((tmp_path / "report.html").read_text(encoding="utf-8"))
+    assert sections(page) == [name for name in ORDER if name in found]
     assert dataset.identical(before)
 
 
@@ -95,7 +98,7 @@ def test_the_table_shows_effects_cosines_and_verdicts(dataset):
     dataset["g_effect"][:, 0, 0, 4] = -1.5
     dataset["g_effect"][:, 1, 0, 4] = 0.25
     dataset["cosine"][:] = [-0.75, 0.125]
-    text = text_of(dataset)
+    text = text_of(render(dataset), 140)
     line = next(line for line in text.splitlines() if line.split()[:1] == ["ga"])
     assert line.split()[1:3] == ["-1.5", "+0.25"]
     assert "+0.12" in line and "-0.75" in line and "forgets, spares" in line
@@ -103,7 +106,7 @@ def test_the_table_shows_effects_cosines_and_verdicts(dataset):
 
 
 def test_the_group_table_adds_to_a_hundred(dataset):
-    lines = text_of(dataset).split("Where e_u")[1].split("Where e_r")[0].splitlines()
+    lines = text_of(render(dataset), 140).split("Where e_u")[1].split("Where e_r")[0].splitlines()
     row = next(line.split() for line in lines if line.split()[:1] == ["ga"])
     assert 97 <= sum(abs(float(cell)) for cell in row[1:]) <= 103
 
@@ -114,7 +117,7 @@ def test_instances_are_named_with_row_share_and_question(dataset):
     dataset["g_effect"][:, 1, 0, 5] = 2
     line = next(
         line
-        for line in text_of(dataset).split("Instances")[1].splitlines()
+        for line in text_of(render(dataset), 140).split("Instances")[1].splitlines()
         if line.split()[:1] == ["ga"]
     )
     assert "1  -38%  What did the author number 1" in line
@@ -151,17 +154,22 @@ def test_undefined_objectives_are_named(dataset):
     assert "1 undefined (npo(beta=0.1))" in findings(dataset)[0]
 
 
-def test_plots_are_pictures_of_the_numbers(tmp_path, dataset):
-    assert plot_layers(dataset, tmp_path / "a.png") and plot_instances(dataset, tmp_path / "b.png")
-    plot_layers(-dataset, tmp_path / "c.png")
-    plot_instances(-dataset, tmp_path / "d.png")
-    pictures = [(tmp_path / f"{x}.png").read_bytes() for x in "abcd"]
-    assert all(p.startswith(b"\x89PNG") for p in pictures) and len(set(pictures)) == 4
+def test_plots_are_of_the_numbers(dataset):
+    panels = layers_figure(dataset).axes
+    effect = by_place(dataset, blocks=True)[1]
+    for m, panel in enumerate(panels[:2]):
+        shown = panel.images[0].get_array()
+        expected = effect[:, m] / np.abs(effect[:, m]).max(axis=1, keepdims=True)
+        np.testing.assert_allclose(shown, expected)
+    effect = by_sample(dataset)
+    for panel, one in zip(instances_figure(dataset).axes, effect, strict=False):
+        points = panel.collections[0].get_offsets()
+        np.testing.assert_array_equal(points, one.transpose("sample", "risk"))
 
 
-def test_plotting_leaves_no_figure_and_no_backend_behind(tmp_path, dataset):
+def test_plotting_leaves_no_figure_and_no_backend_behind(dataset):
     import matplotlib.pyplot as plt
 
     before = plt.get_backend()
-    plot_layers(dataset, tmp_path / "a.png")
+    layers_figure(dataset)
     assert plt.get_backend() == before and not plt.get_fignums()

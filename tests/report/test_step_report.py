@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import re
 import warnings
 from xml.etree import ElementTree
@@ -10,37 +9,28 @@ from xml.etree import ElementTree
 import numpy as np
 import pandas as pd
 import pytest
-from rich.console import Console
+from report_views import ORDER, checked, drawn, sections, text_of
 from step_results import step_dataset, trained_result
 from synthetic import OBJECTIVES
 
 import geffect_fast as gf
 from geffect_fast.cli import main
 from geffect_fast.report import write_report
-from geffect_fast.report.curves import figure_svg, fit_scale, save_figures, style_of
-from geffect_fast.report.layer_maps import edges_of
-from geffect_fast.report.step_plots import SHOWN, step_figures
-from geffect_fast.report.step_table import ROWS, render_steps, step_findings
-from geffect_fast.report.steps import (
-    Agreement,
-    Outcome,
-    Steps,
-    agreements,
-    outcome_sentence,
-    trust_sentences,
-)
-from geffect_fast.report.summary import by_place, total
+from geffect_fast.report.figures.layer_maps import edges_of
+from geffect_fast.report.figures.steps import SHOWN, step_figures
+from geffect_fast.report.figures.style import fit_scale, save_figure, style_of
+from geffect_fast.report.html.page import page_html
+from geffect_fast.report.summary.effects import by_place, total
+from geffect_fast.report.summary.step_findings import outcome_sentence, trust_sentences
+from geffect_fast.report.summary.steps import Agreement, Outcome, Steps, agreements
+from geffect_fast.report.tables.steps import ROWS, render_steps, step_findings
 
 STEMS = ["effects", "risks", "groups", "layers", "prediction", "cosines", "norms", "token_weights"]
 
 DRAWN = {"broken": STEMS, "large": STEMS[:2], "all nan": STEMS[:1], "explodes": STEMS[3:5]}
 """Which figures of awkward results are drawn and not only made: it takes its time."""
-
-
-def text_of(dataset, width=120):
-    console = Console(width=width, record=True, file=io.StringIO())
-    console.print(render_steps(dataset))
-    return console.export_text()
+ON_A_PAGE = ("broken", "all nan", "one step", "two steps", "only totals", "tokens")
+"""The same of pages."""
 
 
 def awkward():
@@ -64,6 +54,8 @@ def awkward():
     small = step_dataset(n_steps=5)
     small["g_effect"] = small["g_effect"] * 1e-300
     no_norms = step_dataset().drop_vars(["cosine", "grad_norm", "risk_grad_norm"])
+    by_token = {"n_forget": 2, "resolve": ("sample", "token"), "weights": False}
+    tokens = step_dataset(n_steps=2, explodes=True, **by_token)
     many = tuple(f"wga(alpha={i})" for i in range(12))
     four = ("unlearn", "retain", "general", "code")
     return {
@@ -78,6 +70,7 @@ def awkward():
         "explodes": (step_dataset(n_steps=99, explodes=True, n_blocks=24), ()),
         "only totals": (step_dataset(resolve=()), ("groups", "layers", "token_weights")),
         "groups": (step_dataset(resolve=("group", "sample")), ()),
+        "tokens": (tokens, ("groups", "layers", "token_weights")),
         "four risks": (step_dataset(risks=four, weights=False), ("token_weights",)),
         "many objectives": (step_dataset(many, n_steps=4, trained=False, every=7), ()),
     }
@@ -102,10 +95,16 @@ def test_any_step_result_has_its_figures_table_and_sentences():
                 figure.draw_without_rendering()
             label = figure.get_label()
             assert label.endswith(".") and "\n" not in label and "nan" not in label, (name, label)
-        lines = text_of(dataset).splitlines()
+        lines = text_of(render_steps(dataset)).splitlines()
         assert max(map(len, lines)) <= 120, name
         sentences = (*step_findings(dataset), *trust_sentences(dataset))
         assert all(s.endswith(".") and "nan" not in s for s in sentences), name
+        if name in ON_A_PAGE:
+            found = sections(checked(page_html({"run": dataset})))
+            assert found == [s for s in ORDER if s in found], name
+            assert {"answer", "verdicts", "curves", "table", "signs", "made"} <= set(found), name
+            assert ("prediction" in found) == ("prediction" not in without), name
+            assert ("tokens" in found) == (name == "tokens" or "token_weights" not in without), name
         assert dataset.identical(before), name
 
 
@@ -121,15 +120,6 @@ def test_what_is_not_finite_is_said_where_it_is_drawn():
     assert "at 4 of 8 steps" in figures["token_weights"].axes[0].get_title(loc="left")
     whole = step_figures(step_dataset())
     assert all("NaN" not in p.get_title(loc="left") for f in whole.values() for p in f.axes)
-
-
-def drawn(panel):
-    """Lines of a panel by their names."""
-    return {
-        line.get_label(): line.get_ydata()
-        for line in panel.get_lines()
-        if not line.get_label().startswith("_")
-    }
 
 
 def test_lines_go_through_the_numbers():
@@ -221,14 +211,17 @@ def test_uneven_steps_have_their_own_widths():
     np.testing.assert_array_equal(edges_of(np.array([3])), [2.5, 3.5])
 
 
-def test_a_figure_as_svg_keeps_its_text_and_is_the_same_again():
-    figure = step_figures(step_dataset(n_steps=3))["risks"]
-    written = figure_svg(figure, "risks")
-    assert written == figure_svg(step_figures(step_dataset(n_steps=3))["risks"], "risks")
-    root = ElementTree.fromstring(written)
+def test_a_figure_as_svg_keeps_its_text_and_is_the_same_again(tmp_path):
+    written = []
+    for _ in range(2):
+        figure = step_figures(step_dataset(n_steps=3))["risks"]
+        save_figure(figure, tmp_path / "risks", ("svg",))
+        written.append((tmp_path / "risks.svg").read_text(encoding="utf-8"))
+    assert written[0] == written[1]
+    root = ElementTree.fromstring(written[0])
     texts = {t.text for t in root.iter("{http://www.w3.org/2000/svg}text")}
     assert {"update step", "forget risk", "Risks while trained on ga"} <= texts
-    assert figure.get_label() in written
+    assert figure.get_label() in written[0]
 
 
 def test_pictures_leave_no_global_state_behind(tmp_path):
@@ -236,10 +229,9 @@ def test_pictures_leave_no_global_state_behind(tmp_path):
     import matplotlib.pyplot as plt
 
     before = dict(mpl.rcParams)
-    figures = step_figures(step_dataset(n_steps=3))
-    files = save_figures({"risks": figures["risks"]}, tmp_path)
-    assert [file.name for file in files] == ["risks.png", "risks.svg"]
-    assert files[0].read_bytes().startswith(b"\x89PNG")
+    save_figure(step_figures(step_dataset(n_steps=3))["risks"], tmp_path / "risks")
+    assert {file.name for file in tmp_path.iterdir()} == {"risks.png", "risks.svg"}
+    assert (tmp_path / "risks.png").read_bytes().startswith(b"\x89PNG")
     assert dict(mpl.rcParams) == before and not plt.get_fignums()
 
 
@@ -336,7 +328,7 @@ def test_the_outcome_in_a_sentence():
 
 def test_the_table_lists_evenly_spaced_steps():
     dataset = step_dataset(OBJECTIVES[:2], n_steps=41, every=5)
-    text = text_of(dataset)
+    text = text_of(render_steps(dataset))
     assert text.startswith("Trained on ga to step 200, measured at 41 steps on 12 forget rows")
     rows = re.findall(
         r"^ +(\d+) +(\S+) +(\S+) +(\S+) +(\S+)", text.split("All objectives")[0], re.M
@@ -348,7 +340,7 @@ def test_the_table_lists_evenly_spaced_steps():
     assert float(rows[1][3]) == pytest.approx(read.effects[5, 0, 0], rel=1e-2)
     assert "All objectives at step 200" in text and "wga(alpha=1)" in text
     assert "First order against 40 measured changes" in text
-    untrained = text_of(step_dataset(trained=False))
+    untrained = text_of(render_steps(step_dataset(trained=False)))
     assert untrained.startswith("Effects of ga to step 12") and "by SGD" not in untrained
 
 

@@ -7,14 +7,8 @@ import numpy as np
 import pytest
 from synthetic import make_dataset
 
-from geffect_fast.report.summary import (
-    by_place,
-    by_sample,
-    shares,
-    summarise,
-    total,
-    write_summary,
-)
+from geffect_fast.report.summary.effects import by_place, by_sample, shares, total
+from geffect_fast.report.summary.objectives import summarise, write_summary
 from geffect_fast.results.dataset import sum_positions
 
 

@@ -2,49 +2,26 @@
 
 from __future__ import annotations
 
-import io
 import warnings
 
 import numpy as np
 import pandas as pd
-import pytest
-from rich.console import Console
+from html_tree import find, text
+from report_views import checked, section, sections
+from report_views import text_of as printed
 from synthetic import make_dataset
 
 from geffect_fast.measure import sweep as sweep_module
 from geffect_fast.report import write_report
-from geffect_fast.report.families import HIGHLIGHTS, Swept, highlights, is_sweep, thinned
-from geffect_fast.report.findings import findings
-from geffect_fast.report.sweep_plots import plot_pareto, plot_sweep
-from geffect_fast.report.sweep_table import FRONT_SHOWN, render_sweep
-
-TEXTS = ["wga(alpha=1:4:4)", "npo(beta=0.1:10:3,log)", "wtnpo(1:2:2, alpha=3:5:3)", "ga"]
-
-
-@pytest.fixture
-def swept(monkeypatch):
-    """Makes the result of a sweep with given totals, or with made-up ones."""
-
-    def make(texts=TEXTS, e_u=None, e_r=None, **kwargs):
-        def made_up(_model, _tokenizer, objectives, **_arguments):
-            names = [str(objective) for objective in objectives]
-            dataset = make_dataset(names, **{"resolve": (), "n_blocks": 1} | kwargs)
-            effect = dataset["g_effect"]
-            for risk, totals in ((0, e_u), (1, e_r)):
-                if totals is not None:
-                    effect[:, risk] = totals
-            return dataset
-
-        monkeypatch.setattr(sweep_module, "profile", made_up)
-        return sweep_module.sweep(None, None, forget=[], retain=[], objectives=texts)
-
-    return make
+from geffect_fast.report.figures.sweep import pareto_figure, sweep_figure
+from geffect_fast.report.summary.effects import thinned
+from geffect_fast.report.summary.findings import findings
+from geffect_fast.report.summary.sweep import HIGHLIGHTS, Swept, highlights, is_sweep
+from geffect_fast.report.tables.sweep import FRONT_SHOWN, render_sweep
 
 
-def text_of(dataset, width=80):
-    console = Console(width=width, record=True, file=io.StringIO())
-    console.print(render_sweep(dataset))
-    return console.export_text()
+def text_of(dataset):
+    return printed(render_sweep(dataset), 80)
 
 
 def awkward(swept):
@@ -78,6 +55,10 @@ def test_any_sweep_is_reported(tmp_path, swept):
             warnings.filterwarnings("ignore", category=DeprecationWarning)
             lines = text_of(dataset).splitlines()
             write_report(dataset, folder)
+        root = checked((folder / "report.html").read_text(encoding="utf-8"))
+        assert ("curves" in sections(root)) and "hyper-parameters" in text(
+            find(section(root, "curves"), "h2")[0]
+        )
         assert max(map(len, lines)) <= 80, name
         assert len(findings(dataset)) == 3
         plots = {path.name for path in (folder / "plots").iterdir()}
@@ -172,26 +153,20 @@ def test_only_the_best_take_room_of_their_own(swept):
     assert is_sweep(dataset) and not is_sweep(make_dataset())
 
 
-def test_plots_are_pictures_of_the_numbers(tmp_path, swept):
+def test_the_front_goes_through_the_numbers(swept):
     dataset = swept()
-    turned = dataset.copy()
-    turned["g_effect"] = -dataset["g_effect"]
-    turned["pareto"] = sweep_module.pareto_front(turned)
-    pictures = set()
-    for plot in (plot_sweep, plot_pareto):
-        for result in (dataset, turned):
-            plot(result, tmp_path / "x.png")
-            pictures.add((tmp_path / "x.png").read_bytes())
-    assert len(pictures) == 4 and all(p.startswith(b"\x89PNG") for p in pictures)
+    read, (panel,) = Swept.of(dataset), pareto_figure(dataset).axes
+    front = read.ranked_front()
+    (line,) = (line for line in panel.get_lines() if line.get_drawstyle() == "steps-post")
+    np.testing.assert_array_equal(line.get_data(), [read.e_u[front], read.e_r[front]])
+    points = [each.get_offsets() for each in panel.collections[: len(read.families)]]
+    for family, found in zip(read.families, points, strict=True):
+        expected = np.stack([read.e_u[family.at], read.e_r[family.at]], axis=1)
+        np.testing.assert_array_equal(found, expected)
 
 
-def test_axes_and_lines_are_those_of_the_ranges(tmp_path, swept, monkeypatch):
-    from matplotlib.figure import Figure
-
-    drawn = []
-    monkeypatch.setattr(Figure, "savefig", lambda figure, *a, **k: drawn.append(figure))
-    assert plot_sweep(swept(), tmp_path / "x.png")
-    panels = drawn[0].axes
+def test_axes_and_lines_are_those_of_the_ranges(swept):
+    panels = sweep_figure(swept()).axes
     assert len(panels) == 3 * 2  # e_u, e_r and collateral against alpha and beta
     names = {panel.get_xlabel(): panel for panel in panels if panel.get_xlabel()}
     assert set(names) == {"alpha", "beta"}
@@ -208,15 +183,10 @@ def test_axes_and_lines_are_those_of_the_ranges(tmp_path, swept, monkeypatch):
     ]
 
 
-def test_a_line_goes_through_the_numbers(tmp_path, swept, monkeypatch):
-    from matplotlib.figure import Figure
-
-    drawn = []
-    monkeypatch.setattr(Figure, "savefig", lambda figure, *a, **k: drawn.append(figure))
+def test_a_line_goes_through_the_numbers(swept):
     dataset = swept(["wga(1:3:3)"], e_u=[-3, -2, np.nan], e_r=[-1, 1, 2])
     dataset["pareto"] = sweep_module.pareto_front(dataset)
-    plot_sweep(dataset, tmp_path / "x.png")
-    lines = [panel.get_lines()[0] for panel in drawn[0].axes]
+    lines = [panel.get_lines()[0] for panel in sweep_figure(dataset).axes]
     assert all(list(line.get_xdata()) == [1, 2, 3] for line in lines)
     np.testing.assert_equal(lines[0].get_ydata(), [-3, -2, np.nan])
     np.testing.assert_equal(lines[1].get_ydata(), [-1, 1, 2])

@@ -16,10 +16,11 @@ from synthetic import make_dataset
 from geffect_fast.arguments import make_config
 from geffect_fast.cli import main
 from geffect_fast.report import write_report
-from geffect_fast.report.token_colours import goodness, mark
-from geffect_fast.report.token_html import tokens_html
-from geffect_fast.report.token_view import token_view
-from geffect_fast.storage.run_folder import open_run, save_run
+from geffect_fast.report.tokens.colours import goodness, mark
+from geffect_fast.report.tokens.html import tokens_html
+from geffect_fast.report.tokens.view import token_view
+from geffect_fast.storage.run_folder import open_run
+from geffect_fast.storage.save_run import save_run
 
 OBJECTIVES = ("ga", "wga(alpha=1)", "npo(beta=0.1) + kl")
 FILES = {"model": "model", "forget": "forget.jsonl", "retain": "retain.jsonl"}

@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from report_views import luminance
 from rich.cells import cell_len
 from rich.console import Console
 from synthetic import make_dataset
 
 from geffect_fast.errors import InputError
-from geffect_fast.report.token_colours import (
+from geffect_fast.report.tokens.colours import (
     INK,
     SHADES_OF_256,
     STEPS,
@@ -27,8 +28,8 @@ from geffect_fast.report.token_colours import (
     robust_scale,
     visible,
 )
-from geffect_fast.report.token_terminal import TerminalView, tokens_text
-from geffect_fast.report.token_view import token_view
+from geffect_fast.report.tokens.terminal import TerminalView, tokens_text
+from geffect_fast.report.tokens.view import token_view
 
 OBJECTIVES = ("ga", "wga(alpha=1)", "npo(beta=0.1) + kl")
 
@@ -54,12 +55,6 @@ def of_row(*effects, texts=None):
 
 
 # ---- colours ----
-
-
-def luminance(hexadecimal):
-    channels = [int(hexadecimal[at : at + 2], 16) / 255 for at in (1, 3, 5)]
-    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
-    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])

@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import io
-import json
-
 import numpy as np
 import pytest
 import xarray as xr
-from rich.console import Console
+from report_views import words_of
 from step_results import step_dataset
 from synthetic import make_dataset
 
 import geffect_fast as gf
-from geffect_fast.report import page_steps
-from geffect_fast.report.compare_table import render_comparison
-from geffect_fast.report.families import Swept
-from geffect_fast.report.findings import findings
-from geffect_fast.report.page import page_html
-from geffect_fast.report.summary import summarise
-from geffect_fast.report.sweep_table import render_sweep
-from geffect_fast.report.table import render
+from geffect_fast.report.html.page import page_html
+from geffect_fast.report.summary.findings import findings
+from geffect_fast.report.summary.objectives import summarise
+from geffect_fast.report.summary.run_findings import comparison_finding
+from geffect_fast.report.summary.sweep import Swept
+from geffect_fast.report.tables.compare import render_comparison
+from geffect_fast.report.tables.profile import render
+from geffect_fast.report.tables.sweep import render_sweep
 from geffect_fast.results.told_apart import effect_errors, told_apart
 
 NAMES = ["ga", "npo(beta=0.1)", "gd"]
@@ -33,12 +30,6 @@ def result(e_u, e_r, error=0.01, names=NAMES, **kwargs):
     dataset["g_effect"][:, 0], dataset["g_effect"][:, 1] = e_u, e_r
     stated = {"precision_error": error, "precision_samples": [0, 6]} if error else {}
     return dataset.assign_attrs(dtype="bfloat16", **stated)
-
-
-def written(what, width=200):
-    console = Console(width=width, record=True, file=io.StringIO())
-    console.print(what)
-    return " ".join(console.export_text().split())
 
 
 def test_the_least_cost_is_shared_by_what_is_no_different():
@@ -86,33 +77,34 @@ def test_told_apart_by_more_than_the_larger_error():
 # ---- sweeps ----
 
 
-def swept(e_u, e_r, error=0.01):
-    """A sweep of one family."""
-    text = f"wga(alpha=1:{len(e_u)}:{len(e_u)})"
-    names = [f"wga(alpha={i + 1})" for i in range(len(e_u))]
-    dataset = result(e_u, e_r, error, names).assign_coords(
-        sweep=("objective", [text] * len(e_u)),
-        hyper_alpha=("objective", np.arange(1.0, len(e_u) + 1)),
-    )
-    dataset.attrs["sweeps"] = json.dumps({text: {"alpha": False}})
-    return dataset.assign(pareto=gf.pareto_front(dataset))
+@pytest.fixture
+def family(swept):
+    """Makes a sweep of one family with these totals, in bf16 with this `precision_error`."""
+
+    def make(e_u, e_r, error=0.01):
+        dataset = swept([f"wga(alpha=1:{len(e_u)}:{len(e_u)})"], e_u=e_u, e_r=e_r)
+        stated = {"precision_error": error, "precision_samples": [0, 6]} if error else {}
+        dataset = dataset.assign_attrs(dtype="bfloat16", **stated)
+        return dataset.assign(pareto=gf.pareto_front(dataset))
+
+    return make
 
 
-def test_the_front_keeps_what_is_not_told_apart_from_its_better():
+def test_the_front_keeps_what_is_not_told_apart_from_its_better(family):
     e_u, e_r = [-1.0, -0.995, -0.9, -0.5], [-0.2, -0.201, -0.3, -0.1]
-    assert swept(e_u, e_r).pareto.values.tolist() == [True, True, False, True]
-    assert swept(e_u, e_r, error=0).pareto.values.tolist() == [True, False, False, True]
+    assert family(e_u, e_r).pareto.values.tolist() == [True, True, False, True]
+    assert family(e_u, e_r, error=0).pareto.values.tolist() == [True, False, False, True]
 
 
-def test_the_best_of_a_family_names_how_many_are_no_different():
-    dataset = swept([-1.0, -0.995, -0.9, -0.5], [-0.2, -0.21, -0.4, -0.39])
-    (family,) = Swept.of(dataset).families
-    (at, best), *_ = Swept.of(dataset).picks(family).items()
+def test_the_best_of_a_family_names_how_many_are_no_different(family):
+    dataset = family([-1.0, -0.995, -0.9, -0.5], [-0.2, -0.21, -0.4, -0.39])
+    (one,) = Swept.of(dataset).families
+    (at, best), *_ = Swept.of(dataset).picks(one).items()
     assert at == 0
     assert best == ["strongest removal (2 alike)", "least damage", "least collateral"]
-    assert "strongest removal (2 alike)" in written(render_sweep(dataset))
-    exact = Swept.of(swept([-1.0, -0.995, -0.9, -0.5], [-0.2, -0.21, -0.4, -0.39], error=0))
-    assert exact.picks(family)[0] == ["strongest removal", "least damage", "least collateral"]
+    assert "strongest removal (2 alike)" in words_of(render_sweep(dataset))
+    exact = Swept.of(family([-1.0, -0.995, -0.9, -0.5], [-0.2, -0.21, -0.4, -0.39], error=0))
+    assert exact.picks(one)[0] == ["strongest removal", "least damage", "least collateral"]
 
 
 # ---- where it is said ----
@@ -124,9 +116,9 @@ def test_tables_and_pages_say_the_figure():
         "Precision: effects in 16 bits may be off by 1.2 % (thrice what float32 changes at forget "
         "row 0 and 6); objectives that differ by no more are called no different."
     )
-    assert line in written(render(dataset))
+    assert line in words_of(render(dataset))
     assert line in page_html({"run": dataset})
-    assert "Precision" not in written(render(result([-1] * 3, [0] * 3, error=0)))
+    assert "Precision" not in words_of(render(result([-1] * 3, [0] * 3, error=0)))
 
 
 def test_tables_say_why_there_is_no_figure():
@@ -134,7 +126,7 @@ def test_tables_say_why_there_is_no_figure():
         precision_note="not measured: no room"
     )
     line = "Precision of effects in 16 bits: not measured: no room."
-    assert line in written(render(dataset)) and line in page_html({"run": dataset})
+    assert line in words_of(render(dataset)) and line in page_html({"run": dataset})
 
 
 def compared(rises, error):
@@ -146,8 +138,7 @@ def compared(rises, error):
         stated = {"precision_error": error, "precision_samples": [0]} if error else {}
         runs[name] = run.assign_attrs(stated)
     both = gf.compare(runs)
-    lead = page_steps.compared_answer(runs, {n: r.isel(step=-1) for n, r in runs.items()}, both)[0]
-    return both, lead.text
+    return both, comparison_finding(both)
 
 
 def test_runs_that_are_compared_are_held_to_the_figure():
@@ -159,9 +150,9 @@ def test_runs_that_are_compared_are_held_to_the_figure():
     three = compared(rises | {"npo(beta=0.1)": (1.0, 0.2)}, error=0.02)[1]
     assert "ga raises the forget risk most, by 2; gd as much, as far as 16 bits tell." in three
     assert "risen alike under all, as far as 16 bits tell" in said and "least" not in said
-    assert "effects in 16 bits may be off by 2 %" in written(render_comparison(both))
+    assert "effects in 16 bits may be off by 2 %" in words_of(render_comparison(both))
     both, said = compared(rises, error=0.0)
     assert "ga raises the forget risk most, by 2." in said and "risen least under" in said
-    assert "16 bits" not in said + written(render_comparison(both))
+    assert "16 bits" not in said + words_of(render_comparison(both))
     said = compared({"ga": (2.0, 0.5), "gd": (1.0, 0.9)}, error=0.02)[1]
     assert "ga raises the forget risk most, by 2." in said and "risen least under ga" in said

@@ -38,8 +38,7 @@ def raising(error):
 def no_matplotlib(patch):
     for name in [n for n in sys.modules if n.partition(".")[0] == "matplotlib"]:
         patch.delitem(sys.modules, name)
-    for name in ("figure", "any_backend"):
-        patch.delitem(sys.modules, f"geffect_fast.report.{name}", raising=False)
+    patch.delitem(sys.modules, "geffect_fast.report.figures.canvas", raising=False)
     patch.setitem(sys.modules, "matplotlib", None)
     yield
 
@@ -110,7 +109,7 @@ def command(kind):
     ("kind", "fault", "named"),
     [
         ("profile", no_matplotlib, "report.html could not be made (ModuleNotFoundError: "),
-        ("profile", broken_matplotlib, "plots/layers.png could not be made (SystemError: bad buil"),
+        ("profile", broken_matplotlib, "report.html could not be made (SystemError: bad build)"),
         ("profile", no_font, "could not be made (RuntimeError: Can not load face"),
         ("profile", broken_template, "report.html could not be made (TemplateSyntaxError"),
         ("profile", broken_table, "summary.csv could not be made (ValueError: no columns)"),
@@ -118,11 +117,7 @@ def command(kind):
         ("sweep", no_font, "could not be made (RuntimeError: Can not load face"),
         ("tokens", broken_template, "report.html could not be made (TemplateSyntaxError"),
         ("unlearn", no_matplotlib, "report.html could not be made (ModuleNotFoundError: "),
-        (
-            "unlearn",
-            broken_matplotlib,
-            "plots/effects.png could not be made (SystemError: bad buil",
-        ),
+        ("unlearn", broken_matplotlib, "report.html could not be made (SystemError: bad build)"),
     ],
 )
 def test_numbers_are_there_and_report_makes_what_is_missing(
@@ -158,7 +153,7 @@ def check_whole(folder):
 def test_one_picture_that_fails_leaves_the_others(here, capfd, monkeypatch):
     error = RuntimeError("no\nink\x1b[31m")
     with monkeypatch.context() as patch:
-        patch.setattr("geffect_fast.report.plots.plot_layers", raising(error))
+        patch.setattr("geffect_fast.report.figures.profile.layers_figure", raising(error))
         assert main(profile()) == 3
     line = capfd.readouterr().err
     assert line.count("\n") == 1 and "\x1b" not in line and "nor " not in line

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import io
-import json
 import math
 
 import numpy as np
@@ -12,29 +10,28 @@ import pytest
 import torch
 from matplotlib.collections import LineCollection, PolyCollection
 from models import build, samples
-from rich.console import Console
+from report_views import text_of
 from step_results import step_dataset
 from synthetic import make_dataset
 
 import geffect_fast as gf
-from geffect_fast.report import page_steps
-from geffect_fast.report.compare_plots import compare_figures
-from geffect_fast.report.compare_table import (
-    comparison_intervals,
-    comparison_rows,
-    write_comparison,
-)
-from geffect_fast.report.findings import findings
-from geffect_fast.report.frontier import plot_frontier
-from geffect_fast.report.page_blocks import HeatMap
-from geffect_fast.report.page_profile import full_table, read_cosines
-from geffect_fast.report.plots import blank_figure, mark_noise
-from geffect_fast.report.step_plots import step_figures
-from geffect_fast.report.steps import Steps, outcome_sentence
-from geffect_fast.report.summary import by_place, place_widths, summarise, verdict_of
-from geffect_fast.report.sweep_plots import BARS, pareto_figure, sweep_figure
-from geffect_fast.report.turning import turning_sentence
-from geffect_fast.report.weights_table import render_weights
+from geffect_fast.report.figures.compare import comparison_figures
+from geffect_fast.report.figures.frontier import frontier_figure
+from geffect_fast.report.figures.profile import mark_noise
+from geffect_fast.report.figures.steps import step_figures
+from geffect_fast.report.figures.style import blank_figure
+from geffect_fast.report.figures.sweep import BARS, pareto_figure, sweep_figure
+from geffect_fast.report.html.blocks import HeatMap
+from geffect_fast.report.html.profile import full_table, read_cosines
+from geffect_fast.report.html.steps import full_table as steps_table
+from geffect_fast.report.summary.effects import by_place, place_widths
+from geffect_fast.report.summary.findings import findings
+from geffect_fast.report.summary.objectives import summarise, verdict_of
+from geffect_fast.report.summary.run_findings import comparison_finding
+from geffect_fast.report.summary.runs import comparison_intervals, comparison_rows, write_comparison
+from geffect_fast.report.summary.step_findings import outcome_sentence, turning_sentence
+from geffect_fast.report.summary.steps import Steps
+from geffect_fast.report.tables.weights import render_weights
 from geffect_fast.results.intervals import Z, cosine_interval, effect_intervals, stretch
 
 BOTH = ["unlearn", "retain"]
@@ -194,8 +191,7 @@ def compared(rises, size):
         path = [[1, 1], [1 + rise, 1 + abs(rise) / 2]]
         runs[name] = with_risks(path, spread, objective=name, seed=i)
     both = gf.compare(runs)
-    lasts = {name: run.isel(step=-1) for name, run in runs.items()}
-    return both, page_steps.compared_answer(runs, lasts, both)[0].text
+    return both, comparison_finding(both)
 
 
 def test_no_run_removes_most_within_noise():
@@ -268,7 +264,7 @@ def test_full_tables_have_an_interval_beside_each_number():
     spread = np.zeros((2, 2, 3))
     spread[1, 0] = [0.03, 0, 0.04]
     steps = with_risks([[1, 2], [3, 2.5]], spread)
-    table = page_steps.full_table(steps)[0]
+    table = steps_table(steps)[0]
     last = dict(zip(table.head, table.rows[1], strict=True))
     assert last["R_u"] == f"3 [{3 - Z * 0.05:.4g}, {3 + Z * 0.05:.4g}]"
     change = float(steps["measured_change"][1, 0])
@@ -334,7 +330,7 @@ def test_curves_of_several_runs_are_shaded_and_paths_end_in_bars():
         name: with_risks([[1, 1], [2, 1.5]], np.full((2, 2, 3), 0.1) * [[[0]], [[1]]], seed=i)
         for i, name in enumerate(("one", "two"))
     }
-    both, figures = gf.compare(runs), compare_figures(runs)
+    both, figures = gf.compare(runs), comparison_figures(gf.compare(runs))
     for i, (low, high) in enumerate(shaded(figures["effects"].axes[1])):
         np.testing.assert_allclose(low, both["g_effect_low"][i, :, 1], rtol=1e-6)
         np.testing.assert_allclose(high, both["g_effect_high"][i, :, 1], rtol=1e-6)
@@ -349,19 +345,12 @@ def test_curves_of_several_runs_are_shaded_and_paths_end_in_bars():
     assert ends == pytest.approx([2 * Z * 0.1 * 3**0.5] * 4)
 
 
-def swept(n):
-    names = [f"wga(alpha={i + 1})" for i in range(n)]
-    text = f"wga(alpha=1:{n}:{n})"
-    dataset = with_intervals(make_dataset(names, resolve=("sample",)), narrow=0.2).assign_coords(
-        sweep=("objective", [text] * n),
-        hyper_alpha=("objective", np.arange(1.0, n + 1)),
-    )
-    dataset.attrs["sweeps"] = json.dumps({text: {"alpha": False}})
-    return dataset.assign(pareto=gf.pareto_front(dataset))
+def test_a_sweep_is_shaded_and_its_front_has_bars(swept):
+    def of(n):
+        made = with_intervals(swept([f"wga(alpha=1:{n}:{n})"], resolve=("sample",)), narrow=0.2)
+        return made.assign(pareto=gf.pareto_front(made))
 
-
-def test_a_sweep_is_shaded_and_its_front_has_bars():
-    dataset = swept(5)
+    dataset = of(5)
     panels = sweep_figure(dataset).axes
     for m, panel in enumerate(panels[:2]):
         (band,) = shaded(panel)
@@ -380,7 +369,7 @@ def test_a_sweep_is_shaded_and_its_front_has_bars():
     np.testing.assert_allclose(np.sort(across[..., 0]), np.stack(
         [dataset.g_effect_low[:, 0], dataset.g_effect_high[:, 0]], -1), rtol=1e-9)  # fmt: skip
     np.testing.assert_allclose(up[:, 1, 1], dataset.g_effect_high[:, 1], rtol=1e-9)
-    many = swept(BARS + 6)
+    many = of(BARS + 6)
     assert len(bars(many)[0]) <= BARS  # of many those of the front
 
 
@@ -428,25 +417,19 @@ def test_weights_have_the_intervals_of_their_rows():
     drawn = np.quantile(drawn * np.abs(drawn) / abs(rows.sum()), [0.025, 0.975])
     found = [float(best[f"e_u_{side}"]) for side in ("low", "high")]
     np.testing.assert_allclose(found, drawn, atol=0.12 * np.ptp(drawn))
-    table = Console(width=120, record=True, file=io.StringIO())
-    table.print(render_weights(best))
-    assert f"[{found[0]:+.3g}, {found[1]:+.3g}]" in table.export_text()
+    assert f"[{found[0]:+.3g}, {found[1]:+.3g}]" in text_of(render_weights(best))
 
 
-def test_the_frontier_has_a_bar_an_objective(tmp_path, monkeypatch):
-    drawn = []
-    monkeypatch.setattr(
-        "geffect_fast.report.frontier._untangle", lambda panel, labels: drawn.append(panel)
-    )
+def test_the_frontier_has_a_bar_an_objective():
     model = build("llama", dtype=torch.float64)
     forget, retain = samples([9, 7, 11, 8], 1), samples([8, 10, 9], 2)
     result = gf.profile(
         model, None, forget=forget, retain=retain, objectives=["ga", "wga(alpha=1)"],
         resolve=("sample", "token"),
     )  # fmt: skip
-    plot_frontier(result, gf.optimal_weights(result, retain_budget=0.0), tmp_path / "f.png")
-    bars = [b for b in drawn[0].collections if isinstance(b, LineCollection)]
+    (panel,) = frontier_figure(result, gf.optimal_weights(result, retain_budget=0.0)).axes
+    bars = [b for b in panel.collections if isinstance(b, LineCollection)]
     up = np.array(bars[1].get_segments())[:, :, 1]
     low, high = (result[f"g_effect_{side}"].sel(risk="retain").values for side in ("low", "high"))
     np.testing.assert_allclose(np.sort(up[0]), [low[0], high[0]], rtol=1e-9)
-    assert "Bars: 95 %" in drawn[0].get_title(loc="left")
+    assert "Bars: 95 %" in panel.get_title(loc="left")

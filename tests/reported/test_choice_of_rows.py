@@ -10,10 +10,10 @@ from matplotlib.collections import LineCollection, PolyCollection
 from synthetic import make_dataset
 
 import geffect_fast as gf
-from geffect_fast.report.curves import draw_lines
-from geffect_fast.report.families import Swept
-from geffect_fast.report.plots import blank_figure
-from geffect_fast.report.sweep_plots import sweep_figure
+from geffect_fast.report.figures.curves import draw_lines
+from geffect_fast.report.figures.style import blank_figure
+from geffect_fast.report.figures.sweep import sweep_figure
+from geffect_fast.report.summary.sweep import Swept
 from geffect_fast.results.intervals import effect_intervals, stretch
 
 STEPS = np.arange(5)

@@ -15,7 +15,7 @@ from torch import nn
 
 import geffect_fast as gf
 from geffect_fast.errors import InputError, UnsupportedModelError
-from geffect_fast.report.check_table import verdict
+from geffect_fast.report.tables.check import verdict
 
 peft = pytest.importorskip("peft")
 

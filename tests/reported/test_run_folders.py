@@ -17,7 +17,8 @@ from geffect_fast.errors import InputError
 from geffect_fast.paths import is_there
 from geffect_fast.storage.lock import LOCK, locked
 from geffect_fast.storage.manifest import files_below
-from geffect_fast.storage.run_folder import open_run, save_run
+from geffect_fast.storage.run_folder import open_run
+from geffect_fast.storage.save_run import save_run
 
 CONFIG = make_config({"model": "a/b", "forget": "c/d", "retain": "e/f", "objectives": "ga"})
 OLD, NEW = (make_dataset(n_blocks=1, n_forget=2, seed=seed) for seed in (1, 2))

@@ -12,8 +12,8 @@ from models import build, samples
 
 import geffect_fast as gf
 from geffect_fast.measure.profiler import Profiler
-from geffect_fast.report.page import page_html
-from geffect_fast.report.step_table import render_steps
+from geffect_fast.report.html.page import page_html
+from geffect_fast.report.tables.steps import render_steps
 from geffect_fast.results.rows_needed import rows_note
 from geffect_fast.steps.probe import Probe, run_identity
 from geffect_fast.storage.step_store import StepStore

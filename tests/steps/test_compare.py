@@ -9,7 +9,7 @@ from step_results import step_dataset
 
 import geffect_fast as gf
 from geffect_fast.errors import InputError
-from geffect_fast.report.summary import by_place, total
+from geffect_fast.report.summary.effects import by_place, total
 
 NPO, GA = "npo(beta=0.1)", "ga"
 KNOWN = {

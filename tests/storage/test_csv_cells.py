@@ -9,8 +9,8 @@ import pytest
 from step_results import step_dataset
 from synthetic import make_dataset
 
-from geffect_fast.report.steps import write_step_summary
-from geffect_fast.report.summary import write_summary
+from geffect_fast.report.summary.objectives import write_summary
+from geffect_fast.report.summary.steps import write_step_summary
 from geffect_fast.storage.csv_cells import csv_cell, write_csv
 from geffect_fast.storage.export import export
 

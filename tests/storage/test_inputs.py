@@ -17,7 +17,8 @@ from geffect_fast.errors import InputError
 from geffect_fast.measure.models import load_model, load_tokenizer
 from geffect_fast.storage.inputs import input_sums, summed_beside
 from geffect_fast.storage.manifest import Manifest, checksums, files_below
-from geffect_fast.storage.run_folder import save_result, save_run
+from geffect_fast.storage.run_folder import save_result
+from geffect_fast.storage.save_run import save_run
 
 CONFIG = make_config({"model": "a/b", "forget": "c/d", "retain": "e/f", "objectives": "ga"})
 

@@ -13,7 +13,8 @@ from geffect_fast.arguments import make_config
 from geffect_fast.errors import InputError, UnfinishedError
 from geffect_fast.storage.disk import REPLACED, UNFINISHED
 from geffect_fast.storage.manifest import MANIFEST, Manifest, check_sums, files_below
-from geffect_fast.storage.run_folder import check_free, open_run, save_run
+from geffect_fast.storage.run_folder import check_free, open_run
+from geffect_fast.storage.save_run import save_run
 from geffect_fast.storage.seal import write_sealed
 
 CONFIG = make_config({"model": "a/b", "forget": "c/d", "retain": "e/f", "objectives": "ga"})

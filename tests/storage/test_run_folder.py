@@ -14,8 +14,9 @@ from geffect_fast.errors import GEffectError, InputError
 from geffect_fast.storage.disk import UNFINISHED
 from geffect_fast.storage.export import export
 from geffect_fast.storage.manifest import Manifest, check_sums, files_below
-from geffect_fast.storage.run_folder import check_free, open_run, save_run
+from geffect_fast.storage.run_folder import check_free, open_run
 from geffect_fast.storage.run_yaml import load_config
+from geffect_fast.storage.save_run import save_run
 
 CONFIG = make_config({"model": "a/b", "forget": "c/d", "retain": "e/f", "objectives": "ga"})
 

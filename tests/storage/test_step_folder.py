@@ -11,10 +11,10 @@ from synthetic import make_dataset
 
 from geffect_fast.arguments import make_config
 from geffect_fast.errors import InputError, InterruptedRunError, NonFiniteError
-from geffect_fast.storage.add_report import add_report
 from geffect_fast.storage.lock import locked
 from geffect_fast.storage.manifest import MANIFEST, Manifest, check_sums, files_below
-from geffect_fast.storage.run_folder import NEXT, STEPS, open_run, save_run
+from geffect_fast.storage.run_folder import NEXT, STEPS, open_run
+from geffect_fast.storage.save_run import add_report, save_run
 from geffect_fast.storage.step_folder import begun, check_resumed, check_start, finish, kept
 from geffect_fast.storage.step_store import StepStore
 

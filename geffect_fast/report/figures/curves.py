@@ -1,0 +1,201 @@
+"""Lines over steps, a line an objective or a run, and the intervals about them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from geffect_fast.report.figures.style import (
+    SHADED_NOTE,
+    dress,
+    fit_scale,
+    legend_below,
+    note,
+    panels_for,
+    set_titles,
+    style_of,
+    zero_lines,
+)
+from geffect_fast.report.format import (
+    UNLEARN,
+    effect_name,
+    number,
+    risk_words,
+    shortened,
+    symbol,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+MARKED = 30
+"""Up to so many steps every one has a marker."""
+SHADED = 0.16
+"""How opaque the interval about a line is."""
+PARTS_NOTE = f"{SHADED_NOTE[:-1]} that objectives read."
+"""Those of other risks are not told apart by part."""
+
+
+def effect_words(risk: str) -> tuple[str, str]:
+    """Title of a panel with the effect on a risk, and the words along its axis."""
+    hint = "lower: removes more" if risk == UNLEARN else "below 0: harms"
+    return f"effect on the {risk_words(risk)}", f"{effect_name(risk)}  ({hint})"
+
+
+def cosine_words(risk: str) -> tuple[str, str]:
+    """The same of a panel with cosines."""
+    return f"with the gradient of the {risk_words(risk)}", f"cosine_{symbol(risk)}"
+
+
+def over(steps: np.ndarray) -> str:
+    """Which steps are drawn."""
+    return f"over {len(steps)} steps from {steps[0]} to {steps[-1]}"
+
+
+def at_end(names: Sequence[str], last: np.ndarray) -> str:
+    """The last value of every line."""
+    ends = (f"{name} {number(float(v), '.3g')}" for name, v in zip(names, last, strict=True))
+    return f"at the end {', '.join(ends)}."
+
+
+def lines_by_risk(
+    steps: np.ndarray,
+    risks: Sequence[str],
+    names: Sequence[str],
+    values: np.ndarray,
+    bounds: np.ndarray | None = None,
+    *,
+    words: Callable[[str], tuple[str, str]] = effect_words,
+    above: str = "",
+    said: str = SHADED_NOTE,
+    positive: bool = False,
+    **more: Any,
+) -> Figure:
+    """A panel a risk, a line a name, the lines named below all panels.
+
+    Args:
+        steps: `(S,)`.
+        risks: of M panels.
+        names: of K lines.
+        values: `(S, K, M)`.
+        bounds: of their intervals, `(2, S, K, M)`; None: not known.
+        words: title and axis of a risk's panel.
+        above: a title of all panels.
+        said: of the intervals, above all panels.
+        positive: no zero line is wanted where all values are above 0.
+        more: of `draw_lines`.
+    """
+    figure, panels = panels_for(len(risks))
+    if above:
+        figure.suptitle(above, fontsize=10)
+    for m, (panel, risk) in enumerate(zip(panels, risks, strict=True)):
+        title, along = words(risk)
+        draw_lines(
+            panel,
+            steps,
+            dict(zip(names, values[..., m].T, strict=True)),
+            title=title,
+            words=along,
+            positive=positive and bool((values[..., m] > 0).all()),
+            bounds=None if bounds is None else bounds[..., m],
+            **more,
+        )
+    if bounds is not None:
+        note(figure, said)
+    legend_below(figure, panels[0])
+    return figure
+
+
+def draw_lines(
+    panel: Axes,
+    steps: np.ndarray,
+    lines: Mapping[str, np.ndarray],
+    *,
+    title: str,
+    words: str,
+    across: str = "update step",
+    absent: int = 0,
+    positive: bool = False,
+    styles: Sequence[dict[str, Any]] | None = None,
+    limits: tuple[float, float] | None = None,
+    scaled: Sequence[np.ndarray] | None = None,
+    bounds: np.ndarray | None = None,
+) -> None:
+    """Lines over steps in a panel; what is not finite is said in its title and marked below.
+
+    Args:
+        panel: empty.
+        steps: `(S,)`.
+        lines: `(S,)` each, by name; their places say their style.
+        title: of the panel.
+        words: along its vertical axis.
+        across: along its horizontal axis.
+        absent: so many of the first steps have no value by nature.
+        positive: values are above 0, and no zero line is wanted.
+        styles: in place of those of `style_of`.
+        limits: of the vertical axis, which is linear then.
+        scaled: values that choose its scale, where panels share it; else those of the lines.
+        bounds: of the intervals of the first n lines, `(2, S, n)`.
+    """
+    from matplotlib.ticker import MaxNLocator
+
+    scale = ""
+    if limits is None:  # before anything is drawn, so that margins are of this scale
+        chosen = list(lines.values()) if scaled is None else scaled
+        scale = fit_scale(panel.set_yscale, chosen, positive)
+    marker = "o" if len(steps) <= MARKED else None
+    broken = []
+    for i, (name, values) in enumerate(lines.items()):
+        style = style_of(i) if styles is None else styles[i]
+        finite = np.isfinite(values)
+        shown = np.where(finite, values, np.nan)
+        panel.plot(
+            steps,
+            shown,
+            label=name,
+            marker=marker,
+            markersize=3.5,
+            linewidth=1.6,
+            zorder=3,
+            **style,
+        )
+        if bounds is not None and i < bounds.shape[2]:
+            shade(panel, steps, bounds[..., i], style["color"])
+        lost = steps[absent:][~finite[absent:]]
+        if lost.size:
+            several = f"{lost.size} steps from {lost[0]}" if lost.size > 1 else f"step {lost[0]}"
+            broken.append(f"{shortened(name, 28)} at {several}")
+            panel.plot(
+                lost,
+                np.full(lost.size, 0.02),
+                "x",
+                transform=panel.get_xaxis_transform(),
+                color=style["color"],
+                markersize=4,
+                zorder=4,
+            )
+    if not positive:
+        zero_lines(panel, across=False, linewidth=0.9, zorder=1)
+    if limits is not None:
+        panel.set_ylim(*limits)
+    panel.set_ylabel(f"{words}\n{scale}" if scale and words else words, fontsize=9)
+    panel.set_xlabel(across, fontsize=9)
+    set_titles(panel, title, broken, " (×)")
+    panel.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
+    if len(steps) > 1:
+        room = 0.02 * (steps[-1] - steps[0])
+        panel.set_xlim(steps[0] - room, steps[-1] + room)
+    dress(panel)
+
+
+def shade(panel: Axes, x: np.ndarray, bounds: np.ndarray, colour: Any) -> None:
+    """Shade an interval `(2, n)` about a line, where it is known and finite; alone it is a bar."""
+    known = np.isfinite(bounds).all(axis=0)
+    low, high = np.where(known, bounds, np.nan)
+    panel.fill_between(x, low, high, color=colour, alpha=SHADED, linewidth=0, zorder=2)
+    # a step between others that are not known has no area
+    alone = known & ~np.append(known[1:], False) & ~np.append(False, known[:-1])
+    panel.vlines(x[alone], low[alone], high[alone], color=colour, linewidth=1.2, zorder=2)

@@ -1,0 +1,158 @@
+"""The best that token weights can do, as a curve beside what the named objectives do."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from geffect_fast.report.figures.style import BARS_NOTE, blank_figure, zero_lines
+from geffect_fast.report.format import UNLEARN
+from geffect_fast.report.summary.effects import bounds_of, labels, total
+from geffect_fast.results.told_apart import precision_error
+
+if TYPE_CHECKING:
+    import xarray as xr
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.text import Annotation
+
+_CURVE, _POINT, _GREY = "#2166ac", "#444444", "#666666"
+MANY = 16
+"""Beyond so many objectives points are told apart by colour, a colour a family."""
+ROOM = 1.3
+"""How far beyond the curve and ga points are at their own place, as a multiple of their reach."""
+
+
+def frontier_figure(result: xr.Dataset, best: xr.Dataset) -> Figure:
+    """Frontier of (e_u, e_r), the weights chosen on it, and a point an objective, labelled.
+
+    An objective whose effects are far larger than the curve's is drawn nearer to 0 on its own ray,
+    as a smaller step would place it, and its label says so (`÷ 20`).
+
+    Args:
+        result: what `best` was made from.
+        best: of `geffect_fast.optimal_weights`.
+    """
+    figure = blank_figure(8.2, 6.0)
+    panel = figure.subplots()
+    weight = float(best.attrs["max_weight"])
+    e_u, e_r = best["frontier_e_u"].values, best["frontier_e_r"].values
+    zero_lines(panel)
+    label = f"the best that token weights from 0 to {weight:g} do"
+    panel.plot(e_u, e_r, color=_CURVE, linewidth=2, zorder=2, label=label)
+    at = float(best["e_u"]), float(best["e_r"])
+    panel.plot(*at, "*", color=_CURVE, markersize=15, zorder=4, label=f"chosen: {asked(best)}")
+
+    ga = [float(best[name].sum()) for name in ("token_e_u", "token_e_r")]
+    reach = np.abs([[*e_u, ga[0]], [*e_r, ga[1]]]).max(axis=1)
+    names, points, lost, bars = [], [], [], []
+    wanted = [labels(result, "risk").index(risk) for risk in (UNLEARN, "retain")]
+    effects, known = total(result)[:, wanted], bounds_of(result, "g_effect")
+    intervals = np.full((2, *effects.shape), np.nan) if known is None else known[:, :, wanted]
+    for k, objective in enumerate(labels(result, "objective")):
+        effect = effects[k]
+        if not np.isfinite(effect).all():
+            lost.append(objective)
+            continue
+        divisor = _divisor(effect, ROOM * reach)
+        names.append(objective if divisor == 1 else f"{objective} ÷ {divisor:g}")
+        points.append(effect / divisor)
+        bars.append(np.abs(intervals[:, k] - effect) / divisor)
+    panel.margins(0.12)
+    xy = np.array(points).reshape(-1, 2)
+    if known is not None and 0 < len(names) <= MANY:
+        off = np.array(bars)
+        panel.errorbar(
+            xy[:, 0], xy[:, 1], xerr=off[:, :, 0].T, yerr=off[:, :, 1].T, fmt="none", ecolor=_GREY,
+            elinewidth=0.8, zorder=1,
+        )  # fmt: skip
+    named = _name(panel, names, xy) if len(names) <= MANY else _colour(panel, names, xy)
+    panel.set_xlabel("e_u of all forget rows (left: raises the forget risk, removes)", fontsize=11)
+    panel.set_ylabel("e_r (down: raises the retain risk, does damage)", fontsize=11)
+    corner: dict[str, Any] = {"transform": panel.transAxes, "fontsize": 9, "color": _GREY}
+    panel.text(0.02, 0.98, "wanted:\nremoves, spares the rest", ha="left", va="top", **corner)
+    if lost:
+        panel.text(
+            0.98, 0.98, f"NaN or infinite: {', '.join(lost)}", ha="right", va="top", **corner
+        )
+    panel.legend(loc="lower right", fontsize=9, frameon=False)
+    panel.ticklabel_format(style="sci", scilimits=(-2, 3), useMathText=True)
+    note = (
+        f"Points above the curve: weights above {weight:g}, or terms that ga has not (retain rows, "
+        "other answers, hidden states)."
+    )
+    if any("÷" in label for label in names):
+        note += "\n÷ k: drawn at a k-th of its size, where a step k times smaller puts it."
+    if known is not None and len(names) <= MANY:
+        note += f"\n{BARS_NOTE}"
+    if share := precision_error(result.attrs):
+        note += f"\nIn 16 bits points may be off by {100 * share:.2g} %."
+    panel.set_title(note, loc="left", fontsize=8, color=_GREY)
+    _untangle(panel, named)
+    return figure
+
+
+def _name(panel: Axes, labels: list[str], xy: np.ndarray) -> list[Annotation]:
+    """Points with their labels beside them, on the side where there is more room."""
+    panel.plot(*xy.T, "o", color=_POINT, markersize=6, zorder=3, label="objectives")
+    middle = sum(panel.get_xlim()) / 2
+    return [
+        panel.annotate(
+            label,
+            (x, y),
+            xytext=(7 if x < middle else -7, 4),
+            ha="left" if x < middle else "right",
+            textcoords="offset points",
+            fontsize=9,
+            color=_POINT,
+        )
+        for label, (x, y) in zip(labels, xy, strict=True)
+    ]
+
+
+def _colour(panel: Axes, labels: list[str], xy: np.ndarray) -> list[Annotation]:
+    """Points without labels, and a colour for each family, which the legend names."""
+    parts = (label.partition(" ÷") for label in labels)
+    families = np.array([name.split("(")[0] + over + k for name, over, k in parts])
+    for family in dict.fromkeys(families):
+        panel.plot(*xy[families == family].T, "o", markersize=5, zorder=3, label=family)
+    return []
+
+
+def asked(best: xr.Dataset) -> str:
+    """What weights of `geffect_fast.optimal_weights` were asked for, in a few words."""
+    if "removal" in best.attrs:
+        return f"least damage for e_u ≤ {best.attrs['removal']:.3g}"
+    budget = best.attrs["retain_budget"]
+    return (
+        "most removal, at any damage"
+        if budget == np.inf
+        else f"most removal for e_r ≥ {-budget + 0.0:.3g}"
+    )
+
+
+def _divisor(effect: np.ndarray, room: np.ndarray) -> float:
+    """The smallest of 1, 2, 5, 10 … that brings an effect into the room, if there is any."""
+    needed = float((np.abs(effect) / room).max()) if room.all() else 0.0
+    if needed <= 1:
+        return 1.0
+    power = 10.0 ** math.floor(math.log10(needed))
+    return next(digit * power for digit in (1, 2, 5, 10) if digit * power >= needed)
+
+
+def _untangle(panel: Axes, labels: list[Annotation]) -> None:
+    """Move labels apart, upwards, where they would be written over each other."""
+    panel.figure.canvas.draw()
+    placed: list[tuple[float, float, float, float]] = []
+    scale = 72 / panel.figure.dpi
+    for label in sorted(labels, key=lambda text: text.get_window_extent().y0):
+        box = label.get_window_extent()
+        y0, height = box.y0, box.height
+        for left, low, right, high in sorted(placed, key=lambda b: b[1]):
+            if box.x0 < right and left < box.x1 and y0 < high and low < y0 + height:
+                y0 = high
+        placed.append((box.x0, y0, box.x1, y0 + height))
+        x, y = label.get_position()
+        label.set_position((x, y + (y0 - box.y0) * scale))

@@ -1,0 +1,104 @@
+"""What first order predicts of every change of a risk, beside what was measured."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from geffect_fast.report.figures.curves import draw_lines
+from geffect_fast.report.figures.style import (
+    COLOURS,
+    GREY,
+    SHADED_NOTE,
+    blank_figure,
+    dress,
+    fit_scale,
+    legend_below,
+    note,
+    zero_lines,
+)
+from geffect_fast.report.format import number, risk_words
+from geffect_fast.report.summary.effects import labels
+from geffect_fast.report.summary.step_findings import trust_sentences
+from geffect_fast.report.summary.steps import PREDICTIONS, agreements
+from geffect_fast.results.told_apart import half_width, risk_spreads
+
+if TYPE_CHECKING:
+    import xarray as xr
+    from matplotlib.figure import Figure
+
+PANEL = 4.6
+DRAWN = {"predicted_update": ("--", "o"), "predicted_sgd": (":", "^")}
+"""Dashes and markers of the predictions."""
+
+
+def prediction_figure(dataset: xr.Dataset) -> Figure | None:
+    """Above changes over steps, measured and predicted; below one against the other.
+
+    Above each panel stands how far to trust the prediction by the actual update.
+
+    Args:
+        dataset: a step result.
+
+    Returns:
+        None where nothing was predicted, as with a single step.
+    """
+    found = agreements(dataset)
+    if not found:
+        return None
+    risks = labels(dataset, "risk")
+    n = len(risks)
+    figure = blank_figure(0.6 + PANEL * n, 7.6)
+    upper, lower = figure.subplots(2, n, squeeze=False)
+    measured = dataset["measured_change"].transpose("step", "risk").values
+    predicted = {name: dataset[name].transpose("step", "risk").values for name in found}
+    styles = [{"color": COLOURS[4], "linestyle": "-"}]
+    colours = dict(zip(PREDICTIONS, COLOURS, strict=False))
+    styles += [{"color": colours[name], "linestyle": DRAWN[name][0]} for name in found]
+    spreads = risk_spreads(dataset)
+    if spreads.shape[-1]:
+        note(figure, SHADED_NOTE)
+        widths = half_width(spreads - np.roll(spreads, 1, axis=0))
+    for m, risk in enumerate(risks):
+        bounds = None
+        if spreads.shape[-1]:
+            bounds = (measured[:, m] + np.outer([-1, 1], widths[:, m]))[..., None]
+        lines = {"measured": measured[:, m]}
+        lines |= {f"predicted {PREDICTIONS[name]}": predicted[name][:, m] for name in found}
+        trust = next(iter(found.values()))[risk].words
+        title = f"change of the {risk_words(risk)}\nfirst order: {trust}"
+        draw_lines(
+            upper[m], dataset["step"].values, lines, title=title, words="since the step before",
+            absent=1, styles=styles, bounds=bounds,
+        )  # fmt: skip
+        panel = lower[m]
+        both = [measured[:, m], *(predicted[name][:, m] for name in found)]
+        said = [fit_scale(set_scale, both) for set_scale in (panel.set_xscale, panel.set_yscale)]
+        if not said[0]:
+            panel.locator_params(axis="x", nbins=5)
+        for name, by_risk in found.items():
+            panel.scatter(
+                predicted[name][:, m],
+                measured[:, m],
+                s=16,
+                color=colours[name],
+                marker=DRAWN[name][1],
+                alpha=0.65,
+                linewidths=0,
+                label=f"{PREDICTIONS[name]}: r = {number(by_risk[risk].correlation, '.3f')}",
+                zorder=3,
+            )
+        reach = np.concatenate([v[np.isfinite(v)] for v in both] or [np.zeros(1)])
+        ends = (min(reach.min(initial=0.0), 0.0), max(reach.max(initial=0.0), 0.0))
+        panel.plot(ends, ends, color=GREY, linewidth=0.9, zorder=1)
+        zero_lines(panel, color="#bbbbbb", zorder=0)
+        panel.set_xlabel(f"predicted {said[0]}".strip(), fontsize=9)
+        panel.set_ylabel("measured  (grey line: equal)", fontsize=9)
+        dress(panel)
+        panel.legend(
+            loc="lower left", bbox_to_anchor=(0, 1.0), fontsize=8, frameon=False, borderpad=0
+        )
+    legend_below(figure, upper[0])
+    figure.set_label(" ".join(trust_sentences(dataset)))
+    return figure

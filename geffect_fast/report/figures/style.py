@@ -1,0 +1,164 @@
+"""The one look of all figures: blank panels, colours, scales, titles, legends, and files."""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from geffect_fast.results.intervals import LEVEL
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Drawings = dict[str, Callable[[], "Figure | None"]]
+"""How figures are made, by file stem; None: the result holds nothing for one."""
+
+COLOURS = (
+    "#0072B2",
+    "#D55E00",
+    "#009E73",
+    "#CC79A7",
+    "#000000",
+    "#E69F00",
+    "#56B4E9",
+    "#882255",
+)
+"""Okabe and Ito's, which every colour vision tells apart, with wine in place of their yellow."""
+DASHES = ("-", "--", "-.", ":")
+GREY = "#555555"
+PANEL = 4.4
+"""Inches that a panel is wide."""
+
+WIDE = 50.0
+"""Values whose largest is so many times the ordinary one are drawn on a logarithmic scale."""
+SHADED_NOTE = f"Shaded: {100 * LEVEL:.0f} % intervals by the choice of the rows."
+BARS_NOTE = f"Bars: {100 * LEVEL:.0f} % intervals by the choice of the rows."
+DECADES = 6
+"""The most decades that such a scale shows on one side of zero."""
+
+
+def drawn(drawings: Drawings) -> dict[str, Figure]:
+    """The figures that there are, by file stem."""
+    made = {name: draw() for name, draw in drawings.items()}
+    return {name: figure for name, figure in made.items() if figure is not None}
+
+
+def blank_figure(width: float, height: float) -> Figure:
+    """A figure that belongs to no window and no global state."""
+    from geffect_fast.report.figures.canvas import PlainFigure
+
+    return PlainFigure(width, height)
+
+
+def panels_for(n: int, width: float = PANEL, height: float = 3.6) -> tuple[Figure, np.ndarray]:
+    """A figure with panels side by side, three at most in a row; unused ones are not there."""
+    columns = 2 if n == 4 else min(n, 3)
+    rows = -(-n // columns)
+    figure = blank_figure(0.4 + width * columns, 0.6 + height * rows)
+    grid = figure.subplots(rows, columns, squeeze=False).ravel()
+    for panel in grid[n:]:
+        panel.remove()
+    return figure, grid[:n]
+
+
+def style_of(i: int) -> dict[str, Any]:
+    """Colour and dashes of the `i`-th line; 32 of them differ."""
+    return {
+        "color": COLOURS[i % len(COLOURS)],
+        "linestyle": DASHES[(i // 4 + i // len(COLOURS)) % len(DASHES)],
+    }
+
+
+def note(figure: Figure, text: str) -> None:
+    """Write a line above all panels, below what stands there."""
+    said = figure.get_suptitle()
+    figure.suptitle(f"{said}\n{text}" if said else text, fontsize=9, color=GREY)
+
+
+def zero_lines(panel: Axes, across: bool = True, **look: Any) -> None:
+    """Lines where the values of a panel are 0; `across`: on its horizontal axis too."""
+    look = dict[str, Any](color=GREY, linewidth=0.8) | look
+    panel.axhline(0, **look)
+    if across:
+        panel.axvline(0, **look)
+
+
+def dress(panel: Axes) -> None:
+    """Small ticks and a grid that stays behind."""
+    panel.tick_params(labelsize=8)
+    panel.grid(color="#dddddd", linewidth=0.6, zorder=0)
+    panel.set_axisbelow(True)
+    panel.spines[["top", "right"]].set_visible(False)
+
+
+def set_titles(panel: Axes, title: str, broken: Sequence[str], mark: str = "") -> None:
+    """A panel's title, and below it what is not finite and how that is marked."""
+    if broken:
+        note = "\n".join(textwrap.wrap(f"NaN or infinite{mark}: " + "; ".join(broken), 60))
+        title = f"{title}\n{note}"
+    panel.set_title(title, fontsize=10, loc="left")
+
+
+def fit_scale(set_scale: Any, lines: Sequence[np.ndarray], positive: bool = False) -> str:
+    """A logarithmic scale where values span decades, linear about 0 unless they are positive.
+
+    Returns:
+        What to write beside the axis; empty where the scale is linear.
+    """
+    sizes = np.abs(np.concatenate([np.zeros(0), *lines]))
+    sizes = sizes[np.isfinite(sizes) & (sizes > 0)]
+    if not sizes.size:
+        return ""
+    largest, ordinary = float(sizes.max()), float(np.quantile(sizes, 0.25, method="lower"))
+    if largest / WIDE <= ordinary:
+        return ""
+    if positive:
+        set_scale("log")
+        return "(log scale)"
+    power = max(math.floor(math.log10(ordinary)), math.ceil(math.log10(largest)) - DECADES)
+    power = max(power, -300)  # beyond are numbers with fewer digits, which the scale divides by
+    set_scale("symlog", linthresh=10.0**power, linscale=0.6)
+    return f"(log scale, linear within ±{10.0**power:g})"
+
+
+def legend_below(figure: Figure, panel: Axes, **more: Any) -> None:
+    """The lines of a panel named below the whole figure, where they cover nothing."""
+    handles, labels = panel.get_legend_handles_labels()
+    widest = max(map(len, labels), default=1)
+    figure.legend(
+        handles,
+        ["\n".join(textwrap.wrap(label, 60)) for label in labels],
+        loc="outside lower center",
+        ncols=max(1, min(4, len(labels), int(14 * figure.get_figwidth() / (min(widest, 60) + 6)))),
+        fontsize=9,
+        frameon=False,
+        handlelength=3.2,
+        **more,
+    )
+
+
+def save_figure(figure: Figure, file: Path, kinds: Sequence[str] = ("png", "svg")) -> None:
+    """Write a figure as a picture, as SVG, or both.
+
+    The SVG holds its text as text, and is the same for the same figure.
+
+    Args:
+        figure: its label describes it in a sentence, which readers of screens are told.
+        file: without an ending; its name is the title.
+        kinds: endings.
+    """
+    import matplotlib as mpl
+
+    about = {"Title": file.name, "Description": figure.get_label()}
+    if "png" in kinds:
+        figure.savefig(f"{file}.png", dpi=150, metadata=about)
+        figure.set_layout_engine("none")  # panels stay where they are: to place them is slow
+    if "svg" in kinds:
+        with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": file.name}):
+            figure.savefig(f"{file}.svg", metadata=about | {"Date": None})

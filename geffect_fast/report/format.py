@@ -1,0 +1,152 @@
+"""How numbers, intervals, names and notes are written, in every output alike."""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from geffect_fast.results.form import REFERENCE_IS_MODEL
+from geffect_fast.results.told_apart import precision_error
+
+if TYPE_CHECKING:
+    import xarray as xr
+
+UNLEARN = "unlearn"
+"""The forget risk, as results call it."""
+
+Interval = tuple[float, float]
+UNKNOWN: Interval = (math.nan, math.nan)
+Number = tuple[float, Interval]
+"""A number with its interval, which is `UNKNOWN` where no choice of rows is known."""
+
+# ---- risks and names ----
+
+
+def symbol(risk: str) -> str:
+    """How a risk is written as an index: u, r, or a probe's own name."""
+    return {UNLEARN: "u", "retain": "r"}.get(risk, risk)
+
+
+def effect_name(risk: str) -> str:
+    """`e_u`, `e_r`, or `e_` and a probe's name."""
+    return f"e_{symbol(risk)}"
+
+
+def risk_words(risk: str) -> str:
+    """How a risk is called in a sentence."""
+    return f"{'forget' if risk == UNLEARN else risk} risk"
+
+
+def shortened(name: str, width: int) -> str:
+    """A name that fits."""
+    return name if len(name) <= width else name[: width - 1] + "…"
+
+
+def title_of(name: str, width: int = 44) -> str:
+    """A name as a panel's title, on up to three lines."""
+    return "\n".join(textwrap.wrap(name, width, max_lines=3, placeholder=" …"))
+
+
+def question(effect: xr.DataArray, i: int, width: int) -> str:
+    """The question of the `i`-th sample, shortened; empty where there is none."""
+    if "question" not in effect.coords:
+        return ""
+    text = " ".join(str(effect["question"].values[i]).split())
+    return text if len(text) <= width else text[: width - 1].rstrip() + "…"
+
+
+# ---- numbers ----
+
+
+def number(value: float, spec: str = "+.3g") -> str:
+    """A number; a dash where it is undefined, a bare 0 for zero."""
+    if math.isnan(value):
+        return "–"
+    return "0" if value == 0 else f"{value:{spec}}"
+
+
+def cell(value: float, spec: str = "+.3g") -> str:
+    """As `number`, with the sign of infinity for infinite ones."""
+    if math.isinf(value):
+        return "+∞" if value > 0 else "−∞"
+    return number(value, spec)
+
+
+def bounds(interval: Interval, spec: str = "+.3g") -> str:
+    """An interval in brackets."""
+    low, high = (number(bound, spec) for bound in interval)
+    return f"[{low}, {high}]"
+
+
+def cell_with_interval(value: float, interval: Interval | None, spec: str = "+.3g") -> str:
+    """A number with its interval behind it, where that is known."""
+    text = cell(value, spec)
+    if interval is None or math.isnan(value) or any(map(math.isnan, interval)):
+        return text
+    low, high = (cell(bound, spec) for bound in interval)
+    return f"{text} [{low}, {high}]"
+
+
+def spoken(value: float) -> str:
+    """A number to be read out."""
+    if math.isfinite(value):
+        return f"{value:+.3e}"
+    return "not a number" if math.isnan(value) else f"{'+' if value > 0 else '-'}infinite"
+
+
+# ---- what a result covers, and how far to trust it ----
+
+
+def coverage_line(counts: Mapping[str, Any]) -> str:
+    """What a result covers, from the counts of a `Coverage` by name."""
+    parameters, elements = counts["covered_parameters"], counts["covered_elements"]
+    all_parameters, all_elements = counts["trainable_parameters"], counts["trainable_elements"]
+    line = (
+        f"Covered: {parameters:,} of {all_parameters:,} trainable parameters, "
+        f"{elements:,} of {all_elements:,} elements"
+    )
+    if counts["frozen_parameters"]:
+        line += (
+            f"; left out: {counts['frozen_parameters']:,} frozen ones, "
+            f"{counts['frozen_elements']:,} elements"
+        )
+    return line + "."
+
+
+def interval_line(attrs: Mapping[str, Any]) -> str:
+    """What intervals are of; empty for results without, as those of one row of each set are."""
+    if "interval_level" not in attrs or attrs["n_forget"] == attrs["n_retain"] == 1:
+        return ""
+    return (
+        f"In brackets: {100 * attrs['interval_level']:.0f} % intervals by the choice of the rows "
+        f"({attrs['n_forget']} forget, {attrs['n_retain']} retain, drawn anew with replacement); "
+        "nothing is called best, more or less within them."
+    )
+
+
+def precision_line(attrs: Mapping[str, Any]) -> str:
+    """How far effects in 16 bits can be trusted; empty for results in other precisions."""
+    if "precision_error" in attrs:
+        rows = " and ".join(map(str, attrs["precision_samples"]))
+        return (
+            f"Precision: effects in 16 bits may be off by "
+            f"{100 * precision_error(attrs):.2g} % (thrice what float32 changes at forget row "
+            f"{rows}); objectives that differ by no more are called no different."
+        )
+    if "precision_note" in attrs:
+        return f"Precision of effects in 16 bits: {attrs['precision_note']}."
+    return ""
+
+
+def notes(attrs: Mapping[str, Any]) -> list[str]:
+    """What a result compares with, and how far to trust it, in lines."""
+    own_loss = attrs.get("own_loss_note", attrs.get("own_loss"))
+    lines = [
+        f"Model: {own_loss}." if "own_loss" in attrs else "",
+        f"Reference: {REFERENCE_IS_MODEL}." if attrs.get("reference_is_model") else "",
+        interval_line(attrs),
+        precision_line(attrs),
+    ]
+    return [line for line in lines if line]

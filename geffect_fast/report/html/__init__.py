@@ -1,0 +1,1 @@
+"""Pages that need no network: reports of runs, and the token view."""

@@ -1,0 +1,216 @@
+"""One self-contained HTML page of a run, or of several over their steps: the answer first."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from geffect_fast.errors import InputError
+from geffect_fast.paths import user_path
+from geffect_fast.report.format import coverage_line
+from geffect_fast.report.html import compare, profile, steps
+from geffect_fast.report.html.blocks import Block, Facts, Items, Section, Text
+from geffect_fast.report.html.templates import render
+from geffect_fast.report.summary.effects import has_steps, last_step
+from geffect_fast.report.summary.sweep import is_sweep
+from geffect_fast.results.dataset import sum_positions
+from geffect_fast.storage.disk import whole_file
+from geffect_fast.storage.run_folder import CONFIG, REPORT
+from geffect_fast.storage.run_yaml import read_values
+from geffect_fast.visible import one_line
+
+if TYPE_CHECKING:
+    import xarray as xr
+
+SIGNS = [
+    "The G-effect e of an objective on a risk is the inner product of their gradients. A descent "
+    "step of size lr on the objective changes that risk by −lr·e, up to terms of order lr².",
+    "e_u is the effect on the forget risk. Wanted is below 0: the loss on what must go rises.",
+    "e_r is the effect on the retain risk, and any other e_… that on the data set of its name. "
+    "Wanted is 0 or above: the loss on the rest does not rise. Below 0 is harm.",
+    "Shares of parts of the model, of instances and of tokens add up to the whole effect exactly. "
+    "A share of the other sign works against the rest.",
+    "A cosine is the effect without sizes, from −1 to 1: it compares between all objectives.",
+]
+
+
+def write_page(
+    runs: Mapping[str, xr.Dataset],
+    file: str | Path,
+    *,
+    configs: Mapping[str, Mapping[str, Any]] | None = None,
+) -> Path:
+    """Write a page that needs no network and no other file, and shows all without scripts.
+
+    Its sections, of which those that the results hold nothing for are left out: `answer`,
+    `verdicts`, `curves`, `layers`, `instances`, `tokens`, `cosines`, `prediction`, `table`,
+    `signs`, `made`.
+
+    Args:
+        runs: by the name that the page calls it, the result of `geffect_fast.profile` or `sweep`,
+            or one with a step axis, or several of the latter; may be lazy.
+        file: to write; one that is there is replaced.
+        configs: of some of the runs, the fields of its `run.yaml`.
+
+    Returns:
+        The file.
+
+    Raises:
+        InputError: no run, several of which one has no steps, runs that do not compare, or the disk
+            refuses.
+
+    Example:
+        >>> gf.write_page({"ga": gf.open_run("run-ga"), "npo": gf.open_run("run-npo")}, "both.html")
+    """
+    text = page_html(runs, configs=configs)
+    with whole_file(f"report {file}", file, "--out") as part:
+        part.write_text(text, encoding="utf-8")
+    return user_path(file)
+
+
+def write_run_page(dataset: xr.Dataset, summed: xr.Dataset, folder: Path) -> None:
+    """Write `report.html` of a run into its folder, or into the hidden one that becomes it.
+
+    Args:
+        dataset: the result.
+        summed: it without positions or tokens.
+        folder: exists.
+    """
+    home = folder.parent if folder.name.startswith(".") else folder
+    held = [place / CONFIG for place in (folder, home) if (place / CONFIG).is_file()]
+    name = one_line(home.absolute().name)
+    configs = {name: read_values(held[0])} if held else None
+    text = _html({name: dataset}, {name: last_step(summed)}, configs or {})
+    (folder / REPORT).write_text(text, encoding="utf-8")
+
+
+def page_html(
+    runs: Mapping[str, xr.Dataset], *, configs: Mapping[str, Mapping[str, Any]] | None = None
+) -> str:
+    """The page that `write_page` writes."""
+    if not runs:
+        raise InputError("report: there is no run; give one, or several with steps")
+    models = {name: sum_positions(last_step(dataset)) for name, dataset in runs.items()}
+    return _html(runs, models, configs or {})
+
+
+def _html(
+    runs: Mapping[str, xr.Dataset],
+    models: Mapping[str, xr.Dataset],
+    configs: Mapping[str, Mapping[str, Any]],
+) -> str:
+    """The page of runs, and of what they say of one model, the last of steps, by sample at most."""
+    if len(runs) > 1:
+        title, blocks = f"{len(runs)} unlearning runs compared", compare.sections(runs, models)
+    else:
+        ((name, dataset),), (model,) = runs.items(), models.values()
+        title = f"{_what(dataset)}: {name}"
+        blocks = (steps if has_steps(dataset) else profile).sections(dataset, model)
+    blocks |= {"signs": [Items(SIGNS)], "made": _made(runs, configs)}
+    headings = dict(_HEADINGS)
+    if any(is_sweep(dataset) for dataset in runs.values()):
+        headings["curves"] = "Over hyper-parameters"
+    sections = [
+        Section(id, heading, blocks[id]) for id, heading in headings.items() if blocks.get(id)
+    ]
+    return render(
+        "page.html.jinja",
+        title=title,
+        about=_about(runs),
+        sections=sections,
+        foot="Made by geffect_fast. This page is whole: it loads nothing.",
+    )
+
+
+_HEADINGS = {
+    "answer": "What was found",
+    "verdicts": "Verdicts",
+    "curves": "Over steps",
+    "layers": "Where in the model",
+    "instances": "Instances",
+    "tokens": "Tokens",
+    "cosines": "Cosines",
+    "prediction": "Predicted against measured",
+    "table": "All numbers",
+    "signs": "How to read a sign",
+    "made": "What was run",
+}
+
+
+def _what(dataset: xr.Dataset) -> str:
+    if not has_steps(dataset):
+        return "Sweep" if is_sweep(dataset) else "Unlearning objectives"
+    trained = dataset.attrs.get("trained_objective")
+    return f"Unlearning by {trained}" if trained else "Checkpoints"
+
+
+def _about(runs: Mapping[str, xr.Dataset]) -> str:
+    first = next(iter(runs.values()))
+    n = first.sizes["objective"]
+    one = "one objective" if n == 1 else f"{n} objectives"
+    words = [one if len(runs) == 1 else f"{len(runs)} runs"]
+    words.append(
+        f"measured on {first.attrs['n_forget']} forget and {first.attrs['n_retain']} retain rows"
+    )
+    if has_steps(first) and len(runs) == 1:
+        steps = first["step"].values
+        words.append(f"{len(steps)} probes from step {steps[0]} to {steps[-1]}")
+    words.append(str(first.attrs.get("created", ""))[:10])
+    return " · ".join(word for word in words if word)
+
+
+def _made(runs: Mapping[str, xr.Dataset], configs: Mapping[str, Mapping[str, Any]]) -> list[Block]:
+    """Model, data, settings, coverage and versions of every run."""
+    blocks: list[Block] = []
+    for name, dataset in runs.items():
+        if len(runs) > 1:
+            blocks.append(Text(name, "label"))
+        attrs = dataset.attrs
+        pairs = [
+            (str(key).replace("_", " "), _written(value))
+            for key, value in configs.get(name, {}).items()
+            if value not in (None, "", [], (), {})
+        ]
+        known = {key for key, _ in pairs}
+        for key in _ATTRIBUTES:
+            if key in attrs and key.replace("_", " ") not in known:
+                pairs.append((key.replace("_", " "), _written(attrs[key])))
+        if "covered_parameters" in attrs:
+            pairs.append(("coverage", coverage_line(attrs)))
+        pairs.append(("versions", _versions(attrs.get("versions", "{}"))))
+        blocks.append(Facts([(key, value) for key, value in pairs if value]))
+    return blocks
+
+
+_ATTRIBUTES = (
+    "command",
+    "trained_objective",
+    "checkpoints",
+    "risk",
+    "reduction",
+    "engine",
+    "engine_reason",
+    "layout",
+    "dtype",
+    "precision_error",
+    "precision_samples",
+    "precision_note",
+    "token_budget",
+    "n_forget",
+    "n_retain",
+    "created",
+)
+
+
+def _written(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key}: {_written(own)}" for key, own in value.items())
+    if isinstance(value, list | tuple):
+        return ", ".join(map(_written, value))
+    return str(value)
+
+
+def _versions(text: str) -> str:
+    return ", ".join(f"{package} {version}" for package, version in json.loads(text).items())

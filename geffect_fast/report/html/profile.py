@@ -1,0 +1,417 @@
+"""What a page says of one model: verdicts, layers, instances, tokens, cosines, the full table."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from geffect_fast.report.figures.profile import scatter_instances
+from geffect_fast.report.figures.style import blank_figure
+from geffect_fast.report.figures.sweep import pareto_figure, sweep_figure
+from geffect_fast.report.format import (
+    UNLEARN,
+    Interval,
+    Number,
+    cell,
+    cell_with_interval,
+    effect_name,
+    notes,
+    number,
+    question,
+    symbol,
+    title_of,
+)
+from geffect_fast.report.html.blocks import (
+    MOST_ROWS,
+    Block,
+    HeatMap,
+    Table,
+    Text,
+    Tokens,
+    drawn_blocks,
+    figure_block,
+    left_out,
+    notes_of,
+)
+from geffect_fast.report.summary.effects import (
+    by_place,
+    by_sample,
+    labels,
+    place_widths,
+    shares,
+    thinned,
+)
+from geffect_fast.report.summary.findings import findings
+from geffect_fast.report.summary.objectives import HARDLY, summarise
+from geffect_fast.report.summary.sweep import NUMBERS, Swept, highlights, is_sweep
+from geffect_fast.report.tokens.html import token_values
+from geffect_fast.report.tokens.view import has_tokens, token_view
+
+if TYPE_CHECKING:
+    import xarray as xr
+
+MOST_PANELS = 12
+"""Objectives whose instances are drawn."""
+MOST_POINTS = 250
+"""Instances of a panel, the largest and an even choice of the others."""
+NAMED = 3
+"""Instances that are named for what they remove, and for what they cost."""
+QUESTION = 140
+"""Characters of a question; more are cut."""
+TOKEN_SAMPLES, TOKEN_VALUES = 8, 40_000
+"""Answers of the token view and numbers that it may hold, a quarter of those of its own page."""
+
+
+def sections(dataset: xr.Dataset, summed: xr.Dataset) -> dict[str, list[Block]]:
+    """Those of a profile or a sweep, by their ids.
+
+    Args:
+        dataset: the result.
+        summed: it without positions or tokens.
+    """
+    what, where, _ = findings(summed)
+    trust = (
+        "Effects are first order: one small step from this very model. How far that holds is "
+        "measured over steps, by geffect-fast unlearn, or by profile --checkpoints for a run that "
+        "there is."
+    )
+    return {
+        "answer": [Text(what, "lead"), Text(where), Text(trust)],
+        "verdicts": verdicts(summed),
+        "curves": sweep_curves(summed),
+        "layers": layers(summed),
+        "instances": instances(summed),
+        "tokens": tokens(dataset),
+        "cosines": cosines(summed),
+        "table": full_table(summed),
+    }
+
+
+def sweep_curves(dataset: xr.Dataset) -> list[Block]:
+    """The figures of a sweep; none of a profile."""
+    if not is_sweep(dataset):
+        return []
+    figures = {"sweep": sweep_figure(dataset), "pareto": pareto_figure(dataset, (6.2, 5.2))}
+    return drawn_blocks(figures, [*figures])
+
+
+def verdicts(dataset: xr.Dataset) -> list[Block]:
+    """A row an objective: effect on every risk, cosine, collateral and a verdict in words.
+
+    Of a sweep the best of each family and the Pareto front.
+    """
+    if is_sweep(dataset):
+        return _swept_verdicts(dataset)
+    rows = summarise(dataset)
+    table = Table(
+        f"{len(rows)} objectives on {dataset.attrs['n_forget']} forget rows",
+        ["objective", "verdict", *map(effect_name, rows[0].effects), "collateral"],
+        [[row.objective, row.verdict, *effect_cells(row.numbers)] for row in rows[:MOST_ROWS]],
+        frozenset([0, 1]),
+    )
+    return [table, *left_out(len(rows), "objectives"), *_notes(dataset)]
+
+
+def effect_cells(numbers: Mapping[str, Number]) -> list[str]:
+    """Effects and collateral of an objective, as its summary names them."""
+    specs = {"collateral": ".2g"}
+    return [cell_with_interval(*each, specs.get(name, "+.3g")) for name, each in numbers.items()]
+
+
+_NOTE = (
+    "Collateral: how much the worst other risk rises for a unit rise of the forget risk; below 0 "
+    "it falls. A dash: not defined. Effects compare between objectives only where they are of one "
+    "kind (npo and dpo sum over whole answers, most others are means over tokens); collateral "
+    "always compares."
+)
+
+
+def _swept_verdicts(dataset: xr.Dataset) -> list[Block]:
+    swept = Swept.of(dataset)
+
+    def cells(i: int) -> list[str]:
+        return effect_cells(swept.numbers(i))
+
+    rows = []
+    for family in swept.families:
+        picks = swept.picks(family)
+        if not family.axes:
+            rows.append([family.text, "the only one", "", *cells(family.at[0])])
+        elif not picks:
+            rows.append([family.text, "undefined (NaN)", "", "–", "–", "–"])
+        else:
+            rows += [
+                [family.text, ", ".join(names), family.point(i), *cells(family.at[i])]
+                for i, names in picks.items()
+            ]
+    front = swept.ranked_front()
+    shown = thinned(front, MOST_ROWS // 8)
+    return [
+        Table(
+            f"The best of each family, of {len(swept.objectives)} objectives",
+            ["family", "best in", "at", *NUMBERS],
+            rows[:MOST_ROWS],
+            frozenset([0, 1, 2]),
+        ),
+        *left_out(len(rows), "rows"),
+        Table(
+            f"Pareto front: {len(front)} objectives that none beats in both removal and damage",
+            ["objective", *NUMBERS],
+            [[swept.label(int(i)), *cells(i)] for i in shown],
+        ),
+        *left_out(len(front), "objectives of the front", len(shown)),
+        *_notes(dataset),
+    ]
+
+
+def _notes(dataset: xr.Dataset) -> list[Block]:
+    """How to read the numbers, what they compare with, and how far to trust them."""
+    return notes_of([_NOTE, *notes(dataset.attrs)])
+
+
+def layers(dataset: xr.Dataset) -> list[Block]:
+    """A heat map a risk, objectives by parts of the model, as tables that need no colour."""
+    placed = by_place(dataset, blocks=True)
+    if placed is None:
+        return []
+    parts, values = placed
+    widths = place_widths(dataset, blocks=True)
+    objectives = labels(dataset, "objective")
+    if is_sweep(dataset):
+        chosen = highlights(dataset)["objective"].values
+        kept = np.array([i for i, o in enumerate(objectives) if o in chosen])
+    else:
+        kept = thinned(np.arange(len(objectives)), MOST_ROWS // 4)
+    blocks: list[Block] = [
+        HeatMap.of(
+            f"{effect_name(risk)}: effect on the {risk} risk by part of the model, input to output "
+            "(numbers: blocks)",
+            risk,
+            parts,
+            [objectives[k] for k in kept],
+            values[kept, m],
+            None if widths is None else widths[kept, m],
+        )
+        for m, risk in enumerate(labels(dataset, "risk"))
+    ]
+    note = (
+        "Each row by itself: 9 is its largest effect, which stands beside its name. Blue is wanted "
+        "(the forget risk rises, any other does not); orange and a ! are unwanted."
+    )
+    if widths is not None:
+        note += (
+            " In brackets, without colour: within what the choice of the rows that objectives read "
+            "moves, those of other risks not being told apart by part."
+        )
+    return [*blocks, *left_out(len(objectives), "objectives", len(kept)), *notes_of([note])]
+
+
+def instances(dataset: xr.Dataset) -> list[Block]:
+    """A scatter of forget rows an objective, and the rows that remove or cost most by question."""
+    n = dataset.sizes["objective"]
+    if is_sweep(dataset):
+        dataset = highlights(dataset)
+    effect = by_sample(dataset)
+    if effect is None:
+        return []
+    each = {str(one["objective"].values): one for one in effect}
+    return scatters(each, n, "objectives")
+
+
+def scatters(effects: Mapping[str, xr.DataArray], n: int, what: str) -> list[Block]:
+    """A scatter of rows for each of several effects.
+
+    Args:
+        effects: `(risk, sample)` by title.
+        n: of how many these are some.
+        what: they are.
+    """
+    names = [name for name, effect in effects.items() if effect.sizes["sample"]]
+    kept = [names[k] for k in thinned(np.arange(len(names)), MOST_PANELS)]
+    if not kept:
+        return []
+    figure = blank_figure(4.4 * len(kept), 3.5)
+    panels = figure.subplots(1, len(kept), squeeze=False)[0]
+    lists = []
+    for panel, name in zip(panels, kept, strict=True):
+        e_u, e_r = (effects[name].sel(risk=risk).values for risk in (UNLEARN, "retain"))
+        drawn = _drawn(e_u, e_r)
+        scatter_instances(panel, e_u[drawn], e_r[drawn])
+        panel.set_title(title_of(name), fontsize=10, loc="left")
+        panel.set_xlabel("e_u of a forget row (left: removes)", fontsize=9)
+        panel.set_ylabel("e_r of the row (down: costs)", fontsize=9)
+        named = outliers(e_u, e_r)
+        for place, i in enumerate(named, 1):
+            panel.annotate(
+                str(place),
+                (e_u[i], e_r[i]),
+                (4, 4),
+                textcoords="offset points",
+                fontsize=9,
+                fontweight="bold",
+            )
+        lists.append([_named(effects[name], i, e_u, e_r) for i in named])
+    rows = max(effects[name].sizes["sample"] for name in kept)
+    caption = (
+        f"Each point is one of {rows} forget rows; numbered are up to {NAMED} that remove most and "
+        f"up to {NAMED} that cost the rest most."
+    )
+    if rows > MOST_POINTS:
+        caption += f" {MOST_POINTS} of {rows} are drawn: the largest, and some of the rest."
+    return [
+        figure_block(figure, "instances", caption, lists),
+        *left_out(n, what, len(kept)),
+    ]
+
+
+def outliers(e_u: np.ndarray, e_r: np.ndarray) -> list[int]:
+    """Places of the rows that remove most and of those that cost most, without repetition."""
+    both = np.isfinite(e_u) & np.isfinite(e_r)
+    found: dict[int, None] = {}
+    for values in (e_u, e_r):
+        order = np.argsort(np.where(both, values, np.inf), kind="stable")[:NAMED]
+        found |= {int(i): None for i in order if both[i] and values[i] < 0}
+    return list(found)
+
+
+def _drawn(e_u: np.ndarray, e_r: np.ndarray) -> np.ndarray:
+    """Places of what is drawn of many rows: half the largest, half an even choice of the rest."""
+    if len(e_u) <= MOST_POINTS:
+        return np.arange(len(e_u))
+    sizes = [np.abs(np.where(np.isfinite(v), v, 0.0)) for v in (e_u, e_r)]
+    reach = np.maximum(*(size / (size.max() or 1.0) for size in sizes))
+    order = np.argsort(-reach, kind="stable")
+    half = MOST_POINTS // 2
+    return np.concatenate([order[:half], thinned(order[half:], MOST_POINTS - half)])
+
+
+def _named(effect: xr.DataArray, i: int, e_u: np.ndarray, e_r: np.ndarray) -> str:
+    row = effect["sample"].values[i]
+    asked = question(effect, i, QUESTION)
+    quoted = f"“{asked}” " if asked else ""
+    return (
+        f"{quoted}(row {row}: e_u {cell(float(e_u[i]), '+.2g')}, e_r {cell(float(e_r[i]), '+.2g')})"
+    )
+
+
+def tokens(dataset: xr.Dataset) -> list[Block]:
+    """The token view of the first answers, where the result tells tokens apart."""
+    if not has_tokens(dataset):
+        return []
+    if is_sweep(dataset):
+        dataset = highlights(dataset)
+    view = token_view(dataset, samples=TOKEN_SAMPLES, all_objectives=True, max_values=TOKEN_VALUES)
+    return [Tokens(token_values(view, level=3))] if view.answers else []
+
+
+def cosines(dataset: xr.Dataset) -> list[Block]:
+    """Cosines of objectives' gradients with the risks', and with each other's size removed."""
+    if "cosine" not in dataset:
+        return []
+    rows = summarise(dataset)
+    risks = list(rows[0].cosines)
+    kept = thinned(np.arange(len(rows)), MOST_ROWS)
+    table = Table(
+        "Cosine of an objective's gradient with a risk's: direction without size",
+        ["objective", *(f"cos_{symbol(risk)}" for risk in risks), "reading"],
+        [
+            [
+                rows[k].objective,
+                *(
+                    cell_with_interval(c, rows[k].cosine_intervals.get(risk), "+.3f")
+                    for risk, c in rows[k].cosines.items()
+                ),
+                read_cosines(rows[k].cosines, rows[k].cosine_intervals),
+            ]
+            for k in kept
+        ],
+        frozenset([0, len(risks) + 1]),
+    )
+    return [table, *left_out(len(rows), "objectives", len(kept))]
+
+
+_ON_FORGET = {
+    -1: "removes",
+    0: "hardly touches it",
+    1: "reinforces",
+    None: "removes or not: within noise",
+}
+_ON_REST = {
+    -1: "costs the rest",
+    0: "leaves the rest",
+    1: "helps the rest",
+    None: "harms the rest or not: within noise",
+}
+
+
+def read_cosines(by_risk: Mapping[str, float], intervals: Mapping[str, Interval]) -> str:
+    """In words what cosines say, as far as all of their intervals say it.
+
+    Args:
+        by_risk: the cosines.
+        intervals: of them; empty or NaN where they are not known.
+    """
+    if not all(map(np.isfinite, by_risk.values())):
+        return "not defined"
+    known = {
+        risk: [c, *(bound for bound in intervals.get(risk, ()) if not np.isnan(bound))]
+        for risk, c in by_risk.items()
+    }
+    others = [known[risk] for risk in by_risk if risk != UNLEARN]
+    worst = [min(map(min, others), default=0.0), min(map(max, others), default=0.0)]
+    return f"{_ON_FORGET[_sign(known[UNLEARN])]}, {_ON_REST[_sign(worst)]}"
+
+
+def _sign(values: Sequence[float]) -> int | None:
+    """Of cosines: -1 or 1 beyond `HARDLY`, 0 within; None where they are not all alike."""
+    signs = {-1 if c < -HARDLY else 1 if c > HARDLY else 0 for c in values}
+    return signs.pop() if len(signs) == 1 else None
+
+
+def full_table(dataset: xr.Dataset) -> list[Block]:
+    """Every number of every objective, and shares by part of the model."""
+    rows = summarise(dataset)
+    kept = [int(k) for k in thinned(np.arange(len(rows)), MOST_ROWS)]
+    risks, with_cosines = list(rows[0].effects), bool(rows[0].cosines)
+    norms = dataset["grad_norm"].values if "grad_norm" in dataset else None
+    head = ["objective", "loss", *map(effect_name, risks)]
+    head += [f"cos_{symbol(risk)}" for risk in risks if with_cosines]
+    head += ["|grad|"] * (norms is not None) + ["collateral", "verdict"]
+    cells = []
+    for k in kept:
+        row = rows[k]
+        found = [row.objective, cell(row.loss, ".4g")]
+        found += [
+            cell_with_interval(e, row.intervals.get(r), "+.4g") for r, e in row.effects.items()
+        ]
+        found += [cell(c, "+.3f") for c in row.cosines.values()]
+        found += [] if norms is None else [cell(float(norms[k]), ".4g")]
+        collateral = cell_with_interval(row.collateral, row.collateral_interval, ".3f")
+        cells.append([*found, collateral, row.verdict])
+    blocks: list[Block] = [
+        Table("All objectives", head, cells, frozenset([0, len(head) - 1])),
+        *left_out(len(rows), "objectives", len(kept)),
+    ]
+    return [*blocks, *part_tables(dataset, kept)]
+
+
+def part_tables(dataset: xr.Dataset, kept: Sequence[int]) -> list[Block]:
+    """Signed shares of parts of the model, a table a risk."""
+    placed = by_place(dataset, blocks=False)
+    if placed is None:
+        return []
+    parts, values = placed
+    objectives = labels(dataset, "objective")
+    return [
+        Table(
+            f"Where {effect_name(risk)} comes from: percent of each part, sizes adding to 100",
+            ["objective", *(part.replace("_", " ") for part in parts)],
+            [
+                [objectives[k], *(number(100 * share, "+.0f") for share in shares(values[k, m]))]
+                for k in kept
+            ],
+        )
+        for m, risk in enumerate(labels(dataset, "risk"))
+    ]

@@ -1,0 +1,188 @@
+"""Three sentences: what was found, where it comes from, and how to read the signs."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from geffect_fast.report.format import UNLEARN, bounds, number, question
+from geffect_fast.report.summary.effects import by_place, by_sample, labels, shares
+from geffect_fast.report.summary.objectives import HARDLY, PERHAPS, UNCLEAR, Summary, summarise
+from geffect_fast.results.told_apart import has_intervals, row_spreads, told_apart
+
+if TYPE_CHECKING:
+    import xarray as xr
+
+NAMED = 4
+"""How many objectives that are alike are named."""
+
+_PARTS = {
+    "embedding": "the embedding",
+    "shallow": "the shallow blocks",
+    "middle": "the middle blocks",
+    "deep": "the deep blocks",
+    "final_norm": "the final norm",
+    "lm_head": "the output layer",
+}
+
+
+def findings(dataset: xr.Dataset) -> tuple[str, str, str]:
+    """What was found, where it comes from, how to read the signs: a sentence each.
+
+    Args:
+        dataset: result of `geffect_fast.profile`.
+    """
+    return _what(summarise(dataset)), _where(dataset), signs()
+
+
+def _what(rows: list[Summary]) -> str:
+    good = [row for row in rows if row.forgets]
+    broken = [row.objective for row in rows if row.verdict.startswith("undefined")]
+    unclear = sum(row.verdict in (UNCLEAR, PERHAPS) for row in rows)
+    tail = f", and {len(broken)} undefined ({', '.join(broken)})" if broken else ""
+    if unclear:
+        tail = f"; for {unclear} these rows do not tell{tail}"
+    objectives = "objective raises" if len(good) == 1 else "objectives raise"
+    if not good:
+        return f"None of the {len(rows)} objectives clearly raises the forget risk{tail}."
+    how = f"e_u < 0, cosine at most -{HARDLY}" if good[0].cosines else "e_u < 0"
+    start = f"{len(good)} of {len(rows)} {objectives} the forget risk ({how}){tail}"
+    best = min(good, key=lambda row: row.collateral)
+    worst = max(good, key=lambda row: row.collateral)
+    if not _differ(best, worst):
+        tells = "" if best.collateral == worst.collateral else f", as far as {_teller(best)} tell"
+        same = f"at the same cost elsewhere{tells}"
+        return f"{start}, {same}: {_cost(best)} for a unit of forgetting."
+    return (
+        f"{start}: at the least cost elsewhere {best.objective} ({_cost(best)} for a unit of "
+        f"forgetting{_no_other(best, good)}), at the highest {worst.objective} "
+        f"({_cost(worst)}{_no_other(worst, good)})."
+    )
+
+
+def _differ(x: Summary, y: Summary) -> bool:
+    return bool(
+        told_apart(
+            x.collateral,
+            y.collateral,
+            x.collateral_error,
+            y.collateral_error,
+            x.collateral_spread,
+            y.collateral_spread,
+        )
+    )
+
+
+def _teller(row: Summary) -> str:
+    """What tells objectives apart, or does not."""
+    by = ["these rows"] if row.collateral_spread.size else []
+    return " and ".join([*by, *(["16 bits"] if row.collateral_error else [])])
+
+
+def _no_other(row: Summary, rows: list[Summary]) -> str:
+    """The objectives whose collateral differs from one's by rounding or the choice of rows only."""
+    by = _teller(row)
+    if not by:
+        return ""
+    alike = [other.objective for other in rows if other is not row and not _differ(other, row)]
+    if len(alike) > NAMED:
+        alike = [*alike[:NAMED], f"{len(alike) - NAMED} more"]
+    return f"; as far as {by} tell no other than {' and '.join(alike)}" if alike else ""
+
+
+def _cost(row: Summary) -> str:
+    others = [risk for risk in row.effects if risk != UNLEARN]
+    what = f"the {others[0]} risk" if len(others) == 1 else "the worst other risk"
+    if row.collateral == 0:
+        return f"{what} stays"
+    low, high = row.collateral_interval
+    if low <= 0 <= high:
+        return f"what {what} does is within noise, {bounds((low, high), '.2g')}"
+    verb = "rises" if row.collateral > 0 else "falls"
+    if row.collateral < 0:
+        low, high = -high, -low
+    known = "" if math.isnan(low) else f" {bounds((low, high), '.2g')}"
+    return f"{what} {verb} by {number(abs(row.collateral), '.2g')}{known}"
+
+
+def _where(dataset: xr.Dataset) -> str:
+    """Mean shares over objectives of the effect on the forget risk, by part and by row."""
+    clauses = []
+    placed = by_place(dataset, blocks=False)
+    at = labels(dataset, "risk").index(UNLEARN)
+    if placed is not None:
+        size = _mean_size(placed[1][:, at])
+        if size is not None:
+            top = int(size.argmax())
+            names = [_PARTS.get(label, label) for label in placed[0]]
+            alike = [names[p] for p in _no_smaller(dataset, size, top)]
+            tell = (
+                f" (as far as these rows tell no more than in {' and '.join(alike)})"
+                if alike
+                else ""
+            )
+            clauses.append(
+                f"{100 * size[top]:.0f} % of the unlearning effect sits in {names[top]}{tell}"
+            )
+    effect = by_sample(dataset)
+    if effect is not None:
+        size = _mean_size(effect.values[:, at])
+        if size is not None:
+            order = np.argsort(-size, kind="stable")
+            half = int(np.searchsorted(np.cumsum(size[order]), 0.5 - 1e-12)) + 1
+            asked = question(effect, int(order[0]), 60)
+            quoted = f' ("{asked}")' if asked else ""
+            row = effect["sample"].values[order[0]]
+            rows = "row carries" if half == 1 else "rows carry"
+            clauses.append(
+                f"{half} of {size.size} forget {rows} half of it, row {row}{quoted} the most"
+            )
+    if not clauses:
+        return "Where the unlearning effect sits cannot be told from this result."
+    over = "Averaged over objectives, " if dataset.sizes["objective"] > 1 else ""
+    sentence = f"{over}{' and '.join(clauses)}."
+    return sentence[0].upper() + sentence[1:]
+
+
+def _no_smaller(dataset: xr.Dataset, size: np.ndarray, top: int) -> list[int]:
+    """Parts whose mean share the rows do not tell from the largest; none where that is not known.
+
+    A share `a_p = |e_p| / S` of parts moves by `(d|e_p| - a_p dS) / S`.
+    """
+    if not has_intervals(dataset) or "sample" not in dataset["g_effect"].dims:
+        return []
+    placed = by_place(dataset, blocks=False, rows=True)
+    assert placed is not None
+    rows = placed[1][:, labels(dataset, "risk").index(UNLEARN)]
+    rows = rows[_usable(rows.sum(-1))]
+    effects = rows.sum(-1)
+    moved = 2 * np.sign(effects)[..., None] * row_spreads(rows, dataset["set"].values)
+    whole = np.abs(effects).sum(-1)[:, None, None]
+    part = np.abs(shares(effects))[..., None]
+    spread = ((moved - part * moved.sum(1, keepdims=True)) / whole).mean(0)
+    apart = told_apart(size, size[top], 0, 0, spread, spread[top])
+    return [int(p) for p in np.flatnonzero(~apart) if p != top]
+
+
+def _usable(values: np.ndarray) -> np.ndarray:
+    """Which objectives have finite effects, and any, `(K,)`."""
+    return np.isfinite(values).all(axis=-1) & (values != 0).any(axis=-1)
+
+
+def _mean_size(values: np.ndarray) -> np.ndarray | None:
+    """Mean share of the size over the objectives that have any; None where none has."""
+    usable = _usable(values)
+    if not usable.any():
+        return None
+    return np.abs(shares(values[usable])).mean(axis=0)
+
+
+def signs() -> str:
+    """How to read the signs of effects."""
+    return (
+        "How to read the signs: a small descent step on an objective changes a risk by minus its "
+        "effect. A strongly negative e_u is what you want: it raises the risk on what must go. An "
+        "e_r of zero or more leaves the rest unharmed; a negative e_r harms it."
+    )

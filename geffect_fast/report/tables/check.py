@@ -1,0 +1,102 @@
+"""A check for the terminal: a row a kind of layer, what is covered, and the verdict."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.console import Group
+from rich.text import Text
+
+from geffect_fast.measure.check import QUANTITIES, Check, KindCheck
+from geffect_fast.report.format import coverage_line
+from geffect_fast.report.tables.cells import FOLDED, WHOLE, new_table
+
+NAMES_SHOWN = 8
+
+
+def render_check(check: Check) -> Group:
+    """Everything about a check, for `rich.console.Console.print`."""
+    objectives = ", ".join(check.objectives)
+    table = new_table(
+        f"{objectives} on {check.n_samples} samples ({check.n_tokens} tokens): geffect_fast "
+        f"against plain autograd, one sample at a time",
+        ("kind", WHOLE | {"min_width": max(len(kind.kind) for kind in check.kinds)}),
+        ("captured by", FOLDED),
+        *("number", *QUANTITIES, "effects, abs.", "of limit"),
+    )
+    for kind in check.kinds:
+        table.add_row(
+            kind.kind,
+            " + ".join(kind.rules) or "nothing",
+            str(kind.n_parameters),
+            *(f"{kind.relative[quantity]:.1e}" for quantity in QUANTITIES),
+            f"{kind.absolute['effects']:.1e}",
+            f"{kind.excess:.3g}",
+            style="bold red" if kind.excess > 1 else "",
+        )
+    lines = [Text(_note(check), style="dim"), Text()]
+    lines += [Text(line) for line in _facts(check)]
+    style = "bold green" if check.exact else "bold red"
+    return Group(table, *lines, Text(), Text(verdict(check), style=style))
+
+
+def verdict(check: Check) -> str:
+    """One sentence: exact or not, and where not."""
+    if check.exact:
+        within = f"within {check.tolerance:.0e} ({check.dtype})"
+        if check.wider is not None:
+            within = f"as closely as plain autograd does in {check.dtype}"
+        return (
+            f"Exact: all {check.coverage.trainable_parameters} trainable parameters agree with "
+            f"plain autograd, sample by sample, {within}."
+        )
+    faults = [_fault(kind) for kind in check.kinds if kind.excess > 1]
+    if check.uncovered:
+        faults.append(f"no rule captured {_names(check.uncovered)}")
+    coarse = check.dtype in ("bfloat16", "float16")
+    hint = " Check in float32 (--dtype) to tell a fault from rounding." if coarse else ""
+    return f"Deviation: {'; '.join(faults)}.{hint}"
+
+
+def _facts(check: Check) -> list[str]:
+    layouts = {
+        "packed": "several in one row",
+        "equal_length": "those of one length side by side",
+        "single": "one at a time",
+    }
+    facts = [
+        f"Layout: {check.layout}, samples run {layouts[check.layout]}.",
+        coverage_line(vars(check.coverage)),
+    ]
+    facts += [f"Tied: {' = '.join(names)}." for names in check.coverage.tied]
+    if check.own_loss is not None:
+        facts.append(f"Model: {check.own_loss}.")
+    if check.unreached:
+        facts.append(f"Without a gradient on these samples: {_names(check.unreached)}.")
+    return facts
+
+
+def _note(check: Check) -> str:
+    note = (
+        "Largest errors, relative to the parameter's largest share (or, where that is more, a "
+        "thousandth of the model's for norms, a millionth for effects and products). "
+    )
+    if check.wider is None:
+        return note + f"Limit: {check.tolerance:.0e}."
+    return note + (
+        f"Both are compared with {check.wider} on the same weights; limit of the root mean square "
+        f"error: twice that of plain autograd in {check.dtype}, plus {check.tolerance:.1e}."
+    )
+
+
+def _fault(kind: KindCheck) -> str:
+    worst = max(QUANTITIES, key=lambda q: kind.judged[q] / kind.limit[q])
+    return (
+        f"{kind.kind} (captured by {' + '.join(kind.rules) or 'nothing'}): {worst} off by "
+        f"{kind.relative[worst]:.1e}, most at {kind.worst}"
+    )
+
+
+def _names(names: Sequence[str]) -> str:
+    rest = len(names) - NAMES_SHOWN
+    return ", ".join(names[:NAMES_SHOWN]) + (f" and {rest} more" if rest > 0 else "")

@@ -1,0 +1,106 @@
+"""A profile for the terminal: totals, parts of the model, and the instances behind them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from geffect_fast.report.format import UNLEARN, effect_name, number, question, symbol
+from geffect_fast.report.summary.effects import by_place, by_sample, labels, shares
+from geffect_fast.report.summary.objectives import summarise
+from geffect_fast.report.tables.cells import (
+    FOLDED,
+    WHOLE,
+    covered,
+    effect_cells,
+    new_table,
+    verdict_cell,
+)
+
+if TYPE_CHECKING:
+    import xarray as xr
+
+NOTE = (
+    "A descent step of size lr changes a risk by -lr·e. collateral: rise of the worst other risk "
+    "for a unit rise of the forget risk. Magnitudes of e do not compare between objectives: npo "
+    "and dpo are made of sums over whole sequences, most others of means over tokens. Cosines and "
+    "collateral do compare."
+)
+
+
+def render(dataset: xr.Dataset) -> RenderableType:
+    """All tables of a result, for `rich.console.Console.print`."""
+    groups = (group_table(dataset, risk) for risk in labels(dataset, "risk"))
+    tables = [table for table in (*groups, instance_table(dataset)) if table is not None]
+    return Group(
+        totals_table(dataset), Text(NOTE, style="dim"), Text(), *covered(dataset.attrs), *tables
+    )
+
+
+def totals_table(dataset: xr.Dataset) -> Table:
+    """A row an objective: effect on and cosine with every risk, collateral, verdict."""
+    rows = summarise(dataset)
+    table = new_table(
+        f"G-effect of {len(rows)} objectives on {dataset.attrs['n_forget']} forget rows",
+        ("objective", FOLDED),
+        *map(effect_name, rows[0].effects),
+        *(f"cos_{symbol(risk)}" for risk in rows[0].cosines),
+        "collateral",
+        ("verdict", WHOLE),
+    )
+    for row in rows:
+        *effects, collateral = effect_cells(row.numbers)
+        cosines = (number(c, "+.2f") for c in row.cosines.values())
+        table.add_row(row.objective, *effects, *cosines, collateral, verdict_cell(row.verdict))
+    return table
+
+
+def group_table(dataset: xr.Dataset, risk: str) -> Table | None:
+    """Signed shares of the effect on one risk by part of the model; None where parts are summed."""
+    placed = by_place(dataset, blocks=False)
+    if placed is None:
+        return None
+    parts, values = placed
+    table = new_table(
+        f"Where {effect_name(risk)} comes from: share of each part, sizes adding to 100 %",
+        ("objective", FOLDED),
+        *(part.replace("_", " ") for part in parts),
+    )
+    of_risk = shares(values[:, labels(dataset, "risk").index(risk)])
+    for objective, row in zip(labels(dataset, "objective"), of_risk, strict=True):
+        table.add_row(objective, *(number(100 * share, "+.0f") for share in row))
+    return table
+
+
+def instance_table(dataset: xr.Dataset) -> Table | None:
+    """The forget row that each objective forgets most, and the one that costs `retain` most."""
+    effect = by_sample(dataset)
+    if effect is None or not effect.sizes["sample"]:
+        return None
+    objectives = labels(dataset, "objective")
+    wanted = {UNLEARN: "forgotten most", "retain": "costs the rest most"}
+    present = [risk for risk in wanted if risk in effect["risk"].values]
+    table = new_table(
+        "Instances: row, share of the effect, question",
+        ("objective", WHOLE | {"min_width": max(map(len, objectives))}),
+        *((wanted[risk], FOLDED) for risk in present),
+    )
+    for objective in objectives:
+        of_risks = (effect.sel(objective=objective, risk=risk) for risk in present)
+        table.add_row(objective, *map(_extreme, of_risks))
+    return table
+
+
+def _extreme(effect: xr.DataArray) -> str:
+    """The row of most negative effect, of effects `(sample,)`."""
+    share = shares(effect.values)
+    if not np.isfinite(share).all() or not (share < 0).any():
+        return "none"
+    i = int(share.argmin())
+    return (
+        f"{effect['sample'].values[i]}  {100 * share[i]:+.0f}%  {question(effect, i, 34)}".rstrip()
+    )

@@ -1,0 +1,114 @@
+"""A step result for the terminal: some of its steps, what it came to, what first order is worth."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from geffect_fast.report.format import effect_name, number, risk_words, symbol
+from geffect_fast.report.summary.effects import interval_at, last_step, thinned
+from geffect_fast.report.summary.findings import signs
+from geffect_fast.report.summary.objectives import summarise
+from geffect_fast.report.summary.step_findings import outcome_sentence
+from geffect_fast.report.summary.steps import PREDICTIONS, Steps, agreements
+from geffect_fast.report.tables.cells import (
+    FOLDED,
+    WHOLE,
+    covered,
+    effect_cells,
+    new_table,
+    verdict_cell,
+    with_interval,
+)
+from geffect_fast.report.tables.profile import totals_table
+from geffect_fast.results.rows_needed import rows_note
+
+if TYPE_CHECKING:
+    import xarray as xr
+
+ROWS = 9
+"""How many of the steps are listed."""
+
+NOTE = (
+    "R is a risk, e the effect on it at that step: an update of size lr changes R by -lr·e to "
+    "first order. collateral: rise of the worst other risk for a unit rise of the forget risk, in "
+    "a small step from there; the verdict is of that step too."
+)
+
+
+def render_steps(dataset: xr.Dataset) -> RenderableType:
+    """All tables of a step result, for `rich.console.Console.print`."""
+    parts: list[RenderableType] = [steps_table(dataset), Text(NOTE, style="dim"), Text()]
+    if few := rows_note(dataset.isel(step=0)):
+        parts += [Text(few), Text()]
+    if dataset.sizes["objective"] > 1:
+        last = last_step(dataset)
+        table = totals_table(last)
+        table.title = f"All objectives at step {int(last['step'])}"
+        parts.append(table)
+    trust = trust_table(dataset)
+    if trust is not None:
+        parts.append(trust)
+    return Group(*parts, *covered(dataset.attrs))
+
+
+def steps_table(dataset: xr.Dataset) -> Table:
+    """Evenly spaced steps: risks, effects of the trained objective (or else the first), verdict."""
+    read = Steps.of(dataset)
+    lead, n_forget, last = read.objectives[0], dataset.attrs["n_forget"], read.steps[-1]
+    what = f"Trained on {lead}" if "trained_objective" in dataset.attrs else f"Effects of {lead}"
+    table = new_table(
+        f"{what} to step {last}, measured at {len(read.steps)} steps on {n_forget} forget rows",
+        "step",
+        *(f"R_{symbol(risk)}" for risk in read.risks),
+        *map(effect_name, read.risks),
+        "collateral",
+        ("verdict", WHOLE),
+    )
+    for i in thinned(np.arange(len(read.steps)), ROWS):
+        (row,) = summarise(dataset.isel(step=i).sel(objective=[lead]))
+        table.add_row(
+            str(read.steps[i]),
+            *(
+                with_interval(value, interval_at(read.value_bounds, i, m), ".4g")
+                for m, value in enumerate(read.values[i])
+            ),
+            *effect_cells(row.numbers),
+            verdict_cell(row.verdict),
+        )
+    return table
+
+
+def trust_table(dataset: xr.Dataset) -> Table | None:
+    """How well first order predicts every risk's changes; None where nothing was predicted."""
+    found = agreements(dataset)
+    if not found:
+        return None
+    n = max(a.n for by_risk in found.values() for a in by_risk.values())
+    table = new_table(
+        f"First order against {n} measured changes",
+        ("predicted", WHOLE),
+        ("change of", WHOLE),
+        *("correlation", "same sign", "typically off by"),
+        ("so", FOLDED),
+    )
+    for name, by_risk in found.items():
+        for risk, a in by_risk.items():
+            table.add_row(
+                PREDICTIONS[name],
+                risk_words(risk),
+                number(a.correlation, ".3f"),
+                f"{100 * a.same_sign:.0f} %" if a.n else "–",
+                f"{100 * a.error:.0f} %" if np.isfinite(a.error) else "–",
+                a.words,
+            )
+    return table
+
+
+def step_findings(dataset: xr.Dataset) -> tuple[str, ...]:
+    """What the run came to, and how to read the signs: a sentence each."""
+    return outcome_sentence(dataset), signs()

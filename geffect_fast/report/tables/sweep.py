@@ -1,0 +1,86 @@
+"""A sweep for the terminal: the best values of each family, and the Pareto front."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from geffect_fast.report.summary.effects import thinned
+from geffect_fast.report.summary.sweep import NUMBERS, Swept
+from geffect_fast.report.tables.cells import FOLDED, covered, effect_cells, new_table
+
+if TYPE_CHECKING:
+    import xarray as xr
+
+FRONT_SHOWN = 12
+"""Objectives of a long front that are listed."""
+
+NOTE = (
+    "e_u is the effect on the forget risk (below 0: it rises, as wanted), e_r on the retain risk "
+    "(below 0: the rest is harmed). collateral: rise of the worst other risk for a unit rise of "
+    "the forget risk, below 0 a gain; the least is that of values that remove at least a tenth of "
+    "the family's most. The front compares steps of one size and so favours objectives of a large "
+    "scale: npo and dpo sum over whole answers, most others are means over tokens. Collateral does "
+    "not depend on scale."
+)
+
+
+def render_sweep(dataset: xr.Dataset) -> RenderableType:
+    """All tables of a sweep, for `rich.console.Console.print`."""
+    swept = Swept.of(dataset)
+    parts: list[RenderableType] = [
+        families_table(swept, int(dataset.attrs["n_forget"])),
+        front_table(swept),
+    ]
+    hidden = int(swept.front.sum()) - len(_shown(swept))
+    if hidden > 0:
+        parts += [Text(f"and {hidden} more, marked in summary.csv"), Text()]
+    parts += [Text(NOTE, style="dim"), Text(), *covered(dataset.attrs)]
+    return Group(*parts)
+
+
+def families_table(swept: Swept, n_forget: int) -> Table:
+    """Of each family the values that remove most, that harm least, and with least collateral."""
+    n = len(swept.objectives)
+    table = new_table(
+        f"{n} objectives on {n_forget} forget rows: the best of each family",
+        ("family", FOLDED | {"max_width": 34}),
+        ("at", FOLDED),
+        *NUMBERS,
+    )
+    for family in swept.families:
+        picks = swept.picks(family)
+        if not family.axes:
+            table.add_row(family.text, "", *effect_cells(swept.numbers(family.at[0])))
+            continue
+        table.add_row(family.text, "" if picks else "undefined (NaN)")
+        for i, names in picks.items():
+            what = Text("\n".join(f"  {name}" for name in names), style="dim")
+            table.add_row(what, family.point(i), *effect_cells(swept.numbers(family.at[i])))
+    return table
+
+
+def front_table(swept: Swept) -> Table:
+    """The Pareto front, strongest removal first."""
+    n = int(swept.front.sum())
+    table = new_table(
+        f"Pareto front: {n} not beaten in both removal and damage",
+        ("objective", FOLDED | {"min_width": 30}),
+        *NUMBERS,
+    )
+    for i in _shown(swept):
+        table.add_row(swept.label(i), *effect_cells(swept.numbers(i)))
+    return table
+
+
+def _shown(swept: Swept) -> np.ndarray:
+    """What of the front is listed: where they are many, some of those that remove anything."""
+    front = swept.ranked_front()
+    if len(front) > FRONT_SHOWN:
+        removing = front[swept.e_u[front] < 0]
+        front = removing if len(removing) else front
+    return thinned(front, FRONT_SHOWN)

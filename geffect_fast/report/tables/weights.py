@@ -1,0 +1,108 @@
+"""The best token weights for the terminal: what they reach, which tokens they take and spare."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from geffect_fast.report.figures.frontier import asked
+from geffect_fast.report.format import Interval, number, question
+from geffect_fast.report.tables.cells import WHOLE, new_table, with_interval
+from geffect_fast.report.tokens.colours import inline, visible
+
+if TYPE_CHECKING:
+    import xarray as xr
+
+TOKENS_SHOWN = 6
+
+
+def render_weights(best: xr.Dataset) -> Group:
+    """Everything about weights of `geffect_fast.optimal_weights`, for `rich.console.Console.print`.
+
+    What is reached is compared with `ga`, all of whose weights are 1.
+    """
+    full = best.attrs["max_weight"]
+    weight = best["weight"].values
+    return Group(
+        _reached(best),
+        Text(reached(best), style="bold"),
+        Text(_counts(best), style="dim"),
+        Text(),
+        _tokens(best, weight == 0, "token_e_r", "Spared (weight 0), those of most damage first"),
+        _tokens(
+            best, weight == full, "token_e_u", f"In full (weight {full:g}), those that remove most"
+        ),
+    )
+
+
+def reached(best: xr.Dataset) -> str:
+    """One sentence: how much of ga's removal is kept, and how much of its damage."""
+    kept, damage = _compared(best, float(best["e_u"]), float(best["e_r"]))
+    return f"Against ga: removal kept {kept}, damage {damage}."
+
+
+def _reached(best: xr.Dataset) -> Table:
+    title = f"Token weights from 0 to {best.attrs['max_weight']:g}: {asked(best)}"
+    table = new_table(title, ("weights", WHOLE), "e_u", "e_r", "removal kept", "damage")
+    table.min_width = len(title)
+    ga = [float(best[name].sum()) for name in ("token_e_u", "token_e_r")]
+    for name, prefix, e in (
+        ("ga", "ga_", ga),
+        ("best", "", [float(best["e_u"]), float(best["e_r"])]),
+    ):
+        numbers = [
+            with_interval(value, _interval(best, f"{prefix}{effect}"))
+            for value, effect in zip(e, ("e_u", "e_r"), strict=True)
+        ]
+        table.add_row(name, *numbers, *_compared(best, *e))
+    return table
+
+
+def _interval(best: xr.Dataset, name: str) -> Interval | None:
+    """That of an effect, where it is known."""
+    if f"{name}_low" not in best:
+        return None
+    return float(best[f"{name}_low"]), float(best[f"{name}_high"])
+
+
+def _compared(best: xr.Dataset, e_u: float, e_r: float) -> tuple[str, str]:
+    """Removal and damage in percent of ga's; a dash where ga has none."""
+    ga_u, ga_r = (float(best[name].sum()) for name in ("token_e_u", "token_e_r"))
+    kept = f"{100 * e_u / ga_u:.1f} %" if ga_u < 0 else "–"
+    if e_r >= 0:
+        return kept, "none"
+    return kept, f"{100 * e_r / ga_r:.1f} %" if ga_r < 0 else "–"
+
+
+def _counts(best: xr.Dataset) -> str:
+    weight = best["weight"].values
+    weight = weight[~np.isnan(weight)]
+    full = best.attrs["max_weight"]
+    n_none, n_full = int((weight == 0).sum()), int((weight == full).sum())
+    line = f"Of {len(weight):,} tokens {n_full:,} have weight {full:g}, {n_none:,} weight 0"
+    if between := len(weight) - n_none - n_full:
+        line += f", {between} lies between"
+    price = float(best["shadow_price"])
+    more = f"one more of e_r would buy {price:.3g} of e_u" if price else "nothing is left to buy"
+    return f"{line}; {more}."
+
+
+def _tokens(best: xr.Dataset, chosen: np.ndarray, by: str, title: str) -> Table:
+    """The first tokens of a choice, those whose effect `by` is lowest first."""
+    table = new_table(title, ("token", WHOLE), "e_u", "e_r", "row", ("question", WHOLE))
+    effect = np.where(chosen, best[by].values, np.inf)
+    for flat in effect.argsort(axis=None, kind="stable")[: min(TOKENS_SHOWN, int(chosen.sum()))]:
+        i, t = (int(at) for at in np.unravel_index(flat, effect.shape))
+        text = str(best["token_text"].values[i, t]) if "token_text" in best.coords else ""
+        table.add_row(
+            Text(inline(visible(text, int(best["token_id"].values[i, t])))),
+            number(float(best["token_e_u"].values[i, t])),
+            number(float(best["token_e_r"].values[i, t])),
+            str(best["sample"].values[i]),
+            Text(question(best["weight"], i, 50)),
+        )
+    return table

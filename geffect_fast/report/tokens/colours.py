@@ -1,0 +1,125 @@
+"""How a token's effect looks: nine steps either side of zero, in the terminal and in HTML alike."""
+
+from __future__ import annotations
+
+import os
+import unicodedata
+
+import numpy as np
+
+from geffect_fast.report.format import UNLEARN
+
+STEPS = 9
+"""Levels run from -STEPS to STEPS, so that a level is one digit where there is no colour."""
+
+UNDEFINED = STEPS + 1
+"""The level of an effect that is NaN or infinite."""
+
+QUANTILE, FLOOR = 0.95, 0.1
+SCALE_NOTE = (
+    f"the {100 * QUANTILE:.0f}th percentile of the sizes of all tokens shown, at least a tenth of "
+    "the largest"
+)
+
+GROUND = {"light": "#ffffff", "dark": "#15181d"}
+INK = {"light": "#1b1b1b", "dark": "#f2f2f2"}
+# Blue and orange of one lightness (Oklch 0.72 and 0.52) are told apart by every kind of colour
+# vision, and neither says "more" than the other.
+WANTED = {"light": "#43acfb", "dark": "#196ea9"}
+UNWANTED = {"light": "#e78b30", "dark": "#9c5313"}
+SHADES_OF_256 = {
+    "light": {True: (195, 153, 75), False: (230, 223, 215)},
+    "dark": {True: (17, 24, 26), False: (58, 94, 130)},
+}
+"""The same from weak to strong, wanted (True) and unwanted, in a terminal's table of 256."""
+
+
+def robust_scale(values: np.ndarray) -> float:
+    """The size that full colour stands for; 0 where nothing is finite and nonzero.
+
+    A quantile, so that a few large tokens do not blank out the others, and a tenth of the largest
+    where most tokens are rounding noise beside it.
+    """
+    sizes = np.abs(values[np.isfinite(values)])
+    if not sizes.size:
+        return 0.0
+    return float(max(np.quantile(sizes, QUANTILE), FLOOR * sizes.max()))
+
+
+def levels(values: np.ndarray, scale: float) -> np.ndarray:
+    """Effects in ninths of the scale, rounded: int64 from -STEPS to STEPS, or `UNDEFINED`."""
+    finite = np.isfinite(values)
+    ratio = np.where(finite, values, 0.0) / (scale or 1.0)
+    return np.where(finite, np.rint(STEPS * np.clip(ratio, -1, 1)), UNDEFINED).astype(np.int64)
+
+
+def goodness(risk: str, level: int) -> int:
+    """The level, negative where the effect is unwanted: e_u above zero, any other below."""
+    return -level if risk == UNLEARN and level != UNDEFINED else level
+
+
+def colour(good: int, theme: str) -> str:
+    """Background of a token, `#rrggbb`.
+
+    Args:
+        good: as `goodness` returns it; 0 is the ground of the page.
+        theme: `light`, for `INK["light"]` upon it, or `dark`.
+    """
+    pole = (WANTED if good > 0 else UNWANTED)[theme]
+    weight = min(abs(good), STEPS) / STEPS
+    mixed = [
+        round(
+            int(GROUND[theme][at : at + 2], 16) * (1 - weight) + int(pole[at : at + 2], 16) * weight
+        )
+        for at in (1, 3, 5)
+    ]
+    return "#" + "".join(f"{channel:02x}" for channel in mixed)
+
+
+def mark(risk: str, level: int) -> str:
+    """What stands for colour where there is none: `-9` to `+9`, with `!` if that is unwanted."""
+    if level == UNDEFINED:
+        return "?"
+    if level == 0:
+        return "·"
+    return f"{level:+d}" + ("!" if goodness(risk, level) < 0 else "")
+
+
+def terminal_theme() -> str:
+    """`light` where the terminal says that its background is, as a few do, else `dark`."""
+    background = os.environ.get("COLORFGBG", "").rpartition(";")[2]
+    return "light" if background in ("7", *map(str, range(9, 16))) else "dark"
+
+
+def visible(text: str, token_id: int) -> str:
+    """A token's text with everything shown that would be invisible or change what is around it.
+
+    A newline becomes `↵` and the newline, other control characters their pictures, invisible and
+    unassigned ones and those that reverse the text their numbers; a token without text is its id.
+    """
+    if not text:
+        return f"⟨{token_id}⟩"
+    return "".join(_visible(character, alone=len(text) == 1) for character in text)
+
+
+def inline(text: str) -> str:
+    """A visible token within a sentence: without the spaces around it, unless it is all spaces."""
+    flat = text.replace("\n", "")
+    return flat.strip() or "␣" * len(flat)
+
+
+def _visible(character: str, alone: bool) -> str:
+    if character == "\n":
+        return "↵\n"
+    if character == "\t":
+        return "⇥"
+    code = ord(character)
+    if code < 0x20:
+        return chr(0x2400 + code)
+    if code == 0x7F:
+        return "␡"
+    kind = unicodedata.category(character)
+    joins = character in "\u200c\u200d" and not alone  # part of how Persian and emoji are written
+    if kind in ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp") and not joins:
+        return f"⟨U+{code:04X}⟩"
+    return character

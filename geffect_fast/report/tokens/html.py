@@ -1,0 +1,130 @@
+"""The token view as one HTML page that needs no network, and for its first objective no script."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from geffect_fast.report.format import effect_name, number
+from geffect_fast.report.html.templates import render
+from geffect_fast.report.tokens.colours import SCALE_NOTE, STEPS, goodness, inline, mark
+from geffect_fast.report.tokens.view import (
+    STEP_NOTE,
+    Answer,
+    TokenView,
+    heading,
+    meaning,
+    sequence_name,
+    token_view,
+    top_words,
+)
+
+if TYPE_CHECKING:
+    import xarray as xr
+
+N_SAMPLES = 20
+MAX_VALUES = 150_000
+"""Numbers a page may hold, some twelve bytes each, before samples and objectives are left out."""
+
+
+def tokens_html(
+    dataset: xr.Dataset,
+    objective: str | None = None,
+    *,
+    samples: int | None = None,
+    by: str | None = None,
+    rows: Sequence[int | str] | None = None,
+    max_values: int = MAX_VALUES,
+) -> str:
+    """The page: every objective to choose from, tokens coloured by e_u and by e_r, maps by group.
+
+    Args:
+        dataset: as for `token_view`.
+        objective: the one shown first, which decides the order of samples; None: the first.
+        samples: how many forget rows; None: 20.
+        by, rows: as for `token_view`.
+        max_values: how many numbers it may hold; the page says what is left out.
+
+    Raises:
+        InputError: as `token_view`.
+    """
+    view = token_view(
+        dataset,
+        objective,
+        samples=N_SAMPLES if samples is None and rows is None else samples,
+        by=by,
+        rows=rows,
+        all_objectives=True,
+        max_values=max_values,
+    )
+    return render("token_view.html.jinja", **token_values(view, level=1))
+
+
+def token_values(view: TokenView, level: int) -> dict[str, Any]:
+    """What the template of the tokens is filled with.
+
+    Args:
+        view: they.
+        level: of their heading.
+    """
+    return {
+        "view": view,
+        "level": level,
+        "risks": [_risk(view, m) for m in range(len(view.risks))],
+        "objectives": [_objective(view, k) for k in range(len(view.objectives))],
+        "strip": range(-STEPS, STEPS + 1, 3),
+        "scale_note": SCALE_NOTE,
+        "step_note": STEP_NOTE,
+        "sequence_name": sequence_name,
+        "inline": inline,
+    }
+
+
+def _risk(view: TokenView, m: int) -> dict[str, Any]:
+    """What the page says of a risk, and how its tokens look under the first objective."""
+    risk = view.risks[m]
+    levels = view.levels(0, m)
+    below, above = meaning(risk)
+    return {
+        "name": effect_name(risk),
+        "below": below,
+        "above": above,
+        "top": top_words(risk),
+        "good": [[goodness(risk, int(level)) for level in column] for column in levels],
+        "marks": [[mark(risk, int(level)) for level in column] for column in levels],
+        "effects": [[_exact(value) for value in column] for column in view.values[0, m]],
+        "strip": {n: (goodness(risk, n), mark(risk, n)) for n in range(-STEPS, STEPS + 1, 3)},
+    }
+
+
+def _objective(view: TokenView, k: int) -> dict[str, Any]:
+    """All that changes on the page with the objective; the script reads it as JSON."""
+    answers, risks = view.answers, range(len(view.risks))
+    return {
+        "heading": heading(view, k),
+        "scales": [number(float(scale), ".2g") for scale in view.scales[k]],
+        "levels": [[_code(view.risks[m], column) for column in view.levels(k, m)] for m in risks],
+        "values": [[_rounded(column) for column in view.values[k, m]] for m in risks],
+        "totals": [[number(view.total(k, m, a), "+.3e") for a in answers] for m in risks],
+        "top": [[_top(view, k, m, answer) for answer in answers] for m in risks],
+    }
+
+
+def _top(view: TokenView, k: int, m: int, answer: Answer) -> list[tuple[int, str]]:
+    return [(i, f"{100 * share:.0f}%") for i, share in view.strongest(k, m, answer)]
+
+
+def _code(risk: str, levels: np.ndarray) -> str:
+    """A letter a token: `a` most unwanted, `j` zero, `s` most wanted, `t` undefined."""
+    return "".join(chr(ord("a") + STEPS + goodness(risk, int(level))) for level in levels)
+
+
+def _exact(value: float) -> str:
+    return f"{value:+.4e}" if np.isfinite(value) else "not finite"
+
+
+def _rounded(values: np.ndarray) -> list[float | None]:
+    """As many digits as `_exact` shows; JSON knows no NaN."""
+    return [float(f"{value:.5g}") if np.isfinite(value) else None for value in values]

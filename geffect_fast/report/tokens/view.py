@@ -1,0 +1,319 @@
+"""Which words an objective attacks, and which of them cost retention: the numbers of the view.
+
+`tokens_text` and `tokens_html` make of them what people look at.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from geffect_fast.errors import InputError
+from geffect_fast.report.format import UNLEARN
+from geffect_fast.report.tokens.colours import levels, robust_scale, visible
+
+if TYPE_CHECKING:
+    import xarray as xr
+
+FORGET, RETAIN = "forget", "retain"
+N_SAMPLES = 5
+ORDERS = {"first": None, "removal": UNLEARN, "damage": "retain"}
+"""The orders of samples, and the risk whose effect, most negative first, decides them."""
+
+N_STRONGEST, LEAST = 4, -0.005
+"""How many tokens are named as the strongest, and which share, in whole percent, is none."""
+
+STEP_NOTE = "A descent step of size lr changes a risk by -lr·e."
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One sample of a view.
+
+    Attributes:
+        row: its number in its data set.
+        data: `forget` or `retain`.
+        question: on one line.
+        sequences: where its answer and then its alternatives lie on the view's token axis, by
+            their numbers, 0 for the answer.
+    """
+
+    row: int
+    data: str
+    question: str
+    sequences: dict[int, slice]
+
+    @property
+    def tokens(self) -> slice:
+        """Where all of it lies on the view's token axis."""
+        parts = [*self.sequences.values()] or [slice(0, 0)]
+        return slice(parts[0].start, parts[-1].stop)
+
+
+@dataclass(frozen=True)
+class TokenView:
+    """Effects of a few samples by token; all their tokens lie end to end on one axis of n.
+
+    Attributes:
+        objectives: labels, the chosen one first.
+        risks: names.
+        columns: `""`, the sum over groups, and then the groups if the result tells them apart.
+        answers: the samples.
+        ids: `(n,)` token ids.
+        texts: n texts, made visible.
+        values: `(K, M, len(columns), n)` fp64.
+        scales: `(K, M)`, the size that full colour stands for, of each objective and risk.
+        n_rows: forget rows of the result.
+        left_out: what was asked for and did not fit, as sentences.
+    """
+
+    objectives: tuple[str, ...]
+    risks: tuple[str, ...]
+    columns: tuple[str, ...]
+    answers: tuple[Answer, ...]
+    ids: np.ndarray
+    texts: tuple[str, ...]
+    values: np.ndarray
+    scales: np.ndarray
+    n_rows: int
+    left_out: tuple[str, ...]
+
+    def levels(self, objective: int, risk: int) -> np.ndarray:
+        """Levels of colour, `(len(columns), n)`, as `token_colours.levels`."""
+        return levels(self.values[objective, risk], float(self.scales[objective, risk]))
+
+    def total(self, objective: int, risk: int, answer: Answer) -> float:
+        """The sum over an answer's tokens."""
+        return float(self.values[objective, risk, 0, answer.tokens].sum())
+
+    def strongest(self, objective: int, risk: int, answer: Answer) -> list[tuple[int, float]]:
+        """The few tokens of most negative effect: what removes most, or what costs most.
+
+        Returns:
+            Places on the token axis, and shares of the answer's effects, sizes adding to 1.
+        """
+        own = self.values[objective, risk, 0, answer.tokens]
+        finite = np.where(np.isfinite(own), own, 0.0)
+        order = np.argsort(finite, kind="stable")[:N_STRONGEST]
+        size = np.abs(finite).sum()
+        start = answer.tokens.start
+        named = [int(i) for i in order if finite[i] < 0 and finite[i] <= LEAST * size]
+        return [(start + i, float(finite[i] / size)) for i in named]
+
+
+def has_tokens(dataset: xr.Dataset) -> bool:
+    """Whether a result tells the tokens of samples apart."""
+    return {"sample", "token"} <= set(dataset["g_effect"].dims)
+
+
+def token_view(
+    dataset: xr.Dataset,
+    objective: str | None = None,
+    *,
+    samples: int | None = None,
+    by: str | None = None,
+    rows: Sequence[int | str] | None = None,
+    all_objectives: bool = False,
+    max_values: int | None = None,
+) -> TokenView:
+    """The tokens of a few samples under one objective, or all.
+
+    Args:
+        dataset: result of `geffect_fast.profile` with axes `sample` and `token`; may be lazy.
+        objective: its label; None: the first.
+        samples: how many forget rows; None: 5.
+        by: which: `first`, those of strongest `removal` (lowest e_u) or of most `damage` (lowest
+            e_r); None: first.
+        rows: in place of both, row numbers of the forget set, or `retain:3` for the retain set's.
+        all_objectives: whether the view holds the other objectives too.
+        max_values: how many numbers it may hold; samples and then objectives beyond are left out.
+
+    Raises:
+        InputError: no token axis, several steps, an unknown objective, order or row, or
+            contradicting choices.
+    """
+    if not has_tokens(dataset):
+        raise InputError(
+            "the result has no token axis; run geffect-fast profile --engine forward --resolve "
+            "sample,token"
+        )
+    effect = dataset["g_effect"]
+    if "step" in effect.dims:
+        raise InputError("the result has several steps; choose one, such as .isel(step=-1)")
+    chosen = _objective(effect, objective)
+    places = _samples(effect, chosen, samples, by, rows)
+    order = [
+        chosen,
+        *(k for k in range(effect.sizes["objective"]) if all_objectives and k != chosen),
+    ]
+    left_out = []
+    if max_values is not None:
+        n_columns = 1 + effect.sizes.get("group", 0)
+        tokens = (effect["token_id"].values[places] >= 0).sum(axis=1)
+        sizes = effect.sizes["risk"] * n_columns * np.cumsum(tokens)
+        fit = max(1, int((sizes <= max_values).sum()))
+        if fit < len(places):
+            left_out.append(f"{len(places) - fit} of {len(places)} samples left out: too large.")
+            places = places[:fit]
+        fit = max(1, int(max_values // max(1, sizes[fit - 1])))
+        if fit < len(order):
+            left_out.append(f"{len(order) - fit} of {len(order)} objectives left out: too large.")
+            order = order[:fit]
+    return _view(effect, order, places, tuple(left_out))
+
+
+def _view(
+    effect: xr.DataArray, order: list[int], places: list[int], left_out: tuple[str, ...]
+) -> TokenView:
+    shown = effect.isel(objective=order, sample=places)
+    kept = [d for d in ("objective", "risk", "group", "sample", "token") if d in shown.dims]
+    summed = [d for d in shown.dims if d not in kept]
+    values = shown.sum(summed, skipna=False).transpose(*kept).values
+    if "group" not in kept:
+        values = values[:, :, None]
+    else:
+        values = np.concatenate([values.sum(2, keepdims=True), values], axis=2)
+    ids = shown["token_id"].transpose("sample", "token").values
+    texts = _texts(shown, ids)
+    sequence = np.zeros_like(ids)
+    if "sequence" in shown.coords:
+        sequence = shown["sequence"].transpose("sample", "token").values
+    data = _sets(shown)
+    answers = []
+    start = 0
+    for i in range(len(places)):
+        numbers = sequence[i][ids[i] >= 0]
+        parts: dict[int, slice] = {}
+        for number in np.unique(numbers):
+            stop = start + int((numbers == number).sum())
+            parts[int(number)] = slice(start, stop)
+            start = stop
+        question = str(shown["question"].values[i]) if "question" in shown.coords else ""
+        asked = " ".join(question.split())
+        row = int(shown["sample"].values[i])
+        answers.append(Answer(row, str(data[i]), asked and visible(asked, 0), parts))
+    real = ids >= 0
+    values = values[..., real]
+    return TokenView(
+        objectives=tuple(str(o) for o in shown["objective"].values),
+        risks=tuple(str(r) for r in shown["risk"].values),
+        columns=("", *(str(g) for g in shown["group"].values)) if "group" in kept else ("",),
+        answers=tuple(answers),
+        ids=ids[real],
+        texts=tuple(visible(t, int(i)) for t, i in zip(texts[real], ids[real], strict=True)),
+        values=values,
+        scales=np.array([[robust_scale(of_risk[0]) for of_risk in one] for one in values]),
+        n_rows=int((_sets(effect) == FORGET).sum()),
+        left_out=left_out,
+    )
+
+
+def _texts(effect: xr.DataArray, ids: np.ndarray) -> np.ndarray:
+    if "token_text" not in effect.coords:
+        return np.full(ids.shape, "", dtype=object)
+    return effect["token_text"].transpose("sample", "token").values.astype(object)
+
+
+def _sets(effect: xr.DataArray) -> np.ndarray:
+    """The data set of every sample."""
+    if "set" not in effect.coords:
+        return np.full(effect.sizes["sample"], FORGET, dtype=object)
+    return effect["set"].values.astype(object)
+
+
+def _objective(effect: xr.DataArray, label: str | None) -> int:
+    """The place of an objective, however its label is spaced."""
+    known = [str(o) for o in effect["objective"].values]
+    if label is None:
+        return 0
+    squeezed = ["".join(o.split()).lower() for o in known]
+    wanted = "".join(label.split()).lower()
+    if wanted in squeezed:
+        return squeezed.index(wanted)
+    heads = [o.partition("(")[0] for o in squeezed]
+    begun = [k for k, o in enumerate(squeezed) if wanted and o.startswith(wanted)]
+    close = difflib.get_close_matches(wanted, [*squeezed, *heads], n=1)
+    begun += [[*squeezed, *heads].index(name) % len(known) for name in close]
+    near = known[begun[0]] if begun else None
+    few = ", ".join(known[:8]) + (", ..." if len(known) > 8 else "")
+    advice = f"did you mean {near!r}?" if near else f"it has {few}"
+    raise InputError(f"objective {label!r} is not in the result; {advice}")
+
+
+def _samples(
+    effect: xr.DataArray,
+    objective: int,
+    samples: int | None,
+    by: str | None,
+    rows: Sequence[int | str] | None,
+) -> list[int]:
+    """Places of the samples on their axis."""
+    if rows is not None:
+        if samples is not None or by is not None:
+            raise InputError("rows: name the samples; leave samples and by out")
+        return _named(effect, rows)
+    wanted = N_SAMPLES if samples is None else samples
+    if isinstance(wanted, bool) or not isinstance(wanted, int) or wanted < 1:
+        raise InputError(f"samples: got {samples!r}; give a whole number of at least 1")
+    if by is not None and by not in ORDERS:
+        raise InputError(f"by: unknown order {by!r}; choose from {', '.join(ORDERS)}")
+    forget = np.flatnonzero(_sets(effect) == FORGET)
+    risk = ORDERS[by or "first"]
+    if risk is not None:
+        one = effect.isel(objective=objective).sel(risk=risk)
+        sums = one.sum([d for d in one.dims if d != "sample"], skipna=False).values[forget]
+        forget = forget[np.argsort(sums, kind="stable")]  # NaN last
+    return [int(place) for place in forget[:wanted]]
+
+
+def _named(effect: xr.DataArray, rows: Sequence[int | str]) -> list[int]:
+    sets, numbers = _sets(effect), effect["sample"].values
+    if not rows:
+        raise InputError("rows: there is none; give row numbers such as 3,7")
+    return [_place(row, sets, numbers) for row in rows]
+
+
+def _place(row: Any, sets: np.ndarray, numbers: np.ndarray) -> int:
+    """Where a row such as `3` or `retain:3` lies."""
+    data, colon, text = str(row).strip().rpartition(":")
+    data = data if colon else FORGET
+    own = numbers[sets == data]
+    if not text.isdecimal() or data not in (FORGET, RETAIN):
+        raise InputError(f"rows: {str(row)!r} is no row; give numbers such as 3, or retain:3")
+    found = np.flatnonzero((sets == data) & (numbers == int(text)))
+    if not found.size:
+        has = f"has {own.min()} to {own.max()}" if own.size else "has none of that set"
+        raise InputError(f"rows: there is no {data} row {text}; the result {has}; choose from them")
+    return int(found[0])
+
+
+def sequence_name(number: int) -> str:
+    """`answer`, or an alternative's number."""
+    return f"alternative {number}" if number else "answer"
+
+
+def heading(view: TokenView, objective: int) -> str:
+    """What a view shows, in a line."""
+    forget = sum(answer.data == FORGET for answer in view.answers)
+    retain = len(view.answers) - forget
+    parts = [f"{forget} of {view.n_rows} forget rows"] if forget else []
+    parts += [f"{retain} retain row{'s' * (retain > 1)}"] if retain else []
+    return f"Tokens of {' and '.join(parts) or 'no rows'} under {view.objectives[objective]}"
+
+
+def meaning(risk: str) -> tuple[str, str]:
+    """What an effect below zero and one above it do."""
+    if risk == UNLEARN:
+        return "removes (wanted)", "reinforces"
+    what = "retention" if risk == "retain" else risk
+    return f"costs {what}", f"helps {what}"
+
+
+def top_words(risk: str) -> str:
+    """What the tokens of most negative effect do."""
+    below = meaning(risk)[0]
+    return "remove most" if risk == UNLEARN else f"{below.replace('costs', 'cost', 1)} most"

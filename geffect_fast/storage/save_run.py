@@ -1,0 +1,123 @@
+"""Runs are written whole; a report is added then, and whatever fails in it costs only itself."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from geffect_fast.errors import InterruptedRunError, UnfinishedError, reason_of
+from geffect_fast.storage.disk import UNFINISHED
+from geffect_fast.storage.lock import locked
+from geffect_fast.storage.manifest import MANIFEST, Manifest, Sums, checksums, files_below
+from geffect_fast.storage.run_folder import (
+    NEXT,
+    RESULTS,
+    own_files,
+    put_in_place,
+    staged_run,
+    write_config,
+    write_dataset,
+)
+
+if TYPE_CHECKING:
+    import xarray as xr
+
+    from geffect_fast.settings import ProfileConfig
+    from geffect_fast.storage.run_folder import Reporter
+
+
+def save_run(
+    folder: str | Path,
+    dataset: xr.Dataset,
+    config: ProfileConfig,
+    overwrite: bool = False,
+    report: Reporter | None = None,
+    inputs: Mapping[str, str | Path] | None = None,
+    sums: Mapping[str, Sums] | None = None,
+) -> Path:
+    """Write `results.nc`, `run.yaml` and a report into a run folder.
+
+    The first two are written in full to a hidden folder inside and then renamed, `results.nc` last:
+    a run folder with `results.nc` has all its numbers, and a failure before leaves what was there,
+    a run that was to be replaced included. The report is added then.
+
+    Args:
+        folder: made where it does not exist; other files in it stay.
+        dataset: result of `geffect_fast.profile`.
+        config: what replays it.
+        overwrite: whether to replace a run that is there.
+        report: adds files such as `summary.csv` and `plots/`.
+        inputs: as `check_free`.
+        sums: checksums of what the run was made from, by option.
+
+    Returns:
+        The absolute path of the folder.
+
+    Raises:
+        InputError: as `check_free`, or the disk refuses.
+        UnfinishedError: the report fails, and the numbers are there.
+    """
+    with locked(folder) as path:
+        with staged_run(folder, overwrite, inputs, lambda: sums or {}) as staging:
+            write_dataset(dataset, staging / RESULTS)
+            write_config(config, staging)
+        add_report(path, dataset, report)
+    return path
+
+
+def add_report(folder: Path, dataset: Any, report: Reporter | None, again: str = "") -> None:
+    """Write tables, plots and pages of a run into its folder, and note them in its manifest.
+
+    Args:
+        folder: of a run that is whole.
+        dataset: its result.
+        report: writes files into a folder; those that it has written when it fails are kept.
+        again: the command that writes them once more; empty: `geffect-fast report`.
+
+    Raises:
+        UnfinishedError: something could not be written; the line names it and says how to get it.
+        InterruptedRunError: Ctrl-C came.
+    """
+    if report is None:
+        return
+    again = again or f"geffect-fast report {folder}"
+    try:
+        with locked(folder):
+            staging = Path(tempfile.mkdtemp(prefix=UNFINISHED, dir=folder))
+            failure = None
+            try:
+                try:
+                    report(dataset, staging)
+                except Exception as error:
+                    failure = error
+                _put_beside(folder, staging)
+                if failure is not None:
+                    raise failure
+            finally:
+                shutil.rmtree(staging, ignore_errors=True)
+    except KeyboardInterrupt:
+        raise InterruptedRunError(
+            f"interrupted; the numbers of run folder {folder} are whole, its report is not: "
+            f"{again} writes it"
+        ) from None
+    except Exception as error:  # also what is no fault of a disk: nothing here may cost numbers
+        raise UnfinishedError(
+            f"the numbers of run folder {folder} are whole, but {reason_of(error)}; {again} writes "
+            "that again"
+        ) from error
+
+
+def _put_beside(folder: Path, staging: Path) -> None:
+    """Put the files of a report beside those of the run."""
+    held = Manifest.read(folder)
+    if held is None:  # of an earlier version: what is there is taken as it is
+        files = own_files(folder) - {NEXT, MANIFEST}
+        held = Manifest(checksums(folder, sorted(files)))
+    written = files_below(staging)
+    if written:
+        sums = {**held.files, **checksums(staging, written)}
+        Manifest(sums, held.inputs).write(staging)
+        put_in_place(folder, staging, own_files(folder) & {*files_below(staging)})
