@@ -74,10 +74,12 @@ class Learned:
         called_again: names of modules that a forward calls more than once.
         shown: loss functions with structures of calls whose rows were shown to belong to their
             samples, see `attribution.code_of` and `Recorder.structure`.
+        served: the rules of the calls that each parameter took part in, by its name.
     """
 
     called_again: set[str] = field(default_factory=set)
     shown: set[Hashable] = field(default_factory=set)
+    served: dict[str, dict[type[Call], None]] = field(default_factory=dict)
 
 
 _LEARNED: WeakKeyDictionary[nn.Module, Learned] = WeakKeyDictionary()

@@ -283,6 +283,7 @@ class Recorder:
         self.calls[index] = call
         for name in names.values():
             self._uses[name] += 1
+            self.plan.learned.served.setdefault(name, {})[rule] = None
         call.keep(output, self._norm_weights)
         if where in self._condensable:
             self._condense(call, output)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from geffect_fast.capture import Factor, Plan, Recorder
+from geffect_fast.capture import Plan
 from geffect_fast.data import Layout, SampleSet, estimate_token_budget, make_batches
 from geffect_fast.data.batch import Batch, Role
 from geffect_fast.data.packing import split_batch
@@ -25,9 +25,7 @@ from geffect_fast.engines.batches import (
 from geffect_fast.engines.directions import accumulate_gradients
 from geffect_fast.engines.model_outputs import (
     logits_of,
-    model_outputs,
     positions,
-    sample_axis,
     without_cache,
 )
 from geffect_fast.engines.reference import Reference
@@ -90,6 +88,7 @@ class CapturedNumbers:
 
     def compute(self, tick: Tick) -> Numbers:
         """Effects by the reverse engine, norms and products by `geffect_fast.functional`."""
+        self.plan.learned.served.clear()
         return Numbers(self._effects(tick), self._norms(tick), self._products(tick))
 
     def _effects(self, tick: Tick) -> Tensor:
@@ -161,26 +160,11 @@ class CapturedNumbers:
         return {"input_ids": batch.input_ids, "batch": batch} | offsets
 
     def rules(self) -> dict[str, tuple[str, ...]]:
-        """The rules that serve each parameter on these samples, by the parameter's name."""
-        found: dict[str, dict[str, None]] = {}
-
-        def drop(_name: str, _factors: list[Factor], _kept: list[Tensor | None]) -> None:
-            raise AssertionError("no backward is run")
-
-        for _, attempt in each_batch([self.risk]):
-            moved = attempt.batch.to(next(iter(self.plan.parameters.values())).device)
-            with (
-                attempt,
-                self.plan.frozen(),
-                torch.enable_grad(),
-                Recorder(self.plan, drop, sample_axis(self.plan.model, moved)) as recorder,
-            ):
-                model_outputs(self.plan.model, moved)
-                for call in recorder.calls.values():
-                    rule = type(call).__name__.removesuffix("Call").lower()
-                    for name in call.names.values():
-                        found.setdefault(name, {})[rule] = None
-        return {name: tuple(rules) for name, rules in found.items()}
+        """The rules that served each parameter in `compute`, by the parameter's name."""
+        return {
+            name: tuple(rule.__name__.removesuffix("Call").lower() for rule in rules)
+            for name, rules in self.plan.learned.served.items()
+        }
 
 
 def _tokens(a: Batch, b: Batch) -> int:

@@ -17,10 +17,7 @@ from reference import effects, error, risk_gradients
 
 import geffect_fast as gf
 from geffect_fast.capture import Plan
-from geffect_fast.data import tokenize_rows
-from geffect_fast.engines.layout import choose_layout
-from geffect_fast.measure.by_capture import CapturedNumbers
-from geffect_fast.objectives import resolve
+from geffect_fast.capture.generic_rule import GenericCall
 from geffect_fast.results.groups import kind_of
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -67,6 +64,10 @@ def test_effects_equal_one_sample_at_a_time(name, dtype):
     trainable = [name for name, p in model.named_parameters() if p.requires_grad]
     assert list(result.parameter.values) == trainable
     assert result.attrs["layout"] == ARCHITECTURES[name].layout
+    served = Plan.of(model).learned.served
+    assert served.keys() == set(trainable)
+    generic = {kind_of(name) for name, rules in served.items() if GenericCall in rules}
+    assert generic == set(ARCHITECTURES[name].generic)
     found = torch.from_numpy(result.g_effect.values)
     if dtype == torch.float32 and largest(found, plain) > TOLERANCE[dtype]:
         # Plain autograd rounds as much where a model amplifies rounding: the rule of `check` then.
@@ -80,17 +81,6 @@ def test_samples_hold_the_padding_token():
     ids = [row["input_ids"] for row in samples(FORGET, 1)]
     model = build("opt")
     assert model.get_input_embeddings().padding_idx == PADDING and any(PADDING in i for i in ids)
-
-
-@pytest.mark.parametrize("name", ARCHITECTURES)
-def test_layout_and_rules(name):
-    row, model = ARCHITECTURES[name], build(name)
-    plan, rows = Plan.of(model), tokenize_rows(samples(FORGET, 1), None, name="forget")
-    assert choose_layout(plan, rows) == row.layout
-    rules = CapturedNumbers(plan, rows, [resolve("ga")], None, row.layout, None).rules()
-    generic = {kind_of(name) for name, served in rules.items() if "generic" in served}
-    assert generic == set(row.generic)
-    assert rules.keys() == plan.parameters.keys()
 
 
 @pytest.mark.skipif(FALCON_LAYOUT != "packed", reason="the page is of transformers 5.24 and later")
