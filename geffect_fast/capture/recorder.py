@@ -144,9 +144,11 @@ class Recorder:
         """
         leaves = leaves_of(losses)
         outside = self.plan.names_of(leaves)
+        if not outside and not self.called_again:
+            return leaves
         self.plan.widen(outside)
         self.plan.learned.called_again |= self.called_again
-        return None if outside or self.called_again else leaves
+        return None
 
     def roots_of(self, y: Tensor) -> list[Tensor]:
         """The leaves that a backward from `y` must reach to pass by every recorded call.
