@@ -9,7 +9,6 @@ import numpy as np
 from geffect_fast.report.figures import style
 from geffect_fast.report.figures.curves import (
     PARTS_NOTE,
-    at_end,
     cosine_words,
     draw_lines,
     effect_words,
@@ -55,8 +54,9 @@ def _by_risk(runs: xr.Dataset, name: str, about: str, **more: Any) -> Figure:
     values, bounds = runs[name].transpose("step", "run", "risk").values, bounds_of(runs, name)
     bounds = None if bounds is None else bounds.swapaxes(1, 2)
     figure = lines_by_risk(steps, risks, names, values, bounds, **more)
-    ends = at_end(names, values[-1, :, risks.index(UNLEARN)])
-    figure.set_label(f"{about} {over(steps)}; {ends}")
+    last = zip(names, values[-1, :, risks.index(UNLEARN)], strict=True)
+    ends = ", ".join(f"{run} {number(float(value), '.3g')}" for run, value in last)
+    figure.set_label(f"{about} {over(steps)}; at the end {ends}.")
     return figure
 
 

@@ -11,7 +11,6 @@ from geffect_fast.report.figures import style
 from geffect_fast.report.format import (
     UNLEARN,
     effect_name,
-    number,
     risk_words,
     shortened,
     symbol,
@@ -43,12 +42,6 @@ def cosine_words(risk: str) -> tuple[str, str]:
 def over(steps: np.ndarray) -> str:
     """Which steps are drawn."""
     return f"over {len(steps)} steps from {steps[0]} to {steps[-1]}"
-
-
-def at_end(names: Sequence[str], last: np.ndarray) -> str:
-    """The last value of every line."""
-    ends = (f"{name} {number(float(v), '.3g')}" for name, v in zip(names, last, strict=True))
-    return f"at the end {', '.join(ends)}."
 
 
 def lines_by_risk(
