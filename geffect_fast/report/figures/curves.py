@@ -29,18 +29,18 @@ PARTS_NOTE = f"{style.SHADED_NOTE[:-1]} that objectives read."
 
 
 def effect_words(risk: str) -> tuple[str, str]:
-    """Title of a panel with the effect on a risk, and the words along its axis."""
+    """Title and axis of a panel with the effect on a risk."""
     hint = "lower: removes more" if risk == UNLEARN else "below 0: harms"
     return f"effect on the {risk_words(risk)}", f"{effect_name(risk)}  ({hint})"
 
 
 def cosine_words(risk: str) -> tuple[str, str]:
-    """The same of a panel with cosines."""
+    """Title and axis of a panel with cosines."""
     return f"with the gradient of the {risk_words(risk)}", f"cosine_{symbol(risk)}"
 
 
 def over(steps: np.ndarray) -> str:
-    """Which steps are drawn."""
+    """The steps that are drawn, in words."""
     return f"over {len(steps)} steps from {steps[0]} to {steps[-1]}"
 
 
