@@ -53,6 +53,25 @@ def test_setup_refuses_an_unknown_build() -> None:
     assert "auto, cpu, cuda, none" in refusal(run_setup(RUN, GEFFECT_FAST_BUILD="wrong"))
 
 
+def test_every_file_of_the_package_is_built(tmp_path: Path) -> None:
+    """Modules of all rooms, templates, style sheets and scripts."""
+    # an earlier list of sources would be taken for one that is meant
+    words = ["--quiet", "egg_info", "--egg-base", tmp_path, "build_py", "--build-lib", tmp_path]
+    code = RUN.replace('"--version"', ", ".join(repr(str(word)) for word in words))
+    done = run_setup(code, GEFFECT_FAST_BUILD="none")
+    assert done.returncode == 0, done.stderr
+    package = ROOT / "geffect_fast"
+    there = {
+        path.relative_to(package)
+        for path in package.rglob("*")
+        if path.is_file() and path.suffix not in (".so", ".pyc")
+    }
+    lib = tmp_path / "geffect_fast"
+    built = {path.relative_to(lib) for path in lib.rglob("*.*")}
+    assert there - built == set()
+    assert {"page.html.jinja", "tokens.js"} <= {path.name for path in built}
+
+
 def test_setup_without_native_build_needs_no_torch() -> None:
     code = (
         "import sys\nsys.modules['torch'] = None\n"

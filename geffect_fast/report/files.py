@@ -56,7 +56,7 @@ def write_each(files: Iterable[ReportFiles], folder: Path) -> None:
 def plot_files(
     drawings: Drawings, kinds: tuple[str, ...] = ("png", "svg")
 ) -> Iterator[ReportFiles]:
-    """The files of every figure, in `plots/`."""
+    """The files of every figure in `plots/`."""
     for name, draw in drawings.items():
 
         def write(folder: Path, name: str = name, draw: Callable[[], Figure | None] = draw) -> None:

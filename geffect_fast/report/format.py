@@ -25,7 +25,7 @@ Number = tuple[float, Interval]
 
 
 def symbol(risk: str) -> str:
-    """How a risk is written as an index: u, r, or a probe's own name."""
+    """The index that stands for a risk: u, r, or a probe's own name."""
     return {UNLEARN: "u", "retain": "r"}.get(risk, risk)
 
 
@@ -35,12 +35,12 @@ def effect_name(risk: str) -> str:
 
 
 def risk_words(risk: str) -> str:
-    """How a risk is called in a sentence."""
+    """What a sentence calls a risk."""
     return f"{'forget' if risk == UNLEARN else risk} risk"
 
 
 def shortened(name: str, width: int) -> str:
-    """A name that fits."""
+    """A name, cut where it is longer than a width."""
     return name if len(name) <= width else name[: width - 1] + "…"
 
 

@@ -6,28 +6,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from geffect_fast.report.figures import style
 from geffect_fast.report.figures.curves import (
     PARTS_NOTE,
-    at_end,
     cosine_words,
     draw_lines,
     effect_words,
     lines_by_risk,
     over,
-)
-from geffect_fast.report.figures.style import (
-    BARS_NOTE,
-    Drawings,
-    blank_figure,
-    drawn,
-    dress,
-    fit_scale,
-    legend_below,
-    note,
-    panels_for,
-    set_titles,
-    style_of,
-    zero_lines,
 )
 from geffect_fast.report.format import UNLEARN, effect_name, number, risk_words, shortened
 from geffect_fast.report.summary.effects import bounds_of, labels
@@ -48,10 +34,10 @@ def comparison_figures(runs: xr.Dataset) -> dict[str, Figure]:
     Args:
         runs: of `geffect_fast.compare`.
     """
-    return drawn(comparison_drawings(runs))
+    return style.drawn(comparison_drawings(runs))
 
 
-def comparison_drawings(runs: xr.Dataset) -> Drawings:
+def comparison_drawings(runs: xr.Dataset) -> style.Drawings:
     """How the figures of `comparison_figures` are made, one by one."""
     return {
         "effects": lambda: _by_risk(runs, "g_effect", "G-effects by run; e_u"),
@@ -68,8 +54,9 @@ def _by_risk(runs: xr.Dataset, name: str, about: str, **more: Any) -> Figure:
     values, bounds = runs[name].transpose("step", "run", "risk").values, bounds_of(runs, name)
     bounds = None if bounds is None else bounds.swapaxes(1, 2)
     figure = lines_by_risk(steps, risks, names, values, bounds, **more)
-    ends = at_end(names, values[-1, :, risks.index(UNLEARN)])
-    figure.set_label(f"{about} {over(steps)}; {ends}")
+    last = zip(names, values[-1, :, risks.index(UNLEARN)], strict=True)
+    ends = ", ".join(f"{run} {number(float(value), '.3g')}" for run, value in last)
+    figure.set_label(f"{about} {over(steps)}; at the end {ends}.")
     return figure
 
 
@@ -100,7 +87,7 @@ def _groups(runs: xr.Dataset) -> Figure | None:
     risks, names = labels(runs, "risk"), labels(runs, "run")
     effects = runs["group_effect"].transpose("run", "step", "risk", "group").values
     bounds = bounds_of(runs, "group_effect")
-    figure = blank_figure(0.6 + 3.4 * len(blocks), 0.7 + 2.9 * len(risks))
+    figure = style.blank_figure(0.6 + 3.4 * len(blocks), 0.7 + 2.9 * len(risks))
     grid = figure.subplots(len(risks), len(blocks), squeeze=False, sharey="row", sharex=True)
     for m, (row, risk) in enumerate(zip(grid, risks, strict=True)):
         shown = [present.index(group) for group in blocks]
@@ -116,8 +103,8 @@ def _groups(runs: xr.Dataset) -> Figure | None:
                 scaled=[effects[..., m, shown].ravel()],
             )
     if bounds is not None:
-        note(figure, PARTS_NOTE)
-    legend_below(figure, grid[0, 0])
+        style.note(figure, PARTS_NOTE)
+    style.legend_below(figure, grid[0, 0])
     figure.set_label(
         f"G-effects by run in the {', '.join(blocks)} blocks, a row a risk ({', '.join(risks)}), "
         "one scale a row."
@@ -135,14 +122,14 @@ def _trade_off(runs: xr.Dataset) -> Figure | None:
     with np.errstate(invalid="ignore"):  # infinity less infinity
         rises = dict(zip(risks, values - values[..., :1], strict=True))
     removed, widths = rises[UNLEARN], _rise_widths(runs)
-    figure, panels = panels_for(len(others), width=6.2, height=4.4)
+    figure, panels = style.panels_for(len(others), width=6.2, height=4.4)
     for panel, risk in zip(panels, others, strict=True):
-        across = fit_scale(panel.set_xscale, [*removed])
-        up = fit_scale(panel.set_yscale, [*rises[risk]])
+        across = style.fit_scale(panel.set_xscale, [*removed])
+        up = style.fit_scale(panel.set_yscale, [*rises[risk]])
         broken = []
         for i, (name, x, y) in enumerate(zip(names, removed, rises[risk], strict=True)):
-            style, finite = style_of(i), np.isfinite(x) & np.isfinite(y)
-            panel.plot(x[finite], y[finite], linewidth=1.6, label=name, zorder=3, **style)
+            look, finite = style.style_of(i), np.isfinite(x) & np.isfinite(y)
+            panel.plot(x[finite], y[finite], linewidth=1.6, label=name, zorder=3, **look)
             if finite.any():
                 last = int(np.flatnonzero(finite)[-1])
                 off = (
@@ -151,19 +138,21 @@ def _trade_off(runs: xr.Dataset) -> Figure | None:
                     else [widths[i, last, risks.index(each)] for each in (UNLEARN, risk)]
                 )
                 panel.errorbar(
-                    x[last], y[last], yerr=off[1], xerr=off[0], fmt="o", color=style["color"],
+                    x[last], y[last], yerr=off[1], xerr=off[0], fmt="o", color=look["color"],
                     zorder=4, elinewidth=1.2, capsize=2,
                 )  # fmt: skip
             if not finite.all():
                 broken.append(f"{shortened(name, 28)} at {(~finite).sum()} steps")
-        zero_lines(panel, linewidth=0.9, zorder=1)
+        style.zero_lines(panel, linewidth=0.9, zorder=1)
         panel.set_xlabel(f"rise of the forget risk: removed (right)\n{across}", fontsize=9)
         panel.set_ylabel(f"rise of the {risk_words(risk)}: harm (up)\n{up}", fontsize=9)
-        dress(panel)
-        set_titles(panel, f"what removal costs the {risk} set (dot: last finite step)", broken)
+        style.dress(panel)
+        style.set_titles(
+            panel, f"what removal costs the {risk} set (dot: last finite step)", broken
+        )
     if widths is not None:
-        note(figure, BARS_NOTE)
-    legend_below(figure, panels[0])
+        style.note(figure, style.BARS_NOTE)
+    style.legend_below(figure, panels[0])
     ends = (
         f"{name} ends at a rise of {number(float(x[-1]), '.3g')} for {number(float(y[-1]), '.3g')}"
         for name, x, y in zip(names, removed, rises[others[0]], strict=True)

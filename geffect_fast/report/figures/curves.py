@@ -7,21 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from geffect_fast.report.figures.style import (
-    SHADED_NOTE,
-    dress,
-    fit_scale,
-    legend_below,
-    note,
-    panels_for,
-    set_titles,
-    style_of,
-    zero_lines,
-)
+from geffect_fast.report.figures import style
 from geffect_fast.report.format import (
     UNLEARN,
     effect_name,
-    number,
     risk_words,
     shortened,
     symbol,
@@ -35,30 +24,24 @@ MARKED = 30
 """Up to so many steps every one has a marker."""
 SHADED = 0.16
 """How opaque the interval about a line is."""
-PARTS_NOTE = f"{SHADED_NOTE[:-1]} that objectives read."
+PARTS_NOTE = f"{style.SHADED_NOTE[:-1]} that objectives read."
 """Those of other risks are not told apart by part."""
 
 
 def effect_words(risk: str) -> tuple[str, str]:
-    """Title of a panel with the effect on a risk, and the words along its axis."""
+    """Title and axis of a panel with the effect on a risk."""
     hint = "lower: removes more" if risk == UNLEARN else "below 0: harms"
     return f"effect on the {risk_words(risk)}", f"{effect_name(risk)}  ({hint})"
 
 
 def cosine_words(risk: str) -> tuple[str, str]:
-    """The same of a panel with cosines."""
+    """Title and axis of a panel with cosines."""
     return f"with the gradient of the {risk_words(risk)}", f"cosine_{symbol(risk)}"
 
 
 def over(steps: np.ndarray) -> str:
-    """Which steps are drawn."""
+    """The steps that are drawn, in words."""
     return f"over {len(steps)} steps from {steps[0]} to {steps[-1]}"
-
-
-def at_end(names: Sequence[str], last: np.ndarray) -> str:
-    """The last value of every line."""
-    ends = (f"{name} {number(float(v), '.3g')}" for name, v in zip(names, last, strict=True))
-    return f"at the end {', '.join(ends)}."
 
 
 def lines_by_risk(
@@ -70,7 +53,7 @@ def lines_by_risk(
     *,
     words: Callable[[str], tuple[str, str]] = effect_words,
     above: str = "",
-    said: str = SHADED_NOTE,
+    said: str = style.SHADED_NOTE,
     positive: bool = False,
     **more: Any,
 ) -> Figure:
@@ -88,7 +71,7 @@ def lines_by_risk(
         positive: no zero line is wanted where all values are above 0.
         more: of `draw_lines`.
     """
-    figure, panels = panels_for(len(risks))
+    figure, panels = style.panels_for(len(risks))
     if above:
         figure.suptitle(above, fontsize=10)
     for m, (panel, risk) in enumerate(zip(panels, risks, strict=True)):
@@ -104,8 +87,8 @@ def lines_by_risk(
             **more,
         )
     if bounds is not None:
-        note(figure, said)
-    legend_below(figure, panels[0])
+        style.note(figure, said)
+    style.legend_below(figure, panels[0])
     return figure
 
 
@@ -145,11 +128,11 @@ def draw_lines(
     scale = ""
     if limits is None:  # before anything is drawn, so that margins are of this scale
         chosen = list(lines.values()) if scaled is None else scaled
-        scale = fit_scale(panel.set_yscale, chosen, positive)
+        scale = style.fit_scale(panel.set_yscale, chosen, positive)
     marker = "o" if len(steps) <= MARKED else None
     broken = []
     for i, (name, values) in enumerate(lines.items()):
-        style = style_of(i) if styles is None else styles[i]
+        look = style.style_of(i) if styles is None else styles[i]
         finite = np.isfinite(values)
         shown = np.where(finite, values, np.nan)
         panel.plot(
@@ -160,10 +143,10 @@ def draw_lines(
             markersize=3.5,
             linewidth=1.6,
             zorder=3,
-            **style,
+            **look,
         )
         if bounds is not None and i < bounds.shape[2]:
-            shade(panel, steps, bounds[..., i], style["color"])
+            shade(panel, steps, bounds[..., i], look["color"])
         lost = steps[absent:][~finite[absent:]]
         if lost.size:
             several = f"{lost.size} steps from {lost[0]}" if lost.size > 1 else f"step {lost[0]}"
@@ -173,22 +156,22 @@ def draw_lines(
                 np.full(lost.size, 0.02),
                 "x",
                 transform=panel.get_xaxis_transform(),
-                color=style["color"],
+                color=look["color"],
                 markersize=4,
                 zorder=4,
             )
     if not positive:
-        zero_lines(panel, across=False, linewidth=0.9, zorder=1)
+        style.zero_lines(panel, across=False, linewidth=0.9, zorder=1)
     if limits is not None:
         panel.set_ylim(*limits)
     panel.set_ylabel(f"{words}\n{scale}" if scale and words else words, fontsize=9)
     panel.set_xlabel(across, fontsize=9)
-    set_titles(panel, title, broken, " (×)")
+    style.set_titles(panel, title, broken, " (×)")
     panel.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
     if len(steps) > 1:
         room = 0.02 * (steps[-1] - steps[0])
         panel.set_xlim(steps[0] - room, steps[-1] + room)
-    dress(panel)
+    style.dress(panel)
 
 
 def shade(panel: Axes, x: np.ndarray, bounds: np.ndarray, colour: Any) -> None:

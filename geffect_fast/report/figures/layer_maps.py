@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from geffect_fast.report.figures import style
 from geffect_fast.report.figures.profile import NOISE_NOTE, mark_noise, part_ticks
-from geffect_fast.report.figures.style import GREY, blank_figure, fit_scale, set_titles
 from geffect_fast.report.format import effect_name, shortened
 from geffect_fast.report.summary.effects import by_place, labels, place_widths
 
@@ -32,7 +32,7 @@ def layer_maps(dataset: xr.Dataset, objectives: list[str]) -> Figure | None:
     steps = dataset["step"].values
     risks, present = labels(dataset, "risk"), labels(dataset, "objective")
     height = min(max(0.2 * len(parts), 2.2), 6.0)
-    figure = blank_figure(0.8 + 4.9 * len(risks), 0.8 + (height + 0.6) * len(objectives))
+    figure = style.blank_figure(0.8 + 4.9 * len(risks), 0.8 + (height + 0.6) * len(objectives))
     grid = figure.subplots(len(objectives), len(risks), squeeze=False)
     ticks = part_ticks(parts, 20)
     for row, objective in zip(grid, objectives, strict=True):
@@ -53,7 +53,7 @@ def layer_maps(dataset: xr.Dataset, objectives: list[str]) -> Figure | None:
         note += f"; {NOISE_NOTE}"
     if left_out:
         note += f"; objectives left out: {left_out}"
-    figure.suptitle(note, fontsize=9, color=GREY)
+    figure.suptitle(note, fontsize=9, color=style.GREY)
     figure.set_label(
         f"Heat maps of G-effects by {len(parts)} parts of the model over {len(steps)} steps from "
         f"{steps[0]} to {steps[-1]}, one a risk ({', '.join(risks)}), under "
@@ -71,7 +71,7 @@ def _map(figure: Figure, panel: Axes, steps: np.ndarray, values: np.ndarray, tit
     scales: dict[str, Any] = {}
     # decades between steps, not between parts: of those the small ones may stay pale
     largest = np.abs(np.where(finite, values, 0.0)).max(axis=0)
-    said = fit_scale(lambda _, **more: scales.update(more), [largest])
+    said = style.fit_scale(lambda _, **more: scales.update(more), [largest])
     reach = float(np.abs(values[finite]).max(initial=0.0)) or 1.0
     norm: Normalize = Normalize(-reach, reach)
     if said:
@@ -87,7 +87,7 @@ def _map(figure: Figure, panel: Axes, steps: np.ndarray, values: np.ndarray, tit
     panel.set_facecolor("#999999")
     panel.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
     lost = int((~finite).sum())
-    set_titles(panel, title, [f"{lost} cells, grey"] if lost else [])
+    style.set_titles(panel, title, [f"{lost} cells, grey"] if lost else [])
     figure.colorbar(image, ax=panel, pad=0.02, label=said).ax.tick_params(labelsize=8)
 
 

@@ -6,18 +6,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from geffect_fast.report.figures import style
 from geffect_fast.report.figures.curves import draw_lines
-from geffect_fast.report.figures.style import (
-    COLOURS,
-    GREY,
-    SHADED_NOTE,
-    blank_figure,
-    dress,
-    fit_scale,
-    legend_below,
-    note,
-    zero_lines,
-)
 from geffect_fast.report.format import number, risk_words
 from geffect_fast.report.summary.effects import labels
 from geffect_fast.report.summary.step_findings import trust_sentences
@@ -49,16 +39,16 @@ def prediction_figure(dataset: xr.Dataset) -> Figure | None:
         return None
     risks = labels(dataset, "risk")
     n = len(risks)
-    figure = blank_figure(0.6 + PANEL * n, 7.6)
+    figure = style.blank_figure(0.6 + PANEL * n, 7.6)
     upper, lower = figure.subplots(2, n, squeeze=False)
     measured = dataset["measured_change"].transpose("step", "risk").values
     predicted = {name: dataset[name].transpose("step", "risk").values for name in found}
-    styles = [{"color": COLOURS[4], "linestyle": "-"}]
-    colours = dict(zip(PREDICTIONS, COLOURS, strict=False))
+    styles = [{"color": style.COLOURS[4], "linestyle": "-"}]
+    colours = dict(zip(PREDICTIONS, style.COLOURS, strict=False))
     styles += [{"color": colours[name], "linestyle": DRAWN[name][0]} for name in found]
     spreads = risk_spreads(dataset)
     if spreads.shape[-1]:
-        note(figure, SHADED_NOTE)
+        style.note(figure, style.SHADED_NOTE)
         widths = half_width(spreads - np.roll(spreads, 1, axis=0))
     for m, risk in enumerate(risks):
         bounds = None
@@ -74,7 +64,9 @@ def prediction_figure(dataset: xr.Dataset) -> Figure | None:
         )  # fmt: skip
         panel = lower[m]
         both = [measured[:, m], *(predicted[name][:, m] for name in found)]
-        said = [fit_scale(set_scale, both) for set_scale in (panel.set_xscale, panel.set_yscale)]
+        said = [
+            style.fit_scale(set_scale, both) for set_scale in (panel.set_xscale, panel.set_yscale)
+        ]
         if not said[0]:
             panel.locator_params(axis="x", nbins=5)
         for name, by_risk in found.items():
@@ -91,14 +83,14 @@ def prediction_figure(dataset: xr.Dataset) -> Figure | None:
             )
         reach = np.concatenate([v[np.isfinite(v)] for v in both] or [np.zeros(1)])
         ends = (min(reach.min(initial=0.0), 0.0), max(reach.max(initial=0.0), 0.0))
-        panel.plot(ends, ends, color=GREY, linewidth=0.9, zorder=1)
-        zero_lines(panel, color="#bbbbbb", zorder=0)
+        panel.plot(ends, ends, color=style.GREY, linewidth=0.9, zorder=1)
+        style.zero_lines(panel, color="#bbbbbb", zorder=0)
         panel.set_xlabel(f"predicted {said[0]}".strip(), fontsize=9)
         panel.set_ylabel("measured  (grey line: equal)", fontsize=9)
-        dress(panel)
+        style.dress(panel)
         panel.legend(
             loc="lower left", bbox_to_anchor=(0, 1.0), fontsize=8, frameon=False, borderpad=0
         )
-    legend_below(figure, upper[0])
+    style.legend_below(figure, upper[0])
     figure.set_label(" ".join(trust_sentences(dataset)))
     return figure

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from geffect_fast.report.figures import style
 from geffect_fast.report.figures.curves import (
     PARTS_NOTE,
     cosine_words,
@@ -16,16 +17,6 @@ from geffect_fast.report.figures.curves import (
 )
 from geffect_fast.report.figures.layer_maps import layer_maps
 from geffect_fast.report.figures.prediction import prediction_figure
-from geffect_fast.report.figures.style import (
-    COLOURS,
-    SHADED_NOTE,
-    Drawings,
-    drawn,
-    legend_below,
-    note,
-    panels_for,
-    set_titles,
-)
 from geffect_fast.report.format import effect_name, number, risk_words, shortened
 from geffect_fast.report.summary.effects import by_place, labels, place_widths, thinned
 from geffect_fast.report.summary.step_findings import outcome_sentence
@@ -54,10 +45,10 @@ def step_figures(dataset: xr.Dataset) -> dict[str, Figure]:
     Args:
         dataset: with a first axis `step`.
     """
-    return drawn(step_drawings(dataset))
+    return style.drawn(step_drawings(dataset))
 
 
-def step_drawings(dataset: xr.Dataset) -> Drawings:
+def step_drawings(dataset: xr.Dataset) -> style.Drawings:
     """How the figures of `step_figures` are made, one by one."""
     read = Steps.of(dataset)
     mapped = [read.objectives[k] for k in _shown(read)[:MAPPED]]
@@ -99,7 +90,7 @@ def _effects(read: Steps) -> Figure:
     left_out = len(read.objectives) - len(shown)
     more = f"objectives left out: {left_out}" if left_out else ""
     if more:
-        note(figure, more)
+        style.note(figure, more)
     lead = _from_to([*map(effect_name, read.risks)], read.effects[:, 0])
     figure.set_label(
         f"G-effects of {', '.join(names)} {over(read.steps)}: {read.objectives[0]} has {lead}"
@@ -109,12 +100,12 @@ def _effects(read: Steps) -> Figure:
 
 
 def _risks(read: Steps, dataset: xr.Dataset) -> Figure:
-    figure, (panel,) = panels_for(1, width=6.2)
+    figure, (panel,) = style.panels_for(1, width=6.2)
     names, bounds = [*map(risk_words, read.risks)], read.value_bounds
     trained = dataset.attrs.get("trained_objective")
     title = f"Risks while trained on {trained}" if trained else "Risks"
     if bounds is not None:
-        note(figure, SHADED_NOTE)
+        style.note(figure, style.SHADED_NOTE)
     draw_lines(
         panel,
         read.steps,
@@ -124,7 +115,7 @@ def _risks(read: Steps, dataset: xr.Dataset) -> Figure:
         positive=bool((read.values > 0).all()),
         bounds=bounds,
     )
-    legend_below(figure, panel)
+    style.legend_below(figure, panel)
     figure.set_label(outcome_sentence(dataset))
     return figure
 
@@ -176,7 +167,7 @@ def _norms(read: Steps, dataset: xr.Dataset) -> Figure | None:
     there = {what: norm for what, norm in norms.items() if norm[0] in dataset}
     if not there:
         return None
-    figure, panels = panels_for(len(there))
+    figure, panels = style.panels_for(len(there))
     for panel, (what, (name, axis, names)) in zip(panels, there.items(), strict=True):
         lines = {label: dataset[name].sel({axis: label}).values for label in names}
         positive = all((line > 0).all() for line in lines.values())
@@ -216,15 +207,15 @@ def _token_weights(read: Steps, dataset: xr.Dataset) -> Figure | None:
         return None
     left_out = max(0, len(bands) - 2 * MAPPED)
     bands = bands[: 2 * MAPPED]
-    figure, panels = panels_for(len(bands))
+    figure, panels = style.panels_for(len(bands))
     for panel, (objective, name, flat) in zip(panels, bands, strict=True):
         title = f"{shortened(objective, 34)}: {name} rows"
         _bands(panel, read.steps, flat, title)
     about = "weight on a token: d objective / d log-probability; above 0 it is pushed away"
     if left_out:
         about += f"; panels left out: {left_out}"
-    note(figure, textwrap.fill(about, int(15 * figure.get_figwidth())))
-    legend_below(figure, panels[0])
+    style.note(figure, textwrap.fill(about, int(15 * figure.get_figwidth())))
+    style.legend_below(figure, panels[0])
     figure.set_label(
         f"Quantiles over tokens of the weights that "
         f"{', '.join(dict.fromkeys(objective for objective, *_ in bands))} put on them "
@@ -241,7 +232,7 @@ def _bands(panel: Axes, steps: np.ndarray, weights: np.ndarray, title: str) -> N
     finite = np.where(np.isfinite(weights), weights, np.nan)
     empty = np.isnan(finite).all(axis=1)
     finite[empty] = 0.0
-    colour = COLOURS[0]
+    colour = style.COLOURS[0]
     for low, high, alpha in BANDS:
         edges = np.nanquantile(finite, [low, high], axis=1)
         edges[:, empty] = np.nan
@@ -258,4 +249,4 @@ def _bands(panel: Axes, steps: np.ndarray, weights: np.ndarray, title: str) -> N
         styles=[{"color": colour, "linestyle": "-"}],
     )
     if lost.any():
-        set_titles(panel, title, [f"tokens at {lost.sum()} of {len(steps)} steps"])
+        style.set_titles(panel, title, [f"tokens at {lost.sum()} of {len(steps)} steps"])

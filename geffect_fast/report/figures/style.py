@@ -127,7 +127,7 @@ def fit_scale(set_scale: Any, lines: Sequence[np.ndarray], positive: bool = Fals
     return f"(log scale, linear within ±{10.0**power:g})"
 
 
-def legend_below(figure: Figure, panel: Axes, **more: Any) -> None:
+def legend_below(figure: Figure, panel: Axes) -> None:
     """The lines of a panel named below the whole figure, where they cover nothing."""
     handles, labels = panel.get_legend_handles_labels()
     widest = max(map(len, labels), default=1)
@@ -139,7 +139,6 @@ def legend_below(figure: Figure, panel: Axes, **more: Any) -> None:
         fontsize=9,
         frameon=False,
         handlelength=3.2,
-        **more,
     )
 
 

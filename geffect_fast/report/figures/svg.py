@@ -153,7 +153,7 @@ def _at(axes: Axes) -> tuple[int, int]:
 
 
 def _keys(legend: Legend | None, name: str) -> list[Key]:
-    """A legend's entries, each drawn by itself, and its name as text of the page."""
+    """The entries of a legend: each mark drawn by itself, its name as text of the page."""
     if legend is None:
         return []
     keys = []

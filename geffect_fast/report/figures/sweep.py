@@ -8,16 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from geffect_fast.report.figures import style
 from geffect_fast.report.figures.curves import shade
-from geffect_fast.report.figures.style import (
-    BARS_NOTE,
-    GREY,
-    SHADED_NOTE,
-    Drawings,
-    blank_figure,
-    note,
-    zero_lines,
-)
 from geffect_fast.report.summary.effects import thinned
 from geffect_fast.report.summary.sweep import Swept, SweptFamily
 
@@ -49,7 +41,7 @@ BARS = 24
 """Of more objectives than this not all have their intervals drawn."""
 
 
-def sweep_drawings(dataset: xr.Dataset) -> Drawings:
+def sweep_drawings(dataset: xr.Dataset) -> style.Drawings:
     """How the figures of a sweep are made, one by one."""
     return {"sweep": lambda: sweep_figure(dataset), "pareto": lambda: pareto_figure(dataset)}
 
@@ -68,7 +60,7 @@ def sweep_figure(dataset: xr.Dataset) -> Figure | None:
                 drawn.setdefault(name, []).append((family, FAMILIES[i % len(FAMILIES)]))
     if not drawn:
         return None
-    figure = blank_figure(0.8 + 4.2 * len(drawn), 8.6)
+    figure = style.blank_figure(0.8 + 4.2 * len(drawn), 8.6)
     panels = figure.subplots(len(_ROWS), len(drawn), squeeze=False, sharex="col")
     for name, families, column in zip(drawn, drawn.values(), panels.T, strict=True):
         for panel, quantity in zip(column, _ROWS, strict=True):
@@ -77,7 +69,7 @@ def sweep_figure(dataset: xr.Dataset) -> Figure | None:
                 bounds = np.where(np.isnan(values), np.nan, bounds.clip(-10, 10))
             for family, colour in families:
                 _draw_family(panel, family, name, values[family.at], bounds[:, family.at], colour)
-            zero_lines(panel, across=False)
+            style.zero_lines(panel, across=False)
             panel.margins(y=0.1)
             if quantity == "collateral":  # what hardly forgets would hide all others
                 at = np.concatenate([family.at for family, _ in families])
@@ -96,7 +88,7 @@ def sweep_figure(dataset: xr.Dataset) -> Figure | None:
     for panel, words in zip(panels[:, 0], _ROWS.values(), strict=True):
         panel.set_ylabel(words, fontsize=10)
     if swept.has_bounds:
-        note(figure, SHADED_NOTE)
+        style.note(figure, style.SHADED_NOTE)
     figure.set_label("Effects and collateral against hyper-parameters.")
     return figure
 
@@ -104,7 +96,7 @@ def sweep_figure(dataset: xr.Dataset) -> Figure | None:
 def pareto_figure(dataset: xr.Dataset, size: tuple[float, float] = (9.5, 6.2)) -> Figure:
     """Scatter of e_u against e_r of all objectives, with the Pareto front drawn and named."""
     swept = Swept.of(dataset)
-    figure = blank_figure(*size)
+    figure = style.blank_figure(*size)
     panel = figure.subplots()
     finite = np.isfinite(swept.e_u) & np.isfinite(swept.e_r)
     for i, family in enumerate(swept.families):
@@ -114,11 +106,11 @@ def pareto_figure(dataset: xr.Dataset, size: tuple[float, float] = (9.5, 6.2)) -
         panel.scatter(
             swept.e_u[at], swept.e_r[at], s=26, c=colour, marker=marker, label=family.text, zorder=3
         )
-    zero_lines(panel)
+    style.zero_lines(panel)
     front = swept.ranked_front()
     if swept.has_bounds:
         _draw_bars(panel, swept, np.flatnonzero(finite) if finite.sum() <= BARS else front)
-        note(figure, BARS_NOTE)
+        style.note(figure, style.BARS_NOTE)
     e_u, e_r = swept.e_u[front], swept.e_r[front]
     panel.step(e_u, e_r, where="post", color="black", linewidth=1, zorder=2)
     panel.scatter(
@@ -171,7 +163,7 @@ def _draw_bars(panel: Axes, swept: Swept, places: np.ndarray) -> None:
         for name, values in (("e_u", x), ("e_r", y))
     ]
     panel.errorbar(
-        x, y, xerr=offs[0], yerr=offs[1], fmt="none", ecolor=GREY, elinewidth=0.8, alpha=0.7,
+        x, y, xerr=offs[0], yerr=offs[1], fmt="none", ecolor=style.GREY, elinewidth=0.8, alpha=0.7,
         zorder=1,
     )  # fmt: skip
 

@@ -130,7 +130,7 @@ class Facts:
 
 @dataclass(frozen=True)
 class Tokens:
-    """The token view: what `token_html.token_values` makes of it."""
+    """The token view: what `tokens.html.token_values` makes of it."""
 
     kind: ClassVar[str] = "tokens"
     values: dict[str, Any]
@@ -157,7 +157,7 @@ class Section:
 def figure_block(
     figure: Figure, name: str, caption: str, lists: list[list[str]] | None = None
 ) -> Figures:
-    """A figure's panels, its notes behind the caption."""
+    """A figure's panels, with its notes after the caption."""
     apart = take_apart(figure, name)
     notes = [note for note in apart.notes if note not in caption]
     return Figures(" ".join([caption, *notes]), apart, lists or [])
@@ -166,7 +166,7 @@ def figure_block(
 def drawn_blocks(
     figures: Mapping[str, Figure | None], names: Sequence[str], prefix: str = ""
 ) -> list[Block]:
-    """Those of the figures that there are, described by their labels."""
+    """A block for every named figure that there is, with its label as caption."""
     there = {name: figure for name in names if (figure := figures.get(name)) is not None}
     return [
         figure_block(figure, f"{prefix}{name}", str(figure.get_label()))
@@ -175,12 +175,12 @@ def drawn_blocks(
 
 
 def notes_of(lines: Sequence[str]) -> list[Block]:
-    """Notes below what they are of; empty ones are left out."""
+    """A note for every line that is not empty."""
     return [Text(line, "note") for line in lines if line]
 
 
 def left_out(n: int, what: str, shown: int = MOST_ROWS) -> list[Block]:
-    """A sentence where not all are shown."""
+    """A note that says how many are shown, where not all are."""
     if n <= shown:
         return []
     return notes_of([f"{shown} of {n:,} {what} are shown; summary.csv and results.nc hold all."])

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 def sections(
     runs: Mapping[str, xr.Dataset], models: Mapping[str, xr.Dataset]
 ) -> dict[str, list[Block]]:
-    """Those of several step results, by their ids.
+    """The sections of a page on several step results, by id.
 
     Args:
         runs: the results by name.
@@ -106,7 +106,7 @@ def answer(
     """Which of several runs removed most, which at the least cost, and what each came to.
 
     Args:
-        runs: they.
+        runs: the results by name.
         models: what they say of their last step, by sample at most.
         both: of `geffect_fast.compare`.
     """

@@ -167,41 +167,23 @@ def _made(runs: Mapping[str, xr.Dataset], configs: Mapping[str, Mapping[str, Any
     for name, dataset in runs.items():
         if len(runs) > 1:
             blocks.append(Text(name, "label"))
-        attrs = dataset.attrs
-        pairs = [
-            (str(key).replace("_", " "), _written(value))
-            for key, value in configs.get(name, {}).items()
-            if value not in (None, "", [], (), {})
-        ]
-        known = {key for key, _ in pairs}
-        for key in _ATTRIBUTES:
-            if key in attrs and key.replace("_", " ") not in known:
-                pairs.append((key.replace("_", " "), _written(attrs[key])))
+        attrs, config = dataset.attrs, configs.get(name, {})
+        said = {key: value for key, value in config.items() if value not in (None, "", [], (), {})}
+        said |= {key: attrs[key] for key in _ATTRIBUTES if key in attrs and key not in said}
         if "covered_parameters" in attrs:
-            pairs.append(("coverage", coverage_line(attrs)))
-        pairs.append(("versions", _versions(attrs.get("versions", "{}"))))
-        blocks.append(Facts([(key, value) for key, value in pairs if value]))
+            said["coverage"] = coverage_line(attrs)
+        said["versions"] = [*map(" ".join, json.loads(attrs.get("versions", "{}")).items())]
+        pairs = ((key.replace("_", " "), _written(value)) for key, value in said.items())
+        blocks.append(Facts([pair for pair in pairs if pair[1]]))
     return blocks
 
 
 _ATTRIBUTES = (
-    "command",
-    "trained_objective",
-    "checkpoints",
-    "risk",
-    "reduction",
-    "engine",
-    "engine_reason",
-    "layout",
-    "dtype",
-    "precision_error",
-    "precision_samples",
-    "precision_note",
-    "token_budget",
-    "n_forget",
-    "n_retain",
-    "created",
+    *("command", "trained_objective", "checkpoints", "risk", "reduction", "engine"),
+    *("engine_reason", "layout", "dtype", "precision_error", "precision_samples"),
+    *("precision_note", "token_budget", "n_forget", "n_retain", "created"),
 )
+"""What a result says of how it was made, where its config does not."""
 
 
 def _written(value: Any) -> str:
@@ -210,7 +192,3 @@ def _written(value: Any) -> str:
     if isinstance(value, list | tuple):
         return ", ".join(map(_written, value))
     return str(value)
-
-
-def _versions(text: str) -> str:
-    return ", ".join(f"{package} {version}" for package, version in json.loads(text).items())

@@ -65,7 +65,7 @@ TOKEN_SAMPLES, TOKEN_VALUES = 8, 40_000
 
 
 def sections(dataset: xr.Dataset, summed: xr.Dataset) -> dict[str, list[Block]]:
-    """Those of a profile or a sweep, by their ids.
+    """The sections of a page on a profile or a sweep, by id.
 
     Args:
         dataset: the result.

@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 
 
 def sections(dataset: xr.Dataset, last: xr.Dataset) -> dict[str, list[Block]]:
-    """Those of one step result, by their ids.
+    """The sections of a page on one step result, by id.
 
     Args:
         dataset: the result.

@@ -18,7 +18,7 @@ LEAD = ("step", "objective", "risk")
 
 
 def labels(dataset: xr.Dataset | xr.DataArray, axis: str) -> list[str]:
-    """What lies along an axis, such as its objectives or risks."""
+    """The names along an axis, such as objectives or risks."""
     return [str(label) for label in dataset[axis].values]
 
 
@@ -54,7 +54,7 @@ def bounds_of(dataset: xr.Dataset, name: str) -> np.ndarray | None:
 
 
 def interval_at(bounds: np.ndarray | None, *place: int) -> Interval:
-    """One of the intervals of `bounds_of`; NaN where they are not known."""
+    """One interval of those that `bounds_of` gives; NaN where they are not known."""
     if bounds is None:
         return UNKNOWN
     low, high = (float(side[place]) for side in bounds)

@@ -107,6 +107,7 @@ def summarise(dataset: xr.Dataset) -> list[Summary]:
             if risk in known
         }
         collateral, harm = collateral_of(effect, negligible), interval_at(of_collateral, k)
+        error, spread = collateral_noise(effect, collateral, errors[k], spreads[k])
         verdict = verdict_of(
             effect,
             cosine,
@@ -124,42 +125,34 @@ def summarise(dataset: xr.Dataset) -> list[Summary]:
                 cosines=cosine,
                 collateral=collateral,
                 verdict=verdict,
-                collateral_error=_error_of_collateral(effect, collateral, errors[k]),
+                collateral_error=error,
                 intervals=known,
                 cosine_intervals=of_cosines,
                 collateral_interval=harm,
-                collateral_spread=_spread_of_collateral(effect, collateral, spreads[k]),
+                collateral_spread=spread,
             )
         )
     return found
 
 
-def _worst_other(effects: dict[str, float], collateral: float) -> str | None:
-    """The risk that `collateral` is of; None where it is of none."""
+def collateral_noise(
+    effects: dict[str, float], collateral: float, errors: np.ndarray, spreads: np.ndarray
+) -> tuple[float, np.ndarray]:
+    """By how much `collateral` may be off in its precision, and what rows move it by, `(rows,)`.
+
+    Args:
+        effects: by risk, M.
+        collateral: of them; NaN: not defined, and nothing moves it.
+        errors: of the effects, `(M,)`.
+        spreads: what rows move the effects by, `(M, rows)`.
+    """
     others = {risk: e for risk, e in effects.items() if risk != UNLEARN}
     if math.isnan(collateral) or not others:
-        return None
-    return min(others, key=others.__getitem__)  # e_u is below 0
-
-
-def _error_of_collateral(effects: dict[str, float], collateral: float, errors: np.ndarray) -> float:
-    """That of the risk that `collateral` is of, given those of the effects."""
-    off = dict(zip(effects, map(float, errors), strict=True))
-    worst = _worst_other(effects, collateral)
-    if worst is None:
-        return 0.0
-    return collateral_error(effects[UNLEARN], collateral, (off[worst], off[UNLEARN]))
-
-
-def _spread_of_collateral(
-    effects: dict[str, float], collateral: float, spreads: np.ndarray
-) -> np.ndarray:
-    """What rows move `collateral` by, given what they move the effects by, `(M, rows)`."""
-    of = dict(zip(effects, spreads, strict=True))
-    worst = _worst_other(effects, collateral)
-    if worst is None:
-        return np.zeros(spreads.shape[-1])
-    return ratio_spread(effects[UNLEARN], collateral, of[worst], of[UNLEARN])
+        return 0.0, np.zeros(spreads.shape[-1])
+    at = {risk: m for m, risk in enumerate(effects)}
+    worst, of, e_u = at[min(others, key=others.__getitem__)], at[UNLEARN], effects[UNLEARN]
+    error = collateral_error(e_u, collateral, (float(errors[worst]), float(errors[of])))
+    return error, ratio_spread(e_u, collateral, spreads[worst], spreads[of])
 
 
 def write_summary(dataset: xr.Dataset, file: Path) -> None:

@@ -44,7 +44,7 @@ def comparison_rows(runs: xr.Dataset) -> list[dict[str, Any]]:
 
 
 def comparison_intervals(runs: xr.Dataset) -> list[dict[str, Interval]]:
-    """Those of columns of `comparison_rows`, by name, a run each; NaN where they are not known.
+    """The intervals of columns of `comparison_rows`, by name for each run; NaN: not known.
 
     Of `risk_*`, `rise_*`, `sum_of_effects_*`, `cost` and `harm_at_equal_removal`. That of a sum of
     effects adds up the bounds of its steps, as the rows are the same at each: it is no narrower
@@ -121,7 +121,7 @@ def _crossing(removed: np.ndarray, target: float) -> tuple[int, float]:
 
 
 def _between(values: np.ndarray, last: int, way: float) -> np.ndarray:
-    """Values over steps so far on the way to one of these."""
+    """Values on a straight line between the step before `last` and it, `way` from 0 to 1."""
     between: np.ndarray = values[last - 1] + way * (values[last] - values[last - 1])
     return between
 

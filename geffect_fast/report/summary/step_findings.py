@@ -83,7 +83,7 @@ def turning_sentence(read: Steps) -> str:
 
 
 def _sides(read: Steps, costs: list[float], finite: np.ndarray) -> np.ndarray:
-    """Of every step `GOOD`, `OPEN` or `BAD`, `(S,)`."""
+    """`GOOD`, `OPEN` or `BAD` for every step, `(S,)`."""
     # NaN where the forget risk would not even rise
     bad = np.array([not cost <= MUCH_HARM for cost in costs])
     if read.collateral_bounds is None:

@@ -11,9 +11,9 @@ import numpy as np
 
 from geffect_fast.report.format import UNKNOWN, UNLEARN, Interval
 from geffect_fast.report.summary.effects import bounds_of, labels, total
-from geffect_fast.report.summary.objectives import collateral_of, verdict_of
+from geffect_fast.report.summary.objectives import collateral_noise, collateral_of, verdict_of
 from geffect_fast.results.intervals import NEGLIGIBLE, Z
-from geffect_fast.results.told_apart import interval_of, ratio_spread
+from geffect_fast.results.told_apart import interval_of
 from geffect_fast.storage.csv_cells import write_csv
 
 if TYPE_CHECKING:
@@ -133,13 +133,8 @@ class Outcome:
 
 def cost_spread(change: dict[str, float], cost: float, moved: np.ndarray) -> np.ndarray:
     """What rows move an outcome's cost by, `(rows,)`, from what they move the rises by."""
-    others = [risk for risk in change if risk != UNLEARN]
-    if math.isnan(cost) or not others:
-        return np.zeros(moved.shape[-1])
-    names = list(change)
-    worst = max(others, key=change.__getitem__)
-    at, of = names.index(worst), names.index(UNLEARN)
-    return ratio_spread(change[UNLEARN], cost, moved[at], moved[of])
+    effects = {risk: -rise for risk, rise in change.items()}
+    return collateral_noise(effects, cost, np.zeros(len(effects)), -moved)[1]
 
 
 @dataclass(frozen=True)

@@ -26,9 +26,9 @@ STYLES = {
 }
 
 WHOLE: dict[str, Any] = {"no_wrap": True}
-"""Words of a column that stay on one line."""
+"""Layout of a column of words that stay on one line."""
 FOLDED: dict[str, Any] = {"overflow": "fold"}
-"""Words of a column that go on below."""
+"""Layout of a column of words that may wrap."""
 
 
 def new_table(title: str, *columns: str | tuple[str, dict[str, Any]]) -> Table:
@@ -36,7 +36,7 @@ def new_table(title: str, *columns: str | tuple[str, dict[str, Any]]) -> Table:
 
     Args:
         title: of the table.
-        columns: names, of words with how rich is to lay them out; the others hold numbers.
+        columns: a name alone for numbers; a name and its layout, as `rich` takes it, for words.
     """
     table = Table(
         title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False
@@ -62,7 +62,7 @@ def effect_cells(numbers: Mapping[str, Number]) -> list[Text]:
 
 
 def verdict_cell(verdict: str, shown: str = "") -> Text:
-    """A verdict in its colour; `shown` is how it is broken into lines."""
+    """A verdict in its colour; `shown` is the verdict broken into lines."""
     return Text(shown or verdict, style=STYLES.get(verdict, ""))
 
 

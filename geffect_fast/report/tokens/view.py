@@ -83,7 +83,7 @@ class TokenView:
     left_out: tuple[str, ...]
 
     def levels(self, objective: int, risk: int) -> np.ndarray:
-        """Levels of colour, `(len(columns), n)`, as `token_colours.levels`."""
+        """Levels of colour, `(len(columns), n)`, as `colours.levels`."""
         return levels(self.values[objective, risk], float(self.scales[objective, risk]))
 
     def total(self, objective: int, risk: int, answer: Answer) -> float:
