@@ -33,7 +33,7 @@ import numpy as np
 
 from geffect_fast.data import read_rows, write_jsonl
 from geffect_fast.data.batch import IGNORE
-from geffect_fast.data.qa import row_place
+from geffect_fast.data.row_kinds import row_place
 from geffect_fast.errors import InputError, NonFiniteError
 from geffect_fast.paths import user_path
 from geffect_fast.results.intervals import effect_intervals
