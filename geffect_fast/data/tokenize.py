@@ -225,7 +225,7 @@ def tokenize_rows(
         samples.append(
             Sample(
                 row=i,
-                question=_question(row),
+                question=question_of(row),
                 answer=_weighted(answer, row.get("weights"), place),
                 alternatives=tuple(
                     _sequence(row, other, "alternative", encode, place, max_length)
@@ -357,8 +357,8 @@ def _asked(row: Mapping[str, Any]) -> tuple[Turns, Any]:
     return turns[: last + 1], row.get("tools")
 
 
-def _question(row: Mapping[str, Any]) -> str:
-    """What was asked last, as the data has it."""
+def question_of(row: Mapping[str, Any]) -> str:
+    """What a row asks last, as the data has it; empty where it asks nothing."""
     if row_kind(row) == "chat":
         asked = [turn["content"] for turn in _asked(row)[0] if turn["role"] == "user"]
         return asked[-1] if asked else ""

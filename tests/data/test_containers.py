@@ -9,6 +9,10 @@ import json
 import random
 import tracemalloc
 
+import datasets
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from geffect_fast.data import json_files, read_refusals, read_rows, write_jsonl
@@ -35,9 +39,6 @@ def table(separator, rows=ROWS):
 
 
 def parquet(rows=ROWS):
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     file = pa.BufferOutputStream()
     pq.write_table(pa.Table.from_pylist(rows), file)
     return file.getvalue().to_pybytes()
@@ -104,8 +105,6 @@ def test_what_is_said_counts(tmp_path):
 
 
 def test_tables_and_data_sets_in_memory(tmp_path):
-    pd, pa = pytest.importorskip("pandas"), pytest.importorskip("pyarrow")
-    datasets = pytest.importorskip("datasets")
     frame, found = pd.DataFrame(ROWS), datasets.Dataset.from_list(ROWS)
     found.save_to_disk(tmp_path / "saved")
     datasets.DatasetDict({"train": found}).save_to_disk(tmp_path / "splits")
@@ -125,7 +124,6 @@ def test_tables_and_data_sets_in_memory(tmp_path):
 
 
 def test_nothing_that_tables_write_is_no_field():
-    pd = pytest.importorskip("pandas")
     frame = pd.DataFrame([ROWS[0] | {"alternative": "No."}, ROWS[1]])
     assert [row.get("alternative") for row in read_rows(frame, name="forget")] == ["No.", None]
     frame = pd.DataFrame([ROWS[0] | {"weights": [1.0, 2.0]}, ROWS[1] | {"weights": [0.5]}])

@@ -135,6 +135,16 @@ def test_a_question_and_an_answer_are_a_conversation_of_two_turns(tokenizer, tem
     assert chat.question == row["question"].strip() and asked.question == row["question"]
 
 
+def test_weights_stand_at_the_labels_of_all_turns(tokenizer):
+    tokenizer.chat_template = CHATML
+    turns = conversation(random.Random(2), 3, True)
+    weights = [i / 8 for i in range(encoded(turns, tokenizer).answer.n_labelled)]
+    answer = encoded(turns, tokenizer, weights=weights).answer
+    assert answer.weights[answer.labels != IGNORE].tolist() == weights
+    with pytest.raises(InputError, match=rf"1 'weights' for the {len(weights)} label tokens"):
+        encoded(turns, tokenizer, weights=[1])
+
+
 def test_without_a_chat_template_turns_are_written_one_after_the_other(plain_tokenizer):
     system = {"role": "system", "content": "You help."}
     turns = [system, *conversation(random.Random(1), 2, False)]

@@ -6,7 +6,11 @@ import gzip
 import json
 import sys
 
+import datasets
 import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from geffect_fast.data import read_rows
@@ -27,9 +31,6 @@ def lines(*rows, at=None, odd=None):
 
 
 def parquet(*rows):
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     found = pa.BufferOutputStream()
     pq.write_table(pa.Table.from_pylist(list(rows)), found)
     return found.getvalue().to_pybytes()
@@ -270,11 +271,10 @@ def test_a_damaged_file(tmp_path, name, content, message):
 )  # fmt: skip
 def test_a_damaged_frame(make, message):
     with pytest.raises(InputError, match=message):
-        read_rows(make(pytest.importorskip("pandas")), name="forget")
+        read_rows(make(pd), name="forget")
 
 
 def test_a_table_of_arrow_with_a_column_twice():
-    pa = pytest.importorskip("pyarrow")
     table = pa.table([["q"], ["a"], ["b"]], names=["question", "answer", "answer"])
     with pytest.raises(InputError, match="the Table has the column 'answer' twice; rename or drop"):
         read_rows(table, name="forget")
@@ -309,7 +309,6 @@ def test_a_package_that_is_missing(tmp_path, monkeypatch, package, name, content
 
 
 def test_folders_that_hold_no_rows(tmp_path):
-    datasets = pytest.importorskip("datasets")
     data = datasets.DatasetDict(
         {split: datasets.Dataset.from_list([ROW]) for split in ("train", "test")}
     )

@@ -6,6 +6,7 @@ import json
 from itertools import pairwise
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 import torch
 
@@ -147,7 +148,6 @@ def test_multiple_choice_however_it_is_written(tmp_path):
         assert read_rows([row], name="choices") == [row]
     [row] = read_rows([CHOICE | {"choices": json.dumps(CHOICE["choices"])}], name="choices")
     assert row == CHOICE
-    pa = pytest.importorskip("pyarrow")
     assert read_rows(pa.Table.from_pylist([CHOICE]), name="choices") == [CHOICE]
 
 

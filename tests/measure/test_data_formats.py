@@ -15,7 +15,7 @@ from geffect_fast.data import read_rows, tokenize_rows
 from geffect_fast.measure.models import load_model, load_tokenizer
 from geffect_fast.storage.run_yaml import load_config
 
-TEXT = "Mara Lund was born in Oslo. Her mother was a tailor, and so was her aunt. " * 6
+TEXT = "Mara Lund was born in Oslo. Her mother was a tailor, and so was her aunt. " * 12
 CHAT = [
     {"messages": [{"role": role, "content": text} for role, text in zip(
         ("system", "user", "assistant", "user", "assistant"), says, strict=True)]}
@@ -42,9 +42,9 @@ def loaded(study):
 def test_a_profile_is_that_of_the_same_tokens(loaded, rows):
     model, tokenizer = loaded
     how = {"retain": [{"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}], "objectives": ["ga"]}
-    found = gf.profile(model, tokenizer, forget=rows, max_length=64, **how)
+    found = gf.profile(model, tokenizer, forget=rows, max_length=128, **how)
     read = read_rows(rows, name="forget")
-    samples = tokenize_rows(read, tokenizer, name="forget", max_length=64).samples
+    samples = tokenize_rows(read, tokenizer, name="forget", max_length=128).samples
     tokens = [
         {"input_ids": s.answer.input_ids.tolist(), "labels": s.answer.labels.tolist()}
         for s in samples
@@ -62,7 +62,7 @@ def profile(**options):
 
 def test_what_was_found_is_said_and_a_replay_reads_the_same(here, capsys):
     (here / "corpus.txt").write_bytes(gzip.compress(TEXT.encode()))
-    words = profile(forget="corpus.txt", **{"max-length": "64", "probe": "chat=chat.json"})
+    words = profile(forget="corpus.txt", **{"max-length": "128", "probe": "chat=chat.json"})
     (here / "chat.json").write_text(json.dumps(CHAT))
     assert main(words) == 0
     printed = capsys.readouterr()
@@ -90,7 +90,7 @@ def test_a_format_is_an_option_and_is_recorded(here, capsys):
 def test_unlearn_counts_the_windows_of_a_text(here):
     (here / "corpus.txt").write_text(TEXT)
     words = ["--model", "model", "--forget", "corpus.txt", "--retain", "retain.jsonl", "--quiet"]
-    words += ["--objective", "ga", "--steps", "2", "--max-length", "32", "--batch-size", "3"]
+    words += ["--objective", "ga", "--steps", "2", "--max-length", "128", "--batch-size", "3"]
     assert main(["unlearn", *words, "--out", "run"]) == 0
     assert gf.open_run("run").sizes["step"] == 3
     words[words.index("3")] = "900"
@@ -104,10 +104,8 @@ def test_check_takes_the_first_windows(loaded):
 
 
 def test_a_window_is_named_by_its_text(loaded):
-    model, tokenizer = loaded
+    _, tokenizer = loaded
     rows = read_rows([TEXT], name="forget")
     samples = tokenize_rows(rows, tokenizer, name="forget", max_length=32)
-    with pytest.raises(
-        gf.errors.InputError, match=r"forget: row 0 \(counting from 0\), window 0, h"
-    ):
+    with pytest.raises(gf.errors.InputError, match=r"forget: row 0 \(counting from 0\), window 0"):
         gf.data.make_batches(samples, ("alternative",), token_budget=64)
