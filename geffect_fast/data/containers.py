@@ -151,45 +151,47 @@ def _separator(file: DataFile, separators: str) -> str:
 
 def _table_rows(file: DataFile, separator: str) -> Found:
     """Rows of a table: its first line names the columns, unless the file is MMLU's."""
-    limit = csv.field_size_limit(_TABLE_CELLS)
-    try:
-        with file.text(newline="") as lines:
-            records, columns, number = _records(_utf8_lines(file, lines), separator), None, 1
-            while True:
-                place = file.line(number)
-                try:
-                    cells = next(records, None)
-                except csv.Error as error:
-                    raise InputError(
-                        f"{place} is no row of a table ({error}); put cells that hold quotes or "
-                        "separators in double quotes"
-                    ) from None
-                number = 1 + records.line_num  # type: ignore[attr-defined]
-                if cells is None:
-                    return
-                if not any(cell.strip() for cell in cells):
+    columns: list[str] | None = None
+    with file.text(newline="") as lines:
+        for number, cells in _numbered_records(file, lines, separator):
+            place = file.line(number)
+            if not any(cell.strip() for cell in cells):
+                continue
+            if columns is None:
+                columns = list(MMLU_COLUMNS) if _is_headless(cells) else _columns(cells, place)
+                if not _is_headless(cells):
                     continue
-                if columns is None:
-                    columns = list(MMLU_COLUMNS) if _is_headless(cells) else _columns(cells, place)
-                    if not _is_headless(cells):
-                        continue
-                if len(cells) != len(columns):
-                    raise InputError(
-                        f"{place} has {len(cells)} cells, the first line {len(columns)}; put cells "
-                        "that hold a separator in double quotes"
-                    )
-                row = dict(zip(columns, cells, strict=True))
-                # What a table writes for nothing: no cell, or NaN.
-                yield (
-                    place,
-                    {
-                        k: math.nan if v in ("NaN", "nan") else v
-                        for k, v in row.items()
-                        if k and (v or k in FIELDS)
-                    },
+            if len(cells) != len(columns):
+                raise InputError(
+                    f"{place} has {len(cells)} cells, the first line {len(columns)}; put cells "
+                    "that hold a separator in double quotes"
                 )
-    finally:
-        csv.field_size_limit(limit)
+            row: dict[str, Any] = dict(zip(columns, cells, strict=True))
+            # What a table writes for nothing: an empty cell, or NaN.
+            row |= {field: math.nan for field, cell in row.items() if cell in ("NaN", "nan")}
+            yield place, {field: v for field, v in row.items() if field and (v or field in FIELDS)}
+
+
+def _numbered_records(
+    file: DataFile, lines: TextIO, separator: str
+) -> Iterator[tuple[int, list[str]]]:
+    """The cells of every row, and the number of the line at which it begins."""
+    records: Any = _records(_utf8_lines(file, lines), separator)
+    while True:
+        number = 1 + records.line_num
+        limit = csv.field_size_limit(_TABLE_CELLS)  # of the process, so for no longer than needed
+        try:
+            cells = next(records, None)
+        except csv.Error as error:
+            raise InputError(
+                f"{file.line(number)} is no row of a table ({error}); put cells that hold quotes "
+                "or separators in double quotes"
+            ) from None
+        finally:
+            csv.field_size_limit(limit)
+        if cells is None:
+            return
+        yield number, cells
 
 
 def _utf8_lines(file: DataFile, lines: TextIO) -> Iterator[str]:
