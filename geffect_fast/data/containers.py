@@ -65,7 +65,7 @@ def rows_of(source: Any, name: str, data_format: str = "auto") -> tuple[str, Fou
         if hub and Path(source).suffix.lower() not in _FILE_ENDINGS:
             rows = _hub_rows(source, hub, name)
             return "a data set of the hub", _numbered(rows, name, f" of {source!r}")
-    with reading(f"{name}: {shown(source)}", REMEDY):
+    with reading(name, source, REMEDY):
         folder = Path(source).expanduser()
         is_folder = folder.is_dir()
     if is_folder:
@@ -93,7 +93,7 @@ def refusals_of(source: Any) -> Found:
     file = DataFile.found(source, "refusals", "give a file with one refusal a line")
     if file.head[:4] == b"PAR1":
         return _parquet_rows(file)
-    begins = file.head_text().lstrip()[:1]
+    begins = file.head_text()[:1]
     if begins in ("[", "{"):
         return json_document(file) if begins == "[" else json_lines(file)
     return _lines(file)
@@ -106,7 +106,7 @@ def _format_of(file: DataFile) -> str:
     """One of `FORMATS`, by what a file begins with."""
     if file.head[:4] == b"PAR1":
         return "parquet"
-    head, suffixes = file.head_text().lstrip(), [s.lower() for s in file.path.suffixes[-2:]]
+    head, suffixes = file.head_text(), [s.lower() for s in file.path.suffixes[-2:]]
     ending = suffixes[0] if suffixes[1:] == [".gz"] else "".join(suffixes[-1:])
     if head[:1] in ("{", "["):
         return "json" if is_document(head) else "jsonl"
@@ -133,7 +133,7 @@ def _records(lines: Iterable[str], separator: str) -> Iterator[list[str]]:
 def _is_table(text: str, separator: str) -> bool:
     """Whether a text begins with the names of columns that make a row, or with rows of MMLU's."""
     try:
-        first = next(_records(text.splitlines(keepends=True), separator), [])
+        first = next(_records(text.split("\n"), separator), [])
     except csv.Error:
         return False
     return len(first) > 1 and (makes_row(map(str.strip, first)) or _is_headless(first))
@@ -145,7 +145,7 @@ def _is_headless(cells: list[str]) -> bool:
 
 
 def _separator(file: DataFile, separators: str) -> str:
-    head = file.head_text().lstrip()
+    head = file.head_text()
     return next((s for s in separators if _is_table(head, s)), separators[0])
 
 
@@ -321,7 +321,8 @@ def _in_memory(source: Any, name: str) -> Iterable[Any]:
     if isinstance(source, Mapping) and hasattr(source, "column_names"):  # of datasets
         splits = ", ".join(map(repr, source))
         raise InputError(f"{name}: the {kind} holds the splits {splits}; give one, as in data[...]")
-    if isinstance(source, Mapping | bytes) or hasattr(source, "columns"):  # or of polars
+    of_columns = hasattr(source, "columns") and hasattr(source, "to_dict")  # such as polars'
+    if isinstance(source, Mapping | bytes) or of_columns:
         got = f"type {kind}"
         if isinstance(source, Mapping) and all(isinstance(key, str) for key in source):
             got += f" with keys {', '.join(map(repr, list(source)[:6]))}"

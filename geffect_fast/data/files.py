@@ -108,7 +108,7 @@ class DataFile:
             InputError: there is none, it cannot be read, or it is of a kind that holds no rows.
         """
         place = f"{name}: {shown(source)}"
-        with reading(place, remedy):
+        with reading(name, source, remedy):
             path = Path(source).expanduser()
             check_regular(path, place)
             with packed_bytes(path) as file:
@@ -137,7 +137,8 @@ class DataFile:
     @contextmanager
     def opened(self) -> Iterator[BinaryIO]:
         """Its bytes, unpacked; raise `InputError` where the disk or a torn gzip gives no more."""
-        with reading(self.place, "mend it, or fetch it again"), packed_bytes(self.path) as file:
+        advice = "mend it, or fetch it again"
+        with reading(self.name, self.path, advice), packed_bytes(self.path) as file:
             if not self.packed:
                 yield file
                 return
@@ -151,8 +152,9 @@ class DataFile:
             yield io.TextIOWrapper(file, "utf-8-sig", "surrogateescape", newline)
 
     def head_text(self) -> str:
-        """The text of its head, but for a letter that is cut."""
-        return self.head.decode("utf-8-sig", "surrogateescape").replace("\r\n", "\n")
+        """The text of its head, without white space before it; its last letter may be cut."""
+        text = self.head.decode("utf-8-sig", "surrogateescape")
+        return text.replace("\r\n", "\n").replace("\r", "\n").lstrip()
 
     def check_utf8(self, text: str, number: int) -> str:
         """A line of it, or several; raise `InputError` where one of them was no UTF-8."""
@@ -178,22 +180,22 @@ def packed_bytes(path: Path) -> BinaryIO:
 
 
 @contextmanager
-def reading(place: str, remedy: str) -> Iterator[None]:
-    """What goes wrong with a file in one line."""
-    name, _, source = place.partition(": ")
+def reading(name: str, source: str | os.PathLike[str], remedy: str) -> Iterator[None]:
+    """What goes wrong with the file of an argument, in one line."""
+    file = shown(source)
     try:
         yield
     except FileNotFoundError:
-        raise InputError(f"{name}: file {source} does not exist; {remedy}") from None
+        raise InputError(f"{name}: file {file} does not exist; {remedy}") from None
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise InputError(
-            f"{place} is a damaged gzip ({in_one_line(error)}); fetch it again"
+            f"{name}: {file} is a damaged gzip ({in_one_line(error)}); fetch it again"
         ) from None
     except InputError:
         raise
     except (OSError, ValueError, RuntimeError) as error:
         reason = in_one_line(getattr(error, "strerror", None) or error)
-        raise InputError(f"{name}: cannot read {source} ({reason}); {remedy}") from None
+        raise InputError(f"{name}: cannot read {file} ({reason}); {remedy}") from None
 
 
 def check_regular(path: Path, what: str) -> None:

@@ -31,7 +31,7 @@ def json_lines(file: DataFile) -> Iterator[tuple[str, Any]]:
 
 def json_document(file: DataFile) -> Iterator[tuple[str, Any]]:
     """Places and rows of a list, or of the one list that an object holds."""
-    if file.head_text().lstrip().startswith("["):
+    if file.head_text().startswith("["):
         with file.text() as opened:
             rows: Any = _List(file, opened)
             yield from ((row_place(file.name, i) + file.origin, row) for i, row in enumerate(rows))
@@ -58,7 +58,7 @@ def json_document(file: DataFile) -> Iterator[tuple[str, Any]]:
 
 def is_document(head: str) -> bool:
     """Whether a file that begins with this, a `{` or a `[`, is one document and not lines."""
-    first, *others = [line for line in head.splitlines() if line.strip()]
+    first, *others = [line for line in head.split("\n") if line.strip()]
     try:
         row = json.loads(first)
     except (ValueError, RecursionError):  # damaged, or not all of a document

@@ -79,7 +79,8 @@ def read_rows(
     if not rows:
         raise InputError(f"{name}: {shown(source)} holds no rows; give at least one")
     if tell is not None and container:
-        tell(f"{name}: {len(rows)} rows of {CALLED[row_kind(rows[0])]} ({container})")
+        count = "1 row" if len(rows) == 1 else f"{len(rows)} rows"
+        tell(f"{name}: {count} of {CALLED[row_kind(rows[0])]} ({container})")
     return rows
 
 

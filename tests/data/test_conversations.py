@@ -182,7 +182,7 @@ def test_both_ways_of_writing_are_one(tokenizer, tmp_path):
     said = []
     file.write_text(json.dumps(SHAREGPT) + "\n", encoding="utf-8")
     [row] = read_rows(file, name="forget", tell=said.append)
-    assert said == ["forget: 1 rows of conversations (JSON lines)"]
+    assert said == ["forget: 1 row of conversations (JSON lines)"]
     [bare] = read_rows([OPENAI], name="forget")
     assert row["messages"] == bare["messages"] and row["id"] == "x"
     assert read_rows([row], name="forget") == [row]  # as `prepare` reads what it has read

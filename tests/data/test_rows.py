@@ -58,8 +58,8 @@ def test_files_of_lines_or_one_array(tmp_path, monkeypatch, name, text):
 
 def test_a_line_separator_inside_a_string_ends_no_line(tmp_path):
     path = tmp_path / "rows.jsonl"
-    path.write_text('{"question": "a\u2028b", "answer": "c\x85d"}\n', encoding="utf-8")
-    assert read_rows(path, name="forget") == [{"question": "a\u2028b", "answer": "c\x85d"}]
+    path.write_text('{"question": "a\u2028b", "answer": "c\x85d"}\n' * 2, encoding="utf-8")
+    assert read_rows(path, name="forget") == [{"question": "a\u2028b", "answer": "c\x85d"}] * 2
 
 
 @pytest.mark.parametrize(

@@ -67,7 +67,7 @@ def test_what_was_found_is_said_and_a_replay_reads_the_same(here, capsys):
     assert main(words) == 0
     printed = capsys.readouterr()
     assert printed.err.splitlines()[0] == (
-        "forget: 1 rows of plain text (plain text, a gzip); retain: 5 rows of questions and "
+        "forget: 1 row of plain text (plain text, a gzip); retain: 5 rows of questions and "
         "answers (JSON lines); chat: 2 rows of conversations (a JSON document)"
     )
     assert main(["profile", "--config", "run/run.yaml", "--out", "again", "--quiet"]) == 0
