@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from geffect_fast.data.batch import IGNORE, REDUCTIONS, Batch, Reduction, Role, Totals
-from geffect_fast.data.tokenize import Sample, SampleSet, Sequence
+from geffect_fast.data.samples import Sample, SampleSet, Sequence
 from geffect_fast.errors import InputError
 
 Layout = Literal["packed", "equal_length", "single"]

@@ -19,7 +19,8 @@ from geffect_fast.data import (
     read_rows,
     tokenize_rows,
 )
-from geffect_fast.data.tokenize import TEXT_WINDOW, check_positions
+from geffect_fast.data.samples import check_positions
+from geffect_fast.data.tokenize import TEXT_WINDOW
 from geffect_fast.engines.rotary_frequencies import check_pairs
 from geffect_fast.errors import GEffectWarning, InputError
 from geffect_fast.measure.models import check_finite, load_model

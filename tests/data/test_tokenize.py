@@ -9,7 +9,8 @@ from transformers import PreTrainedTokenizerFast
 
 from geffect_fast.data import read_refusals, read_rows
 from geffect_fast.data.batch import IGNORE
-from geffect_fast.data.tokenize import check_vocabulary, tokenize_rows
+from geffect_fast.data.samples import check_vocabulary
+from geffect_fast.data.tokenize import tokenize_rows
 from geffect_fast.demo.authors import REFUSALS, make_fictitious_authors
 from geffect_fast.errors import InputError
 
