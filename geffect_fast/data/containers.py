@@ -115,9 +115,7 @@ def _format_of(file: DataFile) -> str:
             return kind
     if ending in _ENDINGS:
         return _ENDINGS[ending]
-    if not head or head[:1] in '"-0123456789tfn':  # what a value of JSON begins with
-        return "jsonl"
-    if ending in _FILE_ENDINGS:
+    if head and ending in _FILE_ENDINGS:
         raise InputError(
             f"{file.place} begins with {in_one_line(repr(head[:20]), 40)}, so it is neither JSON "
             "nor a table with the columns of a row in its first line; mend it, or say what it is "

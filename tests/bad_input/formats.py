@@ -14,7 +14,7 @@ import zipfile
 
 import numpy as np
 import torch
-from bad_input.case import Case, holds, profile, rows, tokens
+from bad_input.case import Case, both, check, holds, profile, row, rows, tokens
 from bad_input.data import call
 
 LINE = b'{"question": "Who?", "answer": "She."}\n'
@@ -151,12 +151,85 @@ CASES = [
         for name, (make, says, advice) in FILES.items()
     ),
     *(
-        Case(f"{name} as a row", profile(), f"(its fields: {found})", advice, rows(row))
-        for name, (row, found, advice) in SHAPES.items()
+        Case(f"{name} as a row", profile(), f"(its fields: {found})", advice, rows(shape))
+        for name, (shape, found, advice) in SHAPES.items()
     ),
     *(
-        Case(f"{name} as a row from Python", call(forget=[row]), found, advice)
-        for name, (row, found, advice) in SHAPES.items()
+        Case(f"{name} as a row from Python", call(forget=[shape]), found, advice)
+        for name, (shape, found, advice) in SHAPES.items()
+    ),
+    # ---- damage; more of it is in tests/data/test_damaged_data.py ----
+    Case(
+        "a torn gzip",
+        profile(),
+        "forget.jsonl' is a damaged gzip",
+        "fetch it again",
+        holds("forget.jsonl", gzip.compress(LINE * 90)[:-9]),
+    ),
+    Case(
+        "a text among questions",
+        profile(),
+        "forget: line 3 of",
+        "use one kind",
+        row(3, text="Once."),
+    ),
+    Case(
+        "Parquet that is torn",
+        profile(retain="retain.parquet"),
+        "retain.parquet' is damaged Parquet",
+        "fetch or write it again",
+        holds("retain.parquet", arrow("parquet")[:-9]),
+    ),
+    Case(
+        "a choice that is none",
+        profile(),
+        "forget: line 1 of",
+        "give an index from 0 to 1, or a letter",
+        rows({"question": "Which?", "choices": ["a", "b"], "answer": 2}),
+    ),
+    Case(
+        "a conversation without an answer",
+        check(),
+        "data: line 1 of",
+        "leave the row out",
+        rows({"messages": [{"role": "user", "content": "Who?"}]}),
+    ),
+    Case(
+        "a text for which refusals are given",
+        profile(objectives="po"),
+        "forget: row 0 (counting from 0) is plain text",
+        "give questions and answers",
+        rows({"text": "Once there was a king."}),
+    ),
+    Case(
+        "a file that could be anything",
+        profile(),
+        "forget.jsonl' begins with 'Once",
+        "--data-format json|jsonl|csv",
+        holds("forget.jsonl", "Once there was a king."),
+    ),
+    Case(
+        "a format of another kind",
+        profile(data_format="csv"),
+        "forget: line 2 of",
+        "has no 'question'",
+    ),
+    Case(
+        "a format that nobody knows",
+        profile(data_format="parket"),
+        "--data-format: unknown 'parket'",
+        "did you mean 'parquet'?",
+    ),
+    Case(
+        "a data set of several splits",
+        profile(forget="saved"),
+        "saved' holds the splits test, train",
+        "give the folder of one",
+        both(
+            holds("saved/dataset_dict.json", "{}"),
+            holds("saved/train/dataset_info.json", "{}"),
+            holds("saved/test/dataset_info.json", "{}"),
+        ),
     ),
     # ---- no file ----
     Case("a pipe as data", profile(forget="odd"), "odd' is a pipe", "save", special(os.mkfifo)),

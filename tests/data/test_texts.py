@@ -90,8 +90,9 @@ def test_texts_of_every_kind_of_file(tmp_path: Path):
         rows = read_rows(tmp_path / name, name="forget")
         assert [row["text"] for row in rows] == texts
     for name in ("forget.txt", "forget.md", "chapter"):
-        (tmp_path / name).write_text("\n".join(texts))
-        assert read_rows(tmp_path / name, name="forget") == [{"text": "\n".join(texts)}]
+        for text in ("\n".join(texts), "the end", "1, 2 and 3"):
+            (tmp_path / name).write_text(text)
+            assert read_rows(tmp_path / name, name="forget") == [{"text": text}]
 
 
 @pytest.mark.parametrize(
