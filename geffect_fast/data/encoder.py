@@ -168,15 +168,10 @@ class Encoder:
 
     def _block(self, spoken: Rows[Spoken], first_learned: int, ends: bool, place: str) -> Labelled:
         """Ids and labels of answers and what stands between them, up to the last one's end."""
-        text = ""
-        ids: list[int] = []
-        spans = []
-        self._check_length("".join(s.before + str(s.answer) for s in spoken), place)
-        for each in spoken:
-            answer = str(each.answer)
-            ids, first = self._pair(ids, text, each.before, answer)
-            text += each.before + answer
-            spans.append((first, len(ids)))
+        pairs = [(each.before, str(each.answer)) for each in spoken]
+        text = "".join(before + answer for before, answer in pairs)
+        self._check_length(text, place)
+        ids, spans = self._pairs(pairs, text)
         n_body = len(ids)
         if ends and spoken[-1].end:
             ids = self._continue(ids, text, spoken[-1].end)
@@ -184,7 +179,7 @@ class Encoder:
         if end is not None:
             ids = ids[: end + 1]
         elif ends and self._chat is None and self.tokenizer.eos_token_id is not None:
-            ids = [*ids[:], self.tokenizer.eos_token_id]
+            ids = [*ids, self.tokenizer.eos_token_id]
         labels = [IGNORE] * len(ids)
         for number, (first, stop) in enumerate(spans):
             if first == stop and number >= first_learned:
@@ -214,6 +209,29 @@ class Encoder:
             )
 
     # ---- tokens that do not straddle a boundary ----
+
+    def _pairs(
+        self, pairs: list[tuple[str, str]], text: str
+    ) -> tuple[list[int], list[tuple[int, int]]]:
+        """Ids of pairs of what stands before an answer and it, `text` in all, and answers' spans.
+
+        Where parts tokenised apart are the whole, as between a chat template's special tokens, no
+        token straddles a boundary, and that is all; trying each boundary takes squares of turns.
+        """
+        parts = [self._ids(part) for pair in pairs for part in pair] if len(pairs) > 1 else []
+        ids = [token for part in parts for token in part]
+        spans, at = [], 0
+        if parts and self.tokenizer.unk_token_id not in ids and ids == self._ids(text):
+            for head, own in zip(parts[::2], parts[1::2], strict=True):
+                spans.append((at + len(head), at + len(head) + len(own)))
+                at = spans[-1][1]
+            return ids, spans
+        ids, text = [], ""
+        for before, answer in pairs:
+            ids, first = self._pair(ids, text, before, answer)
+            text += before + answer
+            spans.append((first, len(ids)))
+        return ids, spans
 
     def _pair(self, ids: list[int], text: str, before: str, answer: str) -> tuple[list[int], int]:
         """Ids of `text`, `before` and `answer`, beginning with `ids`, and where the answer begins.
