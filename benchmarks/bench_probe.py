@@ -22,7 +22,7 @@ import torch
 from llama import make_model
 from machine import RESULTS, write_csv
 
-from geffect_fast.data.tokenize import CHAT_DATE
+from geffect_fast.data.chat_template import CHAT_DATE
 from geffect_fast.settings import Training
 from geffect_fast.steps.probe import Probe
 from geffect_fast.storage.step_store import StepStore

@@ -27,6 +27,7 @@ from transformers import Trainer, TrainingArguments
 
 import geffect_fast as gf
 from geffect_fast.demo import Size, make_model, train_tokenizer
+from geffect_fast.demo.authors import make_fictitious_authors, split_forget
 
 torch.manual_seed(0)
 
@@ -37,7 +38,7 @@ torch.manual_seed(0)
 # forgotten.
 
 # %%
-forget, retain = gf.data.split_forget(gf.data.make_fictitious_authors(4, seed=1), 0.25)
+forget, retain = split_forget(make_fictitious_authors(4, seed=1), 0.25)
 texts = [f"{row['question']} {row['answer']}" for row in [*forget, *retain]]
 tokenizer = train_tokenizer(texts, vocab_size=700)
 model = make_model(tokenizer, Size(hidden=48, n_layers=4))

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import geffect_fast as gf
+from geffect_fast.demo.authors import make_fictitious_authors, split_forget
 
 torch.manual_seed(0)
 
@@ -38,7 +39,7 @@ torch.manual_seed(0)
 
 # %%
 N_FACTS, TWIN = 10, 3
-forget_rows, retain_rows = gf.data.split_forget(gf.data.make_fictitious_authors(8, seed=1), 0.125)
+forget_rows, retain_rows = split_forget(make_fictitious_authors(8, seed=1), 0.125)
 STRAY = len(forget_rows)
 forget_rows.append(
     {part: retain_rows[TWIN][f"paraphrased_{part}"] for part in ("question", "answer")}

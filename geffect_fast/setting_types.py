@@ -8,7 +8,7 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import AfterValidator, Field
 
-from geffect_fast.data.tokenize import checked_date
+from geffect_fast.data.chat_template import checked_date
 from geffect_fast.errors import InputError
 from geffect_fast.objectives import Objective, parse
 from geffect_fast.objectives import resolve as resolve_objective

@@ -20,7 +20,7 @@ from pydantic import (
     model_validator,
 )
 
-from geffect_fast.data.tokenize import CHAT_DATE
+from geffect_fast.data.chat_template import CHAT_DATE
 from geffect_fast.errors import InputError
 from geffect_fast.objectives import Objective, parse, parse_list
 from geffect_fast.objectives import resolve as resolve_objective
@@ -64,7 +64,8 @@ class Named(Settings):
     """Folder or hub id of a transformers causal language model."""
 
     forget: Annotated[PathOrId, Option(("--forget", "-f"))]
-    """Data to forget: JSON (lines) with question and answer, or a hub id `name:config:split`."""
+    """Data to forget: a file (JSON, JSON lines, CSV, Parquet, text), a folder of datasets, or a hub
+    id `name:config:split`."""
 
     retain: Annotated[PathOrId, Option(("--retain", "-r"))]
     """Data to keep, in the same format: the retain risk and retain regularisers read it."""
@@ -133,8 +134,13 @@ class Reading(Settings):
     template: str = "auto"
     """auto (the chat template, else plain Question:/Answer:), or text with {question}, {answer}."""
 
+    data_format: Literal["auto", "json", "jsonl", "csv", "tsv", "parquet", "text"] = "auto"
+    """What data files are, gzips or not: json (one document), jsonl, csv, tsv, parquet or text;
+    auto: by their content."""
+
     max_length: int | None = Field(default=None, gt=0)
-    """Longest sequence accepted, in tokens; a longer one is an error that names its row."""
+    """Longest sequence accepted, in tokens; a longer one is an error that names its row. Plain text
+    is cut into windows of so many; none: of 2,048, or what the model was made for where less."""
 
     date: Annotated[str, AfterValidator(read_by("date", day)), Option(metavar="YYYY-MM-DD")] = (
         CHAT_DATE

@@ -75,6 +75,11 @@ def clean_output() -> Iterator[None]:
         sys.stdout, sys.stderr = before
 
 
+def print_notice(text: str) -> None:
+    """A line on stderr of what was decided, beside what a command prints."""
+    print(text, file=sys.stderr)
+
+
 @contextmanager
 def progress_bar(show: bool, what: str, total: float) -> Iterator[Callable[..., Any]]:
     """A bar from 0 to `total`, none where `show` is False or stderr is no terminal.

@@ -21,13 +21,9 @@ def study(tmp_path_factory):
     """A folder as a user has it: a tiny model, its reference, a tokenizer, and data files."""
     import torch
 
-    from geffect_fast.data import (
-        REFUSALS,
-        make_fictitious_authors,
-        split_forget,
-        write_jsonl,
-    )
+    from geffect_fast.data import write_jsonl
     from geffect_fast.demo import Size, make_model, save, train_tokenizer
+    from geffect_fast.demo.authors import REFUSALS, make_fictitious_authors, split_forget
 
     folder = tmp_path_factory.mktemp("study")
     rows = make_fictitious_authors(2, seed=3)

@@ -14,6 +14,7 @@ from geffect_fast.cli import main
 from geffect_fast.storage.run_folder import open_run
 
 OBJECTIVES = "ga,wga(alpha=1),npo(beta=0.1)+kl,dpo,rmu(layer=1)"
+FOUND = "data: 4 rows of questions and answers (JSON lines)\n"
 
 
 @pytest.fixture
@@ -191,7 +192,8 @@ def test_a_deviation_exits_with_3(here, capsys, monkeypatch):
     monkeypatch.setattr(NormCall, "sums", lambda *given: 1.01 * sums(*given))
     assert main(CHECK) == 3
     printed = capsys.readouterr()
-    assert "Deviation: input_layernorm (captured by norm): " in printed.out and printed.err == ""
+    assert "Deviation: input_layernorm (captured by norm): " in printed.out
+    assert printed.err == FOUND
     assert main([*CHECK, "-q"]) == 3
 
 

@@ -132,13 +132,8 @@ def prepare(folder: Path) -> None:
     import torch
 
     from geffect_fast import demo
-    from geffect_fast.data import (
-        make_batches,
-        make_fictitious_authors,
-        split_forget,
-        tokenize_rows,
-        write_jsonl,
-    )
+    from geffect_fast.data import make_batches, tokenize_rows, write_jsonl
+    from geffect_fast.demo.authors import make_fictitious_authors, split_forget
 
     rows = make_fictitious_authors(AUTHORS, 0)
     parts = dict(zip(("forget", "retain"), split_forget(rows, 0.4), strict=True))

@@ -89,8 +89,9 @@ def make_study(folder: Path) -> None:
     """A small Llama, another as its reference, a tokenizer and data; of one seed."""
     import torch
 
-    from geffect_fast.data import REFUSALS, make_fictitious_authors, split_forget, write_jsonl
+    from geffect_fast.data import write_jsonl
     from geffect_fast.demo import Size, make_model, save, train_tokenizer
+    from geffect_fast.demo.authors import REFUSALS, make_fictitious_authors, split_forget
 
     folder.mkdir(parents=True)
     rows = make_fictitious_authors(2, seed=3)

@@ -164,7 +164,10 @@ def values_of(config: Path | None, given: dict[str, Any]) -> dict[str, Any]:
     return values | given
 
 
-_DECIDE_ROWS = {"model", "tokenizer", "forget", "retain", "probes", "template", "date"}
+_DECIDE_ROWS = {"model", "tokenizer", "forget", "retain", "probes", "template", "date"} | {
+    "data_format",
+    "max_length",
+}
 
 
 def check_command(config: Path | None, held: Any, *commands: str) -> None:

@@ -77,6 +77,7 @@ def weights(
         best = optimal_weights(
             result, retain_budget=retain_budget, removal=removal, max_weight=max_weight
         )
+        data_format = "auto"
         if forget is None:
             folder = user_path(run) if user_path(run).is_dir() else user_path(run).parent
             if not is_there(folder / CONFIG):
@@ -84,8 +85,9 @@ def weights(
                     f"config {folder / CONFIG} does not exist; give the run's forget data, --forget"
                 )
             check_file(folder, CONFIG, "give the run's forget data, --forget")
-            forget = load_config(folder / CONFIG).forget
-        write_weighted(forget, best, out)
+            config = load_config(folder / CONFIG)
+            forget, data_format = config.forget, config.data_format
+        write_weighted(forget, best, out, data_format=data_format)
         try:
             with whole_file(f"plot {picture}", picture, "--out") as part:
                 frontier_figure(result, best).savefig(part, dpi=150, format="png")

@@ -1,37 +1,23 @@
-"""Question-answer sets: reading, tokenising, and packing into batches without padding."""
+"""Data sets: reading, tokenising, and packing into batches without padding."""
 
 from geffect_fast.data.batch import IGNORE, REDUCTIONS, Batch, Reduction, Role, Totals
-from geffect_fast.data.fictitious import (
-    REFUSALS,
-    make_fictitious_authors,
-    split_forget,
-    write_jsonl,
-)
-from geffect_fast.data.packing import (
-    LAYOUTS,
-    Layout,
-    make_batches,
-    token_places,
-)
-from geffect_fast.data.qa import read_refusals, read_rows
+from geffect_fast.data.containers import write_jsonl
+from geffect_fast.data.packing import LAYOUTS, Layout, make_batches, token_places
+from geffect_fast.data.row_kinds import RowKind, row_kind
+from geffect_fast.data.rows import read_refusals, read_rows
+from geffect_fast.data.samples import Sample, SampleSet, Sequence, check_vocabulary
 from geffect_fast.data.token_budget import estimate_token_budget
-from geffect_fast.data.tokenize import (
-    Sample,
-    SampleSet,
-    Sequence,
-    check_vocabulary,
-    tokenize_rows,
-)
+from geffect_fast.data.tokenize import tokenize_choices, tokenize_rows
 
 __all__ = [
     "IGNORE",
     "LAYOUTS",
     "REDUCTIONS",
-    "REFUSALS",
     "Batch",
     "Layout",
     "Reduction",
     "Role",
+    "RowKind",
     "Sample",
     "SampleSet",
     "Sequence",
@@ -39,11 +25,11 @@ __all__ = [
     "check_vocabulary",
     "estimate_token_budget",
     "make_batches",
-    "make_fictitious_authors",
     "read_refusals",
     "read_rows",
-    "split_forget",
+    "row_kind",
     "token_places",
+    "tokenize_choices",
     "tokenize_rows",
     "write_jsonl",
 ]

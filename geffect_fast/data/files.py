@@ -1,13 +1,28 @@
-"""What a file is where it is no text: a gzip, a table of columns, a pipe, a device."""
+"""A data file: opened whether packed or not, read as text line by line, and told from what is none.
+
+Nothing here knows what rows are. Bytes that are no UTF-8 become half surrogates, which no UTF-8 can
+hold, so that whoever has the line can say which it is.
+"""
 
 from __future__ import annotations
 
 import codecs
+import gzip
+import io
+import os
 import stat
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
-from geffect_fast.errors import InputError
+from geffect_fast.errors import InputError, in_one_line
 
+HEAD = 2**16
+"""Bytes, unpacked, by which a file's format is found."""
+_GZIP = b"\x1f\x8b"
 _UNPACKED = "unpack it"
 _AS_LINES = (
     "write its rows as JSON lines, such as with pandas' to_json(orient='records', lines=True)"
@@ -15,7 +30,7 @@ _AS_LINES = (
 _NO_ROWS = "it holds no rows of text"
 
 _KINDS: tuple[tuple[int, bytes, str, str], ...] = (
-    (0, b"\x1f\x8b", "gzip", _UNPACKED),
+    (0, _GZIP, "gzip in gzip", _UNPACKED),
     (0, b"PK\x03\x04", "a zip archive", _UNPACKED),
     (0, b"PK\x05\x06", "an empty zip archive", _UNPACKED),
     (0, b"BZh", "bzip2", _UNPACKED),
@@ -25,7 +40,6 @@ _KINDS: tuple[tuple[int, bytes, str, str], ...] = (
     (0, b"7z\xbc\xaf\x27\x1c", "a 7z archive", _UNPACKED),
     (0, b"Rar!\x1a\x07", "a rar archive", _UNPACKED),
     (257, b"ustar", "a tar archive", _UNPACKED),
-    (0, b"PAR1", "Parquet", _AS_LINES),
     (0, b"PARE", "encrypted Parquet", _AS_LINES),
     (0, b"ARROW1", "Arrow", _AS_LINES),
     (0, b"FEA1", "Feather", _AS_LINES),
@@ -70,6 +84,120 @@ _KINDS_OF_PLACE = (
 )
 
 
+@dataclass(frozen=True)
+class DataFile:
+    """A file that a user names.
+
+    Attributes:
+        path: where it lies.
+        name: the argument that named it, for messages.
+        packed: whether it is a gzip, whatever it is called.
+        head: its first `HEAD` bytes, unpacked.
+    """
+
+    path: Path
+    name: str
+    packed: bool
+    head: bytes
+
+    @classmethod
+    def found(cls, source: str | os.PathLike[str], name: str, remedy: str) -> DataFile:
+        """The file of that path.
+
+        Raises:
+            InputError: there is none, it cannot be read, or it is of a kind that holds no rows.
+        """
+        place = f"{name}: {shown(source)}"
+        with reading(name, source, remedy):
+            path = Path(source).expanduser()
+            check_regular(path, place)
+            with packed_bytes(path) as file:
+                packed = file.read(len(_GZIP)) == _GZIP
+            found = cls(path, name, packed, b"")
+            with found.opened() as file:
+                head = file.read(HEAD)
+        if none := no_data(head[:512]):
+            raise InputError(f"{place} is {none[0]}; {none[1]}; {remedy}")
+        return cls(path, name, packed, head)
+
+    @property
+    def place(self) -> str:
+        """How messages call it."""
+        return f"{self.name}: {shown(self.path)}"
+
+    @property
+    def origin(self) -> str:
+        """What messages add to a row's place."""
+        return f" of {shown(self.path)}"
+
+    def line(self, number: int) -> str:
+        """How messages call its line `number`, from 1."""
+        return f"{self.name}: line {number} of {shown(self.path)}"
+
+    @contextmanager
+    def opened(self) -> Iterator[BinaryIO]:
+        """Its bytes, unpacked; raise `InputError` where the disk or a torn gzip gives no more."""
+        advice = "mend it, or fetch it again"
+        with reading(self.name, self.path, advice), packed_bytes(self.path) as file:
+            if not self.packed:
+                yield file
+                return
+            with gzip.GzipFile(fileobj=file) as unpacked:
+                yield unpacked  # type: ignore[misc]
+
+    @contextmanager
+    def text(self, newline: str | None = None) -> Iterator[io.TextIOWrapper]:
+        """Its text, read as it is asked for; `newline` as of `open`."""
+        with self.opened() as file:
+            yield io.TextIOWrapper(file, "utf-8-sig", "surrogateescape", newline)
+
+    def head_text(self) -> str:
+        """The text of its head, without white space before it; its last letter may be cut."""
+        text = self.head.decode("utf-8-sig", "surrogateescape")
+        return text.replace("\r\n", "\n").replace("\r", "\n").lstrip()
+
+    def check_utf8(self, text: str, number: int) -> str:
+        """A line of it, or several; raise `InputError` where one of them was no UTF-8."""
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            number += text.count("\n", 0, error.start)
+            raise InputError(f"{self.line(number)} is not UTF-8; save it as UTF-8") from None
+        return text
+
+
+def shown(source: object) -> str:
+    """A path as messages show it."""
+    if not isinstance(source, str | os.PathLike):
+        return "the data set"
+    text = repr(os.fspath(source))
+    return text if len(text) <= 200 else f"{text[:200]}..."
+
+
+def packed_bytes(path: Path) -> BinaryIO:
+    """A file as it lies on the disk."""
+    return path.open("rb")
+
+
+@contextmanager
+def reading(name: str, source: str | os.PathLike[str], remedy: str) -> Iterator[None]:
+    """What goes wrong with the file of an argument, in one line."""
+    file = shown(source)
+    try:
+        yield
+    except FileNotFoundError:
+        raise InputError(f"{name}: file {file} does not exist; {remedy}") from None
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise InputError(
+            f"{name}: {file} is a damaged gzip ({in_one_line(error)}); fetch it again"
+        ) from None
+    except InputError:
+        raise
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = in_one_line(getattr(error, "strerror", None) or error)
+        raise InputError(f"{name}: cannot read {file} ({reason}); {remedy}") from None
+
+
 def check_regular(path: Path, what: str) -> None:
     """Refuse what is there and no file: a read of it may wait or go on for ever.
 
@@ -111,13 +239,4 @@ def no_data(head: bytes) -> tuple[str, str] | None:
     # safetensors: the length of its header, and the header, a JSON object
     if head[8:9] == b"{" and 0 < int.from_bytes(head[:8], "little") < 2**32 and b"\0" in head[:8]:
         return "safetensors", _NO_ROWS
-    return None
-
-
-def folder_kind(folder: Path) -> str | None:
-    """What a folder was made by, where that is a data set's way to lie on a disk."""
-    if any((folder / name).is_file() for name in ("dataset_info.json", "dataset_dict.json")):
-        return "saved by datasets; give what its load_from_disk returns, or write it with to_json"
-    if any(folder.glob("*.parquet")):
-        return f"of Parquet files; {_AS_LINES.replace('its', 'their')}"
     return None

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from geffect_fast.data.batch import IGNORE, REDUCTIONS, Batch, Reduction, Role, Totals
-from geffect_fast.data.qa import row_place
-from geffect_fast.data.tokenize import Sample, SampleSet, Sequence
+from geffect_fast.data.samples import Sample, SampleSet, Sequence
 from geffect_fast.errors import InputError
 
 Layout = Literal["packed", "equal_length", "single"]
@@ -66,7 +65,7 @@ def make_batches(
     for sample in sample_set.samples:
         if "alternative" in roles and not sample.alternatives:
             raise InputError(
-                f"{row_place(sample_set.name, sample.row)} has no alternative answer; "
+                f"{sample.place(sample_set.name)} has no alternative answer; "
                 "give refusals, or a field 'alternative' in every row"
             )
     totals = sample_set.totals()

@@ -1,134 +1,31 @@
-"""From questions and answers to token ids with labels on the answer alone."""
+"""From rows to samples: token ids, with labels on what is to be learned."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as Rows
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from datetime import datetime
-from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from string import ascii_uppercase as LETTERS
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import torch
-from torch import Tensor
 
-from geffect_fast.data.batch import IGNORE, Role, Totals
-from geffect_fast.data.chat_render import Rendered, render
-from geffect_fast.data.fewest_tokens import FewestTokens
-from geffect_fast.data.qa import row_place
+from geffect_fast.data.batch import IGNORE, Role
+from geffect_fast.data.chat_template import CHAT_DATE, Turns
+from geffect_fast.data.choices import lettered
+from geffect_fast.data.conversations import is_learned
+from geffect_fast.data.encoder import Encoder, Labelled
+from geffect_fast.data.row_kinds import row_kind, row_place
+from geffect_fast.data.samples import Sample, SampleSet, Sequence
 from geffect_fast.errors import InputError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-PLAIN_TEMPLATE = "Question: {question}\nAnswer: {answer}"
-"""What `template="auto"` means for a tokenizer without a chat template."""
+TEXT_WINDOW = 2048
+"""Tokens of a window of plain text, where nobody says how many; what MUSE takes."""
 
-_ANSWER_MARK = "@@answer@@"
-CHAT_DATE = "2024-07-26"
-"""The day that chat templates are told, unless another is given; a fixed one lets a run be replayed
-on any day. It is the one in Llama's own template."""
-
-
-@dataclass(frozen=True, eq=False)
-class Sequence:
-    """Token ids and unshifted labels, both `(length,)` int64; `IGNORE` where nothing is learned.
-
-    `weights` `(length,)` fp64 are the labels' own, from the data, 0 where there is no label; None
-    where the data gives none.
-    """
-
-    input_ids: Tensor
-    labels: Tensor
-    weights: Tensor | None = None
-
-    def __len__(self) -> int:
-        return self.input_ids.numel()
-
-    @property
-    def n_targets(self) -> int:
-        """Label tokens that are predicted: all but one on the first token."""
-        return int((self.labels.numpy()[1:] != IGNORE).sum())
-
-    @property
-    def n_labelled(self) -> int:
-        """Tokens that carry a label."""
-        return int((self.labels.numpy() != IGNORE).sum())
-
-
-@dataclass(frozen=True, eq=False)
-class Sample:
-    """Row `row` (from 0) of a set: its answer, and what objectives may put in its place.
-
-    `part_of` is its row in the set that this one is a part of; None where it is whole.
-    """
-
-    row: int
-    question: str
-    answer: Sequence
-    alternatives: tuple[Sequence, ...] = ()
-    part_of: int | None = None
-
-    @property
-    def data_row(self) -> int:
-        """The row in the data as they were read."""
-        return self.row if self.part_of is None else self.part_of
-
-    def sequences(self) -> dict[Role, tuple[Sequence, ...]]:
-        """The sequences it has, by role."""
-        return {"answer": (self.answer,), "alternative": self.alternatives}
-
-
-@dataclass(frozen=True, eq=False)
-class SampleSet:
-    """A tokenised data set; `name` is the argument it came from."""
-
-    name: str
-    samples: tuple[Sample, ...]
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def part(self, rows: Iterable[int]) -> SampleSet:
-        """A set of these rows alone, in this order, which know where they come from."""
-        picked = [self.samples[row] for row in rows]
-        return replace(
-            self,
-            samples=tuple(replace(s, row=i, part_of=s.data_row) for i, s in enumerate(picked)),
-        )
-
-    @property
-    def questions(self) -> tuple[str, ...]:
-        """The question of each sample, empty where there is none."""
-        return tuple(sample.question for sample in self.samples)
-
-    @property
-    def n_tokens(self) -> int:
-        """Tokens of all sequences, alternatives included."""
-        return sum(len(q) for s in self.samples for qs in s.sequences().values() for q in qs)
-
-    @property
-    def has_alternatives(self) -> bool:
-        """Whether every sample has at least one alternative."""
-        return all(sample.alternatives for sample in self.samples)
-
-    @property
-    def has_weights(self) -> bool:
-        """Whether the data gives every answer's label tokens weights."""
-        return all(sample.answer.weights is not None for sample in self.samples)
-
-    def totals(self) -> Totals:
-        """The sizes that means over the whole set are taken over."""
-        sequences: dict[Role, list[Sequence]] = {"answer": [], "alternative": []}
-        for sample in self.samples:
-            for role, found in sample.sequences().items():
-                sequences[role] += found
-        return Totals(
-            n_samples=len(self),
-            sequence_targets={r: tuple(q.n_targets for q in qs) for r, qs in sequences.items()},
-            n_labelled={r: sum(q.n_labelled for q in qs) for r, qs in sequences.items()},
-        )
+_NOT_HANDED_ON = ("input_ids", "labels", "attention_mask", "weights", "alternative")
 
 
 def tokenize_rows(
@@ -141,98 +38,133 @@ def tokenize_rows(
     max_length: int | None = None,
     date: str = CHAT_DATE,
     n_positions: int | None = None,
+    window: int = TEXT_WINDOW,
 ) -> SampleSet:
-    """Turn rows into samples whose labels cover the answer and the token that ends it.
+    """Turn rows into samples whose labels cover what is to be learned, by the kind of row.
 
-    A sequence is `prompt, answer, end`; only `answer, end` is labelled, and what a template puts
-    after the end is cut, since no label depends on it. The end is the first special token the
-    template puts after the answer; a text template without one gets the tokenizer's end-of-sequence
-    token. Tokens never straddle prompt and answer: where joint tokenising would merge across the
-    boundary, the two are tokenised apart. White space around questions and answers is dropped.
+    - *Questions and answers*, *conversations*: the answer, or every turn of the assistant's, and
+      the token that ends it. A sequence is `prompt, answer, end`; what a template puts after the
+      last end is cut, since no label depends on it. The end is the first special token the template
+      puts after the answer; a text template without one gets the tokenizer's end-of-sequence token.
+      White space around turns is dropped. Without a chat template a conversation is the text
+      template, again for every pair of turns.
+    - *Multiple choice*: the right choice's text, after the question alone.
+    - *Plain text*: every token, in windows of `max_length`, a sample each (`Encoder.windows`).
+    - *Continuations*: `gt`, after `prompt`, without a template or an end.
+    - *Tokenised rows* are used as they are.
+
+    Tokens never straddle prompt and answer: where joint tokenising would merge across the boundary,
+    the two are tokenised apart.
 
     The alternatives of row `i` are its own field `alternative`, one or a list of them, else
-    `refusals[i % len(refusals)]`.
+    `refusals[i % len(refusals)]`. They take the place of the answer; of a conversation's last one,
+    and are then all that is labelled. Plain text has none.
 
     Args:
-        rows: from `read_rows`, all text or all tokenised (those are used as they are).
+        rows: from `read_rows`, all of one kind.
         tokenizer: of transformers; None for tokenised rows.
         name: the argument the rows came from, for messages.
         refusals: from `read_refusals`; tokenised ones are whole sequences, one a row.
         template: `auto` (the tokenizer's chat template, else `PLAIN_TEMPLATE`), or a string with
             `{question}` and then `{answer}`.
-        max_length: refuse sequences of more tokens.
+        max_length: refuse sequences of more tokens; cut plain text into windows of so many.
         date: the day, `YYYY-MM-DD`, that a chat template is told which asks (`strftime_now`,
             `date_string`), so that no run depends on when it is made.
         n_positions: of the model, where it has a table of them: text that cannot fit is refused
             before it is tokenised (`check_positions` counts).
+        window: tokens of a window of plain text, without `max_length`.
 
     Returns:
-        One sample a row, in order.
+        One sample a row, or a window of one, in order.
 
     Raises:
         InputError: text without a tokenizer, a bad template or date, a template that takes too much
-            time, memory or room (`geffect_fast.data.chat_render`), a sample that is too long or has
-            no label to learn, weights of another number of tokens, or tokenised refusals that do
-            not match the rows.
+            time, memory or room (`geffect_fast.data.chat_render`) or rewrites what is learned, a
+            sample that is too long or has no label to learn, weights of another number of tokens,
+            or tokenised refusals that do not match the rows.
     """
     most = min((n for n in (max_length, n_positions) if n is not None), default=None)
-    encode = None if tokenizer is None else _Encoder(tokenizer, template, date, most)
+    encode = None if tokenizer is None else Encoder(tokenizer, template, date, most)
     if encode is not None:
-        encode.render([row["question"].strip() for row in rows if "input_ids" not in row])
-    samples = []
+        encode.render(_asked(row) for row in rows if row_kind(row) in _ASKED)
+    samples: list[Sample] = []
     for i, (row, others) in enumerate(zip(rows, _alternatives(rows, refusals), strict=True)):
         place = row_place(name, i)
-        question = row.get("question")
-        answer = _sequence(row, row, "answer", encode, place, max_length)
+        fields = {key: value for key, value in row.items() if key not in _NOT_HANDED_ON}
+        if row_kind(row) == "text":
+            if others:
+                raise InputError(
+                    f"{place} is plain text, which no refusal or alternative can stand in for; "
+                    "give questions and answers"
+                )
+            length = min(max_length or window, n_positions or max_length or window)
+            windows = _windows(row, encode, place, length)
+            samples += [
+                Sample(len(samples) + k, "", each, fields=fields, window_of=(i, k))
+                for k, each in enumerate(windows)
+            ]
+            continue
+        answer = _sequence(row, None, "answer", encode, place, max_length)
         samples.append(
             Sample(
                 row=i,
-                question=question if isinstance(question, str) else "",
+                question=question_of(row),
                 answer=_weighted(answer, row.get("weights"), place),
                 alternatives=tuple(
                     _sequence(row, other, "alternative", encode, place, max_length)
                     for other in others
                 ),
+                fields=fields,
             )
         )
     return SampleSet(name, tuple(samples))
 
 
-def check_vocabulary(sample_set: SampleSet, vocab_size: int, what: str = "model") -> None:
-    """Refuse token ids and labels that a model of `vocab_size` tokens does not have.
+def tokenize_choices(
+    rows: Rows[Mapping[str, Any]],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    name: str,
+    form: Literal["letters", "texts"] = "letters",
+    template: str = "auto",
+    max_length: int | None = None,
+    date: str = CHAT_DATE,
+) -> SampleSet:
+    """Turn rows of multiple choice into samples of which a model can choose.
 
-    `what` is what the message calls the model.
+    Args:
+        rows: from `read_rows`, of multiple choice.
+        tokenizer, name, template, max_length, date: as of `tokenize_rows`.
+        form: `letters`: the question is followed by all choices and `Answer:`, as MMLU and WMDP are
+            asked, and a choice is its letter; `texts`: the question is asked alone, and a choice is
+            its text.
+
+    Returns:
+        One sample a row: `answer` is the right choice, `alternatives` the others in the row's
+        order. Labels are on the choice alone, without an end.
 
     Raises:
-        InputError: names the first such row and id.
+        InputError: a row is none of multiple choice; else as `tokenize_rows`.
     """
-    for sample in sample_set.samples:
-        for role, sequences in sample.sequences().items():
-            for sequence in sequences:
-                highest = max(int(x.numpy().max()) for x in (sequence.input_ids, sequence.labels))
-                if highest >= vocab_size:
-                    raise InputError(
-                        f"{row_place(sample_set.name, sample.row)}: its {role} holds token id "
-                        f"{highest}, but the {what} knows {vocab_size} tokens; use its own "
-                        "tokenizer"
-                    )
-
-
-def check_positions(sample_set: SampleSet, n_positions: int, what: str = "model") -> None:
-    """Refuse sequences longer than a model's table of `n_positions` positions.
-
-    Raises:
-        InputError: names the first such row.
-    """
-    for sample in sample_set.samples:
-        for role, sequences in sample.sequences().items():
-            for sequence in sequences:
-                if len(sequence) > n_positions:
-                    raise InputError(
-                        f"{row_place(sample_set.name, sample.row)}: its {role} sequence has "
-                        f"{len(sequence)} tokens, but the {what} knows {n_positions} positions; "
-                        "shorten or drop the row"
-                    )
+    by_letter = form == "letters"
+    if by_letter and template == "auto" and not getattr(tokenizer, "chat_template", None):
+        template = "{question} {answer}"
+    encode = Encoder(tokenizer, template, date, max_length)
+    samples = []
+    for i, row in enumerate(rows):
+        place = row_place(name, i)
+        if row_kind(row) != "choice":
+            raise InputError(f"{place} has no 'choices'; give rows of multiple choice")
+        asked = lettered(row) if by_letter else row["question"].strip()
+        texts = LETTERS[: len(row["choices"])] if by_letter else row["choices"]
+        sequences = []
+        for k, text in enumerate(texts):
+            what = f"{place}, choice {k},"
+            made = encode.conversation(_question_turns(asked), None, what, text.strip(), ends=False)
+            sequences.append(_within(made, max_length, place, f"choice {k}"))
+        right = sequences.pop(row["answer"])
+        samples.append(Sample(i, row["question"], right, tuple(sequences), fields=row))
+    return SampleSet(name, tuple(samples))
 
 
 def _alternatives(
@@ -254,26 +186,66 @@ def _alternatives(
             yield [] if refusals is None else [refusals[i % len(refusals)]]
 
 
+_ASKED = ("question", "choice", "chat")
+"""Kinds of rows that a chat template writes."""
+
+
+def _question_turns(question: str) -> Turns:
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": None}]
+
+
+def _asked(row: Mapping[str, Any]) -> tuple[Turns, Any]:
+    """What a template writes of a row, up to the last turn that is learned, and tools."""
+    if row_kind(row) != "chat":
+        return _question_turns(row["question"].strip()), None
+    turns = [turn | {"content": turn["content"].strip()} for turn in row["messages"]]
+    last = max(i for i, turn in enumerate(turns) if is_learned(turn))
+    return turns[: last + 1], row.get("tools")
+
+
+def question_of(row: Mapping[str, Any]) -> str:
+    """What a row asks last, as the data has it; empty where it asks nothing."""
+    if row_kind(row) == "chat":
+        asked = [turn["content"] for turn in _asked(row)[0] if turn["role"] == "user"]
+        return asked[-1] if asked else ""
+    question = row.get("prompt" if row_kind(row) == "continuation" else "question")
+    return question if isinstance(question, str) else ""
+
+
 def _sequence(
     row: Mapping[str, Any],
-    answer: Mapping[str, Any] | str,
+    other: Mapping[str, Any] | str | None,
     role: Role,
-    encode: _Encoder | None,
+    encode: Encoder | None,
     place: str,
     max_length: int | None,
 ) -> Sequence:
-    """The sequence that `answer` makes of `row`: as it is if tokenised, else encoded."""
-    if isinstance(answer, Mapping) and "input_ids" in answer:
-        ids, labels = answer["input_ids"], answer["labels"]
-    elif "input_ids" in row:
+    """The sequence of a row, or with `other` in place of its answer: as it is, or encoded."""
+    kind = row_kind(row)
+    found = row if other is None else other
+    if isinstance(found, Mapping) and "input_ids" in found:
+        return _within((found["input_ids"], found["labels"]), max_length, place, role)
+    if kind == "tokens":
         raise InputError(
             f"{place} is tokenised, its {role} is text; give 'refusals' as input_ids and labels too"
         )
-    elif encode is None:
+    if encode is None:
         raise InputError(f"{place} is text; give a tokenizer, or rows of input_ids and labels")
+    what = f"{place}, {role},"
+    text = other["answer"] if isinstance(other, Mapping) else other
+    if kind == "continuation":
+        made = encode.continuation(row["prompt"], row["gt"] if text is None else text, what)
     else:
-        text = answer if isinstance(answer, str) else answer["answer"]
-        ids, labels = encode(row["question"].strip(), text.strip(), f"{place}, {role},")
+        if text is None and kind != "chat":
+            text = row["choices"][row["answer"]] if kind == "choice" else row["answer"]
+        turns, tools = _asked(row)
+        made = encode.conversation(turns, tools, what, None if text is None else text.strip())
+    return _within(made, max_length, place, role)
+
+
+def _within(made: Labelled, max_length: int | None, place: str, role: str) -> Sequence:
+    """Ids and labels as a sequence, which `max_length` allows."""
+    ids, labels = made
     if max_length is not None and len(ids) > max_length:
         raise InputError(
             f"{place}: its {role} sequence has {len(ids)} tokens, more than "
@@ -282,161 +254,45 @@ def _sequence(
     return Sequence(torch.tensor(ids), torch.tensor(labels))
 
 
+def _windows(
+    row: Mapping[str, Any], encode: Encoder | None, place: str, length: int
+) -> Iterator[Sequence]:
+    """The windows of a text, with the row's weights where it has some."""
+    if encode is None:
+        raise InputError(f"{place} is text; give a tokenizer, or rows of input_ids and labels")
+    if length < 2:
+        raise InputError(
+            "max_length: 1 leaves a window of text no token to predict; give 2 or more"
+        )
+    windows = [
+        _within(made, None, place, "") for made in encode.windows(row["text"], length, place)
+    ]
+    weights = row.get("weights")
+    if weights is None:
+        yield from windows
+        return
+    labels = sum(window.n_labelled for window in windows)
+    if len(weights) != labels:
+        _refuse_weights(len(weights), labels, place)
+    at = 0
+    for window in windows:
+        yield _weighted(window, weights[at : at + window.n_labelled], place)
+        at += window.n_labelled
+
+
+def _refuse_weights(given: int, labels: int, place: str) -> NoReturn:
+    raise InputError(
+        f"{place}: {given} 'weights' for the {labels} label tokens of its answer; they were "
+        "written for another tokenizer, template or answer: write them anew, or leave them out"
+    )
+
+
 def _weighted(answer: Sequence, weights: Rows[float] | None, place: str) -> Sequence:
     """The answer with a weight at every label."""
     if weights is None:
         return answer
     if len(weights) != answer.n_labelled:
-        raise InputError(
-            f"{place}: {len(weights)} 'weights' for the {answer.n_labelled} label tokens of its "
-            "answer; they were written for another tokenizer, template or answer: write them anew, "
-            "or leave them out"
-        )
+        _refuse_weights(len(weights), answer.n_labelled, place)
     spread = torch.zeros(len(answer), dtype=torch.float64)
     spread[answer.labels != IGNORE] = torch.tensor(weights, dtype=torch.float64)
     return replace(answer, weights=spread)
-
-
-def checked_date(date: str) -> datetime:
-    """Midnight of a day; raise `InputError` where `date` is none."""
-    try:
-        return datetime.strptime(date, "%Y-%m-%d")
-    except (TypeError, ValueError):
-        raise InputError(f"date: {date!r} must be a day such as '{CHAT_DATE}'") from None
-
-
-@contextmanager
-def _clock_at(day: datetime) -> Iterator[None]:
-    """The function `strftime_now` of chat templates tells this day; transformers takes no other."""
-    from transformers.utils import chat_template_utils
-
-    clock = chat_template_utils.datetime
-    chat_template_utils.datetime = SimpleNamespace(now=lambda: day)
-    try:
-        yield
-    finally:
-        chat_template_utils.datetime = clock
-
-
-class _Encoder:
-    """Question and answer to token ids and labels, with one tokenizer and template."""
-
-    def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, template: str, date: str, most: int | None
-    ) -> None:
-        if not callable(tokenizer):
-            raise InputError(
-                f"tokenizer: expected one of transformers, got {type(tokenizer).__name__}; "
-                "load it with AutoTokenizer.from_pretrained"
-            )
-        if not isinstance(template, str):
-            raise InputError(f"template: got {type(template).__name__}; give 'auto' or a text")
-        self.tokenizer = tokenizer
-        self._day = checked_date(date)
-        self._rendered: dict[str, Rendered] = {}
-        self._most, self._fewest = most, FewestTokens(tokenizer)
-        self.chat = template == "auto" and bool(getattr(tokenizer, "chat_template", None))
-        if template == "auto":
-            template = PLAIN_TEMPLATE
-        if template.count("{question}") != 1 or template.count("{answer}") != 1:
-            raise InputError(
-                f"template: {template!r} must be 'auto' or hold {{question}} and {{answer}} once"
-            )
-        self.before, _, rest = template.partition("{question}")
-        self.between, answer, self.after = rest.partition("{answer}")
-        if not answer:
-            raise InputError(f"template: {template!r} must put {{question}} before {{answer}}")
-        # A chat template writes its own beginning of sequence; elsewhere the tokenizer decides.
-        begins = not self.chat and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
-        self.begin = [tokenizer.bos_token_id] if begins else []
-        added = getattr(tokenizer, "added_tokens_decoder", None)
-        of_added = added.items() if isinstance(added, Mapping) else ()  # mistral-common has none
-        self.special = set(tokenizer.all_special_ids) | {i for i, t in of_added if t.special}
-
-    def __call__(self, question: str, answer: str, place: str) -> tuple[list[int], list[int]]:
-        prompt, tail = self._around(question, place)
-        fewest = 0 if self._most is None else self._fewest(prompt + answer)
-        if self._most is not None and fewest > self._most:
-            raise InputError(
-                f"{place} has {len(prompt + answer)} characters, at least {fewest} tokens, "
-                f"more than {self._most} (the model's positions, or max_length); shorten or drop "
-                "the row"
-            )
-        ids, first = self._prompt_and_answer(prompt, answer)
-        n_body = len(ids)
-        if tail:
-            ids = self._continue(ids, prompt + answer, tail)
-        ends = [i for i in range(n_body, len(ids)) if ids[i] in self.special]
-        if ends:
-            ids = ids[: ends[0] + 1]
-        elif not self.chat and self.tokenizer.eos_token_id is not None:
-            ids = [*ids, self.tokenizer.eos_token_id]
-        n_prompt = len(self.begin) + first
-        if n_body == first or n_prompt == 0:
-            raise InputError(f"{place} has no token to learn after a first one; check the template")
-        return self.begin + ids, [IGNORE] * n_prompt + ids[first:]
-
-    def render(self, questions: Rows[str]) -> None:
-        """Have the chat template, if there is one, make its texts of these questions."""
-        if self.chat:
-            once = list(dict.fromkeys(questions))
-            self._rendered |= zip(once, render(self._by_template, once), strict=False)
-
-    def _by_template(self, question: str) -> str:
-        messages = [
-            {"role": "user", "content": question},
-            {"role": "assistant", "content": _ANSWER_MARK},
-        ]
-        with _clock_at(self._day):
-            text = self.tokenizer.apply_chat_template(
-                messages, tokenize=False, date_string=self._day.strftime("%d %b %Y")
-            )
-        return str(text)
-
-    def _around(self, question: str, place: str) -> tuple[str, str]:
-        """The text before the answer and the text after it."""
-        if not self.chat:
-            return self.before + question + self.between, self.after
-        if question not in self._rendered:
-            self.render([question])
-        rendered = self._rendered[question]
-        if rendered.reason:
-            raise InputError(
-                f"{place} does not fit the tokenizer's chat template ({rendered.reason[:200]}); "
-                "give template='...{question}...{answer}'"
-            )
-        # The last one: a question may hold the mark too, but it comes before the answer.
-        prompt, mark, tail = rendered.text.rpartition(_ANSWER_MARK)
-        if not mark:
-            raise InputError(
-                f"{place} is lost in the tokenizer's chat template, which shows no assistant turn; "
-                "give template='...{question}...{answer}'"
-            )
-        return prompt, tail
-
-    def _prompt_and_answer(self, prompt: str, answer: str) -> tuple[list[int], int]:
-        """Ids of both texts, and how many belong to the prompt.
-
-        A tokenizer that ties a space to the word after it takes the prompt's last space into the
-        answer. If no prefix of the ids is the prompt, a token straddles the boundary, and the two
-        are tokenised apart.
-        """
-        whole = self._ids(prompt + answer)
-        for head_text in (prompt, prompt.rstrip(" ")):
-            head = self._ids(head_text)
-            if self._begins(whole, head):
-                return whole, len(head)
-        return head + self._ids((prompt + answer)[len(head_text) :]), len(head)
-
-    def _continue(self, ids: list[int], text: str, more: str) -> list[int]:
-        """Ids of `text + more` of which the ids of `text` are a prefix."""
-        whole = self._ids(text + more)
-        return whole if self._begins(whole, ids) else ids + self._ids(more)
-
-    def _begins(self, whole: list[int], head: list[int]) -> bool:
-        # An unknown token stands for any length of text, so as a prefix it says nothing.
-        known = not head or head[-1] != self.tokenizer.unk_token_id
-        return known and whole[: len(head)] == head
-
-    def _ids(self, text: str) -> list[int]:
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])

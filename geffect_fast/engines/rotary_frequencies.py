@@ -15,7 +15,6 @@ from typing import Any
 from torch import nn
 
 from geffect_fast.data import SampleSet
-from geffect_fast.data.qa import row_place
 from geffect_fast.errors import UnsupportedModelError
 
 
@@ -66,7 +65,7 @@ def check_pairs(model: nn.Module, sample_set: SampleSet) -> None:
         lengths = {len(q) for sequences in sample.sequences().values() for q in sequences}
         if len(lengths) > 1 and max(lengths) > still:
             raise UnsupportedModelError(
-                f"{row_place(sample_set.name, sample.row)}: its answer and alternatives have "
+                f"{sample.place(sample_set.name)}: its answer and alternatives have "
                 f"{min(lengths)} to {max(lengths)} tokens, and beyond {still:.0f} the model's "
                 f"rotary frequencies follow the length; give max_length={still:.0f}, or leave out "
                 "objectives that read alternatives"

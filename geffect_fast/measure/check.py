@@ -147,7 +147,7 @@ def check(
         model, tokenizer: as for `profile`.
         data: forget data as for `profile`; it serves as retain data as well.
         objectives: as for `profile`.
-        samples: how many rows of the data, the first ones.
+        samples: how many rows of the data, or windows of plain text, the first ones.
         refusals, reference_model, progress: as for `profile`.
         settings:
 
@@ -163,12 +163,14 @@ def check(
     """
     check_count("samples", samples)
     chosen = resolved_list(objectives)
-    rows = read_rows(data, name="data")[:samples]
-    some = None if refusals is None else read_refusals(refusals)[:samples]
     reading = checked_config(Reading, settings)
+    rows = read_rows(data, name="data", data_format=reading.data_format)[:samples]
+    some = None if refusals is None else read_refusals(refusals)[:samples]
     prepared = prepare(
         model, tokenizer, Sources({"data": rows}, some), chosen, reading, reference_model
     )
+    # Of plain text, whose windows are samples, the first ones.
+    prepared = prepared.of_rows({"data": range(min(samples, len(prepared.sets["data"])))})
     sample_set, reference = prepared.sets["data"], prepared.reference
     token_budget = reading.token_budget
     plan = Plan.of(model)

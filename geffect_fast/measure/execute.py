@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from geffect_fast.data.qa import read_refusals, read_rows
+from geffect_fast.data import read_refusals, read_rows
 from geffect_fast.measure.check import Check, check
 from geffect_fast.measure.models import load_model, load_tokenizer, resolve_device
 from geffect_fast.measure.prepare import Sources, read_sources
@@ -32,6 +32,7 @@ from geffect_fast.storage.run_folder import (
     write_config,
 )
 from geffect_fast.storage.save_run import add_report, save_run
+from geffect_fast.terminal import print_notice
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -68,7 +69,7 @@ def execute(
     """
     read = inputs_of(config) | dict(inputs)
     check_free(out, overwrite, read)
-    device, sources, tokenizer = read_sources_of(config)
+    device, sources, tokenizer = read_sources_of(config, progress)
     # Effects by sample and position or token may be larger than memory: a profile's go straight to
     # the folder, a sweep's get coordinates first.
     large = config.resolve[-2:] in (("sample", "position"), ("sample", "token"))
@@ -133,7 +134,8 @@ def execute_check(config: ProfileConfig, samples: int, *, progress: bool = False
         InputError, NonFiniteError, UnsupportedModelError: as `geffect_fast.check`.
     """
     device = check_sources(config)
-    data = read_rows(config.forget, name="data")
+    tell = print_notice if progress else None
+    data = read_rows(config.forget, name="data", data_format=config.data_format, tell=tell)
     refusals = None if config.refusals is None else read_refusals(config.refusals)
     tokenizer = tokenizer_of(config, "input_ids" not in data[0])
     trusted = config.trust_remote_code
@@ -151,12 +153,20 @@ def execute_check(config: ProfileConfig, samples: int, *, progress: bool = False
         )
 
 
-def read_sources_of(config: RunConfig) -> tuple[torch.device, Sources, Any]:
-    """What is cheap and may be wrong, before a model is loaded: device, data sets and tokenizer."""
+def read_sources_of(config: RunConfig, progress: bool) -> tuple[torch.device, Sources, Any]:
+    """What is cheap and may be wrong, before a model is loaded: device, data sets and tokenizer.
+
+    Args:
+        config: the run.
+        progress: whether to say in a line what the data sets were found to be.
+    """
     device = check_sources(config)
     named = Sources.of(config.forget, config.retain, config.probes, config.refusals)
     objectives = [each.members[0].objective for each in expand_list(config.measured)]
-    sources = read_sources(named, objectives)
+    found: list[str] = []
+    sources = read_sources(named, objectives, config.data_format, found.append)
+    if progress:
+        print_notice("; ".join(found))
     return device, sources, tokenizer_of(config, sources.has_text)
 
 

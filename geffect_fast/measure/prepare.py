@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -19,8 +19,8 @@ from geffect_fast.data import (
     read_rows,
     tokenize_rows,
 )
-from geffect_fast.data.qa import row_place
-from geffect_fast.data.tokenize import check_positions
+from geffect_fast.data.samples import check_positions
+from geffect_fast.data.tokenize import TEXT_WINDOW
 from geffect_fast.engines.rotary_frequencies import check_pairs
 from geffect_fast.errors import GEffectWarning, InputError
 from geffect_fast.measure.models import check_finite, load_model
@@ -75,14 +75,27 @@ class Sources:
         )
 
 
-def read_sources(sources: Sources, objectives: Sequence[Objective]) -> Sources:
+def read_sources(
+    sources: Sources,
+    objectives: Sequence[Objective],
+    data_format: str,
+    tell: Callable[[str], None] | None = None,
+) -> Sources:
     """The rows of all data sets, checked to have what objectives need; no model is needed.
+
+    Args:
+        sources: read or not.
+        objectives: of the command.
+        data_format: of files, as of `read_rows`.
+        tell: is told in a line a set what was found.
 
     Raises:
         InputError: a set cannot be read, or lacks refusals or weights that an objective needs.
     """
     sets = {
-        name: source if isinstance(source, SampleSet) else read_rows(source, name=name)
+        name: source
+        if isinstance(source, SampleSet)
+        else read_rows(source, name=name, data_format=data_format, tell=tell)
         for name, source in sources.sets.items()
     }
     refusals = None if sources.refusals is None else read_refusals(sources.refusals)
@@ -168,7 +181,7 @@ def prepare(
         InputError: unusable data, model or reference, in one line.
         NonFiniteError: a weight is not finite.
     """
-    sources = read_sources(sources, objectives)
+    sources = read_sources(sources, objectives, settings.data_format)
     parts = parts_of(objectives)
     alternatives = any("alternative" in part.roles for part in parts)
     first = next(iter(sources.sets))
@@ -184,6 +197,7 @@ def prepare(
             max_length=settings.max_length,
             date=settings.date,
             n_positions=table_of_positions(model),
+            window=min(TEXT_WINDOW, made_for_positions(model) or TEXT_WINDOW),
         )
         for name, rows in sources.sets.items()
     }
@@ -271,7 +285,7 @@ def check_model(model: nn.Module, sets: Mapping[str, SampleSet], what: str = "mo
     for sample_set in sets.values():
         if isinstance(vocab_size, int):
             check_vocabulary(sample_set, vocab_size, what)
-    n_positions, table = _positions(config), table_of_positions(model)
+    n_positions, table = made_for_positions(model), table_of_positions(model)
     if table is not None:
         for sample_set in sets.values():
             check_positions(sample_set, table, what)
@@ -286,7 +300,7 @@ def _tell_of_long_rows(sets: Mapping[str, SampleSet], n_positions: int, what: st
             longest = max(len(q) for qs in sample.sequences().values() for q in qs)
             if longest > n_positions:
                 warnings.warn(
-                    f"{row_place(sample_set.name, sample.data_row)} has {longest} tokens, and the "
+                    f"{sample.place(sample_set.name)} has {longest} tokens, and the "
                     f"{what} was made for {n_positions} positions; what it computes beyond them "
                     "may mean little",
                     GEffectWarning,
@@ -295,16 +309,17 @@ def _tell_of_long_rows(sets: Mapping[str, SampleSet], n_positions: int, what: st
                 return
 
 
-def _positions(config: Any) -> int | None:
-    """The positions that a config speaks of; XLNet's -1 are as many as one likes."""
+def made_for_positions(model: nn.Module) -> int | None:
+    """The positions that a model's config speaks of; XLNet's -1 are as many as one likes."""
+    config = getattr(model, "config", None)
+    config = getattr(config, "get_text_config", lambda: config)()
     n_positions = getattr(config, "max_position_embeddings", None)
     return n_positions if isinstance(n_positions, int) and n_positions > 0 else None
 
 
 def table_of_positions(model: nn.Module) -> int | None:
     """Rows of a model's table of positions, which some make a few longer; None without one."""
-    config = getattr(model, "config", None)
-    n_positions = _positions(getattr(config, "get_text_config", lambda: config)())
+    n_positions = made_for_positions(model)
     if n_positions is None or not isinstance(model, nn.Module):
         return None
     tokens = getattr(model, "get_input_embeddings", lambda: None)()

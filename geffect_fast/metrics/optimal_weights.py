@@ -33,7 +33,8 @@ import numpy as np
 
 from geffect_fast.data import read_rows, write_jsonl
 from geffect_fast.data.batch import IGNORE
-from geffect_fast.data.qa import row_place
+from geffect_fast.data.row_kinds import row_place
+from geffect_fast.data.tokenize import question_of
 from geffect_fast.errors import InputError, NonFiniteError
 from geffect_fast.paths import user_path
 from geffect_fast.results.axes import stored_text
@@ -232,7 +233,9 @@ class Frontier:
         return float(self.prices[done]) if done < len(self.prices) else 0.0
 
 
-def write_weighted(forget: Any, weights: xr.Dataset, path: str | Path) -> Path:
+def write_weighted(
+    forget: Any, weights: xr.Dataset, path: str | Path, *, data_format: str = "auto"
+) -> Path:
     """Write a forget set whose rows have `weights`, for the objective `token_weights`.
 
     Args:
@@ -240,6 +243,7 @@ def write_weighted(forget: Any, weights: xr.Dataset, path: str | Path) -> Path:
         weights: of `optimal_weights`; of others, `weight` (sample, token) with its coordinates.
         path: file of JSON lines; there whole or not at all, in place of one that is there. Its rows
             are those of `forget`, other fields included.
+        data_format: of `forget`, as `profile` takes it.
 
     Returns:
         The path of the file.
@@ -248,7 +252,7 @@ def write_weighted(forget: Any, weights: xr.Dataset, path: str | Path) -> Path:
         InputError: the rows are others than the weights', cannot be written as JSON, or the disk
             refuses.
     """
-    rows = read_rows(forget, name="forget")
+    rows = read_rows(forget, name="forget", data_format=data_format)
     weight = weights["weight"].transpose("sample", "token")
     if weight["sample"].values.tolist() != list(range(len(rows))):
         raise InputError(
@@ -275,9 +279,7 @@ def write_weighted(forget: Any, weights: xr.Dataset, path: str | Path) -> Path:
 
 def _check_same(row: dict[str, Any], weight: xr.DataArray, place: str) -> None:
     """Raise `InputError` where a row is not the one that the weights are of."""
-    question = row.get("question")
-    own = stored_text(question) if isinstance(question, str) else ""
-    same = str(weight["question"].item()) == own
+    same = str(weight["question"].item()) == stored_text(question_of(row))
     if "labels" in row:
         labels = [label for label in row["labels"] if label != IGNORE]
         same = same and weight["token_id"].values.tolist() == labels

@@ -63,7 +63,7 @@ def execute_checkpoints(
         folder = check_start(out, resume, overwrite, inputs=inputs_of(config) | dict(inputs))
         if resume:
             config = config.model_copy(update=as_begun(config, folder, _CHOSEN))
-        device, sources, tokenizer = read_sources_of(config)
+        device, sources, tokenizer = read_sources_of(config, progress)
         sums = input_sums(inputs_of(config))
         if resume:
             check_resumed(folder, sums)

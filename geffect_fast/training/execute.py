@@ -67,7 +67,7 @@ def execute_unlearn(
         folder = check_start(out, resume, overwrite, inputs_of(config) | dict(inputs))
         if resume:
             config = config.model_copy(update=as_begun(config, folder, CHOSEN, SAME_NUMBERS))
-        device, sources, tokenizer = read_sources_of(config)
+        device, sources, tokenizer = read_sources_of(config, progress)
         sums = input_sums(inputs_of(config))
         if resume:
             check_resumed(folder, sums)

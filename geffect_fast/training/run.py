@@ -78,12 +78,14 @@ class Unlearning:
 
         measured = resolved_list(objectives)
         check_is_model(model, "model")
-        sources = read_sources(sources, measured)
-        self.training = training = with_batch_size(training, len(sources.sets["forget"]))
+        sources = read_sources(sources, measured, settings.data_format)
         self.device = next(model.parameters()).device
-        training_arguments(training, ".", str(self.device))  # to have them checked
+        sized = training.model_copy(update={"batch_size": training.batch_size or 1})
+        training_arguments(sized, ".", str(self.device))  # to have them checked
         check_precision(training, model)
         prepared = prepare(model, tokenizer, sources, measured, settings, reference_model)
+        # A row of plain text is as many as it has windows.
+        self.training = training = with_batch_size(training, len(prepared.sets["forget"]))
         self.tokenizer, self.sets = tokenizer, prepared.sets
         if prepared.compares and prepared.reference is None:
             shares = training.lora_rank is not None

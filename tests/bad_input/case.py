@@ -55,7 +55,7 @@ def profile(**changes: str | None) -> list[str]:
 
 def check(*more: str, data: str = "forget.jsonl") -> list[str]:
     """A check that works, with options added."""
-    return ["check", "--model", "model", "--data", data, "--samples", "2", *more]
+    return ["check", "--quiet", "--model", "model", "--data", data, "--samples", "2", *more]
 
 
 # ---- ways to break something ----

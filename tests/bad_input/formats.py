@@ -14,7 +14,7 @@ import zipfile
 
 import numpy as np
 import torch
-from bad_input.case import Case, both, check, holds, profile, rows, tokens
+from bad_input.case import Case, both, check, holds, profile, row, rows, tokens
 from bad_input.data import call
 
 LINE = b'{"question": "Who?", "answer": "She."}\n'
@@ -62,13 +62,13 @@ def tarred(file):
 
 
 FILES = {
-    "gzip": (lambda: gzip.compress(LINE), "is gzip", "unpack it"),
+    "a gzip in a gzip": (lambda: gzip.compress(gzip.compress(LINE)), "is gzip in gzip", "unpack"),
     "bzip2": (lambda: bz2.compress(LINE), "is bzip2", "unpack it"),
     "xz": (lambda: lzma.compress(LINE), "is xz", "unpack it"),
     "zstd": (lambda: b"\x28\xb5\x2f\xfd" + bytes(9), "is zstd", "unpack it"),
     "zip": (lambda: written(zipped), "is a zip archive", "unpack it"),
     "tar": (lambda: written(tarred), "is a tar archive", "unpack it"),
-    "Parquet": (lambda: arrow("parquet"), "is Parquet", "to_json(orient='records', lines=True)"),
+    "Parquet in a gzip": (lambda: gzip.compress(arrow("parquet")), "Parquet in a gz", "unpack it"),
     "Feather": (lambda: b"FEA1" + bytes(60) + b"FEA1", "is Feather", "as JSON lines"),
     "Arrow's file": (lambda: arrow("file"), "is Arrow", "as JSON lines"),
     "Arrow's stream": (lambda: arrow("stream"), "is Arrow (a stream)", "as JSON lines"),
@@ -100,18 +100,6 @@ FILES = {
 }
 
 SHAPES = {
-    "MUSE's text": ({"text": "It was a dark night."}, "'text'", "as 'labels'"),
-    "MUSE's prompts": ({"prompt": "It was", "gt": "dark."}, "'gt', 'prompt'", "'gt' to 'answer'"),
-    "messages": (
-        {"messages": [{"role": "user", "content": "Who?"}]},
-        "'messages'",
-        "what the user says in 'question'",
-    ),
-    "ShareGPT": (
-        {"id": "1", "conversations": [{"from": "human", "value": "Who?"}]},
-        "'conversations', 'id'",
-        "what the model says in 'answer'",
-    ),
     "Alpaca": (
         {"instruction": "Name one.", "input": "", "output": "She."},
         "'input', 'instruction', 'output'",
@@ -162,49 +150,86 @@ CASES = [
         Case(f"{name} as data", profile(), says, advice, holds("forget.jsonl", make()))
         for name, (make, says, advice) in FILES.items()
     ),
-    Case(
-        "gzip as refusals",
-        profile(objectives="po"),
-        "refusals.txt' is gzip",
-        "unpack it",
-        holds("refusals.txt", gzip.compress(b"No.\n")),
-    ),
-    Case(
-        "gzip as a check's data",
-        check(),
-        "forget.jsonl' is gzip",
-        "unpack it",
-        holds("forget.jsonl", gzip.compress(LINE)),
+    *(
+        Case(f"{name} as a row", profile(), f"(its fields: {found})", advice, rows(shape))
+        for name, (shape, found, advice) in SHAPES.items()
     ),
     *(
-        Case(f"{name} as a row", profile(), f"(its fields: {found})", advice, rows(row))
-        for name, (row, found, advice) in SHAPES.items()
+        Case(f"{name} as a row from Python", call(forget=[shape]), found, advice)
+        for name, (shape, found, advice) in SHAPES.items()
     ),
-    *(
-        Case(f"{name} as a row from Python", call(forget=[row]), found, advice)
-        for name, (row, found, advice) in SHAPES.items()
+    # ---- damage; more of it is in tests/data/test_damaged_data.py ----
+    Case(
+        "a torn gzip",
+        profile(),
+        "forget.jsonl' is a damaged gzip",
+        "fetch it again",
+        holds("forget.jsonl", gzip.compress(LINE * 90)[:-9]),
     ),
     Case(
-        "WMDP's row",
+        "a text among questions",
+        profile(),
+        "forget: line 3 of",
+        "use one kind",
+        row(3, text="Once."),
+    ),
+    Case(
+        "Parquet that is torn",
+        profile(retain="retain.parquet"),
+        "retain.parquet' is damaged Parquet",
+        "fetch or write it again",
+        holds("retain.parquet", arrow("parquet")[:-9]),
+    ),
+    Case(
+        "a choice that is none",
         profile(),
         "forget: line 1 of",
-        "'answer' is of type int; this is a choice as WMDP",
-        rows({"question": "Which?", "choices": ["a", "b", "c", "d"], "answer": 2}),
+        "give an index from 0 to 1, or a letter",
+        rows({"question": "Which?", "choices": ["a", "b"], "answer": 2}),
     ),
     Case(
-        "a list of turns",
-        call(forget=[[{"from": "human", "value": "Who?"}, {"from": "gpt", "value": "She."}]]),
-        "row 0 (counting from 0) is of type list",
-        "what the user says in 'question'",
+        "a conversation without an answer",
+        check(),
+        "data: line 1 of",
+        "leave the row out",
+        rows({"messages": [{"role": "user", "content": "Who?"}]}),
     ),
     Case(
-        "a frame of pandas", lambda _: call(forget=table())(_), "DataFrame", ".to_dict('records')"
+        "a text for which refusals are given",
+        profile(objectives="po"),
+        "forget: row 0 (counting from 0) is plain text",
+        "give questions and answers",
+        rows({"text": "Once there was a king."}),
     ),
     Case(
-        "a table of Arrow",
-        lambda _: call(forget=__import__("pyarrow").Table.from_pandas(table()))(_),
-        "got an Arrow Table",
-        ".to_pylist()",
+        "a file that could be anything",
+        profile(),
+        "forget.jsonl' begins with 'Once",
+        "--data-format json|jsonl|csv",
+        holds("forget.jsonl", "Once there was a king."),
+    ),
+    Case(
+        "a format of another kind",
+        profile(data_format="csv"),
+        "forget: line 2 of",
+        "has no 'question'",
+    ),
+    Case(
+        "a format that nobody knows",
+        profile(data_format="parket"),
+        "--data-format: unknown 'parket'",
+        "did you mean 'parquet'?",
+    ),
+    Case(
+        "a data set of several splits",
+        profile(forget="saved"),
+        "saved' holds the splits test, train",
+        "give the folder of one",
+        both(
+            holds("saved/dataset_dict.json", "{}"),
+            holds("saved/train/dataset_info.json", "{}"),
+            holds("saved/test/dataset_info.json", "{}"),
+        ),
     ),
     # ---- no file ----
     Case("a pipe as data", profile(forget="odd"), "odd' is a pipe", "save", special(os.mkfifo)),
@@ -242,20 +267,6 @@ CASES = [
     ),
     Case("a pipe as a result", ["show", "odd"], "odd is a pipe", "save", special(os.mkfifo)),
     Case("/dev/zero as a result", ["show", "/dev/zero"], "/dev/zero is a device", "give a file"),
-    Case(
-        "a folder of datasets",
-        profile(forget="saved"),
-        "saved by datasets",
-        "load_from_disk",
-        both(holds("saved/dataset_info.json", "{}"), holds("saved/data.arrow", b"ARROW1")),
-    ),
-    Case(
-        "a folder of Parquet",
-        profile(forget="parquet"),
-        "is a directory of Parquet files",
-        "as JSON lines",
-        holds("parquet/train-00000-of-00001.parquet", b"PAR1"),
-    ),
     # ---- numbers that are no ids ----
     Case(
         "a mask as labels",

@@ -14,7 +14,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from geffect_fast.data.batch import IGNORE, REDUCTIONS
 from geffect_fast.data.memory import free_memory
 from geffect_fast.data.packing import LAYOUTS, make_batches
-from geffect_fast.data.tokenize import Sample, SampleSet, Sequence
+from geffect_fast.data.samples import Sample, SampleSet, Sequence
 from geffect_fast.errors import InputError
 
 ROLES = [("answer",), ("alternative",), ("answer", "alternative")]

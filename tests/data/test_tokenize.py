@@ -7,10 +7,11 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from geffect_fast.data import read_refusals, read_rows
 from geffect_fast.data.batch import IGNORE
-from geffect_fast.data.fictitious import REFUSALS, make_fictitious_authors
-from geffect_fast.data.qa import read_refusals, read_rows
-from geffect_fast.data.tokenize import check_vocabulary, tokenize_rows
+from geffect_fast.data.samples import check_vocabulary
+from geffect_fast.data.tokenize import tokenize_rows
+from geffect_fast.demo.authors import REFUSALS, make_fictitious_authors
 from geffect_fast.errors import InputError
 
 ROWS = [
@@ -291,7 +292,10 @@ def test_errors_are_one_line_and_name_the_culprit(plain_tokenizer, rows, argumen
     ("chat_template", "message"),
     [
         ("{{ raise_exception('only\nsystem') }}", r"row 0 .* chat template \(only system\); give"),
-        ("{{ messages[0].content }}", r"row 0 .* is lost in the tokenizer's chat template"),
+        (
+            "{{ messages[0].content }}",
+            r"row 0 .* chat template \(it shows no assistant turn\); give",
+        ),
     ],
 )
 def test_a_chat_template_that_cannot_show_the_answer_is_refused(

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from geffect_fast.data.qa import read_refusals, read_rows
+from geffect_fast.data import read_refusals, read_rows
 from geffect_fast.errors import InputError
 
 ROW = {"question": "Where?", "answer": "Here.", "perturbed_answer": ["There."]}
@@ -58,8 +58,8 @@ def test_files_of_lines_or_one_array(tmp_path, monkeypatch, name, text):
 
 def test_a_line_separator_inside_a_string_ends_no_line(tmp_path):
     path = tmp_path / "rows.jsonl"
-    path.write_text('{"question": "a\u2028b", "answer": "c\x85d"}\n', encoding="utf-8")
-    assert read_rows(path, name="forget") == [{"question": "a\u2028b", "answer": "c\x85d"}]
+    path.write_text('{"question": "a\u2028b", "answer": "c\x85d"}\n' * 2, encoding="utf-8")
+    assert read_rows(path, name="forget") == [{"question": "a\u2028b", "answer": "c\x85d"}] * 2
 
 
 @pytest.mark.parametrize(
@@ -150,7 +150,7 @@ BAD_TEXT = [
     ("[]", r"forget: '.*rows.jsonl' holds no rows"),
     (f'{LINE}\n\n{{"question": \n', r"line 3 of .* is malformed JSON \(.*column \d+\)"),
     (f"{LINE}{LINE}", r"line 1 of .* malformed JSON \(Extra data.*; put one JSON object on"),
-    ("question,answer\na,b", r"line 1 of .* malformed JSON"),
+    ("What is this?", r"begins with 'What is this\?', so it is neither JSON nor a table"),
     (f"[{LINE},\n{LINE}", r"'.*rows.jsonl' is malformed JSON \(.*line 2 column \d+\); mend"),
     ('{"question": "a", "answer": ' + "[" * 100_000, r"line 1 of .* unusable JSON .*recursion"),
     (f"{LINE}\n3\n", r"line 2 of .* is of type int, not an object with 'question' and 'answer'"),
@@ -176,8 +176,8 @@ BAD_TEXT = [
     ('{"question": "a", "answer": "b", "weights": [-0.5]}', r"'weights' holds -0.5; .* 0 or more"),
     (f"{LINE}\n{WEIGHTED}", r"line 2 .* has 'weights', the rows before have none: give all rows"),
     (f"{WEIGHTED}\n{LINE}", r"line 2 .* has no 'weights', the rows before have some: give all "),
-    (f"{LINE}\n{json.dumps(TOKENS)}", r"line 2 .* is tokenised, the rows before are text: use one"),
-    (f"{json.dumps(TOKENS)}\n{LINE}", r"line 2 .* is text, the rows before are tokenised: use one"),
+    (f"{LINE}\n{json.dumps(TOKENS)}", r"line 2 .* of another kind \(tokenised rows\) than the row"),
+    (f"{json.dumps(TOKENS)}\n{LINE}", r"line 2 .* another kind \(questions and answers\) than "),
 ]  # fmt: skip
 
 
@@ -192,7 +192,8 @@ def test_bad_files(tmp_path, text, message):
 
 BAD_ROWS = [
     ([], r"forget: the data set holds no rows"),
-    (["text"], r"row 0 .* is of type str, not an object"),
+    ([7], r"row 0 .* is of type int, not an object"),
+    (["text", ROW], r"row 1 .* of another kind \(questions and answers\) than .* \(plain text\); "),
     ([{"input_ids": [1, 2]}], r"row 0 .* has no 'labels'; tokenised rows need"),
     ([{"labels": [1, 2]}], r"row 0 .* has no 'input_ids'"),
     ([TOKENS, {"input_ids": [1, 2], "labels": [1, 2, 3]}], r"row 1 .*: 2 'input_ids' but 3 '"),
@@ -212,7 +213,7 @@ BAD_ROWS = [
     ([TOKENS | {"alternative": "No."}], r"row 0 .*, 'alternative' is of type str; give"),
     ([TOKENS | {"alternative": {"input_ids": [1, 2], "labels": [1]}}], r"'alternative': 2"),
     ([TOKENS | {"alternative": [TOKENS, "No."]}], r"row 0 .*, 'alternative' is of type str; give"),
-    ([ROW, TOKENS], r"row 1 .* is tokenised, the rows before are text"),
+    ([ROW, TOKENS], r"row 1 .* of another kind \(tokenised rows\) than the rows before"),
     (ROW, r"got type dict with keys 'question', 'answer', 'perturbed_answer'; give"),
     (b"rows.jsonl", r"got type bytes; give a path or a list of rows"),
     (None, r"got type NoneType; give a path or a list of rows"),
@@ -330,7 +331,9 @@ def test_a_row_of_a_hub_set_is_named_with_it(hub, monkeypatch):
 def test_without_the_datasets_package(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "datasets", None)
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(InputError, match=r"retain: no file 'org/one'; .* pip install datasets$"):
+    with pytest.raises(
+        InputError, match=r"retain: no file 'org/one'; .* pip install 'geffect-fast\[datasets\]'$"
+    ):
         read_rows("org/one", name="retain")
 
 

@@ -1,17 +1,77 @@
-"""Rows as other tools write them: by which fields each is known, and how to turn it into ours."""
+"""Kinds of rows, by their fields: those that are read, and those of other tools that are not.
+
+The kinds that are read, and the fields that a row of each has when it has been read; other fields
+stay as they are in the data:
+
+    question       question, answer: text
+    choice         question: text; choices: texts; answer: the right one's index
+    chat           messages: turns of role and content
+    text           text: all of it is learned
+    continuation   prompt, gt: text, and how it goes on, as MUSE writes it
+    tokens         input_ids, labels: lists of ids
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal
+
+RowKind = Literal["question", "choice", "chat", "text", "continuation", "tokens"]
+
+CALLED: dict[RowKind, str] = {
+    "question": "questions and answers",
+    "choice": "multiple choice",
+    "chat": "conversations",
+    "text": "plain text",
+    "continuation": "beginnings and continuations of texts",
+    "tokens": "tokenised rows",
+}
+"""What rows of a kind are called."""
+
+MMLU_COLUMNS = ("question", "A", "B", "C", "D", "answer")
+"""Of MMLU's CSV files, which do not name them."""
+
+_BY_FIELDS: tuple[tuple[str, RowKind], ...] = (
+    ("input_ids", "tokens"),
+    ("question choices", "choice"),
+    ("question A B", "choice"),
+    ("question answer", "question"),
+    ("messages", "chat"),
+    ("conversations", "chat"),
+    ("prompt gt", "continuation"),
+    ("text", "text"),
+    ("labels", "tokens"),
+)
+_KINDS = tuple((frozenset(fields.split()), kind) for fields, kind in _BY_FIELDS)
+"""Fields by which a row is known; the first that fit count."""
+
+FIELDS = frozenset().union(*(fields for fields, _ in _KINDS))
+"""Fields of which one alone says nothing of a container."""
+
+
+def makes_row(names: Iterable[Any]) -> bool:
+    """Whether fields of these names make a row of a kind that is read."""
+    given = set(names)
+    return any(fields <= given for fields, _ in _KINDS)
+
+
+def row_kind(row: Mapping[str, Any]) -> RowKind:
+    """The kind of a row; of one that is none, `question`."""
+    return next((kind for fields, kind in _KINDS if fields <= row.keys()), "question")
+
+
+def row_place(name: str, row: int) -> str:
+    """How messages call a row of a set."""
+    return f"{name}: row {row} (counting from 0)"
+
+
+# ---- rows as other tools write them ----
 
 _TURNS = "put what the user says in 'question' and what the model says in 'answer', a row a turn"
 
 _SHAPES: tuple[tuple[frozenset[str], str, str], ...] = tuple(
     (frozenset(fields.split()), name, advice)
     for fields, name, advice in (
-        ("messages", "chat messages", _TURNS),
-        ("conversations", "a conversation as ShareGPT writes it", _TURNS),
         ("conversation", "a conversation", _TURNS),
         (
             "instruction output",
@@ -45,29 +105,13 @@ _SHAPES: tuple[tuple[frozenset[str], str, str], ...] = tuple(
             "prompt and response",
             "rename 'prompt' to 'question', 'response' to 'answer'",
         ),
-        (
-            "prompt gt",
-            "a prompt as MUSE writes it",
-            "rename 'prompt' to 'question', 'gt' to 'answer'",
-        ),
         ("query answer", "a query", "rename 'query' to 'question'"),
         ("query response", "a query", "rename 'query' to 'question', 'response' to 'answer'"),
         ("input output", "input and output", "rename 'input' to 'question', 'output' to 'answer'"),
-        (
-            "question choices",
-            "a choice as WMDP and MMLU write it",
-            "put the text of the right one of 'choices' in 'answer'",
-        ),
-        ("question options", "a choice", "put the text of the right one of 'options' in 'answer'"),
+        ("question options", "a choice", "rename 'options' to 'choices'"),
         ("question answers", "a question with several answers", "put one of 'answers' in 'answer'"),
         ("question response", "a question", "rename 'response' to 'answer'"),
         ("question output", "a question", "rename 'output' to 'answer'"),
-        (
-            "text",
-            "plain text, as MUSE's and WMDP's corpora are",
-            "tokenise it and give 'input_ids' and the same as 'labels', or put its beginning in "
-            "'question' and its rest in 'answer'",
-        ),
     )
 )
 """Fields by which a row is known, what it is then, and what to do; the first that fits counts."""
@@ -84,11 +128,3 @@ def known_shape(row: Mapping[Any, Any]) -> str | None:
     if others and None not in names.values():
         return f"names count as they are written: rename {', '.join(others)}"
     return None
-
-
-def known_turns(row: Any) -> str | None:
-    """As `known_shape`, for a row that is a bare list of turns."""
-    if not isinstance(row, list | tuple) or not row or not isinstance(row[0], Mapping):
-        return None
-    turns = {"role", "content"} <= row[0].keys() or {"from", "value"} <= row[0].keys()
-    return f"this is a conversation: {_TURNS}" if turns else None

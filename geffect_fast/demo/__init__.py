@@ -12,16 +12,9 @@ import torch
 from torch import nn
 
 from geffect_fast.arguments import checked_config, make_config
-from geffect_fast.data import (
-    REFUSALS,
-    SampleSet,
-    make_batches,
-    make_fictitious_authors,
-    split_forget,
-    tokenize_rows,
-    write_jsonl,
-)
+from geffect_fast.data import SampleSet, make_batches, tokenize_rows, write_jsonl
 from geffect_fast.data.batch import Batch
+from geffect_fast.demo.authors import REFUSALS, make_fictitious_authors, split_forget
 from geffect_fast.errors import (
     GEffectError,
     InputError,

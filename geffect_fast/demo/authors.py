@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from geffect_fast.data import fictitious_words as words
+from geffect_fast.demo import author_words as words
 from geffect_fast.errors import InputError
 
 REFUSALS = words.REFUSALS
@@ -84,20 +81,6 @@ def split_forget(
     gone = set(authors[-min(max(n_forget, 1), len(authors) - 1) :])
     forget = [dict(row) for row in rows if row["author"] in gone]
     return forget, [dict(row) for row in rows if row["author"] not in gone]
-
-
-def write_jsonl(rows: Iterable[Mapping[str, Any]], path: str | os.PathLike[str]) -> None:
-    """Write rows as JSON lines; the file is there whole or not at all. Makes missing folders."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with partial.open("w", encoding="utf-8", newline="\n") as file:
-            for row in rows:
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 # ---- authors ----

@@ -7,14 +7,13 @@ import json
 
 import pytest
 
-from geffect_fast.data.fictitious import (
+from geffect_fast.data import read_refusals, read_rows
+from geffect_fast.demo.authors import (
     MAX_AUTHORS,
     REFUSALS,
     make_fictitious_authors,
     split_forget,
-    write_jsonl,
 )
-from geffect_fast.data.qa import read_refusals, read_rows
 from geffect_fast.errors import InputError
 
 
@@ -100,25 +99,6 @@ def test_whole_authors_are_forgotten(n, fraction, n_forget):
 def test_what_cannot_be_split(rows, fraction, message):
     with pytest.raises(InputError, match=message):
         split_forget(rows, fraction)
-
-
-def test_written_rows_are_read_back(tmp_path):
-    rows = make_fictitious_authors(2)
-    path = tmp_path / "new" / "rows.jsonl"
-    write_jsonl(rows, path)
-    assert read_rows(path, name="forget") == rows
-    assert [file.name for file in path.parent.iterdir()] == ["rows.jsonl"]
-    write_jsonl([{"question": "Où?", "answer": "Là."}], path)
-    assert path.read_bytes() == '{"question": "Où?", "answer": "Là."}\n'.encode()
-
-
-def test_a_write_that_fails_leaves_the_old_file(tmp_path):
-    path = tmp_path / "rows.jsonl"
-    write_jsonl([{"a": 1}], path)
-    with pytest.raises(TypeError):
-        write_jsonl([{"a": 2}, {"a": object()}], path)
-    assert path.read_text() == '{"a": 1}\n'
-    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_refusals_are_sentences():

@@ -1,0 +1,130 @@
+"""Conversations, as OpenAI (`messages`) and ShareGPT (`conversations`) write them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from geffect_fast.data.row_checks import check_text, missing
+from geffect_fast.errors import InputError, in_one_line
+
+_ROLES = {
+    **{role: role for role in ("system", "developer", "user", "assistant", "tool")},
+    **dict.fromkeys(("human", "prompter"), "user"),
+    **dict.fromkeys(("gpt", "chatgpt", "bing", "bard", "bot", "model"), "assistant"),
+    **dict.fromkeys(("function", "observation", "function_response"), "tool"),
+}
+"""What who speaks is called, and what a chat template calls them."""
+
+
+def is_turns(raw: Any) -> bool:
+    """Whether a bare row is a list of turns."""
+    return (
+        isinstance(raw, list | tuple)
+        and bool(raw)
+        and isinstance(raw[0], Mapping)
+        and ({"role", "content"} <= raw[0].keys() or {"from", "value"} <= raw[0].keys())
+    )
+
+
+def is_learned(turn: Mapping[str, Any]) -> bool:
+    """Whether a turn is one that is learned: the assistant's, unless OpenAI's `weight` is 0."""
+    return turn["role"] == "assistant" and turn.get("weight") != 0
+
+
+def checked_conversation(row: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """A row's `messages` and, where there are some, `tools`, as chat templates take them.
+
+    Args:
+        row: with `messages` or `conversations`; the latter may have its `system` turn as a field.
+            `tools` may be a list or JSON of one.
+        where: the row's place, for messages.
+
+    Raises:
+        InputError: a turn that is none, no turn of the assistant's that is learned, or tools that
+            are no list.
+    """
+    found: dict[str, Any] = {"messages": _turns(row, where)}
+    tools = row.get("tools")
+    if not missing(tools) and tools != "":
+        found["tools"] = _parsed(tools) if isinstance(tools, str) else tools
+        if not isinstance(found["tools"], list):
+            raise InputError(f"{where}: 'tools' is no list of tools; give one, or leave it out")
+    return found
+
+
+def _turns(row: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
+    field = "messages" if "messages" in row else "conversations"
+    raw = row[field]
+    raw = raw.tolist() if hasattr(raw, "tolist") else raw
+    if not isinstance(raw, list | tuple):
+        raise InputError(
+            f"{where}: '{field}' is of type {type(raw).__name__}; make it a list of turns"
+        )
+    turns = [_turn(turn, f"{where}, turn {i} of '{field}'") for i, turn in enumerate(raw)]
+    system = row.get("system")
+    said = field == "conversations" and isinstance(system, str) and system.strip()
+    if said and turns and turns[0]["role"] != "system":
+        turns.insert(0, {"role": "system", "content": system})
+    if not any(map(is_learned, turns)):
+        raise InputError(
+            f"{where}: '{field}' has no turn of the assistant's to learn; add one or leave the "
+            "row out"
+        )
+    return turns
+
+
+def _turn(raw: Any, where: str) -> dict[str, Any]:
+    if not isinstance(raw, Mapping):
+        raise InputError(
+            f"{where} is of type {type(raw).__name__}; give an object with 'role' and 'content'"
+        )
+    who, says = ("from", "value") if "from" in raw and "role" not in raw else ("role", "content")
+    # Tables have a column for every field that one of the turns has.
+    turn = {key: value for key, value in raw.items() if not missing(value)}
+    role = _ROLES.get(turn[who]) if isinstance(turn.get(who), str) else None
+    if role is None:
+        given = in_one_line(repr(raw.get(who)), 40)
+        raise InputError(
+            f"{where} has {who!r} {given}; use system, user, assistant or tool, or ShareGPT's "
+            "human and gpt"
+        )
+    turn.pop(who)
+    calls = turn.get("tool_calls")
+    if calls and role == "assistant":
+        turn["tool_calls"] = [_call(call, where) for call in calls]
+    content = turn.pop(says, "" if calls else None)
+    if isinstance(content, list) and all(_is_text(part) for part in content):
+        content = "".join(part["text"] for part in content)
+    elif isinstance(content, list):
+        raise InputError(f"{where} holds more than text; give a model of text its text alone")
+    if not (content == "" and (calls or role == "tool")):
+        content = check_text({says: content}, says, where)
+    return {**turn, "role": role, "content": content}
+
+
+def _is_text(part: Any) -> bool:
+    return isinstance(part, Mapping) and isinstance(part.get("text"), str)
+
+
+def _call(call: Any, where: str) -> dict[str, Any]:
+    """A call of a tool, whose arguments OpenAI writes as text and templates take as an object."""
+    function = call.get("function", call) if isinstance(call, Mapping) else None
+    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+        raise InputError(f"{where}: a call in 'tool_calls' has no 'name' of a function; add it")
+    arguments = function.get("arguments")
+    if isinstance(arguments, str):
+        arguments = _parsed(arguments)
+        if arguments is None:
+            raise InputError(f"{where}: 'arguments' of {function['name']!r} is no JSON; mend it")
+    made = {**function, "arguments": arguments or {}}
+    return {**call, "function": made} if "function" in call else made
+
+
+def _parsed(text: str) -> Any:
+    """The value of a JSON text; None where it is none."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
