@@ -15,7 +15,7 @@ ROOT = Path(geffect_fast.__file__).parent
 BASE = {"errors", "trying", "transfer", "visible"}
 """What every part may import."""
 MODEL = {"ops", "capture", "data", "objectives", "engines"}
-RUN = {"paths", "results", "settings", "arguments", "storage"}
+RUN = {"paths", "results", "settings", "evaluation_settings", "arguments", "storage"}
 
 LAYERS = {
     "visible": set(),
@@ -34,13 +34,14 @@ LAYERS = {
     "results": BASE | MODEL,
     "setting_types": BASE | {"data", "objectives", "paths"},
     "settings": BASE | {"data", "objectives", "paths", "results", "setting_types"},
+    "evaluation_settings": BASE | {"paths", "settings", "setting_types"},
     "arguments": BASE | {"settings"},
     "storage": BASE | {"data"} | RUN - {"storage"},
-    "measure": BASE | MODEL | RUN | {"terminal", "functional"},
+    "metrics": BASE | MODEL | RUN | {"functional"},
+    "measure": BASE | MODEL | RUN | {"terminal", "functional", "metrics"},
     "steps": BASE | MODEL | RUN | {"terminal", "measure"},
     "integrations": {"steps"},
     "training": BASE | MODEL | RUN | {"terminal", "measure", "steps"},
-    "metrics": BASE | RUN | {"data"},
     "report": BASE | RUN - {"settings", "arguments"} | {"terminal", "measure", "steps"},
     "demo": BASE | RUN | {"data", "objectives", "terminal", "measure", "training", "report"},
     "cli": BASE

@@ -1,0 +1,87 @@
+"""TOFU's own evaluation logs of Phi-1.5: our numbers are those of the published aggregation."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from scipy.stats import hmean, ks_2samp
+
+from geffect_fast.metrics.base import Seen
+from geffect_fast.metrics.likelihood import TruthRatio
+from geffect_fast.metrics.observed import read_log
+from geffect_fast.metrics.overlap import RougeL
+from geffect_fast.metrics.tofu import ForgetQuality, ModelUtility
+
+FULL, RETAIN95 = "eval_log_phi_full.json", "eval_log_phi_retain95.json"
+FILES = {
+    "retain": "eval_log.json",
+    "real_authors": "eval_real_author_wo_options.json",
+    "world_facts": "eval_real_world_wo_options.json",
+    "forget": "eval_log_forget.json",
+}
+
+
+def column(log, name, key):
+    return np.array(list(log[FILES[name]][key].values()), dtype=np.float64)
+
+
+def ratio(log, name):
+    """TOFU's: perturbed answers' probability losses averaged, beside the paraphrase's."""
+    perturbed = column(log, name, "average_perturb_loss").mean(-1)
+    return np.exp(perturbed - column(log, name, "avg_paraphrased_loss"))
+
+
+def utility(log):
+    nine = []
+    for name in ("retain", "real_authors", "world_facts"):
+        right = np.exp(-column(log, name, "avg_gt_loss"))
+        if name != "retain":
+            wrong = np.exp(-column(log, name, "average_perturb_loss")).sum(-1)
+            right = right / (right + wrong)
+        truth = np.maximum(0, 1 - 1 / ratio(log, name)).mean()
+        nine += [right.mean(), column(log, name, "rougeL_recall").mean(), truth]
+    return hmean(nine)
+
+
+@pytest.fixture(params=[FULL, RETAIN95])
+def saved(tofu, request):
+    path = tofu / request.param
+    return json.loads(path.read_text(encoding="utf-8")), read_log(path)
+
+
+def test_model_utility(saved):
+    log, seen = saved
+    (found,) = ModelUtility().summaries(Seen(seen, {})).values()
+    assert found.value == pytest.approx(utility(log), abs=1e-6)
+    assert found.low < found.value < found.high
+
+
+def test_rouge_is_made_again_from_the_texts(saved):
+    log, seen = saved
+    for name in FILES:
+        np.testing.assert_allclose(
+            RougeL().scores(seen[name]), column(log, name, "rougeL_recall"), atol=1e-12
+        )
+
+
+def test_truth_ratios(saved):
+    log, seen = saved
+    for name in FILES:
+        x = ratio(log, name)
+        better = np.minimum(x, 1 / x) if name == "forget" else np.maximum(0, 1 - 1 / x)
+        np.testing.assert_allclose(TruthRatio().scores(seen[name]), better, atol=1e-12)
+        # The log has the inverse, of losses before they were rounded.
+        np.testing.assert_allclose(column(log, name, "truth_ratio"), 1 / x, rtol=1e-4)
+
+
+def test_forget_quality(tofu):
+    logs = [json.loads((tofu / file).read_text(encoding="utf-8")) for file in (FULL, RETAIN95)]
+    seen, retrained = (read_log(tofu / file) for file in (FULL, RETAIN95))
+    expected = ks_2samp(*(ratio(log, "forget") for log in logs)).pvalue
+    found = ForgetQuality().summaries(Seen(seen, retrained))["forget"]
+    assert found.value == pytest.approx(expected, rel=1e-6, abs=1e-6)
+    assert 0 < expected < 0.05
+    same = ForgetQuality().summaries(Seen(retrained, retrained))["forget"]
+    assert (same.value, same.low, same.high) == (1, 1, 1)
