@@ -21,11 +21,11 @@ from geffect_fast.evaluation_settings import Evaluating
 from geffect_fast.measure.memory import within_budget
 from geffect_fast.measure.models import load_model
 from geffect_fast.measure.prepare import Sources, check_model, table_of_positions
-from geffect_fast.metrics.base import ALL, FORGET, HOLDOUT, Seen, Summary
+from geffect_fast.metrics.base import ALL, FORGET, HOLDOUT, Measure, Seen
 from geffect_fast.metrics.observe import answers_scored, n_tokens, observe
 from geffect_fast.metrics.observed import Observed, known, read_log
 from geffect_fast.metrics.registry import resolved_metrics
-from geffect_fast.metrics.rows import Rows, rows_of
+from geffect_fast.metrics.rows import DataRows, rows_of
 from geffect_fast.results.dataset import digests, versions
 from geffect_fast.results.intervals import LEVEL
 from geffect_fast.terminal import progress_bar
@@ -195,7 +195,7 @@ class Evaluator:
         for name, scored in self._reference.items():
             seen[name] = replace(seen[name], reference=scored)
         every = Seen(seen, self._retrained)
-        return self._dataset(seen, [metric.summaries(every) for metric in self.metrics])
+        return self._dataset(seen, [metric.measures(every) for metric in self.metrics])
 
     @property
     def token_budget(self) -> int:
@@ -228,7 +228,7 @@ class Evaluator:
         """What metrics compare with where it is there: privleak's model has a default."""
         return {"retain_model"} if any(m.name == "privleak" for m in self.metrics) else set()
 
-    def _sets_with(self, need: str) -> dict[str, Rows]:
+    def _sets_with(self, need: str) -> dict[str, DataRows]:
         return {name: rows for name, rows in self.sets.items() if need in self.needs[name]}
 
     def _tokenize(self, rows: Sequence[Mapping[str, Any]], name: str) -> SampleSet:
@@ -272,7 +272,7 @@ class Evaluator:
     def _observed(
         self,
         model: nn.Module,
-        sets: Mapping[str, Rows],
+        sets: Mapping[str, DataRows],
         needs: Mapping[str, set[Any]],
         what: str,
         tick: Any = lambda _: None,
@@ -325,16 +325,16 @@ class Evaluator:
                 )
 
     def _dataset(
-        self, seen: Mapping[str, Observed], summaries: Sequence[Mapping[str, Summary]]
+        self, seen: Mapping[str, Observed], measures: Sequence[Mapping[str, Measure]]
     ) -> xr.Dataset:
         import xarray as xr
 
-        names = [*self.sets, *([ALL] if any(ALL in found for found in summaries) else [])]
+        names = [*self.sets, *([ALL] if any(ALL in found for found in measures) else [])]
         table = np.full((3, len(self.metrics), len(names)), np.nan)
-        for m, found in enumerate(summaries):
-            for name, summary in found.items():
-                between = np.clip((summary.low, summary.high), *self.metrics[m].within)
-                table[:, m, names.index(name)] = summary.value, *between
+        for m, found in enumerate(measures):
+            for name, measure in found.items():
+                between = np.clip((measure.low, measure.high), *self.metrics[m].within)
+                table[:, m, names.index(name)] = measure.value, *between
         scores = [
             np.concatenate([self._scores(m, of) for of in seen.values()])
             for m in range(len(self.metrics))

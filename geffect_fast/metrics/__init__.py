@@ -1,17 +1,17 @@
 """What the field measures of an unlearned model: metrics, by name."""
 
 from geffect_fast.metrics import likelihood, membership, memorisation, overlap, tofu
-from geffect_fast.metrics.base import Metric, Seen, Summary
+from geffect_fast.metrics.base import Measure, Metric, Seen
 from geffect_fast.metrics.observed import Observed, Scored
 from geffect_fast.metrics.registry import SUITES, available, register, resolved_metrics
 
 __all__ = [
     "SUITES",
+    "Measure",
     "Metric",
     "Observed",
     "Scored",
     "Seen",
-    "Summary",
     "available",
     "likelihood",
     "membership",

@@ -36,7 +36,7 @@ ALL = "all"
 
 
 @dataclass(frozen=True)
-class Summary:
+class Measure:
     """A number of a set, and its bounds by the choice of the rows; NaN where nothing is known."""
 
     value: float
@@ -62,7 +62,7 @@ class Metric(Settings):
     """Something measured of a model on rows; a frozen pydantic model of its hyper-parameters.
 
     A subclass defines `scores`; its number of a set is then their mean. One whose number is not a
-    mean defines `summaries` too.
+    mean defines `measures` too.
 
     Class attributes:
         name: what it is called in lists of metrics, set by `register`.
@@ -91,7 +91,7 @@ class Metric(Settings):
         """One number a row of a set, `(n,)` fp64; None where only sets have numbers."""
         return None
 
-    def summaries(self, seen: Seen) -> dict[str, Summary]:
+    def measures(self, seen: Seen) -> dict[str, Measure]:
         """Its number of every set: the mean of the rows' scores."""
         found = {}
         for name, observed in seen.sets.items():
@@ -111,7 +111,7 @@ class Metric(Settings):
         return f"{self.name}({', '.join(pairs)})" if pairs else self.name
 
 
-def mean_of(scores: np.ndarray, name: str) -> Summary:
+def mean_of(scores: np.ndarray, name: str) -> Measure:
     """The mean of a set's scores.
 
     Args:
@@ -121,7 +121,7 @@ def mean_of(scores: np.ndarray, name: str) -> Summary:
     return drawn(lambda weights: weights @ scores / len(scores), {name: len(scores)})
 
 
-def drawn(statistic: Callable[..., Any], sizes: Mapping[str, int]) -> Summary:
+def drawn(statistic: Callable[..., Any], sizes: Mapping[str, int]) -> Measure:
     """A number of one or several sets, with its interval (`geffect_fast.results.intervals`).
 
     The rows of each set are drawn by themselves.
@@ -132,10 +132,10 @@ def drawn(statistic: Callable[..., Any], sizes: Mapping[str, int]) -> Summary:
     """
     (value,) = statistic(*(np.ones((1, n)) for n in sizes.values()))
     if min(sizes.values()) < 2:  # nothing can be said of a set of one row
-        return Summary(float(value), np.nan, np.nan)
+        return Measure(float(value), np.nan, np.nan)
     draws = statistic(*(row_weights([name] * n) for name, n in sizes.items()))
     low, high = bounds(draws)
-    return Summary(float(value), float(low), float(high))
+    return Measure(float(value), float(low), float(high))
 
 
 def _written(value: Any) -> str:

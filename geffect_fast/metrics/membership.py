@@ -22,7 +22,7 @@ from typing import ClassVar, Literal
 import numpy as np
 from pydantic import Field
 
-from geffect_fast.metrics.base import FORGET, HOLDOUT, Metric, Need, Seen, Summary, drawn
+from geffect_fast.metrics.base import FORGET, HOLDOUT, Measure, Metric, Need, Seen, drawn
 from geffect_fast.metrics.extra import roc_auc_score
 from geffect_fast.metrics.observed import Observed, known, losses_of
 from geffect_fast.metrics.registry import register
@@ -34,7 +34,7 @@ class Membership(Metric):
     statistic: ClassVar[str] = "AUC"
     on: ClassVar[tuple[str, ...]] = (FORGET, HOLDOUT)
 
-    def summaries(self, seen: Seen) -> dict[str, Summary]:
+    def measures(self, seen: Seen) -> dict[str, Measure]:
         members, others = (known(self.scores(seen.sets[name])) for name in (FORGET, HOLDOUT))
         return {FORGET: auc_of(members, others)}
 
@@ -45,7 +45,7 @@ def auc(members: np.ndarray, others: np.ndarray) -> float:
     return float(roc_auc_score()(labels, np.concatenate([members, others])))
 
 
-def auc_of(members: np.ndarray, others: np.ndarray) -> Summary:
+def auc_of(members: np.ndarray, others: np.ndarray) -> Measure:
     """`auc`, with its interval: the rows of both sets are drawn anew, each by themselves."""
     above = (members[:, None] > others) + 0.5 * (members[:, None] == others)
 
@@ -53,11 +53,11 @@ def auc_of(members: np.ndarray, others: np.ndarray) -> Summary:
         return ((own @ above) * theirs).sum(1) / (own.sum(1) * theirs.sum(1))
 
     found = drawn(drawn_auc, {FORGET: len(members), HOLDOUT: len(others)})
-    return Summary(auc(members, others), found.low, found.high)
+    return Measure(auc(members, others), found.low, found.high)
 
 
 @register("loss")
-class Loss(Membership):
+class LossMembership(Membership):
     """The answer's mean log-probability (LOSS, arXiv 1709.01604)."""
 
     needs: ClassVar[frozenset[Need]] = frozenset({"answers", "holdout"})
@@ -160,15 +160,15 @@ class PrivLeak(MinK):
     statistic: ClassVar[str] = "percent"
     within: ClassVar[tuple[float, float]] = (-100.0, math.inf)
 
-    def summaries(self, seen: Seen) -> dict[str, Summary]:
+    def measures(self, seen: Seen) -> dict[str, Measure]:
         own = auc_of(*(self.scores(seen.sets[name]) for name in (FORGET, HOLDOUT)))
         a0 = 0.5
         if seen.retrained:
             a0 = 1 - auc(*(self.scores(seen.retrained[name]) for name in (FORGET, HOLDOUT)))
         if a0 == 0:
-            return {FORGET: Summary(np.nan, np.nan, np.nan)}
+            return {FORGET: Measure(np.nan, np.nan, np.nan)}
 
         def leak(area: float) -> float:
             return 100 * ((1 - area) - a0) / a0
 
-        return {FORGET: Summary(leak(own.value), leak(own.high), leak(own.low))}
+        return {FORGET: Measure(leak(own.value), leak(own.high), leak(own.low))}

@@ -16,13 +16,13 @@ from geffect_fast.errors import InputError
 from geffect_fast.metrics.generation import continuations
 from geffect_fast.metrics.gradient_norms import NORM_NEEDS, gradient_norms
 from geffect_fast.metrics.observed import Observed, Scored
-from geffect_fast.metrics.rows import FIELDS, Rows, prompt_length
+from geffect_fast.metrics.rows import FIELDS, DataRows, prompt_length
 from geffect_fast.metrics.scored import Tick, forward_layout, score
 
 
 def observe(
     model: nn.Module,
-    sets: Mapping[str, Rows],
+    sets: Mapping[str, DataRows],
     needs: Mapping[str, Collection[str]],
     tokenizer: Any,
     budget: TokenBudget,
@@ -89,7 +89,7 @@ def observe(
 
 
 def answers_scored(
-    model: nn.Module, sets: Mapping[str, Rows], budget: TokenBudget, what: str
+    model: nn.Module, sets: Mapping[str, DataRows], budget: TokenBudget, what: str
 ) -> dict[str, list[Scored]]:
     """What a further model says of the answers of sets."""
     needs = {name: {"answers"} for name in sets}
@@ -97,7 +97,7 @@ def answers_scored(
     return {name: of.answers or [] for name, of in seen.items()}
 
 
-def n_tokens(sets: Mapping[str, Rows], needs: Mapping[str, Collection[str]]) -> int:
+def n_tokens(sets: Mapping[str, DataRows], needs: Mapping[str, Collection[str]]) -> int:
     """Tokens of all that a pass scores, equal sequences counted as often as they come."""
     return sum(
         len(sequence)
@@ -108,7 +108,7 @@ def n_tokens(sets: Mapping[str, Rows], needs: Mapping[str, Collection[str]]) -> 
     )
 
 
-def _columns(rows: Rows, needs: Collection[str]) -> dict[str, list[Any]]:
+def _columns(rows: DataRows, needs: Collection[str]) -> dict[str, list[Any]]:
     """By column of `Observed`, the sequences of every row that must be scored for these needs."""
     found: dict[str, list[Any]] = {"answers": [s.answer for s in rows.answers.samples]}
     for need in FIELDS:
@@ -118,7 +118,7 @@ def _columns(rows: Rows, needs: Collection[str]) -> dict[str, list[Any]]:
     return found
 
 
-def _texts(rows: Rows, tokenizer: Any) -> list[str] | None:
+def _texts(rows: DataRows, tokenizer: Any) -> list[str] | None:
     """The answers' texts: their own, or what their label tokens stand for."""
     if all(rows.texts) or tokenizer is None:
         return list(rows.texts) if all(rows.texts) else None
@@ -129,7 +129,7 @@ def _texts(rows: Rows, tokenizer: Any) -> list[str] | None:
 
 def _written(
     model: nn.Module,
-    rows: Rows,
+    rows: DataRows,
     needs: Collection[str],
     tokenizer: Any,
     budget: TokenBudget,
@@ -163,7 +163,7 @@ def _written(
 
 def _norms(
     model: nn.Module,
-    rows: Rows,
+    rows: DataRows,
     needs: Collection[str],
     budget: TokenBudget,
     layout: Layout,

@@ -46,7 +46,7 @@ def register(name: str) -> Callable[[M], M]:
 
     Raises:
         InputError: the name is unusable or taken, or the class is no metric that defines `scores`
-            or `summaries`, or a hyper-parameter has no default.
+            or `measures`, or a hyper-parameter has no default.
 
     Example:
         >>> @register("surprise")
@@ -61,7 +61,7 @@ def register(name: str) -> Callable[[M], M]:
         taken = _CLASSES.get(name)
         if taken is not None and _origin(taken) != _origin(cls):
             raise InputError(f"metric name {name!r} is taken by {'.'.join(_origin(taken))}")
-        if cls.scores is Metric.scores and cls.summaries is Metric.summaries:
+        if cls.scores is Metric.scores and cls.measures is Metric.measures:
             raise InputError(f"metric {name!r}: {cls.__name__} must define scores()")
         declared: FieldInfo
         for field, declared in vars(cls)["__pydantic_fields__"].items():

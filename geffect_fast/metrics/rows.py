@@ -14,7 +14,7 @@ from geffect_fast.errors import GEffectWarning, InputError
 from geffect_fast.metrics.base import FORGET, Metric
 
 Tokenize = Callable[[Sequence[Mapping[str, Any]], str], SampleSet]
-"""Rows of question, answer and alternatives, and the set's name, to samples."""
+"""DataRows of question, answer and alternatives, and the set's name, to samples."""
 
 FIELDS = {
     "paraphrases": "paraphrased_answer",
@@ -31,7 +31,7 @@ _MOST_CHOICES = 26
 
 
 @dataclass(frozen=True)
-class Rows:
+class DataRows:
     """A data set as metrics read it: every list has an entry a row, None where nothing is read.
 
     Attributes:
@@ -78,7 +78,7 @@ def rows_of(
     metrics: Sequence[Metric],
     needs: Collection[str],
     tokenize: Tokenize,
-) -> Rows:
+) -> DataRows:
     """What `metrics` read of a set.
 
     A field that no row of the set has is left out, except in the forget set, and the set has no
@@ -159,7 +159,7 @@ def rows_of(
         made_of = tokenize(letters, f"{name} ({FIELDS['choices']})")
         found["choices"] = [[s.answer, *s.alternatives] for s in made_of.samples]
         found["right"] = [right for _, right in listed]
-    return Rows(name, answers, texts, **found)
+    return DataRows(name, answers, texts, **found)
 
 
 def _with_answer(row: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -7,7 +7,7 @@ from typing import ClassVar
 import numpy as np
 
 from geffect_fast.errors import InputError
-from geffect_fast.metrics.base import ALL, FORGET, Metric, Need, Seen, Summary, drawn
+from geffect_fast.metrics.base import ALL, FORGET, Measure, Metric, Need, Seen, drawn
 from geffect_fast.metrics.extra import scipy_stats
 from geffect_fast.metrics.likelihood import (
     Probability,
@@ -38,16 +38,16 @@ class ForgetQuality(Metric):
     statistic: ClassVar[str] = "p-value"
     on: ClassVar[tuple[str, ...]] = (FORGET,)
 
-    def summaries(self, seen: Seen) -> dict[str, Summary]:
+    def measures(self, seen: Seen) -> dict[str, Measure]:
         own = log_truth_ratios(seen.sets[FORGET])
         others = log_truth_ratios(seen.retrained[FORGET])
         value = ks_p_value(own, others)
         if len(own) < 2 or len(own) != len(others):
-            return {FORGET: Summary(value, np.nan, np.nan)}
+            return {FORGET: Measure(value, np.nan, np.nan)}
         rng = np.random.default_rng(SEED)
         rows = rng.integers(len(own), size=(DRAWS, len(own)))
         low, high = bounds(np.array([ks_p_value(own[of], others[of]) for of in rows]))
-        return {FORGET: Summary(value, float(low), float(high))}
+        return {FORGET: Measure(value, float(low), float(high))}
 
 
 def ks_p_value(one: np.ndarray, other: np.ndarray) -> float:
@@ -69,7 +69,7 @@ class ModelUtility(Metric):
     statistic: ClassVar[str] = "harmonic mean"
     on: ClassVar[tuple[str, ...]] = UTILITY_SETS
 
-    def summaries(self, seen: Seen) -> dict[str, Summary]:
+    def measures(self, seen: Seen) -> dict[str, Measure]:
         for name in UTILITY_SETS:
             if name not in seen.sets:
                 raise InputError(

@@ -174,7 +174,7 @@ def test_the_number_of_a_set_is_the_area_under_the_curve():
         (metric,) = resolved_metrics(text)
         both = metric.scores(forget), metric.scores(holdout)
         labels = [1] * 9 + [0] * 7
-        (found,) = metric.summaries(seen).values()
+        (found,) = metric.measures(seen).values()
         assert found.value == pytest.approx(roc_auc_score(labels, np.concatenate(both)))
         pairs = (both[0][:, None] > both[1]) + 0.5 * (both[0][:, None] == both[1])
         assert found.value == pytest.approx(pairs.mean())
@@ -192,11 +192,11 @@ def apart(shift):
 def test_separable_scores_have_an_area_of_one():
     (loss,) = resolved_metrics("loss")
     for shift, area in ((5, 1), (-5, 0)):
-        found = loss.summaries(Seen(apart(shift), {}))["forget"]
+        found = loss.measures(Seen(apart(shift), {}))["forget"]
         assert found.value == area
         assert (found.low, found.high) == pytest.approx((area, area))
     same = apart(0)["forget"]
-    found = loss.summaries(Seen({"forget": same, "holdout": same}, {}))["forget"]
+    found = loss.measures(Seen({"forget": same, "holdout": same}, {}))["forget"]
     assert found.value == 0.5
 
 
@@ -205,17 +205,17 @@ def test_privleak():
     (privleak,) = resolved_metrics("privleak")
     (min_k,) = resolved_metrics("min_k")
     retrained = apart(0.1)
-    a0 = 1 - min_k.summaries(Seen(retrained, {}))["forget"].value
+    a0 = 1 - min_k.measures(Seen(retrained, {}))["forget"].value
     assert 0 < a0 < 0.5
     for shift in (5, 0.3, -5):
-        a = 1 - min_k.summaries(Seen(apart(shift), {}))["forget"].value
-        found = privleak.summaries(Seen(apart(shift), retrained))["forget"]
+        a = 1 - min_k.measures(Seen(apart(shift), {}))["forget"].value
+        found = privleak.measures(Seen(apart(shift), retrained))["forget"]
         assert found.value == pytest.approx(100 * (a - a0) / a0)
         assert found.low <= found.value <= found.high
-        without = privleak.summaries(Seen(apart(shift), {}))["forget"]
+        without = privleak.measures(Seen(apart(shift), {}))["forget"]
         assert without.value == pytest.approx(100 * (a - 0.5) / 0.5)
-    assert privleak.summaries(Seen(apart(5), retrained))["forget"].value == -100
-    assert privleak.summaries(Seen(retrained, retrained))["forget"].value == 0
+    assert privleak.measures(Seen(apart(5), retrained))["forget"].value == -100
+    assert privleak.measures(Seen(retrained, retrained))["forget"].value == 0
 
 
 def test_of_what_is_written():
@@ -230,7 +230,7 @@ def test_of_what_is_written():
 def test_a_model_against_itself_has_a_forget_quality_of_one():
     seen = {"forget": observed(n=40)}
     (quality,) = resolved_metrics("forget_quality")
-    found = quality.summaries(Seen(seen, seen))["forget"]
+    found = quality.measures(Seen(seen, seen))["forget"]
     assert (found.value, found.low, found.high) == (1, 1, 1)
 
 
@@ -240,11 +240,11 @@ def test_an_interval_is_a_bootstrap_over_rows():
     n = 400
     seen = Observed("forget", [Scored(x) for x in rng.normal(5, 2, n)])
     (nll,) = resolved_metrics("nll")
-    one, again = (nll.summaries(Seen({"forget": seen}, {}))["forget"] for _ in range(2))
+    one, again = (nll.measures(Seen({"forget": seen}, {}))["forget"] for _ in range(2))
     assert one == again
     half = 1.96 * seen.losses.std(ddof=1) / np.sqrt(n)
     assert one.high - one.value == pytest.approx(half, rel=0.15)
     assert one.value - one.low == pytest.approx(half, rel=0.15)
-    alone = nll.summaries(Seen({"forget": Observed("forget", [Scored(1.0)])}, {}))["forget"]
+    alone = nll.measures(Seen({"forget": Observed("forget", [Scored(1.0)])}, {}))["forget"]
     assert alone.value == 1
     assert np.isnan([alone.low, alone.high]).all()

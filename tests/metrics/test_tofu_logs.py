@@ -53,7 +53,7 @@ def saved(tofu, request):
 
 def test_model_utility(saved):
     log, seen = saved
-    (found,) = ModelUtility().summaries(Seen(seen, {})).values()
+    (found,) = ModelUtility().measures(Seen(seen, {})).values()
     assert found.value == pytest.approx(utility(log), abs=1e-6)
     assert found.low < found.value < found.high
 
@@ -80,8 +80,8 @@ def test_forget_quality(tofu):
     logs = [json.loads((tofu / file).read_text(encoding="utf-8")) for file in (FULL, RETAIN95)]
     seen, retrained = (read_log(tofu / file) for file in (FULL, RETAIN95))
     expected = ks_2samp(*(ratio(log, "forget") for log in logs)).pvalue
-    found = ForgetQuality().summaries(Seen(seen, retrained))["forget"]
+    found = ForgetQuality().measures(Seen(seen, retrained))["forget"]
     assert found.value == pytest.approx(expected, rel=1e-6, abs=1e-6)
     assert 0 < expected < 0.05
-    same = ForgetQuality().summaries(Seen(retrained, retrained))["forget"]
+    same = ForgetQuality().measures(Seen(retrained, retrained))["forget"]
     assert (same.value, same.low, same.high) == (1, 1, 1)
