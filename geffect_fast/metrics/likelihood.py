@@ -77,9 +77,8 @@ class MultipleChoice(Metric):
 
     def scores(self, seen: Observed) -> np.ndarray:
         rows = zip(known(seen.choices), known(seen.right), strict=True)
-        # The first label token is the letter; what a template puts behind it says nothing.
         return np.array(
-            [float(np.argmax([each.log_prob[0] for each in of]) == right) for of, right in rows]
+            [float(np.argmax([each.log_prob.sum() for each in of]) == right) for of, right in rows]
         )
 
 

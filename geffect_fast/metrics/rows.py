@@ -107,7 +107,7 @@ def rows_of(
     has_text = has_text and len(answers) == len(rows)
     texts = tuple(str(row["answer"]).strip() for row in rows) if has_text else ("",) * len(answers)
     wanted = {need for need in FIELDS if need in needs}
-    present = {need for need in wanted if _present(rows, need, name, metrics)}
+    present = {need for need in sorted(wanted) if _present(rows, need, name, metrics)}
     if present and not has_text:
         need = sorted(present)[0]
         raise InputError(
@@ -157,9 +157,16 @@ def rows_of(
             for row, (of, _) in zip(rows, listed, strict=True)
         ]
         made_of = tokenize(letters, f"{name} ({FIELDS['choices']})")
-        found["choices"] = [[s.answer, *s.alternatives] for s in made_of.samples]
+        found["choices"] = [_letters([s.answer, *s.alternatives]) for s in made_of.samples]
         found["right"] = [right for _, right in listed]
     return DataRows(name, answers, texts, **found)
+
+
+def _letters(choices: list[Tokens]) -> list[Tokens]:
+    """The choices without what all of them end with, such as the token that ends an answer."""
+    ids = [choice.input_ids.tolist() for choice in choices]
+    end = next(i for i in range(1, min(map(len, ids)) + 1) if len({each[-i] for each in ids}) > 1)
+    return [Tokens(c.input_ids[: len(c) + 1 - end], c.labels[: len(c) + 1 - end]) for c in choices]
 
 
 def _with_answer(row: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -274,7 +274,7 @@ def test_tokenised_rows_need_no_tokenizer(model, tokenizer, rows):
     texts = {"forget": rows[:4], "retain": rows[4:8], "holdout": rows[8:12]}
     expected = gf.evaluate(model, tokenizer, **texts, metrics=metrics)
     np.testing.assert_array_equal(found.value, expected.value)
-    with pytest.raises(InputError, match="metric rouge_l reads|need a tokenizer"):
+    with pytest.raises(InputError, match="need a tokenizer"):
         gf.evaluate(model, None, **given, metrics="rouge_l")
 
 
@@ -293,11 +293,14 @@ def test_choices_are_compared_by_their_letters(model, tokenizer, rows):
         (sample,) = tokenize_rows(
             [{"question": prompt, "answer": "A", "alternative": ["B", "C"]}], tokenizer, name="x"
         ).samples
-        first = int((sample.answer.labels != -100).nonzero()[0])
-        letters = [int(s.labels[first]) for s in (sample.answer, *sample.alternatives)]
-        with torch.no_grad():
-            logits = model(input_ids=sample.answer.input_ids[None]).logits[0, first - 1]
-        best = int(logits[letters].argmax())
+        likely = []
+        for letter in (sample.answer, *sample.alternatives):
+            assert letter.input_ids[-1] == tokenizer.eos_token_id
+            with torch.no_grad():
+                log_p = model(input_ids=letter.input_ids[None]).logits[0].log_softmax(-1)
+            at = [i for i in range(1, len(letter) - 1) if letter.labels[i] != -100]
+            likely.append(sum(float(log_p[i - 1, letter.labels[i]]) for i in at))
+        best = int(np.argmax(likely))
         expected.append(float(best == row["choices"].index(row["answer"])))
     of = found.sel(sample=found.sample_set == "forget")
     assert of.sample_value.sel(metric="multiple_choice").values.tolist() == expected
@@ -336,7 +339,7 @@ def test_a_metric_of_ones_own(model, tokenizer, rows):
 
 def test_retain_rows_without_a_field_are_told(model, tokenizer, rows):
     plain = without(rows[8:12], "perturbed_answer", "paraphrased_answer")
-    with pytest.warns(GEffectWarning, match="retain has no 'p.*' so that metric truth_ratio"):
+    with pytest.warns(GEffectWarning, match="retain has no 'perturbed_answer', so that metric"):
         found = gf.evaluate(model, tokenizer, forget=rows[:4], retain=plain, metrics="truth_ratio")
     assert np.isnan(found.value.sel(metric="truth_ratio", set="retain"))
     assert np.isfinite(found.value.sel(metric="truth_ratio", set="forget"))
@@ -375,7 +378,7 @@ def test_forget_quality_from_a_saved_log(model, retrained, tokenizer, sets, tmp_
     by_model = gf.evaluate(model, tokenizer, **given, retain_model=retrained)
     np.testing.assert_allclose(by_log.value, by_model.value)
     moved = {**given, "forget": [*rows[1:], rows[0]]}
-    with pytest.raises(InputError, match="row 0 of log .* give the log of the same split"):
+    with pytest.raises(InputError, match=r"row 0 of log .* give the log of the same split"):
         gf.evaluate(model, tokenizer, **moved, retain_model=path)
     fewer = {**given, "forget": rows[:5]}
     with pytest.raises(InputError, match="of 8 forget rows, and there are 5; give the log"):

@@ -63,7 +63,7 @@ def test_of_the_answers_likelihood():
     p = np.exp(-losses(seen.answers))
     wrong = np.array([np.exp(-losses(of)).sum() for of in seen.perturbed])
     np.testing.assert_allclose(scores("option_probability", seen), p / (p + wrong))
-    best = [np.argmax([c.log_prob[0] for c in of]) for of in seen.choices]
+    best = [np.argmax([c.log_prob.sum() for c in of]) for of in seen.choices]
     assert scores("multiple_choice", seen).tolist() == [
         float(b == r) for b, r in zip(best, seen.right, strict=True)
     ]
