@@ -244,14 +244,14 @@ class Evaluator:
 
     def _check(self, model: nn.Module, what: str) -> None:
         """Raise where a model is none, holds NaN, or does not fit the rows or the first model."""
-        numbered = enumerate(s for rows in self.sets.values() for s in rows.every_set())
-        check_model(model, {str(i): each for i, each in numbered}, what)
         own, first = vocabulary(model), vocabulary(self._first)
         if own != first:
             raise InputError(
                 f"{what}: it knows {own} tokens and the first model {first}; evaluate models of "
                 "different vocabularies apart, each with its own tokenizer"
             )
+        numbered = enumerate(s for rows in self.sets.values() for s in rows.every_set())
+        check_model(model, {str(i): each for i, each in numbered}, what)
 
     def _tokens_that_fit(self, model: nn.Module) -> int:
         logits = any("distribution" in needs for needs in self.needs.values())
@@ -291,13 +291,13 @@ class Evaluator:
     def _seen_of_retrained(self, source: Model) -> dict[str, Observed]:
         """What the model without the forget rows says, or what its log says that it said."""
         if not isinstance(source, nn.Module) and str(source).endswith(".json"):
-            found = read_log(source)
-            self._check_split(found.get(FORGET), source)
             if self._uses_if_given():
                 raise InputError(
                     "metric privleak: a log holds no token's probability; give the retain_model "
                     "itself"
                 )
+            found = read_log(source)
+            self._check_split(found.get(FORGET), source)
             return found
         model = self._loaded(source, "retain_model")
         wanted = {"paraphrases", "perturbed"}
