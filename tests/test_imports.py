@@ -52,7 +52,10 @@ LAYERS = {
 }
 """What each part may import; `batch`, the type all engines share, lies in data."""
 
-HEAVY = ("transformers", "datasets", "matplotlib", "xarray", "pandas", "typer", "rich", "pydantic")
+HEAVY = (
+    *("transformers", "datasets", "matplotlib", "xarray", "pandas", "typer", "rich", "pydantic"),
+    *("rouge_score", "sklearn"),
+)
 
 
 def imported(file):

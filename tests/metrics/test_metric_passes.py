@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -10,10 +12,14 @@ from torch import nn
 
 from geffect_fast.data import tokenize_rows
 from geffect_fast.engines.attempts import TokenBudget
-from geffect_fast.errors import NonFiniteError
+from geffect_fast.errors import InputError, NonFiniteError
+from geffect_fast.metrics import Observed, Scored, Seen, extra, resolved_metrics
 from geffect_fast.metrics.generation import continuations
 from geffect_fast.metrics.gradient_norms import gradient_norms
 from geffect_fast.metrics.memorisation import extraction_strength
+from geffect_fast.metrics.observe import observe
+from geffect_fast.metrics.overlap import VerbatimMemorisation
+from geffect_fast.metrics.rows import prompt_length, rows_of
 from geffect_fast.metrics.scored import forward_layout, once, score
 
 LENGTHS = [9, 4, 12, 4, 7]
@@ -212,3 +218,68 @@ def test_gradient_norms(architecture, budget):
             largest = torch.stack([g.abs().max() for g in grads]).mean()
             assert found["largest_entries"][i] == pytest.approx(float(largest), rel=1e-7)
     assert all(p.grad is None for p in parameters)
+
+
+# ---- what stands before what is written ----
+
+
+@pytest.mark.parametrize(("length", "prompt"), [(900, 200), (400, 200), (30, 15), (3, 1)])
+def test_a_plain_text_begins_with_its_prompt(length, prompt):
+    """MUSE's VerbMem continues the first 200 tokens of a text; of a short one the first half."""
+    (text,) = sequences([length], prompt=0)
+    assert prompt_length(text) == prompt
+    (answer,) = sequences([length], prompt=2)
+    assert prompt_length(answer) == 2
+
+
+def test_of_a_plain_text_as_much_is_compared_as_may_be_written():
+    class Tokenizer:
+        all_special_ids = (0,)
+        eos_token_id = 0
+
+        def decode(self, ids, skip_special_tokens):
+            return " ".join(f"w{i}" for i in ids if not (skip_special_tokens and i == 0))
+
+    model = build("llama")
+    tokens = tokenize_rows(samples([24, 10], prompt=0), None, name="forget")
+    rows = rows_of(tokens, "forget", [], {"continuations"}, lambda *_: None)
+    found = observe(
+        model, {"forget": rows}, {"forget": {"continuations"}}, Tokenizer(), TokenBudget(99), 6
+    )["forget"]
+    for i, n in enumerate((12, 5)):
+        ids = tokens.samples[i].answer.input_ids
+        own = by_hand(model, ids[:n], {0}, 6)
+        assert found.continuations[i] == " ".join(f"w{k}" for k in own)
+        assert found.truths[i] == " ".join(f"w{k}" for k in ids[n : n + 6].tolist())
+    shared = [
+        set(a.split()) & set(b.split())
+        for a, b in zip(found.truths, found.continuations, strict=True)
+    ]
+    scores = VerbatimMemorisation().scores(found)
+    assert [bool(s) for s in shared] == [s > 0 for s in scores.tolist()]
+
+
+@pytest.mark.parametrize(
+    ("module", "text", "package"),
+    [
+        ("rouge_score.rouge_scorer", "rouge_l", "rouge-score"),
+        ("rouge_score.rouge_scorer", "knowledge_memorisation", "rouge-score"),
+        ("sklearn.metrics", "loss", "scikit-learn"),
+        ("scipy.stats", "forget_quality", "scipy"),
+    ],
+)
+def test_a_missing_package_is_named_with_the_extra(monkeypatch, module, text, package):
+    monkeypatch.setitem(sys.modules, module, None)
+    extra.rouge_scorer.cache_clear()
+    one = [Scored(1.0)] * 2
+    seen = Observed(
+        "forget",
+        one,
+        paraphrases=one,
+        perturbed=[one, one],
+        continuations=["a", "b"],
+        truths=["a", "b"],
+    )
+    (metric,) = resolved_metrics(text)
+    with pytest.raises(InputError, match=rf"{package}: pip install 'geffect-fast\[evaluate\]'"):
+        metric.measures(Seen({"forget": seen, "holdout": seen}, {"forget": seen}))
