@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
-import math
+import re
 import shutil
 import warnings
+from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -19,9 +21,10 @@ from geffect_fast.data import make_fictitious_authors, tokenize_rows, write_json
 from geffect_fast.demo import Size, make_model, save, train_tokenizer
 from geffect_fast.errors import GEffectWarning, InputError
 from geffect_fast.metrics import SUITES, Metric, available, register
+from geffect_fast.metrics.base import Need
 from geffect_fast.metrics.registry import _CLASSES
 
-NAMES = [name for name in available() if name not in ("forget_quality", "privleak")]
+NEEDS = get_args(Need)
 
 
 def full_rows():
@@ -306,23 +309,20 @@ def test_choices_are_compared_by_their_letters(model, tokenizer, rows):
     assert of.sample_value.sel(metric="multiple_choice").values.tolist() == expected
 
 
-def test_a_metric_of_ones_own(model, tokenizer, rows):
-    @register("surprise")
-    class Surprise(Metric):
-        needs = frozenset({"answers"})
-        within = (0.0, math.inf)
-        power: float = 2.0
+PAGE = Path(__file__).parents[2] / "docs" / "adding_a_metric.md"
 
-        def scores(self, seen):
-            return seen.losses**self.power
 
+def test_the_metric_of_the_page_on_adding_one(model, tokenizer, rows):
+    blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+    namespace: dict = {"__name__": "adding_a_metric"}
     try:
+        exec(compile("\n".join(blocks), str(PAGE), "exec", dont_inherit=True), namespace)
         found = gf.evaluate(
             model,
             tokenizer,
             forget=rows[:3],
             retain=rows[3:5],
-            metrics=["surprise(power=3)", Surprise(), "nll"],
+            metrics=["surprise(power=3)", namespace["Surprise"](), "nll"],
         )
         nll, plain, cubed = (
             found.sample_value.sel(metric=m) for m in ("nll", "surprise", "surprise(power=3.0)")
@@ -331,10 +331,22 @@ def test_a_metric_of_ones_own(model, tokenizer, rows):
         np.testing.assert_allclose(cubed, nll**3)
         with pytest.raises(InputError, match="taken by"):
             register("surprise")(type("Other", (Metric,), {"scores": lambda s, x: None}))
-        with pytest.raises(InputError, match="must define scores"):
-            register("nothing")(type("Nothing", (Metric,), {}))
     finally:
         _CLASSES.pop("surprise", None)
+    with pytest.raises(InputError, match="must define scores"):
+        register("nothing")(type("Nothing", (Metric,), {}))
+    assert "nothing" not in available()
+
+
+@pytest.mark.parametrize("name", NEEDS)
+def test_the_page_names_every_need(name):
+    assert f"`{name}`" in PAGE.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", available())
+def test_the_guide_names_every_metric(name):
+    guide = (PAGE.parent / "concepts.md").read_text(encoding="utf-8")
+    assert f"`{name}`" in guide
 
 
 def test_retain_rows_without_a_field_are_told(model, tokenizer, rows):
