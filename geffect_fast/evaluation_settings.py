@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from geffect_fast.paths import find_checkpoints, is_there, user_path
+from geffect_fast.paths import is_there, user_path
 from geffect_fast.setting_types import Name, Option, PathOrId
 from geffect_fast.settings import Machine, Reading
 
@@ -56,7 +56,7 @@ class EvaluateConfig(Machine, Evaluating):
 
     run: PathOrId | None = None
     """A folder of `unlearn`, or of a Trainer, whose checkpoints are evaluated in turn, by step, in
-    place of models."""
+    place of models; of `unlearn` also the model before training and the one at its end."""
 
     forget: Annotated[PathOrId, Option(("--forget", "-f"))]
     """Data to forget: JSON (lines) with question and answer, or a hub id `name:config:split`."""
@@ -105,20 +105,6 @@ class EvaluateConfig(Machine, Evaluating):
             if model in self.models[:i]:
                 raise ValueError(f"models: {model} is listed twice; leave one out")
         return self
-
-    def named_models(self) -> tuple[str, dict[str | int, str]]:
-        """The dimension that models lie along, and the models by their place on it.
-
-        Raises:
-            InputError: the run holds no checkpoints.
-        """
-        if self.run is not None:
-            steps = find_checkpoints(f"{self.run}/checkpoint-*")
-            found: dict[str | int, str] = {step: str(folder) for step, folder in steps.items()}
-            return "step", found
-        short = [model.rstrip("/").rpartition("/")[2] or model for model in self.models]
-        names = short if len(set(short)) == len(short) else list(self.models)
-        return "model", dict(zip(names, self.models, strict=True))
 
     def inputs(self) -> dict[str, str]:
         """What is read, by the option that names it."""

@@ -12,12 +12,15 @@ from geffect_fast.measure.evaluate import Evaluator, checked_probes
 from geffect_fast.measure.execute import machine, on_threads
 from geffect_fast.measure.models import load_model, load_tokenizer, resolve_device
 from geffect_fast.metrics.registry import resolved_metrics
+from geffect_fast.paths import find_checkpoints, is_there, user_path
+from geffect_fast.settings import UnlearnConfig
 from geffect_fast.storage.evaluation import save_evaluation
 from geffect_fast.storage.inputs import Inputs, check_replayed, inputs_of, summed_beside
 from geffect_fast.storage.lock import locked
 from geffect_fast.storage.model_folder import check_model_source
 from geffect_fast.storage.recorded_rows import check_recorded
-from geffect_fast.storage.run_folder import check_free
+from geffect_fast.storage.run_folder import CONFIG, check_free
+from geffect_fast.storage.run_yaml import load_config
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -50,7 +53,7 @@ def execute_evaluation(
     import xarray as xr
 
     resolved_metrics(config.metrics, config.suite)
-    dimension, models = config.named_models()
+    dimension, models, own_tokenizer = models_of(config)
     trusted = config.trust_remote_code
     for name, source in models.items():
         check_model_source(source, f"model {name}", trusted)
@@ -65,11 +68,10 @@ def execute_evaluation(
     sources |= checked_probes(config.probes)
     sets = {name: read_rows(source, name=name) for name, source in sources.items()}
     has_text = any("input_ids" not in rows[0] for rows in sets.values())
-    first = next(iter(models.values()))
     tokenizer = None
     if config.tokenizer is not None or has_text:
         tokenizer = load_tokenizer(
-            config.tokenizer or first,
+            config.tokenizer or own_tokenizer,
             "tokenizer" if config.tokenizer else "model",
             trust_remote_code=trusted,
         )
@@ -110,3 +112,28 @@ def execute_evaluation(
         )
         save_evaluation(out, dataset, replay, overwrite, read, sums())
     return dataset
+
+
+def models_of(config: EvaluateConfig) -> tuple[str, dict[str | int, str], str]:
+    """The dimension that models lie along, the models by place on it, and where a tokenizer lies.
+
+    Raises:
+        InputError: a run holds no model.
+    """
+    if config.run is None:
+        short = [model.rstrip("/").rpartition("/")[2] or model for model in config.models]
+        names = short if len(set(short)) == len(short) else list(config.models)
+        return "model", dict(zip(names, config.models, strict=True)), config.models[0]
+    folder = user_path(config.run)
+    begun = load_config(folder / CONFIG) if is_there(folder / CONFIG) else None
+    found: dict[str | int, str] = {}
+    if isinstance(begun, UnlearnConfig):
+        found[0] = begun.model
+    if not found or any(folder.glob("checkpoint-*")):
+        checkpoints = find_checkpoints(f"{folder}/checkpoint-*")
+        found |= {step: str(path) for step, path in checkpoints.items()}
+    if isinstance(begun, UnlearnConfig):
+        if is_there(folder / "model"):
+            found[begun.steps] = str(folder / "model")
+        return "step", dict(sorted(found.items())), begun.tokenizer or begun.model
+    return "step", found, next(iter(found.values()))

@@ -18,6 +18,9 @@ from geffect_fast.errors import InputError, UnsupportedModelError
 from geffect_fast.trying import no_memory
 
 
+_HABITS = "generation_config"
+
+
 def continuations(
     model: nn.Module,
     prompts: Sequence[Tensor],
@@ -87,18 +90,22 @@ def _plainly(model: Any, ends: set[int], max_new_tokens: int) -> Iterator[None]:
     """The model with settings of generation that say greedy, and nothing else."""
     from transformers import GenerationConfig
 
-    before = model.generation_config
-    model.generation_config = GenerationConfig(
+    plain = GenerationConfig(
         do_sample=False,
         num_beams=1,
         max_new_tokens=max_new_tokens,
         eos_token_id=sorted(ends) or None,
         pad_token_id=min(ends, default=0),
     )
+    # An adapter asks the model inside, and hands it what it was told.
+    held = [(m, vars(m)[_HABITS]) for m in model.modules() if _HABITS in vars(m)]
     try:
+        for module, _ in held:
+            setattr(module, _HABITS, plain)
         yield
     finally:
-        model.generation_config = before
+        for module, before in held:
+            setattr(module, _HABITS, before)
 
 
 def _until(row: list[int], ends: set[int]) -> list[int]:

@@ -47,10 +47,14 @@ def auc(members: np.ndarray, others: np.ndarray) -> float:
 
 def auc_of(members: np.ndarray, others: np.ndarray) -> Measure:
     """`auc`, with its interval: the rows of both sets are drawn anew, each by themselves."""
-    above = (members[:, None] > others) + 0.5 * (members[:, None] == others)
+    order = np.argsort(others, kind="stable")
+    first, last = (np.searchsorted(others[order], members, side=side) for side in ("left", "right"))
 
     def drawn_auc(own: np.ndarray, theirs: np.ndarray) -> np.ndarray:
-        return ((own @ above) * theirs).sum(1) / (own.sum(1) * theirs.sum(1))
+        up_to = np.zeros((len(theirs), 1 + len(others)))  # weights of the lowest others, summed
+        np.cumsum(theirs[:, order], axis=1, out=up_to[:, 1:])
+        below = (up_to[:, first] + up_to[:, last]) / 2  # a tie counts half
+        return (own * below).sum(1) / (own.sum(1) * theirs.sum(1))
 
     found = drawn(drawn_auc, {FORGET: len(members), HOLDOUT: len(others)})
     return Measure(auc(members, others), found.low, found.high)

@@ -167,6 +167,21 @@ def test_habits_of_a_models_generation_play_no_part():
     assert model.generation_config is before
 
 
+def test_an_adapter_writes_greedily_too():
+    peft = pytest.importorskip("peft")
+    base = build("llama")
+    model = peft.get_peft_model(base, peft.LoraConfig(target_modules=["q_proj"], r=2)).eval()
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.add_(torch.randn_like(p) * ("lora_B" in name))
+    habits = base.generation_config
+    habits.repetition_penalty = 5.0
+    prompts = [s.input_ids for s in sequences()]
+    expected = [by_hand(model, prompt, set(), 6) for prompt in prompts]
+    assert continuations(model, prompts, set(), 6, TokenBudget(100)) == expected
+    assert base.generation_config is habits
+
+
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 def test_teacher_forced_extraction_is_that_of_generating_and_comparing(architecture):
     """For every prefix of the answer, decode greedily and look whether the rest comes out."""
