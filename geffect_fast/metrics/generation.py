@@ -17,7 +17,6 @@ from geffect_fast.engines.attempts import TokenBudget
 from geffect_fast.errors import InputError, UnsupportedModelError
 from geffect_fast.trying import no_memory
 
-
 _HABITS = "generation_config"
 
 

@@ -6,13 +6,17 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from scipy.stats import hmean, ks_2samp
 
+from geffect_fast.cli import main
+from geffect_fast.demo import Size, make_model, save, train_tokenizer
 from geffect_fast.metrics.base import Seen
 from geffect_fast.metrics.likelihood import TruthRatio
 from geffect_fast.metrics.observed import read_log
 from geffect_fast.metrics.overlap import RougeL
 from geffect_fast.metrics.tofu import ForgetQuality, ModelUtility
+from geffect_fast.storage.evaluation import open_evaluation
 
 FULL, RETAIN95 = "eval_log_phi_full.json", "eval_log_phi_retain95.json"
 FILES = {
@@ -85,3 +89,34 @@ def test_forget_quality(tofu):
     assert 0 < expected < 0.05
     same = ForgetQuality().measures(Seen(retrained, retrained))["forget"]
     assert (same.value, same.low, same.high) == (1, 1, 1)
+
+
+def test_tofus_files_through_the_command(tofu, tmp_path):
+    """The suite of its name reads the perturbed files as they are distributed."""
+    files = {
+        "forget": "forget01_perturbed.json",
+        "retain": "retain_perturbed.json",
+        "real_authors": "real_authors_perturbed.json",
+        "world_facts": "world_facts_perturbed.json",
+    }
+    texts = []
+    for name, file in files.items():
+        lines = (tofu / file).read_text(encoding="utf-8").splitlines()[:5]
+        (tmp_path / name).write_text("\n".join(lines), encoding="utf-8")
+        texts += lines
+    tokenizer = train_tokenizer(texts, 500)
+    torch.manual_seed(0)
+    model = make_model(tokenizer, Size(hidden=16, n_layers=2))
+    save(model, tokenizer, tmp_path / "model")
+    place = {name: str(tmp_path / name) for name in [*files, "model", "run"]}
+    options = ["--model", place["model"], "--retain-model", place["model"], "--suite", "tofu"]
+    options += ["--forget", place["forget"], "--retain", place["retain"], "--out", place["run"]]
+    options += ["--metrics", "paraphrased_extraction_strength,multiple_choice"]
+    for name in ("real_authors", "world_facts"):
+        options += ["--probe", f"{name}={place[name]}"]
+    assert main(["evaluate", *options, "--max-new-tokens", "5", "--quiet"]) == 0
+    value = open_evaluation(tmp_path / "run").value
+    assert value.sel(metric="forget_quality", set="forget") == 1
+    for metric in ("probability", "rouge_l", "truth_ratio", "multiple_choice"):
+        assert value.sel(metric=metric).drop_sel(set="all").notnull().all()
+    assert 0 <= value.sel(metric="model_utility", set="all") < 1
