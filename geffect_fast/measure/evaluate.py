@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -140,7 +141,8 @@ class Evaluator:
         given = {name: source for name, source in sources.items() if source is not None}
         needs = {need for metric in self.metrics for need in metric.wants()}
         self._check_given(needs, given, reference_model, retain_model)
-        self._settings, self._tokenizer, self._first = settings, tokenizer, model
+        self._settings, self._tokenizer = settings, tokenizer
+        self._first, self._vocabulary = weakref.ref(model), vocabulary(model)
         read = {
             name: source if isinstance(source, SampleSet) else read_rows(source, name=name)
             for name, source in given.items()
@@ -165,13 +167,13 @@ class Evaluator:
         self._budget = TokenBudget(settings.token_budget or self._tokens_that_fit(model))
         self._reference: dict[str, Any] = {}
         if "reference" in needs and reference_model is not None:
-            other = self._loaded(reference_model, "reference_model")
+            other = self._loaded(reference_model, "reference_model", model)
             read_by = self._sets_with("reference")
             with evaluating(other), within_budget(self._budget):
                 self._reference = answers_scored(other, read_by, self._budget, "reference model")
         self._retrained: dict[str, Observed] = {}
         if retain_model is not None and "retain_model" in needs | self._uses_if_given():
-            self._retrained = self._seen_of_retrained(retain_model)
+            self._retrained = self._seen_of_retrained(retain_model, model)
 
     def measure(
         self, model: nn.Module, *, progress: bool = False, what: str = "model"
@@ -183,7 +185,7 @@ class Evaluator:
             progress: show a bar.
             what: what messages call it.
         """
-        if model is not self._first:
+        if model is not self._first():
             self._check(model, what)
         n = n_tokens(self.sets, self.needs)
         with (
@@ -195,7 +197,8 @@ class Evaluator:
         for name, scored in self._reference.items():
             seen[name] = replace(seen[name], reference=scored)
         every = Seen(seen, self._retrained)
-        return self._dataset(seen, [metric.measures(every) for metric in self.metrics])
+        dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+        return self._dataset(seen, [metric.measures(every) for metric in self.metrics], dtype)
 
     @property
     def token_budget(self) -> int:
@@ -244,7 +247,7 @@ class Evaluator:
 
     def _check(self, model: nn.Module, what: str) -> None:
         """Raise where a model is none, holds NaN, or does not fit the rows or the first model."""
-        own, first = vocabulary(model), vocabulary(self._first)
+        own, first = vocabulary(model), self._vocabulary
         if own != first:
             raise InputError(
                 f"{what}: it knows {own} tokens and the first model {first}; evaluate models of "
@@ -257,12 +260,12 @@ class Evaluator:
         logits = any("distribution" in needs for needs in self.needs.values())
         return estimate_token_budget(model, n_directions=0, logits=logits)
 
-    def _loaded(self, source: Model, what: str) -> nn.Module:
-        """A further model, loaded where a folder is given, as exact and where the first is."""
+    def _loaded(self, source: Model, what: str, model: nn.Module) -> nn.Module:
+        """A further model, loaded where a folder is given, as exact and where `model` is."""
         if isinstance(source, nn.Module):
             loaded = source
         else:
-            first = next(self._first.parameters())
+            first = next(model.parameters())
             dtype, device = str(first.dtype).removeprefix("torch."), str(first.device)
             trusted = self._settings.trust_remote_code
             loaded = load_model(source, dtype, device, what, trust_remote_code=trusted)
@@ -288,7 +291,7 @@ class Evaluator:
             tick=tick,
         )
 
-    def _seen_of_retrained(self, source: Model) -> dict[str, Observed]:
+    def _seen_of_retrained(self, source: Model, first: nn.Module) -> dict[str, Observed]:
         """What the model without the forget rows says, or what its log says that it said."""
         if not isinstance(source, nn.Module) and str(source).endswith(".json"):
             if self._uses_if_given():
@@ -299,7 +302,7 @@ class Evaluator:
             found = read_log(source)
             self._check_split(found.get(FORGET), source)
             return found
-        model = self._loaded(source, "retain_model")
+        model = self._loaded(source, "retain_model", first)
         wanted = {"paraphrases", "perturbed"}
         needs: dict[str, set[Any]] = {FORGET: self.needs[FORGET] & wanted}
         if self._uses_if_given():
@@ -325,7 +328,10 @@ class Evaluator:
                 )
 
     def _dataset(
-        self, seen: Mapping[str, Observed], measures: Sequence[Mapping[str, Measure]]
+        self,
+        seen: Mapping[str, Observed],
+        measures: Sequence[Mapping[str, Measure]],
+        dtype: str,
     ) -> xr.Dataset:
         import xarray as xr
 
@@ -368,7 +374,7 @@ class Evaluator:
                 "date": self._settings.date,
                 "digests": json.dumps(self.rows),
                 "interval_level": LEVEL,
-                "dtype": str(next(self._first.parameters()).dtype).removeprefix("torch."),
+                "dtype": dtype,
                 "versions": json.dumps(versions()),
                 "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             },

@@ -96,6 +96,7 @@ def execute_evaluation(
                 )
                 check_recorded(config.rows, evaluator.rows)
             results.append(evaluator.measure(model, progress=progress, what=what))
+            del model  # before the next one is loaded
         assert evaluator is not None
         dataset = results[0]
         if len(models) > 1 or dimension == "step":

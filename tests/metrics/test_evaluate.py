@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import re
 import shutil
 import warnings
+import weakref
 from pathlib import Path
 from typing import get_args
 
@@ -20,6 +22,7 @@ from geffect_fast.cli import main
 from geffect_fast.data import make_fictitious_authors, tokenize_rows, write_jsonl
 from geffect_fast.demo import Size, make_model, save, train_tokenizer
 from geffect_fast.errors import GEffectWarning, InputError
+from geffect_fast.measure.models import load_model
 from geffect_fast.metrics import SUITES, Metric, available, register
 from geffect_fast.metrics.base import Need
 from geffect_fast.metrics.registry import _CLASSES
@@ -466,6 +469,25 @@ def test_several_models_lie_along_an_axis(here, model, tokenizer, sets, capsys):
     (here / "run/evaluation.nc").write_bytes(b"torn")
     with pytest.raises(InputError, match="torn or was replaced"):
         gf.open_evaluation("run")
+
+
+def test_one_model_is_in_memory_at_a_time(here, monkeypatch):
+    alive = []
+
+    def loaded(*args, **kwargs):
+        gc.collect()
+        assert all(each() is None for each in alive)
+        found = load_model(*args, **kwargs)
+        alive.append(weakref.ref(found))
+        return found
+
+    monkeypatch.setattr("geffect_fast.measure.execute_evaluation.load_model", loaded)
+    shutil.copytree("known", "third")
+    command = ["evaluate", "--models", "known", "retrained", "third", *DATA, "--metrics", "nll"]
+    assert main([*command, "--out", "run", "--quiet"]) == 0
+    assert len(alive) == 3
+    found = gf.open_evaluation("run").value
+    np.testing.assert_array_equal(found.sel(model="third"), found.sel(model="known"))
 
 
 def test_the_checkpoints_of_a_run_lie_along_its_steps(here):

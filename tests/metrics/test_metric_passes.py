@@ -12,8 +12,8 @@ from torch import nn
 
 from geffect_fast.data import tokenize_rows
 from geffect_fast.engines.attempts import TokenBudget
-from geffect_fast.errors import InputError, NonFiniteError
-from geffect_fast.metrics import Observed, Scored, Seen, extra, resolved_metrics
+from geffect_fast.errors import GEffectWarning, InputError, NonFiniteError
+from geffect_fast.metrics import Observed, Scored, Seen, extra, generation, resolved_metrics
 from geffect_fast.metrics.generation import continuations
 from geffect_fast.metrics.gradient_norms import gradient_norms
 from geffect_fast.metrics.memorisation import extraction_strength
@@ -165,6 +165,24 @@ def test_habits_of_a_models_generation_play_no_part():
     before.no_repeat_ngram_size = 1
     assert continuations(model, prompts, set(), 8, TokenBudget(100)) == expected
     assert model.generation_config is before
+
+
+def test_where_memory_runs_out_fewer_rows_write_at_a_time(monkeypatch):
+    model = build("llama")
+    prompts = [s.input_ids for s in sequences([5, 5, 5, 5], seed=1)]
+    expected = continuations(model, prompts, set(), 4, TokenBudget(1000))
+    greedy, sizes = generation._greedy, []
+
+    def small(model, ids, *more):
+        sizes.append(len(ids))
+        if len(ids) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return greedy(model, ids, *more)
+
+    monkeypatch.setattr(generation, "_greedy", small)
+    with pytest.warns(GEffectWarning, match="out of memory with a batch of 36 tokens"):
+        assert continuations(model, prompts, set(), 4, TokenBudget(1000)) == expected
+    assert sizes == [4, 2, 1, 1, 1, 1]
 
 
 def test_an_adapter_writes_greedily_too():
