@@ -6,6 +6,7 @@ the row by itself.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -14,10 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from geffect_fast.engines.attempts import TokenBudget
-from geffect_fast.errors import InputError, UnsupportedModelError
+from geffect_fast.errors import GEffectWarning, InputError, UnsupportedModelError
 from geffect_fast.trying import no_memory
 
 _HABITS = "generation_config"
+
+_KEPT = 8
+"""Times the tokens of a training batch that generation holds: it keeps keys and values alone, of
+some twenty vectors a token and layer that a backward needs."""
 
 
 def continuations(
@@ -35,7 +40,8 @@ def continuations(
         prompts: token ids, `(length,)` each.
         ends: ids after which a row stops.
         max_new_tokens: most tokens a row gets.
-        budget: of tokens a batch, prompts and continuations together; halved where memory runs out.
+        budget: of tokens that a batch of a forward and backward may hold; where memory runs out,
+            half as many rows are written at a time.
 
     Raises:
         UnsupportedModelError: the model cannot generate.
@@ -49,16 +55,23 @@ def continuations(
     keys = [tuple(prompt.tolist()) for prompt in prompts]
     waiting = sorted(dict.fromkeys(keys), key=len, reverse=True)
     found: dict[tuple[int, ...], list[int]] = {}
+    most = len(waiting)
     while waiting:
         length = len(waiting[0])
-        most = max(budget.tokens // (length + max_new_tokens), 1)
-        batch = [key for key in waiting[:most] if len(key) == length]
+        fit = max(_KEPT * budget.tokens // (length + max_new_tokens), 1)
+        batch = [key for key in waiting[: min(fit, most)] if len(key) == length]
         try:
             new = _greedy(model, torch.tensor(batch), ends, max_new_tokens)
         except (MemoryError, RuntimeError) as error:
             if not no_memory(error) or len(batch) == 1:
                 raise
-            budget.halve(len(batch) * (length + max_new_tokens))
+            most = len(batch) // 2
+            warnings.warn(
+                f"out of memory where {len(batch)} rows are written at a time; going on with "
+                f"{most}",
+                GEffectWarning,
+                stacklevel=2,
+            )
             continue
         found |= zip(batch, (_until(row, ends) for row in new.tolist()), strict=True)
         waiting = waiting[len(batch) :]

@@ -16,6 +16,7 @@ from geffect_fast.data.tokenize import Sequence as Tokens
 from geffect_fast.engines.attempts import TokenBudget, attempts
 from geffect_fast.engines.forward_pass import logits_of, positions, without_cache
 from geffect_fast.engines.packed_attention import packed_attention
+from geffect_fast.errors import InputError
 from geffect_fast.functional import per_sample_grad_norms
 from geffect_fast.metrics.scored import Tick, batches_of
 
@@ -48,8 +49,14 @@ def gradient_norms(
         `(n_sequences,)` fp64 each.
 
     Raises:
+        InputError: all parameters are frozen.
         UnsupportedModelError: a module's rows cannot be told apart by sample.
     """
+    if not any(p.requires_grad for p in model.parameters()):
+        raise InputError(
+            "model: nothing in it can be trained, so gradient_norm has no gradient; set "
+            "requires_grad, or leave the metric out"
+        )
     found = {need: np.empty(len(sequences)) for need in NORM_NEEDS if need in needs}
     one_pass = [need for need in found if need != "largest_entries"]
     passes: list[tuple[list[str], Layout, Callable[..., list[Tensor]]]] = []

@@ -299,6 +299,26 @@ CASES = [
         "give at most",
     ),
     Case("no new tokens", evaluate("--max-new-tokens", "0"), "--max-new-tokens", "greater than 0"),
+    Case(
+        "gradient norms of a frozen model",
+        call(
+            model=lambda: build("llama").requires_grad_(False),
+            metrics="gradient_norm",
+            holdout=samples([5, 6]),
+        ),
+        "nothing in it can be trained",
+        "leave the metric out",
+    ),
+    Case(
+        "largest entries of a frozen model's gradients",
+        call(
+            model=lambda: build("llama").requires_grad_(False),
+            metrics="gradient_norm(convention=mimir)",
+            holdout=samples([5, 6]),
+        ),
+        "nothing in it can be trained",
+        "leave the metric out",
+    ),
     # ---- saved logs ----
     Case(
         "a log of another split",
