@@ -15,6 +15,7 @@ import numpy as np
 from torch import nn
 
 from geffect_fast.arguments import checked_config, with_settings
+from geffect_fast.capture.given import check_is_model
 from geffect_fast.data import SampleSet, estimate_token_budget, read_rows, tokenize_rows
 from geffect_fast.engines.attempts import TokenBudget
 from geffect_fast.errors import InputError
@@ -137,6 +138,7 @@ class Evaluator:
         reference_model: Model | None = None,
         retain_model: Model | None = None,
     ) -> None:
+        check_is_model(model)
         self.metrics = resolved_metrics(settings.metrics, settings.suite)
         given = {name: source for name, source in sources.items() if source is not None}
         needs = {need for metric in self.metrics for need in metric.wants()}
