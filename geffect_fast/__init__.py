@@ -16,12 +16,14 @@ if TYPE_CHECKING:
     import geffect_fast.functional as functional
     import geffect_fast.integrations as integrations
     from geffect_fast.measure.check import check
+    from geffect_fast.measure.evaluate import evaluate
     from geffect_fast.measure.profile import profile
     from geffect_fast.measure.sweep import pareto_front, sweep
     from geffect_fast.metrics.optimal_weights import optimal_weights, write_weighted
     from geffect_fast.report.html.page import write_page
     from geffect_fast.steps.compare import compare
     from geffect_fast.steps.profile_checkpoints import profile_checkpoints
+    from geffect_fast.storage.evaluation import open_evaluation
     from geffect_fast.storage.run_folder import open_run
     from geffect_fast.training.unlearn import unlearn
 
@@ -32,9 +34,11 @@ __all__ = [
     "check",
     "compare",
     "data",
+    "evaluate",
     "functional",
     "integrations",
     "objectives",
+    "open_evaluation",
     "open_run",
     "ops",
     "optimal_weights",
@@ -51,8 +55,10 @@ __all__ = [
 _LAZY = {
     "check": ("geffect_fast.measure.check", "check"),
     "compare": ("geffect_fast.steps.compare", "compare"),
+    "evaluate": ("geffect_fast.measure.evaluate", "evaluate"),
     "functional": ("geffect_fast.functional", None),
     "integrations": ("geffect_fast.integrations", None),
+    "open_evaluation": ("geffect_fast.storage.evaluation", "open_evaluation"),
     "open_run": ("geffect_fast.storage.run_folder", "open_run"),
     "optimal_weights": ("geffect_fast.metrics.optimal_weights", "optimal_weights"),
     "pareto_front": ("geffect_fast.measure.sweep", "pareto_front"),

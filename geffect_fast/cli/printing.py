@@ -52,3 +52,11 @@ def print_result(dataset: xr.Dataset, folder: Path) -> None:
     print()
     for sentence in sentences:
         printer.print(sentence)
+
+
+def print_evaluation(dataset: xr.Dataset, folder: Path) -> None:
+    """The table of an evaluation, and where its files are."""
+    from geffect_fast.report.evaluate_table import render_evaluation
+
+    console().print(render_evaluation(dataset))
+    print(one_line(str(folder)))

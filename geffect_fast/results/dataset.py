@@ -181,7 +181,7 @@ def dataset(
         variables |= _norm_variables(gram, len(risks), resolution)
     coords = {"objective": list(objectives), "risk": list(risks)}
     attrs = dict(settings) | {
-        "versions": json.dumps(_versions()),
+        "versions": json.dumps(versions()),
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
     return xr.Dataset(variables, coords | resolution.coordinates(tokenizer), attrs)
@@ -241,11 +241,12 @@ def _norm_variables(gram: Tensor, m: int, resolution: Resolution) -> dict[str, A
     return variables
 
 
-def _versions() -> dict[str, str]:
-    versions = {"python": sys.version.split()[0]}
+def versions() -> dict[str, str]:
+    """Of Python and of the packages that numbers come from."""
+    found = {"python": sys.version.split()[0]}
     for package in ("geffect-fast", "torch", "transformers", "numpy"):
         try:
-            versions[package] = version(package)
+            found[package] = version(package)
         except PackageNotFoundError:
-            versions[package] = "not installed"
-    return versions
+            found[package] = "not installed"
+    return found

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from geffect_fast.errors import GEffectWarning, InputError
+from geffect_fast.evaluation_settings import EvaluateConfig
 from geffect_fast.paths import is_there, user_path
 from geffect_fast.settings import RunConfig
 from geffect_fast.storage.manifest import Manifest, Sums, checksums
@@ -30,9 +31,20 @@ _DECIDE = (".json", ".jsonl", ".safetensors", ".bin", ".model", ".txt", ".jinja"
 _DO_NOT = ("trainer_state.json", "training_args.bin", "geffect_fast.json", "manifest.json")
 
 
-def inputs_of(config: RunConfig) -> dict[str, str | Path]:
+def inputs_of(config: RunConfig | EvaluateConfig) -> dict[str, str | Path]:
     """Everything that a run's config names to be read; of adapters also their base model."""
-    named = {
+    named = config.inputs() if isinstance(config, EvaluateConfig) else _named(config)
+    found: dict[str, str | Path] = {key: s for key, s in named.items() if s is not None}
+    for option, source in list(found.items()):
+        base = base_of(source, option) if user_path(source).is_dir() else None
+        if base is not None:
+            found[f"{option}, base model"] = base
+    return found
+
+
+def _named(config: RunConfig) -> dict[str, str | None]:
+    """What a config names, by option."""
+    return {
         "--model": config.model,
         "--tokenizer": config.tokenizer,
         "--reference": config.reference,
@@ -42,12 +54,6 @@ def inputs_of(config: RunConfig) -> dict[str, str | Path]:
         **{f"--probe {name}": source for name, source in config.probes.items()},
         **{f"--checkpoints {path}": path for path in getattr(config, "checkpoints", ())},
     }
-    found: dict[str, str | Path] = {key: s for key, s in named.items() if s is not None}
-    for option, source in list(found.items()):
-        base = base_of(source, option) if user_path(source).is_dir() else None
-        if base is not None:
-            found[f"{option}, base model"] = base
-    return found
 
 
 def input_sums(inputs: Inputs, stop: Event | None = None) -> dict[str, Sums]:
@@ -134,7 +140,9 @@ def weights_sums(model: nn.Module) -> Sums:
     return {"weights": {"bytes": size, "sha256": found.hexdigest()}}
 
 
-def check_replayed(file: str | Path | None, config: RunConfig, now: Mapping[str, Sums]) -> None:
+def check_replayed(
+    file: str | Path | None, config: RunConfig | EvaluateConfig, now: Mapping[str, Sums]
+) -> None:
     """Warn of an input that is not what the run was made from whose `run.yaml` is replayed.
 
     Args:

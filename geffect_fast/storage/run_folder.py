@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 from geffect_fast.data.files import check_regular
 from geffect_fast.errors import InputError, in_one_line
+from geffect_fast.evaluation_settings import EvaluateConfig
 from geffect_fast.paths import is_there, user_path
 from geffect_fast.results.form import check_form, check_size
-from geffect_fast.settings import ProfileConfig
+from geffect_fast.settings import RunConfig
 from geffect_fast.storage.disk import (
     UNFINISHED,
     DiskFile,
@@ -42,6 +43,8 @@ if TYPE_CHECKING:
     import xarray as xr
 
 RESULTS = "results.nc"
+EVALUATION = "evaluation.nc"
+"""The measures of `evaluate`, in place of effects."""
 CONFIG = "run.yaml"
 SUMMARY = "summary.csv"
 PLOTS = "plots"
@@ -52,13 +55,13 @@ STEPS = "steps"
 _STEP_NAME = re.compile(r"step-\d{8,}\.nc|\.step-\d{8,}\.nc\.part")
 NEXT = ".next"
 """The folder of a run of several steps that is to replace the one around it, until it is whole."""
-RUN_FILES = (RESULTS, CONFIG, SUMMARY, PLOTS, TOKENS, REPORT)
+RUN_FILES = (RESULTS, EVALUATION, CONFIG, SUMMARY, PLOTS, TOKENS, REPORT)
 _FIGURES = (
     *("layers", "instances", "sweep", "pareto", "effects", "risks", "groups", "prediction"),
     *("cosines", "norms", "token_weights", "trade_off"),
 )
 PLAIN_FILES = (
-    *(RESULTS, CONFIG, SUMMARY, TOKENS, REPORT, MANIFEST),
+    *(RESULTS, EVALUATION, CONFIG, SUMMARY, TOKENS, REPORT, MANIFEST),
     *(f"{PLOTS}/{name}.{kind}" for name in _FIGURES for kind in ("png", "svg")),
 )
 """What runs write under names that say nothing of whose they are."""
@@ -172,7 +175,7 @@ def check_inputs(folder: Path, own: Collection[str], inputs: Mapping[str, str | 
             )
 
 
-def write_config(config: ProfileConfig, staging: Path) -> None:
+def write_config(config: RunConfig | EvaluateConfig, staging: Path) -> None:
     """Write the `run.yaml` of a run."""
     (staging / CONFIG).write_text(dump_config(config), encoding="utf-8")
 
@@ -266,7 +269,7 @@ def open_run(folder: str | Path, *, lazy: bool = False) -> xr.Dataset:
     except Exception as error:  # a torn file fails in many ways, deep in HDF5
         raise _torn(file, error) from error
     try:
-        dataset.attrs = _plain_attrs(dataset.attrs)
+        dataset.attrs = plain_attrs(dataset.attrs)
         ours = {"g_effect", "risk_value", "loss"} <= set(dataset.data_vars)
         dims = [dim for dim in dataset["g_effect"].dims if dim != "step"] if ours else []
         ours = dims[:2] == ["objective", "risk"]
@@ -317,6 +320,11 @@ def _result_of(folder: str | Path) -> Path:
         raise InputError(
             f"run folder {folder} cannot be read: {error.strerror}; give a folder made by profile"
         ) from None
+    if is_there(path / EVALUATION):
+        raise InputError(
+            f"run folder {folder} holds measures of evaluate, and no effects; open it with "
+            "geffect_fast.open_evaluation, or show it with geffect-fast show"
+        )
     torn = any(path.glob(f"{UNFINISHED}*")) or (path / CONFIG).exists()
     reason = "its run did not finish" if torn else "it is not a run folder"
     advice = "go on with --resume" if (path / STEPS).is_dir() else "run profile again"
@@ -382,7 +390,7 @@ def _encoded(dataset: xr.Dataset) -> xr.Dataset:
     return encoded
 
 
-def _plain_attrs(attrs: dict[Any, Any]) -> dict[Any, Any]:
+def plain_attrs(attrs: dict[Any, Any]) -> dict[Any, Any]:
     """Attributes as they were before writing: numpy scalars to Python's, JSON to values."""
     plain = {k: v.item() if hasattr(v, "item") else v for k, v in attrs.items()}
     for key in json.loads(plain.pop(_JSON_ATTRS, "[]")):

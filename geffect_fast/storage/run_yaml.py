@@ -10,6 +10,7 @@ import yaml
 from geffect_fast.arguments import checked_config
 from geffect_fast.data.files import check_regular
 from geffect_fast.errors import InputError, in_one_line
+from geffect_fast.evaluation_settings import EvaluateConfig
 from geffect_fast.settings import ProfileConfig, RunConfig, UnlearnConfig
 from geffect_fast.visible import one_line, visible
 
@@ -17,7 +18,7 @@ CONFIG_BEGINS = "# Replay: geffect-fast"
 """What a file says first that `dump_config` wrote."""
 
 
-def load_config(path: str | Path) -> RunConfig:
+def load_config(path: str | Path) -> RunConfig | EvaluateConfig:
     """The config in a YAML file, of the kind of run that its field `command` names.
 
     Raises:
@@ -25,6 +26,8 @@ def load_config(path: str | Path) -> RunConfig:
     """
 
     values = read_values(path)
+    if values.get("command") == "evaluate":
+        return checked_config(EvaluateConfig, values, str(path))
     kind = UnlearnConfig if values.get("command") == "unlearn" else ProfileConfig
     return checked_config(kind, values, str(path))
 
@@ -65,7 +68,7 @@ def read_values(path: str | Path) -> dict[str, Any]:
     return values
 
 
-def dump_config(config: RunConfig) -> str:
+def dump_config(config: RunConfig | EvaluateConfig) -> str:
     """The config as YAML that `load_config` reads back to an equal config."""
     values = config.model_dump(mode="json")
     replay = f"{CONFIG_BEGINS} {config.command} --config run.yaml --out NEW_FOLDER\n"

@@ -1,0 +1,143 @@
+"""What metrics cost, beside a training step on the same rows, on a CPU.
+
+    python benchmarks/bench_metrics.py            # writes benchmarks/results/metrics_cpu.csv
+    python benchmarks/bench_metrics.py --quick    # a tiny model, two rounds, prints only
+
+Everything is a multiple of one training step on the same rows in the same packed batches: forward,
+backward with the parameters' gradients, no optimizer. `one backward a row` is what released code
+does for gradient-norm membership. Norms are compared with those of plain autograd, one row at a
+time, before anything is timed; `error` is the largest relative difference. Contestants run in
+turns, so that what else the machine does hits all alike: `of_step` is the median over rounds of the
+ratio to the step of the same round.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from llama import make_model
+from machine import RESULTS, write_csv
+from torch import Tensor, nn
+
+from geffect_fast.data import estimate_token_budget, tokenize_rows
+from geffect_fast.data.samples import Sequence
+from geffect_fast.engines.batches import TokenBudget
+from geffect_fast.engines.packed_attention import packed_attention
+from geffect_fast.metrics.gradient_norms import gradient_norms, mean_losses
+from geffect_fast.metrics.scored import batches_of, forward_layout, score
+
+ROWS, LENGTHS = 32, (20, 120)
+"""Of TOFU's kind: answers of a sentence or two."""
+STEP, BY_ROW = "training step", "one backward a row"
+
+
+def make_rows(n: int, vocabulary: int) -> list[Sequence]:
+    """Rows of unlike lengths, a third of each a question."""
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.randint(*LENGTHS, (n,), generator=generator).tolist()
+    rows = []
+    for length in lengths:
+        ids = torch.randint(3, vocabulary, (length,), generator=generator).tolist()
+        rows.append({"input_ids": ids, "labels": [-100] * (length // 3) + ids[length // 3 :]})
+    return [sample.answer for sample in tokenize_rows(rows, None, name="forget").samples]
+
+
+def training_step(model: nn.Module, rows: list[Sequence], budget: int) -> None:
+    """Forward and backward over all rows, packed; the gradients are let go."""
+    for batch in batches_of(rows, TokenBudget(budget), "packed"):
+        with packed_attention(model, batch):
+            (mean_losses(model, {"batch": batch}).sum() / len(rows)).backward()
+    model.zero_grad(set_to_none=True)
+
+
+def by_row(model: nn.Module, rows: list[Sequence]) -> Tensor:
+    """Norms of the rows' gradients, one backward each."""
+    norms = []
+    for batch in batches_of(rows, TokenBudget(1), "single"):
+        mean_losses(model, {"batch": batch}).sum().backward()
+        norms.append(torch.stack([p.grad.norm() for p in model.parameters()]).norm())
+        model.zero_grad(set_to_none=True)
+    return torch.stack(norms).double()
+
+
+def contestants(
+    model: nn.Module, rows: list[Sequence], budget: int
+) -> dict[str, Callable[[], Any]]:
+    """What is timed, by name."""
+    places = [""] * len(rows)
+    layout = forward_layout(model, rows)
+
+    def norms(*needs: str) -> Callable[[], Any]:
+        return lambda: gradient_norms(model, rows, needs, TokenBudget(budget), layout)
+
+    def scored(distribution: bool) -> Callable[[], Any]:
+        return lambda: score(
+            model, rows, places, TokenBudget(budget), layout, distribution=distribution
+        )
+
+    return {
+        STEP: lambda: training_step(model, rows, budget),
+        "gradient norms, whole": norms("whole_norms"),
+        "gradient norms, by parameter": norms("parameter_norms"),
+        "gradient norms, largest entries": norms("largest_entries"),
+        BY_ROW: lambda: by_row(model, rows),
+        "teacher-forced pass": scored(False),
+        "teacher-forced pass with min-k++": scored(True),
+    }
+
+
+def measure(model: nn.Module, n: int, rounds: int) -> list[dict[str, Any]]:
+    """A row of the table a contestant."""
+    rows = make_rows(n, model.config.vocab_size)
+    budget = estimate_token_budget(model, n_directions=0)
+    runs = contestants(model, rows, budget)
+    expected = by_row(model, rows)
+    found = torch.from_numpy(runs["gradient norms, whole"]()["whole_norms"])
+    error = float(((found - expected) / expected).abs().max())
+    for run in runs.values():
+        run()
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(rounds):
+        for name, run in runs.items():
+            begun = time.perf_counter()
+            run()
+            seconds[name].append(time.perf_counter() - begun)
+    return [
+        {
+            "rows": n,
+            "tokens": sum(map(len, rows)),
+            "token_budget": budget,
+            "contestant": name,
+            "median_s": round(statistics.median(times), 4),
+            "of_step": round(
+                statistics.median(t / s for t, s in zip(times, seconds[STEP], strict=True)), 3
+            ),
+            "error": f"{error:.1e}" if name == "gradient norms, whole" else "",
+        }
+        for name, times in seconds.items()
+    ]
+
+
+def main() -> int:
+    """Print the table, and write it unless it is quick."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--quick", action="store_true", help="tiny model, two rounds, print only")
+    parser.add_argument("--rounds", type=int, default=7)
+    options = parser.parse_args()
+    model = make_model(options.quick).eval()
+    table = measure(model, 6 if options.quick else ROWS, 2 if options.quick else options.rounds)
+    for row in table:
+        print(f"{row['contestant']:34} {row['median_s']:8.4f} s {row['of_step']:7.3f} steps")
+    if not options.quick:
+        write_csv(RESULTS / "metrics_cpu.csv", table)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,68 @@
+"""`geffect-fast evaluate`."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from geffect_fast.arguments import checked_config
+from geffect_fast.cli.options import (
+    EVALUATE_FIELDS,
+    ConfigFile,
+    Out,
+    Overwrite,
+    Quiet,
+    check_command,
+    config_input,
+    config_options,
+    option_names,
+    values_of,
+)
+from geffect_fast.cli.printing import print_evaluation
+from geffect_fast.errors import InputError
+from geffect_fast.evaluation_settings import EvaluateConfig
+
+
+@config_options(EVALUATE_FIELDS)
+def evaluate(
+    more_models: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[MODEL]...", help="Further models.", show_default=False),
+    ] = None,
+    *,
+    out: Out,
+    config: ConfigFile = None,
+    given: dict[str, Any],
+    overwrite: Overwrite = False,
+    quiet: Quiet = False,
+) -> None:
+    """Measure what the field trusts: memorisation, truth ratio, membership, utility.
+
+    Of one model, of several (--models A B C), or of the checkpoints of a run (--run RUN). The
+    folder holds evaluation.nc (NetCDF; geffect_fast.open_evaluation reads it), summary.csv and
+    run.yaml, which replays it.
+    """
+    if more_models:
+        given = given | {"models": [*given.get("models", []), *more_models]}
+    values = values_of(config, given)
+    check_command(config, values.get("command", "evaluate"), "evaluate")
+    for name in ("forget", "retain"):
+        if values.get(name) is None:
+            raise InputError(f"--{name} is missing; give it, or a --config that holds it")
+    names = option_names(given) | {"models": "--models"}
+    checked = checked_config(
+        EvaluateConfig, values | {"command": "evaluate"}, str(config or ""), names
+    )
+
+    from geffect_fast.measure.execute_evaluation import execute_evaluation
+
+    dataset = execute_evaluation(
+        checked,
+        out,
+        overwrite=overwrite,
+        progress=not quiet,
+        inputs=config_input(config, False),
+    )
+    if not quiet:
+        print_evaluation(dataset, out)

@@ -1,0 +1,127 @@
+"""Settings of `evaluate`: what is measured of which models, on which data."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from geffect_fast.paths import is_there, user_path
+from geffect_fast.setting_types import Name, Option, PathOrId
+from geffect_fast.settings import Machine, Reading
+
+
+class Evaluating(Reading):
+    """What is measured, and how."""
+
+    metrics: Annotated[
+        tuple[Any, ...],
+        Option(
+            metavar="NAMES",
+            help="Metrics with commas between: 'probability,min_k(k=0.2)'; repeatable.",
+            repeatable=True,
+        ),
+    ] = ()
+    """Metrics by name, such as `probability` or `min_k(k=0.2)`; none, and no suite: probability,
+    extraction_strength and exact_memorisation."""
+
+    suite: str | None = None
+    """A benchmark's metrics, under its names: tofu, muse or survey; metrics are measured beside."""
+
+    max_new_tokens: int = Field(default=200, gt=0)
+    """Most tokens that a model writes after a prompt, for metrics of what it writes."""
+
+    @field_validator("metrics", mode="before")
+    @classmethod
+    def _several(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
+
+
+class EvaluateConfig(Machine, Evaluating):
+    """All that decides the numbers of an evaluation; saved as `run.yaml`, it replays them."""
+
+    command: Literal["evaluate"] = "evaluate"
+    """The command that replays it."""
+
+    models: Annotated[
+        tuple[PathOrId, ...],
+        Option(
+            ("--models", "--model", "-m"),
+            "MODEL",
+            "Folder or hub id of a model to evaluate; several may follow.",
+            repeatable=True,
+        ),
+    ] = ()
+    """Folders or hub ids of transformers causal language models, each evaluated in turn."""
+
+    run: PathOrId | None = None
+    """A folder of `unlearn`, or of a Trainer, whose checkpoints are evaluated in turn, by step, in
+    place of models; of `unlearn` also the model before training and the one at its end."""
+
+    forget: Annotated[PathOrId, Option(("--forget", "-f"))]
+    """Data to forget: JSON (lines) with question and answer, or a hub id `name:config:split`."""
+
+    retain: Annotated[PathOrId, Option(("--retain", "-r"))]
+    """Data to keep, in the same format."""
+
+    holdout: PathOrId | None = None
+    """Data that no model was trained on, like the forget data: what membership is told from."""
+
+    probes: Annotated[
+        dict[Name, PathOrId],
+        Option(("--probe",), "NAME=DATA", "A further data set under a name; repeatable."),
+    ] = Field(default={})
+    """Further data sets by name; model_utility reads real_authors and world_facts."""
+
+    reference: PathOrId | None = None
+    """Folder or hub id of a reference model: that of the metric `reference`."""
+
+    retain_model: PathOrId | None = None
+    """Folder or hub id of a model trained without the forget data, or TOFU's saved evaluation log
+    of one (a .json file): what forget_quality and privleak compare with."""
+
+    tokenizer: PathOrId | None = None
+    """Folder or hub id of the tokenizer, where it is not the first model's own."""
+
+    rows: dict[str, str] = Field(default={})
+    """Digests of the tokenised rows by data set; recorded, so that a replay tells other rows."""
+
+    @field_validator("metrics")
+    @classmethod
+    def _as_text(cls, value: tuple[Any, ...]) -> tuple[str, ...]:
+        return tuple(map(str, value))
+
+    @field_validator("models", mode="before")
+    @classmethod
+    def _several_models(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _something(self) -> EvaluateConfig:
+        if bool(self.models) == (self.run is not None):
+            which = "both are given; leave one out" if self.models else "give --models or --run"
+            raise ValueError(f"models: models or a run's checkpoints are evaluated: {which}")
+        for i, model in enumerate(self.models):
+            if model in self.models[:i]:
+                raise ValueError(f"models: {model} is listed twice; leave one out")
+        return self
+
+    def inputs(self) -> dict[str, str]:
+        """What is read, by the option that names it."""
+        named = {
+            **{f"--models {model}": model for model in self.models},
+            "--run": self.run,
+            "--tokenizer": self.tokenizer,
+            "--reference": self.reference,
+            "--retain-model": self.retain_model,
+            "--forget": self.forget,
+            "--retain": self.retain,
+            "--holdout": self.holdout,
+            **{f"--probe {name}": source for name, source in self.probes.items()},
+        }
+        return {option: source for option, source in named.items() if source is not None}
+
+    def is_log(self) -> bool:
+        """Whether the retain model is a saved log."""
+        given = self.retain_model
+        return given is not None and given.endswith(".json") and is_there(user_path(given))

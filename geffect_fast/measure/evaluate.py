@@ -1,0 +1,410 @@
+"""`evaluate`: what the field measures of an unlearned model, with names on every axis."""
+
+from __future__ import annotations
+
+import json
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from torch import nn
+
+from geffect_fast.arguments import checked_config, with_settings
+from geffect_fast.capture.compat import check_is_model
+from geffect_fast.data import SampleSet, estimate_token_budget, read_rows, tokenize_rows
+from geffect_fast.engines.batches import TokenBudget
+from geffect_fast.errors import InputError
+from geffect_fast.evaluation_settings import Evaluating
+from geffect_fast.measure.memory import within_budget
+from geffect_fast.measure.models import load_model
+from geffect_fast.measure.prepare import Sources, check_model, table_of_positions
+from geffect_fast.metrics.base import ALL, FORGET, HOLDOUT, Measure, Seen
+from geffect_fast.metrics.observe import answers_scored, n_tokens, observe
+from geffect_fast.metrics.observed import Observed, known, read_log
+from geffect_fast.metrics.registry import resolved_metrics
+from geffect_fast.metrics.rows import DataRows, rows_of
+from geffect_fast.results.dataset import digests, versions
+from geffect_fast.results.intervals import LEVEL
+from geffect_fast.terminal import progress_bar
+
+if TYPE_CHECKING:
+    import xarray as xr
+
+Model = nn.Module | str | Path
+
+
+@with_settings(Evaluating)
+def evaluate(
+    model: nn.Module,
+    tokenizer: Any,
+    *,
+    forget: Any,
+    retain: Any,
+    holdout: Any = None,
+    probes: Mapping[str, Any] | None = None,
+    reference_model: Model | None = None,
+    retain_model: Model | None = None,
+    progress: bool = False,
+    **settings: Any,
+) -> xr.Dataset:
+    """Measures of a model on data sets, by metric, set and sample, with intervals.
+
+    All that metrics read of logits comes from one teacher-forced pass over the rows of all sets,
+    packed into batches; texts are generated, and gradients formed, where a metric asks for them.
+
+    Args:
+        model: a causal language model of transformers; it is put in eval mode meanwhile, and left
+            as it was.
+        tokenizer: of transformers; None for samples that are tokenised already.
+        forget: what must go: a path to JSON or JSON lines of `question` and `answer`, a hub id, a
+            list of dicts, or tokenised samples. Some metrics read more fields of a row, as TOFU has
+            them: `paraphrased_answer`, `perturbed_answer` (a list), `paraphrased_question`,
+            `choices` (a list with the answer among them).
+        retain: what must stay, likewise.
+        holdout: rows like the forget set's that no model was trained on, for membership.
+        probes: further data sets by name; `model_utility` reads `real_authors` and `world_facts`.
+        reference_model: what the metric `reference` compares with, a model or the folder of one.
+        retain_model: one trained without the forget rows, for `forget_quality` and `privleak`: a
+            model, the folder of one, or for `forget_quality` the JSON of TOFU's evaluation log.
+        progress: show a bar.
+        settings:
+
+    Returns:
+        A Dataset with `value` (metric, set), `value_low` and `value_high` (its bounds,
+        `interval_level` of all draws of the rows, `geffect_fast.results.intervals`), and
+        `sample_value` (metric, sample), the rows' scores. All fp64; NaN where a metric has no
+        number. A number of several sets together stands under the set `all`.
+
+        Coordinates: `metric` as written, with `statistic` (what the number of a set is: mean, AUC,
+        p-value ...); `set`; `sample` (row number) with `sample_set` and `question`.
+
+        Results of several models go side by side by `xarray.concat(results, "model")`.
+
+    Raises:
+        InputError: unusable data, model or metric, in one line.
+        NonFiniteError: a weight or log-probability is not finite; the first is named.
+        UnsupportedModelError: the model cannot do what a metric needs.
+
+    Example:
+        >>> result = gf.evaluate(model, tokenizer, forget="forget01_perturbed.json",
+        ...                      retain="retain_perturbed.json", metrics=["truth_ratio", "rouge_l"])
+        >>> result.value.sel(metric="rouge_l", set="forget")
+    """
+    evaluator = Evaluator(
+        model,
+        tokenizer,
+        checked_config(Evaluating, settings),
+        {FORGET: forget, "retain": retain, HOLDOUT: holdout, **checked_probes(probes)},
+        reference_model,
+        retain_model,
+    )
+    return evaluator.measure(model, progress=progress)
+
+
+def checked_probes(probes: Mapping[str, Any] | None) -> Mapping[str, Any]:
+    """Further data sets by name; raise `InputError` where a name is taken, or they are none."""
+    Sources.of(None, None, probes, None)
+    for name in probes or {}:
+        if name in (HOLDOUT, ALL):
+            raise InputError(f"probes: the name '{name}' is taken; choose another")
+    return probes or {}
+
+
+class Evaluator:
+    """Data sets, metrics, and what the models that others are compared with say: once for all.
+
+    Args:
+        model: the first to be measured; others must share its vocabulary.
+        tokenizer: as for `evaluate`.
+        settings: what is measured.
+        sources: data sets by name, `forget` and `retain` and what else there is; None is left out.
+        reference_model, retain_model: as for `evaluate`.
+
+    Attributes:
+        rows: digests of the tokenised rows, by set.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        settings: Evaluating,
+        sources: Mapping[str, Any],
+        reference_model: Model | None = None,
+        retain_model: Model | None = None,
+    ) -> None:
+        check_is_model(model)
+        self.metrics = resolved_metrics(settings.metrics, settings.suite)
+        given = {name: source for name, source in sources.items() if source is not None}
+        needs = {need for metric in self.metrics for need in metric.wants()}
+        self._check_given(needs, given, reference_model, retain_model)
+        self._settings, self._tokenizer = settings, tokenizer
+        self._first, self._vocabulary = weakref.ref(model), vocabulary(model)
+        read = {
+            name: source if isinstance(source, SampleSet) else read_rows(source, name=name)
+            for name, source in given.items()
+        }
+        self.needs = {
+            name: {need for m in self.metrics if m.reads(name) for need in m.wants()}
+            for name in read
+        }
+        self._positions = table_of_positions(model)
+        self.sets = {
+            name: rows_of(
+                rows,
+                name,
+                [metric for metric in self.metrics if metric.reads(name)],
+                self.needs[name],
+                self._tokenize,
+            )
+            for name, rows in read.items()
+        }
+        self.rows = digests({name: rows.answers for name, rows in self.sets.items()})
+        self._check(model, "model")
+        self._budget = TokenBudget(settings.token_budget or self._tokens_that_fit(model))
+        self._reference: dict[str, Any] = {}
+        if "reference" in needs and reference_model is not None:
+            other = self._loaded(reference_model, "reference_model", model)
+            read_by = self._sets_with("reference")
+            with evaluating(other), within_budget(self._budget):
+                self._reference = answers_scored(other, read_by, self._budget, "reference model")
+        self._retrained: dict[str, Observed] = {}
+        if retain_model is not None and "retain_model" in needs | self._uses_if_given():
+            self._retrained = self._seen_of_retrained(retain_model, model)
+
+    def measure(
+        self, model: nn.Module, *, progress: bool = False, what: str = "model"
+    ) -> xr.Dataset:
+        """The measures of a model, as `evaluate` returns them.
+
+        Args:
+            model: the first, or another with its vocabulary.
+            progress: show a bar.
+            what: what messages call it.
+        """
+        if model is not self._first():
+            self._check(model, what)
+        n = n_tokens(self.sets, self.needs)
+        with (
+            evaluating(model),
+            within_budget(self._budget),
+            progress_bar(progress, f"measures of the {what}", n) as update,
+        ):
+            seen = self._observed(model, self.sets, self.needs, what, lambda k: update(advance=k))
+        for name, scored in self._reference.items():
+            seen[name] = replace(seen[name], reference=scored)
+        every = Seen(seen, self._retrained)
+        dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+        return self._dataset(seen, [metric.measures(every) for metric in self.metrics], dtype)
+
+    @property
+    def token_budget(self) -> int:
+        """Tokens a batch; where memory ran out, less than it was."""
+        return self._budget.tokens
+
+    def _check_given(
+        self, needs: set[Any], sources: Mapping[str, Any], reference: Any, retrained: Any
+    ) -> None:
+        """Raise `InputError` where a metric needs data or a model that is not given."""
+        for need, there, remedy in (
+            (
+                HOLDOUT,
+                HOLDOUT in sources,
+                "rows that no model was trained on, as holdout (--holdout FILE)",
+            ),
+            ("reference", reference is not None, "one, as reference_model (--reference MODEL)"),
+            (
+                "retain_model",
+                retrained is not None,
+                "a model trained without the forget rows, or its log, as retain_model "
+                "(--retain-model MODEL)",
+            ),
+        ):
+            if need in needs and not there:
+                metric = next(m for m in self.metrics if need in m.wants())
+                raise InputError(f"metric {metric} needs {need.replace('_', ' ')}: give {remedy}")
+
+    def _uses_if_given(self) -> set[str]:
+        """What metrics compare with where it is there: privleak's model has a default."""
+        return {"retain_model"} if any(m.name == "privleak" for m in self.metrics) else set()
+
+    def _sets_with(self, need: str) -> dict[str, DataRows]:
+        return {name: rows for name, rows in self.sets.items() if need in self.needs[name]}
+
+    def _tokenize(self, rows: Sequence[Mapping[str, Any]], name: str) -> SampleSet:
+        return tokenize_rows(
+            rows,
+            self._tokenizer,
+            name=name,
+            template=self._settings.template,
+            max_length=self._settings.max_length,
+            date=self._settings.date,
+            n_positions=self._positions,
+        )
+
+    def _check(self, model: nn.Module, what: str) -> None:
+        """Raise where a model is none, holds NaN, or does not fit the rows or the first model."""
+        own, first = vocabulary(model), self._vocabulary
+        if own != first:
+            raise InputError(
+                f"{what}: it knows {own} tokens and the first model {first}; evaluate models of "
+                "different vocabularies apart, each with its own tokenizer"
+            )
+        numbered = enumerate(s for rows in self.sets.values() for s in rows.every_set())
+        check_model(model, {str(i): each for i, each in numbered}, what)
+
+    def _tokens_that_fit(self, model: nn.Module) -> int:
+        logits = any("distribution" in needs for needs in self.needs.values())
+        return estimate_token_budget(model, n_directions=0, logits=logits)
+
+    def _loaded(self, source: Model, what: str, model: nn.Module) -> nn.Module:
+        """A further model, loaded where a folder is given, as exact and where `model` is."""
+        if isinstance(source, nn.Module):
+            loaded = source
+        else:
+            first = next(model.parameters())
+            dtype, device = str(first.dtype).removeprefix("torch."), str(first.device)
+            trusted = self._settings.trust_remote_code
+            loaded = load_model(source, dtype, device, what, trust_remote_code=trusted)
+        self._check(loaded, what)
+        return loaded
+
+    def _observed(
+        self,
+        model: nn.Module,
+        sets: Mapping[str, DataRows],
+        needs: Mapping[str, set[Any]],
+        what: str,
+        tick: Any = lambda _: None,
+    ) -> dict[str, Observed]:
+        return observe(
+            model,
+            sets,
+            needs,
+            self._tokenizer,
+            self._budget,
+            self._settings.max_new_tokens,
+            what=what,
+            tick=tick,
+        )
+
+    def _seen_of_retrained(self, source: Model, first: nn.Module) -> dict[str, Observed]:
+        """What the model without the forget rows says, or what its log says that it said."""
+        if not isinstance(source, nn.Module) and str(source).endswith(".json"):
+            if self._uses_if_given():
+                raise InputError(
+                    "metric privleak: a log holds no token's probability; give the retain_model "
+                    "itself"
+                )
+            found = read_log(source)
+            self._check_split(found.get(FORGET), source)
+            return found
+        model = self._loaded(source, "retain_model", first)
+        wanted = {"paraphrases", "perturbed"}
+        needs: dict[str, set[Any]] = {FORGET: self.needs[FORGET] & wanted}
+        if self._uses_if_given():
+            needs[HOLDOUT] = set()
+        sets = {name: self.sets[name] for name in needs}
+        with evaluating(model), within_budget(self._budget):
+            return self._observed(model, sets, needs, "retain_model")
+
+    def _check_split(self, log: Observed | None, source: str | Path) -> None:
+        """Raise `InputError` where a saved log is of other forget rows than these."""
+        questions = self.sets[FORGET].answers.questions
+        n = 0 if log is None else len(known(log.paraphrases))
+        if log is None or n != len(questions):
+            raise InputError(
+                f"retain_model: log {source} is of {n} forget rows, and there are "
+                f"{len(questions)}; give the log of the same split"
+            )
+        for row, (question, prompt) in enumerate(zip(questions, log.prompts or (), strict=False)):
+            if question.strip() not in prompt:
+                raise InputError(
+                    f"retain_model: row {row} of log {source} is not the question of forget row "
+                    f"{row}; give the log of the same split"
+                )
+
+    def _dataset(
+        self,
+        seen: Mapping[str, Observed],
+        measures: Sequence[Mapping[str, Measure]],
+        dtype: str,
+    ) -> xr.Dataset:
+        import xarray as xr
+
+        names = [*self.sets, *([ALL] if any(ALL in found for found in measures) else [])]
+        table = np.full((3, len(self.metrics), len(names)), np.nan)
+        for m, found in enumerate(measures):
+            for name, measure in found.items():
+                between = np.clip((measure.low, measure.high), *self.metrics[m].within)
+                table[:, m, names.index(name)] = measure.value, *between
+        scores = [
+            np.concatenate([self._scores(m, of) for of in seen.values()])
+            for m in range(len(self.metrics))
+        ]
+        both, rows = ("metric", "set"), ("metric", "sample")
+        sizes = {name: len(of) for name, of in self.sets.items()}
+        questions = [sample.question for of in self.sets.values() for sample in of.answers.samples]
+        return xr.Dataset(
+            {
+                "value": (both, table[0]),
+                "value_low": (both, table[1]),
+                "value_high": (both, table[2]),
+                "sample_value": (rows, np.stack(scores)),
+            },
+            {
+                "metric": list(map(str, self.metrics)),
+                "statistic": ("metric", [metric.statistic for metric in self.metrics]),
+                "set": names,
+                "sample": np.concatenate([np.arange(n) for n in sizes.values()]),
+                "sample_set": ("sample", np.repeat(list(sizes), list(sizes.values()))),
+                "question": ("sample", questions),
+            },
+            {
+                "metrics": json.dumps(
+                    [{"name": m.name, "parameters": m.model_dump()} for m in self.metrics]
+                ),
+                "suite": self._settings.suite or "",
+                "n_rows": json.dumps(sizes),
+                "max_new_tokens": self._settings.max_new_tokens,
+                "token_budget": self.token_budget,
+                "date": self._settings.date,
+                "digests": json.dumps(self.rows),
+                "interval_level": LEVEL,
+                "dtype": dtype,
+                "versions": json.dumps(versions()),
+                "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            },
+        )
+
+    def _scores(self, number: int, seen: Observed) -> np.ndarray:
+        """A metric's scores of a set's rows; NaN where it has none."""
+        metric = self.metrics[number]
+        scores = None
+        if metric.reads(seen.name) and seen.has(metric.wants()):
+            scores = metric.scores(seen)
+        return np.full(len(self.sets[seen.name]), np.nan) if scores is None else scores
+
+
+def vocabulary(model: nn.Module) -> int | None:
+    """Tokens that a model knows, where its config says so."""
+    config: Any = getattr(model, "config", None)
+    size = getattr(getattr(config, "get_text_config", lambda: config)(), "vocab_size", None)
+    return size if isinstance(size, int) else None
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Inside, a model is in eval mode; afterwards all its modules are as they were."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode

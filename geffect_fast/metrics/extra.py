@@ -1,0 +1,35 @@
+"""Packages of the extra `evaluate`, which the package itself does without."""
+
+from __future__ import annotations
+
+import importlib
+from functools import cache
+from typing import Any
+
+from geffect_fast.errors import InputError
+
+
+def _needed(module: str, package: str, what: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        raise InputError(
+            f"{what} needs the package {package}: pip install 'geffect-fast[evaluate]'"
+        ) from None
+
+
+def scipy_stats() -> Any:
+    """`scipy.stats`."""
+    return _needed("scipy.stats", "scipy", "forget_quality")
+
+
+def roc_auc_score() -> Any:
+    """scikit-learn's function."""
+    return _needed("sklearn.metrics", "scikit-learn", "membership").roc_auc_score
+
+
+@cache
+def rouge_scorer(*, use_stemmer: bool) -> Any:
+    """A scorer of ROUGE-L by the package rouge-score."""
+    scorers = _needed("rouge_score.rouge_scorer", "rouge-score", "ROUGE")
+    return scorers.RougeScorer(["rougeL"], use_stemmer=use_stemmer)

@@ -1,0 +1,125 @@
+"""What greedy decoding puts after prompts: transformers' own, without any of the model's habits.
+
+Prompts of one length share a batch, so that nothing is padded and a row's continuation is that of
+the row by itself.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from geffect_fast.engines.batches import TokenBudget
+from geffect_fast.errors import GEffectWarning, InputError, UnsupportedModelError
+from geffect_fast.trying import no_memory
+
+_HABITS = "generation_config"
+
+_KEPT = 8
+"""Times the tokens of a training batch that generation holds: it keeps keys and values alone, of
+some twenty vectors a token and layer that a backward needs."""
+
+
+def continuations(
+    model: nn.Module,
+    prompts: Sequence[Tensor],
+    ends: set[int],
+    max_new_tokens: int,
+    budget: TokenBudget,
+) -> list[list[int]]:
+    """Greedy continuations, without the token that ends them; equal prompts are continued once.
+
+    Args:
+        model: of transformers, in eval mode; its own settings of generation (penalties, sampling)
+            play no part.
+        prompts: token ids, `(length,)` each.
+        ends: ids after which a row stops.
+        max_new_tokens: most tokens a row gets.
+        budget: of tokens that a batch of a forward and backward may hold; where memory runs out,
+            half as many rows are written at a time.
+
+    Raises:
+        UnsupportedModelError: the model cannot generate.
+        InputError: a prompt and its continuation are longer than the model's positions.
+    """
+    if not hasattr(model, "generate"):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} cannot generate; give a model of transformers, or leave out "
+            "metrics of what it writes (rouge_l, ...)"
+        )
+    keys = [tuple(prompt.tolist()) for prompt in prompts]
+    waiting = sorted(dict.fromkeys(keys), key=len, reverse=True)
+    found: dict[tuple[int, ...], list[int]] = {}
+    most = len(waiting)
+    while waiting:
+        length = len(waiting[0])
+        fit = max(_KEPT * budget.tokens // (length + max_new_tokens), 1)
+        batch = [key for key in waiting[: min(fit, most)] if len(key) == length]
+        try:
+            new = _greedy(model, torch.tensor(batch), ends, max_new_tokens)
+        except (MemoryError, RuntimeError) as error:
+            if not no_memory(error) or len(batch) == 1:
+                raise
+            most = len(batch) // 2
+            warnings.warn(
+                f"out of memory where {len(batch)} rows are written at a time; going on with "
+                f"{most}",
+                GEffectWarning,
+                stacklevel=2,
+            )
+            continue
+        found |= zip(batch, (_until(row, ends) for row in new.tolist()), strict=True)
+        waiting = waiting[len(batch) :]
+    return [found[key] for key in keys]
+
+
+@torch.no_grad()
+def _greedy(model: Any, ids: Tensor, ends: set[int], max_new_tokens: int) -> Tensor:
+    """The new tokens of prompts of one length, `(n, at most max_new_tokens)`."""
+    config = getattr(model.config, "get_text_config", lambda: model.config)()
+    positions = getattr(config, "max_position_embeddings", None)
+    if isinstance(positions, int) and 0 < positions < ids.shape[1] + max_new_tokens:
+        raise InputError(
+            f"max_new_tokens: {max_new_tokens} after a prompt of {ids.shape[1]} tokens are more "
+            f"than the model's {positions} positions; give at most {positions - ids.shape[1]}"
+            if ids.shape[1] < positions
+            else f"a prompt of {ids.shape[1]} tokens leaves no room in the model's {positions} "
+            "positions; shorten or drop the row"
+        )
+    ids = ids.to(next(model.parameters()).device)
+    with _plainly(model, ends, max_new_tokens):
+        made = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids))
+    return made[:, ids.shape[1] :].cpu()
+
+
+@contextmanager
+def _plainly(model: Any, ends: set[int], max_new_tokens: int) -> Iterator[None]:
+    """The model with settings of generation that say greedy, and nothing else."""
+    from transformers import GenerationConfig
+
+    plain = GenerationConfig(
+        do_sample=False,
+        num_beams=1,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=sorted(ends) or None,
+        pad_token_id=min(ends, default=0),
+    )
+    # An adapter asks the model inside, and hands it what it was told.
+    held = [(m, vars(m)[_HABITS]) for m in model.modules() if _HABITS in vars(m)]
+    try:
+        for module, _ in held:
+            setattr(module, _HABITS, plain)
+        yield
+    finally:
+        for module, before in held:
+            setattr(module, _HABITS, before)
+
+
+def _until(row: list[int], ends: set[int]) -> list[int]:
+    """A row's tokens before the first that ends it."""
+    return row[: next((i for i, token in enumerate(row) if token in ends), len(row))]

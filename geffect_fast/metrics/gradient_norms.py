@@ -1,0 +1,113 @@
+"""Norms of the gradients of rows' mean losses, from ghost norms where the norm allows it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from geffect_fast.capture.factors import widened
+from geffect_fast.data import Layout
+from geffect_fast.data.batch import Batch
+from geffect_fast.data.samples import Sequence as Tokens
+from geffect_fast.engines.batches import DataPass, TokenBudget, each_batch
+from geffect_fast.engines.model_outputs import logits_of, positions, without_cache
+from geffect_fast.engines.packed_attention import packed_attention
+from geffect_fast.errors import InputError
+from geffect_fast.functional import per_sample_grad_norms
+from geffect_fast.metrics.scored import Tick, batches_of
+
+NORM_NEEDS = ("whole_norms", "parameter_norms", "largest_entries")
+
+
+def gradient_norms(
+    model: nn.Module,
+    sequences: Sequence[Tokens],
+    needs: Collection[str],
+    budget: TokenBudget,
+    layout: Layout,
+    tick: Tick = lambda _: None,
+) -> dict[str, np.ndarray]:
+    """Norms of every sequence's gradient of its mean loss, by the need that they answer.
+
+    `whole_norms`: of the whole gradient; `parameter_norms`: the mean over trainable parameters of
+    their own norms; `largest_entries`: the mean over them of the largest absolute entry, which no
+    ghost norm gives: a backward a sequence.
+
+    Args:
+        model: in eval mode.
+        sequences: with at least one label token each.
+        needs: which.
+        budget: of tokens a batch.
+        layout: as the functional of per-sample norms can take it apart, `packed` or not.
+        tick: told of tokens.
+
+    Returns:
+        `(n_sequences,)` fp64 each.
+
+    Raises:
+        InputError: all parameters are frozen.
+        UnsupportedModelError: a module's rows cannot be told apart by sample.
+    """
+    if not any(p.requires_grad for p in model.parameters()):
+        raise InputError(
+            "model: nothing in it can be trained, so gradient_norm has no gradient; set "
+            "requires_grad, or leave the metric out"
+        )
+    found = {need: np.empty(len(sequences)) for need in NORM_NEEDS if need in needs}
+    one_pass = [need for need in found if need != "largest_entries"]
+    passes: list[tuple[list[str], Layout, Callable[..., list[Tensor]]]] = []
+    if one_pass:
+        passes.append((one_pass, layout, _ghost_norms))
+    if "largest_entries" in found:
+        passes.append((["largest_entries"], "single", _largest_entries))
+    for names, how, norms in passes:
+        for _, attempt in each_batch([DataPass(batches_of(sequences, budget, how), budget=budget)]):
+            with attempt:
+                values = norms(model, attempt.batch, names)
+                for name, of in zip(names, values, strict=True):
+                    found[name][list(attempt.batch.rows)] = of.double().cpu().numpy()
+                tick(attempt.batch.total_tokens)
+    return found
+
+
+def _ghost_norms(model: nn.Module, batch: Batch, names: Sequence[str]) -> list[Tensor]:
+    """Norms of a batch's rows, `(n,)` each."""
+    moved = batch.to(next(model.parameters()).device)
+    given = {"input_ids": moved.input_ids, "batch": moved}
+    if batch.packed:
+        given["cu_seqlens"] = moved.cu_samples
+    by_parameter = "parameter_norms" in names
+    with packed_attention(model, moved):
+        norms = per_sample_grad_norms(model, mean_losses, given, per_parameter=by_parameter)
+    if isinstance(norms, Tensor):
+        return [norms]
+    of = torch.stack(list(norms.values()))
+    both = {"whole_norms": of.square().sum(0).sqrt(), "parameter_norms": of.mean(0)}
+    return [both[name] for name in names]
+
+
+def mean_losses(model: nn.Module, given: dict[str, Batch]) -> Tensor:
+    """The mean loss of every sample's label tokens, `(n_samples,)`."""
+    batch = given["batch"]
+    answer = model(input_ids=batch.input_ids, **without_cache(model), **positions(model, batch))
+    logits = logits_of(answer, model, batch.input_ids).flatten(0, 1)[batch.target_index]
+    nll = F.cross_entropy(widened(logits), batch.targets[batch.target_index], reduction="none")
+    every = nll.new_zeros(batch.total_tokens).index_copy(0, batch.target_index, nll)
+    mask = batch.target_mask()
+    counts = batch.sample_sum(mask.to(nll.dtype), mask)
+    return batch.sample_sum(every, mask) / counts
+
+
+def _largest_entries(model: nn.Module, batch: Batch, _names: Sequence[str]) -> list[Tensor]:
+    """The mean over parameters of the largest absolute entry of one sample's gradient, `(1,)`."""
+    moved = batch.to(next(model.parameters()).device)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    with torch.enable_grad():
+        (loss,) = mean_losses(model, {"batch": moved})
+        grads = torch.autograd.grad(loss, parameters, allow_unused=True)
+    largest = [g.abs().max().double() for g in grads if g is not None]
+    return [torch.stack(largest).mean()[None]]

@@ -1,0 +1,177 @@
+"""All that metrics need to see of a model, each thing once: rows in, `Observed` out."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from geffect_fast.data import IGNORE, Layout
+from geffect_fast.data.row_kinds import row_place
+from geffect_fast.data.samples import Sequence as Tokens
+from geffect_fast.engines.batches import TokenBudget
+from geffect_fast.errors import InputError
+from geffect_fast.metrics.generation import continuations
+from geffect_fast.metrics.gradient_norms import NORM_NEEDS, gradient_norms
+from geffect_fast.metrics.observed import Observed, Scored
+from geffect_fast.metrics.rows import FIELDS, DataRows, prompt_length
+from geffect_fast.metrics.scored import Tick, forward_layout, score
+
+
+def observe(
+    model: nn.Module,
+    sets: Mapping[str, DataRows],
+    needs: Mapping[str, Collection[str]],
+    tokenizer: Any,
+    budget: TokenBudget,
+    max_new_tokens: int,
+    *,
+    what: str = "model",
+    tick: Tick = lambda _: None,
+) -> dict[str, Observed]:
+    """What a model says of data sets: one teacher-forced pass over all of their sequences.
+
+    Generation and gradients, where they are needed, come after it.
+
+    Args:
+        model: in eval mode.
+        sets: by name.
+        needs: of each set.
+        tokenizer: makes texts of continuations; None where no metric reads them.
+        budget: of tokens a batch.
+        max_new_tokens: most tokens of a continuation.
+        what: what messages call the model.
+        tick: told of tokens.
+
+    Raises:
+        NonFiniteError, UnsupportedModelError, InputError: as the passes raise them.
+    """
+    sequences: list[Tokens] = []
+    places: list[str] = []
+    ends: dict[tuple[str, str, int], slice] = {}
+    for name, rows in sets.items():
+        for column, of in _columns(rows, needs[name]).items():
+            for row, each in enumerate(of):
+                listed = each if isinstance(each, list) else [each]
+                ends[name, column, row] = slice(len(sequences), len(sequences) + len(listed))
+                sequences += listed
+                places += [row_place(name, row)] * len(listed)
+    found = {name: Observed(name) for name in sets}
+    layout = forward_layout(model, sequences)
+    distribution = any("distribution" in of for of in needs.values())
+    scored = score(
+        model,
+        sequences,
+        places,
+        budget,
+        layout,
+        distribution=distribution,
+        what=what,
+        tick=tick,
+    )
+    for name, rows in sets.items():
+        columns: dict[str, Any] = {}
+        for column, of in _columns(rows, needs[name]).items():
+            pieces = [scored[ends[name, column, row]] for row in range(len(of))]
+            several = column in ("perturbed", "choices")
+            columns[column] = pieces if several else [piece[0] for piece in pieces]
+        texts = _texts(rows, tokenizer)
+        found[name] = replace(found[name], **columns, right=rows.right, texts=texts)
+    for name, rows in sets.items():
+        found[name] = replace(
+            found[name],
+            **_written(model, rows, needs[name], tokenizer, budget, max_new_tokens),
+            norms=_norms(model, rows, needs[name], budget, layout, tick),
+        )
+    return found
+
+
+def answers_scored(
+    model: nn.Module, sets: Mapping[str, DataRows], budget: TokenBudget, what: str
+) -> dict[str, list[Scored]]:
+    """What a further model says of the answers of sets."""
+    needs = {name: {"answers"} for name in sets}
+    seen = observe(model, sets, needs, None, budget, 1, what=what)
+    return {name: of.answers or [] for name, of in seen.items()}
+
+
+def n_tokens(sets: Mapping[str, DataRows], needs: Mapping[str, Collection[str]]) -> int:
+    """Tokens of all that a pass scores, equal sequences counted as often as they come."""
+    return sum(
+        len(sequence)
+        for name, rows in sets.items()
+        for of in _columns(rows, needs[name]).values()
+        for each in of
+        for sequence in (each if isinstance(each, list) else [each])
+    )
+
+
+def _columns(rows: DataRows, needs: Collection[str]) -> dict[str, list[Any]]:
+    """By column of `Observed`, the sequences of every row that must be scored for these needs."""
+    found: dict[str, list[Any]] = {"answers": [s.answer for s in rows.answers.samples]}
+    for need in FIELDS:
+        of = getattr(rows, need)
+        if need in needs and of is not None:
+            found[need] = of
+    return found
+
+
+def _texts(rows: DataRows, tokenizer: Any) -> list[str] | None:
+    """The answers' texts: their own, or what their label tokens stand for."""
+    if all(rows.texts) or tokenizer is None:
+        return list(rows.texts) if all(rows.texts) else None
+    labels = [sample.answer.labels for sample in rows.answers.samples]
+    of = [each[each != IGNORE].tolist() for each in labels]
+    return [str(tokenizer.decode(ids, skip_special_tokens=True)) for ids in of]
+
+
+def _written(
+    model: nn.Module,
+    rows: DataRows,
+    needs: Collection[str],
+    tokenizer: Any,
+    budget: TokenBudget,
+    max_new_tokens: int,
+) -> dict[str, Any]:
+    """Continuations of the rows' prompts, and what the data has there."""
+    if "continuations" not in needs:
+        return {}
+    if tokenizer is None:
+        raise InputError(
+            f"{rows.name}: metrics of what a model writes need a tokenizer; give one, or leave "
+            "them out"
+        )
+    answers: list[Tokens] = [sample.answer for sample in rows.answers.samples]
+    lengths = [prompt_length(answer) for answer in answers]
+    special = set(tokenizer.all_special_ids)
+    stops = {int(answer.labels[-1]) for answer in answers} & special
+    stops |= {tokenizer.eos_token_id} - {None}
+    prompts = [answer.input_ids[:n] for answer, n in zip(answers, lengths, strict=True)]
+    written = continuations(model, prompts, stops, max_new_tokens, budget)
+
+    def text(ids: list[int]) -> str:
+        return str(tokenizer.decode(ids, skip_special_tokens=True)).strip()
+
+    rest = [a.input_ids[n:].tolist() for a, n in zip(answers, lengths, strict=True)]
+    # Of a plain text as much is compared as may be written; an answer is compared whole.
+    whole = rows.texts if all(rows.texts) else None
+    truths = list(whole) if whole else [text(ids[:max_new_tokens]) for ids in rest]
+    return {"continuations": [text(ids) for ids in written], "truths": truths}
+
+
+def _norms(
+    model: nn.Module,
+    rows: DataRows,
+    needs: Collection[str],
+    budget: TokenBudget,
+    layout: Layout,
+    tick: Tick,
+) -> dict[str, Any]:
+    """Norms of the rows' gradients, where a metric reads them."""
+    wanted = [need for need in NORM_NEEDS if need in needs]
+    if not wanted:
+        return {}
+    answers = [sample.answer for sample in rows.answers.samples]
+    return gradient_norms(model, answers, wanted, budget, layout, tick)

@@ -1,0 +1,141 @@
+"""Metrics by name, lists of them as text, and the lists that benchmarks are made of."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from typing import TypeVar
+
+import yaml
+from pydantic.fields import FieldInfo
+
+from geffect_fast.arguments import checked_config
+from geffect_fast.errors import InputError
+from geffect_fast.metrics.base import Metric
+from geffect_fast.objectives.registry import nearest
+
+M = TypeVar("M", bound=type[Metric])
+
+_NAME = re.compile(r"[a-z_][a-z0-9_]*")
+_CALL = re.compile(r"\s*(?P<name>[^()\s]+)\s*(\((?P<inside>[^()]*)\))?\s*")
+_COMMA = re.compile(r",(?![^()]*\))")
+_CLASSES: dict[str, type[Metric]] = {}
+
+DEFAULT = ("probability", "extraction_strength", "exact_memorisation")
+"""What is measured where nothing is named: one forward pass, of any rows."""
+
+SUITES: dict[str, tuple[str, ...]] = {
+    "tofu": ("forget_quality", "model_utility", "probability", "rouge_l", "truth_ratio"),
+    "muse": ("verbatim_memorisation", "knowledge_memorisation", "privleak"),
+    "survey": (
+        *("probability", "rouge_l", "extraction_strength", "min_k"),
+        "paraphrased_extraction_strength",
+    ),
+}
+"""What benchmarks measure by rows, under their names: TOFU (2401.06121), MUSE (2407.06460), and the
+assessment of the survey 2402.08787 (efficacy in scope, utility out of scope, paraphrases)."""
+
+
+def register(name: str) -> Callable[[M], M]:
+    """Class decorator that makes a metric usable by `name` in lists of metrics.
+
+    Running the definition of the same class again replaces it, as a notebook needs.
+
+    Args:
+        name: lower-case letters, digits and underscores, not yet taken.
+
+    Raises:
+        InputError: the name is unusable or taken, or the class is no metric that defines `scores`
+            or `measures`, or a hyper-parameter has no default.
+
+    Example:
+        >>> @register("surprise")
+        ... class Surprise(Metric): ...
+    """
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        raise InputError(f"metric name {name!r} must be a lower-case identifier")
+
+    def add(cls: M) -> M:
+        if not (isinstance(cls, type) and issubclass(cls, Metric)):
+            raise InputError(f"metric {name!r}: {cls!r} must be a subclass of Metric")
+        taken = _CLASSES.get(name)
+        if taken is not None and _origin(taken) != _origin(cls):
+            raise InputError(f"metric name {name!r} is taken by {'.'.join(_origin(taken))}")
+        if cls.scores is Metric.scores and cls.measures is Metric.measures:
+            raise InputError(f"metric {name!r}: {cls.__name__} must define scores()")
+        declared: FieldInfo
+        for field, declared in vars(cls)["__pydantic_fields__"].items():
+            if declared.is_required():
+                raise InputError(f"metric {name!r}: {field!r} has no default; give it one")
+        cls.name = name
+        _CLASSES[name] = cls
+        return cls
+
+    return add
+
+
+def available() -> tuple[str, ...]:
+    """Names of all registered metrics, in alphabetical order."""
+    return tuple(sorted(_CLASSES))
+
+
+def resolved_metrics(
+    metrics: str | Metric | Iterable[str | Metric] = (), suite: str | None = None
+) -> list[Metric]:
+    """The metrics that are meant, each once.
+
+    Args:
+        metrics: objects, or texts such as `probability` and `min_k(k=0.2)`, several in one text
+            with commas between.
+        suite: name of a list in `SUITES`, measured first.
+
+    Raises:
+        InputError: a name is unknown (the nearest is offered), a hyper-parameter is wrong, or a
+            metric is listed twice.
+    """
+    given = [metrics] if isinstance(metrics, str | Metric) else list(metrics)
+    if suite is not None and suite not in SUITES:
+        raise InputError(f"suite: unknown {suite!r}; {nearest(suite, tuple(SUITES))}")
+    if suite is None and not given:
+        given = list(DEFAULT)
+    found: list[Metric] = []
+    for each in (*SUITES.get(suite or "", ()), *given):
+        if isinstance(each, Metric):
+            found.append(each)
+        elif isinstance(each, str):
+            found += [_parsed(text) for text in _COMMA.split(each)]
+        else:
+            raise InputError(f"metrics: got {each!r}; give names, such as 'probability'")
+    for i, metric in enumerate(found):
+        if metric in found[:i]:
+            raise InputError(f"metrics: '{metric}' is listed twice; leave one out")
+    return found
+
+
+def _parsed(text: str) -> Metric:
+    """The metric of `name` or `name(hyper_parameter=value, ...)`."""
+    call = _CALL.fullmatch(text)
+    if call is None:
+        raise InputError(f"metrics: {text.strip()!r} must be a name, or such as 'min_k(k=0.2)'")
+    cls = _CLASSES.get(call["name"].lower())
+    if cls is None:
+        advice = nearest(call["name"].lower(), available())
+        raise InputError(f"metrics: unknown {call['name'][:40]!r}; {advice}")
+    values = {}
+    for pair in (call["inside"] or "").split(","):
+        key, equals, value = (part.strip() for part in pair.partition("="))
+        if not pair.strip():
+            continue
+        if not (key and equals and value):
+            raise InputError(
+                f"metrics: {pair.strip()!r} in {text.strip()!r} must be NAME=VALUE, such as k=0.2"
+            )
+        try:
+            values[key] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            values[key] = value
+    return checked_config(cls, values, f"metric {cls.name}")
+
+
+def _origin(cls: type) -> tuple[str, str]:
+    return cls.__module__, cls.__qualname__

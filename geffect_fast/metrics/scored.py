@@ -1,0 +1,177 @@
+"""One teacher-forced pass over all sequences that metrics read, packed, each sequence once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from geffect_fast.capture.factors import widened
+from geffect_fast.capture.precision import precisions
+from geffect_fast.data import IGNORE, Layout, Sample, SampleSet, make_batches
+from geffect_fast.data.batch import Batch
+from geffect_fast.data.samples import Sequence as Tokens
+from geffect_fast.engines.batches import DataPass, TokenBudget, each_batch
+from geffect_fast.engines.layout import TOLERANCE, close, in_chunks
+from geffect_fast.engines.model_outputs import model_outputs, takes
+from geffect_fast.engines.packed_attention import packed_attention
+from geffect_fast.engines.rotary_frequencies import still_up_to
+from geffect_fast.errors import NonFiniteError, UnsupportedModelError
+from geffect_fast.metrics.observed import Scored
+
+Tick = Callable[[int], object]
+"""Told of the tokens that are done."""
+
+_PROBE = 8
+"""Tokens of the sequences on which a batch of equal lengths is tried."""
+
+
+def once(sequences: Sequence[Tokens]) -> tuple[list[Tokens], list[int]]:
+    """Different sequences, and for each that was given the number of the one it is."""
+    numbers: dict[tuple[bytes, bytes], int] = {}
+    different: list[Tokens] = []
+    which: list[int] = []
+    for sequence in sequences:
+        key = sequence.input_ids.numpy().tobytes(), sequence.labels.numpy().tobytes()
+        if key not in numbers:
+            numbers[key] = len(different)
+            different.append(sequence)
+        which.append(numbers[key])
+    return different, which
+
+
+def batches_of(sequences: Sequence[Tokens], budget: TokenBudget, layout: Layout) -> list[Batch]:
+    """Batches in which every sequence is a sample of its own, by its number."""
+    samples = tuple(Sample(row, "", sequence) for row, sequence in enumerate(sequences))
+    return make_batches(
+        SampleSet("rows", samples), ("answer",), token_budget=budget.tokens, layout=layout
+    )
+
+
+def score(
+    model: nn.Module,
+    sequences: Sequence[Tokens],
+    places: Sequence[str],
+    budget: TokenBudget,
+    layout: Layout,
+    *,
+    distribution: bool = False,
+    what: str = "model",
+    tick: Tick = lambda _: None,
+) -> list[Scored]:
+    """What a model says of sequences' label tokens; equal ones are computed once.
+
+    Log-probabilities are taken in fp32, or fp64 of fp64 models, also from bf16 logits.
+
+    Args:
+        model: in eval mode.
+        sequences: with at least one label token each.
+        places: what messages call each.
+        budget: of tokens a batch; no number depends on it but by rounding.
+        layout: of `forward_layout`.
+        distribution: whether mean and spread of the tokens' log-probabilities are formed too.
+        what: what messages call the model.
+        tick: told of tokens.
+
+    Raises:
+        NonFiniteError: a log-probability is NaN or infinite; the row is named.
+    """
+    different, which = once(sequences)
+    found: list[Scored | None] = [None] * len(different)
+    for _, attempt in each_batch([DataPass(batches_of(different, budget, layout), budget=budget)]):
+        with attempt:
+            values = _token_values(model, attempt.batch, distribution)
+            numbers = values.cpu().numpy()
+            lengths = [different[row].n_targets for row in attempt.batch.rows]
+            pieces = np.split(numbers, np.cumsum(lengths)[:-1], axis=1)
+            for row, piece in zip(attempt.batch.rows, pieces, strict=True):
+                if not np.isfinite(piece).all():
+                    place = places[which.index(row)]
+                    raise NonFiniteError(
+                        f"{place}: the {what} gives its answer a log-probability that is NaN or "
+                        "infinite; give a model whose logits are finite there, or drop the row"
+                    )
+                found[row] = _scored(piece)
+            tick(attempt.batch.total_tokens)
+    return [each for row in which if (each := found[row]) is not None]
+
+
+@torch.no_grad()
+def _token_values(model: nn.Module, batch: Batch, distribution: bool) -> Tensor:
+    """Log-probability, whether greedy, and mean and spread, `(2 or 4, n_targets)` fp64."""
+    moved = batch.to(next(model.parameters()).device)
+    with packed_attention(model, moved):
+        outputs = model_outputs(model, moved, {"logits"})
+    index = moved.target_index
+    logits = outputs.logits
+    assert logits is not None
+    rows = [outputs.token_logprob[index], logits.argmax(-1) == moved.targets[index]]
+    if distribution:
+        log_p = torch.log_softmax(widened(logits), -1)
+        p = log_p.exp()
+        seen = torch.where(p > 0, log_p, 0)  # a token that cannot be has no part in either
+        mean = (p * seen).sum(-1)
+        rows += [mean, (p * (seen - mean[:, None]).square()).sum(-1).sqrt()]
+    return torch.stack([row.double() for row in rows])
+
+
+def _scored(values: np.ndarray) -> Scored:
+    log_prob, greedy, *more = values
+    mean, spread = more or (None, None)
+    return Scored(-float(log_prob.mean()), log_prob, greedy > 0, mean, spread)
+
+
+def forward_layout(model: nn.Module, sequences: Sequence[Tokens]) -> Layout:
+    """The fastest layout in which a model says the same of sequences as of each by itself.
+
+    Tried on the first, the shortest and the longest: packed; else several of one length; else one
+    by one.
+
+    Raises:
+        UnsupportedModelError: the model does not run on one sequence.
+    """
+    by_length = sorted(sequences, key=len)
+    some = [sequences[0], sequences[-1], by_length[0], by_length[-1]]
+    alibi = getattr(getattr(model, "config", None), "alibi", False)
+    may_pack = takes(model, "position_ids") and not (alibi or in_chunks(model))
+    if may_pack and len(by_length[-1]) <= still_up_to(model) and _agrees(model, some, "packed"):
+        return "packed"
+    equal = [_cut(each, _PROBE) for each in some]
+    return "equal_length" if _agrees(model, equal, "equal_length") else "single"
+
+
+def _cut(sequence: Tokens, n: int) -> Tokens:
+    """`n` tokens of a sequence, repeated where it is shorter, labelled but for the first."""
+    ids = sequence.input_ids.repeat(-(-n // len(sequence)))[:n]
+    return Tokens(ids, torch.cat([ids.new_tensor([IGNORE]), ids[1:]]))
+
+
+@torch.no_grad()
+def _agrees(model: nn.Module, sequences: Sequence[Tokens], layout: Layout) -> bool:
+    """Whether log-probabilities of sequences together are those of each by itself."""
+    device = next(model.parameters()).device
+    everything = TokenBudget(sum(map(len, sequences)))
+
+    def said(layout: Layout) -> Tensor:
+        found = []
+        for batch in batches_of(sequences, everything, layout):
+            moved = batch.to(device)
+            with packed_attention(model, moved):
+                found.append(model_outputs(model, moved).token_logprob.cpu())
+        return torch.cat(found)
+
+    try:
+        own = said("single")
+    except (RuntimeError, TypeError, ValueError, IndexError) as error:
+        reason = " ".join(str(error).split())[:120]
+        raise UnsupportedModelError(
+            f"{type(model).__name__}: it cannot be evaluated on one sequence by itself ({reason}); "
+            "give a causal language model that runs on one"
+        ) from error
+    try:
+        together = said(layout)
+    except Exception:  # whatever a model raises that cannot be called this way
+        return False
+    return close(together, own, max(TOLERANCE[dtype] for dtype in precisions(model)))

@@ -1,0 +1,102 @@
+"""The run folder of an evaluation: `evaluation.nc`, `run.yaml` and `summary.csv`, all or none."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from geffect_fast.errors import InputError, in_one_line
+from geffect_fast.evaluation_settings import EvaluateConfig
+from geffect_fast.paths import is_there, user_path
+from geffect_fast.results.form import check_size
+from geffect_fast.storage.csv_cells import write_csv
+from geffect_fast.storage.lock import restored
+from geffect_fast.storage.manifest import Sums, check_file
+from geffect_fast.storage.run_folder import (
+    EVALUATION,
+    SUMMARY,
+    plain_attrs,
+    staged_run,
+    write_config,
+    write_dataset,
+)
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import xarray as xr
+
+
+def save_evaluation(
+    folder: str | Path,
+    dataset: xr.Dataset,
+    config: EvaluateConfig,
+    overwrite: bool = False,
+    inputs: Mapping[str, str | Path] | None = None,
+    sums: Mapping[str, Sums] | None = None,
+) -> None:
+    """Write measures into a run folder, with what replays them and a table of the numbers of sets.
+
+    Args:
+        folder: made where it does not exist; other files in it stay.
+        dataset: of `geffect_fast.evaluate`, of one or several models.
+        config: what replays it.
+        overwrite: whether to replace a run that is there.
+        inputs: as `staged_run` takes them.
+        sums: checksums of what the run was made from, by option.
+
+    Raises:
+        InputError: as `staged_run`, or the disk refuses.
+    """
+    with staged_run(folder, overwrite, inputs, lambda: sums or {}) as staging:
+        write_dataset(dataset, staging / EVALUATION)
+        write_config(config, staging)
+        write_csv(table_of(dataset), staging / SUMMARY)
+
+
+def table_of(dataset: xr.Dataset) -> pd.DataFrame:
+    """A row a number: of which model or step, metric and set, with its bounds."""
+    axes = list(dataset["value"].dims)
+    numbers = dataset[["value", "value_low", "value_high"]].to_dataframe().reset_index()
+    kept = numbers.dropna(subset=["value"])
+    return kept[[*axes, "statistic", "value", "value_low", "value_high"]]
+
+
+def holds_evaluation(folder: str | Path) -> bool:
+    """Whether a run folder, or a file, is of `evaluate`."""
+    path = user_path(folder)
+    return path.name == EVALUATION or is_there(path / EVALUATION)
+
+
+def open_evaluation(folder: str | Path) -> xr.Dataset:
+    """The measures in a run folder of `evaluate`, loaded into memory with the file closed again.
+
+    Args:
+        folder: a run folder, or an `evaluation.nc` itself.
+
+    Raises:
+        InputError: there are none, or the file is damaged.
+    """
+    import xarray as xr
+
+    path = user_path(folder)
+    try:
+        restored(path)
+        file = path / EVALUATION if path.is_dir() else path
+        if not is_there(file):
+            raise InputError(f"{folder} holds no {EVALUATION}; give a folder made by evaluate")
+        if file.name == EVALUATION:
+            check_file(file.parent, EVALUATION, "run evaluate again")
+        check_size(file)
+        with xr.open_dataset(file, engine="h5netcdf") as dataset:
+            loaded = dataset.load()
+        loaded.attrs = plain_attrs(loaded.attrs)
+    except InputError:
+        raise
+    except Exception as error:  # a torn file fails in many ways, deep in HDF5
+        raise InputError(
+            f"{folder} is torn or not NetCDF ({in_one_line(error, 120)}); run evaluate again"
+        ) from error
+    if not {"value", "sample_value"} <= set(loaded.data_vars):
+        raise InputError(f"{folder} holds no measures; give a folder made by evaluate")
+    return loaded

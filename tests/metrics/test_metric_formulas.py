@@ -1,0 +1,250 @@
+"""Every metric against its formula, on made-up numbers; and the bugs of released code, absent."""
+
+from __future__ import annotations
+
+import zlib
+
+import numpy as np
+import pytest
+from sklearn.metrics import roc_auc_score
+
+from geffect_fast.metrics import resolved_metrics
+from geffect_fast.metrics.base import Seen
+from geffect_fast.metrics.memorisation import extraction_strength
+from geffect_fast.metrics.observed import Observed, Scored
+
+
+def scored(rng, n, greedy=None):
+    log_prob = -rng.exponential(size=n)
+    mean, spread = -rng.exponential(size=n) - 1, rng.uniform(0.5, 2, n)
+    right = rng.random(n) < 0.5 if greedy is None else np.array(greedy)
+    return Scored(-log_prob.mean(), log_prob, right, mean, spread)
+
+
+def observed(name="forget", n=6, seed=0):
+    """A set of rows of unlike lengths, with all that metrics read."""
+    rng = np.random.default_rng([seed, len(name)])
+
+    def column():
+        return [scored(rng, int(rng.integers(2, 9))) for _ in range(n)]
+
+    return Observed(
+        name,
+        answers=column(),
+        paraphrases=column(),
+        perturbed=[column()[: int(rng.integers(1, 4))] for _ in range(n)],
+        rephrased=column(),
+        choices=[column()[:4] for _ in range(n)],
+        right=[int(rng.integers(4)) for _ in range(n)],
+        texts=["abc " * int(rng.integers(1, 9)) for _ in range(n)],
+        continuations=["the cat sat on a mat"] * n,
+        truths=["the cats sat on the mat today"] * n,
+        norms={
+            need: rng.exponential(size=n)
+            for need in ("whole_norms", "parameter_norms", "largest_entries")
+        },
+        reference=column(),
+    )
+
+
+def scores(text, seen):
+    (metric,) = resolved_metrics(text)
+    return metric.scores(seen)
+
+
+def losses(scoreds):
+    return np.array([np.mean(-s.log_prob) for s in scoreds])
+
+
+def test_of_the_answers_likelihood():
+    seen = observed()
+    np.testing.assert_allclose(scores("nll", seen), losses(seen.answers))
+    np.testing.assert_allclose(scores("probability", seen), np.exp(-losses(seen.answers)))
+    p = np.exp(-losses(seen.answers))
+    wrong = np.array([np.exp(-losses(of)).sum() for of in seen.perturbed])
+    np.testing.assert_allclose(scores("option_probability", seen), p / (p + wrong))
+    best = [np.argmax([c.log_prob.sum() for c in of]) for of in seen.choices]
+    assert scores("multiple_choice", seen).tolist() == [
+        float(b == r) for b, r in zip(best, seen.right, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("name", ["forget", "retain", "world_facts"])
+def test_of_the_truth_ratio(name):
+    seen = observed(name)
+    wrong = np.array([losses(of).mean() for of in seen.perturbed])
+    x = np.exp(wrong - losses(seen.paraphrases))
+    assert (x > 1).any()
+    assert (x < 1).any()
+    closer, true = np.minimum(x, 1 / x), np.maximum(0, 1 - 1 / x)
+    tofu = closer if name == "forget" else true
+    np.testing.assert_allclose(scores("truth_ratio", seen), tofu)
+    for how, expected in {
+        "closer_to_one": closer,
+        "true_better": true,
+        "probability": x / (1 + x),
+    }.items():
+        np.testing.assert_allclose(scores(f"truth_ratio(aggregation={how})", seen), expected)
+
+
+def test_the_truth_ratio_of_losses_that_no_probability_holds():
+    """Released code divides probabilities, and adds 1e-10: beyond 700 nats that is 0 / 1e-10."""
+    seen = Observed("forget", paraphrases=[Scored(900.0)], perturbed=[[Scored(901.0)]])
+    assert scores("truth_ratio", seen) == pytest.approx(np.exp(-1))
+    assert scores("truth_ratio(aggregation=probability)", seen) == pytest.approx(
+        1 / (1 + np.exp(-1))
+    )
+    far = Observed("retain", paraphrases=[Scored(900.0)], perturbed=[[Scored(1.0)]])
+    assert scores("truth_ratio", far) == 0
+    seen = Observed("x", answers=[Scored(900.0)], perturbed=[[Scored(900.0), Scored(901.0)]])
+    assert scores("option_probability", seen) == pytest.approx(1 / (2 + np.exp(-1)))
+
+
+@pytest.mark.parametrize(
+    ("greedy", "strength", "floored"),
+    [
+        ([1, 1, 1, 1], 1, 1),
+        ([0, 1, 1, 1], 3 / 4, 3 / 4),
+        ([1, 0, 1, 1], 2 / 4, 2 / 4),
+        ([1, 1, 1, 0], 0, 1 / 4),
+        ([0, 0, 0, 0], 0, 1 / 4),
+        ([0], 0, 1),
+        ([1], 1, 1),
+        ([], 0, 0),
+    ],
+)
+def test_extraction_strength_is_the_longest_right_suffix(greedy, strength, floored):
+    """Released code gives an answer that is never right 1/n; ours 0, unless told to `floor`."""
+    right = np.array(greedy, dtype=bool)
+    assert extraction_strength(right) == strength
+    assert extraction_strength(right, floor=True) == floored
+    # By its definition: the shortest prefix after which all is right.
+    n = len(greedy)
+    shortest = next(k for k in range(n + 1) if right[k:].all())
+    assert strength == (1 - shortest / n if n else 0)
+
+
+def test_of_memorisation():
+    seen = observed()
+    expected = [extraction_strength(s.greedy) for s in seen.answers]
+    assert scores("extraction_strength", seen).tolist() == expected
+    floored = [extraction_strength(s.greedy, floor=True) for s in seen.answers]
+    assert scores("extraction_strength(floor=true)", seen).tolist() == floored
+    assert floored != expected
+    expected = [extraction_strength(s.greedy) for s in seen.rephrased]
+    assert scores("paraphrased_extraction_strength", seen).tolist() == expected
+    expected = [s.greedy.mean() for s in seen.answers]
+    assert scores("exact_memorisation", seen).tolist() == expected
+
+
+def test_of_membership():
+    seen = observed()
+    nll = losses(seen.answers)
+    np.testing.assert_allclose(scores("loss", seen), -nll)
+    bits = [len(zlib.compress(text.encode())) for text in seen.texts]
+    np.testing.assert_allclose(scores("zlib", seen), -nll / bits)
+    np.testing.assert_allclose(scores("reference", seen), losses(seen.reference) - nll)
+    for k in (0.2, 0.4, 1.0):
+
+        def lowest(values, k=k):
+            return np.mean(sorted(values)[: max(1, int(k * len(values)))])
+
+        expected = [lowest(s.log_prob) for s in seen.answers]
+        np.testing.assert_allclose(scores(f"min_k(k={k})", seen), expected)
+        expected = [lowest((s.log_prob - s.mean) / s.spread) for s in seen.answers]
+        np.testing.assert_allclose(scores(f"min_k_plus_plus(k={k})", seen), expected)
+    np.testing.assert_allclose(scores("gradient_norm", seen), -seen.norms["whole_norms"])
+    np.testing.assert_allclose(
+        scores("gradient_norm(convention=open_unlearning)", seen), -seen.norms["parameter_norms"]
+    )
+    np.testing.assert_allclose(
+        scores("gradient_norm(convention=mimir)", seen), seen.norms["largest_entries"]
+    )
+
+
+def test_a_certain_token_is_no_division_by_zero():
+    certain = Scored(0.0, np.zeros(3), np.ones(3, bool), np.zeros(3), np.zeros(3))
+    assert scores("min_k_plus_plus", Observed("forget", answers=[certain])) == [0.0]
+
+
+def test_the_number_of_a_set_is_the_area_under_the_curve():
+    forget, holdout = observed("forget", 9, seed=1), observed("holdout", 7, seed=2)
+    seen = Seen({"forget": forget, "holdout": holdout}, {})
+    for text in ("loss", "min_k", "min_k_plus_plus", "zlib", "reference", "gradient_norm"):
+        (metric,) = resolved_metrics(text)
+        both = metric.scores(forget), metric.scores(holdout)
+        labels = [1] * 9 + [0] * 7
+        (found,) = metric.measures(seen).values()
+        assert found.value == pytest.approx(roc_auc_score(labels, np.concatenate(both)))
+        pairs = (both[0][:, None] > both[1]) + 0.5 * (both[0][:, None] == both[1])
+        assert found.value == pytest.approx(pairs.mean())
+        assert found.low < found.value < found.high
+
+
+def apart(shift):
+    """Forget rows that look like members, and hold-out rows that do not, by `shift` nats."""
+    rng = np.random.default_rng(0)
+    rows = [Scored(x, np.full(4, -x)) for x in rng.uniform(1, 2, 8)]
+    others = [Scored(x, np.full(4, -x)) for x in rng.uniform(1, 2, 8) + shift]
+    return {"forget": Observed("forget", rows), "holdout": Observed("holdout", others)}
+
+
+def test_separable_scores_have_an_area_of_one():
+    (loss,) = resolved_metrics("loss")
+    for shift, area in ((5, 1), (-5, 0)):
+        found = loss.measures(Seen(apart(shift), {}))["forget"]
+        assert found.value == area
+        assert (found.low, found.high) == pytest.approx((area, area))
+    same = apart(0)["forget"]
+    found = loss.measures(Seen({"forget": same, "holdout": same}, {}))["forget"]
+    assert found.value == 0.5
+
+
+def test_privleak():
+    """MUSE's table: the model that was trained on the rows leaks -100 %, a retrained one 0."""
+    (privleak,) = resolved_metrics("privleak")
+    (min_k,) = resolved_metrics("min_k")
+    retrained = apart(0.1)
+    a0 = 1 - min_k.measures(Seen(retrained, {}))["forget"].value
+    assert 0 < a0 < 0.5
+    for shift in (5, 0.3, -5):
+        a = 1 - min_k.measures(Seen(apart(shift), {}))["forget"].value
+        found = privleak.measures(Seen(apart(shift), retrained))["forget"]
+        assert found.value == pytest.approx(100 * (a - a0) / a0)
+        assert found.low <= found.value <= found.high
+        without = privleak.measures(Seen(apart(shift), {}))["forget"]
+        assert without.value == pytest.approx(100 * (a - 0.5) / 0.5)
+    assert privleak.measures(Seen(apart(5), retrained))["forget"].value == -100
+    assert privleak.measures(Seen(retrained, retrained))["forget"].value == 0
+
+
+def test_of_what_is_written():
+    seen = observed(n=1)
+    # Longest common subsequences: the cat(s) sat on mat with stems, the sat on mat without.
+    assert scores("rouge_l", seen) == pytest.approx(5 / 7)
+    f1 = 2 * (4 / 6) * (4 / 7) / (4 / 6 + 4 / 7)
+    assert scores("verbatim_memorisation", seen) == pytest.approx(f1)
+    assert scores("knowledge_memorisation", seen) == pytest.approx(f1)
+
+
+def test_a_model_against_itself_has_a_forget_quality_of_one():
+    seen = {"forget": observed(n=40)}
+    (quality,) = resolved_metrics("forget_quality")
+    found = quality.measures(Seen(seen, seen))["forget"]
+    assert (found.value, found.low, found.high) == (1, 1, 1)
+
+
+def test_an_interval_is_a_bootstrap_over_rows():
+    """Of a mean: that of a normal distribution, where there are many rows; the same every time."""
+    rng = np.random.default_rng(0)
+    n = 400
+    seen = Observed("forget", [Scored(x) for x in rng.normal(5, 2, n)])
+    (nll,) = resolved_metrics("nll")
+    one, again = (nll.measures(Seen({"forget": seen}, {}))["forget"] for _ in range(2))
+    assert one == again
+    half = 1.96 * seen.losses.std(ddof=1) / np.sqrt(n)
+    assert one.high - one.value == pytest.approx(half, rel=0.15)
+    assert one.value - one.low == pytest.approx(half, rel=0.15)
+    alone = nll.measures(Seen({"forget": Observed("forget", [Scored(1.0)])}, {}))["forget"]
+    assert alone.value == 1
+    assert np.isnan([alone.low, alone.high]).all()
