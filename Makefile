@@ -14,9 +14,10 @@ DEMO_OUT ?= demo-run
 # minutes into hours, and it saves next to nothing elsewhere.
 export OMP_WAIT_POLICY ?= passive
 
-# Tests run side by side, a file at a time; the models are so small that one thread each is fastest.
+# Tests run side by side, neighbours together, and who is done first takes from the others; the
+# models are so small that one thread each is fastest.
 JOBS ?= $(shell n=$$(getconf _NPROCESSORS_ONLN); echo $$((n < 8 ? n : 8)))
-SIDE_BY_SIDE = -n $(JOBS) --dist loadfile
+SIDE_BY_SIDE = -n $(JOBS) --dist worksteal
 
 # The suite once more on an installation without kernels; it borrows every other package from $(VENV).
 VENV_NONE := .venv-none
