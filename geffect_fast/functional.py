@@ -41,8 +41,8 @@ from geffect_fast.errors import InputError, UnsupportedModelError
 from geffect_fast.ops.reference import accumulation_dtype
 
 LossFn = Callable[[nn.Module, Any], Tensor]
-JOINED = Recording(joined=True, one_backward=True)
-NORMS = Recording(joined=True, one_backward=True, norms_alone=True)
+_JOINED = Recording(joined=True, one_backward=True)
+_NORMS = Recording(joined=True, one_backward=True, norms_alone=True)
 OfLinear = Outer | GramOuter
 
 
@@ -134,7 +134,7 @@ def per_sample_grad_norms(
         found[name] = squared_norms_of_one_input(outers)
 
     with nullcontext(measure) if per_parameter else _by_input(measure, together) as sink:
-        losses = _run(plan, loss_fn, batch, sink, NORMS)
+        losses = _run(plan, loss_fn, batch, sink, _NORMS)
     return _gathered(plan, found, losses.new_zeros(len(losses)), torch.sqrt, per_parameter)
 
 
@@ -215,8 +215,8 @@ def pairwise_inner_products(
             found[name] = pairwise(other, factors, plan.parameters[name].shape)
 
     # What the first batch leaves is kept; the second batch's is used as it arrives.
-    n_a = None if batch_a is batch_b else len(_run(plan, loss_fn, batch_a, keep, JOINED))
-    losses = _run(plan, loss_fn, batch_b, multiply, JOINED)
+    n_a = None if batch_a is batch_b else len(_run(plan, loss_fn, batch_a, keep, _JOINED))
+    losses = _run(plan, loss_fn, batch_b, multiply, _JOINED)
     zeros = losses.new_zeros(len(losses) if n_a is None else n_a, len(losses))
     return _gathered(plan, found, zeros, None, per_parameter)
 

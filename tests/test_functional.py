@@ -418,6 +418,6 @@ def test_norms_alone_keep_inner_products_of_inputs():
         plan = Plan.of(model)
         x = torch.randn(2, length, 16)
         axis = Segments.rectangular((2, length))
-        with plan.frozen(), Recorder(plan, sink, axis, functional.NORMS) as recorder:
+        with plan.frozen(), Recorder(plan, sink, axis, functional._NORMS) as recorder:
             torch.autograd.grad(model(x).sum(), recorder.roots)
         assert forms.count(kept) == 2 and len(forms) == 4
