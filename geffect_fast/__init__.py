@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import geffect_fast.functional as functional
     import geffect_fast.integrations as integrations
     from geffect_fast.measure.check import check
+    from geffect_fast.measure.control import control
     from geffect_fast.measure.evaluate import evaluate
     from geffect_fast.measure.profile import profile
     from geffect_fast.measure.sweep import pareto_front, sweep
@@ -33,6 +34,7 @@ __all__ = [
     "capture",
     "check",
     "compare",
+    "control",
     "data",
     "evaluate",
     "functional",
@@ -55,6 +57,7 @@ __all__ = [
 _LAZY = {
     "check": ("geffect_fast.measure.check", "check"),
     "compare": ("geffect_fast.steps.compare", "compare"),
+    "control": ("geffect_fast.measure.control", "control"),
     "evaluate": ("geffect_fast.measure.evaluate", "evaluate"),
     "functional": ("geffect_fast.functional", None),
     "integrations": ("geffect_fast.integrations", None),

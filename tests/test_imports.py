@@ -16,6 +16,7 @@ BASE = {"errors", "trying", "transfer", "visible"}
 """What every part may import."""
 MODEL = {"ops", "capture", "data", "objectives", "engines"}
 RUN = {"paths", "results", "settings", "evaluation_settings", "arguments", "storage"}
+RUN |= {"control_settings"}
 
 LAYERS = {
     "visible": set(),
@@ -35,6 +36,7 @@ LAYERS = {
     "setting_types": BASE | {"data", "objectives", "paths"},
     "settings": BASE | {"data", "objectives", "paths", "results", "setting_types"},
     "evaluation_settings": BASE | {"paths", "settings", "setting_types"},
+    "control_settings": BASE | {"paths", "settings", "setting_types", "evaluation_settings"},
     "arguments": BASE | {"settings"},
     "storage": BASE | {"data"} | RUN - {"storage"},
     "metrics": BASE | MODEL | RUN | {"functional"},
@@ -111,7 +113,6 @@ SMALL = {
     "engines/dual_output.py": "one rule, as the other dual_ files are of several",
     "engines/token_weights.py": "of objectives, for results",
     "report/any_backend.py": "imported before matplotlib",
-    "report/evaluate_table.py": "a table of its own",
     "training/adapters.py": "needs peft",
 }
 """Modules under 60 lines that one other imports, and why they stand alone."""

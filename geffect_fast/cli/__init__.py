@@ -14,6 +14,7 @@ import typer
 from geffect_fast.cli import (
     check,
     compare,
+    control,
     demo,
     env,
     evaluate,
@@ -46,6 +47,7 @@ COMMANDS = (
     check.check,
     compare.compare,
     evaluate.evaluate,
+    control.control,
     show.show,
     report.report,
     tokens.tokens,

@@ -12,6 +12,7 @@ import typer
 import yaml
 from pydantic.fields import FieldInfo
 
+from geffect_fast.control_settings import ControlConfig
 from geffect_fast.errors import InputError
 from geffect_fast.evaluation_settings import EvaluateConfig
 from geffect_fast.setting_types import Option
@@ -63,6 +64,7 @@ PROFILE_FIELDS = _fields(ProfileConfig)
 SWEEP_FIELDS = _fields(ProfileConfig, "objectives", "checkpoints")
 UNLEARN_FIELDS = _fields(UnlearnConfig)
 EVALUATE_FIELDS = _fields(EvaluateConfig)
+CONTROL_FIELDS = _fields(ControlConfig)
 CHECK_FIELDS = {
     name: field
     for name, field in PROFILE_FIELDS.items()
@@ -168,13 +170,13 @@ def values_of(config: Path | None, given: dict[str, Any]) -> dict[str, Any]:
 
 _DECIDE_ROWS = {
     *("model", "models", "run", "tokenizer", "forget", "retain", "holdout", "probes", "template"),
-    "date",
+    *("date", "original"),
 }
 
 
 def check_command(config: Path | None, held: Any, *commands: str) -> None:
     """Raise `InputError` where a config file is of another command than these."""
-    if held in ("profile", "sweep", "unlearn", "evaluate") and held not in commands:
+    if held in ("profile", "sweep", "unlearn", "evaluate", "control") and held not in commands:
         raise InputError(
             f"config {config} is of {'an' if held[0] in 'eu' else 'a'} {held}; use geffect-fast "
             f"{held} --config {config}"

@@ -55,8 +55,9 @@ def print_result(dataset: xr.Dataset, folder: Path) -> None:
 
 
 def print_evaluation(dataset: xr.Dataset, folder: Path) -> None:
-    """The table of an evaluation, and where its files are."""
+    """The tables of an evaluation or a control, and where its files are."""
+    from geffect_fast.report.control_table import is_control, render_control
     from geffect_fast.report.evaluate_table import render_evaluation
 
-    console().print(render_evaluation(dataset))
+    console().print(render_control(dataset) if is_control(dataset) else render_evaluation(dataset))
     print(one_line(str(folder)))
