@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from geffect_fast.steps.profile_checkpoints import profile_checkpoints
     from geffect_fast.storage.evaluation import open_evaluation
     from geffect_fast.storage.run_folder import open_run
+    from geffect_fast.training.relearn import relearn
     from geffect_fast.training.unlearn import unlearn
 
 __version__ = "0.1.0"
@@ -47,6 +48,7 @@ __all__ = [
     "pareto_front",
     "profile",
     "profile_checkpoints",
+    "relearn",
     "sweep",
     "unlearn",
     "write_page",
@@ -67,6 +69,7 @@ _LAZY = {
     "pareto_front": ("geffect_fast.measure.sweep", "pareto_front"),
     "profile": ("geffect_fast.measure.profile", "profile"),
     "profile_checkpoints": ("geffect_fast.steps.profile_checkpoints", "profile_checkpoints"),
+    "relearn": ("geffect_fast.training.relearn", "relearn"),
     "sweep": ("geffect_fast.measure.sweep", "sweep"),
     "unlearn": ("geffect_fast.training.unlearn", "unlearn"),
     "write_page": ("geffect_fast.report.page", "write_page"),

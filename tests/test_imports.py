@@ -16,7 +16,7 @@ BASE = {"errors", "trying", "transfer", "visible"}
 """What every part may import."""
 MODEL = {"ops", "capture", "data", "objectives", "engines"}
 RUN = {"paths", "results", "settings", "evaluation_settings", "arguments", "storage"}
-RUN |= {"control_settings"}
+RUN |= {"control_settings", "relearn_settings"}
 
 LAYERS = {
     "visible": set(),
@@ -37,6 +37,7 @@ LAYERS = {
     "settings": BASE | {"data", "objectives", "paths", "results", "setting_types"},
     "evaluation_settings": BASE | {"paths", "settings", "setting_types"},
     "control_settings": BASE | {"paths", "settings", "setting_types", "evaluation_settings"},
+    "relearn_settings": BASE | {"settings", "setting_types", "evaluation_settings"},
     "arguments": BASE | {"settings"},
     "storage": BASE | {"data"} | RUN - {"storage"},
     "metrics": BASE | MODEL | RUN | {"functional"},

@@ -12,16 +12,18 @@ from geffect_fast.control_settings import ControlConfig
 from geffect_fast.data.files import check_regular
 from geffect_fast.errors import InputError, in_one_line
 from geffect_fast.evaluation_settings import EvaluateConfig
+from geffect_fast.relearn_settings import RelearnConfig
 from geffect_fast.settings import ProfileConfig, RunConfig, UnlearnConfig
 from geffect_fast.visible import one_line, visible
 
-AnyConfig = RunConfig | EvaluateConfig | ControlConfig
+AnyConfig = RunConfig | EvaluateConfig | ControlConfig | RelearnConfig
 """What a `run.yaml` may hold."""
 
 _KINDS: dict[str, type[AnyConfig]] = {
     "unlearn": UnlearnConfig,
     "evaluate": EvaluateConfig,
     "control": ControlConfig,
+    "relearn": RelearnConfig,
 }
 """By command; all others are of profiles."""
 
