@@ -114,6 +114,8 @@ SMALL = {
     "engines/dual_output.py": "one rule, as the other dual_ files are of several",
     "engines/token_weights.py": "of objectives, for results",
     "report/any_backend.py": "imported before matplotlib",
+    "cli/relearn.py": "a command",
+    "report/relearn_table.py": "a table of its own",
     "training/adapters.py": "needs peft",
 }
 """Modules under 60 lines that one other imports, and why they stand alone."""

@@ -218,9 +218,10 @@ class Relearner:
                 trainer.train()
             except NonFiniteError as error:
                 said = str(error).partition(";")[0]
+                if not said.startswith("step "):
+                    said = f"step {trainer.state.global_step}: {said}"
                 raise NonFiniteError(
-                    f"{what}, step {trainer.state.global_step}: {said}; try a smaller "
-                    "--learning-rate, or --dtype float32"
+                    f"{what}, {said}; try a smaller --learning-rate, or --dtype float32"
                 ) from error
         along = xr.DataArray(list(measures), dims="step", name="step")
         return xr.concat(list(measures.values()), along, combine_attrs="override")

@@ -145,6 +145,21 @@ def test_all_rows_may_be_trained_on(unlearned, tokenizer):
     assert found["sample"].values.tolist() == [0, 1, 2, 3, 4]
 
 
+def test_of_an_adapter_what_it_adds_is_trained(original, tokenizer):
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    adapter = peft.get_peft_model(copy.deepcopy(original), config).train()
+    before = copy.deepcopy(adapter.state_dict())
+    asked = ASKED | {"steps": 2, "learning_rate": 0.1}
+    found = gf.relearn(adapter, tokenizer, **asked, metrics="nll").value
+    assert adapter.training
+    first, last = (found.sel(model="unlearned", set="relearned", step=s).item() for s in (0, 2))
+    assert first != last
+    for name, tensor in adapter.state_dict().items():
+        assert torch.equal(tensor, before[name])
+
+
 # ---- the command ----
 
 
