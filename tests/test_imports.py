@@ -114,7 +114,6 @@ SMALL = {
     "engines/dual_output.py": "one rule, as the other dual_ files are of several",
     "engines/token_weights.py": "of objectives, for results",
     "report/any_backend.py": "imported before matplotlib",
-    "cli/relearn.py": "a command",
     "report/relearn_table.py": "a table of its own",
     "training/adapters.py": "needs peft",
 }
