@@ -48,13 +48,13 @@ def blank(tokenizer):
 
 @pytest.fixture(scope="module")
 def original(blank, tokenizer):
-    return fitted(copy.deepcopy(blank), tokenizer, [*FORGET, *OTHERS], 150)
+    return fitted(copy.deepcopy(blank), tokenizer, [*FORGET, *OTHERS], 90)
 
 
 @pytest.fixture(scope="module")
 def retrained(blank, tokenizer):
     """One that never saw the forget rows."""
-    return fitted(copy.deepcopy(blank), tokenizer, OTHERS, 150)
+    return fitted(copy.deepcopy(blank), tokenizer, OTHERS, 60)
 
 
 @pytest.fixture(scope="module")
