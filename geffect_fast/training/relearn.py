@@ -17,7 +17,7 @@ from geffect_fast.capture import Plan
 from geffect_fast.capture.given import check_is_model
 from geffect_fast.data import SampleSet, read_rows
 from geffect_fast.engines.layout import choose_layout
-from geffect_fast.errors import GEffectError, InputError, NonFiniteError
+from geffect_fast.errors import GEffectError, InputError, NonFiniteError, UnsupportedModelError
 from geffect_fast.evaluation_settings import Evaluating
 from geffect_fast.measure.evaluate import Evaluator, Model
 from geffect_fast.measure.models import check_finite, load_model, quiet_transformers
@@ -180,11 +180,15 @@ class Relearner:
         answers = evaluators["relearned"].sets[FORGET].answers
         budgets = [each.token_budget for each in evaluators.values()]
         self.token_budget = min([*budgets, *([self.token_budget] if self.token_budget else [])])
+        try:
+            layout = choose_layout(Plan.of(model), answers)
+        except UnsupportedModelError as error:
+            raise UnsupportedModelError(f"{what}: {error}") from error
         loss = Loss(
             LEARNING,
             {FORGET: answers},
             self.token_budget,
-            choose_layout(Plan.of(model), answers),
+            layout,
             "token",
         )
         measures: dict[int, xr.Dataset] = {}
