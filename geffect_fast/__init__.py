@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import geffect_fast.functional as functional
     import geffect_fast.integrations as integrations
     from geffect_fast.measure.check import check
+    from geffect_fast.measure.control import control
     from geffect_fast.measure.evaluate import evaluate
     from geffect_fast.measure.profile import profile
     from geffect_fast.measure.sweep import pareto_front, sweep
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from geffect_fast.steps.profile_checkpoints import profile_checkpoints
     from geffect_fast.storage.evaluation import open_evaluation
     from geffect_fast.storage.run_folder import open_run
+    from geffect_fast.training.relearn import relearn
     from geffect_fast.training.unlearn import unlearn
 
 __version__ = "0.1.0"
@@ -33,6 +35,7 @@ __all__ = [
     "capture",
     "check",
     "compare",
+    "control",
     "data",
     "evaluate",
     "functional",
@@ -45,6 +48,7 @@ __all__ = [
     "pareto_front",
     "profile",
     "profile_checkpoints",
+    "relearn",
     "sweep",
     "unlearn",
     "write_page",
@@ -55,6 +59,7 @@ __all__ = [
 _LAZY = {
     "check": ("geffect_fast.measure.check", "check"),
     "compare": ("geffect_fast.steps.compare", "compare"),
+    "control": ("geffect_fast.measure.control", "control"),
     "evaluate": ("geffect_fast.measure.evaluate", "evaluate"),
     "functional": ("geffect_fast.functional", None),
     "integrations": ("geffect_fast.integrations", None),
@@ -64,6 +69,7 @@ _LAZY = {
     "pareto_front": ("geffect_fast.measure.sweep", "pareto_front"),
     "profile": ("geffect_fast.measure.profile", "profile"),
     "profile_checkpoints": ("geffect_fast.steps.profile_checkpoints", "profile_checkpoints"),
+    "relearn": ("geffect_fast.training.relearn", "relearn"),
     "sweep": ("geffect_fast.measure.sweep", "sweep"),
     "unlearn": ("geffect_fast.training.unlearn", "unlearn"),
     "write_page": ("geffect_fast.report.html.page", "write_page"),

@@ -8,7 +8,7 @@ from pydantic import Field, field_validator, model_validator
 
 from geffect_fast.paths import is_there, user_path
 from geffect_fast.setting_types import Name, Option, PathOrId
-from geffect_fast.settings import Machine, Reading
+from geffect_fast.settings import Machine, Reading, Settings
 
 
 class Evaluating(Reading):
@@ -37,7 +37,53 @@ class Evaluating(Reading):
         return (value,) if isinstance(value, str) else value
 
 
-class EvaluateConfig(Machine, Evaluating):
+def as_text(metrics: tuple[Any, ...]) -> tuple[str, ...]:
+    """Metrics as `run.yaml` has them."""
+    return tuple(map(str, metrics))
+
+
+class Compared(Settings):
+    """What measures read beside the forget and the retain data, by path or hub id."""
+
+    holdout: PathOrId | None = None
+    """Data that no model was trained on, like the forget data: what membership is told from."""
+
+    probes: Annotated[
+        dict[Name, PathOrId],
+        Option(("--probe",), "NAME=DATA", "A further data set under a name; repeatable."),
+    ] = Field(default={})
+    """Further data sets by name; model_utility reads real_authors and world_facts."""
+
+    reference: PathOrId | None = None
+    """Folder or hub id of a reference model: that of the metric `reference`."""
+
+    retain_model: PathOrId | None = None
+    """Folder or hub id of a model trained without the forget data, or TOFU's saved evaluation log
+    of one (a .json file): what forget_quality and privleak compare with."""
+
+    tokenizer: PathOrId | None = None
+    """Folder or hub id of the tokenizer, where it is not the first model's own."""
+
+    rows: dict[str, str] = Field(default={})
+    """Digests of the tokenised rows by data set; recorded, so that a replay tells other rows."""
+
+    def compared_inputs(self) -> dict[str, str | None]:
+        """What is read of this, by the option that names it."""
+        return {
+            "--tokenizer": self.tokenizer,
+            "--reference": self.reference,
+            "--retain-model": self.retain_model,
+            "--holdout": self.holdout,
+            **{f"--probe {name}": source for name, source in self.probes.items()},
+        }
+
+    def is_log(self) -> bool:
+        """Whether the retain model is a saved log."""
+        given = self.retain_model
+        return given is not None and given.endswith(".json") and is_there(user_path(given))
+
+
+class EvaluateConfig(Machine, Evaluating, Compared):
     """All that decides the numbers of an evaluation; saved as `run.yaml`, it replays them."""
 
     command: Literal["evaluate"] = "evaluate"
@@ -64,32 +110,7 @@ class EvaluateConfig(Machine, Evaluating):
     retain: Annotated[PathOrId, Option(("--retain", "-r"))]
     """Data to keep, in the same format."""
 
-    holdout: PathOrId | None = None
-    """Data that no model was trained on, like the forget data: what membership is told from."""
-
-    probes: Annotated[
-        dict[Name, PathOrId],
-        Option(("--probe",), "NAME=DATA", "A further data set under a name; repeatable."),
-    ] = Field(default={})
-    """Further data sets by name; model_utility reads real_authors and world_facts."""
-
-    reference: PathOrId | None = None
-    """Folder or hub id of a reference model: that of the metric `reference`."""
-
-    retain_model: PathOrId | None = None
-    """Folder or hub id of a model trained without the forget data, or TOFU's saved evaluation log
-    of one (a .json file): what forget_quality and privleak compare with."""
-
-    tokenizer: PathOrId | None = None
-    """Folder or hub id of the tokenizer, where it is not the first model's own."""
-
-    rows: dict[str, str] = Field(default={})
-    """Digests of the tokenised rows by data set; recorded, so that a replay tells other rows."""
-
-    @field_validator("metrics")
-    @classmethod
-    def _as_text(cls, value: tuple[Any, ...]) -> tuple[str, ...]:
-        return tuple(map(str, value))
+    _written = field_validator("metrics")(as_text)
 
     @field_validator("models", mode="before")
     @classmethod
@@ -111,17 +132,8 @@ class EvaluateConfig(Machine, Evaluating):
         named = {
             **{f"--models {model}": model for model in self.models},
             "--run": self.run,
-            "--tokenizer": self.tokenizer,
-            "--reference": self.reference,
-            "--retain-model": self.retain_model,
             "--forget": self.forget,
             "--retain": self.retain,
-            "--holdout": self.holdout,
-            **{f"--probe {name}": source for name, source in self.probes.items()},
+            **self.compared_inputs(),
         }
         return {option: source for option, source in named.items() if source is not None}
-
-    def is_log(self) -> bool:
-        """Whether the retain model is a saved log."""
-        given = self.retain_model
-        return given is not None and given.endswith(".json") and is_there(user_path(given))

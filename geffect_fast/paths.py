@@ -29,6 +29,13 @@ def is_there(path: Path) -> bool:
     return True
 
 
+def short_names(sources: Sequence[str]) -> dict[str, str]:
+    """Folders or hub ids by their last part, or by all of themselves where two end alike."""
+    short = [source.rstrip("/").rpartition("/")[2] or source for source in sources]
+    names = short if len(set(short)) == len(short) else list(sources)
+    return dict(zip(names, sources, strict=True))
+
+
 def find_checkpoints(checkpoints: str | Path | Sequence[str | Path]) -> dict[int, Path]:
     """Folders of checkpoints by the number of updates they were saved after, in order.
 

@@ -16,6 +16,7 @@ BASE = {"errors", "trying", "transfer", "visible"}
 """What every part may import."""
 MODEL = {"ops", "capture", "data", "objectives", "engines"}
 RUN = {"paths", "results", "settings", "evaluation_settings", "arguments", "storage"}
+RUN |= {"control_settings", "relearn_settings"}
 
 LAYERS = {
     "visible": set(),
@@ -35,6 +36,8 @@ LAYERS = {
     "setting_types": BASE | {"data", "objectives", "paths"},
     "settings": BASE | {"data", "objectives", "paths", "results", "setting_types"},
     "evaluation_settings": BASE | {"paths", "settings", "setting_types"},
+    "control_settings": BASE | {"paths", "settings", "setting_types", "evaluation_settings"},
+    "relearn_settings": BASE | {"settings", "setting_types", "evaluation_settings"},
     "arguments": BASE | {"settings"},
     "storage": BASE | {"data"} | RUN - {"storage"},
     "metrics": BASE | MODEL | RUN | {"functional"},
@@ -153,7 +156,6 @@ SMALL = {
     "cli/sweep.py": "a command",
     "cli/signals.py": "of the process, before a command is known",
     "data/fewest_tokens.py": "a bound of its own",
-    "report/evaluate_table.py": "a table of its own",
     "training/adapters.py": "needs peft",
 }
 """Modules under 60 lines that one other imports, and why they stand alone."""

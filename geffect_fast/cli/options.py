@@ -12,8 +12,10 @@ import typer
 import yaml
 from pydantic.fields import FieldInfo
 
+from geffect_fast.control_settings import ControlConfig
 from geffect_fast.errors import InputError
 from geffect_fast.evaluation_settings import EvaluateConfig
+from geffect_fast.relearn_settings import RelearnConfig
 from geffect_fast.setting_types import Option
 from geffect_fast.settings import Machine, ProfileConfig, Reading, Settings, UnlearnConfig
 from geffect_fast.storage.run_yaml import read_values
@@ -63,6 +65,8 @@ PROFILE_FIELDS = _fields(ProfileConfig)
 SWEEP_FIELDS = _fields(ProfileConfig, "objectives", "checkpoints")
 UNLEARN_FIELDS = _fields(UnlearnConfig)
 EVALUATE_FIELDS = _fields(EvaluateConfig)
+CONTROL_FIELDS = _fields(ControlConfig)
+RELEARN_FIELDS = _fields(RelearnConfig)
 CHECK_FIELDS = {
     name: field
     for name, field in PROFILE_FIELDS.items()
@@ -168,13 +172,16 @@ def values_of(config: Path | None, given: dict[str, Any]) -> dict[str, Any]:
 
 _DECIDE_ROWS = {
     *("model", "models", "run", "tokenizer", "forget", "retain", "holdout", "probes", "template"),
-    *("data_format", "max_length", "date"),
+    *("data_format", "max_length", "date", "original", "n_rows", "seed"),
 }
 
 
 def check_command(config: Path | None, held: Any, *commands: str) -> None:
     """Raise `InputError` where a config file is of another command than these."""
-    if held in ("profile", "sweep", "unlearn", "evaluate") and held not in commands:
+    if (
+        held in ("profile", "sweep", "unlearn", "evaluate", "control", "relearn")
+        and held not in commands
+    ):
         raise InputError(
             f"config {config} is of {'an' if held[0] in 'eu' else 'a'} {held}; use geffect-fast "
             f"{held} --config {config}"

@@ -55,8 +55,14 @@ def print_result(dataset: xr.Dataset, folder: Path) -> None:
 
 
 def print_evaluation(dataset: xr.Dataset, folder: Path) -> None:
-    """The table of an evaluation, and where its files are."""
-    from geffect_fast.report.evaluate_table import render_evaluation
+    """The tables of an evaluation, a control or a relearning, and where its files are."""
+    from geffect_fast.report.tables.control import is_control, render_control
+    from geffect_fast.report.tables.evaluate import render_evaluation
+    from geffect_fast.report.tables.relearn import is_relearning, render_relearning
 
-    console().print(render_evaluation(dataset))
+    if is_control(dataset):
+        tables = render_control(dataset)
+    else:
+        tables = (render_relearning if is_relearning(dataset) else render_evaluation)(dataset)
+    console().print(tables)
     print(one_line(str(folder)))

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from geffect_fast.errors import InputError, in_one_line
-from geffect_fast.evaluation_settings import EvaluateConfig
 from geffect_fast.paths import is_there, user_path
 from geffect_fast.results.form import check_size
 from geffect_fast.storage.csv_cells import write_csv
@@ -21,6 +20,7 @@ from geffect_fast.storage.run_folder import (
     write_config,
     write_dataset,
 )
+from geffect_fast.storage.run_yaml import AnyConfig
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 def save_evaluation(
     folder: str | Path,
     dataset: xr.Dataset,
-    config: EvaluateConfig,
+    config: AnyConfig,
     overwrite: bool = False,
     inputs: Mapping[str, str | Path] | None = None,
     sums: Mapping[str, Sums] | None = None,
@@ -39,7 +39,7 @@ def save_evaluation(
 
     Args:
         folder: made where it does not exist; other files in it stay.
-        dataset: of `geffect_fast.evaluate`, of one or several models.
+        dataset: of `geffect_fast.evaluate`, of one or several models, or of `geffect_fast.control`.
         config: what replays it.
         overwrite: whether to replace a run that is there.
         inputs: as `staged_run` takes them.

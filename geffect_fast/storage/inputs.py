@@ -14,13 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from geffect_fast.errors import GEffectWarning, InputError
-from geffect_fast.evaluation_settings import EvaluateConfig
 from geffect_fast.paths import is_there, user_path
 from geffect_fast.settings import RunConfig
 from geffect_fast.storage.manifest import Manifest, Sums, checksums
 from geffect_fast.storage.model_folder import base_of
 from geffect_fast.storage.run_folder import RESULTS
-from geffect_fast.storage.run_yaml import load_config
+from geffect_fast.storage.run_yaml import AnyConfig, load_config
 
 Inputs = Mapping[str, str | Path]
 """Paths or hub ids by the option that gives them."""
@@ -31,9 +30,9 @@ _DECIDE = (".json", ".jsonl", ".safetensors", ".bin", ".model", ".txt", ".jinja"
 _DO_NOT = ("trainer_state.json", "training_args.bin", "geffect_fast.json", "manifest.json")
 
 
-def inputs_of(config: RunConfig | EvaluateConfig) -> dict[str, str | Path]:
+def inputs_of(config: AnyConfig) -> dict[str, str | Path]:
     """Everything that a run's config names to be read; of adapters also their base model."""
-    named = config.inputs() if isinstance(config, EvaluateConfig) else _named(config)
+    named = _named(config) if isinstance(config, RunConfig) else config.inputs()
     found: dict[str, str | Path] = {key: s for key, s in named.items() if s is not None}
     for option, source in list(found.items()):
         base = base_of(source, option) if user_path(source).is_dir() else None
@@ -140,9 +139,7 @@ def weights_sums(model: nn.Module) -> Sums:
     return {"weights": {"bytes": size, "sha256": found.hexdigest()}}
 
 
-def check_replayed(
-    file: str | Path | None, config: RunConfig | EvaluateConfig, now: Mapping[str, Sums]
-) -> None:
+def check_replayed(file: str | Path | None, config: AnyConfig, now: Mapping[str, Sums]) -> None:
     """Warn of an input that is not what the run was made from whose `run.yaml` is replayed.
 
     Args:

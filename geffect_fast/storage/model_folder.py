@@ -5,11 +5,17 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from geffect_fast.errors import InputError, in_one_line
-from geffect_fast.paths import user_path
+from geffect_fast.paths import is_there, user_path
+from geffect_fast.storage.disk import UNFINISHED, synced, unwritable
+from geffect_fast.storage.manifest import files_below
 from geffect_fast.storage.run_model import check_run_model
 
 _CAUSAL_ENDINGS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
@@ -156,3 +162,47 @@ def check_folder(source: str | Path, what: str) -> None:
     text = str(source)
     if path.is_absolute() or text.startswith((".", "~")) or text.count("/") > 1:
         raise InputError(f"{what} {source} does not exist; give a folder or a hub id")
+
+
+def check_new_folder(folder: str | Path, option: str) -> Path:
+    """The absolute path of a folder for models that is still to be made, in one that is there.
+
+    Raises:
+        InputError: it is there, or the folder around it is not.
+    """
+    path = user_path(folder).absolute()
+    if is_there(path):
+        raise InputError(f"{option} {folder} is there already; choose a new folder")
+    if not path.parent.is_dir():
+        raise InputError(f"{option} {folder}: folder {path.parent} does not exist; make it first")
+    return path
+
+
+@contextmanager
+def new_folder(folder: str | Path, option: str) -> Iterator[Path]:
+    """A hidden folder that gets the name `folder` when the block ends well; else it goes.
+
+    Args:
+        folder: must not be there.
+        option: what chooses it, such as `--save`.
+
+    Raises:
+        InputError: as `check_new_folder`, or the disk refuses, also in the block.
+    """
+    path = check_new_folder(folder, option)
+    hidden = None
+    try:
+        hidden = Path(tempfile.mkdtemp(prefix=UNFINISHED, dir=path.parent))
+        made = hidden / path.name  # which has the rights of any folder
+        made.mkdir()
+        yield made
+        for name in files_below(made):
+            synced(made / name)
+        check_new_folder(folder, option)
+        made.rename(path)
+        synced(path.parent)
+    except OSError as error:
+        raise unwritable(f"{option} {folder}", option, error) from error
+    finally:
+        if hidden is not None:
+            shutil.rmtree(hidden, ignore_errors=True)

@@ -14,10 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from geffect_fast.data.files import check_regular
 from geffect_fast.errors import InputError, in_one_line
-from geffect_fast.evaluation_settings import EvaluateConfig
 from geffect_fast.paths import is_there, user_path
 from geffect_fast.results.form import check_form, check_size
-from geffect_fast.settings import RunConfig
 from geffect_fast.storage.disk import (
     UNFINISHED,
     DiskFile,
@@ -36,7 +34,7 @@ from geffect_fast.storage.manifest import (
     checksums,
     files_below,
 )
-from geffect_fast.storage.run_yaml import CONFIG_BEGINS, dump_config
+from geffect_fast.storage.run_yaml import CONFIG_BEGINS, AnyConfig, dump_config
 from geffect_fast.storage.seal import seal, seal_holds
 
 if TYPE_CHECKING:
@@ -175,7 +173,7 @@ def check_inputs(folder: Path, own: Collection[str], inputs: Mapping[str, str | 
             )
 
 
-def write_config(config: RunConfig | EvaluateConfig, staging: Path) -> None:
+def write_config(config: AnyConfig, staging: Path) -> None:
     """Write the `run.yaml` of a run."""
     (staging / CONFIG).write_text(dump_config(config), encoding="utf-8")
 

@@ -8,17 +8,30 @@ from typing import Any
 import yaml
 
 from geffect_fast.arguments import checked_config
+from geffect_fast.control_settings import ControlConfig
 from geffect_fast.data.files import check_regular
 from geffect_fast.errors import InputError, in_one_line
 from geffect_fast.evaluation_settings import EvaluateConfig
+from geffect_fast.relearn_settings import RelearnConfig
 from geffect_fast.settings import ProfileConfig, RunConfig, UnlearnConfig
 from geffect_fast.visible import one_line, visible
+
+AnyConfig = RunConfig | EvaluateConfig | ControlConfig | RelearnConfig
+"""What a `run.yaml` may hold."""
+
+_KINDS: dict[str, type[AnyConfig]] = {
+    "unlearn": UnlearnConfig,
+    "evaluate": EvaluateConfig,
+    "control": ControlConfig,
+    "relearn": RelearnConfig,
+}
+"""By command; all others are of profiles."""
 
 CONFIG_BEGINS = "# Replay: geffect-fast"
 """What a file says first that `dump_config` wrote."""
 
 
-def load_config(path: str | Path) -> RunConfig | EvaluateConfig:
+def load_config(path: str | Path) -> AnyConfig:
     """The config in a YAML file, of the kind of run that its field `command` names.
 
     Raises:
@@ -26,9 +39,7 @@ def load_config(path: str | Path) -> RunConfig | EvaluateConfig:
     """
 
     values = read_values(path)
-    if values.get("command") == "evaluate":
-        return checked_config(EvaluateConfig, values, str(path))
-    kind = UnlearnConfig if values.get("command") == "unlearn" else ProfileConfig
+    kind: type[AnyConfig] = _KINDS.get(str(values.get("command")), ProfileConfig)
     return checked_config(kind, values, str(path))
 
 
@@ -68,7 +79,7 @@ def read_values(path: str | Path) -> dict[str, Any]:
     return values
 
 
-def dump_config(config: RunConfig | EvaluateConfig) -> str:
+def dump_config(config: AnyConfig) -> str:
     """The config as YAML that `load_config` reads back to an equal config."""
     values = config.model_dump(mode="json")
     replay = f"{CONFIG_BEGINS} {config.command} --config run.yaml --out NEW_FOLDER\n"

@@ -106,7 +106,7 @@ CASES = [
         profile(token_budget="960"),
         "which is one sample a batch",
         "give fewer objectives",
-        patched("geffect_fast.engines.reverse.inner", no_memory),
+        patched("geffect_fast.capture.products.inner", no_memory),
     ),
     Case(
         "no memory on a GPU",
@@ -114,7 +114,7 @@ CASES = [
         "a token budget of 961",
         "such as --token-budget 480",
         patched(
-            "geffect_fast.engines.direction.add_gradients",
+            "geffect_fast.engines.directions.add_gradients",
             torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB."),
         ),
     ),

@@ -26,7 +26,9 @@ from geffect_fast.errors import GEffectError, InputError
 from geffect_fast.measure.models import load_model, load_tokenizer
 from geffect_fast.storage.run_folder import open_run
 
-TINY = Size(n_authors=2, vocab_size=400, hidden=48, n_layers=2, known=0.5, max_epochs=300, n_updates=6)
+TINY = Size(
+    n_authors=2, vocab_size=400, hidden=48, n_layers=2, known=0.5, max_epochs=300, n_updates=6
+)
 
 
 @pytest.fixture(scope="module")

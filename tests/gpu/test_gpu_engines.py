@@ -18,7 +18,7 @@ from geffect_fast.engines.batches import DataPass, mixture_of, passes_for
 from geffect_fast.engines.directions import accumulate_gradients
 from geffect_fast.engines.layout import choose_layout
 from geffect_fast.engines.reference import Reference
-from geffect_fast.engines.reverse import Totals, reverse_effects
+from geffect_fast.engines.reverse import EffectSums, reverse_effects
 from geffect_fast.objectives import GA, KL, NLL, NPO, RMU, WGA, Objective
 from geffect_fast.results.axes import EffectArray
 
@@ -30,7 +30,7 @@ OBJECTIVES = [GA(), WGA(alpha=1.5), NPO(beta=0.1), KL(), RMU(layer=1)]
 
 def reverse(
     model: nn.Module, other: nn.Module | None, parts: list[Objective], norms: bool = True
-) -> tuple[Totals, Tensor]:
+) -> tuple[EffectSums, Tensor]:
     """Effects of objectives on both risks, as a profile computes them."""
     plan = Plan.of(model)
     sets = {
@@ -74,7 +74,7 @@ def assert_close(found: Tensor, expected: Tensor, tolerance: float = 1e-4) -> No
 def test_reverse_engine_equals_the_cpu(architecture: str, parts: list[Objective]) -> None:
     """One objective takes the fused op, several the products kept from the forward."""
 
-    def run(device: torch.device | str) -> tuple[Totals, Tensor]:
+    def run(device: torch.device | str) -> tuple[EffectSums, Tensor]:
         model, other = build(architecture), build(architecture, seed=1)
         return reverse(model.to(device), other.to(device), parts)
 

@@ -19,8 +19,9 @@ from scipy.stats import hmean, ks_2samp
 
 import geffect_fast as gf
 from geffect_fast.cli import main
-from geffect_fast.data import make_fictitious_authors, tokenize_rows, write_jsonl
+from geffect_fast.data import tokenize_rows, write_jsonl
 from geffect_fast.demo import Size, make_model, save, train_tokenizer
+from geffect_fast.demo.authors import make_fictitious_authors
 from geffect_fast.errors import GEffectWarning, InputError
 from geffect_fast.measure.models import load_model
 from geffect_fast.metrics import SUITES, Metric, available, register

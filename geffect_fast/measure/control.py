@@ -1,0 +1,400 @@
+"""`control`: unlearned models compared at equal retention (UWC, arXiv 2406.09179)."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from geffect_fast.arguments import checked_config, with_settings
+from geffect_fast.capture.compat import check_is_model
+from geffect_fast.control_settings import Controlling
+from geffect_fast.data import SampleSet, read_rows
+from geffect_fast.errors import InputError
+from geffect_fast.evaluation_settings import Evaluating
+from geffect_fast.measure.evaluate import Evaluator, Model, checked_probes
+from geffect_fast.measure.mixture import Mixture
+from geffect_fast.measure.models import check_finite, load_model
+from geffect_fast.metrics.base import FORGET, HOLDOUT, Measure
+from geffect_fast.metrics.registry import resolved_metrics
+from geffect_fast.paths import short_names
+from geffect_fast.storage.model_folder import new_folder
+from geffect_fast.terminal import progress_bar
+
+if TYPE_CHECKING:
+    import xarray as xr
+
+RETAIN = "retain"
+
+
+@with_settings(Controlling)
+def control(
+    original: Model,
+    unlearned: Model | Sequence[Model] | Mapping[str, Model],
+    tokenizer: Any,
+    *,
+    retain: Any,
+    forget: Any = None,
+    holdout: Any = None,
+    probes: Mapping[str, Any] | None = None,
+    reference_model: Model | None = None,
+    retain_model: Model | None = None,
+    save: str | Path | None = None,
+    progress: bool = False,
+    **settings: Any,
+) -> xr.Dataset:
+    """Unlearned models measured where each keeps the same of what it is to keep.
+
+        theta(alpha) = (1 - alpha) theta_original + alpha theta_unlearned
+
+    For each unlearned model the largest `alpha` is found at which the metric on the retain data is
+    at least `tau` of the original's, and all metrics are measured there. Retention is measured on a
+    grid of `alpha` first, and the step of it in which retention is lost for good is halved until it
+    is at most `tolerance`. Nothing is done to the models given. In memory are the original, one
+    unlearned model, and a working copy (of adapters only the last is on the original's device).
+
+    Args:
+        original: the model before unlearning, a module or the folder of one; also one with an
+            adapter.
+        unlearned: one, several, or several by name: modules, or folders, which are loaded one after
+            another in the original's precision. Of the original's structure, or with a LoRA adapter
+            on it, or on the base of its adapter; adapters are mixed as adapters, exactly.
+        tokenizer, holdout, probes, reference_model, retain_model: as `geffect_fast.evaluate` takes
+            them.
+        retain: what must stay: what retention is measured on; as `geffect_fast.evaluate` takes it.
+        forget: what must go; None: nothing is measured there.
+        save: a new folder; the model found for each method is written there, in a folder of its
+            name.
+        progress: show a bar.
+        settings:
+
+    Returns:
+        A Dataset along `model`, the unlearned models by name; all fp64. `alpha_chosen` (model) is
+        the largest share found, and `alpha_lost` the least measured beyond it, at most `tolerance`
+        away, at which too little is kept (NaN where all of the unlearned model keeps enough).
+
+        `retention` (model, alpha) with `retention_low`, `retention_high` is the metric on the
+        retain data wherever it was measured, else NaN; the coordinate `on_grid` (alpha) says where
+        that is the grid. `monotone` (model): whether it never rises along the grid.
+
+        `value`, `value_low`, `value_high` (model, metric, set) and `sample_value` (model, metric,
+        sample) are what `geffect_fast.evaluate` returns at `alpha_chosen`, `original_value`
+        (metric, set) that of the original, and `unlearned_value` (model, metric, set) that of the
+        unlearned models as they are.
+
+    Raises:
+        InputError: models that are no pair, or the same; a metric without a number on retain, or of
+            which the original has nothing; unusable data or settings. One line.
+        NonFiniteError: a weight or log-probability is not finite; the first is named.
+
+    Example:
+        >>> result = gf.control(original, {"ga": "ga/model", "npo": "npo/model"}, tokenizer,
+        ...                     retain="retain.jsonl", forget="forget.jsonl")
+        >>> result.value.sel(metric="extraction_strength", set="forget")
+    """
+    checked = checked_config(Controlling, settings)
+    named = methods_by_name(unlearned)
+    sources = {FORGET: forget, RETAIN: retain, HOLDOUT: holdout, **checked_probes(probes)}
+    with new_folder(save, "save") if save is not None else nullcontext() as folder:
+        check_save_names(folder, named)
+        model = original
+        if not isinstance(model, nn.Module):
+            trusted = checked.trust_remote_code
+            model = load_model(model, what="original", trust_remote_code=trusted)
+        found = Control(model, tokenizer, checked, sources, reference_model, retain_model)
+        return found.of(named, found.loaded, folder, progress=progress)
+
+
+def methods_by_name(unlearned: Any) -> dict[str, Model]:
+    """Unlearned models by name, as given or by folder."""
+    if isinstance(unlearned, Mapping):
+        named = {str(name): model for name, model in unlearned.items()}
+    elif isinstance(unlearned, str | Path):
+        named = {**short_names([str(unlearned)])}
+    elif isinstance(unlearned, nn.Module):
+        named = {"unlearned": unlearned}
+    elif isinstance(unlearned, Sequence) and all(isinstance(u, str | Path) for u in unlearned):
+        texts = [str(each) for each in unlearned]
+        if len(set(texts)) < len(texts):
+            raise InputError("unlearned: a model is listed twice; leave one out")
+        named = {**short_names(texts)}
+    elif isinstance(unlearned, Sequence):
+        named = {f"unlearned {i}": model for i, model in enumerate(unlearned, 1)}
+    else:
+        named = {}
+    if not named:
+        raise InputError("unlearned: give a model, or several, by name or in a list")
+    return named
+
+
+def check_save_names(folder: Path | None, named: Mapping[str, Any]) -> None:
+    """Raise `InputError` where mixed models are to be saved under names that no folder can have."""
+    for name in named if folder is not None else ():
+        if "/" in name or name in ("", ".", ".."):
+            raise InputError(
+                f"save: {name!r} is no name of a folder; give unlearned models by name, or folders "
+                "whose last parts differ"
+            )
+
+
+@dataclass(frozen=True)
+class Share:
+    """The largest share found that keeps enough.
+
+    Attributes:
+        alpha: at which enough is kept.
+        lost: the least measured beyond it, at which too little is; NaN where `alpha` is 1.
+        curve: what is kept, by all shares at which it was measured.
+        monotone: whether it never rises along the grid.
+    """
+
+    alpha: float
+    lost: float
+    curve: Mapping[float, float] = field(repr=False)
+    monotone: bool
+
+
+def largest_share(kept: Callable[[float], float], tau: float, grid: int, tolerance: float) -> Share:
+    """The largest share of the unlearned model at which `tau` of what is kept at 0 is kept.
+
+    The last point of the grid at which enough is kept is refined by bisection, so that where what
+    is kept falls and rises again, the last fall is found that the grid shows.
+
+    Args:
+        kept: what is kept at a share from 0 to 1.
+        tau: of `kept(0)`, which is positive.
+        grid: equal steps from 0 to 1.
+        tolerance: the share found and the one beyond it lie at most so far apart.
+    """
+    alphas = [step / grid for step in range(grid + 1)]
+    curve = {alpha: kept(alpha) for alpha in alphas}
+    least = tau * curve[0.0]
+    values = list(curve.values())
+    monotone = all(after <= before for before, after in pairwise(values))
+    last = max(step for step, value in enumerate(values) if value >= least)
+    if last == grid:
+        return Share(1.0, math.nan, curve, monotone)
+    low, high = alphas[last], alphas[last + 1]
+    while high - low > tolerance:
+        middle = (low + high) / 2
+        curve[middle] = kept(middle)
+        low, high = (middle, high) if curve[middle] >= least else (low, middle)
+    return Share(low, high, curve, monotone)
+
+
+class Control:
+    """Data sets and metrics, and the original's own measures: once for all methods.
+
+    Args:
+        original: where it is measured, in eval mode or not; never changed.
+        tokenizer: as for `control`.
+        settings: what is kept and measured.
+        sources: data sets by name; None is left out.
+        reference_model, retain_model: as for `control`.
+        device: where mixtures are measured; None: where the original is.
+
+    Attributes:
+        rows: digests of the tokenised rows, by set.
+    """
+
+    def __init__(
+        self,
+        original: nn.Module,
+        tokenizer: Any,
+        settings: Controlling,
+        sources: Mapping[str, Any],
+        reference_model: Model | None = None,
+        retain_model: Model | None = None,
+        device: torch.device | None = None,
+    ) -> None:
+        check_is_model(original, "original")
+        check_finite(original, "original")
+        self._original, self._tokenizer, self._settings = original, tokenizer, settings
+        self._metric = _retention_metric(settings.metric)
+        if sources[RETAIN] is None:
+            raise InputError("retain: is missing; give what is to be kept")
+        self._working = copy.deepcopy(original).to(device or next(original.parameters()).device)
+        self._check_forget(sources, retain_model)
+        read = {
+            name: source if isinstance(source, SampleSet) else read_rows(source, name=name)
+            for name, source in sources.items()
+            if source is not None
+        }
+        values = settings.fields(Evaluating)
+        self._evaluator = Evaluator(
+            self._working, tokenizer, Evaluating(**values), read, reference_model, retain_model
+        )
+        kept = values | {"metrics": (self._metric,), "suite": None}
+        self._keeper = Evaluator(
+            self._working,
+            tokenizer,
+            Evaluating(**kept),
+            {RETAIN: read[RETAIN]},
+        )
+        self.rows = self._evaluator.rows
+        self._kept = self._retention(self._working)
+        if math.isnan(self._kept.value):
+            raise InputError(
+                f"metric {self._metric}: it has no number on retain; give another --metric, such "
+                "as extraction_strength"
+            )
+        if self._kept.value <= 0:
+            raise InputError(
+                f"retain: the original's {self._metric} there is {self._kept.value:.3g}, so there "
+                "is nothing to keep; give rows that it knows, or another --metric, such as "
+                "probability"
+            )
+        self._own = self._evaluator.measure(self._working, what="original")
+
+    def _check_forget(self, sources: Mapping[str, Any], retain_model: Any) -> None:
+        """Raise `InputError` where the forget data is read and not given."""
+        if sources[FORGET] is not None:
+            return
+        for metric in resolved_metrics(self._settings.metrics, self._settings.suite):
+            if metric.on and metric.reads(FORGET):
+                raise InputError(f"metric {metric}: it reads the forget data; give it (--forget)")
+        if retain_model is not None:
+            raise InputError(
+                "retain_model: it is compared on the forget data; give that (--forget)"
+            )
+
+    @property
+    def token_budget(self) -> int:
+        """Tokens a batch; where memory ran out, less than it was."""
+        return min(self._evaluator.token_budget, self._keeper.token_budget)
+
+    def loaded(self, name: str, source: Model) -> nn.Module:
+        """An unlearned model, from its folder in the original's precision, on the CPU."""
+        if isinstance(source, nn.Module):
+            return source
+        dtype = str(next(self._original.parameters()).dtype).removeprefix("torch.")
+        trusted = self._settings.trust_remote_code
+        what = f"unlearned {name}"
+        return load_model(source, dtype, "cpu", what, trust_remote_code=trusted)
+
+    def of(
+        self,
+        methods: Mapping[str, Any],
+        load: Callable[[str, Any], nn.Module],
+        save: Path | None = None,
+        *,
+        progress: bool = False,
+    ) -> xr.Dataset:
+        """The result of `control`.
+
+        Args:
+            methods: unlearned models, or where they lie, by name.
+            load: makes a module of a name and what stands there.
+            save: a folder for the mixed models.
+            progress: show a bar.
+        """
+        shares: dict[str, Share] = {}
+        curves: dict[str, dict[float, Measure]] = {}
+        at_share, as_given = [], []
+        for name, source in methods.items():
+            what = f"unlearned {name}"
+            unlearned = load(name, source)
+            check_is_model(unlearned, what)
+            mixture = Mixture(self._original, unlearned, self._working, what)
+            curves[name] = {0.0: self._kept}
+            shares[name] = self._share(mixture, curves[name], name, progress)
+            at_share.append(self._evaluator.measure(mixture.at(shares[name].alpha), what=what))
+            if save is not None:
+                mixture.save(save / name, self._tokenizer)
+            as_given.append(self._evaluator.measure(mixture.at(1.0), what=what)["value"])
+            del mixture, unlearned
+        return self._dataset(shares, curves, at_share, as_given)
+
+    def _share(
+        self, mixture: Mixture, curve: dict[float, Measure], name: str, progress: bool
+    ) -> Share:
+        settings = self._settings
+        halvings = max(0, math.ceil(math.log2(1 / settings.grid / settings.tolerance)))
+        total = settings.grid + 1 + halvings
+        with progress_bar(progress, f"retention of {name}", total) as update:
+
+            def kept(alpha: float) -> float:
+                if alpha not in curve:
+                    curve[alpha] = self._retention(mixture.at(alpha))
+                update(advance=1)
+                return curve[alpha].value
+
+            return largest_share(kept, settings.tau, settings.grid, settings.tolerance)
+
+    def _retention(self, model: nn.Module) -> Measure:
+        found = self._keeper.measure(model, what="mixed model").sel(set=RETAIN).isel(metric=0)
+        return Measure(*(float(found[n]) for n in ("value", "value_low", "value_high")))
+
+    def _dataset(
+        self,
+        shares: Mapping[str, Share],
+        curves: Mapping[str, Mapping[float, Measure]],
+        at_share: Sequence[xr.Dataset],
+        as_given: Sequence[xr.DataArray],
+    ) -> xr.Dataset:
+        import xarray as xr
+
+        settings = self._settings
+        along = xr.DataArray(list(shares), dims="model", name="model")
+        found = xr.concat(at_share, along, combine_attrs="override")
+        alphas = sorted({alpha for curve in curves.values() for alpha in curve})
+        table = np.full((3, len(shares), len(alphas)), np.nan)
+        for row, curve in enumerate(curves.values()):
+            for alpha, measure in curve.items():
+                column = alphas.index(alpha)
+                table[:, row, column] = measure.value, measure.low, measure.high
+        steps = {step / settings.grid for step in range(settings.grid + 1)}
+        curve_of = ("model", "alpha")
+        return (
+            found.assign(
+                retention=(curve_of, table[0]),
+                retention_low=(curve_of, table[1]),
+                retention_high=(curve_of, table[2]),
+                alpha_chosen=("model", [share.alpha for share in shares.values()]),
+                alpha_lost=("model", [share.lost for share in shares.values()]),
+                monotone=("model", [share.monotone for share in shares.values()]),
+                original_value=self._own["value"],
+                unlearned_value=xr.concat(as_given, along),
+            )
+            .assign_coords(alpha=alphas, on_grid=("alpha", [alpha in steps for alpha in alphas]))
+            .assign_attrs(
+                command="control",
+                control=json.dumps(
+                    {
+                        "metric": str(self._metric),
+                        "tau": settings.tau,
+                        "tolerance": settings.tolerance,
+                        "grid": settings.grid,
+                    }
+                ),
+            )
+        )
+
+
+def _retention_metric(text: str) -> Any:
+    """The metric that says what is kept; raise `InputError` where it is none that can."""
+    metrics = resolved_metrics(text)
+    if len(metrics) != 1:
+        raise InputError(f"metric: {text!r} is several; give one, and further ones by --metrics")
+    (metric,) = metrics
+    if metric.within != (0.0, 1.0):
+        raise InputError(
+            f"metric {metric}: it is not between 0 and 1 with 1 for all that is known, so no part "
+            "of it can be kept; give such as extraction_strength or probability"
+        )
+    if not metric.reads(RETAIN):
+        raise InputError(
+            f"metric {metric}: it has no number on retain; give another --metric, such as "
+            "extraction_strength"
+        )
+    return metric
