@@ -34,8 +34,8 @@ NATIVE := $(shell find csrc -type f)
 PYTHON_FILES := $(shell find geffect_fast -name '*.py' -o -name '*.jinja')
 CPP_FILES := $(filter %.cpp %.h %.cu %.cuh,$(NATIVE) $(shell find tests/cuda_shim -type f))
 
-# What an extra of pyproject.toml asks for on this Python, from the installed package's metadata.
-extra = $$($(BIN)/python -c 'from importlib.metadata import requires; \
+# What an extra asks for on this Python, from the installed metadata: not from an old one in here (-I).
+extra = $$($(BIN)/python -I -c 'from importlib.metadata import requires; \
 	from packaging.requirements import Requirement; \
 	print(*(str(r).split(";")[0] for r in map(Requirement, requires("geffect-fast")) \
 		if r.marker and r.marker.evaluate({"extra": "$(1)"}) and not r.marker.evaluate({"extra": ""})))')
