@@ -16,6 +16,8 @@ from bad_input.case import check, profile, snapshot
 from geffect_fast.cli import COMMANDS, main
 
 UNLEARN = [*profile(objectives=None, refusals=None), "--objective", "ga", "--steps", "2"]
+DATA = ["--out", "new", "--forget", "forget.jsonl", "--retain", "retain.jsonl"]
+KEPT = ["--metric", "probability"]  # nothing is known by heart here
 RUNS = {
     "run": [*profile(refusals=None), "--resolve", "sample,token"],
     "one": ["unlearn", *UNLEARN[1:], "--probe-rows", "2"],
@@ -35,6 +37,9 @@ PRINTING = {
     "tokens --html": ["tokens", "run", "--html", "page.html"],
     "report": ["report", "run", "--out", "page.html"],
     "export": ["export", "run", "--to", "table.csv"],
+    "evaluate": ["evaluate", *DATA, "--models", "model"],
+    "control": ["control", *DATA, "--original", "model", "--unlearned", "one/model", *KEPT],
+    "relearn": ["relearn", *DATA[:4], "--model", "model", "--steps", "1", "--measure-every", "1"],
     "weights": ["weights", "run", "--out", "weighted.jsonl", "--retain-budget", "0"],
     "compare": ["compare", "one", "two"],
     "a mistake": ["show", "no-such-run"],

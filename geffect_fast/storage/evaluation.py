@@ -65,7 +65,10 @@ def table_of(dataset: xr.Dataset) -> pd.DataFrame:
 def holds_evaluation(folder: str | Path) -> bool:
     """Whether a run folder, or a file, is of `evaluate`."""
     path = user_path(folder)
-    return path.name == EVALUATION or is_there(path / EVALUATION)
+    try:
+        return path.name == EVALUATION or is_there(path / EVALUATION)
+    except OSError:  # what is wrong with the path is said where it is read
+        return False
 
 
 def open_evaluation(folder: str | Path) -> xr.Dataset:

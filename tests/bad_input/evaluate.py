@@ -267,7 +267,7 @@ CASES = [
         other_vocabulary,
     ),
     Case(
-        "a weight that is NaN",
+        "a weight of a model to evaluate that is NaN",
         evaluate(),
         "NaN",
         "healthy checkpoint",

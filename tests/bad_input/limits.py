@@ -106,7 +106,7 @@ CASES = [
         profile(token_budget="960"),
         "which is one sample a batch",
         "give fewer objectives",
-        patched("geffect_fast.capture.products.inner", no_memory),
+        patched("geffect_fast.engines.reverse.backwards", no_memory),
     ),
     Case(
         "no memory on a GPU",

@@ -23,8 +23,8 @@ def drawn(values, low, high, **more):
     """A panel with one line and its band."""
     figure = blank_figure(4, 3)
     panel = figure.subplots()
-    bands = {"x": np.array([low, high], dtype=float)}
-    draw_lines(panel, STEPS, {"x": np.array(values)}, title="", words="", bands=bands, **more)
+    bounds = np.array([low, high], dtype=float)[..., None]
+    draw_lines(panel, STEPS, {"x": np.array(values)}, title="", words="", bounds=bounds, **more)
     return figure, panel
 
 
