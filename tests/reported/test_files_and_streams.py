@@ -45,7 +45,7 @@ def a_packed_file(here):
     """janosh/matbench-discovery#20: 'utf-8' codec can't decode byte 0x8b."""
     packed = gzip.compress(b'{"question": "a", "answer": "b"}')
     assert read(packed) == [{"question": "a", "answer": "b"}]
-    with pytest.raises(InputError, match="odd.jsonl"):
+    with pytest.raises(InputError, match=r"odd\.jsonl"):
         read(packed[:-12])
 
 
