@@ -22,8 +22,8 @@ import torch
 from llama import make_model
 from machine import RESULTS, write_csv
 
-from geffect_fast.data.chat_template import CHAT_DATE
-from geffect_fast.settings import Training
+from geffect_fast.measure.prepare import Sources
+from geffect_fast.settings import Measuring, Training
 from geffect_fast.steps.probe import Probe
 from geffect_fast.storage.step_store import StepStore
 from geffect_fast.training.run import Unlearning
@@ -54,19 +54,10 @@ def measure(
         make_model(quick),
         None,
         Training(steps=rounds + 1, batch_size=UPDATE),
-        objective=objective,
-        objectives=others,
-        sources={
-            "forget": rows(length, 0),
-            "retain": rows(length, 1),
-            "probes": None,
-            "refusals": None,
-        },
+        objectives=[objective, *others],
+        sources=Sources({"forget": rows(length, 0), "retain": rows(length, 1)}),
+        settings=Measuring(resolve=("parameter", "sample"), norms=None, engine="auto"),
         reference_model=make_model(quick),
-        measuring={"resolve": ("parameter", "sample"), "reduction": "token", "risk": "nll"}
-        | dict.fromkeys(("norms", "groups", "token_budget"))
-        | {"engine": "auto"},
-        reading={"template": "auto", "max_length": None, "date": CHAT_DATE},
     )
     draws = Draws(dict.fromkeys(run.loss.reads, (ROWS, UPDATE)), rounds + 1, seed=0)
     trainer = UnlearnTrainer(
