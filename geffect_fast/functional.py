@@ -26,7 +26,7 @@ from geffect_fast.capture import (
     Recording,
     Segments,
 )
-from geffect_fast.capture.attribution import code_of
+from geffect_fast.capture.attribution import ANY, code_of
 from geffect_fast.capture.compat import eagerly, plain_name
 from geffect_fast.capture.products import (
     InnerProducts,
@@ -221,6 +221,28 @@ def pairwise_inner_products(
     return _gathered(plan, found, zeros, None, per_parameter)
 
 
+def norms_and_products(
+    model: nn.Module, loss_fn: LossFn, batch: Any
+) -> tuple[Tensor | dict[str, Tensor], Tensor | dict[str, Tensor]]:
+    """`per_sample_grad_norms` and `pairwise_inner_products` of a batch with itself, by parameter.
+
+    From one backward; arguments and errors are those of these two.
+    """
+    plan = Plan.of(model)
+    squares: dict[str, Tensor] = {}
+    products: dict[str, Tensor] = {}
+
+    def measure(name: str, factors: list[Factor], _kept: list[Tensor | None]) -> None:
+        shape = plan.parameters[name].shape
+        squares[name] = squared_norms(factors, shape)
+        products[name] = pairwise(factors, factors, shape)
+
+    losses = _run(plan, loss_fn, batch, measure, _JOINED)
+    one, two = losses.new_zeros(len(losses)), losses.new_zeros(len(losses), len(losses))
+    norms = _gathered(plan, squares, one, torch.sqrt, per_parameter=True)
+    return norms, _gathered(plan, products, two, None, per_parameter=True)
+
+
 # ---- one forward and one backward ----
 
 
@@ -286,8 +308,8 @@ def _run(
                     "loss_fn: the losses depend on no module with trainable parameters; call the "
                     "model that was given"
                 )
-            key = code_of(loss_fn), tuple(recorder.structure)
-            if axis.n_samples > 1 and key not in plan.learned.shown:
+            key, any_key = ((code_of(loss_fn), of) for of in (tuple(recorder.structure), ANY))
+            if axis.n_samples > 1 and plan.learned.shown.isdisjoint((key, any_key)):
                 trial = recorder.weigh(losses, leaves)
                 if recorder.gave_positions:
                     with torch.no_grad():  # where no hook changes anything

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from geffect_fast.capture import Plan
+from geffect_fast.capture.attribution import ANY, code_of
 from geffect_fast.data import Layout, SampleSet, estimate_token_budget, make_batches
 from geffect_fast.data.batch import Batch, Role
 from geffect_fast.data.packing import split_batch
@@ -18,7 +19,6 @@ from geffect_fast.engines.batches import (
     DataPass,
     Tick,
     TokenBudget,
-    each_batch,
     mixture_of,
     passes_for,
 )
@@ -31,7 +31,7 @@ from geffect_fast.engines.model_outputs import (
 from geffect_fast.engines.reference import Reference
 from geffect_fast.engines.reverse import reverse_effects
 from geffect_fast.engines.rotary_frequencies import frequencies_at_first
-from geffect_fast.functional import pairwise_inner_products, per_sample_grad_norms
+from geffect_fast.functional import norms_and_products, pairwise_inner_products
 from geffect_fast.measure.plain_autograd import Numbers, token_logprob
 from geffect_fast.objectives import NLL, Objective
 
@@ -84,12 +84,14 @@ class CapturedNumbers:
         """Tokens that `compute` runs forward."""
         once = self.risk.n_tokens
         paired = sum(_tokens(a, b) for a, b in self.pairs)
-        return 2 * once + sum(data_pass.n_tokens for data_pass in self.passes) + paired
+        return once + sum(data_pass.n_tokens for data_pass in self.passes) + paired
 
     def compute(self, tick: Tick) -> Numbers:
         """Effects by the reverse engine, norms and products by `geffect_fast.functional`."""
         self.plan.learned.served.clear()
-        return Numbers(self._effects(tick), self._norms(tick), self._products(tick))
+        # All of it is compared with plain autograd: functional need not show rows by itself.
+        self.plan.learned.shown.add((code_of(_sample_nll), ANY))
+        return Numbers(self._effects(tick), *self._norms_and_products(tick))
 
     def _effects(self, tick: Tick) -> Tensor:
         device = next(iter(self.plan.parameters.values())).device
@@ -116,32 +118,26 @@ class CapturedNumbers:
         )
         return found
 
-    def _norms(self, tick: Tick) -> Tensor:
+    def _norms_and_products(self, tick: Tick) -> tuple[Tensor, Tensor]:
         norms = torch.zeros(len(self.plan.parameters), self.n, dtype=torch.float64)
-        for _, attempt in each_batch([self.risk], tick):
-            with attempt:
-                found = per_sample_grad_norms(
-                    self.plan.model, _sample_nll, self._given(attempt.batch), per_parameter=True
-                )
-                norms[:, list(attempt.batch.rows)] = _stacked(found)
-        return norms
-
-    def _products(self, tick: Tick) -> Tensor:
         products = torch.zeros(len(self.plan.parameters), self.n, self.n, dtype=torch.float64)
-        pairs = self.pairs
+        model, pairs = self.plan.model, self.pairs
         while pairs:
             a, b = pairs.pop()
             larger = max(a, b, key=lambda batch: batch.n_samples)
             attempt = Attempt(larger, self.budget)
             with attempt:
-                first = self._given(a)
-                second = first if a is b else self._given(b)
-                found = _stacked(
-                    pairwise_inner_products(
-                        self.plan.model, _sample_nll, first, second, per_parameter=True
-                    )
-                )
                 rows, columns = torch.tensor(a.rows), torch.tensor(b.rows)
+                if a is b:
+                    own, found = map(
+                        _stacked, norms_and_products(model, _sample_nll, self._given(a))
+                    )
+                    norms[:, rows] = own
+                else:
+                    given = self._given(a), self._given(b)
+                    found = _stacked(
+                        pairwise_inner_products(model, _sample_nll, *given, per_parameter=True)
+                    )
                 products[:, rows[:, None], columns] = found
                 products[:, columns[:, None], rows] = found.mT
                 tick(_tokens(a, b))
@@ -152,7 +148,7 @@ class CapturedNumbers:
                     pairs += [(c, d) for x, c in enumerate(pieces[0]) for d in pieces[0][x:]]
                 else:
                     pairs += product(pieces[0], pieces[1])
-        return products
+        return norms, products
 
     def _given(self, batch: Batch) -> dict[str, Any]:
         batch = batch.to(next(iter(self.plan.parameters.values())).device)
