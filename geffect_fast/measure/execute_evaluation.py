@@ -122,7 +122,7 @@ def models_of(config: EvaluateConfig) -> tuple[str, dict[str | int, str], str]:
         InputError: a run holds no model.
     """
     if config.run is None:
-        return "model", {**short_names(config.models)}, config.models[0]
+        return "model", dict(short_names(config.models).items()), config.models[0]
     folder = user_path(config.run)
     begun = load_config(folder / CONFIG) if is_there(folder / CONFIG) else None
     found: dict[str | int, str] = {}

@@ -150,11 +150,11 @@ def rows_of(
             found["paraphrases"] = [sample.answer for sample in answers.samples]
     if "rephrased" in present:
         questions = _texts(rows, "rephrased", name)
-        asked = [
+        rephrased = [
             {"question": question, "answer": answer}
             for answer, (question, *_) in zip(texts or (), questions, strict=True)
         ]
-        made_of = tokenize(asked, f"{name} ({FIELDS['rephrased']})")
+        made_of = tokenize(rephrased, f"{name} ({FIELDS['rephrased']})")
         found["rephrased"] = [sample.answer for sample in made_of.samples]
     if "choices" in present:
         asked = rows

@@ -99,7 +99,9 @@ def sets(rows):
 def result(model, tokenizer, retrained, sets):
     with warnings.catch_warnings():
         warnings.simplefilter("error", GEffectWarning)
-        warnings.filterwarnings("ignore", "metric verbatim_memorisation reads plain text or begin")
+        warnings.filterwarnings(
+            "ignore", "metric verbatim_memorisation reads beginnings and continuations"
+        )
         return gf.evaluate(
             model,
             tokenizer,
@@ -439,10 +441,17 @@ def test_memorisation_as_muse_has_it(tokenizer, rows):
             holdout=texts[4:7],
             probes={"known": rows[:2]},
             suite="muse",
-            metrics="knowledge_memorisation(max_new_tokens=3), rouge_l",
+            metrics=[
+                "verbatim_memorisation(max_new_tokens=8)",
+                "knowledge_memorisation(max_new_tokens=3)",
+                "rouge_l",
+            ],
         )
     value = found.value
-    assert value.sel(metric="verbatim_memorisation", set="forget") == 100
+    short = value.sel(metric="verbatim_memorisation(max_new_tokens=8)", set="forget")
+    assert short == 100
+    # A text has no end, so that the model goes on behind it.
+    assert 50 < value.sel(metric="verbatim_memorisation", set="forget") < 100
     assert value.sel(metric="verbatim_memorisation", set="retain") < 100
     assert np.isnan(value.sel(metric="verbatim_memorisation", set="known"))
     assert np.isnan(value.sel(metric="knowledge_memorisation", set="forget"))
