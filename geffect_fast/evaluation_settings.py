@@ -29,7 +29,8 @@ class Evaluating(Reading):
     """A benchmark's metrics, under its names: tofu, muse or survey; metrics are measured beside."""
 
     max_new_tokens: int = Field(default=200, gt=0)
-    """Most tokens that a model writes after a prompt, for metrics of what it writes."""
+    """Most tokens that a model writes after a prompt, for metrics of what it writes that have no
+    length of their own."""
 
     @field_validator("metrics", mode="before")
     @classmethod

@@ -141,7 +141,8 @@ def tokenize_choices(
 
     Returns:
         One sample a row: `answer` is the right choice, `alternatives` the others in the row's
-        order. Labels are on the choice alone, without an end.
+        order. Labels are on the choice alone, from the first token that holds some of one, without
+        an end.
 
     Raises:
         InputError: a row is none of multiple choice; else as `tokenize_rows`.
@@ -157,11 +158,17 @@ def tokenize_choices(
             raise InputError(f"{place} has no 'choices'; give rows of multiple choice")
         asked = lettered(row) if by_letter else row["question"].strip()
         texts = LETTERS[: len(row["choices"])] if by_letter else row["choices"]
-        sequences = []
-        for k, text in enumerate(texts):
-            what = f"{place}, choice {k},"
-            made = encode.conversation(_question_turns(asked), None, what, text.strip(), ends=False)
-            sequences.append(_within(made, max_length, place, f"choice {k}"))
+        turns = _question_turns(asked)
+        made = [
+            encode.conversation(turns, None, f"{place}, choice {k},", text.strip(), ends=False)
+            for k, text in enumerate(texts)
+        ]
+        # A tokenizer may tie the space before to some choices alone; it counts for all then.
+        first = min(len(ids) - sum(t != IGNORE for t in labels) for ids, labels in made)
+        sequences = [
+            _within((ids, [IGNORE] * first + ids[first:]), max_length, place, f"choice {k}")
+            for k, (ids, _) in enumerate(made)
+        ]
         right = sequences.pop(row["answer"])
         samples.append(Sample(i, row["question"], right, tuple(sequences), fields=row))
     return SampleSet(name, tuple(samples))

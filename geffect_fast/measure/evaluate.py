@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,18 +17,25 @@ from torch import nn
 
 from geffect_fast.arguments import checked_config, with_settings
 from geffect_fast.capture.compat import check_is_model
-from geffect_fast.data import SampleSet, estimate_token_budget, read_rows, tokenize_rows
+from geffect_fast.data import (
+    SampleSet,
+    estimate_token_budget,
+    read_rows,
+    tokenize_choices,
+    tokenize_rows,
+)
+from geffect_fast.data.row_kinds import CALLED, RowKind
 from geffect_fast.engines.batches import TokenBudget
-from geffect_fast.errors import InputError
+from geffect_fast.errors import GEffectWarning, InputError
 from geffect_fast.evaluation_settings import Evaluating
 from geffect_fast.measure.memory import within_budget
 from geffect_fast.measure.models import load_model
 from geffect_fast.measure.prepare import Sources, check_model, table_of_positions
-from geffect_fast.metrics.base import ALL, FORGET, HOLDOUT, Measure, Seen
+from geffect_fast.metrics.base import ALL, FORGET, HOLDOUT, Measure, Metric, Seen
 from geffect_fast.metrics.observe import answers_scored, n_tokens, observe
 from geffect_fast.metrics.observed import Observed, known, read_log
 from geffect_fast.metrics.registry import resolved_metrics
-from geffect_fast.metrics.rows import DataRows, rows_of
+from geffect_fast.metrics.rows import DataRows, kind_of, rows_of
 from geffect_fast.results.dataset import digests, versions
 from geffect_fast.results.intervals import LEVEL
 from geffect_fast.terminal import progress_bar
@@ -62,9 +70,10 @@ def evaluate(
             as it was.
         tokenizer: of transformers; None for samples that are tokenised already.
         forget: what must go: a path to JSON or JSON lines of `question` and `answer`, a hub id, a
-            list of dicts, or tokenised samples. Some metrics read more fields of a row, as TOFU has
-            them: `paraphrased_answer`, `perturbed_answer` (a list), `paraphrased_question`,
-            `choices` (a list with the answer among them).
+            list of dicts, or tokenised samples; rows of multiple choice, conversations, plain text
+            and continuations too (`docs/data.md`). Some metrics read more fields of questions, as
+            TOFU has them: `paraphrased_answer`, `perturbed_answer` (a list),
+            `paraphrased_question`.
         retain: what must stay, likewise.
         holdout: rows like the forget set's that no model was trained on, for membership.
         probes: further data sets by name; `model_utility` reads `real_authors` and `world_facts`.
@@ -76,7 +85,8 @@ def evaluate(
 
     Returns:
         A Dataset with `value` (metric, set), `value_low` and `value_high` (its bounds,
-        `interval_level` of all draws of the rows, `geffect_fast.results.intervals`), and
+        `interval_level` of all draws of the rows, `geffect_fast.results.intervals`; NaN of a
+        p-value, and where all rows of a set score alike, which says nothing of other rows), and
         `sample_value` (metric, sample), the rows' scores. All fp64; NaN where a metric has no
         number. A number of several sets together stands under the set `all`.
 
@@ -149,21 +159,33 @@ class Evaluator:
             name: source if isinstance(source, SampleSet) else read_rows(source, name=name)
             for name, source in given.items()
         }
+        kinds = {name: kind_of(rows) for name, rows in read.items()}
+        self._tell_unread(kinds)
+        reading = {
+            name: [m for m in self.metrics if m.reads(name) and m.reads_rows(kind)]
+            for name, kind in kinds.items()
+        }
         self.needs = {
-            name: {need for m in self.metrics if m.reads(name) for need in m.wants()}
-            for name in read
+            name: {need for metric in of for need in metric.wants()} for name, of in reading.items()
+        }
+        self._lengths = {
+            name: {metric.most_written() for metric in of if "written" in metric.wants()}
+            for name, of in reading.items()
         }
         self._positions = table_of_positions(model)
         self.sets = {
             name: rows_of(
                 rows,
                 name,
-                [metric for metric in self.metrics if metric.reads(name)],
+                reading[name],
                 self.needs[name],
                 self._tokenize,
+                self._tokenize_choices,
             )
             for name, rows in read.items()
         }
+        if tokenizer is None:
+            _check_reads_no_text(reading)
         self.rows = digests({name: rows.answers for name, rows in self.sets.items()})
         self._check(model, "model")
         self._budget = TokenBudget(settings.token_budget or self._tokens_that_fit(model))
@@ -211,23 +233,44 @@ class Evaluator:
         self, needs: set[Any], sources: Mapping[str, Any], reference: Any, retrained: Any
     ) -> None:
         """Raise `InputError` where a metric needs data or a model that is not given."""
-        for need, there, remedy in (
+        for need, there, what in (
             (
                 HOLDOUT,
                 HOLDOUT in sources,
-                "rows that no model was trained on, as holdout (--holdout FILE)",
+                "hold-out data (--holdout FILE); give rows that no model was trained on",
             ),
-            ("reference", reference is not None, "one, as reference_model (--reference MODEL)"),
+            (
+                "reference",
+                reference is not None,
+                "a reference model (--reference MODEL); give one, as reference_model",
+            ),
             (
                 "retain_model",
                 retrained is not None,
-                "a model trained without the forget rows, or its log, as retain_model "
-                "(--retain-model MODEL)",
+                "a model trained without the forget rows (--retain-model MODEL); give one, or its "
+                "log",
             ),
         ):
             if need in needs and not there:
                 metric = next(m for m in self.metrics if need in m.wants())
-                raise InputError(f"metric {metric} needs {need.replace('_', ' ')}: give {remedy}")
+                raise InputError(f"metric {metric} needs {what}")
+
+    def _tell_unread(self, kinds: Mapping[str, RowKind]) -> None:
+        """Say in a line of each metric which sets hold rows of kinds that it does not read."""
+        for metric in self.metrics:
+            others = [
+                name
+                for name, kind in kinds.items()
+                if metric.reads(name) and not metric.reads_rows(kind)
+            ]
+            if others:
+                read = " or ".join(CALLED[kind] for kind in metric.kinds)
+                warnings.warn(
+                    f"metric {metric} reads {read}, so that it has no number of "
+                    f"{', '.join(others)}",
+                    GEffectWarning,
+                    stacklevel=2,
+                )
 
     def _uses_if_given(self) -> set[str]:
         """What metrics compare with where it is there: privleak's model has a default."""
@@ -245,6 +288,16 @@ class Evaluator:
             max_length=self._settings.max_length,
             date=self._settings.date,
             n_positions=self._positions,
+        )
+
+    def _tokenize_choices(self, rows: Sequence[Mapping[str, Any]], name: str) -> SampleSet:
+        return tokenize_choices(
+            rows,
+            self._tokenizer,
+            name=name,
+            template=self._settings.template,
+            max_length=self._settings.max_length,
+            date=self._settings.date,
         )
 
     def _check(self, model: nn.Module, what: str) -> None:
@@ -289,6 +342,7 @@ class Evaluator:
             self._tokenizer,
             self._budget,
             self._settings.max_new_tokens,
+            lengths={name: self._lengths[name] for name in sets if "written" in needs[name]},
             what=what,
             tick=tick,
         )
@@ -385,10 +439,19 @@ class Evaluator:
     def _scores(self, number: int, seen: Observed) -> np.ndarray:
         """A metric's scores of a set's rows; NaN where it has none."""
         metric = self.metrics[number]
-        scores = None
-        if metric.reads(seen.name) and seen.has(metric.wants()):
-            scores = metric.scores(seen)
+        scores = metric.scores(seen) if metric.measurable(seen) else None
         return np.full(len(self.sets[seen.name]), np.nan) if scores is None else scores
+
+
+def _check_reads_no_text(reading: Mapping[str, Sequence[Metric]]) -> None:
+    """Raise `InputError` where a metric reads text, and there is no tokenizer to make any."""
+    for name, metrics in reading.items():
+        for metric in metrics:
+            if metric.wants() & {"texts", "continuations", "written"}:
+                raise InputError(
+                    f"{name}: metric {metric} reads text, for which tokenised rows need a "
+                    "tokenizer; give one (--tokenizer), or leave the metric out"
+                )
 
 
 def vocabulary(model: nn.Module) -> int | None:

@@ -12,7 +12,7 @@ from geffect_fast.measure.evaluate import Evaluator, checked_probes
 from geffect_fast.measure.execute import machine, on_threads
 from geffect_fast.measure.models import load_model, load_tokenizer, resolve_device
 from geffect_fast.metrics.registry import resolved_metrics
-from geffect_fast.paths import find_checkpoints, is_there, user_path
+from geffect_fast.paths import find_checkpoints, is_there, short_names, user_path
 from geffect_fast.settings import UnlearnConfig
 from geffect_fast.storage.evaluation import save_evaluation
 from geffect_fast.storage.inputs import Inputs, check_replayed, inputs_of, summed_beside
@@ -122,9 +122,7 @@ def models_of(config: EvaluateConfig) -> tuple[str, dict[str | int, str], str]:
         InputError: a run holds no model.
     """
     if config.run is None:
-        short = [model.rstrip("/").rpartition("/")[2] or model for model in config.models]
-        names = short if len(set(short)) == len(short) else list(config.models)
-        return "model", dict(zip(names, config.models, strict=True)), config.models[0]
+        return "model", dict(short_names(config.models).items()), config.models[0]
     folder = user_path(config.run)
     begun = load_config(folder / CONFIG) if is_there(folder / CONFIG) else None
     found: dict[str | int, str] = {}

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import numpy as np
 
+from geffect_fast.data.row_kinds import RowKind
 from geffect_fast.metrics.observed import Observed
 from geffect_fast.results.intervals import bounds, row_weights
 from geffect_fast.settings import Settings
@@ -21,6 +23,7 @@ Need = Literal[
     "choices",
     "texts",
     "continuations",
+    "written",
     "whole_norms",
     "parameter_norms",
     "largest_entries",
@@ -33,6 +36,9 @@ Need = Literal[
 FORGET, HOLDOUT = "forget", "holdout"
 ALL = "all"
 """The place of a number that is of several sets together."""
+
+_ROUNDING = 1e-9
+"""What draws of one and the same number differ by, as a part of it."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +75,7 @@ class Metric(Settings):
         needs: what must be seen of the rows of every set that it is measured on.
         statistic: what its number of a set is: mean, AUC, p-value ...
         on: the sets it reads; none named: every one.
+        kinds: of rows that it reads; none named: every one.
         within: what its number can be; bounds do not lie outside.
     """
 
@@ -76,6 +83,7 @@ class Metric(Settings):
     needs: ClassVar[frozenset[Need]] = frozenset()
     statistic: ClassVar[str] = "mean"
     on: ClassVar[tuple[str, ...]] = ()
+    kinds: ClassVar[tuple[RowKind, ...]] = ()
     within: ClassVar[tuple[float, float]] = (0.0, 1.0)
 
     @classmethod
@@ -83,9 +91,22 @@ class Metric(Settings):
         """Whether it reads the set of this name."""
         return not cls.on or name in cls.on
 
+    @classmethod
+    def reads_rows(cls, kind: RowKind) -> bool:
+        """Whether it reads rows of this kind."""
+        return not cls.kinds or kind in cls.kinds
+
     def wants(self) -> frozenset[Need]:
         """Its needs, where they depend on its hyper-parameters."""
         return self.needs
+
+    def most_written(self) -> int:
+        """Tokens of a continuation that it reads at most, where it needs what is `written`."""
+        raise NotImplementedError(f"metric {self.name} needs 'written' and says not how much")
+
+    def measurable(self, seen: Observed) -> bool:
+        """Whether a set is one that it reads, and all that it needs was seen of its rows."""
+        return self.reads(seen.name) and self.reads_rows(seen.kind) and seen.has(self.wants())
 
     def scores(self, seen: Observed) -> np.ndarray | None:
         """One number a row of a set, `(n,)` fp64; None where only sets have numbers."""
@@ -95,7 +116,7 @@ class Metric(Settings):
         """Its number of every set: the mean of the rows' scores."""
         found = {}
         for name, observed in seen.sets.items():
-            scores = self.scores(observed) if observed.has(self.wants()) else None
+            scores = self.scores(observed) if self.measurable(observed) else None
             if scores is not None:
                 found[name] = mean_of(scores, name)
         return found
@@ -124,7 +145,8 @@ def mean_of(scores: np.ndarray, name: str) -> Measure:
 def drawn(statistic: Callable[..., Any], sizes: Mapping[str, int]) -> Measure:
     """A number of one or several sets, with its interval (`geffect_fast.results.intervals`).
 
-    The rows of each set are drawn by themselves.
+    The rows of each set are drawn by themselves. Where every draw gives the same, as of rows that
+    all score alike, they say nothing of other rows, and the bounds are NaN.
 
     Args:
         statistic: of weights of the sets' rows, `(draws, n)` each, in order: `(draws,)`.
@@ -134,9 +156,14 @@ def drawn(statistic: Callable[..., Any], sizes: Mapping[str, int]) -> Measure:
     if min(sizes.values()) < 2:  # nothing can be said of a set of one row
         return Measure(float(value), np.nan, np.nan)
     draws = statistic(*(row_weights([name] * n) for name, n in sizes.items()))
+    with np.errstate(invalid="ignore"):  # of infinite draws
+        if np.ptp(draws) <= _ROUNDING * abs(value):
+            return Measure(float(value), np.nan, np.nan)
     low, high = bounds(draws)
     return Measure(float(value), float(low), float(high))
 
 
 def _written(value: Any) -> str:
+    if isinstance(value, str) and not value.isidentifier():
+        return json.dumps(value)
     return str(value).lower() if isinstance(value, bool) else str(value)

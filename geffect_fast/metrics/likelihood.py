@@ -67,9 +67,9 @@ def option_probabilities(seen: Observed) -> np.ndarray:
 class MultipleChoice(Metric):
     """The part of questions whose answer the model holds for the most probable choice.
 
-    The choices are a row's `choices`, its answer among them, or else its answer and its perturbed
-    answers. They are listed in the question as `A. ...`, and the letters are compared, as for WMDP
-    and MMLU.
+    The choices are those of rows of multiple choice, or else a question's answer and its perturbed
+    answers. They are listed below the question as `A. ...`, then `Answer:`, and the letters are
+    compared, as for WMDP and MMLU.
     """
 
     needs: ClassVar[frozenset[Need]] = frozenset({"choices"})

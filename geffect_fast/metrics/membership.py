@@ -17,15 +17,19 @@ from __future__ import annotations
 
 import math
 import zlib
+from collections.abc import Callable, Mapping
 from typing import ClassVar, Literal
 
 import numpy as np
 from pydantic import Field
 
+from geffect_fast.errors import InputError
 from geffect_fast.metrics.base import FORGET, HOLDOUT, Measure, Metric, Need, Seen, drawn
 from geffect_fast.metrics.extra import roc_auc_score
 from geffect_fast.metrics.observed import Observed, known, losses_of
 from geffect_fast.metrics.registry import register
+
+_LEAST_SPREAD = 1e-3
 
 
 class Membership(Metric):
@@ -35,8 +39,18 @@ class Membership(Metric):
     on: ClassVar[tuple[str, ...]] = (FORGET, HOLDOUT)
 
     def measures(self, seen: Seen) -> dict[str, Measure]:
-        members, others = (known(self.scores(seen.sets[name])) for name in (FORGET, HOLDOUT))
-        return {FORGET: auc_of(members, others)}
+        return {FORGET: auc_of(*self._both(seen.sets))}
+
+    def _both(self, sets: Mapping[str, Observed]) -> tuple[np.ndarray, np.ndarray]:
+        """Scores of the forget and the hold-out rows."""
+        for name in (FORGET, HOLDOUT):
+            if not self.measurable(sets[name]):
+                raise InputError(
+                    f"{name}: its rows lack what metric {self} reads; give rows that have it, or "
+                    "leave the metric out"
+                )
+        members, others = (known(self.scores(sets[name])) for name in (FORGET, HOLDOUT))
+        return members, others
 
 
 def auc(members: np.ndarray, others: np.ndarray) -> float:
@@ -47,17 +61,28 @@ def auc(members: np.ndarray, others: np.ndarray) -> float:
 
 def auc_of(members: np.ndarray, others: np.ndarray) -> Measure:
     """`auc`, with its interval: the rows of both sets are drawn anew, each by themselves."""
+    found = drawn(_weighted_auc(members, others), _sizes(members, others))
+    return Measure(auc(members, others), found.low, found.high)
+
+
+def _sizes(members: np.ndarray, others: np.ndarray) -> dict[str, int]:
+    return {FORGET: len(members), HOLDOUT: len(others)}
+
+
+def _weighted_auc(
+    members: np.ndarray, others: np.ndarray
+) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
+    """`auc` as a function of weights of the rows of both sets, `(draws, n)` each: `(draws,)`."""
     order = np.argsort(others, kind="stable")
     first, last = (np.searchsorted(others[order], members, side=side) for side in ("left", "right"))
 
-    def drawn_auc(own: np.ndarray, theirs: np.ndarray) -> np.ndarray:
+    def area(own: np.ndarray, theirs: np.ndarray) -> np.ndarray:
         up_to = np.zeros((len(theirs), 1 + len(others)))  # weights of the lowest others, summed
         np.cumsum(theirs[:, order], axis=1, out=up_to[:, 1:])
         below = (up_to[:, first] + up_to[:, last]) / 2  # a tie counts half
         return (own * below).sum(1) / (own.sum(1) * theirs.sum(1))
 
-    found = drawn(drawn_auc, {FORGET: len(members), HOLDOUT: len(others)})
-    return Measure(auc(members, others), found.low, found.high)
+    return area
 
 
 @register("loss")
@@ -102,18 +127,19 @@ class MinK(_Lowest):
 
 @register("min_k_plus_plus")
 class MinKPlusPlus(_Lowest):
-    """Min-K% of log-probabilities standardised by the model's own distribution (2404.02936)."""
+    """Min-K% of log-probabilities standardised by the model's own distribution (2404.02936).
+
+    Where the model is all but certain the deviation is next to nothing, or rounds to it; it counts
+    as 0.001 at least, the square root of what open-unlearning takes for the variance.
+    """
 
     needs: ClassVar[frozenset[Need]] = frozenset({"answers", "distribution", "holdout"})
 
     def scores(self, seen: Observed) -> np.ndarray:
         found = []
         for each in known(seen.answers):
-            above, spread = known(each.log_prob) - known(each.mean), known(each.spread)
-            # Where one token has all probability the label is it, and as expected as can be.
-            found.append(
-                self._lowest(np.divide(above, spread, out=np.zeros_like(above), where=spread > 0))
-            )
+            above = known(each.log_prob) - known(each.mean)
+            found.append(self._lowest(above / np.maximum(known(each.spread), _LEAST_SPREAD)))
         return np.array(found)
 
 
@@ -159,20 +185,42 @@ class PrivLeak(MinK):
 
     `a0` is that of the model that was trained without the forget rows; 0.5 without one. Below 0
     forget rows still look like members, above 0 they look less known than rows nobody has seen.
+    Both models answered the same rows, so a draw of them is of both.
     """
 
     statistic: ClassVar[str] = "percent"
     within: ClassVar[tuple[float, float]] = (-100.0, math.inf)
 
     def measures(self, seen: Seen) -> dict[str, Measure]:
-        own = auc_of(*(self.scores(seen.sets[name]) for name in (FORGET, HOLDOUT)))
-        a0 = 0.5
-        if seen.retrained:
-            a0 = 1 - auc(*(self.scores(seen.retrained[name]) for name in (FORGET, HOLDOUT)))
+        own = self._both(seen.sets)
+        before = self._both(seen.retrained) if seen.retrained else None
+        a0 = 0.5 if before is None else 1 - auc(*before)
         if a0 == 0:
             return {FORGET: Measure(np.nan, np.nan, np.nan)}
+        if before is not None and np.array_equal(_comparisons(*own), _comparisons(*before)):
+            return {FORGET: Measure(0.0, 0.0, 0.0)}  # whatever rows are drawn
+        area = auc(*own)
+        value = 100 * ((1 - area) - a0) / a0
+        if area in (0, 1):  # nobody saw how far the rows could be from that
+            return {FORGET: Measure(value, np.nan, np.nan)}
+        own_area = _weighted_auc(*own)
+        area_before = None if before is None else _weighted_auc(*before)
 
-        def leak(area: float) -> float:
-            return 100 * ((1 - area) - a0) / a0
+        def leak(*weights: np.ndarray) -> np.ndarray:
+            a = _left(own_area(*weights))
+            left = np.full_like(a, 0.5) if area_before is None else _left(area_before(*weights))
+            with np.errstate(divide="ignore", invalid="ignore"):
+                return np.where(a == left, 0, 100 * (a - left) / left)
 
-        return {FORGET: Measure(leak(own.value), leak(own.high), leak(own.low))}
+        found = drawn(leak, _sizes(*own))
+        return {FORGET: Measure(value, found.low, found.high)}
+
+
+def _comparisons(members: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """All that an AUC reads of scores: which are above, and which not below, `(2, n, m)` bool."""
+    return np.stack([members[:, None] > others, members[:, None] >= others])
+
+
+def _left(area: np.ndarray) -> np.ndarray:
+    """`1 - AUC`, between 0 and 1 also where a draw's weights are negative, and not by rounding."""
+    return np.round(1 - area, 12).clip(0, 1)

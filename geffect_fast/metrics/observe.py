@@ -12,11 +12,10 @@ from geffect_fast.data import IGNORE, Layout
 from geffect_fast.data.row_kinds import row_place
 from geffect_fast.data.samples import Sequence as Tokens
 from geffect_fast.engines.batches import TokenBudget
-from geffect_fast.errors import InputError
 from geffect_fast.metrics.generation import continuations
 from geffect_fast.metrics.gradient_norms import NORM_NEEDS, gradient_norms
 from geffect_fast.metrics.observed import Observed, Scored
-from geffect_fast.metrics.rows import FIELDS, DataRows, prompt_length
+from geffect_fast.metrics.rows import FIELDS, DataRows, to_be_written
 from geffect_fast.metrics.scored import Tick, forward_layout, score
 
 
@@ -28,6 +27,7 @@ def observe(
     budget: TokenBudget,
     max_new_tokens: int,
     *,
+    lengths: Mapping[str, Collection[int]] | None = None,
     what: str = "model",
     tick: Tick = lambda _: None,
 ) -> dict[str, Observed]:
@@ -39,9 +39,10 @@ def observe(
         model: in eval mode.
         sets: by name.
         needs: of each set.
-        tokenizer: makes texts of continuations; None where no metric reads them.
+        tokenizer: makes texts of tokens; None where no metric reads any.
         budget: of tokens a batch.
-        max_new_tokens: most tokens of a continuation.
+        max_new_tokens: most tokens of what is under `continuations`.
+        lengths: most tokens of what is `written` of a set, each.
         what: what messages call the model.
         tick: told of tokens.
 
@@ -58,7 +59,7 @@ def observe(
                 ends[name, column, row] = slice(len(sequences), len(sequences) + len(listed))
                 sequences += listed
                 places += [row_place(name, row)] * len(listed)
-    found = {name: Observed(name) for name in sets}
+    found = {name: Observed(name, kind=rows.kind) for name, rows in sets.items()}
     layout = forward_layout(model, sequences)
     distribution = any("distribution" in of for of in needs.values())
     scored = score(
@@ -77,12 +78,21 @@ def observe(
             pieces = [scored[ends[name, column, row]] for row in range(len(of))]
             several = column in ("perturbed", "choices")
             columns[column] = pieces if several else [piece[0] for piece in pieces]
-        texts = _texts(rows, tokenizer)
-        found[name] = replace(found[name], **columns, right=rows.right, texts=texts)
+        if "texts" in needs[name]:
+            columns["texts"] = rows.texts or _decoded(rows, tokenizer)
+        found[name] = replace(found[name], **columns, right=rows.right)
     for name, rows in sets.items():
         found[name] = replace(
             found[name],
-            **_written(model, rows, needs[name], tokenizer, budget, max_new_tokens),
+            **_written(
+                model,
+                rows,
+                needs[name],
+                tokenizer,
+                budget,
+                max_new_tokens,
+                set((lengths or {}).get(name, ())),
+            ),
             norms=_norms(model, rows, needs[name], budget, layout, tick),
         )
     return found
@@ -118,10 +128,8 @@ def _columns(rows: DataRows, needs: Collection[str]) -> dict[str, list[Any]]:
     return found
 
 
-def _texts(rows: DataRows, tokenizer: Any) -> list[str] | None:
-    """The answers' texts: their own, or what their label tokens stand for."""
-    if all(rows.texts) or tokenizer is None:
-        return list(rows.texts) if all(rows.texts) else None
+def _decoded(rows: DataRows, tokenizer: Any) -> list[str]:
+    """What the label tokens of the rows stand for."""
     labels = [sample.answer.labels for sample in rows.answers.samples]
     of = [each[each != IGNORE].tolist() for each in labels]
     return [str(tokenizer.decode(ids, skip_special_tokens=True)) for ids in of]
@@ -134,31 +142,39 @@ def _written(
     tokenizer: Any,
     budget: TokenBudget,
     max_new_tokens: int,
+    lengths: set[int],
 ) -> dict[str, Any]:
-    """Continuations of the rows' prompts, and what the data has there."""
-    if "continuations" not in needs:
+    """Continuations of the rows' prompts, and what the data has there.
+
+    The longest are written; what is greedy and shorter is how they begin.
+    """
+    wanted = lengths | ({max_new_tokens} if "continuations" in needs else set())
+    if not wanted:
         return {}
-    if tokenizer is None:
-        raise InputError(
-            f"{rows.name}: metrics of what a model writes need a tokenizer; give one, or leave "
-            "them out"
-        )
-    answers: list[Tokens] = [sample.answer for sample in rows.answers.samples]
-    lengths = [prompt_length(answer) for answer in answers]
+    prompts, there, cut = zip(
+        *(to_be_written(sample.answer, rows.kind) for sample in rows.answers.samples), strict=True
+    )
     special = set(tokenizer.all_special_ids)
-    stops = {int(answer.labels[-1]) for answer in answers} & special
+    stops = {int(ids[-1]) for ids in there} & special
     stops |= {tokenizer.eos_token_id} - {None}
-    prompts = [answer.input_ids[:n] for answer, n in zip(answers, lengths, strict=True)]
-    written = continuations(model, prompts, stops, max_new_tokens, budget)
+    written = continuations(model, prompts, stops, max(wanted), budget)
 
     def text(ids: list[int]) -> str:
-        return str(tokenizer.decode(ids, skip_special_tokens=True)).strip()
+        return str(tokenizer.decode(ids, skip_special_tokens=True))
 
-    rest = [a.input_ids[n:].tolist() for a, n in zip(answers, lengths, strict=True)]
-    # Of a plain text as much is compared as may be written; an answer is compared whole.
-    whole = rows.texts if all(rows.texts) else None
-    truths = list(whole) if whole else [text(ids[:max_new_tokens]) for ids in rest]
-    return {"continuations": [text(ids) for ids in written], "truths": truths}
+    def up_to(n: int) -> tuple[list[str], list[str]]:
+        truths = [
+            text(ids.tolist()[: n if is_cut else None])
+            if is_cut or rows.texts is None
+            else rows.texts[row]
+            for row, (ids, is_cut) in enumerate(zip(there, cut, strict=True))
+        ]
+        return [text(ids[:n]) for ids in written], truths
+
+    found: dict[str, Any] = {"written": {n: up_to(n) for n in wanted}}
+    if "continuations" in needs:
+        found["continuations"], found["truths"] = found["written"][max_new_tokens]
+    return found
 
 
 def _norms(

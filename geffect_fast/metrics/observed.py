@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from geffect_fast.data.row_kinds import RowKind
 from geffect_fast.errors import InputError
 
 
@@ -47,9 +48,12 @@ class Observed:
         texts: the answers themselves.
         continuations: what greedy decoding puts after each prompt.
         truths: what stands there in the data.
+        written: continuations and truths where a metric says how many tokens it reads at most, by
+            that number.
         norms: of the gradients of the rows' mean losses, `(n,)` fp64, by the need they answer.
         reference: of the answer, by the reference model.
         prompts: in a saved log, what stood before what was generated.
+        kind: of its rows.
     """
 
     name: str
@@ -62,9 +66,11 @@ class Observed:
     texts: list[str] | None = None
     continuations: list[str] | None = None
     truths: list[str] | None = None
+    written: Mapping[int, tuple[list[str], list[str]]] | None = None
     norms: dict[str, np.ndarray] = field(default_factory=dict)
     reference: list[Scored] | None = None
     prompts: list[str] | None = None
+    kind: RowKind = "question"
 
     def has(self, needs: Collection[str]) -> bool:
         """Whether all of this was seen of the set's rows."""

@@ -2,56 +2,101 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import numpy as np
+from pydantic import Field
 
+from geffect_fast.data.row_kinds import RowKind
 from geffect_fast.metrics.base import Metric, Need
 from geffect_fast.metrics.extra import rouge_scorer
 from geffect_fast.metrics.observed import Observed, known
 from geffect_fast.metrics.registry import register
 
 
-def rouge(seen: Observed, measure: str, *, use_stemmer: bool) -> np.ndarray:
-    """ROUGE-L of every row's continuation against what the data has there, `(n,)`.
-
-    Args:
-        seen: with continuations.
-        measure: `recall` or `fmeasure`.
-        use_stemmer: whether words are compared by their stems.
-    """
-    scorer = rouge_scorer(use_stemmer=use_stemmer)
-    pairs = zip(known(seen.truths), known(seen.continuations), strict=True)
-    return np.array([getattr(scorer.score(*pair)["rougeL"], measure) for pair in pairs])
-
-
 class _Overlap(Metric):
-    needs: ClassVar[frozenset[Need]] = frozenset({"continuations"})
+    def _rouge(
+        self,
+        continuations: list[str],
+        truths: list[str],
+        measure: Literal["recall", "fmeasure"],
+        *,
+        use_stemmer: bool,
+    ) -> np.ndarray:
+        """ROUGE-L of every row's continuation against what the data has there, `(n,)`."""
+        scorer = rouge_scorer(use_stemmer=use_stemmer)
+        pairs = zip(truths, continuations, strict=True)
+        return np.array([getattr(scorer.score(*pair)["rougeL"], measure) for pair in pairs])
 
 
 @register("rouge_l")
 class RougeL(_Overlap):
-    """ROUGE-L recall of the answer, words compared by their stems: TOFU's ROUGE."""
+    """ROUGE-L recall of the answer, words compared by their stems: TOFU's ROUGE.
+
+    Of a conversation the assistant's first turn is written and compared; of a text as much as may
+    be written.
+    """
+
+    needs: ClassVar[frozenset[Need]] = frozenset({"continuations"})
 
     def scores(self, seen: Observed) -> np.ndarray:
-        return rouge(seen, "recall", use_stemmer=True)
+        written, truths = known(seen.continuations), known(seen.truths)
+        return self._rouge(written, truths, "recall", use_stemmer=True)
+
+
+class _Muse(_Overlap):
+    """ROUGE-L F1 in percent, words compared as they are, of what is written up to a length."""
+
+    needs: ClassVar[frozenset[Need]] = frozenset({"written"})
+    statistic: ClassVar[str] = "mean percent"
+    within: ClassVar[tuple[float, float]] = (0.0, 100.0)
+
+    max_new_tokens: int = Field(default=128, gt=0)
+    """Most tokens that are written."""
+
+    def most_written(self) -> int:
+        return self.max_new_tokens
+
+    def _percent(self, written: list[str], truths: list[str]) -> np.ndarray:
+        return 100 * self._rouge(written, truths, "fmeasure", use_stemmer=False)
 
 
 @register("verbatim_memorisation")
-class VerbatimMemorisation(_Overlap):
-    """ROUGE-L F1 of a text's continuation against the text: MUSE's VerbMem, from 0 to 1.
+class VerbatimMemorisation(_Muse):
+    """How a model goes on with texts: MUSE's VerbMem (arXiv 2407.06460), from 0 to 100.
 
-    What a row leaves without labels is the prompt; of a row that has labels on all its tokens, as
-    plain text has, the first 200 are, or the first half.
+    Reads beginnings and continuations (`prompt`, `gt`), as MUSE has them, and plain text, of which
+    the first 200 tokens or the first half are the beginning. As many tokens of the text are
+    compared as may be written.
     """
 
+    kinds: ClassVar[tuple[RowKind, ...]] = ("continuation", "text")
+
     def scores(self, seen: Observed) -> np.ndarray:
-        return rouge(seen, "fmeasure", use_stemmer=False)
+        return self._percent(*known(seen.written)[self.max_new_tokens])
 
 
 @register("knowledge_memorisation")
-class KnowledgeMemorisation(_Overlap):
-    """ROUGE-L F1 of the answer that a model writes to a question: MUSE's KnowMem, from 0 to 1."""
+class KnowledgeMemorisation(_Muse):
+    """How a model answers questions: MUSE's KnowMem (arXiv 2407.06460), from 0 to 100.
+
+    Reads questions and answers. MUSE puts answered questions before each (few-shot examples); here
+    it is asked alone.
+    """
+
+    kinds: ClassVar[tuple[RowKind, ...]] = ("question",)
+
+    max_new_tokens: int = Field(default=32, gt=0)
+    """Most tokens that are written."""
+
+    stops: str = Field(default="\n\n|\nQuestion|Question:", pattern=r"^[^(),]*$")
+    """Where what is written is cut: texts with `|` between."""
 
     def scores(self, seen: Observed) -> np.ndarray:
-        return rouge(seen, "fmeasure", use_stemmer=False)
+        written, truths = known(seen.written)[self.max_new_tokens]
+        stops = [stop for stop in self.stops.split("|") if stop]
+        cut = [
+            min((text.partition(stop)[0] for stop in stops), key=len, default=text)
+            for text in written
+        ]
+        return self._percent(cut, truths)

@@ -32,8 +32,12 @@ SUITES: dict[str, tuple[str, ...]] = {
         "paraphrased_extraction_strength",
     ),
 }
-"""What benchmarks measure by rows, under their names: TOFU (2401.06121), MUSE (2407.06460), and the
-assessment of the survey 2402.08787 (efficacy in scope, utility out of scope, paraphrases)."""
+"""What can be measured by rows of what benchmarks measure, under their names.
+
+TOFU (2401.06121); MUSE (2407.06460), without few-shot examples, and without the sizes and numbers
+of requests that it varies; of the assessment of the survey 2402.08787 efficacy in scope, utility
+out of scope and paraphrases, without relearning and cost.
+"""
 
 
 def register(name: str) -> Callable[[M], M]:

@@ -5,16 +5,19 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from string import ascii_uppercase
 from typing import Any
 
+from torch import Tensor
+
 from geffect_fast.data import IGNORE, Sample, SampleSet
-from geffect_fast.data.row_kinds import row_place
+from geffect_fast.data.row_kinds import RowKind, makes_row, row_kind, row_place
 from geffect_fast.data.samples import Sequence as Tokens
 from geffect_fast.errors import GEffectWarning, InputError
 from geffect_fast.metrics.base import FORGET, Metric
 
 Tokenize = Callable[[Sequence[Mapping[str, Any]], str], SampleSet]
-"""DataRows of question, answer and alternatives, and the set's name, to samples."""
+"""Rows, and the name of their set, to samples."""
 
 FIELDS = {
     "paraphrases": "paraphrased_answer",
@@ -25,9 +28,14 @@ FIELDS = {
 """By need, the field of a row that it reads."""
 
 _PROMPT = 200
-"""Tokens that are the prompt of a plain text, as in MUSE; half of a shorter one."""
+"""Tokens that are the prompt of a plain text; half of one that is shorter than twice that."""
 
-_MOST_CHOICES = 26
+_TEXT_OF: dict[RowKind, Callable[[Mapping[str, Any]], str]] = {
+    "question": lambda row: row["answer"],
+    "choice": lambda row: row["choices"][row["answer"]],
+    "continuation": lambda row: row["gt"],
+}
+"""What of a row is learned, where one field says it."""
 
 
 @dataclass(frozen=True)
@@ -36,15 +44,18 @@ class DataRows:
 
     Attributes:
         name: of the set.
-        answers: tokenised questions and answers.
-        texts: the answers' texts, empty where rows are tokenised.
+        kind: of its rows.
+        answers: tokenised, a sample a row, or a window of a text.
+        texts: what answers, choices and continuations are in the data; None of other rows, where
+            only tokens say it.
         paraphrases, perturbed, rephrased, choices: sequences that are scored beside.
         right: which of the choices is the answer.
     """
 
     name: str
+    kind: RowKind
     answers: SampleSet
-    texts: tuple[str, ...]
+    texts: list[str] | None = None
     paraphrases: list[Tokens] | None = None
     perturbed: list[list[Tokens]] | None = None
     rephrased: list[Tokens] | None = None
@@ -78,6 +89,7 @@ def rows_of(
     metrics: Sequence[Metric],
     needs: Collection[str],
     tokenize: Tokenize,
+    tokenize_choices: Tokenize,
 ) -> DataRows:
     """What `metrics` read of a set.
 
@@ -91,36 +103,36 @@ def rows_of(
         metrics: for messages.
         needs: of all metrics that are measured on this set.
         tokenize: makes samples of rows.
+        tokenize_choices: makes samples of rows of multiple choice, the right one first.
 
     Raises:
         InputError: a field is missing, or of the wrong form.
     """
+    kind = kind_of(source)
+    texts: list[str] | None = None
     if isinstance(source, SampleSet):
-        rows: Sequence[Mapping[str, Any]] = [{"input_ids": True}] * len(source)
+        rows: Sequence[Mapping[str, Any]] = [{}] * len(source)
         answers = source
     else:
-        rows = [_with_answer(row) for row in source]
+        rows = source
         answers = tokenize(
             [{k: v for k, v in row.items() if k != "alternative"} for row in rows], name
         )
-    has_text = all(isinstance(row.get("answer"), str) and "input_ids" not in row for row in rows)
-    has_text = has_text and len(answers) == len(rows)
-    texts = tuple(str(row["answer"]).strip() for row in rows) if has_text else ("",) * len(answers)
+        if kind in _TEXT_OF:
+            texts = [_TEXT_OF[kind](row).strip() for row in rows]
     wanted = {need for need in FIELDS if need in needs}
     present = {need for need in sorted(wanted) if _present(rows, need, name, metrics)}
-    if present and not has_text:
+    if present and (isinstance(source, SampleSet) or kind not in ("question", "choice")):
         need = sorted(present)[0]
         raise InputError(
             f"{name}: metric {_reader(metrics, need)} reads '{FIELDS[need]}' beside question and "
             "answer, and the rows hold no such; give rows of text"
         )
 
-    def columns(
-        need: str, values: list[list[str]], question: str = "question"
-    ) -> list[list[Tokens]]:
+    def columns(need: str, values: list[list[str]]) -> list[list[Tokens]]:
         made = tokenize(
             [
-                {"question": row[question], "answer": first, "alternative": others or None}
+                {"question": row["question"], "answer": first, "alternative": others or None}
                 for row, (first, *others) in zip(rows, values, strict=True)
             ],
             f"{name} ({FIELDS[need]})",
@@ -138,50 +150,54 @@ def rows_of(
             found["paraphrases"] = [sample.answer for sample in answers.samples]
     if "rephrased" in present:
         questions = _texts(rows, "rephrased", name)
-        asked = [
-            {"question": question, "answer": row["answer"]}
-            for row, (question, *_) in zip(rows, questions, strict=True)
+        rephrased = [
+            {"question": question, "answer": answer}
+            for answer, (question, *_) in zip(texts or (), questions, strict=True)
         ]
-        made_of = tokenize(asked, f"{name} ({FIELDS['rephrased']})")
+        made_of = tokenize(rephrased, f"{name} ({FIELDS['rephrased']})")
         found["rephrased"] = [sample.answer for sample in made_of.samples]
     if "choices" in present:
-        listed = [_choices(row, row_place(name, i), i) for i, row in enumerate(rows)]
-        letters = [
-            {
-                "question": "\n".join(
-                    [row["question"].strip(), *(f"{chr(65 + j)}. {c}" for j, c in enumerate(of))]
-                ),
-                "answer": "A",
-                "alternative": [chr(65 + j) for j in range(1, len(of))],
-            }
-            for row, (of, _) in zip(rows, listed, strict=True)
+        asked = rows
+        if kind != "choice":
+            asked = [_with_choices(row, row_place(name, i), i) for i, row in enumerate(rows)]
+        made_of = tokenize_choices(asked, f"{name} ({FIELDS['choices']})")
+        found["right"] = [row["answer"] for row in asked]
+        found["choices"] = [
+            [*each.alternatives[:right], each.answer, *each.alternatives[right:]]
+            for each, right in zip(made_of.samples, found["right"], strict=True)
         ]
-        made_of = tokenize(letters, f"{name} ({FIELDS['choices']})")
-        found["choices"] = [_letters([s.answer, *s.alternatives]) for s in made_of.samples]
-        found["right"] = [right for _, right in listed]
-    return DataRows(name, answers, texts, **found)
+    return DataRows(name, kind, answers, texts, **found)
 
 
-def _letters(choices: list[Tokens]) -> list[Tokens]:
-    """The choices without what all of them end with, such as the token that ends an answer."""
-    ids = [choice.input_ids.tolist() for choice in choices]
-    end = next(i for i in range(1, min(map(len, ids)) + 1) if len({each[-i] for each in ids}) > 1)
-    return [Tokens(c.input_ids[: len(c) + 1 - end], c.labels[: len(c) + 1 - end]) for c in choices]
+def kind_of(source: SampleSet | Sequence[Mapping[str, Any]]) -> RowKind:
+    """The kind of a set's rows, of samples that of the rows they were made of."""
+    if isinstance(source, SampleSet):
+        fields = source.samples[0].fields if source.samples else {}
+        return row_kind(fields) if makes_row(fields) else "tokens"
+    return row_kind(source[0])
 
 
-def _with_answer(row: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A row whose answer is a text, also where it is the number of a choice, as in WMDP."""
-    answer, choices = row.get("answer"), row.get("choices")
-    if isinstance(answer, int) and isinstance(choices, list | tuple) and answer < len(choices):
-        return {**row, "answer": choices[answer]}
-    return row
+def to_be_written(sequence: Tokens, kind: RowKind) -> tuple[Tensor, Tensor, bool]:
+    """What a model is to continue, what stands there in the data, and whether it is cut to length.
 
+    The first is all before the first label, and the second the first run of labels: of a
+    conversation the assistant's first turn. Of a plain text, all of it labelled, the first 200
+    tokens or the first half are continued. As much of a text is compared as may be written; an
+    answer is compared whole.
 
-def prompt_length(sequence: Tokens) -> int:
-    """Tokens that are put before what a model is to write."""
-    labelled = (sequence.labels != IGNORE).nonzero().flatten()
-    first = int(labelled[0])
-    return first if first > 1 else min(_PROMPT, max(len(sequence) // 2, 1))
+    Args:
+        sequence: with at least one label after its first token.
+        kind: of its row.
+    """
+    labelled = sequence.labels != IGNORE
+    plain = kind in ("text", "tokens") and bool(labelled[1:].all())
+    first = 1 + int(labelled[1:].nonzero()[0])
+    if plain:
+        first = min(_PROMPT, max(len(sequence) // 2, 1))
+    gaps = (~labelled[first:]).nonzero()
+    stop = first + int(gaps[0]) if len(gaps) else len(sequence)
+    ids = sequence.input_ids
+    return ids[:first], ids[first:stop], plain or kind == "continuation"
 
 
 def _reader(metrics: Sequence[Metric], need: str) -> str:
@@ -237,25 +253,18 @@ def _listed(value: Any, need: str, place: str) -> list[str]:
     return list(texts)
 
 
-def _choices(row: Mapping[str, Any], place: str, number: int) -> tuple[list[str], int]:
-    """A question's choices, and which of them is the answer.
+def _with_choices(row: Mapping[str, Any], place: str, number: int) -> dict[str, Any]:
+    """A question as multiple choice, between the answer and the perturbed ones.
 
-    Where they are made of the answer and the perturbed ones, the answer's place follows from the
-    row's number, so that no letter is right more often than others.
+    The answer's place follows from the row's number, so that no letter is right more often than
+    others.
     """
-    answer = str(row["answer"]).strip()
-    if row.get("choices") is None:
-        others = _listed(row[FIELDS["perturbed"]], "perturbed", place)
-        at = number % (len(others) + 1)
-        listed = [*others[:at], answer, *others[at:]]
-    else:
-        listed = [choice.strip() for choice in _listed(row["choices"], "choices", place)]
-        if answer not in listed:
-            raise InputError(
-                f"{place}: its answer {answer[:40]!r} is none of its 'choices'; make it one of "
-                "their texts"
-            )
-        at = listed.index(answer)
-    if not 2 <= len(listed) <= _MOST_CHOICES:
-        raise InputError(f"{place} has {len(listed)} 'choices'; give from 2 to {_MOST_CHOICES}")
-    return listed, at
+    listed = _listed(row[FIELDS["perturbed"]], "perturbed", place)
+    if len(listed) >= len(ascii_uppercase):
+        raise InputError(
+            f"{place}: {len(listed)} perturbed answers are more than there are letters to choose "
+            f"by; give at most {len(ascii_uppercase) - 1}"
+        )
+    right = number % (len(listed) + 1)
+    listed.insert(right, row["answer"])
+    return {"question": row["question"], "choices": listed, "answer": right}

@@ -18,7 +18,6 @@ from geffect_fast.metrics.likelihood import (
 from geffect_fast.metrics.observed import Observed
 from geffect_fast.metrics.overlap import RougeL
 from geffect_fast.metrics.registry import register
-from geffect_fast.results.intervals import DRAWS, SEED, bounds
 
 OPTION_SETS = ("real_authors", "world_facts")
 """The sets whose probability is that beside the perturbed answers."""
@@ -30,8 +29,8 @@ class ForgetQuality(Metric):
     """The p-value of a two-sample Kolmogorov-Smirnov test of truth ratios on the forget set.
 
     Compared are the model and one that was trained without the forget rows: 1 where no test could
-    tell them apart. The interval is of drawing the rows anew, the same for both models, which
-    answered the same.
+    tell them apart. It has no bounds: a p-value of rows drawn anew is not spread about that of the
+    rows.
     """
 
     needs: ClassVar[frozenset[Need]] = frozenset({"paraphrases", "perturbed", "retain_model"})
@@ -41,13 +40,7 @@ class ForgetQuality(Metric):
     def measures(self, seen: Seen) -> dict[str, Measure]:
         own = log_truth_ratios(seen.sets[FORGET])
         others = log_truth_ratios(seen.retrained[FORGET])
-        value = ks_p_value(own, others)
-        if len(own) < 2 or len(own) != len(others):
-            return {FORGET: Measure(value, np.nan, np.nan)}
-        rng = np.random.default_rng(SEED)
-        rows = rng.integers(len(own), size=(DRAWS, len(own)))
-        low, high = bounds(np.array([ks_p_value(own[of], others[of]) for of in rows]))
-        return {FORGET: Measure(value, float(low), float(high))}
+        return {FORGET: Measure(ks_p_value(own, others), np.nan, np.nan)}
 
 
 def ks_p_value(one: np.ndarray, other: np.ndarray) -> float:

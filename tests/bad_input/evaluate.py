@@ -150,8 +150,8 @@ CASES = [
     Case(
         "membership without a hold-out",
         evaluate(metrics="min_k"),
-        "metric min_k needs holdout",
-        "--holdout FILE",
+        "metric min_k needs hold-out data (--holdout FILE)",
+        "give rows that no model was trained on",
     ),
     Case(
         "the hold-out is not there",
@@ -197,8 +197,8 @@ CASES = [
     Case(
         "choices without the answer",
         evaluate(metrics="multiple_choice"),
-        "none of its 'choices'",
-        "one of their texts",
+        "none of the 2 choices",
+        "give an index from 0 to 1",
         rows_with(choices=["a", "b"]),
     ),
     Case(
@@ -224,6 +224,25 @@ CASES = [
     ),
     Case("tokenised rows and a text metric", call(metrics="rouge_l"), "tokenizer", "give one"),
     Case(
+        "tokenised rows and zlib",
+        call(metrics="zlib", holdout=samples([5, 6])),
+        "forget: metric zlib reads text",
+        "give one (--tokenizer)",
+    ),
+    Case(
+        "a perturbed answer for every letter",
+        evaluate(metrics="multiple_choice"),
+        "forget: row 0 (counting from 0): 26 perturbed answers",
+        "give at most 25",
+        rows_with(perturbed_answer=[f"answer {i}" for i in range(26)]),
+    ),
+    Case(
+        "a stop with a comma",
+        evaluate(metrics="knowledge_memorisation(stops='a,b')"),
+        "metrics",
+        "such as k=0.2",
+    ),
+    Case(
         "tokenised rows and paraphrases",
         call(metrics="paraphrased_extraction_strength"),
         "paraphrased_question",
@@ -243,14 +262,14 @@ CASES = [
     Case(
         "the metric reference without one",
         evaluate("--holdout", "general.jsonl", metrics="reference"),
-        "metric reference needs reference",
+        "metric reference needs a reference model",
         "--reference MODEL",
     ),
     Case(
         "forget quality without a model",
         evaluate(metrics="forget_quality"),
-        "needs retain model",
-        "--retain-model MODEL",
+        "metric forget_quality needs a model trained without the forget rows (--retain-model",
+        "give one, or its log",
     ),
     Case(
         "models of different vocabularies",

@@ -27,6 +27,7 @@ from geffect_fast.measure.models import load_model
 from geffect_fast.metrics import SUITES, Metric, available, register
 from geffect_fast.metrics.base import Need
 from geffect_fast.metrics.registry import _CLASSES
+from geffect_fast.report.tables.evaluate import notes
 
 NEEDS = get_args(Need)
 
@@ -98,6 +99,9 @@ def sets(rows):
 def result(model, tokenizer, retrained, sets):
     with warnings.catch_warnings():
         warnings.simplefilter("error", GEffectWarning)
+        warnings.filterwarnings(
+            "ignore", "metric verbatim_memorisation reads beginnings and continuations"
+        )
         return gf.evaluate(
             model,
             tokenizer,
@@ -271,10 +275,7 @@ def test_a_frozen_model_is_measured_too(model, tokenizer, sets):
 
 
 def test_tokenised_rows_need_no_tokenizer(model, tokenizer, rows):
-    tokens = [
-        {"input_ids": s.answer.input_ids.tolist(), "labels": s.answer.labels.tolist()}
-        for s in tokenize_rows(rows, tokenizer, name="rows").samples
-    ]
+    tokens = token_rows(rows, tokenizer)
     given = {"forget": tokens[:4], "retain": tokens[4:8], "holdout": tokens[8:12]}
     metrics = "probability, min_k, min_k_plus_plus, extraction_strength"
     found = gf.evaluate(model, None, **given, metrics=metrics)
@@ -285,32 +286,201 @@ def test_tokenised_rows_need_no_tokenizer(model, tokenizer, rows):
         gf.evaluate(model, None, **given, metrics="rouge_l")
 
 
-def test_choices_are_compared_by_their_letters(model, tokenizer, rows):
-    asked = without(rows[:6], "perturbed_answer")
-    for i, row in enumerate(asked):
-        row["choices"] = [*row["answer"].split()[:1], "Breshcrest", row["answer"]]
-        row["choices"] = row["choices"][i % 3 :] + row["choices"][: i % 3]
-    found = gf.evaluate(model, tokenizer, forget=asked, retain=rows[8:9], metrics="multiple_choice")
+def chosen(model, tokenizer, row):
+    """The choice whose letter is likeliest, by the model run on each text."""
+    listed = (f"{x}. {text}" for x, text in zip("ABCD", row["choices"], strict=False))
+    asked = "\n".join([row["question"], *listed, "Answer:"])
+    letters = "ABCD"[: len(row["choices"])]
+    ids = [tokenizer(f"{asked} {letter}")["input_ids"] for letter in letters]
+    n = next(i for i in range(len(ids[0])) if len({each[i] for each in ids}) > 1)
+    likely = []
+    for each in ids:
+        with torch.no_grad():
+            log_p = model(input_ids=torch.tensor([each])).logits[0].log_softmax(-1)
+        likely.append(sum(float(log_p[i - 1, each[i]]) for i in range(n, len(each))))
+    return int(np.argmax(likely))
+
+
+def choice_rows(rows):
+    """Multiple choice of three, the right one by turns."""
+    found = []
+    for i, row in enumerate(rows):
+        choices = [*row["perturbed_answer"][:2]]
+        choices.insert(i % 3, row["answer"])
+        found.append({"question": row["question"], "choices": choices, "answer": i % 3})
+    return found
+
+
+@pytest.mark.parametrize("how", ["index", "letter", "text"])
+def test_choices_are_compared_by_their_letters(model, tokenizer, rows, how):
+    asked = choice_rows(rows[:9])
+    given = {
+        "index": lambda row: row["answer"],
+        "letter": lambda row: "ABC"[row["answer"]],
+        "text": lambda row: row["choices"][row["answer"]],
+    }[how]
+    found = gf.evaluate(
+        model,
+        tokenizer,
+        forget=[row | {"answer": given(row)} for row in asked],
+        retain=asked[:1],
+        metrics="multiple_choice, nll",
+    )
+    of = found.sel(sample=found.sample_set == "forget").sample_value
+    expected = [float(chosen(model, tokenizer, row) == row["answer"]) for row in asked]
+    assert of.sel(metric="multiple_choice").values.tolist() == expected
+    assert 0 < sum(expected) < len(expected)
+    # All else is of the right choice's text.
+    np.testing.assert_allclose(of.sel(metric="nll"), losses(model, tokenizer, rows[:9]), rtol=1e-5)
+
+
+def test_a_question_is_chosen_among_its_perturbed_answers(model, tokenizer, rows):
+    found = gf.evaluate(
+        model, tokenizer, forget=rows[:8], retain=rows[8:9], metrics="multiple_choice"
+    )
     expected = []
-    for row in asked:
-        listed = "\n".join(
-            f"{letter}. {choice}" for letter, choice in zip("ABC", row["choices"], strict=True)
+    for i, row in enumerate(rows[:8]):
+        choices = list(row["perturbed_answer"])
+        choices.insert(i % 4, row["answer"])
+        best = chosen(model, tokenizer, {"question": row["question"], "choices": choices})
+        expected.append(float(best == i % 4))
+    of = found.sel(sample=found.sample_set == "forget").sample_value
+    assert of.sel(metric="multiple_choice").values.tolist() == expected
+
+
+def token_rows(rows, tokenizer):
+    return [
+        {"input_ids": s.answer.input_ids.tolist(), "labels": s.answer.labels.tolist()}
+        for s in tokenize_rows(rows, tokenizer, name="rows").samples
+    ]
+
+
+def chat_row(row):
+    turns = [("user", row["question"]), ("assistant", row["answer"])]
+    turns += [("user", "And then?"), ("assistant", "No more of it.")]
+    return {"messages": [{"role": role, "content": content} for role, content in turns]}
+
+
+OF_ANY_ROWS = {
+    *("probability", "nll", "extraction_strength", "exact_memorisation", "rouge_l", "zlib"),
+    *("loss", "min_k", "min_k_plus_plus", "reference", "gradient_norm", "privleak"),
+}
+MUSE = {"verbatim_memorisation", "knowledge_memorisation"}
+OF_KIND = {
+    "question": set(available()) - {"verbatim_memorisation"},
+    "choice": OF_ANY_ROWS | {"multiple_choice"},
+    "chat": OF_ANY_ROWS,
+    "text": OF_ANY_ROWS | {"verbatim_memorisation"},
+    "continuation": OF_ANY_ROWS | {"verbatim_memorisation"},
+    "tokens": OF_ANY_ROWS,
+    "tokens without a tokenizer": OF_ANY_ROWS - {"zlib", "rouge_l"},
+}
+
+
+@pytest.mark.parametrize("kind", OF_KIND)
+def test_every_kind_of_rows_with_every_metric(model, tokenizer, rows, kind):
+    """A number, or one line that says why there is none."""
+    of = {
+        "question": lambda row: row,
+        "choice": lambda row: choice_rows([row])[0],
+        "chat": chat_row,
+        "text": lambda row: {"text": f"{row['question']} {row['answer']}"},
+        "continuation": lambda row: {"prompt": row["question"], "gt": row["answer"]},
+    }.get(kind)
+    made = list(map(of, rows[:15])) if of else token_rows(rows[:15], tokenizer)
+    names = ("forget", "retain", "holdout", "real_authors", "world_facts")
+    parts = {name: made[3 * i : 3 * i + 3] for i, name in enumerate(names)}
+    probes = {name: parts.pop(name) for name in names[3:]}
+    for metric in available():
+        given = {**parts, "probes": probes, "reference_model": model, "retain_model": model}
+        given |= {"metrics": metric, "max_new_tokens": 4}
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            try:
+                found = gf.evaluate(model, None if " " in kind else tokenizer, **given)
+            except InputError as error:
+                assert metric not in OF_KIND[kind], error
+                assert "\n" not in str(error)
+                assert "forget" in str(error) or metric == "model_utility"
+                continue
+        place = "all" if metric == "model_utility" else "forget"
+        has = bool(found.value.sel(metric=metric, set=place).notnull()) if place in found.set else 0
+        assert has == (metric in OF_KIND[kind]), metric
+        if not has:
+            assert metric in MUSE
+            (line,) = {str(each.message) for each in told}
+            assert line.startswith(f"metric {metric} reads ")
+            assert line.endswith("forget, retain, holdout, real_authors, world_facts")
+
+
+def test_what_is_written_in_a_conversation_is_its_first_answer(tokenizer, rows):
+    """The turns after it are none of what was asked."""
+    model = trained(tokenizer, rows[:1], 5, steps=80)
+    found = gf.evaluate(
+        model,
+        tokenizer,
+        forget=[chat_row(rows[0])],
+        retain=rows[:1],
+        metrics="rouge_l",
+        max_new_tokens=60,
+    ).value.sel(metric="rouge_l")
+    assert found.sel(set="retain") == 1
+    assert found.sel(set="forget") == 1
+
+
+def test_memorisation_as_muse_has_it(tokenizer, rows):
+    """Texts are continued and questions answered, each up to a length of its own."""
+    texts = [{"prompt": row["question"], "gt": row["answer"]} for row in rows]
+    model = trained(tokenizer, texts[:1], 5, steps=80)
+    with pytest.warns(GEffectWarning, match="knowledge_memorisation reads questions and answers, "):
+        found = gf.evaluate(
+            model,
+            tokenizer,
+            forget=texts[:1],
+            retain=texts[1:4],
+            holdout=texts[4:7],
+            probes={"known": rows[:2]},
+            suite="muse",
+            metrics=[
+                "verbatim_memorisation(max_new_tokens=8)",
+                "knowledge_memorisation(max_new_tokens=3)",
+                "rouge_l",
+            ],
         )
-        prompt = f"{row['question']}\n{listed}"
-        (sample,) = tokenize_rows(
-            [{"question": prompt, "answer": "A", "alternative": ["B", "C"]}], tokenizer, name="x"
-        ).samples
-        likely = []
-        for letter in (sample.answer, *sample.alternatives):
-            assert letter.input_ids[-1] == tokenizer.eos_token_id
-            with torch.no_grad():
-                log_p = model(input_ids=letter.input_ids[None]).logits[0].log_softmax(-1)
-            at = [i for i in range(1, len(letter) - 1) if letter.labels[i] != -100]
-            likely.append(sum(float(log_p[i - 1, letter.labels[i]]) for i in at))
-        best = int(np.argmax(likely))
-        expected.append(float(best == row["choices"].index(row["answer"])))
-    of = found.sel(sample=found.sample_set == "forget")
-    assert of.sample_value.sel(metric="multiple_choice").values.tolist() == expected
+    value = found.value
+    short = value.sel(metric="verbatim_memorisation(max_new_tokens=8)", set="forget")
+    assert short == 100
+    # A text has no end, so that the model goes on behind it.
+    assert 50 < value.sel(metric="verbatim_memorisation", set="forget") < 100
+    assert value.sel(metric="verbatim_memorisation", set="retain") < 100
+    assert np.isnan(value.sel(metric="verbatim_memorisation", set="known"))
+    assert np.isnan(value.sel(metric="knowledge_memorisation", set="forget"))
+    assert np.isfinite(value.sel(metric="knowledge_memorisation", set="known"))
+    assert np.isfinite(value.sel(metric="privleak", set="forget"))
+    alone = gf.evaluate(
+        model, tokenizer, forget=rows[:2], retain=rows[:1], metrics="rouge_l", max_new_tokens=3
+    )
+    short = value.sel(metric="knowledge_memorisation(max_new_tokens=3)", set="known")
+    assert bool(short > 0) == bool(alone.value.sel(metric="rouge_l", set="forget") > 0)
+
+
+def test_the_table_explains_what_it_shows(model, retrained, tokenizer, sets):
+    def note(metrics, **more):
+        given = {name: sets[name] for name in ("forget", "retain", "holdout")} | more
+        return " ".join(notes(gf.evaluate(model, tokenizer, **given, metrics=metrics)))
+
+    plain = note("nll")
+    assert "In brackets" in plain
+    for word in ("AUC", "p-value:", "privleak", "No brackets"):
+        assert word not in plain
+    assert "AUC: the prob" in note("min_k")
+    quality = note("forget_quality", retain_model=retrained)
+    assert "p-value: 1 where" in quality
+    assert "No brackets" in quality
+    assert "In brackets" not in quality
+    leak = note("privleak")
+    assert "privleak: change" in leak
+    assert "AUC: the prob" not in leak
 
 
 PAGE = Path(__file__).parents[2] / "docs" / "adding_a_metric.md"
@@ -408,9 +578,10 @@ def test_a_retain_model_against_itself(retrained, tokenizer, sets):
         **sets,
         retain_model=retrained,
         metrics="forget_quality, privleak",
-    ).value.sel(set="forget")
-    assert found.sel(metric="forget_quality") == 1
-    assert found.sel(metric="privleak") == 0
+    ).sel(set="forget")
+    assert found.value.sel(metric="forget_quality") == 1
+    for name in ("value", "value_low", "value_high"):
+        assert found[name].sel(metric="privleak") == 0
 
 
 # ---- the command ----
@@ -520,7 +691,9 @@ def test_an_unlearning_run_is_evaluated_from_its_beginning_to_its_end(here):
 
 @pytest.mark.parametrize("suite", SUITES)
 def test_suites(here, suite):
-    probes = [f"--probe={name}={name}.jsonl" for name in ("real_authors", "world_facts")]
+    rows = [json.loads(line) for line in Path("retain.jsonl").read_text("utf-8").splitlines()]
+    write_jsonl([{"prompt": r["question"], "gt": r["answer"]} for r in rows], "books.jsonl")
+    probes = [f"--probe={name}={name}.jsonl" for name in ("real_authors", "world_facts", "books")]
     command = ["evaluate", "--model", "known", *DATA, *probes, "--suite", suite, "--quiet"]
     command += ["--retain-model", "retrained", "--max-new-tokens", "8", "--out", "run"]
     assert main(command) == 0

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import zlib
+from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from sklearn.metrics import roc_auc_score
 
 from geffect_fast.metrics import resolved_metrics
@@ -39,6 +41,13 @@ def observed(name="forget", n=6, seed=0):
         texts=["abc " * int(rng.integers(1, 9)) for _ in range(n)],
         continuations=["the cat sat on a mat"] * n,
         truths=["the cats sat on the mat today"] * n,
+        written={
+            k: (
+                ["the cat sat on a mat\n\nQuestion: Who?"] * n,
+                ["the cats sat on the mat today"] * n,
+            )
+            for k in (32, 128)
+        },
         norms={
             need: rng.exponential(size=n)
             for need in ("whole_norms", "parameter_norms", "largest_entries")
@@ -167,6 +176,25 @@ def test_a_certain_token_is_no_division_by_zero():
     assert scores("min_k_plus_plus", Observed("forget", answers=[certain])) == [0.0]
 
 
+def test_a_token_that_a_certain_model_does_not_expect_is_no_ordinary_one():
+    """With a gap of 150 nats the distribution's own spread is 0 in fp32."""
+    logits = torch.zeros(1, 1000)
+    logits[0, 0] = 150
+    log_p = torch.log_softmax(logits, -1)[0].double()
+    mean = float((log_p.exp() * log_p).sum())
+
+    def token(label):
+        zero, one = np.zeros(1), np.ones(1)
+        return Scored(0.0, log_p[label].numpy() * one, one > 0, mean * one, zero)
+
+    ordinary = Scored(2.0, np.full(1, -2.0), np.zeros(1, bool), np.full(1, -1.5), np.ones(1))
+    seen = Observed("forget", answers=[token(5), ordinary, token(0)])
+    unexpected, middle, expected = scores("min_k_plus_plus", seen)
+    assert unexpected == pytest.approx(-150 / 1e-3)
+    assert middle == pytest.approx(-0.5)
+    assert expected == pytest.approx(0)
+
+
 def test_the_number_of_a_set_is_the_area_under_the_curve():
     forget, holdout = observed("forget", 9, seed=1), observed("holdout", 7, seed=2)
     seen = Seen({"forget": forget, "holdout": holdout}, {})
@@ -194,7 +222,7 @@ def test_separable_scores_have_an_area_of_one():
     for shift, area in ((5, 1), (-5, 0)):
         found = loss.measures(Seen(apart(shift), {}))["forget"]
         assert found.value == area
-        assert (found.low, found.high) == pytest.approx((area, area))
+        assert np.isnan([found.low, found.high]).all()  # nobody saw how far it could be from that
     same = apart(0)["forget"]
     found = loss.measures(Seen({"forget": same, "holdout": same}, {}))["forget"]
     assert found.value == 0.5
@@ -211,11 +239,35 @@ def test_privleak():
         a = 1 - min_k.measures(Seen(apart(shift), {}))["forget"].value
         found = privleak.measures(Seen(apart(shift), retrained))["forget"]
         assert found.value == pytest.approx(100 * (a - a0) / a0)
-        assert found.low <= found.value <= found.high
+        if shift == 0.3:
+            assert found.low < found.value < found.high
+        else:
+            assert np.isnan([found.low, found.high]).all()
         without = privleak.measures(Seen(apart(shift), {}))["forget"]
         assert without.value == pytest.approx(100 * (a - 0.5) / 0.5)
     assert privleak.measures(Seen(apart(5), retrained))["forget"].value == -100
-    assert privleak.measures(Seen(retrained, retrained))["forget"].value == 0
+    found = privleak.measures(Seen(retrained, retrained))["forget"]
+    assert (found.value, found.low, found.high) == (0, 0, 0)
+    rounded = {
+        name: replace(of, answers=[replace(s, log_prob=s.log_prob + 1e-7) for s in of.answers])
+        for name, of in retrained.items()
+    }
+    found = privleak.measures(Seen(rounded, retrained))["forget"]
+    assert (found.value, found.low, found.high) == (0, 0, 0)
+
+
+def test_privleak_draws_the_same_rows_of_both_models():
+    """A model next to the retrained one is known to leak little, however few the rows."""
+    (privleak,) = resolved_metrics("privleak")
+    retrained = apart(0.1)
+    near = {
+        name: replace(of, answers=[replace(s, log_prob=s.log_prob * 1.001) for s in of.answers])
+        for name, of in retrained.items()
+    }
+    near["forget"].answers[0] = Scored(0.0, np.full(4, -0.01))
+    found = privleak.measures(Seen(near, retrained))["forget"]
+    apart_by = privleak.measures(Seen(near, {}))["forget"]
+    assert found.high - found.low < 0.5 * (apart_by.high - apart_by.low)
 
 
 def test_of_what_is_written():
@@ -223,15 +275,44 @@ def test_of_what_is_written():
     # Longest common subsequences: the cat(s) sat on mat with stems, the sat on mat without.
     assert scores("rouge_l", seen) == pytest.approx(5 / 7)
     f1 = 2 * (4 / 6) * (4 / 7) / (4 / 6 + 4 / 7)
-    assert scores("verbatim_memorisation", seen) == pytest.approx(f1)
-    assert scores("knowledge_memorisation", seen) == pytest.approx(f1)
+    assert scores("knowledge_memorisation", seen) == pytest.approx(100 * f1)
+    whole = 2 * (4 / 8) * (4 / 7) / (4 / 8 + 4 / 7)
+    assert scores("verbatim_memorisation", seen) == pytest.approx(100 * whole)
+    assert scores('knowledge_memorisation(stops="")', seen) == pytest.approx(100 * whole)
+    the = 2 * (1 / 1) * (1 / 7) / (1 / 1 + 1 / 7)
+    assert scores("knowledge_memorisation(stops=sat|cat)", seen) == pytest.approx(100 * the)
 
 
-def test_a_model_against_itself_has_a_forget_quality_of_one():
-    seen = {"forget": observed(n=40)}
+@pytest.mark.parametrize(
+    "text", ['knowledge_memorisation(stops="\\n\\n|A: ")', "truth_ratio(aggregation=true_better)"]
+)
+def test_a_metric_is_written_as_it_is_read(text):
+    (metric,) = resolved_metrics(text)
+    (again,) = resolved_metrics(str(metric))
+    assert again == metric
+    assert again != type(metric)()
+
+
+def test_forget_quality_has_no_bounds():
+    """Of a model against itself it is 1; a p-value of drawn rows is not spread about the rows'."""
+    seen, other = {"forget": observed(n=40)}, {"forget": observed(n=40, seed=3)}
     (quality,) = resolved_metrics("forget_quality")
-    found = quality.measures(Seen(seen, seen))["forget"]
-    assert (found.value, found.low, found.high) == (1, 1, 1)
+    for against, is_one in ((seen, True), (other, False)):
+        found = quality.measures(Seen(seen, against))["forget"]
+        assert (found.value == 1) == is_one
+        assert np.isnan([found.low, found.high]).all()
+
+
+@pytest.mark.parametrize("n", [2, 40])
+@pytest.mark.parametrize("value", [0.0, 0.3, 1.0])
+def test_rows_that_score_alike_have_no_bounds(n, value):
+    rows = [Scored(-np.log(max(value, 1e-300)), greedy=np.arange(10) < 10 * value)] * n
+    seen = Seen({"forget": Observed("forget", answers=rows)}, {})
+    for text in ("probability", "exact_memorisation"):
+        (metric,) = resolved_metrics(text)
+        found = metric.measures(seen)["forget"]
+        assert found.value == pytest.approx(value)
+        assert np.isnan([found.low, found.high]).all()
 
 
 def test_an_interval_is_a_bootstrap_over_rows():

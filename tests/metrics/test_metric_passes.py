@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,15 +12,17 @@ from models import FIVE, build, fp64_throughout, samples
 from torch import nn
 
 from geffect_fast.data import tokenize_rows
+from geffect_fast.data.samples import Sequence as Tokens
 from geffect_fast.engines.batches import TokenBudget
 from geffect_fast.errors import GEffectWarning, InputError, NonFiniteError
 from geffect_fast.metrics import Observed, Scored, Seen, extra, generation, resolved_metrics
 from geffect_fast.metrics.generation import continuations
 from geffect_fast.metrics.gradient_norms import gradient_norms
+from geffect_fast.metrics.membership import MinKPlusPlus
 from geffect_fast.metrics.memorisation import extraction_strength
 from geffect_fast.metrics.observe import observe
 from geffect_fast.metrics.overlap import VerbatimMemorisation
-from geffect_fast.metrics.rows import prompt_length, rows_of
+from geffect_fast.metrics.rows import rows_of, to_be_written
 from geffect_fast.metrics.scored import forward_layout, once, score
 
 LENGTHS = [9, 4, 12, 4, 7]
@@ -144,6 +147,21 @@ def by_hand(model, prompt, ends, n):
     return ids[len(prompt) :].tolist()
 
 
+def test_a_certain_models_unexpected_token_scores_as_such():
+    """One logit is 150 above all others, everywhere: what is not its token stands out."""
+    model = build("llama")
+
+    def certain(_model, _args, logits):
+        logits = torch.zeros_like(logits)
+        logits[..., 0] = 150  # no row holds it
+        return logits
+
+    model.lm_head.register_forward_hook(certain)
+    found, _ = said(model, sequences(), distribution=True)
+    values = MinKPlusPlus().scores(Observed("forget", answers=found))
+    assert (values < -1e4).all()
+
+
 @pytest.mark.parametrize("architecture", FIVE)
 def test_continuations_are_greedy(architecture):
     model = build(architecture)
@@ -258,11 +276,29 @@ def test_gradient_norms(architecture, budget):
 
 @pytest.mark.parametrize(("length", "prompt"), [(900, 200), (400, 200), (30, 15), (3, 1)])
 def test_a_plain_text_begins_with_its_prompt(length, prompt):
-    """MUSE's VerbMem continues the first 200 tokens of a text; of a short one the first half."""
+    """The first 200 tokens of a text are continued; of a short one the first half."""
     (text,) = sequences([length], prompt=0)
-    assert prompt_length(text) == prompt
+    for kind in ("text", "tokens"):
+        before, there, cut = to_be_written(text, kind)
+        assert before.tolist() == text.input_ids[:prompt].tolist()
+        assert there.tolist() == text.input_ids[prompt:].tolist()
+        assert cut
     (answer,) = sequences([length], prompt=2)
-    assert prompt_length(answer) == 2
+    before, _, cut = to_be_written(answer, "tokens")
+    assert len(before) == 2
+    assert not cut
+    before, there, cut = to_be_written(sequences([length], prompt=1)[0], "continuation")
+    assert (len(before), len(there), cut) == (1, length - 1, True)
+
+
+def test_of_a_conversation_the_first_run_of_labels_is_written():
+    (whole,) = sequences([12], prompt=3)
+    labels = whole.labels.clone()
+    labels[6:9] = -100
+    before, there, cut = to_be_written(Tokens(whole.input_ids, labels), "chat")
+    assert before.tolist() == whole.input_ids[:3].tolist()
+    assert there.tolist() == whole.input_ids[3:6].tolist()
+    assert not cut
 
 
 def test_of_a_plain_text_as_much_is_compared_as_may_be_written():
@@ -275,10 +311,21 @@ def test_of_a_plain_text_as_much_is_compared_as_may_be_written():
 
     model = build("llama")
     tokens = tokenize_rows(samples([24, 10], prompt=0), None, name="forget")
-    rows = rows_of(tokens, "forget", [], {"continuations"}, lambda *_: None)
+    rows = rows_of(tokens, "forget", [], {"continuations"}, lambda *_: None, lambda *_: None)
     found = observe(
-        model, {"forget": rows}, {"forget": {"continuations"}}, Tokenizer(), TokenBudget(99), 6
+        model,
+        {"forget": rows},
+        {"forget": {"continuations", "written"}},
+        Tokenizer(),
+        TokenBudget(99),
+        6,
+        lengths={"forget": [2, 9]},
     )["forget"]
+    for k in (2, 9):
+        again = observe(
+            model, {"forget": rows}, {"forget": {"continuations"}}, Tokenizer(), TokenBudget(99), k
+        )["forget"]
+        assert found.written[k] == (again.continuations, again.truths)
     for i, n in enumerate((12, 5)):
         ids = tokens.samples[i].answer.input_ids
         own = by_hand(model, ids[:n], {0}, 6)
@@ -288,7 +335,8 @@ def test_of_a_plain_text_as_much_is_compared_as_may_be_written():
         set(a.split()) & set(b.split())
         for a, b in zip(found.truths, found.continuations, strict=True)
     ]
-    scores = VerbatimMemorisation().scores(found)
+    seen = replace(found, written={6: (found.continuations, found.truths)})
+    scores = VerbatimMemorisation(max_new_tokens=6).scores(seen)
     assert [bool(s) for s in shared] == [s > 0 for s in scores.tolist()]
 
 
@@ -312,6 +360,7 @@ def test_a_missing_package_is_named_with_the_extra(monkeypatch, module, text, pa
         perturbed=[one, one],
         continuations=["a", "b"],
         truths=["a", "b"],
+        written={32: (["a", "b"], ["a", "b"])},
     )
     (metric,) = resolved_metrics(text)
     with pytest.raises(InputError, match=rf"{package}: pip install 'geffect-fast\[evaluate\]'"):

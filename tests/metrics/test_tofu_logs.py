@@ -88,7 +88,8 @@ def test_forget_quality(tofu):
     assert found.value == pytest.approx(expected, rel=1e-6, abs=1e-6)
     assert 0 < expected < 0.05
     same = ForgetQuality().measures(Seen(retrained, retrained))["forget"]
-    assert (same.value, same.low, same.high) == (1, 1, 1)
+    assert same.value == 1
+    assert np.isnan([same.low, same.high]).all()
 
 
 def test_tofus_files_through_the_command(tofu, tmp_path):

@@ -217,7 +217,7 @@ def test_from_folders_to_a_run_that_replays(here, capsys, result):
         (["--optimizer", "adamw_toch"], "adamw_torch"),
         (["--original", "nowhere/at/all"], "original model nowhere/at/all does not exist"),
         (["--metrics", "probabilty"], "'probability'"),
-        (["--metrics", "min_k"], "needs holdout"),
+        (["--metrics", "min_k"], "needs hold-out data"),
         (["--metrics", "model_utility"], "model_utility"),
         (["--model", ""], "must not be empty"),
     ],

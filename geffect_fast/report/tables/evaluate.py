@@ -13,11 +13,20 @@ from rich.text import Text
 if TYPE_CHECKING:
     import xarray as xr
 
-NOTE = (
-    "In brackets: bounds by the choice of the rows. AUC: the probability that a forget row looks "
-    "more trained on than a hold-out row. p-value: 1 where no test tells the model from one "
-    "without the forget rows."
+_BOUNDS = "In brackets: bounds by the choice of the rows."
+_NO_BOUNDS = (
+    "No brackets: rows that all score alike, one row alone, or a p-value, of which drawing rows "
+    "says nothing."
 )
+_OF_STATISTIC = {
+    "AUC": "AUC: the probability that a forget row looks more trained on than a hold-out row.",
+    "p-value": "p-value: 1 where no test tells the model from one without the forget rows.",
+    "harmonic mean": "harmonic mean: 0 where one of its parts is.",
+}
+_OF_METRIC = {
+    "privleak": "privleak: change of 1 - AUC against a model without the forget rows (0.5 without "
+    "such a model); below 0 forget rows still look trained on.",
+}
 
 
 def render_evaluation(dataset: xr.Dataset) -> RenderableType:
@@ -43,7 +52,22 @@ def render_evaluation(dataset: xr.Dataset) -> RenderableType:
             row = [] if axis is None else [str(at)]
             cells = [shown(of.sel(set=name)) for name in sets]
             table.add_row(*row, metric, str(of["statistic"].item()), *cells)
-    return Group(table, Text(NOTE, style="dim"))
+    return Group(table, Text(" ".join(notes(dataset)), style="dim"))
+
+
+def notes(dataset: xr.Dataset) -> list[str]:
+    """What stands in the table beside means, each explained in a sentence."""
+    known = dataset["value"].notnull()
+    bounded = dataset["value_low"].notnull()
+    over = [dim for dim in known.dims if dim != "metric"]
+    shown_here = dataset["metric"].values[known.any(over).values].tolist()
+    statistics = dataset["statistic"].sel(metric=shown_here).values.tolist()
+    return [
+        *([_BOUNDS] if bool(bounded.any()) else []),
+        *([_NO_BOUNDS] if bool((known & ~bounded).any()) else []),
+        *(said for statistic, said in _OF_STATISTIC.items() if statistic in statistics),
+        *(said for name, said in _OF_METRIC.items() if any(m.startswith(name) for m in shown_here)),
+    ]
 
 
 def shown(of: xr.Dataset) -> str:
