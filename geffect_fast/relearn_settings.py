@@ -107,8 +107,8 @@ class Relearning(Evaluating):
     def _as_published(cls, values: dict[str, Any]) -> dict[str, Any]:
         """The preset's settings beneath those that are given."""
         preset = values.get("preset")
-        known = isinstance(preset, str) and preset in PRESETS
-        return {**PRESETS[preset], **values} if known else values
+        published = PRESETS.get(preset, {}) if isinstance(preset, str) else {}
+        return {**published, **values}
 
     @model_validator(mode="after")
     def _fits(self) -> Relearning:
