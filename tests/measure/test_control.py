@@ -739,7 +739,7 @@ REFUSED = {
     ),
     "logits that are not finite": (
         lambda o, u, t: bad_call(original=changed(o, too_large))(o, u, t),
-        "original",
+        "the original gives its answer",
     ),
     "utility without probes": (bad_call(metric="model_utility"), "--probe real_authors"),
     "a whole model and an adapter": (
