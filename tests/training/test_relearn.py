@@ -378,6 +378,9 @@ def test_the_note_says_what_is_shown_alone(result, unlearned, tokenizer):
     shown = printed(result)
     assert "others: the forget rows" in shown and "the retrained model" in shown
     assert "Not shown" not in shown
+    assert "In brackets" in shown
+    alone = result.assign(value_low=result.value_low * math.nan)
+    assert "In brackets" not in printed(alone)
     asked = ASKED | {"n_rows": 5, "steps": 9, "measure_every": 1}
     shown = printed(gf.relearn(unlearned, tokenizer, **asked))
     assert "others" not in shown and "retrained" not in shown

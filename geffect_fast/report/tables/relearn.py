@@ -43,9 +43,14 @@ def render_relearning(dataset: xr.Dataset) -> RenderableType:
 
 def _note(dataset: xr.Dataset, left_out: int) -> str:
     """What the table shows: brackets, its sets and models, and how many steps have no column."""
-    said = ["In brackets: bounds by the choice of the rows. relearned: the rows trained on"]
-    said[0] += "; others: the forget rows that are not." if "others" in dataset["set"] else "."
-    if "retrained" in dataset["model"]:
+    said = []
+    if bool(dataset["value_low"].notnull().any()):
+        said.append("In brackets: bounds by the choice of the rows.")
+    if "others" in dataset["set"].values:
+        said.append("relearned: the rows trained on; others: the forget rows that are not.")
+    else:
+        said.append("relearned: the rows trained on, which are all of the forget data.")
+    if "retrained" in dataset["model"].values:
         said.append("What comes back sooner than in the retrained model was not gone.")
     if left_out:
         said.append(
