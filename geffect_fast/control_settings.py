@@ -16,7 +16,8 @@ class Controlling(Evaluating):
     """What must be kept, how closely the share is found, and what is measured there."""
 
     metric: str = "extraction_strength"
-    """The metric of the retain data that is to be kept, between 0 and 1 with 1 for all."""
+    """The metric of the retain data that is to be kept, between 0 and 1 with 1 for all;
+    model_utility is that of the retain data and its probes together."""
 
     tau: float = Field(default=0.95, gt=0, le=1)
     """The part of the original's retention that is kept at least."""
@@ -49,8 +50,8 @@ class ControlConfig(Machine, Controlling, Compared):
     """Folders or hub ids of unlearned models, or of their adapters, each controlled in turn."""
 
     forget: Annotated[PathOrId | None, Option(("--forget", "-f"))] = None
-    """Data to forget: JSON (lines) with question and answer, or a hub id `name:config:split`; what
-    is compared at equal retention."""
+    """Data to forget: JSON (lines) with question and answer, or a hub id `name:config:split`;
+    measured where each unlearned model keeps the same of the retain data."""
 
     retain: Annotated[PathOrId, Option(("--retain", "-r"))]
     """Data to keep, in the same format: retention is measured there."""

@@ -2,20 +2,71 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from geffect_fast.evaluation_settings import Evaluating, as_text
-from geffect_fast.setting_types import Option, PathOrId
+from geffect_fast.setting_types import Option, PathOrId, number_or_all
 from geffect_fast.settings import Machine
+
+_MUSE: Mapping[str, Any] = {
+    "n_rows": "all",
+    "batch_size": 4,
+    "measure_every": 25,
+    "optimizer": "adamw_torch",
+    "learning_rate": 1e-5,
+    "lr_schedule": "cosine",
+    "warmup_steps": 0,
+    "weight_decay": 0.0,
+    "max_grad_norm": 1.0,
+    "max_length": 2048,
+}
+
+Preset = Literal["sam-wmdp", "sam-muse-books", "sam-muse-news"]
+
+PRESETS: Mapping[str, Mapping[str, Any]] = {
+    "sam-wmdp": {
+        "n_rows": 20,
+        "batch_size": 4,
+        "steps": 15,
+        "measure_every": 5,
+        "optimizer": "adamw_torch",
+        "learning_rate": 1e-5,
+        "lr_schedule": "linear",
+        "warmup_steps": 1,
+        "weight_decay": 0.0,
+        "max_grad_norm": 1.0,
+        "seed": 1,
+        "max_length": 512,
+    },
+    "sam-muse-books": {**_MUSE, "steps": 100},
+    "sam-muse-news": {**_MUSE, "steps": 150},
+}
+"""Relearning attacks as they were published, by name: those of the paper on sharpness-aware
+unlearning, arXiv 2502.05374, read from its code (github.com/OPTML-Group/Unlearn-Smooth at fc655ba).
+
+    sam-wmdp         20 texts of 512 tokens, 3 epochs in batches of 4, warm-up over a tenth of the
+                     updates (WMDP/configs Relearn+Forget.json, WMDP/src/model/relearn.py)
+    sam-muse-books   all forget texts, 100 updates of 4; the paper looks at 50, 75 and 100
+                     (MUSE/baselines/run_muse_relearn.sh, MUSE/baselines/finetune.py)
+    sam-muse-news    the same in 150 updates; it looks at 100, 125 and 150
+
+The survey 2402.08787 asks for relearning and names no settings of it.
+"""
 
 
 class Relearning(Evaluating):
     """How a model is trained on a few forget rows, and what is measured on the way."""
 
-    n_rows: Annotated[int, Option(("--rows",))] = Field(default=5, gt=0)
-    """Forget rows that are trained on, drawn by the seed; the others are measured beside."""
+    preset: Preset | None = None
+    """A published attack's settings, which any given beside it override: sam-wmdp, sam-muse-books
+    or sam-muse-news (arXiv 2502.05374)."""
+
+    n_rows: Annotated[int | Literal["all"], Option(("--rows",), "N|all")] = Field(default=5)
+    """Forget rows that are trained on, drawn by the seed, or all; the others are measured beside.
+    Windows of a long text are rows."""
 
     steps: int = Field(default=20, gt=0)
     """Updates of the optimizer, each on all of these rows, or on batch_size of them."""
@@ -26,7 +77,19 @@ class Relearning(Evaluating):
     learning_rate: Annotated[float, Option(("--learning-rate", "--lr"))] = Field(
         default=1e-5, gt=0, allow_inf_nan=False
     )
-    """Learning rate, constant."""
+    """Learning rate, at its peak where the schedule changes it."""
+
+    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """How the learning rate goes on: constant, or down to 0 at the end, linear or cosine."""
+
+    warmup_steps: int = Field(default=0, ge=0)
+    """Updates over which the learning rate rises from 0."""
+
+    weight_decay: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    """Weight decay of the optimizer."""
+
+    max_grad_norm: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    """Norm to which larger gradients are scaled down; none: they are not."""
 
     batch_size: int | None = Field(default=None, gt=0)
     """Rows an update; none: all that are trained on."""
@@ -37,6 +100,16 @@ class Relearning(Evaluating):
     seed: int = Field(default=0, ge=0, lt=2**32)
     """Decides which rows are trained on, their order, and dropout."""
 
+    _rows = field_validator("n_rows", mode="before")(number_or_all)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _as_published(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """The preset's settings beneath those that are given."""
+        preset = values.get("preset")
+        published = PRESETS.get(preset, {}) if isinstance(preset, str) else {}
+        return {**published, **values}
+
     @model_validator(mode="after")
     def _fits(self) -> Relearning:
         if self.measure_every > self.steps:
@@ -44,7 +117,7 @@ class Relearning(Evaluating):
                 f"measure_every: {self.measure_every} is more than the {self.steps} steps; give at "
                 "most as many"
             )
-        if self.batch_size is not None and self.batch_size > self.n_rows:
+        if self.batch_size and self.n_rows != "all" and self.batch_size > self.n_rows:
             raise ValueError(
                 f"batch_size: {self.batch_size} is more than the {self.n_rows} rows trained on; "
                 "give fewer"
@@ -65,10 +138,14 @@ class RelearnConfig(Machine, Relearning):
     """Folder or hub id of the model before unlearning, trained and measured likewise."""
 
     retrained: PathOrId | None = None
-    """Folder or hub id of a model trained without the forget data, likewise."""
+    """Folder or hub id of a model trained without the forget data, likewise; as it is given,
+    forget_quality and privleak compare with it."""
 
     forget: Annotated[PathOrId, Option(("--forget", "-f"))]
     """Data to forget: JSON (lines) with question and answer, or a hub id `name:config:split`."""
+
+    holdout: PathOrId | None = None
+    """Data that no model was trained on, like the forget data: what membership is told from."""
 
     tokenizer: PathOrId | None = None
     """Folder or hub id of the tokenizer, where it is not the model's own."""
@@ -90,6 +167,7 @@ class RelearnConfig(Machine, Relearning):
             "--original": self.original,
             "--retrained": self.retrained,
             "--forget": self.forget,
+            "--holdout": self.holdout,
             "--tokenizer": self.tokenizer,
         }
         return {option: source for option, source in named.items() if source is not None}

@@ -71,6 +71,15 @@ def risk_of(spec: str | Objective) -> str | Objective:
     return str(parts[0][1]) if isinstance(spec, str) else spec
 
 
+def number_or_all(value: Any) -> Any:
+    """A number of rows, also where it is written as text, as options are, or `all` of them."""
+    number = int(value) if isinstance(value, str) and value.isdecimal() else value
+    whole = isinstance(number, int) and not isinstance(number, bool) and number > 0
+    if number in (None, "all") or whole:
+        return number
+    raise ValueError(f"must be a whole number of at least 1, or all, got {value!r}")
+
+
 @dataclass(frozen=True)
 class Option:
     """How the command line takes a field, where that is not by its name with dashes.

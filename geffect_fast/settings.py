@@ -34,6 +34,7 @@ from geffect_fast.setting_types import (
     blocks_by_name,
     canonical,
     day,
+    number_or_all,
     read_by,
     risk_of,
 )
@@ -341,15 +342,7 @@ class Training(Settings):
     keep_checkpoints: bool = False
     """Whether all checkpoints stay; else each goes when the next, or the run, is complete."""
 
-    @field_validator("probe_rows", mode="before")
-    @classmethod
-    def _rows(cls, value: Any) -> Any:
-        """A number written as text, as options are."""
-        number = int(value) if isinstance(value, str) and value.isdecimal() else value
-        whole = isinstance(number, int) and not isinstance(number, bool) and number > 0
-        if number in (None, "all") or whole:
-            return number
-        raise ValueError(f"must be a whole number of at least 1, or all, got {value!r}")
+    _rows = field_validator("probe_rows", mode="before")(number_or_all)
 
     @field_validator("trainer")
     @classmethod

@@ -44,7 +44,7 @@ LAYERS = {
     "measure": BASE | MODEL | RUN | {"terminal", "functional", "metrics"},
     "steps": BASE | MODEL | RUN | {"terminal", "measure"},
     "integrations": {"steps"},
-    "training": BASE | MODEL | RUN | {"terminal", "measure", "steps"},
+    "training": BASE | MODEL | RUN | {"terminal", "measure", "metrics", "steps"},
     "report": BASE | RUN - {"settings", "arguments"} | {"terminal", "measure", "steps"},
     "demo": BASE | RUN | {"data", "objectives", "terminal", "measure", "training", "report"},
     "cli": BASE

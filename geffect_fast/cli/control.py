@@ -39,7 +39,7 @@ def control(
         Path | None,
         option(
             "--save",
-            help="A new folder for the mixed models, each in one of its method's name.",
+            help="A new folder for the mixed models, one folder per method.",
             parser=given_path,
         ),
     ] = None,

@@ -172,7 +172,7 @@ def values_of(config: Path | None, given: dict[str, Any]) -> dict[str, Any]:
 
 _DECIDE_ROWS = {
     *("model", "models", "run", "tokenizer", "forget", "retain", "holdout", "probes", "template"),
-    *("data_format", "max_length", "date", "original", "n_rows", "seed"),
+    *("data_format", "max_length", "date", "original", "n_rows", "seed", "preset"),
 }
 
 

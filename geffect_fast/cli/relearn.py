@@ -19,7 +19,7 @@ from geffect_fast.cli.options import (
 )
 from geffect_fast.cli.printing import print_evaluation
 from geffect_fast.errors import InputError
-from geffect_fast.relearn_settings import RelearnConfig
+from geffect_fast.relearn_settings import PRESETS, RelearnConfig
 
 
 @config_options(RELEARN_FIELDS)
@@ -34,10 +34,14 @@ def relearn(
     """Train an unlearned model briefly on a few forget rows, and measure what comes back.
 
     Of the rows trained on and of the others, step by step, beside the same for the original and a
-    retrained model. No model is written. The folder holds evaluation.nc (NetCDF;
-    geffect_fast.open_evaluation reads it), summary.csv and run.yaml, which replays it.
+    retrained model. A preset names a published attack's settings. No model is written. The folder
+    holds evaluation.nc (NetCDF; geffect_fast.open_evaluation reads it), summary.csv and run.yaml,
+    which replays it.
     """
     values = values_of(config, given)
+    # a file holds every setting: those that the option's preset names are not the file's any more
+    for name in PRESETS.get(given.get("preset", ""), {}).keys() - given.keys():
+        values.pop(name, None)
     check_command(config, values.get("command", "relearn"), "relearn")
     for name in ("model", "forget"):
         if values.get(name) is None:

@@ -25,7 +25,7 @@ from geffect_fast.evaluation_settings import Evaluating
 from geffect_fast.measure.evaluate import Evaluator, Model, checked_probes
 from geffect_fast.measure.mixture import Mixture
 from geffect_fast.measure.models import check_finite, load_model
-from geffect_fast.metrics.base import FORGET, HOLDOUT, Measure
+from geffect_fast.metrics.base import ALL, FORGET, HOLDOUT, Measure
 from geffect_fast.metrics.registry import resolved_metrics
 from geffect_fast.paths import short_names
 from geffect_fast.storage.model_folder import new_folder
@@ -61,7 +61,8 @@ def control(
     at least `tau` of the original's, and all metrics are measured there. Retention is measured on a
     grid of `alpha` first, and the step of it in which retention is lost for good is halved until it
     is at most `tolerance`. Nothing is done to the models given. In memory are the original, one
-    unlearned model, and a working copy (of adapters only the last is on the original's device).
+    unlearned model, and one working model on the original's device; of an adapter the working model
+    is the copy of its base and what the adapter adds.
 
     Args:
         original: the model before unlearning, a module or the folder of one; also one with an
@@ -72,9 +73,10 @@ def control(
         tokenizer, holdout, probes, reference_model, retain_model: as `geffect_fast.evaluate` takes
             them.
         retain: what must stay: what retention is measured on; as `geffect_fast.evaluate` takes it.
+            A metric of several sets together, such as model_utility, also reads its probes.
         forget: what must go; None: nothing is measured there.
         save: a new folder; the model found for each method is written there, in a folder of its
-            name.
+            name. Of two adapters what is written is one, whose rank is the sum of theirs.
         progress: show a bar.
         settings:
 
@@ -84,8 +86,9 @@ def control(
         away, at which too little is kept (NaN where all of the unlearned model keeps enough).
 
         `retention` (model, alpha) with `retention_low`, `retention_high` is the metric on the
-        retain data wherever it was measured, else NaN; the coordinate `on_grid` (alpha) says where
-        that is the grid. `monotone` (model): whether it never rises along the grid.
+        retain data (or its number of several sets together) wherever it was measured, else NaN; the
+        coordinate `on_grid` (alpha) says where that is the grid. `monotone` (model): whether it
+        never rises along the grid.
 
         `value`, `value_low`, `value_high` (model, metric, set) and `sample_value` (model, metric,
         sample) are what `geffect_fast.evaluate` returns at `alpha_chosen`, `original_value`
@@ -225,8 +228,11 @@ class Control:
             raise InputError("retain: is missing; give what is to be kept")
         self._working = copy.deepcopy(original).to(device or next(original.parameters()).device)
         self._check_forget(sources, retain_model)
+        form = settings.data_format
         read = {
-            name: source if isinstance(source, SampleSet) else read_rows(source, name=name)
+            name: source
+            if isinstance(source, SampleSet)
+            else read_rows(source, name=name, data_format=form)
             for name, source in sources.items()
             if source is not None
         }
@@ -235,14 +241,15 @@ class Control:
             self._working, tokenizer, Evaluating(**values), read, reference_model, retain_model
         )
         kept = values | {"metrics": (self._metric,), "suite": None}
+        together = {name for name in read if name in self._metric.on}
         self._keeper = Evaluator(
             self._working,
             tokenizer,
             Evaluating(**kept),
-            {RETAIN: read[RETAIN]},
+            {name: rows for name, rows in read.items() if name in {RETAIN, *together}},
         )
         self.rows = self._evaluator.rows
-        self._kept = self._retention(self._working)
+        self._kept, self._kept_on = self._retention(self._working, "original")
         if math.isnan(self._kept.value):
             raise InputError(
                 f"metric {self._metric}: it has no number on retain; give another --metric, such "
@@ -308,10 +315,16 @@ class Control:
             mixture = Mixture(self._original, unlearned, self._working, what)
             curves[name] = {0.0: self._kept}
             shares[name] = self._share(mixture, curves[name], name, progress)
-            at_share.append(self._evaluator.measure(mixture.at(shares[name].alpha), what=what))
+            share = shares[name].alpha
+            measured = {0.0: self._own}
+            for alpha in sorted({share, 1.0} - {0.0}):
+                at = mixture.at(alpha)
+                measured[alpha] = self._evaluator.measure(at, what=_called(name, alpha))
+            at_share.append(measured[share])
+            as_given.append(measured[1.0]["value"])
             if save is not None:
+                mixture.at(share)
                 mixture.save(save / name, self._tokenizer)
-            as_given.append(self._evaluator.measure(mixture.at(1.0), what=what)["value"])
             del mixture, unlearned
         return self._dataset(shares, curves, at_share, as_given)
 
@@ -325,15 +338,18 @@ class Control:
 
             def kept(alpha: float) -> float:
                 if alpha not in curve:
-                    curve[alpha] = self._retention(mixture.at(alpha))
+                    curve[alpha], _ = self._retention(mixture.at(alpha), _called(name, alpha))
                 update(advance=1)
                 return curve[alpha].value
 
             return largest_share(kept, settings.tau, settings.grid, settings.tolerance)
 
-    def _retention(self, model: nn.Module) -> Measure:
-        found = self._keeper.measure(model, what="mixed model").sel(set=RETAIN).isel(metric=0)
-        return Measure(*(float(found[n]) for n in ("value", "value_low", "value_high")))
+    def _retention(self, model: nn.Module, what: str) -> tuple[Measure, str]:
+        """What a model keeps, and of which set that is the number."""
+        found = self._keeper.measure(model, what=what).isel(metric=0)
+        on = ALL if ALL in found["set"].values else RETAIN
+        of = found.sel(set=on)
+        return Measure(*(float(of[n]) for n in ("value", "value_low", "value_high"))), on
 
     def _dataset(
         self,
@@ -372,6 +388,7 @@ class Control:
                 control=json.dumps(
                     {
                         "metric": str(self._metric),
+                        "set": self._kept_on,
                         "tau": settings.tau,
                         "tolerance": settings.tolerance,
                         "grid": settings.grid,
@@ -379,6 +396,11 @@ class Control:
                 ),
             )
         )
+
+
+def _called(name: str, alpha: float) -> str:
+    """What messages call a share of an unlearned model."""
+    return f"unlearned {name}" if alpha == 1 else f"share {alpha:.3g} of unlearned {name}"
 
 
 def _retention_metric(text: str) -> Any:

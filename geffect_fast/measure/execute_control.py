@@ -11,11 +11,13 @@ from torch import nn
 
 from geffect_fast.control_settings import ControlConfig, Controlling
 from geffect_fast.data.rows import read_rows
+from geffect_fast.errors import InputError
 from geffect_fast.measure.control import Control, check_save_names
 from geffect_fast.measure.evaluate import checked_probes
 from geffect_fast.measure.execute import machine, on_threads
 from geffect_fast.measure.models import load_model, load_tokenizer, resolve_device
 from geffect_fast.metrics.registry import resolved_metrics
+from geffect_fast.paths import user_path
 from geffect_fast.storage.evaluation import save_evaluation
 from geffect_fast.storage.inputs import Inputs, check_replayed, inputs_of, summed_beside
 from geffect_fast.storage.lock import locked
@@ -52,6 +54,8 @@ def execute_control(
     Raises:
         InputError, NonFiniteError, UnsupportedModelError: nothing has been written then.
     """
+    if save is not None:
+        _check_apart(out, save)
     resolved_metrics(config.metric)
     resolved_metrics(config.metrics, config.suite)
     trusted = config.trust_remote_code
@@ -70,7 +74,9 @@ def execute_control(
     sources: dict[str, Any] = {"forget": config.forget, "retain": config.retain}
     sources |= {"holdout": config.holdout, **checked_probes(config.probes)}
     sets = {
-        name: None if source is None else read_rows(source, name=name)
+        name: None
+        if source is None
+        else read_rows(source, name=name, data_format=config.data_format)
         for name, source in sources.items()
     }
     tokenizer = None
@@ -118,3 +124,10 @@ def execute_control(
         )
         save_evaluation(out, dataset, replay, overwrite, read, sums())
     return dataset
+
+
+def _check_apart(out: str | Path, save: str | Path) -> None:
+    """Raise `InputError` where the run folder and that of the models are not two."""
+    run, models = (user_path(folder).resolve() for folder in (out, save))
+    if run == models or run in models.parents or models in run.parents:
+        raise InputError("--save and --out must be different folders, neither inside the other")

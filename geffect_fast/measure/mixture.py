@@ -14,6 +14,7 @@ model.
 from __future__ import annotations
 
 import copy
+import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -35,9 +36,24 @@ _CHANGE_NOTHING = frozenset(
         *("torch_dtype", "use_cache", "pad_token_id", "bos_token_id", "eos_token_id"),
         *("return_dict", "output_hidden_states", "output_attentions", "id2label", "label2id"),
         *("_attn_implementation", "_commit_hash", "auto_map", "tie_word_embeddings"),
+        *("init_std", "embed_init_std", "init_xavier_std", "rescale_prenorm_residual"),
+        *("output_router_logits", "router_aux_loss_coef", "router_z_loss_coef", "aux_loss_coef"),
+        *("problem_type", "num_labels", "loss_type", "label_smoothing", "gradient_checkpointing"),
+        *("chunk_size_feed_forward", "task_specific_params", "sep_token_id"),
+        *("decoder_start_token_id", "forced_bos_token_id", "forced_eos_token_id"),
     }
 )
-"""Fields of a config that change no logit; whether weights are tied is seen in the weights."""
+"""Fields of a config that change no logit in eval mode: names, special tokens, first weights,
+losses and heads of other tasks. Whether weights are tied is seen in the weights."""
+
+_CHANGES_NOTHING = re.compile(
+    r"drop(out)?(_(prob|rate|p))?$|pdrop$|drop_path_rate$|^initializer_|^summary_"
+)
+"""Of such fields what many models call in their own ways: rates of dropout, which only training
+has, spreads of first weights, and the head of GPT-2 for multiple choice."""
+
+_NO_SUM = ("alora_invocation_tokens", "target_parameters", "layer_replication")
+"""What an adapter of several can have and their sum as one adapter cannot say."""
 
 
 @dataclass(frozen=True)
@@ -57,8 +73,9 @@ class Mixture:
     Args:
         original: a causal language model, or one with an adapter.
         unlearned: of the same structure, or an adapter on the original or on its base.
-        working: an exact copy of the original, which is written to; an adapter on a plain original
-            gets a working model of its own.
+        working: a copy of the original, which is written to. Of adapters the working model is
+            another, which has the base's tensors in common with this one: only what adapters add,
+            and modules that they replace, take memory beside it.
         what: what messages call the unlearned one.
 
     Raises:
@@ -81,9 +98,7 @@ class Mixture:
             _check_adapter(unlearned, what)
             adapter: Any = unlearned
             check_same_config(original, adapter.get_base_model(), what)
-            device = next(working.parameters()).device
-            self.model = copy.deepcopy(unlearned).to(device)
-            self._parts = _of_adapter(original, unlearned, self.model, what)
+            self.model, self._parts = _of_adapter(original, unlearned, working, what)
         elif adapted == (True, True):
             self.model, self._second, self._parts = _of_adapters(original, unlearned, working, what)
         else:
@@ -106,13 +121,21 @@ class Mixture:
         return self.model
 
     def save(self, folder: Path, tokenizer: Any = None) -> None:
-        """Write the mixture as it is now into a folder, in the form of the unlearned one."""
+        """Write the mixture as it is now into a folder, in the form of the unlearned one.
+
+        Raises:
+            InputError: an adapter that was written adds something else than the one in memory.
+        """
         with quiet_transformers():
             model: Any = self.model
-            if self._second is None:
+            if not _is_adapter(model):
                 model.save_pretrained(folder)
             else:
-                _save_sum(model, folder)
+                if self._second is None:
+                    _save_adapter(model, folder, *model.peft_config)
+                else:
+                    _save_sum(model, folder)
+                _check_saved(model, folder)
             if tokenizer is not None:
                 tokenizer.save_pretrained(folder)
 
@@ -215,16 +238,24 @@ def _kind(tensor: Tensor) -> str:
 def check_same_config(original: nn.Module, unlearned: nn.Module, what: str) -> None:
     """Raise `InputError` where two models compute in different ways with their weights."""
     given: list[Any] = [getattr(model, "config", None) for model in (original, unlearned)]
-    configs: list[dict[str, Any]] = [
-        config.to_dict() if hasattr(config, "to_dict") else {} for config in given
-    ]
-    one, other = ({k: v for k, v in c.items() if k not in _CHANGE_NOTHING} for c in configs)
+    one, other = (_computing(c.to_dict()) if hasattr(c, "to_dict") else {} for c in given)
     for name in sorted(one.keys() | other.keys()):
         if one.get(name) != other.get(name):
             raise InputError(
                 f"{what}: its config has {name} = {str(other.get(name))[:60]} and the original's "
                 f"{str(one.get(name))[:60]}; give models of one architecture"
             )
+
+
+def _computing(config: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a config, and of configs in it, that may change a logit."""
+    return {
+        name: _computing(value) if isinstance(value, dict) else value
+        for name, value in config.items()
+        # a switch of such a name, as ESM's token_dropout, changes what is computed
+        if name not in _CHANGE_NOTHING
+        and (isinstance(value, bool) or not _CHANGES_NOTHING.search(name))
+    }
 
 
 # ---- adapters ----
@@ -248,6 +279,8 @@ def _check_adapter(model: Any, what: str) -> str:
         odd = "it is of the kind DoRA"
     elif config.bias != "none":
         odd = f"it trains biases of the model too (bias={config.bias})"
+    elif getattr(config, "lora_bias", False):
+        odd = "it adds biases of its own too (lora_bias)"
     elif config.trainable_token_indices is not None:
         odd = "it trains tokens' embeddings too (trainable_token_indices)"
     if odd:
@@ -287,19 +320,38 @@ def _check_base(
 
 def _of_adapter(
     original: nn.Module, unlearned: nn.Module, working: nn.Module, what: str
-) -> list[_Part]:
+) -> tuple[nn.Module, list[_Part]]:
     """An adapter on the original: its `B`s, and modules that it replaces as a whole."""
     adapter = _check_adapter(unlearned, what)
-    base = _tensors(original)
-    given, target = _tensors(unlearned), _tensors(working)
+    base, given = _tensors(original), _tensors(unlearned)
     _check_base(base, given, adapter, what)
+    model = _upon(working, original, unlearned, adapter)
+    target = _tensors(model)
     parts = []
     for name, tensor in _once(target):
         if any(part in name for part in _SCALED):
             parts.append(_Part(tensor, _nothing(given[name]), given[name]))
         elif _SAVED in name:
             parts.append(_Part(tensor, base[_in_base(name, adapter)], given[name]))
-    return parts
+    return model, parts
+
+
+@torch.no_grad()
+def _upon(working: nn.Module, original: nn.Module, adapted: nn.Module, adapter: str) -> nn.Module:
+    """A copy of a model with an adapter that has the base's tensors in common with `working`, which
+    is made the original again: another mixture may have written to it."""
+    of_base = {}
+    own = _tensors(original)
+    for name, tensor in _tensors(working).items():
+        tensor.copy_(own[name])
+        of_base[_in_base(name, adapter)] = tensor
+    shared = {
+        id(tensor): of_base[_in_base(name, adapter)]
+        for name, tensor in _tensors(adapted).items()
+        if not any(part in name for part in (*_SCALED, *_KEPT, _SAVED))
+    }
+    device = next(working.parameters()).device
+    return copy.deepcopy(adapted, shared).to(device)
 
 
 def _nothing(like: Tensor) -> Tensor:
@@ -315,6 +367,12 @@ def _of_adapters(
 
     first, second = _check_adapter(original, "original"), _check_adapter(unlearned, what)
     for one, who in ((original, "original"), (unlearned, what)):
+        ((_, settings),) = one.peft_config.items()
+        if odd := next((name for name in _NO_SUM if getattr(settings, name, None)), None):
+            raise InputError(
+                f"{who}: its adapter has {odd}, which the sum of two adapters has not; merge both "
+                "into their base (merge_and_unload) and give the merged models"
+            )
         if any(_SAVED in name for name in _tensors(one)):
             raise InputError(
                 f"{who}: its adapter replaces whole modules (modules_to_save), and so may the "
@@ -327,7 +385,7 @@ def _of_adapters(
         if not any(part in name for part in (*_SCALED, *_KEPT))
     }
     _check_base(base, _tensors(unlearned), second, what)
-    model: Any = copy.deepcopy(working)
+    model: Any = _upon(working, original, working, first)
     added = f"{first}_unlearned"
     with quiet_transformers():
         settings = copy.deepcopy(unlearned.peft_config[second])
@@ -347,15 +405,109 @@ def _of_adapters(
     return model, added, parts
 
 
+@torch.no_grad()
 def _save_sum(model: Any, folder: Path) -> None:
-    """Write the active adapters as one, whose rank is the sum of theirs: exactly what they add."""
-    active, name = list(model.active_adapters), "mixed"
-    model.add_weighted_adapter(active, [1.0] * len(active), name, combination_type="cat")
+    """Write the active adapters as one, whose rank is the sum of theirs and whose scale is 1:
+
+        A = [s1 A1; s2 A2]    B = [B1 B2]    B A = s1 B1 A1 + s2 B2 A2
+
+    Both are filled up with zeros to one rank for all modules, so that its config says the same of
+    each, whatever patterns, layers and scales those of the two have.
+    """
+    import peft
+
+    active = list(model.active_adapters)
+    name = f"{active[0]}_mixed"
+    adapted = _adapted(model)
+    factors = {
+        place: [_factors(layer, each) for each in active if each in layer.scaling]
+        for place, layer in adapted.items()
+    }
+    rank = max(sum(len(a) for a, _ in of) for of in factors.values())
+    config = model.peft_config[active[0]]
+    model.add_adapter(
+        name,
+        peft.LoraConfig(
+            task_type=config.task_type,
+            base_model_name_or_path=config.base_model_name_or_path,
+            target_modules=list(factors),
+            r=rank,
+            lora_alpha=rank,
+            fan_in_fan_out=config.fan_in_fan_out,
+        ),
+    )
     try:
-        model.save_pretrained(str(folder), selected_adapters=[name])
+        for place, of in factors.items():
+            at, (down, up) = 0, _pair(adapted[place], name)
+            down.zero_(), up.zero_()
+            for a, b in of:
+                down[at : at + len(a)], up[:, at : at + len(a)] = a, b
+                at += len(a)
+        _save_adapter(model, folder, name)
     finally:
         model.delete_adapter(name)
         model.base_model.set_adapter(active)
-    for file in (folder / name).iterdir():
-        shutil.move(file, folder / file.name)
-    (folder / name).rmdir()
+
+
+def _save_adapter(model: Any, folder: Path, name: str) -> None:
+    """Write an adapter into a folder itself; peft writes one of a name of its own below it."""
+    model.save_pretrained(str(folder), selected_adapters=[name])
+    if name != "default":
+        for file in (folder / name).iterdir():
+            shutil.move(file, folder / file.name)
+        (folder / name).rmdir()
+
+
+def _adapted(model: Any) -> dict[str, Any]:
+    """The layers of the base model that an adapter adds to, by name."""
+    from peft.tuners.lora import LoraLayer
+
+    modules = model.get_base_model().named_modules()
+    return {name: module for name, module in modules if isinstance(module, LoraLayer)}
+
+
+def _pair(layer: Any, adapter: str) -> tuple[Tensor, Tensor]:
+    """A layer's `A` and `B` of an adapter."""
+    if adapter in layer.lora_A:
+        return layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+    return layer.lora_embedding_A[adapter], layer.lora_embedding_B[adapter]
+
+
+def _factors(layer: Any, adapter: str) -> tuple[Tensor, Tensor]:
+    """A layer's `s A` and `B` of an adapter, fp64."""
+    a, b = _pair(layer, adapter)
+    return a.double() * layer.scaling[adapter], b.double()
+
+
+@torch.no_grad()
+def _check_saved(model: Any, folder: Path) -> None:
+    """Raise `InputError` where the adapter in a folder, read as anyone reads it, adds something
+    else than the active ones do: layer by layer, on random vectors, beyond what the rounding of its
+    weights explains."""
+    active = list(model.active_adapters)
+    name = f"{active[0]}_saved"
+    modes = {module: module.training for module in model.modules()}
+    model.load_adapter(str(folder), name, torch_device=str(next(model.parameters()).device))
+    try:
+        for place, layer in _adapted(model).items():
+            of = {each: _factors(layer, each) for each in layer.scaling}
+            known = _pair(layer, next(iter(of)))[0]
+            x = torch.randn(known.shape[1], 4, generator=torch.Generator().manual_seed(0))
+            x = x.to(known.device, torch.float64)
+            meant, most, found = torch.zeros(3, 1, 1, dtype=x.dtype, device=x.device)
+            for a, b in (of[each] for each in active if each in of):
+                meant = meant + b @ (a @ x)
+                most = most + b.abs() @ (a.abs() @ x.abs())
+            if name in of:
+                found = of[name][1] @ (of[name][0] @ x)
+            if not bool(((found - meant).abs() <= torch.finfo(known.dtype).eps * most).all()):
+                raise InputError(
+                    f"save: the adapter that was written adds something else to {place} than what "
+                    "was measured; merge the adapters into their base (merge_and_unload) and give "
+                    "the merged models"
+                )
+    finally:
+        model.delete_adapter(name)
+        model.base_model.set_adapter(active)
+        for module, mode in modes.items():
+            module.training = mode

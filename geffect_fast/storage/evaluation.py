@@ -55,11 +55,20 @@ def save_evaluation(
 
 
 def table_of(dataset: xr.Dataset) -> pd.DataFrame:
-    """A row a number: of which model or step, metric and set, with its bounds."""
+    """A row a number: of which model or step, metric and set, with its bounds.
+
+    Of a control beside it the same number of the original and of the unlearned model as it is, and
+    the share of that model, the least share that fails, and what is kept.
+    """
     axes = list(dataset["value"].dims)
-    numbers = dataset[["value", "value_low", "value_high"]].to_dataframe().reset_index()
-    kept = numbers.dropna(subset=["value"])
-    return kept[[*axes, "statistic", "value", "value_low", "value_high"]]
+    columns = ["value", "value_low", "value_high"]
+    if "alpha_chosen" in dataset:
+        at_share = dataset["retention"].sel(alpha=dataset["alpha_chosen"]).reset_coords(drop=True)
+        dataset = dataset.assign(retention=at_share)
+        columns += ["original_value", "unlearned_value", "alpha_chosen", "alpha_lost", "retention"]
+    numbers = dataset[columns].to_dataframe(dim_order=axes).reset_index()
+    kept = numbers.dropna(subset=[name for name in columns if name.endswith("value")], how="all")
+    return kept[[*axes, "statistic", *columns]]
 
 
 def holds_evaluation(folder: str | Path) -> bool:

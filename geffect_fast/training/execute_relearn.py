@@ -16,7 +16,6 @@ from geffect_fast.storage.evaluation import save_evaluation
 from geffect_fast.storage.inputs import Inputs, check_replayed, inputs_of, summed_beside
 from geffect_fast.storage.lock import locked
 from geffect_fast.storage.model_folder import check_model_source
-from geffect_fast.storage.recorded_rows import check_recorded
 from geffect_fast.storage.run_folder import check_free
 from geffect_fast.training.relearn import Relearner
 
@@ -54,15 +53,21 @@ def execute_relearn(
     read = inputs_of(config) | dict(inputs)
     check_free(out, overwrite, read)
     device = resolve_device(config.device)
-    forget = read_rows(config.forget, name="forget")
+    forget, holdout = (
+        None if source is None else read_rows(source, name=name, data_format=config.data_format)
+        for name, source in (("forget", config.forget), ("holdout", config.holdout))
+    )
     tokenizer = None
-    if config.tokenizer is not None or "input_ids" not in forget[0]:
+    if config.tokenizer is not None or any(
+        s and "input_ids" not in s[0] for s in (forget, holdout)
+    ):
         tokenizer = load_tokenizer(
             config.tokenizer or config.model,
             "tokenizer" if config.tokenizer else "model",
             trust_remote_code=trusted,
         )
-    relearner = Relearner(tokenizer, Relearning(**config.fields(Relearning)), forget)
+    settings = Relearning(**config.fields(Relearning))
+    relearner = Relearner(tokenizer, settings, forget, holdout, config.retrained)
     chosen: dict[str, Any] = {}
     with (
         locked(out),
@@ -76,8 +81,7 @@ def execute_relearn(
             chosen.setdefault("machine", machine(threads, device, model))
             return model
 
-        dataset = relearner.of(models, load, progress=progress)
-        check_recorded(config.rows, relearner.rows)
+        dataset = relearner.of(models, load, recorded=config.rows, progress=progress)
         check_replayed(inputs.get("--config"), config, sums())
         replay = config.model_copy(
             update={

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,15 +17,26 @@ from transformers import TrainerCallback
 from geffect_fast.arguments import checked_config, with_settings
 from geffect_fast.capture import Plan
 from geffect_fast.capture.compat import check_is_model
-from geffect_fast.data import SampleSet, read_rows
+from geffect_fast.data import SampleSet, read_rows, tokenize_rows
+from geffect_fast.data.row_kinds import row_kind
 from geffect_fast.engines.layout import choose_layout
-from geffect_fast.errors import GEffectError, InputError, NonFiniteError, UnsupportedModelError
+from geffect_fast.errors import (
+    GEffectError,
+    GEffectWarning,
+    InputError,
+    NonFiniteError,
+    UnsupportedModelError,
+)
 from geffect_fast.evaluation_settings import Evaluating
 from geffect_fast.measure.evaluate import Evaluator, Model
 from geffect_fast.measure.models import check_finite, load_model, quiet_transformers
+from geffect_fast.measure.prepare import table_of_positions
+from geffect_fast.metrics.base import FORGET, HOLDOUT, Metric
+from geffect_fast.metrics.registry import resolved_metrics
 from geffect_fast.objectives import resolve
 from geffect_fast.relearn_settings import Relearning
 from geffect_fast.settings import Training
+from geffect_fast.storage.recorded_rows import check_recorded
 from geffect_fast.terminal import progress_bar
 from geffect_fast.training.run import only_weights_change
 from geffect_fast.training.trainer import Draws, Loss, UnlearnTrainer
@@ -31,8 +44,6 @@ from geffect_fast.training.trainer_arguments import refused, training_arguments
 
 if TYPE_CHECKING:
     import xarray as xr
-
-FORGET = "forget"
 
 LEARNING = resolve("-ga")
 """The mean loss of the forget rows' answers: what unlearning by ascent climbs is descended."""
@@ -46,6 +57,7 @@ def relearn(
     forget: Any,
     original: Model | None = None,
     retrained: Model | None = None,
+    holdout: Any = None,
     progress: bool = False,
     **settings: Any,
 ) -> xr.Dataset:
@@ -60,9 +72,13 @@ def relearn(
         model: the unlearned one, a module or the folder of one; it is left as it is. Of an adapter
             what it adds is trained.
         tokenizer: as `geffect_fast.evaluate` takes it.
-        forget: what was to go, likewise; `n_rows` of them are trained on.
+        forget: what was to go, likewise; `n_rows` of them are trained on. Windows of a long text
+            are rows.
         original: the model before unlearning, to be trained beside it.
-        retrained: one trained without the forget rows, likewise.
+        retrained: one trained without the forget rows, likewise; as it is given, `forget_quality`
+            and `privleak` compare with it.
+        holdout: rows that no model was trained on, for membership, as `geffect_fast.evaluate` takes
+            them.
         progress: show a bar.
         settings:
 
@@ -71,7 +87,9 @@ def relearn(
         and `retrained` where given) and `step` (updates done): `value`, `value_low`, `value_high`
         (model, step, metric, set) and `sample_value` (model, step, metric, sample). The sets are
         `relearned`, the rows trained on, and `others`, the forget rows that are not, where there
-        are any; `sample` is the row's number in the forget data.
+        are any; `sample` is the row's number in the forget data, where windows of texts count as
+        rows. A suite's metrics that read other data, or what is not given, are left out with a
+        warning. The attribute `training` is JSON of all settings of the training.
 
     Raises:
         InputError, UnsupportedModelError: unusable data, models or settings, in one line.
@@ -93,14 +111,23 @@ def relearn(
         check_is_model(source, name)
         return copy.deepcopy(source)
 
-    return Relearner(tokenizer, checked, forget).of(named, load, progress=progress)
+    relearner = Relearner(tokenizer, checked, forget, holdout, retrained)
+    return relearner.of(named, load, progress=progress)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Rows of the forget data, or its samples, and their numbers in it."""
+
+    rows: SampleSet | Sequence[Mapping[str, Any]]
+    numbers: list[int]
 
 
 class Relearner:
     """The rows that are trained on, and the others: the same for all models.
 
     Args:
-        tokenizer, forget: as for `relearn`.
+        tokenizer, forget, holdout, retrained: as for `relearn`.
         settings: how it is trained.
 
     Attributes:
@@ -108,32 +135,99 @@ class Relearner:
         token_budget: tokens a batch, likewise.
     """
 
-    def __init__(self, tokenizer: Any, settings: Relearning, forget: Any) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        settings: Relearning,
+        forget: Any,
+        holdout: Any = None,
+        retrained: Model | None = None,
+    ) -> None:
         self._tokenizer, self._settings = tokenizer, settings
-        given = forget if isinstance(forget, SampleSet) else read_rows(forget, name=FORGET)
-        n = len(given)
-        if settings.n_rows > n:
-            raise InputError(
-                f"n_rows: {settings.n_rows} is more than the {n} rows of forget; give at most as "
-                "many (--rows)"
+        self._forget = self._read(forget, FORGET)
+        self._holdout = None if holdout is None else self._read(holdout, HOLDOUT)
+        self._retrained = retrained
+        self._metrics = self._measurable()
+        self._parts: dict[str, _Part] = {}
+        self.rows: dict[str, str] = {}
+        self.token_budget = 0
+
+    def _read(self, source: Any, name: str) -> SampleSet | Sequence[Mapping[str, Any]]:
+        if isinstance(source, SampleSet):
+            return source
+        return read_rows(source, name=name, data_format=self._settings.data_format)
+
+    def _measurable(self) -> list[Metric]:
+        """The metrics that can be measured here; raise `InputError` where one that is named cannot.
+
+        Those of a suite that cannot are left out with a warning.
+        """
+        settings = self._settings
+        every = resolved_metrics(settings.metrics, settings.suite)
+        of_suite = [] if settings.suite is None else resolved_metrics((), settings.suite)
+        lacking = {metric: lack for metric in every if (lack := self._lack(metric))}
+        for metric, lack in lacking.items():
+            if metric not in of_suite:
+                raise InputError(f"metric {metric} {lack}")
+        if lacking:
+            said = ", ".join(f"{metric} ({lack})" for metric, lack in lacking.items())
+            warnings.warn(
+                f"suite {settings.suite}: left out are {said}", GEffectWarning, stacklevel=3
             )
-        chosen = np.random.default_rng(settings.seed).permutation(n)[: settings.n_rows]
+        return [metric for metric in every if metric not in lacking]
+
+    def _lack(self, metric: Metric) -> str:
+        """Why a metric cannot be measured, empty where it can."""
+        if not metric.reads(FORGET):
+            return "does not read the forget data alone; leave it out"
+        if "reference" in metric.wants():
+            return "needs a reference model, which is not read here; leave it out"
+        if HOLDOUT in metric.wants() and self._holdout is None:
+            return "needs hold-out data (--holdout); give rows that no model was trained on"
+        if "retain_model" in metric.wants() and self._retrained is None:
+            return "needs a model trained without the forget rows (--retrained); give one"
+        return ""
+
+    def _drawn(self, model: nn.Module) -> dict[str, _Part]:
+        """The rows that are trained on and the others; of texts their windows, which follow from
+        the model's positions."""
+        settings = self._settings
+        given: SampleSet | Sequence[Mapping[str, Any]] = self._forget
+        if not isinstance(given, SampleSet) and row_kind(given[0]) == "text":
+            given = tokenize_rows(
+                given,
+                self._tokenizer,
+                name=FORGET,
+                template=settings.template,
+                max_length=settings.max_length,
+                date=settings.date,
+                n_positions=table_of_positions(model),
+            )
+        n = len(given)
+        count = n if settings.n_rows == "all" else settings.n_rows
+        for option, most in (("n_rows", count), ("batch_size", settings.batch_size or 0)):
+            if most > n:
+                raise InputError(
+                    f"{option}: {most} is more than the {n} rows of forget; give at most as many "
+                    f"(--{option.removeprefix('n_').replace('_', '-')})"
+                )
+        chosen = np.random.default_rng(settings.seed).permutation(n)[:count]
         parts = {"relearned": sorted(map(int, chosen))}
         if others := sorted(set(range(n)) - set(parts["relearned"])):
             parts["others"] = others
-        self._numbers: dict[str, list[int]] = parts
-        self._parts = {
-            name: given.part(rows) if isinstance(given, SampleSet) else [given[i] for i in rows]
-            for name, rows in parts.items()
-        }
-        self.rows: dict[str, str] = {}
-        self.token_budget = 0
+        if isinstance(given, SampleSet):
+            sets = {name: given.part(rows) for name, rows in parts.items()}
+            return {
+                name: _Part(part, [s.data_row for s in part.samples]) for name, part in sets.items()
+            }
+        return {name: _Part([given[i] for i in rows], rows) for name, rows in parts.items()}
 
     def of(
         self,
         models: Mapping[str, Any],
         load: Callable[[str, Any], nn.Module],
         *,
+        recorded: Mapping[str, str] | None = None,
         progress: bool = False,
     ) -> xr.Dataset:
         """The result of `relearn`.
@@ -141,24 +235,31 @@ class Relearner:
         Args:
             models: what is trained, or where it lies, by name.
             load: makes a module, which is trained, of a name and what stands there.
+            recorded: digests of the rows of an earlier run; others are told before any training.
             progress: show a bar.
         """
         import xarray as xr
 
-        found = [self._trained(name, load(name, each), progress) for name, each in models.items()]
+        found = [
+            self._trained(name, load(name, each), recorded or {}, progress)
+            for name, each in models.items()
+        ]
         along = xr.DataArray(list(models), dims="model", name="model")
-        training = self._settings.model_dump(
-            mode="json", include={*Relearning.model_fields} - {*Evaluating.model_fields}
-        )
+        own = {*Relearning.model_fields} - {*Evaluating.model_fields} | {"max_length"}
+        training = self._settings.model_dump(mode="json", include=own)
+        numbers = {name: part.numbers for name, part in self._parts.items()}
         return xr.concat(found, along, combine_attrs="override").assign_attrs(
             command="relearn",
-            relearned_rows=json.dumps(self._numbers["relearned"]),
+            suite=self._settings.suite or "",
+            relearned_rows=json.dumps(numbers["relearned"]),
             training=json.dumps(training),
-            n_rows=json.dumps({name: len(rows) for name, rows in self._numbers.items()}),
+            n_rows=json.dumps({name: len(rows) for name, rows in numbers.items()}),
             digests=json.dumps(self.rows),
         )
 
-    def _trained(self, name: str, model: nn.Module, progress: bool) -> xr.Dataset:
+    def _trained(
+        self, name: str, model: nn.Module, recorded: Mapping[str, str], progress: bool
+    ) -> xr.Dataset:
         """One model's measures along `step`."""
         import xarray as xr
 
@@ -171,12 +272,24 @@ class Relearner:
         training = Training(
             steps=settings.steps,
             learning_rate=settings.learning_rate,
+            scheduler=_scheduler(settings),
+            warmup_steps=settings.warmup_steps,
             optimizer=settings.optimizer,
             seed=settings.seed,
+            trainer={
+                "weight_decay": settings.weight_decay,
+                "max_grad_norm": settings.max_grad_norm or 0.0,
+            },
         )
         arguments = training_arguments(training, ".", str(device))
-        evaluators = {part: self._evaluator(model, rows) for part, rows in self._parts.items()}
+        self._parts = self._parts or self._drawn(model)
+        evaluators = {part: self._evaluator(model, of.rows) for part, of in self._parts.items()}
+        first = not self.rows
         self.rows = {part: each.rows[FORGET] for part, each in evaluators.items()}
+        if self._holdout is not None:
+            self.rows[HOLDOUT] = evaluators["relearned"].rows[HOLDOUT]
+        if first:
+            check_recorded(recorded, self.rows)
         answers = evaluators["relearned"].sets[FORGET].answers
         budgets = [each.token_budget for each in evaluators.values()]
         self.token_budget = min([*budgets, *([self.token_budget] if self.token_budget else [])])
@@ -232,12 +345,15 @@ class Relearner:
 
     def _evaluator(self, model: nn.Module, rows: Any) -> Evaluator:
         """Of rows as those of the forget data, as which they are scored."""
-        values = Evaluating(**self._settings.fields(Evaluating))
-        evaluator = Evaluator(model, self._tokenizer, values, {FORGET: rows})
-        for metric in evaluator.metrics:
-            if not metric.reads(FORGET):
-                raise InputError(f"metric {metric}: it does not read the forget data; leave it out")
-        return evaluator
+        values = self._settings.fields(Evaluating) | {"metrics": self._metrics, "suite": None}
+        sources = {FORGET: rows, HOLDOUT: self._holdout}
+        return Evaluator(
+            model,
+            self._tokenizer,
+            Evaluating(**values),
+            sources,
+            retain_model=self._retrained,
+        )
 
     def _measures(
         self, evaluators: Mapping[str, Evaluator], model: nn.Module, what: str
@@ -248,7 +364,8 @@ class Relearner:
         found = []
         for part, evaluator in evaluators.items():
             each = evaluator.measure(model, what=what).sel(set=[FORGET])
-            numbers = self._numbers[part]
+            each = each.isel(sample=each["sample_set"].values == FORGET)
+            numbers = self._parts[part].numbers
             found.append(
                 each.assign_coords(
                     set=[part],
@@ -261,6 +378,12 @@ class Relearner:
         ).drop_vars(["sample", "sample_set", "question"], errors="ignore")
         rows = xr.concat([each[["sample_value"]] for each in found], "sample")
         return xr.merge([values, rows]).assign_attrs(found[0].attrs)
+
+
+def _scheduler(settings: Relearning) -> str:
+    """What transformers calls the schedule; its constant one has no warm-up."""
+    warm = settings.lr_schedule == "constant" and settings.warmup_steps
+    return "constant_with_warmup" if warm else settings.lr_schedule
 
 
 class _Looks(TrainerCallback):

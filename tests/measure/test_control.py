@@ -9,6 +9,7 @@ import math
 import shutil
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 import xarray as xr
@@ -239,6 +240,129 @@ def test_two_adapters_of_one_base(original, tmp_path):
     assert torch.equal(logits(mixture.at(1.0)), logits(other))
 
 
+PAIRS = {
+    "one scale each": ({"r": 4, "lora_alpha": 8}, {"r": 6, "lora_alpha": 3}),
+    "rank-stabilised": (
+        {"r": 4, "use_rslora": True},
+        {"r": 6, "lora_alpha": 3, "use_rslora": True},
+    ),
+    "the first rank-stabilised": ({"r": 4, "use_rslora": True}, {"r": 6}),
+    "the second rank-stabilised": ({"r": 4}, {"r": 6, "use_rslora": True}),
+    "the first on one layer": ({"layers_to_transform": [0]}, {"r": 3}),
+    "the second on one layer": ({"r": 3}, {"layers_to_transform": [1]}),
+    "ranks and scales by module": (
+        {"r": 4, "rank_pattern": {"q_proj": 2}},
+        {"r": 6, "alpha_pattern": {"down_proj": 9}},
+    ),
+    "other modules": ({"target_modules": ["v_proj"]}, {"target_modules": ["embed_tokens"]}),
+    "another beginning": ({"init_lora_weights": "gaussian"}, {"lora_dropout": 0.1}),
+}
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_two_adapters_are_saved_as_the_one_that_was_measured(original, tmp_path, name):
+    one, other = (adapter_on(original, 3 + i, **PAIRS[name][i]) for i in (0, 1))
+    mixture = Mixture(one, other, copy.deepcopy(one), "u")
+    measured = logits(mixture.at(0.3))
+    expected = logits(by_hand(merged(one), merged(other), 0.3))
+    torch.testing.assert_close(measured, expected, rtol=1e-4, atol=1e-4)
+    mixture.save(tmp_path / "sum")
+    loaded = peft.PeftModel.from_pretrained(copy.deepcopy(original), str(tmp_path / "sum")).eval()
+    torch.testing.assert_close(logits(loaded), measured, rtol=1e-4, atol=1e-4)
+    assert torch.equal(logits(mixture.at(0.3)), measured)
+
+
+@pytest.mark.parametrize("settings", [{}, {"use_rslora": True, "r": 4}], ids=str)
+@pytest.mark.parametrize("name", ["default", "unlearned"])
+def test_an_adapter_is_saved_as_it_was_measured(original, tmp_path, settings, name):
+    unlearned = adapter_on(original, **settings)
+    if name != "default":
+        unlearned.save_pretrained(tmp_path / "given")
+        unlearned = peft.PeftModel.from_pretrained(
+            copy.deepcopy(original), str(tmp_path / "given"), adapter_name=name
+        ).eval()
+    mixture = Mixture(original, unlearned, copy.deepcopy(original), "u")
+    measured = logits(mixture.at(0.3))
+    mixture.save(tmp_path / "mixed")
+    loaded = peft.PeftModel.from_pretrained(copy.deepcopy(original), str(tmp_path / "mixed"))
+    torch.testing.assert_close(logits(loaded.eval()), measured, rtol=1e-5, atol=1e-5)
+    assert torch.equal(logits(mixture.at(0.3)), measured)
+
+
+@pytest.mark.parametrize("pair", [False, True])
+def test_what_was_saved_is_read_again_and_compared(original, tmp_path, monkeypatch, pair):
+    """Also where peft writes a config that means another scale than that of the weights."""
+    from geffect_fast.measure import mixture as module
+
+    write = module._save_adapter
+
+    def another_scale(model, folder, name):
+        write(model, folder, name)
+        file = folder / "adapter_config.json"
+        said = json.loads(file.read_text())
+        file.write_text(json.dumps(said | {"lora_alpha": said["lora_alpha"] * 2}))
+
+    monkeypatch.setattr(module, "_save_adapter", another_scale)
+    first = adapter_on(original) if pair else original
+    mixture = Mixture(first, adapter_on(original, 4), copy.deepcopy(first), "u")
+    mixture.at(0.5)
+    with pytest.raises(InputError, match=r"adds something else to model\.layers\.0\.") as caught:
+        mixture.save(tmp_path / "sum")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("pair", [False, True])
+def test_adapters_have_the_base_in_common_with_the_working_model(original, unlearned, pair):
+    first = adapter_on(original) if pair else original
+    working = copy.deepcopy(first)
+    theirs = {t.data_ptr() for t in working.parameters()}
+    if not pair:
+        Mixture(original, unlearned, working, "u").at(1.0)  # which leaves that in it
+    other = adapter_on(original, 4, modules_to_save=None if pair else ["lm_head"])
+    model = Mixture(first, other, working, "u").at(1.0)
+    own = {name for name, p in model.named_parameters() if p.data_ptr() not in theirs}
+    assert own and all("lora_" in name or "modules_to_save" in name for name in own)
+    assert torch.equal(logits(model), logits(other))
+    assert torch.equal(logits(working), logits(first))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("attention_dropout", 0.3),
+        ("initializer_range", 0.5),
+        ("hidden_dropout_prob", 0.1),
+        ("resid_pdrop", 0.1),
+        ("embedding_dropout", 0.2),
+        ("layerdrop", 0.1),
+        ("summary_first_dropout", 0.2),
+        ("router_aux_loss_coef", 0.1),
+        ("problem_type", "regression"),
+    ],
+)
+def test_configs_that_differ_in_training_only_are_mixed(original, unlearned, field, value):
+    other = copy.deepcopy(unlearned)
+    setattr(other.config, field, value)
+    Mixture(original, other, copy.deepcopy(original), "u")
+
+
+def test_configs_inside_a_config_are_compared(original, unlearned):
+    one, other = copy.deepcopy(original), copy.deepcopy(unlearned)
+    for model, theta, rate in ((one, 1.0, 0.0), (other, 1.0, 0.1)):
+        model.config.inner = {"theta": theta, "attention_dropout": rate}
+    Mixture(one, other, copy.deepcopy(one), "u")
+    other.config.inner = {"theta": 2.0}
+    with pytest.raises(InputError, match="its config has inner"):
+        Mixture(one, other, copy.deepcopy(one), "u")
+
+
+def test_a_switch_of_the_name_of_a_rate_is_compared(original, unlearned):
+    other = copy.deepcopy(unlearned)
+    other.config.token_dropout = True  # ESM's scales embeddings in eval mode too
+    with pytest.raises(InputError, match="token_dropout = True"):
+        Mixture(original, other, copy.deepcopy(original), "u")
+
+
 # ---- the whole ----
 
 
@@ -310,6 +434,74 @@ def test_models_given_are_left_as_they_were(original, unlearned, tokenizer):
             assert torch.equal(tensor, state[name])
 
 
+@pytest.mark.parametrize(
+    ("tau", "alpha", "n"), [(0.01, 1.0, 5), (1.0, 0.0, 6)], ids=["all kept", "none kept"]
+)
+def test_no_share_is_measured_twice(original, gentler, tokenizer, monkeypatch, tau, alpha, n):
+    """Retention at 0, 1/2 and 1, once by bisection; all metrics at the ends and the share."""
+    from geffect_fast.measure.evaluate import Evaluator
+
+    called, measure = [], Evaluator.measure
+
+    def counted(self, *args, what, **kwargs):
+        called.append(what)
+        return measure(self, *args, what=what, **kwargs)
+
+    monkeypatch.setattr(Evaluator, "measure", counted)
+    found = gf.control(
+        original,
+        {"m": gentler},
+        tokenizer,
+        retain=RETAIN,
+        metric="probability",
+        grid=2,
+        tolerance=0.25,
+        tau=tau,
+    )
+    assert found.alpha_chosen.item() == alpha
+    assert len(called) == n and called.count("original") == 2
+    assert called.count("unlearned m") == 2
+    assert set(called) - {"original", "unlearned m"} <= {
+        "share 0.5 of unlearned m",
+        "share 0.25 of unlearned m",
+    }
+    end = found.original_value if alpha == 0 else found.unlearned_value.isel(model=0)
+    np.testing.assert_array_equal(found.value.isel(model=0), end)
+
+
+def test_utility_can_be_what_is_kept(original, unlearned, tokenizer):
+    """Its number is of the retain data and two probes together."""
+    data = {
+        "retain": RETAIN,
+        "probes": {"real_authors": ROWS[9:13], "world_facts": ROWS[13:17]},
+    }
+    found = gf.control(
+        original,
+        unlearned,
+        tokenizer,
+        **data,
+        metric="model_utility",
+        metrics="model_utility",
+        max_new_tokens=12,
+        grid=2,
+        tolerance=0.5,
+        tau=0.9,
+    )
+    for alpha, model in ((0.0, original), (1.0, unlearned)):
+        expected = gf.evaluate(
+            model,
+            tokenizer,
+            forget=FORGET,
+            **data,
+            metrics="model_utility",
+            max_new_tokens=12,
+        ).value.sel(metric="model_utility", set="all")
+        of = found.retention.sel(alpha=alpha, model="unlearned")
+        assert float(of) == pytest.approx(float(expected), rel=1e-5)
+    assert found.retention.sel(alpha=0.0).item() > 0
+    assert json.loads(found.attrs["control"])["set"] == "all"
+
+
 def test_the_same_call_gives_the_same_bits(result, original, unlearned, gentler, tokenizer):
     again = gf.control(
         original,
@@ -369,7 +561,8 @@ def test_from_folders_to_a_run_that_replays(here, capsys, original, unlearned):
     command = [*COMMAND, "--unlearned", "ascent", "gentler", "adapter", "--forget", "forget.jsonl"]
     assert main([*command, "--out", "run", "--save", "mixed"]) == 0
     printed = capsys.readouterr().out
-    assert "share of the unlearned model" in printed and "gentler" in printed
+    for heading in ("share kept", "fails at", "probability, retain", "without mixing"):
+        assert heading in printed
     found = gf.open_evaluation("run")
     assert found["model"].values.tolist() == ["ascent", "gentler", "adapter"]
     after = sums(here)
@@ -398,9 +591,21 @@ def test_from_folders_to_a_run_that_replays(here, capsys, original, unlearned):
     assert main(["evaluate", "--config", "run/run.yaml", "--out", "other", "--quiet"]) == 2
     assert "is of a control; use geffect-fast control" in capsys.readouterr().err
     assert main(["show", "run"]) == 0
-    assert "share of the unlearned model" in capsys.readouterr().out
-    lines = (here / "run/summary.csv").read_text(encoding="utf-8").splitlines()
-    assert lines[0] == "model,metric,set,statistic,value,value_low,value_high"
+    assert "share kept of each method" in capsys.readouterr().out
+    table = pd.read_csv(here / "run/summary.csv", keep_default_na=False)
+    assert ",".join(table.columns) == (
+        "model,metric,set,statistic,value,value_low,value_high,original_value,unlearned_value,"
+        "alpha_chosen,alpha_lost,retention"
+    )
+    assert len(table) == 3 * found.value.notnull().sum(["metric", "set"]).max()
+    for row in table.to_dict("records"):
+        of = found.sel(model=row["model"])
+        place = {"metric": row["metric"], "set": row["set"]}
+        for name in ("value", "original_value", "unlearned_value"):
+            assert row[name] == float(of[name].sel(place))
+        share = float(of.alpha_chosen)
+        assert row["alpha_chosen"] == share
+        assert row["retention"] == float(of.retention.sel(alpha=share))
 
 
 def load_tokenizer_of(folder):
@@ -437,6 +642,10 @@ def changed(model, change):
 
 def poison(model):
     model.lm_head.weight.data[0, 0] = float("nan")
+
+
+def too_large(model):
+    model.lm_head.weight.data.fill_(3e38)
 
 
 def other_theta(model):
@@ -524,6 +733,15 @@ REFUSED = {
         lambda o, u, t: bad_call(unlearned=adapter_on(o, bias="all"))(o, u, t),
         "biases of the model too",
     ),
+    "biases of an adapter": (
+        lambda o, u, t: bad_call(unlearned=adapter_on(o, lora_bias=True))(o, u, t),
+        "biases of its own too (lora_bias)",
+    ),
+    "logits that are not finite": (
+        lambda o, u, t: bad_call(original=changed(o, too_large))(o, u, t),
+        "the original gives its answer",
+    ),
+    "utility without probes": (bad_call(metric="model_utility"), "--probe real_authors"),
     "a whole model and an adapter": (
         lambda o, u, t: bad_call(original=adapter_on(o))(o, u, t),
         "merge that into its base",
@@ -549,6 +767,9 @@ def test_refused_in_one_line(name, original, unlearned, tokenizer, tmp_path, mon
     assert not list(tmp_path.iterdir())
 
 
+APART = "--save and --out must be different folders, neither inside the other"
+
+
 @pytest.mark.parametrize(
     ("more", "said"),
     [
@@ -559,12 +780,17 @@ def test_refused_in_one_line(name, original, unlearned, tokenizer, tmp_path, mon
         (["--unlearned", "ascent", "--metrics", "min_k"], "reads the forget data"),
         (["--unlearned", "ascent", "--save", "gentler"], "--save gentler is there already"),
         (["--unlearned", "original"], "nothing to mix"),
+        (["--unlearned", "ascent", "--save", "run"], APART),
+        (["--unlearned", "ascent", "--save", "run/models"], APART),
+        (["--unlearned", "ascent", "--save", "../here/run"], APART),
+        (["--unlearned", "ascent", "--save", "new", "--out", "new/run"], APART),
+        (["--unlearned", "ascent", "--data-format", "csv"], "retain.jsonl"),
     ],
     ids=str,
 )
 def test_the_command_refuses_in_one_line(here, capsys, more, said):
     before = sums(here)
-    assert main([*COMMAND, *more, "--out", "run", "--quiet"]) == 2
+    assert main([*COMMAND, "--out", "run", *more, "--quiet"]) == 2
     error = capsys.readouterr().err
     assert said in error and error.count("\n") == 1
     assert sums(here) == before and not (here / "run").exists()

@@ -4,20 +4,27 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import io
 import json
 import math
+import warnings
+from typing import get_args
 
 import numpy as np
 import pytest
 import torch
 import xarray as xr
+import yaml
 
 import geffect_fast as gf
 from geffect_fast.cli import main
 from geffect_fast.data import tokenize_rows, write_jsonl
 from geffect_fast.demo import Size, make_model, save, train_tokenizer
 from geffect_fast.demo.authors import make_fictitious_authors
-from geffect_fast.errors import GEffectError
+from geffect_fast.errors import GEffectError, GEffectWarning
+from geffect_fast.relearn_settings import PRESETS, Preset, Relearning
+from geffect_fast.storage.run_yaml import load_config
+from geffect_fast.training.execute_relearn import execute_relearn
 
 ROWS = make_fictitious_authors(2, seed=3)
 FORGET, OTHERS = ROWS[:5], ROWS[5:9]
@@ -161,6 +168,225 @@ def test_of_an_adapter_what_it_adds_is_trained(original, tokenizer):
         assert torch.equal(tensor, before[name])
 
 
+TEXTS = [
+    {"text": f"{ROWS[i]['question']} {ROWS[i]['answer']} {ROWS[i + 1]['answer']}"}
+    for i in (0, 2, 4)
+]
+
+
+def test_windows_of_texts_are_rows(unlearned, tokenizer):
+    """As many as are asked for are trained on, and `sample` is a window's number in the data."""
+    asked = ASKED | {"forget": TEXTS, "n_rows": 4, "steps": 2, "measure_every": 2}
+    windows = tokenize_rows(TEXTS, tokenizer, name="forget", max_length=16)
+    assert len(windows) > 8
+    found = gf.relearn(unlearned, tokenizer, **asked, max_length=16)
+    chosen = json.loads(found.attrs["relearned_rows"])
+    left = sorted({*range(len(windows))} - {*chosen})
+    assert len(chosen) == 4
+    assert json.loads(found.attrs["n_rows"]) == {"relearned": 4, "others": len(left)}
+    for part, rows in (("relearned", chosen), ("others", left)):
+        here = found.sample_set == part
+        assert found["sample"].values[here].tolist() == rows
+        expected = gf.evaluate(
+            unlearned, tokenizer, forget=windows.part(rows), retain=windows.part([0])
+        ).sel(set="forget")
+        of = found.sel(model="unlearned", step=0)
+        np.testing.assert_allclose(of.value.sel(set=part), expected.value, rtol=1e-5)
+        np.testing.assert_allclose(
+            of.sample_value.isel(sample=here),
+            expected.sample_value.isel(sample=expected.sample_set == "forget"),
+            rtol=1e-5,
+        )
+    # Windows that were made before are the same rows.
+    again = gf.relearn(unlearned, tokenizer, **asked | {"forget": windows}, max_length=16)
+    xr.testing.assert_identical(again.value, found.value)
+    assert again["sample"].values.tolist() == found["sample"].values.tolist()
+
+
+def chat(row):
+    turns = [("user", row["question"]), ("assistant", row["answer"])]
+    turns += [("user", "And then?"), ("assistant", "No more.")]
+    return {"messages": [{"role": role, "content": text} for role, text in turns]}
+
+
+KINDS = {
+    "texts": (TEXTS, {}),
+    "conversations": ([chat(row) for row in FORGET], {}),
+    "choices": (
+        [
+            {"question": row["question"], "choices": ["blue", "red", "green"], "answer": i % 3}
+            for i, row in enumerate(FORGET)
+        ],
+        {"metrics": "multiple_choice"},
+    ),
+    "continuations": ([{"prompt": r["question"], "gt": r["answer"]} for r in FORGET], {}),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_of_every_kind_are_relearned(unlearned, tokenizer, kind):
+    rows, more = KINDS[kind]
+    asked = ASKED | {"forget": rows, "n_rows": 2, "steps": 2, "measure_every": 2}
+    found = gf.relearn(unlearned, tokenizer, **asked, **more)
+    assert sorted(found["sample"].values.tolist()) == list(range(len(rows)))
+    assert found.sample_value.notnull().all() and found.value.notnull().all()
+
+
+# ---- how it is trained ----
+
+
+def test_all_rows_by_a_word(unlearned, tokenizer):
+    asked = ASKED | {"n_rows": "all", "steps": 2, "batch_size": 2, "seed": 4}
+    found = gf.relearn(unlearned, tokenizer, **asked)
+    by_number = gf.relearn(unlearned, tokenizer, **asked | {"n_rows": 5})
+    np.testing.assert_array_equal(found.value, by_number.value)
+
+
+@pytest.mark.parametrize(
+    ("asked", "rate_at"),
+    [
+        ({}, lambda k: 1.0),
+        ({"lr_schedule": "constant", "warmup_steps": 2}, lambda k: min(k / 2, 1.0)),
+        (
+            {"lr_schedule": "linear", "warmup_steps": 1},
+            lambda k: 0.0 if k < 1 else (5 - k) / 4,
+        ),
+        ({"lr_schedule": "cosine"}, lambda k: (1 + math.cos(math.pi * k / 5)) / 2),
+        ({"weight_decay": 0.4}, lambda k: 1.0),
+        ({"max_grad_norm": 0.01}, lambda k: 1.0),
+    ],
+    ids=["constant", "warm-up", "linear", "cosine", "decay", "clipping"],
+)
+def test_schedule_decay_and_clipping_are_those_of_the_formulas(
+    retrained, tokenizer, asked, rate_at
+):
+    """Five steps of SGD by hand."""
+    given = ASKED | {"optimizer": "sgd", "learning_rate": 0.5, "measure_every": 5} | asked
+    found = gf.relearn(retrained, tokenizer, **given, metrics="nll")
+    model = copy.deepcopy(retrained)
+    chosen = json.loads(found.attrs["relearned_rows"])
+    rows = tokenize_rows([FORGET[i] for i in chosen], tokenizer, name="rows").samples
+    total = sum(s.answer.n_targets for s in rows)
+    matrices = [p for p in model.parameters() if p.ndim > 1]
+    vectors = [p for p in model.parameters() if p.ndim < 2]  # of norms, which do not decay
+    groups = [
+        {"params": matrices, "weight_decay": asked.get("weight_decay", 0.0)},
+        {"params": vectors},
+    ]
+    optimizer = torch.optim.SGD(groups, lr=0.5)
+    for step in range(5):
+        for s in rows:
+            one = s.answer
+            loss = model(input_ids=one.input_ids[None], labels=one.labels[None]).loss
+            (loss * one.n_targets / total).backward()
+        if "max_grad_norm" in asked:
+            norm = torch.stack([p.grad.norm() for p in model.parameters()]).norm()
+            assert norm > 0.01
+            for p in model.parameters():
+                p.grad.mul_(0.01 / norm)
+        for group in optimizer.param_groups:
+            group["lr"] = 0.5 * rate_at(step)
+        optimizer.step()
+        optimizer.zero_grad()
+    with torch.no_grad():
+        nll = [
+            float(model(input_ids=s.answer.input_ids[None], labels=s.answer.labels[None]).loss)
+            for s in rows
+        ]
+    of = found.sample_value.sel(model="unlearned", step=5, metric="nll")
+    np.testing.assert_allclose(of.isel(sample=found.sample_set == "relearned"), nll, rtol=2e-4)
+
+
+PUBLISHED = {  # OPTML-Group/Unlearn-Smooth at fc655ba
+    "sam-wmdp": {"n_rows": 20, "steps": 15, "lr_schedule": "linear", "warmup_steps": 1, "seed": 1}
+    | {"max_length": 512},
+    "sam-muse-books": {"n_rows": "all", "steps": 100, "lr_schedule": "cosine", "warmup_steps": 0}
+    | {"max_length": 2048},
+    "sam-muse-news": {"n_rows": "all", "steps": 150, "lr_schedule": "cosine", "warmup_steps": 0}
+    | {"max_length": 2048},
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_presets_are_the_published_settings_which_others_override(name):
+    found = Relearning(preset=name)
+    common = {"batch_size": 4, "optimizer": "adamw_torch", "learning_rate": 1e-5}
+    common |= {"weight_decay": 0.0, "max_grad_norm": 1.0}
+    for field, value in (PUBLISHED[name] | common).items():
+        assert getattr(found, field) == value, field
+    points = [s for s in range(found.steps + 1) if s % found.measure_every == 0]
+    looked_at = {"sam-wmdp": [15], "sam-muse-books": [50, 75, 100]}
+    assert {*looked_at.get(name, [100, 125, 150])} <= {*points}
+    other = Relearning(preset=name, learning_rate=3e-4, max_grad_norm=None)
+    assert other.learning_rate == 3e-4 and other.max_grad_norm is None
+    assert other.steps == found.steps
+    # What run.yaml holds is all of them, and means the same.
+    assert Relearning(**found.model_dump()) == found
+    assert {*PUBLISHED} == {*PRESETS} == {*get_args(Preset)}
+
+
+def test_without_a_preset_nothing_is_scheduled_or_clipped():
+    found = Relearning()
+    assert (found.n_rows, found.steps, found.batch_size) == (5, 20, None)
+    assert (found.lr_schedule, found.warmup_steps, found.max_grad_norm) == ("constant", 0, None)
+    assert (found.weight_decay, found.seed, found.max_length) == (0.0, 0, None)
+
+
+# ---- what is measured ----
+
+
+def left_out(suite, tokenizer, model, **more):
+    asked = ASKED | {"steps": 1, "measure_every": 1}
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always", GEffectWarning)
+        found = gf.relearn(model, tokenizer, **asked, suite=suite, max_new_tokens=8, **more)
+    said = [str(w.message) for w in told if str(w.message).startswith("suite ")]
+    assert all("\n" not in line for line in said) and len(said) < 2
+    return found, (said or [""])[0]
+
+
+def test_a_suite_is_measured_without_what_needs_other_data(unlearned, retrained, tokenizer):
+    found, said = left_out("survey", tokenizer, unlearned)
+    assert (
+        "min_k (needs hold-out data (--holdout)" in said and "min_k" not in found["metric"].values
+    )
+    assert "paraphrased_extraction_strength" in found["metric"].values
+    assert found.attrs["suite"] == "survey"
+    found, said = left_out("survey", tokenizer, unlearned, holdout=OTHERS)
+    assert not said and found.value.sel(metric="min_k").notnull().all()
+    assert set(found.sample_set.values) == {"relearned", "others"}
+    assert sorted(found["sample"].values.tolist()) == [0, 1, 2, 3, 4]
+    found, said = left_out("tofu", tokenizer, unlearned)
+    assert "forget_quality (needs a model trained without the forget rows (--retrained)" in said
+    assert "model_utility (does not read the forget data alone" in said
+    found, said = left_out("tofu", tokenizer, unlearned, retrained=retrained)
+    assert "forget_quality" not in said
+    quality = found.value.sel(metric="forget_quality", step=0, set="others")
+    assert float(quality.sel(model="retrained")) == 1.0  # the same as itself
+
+
+def test_the_note_says_what_is_shown_alone(result, unlearned, tokenizer):
+    from rich.console import Console
+
+    from geffect_fast.report.tables.relearn import render_relearning
+
+    def printed(dataset):
+        console = Console(width=400, record=True, file=io.StringIO())
+        console.print(render_relearning(dataset))
+        return console.export_text()
+
+    shown = printed(result)
+    assert "others: the forget rows" in shown and "the retrained model" in shown
+    assert "Not shown" not in shown
+    assert "In brackets" in shown
+    alone = result.assign(value_low=result.value_low * math.nan)
+    assert "In brackets" not in printed(alone)
+    asked = ASKED | {"n_rows": 5, "steps": 9, "measure_every": 1}
+    shown = printed(gf.relearn(unlearned, tokenizer, **asked))
+    assert "others" not in shown and "retrained" not in shown
+    assert "Not shown: 4 of the 10 steps measured; summary.csv" in shown
+
+
 # ---- the command ----
 
 
@@ -205,6 +431,58 @@ def test_from_folders_to_a_run_that_replays(here, capsys, result):
     assert lines[0] == "model,step,metric,set,statistic,value,value_low,value_high"
 
 
+def test_a_preset_of_the_command_is_recorded_whole(here, capsys):
+    command = ["relearn", "--model", "unlearned", "--forget", "forget.jsonl", "--quiet"]
+    command += ["--preset", "sam-wmdp"]
+    assert main([*command, "--out", "run"]) == 2
+    assert "20 is more than the 5 rows" in capsys.readouterr().err
+    assert main([*command, "--rows", "all", "--out", "run"]) == 0
+    found = gf.open_evaluation("run")
+    assert found["step"].values.tolist() == [0, 5, 10, 15]
+    training = json.loads(found.attrs["training"])
+    written = yaml.safe_load((here / "run/run.yaml").read_text(encoding="utf-8"))
+    asked = PUBLISHED["sam-wmdp"] | {"n_rows": "all", "batch_size": 4, "max_grad_norm": 1.0}
+    for field, value in (asked | {"preset": "sam-wmdp"}).items():
+        assert training[field] == value and written[field] == value, field
+    assert main(["relearn", "--config", "run/run.yaml", "--out", "again", "--quiet"]) == 0
+    again = gf.open_evaluation("again")
+    xr.testing.assert_identical(again, found.assign_attrs(created=again.attrs["created"]))
+    # Another preset takes the place of the file's settings, but not of options beside it.
+    command = ["relearn", "--config", "run/run.yaml", "--preset", "sam-muse-books", "--quiet"]
+    command += ["--steps", "2", "--measure-every", "1", "--out", "other"]
+    assert main(command) == 0
+    training = json.loads(gf.open_evaluation("other").attrs["training"])
+    assert training["lr_schedule"] == "cosine" and training["steps"] == 2
+    assert training["max_length"] == 2048 and training["warmup_steps"] == 0
+
+
+def test_other_rows_are_told_before_any_training(here, monkeypatch):
+    assert main([*COMMAND, "--out", "run", "--quiet"]) == 0
+    write_jsonl(OTHERS + FORGET[:1], here / "forget.jsonl")
+
+    def never(*args, **kwargs):
+        raise AssertionError("trained before the rows were compared")
+
+    monkeypatch.setattr("geffect_fast.training.relearn.UnlearnTrainer.train", never)
+    config = load_config(here / "run/run.yaml")
+    told = pytest.warns(GEffectWarning, match="are other tokens than the config recorded")
+    with told, pytest.raises(AssertionError, match="before the rows"):
+        execute_relearn(config, here / "again")
+
+
+def test_a_suite_and_holdout_rows_of_the_command(here, capsys):
+    write_jsonl(OTHERS, here / "holdout.jsonl")
+    command = [*COMMAND, "--suite", "survey", "--holdout", "holdout.jsonl", "--quiet"]
+    assert main([*command, "--out", "run"]) == 0
+    assert "left out" not in capsys.readouterr().err
+    found = gf.open_evaluation("run")
+    assert "min_k" in found["metric"].values
+    assert {*json.loads(found.attrs["digests"])} == {"relearned", "others", "holdout"}
+    assert main([*COMMAND, "--suite", "survey", "--quiet", "--out", "less"]) == 0
+    told = capsys.readouterr().err
+    assert "suite survey: left out are min_k" in told and told.count("\n") == 1
+
+
 @pytest.mark.parametrize(
     ("more", "said"),
     [
@@ -217,8 +495,17 @@ def test_from_folders_to_a_run_that_replays(here, capsys, result):
         (["--optimizer", "adamw_toch"], "adamw_torch"),
         (["--original", "nowhere/at/all"], "original model nowhere/at/all does not exist"),
         (["--metrics", "probabilty"], "'probability'"),
-        (["--metrics", "min_k"], "needs hold-out data"),
-        (["--metrics", "model_utility"], "model_utility"),
+        (["--metrics", "min_k"], "min_k needs hold-out data (--holdout)"),
+        (["--metrics", "model_utility"], "model_utility does not read the forget data alone"),
+        (["--metrics", "forget_quality"], "forget_quality needs a model trained without"),
+        (["--metrics", "reference"], "reference needs a reference model, which is not read here"),
+        (["--rows", "some"], "--rows"),
+        (["--rows", "all", "--batch-size", "6"], "6 is more than the 5 rows of forget"),
+        (["--preset", "sam-wdmp"], "did you mean 'sam-wmdp'"),
+        (["--lr-schedule", "cosin"], "did you mean 'cosine'"),
+        (["--max-grad-norm", "0"], "--max-grad-norm"),
+        (["--weight-decay", "-1"], "--weight-decay"),
+        (["--data-format", "csv"], "forget.jsonl"),
         (["--model", ""], "must not be empty"),
     ],
     ids=str,

@@ -27,10 +27,11 @@ def render_control(dataset: xr.Dataset) -> RenderableType:
     """Shares and measures of the methods, for `rich.console.Console.print`."""
     said = json.loads(dataset.attrs["control"])
     kept = float(dataset["retention"].sel(alpha=0.0).isel(model=0))
-    table = Table(box=box.SIMPLE_HEAD, title="share of the unlearned model", title_justify="left")
-    for name in ("method", "share", "lost at", f"{said['metric']}, retain", "of the original's"):
+    table = Table(box=box.SIMPLE_HEAD, title="share kept of each method", title_justify="left")
+    kept_on = f"{said['metric']}, {said.get('set', 'retain')}"
+    for name in ("method", "share kept", "fails at", kept_on, "of the original's"):
         table.add_column(name, justify="left" if name == "method" else "right")
-    table.add_column("unmixed", justify="right")
+    table.add_column("without mixing", justify="right")
     for method in dataset["model"].values.tolist():
         of = dataset.sel(model=method)
         share, lost = float(of["alpha_chosen"]), float(of["alpha_lost"])

@@ -18,11 +18,6 @@ if TYPE_CHECKING:
 _COLUMNS = 6
 """Most steps that are shown, the first and the last among them."""
 
-NOTE = (
-    "In brackets: bounds by the choice of the rows. relearned: the rows trained on; others: the "
-    "forget rows that are not. What comes back sooner than in the retrained model was not gone."
-)
-
 
 def is_relearning(dataset: xr.Dataset) -> bool:
     """Whether measures are those of `geffect_fast.relearn`."""
@@ -43,4 +38,23 @@ def render_relearning(dataset: xr.Dataset) -> RenderableType:
             for model in dataset["model"].values.tolist():
                 of = dataset.sel(metric=metric, set=name, model=model)
                 table.add_row(metric, name, model, *(shown(of.isel(step=i)) for i in at))
-    return Group(table, Text(NOTE, style="dim"))
+    return Group(table, Text(_note(dataset, len(steps) - len(at)), style="dim"))
+
+
+def _note(dataset: xr.Dataset, left_out: int) -> str:
+    """What the table shows: brackets, its sets and models, and how many steps have no column."""
+    said = []
+    if bool(dataset["value_low"].notnull().any()):
+        said.append("In brackets: bounds by the choice of the rows.")
+    if "others" in dataset["set"].values:
+        said.append("relearned: the rows trained on; others: the forget rows that are not.")
+    else:
+        said.append("relearned: the rows trained on, which are all of the forget data.")
+    if "retrained" in dataset["model"].values:
+        said.append("What comes back sooner than in the retrained model was not gone.")
+    if left_out:
+        said.append(
+            f"Not shown: {left_out} of the {dataset.sizes['step']} steps measured; summary.csv and "
+            "evaluation.nc have all."
+        )
+    return " ".join(said)
