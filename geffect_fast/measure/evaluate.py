@@ -156,7 +156,9 @@ class Evaluator:
         self._settings, self._tokenizer = settings, tokenizer
         self._first, self._vocabulary = weakref.ref(model), vocabulary(model)
         read = {
-            name: source if isinstance(source, SampleSet) else read_rows(source, name=name)
+            name: source
+            if isinstance(source, SampleSet)
+            else read_rows(source, name=name, data_format=settings.data_format)
             for name, source in given.items()
         }
         kinds = {name: kind_of(rows) for name, rows in read.items()}

@@ -66,7 +66,10 @@ def execute_evaluation(
     sources: dict[str, Any] = {"forget": config.forget, "retain": config.retain}
     sources |= {} if config.holdout is None else {"holdout": config.holdout}
     sources |= checked_probes(config.probes)
-    sets = {name: read_rows(source, name=name) for name, source in sources.items()}
+    sets = {
+        name: read_rows(source, name=name, data_format=config.data_format)
+        for name, source in sources.items()
+    }
     has_text = any("input_ids" not in rows[0] for rows in sets.values())
     tokenizer = None
     if config.tokenizer is not None or has_text:

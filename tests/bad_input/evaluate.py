@@ -106,6 +106,12 @@ CASES = [
         "'probabilty'",
         "did you mean 'probability'?",
     ),
+    Case(
+        "a format that the data of an evaluation do not have",
+        evaluate("--data-format", "csv"),
+        "forget.jsonl",
+        "is no row of a table",
+    ),
     Case("a metric that is none", evaluate(metrics="xyzzy"), "'xyzzy'", "known: "),
     Case("a suite with a typo", evaluate("--suite", "tofuu"), "'tofuu'", "did you mean 'tofu'?"),
     Case("a metric twice", evaluate(metrics="nll,nll"), "'nll' is listed twice", "leave one out"),
