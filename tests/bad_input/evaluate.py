@@ -110,7 +110,7 @@ CASES = [
         "a format that the data of an evaluation do not have",
         evaluate("--data-format", "csv"),
         "forget.jsonl",
-        "is no row of a table",
+        "has no 'question'",
     ),
     Case("a metric that is none", evaluate(metrics="xyzzy"), "'xyzzy'", "known: "),
     Case("a suite with a typo", evaluate("--suite", "tofuu"), "'tofuu'", "did you mean 'tofu'?"),
