@@ -122,7 +122,7 @@ $(VENV_NONE)/installed: $(VENV)/tools-test $(PYTHON_FILES)
 	@touch $@
 
 # What calls the ops, and what users run; the rest does not know who serves them.
-WITHOUT_KERNELS = tests/ops tests/capture tests/engines/test_direction.py \
+WITHOUT_KERNELS = tests/ops tests/capture tests/engines/test_directions.py \
 	tests/engines/test_layout.py tests/engines/test_packed_attention.py \
 	tests/engines/test_forward_sums.py tests/measure/test_check.py tests/measure/test_execute.py \
 	tests/measure/test_profile.py tests/measure/test_profile_objectives.py tests/measure/test_resolve.py \

@@ -72,6 +72,24 @@ def test_every_file_of_the_package_is_built(tmp_path: Path) -> None:
     assert {"page.html.jinja", "tokens.js"} <= {path.name for path in built}
 
 
+def test_files_that_makefile_and_docs_name_are_there() -> None:
+    pages = [
+        "Makefile",
+        "README.md",
+        "CONTRIBUTING.md",
+        *(p.relative_to(ROOT) for p in ROOT.glob("docs/*.md")),
+    ]
+    folders = "tests|benchmarks|tools|docs|csrc|examples|geffect_fast"
+    named = rf"\b(?:{folders})/[\w/]+\.(?:py|md|cpp|cuh?|h|csv)\b"
+    gone = {
+        (str(page), file)
+        for page in pages
+        for file in re.findall(named, (ROOT / page).read_text(encoding="utf-8"))
+        if not (ROOT / file).exists()
+    }
+    assert not gone
+
+
 def test_setup_without_native_build_needs_no_torch() -> None:
     code = (
         "import sys\nsys.modules['torch'] = None\n"
