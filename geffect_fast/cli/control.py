@@ -7,24 +7,20 @@ from typing import Annotated, Any
 
 import typer
 
-from geffect_fast.arguments import checked_config
+from geffect_fast.cli.evaluation import checked_values, run
 from geffect_fast.cli.options import (
     CONTROL_FIELDS,
     ConfigFile,
     Out,
     Overwrite,
     Quiet,
-    check_command,
-    config_input,
     config_options,
     given_path,
     option,
     option_names,
     values_of,
 )
-from geffect_fast.cli.printing import print_evaluation
 from geffect_fast.control_settings import ControlConfig
-from geffect_fast.errors import InputError
 
 
 @config_options(CONTROL_FIELDS)
@@ -57,23 +53,9 @@ def control(
     if more_models:
         given = given | {"unlearned": [*given.get("unlearned", []), *more_models]}
     values = values_of(config, given)
-    check_command(config, values.get("command", "control"), "control")
-    for name in ("original", "unlearned", "retain"):
-        if values.get(name) is None:
-            raise InputError(f"--{name} is missing; give it, or a --config that holds it")
-    checked = checked_config(
-        ControlConfig, values | {"command": "control"}, str(config or ""), option_names(given)
-    )
+    needed = ("original", "unlearned", "retain")
+    checked = checked_values(ControlConfig, needed, config, values, option_names(given))
 
     from geffect_fast.measure.execute_control import execute_control
 
-    dataset = execute_control(
-        checked,
-        out,
-        save=save,
-        overwrite=overwrite,
-        progress=not quiet,
-        inputs=config_input(config, False),
-    )
-    if not quiet:
-        print_evaluation(dataset, out)
+    run(execute_control, checked, out, config, overwrite, quiet, save=save)

@@ -6,21 +6,17 @@ from typing import Annotated, Any
 
 import typer
 
-from geffect_fast.arguments import checked_config
+from geffect_fast.cli.evaluation import checked_values, run
 from geffect_fast.cli.options import (
     EVALUATE_FIELDS,
     ConfigFile,
     Out,
     Overwrite,
     Quiet,
-    check_command,
-    config_input,
     config_options,
     option_names,
     values_of,
 )
-from geffect_fast.cli.printing import print_evaluation
-from geffect_fast.errors import InputError
 from geffect_fast.evaluation_settings import EvaluateConfig
 
 
@@ -46,23 +42,9 @@ def evaluate(
     if more_models:
         given = given | {"models": [*given.get("models", []), *more_models]}
     values = values_of(config, given)
-    check_command(config, values.get("command", "evaluate"), "evaluate")
-    for name in ("forget", "retain"):
-        if values.get(name) is None:
-            raise InputError(f"--{name} is missing; give it, or a --config that holds it")
     names = option_names(given) | {"models": "--models"}
-    checked = checked_config(
-        EvaluateConfig, values | {"command": "evaluate"}, str(config or ""), names
-    )
+    checked = checked_values(EvaluateConfig, ("forget", "retain"), config, values, names)
 
     from geffect_fast.measure.execute_evaluation import execute_evaluation
 
-    dataset = execute_evaluation(
-        checked,
-        out,
-        overwrite=overwrite,
-        progress=not quiet,
-        inputs=config_input(config, False),
-    )
-    if not quiet:
-        print_evaluation(dataset, out)
+    run(execute_evaluation, checked, out, config, overwrite, quiet)

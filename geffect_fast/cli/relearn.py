@@ -4,21 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
-from geffect_fast.arguments import checked_config
+from geffect_fast.cli.evaluation import checked_values, run
 from geffect_fast.cli.options import (
     RELEARN_FIELDS,
     ConfigFile,
     Out,
     Overwrite,
     Quiet,
-    check_command,
-    config_input,
     config_options,
     option_names,
     values_of,
 )
-from geffect_fast.cli.printing import print_evaluation
-from geffect_fast.errors import InputError
 from geffect_fast.relearn_settings import PRESETS, RelearnConfig
 
 
@@ -42,25 +38,9 @@ def relearn(
     # a file holds every setting: those that the option's preset names are not the file's any more
     for name in PRESETS.get(given.get("preset", ""), {}).keys() - given.keys():
         values.pop(name, None)
-    check_command(config, values.get("command", "relearn"), "relearn")
-    for name in ("model", "forget"):
-        if values.get(name) is None:
-            raise InputError(f"--{name} is missing; give it, or a --config that holds it")
-    checked = checked_config(
-        RelearnConfig,
-        values | {"command": "relearn"},
-        str(config or ""),
-        option_names(given, n_rows="--rows"),
-    )
+    names = option_names(given, n_rows="--rows")
+    checked = checked_values(RelearnConfig, ("model", "forget"), config, values, names)
 
     from geffect_fast.training.execute_relearn import execute_relearn
 
-    dataset = execute_relearn(
-        checked,
-        out,
-        overwrite=overwrite,
-        progress=not quiet,
-        inputs=config_input(config, False),
-    )
-    if not quiet:
-        print_evaluation(dataset, out)
+    run(execute_relearn, checked, out, config, overwrite, quiet)

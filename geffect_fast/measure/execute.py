@@ -137,7 +137,7 @@ def execute_check(config: ProfileConfig, samples: int, *, progress: bool = False
     tell = print_notice if progress else None
     data = read_rows(config.forget, name="data", data_format=config.data_format, tell=tell)
     refusals = None if config.refusals is None else read_refusals(config.refusals)
-    tokenizer = tokenizer_of(config, "input_ids" not in data[0])
+    tokenizer = tokenizer_of(config, "input_ids" not in data[0], config.model, "model")
     trusted = config.trust_remote_code
     with on_threads(config.threads):
         return check(
@@ -167,7 +167,7 @@ def read_sources_of(config: RunConfig, progress: bool) -> tuple[torch.device, So
     sources = read_sources(named, objectives, config.data_format, found.append)
     if progress:
         print_notice("; ".join(found))
-    return device, sources, tokenizer_of(config, sources.has_text)
+    return device, sources, tokenizer_of(config, sources.has_text, config.model, "model")
 
 
 def check_sources(config: RunConfig) -> torch.device:
@@ -178,14 +178,14 @@ def check_sources(config: RunConfig) -> torch.device:
     return resolve_device(config.device)
 
 
-def tokenizer_of(config: RunConfig, has_text: bool) -> Any:
-    """The tokenizer that was chosen, the model's own for text, or none."""
+def tokenizer_of(config: Any, has_text: bool, own: str, what: str) -> Any:
+    """The tokenizer that a config names, for text that of the model `own`, or none."""
     trusted = config.trust_remote_code
     if config.tokenizer is not None:
         return load_tokenizer(config.tokenizer, trust_remote_code=trusted)
     if not has_text:
         return None
-    return load_tokenizer(config.model, "model", trust_remote_code=trusted)
+    return load_tokenizer(own, what, trust_remote_code=trusted)
 
 
 def machine(threads: int, device: torch.device, model: Any) -> dict[str, Any]:

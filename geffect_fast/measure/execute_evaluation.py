@@ -4,22 +4,24 @@ from __future__ import annotations
 
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from geffect_fast.data.rows import read_rows
 from geffect_fast.evaluation_settings import EvaluateConfig, Evaluating
 from geffect_fast.measure.evaluate import Evaluator, checked_probes
-from geffect_fast.measure.execute import machine, on_threads
-from geffect_fast.measure.models import load_model, load_tokenizer, resolve_device
+from geffect_fast.measure.evaluation_run import (
+    check_compared,
+    check_out,
+    evaluation_folder,
+    read_sets,
+)
+from geffect_fast.measure.models import load_model, resolve_device
 from geffect_fast.metrics.registry import resolved_metrics
 from geffect_fast.paths import find_checkpoints, is_there, short_names, user_path
 from geffect_fast.settings import UnlearnConfig
-from geffect_fast.storage.evaluation import save_evaluation
-from geffect_fast.storage.inputs import Inputs, check_replayed, inputs_of, summed_beside
-from geffect_fast.storage.lock import locked
+from geffect_fast.storage.inputs import Inputs
 from geffect_fast.storage.model_folder import check_model_source
 from geffect_fast.storage.recorded_rows import check_recorded
-from geffect_fast.storage.run_folder import CONFIG, check_free
+from geffect_fast.storage.run_folder import CONFIG
 from geffect_fast.storage.run_yaml import load_config
 
 if TYPE_CHECKING:
@@ -57,38 +59,19 @@ def execute_evaluation(
     trusted = config.trust_remote_code
     for name, source in models.items():
         check_model_source(source, f"model {name}", trusted)
-    for what, other in (("reference", config.reference), ("retain_model", config.retain_model)):
-        if other is not None and not (what == "retain_model" and config.is_log()):
-            check_model_source(other, what, trusted)
-    read = inputs_of(config) | dict(inputs)
-    check_free(out, overwrite, read)
+    check_compared(config)
+    check_out(config, out, overwrite, inputs)
     device = resolve_device(config.device)
-    sources: dict[str, Any] = {"forget": config.forget, "retain": config.retain}
-    sources |= {} if config.holdout is None else {"holdout": config.holdout}
+    sources = {"forget": config.forget, "retain": config.retain, "holdout": config.holdout}
     sources |= checked_probes(config.probes)
-    sets = {
-        name: read_rows(source, name=name, data_format=config.data_format)
-        for name, source in sources.items()
-    }
-    has_text = any("input_ids" not in rows[0] for rows in sets.values())
-    tokenizer = None
-    if config.tokenizer is not None or has_text:
-        tokenizer = load_tokenizer(
-            config.tokenizer or own_tokenizer,
-            "tokenizer" if config.tokenizer else "model",
-            trust_remote_code=trusted,
-        )
-    with (
-        locked(out),
-        on_threads(config.threads) as threads,
-        summed_beside(inputs_of(config)) as sums,
-    ):
+    sets, tokenizer = read_sets(config, sources, own_tokenizer, "model", progress)
+    with evaluation_folder(config, out, overwrite, inputs) as folder:
         evaluator, results = None, []
         for name, source in models.items():
             what = f"model {name}" if len(models) > 1 else "model"
             model = load_model(source, config.dtype, str(device), what, trust_remote_code=trusted)
             if evaluator is None:
-                chosen = machine(threads, device, model)
+                where = folder.machine(device, model)
                 evaluator = Evaluator(
                     model,
                     tokenizer,
@@ -105,16 +88,7 @@ def execute_evaluation(
         if len(models) > 1 or dimension == "step":
             along = xr.DataArray(list(models), dims=dimension, name=dimension)
             dataset = xr.concat(results, along, combine_attrs="override")
-        check_replayed(inputs.get("--config"), config, sums())
-        replay = config.model_copy(
-            update={
-                "metrics": tuple(map(str, config.metrics)),
-                "token_budget": evaluator.token_budget,
-                "rows": evaluator.rows,
-                **chosen,
-            }
-        )
-        save_evaluation(out, dataset, replay, overwrite, read, sums())
+        folder.save(dataset, where, evaluator.token_budget, evaluator.rows)
     return dataset
 
 

@@ -8,15 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from geffect_fast.data.rows import read_rows
-from geffect_fast.measure.execute import machine, on_threads
-from geffect_fast.measure.models import load_model, load_tokenizer, resolve_device
+from geffect_fast.measure.evaluation_run import check_out, evaluation_folder, read_sets
+from geffect_fast.measure.models import load_model, resolve_device
 from geffect_fast.relearn_settings import RelearnConfig, Relearning
-from geffect_fast.storage.evaluation import save_evaluation
-from geffect_fast.storage.inputs import Inputs, check_replayed, inputs_of, summed_beside
-from geffect_fast.storage.lock import locked
+from geffect_fast.storage.inputs import Inputs
 from geffect_fast.storage.model_folder import check_model_source
-from geffect_fast.storage.run_folder import check_free
 from geffect_fast.training.relearn import Relearner
 
 if TYPE_CHECKING:
@@ -50,46 +46,21 @@ def execute_relearn(
     models = config.models()
     for name, source in models.items():
         check_model_source(source, f"{name} model", trusted)
-    read = inputs_of(config) | dict(inputs)
-    check_free(out, overwrite, read)
+    check_out(config, out, overwrite, inputs)
     device = resolve_device(config.device)
-    forget, holdout = (
-        None if source is None else read_rows(source, name=name, data_format=config.data_format)
-        for name, source in (("forget", config.forget), ("holdout", config.holdout))
-    )
-    tokenizer = None
-    if config.tokenizer is not None or any(
-        s and "input_ids" not in s[0] for s in (forget, holdout)
-    ):
-        tokenizer = load_tokenizer(
-            config.tokenizer or config.model,
-            "tokenizer" if config.tokenizer else "model",
-            trust_remote_code=trusted,
-        )
+    sources = {"forget": config.forget, "holdout": config.holdout}
+    sets, tokenizer = read_sets(config, sources, config.model, "model", progress)
     settings = Relearning(**config.fields(Relearning))
-    relearner = Relearner(tokenizer, settings, forget, holdout, config.retrained)
-    chosen: dict[str, Any] = {}
-    with (
-        locked(out),
-        on_threads(config.threads) as threads,
-        summed_beside(inputs_of(config)) as sums,
-    ):
+    relearner = Relearner(tokenizer, settings, sets["forget"], sets["holdout"], config.retrained)
+    where: dict[str, Any] = {}
+    with evaluation_folder(config, out, overwrite, inputs) as folder:
 
         def load(name: str, source: str) -> nn.Module:
             what = f"{name} model"
             model = load_model(source, config.dtype, str(device), what, trust_remote_code=trusted)
-            chosen.setdefault("machine", machine(threads, device, model))
+            where.update(where or folder.machine(device, model))
             return model
 
         dataset = relearner.of(models, load, recorded=config.rows, progress=progress)
-        check_replayed(inputs.get("--config"), config, sums())
-        replay = config.model_copy(
-            update={
-                "metrics": tuple(map(str, config.metrics)),
-                "token_budget": relearner.token_budget,
-                "rows": relearner.rows,
-                **chosen["machine"],
-            }
-        )
-        save_evaluation(out, dataset, replay, overwrite, read, sums())
+        folder.save(dataset, where, relearner.token_budget, relearner.rows)
     return dataset

@@ -1,0 +1,68 @@
+"""What the commands `evaluate`, `control` and `relearn` share between options and tables."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from geffect_fast.arguments import checked_config
+from geffect_fast.cli.options import check_command, config_input
+from geffect_fast.cli.printing import print_evaluation
+from geffect_fast.errors import InputError
+from geffect_fast.settings import Settings
+
+C = TypeVar("C", bound=Settings)
+
+
+def checked_values(
+    kind: type[C],
+    needed: Sequence[str],
+    config: Path | None,
+    values: Mapping[str, Any],
+    names: Mapping[str, str],
+) -> C:
+    """The config of a command from its fields' values.
+
+    Args:
+        kind: of config.
+        needed: fields that must be given.
+        config: the file that some values are of.
+        values: by field.
+        names: options by field, for messages.
+
+    Raises:
+        InputError: the file is of another command; a value is missing or unusable.
+    """
+    command = kind.model_fields["command"].default
+    check_command(config, values.get("command", command), command)
+    for name in needed:
+        if values.get(name) is None:
+            raise InputError(f"--{name} is missing; give it, or a --config that holds it")
+    return checked_config(kind, {**values, "command": command}, str(config or ""), names)
+
+
+def run(
+    execute: Callable[..., Any],
+    checked: Settings,
+    out: Path,
+    config: Path | None,
+    overwrite: bool,
+    quiet: bool,
+    **more: Any,
+) -> None:
+    """Execute a config and print its tables.
+
+    Args:
+        execute: writes the run folder.
+        checked: the config.
+        out: the run folder.
+        config: the file that the config is of.
+        overwrite: whether to replace a run that is there.
+        quiet: whether to print nothing.
+        more: further arguments of `execute`.
+    """
+    inputs = config_input(config, False)
+    dataset = execute(checked, out, overwrite=overwrite, progress=not quiet, inputs=inputs, **more)
+    if not quiet:
+        print_evaluation(dataset, out)

@@ -1,0 +1,125 @@
+"""What `evaluate`, `control` and `relearn` share between their configs and their run folders."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import device, nn
+
+from geffect_fast.control_settings import ControlConfig
+from geffect_fast.data import read_rows
+from geffect_fast.evaluation_settings import EvaluateConfig
+from geffect_fast.measure.execute import machine, on_threads, tokenizer_of
+from geffect_fast.relearn_settings import RelearnConfig
+from geffect_fast.storage.evaluation import save_evaluation
+from geffect_fast.storage.inputs import Inputs, check_replayed, inputs_of, summed_beside
+from geffect_fast.storage.lock import locked
+from geffect_fast.storage.manifest import Sums
+from geffect_fast.storage.model_folder import check_model_source
+from geffect_fast.storage.run_folder import check_free
+from geffect_fast.terminal import print_notice
+
+if TYPE_CHECKING:
+    import xarray as xr
+
+Config = EvaluateConfig | ControlConfig | RelearnConfig
+
+
+def check_compared(config: EvaluateConfig | ControlConfig) -> None:
+    """Raise `InputError` where a model that is compared with can be known to be missing."""
+    named = {"reference": config.reference}
+    if not config.is_log():
+        named["retain_model"] = config.retain_model
+    for what, source in named.items():
+        if source is not None:
+            check_model_source(source, what, config.trust_remote_code)
+
+
+def read_sets(
+    config: Config, sources: Mapping[str, str | None], own: str, what: str, progress: bool
+) -> tuple[dict[str, Any], Any]:
+    """The rows of data sets by name, None of those that are not given, and the tokenizer for them.
+
+    Args:
+        config: the run.
+        sources: paths or hub ids by name.
+        own: the model whose tokenizer is taken for text where none is named.
+        what: what messages call that model.
+        progress: whether to say in a line what the data sets were found to be.
+    """
+    found: list[str] = []
+    sets = {
+        name: None
+        if source is None
+        else read_rows(source, name=name, data_format=config.data_format, tell=found.append)
+        for name, source in sources.items()
+    }
+    if progress:
+        print_notice("; ".join(found))
+    has_text = any(rows is not None and "input_ids" not in rows[0] for rows in sets.values())
+    return sets, tokenizer_of(config, has_text, own, what)
+
+
+@dataclass(frozen=True)
+class EvaluationFolder:
+    """A run folder that is locked, for the time of a run.
+
+    Attributes:
+        threads: CPU threads that torch has.
+        config: the run.
+        out: the folder.
+        overwrite: whether a run in it may be replaced.
+        inputs: what else is read, beside what the config names.
+        sums: waits for the checksums of what is read.
+    """
+
+    threads: int
+    config: Config
+    out: str | Path
+    overwrite: bool
+    inputs: Inputs
+    sums: Callable[[], Mapping[str, Sums]]
+
+    def save(
+        self, dataset: xr.Dataset, where: Mapping[str, Any], token_budget: int, rows: dict[str, str]
+    ) -> None:
+        """Write the results, and the config that replays them.
+
+        Args:
+            dataset: the results.
+            where: the run was made, as `machine` has it.
+            token_budget: tokens a batch that fitted.
+            rows: digests of the tokenised rows, by set.
+        """
+        config, sums = self.config, self.sums()
+        check_replayed(self.inputs.get("--config"), config, sums)
+        chosen = {"metrics": tuple(map(str, config.metrics)), "token_budget": token_budget}
+        replay = config.model_copy(update={**chosen, "rows": rows, **where})
+        read = inputs_of(config) | dict(self.inputs)
+        save_evaluation(self.out, dataset, replay, self.overwrite, read, sums)
+
+    def machine(self, on: device, model: nn.Module) -> dict[str, Any]:
+        """Where the run is made, as its config records it."""
+        return machine(self.threads, on, model)
+
+
+def check_out(config: Config, out: str | Path, overwrite: bool, inputs: Inputs) -> None:
+    """Raise `InputError` where a run folder is in use, or holds what is read."""
+    check_free(out, overwrite, inputs_of(config) | dict(inputs))
+
+
+@contextmanager
+def evaluation_folder(
+    config: Config, out: str | Path, overwrite: bool, inputs: Inputs
+) -> Iterator[EvaluationFolder]:
+    """Lock a run folder, and take checksums of what is read, for the time of a run."""
+    with (
+        locked(out),
+        on_threads(config.threads) as threads,
+        summed_beside(inputs_of(config)) as sums,
+    ):
+        yield EvaluationFolder(threads, config, out, overwrite, inputs, sums)
