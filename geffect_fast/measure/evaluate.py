@@ -8,11 +8,9 @@ import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from torch import nn
 
 from geffect_fast.arguments import checked_config, with_settings
@@ -31,13 +29,13 @@ from geffect_fast.evaluation_settings import Evaluating
 from geffect_fast.measure.memory import within_budget
 from geffect_fast.measure.models import load_model
 from geffect_fast.measure.prepare import Sources, check_model, table_of_positions
-from geffect_fast.metrics.base import ALL, FORGET, HOLDOUT, Measure, Metric, Seen
+from geffect_fast.metrics.base import ALL, FORGET, HOLDOUT, Metric, Seen
+from geffect_fast.metrics.dataset import measures_dataset
 from geffect_fast.metrics.observe import answers_scored, n_tokens, observe
 from geffect_fast.metrics.observed import Observed, known, read_log
 from geffect_fast.metrics.registry import resolved_metrics
 from geffect_fast.metrics.rows import DataRows, kind_of, rows_of
-from geffect_fast.results.dataset import digests, versions
-from geffect_fast.results.intervals import LEVEL
+from geffect_fast.results.dataset import digests
 from geffect_fast.terminal import progress_bar
 
 if TYPE_CHECKING:
@@ -224,7 +222,20 @@ class Evaluator:
             seen[name] = replace(seen[name], reference=scored)
         every = Seen(seen, self._retrained)
         dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
-        return self._dataset(seen, [metric.measures(every) for metric in self.metrics], dtype)
+        return measures_dataset(
+            self.metrics,
+            [metric.measures(every) for metric in self.metrics],
+            self.sets,
+            seen,
+            {
+                "suite": self._settings.suite or "",
+                "max_new_tokens": self._settings.max_new_tokens,
+                "token_budget": self.token_budget,
+                "date": self._settings.date,
+                "digests": json.dumps(self.rows),
+                "dtype": dtype,
+            },
+        )
 
     @property
     def token_budget(self) -> int:
@@ -384,65 +395,6 @@ class Evaluator:
                     f"retain_model: row {row} of log {source} is not the question of forget row "
                     f"{row}; give the log of the same split"
                 )
-
-    def _dataset(
-        self,
-        seen: Mapping[str, Observed],
-        measures: Sequence[Mapping[str, Measure]],
-        dtype: str,
-    ) -> xr.Dataset:
-        import xarray as xr
-
-        names = [*self.sets, *([ALL] if any(ALL in found for found in measures) else [])]
-        table = np.full((3, len(self.metrics), len(names)), np.nan)
-        for m, found in enumerate(measures):
-            for name, measure in found.items():
-                between = np.clip((measure.low, measure.high), *self.metrics[m].within)
-                table[:, m, names.index(name)] = measure.value, *between
-        scores = [
-            np.concatenate([self._scores(m, of) for of in seen.values()])
-            for m in range(len(self.metrics))
-        ]
-        both, rows = ("metric", "set"), ("metric", "sample")
-        sizes = {name: len(of) for name, of in self.sets.items()}
-        questions = [sample.question for of in self.sets.values() for sample in of.answers.samples]
-        return xr.Dataset(
-            {
-                "value": (both, table[0]),
-                "value_low": (both, table[1]),
-                "value_high": (both, table[2]),
-                "sample_value": (rows, np.stack(scores)),
-            },
-            {
-                "metric": list(map(str, self.metrics)),
-                "statistic": ("metric", [metric.statistic for metric in self.metrics]),
-                "set": names,
-                "sample": np.concatenate([np.arange(n) for n in sizes.values()]),
-                "sample_set": ("sample", np.repeat(list(sizes), list(sizes.values()))),
-                "question": ("sample", questions),
-            },
-            {
-                "metrics": json.dumps(
-                    [{"name": m.name, "parameters": m.model_dump()} for m in self.metrics]
-                ),
-                "suite": self._settings.suite or "",
-                "n_rows": json.dumps(sizes),
-                "max_new_tokens": self._settings.max_new_tokens,
-                "token_budget": self.token_budget,
-                "date": self._settings.date,
-                "digests": json.dumps(self.rows),
-                "interval_level": LEVEL,
-                "dtype": dtype,
-                "versions": json.dumps(versions()),
-                "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            },
-        )
-
-    def _scores(self, number: int, seen: Observed) -> np.ndarray:
-        """A metric's scores of a set's rows; NaN where it has none."""
-        metric = self.metrics[number]
-        scores = metric.scores(seen) if metric.measurable(seen) else None
-        return np.full(len(self.sets[seen.name]), np.nan) if scores is None else scores
 
 
 def _check_reads_no_text(reading: Mapping[str, Sequence[Metric]]) -> None:

@@ -67,6 +67,10 @@ def register(name: str) -> Callable[[M], M]:
             raise InputError(f"metric name {name!r} is taken by {'.'.join(_origin(taken))}")
         if cls.scores is Metric.scores and cls.measures is Metric.measures:
             raise InputError(f"metric {name!r}: {cls.__name__} must define scores()")
+        if "written" in cls.needs and cls.most_written is Metric.most_written:
+            raise InputError(
+                f"metric {name!r}: {cls.__name__} needs 'written', so it must define most_written()"
+            )
         declared: FieldInfo
         for field, declared in vars(cls)["__pydantic_fields__"].items():
             if declared.is_required():

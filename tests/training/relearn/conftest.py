@@ -1,0 +1,44 @@
+"""A model that knows its rows, one that never saw some, and one that hides them."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+from memorised import blank_model, fitted
+from relearn_rows import ASKED, FORGET, OTHERS, ROWS
+
+import geffect_fast as gf
+from geffect_fast.demo import train_tokenizer
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_tokenizer([f"{row['question']} {row['answer']}" for row in ROWS], 320)
+
+
+@pytest.fixture(scope="module")
+def blank(tokenizer):
+    return blank_model(tokenizer)
+
+
+@pytest.fixture(scope="module")
+def original(blank, tokenizer):
+    return fitted(copy.deepcopy(blank), tokenizer, [*FORGET, *OTHERS], 90)
+
+
+@pytest.fixture(scope="module")
+def retrained(blank, tokenizer):
+    """One that never saw the forget rows."""
+    return fitted(copy.deepcopy(blank), tokenizer, OTHERS, 60)
+
+
+@pytest.fixture(scope="module")
+def unlearned(original, tokenizer):
+    """A little ascent, which hides what it does not remove."""
+    return fitted(copy.deepcopy(original), tokenizer, FORGET, 5, sign=-1.0, lr=3e-3)
+
+
+@pytest.fixture(scope="module")
+def result(unlearned, original, retrained, tokenizer):
+    return gf.relearn(unlearned, tokenizer, original=original, retrained=retrained, **ASKED)
