@@ -6,7 +6,7 @@ formula of an objective is differentiated, and inner products are summed in fp64
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,7 +23,7 @@ from geffect_fast.engines.rotary_frequencies import frequencies_at_first
 from geffect_fast.objectives import NLL, Objective, Outputs
 from geffect_fast.ops.reference import accumulation_dtype
 
-BLOCK = {"cpu": 2**16}
+BLOCK = {"cpu": 2**15}
 """Elements that are converted to fp64 at a time, by device: on a CPU, what its caches hold."""
 LARGE_BLOCK = 2**22
 """And on any other device."""
@@ -97,7 +97,8 @@ def plain_numbers(
     risk = NLL()
     answers = _batches(sample_set, risk)
     parts = list(dict.fromkeys(part for objective in objectives for _, part in objective.parts()))
-    held: dict[Objective, tuple[Gradient, ...]] = {}
+    scores: dict[Objective, Tensor] = {}
+    """Effects `(P, n)` of each term's samples on the risk."""
     if holds_all(model, n):
         kept: list[Objective] = [risk]
         for part in parts:  # that the risk's forward answers as well, as far as memory goes
@@ -105,8 +106,11 @@ def plain_numbers(
             if reads_the_same and holds_all(model, (len(kept) + 1) * n):
                 kept.append(part)
         by_sample = [gradients(kept, batch) for batch in answers]
-        held = dict(zip(kept, zip(*by_sample, strict=True), strict=True))
-        products = torch.stack([gram(grads) for grads in zip(*held[risk], strict=True)])
+        held = [sample[k] for k in range(len(kept)) for sample in by_sample]
+        grams = torch.stack([gram(grads, n) for grads in zip(*held, strict=True)])
+        products = grams[:, :, :n]
+        scores = dict(zip(kept, grams.sum(1).split(n, dim=1), strict=True))
+        risk_gradients = iter(held[:n])
     else:
         products = torch.zeros(n_parameters, n, n, dtype=torch.float64)
         for i in range(n):
@@ -115,27 +119,33 @@ def plain_numbers(
                 (second,) = [first] if j == i else gradients([risk], answers[j])
                 products[:, i, j] = products[:, j, i] = dots(first, second)
         first = second = []
+        risk_gradients = (gradients([risk], batch)[0] for batch in answers)
 
-    direction: Gradient = [
-        torch.zeros_like(p, dtype=accumulation_dtype(p.dtype), requires_grad=False)
-        for p in parameters
-    ]
-    for i, batch in enumerate(answers):
-        own = held[risk][i] if held else gradients([risk], batch)[0]
-        for total, grad in zip(direction, own, strict=True):
-            if total is not None and grad is not None:
-                total += grad
-    scores = torch.zeros(len(parts), n_parameters, n, dtype=torch.float64)
-    for k, part in enumerate(parts):
-        for i, batch in enumerate(_batches(sample_set, part)):
-            own = held[part][i] if part in held else gradients([part], batch)[0]
-            scores[k, :, i] = dots(own, direction)
+    rest = [part for part in parts if part not in scores]
+    if rest:
+        direction = _summed(risk_gradients, parameters)
+        for part in rest:
+            own = (gradients([part], batch)[0] for batch in _batches(sample_set, part))
+            scores[part] = torch.stack([dots(grads, direction) for grads in own], dim=1)
     effects = torch.zeros(len(objectives), n_parameters, 2 * n, dtype=torch.float64)
     for k, objective in enumerate(objectives):
         for coefficient, part in objective.parts():
             offset = n if part.on == "retain" else 0
-            effects[k, :, offset : offset + n] += coefficient * scores[parts.index(part)]
+            effects[k, :, offset : offset + n] += coefficient * scores[part]
     return Numbers(effects, products.diagonal(dim1=1, dim2=2).sqrt(), products)
+
+
+def _summed(gradients: Iterable[Gradient], parameters: Sequence[Tensor]) -> Gradient:
+    """The sum of gradients, in the precision that sums are taken in."""
+    total: Gradient = [
+        torch.zeros_like(p, dtype=accumulation_dtype(p.dtype), requires_grad=False)
+        for p in parameters
+    ]
+    for each in gradients:
+        for of, grad in zip(total, each, strict=True):
+            if of is not None and grad is not None:
+                of += grad
+    return total
 
 
 def holds_all(model: nn.Module, n: int) -> bool:
@@ -200,13 +210,27 @@ def dots(a: Sequence[Tensor | None], b: Sequence[Tensor | None]) -> Tensor:
     return torch.tensor([_dot(x, y) for x, y in zip(a, b, strict=True)], dtype=torch.float64)
 
 
-def gram(grads: Sequence[Tensor | None]) -> Tensor:
-    """Inner products of `n` gradients of one parameter, `(n, n)`, summed in fp64; None is zero."""
-    products = torch.zeros(len(grads), len(grads), dtype=torch.float64)
-    there = [i for i, grad in enumerate(grads) if grad is not None]
-    for blocks in _blocks(*(grad for grad in grads if grad is not None)):
-        wide = torch.stack([block.double() for block in blocks])
-        products[torch.tensor(there)[:, None], there] += (wide @ wide.mT).cpu()
+def gram(grads: Sequence[Tensor | None], n: int) -> Tensor:
+    """Inner products of one parameter's first `n` gradients with all `m`, `(n, m)`.
+
+    They are summed in fp64; None is zero.
+    """
+    products = torch.zeros(n, len(grads), dtype=torch.float64)
+    flat = {i: grad.reshape(-1) for i, grad in enumerate(grads) if grad is not None}
+    first = [i for i in flat if i < n]
+    if not first:
+        return products
+    some = flat[first[0]]
+    size = _block_size(some)
+    # One buffer, written anew for every block, stays in the caches.
+    buffer = torch.empty(len(flat), min(size, len(some)), dtype=torch.float64, device=some.device)
+    found = torch.zeros(len(first), len(flat), dtype=torch.float64, device=some.device)
+    for start in range(0, len(some), size):
+        wide = buffer[:, : len(some) - start]
+        for row, grad in zip(wide, flat.values(), strict=True):
+            row.copy_(grad[start : start + size])
+        found.addmm_(wide[: len(first)], wide.mT)
+    products[torch.tensor(first)[:, None], list(flat)] = found.cpu()
     return products
 
 
@@ -218,5 +242,8 @@ def _dot(x: Tensor | None, y: Tensor | None) -> float:
 
 def _blocks(*grads: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Flat pieces of gradients of one parameter, the same of each."""
-    size = BLOCK.get(grads[0].device.type, LARGE_BLOCK) if grads else 1
-    return zip(*(grad.reshape(-1).split(size) for grad in grads), strict=True)
+    return zip(*(grad.reshape(-1).split(_block_size(grad)) for grad in grads), strict=True)
+
+
+def _block_size(grad: Tensor) -> int:
+    return BLOCK.get(grad.device.type, LARGE_BLOCK)

@@ -295,6 +295,34 @@ def test_fp32_rounding_is_told_from_a_deviation_by_fp64(monkeypatch):
     assert [row.kind for row in found.kinds if row.excess > 1] == ["norm"]
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_plain_autograd_in_16_bits_runs_where_errors_are_more_than_the_tolerance(
+    dtype, monkeypatch
+):
+    ran = []
+
+    def plain_numbers_of(model, *args):
+        ran.append(next(model.parameters()).dtype)
+        return plain_numbers(model, *args)
+
+    monkeypatch.setattr(module, "plain_numbers", plain_numbers_of)
+    monkeypatch.setitem(TOLERANCE, dtype, 0.05)
+    model = build("llama", dtype)
+    found = run(model)
+    errors = [row.judged[q] for row in found.kinds for q in module.QUANTITIES]
+    assert found.exact and 0 < max(errors) < 0.05
+    assert ran == [torch.float32] and not found.rounding_measured
+    assert "of its numbers in float32" in verdict(found) and "which is rounding" in printed(found)
+    monkeypatch.setitem(TOLERANCE, dtype, max(errors) / 2)
+    ran.clear()
+    again = run(model)
+    assert again.exact and ran == [torch.float32, dtype] and again.rounding_measured
+    assert f"as plain autograd does in {again.dtype}" in verdict(again)
+    for before, after in zip(found.kinds, again.kinds, strict=True):
+        assert before.judged == after.judged
+        assert all(after.limit[q] > TOLERANCE[dtype] for q in module.QUANTITIES)
+
+
 # ---- what it is compared with ----
 
 
@@ -336,7 +364,7 @@ def test_progress_ends_where_it_was_said_to(free, monkeypatch):
     rows = samples(LENGTHS, prompt=3)
     sample_set = gf.data.tokenize_rows(rows, None, name="data")
     objectives = [parse("ga"), parse("gd")]
-    model = build("llama")
+    model = build("llama", torch.float64)  # as the two ways sum in another order
     ticks: list[int] = []
     found = plain_numbers(model, sample_set, objectives, None, ticks.append)
     assert sum(ticks) == plain_tokens(model, sample_set, objectives)

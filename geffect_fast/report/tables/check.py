@@ -45,6 +45,8 @@ def verdict(check: Check) -> str:
     if check.exact:
         within = f"within {check.tolerance:.0e} ({check.dtype})"
         if check.wider is not None:
+            within = f"within {check.tolerance:.0e} of its numbers in {check.wider}"
+        if check.rounding_measured:
             within = f"as closely as plain autograd does in {check.dtype}"
         return (
             f"Exact: all {check.coverage.trainable_parameters} trainable parameters agree with "
@@ -83,9 +85,12 @@ def _note(check: Check) -> str:
     )
     if check.wider is None:
         return note + f"Limit: {check.tolerance:.0e}."
+    limit = f"{check.tolerance:.1e}, which is rounding in {check.dtype}"
+    if check.rounding_measured:
+        limit = f"twice that of plain autograd in {check.dtype}, plus {check.tolerance:.1e}"
     return note + (
-        f"Both are compared with {check.wider} on the same weights; limit of the root mean square "
-        f"error: twice that of plain autograd in {check.dtype}, plus {check.tolerance:.1e}."
+        f"Errors are measured against {check.wider} on the same weights; limit of their root mean "
+        f"square: {limit}."
     )
 
 
