@@ -30,10 +30,18 @@ def is_there(path: Path) -> bool:
 
 
 def short_names(sources: Sequence[str]) -> dict[str, str]:
-    """Folders or hub ids by their last part, or by all of themselves where two end alike."""
-    short = [source.rstrip("/").rpartition("/")[2] or source for source in sources]
-    names = short if len(set(short)) == len(short) else list(sources)
-    return dict(zip(names, sources, strict=True))
+    """Folders or hub ids by as few of their last parts as tell them apart.
+
+    Parts that all of them end with are left out: `ga/model` and `npo/model` are `ga` and `npo`.
+    """
+    parts = [source.rstrip("/").split("/") for source in sources]
+    while len(parts) > 1 and min(map(len, parts)) > 1 and len({part[-1] for part in parts}) == 1:
+        parts = [part[:-1] for part in parts]
+    for n in range(1, max(map(len, parts), default=0) + 1):
+        names = ["/".join(part[-n:]) for part in parts]
+        if len(set(names)) == len(names) and all(names):
+            return dict(zip(names, sources, strict=True))
+    return {source: source for source in sources}
 
 
 def find_checkpoints(checkpoints: str | Path | Sequence[str | Path]) -> dict[int, Path]:

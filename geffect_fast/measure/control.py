@@ -145,8 +145,7 @@ def check_save_names(folder: Path | None, named: Mapping[str, Any]) -> None:
     for name in named if folder is not None else ():
         if "/" in name or name in ("", ".", ".."):
             raise InputError(
-                f"save: {name!r} is no name of a folder; give unlearned models by name, or folders "
-                "whose last parts differ"
+                f"save: {name!r} is no name of a folder; give unlearned models by name"
             )
 
 

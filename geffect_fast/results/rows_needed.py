@@ -53,7 +53,9 @@ def rows_note(dataset: xr.Dataset) -> str:
         takes = f"it takes about {wanted:,} rows"
     if there <= n:
         remedy = f"{takes}, and all {n} are measured"
-    elif wanted >= there:
+    elif wanted > there:
+        remedy = f"{takes}, more than there are; measure {_asked(wanted, there)}"
+    elif wanted == there:
         remedy = f"{takes}; measure {_asked(wanted, there)}"
     else:
         remedy = f"measure about {_asked(wanted, there)}"
