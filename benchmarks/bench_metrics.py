@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from geffect_fast.data import estimate_token_budget, tokenize_rows
 from geffect_fast.data.samples import Sequence
 from geffect_fast.engines.batches import TokenBudget
-from geffect_fast.engines.packed_attention import packed_attention
+from geffect_fast.engines.model_outputs import packed_attention
 from geffect_fast.metrics.gradient_norms import gradient_norms, mean_losses
 from geffect_fast.metrics.scored import batches_of, forward_layout, score
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from geffect_fast.capture import Factor, Plan, Recorder, Recording
 from geffect_fast.capture.attribution import ANY
+from geffect_fast.capture.compat import still_up_to
 from geffect_fast.capture.precision import precisions
 from geffect_fast.capture.products import squared_norms
 from geffect_fast.data import IGNORE, Layout, Sample, SampleSet, Sequence, make_batches
@@ -20,12 +21,12 @@ from geffect_fast.engines.known_layout import packs_by_its_code
 from geffect_fast.engines.model_outputs import (
     model_outputs,
     nll_by_sample,
+    packed_attention,
     sample_axis,
+    splits_attention,
     takes,
 )
-from geffect_fast.engines.packed_attention import packed_attention, splits_attention
 from geffect_fast.engines.remembered import Remembered, state_of
-from geffect_fast.engines.rotary_frequencies import still_up_to
 from geffect_fast.errors import GEffectError, UnsupportedModelError
 from geffect_fast.trying import Trying, no_memory
 

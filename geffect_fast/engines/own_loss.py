@@ -20,13 +20,12 @@ from torch import Tensor, nn
 
 from geffect_fast.capture import Plan
 from geffect_fast.capture.attribution import ANY
-from geffect_fast.capture.compat import eagerly
+from geffect_fast.capture.compat import eagerly, frequencies_at_first
 from geffect_fast.capture.precision import precisions, widened
 from geffect_fast.data import SampleSet
 from geffect_fast.engines.layout import probe_batch
 from geffect_fast.engines.model_outputs import logits_of, model_outputs, takes, without_cache
 from geffect_fast.engines.remembered import Remembered, state_of
-from geffect_fast.engines.rotary_frequencies import frequencies_at_first
 from geffect_fast.errors import UnsupportedModelError
 from geffect_fast.trying import Trying
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from geffect_fast.capture import Plan
 from geffect_fast.capture.attribution import ANY, code_of
+from geffect_fast.capture.compat import frequencies_at_first
 from geffect_fast.data import Layout, SampleSet, estimate_token_budget, make_batches
 from geffect_fast.data.batch import Batch, Role
 from geffect_fast.data.packing import split_batch
@@ -30,7 +31,6 @@ from geffect_fast.engines.model_outputs import (
 )
 from geffect_fast.engines.reference import Reference
 from geffect_fast.engines.reverse import reverse_effects
-from geffect_fast.engines.rotary_frequencies import frequencies_at_first
 from geffect_fast.functional import norms_and_products, pairwise_inner_products
 from geffect_fast.measure.plain_autograd import Numbers, token_logprob
 from geffect_fast.objectives import NLL, Objective

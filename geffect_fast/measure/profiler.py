@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from geffect_fast.arguments import checked_config
 from geffect_fast.capture import Plan
+from geffect_fast.capture.compat import check_finite
 from geffect_fast.data import Layout, SampleSet, estimate_token_budget, make_batches
 from geffect_fast.data.batch import Batch, Role
 from geffect_fast.engines.batches import DataPass, Tick, TokenBudget, mixture_of, passes_for
@@ -24,13 +25,12 @@ from geffect_fast.engines.directions import accumulate_gradients, place_for_dire
 from geffect_fast.engines.forward import moves_for
 from geffect_fast.engines.forward_check import forward_mode_problem
 from geffect_fast.engines.layout import check_reference, choose_layout, longest_sequence
+from geffect_fast.engines.model_outputs import splits_attention
 from geffect_fast.engines.own_loss import own_loss
-from geffect_fast.engines.packed_attention import splits_attention
 from geffect_fast.engines.reference import Reference
 from geffect_fast.errors import InputError, UnsupportedModelError
 from geffect_fast.measure.effects import find_effects
 from geffect_fast.measure.memory import check_memory, within_budget
-from geffect_fast.measure.models import check_finite
 from geffect_fast.measure.prepare import Prepared, Sources, needs_of, prepare, resolved_list
 from geffect_fast.measure.rounding import HALF, RoundingCheck
 from geffect_fast.objectives import Objective

@@ -14,8 +14,7 @@ from geffect_fast.data import Layout
 from geffect_fast.data.batch import Batch
 from geffect_fast.data.samples import Sequence as Tokens
 from geffect_fast.engines.batches import DataPass, TokenBudget, each_batch
-from geffect_fast.engines.model_outputs import logits_of, positions, without_cache
-from geffect_fast.engines.packed_attention import packed_attention
+from geffect_fast.engines.model_outputs import logits_of, packed_attention, positions, without_cache
 from geffect_fast.errors import InputError
 from geffect_fast.functional import per_sample_grad_norms
 from geffect_fast.metrics.scored import Tick, batches_of
