@@ -1,4 +1,4 @@
-"""Whether a model's samples can share a forward pass: known from its code, or found by trying."""
+"""Whether a model's samples can share a forward pass, found by trying."""
 
 from __future__ import annotations
 
@@ -11,13 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from geffect_fast.capture import Factor, Plan, Recorder, Recording
-from geffect_fast.capture.attribution import ANY
 from geffect_fast.capture.compat import still_up_to
 from geffect_fast.capture.precision import precisions
 from geffect_fast.capture.products import squared_norms
 from geffect_fast.data import IGNORE, Layout, Sample, SampleSet, Sequence, make_batches
 from geffect_fast.data.batch import Batch
-from geffect_fast.engines.known_layout import packs_by_its_code
 from geffect_fast.engines.model_outputs import (
     model_outputs,
     nll_by_sample,
@@ -60,34 +58,21 @@ class _Tried:
 _TRIED: Remembered[_Tried] = Remembered()
 
 
-def choose_layout(plan: Plan, sample_set: SampleSet, longest: int | None = None) -> Layout:
-    """The fastest layout that is exact for this model: `packed`, `equal_length` or `single`.
+def tried_layout(plan: Plan, sample_set: SampleSet, longest: int | None = None) -> Layout:
+    """The fastest layout that trying shows to be exact: `packed`, `equal_length` or `single`.
 
-    No pass is run where the model's code shows it (`packs_by_its_code`), nor where the model was
-    tried and is what it was then (`state_of`). Else two short sequences of the user's data are run
-    together and apart, where apart is the model's own forward: of one sequence, whose positions it
-    counts itself. A layout is exact where every log-probability, and every parameter's gradient
-    norm sample by sample, comes out the same: attention that looks across sequences, positions that
-    do not restart or begin elsewhere, and tokens that a router sends out of order all show. Packed
-    sequences are tried with the model's own mask as well as with `packed_attention` where it serves
-    the model, since a batch may run either way; what depends on lengths (`packs_at_length`), also
-    on the longest and the shortest sample.
+    No pass is run where the model was tried and is what it was then (`state_of`). Else two short
+    sequences of the user's data are run together and apart, where apart is the model's own forward:
+    of one sequence, whose positions it counts itself. A layout is exact where every
+    log-probability, and every parameter's gradient norm sample by sample, comes out the same:
+    attention that looks across sequences, positions that do not restart or begin elsewhere, and
+    tokens that a router sends out of order all show. Packed sequences are tried with the model's
+    own mask as well as with `packed_attention` where it serves the model, since a batch may run
+    either way; what depends on lengths (`packs_at_length`), also on the longest and the shortest
+    sample.
 
-    Parameters that are used outside their modules' forwards are moved in the plan, see
-    `Plan.widen`.
-
-    Args:
-        plan: of the model.
-        sample_set: whose first samples are tried, and whose longest and shortest.
-        longest: tokens of the longest sequence of all data; None: of `sample_set`.
-
-    Raises:
-        UnsupportedModelError: the model does not run on one sequence; the first line of what it
-            raises is named.
+    Arguments and errors are those of `choose_layout`.
     """
-    if packs_by_its_code(plan):
-        plan.shown.add(ANY)
-        return "packed"
     extremes = _extremes(sample_set)
     longest = max(longest_sequence(sample_set), longest or 0)
     may_pack = longest <= still_up_to(plan.model)

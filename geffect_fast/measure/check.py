@@ -19,8 +19,9 @@ from geffect_fast.capture import Plan
 from geffect_fast.capture.plan import Coverage
 from geffect_fast.data import read_refusals, read_rows
 from geffect_fast.engines.batches import TokenBudget
-from geffect_fast.engines.layout import check_reference, choose_layout, longest_sequence
-from geffect_fast.engines.own_loss import OwnLoss, own_loss
+from geffect_fast.engines.known_models import choose_layout, own_loss
+from geffect_fast.engines.layout import check_reference, longest_sequence
+from geffect_fast.engines.own_loss import OwnLoss
 from geffect_fast.errors import InputError, NonFiniteError
 from geffect_fast.measure.by_capture import CapturedNumbers
 from geffect_fast.measure.memory import within_budget

@@ -24,9 +24,9 @@ from geffect_fast.engines.choice import Choice, choose_engine
 from geffect_fast.engines.directions import accumulate_gradients, place_for_directions
 from geffect_fast.engines.forward import moves_for
 from geffect_fast.engines.forward_check import forward_mode_problem
-from geffect_fast.engines.layout import check_reference, choose_layout, longest_sequence
+from geffect_fast.engines.known_models import choose_layout, own_loss
+from geffect_fast.engines.layout import check_reference, longest_sequence
 from geffect_fast.engines.model_outputs import splits_attention
-from geffect_fast.engines.own_loss import own_loss
 from geffect_fast.engines.reference import Reference
 from geffect_fast.errors import InputError, UnsupportedModelError
 from geffect_fast.measure.effects import find_effects

@@ -19,7 +19,7 @@ from geffect_fast.capture import Plan
 from geffect_fast.capture.compat import check_finite, check_is_model
 from geffect_fast.data import SampleSet, read_rows, tokenize_rows
 from geffect_fast.data.row_kinds import row_kind
-from geffect_fast.engines.layout import choose_layout
+from geffect_fast.engines.known_models import choose_layout
 from geffect_fast.errors import (
     GEffectError,
     GEffectWarning,
