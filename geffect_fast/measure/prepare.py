@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -32,6 +33,7 @@ from geffect_fast.measure.models import load_model
 from geffect_fast.objectives import Objective, parse_list
 from geffect_fast.objectives import resolve as resolve_objective
 from geffect_fast.objectives.base import REFERENCE_NEEDS, WEIGHTS, Need, required
+from geffect_fast.results.dataset import digests
 from geffect_fast.settings import Reading
 
 ReadingT = TypeVar("ReadingT", bound=Reading)
@@ -157,6 +159,18 @@ class Prepared(Generic[ReadingT]):
     def compares(self) -> bool:
         """Whether a part reads a reference model."""
         return bool(REFERENCE_NEEDS & self.needs)
+
+    def attributes(self) -> dict[str, Any]:
+        """Attributes of a result that say of what objectives and rows it is."""
+        return {
+            "n_forget": len(self.sets["forget"]),
+            "n_retain": len(self.sets["retain"]),
+            "date": self.settings.date,
+            "digests": json.dumps(digests(self.sets)),
+            "objectives": json.dumps(
+                [{"name": o.name, "parameters": o.parameters()} for o in self.objectives]
+            ),
+        }
 
     def of_rows(self, rows: Mapping[str, Sequence[int]]) -> Prepared[ReadingT]:
         """The same of some rows of each set."""
