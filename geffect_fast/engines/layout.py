@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
-from collections.abc import Sequence as Sequences
+from collections.abc import Hashable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -14,7 +13,7 @@ from geffect_fast.capture import Factor, Plan, Recorder, Recording
 from geffect_fast.capture.compat import still_up_to
 from geffect_fast.capture.precision import precisions
 from geffect_fast.capture.products import squared_norms
-from geffect_fast.data import IGNORE, Layout, Sample, SampleSet, Sequence, make_batches
+from geffect_fast.data import IGNORE, Layout, Sample, SampleSet, TokenSequence, make_batches
 from geffect_fast.data.batch import Batch
 from geffect_fast.engines.model_outputs import (
     model_outputs,
@@ -192,7 +191,7 @@ def longest_sequence(sample_set: SampleSet) -> int:
     return max(len(q) for s in sample_set.samples for qs in s.sequences().values() for q in qs)
 
 
-def packs_at_length(model: nn.Module, probes: Sequences[Tensor]) -> bool:
+def packs_at_length(model: nn.Module, probes: Sequence[Tensor]) -> bool:
     """Whether log-probabilities of sequences in one row are the model's own of each by itself.
 
     Args:
@@ -210,7 +209,7 @@ def packs_at_length(model: nn.Module, probes: Sequences[Tensor]) -> bool:
     return close(together, own, tolerance)
 
 
-def _packs_if_there_is_room(model: nn.Module, probes: Sequences[Tensor]) -> bool:
+def _packs_if_there_is_room(model: nn.Module, probes: Sequence[Tensor]) -> bool:
     """`packs_at_length`; no where memory runs out for two sequences, as it would for a batch."""
     try:
         return packs_at_length(model, probes)
@@ -262,9 +261,9 @@ def probe_batch(plan: Plan, sample_set: SampleSet, layout: Layout) -> Batch:
     return _batch(probes[:1] if layout == "single" else probes, layout).to(device)
 
 
-def _batch(probes: Sequences[Tensor], layout: Layout) -> Batch:
+def _batch(probes: Sequence[Tensor], layout: Layout) -> Batch:
     samples = tuple(
-        Sample(row, "", Sequence(ids, torch.cat([ids.new_tensor([IGNORE]), ids[1:]])))
+        Sample(row, "", TokenSequence(ids, torch.cat([ids.new_tensor([IGNORE]), ids[1:]])))
         for row, ids in enumerate(probes)
     )
     batches = make_batches(

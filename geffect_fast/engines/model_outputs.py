@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from geffect_fast.capture.compat import eagerly, frequencies_at_first, puts_prompt, signed
 from geffect_fast.capture.precision import widened
-from geffect_fast.capture.samples import Segments
+from geffect_fast.capture.segments import Segments
 from geffect_fast.data.batch import Batch
 from geffect_fast.errors import UnsupportedModelError
 from geffect_fast.objectives import Outputs

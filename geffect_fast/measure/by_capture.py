@@ -62,16 +62,16 @@ class CapturedNumbers:
         self.objectives = objectives
         self.reference = reference
         self.parts = list(dict.fromkeys(part for o in objectives for _, part in o.parts()))
-        self.budget = budget = TokenBudget(
+        self.token_budget = allowed = TokenBudget(
             token_budget
             or estimate_token_budget(plan.model, n_directions=1, shared=True, logits=True)
         )
 
         def batches_of(_name: str, roles: tuple[Role, ...]) -> list[Batch]:
-            return make_batches(sample_set, roles, token_budget=budget.tokens, layout=layout)
+            return make_batches(sample_set, roles, token_budget=allowed.tokens, layout=layout)
 
-        self.risk = DataPass(batches_of("", ("answer",)), {0: NLL()}, budget=budget)
-        self.passes = passes_for(self.parts, batches_of, {"forget": 0, "retain": self.n}, budget)
+        self.risk = DataPass(batches_of("", ("answer",)), {0: NLL()}, token_budget=allowed)
+        self.passes = passes_for(self.parts, batches_of, {"forget": 0, "retain": self.n}, allowed)
 
     @property
     def pairs(self) -> list[tuple[Batch, Batch]]:
@@ -125,7 +125,7 @@ class CapturedNumbers:
         while pairs:
             a, b = pairs.pop()
             larger = max(a, b, key=lambda batch: batch.n_samples)
-            attempt = Attempt(larger, self.budget)
+            attempt = Attempt(larger, self.token_budget)
             with attempt:
                 rows, columns = torch.tensor(a.rows), torch.tensor(b.rows)
                 if a is b:
@@ -142,8 +142,8 @@ class CapturedNumbers:
                 products[:, columns[:, None], rows] = found.mT
                 tick(_tokens(a, b))
             if attempt.failed:
-                self.budget.halve(larger.total_tokens)
-                pieces = [split_batch(batch, self.budget.tokens) for batch in (a, b)]
+                self.token_budget.halve(larger.total_tokens)
+                pieces = [split_batch(batch, self.token_budget.tokens) for batch in (a, b)]
                 if a is b:
                     pairs += [(c, d) for x, c in enumerate(pieces[0]) for d in pieces[0][x:]]
                 else:

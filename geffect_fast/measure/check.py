@@ -183,7 +183,7 @@ def check(
         with (
             computing_in(precision, other),
             progress_bar(progress, what, n_tokens) as update,
-            within_budget(captured.budget, one_sample=True),
+            within_budget(captured.token_budget, one_sample=True),
         ):
             return plain_numbers(other, sample_set, chosen, reference, lambda n: update(advance=n))
 
@@ -197,7 +197,7 @@ def check(
         captured = CapturedNumbers(plan, sample_set, chosen, reference, layout, token_budget)
         with (
             progress_bar(progress, "geffect_fast", captured.n_tokens) as update,
-            within_budget(captured.budget),
+            within_budget(captured.token_budget),
         ):
             ours = captured.compute(lambda n: update(advance=n))
         rules = captured.rules()

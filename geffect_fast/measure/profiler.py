@@ -105,10 +105,10 @@ class Profiler:
         )
         self._sets_of_risks = {UNLEARN: "forget"} | {n: n for n in sets if n != "forget"}
         self.risk_names = list(self._sets_of_risks)
-        self._budget = TokenBudget(settings.token_budget or 1)
+        self._token_budget = TokenBudget(settings.token_budget or 1)
         self._look_at_the_model(prepared)
         if settings.token_budget is None:
-            self._budget.tokens = self._tokens_that_fit()
+            self._token_budget.tokens = self._tokens_that_fit()
         self._divide_into_batches(settings)
         self._attributes = {
             "engine": self._choice.engine,
@@ -137,7 +137,7 @@ class Profiler:
             shares=plan.product_shares(self._resolution.columns()[1]),
         )
         longest = max(map(longest_sequence, self.sets.values()))
-        with within_budget(self._budget, one_sample=True):
+        with within_budget(self._token_budget, one_sample=True):
             try:
                 self._layout: Layout = choose_layout(plan, forget, longest)
             except UnsupportedModelError:
@@ -151,32 +151,35 @@ class Profiler:
         by_reverse = self._choice.engine == "reverse"
         self._norms = by_reverse if settings.norms is None else settings.norms
         if prepared.reference is not None:
-            with within_budget(self._budget, one_sample=True):
+            with within_budget(self._token_budget, one_sample=True):
                 check_reference(prepared.reference, self._layout, forget, longest)
 
     def _divide_into_batches(self, settings: Measuring) -> None:
         """Make the passes over objectives' and risks' data, and those that are checked by."""
-        sets, budget, risk = self.sets, self._budget, settings.risk_objective
+        sets, token_budget, risk = self.sets, self._token_budget, settings.risk_objective
         batches_of = partial(
             make_batches,
-            token_budget=budget.tokens,
+            token_budget=token_budget.tokens,
             reduction=settings.reduction,
             layout=self._layout,
         )
 
         def passes_over(
-            sets: Mapping[str, SampleSet], budget: TokenBudget | None = None
+            sets: Mapping[str, SampleSet], allowed: TokenBudget | None = None
         ) -> list[DataPass]:
             offsets = {"forget": 0, "retain": len(sets["forget"])}
             return passes_for(
-                self._parts, lambda name, roles: batches_of(sets[name], roles), offsets, budget
+                self._parts,
+                lambda name, roles: batches_of(sets[name], roles),
+                offsets,
+                allowed,
             )
 
-        self._passes = passes_over(sets, budget)
+        self._passes = passes_over(sets, token_budget)
         self._one_row = passes_over({name: rows.part([0]) for name, rows in sets.items()})
         of_risks = [sets[name] for name in self._sets_of_risks.values()]
         self._risk_passes = [
-            DataPass(batches_of(rows, risk.roles), {m: risk}, budget=budget)
+            DataPass(batches_of(rows, risk.roles), {m: risk}, token_budget=token_budget)
             for m, rows in enumerate(of_risks)
         ]
         self._risk_rows = None
@@ -383,7 +386,7 @@ class Profiler:
     @property
     def token_budget(self) -> int:
         """Tokens a batch; where memory ran out, less than it was."""
-        return self._budget.tokens
+        return self._token_budget.tokens
 
     @property
     def attributes(self) -> dict[str, Any]:
@@ -454,6 +457,6 @@ class Profiler:
             progress_bar(
                 show, what, n_passes * sum(data_pass.n_tokens for data_pass in passes)
             ) as update,
-            within_budget(self._budget),
+            within_budget(self._token_budget),
         ):
             yield lambda n: update(advance=n)

@@ -13,7 +13,7 @@ from geffect_fast.capture.factors import widened
 from geffect_fast.capture.precision import precisions
 from geffect_fast.data import IGNORE, Layout, Sample, SampleSet, make_batches
 from geffect_fast.data.batch import Batch
-from geffect_fast.data.samples import Sequence as Tokens
+from geffect_fast.data.samples import TokenSequence as Tokens
 from geffect_fast.engines.batches import DataPass, TokenBudget, each_batch
 from geffect_fast.engines.layout import TOLERANCE, close, in_chunks
 from geffect_fast.engines.model_outputs import model_outputs, packed_attention, takes
@@ -79,7 +79,9 @@ def score(
     """
     different, which = once(sequences)
     found: list[Scored | None] = [None] * len(different)
-    for _, attempt in each_batch([DataPass(batches_of(different, budget, layout), budget=budget)]):
+    for _, attempt in each_batch(
+        [DataPass(batches_of(different, budget, layout), token_budget=budget)]
+    ):
         with attempt:
             values = _token_values(model, attempt.batch, distribution)
             numbers = values.cpu().numpy()

@@ -186,7 +186,7 @@ class RowReference:
         lengths = [sum(map(len, (s.answer, *s.alternatives))) for s in samples.samples]
         known: list[Tensor] = []
         device = next(model.parameters()).device
-        cut = replace(data_pass, budget=TokenBudget(self._loss.token_budget))
+        cut = replace(data_pass, token_budget=TokenBudget(self._loss.token_budget))
         for _, attempt in each_batch([cut]):
             batch = attempt.batch
             with attempt:
