@@ -47,7 +47,7 @@ def place_for_directions(plan: Plan, n_directions: int) -> torch.device | None:
 
     Passes then bring over what they need. None: where the parameters are.
     """
-    device = next(iter(plan.parameters.values())).device
+    device = plan.device
     wanted = 4 * n_directions * sum(p.numel() for p in plan.parameters.values())  # in fp32
     full = device.type == "cuda" and wanted > free_memory(device) // 2
     return torch.device("cpu") if full else None

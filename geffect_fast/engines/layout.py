@@ -120,7 +120,7 @@ def _try(plan: Plan, sample_set: SampleSet, may_pack: bool = True) -> Layout:
     # ALiBi counts along the row, in bf16: the few tokens of a trial do not show what it rounds.
     alibi = getattr(getattr(plan.model, "config", None), "alibi", False)
     if may_pack and takes(plan.model, "position_ids") and not (alibi or in_chunks(plan.model)):
-        batch = _batch(several, "packed").to(next(iter(plan.parameters.values())).device)
+        batch = _batch(several, "packed").to(plan.device)
         ways = (True, False) if splits_attention(plan.model, batch) else (True,)
         if all(agree("packed", several, masked) for masked in ways):
             return "packed"
@@ -156,7 +156,7 @@ def _norms(
     def keep(name: str, factors: list[Factor], _kept: list[Tensor | None]) -> None:
         norms[name] = squared_norms(factors, plan.parameters[name].shape).sqrt().cpu()
 
-    batch = _batch(probes, layout).to(next(iter(plan.parameters.values())).device)
+    batch = _batch(probes, layout).to(plan.device)
     axis = sample_axis(plan.model, batch)
     while True:
         with (
@@ -257,7 +257,7 @@ def probe_batch(plan: Plan, sample_set: SampleSet, layout: Layout) -> Batch:
     """One batch in this layout of what it was tried on, on the model's device."""
     lengths = PROBE_LENGTHS if layout == "packed" else (PROBE_LENGTHS[0],) * 2
     probes = _probes(sample_set, lengths)
-    device = next(iter(plan.parameters.values())).device
+    device = plan.device
     return _batch(probes[:1] if layout == "single" else probes, layout).to(device)
 
 

@@ -33,6 +33,7 @@ from geffect_fast.engines.reference import Reference
 from geffect_fast.engines.reverse import reverse_effects
 from geffect_fast.functional import norms_and_products, pairwise_inner_products
 from geffect_fast.measure.plain_autograd import Numbers, token_logprob
+from geffect_fast.measure.prepare import parts_of
 from geffect_fast.objectives import NLL, Objective
 
 
@@ -61,7 +62,7 @@ class CapturedNumbers:
         self.n = len(sample_set)
         self.objectives = objectives
         self.reference = reference
-        self.parts = list(dict.fromkeys(part for o in objectives for _, part in o.parts()))
+        self.parts = parts_of(objectives)
         self.token_budget = allowed = TokenBudget(
             token_budget
             or estimate_token_budget(plan.model, n_directions=1, shared=True, logits=True)
@@ -94,7 +95,7 @@ class CapturedNumbers:
         return Numbers(self._effects(tick), *self._norms_and_products(tick))
 
     def _effects(self, tick: Tick) -> Tensor:
-        device = next(iter(self.plan.parameters.values())).device
+        device = self.plan.device
         reference = Reference(self.reference)
         _, directions = accumulate_gradients(self.plan, [self.risk], 1, reference, tick)
         reference.prepare(self.passes, device)
@@ -151,7 +152,7 @@ class CapturedNumbers:
         return norms, products
 
     def _given(self, batch: Batch) -> dict[str, Any]:
-        batch = batch.to(next(iter(self.plan.parameters.values())).device)
+        batch = batch.to(self.plan.device)
         offsets = {"cu_seqlens": batch.cu_samples} if batch.packed else {}
         return {"input_ids": batch.input_ids, "batch": batch} | offsets
 

@@ -343,7 +343,7 @@ class Profiler:
 
     def _read_reference(self, passes: Sequence[DataPass], unchanged: bool) -> None:
         """Have the reference ready for the passes, and find out whether it is the model itself."""
-        device = next(iter(self.plan.parameters.values())).device
+        device = self.plan.device
         if self._reference_is_model is None and unchanged:
             # Models that differ do so at the first row.
             same = self._reference.is_computed_by
