@@ -121,13 +121,10 @@ $(VENV_NONE)/installed: $(VENV)/tools-test $(PYTHON_FILES)
 		--disable-pip-version-check --no-deps --no-build-isolation --ignore-installed .
 	@touch $@
 
-# What calls the ops, and what users run; the rest does not know who serves them.
+# What calls the ops, and the commands once; the rest does not know who serves them.
 WITHOUT_KERNELS = tests/ops tests/capture tests/engines/test_directions.py \
-	tests/engines/test_layout.py tests/engines/test_packed_attention.py \
-	tests/engines/test_forward_sums.py tests/measure/test_check.py tests/measure/test_execute.py \
-	tests/measure/test_profile.py tests/measure/test_profile_objectives.py tests/measure/test_resolve.py \
-	tests/measure/test_sweep.py tests/test_build.py tests/test_cli.py tests/demo/test_demo.py \
-	tests/test_examples.py tests/test_functional.py tests/test_interrupt.py tests/test_tofu.py
+	tests/engines/test_forward_sums.py tests/measure/test_check.py tests/measure/test_profile.py \
+	tests/measure/test_resolve.py tests/test_build.py tests/test_cli.py tests/test_functional.py
 
 # pytest's own script, since `python -m pytest` would put this folder's package before the installed one
 test-nobuild: $(VENV_NONE)/installed

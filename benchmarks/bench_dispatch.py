@@ -34,7 +34,7 @@ from geffect_fast.data import make_batches, tokenize_rows
 from geffect_fast.engines.batches import Collect, DataPass, passes_for
 from geffect_fast.engines.directions import accumulate_gradients
 from geffect_fast.engines.forward import forward_effects, moves_for
-from geffect_fast.engines.packed_attention import packed_attention
+from geffect_fast.engines.model_outputs import packed_attention
 from geffect_fast.engines.reference import Reference
 from geffect_fast.engines.reverse import reverse_effects
 from geffect_fast.measure.profiler import Profiler

@@ -26,9 +26,9 @@ from machine import RESULTS, write_csv
 from torch import Tensor, nn
 
 from geffect_fast.data import estimate_token_budget, tokenize_rows
-from geffect_fast.data.samples import Sequence
+from geffect_fast.data.samples import TokenSequence
 from geffect_fast.engines.batches import TokenBudget
-from geffect_fast.engines.packed_attention import packed_attention
+from geffect_fast.engines.model_outputs import packed_attention
 from geffect_fast.metrics.gradient_norms import gradient_norms, mean_losses
 from geffect_fast.metrics.scored import batches_of, forward_layout, score
 
@@ -37,7 +37,7 @@ ROWS, LENGTHS = 32, (20, 120)
 STEP, BY_ROW = "training step", "one backward a row"
 
 
-def make_rows(n: int, vocabulary: int) -> list[Sequence]:
+def make_rows(n: int, vocabulary: int) -> list[TokenSequence]:
     """Rows of unlike lengths, a third of each a question."""
     generator = torch.Generator().manual_seed(0)
     lengths = torch.randint(*LENGTHS, (n,), generator=generator).tolist()
@@ -48,7 +48,7 @@ def make_rows(n: int, vocabulary: int) -> list[Sequence]:
     return [sample.answer for sample in tokenize_rows(rows, None, name="forget").samples]
 
 
-def training_step(model: nn.Module, rows: list[Sequence], budget: int) -> None:
+def training_step(model: nn.Module, rows: list[TokenSequence], budget: int) -> None:
     """Forward and backward over all rows, packed; the gradients are let go."""
     for batch in batches_of(rows, TokenBudget(budget), "packed"):
         with packed_attention(model, batch):
@@ -56,7 +56,7 @@ def training_step(model: nn.Module, rows: list[Sequence], budget: int) -> None:
     model.zero_grad(set_to_none=True)
 
 
-def by_row(model: nn.Module, rows: list[Sequence]) -> Tensor:
+def by_row(model: nn.Module, rows: list[TokenSequence]) -> Tensor:
     """Norms of the rows' gradients, one backward each."""
     norms = []
     for batch in batches_of(rows, TokenBudget(1), "single"):
@@ -67,7 +67,7 @@ def by_row(model: nn.Module, rows: list[Sequence]) -> Tensor:
 
 
 def contestants(
-    model: nn.Module, rows: list[Sequence], budget: int
+    model: nn.Module, rows: list[TokenSequence], budget: int
 ) -> dict[str, Callable[[], Any]]:
     """What is timed, by name."""
     places = [""] * len(rows)

@@ -36,7 +36,7 @@ from geffect_fast.capture.products import (
     squared_norms_of_one_input,
 )
 from geffect_fast.capture.recorder import Sink
-from geffect_fast.capture.samples import checked_offsets
+from geffect_fast.capture.segments import checked_offsets
 from geffect_fast.errors import InputError, UnsupportedModelError
 from geffect_fast.ops.reference import accumulation_dtype
 

@@ -15,7 +15,7 @@ from geffect_fast.capture.factors import Explicit, Factor, GramOuter, Lookup, Ou
 from geffect_fast.capture.outside_use import OutsideUse, leaves_of
 from geffect_fast.capture.plan import Plan
 from geffect_fast.capture.recorder import Recorder, Recording
-from geffect_fast.capture.samples import Segments, checked_offsets
+from geffect_fast.capture.segments import Segments, checked_offsets
 from geffect_fast.errors import UnsupportedModelError
 
 __all__ = [

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from geffect_fast.capture.layer_rules import Call
 from geffect_fast.capture.precision import COARSEST_FIRST, precisions
-from geffect_fast.capture.samples import Rows, segment_sum
+from geffect_fast.capture.segments import Rows, segment_sum
 from geffect_fast.errors import UnsupportedModelError
 from geffect_fast.transfer import OnItsWay, on_device
 

@@ -2,11 +2,12 @@
 
 Compiled modules and activation checkpointing compute the same function in another way: by code that
 knows nothing of hooks, and by running parts of the forward again inside the backward. Here both are
-off for as long as hooks watch.
+off for as long as hooks watch, and so are rotary frequencies that a longer sequence left behind.
 """
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -15,7 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from geffect_fast.errors import InputError, UnsupportedModelError
+from geffect_fast.errors import InputError, NonFiniteError, UnsupportedModelError
+from geffect_fast.transfer import are_finite
 
 COMPILED = "_orig_mod."
 """What `torch.compile` puts into the names of a module's parameters."""
@@ -28,6 +30,31 @@ def check_is_model(model: object, what: str = "model") -> None:
             f"{what}: expected a loaded model, got {type(model).__name__}; load it with "
             "transformers' AutoModelForCausalLM.from_pretrained"
         )
+
+
+def check_finite(model: nn.Module, name: str = "model") -> None:
+    """Every parameter and buffer of a model is there and finite.
+
+    Raises:
+        InputError: naming the first tensor without numbers, on the device `meta`.
+        NonFiniteError: naming the first tensor that is not finite.
+    """
+    every = [*model.named_parameters(), *model.named_buffers()]
+    for key, tensor in every:
+        if tensor.is_meta:
+            raise InputError(
+                f"{name}: {key} is on the device 'meta', where accelerate leaves weights that it "
+                "offloads; load the model whole, without device_map and offload_folder"
+            )
+    tensors = {key: tensor for key, tensor in every if tensor.is_floating_point()}
+    good = are_finite(list(tensors.values()))
+    for (key, tensor), is_good in zip(tensors.items(), good, strict=True):
+        if not is_good:
+            n_bad = int((~torch.isfinite(tensor.detach())).sum())
+            raise NonFiniteError(
+                f"{name}: {key} holds {n_bad} NaN or infinite of {tensor.numel()} values; "
+                "save the model again from a healthy checkpoint"
+            )
 
 
 def mixing_module(model: nn.Module) -> str | None:
@@ -178,3 +205,66 @@ def check_adapters(model: nn.Module) -> None:
                 f"module '{where}': LoRA on a parameter (target_parameters) cannot be told apart "
                 "by sample; adapt modules instead (target_modules), or freeze it"
             )
+
+
+# ---- rotary positions whose frequencies follow the longest sequence of a forward ----
+#
+# Of two of transformers' kinds, `dynamic` and `longrope`, a sequence longer than the model was
+# first trained on changes the frequencies of whatever shares its forward; `dynamic` keeps them for
+# later forwards too.
+
+
+def still_up_to(model: nn.Module) -> float:
+    """Tokens of the longest sequence with which no frequency of `model` changes; inf: of any."""
+    limits = [math.inf]
+    modules: Iterator[Any] = model.modules()
+    for module in modules:
+        for kind, prefix in _kinds(module):
+            if "dynamic" in kind:
+                limits.append(module.original_max_seq_len)
+            elif kind == "longrope":
+                settings = module.config.rope_parameters
+                settings = settings[prefix.removesuffix("_")] if prefix else settings
+                limits.append(settings["original_max_position_embeddings"])
+    return min(limits)
+
+
+@contextmanager
+def frequencies_at_first(model: nn.Module) -> Iterator[None]:
+    """Inside, no frequency is left over from a longer sequence before; afterwards it is again.
+
+    For one forward, of sequences of one length or of none longer than `still_up_to`.
+    """
+    found: list[tuple[Any, dict[str, Any]]] = []
+    for module in model.modules():
+        for kind, prefix in _kinds(module):
+            if "dynamic" in kind:
+                found.append((module, _start_again(module, prefix)))
+    try:
+        yield
+    finally:
+        for module, before in reversed(found):
+            for name, value in before.items():
+                setattr(module, name, value)
+
+
+def _start_again(module: Any, prefix: str) -> dict[str, Any]:
+    """Give a rotary module its first frequencies; what was there, by the attribute's name."""
+    inv_freq, longest = f"{prefix}inv_freq", f"{prefix}max_seq_len_cached"
+    before = {inv_freq: getattr(module, inv_freq)}
+    before[longest] = getattr(module, longest, module.max_seq_len_cached)
+    if hasattr(module, "attention_scaling"):
+        before["attention_scaling"] = module.attention_scaling
+    first = getattr(module, f"{prefix}original_inv_freq")
+    setattr(module, inv_freq, first.to(before[inv_freq].device))
+    setattr(module, longest, module.original_max_seq_len)
+    return before
+
+
+def _kinds(module: nn.Module) -> list[tuple[str, str]]:
+    """The kinds of rotary positions that a module makes, each with what its buffers' names begin
+    with: nothing, or a kind of layer."""
+    kinds = getattr(module, "rope_type", None)
+    if isinstance(kinds, dict):
+        return [(str(kind), f"{layer}_") for layer, kind in kinds.items()]
+    return [] if kinds is None or not hasattr(module, "original_inv_freq") else [(str(kinds), "")]

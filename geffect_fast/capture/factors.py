@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from geffect_fast.capture.precision import widened
-from geffect_fast.capture.samples import Offsets
+from geffect_fast.capture.segments import Offsets
 
 
 @dataclass(frozen=True)

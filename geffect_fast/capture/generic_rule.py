@@ -20,7 +20,7 @@ from geffect_fast.capture.factors import (
 )
 from geffect_fast.capture.inputs import REPLAYING, tensors_of
 from geffect_fast.capture.layer_rules import Call, NormWeights
-from geffect_fast.capture.samples import Segments
+from geffect_fast.capture.segments import Segments
 from geffect_fast.errors import UnsupportedModelError
 from geffect_fast.trying import Trying
 

@@ -30,7 +30,7 @@ from geffect_fast.capture.probing import (
     norm_with,
 )
 from geffect_fast.capture.products import project
-from geffect_fast.capture.samples import Rows, Segments, segment_product, segment_sum
+from geffect_fast.capture.segments import Rows, Segments, segment_product, segment_sum
 from geffect_fast.errors import InputError, UnsupportedModelError
 from geffect_fast.ops import backend
 from geffect_fast.ops.reference import accumulation_dtype

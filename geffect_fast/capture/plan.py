@@ -152,6 +152,11 @@ class Plan:
             owners[where] = Owner(module, of, rule, factor)
         return cls(model, parameters, owners, _LEARNED.setdefault(model, Learned()))
 
+    @property
+    def device(self) -> torch.device:
+        """Of the trainable parameters, the first one's."""
+        return next(iter(self.parameters.values())).device
+
     def coverage(self, uncovered: Collection[str] = ()) -> Coverage:
         """Count the model's parameters; `uncovered` are trainable ones that were missed."""
         covered = [p.numel() for name, p in self.parameters.items() if name not in uncovered]

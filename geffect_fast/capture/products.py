@@ -28,7 +28,7 @@ from geffect_fast.capture.factors import (
     summed_gradient,
     widened,
 )
-from geffect_fast.capture.samples import Offsets, segment_sum, sum_between
+from geffect_fast.capture.segments import Offsets, segment_sum, sum_between
 from geffect_fast.ops import backend
 from geffect_fast.transfer import on_device
 

@@ -22,7 +22,7 @@ from geffect_fast.capture.inputs import REPLAYING, Inputs, tensors_of
 from geffect_fast.capture.layer_rules import Call, InputGrams, NormWeights
 from geffect_fast.capture.outside_use import OutsideUseInGraph, leaves_of
 from geffect_fast.capture.plan import Plan
-from geffect_fast.capture.samples import Segments
+from geffect_fast.capture.segments import Segments
 from geffect_fast.errors import InputError, UnsupportedModelError
 
 Sink = Callable[[str, list[Factor], list[Tensor | None]], None]

@@ -5,9 +5,12 @@ from geffect_fast.data.containers import write_jsonl
 from geffect_fast.data.packing import LAYOUTS, Layout, make_batches, token_places
 from geffect_fast.data.row_kinds import RowKind, row_kind
 from geffect_fast.data.rows import read_refusals, read_rows
-from geffect_fast.data.samples import Sample, SampleSet, Sequence, check_vocabulary
+from geffect_fast.data.samples import Sample, SampleSet, TokenSequence, check_vocabulary
 from geffect_fast.data.token_budget import estimate_token_budget
 from geffect_fast.data.tokenize import tokenize_choices, tokenize_rows
+
+Sequence = TokenSequence
+"""The name it had before."""
 
 __all__ = [
     "IGNORE",
@@ -21,6 +24,7 @@ __all__ = [
     "Sample",
     "SampleSet",
     "Sequence",
+    "TokenSequence",
     "Totals",
     "check_vocabulary",
     "estimate_token_budget",

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from geffect_fast.data.batch import IGNORE, REDUCTIONS, Batch, Reduction, Role, Totals
-from geffect_fast.data.samples import Sample, SampleSet, Sequence
+from geffect_fast.data.samples import Sample, SampleSet, TokenSequence
 from geffect_fast.errors import InputError
 
 Layout = Literal["packed", "equal_length", "single"]
@@ -76,19 +76,21 @@ def make_batches(
 
 
 def _cut(
-    samples: tuple[Sample, ...], roles: tuple[Role, ...], budget: int, layout: Layout
+    samples: tuple[Sample, ...], roles: tuple[Role, ...], token_budget: int, layout: Layout
 ) -> Iterator[list[Sample]]:
     if layout == "single":
         yield from ([sample] for sample in samples)
     elif layout == "packed":
-        yield from _fill(((sample, sum(_lengths(sample, roles))) for sample in samples), budget)
+        yield from _fill(
+            ((sample, sum(_lengths(sample, roles))) for sample in samples), token_budget
+        )
     else:
         by_shape: dict[tuple[int, int], list[Sample]] = {}
         for sample in samples:
             lengths = _lengths(sample, roles)
             by_shape.setdefault((max(lengths), len(lengths)), []).append(sample)
         for shape in sorted(by_shape, reverse=True):
-            yield from _fill(((s, prod(shape)) for s in by_shape[shape]), budget)
+            yield from _fill(((s, prod(shape)) for s in by_shape[shape]), token_budget)
 
 
 def _lengths(sample: Sample, roles: tuple[Role, ...]) -> list[int]:
@@ -99,12 +101,12 @@ def _lengths(sample: Sample, roles: tuple[Role, ...]) -> list[int]:
 Item = TypeVar("Item")
 
 
-def _fill(sized: Iterable[tuple[Item, int]], budget: int) -> Iterator[list[Item]]:
+def _fill(sized: Iterable[tuple[Item, int]], token_budget: int) -> Iterator[list[Item]]:
     """Consecutive samples while their sizes stay within the budget."""
     batch: list[Item] = []
     used = 0
     for item, size in sized:
-        if batch and used + size > budget:
+        if batch and used + size > token_budget:
             yield batch
             batch, used = [], 0
         batch.append(item)
@@ -209,12 +211,12 @@ def token_places(sample_set: SampleSet, batch: Batch) -> Tensor:
     return torch.cat(pieces)
 
 
-def _extend(sequence: Sequence, length: int) -> Sequence:
+def _extend(sequence: TokenSequence, length: int) -> TokenSequence:
     missing = length - len(sequence)
     if missing == 0:
         return sequence
     weights = sequence.weights
-    return Sequence(
+    return TokenSequence(
         torch.cat([sequence.input_ids, sequence.input_ids[-1:].expand(missing)]),
         torch.cat([sequence.labels, sequence.labels.new_full((missing,), IGNORE)]),
         None if weights is None else torch.cat([weights, weights.new_zeros(missing)]),
@@ -226,7 +228,7 @@ def _ahead(values: Tensor, last: float) -> Tensor:
     return torch.cat([values[1:], values.new_full((1,), last)])
 
 
-def _target_weights(sequences: list[Sequence]) -> Tensor | None:
+def _target_weights(sequences: list[TokenSequence]) -> Tensor | None:
     """The data's weights of what every position predicts, 0 for sequences that have none."""
     if all(sequence.weights is None for sequence in sequences):
         return None

@@ -14,7 +14,7 @@ from geffect_fast.errors import InputError
 
 
 @dataclass(frozen=True, eq=False)
-class Sequence:
+class TokenSequence:
     """Token ids and unshifted labels, both `(length,)` int64; `IGNORE` where nothing is learned.
 
     `weights` `(length,)` fp64 are the labels' own, from the data, 0 where there is no label; None
@@ -56,8 +56,8 @@ class Sample:
 
     row: int
     question: str
-    answer: Sequence
-    alternatives: tuple[Sequence, ...] = ()
+    answer: TokenSequence
+    alternatives: tuple[TokenSequence, ...] = ()
     part_of: int | None = None
     fields: Mapping[str, Any] = field(default_factory=dict, repr=False)
     window_of: tuple[int, int] | None = None
@@ -74,7 +74,7 @@ class Sample:
         row, window = self.window_of
         return f"{row_place(name, row)}, window {window},"
 
-    def sequences(self) -> dict[Role, tuple[Sequence, ...]]:
+    def sequences(self) -> dict[Role, tuple[TokenSequence, ...]]:
         """The sequences it has, by role."""
         return {"answer": (self.answer,), "alternative": self.alternatives}
 
@@ -119,7 +119,7 @@ class SampleSet:
 
     def totals(self) -> Totals:
         """The sizes that means over the whole set are taken over."""
-        sequences: dict[Role, list[Sequence]] = {"answer": [], "alternative": []}
+        sequences: dict[Role, list[TokenSequence]] = {"answer": [], "alternative": []}
         for sample in self.samples:
             for role, found in sample.sequences().items():
                 sequences[role] += found

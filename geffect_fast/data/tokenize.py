@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from collections.abc import Sequence as Rows
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from string import ascii_uppercase as LETTERS
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
@@ -16,7 +15,7 @@ from geffect_fast.data.choices import lettered
 from geffect_fast.data.conversations import is_learned
 from geffect_fast.data.encoder import Encoder, Labelled
 from geffect_fast.data.row_kinds import row_kind, row_place
-from geffect_fast.data.samples import Sample, SampleSet, Sequence
+from geffect_fast.data.samples import Sample, SampleSet, TokenSequence
 from geffect_fast.errors import InputError
 
 if TYPE_CHECKING:
@@ -29,11 +28,11 @@ _NOT_HANDED_ON = ("input_ids", "labels", "attention_mask", "weights", "alternati
 
 
 def tokenize_rows(
-    rows: Rows[Mapping[str, Any]],
+    rows: Sequence[Mapping[str, Any]],
     tokenizer: PreTrainedTokenizerBase | None,
     *,
     name: str,
-    refusals: Rows[str] | Rows[Mapping[str, Any]] | None = None,
+    refusals: Sequence[str] | Sequence[Mapping[str, Any]] | None = None,
     template: str = "auto",
     max_length: int | None = None,
     date: str = CHAT_DATE,
@@ -121,7 +120,7 @@ def tokenize_rows(
 
 
 def tokenize_choices(
-    rows: Rows[Mapping[str, Any]],
+    rows: Sequence[Mapping[str, Any]],
     tokenizer: PreTrainedTokenizerBase,
     *,
     name: str,
@@ -175,8 +174,8 @@ def tokenize_choices(
 
 
 def _alternatives(
-    rows: Rows[Mapping[str, Any]], refusals: Rows[str] | Rows[Mapping[str, Any]] | None
-) -> Iterator[Rows[str | Mapping[str, Any]]]:
+    rows: Sequence[Mapping[str, Any]], refusals: Sequence[str] | Sequence[Mapping[str, Any]] | None
+) -> Iterator[Sequence[str | Mapping[str, Any]]]:
     """What stands in for the answer of each row, text or tokenised; empty where nothing does."""
     if refusals is not None and not refusals:
         raise InputError("refusals: the list is empty; give at least one, or none at all")
@@ -226,7 +225,7 @@ def _sequence(
     encode: Encoder | None,
     place: str,
     max_length: int | None,
-) -> Sequence:
+) -> TokenSequence:
     """The sequence of a row, or with `other` in place of its answer: as it is, or encoded."""
     kind = row_kind(row)
     found = row if other is None else other
@@ -250,7 +249,7 @@ def _sequence(
     return _within(made, max_length, place, role)
 
 
-def _within(made: Labelled, max_length: int | None, place: str, role: str) -> Sequence:
+def _within(made: Labelled, max_length: int | None, place: str, role: str) -> TokenSequence:
     """Ids and labels as a sequence, which `max_length` allows."""
     ids, labels = made
     if max_length is not None and len(ids) > max_length:
@@ -258,12 +257,12 @@ def _within(made: Labelled, max_length: int | None, place: str, role: str) -> Se
             f"{place}: its {role} sequence has {len(ids)} tokens, more than "
             f"max_length={max_length}; shorten or drop the row, or raise max_length"
         )
-    return Sequence(torch.tensor(ids), torch.tensor(labels))
+    return TokenSequence(torch.tensor(ids), torch.tensor(labels))
 
 
 def _windows(
     row: Mapping[str, Any], encode: Encoder | None, place: str, length: int
-) -> Iterator[Sequence]:
+) -> Iterator[TokenSequence]:
     """The windows of a text, with the row's weights where it has some."""
     if encode is None:
         raise InputError(f"{place} is text; give a tokenizer, or rows of input_ids and labels")
@@ -294,7 +293,7 @@ def _refuse_weights(given: int, labels: int, place: str) -> NoReturn:
     )
 
 
-def _weighted(answer: Sequence, weights: Rows[float] | None, place: str) -> Sequence:
+def _weighted(answer: TokenSequence, weights: Sequence[float] | None, place: str) -> TokenSequence:
     """The answer with a weight at every label."""
     if weights is None:
         return answer

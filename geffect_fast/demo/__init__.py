@@ -168,7 +168,8 @@ def _run_demo(
         result = _execute(profiled, folder, progress, unmade)
         swept = {"command": "sweep", "objectives": RANGES, "resolve": ("sample", "token")}
         _execute(make_config(values | swept), folder / SWEEP, progress, unmade)
-        runs = _unlearn(folder, values, progress, size)
+        with torch.random.fork_rng(devices=[]):  # transformers' Trainer sets the seed for good
+            runs = _unlearn(folder, values, progress, size)
         try:
             write_page(runs, folder / STEPS / PAGE)
         except Exception as error:  # as `write_report`

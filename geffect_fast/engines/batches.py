@@ -73,7 +73,7 @@ class DataPass:
         offset: number of the first row of this data set on the result's sample axis.
         on: name of the data set.
         watch: told of each part's evaluation, again where a batch is redone; None: nobody.
-        budget: of tokens a batch; None: a lack of memory is an error.
+        token_budget: of its batches; None: a lack of memory is an error.
     """
 
     batches: list[Batch]
@@ -81,7 +81,7 @@ class DataPass:
     offset: int = 0
     on: str = ""
     watch: Listener | None = None
-    budget: TokenBudget | None = None
+    token_budget: TokenBudget | None = None
 
     @property
     def needs(self) -> frozenset[Need]:
@@ -121,7 +121,7 @@ def passes_for(
     parts: Sequence[Objective],
     batches_of: Callable[[str, tuple[Role, ...]], list[Batch]],
     offsets: dict[str, int],
-    budget: TokenBudget | None = None,
+    token_budget: TokenBudget | None = None,
 ) -> list[DataPass]:
     """Group parts of objectives by the data they read.
 
@@ -129,7 +129,7 @@ def passes_for(
         parts: elementary objectives.
         batches_of: the batches of a data set (`forget`, `retain`) holding sequences of the roles.
         offsets: where each data set starts on the sample axis.
-        budget: of tokens a batch, as `DataPass` takes it.
+        token_budget: as `DataPass` takes it.
     """
     passes: dict[tuple[str, tuple[Role, ...]], DataPass] = {}
     for index, part in enumerate(parts):
@@ -137,7 +137,9 @@ def passes_for(
         key = (part.on, roles)
         if key not in passes:
             batches = batches_of(part.on, roles)
-            passes[key] = DataPass(batches, offset=offsets[part.on], on=part.on, budget=budget)
+            passes[key] = DataPass(
+                batches, offset=offsets[part.on], on=part.on, token_budget=token_budget
+            )
         passes[key].parts[index] = part
     return list(passes.values())
 
@@ -155,12 +157,12 @@ class Attempt:
     """
 
     def __init__(
-        self, batch: Batch, budget: TokenBudget | None, done: frozenset[int] = frozenset()
+        self, batch: Batch, token_budget: TokenBudget | None, done: frozenset[int] = frozenset()
     ) -> None:
         self.batch = batch
         self.done = done
         self.failed = False
-        self._budget = budget
+        self._token_budget = token_budget
         self._finishing = False
 
     @contextmanager
@@ -180,10 +182,10 @@ class Attempt:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> bool:
-        if error is None or self._budget is None or self._finishing or not no_memory(error):
+        if error is None or self._token_budget is None or self._finishing or not no_memory(error):
             return False
-        self._budget.exhausted = self.batch.n_samples == 1
-        self.failed = not self._budget.exhausted
+        self._token_budget.exhausted = self.batch.n_samples == 1
+        self.failed = not self._token_budget.exhausted
         return self.failed
 
 
@@ -200,20 +202,20 @@ def each_batch(
         tick: told of every batch that was run.
     """
     for data_pass in passes:
-        batches, budget = data_pass.batches, data_pass.budget
+        batches, allowed = data_pass.batches, data_pass.token_budget
         at, done = 0, [frozenset[int]()] * len(batches)
         while at < len(batches):
             batch = batches[at]
-            if budget is not None and batch.total_tokens > budget.tokens and batch.n_samples > 1:
-                pieces = split_batch(batch, budget.tokens)
+            if allowed is not None and batch.total_tokens > allowed.tokens and batch.n_samples > 1:
+                pieces = split_batch(batch, allowed.tokens)
                 batches[at : at + 1] = pieces
                 done[at : at + 1] = [done[at]] * len(pieces)
                 continue
-            attempt = Attempt(batch, budget, done[at])
+            attempt = Attempt(batch, allowed, done[at])
             yield data_pass, attempt
             if attempt.failed:
-                assert budget is not None
-                budget.halve(batch.total_tokens)
+                assert allowed is not None
+                allowed.halve(batch.total_tokens)
                 done[at] = attempt.done
                 continue
             at += 1

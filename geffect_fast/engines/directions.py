@@ -15,8 +15,12 @@ from geffect_fast.capture.recorder import Sink
 from geffect_fast.data.batch import Batch
 from geffect_fast.data.memory import free_memory
 from geffect_fast.engines.batches import Attempt, DataPass, Tick, each_batch
-from geffect_fast.engines.model_outputs import model_outputs, nll_by_sample, sample_axis
-from geffect_fast.engines.packed_attention import packed_attention
+from geffect_fast.engines.model_outputs import (
+    model_outputs,
+    nll_by_sample,
+    packed_attention,
+    sample_axis,
+)
 from geffect_fast.engines.reference import Reference
 from geffect_fast.errors import UnsupportedModelError
 from geffect_fast.objectives import Outputs
@@ -43,7 +47,7 @@ def place_for_directions(plan: Plan, n_directions: int) -> torch.device | None:
 
     Passes then bring over what they need. None: where the parameters are.
     """
-    device = next(iter(plan.parameters.values())).device
+    device = plan.device
     wanted = 4 * n_directions * sum(p.numel() for p in plan.parameters.values())  # in fp32
     full = device.type == "cuda" and wanted > free_memory(device) // 2
     return torch.device("cpu") if full else None

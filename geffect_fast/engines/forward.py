@@ -64,7 +64,7 @@ def moves_for(
         memory_bytes: what the directions of one pass may take; None: half of what is free on a
             GPU, any number on a CPU, where the directions lie already.
     """
-    device = next(iter(plan.parameters.values())).device
+    device = plan.device
     if memory_bytes is None:
         memory_bytes = free_memory(device) // 2 if device.type == "cuda" else 2**62
     moves = []

@@ -1,9 +1,8 @@
-"""Whether a model's samples can share a forward pass: known from its code, or found by trying."""
+"""Whether a model's samples can share a forward pass, found by trying."""
 
 from __future__ import annotations
 
-from collections.abc import Hashable
-from collections.abc import Sequence as Sequences
+from collections.abc import Hashable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -11,21 +10,20 @@ import torch
 from torch import Tensor, nn
 
 from geffect_fast.capture import Factor, Plan, Recorder, Recording
-from geffect_fast.capture.attribution import ANY
+from geffect_fast.capture.compat import still_up_to
 from geffect_fast.capture.precision import precisions
 from geffect_fast.capture.products import squared_norms
-from geffect_fast.data import IGNORE, Layout, Sample, SampleSet, Sequence, make_batches
+from geffect_fast.data import IGNORE, Layout, Sample, SampleSet, TokenSequence, make_batches
 from geffect_fast.data.batch import Batch
-from geffect_fast.engines.known_layout import packs_by_its_code
 from geffect_fast.engines.model_outputs import (
     model_outputs,
     nll_by_sample,
+    packed_attention,
     sample_axis,
+    splits_attention,
     takes,
 )
-from geffect_fast.engines.packed_attention import packed_attention, splits_attention
 from geffect_fast.engines.remembered import Remembered, state_of
-from geffect_fast.engines.rotary_frequencies import still_up_to
 from geffect_fast.errors import GEffectError, UnsupportedModelError
 from geffect_fast.trying import Trying, no_memory
 
@@ -59,34 +57,21 @@ class _Tried:
 _TRIED: Remembered[_Tried] = Remembered()
 
 
-def choose_layout(plan: Plan, sample_set: SampleSet, longest: int | None = None) -> Layout:
-    """The fastest layout that is exact for this model: `packed`, `equal_length` or `single`.
+def tried_layout(plan: Plan, sample_set: SampleSet, longest: int | None = None) -> Layout:
+    """The fastest layout that trying shows to be exact: `packed`, `equal_length` or `single`.
 
-    No pass is run where the model's code shows it (`packs_by_its_code`), nor where the model was
-    tried and is what it was then (`state_of`). Else two short sequences of the user's data are run
-    together and apart, where apart is the model's own forward: of one sequence, whose positions it
-    counts itself. A layout is exact where every log-probability, and every parameter's gradient
-    norm sample by sample, comes out the same: attention that looks across sequences, positions that
-    do not restart or begin elsewhere, and tokens that a router sends out of order all show. Packed
-    sequences are tried with the model's own mask as well as with `packed_attention` where it serves
-    the model, since a batch may run either way; what depends on lengths (`packs_at_length`), also
-    on the longest and the shortest sample.
+    No pass is run where the model was tried and is what it was then (`state_of`). Else two short
+    sequences of the user's data are run together and apart, where apart is the model's own forward:
+    of one sequence, whose positions it counts itself. A layout is exact where every
+    log-probability, and every parameter's gradient norm sample by sample, comes out the same:
+    attention that looks across sequences, positions that do not restart or begin elsewhere, and
+    tokens that a router sends out of order all show. Packed sequences are tried with the model's
+    own mask as well as with `packed_attention` where it serves the model, since a batch may run
+    either way; what depends on lengths (`packs_at_length`), also on the longest and the shortest
+    sample.
 
-    Parameters that are used outside their modules' forwards are moved in the plan, see
-    `Plan.widen`.
-
-    Args:
-        plan: of the model.
-        sample_set: whose first samples are tried, and whose longest and shortest.
-        longest: tokens of the longest sequence of all data; None: of `sample_set`.
-
-    Raises:
-        UnsupportedModelError: the model does not run on one sequence; the first line of what it
-            raises is named.
+    Arguments and errors are those of `choose_layout`.
     """
-    if packs_by_its_code(plan):
-        plan.shown.add(ANY)
-        return "packed"
     extremes = _extremes(sample_set)
     longest = max(longest_sequence(sample_set), longest or 0)
     may_pack = longest <= still_up_to(plan.model)
@@ -135,7 +120,7 @@ def _try(plan: Plan, sample_set: SampleSet, may_pack: bool = True) -> Layout:
     # ALiBi counts along the row, in bf16: the few tokens of a trial do not show what it rounds.
     alibi = getattr(getattr(plan.model, "config", None), "alibi", False)
     if may_pack and takes(plan.model, "position_ids") and not (alibi or in_chunks(plan.model)):
-        batch = _batch(several, "packed").to(next(iter(plan.parameters.values())).device)
+        batch = _batch(several, "packed").to(plan.device)
         ways = (True, False) if splits_attention(plan.model, batch) else (True,)
         if all(agree("packed", several, masked) for masked in ways):
             return "packed"
@@ -171,7 +156,7 @@ def _norms(
     def keep(name: str, factors: list[Factor], _kept: list[Tensor | None]) -> None:
         norms[name] = squared_norms(factors, plan.parameters[name].shape).sqrt().cpu()
 
-    batch = _batch(probes, layout).to(next(iter(plan.parameters.values())).device)
+    batch = _batch(probes, layout).to(plan.device)
     axis = sample_axis(plan.model, batch)
     while True:
         with (
@@ -206,7 +191,7 @@ def longest_sequence(sample_set: SampleSet) -> int:
     return max(len(q) for s in sample_set.samples for qs in s.sequences().values() for q in qs)
 
 
-def packs_at_length(model: nn.Module, probes: Sequences[Tensor]) -> bool:
+def packs_at_length(model: nn.Module, probes: Sequence[Tensor]) -> bool:
     """Whether log-probabilities of sequences in one row are the model's own of each by itself.
 
     Args:
@@ -224,7 +209,7 @@ def packs_at_length(model: nn.Module, probes: Sequences[Tensor]) -> bool:
     return close(together, own, tolerance)
 
 
-def _packs_if_there_is_room(model: nn.Module, probes: Sequences[Tensor]) -> bool:
+def _packs_if_there_is_room(model: nn.Module, probes: Sequence[Tensor]) -> bool:
     """`packs_at_length`; no where memory runs out for two sequences, as it would for a batch."""
     try:
         return packs_at_length(model, probes)
@@ -272,13 +257,13 @@ def probe_batch(plan: Plan, sample_set: SampleSet, layout: Layout) -> Batch:
     """One batch in this layout of what it was tried on, on the model's device."""
     lengths = PROBE_LENGTHS if layout == "packed" else (PROBE_LENGTHS[0],) * 2
     probes = _probes(sample_set, lengths)
-    device = next(iter(plan.parameters.values())).device
+    device = plan.device
     return _batch(probes[:1] if layout == "single" else probes, layout).to(device)
 
 
-def _batch(probes: Sequences[Tensor], layout: Layout) -> Batch:
+def _batch(probes: Sequence[Tensor], layout: Layout) -> Batch:
     samples = tuple(
-        Sample(row, "", Sequence(ids, torch.cat([ids.new_tensor([IGNORE]), ids[1:]])))
+        Sample(row, "", TokenSequence(ids, torch.cat([ids.new_tensor([IGNORE]), ids[1:]])))
         for row, ids in enumerate(probes)
     )
     batches = make_batches(

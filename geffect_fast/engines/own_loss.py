@@ -16,17 +16,15 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from geffect_fast.capture import Plan
-from geffect_fast.capture.attribution import ANY
-from geffect_fast.capture.compat import eagerly
+from geffect_fast.capture.compat import eagerly, frequencies_at_first
 from geffect_fast.capture.precision import precisions, widened
 from geffect_fast.data import SampleSet
 from geffect_fast.engines.layout import probe_batch
-from geffect_fast.engines.model_outputs import logits_of, model_outputs, takes, without_cache
+from geffect_fast.engines.model_outputs import logits_of, model_outputs, without_cache
 from geffect_fast.engines.remembered import Remembered, state_of
-from geffect_fast.engines.rotary_frequencies import frequencies_at_first
 from geffect_fast.errors import UnsupportedModelError
 from geffect_fast.trying import Trying
 
@@ -69,21 +67,12 @@ class OwnLoss:
         return {"own_loss": self.kind, "own_loss_note": str(self)} | difference
 
 
-def own_loss(plan: Plan, sample_set: SampleSet) -> OwnLoss | None:
-    """How a model's own loss differs from the risk; None: it does not, or the model gives none.
+def tried_own_loss(plan: Plan, sample_set: SampleSet) -> OwnLoss | None:
+    """How a model's own loss differs from the risk, by asking for it.
 
-    No pass is run where the model's code shows it (`choose_layout` knows it then), else one over
-    seven tokens, and one more where the losses differ. What is found holds until the model changes.
-
-    Args:
-        plan: of the model, as `choose_layout` left it.
-        sample_set: of whose first sample the tokens are.
-
-    Raises:
-        UnsupportedModelError: the model gives other logits where it is given labels.
+    One pass over seven tokens is run, and one more where the losses differ. What is found holds
+    until the model changes. Arguments, result and errors are those of `own_loss`.
     """
-    if not takes(plan.model, "labels") or _shifts_by_its_code(plan):
-        return None
     state = state_of(plan)
     known = _KNOWN.get(plan.model, state)
     if known is None:
@@ -133,14 +122,6 @@ def _found(plan: Plan, sample_set: SampleSet) -> OwnLoss | None:
 
 def _close(found: float, expected: float, tolerance: float) -> bool:
     return abs(found - expected) <= tolerance * max(1.0, abs(expected))
-
-
-def _shifts_by_its_code(plan: Plan) -> bool:
-    """Whether the model's file was read, and its loss is transformers' for causal models."""
-    model: nn.Module = plan.model
-    replaced = "_loss_function" in vars(model)
-    named = getattr(model, "loss_type", None) in (None, "ForCausalLM")
-    return ANY in plan.shown and named and not replaced
 
 
 @contextmanager

@@ -9,8 +9,7 @@ from torch import Tensor, nn
 
 from geffect_fast.data.batch import Batch, Role
 from geffect_fast.engines.batches import DataPass, each_batch
-from geffect_fast.engines.model_outputs import model_outputs
-from geffect_fast.engines.packed_attention import packed_attention
+from geffect_fast.engines.model_outputs import model_outputs, packed_attention
 from geffect_fast.objectives import Outputs
 from geffect_fast.objectives.base import REFERENCE_NEEDS
 

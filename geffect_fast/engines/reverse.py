@@ -21,8 +21,12 @@ from geffect_fast.capture.products import InnerProducts, in_working_precision
 from geffect_fast.data.batch import Batch
 from geffect_fast.engines.batches import Attempt, Collect, DataPass, Tick, each_batch
 from geffect_fast.engines.directions import add_gradients, backwards, new_gradients, rows_of
-from geffect_fast.engines.model_outputs import model_outputs, nll_by_sample, sample_axis
-from geffect_fast.engines.packed_attention import packed_attention
+from geffect_fast.engines.model_outputs import (
+    model_outputs,
+    nll_by_sample,
+    packed_attention,
+    sample_axis,
+)
 from geffect_fast.engines.reference import Reference
 from geffect_fast.transfer import OnItsWay
 

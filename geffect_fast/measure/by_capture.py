@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from geffect_fast.capture import Plan
 from geffect_fast.capture.attribution import ANY, code_of
+from geffect_fast.capture.compat import frequencies_at_first
 from geffect_fast.data import Layout, SampleSet, estimate_token_budget, make_batches
 from geffect_fast.data.batch import Batch, Role
 from geffect_fast.data.packing import split_batch
@@ -30,9 +31,9 @@ from geffect_fast.engines.model_outputs import (
 )
 from geffect_fast.engines.reference import Reference
 from geffect_fast.engines.reverse import reverse_effects
-from geffect_fast.engines.rotary_frequencies import frequencies_at_first
 from geffect_fast.functional import norms_and_products, pairwise_inner_products
 from geffect_fast.measure.plain_autograd import Numbers, token_logprob
+from geffect_fast.measure.prepare import parts_of
 from geffect_fast.objectives import NLL, Objective
 
 
@@ -61,17 +62,17 @@ class CapturedNumbers:
         self.n = len(sample_set)
         self.objectives = objectives
         self.reference = reference
-        self.parts = list(dict.fromkeys(part for o in objectives for _, part in o.parts()))
-        self.budget = budget = TokenBudget(
+        self.parts = parts_of(objectives)
+        self.token_budget = allowed = TokenBudget(
             token_budget
             or estimate_token_budget(plan.model, n_directions=1, shared=True, logits=True)
         )
 
         def batches_of(_name: str, roles: tuple[Role, ...]) -> list[Batch]:
-            return make_batches(sample_set, roles, token_budget=budget.tokens, layout=layout)
+            return make_batches(sample_set, roles, token_budget=allowed.tokens, layout=layout)
 
-        self.risk = DataPass(batches_of("", ("answer",)), {0: NLL()}, budget=budget)
-        self.passes = passes_for(self.parts, batches_of, {"forget": 0, "retain": self.n}, budget)
+        self.risk = DataPass(batches_of("", ("answer",)), {0: NLL()}, token_budget=allowed)
+        self.passes = passes_for(self.parts, batches_of, {"forget": 0, "retain": self.n}, allowed)
 
     @property
     def pairs(self) -> list[tuple[Batch, Batch]]:
@@ -94,7 +95,7 @@ class CapturedNumbers:
         return Numbers(self._effects(tick), *self._norms_and_products(tick))
 
     def _effects(self, tick: Tick) -> Tensor:
-        device = next(iter(self.plan.parameters.values())).device
+        device = self.plan.device
         reference = Reference(self.reference)
         _, directions = accumulate_gradients(self.plan, [self.risk], 1, reference, tick)
         reference.prepare(self.passes, device)
@@ -125,7 +126,7 @@ class CapturedNumbers:
         while pairs:
             a, b = pairs.pop()
             larger = max(a, b, key=lambda batch: batch.n_samples)
-            attempt = Attempt(larger, self.budget)
+            attempt = Attempt(larger, self.token_budget)
             with attempt:
                 rows, columns = torch.tensor(a.rows), torch.tensor(b.rows)
                 if a is b:
@@ -142,8 +143,8 @@ class CapturedNumbers:
                 products[:, columns[:, None], rows] = found.mT
                 tick(_tokens(a, b))
             if attempt.failed:
-                self.budget.halve(larger.total_tokens)
-                pieces = [split_batch(batch, self.budget.tokens) for batch in (a, b)]
+                self.token_budget.halve(larger.total_tokens)
+                pieces = [split_batch(batch, self.token_budget.tokens) for batch in (a, b)]
                 if a is b:
                     pairs += [(c, d) for x, c in enumerate(pieces[0]) for d in pieces[0][x:]]
                 else:
@@ -151,7 +152,7 @@ class CapturedNumbers:
         return norms, products
 
     def _given(self, batch: Batch) -> dict[str, Any]:
-        batch = batch.to(next(iter(self.plan.parameters.values())).device)
+        batch = batch.to(self.plan.device)
         offsets = {"cu_seqlens": batch.cu_samples} if batch.packed else {}
         return {"input_ids": batch.input_ids, "batch": batch} | offsets
 

@@ -19,8 +19,9 @@ from geffect_fast.capture import Plan
 from geffect_fast.capture.plan import Coverage
 from geffect_fast.data import read_refusals, read_rows
 from geffect_fast.engines.batches import TokenBudget
-from geffect_fast.engines.layout import check_reference, choose_layout, longest_sequence
-from geffect_fast.engines.own_loss import OwnLoss, own_loss
+from geffect_fast.engines.known_models import choose_layout, own_loss
+from geffect_fast.engines.layout import check_reference, longest_sequence
+from geffect_fast.engines.own_loss import OwnLoss
 from geffect_fast.errors import InputError, NonFiniteError
 from geffect_fast.measure.by_capture import CapturedNumbers
 from geffect_fast.measure.memory import within_budget
@@ -189,7 +190,7 @@ def check(
         with (
             computing_in(precision, other),
             progress_bar(progress, what, n_tokens) as update,
-            within_budget(captured.budget, one_sample=True),
+            within_budget(captured.token_budget, one_sample=True),
         ):
             return plain_numbers(other, sample_set, chosen, reference, lambda n: update(advance=n))
 
@@ -203,7 +204,7 @@ def check(
         captured = CapturedNumbers(plan, sample_set, chosen, reference, layout, token_budget)
         with (
             progress_bar(progress, "geffect_fast", captured.n_tokens) as update,
-            within_budget(captured.budget),
+            within_budget(captured.token_budget),
         ):
             ours = captured.compute(lambda n: update(advance=n))
         rules = captured.rules()

@@ -17,14 +17,14 @@ import torch
 from torch import nn
 
 from geffect_fast.arguments import checked_config, with_settings
-from geffect_fast.capture.compat import check_is_model
+from geffect_fast.capture.compat import check_finite, check_is_model
 from geffect_fast.control_settings import Controlling
 from geffect_fast.data import SampleSet, read_rows
 from geffect_fast.errors import InputError
 from geffect_fast.evaluation_settings import Evaluating
 from geffect_fast.measure.evaluate import Evaluator, Model, checked_probes
 from geffect_fast.measure.mixture import Mixture
-from geffect_fast.measure.models import check_finite, load_model
+from geffect_fast.measure.models import load_model
 from geffect_fast.metrics.base import ALL, FORGET, HOLDOUT, Measure
 from geffect_fast.metrics.registry import resolved_metrics
 from geffect_fast.paths import short_names

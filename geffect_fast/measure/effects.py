@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from geffect_fast.capture import Plan
@@ -15,8 +16,14 @@ from geffect_fast.engines.directions import accumulate_gradients
 from geffect_fast.engines.forward import Move, forward_effects
 from geffect_fast.engines.reference import Reference
 from geffect_fast.engines.reverse import reverse_effects
+from geffect_fast.objectives import Objective
 from geffect_fast.results.axes import EffectArray, Resolution
-from geffect_fast.results.dataset import gram_matrices
+from geffect_fast.results.dataset import (
+    check_coverage,
+    check_effects,
+    check_norms,
+    gram_matrices,
+)
 
 
 @dataclass(frozen=True)
@@ -35,6 +42,38 @@ class Effects:
     summed: Tensor
     places: Sequence[str]
     gram: Tensor | None
+
+    def checked_gram(
+        self,
+        plan: Plan,
+        mixture: Tensor,
+        risk_names: Sequence[str],
+        parts: Sequence[Objective],
+        objectives: Sequence[Objective],
+    ) -> Tensor | None:
+        """`gram` of the gradients of risks and objectives in place of parts; None: none is formed.
+
+        Args:
+            plan: of the model.
+            mixture: as of `find_effects`.
+            risk_names, parts, objectives: the M risks, the parts, and what they add up to.
+
+        Raises:
+            NonFiniteError: an effect, a value or a norm is not finite.
+            UnsupportedModelError: the samples' shares miss a gradient.
+        """
+        check_effects(self.summed, self.values, parts, self.places)
+        mixed = torch.tensordot(mixture, self.summed, dims=1)
+        check_effects(mixed, mixture @ self.values, objectives, self.places)
+        gram, m = self.gram, len(risk_names)
+        if gram is None:
+            return None
+        if gram.shape[1] > m:
+            check_coverage(plan, self.summed, gram, m)
+            onto = torch.block_diag(torch.eye(m, dtype=torch.float64), mixture)
+            gram = onto @ gram @ onto.T
+        check_norms(gram, [*risk_names, *objectives])
+        return gram
 
 
 def find_effects(

@@ -16,11 +16,11 @@ from geffect_fast.trying import no_memory
 
 
 @contextmanager
-def within_budget(budget: TokenBudget, *, one_sample: bool = False) -> Iterator[None]:
+def within_budget(token_budget: TokenBudget, *, one_sample: bool = False) -> Iterator[None]:
     """Run batches; where memory runs out all the same, say what to try.
 
     Args:
-        budget: of tokens a batch, as it has become by then.
+        token_budget: as it has become by then.
         one_sample: whether every batch inside is one sample, which no budget divides.
 
     Raises:
@@ -31,16 +31,16 @@ def within_budget(budget: TokenBudget, *, one_sample: bool = False) -> Iterator[
     except (MemoryError, RuntimeError) as error:
         if not no_memory(error):
             raise
-        if not one_sample and not budget.exhausted:
-            half = budget.tokens // 2
+        if not one_sample and not token_budget.exhausted:
+            half = token_budget.tokens // 2
             raise OutOfMemoryError(
-                f"out of memory with a token budget of {budget.tokens}; give a smaller one, such "
-                f"as --token-budget {half} (token_budget={half})"
+                f"out of memory with a token budget of {token_budget.tokens}; give a smaller one, "
+                f"such as --token-budget {half} (token_budget={half})"
             ) from error
         raise OutOfMemoryError(
-            f"out of memory with a token budget of {budget.tokens}, which is one sample a batch; "
-            "shorten the longest samples (--max-length finds them), give fewer objectives, or use "
-            "--dtype bfloat16"
+            f"out of memory with a token budget of {token_budget.tokens}, which is one sample a "
+            "batch; shorten the longest samples (--max-length finds them), give fewer objectives, "
+            "or use --dtype bfloat16"
         ) from error
 
 

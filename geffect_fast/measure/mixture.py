@@ -23,8 +23,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from geffect_fast.capture.compat import check_finite
 from geffect_fast.errors import InputError
-from geffect_fast.measure.models import check_finite, quiet_transformers
+from geffect_fast.measure.models import quiet_transformers
 from geffect_fast.measure.saved_adapters import check_saved, save_adapter, save_sum
 
 _SCALED = (".lora_B.", ".lora_embedding_B.")

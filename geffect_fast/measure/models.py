@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from geffect_fast.errors import InputError, NonFiniteError, in_one_line
+from geffect_fast.capture.compat import check_finite
+from geffect_fast.errors import InputError, in_one_line
 from geffect_fast.paths import user_path
 from geffect_fast.results.groups import OUTSIDE, block_of
 from geffect_fast.storage.model_folder import (
@@ -24,7 +25,6 @@ from geffect_fast.storage.model_folder import (
     needs_trust,
 )
 from geffect_fast.storage.run_model import check_run_model
-from geffect_fast.transfer import are_finite
 from geffect_fast.trying import no_memory
 
 if TYPE_CHECKING:
@@ -161,31 +161,6 @@ def load_tokenizer(
 def has_remote_code(model: nn.Module) -> bool:
     """Whether a model's class is code that came with it, which somebody has allowed."""
     return any(kind.__module__.startswith("transformers_modules") for kind in type(model).__mro__)
-
-
-def check_finite(model: nn.Module, name: str = "model") -> None:
-    """Every parameter and buffer of a model is there and finite.
-
-    Raises:
-        InputError: naming the first tensor without numbers, on the device `meta`.
-        NonFiniteError: naming the first tensor that is not finite.
-    """
-    every = [*model.named_parameters(), *model.named_buffers()]
-    for key, tensor in every:
-        if tensor.is_meta:
-            raise InputError(
-                f"{name}: {key} is on the device 'meta', where accelerate leaves weights that it "
-                "offloads; load the model whole, without device_map and offload_folder"
-            )
-    tensors = {key: tensor for key, tensor in every if tensor.is_floating_point()}
-    good = are_finite(list(tensors.values()))
-    for (key, tensor), is_good in zip(tensors.items(), good, strict=True):
-        if not is_good:
-            n_bad = int((~torch.isfinite(tensor.detach())).sum())
-            raise NonFiniteError(
-                f"{name}: {key} holds {n_bad} NaN or infinite of {tensor.numel()} values; "
-                "save the model again from a healthy checkpoint"
-            )
 
 
 def resolve_device(device: str) -> torch.device:

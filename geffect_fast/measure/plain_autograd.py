@@ -12,14 +12,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from geffect_fast.capture.compat import eagerly
+from geffect_fast.capture.compat import eagerly, frequencies_at_first
 from geffect_fast.capture.precision import widened
 from geffect_fast.data import SampleSet, make_batches
 from geffect_fast.data.batch import Batch
 from geffect_fast.data.memory import free_memory
 from geffect_fast.engines.batches import ROLE_ORDER, Tick
 from geffect_fast.engines.model_outputs import logits_of, without_cache
-from geffect_fast.engines.rotary_frequencies import frequencies_at_first
 from geffect_fast.objectives import NLL, Objective, Outputs
 from geffect_fast.ops.reference import accumulation_dtype
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import json
+import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -11,7 +13,12 @@ from typing import Any, Generic, TypeVar
 
 from torch import nn
 
-from geffect_fast.capture.compat import check_is_model, mixing_module
+from geffect_fast.capture.compat import (
+    check_finite,
+    check_is_model,
+    mixing_module,
+    still_up_to,
+)
 from geffect_fast.data import (
     SampleSet,
     check_vocabulary,
@@ -21,12 +28,12 @@ from geffect_fast.data import (
 )
 from geffect_fast.data.samples import check_positions
 from geffect_fast.data.tokenize import TEXT_WINDOW
-from geffect_fast.engines.rotary_frequencies import check_pairs
-from geffect_fast.errors import GEffectWarning, InputError
-from geffect_fast.measure.models import check_finite, load_model
+from geffect_fast.errors import GEffectWarning, InputError, UnsupportedModelError
+from geffect_fast.measure.models import load_model
 from geffect_fast.objectives import Objective, parse_list
 from geffect_fast.objectives import resolve as resolve_objective
 from geffect_fast.objectives.base import REFERENCE_NEEDS, WEIGHTS, Need, required
+from geffect_fast.results.dataset import digests
 from geffect_fast.settings import Reading
 
 ReadingT = TypeVar("ReadingT", bound=Reading)
@@ -153,6 +160,18 @@ class Prepared(Generic[ReadingT]):
         """Whether a part reads a reference model."""
         return bool(REFERENCE_NEEDS & self.needs)
 
+    def attributes(self) -> dict[str, Any]:
+        """Attributes of a result that say of what objectives and rows it is."""
+        return {
+            "n_forget": len(self.sets["forget"]),
+            "n_retain": len(self.sets["retain"]),
+            "date": self.settings.date,
+            "digests": json.dumps(digests(self.sets)),
+            "objectives": json.dumps(
+                [{"name": o.name, "parameters": o.parameters()} for o in self.objectives]
+            ),
+        }
+
     def of_rows(self, rows: Mapping[str, Sequence[int]]) -> Prepared[ReadingT]:
         """The same of some rows of each set."""
         sets = {name: self.sets[name].part(chosen) for name, chosen in rows.items()}
@@ -203,7 +222,7 @@ def prepare(
     }
     check_model(model, sets)
     if alternatives:
-        check_pairs(model, sets[first])
+        _check_pairs(model, sets[first])
     reference = None
     if needs_of(parts) & REFERENCE_NEEDS and reference_model not in (None, model):
         reference = _reference(reference_model, model, settings.trust_remote_code)
@@ -291,6 +310,26 @@ def check_model(model: nn.Module, sets: Mapping[str, SampleSet], what: str = "mo
             check_positions(sample_set, table, what)
     elif n_positions is not None:
         _tell_of_long_rows(sets, n_positions, what)
+
+
+def _check_pairs(model: nn.Module, sample_set: SampleSet) -> None:
+    """Refuse sequences of a sample that have frequencies of their own, as objectives read them.
+
+    They share a forward, in which the shorter ones are extended to the longest.
+
+    Raises:
+        UnsupportedModelError: naming the first row.
+    """
+    still = still_up_to(model)
+    for sample in sample_set.samples if still < math.inf else ():
+        lengths = {len(q) for sequences in sample.sequences().values() for q in sequences}
+        if len(lengths) > 1 and max(lengths) > still:
+            raise UnsupportedModelError(
+                f"{sample.place(sample_set.name)}: its answer and alternatives have "
+                f"{min(lengths)} to {max(lengths)} tokens, and beyond {still:.0f} the model's "
+                f"rotary frequencies follow the length; give max_length={still:.0f}, or leave out "
+                "objectives that read alternatives"
+            )
 
 
 def _tell_of_long_rows(sets: Mapping[str, SampleSet], n_positions: int, what: str) -> None:

@@ -2,51 +2,45 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
 from geffect_fast.arguments import checked_config
 from geffect_fast.capture import Plan
+from geffect_fast.capture.compat import check_finite
 from geffect_fast.data import Layout, SampleSet, estimate_token_budget, make_batches
-from geffect_fast.data.batch import Batch, Role
 from geffect_fast.engines.batches import DataPass, Tick, TokenBudget, mixture_of, passes_for
 from geffect_fast.engines.choice import Choice, choose_engine
 from geffect_fast.engines.directions import accumulate_gradients, place_for_directions
 from geffect_fast.engines.forward import moves_for
 from geffect_fast.engines.forward_check import forward_mode_problem
-from geffect_fast.engines.layout import check_reference, choose_layout, longest_sequence
-from geffect_fast.engines.own_loss import own_loss
-from geffect_fast.engines.packed_attention import splits_attention
+from geffect_fast.engines.known_models import choose_layout, own_loss
+from geffect_fast.engines.layout import check_reference, longest_sequence
+from geffect_fast.engines.model_outputs import splits_attention
 from geffect_fast.engines.reference import Reference
 from geffect_fast.errors import InputError, UnsupportedModelError
-from geffect_fast.measure.effects import find_effects
+from geffect_fast.measure.effects import Effects, find_effects
 from geffect_fast.measure.memory import check_memory, within_budget
-from geffect_fast.measure.models import check_finite
 from geffect_fast.measure.prepare import Prepared, Sources, needs_of, prepare, resolved_list
 from geffect_fast.measure.rounding import HALF, RoundingCheck
 from geffect_fast.objectives import Objective
 from geffect_fast.results.axes import Resolution, by_row
 from geffect_fast.results.dataset import (
-    check_coverage,
     check_directions,
-    check_effects,
-    check_norms,
     dataset,
-    digests,
     gram_matrices,
 )
 from geffect_fast.results.groups import checked_blocks
 from geffect_fast.results.intervals import LEVEL
-from geffect_fast.results.risk_rows import RiskRows, RowValues
+from geffect_fast.results.risk_rows import UNLEARN, RiskRows, RowValues
 from geffect_fast.results.token_weights import ObjectiveWeights
 from geffect_fast.settings import Measuring
 from geffect_fast.storage.stream import EffectFile
@@ -94,110 +88,108 @@ class Profiler:
     """
 
     def __init__(self, prepared: Prepared[Measuring]) -> None:
-        settings, model, sets = prepared.settings, prepared.model, prepared.sets
-        axes, reduction = settings.resolve, settings.reduction
-        if not {"parameter", "group"} & set(axes) and settings.groups:
+        settings, sets = prepared.settings, prepared.sets
+        if not {"parameter", "group"} & set(settings.resolve) and settings.groups:
             raise InputError("groups: goes with resolve by 'group' or 'parameter'; leave it out")
         self.objectives, self.sets = prepared.objectives, sets
-        self._parts = prepared.parts
-        risk = settings.risk_objective
-        self.plan = plan = Plan.of(model)
+        self.plan = plan = Plan.of(prepared.model)
+        self._parts, self._tokenizer = prepared.parts, prepared.tokenizer
+        self._mixture = mixture_of(self.objectives, self._parts)
         uses_retain = any(part.on == "retain" for part in self._parts)
-        self._resolution = resolution = Resolution(
-            axes,
+        self._resolution = Resolution(
+            settings.resolve,
             list(plan.parameters),
             {name: sets[name] for name in ("forget", "retain")[: 1 + uses_retain]},
             prepared.reads_alternatives,
             checked_blocks(settings.groups or None, list(plan.parameters)),
         )
-        sources = {"unlearn": "forget"} | {name: name for name in sets if name != "forget"}
-        self.risk_names = list(sources)
-        columns = resolution.columns()[1]
-        choice = choose_engine(
-            settings.engine,
-            axes,
-            settings.norms,
-            n_risks=len(sources),
-            n_parts=len(self._parts),
-            shares=plan.product_shares(columns),
-        )
-        self._budget = budget = TokenBudget(settings.token_budget or 1)
-        longest = max(map(longest_sequence, sets.values()))
-        try:
-            with within_budget(budget, one_sample=True):
-                layout = choose_layout(plan, sets["forget"], longest)
-        except UnsupportedModelError:
-            # Whole gradients and forward passes need no shares of samples, only that samples do
-            # not meet.
-            if resolution.per_sample and choice.engine == "reverse":
-                raise
-            layout = "single"
-        with within_budget(budget, one_sample=True):
-            self.own_loss = own_loss(plan, sets["forget"])
-        self._choice = self._possible(choice, layout, settings.engine == "forward")
-        by_reverse = self._choice.engine == "reverse"
-        self._norms = by_reverse if settings.norms is None else settings.norms
+        self._sets_of_risks = {UNLEARN: "forget"} | {n: n for n in sets if n != "forget"}
+        self.risk_names = list(self._sets_of_risks)
+        self._token_budget = TokenBudget(settings.token_budget or 1)
+        self._look_at_the_model(prepared)
         if settings.token_budget is None:
-            budget.tokens = self._tokens_that_fit(layout)
-
-        def batches_of(sample_set: SampleSet, wanted: tuple[Role, ...]) -> list[Batch]:
-            return make_batches(
-                sample_set,
-                wanted,
-                token_budget=budget.tokens,
-                reduction=reduction,
-                layout=layout,
-            )
-
-        def passes_on(
-            sets: Mapping[str, SampleSet], budget: TokenBudget | None = None
-        ) -> list[DataPass]:
-            return passes_for(
-                self._parts,
-                lambda name, wanted: batches_of(sets[name], wanted),
-                {"forget": 0, "retain": len(sets["forget"])},
-                budget,
-            )
-
-        self._passes = passes_on(sets, budget)
-        self._risk_passes = [
-            DataPass(batches_of(sets[source], risk.roles), {m: risk}, budget=budget)
-            for m, source in enumerate(sources.values())
-        ]
-        self._risk_rows = None
-        if "sample" in axes:
-            sizes = {risk: len(sets[source]) for risk, source in sources.items()}
-            self._risk_rows = RiskRows(sizes, adds_up=reduction == "sum")
-        self._rounding = None
-        if any(p.dtype in HALF for p in plan.model.parameters()):
-            engine = self._choice.engine
-            self._rounding = RoundingCheck.of(engine, resolution, self._mixture, passes_on)
-        self._tokenizer = prepared.tokenizer
+            self._token_budget.tokens = self._tokens_that_fit()
+        self._divide_into_batches(settings)
         self._attributes = {
             "engine": self._choice.engine,
             "engine_reason": self._choice.reason,
-            "layout": layout,
-            "reduction": reduction,
-            "risk": str(risk),
-            "n_forget": len(sets["forget"]),
-            "n_retain": len(sets["retain"]),
-            "date": settings.date,
-            "digests": json.dumps(digests(sets)),
-            "objectives": json.dumps(
-                [{"name": o.name, "parameters": o.parameters()} for o in self.objectives]
-            ),
+            "layout": self._layout,
+            "reduction": settings.reduction,
+            "risk": str(settings.risk_objective),
+            **prepared.attributes(),
         }
         if self.own_loss is not None:
             self._attributes |= self.own_loss.attributes()
-        reference = prepared.reference
-        if reference is not None:
-            with within_budget(budget, one_sample=True):
-                check_reference(reference, layout, sets["forget"], longest)
+        self._reference = Reference(prepared.reference)
         self._reference_is_model: bool | None = False
         if prepared.compares:  # other weights may compute the same, as a new adapter does
-            self._reference_is_model = True if reference is None else None
-        self._one_row = passes_on({name: rows.part([0]) for name, rows in sets.items()})
-        self._reference = Reference(reference)
+            self._reference_is_model = True if prepared.reference is None else None
+
+    def _look_at_the_model(self, prepared: Prepared[Measuring]) -> None:
+        """Choose layout and engine, and compare the model's own loss with the risk."""
+        settings, plan, forget = prepared.settings, self.plan, self.sets["forget"]
+        choice = choose_engine(
+            settings.engine,
+            settings.resolve,
+            settings.norms,
+            n_risks=len(self.risk_names),
+            n_parts=len(self._parts),
+            shares=plan.product_shares(self._resolution.columns()[1]),
+        )
+        longest = max(map(longest_sequence, self.sets.values()))
+        with within_budget(self._token_budget, one_sample=True):
+            try:
+                self._layout: Layout = choose_layout(plan, forget, longest)
+            except UnsupportedModelError:
+                # Whole gradients and forward passes need no shares of samples, only that samples
+                # do not meet.
+                if self._resolution.per_sample and choice.engine == "reverse":
+                    raise
+                self._layout = "single"
+            self.own_loss = own_loss(plan, forget)
+        self._choice = self._possible(choice, settings.engine == "forward")
+        by_reverse = self._choice.engine == "reverse"
+        self._norms = by_reverse if settings.norms is None else settings.norms
+        if prepared.reference is not None:
+            with within_budget(self._token_budget, one_sample=True):
+                check_reference(prepared.reference, self._layout, forget, longest)
+
+    def _divide_into_batches(self, settings: Measuring) -> None:
+        """Make the passes over objectives' and risks' data, and those that are checked by."""
+        sets, token_budget, risk = self.sets, self._token_budget, settings.risk_objective
+        batches_of = partial(
+            make_batches,
+            token_budget=token_budget.tokens,
+            reduction=settings.reduction,
+            layout=self._layout,
+        )
+
+        def passes_over(
+            sets: Mapping[str, SampleSet], allowed: TokenBudget | None = None
+        ) -> list[DataPass]:
+            offsets = {"forget": 0, "retain": len(sets["forget"])}
+            return passes_for(
+                self._parts,
+                lambda name, roles: batches_of(sets[name], roles),
+                offsets,
+                allowed,
+            )
+
+        self._passes = passes_over(sets, token_budget)
+        self._one_row = passes_over({name: rows.part([0]) for name, rows in sets.items()})
+        of_risks = [sets[name] for name in self._sets_of_risks.values()]
+        self._risk_passes = [
+            DataPass(batches_of(rows, risk.roles), {m: risk}, token_budget=token_budget)
+            for m, rows in enumerate(of_risks)
+        ]
+        self._risk_rows = None
+        if "sample" in settings.resolve:
+            sizes = dict(zip(self.risk_names, map(len, of_risks), strict=True))
+            self._risk_rows = RiskRows(sizes, adds_up=settings.reduction == "sum")
+        self._rounding = None
+        if any(p.dtype in HALF for p in self.plan.model.parameters()):
+            engine, resolution = self._choice.engine, self._resolution
+            self._rounding = RoundingCheck.of(engine, resolution, self._mixture, passes_over)
 
     @classmethod
     def of(
@@ -252,78 +244,27 @@ class Profiler:
             NonFiniteError: a weight, gradient or effect is not finite; the first is named.
             UnsupportedModelError: the samples' shares miss a gradient.
         """
-        plan, resolution, mixture = self.plan, self._resolution, self._mixture
+        resolution = self._resolution
         if not unchanged:
-            check_finite(plan.model)
-        m, k, engine = len(self.risk_names), len(self.objectives), self._choice.engine
-        shape = resolution.shape(k, m)
-        if out is not None and not ("sample" in resolution.axes and resolution.within):
-            raise InputError(
-                "out: goes with resolve by 'sample' and 'position' or 'token'; leave it out"
-            )
-        whole = self._norms or not resolution.per_sample
-        device = next(iter(plan.parameters.values())).device
-        n_elements = sum(p.numel() for p in plan.parameters.values())
-        check_memory(len(self._parts) if whole else 0, n_elements, device, shape, out)
-        watched = None if self._risk_rows is None else self._risk_rows.watch()
-        risk_values, directions = self.risk_gradients(progress=progress, watched=watched)
-        moves = moves_for(plan, resolution.columns()[1], m) if engine == "forward" else []
-        weights = weights and resolution.within != "position"
-        by_token = ObjectiveWeights(resolution, mixture) if weights else None
-        passes = self._passes
-        if by_token is not None:
-            passes = [replace(data_pass, watch=by_token.add) for data_pass in passes]
+            check_finite(self.plan.model)
+        shape = self._checked_shape(out)
+        rows = None if self._risk_rows is None else self._risk_rows.watch()
+        risk_values, directions = self.risk_gradients(progress=progress, watched=rows)
+        by_token = None
+        if weights and resolution.within != "position":
+            by_token = ObjectiveWeights(resolution, self._mixture)
         with (
             nullcontext(np.zeros(shape)) if out is None else EffectFile(out, resolution.dims, shape)
         ) as array:
-            what, n_passes = "effects of the objectives", max(len(moves), 1)
-            with self._ticking(progress, what, passes, n_passes) as tick:
-                if self._reference_is_model is None and unchanged:
-                    # Models that differ do so at the first row.
-                    same = self._reference.is_computed_by
-                    self._reference_is_model = all(
-                        same(plan.model, each, device) for each in (self._one_row, passes)
-                    )
-                checked = self._rounding.passes if self._rounding is not None else []
-                self._reference.prepare([*passes, *checked], device)
-                found = find_effects(
-                    engine,
-                    plan,
-                    passes,
-                    directions,
-                    self._reference,
-                    mixture,
-                    resolution,
-                    array,
-                    moves=moves,
-                    norms=self._norms,
-                    tick=tick,
-                )
-            check_effects(found.summed, found.values, self._parts, found.places)
-            mixed = torch.tensordot(mixture, found.summed, dims=1)
-            check_effects(mixed, mixture @ found.values, self.objectives, found.places)
-            gram, of_objectives = found.gram, engine == "reverse"
-            if resolution.per_sample and of_objectives and gram is not None:
-                check_coverage(plan, found.summed, gram, m)
-            if gram is not None:
-                onto = torch.eye(m, dtype=torch.float64)
-                onto = torch.block_diag(onto, mixture) if of_objectives else onto
-                gram = onto @ gram @ onto.T
-                check_norms(gram, [*self.risk_names, *self.objectives])
-            attributes = self.attributes | {
-                "dtype": str(next(iter(plan.parameters.values())).dtype).removeprefix("torch."),
-                **plan.coverage().attributes(),
-                # NetCDF has no booleans
-                "coverage_checked": int(of_objectives and gram is not None),
-            }
-            if unchanged and self._reference_is_model:
-                attributes["reference_is_model"] = 1
+            found = self._effects(array, directions, by_token, unchanged, progress)
+            gram = found.checked_gram(
+                self.plan, self._mixture, self.risk_names, self._parts, self.objectives
+            )
+            attributes = self._measured_attributes(gram, unchanged)
             if self._rounding is not None and rounding:
-                every_row = None
-                if isinstance(array, np.ndarray) and "sample" in resolution.axes:
-                    every_row = by_row(array)
+                in_memory = isinstance(array, np.ndarray) and "sample" in resolution.axes
                 attributes |= self._rounding.attributes(
-                    plan, directions, self._reference, every_row
+                    self.plan, directions, self._reference, by_row(array) if in_memory else None
                 )
             result = dataset(
                 resolution,
@@ -331,24 +272,86 @@ class Profiler:
                 [str(o) for o in self.objectives],
                 self.risk_names,
                 risk_values,
-                mixture @ found.values,
-                gram if self._norms or not of_objectives else None,
+                self._mixture @ found.values,
+                gram if self._norms or self._choice.engine == "forward" else None,
                 self._tokenizer,
                 attributes,
             )
-            if self._risk_rows is not None and watched is not None:
+            if self._risk_rows is not None and rows is not None:
                 of_risks = gram_matrices(directions) if gram is None else gram
-                square = float(of_risks[:, 0, 0].sum())
-                found_rows = self._risk_rows.variables(
-                    by_row(array), resolution.set_names, watched, risk_values, square
+                square, names = float(of_risks[:, 0, 0].sum()), resolution.set_names
+                intervals = self._risk_rows.variables(
+                    by_row(array), names, rows, risk_values, square
                 )
-                result = result.assign(found_rows).assign_attrs(interval_level=LEVEL)
+                result = result.assign(intervals).assign_attrs(interval_level=LEVEL)
             if by_token is not None:
                 variables, coordinates = by_token.variables(self._tokenizer)
                 result = result.assign(variables).assign_coords(coordinates)
             if isinstance(array, EffectFile):
                 result = array.finish(result)
         return Measurement(result, directions)
+
+    def _checked_shape(self, out: str | Path | None) -> tuple[int, ...]:
+        """The shape of the effects; raise `InputError` where there is no place for them."""
+        resolution, parameters = self._resolution, self.plan.parameters.values()
+        if out is not None and not ("sample" in resolution.axes and resolution.within):
+            raise InputError(
+                "out: goes with resolve by 'sample' and 'position' or 'token'; leave it out"
+            )
+        shape = resolution.shape(len(self.objectives), len(self.risk_names))
+        check_memory(
+            len(self._parts) if self._norms or not resolution.per_sample else 0,
+            sum(p.numel() for p in parameters),
+            next(iter(parameters)).device,
+            shape,
+            out,
+        )
+        return shape
+
+    def _effects(
+        self,
+        array: Any,
+        directions: Mapping[str, Tensor],
+        by_token: ObjectiveWeights | None,
+        unchanged: bool,
+        progress: bool,
+    ) -> Effects:
+        """Run the engine: effects are added to `array`, weights of tokens told to `by_token`."""
+        engine, passes = self._choice.engine, self._passes
+        if by_token is not None:
+            passes = [replace(data_pass, watch=by_token.add) for data_pass in passes]
+        moves = []
+        if engine == "forward":
+            columns = self._resolution.columns()[1]
+            moves = moves_for(self.plan, columns, len(self.risk_names))
+        what, n_passes = "effects of the objectives", max(len(moves), 1)
+        with self._ticking(progress, what, passes, n_passes) as tick:
+            self._read_reference(passes, unchanged)
+            return find_effects(
+                engine,
+                self.plan,
+                passes,
+                directions,
+                self._reference,
+                self._mixture,
+                self._resolution,
+                array,
+                moves=moves,
+                norms=self._norms,
+                tick=tick,
+            )
+
+    def _read_reference(self, passes: Sequence[DataPass], unchanged: bool) -> None:
+        """Have the reference ready for the passes, and find out whether it is the model itself."""
+        device = self.plan.device
+        if self._reference_is_model is None and unchanged:
+            # Models that differ do so at the first row.
+            same = self._reference.is_computed_by
+            self._reference_is_model = all(
+                same(self.plan.model, each, device) for each in (self._one_row, passes)
+            )
+        checked = self._rounding.passes if self._rounding is not None else []
+        self._reference.prepare([*passes, *checked], device)
 
     def risk_gradients(
         self, *, progress: bool = False, watched: RowValues | None = None
@@ -383,18 +386,27 @@ class Profiler:
     @property
     def token_budget(self) -> int:
         """Tokens a batch; where memory ran out, less than it was."""
-        return self._budget.tokens
+        return self._token_budget.tokens
 
     @property
     def attributes(self) -> dict[str, Any]:
         """Attributes of results that hold for all measurements, as they are now."""
         return self._attributes | {"token_budget": self.token_budget}
 
-    @property
-    def _mixture(self) -> Tensor:
-        return mixture_of(self.objectives, self._parts)
+    def _measured_attributes(self, gram: Tensor | None, unchanged: bool) -> dict[str, Any]:
+        """And those of one measurement, of which `gram` was checked."""
+        dtype = next(iter(self.plan.parameters.values())).dtype
+        compared = gram is not None and self._choice.engine == "reverse"
+        found = self.attributes | {
+            "dtype": str(dtype).removeprefix("torch."),
+            **self.plan.coverage().attributes(),
+            "coverage_checked": int(compared),  # NetCDF has no booleans
+        }
+        if unchanged and self._reference_is_model:
+            found["reference_is_model"] = 1
+        return found
 
-    def _possible(self, choice: Choice, layout: Layout, asked: bool) -> Choice:
+    def _possible(self, choice: Choice, asked: bool) -> Choice:
         """The engine chosen, or reverse where forward mode cannot pass the model.
 
         Raises:
@@ -402,7 +414,7 @@ class Profiler:
         """
         if choice.engine == "reverse":
             return choice
-        problem = forward_mode_problem(self.plan, self.sets["forget"], layout)
+        problem = forward_mode_problem(self.plan, self.sets["forget"], self._layout)
         if problem is None:
             return choice
         if asked or self._resolution.within is not None:
@@ -411,9 +423,10 @@ class Profiler:
             )
         return Choice("reverse", problem)
 
-    def _tokens_that_fit(self, layout: Layout) -> int:
+    def _tokens_that_fit(self) -> int:
         """Tokens a batch, from what they take and the memory that is free."""
-        model, forward = self.plan.model, self._choice.engine == "forward"
+        model, layout = self.plan.model, self._layout
+        forward = self._choice.engine == "forward"
         whole = not forward and (self._norms or not self._resolution.per_sample)
         needs = needs_of(self._parts)
         (largest, *_) = make_batches(
@@ -444,6 +457,6 @@ class Profiler:
             progress_bar(
                 show, what, n_passes * sum(data_pass.n_tokens for data_pass in passes)
             ) as update,
-            within_budget(self._budget),
+            within_budget(self._token_budget),
         ):
             yield lambda n: update(advance=n)

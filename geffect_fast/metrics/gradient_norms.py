@@ -12,10 +12,9 @@ from torch import Tensor, nn
 from geffect_fast.capture.factors import widened
 from geffect_fast.data import Layout
 from geffect_fast.data.batch import Batch
-from geffect_fast.data.samples import Sequence as Tokens
+from geffect_fast.data.samples import TokenSequence as Tokens
 from geffect_fast.engines.batches import DataPass, TokenBudget, each_batch
-from geffect_fast.engines.model_outputs import logits_of, positions, without_cache
-from geffect_fast.engines.packed_attention import packed_attention
+from geffect_fast.engines.model_outputs import logits_of, packed_attention, positions, without_cache
 from geffect_fast.errors import InputError
 from geffect_fast.functional import per_sample_grad_norms
 from geffect_fast.metrics.scored import Tick, batches_of
@@ -65,7 +64,9 @@ def gradient_norms(
     if "largest_entries" in found:
         passes.append((["largest_entries"], "single", _largest_entries))
     for names, how, norms in passes:
-        for _, attempt in each_batch([DataPass(batches_of(sequences, budget, how), budget=budget)]):
+        for _, attempt in each_batch(
+            [DataPass(batches_of(sequences, budget, how), token_budget=budget)]
+        ):
             with attempt:
                 values = norms(model, attempt.batch, names)
                 for name, of in zip(names, values, strict=True):

@@ -10,7 +10,7 @@ from torch import nn
 
 from geffect_fast.data import IGNORE, Layout
 from geffect_fast.data.row_kinds import row_place
-from geffect_fast.data.samples import Sequence as Tokens
+from geffect_fast.data.samples import TokenSequence as Tokens
 from geffect_fast.engines.batches import TokenBudget
 from geffect_fast.metrics.generation import continuations
 from geffect_fast.metrics.gradient_norms import NORM_NEEDS, gradient_norms

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from geffect_fast.data import IGNORE, Sample, SampleSet
 from geffect_fast.data.row_kinds import RowKind, makes_row, row_kind, row_place
-from geffect_fast.data.samples import Sequence as Tokens
+from geffect_fast.data.samples import TokenSequence as Tokens
 from geffect_fast.errors import GEffectWarning, InputError
 from geffect_fast.metrics.base import FORGET, Metric
 

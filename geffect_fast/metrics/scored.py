@@ -8,16 +8,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from geffect_fast.capture.compat import still_up_to
 from geffect_fast.capture.factors import widened
 from geffect_fast.capture.precision import precisions
 from geffect_fast.data import IGNORE, Layout, Sample, SampleSet, make_batches
 from geffect_fast.data.batch import Batch
-from geffect_fast.data.samples import Sequence as Tokens
+from geffect_fast.data.samples import TokenSequence as Tokens
 from geffect_fast.engines.batches import DataPass, TokenBudget, each_batch
 from geffect_fast.engines.layout import TOLERANCE, close, in_chunks
-from geffect_fast.engines.model_outputs import model_outputs, takes
-from geffect_fast.engines.packed_attention import packed_attention
-from geffect_fast.engines.rotary_frequencies import still_up_to
+from geffect_fast.engines.model_outputs import model_outputs, packed_attention, takes
 from geffect_fast.errors import NonFiniteError, UnsupportedModelError
 from geffect_fast.metrics.observed import Scored
 
@@ -80,7 +79,9 @@ def score(
     """
     different, which = once(sequences)
     found: list[Scored | None] = [None] * len(different)
-    for _, attempt in each_batch([DataPass(batches_of(different, budget, layout), budget=budget)]):
+    for _, attempt in each_batch(
+        [DataPass(batches_of(different, budget, layout), token_budget=budget)]
+    ):
         with attempt:
             values = _token_values(model, attempt.batch, distribution)
             numbers = values.cpu().numpy()

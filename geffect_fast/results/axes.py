@@ -10,11 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from geffect_fast.capture.samples import Offsets
+from geffect_fast.capture.segments import Offsets
 from geffect_fast.data import IGNORE, SampleSet, token_places
 from geffect_fast.data.batch import Batch
-from geffect_fast.data.samples import Sample
-from geffect_fast.data.samples import Sequence as TokenSequence
+from geffect_fast.data.samples import Sample, TokenSequence
 from geffect_fast.engines.batches import DataPass
 from geffect_fast.errors import InputError
 from geffect_fast.results.groups import Blocks, groups_of, parameter_coordinates

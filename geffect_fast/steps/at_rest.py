@@ -13,7 +13,7 @@ _PATCHED = "_original_forward"
 
 
 @contextmanager
-def as_found(model: nn.Module, trainable: Collection[nn.Parameter] | None = None) -> Iterator[None]:
+def at_rest(model: nn.Module, trainable: Collection[nn.Parameter] | None = None) -> Iterator[None]:
     """Inside, the model is as a profile wants it; afterwards training goes on as without it.
 
     Inside: eval mode, gradients enabled, no autocast (neither around the model nor, by accelerate,

@@ -16,7 +16,7 @@ from geffect_fast.measure.prepare import check_count, needs_of, parts_of, resolv
 from geffect_fast.measure.profiler import Profiler
 from geffect_fast.objectives import Objective
 from geffect_fast.objectives.base import REFERENCE_NEEDS
-from geffect_fast.steps.at_rest import as_found
+from geffect_fast.steps.at_rest import at_rest
 from geffect_fast.steps.probe import Probe, run_identity
 from geffect_fast.steps.training_lock import TrainingLock
 from geffect_fast.storage.lock import locked
@@ -181,7 +181,7 @@ class GEffectCallback(TrainerCallback):
                 "them whole; save checkpoints, and use geffect_fast.profile_checkpoints"
             )
         options, resumed = dict(self._options), state.global_step > 0
-        with as_found(model):
+        with at_rest(model):
             compares = REFERENCE_NEEDS & needs_of(parts_of(options["objectives"]))
             if options["reference_model"] is None and compares:
                 if resumed:

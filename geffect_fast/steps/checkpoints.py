@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from geffect_fast.capture.compat import check_finite
 from geffect_fast.errors import InputError
-from geffect_fast.measure.models import check_finite, has_remote_code, load_model
+from geffect_fast.measure.models import has_remote_code, load_model
 from geffect_fast.storage.run_model import check_run_model
 
 _INDEX = "model.safetensors.index.json"

@@ -28,7 +28,7 @@ from geffect_fast.measure.profiler import Profiler
 from geffect_fast.objectives import resolve
 from geffect_fast.results.dataset import sum_positions
 from geffect_fast.results.rows_needed import rows_note
-from geffect_fast.steps.at_rest import as_found
+from geffect_fast.steps.at_rest import at_rest
 from geffect_fast.storage.step_store import StepStore
 
 if TYPE_CHECKING:
@@ -121,7 +121,7 @@ class Probe:
         plan, first = self.profiler.plan, self._before is None
         for line in self.store.left_alone if self.latest is None else ():
             warnings.warn(line, GEffectWarning, stacklevel=2)
-        with as_found(plan.model, plan.parameters.values()):
+        with at_rest(plan.model, plan.parameters.values()):
             if step in self.store.steps:
                 self._before = None  # its memory goes before there is more
                 result = self.store.read(step)

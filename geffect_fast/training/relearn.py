@@ -16,10 +16,10 @@ from transformers import TrainerCallback
 
 from geffect_fast.arguments import checked_config, with_settings
 from geffect_fast.capture import Plan
-from geffect_fast.capture.compat import check_is_model
+from geffect_fast.capture.compat import check_finite, check_is_model
 from geffect_fast.data import SampleSet, read_rows, tokenize_rows
 from geffect_fast.data.row_kinds import row_kind
-from geffect_fast.engines.layout import choose_layout
+from geffect_fast.engines.known_models import choose_layout
 from geffect_fast.errors import (
     GEffectError,
     GEffectWarning,
@@ -29,7 +29,7 @@ from geffect_fast.errors import (
 )
 from geffect_fast.evaluation_settings import Evaluating
 from geffect_fast.measure.evaluate import Evaluator, Model
-from geffect_fast.measure.models import check_finite, load_model, quiet_transformers
+from geffect_fast.measure.models import load_model, quiet_transformers
 from geffect_fast.measure.prepare import table_of_positions
 from geffect_fast.metrics.base import FORGET, HOLDOUT, Metric
 from geffect_fast.metrics.registry import resolved_metrics

@@ -15,7 +15,8 @@ from torch import nn
 
 from geffect_fast.capture.compat import check_is_model
 from geffect_fast.data import Layout
-from geffect_fast.engines.layout import choose_layout, longest_sequence
+from geffect_fast.engines.known_models import choose_layout
+from geffect_fast.engines.layout import longest_sequence
 from geffect_fast.errors import GEffectError, InputError, NonFiniteError
 from geffect_fast.measure.models import quiet_transformers
 from geffect_fast.measure.prepare import (

@@ -21,8 +21,7 @@ from geffect_fast.data import Layout, SampleSet, make_batches
 from geffect_fast.data.batch import Batch, Reduction, Role
 from geffect_fast.data.packing import token_places
 from geffect_fast.engines.batches import Attempt, DataPass, TokenBudget, each_batch, passes_for
-from geffect_fast.engines.model_outputs import model_outputs
-from geffect_fast.engines.packed_attention import packed_attention
+from geffect_fast.engines.model_outputs import model_outputs, packed_attention
 from geffect_fast.errors import InputError, NonFiniteError, UnfinishedError, in_one_line
 from geffect_fast.measure.memory import within_budget
 from geffect_fast.objectives import Objective, Outputs
@@ -187,7 +186,7 @@ class RowReference:
         lengths = [sum(map(len, (s.answer, *s.alternatives))) for s in samples.samples]
         known: list[Tensor] = []
         device = next(model.parameters()).device
-        cut = replace(data_pass, budget=TokenBudget(self._loss.token_budget))
+        cut = replace(data_pass, token_budget=TokenBudget(self._loss.token_budget))
         for _, attempt in each_batch([cut]):
             batch = attempt.batch
             with attempt:

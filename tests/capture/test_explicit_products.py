@@ -10,7 +10,7 @@ from torch import Tensor, nn
 import geffect_fast as gf
 from geffect_fast.capture import Explicit, Plan, Recorder, Segments
 from geffect_fast.capture.products import inner
-from geffect_fast.capture.samples import Rows
+from geffect_fast.capture.segments import Rows
 
 N, T, D = 6, 4, 5
 

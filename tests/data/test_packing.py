@@ -14,23 +14,23 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from geffect_fast.data.batch import IGNORE, REDUCTIONS
 from geffect_fast.data.memory import free_memory
 from geffect_fast.data.packing import LAYOUTS, make_batches
-from geffect_fast.data.samples import Sample, SampleSet, Sequence
+from geffect_fast.data.samples import Sample, SampleSet, TokenSequence
 from geffect_fast.errors import InputError
 
 ROLES = [("answer",), ("alternative",), ("answer", "alternative")]
 
 
 @st.composite
-def sequences(draw) -> Sequence:
+def sequences(draw) -> TokenSequence:
     """2 to 12 tokens, labels anywhere, at least one behind the first token."""
     ids = draw(st.lists(st.integers(0, 99), min_size=2, max_size=12))
     labelled = draw(st.lists(st.booleans(), min_size=len(ids), max_size=len(ids)))
     labelled[draw(st.integers(1, len(ids) - 1))] = True
     labels = [i if on else IGNORE for i, on in zip(ids, labelled, strict=True)]
-    return Sequence(torch.tensor(ids), torch.tensor(labels))
+    return TokenSequence(torch.tensor(ids), torch.tensor(labels))
 
 
-def weighted(sequence: Sequence) -> Sequence:
+def weighted(sequence: TokenSequence) -> TokenSequence:
     """With a weight at every label, each another."""
     weights = torch.arange(1.0, len(sequence) + 1, dtype=torch.float64) / 8
     weights[sequence.labels == IGNORE] = 0
@@ -60,7 +60,7 @@ def size_of(sample, roles, layout) -> int:
     return sum(lengths) if layout == "packed" else max(lengths) * len(lengths)
 
 
-def played(sample, roles) -> list[tuple[str, Sequence]]:
+def played(sample, roles) -> list[tuple[str, TokenSequence]]:
     """Role and sequence of all that a sample brings."""
     found = {"answer": [sample.answer], "alternative": sample.alternatives}
     return [(role, sequence) for role in roles for sequence in found[role]]
@@ -221,7 +221,7 @@ def test_from_tokens_to_samples_and_back(sample_set, roles, budget, layout):
 
 def make_set(*lengths: tuple[int, int | None]) -> SampleSet:
     def sequence(n):
-        return Sequence(torch.arange(n), torch.arange(n))
+        return TokenSequence(torch.arange(n), torch.arange(n))
 
     samples = [
         Sample(i, "", sequence(a), () if b is None else (sequence(b),))

@@ -14,8 +14,7 @@ from geffect_fast.capture import Plan
 from geffect_fast.data import make_batches, tokenize_rows
 from geffect_fast.engines.batches import DataPass, passes_for
 from geffect_fast.engines.directions import accumulate_gradients, new_gradients
-from geffect_fast.engines.model_outputs import model_outputs
-from geffect_fast.engines.packed_attention import packed_attention
+from geffect_fast.engines.model_outputs import model_outputs, packed_attention
 from geffect_fast.engines.reference import Reference
 from geffect_fast.errors import UnsupportedModelError
 from geffect_fast.objectives import resolve

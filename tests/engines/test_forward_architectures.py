@@ -17,7 +17,7 @@ from geffect_fast.data import make_batches, tokenize_rows
 from geffect_fast.engines.batches import passes_for
 from geffect_fast.engines.forward import Move, forward_effects
 from geffect_fast.engines.forward_check import forward_mode_problem
-from geffect_fast.engines.layout import choose_layout
+from geffect_fast.engines.known_models import choose_layout
 from geffect_fast.engines.reference import Reference
 from geffect_fast.engines.reverse import reverse_effects
 from geffect_fast.errors import UnsupportedModelError

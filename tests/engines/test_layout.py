@@ -21,7 +21,7 @@ from small_models import (
 import geffect_fast as gf
 from geffect_fast.capture import Plan
 from geffect_fast.data import tokenize_rows
-from geffect_fast.engines.layout import choose_layout
+from geffect_fast.engines.known_models import choose_layout
 from geffect_fast.errors import UnsupportedModelError
 
 FORGET, RETAIN = [5, 2, 9, 5], [6, 9, 6]

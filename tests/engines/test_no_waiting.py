@@ -14,6 +14,7 @@ from transformers import masking_utils
 
 import geffect_fast as gf
 from geffect_fast.capture import Plan
+from geffect_fast.capture.compat import check_finite
 from geffect_fast.data import make_batches
 from geffect_fast.data.tokenize import tokenize_rows
 from geffect_fast.engines import directions, forward
@@ -23,7 +24,6 @@ from geffect_fast.engines.dual import modules as dual_modules
 from geffect_fast.engines.reference import Reference
 from geffect_fast.engines.reverse import reverse_effects
 from geffect_fast.measure import memory, profiler
-from geffect_fast.measure.models import check_finite
 from geffect_fast.objectives import NLL
 from geffect_fast.objectives.parse import parse
 from geffect_fast.results.dataset import check_directions, gram_matrices

@@ -12,9 +12,8 @@ from torch import nn
 
 import geffect_fast as gf
 from geffect_fast.data import make_batches, tokenize_rows
-from geffect_fast.engines import packed_attention as module
-from geffect_fast.engines.model_outputs import model_outputs
-from geffect_fast.engines.packed_attention import packed_attention
+from geffect_fast.engines import model_outputs as module
+from geffect_fast.engines.model_outputs import model_outputs, packed_attention
 from geffect_fast.errors import UnsupportedModelError
 
 LENGTHS = [5, 5, 9, 3, 9, 9]
@@ -98,7 +97,7 @@ def test_where_it_is_used(make, lengths, layout, used):
     model = build(make)
     before = implementations(model)
     with packed_attention(model, batch_of(lengths, layout)):
-        assert (implementations(model) == {module.NAME}) == used
+        assert (implementations(model) == {module.PACKED}) == used
     assert implementations(model) == before
 
 

@@ -16,7 +16,7 @@ from geffect_fast.capture import Plan
 from geffect_fast.data import make_batches, tokenize_rows
 from geffect_fast.engines.batches import DataPass, mixture_of, passes_for
 from geffect_fast.engines.directions import accumulate_gradients
-from geffect_fast.engines.layout import choose_layout
+from geffect_fast.engines.known_models import choose_layout
 from geffect_fast.engines.reference import Reference
 from geffect_fast.engines.reverse import EffectSums, reverse_effects
 from geffect_fast.objectives import GA, KL, NLL, NPO, RMU, WGA, Objective

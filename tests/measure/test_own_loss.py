@@ -17,8 +17,7 @@ import geffect_fast as gf
 from geffect_fast.capture import Plan
 from geffect_fast.capture.attribution import ANY
 from geffect_fast.data.tokenize import tokenize_rows
-from geffect_fast.engines.layout import choose_layout
-from geffect_fast.engines.own_loss import own_loss
+from geffect_fast.engines.known_models import choose_layout, own_loss
 from geffect_fast.errors import GEffectWarning, UnsupportedModelError
 from geffect_fast.report.format import notes
 from geffect_fast.report.tables.check import render_check

@@ -12,7 +12,7 @@ from models import FIVE, build, fp64_throughout, samples
 from torch import nn
 
 from geffect_fast.data import tokenize_rows
-from geffect_fast.data.samples import Sequence as Tokens
+from geffect_fast.data.samples import TokenSequence as Tokens
 from geffect_fast.engines.batches import TokenBudget
 from geffect_fast.errors import GEffectWarning, InputError, NonFiniteError
 from geffect_fast.metrics import Observed, Scored, Seen, extra, generation, resolved_metrics

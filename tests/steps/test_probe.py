@@ -14,7 +14,7 @@ from models import build, fp64_throughout, samples
 import geffect_fast as gf
 from geffect_fast.errors import InputError
 from geffect_fast.measure.profiler import Profiler
-from geffect_fast.steps.at_rest import as_found
+from geffect_fast.steps.at_rest import at_rest
 from geffect_fast.steps.probe import Probe, inner_with_update, run_identity, total_effect
 from geffect_fast.storage.step_store import StepStore
 
@@ -297,7 +297,7 @@ def test_what_is_inside_is_at_rest_and_what_was_outside_comes_back():
         pytest.raises(RuntimeError, match="inside"),
         torch.no_grad(),
         torch.autocast("cpu", dtype=torch.bfloat16),
-        as_found(model, kept),
+        at_rest(model, kept),
     ):
         assert not any(m.training for m in model.modules())
         assert torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")

@@ -18,8 +18,7 @@ from geffect_fast.engines.dual.modules import dual_modules, fast_forwards
 from geffect_fast.engines.dual.packing import Packing, packing
 from geffect_fast.engines.dual.tensor import Dual, NoRuleError
 from geffect_fast.engines.dual.transformers_attention import attention_apart
-from geffect_fast.engines.model_outputs import model_outputs
-from geffect_fast.engines.packed_attention import packed_attention
+from geffect_fast.engines.model_outputs import model_outputs, packed_attention
 from geffect_fast.objectives import Outputs
 from geffect_fast.objectives.base import Need
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from geffect_fast.engines.dual.packing import PACKING, Packing
 from geffect_fast.engines.dual.tensor import NoRuleError
-from geffect_fast.engines.packed_attention import reach
+from geffect_fast.engines.model_outputs import reach
 
 SDPA, EAGER = "geffect_fast_dual_sdpa", "geffect_fast_dual_eager"
 """Names of the functions below; the first is without masks, the second has those of eager."""

@@ -14,7 +14,7 @@ from geffect_fast.data import make_batches, tokenize_rows
 from geffect_fast.engines.dual import rule as dual_rule
 from geffect_fast.engines.dual.layers import LabelNLL
 from geffect_fast.engines.dual.model import DualModel
-from geffect_fast.engines.layout import choose_layout
+from geffect_fast.engines.known_models import choose_layout
 from geffect_fast.engines.model_outputs import model_outputs
 
 DATA = tokenize_rows(FORGET, None, name="forget")

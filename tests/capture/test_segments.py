@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from geffect_fast.capture import Segments
-from geffect_fast.capture.samples import Offsets, segment_sum
+from geffect_fast.capture.segments import Offsets, segment_sum
 from geffect_fast.errors import UnsupportedModelError
 
 CU = torch.tensor([0, 4, 9, 12], dtype=torch.int32)

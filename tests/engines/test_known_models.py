@@ -17,7 +17,7 @@ import geffect_fast as gf
 from geffect_fast.capture import Plan
 from geffect_fast.data import tokenize_rows
 from geffect_fast.engines import layout as module
-from geffect_fast.engines.known_layout import KNOWN, packs_by_its_code
+from geffect_fast.engines.known_models import KNOWN, choose_layout, packs_by_its_code
 
 ROWS = tokenize_rows(samples([9, 12, 4], 1), None, name="forget")
 BARE = SMALL | {"sliding_window": None}
@@ -175,7 +175,7 @@ def tries(monkeypatch):
 
 
 def layout_of(model):
-    return module.choose_layout(Plan.of(model), ROWS)
+    return choose_layout(Plan.of(model), ROWS)
 
 
 def test_a_model_is_tried_once(tries):
@@ -191,7 +191,7 @@ def test_what_trying_taught_the_plan_is_remembered():
 
     model = ready(SecondHead)
     plans = [Plan.of(model), Plan.of(model)]
-    assert {module.choose_layout(plan, ROWS) for plan in plans} == {"single"}
+    assert {choose_layout(plan, ROWS) for plan in plans} == {"single"}
     first, second = ({where: own.names for where, own in p.owners.items()} for p in plans)
     assert first == second and "" in first
     assert plans[0].axes == plans[1].axes

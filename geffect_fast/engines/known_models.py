@@ -1,4 +1,7 @@
-"""Models whose own code shows that packed samples do not meet, so that nothing need be tried."""
+"""What is found out about a model before it is profiled: its layout, and what its own loss is.
+
+Of models whose code was read both are known; others are tried (`layout.py`, `own_loss.py`).
+"""
 
 from __future__ import annotations
 
@@ -10,8 +13,13 @@ import torch
 from torch import nn
 
 from geffect_fast.capture import Plan
+from geffect_fast.capture.attribution import ANY
 from geffect_fast.capture.generic_rule import GenericCall
 from geffect_fast.capture.layer_rules import NormCall
+from geffect_fast.data import Layout, SampleSet
+from geffect_fast.engines.layout import tried_layout
+from geffect_fast.engines.model_outputs import takes
+from geffect_fast.engines.own_loss import OwnLoss, tried_own_loss
 from geffect_fast.trying import Trying
 
 KNOWN = frozenset(
@@ -22,7 +30,7 @@ KNOWN = frozenset(
 )  # fmt: skip
 """Modelling files of transformers that were read: tokens meet in attention alone, which comes from
 transformers' table under its mask of packed sequences, and positions are those that are given.
-Trying agrees for every one of them (`tests/engines/test_known_layout.py`)."""
+Trying agrees for every one of them (`tests/engines/test_known_models.py`)."""
 
 HEADS_BEHIND = frozenset({"qwen3"})
 """Those that normalise `(batch, tokens, heads, d)`, by heads."""
@@ -40,6 +48,53 @@ _STILL_ROTARY = frozenset({"default", "linear", "llama3", "yarn"})
 """Kinds of rotary positions whose frequencies do not depend on the longest sequence of a batch."""
 
 _WINDOWS = ("sliding_window", "attention_chunk_size")
+
+
+def choose_layout(plan: Plan, sample_set: SampleSet, longest: int | None = None) -> Layout:
+    """The fastest layout that is exact for this model: `packed`, `equal_length` or `single`.
+
+    Known without a pass where the model's code shows it (`packs_by_its_code`), else found by
+    `tried_layout`. Parameters that are used outside their modules' forwards are moved in the plan
+    then, see `Plan.widen`.
+
+    Args:
+        plan: of the model.
+        sample_set: whose first samples are tried, and whose longest and shortest.
+        longest: tokens of the longest sequence of all data; None: of `sample_set`.
+
+    Raises:
+        UnsupportedModelError: the model does not run on one sequence; the first line of what it
+            raises is named.
+    """
+    if packs_by_its_code(plan):
+        plan.shown.add(ANY)
+        return "packed"
+    return tried_layout(plan, sample_set, longest)
+
+
+def own_loss(plan: Plan, sample_set: SampleSet) -> OwnLoss | None:
+    """How a model's own loss differs from the risk; None: it does not, or the model gives none.
+
+    Known without a pass where the model's code shows it, else found by `tried_own_loss`.
+
+    Args:
+        plan: of the model, as `choose_layout` left it.
+        sample_set: of whose first sample the tokens are.
+
+    Raises:
+        UnsupportedModelError: the model gives other logits where it is given labels.
+    """
+    if not takes(plan.model, "labels") or _shifts_by_its_code(plan):
+        return None
+    return tried_own_loss(plan, sample_set)
+
+
+def _shifts_by_its_code(plan: Plan) -> bool:
+    """Whether the model's file was read, and its loss is transformers' for causal models."""
+    model: nn.Module = plan.model
+    replaced = "_loss_function" in vars(model)
+    named = getattr(model, "loss_type", None) in (None, "ForCausalLM")
+    return ANY in plan.shown and named and not replaced
 
 
 def packs_by_its_code(plan: Plan) -> bool:
