@@ -39,7 +39,12 @@ def result(low, high, *, n=6, there=40):
         (0.4, 6, 40, "measure about 24 rows (--probe-rows 24)."),  # 6 * 2^2
         (0.3, 7, 40, "measure about 16 rows (--probe-rows 16)."),  # 7 * 2.25 = 15.75, rounded up
         (0.6, 6, 54, "it takes about 54 rows; measure all 54 (--probe-rows all)."),
-        (0.6, 6, 40, "54 rows, more than there are; measure all 40 (--probe-rows all)."),
+        (
+            0.6,
+            6,
+            40,
+            "it takes about 54 rows, more than there are; measure all 40 (--probe-rows all).",
+        ),
         (0.4, 6, 6, "it takes about 24 rows, and all 6 are measured."),
         (0.4, 6, None, "it takes about 24 rows, and all 6 are measured."),
     ],
