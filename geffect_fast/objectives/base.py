@@ -100,7 +100,7 @@ class Objective:
         """Check the parameters; a subclass that overrides this must call it."""
         for field in dataclasses.fields(self):
             if kind_of(field) is not None:
-                value = checked(self.name, field, getattr(self, field.name))
+                value = checked(f"objective {self.name}", field, getattr(self, field.name))
                 object.__setattr__(self, field.name, value)
 
     def loss(self, outputs: Outputs, batch: Batch, reference: Outputs | None) -> Tensor:

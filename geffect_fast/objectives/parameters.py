@@ -59,16 +59,16 @@ def kind_of(field: dataclasses.Field[Any]) -> type | None:
     return _KINDS.get(field.type)
 
 
-def checked(objective: str, field: dataclasses.Field[Any], value: Any) -> Value:
+def checked(owner: str, field: dataclasses.Field[Any], value: Any) -> Value:
     """`value` as the field's type, if it has that type and lies in the field's range.
 
     Args:
-        objective: name of the objective, for the message.
+        owner: what has the parameter, for the message: `objective npo`.
         field: the dataclass field, annotated `float`, `int` or `bool`.
         value: what the user gave.
 
     Raises:
-        InputError: naming objective, parameter, value and range.
+        InputError: naming owner, parameter, value and range.
     """
     kind = _KINDS[field.type]
     bounds = field.metadata.get("bounds", {})
@@ -76,7 +76,7 @@ def checked(objective: str, field: dataclasses.Field[Any], value: Any) -> Value:
     if converted is None or not all(_BOUNDS[word](converted, b) for word, b in bounds.items()):
         limits = " and ".join(f"{word} {written(bound)}" for word, bound in bounds.items())
         domain = f"{_DOMAINS[kind]} {limits}".rstrip()
-        raise InputError(f"objective {objective}: {field.name} must be {domain}, got {value!r}")
+        raise InputError(f"{owner}: {field.name} must be {domain}, got {value!r}")
     return converted
 
 
