@@ -127,7 +127,7 @@ def parse_call(text: str, kind: Kind) -> Any:
     with located(text):
         (made,) = _parsed(text, "call", kind)
         if isinstance(made.objective, RangedObjective):
-            raise Problem(f"a range is no value of a {kind.noun}; give one number", None)
+            raise Problem("a range is no value here; give one number", None)
         return made.objective
 
 

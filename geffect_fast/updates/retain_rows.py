@@ -126,7 +126,7 @@ class _Sums:
         ends = list(accumulate(batch.n_rows for batch in batches))
         self._rows = [slice(end - b.n_rows, end) for end, b in zip(ends, batches, strict=True)]
         n, first = sum(batch.n_rows for batch in batches), next(iter(plan.parameters.values()))
-        _check_rows(n, first.device, rule)
+        check_rows(n, first.device, rule)
         self._epsilon = torch.finfo(accumulation_dtype(first.dtype)).eps
         self._numbers = torch.zeros(n, n + 2, dtype=torch.float64, device=first.device)
         self._gram, self._products = self._numbers[:, :n], self._numbers[:, n]
@@ -181,7 +181,8 @@ class _Sums:
         return RowProducts(self._losses, gram, self._products, self._epsilon)
 
 
-def _check_rows(n: int, device: torch.device, rule: str) -> None:
+def check_rows(n: int, device: torch.device, rule: str) -> None:
+    """Raise `InputError` where there are no retain rows, or too many for their inner products."""
     if n == 0:
         raise InputError(
             f"update {rule}: the update has no retain rows, whose gradients it needs; give some"

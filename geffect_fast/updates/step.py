@@ -5,13 +5,13 @@ A rule knows nothing of batches, Trainers or accumulation: `Losses` hides them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from geffect_fast.capture import Plan, Segments
 from geffect_fast.capture.per_sample import LossFn
@@ -150,10 +150,14 @@ class Step:
         return self._taken()
 
     def row_products(self, direction: Gradients) -> RowProducts:
-        """Inner products of the retain rows' gradients with each other, and with a direction."""
+        """Inner products of the retain rows' gradients with each other, and with a direction.
+
+        Those of the model in eval mode, as are those of `add_rows`.
+        """
         self._has("retain_rows")
         batches = self._losses.retain_batches()
-        found = row_products(self._plan, batches, direction, str(self._rule))
+        with evaluating(self._plan.model):
+            found = row_products(self._plan, batches, direction, str(self._rule))
         if self.retain_weight:
             self.value += self.retain_weight * float(found.losses.sum())
         return found
@@ -166,12 +170,13 @@ class Step:
         """
         self._has("retain_rows")
         begin = 0
-        for batch in self._losses.retain_batches():
-            own = weights[begin : begin + batch.n_rows]
-            begin += batch.n_rows
-            with batch.around(), torch.enable_grad():
-                losses = batch.losses(self._plan.model, batch)
-                self._losses.backward((own.to(losses) * losses).sum())
+        with evaluating(self._plan.model), torch.enable_grad():
+            for batch in self._losses.retain_batches():
+                own = weights[begin : begin + batch.n_rows]
+                begin += batch.n_rows
+                with batch.around():
+                    losses = batch.losses(self._plan.model, batch)
+                    self._losses.backward((own.to(losses) * losses).sum())
 
     def metric(self, name: str) -> Tensor | None:
         """`1 / (sqrt(v) + eps)` of Adam for a parameter; None where steps go along gradients."""
@@ -200,6 +205,18 @@ class Step:
 
     def _has(self, need: Need) -> None:
         assert need in self._rule.needs, f"update {self._rule.name} does not declare {need}"
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """In eval mode inside: passes over single rows must agree, and do not where dropout is."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def _random_state(plan: Plan) -> list[Tensor]:

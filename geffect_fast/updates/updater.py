@@ -9,11 +9,12 @@ import torch
 from torch import nn
 
 from geffect_fast.capture import Plan
-from geffect_fast.capture.compat import mixing_module, plain_name, unwrapped
+from geffect_fast.capture.compat import plain_name, unwrapped
 from geffect_fast.errors import InputError, UnsupportedModelError
 from geffect_fast.updates.base import UpdateRule
 from geffect_fast.updates.optimizer_state import check_optimizer
-from geffect_fast.updates.step import Losses, Step
+from geffect_fast.updates.retain_rows import check_rows
+from geffect_fast.updates.step import Losses, Step, evaluating
 
 
 class Updater:
@@ -24,8 +25,7 @@ class Updater:
         model: its trainable parameters are what is updated.
 
     Raises:
-        InputError: the rule cannot be right for this model as it is: dropout in passes that must
-            agree, weights in low precision that it moves by little.
+        InputError: the rule moves weights by little, which their precision rounds away.
         UnsupportedModelError: the model is spread over devices.
 
     Example:
@@ -56,6 +56,12 @@ class Updater:
         """Raise `InputError` where the rule cannot work with an optimizer, or its state."""
         reads = "optimizer" in self.rule.needs
         check_optimizer(optimizer, self._parameters, str(self.rule), reads)
+
+    def check_rows(self, n_retain: int) -> None:
+        """Raise `InputError` where the rule cannot work with so many retain rows an update."""
+        if "retain_rows" in self.rule.needs:
+            device = next(iter(self._parameters.values())).device
+            check_rows(n_retain, device, str(self.rule))
 
     def update(self, losses: Losses, optimizer: Any = None) -> float:
         """Write the parameters' `.grad` for one update; the objective's value on its rows.
@@ -96,20 +102,11 @@ class Updater:
         return step.value
 
     def _planned(self) -> Plan:
-        """The model's plan, made when its mode is that of training."""
-        if "retain_rows" in self.rule.needs:
-            why = mixing_module(self.model)
-            if why is not None:
-                raise InputError(
-                    f"update {self.rule}: {why.rpartition(';')[0]}; gradients of single retain "
-                    "rows are compared, so switch dropout off (rate 0)"
-                )
         if self._plan is None:
-            self._plan = (
-                Plan.of(self.model)
-                if "retain_rows" in self.rule.needs
-                else Plan(self.model, self._parameters, {})
-            )
+            rows = "retain_rows" in self.rule.needs
+            with evaluating(self.model):
+                own = Plan.of(self.model) if rows else Plan(self.model, self._parameters, {})
+            self._plan = own
         return self._plan
 
     def state_dict(self) -> dict[str, Any]:

@@ -155,11 +155,23 @@ def test_more_rows_than_memory_for_their_products_are_refused(monkeypatch):
         Updater(OrthoGrad(), model).update(OfRows(model, FORGET, RETAIN))
 
 
-def test_dropout_is_refused():
-    model = build("gpt2").train()
-    next(m for m in model.modules() if isinstance(m, torch.nn.Dropout)).p = 0.1
-    with pytest.raises(InputError, match=r"active dropout.*switch dropout off"):
-        Updater(OrthoGrad(), model).update(OfRows(model, FORGET, RETAIN))
+def test_dropout_is_in_the_forget_pass_alone():
+    """Rows are protected as the model is without it, and its modules are as they were."""
+    model = build("gpt2", torch.float64)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.3
+    explicit = Explicit(model, FORGET, RETAIN, 0.0)
+    rows = explicit.rows()
+    model.train()
+    modes = [module.training for module in model.modules()]
+    torch.manual_seed(5)
+    f = explicit.f()
+    torch.manual_seed(5)
+    found = updated(model, OfRows(model, FORGET, RETAIN, retain_weight=0.0))
+    q = basis(rows)
+    torch.testing.assert_close(found, f - q @ (q.T @ f), rtol=1e-6, atol=1e-9)
+    assert [module.training for module in model.modules()] == modes
 
 
 def test_rows_of_several_batches_and_a_module_without_factors_are_refused():
