@@ -44,7 +44,7 @@ LAYERS = {
     "metrics": BASE | MODEL | RUN | {"functional"},
     "measure": BASE | MODEL | RUN | {"terminal", "functional", "metrics"},
     "steps": BASE | MODEL | RUN | {"terminal", "measure"},
-    "integrations": BASE | {"capture", "steps", "updates"},
+    "integrations": BASE | {"capture", "data", "steps", "updates"},
     "training": BASE | MODEL | RUN | {"terminal", "measure", "metrics", "steps", "updates"},
     "report": BASE | RUN - {"settings", "arguments"} | {"terminal", "measure", "steps"},
     "demo": BASE | RUN | {"data", "objectives", "terminal", "measure", "training", "report"},
