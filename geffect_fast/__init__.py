@@ -15,6 +15,7 @@ from geffect_fast.capture import capture  # noqa: E402
 if TYPE_CHECKING:
     import geffect_fast.functional as functional
     import geffect_fast.integrations as integrations
+    import geffect_fast.updates as updates
     from geffect_fast.measure.check import check
     from geffect_fast.measure.control import control
     from geffect_fast.measure.evaluate import evaluate
@@ -51,6 +52,7 @@ __all__ = [
     "relearn",
     "sweep",
     "unlearn",
+    "updates",
     "write_page",
     "write_weighted",
 ]
@@ -72,6 +74,7 @@ _LAZY = {
     "relearn": ("geffect_fast.training.relearn", "relearn"),
     "sweep": ("geffect_fast.measure.sweep", "sweep"),
     "unlearn": ("geffect_fast.training.unlearn", "unlearn"),
+    "updates": ("geffect_fast.updates", None),
     "write_page": ("geffect_fast.report.html.page", "write_page"),
     "write_weighted": ("geffect_fast.metrics.optimal_weights", "write_weighted"),
 }

@@ -22,12 +22,11 @@ from geffect_fast.capture import (
     GramOuter,
     Outer,
     Plan,
-    Recorder,
     Recording,
     Segments,
 )
-from geffect_fast.capture.attribution import ANY, code_of
-from geffect_fast.capture.compat import eagerly, plain_name
+from geffect_fast.capture.compat import plain_name
+from geffect_fast.capture.per_sample import LossFn, record_rows
 from geffect_fast.capture.products import (
     InnerProducts,
     in_working_precision,
@@ -37,10 +36,9 @@ from geffect_fast.capture.products import (
 )
 from geffect_fast.capture.recorder import Sink
 from geffect_fast.capture.segments import checked_offsets
-from geffect_fast.errors import InputError, UnsupportedModelError
+from geffect_fast.errors import InputError
 from geffect_fast.ops.reference import accumulation_dtype
 
-LossFn = Callable[[nn.Module, Any], Tensor]
 _JOINED = Recording(joined=True, one_backward=True)
 _NORMS = Recording(joined=True, one_backward=True, norms_alone=True)
 OfLinear = Outer | GramOuter
@@ -246,6 +244,17 @@ def norms_and_products(
 # ---- one forward and one backward ----
 
 
+def _run(
+    plan: Plan,
+    loss_fn: LossFn,
+    batch: Any,
+    sink: Sink,
+    recording: Recording = Recording(one_backward=True),  # noqa: B008  frozen
+) -> Tensor:
+    """Record one forward and backward; the losses `(n_samples,)`, detached."""
+    return record_rows(plan, loss_fn, batch, _sample_axis(batch), sink, recording)
+
+
 @contextmanager
 def _by_input(sink: Sink, together: Callable[[str, list[OfLinear]], None]) -> Iterator[Sink]:
     """A sink for `sink`, and for `together` where linear layers were called with one input.
@@ -284,52 +293,6 @@ def _same_input(x: OfLinear, y: OfLinear) -> bool:
         return False
     same = (a.shape, a.stride(), a.dtype, x.g.dtype) == (b.shape, b.stride(), b.dtype, y.g.dtype)
     return same and x.cu == y.cu
-
-
-def _run(
-    plan: Plan,
-    loss_fn: LossFn,
-    batch: Any,
-    sink: Any,
-    recording: Recording = Recording(one_backward=True),  # noqa: B008  frozen
-) -> Tensor:
-    """Record one forward and backward; the losses `(n_samples,)`, detached."""
-    axis = _sample_axis(batch)
-    while True:
-        recorder = Recorder(plan, sink, axis, recording)
-        with plan.frozen(), torch.enable_grad(), recorder:
-            with recorder.showing_parameters(), eagerly(plan.model):
-                losses = _checked_losses(loss_fn(plan.model, batch), axis)
-            leaves = recorder.leaves_of(losses)
-            if leaves is None:
-                continue
-            if not recorder.calls or not losses.requires_grad:
-                raise UnsupportedModelError(
-                    "loss_fn: the losses depend on no module with trainable parameters; call the "
-                    "model that was given"
-                )
-            key, any_key = ((code_of(loss_fn), of) for of in (tuple(recorder.structure), ANY))
-            if axis.n_samples > 1 and plan.learned.shown.isdisjoint((key, any_key)):
-                trial = recorder.weigh(losses, leaves)
-                if recorder.gave_positions:
-                    with torch.no_grad():  # where no hook changes anything
-                        trial.compare_losses(losses, loss_fn(plan.model, batch))
-            torch.autograd.grad(losses.sum(), leaves, allow_unused=True)
-            recorder.finish()
-            if recorder.attribution is not None:
-                recorder.attribution.conclude()
-                plan.learned.shown.add(key)
-            return losses.detach()
-
-
-def _checked_losses(losses: Any, axis: Segments) -> Tensor:
-    if not isinstance(losses, Tensor) or losses.shape != (axis.n_samples,):
-        got = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
-        raise InputError(
-            f"loss_fn: must return one loss a sample, shape ({axis.n_samples},), got {got}; "
-            "use reduction='none' and reduce over tokens only"
-        )
-    return losses
 
 
 def _sample_axis(batch: Any) -> Segments:

@@ -14,6 +14,7 @@ from geffect_fast.objectives import Objective, parse
 from geffect_fast.objectives import resolve as resolve_objective
 from geffect_fast.objectives.base import REFERENCE_NEEDS
 from geffect_fast.paths import is_there, user_path
+from geffect_fast.updates import parse as parse_update
 
 Read = TypeVar("Read")
 
@@ -58,6 +59,11 @@ def blocks_by_name(groups: Any) -> Any:
 def canonical(objective: str) -> str:
     """An objective's string as results write it."""
     return str(parse(objective))
+
+
+def canonical_update(rule: str) -> str:
+    """An update rule's string as results write it."""
+    return str(parse_update(rule))
 
 
 def risk_of(spec: str | Objective) -> str | Objective:

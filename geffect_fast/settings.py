@@ -33,6 +33,7 @@ from geffect_fast.setting_types import (
     PathOrId,
     blocks_by_name,
     canonical,
+    canonical_update,
     day,
     number_or_all,
     read_by,
@@ -303,6 +304,10 @@ class Training(Settings):
 
     optimizer: str = "adamw_torch"
     """Optimizer of transformers: adamw_torch, sgd, adafactor ..."""
+
+    update: Annotated[str, AfterValidator(read_by("update", canonical_update))] = "sgd"
+    """What is done with gradients before the optimizer steps: sgd (nothing), orthograd, gru, gu,
+    blur, pcgrad, sago or sam, with parameters such as 'gru(gamma=0.8)'."""
 
     precision: Literal["model", "bf16", "fp16"] = "model"
     """Autocast in training: bf16, or on a GPU fp16; model: none, as the weights are."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, TypeVar
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from geffect_fast.data.batch import Batch, Role
 from geffect_fast.errors import InputError
-from geffect_fast.objectives.parameters import checked, finite, kind_of, written
+from geffect_fast.objectives.parameters import Parameterised, finite, written
 
 Need = Literal[
     "logits",
@@ -60,7 +59,7 @@ class Outputs:
 
 
 @dataclass(frozen=True)
-class Objective:
+class Objective(Parameterised):
     """Something to descend on; its share on one batch is `loss`, summed over batches the whole.
 
     Subclasses are frozen dataclasses whose fields are the hyper-parameters, annotated `float`,
@@ -75,6 +74,7 @@ class Objective:
             data, all others are computed.
     """
 
+    noun: ClassVar[str] = "objective"
     name: ClassVar[str]
     on: ClassVar[Literal["forget", "retain"]] = "forget"
     roles: ClassVar[tuple[Role, ...]] = ("answer",)
@@ -83,25 +83,6 @@ class Objective:
 
     # numpy scalars on the left leave the multiplication to __rmul__
     __array_ufunc__: ClassVar[None] = None
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        if "name" not in vars(cls):
-            cls.name = cls.__name__
-
-    def __new__(cls, *args: Any, **kwargs: Any) -> Objective:
-        """Remember which parameters were given: results are looked up by the string as written."""
-        self = super().__new__(cls)
-        positional = [f.name for f in dataclasses.fields(cls)][: len(args)]
-        object.__setattr__(self, "_given", frozenset(positional) | frozenset(kwargs))
-        return self
-
-    def __post_init__(self) -> None:
-        """Check the parameters; a subclass that overrides this must call it."""
-        for field in dataclasses.fields(self):
-            if kind_of(field) is not None:
-                value = checked(self.name, field, getattr(self, field.name))
-                object.__setattr__(self, field.name, value)
 
     def loss(self, outputs: Outputs, batch: Batch, reference: Outputs | None) -> Tensor:
         """This batch's share of the objective, a scalar: the published formula itself."""
@@ -114,16 +95,6 @@ class Objective:
     def parts(self) -> tuple[tuple[float, Objective], ...]:
         """The weighted sum it is, `((coefficient, elementary objective), ...)`: itself alone."""
         return ((1.0, self),)
-
-    def parameters(self) -> dict[str, Any]:
-        """Every hyper-parameter by name, given or default, in the order of the signature."""
-        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-
-    def __str__(self) -> str:
-        """The canonical string: the name and the parameters that were given, `npo(beta=0.1)`."""
-        given: frozenset[str] = vars(self)["_given"]
-        pairs = [f"{k}={written(v)}" for k, v in self.parameters().items() if k in given]
-        return f"{self.name}({', '.join(pairs)})" if pairs else self.name
 
     def __add__(self, other: Objective) -> Objective:
         if not isinstance(other, Objective):

@@ -1,4 +1,4 @@
-"""Hyper-parameters of an objective: how they are declared, checked and written."""
+"""Hyper-parameters of an objective or an update rule: declared, checked and written."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ import dataclasses
 import math
 import numbers
 import operator
-from typing import Any
+from typing import Any, ClassVar, TypeVar
 
 from geffect_fast.errors import InputError
 
 Value = bool | int | float
+P = TypeVar("P", bound="Parameterised")
 
 _DOMAINS = {float: "a finite number", int: "a 64-bit integer", bool: "true or false"}
 # postponed annotations are strings
@@ -54,21 +55,64 @@ def parameter(
     return dataclasses.field(default=default, metadata={"bounds": given})
 
 
+class Parameterised:
+    """What has hyper-parameters and a name: a frozen dataclass of them, checked when it is made.
+
+    Class attributes:
+        noun: what such a thing is called in messages.
+        name: what this one is called in strings.
+    """
+
+    noun: ClassVar[str]
+    name: ClassVar[str]
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "name" not in vars(cls):
+            cls.name = cls.__name__
+
+    def __new__(cls: type[P], *args: Any, **kwargs: Any) -> P:
+        """Remember which parameters were given: results are looked up by the string as written."""
+        self = super().__new__(cls)
+        fields: tuple[dataclasses.Field[Any], ...] = dataclasses.fields(cls)  # type: ignore[arg-type]
+        positional = [field.name for field in fields][: len(args)]
+        object.__setattr__(self, "_given", frozenset(positional) | frozenset(kwargs))
+        return self
+
+    def __post_init__(self) -> None:
+        """Check the parameters; a subclass that overrides this must call it."""
+        for field in dataclasses.fields(self):  # type: ignore[arg-type]
+            if kind_of(field) is not None:
+                value = checked(f"{self.noun} {self.name}", field, getattr(self, field.name))
+                object.__setattr__(self, field.name, value)
+
+    def parameters(self) -> dict[str, Any]:
+        """Every hyper-parameter by name, given or default, in the order of the signature."""
+        fields: tuple[dataclasses.Field[Any], ...] = dataclasses.fields(self)  # type: ignore[arg-type]
+        return {field.name: getattr(self, field.name) for field in fields}
+
+    def __str__(self) -> str:
+        """The canonical string: the name and the parameters that were given, `npo(beta=0.1)`."""
+        given: frozenset[str] = vars(self)["_given"]
+        pairs = [f"{k}={written(v)}" for k, v in self.parameters().items() if k in given]
+        return f"{self.name}({', '.join(pairs)})" if pairs else self.name
+
+
 def kind_of(field: dataclasses.Field[Any]) -> type | None:
     """`float`, `int` or `bool` as the field is annotated; None for any other annotation."""
     return _KINDS.get(field.type)
 
 
-def checked(objective: str, field: dataclasses.Field[Any], value: Any) -> Value:
+def checked(owner: str, field: dataclasses.Field[Any], value: Any) -> Value:
     """`value` as the field's type, if it has that type and lies in the field's range.
 
     Args:
-        objective: name of the objective, for the message.
+        owner: what has the parameter, for the message: `objective npo`.
         field: the dataclass field, annotated `float`, `int` or `bool`.
         value: what the user gave.
 
     Raises:
-        InputError: naming objective, parameter, value and range.
+        InputError: naming owner, parameter, value and range.
     """
     kind = _KINDS[field.type]
     bounds = field.metadata.get("bounds", {})
@@ -76,7 +120,7 @@ def checked(objective: str, field: dataclasses.Field[Any], value: Any) -> Value:
     if converted is None or not all(_BOUNDS[word](converted, b) for word, b in bounds.items()):
         limits = " and ".join(f"{word} {written(bound)}" for word, bound in bounds.items())
         domain = f"{_DOMAINS[kind]} {limits}".rstrip()
-        raise InputError(f"objective {objective}: {field.name} must be {domain}, got {value!r}")
+        raise InputError(f"{owner}: {field.name} must be {domain}, got {value!r}")
     return converted
 
 

@@ -6,6 +6,7 @@ Where objectives are swept, a range may stand for a number: `npo(beta=0.01:4:30,
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -97,8 +98,44 @@ def resolve(spec: str | Objective) -> Objective:
     return spec if isinstance(spec, Objective) else parse(spec)
 
 
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """What the names of a grammar's calls stand for.
+
+    Attributes:
+        noun: what such a thing is called in messages: `objective`.
+        made: what it is in Python: `an Objective`.
+        such_as: a name there is.
+        lookup: the class of a name, a frozen dataclass that is declared as objectives are.
+    """
+
+    noun: str
+    made: str
+    such_as: str
+    lookup: Callable[[str], Any]
+
+
+OBJECTIVE = Kind("objective", "an Objective", "ga", lookup)
+
+
+def parse_call(text: str, kind: Kind) -> Any:
+    """What a single name with its parameters stands for, `orthograd(rank_tol=1e-6)`.
+
+    Raises:
+        InputError: as `parse`.
+    """
+    with located(text):
+        (made,) = _parsed(text, "call", kind)
+        if isinstance(made.objective, RangedObjective):
+            raise Problem("a range is no value here; give one number", None)
+        return made.objective
+
+
 class _Actions:
     """What each rule of the grammar means; runs as the parser reduces, so depth costs no stack."""
+
+    def __init__(self, kind: Kind) -> None:
+        self._kind = kind
 
     def many(self, items: list[Any]) -> list[Any]:
         return items
@@ -180,8 +217,10 @@ class _Actions:
     def call(self, items: list[Any]) -> list[Term]:
         name = items[0]
         try:
-            cls = lookup(str(name))
-            keywords = _keywords(cls, [item for item in items[1:] if item is not None])
+            cls = self._kind.lookup(str(name))
+            keywords = _keywords(
+                self._kind.noun, cls, [item for item in items[1:] if item is not None]
+            )
             if any(isinstance(value, Range) for value in keywords.values()):
                 return [Term(1.0, (), RangedObjective(cls, keywords, name.start_pos))]
             return [Term(1.0, (), cls(**keywords))]
@@ -189,7 +228,9 @@ class _Actions:
             raise Problem(str(error), name.start_pos) from None
 
 
-def _keywords(cls: type[Objective], arguments: list[Argument]) -> dict[str, Value | Range]:
+def _keywords(
+    noun: str, cls: type[Objective], arguments: list[Argument]
+) -> dict[str, Value | Range]:
     """Arguments of a call by parameter name, or a `Problem` at the one that does not fit."""
     fields = {field.name: field for field in dataclasses.fields(cls)}
     names = tuple(fields)
@@ -212,19 +253,19 @@ def _keywords(cls: type[Objective], arguments: list[Argument]) -> dict[str, Valu
             last = names[len(given)]
         elif name not in fields:
             advice = nearest(name, names)
-            message = f"objective {cls.name} has no parameter {short(token)}; {advice}"
+            message = f"{noun} {cls.name} has no parameter {short(token)}; {advice}"
             raise Problem(message, token.start_pos)
         else:
             named, last = True, name
         if last in given:
-            raise Problem(f"objective {cls.name}: {last} is given twice", token.start_pos)
+            raise Problem(f"{noun} {cls.name}: {last} is given twice", token.start_pos)
         if isinstance(value, Range) and kind_of(fields[last]) is bool:
-            message = f"objective {cls.name}: {last} must be true or false, got the range {value}"
+            message = f"{noun} {cls.name}: {last} must be true or false, got the range {value}"
             raise Problem(message, token.start_pos)
         given[last] = value
     missing = [name for name, field in fields.items() if name not in given and _is_required(field)]
     if missing:
-        raise InputError(f"objective {cls.name} needs a value for {', '.join(missing)}")
+        raise InputError(f"{noun} {cls.name} needs a value for {', '.join(missing)}")
     return given
 
 
@@ -254,20 +295,20 @@ def _without_ranges(found: Objective | RangedSum) -> Objective:
 
 
 @cache
-def _lark() -> Lark:
+def _lark(kind: Kind) -> Lark:
     from lark import Lark
 
     return Lark(
         _GRAMMAR,
         parser="lalr",
         lexer="basic",
-        start=["one", "many"],
-        transformer=_Actions(),
+        start=["one", "many", "call"],
+        transformer=_Actions(kind),
         maybe_placeholders=True,
     )
 
 
-def _parsed(text: object, start: str) -> Any:
+def _parsed(text: object, start: str, kind: Kind = OBJECTIVE) -> Any:
     """What the grammar makes of a text.
 
     Raises:
@@ -276,12 +317,14 @@ def _parsed(text: object, start: str) -> Any:
     """
     if not isinstance(text, str):
         hint = f"; write {text.__name__}()" if isinstance(text, type) else ""
-        raise InputError(f"objective {text!r} must be a string or an Objective{hint}")
+        raise InputError(f"{kind.noun} {text!r} must be a string or {kind.made}{hint}")
     if not text.strip():
-        raise InputError(f"objective string {text[:20]!r} is empty; write a name such as 'ga'")
+        raise InputError(
+            f"{kind.noun} string {text[:20]!r} is empty; write a name such as {kind.such_as!r}"
+        )
     if len(text) > MAX_CHARACTERS:
         raise InputError(
-            f"objective string {short(text)} has {len(text)} characters, "
+            f"{kind.noun} string {short(text)} has {len(text)} characters, "
             f"at most {MAX_CHARACTERS} are allowed"
         )
-    return _lark().parse(text, start=start)
+    return _lark(kind).parse(text, start=start)

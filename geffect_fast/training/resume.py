@@ -20,6 +20,8 @@ from geffect_fast.storage.seal import read_sealed, write_sealed
 MARK = "geffect_fast.json"
 """In a checkpoint of ours, written last: which run and step it is of."""
 
+RULE_STATE = "update_rule.pt"
+"""In a checkpoint: what an update rule other than the plain gradient goes on from."""
 
 _STATE = ("trainer_state.json", "optimizer.pt", "scheduler.pt", "rng_state.pth")
 """Without one of these transformers goes on too, to other numbers."""

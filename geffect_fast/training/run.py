@@ -37,6 +37,7 @@ from geffect_fast.storage.step_store import StepStore
 from geffect_fast.terminal import progress_bar
 from geffect_fast.training.probe_rows import choose_rows
 from geffect_fast.training.resume import check_whole, checkpoints
+from geffect_fast.training.rule_losses import protected_part, updater_of
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -95,7 +96,10 @@ class Unlearning:
             torch.manual_seed(training.seed)
             model = with_adapter(model, training)
         self.model: Any = model
-        trained = parts_of(measured[:1])
+        self._updater = updater_of(training, model)
+        trained = self._trained_on(measured[0])
+        if self._updater is not None:
+            self._updater.check_rows(self._rows_an_update(trained).get("retain", 0))
         self.rows = choose_rows(
             self.sets,
             training.probe_rows,
@@ -157,7 +161,7 @@ class Unlearning:
             forget_rows=len(self.sets["forget"]),
         )
         live = GEffectCallback.of(probe, training.probe_every)
-        sizes = self._rows_an_update(parts_of([self.loss.objective]))
+        sizes = self._rows_an_update(self._trained_on(self.loss.objective))
         needs = needs_of(self.loss.parts)
         reference = None
         if needs & REFERENCE_NEEDS and self._reference is not None:
@@ -179,6 +183,7 @@ class Unlearning:
                     ),
                     reference=reference,
                     identity=self.identity,
+                    updater=self._updater,
                     callbacks=[
                         live,
                         Watch(
@@ -192,6 +197,8 @@ class Unlearning:
                     ],
                 )
                 trainer.create_optimizer_and_scheduler(training.steps)
+                if self._updater is not None:
+                    self._updater.check(trainer.optimizer)
             except GEffectError:
                 raise
             except Exception as error:  # of many kinds, from transformers, torch and reporters
@@ -235,6 +242,11 @@ class Unlearning:
                 f"step {trainer.state.global_step}: {said.partition(';')[0]}; the training made it "
                 "so: try a smaller --learning-rate, or --dtype float32"
             ) from error
+
+    def _trained_on(self, objective: Objective) -> list[Objective]:
+        """What an update reads rows for: parts of the objective, and what its rule protects."""
+        protected = () if self._updater is None else protected_part(self._updater.rule, objective)
+        return [*parts_of([objective]), *protected]
 
     def _rows_an_update(self, trained: Sequence[Objective]) -> dict[str, int]:
         """How many rows of each data set an update reads."""

@@ -26,7 +26,9 @@ from geffect_fast.errors import InputError, NonFiniteError, UnfinishedError, in_
 from geffect_fast.measure.memory import within_budget
 from geffect_fast.objectives import Objective, Outputs
 from geffect_fast.objectives.base import REFERENCE_NEEDS
-from geffect_fast.training.resume import load_weights, saving, saving_folder
+from geffect_fast.training.resume import RULE_STATE, load_weights, saving, saving_folder
+from geffect_fast.training.rule_losses import update_by_rule
+from geffect_fast.updates import Updater
 
 RowNumbers = Mapping[str, Sequence[int]]
 """RowNumbers of an update, by data set."""
@@ -227,6 +229,7 @@ class UnlearnTrainer(Trainer):
         draws: which rows each update reads.
         reference: None where the objective needs none.
         identity: of the run, for its checkpoints.
+        updater: applies an update rule to the gradients; None: they are the update.
         callbacks: of transformers.
     """
 
@@ -239,12 +242,14 @@ class UnlearnTrainer(Trainer):
         draws: Draws,
         reference: RowReference | None,
         identity: str = "",
+        updater: Updater | None = None,
         callbacks: Sequence[Any] = (),
     ) -> None:
         self.loss = loss
         self.reference = reference
         self.identity = identity
-        self._budget = TokenBudget(loss.token_budget)
+        self.updater = updater
+        self.budget = TokenBudget(loss.token_budget)
         super().__init__(
             model,
             args,
@@ -266,7 +271,7 @@ class UnlearnTrainer(Trainer):
         model.train()
         if callable(getattr(self.optimizer, "train", None)):
             self.optimizer.train()  # of optimizers without a schedule
-        with within_budget(self._budget):
+        with within_budget(self.budget):
             total = self._update(model, inputs)
         if not isfinite(total):
             raise NonFiniteError(
@@ -281,27 +286,29 @@ class UnlearnTrainer(Trainer):
         A backward that stops half way has added to some gradients and not to others, so they begin
         anew. Where there were gradients before, that cannot be, and the lack of memory is an error.
         """
+        if self.updater is not None:
+            return update_by_rule(self, self.updater, model, rows)
         parameters = list(model.parameters())
         begins = all(p.grad is None for p in parameters)
         while True:
-            passes = replace(self.loss, token_budget=self._budget.tokens).passes(rows)
+            passes = replace(self.loss, token_budget=self.budget.tokens).passes(rows)
             shares: list[float] = []
             for data_pass, batch in [(each, batch) for each in passes for batch in each.batches]:
-                attempt = Attempt(batch, self._budget if begins else None)
+                attempt = Attempt(batch, self.budget if begins else None)
                 with attempt:
-                    shares.append(self._descend(model, rows, data_pass, batch))
+                    shares.append(self.descend(model, rows, data_pass, batch, self.loss))
                 if attempt.failed:
                     break
             else:
                 return sum(shares)
             for p in parameters:
                 p.grad = None
-            self._budget.halve(batch.total_tokens)
+            self.budget.halve(batch.total_tokens)
 
-    def _descend(
-        self, model: nn.Module, rows: RowNumbers, data_pass: DataPass, batch: Batch
+    def descend(
+        self, model: nn.Module, rows: RowNumbers, data_pass: DataPass, batch: Batch, on: Loss
     ) -> float:
-        """One batch forward and backward; its share in the loss."""
+        """One batch forward and backward; its share in a loss."""
         moved = batch.to(self.args.device)
         # What is computed again in the backward (gradient checkpointing) needs the attention too.
         with packed_attention(model, moved), self.compute_loss_context_manager():
@@ -309,7 +316,7 @@ class UnlearnTrainer(Trainer):
             other = None
             if self.reference is not None:
                 other = self.reference.outputs(data_pass, rows, batch, moved)
-            loss = self.loss.value(data_pass, outputs, moved, other)
+            loss = on.value(data_pass, outputs, moved, other)
             if loss.requires_grad:  # else it reads layers below everything that can be trained
                 self.accelerator.backward(loss)
         return float(loss.detach())
@@ -324,6 +331,9 @@ class UnlearnTrainer(Trainer):
         try:
             with saving(run, step, self.identity):
                 super()._save_checkpoint(model, trial)
+                if self.updater is not None:
+                    folder = saving_folder(run) / f"checkpoint-{step}"
+                    torch.save(self.updater.state_dict(), folder / RULE_STATE)
         except (OSError, RuntimeError, SafetensorError) as error:  # all of them say: disk full
             reason = getattr(error, "strerror", None) or error
             raise UnfinishedError(
@@ -340,6 +350,9 @@ class UnlearnTrainer(Trainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         with _readable(checkpoint):
             super()._load_optimizer_and_scheduler(checkpoint)
+            if checkpoint is not None and self.updater is not None:
+                state = torch.load(Path(checkpoint) / RULE_STATE, map_location="cpu")
+                self.updater.load_state_dict(state)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         with _readable(checkpoint):
@@ -362,9 +375,12 @@ def _readable(checkpoint: str | None) -> Iterator[None]:
     """
     try:
         yield
+    except InputError:  # of a rule, which says what is wrong
+        raise
     except Exception as error:
         reason = in_one_line(error, 120)
         raise InputError(
-            f"checkpoint {checkpoint}: its optimizer.pt, scheduler.pt or rng_state.pth cannot be "
-            f"loaded ({reason}); remove the folder to train again from what is before it"
+            f"checkpoint {checkpoint}: its optimizer.pt, scheduler.pt, rng_state.pth or "
+            f"{RULE_STATE} cannot be loaded ({reason}); remove the folder to train again from what "
+            "is before it"
         ) from error

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 
 import torch
-from bad_input.case import Case, both, holds
+from bad_input.case import Case, both, holds, patched
 from models import build, samples
 from torch import nn
 
@@ -14,6 +14,7 @@ from geffect_fast.arguments import checked_config
 from geffect_fast.errors import GEffectError
 from geffect_fast.settings import Training, UnlearnConfig
 from geffect_fast.storage.run_yaml import dump_config
+from geffect_fast.training.rule_losses import updater_of
 from geffect_fast.training.trainer_arguments import check_precision
 
 DATA = {"forget": samples([5, 7, 4], 1), "retain": samples([6, 3], 2)}
@@ -275,6 +276,74 @@ CASES = [
         lambda here: gf.unlearn("model", None, **DATA, objective="ga", steps=1),
         "model: expected a loaded model",
         "load it with",
+    ),
+    # ---- update rules ----
+    Case(
+        "an unknown update rule",
+        unlearn(update="ortograd"),
+        "--update: unknown update 'ortograd'",
+        "did you mean 'orthograd'?",
+    ),
+    Case(
+        "a tolerance of the rank that is no part",
+        unlearn(update="orthograd(rank_tol=1)"),
+        "rank_tol must be a finite number above 0 and below 1",
+        "got 1",
+    ),
+    Case(
+        "a tolerance of the rank of nothing",
+        unlearn(update="orthograd(rank_tol=0)"),
+        "rank_tol must be a finite number above 0 and below 1",
+        "got 0",
+    ),
+    Case(
+        "two update rules",
+        unlearn(update="gru + gu"),
+        "--update: unexpected '+'",
+        "expected the end",
+    ),
+    Case(
+        "a range in an update rule",
+        unlearn(update="gru(gamma=0.1:0.9:3)"),
+        "--update: a range is no value here",
+        "give one number",
+    ),
+    Case(
+        "a penalty without a radius",
+        unlearn(update="sam(rho=0, penalty=1)"),
+        "penalty takes differences of gradients rho apart",
+        "give rho",
+    ),
+    Case(
+        "a rule that adds a retain gradient, and none",
+        unlearn(update="sago"),
+        "update sago: the retain gradient is part of the update, and 'ga' has no retain part",
+        "add one, such as 'ga + nll'",
+    ),
+    Case(
+        "a rule in the metric of an optimizer that it does not know",
+        unlearn(update="gu", optimizer="adagrad"),
+        "does not know that of Adagrad",
+        "use sgd, adam or adamw",
+    ),
+    Case(
+        "weights that a rule moves by less than they hold",
+        unlearn(update="sam", dtype="bfloat16"),
+        "in bfloat16 rounds away",
+        "train in float32",
+    ),
+    Case(
+        "gradients that are scaled",
+        lambda _: updater_of(Training(steps=1, precision="fp16", update="gru"), nn.Linear(2, 2)),
+        "update gru: --precision fp16 scales gradients up",
+        "use bf16",
+    ),
+    Case(
+        "more retain rows than memory for their products",
+        unlearn(update="orthograd"),
+        "the inner products of 4 retain rows take",
+        "give fewer retain rows",
+        patched("geffect_fast.updates.retain_rows.free_memory", lambda device: 100),
     ),
     # ---- adapters ----
     Case(

@@ -1,0 +1,84 @@
+"""One forward and one backward over rows whose losses are known one by one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from geffect_fast.capture.attribution import ANY, code_of
+from geffect_fast.capture.compat import eagerly
+from geffect_fast.capture.plan import Plan
+from geffect_fast.capture.recorder import Recorder, Recording, Sink
+from geffect_fast.capture.segments import Segments
+from geffect_fast.errors import InputError, UnsupportedModelError
+
+LossFn = Callable[[nn.Module, Any], Tensor]
+"""Runs a model on a batch and returns `(n_samples,)` losses, each of its own sample only."""
+
+
+def record_rows(
+    plan: Plan,
+    loss_fn: LossFn,
+    batch: Any,
+    axis: Segments,
+    sink: Sink,
+    recording: Recording,
+) -> Tensor:
+    """Hand the factors of every sample's gradient to `sink`; no weight gradient is formed.
+
+    The first call for a model, a loss function and a structure of calls runs one backward more,
+    which shows that rows belong to the samples they are counted for.
+
+    Args:
+        plan: of the model.
+        loss_fn: called with the model and `batch`.
+        batch: whatever `loss_fn` takes.
+        axis: which rows are a sample's.
+        sink, recording: as `Recorder` takes them.
+
+    Returns:
+        The losses `(n_samples,)`, detached.
+
+    Raises:
+        InputError: losses that are not one a sample.
+        UnsupportedModelError: rows that cannot be told apart by sample, or losses that depend on no
+            trainable parameter of the model.
+    """
+    while True:
+        recorder = Recorder(plan, sink, axis, recording)
+        with plan.frozen(), torch.enable_grad(), recorder:
+            with recorder.showing_parameters(), eagerly(plan.model):
+                losses = _checked_losses(loss_fn(plan.model, batch), axis)
+            leaves = recorder.leaves_of(losses)
+            if leaves is None:
+                continue
+            if not recorder.calls or not losses.requires_grad:
+                raise UnsupportedModelError(
+                    "loss_fn: the losses depend on no module with trainable parameters; call the "
+                    "model that was given"
+                )
+            key, any_key = ((code_of(loss_fn), of) for of in (tuple(recorder.structure), ANY))
+            if axis.n_samples > 1 and plan.learned.shown.isdisjoint((key, any_key)):
+                trial = recorder.weigh(losses, leaves)
+                if recorder.gave_positions:
+                    with torch.no_grad():  # where no hook changes anything
+                        trial.compare_losses(losses, loss_fn(plan.model, batch))
+            torch.autograd.grad(losses.sum(), leaves, allow_unused=True)
+            recorder.finish()
+            if recorder.attribution is not None:
+                recorder.attribution.conclude()
+                plan.learned.shown.add(key)
+            return losses.detach()
+
+
+def _checked_losses(losses: Any, axis: Segments) -> Tensor:
+    if not isinstance(losses, Tensor) or losses.shape != (axis.n_samples,):
+        got = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
+        raise InputError(
+            f"loss_fn: must return one loss a sample, shape ({axis.n_samples},), got {got}; "
+            "use reduction='none' and reduce over tokens only"
+        )
+    return losses

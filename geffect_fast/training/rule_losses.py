@@ -1,0 +1,163 @@
+"""The losses of one update of `UnlearnTrainer`, as update rules take them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from geffect_fast.data.batch import Batch
+from geffect_fast.engines.batches import DataPass
+from geffect_fast.engines.model_outputs import model_outputs, packed_attention, sample_axis
+from geffect_fast.errors import InputError
+from geffect_fast.objectives import NLL, Objective
+from geffect_fast.settings import Training
+from geffect_fast.trying import no_memory
+from geffect_fast.updates import SGD, RetainBatch, Updater, UpdateRule, parse
+from geffect_fast.updates.updater import no_retain_part
+
+if TYPE_CHECKING:
+    from geffect_fast.training.trainer import Loss, RowNumbers, UnlearnTrainer
+
+
+def protected_part(rule: UpdateRule, objective: Objective) -> tuple[Objective, ...]:
+    """What a rule needs the retain gradient of where the objective has no retain part: nll.
+
+    Raises:
+        InputError: the rule needs it in the objective, or the retain parts read different
+            sequences, whose gradients are no gradients of single rows.
+    """
+    retain = [part for _, part in objective.parts() if part.on == "retain"]
+    if "retain_part" in rule.needs and not retain:
+        raise no_retain_part(rule, f"'{objective}'")
+    if "retain_rows" in rule.needs and len({frozenset(part.roles) for part in retain}) > 1:
+        raise InputError(
+            f"update {rule}: the retain parts of '{objective}' read different sequences of a row; "
+            "give one of them"
+        )
+    return (NLL(),) if rule.reads_retain and not retain else ()
+
+
+def updater_of(training: Training, model: nn.Module) -> Updater | None:
+    """What applies the update rule of a run; None for the plain gradient.
+
+    Raises:
+        InputError, UnsupportedModelError: the rule cannot be right for it.
+    """
+    rule = parse(training.update)
+    if isinstance(rule, SGD):
+        return None
+    if training.precision == "fp16":
+        raise InputError(
+            f"update {rule}: --precision fp16 scales gradients up, which inner products of them do "
+            "not bear; use bf16"
+        )
+    return Updater(rule, model)
+
+
+class RuleLosses:
+    """Forget and retain losses of an update, cut into batches of the Trainer's token budget.
+
+    Args:
+        trainer: runs batches.
+        model: as the Trainer calls it.
+        rows: of the update.
+        loss: what is descended on, with the token budget as it is now.
+        protected: retain losses that are not, where the rule needs some and the loss has none.
+    """
+
+    def __init__(
+        self,
+        trainer: UnlearnTrainer,
+        model: nn.Module,
+        rows: RowNumbers,
+        loss: Loss,
+        protected: Sequence[Objective],
+    ) -> None:
+        self._trainer, self._model, self._rows = trainer, model, rows
+        self._loss = self._retain_loss = loss
+        self._forget = [each for each in loss.passes(rows) if each.on == "forget"]
+        self._retain = [each for each in loss.passes(rows) if each.on == "retain"]
+        self.retain_weight = 1.0 if self._retain else 0.0
+        if protected:
+            self._retain_loss = replace(loss, objective=protected[0])
+            self._retain = self._retain_loss.passes({"retain": rows["retain"]})
+
+    @property
+    def largest(self) -> Batch:
+        """The batch of the most tokens."""
+        return max(
+            (batch for each in (*self._forget, *self._retain) for batch in each.batches),
+            key=lambda batch: batch.total_tokens,
+        )
+
+    def forget(self) -> float:
+        """Add the gradient of the forget part to `.grad`; its value."""
+        return self._descend(self._forget, self._loss)
+
+    def retain(self) -> float:
+        """Add the gradient of the retain loss to `.grad`; its value."""
+        return self._descend(self._retain, self._retain_loss)
+
+    def _descend(self, passes: Sequence[DataPass], loss: Loss) -> float:
+        return sum(
+            self._trainer.descend(self._model, self._rows, each, batch, loss)
+            for each in passes
+            for batch in each.batches
+        )
+
+    def retain_batches(self) -> list[RetainBatch]:
+        """The retain rows, whose token terms add up to the retain loss."""
+        return [self._batch(each, batch) for each in self._retain for batch in each.batches]
+
+    def _batch(self, data_pass: DataPass, batch: Batch) -> RetainBatch:
+        trainer, loss, rows = self._trainer, self._retain_loss, self._rows
+        moved = batch.to(trainer.args.device)
+        parts = [p for p in loss.objective.parts() if p[1] in data_pass.parts.values()]
+
+        def losses(model: nn.Module, _batch: Any) -> Tensor:
+            outputs = model_outputs(model, moved, data_pass.needs)
+            other = None
+            if trainer.reference is not None:
+                other = trainer.reference.outputs(data_pass, rows, batch, moved)
+            terms = [c * part.token_terms(outputs, moved, other) for c, part in parts]
+            total = torch.stack(terms).sum(0)
+            return moved.sample_sum(total, torch.ones_like(total, dtype=torch.bool))
+
+        @contextmanager
+        def around() -> Iterator[None]:
+            with packed_attention(self._model, moved), trainer.compute_loss_context_manager():
+                yield
+
+        axis = sample_axis(self._model, moved)
+        return RetainBatch(axis, batch.total_tokens, losses, around)
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradient of a scalar to `.grad`."""
+        self._trainer.accelerator.backward(loss)
+
+
+def update_by_rule(
+    trainer: UnlearnTrainer, updater: Updater, model: nn.Module, rows: RowNumbers
+) -> float:
+    """The loss of an update, whose gradient the rule has written.
+
+    Where memory runs out, all of it is redone in smaller batches.
+    """
+    budget = trainer.budget
+    protected = protected_part(updater.rule, trainer.loss.objective)
+    while True:
+        loss = replace(trainer.loss, token_budget=budget.tokens)
+        losses = RuleLosses(trainer, model, rows, loss, protected)
+        try:
+            return updater.update(losses, trainer.optimizer)
+        except (MemoryError, RuntimeError) as error:
+            largest = losses.largest
+            budget.exhausted = largest.n_samples == 1
+            if not no_memory(error) or budget.exhausted:
+                raise
+        budget.halve(largest.total_tokens)

@@ -1,0 +1,65 @@
+"""Gradients by parameter name, and their inner products."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from geffect_fast import ops
+
+Gradients = dict[str, Tensor]
+"""A gradient by parameter name; a parameter that is missing takes no part, as one without `.grad`.
+"""
+
+
+def gram(gradients: Sequence[Gradients]) -> Tensor:
+    """Inner products of whole gradients.
+
+        out[j, k] = sum_p <gradients[j][p], gradients[k][p]>
+
+    Args:
+        gradients: K of them.
+
+    Returns:
+        `(K, K)` fp64 on the CPU.
+    """
+    return grams(gradients)[1].sum(0)
+
+
+def grams(gradients: Sequence[Gradients]) -> tuple[list[str], Tensor]:
+    """Inner products tensor by tensor: the names, and `(P, K, K)` fp64 on the CPU."""
+    names = union(gradients)
+    out = torch.zeros(len(names), len(gradients), len(gradients), dtype=torch.float64)
+    by_dtype: dict[torch.dtype, list[int]] = {}
+    for p, name in enumerate(names):
+        first = next(g[name] for g in gradients if name in g)
+        by_dtype.setdefault(first.dtype, []).append(p)
+    for of_one in by_dtype.values():
+        lists = [[of(each, names[p], gradients) for p in of_one] for each in gradients]
+        out[of_one] = ops.multi_tensor_gram(lists).double().cpu()
+    return names, out
+
+
+def union(gradients: Iterable[Gradients]) -> list[str]:
+    """The names in any of them, in order."""
+    return list(dict.fromkeys(name for each in gradients for name in each))
+
+
+def of(gradient: Gradients, name: str, among: Sequence[Gradients]) -> Tensor:
+    """A parameter's gradient; zeros shaped like that of `among` which has one where it has none."""
+    found = gradient.get(name)
+    if found is not None:
+        return found
+    return torch.zeros_like(next(each[name] for each in among if name in each))
+
+
+def add(gradient: Gradients, other: Gradients, factor: float | Tensor = 1.0) -> Gradients:
+    """`gradient += factor * other`, in place, where both are kept; returns `gradient`."""
+    for name, value in other.items():
+        if name in gradient:
+            gradient[name].add_(value, alpha=float(factor))
+        else:
+            gradient[name] = value * float(factor)
+    return gradient

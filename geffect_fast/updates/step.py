@@ -1,0 +1,231 @@
+"""What a rule is given: the gradients and products of one update, computed when it asks.
+
+A rule knows nothing of batches, Trainers or accumulation: `Losses` hides them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from geffect_fast.capture import Plan, Segments
+from geffect_fast.capture.per_sample import LossFn
+from geffect_fast.updates.base import Need, UpdateRule
+from geffect_fast.updates.gradients import Gradients, add
+from geffect_fast.updates.optimizer_state import metric
+from geffect_fast.updates.retain_rows import RowProducts, row_products
+
+
+@dataclass(frozen=True)
+class RetainBatch:
+    """Retain rows that run together, and their losses one by one.
+
+    Attributes:
+        axis: which rows of a module's input are a sample's.
+        n_tokens: of the batch.
+        losses: called with the model and this batch, runs the one on the other and returns
+            `(n_rows,)` losses, whose sum over all batches is the retain loss.
+        around: entered around a forward and its backward.
+    """
+
+    axis: Segments
+    n_tokens: int
+    losses: LossFn
+    around: Callable[[], AbstractContextManager[Any]] = nullcontext
+
+    @property
+    def n_rows(self) -> int:
+        """Samples of the batch."""
+        return self.axis.n_samples
+
+
+class Losses(Protocol):
+    """The losses of one update, whatever its rows are cut into.
+
+    Attributes:
+        retain_weight: what the retain loss counts in the objective; 0 where it is only protected.
+    """
+
+    retain_weight: float
+
+    def forget(self) -> float:
+        """Add the gradient of the objective's forget part to `.grad`; its value."""
+        ...
+
+    def retain(self) -> float:
+        """Add the gradient of the retain loss to `.grad`; its value."""
+        ...
+
+    def retain_batches(self) -> Sequence[RetainBatch]:
+        """The retain rows, whose losses add up to the retain loss."""
+        ...
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradient of a scalar to `.grad`."""
+        ...
+
+
+class Step:
+    """One update: what a rule may ask for, and where it writes.
+
+    Args:
+        rule: whose needs say what may be asked for.
+        plan: of the model.
+        losses: of the update.
+        optimizer: None where nobody knows it.
+        number: updates before this one.
+        memory: what the rule remembered in them, tensors by parameter name under any key.
+
+    Attributes:
+        value: of the objective on the rows of the update, as far as it has been evaluated.
+        remembered: what the rule is to find in `memory` at the next update.
+    """
+
+    def __init__(
+        self,
+        rule: UpdateRule,
+        plan: Plan,
+        losses: Losses,
+        optimizer: torch.optim.Optimizer | None,
+        number: int,
+        memory: Mapping[str, Gradients],
+    ) -> None:
+        self.number = number
+        self.memory = memory
+        self.remembered: dict[str, Gradients] = {}
+        self.value = 0.0
+        self.retain_weight = losses.retain_weight
+        self._rule = rule
+        self._plan = plan
+        self._losses = losses
+        self._optimizer = optimizer
+        self._random = _random_state(plan)
+
+    def forget(self) -> Gradients:
+        """The gradient of the objective's forget part, taken out of `.grad`."""
+        self.forget_in_place()
+        return self._taken()
+
+    def forget_in_place(self) -> Gradients:
+        """The same, left in `.grad`."""
+        with torch.enable_grad():
+            self.value += self._losses.forget()
+        return {name: p.grad for name, p in self._plan.parameters.items() if p.grad is not None}
+
+    def forget_at(self, offset: Gradients) -> Gradients:
+        """The gradient of the forget part at weights moved by `offset`, and moved back bitwise.
+
+        Dropout is that of the first pass, so that gradients differ by the weights alone.
+        """
+        self._has("full_precision")
+        parameters = self._plan.parameters
+        before = {name: parameters[name].data for name in offset}
+        _set_random_state(self._plan, self._random)
+        try:
+            for name, move in offset.items():
+                parameters[name].data = before[name] + move
+            with torch.enable_grad():
+                self._losses.forget()
+            return self._taken()
+        finally:
+            for name, weights in before.items():
+                parameters[name].data = weights
+
+    def retain(self) -> Gradients:
+        """The gradient of the retain loss, taken out of `.grad`.
+
+        Asked for by rules that need it, and by any where the objective has a retain part.
+        """
+        if not self.retain_weight:
+            self._has("retain")
+        with torch.enable_grad():
+            value = self._losses.retain()
+        if self.retain_weight:
+            self.value += self.retain_weight * value
+        return self._taken()
+
+    def row_products(self, direction: Gradients) -> RowProducts:
+        """Inner products of the retain rows' gradients with each other, and with a direction.
+
+        Those of the model in eval mode, as are those of `add_rows`.
+        """
+        self._has("retain_rows")
+        batches = self._losses.retain_batches()
+        with evaluating(self._plan.model):
+            found = row_products(self._plan, batches, direction, str(self._rule))
+        if self.retain_weight:
+            self.value += self.retain_weight * float(found.losses.sum())
+        return found
+
+    def add_rows(self, weights: Tensor) -> None:
+        """Add `sum_i weights[i] g_i` over the retain rows' gradients to `.grad`.
+
+        Args:
+            weights: `(n_rows,)`.
+        """
+        self._has("retain_rows")
+        begin = 0
+        with evaluating(self._plan.model), torch.enable_grad():
+            for batch in self._losses.retain_batches():
+                own = weights[begin : begin + batch.n_rows]
+                begin += batch.n_rows
+                with batch.around():
+                    losses = batch.losses(self._plan.model, batch)
+                    self._losses.backward((own.to(losses) * losses).sum())
+
+    def metric(self, name: str) -> Tensor | None:
+        """`1 / (sqrt(v) + eps)` of Adam for a parameter; None where steps go along gradients."""
+        self._has("optimizer")
+        return metric(self._optimizer, self._plan.parameters[name])
+
+    def write(self, gradient: Gradients, retain: Gradients | None = None) -> None:
+        """Make `gradient` the parameters' `.grad`.
+
+        Args:
+            gradient: which is used up.
+            retain: the retain gradient, to be added as much as it counts in the objective; None:
+                it is in `gradient`.
+        """
+        if retain is not None and self.retain_weight:
+            add(gradient, retain, self.retain_weight)
+        for name, p in self._plan.parameters.items():
+            p.grad = gradient.get(name)
+
+    def _taken(self) -> Gradients:
+        taken = {}
+        for name, p in self._plan.parameters.items():
+            if p.grad is not None:
+                taken[name], p.grad = p.grad, None
+        return taken
+
+    def _has(self, need: Need) -> None:
+        assert need in self._rule.needs, f"update {self._rule.name} does not declare {need}"
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """In eval mode inside: passes over single rows must agree, and do not where dropout is."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _random_state(plan: Plan) -> list[Tensor]:
+    device = next(iter(plan.parameters.values())).device
+    on_device = [torch.cuda.get_rng_state(device)] if device.type == "cuda" else []
+    return [torch.get_rng_state(), *on_device]
+
+
+def _set_random_state(plan: Plan, states: list[Tensor]) -> None:
+    torch.set_rng_state(states[0])
+    if len(states) > 1:
+        torch.cuda.set_rng_state(states[1], next(iter(plan.parameters.values())).device)

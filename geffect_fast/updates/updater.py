@@ -1,0 +1,159 @@
+"""A rule at work on one model: its checks, and what it remembers from update to update."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from geffect_fast.capture import Plan
+from geffect_fast.capture.compat import plain_name, unwrapped
+from geffect_fast.errors import InputError, UnsupportedModelError
+from geffect_fast.updates.base import UpdateRule
+from geffect_fast.updates.optimizer_state import check_optimizer
+from geffect_fast.updates.retain_rows import check_rows
+from geffect_fast.updates.step import Losses, Step, evaluating
+
+
+class Updater:
+    """Applies an update rule to a model, update by update.
+
+    Args:
+        rule: the rule.
+        model: its trainable parameters are what is updated.
+
+    Raises:
+        InputError: the rule moves weights by little, which their precision rounds away.
+        UnsupportedModelError: the model is spread over devices.
+
+    Example:
+        >>> updater = Updater(OrthoGrad(), model)
+        >>> updater.update(losses, optimizer)  # writes `.grad`
+        >>> optimizer.step()
+    """
+
+    def __init__(self, rule: UpdateRule, model: nn.Module) -> None:
+        self.rule = rule
+        self.model = unwrapped(model)
+        self.updates = 0
+        self._memory: dict[str, dict[str, torch.Tensor]] = {}
+        self._plan: Plan | None = None
+        named = self.model.named_parameters()
+        self._parameters = {plain_name(name): p for name, p in named if p.requires_grad}
+        _check_whole(rule, self._parameters)
+        if "full_precision" in rule.needs:
+            for name, p in self._parameters.items():
+                if torch.finfo(p.dtype).bits < 32:
+                    raise InputError(
+                        f"update {rule}: moves weights by little, which '{name}' in "
+                        f"{str(p.dtype).removeprefix('torch.')} rounds away; train in float32 "
+                        "(--dtype float32, --precision bf16 to compute in bfloat16)"
+                    )
+
+    def check(self, optimizer: Any) -> None:
+        """Raise `InputError` where the rule cannot work with an optimizer, or its state."""
+        reads = "optimizer" in self.rule.needs
+        check_optimizer(optimizer, self._parameters, str(self.rule), reads)
+
+    def check_rows(self, n_retain: int) -> None:
+        """Raise `InputError` where the rule cannot work with so many retain rows an update."""
+        if "retain_rows" in self.rule.needs:
+            device = next(iter(self._parameters.values())).device
+            check_rows(n_retain, device, str(self.rule))
+
+    def update(self, losses: Losses, optimizer: Any = None) -> float:
+        """Write the parameters' `.grad` for one update; the objective's value on its rows.
+
+        Where it fails, parameters have no gradients and the rule remembers what it did before.
+
+        Args:
+            losses: of the update.
+            optimizer: that will step, for rules that read its state.
+
+        Raises:
+            InputError: gradients are there already, an objective without a retain part where the
+                rule needs one, no retain rows, an optimizer it does not know.
+            NonFiniteError: a product of gradients is not finite.
+            UnsupportedModelError: retain rows that cannot be told apart; the module is named.
+        """
+        rule, parameters = self.rule, self._parameters
+        if "retain_part" in rule.needs and not losses.retain_weight:
+            raise no_retain_part(rule)
+        self.check(optimizer)
+        for name, p in parameters.items():
+            if p.grad is not None and bool(p.grad.any()):
+                raise InputError(
+                    f"update {rule}: '{name}' has a gradient already, which the rule cannot be "
+                    "applied to; call optimizer.zero_grad() first"
+                )
+            p.grad = None
+        step = Step(rule, self._planned(), losses, optimizer, self.updates, self._memory)
+        try:
+            with torch.no_grad():
+                rule.apply(step)
+        except BaseException:
+            for p in parameters.values():
+                p.grad = None
+            raise
+        self._memory = step.remembered
+        self.updates += 1
+        return step.value
+
+    def _planned(self) -> Plan:
+        if self._plan is None:
+            rows = "retain_rows" in self.rule.needs
+            with evaluating(self.model):
+                own = Plan.of(self.model) if rows else Plan(self.model, self._parameters, {})
+            self._plan = own
+        return self._plan
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a run that is resumed needs: the number of updates, and the rule's memory."""
+        return {"rule": str(self.rule), "updates": self.updates, "memory": self._memory}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where `state_dict` was taken.
+
+        Raises:
+            InputError: it is of another rule or model.
+        """
+        if state.get("rule") != str(self.rule):
+            raise InputError(
+                f"update {self.rule}: the state is of {state.get('rule')}; resume with that rule, "
+                "or begin anew"
+            )
+        for key, gradient in state["memory"].items():
+            for name, value in gradient.items():
+                p = self._parameters.get(name)
+                if p is None or p.shape != value.shape:
+                    raise InputError(
+                        f"update {self.rule}: its {key} gradient of '{name}' is of another model; "
+                        "resume with the model that was trained"
+                    )
+        self.updates = int(state["updates"])
+        self._memory = {
+            key: {name: value.to(self._parameters[name].device) for name, value in g.items()}
+            for key, g in state["memory"].items()
+        }
+
+
+def no_retain_part(rule: UpdateRule, objective: str = "the objective") -> InputError:
+    """What to say where a rule adds the retain gradient, and the objective has none."""
+    return InputError(
+        f"update {rule}: the retain gradient is part of the update, and {objective} has no retain "
+        "part; add one, such as 'ga + nll'"
+    )
+
+
+def _check_whole(rule: UpdateRule, parameters: Mapping[str, nn.Parameter]) -> None:
+    if any(hasattr(p, "ds_id") or hasattr(p, "placements") for p in parameters.values()):
+        raise UnsupportedModelError(
+            f"update {rule}: parameters are spread over devices (ZeRO, FSDP), and inner products "
+            "need them whole; train on one device, or an adapter (lora_rank)"
+        )
+    if len({p.device for p in parameters.values()}) > 1:
+        raise UnsupportedModelError(
+            f"update {rule}: parameters lie on several devices; load the model onto one"
+        )

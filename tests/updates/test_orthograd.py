@@ -1,0 +1,214 @@
+"""OrthoGrad against a QR of stored gradients: values, orthogonality, batches, and what is held."""
+
+from __future__ import annotations
+
+import copy
+import gc
+
+import pytest
+import torch
+from explicit import Explicit, OfRows, basis, cosine, flat, trained
+from models import build, fp64_throughout, samples
+
+from geffect_fast.errors import InputError, NonFiniteError, UnsupportedModelError
+from geffect_fast.updates import OrthoGrad, Updater
+from geffect_fast.updates.retain_rows import row_products
+
+FORGET = samples([7, 12, 5], 1, 2)
+RETAIN = samples([9, 9, 9, 6, 6, 6, 11], 2, 3)
+REPEATED = [*RETAIN[:3], RETAIN[1], RETAIN[0], *RETAIN[3:5], RETAIN[3]]
+
+
+def updated(model, losses, rule=None):
+    Updater(rule or OrthoGrad(), model).update(losses)
+    return flat([p.grad for p in trained(model)], trained(model))
+
+
+@pytest.mark.parametrize("size", [100, 2, 1], ids=["batches", "pairs", "single rows"])
+@pytest.mark.parametrize("retain", [RETAIN, REPEATED, RETAIN[:1]], ids=["rows", "repeated", "one"])
+@pytest.mark.parametrize("weight", [0.0, 1.0])
+@pytest.mark.parametrize("architecture", ["llama", "llama_tied", "gpt2"])
+def test_it_is_the_projection_by_qr_in_fp64(architecture, weight, retain, size):
+    with fp64_throughout():
+        model = build(architecture, torch.float64)
+        explicit = Explicit(model, FORGET, retain, weight)
+        expected = explicit.orthograd(None)
+        rule = OrthoGrad(rank_tol=1e-10)
+        found = updated(model, OfRows(model, FORGET, retain, retain_weight=weight, size=size), rule)
+        assert float((found - expected).norm() / expected.norm()) < 1e-9
+        if not weight:
+            rows = explicit.rows()
+            assert max(abs(cosine(found, row)) for row in rows) < 1e-9
+            f = explicit.f()
+            assert max(abs(cosine(f, row)) for row in rows) > 1e-2
+
+
+@pytest.mark.parametrize("retain", [RETAIN, REPEATED], ids=["rows", "repeated"])
+@pytest.mark.parametrize("architecture", ["llama", "llama_tied", "gpt2", "gemma2", "phi"])
+def test_it_is_the_projection_by_qr_in_fp32(architecture, retain):
+    model = build(architecture)
+    explicit = Explicit(copy.deepcopy(model).double(), FORGET, retain, 0.0)
+    expected = explicit.orthograd(None)
+    found = updated(model, OfRows(model, FORGET, retain, retain_weight=0.0, size=3)).double()
+    assert float((found - expected).norm() / expected.norm()) < 1e-5
+    assert max(abs(cosine(found, row)) for row in explicit.rows()) < 1e-5
+
+
+def test_rows_without_a_gradient_protect_nothing():
+    """A row without labels has a gradient of zero, and the others count as if it were not there."""
+    blank = {"input_ids": RETAIN[0]["input_ids"], "labels": [-100] * 9}
+    model = build("llama", torch.float64)
+    with_it = updated(model, OfRows(model, FORGET, [*RETAIN[:3], blank], retain_weight=0.0))
+    for p in model.parameters():
+        p.grad = None
+    without = updated(model, OfRows(model, FORGET, RETAIN[:3], retain_weight=0.0))
+    torch.testing.assert_close(with_it, without, rtol=1e-9, atol=1e-12)
+
+
+def test_a_larger_tolerance_leaves_fewer_directions_out():
+    """Of rows that are nearly one, a tolerance keeps what they share."""
+    model = build("llama", torch.float64)
+    losses = OfRows(model, FORGET, RETAIN, retain_weight=0.0)
+    rows = Explicit(model, FORGET, RETAIN, 0.0).rows()
+    found = updated(model, losses, OrthoGrad(rank_tol=0.999))
+    unit = rows / rows.norm(dim=1, keepdim=True)
+    first = torch.linalg.svd(unit, full_matrices=False).Vh[0]
+    f = Explicit(model, FORGET, RETAIN, 0.0).f()
+    torch.testing.assert_close(found, f - (first @ f) * first, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("room", [0, 10**4, 10**9], ids=["one batch", "some", "all"])
+def test_blocks_of_any_size_give_the_same_products(room, monkeypatch):
+    """How many batches are kept is a matter of memory alone."""
+    model = build("llama", torch.float64)
+    losses = OfRows(model, FORGET, RETAIN, size=1)
+    updater = Updater(OrthoGrad(), model)
+    explicit = Explicit(model, FORGET, RETAIN)
+    f = explicit.f()
+    direction = dict(
+        zip(
+            updater._parameters,
+            (
+                piece.view_as(p)
+                for piece, p in zip(
+                    f.split([p.numel() for p in trained(model)]), trained(model), strict=True
+                )
+            ),
+            strict=True,
+        )
+    )
+    runs = []
+
+    def counted(plan, losses, batch, *rest):
+        runs.append(batch.n_rows)
+        return record(plan, losses, batch, *rest)
+
+    from geffect_fast.updates import retain_rows
+
+    record = retain_rows.record_rows
+    monkeypatch.setattr(retain_rows, "record_rows", counted)
+    monkeypatch.setattr(torch.nn.Parameter, "element_size", lambda p: room / p.numel())
+    found = row_products(updater._planned(), losses.retain_batches(), direction, "orthograd")
+    rows = explicit.rows()
+    torch.testing.assert_close(found.gram, rows @ rows.T, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(found.products, rows @ f, rtol=1e-9, atol=1e-12)
+    n = len(RETAIN)
+    assert len(runs) == {0: n * (n + 1) // 2, 10**9: n}.get(room, len(runs))
+    assert n <= len(runs) <= n * (n + 1) // 2
+
+
+def test_no_tensor_as_large_as_the_rows_gradients_is_there():
+    """At no time are there as many numbers of a weight's shape as rows have in their gradients."""
+    model = build("llama")
+    losses = OfRows(model, FORGET, samples([6] * 12, 5, 2), retain_weight=0.0)
+    largest = max(model.parameters(), key=lambda p: p.numel())
+    shaped = []
+
+    def count(*_):
+        shaped.append(
+            sum(
+                x.numel()
+                for x in gc.get_objects()
+                if type(x) is torch.Tensor
+                and x.shape[-2:] == largest.shape
+                and x is not largest.grad
+            )
+        )
+
+    handle = largest.register_post_accumulate_grad_hook(count)
+    Updater(OrthoGrad(), model).update(losses)
+    handle.remove()
+    assert shaped and max(shaped) <= 2 * largest.numel()
+
+
+def test_a_rule_without_retain_rows_is_refused():
+    model = build("llama")
+    with pytest.raises(InputError, match="no retain rows, whose gradients it needs; give some"):
+        Updater(OrthoGrad(), model).update(OfRows(model, FORGET, []))
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_more_rows_than_memory_for_their_products_are_refused(monkeypatch):
+    model = build("llama")
+    monkeypatch.setattr("geffect_fast.updates.retain_rows.free_memory", lambda device: 1000)
+    with pytest.raises(InputError, match=r"products of 7 retain rows take .*; give fewer"):
+        Updater(OrthoGrad(), model).update(OfRows(model, FORGET, RETAIN))
+
+
+def test_dropout_is_in_the_forget_pass_alone():
+    """Rows are protected as the model is without it, and its modules are as they were."""
+    model = build("gpt2", torch.float64)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.3
+    explicit = Explicit(model, FORGET, RETAIN, 0.0)
+    rows = explicit.rows()
+    model.train()
+    modes = [module.training for module in model.modules()]
+    torch.manual_seed(5)
+    f = explicit.f()
+    torch.manual_seed(5)
+    found = updated(model, OfRows(model, FORGET, RETAIN, retain_weight=0.0))
+    q = basis(rows)
+    torch.testing.assert_close(found, f - q @ (q.T @ f), rtol=1e-6, atol=1e-9)
+    assert [module.training for module in model.modules()] == modes
+
+
+def test_rows_of_several_batches_and_a_module_without_factors_are_refused():
+    """A module of the generic rule is run again for its rows, and not beside another batch."""
+    model = build("llama")
+    inner = model.model.layers[0].mlp.up_proj
+    inner.forward = lambda x: torch.nn.functional.linear(x, inner.weight.clone())
+    with pytest.raises(UnsupportedModelError, match=r"takes the generic rule.*fit one"):
+        Updater(OrthoGrad(), model).update(OfRows(model, FORGET, RETAIN, size=2))
+    same = OfRows(model, FORGET, RETAIN[:3], retain_weight=0.0)
+    expected = Explicit(model, FORGET, RETAIN[:3], 0.0).orthograd(None)
+    torch.testing.assert_close(updated(model, same), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_a_gradient_that_is_not_finite_is_told_by_its_row():
+    model = build("llama")
+
+    class Broken(OfRows):
+        def retain_batches(self):
+            batches = super().retain_batches()
+            object.__setattr__(batches[1], "n_labels", 0)
+            return batches
+
+    with pytest.raises(NonFiniteError, match="retain row 3 of the update are not finite"):
+        Updater(OrthoGrad(), model).update(Broken(model, FORGET, RETAIN))
+
+
+def test_gradients_that_are_there_already_are_refused():
+    model = build("llama")
+    next(model.parameters()).grad = torch.ones_like(next(model.parameters()))
+    with pytest.raises(InputError, match=r"has a gradient already.*zero_grad\(\) first"):
+        Updater(OrthoGrad(), model).update(OfRows(model, FORGET, RETAIN))
+
+
+def test_the_basis_is_one():
+    """The test's own yardstick: orthonormal, of the rank of the rows."""
+    model = build("llama", torch.float64)
+    q = basis(Explicit(model, FORGET, REPEATED).rows())
+    assert q.shape[1] == 5
+    torch.testing.assert_close(q.T @ q, torch.eye(5, dtype=q.dtype), rtol=0, atol=1e-12)
