@@ -129,7 +129,13 @@ def _html(
         blocks = (steps if has_steps(dataset) else profile).sections(dataset, model)
     blocks |= {"signs": [Items(SIGNS)], "made": _made(runs, configs)}
     swept = any(is_sweep(dataset) for dataset in runs.values())
-    return _page(title, _about(runs), blocks, curves="Over hyper-parameters" if swept else "")
+    return _page(
+        title,
+        _about(runs),
+        blocks,
+        curves="Over hyper-parameters" if swept else "",
+        measures="Measures beside the effects",
+    )
 
 
 def _of_measures(name: str, dataset: xr.Dataset, configs: Mapping[str, Mapping[str, Any]]) -> str:

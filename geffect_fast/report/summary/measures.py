@@ -65,6 +65,27 @@ def _known(dataset: xr.Dataset, axis: str) -> list[str]:
     return [str(name) for name in dataset[axis].values[there.values]]
 
 
+_LIVE = {
+    "measure": "value",
+    "measure_low": "value_low",
+    "measure_high": "value_high",
+    "measured_set": "set",
+}
+
+
+def live_measures(dataset: xr.Dataset) -> xr.Dataset | None:
+    """What metrics said at steps of a training, as an evaluation along `step`; None where none did.
+
+    Args:
+        dataset: a step result.
+    """
+    if "measure" not in dataset:
+        return None
+    found = dataset[["measure", "measure_low", "measure_high"]].rename(_LIVE)
+    there = found["value"].notnull().any(["metric", "set"])
+    return found.isel(step=there.values)
+
+
 # ---- numbers ----
 
 
