@@ -44,8 +44,8 @@ def unlearn(
 
     The folder gets steps/ (a file a probe) and checkpoints while the run goes; in the end model/,
     results.nc with all steps, summary.csv and plots/. run.yaml replays it: geffect-fast unlearn
-    --config run/run.yaml --out NEW. An adapter is trained on where --model names one. With --metrics
-    what evaluate measures stands beside the effects of probes.
+    --config run/run.yaml --out NEW. An adapter is trained on where --model names one. With
+    --metrics what evaluate measures stands beside the effects of probes.
     """
     config = begun_config(config, out, resume)
     values = values_of(config, given)
