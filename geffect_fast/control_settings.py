@@ -6,10 +6,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from geffect_fast.evaluation_settings import Compared, Evaluating, as_text
+from geffect_fast.evaluation_settings import Compared, Evaluating
 from geffect_fast.paths import short_names
 from geffect_fast.setting_types import Option, PathOrId
-from geffect_fast.settings import Machine
+from geffect_fast.settings import Machine, as_text
 
 
 class Controlling(Evaluating):

@@ -8,39 +8,11 @@ from pydantic import Field, field_validator, model_validator
 
 from geffect_fast.paths import is_there, user_path
 from geffect_fast.setting_types import Name, Option, PathOrId
-from geffect_fast.settings import Machine, Reading, Settings
+from geffect_fast.settings import Machine, Metrics, Reading, Settings, as_text
 
 
-class Evaluating(Reading):
+class Evaluating(Reading, Metrics):
     """What is measured, and how."""
-
-    metrics: Annotated[
-        tuple[Any, ...],
-        Option(
-            metavar="NAMES",
-            help="Metrics with commas between: 'probability,min_k(k=0.2)'; repeatable.",
-            repeatable=True,
-        ),
-    ] = ()
-    """Metrics by name, such as `probability` or `min_k(k=0.2)`; none, and no suite: probability,
-    extraction_strength and exact_memorisation."""
-
-    suite: str | None = None
-    """A benchmark's metrics, under its names: tofu, muse or survey; metrics are measured beside."""
-
-    max_new_tokens: int = Field(default=200, gt=0)
-    """Most tokens that a model writes after a prompt, for metrics of what it writes that have no
-    length of their own."""
-
-    @field_validator("metrics", mode="before")
-    @classmethod
-    def _several(cls, value: Any) -> Any:
-        return (value,) if isinstance(value, str) else value
-
-
-def as_text(metrics: tuple[Any, ...]) -> tuple[str, ...]:
-    """Metrics as `run.yaml` has them."""
-    return tuple(map(str, metrics))
 
 
 class Compared(Settings):

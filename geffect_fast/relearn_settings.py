@@ -7,9 +7,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from geffect_fast.evaluation_settings import Evaluating, as_text
+from geffect_fast.evaluation_settings import Evaluating
 from geffect_fast.setting_types import Option, PathOrId, number_or_all
-from geffect_fast.settings import Machine
+from geffect_fast.settings import Machine, as_text
 
 _MUSE: Mapping[str, Any] = {
     "n_rows": "all",

@@ -269,6 +269,75 @@ class ProfileConfig(RunConfig):
         return {"resolve": ("sample",)} | values if values.get("command") == "sweep" else values
 
 
+def as_text(metrics: tuple[Any, ...]) -> tuple[str, ...]:
+    """Metrics as `run.yaml` has them."""
+    return tuple(map(str, metrics))
+
+
+class Metrics(Settings):
+    """Which metrics are measured."""
+
+    metrics: Annotated[
+        tuple[Any, ...],
+        Option(
+            metavar="NAMES",
+            help="Metrics with commas between: 'probability,min_k(k=0.2)'; repeatable.",
+            repeatable=True,
+        ),
+    ] = ()
+    """Metrics by name, such as `probability` or `min_k(k=0.2)`; none, and no suite: probability,
+    extraction_strength and exact_memorisation."""
+
+    suite: str | None = None
+    """A benchmark's metrics, under its names: tofu, muse or survey; metrics are measured beside."""
+
+    max_new_tokens: int = Field(default=200, gt=0)
+    """Most tokens that a model writes after a prompt, for metrics of what it writes that have no
+    length of their own."""
+
+    @field_validator("metrics", mode="before")
+    @classmethod
+    def _several(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
+
+
+class LiveMetrics(Metrics):
+    """Which metrics are measured on the way of a training, and when."""
+
+    evaluate_every: int | None = Field(default=None, gt=0)
+    """Updates between two measurements of metrics, a multiple of those between probes, beside which
+    they stand; the first is before training, the last at its end. None: at every probe where
+    metrics or a suite are named, else never."""
+
+    evaluate_rows: Annotated[int | Literal["all"], Option(metavar="N|all")] = "all"
+    """Rows of each data set that metrics are measured on, evenly chosen: a number, or all."""
+
+    _count = field_validator("evaluate_rows", mode="before")(number_or_all)
+
+    @property
+    def evaluates(self) -> bool:
+        """Whether any metric is measured."""
+        return bool(self.metrics or self.suite or self.evaluate_every)
+
+    def check_every(self, probe_every: int, field: str = "probe_every") -> None:
+        """Raise `ValueError` where metrics would be measured beside no probe.
+
+        Args:
+            probe_every: updates between two probes.
+            field: what that is called.
+        """
+        every = self.evaluate_every
+        if every is not None and every % probe_every:
+            raise ValueError(
+                f"evaluate_every: {every} is no multiple of {field}, {probe_every}; give one, so "
+                "that measures stand beside effects"
+            )
+        if self.evaluate_rows != "all" and not self.evaluates:
+            raise ValueError(
+                "evaluate_rows: no metric is measured; name metrics, or give evaluate_every"
+            )
+
+
 class Training(Settings):
     """How a model is trained, and how often it is probed on the way."""
 
@@ -380,8 +449,18 @@ class Training(Settings):
         return self
 
 
-class UnlearnSettings(Training, Measuring):
-    """How a model is trained, and what a probe measures, and how."""
+class UnlearnSettings(Training, LiveMetrics, Measuring):
+    """How a model is trained, what a probe measures, and how, and which metrics beside it."""
+
+    @model_validator(mode="after")
+    def _beside_probes(self) -> UnlearnSettings:
+        if (self.evaluate_every or 0) > self.steps:
+            raise ValueError(
+                f"evaluate_every: {self.evaluate_every} is more than the {self.steps} steps; give "
+                "at most as many"
+            )
+        self.check_every(self.probe_every)
+        return self
 
 
 class UnlearnConfig(UnlearnSettings, RunConfig):
@@ -395,6 +474,25 @@ class UnlearnConfig(UnlearnSettings, RunConfig):
 
     objectives: Annotated[tuple[str, ...], Option(repeatable=True)] = ()
     """Further objectives, measured beside the one trained on; with commas between."""
+
+    holdout: PathOrId | None = None
+    """Data that no model was trained on, like the forget data: what membership is told from."""
+
+    retain_model: PathOrId | None = None
+    """Folder or hub id of a model trained without the forget data, or TOFU's saved evaluation log
+    of one (a .json file): what forget_quality and privleak compare with."""
+
+    _written = field_validator("metrics")(as_text)
+
+    @model_validator(mode="after")
+    def _read_by_metrics(self) -> UnlearnConfig:
+        for field in ("holdout", "retain_model"):
+            if getattr(self, field) is not None and not self.evaluates:
+                raise ValueError(
+                    f"{field}: no metric is measured that could read it; name metrics, or give "
+                    "evaluate_every"
+                )
+        return self
 
     @property
     def measured(self) -> tuple[str, ...]:

@@ -48,7 +48,8 @@ def control(
 
     Each is mixed with the original, weight by weight, in the largest share that keeps TAU of the
     original's METRIC on the retain data, and measured there. The folder holds evaluation.nc
-    (NetCDF; geffect_fast.open_evaluation reads it), summary.csv and run.yaml, which replays it.
+    (NetCDF; geffect_fast.open_evaluation reads it), summary.csv, report.html, plots/ and run.yaml,
+    which replays it.
     """
     if more_models:
         given = given | {"unlearned": [*given.get("unlearned", []), *more_models]}

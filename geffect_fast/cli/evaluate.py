@@ -36,8 +36,8 @@ def evaluate(
     """Measure what the field trusts: memorisation, truth ratio, membership, utility.
 
     Of one model, of several (--models A B C), or of the checkpoints of a run (--run RUN). The
-    folder holds evaluation.nc (NetCDF; geffect_fast.open_evaluation reads it), summary.csv and
-    run.yaml, which replays it.
+    folder holds evaluation.nc (NetCDF; geffect_fast.open_evaluation reads it), summary.csv,
+    report.html, plots/ and run.yaml, which replays it.
     """
     if more_models:
         given = given | {"models": [*given.get("models", []), *more_models]}

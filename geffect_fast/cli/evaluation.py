@@ -62,7 +62,16 @@ def run(
         quiet: whether to print nothing.
         more: further arguments of `execute`.
     """
-    inputs = config_input(config, False)
-    dataset = execute(checked, out, overwrite=overwrite, progress=not quiet, inputs=inputs, **more)
+    from geffect_fast.report import write_report
+
+    dataset = execute(
+        checked,
+        out,
+        overwrite=overwrite,
+        progress=not quiet,
+        report=write_report,
+        inputs=config_input(config, False),
+        **more,
+    )
     if not quiet:
         print_evaluation(dataset, out)

@@ -16,9 +16,16 @@ def export(
     ],
     overwrite: Annotated[bool, option("--overwrite", help="Replace a file that is there.")] = False,
 ) -> None:
-    """Write a run as one long table, a row a G-effect: objective, risk, parameter, sample."""
+    """Write a run as one long table, a row a G-effect: objective, risk, parameter, sample.
+
+    Of evaluate, control and relearn a row a number: of a set with its bounds, or of a row of data.
+    """
+    from geffect_fast.storage.evaluation import holds_evaluation, open_evaluation
     from geffect_fast.storage.export import export as write_table
     from geffect_fast.storage.run_folder import open_run
 
+    if holds_evaluation(run):
+        print(one_line(str(write_table(open_evaluation(run), to, overwrite))))
+        return
     with open_run(run, lazy=True) as dataset:
         print(one_line(str(write_table(dataset, to, overwrite))))

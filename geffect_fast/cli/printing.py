@@ -33,7 +33,6 @@ def print_result(dataset: xr.Dataset, folder: Path) -> None:
     from geffect_fast.report.tokens.terminal import TerminalView
     from geffect_fast.report.tokens.view import has_tokens, token_view
     from geffect_fast.results.dataset import sum_positions
-    from geffect_fast.storage.run_folder import PLOTS, REPORT, TOKENS
 
     summed = sum_positions(dataset)
     printer = console()
@@ -46,9 +45,7 @@ def print_result(dataset: xr.Dataset, folder: Path) -> None:
     if has_tokens(dataset):
         last = last_step(dataset)
         printer.print(TerminalView(token_view(last, samples=1, by="removal")), "")
-    pictures = sorted((folder / PLOTS).glob("*.png")) if folder.is_dir() else []
-    for path in [folder, *pictures, *folder.glob(TOKENS), *folder.glob(REPORT)]:
-        print(one_line(str(path)))
+    _print_files(folder)
     print()
     for sentence in sentences:
         printer.print(sentence)
@@ -56,13 +53,16 @@ def print_result(dataset: xr.Dataset, folder: Path) -> None:
 
 def print_evaluation(dataset: xr.Dataset, folder: Path) -> None:
     """The tables of an evaluation, a control or a relearning, and where its files are."""
-    from geffect_fast.report.tables.control import is_control, render_control
-    from geffect_fast.report.tables.evaluate import render_evaluation
-    from geffect_fast.report.tables.relearn import is_relearning, render_relearning
+    from geffect_fast.report.tables.measures import render_measures
 
-    if is_control(dataset):
-        tables = render_control(dataset)
-    else:
-        tables = (render_relearning if is_relearning(dataset) else render_evaluation)(dataset)
-    console().print(tables)
-    print(one_line(str(folder)))
+    console().print(render_measures(dataset))
+    _print_files(folder)
+
+
+def _print_files(folder: Path) -> None:
+    """Where a run's folder, pictures and pages are."""
+    from geffect_fast.storage.run_folder import PLOTS, REPORT, TOKENS
+
+    pictures = sorted((folder / PLOTS).glob("*.png")) if folder.is_dir() else []
+    for path in [folder, *pictures, *folder.glob(TOKENS), *folder.glob(REPORT)]:
+        print(one_line(str(path)))

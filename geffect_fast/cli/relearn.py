@@ -31,8 +31,8 @@ def relearn(
 
     Of the rows trained on and of the others, step by step, beside the same for the original and a
     retrained model. A preset names a published attack's settings. No model is written. The folder
-    holds evaluation.nc (NetCDF; geffect_fast.open_evaluation reads it), summary.csv and run.yaml,
-    which replays it.
+    holds evaluation.nc (NetCDF; geffect_fast.open_evaluation reads it), summary.csv, report.html,
+    plots/ and run.yaml, which replays it.
     """
     values = values_of(config, given)
     # a file holds every setting: those that the option's preset names are not the file's any more

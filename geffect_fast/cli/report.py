@@ -37,13 +37,15 @@ def report(
     It holds everything itself: it works offline, from an e-mail or a disk, without scripts, on a
     phone and printed. Several runs of unlearn, or of profile --checkpoints, are compared step by
     step; then --out is needed. In a run's own folder it also writes what is missing there of
-    summary.csv, plots/ and tokens.html. Prints the file's name.
+    summary.csv, plots/ and tokens.html. Runs of evaluate, control and relearn have a page as well.
+    Prints the file's name.
     """
     from geffect_fast.paths import is_there, user_path
     from geffect_fast.report import write_report
     from geffect_fast.report.html.page import write_page
     from geffect_fast.results.form import check_complete
     from geffect_fast.storage.disk import unwritable
+    from geffect_fast.storage.evaluation import holds_evaluation, open_evaluation
     from geffect_fast.storage.lock import locked
     from geffect_fast.storage.manifest import check_file, note
     from geffect_fast.storage.run_folder import CONFIG, REPORT, open_run, own_files, reading
@@ -77,9 +79,12 @@ def report(
     with ExitStack() as stack:
         opened, configs = {}, {}
         for name, run, folder in zip(names, runs, folders, strict=True):
-            opened[name] = stack.enter_context(open_run(run, lazy=True))
-            stack.enter_context(reading(run))
-            check_complete(opened[name], run)
+            if holds_evaluation(run):
+                opened[name] = open_evaluation(run)
+            else:
+                opened[name] = stack.enter_context(open_run(run, lazy=True))
+                stack.enter_context(reading(run))
+                check_complete(opened[name], run)
             if is_there(folder / CONFIG):
                 check_file(folder, CONFIG, "put back what was there")
                 configs[name] = read_values(folder / CONFIG)
@@ -103,7 +108,7 @@ def _is_file(place: Path) -> bool:
 def _place(run: Path) -> Path:
     """The folder of a run, also where its results file is given; else the file."""
     from geffect_fast.paths import user_path
-    from geffect_fast.storage.run_folder import RESULTS
+    from geffect_fast.storage.run_folder import EVALUATION, RESULTS
 
     path = user_path(run).absolute()
-    return path.parent if path.name == RESULTS else path
+    return path.parent if path.name in (EVALUATION, RESULTS) else path

@@ -44,7 +44,8 @@ def unlearn(
 
     The folder gets steps/ (a file a probe) and checkpoints while the run goes; in the end model/,
     results.nc with all steps, summary.csv and plots/. run.yaml replays it: geffect-fast unlearn
-    --config run/run.yaml --out NEW. An adapter is trained on where --model names one.
+    --config run/run.yaml --out NEW. An adapter is trained on where --model names one. With
+    --metrics what evaluate measures stands beside the effects of probes.
     """
     config = begun_config(config, out, resume)
     values = values_of(config, given)
@@ -100,8 +101,26 @@ def _telling(n_steps: int) -> Callable[[int, xr.Dataset], None]:
                 f"{number(float(effects.sel(risk=risk)))}"
             )
         print("  ".join(words), flush=True)
+        for line in _measures(dataset):
+            print(f"{' ' * len(words[0])}  {line}", flush=True)
         if not begun and (few := rows_note(dataset)):
             print(few, flush=True)
         begun = True
 
     return tell
+
+
+def _measures(dataset: xr.Dataset) -> list[str]:
+    """What metrics said of the model at a probe, a line a metric."""
+    from geffect_fast.report.summary.measures import live_measures, shown
+
+    found = live_measures(dataset.expand_dims("step"))
+    if found is None or not found.sizes["step"]:
+        return []
+    lines = []
+    for metric in found["metric"].values.tolist():
+        of = found.sel(metric=metric).isel(step=0)
+        numbers = {name: shown(of.sel(set=name)) for name in of["set"].values.tolist()}
+        said = ", ".join(f"{name} {number}" for name, number in numbers.items() if number)
+        lines.append(f"{metric}: {said}" if said else f"{metric}: no number")
+    return lines

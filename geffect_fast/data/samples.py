@@ -165,3 +165,10 @@ def check_positions(sample_set: SampleSet, n_positions: int, what: str = "model"
                         f"{len(sequence)} tokens, but the {what} knows {n_positions} positions; "
                         "shorten or drop the row"
                     )
+
+
+def evenly(n: int, count: int | None) -> list[int]:
+    """`count` of the rows 0 to n - 1, evenly spread; all where that is none, or too many."""
+    if count is None or count >= n:
+        return list(range(n))
+    return [(2 * at + 1) * n // (2 * count) for at in range(count)]

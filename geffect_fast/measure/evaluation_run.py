@@ -26,6 +26,8 @@ from geffect_fast.terminal import print_notice
 if TYPE_CHECKING:
     import xarray as xr
 
+    from geffect_fast.storage.run_folder import Reporter
+
 Config = EvaluateConfig | ControlConfig | RelearnConfig
 
 
@@ -74,6 +76,7 @@ class EvaluationFolder:
         out: the folder.
         overwrite: whether a run in it may be replaced.
         inputs: what else is read, beside what the config names.
+        report: writes tables, plots and a page into the folder.
         sums: waits for the checksums of what is read.
     """
 
@@ -82,6 +85,7 @@ class EvaluationFolder:
     out: str | Path
     overwrite: bool
     inputs: Inputs
+    report: Reporter | None
     sums: Callable[[], Mapping[str, Sums]]
 
     def save(
@@ -100,7 +104,7 @@ class EvaluationFolder:
         chosen = {"metrics": tuple(map(str, config.metrics)), "token_budget": token_budget}
         replay = config.model_copy(update={**chosen, "rows": rows, **where})
         read = inputs_of(config) | dict(self.inputs)
-        save_evaluation(self.out, dataset, replay, self.overwrite, read, sums)
+        save_evaluation(self.out, dataset, replay, self.overwrite, self.report, read, sums)
 
     def machine(self, on: device, model: nn.Module) -> dict[str, Any]:
         """Where the run is made, as its config records it."""
@@ -114,7 +118,11 @@ def check_out(config: Config, out: str | Path, overwrite: bool, inputs: Inputs) 
 
 @contextmanager
 def evaluation_folder(
-    config: Config, out: str | Path, overwrite: bool, inputs: Inputs
+    config: Config,
+    out: str | Path,
+    overwrite: bool,
+    inputs: Inputs,
+    report: Reporter | None = None,
 ) -> Iterator[EvaluationFolder]:
     """Lock a run folder, and take checksums of what is read, for the time of a run."""
     with (
@@ -122,4 +130,4 @@ def evaluation_folder(
         on_threads(config.threads) as threads,
         summed_beside(inputs_of(config)) as sums,
     ):
-        yield EvaluationFolder(threads, config, out, overwrite, inputs, sums)
+        yield EvaluationFolder(threads, config, out, overwrite, inputs, report, sums)

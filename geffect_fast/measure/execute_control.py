@@ -29,6 +29,8 @@ from geffect_fast.storage.recorded_rows import check_recorded
 if TYPE_CHECKING:
     import xarray as xr
 
+    from geffect_fast.storage.run_folder import Reporter
+
 
 def execute_control(
     config: ControlConfig,
@@ -37,6 +39,7 @@ def execute_control(
     save: str | Path | None = None,
     overwrite: bool = False,
     progress: bool = False,
+    report: Reporter | None = None,
     inputs: Inputs = MappingProxyType({}),
 ) -> xr.Dataset:
     """Control the unlearned models of a config and write the run folder.
@@ -47,6 +50,7 @@ def execute_control(
         save: a new folder for the mixed models; None: they are not kept.
         overwrite: whether a run in `out` may be replaced.
         progress: whether to show progress bars.
+        report: adds tables, plots and a page to the folder.
         inputs: what else is read, beside what the config names: its own file.
 
     Returns:
@@ -54,6 +58,7 @@ def execute_control(
 
     Raises:
         InputError, NonFiniteError, UnsupportedModelError: nothing has been written then.
+        UnfinishedError: the report fails, and the numbers are there.
     """
     if save is not None:
         _check_apart(out, save)
@@ -77,7 +82,7 @@ def execute_control(
         return load_model(source, config.dtype, "cpu", what, trust_remote_code=trusted)
 
     with (
-        evaluation_folder(config, out, overwrite, inputs) as folder,
+        evaluation_folder(config, out, overwrite, inputs, report) as folder,
         nullcontext() if save is None else new_folder(save, "--save") as saved,
     ):
         original = load(config.original, "original")

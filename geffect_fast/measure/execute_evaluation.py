@@ -27,6 +27,8 @@ from geffect_fast.storage.run_yaml import load_config
 if TYPE_CHECKING:
     import xarray as xr
 
+    from geffect_fast.storage.run_folder import Reporter
+
 
 def execute_evaluation(
     config: EvaluateConfig,
@@ -34,6 +36,7 @@ def execute_evaluation(
     *,
     overwrite: bool = False,
     progress: bool = False,
+    report: Reporter | None = None,
     inputs: Inputs = MappingProxyType({}),
 ) -> xr.Dataset:
     """Evaluate the models of a config and write the run folder.
@@ -43,6 +46,7 @@ def execute_evaluation(
         out: run folder.
         overwrite: whether a run in `out` may be replaced.
         progress: whether to show progress bars.
+        report: adds tables, plots and a page to the folder.
         inputs: what else is read, beside what the config names: its own file.
 
     Returns:
@@ -51,6 +55,7 @@ def execute_evaluation(
 
     Raises:
         InputError, NonFiniteError, UnsupportedModelError: nothing has been written then.
+        UnfinishedError: the report fails, and the numbers are there.
     """
     import xarray as xr
 
@@ -65,7 +70,7 @@ def execute_evaluation(
     sources = {"forget": config.forget, "retain": config.retain, "holdout": config.holdout}
     sources |= checked_probes(config.probes)
     sets, tokenizer = read_sets(config, sources, own_tokenizer, "model", progress)
-    with evaluation_folder(config, out, overwrite, inputs) as folder:
+    with evaluation_folder(config, out, overwrite, inputs, report) as folder:
         evaluator, results = None, []
         for name, source in models.items():
             what = f"model {name}" if len(models) > 1 else "model"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
@@ -67,7 +68,10 @@ def measures_dataset(
         },
         {
             "metrics": json.dumps(
-                [{"name": m.name, "parameters": m.model_dump()} for m in metrics]
+                [
+                    {"name": m.name, "parameters": m.model_dump(), "about": _about(m)}
+                    for m in metrics
+                ]
             ),
             "n_rows": json.dumps(sizes),
             "interval_level": LEVEL,
@@ -76,6 +80,12 @@ def measures_dataset(
             **attributes,
         },
     )
+
+
+def _about(metric: Metric) -> str:
+    """What a metric is, in the first sentence of its docstring."""
+    written = (inspect.getdoc(type(metric)) or "").partition("\n\n")[0]
+    return " ".join(written.replace("`", "").split())
 
 
 def _scores(metric: Metric, seen: Observed, n: int) -> np.ndarray:

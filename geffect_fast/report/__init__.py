@@ -17,7 +17,8 @@ __all__ = ["write_comparison_plots", "write_report"]
 def write_report(dataset: xr.Dataset, folder: Path, held: Path | None = None) -> None:
     """Write `report.html`, `summary.csv`, `plots/` and `tokens.html` into a folder.
 
-    `plots/layers.png` and `plots/instances.png` are of a profile.
+    `plots/layers.png` and `plots/instances.png` are of a profile. Measures get `plots/measures.png`
+    and `.svg`, those of a control also `plots/retention.png` and `.svg`, and no tokens.
 
     A plot or page whose axis was summed away is left out. A sweep gets `plots/pareto.png` and
     `plots/sweep.png`, and its other plots show the best objectives only. A step result gets a
@@ -25,7 +26,8 @@ def write_report(dataset: xr.Dataset, folder: Path, held: Path | None = None) ->
     `tokens.html` of its last step.
 
     Args:
-        dataset: result of `geffect_fast.profile` or `sweep`, or a step result.
+        dataset: result of `geffect_fast.profile` or `sweep`, a step result, or measures of
+            `geffect_fast.evaluate`, `control` or `relearn`.
         folder: exists.
         held: another folder; what it holds already is left out.
 
@@ -57,6 +59,7 @@ def _files(dataset: xr.Dataset) -> Iterator[ReportFiles]:
     """The files of a report, tables first; what they need is imported as they are written."""
     from geffect_fast.report.files import ReportFiles, plot_files
     from geffect_fast.report.summary.effects import has_steps, last_step
+    from geffect_fast.report.summary.measures import is_evaluation
     from geffect_fast.report.summary.objectives import write_summary
     from geffect_fast.report.summary.steps import write_step_summary
     from geffect_fast.report.summary.sweep import highlights, is_sweep
@@ -64,6 +67,9 @@ def _files(dataset: xr.Dataset) -> Iterator[ReportFiles]:
     from geffect_fast.results.dataset import sum_positions
     from geffect_fast.storage.run_folder import REPORT, SUMMARY, TOKENS
 
+    if is_evaluation(dataset):
+        yield from _files_of_measures(dataset)
+        return
     summed = sum_positions(dataset)
     shown, shown_summed = last_step(dataset), summed
     if is_sweep(dataset):
@@ -95,3 +101,17 @@ def _files(dataset: xr.Dataset) -> Iterator[ReportFiles]:
         yield from plot_files(profile_drawings(shown_summed), ("png",))
     if has_tokens(shown):
         yield ReportFiles((TOKENS,), tokens)
+
+
+def _files_of_measures(dataset: xr.Dataset) -> Iterator[ReportFiles]:
+    """The files of a report on measures."""
+    from geffect_fast.report.figures.measures import measure_drawings
+    from geffect_fast.report.files import ReportFiles, plot_files
+    from geffect_fast.report.html.page import write_run_page
+    from geffect_fast.storage.csv_cells import write_csv
+    from geffect_fast.storage.evaluation import table_of
+    from geffect_fast.storage.run_folder import REPORT, SUMMARY
+
+    yield ReportFiles((SUMMARY,), lambda folder: write_csv(table_of(dataset), folder / SUMMARY))
+    yield ReportFiles((REPORT,), lambda folder: write_run_page(dataset, dataset, folder))
+    yield from plot_files(measure_drawings(dataset))

@@ -11,12 +11,15 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from geffect_fast.arguments import checked_config
 from geffect_fast.errors import InputError, UnsupportedModelError
 from geffect_fast.measure.prepare import check_count, needs_of, parts_of, resolved_list
 from geffect_fast.measure.profiler import Profiler
 from geffect_fast.objectives import Objective
 from geffect_fast.objectives.base import REFERENCE_NEEDS
+from geffect_fast.settings import Reading
 from geffect_fast.steps.at_rest import at_rest
+from geffect_fast.steps.live_measures import LiveMeasures, live_metrics
 from geffect_fast.steps.probe import Probe, run_identity
 from geffect_fast.steps.training_lock import TrainingLock
 from geffect_fast.storage.lock import locked
@@ -53,6 +56,10 @@ class GEffectCallback(TrainerCallback):
         tokenizer: None: the Trainer's `processing_class`.
         reference_model: what NPO-like objectives compare with; None: a copy of the model before
             training, kept for as long as it is needed.
+        metrics, suite, max_new_tokens, evaluate_every, evaluate_rows: which metrics are measured
+            beside the effects, when, and on how many rows, as `geffect_fast.unlearn` takes them.
+        holdout, retain_model: what metrics read beside `probe_sets`, as `geffect_fast.evaluate`
+            takes them; the metric `reference` compares with `reference_model`.
         options: further arguments of `geffect_fast.profile`, such as `resolve` or `refusals`.
 
     Attributes:
@@ -80,9 +87,25 @@ class GEffectCallback(TrainerCallback):
         weights: bool = True,
         tokenizer: Any = None,
         reference_model: nn.Module | str | Path | None = None,
+        metrics: Any = (),
+        suite: str | None = None,
+        max_new_tokens: int = 200,
+        evaluate_every: int | None = None,
+        evaluate_rows: int | str = "all",
+        holdout: Any = None,
+        retain_model: nn.Module | str | Path | None = None,
         **options: Any,
     ) -> None:
         check_count("every", every)
+        self._live = live_metrics(
+            every,
+            metrics=metrics,
+            suite=suite,
+            max_new_tokens=max_new_tokens,
+            evaluate_every=evaluate_every,
+            evaluate_rows=evaluate_rows,
+        )
+        self._compared = {"holdout": holdout, "retain_model": retain_model}
         self.every = every
         self.out = None if out is None else check_free(out)
         self.result: xr.Dataset | None = None
@@ -126,7 +149,7 @@ class GEffectCallback(TrainerCallback):
         self._probe.store.check_free(sorted(due - {*self._probe.store.steps}))
         self._rates = []
         if start % self.every == 0:
-            self._probe.at(start)
+            self._probe.at(start, last=start == end)
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -142,7 +165,7 @@ class GEffectCallback(TrainerCallback):
     ) -> None:
         """Measure where a probe is due."""
         if state.global_step % self.every == 0 or state.global_step >= state.max_steps:
-            self._measure(state)
+            self._measure(state, last=state.global_step >= state.max_steps)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -151,7 +174,7 @@ class GEffectCallback(TrainerCallback):
         if self._probe is None:
             return
         if state.global_step not in self._probe.store.steps:
-            self._measure(state)
+            self._measure(state, last=True)
         self.result = self._probe.store.combined()
         self._probe.forget()
         if self.out is not None:
@@ -166,9 +189,9 @@ class GEffectCallback(TrainerCallback):
             self._lock.release()
             self._lock = None
 
-    def _measure(self, state: TrainerState) -> None:
+    def _measure(self, state: TrainerState, last: bool) -> None:
         if self._probe is not None:
-            self._probe.at(state.global_step, learning_rates=self._rates)
+            self._probe.at(state.global_step, learning_rates=self._rates, last=last)
             self._rates = []
 
     def _prepared(
@@ -194,7 +217,10 @@ class GEffectCallback(TrainerCallback):
                 options["reference_model"] = copy.deepcopy(model, frozen)
             tokenizer = tokenizer if self._tokenizer is None else self._tokenizer
             profiler = Profiler.of(model, tokenizer, **options)
+            measures = self._measures(model, tokenizer, profiler.token_budget)
         decides = {name: getattr(args, name, None) for name in _DECIDES}
+        if measures is not None:
+            decides["measures"] = measures.identity
         folder = None if self.out is None else self.out / STEPS
         store = StepStore(folder, run_identity(profiler, training=decides, every=self.every))
         if store.steps and not resumed:
@@ -202,7 +228,25 @@ class GEffectCallback(TrainerCallback):
                 f"out: {store.where} holds steps of an earlier run, and this training begins; "
                 "choose another folder, or resume from a checkpoint"
             )
-        return Probe(profiler, store, trained=self._trained, weights=self._weights)
+        return Probe(
+            profiler, store, trained=self._trained, weights=self._weights, measures=measures
+        )
+
+    def _measures(self, model: nn.Module, tokenizer: Any, budget: int) -> LiveMeasures | None:
+        """What is measured beside effects, where anything is."""
+        if not self._live.evaluates:
+            return None
+        given = self._options
+        reading = {name: given[name] for name in Reading.model_fields if name in given}
+        return LiveMeasures(
+            model,
+            tokenizer,
+            {name: given[name] for name in ("forget", "retain")} | given["probes"],
+            self._live,
+            checked_config(Reading, reading | {"token_budget": budget}),
+            reference_model=given["reference_model"],
+            **self._compared,
+        )
 
 
 def _sets(probe_sets: Mapping[str, Any]) -> dict[str, Any]:

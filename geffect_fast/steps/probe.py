@@ -29,6 +29,7 @@ from geffect_fast.objectives import resolve
 from geffect_fast.results.dataset import sum_positions
 from geffect_fast.results.rows_needed import rows_note
 from geffect_fast.steps.at_rest import at_rest
+from geffect_fast.steps.live_measures import LiveMeasures
 from geffect_fast.storage.step_store import StepStore
 
 if TYPE_CHECKING:
@@ -70,6 +71,7 @@ class Probe:
         weights: also the weights that objectives put on tokens (`token_weight`); left out of
             results by position.
         forget_rows: of the data, of which the profiler may measure a part; None: it measures all.
+        measures: metrics that are measured beside; None: none.
 
     Attributes:
         latest: the step and the result of the last call; None before the first.
@@ -94,22 +96,27 @@ class Probe:
         trained: str | None = None,
         weights: bool = True,
         forget_rows: int | None = None,
+        measures: LiveMeasures | None = None,
     ) -> None:
         self.profiler = profiler
         self.store = store
         self.trained = None if trained is None else _label(trained, profiler)
         self.weights = weights
         self.forget_rows = len(profiler.sets["forget"]) if forget_rows is None else forget_rows
+        self.measures = measures
         self.latest: tuple[int, xr.Dataset] | None = None
         self._before: _Before | None = None
 
-    def at(self, step: int, *, learning_rates: Sequence[float] = ()) -> xr.Dataset:
+    def at(
+        self, step: int, *, learning_rates: Sequence[float] = (), last: bool = False
+    ) -> xr.Dataset:
         """Measure the model as it is after `step` updates, and keep the result.
 
         Args:
             step: more than at the last call.
             learning_rates: of the updates since the last call, for `learning_rate` and
                 `predicted_sgd`.
+            last: whether training ends here.
 
         Returns:
             The result of this step, from the store where it is there already.
@@ -137,6 +144,10 @@ class Probe:
                 )
                 directions = measured.directions
                 result = self._assembled(step, measured.dataset, learning_rates, changes)
+                if self.measures is not None:
+                    before = self._last_before(step)
+                    earlier = None if before is None else self._result_of(before)
+                    result = self.measures.beside(result, earlier, plan.model, step, last)
                 self.store.write(step, result)
             copies = {name: p.detach().clone() for name, p in plan.parameters.items()}
             self._before = _Before(step, copies, directions)

@@ -1,4 +1,4 @@
-"""The run folder of an evaluation: `evaluation.nc`, `run.yaml` and `summary.csv`, all or none."""
+"""The run folder of an evaluation: `evaluation.nc` and `run.yaml`, both or none, then a report."""
 
 from __future__ import annotations
 
@@ -9,22 +9,23 @@ from typing import TYPE_CHECKING
 from geffect_fast.errors import InputError, in_one_line
 from geffect_fast.paths import is_there, user_path
 from geffect_fast.results.form import check_size
-from geffect_fast.storage.csv_cells import write_csv
-from geffect_fast.storage.lock import restored
+from geffect_fast.storage.lock import locked, restored
 from geffect_fast.storage.manifest import Sums, check_file
 from geffect_fast.storage.run_folder import (
     EVALUATION,
-    SUMMARY,
     plain_attrs,
     staged_run,
     write_config,
     write_dataset,
 )
 from geffect_fast.storage.run_yaml import AnyConfig
+from geffect_fast.storage.save_run import add_report
 
 if TYPE_CHECKING:
     import pandas as pd
     import xarray as xr
+
+    from geffect_fast.storage.run_folder import Reporter
 
 
 def save_evaluation(
@@ -32,26 +33,31 @@ def save_evaluation(
     dataset: xr.Dataset,
     config: AnyConfig,
     overwrite: bool = False,
+    report: Reporter | None = None,
     inputs: Mapping[str, str | Path] | None = None,
     sums: Mapping[str, Sums] | None = None,
 ) -> None:
-    """Write measures into a run folder, with what replays them and a table of the numbers of sets.
+    """Write measures into a run folder, with what replays them; then a report is added.
 
     Args:
         folder: made where it does not exist; other files in it stay.
-        dataset: of `geffect_fast.evaluate`, of one or several models, or of `geffect_fast.control`.
+        dataset: of `geffect_fast.evaluate`, of one or several models, of `geffect_fast.control` or
+            `geffect_fast.relearn`.
         config: what replays it.
         overwrite: whether to replace a run that is there.
+        report: writes tables, plots and a page.
         inputs: as `staged_run` takes them.
         sums: checksums of what the run was made from, by option.
 
     Raises:
         InputError: as `staged_run`, or the disk refuses.
+        UnfinishedError: the report fails, and the numbers are there.
     """
-    with staged_run(folder, overwrite, inputs, lambda: sums or {}) as staging:
-        write_dataset(dataset, staging / EVALUATION)
-        write_config(config, staging)
-        write_csv(table_of(dataset), staging / SUMMARY)
+    with locked(folder) as path:
+        with staged_run(folder, overwrite, inputs, lambda: sums or {}) as staging:
+            write_dataset(dataset, staging / EVALUATION)
+            write_config(config, staging)
+        add_report(path, dataset, report)
 
 
 def table_of(dataset: xr.Dataset) -> pd.DataFrame:

@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 
 
 def export(dataset: xr.Dataset, path: str | Path, overwrite: bool = False) -> Path:
-    """Write a result as one long table: a row a G-effect, its coordinates beside it.
+    """Write a result as one long table: a row a G-effect, or a measure, its coordinates beside it.
 
     Args:
-        dataset: result of `geffect_fast.profile` or `open_run`.
+        dataset: result of `geffect_fast.profile`, `evaluate`, `open_run` or `open_evaluation`.
         path: ends in `.parquet` or `.csv`.
         overwrite: whether a file that is there may be replaced.
 
@@ -39,12 +39,13 @@ def export(dataset: xr.Dataset, path: str | Path, overwrite: bool = False) -> Pa
     if taken:
         raise InputError(f"export {path} is there already; choose another --to or use --overwrite")
     with whole_file(f"export {path}", path, "--to") as part:
+        pieces = measures(dataset) if "sample_value" in dataset else tables(dataset)
         if suffix == ".csv":
-            for i, table in enumerate(tables(dataset)):
+            for i, table in enumerate(pieces):
                 write_csv(table, part, header=i == 0, mode="a" if i else "w")
         else:
             try:
-                _write_parquet(tables(dataset), part)
+                _write_parquet(pieces, part)
             except ImportError:
                 raise InputError(
                     f"export {path}: Parquet needs pyarrow; pip install pyarrow, or export to .csv"
@@ -72,6 +73,26 @@ def tables(dataset: xr.Dataset) -> Iterator[pd.DataFrame]:
             if by_token:
                 table = table[table["token_id"] >= 0]
             yield table[[*names, "g_effect"]]
+
+
+def measures(dataset: xr.Dataset) -> Iterator[pd.DataFrame]:
+    """The long table of measures, a metric a piece: those of sets, then those of rows of data.
+
+    Of a row `statistic` is `row`, and its bounds are empty; of a set `sample` and `question` are.
+    """
+    import pandas as pd
+
+    bounds = ["value_low", "value_high"]
+    axes = [str(dim) for dim in dataset["value"].dims if dim in ("model", "step")]
+    columns = [*axes, "metric", "set", "statistic", "sample", "question", "value", *bounds]
+    for at in range(dataset.sizes["metric"]):
+        of = dataset.isel(metric=at)
+        sets = of[["value", *bounds]].to_dataframe().reset_index().dropna(subset=["value"])
+        names = {"sample_set": "set", "sample_value": "value"}
+        rows = of["sample_value"].to_dataframe().reset_index().rename(columns=names)
+        rows = rows.dropna(subset=["value"]).assign(statistic="row")
+        table = pd.concat([sets, rows]).reindex(columns=columns)
+        yield table.astype({"sample": "Int64", "question": "string", "value_low": "float64"})
 
 
 def _write_parquet(pieces: Iterable[pd.DataFrame], file: Path) -> None:

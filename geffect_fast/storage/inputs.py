@@ -50,6 +50,8 @@ def _named(config: RunConfig) -> dict[str, str | None]:
         "--forget": config.forget,
         "--retain": config.retain,
         "--refusals": config.refusals,
+        "--holdout": getattr(config, "holdout", None),
+        "--retain-model": getattr(config, "retain_model", None),
         **{f"--probe {name}": source for name, source in config.probes.items()},
         **{f"--checkpoints {path}": path for path in getattr(config, "checkpoints", ())},
     }

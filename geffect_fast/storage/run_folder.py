@@ -56,7 +56,7 @@ NEXT = ".next"
 RUN_FILES = (RESULTS, EVALUATION, CONFIG, SUMMARY, PLOTS, TOKENS, REPORT)
 _FIGURES = (
     *("layers", "instances", "sweep", "pareto", "effects", "risks", "groups", "prediction"),
-    *("cosines", "norms", "token_weights", "trade_off"),
+    *("cosines", "norms", "token_weights", "trade_off", "measures", "retention"),
 )
 PLAIN_FILES = (
     *(RESULTS, EVALUATION, CONFIG, SUMMARY, TOKENS, REPORT, MANIFEST),
@@ -229,7 +229,7 @@ def put_in_place(folder: Path, staging: Path, own: Collection[str]) -> None:
     manifest = Manifest.read(staging)
     assert manifest is not None
     made = [name for name in files_below(staging) if name in {MANIFEST, *manifest.files}]
-    names = sorted(made, key=lambda name: name == RESULTS)
+    names = sorted(made, key=lambda name: name in (RESULTS, EVALUATION))
     for name in names:
         if is_there(folder / name) and name not in own:
             raise InputError(

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from geffect_fast.measure.execute import machine, on_threads, read_sources_of
 from geffect_fast.measure.models import load_model
+from geffect_fast.metrics.registry import resolved_metrics
 from geffect_fast.results.dataset import digests
-from geffect_fast.settings import Measuring, Training, UnlearnConfig
+from geffect_fast.settings import LiveMetrics, Measuring, Training, UnlearnConfig
 from geffect_fast.storage.inputs import Inputs, check_replayed, input_sums, inputs_of
 from geffect_fast.storage.lock import locked
 from geffect_fast.storage.recorded_rows import check_recorded
@@ -63,6 +64,8 @@ def execute_unlearn(
     Raises:
         As `geffect_fast.unlearn`.
     """
+    if config.evaluates:
+        resolved_metrics(config.metrics, config.suite)
     with locked(out):
         folder = check_start(out, resume, overwrite, inputs_of(config) | dict(inputs))
         if resume:
@@ -82,6 +85,9 @@ def execute_unlearn(
                 sources=sources,
                 settings=Measuring(**config.fields(Measuring)),
                 reference_model=config.reference,
+                live=LiveMetrics(**config.fields(LiveMetrics)),
+                holdout=config.holdout,
+                retain_model=config.retain_model,
             )
             said(run.rows.sentence(run.sets))
             rows = digests(run.sets)

@@ -18,6 +18,8 @@ from geffect_fast.training.relearn import Relearner
 if TYPE_CHECKING:
     import xarray as xr
 
+    from geffect_fast.storage.run_folder import Reporter
+
 
 def execute_relearn(
     config: RelearnConfig,
@@ -25,6 +27,7 @@ def execute_relearn(
     *,
     overwrite: bool = False,
     progress: bool = False,
+    report: Reporter | None = None,
     inputs: Inputs = MappingProxyType({}),
 ) -> xr.Dataset:
     """Relearn with the models of a config and write the run folder; no model is kept.
@@ -34,6 +37,7 @@ def execute_relearn(
         out: run folder.
         overwrite: whether a run in `out` may be replaced.
         progress: whether to show progress bars.
+        report: adds tables, plots and a page to the folder.
         inputs: what else is read, beside what the config names: its own file.
 
     Returns:
@@ -41,6 +45,7 @@ def execute_relearn(
 
     Raises:
         InputError, NonFiniteError, UnsupportedModelError: nothing has been written then.
+        UnfinishedError: the report fails, and the numbers are there.
     """
     trusted = config.trust_remote_code
     models = config.models()
@@ -53,7 +58,7 @@ def execute_relearn(
     settings = Relearning(**config.fields(Relearning))
     relearner = Relearner(tokenizer, settings, sets["forget"], sets["holdout"], config.retrained)
     where: dict[str, Any] = {}
-    with evaluation_folder(config, out, overwrite, inputs) as folder:
+    with evaluation_folder(config, out, overwrite, inputs, report) as folder:
 
         def load(name: str, source: str) -> nn.Module:
             what = f"{name} model"

@@ -9,6 +9,7 @@ import numpy as np
 
 from geffect_fast.data import SampleSet
 from geffect_fast.data.batch import Role
+from geffect_fast.data.samples import evenly
 from geffect_fast.objectives import GA, Objective
 from geffect_fast.settings import Measuring
 
@@ -117,13 +118,6 @@ def choose_rows(
         middle = (low + high + 1) // 2
         low, high = (middle, high) if fits(middle) else (low, middle - 1)
     return found(low)
-
-
-def evenly(n: int, count: int | None) -> list[int]:
-    """`count` of the rows 0 to n - 1, evenly spread; all where that is none, or too many."""
-    if count is None or count >= n:
-        return list(range(n))
-    return [int(at) for at in (np.arange(count) + 0.5) * n / count]
 
 
 def _reads(parts: Sequence[Objective]) -> dict[str, tuple[Role, ...]]:

@@ -30,7 +30,8 @@ from geffect_fast.measure.prepare import (
 from geffect_fast.measure.profiler import Profiler
 from geffect_fast.objectives import Objective
 from geffect_fast.objectives.base import REFERENCE_NEEDS
-from geffect_fast.settings import Measuring, Training
+from geffect_fast.settings import LiveMetrics, Measuring, Reading, Training
+from geffect_fast.steps.live_measures import LiveMeasures
 from geffect_fast.steps.probe import Probe, run_identity
 from geffect_fast.storage.run_folder import STEPS
 from geffect_fast.storage.step_store import StepStore
@@ -73,6 +74,9 @@ class Unlearning:
         sources: Sources,
         settings: Measuring,
         reference_model: nn.Module | str | Path | None,
+        live: LiveMetrics,
+        holdout: Any = None,
+        retain_model: nn.Module | str | Path | None = None,
     ) -> None:
         from geffect_fast.training.adapters import with_adapter
         from geffect_fast.training.trainer import Loss
@@ -122,8 +126,23 @@ class Unlearning:
             training.accumulation,
         )
         self._reference = prepared.reference
+        self._measures = None
+        if live.evaluates:
+            budget = {"token_budget": self.profiler.token_budget}
+            self._measures = LiveMeasures(
+                model,
+                tokenizer,
+                sources.sets,
+                live,
+                Reading(**settings.fields(Reading) | budget),
+                holdout=holdout,
+                reference_model=reference_model,
+                retain_model=retain_model,
+            )
         decides = training.model_dump(mode="json", exclude=SAME_NUMBERS)
         decides["probe_rows"] = self.rows.rows  # whether they were chosen here or by the user
+        if self._measures is not None:
+            decides["measures"] = self._measures.identity
         self.identity = run_identity(self.profiler, self.sets, training=decides)
 
     def train(
@@ -159,6 +178,7 @@ class Unlearning:
             store,
             trained=str(self.loss.objective),
             forget_rows=len(self.sets["forget"]),
+            measures=self._measures,
         )
         live = GEffectCallback.of(probe, training.probe_every)
         sizes = self._rows_an_update(self._trained_on(self.loss.objective))

@@ -12,7 +12,7 @@ from torch import nn
 from geffect_fast.arguments import checked_config, with_settings
 from geffect_fast.measure.prepare import Sources
 from geffect_fast.objectives import Objective
-from geffect_fast.settings import Measuring, Training, UnlearnSettings
+from geffect_fast.settings import LiveMetrics, Measuring, Training, UnlearnSettings
 from geffect_fast.storage.inputs import input_sums, weights_sums
 from geffect_fast.storage.lock import locked
 from geffect_fast.storage.step_folder import begun, check_resumed, kept
@@ -37,6 +37,8 @@ def unlearn(
     probes: Mapping[str, Any] | None = None,
     refusals: Any = None,
     reference_model: nn.Module | str | Path | None = None,
+    holdout: Any = None,
+    retain_model: nn.Module | str | Path | None = None,
     out: str | Path | None = None,
     resume: bool = False,
     overwrite: bool = False,
@@ -58,6 +60,8 @@ def unlearn(
         objectives: further ones, measured beside it.
         reference_model: what NPO-like objectives compare with; None: the model as it was before
             training.
+        holdout, retain_model: what metrics read beside the data sets, as `geffect_fast.evaluate`
+            takes them; the metric `reference` compares with `reference_model`.
         out: a folder for `steps/` (a file a probe), checkpoints to resume from, and in the end
             `model/` and `results.nc`; None: nothing is written.
         resume: go on with what `out` holds of this run.
@@ -94,16 +98,19 @@ def unlearn(
             sources=Sources.of(forget, retain, probes, refusals),
             settings=Measuring(**checked.fields(Measuring)),
             reference_model=reference_model,
+            live=LiveMetrics(**checked.fields(LiveMetrics)),
+            holdout=holdout,
+            retain_model=retain_model,
         )
 
     if out is None:
         return prepared().train(None, progress=progress)
     given = {"forget": forget, "retain": retain, "refusals": refusals, **(probes or {})}
-    given["reference_model"] = reference_model
+    given |= {"reference_model": reference_model, "holdout": holdout, "retain_model": retain_model}
     read = {name: source for name, source in given.items() if isinstance(source, str | Path)}
     with locked(out):
         folder = check_start(out, resume, overwrite, read)
-        models = {"model": model, "reference_model": reference_model}
+        models = {"model": model, "reference_model": reference_model, "retain_model": retain_model}
         weights = {
             name: weights_sums(each) for name, each in models.items() if isinstance(each, nn.Module)
         }

@@ -7,10 +7,22 @@ import errno
 from bad_input.case import Case, both, cut, holds, patched
 from bad_input.compare import AB, A, copied, plain, with_b
 from bad_input.folders import a_run
+from measured import measures
 
 import geffect_fast as gf
+from geffect_fast.storage.run_folder import EVALUATION, write_dataset
 
 FULL = OSError(errno.ENOSPC, "No space left on device")
+
+
+def measures_in(name: str):
+    """A folder that holds measures, without a run.yaml or a manifest."""
+
+    def put(here, _patch):
+        (here / name).mkdir()
+        write_dataset(measures(), here / name / EVALUATION)
+
+    return put
 
 
 def asked(*words: str) -> list[str]:
@@ -41,6 +53,27 @@ CASES = [
         "run/run.yaml is torn or was replaced",
         "put back what was there",
         both(a_run, holds("run/run.yaml", "[")),
+    ),
+    Case(
+        "a report of two runs of measures",
+        asked("run", "other", "--out", "page.html"),
+        "run run holds measures, of which a page shows one run",
+        "evaluate several models in one run (--models A B)",
+        both(measures_in("run"), measures_in("other")),
+    ),
+    Case(
+        "a report of torn measures",
+        asked("run"),
+        "run is torn or not NetCDF",
+        "run evaluate again",
+        both(measures_in("run"), cut("run/evaluation.nc", 900)),
+    ),
+    Case(
+        "an export of measures to a name of no kind",
+        ["export", "run", "--to", "run.txt"],
+        "export run.txt",
+        "must end in .parquet or .csv",
+        measures_in("run"),
     ),
     Case(
         "a report in a folder that is not there",

@@ -16,9 +16,11 @@ from geffect_fast.report.figures.curves import (
     over,
 )
 from geffect_fast.report.figures.layer_maps import layer_maps
+from geffect_fast.report.figures.measures import measures_figure
 from geffect_fast.report.figures.prediction import prediction_figure
 from geffect_fast.report.format import effect_name, number, risk_words, shortened
 from geffect_fast.report.summary.effects import by_place, labels, place_widths, thinned
+from geffect_fast.report.summary.measures import live_measures
 from geffect_fast.report.summary.step_findings import outcome_sentence
 from geffect_fast.report.summary.steps import Steps
 
@@ -38,9 +40,9 @@ BANDS = ((0.0, 1.0, 0.12), (0.05, 0.95, 0.2), (0.25, 0.75, 0.35))
 def step_figures(dataset: xr.Dataset) -> dict[str, Figure]:
     """All figures of a step result by file stem, in the order in which a reader wants them.
 
-    `effects`, `risks`, `groups`, `layers`, `prediction`, `cosines`, `norms`, `token_weights`; one
-    whose numbers the result does not hold is left out. `figure.get_label()` describes each in a
-    sentence. They belong to no window and no global state.
+    `effects`, `risks`, `groups`, `layers`, `prediction`, `cosines`, `norms`, `token_weights`,
+    `measures`; one whose numbers the result does not hold is left out. `figure.get_label()`
+    describes each in a sentence. They belong to no window and no global state.
 
     Args:
         dataset: with a first axis `step`.
@@ -61,6 +63,7 @@ def step_drawings(dataset: xr.Dataset) -> style.Drawings:
         "cosines": lambda: _cosines(read, dataset),
         "norms": lambda: _norms(read, dataset),
         "token_weights": lambda: _token_weights(read, dataset),
+        "measures": lambda: _measures(dataset),
     }
 
 
@@ -184,6 +187,12 @@ def _norms(read: Steps, dataset: xr.Dataset) -> Figure | None:
         )
     figure.set_label(f"Norms of the gradients of {' and '.join(there)} {over(read.steps)}.")
     return figure
+
+
+def _measures(dataset: xr.Dataset) -> Figure | None:
+    """What metrics said beside the effects."""
+    measures = live_measures(dataset)
+    return None if measures is None else measures_figure(measures)
 
 
 def _token_weights(read: Steps, dataset: xr.Dataset) -> Figure | None:

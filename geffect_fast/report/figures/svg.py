@@ -125,7 +125,10 @@ def _label_each(figure: Figure, panels: list[Axes]) -> None:
         alike = [each for each in panels if each.get_gridspec() is grid]
         row = next((a for a in alike if _at(a)[0] == _at(axes)[0]), axes)
         column = [a for a in alike if _at(a)[1] == _at(axes)[1]]
-        if isinstance(row.yaxis.get_major_locator(), FixedLocator):
+        named = any(label.get_text() for label in axes.get_yticklabels())
+        if isinstance(row.yaxis.get_major_locator(), FixedLocator) and not (
+            named and isinstance(axes.yaxis.get_major_locator(), FixedLocator)
+        ):
             axes.set_yticks(row.get_yticks())
             axes.yaxis.set_major_formatter(row.yaxis.get_major_formatter())
         axes.tick_params(labelleft=True, labelbottom=True)

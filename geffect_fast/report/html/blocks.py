@@ -179,8 +179,10 @@ def notes_of(lines: Sequence[str]) -> list[Block]:
     return [Text(line, "note") for line in lines if line]
 
 
-def left_out(n: int, what: str, shown: int = MOST_ROWS) -> list[Block]:
+def left_out(
+    n: int, what: str, shown: int = MOST_ROWS, held: str = "summary.csv and results.nc hold"
+) -> list[Block]:
     """A note that says how many are shown, where not all are."""
     if n <= shown:
         return []
-    return notes_of([f"{shown} of {n:,} {what} are shown; summary.csv and results.nc hold all."])
+    return notes_of([f"{shown} of {n:,} {what} are shown; {held} all."])

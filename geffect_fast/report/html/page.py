@@ -10,10 +10,17 @@ from typing import TYPE_CHECKING, Any
 from geffect_fast.errors import InputError
 from geffect_fast.paths import user_path
 from geffect_fast.report.format import coverage_line
-from geffect_fast.report.html import compare, profile, steps
+from geffect_fast.report.html import compare, measures, profile, steps
 from geffect_fast.report.html.blocks import Block, Facts, Items, Section, Text
 from geffect_fast.report.html.templates import render
 from geffect_fast.report.summary.effects import has_steps, last_step
+from geffect_fast.report.summary.measures import (
+    is_control,
+    is_evaluation,
+    is_relearning,
+    measured_metrics,
+    place_axis,
+)
 from geffect_fast.report.summary.sweep import is_sweep
 from geffect_fast.results.dataset import sum_positions
 from geffect_fast.storage.disk import whole_file
@@ -45,12 +52,13 @@ def write_page(
     """Write a page that needs no network and no other file, and shows all without scripts.
 
     Its sections, of which those that the results hold nothing for are left out: `answer`,
-    `verdicts`, `curves`, `layers`, `instances`, `tokens`, `cosines`, `prediction`, `table`,
-    `signs`, `made`.
+    `verdicts`, `shares`, `curves`, `measures`, `layers`, `instances`, `tokens`, `cosines`,
+    `prediction`, `table`, `signs`, `made`.
 
     Args:
         runs: by the name that the page calls it, the result of `geffect_fast.profile` or `sweep`,
-            or one with a step axis, or several of the latter; may be lazy.
+            or one with a step axis, or several of the latter; or that of `evaluate`, `control` or
+            `relearn`; may be lazy.
         file: to write; one that is there is replaced.
         configs: of some of the runs, the fields of its `run.yaml`.
 
@@ -58,8 +66,8 @@ def write_page(
         The file.
 
     Raises:
-        InputError: no run, several of which one has no steps, runs that do not compare, or the disk
-            refuses.
+        InputError: no run, several of which one has no steps or holds measures, runs that do not
+            compare, or the disk refuses.
 
     Example:
         >>> gf.write_page({"ga": gf.open_run("run-ga"), "npo": gf.open_run("run-npo")}, "both.html")
@@ -75,14 +83,17 @@ def write_run_page(dataset: xr.Dataset, summed: xr.Dataset, folder: Path) -> Non
 
     Args:
         dataset: the result.
-        summed: it without positions or tokens.
+        summed: it without positions or tokens; of measures it is the same.
         folder: exists.
     """
     home = folder.parent if folder.name.startswith(".") else folder
     held = [place / CONFIG for place in (folder, home) if (place / CONFIG).is_file()]
     name = one_line(home.absolute().name)
     configs = {name: read_values(held[0])} if held else None
-    text = _html({name: dataset}, {name: last_step(summed)}, configs or {})
+    if is_evaluation(dataset):
+        text = page_html({name: dataset}, configs=configs)
+    else:
+        text = _html({name: dataset}, {name: last_step(summed)}, configs or {})
     (folder / REPORT).write_text(text, encoding="utf-8")
 
 
@@ -92,6 +103,14 @@ def page_html(
     """The page that `write_page` writes."""
     if not runs:
         raise InputError("report: there is no run; give one, or several with steps")
+    for name, dataset in runs.items():
+        if is_evaluation(dataset):
+            if len(runs) > 1:
+                raise InputError(
+                    f"report: run {name} holds measures, of which a page shows one run; evaluate "
+                    "several models in one run (--models A B), or report it alone"
+                )
+            return _of_measures(name, dataset, configs or {})
     models = {name: sum_positions(last_step(dataset)) for name, dataset in runs.items()}
     return _html(runs, models, configs or {})
 
@@ -109,16 +128,43 @@ def _html(
         title = f"{_what(dataset)}: {name}"
         blocks = (steps if has_steps(dataset) else profile).sections(dataset, model)
     blocks |= {"signs": [Items(SIGNS)], "made": _made(runs, configs)}
-    headings = dict(_HEADINGS)
-    if any(is_sweep(dataset) for dataset in runs.values()):
-        headings["curves"] = "Over hyper-parameters"
+    swept = any(is_sweep(dataset) for dataset in runs.values())
+    return _page(
+        title,
+        _about(runs),
+        blocks,
+        curves="Over hyper-parameters" if swept else "",
+        measures="Measures beside the effects",
+    )
+
+
+def _of_measures(name: str, dataset: xr.Dataset, configs: Mapping[str, Mapping[str, Any]]) -> str:
+    """The page of one run of `evaluate`, `control` or `relearn`."""
+    what = "Unlearning with control" if is_control(dataset) else "Measures"
+    what = "What comes back" if is_relearning(dataset) else what
+    blocks = measures.sections(dataset) | {"made": _made({name: dataset}, configs)}
+    stepwise = "step" in dataset["value"].dims
+    return _page(
+        f"{what}: {name}",
+        _about_measures(dataset),
+        blocks,
+        curves="" if stepwise else "Measures with their bounds",
+        signs="What the measures are",
+        instances="Rows to be forgotten",
+    )
+
+
+def _page(title: str, about: str, blocks: Mapping[str, list[Block]], **headings: str) -> str:
+    """The page of blocks by section; given headings, unless empty, replace the usual ones."""
     sections = [
-        Section(id, heading, blocks[id]) for id, heading in headings.items() if blocks.get(id)
+        Section(id, headings.get(id) or heading, blocks[id])
+        for id, heading in _HEADINGS.items()
+        if blocks.get(id)
     ]
     return render(
         "page.html.jinja",
         title=title,
-        about=_about(runs),
+        about=about,
         sections=sections,
         foot="Made by geffect_fast. This page is whole: it loads nothing.",
     )
@@ -127,7 +173,9 @@ def _html(
 _HEADINGS = {
     "answer": "What was found",
     "verdicts": "Verdicts",
+    "shares": "What is kept",
     "curves": "Over steps",
+    "measures": "All measures",
     "layers": "Where in the model",
     "instances": "Instances",
     "tokens": "Tokens",
@@ -161,6 +209,18 @@ def _about(runs: Mapping[str, xr.Dataset]) -> str:
     return " · ".join(word for word in words if word)
 
 
+def _about_measures(dataset: xr.Dataset) -> str:
+    n = len(measured_metrics(dataset))
+    words = ["one metric" if n == 1 else f"{n} metrics"]
+    axis = place_axis(dataset)
+    if axis is not None and dataset.sizes[axis] > 1:
+        words[0] += f" of {dataset.sizes[axis]} {axis}s"
+    rows = json.loads(dataset.attrs.get("n_rows", "{}"))
+    words.append(", ".join(f"{count} {name}" for name, count in rows.items()) + " rows")
+    words.append(str(dataset.attrs.get("created", ""))[:10])
+    return " · ".join(word for word in words if word)
+
+
 def _made(runs: Mapping[str, xr.Dataset], configs: Mapping[str, Mapping[str, Any]]) -> list[Block]:
     """Model, data, settings, coverage and versions of every run."""
     blocks: list[Block] = []
@@ -179,7 +239,16 @@ def _made(runs: Mapping[str, xr.Dataset], configs: Mapping[str, Mapping[str, Any
 
 
 _ATTRIBUTES = (
-    *("command", "trained_objective", "checkpoints", "risk", "reduction", "engine"),
+    *(
+        "command",
+        "trained_objective",
+        "checkpoints",
+        "suite",
+        "max_new_tokens",
+        "risk",
+        "reduction",
+        "engine",
+    ),
     *("engine_reason", "layout", "dtype", "precision_error", "precision_samples"),
     *("precision_note", "token_budget", "n_forget", "n_retain", "created"),
 )

@@ -15,10 +15,11 @@ from geffect_fast.report.format import (
     risk_words,
     symbol,
 )
-from geffect_fast.report.html import profile
+from geffect_fast.report.html import measures, profile
 from geffect_fast.report.html.blocks import (
     MOST_ROWS,
     Block,
+    Items,
     Table,
     Text,
     drawn_blocks,
@@ -27,6 +28,12 @@ from geffect_fast.report.html.blocks import (
 )
 from geffect_fast.report.summary.effects import interval_at, labels, last_step, thinned
 from geffect_fast.report.summary.findings import findings
+from geffect_fast.report.summary.measures import (
+    live_measures,
+    meanings,
+    measure_findings,
+    notes,
+)
 from geffect_fast.report.summary.objectives import summarise
 from geffect_fast.report.summary.step_findings import (
     outcome_sentence,
@@ -68,6 +75,7 @@ def sections(dataset: xr.Dataset, last: xr.Dataset) -> dict[str, list[Block]]:
         "answer": answer(dataset),
         "verdicts": verdicts(dataset),
         "curves": drawn("effects", "risks", "norms"),
+        "measures": measured(dataset, drawn("measures")),
         "layers": drawn("layers", "groups") + at_last(profile.layers(last)),
         "instances": at_last(profile.instances(last)),
         "tokens": drawn("token_weights") + at_last(profile.tokens(last_step(dataset))),
@@ -75,6 +83,15 @@ def sections(dataset: xr.Dataset, last: xr.Dataset) -> dict[str, list[Block]]:
         "prediction": prediction_table(dataset) + drawn("prediction"),
         "table": full_table(dataset),
     }
+
+
+def measured(dataset: xr.Dataset, drawn: list[Block]) -> list[Block]:
+    """What metrics said beside the effects, drawn and in tables."""
+    found = live_measures(dataset)
+    if found is None:
+        return []
+    said = [Items(measure_findings(found)), *drawn, *measures.tables(found)]
+    return [*said, *notes_of([*notes(found), *meanings(found)])]
 
 
 def answer(dataset: xr.Dataset) -> list[Block]:

@@ -244,13 +244,29 @@ def agreements(dataset: xr.Dataset) -> dict[str, dict[str, Agreement]]:
 def write_step_summary(dataset: xr.Dataset, file: Path) -> None:
     """A CSV with a row a step and objective: effects, risks, changes, predictions, norms, cosines.
 
+    Also what metrics said of each data set, where they were measured.
+
     What belongs to a step alone is repeated beside each of its objectives.
     """
     axes = ("step", "objective", "risk")
     kept = [str(name) for name in dataset if set(dataset[name].dims) <= set(axes)]
     columns = dataset[kept].assign(g_effect=(axes, total(dataset)))
     columns = by_column(columns.drop_vars(set(columns.coords) - set(axes)), "risk")
+    for metric, name in [] if "measure" not in dataset else _measured(dataset):
+        number = dataset["measure"].sel(metric=metric, measured_set=name, drop=True)
+        columns[f"{metric}_{name}"] = number
     write_csv(columns.to_dataframe(dim_order=["step", "objective"]).reset_index(), file)
+
+
+def _measured(dataset: xr.Dataset) -> list[tuple[str, str]]:
+    """The metrics and sets of which there is a number at some step."""
+    known = dataset["measure"].notnull().any("step")
+    return [
+        (str(metric), str(name))
+        for metric in dataset["metric"].values
+        for name in dataset["measured_set"].values
+        if bool(known.sel(metric=metric, measured_set=name))
+    ]
 
 
 def by_column(dataset: xr.Dataset, axis: str) -> xr.Dataset:

@@ -12,6 +12,7 @@ from rich.text import Text
 from geffect_fast.report.format import effect_name, number, risk_words, symbol
 from geffect_fast.report.summary.effects import interval_at, last_step, thinned
 from geffect_fast.report.summary.findings import signs
+from geffect_fast.report.summary.measures import live_measures
 from geffect_fast.report.summary.objectives import summarise
 from geffect_fast.report.summary.step_findings import outcome_sentence
 from geffect_fast.report.summary.steps import PREDICTIONS, Steps, agreements
@@ -24,6 +25,7 @@ from geffect_fast.report.tables.cells import (
     verdict_cell,
     with_interval,
 )
+from geffect_fast.report.tables.measures import render_evaluation
 from geffect_fast.report.tables.profile import totals_table
 from geffect_fast.results.rows_needed import rows_note
 
@@ -53,6 +55,10 @@ def render_steps(dataset: xr.Dataset) -> RenderableType:
     trust = trust_table(dataset)
     if trust is not None:
         parts.append(trust)
+    measures = live_measures(dataset)
+    if measures is not None:
+        shown = thinned(np.arange(measures.sizes["step"]), ROWS)
+        parts += [render_evaluation(measures.isel(step=shown)), Text()]
     return Group(*parts, *covered(dataset.attrs))
 
 

@@ -271,7 +271,8 @@ def load_tokenizer_of(folder):
 def test_a_curve_that_rises_is_told(result):
     from rich.console import Console
 
-    from geffect_fast.report.tables.control import render_control, rises
+    from geffect_fast.report.summary.measures import rises
+    from geffect_fast.report.tables.measures import render_control
 
     assert bool(result.monotone.all()) and rises(result) == []
     wrong = result.copy(deep=True)

@@ -9,6 +9,7 @@ import weakref
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import xarray as xr
 
@@ -75,6 +76,59 @@ def test_several_models_lie_along_an_axis(here, model, tokenizer, sets, capsys):
     (here / "run/evaluation.nc").write_bytes(b"torn")
     with pytest.raises(InputError, match="torn or was replaced"):
         gf.open_evaluation("run")
+
+
+def test_a_run_of_measures_is_reported_and_exported(here, capsys):
+    command = ["evaluate", "--models", "known", "retrained", *DATA, "--metrics", "nll,min_k(k=0.2)"]
+    assert main([*command, "--out", "run"]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[-3:] == ["run", "run/plots/measures.png", "run/report.html"]
+    page = (here / "run/report.html").read_text(encoding="utf-8")
+    assert "<h1>Measures: run</h1>" in page and str(here / "known") in page
+    # what is missing comes back, and nothing that is there is lost
+    (here / "run/plots/measures.svg").unlink()
+    (here / "run/plots/measures.png").unlink()
+    (here / "run/report.html").unlink()
+    summary = (here / "run/summary.csv").read_bytes()
+    assert main(["report", "run"]) == 0
+    assert (here / "run/report.html").read_text(encoding="utf-8") == page
+    assert (here / "run/plots/measures.svg").exists()
+    assert (here / "run/summary.csv").read_bytes() == summary
+    assert main(["report", "run/evaluation.nc", "--out", "page.html"]) == 0
+    assert (here / "page.html").read_text(encoding="utf-8") == page
+    # one long table: numbers of sets, and of rows
+    capsys.readouterr()
+    assert main(["export", "run", "--to", "long.csv"]) == 0
+    assert main(["export", "run", "--to", "long.parquet"]) == 0
+    found = gf.open_evaluation("run")
+    table = pd.read_csv("long.csv")
+    pd.testing.assert_frame_equal(pd.read_parquet("long.parquet"), table, check_dtype=False)
+    assert list(table) == [
+        *("model", "metric", "set", "statistic", "sample", "question"),
+        *("value", "value_low", "value_high"),
+    ]
+    rows = table[table["statistic"] == "row"]
+    assert len(rows) == int(found["sample_value"].notnull().sum())
+    assert len(table) - len(rows) == int(found["value"].notnull().sum())
+    one = rows[(rows.model == "retrained") & (rows.metric == "nll") & (rows["set"] == "retain")]
+    of = found["sample_value"].sel(model="retrained", metric="nll")
+    of = of.isel(sample=(found["sample_set"] == "retain").values)
+    np.testing.assert_allclose(one["value"], of)
+    assert one["sample"].tolist() == of["sample"].values.tolist()
+    assert one["question"].tolist() == of["question"].values.tolist()
+
+
+def test_a_report_that_fails_costs_no_number(here, capsys, monkeypatch):
+    monkeypatch.setattr("geffect_fast.report.figures.measures.measures_figure", lambda _: 1 / 0)
+    command = ["evaluate", "--model", "known", *DATA, "--metrics", "nll", "--quiet"]
+    assert main([*command, "--out", "run"]) == 3
+    assert "here/run are whole, but " in capsys.readouterr().err
+    assert gf.open_evaluation("run").value.notnull().any()
+    assert (here / "run/summary.csv").exists()
+    monkeypatch.undo()
+    monkeypatch.chdir(here)
+    assert main(["report", "run"]) == 0
+    assert (here / "run/plots/measures.png").exists()
 
 
 def test_one_model_is_in_memory_at_a_time(here, monkeypatch):

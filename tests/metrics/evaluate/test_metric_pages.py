@@ -14,7 +14,7 @@ from geffect_fast.errors import InputError
 from geffect_fast.metrics import Metric, available, register
 from geffect_fast.metrics.base import Need
 from geffect_fast.metrics.registry import _CLASSES
-from geffect_fast.report.tables.evaluate import notes
+from geffect_fast.report.summary.measures import notes
 
 NEEDS = get_args(Need)
 

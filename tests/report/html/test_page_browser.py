@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from chromium import NAMES, Browser, installed
 from html_tree import Page, find
+from measured import KINDS, measured
 from step_results import step_dataset
 from synthetic import OBJECTIVES, make_dataset
 
@@ -19,7 +20,7 @@ pytestmark = pytest.mark.skipif(
     installed() is None, reason=f"there is no browser: none of {', '.join(NAMES)}"
 )
 SCRIPT = Path(__file__).with_name("page_check.js").read_text(encoding="utf-8")
-PAGES = ("profile", "steps", "comparison")
+PAGES = ("profile", "steps", "comparison", *KINDS)
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +48,7 @@ def pages(tmp_path_factory):
             name: step_dataset((name,), n_steps=3, n_forget=4, seed=i, resolve=both)
             for i, name in enumerate(OBJECTIVES[1:3])
         },
+        **{kind: {"run": measured(kind)} for kind in KINDS},
     }
     for name in PAGES:
         write_page(results[name], folder / f"{name}.html")

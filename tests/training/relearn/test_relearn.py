@@ -303,7 +303,7 @@ def test_a_suite_is_measured_without_what_needs_other_data(unlearned, retrained,
 def test_the_note_says_what_is_shown_alone(result, unlearned, tokenizer):
     from rich.console import Console
 
-    from geffect_fast.report.tables.relearn import render_relearning
+    from geffect_fast.report.tables.measures import render_relearning
 
     def printed(dataset):
         console = Console(width=400, record=True, file=io.StringIO())

@@ -1,0 +1,262 @@
+"""Figures of measures: numbers of sets with their bounds, over models or steps, and retention."""
+
+from __future__ import annotations
+
+import json
+import textwrap
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from geffect_fast.report.figures import style
+from geffect_fast.report.figures.curves import MARKED, draw_lines, over, shade
+from geffect_fast.report.format import shortened
+from geffect_fast.report.summary.measures import (
+    is_control,
+    is_relearning,
+    measured_metrics,
+    measured_sets,
+    place_axis,
+)
+
+if TYPE_CHECKING:
+    import xarray as xr
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_MARKERS = "osD^vP*X"
+_BOUNDS = ("value_low", "value_high")
+
+
+def measure_figures(dataset: xr.Dataset) -> dict[str, Figure]:
+    """All figures of measures by file stem: `retention` of a control, and `measures`.
+
+    `figure.get_label()` describes each in a sentence. They belong to no window and no global state.
+
+    Args:
+        dataset: of `geffect_fast.evaluate`, `control` or `relearn`.
+    """
+    return style.drawn(measure_drawings(dataset))
+
+
+def measure_drawings(dataset: xr.Dataset) -> style.Drawings:
+    """How the figures of `measure_figures` are made, one by one."""
+    drawings: style.Drawings = {}
+    if is_control(dataset):
+        drawings["retention"] = lambda: _retention(dataset)
+    drawings["measures"] = lambda: measures_figure(dataset)
+    return drawings
+
+
+def measures_figure(dataset: xr.Dataset) -> Figure | None:
+    """The numbers of all metrics and sets; None where there is none."""
+    if not measured_metrics(dataset):
+        return None
+    if is_relearning(dataset):
+        return _over_steps_by_model(dataset)
+    return _over_steps(dataset) if place_axis(dataset) == "step" else _side_by_side(dataset)
+
+
+# ---- over steps ----
+
+
+def _over_steps(dataset: xr.Dataset) -> Figure:
+    """A panel a metric, a line a set."""
+    metrics, steps = measured_metrics(dataset), dataset["step"].values
+    figure, panels = style.panels_for(len(metrics))
+    sets = measured_sets(dataset)
+    for panel, metric in zip(panels, metrics, strict=True):
+        of = dataset.sel(metric=metric, set=sets)
+        _lines(panel, steps, of, "set", metric)
+    _shaded(figure, dataset)
+    _legend(figure, sets)
+    figure.set_label(f"{', '.join(metrics)} {over(steps)}, a line a data set.")
+    return figure
+
+
+def _over_steps_by_model(dataset: xr.Dataset) -> Figure:
+    """A panel a metric and set, a line a model."""
+    steps, models = dataset["step"].values, dataset["model"].values.tolist()
+    pairs = [
+        (metric, name)
+        for metric in measured_metrics(dataset)
+        for name in measured_sets(dataset)
+        if bool(dataset["value"].sel(metric=metric, set=name).notnull().any())
+    ]
+    figure, panels = style.panels_for(len(pairs))
+    for panel, (metric, name) in zip(panels, pairs, strict=True):
+        of = dataset.sel(metric=metric, set=name)
+        _lines(panel, steps, of, "model", f"{metric}: {name}", "update")
+    _shaded(figure, dataset)
+    _legend(figure, models)
+    shown = ", ".join(dict.fromkeys(metric for metric, _ in pairs))
+    figure.set_label(f"{shown} {over(steps)}, a line a model: {', '.join(models)}.")
+    return figure
+
+
+def _lines(
+    panel: Axes,
+    steps: np.ndarray,
+    of: xr.Dataset,
+    axis: str,
+    title: str,
+    across: str = "update step",
+) -> None:
+    """A line a place on an axis, in the style of the place; none of those without any number."""
+    of = of.transpose("step", axis, ...)
+    values = of["value"].values
+    there = [i for i in range(values.shape[1]) if not np.isnan(values[:, i]).all()]
+    names = [str(name) for name in of[axis].values]
+    draw_lines(
+        panel,
+        steps,
+        {names[i]: values[:, i] for i in there},
+        title=_wrapped(title),
+        words=str(of["statistic"].item()),
+        across=across,
+        positive=bool((values[:, there] >= 0).all()),
+        styles=[style.style_of(i) for i in there],
+        bounds=np.stack([of[bound].values[:, there] for bound in _BOUNDS]),
+    )
+
+
+# ---- side by side ----
+
+
+def _side_by_side(dataset: xr.Dataset) -> Figure:
+    """A panel a metric: a number of each set and model, with a bar for its bounds."""
+    from matplotlib.ticker import MaxNLocator
+
+    metrics, sets = measured_metrics(dataset), measured_sets(dataset)
+    models = dataset["model"].values.tolist() if place_axis(dataset) else [""]
+    if "model" not in dataset["value"].dims:
+        dataset = dataset.expand_dims(model=models)
+    original = ["original"] if is_control(dataset) else []
+    names = [*original, *models]
+    figure, panels = style.panels_for(
+        len(metrics), height=max(2.0, 0.9 + 0.26 * len(sets) * (len(names) + 0.6))
+    )
+    step = len(names) + 0.8
+    for panel, metric in zip(panels, metrics, strict=True):
+        of = dataset.sel(metric=metric, set=sets)
+        there = [s for s, name in enumerate(sets) if _has_number(of.sel(set=name))]
+        top = {sets[s]: place * step for place, s in enumerate(there)}
+        for i, name in enumerate(names):
+            at = [top[each] + i for each in top]
+            if name in original and i == 0:
+                value = of["original_value"].sel(set=[*top]).values
+                bounds = np.full((2, len(top)), np.nan)
+            else:
+                own = of.sel(model=name, set=[*top])
+                value, bounds = own["value"].values, np.stack([own[b].values for b in _BOUNDS])
+            look = {"color": style.GREY} if name in original and i == 0 else _look(i, original)
+            marker = _MARKERS[i % len(_MARKERS)]
+            panel.hlines(at, *bounds, color=look["color"], linewidth=1.8, zorder=2)
+            panel.plot(value, at, marker, color=look["color"], markersize=5, label=name, zorder=3)
+        middle = (len(names) - 1) / 2
+        panel.set_yticks(
+            [place + middle for place in top.values()], [shortened(n, 18) for n in top]
+        )
+        panel.set_ylim((len(top) - 1) * step + len(names) - 0.3, -0.7)
+        panel.set_xlabel(str(of["statistic"].item()), fontsize=9)
+        style.set_titles(panel, _wrapped(metric), [])
+        panel.margins(x=0.08)
+        panel.xaxis.set_major_locator(MaxNLocator(nbins=5))
+        style.dress(panel)
+        panel.grid(visible=False, axis="y")
+    if bool(dataset["value_low"].notnull().any()):
+        style.note(figure, style.BARS_NOTE)
+    if names != [""]:
+        style.legend_below(figure, panels[0])
+    marked = f", a mark a model: {', '.join(map(str, names))}" if names != [""] else ""
+    figure.set_label(f"{', '.join(metrics)} by data set{marked}.")
+    return figure
+
+
+def _look(i: int, original: Sequence[str]) -> dict[str, Any]:
+    """The style of a model; those of a control begin behind the original, as in `retention`."""
+    return style.style_of(i - len(original))
+
+
+def _has_number(of: xr.Dataset) -> bool:
+    return bool(of["value"].notnull().any())
+
+
+# ---- retention ----
+
+
+def _retention(dataset: xr.Dataset) -> Figure:
+    """What is kept along the share of each method, what must be, and the share that was found."""
+    asked = json.loads(dataset.attrs["control"])
+    methods = dataset["model"].values.tolist()
+    figure, (panel,) = style.panels_for(1, width=6.2)
+    for i, method in enumerate(methods):
+        of = dataset.sel(model=method)
+        of = of.sel(alpha=of["retention"].notnull())
+        look, alphas, kept = style.style_of(i), of["alpha"].values, of["retention"].values
+        marker = "o" if len(alphas) <= MARKED else None
+        panel.plot(
+            alphas, kept, label=method, marker=marker, markersize=3, linewidth=1.6, zorder=3, **look
+        )
+        shade(
+            panel,
+            alphas,
+            np.stack([of["retention_low"].values, of["retention_high"].values]),
+            look["color"],
+        )
+        chosen = float(of["alpha_chosen"])
+        at = float(of["retention"].sel(alpha=chosen))
+        panel.plot(chosen, at, "D", color=look["color"], markersize=8, zorder=4)
+    least = asked["tau"] * float(dataset["retention"].sel(alpha=0.0).isel(model=0))
+    panel.axhline(
+        least,
+        color=style.GREY,
+        linestyle=":",
+        linewidth=1.4,
+        zorder=1,
+        label=f"{asked['tau']:.0%} of the original's",
+    )
+    panel.set_xlabel("share of the unlearned model", fontsize=9)
+    panel.set_ylabel(f"{asked['metric']} ({asked.get('set', 'retain')})", fontsize=9)
+    panel.set_xlim(-0.02, 1.02)
+    style.set_titles(panel, "What is kept along the share", [])
+    style.dress(panel)
+    if bool(dataset["retention_low"].notnull().any()):
+        style.note(figure, style.SHADED_NOTE)
+    style.note(figure, "Diamonds: the largest share that keeps enough.")
+    style.legend_below(figure, panel)
+    figure.set_label(
+        f"{asked['metric']} ({asked.get('set', 'retain')}) along the share of each unlearned model."
+    )
+    return figure
+
+
+# ---- notes and legends ----
+
+
+def _wrapped(title: str) -> str:
+    return "\n".join(textwrap.wrap(title, 44))
+
+
+def _shaded(figure: Figure, dataset: xr.Dataset) -> None:
+    if bool(dataset["value_low"].notnull().any()):
+        style.note(figure, style.SHADED_NOTE)
+
+
+def _legend(figure: Figure, names: Sequence[str]) -> None:
+    """All lines named below the figure, as not every panel has each of them."""
+    from matplotlib.lines import Line2D
+
+    figure.legend(
+        [
+            Line2D([], [], marker="o", markersize=3.5, **style.style_of(i))
+            for i in range(len(names))
+        ],
+        list(names),
+        loc="outside lower center",
+        ncols=min(4, len(names)),
+        fontsize=9,
+        frameon=False,
+        handlelength=3.2,
+    )

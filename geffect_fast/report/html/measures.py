@@ -1,0 +1,167 @@
+"""What a page says of measures: the answer, shares kept, curves, every number, and the rows."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from geffect_fast.report.figures.measures import measure_figures
+from geffect_fast.report.format import cell
+from geffect_fast.report.html.blocks import (
+    MOST_ROWS,
+    Block,
+    Items,
+    Table,
+    Text,
+    drawn_blocks,
+    left_out,
+    notes_of,
+)
+from geffect_fast.report.summary.effects import thinned
+from geffect_fast.report.summary.measures import (
+    is_control,
+    is_relearning,
+    meanings,
+    measure_findings,
+    measured_metrics,
+    measured_sets,
+    notes,
+    place_axis,
+    share_head,
+    share_note,
+    share_rows,
+    shown,
+)
+
+if TYPE_CHECKING:
+    import xarray as xr
+
+_ROWS = 20
+"""Rows of the data that are listed."""
+_WIDTH = 90
+"""Characters of a row's question."""
+
+
+def sections(dataset: xr.Dataset) -> dict[str, list[Block]]:
+    """The sections of a page on one run of `evaluate`, `control` or `relearn`, by id."""
+    figures = measure_figures(dataset)
+    lead, *more = measure_findings(dataset) or ["No metric has a number of any set."]
+    return {
+        "answer": [Text(lead, "lead"), *([Items(more)] if more else [])],
+        "shares": (shares(dataset) if is_control(dataset) else [])
+        + drawn_blocks(figures, ["retention"]),
+        "curves": drawn_blocks(figures, ["measures"]),
+        "measures": [*tables(dataset), *notes_of(notes(dataset))],
+        "instances": rows(dataset),
+        "signs": [Items(meanings(dataset))] if meanings(dataset) else [],
+    }
+
+
+def shares(dataset: xr.Dataset) -> list[Block]:
+    """The share of each method that keeps enough, and what it keeps."""
+    table = Table("Share kept of each method", share_head(dataset), share_rows(dataset))
+    return [table, *notes_of([share_note(dataset)])]
+
+
+def tables(dataset: xr.Dataset) -> list[Block]:
+    """Every number with its bounds: one table, or one a metric where there are several models."""
+    if is_relearning(dataset):
+        return _by_step_and_model(dataset)
+    axis, metrics = place_axis(dataset), measured_metrics(dataset)
+    if axis is None:
+        sets = measured_sets(dataset)
+        of_one = [
+            [
+                metric,
+                str(dataset["statistic"].sel(metric=metric).item()),
+                *(shown(dataset.sel(metric=metric, set=name)) for name in sets),
+            ]
+            for metric in metrics
+        ]
+        return [Table("Measures", ["metric", "number", *sets], of_one, frozenset([0, 1]))]
+    blocks: list[Block] = []
+    places = thinned(np.arange(dataset.sizes[axis]), MOST_ROWS).tolist()
+    for metric in metrics:
+        of = dataset.sel(metric=[metric])
+        sets = measured_sets(of)
+        of = of.isel(metric=0)
+        listed = _originals(of, sets) if is_control(dataset) else []
+        for at in places:
+            here = of.isel({axis: at})
+            name = str(here[axis].item())
+            share = f", {float(here['alpha_chosen']):.3g} of it" if is_control(dataset) else ""
+            listed.append([f"{name}{share}", *(shown(here.sel(set=each)) for each in sets)])
+        caption = f"{metric} ({of['statistic'].item()})"
+        blocks.append(Table(caption, ["" if is_control(dataset) else axis, *sets], listed))
+    return [*blocks, *left_out(dataset.sizes[axis], f"{axis}s", len(places), "evaluation.nc holds")]
+
+
+def _originals(of: xr.Dataset, sets: list[str]) -> list[list[str]]:
+    """The original's numbers, and those of the unlearned models as they are."""
+    rows = {"original": of["original_value"]}
+    for method in of["model"].values.tolist():
+        rows[f"{method}, without mixing"] = of["unlearned_value"].sel(model=method)
+    return [
+        [name, *(cell(float(values.sel(set=each)), ".3g") for each in sets)]
+        for name, values in rows.items()
+    ]
+
+
+def _by_step_and_model(dataset: xr.Dataset) -> list[Block]:
+    """A table a metric and set: steps down, models across."""
+    models, steps = dataset["model"].values.tolist(), dataset["step"].values
+    places = thinned(np.arange(len(steps)), MOST_ROWS).tolist()
+    blocks: list[Block] = []
+    for metric in measured_metrics(dataset):
+        for name in measured_sets(dataset):
+            of = dataset.sel(metric=metric, set=name)
+            if bool(of["value"].isnull().all()):
+                continue
+            listed = [
+                [str(steps[at]), *(shown(of.isel(step=at).sel(model=model)) for model in models)]
+                for at in places
+            ]
+            blocks.append(Table(f"{metric}: {name}", ["update", *models], listed))
+    return [*blocks, *left_out(len(steps), "steps", len(places), "evaluation.nc holds")]
+
+
+def rows(dataset: xr.Dataset) -> list[Block]:
+    """The rows to be forgotten that score highest by the first metric with scores of rows."""
+    forget = dataset["sample_set"].isin(["forget", "relearned", "others"]).values
+    scored = dataset["sample_value"].isel(sample=forget)
+    known = scored.notnull().any([dim for dim in scored.dims if dim != "metric"])
+    metrics = dataset["metric"].values[known.values].tolist()
+    if not metrics or not scored.sizes["sample"]:
+        return []
+    of = scored.sel(metric=metrics[0])
+    if "step" in of.dims:
+        of = of.isel(step=sorted({0, of.sizes["step"] - 1}))
+    columns = [dim for dim in of.dims if dim != "sample"]
+    of = of.stack(column=columns) if columns else of.expand_dims("column", axis=1)
+    values = of.transpose("sample", "column").values
+    order = np.argsort(-np.where(np.isnan(values), -np.inf, values).max(axis=1), kind="stable")
+    names = [_column(columns, at) for at in of["column"].values] if columns else [metrics[0]]
+    listed = [
+        [_words(of, int(at)), *(cell(float(value), ".3g") for value in values[at])]
+        for at in order[:_ROWS]
+    ]
+    caption = f"By {metrics[0]}, the highest first"
+    table = Table(caption, ["row", *names], listed)
+    return [table, *left_out(len(order), "rows", len(listed), "evaluation.nc holds")]
+
+
+def _column(axes: list[str], at: object) -> str:
+    """What a column of scores is of: a model, a step, or both."""
+    parts = at if isinstance(at, tuple) else (at,)
+    return ", ".join(
+        f"step {part}" if axis == "step" else str(part)
+        for axis, part in zip(axes, parts, strict=True)
+    )
+
+
+def _words(of: xr.DataArray, at: int) -> str:
+    """A row's number and its question, cut."""
+    text = " ".join(str(of["question"].values[at]).split()) if "question" in of.coords else ""
+    cut = text if len(text) <= _WIDTH else f"{text[: _WIDTH - 1].rstrip()}…"
+    return f"{of['sample'].values[at]}: {cut}" if cut else str(of["sample"].values[at])

@@ -1,0 +1,107 @@
+"""The tables of measures for the terminal: of an evaluation, a control, and a relearning."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+from rich import box
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from geffect_fast.report.summary.measures import (
+    is_control,
+    is_relearning,
+    measured_sets,
+    notes,
+    place_axis,
+    rises,
+    share_head,
+    share_note,
+    share_rows,
+    shown,
+)
+from geffect_fast.report.tables.cells import FOLDED
+
+if TYPE_CHECKING:
+    import xarray as xr
+
+_COLUMNS = 6
+"""Most steps of a relearning that are shown, the first and the last among them."""
+
+
+def render_measures(dataset: xr.Dataset) -> RenderableType:
+    """Measures of any kind, for `rich.console.Console.print`."""
+    if is_control(dataset):
+        return render_control(dataset)
+    return (render_relearning if is_relearning(dataset) else render_evaluation)(dataset)
+
+
+def render_evaluation(dataset: xr.Dataset) -> RenderableType:
+    """Measures of one model, or of several below each other, for `rich.console.Console.print`."""
+    table = Table(box=box.SIMPLE_HEAD, title="measures", title_justify="left")
+    axis = place_axis(dataset)
+    if axis is not None:
+        table.add_column(axis)
+    table.add_column("metric", **FOLDED)
+    table.add_column("number")
+    sets = measured_sets(dataset)
+    for name in sets:
+        table.add_column(name, justify="right")
+    places = [None] if axis is None else dataset[axis].values.tolist()
+    for metric in dataset["metric"].values.tolist():
+        of_metric = dataset.sel(metric=metric)
+        for at in places:
+            of = of_metric if axis is None else of_metric.sel({axis: at})
+            row = [] if axis is None else [str(at)]
+            cells = [shown(of.sel(set=name)) for name in sets]
+            table.add_row(*row, metric, str(of["statistic"].item()), *cells)
+    return Group(table, Text(" ".join(notes(dataset)), style="dim"))
+
+
+def render_control(dataset: xr.Dataset) -> RenderableType:
+    """Shares and measures of the methods, for `rich.console.Console.print`."""
+    table = Table(box=box.SIMPLE_HEAD, title="share kept of each method", title_justify="left")
+    for name in share_head(dataset):
+        table.add_column(name, justify="left" if name == "method" else "right")
+    for row in share_rows(dataset):
+        table.add_row(*row)
+    notes = [f"{share_note(dataset)} Below: measures at that share.", *rises(dataset)]
+    return Group(table, *(Text(note, style="dim") for note in notes), render_evaluation(dataset))
+
+
+def render_relearning(dataset: xr.Dataset) -> RenderableType:
+    """Measures of the models on the way, for `rich.console.Console.print`."""
+    steps = dataset["step"].values
+    at = np.unique(np.linspace(0, len(steps) - 1, min(_COLUMNS, len(steps))).round().astype(int))
+    table = Table(box=box.SIMPLE_HEAD, title="measures by step", title_justify="left")
+    for name in ("metric", "set", "model"):
+        table.add_column(name)
+    for step in steps[at]:
+        table.add_column(str(step), justify="right")
+    for metric in dataset["metric"].values.tolist():
+        for name in dataset["set"].values.tolist():
+            for model in dataset["model"].values.tolist():
+                of = dataset.sel(metric=metric, set=name, model=model)
+                table.add_row(metric, name, model, *(shown(of.isel(step=i)) for i in at))
+    return Group(table, Text(_note(dataset, len(steps) - len(at)), style="dim"))
+
+
+def _note(dataset: xr.Dataset, left_out: int) -> str:
+    """What the table shows: brackets, its sets and models, and how many steps have no column."""
+    said = []
+    if bool(dataset["value_low"].notnull().any()):
+        said.append("In brackets: bounds by the choice of the rows.")
+    if "others" in dataset["set"].values:
+        said.append("relearned: the rows trained on; others: the forget rows that are not.")
+    else:
+        said.append("relearned: the rows trained on, which are all of the forget data.")
+    if "retrained" in dataset["model"].values:
+        said.append("What comes back sooner than in the retrained model was not gone.")
+    if left_out:
+        said.append(
+            f"Not shown: {left_out} of the {dataset.sizes['step']} steps measured; summary.csv and "
+            "evaluation.nc have all."
+        )
+    return " ".join(said)

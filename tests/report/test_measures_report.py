@@ -1,0 +1,183 @@
+"""Reports on measures: pages, figures and tables of evaluate, control and relearn."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from html_tree import find, text
+from measured import KINDS, METRICS, measured, measures
+from report_views import checked, rows_of, section, sections
+
+from geffect_fast.errors import InputError, UnfinishedError
+from geffect_fast.report import write_report
+from geffect_fast.report.figures.measures import measure_figures
+from geffect_fast.report.html.page import page_html, write_page
+from geffect_fast.report.summary.measures import measure_findings, shown
+
+SECTIONS = ["answer", "curves", "measures", "instances", "signs", "made"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_page_is_whole_and_has_every_number(kind):
+    dataset = measured(kind)
+    root = checked(page_html({"run": dataset}, configs={"run": {"models": ["a"], "seed": 3}}))
+    shares = ["shares"] if kind == "control" else []
+    assert sections(root) == [SECTIONS[0], *shares, *SECTIONS[1:]]
+    table = text(section(root, "measures"))
+    value = dataset["value"]
+    axes = [dim for dim in value.dims if dim not in ("metric", "set")]
+    for at in np.ndindex(*value.shape):
+        of = dataset.isel(dict(zip(value.dims, at, strict=True)))
+        assert shown(of) in table, (axes, at)
+    assert "What truth_ratio is." in text(section(root, "signs"))
+    assert "seed" in text(section(root, "made"))
+
+
+def test_a_table_of_several_models_names_them_in_its_rows():
+    dataset = measured("several")
+    root = checked(page_html({"run": dataset}))
+    head, *rows = rows_of(root, "truth_ratio (mean)")
+    assert head == ["model", "forget", "retain"]
+    assert [row[0] for row in rows] == dataset["model"].values.tolist()
+    of = dataset.sel(model="npo", metric="truth_ratio", set="retain")
+    value, low, high = (float(of[n]) for n in ("value", "value_low", "value_high"))
+    assert rows[1][2] == f"{value:.3g} [{low:.2g}, {high:.2g}]"
+    # what has no number of a set has no column of it
+    assert rows_of(root, "min_k(k=0.2) (AUC)")[0] == ["model", "forget"]
+
+
+def test_a_page_of_a_control_has_shares_and_the_models_as_they_are():
+    dataset = measured("control")
+    root = checked(page_html({"run": dataset}))
+    _, ga, npo = rows_of(root, "Share kept")
+    assert ga[:3] == ["ga", "0.25", "0.5"] and npo[:3] == ["npo", "0.25", "0.312"]
+    assert npo[3:] == ["0.7 [0.65, 0.75]", "87.5%", "12.5%"]
+    rows = {row[0]: row[1:] for row in rows_of(root, "probability (mean)")[1:]}
+    assert list(rows) == [
+        *("original", "ga, without mixing", "npo, without mixing"),
+        *("ga, 0.25 of it", "npo, 0.25 of it"),
+    ]
+    whole = float(dataset["unlearned_value"].sel(model="npo", metric="probability", set="forget"))
+    assert rows["npo, without mixing"][0] == f"{whole:.3g}"
+    assert "retention is not monotone" in text(section(root, "answer"))
+
+
+def test_a_page_of_a_relearning_has_a_column_a_model():
+    dataset = measured("relearn")
+    rows = rows_of(checked(page_html({"run": dataset})), "truth_ratio: others")
+    assert rows[0] == ["update", "unlearned", "original"]
+    assert [row[0] for row in rows[1:]] == ["0", "2", "4"]
+    last = dataset.sel(model="original", metric="truth_ratio", set="others", step=4)
+    assert rows[3][2] == shown(last)
+    assert (
+        "4 updates on 6 of 12 forget rows"
+        in measure_findings(dataset.assign_attrs(n_rows=json.dumps({"relearned": 6, "others": 6})))[
+            0
+        ]
+    )
+
+
+def test_rows_are_those_to_be_forgotten_the_highest_first():
+    dataset = measured("several")
+    of = dataset["sample_value"].sel(metric="probability")
+    of = of.isel(sample=(dataset["sample_set"] == "forget").values)
+    order = np.argsort(-of.max("model").values)
+    _, *rows = rows_of(checked(page_html({"run": dataset})), "By probability")
+    assert [row[0] for row in rows] == [f"{i}: who wrote book {i}?" for i in order]
+    assert rows[0][1:] == [f"{float(v):.3g}" for v in of.values[:, order[0]]]
+
+
+def test_text_from_data_stays_text():
+    nasty = ["<script>alert(1)</script>", "\"q\" & 'm' </td>", "x" * 3000, "🦜", "a\x07b", ""]
+    html = page_html({"<b>run</b>": measured("one", questions=nasty)})
+    root = checked(html)
+    assert not find(root, "script") and not find(root, "b")
+    listed = text(section(root, "instances"))
+    assert nasty[0] in listed and nasty[1] in listed and len(listed) < 1500
+
+
+def test_measures_without_a_number_say_so():
+    dataset = measures()
+    for name in ("value", "value_low", "value_high", "sample_value"):
+        dataset[name][:] = np.nan
+    root = checked(page_html({"run": dataset}))
+    assert "No metric has a number" in text(section(root, "answer"))
+    assert "curves" not in sections(root)
+
+
+def test_a_result_of_an_earlier_version_says_nothing_of_its_metrics():
+    dataset = measures().assign_attrs(metrics=json.dumps([{"name": n} for n in METRICS]))
+    assert "signs" not in sections(checked(page_html({"run": dataset})))
+
+
+def test_one_page_is_of_one_run_of_measures(tmp_path):
+    with pytest.raises(InputError, match=r"evaluate several models in one run \(--models A B\)"):
+        write_page({"a": measured("one"), "b": measured("one")}, tmp_path / "page.html")
+    assert not list(tmp_path.iterdir())
+
+
+# ---- figures ----
+
+
+def test_marks_and_bars_are_the_numbers_and_their_bounds():
+    dataset = measured("several")
+    panels = measure_figures(dataset)["measures"].axes
+    assert [panel.get_title(loc="left") for panel in panels] == list(METRICS)
+    (probability, _, membership) = panels
+    for panel, metric, sets in ((probability, "probability", 2), (membership, "min_k(k=0.2)", 1)):
+        of = dataset.sel(metric=metric).isel(set=slice(sets))
+        for line, model in zip(panel.get_lines(), dataset["model"].values, strict=True):
+            assert line.get_label() == model
+            np.testing.assert_array_equal(line.get_xdata(), of.sel(model=model)["value"])
+    bars = [c.get_segments() for c in probability.collections]
+    low_high = np.array([[s[:, 0] for s in bar] for bar in bars])
+    of = dataset.sel(metric="probability")
+    np.testing.assert_allclose(low_high[..., 0], of["value_low"])
+    np.testing.assert_allclose(low_high[..., 1], of["value_high"])
+
+
+def test_lines_over_steps_are_the_numbers():
+    dataset = measured("relearn")
+    figure = measure_figures(dataset)["measures"]
+    titles = [panel.get_title(loc="left") for panel in figure.axes]
+    assert titles[:2] == ["probability: relearned", "probability: others"]
+    lines = {line.get_label(): line.get_ydata() for line in figure.axes[1].get_lines()}
+    of = dataset.sel(metric="probability", set="others")
+    for model in ("unlearned", "original"):
+        np.testing.assert_array_equal(lines[model], of["value"].sel(model=model))
+    assert [each.get_text() for each in figure.legends[0].get_texts()] == ["unlearned", "original"]
+
+
+def test_retention_is_drawn_where_it_was_measured():
+    dataset = measured("control")
+    (panel,) = measure_figures(dataset)["retention"].axes
+    lines = {line.get_label(): line for line in panel.get_lines()}
+    assert lines["ga"].get_xdata().tolist() == [0.0, 0.25, 0.5, 0.75, 1.0]
+    assert lines["npo"].get_ydata().tolist() == [0.8, 0.7, 0.69, 0.5, 0.4, 0.1]
+    assert lines["70% of the original's"].get_ydata()[0] == pytest.approx(0.56)
+
+
+# ---- files ----
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_files_of_a_report(kind, tmp_path):
+    write_report(measured(kind), tmp_path)
+    names = {p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*") if p.is_file()}
+    drawn = ["measures", *(["retention"] if kind == "control" else [])]
+    assert names == {
+        *("report.html", "summary.csv"),
+        *(f"plots/{name}.{ending}" for name in drawn for ending in ("png", "svg")),
+    }
+    checked((tmp_path / "report.html").read_text(encoding="utf-8"))
+
+
+def test_what_cannot_be_drawn_costs_only_itself(tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        "geffect_fast.report.figures.measures.measures_figure", lambda _: 1 / 0, raising=True
+    )
+    with pytest.raises(UnfinishedError, match="division by zero"):
+        write_report(measured("one"), tmp_path)
+    assert (tmp_path / "summary.csv").exists()
