@@ -15,6 +15,7 @@ from geffect_fast.capture import capture  # noqa: E402
 if TYPE_CHECKING:
     import geffect_fast.functional as functional
     import geffect_fast.integrations as integrations
+    from geffect_fast.measure.against_effects import against_effects
     from geffect_fast.measure.check import check
     from geffect_fast.measure.control import control
     from geffect_fast.measure.evaluate import evaluate
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "against_effects",
     "capture",
     "check",
     "compare",
@@ -57,6 +59,7 @@ __all__ = [
 
 # What needs more than torch and numpy is imported when it is first asked for.
 _LAZY = {
+    "against_effects": ("geffect_fast.measure.against_effects", "against_effects"),
     "check": ("geffect_fast.measure.check", "check"),
     "compare": ("geffect_fast.steps.compare", "compare"),
     "control": ("geffect_fast.measure.control", "control"),

@@ -56,6 +56,10 @@ def print_result(dataset: xr.Dataset, folder: Path) -> None:
 
 def print_evaluation(dataset: xr.Dataset, folder: Path) -> None:
     """The tables of an evaluation, a control or a relearning, and where its files are."""
+    from geffect_fast.report.tables.against_effects import (
+        is_against_effects,
+        render_against_effects,
+    )
     from geffect_fast.report.tables.control import is_control, render_control
     from geffect_fast.report.tables.evaluate import render_evaluation
     from geffect_fast.report.tables.relearn import is_relearning, render_relearning
@@ -65,4 +69,6 @@ def print_evaluation(dataset: xr.Dataset, folder: Path) -> None:
     else:
         tables = (render_relearning if is_relearning(dataset) else render_evaluation)(dataset)
     console().print(tables)
+    if is_against_effects(dataset):
+        console().print(render_against_effects(dataset))
     print(one_line(str(folder)))
