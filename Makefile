@@ -99,7 +99,7 @@ $(VENV)/tools-cuda: $(VENV)/installed
 	@$(PIP) --no-deps $(call extra,cuda)
 	@touch $@
 
-demo: $(VENV)/installed
+demo: $(VENV)/tools-evaluate
 	$(BIN)/geffect-fast demo --out $(DEMO_OUT) --overwrite
 
 # README's outputs are those of the commands above them; without --check the script puts them there.

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import geffect_fast.functional as functional
     import geffect_fast.integrations as integrations
     import geffect_fast.updates as updates
+    from geffect_fast.measure.against_effects import against_effects
     from geffect_fast.measure.check import check
     from geffect_fast.measure.control import control
     from geffect_fast.measure.evaluate import evaluate
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "against_effects",
     "capture",
     "check",
     "compare",
@@ -59,6 +61,7 @@ __all__ = [
 
 # What needs more than torch and numpy is imported when it is first asked for.
 _LAZY = {
+    "against_effects": ("geffect_fast.measure.against_effects", "against_effects"),
     "check": ("geffect_fast.measure.check", "check"),
     "compare": ("geffect_fast.steps.compare", "compare"),
     "control": ("geffect_fast.measure.control", "control"),

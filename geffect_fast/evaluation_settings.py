@@ -77,6 +77,19 @@ class EvaluateConfig(Machine, Evaluating, Compared):
     """A folder of `unlearn`, or of a Trainer, whose checkpoints are evaluated in turn, by step, in
     place of models; of `unlearn` also the model before training and the one at its end."""
 
+    against_effects: Annotated[
+        tuple[PathOrId, ...],
+        Option(
+            ("--against-effects",),
+            "RUN",
+            help="A run of unlearn, or a folder of such; several may follow. Their models are "
+            "evaluated beside the original, and every change is set beside the effects at it.",
+            repeatable=True,
+        ),
+    ] = ()
+    """Folders of `unlearn` from one model, in place of models: what changed is set beside the
+    effects at that model, by rank correlation."""
+
     forget: Annotated[PathOrId, Option(("--forget", "-f"))]
     """Data to forget: JSON (lines) with question and answer, or a hub id `name:config:split`."""
 
@@ -85,16 +98,21 @@ class EvaluateConfig(Machine, Evaluating, Compared):
 
     _written = field_validator("metrics")(as_text)
 
-    @field_validator("models", mode="before")
+    @field_validator("models", "against_effects", mode="before")
     @classmethod
     def _several_models(cls, value: Any) -> Any:
         return (value,) if isinstance(value, str) else value
 
     @model_validator(mode="after")
     def _something(self) -> EvaluateConfig:
-        if bool(self.models) == (self.run is not None):
-            which = "both are given; leave one out" if self.models else "give --models or --run"
+        given = bool(self.models) + (self.run is not None) + bool(self.against_effects)
+        if given != 1:
+            which = "both are given; leave one out" if given else "give --models or --run"
             raise ValueError(f"models: models or a run's checkpoints are evaluated: {which}")
+        if len(self.against_effects) == 1:
+            raise ValueError(
+                f"against_effects: got one run, {self.against_effects[0]}; give two or more"
+            )
         for i, model in enumerate(self.models):
             if model in self.models[:i]:
                 raise ValueError(f"models: {model} is listed twice; leave one out")
@@ -105,6 +123,11 @@ class EvaluateConfig(Machine, Evaluating, Compared):
         named = {
             **{f"--models {model}": model for model in self.models},
             "--run": self.run,
+            **{f"--against-effects {run}": f"{run}/model" for run in self.against_effects},
+            **{
+                f"--against-effects {run}, effects": f"{run}/results.nc"
+                for run in self.against_effects
+            },
             "--forget": self.forget,
             "--retain": self.retain,
             **self.compared_inputs(),

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from geffect_fast.cli.options import Out, Overwrite, Quiet
-from geffect_fast.cli.printing import print_result
+from geffect_fast.cli.printing import console, print_result
 from geffect_fast.visible import one_line
 
 
@@ -20,11 +20,14 @@ def demo(
 ) -> None:
     """Train a small Llama on invented authors until it knows them by heart, then profile it.
 
-    A sweep of hyper-parameters follows, token by token, and unlearning with four objectives. Needs
-    no network and a few minutes on two cores; --out (demo-run) gets data, models and the run, in
-    sweep/ that of the sweep, and in steps/ those of unlearning, with a page that compares them.
+    A sweep of hyper-parameters follows, token by token, and unlearning with four objectives; a
+    table shows what these did beside the effects before. Needs no network and a few minutes on two
+    cores; --out (demo-run) gets data, models and the run, in sweep/ that of the sweep, in steps/
+    those of unlearning, with a page that compares them, and in measures/ what they did.
     """
-    from geffect_fast.demo import PAGE, STEPS, SWEEP, run_demo
+    from geffect_fast.demo import MEASURES, PAGE, STEPS, SWEEP, run_demo
+    from geffect_fast.report.tables.against_effects import render_against_effects
+    from geffect_fast.storage.evaluation import open_evaluation
     from geffect_fast.storage.run_folder import open_run
 
     dataset = run_demo(out, seed=seed, overwrite=overwrite, progress=not quiet)
@@ -36,3 +39,5 @@ def demo(
         run = one_line(str(out / SWEEP))
         print(f"\nThe best token weights: geffect-fast weights {run} --retain-budget 0")
         print(f"The four unlearning runs, step by step: {one_line(str(out / STEPS / PAGE))}")
+        print()
+        console().print(render_against_effects(open_evaluation(out / MEASURES)))

@@ -24,7 +24,11 @@ from geffect_fast.evaluation_settings import EvaluateConfig
 def evaluate(
     more_models: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[MODEL]...", help="Further models.", show_default=False),
+        typer.Argument(
+            metavar="[MODEL]...",
+            help="Further models, or runs of --against-effects.",
+            show_default=False,
+        ),
     ] = None,
     *,
     out: Out,
@@ -35,16 +39,30 @@ def evaluate(
 ) -> None:
     """Measure what the field trusts: memorisation, truth ratio, membership, utility.
 
-    Of one model, of several (--models A B C), or of the checkpoints of a run (--run RUN). The
+    Of one model, of several (--models A B C), of the checkpoints of a run (--run RUN), or of the
+    models of unlearning runs (--against-effects A B C), with the effects that were measured before
+    each of them beside what changed; data sets that are not given are those of the runs. The
     folder holds evaluation.nc (NetCDF; geffect_fast.open_evaluation reads it), summary.csv,
     report.html, plots/ and run.yaml, which replays it.
     """
     if more_models:
-        given = given | {"models": [*given.get("models", []), *more_models]}
+        further = "against_effects" if "against_effects" in given else "models"
+        given = given | {further: [*given.get(further, []), *more_models]}
     values = values_of(config, given)
+    if values.get("against_effects"):
+        from geffect_fast.measure.against_effects import with_runs
+
+        values = with_runs(values)
     names = option_names(given) | {"models": "--models"}
     checked = checked_values(EvaluateConfig, ("forget", "retain"), config, values, names)
 
     from geffect_fast.measure.execute_evaluation import execute_evaluation
+    from geffect_fast.paths import user_path
+    from geffect_fast.report import write_predictions
+    from geffect_fast.storage.evaluation import open_evaluation
+    from geffect_fast.storage.save_run import add_report
 
     run(execute_evaluation, checked, out, config, overwrite, quiet)
+    if checked.against_effects:
+        again = "the same command with --overwrite"
+        add_report(user_path(out), open_evaluation(out), write_predictions, again)

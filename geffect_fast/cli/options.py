@@ -171,7 +171,18 @@ def values_of(config: Path | None, given: dict[str, Any]) -> dict[str, Any]:
 
 
 _DECIDE_ROWS = {
-    *("model", "models", "run", "tokenizer", "forget", "retain", "holdout", "probes", "template"),
+    *(
+        "model",
+        "models",
+        "run",
+        "against_effects",
+        "tokenizer",
+        "forget",
+        "retain",
+        "holdout",
+        "probes",
+        "template",
+    ),
     *("data_format", "max_length", "date", "original", "n_rows", "seed", "preset"),
 }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Collection
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,9 @@ from geffect_fast.errors import (
     UnfinishedError,
     reason_of,
 )
+from geffect_fast.evaluation_settings import EvaluateConfig
 from geffect_fast.measure.execute import execute
+from geffect_fast.measure.execute_evaluation import execute_evaluation
 from geffect_fast.measure.models import quiet_transformers
 from geffect_fast.paths import is_there
 from geffect_fast.report import write_report
@@ -64,7 +67,17 @@ UNLEARNED = {"ga": "ga", "wga": "wga(alpha=1)", "npo": "npo(beta=0.1)", "gd": "g
 SWEEP = "sweep"
 STEPS = "steps"
 PAGE = "report.html"
-PARTS = ("forget.jsonl", "retain.jsonl", "refusals.jsonl", "reference", "model", SWEEP, STEPS)
+MEASURES = "measures"
+ASKED = "retain_asked.jsonl"
+"""The retain rows that are measured of the unlearned models."""
+PARTS = (
+    *("forget.jsonl", "retain.jsonl", ASKED, "refusals.jsonl", "reference", "model"),
+    *(SWEEP, STEPS, MEASURES),
+)
+METRICS = ("probability", "rouge_l", "extraction_strength", "truth_ratio")
+"""What is measured of what the model was unlearned to, beside the effects before."""
+ASKED_EVERY = 4
+"""A part of the retain rows is measured, so that the table takes less than a minute."""
 PEAK_RATE = 1e-3
 UNLEARN_RATE = 1e-4
 KEPT = 0.93
@@ -106,8 +119,9 @@ def run_demo(
     Args:
         out: gets `forget.jsonl`, `retain.jsonl`, `refusals.jsonl`, `reference/` (the model that
             knows all), `model/` (it, a few unlearning steps later), the run, in `sweep/` that of a
-            sweep, by token, and in `steps/` those of unlearning with four objectives, with a page
-            that compares them; where anything fails, it is left as it was.
+            sweep, by token, in `steps/` those of unlearning with four objectives, with a page that
+            compares them, and in `measures/` an evaluation of the four models beside the effects
+            at the one before; where anything fails, it is left as it was.
         seed: of data, weights and order.
         overwrite: whether an earlier demo in `out` may be replaced.
         progress: whether to show bars and say what happens.
@@ -170,6 +184,7 @@ def _run_demo(
         _execute(make_config(values | swept), folder / SWEEP, progress, unmade)
         with torch.random.fork_rng(devices=[]):  # transformers' Trainer sets the seed for good
             runs = _unlearn(folder, values, progress, size)
+            _measure(folder, progress)
         try:
             write_page(runs, folder / STEPS / PAGE)
         except Exception as error:  # as `write_report`
@@ -222,12 +237,30 @@ def _unlearn(
     return runs
 
 
+def _measure(folder: Path, progress: bool) -> None:
+    """Evaluate the four unlearned models and the one before, beside the effects there."""
+    config = checked_config(
+        EvaluateConfig,
+        {
+            "against_effects": [str(folder / STEPS / name) for name in UNLEARNED],
+            "forget": str(folder / "forget.jsonl"),
+            "retain": str(folder / ASKED),
+            "metrics": [name for name in METRICS if name != "rouge_l" or find_spec("rouge_score")],
+            "max_new_tokens": 32,
+        },
+    )
+    if progress:
+        print("Measured is what the four unlearned models know still.", flush=True)
+    execute_evaluation(config, folder / MEASURES, progress=progress)
+
+
 def _prepare(folder: Path, seed: int, progress: bool, size: Size) -> dict[str, Any]:
     """Fill the folder with data and models; the fields of a config that name them."""
     rows = make_fictitious_authors(size.n_authors, seed)
     forget, retain = split_forget(rows, 0.2)
     write_jsonl(forget, folder / "forget.jsonl")
     write_jsonl(retain, folder / "retain.jsonl")
+    write_jsonl(retain[::ASKED_EVERY], folder / ASKED)
     write_jsonl(({"refusal": refusal} for refusal in REFUSALS), folder / "refusals.jsonl")
 
     def say(text: str) -> None:

@@ -7,6 +7,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from geffect_fast.evaluation_settings import EvaluateConfig, Evaluating
+from geffect_fast.measure.against_effects import against_effects, effects_of, models_of_runs
 from geffect_fast.measure.evaluate import Evaluator, checked_probes
 from geffect_fast.measure.evaluation_run import (
     check_compared,
@@ -51,7 +52,8 @@ def execute_evaluation(
 
     Returns:
         The result of one model as `geffect_fast.evaluate` returns it; those of several along
-        `model`, or along `step` for the checkpoints of a run.
+        `model`, or along `step` for the checkpoints of a run; of runs that are set against effects
+        as `geffect_fast.against_effects` returns it.
 
     Raises:
         InputError, NonFiniteError, UnsupportedModelError: nothing has been written then.
@@ -61,6 +63,8 @@ def execute_evaluation(
 
     resolved_metrics(config.metrics, config.suite)
     dimension, models, own_tokenizer = models_of(config)
+    if config.against_effects:
+        effects_of(config.against_effects)  # to have them checked
     trusted = config.trust_remote_code
     for name, source in models.items():
         check_model_source(source, f"model {name}", trusted)
@@ -93,6 +97,8 @@ def execute_evaluation(
         if len(models) > 1 or dimension == "step":
             along = xr.DataArray(list(models), dims=dimension, name=dimension)
             dataset = xr.concat(results, along, combine_attrs="override")
+        if config.against_effects:
+            dataset = against_effects(config.against_effects, dataset)
         folder.save(dataset, where, evaluator.token_budget, evaluator.rows)
     return dataset
 
@@ -100,9 +106,14 @@ def execute_evaluation(
 def models_of(config: EvaluateConfig) -> tuple[str, dict[str | int, str], str]:
     """The dimension that models lie along, the models by place on it, and where a tokenizer lies.
 
+    Of runs that are set against effects the original model comes first.
+
     Raises:
         InputError: a run holds no model.
     """
+    if config.against_effects:
+        models, own_tokenizer, _ = models_of_runs(config.against_effects)
+        return "model", models, own_tokenizer
     if config.run is None:
         return "model", dict(short_names(config.models).items()), config.models[0]
     folder = user_path(config.run)

@@ -18,9 +18,9 @@ def _needed(module: str, package: str, what: str) -> Any:
         ) from None
 
 
-def scipy_stats() -> Any:
-    """`scipy.stats`."""
-    return _needed("scipy.stats", "scipy", "forget_quality")
+def scipy_stats(what: str) -> Any:
+    """`scipy.stats`, for what messages then name."""
+    return _needed("scipy.stats", "scipy", what)
 
 
 def roc_auc_score() -> Any:

@@ -45,7 +45,7 @@ class ForgetQuality(Metric):
 
 def ks_p_value(one: np.ndarray, other: np.ndarray) -> float:
     """The p-value of scipy's two-sample Kolmogorov-Smirnov test, `(n,)` and `(m,)`."""
-    return float(scipy_stats().ks_2samp(one, other).pvalue)
+    return float(scipy_stats("forget_quality").ks_2samp(one, other).pvalue)
 
 
 @register("model_utility")

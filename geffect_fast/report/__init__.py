@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
     from geffect_fast.report.files import ReportFiles
 
-__all__ = ["write_comparison_plots", "write_report"]
+__all__ = ["write_comparison_plots", "write_predictions", "write_report"]
 
 
 def write_report(dataset: xr.Dataset, folder: Path, held: Path | None = None) -> None:
@@ -53,6 +53,31 @@ def write_comparison_plots(runs: xr.Dataset, folder: Path) -> None:
     from geffect_fast.report.files import plot_files, write_each
 
     write_each(plot_files(comparison_drawings(runs)), folder)
+
+
+def write_predictions(dataset: xr.Dataset, folder: Path) -> None:
+    """Write what measures say beside effects: `runs.csv`, `against_effects.csv` and a figure.
+
+    Args:
+        dataset: of `geffect_fast.against_effects`.
+        folder: exists.
+
+    Raises:
+        UnfinishedError: something could not be drawn or written; all else is there.
+    """
+    from geffect_fast.report.files import write_each
+
+    write_each(prediction_files(dataset), folder)
+
+
+def prediction_files(dataset: xr.Dataset) -> Iterator[ReportFiles]:
+    """The files of `write_predictions`."""
+    from geffect_fast.report.figures.predictors import predictor_drawings
+    from geffect_fast.report.files import ReportFiles, plot_files
+    from geffect_fast.report.summary.predictors import CORRELATIONS, RUNS, write_predictors
+
+    yield ReportFiles((RUNS, CORRELATIONS), lambda folder: write_predictors(dataset, folder))
+    yield from plot_files(predictor_drawings(dataset))
 
 
 def _files(dataset: xr.Dataset) -> Iterator[ReportFiles]:

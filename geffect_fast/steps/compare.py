@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -16,6 +15,7 @@ from geffect_fast.errors import InputError
 from geffect_fast.paths import user_path
 from geffect_fast.results.form import check_complete
 from geffect_fast.results.groups import GROUPS
+from geffect_fast.results.same_data import COUNTS, SETTINGS, check_same_data
 from geffect_fast.results.told_apart import (
     half_width,
     precision_error,
@@ -27,11 +27,6 @@ from geffect_fast.visible import one_line
 if TYPE_CHECKING:
     import xarray as xr
 
-SETTINGS = ("risk", "reduction")
-COUNTS = ("n_forget", "n_retain")
-"""Attributes that runs must share, or else their numbers mean different things."""
-BY_SET = ("probe_rows", "digests")
-"""Attributes, JSON by data set, that runs must share of every set that both have."""
 BY_RISK = (
     *("risk_value", "cosine", "measured_change", "predicted_update", "predicted_sgd"),
     *("g_effect_low", "g_effect_high", "risk_value_low", "risk_value_high", "risk_value_spread"),
@@ -95,7 +90,7 @@ def compare(
     given = _given(runs, what)
     curves = [curve for name, run in given.items() for curve in _curves(name, run)]
     for one, other in combinations({curve.run: curve for curve in curves}.values(), 2):
-        _check_alike(one, other, what)
+        check_same_data(one.run, one.dataset, other.run, other.dataset, what)
     steps = functools.reduce(np.intersect1d, [curve.dataset["step"].values for curve in curves])
     if len(steps) < 2:
         ranges = ", ".join(f"{curve.run} {_steps_of(curve)}" for curve in curves[:4])
@@ -197,49 +192,6 @@ def _interval_attributes(curves: Sequence[_Curve], shared: set[str]) -> dict[str
     names = ("interval_level", *COUNTS)
     attrs = curves[0].dataset.attrs
     return {name: attrs[name] for name in names if name in attrs}
-
-
-def _check_alike(first: _Curve, other: _Curve, what: str) -> None:
-    """Raise `InputError` where two runs measure different things."""
-    for setting in SETTINGS:
-        one, two = (curve.dataset.attrs.get(setting) for curve in (first, other))
-        if one != two:
-            raise InputError(
-                f"{what}: {first.run} has {setting} {one!r}, {other.run} {two!r}; "
-                "compare runs of the same risk and reduction"
-            )
-    counts = [
-        "{} forget and {} retain rows".format(*map(curve.dataset.attrs.get, COUNTS))
-        for curve in (first, other)
-    ]
-    if counts[0] != counts[1]:
-        raise InputError(
-            f"{what}: {first.run} was measured on {counts[0]}, {other.run} on {counts[1]}; "
-            "compare runs on the same data, with the same --probe-rows"
-        )
-    for attribute in BY_SET:  # results of earlier versions may lack them
-        one, two = (json.loads(c.dataset.attrs.get(attribute, "{}")) for c in (first, other))
-        for name in one:
-            if name in two and one[name] != two[name]:
-                raise InputError(
-                    f"{what}: the {name} rows of {first.run} are not those of {other.run}; compare "
-                    "runs on the same data, with the same tokenizer, template and --probe-rows"
-                )
-    one, two = (_questions(curve.dataset) for curve in (first, other))
-    if one is not None and two is not None:
-        different = next((i for i, (a, b) in enumerate(zip(one, two, strict=True)) if a != b), None)
-        if different is not None:
-            raise InputError(
-                f"{what}: forget row {different} of {first.run} is not that of {other.run}; "
-                "compare runs on the same data"
-            )
-
-
-def _questions(dataset: xr.Dataset) -> list[str] | None:
-    """The forget rows' questions; None where samples are summed."""
-    if "question" not in dataset.coords:
-        return None
-    return [str(q) for q in dataset["question"].values[dataset["set"].values == "forget"]]
 
 
 def _groups(dataset: xr.Dataset) -> list[str]:

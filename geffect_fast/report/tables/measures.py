@@ -1,4 +1,4 @@
-"""The tables of measures for the terminal: of an evaluation, a control, and a relearning."""
+"""The tables of measures for the terminal: evaluations, controls, relearnings."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from geffect_fast.report.summary.measures import (
     share_rows,
     shown,
 )
+from geffect_fast.report.tables.against_effects import is_against_effects, render_against_effects
 from geffect_fast.report.tables.cells import FOLDED
 
 if TYPE_CHECKING:
@@ -35,6 +36,8 @@ def render_measures(dataset: xr.Dataset) -> RenderableType:
     """Measures of any kind, for `rich.console.Console.print`."""
     if is_control(dataset):
         return render_control(dataset)
+    if is_against_effects(dataset):
+        return Group(render_evaluation(dataset), render_against_effects(dataset))
     return (render_relearning if is_relearning(dataset) else render_evaluation)(dataset)
 
 

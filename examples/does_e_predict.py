@@ -1,0 +1,158 @@
+"""Does the G-effect before unlearning tell what unlearning will do? A study on TOFU, on a CPU.
+
+    python examples/does_e_predict.py path/to/tofu --work study/
+
+A small Llama learns ten of TOFU's authors by heart. Sixteen objectives and hyper-parameters then
+make it forget three of them, by the same steps of the same optimizer. `geffect-fast evaluate
+--against-effects` sets what each did to every metric beside the effects at the model as it was
+before, and says by rank correlation which of them tell it. What is in `study/` already is not made
+again. Tables and a figure go to `study/measures`; `--csv NAME` writes the two tables, with the
+machine's columns, to `benchmarks/results/NAME_runs.csv` and `NAME.csv`.
+
+The folder of TOFU is that of huggingface.co/datasets/locuslab/TOFU, of which the files in `OF_TOFU`
+are read. Two cores take about a quarter of an hour.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import sys
+from pathlib import Path
+
+import torch
+
+import geffect_fast as gf
+from geffect_fast.cli import main as geffect_fast
+from geffect_fast.data import read_rows, tokenize_rows, write_jsonl
+from geffect_fast.demo import Size, make_model, memorise, recall, save, train_tokenizer
+
+OBJECTIVES = (
+    *("ga", "gd", "ga + kl", "wga(alpha=0.5)", "wga(alpha=2)", "wga(alpha=7)", "wga(alpha=2) + kl"),
+    *("npo(beta=0.05)", "npo(beta=0.5)", "npo(beta=0.1) + kl", "tnpo(beta=1)", "tnpo(beta=4)"),
+    *("simnpo(beta=0.5)", "simnpo(beta=4.5)", "satimp(beta1=5, beta2=1)", "rmu(layer=2)"),
+)
+METRICS = (
+    *("probability", "rouge_l", "truth_ratio", "extraction_strength", "exact_memorisation"),
+    *("min_k", "model_utility"),
+)
+OF_TOFU = {
+    "forget": "forget05_perturbed.json",
+    "retain": "retain_perturbed.json",
+    "holdout": "retain95.json",
+    "real_authors": "real_authors_perturbed.json",
+    "world_facts": "world_facts_perturbed.json",
+}
+
+
+def choose_rows(
+    tofu: Path, work: Path, n: int, forget: int = 60, retain: int = 140
+) -> dict[str, Path]:
+    """The data sets of the study: what is learned, and what else is asked; by name.
+
+    Args:
+        tofu: folder of TOFU's files.
+        work: gets a file a set.
+        n: rows of each further set, which nothing is trained on.
+        forget, retain: rows of these; TOFU has twenty of an author.
+    """
+    rows = {name: read_rows(tofu / file, name=name) for name, file in OF_TOFU.items()}
+    rows |= {"forget": rows["forget"][:forget], "retain": rows["retain"][:retain]}
+    learned = {row["question"] for name in ("forget", "retain") for row in rows[name]}
+    strangers = [row for row in rows["holdout"] if row["question"] not in learned]
+    rows["holdout"] = strangers[:: max(len(strangers) // n, 1)][:n]
+    for name in ("real_authors", "world_facts"):
+        rows[name] = rows[name][:n]
+    files = {name: work / f"{name}.jsonl" for name in rows}
+    for name, file in files.items():
+        if not file.exists():
+            write_jsonl(rows[name], file)
+    return files
+
+
+def learn(files: dict[str, Path], folder: Path, size: Size) -> None:
+    """Train a Llama on forget and retain rows until it knows them, and save it."""
+    rows = {name: read_rows(files[name], name=name) for name in ("forget", "retain")}
+    texts = [f"{row['question']} {row['answer']}" for of in rows.values() for row in of]
+    tokenizer = train_tokenizer(texts, size.vocab_size)
+    sets = [tokenize_rows(of, tokenizer, name=name) for name, of in rows.items()]
+    torch.manual_seed(0)
+    model = make_model(tokenizer, size)
+    epochs = memorise(model, sets, size, 0, progress=True)
+    known = ", ".join(f"{recall(model, part)[0]:.3f}" for part in sets)
+    print(f"known after {epochs} epochs; mean token probability {known}", flush=True)
+    save(model, tokenizer, folder)
+
+
+def unlearn(files: dict[str, Path], model: Path, study: Path, args: argparse.Namespace) -> None:
+    """A run of every objective that is not there yet."""
+    for number, objective in enumerate(OBJECTIVES[: args.runs]):
+        name = "".join(c if c.isalnum() else "-" for c in objective).strip("-")
+        out = study / f"{number:02}-{name}"
+        if (out / "results.nc").exists():
+            continue
+        run(
+            *("unlearn", "--model", model, "--forget", files["forget"]),
+            *("--retain", files["retain"], "--objective", objective, "--steps", args.steps),
+            *("--probe-every", max(args.steps // 2, 1), "--probe-rows", args.probed),
+            *("--learning-rate", args.rate, "--resolve", "group,sample", "--out", out),
+            *("--overwrite", "--quiet"),
+        )
+        print(f"unlearned with {objective}", flush=True)
+
+
+def run(*words: object) -> None:
+    """A command of geffect-fast; ends the script where it fails."""
+    if code := geffect_fast(list(map(str, words))):
+        sys.exit(code)
+
+
+def rows_of(file: Path) -> list[dict[str, str]]:
+    """The rows of a CSV."""
+    with file.open(newline="", encoding="utf-8") as opened:
+        return list(csv.DictReader(opened))
+
+
+def main() -> None:
+    """Learn, unlearn in every way, measure, and compare."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("tofu", type=Path, help="folder of TOFU's files")
+    parser.add_argument("--work", type=Path, required=True, help="folder for models and runs")
+    parser.add_argument("--steps", type=int, default=20, help="updates of each unlearning")
+    parser.add_argument("--rate", type=float, default=5e-5, help="learning rate of AdamW")
+    parser.add_argument("--runs", type=int, default=len(OBJECTIVES), help="the first so many")
+    parser.add_argument("--forget", type=int, default=60, help="rows to forget")
+    parser.add_argument("--retain", type=int, default=140, help="rows to keep")
+    parser.add_argument("--probed", type=int, default=60, help="rows of either set for effects")
+    parser.add_argument("--asked", type=int, default=40, help="rows of each further set")
+    parser.add_argument("--hidden", type=int, default=128, help="width of the Llama")
+    parser.add_argument("--known", type=float, default=0.95, help="part to be known by heart")
+    parser.add_argument("--csv", help="name of the tables in benchmarks/results")
+    args = parser.parse_args()
+    args.work.mkdir(parents=True, exist_ok=True)
+    files = choose_rows(args.tofu, args.work, args.asked, args.forget, args.retain)
+    model, study = args.work / "model", args.work / "runs"
+    if not (model / "config.json").exists():
+        size = Size(vocab_size=2048, hidden=args.hidden, known=args.known, max_epochs=200)
+        learn(files, model, size)
+    unlearn(files, model, study, args)
+    measures = args.work / "measures"
+    probes = [f"{name}={files[name]}" for name in ("real_authors", "world_facts")]
+    run(
+        *("evaluate", "--against-effects", study, "--metrics", ",".join(METRICS)),
+        *("--holdout", files["holdout"], "--probe", probes[0], "--probe", probes[1]),
+        *("--max-new-tokens", 64, "--out", measures, "--overwrite"),
+    )
+    found = gf.open_evaluation(measures)
+    told = int(found.beyond_noise.sum())
+    print(f"{told} of {int(found.spearman.notnull().sum())} pairs are told from chance")
+    if args.csv:
+        sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+        from machine import RESULTS, write_csv
+
+        for name, table in ((f"{args.csv}_runs", "runs.csv"), (args.csv, "against_effects.csv")):
+            write_csv(RESULTS / f"{name}.csv", rows_of(measures / table))
+
+
+if __name__ == "__main__":
+    main()

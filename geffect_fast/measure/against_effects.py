@@ -1,0 +1,336 @@
+"""`against_effects`: effects at the original model beside what unlearning did to every metric.
+
+A run of `unlearn` is an objective with its hyper-parameters. Its *predictors* are what is known at
+the original model; its *changes* those of the metrics from that model to the unlearned
+one. Over the runs of a study, rank correlations say which predictor tells what.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from geffect_fast.errors import InputError
+from geffect_fast.measure.rank_correlation import FEWEST, RankCorrelation, rank_correlation
+from geffect_fast.paths import is_there, short_names, user_path
+from geffect_fast.results.form import check_complete
+from geffect_fast.results.intervals import collateral_of
+from geffect_fast.results.same_data import check_same_data
+from geffect_fast.settings import UnlearnConfig
+from geffect_fast.storage.evaluation import open_evaluation
+from geffect_fast.storage.run_folder import CONFIG, RESULTS, open_run
+from geffect_fast.storage.run_yaml import load_config
+
+if TYPE_CHECKING:
+    import xarray as xr
+
+ORIGINAL = "original"
+"""What the model before unlearning is called among models."""
+
+Number = tuple[float, float, float]
+"""A number and its bounds, NaN where they are not known."""
+
+_SIGN = {"unlearn": "u", "retain": "r"}
+_BOUNDS = ("_low", "_high")
+_OF_ROWS = ("forget", "retain", "template", "data_format", "max_length", "date")
+"""What an evaluation takes from its runs where nobody says."""
+
+
+def against_effects(
+    runs: Sequence[str | Path | xr.Dataset] | Mapping[str, str | Path | xr.Dataset] | str | Path,
+    measures: xr.Dataset | str | Path,
+) -> xr.Dataset:
+    """How effects at the original model go with what unlearning did to every metric.
+
+    Of each run the effects at its step 0 are read, of the objective that it was trained on: `e_u`,
+    `e_r`, `collateral`, cosines, whatever other effects by objective and risk it holds, and
+    what first order predicts of its updates up to the next probe, where that is of the same step in
+    all runs: `update_u`, `<theta' - theta, grad R>`, which knows the optimizer, and where learning
+    rates differ `sgd_u`, `-lr e_u`, likewise of every risk.
+
+    Args:
+        runs: of `unlearn`, from one model, at least two: folders or results, or a mapping of names
+            to them, or a folder that holds them.
+        measures: of `evaluate` along `model`: `original` and, under the runs' names, their models;
+            or the folder of such.
+
+    Returns:
+        The measures, and with them
+
+        `effect` (run, predictor) with `effect_low` and `effect_high`, by the choice of the rows;
+        `change` (run, metric, set), the value of the unlearned model less the original's;
+        `spearman` and `kendall` (predictor, metric, set) with `_low` and `_high`, bounds by drawing
+        the runs anew, `p_value` and `kendall_p_value`, and `n_runs`, of how many each is;
+        `beyond_noise`, whether `p_value` is below 0.05 and the bounds, where there are any, leave 0
+        out. All NaN, and False, of fewer than 5 runs.
+
+        Coordinates: `run`, with `objective`; `predictor`.
+
+    Raises:
+        InputError: fewer than two runs; one without steps or of no one objective; runs of other
+            data; measures that lack a model.
+
+    Example:
+        >>> found = gf.against_effects("study/", "measures/")
+        >>> found.spearman.sel(predictor="e_u", metric="probability", set="forget")
+    """
+    import xarray as xr
+
+    given = measures if isinstance(measures, xr.Dataset) else open_evaluation(measures)
+    effects = effects_of(runs)
+    if "model" not in given["value"].dims:
+        raise InputError(
+            "against_effects: the measures are of one model; give those of the original and of "
+            "every run's, along `model`"
+        )
+    missing = [
+        name
+        for name in (ORIGINAL, *effects["run"].values.tolist())
+        if name not in given["model"].values
+    ]
+    if missing:
+        raise InputError(
+            f"against_effects: the measures lack model {missing[0]}; give those of the original "
+            "and of every run's, under their names"
+        )
+    of_runs = given["value"].sel(model=effects["run"].values)
+    change = (of_runs - given["value"].sel(model=ORIGINAL)).drop_vars("model")
+    change = change.rename(model="run")
+    both = xr.merge([given, effects, change.to_dataset(name="change")], combine_attrs="override")
+    return both.assign(_correlations(effects["effect"].values, change))
+
+
+def _correlations(effects: np.ndarray, change: xr.DataArray) -> dict[str, Any]:
+    """Rank correlations of every predictor with every change, as variables of a result.
+
+    Args:
+        effects: `(run, predictor)`.
+        change: `(run, metric, set)`.
+    """
+    dims = ("predictor", "metric", "set")
+    changes = change.transpose("run", "metric", "set").values
+    found = [
+        [[rank_correlation(x, y) for y in of_metric.T] for of_metric in changes.transpose(1, 0, 2)]
+        for x in effects.T
+    ]
+    pairs = {
+        name: (dims, np.array([[[getattr(c, name) for c in b] for b in a] for a in found]))
+        for name in asdict(RankCorrelation(0))
+    }
+    pairs["n_runs"] = pairs.pop("n")
+    low, high = (pairs[f"spearman{side}"][1] for side in _BOUNDS)
+    with np.errstate(invalid="ignore"):
+        known = np.isnan(low) | (low > 0) | (high < 0)
+        beyond = (pairs["p_value"][1] < 0.05) & known
+    return pairs | {"beyond_noise": (dims, beyond)}
+
+
+def effects_of(
+    runs: Sequence[str | Path | xr.Dataset] | Mapping[str, str | Path | xr.Dataset] | str | Path,
+) -> xr.Dataset:
+    """`effect` (run, predictor) of runs, with bounds; see `against_effects`."""
+    import xarray as xr
+
+    opened = _opened(runs)
+    if len(opened) < 2:
+        raise InputError(
+            f"against_effects: got {len(opened)} run; give two or more, and {FEWEST} or more for "
+            "rank correlations"
+        )
+    (first, one), *others = opened.items()
+    for name, dataset in others:
+        check_same_data(first, one, name, dataset, "against_effects")
+    later = _later_predictions(opened)
+    found = {
+        name: _at_the_start(name, dataset) | later.get(name, {}) for name, dataset in opened.items()
+    }
+    shared = [name for name in found[first] if all(name in of for of in found.values())]
+    table = np.array([[of[name] for name in shared] for of in found.values()])
+    return xr.Dataset(
+        {
+            f"effect{side}": (("run", "predictor"), table[..., i])
+            for i, side in enumerate(("", *_BOUNDS))
+        },
+        {
+            "run": list(opened),
+            "predictor": shared,
+            "objective": (
+                "run",
+                [str(each.attrs["trained_objective"]) for each in opened.values()],
+            ),
+        },
+    )
+
+
+def _opened(
+    runs: Sequence[str | Path | xr.Dataset] | Mapping[str, str | Path | xr.Dataset] | str | Path,
+) -> dict[str, xr.Dataset]:
+    """Step results by the names of runs, each from step 0 on."""
+    import xarray as xr
+
+    if isinstance(runs, Mapping):
+        named = {str(name): run for name, run in runs.items()}
+    else:
+        folders = [runs] if isinstance(runs, str | Path) else list(runs)
+        results = {f"result {i + 1}": r for i, r in enumerate(folders) if isinstance(r, xr.Dataset)}
+        study = study_runs([run for run in folders if isinstance(run, str | Path)])
+        named = {**short_names(study), **results}
+    found = {}
+    for name, run in named.items():
+        if isinstance(run, xr.Dataset):
+            dataset = run
+        else:
+            dataset = open_run(run)
+            check_complete(dataset, run)
+        trained = dataset.attrs.get("trained_objective")
+        if "step" not in dataset["g_effect"].dims or trained not in dataset["objective"].values:
+            raise InputError(
+                f"against_effects: {name} is of no training on one objective; give runs of unlearn"
+            )
+        if int(dataset["step"].values[0]) != 0:
+            raise InputError(
+                f"against_effects: {name} begins at step {dataset['step'].values[0]}; give runs "
+                "that were probed at the original model, step 0"
+            )
+        found[name] = dataset
+    return found
+
+
+def study_runs(folders: Sequence[str | Path]) -> list[str]:
+    """Run folders, of which one that is no run stands for the runs in it, in order of their names.
+
+    Raises:
+        InputError: a folder holds no run, or a run is listed twice.
+    """
+    found: list[str] = []
+    for given in map(str, folders):
+        place = user_path(given)
+        if not place.is_dir() or is_there(place / RESULTS) or is_there(place / CONFIG):
+            found.append(given.rstrip("/"))
+            continue
+        inside = sorted(path.parent for path in place.glob(f"*/{RESULTS}"))
+        if not inside:
+            raise InputError(
+                f"against_effects: {given} is no run and holds none; give folders of unlearn"
+            )
+        found += map(str, inside)
+    for i, run in enumerate(found):
+        if run in found[:i]:
+            raise InputError(f"against_effects: {run} is listed twice; leave one out")
+    return found
+
+
+def models_of_runs(runs: Sequence[str]) -> tuple[dict[str | int, str], str, UnlearnConfig]:
+    """The original and the runs' models by name, where its tokenizer is, and a run's config.
+
+    Raises:
+        InputError: a folder is none of `unlearn`, has no model, or they begin from several.
+    """
+    begun = {}
+    for run in runs:
+        folder = user_path(run)
+        config = load_config(folder / CONFIG) if is_there(folder / CONFIG) else None
+        if not isinstance(config, UnlearnConfig):
+            raise InputError(
+                f"against_effects: {run} is no run of geffect-fast unlearn; give its folders"
+            )
+        if not is_there(folder / "model"):
+            raise InputError(
+                f"against_effects: {run} holds no model, so it is not complete; go on with it "
+                "(unlearn --resume)"
+            )
+        begun[run] = config
+    first = begun[runs[0]]
+    for run, config in begun.items():
+        if config.model != first.model:
+            raise InputError(
+                f"against_effects: {run} began from {config.model}, {runs[0]} from {first.model}; "
+                "give runs from one model"
+            )
+    names = short_names(runs)
+    if ORIGINAL in names:
+        raise InputError(
+            f"against_effects: run {names[ORIGINAL]} is called as the model before unlearning; "
+            "rename its folder"
+        )
+    models: dict[str | int, str] = {ORIGINAL: first.model}
+    models |= {name: f"{run}/model" for name, run in names.items()}
+    return models, first.tokenizer or first.model, first
+
+
+def with_runs(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of an evaluation with its runs written out, and the data of these where none is given.
+
+    Raises:
+        InputError: as `study_runs` and `models_of_runs`.
+    """
+    given = values["against_effects"]
+    runs = study_runs([given] if isinstance(given, str) else given)
+    begun = models_of_runs(runs)[2]
+    return {
+        **{name: getattr(begun, name) for name in _OF_ROWS},
+        **values,
+        "against_effects": runs,
+    }
+
+
+def _at_the_start(name: str, dataset: xr.Dataset) -> dict[str, Number]:
+    """What a run holds of its own objective at step 0, by predictor."""
+    first = dataset.isel(step=0).sel(objective=dataset.attrs["trained_objective"])
+    found: dict[str, Number] = {}
+    for variable, of_all in dataset.data_vars.items():
+        kind = str(variable)
+        by_objective_and_risk = {"objective", "risk"} <= set(of_all.dims)
+        if not by_objective_and_risk or kind.endswith(_BOUNDS) or kind.startswith("parameter_"):
+            continue
+        of = first[kind]
+        of = of.sum([dim for dim in of.dims if dim != "risk"], skipna=False)
+        called = "e" if kind == "g_effect" else kind
+        for risk in of["risk"].values.tolist():
+            low, high = (_number(first, f"{kind}{side}", risk) for side in _BOUNDS)
+            found[f"{called}_{_SIGN.get(risk, risk)}"] = float(of.sel(risk=risk)), low, high
+        if kind == "g_effect":
+            low, high = (_number(first, f"collateral{side}") for side in _BOUNDS)
+            found["collateral"] = float(collateral_of(of.values)), low, high
+    if not np.isfinite([found["e_u"][0], found["e_r"][0]]).all():
+        raise InputError(f"against_effects: the effects of {name} are not finite; leave it out")
+    return found
+
+
+def _number(dataset: xr.Dataset, name: str, risk: str | None = None) -> float:
+    """A number of a result, NaN where it has none of that name."""
+    if name not in dataset:
+        return np.nan
+    return float(dataset[name] if risk is None else dataset[name].sel(risk=risk))
+
+
+def _later_predictions(opened: Mapping[str, xr.Dataset]) -> dict[str, dict[str, Number]]:
+    """First-order changes by the updates up to the second probe, where all probe the same step.
+
+    What `-lr e` predicts is left out where all have learned at one rate: it ranks as `e` does.
+    """
+    second = [each.isel(step=1) for each in opened.values() if each.sizes["step"] > 1]
+    if len(second) < len(opened) or len({int(each["step"]) for each in second}) > 1:
+        return {}
+    called = {"predicted_update": "update"} | (
+        {"predicted_sgd": "sgd"} if _rates_differ(second) else {}
+    )
+    return {
+        name: {
+            f"{word}_{_SIGN.get(risk, risk)}": (float(each[kind].sel(risk=risk)), np.nan, np.nan)
+            for kind, word in called.items()
+            if kind in each
+            for risk in each["risk"].values.tolist()
+        }
+        for name, each in zip(opened, second, strict=True)
+    }
+
+
+def _rates_differ(probes: Sequence[xr.Dataset]) -> bool:
+    """Whether runs have learned at different rates, or by different schedules, up to a probe."""
+    rates = {float(each["learning_rate"]) for each in probes if "learning_rate" in each}
+    return len(rates) > 1

@@ -1,0 +1,109 @@
+"""Effects at the original model beside what unlearning changed, and how far one tells the other."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from geffect_fast.measure.rank_correlation import FEWEST
+from geffect_fast.report.format import bounds, number
+from geffect_fast.report.summary.predictors import (
+    BESIDE_NOTE,
+    RANKS_NOTE,
+    measured_pairs,
+    original_values,
+    prediction_sentence,
+    predictor_notes,
+)
+from geffect_fast.report.tables.cells import FOLDED, new_table, with_interval
+
+if TYPE_CHECKING:
+    import xarray as xr
+
+
+def is_against_effects(dataset: xr.Dataset) -> bool:
+    """Whether measures are those of `geffect_fast.against_effects`."""
+    return {"effect", "change"} <= set(dataset.data_vars)
+
+
+def render_against_effects(dataset: xr.Dataset) -> RenderableType:
+    """Both tables, for `rich.console.Console.print`; of a few methods the first alone."""
+    beside = Group(render_beside(dataset), Text(BESIDE_NOTE, style="dim"))
+    if not bool(dataset["spearman"].notnull().any()):
+        return Group(beside, Text(prediction_sentence(dataset)))
+    note = Text(" ".join([RANKS_NOTE, *predictor_notes(dataset)]), style="dim")
+    return Group(beside, render_ranks(dataset), note, Text(prediction_sentence(dataset)))
+
+
+def render_beside(dataset: xr.Dataset) -> Table:
+    """A row a run: effects at the original model, and values and changes of every metric."""
+    shown = [name for name in ("e_u", "e_r", "collateral") if name in dataset["predictor"].values]
+    pairs = measured_pairs(dataset)
+    table = new_table(
+        "effects at the original model beside what unlearning did",
+        ("run", FOLDED | {"min_width": 8}),
+        *shown,
+        *(f"{_short(metric)}\n{name}" for metric, name in pairs),
+    )
+    table.add_row("original", *[""] * len(shown), *(f"{v:.3g}" for v in original_values(dataset)))
+    for run in dataset["run"].values.tolist():
+        of = dataset.sel(run=run)
+        cells = []
+        for predictor in shown:
+            value, low, high = (
+                float(of[f"effect{side}"].sel(predictor=predictor))
+                for side in ("", "_low", "_high")
+            )
+            spec = ".2f" if predictor == "collateral" else "+.2g"
+            text = with_interval(value, (low, high), spec)
+            cells.append(Text("\n").join(text.split(" ")))
+        for metric, name in pairs:
+            value = float(of["value"].sel(model=run, metric=metric, set=name))
+            change = float(of["change"].sel(metric=metric, set=name))
+            cells.append(Text(f"{number(value, '.3g')}\n").append(number(change, "+.2g"), "dim"))
+        objective = str(of["objective"].item())
+        words = Text(run)
+        if objective != run:
+            words.append(f"\n{objective}", "dim")
+        table.add_row(words, *cells)
+    return table
+
+
+def render_ranks(dataset: xr.Dataset) -> Table:
+    """A row a metric and set: the rank correlation of every predictor with its change."""
+    predictors = dataset["predictor"].values.tolist()
+    most = int(dataset["n_runs"].max())
+    table = new_table(
+        f"rank correlations over {most} runs",
+        ("change of", FOLDED | {"min_width": 12}),
+        *predictors,
+    )
+    for metric, name in measured_pairs(dataset):
+        of = dataset.sel(metric=metric, set=name)
+        table.add_row(
+            f"{metric}\n{name}", *(_rank_cell(of.sel(predictor=p), most) for p in predictors)
+        )
+    return table
+
+
+def _rank_cell(of: xr.Dataset, most: int) -> Text:
+    """A pair's coefficients; empty where fewer than `FEWEST` runs have both numbers."""
+    value, n = float(of["spearman"]), int(of["n_runs"])
+    if math.isnan(value):
+        return Text("" if n < FEWEST else "–")
+    beyond = bool(of["beyond_noise"])
+    text = Text(number(value, "+.2f") + ("*" if beyond else ""), "" if beyond else "dim")
+    low, high = float(of["spearman_low"]), float(of["spearman_high"])
+    if not math.isnan(low):
+        text.append(f"\n{bounds((low, high), '+.2f')}", style="dim")
+    text.append(f"\nτ {number(float(of['kendall']), '+.2f')}", style="dim")
+    return text if n == most else text.append(f"\n{n} runs", style="dim")
+
+
+def _short(metric: str) -> str:
+    """A metric's name on lines of its words, as columns of numbers are narrow."""
+    return metric.replace("_", "_\n", 1) if len(metric) > 12 else metric
