@@ -291,7 +291,7 @@ def _at_the_start(name: str, dataset: xr.Dataset) -> dict[str, Number]:
         of = of.sum([dim for dim in of.dims if dim != "risk"], skipna=False)
         called = "e" if kind == "g_effect" else kind
         for risk in of["risk"].values.tolist():
-            low, high = (_number(first, f"{kind}{side}", risk) for side in _BOUNDS)
+            low, high = (_number(first.sel(risk=risk), f"{kind}{side}") for side in _BOUNDS)
             found[f"{called}_{_SIGN.get(risk, risk)}"] = float(of.sel(risk=risk)), low, high
         if kind == "g_effect":
             low, high = (_number(first, f"collateral{side}") for side in _BOUNDS)
@@ -301,11 +301,9 @@ def _at_the_start(name: str, dataset: xr.Dataset) -> dict[str, Number]:
     return found
 
 
-def _number(dataset: xr.Dataset, name: str, risk: str | None = None) -> float:
+def _number(dataset: xr.Dataset, name: str) -> float:
     """A number of a result, NaN where it has none of that name."""
-    if name not in dataset:
-        return np.nan
-    return float(dataset[name] if risk is None else dataset[name].sel(risk=risk))
+    return float(dataset[name]) if name in dataset else np.nan
 
 
 def _later_predictions(opened: Mapping[str, xr.Dataset]) -> dict[str, dict[str, Number]]:
