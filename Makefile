@@ -155,7 +155,7 @@ $(SANITIZED)/built: $(VENV)/tools-test setup.py $(NATIVE) $(PYTHON_FILES)
 
 # A report goes to file descriptor 2, of which pytest must keep its hands. The values once more with
 # the instructions of an old processor.
-UNDER_SANITIZERS = $(BIN)/pytest -q --capture=sys -k "not shim and not reference"
+UNDER_SANITIZERS = $(BIN)/pytest -q $(SIDE_BY_SIDE) --capture=sys -k "not shim and not reference"
 sanitize: $(SANITIZED)/built
 	@$(WITH_SANITIZERS) $(BIN)/geffect-fast env
 	@$(WITH_SANITIZERS) $(BIN)/python tools/sanitizer_check.py

@@ -5,17 +5,22 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
 import traceback
 
+CHANGES = ("os.", "open", "shutil.")
 
-def killed(change, folder, at_event, counted=None):
+
+def killed(change, folder, at_event=None, counted=None, *, of=CHANGES, after_seconds=None):
     """Call `change(folder)` in a process of its own that dies before its n-th change of the disk.
 
     Args:
         change: writes to the folder.
         folder: a path.
-        at_event: n, from 1; None: nothing dies.
+        at_event: n, from 1; None: it does not die of itself.
         counted: a file that receives the number of changes where nothing died.
+        of: what events that are counted begin with; they name the folder, or lock a file.
+        after_seconds: when it is killed from outside; None: it is not.
 
     Returns:
         Whether it died.
@@ -26,7 +31,8 @@ def killed(change, folder, at_event, counted=None):
             seen = []
 
             def count(event, args):
-                if event.startswith(("os.", "open", "shutil.")) and str(folder) in str(args):
+                here = str(folder) in str(args) or event == "fcntl.flock"
+                if event.startswith(of) and here:
                     seen.append(event)
                     if len(seen) == at_event:
                         os.kill(os.getpid(), signal.SIGKILL)
@@ -40,6 +46,9 @@ def killed(change, folder, at_event, counted=None):
             traceback.print_exc()
         finally:
             os._exit(1)
+    if after_seconds is not None:
+        time.sleep(after_seconds)
+        os.kill(child, signal.SIGKILL)
     status = os.waitpid(child, 0)[1]
     assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0, "the run failed by itself"
     return os.WIFSIGNALED(status)

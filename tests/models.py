@@ -69,3 +69,13 @@ def samples(lengths: list[int], seed: int = 0, prompt: int = 1) -> list[dict[str
         hidden = min(prompt, length - 1)
         rows.append({"input_ids": ids, "labels": [-100] * hidden + ids[hidden:]})
     return rows
+
+
+def shaken(model, dtype=None):
+    """Adapters start at the identity, where half of their gradients are zero: move them away."""
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.add_(0.1 * torch.randn(p.shape, generator=generator).to(p))
+    return model.eval() if dtype is None else model.eval().to(dtype)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import resource
 import shutil
 import warnings
 
@@ -29,7 +27,7 @@ from bad_input import (
     unlearn,
     weights,
 )
-from bad_input.case import Case, snapshot
+from bad_input.case import Case, largest_file, snapshot
 
 from geffect_fast.cli import main
 from geffect_fast.errors import GEffectError
@@ -64,18 +62,6 @@ def here(study, tmp_path, monkeypatch):
     monkeypatch.chdir(folder)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     return folder
-
-
-@contextlib.contextmanager
-def largest_file(size):
-    """No file grows beyond `size` bytes; writing more is an OSError, as Python ignores SIGXFSZ."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    if size is not None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def told(case, here, capfd):

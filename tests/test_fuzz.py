@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import random
@@ -13,6 +12,7 @@ import time
 import pytest
 from bad_input.folders import a_run
 from step_results import step_dataset
+from test_streams import closed_pipe
 
 from geffect_fast.cli import COMMANDS, main
 from geffect_fast.storage.run_folder import save_result
@@ -101,12 +101,6 @@ def interrupted(*_args, **_kwargs):
     raise KeyboardInterrupt
 
 
-def closed_pipe():
-    there, here = os.pipe()
-    os.close(there)
-    return io.TextIOWrapper(os.fdopen(here, "wb", -1), line_buffering=True)
-
-
 def try_all(drawn, rng, capfd, least):
     """Runs what is drawn until the time is up, some of it with nobody who reads what it prints."""
     until = time.monotonic() + SECONDS
@@ -114,7 +108,7 @@ def try_all(drawn, rng, capfd, least):
         lost = [name for name in ("stdout", "stderr") if rng.random() < 0.1]
         with pytest.MonkeyPatch.context() as patch:
             for name in lost:
-                patch.setattr(sys, name, closed_pipe())
+                patch.setattr(sys, name, closed_pipe(buffering=True))
             code = main(words)
         error = capfd.readouterr().err
         assert code in (0, 2, 3, 130, *([141] if lost else [])), (words, what, error[-2000:])

@@ -18,6 +18,7 @@ from bad_input.case import profile, snapshot
 from bad_input.folders import a_run
 from bad_input.steps import half_done
 
+from geffect_fast.cli import main
 from geffect_fast.storage.manifest import MANIFEST, Manifest, check_sums, files_below
 from geffect_fast.storage.run_folder import open_run
 
@@ -89,6 +90,18 @@ def waiting(mark, process):
         time.sleep(0.05)
 
 
+@pytest.fixture
+def command(here, monkeypatch, capfd):
+    """Runs a command of a bystander, in this process: its exit code, stdout and stderr."""
+
+    def run(*words):
+        monkeypatch.chdir(here)
+        capfd.readouterr()
+        return main([*words]), *capfd.readouterr()
+
+    return run
+
+
 CODES = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129}
 
 
@@ -119,7 +132,9 @@ def test_ctrl_c_leaves_the_earlier_run_whole(here, tmp_path, moment, sent):
 
 
 @pytest.mark.parametrize("sent", [*CODES, signal.SIGKILL])
-def test_stopped_between_two_plots_the_numbers_of_the_new_run_are_there(here, tmp_path, sent):
+def test_stopped_between_two_plots_the_numbers_of_the_new_run_are_there(
+    here, command, tmp_path, sent
+):
     before, mark = open_run(here / "run"), tmp_path / "there"
     plot = ("geffect_fast.report.figures.profile.instances_figure", "1")
     words = ["-c", WAITING, str(mark), *plot, *profile(), "--overwrite"]
@@ -133,8 +148,7 @@ def test_stopped_between_two_plots_the_numbers_of_the_new_run_are_there(here, tm
         assert "the numbers of run folder" in error and "geffect-fast report" in error
     after = open_run(here / "run")
     assert after.sizes != before.sizes
-    with running(["-m", "geffect_fast.cli", "report", "run"], here) as process:
-        assert process.wait() == 0
+    assert command("report", "run")[0] == 0
     held = Manifest.read(here / "run").files
     check_sums(here / "run", held, "")
     assert {*files_below(here / "run")} == {*held, MANIFEST}
@@ -144,16 +158,15 @@ def test_stopped_between_two_plots_the_numbers_of_the_new_run_are_there(here, tm
 
 
 @pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGTERM])
-def test_a_second_run_in_a_folder_is_refused_until_the_first_is_gone(here, tmp_path, sent):
+def test_a_second_run_in_a_folder_is_refused_until_the_first_is_gone(here, command, tmp_path, sent):
     mark = tmp_path / "there"
     words = ["-c", WAITING, str(mark), "torch.autograd.grad", "6", *profile(out="new")]
     with running(words, here) as first:
         waiting(mark, first)
         before = snapshot(here)
         for more in ([], ["--overwrite"]):
-            with running(["-m", "geffect_fast.cli", *profile(out="new"), *more], here) as second:
-                out, error = said(second)
-            assert (second.returncode, out) == (2, "")
+            code, out, error = command(*profile(out="new"), *more)
+            assert (code, out) == (2, "")
             assert error == (
                 f"error: run folder new is in use by process {first.pid} on {platform.node()}; "
                 "wait for its end, or choose another --out\n"
@@ -161,13 +174,11 @@ def test_a_second_run_in_a_folder_is_refused_until_the_first_is_gone(here, tmp_p
         assert snapshot(here) == before
         first.send_signal(sent)
         first.wait()
-    with running(["-m", "geffect_fast.cli", *profile(out="new")], here) as third:
-        assert said(third) == ("", "")
-    assert third.returncode == 0
+    assert command(*profile(out="new")) == (0, "", "")
     assert not [path for path in (here / "new").iterdir() if path.name.startswith(".")]
 
 
-def test_a_second_resume_is_refused(here, tmp_path, monkeypatch):
+def test_a_second_resume_is_refused(here, command, tmp_path, monkeypatch):
     monkeypatch.chdir(here)
     shutil.rmtree(here / "run")
     half_done(here, None)
@@ -176,14 +187,11 @@ def test_a_second_resume_is_refused(here, tmp_path, monkeypatch):
     words = ["-c", WAITING, str(mark), "geffect_fast.steps.probe.Probe.at", "1", *resumed]
     with running(words, here) as first:
         waiting(mark, first)
-        with running(["-m", "geffect_fast.cli", *resumed], here) as second:
-            _, error = said(second)
-        assert second.returncode == 2
+        code, _, error = command(*resumed)
+        assert code == 2
         assert f"run folder run is in use by process {first.pid} on" in error
         first.kill()
-    with running(["-m", "geffect_fast.cli", *resumed], here) as third:
-        assert said(third)[1] == ""
-    assert third.returncode == 0
+    assert command(*resumed)[::2] == (0, "")
 
 
 def test_nohup_goes_on(here, tmp_path):

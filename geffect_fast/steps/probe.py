@@ -80,7 +80,7 @@ class Probe:
         InputError: `trained` is not among the objectives.
 
     Example:
-        >>> profiler = Profiler(model, tokenizer, **data, objectives=["npo"])
+        >>> profiler = Profiler.of(model, tokenizer, **data, objectives=["npo"])
         >>> probe = Probe(profiler, StepStore(None, run_identity(profiler)))
         >>> probe.at(0)
         >>> ...  # ten updates

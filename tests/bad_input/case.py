@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
+import resource
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -176,3 +178,15 @@ def snapshot(folder: Path) -> dict[str, str]:
         str(path.relative_to(folder)): digest(path) if path.is_file() else "no file"
         for path in folder.rglob("*")
     }
+
+
+@contextlib.contextmanager
+def largest_file(size):
+    """No file grows beyond `size` bytes; writing more is an OSError, as Python ignores SIGXFSZ."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if size is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

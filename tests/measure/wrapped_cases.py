@@ -11,7 +11,7 @@ from unittest import mock
 import pytest
 import torch
 from architectures import ARCHITECTURES
-from models import FIVE, build
+from models import FIVE, build, shaken
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -38,16 +38,6 @@ class Case:
 
 
 # ---- adapters ----
-
-
-def shaken(model, dtype=None):
-    """Adapters start at the identity, where half of their gradients are zero: move them away."""
-    generator = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for p in model.parameters():
-            if p.requires_grad:
-                p.add_(0.1 * torch.randn(p.shape, generator=generator).to(p))
-    return model.eval() if dtype is None else model.eval().to(dtype)
 
 
 def adapted(config: str, base="llama", *, mixed=False, **settings):

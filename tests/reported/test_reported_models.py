@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 from architectures import LATENT_ATTENTION, SMALL, VOCAB, Architecture
-from models import build, fp64_throughout, samples
+from models import build, fp64_throughout, samples, shaken
 from reference import close, effects
 from torch import nn
 
@@ -22,16 +22,6 @@ peft = pytest.importorskip("peft")
 
 def rows(lengths=(4, 6, 4, 4, 6, 6)):
     return samples(list(lengths), 1)
-
-
-def shaken(model):
-    """Adapters start where half of their gradients are zero."""
-    generator = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for p in model.parameters():
-            if p.requires_grad:
-                p.add_(0.1 * torch.randn(p.shape, generator=generator).to(p))
-    return model.eval()
 
 
 # ---- served ----

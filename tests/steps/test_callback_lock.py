@@ -6,13 +6,11 @@ import gc
 import os
 import platform
 import random
-import signal
-import sys
 import threading
 import time
-import traceback
 
 import pytest
+from killed import killed
 from models import build, samples
 from test_callback import TRAINED_ON, arguments, collated
 from transformers import Trainer, TrainerCallback
@@ -147,27 +145,11 @@ def test_killed_at_any_moment_it_is_free(tmp_path):
     for number in range(KILLS):
         folder = tmp_path / f"run{number}"
         moment = dice.randrange(1, 60)
-        child = os.fork()
-        if child == 0:
-            try:
-                seen = []
-
-                def count(event, args, seen=seen, moment=moment, out=str(folder / "out")):
-                    if event.startswith(("os.", "open", "fcntl.")) and (
-                        out in str(args) or event == "fcntl.flock"
-                    ):
-                        seen.append(event)
-                        if len(seen) == moment:
-                            os.kill(os.getpid(), signal.SIGKILL)
-
-                sys.addaudithook(count)
-                training(folder).train()
-                os._exit(0)
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                os._exit(1)
-        status = os.waitpid(child, 0)[1]
-        assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0
+        killed(
+            lambda _out, folder=folder: training(folder).train(),
+            folder / "out",
+            moment,
+            of=("os.", "open", "fcntl."),
+        )
         with locked(folder / "out"):
             pass

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import random
-import resource
 import shutil
-import signal
-import sys
 import time
-import traceback
+from functools import partial
 
 import pytest
 import torch
 import xarray as xr
+from bad_input.case import largest_file
+from killed import killed
 from safetensors.torch import load_file
 
 import geffect_fast as gf
@@ -85,46 +82,19 @@ def go_on(config, folder, **more):
         assert "is complete, there is nothing to resume" in str(error)
 
 
-def killed(config, folder, *, after_seconds=None, at_event=None, of=("open", "os."), on=""):
-    """Go on in a process of its own until it is killed; whether it came to its end before."""
-    child = os.fork()
-    if child == 0:
-        try:
-            events = []
-
-            def count(event, args):
-                if event.startswith(of) and str(folder / on) in str(args):
-                    events.append(event)
-                    if len(events) == at_event:
-                        os.kill(os.getpid(), signal.SIGKILL)
-
-            sys.addaudithook(count)
-            go_on(config, folder)
-            os._exit(0)
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            os._exit(1)
-    if after_seconds is not None:
-        time.sleep(after_seconds)
-        os.kill(child, signal.SIGKILL)
-    status = os.waitpid(child, 0)[1]
-    assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0, "the run failed by itself"
-    return not os.WIFSIGNALED(status)
-
-
 def test_killed_20_times_a_run_ends_with_the_same_numbers(config, whole, seconds, tmp_path):
     """At files being opened, renamed and removed, and at random times, until it is complete."""
     dice = random.Random(7)
+    run = partial(go_on, config)
     kills = runs = 0
     while kills < KILLS:
         folder = tmp_path / f"run{runs}"
         done = False
         while not done and kills < KILLS:
             if kills % 2:
-                done = killed(config, folder, after_seconds=dice.uniform(0, seconds))
+                done = not killed(run, folder, after_seconds=dice.uniform(0, seconds))
             else:
-                done = killed(config, folder, at_event=dice.randrange(1, 120))
+                done = not killed(run, folder, dice.randrange(1, 120), of=("open", "os."))
             kills += not done
         if not done:
             go_on(config, folder)
@@ -136,8 +106,8 @@ def test_killed_20_times_a_run_ends_with_the_same_numbers(config, whole, seconds
 def test_a_checkpoint_half_removed_is_none_and_goes(config, whole, tmp_path, nth):
     """Killed when its files are gone and its folder is not: of the first, and of the last one."""
     folder = tmp_path / "run"
-    at = {"of": "os.rmdir", "on": f"{UNFINISHED}checkpoint-"}
-    assert not killed(config, folder, at_event=nth, **at)
+    removed = folder / f"{UNFINISHED}checkpoint-"
+    assert killed(lambda _: go_on(config, folder), removed, nth, of="os.rmdir")
     assert any(path.name.startswith(UNFINISHED) for path in folder.iterdir())
     go_on(config, folder)
     assert_same_run(folder, whole)
@@ -214,16 +184,6 @@ def test_rarer_checkpoints_train_again_what_they_miss_and_measure_it_once(
     assert load_config(folder / "run.yaml").save_every == 4
     found, expected = gf.open_run(folder), gf.open_run(whole)
     xr.testing.assert_identical(found.drop_attrs(deep=False), expected.drop_attrs(deep=False))
-
-
-@contextlib.contextmanager
-def largest_file(size):
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @pytest.mark.parametrize("full_at", ["checkpoint", "result"])
