@@ -75,7 +75,9 @@ def test_an_update_has_the_gradient_of_the_rule_written_out(rule, cut, weight, t
             return
         parsed = parse_update(rule)
         explicit = Explicit(model, FORGET, RETAIN, weight)
-        arguments = {k: v for k, v in parsed.parameters().items() if k not in ("rank_tol", "seed")}
+        arguments = {
+            k: v for k, v in parsed.parameters().items() if k not in ("rank_tol", "room", "seed")
+        }
         trainer = trainer_of(model, objective, rule, tmp_path, **cut)
         expected = getattr(explicit, parsed.name)(trainer.optimizer, **arguments)
         value = float(explicit.forget_loss() + explicit.retain_loss())
