@@ -5,10 +5,11 @@
     python benchmarks/bench_updates.py --quick    # a tiny model, prints only
 
 An update is that of `geffect-fast unlearn` on `ga + nll`, without the optimizer's step. `passes`
-are those a rule needs at least, in forward-backwards over forget and over retain rows: one of each,
-one more over the forget rows for SAM, half a one more over the retain rows for OrthoGrad. `of_ideal`
-is the rule's time over that of so many passes, timed by themselves in the same rounds. Updates take
-turns; the least of `--rounds` rounds counts, as noise only ever adds time.
+are those that a rule needs at least, in forward-backwards over forget and over retain rows: one of
+each, one more over the forget rows for SAM, half of one more over the retain rows for OrthoGrad.
+`of_ideal` is the rule's time over that of so many passes, timed by themselves in the same rounds.
+Updates take turns; the least of `--rounds` rounds counts, as noise only ever adds time. Times are
+the processor's, of all threads.
 
 Then OrthoGrad with more and more retain rows, at one token budget a batch, run once each: `extra`
 is how far the peak of resident memory rises above that of the plain update on the same rows, in
@@ -103,7 +104,7 @@ def times(model: nn.Module, rounds: int, folder: str) -> list[dict[str, Any]]:
         **{name: partial(updates.over, name) for name in ("forget", "retain")},
         **{name: partial(updates.by_rule, Updater(parse_update(name), model)) for name in RULES},
     }
-    seconds = interleaved_minima(candidates, rounds)
+    seconds = interleaved_minima(candidates, rounds, time.process_time)
     found = []
     for name, (forget, retain) in RULES.items():
         ideal = forget * seconds["forget"] + retain * seconds["retain"]
@@ -130,11 +131,13 @@ def memory(model: nn.Module, n_retain: int, folder: str) -> list[dict[str, Any]]
         updater = Updater(parse_update(name), model)
         of_plain = peak_extra_bytes(partial(both, updates))
         seconds = interleaved_minima(
-            {name: partial(updates.over, name) for name in ("forget", "retain")}, 1
+            {part: partial(updates.over, part) for part in ("forget", "retain")},
+            1,
+            time.process_time,
         )
-        start = time.perf_counter()
+        start = time.process_time()
         of_rule = peak_extra_bytes(partial(updates.by_rule, updater))
-        took = time.perf_counter() - start
+        took = time.process_time() - start
         ideal = seconds["forget"] + 1.5 * seconds["retain"]
         found.append(
             {
