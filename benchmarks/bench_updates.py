@@ -11,9 +11,9 @@ each, one more over the forget rows for SAM, half of one more over the retain ro
 Updates take turns; the least of `--rounds` rounds counts, as noise only ever adds time. Times are
 the processor's, of all threads.
 
-Then OrthoGrad with more and more retain rows, at one token budget a batch, run once each: `extra`
-is how far the peak of resident memory rises above that of the plain update on the same rows, in
-sizes of the trainable parameters.
+Then OrthoGrad with more and more retain rows, 8 of them a batch, run once each: `extra` is how far
+the peak of resident memory rises above that of the plain update on the same rows, in sizes of the
+trainable parameters.
 """
 
 from __future__ import annotations
@@ -39,7 +39,9 @@ from geffect_fast.training.trainer_arguments import training_arguments
 from geffect_fast.updates import Updater
 from geffect_fast.updates import parse as parse_update
 
-FORGET, LENGTH, BUDGET = 8, 24, 8 * 24
+FORGET = 8
+LENGTH = {"times": 48, "memory": 24}
+"""Tokens a row: about those of TOFU, and fewer where there are many rows."""
 RULES = {
     "sgd": (1.0, 1.0),
     "orthograd": (1.0, 1.5),
@@ -57,22 +59,22 @@ RETAIN = (8, 64, 256)
 ROOMS = ("orthograd", "orthograd(room=8)")
 
 
-def rows(n: int, seed: int) -> list[dict[str, list[int]]]:
+def rows(n: int, length: int, seed: int) -> list[dict[str, list[int]]]:
     """Sequences of random tokens, all of them labelled."""
     generator = torch.Generator().manual_seed(seed)
-    drawn = torch.randint(3, 8192, (n, LENGTH), generator=generator).tolist()
+    drawn = torch.randint(3, 8192, (n, length), generator=generator).tolist()
     return [{"input_ids": ids, "labels": ids} for ids in drawn]
 
 
 class Updates:
     """Updates of one model on the same rows, by any rule."""
 
-    def __init__(self, model: nn.Module, n_retain: int, folder: str) -> None:
+    def __init__(self, model: nn.Module, n_retain: int, length: int, folder: str) -> None:
         self.model = model
-        of = {"forget": rows(FORGET, 0), "retain": rows(n_retain, 1)}
+        of = {"forget": rows(FORGET, length, 0), "retain": rows(n_retain, length, 1)}
         sets = {name: tokenize_rows(made, None, name=name) for name, made in of.items()}
         self.rows = {name: range(len(each)) for name, each in sets.items()}
-        loss = Loss(parse("ga + nll"), sets, BUDGET, "packed", "token")
+        loss = Loss(parse("ga + nll"), sets, FORGET * length, "packed", "token")
         draws = Draws({name: (len(each), len(each)) for name, each in sets.items()}, 9, seed=0)
         arguments = training_arguments(Training(steps=9), folder, "cpu")
         self.trainer = UnlearnTrainer(model, arguments, loss=loss, draws=draws, reference=None)
@@ -99,7 +101,7 @@ class Updates:
 
 def times(model: nn.Module, rounds: int, folder: str) -> list[dict[str, Any]]:
     """A row a rule: what an update of 8 forget and 8 retain rows takes."""
-    updates = Updates(model, 8, folder)
+    updates = Updates(model, 8, LENGTH["times"], folder)
     candidates = {
         **{name: partial(updates.over, name) for name in ("forget", "retain")},
         **{name: partial(updates.by_rule, Updater(parse_update(name), model)) for name in RULES},
@@ -123,8 +125,8 @@ def times(model: nn.Module, rounds: int, folder: str) -> list[dict[str, Any]]:
 
 
 def memory(model: nn.Module, n_retain: int, folder: str) -> list[dict[str, Any]]:
-    """Rows of OrthoGrad with `n_retain` retain rows, `BUDGET` tokens a batch; run once each."""
-    updates = Updates(model, n_retain, folder)
+    """Rows of OrthoGrad with `n_retain` retain rows, 8 of them a batch; run once each."""
+    updates = Updates(model, n_retain, LENGTH["memory"], folder)
     direction = sum(p.numel() * p.element_size() for p in model.parameters())
     found = []
     for name in ROOMS if n_retain < RETAIN[-1] else ROOMS[:1]:

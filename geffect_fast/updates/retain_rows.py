@@ -45,14 +45,14 @@ class RowProducts:
         losses: `(n,)` fp64.
         gram: `(n, n)` fp64.
         products: `(n,)` fp64, with the direction.
-        epsilon: of the precision in which sums were taken.
+        rounding: what eigenvalues of the rows' cosines are worth, relative to the largest.
         kept: the factors of every batch; None where there was no room for all.
     """
 
     losses: Tensor
     gram: Tensor
     products: Tensor
-    epsilon: float
+    rounding: float
     kept: list[Kept] | None = None
 
     def coefficients(self, rank_tol: float) -> Tensor:
@@ -60,7 +60,7 @@ class RowProducts:
 
         The least squares solution of `gram c = products`, by the eigenvectors of the rows' cosines
         `C_ij = gram_ij / (|g_i| |g_j|)`. Those whose eigenvalues are at most
-        `max(rank_tol, n epsilon)` of the largest are left out: rows there repeat others.
+        `max(rank_tol, rounding)` of the largest are left out: rows there repeat others.
 
         Args:
             rank_tol: relative to the largest eigenvalue.
@@ -72,7 +72,7 @@ class RowProducts:
         scale = torch.where(sizes > 0, 1 / sizes, 0.0)
         cosines = self.gram * scale * scale[:, None]
         values, vectors = torch.linalg.eigh((cosines + cosines.T) / 2)
-        least = max(rank_tol, len(values) * self.epsilon) * values[-1].clamp(min=0)
+        least = max(rank_tol, self.rounding) * values[-1].clamp(min=0)
         inverse = torch.where(values > least, 1 / values, 0.0)
         return scale * (vectors @ (inverse * (vectors.T @ (scale * self.products))))
 
@@ -142,7 +142,7 @@ class _Sums:
         self._rows = [slice(end - b.n_rows, end) for end, b in zip(ends, batches, strict=True)]
         n, first = sum(batch.n_rows for batch in batches), next(iter(plan.parameters.values()))
         check_rows(n, first.device, rule)
-        self._epsilon = torch.finfo(accumulation_dtype(first.dtype)).eps
+        self._rounding = n * torch.finfo(accumulation_dtype(first.dtype)).eps
         self._numbers = torch.zeros(n, n + 2, dtype=torch.float64, device=first.device)
         self._gram, self._products = self._numbers[:, :n], self._numbers[:, n]
         self._losses = self._numbers[:, n + 1]
@@ -172,6 +172,7 @@ class _Sums:
                     self._gram[self._rows[earlier], mine] += pairwise(others[name], factors, shape)
             if own:
                 self._gram[mine, mine] += pairwise(factors, factors, shape)
+                self._note_rounding(factors)
                 if name in self._direction:
                     for factor in factors:
                         self._products[mine] += inner(factor, self._direction[name][None])[0]
@@ -195,6 +196,12 @@ class _Sums:
         self._losses[mine] = losses.double()
         return kept
 
+    def _note_rounding(self, factors: Sequence[Factor]) -> None:
+        """Sums of 16 bits are exact, but what is added up was rounded: differences of rows are."""
+        for factor in factors:
+            if isinstance(factor, Outer | Lookup):
+                self._rounding = max(self._rounding, torch.finfo(factor.g.dtype).eps)
+
     def found(self, kept: list[Kept] | None) -> RowProducts:
         """The sums, and what was kept; raise `NonFiniteError` where one is not finite."""
         if not bool(self._numbers.isfinite().all()):
@@ -207,7 +214,7 @@ class _Sums:
             )
         upper = self._gram.triu()
         gram = upper + upper.triu(1).T
-        return RowProducts(self._losses, gram, self._products, self._epsilon, kept)
+        return RowProducts(self._losses, gram, self._products, self._rounding, kept)
 
 
 def check_rows(n: int, device: torch.device, rule: str) -> None:

@@ -218,6 +218,11 @@ def test_a_run_says_its_rule_and_another_does_not_resume_it(config, tmp_path, ca
     assert "update is gru" in capsys.readouterr().err
 
 
+def test_a_rule_in_python_is_taken_as_its_string(config):
+    made = checked_config(UnlearnConfig, {**config, "update": gf.updates.PCGrad(both=True)})
+    assert made.update == "pcgrad(both=true)"
+
+
 def test_what_a_rule_protects_changes_nothing_of_what_is_forgotten():
     """Retain rows are drawn beside the forget rows, which are the same without."""
     alone, beside = (
