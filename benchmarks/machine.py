@@ -87,23 +87,27 @@ def interleaved_medians(
 
 
 def interleaved_minima(
-    candidates: Mapping[Name, Callable[[], Any]], rounds: int
+    candidates: Mapping[Name, Callable[[], Any]],
+    rounds: int,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[Name, float]:
     """Return the least seconds of each candidate, as noise only ever adds time."""
-    return {name: min(times) for name, times in interleaved(candidates, rounds).items()}
+    return {name: min(times) for name, times in interleaved(candidates, rounds, clock).items()}
 
 
 def interleaved(
-    candidates: Mapping[Name, Callable[[], Any]], rounds: int
+    candidates: Mapping[Name, Callable[[], Any]],
+    rounds: int,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[Name, list[float]]:
     """Return the seconds of each candidate, timed in turns so that drift hits all alike."""
     times: dict[Name, list[float]] = {name: [] for name in candidates}
     for round_index in range(rounds + 1):  # the first round warms up
         for name, run in candidates.items():
-            start = time.perf_counter()
+            start = clock()
             run()
             if round_index:
-                times[name].append(time.perf_counter() - start)
+                times[name].append(clock() - start)
     return times
 
 

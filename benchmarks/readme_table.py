@@ -115,6 +115,30 @@ def rules_table() -> str:
     return "\n".join([*lines, "", machine_line(rows[0])])
 
 
+def updates_table() -> str:
+    """Update rules beside the passes they need, and OrthoGrad by its number of retain rows."""
+    rows = read("updates_cpu.csv")
+    lines = ["| update rule | forward-backwards needed | its time in those |", "|---|---:|---:|"]
+    lines += [
+        f"| `{r['rule']}` | {float(r['passes']):g} | {float(r['of_ideal']):.2f} |"
+        for r in rows
+        if not r["extra"]
+    ]
+    lines += [
+        "",
+        "| retain rows of an update | OrthoGrad | its time in 2.5 passes | memory beyond the plain "
+        "update's |",
+        "|---:|---|---:|---:|",
+    ]
+    lines += [
+        f"| {r['retain_rows']} | `{r['rule']}` | {float(r['of_ideal']):.2f} "
+        f"| {max(float(r['extra']), 0):.2f} x the parameters |"
+        for r in rows
+        if r["extra"]
+    ]
+    return "\n".join([*lines, "", machine_line(rows[0])])
+
+
 def ops_table() -> str:
     """Every op against the fastest way to write it in plain torch, over all benchmarked shapes."""
     rows = read("ops_cpu.csv")
@@ -203,6 +227,7 @@ def rewritten(text: str) -> str:
         "forward": forward_table,
         "rules": rules_table,
         "per sample": per_sample_table,
+        "updates": updates_table,
         "ops": ops_table,
     }
     tables: dict[str, str | None] = {

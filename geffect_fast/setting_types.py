@@ -14,6 +14,7 @@ from geffect_fast.objectives import Objective, parse
 from geffect_fast.objectives import resolve as resolve_objective
 from geffect_fast.objectives.base import REFERENCE_NEEDS
 from geffect_fast.paths import is_there, user_path
+from geffect_fast.updates import UpdateRule
 from geffect_fast.updates import parse as parse_update
 
 Read = TypeVar("Read")
@@ -61,8 +62,8 @@ def canonical(objective: str) -> str:
     return str(parse(objective))
 
 
-def canonical_update(rule: str) -> str:
-    """An update rule's string as results write it."""
+def canonical_update(rule: str | UpdateRule) -> str:
+    """An update rule's string as results write it, of a string or a rule."""
     return str(parse_update(rule))
 
 

@@ -374,7 +374,7 @@ class Training(Settings):
     optimizer: str = "adamw_torch"
     """Optimizer of transformers: adamw_torch, sgd, adafactor ..."""
 
-    update: Annotated[str, AfterValidator(read_by("update", canonical_update))] = "sgd"
+    update: Annotated[str, BeforeValidator(read_by("update", canonical_update))] = "sgd"
     """What is done with gradients before the optimizer steps: sgd (nothing), orthograd, gru, gu,
     blur, pcgrad, sago or sam, with parameters such as 'gru(gamma=0.8)'."""
 

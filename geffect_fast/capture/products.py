@@ -176,6 +176,29 @@ def _inner_by_jvp(factor: Explicit, direction: Tensor, flat: Tensor) -> Tensor |
 
 
 @_without_autocast
+def weighted_sum(factor: Outer | Lookup | RowSum, weights: Tensor) -> Tensor:
+    """`sum_i weights[i] grad_i`, by one product with weighted output gradients.
+
+    Args:
+        factor: of one parameter.
+        weights: `(n_samples,)` fp64.
+
+    Returns:
+        Of the parameter's shape, but for a `RowSum`, which is flat; fp32 or better.
+    """
+    if isinstance(factor, RowSum):
+        return weights.to(factor.sums) @ factor.sums
+    g = widened(factor.g)
+    lengths = factor.cu.on(g.device).long().diff()
+    g = g * torch.repeat_interleave(weights.to(g), lengths, output_size=len(g))[:, None]
+    if isinstance(factor, Lookup):
+        table = g.new_zeros(factor.n_entries, g.shape[1])
+        return table.index_put_((factor.ids,), g, accumulate=True)
+    a = widened(factor.a)
+    return a.T @ g if factor.transposed else g.T @ a
+
+
+@_without_autocast
 def squared_norms(factors: list[Factor], shape: torch.Size) -> Tensor:
     """`||grad_i||_F^2` of one parameter, cross terms between its factors included, `(n,)` fp64."""
     if all(isinstance(f, RowSum) for f in factors):

@@ -55,10 +55,12 @@ def use_update_rule(
     weight = retain_weight
     if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < 1e308:
         raise InputError(f"retain_weight: must be a number of at least 0, got {weight!r}")
-    if trainer.args.world_size > 1:
+    if isinstance(getattr(trainer.training_step, "__self__", None), _Steps):
+        raise InputError("trainer: has an update rule already; make another Trainer for another")
+    if max(trainer.args.world_size, trainer.args.n_gpu) > 1:
         raise UnsupportedModelError(
-            f"update {made}: {trainer.args.world_size} processes, and inner products need all rows "
-            "in one; start it without torchrun"
+            f"update {made}: inner products need all rows of an update on one device; train on one "
+            "(CUDA_VISIBLE_DEVICES=0, without torchrun)"
         )
     if trainer.args.fp16:
         raise InputError(

@@ -36,21 +36,24 @@ class OrthoGrad(UpdateRule):
 
         g = g_u - sum_i c_i g_i + w g_r        gram c = <g_i, g_u>
 
-    `gram` and the products come from the rows' inputs and output gradients, and the sum from one
-    backward with the rows' losses weighted by `w - c_i`: no gradient of a row is stored.
+    `gram` and the products come from the rows' inputs and output gradients, and the sum from them
+    too, weighted by `w - c_i`, or where there is no room to keep them from one more backward with
+    the rows' losses weighted so: no gradient of a row is stored.
 
     Args:
         rank_tol: eigenvalues of the rows' cosines at most this part of the largest count as zero.
+        room: what may be kept of the rows, in sizes of the trainable parameters; less takes passes.
 
     Source: arXiv 2503.02312, with a solve in place of a QR decomposition of stored gradients.
     """
 
     needs: ClassVar[frozenset[Need]] = frozenset({"retain_rows"})
     rank_tol: float = parameter(1e-6, above=0, below=1)
+    room: float = parameter(1.0, at_least=0)
 
     def apply(self, step: Step) -> None:
-        found = step.row_products(step.forget_in_place())
-        step.add_rows(step.retain_weight - found.coefficients(self.rank_tol))
+        found = step.row_products(step.forget_in_place(), self.room)
+        step.add_rows(step.retain_weight - found.coefficients(self.rank_tol), found.kept)
 
 
 @register("gru")

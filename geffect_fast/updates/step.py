@@ -13,12 +13,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from geffect_fast.capture import Plan, Segments
+from geffect_fast.capture import Lookup, Outer, Plan, RowSum, Segments
 from geffect_fast.capture.per_sample import LossFn
+from geffect_fast.capture.products import weighted_sum
 from geffect_fast.updates.base import Need, UpdateRule
 from geffect_fast.updates.gradients import Gradients, add
 from geffect_fast.updates.optimizer_state import metric
-from geffect_fast.updates.retain_rows import RowProducts, row_products
+from geffect_fast.updates.retain_rows import Kept, RowProducts, row_products
 
 
 @dataclass(frozen=True)
@@ -149,34 +150,51 @@ class Step:
             self.value += self.retain_weight * value
         return self._taken()
 
-    def row_products(self, direction: Gradients) -> RowProducts:
+    def row_products(self, direction: Gradients, room: float) -> RowProducts:
         """Inner products of the retain rows' gradients with each other, and with a direction.
 
         Those of the model in eval mode, as are those of `add_rows`.
+
+        Args:
+            direction: by parameter name.
+            room: for inputs and output gradients of rows, in sizes of a direction.
         """
         self._has("retain_rows")
         batches = self._losses.retain_batches()
         with evaluating(self._plan.model):
-            found = row_products(self._plan, batches, direction, str(self._rule))
+            size = sum(p.numel() * p.element_size() for p in self._plan.parameters.values())
+            found = row_products(self._plan, batches, direction, room * size, str(self._rule))
         if self.retain_weight:
             self.value += self.retain_weight * float(found.losses.sum())
         return found
 
-    def add_rows(self, weights: Tensor) -> None:
+    def add_rows(self, weights: Tensor, kept: Sequence[Kept] | None) -> None:
         """Add `sum_i weights[i] g_i` over the retain rows' gradients to `.grad`.
 
         Args:
             weights: `(n_rows,)`.
+            kept: what `row_products` kept of the rows; None: they run once more.
         """
         self._has("retain_rows")
-        begin = 0
+        batches = self._losses.retain_batches()
+        pieces = weights.split([batch.n_rows for batch in batches])
+        if kept is not None:
+            for own, of_batch in zip(pieces, kept, strict=True):
+                self._add_kept(own, of_batch)
+            return
         with evaluating(self._plan.model), torch.enable_grad():
-            for batch in self._losses.retain_batches():
-                own = weights[begin : begin + batch.n_rows]
-                begin += batch.n_rows
+            for own, batch in zip(pieces, batches, strict=True):
                 with batch.around():
                     losses = batch.losses(self._plan.model, batch)
                     self._losses.backward((own.to(losses) * losses).sum())
+
+    def _add_kept(self, weights: Tensor, kept: Kept) -> None:
+        for name, factors in kept.items():
+            p = self._plan.parameters[name]
+            for factor in factors:
+                assert isinstance(factor, Outer | Lookup | RowSum), "others are not kept"
+                added = weighted_sum(factor, weights).view_as(p).to(p.dtype)
+                p.grad = added if p.grad is None else p.grad.add_(added)
 
     def metric(self, name: str) -> Tensor | None:
         """`1 / (sqrt(v) + eps)` of Adam for a parameter; None where steps go along gradients."""

@@ -82,6 +82,12 @@ class Updater:
         if "retain_part" in rule.needs and not losses.retain_weight:
             raise no_retain_part(rule)
         self.check(optimizer)
+        known = {id(p) for p in parameters.values()}
+        if {id(p) for p in self.model.parameters() if p.requires_grad} != known:
+            raise InputError(
+                f"update {rule}: other parameters ask for gradients than when the rule was given "
+                "the model; freeze what is to be frozen before"
+            )
         for name, p in parameters.items():
             if p.grad is not None and bool(p.grad.any()):
                 raise InputError(

@@ -110,7 +110,9 @@ def test_its_gradients_are_those_of_the_rule_written_out(rule, weight, accumulat
     trainer = trainer_of(model, tmp_path, accumulation=accumulation, steps=2)
     gf.integrations.use_update_rule(trainer, rule, retain_weight=weight)
     parsed = gf.updates.parse(rule)
-    arguments = {k: v for k, v in parsed.parameters().items() if k not in ("rank_tol", "seed")}
+    arguments = {
+        k: v for k, v in parsed.parameters().items() if k not in ("rank_tol", "room", "seed")
+    }
     batches, found = [], []
     collator = trainer.data_collator
     trainer.data_collator = lambda items: (batches.append(items), collator(items))[1]
@@ -207,6 +209,27 @@ class TestRefusals:
         trainer = trainer_of(build("llama"), tmp_path)
         with pytest.raises(InputError, match="retain_weight: must be a number of at least 0"):
             gf.integrations.use_update_rule(trainer, "gru", retain_weight=weight)
+
+    def test_a_second_rule(self, tmp_path):
+        trainer = trainer_of(build("llama"), tmp_path)
+        gf.integrations.use_update_rule(trainer, "gru")
+        with pytest.raises(InputError, match="has an update rule already"):
+            gf.integrations.use_update_rule(trainer, "gu")
+
+    def test_several_devices(self, tmp_path):
+        trainer = trainer_of(build("llama"), tmp_path)
+        trainer.args._n_gpu = 2
+        with pytest.raises(gf.errors.UnsupportedModelError, match="all rows of an update on one"):
+            gf.integrations.use_update_rule(trainer, "gru")
+
+    def test_parameters_that_are_thawed_on_the_way(self, tmp_path):
+        model = build("llama")
+        model.lm_head.requires_grad_(False)
+        trainer = trainer_of(model, tmp_path)
+        gf.integrations.use_update_rule(trainer, "gru")
+        model.lm_head.requires_grad_(True)
+        with pytest.raises(InputError, match="other parameters ask for gradients than when"):
+            trainer.train()
 
     def test_something_that_is_no_trainer(self):
         with pytest.raises(InputError, match="trainer: got Linear; give a Trainer"):

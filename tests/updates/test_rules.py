@@ -54,7 +54,9 @@ def steps(text, make, *, weight=1.0, n=10, architecture="llama_tied"):
     other = copy.deepcopy(model)
     updater, explicit = Updater(rule, model), Explicit(other, FORGET, RETAIN, weight)
     ours, theirs = make(trained(model)), make(trained(other))
-    arguments = {k: v for k, v in rule.parameters().items() if k not in ("rank_tol", "seed")}
+    arguments = {
+        k: v for k, v in rule.parameters().items() if k not in ("rank_tol", "room", "seed")
+    }
     for number in range(n):
         ours.zero_grad()
         updater.update(OfRows(model, FORGET, RETAIN, retain_weight=weight), ours)
@@ -256,7 +258,7 @@ def test_what_a_rule_does_not_declare_it_does_not_get():
 
     class Undeclared(type(parse("sgd"))):
         def apply(self, step):
-            step.row_products(step.forget())
+            step.row_products(step.forget(), 1.0)
 
     with pytest.raises(AssertionError, match="does not declare retain_rows"):
         Updater(Undeclared(), model).update(OfRows(model, FORGET, RETAIN))

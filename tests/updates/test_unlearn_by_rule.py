@@ -75,7 +75,9 @@ def test_an_update_has_the_gradient_of_the_rule_written_out(rule, cut, weight, t
             return
         parsed = parse_update(rule)
         explicit = Explicit(model, FORGET, RETAIN, weight)
-        arguments = {k: v for k, v in parsed.parameters().items() if k not in ("rank_tol", "seed")}
+        arguments = {
+            k: v for k, v in parsed.parameters().items() if k not in ("rank_tol", "room", "seed")
+        }
         trainer = trainer_of(model, objective, rule, tmp_path, **cut)
         expected = getattr(explicit, parsed.name)(trainer.optimizer, **arguments)
         value = float(explicit.forget_loss() + explicit.retain_loss())
@@ -214,6 +216,11 @@ def test_a_run_says_its_rule_and_another_does_not_resume_it(config, tmp_path, ca
     words[3] = str(tmp_path / "other")
     assert main([*words, "--resume", "--update", "gru"]) == 2
     assert "update is gru" in capsys.readouterr().err
+
+
+def test_a_rule_in_python_is_taken_as_its_string(config):
+    made = checked_config(UnlearnConfig, {**config, "update": gf.updates.PCGrad(both=True)})
+    assert made.update == "pcgrad(both=true)"
 
 
 def test_what_a_rule_protects_changes_nothing_of_what_is_forgotten():

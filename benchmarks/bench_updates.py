@@ -1,0 +1,197 @@
+"""What update rules take: time beside the passes they need, and OrthoGrad's memory by retain rows.
+
+    python benchmarks/bench_updates.py            # about 10 minutes on two cores; writes
+                                                  # benchmarks/results/updates_cpu.csv
+    python benchmarks/bench_updates.py --quick    # a tiny model, prints only
+
+An update is that of `geffect-fast unlearn` on `ga + nll`, without the optimizer's step. `passes`
+are those that a rule needs at least, in forward-backwards over forget and over retain rows: one of
+each, one more over the forget rows for SAM, half of one more over the retain rows for OrthoGrad.
+`of_ideal` is the rule's time over that of so many passes, timed by themselves in the same rounds.
+Updates take turns; the least of `--rounds` rounds counts, as noise only ever adds time. Times are
+the processor's, of all threads.
+
+Then OrthoGrad with more and more retain rows, 8 of them a batch, run once each: `extra` is how far
+the peak of resident memory rises above that of the plain update on the same rows, in sizes of the
+trainable parameters.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from llama import make_model
+from machine import RESULTS, interleaved_minima, peak_extra_bytes, write_csv
+from torch import nn
+
+from geffect_fast.data import tokenize_rows
+from geffect_fast.objectives import parse
+from geffect_fast.settings import Training
+from geffect_fast.training.rule_losses import RuleLosses
+from geffect_fast.training.trainer import Draws, Loss, UnlearnTrainer
+from geffect_fast.training.trainer_arguments import training_arguments
+from geffect_fast.updates import Updater
+from geffect_fast.updates import parse as parse_update
+
+FORGET = 8
+LENGTH = {"times": 48, "memory": 24}
+"""Tokens a row: about those of TOFU, and fewer where there are many rows."""
+RULES = {
+    "sgd": (1.0, 1.0),
+    "orthograd": (1.0, 1.5),
+    "gru": (1.0, 1.0),
+    "gu": (1.0, 1.0),
+    "blur": (1.0, 1.0),
+    "pcgrad": (1.0, 1.0),
+    "sago": (1.0, 1.0),
+    "sam": (2.0, 1.0),
+    "sam(penalty=0.1)": (2.0, 1.0),
+    "sam(curvature=0.1)": (4.0, 1.0),
+}
+"""Rules with the forward-backwards that they need over forget rows, and over retain rows."""
+RETAIN = (8, 64, 256)
+ROOMS = ("orthograd", "orthograd(room=8)")
+
+
+def rows(n: int, length: int, seed: int) -> list[dict[str, list[int]]]:
+    """Sequences of random tokens, all of them labelled."""
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randint(3, 8192, (n, length), generator=generator).tolist()
+    return [{"input_ids": ids, "labels": ids} for ids in drawn]
+
+
+class Updates:
+    """Updates of one model on the same rows, by any rule."""
+
+    def __init__(self, model: nn.Module, n_retain: int, length: int, folder: str) -> None:
+        self.model = model
+        of = {"forget": rows(FORGET, length, 0), "retain": rows(n_retain, length, 1)}
+        sets = {name: tokenize_rows(made, None, name=name) for name, made in of.items()}
+        self.rows = {name: range(len(each)) for name, each in sets.items()}
+        loss = Loss(parse("ga + nll"), sets, FORGET * length, "packed", "token")
+        draws = Draws({name: (len(each), len(each)) for name, each in sets.items()}, 9, seed=0)
+        arguments = training_arguments(Training(steps=9), folder, "cpu")
+        self.trainer = UnlearnTrainer(model, arguments, loss=loss, draws=draws, reference=None)
+        self.optimizer = self.trainer.create_optimizer()
+        model.train()
+        self.by_rule(Updater(parse_update("sgd"), model))
+        self.optimizer.step()  # a state, for rules that read it
+        self.losses().forget()
+        model.zero_grad()
+
+    def losses(self) -> RuleLosses:
+        return RuleLosses(self.trainer, self.model, self.rows, self.trainer.loss, ())
+
+    def by_rule(self, updater: Updater) -> None:
+        """One update."""
+        updater.update(self.losses(), self.optimizer)
+        self.model.zero_grad()
+
+    def over(self, which: str) -> None:
+        """One forward and backward over the forget or the retain rows."""
+        getattr(self.losses(), which)()
+        self.model.zero_grad()
+
+
+def times(model: nn.Module, rounds: int, folder: str) -> list[dict[str, Any]]:
+    """A row a rule: what an update of 8 forget and 8 retain rows takes."""
+    updates = Updates(model, 8, LENGTH["times"], folder)
+    candidates = {
+        **{name: partial(updates.over, name) for name in ("forget", "retain")},
+        **{name: partial(updates.by_rule, Updater(parse_update(name), model)) for name in RULES},
+    }
+    seconds = interleaved_minima(candidates, rounds, time.process_time)
+    found = []
+    for name, (forget, retain) in RULES.items():
+        ideal = forget * seconds["forget"] + retain * seconds["retain"]
+        found.append(
+            {
+                "rule": name,
+                "retain_rows": 8,
+                "passes": forget + retain,
+                "update_s": float(f"{seconds[name]:.4g}"),
+                "ideal_s": float(f"{ideal:.4g}"),
+                "of_ideal": float(f"{seconds[name] / ideal:.3g}"),
+                "extra": "",
+            }
+        )
+    return found
+
+
+def memory(model: nn.Module, n_retain: int, folder: str) -> list[dict[str, Any]]:
+    """Rows of OrthoGrad with `n_retain` retain rows, 8 of them a batch; run once each."""
+    updates = Updates(model, n_retain, LENGTH["memory"], folder)
+    direction = sum(p.numel() * p.element_size() for p in model.parameters())
+    found = []
+    for name in ROOMS if n_retain < RETAIN[-1] else ROOMS[:1]:
+        updater = Updater(parse_update(name), model)
+        of_plain = peak_extra_bytes(partial(both, updates))
+        seconds = interleaved_minima(
+            {part: partial(updates.over, part) for part in ("forget", "retain")},
+            1,
+            time.process_time,
+        )
+        start = time.process_time()
+        of_rule = peak_extra_bytes(partial(updates.by_rule, updater))
+        took = time.process_time() - start
+        ideal = seconds["forget"] + 1.5 * seconds["retain"]
+        found.append(
+            {
+                "rule": name,
+                "retain_rows": n_retain,
+                "passes": 2.5,
+                "update_s": float(f"{took:.4g}"),
+                "ideal_s": float(f"{ideal:.4g}"),
+                "of_ideal": float(f"{took / ideal:.3g}"),
+                "extra": float(f"{(of_rule - of_plain) / direction:.3g}"),
+            }
+        )
+    return found
+
+
+def both(updates: Updates) -> None:
+    """The plain update: gradients of both parts added up in place."""
+    losses = updates.losses()
+    losses.forget()
+    losses.retain()
+    updates.model.zero_grad()
+
+
+def main() -> None:
+    """Measure, print, and write the CSV."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="a tiny model, prints only")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=2)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    found: list[dict[str, Any]] = []
+
+    def keep(measured: list[dict[str, Any]]) -> None:
+        for row in measured:
+            found.append(row)
+            extra = f"  {row['extra']:5.2f} directions more" if row["extra"] != "" else ""
+            print(
+                f"{row['rule']:20} {row['retain_rows']:4} retain rows  {row['update_s']:8.3f} s  "
+                f"{row['of_ideal']:6.2f} of {row['passes']:.1f} passes{extra}",
+                flush=True,
+            )
+
+    with tempfile.TemporaryDirectory() as folder:
+        keep(times(make_model(args.quick), args.rounds, str(Path(folder) / "times")))
+        for n in RETAIN[:2] if args.quick else RETAIN:
+            keep(memory(make_model(args.quick), n, str(Path(folder) / str(n))))
+    if not args.quick:
+        path = RESULTS / "updates_cpu.csv"
+        write_csv(path, found)
+        print(f"wrote {path}")
+
+
+if __name__ == "__main__":
+    main()
