@@ -10,7 +10,7 @@ from pydantic import AfterValidator, Field
 
 from geffect_fast.data.chat_template import checked_date
 from geffect_fast.errors import InputError
-from geffect_fast.objectives import Objective, parse
+from geffect_fast.objectives import Objective, parse, parse_list
 from geffect_fast.objectives import resolve as resolve_objective
 from geffect_fast.objectives.base import REFERENCE_NEEDS
 from geffect_fast.paths import is_there, user_path
@@ -58,6 +58,16 @@ def blocks_by_name(groups: Any) -> Any:
 def canonical(objective: str) -> str:
     """An objective's string as results write it."""
     return str(parse(objective))
+
+
+def canonical_list(objectives: Any) -> tuple[str, ...]:
+    """Canonical strings of a list of objectives, or of one string with commas, each once."""
+    texts = [objectives] if isinstance(objectives, str) else objectives
+    found = [str(each) for text in texts for each in parse_list(text)]
+    for i, text in enumerate(found):
+        if text in found[:i]:
+            raise InputError(f"objective {text} is listed twice; leave one out")
+    return tuple(found)
 
 
 def risk_of(spec: str | Objective) -> str | Objective:

@@ -45,6 +45,11 @@ def evaluate(
     names = option_names(given) | {"models": "--models"}
     checked = checked_values(EvaluateConfig, ("forget", "retain"), config, values, names)
 
+    if checked.suite == "survey":
+        from geffect_fast.training.execute_survey import execute_survey
+
+        return run(execute_survey, checked, out, config, overwrite, quiet)
+
     from geffect_fast.measure.execute_evaluation import execute_evaluation
 
     run(execute_evaluation, checked, out, config, overwrite, quiet)

@@ -60,6 +60,7 @@ class Unlearning:
         rows: which of them a probe measures.
         profiler: measures.
         identity: what makes a step or checkpoint belong to this run.
+        cost: of the updates, once there are some.
     """
 
     def __init__(
@@ -77,6 +78,7 @@ class Unlearning:
         retain_model: nn.Module | str | Path | None = None,
     ) -> None:
         from geffect_fast.training.adapters import with_adapter
+        from geffect_fast.training.cost import TrainingCost
         from geffect_fast.training.trainer import Loss
         from geffect_fast.training.trainer_arguments import check_precision, training_arguments
 
@@ -120,6 +122,7 @@ class Unlearning:
             settings.reduction,
             training.accumulation,
         )
+        self.cost = TrainingCost()
         self._reference = prepared.reference
         self._measures = None
         if live.evaluates:
@@ -199,6 +202,7 @@ class Unlearning:
                     reference=reference,
                     identity=self.identity,
                     callbacks=[
+                        self.cost,
                         live,
                         Watch(
                             probe,
