@@ -63,11 +63,11 @@ def canonical(objective: str) -> str:
 def canonical_list(objectives: Any) -> tuple[str, ...]:
     """Canonical strings of a list of objectives, or of one string with commas, each once."""
     texts = [objectives] if isinstance(objectives, str) else objectives
-    found = [str(each) for text in texts for each in parse_list(text)]
-    for i, text in enumerate(found):
-        if text in found[:i]:
-            raise InputError(f"objective {text} is listed twice; leave one out")
-    return tuple(found)
+    found = [each for text in texts for each in parse_list(text)]
+    for i, objective in enumerate(found):
+        if objective in found[:i]:
+            raise InputError(f"objective {objective} is listed twice; leave one out")
+    return tuple(map(str, found))
 
 
 def risk_of(spec: str | Objective) -> str | Objective:

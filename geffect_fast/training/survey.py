@@ -17,6 +17,7 @@ from geffect_fast.evaluation_settings import EvaluateConfig, Evaluating
 from geffect_fast.measure.execute_evaluation import Evaluated
 from geffect_fast.measure.models import load_model
 from geffect_fast.measure.profile import profile
+from geffect_fast.objectives import parse
 from geffect_fast.paths import is_there, user_path
 from geffect_fast.relearn_settings import Relearning
 from geffect_fast.settings import Reading, UnlearnConfig
@@ -86,9 +87,9 @@ class Survey:
         runs = [made.config for made in self._made.values() if made is not None]
         originals = list(dict.fromkeys(run.model for run in runs))
         self.original = config.original or (originals[0] if len(originals) == 1 else None)
-        self.objectives = tuple(
-            dict.fromkeys([*(run.objective for run in runs), *config.objectives])
-        )
+        named = [*(run.objective for run in runs), *config.objectives]
+        self._called = {parse(text): text for text in reversed(named)}  # the first of equal ones
+        self.objectives = tuple(reversed(self._called.values()))
         self.refusals = config.refusals or next((r.refusals for r in runs if r.refusals), None)
         if config.objectives and self.original is None:
             raise InputError(
@@ -137,7 +138,10 @@ class Survey:
         ).assign_coords(
             trained_on=(
                 dimension,
-                [made.config.objective if made is not None else "" for made in self._made.values()],
+                [
+                    "" if made is None else self._called[parse(made.config.objective)]
+                    for made in self._made.values()
+                ],
             )
         )
         return dataset.assign(self._effects(evaluated)).assign_attrs(

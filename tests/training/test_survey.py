@@ -1,4 +1,4 @@
-"""`evaluate --suite survey`: measures, relearning, cost and effects of several models in one table."""
+"""`evaluate --suite survey`: measures, relearning, cost and effects of models in one table."""
 
 from __future__ import annotations
 
@@ -134,9 +134,7 @@ def test_the_folder_replays_and_is_shown_and_exported(here, surveyed, capsys):
     xr.testing.assert_identical(again, surveyed.assign_attrs(created=again.attrs["created"]))
     capsys.readouterr()
     assert main(["show", "survey"]) == 0
-    printed = " ".join(capsys.readouterr().out.split())
-    for words in ("relearning: probability, others", "parameters touched", "e_u of gd"):
-        assert words in printed
+    assert "the survey's assessment" in capsys.readouterr().out
     page = (here / "survey/report.html").read_text(encoding="utf-8")
     assert 'id="survey"' in page and (here / "survey/plots/relearned.png").exists()
     table = pd.read_csv("survey/summary.csv")
