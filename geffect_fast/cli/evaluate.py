@@ -46,7 +46,7 @@ def evaluate(
     checked = checked_values(EvaluateConfig, ("forget", "retain"), config, values, names)
 
     if checked.suite == "survey":
-        from geffect_fast.training.execute_survey import execute_survey
+        from geffect_fast.training.survey import execute_survey
 
         return run(execute_survey, checked, out, config, overwrite, quiet)
 

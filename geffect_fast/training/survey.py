@@ -6,6 +6,8 @@ import difflib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,14 +16,17 @@ from torch import nn
 from geffect_fast.arguments import checked_config
 from geffect_fast.errors import InputError
 from geffect_fast.evaluation_settings import EvaluateConfig, Evaluating
-from geffect_fast.measure.execute_evaluation import Evaluated
+from geffect_fast.measure.execute_evaluation import Evaluated, execute_evaluation, models_of
 from geffect_fast.measure.models import load_model
+from geffect_fast.measure.prepare import Sources, read_sources, resolved_list
 from geffect_fast.measure.profile import profile
 from geffect_fast.objectives import parse
 from geffect_fast.paths import is_there, user_path
 from geffect_fast.relearn_settings import Relearning
 from geffect_fast.settings import Reading, UnlearnConfig
+from geffect_fast.storage.inputs import Inputs
 from geffect_fast.storage.manifest import check_file
+from geffect_fast.storage.model_folder import check_model_source
 from geffect_fast.storage.run_folder import CONFIG, COST
 from geffect_fast.storage.run_yaml import load_config
 from geffect_fast.training.relearn import Relearner
@@ -134,8 +139,8 @@ class Survey:
             seconds=(dimension, known["seconds"]),
             peak_memory=(dimension, known["peak_memory"]),
             touched=(dimension, touched),
-            **self._relearned(evaluated),
-        ).assign_coords(
+        )
+        dataset = dataset.assign(self._relearned(evaluated)).assign_coords(
             trained_on=(
                 dimension,
                 [
@@ -275,3 +280,30 @@ def part_touched(original: nn.Module, unlearned: nn.Module) -> tuple[float, bool
         return float("nan"), False
     changed = sum(int((before[n].to(p.dtype) != p).sum()) for n, p in now.items())
     return changed / total, False
+
+
+def execute_survey(
+    config: EvaluateConfig,
+    out: str | Path,
+    *,
+    progress: bool = False,
+    inputs: Inputs = MappingProxyType({}),
+    **more: Any,
+) -> xr.Dataset:
+    """As `execute_evaluation`, with what the survey asks for beside measures (`Survey.added`)."""
+    _, models, _ = models_of(config)
+    survey = Survey(config, models, progress)
+    if survey.original is not None:
+        check_model_source(survey.original, "original", config.trust_remote_code)
+        named = Sources.of(config.forget, config.retain, None, survey.refusals)
+        # what objectives lack is told before models are loaded
+        read_sources(named, resolved_list(survey.objectives or ("ga",)), config.data_format)
+    found = {"original": survey.original, "refusals": survey.refusals}
+    return execute_evaluation(
+        config.model_copy(update=found),
+        out,
+        progress=progress,
+        inputs=inputs,
+        assess=survey.added,
+        **more,
+    )
