@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from geffect_fast.paths import is_there, user_path
-from geffect_fast.setting_types import Name, Option, PathOrId
+from geffect_fast.setting_types import Name, Option, PathOrId, canonical_list, read_by
 from geffect_fast.settings import Machine, Metrics, Reading, Settings, as_text
 
 
@@ -56,7 +56,47 @@ class Compared(Settings):
         return given is not None and given.endswith(".json") and is_there(user_path(given))
 
 
-class EvaluateConfig(Machine, Evaluating, Compared):
+class Assessing(Settings):
+    """What the survey's assessment (suite survey) reads beside data and metrics."""
+
+    original: PathOrId | None = None
+    """Folder or hub id of the model before unlearning, for suite survey: e_u and e_r are of it, and
+    what unlearning touched is told from it; none: that of the runs of unlearn that made the
+    models."""
+
+    objectives: Annotated[
+        tuple[str, ...],
+        BeforeValidator(read_by("objectives", canonical_list)),
+        Option(
+            metavar="NAMES",
+            help="Objectives whose e_u and e_r at the original model suite survey shows, beside "
+            "those that runs of unlearn trained the models on; repeatable.",
+            repeatable=True,
+        ),
+    ] = ()
+    """Unlearning objectives, for suite survey: their e_u and e_r at the original model stand beside
+    the measures; those that runs of unlearn trained the models on are among them by themselves."""
+
+    refusals: PathOrId | None = None
+    """Refusals for po, dpo and altpo among the objectives of suite survey, one a line."""
+
+    relearn: Annotated[
+        dict[str, Any],
+        Option(
+            metavar="FIELD=VALUE",
+            help="A setting of relearn for suite survey, such as steps=20 or preset=sam-wmdp; "
+            "repeatable.",
+        ),
+    ] = Field(default={})
+    """Settings of the relearning in suite survey, by the names that `relearn` has for them, such as
+    steps: 20."""
+
+    def assessed_inputs(self) -> dict[str, str | None]:
+        """What is read of this, by the option that names it."""
+        return {"--original": self.original, "--refusals": self.refusals}
+
+
+class EvaluateConfig(Machine, Evaluating, Compared, Assessing):
     """All that decides the numbers of an evaluation; saved as `run.yaml`, it replays them."""
 
     command: Literal["evaluate"] = "evaluate"
@@ -113,6 +153,9 @@ class EvaluateConfig(Machine, Evaluating, Compared):
             raise ValueError(
                 f"against_effects: got one run, {self.against_effects[0]}; give two or more"
             )
+        for field in Assessing.model_fields:
+            if getattr(self, field) and self.suite != "survey":
+                raise ValueError(f"{field}: goes with suite survey (--suite survey); leave it out")
         for i, model in enumerate(self.models):
             if model in self.models[:i]:
                 raise ValueError(f"models: {model} is listed twice; leave one out")
@@ -131,5 +174,6 @@ class EvaluateConfig(Machine, Evaluating, Compared):
             "--forget": self.forget,
             "--retain": self.retain,
             **self.compared_inputs(),
+            **self.assessed_inputs(),
         }
         return {option: source for option, source in named.items() if source is not None}

@@ -10,7 +10,7 @@ from pydantic import AfterValidator, Field
 
 from geffect_fast.data.chat_template import checked_date
 from geffect_fast.errors import InputError
-from geffect_fast.objectives import Objective, parse
+from geffect_fast.objectives import Objective, parse, parse_list
 from geffect_fast.objectives import resolve as resolve_objective
 from geffect_fast.objectives.base import REFERENCE_NEEDS
 from geffect_fast.paths import is_there, user_path
@@ -65,6 +65,16 @@ def canonical(objective: str) -> str:
 def canonical_update(rule: str | UpdateRule) -> str:
     """An update rule's string as results write it, of a string or a rule."""
     return str(parse_update(rule))
+
+
+def canonical_list(objectives: Any) -> tuple[str, ...]:
+    """Canonical strings of a list of objectives, or of one string with commas, each once."""
+    texts = [objectives] if isinstance(objectives, str) else objectives
+    found = [each for text in texts for each in parse_list(text)]
+    for i, objective in enumerate(found):
+        if objective in found[:i]:
+            raise InputError(f"objective {objective} is listed twice; leave one out")
+    return tuple(map(str, found))
 
 
 def risk_of(spec: str | Objective) -> str | Objective:

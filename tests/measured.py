@@ -8,7 +8,7 @@ import numpy as np
 import xarray as xr
 
 METRICS = {"probability": "mean", "truth_ratio": "mean", "min_k(k=0.2)": "AUC"}
-KINDS = ("one", "several", "steps", "control", "relearn")
+KINDS = ("one", "several", "steps", "control", "relearn", "survey")
 
 
 def measures(seed=0, sets=("forget", "retain"), metrics=METRICS, questions=None):
@@ -52,6 +52,42 @@ def along(axis, places, found):
     return xr.concat(found, xr.DataArray(places, dims=axis, name=axis), combine_attrs="override")
 
 
+def assessed(base):
+    """Measures with all that the survey's assessment has beside; of the first model no cost."""
+    draw, along = np.random.default_rng(5), ("model", "relearned_step")
+    relearned = draw.uniform(0.1, 0.9, (3, 2, 1, 2))
+    axes, both = (*along, "relearned_metric", "relearned_set"), ("objective", "risk")
+    effect = np.array([[-1.5, 0.5], [-2.5, -0.25]])
+    return (
+        base.assign(
+            relearned=(axes, relearned),
+            relearned_low=(axes, relearned - 0.05),
+            relearned_high=(axes, relearned + 0.05),
+            seconds=("model", [np.nan, 12.5, 0.25]),
+            peak_memory=("model", [np.nan, 3.0 * 2**20, 2.0**30]),
+            touched=("model", [0.0, 0.5, np.nan]),
+            effect=(both, effect),
+            effect_low=(both, effect - 0.1),
+            effect_high=(both, effect + 0.1),
+        )
+        .assign_coords(
+            relearned_step=[0, 4],
+            relearned_metric=["probability"],
+            relearned_set=["relearned", "others"],
+            objective=["npo", "gd"],
+            risk=["e_u", "e_r"],
+            trained_on=("model", ["", "npo", ""]),
+        )
+        .assign_attrs(
+            suite="survey",
+            relearning=json.dumps({"steps": 4, "n_rows": 2}),
+            survey_notes=json.dumps(["Of ga nobody knows the cost."]),
+            original="/models/ga",
+            original_place="ga",
+        )
+    )
+
+
 def measured(kind, **more):
     """Measures of a kind of `KINDS`."""
     if kind == "one":
@@ -67,6 +103,8 @@ def measured(kind, **more):
             for m in range(2)
         ]
         return along("model", ["unlearned", "original"], found).assign_attrs(command="relearn")
+    if kind == "survey":
+        return assessed(measured("several", **more))
     alphas = [0.0, 0.25, 0.3125, 0.5, 0.75, 1.0]
     kept = np.array([[0.8, 0.79, np.nan, 0.6, 0.65, 0.2], [0.8, 0.7, 0.69, 0.5, 0.4, 0.1]])
     curve = ("model", "alpha")

@@ -56,6 +56,11 @@ def evaluate(
     names = option_names(given) | {"models": "--models"}
     checked = checked_values(EvaluateConfig, ("forget", "retain"), config, values, names)
 
+    if checked.suite == "survey":
+        from geffect_fast.training.survey import execute_survey
+
+        return run(execute_survey, checked, out, config, overwrite, quiet)
+
     from geffect_fast.measure.execute_evaluation import execute_evaluation
     from geffect_fast.paths import user_path
     from geffect_fast.report import write_predictions

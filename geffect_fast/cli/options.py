@@ -207,8 +207,8 @@ def option_names(given: Iterable[str], **names: str) -> dict[str, str]:
 
 def _read(name: str, field: FieldInfo, value: Any) -> Any:
     """An option's value as its field takes it."""
-    if name == "trainer":
-        pairs = _pairs(name, "FIELD=VALUE, such as weight_decay=0.01", value)
+    if name in _FIELDS:
+        pairs = _pairs(name, f"FIELD=VALUE, such as {_FIELDS[name]}", value)
         return {key: _plain_value(text) for key, text in pairs.items()}
     if name in _PAIRS:
         return _pairs(*_PAIRS[name], value)
@@ -216,6 +216,8 @@ def _read(name: str, field: FieldInfo, value: Any) -> Any:
         return [item.strip() for item in value.split(",")]
     return value
 
+
+_FIELDS = {"trainer": "weight_decay=0.01", "relearn": "steps=20"}
 
 _PAIRS = {
     "probes": ("probe", "NAME=DATA, such as general=wiki.jsonl"),

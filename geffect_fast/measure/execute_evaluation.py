@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from geffect_fast.evaluation_settings import EvaluateConfig, Evaluating
 from geffect_fast.measure.against_effects import against_effects, effects_of, models_of_runs
@@ -31,6 +33,31 @@ if TYPE_CHECKING:
     from geffect_fast.storage.run_folder import Reporter
 
 
+@dataclass(frozen=True)
+class Evaluated:
+    """What was evaluated, for what else is to be found out of it.
+
+    Attributes:
+        dimension: along which the models lie, `model` or `step`.
+        models: where each lies, by its place on the dimension.
+        sets: rows by name, None of those that were not given.
+        tokenizer: None for rows that are tokenised.
+        device: where models are measured.
+        token_budget: tokens a batch.
+    """
+
+    dimension: str
+    models: Mapping[str | int, str]
+    sets: Mapping[str, Any]
+    tokenizer: Any
+    device: str
+    token_budget: int
+
+
+Assess = Callable[["xr.Dataset", Evaluated], "xr.Dataset"]
+"""Adds to measures what else is found out of the models."""
+
+
 def execute_evaluation(
     config: EvaluateConfig,
     out: str | Path,
@@ -39,6 +66,7 @@ def execute_evaluation(
     progress: bool = False,
     report: Reporter | None = None,
     inputs: Inputs = MappingProxyType({}),
+    assess: Assess | None = None,
 ) -> xr.Dataset:
     """Evaluate the models of a config and write the run folder.
 
@@ -49,6 +77,7 @@ def execute_evaluation(
         progress: whether to show progress bars.
         report: adds tables, plots and a page to the folder.
         inputs: what else is read, beside what the config names: its own file.
+        assess: adds to the measures what else is found out of the models.
 
     Returns:
         The result of one model as `geffect_fast.evaluate` returns it; those of several along
@@ -99,6 +128,11 @@ def execute_evaluation(
             dataset = xr.concat(results, along, combine_attrs="override")
         if config.against_effects:
             dataset = against_effects(config.against_effects, dataset)
+        if assess is not None:
+            found = Evaluated(
+                dimension, models, sets, tokenizer, str(device), evaluator.token_budget
+            )
+            dataset = assess(dataset, found)
         folder.save(dataset, where, evaluator.token_budget, evaluator.rows)
     return dataset
 

@@ -17,7 +17,7 @@ from geffect_fast.measure.prepare import check_count, needs_of, parts_of, resolv
 from geffect_fast.measure.profiler import Profiler
 from geffect_fast.objectives import Objective
 from geffect_fast.objectives.base import REFERENCE_NEEDS
-from geffect_fast.settings import Reading
+from geffect_fast.settings import LiveMetrics, Reading
 from geffect_fast.steps.at_rest import at_rest
 from geffect_fast.steps.live_measures import LiveMeasures, live_metrics
 from geffect_fast.steps.probe import Probe, run_identity
@@ -56,11 +56,12 @@ class GEffectCallback(TrainerCallback):
         tokenizer: None: the Trainer's `processing_class`.
         reference_model: what NPO-like objectives compare with; None: a copy of the model before
             training, kept for as long as it is needed.
-        metrics, suite, max_new_tokens, evaluate_every, evaluate_rows: which metrics are measured
-            beside the effects, when, and on how many rows, as `geffect_fast.unlearn` takes them.
         holdout, retain_model: what metrics read beside `probe_sets`, as `geffect_fast.evaluate`
             takes them; the metric `reference` compares with `reference_model`.
-        options: further arguments of `geffect_fast.profile`, such as `resolve` or `refusals`.
+        options: further arguments of `geffect_fast.profile`, such as `resolve` or `refusals`; and
+            `metrics`, `suite`, `max_new_tokens`, `evaluate_every`, `evaluate_rows`, as
+            `geffect_fast.unlearn` takes them: which metrics are measured beside the effects, when,
+            and on how many rows.
 
     Attributes:
         result: after training, the result of all probes along a first axis `step`; see
@@ -87,24 +88,13 @@ class GEffectCallback(TrainerCallback):
         weights: bool = True,
         tokenizer: Any = None,
         reference_model: nn.Module | str | Path | None = None,
-        metrics: Any = (),
-        suite: str | None = None,
-        max_new_tokens: int = 200,
-        evaluate_every: int | None = None,
-        evaluate_rows: int | str = "all",
         holdout: Any = None,
         retain_model: nn.Module | str | Path | None = None,
         **options: Any,
     ) -> None:
         check_count("every", every)
-        self._live = live_metrics(
-            every,
-            metrics=metrics,
-            suite=suite,
-            max_new_tokens=max_new_tokens,
-            evaluate_every=evaluate_every,
-            evaluate_rows=evaluate_rows,
-        )
+        live = {name: options.pop(name) for name in LiveMetrics.model_fields if name in options}
+        self._live = live_metrics(every, **live)
         self._compared = {"holdout": holdout, "retain_model": retain_model}
         self.every = every
         self.out = None if out is None else check_free(out)

@@ -66,6 +66,8 @@ def table_of(dataset: xr.Dataset) -> pd.DataFrame:
     Of a control beside it the same number of the original and of the unlearned model as it is, and
     the share of that model, the least share that fails, and what is kept.
     """
+    import pandas as pd
+
     axes = list(dataset["value"].dims)
     columns = ["value", "value_low", "value_high"]
     if "alpha_chosen" in dataset:
@@ -74,7 +76,40 @@ def table_of(dataset: xr.Dataset) -> pd.DataFrame:
         columns += ["original_value", "unlearned_value", "alpha_chosen", "alpha_lost", "retention"]
     numbers = dataset[columns].to_dataframe(dim_order=axes).reset_index()
     kept = numbers.dropna(subset=[name for name in columns if name.endswith("value")], how="all")
-    return kept[[*axes, "statistic", *columns]]
+    kept = kept[[*axes, "statistic", *columns]]
+    return pd.concat([kept, assessed(dataset)]) if "touched" in dataset else kept
+
+
+def assessed(dataset: xr.Dataset) -> pd.DataFrame:
+    """What the survey's assessment has beside measures, in rows like theirs; effects are last.
+
+    Of relearning `statistic` names the number of updates; effects, which are of the model before
+    unlearning, stand beside no model.
+    """
+    import pandas as pd
+
+    axis = "model" if "model" in dataset["value"].dims else "step"
+    relearned = dataset[["relearned", "relearned_low", "relearned_high"]].to_dataframe()
+    relearned = relearned.reset_index().rename(
+        columns={
+            "relearned_metric": "metric",
+            "relearned_set": "set",
+            **{f"relearned{end}": f"value{end}" for end in ("", "_low", "_high")},
+        }
+    )
+    relearned["statistic"] = "after " + relearned["relearned_step"].astype(str) + " updates"
+    costs = [
+        dataset[name].to_dataframe(name="value").reset_index().assign(metric=name)
+        for name in ("seconds", "peak_memory", "touched")
+    ]
+    effects = []
+    if "effect" in dataset:
+        of = dataset[["effect", "effect_low", "effect_high"]].to_dataframe().reset_index()
+        of = of.rename(columns=lambda name: name.replace("effect", "value"))
+        effects = [of.assign(metric=of["risk"] + " of " + of["objective"].astype(str))]
+    columns = [axis, "metric", "set", "statistic", "value", "value_low", "value_high"]
+    rows = pd.concat([relearned, *costs, *effects]).reindex(columns=columns)
+    return rows.dropna(subset=["value"])
 
 
 def holds_evaluation(folder: str | Path) -> bool:

@@ -10,6 +10,7 @@ from geffect_fast.errors import InputError
 from geffect_fast.paths import user_path
 from geffect_fast.storage.csv_cells import write_csv
 from geffect_fast.storage.disk import unwritable, whole_file
+from geffect_fast.storage.evaluation import assessed
 from geffect_fast.storage.run_folder import reading
 
 if TYPE_CHECKING:
@@ -93,6 +94,9 @@ def measures(dataset: xr.Dataset) -> Iterator[pd.DataFrame]:
         rows = rows.dropna(subset=["value"]).assign(statistic="row")
         table = pd.concat([sets, rows]).reindex(columns=columns)
         yield table.astype({"sample": "Int64", "question": "string", "value_low": "float64"})
+    if "touched" in dataset:
+        table = assessed(dataset).reindex(columns=columns)
+        yield table.astype({"sample": "Int64", "question": "string"})
 
 
 def _write_parquet(pieces: Iterable[pd.DataFrame], file: Path) -> None:

@@ -44,6 +44,8 @@ RESULTS = "results.nc"
 EVALUATION = "evaluation.nc"
 """The measures of `evaluate`, in place of effects."""
 CONFIG = "run.yaml"
+COST = "cost.json"
+"""What the updates of `unlearn` cost: seconds, bytes of memory, on which device."""
 SUMMARY = "summary.csv"
 PLOTS = "plots"
 TOKENS = "tokens.html"
@@ -56,10 +58,10 @@ NEXT = ".next"
 RUN_FILES = (RESULTS, EVALUATION, CONFIG, SUMMARY, PLOTS, TOKENS, REPORT)
 _FIGURES = (
     *("layers", "instances", "sweep", "pareto", "effects", "risks", "groups", "prediction"),
-    *("cosines", "norms", "token_weights", "trade_off", "measures", "retention"),
+    *("cosines", "norms", "token_weights", "trade_off", "measures", "retention", "relearned"),
 )
 PLAIN_FILES = (
-    *(RESULTS, EVALUATION, CONFIG, SUMMARY, TOKENS, REPORT, MANIFEST),
+    *(RESULTS, EVALUATION, CONFIG, COST, SUMMARY, TOKENS, REPORT, MANIFEST),
     *(f"{PLOTS}/{name}.{kind}" for name in _FIGURES for kind in ("png", "svg")),
 )
 """What runs write under names that say nothing of whose they are."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,7 +16,7 @@ from geffect_fast.storage import step_folder
 from geffect_fast.storage.disk import remove
 from geffect_fast.storage.inputs import Inputs
 from geffect_fast.storage.manifest import files_below
-from geffect_fast.storage.run_folder import CONFIG, RESULTS, check_free, own_files
+from geffect_fast.storage.run_folder import CONFIG, COST, RESULTS, check_free, own_files
 from geffect_fast.storage.run_yaml import load_config
 from geffect_fast.training.resume import checkpoints
 
@@ -87,6 +88,10 @@ def finish(folder: Path, dataset: xr.Dataset, run: Unlearning, report: Reporter 
                     run.tokenizer.save_pretrained(staging / MODEL)
         except SafetensorError as error:
             raise OSError(str(error)) from error
+        spent = {"seconds": run.cost.seconds, "peak_memory": run.cost.peak_memory}
+        (staging / COST).write_text(
+            json.dumps(spent | {"device": run.device.type}), encoding="utf-8"
+        )
 
     step_folder.finish(
         folder, dataset, report, save_model, checkpoint_files, run.training.keep_checkpoints

@@ -62,6 +62,7 @@ class Unlearning:
         rows: which of them a probe measures.
         profiler: measures.
         identity: what makes a step or checkpoint belong to this run.
+        cost: of the updates, once there are some.
     """
 
     def __init__(
@@ -79,6 +80,7 @@ class Unlearning:
         retain_model: nn.Module | str | Path | None = None,
     ) -> None:
         from geffect_fast.training.adapters import with_adapter
+        from geffect_fast.training.cost import TrainingCost
         from geffect_fast.training.trainer import Loss
         from geffect_fast.training.trainer_arguments import check_precision, training_arguments
 
@@ -125,6 +127,7 @@ class Unlearning:
             settings.reduction,
             training.accumulation,
         )
+        self.cost = TrainingCost()
         self._reference = prepared.reference
         self._measures = None
         if live.evaluates:
@@ -205,6 +208,7 @@ class Unlearning:
                     identity=self.identity,
                     updater=self._updater,
                     callbacks=[
+                        self.cost,
                         live,
                         Watch(
                             probe,

@@ -8,13 +8,15 @@ import numpy as np
 import pytest
 from html_tree import find, text
 from measured import KINDS, METRICS, measured, measures
-from report_views import checked, rows_of, section, sections
+from report_views import checked, rows_of, section, sections, words_of
 
 from geffect_fast.errors import InputError, UnfinishedError
 from geffect_fast.report import write_report
 from geffect_fast.report.figures.measures import measure_figures
 from geffect_fast.report.html.page import page_html, write_page
 from geffect_fast.report.summary.measures import measure_findings, shown
+from geffect_fast.report.summary.survey import survey_rows
+from geffect_fast.report.tables.measures import render_measures
 
 SECTIONS = ["answer", "curves", "measures", "instances", "signs", "made"]
 
@@ -23,7 +25,7 @@ SECTIONS = ["answer", "curves", "measures", "instances", "signs", "made"]
 def test_a_page_is_whole_and_has_every_number(kind):
     dataset = measured(kind)
     root = checked(page_html({"run": dataset}, configs={"run": {"models": ["a"], "seed": 3}}))
-    shares = ["shares"] if kind == "control" else []
+    shares = {"control": ["shares"], "survey": ["survey"]}.get(kind, [])
     assert sections(root) == [SECTIONS[0], *shares, *SECTIONS[1:]]
     table = text(section(root, "measures"))
     value = dataset["value"]
@@ -77,6 +79,51 @@ def test_a_page_of_a_relearning_has_a_column_a_model():
             0
         ]
     )
+
+
+def test_the_assessment_is_one_table_of_named_rows():
+    dataset = measured("survey")
+    root = checked(page_html({"run": dataset}))
+    head, *rows = rows_of(root, "Every aspect")
+    assert head == ["measure", "ga", "npo", "$\\frac{$"]
+    cells = {row[0]: row[1:] for row in rows}
+    assert [row[0] for row in rows if not any(row[1:])] == [
+        *("Efficacy", "Utility", "Robustness", "Efficiency", "Effects")
+    ]
+    of = dataset.sel(model="npo", metric="truth_ratio", set="retain")
+    assert cells["truth_ratio, retain"][1] == shown(of)
+    last = dataset.sel(relearned_metric="probability", relearned_set="others", model="npo")
+    first, last = (last.isel(relearned_step=at) for at in (0, 1))
+    value, low, high = (float(last[f"relearned{end}"]) for end in ("", "_low", "_high"))
+    assert cells["relearning: probability, others"][1] == (
+        f"{float(first['relearned']):.3g} to {value:.3g} [{low:.2g}, {high:.2g}]"
+    )
+    assert cells["time of the updates, s"] == ["", "12.5", "0.25"]
+    assert cells["peak memory, MiB"] == ["", "3", "1,024"]
+    assert cells["parameters touched"] == ["0.000%", "50.000%", ""]
+    # each model's own objective, and one of none at the original
+    assert cells["trained on"] == ["", "npo", ""]
+    assert cells["e_u"] == ["", "-1.5 [-1.6, -1.4]", ""]
+    assert cells["e_r of gd"] == ["-0.25 [-0.35, -0.15]", "", ""]
+    words = text(section(root, "survey"))
+    assert "Of ga nobody knows the cost." in words and "4 updates on 2 rows" in words
+    printed = words_of(render_measures(dataset), 300)
+    for row in survey_rows(dataset):
+        assert row.name in printed and all(cell in printed for cell in row.cells)
+
+
+def test_effects_of_an_original_that_was_not_evaluated_have_a_column():
+    dataset = measured("survey").assign_attrs(original_place="")
+    head, *rows = rows_of(checked(page_html({"run": dataset})), "Every aspect")
+    assert head[-1] == "original"
+    cells = {row[0]: row[1:] for row in rows}
+    assert cells["e_u of gd"] == ["", "", "", "-2.5 [-2.6, -2.4]"]
+    assert cells["e_u"][-1] == ""
+
+
+def test_nothing_is_said_of_effects_that_are_not_known():
+    dataset = measured("survey").drop_vars(["effect", "effect_low", "effect_high"])
+    assert [row.aspect for row in survey_rows(dataset)][-1] == "efficiency"
 
 
 def test_rows_are_those_to_be_forgotten_the_highest_first():
@@ -166,7 +213,7 @@ def test_retention_is_drawn_where_it_was_measured():
 def test_the_files_of_a_report(kind, tmp_path):
     write_report(measured(kind), tmp_path)
     names = {p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*") if p.is_file()}
-    drawn = ["measures", *(["retention"] if kind == "control" else [])]
+    drawn = ["measures", *{"control": ["retention"], "survey": ["relearned"]}.get(kind, [])]
     assert names == {
         *("report.html", "summary.csv"),
         *(f"plots/{name}.{ending}" for name in drawn for ending in ("png", "svg")),

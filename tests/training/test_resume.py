@@ -71,7 +71,7 @@ def assert_same_run(folder, whole):
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)
     left = {path.name for path in folder.iterdir()}
-    assert left == {"run.yaml", "results.nc", "steps", "model", "manifest.json"}
+    assert left == {"run.yaml", "results.nc", "cost.json", "steps", "model", "manifest.json"}
 
 
 def go_on(config, folder, **more):

@@ -19,6 +19,7 @@ from geffect_fast.report.summary.measures import (
     measured_sets,
     place_axis,
 )
+from geffect_fast.report.summary.survey import is_survey, relearning_of
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -30,7 +31,8 @@ _BOUNDS = ("value_low", "value_high")
 
 
 def measure_figures(dataset: xr.Dataset) -> dict[str, Figure]:
-    """All figures of measures by file stem: `retention` of a control, and `measures`.
+    """All figures of measures by file stem: `retention` of a control, `measures`, and `relearned`
+    of the survey's assessment.
 
     `figure.get_label()` describes each in a sentence. They belong to no window and no global state.
 
@@ -46,6 +48,8 @@ def measure_drawings(dataset: xr.Dataset) -> style.Drawings:
     if is_control(dataset):
         drawings["retention"] = lambda: _retention(dataset)
     drawings["measures"] = lambda: measures_figure(dataset)
+    if is_survey(dataset):
+        drawings["relearned"] = lambda: _over_steps_by_model(relearning_of(dataset))
     return drawings
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import groupby
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -33,6 +34,12 @@ from geffect_fast.report.summary.measures import (
     share_rows,
     shown,
 )
+from geffect_fast.report.summary.survey import (
+    is_survey,
+    survey_columns,
+    survey_notes,
+    survey_rows,
+)
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -51,7 +58,8 @@ def sections(dataset: xr.Dataset) -> dict[str, list[Block]]:
         "answer": [Text(lead, "lead"), *([Items(more)] if more else [])],
         "shares": (shares(dataset) if is_control(dataset) else [])
         + drawn_blocks(figures, ["retention"]),
-        "curves": drawn_blocks(figures, ["measures"]),
+        "survey": survey(dataset) if is_survey(dataset) else [],
+        "curves": drawn_blocks(figures, ["measures", "relearned"]),
         "measures": [*tables(dataset), *notes_of(notes(dataset))],
         "instances": rows(dataset),
         "signs": [Items(meanings(dataset))] if meanings(dataset) else [],
@@ -62,6 +70,17 @@ def shares(dataset: xr.Dataset) -> list[Block]:
     """The share of each method that keeps enough, and what it keeps."""
     table = Table("Share kept of each method", share_head(dataset), share_rows(dataset))
     return [table, *notes_of([share_note(dataset)])]
+
+
+def survey(dataset: xr.Dataset) -> list[Block]:
+    """The survey's assessment in one table, the rows of an aspect below its name."""
+    columns = survey_columns(dataset)
+    listed: list[list[str]] = []
+    for aspect, rows in groupby(survey_rows(dataset), lambda row: row.aspect):
+        listed.append([aspect.capitalize(), *[""] * len(columns)])
+        listed += [[row.name, *row.cells] for row in rows]
+    table = Table("Every aspect of every model", ["measure", *columns], listed)
+    return [table, *notes_of(survey_notes(dataset))]
 
 
 def tables(dataset: xr.Dataset) -> list[Block]:

@@ -52,8 +52,8 @@ def write_page(
     """Write a page that needs no network and no other file, and shows all without scripts.
 
     Its sections, of which those that the results hold nothing for are left out: `answer`,
-    `verdicts`, `shares`, `curves`, `measures`, `layers`, `instances`, `tokens`, `cosines`,
-    `prediction`, `table`, `signs`, `made`.
+    `verdicts`, `shares`, `survey`, `curves`, `measures`, `layers`, `instances`, `tokens`,
+    `cosines`, `prediction`, `table`, `signs`, `made`.
 
     Args:
         runs: by the name that the page calls it, the result of `geffect_fast.profile` or `sweep`,
@@ -174,6 +174,7 @@ _HEADINGS = {
     "answer": "What was found",
     "verdicts": "Verdicts",
     "shares": "What is kept",
+    "survey": "The survey's assessment",
     "curves": "Over steps",
     "measures": "All measures",
     "layers": "Where in the model",

@@ -22,6 +22,12 @@ from geffect_fast.report.summary.measures import (
     share_rows,
     shown,
 )
+from geffect_fast.report.summary.survey import (
+    is_survey,
+    survey_columns,
+    survey_notes,
+    survey_rows,
+)
 from geffect_fast.report.tables.against_effects import is_against_effects, render_against_effects
 from geffect_fast.report.tables.cells import FOLDED
 
@@ -34,6 +40,8 @@ _COLUMNS = 6
 
 def render_measures(dataset: xr.Dataset) -> RenderableType:
     """Measures of any kind, for `rich.console.Console.print`."""
+    if is_survey(dataset):
+        return render_survey(dataset)
     if is_control(dataset):
         return render_control(dataset)
     if is_against_effects(dataset):
@@ -61,6 +69,23 @@ def render_evaluation(dataset: xr.Dataset) -> RenderableType:
             cells = [shown(of.sel(set=name)) for name in sets]
             table.add_row(*row, metric, str(of["statistic"].item()), *cells)
     return Group(table, Text(" ".join(notes(dataset)), style="dim"))
+
+
+def render_survey(dataset: xr.Dataset) -> RenderableType:
+    """The survey's assessment in one table, for `rich.console.Console.print`."""
+    table = Table(box=box.SIMPLE_HEAD, title="the survey's assessment", title_justify="left")
+    table.add_column("aspect")
+    table.add_column("measure", **FOLDED)
+    for name in survey_columns(dataset):
+        table.add_column(name, justify="right", **FOLDED)
+    aspect = ""
+    for row in survey_rows(dataset):
+        if aspect and row.aspect != aspect:
+            table.add_section()
+        table.add_row("" if row.aspect == aspect else row.aspect, row.name, *row.cells)
+        aspect = row.aspect
+    said = " ".join([*survey_notes(dataset), *notes(dataset)])
+    return Group(table, Text(said, style="dim"))
 
 
 def render_control(dataset: xr.Dataset) -> RenderableType:

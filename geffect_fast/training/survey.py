@@ -1,0 +1,309 @@
+"""The survey's assessment (arXiv 2402.08787) beside measures: relearning, cost, e_u and e_r."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from torch import nn
+
+from geffect_fast.arguments import checked_config
+from geffect_fast.errors import InputError
+from geffect_fast.evaluation_settings import EvaluateConfig, Evaluating
+from geffect_fast.measure.execute_evaluation import Evaluated, execute_evaluation, models_of
+from geffect_fast.measure.models import load_model
+from geffect_fast.measure.prepare import Sources, read_sources, resolved_list
+from geffect_fast.measure.profile import profile
+from geffect_fast.objectives import parse
+from geffect_fast.paths import is_there, user_path
+from geffect_fast.relearn_settings import Relearning
+from geffect_fast.settings import Reading, UnlearnConfig
+from geffect_fast.storage.inputs import Inputs
+from geffect_fast.storage.manifest import check_file
+from geffect_fast.storage.model_folder import check_model_source
+from geffect_fast.storage.run_folder import CONFIG, COST
+from geffect_fast.storage.run_yaml import load_config
+from geffect_fast.training.relearn import Relearner
+
+if TYPE_CHECKING:
+    import xarray as xr
+
+RELEARNED = ("probability", "extraction_strength")
+"""What is measured of the rows while they are learned again."""
+
+
+@dataclass(frozen=True)
+class Made:
+    """The run of `unlearn` that made a model.
+
+    Attributes:
+        config: of the run.
+        cost: what its updates cost; None of a checkpoint, and of runs that did not note it.
+    """
+
+    config: UnlearnConfig
+    cost: Mapping[str, Any] | None
+
+
+def made_by(source: str) -> Made | None:
+    """The run of `unlearn` in whose folder a model lies; None of any other model.
+
+    Raises:
+        InputError: the run's files are not those that it wrote.
+    """
+    model = user_path(source)
+    run = model.parent
+    if not is_there(model) or not is_there(run / CONFIG):
+        return None
+    check_file(run, CONFIG, "put back what was there")
+    config = load_config(run / CONFIG)
+    if not isinstance(config, UnlearnConfig):
+        return None
+    cost = None
+    if model.name == "model" and is_there(run / COST):
+        check_file(run, COST, "put back what was there")
+        cost = json.loads((run / COST).read_text(encoding="utf-8"))
+    return Made(config, cost)
+
+
+class Survey:
+    """What the assessment adds to the measures of models, checked before any is loaded.
+
+    Args:
+        config: of the evaluation.
+        models: where each lies, by place.
+        progress: show bars.
+
+    Raises:
+        InputError: settings of the relearning that are none, or objectives without an original.
+    """
+
+    def __init__(
+        self, config: EvaluateConfig, models: Mapping[str | int, str], progress: bool = False
+    ) -> None:
+        self._config, self._models, self._progress = config, models, progress
+        self._made = {place: made_by(source) for place, source in models.items()}
+        runs = [made.config for made in self._made.values() if made is not None]
+        originals = list(dict.fromkeys(run.model for run in runs))
+        self.original = config.original or (originals[0] if len(originals) == 1 else None)
+        named = [*(run.objective for run in runs), *config.objectives]
+        self._called = {parse(text): text for text in reversed(named)}  # the first of equal ones
+        self.objectives = tuple(reversed(self._called.values()))
+        self.refusals = config.refusals or next((r.refusals for r in runs if r.refusals), None)
+        if config.objectives and self.original is None:
+            raise InputError(
+                "objectives: their effects are those at the model before unlearning, and no run "
+                "says which that is; give it (--original)"
+            )
+        for name in config.relearn:
+            if name not in _ASKED:
+                close = difflib.get_close_matches(name, _ASKED, n=1)
+                advice = f"did you mean '{close[0]}'?" if close else f"known: {', '.join(_ASKED)}"
+                raise InputError(f"relearn: unknown setting '{name}'; {advice}")
+        self._relearning = self._settings(None)
+
+    def added(self, dataset: xr.Dataset, evaluated: Evaluated) -> xr.Dataset:
+        """Measures with what else the survey asks for.
+
+        Along the dimension of the models: `relearned`, `relearned_low`, `relearned_high` (and
+        `relearned_step`, `relearned_metric`, `relearned_set`), `seconds` and `peak_memory` (bytes)
+        of the updates, `touched` (the part of the original's parameters that differ), `trained_on`;
+        and `effect`, `effect_low`, `effect_high` (objective, risk) at the original. NaN where
+        something is not known; the attribute `survey_notes` says why, a JSON list of sentences.
+        """
+        if not set(dataset["value"].dims) & {"model", "step"}:
+            dataset = dataset.expand_dims({evaluated.dimension: list(evaluated.models)})
+        dimension, notes = evaluated.dimension, []
+        places = list(evaluated.models)
+        costs = [made.cost if made is not None else None for made in self._made.values()]
+        known = {
+            name: [np.nan if cost is None or cost[name] is None else cost[name] for cost in costs]
+            for name in ("seconds", "peak_memory")
+        }
+        unknown = (p for p, cost in zip(places, costs, strict=True) if cost is None)
+        if lost := [str(p) for p in unknown if self._models[p] != self.original]:
+            notes.append(
+                f"Time and peak memory are known of models in the folders of unlearn alone, and so "
+                f"not of {', '.join(lost)}."
+            )
+        if any(cost is not None and cost["device"] == "cpu" for cost in costs):
+            notes.append("On a CPU the peak is that of the whole process.")
+        touched, why = self._touched(evaluated)
+        dataset = dataset.assign(
+            seconds=(dimension, known["seconds"]),
+            peak_memory=(dimension, known["peak_memory"]),
+            touched=(dimension, touched),
+        )
+        dataset = dataset.assign(self._relearned(evaluated)).assign_coords(
+            trained_on=(
+                dimension,
+                [
+                    "" if made is None else self._called[parse(made.config.objective)]
+                    for made in self._made.values()
+                ],
+            )
+        )
+        return dataset.assign(self._effects(evaluated)).assign_attrs(
+            command="evaluate",
+            survey_notes=json.dumps([*notes, *why]),
+            original=self.original or "",
+            original_place=next(
+                (str(p) for p, s in self._models.items() if s == self.original), ""
+            ),
+            relearning=json.dumps(self._relearning.model_dump(mode="json", include={*_ASKED})),
+        )
+
+    def _settings(self, forget_rows: int | None) -> Relearning:
+        """How models are relearned: as the config says, or else on as many rows as there are."""
+        given = dict(self._config.relearn)
+        if "preset" not in given:
+            few = {"n_rows": min(_OWN["n_rows"], forget_rows)} if forget_rows is not None else {}
+            if isinstance(steps := given.get("steps"), int):
+                few["measure_every"] = max(1, min(_OWN["measure_every"], steps))
+            given = few | given
+        reading = {n: v for n, v in self._config.fields(Reading).items() if v is not None}
+        return checked_config(Relearning, reading | {"metrics": RELEARNED} | given, "relearn")
+
+    def _load(self, source: str, what: str, device: str = "cpu") -> nn.Module:
+        config = self._config
+        trusted = config.trust_remote_code
+        return load_model(source, config.dtype, device, what, trust_remote_code=trusted)
+
+    def _touched(self, evaluated: Evaluated) -> tuple[list[float], list[str]]:
+        """By model the part of the original's elements that differ, and what is to be said."""
+        if self.original is None:
+            return [np.nan] * len(evaluated.models), [
+                "What was touched, and e_u and e_r, are known beside the model before unlearning "
+                "alone (--original)."
+            ]
+        shares, said = [], []
+        original = self._load(self.original, "original")
+        for place, source in evaluated.models.items():
+            share, adapted = part_touched(original, self._load(source, f"model {place}"))
+            shares.append(share)
+            if np.isnan(share):
+                said.append(
+                    f"{place} has other parameters than the original, so that none are "
+                    "told as touched."
+                )
+            if adapted:
+                said.append(
+                    f"{place} is an adapter: touched are its own elements, beside those of "
+                    "the model."
+                )
+        return shares, said
+
+    def _relearned(self, evaluated: Evaluated) -> dict[str, xr.DataArray]:
+        """What comes back of each model, step by step."""
+        forget = evaluated.sets["forget"]
+        self._relearning = settings = self._settings(len(forget)).model_copy(
+            update={"token_budget": evaluated.token_budget}
+        )
+        relearner = Relearner(evaluated.tokenizer, settings, forget)
+        found = relearner.of(
+            {str(place): source for place, source in evaluated.models.items()},
+            lambda place, source: self._load(source, f"model {place}", evaluated.device),
+            progress=self._progress,
+        )
+        renamed = found[["value", "value_low", "value_high"]].rename(
+            model=evaluated.dimension if evaluated.dimension == "model" else "place",
+            step="relearned_step",
+            metric="relearned_metric",
+            set="relearned_set",
+        )
+        if evaluated.dimension == "step":
+            renamed = renamed.rename(place="step").assign_coords(step=list(evaluated.models))
+        renamed = renamed.drop_vars(
+            ["statistic", "sample", "sample_set", "question"], errors="ignore"
+        )
+        return {name.replace("value", "relearned"): renamed[name] for name in renamed}
+
+    def _effects(self, evaluated: Evaluated) -> dict[str, Any]:
+        """e_u and e_r of the objectives at the original, with bounds; none where none is known."""
+        import xarray as xr
+
+        if self.original is None or not self.objectives:
+            return {}
+        original = self._load(self.original, "original", evaluated.device)
+        result = profile(
+            original,
+            evaluated.tokenizer,
+            **{name: evaluated.sets[name] for name in ("forget", "retain")},
+            objectives=list(self.objectives),
+            refusals=self.refusals,
+            resolve=("sample",),
+            norms=False,
+            **self._config.fields(Reading) | {"token_budget": evaluated.token_budget},
+        )
+        total = result["g_effect"].sum("sample").transpose("objective", "risk")
+        along = {"objective": list(map(str, result["objective"].values)), "risk": ["e_u", "e_r"]}
+        values = {"effect": total.values}
+        for bound in ("low", "high"):
+            held = result.get(f"g_effect_{bound}")
+            values[f"effect_{bound}"] = (
+                np.full(total.shape, np.nan) if held is None else held.transpose(*total.dims).values
+            )
+        return {
+            name: xr.DataArray(value, along, ("objective", "risk"))
+            for name, value in values.items()
+        }
+
+
+_OWN = {name: Relearning.model_fields[name].default for name in ("n_rows", "measure_every")}
+
+_ASKED = sorted({*Relearning.model_fields} - {*Evaluating.model_fields} | {"max_length"})
+"""Settings of the relearning that can be chosen."""
+
+
+def part_touched(original: nn.Module, unlearned: nn.Module) -> tuple[float, bool]:
+    """The part of a model's parameters, by elements, that differ from the original's.
+
+    Tied weights count once. Compared is in the precision of the unlearned model, into which the
+    original is rounded. Of an adapter it is the number of its own elements beside the original's.
+
+    Returns:
+        The part, NaN where the models have other parameters; and whether it is that of an adapter.
+    """
+    before = dict(original.named_parameters())
+    total = sum(p.numel() for p in before.values())
+    if hasattr(unlearned, "peft_config"):
+        added = [p for name, p in unlearned.named_parameters() if "lora_" in name]
+        return sum(p.numel() for p in added) / total, True
+    now = dict(unlearned.named_parameters())
+    if {n: p.shape for n, p in before.items()} != {n: p.shape for n, p in now.items()}:
+        return float("nan"), False
+    changed = sum(int((before[n].to(p.dtype) != p).sum()) for n, p in now.items())
+    return changed / total, False
+
+
+def execute_survey(
+    config: EvaluateConfig,
+    out: str | Path,
+    *,
+    progress: bool = False,
+    inputs: Inputs = MappingProxyType({}),
+    **more: Any,
+) -> xr.Dataset:
+    """As `execute_evaluation`, with what the survey asks for beside measures (`Survey.added`)."""
+    _, models, _ = models_of(config)
+    survey = Survey(config, models, progress)
+    if survey.original is not None:
+        check_model_source(survey.original, "original", config.trust_remote_code)
+        named = Sources.of(config.forget, config.retain, None, survey.refusals)
+        # what objectives lack is told before models are loaded
+        read_sources(named, resolved_list(survey.objectives or ("ga",)), config.data_format)
+    found = {"original": survey.original, "refusals": survey.refusals}
+    return execute_evaluation(
+        config.model_copy(update=found),
+        out,
+        progress=progress,
+        inputs=inputs,
+        assess=survey.added,
+        **more,
+    )
