@@ -151,10 +151,12 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="tiny model, two rounds, print only")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rows", type=int, default=ROWS)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     model = make_model(options.quick).eval()
-    table = measure(model, 6 if options.quick else ROWS, 2 if options.quick else options.rounds)
+    rows, rounds = (6, 2) if options.quick else (options.rows, options.rounds)
+    table = measure(model, rows, rounds)
     for row in table:
         print(
             f"{row['contestant']:34} {row['median_s']:8.4f} s {row['of_step']:7.3f} steps "

@@ -152,7 +152,6 @@ SMALL = {
     "cli/demo.py": "a command",
     "cli/env.py": "a command",
     "cli/relearn.py": "a command",
-    "cli/evaluate.py": "a command",
     "cli/export.py": "a command",
     "cli/show.py": "a command",
     "cli/sweep.py": "a command",
