@@ -344,6 +344,39 @@ CASES = [
         "nothing in it can be trained",
         "leave the metric out",
     ),
+    # ---- runs against effects ----
+    Case(
+        "one run against effects",
+        evaluate("--against-effects", "model", models=None),
+        "model",
+        "geffect-fast unlearn",
+    ),
+    Case(
+        "a run that is nowhere against effects",
+        evaluate("--against-effects", "nowhere", models=None),
+        "nowhere",
+        "give its folders",
+    ),
+    Case(
+        "a folder of no runs against effects",
+        evaluate("--against-effects", "none", models=None),
+        "none is no run and holds none",
+        "give folders of unlearn",
+        lambda here, _patch: (here / "none").mkdir(),
+    ),
+    Case(
+        "one run of a config against effects",
+        evaluate("--config", "e.yaml", models=None),
+        "is no run of geffect-fast unlearn",
+        "give its folders",
+        holds("e.yaml", "command: evaluate\nagainst_effects: [model]\n"),
+    ),
+    Case(
+        "measures that are none against effects",
+        lambda _here: gf.against_effects(["a", "b"], "model"),
+        "holds no evaluation.nc",
+        "made by evaluate",
+    ),
     # ---- saved logs ----
     Case(
         "a log of another split",

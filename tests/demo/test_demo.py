@@ -12,6 +12,9 @@ import torch
 from geffect_fast.cli import main
 from geffect_fast.data import read_rows, tokenize_rows
 from geffect_fast.demo import (
+    ASKED,
+    MEASURES,
+    METRICS,
     OBJECTIVES,
     PAGE,
     PARTS,
@@ -24,6 +27,7 @@ from geffect_fast.demo import (
 )
 from geffect_fast.errors import GEffectError, InputError
 from geffect_fast.measure.models import load_model, load_tokenizer
+from geffect_fast.storage.evaluation import open_evaluation
 from geffect_fast.storage.run_folder import open_run
 
 TINY = Size(
@@ -149,3 +153,30 @@ def test_unlearning_raises_the_risk_of_what_must_go_as_predicted(done):
         assert (np.sign(change) == np.sign(predicted)).all() and change[0] > 0, name
     page = (done / STEPS / PAGE).read_text(encoding="utf-8")
     assert all(objective in page for objective in UNLEARNED.values())
+
+
+def test_what_unlearning_did_stands_beside_the_effects_before(done):
+    found = open_evaluation(done / MEASURES)
+    assert found["run"].values.tolist() == [*UNLEARNED]
+    assert found["objective"].values.tolist() == [*UNLEARNED.values()]
+    assert found["metric"].values.tolist() == [*METRICS]
+    before = known(done, "reference", "forget.jsonl")[0]
+    assert before > 0.5
+    for name in UNLEARNED:
+        with open_run(done / STEPS / name) as run:
+            effect = run.g_effect.isel(step=0, objective=0).sum(["parameter", "sample"])
+        for risk, predictor in (("unlearn", "e_u"), ("retain", "e_r")):
+            own = float(found.effect.sel(run=name, predictor=predictor))
+            assert own == pytest.approx(float(effect.sel(risk=risk)), rel=1e-12)
+        assert float(found.change.sel(run=name, metric="probability", set="forget")) < 0
+    asked = read_rows(done / ASKED, name="asked")
+    assert json.loads(found.attrs["n_rows"]) == {"forget": 10, "retain": len(asked)}
+
+
+def test_the_table_is_the_last_that_the_command_prints(done, monkeypatch, capsys):
+    monkeypatch.setattr("geffect_fast.demo.run_demo", lambda *_, **__: open_run(done))
+    assert main(["demo", "--out", str(done)]) == 0
+    last = capsys.readouterr().out.rpartition("step by step:")[2]
+    assert "effects at the original model beside what unlearning did" in last
+    for word in ("original", *UNLEARNED, "e_u", "e_r", "collateral"):
+        assert word in last
