@@ -14,10 +14,10 @@ from geffect_fast.errors import InputError
 from geffect_fast.measure.optimizer_rules import RULES, Held
 from geffect_fast.paths import user_path
 
-FILE = "optimizer.pt"
+OPTIMIZER = "optimizer.pt"
 """Where a Trainer's checkpoint holds its optimizer's state."""
 
-KNOWN = f"{', '.join(RULES)}"
+KNOWN = ", ".join(RULES)
 
 _CLASSES = {torch.optim.SGD: "sgd", torch.optim.Adam: "adam", torch.optim.AdamW: "adamw"}
 
@@ -70,7 +70,7 @@ def read_state(source: str | Path) -> tuple[dict[str, Any], str]:
     """
     file = user_path(source).absolute()
     if file.is_dir():
-        file = file / FILE
+        file = file / OPTIMIZER
     if not file.is_file():
         raise InputError(
             f"optimizer {file}: there is no such file; give optimizer.pt of a checkpoint, or the "

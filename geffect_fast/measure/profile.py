@@ -104,7 +104,7 @@ def profile(
         `momentum_effect` and `decay_effect` (risk, and parameter or group); `step_total`
         (objective, risk), a risk's gradient times the whole step; and where the learning rate is
         known `step_learning_rate` and `predicted_change`, `-lr` times that. Attributes are
-        `metric`, `metric_state`, what `P` is made from, and `metric_step_of`.
+        `metric`, `metric_state`, what `P` is made from, and `metric_of`.
 
         `reference_is_model` is 1 where an objective compares with a reference, and that is the
         model itself. `own_loss` is there where the model's own loss is not the risk: `unshifted`

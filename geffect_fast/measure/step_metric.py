@@ -6,10 +6,11 @@ measured along `P grad R` in place of `grad R`, so no engine knows of it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +31,9 @@ from geffect_fast.objectives import Objective
 from geffect_fast.ops.reference import accumulation_dtype
 from geffect_fast.results.axes import Resolution
 from geffect_fast.results.dataset import gram_matrices
+
+if TYPE_CHECKING:
+    import xarray as xr
 
 GIVEN = "diagonal"
 """The metric's name where its diagonal is given."""
@@ -90,7 +94,7 @@ class StepMetric:
             return replace(_stepping(metric, held, "optimizer"), learning_rate=None)
         if isinstance(optimizer, str | Path):
             state, where = read_state(optimizer)
-            _check_kind(kind_of_state(state), metric, f"optimizer {where}", "it")
+            _check_kind(kind_of_state(state), metric, f"optimizer {where}", "its state")
             held = held_in_state(state, where, model, parameters)
             return _stepping(metric, held, f"optimizer {where}")
         _check_kind(kind_of(optimizer), metric, "optimizer", type(inside(optimizer)).__name__)
@@ -109,6 +113,20 @@ class StepMetric:
             raise InputError(f"optimizer: {name} is not known; effects in its metric need {KNOWN}")
         held = held_by(optimizer, parameters)
         return replace(_stepping(kind, held, "optimizer"), beside=True)
+
+    @staticmethod
+    def saved(source: Path, model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> StepMetric:
+        """Of the optimizer that a checkpoint's folder holds; effects stand beside the others.
+
+        Raises:
+            InputError: as `live`, or the file is damaged.
+        """
+        state, where = read_state(source)
+        kind = kind_of_state(state)
+        if kind is None:
+            raise InputError(f"optimizer {where}: its state is of no kind that is known: {KNOWN}")
+        held = held_in_state(state, where, model, parameters)
+        return replace(_stepping(kind, held, f"optimizer {where}"), beside=True)
 
     @property
     def reads(self) -> str:
@@ -204,10 +222,11 @@ class Step:
     def attributes(self, objectives: Sequence[Objective]) -> dict[str, Any]:
         """What a result says of it."""
         metric = self.metric
-        found = {"metric": metric.name, "metric_state": metric.state}
-        if metric.rule is not None and metric.reads != "none":
+        prefix = "step_metric" if metric.beside else "metric"
+        found = {prefix: metric.name, f"{prefix}_state": metric.state}
+        if metric.reads != "none":
             of = [metric.step_of] if metric.step_of is not None else objectives
-            found["metric_step_of"] = ", ".join(map(str, of))
+            found[f"{prefix}_of"] = ", ".join(map(str, of))
         return found
 
     def variables(
@@ -242,6 +261,23 @@ class Step:
             variables["step_learning_rate"] = ((), rate)
             variables["predicted_change"] = (("objective", "risk"), (-rate * total).numpy())
         return variables
+
+
+def without_step(dataset: xr.Dataset) -> xr.Dataset:
+    """A result along the gradient alone, with NaN for what it would hold of the step beside it."""
+    effect = dataset["g_effect"]
+    of_risk = [d for d in ("risk", "parameter", "group") if d in effect.dims]
+    unknown = effect.sum([d for d in effect.dims if d not in ("objective", *of_risk)]) * math.nan
+    whole = unknown.sum([d for d in of_risk if d != "risk"], skipna=False)
+    return dataset.assign(
+        {
+            "step_effect": effect * math.nan,
+            **{f"{n}_effect": unknown.isel(objective=0, drop=True) for n in ("momentum", "decay")},
+            "step_total": whole,
+            "predicted_change": whole,
+            "step_learning_rate": math.nan,
+        }
+    )
 
 
 def check_metric(metric: Any) -> None:

@@ -33,7 +33,14 @@ COUNTS = ("n_forget", "n_retain")
 BY_SET = ("probe_rows", "digests")
 """Attributes, JSON by data set, that runs must share of every set that both have."""
 BY_RISK = (
-    *("risk_value", "cosine", "measured_change", "predicted_update", "predicted_sgd"),
+    *(
+        "risk_value",
+        "cosine",
+        "measured_change",
+        "predicted_update",
+        "predicted_step",
+        "predicted_sgd",
+    ),
     *("g_effect_low", "g_effect_high", "risk_value_low", "risk_value_high", "risk_value_spread"),
 )
 BY_STEP = ("loss", "grad_norm")

@@ -50,6 +50,7 @@ def _named(config: RunConfig) -> dict[str, str | None]:
         "--forget": config.forget,
         "--retain": config.retain,
         "--refusals": config.refusals,
+        "--optimizer-state": getattr(config, "optimizer_state", None),
         **{f"--probe {name}": source for name, source in config.probes.items()},
         **{f"--checkpoints {path}": path for path in getattr(config, "checkpoints", ())},
     }

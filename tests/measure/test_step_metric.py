@@ -208,7 +208,7 @@ def test_sums_over_axes_are_the_total_and_both_engines_agree():
             within = [d for d in result.g_effect.dims if d not in ("objective", "risk")]
             totals.append(result.g_effect.sum(within).values)
             step_totals.append(result.step_total.values)
-            assert result.attrs["metric_step_of"] == ", ".join(objectives)
+            assert result.attrs["metric_of"] == ", ".join(objectives)
     for other_total, step_total in zip(totals[1:], step_totals[1:], strict=True):
         np.testing.assert_allclose(other_total, totals[0], rtol=1e-9, atol=1e-12)
         np.testing.assert_allclose(step_total, step_totals[0], rtol=1e-9, atol=1e-12)
@@ -221,7 +221,7 @@ def test_of_several_objectives_one_is_said_to_take_the_step():
         stepped(model, optimizer, FORGET, 1)
         alone = profile(model, "lion", optimizer)
         both = profile(model, "lion", optimizer, ["wga(alpha=1)", "ga"], step_of="ga")
-    assert both.attrs["metric_step_of"] == alone.attrs["metric_step_of"] == "ga"
+    assert both.attrs["metric_of"] == alone.attrs["metric_of"] == "ga"
     np.testing.assert_allclose(
         both.g_effect.sel(objective="ga"), alone.g_effect.sel(objective="ga"), rtol=1e-9
     )
