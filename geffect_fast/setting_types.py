@@ -77,6 +77,18 @@ def canonical_list(objectives: Any) -> tuple[str, ...]:
     return tuple(map(str, found))
 
 
+def canonical_or_none(objective: str | None) -> str | None:
+    """The same; None stays."""
+    return None if objective is None else canonical(objective)
+
+
+def state_file(source: str | None) -> str | None:
+    """The file with an optimizer's state, where the folder of a checkpoint is given; None stays."""
+    if source is None or not user_path(source).is_dir():
+        return source
+    return str(user_path(source) / "optimizer.pt")
+
+
 def risk_of(spec: str | Objective) -> str | Objective:
     """The canonical string of a risk, or the objective that is given."""
     objective = resolve_objective(spec)

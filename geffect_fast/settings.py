@@ -33,11 +33,13 @@ from geffect_fast.setting_types import (
     PathOrId,
     blocks_by_name,
     canonical,
+    canonical_or_none,
     canonical_update,
     day,
     number_or_all,
     read_by,
     risk_of,
+    state_file,
 )
 
 
@@ -248,6 +250,24 @@ class ProfileConfig(RunConfig):
     """Folders or patterns, such as out/checkpoint-*, of checkpoints to profile in turn; the model
     is then that before training, step 0, or left out."""
 
+    metric: Literal["sgd", "adam", "adamw", "lion"] | None = None
+    """Effects of the step that this optimizer takes, <grad R, P grad L>, in place of the plain
+    gradient's; checkpoints bring their own optimizers."""
+
+    optimizer_state: Annotated[
+        PathOrId | None, Option(metavar="FILE"), AfterValidator(state_file)
+    ] = None
+    """The optimizer.pt of a Trainer's checkpoint, or its folder, that the metric is made from;
+    none: as in a first step."""
+
+    step_of: Annotated[
+        str | None,
+        AfterValidator(read_by("step_of", canonical_or_none)),
+        Option(metavar="OBJECTIVE"),
+    ] = None
+    """The objective whose step it is; none: the only one's, and of several the mean of their
+    squared gradients."""
+
     @model_validator(mode="before")
     @classmethod
     def _found_checkpoints(cls, values: dict[str, Any]) -> dict[str, Any]:
@@ -262,6 +282,18 @@ class ProfileConfig(RunConfig):
         except InputError as error:
             raise ValueError(str(error)) from None
         return values | {"model": values.get("model") or found[0], "checkpoints": found}
+
+    @model_validator(mode="after")
+    def _of_a_step(self) -> ProfileConfig:
+        if self.metric is not None and self.checkpoints:
+            raise ValueError("metric: checkpoints bring their own optimizers; leave it out")
+        if self.metric is not None and self.command == "sweep":
+            raise ValueError("metric: goes with profile, not with sweep; leave it out")
+        if self.optimizer_state is not None and self.metric is None:
+            raise ValueError("optimizer_state: goes with metric, such as adamw; give that too")
+        if self.step_of is not None and self.metric is None and not self.checkpoints:
+            raise ValueError("step_of: goes with metric or checkpoints; leave it out")
+        return self
 
     @model_validator(mode="before")
     @classmethod

@@ -62,7 +62,9 @@ def _fields(kind: type[Settings], *without: str) -> dict[str, FieldInfo]:
 
 
 PROFILE_FIELDS = _fields(ProfileConfig)
-SWEEP_FIELDS = _fields(ProfileConfig, "objectives", "checkpoints")
+SWEEP_FIELDS = _fields(
+    ProfileConfig, "objectives", "checkpoints", "metric", "optimizer_state", "step_of"
+)
 UNLEARN_FIELDS = _fields(UnlearnConfig)
 EVALUATE_FIELDS = _fields(EvaluateConfig)
 CONTROL_FIELDS = _fields(ControlConfig)

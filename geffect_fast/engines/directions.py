@@ -108,11 +108,15 @@ class ProductsWithFirst:
 
     Where samples cannot be told apart there are none.
 
+    Args:
+        diagonal: of the metric they are products in, by parameter; None: plain.
+
     Attributes:
         found: for every batch the objective's number, the samples' and their products `(n,)`.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, diagonal: Mapping[str, Tensor] | None = None) -> None:
+        self.diagonal = diagonal
         self.found: list[tuple[int, list[int], Tensor]] = []
         self.exist = True
 
@@ -153,7 +157,10 @@ def accumulate_gradients(
 
         def first(name: str) -> Tensor:
             p = plan.parameters[name]
-            return in_working_precision(gradients[name][:1].to(p.device), p)
+            of = gradients[name][:1].to(p.device)
+            return in_working_precision(
+                of if products.diagonal is None else of * products.diagonal[name], p
+            )
 
         sink = InnerProducts(first)
         try:

@@ -16,6 +16,7 @@ from geffect_fast.engines.directions import accumulate_gradients
 from geffect_fast.engines.forward import Move, forward_effects
 from geffect_fast.engines.reference import Reference
 from geffect_fast.engines.reverse import reverse_effects
+from geffect_fast.measure.step_metric import Step
 from geffect_fast.objectives import Objective
 from geffect_fast.results.axes import EffectArray, Resolution
 from geffect_fast.results.dataset import (
@@ -89,6 +90,7 @@ def find_effects(
     moves: Sequence[Move],
     norms: bool,
     tick: Tick,
+    step: Step | None = None,
 ) -> Effects:
     """Run the engine over the objectives' data.
 
@@ -96,7 +98,7 @@ def find_effects(
         engine: which.
         plan: of the model.
         passes: which parts read which batches.
-        directions: `(M, *shape)` for every trainable parameter.
+        directions: `(M, *shape)` for every trainable parameter, in a step's metric times its `P`.
         reference: what objectives compare with, prepared.
         mixture: `(K, n_parts)`, how often each part counts in each objective.
         resolution: the axes.
@@ -104,7 +106,9 @@ def find_effects(
         moves: of the forward engine.
         norms: whether the reverse engine forms whole gradients too.
         tick: progress.
+        step: in whose metric effects and Gram matrices are; None: plain.
     """
+    grams = gram_matrices if step is None else step.gram
     labels, columns = resolution.columns()
     n_parts = mixture.shape[1]
     names = list(plan.parameters)
@@ -123,7 +127,7 @@ def find_effects(
             tick=tick,
         )
         places = [label or "the whole model" for label in labels]
-        return Effects(values, summed, places, gram_matrices(directions))
+        return Effects(values, summed, places, grams(directions))
     if resolution.per_sample:
         totals = reverse_effects(
             plan,
@@ -138,10 +142,10 @@ def find_effects(
             tick=tick,
         )
         whole = totals.gradients
-        gram = None if whole is None else gram_matrices(directions, whole)
+        gram = None if whole is None else grams(directions, whole)
         return Effects(totals.values, totals.effects, names, gram)
     values, whole = accumulate_gradients(plan, passes, n_parts, reference, tick)
-    gram = gram_matrices(directions, whole)
+    gram = grams(directions, whole)
     n_risks = gram.shape[1] - n_parts
     summed = gram[:, n_risks:, :n_risks].permute(1, 2, 0)
     effects.add_whole(columns, summed)

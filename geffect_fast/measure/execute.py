@@ -85,7 +85,10 @@ def execute(
         staging = None
         if streams:
             staging = stack.enter_context(staged_run(out, overwrite, read, sums))
-        run = sweep if config.command == "sweep" else profile
+        run, step = sweep, {}
+        if config.command == "profile":
+            run, step = profile, {"metric": config.metric, "step_of": config.step_of}
+            step["optimizer"] = config.optimizer_state
         dataset = run(
             model,
             tokenizer,
@@ -93,6 +96,7 @@ def execute(
             objectives=list(config.objectives),
             reference_model=config.reference,
             **config.fields(Measuring),
+            **step,
             out=staging / RESULTS if staging is not None else None,
             progress=progress,
         )

@@ -7,12 +7,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from geffect_fast.arguments import with_settings
-from geffect_fast.errors import GEffectWarning
+from geffect_fast.errors import GEffectWarning, InputError
 from geffect_fast.measure.profiler import Profiler
-from geffect_fast.objectives import Objective
+from geffect_fast.measure.step_metric import StepMetric, check_metric, step_objective
+from geffect_fast.objectives import Objective, resolve
 from geffect_fast.results.form import REFERENCE_IS_MODEL
 from geffect_fast.settings import Measuring
 
@@ -31,6 +32,9 @@ def profile(
     probes: Mapping[str, Any] | None = None,
     refusals: Any = None,
     reference_model: nn.Module | str | Path | None = None,
+    metric: str | Mapping[str, Tensor] | None = None,
+    optimizer: Any = None,
+    step_of: str | Objective | None = None,
     out: str | Path | None = None,
     progress: bool = False,
     **settings: Any,
@@ -57,6 +61,13 @@ def profile(
         reference_model: what NPO-like objectives compare with, a model or the folder of one; None:
             `model` as it is, for which, as for any model of the same weights, there is a
             `GEffectWarning`: betas only scale then.
+        metric: of the step that is really taken (docs/concepts.md): effects are then
+            `e_P = <grad R, P grad L>` with the `P` of `sgd`, `adam`, `adamw` or `lion`, or with a
+            diagonal that is given, a tensor for every trainable parameter by name; None: plain.
+        optimizer: whose state `P` is made from: a live one of the model's parameters, its file
+            `optimizer.pt`, or the checkpoint's folder; None: as in a first step.
+        step_of: the objective whose step it is, for `P` that depend on its gradient (all but sgd's
+            do); None: the only one's, and of several the mean of their squares.
         out: a NetCDF file that effects by sample and position or token are written to while they
             are computed, for results larger than memory; None: in memory.
         progress: show a bar.
@@ -88,6 +99,13 @@ def profile(
         is in docs/concepts.md); or `precision_note`, why it was not measured. Reports call nothing
         different within it. With `out` the Dataset reads from the file; close it after use.
 
+        With `metric` effects, norms, cosines and intervals are in it, and beside them stand, in the
+        same units, what earlier gradients and weight decay add to the step whatever the objective,
+        `momentum_effect` and `decay_effect` (risk, and parameter or group); `step_total`
+        (objective, risk), a risk's gradient times the whole step; and where the learning rate is
+        known `step_learning_rate` and `predicted_change`, `-lr` times that. Attributes are
+        `metric`, `metric_state`, what `P` is made from, and `metric_of`.
+
         `reference_is_model` is 1 where an objective compares with a reference, and that is the
         model itself. `own_loss` is there where the model's own loss is not the risk: `unshifted`
         (labels at their own places), `auxiliary` (with its routers', say) or `other`;
@@ -105,6 +123,11 @@ def profile(
         ...                     objectives=["ga", "npo(beta=0.1)"])
         >>> result.g_effect.sum(["parameter", "sample"])
     """
+    for name, given in (("optimizer", optimizer), ("step_of", step_of)):
+        if metric is None and given is not None:
+            raise InputError(f"{name}: goes with metric; give metric='adam', or leave it out")
+    if isinstance(metric, str):
+        check_metric(metric)
     profiler = Profiler.of(
         model,
         tokenizer,
@@ -116,7 +139,15 @@ def profile(
         reference_model=reference_model,
         **settings,
     )
-    result = profiler.measure(out=out, progress=progress, unchanged=True).dataset
+    step = None
+    if metric is not None:
+        plan = profiler.plan
+        step = step_objective(
+            StepMetric.of(metric, optimizer, plan.model, plan.parameters),
+            None if step_of is None else resolve(step_of),
+            profiler.objectives,
+        )
+    result = profiler.measure(out=out, progress=progress, unchanged=True, step=step).dataset
     if profiler.own_loss is not None:
         warnings.warn(f"model: {profiler.own_loss}", GEffectWarning, stacklevel=2)
     if "reference_is_model" in result.attrs:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from geffect_fast.arguments import checked_config
@@ -31,10 +32,11 @@ from geffect_fast.measure.effects import Effects, find_effects
 from geffect_fast.measure.memory import check_memory, within_budget
 from geffect_fast.measure.prepare import Prepared, Sources, needs_of, prepare, resolved_list
 from geffect_fast.measure.rounding import HALF, RoundingCheck
+from geffect_fast.measure.step_metric import Step, StepMetric
 from geffect_fast.objectives import Objective
 from geffect_fast.results.axes import Resolution, by_row
 from geffect_fast.results.dataset import (
-    check_directions,
+    check_gradients,
     dataset,
     gram_matrices,
 )
@@ -225,6 +227,7 @@ class Profiler:
         progress: bool = False,
         unchanged: bool = False,
         rounding: bool = True,
+        step: StepMetric | None = None,
     ) -> Measurement:
         """Measure the model as it is now.
 
@@ -238,6 +241,7 @@ class Profiler:
                 and need not be again.
             rounding: of a 16-bit model also how far its effects can be trusted, as
                 `geffect_fast.profile` says it.
+            step: the step that is taken next, in whose metric effects are measured, or also are.
 
         Raises:
             InputError: the result does not fit in memory, or `out` is of no use.
@@ -247,28 +251,46 @@ class Profiler:
         resolution = self._resolution
         if not unchanged:
             check_finite(self.plan.model)
-        shape = self._checked_shape(out)
-        rows = None if self._risk_rows is None else self._risk_rows.watch()
+        m = len(self.risk_names)
+        beside = step is not None and step.beside
+        risks = self.risk_names * (2 if beside else 1)  # along the gradient, and along the step's
+        shape = self._checked_shape(out, len(risks), step)
+        taken = None if step is None else self._step(step, unchanged, progress)
+        instead = None if beside else taken
+        rows = None
+        if self._risk_rows is not None:
+            rows = self._risk_rows.watch(None if instead is None else instead.diagonal)
         risk_values, directions = self.risk_gradients(progress=progress, watched=rows)
+        along: Mapping[str, Tensor] = directions
+        if taken is not None:
+            added = taken.beside_gradient(directions)
+            if beside:
+                along = taken.with_scaled(directions)
+            else:
+                taken.scale(directions)
         by_token = None
         if weights and resolution.within != "position":
             by_token = ObjectiveWeights(resolution, self._mixture)
         with (
             nullcontext(np.zeros(shape)) if out is None else EffectFile(out, resolution.dims, shape)
         ) as array:
-            found = self._effects(array, directions, by_token, unchanged, progress)
-            gram = found.checked_gram(
-                self.plan, self._mixture, self.risk_names, self._parts, self.objectives
-            )
+            found = self._effects(array, along, by_token, unchanged, progress, instead)
+            gram = found.checked_gram(self.plan, self._mixture, risks, self._parts, self.objectives)
+            plain: Any = array[:, :m] if beside else array
+            if beside and gram is not None:
+                kept = [*range(m), *range(len(risks), gram.shape[1])]
+                gram = gram[:, kept][:, :, kept]
             attributes = self._measured_attributes(gram, unchanged)
+            if taken is not None:
+                attributes |= taken.attributes(self.objectives)
             if self._rounding is not None and rounding:
                 in_memory = isinstance(array, np.ndarray) and "sample" in resolution.axes
                 attributes |= self._rounding.attributes(
-                    self.plan, directions, self._reference, by_row(array) if in_memory else None
+                    self.plan, directions, self._reference, by_row(plain) if in_memory else None
                 )
             result = dataset(
                 resolution,
-                None if isinstance(array, EffectFile) else array,
+                None if isinstance(array, EffectFile) else plain,
                 [str(o) for o in self.objectives],
                 self.risk_names,
                 risk_values,
@@ -278,12 +300,20 @@ class Profiler:
                 attributes,
             )
             if self._risk_rows is not None and rows is not None:
-                of_risks = gram_matrices(directions) if gram is None else gram
+                of_risks = gram
+                if of_risks is None:
+                    of_risks = (gram_matrices if instead is None else instead.gram)(directions)
                 square, names = float(of_risks[:, 0, 0].sum()), resolution.set_names
                 intervals = self._risk_rows.variables(
-                    by_row(array), names, rows, risk_values, square
+                    by_row(plain), names, rows, risk_values, square
                 )
                 result = result.assign(intervals).assign_attrs(interval_level=LEVEL)
+            if taken is not None:
+                effects = self._mixture @ found.summed.sum(-1)[:, -m:]
+                of_step = taken.variables(resolution, effects, added)
+                if beside:
+                    of_step["step_effect"] = (resolution.dims, resolution.kept(array[:, m:]))
+                result = result.assign(of_step)
             if by_token is not None:
                 variables, coordinates = by_token.variables(self._tokenizer)
                 result = result.assign(variables).assign_coords(coordinates)
@@ -291,16 +321,21 @@ class Profiler:
                 result = array.finish(result)
         return Measurement(result, directions)
 
-    def _checked_shape(self, out: str | Path | None) -> tuple[int, ...]:
+    def _checked_shape(
+        self, out: str | Path | None, n_risks: int, step: StepMetric | None
+    ) -> tuple[int, ...]:
         """The shape of the effects; raise `InputError` where there is no place for them."""
         resolution, parameters = self._resolution, self.plan.parameters.values()
         if out is not None and not ("sample" in resolution.axes and resolution.within):
             raise InputError(
                 "out: goes with resolve by 'sample' and 'position' or 'token'; leave it out"
             )
-        shape = resolution.shape(len(self.objectives), len(self.risk_names))
+        shape = resolution.shape(len(self.objectives), n_risks)
+        whole = len(self._parts) if self._norms or not resolution.per_sample else 0
+        if step is not None and step.reads != "none":
+            whole = max(whole, len(self._parts if step.step_of is None else step.step_of.parts()))
         check_memory(
-            len(self._parts) if self._norms or not resolution.per_sample else 0,
+            whole,
             sum(p.numel() for p in parameters),
             next(iter(parameters)).device,
             shape,
@@ -315,6 +350,7 @@ class Profiler:
         by_token: ObjectiveWeights | None,
         unchanged: bool,
         progress: bool,
+        step: Step | None,
     ) -> Effects:
         """Run the engine: effects are added to `array`, weights of tokens told to `by_token`."""
         engine, passes = self._choice.engine, self._passes
@@ -323,7 +359,8 @@ class Profiler:
         moves = []
         if engine == "forward":
             columns = self._resolution.columns()[1]
-            moves = moves_for(self.plan, columns, len(self.risk_names))
+            n_directions = len(next(iter(directions.values())))
+            moves = moves_for(self.plan, columns, n_directions)
         what, n_passes = "effects of the objectives", max(len(moves), 1)
         with self._ticking(progress, what, passes, n_passes) as tick:
             self._read_reference(passes, unchanged)
@@ -339,7 +376,50 @@ class Profiler:
                 moves=moves,
                 norms=self._norms,
                 tick=tick,
+                step=step,
             )
+
+    def _step(self, metric: StepMetric, unchanged: bool, progress: bool) -> Step:
+        """The step that is taken next, of the gradients it reads."""
+        gradients = None
+        if metric.reads != "none":
+            gradients = self.objective_gradients(
+                metric.step_of, unchanged=unchanged, progress=progress
+            )
+        return metric.formed(self.plan.parameters, gradients)
+
+    def objective_gradients(
+        self, objective: Objective | None, *, unchanged: bool = False, progress: bool = False
+    ) -> dict[str, Tensor]:
+        """Whole gradients of one objective, or of all (None), `(K, *shape)` by parameter.
+
+        Args:
+            objective: among `objectives`.
+            unchanged, progress: as of `measure`.
+
+        Raises:
+            NonFiniteError: one is not finite.
+        """
+        chosen = [k for k, o in enumerate(self.objectives) if objective in (None, o)]
+        used = self._mixture[chosen].any(0)
+        numbers = {int(part): n for n, part in enumerate(used.nonzero())}
+        passes = [
+            replace(data_pass, parts=parts)
+            for data_pass in self._passes
+            if (parts := {numbers[i]: p for i, p in data_pass.parts.items() if i in numbers})
+        ]
+        with self._ticking(progress, "gradients of the objectives", passes) as tick:
+            self._read_reference(self._passes, unchanged)  # it may let go of the reference
+            _, gradients = accumulate_gradients(
+                self.plan, passes, len(numbers), self._reference, tick
+            )
+        mixture = self._mixture[chosen][:, used]
+        mixed = {
+            name: torch.tensordot(mixture.to(of.device, of.dtype), of, dims=1)
+            for name, of in gradients.items()
+        }
+        check_gradients(mixed, [f"objective '{self.objectives[k]}'" for k in chosen])
+        return mixed
 
     def _read_reference(self, passes: Sequence[DataPass], unchanged: bool) -> None:
         """Have the reference ready for the passes, and find out whether it is the model itself."""
@@ -380,7 +460,7 @@ class Profiler:
                 place,
                 None if watched is None else watched.products,
             )
-        check_directions(directions, self.risk_names)
+        check_gradients(directions, [f"the risk on '{name}'" for name in self.risk_names])
         return values, directions
 
     @property

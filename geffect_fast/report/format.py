@@ -29,6 +29,14 @@ def symbol(risk: str) -> str:
     return {UNLEARN: "u", "retain": "r"}.get(risk, risk)
 
 
+def in_metric(attributes: Mapping[str, Any]) -> str:
+    """What a title says of the metric that effects are in; nothing of the plain one."""
+    metric = attributes.get("metric")
+    if metric is None:
+        return ""
+    return f", in the metric of {'a diagonal given' if metric == 'diagonal' else metric}"
+
+
 def effect_name(risk: str) -> str:
     """`e_u`, `e_r`, or `e_` and a probe's name."""
     return f"e_{symbol(risk)}"
@@ -140,12 +148,27 @@ def precision_line(attrs: Mapping[str, Any]) -> str:
     return ""
 
 
+def metric_line(attrs: Mapping[str, Any]) -> str:
+    """In whose metric effects are, or also are, and what it is known from; none of plain ones."""
+    if "step_metric_note" in attrs:
+        return f"Metric: e_P is not known: {attrs['step_metric_note']}."
+    for prefix, where in (("metric", "Effects, norms and cosines are"), ("step_metric", "e_P is")):
+        if prefix in attrs:
+            of = f", of the step of {attrs[f'{prefix}_of']}" if f"{prefix}_of" in attrs else ""
+            return (
+                f"Metric: {where} in that of {attrs[prefix]}{of}; its state: "
+                f"{attrs[f'{prefix}_state']}. Momentum and weight decay stand beside."
+            )
+    return ""
+
+
 def notes(attrs: Mapping[str, Any]) -> list[str]:
     """What a result compares with, and how far to trust it, in lines."""
     own_loss = attrs.get("own_loss_note", attrs.get("own_loss"))
     lines = [
         f"Model: {own_loss}." if "own_loss" in attrs else "",
         f"Reference: {REFERENCE_IS_MODEL}." if attrs.get("reference_is_model") else "",
+        metric_line(attrs),
         interval_line(attrs),
         precision_line(attrs),
     ]

@@ -65,19 +65,19 @@ def gram_matrices(*gradients: Mapping[str, Tensor]) -> Tensor:
     return gram.double()
 
 
-def check_directions(directions: Mapping[str, Tensor], names: Sequence[str]) -> None:
-    """Raise `NonFiniteError` naming the first parameter and risk whose gradient is not finite.
+def check_gradients(gradients: Mapping[str, Tensor], names: Sequence[str]) -> None:
+    """Raise `NonFiniteError` naming the first parameter whose gradient is not finite, and of what.
 
     Args:
-        directions: gradients of the risks, `(M, *shape)` by parameter.
-        names: of the risks.
+        gradients: of the risks, or of objectives, `(n, *shape)` by parameter.
+        names: of the n.
     """
-    for parameter, good in zip(directions, are_finite(list(directions.values())), strict=True):
+    for parameter, good in zip(gradients, are_finite(list(gradients.values())), strict=True):
         if not good:
-            rows = torch.isfinite(directions[parameter].flatten(1)).all(1).tolist()
+            rows = torch.isfinite(gradients[parameter].flatten(1)).all(1).tolist()
             raise NonFiniteError(
-                f"gradient of the risk on '{names[rows.index(False)]}' at {parameter} is not "
-                "finite; check the data and the model's precision"
+                f"gradient of {names[rows.index(False)]} at {parameter} is not finite; check the "
+                "data and the model's precision"
             )
 
 

@@ -41,15 +41,16 @@ class RowValues:
 
     Args:
         sizes: rows of each risk's data set.
+        diagonal: of the metric that effects are measured in, by parameter; None: plain.
 
     Attributes:
         products: receives those of rows with the forget risk's gradient.
     """
 
-    def __init__(self, sizes: Sequence[int]) -> None:
+    def __init__(self, sizes: Sequence[int], diagonal: Mapping[str, Tensor] | None = None) -> None:
         self._sizes = sizes
         self._found: list[tuple[int, list[int], Tensor]] = []
-        self.products = ProductsWithFirst()
+        self.products = ProductsWithFirst(diagonal)
 
     def add(
         self,
@@ -100,9 +101,9 @@ class RiskRows:
     def __init__(self, sizes: Mapping[str, int], *, adds_up: bool) -> None:
         self._sizes, self._adds_up = dict(sizes), adds_up
 
-    def watch(self) -> RowValues:
-        """What is to be told of the risks while their gradients are found."""
-        return RowValues(list(self._sizes.values()))
+    def watch(self, diagonal: Mapping[str, Tensor] | None = None) -> RowValues:
+        """What is to be told of the risks while their gradients are found, in a metric."""
+        return RowValues(list(self._sizes.values()), diagonal)
 
     def variables(
         self,

@@ -48,7 +48,8 @@ class GEffectCallback(TrainerCallback):
             whatever `geffect_fast.profile` takes as data.
         every: updates between two probes; the first is before training, the last at its end.
         objectives: what to measure, as `geffect_fast.profile` takes them.
-        trained: the one of them that is trained on, for `predicted_sgd`; None: another loss.
+        trained: the one of them that is trained on, for `predicted_step` and `predicted_sgd`;
+            None: another loss.
         out: a folder for one file a step, `steps/step-00000010.nc`, and in the end `results.nc`;
             None: in memory. One training at a time works in it: it is locked until that ends, also
             by an exception. A training resumed from a checkpoint goes on where they end.
@@ -139,7 +140,7 @@ class GEffectCallback(TrainerCallback):
         self._probe.store.check_free(sorted(due - {*self._probe.store.steps}))
         self._rates = []
         if start % self.every == 0:
-            self._probe.at(start, last=start == end)
+            self._probe.at(start, last=start == end, optimizer=given.get("optimizer"))
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -155,7 +156,8 @@ class GEffectCallback(TrainerCallback):
     ) -> None:
         """Measure where a probe is due."""
         if state.global_step % self.every == 0 or state.global_step >= state.max_steps:
-            self._measure(state, last=state.global_step >= state.max_steps)
+            last = state.global_step >= state.max_steps
+            self._measure(state, kwargs.get("optimizer"), last=last)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -164,7 +166,7 @@ class GEffectCallback(TrainerCallback):
         if self._probe is None:
             return
         if state.global_step not in self._probe.store.steps:
-            self._measure(state, last=True)
+            self._measure(state, kwargs.get("optimizer"), last=True)
         self.result = self._probe.store.combined()
         self._probe.forget()
         if self.out is not None:
@@ -179,9 +181,11 @@ class GEffectCallback(TrainerCallback):
             self._lock.release()
             self._lock = None
 
-    def _measure(self, state: TrainerState, last: bool) -> None:
+    def _measure(self, state: TrainerState, optimizer: Any, *, last: bool) -> None:
         if self._probe is not None:
-            self._probe.at(state.global_step, learning_rates=self._rates, last=last)
+            self._probe.at(
+                state.global_step, learning_rates=self._rates, last=last, optimizer=optimizer
+            )
             self._rates = []
 
     def _prepared(

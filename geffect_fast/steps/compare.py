@@ -28,7 +28,14 @@ if TYPE_CHECKING:
     import xarray as xr
 
 BY_RISK = (
-    *("risk_value", "cosine", "measured_change", "predicted_update", "predicted_sgd"),
+    *(
+        "risk_value",
+        "cosine",
+        "measured_change",
+        "predicted_update",
+        "predicted_step",
+        "predicted_sgd",
+    ),
     *("g_effect_low", "g_effect_high", "risk_value_low", "risk_value_high", "risk_value_spread"),
 )
 BY_STEP = ("loss", "grad_norm")

@@ -4,9 +4,10 @@ Between two probes the parameters move from `theta` to `theta'`, and a risk `R` 
 order, by
 
     < theta' - theta, grad R(theta) >        whatever made the update (Adam, clipping, decay)
+    - sum(lr) * (e_P(theta) + ...)           where each was like the optimizer's next step
     - sum(lr) * e(theta)                     where it was plain gradient descent on the objective
 
-Both stand beside the measured `R(theta') - R(theta)`.
+They stand beside the measured `R(theta') - R(theta)`.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,6 +27,7 @@ from torch import Tensor, nn
 from geffect_fast.data import SampleSet
 from geffect_fast.errors import GEffectWarning, InputError
 from geffect_fast.measure.profiler import Profiler
+from geffect_fast.measure.step_metric import StepMetric, step_objective, without_step
 from geffect_fast.objectives import resolve
 from geffect_fast.results.dataset import sum_positions
 from geffect_fast.results.rows_needed import rows_note
@@ -108,15 +111,24 @@ class Probe:
         self._before: _Before | None = None
 
     def at(
-        self, step: int, *, learning_rates: Sequence[float] = (), last: bool = False
+        self,
+        step: int,
+        *,
+        learning_rates: Sequence[float] = (),
+        last: bool = False,
+        optimizer: Any = None,
     ) -> xr.Dataset:
         """Measure the model as it is after `step` updates, and keep the result.
 
         Args:
             step: more than at the last call.
-            learning_rates: of the updates since the last call, for `learning_rate` and
-                `predicted_sgd`.
+            learning_rates: of the updates since the last call, for `learning_rate`,
+                `predicted_step` and `predicted_sgd`.
             last: whether training ends here.
+            optimizer: that takes the next step, live, or the checkpoint's folder with its state:
+                effects in its metric, `step_effect` and what goes with it, stand beside the plain
+                ones. Where it is not known they are NaN, and `step_metric_note` says why. None:
+                they are left out.
 
         Returns:
             The result of this step, from the store where it is there already.
@@ -138,12 +150,15 @@ class Probe:
             else:
                 changes = self._changes(step, learning_rates)
                 self._before = None
+                metric, why = self._metric(optimizer)
                 # Said once a run: by its first step, whose attributes are those of all together.
                 measured = self.profiler.measure(
-                    weights=self.weights, rounding=not self.store.steps
+                    weights=self.weights, rounding=not self.store.steps, step=metric
                 )
-                directions = measured.directions
-                result = self._assembled(step, measured.dataset, learning_rates, changes)
+                directions, dataset = measured.directions, measured.dataset
+                if why is not None:
+                    dataset = without_step(dataset).assign_attrs(step_metric_note=why)
+                result = self._assembled(step, dataset, learning_rates, changes)
                 if self.measures is not None:
                     before = self._last_before(step)
                     earlier = None if before is None else self._result_of(before)
@@ -158,20 +173,41 @@ class Probe:
         """Let go of the memory that the next prediction would need."""
         self._before = None
 
+    def _metric(self, optimizer: Any) -> tuple[StepMetric | None, str | None]:
+        """The metric of the next step; or none, and why where an optimizer is given."""
+        if optimizer is None:
+            return None, None
+        plan, objectives = self.profiler.plan, self.profiler.objectives
+        trained = next((o for o in objectives if str(o) == self.trained), None)
+        try:
+            metric = (
+                StepMetric.saved(optimizer, plan.model, plan.parameters)
+                if isinstance(optimizer, Path)
+                else StepMetric.live(optimizer, plan.parameters)
+            )
+            return step_objective(metric, trained, objectives), None
+        except InputError as error:  # effects along the gradient stand without it
+            return None, str(error)
+
     def _changes(self, step: int, learning_rates: Sequence[float]) -> dict[str, Any]:
         """First-order predictions of the risks' changes since the last probe, by variable."""
         before, risks = self._before, self.profiler.risk_names
         unknown = torch.full((len(risks),), math.nan, dtype=torch.float64)
-        update, sgd = unknown, unknown
+        update, sgd, taken = unknown, unknown, unknown
         if before is not None and before.step == self._last_before(step):
             update = inner_with_update(
                 self.profiler.plan.parameters, before.parameters, before.directions
             )
             if self.trained is not None:
-                effect = total_effect(self._result_of(before.step)).sel(objective=self.trained)
-                sgd = -sum(learning_rates) * torch.from_numpy(effect.values)
+                last, rate = self._result_of(before.step), sum(learning_rates)
+                effect = total_effect(last).sel(objective=self.trained)
+                sgd = -rate * torch.from_numpy(effect.values)
+                if "step_total" in last:
+                    whole = last["step_total"].sel(objective=self.trained)
+                    taken = -rate * torch.from_numpy(whole.values)
         return {
             "predicted_update": ("risk", update.numpy()),
+            "predicted_step": ("risk", taken.numpy()),
             "predicted_sgd": ("risk", sgd.numpy()),
         }
 

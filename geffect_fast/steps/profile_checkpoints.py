@@ -12,6 +12,7 @@ from torch import nn
 
 from geffect_fast.errors import InputError
 from geffect_fast.measure.models import load_model
+from geffect_fast.measure.optimizer_state import OPTIMIZER
 from geffect_fast.measure.prepare import resolved_list
 from geffect_fast.measure.profiler import Profiler
 from geffect_fast.objectives import Objective
@@ -135,6 +136,7 @@ class CheckpointRun:
     Attributes:
         folders: of checkpoints, by step.
         model: that of the first, whose weights will change.
+        optimizers: whether any of them holds its optimizer's state.
         profiler: of it.
     """
 
@@ -150,6 +152,7 @@ class CheckpointRun:
         options: dict[str, Any],
     ) -> None:
         self.folders = with_model(find_checkpoints(checkpoints), model)
+        self.optimizers = any((each / OPTIMIZER).exists() for each in self.folders.values())
         trusted = options.get("trust_remote_code", False)
         for folder in self.folders.values():
             check_model_source(folder, "checkpoint", trusted)
@@ -188,10 +191,17 @@ class CheckpointRun:
         first = self.folders[steps[0]]
         with progress_bar(progress, "checkpoints", len(wanted)) as update:
             for step in loaded_in_turn(self.model, first, self.folders, wanted):
-                probe.at(step)
+                probe.at(step, optimizer=self.folders[step] if self.optimizers else None)
                 update(advance=1)
-        return store.combined().assign_attrs(
-            command="profile", checkpoints=json.dumps([str(path) for path in self.folders.values()])
+        of_last = store.read(store.steps[-1]).attrs  # before training there is no state
+        said = {key: of for key, of in of_last.items() if key.startswith("step_metric")}
+        dataset = store.combined()
+        kept = {key: of for key, of in dataset.attrs.items() if not key.startswith("step_metric")}
+        return dataset.drop_attrs(deep=False).assign_attrs(
+            **kept,
+            **said,
+            command="profile",
+            checkpoints=json.dumps([str(path) for path in self.folders.values()]),
         )
 
 

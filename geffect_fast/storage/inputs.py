@@ -52,6 +52,7 @@ def _named(config: RunConfig) -> dict[str, str | None]:
         "--refusals": config.refusals,
         "--holdout": getattr(config, "holdout", None),
         "--retain-model": getattr(config, "retain_model", None),
+        "--optimizer-state": getattr(config, "optimizer_state", None),
         **{f"--probe {name}": source for name, source in config.probes.items()},
         **{f"--checkpoints {path}": path for path in getattr(config, "checkpoints", ())},
     }

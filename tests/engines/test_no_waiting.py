@@ -26,7 +26,7 @@ from geffect_fast.engines.reverse import reverse_effects
 from geffect_fast.measure import memory, profiler
 from geffect_fast.objectives import NLL
 from geffect_fast.objectives.parse import parse
-from geffect_fast.results.dataset import check_directions, gram_matrices
+from geffect_fast.results.dataset import check_gradients, gram_matrices
 
 SETS = {"forget": samples([7, 4, 9], 1, 2), "retain": samples([6, 8], 2, 2)}
 ALTERNATIVES = [[row] for row in samples([5, 6, 4], 3, 2)]
@@ -99,7 +99,7 @@ def compare(model, objectives, device, reference=None, **options):
         found, directions, gradients, n_batches = run(plan, objectives, reference=other, **options)
         assert device.waits == n_batches + 1, "one a batch, and the risks' values"
         check_finite(plan.model)
-        check_directions(directions, ("unlearn", "retain"))
+        check_gradients(directions, ("unlearn", "retain"))
         gram = gram_matrices(directions, *([] if gradients is None else [gradients]))
         assert device.waits == n_batches + 4 and gram.device.type == "cpu"
     assert all(x.device.type == "cpu" for x in found) and len(found) == len(expected)

@@ -330,3 +330,71 @@ def test_the_probe_measures_what_a_profile_does():
     found = probe_of(model, ["ga", "npo"]).at(0)
     expected = gf.profile(model, None, **DATA, objectives=["ga", "npo"], token_budget=64)
     xr.testing.assert_equal(found[list(expected.data_vars)], expected)
+
+
+# ---- the optimizer's step ----
+
+
+@pytest.mark.parametrize("kind", ["SGD", "Adam", "AdamW"])
+def test_the_optimizers_step_is_predicted_as_it_is_taken(kind):
+    """One update a probe, on the probed rows: the step predicted is the update itself."""
+    model = build("llama", torch.float64)
+    more = {"momentum": 0.9} if kind == "SGD" else {}
+    optimizer = getattr(torch.optim, kind)(model.parameters(), lr=1e-4, weight_decay=0.1, **more)
+    probe = probe_of(model, ["wga(alpha=1)", "ga"], trained="ga")
+    probe.at(0, optimizer=optimizer)
+    for step in (1, 2, 3):
+        optimizer.zero_grad()
+        loss_of(model).backward()
+        optimizer.step()
+        before = copy.deepcopy(optimizer.state_dict())
+        found = probe.at(step, learning_rates=[1e-4], optimizer=optimizer)
+        assert torch.equal(
+            before["state"][0]["momentum_buffer" if more else "exp_avg"],
+            next(iter(optimizer.state.values()))["momentum_buffer" if more else "exp_avg"],
+        )
+        np.testing.assert_allclose(found.predicted_step, found.predicted_update, rtol=1e-9)
+        if kind != "SGD":
+            assert not np.allclose(found.predicted_sgd, found.predicted_update, rtol=0.5)
+    assert found.attrs["step_metric"] == kind.lower() and "metric" not in found.attrs
+
+
+@pytest.mark.parametrize(
+    ("engine", "resolve"), [("reverse", ("parameter", "sample")), ("forward", ("group", "token"))]
+)
+def test_effects_beside_are_those_of_a_profile_in_the_metric(engine, resolve):
+    model = build("llama", torch.float64)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    loss_of(model).backward()
+    optimizer.step()
+    options = {"engine": engine, "resolve": resolve, "token_budget": 64, "objectives": ["ga"]}
+    probe = probe_of(model, trained="ga", engine=engine, resolve=resolve)
+    beside = probe.at(0, optimizer=optimizer)
+    alone = gf.profile(model, None, **DATA, **options, metric="adamw", optimizer=optimizer)
+    plain = gf.profile(model, None, **DATA, **options)
+    for found, expected in (
+        (beside.step_effect, alone.g_effect),
+        (beside.g_effect, plain.g_effect),
+        (beside.momentum_effect, alone.momentum_effect),
+        (beside.step_total, alone.step_total),
+        (beside.risk_grad_norm, plain.risk_grad_norm),
+    ):
+        assert found.dims == expected.dims
+        np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-13)
+    for name in {"cosine", "g_effect_low", "collateral_high"} & {*plain}:
+        np.testing.assert_allclose(beside[name], plain[name], rtol=1e-9, atol=1e-13)
+
+
+def test_an_optimizer_that_is_not_known_is_named_and_the_rest_stands():
+    model = build("llama", torch.float64)
+    optimizer = torch.optim.Adagrad(model.parameters())
+    probe = probe_of(model, trained="ga")
+    found = probe.at(0, optimizer=optimizer)
+    assert "Adagrad is not known" in found.attrs["step_metric_note"]
+    assert found.step_effect.isnull().all() and found.step_effect.dims == found.g_effect.dims
+    assert found.momentum_effect.isnull().all() and found.momentum_effect.dims == (
+        "risk",
+        "parameter",
+    )
+    assert found.g_effect.notnull().all()
+    assert probe.at(1, learning_rates=[1], optimizer=optimizer).predicted_step.isnull().all()

@@ -19,7 +19,11 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 PANEL = 4.6
-DRAWN = {"predicted_update": ("--", "o"), "predicted_sgd": (":", "^")}
+DRAWN = {
+    "predicted_update": ("--", "o"),
+    "predicted_step": ("-.", "s"),
+    "predicted_sgd": (":", "^"),
+}
 """Dashes and markers of the predictions."""
 
 

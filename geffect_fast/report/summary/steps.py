@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 PREDICTIONS = {
     "predicted_update": "by the actual update",
+    "predicted_step": "by the optimizer's step, −lr·e_P",
     "predicted_sgd": "by SGD, −lr·e",
 }
 """The first-order predictions of a step result, and how they are called."""

@@ -9,7 +9,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from geffect_fast.report.format import UNLEARN, effect_name, number, question, symbol
+from geffect_fast.report.format import UNLEARN, effect_name, in_metric, number, question, symbol
 from geffect_fast.report.summary.effects import by_place, by_sample, labels, shares
 from geffect_fast.report.summary.objectives import summarise
 from geffect_fast.report.tables.cells import (
@@ -45,7 +45,8 @@ def totals_table(dataset: xr.Dataset) -> Table:
     """A row an objective: effect on and cosine with every risk, collateral, verdict."""
     rows = summarise(dataset)
     table = new_table(
-        f"G-effect of {len(rows)} objectives on {dataset.attrs['n_forget']} forget rows",
+        f"G-effect of {len(rows)} objectives on {dataset.attrs['n_forget']} forget rows"
+        f"{in_metric(dataset.attrs)}",
         ("objective", FOLDED),
         *map(effect_name, rows[0].effects),
         *(f"cos_{symbol(risk)}" for risk in rows[0].cosines),

@@ -67,26 +67,40 @@ def steps_table(dataset: xr.Dataset) -> Table:
     read = Steps.of(dataset)
     lead, n_forget, last = read.objectives[0], dataset.attrs["n_forget"], read.steps[-1]
     what = f"Trained on {lead}" if "trained_objective" in dataset.attrs else f"Effects of {lead}"
+    of_step = _of_step(dataset, lead)
     table = new_table(
         f"{what} to step {last}, measured at {len(read.steps)} steps on {n_forget} forget rows",
         "step",
         *(f"R_{symbol(risk)}" for risk in read.risks),
         *map(effect_name, read.risks),
+        *(f"e_P,{symbol(risk)}" for risk in read.risks if of_step is not None),
         "collateral",
         ("verdict", WHOLE),
     )
     for i in thinned(np.arange(len(read.steps)), ROWS):
         (row,) = summarise(dataset.isel(step=i).sel(objective=[lead]))
+        *effects, collateral = effect_cells(row.numbers)
         table.add_row(
             str(read.steps[i]),
             *(
                 with_interval(value, interval_at(read.value_bounds, i, m), ".4g")
                 for m, value in enumerate(read.values[i])
             ),
-            *effect_cells(row.numbers),
+            *effects,
+            *(number(e, "+.3g") for e in (of_step[i] if of_step is not None else ())),
+            collateral,
             verdict_cell(row.verdict),
         )
     return table
+
+
+def _of_step(dataset: xr.Dataset, objective: str) -> np.ndarray | None:
+    """Effects of an objective in the optimizer's metric, `(S, M)`; None where none is known."""
+    if "step_effect" not in dataset or not np.isfinite(dataset["step_total"].values).any():
+        return None
+    effect = dataset["step_effect"].sel(objective=objective)
+    within = [d for d in effect.dims if d not in ("step", "risk")]
+    return effect.sum(within, skipna=False).transpose("step", "risk").values
 
 
 def trust_table(dataset: xr.Dataset) -> Table | None:

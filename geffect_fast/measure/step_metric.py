@@ -1,0 +1,363 @@
+"""Effects of the step that is really taken: `e_P = < grad R, P grad L >`, and the terms beside it.
+
+`P` is what the optimizer makes of a gradient (`geffect_fast.measure.optimizer_rules`). Effects are
+measured along `P grad R` in place of `grad R`, so no engine knows of it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from geffect_fast.errors import InputError
+from geffect_fast.measure.optimizer_rules import RULES, Held, OptimizerRule
+from geffect_fast.measure.optimizer_state import (
+    KNOWN,
+    check_options,
+    held_by,
+    held_in_state,
+    inside,
+    kind_of,
+    kind_of_state,
+    read_state,
+)
+from geffect_fast.objectives import Objective
+from geffect_fast.ops.reference import accumulation_dtype
+from geffect_fast.results.axes import Resolution
+from geffect_fast.results.dataset import gram_matrices
+
+if TYPE_CHECKING:
+    import xarray as xr
+
+GIVEN = "diagonal"
+"""The metric's name where its diagonal is given."""
+
+
+@dataclass(frozen=True)
+class StepMetric:
+    """The metric of a model's next step.
+
+    Attributes:
+        name: sgd, adam, adamw, lion or diagonal.
+        held: what the optimizer holds, by parameter; empty with a diagonal that is given.
+        rule: how it steps; None: with a diagonal that is given.
+        given: that diagonal, by parameter.
+        learning_rate: of the step, the groups' largest; None: not known.
+        state: in words, what `P` is made from.
+        step_of: the objective whose step it is; None: all that are measured.
+        beside: effects in this metric stand beside those along the gradient, and not in their
+            place.
+    """
+
+    name: str
+    held: Mapping[str, Held]
+    rule: OptimizerRule | None = None
+    given: Mapping[str, Tensor] | None = None
+    learning_rate: float | None = None
+    state: str = ""
+    step_of: Objective | None = None
+    beside: bool = False
+
+    @staticmethod
+    def of(
+        metric: str | Mapping[str, Tensor],
+        optimizer: Any,
+        model: nn.Module,
+        parameters: Mapping[str, nn.Parameter],
+    ) -> StepMetric:
+        """Of what `geffect_fast.profile` takes.
+
+        Args:
+            metric: a key of `RULES`, or a diagonal by parameter.
+            optimizer: a live one, a file or folder that `read_state` reads, or None.
+            model: which is profiled.
+            parameters: its trainable ones, by name.
+
+        Raises:
+            InputError: the metric is not known, or the optimizer is of another kind or model.
+        """
+        if isinstance(metric, Mapping):
+            if optimizer is not None:
+                raise InputError("optimizer: a diagonal is given as metric; leave one of them out")
+            return StepMetric(GIVEN, {}, given=_checked_diagonal(metric, parameters), state="given")
+        check_metric(metric)
+        if optimizer is None:
+            group = {"lr": 1.0, **RULES[metric].options}
+            group["decoupled_weight_decay"] = metric == "adamw"
+            held = {name: Held(p, group, {}) for name, p in parameters.items()}
+            return replace(_stepping(metric, held, "optimizer"), learning_rate=None)
+        if isinstance(optimizer, str | Path):
+            state, where = read_state(optimizer)
+            _check_kind(kind_of_state(state), metric, f"optimizer {where}", "its state")
+            held = held_in_state(state, where, model, parameters)
+            return _stepping(metric, held, f"optimizer {where}")
+        _check_kind(kind_of(optimizer), metric, "optimizer", type(inside(optimizer)).__name__)
+        return _stepping(metric, held_by(optimizer, parameters), "optimizer")
+
+    @staticmethod
+    def live(optimizer: Any, parameters: Mapping[str, nn.Parameter]) -> StepMetric:
+        """Of a training's own optimizer, whichever it is; effects stand beside the others.
+
+        Raises:
+            InputError: it is not known, or does not hold a parameter.
+        """
+        kind = kind_of(optimizer)
+        if kind is None:
+            name = type(inside(optimizer)).__name__
+            raise InputError(f"optimizer: {name} is not known; effects in its metric need {KNOWN}")
+        held = held_by(optimizer, parameters)
+        return replace(_stepping(kind, held, "optimizer"), beside=True)
+
+    @staticmethod
+    def saved(source: Path, model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> StepMetric:
+        """Of the optimizer that a checkpoint's folder holds; effects stand beside the others.
+
+        Raises:
+            InputError: as `live`, or the file is damaged.
+        """
+        state, where = read_state(source)
+        kind = kind_of_state(state)
+        if kind is None:
+            raise InputError(f"optimizer {where}: its state is of no kind that is known: {KNOWN}")
+        held = held_in_state(state, where, model, parameters)
+        return replace(_stepping(kind, held, f"optimizer {where}"), beside=True)
+
+    @property
+    def reads(self) -> str:
+        """Which gradients of the step `P` is formed with, as `OptimizerRule.reads`."""
+        return "none" if self.rule is None else self.rule.reads
+
+    def formed(
+        self, parameters: Mapping[str, nn.Parameter], gradients: Mapping[str, Tensor] | None
+    ) -> Step:
+        """The step with its own gradients `(K, *shape)` by parameter, where `reads` any."""
+        if self.rule is None:
+            assert self.given is not None
+            return Step(self, {name: self.given[name] for name in parameters})
+        diagonal = {
+            name: self.rule.diagonal(
+                self.held[name], None if gradients is None else gradients[name]
+            )
+            for name in parameters
+        }
+        return Step(self, diagonal)
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step that is about to be taken.
+
+    Attributes:
+        metric: of it.
+        diagonal: `P` by parameter, of its shape or a scalar, in the dtype gradients are added up
+            in.
+    """
+
+    metric: StepMetric
+    diagonal: dict[str, Tensor]
+
+    def scale(self, gradients: Mapping[str, Tensor]) -> None:
+        """Multiply gradients `(n, *shape)` by parameter with `P`, in place."""
+        for name, of in gradients.items():
+            of.mul_(self.diagonal[name].to(of.device))
+
+    def with_scaled(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Gradients `(n, *shape)`, and behind them the same times `P`: `(2 n, *shape)`."""
+        return {
+            name: torch.cat([of, of * self.diagonal[name].to(of.device)])
+            for name, of in gradients.items()
+        }
+
+    def gram(self, scaled: Mapping[str, Tensor], *plain: Mapping[str, Tensor]) -> Tensor:
+        """Gram matrices `(P, n, n)` fp64 in the metric, as `gram_matrices`.
+
+        Args:
+            scaled: gradients times `P`, by parameter.
+            plain: further ones as they are.
+        """
+        found = []
+        for name, of in scaled.items():
+            root = self.diagonal[name].sqrt().to(of.device)
+            halves = [torch.where(root > 0, of / root, 0.0), *(each[name] * root for each in plain)]
+            found.append(gram_matrices({name: torch.cat(halves)}))
+        return torch.cat(found)
+
+    def beside_gradient(self, directions: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """What momentum and weight decay add to effects, `(P, M)` fp64 each, on the CPU.
+
+        Args:
+            directions: gradients of the risks, `(M, *shape)` by parameter.
+        """
+        n = len(next(iter(directions.values())))
+        added = torch.zeros(2, len(directions), n, dtype=torch.float64)
+        for at, (name, v) in enumerate(directions.items() if self.metric.rule else ()):
+            for which, term in enumerate(self._terms(name)):
+                if term is not None:
+                    added[which, at] = _inner(v, term)
+        return added[0], added[1]
+
+    def _terms(self, name: str) -> tuple[Tensor | None, Tensor | None]:
+        """Momentum and weight decay of one parameter, of its shape; None: none."""
+        rule, held, diagonal = self.metric.rule, self.metric.held[name], self.diagonal[name]
+        assert rule is not None
+        return rule.momentum(held, diagonal), rule.decay(held, diagonal)
+
+    def taken(self, gradient: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The whole step for a gradient by parameter, `P g + momentum + decay`, fp32 or fp64."""
+        found = {}
+        for name, g in gradient.items():
+            step = self.diagonal[name].to(g.device) * g
+            for term in self._terms(name) if self.metric.rule is not None else ():
+                if term is not None:
+                    step += term.to(g.device)
+            found[name] = step
+        return found
+
+    def attributes(self, objectives: Sequence[Objective]) -> dict[str, Any]:
+        """What a result says of it."""
+        metric = self.metric
+        prefix = "step_metric" if metric.beside else "metric"
+        found = {prefix: metric.name, f"{prefix}_state": metric.state}
+        if metric.reads != "none":
+            of = [metric.step_of] if metric.step_of is not None else objectives
+            found[f"{prefix}_of"] = ", ".join(map(str, of))
+        return found
+
+    def variables(
+        self,
+        resolution: Resolution,
+        effects: Tensor,
+        beside: tuple[Tensor, Tensor],
+    ) -> dict[str, Any]:
+        """What a result holds of the step beside effects by parameter, sample and token.
+
+        Args:
+            resolution: the axes.
+            effects: in this metric, summed, `(K, M)`.
+            beside: of `beside_gradient`.
+
+        Returns:
+            `momentum_effect` and `decay_effect` (risk, and parameter or group where that is an
+            axis), `step_total` (objective, risk), and where the learning rate is known
+            `step_learning_rate` and `predicted_change` (objective, risk).
+        """
+        labels, columns = resolution.columns()
+        by = resolution.by_place
+        variables: dict[str, Any] = {}
+        for name, of in zip(("momentum_effect", "decay_effect"), beside, strict=True):
+            placed = of.new_zeros(len(labels), of.shape[1]).index_add_(0, torch.tensor(columns), of)
+            dims = ("risk",) if by is None else ("risk", by)
+            variables[name] = (dims, (placed.sum(0) if by is None else placed.T).numpy())
+        total = effects + sum(of.sum(0) for of in beside)
+        variables["step_total"] = (("objective", "risk"), total.numpy())
+        rate = self.metric.learning_rate
+        if rate is not None:
+            variables["step_learning_rate"] = ((), rate)
+            variables["predicted_change"] = (("objective", "risk"), (-rate * total).numpy())
+        return variables
+
+
+def without_step(dataset: xr.Dataset) -> xr.Dataset:
+    """A result along the gradient alone, with NaN for what it would hold of the step beside it."""
+    effect = dataset["g_effect"]
+    of_risk = [d for d in ("risk", "parameter", "group") if d in effect.dims]
+    unknown = effect.sum([d for d in effect.dims if d not in ("objective", *of_risk)]) * math.nan
+    whole = unknown.sum([d for d in of_risk if d != "risk"], skipna=False)
+    return dataset.assign(
+        {
+            "step_effect": effect * math.nan,
+            **{f"{n}_effect": unknown.isel(objective=0, drop=True) for n in ("momentum", "decay")},
+            "step_total": whole,
+            "predicted_change": whole,
+            "step_learning_rate": math.nan,
+        }
+    )
+
+
+def check_metric(metric: Any) -> None:
+    """Raise `InputError` where a metric's name is not known."""
+    if metric not in RULES:
+        raise InputError(
+            f"metric: unknown {metric!r}; choose from {KNOWN}, or give a diagonal by parameter"
+        )
+
+
+def step_objective(
+    metric: StepMetric, step_of: Objective | None, objectives: Sequence[Objective]
+) -> StepMetric:
+    """The metric of one objective's step; the only one's where none is named.
+
+    Raises:
+        InputError: it is not among the objectives, or has to be named.
+    """
+    if step_of is not None and step_of not in objectives:
+        listed = ", ".join(map(str, objectives))
+        raise InputError(f"step_of: '{step_of}' is not among the objectives: {listed}; add it")
+    if step_of is None and len(objectives) == 1:
+        step_of = objectives[0]
+    if step_of is None and metric.reads == "one":
+        raise InputError(
+            f"metric {metric.name}: its sign is of one gradient, and there are {len(objectives)} "
+            "objectives; say by step_of (--step-of) which is trained on"
+        )
+    return replace(metric, step_of=step_of)
+
+
+def _stepping(kind: str, held: Mapping[str, Held], where: str) -> StepMetric:
+    """The metric of an optimizer of a known kind."""
+    check_options(held.values(), kind, where)
+    rule = RULES[kind]
+    rates = {name: float(each.group["lr"]) for name, each in held.items()}
+    rate = max(rates.values())
+    if rate > 0:
+        held = {name: replace(each, rate=rates[name] / rate) for name, each in held.items()}
+    fresh = [name for name, each in held.items() if rule.fresh(each)]
+    state = "of the optimizer"
+    if fresh:
+        of = "all" if len(fresh) == len(held) else f"{len(fresh)} of {len(held)}"
+        state = f"none for {of} parameters: estimated from squared gradients, as in a first step"
+    return StepMetric(kind, held, rule, learning_rate=rate, state=state)
+
+
+def _check_kind(found: str | None, metric: str, where: str, name: str) -> None:
+    """Raise `InputError` where an optimizer is not of the metric's kind."""
+    if found is None:
+        raise InputError(f"{where}: {name} is of no kind that is known; use one of {KNOWN}")
+    if found != metric:
+        raise InputError(f"{where}: {name} is {found}, and metric is {metric}; give metric={found}")
+
+
+def _checked_diagonal(
+    given: Mapping[str, Any], parameters: Mapping[str, nn.Parameter]
+) -> dict[str, Tensor]:
+    """A diagonal for every parameter; raise `InputError` naming what is wrong with it."""
+    for name in given:
+        if name not in parameters:
+            raise InputError(f"metric: the model has no trainable parameter {name!r}; leave it out")
+    diagonal = {}
+    for name, p in parameters.items():
+        of = given.get(name)
+        if not isinstance(of, Tensor) or of.shape not in (p.shape, ()):
+            shape = "none" if not isinstance(of, Tensor) else f"one of shape {tuple(of.shape)}"
+            raise InputError(
+                f"metric: '{name}' has {shape} in the diagonal given; give a tensor of shape "
+                f"{tuple(p.shape)}"
+            )
+        of = of.detach().to(p.device, accumulation_dtype(p.dtype))
+        if not bool((torch.isfinite(of) & (of >= 0)).all()):
+            raise InputError(
+                f"metric: the diagonal of '{name}' has a value that is negative or not finite"
+            )
+        diagonal[name] = of
+    return diagonal
+
+
+def _inner(v: Tensor, x: Tensor) -> Tensor:
+    """`< V_m, x >` for each of `(M, *shape)`, `(M,)` fp64 on the CPU."""
+    return (v.flatten(1) @ x.to(v.device, v.dtype).flatten()).double().cpu()
