@@ -80,7 +80,8 @@ def run(name: str, command: str, folder: Path) -> None:
     )
     print(f"{name}: exit code {done.returncode}")
     (folder / "printed").mkdir(exist_ok=True)
-    (folder / "printed" / name).write_text(f"{done.returncode}\n{done.stdout}", encoding="utf-8")
+    printed = done.stdout.replace(f"{folder.resolve()}/", "")  # a folder's name may hold numbers
+    (folder / "printed" / name).write_text(f"{done.returncode}\n{printed}", encoding="utf-8")
     if done.returncode:
         print(done.stderr)
 

@@ -21,7 +21,6 @@ from typing import Literal
 from geffect_fast.errors import InputError
 
 Engine = Literal["reverse", "forward"]
-ENGINES = ("auto", "reverse", "forward")
 
 
 @dataclass(frozen=True)
