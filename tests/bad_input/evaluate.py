@@ -254,6 +254,19 @@ CASES = [
         "paraphrased_question",
         "leave the metric out",
     ),
+    Case(
+        "examples for a set that is not there",
+        evaluate("--probe", "general_icl=general.jsonl"),
+        "general_icl: there is no set general",
+        "such as forget_icl",
+    ),
+    Case(
+        "examples that are no questions",
+        evaluate("--probe", "forget_icl=plain.txt"),
+        "forget_icl: its rows are no questions and answers",
+        "leave the examples out",
+        holds("plain.txt", "one text alone\n"),
+    ),
     # ---- models ----
     Case("no model", evaluate(models=None), "models", "give --models or --run"),
     Case("models and a run", evaluate("--run", "model"), "both are given", "leave one out"),
