@@ -359,10 +359,10 @@ CASES = [
     ),
     # ---- runs against effects ----
     Case(
-        "one run against effects",
+        "a model where runs are set against effects",
         evaluate("--against-effects", "model", models=None),
-        "model",
-        "geffect-fast unlearn",
+        "model is no run and holds none",
+        "give folders of unlearn",
     ),
     Case(
         "a run that is nowhere against effects",
@@ -378,10 +378,10 @@ CASES = [
         lambda here, _patch: (here / "none").mkdir(),
     ),
     Case(
-        "one run of a config against effects",
+        "runs of a config against effects",
         evaluate("--config", "e.yaml", models=None),
-        "is no run of geffect-fast unlearn",
-        "give its folders",
+        "model is no run and holds none",
+        "give folders of unlearn",
         holds("e.yaml", "command: evaluate\nagainst_effects: [model]\n"),
     ),
     Case(
