@@ -136,6 +136,7 @@ def main() -> None:
     parser.add_argument("--holdout", type=int, default=40, help="rows of the hold-out")
     parser.add_argument("--hidden", type=int, default=128, help="width of the Llama")
     parser.add_argument("--known", type=float, default=0.95, help="part to be known by heart")
+    parser.add_argument("--metrics", default=",".join(METRICS), help="names with commas between")
     parser.add_argument("--csv", help="name of the tables in benchmarks/results")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
@@ -147,7 +148,7 @@ def main() -> None:
     unlearn(files, model, study, args)
     measures = args.work / "measures"
     run(
-        *("evaluate", "--against-effects", study, "--metrics", ",".join(METRICS)),
+        *("evaluate", "--against-effects", study, "--metrics", args.metrics),
         *("--retain", files["asked"], "--holdout", files["holdout"], "--max-new-tokens", 64),
         *("--out", measures, "--overwrite"),
     )

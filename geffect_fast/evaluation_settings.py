@@ -25,7 +25,9 @@ class Compared(Settings):
         dict[Name, PathOrId],
         Option(("--probe",), "NAME=DATA", "A further data set under a name; repeatable."),
     ] = Field(default={})
-    """Further data sets by name; model_utility reads real_authors and world_facts."""
+    """Further data sets by name; model_utility reads real_authors and world_facts, and
+    knowledge_memorisation the answered questions forget_icl, retain_icl ... before each of these
+    sets."""
 
     reference: PathOrId | None = None
     """Folder or hub id of a reference model: that of the metric `reference`."""

@@ -115,7 +115,7 @@ def _correlations(effects: np.ndarray, change: xr.DataArray) -> dict[str, Any]:
     changes = change.transpose("run", "metric", "set").values
     found = [
         [[rank_correlation(x, y) for y in of_metric.T] for of_metric in changes.transpose(1, 0, 2)]
-        for x in effects.T
+        for x in _without_rounding(effects).T
     ]
     pairs = {
         name: (dims, np.array([[[getattr(c, name) for c in b] for b in a] for a in found]))
@@ -127,6 +127,14 @@ def _correlations(effects: np.ndarray, change: xr.DataArray) -> dict[str, Any]:
         known = np.isnan(low) | (low > 0) | (high < 0)
         beyond = (pairs["p_value"][1] < 0.05) & known
     return pairs | {"beyond_noise": (dims, beyond)}
+
+
+def _without_rounding(effects: np.ndarray) -> np.ndarray:
+    """Effects to five digits: those of objectives that are the same at the original model are tied.
+
+    Such as `ga` and `ga + kl`, or `npo` at any beta, which rounding alone would put in an order.
+    """
+    return np.array([[float(f"{value:.4e}") for value in row] for row in effects])
 
 
 def effects_of(

@@ -34,7 +34,7 @@ from geffect_fast.metrics.dataset import measures_dataset
 from geffect_fast.metrics.observe import answers_scored, n_tokens, observe
 from geffect_fast.metrics.observed import Observed, known, read_log
 from geffect_fast.metrics.registry import resolved_metrics
-from geffect_fast.metrics.rows import DataRows, kind_of, rows_of
+from geffect_fast.metrics.rows import DataRows, check_examples, kind_of, rows_of
 from geffect_fast.results.dataset import digests
 from geffect_fast.terminal import progress_bar
 
@@ -74,7 +74,9 @@ def evaluate(
             `paraphrased_question`.
         retain: what must stay, likewise.
         holdout: rows like the forget set's that no model was trained on, for membership.
-        probes: further data sets by name; `model_utility` reads `real_authors` and `world_facts`.
+        probes: further data sets by name; `model_utility` reads `real_authors` and `world_facts`;
+            those of `forget_icl`, `retain_icl` ... are answered questions that
+            `knowledge_memorisation` puts before each question of that set, as MUSE does.
         reference_model: what the metric `reference` compares with, a model or the folder of one.
         retain_model: one trained without the forget rows, for `forget_quality` and `privleak`: a
             model, the folder of one, or for `forget_quality` the JSON of TOFU's evaluation log.
@@ -160,6 +162,7 @@ class Evaluator:
             for name, source in given.items()
         }
         kinds = {name: kind_of(rows) for name, rows in read.items()}
+        check_examples(kinds)
         self._tell_unread(kinds)
         reading = {
             name: [m for m in self.metrics if m.reads(name) and m.reads_rows(kind)]

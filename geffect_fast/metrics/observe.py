@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from geffect_fast.data import IGNORE, Layout
 from geffect_fast.data.row_kinds import row_place
@@ -15,7 +15,13 @@ from geffect_fast.engines.batches import TokenBudget
 from geffect_fast.metrics.generation import continuations
 from geffect_fast.metrics.gradient_norms import NORM_NEEDS, gradient_norms
 from geffect_fast.metrics.observed import Observed, Scored
-from geffect_fast.metrics.rows import FIELDS, DataRows, to_be_written
+from geffect_fast.metrics.rows import (
+    EXAMPLES,
+    FIELDS,
+    DataRows,
+    few_shot_prompts,
+    to_be_written,
+)
 from geffect_fast.metrics.scored import Tick, forward_layout, score
 
 
@@ -87,6 +93,7 @@ def observe(
             **_written(
                 model,
                 rows,
+                sets.get(f"{name}{EXAMPLES}"),
                 needs[name],
                 tokenizer,
                 budget,
@@ -138,6 +145,7 @@ def _decoded(rows: DataRows, tokenizer: Any) -> list[str]:
 def _written(
     model: nn.Module,
     rows: DataRows,
+    examples: DataRows | None,
     needs: Collection[str],
     tokenizer: Any,
     budget: TokenBudget,
@@ -146,10 +154,11 @@ def _written(
 ) -> dict[str, Any]:
     """Continuations of the rows' prompts, and what the data has there.
 
-    The longest are written; what is greedy and shorter is how they begin.
+    The longest are written; what is greedy and shorter is how they begin. With examples what is
+    `written` follows them, and `continuations` follow the rows' own prompts.
     """
-    wanted = lengths | ({max_new_tokens} if "continuations" in needs else set())
-    if not wanted:
+    own = {max_new_tokens} if "continuations" in needs else set()
+    if not lengths | own:
         return {}
     prompts, there, cut = zip(
         *(to_be_written(sample.answer, rows.kind) for sample in rows.answers.samples), strict=True
@@ -157,24 +166,31 @@ def _written(
     special = set(tokenizer.all_special_ids)
     stops = {int(ids[-1]) for ids in there} & special
     stops |= {tokenizer.eos_token_id} - {None}
-    written = continuations(model, prompts, stops, max(wanted), budget)
 
     def text(ids: list[int]) -> str:
         return str(tokenizer.decode(ids, skip_special_tokens=True))
 
-    def up_to(n: int) -> tuple[list[str], list[str]]:
-        truths = [
+    def truths(n: int) -> list[str]:
+        return [
             text(ids.tolist()[: n if is_cut else None])
             if is_cut or rows.texts is None
             else rows.texts[row]
             for row, (ids, is_cut) in enumerate(zip(there, cut, strict=True))
         ]
-        return [text(ids[:n]) for ids in written], truths
 
-    found: dict[str, Any] = {"written": {n: up_to(n) for n in wanted}}
-    if "continuations" in needs:
-        found["continuations"], found["truths"] = found["written"][max_new_tokens]
-    return found
+    def written(after: Sequence[Tensor], wanted: set[int]) -> dict[int, Any]:
+        ids = continuations(model, after, stops, max(wanted), budget) if wanted else []
+        return {n: ([text(each[:n]) for each in ids], truths(n)) for n in wanted}
+
+    if examples is None:
+        found = written(prompts, lengths | own)
+    else:
+        found = written(few_shot_prompts(rows, examples, tokenizer), lengths)
+    columns: dict[str, Any] = {"written": found}
+    if own:
+        last = found if examples is None else written(prompts, own)
+        columns["continuations"], columns["truths"] = last[max_new_tokens]
+    return columns
 
 
 def _norms(

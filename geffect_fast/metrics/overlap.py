@@ -12,6 +12,7 @@ from geffect_fast.metrics.base import Metric, Need
 from geffect_fast.metrics.extra import rouge_scorer
 from geffect_fast.metrics.observed import Observed, known
 from geffect_fast.metrics.registry import register
+from geffect_fast.metrics.rows import EXAMPLES
 
 
 class _Overlap(Metric):
@@ -80,8 +81,9 @@ class VerbatimMemorisation(_Muse):
 class KnowledgeMemorisation(_Muse):
     """How a model answers questions: MUSE's KnowMem (arXiv 2407.06460), from 0 to 100.
 
-    Reads questions and answers. MUSE puts answered questions before each (few-shot examples); here
-    it is asked alone.
+    Reads questions and answers. MUSE puts answered questions before each (few-shot examples): those
+    of a set's `NAME_icl`, where there is such, as a probe. Without, a question is asked alone, by
+    the template.
     """
 
     kinds: ClassVar[tuple[RowKind, ...]] = ("question",)
@@ -91,6 +93,10 @@ class KnowledgeMemorisation(_Muse):
 
     stops: str = Field(default="\n\n|\nQuestion|Question:", pattern=r"^[^(),]*$")
     """Where what is written is cut: texts with `|` between."""
+
+    @classmethod
+    def reads(cls, name: str) -> bool:
+        return not name.endswith(EXAMPLES)
 
     def scores(self, seen: Observed) -> np.ndarray:
         written, truths = known(seen.written)[self.max_new_tokens]

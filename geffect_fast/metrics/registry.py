@@ -34,9 +34,10 @@ SUITES: dict[str, tuple[str, ...]] = {
 }
 """What can be measured by rows of what benchmarks measure, under their names.
 
-TOFU (2401.06121); MUSE (2407.06460), without few-shot examples, and without the sizes and numbers
-of requests that it varies; of the assessment of the survey 2402.08787 what is a metric: efficacy in
-scope, utility out of scope and paraphrases (`geffect_fast.training.survey` has the rest).
+TOFU (2401.06121); MUSE (2407.06460), its few-shot examples where they are given as `NAME_icl`, and
+without the sizes and numbers of requests that it varies; of the assessment of the survey 2402.08787
+what is a metric: efficacy in scope, utility out of scope and paraphrases
+(`geffect_fast.training.survey` has the rest).
 """
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from string import ascii_uppercase
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, int64, tensor
 
 from geffect_fast.data import IGNORE, Sample, SampleSet
 from geffect_fast.data.row_kinds import RowKind, makes_row, row_kind, row_place
@@ -26,6 +26,9 @@ FIELDS = {
     "choices": "choices",
 }
 """By need, the field of a row that it reads."""
+
+EXAMPLES = "_icl"
+"""How the set is called that holds the answered questions before each of another: `forget_icl`."""
 
 _PROMPT = 200
 """Tokens that are the prompt of a plain text; half of one that is shorter than twice that."""
@@ -198,6 +201,43 @@ def to_be_written(sequence: Tokens, kind: RowKind) -> tuple[Tensor, Tensor, bool
     stop = first + int(gaps[0]) if len(gaps) else len(sequence)
     ids = sequence.input_ids
     return ids[:first], ids[first:stop], plain or kind == "continuation"
+
+
+def check_examples(kinds: Mapping[str, RowKind]) -> None:
+    """Raise `InputError` where a set of examples, or the set that they are for, is none.
+
+    Args:
+        kinds: of the rows, by set.
+    """
+    for name in kinds:
+        of = name.removesuffix(EXAMPLES)
+        if of == name:
+            continue
+        if of not in kinds:
+            raise InputError(
+                f"{name}: there is no set {of} for these examples to stand before; name the probe "
+                f"after one that there is, such as forget{EXAMPLES}"
+            )
+        for each in (name, of):
+            if kinds[each] != "question":
+                raise InputError(
+                    f"{each}: its rows are no questions and answers, so examples ({name}) have no "
+                    "place before them; leave the examples out"
+                )
+
+
+def few_shot_prompts(rows: DataRows, examples: DataRows, tokenizer: Any) -> list[Tensor]:
+    """A set's questions, each after all examples with their answers, as MUSE asks them.
+
+        Question: {question}\\nAnswer: {answer}\\n\\n ... Question: {question}\\nAnswer:␣
+
+    Returns:
+        Token ids, with the special tokens that the tokenizer adds, `(length,)` each.
+    """
+    pairs = zip(examples.answers.questions, examples.texts or (), strict=True)
+    before = "".join(f"Question: {question}\nAnswer: {answer}\n\n" for question, answer in pairs)
+    asked = [f"{before}Question: {question}\nAnswer: " for question in rows.answers.questions]
+    return [tensor(ids, dtype=int64) for ids in tokenizer(asked)["input_ids"]]
 
 
 def _reader(metrics: Sequence[Metric], need: str) -> str:

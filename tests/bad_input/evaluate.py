@@ -254,6 +254,19 @@ CASES = [
         "paraphrased_question",
         "leave the metric out",
     ),
+    Case(
+        "examples for a set that is not there",
+        evaluate("--probe", "general_icl=general.jsonl"),
+        "general_icl: there is no set general",
+        "such as forget_icl",
+    ),
+    Case(
+        "examples that are no questions",
+        evaluate("--probe", "forget_icl=plain.txt"),
+        "forget_icl: its rows are no questions and answers",
+        "leave the examples out",
+        holds("plain.txt", "one text alone\n"),
+    ),
     # ---- models ----
     Case("no model", evaluate(models=None), "models", "give --models or --run"),
     Case("models and a run", evaluate("--run", "model"), "both are given", "leave one out"),
@@ -346,10 +359,10 @@ CASES = [
     ),
     # ---- runs against effects ----
     Case(
-        "one run against effects",
+        "a model where runs are set against effects",
         evaluate("--against-effects", "model", models=None),
-        "model",
-        "geffect-fast unlearn",
+        "model is no run and holds none",
+        "give folders of unlearn",
     ),
     Case(
         "a run that is nowhere against effects",
@@ -365,10 +378,10 @@ CASES = [
         lambda here, _patch: (here / "none").mkdir(),
     ),
     Case(
-        "one run of a config against effects",
+        "runs of a config against effects",
         evaluate("--config", "e.yaml", models=None),
-        "is no run of geffect-fast unlearn",
-        "give its folders",
+        "model is no run and holds none",
+        "give folders of unlearn",
         holds("e.yaml", "command: evaluate\nagainst_effects: [model]\n"),
     ),
     Case(

@@ -25,6 +25,10 @@ if TYPE_CHECKING:
     import xarray as xr
 
 
+_MOST = 4
+"""Metrics and sets that one table has room for."""
+
+
 def is_against_effects(dataset: xr.Dataset) -> bool:
     """Whether measures are those of `geffect_fast.against_effects`."""
     return {"effect", "change"} <= set(dataset.data_vars)
@@ -32,24 +36,34 @@ def is_against_effects(dataset: xr.Dataset) -> bool:
 
 def render_against_effects(dataset: xr.Dataset) -> RenderableType:
     """Both tables, for `rich.console.Console.print`; of a few methods the first alone."""
-    beside = Group(render_beside(dataset), Text(BESIDE_NOTE, style="dim"))
+    beside = Group(*render_beside(dataset), Text(BESIDE_NOTE, style="dim"))
     if not bool(dataset["spearman"].notnull().any()):
         return Group(beside, Text(prediction_sentence(dataset)))
     note = Text(" ".join([RANKS_NOTE, *predictor_notes(dataset)]), style="dim")
     return Group(beside, render_ranks(dataset), note, Text(prediction_sentence(dataset)))
 
 
-def render_beside(dataset: xr.Dataset) -> Table:
-    """A row a run: effects at the original model, and values and changes of every metric."""
+def render_beside(dataset: xr.Dataset) -> list[Table]:
+    """A row a run: effects at the original model, and values and changes of every metric.
+
+    On the forget and the retain data, and of sets together; several tables where there are many.
+    """
+    pairs = [pair for pair in measured_pairs(dataset) if pair[1] in ("forget", "retain", "all")]
+    return [_beside(dataset, pairs[at : at + _MOST]) for at in range(0, len(pairs), _MOST)]
+
+
+def _beside(dataset: xr.Dataset, pairs: list[tuple[str, str]]) -> Table:
+    """One of these tables, of some metrics and sets."""
     shown = [name for name in ("e_u", "e_r", "collateral") if name in dataset["predictor"].values]
-    pairs = measured_pairs(dataset)
     table = new_table(
         "effects at the original model beside what unlearning did",
-        ("run", FOLDED | {"min_width": 8}),
+        ("run", FOLDED | {"min_width": 12}),
         *shown,
         *(f"{_short(metric)}\n{name}" for metric, name in pairs),
     )
-    table.add_row("original", *[""] * len(shown), *(f"{v:.3g}" for v in original_values(dataset)))
+    before = dict(zip(measured_pairs(dataset), original_values(dataset), strict=True))
+    values = [f"{before[pair]:.3g}" for pair in pairs]
+    table.add_row("original", *[""] * len(shown), *values)
     for run in dataset["run"].values.tolist():
         of = dataset.sel(run=run)
         cells = []

@@ -9,6 +9,7 @@ import pytest
 import torch
 from evaluated import losses, token_rows
 from memorised import blank_model, fitted
+from rouge_score import rouge_scorer
 
 import geffect_fast as gf
 from geffect_fast.errors import GEffectWarning, InputError
@@ -184,3 +185,46 @@ def test_memorisation_as_muse_has_it(tokenizer, rows):
     )
     short = value.sel(metric="knowledge_memorisation(max_new_tokens=3)", set="known")
     assert bool(short > 0) == bool(alone.value.sel(metric="rouge_l", set="forget") > 0)
+
+
+def test_examples_stand_before_questions_as_muse_has_them(model, tokenizer, sets):
+    """By transformers' own generation, one question at a time, on MUSE's prompts."""
+    forget, examples = sets["forget"][:4], sets["retain"][:2]
+    given = {"forget": forget, "retain": sets["retain"][2:5], "metrics": "knowledge_memorisation"}
+    found = gf.evaluate(model, tokenizer, **given, probes={"forget_icl": examples})
+    plain = gf.evaluate(model, tokenizer, **given)
+    before = "".join(f"Question: {r['question']}\nAnswer: {r['answer']}\n\n" for r in examples)
+    scorer = rouge_scorer.RougeScorer(["rougeL"], use_stemmer=False)
+    wanted = []
+    for row in forget:
+        prompt = f"{before}Question: {row['question']}\nAnswer: "
+        ids = tokenizer(prompt, return_tensors="pt").input_ids
+        made = model.generate(
+            ids, max_new_tokens=32, do_sample=False, pad_token_id=tokenizer.eos_token_id
+        )
+        said = tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True)
+        for stop in ("\n\n", "\nQuestion", "Question:"):
+            said = said.split(stop)[0]
+        wanted.append(100 * scorer.score(row["answer"], said)["rougeL"].fmeasure)
+    own = found.sample_value.isel(metric=0)[found["sample_set"].values == "forget"]
+    assert own.values == pytest.approx(wanted)
+    of_plain = plain.sample_value.isel(metric=0)[plain["sample_set"].values == "forget"]
+    assert not np.allclose(own.values, of_plain.values), "examples change what is said"
+    value = found.value.isel(metric=0)
+    assert value.sel(set="retain") == plain.value.isel(metric=0).sel(set="retain")
+    assert np.isnan(value.sel(set="forget_icl")), "examples are no set that is measured"
+
+
+def test_examples_change_what_no_other_metric_reads(model, tokenizer, sets):
+    given = {"forget": sets["forget"][:3], "retain": sets["retain"][2:4], "max_new_tokens": 32}
+    both = gf.evaluate(
+        model,
+        tokenizer,
+        **given,
+        metrics="knowledge_memorisation,rouge_l",
+        probes={"forget_icl": sets["retain"][:1]},
+    )
+    alone = gf.evaluate(model, tokenizer, **given, metrics="rouge_l")
+    for name in ("forget", "retain"):
+        at = {"metric": "rouge_l", "set": name}
+        assert float(both.value.sel(at)) == float(alone.value.sel(at))
