@@ -239,7 +239,15 @@ class RunConfig(Machine, Measuring, Named):
         return self.objectives
 
 
-class ProfileConfig(RunConfig):
+class SecondOrder(Settings):
+    """How far predictions go."""
+
+    second_order: bool = False
+    """Also the curvature of the risks along each objective's step, which says how long a step may
+    be: predictions are then -lr e + lr^2/2 u^T H u. Weights of fp32 or fp64 only."""
+
+
+class ProfileConfig(SecondOrder, RunConfig):
     """All that decides the numbers of a profile; saved as `run.yaml`, it replays them bitwise."""
 
     command: Literal["profile", "sweep"] = "profile"
@@ -288,10 +296,12 @@ class ProfileConfig(RunConfig):
             raise ValueError("metric: checkpoints bring their own optimizers; leave it out")
         if self.metric is not None and self.command == "sweep":
             raise ValueError("metric: goes with profile, not with sweep; leave it out")
+        if self.second_order and self.command == "sweep":
+            raise ValueError("second_order: goes with profile, not with sweep; leave it out")
         if self.optimizer_state is not None and self.metric is None:
             raise ValueError("optimizer_state: goes with metric, such as adamw; give that too")
-        if self.step_of is not None and self.metric is None and not self.checkpoints:
-            raise ValueError("step_of: goes with metric or checkpoints; leave it out")
+        if self.step_of is not None and self.metric is None:
+            raise ValueError("step_of: goes with metric; leave it out")
         return self
 
     @model_validator(mode="before")
@@ -300,7 +310,7 @@ class ProfileConfig(RunConfig):
         return {"resolve": ("sample",)} | values if values.get("command") == "sweep" else values
 
 
-class Training(Settings):
+class Training(SecondOrder):
     """How a model is trained, and how often it is probed on the way."""
 
     steps: int = Field(gt=0)

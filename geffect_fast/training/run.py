@@ -154,6 +154,7 @@ class Unlearning:
             self.profiler,
             store,
             trained=str(self.loss.objective),
+            second_order=training.second_order,
             forget_rows=len(self.sets["forget"]),
         )
         live = GEffectCallback.of(probe, training.probe_every)
