@@ -261,6 +261,10 @@ class ProfileConfig(SecondOrder, RunConfig):
     """Effects of the step that this optimizer takes, <grad R, P grad L>, in place of the plain
     gradient's; checkpoints bring their own optimizers."""
 
+    conflicts: bool = False
+    """Also the share of each objective's gradient, by size and part of the model, whose sign
+    opposes the retain risk's."""
+
     optimizer_state: Annotated[
         PathOrId | None, Option(metavar="FILE"), AfterValidator(state_file)
     ] = None
@@ -296,6 +300,8 @@ class ProfileConfig(SecondOrder, RunConfig):
             raise ValueError("metric: checkpoints bring their own optimizers; leave it out")
         if self.metric is not None and self.command == "sweep":
             raise ValueError("metric: goes with profile, not with sweep; leave it out")
+        if self.conflicts and (self.command == "sweep" or self.checkpoints):
+            raise ValueError("conflicts: goes with a profile of one model; leave it out")
         if self.second_order and self.command == "sweep":
             raise ValueError("second_order: goes with profile, not with sweep; leave it out")
         if self.optimizer_state is not None and self.metric is None:

@@ -65,6 +65,7 @@ PROFILE_FIELDS = _fields(ProfileConfig)
 SWEEP_FIELDS = _fields(
     ProfileConfig,
     *("objectives", "checkpoints", "metric", "optimizer_state", "step_of", "second_order"),
+    "conflicts",
 )
 UNLEARN_FIELDS = _fields(UnlearnConfig)
 EVALUATE_FIELDS = _fields(EvaluateConfig)

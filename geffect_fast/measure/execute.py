@@ -91,6 +91,7 @@ def execute(
             run = profile
             step = {"metric": config.metric, "step_of": config.step_of}
             step |= {"optimizer": config.optimizer_state, "second_order": config.second_order}
+            step["conflicts"] = config.conflicts
         dataset = run(
             model,
             tokenizer,

@@ -20,7 +20,11 @@ from geffect_fast.capture.compat import check_finite
 from geffect_fast.data import Layout, SampleSet, estimate_token_budget, make_batches
 from geffect_fast.engines.batches import DataPass, Tick, TokenBudget, mixture_of, passes_for
 from geffect_fast.engines.choice import Choice, choose_engine
-from geffect_fast.engines.directions import accumulate_gradients, place_for_directions
+from geffect_fast.engines.directions import (
+    accumulate_gradients,
+    fisher_traces,
+    place_for_directions,
+)
 from geffect_fast.engines.forward import moves_for
 from geffect_fast.engines.forward_check import forward_mode_problem
 from geffect_fast.engines.known_models import choose_layout, own_loss
@@ -232,6 +236,7 @@ class Profiler:
         rounding: bool = True,
         step: StepMetric | None = None,
         second_order: bool = False,
+        conflicts: bool = False,
     ) -> Measurement:
         """Measure the model as it is now.
 
@@ -247,6 +252,7 @@ class Profiler:
                 `geffect_fast.profile` says it.
             step: the step that is taken next, in whose metric effects are measured, or also are.
             second_order: also `step_curvature`, as `geffect_fast.profile` says it.
+            conflicts: also `conflict_share`, as `geffect_fast.profile` says it.
 
         Raises:
             InputError: the result does not fit in memory, or `out` is of no use.
@@ -268,6 +274,9 @@ class Profiler:
         if self._risk_rows is not None:
             rows = self._risk_rows.watch(None if instead is None else instead.diagonal)
         risk_values, directions = self.risk_gradients(progress=progress, watched=rows)
+        conflict = {}
+        if conflicts:
+            conflict = self._conflicts(directions, unchanged, progress)
         along: Mapping[str, Tensor] = directions
         if taken is not None:
             added = taken.beside_gradient(directions)
@@ -321,6 +330,7 @@ class Profiler:
                 if beside:
                     of_step["step_effect"] = (resolution.dims, resolution.kept(array[:, m:]))
                 result = result.assign(of_step)
+            result = result.assign(conflict)
             if second_order:
                 result = result.assign(self._second_order(taken, progress))
             if by_token is not None:
@@ -409,6 +419,35 @@ class Profiler:
                 metric.step_of, unchanged=unchanged, progress=progress
             )
         return metric.formed(self.plan.parameters, gradients)
+
+    def _conflicts(
+        self, directions: Mapping[str, Tensor], unchanged: bool, progress: bool
+    ) -> dict[str, Any]:
+        """What `geffect_fast.profile` says of conflicts, of plain gradients."""
+        resolution = self._resolution
+        gradients = self.objective_gradients(None, unchanged=unchanged, progress=progress)
+        labels, columns = resolution.columns()
+        masses = torch.zeros(len(labels), 2, len(self.objectives), dtype=torch.float64)
+        retain = self.risk_names.index("retain")
+        for column, (name, of) in zip(columns, gradients.items(), strict=True):
+            size = of.abs().flatten(1)
+            against = (of * directions[name][retain].to(of.device)).flatten(1) < 0
+            masses[column, 0] += size.sum(1, dtype=torch.float64).cpu()
+            masses[column, 1] += (size * against).sum(1, dtype=torch.float64).cpu()
+        n = len(self.risk_names)
+        with self._ticking(progress, "rows' gradients", self._risk_passes) as tick:
+            traces = fisher_traces(self.plan, self._risk_passes, n, self._reference, tick)
+        traces = traces.new_zeros(n, len(labels)).index_add_(1, torch.tensor(columns), traces)
+        by = resolution.by_place
+        found = {
+            "gradient_mass": ("objective", masses[:, 0]),
+            "conflict_share": ("objective", masses[:, 1] / masses[:, 0]),
+            "fisher_trace": ("risk", traces.T),
+        }
+        return {
+            name: ((dim,), of[0].numpy()) if by is None else ((by, dim), of.numpy())
+            for name, (dim, of) in found.items()
+        }
 
     def _second_order(self, step: Step | None, progress: bool) -> dict[str, Any]:
         """`step_curvature` (objective, risk), and the change it adds to where its size is known."""

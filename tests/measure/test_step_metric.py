@@ -394,3 +394,47 @@ def test_what_cannot_be_differentiated_twice_is_refused(monkeypatch):
     monkeypatch.setattr(norm, "forward", lambda x: OnceDifferentiable.apply(plain(x)))
     with pytest.raises(UnsupportedModelError, match="loses second derivatives"):
         profile(model, None, second_order=True, engine="reverse")
+
+
+# ---- conflicts ----
+
+
+@pytest.mark.parametrize(
+    ("engine", "resolve"),
+    [("reverse", ("parameter", "sample")), ("forward", ("group",)), ("reverse", ())],
+)
+def test_the_share_that_opposes_the_retain_gradient_is_counted_by_size(engine, resolve):
+    with fp64_throughout():
+        model = build("llama", torch.float64)
+        names = [name for name, _ in model.named_parameters()]
+        result = profile(
+            model, None, None, ["ga", "gd"], engine=engine, resolve=resolve, conflicts=True
+        )
+        own, other = (
+            torch.autograd.grad(sign * loss_of(model, rows), list(model.parameters()))
+            for sign, rows in ((-1, FORGET), (1, RETAIN))
+        )
+    found = result.conflict_share.sel(objective="ga")
+    by = next((axis for axis in ("parameter", "group") if axis in resolve), None)
+    opposed = [float(g.abs()[g * r < 0].sum()) for g, r in zip(own, other, strict=True)]
+    whole = [float(g.abs().sum()) for g in own]
+    if by == "parameter":
+        expected = {n: a / b for n, a, b in zip(names, opposed, whole, strict=True)}
+        for name in names:
+            assert float(found.sel(parameter=name)) == pytest.approx(expected[name], rel=1e-9)
+    elif by is None:
+        assert float(found) == pytest.approx(sum(opposed) / sum(whole), rel=1e-9)
+    else:
+        at = [i for i, name in enumerate(names) if name == "lm_head.weight"]
+        share = sum(opposed[i] for i in at) / sum(whole[i] for i in at)
+        assert float(found.sel(group="lm_head")) == pytest.approx(share, rel=1e-9)
+    counts = [len([x for x in row["labels"][1:] if x != -100]) for row in RETAIN]
+    squares = 0.0
+    for row, count in zip(RETAIN, counts, strict=True):
+        with fp64_throughout():
+            grads = torch.autograd.grad(loss_of(model, [row]), list(model.parameters()))
+        squares += sum(float(g.square().sum()) for g in grads) * (count / sum(counts)) ** 2
+    trace = result.fisher_trace.sel(risk="retain").sum()
+    assert float(trace) == pytest.approx(squares, rel=1e-9)
+    gd = result.conflict_share.sel(objective="gd")
+    assert not np.allclose(gd, found) and ((gd >= 0) & (gd <= 1)).all()
