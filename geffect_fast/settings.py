@@ -240,7 +240,15 @@ class RunConfig(Machine, Measuring, Named):
         return self.objectives
 
 
-class ProfileConfig(RunConfig):
+class SecondOrder(Settings):
+    """How far predictions go."""
+
+    second_order: bool = False
+    """Also the curvature of the risks along each objective's step, which says how long a step may
+    be: predictions are then -lr e + lr^2/2 u^T H u. Weights of fp32 or fp64 only."""
+
+
+class ProfileConfig(SecondOrder, RunConfig):
     """All that decides the numbers of a profile; saved as `run.yaml`, it replays them bitwise."""
 
     command: Literal["profile", "sweep"] = "profile"
@@ -253,6 +261,10 @@ class ProfileConfig(RunConfig):
     metric: Literal["sgd", "adam", "adamw", "lion"] | None = None
     """Effects of the step that this optimizer takes, <grad R, P grad L>, in place of the plain
     gradient's; checkpoints bring their own optimizers."""
+
+    conflicts: bool = False
+    """Also the share of each objective's gradient, by size and part of the model, whose sign
+    opposes the retain risk's."""
 
     optimizer_state: Annotated[
         PathOrId | None, Option(metavar="FILE"), AfterValidator(state_file)
@@ -289,10 +301,14 @@ class ProfileConfig(RunConfig):
             raise ValueError("metric: checkpoints bring their own optimizers; leave it out")
         if self.metric is not None and self.command == "sweep":
             raise ValueError("metric: goes with profile, not with sweep; leave it out")
+        if self.conflicts and (self.command == "sweep" or self.checkpoints):
+            raise ValueError("conflicts: goes with a profile of one model; leave it out")
+        if self.second_order and self.command == "sweep":
+            raise ValueError("second_order: goes with profile, not with sweep; leave it out")
         if self.optimizer_state is not None and self.metric is None:
             raise ValueError("optimizer_state: goes with metric, such as adamw; give that too")
-        if self.step_of is not None and self.metric is None and not self.checkpoints:
-            raise ValueError("step_of: goes with metric or checkpoints; leave it out")
+        if self.step_of is not None and self.metric is None:
+            raise ValueError("step_of: goes with metric; leave it out")
         return self
 
     @model_validator(mode="before")
@@ -370,7 +386,7 @@ class LiveMetrics(Metrics):
             )
 
 
-class Training(Settings):
+class Training(SecondOrder):
     """How a model is trained, and how often it is probed on the way."""
 
     steps: int = Field(gt=0)

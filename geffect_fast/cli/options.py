@@ -63,7 +63,9 @@ def _fields(kind: type[Settings], *without: str) -> dict[str, FieldInfo]:
 
 PROFILE_FIELDS = _fields(ProfileConfig)
 SWEEP_FIELDS = _fields(
-    ProfileConfig, "objectives", "checkpoints", "metric", "optimizer_state", "step_of"
+    ProfileConfig,
+    *("objectives", "checkpoints", "metric", "optimizer_state", "step_of", "second_order"),
+    "conflicts",
 )
 UNLEARN_FIELDS = _fields(UnlearnConfig)
 EVALUATE_FIELDS = _fields(EvaluateConfig)

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from geffect_fast.capture import Plan, Recorder, Recording
-from geffect_fast.capture.products import InnerProducts, in_working_precision
+from geffect_fast.capture.factors import Factor
+from geffect_fast.capture.products import InnerProducts, in_working_precision, squared_norms
 from geffect_fast.capture.recorder import Sink
 from geffect_fast.data.batch import Batch
 from geffect_fast.data.memory import free_memory
@@ -197,6 +198,56 @@ def accumulate_gradients(
             with attempt:
                 add(data_pass, attempt)
     return added_up(found, n), gradients
+
+
+def fisher_traces(
+    plan: Plan, passes: Sequence[DataPass], n: int, reference: Reference, tick: Tick
+) -> Tensor:
+    """Traces of the empirical Fisher matrix by parameter: squares of rows' gradients, summed.
+
+    From the factors of each row's gradient, which is never formed.
+
+    Args:
+        plan: of the model.
+        passes: one objective each.
+        n: number of objectives.
+        reference: what they compare with.
+        tick: progress.
+
+    Returns:
+        `sum_i |grad_p L_i|^2` of the rows' shares `L_i`, `(n, P)` fp64.
+
+    Raises:
+        UnsupportedModelError: a module whose rows cannot be told apart by sample; it is named.
+    """
+    number = {name: p for p, name in enumerate(plan.parameters)}
+    totals = torch.zeros(n, len(number), dtype=torch.float64)
+    recording = Recording(joined=True, one_backward=True, norms_alone=True)
+
+    def run(data_pass: DataPass, attempt: Attempt) -> None:
+        found: dict[str, Tensor] = {}
+
+        def measure(name: str, factors: list[Factor], _kept: list[Tensor | None]) -> None:
+            found[name] = squared_norms(factors, plan.parameters[name].shape).sum()
+
+        moved = attempt.batch.to(plan.device)
+        recorder = Recorder(plan, measure, sample_axis(plan.model, moved), recording)
+        with packed_attention(plan.model, moved), plan.frozen(), recorder:
+            outputs = model_outputs(plan.model, moved, data_pass.needs)
+            other = reference.outputs(data_pass, attempt.batch, moved, outputs)
+            roots = recorder.roots_of(outputs.token_logprob)
+            if recorder.to_be_shown():
+                recorder.show_rows(nll_by_sample(outputs, moved), roots)
+            evaluated = data_pass, attempt, outputs, moved, other
+            for index, _, _ in backwards(*evaluated, roots, recorder):
+                with attempt.finishing(index):
+                    for name, square in found.items():
+                        totals[index, number[name]] += square.double().cpu()
+
+    for data_pass, attempt in each_batch(passes, tick):
+        with attempt:
+            run(data_pass, attempt)
+    return totals
 
 
 def backwards(

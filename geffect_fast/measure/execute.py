@@ -85,10 +85,13 @@ def execute(
         staging = None
         if streams:
             staging = stack.enter_context(staged_run(out, overwrite, read, sums))
-        run, step = sweep, {}
+        run: Any = sweep
+        step: dict[str, Any] = {}
         if config.command == "profile":
-            run, step = profile, {"metric": config.metric, "step_of": config.step_of}
-            step["optimizer"] = config.optimizer_state
+            run = profile
+            step = {"metric": config.metric, "step_of": config.step_of}
+            step |= {"optimizer": config.optimizer_state, "second_order": config.second_order}
+            step["conflicts"] = config.conflicts
         dataset = run(
             model,
             tokenizer,

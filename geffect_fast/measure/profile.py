@@ -35,6 +35,8 @@ def profile(
     metric: str | Mapping[str, Tensor] | None = None,
     optimizer: Any = None,
     step_of: str | Objective | None = None,
+    second_order: bool = False,
+    conflicts: bool = False,
     out: str | Path | None = None,
     progress: bool = False,
     **settings: Any,
@@ -68,6 +70,10 @@ def profile(
             `optimizer.pt`, or the checkpoint's folder; None: as in a first step.
         step_of: the objective whose step it is, for `P` that depend on its gradient (all but sgd's
             do); None: the only one's, and of several the mean of their squares.
+        second_order: also `step_curvature`, `u^T H u` of each risk along each objective's step `u`,
+            by two backwards a risk and objective through one forward of its data.
+        conflicts: also `conflict_share`, what part of an objective's gradient, by the sizes of its
+            elements, has a sign that opposes the retain risk's, and `fisher_trace`.
         out: a NetCDF file that effects by sample and position or token are written to while they
             are computed, for results larger than memory; None: in memory.
         progress: show a bar.
@@ -105,6 +111,17 @@ def profile(
         (objective, risk), a risk's gradient times the whole step; and where the learning rate is
         known `step_learning_rate` and `predicted_change`, `-lr` times that. Attributes are
         `metric`, `metric_state`, what `P` is made from, and `metric_of`.
+
+        With `second_order` `step_curvature` (objective, risk): the next term of what a step of size
+        `lr` changes a risk by, `lr**2 / 2` times it, `u` being the optimizer's whole step with
+        `metric` and the plain gradient without; and where the learning rate is known
+        `predicted_change_second`, of both orders.
+
+        With `conflicts`, by parameter or group: `conflict_share` (objective), the sizes of the
+        elements of the objective's gradient whose sign is not that of the retain risk's, over
+        `gradient_mass` (objective), the sizes of all; a descent along them raises that risk. NaN
+        where the gradient is zero. `fisher_trace` (risk) is the diagonal of the risk's empirical
+        Fisher matrix, summed: the squares of its rows' gradients, none of which is formed.
 
         `reference_is_model` is 1 where an objective compares with a reference, and that is the
         model itself. `own_loss` is there where the model's own loss is not the risk: `unshifted`
@@ -147,7 +164,14 @@ def profile(
             None if step_of is None else resolve(step_of),
             profiler.objectives,
         )
-    result = profiler.measure(out=out, progress=progress, unchanged=True, step=step).dataset
+    result = profiler.measure(
+        out=out,
+        progress=progress,
+        unchanged=True,
+        step=step,
+        second_order=second_order,
+        conflicts=conflicts,
+    ).dataset
     if profiler.own_loss is not None:
         warnings.warn(f"model: {profiler.own_loss}", GEffectWarning, stacklevel=2)
     if "reference_is_model" in result.attrs:

@@ -20,13 +20,18 @@ from geffect_fast.capture.compat import check_finite
 from geffect_fast.data import Layout, SampleSet, estimate_token_budget, make_batches
 from geffect_fast.engines.batches import DataPass, Tick, TokenBudget, mixture_of, passes_for
 from geffect_fast.engines.choice import Choice, choose_engine
-from geffect_fast.engines.directions import accumulate_gradients, place_for_directions
+from geffect_fast.engines.directions import (
+    accumulate_gradients,
+    fisher_traces,
+    place_for_directions,
+)
 from geffect_fast.engines.forward import moves_for
 from geffect_fast.engines.forward_check import forward_mode_problem
 from geffect_fast.engines.known_models import choose_layout, own_loss
 from geffect_fast.engines.layout import check_reference, longest_sequence
 from geffect_fast.engines.model_outputs import splits_attention
 from geffect_fast.engines.reference import Reference
+from geffect_fast.engines.second_order import check_twice_differentiable, curvature_along
 from geffect_fast.errors import InputError, UnsupportedModelError
 from geffect_fast.measure.effects import Effects, find_effects
 from geffect_fast.measure.memory import check_memory, within_budget
@@ -184,6 +189,8 @@ class Profiler:
             DataPass(batches_of(rows, risk.roles), {m: risk}, token_budget=token_budget)
             for m, rows in enumerate(of_risks)
         ]
+        first = make_batches(of_risks[0].part([0]), risk.roles, token_budget=1, layout=self._layout)
+        self._first_risk_row = DataPass(first, {0: risk})
         self._risk_rows = None
         if "sample" in settings.resolve:
             sizes = dict(zip(self.risk_names, map(len, of_risks), strict=True))
@@ -228,6 +235,8 @@ class Profiler:
         unchanged: bool = False,
         rounding: bool = True,
         step: StepMetric | None = None,
+        second_order: bool = False,
+        conflicts: bool = False,
     ) -> Measurement:
         """Measure the model as it is now.
 
@@ -242,6 +251,8 @@ class Profiler:
             rounding: of a 16-bit model also how far its effects can be trusted, as
                 `geffect_fast.profile` says it.
             step: the step that is taken next, in whose metric effects are measured, or also are.
+            second_order: also `step_curvature`, as `geffect_fast.profile` says it.
+            conflicts: also `conflict_share`, as `geffect_fast.profile` says it.
 
         Raises:
             InputError: the result does not fit in memory, or `out` is of no use.
@@ -249,6 +260,8 @@ class Profiler:
             UnsupportedModelError: the samples' shares miss a gradient.
         """
         resolution = self._resolution
+        if second_order:
+            self._check_second_order()
         if not unchanged:
             check_finite(self.plan.model)
         m = len(self.risk_names)
@@ -261,6 +274,9 @@ class Profiler:
         if self._risk_rows is not None:
             rows = self._risk_rows.watch(None if instead is None else instead.diagonal)
         risk_values, directions = self.risk_gradients(progress=progress, watched=rows)
+        conflict = {}
+        if conflicts:
+            conflict = self._conflicts(directions, unchanged, progress)
         along: Mapping[str, Tensor] = directions
         if taken is not None:
             added = taken.beside_gradient(directions)
@@ -314,12 +330,28 @@ class Profiler:
                 if beside:
                     of_step["step_effect"] = (resolution.dims, resolution.kept(array[:, m:]))
                 result = result.assign(of_step)
+            result = result.assign(conflict)
+            if second_order:
+                result = result.assign(self._second_order(taken, progress))
             if by_token is not None:
                 variables, coordinates = by_token.variables(self._tokenizer)
                 result = result.assign(variables).assign_coords(coordinates)
             if isinstance(array, EffectFile):
                 result = array.finish(result)
         return Measurement(result, directions)
+
+    def _check_second_order(self) -> None:
+        """Raise `InputError` where second derivatives would be of another risk, or of rounding."""
+        risk = self._attributes["risk"]
+        if risk != "nll":
+            raise InputError(
+                f"second_order: risk is '{risk}', which may hold weights as constant; use nll"
+            )
+        if any(p.dtype in HALF for p in self.plan.model.parameters()):
+            raise InputError(
+                "second_order: weights of 16 bits round second derivatives away; load the model "
+                "with dtype float32"
+            )
 
     def _checked_shape(
         self, out: str | Path | None, n_risks: int, step: StepMetric | None
@@ -387,6 +419,55 @@ class Profiler:
                 metric.step_of, unchanged=unchanged, progress=progress
             )
         return metric.formed(self.plan.parameters, gradients)
+
+    def _conflicts(
+        self, directions: Mapping[str, Tensor], unchanged: bool, progress: bool
+    ) -> dict[str, Any]:
+        """What `geffect_fast.profile` says of conflicts, of plain gradients."""
+        resolution = self._resolution
+        gradients = self.objective_gradients(None, unchanged=unchanged, progress=progress)
+        labels, columns = resolution.columns()
+        masses = torch.zeros(len(labels), 2, len(self.objectives), dtype=torch.float64)
+        retain = self.risk_names.index("retain")
+        for column, (name, of) in zip(columns, gradients.items(), strict=True):
+            size = of.abs().flatten(1)
+            against = (of * directions[name][retain].to(of.device)).flatten(1) < 0
+            masses[column, 0] += size.sum(1, dtype=torch.float64).cpu()
+            masses[column, 1] += (size * against).sum(1, dtype=torch.float64).cpu()
+        n = len(self.risk_names)
+        with self._ticking(progress, "rows' gradients", self._risk_passes) as tick:
+            traces = fisher_traces(self.plan, self._risk_passes, n, self._reference, tick)
+        traces = traces.new_zeros(n, len(labels)).index_add_(1, torch.tensor(columns), traces)
+        by = resolution.by_place
+        found = {
+            "gradient_mass": ("objective", masses[:, 0]),
+            "conflict_share": ("objective", masses[:, 1] / masses[:, 0]),
+            "fisher_trace": ("risk", traces.T),
+        }
+        return {
+            name: ((dim,), of[0].numpy()) if by is None else ((by, dim), of.numpy())
+            for name, (dim, of) in found.items()
+        }
+
+    def _second_order(self, step: Step | None, progress: bool) -> dict[str, Any]:
+        """`step_curvature` (objective, risk), and the change it adds to where its size is known."""
+        gradients = self.objective_gradients(None, progress=progress)
+        n, found = len(self.risk_names), []
+        for k in range(len(self.objectives)):
+            own = {name: of[k] for name, of in gradients.items()}
+            along = own if step is None else step.taken(own)
+            if k == 0:
+                check_twice_differentiable(self.plan, self._first_risk_row, along)
+            with self._ticking(progress, "curvature of the risks", self._risk_passes) as tick:
+                found.append(curvature_along(self.plan, self._risk_passes, n, along, tick))
+        slopes, curvatures = (torch.stack(each) for each in zip(*found, strict=True))
+        dims = ("objective", "risk")
+        variables = {"step_curvature": (dims, curvatures.numpy())}
+        rate = None if step is None else step.metric.learning_rate
+        if rate is not None:
+            change = -rate * slopes + rate**2 / 2 * curvatures
+            variables["predicted_change_second"] = (dims, change.numpy())
+        return variables
 
     def objective_gradients(
         self, objective: Objective | None, *, unchanged: bool = False, progress: bool = False

@@ -263,18 +263,20 @@ class Step:
         return variables
 
 
-def without_step(dataset: xr.Dataset) -> xr.Dataset:
+def without_step(dataset: xr.Dataset, second_order: bool) -> xr.Dataset:
     """A result along the gradient alone, with NaN for what it would hold of the step beside it."""
     effect = dataset["g_effect"]
     of_risk = [d for d in ("risk", "parameter", "group") if d in effect.dims]
     unknown = effect.sum([d for d in effect.dims if d not in ("objective", *of_risk)]) * math.nan
     whole = unknown.sum([d for d in of_risk if d != "risk"], skipna=False)
+    curved = ("step_curvature", "predicted_change_second") if second_order else ()
     return dataset.assign(
         {
             "step_effect": effect * math.nan,
             **{f"{n}_effect": unknown.isel(objective=0, drop=True) for n in ("momentum", "decay")},
             "step_total": whole,
             "predicted_change": whole,
+            **dict.fromkeys(curved, whole),
             "step_learning_rate": math.nan,
         }
     )

@@ -79,6 +79,7 @@ def execute_checkpoints(
                     **sources.arguments(),
                     "objectives": list(config.objectives),
                     **config.fields(Measuring),
+                    "second_order": config.second_order,
                 },
             )
             rows = digests(run.profiler.sets)

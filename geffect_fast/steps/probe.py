@@ -73,6 +73,8 @@ class Probe:
         trained: the objective that is trained on, among those of the profiler; None: unknown.
         weights: also the weights that objectives put on tokens (`token_weight`); left out of
             results by position.
+        second_order: also the curvature of the risks along the optimizer's step, for
+            `predicted_second`.
         forget_rows: of the data, of which the profiler may measure a part; None: it measures all.
         measures: metrics that are measured beside; None: none.
 
@@ -98,6 +100,7 @@ class Probe:
         *,
         trained: str | None = None,
         weights: bool = True,
+        second_order: bool = False,
         forget_rows: int | None = None,
         measures: LiveMeasures | None = None,
     ) -> None:
@@ -105,6 +108,7 @@ class Probe:
         self.store = store
         self.trained = None if trained is None else _label(trained, profiler)
         self.weights = weights
+        self.second_order = second_order
         self.forget_rows = len(profiler.sets["forget"]) if forget_rows is None else forget_rows
         self.measures = measures
         self.latest: tuple[int, xr.Dataset] | None = None
@@ -153,11 +157,16 @@ class Probe:
                 metric, why = self._metric(optimizer)
                 # Said once a run: by its first step, whose attributes are those of all together.
                 measured = self.profiler.measure(
-                    weights=self.weights, rounding=not self.store.steps, step=metric
+                    weights=self.weights,
+                    rounding=not self.store.steps,
+                    step=metric,
+                    second_order=self.second_order and metric is not None,
                 )
                 directions, dataset = measured.directions, measured.dataset
                 if why is not None:
-                    dataset = without_step(dataset).assign_attrs(step_metric_note=why)
+                    dataset = without_step(dataset, self.second_order).assign_attrs(
+                        step_metric_note=why
+                    )
                 result = self._assembled(step, dataset, learning_rates, changes)
                 if self.measures is not None:
                     before = self._last_before(step)
@@ -193,7 +202,7 @@ class Probe:
         """First-order predictions of the risks' changes since the last probe, by variable."""
         before, risks = self._before, self.profiler.risk_names
         unknown = torch.full((len(risks),), math.nan, dtype=torch.float64)
-        update, sgd, taken = unknown, unknown, unknown
+        update, sgd, taken, second = unknown, unknown, unknown, unknown
         if before is not None and before.step == self._last_before(step):
             update = inner_with_update(
                 self.profiler.plan.parameters, before.parameters, before.directions
@@ -205,10 +214,15 @@ class Probe:
                 if "step_total" in last:
                     whole = last["step_total"].sel(objective=self.trained)
                     taken = -rate * torch.from_numpy(whole.values)
+                if "step_curvature" in last:
+                    curvature = last["step_curvature"].sel(objective=self.trained)
+                    second = taken + rate**2 / 2 * torch.from_numpy(curvature.values)
+        more = {"predicted_second": ("risk", second.numpy())} if self.second_order else {}
         return {
             "predicted_update": ("risk", update.numpy()),
             "predicted_step": ("risk", taken.numpy()),
             "predicted_sgd": ("risk", sgd.numpy()),
+            **more,
         }
 
     def _assembled(

@@ -68,7 +68,7 @@ def profile_checkpoints(
         resume: go on with what `out` holds of this run.
         overwrite: whether an earlier run in `out` may be replaced.
         progress: show a bar.
-        options: further arguments of `geffect_fast.profile`.
+        options: further arguments of `geffect_fast.profile`, `second_order` among them.
 
     Returns:
         The results of `geffect_fast.profile` along a first axis `step`, with `measured_change` and
@@ -137,6 +137,7 @@ class CheckpointRun:
         folders: of checkpoints, by step.
         model: that of the first, whose weights will change.
         optimizers: whether any of them holds its optimizer's state.
+        second_order: whether the curvature along these optimizers' steps is measured.
         profiler: of it.
     """
 
@@ -152,7 +153,12 @@ class CheckpointRun:
         options: dict[str, Any],
     ) -> None:
         self.folders = with_model(find_checkpoints(checkpoints), model)
+        self.second_order = options.pop("second_order", False)
         self.optimizers = any((each / OPTIMIZER).exists() for each in self.folders.values())
+        if self.second_order and not self.optimizers:
+            raise InputError(
+                f"second_order: no checkpoint holds {OPTIMIZER}, whose step it is of; leave it out"
+            )
         trusted = options.get("trust_remote_code", False)
         for folder in self.folders.values():
             check_model_source(folder, "checkpoint", trusted)
@@ -187,7 +193,7 @@ class CheckpointRun:
             for step, following in zip(steps, [*steps[1:], steps[-1]], strict=True)
             if step not in done or following not in done
         ]
-        probe = Probe(self.profiler, store, weights=weights)
+        probe = Probe(self.profiler, store, weights=weights, second_order=self.second_order)
         first = self.folders[steps[0]]
         with progress_bar(progress, "checkpoints", len(wanted)) as update:
             for step in loaded_in_turn(self.model, first, self.folders, wanted):

@@ -180,6 +180,7 @@ class Unlearning:
             self.profiler,
             store,
             trained=str(self.loss.objective),
+            second_order=training.second_order,
             forget_rows=len(self.sets["forget"]),
             measures=self._measures,
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 
 from bad_input.case import Case, check, holds, profile
 from bad_input.data import call
@@ -28,6 +29,45 @@ BY_CONFIG = ["profile", "--quiet", "--config", "my.yaml", "--out", "run"]
 
 CASES = [
     # ---- options ----
+    Case("unknown metric", profile(metric="adamx"), "'adamx'", "did you mean 'adam'?"),
+    Case(
+        "a state without a metric",
+        profile(optimizer_state="model"),
+        "--optimizer-state",
+        "goes with metric, such as adamw",
+    ),
+    Case("a step without a metric", profile(step_of="ga"), "--step-of", "goes with metric"),
+    Case(
+        "a step of another objective",
+        profile(metric="adam", step_of="npo(beta=0.1)"),
+        "'npo(beta=0.1)' is not among the objectives: ga",
+        "add it",
+    ),
+    Case(
+        "no optimizer's state",
+        profile(metric="adam", optimizer_state="model"),
+        "model/optimizer.pt",
+        "give optimizer.pt of a checkpoint",
+    ),
+    Case(
+        "a state that would run code",
+        profile(metric="adam", optimizer_state="optimizer.pt"),
+        "cannot be read as tensors and numbers",
+        "give optimizer.pt of a Trainer's checkpoint",
+        holds("optimizer.pt", pickle.dumps(Case)),
+    ),
+    Case(
+        "several objectives and one sign",
+        profile(metric="lion", objectives="ga,wga(alpha=1)"),
+        "metric lion: its sign is of one gradient",
+        "--step-of",
+    ),
+    Case(
+        "second order of 16 bits",
+        [*profile(dtype="bfloat16"), "--second-order"],
+        "second_order: weights of 16 bits",
+        "dtype float32",
+    ),
     Case("unknown option", profile(objektives="ga"), "--objektives", "profile --help"),
     Case("unknown command", ["profil"], "'profil'", "geffect-fast --help"),
     Case("no value", ["profile", "--out"], "--out", "requires an argument"),

@@ -121,6 +121,26 @@ def test_files_that_hold_no_state_are_refused(content, said, tmp_path):
     assert "\n" not in str(raised.value)
 
 
+def test_checkpoints_bring_the_state_of_their_own_optimizers(tmp_path):
+    """The model before training has none: NaN there, and the others as a profile has them."""
+    model = build("llama")
+    model.save_pretrained(tmp_path / "before")
+    _, checkpoint = trained(model, tmp_path / "out")
+    given = DATA | {"objectives": ["ga"], "token_budget": 64, "resolve": ("group",)}
+    result = gf.profile_checkpoints(
+        tmp_path / "out/checkpoint-*", None, model=tmp_path / "before", **given
+    )
+    assert list(result.step) == [0, 2] and result.attrs["step_metric"] == "adamw"
+    assert "step_metric_note" not in result.attrs
+    assert result.step_effect.sel(step=0).isnull().all()
+    expected = gf.profile(model, None, **given, metric="adamw", optimizer=checkpoint)
+    np.testing.assert_allclose(result.step_effect.sel(step=2), expected.g_effect, rtol=1e-4)
+    np.testing.assert_allclose(result.step_total.sel(step=2), expected.step_total, rtol=1e-4)
+    (checkpoint / "optimizer.pt").unlink()
+    with pytest.raises(InputError, match="second_order: no checkpoint holds optimizer"):
+        gf.profile_checkpoints(checkpoint, None, second_order=True, **given)
+
+
 def test_the_command_reads_it_and_replays(study, tmp_path, monkeypatch, capsys):
     here = shutil.copytree(study, tmp_path / "here")
     monkeypatch.chdir(here)
@@ -128,7 +148,8 @@ def test_the_command_reads_it_and_replays(study, tmp_path, monkeypatch, capsys):
     train = ["unlearn", *words[:6], "--objective", "ga", "--steps", "2", "--optimizer"]
     train += ["adamw_torch", "--trainer", "weight_decay=0.1", "--keep-checkpoints", "--quiet"]
     assert main([*train, "--out", "trained"]) == 0
-    (checkpoint,) = (here / "trained").glob("checkpoints/*2")
+    checkpoint = max(file.parent for file in (here / "trained").rglob("optimizer.pt"))
+    checkpoint = shutil.copytree(checkpoint, here / "kept")  # that of a run may not change
     words[1] = str(checkpoint)
     more = ["--metric", "adamw", "--optimizer-state", str(checkpoint), "--resolve", "group"]
     capsys.readouterr()

@@ -11,7 +11,7 @@ from lion import Lion
 from models import build, fp64_throughout, samples
 
 import geffect_fast as gf
-from geffect_fast.errors import InputError
+from geffect_fast.errors import InputError, UnsupportedModelError
 
 FORGET, RETAIN = samples([5, 9, 3, 12], 1, 2), samples([7, 4, 6], 2, 2)
 DATA = {"forget": FORGET, "retain": RETAIN}
@@ -302,3 +302,139 @@ def test_bad_diagonals_and_objectives():
         profile(model, "adam", step_of="nll")
     with pytest.raises(InputError, match="its sign is of one gradient"):
         profile(model, "lion", None, ["ga", "wga(alpha=1)"])
+
+
+# ---- second order ----
+
+
+def second_differences(model, step, rows, extent=1e-3):
+    """A risk's second derivative along a step, of fourth order in the extent (Richardson)."""
+
+    def value(at):
+        moved = copy.deepcopy(model)
+        with torch.no_grad():
+            for name, p in moved.named_parameters():
+                p.add_(step[name], alpha=at)
+            return float(loss_of(moved, rows))
+
+    middle = value(0.0)
+    wide, narrow = ((value(h) - 2 * middle + value(-h)) / h**2 for h in (2 * extent, extent))
+    return (4 * narrow - wide) / 3
+
+
+@pytest.mark.parametrize("architecture", ["llama_tied", "gpt2", "gemma2"])
+def test_curvature_is_the_second_difference_along_the_real_step(architecture):
+    with fp64_throughout():
+        model = build(architecture, torch.float64)
+        optimizer = torch.optim.AdamW(two_groups(model, weight_decay=0.5), lr=1e-2)
+        stepped(model, optimizer, FORGET[:2], 2)
+        result = profile(model, "adamw", optimizer, second_order=True)
+        step = real_step(model, optimizer)  # is - lr u
+        for risk, rows in (("unlearn", FORGET), ("retain", RETAIN)):
+            curvature = float(result.step_curvature.sel(objective="ga", risk=risk))
+            rate = float(result.step_learning_rate)
+            expected = second_differences(model, step, rows)
+            assert rate**2 * curvature == pytest.approx(expected, rel=1e-5)
+            first = float(result.predicted_change.sel(objective="ga", risk=risk))
+            second = float(result.predicted_change_second.sel(objective="ga", risk=risk))
+            assert second == pytest.approx(first + rate**2 / 2 * curvature, rel=1e-9)
+        assert all(isinstance(p, torch.nn.Parameter) for p in model.parameters())
+
+
+def test_the_second_order_comes_closer_to_what_happens():
+    with fp64_throughout():
+        model = build("llama", torch.float64)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+        stepped(model, optimizer, FORGET, 1)
+        result = profile(
+            model, "adamw", optimizer, ["ga", "wga(alpha=1)"], step_of="ga", second_order=True
+        )
+        before = [loss_of(model, rows).item() for rows in (FORGET, RETAIN)]
+        stepped(model, optimizer, FORGET, 1)
+        after = [loss_of(model, rows).item() for rows in (FORGET, RETAIN)]
+    measured = np.array(after) - before
+    off = {
+        name: np.abs(result[name].sel(objective="ga").values - measured)
+        for name in ("predicted_change", "predicted_change_second")
+    }
+    assert (off["predicted_change_second"] < 0.3 * off["predicted_change"]).all()
+
+
+def test_without_a_metric_the_curvature_is_along_the_gradient():
+    with fp64_throughout():
+        model = build("llama", torch.float64)
+        result = profile(model, None, second_order=True)
+        gradient = torch.autograd.grad(-loss_of(model, FORGET), list(model.parameters()))
+        names = [name for name, _ in model.named_parameters()]
+        step = dict(zip(names, gradient, strict=True))
+        expected = second_differences(model, step, RETAIN)
+    assert float(result.step_curvature.sel(risk="retain")[0]) == pytest.approx(expected, rel=1e-4)
+    assert "predicted_change_second" not in result and "metric" not in result.attrs
+
+
+class OnceDifferentiable(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x * 2
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g):
+        return g * 2
+
+
+def test_what_cannot_be_differentiated_twice_is_refused(monkeypatch):
+    model = build("llama")
+    with pytest.raises(InputError, match="second_order: risk is 'wga"):
+        profile(model, None, second_order=True, risk="wga(alpha=1)")
+    with pytest.raises(InputError, match="second_order: weights of 16 bits"):
+        profile(build("llama").bfloat16(), None, second_order=True)
+    norm = model.model.norm
+    plain = norm.forward
+    monkeypatch.setattr(norm, "forward", lambda x: OnceDifferentiable.apply(plain(x)))
+    with pytest.raises(UnsupportedModelError, match="loses second derivatives"):
+        profile(model, None, second_order=True, engine="reverse")
+
+
+# ---- conflicts ----
+
+
+@pytest.mark.parametrize(
+    ("engine", "resolve"),
+    [("reverse", ("parameter", "sample")), ("forward", ("group",)), ("reverse", ())],
+)
+def test_the_share_that_opposes_the_retain_gradient_is_counted_by_size(engine, resolve):
+    with fp64_throughout():
+        model = build("llama", torch.float64)
+        names = [name for name, _ in model.named_parameters()]
+        result = profile(
+            model, None, None, ["ga", "gd"], engine=engine, resolve=resolve, conflicts=True
+        )
+        own, other = (
+            torch.autograd.grad(sign * loss_of(model, rows), list(model.parameters()))
+            for sign, rows in ((-1, FORGET), (1, RETAIN))
+        )
+    found = result.conflict_share.sel(objective="ga")
+    by = next((axis for axis in ("parameter", "group") if axis in resolve), None)
+    opposed = [float(g.abs()[g * r < 0].sum()) for g, r in zip(own, other, strict=True)]
+    whole = [float(g.abs().sum()) for g in own]
+    if by == "parameter":
+        expected = {n: a / b for n, a, b in zip(names, opposed, whole, strict=True)}
+        for name in names:
+            assert float(found.sel(parameter=name)) == pytest.approx(expected[name], rel=1e-9)
+    elif by is None:
+        assert float(found) == pytest.approx(sum(opposed) / sum(whole), rel=1e-9)
+    else:
+        at = [i for i, name in enumerate(names) if name == "lm_head.weight"]
+        share = sum(opposed[i] for i in at) / sum(whole[i] for i in at)
+        assert float(found.sel(group="lm_head")) == pytest.approx(share, rel=1e-9)
+    counts = [len([x for x in row["labels"][1:] if x != -100]) for row in RETAIN]
+    squares = 0.0
+    for row, count in zip(RETAIN, counts, strict=True):
+        with fp64_throughout():
+            grads = torch.autograd.grad(loss_of(model, [row]), list(model.parameters()))
+        squares += sum(float(g.square().sum()) for g in grads) * (count / sum(counts)) ** 2
+    trace = result.fisher_trace.sel(risk="retain").sum()
+    assert float(trace) == pytest.approx(squares, rel=1e-9)
+    gd = result.conflict_share.sel(objective="gd")
+    assert not np.allclose(gd, found) and ((gd >= 0) & (gd <= 1)).all()

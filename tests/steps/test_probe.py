@@ -398,3 +398,19 @@ def test_an_optimizer_that_is_not_known_is_named_and_the_rest_stands():
     )
     assert found.g_effect.notnull().all()
     assert probe.at(1, learning_rates=[1], optimizer=optimizer).predicted_step.isnull().all()
+
+
+def test_the_second_order_of_a_step_is_closer_to_what_is_measured():
+    model = build("llama", torch.float64)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-4)
+    profiler = Profiler.of(model, None, **DATA, objectives=["ga"], token_budget=64)
+    probe = Probe(profiler, StepStore(None, ""), trained="ga", second_order=True)
+    probe.at(0, optimizer=optimizer)
+    loss_of(model).backward()
+    optimizer.step()
+    found = probe.at(1, learning_rates=[1e-4], optimizer=optimizer).sel(risk="unlearn")
+    off = {
+        name: abs(float(found[name] - found.measured_change))
+        for name in ("predicted_step", "predicted_second")
+    }
+    assert off["predicted_second"] < 0.3 * off["predicted_step"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -19,9 +19,10 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 PANEL = 4.6
-DRAWN = {
+DRAWN: dict[str, tuple[Any, str]] = {
     "predicted_update": ("--", "o"),
     "predicted_step": ("-.", "s"),
+    "predicted_second": ((0, (5, 1, 1, 1, 1, 1)), "D"),
     "predicted_sgd": (":", "^"),
 }
 """Dashes and markers of the predictions."""
@@ -47,7 +48,7 @@ def prediction_figure(dataset: xr.Dataset) -> Figure | None:
     upper, lower = figure.subplots(2, n, squeeze=False)
     measured = dataset["measured_change"].transpose("step", "risk").values
     predicted = {name: dataset[name].transpose("step", "risk").values for name in found}
-    styles = [{"color": style.COLOURS[4], "linestyle": "-"}]
+    styles: list[dict[str, Any]] = [{"color": style.COLOURS[4], "linestyle": "-"}]
     colours = dict(zip(PREDICTIONS, style.COLOURS, strict=False))
     styles += [{"color": colours[name], "linestyle": DRAWN[name][0]} for name in found]
     spreads = risk_spreads(dataset)

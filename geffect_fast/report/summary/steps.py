@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 PREDICTIONS = {
     "predicted_update": "by the actual update",
     "predicted_step": "by the optimizer's step, −lr·e_P",
+    "predicted_second": "by the optimizer's step, to second order",
     "predicted_sgd": "by SGD, −lr·e",
 }
 """The first-order predictions of a step result, and how they are called."""

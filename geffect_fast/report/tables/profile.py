@@ -35,7 +35,8 @@ NOTE = (
 def render(dataset: xr.Dataset) -> RenderableType:
     """All tables of a result, for `rich.console.Console.print`."""
     groups = (group_table(dataset, risk) for risk in labels(dataset, "risk"))
-    tables = [table for table in (*groups, instance_table(dataset)) if table is not None]
+    more = (conflict_table(dataset), instance_table(dataset))
+    tables = [table for table in (*groups, *more) if table is not None]
     return Group(
         totals_table(dataset), Text(NOTE, style="dim"), Text(), *covered(dataset.attrs), *tables
     )
@@ -74,6 +75,35 @@ def group_table(dataset: xr.Dataset, risk: str) -> Table | None:
     of_risk = shares(values[:, labels(dataset, "risk").index(risk)])
     for objective, row in zip(labels(dataset, "objective"), of_risk, strict=True):
         table.add_row(objective, *(number(100 * share, "+.0f") for share in row))
+    return table
+
+
+def conflict_table(dataset: xr.Dataset) -> Table | None:
+    """What part of each objective's gradient opposes the retain risk's, by part of the model, and
+    that part's share of the retain risk's Fisher trace; None where it was not measured."""
+    by = next((d for d in ("parameter", "group") if d in dataset["g_effect"].dims), None)
+    if "conflict_share" not in dataset or by is None:
+        return None
+    mass = dataset["gradient_mass"]
+    opposed = (dataset["conflict_share"] * mass).fillna(0.0)
+    groups = [str(group) for group in dataset["group"].values]
+    parts = list(dict.fromkeys(groups))
+    table = new_table(
+        "Conflict: % of the gradient, by size, whose sign opposes the retain risk's",
+        ("objective", FOLDED),
+        *(part.replace("_", " ") for part in parts),
+    )
+
+    def summed(of: xr.DataArray) -> np.ndarray:
+        values = of.transpose(by, ...).values
+        return np.stack([values[[g == part for g in groups]].sum(0) for part in parts])
+
+    with np.errstate(invalid="ignore", divide="ignore"):
+        shares_of = 100 * summed(opposed) / summed(mass)
+    for k, objective in enumerate(labels(dataset, "objective")):
+        table.add_row(objective, *(number(share, ".0f") for share in shares_of[:, k]))
+    fisher = summed(dataset["fisher_trace"].sel(risk="retain"))
+    table.add_row("Fisher, % of trace", *(number(f, ".0f") for f in 100 * fisher / fisher.sum()))
     return table
 
 
