@@ -101,7 +101,7 @@ def test_learning_rates_that_differ_bring_the_step_that_they_predict():
 def test_changes_are_from_the_original_and_what_predicts_them_is_found():
     runs = results()
     alone = gf.against_effects(runs, random_measures(runs)).effect
-    e_u = alone.sel(predictor="e_u").values
+    e_u = alone.sel(predictor="e_u").values.round(5)  # ga and ga + kl are all but alike
     values = np.stack([1 + e_u**3, 1 - np.arange(6)[[2, 0, 4, 5, 1, 3]]], axis=-1)[:, None]
     given = measures(runs, values)
     found = gf.against_effects(runs, given)
