@@ -203,7 +203,11 @@ def test_an_option_is_declared_once():
     assert found == {
         "measure/models.py: load_model": {"trust_remote_code"},  # off, whoever loads a model
         "measure/models.py: load_tokenizer": {"trust_remote_code"},
-        "measure/profile.py: profile": {"optimizer"},  # one that lives, not the name of one
+        # Optimizers that live, not the names of them; and off, whoever measures.
+        "measure/profile.py: profile": {"optimizer", "second_order"},
+        "measure/profiler.py: measure": {"second_order"},
+        "steps/probe.py: __init__": {"second_order"},
+        "steps/probe.py: at": {"optimizer"},
     }
 
 

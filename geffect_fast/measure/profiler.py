@@ -264,10 +264,8 @@ class Profiler:
             self._check_second_order()
         if not unchanged:
             check_finite(self.plan.model)
-        m = len(self.risk_names)
         beside = step is not None and step.beside
-        risks = self.risk_names * (2 if beside else 1)  # along the gradient, and along the step's
-        shape = self._checked_shape(out, len(risks), step)
+        shape = self._checked_shape(out, step)
         taken = None if step is None else self._step(step, unchanged, progress)
         instead = None if beside else taken
         rows = None
@@ -277,36 +275,31 @@ class Profiler:
         conflict = {}
         if conflicts:
             conflict = self._conflicts(directions, unchanged, progress)
-        along: Mapping[str, Tensor] = directions
         if taken is not None:
             added = taken.beside_gradient(directions)
-            if beside:
-                along = taken.with_scaled(directions)
-            else:
-                taken.scale(directions)
+        if instead is not None:
+            instead.scale(directions)
         by_token = None
         if weights and resolution.within != "position":
             by_token = ObjectiveWeights(resolution, self._mixture)
         with (
             nullcontext(np.zeros(shape)) if out is None else EffectFile(out, resolution.dims, shape)
         ) as array:
-            found = self._effects(array, along, by_token, unchanged, progress, instead)
-            gram = found.checked_gram(self.plan, self._mixture, risks, self._parts, self.objectives)
-            plain: Any = array[:, :m] if beside else array
-            if beside and gram is not None:
-                kept = [*range(m), *range(len(risks), gram.shape[1])]
-                gram = gram[:, kept][:, :, kept]
+            found = self._effects(array, directions, by_token, unchanged, progress, instead)
+            gram = found.checked_gram(
+                self.plan, self._mixture, self.risk_names, self._parts, self.objectives
+            )
             attributes = self._measured_attributes(gram, unchanged)
             if taken is not None:
                 attributes |= taken.attributes(self.objectives)
             if self._rounding is not None and rounding:
                 in_memory = isinstance(array, np.ndarray) and "sample" in resolution.axes
                 attributes |= self._rounding.attributes(
-                    self.plan, directions, self._reference, by_row(plain) if in_memory else None
+                    self.plan, directions, self._reference, by_row(array) if in_memory else None
                 )
             result = dataset(
                 resolution,
-                None if isinstance(array, EffectFile) else plain,
+                None if isinstance(array, EffectFile) else array,
                 [str(o) for o in self.objectives],
                 self.risk_names,
                 risk_values,
@@ -321,14 +314,23 @@ class Profiler:
                     of_risks = (gram_matrices if instead is None else instead.gram)(directions)
                 square, names = float(of_risks[:, 0, 0].sum()), resolution.set_names
                 intervals = self._risk_rows.variables(
-                    by_row(plain), names, rows, risk_values, square
+                    by_row(array), names, rows, risk_values, square
                 )
                 result = result.assign(intervals).assign_attrs(interval_level=LEVEL)
             if taken is not None:
-                effects = self._mixture @ found.summed.sum(-1)[:, -m:]
-                of_step = taken.variables(resolution, effects, added)
+                along, more = found, {}
                 if beside:
-                    of_step["step_effect"] = (resolution.dims, resolution.kept(array[:, m:]))
+                    # In a pass of its own, so that the plain ones are a profile's to the bit.
+                    other = np.zeros(shape)
+                    along = self._effects(
+                        other, taken.scaled(directions), None, unchanged, progress, taken
+                    )
+                    along.checked_gram(
+                        self.plan, self._mixture, self.risk_names, self._parts, self.objectives
+                    )
+                    more = {"step_effect": (resolution.dims, resolution.kept(other))}
+                effects = self._mixture @ along.summed.sum(-1)
+                of_step = taken.variables(resolution, effects, added) | more
                 result = result.assign(of_step)
             result = result.assign(conflict)
             if second_order:
@@ -353,16 +355,14 @@ class Profiler:
                 "with dtype float32"
             )
 
-    def _checked_shape(
-        self, out: str | Path | None, n_risks: int, step: StepMetric | None
-    ) -> tuple[int, ...]:
+    def _checked_shape(self, out: str | Path | None, step: StepMetric | None) -> tuple[int, ...]:
         """The shape of the effects; raise `InputError` where there is no place for them."""
         resolution, parameters = self._resolution, self.plan.parameters.values()
         if out is not None and not ("sample" in resolution.axes and resolution.within):
             raise InputError(
                 "out: goes with resolve by 'sample' and 'position' or 'token'; leave it out"
             )
-        shape = resolution.shape(len(self.objectives), n_risks)
+        shape = resolution.shape(len(self.objectives), len(self.risk_names))
         whole = len(self._parts) if self._norms or not resolution.per_sample else 0
         if step is not None and step.reads != "none":
             whole = max(whole, len(self._parts if step.step_of is None else step.step_of.parts()))
@@ -391,8 +391,7 @@ class Profiler:
         moves = []
         if engine == "forward":
             columns = self._resolution.columns()[1]
-            n_directions = len(next(iter(directions.values())))
-            moves = moves_for(self.plan, columns, n_directions)
+            moves = moves_for(self.plan, columns, len(self.risk_names))
         what, n_passes = "effects of the objectives", max(len(moves), 1)
         with self._ticking(progress, what, passes, n_passes) as tick:
             self._read_reference(passes, unchanged)
@@ -406,7 +405,7 @@ class Profiler:
                 self._resolution,
                 array,
                 moves=moves,
-                norms=self._norms,
+                norms=self._norms and (step is None or not step.metric.beside),
                 tick=tick,
                 step=step,
             )

@@ -167,12 +167,9 @@ class Step:
         for name, of in gradients.items():
             of.mul_(self.diagonal[name].to(of.device))
 
-    def with_scaled(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Gradients `(n, *shape)`, and behind them the same times `P`: `(2 n, *shape)`."""
-        return {
-            name: torch.cat([of, of * self.diagonal[name].to(of.device)])
-            for name, of in gradients.items()
-        }
+    def scaled(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Gradients `(n, *shape)` by parameter times `P`, in memory of their own."""
+        return {name: of * self.diagonal[name].to(of.device) for name, of in gradients.items()}
 
     def gram(self, scaled: Mapping[str, Tensor], *plain: Mapping[str, Tensor]) -> Tensor:
         """Gram matrices `(P, n, n)` fp64 in the metric, as `gram_matrices`.
