@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import copy
 
-import numpy as np
 import pytest
 import torch
 import xarray as xr
@@ -83,19 +82,11 @@ def profile_of(model, reference):
 
 
 def same(step, profile):
-    """A step of the callback's result is the profile; effects to rounding, as it measures those in
-    the optimizer's metric beside them, in one product."""
-    found = step[list(profile.data_vars)]
-    found = found.drop_vars(("step", "token_id", "sequence"), errors="ignore")
-    profile = profile.drop_attrs(deep=False)
-    assert found.sizes == profile.sizes and found.attrs == profile.attrs
-    for name, expected in profile.variables.items():
-        assert found[name].dtype == expected.dtype and found[name].attrs == expected.attrs
-        if expected.dtype.kind == "f":
-            atol = 1e-6 * float(abs(expected).max())
-            np.testing.assert_allclose(found[name], expected, rtol=1e-4, atol=atol, err_msg=name)
-        else:
-            assert (found[name].values == expected.values).all(), name
+    """A step of the callback's result is the profile, bit for bit."""
+    xr.testing.assert_identical(
+        step[list(profile.data_vars)].drop_vars(("step", "token_id", "sequence"), errors="ignore"),
+        profile.drop_attrs(deep=False),
+    )
 
 
 def test_a_step_is_the_profile_of_the_checkpoint_saved_there(tmp_path):
