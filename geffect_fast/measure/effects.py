@@ -16,7 +16,7 @@ from geffect_fast.engines.directions import accumulate_gradients
 from geffect_fast.engines.forward import Move, forward_effects
 from geffect_fast.engines.reference import Reference
 from geffect_fast.engines.reverse import reverse_effects
-from geffect_fast.measure.step_metric import Step
+from geffect_fast.measure.step_metric import NextStep
 from geffect_fast.objectives import Objective
 from geffect_fast.results.axes import EffectArray, Resolution
 from geffect_fast.results.dataset import (
@@ -90,7 +90,7 @@ def find_effects(
     moves: Sequence[Move],
     norms: bool,
     tick: Tick,
-    step: Step | None = None,
+    step: NextStep | None = None,
 ) -> Effects:
     """Run the engine over the objectives' data.
 

@@ -37,7 +37,7 @@ from geffect_fast.measure.effects import Effects, find_effects
 from geffect_fast.measure.memory import check_memory, within_budget
 from geffect_fast.measure.prepare import Prepared, Sources, needs_of, prepare, resolved_list
 from geffect_fast.measure.rounding import HALF, RoundingCheck
-from geffect_fast.measure.step_metric import Step, StepMetric
+from geffect_fast.measure.step_metric import NextStep, StepMetric
 from geffect_fast.objectives import Objective
 from geffect_fast.results.axes import Resolution, by_row
 from geffect_fast.results.dataset import (
@@ -382,7 +382,7 @@ class Profiler:
         by_token: ObjectiveWeights | None,
         unchanged: bool,
         progress: bool,
-        step: Step | None,
+        step: NextStep | None,
     ) -> Effects:
         """Run the engine: effects are added to `array`, weights of tokens told to `by_token`."""
         engine, passes = self._choice.engine, self._passes
@@ -410,7 +410,7 @@ class Profiler:
                 step=step,
             )
 
-    def _step(self, metric: StepMetric, unchanged: bool, progress: bool) -> Step:
+    def _step(self, metric: StepMetric, unchanged: bool, progress: bool) -> NextStep:
         """The step that is taken next, of the gradients it reads."""
         gradients = None
         if metric.reads != "none":
@@ -448,7 +448,7 @@ class Profiler:
             for name, (dim, of) in found.items()
         }
 
-    def _second_order(self, step: Step | None, progress: bool) -> dict[str, Any]:
+    def _second_order(self, step: NextStep | None, progress: bool) -> dict[str, Any]:
         """`step_curvature` (objective, risk), and the change it adds to where its size is known."""
         gradients = self.objective_gradients(None, progress=progress)
         n, found = len(self.risk_names), []

@@ -135,22 +135,22 @@ class StepMetric:
 
     def formed(
         self, parameters: Mapping[str, nn.Parameter], gradients: Mapping[str, Tensor] | None
-    ) -> Step:
+    ) -> NextStep:
         """The step with its own gradients `(K, *shape)` by parameter, where `reads` any."""
         if self.rule is None:
             assert self.given is not None
-            return Step(self, {name: self.given[name] for name in parameters})
+            return NextStep(self, {name: self.given[name] for name in parameters})
         diagonal = {
             name: self.rule.diagonal(
                 self.held[name], None if gradients is None else gradients[name]
             )
             for name in parameters
         }
-        return Step(self, diagonal)
+        return NextStep(self, diagonal)
 
 
 @dataclass(frozen=True)
-class Step:
+class NextStep:
     """A step that is about to be taken.
 
     Attributes:
