@@ -33,6 +33,12 @@ from geffect_fast.engines.model_outputs import splits_attention
 from geffect_fast.engines.reference import Reference
 from geffect_fast.engines.second_order import check_twice_differentiable, curvature_along
 from geffect_fast.errors import InputError, UnsupportedModelError
+from geffect_fast.measure.beside_effects import (
+    check_second_order,
+    conflict_variables,
+    gradient_masses,
+    second_order_variables,
+)
 from geffect_fast.measure.effects import Effects, find_effects
 from geffect_fast.measure.memory import check_memory, within_budget
 from geffect_fast.measure.prepare import Prepared, Sources, needs_of, prepare, resolved_list
@@ -261,7 +267,7 @@ class Profiler:
         """
         resolution = self._resolution
         if second_order:
-            self._check_second_order()
+            check_second_order(self._attributes["risk"], self.plan)
         if not unchanged:
             check_finite(self.plan.model)
         beside = step is not None and step.beside
@@ -342,19 +348,6 @@ class Profiler:
                 result = array.finish(result)
         return Measurement(result, directions)
 
-    def _check_second_order(self) -> None:
-        """Raise `InputError` where second derivatives would be of another risk, or of rounding."""
-        risk = self._attributes["risk"]
-        if risk != "nll":
-            raise InputError(
-                f"second_order: risk is '{risk}', which may hold weights as constant; use nll"
-            )
-        if any(p.dtype in HALF for p in self.plan.model.parameters()):
-            raise InputError(
-                "second_order: weights of 16 bits round second derivatives away; load the model "
-                "with dtype float32"
-            )
-
     def _checked_shape(self, out: str | Path | None, step: StepMetric | None) -> tuple[int, ...]:
         """The shape of the effects; raise `InputError` where there is no place for them."""
         resolution, parameters = self._resolution, self.plan.parameters.values()
@@ -423,50 +416,32 @@ class Profiler:
         self, directions: Mapping[str, Tensor], unchanged: bool, progress: bool
     ) -> dict[str, Any]:
         """What `geffect_fast.profile` says of conflicts, of plain gradients."""
-        resolution = self._resolution
         gradients = self.objective_gradients(None, unchanged=unchanged, progress=progress)
-        labels, columns = resolution.columns()
-        masses = torch.zeros(len(labels), 2, len(self.objectives), dtype=torch.float64)
         retain = self.risk_names.index("retain")
-        for column, (name, of) in zip(columns, gradients.items(), strict=True):
-            size = of.abs().flatten(1)
-            against = (of * directions[name][retain].to(of.device)).flatten(1) < 0
-            masses[column, 0] += size.sum(1, dtype=torch.float64).cpu()
-            masses[column, 1] += (size * against).sum(1, dtype=torch.float64).cpu()
+        masses = gradient_masses(
+            gradients, {name: of[retain] for name, of in directions.items()}, self._resolution
+        )
         n = len(self.risk_names)
         with self._ticking(progress, "rows' gradients", self._risk_passes) as tick:
             traces = fisher_traces(self.plan, self._risk_passes, n, self._reference, tick)
-        traces = traces.new_zeros(n, len(labels)).index_add_(1, torch.tensor(columns), traces)
-        by = resolution.by_place
-        found = {
-            "gradient_mass": ("objective", masses[:, 0]),
-            "conflict_share": ("objective", masses[:, 1] / masses[:, 0]),
-            "fisher_trace": ("risk", traces.T),
-        }
-        return {
-            name: ((dim,), of[0].numpy()) if by is None else ((by, dim), of.numpy())
-            for name, (dim, of) in found.items()
-        }
+        return conflict_variables(masses, traces, self._resolution)
 
     def _second_order(self, step: NextStep | None, progress: bool) -> dict[str, Any]:
         """`step_curvature` (objective, risk), and the change it adds to where its size is known."""
         gradients = self.objective_gradients(None, progress=progress)
-        n, found = len(self.risk_names), []
+        found = []
         for k in range(len(self.objectives)):
             own = {name: of[k] for name, of in gradients.items()}
             along = own if step is None else step.taken(own)
             if k == 0:
                 check_twice_differentiable(self.plan, self._first_risk_row, along)
             with self._ticking(progress, "curvature of the risks", self._risk_passes) as tick:
-                found.append(curvature_along(self.plan, self._risk_passes, n, along, tick))
+                found.append(
+                    curvature_along(self.plan, self._risk_passes, len(self.risk_names), along, tick)
+                )
         slopes, curvatures = (torch.stack(each) for each in zip(*found, strict=True))
-        dims = ("objective", "risk")
-        variables = {"step_curvature": (dims, curvatures.numpy())}
         rate = None if step is None else step.metric.learning_rate
-        if rate is not None:
-            change = -rate * slopes + rate**2 / 2 * curvatures
-            variables["predicted_change_second"] = (dims, change.numpy())
-        return variables
+        return second_order_variables(slopes, curvatures, rate)
 
     def objective_gradients(
         self, objective: Objective | None, *, unchanged: bool = False, progress: bool = False
