@@ -37,12 +37,14 @@ class Effects:
         places: what the C are: names of parameters, or of groups of them.
         gram: `(P, M + n_parts, M + n_parts)` fp64, Gram matrices of the gradients of risks and
             parts by parameter; `(P, M, M)` from the forward engine; None where not formed.
+        gradients: of the parts, whole, `(n_parts, *shape)` by parameter; None where not formed.
     """
 
     values: Tensor
     summed: Tensor
     places: Sequence[str]
     gram: Tensor | None
+    gradients: Mapping[str, Tensor] | None = None
 
     def checked_gram(
         self,
@@ -143,10 +145,10 @@ def find_effects(
         )
         whole = totals.gradients
         gram = None if whole is None else grams(directions, whole)
-        return Effects(totals.values, totals.effects, names, gram)
+        return Effects(totals.values, totals.effects, names, gram, whole)
     values, whole = accumulate_gradients(plan, passes, n_parts, reference, tick)
     gram = grams(directions, whole)
     n_risks = gram.shape[1] - n_parts
     summed = gram[:, n_risks:, :n_risks].permute(1, 2, 0)
     effects.add_whole(columns, summed)
-    return Effects(values, summed, names, gram)
+    return Effects(values, summed, names, gram, whole)

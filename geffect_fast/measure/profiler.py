@@ -47,6 +47,7 @@ from geffect_fast.measure.step_metric import NextStep, StepMetric
 from geffect_fast.objectives import Objective
 from geffect_fast.results.axes import Resolution, by_row
 from geffect_fast.results.dataset import (
+    check_effects,
     check_gradients,
     dataset,
     gram_matrices,
@@ -272,26 +273,26 @@ class Profiler:
             check_finite(self.plan.model)
         beside = step is not None and step.beside
         shape = self._checked_shape(out, step)
-        taken = None if step is None else self._step(step, unchanged, progress)
-        instead = None if beside else taken
+        taken = None
+        if step is not None and not beside:
+            taken = self._step(step, unchanged, progress)
         rows = None
         if self._risk_rows is not None:
-            rows = self._risk_rows.watch(None if instead is None else instead.diagonal)
+            rows = self._risk_rows.watch(None if taken is None else taken.diagonal)
         risk_values, directions = self.risk_gradients(progress=progress, watched=rows)
         conflict = {}
         if conflicts:
             conflict = self._conflicts(directions, unchanged, progress)
         if taken is not None:
             added = taken.beside_gradient(directions)
-        if instead is not None:
-            instead.scale(directions)
+            taken.scale(directions)
         by_token = None
         if weights and resolution.within != "position":
             by_token = ObjectiveWeights(resolution, self._mixture)
         with (
             nullcontext(np.zeros(shape)) if out is None else EffectFile(out, resolution.dims, shape)
         ) as array:
-            found = self._effects(array, directions, by_token, unchanged, progress, instead)
+            found = self._effects(array, directions, by_token, unchanged, progress, taken)
             gram = found.checked_gram(
                 self.plan, self._mixture, self.risk_names, self._parts, self.objectives
             )
@@ -317,27 +318,26 @@ class Profiler:
             if self._risk_rows is not None and rows is not None:
                 of_risks = gram
                 if of_risks is None:
-                    of_risks = (gram_matrices if instead is None else instead.gram)(directions)
+                    of_risks = (gram_matrices if taken is None else taken.gram)(directions)
                 square, names = float(of_risks[:, 0, 0].sum()), resolution.set_names
                 intervals = self._risk_rows.variables(
                     by_row(array), names, rows, risk_values, square
                 )
                 result = result.assign(intervals).assign_attrs(interval_level=LEVEL)
             if taken is not None:
-                along, more = found, {}
-                if beside:
-                    # In a pass of its own, so that the plain ones are a profile's to the bit.
-                    other = np.zeros(shape)
-                    along = self._effects(
-                        other, taken.scaled(directions), None, unchanged, progress, taken
+                effects = self._mixture @ found.summed.sum(-1)
+                result = result.assign(taken.variables(resolution, effects, added))
+            elif step is not None:
+                gradients = found.gradients
+                if gradients is None:
+                    gradients = self.objective_gradients(
+                        None, unchanged=unchanged, progress=progress
                     )
-                    along.checked_gram(
-                        self.plan, self._mixture, self.risk_names, self._parts, self.objectives
-                    )
-                    more = {"step_effect": (resolution.dims, resolution.kept(other))}
-                effects = self._mixture @ along.summed.sum(-1)
-                of_step = taken.variables(resolution, effects, added) | more
-                result = result.assign(of_step)
+                else:
+                    gradients = mixed_gradients(self._mixture, gradients)
+                taken = self._formed(step, gradients)
+                result = result.assign(self._beside(taken, directions, gradients))
+                result = result.assign_attrs(taken.attributes(self.objectives))
             result = result.assign(conflict)
             if second_order:
                 result = result.assign(self._second_order(taken, progress))
@@ -357,8 +357,8 @@ class Profiler:
             )
         shape = resolution.shape(len(self.objectives), len(self.risk_names))
         whole = len(self._parts) if self._norms or not resolution.per_sample else 0
-        if step is not None and step.reads != "none":
-            whole = max(whole, len(self._parts if step.step_of is None else step.step_of.parts()))
+        if step is not None and (step.beside or step.reads != "none"):
+            whole = len(self._parts)
         check_memory(
             whole,
             sum(p.numel() for p in parameters),
@@ -398,19 +398,46 @@ class Profiler:
                 self._resolution,
                 array,
                 moves=moves,
-                norms=self._norms and (step is None or not step.metric.beside),
+                norms=self._norms,
                 tick=tick,
                 step=step,
             )
 
     def _step(self, metric: StepMetric, unchanged: bool, progress: bool) -> NextStep:
         """The step that is taken next, of the gradients it reads."""
-        gradients = None
+        gradients = {}
         if metric.reads != "none":
-            gradients = self.objective_gradients(
-                metric.step_of, unchanged=unchanged, progress=progress
-            )
-        return metric.formed(self.plan.parameters, gradients)
+            gradients = self.objective_gradients(None, unchanged=unchanged, progress=progress)
+        return self._formed(metric, gradients)
+
+    def _formed(self, metric: StepMetric, gradients: Mapping[str, Tensor]) -> NextStep:
+        """The same, of the objectives' gradients `(K, *shape)` by parameter."""
+        read = None
+        if metric.reads != "none":
+            chosen = [k for k, o in enumerate(self.objectives) if metric.step_of in (None, o)]
+            read = {name: of[chosen] for name, of in gradients.items()}
+        return metric.formed(self.plan.parameters, read)
+
+    def _beside(
+        self, step: NextStep, directions: Mapping[str, Tensor], gradients: Mapping[str, Tensor]
+    ) -> dict[str, Any]:
+        """Effects in a step's metric by part of the model, and what goes with them.
+
+        They are products of whole gradients, and rows are not run again for them.
+        """
+        effects = step.effects(directions, gradients)
+        values = torch.zeros(len(self.objectives), dtype=torch.float64)  # which were checked
+        check_effects(effects, values, self.objectives, list(self.plan.parameters))
+        variables = step.variables(
+            self._resolution, effects.sum(-1), step.beside_gradient(directions)
+        )
+        labels, columns = self._resolution.columns()
+        placed = effects.new_zeros(*effects.shape[:2], len(labels))
+        placed.index_add_(2, torch.tensor(columns), effects)
+        by = self._resolution.by_place
+        if by is None:
+            return variables | {"step_effect": (("objective", "risk"), placed[..., 0].numpy())}
+        return variables | {"step_effect": (("objective", "risk", by), placed.numpy())}
 
     def _conflicts(
         self, directions: Mapping[str, Tensor], unchanged: bool, progress: bool
@@ -468,11 +495,7 @@ class Profiler:
             _, gradients = accumulate_gradients(
                 self.plan, passes, len(numbers), self._reference, tick
             )
-        mixture = self._mixture[chosen][:, used]
-        mixed = {
-            name: torch.tensordot(mixture.to(of.device, of.dtype), of, dims=1)
-            for name, of in gradients.items()
-        }
+        mixed = mixed_gradients(self._mixture[chosen][:, used], gradients)
         check_gradients(mixed, [f"objective '{self.objectives[k]}'" for k in chosen])
         return mixed
 
@@ -595,3 +618,16 @@ class Profiler:
             within_budget(self._token_budget),
         ):
             yield lambda n: update(advance=n)
+
+
+def mixed_gradients(mixture: Tensor, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Gradients of objectives, `(K, *shape)` by parameter, from those of their parts.
+
+    Args:
+        mixture: `(K, n_parts)`, how often each part counts in each objective.
+        gradients: `(n_parts, *shape)` by parameter.
+    """
+    return {
+        name: torch.tensordot(mixture.to(of.device, of.dtype), of, dims=1)
+        for name, of in gradients.items()
+    }

@@ -167,9 +167,17 @@ class NextStep:
         for name, of in gradients.items():
             of.mul_(self.diagonal[name].to(of.device))
 
-    def scaled(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Gradients `(n, *shape)` by parameter times `P`, in memory of their own."""
-        return {name: of * self.diagonal[name].to(of.device) for name, of in gradients.items()}
+    def effects(self, directions: Mapping[str, Tensor], gradients: Mapping[str, Tensor]) -> Tensor:
+        """`< V_m, P grad L_k >` by parameter, `(K, M, P)` fp64 on the CPU.
+
+        Args:
+            directions: gradients of the risks, `(M, *shape)` by parameter.
+            gradients: of the objectives, `(K, *shape)`.
+        """
+        scaled = {name: of * self.diagonal[name].to(of.device) for name, of in directions.items()}
+        beside = {name: of.to(scaled[name].device) for name, of in gradients.items()}
+        m = len(next(iter(scaled.values())))
+        return gram_matrices(scaled, beside)[:, :m, m:].permute(2, 1, 0)
 
     def gram(self, scaled: Mapping[str, Tensor], *plain: Mapping[str, Tensor]) -> Tensor:
         """Gram matrices `(P, n, n)` fp64 in the metric, as `gram_matrices`.
@@ -269,7 +277,7 @@ def without_step(dataset: xr.Dataset, second_order: bool) -> xr.Dataset:
     curved = ("step_curvature", "predicted_change_second") if second_order else ()
     return dataset.assign(
         {
-            "step_effect": effect * math.nan,
+            "step_effect": unknown,
             **{f"{n}_effect": unknown.isel(objective=0, drop=True) for n in ("momentum", "decay")},
             "step_total": whole,
             "predicted_change": whole,

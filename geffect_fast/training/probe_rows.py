@@ -60,7 +60,8 @@ def choose_rows(
     Work is counted in tokens times forward passes. A training step takes 3 of its tokens (forward
     and backward with weight gradients); a probe by the reverse engine 3 of each risk's rows, and
     `1 + M + K` (with norms `1 + M + 2 K`) of the rows that K parts of objectives read, M risks; the
-    forward engine takes `1 + 2 M` of the latter, and about `6 + 4.5 M` by groups of layers. By
+    forward engine takes `1 + 2 M` of the latter, and about `6 + 4.5 M` by groups of layers. Where
+    it forms no whole gradients, effects in the optimizer's metric need `1 + 2 K` more for them. By
     sample, 1 more is for the rows of every risk but the forget risk, of which intervals need to
     know (`geffect_fast.results.risk_rows`). What rows do not decide is `1 + M + K` times
     `WEIGHT_PASS`.
@@ -96,6 +97,8 @@ def choose_rows(
             passes: float = 1 + len(rows) + (k if settings.norms is False else 2 * k)
             if forward:
                 passes = 6 + 4.5 * len(rows) if "group" in resolve else 1 + 2 * len(rows)
+            if forward or settings.norms is False:
+                passes += 1 + 2 * k
             effects += passes * _tokens(sets[name], roles)[list(rows[name])].sum()
         if "sample" in resolve:
             for name in rows.keys() - {"forget"}:
