@@ -1,6 +1,6 @@
 """Effects of the step that is really taken: `e_P = < grad R, P grad L >`, and the terms beside it.
 
-`P` is what the optimizer makes of a gradient (`geffect_fast.measure.optimizer_rules`). Effects are
+`P` is what the optimizer makes of a gradient (`geffect_fast.optimizers.rules`). Effects are
 measured along `P grad R` in place of `grad R`, so no engine knows of it.
 """
 
@@ -16,8 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from geffect_fast.errors import InputError
-from geffect_fast.measure.optimizer_rules import RULES, Held, OptimizerRule
-from geffect_fast.measure.optimizer_state import (
+from geffect_fast.objectives import Objective
+from geffect_fast.ops.reference import accumulation_dtype
+from geffect_fast.optimizers.rules import RULES, Held, OptimizerRule
+from geffect_fast.optimizers.state import (
     KNOWN,
     check_options,
     held_by,
@@ -27,8 +29,6 @@ from geffect_fast.measure.optimizer_state import (
     kind_of_state,
     read_state,
 )
-from geffect_fast.objectives import Objective
-from geffect_fast.ops.reference import accumulation_dtype
 from geffect_fast.results.axes import Resolution
 from geffect_fast.results.dataset import gram_matrices
 

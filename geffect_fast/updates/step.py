@@ -18,7 +18,7 @@ from geffect_fast.capture.per_sample import LossFn
 from geffect_fast.capture.products import weighted_sum
 from geffect_fast.updates.base import Need, UpdateRule
 from geffect_fast.updates.gradients import Gradients, add
-from geffect_fast.updates.optimizer_state import metric
+from geffect_fast.updates.optimizer_metric import metric
 from geffect_fast.updates.retain_rows import Kept, RowProducts, row_products
 
 

@@ -12,7 +12,7 @@ from geffect_fast.capture import Plan
 from geffect_fast.capture.compat import plain_name, unwrapped
 from geffect_fast.errors import InputError, UnsupportedModelError
 from geffect_fast.updates.base import UpdateRule
-from geffect_fast.updates.optimizer_state import check_optimizer
+from geffect_fast.updates.optimizer_metric import check_optimizer
 from geffect_fast.updates.retain_rows import check_rows
 from geffect_fast.updates.step import Losses, Step, evaluating
 
@@ -54,8 +54,8 @@ class Updater:
 
     def check(self, optimizer: Any) -> None:
         """Raise `InputError` where the rule cannot work with an optimizer, or its state."""
-        reads = "optimizer" in self.rule.needs
-        check_optimizer(optimizer, self._parameters, str(self.rule), reads)
+        if "optimizer" in self.rule.needs:
+            check_optimizer(optimizer, self._parameters, str(self.rule))
 
     def check_rows(self, n_retain: int) -> None:
         """Raise `InputError` where the rule cannot work with so many retain rows an update."""

@@ -299,5 +299,5 @@ class TestOptimizers:
         optimizer = torch.optim.AdamW(model.parameters())
         p = next(model.parameters())
         optimizer.state[p] = {"step": torch.tensor(1.0), "exp_avg_sq": torch.ones(3)}
-        with pytest.raises(InputError, match=r"has shape \(3,\).*of another model: load this"):
+        with pytest.raises(InputError, match=r"has shape \(3,\).*of another model: give this"):
             Updater(parse("gu"), model).check(optimizer)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from geffect_fast.errors import InputError
-from geffect_fast.measure.optimizer_rules import RULES, Held
+from geffect_fast.optimizers.rules import RULES, Held
 from geffect_fast.paths import user_path
 
 OPTIMIZER = "optimizer.pt"
@@ -43,8 +43,10 @@ def kind_of(optimizer: Any) -> str | None:
     return kind
 
 
-def held_by(optimizer: Any, parameters: Mapping[str, nn.Parameter]) -> dict[str, Held]:
-    """What a live optimizer holds of a model's parameters, by name.
+def held_by(
+    optimizer: Any, parameters: Mapping[str, nn.Parameter], where: str = "optimizer"
+) -> dict[str, Held]:
+    """What a live optimizer holds of a model's parameters, by name; `where` is for messages.
 
     Raises:
         InputError: a parameter is not among its own, or a tensor of its state has another shape.
@@ -55,11 +57,11 @@ def held_by(optimizer: Any, parameters: Mapping[str, nn.Parameter]) -> dict[str,
     for name, p in parameters.items():
         if id(p) not in owned:
             raise InputError(
-                f"optimizer: it does not hold '{name}' of the model; make it from this model's "
+                f"{where}: it does not hold '{name}' of the model; make it from this model's "
                 "parameters, or freeze what it does not step"
             )
         found[name] = Held(p, owned[id(p)], optimizer.state.get(p, {}))
-    return _checked(found, "optimizer")
+    return _checked(found, where)
 
 
 def read_state(source: str | Path) -> tuple[dict[str, Any], str]:
