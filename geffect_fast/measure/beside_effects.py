@@ -1,8 +1,8 @@
-"""What stands beside effects where it is asked for: conflicts of gradients, second derivatives."""
+"""What stands beside effects: those of the step that is taken, conflicts, second derivatives."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,44 @@ from torch import Tensor
 from geffect_fast.capture import Plan
 from geffect_fast.errors import InputError
 from geffect_fast.measure.rounding import HALF
+from geffect_fast.measure.step_metric import NextStep
+from geffect_fast.objectives import Objective
 from geffect_fast.results.axes import Resolution
+from geffect_fast.results.dataset import check_effects
+
+
+def effects_beside(
+    step: NextStep,
+    directions: Mapping[str, Tensor],
+    gradients: Mapping[str, Tensor],
+    objectives: Sequence[Objective],
+    resolution: Resolution,
+) -> dict[str, Any]:
+    """`step_effect` (objective, risk, part of the model), and what goes with it, by name.
+
+    They are products of whole gradients, and rows are not run again for them.
+
+    Args:
+        step: in whose metric.
+        directions: gradients of the risks, `(M, *shape)` by parameter.
+        gradients: of the objectives, `(K, *shape)`.
+        objectives: K.
+        resolution: says the parts of the model.
+
+    Raises:
+        NonFiniteError: an effect is not finite.
+    """
+    effects = step.effects(directions, gradients)
+    values = torch.zeros(len(objectives), dtype=torch.float64)  # which were checked
+    check_effects(effects, values, objectives, list(directions))
+    variables = step.variables(resolution, effects.sum(-1), step.beside_gradient(directions))
+    labels, columns = resolution.columns()
+    placed = effects.new_zeros(*effects.shape[:2], len(labels))
+    placed.index_add_(2, torch.tensor(columns), effects)
+    by = resolution.by_place
+    if by is None:
+        return variables | {"step_effect": (("objective", "risk"), placed[..., 0].numpy())}
+    return variables | {"step_effect": (("objective", "risk", by), placed.numpy())}
 
 
 def gradient_masses(

@@ -152,3 +152,16 @@ def find_effects(
     summed = gram[:, n_risks:, :n_risks].permute(1, 2, 0)
     effects.add_whole(columns, summed)
     return Effects(values, summed, names, gram, whole)
+
+
+def mixed_gradients(mixture: Tensor, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Gradients of objectives, `(K, *shape)` by parameter, from those of their parts.
+
+    Args:
+        mixture: `(K, n_parts)`, how often each part counts in each objective.
+        gradients: `(n_parts, *shape)` by parameter.
+    """
+    return {
+        name: torch.tensordot(mixture.to(of.device, of.dtype), of, dims=1)
+        for name, of in gradients.items()
+    }

@@ -36,10 +36,11 @@ from geffect_fast.errors import InputError, UnsupportedModelError
 from geffect_fast.measure.beside_effects import (
     check_second_order,
     conflict_variables,
+    effects_beside,
     gradient_masses,
     second_order_variables,
 )
-from geffect_fast.measure.effects import Effects, find_effects
+from geffect_fast.measure.effects import Effects, find_effects, mixed_gradients
 from geffect_fast.measure.memory import check_memory, within_budget
 from geffect_fast.measure.prepare import Prepared, Sources, needs_of, prepare, resolved_list
 from geffect_fast.measure.rounding import HALF, RoundingCheck
@@ -47,7 +48,6 @@ from geffect_fast.measure.step_metric import NextStep, StepMetric
 from geffect_fast.objectives import Objective
 from geffect_fast.results.axes import Resolution, by_row
 from geffect_fast.results.dataset import (
-    check_effects,
     check_gradients,
     dataset,
     gram_matrices,
@@ -336,7 +336,9 @@ class Profiler:
                 else:
                     gradients = mixed_gradients(self._mixture, gradients)
                 taken = self._formed(step, gradients)
-                result = result.assign(self._beside(taken, directions, gradients))
+                result = result.assign(
+                    effects_beside(taken, directions, gradients, self.objectives, resolution)
+                )
                 result = result.assign_attrs(taken.attributes(self.objectives))
             result = result.assign(conflict)
             if second_order:
@@ -417,27 +419,6 @@ class Profiler:
             chosen = [k for k, o in enumerate(self.objectives) if metric.step_of in (None, o)]
             read = {name: of[chosen] for name, of in gradients.items()}
         return metric.formed(self.plan.parameters, read)
-
-    def _beside(
-        self, step: NextStep, directions: Mapping[str, Tensor], gradients: Mapping[str, Tensor]
-    ) -> dict[str, Any]:
-        """Effects in a step's metric by part of the model, and what goes with them.
-
-        They are products of whole gradients, and rows are not run again for them.
-        """
-        effects = step.effects(directions, gradients)
-        values = torch.zeros(len(self.objectives), dtype=torch.float64)  # which were checked
-        check_effects(effects, values, self.objectives, list(self.plan.parameters))
-        variables = step.variables(
-            self._resolution, effects.sum(-1), step.beside_gradient(directions)
-        )
-        labels, columns = self._resolution.columns()
-        placed = effects.new_zeros(*effects.shape[:2], len(labels))
-        placed.index_add_(2, torch.tensor(columns), effects)
-        by = self._resolution.by_place
-        if by is None:
-            return variables | {"step_effect": (("objective", "risk"), placed[..., 0].numpy())}
-        return variables | {"step_effect": (("objective", "risk", by), placed.numpy())}
 
     def _conflicts(
         self, directions: Mapping[str, Tensor], unchanged: bool, progress: bool
@@ -618,16 +599,3 @@ class Profiler:
             within_budget(self._token_budget),
         ):
             yield lambda n: update(advance=n)
-
-
-def mixed_gradients(mixture: Tensor, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Gradients of objectives, `(K, *shape)` by parameter, from those of their parts.
-
-    Args:
-        mixture: `(K, n_parts)`, how often each part counts in each objective.
-        gradients: `(n_parts, *shape)` by parameter.
-    """
-    return {
-        name: torch.tensordot(mixture.to(of.device, of.dtype), of, dims=1)
-        for name, of in gradients.items()
-    }
