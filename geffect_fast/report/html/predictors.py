@@ -40,7 +40,7 @@ def _known(dataset: xr.Dataset) -> Table:
     rows = []
     for run in dataset["run"].values.tolist():
         of = dataset.sel(run=run)
-        cells = [_number(of.sel(predictor=name), "effect", "+.3g") for name in predictors]
+        cells = [_number(of.sel(predictor=name), "effect", "+.2g") for name in predictors]
         rows.append([run, str(of["objective"].item()), *cells])
     head = ["run", "objective", *predictors]
     return Table("What is known at the original model", head, rows, frozenset([0, 1]))
@@ -60,8 +60,8 @@ def _beside(dataset: xr.Dataset, name: str) -> Table:
             ]
         )
     where = "of all sets together" if name == "all" else f"on {name}"
-    head = ["run", *EFFECTS, *(f"change of {metric}" for metric in metrics)]
-    return Table(f"Effects before, beside every change {where}", head, rows)
+    head = ["run", *EFFECTS, *metrics]
+    return Table(f"Effects before, and changes {where}", head, rows)
 
 
 def _ranks(dataset: xr.Dataset) -> Table:
