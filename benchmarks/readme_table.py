@@ -139,6 +139,22 @@ def updates_table() -> str:
     return "\n".join([*lines, "", machine_line(rows[0])])
 
 
+def metrics_table() -> str:
+    """What metrics cost in training steps, in backwards of a row each, and in forwards."""
+    rows = read("metrics_cpu.csv")
+    lines = [
+        f"| {rows[0]['rows']} rows, {rows[0]['tokens']} tokens | in training steps "
+        "| in one backward a row | in forwards |",
+        "|---|---:|---:|---:|",
+    ]
+    lines += [
+        f"| {r['contestant']} | {float(r['of_step']):.2f} | {float(r['of_by_row']):.2f} "
+        f"| {float(r['of_forward']):.2f} |"
+        for r in rows
+    ]
+    return "\n".join([*lines, "", machine_line(rows[0])])
+
+
 def ops_table() -> str:
     """Every op against the fastest way to write it in plain torch, over all benchmarked shapes."""
     rows = read("ops_cpu.csv")
@@ -228,6 +244,7 @@ def rewritten(text: str) -> str:
         "rules": rules_table,
         "per sample": per_sample_table,
         "updates": updates_table,
+        "metrics": metrics_table,
         "ops": ops_table,
     }
     tables: dict[str, str | None] = {

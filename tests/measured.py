@@ -6,9 +6,21 @@ import json
 
 import numpy as np
 import xarray as xr
+from step_results import step_dataset
+
+import geffect_fast as gf
 
 METRICS = {"probability": "mean", "truth_ratio": "mean", "min_k(k=0.2)": "AUC"}
-KINDS = ("one", "several", "steps", "control", "relearn", "survey")
+KINDS = ("one", "several", "steps", "control", "relearn", "survey", "against")
+STUDY = {
+    "ga": "ga",
+    "npo": "npo(beta=0.1)",
+    "$\\frac{$": "wga(alpha=1)",
+    "gd": "gd",
+    "tnpo": "tnpo(beta=1)",
+    "kl": "ga + kl",
+}
+"""Objectives of runs that are set against effects, by the runs' names."""
 
 
 def measures(seed=0, sets=("forget", "retain"), metrics=METRICS, questions=None):
@@ -88,6 +100,17 @@ def assessed(base):
     )
 
 
+def against(n=6, **more):
+    """Measures of an original and of the first `n` of `STUDY`, set against effects."""
+    runs = {
+        name: step_dataset((objective,), seed=i, n_steps=3, every=2)
+        for i, (name, objective) in enumerate([*STUDY.items()][:n])
+    }
+    found = [measures(i, **more) for i in range(n + 1)]
+    both = gf.against_effects(runs, along("model", ["original", *runs], found))
+    return both.assign(effect_low=both["effect"] - 0.01, effect_high=both["effect"] + 0.01)
+
+
 def measured(kind, **more):
     """Measures of a kind of `KINDS`."""
     if kind == "one":
@@ -103,6 +126,8 @@ def measured(kind, **more):
             for m in range(2)
         ]
         return along("model", ["unlearned", "original"], found).assign_attrs(command="relearn")
+    if kind == "against":
+        return against(**more)
     if kind == "survey":
         return assessed(measured("several", **more))
     alphas = [0.0, 0.25, 0.3125, 0.5, 0.75, 1.0]

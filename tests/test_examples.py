@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import csv
 import runpy
+import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+import geffect_fast as gf
+from geffect_fast.data import read_rows, write_jsonl
+from geffect_fast.demo import make_fictitious_authors
+
+ROOT = Path(__file__).resolve().parents[1]
+EXAMPLES = ROOT / "examples"
 
 
 @pytest.fixture(scope="module")
@@ -63,3 +71,38 @@ def test_a_trainer_is_watched_with_three_lines() -> None:
     assert (result.risk_value.diff("step") > 0).all()
     assert found["agreement"] > 0.95
     assert float(found["weights"][-1]) < float(found["weights"][0]), "what is forgotten is spared"
+
+
+def test_a_study_sets_what_unlearning_did_beside_effects_before(tmp_path, monkeypatch, capsys):
+    """Made tiny: invented rows, a Llama of an epoch, three objectives, one metric."""
+    tofu, work = tmp_path / "tofu", tmp_path / "study"
+    tofu.mkdir()
+    rows = make_fictitious_authors(3, seed=0)
+    files = ("forget05_perturbed.json", "retain_perturbed.json", "retain95.json")
+    for file, of in zip(files, (rows[:10], rows[10:20], rows[10:]), strict=True):
+        write_jsonl(of, tofu / file)
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    monkeypatch.setattr("machine.RESULTS", tmp_path)
+    given = {"steps": 2, "rate": 1e-3, "runs": 3, "forget": 6, "retain": 8, "probed": 4}
+    given |= {"holdout": 5, "hidden": 32, "known": 0, "metrics": "probability", "csv": "found"}
+    words = [word for name, value in given.items() for word in (f"--{name}", str(value))]
+    monkeypatch.setattr(sys, "argv", ["does_e_predict.py", str(tofu), "--work", str(work), *words])
+    with torch.random.fork_rng(devices=[]):
+        runpy.run_path(str(EXAMPLES / "does_e_predict.py"), run_name="__main__")
+    assert "0 of 0 pairs are told from chance" in capsys.readouterr().out, "three runs say nothing"
+
+    learned = {row["question"] for row in [*rows[:6], *rows[10:18]]}
+    asked = {row["question"] for row in read_rows(work / "holdout.jsonl", name="holdout")}
+    assert len(asked) == 5 and not asked & learned, "nothing is trained on the hold-out"
+
+    found = gf.open_evaluation(work / "measures")
+    assert found["objective"].values.tolist() == ["ga", "gd", "ga + kl"]
+    assert found["metric"].values.tolist() == ["probability"]
+    e_u = found.effect.sel(predictor="e_u").values
+    assert (e_u < 0).all() and e_u[0] == pytest.approx(e_u[2], rel=1e-4), "kl is 0 at the start"
+    assert (found.change.sel(set="forget") < 0).all()
+    with (tmp_path / "found_runs.csv").open(encoding="utf-8") as file:
+        table = list(csv.DictReader(file))
+    assert [row["objective"] for row in table] == found["objective"].values.tolist()
+    assert [float(row["e_u"]) for row in table] == pytest.approx(e_u, rel=1e-12)
+    assert all(row["commit"] and row["cpu"] for row in table)

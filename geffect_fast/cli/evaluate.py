@@ -62,12 +62,5 @@ def evaluate(
         return run(execute_survey, checked, out, config, overwrite, quiet)
 
     from geffect_fast.measure.execute_evaluation import execute_evaluation
-    from geffect_fast.paths import user_path
-    from geffect_fast.report import write_predictions
-    from geffect_fast.storage.evaluation import open_evaluation
-    from geffect_fast.storage.save_run import add_report
 
     run(execute_evaluation, checked, out, config, overwrite, quiet)
-    if checked.against_effects:
-        again = "the same command with --overwrite"
-        add_report(user_path(out), open_evaluation(out), write_predictions, again)

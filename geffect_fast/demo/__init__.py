@@ -184,7 +184,7 @@ def _run_demo(
         _execute(make_config(values | swept), folder / SWEEP, progress, unmade)
         with torch.random.fork_rng(devices=[]):  # transformers' Trainer sets the seed for good
             runs = _unlearn(folder, values, progress, size)
-            _measure(folder, progress)
+            _measure(folder, progress, unmade)
         try:
             write_page(runs, folder / STEPS / PAGE)
         except Exception as error:  # as `write_report`
@@ -237,8 +237,11 @@ def _unlearn(
     return runs
 
 
-def _measure(folder: Path, progress: bool) -> None:
-    """Evaluate the four unlearned models and the one before, beside the effects there."""
+def _measure(folder: Path, progress: bool, unmade: list[UnfinishedError]) -> None:
+    """Evaluate the four unlearned models and the one before, beside the effects there.
+
+    What its report lacks is added to `unmade`.
+    """
     config = checked_config(
         EvaluateConfig,
         {
@@ -251,7 +254,12 @@ def _measure(folder: Path, progress: bool) -> None:
     )
     if progress:
         print("Measured is what the four unlearned models know still.", flush=True)
-    execute_evaluation(config, folder / MEASURES, progress=progress)
+    try:
+        execute_evaluation(config, folder / MEASURES, progress=progress, report=write_report)
+    except UnfinishedError as error:
+        unmade.append(error)
+    except InterruptedRunError:  # nothing of a demo is kept
+        raise KeyboardInterrupt from None
 
 
 def _prepare(folder: Path, seed: int, progress: bool, size: Size) -> dict[str, Any]:

@@ -11,14 +11,16 @@ if TYPE_CHECKING:
 
     from geffect_fast.report.files import ReportFiles
 
-__all__ = ["write_comparison_plots", "write_predictions", "write_report"]
+__all__ = ["write_comparison_plots", "write_report"]
 
 
 def write_report(dataset: xr.Dataset, folder: Path, held: Path | None = None) -> None:
     """Write `report.html`, `summary.csv`, `plots/` and `tokens.html` into a folder.
 
     `plots/layers.png` and `plots/instances.png` are of a profile. Measures get `plots/measures.png`
-    and `.svg`, those of a control also `plots/retention.png` and `.svg`, and no tokens.
+    and `.svg`, those of a control also `plots/retention.png` and `.svg`, and no tokens. Those that
+    are set against effects get `runs.csv`, `against_effects.csv`, `plots/against_effects.png` and
+    `.svg` as well.
 
     A plot or page whose axis was summed away is left out. A sweep gets `plots/pareto.png` and
     `plots/sweep.png`, and its other plots show the best objectives only. A step result gets a
@@ -27,7 +29,7 @@ def write_report(dataset: xr.Dataset, folder: Path, held: Path | None = None) ->
 
     Args:
         dataset: result of `geffect_fast.profile` or `sweep`, a step result, or measures of
-            `geffect_fast.evaluate`, `control` or `relearn`.
+            `geffect_fast.evaluate`, `against_effects`, `control` or `relearn`.
         folder: exists.
         held: another folder; what it holds already is left out.
 
@@ -53,31 +55,6 @@ def write_comparison_plots(runs: xr.Dataset, folder: Path) -> None:
     from geffect_fast.report.files import plot_files, write_each
 
     write_each(plot_files(comparison_drawings(runs)), folder)
-
-
-def write_predictions(dataset: xr.Dataset, folder: Path) -> None:
-    """Write what measures say beside effects: `runs.csv`, `against_effects.csv` and a figure.
-
-    Args:
-        dataset: of `geffect_fast.against_effects`.
-        folder: exists.
-
-    Raises:
-        UnfinishedError: something could not be drawn or written; all else is there.
-    """
-    from geffect_fast.report.files import write_each
-
-    write_each(prediction_files(dataset), folder)
-
-
-def prediction_files(dataset: xr.Dataset) -> Iterator[ReportFiles]:
-    """The files of `write_predictions`."""
-    from geffect_fast.report.figures.predictors import predictor_drawings
-    from geffect_fast.report.files import ReportFiles, plot_files
-    from geffect_fast.report.summary.predictors import CORRELATIONS, RUNS, write_predictors
-
-    yield ReportFiles((RUNS, CORRELATIONS), lambda folder: write_predictors(dataset, folder))
-    yield from plot_files(predictor_drawings(dataset))
 
 
 def _files(dataset: xr.Dataset) -> Iterator[ReportFiles]:
@@ -133,10 +110,18 @@ def _files_of_measures(dataset: xr.Dataset) -> Iterator[ReportFiles]:
     from geffect_fast.report.figures.measures import measure_drawings
     from geffect_fast.report.files import ReportFiles, plot_files
     from geffect_fast.report.html.page import write_run_page
+    from geffect_fast.report.summary.predictors import (
+        CORRELATIONS,
+        RUNS,
+        is_against_effects,
+        write_predictors,
+    )
     from geffect_fast.storage.csv_cells import write_csv
     from geffect_fast.storage.evaluation import table_of
     from geffect_fast.storage.run_folder import REPORT, SUMMARY
 
     yield ReportFiles((SUMMARY,), lambda folder: write_csv(table_of(dataset), folder / SUMMARY))
     yield ReportFiles((REPORT,), lambda folder: write_run_page(dataset, dataset, folder))
+    if is_against_effects(dataset):
+        yield ReportFiles((RUNS, CORRELATIONS), lambda folder: write_predictors(dataset, folder))
     yield from plot_files(measure_drawings(dataset))

@@ -59,6 +59,7 @@ RUN_FILES = (RESULTS, EVALUATION, CONFIG, SUMMARY, PLOTS, TOKENS, REPORT)
 _FIGURES = (
     *("layers", "instances", "sweep", "pareto", "effects", "risks", "groups", "prediction"),
     *("cosines", "norms", "token_weights", "trade_off", "measures", "retention", "relearned"),
+    "against_effects",
 )
 PLAIN_FILES = (
     *(RESULTS, EVALUATION, CONFIG, COST, SUMMARY, TOKENS, REPORT, MANIFEST),

@@ -110,7 +110,8 @@ def test_the_same_seed_gives_the_same_numbers_and_another_seed_others(tmp_path, 
     monkeypatch.setattr("geffect_fast.demo.write_report", lambda *_: None)
     monkeypatch.setattr("geffect_fast.demo.write_page", lambda *_: None)
     monkeypatch.setattr("geffect_fast.demo.RANGES", ("ga",))
-    monkeypatch.setattr("geffect_fast.demo.UNLEARNED", {"ga": "ga"})
+    monkeypatch.setattr("geffect_fast.demo.UNLEARNED", {"ga": "ga", "gd": "gd"})
+    monkeypatch.setattr("geffect_fast.demo.METRICS", ("probability",))
     hasty = replace(TINY, known=0.0, n_updates=2)
     one, two, other = (
         run_demo(tmp_path / name, seed=seed, size=hasty, progress=False).g_effect.values

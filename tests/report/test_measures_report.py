@@ -25,8 +25,8 @@ SECTIONS = ["answer", "curves", "measures", "instances", "signs", "made"]
 def test_a_page_is_whole_and_has_every_number(kind):
     dataset = measured(kind)
     root = checked(page_html({"run": dataset}, configs={"run": {"models": ["a"], "seed": 3}}))
-    shares = {"control": ["shares"], "survey": ["survey"]}.get(kind, [])
-    assert sections(root) == [SECTIONS[0], *shares, *SECTIONS[1:]]
+    own = {"control": ["shares"], "survey": ["survey"], "against": ["effects"]}.get(kind, [])
+    assert sections(root) == [SECTIONS[0], *own, *SECTIONS[1:]]
     table = text(section(root, "measures"))
     value = dataset["value"]
     axes = [dim for dim in value.dims if dim not in ("metric", "set")]
@@ -213,9 +213,11 @@ def test_retention_is_drawn_where_it_was_measured():
 def test_the_files_of_a_report(kind, tmp_path):
     write_report(measured(kind), tmp_path)
     names = {p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*") if p.is_file()}
-    drawn = ["measures", *{"control": ["retention"], "survey": ["relearned"]}.get(kind, [])]
+    own = {"control": "retention", "survey": "relearned", "against": "against_effects"}
+    drawn = ["measures", *([own[kind]] if kind in own else [])]
     assert names == {
         *("report.html", "summary.csv"),
+        *(("runs.csv", "against_effects.csv") if kind == "against" else ()),
         *(f"plots/{name}.{ending}" for name in drawn for ending in ("png", "svg")),
     }
     checked((tmp_path / "report.html").read_text(encoding="utf-8"))

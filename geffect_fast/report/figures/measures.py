@@ -11,6 +11,7 @@ import numpy as np
 
 from geffect_fast.report.figures import style
 from geffect_fast.report.figures.curves import MARKED, draw_lines, over, shade
+from geffect_fast.report.figures.predictors import FIGURE, predictor_figure
 from geffect_fast.report.format import shortened
 from geffect_fast.report.summary.measures import (
     is_control,
@@ -19,6 +20,7 @@ from geffect_fast.report.summary.measures import (
     measured_sets,
     place_axis,
 )
+from geffect_fast.report.summary.predictors import is_against_effects
 from geffect_fast.report.summary.survey import is_survey, relearning_of
 
 if TYPE_CHECKING:
@@ -31,13 +33,13 @@ _BOUNDS = ("value_low", "value_high")
 
 
 def measure_figures(dataset: xr.Dataset) -> dict[str, Figure]:
-    """All figures of measures by file stem: `retention` of a control, `measures`, and `relearned`
-    of the survey's assessment.
+    """All figures of measures by file stem: `retention` of a control, `against_effects` of those
+    that are set against effects, `measures`, and `relearned` of the survey's assessment.
 
     `figure.get_label()` describes each in a sentence. They belong to no window and no global state.
 
     Args:
-        dataset: of `geffect_fast.evaluate`, `control` or `relearn`.
+        dataset: of `geffect_fast.evaluate`, `against_effects`, `control` or `relearn`.
     """
     return style.drawn(measure_drawings(dataset))
 
@@ -47,6 +49,8 @@ def measure_drawings(dataset: xr.Dataset) -> style.Drawings:
     drawings: style.Drawings = {}
     if is_control(dataset):
         drawings["retention"] = lambda: _retention(dataset)
+    if is_against_effects(dataset):
+        drawings[FIGURE] = lambda: predictor_figure(dataset)
     drawings["measures"] = lambda: measures_figure(dataset)
     if is_survey(dataset):
         drawings["relearned"] = lambda: _over_steps_by_model(relearning_of(dataset))

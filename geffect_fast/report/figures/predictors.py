@@ -8,7 +8,7 @@ import numpy as np
 
 from geffect_fast.report.figures import style
 from geffect_fast.report.format import bounds, number
-from geffect_fast.report.summary.predictors import measured_pairs, prediction_sentence
+from geffect_fast.report.summary.predictors import measured_pairs
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -29,21 +29,16 @@ _MARKERS = ("o", "^", "s", "D", "v", "P")
 _NOTE = "A point a run. ρ: Spearman's, in brackets by drawing the runs anew; *: told from chance."
 
 
-def predictor_drawings(dataset: xr.Dataset) -> style.Drawings:
-    """The figure of measures that are set against effects, by file stem; none of any others."""
-    return {FIGURE: lambda: predictor_figure(dataset)} if "effect" in dataset else {}
-
-
 def predictor_figure(dataset: xr.Dataset) -> Figure | None:
-    """Changes of every metric over each predictor, in panels, a colour a set.
+    """Changes over each predictor, in panels, a colour a set; of metrics that differ between runs.
 
     Args:
         dataset: of `geffect_fast.against_effects`.
 
     Returns:
-        None where nothing changed that could be drawn.
+        None where nothing differs that could be drawn.
     """
-    pairs = measured_pairs(dataset)
+    pairs = [pair for pair in measured_pairs(dataset) if _differs(dataset, pair)]
     metrics = list(dict.fromkeys(metric for metric, _ in pairs))
     predictors = [name for name in SHOWN if name in dataset["predictor"].values]
     if not metrics or not predictors:
@@ -59,9 +54,10 @@ def predictor_figure(dataset: xr.Dataset) -> Figure | None:
         sets = [name for of, name in pairs if of == metric]
         for panel, predictor in zip(row, predictors, strict=True):
             of = dataset.sel(metric=metric, predictor=predictor)
+            # before the points, as margins are of the scale that a panel has then
+            style.fit_scale(panel.set_xscale, [of["effect"].values])
             said = [_points(panel, of.sel(set=name), name, looks[name]) for name in sets]
             style.zero_lines(panel, color="#bbbbbb", zorder=0)
-            style.fit_scale(panel.set_xscale, [of["effect"].values])
             panel.set_title("\n".join([metric, *said]), fontsize=9, loc="left")
             panel.set_xlabel(_WORDS[predictor], fontsize=8)
             panel.set_ylabel("change", fontsize=8)
@@ -74,8 +70,17 @@ def predictor_figure(dataset: xr.Dataset) -> Figure | None:
     look = {"ncols": len(names), "frameon": False, "fontsize": 9}
     figure.legend([*keys.values()], names, loc="outside lower center", **look)
     style.note(figure, _NOTE)
-    figure.set_label(prediction_sentence(dataset))
+    figure.set_label(
+        f"Changes of {', '.join(metrics)} against what was known at the original model, "
+        f"{', '.join(predictors)}: a panel a pair, a colour a data set."
+    )
     return figure
+
+
+def _differs(dataset: xr.Dataset, pair: tuple[str, str]) -> bool:
+    """Whether the changes of a metric and set are not all the same."""
+    changes = dataset["change"].sel(metric=pair[0], set=pair[1]).values
+    return len(np.unique(changes[np.isfinite(changes)])) > 1
 
 
 def _points(panel: Axes, of: xr.Dataset, name: str, look: dict[str, Any]) -> str:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from geffect_fast.report.figures.measures import measure_figures
+from geffect_fast.report.figures.predictors import FIGURE
 from geffect_fast.report.format import cell
 from geffect_fast.report.html.blocks import (
     MOST_ROWS,
@@ -19,6 +20,7 @@ from geffect_fast.report.html.blocks import (
     left_out,
     notes_of,
 )
+from geffect_fast.report.html.predictors import predictor_blocks
 from geffect_fast.report.summary.effects import thinned
 from geffect_fast.report.summary.measures import (
     is_control,
@@ -34,6 +36,7 @@ from geffect_fast.report.summary.measures import (
     share_rows,
     shown,
 )
+from geffect_fast.report.summary.predictors import is_against_effects, prediction_sentence
 from geffect_fast.report.summary.survey import (
     is_survey,
     survey_columns,
@@ -53,11 +56,14 @@ _WIDTH = 90
 def sections(dataset: xr.Dataset) -> dict[str, list[Block]]:
     """The sections of a page on one run of `evaluate`, `control` or `relearn`, by id."""
     figures = measure_figures(dataset)
-    lead, *more = measure_findings(dataset) or ["No metric has a number of any set."]
+    found = measure_findings(dataset) or ["No metric has a number of any set."]
+    against = is_against_effects(dataset)
+    lead, *more = [prediction_sentence(dataset), *found] if against else found
     return {
         "answer": [Text(lead, "lead"), *([Items(more)] if more else [])],
         "shares": (shares(dataset) if is_control(dataset) else [])
         + drawn_blocks(figures, ["retention"]),
+        "effects": (predictor_blocks(dataset) if against else []) + drawn_blocks(figures, [FIGURE]),
         "survey": survey(dataset) if is_survey(dataset) else [],
         "curves": drawn_blocks(figures, ["measures", "relearned"]),
         "measures": [*tables(dataset), *notes_of(notes(dataset))],

@@ -21,6 +21,7 @@ from geffect_fast.report.summary.measures import (
     measured_metrics,
     place_axis,
 )
+from geffect_fast.report.summary.predictors import is_against_effects
 from geffect_fast.report.summary.sweep import is_sweep
 from geffect_fast.results.dataset import sum_positions
 from geffect_fast.storage.disk import whole_file
@@ -52,13 +53,13 @@ def write_page(
     """Write a page that needs no network and no other file, and shows all without scripts.
 
     Its sections, of which those that the results hold nothing for are left out: `answer`,
-    `verdicts`, `shares`, `survey`, `curves`, `measures`, `layers`, `instances`, `tokens`,
-    `cosines`, `prediction`, `table`, `signs`, `made`.
+    `verdicts`, `shares`, `effects`, `survey`, `curves`, `measures`, `layers`, `instances`,
+    `tokens`, `cosines`, `prediction`, `table`, `signs`, `made`.
 
     Args:
         runs: by the name that the page calls it, the result of `geffect_fast.profile` or `sweep`,
-            or one with a step axis, or several of the latter; or that of `evaluate`, `control` or
-            `relearn`; may be lazy.
+            or one with a step axis, or several of the latter; or that of `evaluate`,
+            `against_effects`, `control` or `relearn`; may be lazy.
         file: to write; one that is there is replaced.
         configs: of some of the runs, the fields of its `run.yaml`.
 
@@ -142,6 +143,7 @@ def _of_measures(name: str, dataset: xr.Dataset, configs: Mapping[str, Mapping[s
     """The page of one run of `evaluate`, `control` or `relearn`."""
     what = "Unlearning with control" if is_control(dataset) else "Measures"
     what = "What comes back" if is_relearning(dataset) else what
+    what = "Measures beside effects" if is_against_effects(dataset) else what
     blocks = measures.sections(dataset) | {"made": _made({name: dataset}, configs)}
     stepwise = "step" in dataset["value"].dims
     return _page(
@@ -174,6 +176,7 @@ _HEADINGS = {
     "answer": "What was found",
     "verdicts": "Verdicts",
     "shares": "What is kept",
+    "effects": "Effects before, beside what unlearning did",
     "survey": "The survey's assessment",
     "curves": "Over steps",
     "measures": "All measures",

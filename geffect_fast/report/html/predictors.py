@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from geffect_fast.report.figures.predictors import FIGURE, predictor_figure
 from geffect_fast.report.format import cell, cell_with_interval
-from geffect_fast.report.html.blocks import Block, Table, Text, drawn_blocks, notes_of
+from geffect_fast.report.html.blocks import Block, Table, notes_of
 from geffect_fast.report.summary.predictors import (
-    BESIDE_NOTE,
+    EFFECTS,
+    EFFECTS_NOTE,
     RANKS_NOTE,
     measured_pairs,
-    prediction_sentence,
     predictor_notes,
 )
 
@@ -20,38 +19,49 @@ if TYPE_CHECKING:
 
 
 def predictor_blocks(dataset: xr.Dataset) -> list[Block]:
-    """The blocks of a section: what was found, both tables, and the figure.
+    """What was known of each run, what changed on each set beside it, and how the two agree.
 
     Args:
         dataset: of `geffect_fast.against_effects`.
     """
-    blocks: list[Block] = [Text(prediction_sentence(dataset), "lead"), _beside(dataset)]
-    blocks += notes_of([BESIDE_NOTE])
+    note = " ".join([EFFECTS_NOTE, *predictor_notes(dataset)])
+    blocks: list[Block] = [_known(dataset), *notes_of([note])]
+    sets = dict.fromkeys(name for _, name in measured_pairs(dataset))
+    blocks += [_beside(dataset, name) for name in sets]
+    blocks += notes_of(["Changes: what the unlearned model has more than the original."])
     if bool(dataset["spearman"].notnull().any()):
-        blocks.append(_ranks(dataset))
-        blocks += notes_of([" ".join([RANKS_NOTE, *predictor_notes(dataset)])])
-    return blocks + drawn_blocks({FIGURE: predictor_figure(dataset)}, (FIGURE,))
+        blocks += [_ranks(dataset), *notes_of([RANKS_NOTE])]
+    return blocks
 
 
-def _beside(dataset: xr.Dataset) -> Table:
-    """A row a run: its effects before, and what changed."""
+def _known(dataset: xr.Dataset) -> Table:
+    """A row a run: every predictor with its bounds."""
     predictors = dataset["predictor"].values.tolist()
-    pairs = measured_pairs(dataset)
     rows = []
     for run in dataset["run"].values.tolist():
         of = dataset.sel(run=run)
-        effects = [[float(of[f"effect{s}"].sel(predictor=p)) for s in _SIDES] for p in predictors]
-        changes = [float(of["change"].sel(metric=metric, set=name)) for metric, name in pairs]
+        cells = [_number(of.sel(predictor=name), "effect", "+.2g") for name in predictors]
+        rows.append([run, str(of["objective"].item()), *cells])
+    head = ["run", "objective", *predictors]
+    return Table("What is known at the original model", head, rows, frozenset([0, 1]))
+
+
+def _beside(dataset: xr.Dataset, name: str) -> Table:
+    """A row a run: its effects, and the change of every metric on a set."""
+    metrics = [metric for metric, of in measured_pairs(dataset) if of == name]
+    rows = []
+    for run in dataset["run"].values.tolist():
+        of = dataset.sel(run=run, set=name)
         rows.append(
             [
-                *(run, str(of["objective"].item())),
-                *(cell_with_interval(e, (low, high), "+.3g") for e, low, high in effects),
-                *(cell(change, "+.3g") for change in changes),
+                run,
+                *(cell(float(of["effect"].sel(predictor=each)), "+.2g") for each in EFFECTS),
+                *(cell(float(of["change"].sel(metric=metric)), "+.3g") for metric in metrics),
             ]
         )
-    head = ["run", "objective", *predictors, *(f"{metric}, {name}" for metric, name in pairs)]
-    caption = "Effects at the original model beside the change of every metric"
-    return Table(caption, head, rows, frozenset([0, 1]))
+    where = "of all sets together" if name == "all" else f"on {name}"
+    head = ["run", *EFFECTS, *metrics]
+    return Table(f"Effects before, and changes {where}", head, rows)
 
 
 def _ranks(dataset: xr.Dataset) -> Table:
@@ -61,12 +71,14 @@ def _ranks(dataset: xr.Dataset) -> Table:
         cells = []
         for predictor in dataset["predictor"].values.tolist():
             of = dataset.sel(metric=metric, set=name, predictor=predictor)
-            value, low, high = (float(of[f"spearman{side}"]) for side in _SIDES)
             star = "*" if bool(of["beyond_noise"]) else ""
-            cells.append(f"{cell_with_interval(value, (low, high), '+.2f')}{star}")
+            cells.append(f"{_number(of, 'spearman', '+.2f')}{star}")
         rows.append([f"{metric}, {name}", *cells])
     head = ["change of", *dataset["predictor"].values.tolist()]
     return Table("Rank correlations with what is known before", head, rows)
 
 
-_SIDES = ("", "_low", "_high")
+def _number(of: xr.Dataset, name: str, spec: str) -> str:
+    """A number with its bounds."""
+    value, low, high = (float(of[f"{name}{side}"]) for side in ("", "_low", "_high"))
+    return cell_with_interval(value, (low, high), spec)

@@ -15,22 +15,27 @@ if TYPE_CHECKING:
 
 RUNS, CORRELATIONS = "runs.csv", "against_effects.csv"
 
-BESIDE_NOTE = (
-    "e_u, e_r, collateral: at the original model, of the rows that the run probed; below them 95 % "
-    "intervals by the choice of these rows. Wanted: e_u strongly negative, e_r zero or positive. "
-    "The others: what the unlearned model has, and below it what that is more than the original's."
+EFFECTS = ("e_u", "e_r", "collateral")
+"""Predictors that every run has; tables show them beside each change."""
+EFFECTS_NOTE = (
+    "e_u, e_r, collateral: at the original model, of the rows that the run probed, with 95 % "
+    "intervals by the choice of these rows. Wanted: e_u strongly negative, e_r zero or positive."
 )
 RANKS_NOTE = (
     "Spearman's rank correlation over the runs of what is known at the original model with what "
-    "changed; below it its interval by drawing the runs anew, and Kendall's τ. *: told from "
-    "chance (p < 0.05, the interval leaves 0 out); the rest is within noise. u, r: on the forget "
-    "and the retain risk."
+    "changed, with its interval by drawing the runs anew. *: told from chance (p < 0.05, the "
+    "interval leaves 0 out); the rest is within noise. u, r: on the forget and the retain risk."
 )
 _PREDICTORS = (
     ("cosine", "cosine: of the objective's gradient with the risk's."),
     ("update", "update: first-order change of the risk by the optimizer's own first updates."),
     ("sgd", "sgd: the same by plain gradient descent at the run's learning rate, −lr·e."),
 )
+
+
+def is_against_effects(dataset: xr.Dataset) -> bool:
+    """Whether measures are those of `geffect_fast.against_effects`."""
+    return {"effect", "change"} <= set(dataset.data_vars)
 
 
 def predictor_notes(dataset: xr.Dataset) -> list[str]:
@@ -90,7 +95,7 @@ def _strongest(dataset: xr.Dataset, name: str) -> str:
     )
     best = order[-1]
     return (
-        f"On {name} {best} tells {int(told.sel(predictor=best))} of {n} metrics, with |ρ| of "
+        f"On {name} {best} tells {int(told.sel(predictor=best))} of {n} metrics, by a ρ of size "
         f"{float(sizes.sel(predictor=best).mean()):.2f} on average over these."
     )
 

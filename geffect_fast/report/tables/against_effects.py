@@ -12,7 +12,8 @@ from rich.text import Text
 from geffect_fast.measure.rank_correlation import FEWEST
 from geffect_fast.report.format import bounds, number
 from geffect_fast.report.summary.predictors import (
-    BESIDE_NOTE,
+    EFFECTS,
+    EFFECTS_NOTE,
     RANKS_NOTE,
     measured_pairs,
     original_values,
@@ -25,21 +26,18 @@ if TYPE_CHECKING:
     import xarray as xr
 
 
+_BESIDE_NOTE = f"{EFFECTS_NOTE} The others: what the unlearned model has, below it the change."
+_TAU_NOTE = "τ: Kendall's."
 _MOST = 4
 """Metrics and sets that one table has room for."""
 
 
-def is_against_effects(dataset: xr.Dataset) -> bool:
-    """Whether measures are those of `geffect_fast.against_effects`."""
-    return {"effect", "change"} <= set(dataset.data_vars)
-
-
 def render_against_effects(dataset: xr.Dataset) -> RenderableType:
     """Both tables, for `rich.console.Console.print`; of a few methods the first alone."""
-    beside = Group(*render_beside(dataset), Text(BESIDE_NOTE, style="dim"))
+    beside = Group(*render_beside(dataset), Text(_BESIDE_NOTE, style="dim"))
     if not bool(dataset["spearman"].notnull().any()):
         return Group(beside, Text(prediction_sentence(dataset)))
-    note = Text(" ".join([RANKS_NOTE, *predictor_notes(dataset)]), style="dim")
+    note = Text(" ".join([RANKS_NOTE, _TAU_NOTE, *predictor_notes(dataset)]), style="dim")
     return Group(beside, render_ranks(dataset), note, Text(prediction_sentence(dataset)))
 
 
@@ -54,7 +52,7 @@ def render_beside(dataset: xr.Dataset) -> list[Table]:
 
 def _beside(dataset: xr.Dataset, pairs: list[tuple[str, str]]) -> Table:
     """One of these tables, of some metrics and sets."""
-    shown = [name for name in ("e_u", "e_r", "collateral") if name in dataset["predictor"].values]
+    shown = [name for name in EFFECTS if name in dataset["predictor"].values]
     table = new_table(
         "effects at the original model beside what unlearning did",
         ("run", FOLDED | {"min_width": 12}),

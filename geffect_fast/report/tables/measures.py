@@ -22,13 +22,14 @@ from geffect_fast.report.summary.measures import (
     share_rows,
     shown,
 )
+from geffect_fast.report.summary.predictors import is_against_effects
 from geffect_fast.report.summary.survey import (
     is_survey,
     survey_columns,
     survey_notes,
     survey_rows,
 )
-from geffect_fast.report.tables.against_effects import is_against_effects, render_against_effects
+from geffect_fast.report.tables.against_effects import render_against_effects
 from geffect_fast.report.tables.cells import FOLDED
 
 if TYPE_CHECKING:
