@@ -58,7 +58,7 @@ class HarnessTasks(Settings):
         return {f"--lm-eval-include {path.name}": str(path) for path in found}
 
 
-class Measuring(Evaluating, HarnessTasks):
+class MetricsAndTasks(Evaluating, HarnessTasks):
     """What is measured by metrics, and by tasks."""
 
 
@@ -145,7 +145,7 @@ class Assessing(Settings):
         return {"--original": self.original, "--refusals": self.refusals}
 
 
-class EvaluateConfig(Machine, Measuring, Compared, Assessing):
+class EvaluateConfig(Machine, MetricsAndTasks, Compared, Assessing):
     """All that decides the numbers of an evaluation; saved as `run.yaml`, it replays them."""
 
     command: Literal["evaluate"] = "evaluate"

@@ -24,7 +24,7 @@ from geffect_fast.data import (
 from geffect_fast.data.row_kinds import CALLED, RowKind
 from geffect_fast.engines.batches import TokenBudget
 from geffect_fast.errors import GEffectWarning, InputError
-from geffect_fast.evaluation_settings import Evaluating, Measuring
+from geffect_fast.evaluation_settings import Evaluating, MetricsAndTasks
 from geffect_fast.measure.harness import Harness
 from geffect_fast.measure.memory import within_budget
 from geffect_fast.measure.models import evaluating, load_model
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 Model = nn.Module | str | Path
 
 
-@with_settings(Measuring)
+@with_settings(MetricsAndTasks)
 def evaluate(
     model: nn.Module,
     tokenizer: Any,
@@ -107,7 +107,7 @@ def evaluate(
         ...                      retain="retain_perturbed.json", metrics=["truth_ratio", "rouge_l"])
         >>> result.value.sel(metric="rouge_l", set="forget")
     """
-    checked = checked_config(Measuring, settings)
+    checked = checked_config(MetricsAndTasks, settings)
     sources = {FORGET: forget, "retain": retain, HOLDOUT: holdout, **checked_probes(probes)}
     harness = Harness(checked, tokenizer, sources) if checked.lm_eval_tasks else None
     evaluator = Evaluator(model, tokenizer, checked, sources, reference_model, retain_model)

@@ -20,7 +20,7 @@ from torch import nn
 
 from geffect_fast.errors import GEffectWarning, InputError
 from geffect_fast.evaluation_settings import HarnessTasks
-from geffect_fast.measure.models import evaluating
+from geffect_fast.measure.models import evaluating, quiet_transformers
 from geffect_fast.metrics.extra import lm_eval
 from geffect_fast.objectives.registry import nearest
 from geffect_fast.paths import user_path
@@ -82,7 +82,7 @@ class Harness:
                     f"lm_eval_tasks: unknown {task[:60]!r}; {_advice(task, self._known.all_tasks)}"
                 )
         for task in settings.lm_eval_tasks:
-            with _silently(True), _random_numbers_kept(), Trying() as trial:
+            with _silently(True), quiet_transformers(), _random_numbers_kept(), Trying() as trial:
                 self._known.load([task])
             if trial.error is not None:
                 raise InputError(_why_not(task, trial)) from trial.error

@@ -209,6 +209,24 @@ def test_model_tokenizer_and_random_numbers_are_left_as_found(model, tokenizer, 
     assert torch.equal(seeded[2], torch.get_rng_state())
 
 
+def test_weights_that_were_untied_stay_so(model, tokenizer, few, tasks):
+    pytest.importorskip("lm_eval")
+    untied = copy.deepcopy(model)
+    untied.config.tie_word_embeddings = True
+    head = untied.lm_head.weight
+    assert head is not untied.model.embed_tokens.weight
+    gf.evaluate(
+        untied,
+        tokenizer,
+        **few,
+        lm_eval_tasks=["invented_authors"],
+        lm_eval_include=str(tasks),
+        lm_eval_limit=1,
+    )
+    assert untied.lm_head.weight is head
+    assert untied.model.embed_tokens.weight is not head
+
+
 def test_limit_is_the_first_rows(model, tokenizer, few, tasks, rows):
     pytest.importorskip("lm_eval")
     result = gf.evaluate(
