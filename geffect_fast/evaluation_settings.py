@@ -7,12 +7,59 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from geffect_fast.paths import is_there, user_path
-from geffect_fast.setting_types import Name, Option, PathOrId, canonical_list, read_by
+from geffect_fast.setting_types import Name, Option, PathOrId, canonical_list, read_by, texts_of
 from geffect_fast.settings import Machine, Metrics, Reading, Settings, as_text
 
 
 class Evaluating(Reading, Metrics):
     """What is measured, and how."""
+
+
+class HarnessTasks(Settings):
+    """Which tasks of lm-evaluation-harness are run, and how."""
+
+    lm_eval_tasks: Annotated[
+        tuple[str, ...],
+        BeforeValidator(texts_of),
+        Option(
+            metavar="NAMES",
+            help="Tasks of lm-evaluation-harness, with commas between: 'arc_easy,mmlu'; "
+            "repeatable.",
+            repeatable=True,
+        ),
+    ] = ()
+    """Tasks, groups or tags of lm-evaluation-harness (extra lm-eval) by name, such as arc_easy or
+    mmlu: its own scores on its own data stand beside the measures, in the set lm_eval."""
+
+    lm_eval_limit: int | None = Field(default=None, gt=0)
+    """Rows of each task that are run, the first of them; none: all."""
+
+    lm_eval_include: PathOrId | None = None
+    """A folder of one's own task files (YAML) for lm_eval_tasks."""
+
+    lm_eval_batch_size: int = Field(default=8, gt=0)
+    """Rows a batch of lm_eval_tasks."""
+
+    @model_validator(mode="after")
+    def _of_tasks(self) -> HarnessTasks:
+        for i, task in enumerate(self.lm_eval_tasks):
+            if task in self.lm_eval_tasks[:i]:
+                raise ValueError(f"lm_eval_tasks: {task} is listed twice; leave one out")
+        for field in ("lm_eval_limit", "lm_eval_include"):
+            if getattr(self, field) is not None and not self.lm_eval_tasks:
+                raise ValueError(f"{field}: goes with lm_eval_tasks (--lm-eval-tasks NAMES)")
+        return self
+
+    def task_files(self) -> dict[str, str | None]:
+        """One's own task files, by the option that gives them."""
+        if self.lm_eval_include is None:
+            return {}
+        found = sorted(user_path(self.lm_eval_include).rglob("*.yaml"))
+        return {f"--lm-eval-include {path.name}": str(path) for path in found}
+
+
+class MetricsAndTasks(Evaluating, HarnessTasks):
+    """What is measured by metrics, and by tasks."""
 
 
 class Compared(Settings):
@@ -98,7 +145,7 @@ class Assessing(Settings):
         return {"--original": self.original, "--refusals": self.refusals}
 
 
-class EvaluateConfig(Machine, Evaluating, Compared, Assessing):
+class EvaluateConfig(Machine, MetricsAndTasks, Compared, Assessing):
     """All that decides the numbers of an evaluation; saved as `run.yaml`, it replays them."""
 
     command: Literal["evaluate"] = "evaluate"
@@ -177,5 +224,6 @@ class EvaluateConfig(Machine, Evaluating, Compared, Assessing):
             "--retain": self.retain,
             **self.compared_inputs(),
             **self.assessed_inputs(),
+            **self.task_files(),
         }
         return {option: source for option, source in named.items() if source is not None}

@@ -77,6 +77,14 @@ def canonical_list(objectives: Any) -> tuple[str, ...]:
     return tuple(map(str, found))
 
 
+def texts_of(given: Any) -> Any:
+    """A list of names, of one text with commas or of several, without the spaces around them."""
+    texts = [given] if isinstance(given, str) else given
+    if not isinstance(texts, list | tuple) or not all(isinstance(text, str) for text in texts):
+        return given
+    return tuple(name for text in texts for each in text.split(",") if (name := each.strip()))
+
+
 def canonical_or_none(objective: str | None) -> str | None:
     """The same; None stays."""
     return None if objective is None else canonical(objective)

@@ -5,6 +5,7 @@ import pytest
 from geffect_fast.arguments import make_config
 from geffect_fast.cli import main
 from geffect_fast.errors import InputError
+from geffect_fast.evaluation_settings import EvaluateConfig
 from geffect_fast.settings import ProfileConfig
 from geffect_fast.storage.run_yaml import dump_config, load_config
 
@@ -73,3 +74,19 @@ def test_commas_within_an_objective_part_no_list(monkeypatch, tmp_path):
     assert main([*words, "--objective", "ga", *more]) == 2
     assert found[0].measured == ("ga", "satimp(beta1=5, beta2=1)", "wga", "npo(beta=0.5)")
     assert found[0].objective == "ga"
+
+
+def test_tasks_are_names_and_own_task_files_are_inputs(tmp_path):
+    (tmp_path / "own.yaml").write_text("task: own", encoding="utf-8")
+    config = EvaluateConfig(
+        models="a/b",
+        forget="c/d",
+        retain="e/f",
+        lm_eval_tasks=["own , arc_easy", "mmlu"],
+        lm_eval_include=str(tmp_path),
+        lm_eval_limit=3,
+    )
+    assert config.lm_eval_tasks == ("own", "arc_easy", "mmlu")
+    assert config.inputs()["--lm-eval-include own.yaml"] == str(tmp_path / "own.yaml")
+    (tmp_path / "run.yaml").write_text(dump_config(config), encoding="utf-8")
+    assert load_config(tmp_path / "run.yaml") == config

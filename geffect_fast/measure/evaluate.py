@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,9 +24,10 @@ from geffect_fast.data import (
 from geffect_fast.data.row_kinds import CALLED, RowKind
 from geffect_fast.engines.batches import TokenBudget
 from geffect_fast.errors import GEffectWarning, InputError
-from geffect_fast.evaluation_settings import Evaluating
+from geffect_fast.evaluation_settings import Evaluating, MetricsAndTasks
+from geffect_fast.measure.harness import Harness
 from geffect_fast.measure.memory import within_budget
-from geffect_fast.measure.models import load_model
+from geffect_fast.measure.models import evaluating, load_model
 from geffect_fast.measure.prepare import Sources, check_model, table_of_positions
 from geffect_fast.metrics.base import ALL, FORGET, HOLDOUT, Metric, Seen
 from geffect_fast.metrics.dataset import measures_dataset
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 Model = nn.Module | str | Path
 
 
-@with_settings(Evaluating)
+@with_settings(MetricsAndTasks)
 def evaluate(
     model: nn.Module,
     tokenizer: Any,
@@ -88,7 +88,9 @@ def evaluate(
         `interval_level` of all draws of the rows, `geffect_fast.results.intervals`; NaN of a
         p-value, and where all rows of a set score alike, which says nothing of other rows), and
         `sample_value` (metric, sample), the rows' scores. All fp64; NaN where a metric has no
-        number. A number of several sets together stands under the set `all`.
+        number. A number of several sets together stands under the set `all`; the scores of
+        `lm_eval_tasks`, as `TASK/SCORE`, under the set `lm_eval`, with bounds of 1.96 standard
+        errors either way and no scores of rows.
 
         Coordinates: `metric` as written, with `statistic` (what the number of a set is: mean, AUC,
         p-value ...); `set`; `sample` (row number) with `sample_set` and `question`.
@@ -105,15 +107,12 @@ def evaluate(
         ...                      retain="retain_perturbed.json", metrics=["truth_ratio", "rouge_l"])
         >>> result.value.sel(metric="rouge_l", set="forget")
     """
-    evaluator = Evaluator(
-        model,
-        tokenizer,
-        checked_config(Evaluating, settings),
-        {FORGET: forget, "retain": retain, HOLDOUT: holdout, **checked_probes(probes)},
-        reference_model,
-        retain_model,
-    )
-    return evaluator.measure(model, progress=progress)
+    checked = checked_config(MetricsAndTasks, settings)
+    sources = {FORGET: forget, "retain": retain, HOLDOUT: holdout, **checked_probes(probes)}
+    harness = Harness(checked, tokenizer, sources) if checked.lm_eval_tasks else None
+    evaluator = Evaluator(model, tokenizer, checked, sources, reference_model, retain_model)
+    measures = evaluator.measure(model, progress=progress)
+    return measures if harness is None else harness.beside(measures, model, progress=progress)
 
 
 def checked_probes(probes: Mapping[str, Any] | None) -> Mapping[str, Any]:
@@ -416,15 +415,3 @@ def vocabulary(model: nn.Module) -> int | None:
     config: Any = getattr(model, "config", None)
     size = getattr(getattr(config, "get_text_config", lambda: config)(), "vocab_size", None)
     return size if isinstance(size, int) else None
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Inside, a model is in eval mode; afterwards all its modules are as they were."""
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        model.eval()
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode

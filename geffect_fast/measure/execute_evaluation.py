@@ -17,6 +17,8 @@ from geffect_fast.measure.evaluation_run import (
     evaluation_folder,
     read_sets,
 )
+from geffect_fast.measure.execute import tokenizer_of
+from geffect_fast.measure.harness import Harness
 from geffect_fast.measure.models import load_model, resolve_device
 from geffect_fast.metrics.registry import resolved_metrics
 from geffect_fast.paths import find_checkpoints, is_there, short_names, user_path
@@ -103,6 +105,10 @@ def execute_evaluation(
     sources = {"forget": config.forget, "retain": config.retain, "holdout": config.holdout}
     sources |= checked_probes(config.probes)
     sets, tokenizer = read_sets(config, sources, own_tokenizer, "model", progress)
+    harness = None
+    if config.lm_eval_tasks:
+        reads = tokenizer or tokenizer_of(config, True, own_tokenizer, "model")
+        harness = Harness(config, reads, sources)
     with evaluation_folder(config, out, overwrite, inputs, report) as folder:
         evaluator, results = None, []
         for name, source in models.items():
@@ -119,7 +125,10 @@ def execute_evaluation(
                     config.retain_model,
                 )
                 check_recorded(config.rows, evaluator.rows)
-            results.append(evaluator.measure(model, progress=progress, what=what))
+            measures = evaluator.measure(model, progress=progress, what=what)
+            if harness is not None:
+                measures = harness.beside(measures, model, progress=progress, what=what)
+            results.append(measures)
             del model  # before the next one is loaded
         assert evaluator is not None
         dataset = results[0]

@@ -1,4 +1,4 @@
-"""Packages of the extra `evaluate`, which the package itself does without."""
+"""Packages of the extras `evaluate` and `lm-eval`, which the package itself does without."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any
 from geffect_fast.errors import InputError
 
 
-def _needed(module: str, package: str, what: str) -> Any:
+def _needed(module: str, package: str, what: str, extra: str = "evaluate") -> Any:
     try:
         return importlib.import_module(module)
     except ImportError:
         raise InputError(
-            f"{what} needs the package {package}: pip install 'geffect-fast[evaluate]'"
+            f"{what} needs the package {package}: pip install 'geffect-fast[{extra}]'"
         ) from None
 
 
@@ -33,3 +33,10 @@ def rouge_scorer(*, use_stemmer: bool) -> Any:
     """A scorer of ROUGE-L by the package rouge-score."""
     scorers = _needed("rouge_score.rouge_scorer", "rouge-score", "ROUGE")
     return scorers.RougeScorer(["rougeL"], use_stemmer=use_stemmer)
+
+
+def lm_eval() -> Any:
+    """The package lm-evaluation-harness, `lm_eval`, with its models of transformers."""
+    for module in ("lm_eval.tasks", "lm_eval.models.huggingface"):
+        _needed(module, "lm_eval", "lm_eval_tasks", "lm-eval")
+    return importlib.import_module("lm_eval")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 
 from bad_input.case import Case, holds, weight
 from models import build, samples
@@ -114,6 +115,38 @@ CASES = [
     ),
     Case("a metric that is none", evaluate(metrics="xyzzy"), "'xyzzy'", "known: "),
     Case("a suite with a typo", evaluate("--suite", "tofuu"), "'tofuu'", "did you mean 'tofu'?"),
+    Case(
+        "a task of lm-evaluation-harness without the package",
+        evaluate("--lm-eval-tasks", "arc_easy"),
+        "lm_eval_tasks needs the package lm_eval",
+        "pip install 'geffect-fast[lm-eval]'",
+        lambda _here, patch: patch.setitem(sys.modules, "lm_eval.tasks", None),
+    ),
+    Case(
+        "a task twice",
+        evaluate("--lm-eval-tasks", "arc_easy,arc_easy"),
+        "arc_easy is listed twice",
+        "leave one out",
+    ),
+    Case(
+        "a limit of tasks and no tasks",
+        evaluate("--lm-eval-limit", "5"),
+        "lm-eval-limit",
+        "goes with lm_eval_tasks",
+    ),
+    Case(
+        "a folder of tasks and no tasks",
+        evaluate("--lm-eval-include", "model"),
+        "lm-eval-include",
+        "goes with lm_eval_tasks",
+    ),
+    Case(
+        "no row of a task",
+        evaluate("--lm-eval-tasks", "arc_easy", "--lm-eval-limit", "0"),
+        "--lm-eval-limit",
+        "greater than 0",
+    ),
+    Case("tasks that are no names", call(lm_eval_tasks=[3]), "lm_eval_tasks", "valid string"),
     Case("a metric twice", evaluate(metrics="nll,nll"), "'nll' is listed twice", "leave one out"),
     Case(
         "a hyper-parameter with a typo",

@@ -19,6 +19,8 @@ _NO_BOUNDS = (
 _OF_STATISTIC = {
     "AUC": "AUC: the probability that a forget row looks more trained on than a hold-out row.",
     "p-value": "p-value: 1 where no test tells the model from one without the forget rows.",
+    "task score": "task score: of lm-evaluation-harness on its own data (lm_eval), in brackets "
+    "1.96 of its standard errors either way.",
     "harmonic mean": "harmonic mean: 0 where one of its parts is.",
 }
 _OF_METRIC = {
