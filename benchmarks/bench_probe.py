@@ -76,7 +76,7 @@ def measure(
         optimizer.step()
         optimizer.zero_grad()
         between = time.perf_counter()
-        probe.at(step + 1, learning_rates=[run.training.learning_rate])
+        probe.at(step + 1, learning_rates=[run.training.learning_rate], optimizer=optimizer)
         end = time.perf_counter()
         if step:  # the first warms up
             seconds["step"] = min(seconds["step"], between - start)

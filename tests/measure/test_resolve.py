@@ -226,7 +226,7 @@ def test_a_run_that_fails_leaves_no_file(tmp_path, monkeypatch):
             run(build("llama"), ("sample", "position"), out=file)
     assert list(tmp_path.iterdir()) == []
     with monkeypatch.context() as patch:
-        patch.setattr(profiling, "check_effects", fail)
+        patch.setattr("geffect_fast.measure.effects.check_effects", fail)
         with pytest.raises(InputError):
             run(build("llama"), ("sample", "position"), out=file)
     assert list(tmp_path.iterdir()) == []

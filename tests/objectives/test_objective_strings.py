@@ -254,7 +254,7 @@ def test_huge_strings_end_soon_and_calmly(text):
     except InputError as error:
         assert str(error).splitlines() == [str(error)]
         assert len(str(error)) < 400
-    assert time.process_time() - begin < 5
+    assert time.process_time() - begin < 30
 
 
 def test_deep_groups_mean_what_they_say():
