@@ -97,13 +97,13 @@ CASES = [
         "a hold-out that is not there",
         unlearn(metrics="min_k", holdout="gone.jsonl"),
         "gone.jsonl",
-        "",
+        "give a file of JSON lines",
     ),
     Case(
         "a retain model that is not there",
         unlearn(metrics="forget_quality", retain_model="gone/model"),
         "gone/model",
-        "",
+        "give a folder, or check the id",
     ),
     Case(
         "resume with other metrics",

@@ -86,7 +86,7 @@ CASES = [
         "an original that is not there",
         survey(original="./gone/model"),
         "original ./gone/model",
-        "",
+        "give a folder or a hub id",
     ),
     Case(
         "a setting of relearning without a value",
@@ -128,7 +128,7 @@ CASES = [
         "a model of a run whose config is damaged",
         survey(models="made/model"),
         "made/run.yaml",
-        "",
+        "not valid YAML at line 1",
         both(
             holds("made/run.yaml", "["),
             lambda here, _: (here / "model").rename(here / "made/model"),
