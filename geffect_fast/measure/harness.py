@@ -22,8 +22,8 @@ from geffect_fast.errors import GEffectWarning, InputError
 from geffect_fast.evaluation_settings import HarnessTasks
 from geffect_fast.measure.models import evaluating, quiet_transformers
 from geffect_fast.metrics.extra import lm_eval
-from geffect_fast.objectives.registry import nearest
 from geffect_fast.paths import user_path
+from geffect_fast.registry import nearest
 from geffect_fast.trying import Trying
 
 if TYPE_CHECKING:

@@ -12,14 +12,12 @@ from pydantic.fields import FieldInfo
 from geffect_fast.arguments import checked_config
 from geffect_fast.errors import InputError
 from geffect_fast.metrics.base import Metric
-from geffect_fast.objectives.registry import nearest
+from geffect_fast.registry import Registry, nearest
 
 M = TypeVar("M", bound=type[Metric])
 
-_NAME = re.compile(r"[a-z_][a-z0-9_]*")
 _CALL = re.compile(r"\s*(?P<name>[^()\s]+)\s*(\((?P<inside>[^()]*)\))?\s*")
 _COMMA = re.compile(r",(?![^()]*\))")
-_CLASSES: dict[str, type[Metric]] = {}
 
 DEFAULT = ("probability", "extraction_strength", "exact_memorisation")
 """What is measured where nothing is named: one forward pass, of any rows."""
@@ -41,6 +39,22 @@ what is a metric: efficacy in scope, utility out of scope and paraphrases
 """
 
 
+def _check(name: str, cls: type[Metric]) -> None:
+    if cls.scores is Metric.scores and cls.measures is Metric.measures:
+        raise InputError(f"metric {name!r}: {cls.__name__} must define scores()")
+    if "written" in cls.needs and cls.most_written is Metric.most_written:
+        raise InputError(
+            f"metric {name!r}: {cls.__name__} needs 'written', so it must define most_written()"
+        )
+    declared: FieldInfo
+    for field, declared in vars(cls)["__pydantic_fields__"].items():
+        if declared.is_required():
+            raise InputError(f"metric {name!r}: {field!r} has no default; give it one")
+
+
+METRICS: Registry[Metric] = Registry(Metric, "metric", _check, unknown="metrics: unknown")
+
+
 def register(name: str) -> Callable[[M], M]:
     """Class decorator that makes a metric usable by `name` in lists of metrics.
 
@@ -57,35 +71,12 @@ def register(name: str) -> Callable[[M], M]:
         >>> @register("surprise")
         ... class Surprise(Metric): ...
     """
-    if not isinstance(name, str) or not _NAME.fullmatch(name):
-        raise InputError(f"metric name {name!r} must be a lower-case identifier")
-
-    def add(cls: M) -> M:
-        if not (isinstance(cls, type) and issubclass(cls, Metric)):
-            raise InputError(f"metric {name!r}: {cls!r} must be a subclass of Metric")
-        taken = _CLASSES.get(name)
-        if taken is not None and _origin(taken) != _origin(cls):
-            raise InputError(f"metric name {name!r} is taken by {'.'.join(_origin(taken))}")
-        if cls.scores is Metric.scores and cls.measures is Metric.measures:
-            raise InputError(f"metric {name!r}: {cls.__name__} must define scores()")
-        if "written" in cls.needs and cls.most_written is Metric.most_written:
-            raise InputError(
-                f"metric {name!r}: {cls.__name__} needs 'written', so it must define most_written()"
-            )
-        declared: FieldInfo
-        for field, declared in vars(cls)["__pydantic_fields__"].items():
-            if declared.is_required():
-                raise InputError(f"metric {name!r}: {field!r} has no default; give it one")
-        cls.name = name
-        _CLASSES[name] = cls
-        return cls
-
-    return add
+    return METRICS.register(name)
 
 
 def available() -> tuple[str, ...]:
     """Names of all registered metrics, in alphabetical order."""
-    return tuple(sorted(_CLASSES))
+    return METRICS.available()
 
 
 def resolved_metrics(
@@ -126,10 +117,7 @@ def _parsed(text: str) -> Metric:
     call = _CALL.fullmatch(text)
     if call is None:
         raise InputError(f"metrics: {text.strip()!r} must be a name, or such as 'min_k(k=0.2)'")
-    cls = _CLASSES.get(call["name"].lower())
-    if cls is None:
-        advice = nearest(call["name"].lower(), available())
-        raise InputError(f"metrics: unknown {call['name'][:40]!r}; {advice}")
+    cls = METRICS.lookup(call["name"])
     values = {}
     for pair in (call["inside"] or "").split(","):
         key, equals, value = (part.strip() for part in pair.partition("="))
@@ -144,7 +132,3 @@ def _parsed(text: str) -> Metric:
         except yaml.YAMLError:
             values[key] = value
     return checked_config(cls, values, f"metric {cls.name}")
-
-
-def _origin(cls: type) -> tuple[str, str]:
-    return cls.__module__, cls.__qualname__

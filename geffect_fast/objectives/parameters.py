@@ -103,6 +103,26 @@ def kind_of(field: dataclasses.Field[Any]) -> type | None:
     return _KINDS.get(field.type)
 
 
+def make_frozen(owner: str, cls: type) -> None:
+    """Make a class a frozen dataclass where it is none yet, and check how it declares parameters.
+
+    Args:
+        owner: what has them, for the message: `objective 'npo'`.
+        cls: the class.
+
+    Raises:
+        InputError: one is not annotated `float`, `int` or `bool`.
+    """
+    if "__dataclass_params__" not in vars(cls):
+        dataclasses.dataclass(frozen=True)(cls)
+    for field in dataclasses.fields(cls):
+        if kind_of(field) is None:
+            raise InputError(
+                f"{owner}: parameter {field.name!r} must be annotated float, int or bool, not "
+                f"{field.type!r}"
+            )
+
+
 def checked(owner: str, field: dataclasses.Field[Any], value: Any) -> Value:
     """`value` as the field's type, if it has that type and lies in the field's range.
 

@@ -15,7 +15,8 @@ from geffect_fast.objectives.base import Objective, combine
 from geffect_fast.objectives.family import Range, RangedObjective, RangedSum, Term
 from geffect_fast.objectives.parameters import Value, finite, kind_of, written
 from geffect_fast.objectives.problem import Problem, located, short
-from geffect_fast.objectives.registry import lookup, nearest
+from geffect_fast.objectives.registry import OBJECTIVES
+from geffect_fast.registry import nearest
 
 if TYPE_CHECKING:
     from lark import Lark, Token
@@ -115,7 +116,7 @@ class Kind:
     lookup: Callable[[str], Any]
 
 
-OBJECTIVE = Kind("objective", "an Objective", "ga", lookup)
+OBJECTIVE = Kind("objective", "an Objective", "ga", OBJECTIVES.lookup)
 
 
 def parse_call(text: str, kind: Kind) -> Any:

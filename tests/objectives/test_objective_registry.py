@@ -12,7 +12,6 @@ from typing import ClassVar
 
 import pytest
 
-import geffect_fast.objectives.registry as registry
 from geffect_fast.errors import InputError
 from geffect_fast.objectives import (
     GA,
@@ -25,6 +24,7 @@ from geffect_fast.objectives import (
     parse,
     register,
 )
+from geffect_fast.objectives.registry import OBJECTIVES
 
 PAGE = Path(__file__).parents[2] / "docs" / "adding_an_objective.md"
 
@@ -32,7 +32,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "adding_an_objective.md"
 @pytest.fixture(autouse=True)
 def fresh_names(monkeypatch):
     """Names registered by a test are gone after it."""
-    monkeypatch.setattr(registry, "_CLASSES", dict(registry._CLASSES))
+    monkeypatch.setattr(OBJECTIVES, "classes", dict(OBJECTIVES.classes))
 
 
 def test_built_in_names():

@@ -13,7 +13,8 @@ from models import build, samples
 
 import geffect_fast as gf
 from geffect_fast.errors import InputError
-from geffect_fast.updates import Updater, UpdateRule, available, parse, register, registry
+from geffect_fast.updates import Updater, UpdateRule, available, parse, register
+from geffect_fast.updates.registry import UPDATE_RULES
 
 PAGE = Path(__file__).parents[2] / "docs" / "adding_an_update_rule.md"
 
@@ -21,7 +22,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "adding_an_update_rule.md"
 @pytest.fixture
 def own_names(monkeypatch):
     """Rules that a test registers are gone after it."""
-    monkeypatch.setattr(registry, "_CLASSES", dict(registry._CLASSES))
+    monkeypatch.setattr(UPDATE_RULES, "classes", dict(UPDATE_RULES.classes))
 
 
 @pytest.mark.parametrize(
@@ -81,7 +82,7 @@ class TestRegistering:
             def apply(self, step):
                 raise AssertionError
 
-        with pytest.raises(InputError, match="update name 'gru' is taken by GRU"):
+        with pytest.raises(InputError, match="update name 'gru' is taken by geffect_fast.updates.conflict.GRU"):
             register("gru")(Other)
 
     def test_a_class_that_is_no_rule(self):

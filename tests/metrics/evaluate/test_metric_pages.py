@@ -13,7 +13,7 @@ import geffect_fast as gf
 from geffect_fast.errors import InputError
 from geffect_fast.metrics import Metric, available, register
 from geffect_fast.metrics.base import Need
-from geffect_fast.metrics.registry import _CLASSES
+from geffect_fast.metrics.registry import METRICS
 from geffect_fast.report.summary.measures import notes
 
 NEEDS = get_args(Need)
@@ -61,7 +61,7 @@ def test_the_metric_of_the_page_on_adding_one(model, tokenizer, rows):
         with pytest.raises(InputError, match="taken by"):
             register("surprise")(type("Other", (Metric,), {"scores": lambda s, x: None}))
     finally:
-        _CLASSES.pop("surprise", None)
+        METRICS.classes.pop("surprise", None)
     with pytest.raises(InputError, match="must define scores"):
         register("nothing")(type("Nothing", (Metric,), {}))
     assert "nothing" not in available()
