@@ -30,7 +30,7 @@ class Registry(Generic[T]):
 
     def __init__(
         self,
-        base: type[T],
+        base: type,
         noun: str,
         check: Callable[[str, type[T]], None],
         *,

@@ -13,6 +13,9 @@ from geffect_fast.demo.authors import make_fictitious_authors
 ROWS = make_fictitious_authors(2, seed=3)
 FORGET, RETAIN = ROWS[:4], ROWS[4:9]
 TAUS = (0.5, 0.8, 0.95, 1.0)
+ASKED = {"retain": RETAIN, "forget": FORGET, "metric": "probability", "tau": 0.8}
+ASKED |= {"tolerance": 1 / 64, "grid": 8}
+"""What the result that most tests look at was asked for."""
 
 
 COMMAND = ["control", "--original", "original", "--retain", "retain.jsonl", "--grid", "4"]

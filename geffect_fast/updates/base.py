@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -22,7 +23,7 @@ Need = Literal["retain", "retain_rows", "retain_part", "optimizer", "full_precis
 
 
 @dataclass(frozen=True)
-class UpdateRule(Parameterised):
+class UpdateRule(Parameterised, ABC):
     """How the gradients of an objective's forget part and of the retain rows become an update.
 
     Subclasses are frozen dataclasses declared as objectives are; `register` gives them a name.
@@ -35,13 +36,13 @@ class UpdateRule(Parameterised):
     noun: ClassVar[str] = "update"
     needs: ClassVar[frozenset[Need]] = frozenset()
 
+    @abstractmethod
     def apply(self, step: Step) -> None:
         """Write the parameters' final `.grad`.
 
         Args:
             step: gives gradients and products, of the rows and weights of one update.
         """
-        raise NotImplementedError(f"{type(self).__name__} must define apply()")
 
     @property
     def reads_retain(self) -> bool:

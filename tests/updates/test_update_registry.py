@@ -82,7 +82,8 @@ class TestRegistering:
             def apply(self, step):
                 raise AssertionError
 
-        with pytest.raises(InputError, match="update name 'gru' is taken by geffect_fast.updates.conflict.GRU"):
+        taken = "update name 'gru' is taken by geffect_fast.updates.conflict.GRU"
+        with pytest.raises(InputError, match=taken):
             register("gru")(Other)
 
     def test_a_class_that_is_no_rule(self):

@@ -7,7 +7,7 @@ import json
 import shutil
 
 import pytest
-from control_models import FORGET, RETAIN, ROWS, adapter_on
+from control_models import ASKED, FORGET, RETAIN, ROWS, adapter_on
 from memorised import blank_model, fitted
 
 import geffect_fast as gf
@@ -44,12 +44,7 @@ def result(original, unlearned, gentler, tokenizer):
         original,
         {"ascent": unlearned, "gentler": gentler},
         tokenizer,
-        retain=RETAIN,
-        forget=FORGET,
-        metric="probability",
-        tau=0.8,
-        tolerance=1 / 64,
-        grid=8,
+        **ASKED,
     )
 
 

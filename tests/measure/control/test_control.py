@@ -13,6 +13,7 @@ import torch
 import xarray as xr
 from bad_input.case import snapshot
 from control_models import (
+    ASKED,
     COMMAND,
     FORGET,
     RETAIN,
@@ -197,12 +198,7 @@ def test_the_same_call_gives_the_same_bits(result, original, unlearned, gentler,
         original,
         {"ascent": unlearned, "gentler": gentler},
         tokenizer,
-        retain=RETAIN,
-        forget=FORGET,
-        metric="probability",
-        tau=0.8,
-        tolerance=1 / 64,
-        grid=8,
+        **ASKED,
     )
     xr.testing.assert_identical(again, result.assign_attrs(created=again.attrs["created"]))
 

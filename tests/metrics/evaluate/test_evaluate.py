@@ -44,22 +44,25 @@ def test_likelihood_is_transformers_own_loss(result, model, tokenizer, sets):
     assert known < unknown
 
 
+def right_and_wrong(model, tokenizer, rows, paraphrase="paraphrased_answer"):
+    """Losses of paraphrases `(n,)`, and of three perturbed answers `(n, 3)`."""
+    asked = [row["question"] for row in rows]
+    answers = [[row[paraphrase] for row in rows]]
+    answers += [[row["perturbed_answer"][j] for row in rows] for j in range(3)]
+    found = [
+        losses(
+            model,
+            tokenizer,
+            [{"question": q, "answer": a} for q, a in zip(asked, each, strict=True)],
+        )
+        for each in answers
+    ]
+    return np.array(found[0]), np.stack(found[1:], 1)
+
+
 def log_ratios(model, tokenizer, rows, paraphrase="paraphrased_answer"):
-    right = losses(
-        model, tokenizer, [{"question": r["question"], "answer": r[paraphrase]} for r in rows]
-    )
-    wrong = np.mean(
-        [
-            losses(
-                model,
-                tokenizer,
-                [{"question": r["question"], "answer": r["perturbed_answer"][j]} for r in rows],
-            )
-            for j in range(3)
-        ],
-        axis=0,
-    )
-    return wrong - right
+    right, wrong = right_and_wrong(model, tokenizer, rows, paraphrase)
+    return wrong.mean(1) - right
 
 
 def test_truth_ratio_and_forget_quality(result, model, retrained, tokenizer, sets):
@@ -191,22 +194,7 @@ def test_retain_rows_without_a_field_are_told(model, tokenizer, rows):
 def test_forget_quality_from_a_saved_log(model, retrained, tokenizer, sets, tmp_path):
     """A log that holds what the model itself says gives the same p-value."""
     rows = sets["forget"]
-    right = losses(
-        retrained,
-        tokenizer,
-        [{"question": r["question"], "answer": r["paraphrased_answer"]} for r in rows],
-    )
-    wrong = np.stack(
-        [
-            losses(
-                retrained,
-                tokenizer,
-                [{"question": r["question"], "answer": r["perturbed_answer"][j]} for r in rows],
-            )
-            for j in range(3)
-        ],
-        1,
-    )
+    right, wrong = right_and_wrong(retrained, tokenizer, rows)
     log = {
         "avg_paraphrased_loss": {str(i): float(x) for i, x in enumerate(right)},
         "average_perturb_loss": {str(i): x.tolist() for i, x in enumerate(wrong)},
