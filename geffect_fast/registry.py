@@ -57,7 +57,8 @@ class Registry(Generic[T]):
             raise InputError(f"{self.noun} name {name!r} must be a lower-case identifier{others}")
 
         def add(cls: Any) -> Any:
-            if not (isinstance(cls, type) and issubclass(cls, self.base)):
+            usable = isinstance(cls, type) and issubclass(cls, self.base)
+            if not usable:
                 raise InputError(
                     f"{self.noun} {name!r}: {cls!r} must be a subclass of {self.base.__name__}"
                 )
@@ -67,7 +68,7 @@ class Registry(Generic[T]):
                     f"{self.noun} name {name!r} is taken by {'.'.join(_origin(taken))}"
                 )
             self._check(name, cls)
-            cls.name = name  # type: ignore[attr-defined]
+            cls.name = name
             self.classes[name] = cls
             return cls
 
