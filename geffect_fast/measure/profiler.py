@@ -273,16 +273,19 @@ class Profiler:
             check_finite(self.plan.model)
         beside = step is not None and step.beside
         shape = self._checked_shape(out, step)
+        gradients = None
+        if conflicts or second_order or (step is not None and not beside and step.reads != "none"):
+            gradients = self.objective_gradients(unchanged=unchanged, progress=progress)
         taken = None
         if step is not None and not beside:
-            taken = self._step(step, unchanged, progress)
+            taken = self._formed(step, gradients)
         rows = None
         if self._risk_rows is not None:
             rows = self._risk_rows.watch(None if taken is None else taken.diagonal)
         risk_values, directions = self.risk_gradients(progress=progress, watched=rows)
         conflict = {}
-        if conflicts:
-            conflict = self._conflicts(directions, unchanged, progress)
+        if conflicts and gradients is not None:
+            conflict = self._conflicts(directions, gradients, progress)
         if taken is not None:
             added = taken.beside_gradient(directions)
             taken.scale(directions)
@@ -328,21 +331,18 @@ class Profiler:
                 effects = self._mixture @ found.summed.sum(-1)
                 result = result.assign(taken.variables(resolution, effects, added))
             elif step is not None:
-                gradients = found.gradients
+                if gradients is None and found.gradients is not None:
+                    gradients = mixed_gradients(self._mixture, found.gradients)
                 if gradients is None:
-                    gradients = self.objective_gradients(
-                        None, unchanged=unchanged, progress=progress
-                    )
-                else:
-                    gradients = mixed_gradients(self._mixture, gradients)
+                    gradients = self.objective_gradients(unchanged=unchanged, progress=progress)
                 taken = self._formed(step, gradients)
                 result = result.assign(
                     effects_beside(taken, directions, gradients, self.objectives, resolution)
                 )
                 result = result.assign_attrs(taken.attributes(self.objectives))
             result = result.assign(conflict)
-            if second_order:
-                result = result.assign(self._second_order(taken, progress))
+            if second_order and gradients is not None:
+                result = result.assign(self._second_order(taken, gradients, progress))
             if by_token is not None:
                 variables, coordinates = by_token.variables(self._tokenizer)
                 result = result.assign(variables).assign_coords(coordinates)
@@ -405,26 +405,18 @@ class Profiler:
                 step=step,
             )
 
-    def _step(self, metric: StepMetric, unchanged: bool, progress: bool) -> NextStep:
-        """The step that is taken next, of the gradients it reads."""
-        gradients = {}
-        if metric.reads != "none":
-            gradients = self.objective_gradients(None, unchanged=unchanged, progress=progress)
-        return self._formed(metric, gradients)
-
-    def _formed(self, metric: StepMetric, gradients: Mapping[str, Tensor]) -> NextStep:
-        """The same, of the objectives' gradients `(K, *shape)` by parameter."""
+    def _formed(self, metric: StepMetric, gradients: Mapping[str, Tensor] | None) -> NextStep:
+        """The step that is taken next, of the objectives' gradients `(K, *shape)` by parameter."""
         read = None
-        if metric.reads != "none":
+        if gradients is not None and metric.reads != "none":
             chosen = [k for k, o in enumerate(self.objectives) if metric.step_of in (None, o)]
             read = {name: of[chosen] for name, of in gradients.items()}
         return metric.formed(self.plan.parameters, read)
 
     def _conflicts(
-        self, directions: Mapping[str, Tensor], unchanged: bool, progress: bool
+        self, directions: Mapping[str, Tensor], gradients: Mapping[str, Tensor], progress: bool
     ) -> dict[str, Any]:
         """What `geffect_fast.profile` says of conflicts, of plain gradients."""
-        gradients = self.objective_gradients(None, unchanged=unchanged, progress=progress)
         retain = self.risk_names.index("retain")
         masses = gradient_masses(
             gradients, {name: of[retain] for name, of in directions.items()}, self._resolution
@@ -434,9 +426,10 @@ class Profiler:
             traces = fisher_traces(self.plan, self._risk_passes, n, self._reference, tick)
         return conflict_variables(masses, traces, self._resolution)
 
-    def _second_order(self, step: NextStep | None, progress: bool) -> dict[str, Any]:
+    def _second_order(
+        self, step: NextStep | None, gradients: Mapping[str, Tensor], progress: bool
+    ) -> dict[str, Any]:
         """`step_curvature` (objective, risk), and the change it adds to where its size is known."""
-        gradients = self.objective_gradients(None, progress=progress)
         found = []
         for k in range(len(self.objectives)):
             own = {name: of[k] for name, of in gradients.items()}
@@ -452,32 +445,23 @@ class Profiler:
         return second_order_variables(slopes, curvatures, rate)
 
     def objective_gradients(
-        self, objective: Objective | None, *, unchanged: bool = False, progress: bool = False
+        self, *, unchanged: bool = False, progress: bool = False
     ) -> dict[str, Tensor]:
-        """Whole gradients of one objective, or of all (None), `(K, *shape)` by parameter.
+        """Whole gradients of the objectives, `(K, *shape)` by parameter.
 
         Args:
-            objective: among `objectives`.
             unchanged, progress: as of `measure`.
 
         Raises:
             NonFiniteError: one is not finite.
         """
-        chosen = [k for k, o in enumerate(self.objectives) if objective in (None, o)]
-        used = self._mixture[chosen].any(0)
-        numbers = {int(part): n for n, part in enumerate(used.nonzero())}
-        passes = [
-            replace(data_pass, parts=parts)
-            for data_pass in self._passes
-            if (parts := {numbers[i]: p for i, p in data_pass.parts.items() if i in numbers})
-        ]
-        with self._ticking(progress, "gradients of the objectives", passes) as tick:
-            self._read_reference(self._passes, unchanged)  # it may let go of the reference
+        with self._ticking(progress, "gradients of the objectives", self._passes) as tick:
+            self._read_reference(self._passes, unchanged)
             _, gradients = accumulate_gradients(
-                self.plan, passes, len(numbers), self._reference, tick
+                self.plan, self._passes, len(self._parts), self._reference, tick
             )
-        mixed = mixed_gradients(self._mixture[chosen][:, used], gradients)
-        check_gradients(mixed, [f"objective '{self.objectives[k]}'" for k in chosen])
+        mixed = mixed_gradients(self._mixture, gradients)
+        check_gradients(mixed, [f"objective '{objective}'" for objective in self.objectives])
         return mixed
 
     def _read_reference(self, passes: Sequence[DataPass], unchanged: bool) -> None:
