@@ -23,12 +23,13 @@ from llama import make_model
 from machine import RESULTS, write_csv
 
 from geffect_fast.measure.prepare import Sources
-from geffect_fast.settings import Measuring, Training
+from geffect_fast.settings import Measuring
 from geffect_fast.steps.probe import Probe
 from geffect_fast.storage.step_store import StepStore
 from geffect_fast.training.run import Unlearning
 from geffect_fast.training.trainer import Draws, RowReference, UnlearnTrainer
 from geffect_fast.training.trainer_arguments import training_arguments
+from geffect_fast.unlearn_settings import Training
 
 ROWS, UPDATE = 64, 32
 LENGTHS = (32, 128)

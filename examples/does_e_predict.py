@@ -27,8 +27,8 @@ from geffect_fast.arguments import checked_config
 from geffect_fast.cli import main as geffect_fast
 from geffect_fast.data import read_rows, tokenize_rows, write_jsonl
 from geffect_fast.demo import Size, make_model, memorise, recall, save, train_tokenizer
-from geffect_fast.settings import UnlearnConfig
 from geffect_fast.training.execute import execute_unlearn
+from geffect_fast.unlearn_settings import UnlearnConfig
 
 OBJECTIVES = (
     *("ga", "gd", "ga + kl", "wga(alpha=0.5)", "wga(alpha=2)", "wga(alpha=7)", "npo(beta=0.05)"),

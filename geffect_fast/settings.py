@@ -22,7 +22,7 @@ from pydantic import (
 
 from geffect_fast.data.chat_template import CHAT_DATE
 from geffect_fast.errors import InputError
-from geffect_fast.objectives import Objective, parse, parse_list
+from geffect_fast.objectives import Objective, parse_list
 from geffect_fast.objectives import resolve as resolve_objective
 from geffect_fast.objectives.ranges import expand_list
 from geffect_fast.paths import find_checkpoints
@@ -32,9 +32,7 @@ from geffect_fast.setting_types import (
     Option,
     PathOrId,
     blocks_by_name,
-    canonical,
     canonical_or_none,
-    canonical_update,
     day,
     number_or_all,
     read_by,
@@ -384,172 +382,3 @@ class LiveMetrics(Metrics):
             raise ValueError(
                 "evaluate_rows: no metric is measured; name metrics, or give evaluate_every"
             )
-
-
-class Training(SecondOrder):
-    """How a model is trained, and how often it is probed on the way."""
-
-    steps: int = Field(gt=0)
-    """Updates of the optimizer."""
-
-    probe_every: int = Field(default=1, gt=0)
-    """Updates between two probes; the first is before training, the last at its end."""
-
-    probe_rows: Annotated[int | Literal["all"] | None, Option(metavar="N|all")] = None
-    """Rows of each data set that a probe measures, evenly chosen: a number, or all; none: so many
-    that a probe costs at most one training step, and then recorded."""
-
-    batch_size: int | None = Field(default=None, gt=0)
-    """Forget rows a batch; none: 32, or the whole set where it is smaller."""
-
-    retain_batch_size: int | None = Field(default=None, gt=0)
-    """Retain rows drawn beside a batch, where the objective reads them; none: as many."""
-
-    accumulation: int = Field(default=1, gt=0)
-    """Batches whose gradients are added up for one update, exactly as of one larger batch."""
-
-    learning_rate: Annotated[float, Option(("--learning-rate", "--lr"))] = Field(
-        default=1e-5, ge=0, allow_inf_nan=False
-    )
-    """Learning rate, at its peak where a scheduler changes it."""
-
-    scheduler: str = "constant"
-    """Learning rate scheduler of transformers: constant, linear, cosine ..."""
-
-    warmup_steps: int = Field(default=0, ge=0)
-    """Updates over which the learning rate rises from 0; for schedulers that warm up."""
-
-    optimizer: str = "adamw_torch"
-    """Optimizer of transformers: adamw_torch, sgd, adafactor ..."""
-
-    update: Annotated[str, BeforeValidator(read_by("update", canonical_update))] = "sgd"
-    """What is done with gradients before the optimizer steps: sgd (nothing), orthograd, gru, gu,
-    blur, pcgrad, sago or sam, with parameters such as 'gru(gamma=0.8)'."""
-
-    precision: Literal["model", "bf16", "fp16"] = "model"
-    """Autocast in training: bf16, or on a GPU fp16; model: none, as the weights are."""
-
-    checkpointing: bool = False
-    """Gradient checkpointing: activations are computed again in the backward, to save memory."""
-
-    lora_rank: int | None = Field(default=None, gt=0)
-    """Train an adapter of this rank in place of the weights (LoRA, needs peft)."""
-
-    lora_alpha: int | None = Field(default=None, gt=0)
-    """Scale of the adapter, divided by its rank; none: twice the rank."""
-
-    lora_dropout: float = Field(default=0.0, ge=0, lt=1)
-    """Dropout before the adapter, in training."""
-
-    lora_targets: tuple[str, ...] = ()
-    """Names of the modules to adapt, such as q_proj; none: every linear layer but the output."""
-
-    seed: int = Field(default=0, ge=0, lt=2**32)
-    """Decides the order of the data, dropout and an adapter's first weights."""
-
-    trainer: Annotated[
-        dict[str, Any],
-        Option(
-            metavar="FIELD=VALUE",
-            help="A field of transformers' TrainingArguments, such as weight_decay=0.01, or "
-            "max_grad_norm=1, without which gradients are not clipped; repeatable.",
-        ),
-    ] = {}
-    """Further fields of transformers' TrainingArguments, of the optimizer, the schedule and
-    logging, such as weight_decay: 0.01; gradients are clipped only with max_grad_norm."""
-
-    save_every: int | None = Field(default=None, gt=0)
-    """Updates between two checkpoints to resume from; none: at every probe."""
-
-    keep_checkpoints: bool = False
-    """Whether all checkpoints stay; else each goes when the next, or the run, is complete."""
-
-    _rows = field_validator("probe_rows", mode="before")(number_or_all)
-
-    @field_validator("trainer")
-    @classmethod
-    def _plain(cls, value: dict[str, Any]) -> dict[str, Any]:
-        """Numbers written like 1e-3, which YAML takes for text."""
-
-        def number(given: Any) -> Any:
-            try:
-                return float(given) if isinstance(given, str) else given
-            except ValueError:
-                return given
-
-        return {name: number(given) for name, given in value.items()}
-
-    @model_validator(mode="after")
-    def _fits(self) -> Training:
-        if self.probe_every > self.steps:
-            raise ValueError(
-                f"probe_every: {self.probe_every} is more than the {self.steps} steps; give at "
-                "most as many"
-            )
-        every = self.save_every
-        if every is not None and every % self.probe_every:
-            raise ValueError(
-                f"save_every: {every} is no multiple of probe_every, {self.probe_every}; give one, "
-                "so that a resumed run knows the probe before it"
-            )
-        if self.lora_rank is None and (self.lora_alpha or self.lora_dropout or self.lora_targets):
-            raise ValueError("lora_rank: is missing; give it, or none of the other LoRA fields")
-        return self
-
-
-class UnlearnSettings(Training, LiveMetrics, Measuring):
-    """How a model is trained, what a probe measures, and how, and which metrics beside it."""
-
-    @model_validator(mode="after")
-    def _beside_probes(self) -> UnlearnSettings:
-        if (self.evaluate_every or 0) > self.steps:
-            raise ValueError(
-                f"evaluate_every: {self.evaluate_every} is more than the {self.steps} steps; give "
-                "at most as many"
-            )
-        self.check_every(self.probe_every)
-        return self
-
-
-class UnlearnConfig(UnlearnSettings, RunConfig):
-    """All that decides the numbers of an unlearning run; saved as `run.yaml`, it replays them."""
-
-    command: Literal["unlearn"] = "unlearn"
-    """The command that replays it."""
-
-    objective: Annotated[str, AfterValidator(read_by("objective", canonical))]
-    """The unlearning objective to train on, such as `npo(beta=0.1) + 1.0*kl`."""
-
-    objectives: Annotated[tuple[str, ...], Option(repeatable=True)] = ()
-    """Further objectives, measured beside the one trained on; with commas between."""
-
-    holdout: PathOrId | None = None
-    """Data that no model was trained on, like the forget data: what membership is told from."""
-
-    retain_model: PathOrId | None = None
-    """Folder or hub id of a model trained without the forget data, or TOFU's saved evaluation log
-    of one (a .json file): what forget_quality and privleak compare with."""
-
-    _written = field_validator("metrics")(as_text)
-
-    @model_validator(mode="after")
-    def _read_by_metrics(self) -> UnlearnConfig:
-        for field in ("holdout", "retain_model"):
-            if getattr(self, field) is not None and not self.evaluates:
-                raise ValueError(
-                    f"{field}: no metric is measured that could read it; name metrics, or give "
-                    "evaluate_every"
-                )
-        return self
-
-    @property
-    def measured(self) -> tuple[str, ...]:
-        """All objectives, the one trained on first."""
-        return (self.objective, *self.objectives)
-
-    @model_validator(mode="after")
-    def _once(self) -> UnlearnConfig:
-        for text in self.objectives:
-            if parse(text) == parse(self.objective):
-                raise ValueError(f"objectives: '{text}' is trained on, and measured; leave it out")
-        return self

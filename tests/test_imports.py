@@ -16,7 +16,7 @@ BASE = {"errors", "registry", "trying", "transfer", "visible"}
 """What every part may import."""
 MODEL = {"ops", "capture", "data", "objectives", "engines"}
 RUN = {"paths", "results", "settings", "evaluation_settings", "arguments", "storage"}
-RUN |= {"control_settings", "relearn_settings"}
+RUN |= {"unlearn_settings", "control_settings", "relearn_settings"}
 
 LAYERS = {
     "visible": set(),
@@ -38,6 +38,7 @@ LAYERS = {
     "results": BASE | MODEL,
     "setting_types": BASE | {"data", "objectives", "paths", "updates"},
     "settings": BASE | {"data", "objectives", "paths", "results", "setting_types", "updates"},
+    "unlearn_settings": BASE | {"objectives", "settings", "setting_types"},
     "evaluation_settings": BASE | {"paths", "settings", "setting_types"},
     "control_settings": BASE | {"paths", "settings", "setting_types", "evaluation_settings"},
     "relearn_settings": BASE | {"settings", "setting_types", "evaluation_settings"},
@@ -187,7 +188,8 @@ def test_a_small_module_is_used_by_several():
 
 def test_an_option_is_declared_once():
     """With its default, as a field of the settings."""
-    from geffect_fast.settings import LiveMetrics, Measuring, Training
+    from geffect_fast.settings import LiveMetrics, Measuring
+    from geffect_fast.unlearn_settings import Training
 
     own = {*Measuring.model_fields, *Training.model_fields, *LiveMetrics.model_fields}
     found = {}

@@ -17,8 +17,9 @@ from geffect_fast.errors import InputError
 from geffect_fast.evaluation_settings import EvaluateConfig
 from geffect_fast.relearn_settings import RelearnConfig
 from geffect_fast.setting_types import Option
-from geffect_fast.settings import Machine, ProfileConfig, Reading, Settings, UnlearnConfig
+from geffect_fast.settings import Machine, ProfileConfig, Reading, Settings
 from geffect_fast.storage.run_yaml import read_values
+from geffect_fast.unlearn_settings import UnlearnConfig
 
 
 def option(*names: str, **more: Any) -> Any:

@@ -30,13 +30,14 @@ from geffect_fast.measure.models import quiet_transformers
 from geffect_fast.paths import is_there
 from geffect_fast.report import write_report
 from geffect_fast.report.html.page import write_page
-from geffect_fast.settings import ProfileConfig, UnlearnConfig
+from geffect_fast.settings import ProfileConfig
 from geffect_fast.storage.disk import folder_for, set_aside
 from geffect_fast.storage.lock import locked
 from geffect_fast.storage.manifest import files_below, note
 from geffect_fast.storage.run_folder import PLAIN_FILES, check_free, open_run, own_files
 from geffect_fast.terminal import progress_bar
 from geffect_fast.training.execute import execute_unlearn
+from geffect_fast.unlearn_settings import UnlearnConfig
 
 if TYPE_CHECKING:
     import xarray as xr

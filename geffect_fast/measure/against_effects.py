@@ -20,10 +20,10 @@ from geffect_fast.paths import is_there, short_names, user_path
 from geffect_fast.results.form import check_complete
 from geffect_fast.results.intervals import collateral_of
 from geffect_fast.results.same_data import check_same_data
-from geffect_fast.settings import UnlearnConfig
 from geffect_fast.storage.evaluation import open_evaluation
 from geffect_fast.storage.run_folder import CONFIG, RESULTS, open_run
 from geffect_fast.storage.run_yaml import load_config
+from geffect_fast.unlearn_settings import UnlearnConfig
 
 if TYPE_CHECKING:
     import xarray as xr

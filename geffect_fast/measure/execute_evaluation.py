@@ -22,12 +22,12 @@ from geffect_fast.measure.harness import Harness
 from geffect_fast.measure.models import load_model, resolve_device
 from geffect_fast.metrics.registry import resolved_metrics
 from geffect_fast.paths import find_checkpoints, is_there, short_names, user_path
-from geffect_fast.settings import UnlearnConfig
 from geffect_fast.storage.inputs import Inputs
 from geffect_fast.storage.model_folder import check_model_source
 from geffect_fast.storage.recorded_rows import check_recorded
 from geffect_fast.storage.run_folder import CONFIG
 from geffect_fast.storage.run_yaml import load_config
+from geffect_fast.unlearn_settings import UnlearnConfig
 
 if TYPE_CHECKING:
     import xarray as xr

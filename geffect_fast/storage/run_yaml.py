@@ -13,7 +13,8 @@ from geffect_fast.data.files import check_regular
 from geffect_fast.errors import InputError, in_one_line
 from geffect_fast.evaluation_settings import EvaluateConfig
 from geffect_fast.relearn_settings import RelearnConfig
-from geffect_fast.settings import ProfileConfig, RunConfig, UnlearnConfig
+from geffect_fast.settings import ProfileConfig, RunConfig
+from geffect_fast.unlearn_settings import UnlearnConfig
 from geffect_fast.visible import one_line, visible
 
 AnyConfig = RunConfig | EvaluateConfig | ControlConfig | RelearnConfig

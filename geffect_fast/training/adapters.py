@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from geffect_fast.errors import InputError, in_one_line
-from geffect_fast.settings import Training
+from geffect_fast.unlearn_settings import Training
 
 
 def with_adapter(model: nn.Module, config: Training) -> Any:

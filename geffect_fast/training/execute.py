@@ -12,13 +12,14 @@ from geffect_fast.measure.execute import machine, on_threads, read_sources_of
 from geffect_fast.measure.models import load_model
 from geffect_fast.metrics.registry import resolved_metrics
 from geffect_fast.results.dataset import digests
-from geffect_fast.settings import LiveMetrics, Measuring, Training, UnlearnConfig
+from geffect_fast.settings import LiveMetrics, Measuring
 from geffect_fast.storage.inputs import Inputs, check_replayed, input_sums, inputs_of
 from geffect_fast.storage.lock import locked
 from geffect_fast.storage.recorded_rows import check_recorded
 from geffect_fast.storage.step_folder import as_begun, begun, check_resumed, kept
 from geffect_fast.training.folder import check_start, finish
 from geffect_fast.training.run import SAME_NUMBERS, Unlearning
+from geffect_fast.unlearn_settings import Training, UnlearnConfig
 
 if TYPE_CHECKING:
     import xarray as xr

@@ -11,7 +11,6 @@ from safetensors import SafetensorError
 from geffect_fast.errors import InputError
 from geffect_fast.measure.models import quiet_transformers
 from geffect_fast.paths import is_there
-from geffect_fast.settings import UnlearnConfig
 from geffect_fast.storage import step_folder
 from geffect_fast.storage.disk import remove
 from geffect_fast.storage.inputs import Inputs
@@ -19,6 +18,7 @@ from geffect_fast.storage.manifest import files_below
 from geffect_fast.storage.run_folder import CONFIG, COST, RESULTS, check_free, own_files
 from geffect_fast.storage.run_yaml import load_config
 from geffect_fast.training.resume import checkpoints
+from geffect_fast.unlearn_settings import UnlearnConfig
 
 if TYPE_CHECKING:
     import xarray as xr

@@ -35,12 +35,12 @@ from geffect_fast.metrics.base import FORGET, HOLDOUT, Metric
 from geffect_fast.metrics.registry import resolved_metrics
 from geffect_fast.objectives import resolve
 from geffect_fast.relearn_settings import Relearning
-from geffect_fast.settings import Training
 from geffect_fast.storage.recorded_rows import check_recorded
 from geffect_fast.terminal import progress_bar
 from geffect_fast.training.run import only_weights_change
 from geffect_fast.training.trainer import Draws, Loss, UnlearnTrainer
 from geffect_fast.training.trainer_arguments import refused, training_arguments
+from geffect_fast.unlearn_settings import Training
 
 if TYPE_CHECKING:
     import xarray as xr

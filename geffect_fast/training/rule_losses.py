@@ -15,8 +15,8 @@ from geffect_fast.engines.batches import DataPass
 from geffect_fast.engines.model_outputs import model_outputs, packed_attention, sample_axis
 from geffect_fast.errors import InputError
 from geffect_fast.objectives import NLL, Objective
-from geffect_fast.settings import Training
 from geffect_fast.trying import no_memory
+from geffect_fast.unlearn_settings import Training
 from geffect_fast.updates import SGD, RetainBatch, Updater, UpdateRule, parse
 from geffect_fast.updates.updater import no_retain_part
 

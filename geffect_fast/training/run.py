@@ -30,7 +30,7 @@ from geffect_fast.measure.prepare import (
 from geffect_fast.measure.profiler import Profiler
 from geffect_fast.objectives import Objective
 from geffect_fast.objectives.base import REFERENCE_NEEDS
-from geffect_fast.settings import LiveMetrics, Measuring, Reading, Training
+from geffect_fast.settings import LiveMetrics, Measuring, Reading
 from geffect_fast.steps.live_measures import LiveMeasures
 from geffect_fast.steps.probe import Probe, run_identity
 from geffect_fast.storage.run_folder import STEPS
@@ -39,6 +39,7 @@ from geffect_fast.terminal import progress_bar
 from geffect_fast.training.probe_rows import choose_rows
 from geffect_fast.training.resume import check_whole, checkpoints
 from geffect_fast.training.rule_losses import protected_part, updater_of
+from geffect_fast.unlearn_settings import Training
 
 if TYPE_CHECKING:
     import xarray as xr

@@ -23,13 +23,14 @@ from geffect_fast.measure.profile import profile
 from geffect_fast.objectives import parse
 from geffect_fast.paths import is_there, user_path
 from geffect_fast.relearn_settings import Relearning
-from geffect_fast.settings import Reading, UnlearnConfig
+from geffect_fast.settings import Reading
 from geffect_fast.storage.inputs import Inputs
 from geffect_fast.storage.manifest import check_file
 from geffect_fast.storage.model_folder import check_model_source
 from geffect_fast.storage.run_folder import CONFIG, COST
 from geffect_fast.storage.run_yaml import load_config
 from geffect_fast.training.relearn import Relearner
+from geffect_fast.unlearn_settings import UnlearnConfig
 
 if TYPE_CHECKING:
     import xarray as xr

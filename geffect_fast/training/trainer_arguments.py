@@ -15,7 +15,7 @@ from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 
 from geffect_fast.errors import InputError, in_one_line
-from geffect_fast.settings import Training
+from geffect_fast.unlearn_settings import Training
 
 OF_CONFIG = {
     "output_dir": "--out",

@@ -12,12 +12,13 @@ from torch import nn
 from geffect_fast.arguments import checked_config, with_settings
 from geffect_fast.measure.prepare import Sources
 from geffect_fast.objectives import Objective
-from geffect_fast.settings import LiveMetrics, Measuring, Training, UnlearnSettings
+from geffect_fast.settings import LiveMetrics, Measuring
 from geffect_fast.storage.inputs import input_sums, weights_sums
 from geffect_fast.storage.lock import locked
 from geffect_fast.storage.step_folder import begun, check_resumed, kept
 from geffect_fast.training.folder import check_start, finish
 from geffect_fast.training.run import Unlearning
+from geffect_fast.unlearn_settings import Training, UnlearnSettings
 
 if TYPE_CHECKING:
     import xarray as xr

@@ -6,8 +6,8 @@ from bad_input.case import Case, both, holds
 from bad_input.evaluate import evaluate
 
 from geffect_fast.arguments import checked_config
-from geffect_fast.settings import UnlearnConfig
 from geffect_fast.storage.run_yaml import dump_config
+from geffect_fast.unlearn_settings import UnlearnConfig
 
 
 def survey(*more: str, **changes: str | None) -> list[str]:

@@ -12,10 +12,10 @@ from torch import nn
 import geffect_fast as gf
 from geffect_fast.arguments import checked_config
 from geffect_fast.errors import GEffectError
-from geffect_fast.settings import Training, UnlearnConfig
 from geffect_fast.storage.run_yaml import dump_config
 from geffect_fast.training.rule_losses import updater_of
 from geffect_fast.training.trainer_arguments import check_precision
+from geffect_fast.unlearn_settings import Training, UnlearnConfig
 
 DATA = {"forget": samples([5, 7, 4], 1), "retain": samples([6, 3], 2)}
 

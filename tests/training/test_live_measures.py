@@ -20,8 +20,8 @@ from geffect_fast.cli import main
 from geffect_fast.errors import InterruptedRunError
 from geffect_fast.measure.models import load_model, load_tokenizer
 from geffect_fast.report.summary.measures import shown
-from geffect_fast.settings import UnlearnConfig
 from geffect_fast.training.execute import execute_unlearn
+from geffect_fast.unlearn_settings import UnlearnConfig
 
 DATA = {"forget": samples([9, 17, 5, 12, 8], 1, 3), "retain": samples([9, 14, 6], 2, 3)}
 HOLDOUT = samples([8, 11, 7], 4, 3)

@@ -20,10 +20,10 @@ from geffect_fast.demo import save
 from geffect_fast.errors import InputError, InterruptedRunError, UnfinishedError
 from geffect_fast.measure.models import load_model, load_tokenizer
 from geffect_fast.measure.profiler import Profiler
-from geffect_fast.settings import UnlearnConfig
 from geffect_fast.storage.disk import UNFINISHED
 from geffect_fast.storage.run_yaml import load_config
 from geffect_fast.training.execute import execute_unlearn
+from geffect_fast.unlearn_settings import UnlearnConfig
 
 KILLS = 20
 PART = "steps/.step-00000002.nc.part"

@@ -12,11 +12,11 @@ import geffect_fast as gf
 from geffect_fast.arguments import checked_config
 from geffect_fast.errors import InputError, InterruptedRunError, NonFiniteError
 from geffect_fast.measure.profiler import Profiler
-from geffect_fast.settings import UnlearnConfig
 from geffect_fast.storage.run_yaml import load_config
 from geffect_fast.storage.seal import read_sealed
 from geffect_fast.training.execute import execute_unlearn
 from geffect_fast.training.resume import MARK, check_whole, checkpoints
+from geffect_fast.unlearn_settings import UnlearnConfig
 
 STATES = ("optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json")
 

@@ -21,11 +21,11 @@ from geffect_fast.cli import main
 from geffect_fast.data import tokenize_rows
 from geffect_fast.errors import InputError
 from geffect_fast.objectives import parse
-from geffect_fast.settings import Training, UnlearnConfig
 from geffect_fast.storage.run_yaml import load_config
 from geffect_fast.training.execute import execute_unlearn
 from geffect_fast.training.trainer import Draws, Loss, RowReference, UnlearnTrainer
 from geffect_fast.training.trainer_arguments import training_arguments
+from geffect_fast.unlearn_settings import Training, UnlearnConfig
 from geffect_fast.updates import Updater
 from geffect_fast.updates import parse as parse_update
 

@@ -13,9 +13,9 @@ from geffect_fast.arguments import checked_config
 from geffect_fast.cli import main
 from geffect_fast.data import write_jsonl
 from geffect_fast.demo import save
-from geffect_fast.settings import UnlearnConfig
 from geffect_fast.storage.manifest import Manifest
 from geffect_fast.training.execute import execute_unlearn
+from geffect_fast.unlearn_settings import UnlearnConfig
 
 METRICS = ["--metrics", "probability"]
 OBJECTIVES = ("ga", "gd", "wga(alpha=1)", "npo(beta=0.5)", "tnpo(beta=1)")
