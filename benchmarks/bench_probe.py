@@ -23,7 +23,7 @@ from llama import make_model
 from machine import RESULTS, write_csv
 
 from geffect_fast.measure.prepare import Sources
-from geffect_fast.settings import Measuring
+from geffect_fast.settings import LiveMetrics, Measuring
 from geffect_fast.steps.probe import Probe
 from geffect_fast.storage.step_store import StepStore
 from geffect_fast.training.run import Unlearning
@@ -59,6 +59,7 @@ def measure(
         sources=Sources({"forget": rows(length, 0), "retain": rows(length, 1)}),
         settings=Measuring(resolve=("parameter", "sample"), norms=None, engine="auto"),
         reference_model=make_model(quick),
+        live=LiveMetrics(),
     )
     draws = Draws(dict.fromkeys(run.loss.reads, (ROWS, UPDATE)), rounds + 1, seed=0)
     trainer = UnlearnTrainer(
