@@ -15,9 +15,9 @@ DEMO_OUT ?= demo-run
 export OMP_WAIT_POLICY ?= passive
 
 # Tests run side by side, neighbours together, and who is done first takes from the others; the
-# models are so small that one thread each is fastest.
+# models are so small that one thread each is fastest. One that hangs is named after ten minutes.
 JOBS ?= $(shell n=$$(getconf _NPROCESSORS_ONLN); echo $$((n < 8 ? n : 8)))
-SIDE_BY_SIDE = -n $(JOBS) --dist worksteal
+SIDE_BY_SIDE = -n $(JOBS) --dist worksteal --timeout 600
 
 # The suite once more on an installation without kernels; it borrows every other package from $(VENV).
 VENV_NONE := .venv-none

@@ -6,21 +6,23 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from geffect_fast.capture import Plan
 from geffect_fast.errors import InputError
 from geffect_fast.measure.rounding import HALF
-from geffect_fast.measure.step_metric import NextStep
+from geffect_fast.measure.step_metric import StepMetric
 from geffect_fast.objectives import Objective
 from geffect_fast.results.axes import Resolution
 from geffect_fast.results.dataset import check_effects
 
 
 def effects_beside(
-    step: NextStep,
+    metric: StepMetric,
+    parameters: Mapping[str, nn.Parameter],
     directions: Mapping[str, Tensor],
     gradients: Mapping[str, Tensor],
+    mixture: Tensor,
     objectives: Sequence[Objective],
     resolution: Resolution,
 ) -> dict[str, Any]:
@@ -29,19 +31,23 @@ def effects_beside(
     They are products of whole gradients, and rows are not run again for them.
 
     Args:
-        step: in whose metric.
+        metric: of the step.
+        parameters: the trainable ones, by name.
         directions: gradients of the risks, `(M, *shape)` by parameter.
-        gradients: of the objectives, `(K, *shape)`.
+        gradients: of the objectives or their parts, `(n, *shape)`.
+        mixture: `(K, n)`, how often each of them counts in each objective's.
         objectives: K.
         resolution: says the parts of the model.
 
     Raises:
         NonFiniteError: an effect is not finite.
     """
-    effects = step.effects(directions, gradients)
+    effects, *beside = metric.products(
+        parameters, directions, gradients, mixture, metric.formed_of(objectives)
+    )
     values = torch.zeros(len(objectives), dtype=torch.float64)  # which were checked
     check_effects(effects, values, objectives, list(directions))
-    variables = step.variables(resolution, effects.sum(-1), step.beside_gradient(directions))
+    variables = metric.variables(resolution, effects.sum(-1), beside)
     labels, columns = resolution.columns()
     placed = effects.new_zeros(*effects.shape[:2], len(labels))
     placed.index_add_(2, torch.tensor(columns), effects)

@@ -301,7 +301,7 @@ class Profiler:
             )
             attributes = self._measured_attributes(gram, unchanged)
             if taken is not None:
-                attributes |= taken.attributes(self.objectives)
+                attributes |= taken.metric.attributes(self.objectives)
             if self._rounding is not None and rounding:
                 in_memory = isinstance(array, np.ndarray) and "sample" in resolution.axes
                 attributes |= self._rounding.attributes(
@@ -329,19 +329,25 @@ class Profiler:
                 result = result.assign(intervals).assign_attrs(interval_level=LEVEL)
             if taken is not None:
                 effects = self._mixture @ found.summed.sum(-1)
-                result = result.assign(taken.variables(resolution, effects, added))
+                result = result.assign(taken.metric.variables(resolution, effects, added))
             elif step is not None:
-                if gradients is None and found.gradients is not None:
-                    gradients = mixed_gradients(self._mixture, found.gradients)
-                if gradients is None:
-                    gradients = self.objective_gradients(unchanged=unchanged, progress=progress)
-                taken = self._formed(step, gradients)
+                of_parts, mixture = found.gradients, self._mixture
+                if of_parts is None:
+                    mixture = torch.eye(len(self.objectives), dtype=mixture.dtype)
+                    if gradients is None:
+                        gradients = self.objective_gradients(unchanged=unchanged, progress=progress)
+                    of_parts = gradients
+                parameters, objectives = self.plan.parameters, self.objectives
                 result = result.assign(
-                    effects_beside(taken, directions, gradients, self.objectives, resolution)
+                    effects_beside(
+                        step, parameters, directions, of_parts, mixture, objectives, resolution
+                    )
                 )
-                result = result.assign_attrs(taken.attributes(self.objectives))
+                result = result.assign_attrs(step.attributes(self.objectives))
             result = result.assign(conflict)
             if second_order and gradients is not None:
+                if step is not None and beside:
+                    taken = self._formed(step, gradients)
                 result = result.assign(self._second_order(taken, gradients, progress))
             if by_token is not None:
                 variables, coordinates = by_token.variables(self._tokenizer)
@@ -409,7 +415,7 @@ class Profiler:
         """The step that is taken next, of the objectives' gradients `(K, *shape)` by parameter."""
         read = None
         if gradients is not None and metric.reads != "none":
-            chosen = [k for k, o in enumerate(self.objectives) if metric.step_of in (None, o)]
+            chosen = metric.formed_of(self.objectives)
             read = {name: of[chosen] for name, of in gradients.items()}
         return metric.formed(self.plan.parameters, read)
 

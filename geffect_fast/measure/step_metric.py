@@ -7,7 +7,7 @@ measured along `P grad R` in place of `grad R`, so no engine knows of it.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,6 +37,10 @@ if TYPE_CHECKING:
 
 GIVEN = "diagonal"
 """The metric's name where its diagonal is given."""
+
+PIECE = {"cpu": 2**16, "cuda": 2**24}
+"""Entries of a parameter at a time, by kind of device: few enough for a core's cache, and enough
+for a GPU."""
 
 
 @dataclass(frozen=True)
@@ -133,6 +137,58 @@ class StepMetric:
         """Which gradients of the step `P` is formed with, as `OptimizerRule.reads`."""
         return "none" if self.rule is None else self.rule.reads
 
+    def formed_of(self, objectives: Sequence[Objective]) -> list[int]:
+        """Which objectives' gradients `P` is formed with."""
+        return [k for k, each in enumerate(objectives) if self.step_of in (None, each)]
+
+    def products(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        directions: Mapping[str, Tensor],
+        gradients: Mapping[str, Tensor],
+        mixture: Tensor,
+        chosen: Sequence[int],
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Effects of the step by parameter, and what momentum and weight decay add to them.
+
+        Parameters are read piece by piece, so that nothing of the model's size is held.
+
+        Args:
+            parameters: the trainable ones, by name.
+            directions: gradients of the risks, `(M, *shape)` by parameter.
+            gradients: `(n, *shape)` by parameter.
+            mixture: `(K, n)`, how often each of them counts in each objective's.
+            chosen: the objectives with whose gradients `P` is formed.
+
+        Returns:
+            `< V_m, P grad L_k >`, `(K, M, P)`, and the terms, `(P, M)` each; fp64 on the CPU.
+        """
+        sums = []
+        for name, p in parameters.items():
+            v, g = (of[name].flatten(1) for of in (directions, gradients))
+            mixed_by = mixture.to(p.device, g.dtype)
+            total = torch.zeros(len(mixture) + 2, len(v), dtype=torch.float64, device=p.device)
+            for at in _pieces(p):
+                along = v[:, at].to(p.device).T
+                own = mixed_by @ g[:, at].to(p.device)
+                if self.rule is None:
+                    assert self.given is not None
+                    given = self.given[name]
+                    diagonal = given.flatten()[at] if given.shape == p.shape else given
+                else:
+                    held = self.held[name].piece(at)
+                    diagonal = self.rule.diagonal(held, own[chosen])
+                    for row, term in (
+                        (-2, self.rule.momentum(held, diagonal)),
+                        (-1, self.rule.decay(held, diagonal)),
+                    ):
+                        if term is not None:
+                            total[row] += term @ along
+                total[:-2] += own.mul_(diagonal) @ along
+            sums.append(total)
+        found = torch.stack([total.to(sums[0].device) for total in sums]).cpu()
+        return found[:, :-2].permute(1, 2, 0), found[:, -2], found[:, -1]
+
     def formed(
         self, parameters: Mapping[str, nn.Parameter], gradients: Mapping[str, Tensor] | None
     ) -> NextStep:
@@ -147,6 +203,48 @@ class StepMetric:
             for name in parameters
         }
         return NextStep(self, diagonal)
+
+    def attributes(self, objectives: Sequence[Objective]) -> dict[str, Any]:
+        """What a result says of it."""
+        prefix = "step_metric" if self.beside else "metric"
+        found = {prefix: self.name, f"{prefix}_state": self.state}
+        if self.reads != "none":
+            of = [self.step_of] if self.step_of is not None else objectives
+            found[f"{prefix}_of"] = ", ".join(map(str, of))
+        return found
+
+    def variables(
+        self,
+        resolution: Resolution,
+        effects: Tensor,
+        beside: Sequence[Tensor],
+    ) -> dict[str, Any]:
+        """What a result holds of the step beside effects by parameter, sample and token.
+
+        Args:
+            resolution: the axes.
+            effects: in this metric, summed, `(K, M)`.
+            beside: what momentum and weight decay add to effects, `(P, M)` each.
+
+        Returns:
+            `momentum_effect` and `decay_effect` (risk, and parameter or group where that is an
+            axis), `step_total` (objective, risk), and where the learning rate is known
+            `step_learning_rate` and `predicted_change` (objective, risk).
+        """
+        labels, columns = resolution.columns()
+        by = resolution.by_place
+        variables: dict[str, Any] = {}
+        for name, of in zip(("momentum_effect", "decay_effect"), beside, strict=True):
+            placed = of.new_zeros(len(labels), of.shape[1]).index_add_(0, torch.tensor(columns), of)
+            dims = ("risk",) if by is None else ("risk", by)
+            variables[name] = (dims, (placed.sum(0) if by is None else placed.T).numpy())
+        total = effects + sum(of.sum(0) for of in beside)
+        variables["step_total"] = (("objective", "risk"), total.numpy())
+        rate = self.learning_rate
+        if rate is not None:
+            variables["step_learning_rate"] = ((), rate)
+            variables["predicted_change"] = (("objective", "risk"), (-rate * total).numpy())
+        return variables
 
 
 @dataclass(frozen=True)
@@ -166,18 +264,6 @@ class NextStep:
         """Multiply gradients `(n, *shape)` by parameter with `P`, in place."""
         for name, of in gradients.items():
             of.mul_(self.diagonal[name].to(of.device))
-
-    def effects(self, directions: Mapping[str, Tensor], gradients: Mapping[str, Tensor]) -> Tensor:
-        """`< V_m, P grad L_k >` by parameter, `(K, M, P)` fp64 on the CPU.
-
-        Args:
-            directions: gradients of the risks, `(M, *shape)` by parameter.
-            gradients: of the objectives, `(K, *shape)`.
-        """
-        scaled = {name: of * self.diagonal[name].to(of.device) for name, of in directions.items()}
-        beside = {name: of.to(scaled[name].device) for name, of in gradients.items()}
-        m = len(next(iter(scaled.values())))
-        return gram_matrices(scaled, beside)[:, :m, m:].permute(2, 1, 0)
 
     def gram(self, scaled: Mapping[str, Tensor], *plain: Mapping[str, Tensor]) -> Tensor:
         """Gram matrices `(P, n, n)` fp64 in the metric, as `gram_matrices`.
@@ -223,49 +309,6 @@ class NextStep:
                     step += term.to(g.device)
             found[name] = step
         return found
-
-    def attributes(self, objectives: Sequence[Objective]) -> dict[str, Any]:
-        """What a result says of it."""
-        metric = self.metric
-        prefix = "step_metric" if metric.beside else "metric"
-        found = {prefix: metric.name, f"{prefix}_state": metric.state}
-        if metric.reads != "none":
-            of = [metric.step_of] if metric.step_of is not None else objectives
-            found[f"{prefix}_of"] = ", ".join(map(str, of))
-        return found
-
-    def variables(
-        self,
-        resolution: Resolution,
-        effects: Tensor,
-        beside: tuple[Tensor, Tensor],
-    ) -> dict[str, Any]:
-        """What a result holds of the step beside effects by parameter, sample and token.
-
-        Args:
-            resolution: the axes.
-            effects: in this metric, summed, `(K, M)`.
-            beside: of `beside_gradient`.
-
-        Returns:
-            `momentum_effect` and `decay_effect` (risk, and parameter or group where that is an
-            axis), `step_total` (objective, risk), and where the learning rate is known
-            `step_learning_rate` and `predicted_change` (objective, risk).
-        """
-        labels, columns = resolution.columns()
-        by = resolution.by_place
-        variables: dict[str, Any] = {}
-        for name, of in zip(("momentum_effect", "decay_effect"), beside, strict=True):
-            placed = of.new_zeros(len(labels), of.shape[1]).index_add_(0, torch.tensor(columns), of)
-            dims = ("risk",) if by is None else ("risk", by)
-            variables[name] = (dims, (placed.sum(0) if by is None else placed.T).numpy())
-        total = effects + sum(of.sum(0) for of in beside)
-        variables["step_total"] = (("objective", "risk"), total.numpy())
-        rate = self.metric.learning_rate
-        if rate is not None:
-            variables["step_learning_rate"] = ((), rate)
-            variables["predicted_change"] = (("objective", "risk"), (-rate * total).numpy())
-        return variables
 
 
 def without_step(dataset: xr.Dataset, second_order: bool) -> xr.Dataset:
@@ -314,6 +357,12 @@ def step_objective(
             "objectives; say by step_of (--step-of) which is trained on"
         )
     return replace(metric, step_of=step_of)
+
+
+def _pieces(parameter: Tensor) -> Iterator[slice]:
+    """Where the pieces of a parameter are among its entries."""
+    size = PIECE.get(parameter.device.type, PIECE["cuda"])
+    return (slice(start, start + size) for start in range(0, parameter.numel(), size))
 
 
 def _stepping(kind: str, held: Mapping[str, Held], where: str) -> StepMetric:

@@ -11,11 +11,11 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from geffect_fast.ops.reference import accumulation_dtype
 
@@ -31,7 +31,7 @@ class Held:
         rate: the group's learning rate in units of the run's.
     """
 
-    parameter: nn.Parameter
+    parameter: Tensor
     group: Mapping[str, Any]
     state: Mapping[str, Any]
     rate: float = 1.0
@@ -41,6 +41,18 @@ class Held:
         found = self.state.get(key)
         dtype = accumulation_dtype(self.parameter.dtype)
         return None if found is None else found.to(self.parameter.device, dtype)
+
+    def piece(self, at: slice) -> Held:
+        """Of some of the parameter's entries, as they lie in memory: all of them one-dimensional.
+
+        Tensors of the state that do not have the parameter's shape are of all its entries.
+        """
+        shape = self.parameter.shape
+        state = {
+            key: of.flatten()[at] if isinstance(of, Tensor) and of.shape == shape else of
+            for key, of in self.state.items()
+        }
+        return replace(self, parameter=self.parameter.detach().flatten()[at], state=state)
 
     def weights(self) -> Tensor:
         """The parameter in that dtype."""

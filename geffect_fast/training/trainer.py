@@ -55,6 +55,8 @@ class Draws(Dataset[RowNumbers]):
         return self.n_updates
 
     def __getitem__(self, update: int) -> RowNumbers:
+        if not 0 <= update < self.n_updates:
+            raise IndexError(f"update {update} of {self.n_updates}")
         rows: dict[str, list[int]] = {}
         for which, (name, (n, count)) in enumerate(self.sizes.items()):
             places = range(update * count, (update + 1) * count)

@@ -13,6 +13,7 @@ from models import build, fp64_throughout, samples
 
 import geffect_fast as gf
 from geffect_fast.errors import InputError
+from geffect_fast.measure import step_metric
 from geffect_fast.measure.profiler import Profiler
 from geffect_fast.steps.at_rest import at_rest
 from geffect_fast.steps.probe import Probe, inner_with_update, run_identity, total_effect
@@ -362,7 +363,10 @@ def test_the_optimizers_step_is_predicted_as_it_is_taken(kind):
 @pytest.mark.parametrize(
     ("engine", "resolve"), [("reverse", ("parameter", "sample")), ("forward", ("group", "token"))]
 )
-def test_effects_beside_are_those_of_a_profile_in_the_metric(engine, resolve):
+@pytest.mark.parametrize("entries", [7, 10**6])
+def test_effects_beside_are_those_of_a_profile_in_the_metric(engine, resolve, entries, monkeypatch):
+    """Whether parameters are read in pieces of a few entries or whole."""
+    monkeypatch.setitem(step_metric.PIECE, "cpu", entries)
     model = build("llama", torch.float64)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     loss_of(model).backward()
