@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -48,3 +49,36 @@ def tofu() -> Path:
     if not (folder / "forget01.json").exists():
         pytest.skip("the TOFU files are not here; name their folder in GEFFECT_FAST_TOFU")
     return folder
+
+
+REPORTS = ("write_report", "write_comparison_plots")
+
+
+@pytest.fixture(scope="module")
+def undrawn():
+    """Commands leave out tables and plots, which the tests of a module do not look at.
+
+    Yields a context in which they do not.
+    """
+    from geffect_fast import report
+
+    originals = {name: getattr(report, name) for name in REPORTS}
+
+    @contextmanager
+    def drawing():
+        with pytest.MonkeyPatch.context() as patch:
+            for name, original in originals.items():
+                patch.setattr(report, name, original)
+            yield
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in REPORTS:
+            patch.setattr(report, name, lambda *_, **__: None)
+        yield drawing
+
+
+@pytest.fixture
+def drawn(undrawn):
+    """But for one test, which does."""
+    with undrawn():
+        yield

@@ -13,6 +13,8 @@ from geffect_fast.cli import main
 from geffect_fast.measure.models import load_model
 from geffect_fast.steps.probe import Probe
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 WORDS = ["profile", "--quiet", "--forget", "forget.jsonl", "--retain", "retain.jsonl"]
 WORDS += ["--objectives", "ga", "--resolve", "group", "--checkpoints", "out/checkpoint-*"]
 
@@ -32,6 +34,7 @@ def here(study, tmp_path, monkeypatch):
     return folder
 
 
+@pytest.mark.usefixtures("drawn")
 def test_a_run_is_stopped_gone_on_with_and_replayed(here, monkeypatch, capsys):
     plain = Probe.at
 

@@ -13,6 +13,8 @@ from geffect_fast.cli import main
 from geffect_fast.storage.run_folder import open_run
 from geffect_fast.storage.run_yaml import dump_config, load_config
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 SWEPT = ["wga(alpha=1:2:3)", "npo(beta=0.1:10:2,log) + 0.5*kl", "ga"]
 
 
@@ -26,9 +28,10 @@ def words(study):
 
 
 @pytest.fixture(scope="module")
-def finished(words, tmp_path_factory):
+def finished(words, tmp_path_factory, undrawn):
     out = tmp_path_factory.mktemp("finished") / "run"
-    assert main([*words, "--quiet", "--out", str(out), "--objectives", *SWEPT]) == 0
+    with undrawn():
+        assert main([*words, "--quiet", "--out", str(out), "--objectives", *SWEPT]) == 0
     return out
 
 
@@ -104,6 +107,7 @@ def test_objectives_are_taken_in_several_ways(words, ways, taken):
     assert list(taken[0].objectives) == SWEPT and taken[0].command == "sweep"
 
 
+@pytest.mark.usefixtures("drawn")
 def test_a_loud_sweep_prints_what_show_prints_again(words, finished, taken, capsys):
     assert main([*words, "--out", str(finished), *SWEPT]) == 0
     printed = capsys.readouterr().out

@@ -16,6 +16,8 @@ import geffect_fast as gf
 from geffect_fast.cli import main
 from geffect_fast.report.tables.weights import reached, render_weights
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 
 @pytest.fixture(scope="module")
 def folder(study, tmp_path_factory):

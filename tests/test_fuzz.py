@@ -17,6 +17,8 @@ from test_streams import closed_pipe
 from geffect_fast.cli import COMMANDS, main
 from geffect_fast.storage.run_folder import save_result
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 SECONDS = float(os.environ.get("GEFFECT_FAST_FUZZ_SECONDS", "5"))
 """For each kind and seed; what is drawn is decided by the seed, how much of it by the machine."""
 

@@ -15,6 +15,8 @@ from bad_input.case import check, profile, snapshot
 
 from geffect_fast.cli import COMMANDS, main
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 UNLEARN = [*profile(objectives=None, refusals=None), "--objective", "ga", "--steps", "2"]
 DATA = ["--out", "new", "--forget", "forget.jsonl", "--retain", "retain.jsonl"]
 KEPT = ["--metric", "probability"]  # nothing is known by heart here

@@ -11,8 +11,7 @@ from geffect_fast.storage.disk import remove
 from geffect_fast.storage.run_folder import PLOTS
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
+    from geffect_fast.report.figures.canvas import PlainFigure
     from geffect_fast.report.figures.style import Drawings
 
 
@@ -59,7 +58,9 @@ def plot_files(
     """The files of every figure in `plots/`."""
     for name, draw in drawings.items():
 
-        def write(folder: Path, name: str = name, draw: Callable[[], Figure | None] = draw) -> None:
+        def write(
+            folder: Path, name: str = name, draw: Callable[[], PlainFigure | None] = draw
+        ) -> None:
             from geffect_fast.report.figures.style import save_figure
 
             figure = draw()

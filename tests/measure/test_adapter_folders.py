@@ -14,6 +14,8 @@ from geffect_fast.errors import InputError
 from geffect_fast.measure.models import load_model, load_tokenizer
 from geffect_fast.storage.run_folder import open_run
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 peft = pytest.importorskip("peft")
 
 

@@ -15,6 +15,8 @@ from geffect_fast.data import read_rows, tokenize_rows
 from geffect_fast.measure.models import load_model, load_tokenizer
 from geffect_fast.storage.run_yaml import load_config
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 TEXT = "Mara Lund was born in Oslo. Her mother was a tailor, and so was her aunt. " * 12
 CHAT = [
     {"messages": [{"role": role, "content": text} for role, text in zip(

@@ -15,6 +15,8 @@ import geffect_fast as gf
 from geffect_fast.cli import main
 from geffect_fast.errors import InputError
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 DATA = {"forget": samples([5, 9, 3], 1), "retain": samples([7, 4], 2)}
 ROWS = samples([6] * 6, 4)
 

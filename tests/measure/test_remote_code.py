@@ -14,6 +14,8 @@ from geffect_fast.errors import InputError
 from geffect_fast.measure.models import has_remote_code, load_model, load_tokenizer
 from geffect_fast.storage.run_yaml import load_config
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 CODE = """
 from pathlib import Path
 from transformers import LlamaConfig, LlamaForCausalLM

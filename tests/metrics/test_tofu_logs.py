@@ -18,6 +18,8 @@ from geffect_fast.metrics.overlap import RougeL
 from geffect_fast.metrics.tofu import ForgetQuality, ModelUtility
 from geffect_fast.storage.evaluation import open_evaluation
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 FULL, RETAIN95 = "eval_log_phi_full.json", "eval_log_phi_retain95.json"
 FILES = {
     "retain": "eval_log.json",

@@ -20,6 +20,8 @@ from geffect_fast.storage.manifest import Manifest, checksums, files_below
 from geffect_fast.storage.run_folder import save_result
 from geffect_fast.storage.save_run import save_run
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 CONFIG = make_config({"model": "a/b", "forget": "c/d", "retain": "e/f", "objectives": "ga"})
 
 

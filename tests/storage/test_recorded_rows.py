@@ -17,6 +17,8 @@ from geffect_fast.cli import main
 from geffect_fast.errors import GEffectWarning
 from geffect_fast.storage.run_yaml import load_config
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 DATED = (
     "{{ strftime_now('%Y-%m-%d') }}{% for m in messages %}{{ m['content'] }}{{ eos_token }}"
     "{% endfor %}"

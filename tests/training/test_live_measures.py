@@ -23,6 +23,8 @@ from geffect_fast.report.summary.measures import shown
 from geffect_fast.training.execute import execute_unlearn
 from geffect_fast.unlearn_settings import UnlearnConfig
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 DATA = {"forget": samples([9, 17, 5, 12, 8], 1, 3), "retain": samples([9, 14, 6], 2, 3)}
 HOLDOUT = samples([8, 11, 7], 4, 3)
 OPTIONS = {"steps": 6, "learning_rate": 1e-3, "batch_size": 2, "probe_rows": 2, "probe_every": 2}
@@ -162,6 +164,7 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bits(config, whole, tmp_path
     ]
 
 
+@pytest.mark.usefixtures("drawn")
 def test_from_the_command_line_to_the_page(config, whole, study, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main(["unlearn", "--config", str(whole / "run.yaml"), "--out", "run"]) == 0

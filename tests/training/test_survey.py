@@ -21,6 +21,8 @@ from geffect_fast.measure.models import load_model, load_tokenizer
 from geffect_fast.steps.probe import Probe
 from geffect_fast.training.survey import made_by, part_touched
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 DATA = ["--forget", "forget.jsonl", "--retain", "retain.jsonl"]
 RELEARN = ["--relearn", "steps=3", "--relearn", "n_rows=2", "--relearn", "learning_rate=0.01"]
 
@@ -56,8 +58,8 @@ COMMAND += ["--holdout", "general.jsonl", "--max-new-tokens", "6", *RELEARN]
 
 
 @pytest.fixture(scope="module")
-def surveyed(folder):
-    with pytest.MonkeyPatch.context() as patch:
+def surveyed(folder, undrawn):
+    with pytest.MonkeyPatch.context() as patch, undrawn():
         patch.chdir(folder)
         assert main([*COMMAND, "--objectives", "gd", "--out", "survey"]) == 0
     return gf.open_evaluation(folder / "survey")

@@ -29,6 +29,8 @@ from geffect_fast.unlearn_settings import Training, UnlearnConfig
 from geffect_fast.updates import Updater
 from geffect_fast.updates import parse as parse_update
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 FORGET = samples([7, 12], 1, 2)
 RETAIN = [*samples([9, 9, 5], 2, 3), {key: row[2:8] for key, row in FORGET[1].items()}]
 RULES = ["orthograd(rank_tol=1e-10)", "gru", "gu", "blur", "pcgrad", "sago", "sam(rho=0.05)"]

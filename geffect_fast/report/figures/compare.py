@@ -22,10 +22,11 @@ from geffect_fast.results.told_apart import half_width, risk_spreads
 
 if TYPE_CHECKING:
     import xarray as xr
-    from matplotlib.figure import Figure
+
+    from geffect_fast.report.figures.canvas import PlainFigure
 
 
-def comparison_figures(runs: xr.Dataset) -> dict[str, Figure]:
+def comparison_figures(runs: xr.Dataset) -> dict[str, PlainFigure]:
     """All figures of a comparison by file stem, in the order in which a reader wants them.
 
     `effects`, `groups`, `risks`, `trade_off`, `cosines`; one whose numbers not all runs hold is
@@ -48,7 +49,7 @@ def comparison_drawings(runs: xr.Dataset) -> style.Drawings:
     }
 
 
-def _by_risk(runs: xr.Dataset, name: str, about: str, **more: Any) -> Figure:
+def _by_risk(runs: xr.Dataset, name: str, about: str, **more: Any) -> PlainFigure:
     """A panel a risk, a line a run, described by where every run ends on the forget risk."""
     risks, names, steps = labels(runs, "risk"), labels(runs, "run"), runs["step"].values
     values, bounds = runs[name].transpose("step", "run", "risk").values, bounds_of(runs, name)
@@ -60,7 +61,7 @@ def _by_risk(runs: xr.Dataset, name: str, about: str, **more: Any) -> Figure:
     return figure
 
 
-def _risks(runs: xr.Dataset) -> Figure:
+def _risks(runs: xr.Dataset) -> PlainFigure:
     def words(risk: str) -> tuple[str, str]:
         wanted = "higher: more is removed" if risk == UNLEARN else "higher: more harm"
         return risk_words(risk), f"{runs.attrs['risk']}  ({wanted})"
@@ -69,14 +70,14 @@ def _risks(runs: xr.Dataset) -> Figure:
     return _by_risk(runs, "risk_value", about, words=words, positive=True)
 
 
-def _cosines(runs: xr.Dataset) -> Figure | None:
+def _cosines(runs: xr.Dataset) -> PlainFigure | None:
     if "cosine" not in runs:
         return None
     about = "Cosines by run; with the forget risk"
     return _by_risk(runs, "cosine", about, words=cosine_words, limits=(-1.05, 1.05))
 
 
-def _groups(runs: xr.Dataset) -> Figure | None:
+def _groups(runs: xr.Dataset) -> PlainFigure | None:
     """A row a risk, a column a group of blocks, one scale a row."""
     if "group_effect" not in runs:
         return None
@@ -112,7 +113,7 @@ def _groups(runs: xr.Dataset) -> Figure | None:
     return figure
 
 
-def _trade_off(runs: xr.Dataset) -> Figure | None:
+def _trade_off(runs: xr.Dataset) -> PlainFigure | None:
     """Rise of every other risk against the rise of the forget risk, a path a run."""
     risks, names = labels(runs, "risk"), labels(runs, "run")
     others = [risk for risk in risks if risk != UNLEARN]

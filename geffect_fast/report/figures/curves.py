@@ -18,7 +18,8 @@ from geffect_fast.report.format import (
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+
+    from geffect_fast.report.figures.canvas import PlainFigure
 
 MARKED = 30
 """Up to so many steps every one has a marker."""
@@ -56,7 +57,7 @@ def lines_by_risk(
     said: str = style.SHADED_NOTE,
     positive: bool = False,
     **more: Any,
-) -> Figure:
+) -> PlainFigure:
     """A panel a risk, a line a name, the lines named below all panels.
 
     Args:

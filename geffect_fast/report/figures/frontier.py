@@ -15,8 +15,9 @@ from geffect_fast.results.told_apart import precision_error
 if TYPE_CHECKING:
     import xarray as xr
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
     from matplotlib.text import Annotation
+
+    from geffect_fast.report.figures.canvas import PlainFigure
 
 _CURVE, _POINT, _GREY = "#2166ac", "#444444", "#666666"
 MANY = 16
@@ -25,7 +26,7 @@ ROOM = 1.3
 """How far beyond the curve and ga points are at their own place, as a multiple of their reach."""
 
 
-def frontier_figure(result: xr.Dataset, best: xr.Dataset) -> Figure:
+def frontier_figure(result: xr.Dataset, best: xr.Dataset) -> PlainFigure:
     """Frontier of (e_u, e_r), the weights chosen on it, and a point an objective, labelled.
 
     An objective whose effects are far larger than the curve's is drawn nearer to 0 on its own ray,

@@ -14,10 +14,11 @@ from geffect_fast.report.summary.effects import by_place, labels, place_widths
 if TYPE_CHECKING:
     import xarray as xr
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+
+    from geffect_fast.report.figures.canvas import PlainFigure
 
 
-def layer_maps(dataset: xr.Dataset, objectives: list[str]) -> Figure | None:
+def layer_maps(dataset: xr.Dataset, objectives: list[str]) -> PlainFigure | None:
     """A map a risk and objective, each of its own scale; None where parts are summed.
 
     Args:
@@ -62,7 +63,9 @@ def layer_maps(dataset: xr.Dataset, objectives: list[str]) -> Figure | None:
     return figure
 
 
-def _map(figure: Figure, panel: Axes, steps: np.ndarray, values: np.ndarray, title: str) -> None:
+def _map(
+    figure: PlainFigure, panel: Axes, steps: np.ndarray, values: np.ndarray, title: str
+) -> None:
     """One heat map `(parts, steps)` with its own colour bar."""
     from matplotlib.colors import Normalize, SymLogNorm
     from matplotlib.ticker import MaxNLocator

@@ -26,13 +26,14 @@ from geffect_fast.report.summary.survey import is_survey, relearning_of
 if TYPE_CHECKING:
     import xarray as xr
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+
+    from geffect_fast.report.figures.canvas import PlainFigure
 
 _MARKERS = "osD^vP*X"
 _BOUNDS = ("value_low", "value_high")
 
 
-def measure_figures(dataset: xr.Dataset) -> dict[str, Figure]:
+def measure_figures(dataset: xr.Dataset) -> dict[str, PlainFigure]:
     """All figures of measures by file stem: `retention` of a control, `against_effects` of those
     that are set against effects, `measures`, and `relearned` of the survey's assessment.
 
@@ -57,7 +58,7 @@ def measure_drawings(dataset: xr.Dataset) -> style.Drawings:
     return drawings
 
 
-def measures_figure(dataset: xr.Dataset) -> Figure | None:
+def measures_figure(dataset: xr.Dataset) -> PlainFigure | None:
     """The numbers of all metrics and sets; None where there is none."""
     if not measured_metrics(dataset):
         return None
@@ -69,7 +70,7 @@ def measures_figure(dataset: xr.Dataset) -> Figure | None:
 # ---- over steps ----
 
 
-def _over_steps(dataset: xr.Dataset) -> Figure:
+def _over_steps(dataset: xr.Dataset) -> PlainFigure:
     """A panel a metric, a line a set."""
     metrics, steps = measured_metrics(dataset), dataset["step"].values
     figure, panels = style.panels_for(len(metrics))
@@ -83,7 +84,7 @@ def _over_steps(dataset: xr.Dataset) -> Figure:
     return figure
 
 
-def _over_steps_by_model(dataset: xr.Dataset) -> Figure:
+def _over_steps_by_model(dataset: xr.Dataset) -> PlainFigure:
     """A panel a metric and set, a line a model."""
     steps, models = dataset["step"].values, dataset["model"].values.tolist()
     pairs = [
@@ -132,7 +133,7 @@ def _lines(
 # ---- side by side ----
 
 
-def _side_by_side(dataset: xr.Dataset) -> Figure:
+def _side_by_side(dataset: xr.Dataset) -> PlainFigure:
     """A panel a metric: a number of each set and model, with a bar for its bounds."""
     from matplotlib.ticker import MaxNLocator
 
@@ -194,7 +195,7 @@ def _has_number(of: xr.Dataset) -> bool:
 # ---- retention ----
 
 
-def _retention(dataset: xr.Dataset) -> Figure:
+def _retention(dataset: xr.Dataset) -> PlainFigure:
     """What is kept along the share of each method, what must be, and the share that was found."""
     asked = json.loads(dataset.attrs["control"])
     methods = dataset["model"].values.tolist()
@@ -247,12 +248,12 @@ def _wrapped(title: str) -> str:
     return "\n".join(textwrap.wrap(title, 44))
 
 
-def _shaded(figure: Figure, dataset: xr.Dataset) -> None:
+def _shaded(figure: PlainFigure, dataset: xr.Dataset) -> None:
     if bool(dataset["value_low"].notnull().any()):
         style.note(figure, style.SHADED_NOTE)
 
 
-def _legend(figure: Figure, names: Sequence[str]) -> None:
+def _legend(figure: PlainFigure, names: Sequence[str]) -> None:
     """All lines named below the figure, as not every panel has each of them."""
     from matplotlib.lines import Line2D
 

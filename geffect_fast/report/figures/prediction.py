@@ -16,7 +16,8 @@ from geffect_fast.results.told_apart import half_width, risk_spreads
 
 if TYPE_CHECKING:
     import xarray as xr
-    from matplotlib.figure import Figure
+
+    from geffect_fast.report.figures.canvas import PlainFigure
 
 PANEL = 4.6
 DRAWN: dict[str, tuple[Any, str]] = {
@@ -28,7 +29,7 @@ DRAWN: dict[str, tuple[Any, str]] = {
 """Dashes and markers of the predictions."""
 
 
-def prediction_figure(dataset: xr.Dataset) -> Figure | None:
+def prediction_figure(dataset: xr.Dataset) -> PlainFigure | None:
     """Above changes over steps, measured and predicted; below one against the other.
 
     Above each panel stands how far to trust the prediction by the actual update.

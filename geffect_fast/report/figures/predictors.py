@@ -13,7 +13,8 @@ from geffect_fast.report.summary.predictors import measured_pairs
 if TYPE_CHECKING:
     import xarray as xr
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+
+    from geffect_fast.report.figures.canvas import PlainFigure
 
 FIGURE = "against_effects"
 SHOWN = ("e_u", "e_r", "collateral", "update_u", "update_r")
@@ -29,7 +30,7 @@ _MARKERS = ("o", "^", "s", "D", "v", "P")
 _NOTE = "A point a run. ρ: Spearman's, in brackets by drawing the runs anew; *: told from chance."
 
 
-def predictor_figure(dataset: xr.Dataset) -> Figure | None:
+def predictor_figure(dataset: xr.Dataset) -> PlainFigure | None:
     """Changes over each predictor, in panels, a colour a set; of metrics that differ between runs.
 
     Args:

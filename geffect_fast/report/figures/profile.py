@@ -14,7 +14,8 @@ from geffect_fast.report.summary.effects import by_place, by_sample, labels, pla
 if TYPE_CHECKING:
     import xarray as xr
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+
+    from geffect_fast.report.figures.canvas import PlainFigure
 
 _RISES, _FALLS = "#b2182b", "#2166ac"
 NOISE_NOTE = "dots: within what the choice of the rows that objectives read moves"
@@ -34,7 +35,7 @@ def profile_drawings(dataset: xr.Dataset) -> Drawings:
     }
 
 
-def layers_figure(dataset: xr.Dataset) -> Figure | None:
+def layers_figure(dataset: xr.Dataset) -> PlainFigure | None:
     """Heat map of objectives against parts of the model front to back, a panel a risk.
 
     Each row is divided by its largest size, which stands at its right end, so that objectives of
@@ -99,7 +100,7 @@ def mark_noise(panel: Axes, x: np.ndarray, values: np.ndarray, widths: np.ndarra
     panel.plot(x[columns], rows, ".", color="#333333", markersize=3, rasterized=True)
 
 
-def instances_figure(dataset: xr.Dataset) -> Figure | None:
+def instances_figure(dataset: xr.Dataset) -> PlainFigure | None:
     """Scatter of e_u against e_r of every forget row, a panel an objective.
 
     None where the result sums over samples.

@@ -27,7 +27,8 @@ from geffect_fast.report.summary.steps import Steps
 if TYPE_CHECKING:
     import xarray as xr
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+
+    from geffect_fast.report.figures.canvas import PlainFigure
 
 SHOWN = 8
 """Of more objectives than this, some are drawn; the trained one always is."""
@@ -37,7 +38,7 @@ BANDS = ((0.0, 1.0, 0.12), (0.05, 0.95, 0.2), (0.25, 0.75, 0.35))
 """Quantiles between which token weights are shaded, and how darkly."""
 
 
-def step_figures(dataset: xr.Dataset) -> dict[str, Figure]:
+def step_figures(dataset: xr.Dataset) -> dict[str, PlainFigure]:
     """All figures of a step result by file stem, in the order in which a reader wants them.
 
     `effects`, `risks`, `groups`, `layers`, `prediction`, `cosines`, `norms`, `token_weights`,
@@ -80,7 +81,7 @@ def _from_to(names: list[str], values: np.ndarray) -> str:
     )
 
 
-def _effects(read: Steps) -> Figure:
+def _effects(read: Steps) -> PlainFigure:
     shown = _shown(read)
     names, of_bounds = [read.objectives[k] for k in shown], read.effect_bounds
     figure = lines_by_risk(
@@ -102,7 +103,7 @@ def _effects(read: Steps) -> Figure:
     return figure
 
 
-def _risks(read: Steps, dataset: xr.Dataset) -> Figure:
+def _risks(read: Steps, dataset: xr.Dataset) -> PlainFigure:
     figure, (panel,) = style.panels_for(1, width=6.2)
     names, bounds = [*map(risk_words, read.risks)], read.value_bounds
     trained = dataset.attrs.get("trained_objective")
@@ -123,7 +124,7 @@ def _risks(read: Steps, dataset: xr.Dataset) -> Figure:
     return figure
 
 
-def _groups(read: Steps, dataset: xr.Dataset) -> Figure | None:
+def _groups(read: Steps, dataset: xr.Dataset) -> PlainFigure | None:
     """Effects of the lead objective by part of the model."""
     placed = by_place(dataset, blocks=False)
     if placed is None:
@@ -147,7 +148,7 @@ def _groups(read: Steps, dataset: xr.Dataset) -> Figure | None:
     return figure
 
 
-def _cosines(read: Steps, dataset: xr.Dataset) -> Figure | None:
+def _cosines(read: Steps, dataset: xr.Dataset) -> PlainFigure | None:
     if "cosine" not in dataset:
         return None
     names = [read.objectives[k] for k in _shown(read)]
@@ -162,7 +163,7 @@ def _cosines(read: Steps, dataset: xr.Dataset) -> Figure | None:
     return figure
 
 
-def _norms(read: Steps, dataset: xr.Dataset) -> Figure | None:
+def _norms(read: Steps, dataset: xr.Dataset) -> PlainFigure | None:
     norms = {
         "objectives": ("grad_norm", "objective", [read.objectives[k] for k in _shown(read)]),
         "risks": ("risk_grad_norm", "risk", read.risks),
@@ -189,13 +190,13 @@ def _norms(read: Steps, dataset: xr.Dataset) -> Figure | None:
     return figure
 
 
-def _measures(dataset: xr.Dataset) -> Figure | None:
+def _measures(dataset: xr.Dataset) -> PlainFigure | None:
     """What metrics said beside the effects."""
     measures = live_measures(dataset)
     return None if measures is None else measures_figure(measures)
 
 
-def _token_weights(read: Steps, dataset: xr.Dataset) -> Figure | None:
+def _token_weights(read: Steps, dataset: xr.Dataset) -> PlainFigure | None:
     """Quantiles over tokens of the weights an objective puts on them."""
     if "token_weight" not in dataset:
         return None

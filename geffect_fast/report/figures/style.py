@@ -14,9 +14,10 @@ from geffect_fast.results.intervals import LEVEL
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
-Drawings = dict[str, Callable[[], "Figure | None"]]
+    from geffect_fast.report.figures.canvas import PlainFigure
+
+Drawings = dict[str, Callable[[], "PlainFigure | None"]]
 """How figures are made, by file stem; None: the result holds nothing for one."""
 
 COLOURS = (
@@ -43,20 +44,20 @@ DECADES = 6
 """The most decades that such a scale shows on one side of zero."""
 
 
-def drawn(drawings: Drawings) -> dict[str, Figure]:
+def drawn(drawings: Drawings) -> dict[str, PlainFigure]:
     """The figures that there are, by file stem."""
     made = {name: draw() for name, draw in drawings.items()}
     return {name: figure for name, figure in made.items() if figure is not None}
 
 
-def blank_figure(width: float, height: float) -> Figure:
+def blank_figure(width: float, height: float) -> PlainFigure:
     """A figure that belongs to no window and no global state."""
     from geffect_fast.report.figures.canvas import PlainFigure
 
     return PlainFigure(width, height)
 
 
-def panels_for(n: int, width: float = PANEL, height: float = 3.6) -> tuple[Figure, np.ndarray]:
+def panels_for(n: int, width: float = PANEL, height: float = 3.6) -> tuple[PlainFigure, np.ndarray]:
     """A figure with panels side by side, three at most in a row; unused ones are not there."""
     columns = 2 if n == 4 else min(n, 3)
     rows = -(-n // columns)
@@ -75,7 +76,7 @@ def style_of(i: int) -> dict[str, Any]:
     }
 
 
-def note(figure: Figure, text: str) -> None:
+def note(figure: PlainFigure, text: str) -> None:
     """Write a line above all panels, below what stands there."""
     said = figure.get_suptitle()
     figure.suptitle(f"{said}\n{text}" if said else text, fontsize=9, color=GREY)
@@ -127,7 +128,7 @@ def fit_scale(set_scale: Any, lines: Sequence[np.ndarray], positive: bool = Fals
     return f"(log scale, linear within ±{10.0**power:g})"
 
 
-def legend_below(figure: Figure, panel: Axes) -> None:
+def legend_below(figure: PlainFigure, panel: Axes) -> None:
     """The lines of a panel named below the whole figure, where they cover nothing."""
     handles, labels = panel.get_legend_handles_labels()
     widest = max(map(len, labels), default=1)
@@ -142,7 +143,7 @@ def legend_below(figure: Figure, panel: Axes) -> None:
     )
 
 
-def save_figure(figure: Figure, file: Path, kinds: Sequence[str] = ("png", "svg")) -> None:
+def save_figure(figure: PlainFigure, file: Path, kinds: Sequence[str] = ("png", "svg")) -> None:
     """Write a figure as a picture, as SVG, or both.
 
     The SVG holds its text as text, and is the same for the same figure.
@@ -154,10 +155,10 @@ def save_figure(figure: Figure, file: Path, kinds: Sequence[str] = ("png", "svg"
     """
     import matplotlib as mpl
 
+    figure.place()
     about = {"Title": file.name, "Description": figure.get_label()}
     if "png" in kinds:
-        figure.savefig(f"{file}.png", dpi=150, metadata=about)
-        figure.set_layout_engine("none")  # panels stay where they are: to place them is slow
+        figure.savefig(f"{file}.png", metadata=about)
     if "svg" in kinds:
         with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": file.name}):
             figure.savefig(f"{file}.svg", metadata=about | {"Date": None})

@@ -17,8 +17,9 @@ from geffect_fast.report.figures.style import blank_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
     from matplotlib.legend import Legend
+
+    from geffect_fast.report.figures.canvas import PlainFigure
 
 LARGEST = 1.45
 """Pixels of the page that a point of a figure is at most."""
@@ -67,7 +68,7 @@ class Panels:
     notes: list[str]
 
 
-def take_apart(figure: Figure, name: str) -> Panels:
+def take_apart(figure: PlainFigure, name: str) -> Panels:
     """The panels of a figure, each an `<svg>` of its own.
 
     Labels that all panels share are written at each of them.
@@ -100,6 +101,7 @@ def take_apart(figure: Figure, name: str) -> Panels:
     figure.set_figwidth(min(WIDTH, figure.get_figwidth()) * columns)
     figure.patch.set_visible(False)
     figure.set_layout_engine("none")  # what would not fit beside others is alone
+    figure.words_as_they_are()
     for axes in figure.axes:
         axes.set_visible(False)
     apart = []
@@ -116,7 +118,7 @@ def take_apart(figure: Figure, name: str) -> Panels:
     return Panels(apart, keys, [" ".join(notes)] if notes else [])
 
 
-def _label_each(figure: Figure, panels: list[Axes]) -> None:
+def _label_each(figure: PlainFigure, panels: list[Axes]) -> None:
     """Give each panel the words and ticks that stand at the edge of the figure or of its grid."""
     from matplotlib.ticker import FixedLocator
 
@@ -163,6 +165,7 @@ def _keys(legend: Legend | None, name: str) -> list[Key]:
     for i, (handle, text) in enumerate(zip(legend.legend_handles, legend.get_texts(), strict=True)):
         figure = blank_figure(0.5, 0.2)
         figure.patch.set_visible(False)
+        figure.set_layout_engine("none")
         figure.legend(
             handles=[handle],
             labels=[""],
@@ -176,7 +179,7 @@ def _keys(legend: Legend | None, name: str) -> list[Key]:
     return keys
 
 
-def inline_svg(figure: Figure, name: str, label: str = "") -> Markup:
+def inline_svg(figure: PlainFigure, name: str, label: str = "") -> Markup:
     """What is visible of a figure, as an `<svg>` element as wide as there is room.
 
     Args:
@@ -188,9 +191,7 @@ def inline_svg(figure: Figure, name: str, label: str = "") -> Markup:
 
     written = io.StringIO()
     with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
-        figure.savefig(
-            written, format="svg", bbox_inches="tight", pad_inches=2 / 72, metadata=_UNSIGNED
-        )
+        figure.savefig(written, format="svg", bbox_inches=figure.drawn_part(), metadata=_UNSIGNED)
     text = _OF_FILES.sub("", written.getvalue())
     # hundredths of a point are enough
     text = _PLACES.sub(

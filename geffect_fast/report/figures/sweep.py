@@ -16,7 +16,8 @@ from geffect_fast.report.summary.sweep import Swept, SweptFamily
 if TYPE_CHECKING:
     import xarray as xr
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+
+    from geffect_fast.report.figures.canvas import PlainFigure
 
 FAMILIES = (
     "#1f77b4",
@@ -46,7 +47,7 @@ def sweep_drawings(dataset: xr.Dataset) -> style.Drawings:
     return {"sweep": lambda: sweep_figure(dataset), "pareto": lambda: pareto_figure(dataset)}
 
 
-def sweep_figure(dataset: xr.Dataset) -> Figure | None:
+def sweep_figure(dataset: xr.Dataset) -> PlainFigure | None:
     """Effects and collateral against every swept parameter, a line a family.
 
     A family with several ranges has a line for every value of the others, the darker the larger.
@@ -93,7 +94,7 @@ def sweep_figure(dataset: xr.Dataset) -> Figure | None:
     return figure
 
 
-def pareto_figure(dataset: xr.Dataset, size: tuple[float, float] = (9.5, 6.2)) -> Figure:
+def pareto_figure(dataset: xr.Dataset, size: tuple[float, float] = (9.5, 6.2)) -> PlainFigure:
     """Scatter of e_u against e_r of all objectives, with the Pareto front drawn and named."""
     swept = Swept.of(dataset)
     figure = style.blank_figure(*size)

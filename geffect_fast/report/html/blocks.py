@@ -17,7 +17,7 @@ from geffect_fast.report.format import number, spoken
 from geffect_fast.report.tokens.colours import goodness, levels, mark
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    from geffect_fast.report.figures.canvas import PlainFigure
 
 MOST_ROWS = 200
 """Rows of a table beyond which some are left out."""
@@ -155,7 +155,7 @@ class Section:
 
 
 def figure_block(
-    figure: Figure, name: str, caption: str, lists: list[list[str]] | None = None
+    figure: PlainFigure, name: str, caption: str, lists: list[list[str]] | None = None
 ) -> Figures:
     """A figure's panels, with its notes after the caption."""
     apart = take_apart(figure, name)
@@ -164,7 +164,7 @@ def figure_block(
 
 
 def drawn_blocks(
-    figures: Mapping[str, Figure | None], names: Sequence[str], prefix: str = ""
+    figures: Mapping[str, PlainFigure | None], names: Sequence[str], prefix: str = ""
 ) -> list[Block]:
     """A block for every named figure that there is, with its label as caption."""
     there = {name: figure for name in names if (figure := figures.get(name)) is not None}

@@ -28,6 +28,8 @@ from geffect_fast.cli import main
 from geffect_fast.measure.control import largest_share
 from geffect_fast.measure.models import load_model
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 # ---- the search ----
 
 CURVES = {
@@ -206,6 +208,7 @@ def test_the_same_call_gives_the_same_bits(result, original, unlearned, gentler,
 # ---- the command ----
 
 
+@pytest.mark.usefixtures("drawn")
 def test_from_folders_to_a_run_that_replays(here, capsys, original, unlearned):
     before = snapshot(here)
     command = [*COMMAND, "--unlearned", "ascent", "gentler", "adapter", "--forget", "forget.jsonl"]

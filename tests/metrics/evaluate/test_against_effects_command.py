@@ -17,12 +17,14 @@ from geffect_fast.storage.manifest import Manifest
 from geffect_fast.training.execute import execute_unlearn
 from geffect_fast.unlearn_settings import UnlearnConfig
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 METRICS = ["--metrics", "probability"]
 OBJECTIVES = ("ga", "gd", "wga(alpha=1)", "npo(beta=0.5)", "tnpo(beta=1)")
 
 
 @pytest.fixture(scope="module")
-def study(tmp_path_factory, model, tokenizer, sets):
+def study(tmp_path_factory, model, tokenizer, sets, undrawn):
     folder = tmp_path_factory.mktemp("against")
     save(model, tokenizer, folder / "known")
     for name in ("forget", "retain"):
@@ -35,7 +37,8 @@ def study(tmp_path_factory, model, tokenizer, sets):
         for name, objective in zip("abcde", OBJECTIVES, strict=True):
             config = checked_config(UnlearnConfig, given | {"objective": objective})
             execute_unlearn(config, folder / "study" / name)
-        assert main(["evaluate", "--against-effects", "study", "--out", "run", *METRICS]) == 0
+        with undrawn():
+            assert main(["evaluate", "--against-effects", "study", "--out", "run", *METRICS]) == 0
     return folder
 
 

@@ -21,6 +21,8 @@ from geffect_fast.errors import InputError
 from geffect_fast.measure.models import load_model
 from geffect_fast.metrics import SUITES
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory, model, retrained, tokenizer, sets):
@@ -44,6 +46,7 @@ def here(study, tmp_path, monkeypatch):
 DATA = ["--forget", "forget.jsonl", "--retain", "retain.jsonl", "--holdout", "holdout.jsonl"]
 
 
+@pytest.mark.usefixtures("drawn")
 def test_several_models_lie_along_an_axis(here, model, tokenizer, sets, capsys):
     command = ["evaluate", "--models", "known", "retrained", *DATA, "--metrics", "nll,min_k(k=0.2)"]
     assert main([*command, "--out", "run"]) == 0
@@ -78,6 +81,7 @@ def test_several_models_lie_along_an_axis(here, model, tokenizer, sets, capsys):
         gf.open_evaluation("run")
 
 
+@pytest.mark.usefixtures("drawn")
 def test_a_run_of_measures_is_reported_and_exported(here, capsys):
     command = ["evaluate", "--models", "known", "retrained", *DATA, "--metrics", "nll,min_k(k=0.2)"]
     assert main([*command, "--out", "run"]) == 0
@@ -118,6 +122,7 @@ def test_a_run_of_measures_is_reported_and_exported(here, capsys):
     assert one["question"].tolist() == of["question"].values.tolist()
 
 
+@pytest.mark.usefixtures("drawn")
 def test_a_report_that_fails_costs_no_number(here, capsys, monkeypatch):
     monkeypatch.setattr("geffect_fast.report.figures.measures.measures_figure", lambda _: 1 / 0)
     command = ["evaluate", "--model", "known", *DATA, "--metrics", "nll", "--quiet"]

@@ -22,6 +22,8 @@ from geffect_fast.errors import GEffectError, GEffectWarning
 from geffect_fast.storage.run_yaml import load_config
 from geffect_fast.training.execute_relearn import execute_relearn
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 
 @pytest.fixture
 def here(tmp_path, monkeypatch, unlearned, retrained, tokenizer):
@@ -36,6 +38,7 @@ COMMAND = ["relearn", "--model", "unlearned", "--forget", "forget.jsonl", "--row
 COMMAND += ["--steps", "5", "--measure-every", "2", "--lr", "3e-3"]
 
 
+@pytest.mark.usefixtures("drawn")
 def test_from_folders_to_a_run_that_replays(here, capsys, result):
     before = snapshot(here)
     assert main([*COMMAND, "--retrained", "retrained", "--out", "run"]) == 0
