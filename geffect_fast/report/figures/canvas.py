@@ -6,6 +6,7 @@ matplotlib is imported here first, whatever MPLBACKEND says, which names a backe
 from __future__ import annotations
 
 import os
+import re
 import sys
 from contextlib import suppress
 from typing import Any
@@ -27,10 +28,12 @@ from matplotlib.axis import Axis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.text import Text
-from matplotlib.ticker import LogFormatter, LogFormatterSciNotation
+from matplotlib.ticker import Formatter, LogFormatterSciNotation, ScalarFormatter
 from matplotlib.transforms import Bbox
 
-_RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+_UPRIGHT = re.compile(r"\\mathdefault\{((?:[^{}]|\{[^{}]*\})*)\}")
+_POWER = re.compile(r"\^\{([^}]*)\}")
+_RAISED = str.maketrans("-−0123456789", "⁻⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 _PAD = 2 / 72
 """Inches of ground around what is drawn."""
 
@@ -48,7 +51,7 @@ class PlainFigure(Figure):
 
     def __init__(self, width: float, height: float) -> None:
         super().__init__(figsize=(width, height), dpi=150, layout="constrained")
-        FigureCanvasAgg(self)
+        self._agg = FigureCanvasAgg(self)
         self._seen = False
 
     def draw(self, renderer: Any) -> None:
@@ -60,9 +63,8 @@ class PlainFigure(Figure):
     def words_as_they_are(self) -> None:
         """To be called when all is there that a figure shows, and before it is saved."""
         for axis in self.findobj(Axis):
-            if isinstance(axis.get_major_formatter(), LogFormatter):
-                axis.set_major_formatter(_Powers.like(axis.get_major_formatter()))
-                axis.set_minor_formatter(_Powers.like(axis.get_minor_formatter()))
+            axis.set_major_formatter(_without_formulas(axis.get_major_formatter()))
+            axis.set_minor_formatter(_without_formulas(axis.get_minor_formatter()))
         for text in self.findobj(Text):
             text.set_parse_math(False)
         self._seen = True
@@ -71,29 +73,46 @@ class PlainFigure(Figure):
         """Find places for panels and legends, once: saving would do so every time."""
         self.words_as_they_are()
         with rc_context({"text.parse_math": False}):
-            self.get_layout_engine().execute(self)
+            layout = self.get_layout_engine()
+            assert layout is not None
+            layout.execute(self)
         self.set_layout_engine("none")
 
     def drawn_part(self) -> Bbox:
         """Where something visible is, in inches, with a little ground around it."""
         with rc_context({"text.parse_math": False}):
-            return self.get_tightbbox(self.canvas.get_renderer()).padded(_PAD)
+            return self.get_tightbbox(self._agg.get_renderer()).padded(_PAD)
 
 
-class _Powers(LogFormatterSciNotation):
-    """Powers of ten in raised digits and not as a formula."""
-
-    @staticmethod
-    def like(other: Any) -> Any:
-        """A formatter that labels the same ticks."""
-        if not isinstance(other, LogFormatterSciNotation):
-            return other
-        made = _Powers()
-        vars(made).update(vars(other))
-        return made
+class _WithoutFormulas:
+    """Labels of a formatter with powers of ten in raised digits."""
 
     def __call__(self, x: float, pos: int | None = None) -> str:
-        formula = super().__call__(x, pos)
-        inner = formula.removeprefix("$\\mathdefault{").removesuffix("}$")
-        base, _, power = inner.replace(r"\times", "×").partition("^{")
-        return base.replace("-", "−") + power.removesuffix("}").translate(_RAISED)
+        return _raised(super().__call__(x, pos))  # type: ignore[misc]
+
+    def get_offset(self) -> str:
+        """What all labels of an axis are multiplied with."""
+        return _raised(super().get_offset())  # type: ignore[misc]
+
+
+class _Powers(_WithoutFormulas, LogFormatterSciNotation):
+    pass
+
+
+class _Numbers(_WithoutFormulas, ScalarFormatter):
+    pass
+
+
+def _without_formulas(formatter: Formatter) -> Formatter:
+    """One that labels the same ticks."""
+    for plain, kind in ((_Powers, LogFormatterSciNotation), (_Numbers, ScalarFormatter)):
+        if isinstance(formatter, kind):
+            made = plain()
+            vars(made).update(vars(formatter))
+            return made
+    return formatter
+
+
+def _raised(formula: str) -> str:
+    words = _UPRIGHT.sub(r"\1", formula.replace("$", "")).replace(r"\times", "×")
+    return _POWER.sub(lambda power: power[1].translate(_RAISED), words).replace("-", "−")

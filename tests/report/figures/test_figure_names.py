@@ -74,8 +74,16 @@ def test_the_frontier(tmp_path):
 def test_powers_of_ten_stay_powers(scale, tmp_path):
     figure = blank_figure(4, 3)
     panel = figure.subplots()
-    panel.plot(np.geomspace(1, 1e6, 5), label=BROKEN)
-    panel.set_yscale(scale)
+    panel.plot(np.geomspace(1e-6, 1e6, 5), label=BROKEN)
+    panel.set_yscale(scale, **({"linthresh": 1e-3} if scale == "symlog" else {}))
     panel.legend()
     found = words(figure, tmp_path)
-    assert BROKEN in found and "106" in "".join(found.split()) and "mathdefault" not in found
+    assert BROKEN in found and "10⁶" in found and "10⁻" in found and "mathdefault" not in found
+
+
+def test_what_all_numbers_are_multiplied_with_is_a_power_of_ten(tmp_path):
+    figure = blank_figure(4, 3)
+    panel = figure.subplots()
+    panel.plot([-2e-7, 3e-7])
+    panel.ticklabel_format(style="sci", scilimits=(-2, 3), useMathText=True)
+    assert {"×10⁻⁷", "−2", "3"} <= {*words(figure, tmp_path).split()}
