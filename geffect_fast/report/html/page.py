@@ -54,7 +54,7 @@ def write_page(
 
     Its sections, of which those that the results hold nothing for are left out: `answer`,
     `verdicts`, `shares`, `effects`, `survey`, `curves`, `measures`, `layers`, `instances`,
-    `tokens`, `cosines`, `prediction`, `table`, `signs`, `made`.
+    `tokens`, `cosines`, `conflicts`, `prediction`, `table`, `signs`, `made`.
 
     Args:
         runs: by the name that the page calls it, the result of `geffect_fast.profile` or `sweep`,
@@ -184,6 +184,7 @@ _HEADINGS = {
     "instances": "Instances",
     "tokens": "Tokens",
     "cosines": "Cosines",
+    "conflicts": "Conflicts with the retain risk",
     "prediction": "Predicted against measured",
     "table": "All numbers",
     "signs": "How to read a sign",

@@ -35,6 +35,7 @@ from geffect_fast.report.html.blocks import (
     left_out,
     notes_of,
 )
+from geffect_fast.report.summary.conflicts import CAPTION, NOTE, Conflicts
 from geffect_fast.report.summary.effects import (
     by_place,
     by_sample,
@@ -85,6 +86,7 @@ def sections(dataset: xr.Dataset, summed: xr.Dataset) -> dict[str, list[Block]]:
         "instances": instances(summed),
         "tokens": tokens(dataset),
         "cosines": cosines(summed),
+        "conflicts": conflicts(summed),
         "table": full_table(summed),
     }
 
@@ -330,6 +332,23 @@ def cosines(dataset: xr.Dataset) -> list[Block]:
         frozenset([0, len(risks) + 1]),
     )
     return [table, *left_out(len(rows), "objectives", len(kept))]
+
+
+def conflicts(dataset: xr.Dataset) -> list[Block]:
+    """What part of gradients opposes the retain risk's, where that was measured."""
+    found = Conflicts.of(dataset)
+    if found is None:
+        return []
+    rows = found.rows()
+    kept = [*thinned(np.arange(len(rows) - 1), MOST_ROWS), len(rows) - 1]
+    names = [*rows]
+    table = Table(
+        CAPTION,
+        ["objective", *(part.replace("_", " ") for part in found.parts)],
+        [[names[k], *(number(share, ".0f") for share in rows[names[k]])] for k in kept],
+    )
+    left = left_out(len(rows) - 1, "objectives", len(kept) - 1)
+    return [table, *left, *notes_of([NOTE])]
 
 
 _ON_FORGET = {

@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from geffect_fast.report.format import UNLEARN, effect_name, in_metric, number, question, symbol
+from geffect_fast.report.summary.conflicts import CAPTION, Conflicts
 from geffect_fast.report.summary.effects import by_place, by_sample, labels, shares
 from geffect_fast.report.summary.objectives import summarise
 from geffect_fast.report.tables.cells import (
@@ -79,31 +80,14 @@ def group_table(dataset: xr.Dataset, risk: str) -> Table | None:
 
 
 def conflict_table(dataset: xr.Dataset) -> Table | None:
-    """What part of each objective's gradient opposes the retain risk's, by part of the model, and
-    that part's share of the retain risk's Fisher trace; None where it was not measured."""
-    by = next((d for d in ("parameter", "group") if d in dataset["g_effect"].dims), None)
-    if "conflict_share" not in dataset or by is None:
+    """Conflicts with the retain risk by part of the model; None where they were not measured."""
+    found = Conflicts.of(dataset)
+    if found is None:
         return None
-    mass = dataset["gradient_mass"]
-    opposed = (dataset["conflict_share"] * mass).fillna(0.0)
-    groups = [str(group) for group in dataset["group"].values]
-    parts = list(dict.fromkeys(groups))
-    table = new_table(
-        "Conflict: % of the gradient, by size, whose sign opposes the retain risk's",
-        ("objective", FOLDED),
-        *(part.replace("_", " ") for part in parts),
-    )
-
-    def summed(of: xr.DataArray) -> np.ndarray:
-        values = of.transpose(by, ...).values
-        return np.stack([values[[g == part for g in groups]].sum(0) for part in parts])
-
-    with np.errstate(invalid="ignore", divide="ignore"):
-        shares_of = 100 * summed(opposed) / summed(mass)
-    for k, objective in enumerate(labels(dataset, "objective")):
-        table.add_row(objective, *(number(share, ".0f") for share in shares_of[:, k]))
-    fisher = summed(dataset["fisher_trace"].sel(risk="retain"))
-    table.add_row("Fisher, % of trace", *(number(f, ".0f") for f in 100 * fisher / fisher.sum()))
+    heads = (part.replace("_", " ") for part in found.parts)
+    table = new_table(CAPTION, ("objective", FOLDED), *heads)
+    for name, shares_of in found.rows().items():
+        table.add_row(name, *(number(share, ".0f") for share in shares_of))
     return table
 
 
