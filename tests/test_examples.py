@@ -73,22 +73,44 @@ def test_a_trainer_is_watched_with_three_lines() -> None:
     assert float(found["weights"][-1]) < float(found["weights"][0]), "what is forgotten is spared"
 
 
-def test_a_study_sets_what_unlearning_did_beside_effects_before(tmp_path, monkeypatch, capsys):
-    """Made tiny: invented rows, a Llama of an epoch, three objectives, one metric."""
-    tofu, work = tmp_path / "tofu", tmp_path / "study"
-    tofu.mkdir()
+@pytest.fixture
+def studied(tmp_path, monkeypatch):
+    """Runs a study on TOFU, made tiny: invented rows, a Llama of an epoch, three runs, one metric.
+
+    Returns the folder of the study and the invented rows.
+    """
     rows = make_fictitious_authors(3, seed=0)
-    files = ("forget05_perturbed.json", "retain_perturbed.json", "retain95.json")
-    for file, of in zip(files, (rows[:10], rows[10:20], rows[10:]), strict=True):
-        write_jsonl(of, tofu / file)
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    monkeypatch.setattr("machine.RESULTS", tmp_path)
-    given = {"steps": 2, "rate": 1e-3, "runs": 3, "forget": 6, "retain": 8, "probed": 4}
-    given |= {"holdout": 5, "hidden": 32, "known": 0, "metrics": "probability", "csv": "found"}
-    words = [word for name, value in given.items() for word in (f"--{name}", str(value))]
-    monkeypatch.setattr(sys, "argv", ["does_e_predict.py", str(tofu), "--work", str(work), *words])
-    with torch.random.fork_rng(devices=[]):
-        runpy.run_path(str(EXAMPLES / "does_e_predict.py"), run_name="__main__")
+
+    def run(script, **more):
+        tofu, work = tmp_path / "tofu", tmp_path / "study"
+        tofu.mkdir()
+        files = ("forget05_perturbed.json", "retain_perturbed.json", "retain95.json")
+        for file, of in zip(files, (rows[:10], rows[10:20], rows[10:]), strict=True):
+            write_jsonl(of, tofu / file)
+        for folder in ("benchmarks", "examples"):
+            monkeypatch.syspath_prepend(str(ROOT / folder))
+        monkeypatch.setattr("machine.RESULTS", tmp_path)
+        given = {"steps": 2, "rate": 1e-3, "runs": 3, "forget": 6, "retain": 8, "probed": 4}
+        given |= {"holdout": 5, "hidden": 32, "known": 0, "csv": "found"} | more
+        words = [word for name, value in given.items() for word in (f"--{name}", str(value))]
+        monkeypatch.setattr(sys, "argv", [script, str(tofu), "--work", str(work), *words])
+        with torch.random.fork_rng(devices=[]):
+            runpy.run_path(str(EXAMPLES / script), run_name="__main__")
+        return work, rows
+
+    return run
+
+
+def table_of(file):
+    """The rows of a CSV, all of which name the machine."""
+    with file.open(encoding="utf-8") as opened:
+        table = list(csv.DictReader(opened))
+    assert all(row["commit"] and row["cpu"] for row in table)
+    return table
+
+
+def test_a_study_sets_what_unlearning_did_beside_effects_before(studied, tmp_path, capsys):
+    work, rows = studied("does_e_predict.py", metrics="probability")
     assert "0 of 0 pairs are told from chance" in capsys.readouterr().out, "three runs say nothing"
 
     learned = {row["question"] for row in [*rows[:6], *rows[10:18]]}
@@ -101,8 +123,23 @@ def test_a_study_sets_what_unlearning_did_beside_effects_before(tmp_path, monkey
     e_u = found.effect.sel(predictor="e_u").values
     assert (e_u < 0).all() and e_u[0] == pytest.approx(e_u[2], rel=1e-4), "kl is 0 at the start"
     assert (found.change.sel(set="forget") < 0).all()
-    with (tmp_path / "found_runs.csv").open(encoding="utf-8") as file:
-        table = list(csv.DictReader(file))
+    table = table_of(tmp_path / "found_runs.csv")
     assert [row["objective"] for row in table] == found["objective"].values.tolist()
     assert [float(row["e_u"]) for row in table] == pytest.approx(e_u, rel=1e-12)
-    assert all(row["commit"] and row["cpu"] for row in table)
+
+
+def test_a_study_compares_update_rules_at_equal_retention(studied, tmp_path):
+    work, _ = studied("update_rules.py")
+    table = table_of(tmp_path / "found.csv")
+    assert [(row["objective"], row["update"]) for row in table] == [
+        ("ga + nll", rule) for rule in ("sgd", "orthograd", "gru")
+    ]
+    for name in ("e_forget", "e_P_forget", "e_retain", "e_P_retain"):
+        of = [float(row[name]) for row in table]
+        assert of == pytest.approx([of[0]] * 3, rel=1e-4), "the objective and the model are one"
+    assert float(table[0]["e_forget"]) != float(table[0]["e_P_forget"])
+    assert len({row["change_forget"] for row in table}) == 3, "the rules are not"
+    controlled = gf.open_evaluation(work / "control")
+    original = float(controlled.retention.sel(alpha=0).isel(model=0))
+    for row in table:
+        assert 0 <= float(row["share"]) <= 1 and float(row["retain"]) >= 0.95 * original - 1e-6
