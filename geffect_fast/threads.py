@@ -19,10 +19,12 @@ _OF_NUMBER = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 
 
 def is_command() -> bool:
-    """Whether this process is the command line: by its script, or `python -m geffect_fast.cli`."""
-    words = sys.orig_argv
-    as_module = any(pair == ("-m", "geffect_fast.cli") for pair in pairwise(words))
-    return as_module or Path(sys.argv[0] if sys.argv else "").name == COMMAND
+    """Whether this process is the command line: by its script, or `python -m geffect_fast`."""
+    modules = {("-m", name) for name in ("geffect_fast", "geffect_fast.cli")}
+    return (
+        not modules.isdisjoint(pairwise(sys.orig_argv))
+        or Path(sys.argv[0] if sys.argv else "").name == COMMAND
+    )
 
 
 def prepare() -> None:

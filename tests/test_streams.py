@@ -30,6 +30,7 @@ PRINTING = {
     "help of a command": ["profile", "--help"],
     "version": ["--version"],
     "env": ["env"],
+    "objectives": ["objectives"],
     "check": check(),
     "profile": ["profile", *profile(refusals=None, out="new")[2:]],
     "sweep": ["sweep", *profile(refusals=None, objectives="wga(alpha=0:1:2)", out="new")[2:]],

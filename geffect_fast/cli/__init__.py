@@ -19,6 +19,7 @@ from geffect_fast.cli import (
     env,
     evaluate,
     export,
+    objectives,
     profile,
     relearn,
     report,
@@ -55,6 +56,7 @@ COMMANDS = (
     tokens.tokens,
     weights.weights,
     export.export,
+    objectives.objectives,
     demo.demo,
     env.env,
 )

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
-from typing import TypeVar
+from dataclasses import MISSING, fields
+from typing import NamedTuple, TypeVar
 
 from geffect_fast.errors import InputError
-from geffect_fast.objectives.base import Composite, Objective, Sum
-from geffect_fast.objectives.parameters import make_frozen
+from geffect_fast.objectives.base import REFERENCE_NEEDS, Composite, Objective, Sum
+from geffect_fast.objectives.parameters import make_frozen, written
 from geffect_fast.registry import Registry
 
 C = TypeVar("C", bound=type[Objective])
@@ -52,3 +54,52 @@ def register(name: str) -> Callable[[C], C]:
 def available() -> tuple[str, ...]:
     """Names of all registered objectives, in alphabetical order."""
     return OBJECTIVES.available()
+
+
+REQUIRED = "..."
+"""Instead of the value of a parameter that has to be given."""
+
+
+class Described(NamedTuple):
+    """What users want to know of an objective before they name it.
+
+    Attributes:
+        text: its string with all parameters as they are unless given, or `REQUIRED`.
+        about: the first paragraph of its docstring.
+        sets: which data it reads, forget or retain or both.
+        needs: what is to be given beside the rows: a reference, refusals, weights.
+    """
+
+    text: str
+    about: str
+    sets: list[str]
+    needs: list[str]
+
+
+def described_objectives() -> list[Described]:
+    """All registered objectives, in alphabetical order."""
+    found = []
+    for name in available():
+        kind = OBJECTIVES.lookup(name)
+        values = {
+            field.name: REQUIRED if field.default in (MISSING, None) else written(field.default)
+            for field in fields(kind)
+        }
+        made = kind(**{key: 1 for key, value in values.items() if value == REQUIRED})
+        parts = [part for _, part in made.parts()]
+        needs = {need for part in parts for need in part.needs}
+        needed = {
+            "a reference": bool(needs & REFERENCE_NEEDS),
+            "refusals": any("alternative" in part.roles for part in parts),
+            "weights": "weights" in needs,
+        }
+        given = ", ".join(f"{key}={value}" for key, value in values.items())
+        found.append(
+            Described(
+                f"{name}({given})" if given else name,
+                " ".join((inspect.getdoc(kind) or "").split("\n\n")[0].split()),
+                [on for on in ("forget", "retain") if any(part.on == on for part in parts)],
+                [need for need, wanted in needed.items() if wanted],
+            )
+        )
+    return found
