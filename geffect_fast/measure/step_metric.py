@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 GIVEN = "diagonal"
 """The metric's name where its diagonal is given."""
 
-PIECE = {"cpu": 2**16, "cuda": 2**24}
+PIECE = {"cpu": 2**16, "cuda": 2**22}
 """Entries of a parameter at a time, by kind of device: few enough for a core's cache, and enough
 for a GPU."""
 
