@@ -148,15 +148,15 @@ class AdamRule(OptimizerRule):
         decay = float(held.group["weight_decay"])
         if decay and not self.decoupled(held):
             gradients = gradients + decay * held.weights()
-        squares = (1 - beta2) * gradients.square().mean(0)
+        squares = gradients.square().mean(0).mul_(1 - beta2)
         before = held.tensor("exp_avg_sq")
         if before is not None:
-            squares += beta2 * before
+            squares.add_(before, alpha=beta2)
         largest = held.tensor("max_exp_avg_sq") if held.group["amsgrad"] else None
         if largest is not None:
             squares = torch.maximum(squares, largest)
-        below = (squares / (1 - beta2**step)).sqrt_().add_(float(held.group["eps"]))
-        return held.rate * (1 - beta1) / (1 - beta1**step) / below
+        below = squares.div_(1 - beta2**step).sqrt_().add_(float(held.group["eps"]))
+        return below.reciprocal_().mul_(held.rate * (1 - beta1) / (1 - beta1**step))
 
     def momentum(self, held: Held, diagonal: Tensor) -> Tensor | None:
         average, beta1 = held.tensor("exp_avg"), float(held.group["betas"][0])
