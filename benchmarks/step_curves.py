@@ -6,7 +6,8 @@
 With `--tofu`, a Llama of `HIDDEN` x `LAYERS` first learns TOFU's full set (kept in `--work`, so
 that it is trained once). Then it unlearns `forget05` with each objective, a probe a step on
 `PROBED` rows of either set; every objective takes the same steps of the same optimizer at the same
-rate. The curves go to `benchmarks/results/steps_*.csv`, tables and plots to `compare/` in `--work`.
+rate. The curves go to `benchmarks/results/steps_*.csv`, how often each prediction has the sign of
+what happened to `benchmarks/results/signs_*.csv`, tables and plots to `compare/` in `--work`.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from machine import RESULTS, write_csv
 from torch import nn
@@ -101,6 +103,27 @@ def unlearn(model: Path, data: tuple[Path, Path], work: Path, steps: int, rate: 
     return gf.compare(runs)
 
 
+PREDICTIONS = ("sgd", "step", "update")
+"""Of a change: by `-lr e`, by `-lr e_P`, and by the update itself."""
+
+
+def signs(compared: Any) -> Iterator[dict[str, Any]]:
+    """Of every run and risk: how often a step's prediction has the sign of the measured change."""
+    for run in compared["run"].values.tolist():
+        for risk in compared["risk"].values.tolist():
+            of = compared.sel(run=run, risk=risk)
+            measured = of["measured_change"].values
+            row: dict[str, Any] = {"objective": run, "risk": risk}
+            for name in PREDICTIONS:
+                predicted = of[f"predicted_{name}"].values
+                both = np.isfinite(measured) & np.isfinite(predicted)
+                right = np.sign(predicted[both]) == np.sign(measured[both])
+                row["steps"] = int(both.sum())
+                row[f"{name}_right"] = float(right.mean())
+                row[f"{name}_r"] = float(np.corrcoef(predicted[both], measured[both])[0, 1])
+            yield row
+
+
 def main() -> None:
     """Train where there is no model yet, unlearn, and write the curves."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -130,6 +153,7 @@ def main() -> None:
     write_comparison(compared, folder)
     with (folder / "compare.csv").open(newline="") as file:
         write_csv(RESULTS / f"steps_{study}.csv", list(csv.DictReader(file)))
+    write_csv(RESULTS / f"signs_{study}.csv", list(signs(compared)))
 
 
 if __name__ == "__main__":
