@@ -346,7 +346,7 @@ class Profiler:
                 result = result.assign_attrs(step.attributes(self.objectives))
             result = result.assign(conflict)
             if second_order and gradients is not None:
-                if step is not None and beside:
+                if step is not None and taken is None:
                     taken = self._formed(step, gradients)
                 result = result.assign(self._second_order(taken, gradients, progress))
             if by_token is not None:

@@ -17,7 +17,7 @@ from geffect_fast.capture import Lookup, Outer, Plan, RowSum, Segments
 from geffect_fast.capture.per_sample import LossFn
 from geffect_fast.capture.products import weighted_sum
 from geffect_fast.updates.base import Need, UpdateRule
-from geffect_fast.updates.gradients import Gradients, Move, add
+from geffect_fast.updates.gradients import Gradients, add
 from geffect_fast.updates.optimizer_metric import metric
 from geffect_fast.updates.retain_rows import Kept, RowProducts, row_products
 
@@ -118,25 +118,18 @@ class Step:
             self.value += self._losses.forget()
         return {name: p.grad for name, p in self._plan.parameters.items() if p.grad is not None}
 
-    def forget_at(self, *moves: Move) -> Gradients:
-        """The gradient of the forget part at weights moved by all `moves`, and moved back bitwise.
+    def forget_at(self, offset: Gradients) -> Gradients:
+        """The gradient of the forget part at weights moved by `offset`, and moved back bitwise.
 
         Dropout is that of the first pass, so that gradients differ by the weights alone.
         """
         self._has("full_precision")
         parameters = self._plan.parameters
-        before = {name: parameters[name].data for _, of in moves for name in of}
+        before = {name: parameters[name].data for name in offset}
         _set_random_state(self._plan, self._random)
         try:
-            moved: Gradients = {}
-            for factor, of in moves:
-                for name, move in of.items():
-                    if name in moved:
-                        moved[name].add_(move, alpha=factor)
-                    else:
-                        moved[name] = torch.add(before[name], move, alpha=factor)
-            for name, weights in moved.items():
-                parameters[name].data = weights
+            for name, move in offset.items():
+                parameters[name].data = before[name] + move
             with torch.enable_grad():
                 self._losses.forget()
             return self._taken()
