@@ -13,7 +13,8 @@ processor's, of all threads.
 
 Then OrthoGrad with more and more retain rows, 8 of them a batch, run once each: `extra` is how far
 the peak of resident memory rises above that of the plain update on the same rows, in sizes of the
-trainable parameters.
+trainable parameters. What a row's inputs and output gradients take beside the model's size falls
+with its width, so that a model of the widths of 1B parameters follows the narrow one.
 """
 
 from __future__ import annotations
@@ -55,8 +56,17 @@ RULES = {
     "sam(curvature=0.1)": 5.0,
 }
 """Rules with the forward-backwards that they need at least, over forget and over retain rows."""
-RETAIN = (8, 64, 256)
+RETAIN = 8
 ROOMS = ("orthograd", "orthograd(room=8)")
+MEMORY = {
+    ("27M", RETAIN): ROOMS,
+    ("27M", 64): ROOMS,
+    ("27M", 256): ROOMS[:1],
+    ("135M", 64): ROOMS[:1],
+}
+"""What OrthoGrad's memory is measured for: models and retain rows, with the rule at which room."""
+QUICK = 64
+"""Retain rows at most with `--quick`."""
 
 
 def rows(n: int, length: int, seed: int) -> list[dict[str, list[int]]]:
@@ -101,7 +111,7 @@ class Updates:
 
 def times(model: nn.Module, rounds: int, folder: str) -> list[dict[str, Any]]:
     """A row a rule: what an update of 8 forget and 8 retain rows takes."""
-    updates = Updates(model, 8, LENGTH["times"], folder)
+    updates = Updates(model, RETAIN, LENGTH["times"], folder)
     candidates = {
         name: partial(updates.by_rule, Updater(parse_update(name), model)) for name in RULES
     }
@@ -111,7 +121,8 @@ def times(model: nn.Module, rounds: int, folder: str) -> list[dict[str, Any]]:
     return [
         {
             "rule": name,
-            "retain_rows": 8,
+            "parameters": "27M",
+            "retain_rows": RETAIN,
             "passes": passes,
             "update_s": float(f"{seconds[name]:.4g}"),
             "ideal_s": float(f"{passes * one:.4g}"),
@@ -122,14 +133,15 @@ def times(model: nn.Module, rounds: int, folder: str) -> list[dict[str, Any]]:
     ]
 
 
-def memory(model: nn.Module, n_retain: int, folder: str) -> list[dict[str, Any]]:
+def memory(quick: bool, size: str, n_retain: int, folder: str) -> list[dict[str, Any]]:
     """Rows of OrthoGrad with `n_retain` retain rows, 8 of them a batch; run once each."""
+    model = make_model(quick, size)
     updates = Updates(model, n_retain, LENGTH["memory"], folder)
     direction = sum(p.numel() * p.element_size() for p in model.parameters())
-    warm = Updates(model, RETAIN[0], LENGTH["memory"], folder)
+    warm = Updates(model, RETAIN, LENGTH["memory"], folder)
     warm.by_rule(Updater(parse_update(ROOMS[0]), model))  # which rows are whose is shown once
     found = []
-    for name in ROOMS if n_retain < RETAIN[-1] else ROOMS[:1]:
+    for name in MEMORY[size, n_retain]:
         updater = Updater(parse_update(name), model)
         of_plain = peak_extra_bytes(partial(both, updates))
         seconds = interleaved_minima(
@@ -140,7 +152,7 @@ def memory(model: nn.Module, n_retain: int, folder: str) -> list[dict[str, Any]]
         start = time.process_time()
         of_rule = peak_extra_bytes(partial(updates.by_rule, updater))
         took = time.process_time() - start
-        if n_retain < RETAIN[-1]:  # the first finds no memory mapped, which counts for few rows
+        if n_retain <= 64:  # the first finds no memory mapped, which counts for few rows
             start = time.process_time()
             updates.by_rule(updater)
             took = time.process_time() - start
@@ -148,6 +160,7 @@ def memory(model: nn.Module, n_retain: int, folder: str) -> list[dict[str, Any]]
         found.append(
             {
                 "rule": name,
+                "parameters": size,
                 "retain_rows": n_retain,
                 "passes": 2.5,
                 "update_s": float(f"{took:.4g}"),
@@ -182,15 +195,17 @@ def main() -> None:
             found.append(row)
             extra = f"  {row['extra']:5.2f} directions more" if row["extra"] != "" else ""
             print(
-                f"{row['rule']:20} {row['retain_rows']:4} retain rows  {row['update_s']:8.3f} s  "
+                f"{row['rule']:20} {row['parameters']:>5} {row['retain_rows']:4} retain rows  "
+                f"{row['update_s']:8.3f} s  "
                 f"{row['of_ideal']:6.2f} of {row['passes']:.1f} passes{extra}",
                 flush=True,
             )
 
     with tempfile.TemporaryDirectory() as folder:
         keep(times(make_model(args.quick), args.rounds, str(Path(folder) / "times")))
-        for n in RETAIN[:2] if args.quick else RETAIN:
-            keep(memory(make_model(args.quick), n, str(Path(folder) / str(n))))
+        for size, n in MEMORY:
+            if not args.quick or n <= QUICK:
+                keep(memory(args.quick, size, n, str(Path(folder) / f"{size}-{n}")))
     if not args.quick:
         path = RESULTS / "updates_cpu.csv"
         write_csv(path, found)

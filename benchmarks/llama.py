@@ -5,19 +5,21 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+SIZES = {
+    "tiny": {"hidden_size": 64, "intermediate_size": 172, "num_hidden_layers": 4},
+    "27M": {"hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 6},
+    "135M": {"hidden_size": 2048, "intermediate_size": 5504, "num_hidden_layers": 2},
+}
+"""By number of parameters; the last has the widths of a model of 1B."""
 
-def make_model(quick: bool) -> nn.Module:
-    """A Llama of 27M parameters with random weights, or a tiny one of the same vocabulary."""
+
+def make_model(quick: bool, size: str = "27M") -> nn.Module:
+    """A Llama of one of `SIZES` with random weights; where it is quick, the tiny one."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    size = (
-        {"hidden_size": 64, "intermediate_size": 172, "num_hidden_layers": 4}
-        if quick
-        else {"hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 6}
-    )
     config = LlamaConfig(
-        **size,
+        **SIZES["tiny" if quick else size],
         vocab_size=8192,
         num_attention_heads=8,
         num_key_value_heads=8,

@@ -126,12 +126,12 @@ def updates_table() -> str:
     ]
     lines += [
         "",
-        "| retain rows of an update | OrthoGrad | its time in 2.5 passes | memory beyond the plain "
-        "update's |",
-        "|---:|---|---:|---:|",
+        "| model | retain rows of an update | OrthoGrad | its time in 2.5 passes "
+        "| memory beyond the plain update's |",
+        "|---:|---:|---|---:|---:|",
     ]
     lines += [
-        f"| {r['retain_rows']} | `{r['rule']}` | {float(r['of_ideal']):.2f} "
+        f"| {r['parameters']} | {r['retain_rows']} | `{r['rule']}` | {float(r['of_ideal']):.2f} "
         f"| {max(float(r['extra']), 0):.2f} x the parameters |"
         for r in rows
         if r["extra"]

@@ -176,26 +176,34 @@ def _inner_by_jvp(factor: Explicit, direction: Tensor, flat: Tensor) -> Tensor |
 
 
 @_without_autocast
-def weighted_sum(factor: Outer | Lookup | RowSum, weights: Tensor) -> Tensor:
-    """`sum_i weights[i] grad_i`, by one product with weighted output gradients.
+def add_weighted_sum(factor: Outer | Lookup | RowSum, weights: Tensor, total: Tensor) -> None:
+    """`total += sum_i weights[i] grad_i`, by one product with weighted output gradients.
 
     Args:
         factor: of one parameter.
         weights: `(n_samples,)` fp64.
-
-    Returns:
-        Of the parameter's shape, but for a `RowSum`, which is flat; fp32 or better.
+        total: of the parameter's shape. Nothing of its size is made beside it where it has the
+            working precision, fp32 or better; else the sum is rounded once.
     """
     if isinstance(factor, RowSum):
-        return weights.to(factor.sums) @ factor.sums
+        total += (weights.to(factor.sums) @ factor.sums).view_as(total)
+        return
     g = widened(factor.g)
     lengths = factor.cu.on(g.device).long().diff()
     g = g * torch.repeat_interleave(weights.to(g), lengths, output_size=len(g))[:, None]
+    in_place = total.dtype == g.dtype and total.is_contiguous()
     if isinstance(factor, Lookup):
-        table = g.new_zeros(factor.n_entries, g.shape[1])
-        return table.index_put_((factor.ids,), g, accumulate=True)
-    a = widened(factor.a)
-    return a.T @ g if factor.transposed else g.T @ a
+        shape = (factor.n_entries, g.shape[1])
+        table = total.view(shape) if in_place else g.new_zeros(shape)
+        table.index_put_((factor.ids,), g, accumulate=True)
+    else:
+        a = widened(factor.a)
+        left, right = (a, g) if factor.transposed else (g, a)
+        shape = (left.shape[1], right.shape[1])
+        table = total.view(shape) if in_place else g.new_zeros(shape)
+        table.addmm_(left.T, right)
+    if not in_place:
+        total += table.view_as(total).to(total.dtype)
 
 
 @_without_autocast

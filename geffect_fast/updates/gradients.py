@@ -13,6 +13,9 @@ Gradients = dict[str, Tensor]
 """A gradient by parameter name; a parameter that is missing takes no part, as one without `.grad`.
 """
 
+Move = tuple[float, Gradients]
+"""How often a gradient is added."""
+
 
 def gram(gradients: Sequence[Gradients]) -> Tensor:
     """Inner products of whole gradients.

@@ -12,7 +12,7 @@ import torch
 from geffect_fast.errors import InputError
 from geffect_fast.objectives.parameters import parameter
 from geffect_fast.updates.base import Need, UpdateRule
-from geffect_fast.updates.gradients import Gradients, add, gram
+from geffect_fast.updates.gradients import Gradients, Move, add, gram
 from geffect_fast.updates.registry import register
 from geffect_fast.updates.step import Step
 
@@ -66,20 +66,22 @@ class SAM(UpdateRule):
     def apply(self, step: Step) -> None:
         f = step.forget()
         r = step.retain() if step.retain_weight else None
-        e = _of_size(f, self.rho)
+        e = _along(f, self.rho)
         differs = bool(self.penalty or self.curvature)
-        f1 = None
+        f1: Gradients | None = None
         if differs or (self.ascent and self.rho and not self.sigma):
             f1 = step.forget_at(e)
-        d = add(_copy(f1), f, -1.0) if differs and f1 is not None else {}
+        added: list[Move] = []
+        if differs and f1 is not None:
+            d = {name: f1[name] - g for name, g in f.items()}
+            added = self._curvature(step, d, e) if self.curvature else []
+            added.append((self.penalty / self.rho, d))
         out = self._smoothed(step, f, f1, e)
-        if self.penalty:
-            add(out, d, self.penalty / self.rho)
-        if self.curvature:
-            self._add_curvature(step, out, d, e)
+        for factor, of in added:
+            add(out, of, factor)
         step.write(out, r)
 
-    def _smoothed(self, step: Step, f: Gradients, f1: Gradients | None, e: Gradients) -> Gradients:
+    def _smoothed(self, step: Step, f: Gradients, f1: Gradients | None, e: Move) -> Gradients:
         """The gradient at theta or theta + e, or its mean over draws around there."""
         if not self.sigma:
             return f1 if self.ascent and f1 is not None else f
@@ -87,30 +89,22 @@ class SAM(UpdateRule):
         for draw in range(self.draws):
             state = np.random.SeedSequence([self.seed, step.number, draw]).generate_state(1)
             generator = torch.Generator().manual_seed(int(state[0]))
-            move = {
-                name: (self.sigma * torch.randn(g.shape, generator=generator)).to(g)
-                for name, g in f.items()
-            }
+            noise = {name: torch.randn(g.shape, generator=generator).to(g) for name, g in f.items()}
+            moves = [(self.sigma, noise)]
             if self.ascent:
-                add(move, e)
-            add(mean, step.forget_at(move), 1 / self.draws)
+                moves.append(e)
+            add(mean, step.forget_at(*moves), 1 / self.draws)
         return mean
 
-    def _add_curvature(self, step: Step, out: Gradients, d: Gradients, e: Gradients) -> None:
+    def _curvature(self, step: Step, d: Gradients, e: Move) -> list[Move]:
         """`2 curvature (H(theta + e) - H(theta)) d`; of its four gradients two are `d`."""
-        size = sqrt(float(gram([d])[0, 0]))
-        along = _of_size(d, self.rho)
-        factor = 2 * self.curvature * size / self.rho
-        add(out, step.forget_at(add(_copy(along), e)), factor)
-        add(out, step.forget_at(along), -factor)
-        add(out, d, -factor)
+        along = _along(d, self.rho)
+        factor = 2 * self.curvature * sqrt(float(gram([d])[0, 0])) / self.rho
+        both = step.forget_at(along, e)
+        return [(factor, both), (-factor, step.forget_at(along)), (-factor, d)]
 
 
-def _copy(g: Gradients) -> Gradients:
-    return {name: value.clone() for name, value in g.items()}
-
-
-def _of_size(g: Gradients, size: float) -> Gradients:
+def _along(g: Gradients, size: float) -> Move:
     """A move along `g` of length `size`; none where `g` is zero."""
     norm = sqrt(float(gram([g])[0, 0]))
-    return {name: value * (size / norm if norm else 0.0) for name, value in g.items()}
+    return (size / norm if norm else 0.0), g

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from geffect_fast.capture import Lookup, Outer, Plan, RowSum, Segments
 from geffect_fast.capture.per_sample import LossFn
-from geffect_fast.capture.products import weighted_sum
+from geffect_fast.capture.products import add_weighted_sum
 from geffect_fast.updates.base import Need, UpdateRule
-from geffect_fast.updates.gradients import Gradients, add
+from geffect_fast.updates.gradients import Gradients, Move, add
 from geffect_fast.updates.optimizer_metric import metric
 from geffect_fast.updates.retain_rows import Kept, RowProducts, row_products
 
@@ -118,18 +118,25 @@ class Step:
             self.value += self._losses.forget()
         return {name: p.grad for name, p in self._plan.parameters.items() if p.grad is not None}
 
-    def forget_at(self, offset: Gradients) -> Gradients:
-        """The gradient of the forget part at weights moved by `offset`, and moved back bitwise.
+    def forget_at(self, *moves: Move) -> Gradients:
+        """The gradient of the forget part at weights moved by all `moves`, and moved back bitwise.
 
         Dropout is that of the first pass, so that gradients differ by the weights alone.
         """
         self._has("full_precision")
         parameters = self._plan.parameters
-        before = {name: parameters[name].data for name in offset}
+        before = {name: parameters[name].data for _, of in moves for name in of}
         _set_random_state(self._plan, self._random)
         try:
-            for name, move in offset.items():
-                parameters[name].data = before[name] + move
+            moved: Gradients = {}
+            for factor, of in moves:
+                for name, move in of.items():
+                    if name in moved:
+                        moved[name].add_(move, alpha=factor)
+                    else:
+                        moved[name] = torch.add(before[name], move, alpha=factor)
+            for name, weights in moved.items():
+                parameters[name].data = weights
             with torch.enable_grad():
                 self._losses.forget()
             return self._taken()
@@ -193,8 +200,9 @@ class Step:
             p = self._plan.parameters[name]
             for factor in factors:
                 assert isinstance(factor, Outer | Lookup | RowSum), "others are not kept"
-                added = weighted_sum(factor, weights).view_as(p).to(p.dtype)
-                p.grad = added if p.grad is None else p.grad.add_(added)
+                if p.grad is None:
+                    p.grad = torch.zeros_like(p)
+                add_weighted_sum(factor, weights, p.grad)
 
     def metric(self, name: str) -> Tensor | None:
         """`1 / (sqrt(v) + eps)` of Adam for a parameter; None where steps go along gradients."""
