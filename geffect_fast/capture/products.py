@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import wraps
-from typing import ParamSpec
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -33,17 +33,18 @@ from geffect_fast.ops import backend
 from geffect_fast.transfer import on_device
 
 P = ParamSpec("P")
+R = TypeVar("R")
 
 JVP_TOLERANCE = {torch.float64: 1e-7, torch.float32: 1e-4}
 """How far a jvp and a vjp of one module may be apart, relative to the sum of sizes; fp64 models
 that compute in fp32 inside are why the first figure is not smaller."""
 
 
-def _without_autocast(function: Callable[P, Tensor]) -> Callable[P, Tensor]:
+def _without_autocast(function: Callable[P, R]) -> Callable[P, R]:
     """`function` with the precision of its arguments, not that of the model around the call."""
 
     @wraps(function)
-    def run(*args: P.args, **kwargs: P.kwargs) -> Tensor:
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
         kinds = [kind for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)]
         if not kinds:  # entering a context alone takes as long as many a product
             return function(*args, **kwargs)
