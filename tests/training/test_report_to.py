@@ -1,8 +1,10 @@
-"""`unlearn --report-to`: reporters are told of every probe once, TensorBoard in the run's folder."""
+"""`unlearn --report-to`: reporters are told of every probe once, TensorBoard in the folder."""
 
 from __future__ import annotations
 
+import errno
 import json
+from unittest.mock import Mock
 
 import pytest
 from events import Listener, expected, of_probes, scalars
@@ -10,7 +12,7 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 import geffect_fast as gf
 from geffect_fast.arguments import checked_config
-from geffect_fast.errors import InterruptedRunError
+from geffect_fast.errors import InterruptedRunError, UnfinishedError
 from geffect_fast.measure.profiler import Profiler
 from geffect_fast.storage.run_yaml import load_config
 from geffect_fast.training.execute import execute_unlearn
@@ -76,6 +78,18 @@ def test_a_run_that_is_gone_on_with_shows_every_step_once(config, tmp_path, monk
     assert [step for step, _ in events(folder)["e_u"]] == [0, 1, 2, 3]
     result = execute_unlearn(config, folder, resume=True)
     assert events(folder) == expected(result, "npo(beta=0.1) + kl")
+
+
+def test_a_disk_that_is_full_at_the_logs_costs_a_line(config, tmp_path, monkeypatch):
+    full = OSError(errno.ENOSPC, "No space left on device")
+    with monkeypatch.context() as patch:
+        patch.setattr("torch.utils.tensorboard.SummaryWriter.add_scalar", Mock(side_effect=full))
+        with pytest.raises(UnfinishedError, match="logs of report_to cannot be written: No space"):
+            execute_unlearn(config, tmp_path / "run")
+    result = execute_unlearn(
+        config.model_copy(update={"report_to": ("tensorboard",)}), tmp_path / "run", resume=True
+    )
+    assert events(tmp_path / "run") == expected(result, "npo(beta=0.1) + kl")
 
 
 def test_a_run_that_fails_before_its_first_probe_leaves_nothing(config, tmp_path, monkeypatch):
