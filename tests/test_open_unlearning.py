@@ -1,7 +1,7 @@
 """With open-unlearning: its trainers' losses by name, the callback in them, its folders, its page.
 
-The trainers here have the shape of its own, `compute_loss` on items of `forget` and `retain`, with the
-formulas of its papers written anew.
+The trainers here have the shape of its own, `compute_loss` on items of `forget` and `retain`, with
+the formulas of its papers written anew.
 """
 
 from __future__ import annotations
@@ -204,7 +204,7 @@ def test_a_name_is_written_in_ours(text, ours):
 
 def test_ranges_of_a_sweep_are_read_in_its_names():
     swept = expand_list(["open_unlearning.NPO(beta=0.1:0.5:2, alpha=0:1:2)"])
-    found = [str(objective) for sweep in swept for objective in sweep.objectives]
+    found = [str(member.objective) for sweep in swept for member in sweep.members]
     assert found == [
         "npo(beta=0.1)",
         "npo(beta=0.1) + nll",
