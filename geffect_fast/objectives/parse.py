@@ -40,7 +40,7 @@ argument: [NAME "="] value
 ?value: number | number ":" number ":" number -> range | NAME -> word
 number: NUMBER | "+" number | "-" number -> negative_number
 
-NAME: /[A-Za-z_][A-Za-z0-9_]*(\.[A-Za-z_][A-Za-z0-9_]*)?/
+NAME: /(open_unlearning\.)?[A-Za-z_][A-Za-z0-9_]*/
 NUMBER: /([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?/
 %ignore /\s+/
 """
