@@ -49,10 +49,12 @@ def find_checkpoints(checkpoints: str | Path | Sequence[str | Path]) -> dict[int
 
     Args:
         checkpoints: patterns such as `out/checkpoint-*`, or folders. The number is the one that
-            ends a folder's name, or else the `global_step` of its `trainer_state.json`.
+            ends a folder's name, or else the `global_step` of its `trainer_state.json`. A pattern
+            passes by those that hold folders alone, as where evaluations are kept by step.
 
     Raises:
-        InputError: a pattern matches no folder, a folder says no number, or two say the same.
+        InputError: a pattern matches no folder, or such alone, a folder says no number, or two say
+            the same.
     """
     given = [checkpoints] if isinstance(checkpoints, str | Path) else list(checkpoints)
     found: dict[int, Path] = {}
@@ -61,7 +63,13 @@ def find_checkpoints(checkpoints: str | Path | Sequence[str | Path]) -> dict[int
         if not folders[0].is_dir():
             root = Path(folders[0].anchor)
             matching = root.glob(str(folders[0].relative_to(root)))
-            folders = [path for path in matching if path.is_dir()]
+            among = [path for path in matching if path.is_dir()]
+            folders = [path for path in among if not _holds_folders_alone(path)]
+            if among and not folders:
+                raise InputError(
+                    f"checkpoints: no folder that matches {each} holds a model, {min(among)} has "
+                    "folders alone; save checkpoints in training (save_strategy)"
+                )
         if not folders:
             raise InputError(
                 f"checkpoints: no folder matches {each}; give a pattern such as 'out/checkpoint-*'"
@@ -78,6 +86,16 @@ def find_checkpoints(checkpoints: str | Path | Sequence[str | Path]) -> dict[int
             "checkpoints: the list is empty; give a pattern such as 'out/checkpoint-*'"
         )
     return dict(sorted(found.items()))
+
+
+def _holds_folders_alone(folder: Path) -> bool:
+    """Whether there are folders in it and no file, and so no model: open-unlearning's evaluations
+    lie in `checkpoint-STEP/evals`, whether a checkpoint was saved there or not."""
+    try:
+        held = [path.is_dir() for path in folder.iterdir()]
+    except OSError:  # who reads the checkpoint says so
+        return False
+    return bool(held) and all(held)
 
 
 def _step_of(folder: Path) -> int:

@@ -20,8 +20,15 @@ from geffect_fast.setting_types import (
     canonical_update,
     number_or_all,
     read_by,
+    texts_of,
 )
 from geffect_fast.settings import LiveMetrics, Measuring, RunConfig, SecondOrder, as_text
+
+
+def _reporters(given: Any) -> Any:
+    """Names of a list or a text with commas; none is nobody, as for transformers."""
+    names = texts_of(given)
+    return tuple(n for n in names if n != "none") if isinstance(names, tuple) else names
 
 
 class Training(SecondOrder):
@@ -96,6 +103,21 @@ class Training(SecondOrder):
     """Further fields of transformers' TrainingArguments, of the optimizer, the schedule and
     logging, such as weight_decay: 0.01; gradients are clipped only with max_grad_norm."""
 
+    report_to: Annotated[
+        tuple[str, ...],
+        BeforeValidator(_reporters),
+        Option(
+            metavar="NAMES",
+            help="Who is told of every probe as it is measured, by transformers: tensorboard "
+            "(events in logs of --out), wandb, mlflow ...; with commas between, repeatable. They "
+            "get geffect/e_u, geffect/e_r, geffect/collateral, geffect/risk_unlearn, "
+            "geffect/risk_retain; /OBJECTIVE behind for one that is not trained on.",
+            repeatable=True,
+        ),
+    ] = ()
+    """Reporters of transformers that are told of every probe: tensorboard (events in the run's
+    logs/), wandb, mlflow ...; none: nobody."""
+
     save_every: int | None = Field(default=None, gt=0)
     """Updates between two checkpoints to resume from; none: at every probe."""
 
@@ -103,6 +125,16 @@ class Training(SecondOrder):
     """Whether all checkpoints stay; else each goes when the next, or the run, is complete."""
 
     _rows = field_validator("probe_rows", mode="before")(number_or_all)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_trainer(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """Reporters that are named among the fields of TrainingArguments."""
+        trainer = values.get("trainer")
+        if not isinstance(trainer, dict) or "report_to" not in trainer or values.get("report_to"):
+            return values
+        others = {name: value for name, value in trainer.items() if name != "report_to"}
+        return values | {"trainer": others, "report_to": trainer["report_to"] or ()}
 
     @field_validator("trainer")
     @classmethod

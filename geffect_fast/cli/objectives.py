@@ -7,10 +7,12 @@ def objectives() -> None:
     """List the objectives there are: what each is, its parameters, what it reads and needs.
 
     They add up and scale: 'npo(beta=0.1) + 0.5*kl'. A range in place of a number is a sweep.
+    Below them the trainers of open-unlearning, whose names stand for their whole losses.
     """
     from rich.text import Text
 
     from geffect_fast.cli.printing import console
+    from geffect_fast.objectives.open_unlearning import described_trainers
     from geffect_fast.objectives.registry import REQUIRED, described_objectives
     from geffect_fast.report.tables.cells import FOLDED, new_table
 
@@ -34,3 +36,12 @@ def objectives() -> None:
             ", ".join(options[need] for need in each.needs),
         )
     console().print(table)
+    theirs = new_table(
+        "Trainers of open-unlearning by name, in the objectives above (docs/open_unlearning.md)",
+        ("trainer", FOLDED),
+        ("objective", FOLDED),
+        ("where its released code differs", FOLDED),
+    )
+    for trainer in described_trainers():
+        theirs.add_row(Text(trainer.text), Text(trainer.objective), Text(trainer.differs or "-"))
+    console().print(theirs)

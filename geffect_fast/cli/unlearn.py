@@ -87,7 +87,8 @@ def _telling(n_steps: int) -> Callable[[int, xr.Dataset], None]:
 
     def tell(step: int, dataset: xr.Dataset) -> None:
         nonlocal begun
-        from geffect_fast.report.format import effect_name, number
+        from geffect_fast.report.format import number
+        from geffect_fast.results.risks import effect_name
         from geffect_fast.results.rows_needed import rows_note
         from geffect_fast.steps.probe import total_effect
 

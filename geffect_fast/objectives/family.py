@@ -77,7 +77,8 @@ class RangedObjective:
         """
         keywords = {k: point[v] if isinstance(v, Range) else v for k, v in self.keywords.items()}
         try:
-            return self.cls(**keywords)
+            made: Objective = self.cls(**keywords).expanded()
+            return made
         except InputError as error:
             raise Problem(str(error), self.position) from None
 

@@ -86,6 +86,10 @@ class Parameterised:
                 value = checked(f"{self.noun} {self.name}", field, getattr(self, field.name))
                 object.__setattr__(self, field.name, value)
 
+    def expanded(self) -> Any:
+        """What its name stands for: itself, unless it is a name for others."""
+        return self
+
     def parameters(self) -> dict[str, Any]:
         """Every hyper-parameter by name, given or default, in the order of the signature."""
         fields: tuple[dataclasses.Field[Any], ...] = dataclasses.fields(self)  # type: ignore[arg-type]

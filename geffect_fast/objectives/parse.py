@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 from geffect_fast.errors import InputError
 from geffect_fast.objectives.base import Objective, combine
 from geffect_fast.objectives.family import Range, RangedObjective, RangedSum, Term
+from geffect_fast.objectives.open_unlearning import lookup
 from geffect_fast.objectives.parameters import Value, finite, kind_of, written
 from geffect_fast.objectives.problem import Problem, located, short
-from geffect_fast.objectives.registry import OBJECTIVES
 from geffect_fast.registry import nearest
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ argument: [NAME "="] value
 ?value: number | number ":" number ":" number -> range | NAME -> word
 number: NUMBER | "+" number | "-" number -> negative_number
 
-NAME: /[A-Za-z_][A-Za-z0-9_]*/
+NAME: /(open_unlearning\.)?[A-Za-z_][A-Za-z0-9_]*/
 NUMBER: /([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?/
 %ignore /\s+/
 """
@@ -116,7 +116,7 @@ class Kind:
     lookup: Callable[[str], Any]
 
 
-OBJECTIVE = Kind("objective", "an Objective", "ga", OBJECTIVES.lookup)
+OBJECTIVE = Kind("objective", "an Objective", "ga", lookup)
 
 
 def parse_call(text: str, kind: Kind) -> Any:
@@ -224,7 +224,7 @@ class _Actions:
             )
             if any(isinstance(value, Range) for value in keywords.values()):
                 return [Term(1.0, (), RangedObjective(cls, keywords, name.start_pos))]
-            return [Term(1.0, (), cls(**keywords))]
+            return [Term(1.0, (), cls(**keywords).expanded())]
         except InputError as error:
             raise Problem(str(error), name.start_pos) from None
 

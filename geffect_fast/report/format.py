@@ -8,13 +8,11 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from geffect_fast.results.form import REFERENCE_IS_MODEL
+from geffect_fast.results.risks import UNLEARN
 from geffect_fast.results.told_apart import precision_error
 
 if TYPE_CHECKING:
     import xarray as xr
-
-UNLEARN = "unlearn"
-"""The forget risk, as results call it."""
 
 Interval = tuple[float, float]
 UNKNOWN: Interval = (math.nan, math.nan)
@@ -24,22 +22,12 @@ Number = tuple[float, Interval]
 # ---- risks and names ----
 
 
-def symbol(risk: str) -> str:
-    """The index that stands for a risk: u, r, or a probe's own name."""
-    return {UNLEARN: "u", "retain": "r"}.get(risk, risk)
-
-
 def in_metric(attributes: Mapping[str, Any]) -> str:
     """What a title says of the metric that effects are in; nothing of the plain one."""
     metric = attributes.get("metric")
     if metric is None:
         return ""
     return f", in the metric of {'a diagonal given' if metric == 'diagonal' else metric}"
-
-
-def effect_name(risk: str) -> str:
-    """`e_u`, `e_r`, or `e_` and a probe's name."""
-    return f"e_{symbol(risk)}"
 
 
 def risk_words(risk: str) -> str:

@@ -21,6 +21,7 @@ from geffect_fast.settings import LiveMetrics, Reading
 from geffect_fast.steps.at_rest import at_rest
 from geffect_fast.steps.live_measures import LiveMeasures, live_metrics
 from geffect_fast.steps.probe import Probe, run_identity
+from geffect_fast.steps.reporting import logged_values, report
 from geffect_fast.steps.training_lock import TrainingLock
 from geffect_fast.storage.lock import locked
 from geffect_fast.storage.manifest import MANIFEST, Manifest, checksums
@@ -42,6 +43,10 @@ _DECIDES = (
 
 class GEffectCallback(TrainerCallback):
     """Measures the G-effect while a `Trainer` trains, and changes nothing about the training.
+
+    Effects, collateral and risks of every probe go to the Trainer's `report_to`, TensorBoard, W&B
+    and whatever else it names, and to its `state.log_history`: as `geffect/e_u`, `geffect/e_r`,
+    `geffect/collateral`, `geffect/risk_unlearn` ... (docs/concepts.md, over the steps).
 
     Args:
         probe_sets: data by name: `forget` and `retain`, and any more, each a risk of its own;
@@ -125,13 +130,17 @@ class GEffectCallback(TrainerCallback):
             self._unlock()
             self._lock = TrainingLock(self.out)
         try:
-            self._begin(args, state, kwargs)
+            self._begin(args, state, control, kwargs)
         except BaseException:
             self._unlock()
             raise
 
     def _begin(
-        self, args: TrainingArguments, state: TrainerState, given: Mapping[str, Any]
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        given: Mapping[str, Any],
     ) -> None:
         if self._probe is None:
             self._probe = self._prepared(args, state, given["model"], given["processing_class"])
@@ -140,7 +149,8 @@ class GEffectCallback(TrainerCallback):
         self._probe.store.check_free(sorted(due - {*self._probe.store.steps}))
         self._rates = []
         if start % self.every == 0:
-            self._probe.at(start, last=start == end, optimizer=given.get("optimizer"))
+            found = self._probe.at(start, last=start == end, optimizer=given.get("optimizer"))
+            report(logged_values(found), args, state, control)
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -157,7 +167,7 @@ class GEffectCallback(TrainerCallback):
         """Measure where a probe is due."""
         if state.global_step % self.every == 0 or state.global_step >= state.max_steps:
             last = state.global_step >= state.max_steps
-            self._measure(state, kwargs.get("optimizer"), last=last)
+            self._measure(args, state, control, kwargs.get("optimizer"), last=last)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -166,7 +176,7 @@ class GEffectCallback(TrainerCallback):
         if self._probe is None:
             return
         if state.global_step not in self._probe.store.steps:
-            self._measure(state, kwargs.get("optimizer"), last=True)
+            self._measure(args, state, control, kwargs.get("optimizer"), last=True)
         self.result = self._probe.store.combined()
         self._probe.forget()
         if self.out is not None:
@@ -181,12 +191,21 @@ class GEffectCallback(TrainerCallback):
             self._lock.release()
             self._lock = None
 
-    def _measure(self, state: TrainerState, optimizer: Any, *, last: bool) -> None:
+    def _measure(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        optimizer: Any,
+        *,
+        last: bool,
+    ) -> None:
         if self._probe is not None:
-            self._probe.at(
+            found = self._probe.at(
                 state.global_step, learning_rates=self._rates, last=last, optimizer=optimizer
             )
             self._rates = []
+            report(logged_values(found), args, state, control)
 
     def _prepared(
         self, args: TrainingArguments, state: TrainerState, model: nn.Module, tokenizer: Any

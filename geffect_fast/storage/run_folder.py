@@ -52,6 +52,11 @@ TOKENS = "tokens.html"
 REPORT = "report.html"
 STEPS = "steps"
 """The folder of step files in the run folder of a run of several steps."""
+LOGS = "logs"
+"""The folder of TensorBoard's events in the run folder of `unlearn`."""
+LOG_SUFFIX = ".geffect"
+"""What the names of such files end with, which TensorBoard alone would not give."""
+_LOG_NAME = re.compile(rf"events\.out\.tfevents\..+{re.escape(LOG_SUFFIX)}")
 _STEP_NAME = re.compile(r"step-\d{8,}\.nc|\.step-\d{8,}\.nc\.part")
 NEXT = ".next"
 """The folder of a run of several steps that is to replace the one around it, until it is whole."""
@@ -134,6 +139,9 @@ def own_files(folder: Path) -> set[str]:
     if (folder / STEPS).is_dir():
         found = (path.name for path in (folder / STEPS).iterdir())
         names |= {f"{STEPS}/{name}" for name in found if is_step_name(name)}
+    if (folder / LOGS).is_dir():
+        found = (path.name for path in (folder / LOGS).iterdir())
+        names |= {f"{LOGS}/{name}" for name in found if _LOG_NAME.fullmatch(name)}
     return {name for name in names if is_there(folder / name)}
 
 

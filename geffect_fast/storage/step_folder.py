@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +30,7 @@ from geffect_fast.storage.manifest import (
 )
 from geffect_fast.storage.run_folder import (
     CONFIG,
+    LOGS,
     NEXT,
     RESULTS,
     RUN_FILES,
@@ -136,8 +137,11 @@ def begun(folder: Path, config: RunConfig | None, inputs: Mapping[str, Sums]) ->
             yield
         except (GEffectError, OSError) as error:
             if not isinstance(error, InterruptedRunError) and not is_there(folder / STEPS):
-                remove(folder / CONFIG)
-                remove(folder / MANIFEST)
+                logs = [name for name in own_files(folder) if name.startswith(f"{LOGS}/")]
+                for name in (*logs, CONFIG, MANIFEST):
+                    remove(folder / name)
+                with suppress(OSError):  # not empty, or not there
+                    (folder / LOGS).rmdir()
             raise
 
 
@@ -218,7 +222,7 @@ def finish(
             here = [
                 name
                 for name in own_files(folder)
-                if name == CONFIG or name.startswith(f"{STEPS}/step-")
+                if name == CONFIG or name.startswith((f"{STEPS}/step-", f"{LOGS}/"))
             ]
             begun = Manifest.read(folder)
             stays = checkpoint_files(folder) if keep else ()

@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 ROWS_AN_UPDATE = 32
 """Forget rows an update reads where nobody says."""
 
-SAME_NUMBERS = {"save_every", "keep_checkpoints"}
+SAME_NUMBERS = {"save_every", "keep_checkpoints", "report_to"}
 """Fields of `Training` that change no number of a run."""
 
 
@@ -167,6 +167,7 @@ class Unlearning:
             All probes along the axis `step`.
         """
         from geffect_fast.steps.callback import GEffectCallback
+        from geffect_fast.training.logs import logged
         from geffect_fast.training.trainer import Draws, RowReference, UnlearnTrainer
         from geffect_fast.training.trainer_arguments import refused, training_arguments
         from geffect_fast.training.watch import Watch
@@ -229,7 +230,8 @@ class Unlearning:
                 raise
             except Exception as error:  # of many kinds, from transformers, torch and reporters
                 raise refused(training, error) from error
-            self._until_done(trainer, saved[max(saved)] if saved else None)
+            with logged(folder, trainer, max(saved, default=None)):
+                self._until_done(trainer, saved[max(saved)] if saved else None)
         assert live.result is not None
         return live.result.assign_attrs(self.attributes())
 

@@ -15,6 +15,7 @@ from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 
 from geffect_fast.errors import InputError, in_one_line
+from geffect_fast.training.logs import check_reporters
 from geffect_fast.unlearn_settings import Training
 
 OF_CONFIG = {
@@ -38,6 +39,7 @@ OF_CONFIG = {
     "save_strategy": "--save-every",
     "save_total_limit": "--keep-checkpoints",
     "resume_from_checkpoint": "--resume",
+    "report_to": "--report-to",
 }
 """Fields of TrainingArguments that a field of ours decides, and its option."""
 
@@ -63,7 +65,6 @@ SERVED: dict[str, Any] = {
     "logging_strategy": str,
     "logging_steps": PositiveFloat,
     "logging_first_step": bool,
-    "report_to": str | list[str] | None,
     "run_name": str | None,
 }
 """Fields of TrainingArguments that may be given, and what they may hold. Others would change what
@@ -82,8 +83,9 @@ def training_arguments(config: Training, folder: str | Path, device: str) -> Tra
         device: of the model.
 
     Raises:
-        InputError: an unknown optimizer, scheduler or field, or a value that is refused.
+        InputError: an unknown optimizer, scheduler, reporter or field, or a value that is refused.
     """
+    check_reporters(config.report_to)
     _known("optimizer", config.optimizer, [o.value for o in OptimizerNames])
     _known("scheduler", config.scheduler, [s.value for s in SchedulerType])
     names = [f.name for f in dataclasses.fields(TrainingArguments) if f.init]
@@ -105,7 +107,6 @@ def training_arguments(config: Training, folder: str | Path, device: str) -> Tra
     values: dict[str, Any] = {
         "max_grad_norm": 0.0,
         "disable_tqdm": True,
-        "report_to": [],
         "logging_strategy": "no",
         "dataloader_pin_memory": False,
         **given,
@@ -124,6 +125,7 @@ def training_arguments(config: Training, folder: str | Path, device: str) -> Tra
         "use_cpu": device == "cpu",
         "remove_unused_columns": False,
         "logging_nan_inf_filter": False,
+        "report_to": list(config.report_to),
     }
     try:
         arguments = TrainingArguments(**values)

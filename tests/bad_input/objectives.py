@@ -15,6 +15,18 @@ def of(objectives: str) -> list[str]:
 
 
 CASES = [
+    Case(
+        "a trainer of open-unlearning that is none",
+        of("open_unlearning.NPOO"),
+        "no objective is that of open-unlearning's trainer 'NPOO'",
+        "did you mean 'NPO'?",
+    ),
+    Case(
+        "a parameter that its trainer has not",
+        of("open_unlearning.SimNPO(betta=1)"),
+        "objective open_unlearning.SimNPO has no parameter 'betta'",
+        "did you mean 'beta'?",
+    ),
     Case("unknown objective", of("ga,nppo"), "unknown objective 'nppo'", "did you mean 'npo'?"),
     Case(
         "unlike any objective", of("zzz"), "unknown objective 'zzz'", "known: altpo, ceu, dpo, ga"

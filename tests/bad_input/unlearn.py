@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import shutil
+import sys
 
 import torch
 from bad_input.case import Case, both, holds, patched
 from models import build, samples
 from torch import nn
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 import geffect_fast as gf
 from geffect_fast.arguments import checked_config
@@ -55,6 +57,11 @@ class NoLinear(nn.Module):
 
     def forward(self, input_ids, **_):
         return self.embed(input_ids) * self.scale
+
+
+def without_wandb():
+    """What transformers' callback says where the package is missing."""
+    raise RuntimeError("it requires wandb to be installed. Run `pip install wandb`.")
 
 
 def unfinished(here, _patch):
@@ -162,6 +169,32 @@ CASES = [
         unlearn(trainer="weight_decay"),
         "--trainer 'weight_decay'",
         "FIELD=VALUE",
+    ),
+    Case(
+        "an unknown reporter",
+        unlearn(report_to="tensorboard,wandbb"),
+        "report_to: unknown 'wandbb'",
+        "did you mean 'wandb'?",
+    ),
+    Case(
+        "a reporter without its package",
+        unlearn(report_to="tensorboard"),
+        "report_to: tensorboard is not installed",
+        "pip install tensorboard",
+        broken=lambda _, patch: patch.setitem(sys.modules, "tensorboard", None),
+    ),
+    Case(
+        "a reporter that transformers cannot begin with",
+        unlearn(report_to="wandb"),
+        "report_to: wandb cannot be used: it requires wandb",
+        "or leave it out",
+        broken=lambda _, patch: patch.setitem(INTEGRATION_TO_CALLBACK, "wandb", without_wandb),
+    ),
+    Case(
+        "a reporter named twice over",
+        unlearn(trainer="report_to=wandb", report_to="tensorboard"),
+        "report_to is decided by --report-to",
+        "use that",
     ),
     Case(
         "a field of the trainer of another kind",

@@ -15,9 +15,10 @@ from geffect_fast.report.figures.curves import (
     lines_by_risk,
     over,
 )
-from geffect_fast.report.format import UNLEARN, effect_name, number, risk_words, shortened
+from geffect_fast.report.format import number, risk_words, shortened
 from geffect_fast.report.summary.effects import bounds_of, labels
 from geffect_fast.results.groups import GROUPS, THIRDS
+from geffect_fast.results.risks import UNLEARN, effect_name
 from geffect_fast.results.told_apart import half_width, risk_spreads
 
 if TYPE_CHECKING:

@@ -8,13 +8,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from geffect_fast.report.figures import style
-from geffect_fast.report.format import (
-    UNLEARN,
-    effect_name,
-    risk_words,
-    shortened,
-    symbol,
-)
+from geffect_fast.report.format import risk_words, shortened
+from geffect_fast.results.risks import UNLEARN, effect_name, symbol
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from geffect_fast.report.figures.style import BARS_NOTE, blank_figure, zero_lines
-from geffect_fast.report.format import UNLEARN
 from geffect_fast.report.summary.effects import bounds_of, labels, total
+from geffect_fast.results.risks import UNLEARN
 from geffect_fast.results.told_apart import precision_error
 
 if TYPE_CHECKING:

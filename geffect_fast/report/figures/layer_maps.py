@@ -8,8 +8,9 @@ import numpy as np
 
 from geffect_fast.report.figures import style
 from geffect_fast.report.figures.profile import NOISE_NOTE, mark_noise, part_ticks
-from geffect_fast.report.format import effect_name, shortened
+from geffect_fast.report.format import shortened
 from geffect_fast.report.summary.effects import by_place, labels, place_widths
+from geffect_fast.results.risks import effect_name
 
 if TYPE_CHECKING:
     import xarray as xr

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from geffect_fast.report.figures.style import Drawings, blank_figure, zero_lines
-from geffect_fast.report.format import UNLEARN, effect_name
 from geffect_fast.report.summary.effects import by_place, by_sample, labels, place_widths
+from geffect_fast.results.risks import UNLEARN, effect_name
 
 if TYPE_CHECKING:
     import xarray as xr

@@ -18,11 +18,12 @@ from geffect_fast.report.figures.curves import (
 from geffect_fast.report.figures.layer_maps import layer_maps
 from geffect_fast.report.figures.measures import measures_figure
 from geffect_fast.report.figures.prediction import prediction_figure
-from geffect_fast.report.format import effect_name, number, risk_words, shortened
+from geffect_fast.report.format import number, risk_words, shortened
 from geffect_fast.report.summary.effects import by_place, labels, place_widths, thinned
 from geffect_fast.report.summary.measures import live_measures
 from geffect_fast.report.summary.step_findings import outcome_sentence
 from geffect_fast.report.summary.steps import Steps
+from geffect_fast.results.risks import effect_name
 
 if TYPE_CHECKING:
     import xarray as xr

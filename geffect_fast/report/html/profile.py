@@ -11,16 +11,13 @@ from geffect_fast.report.figures.profile import scatter_instances
 from geffect_fast.report.figures.style import blank_figure
 from geffect_fast.report.figures.sweep import pareto_figure, sweep_figure
 from geffect_fast.report.format import (
-    UNLEARN,
     Interval,
     Number,
     cell,
     cell_with_interval,
-    effect_name,
     notes,
     number,
     question,
-    symbol,
     title_of,
 )
 from geffect_fast.report.html.blocks import (
@@ -49,6 +46,7 @@ from geffect_fast.report.summary.objectives import HARDLY, summarise
 from geffect_fast.report.summary.sweep import NUMBERS, Swept, highlights, is_sweep
 from geffect_fast.report.tokens.html import token_values
 from geffect_fast.report.tokens.view import has_tokens, token_view
+from geffect_fast.results.risks import UNLEARN, effect_name, symbol
 
 if TYPE_CHECKING:
     import xarray as xr

@@ -7,14 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from geffect_fast.report.figures.steps import step_figures
-from geffect_fast.report.format import (
-    cell,
-    cell_with_interval,
-    effect_name,
-    interval_line,
-    risk_words,
-    symbol,
-)
+from geffect_fast.report.format import cell, cell_with_interval, interval_line, risk_words
 from geffect_fast.report.html import measures, profile
 from geffect_fast.report.html.blocks import (
     MOST_ROWS,
@@ -47,6 +40,7 @@ from geffect_fast.report.summary.steps import (
     agreements,
     lead_objective,
 )
+from geffect_fast.results.risks import effect_name, symbol
 from geffect_fast.results.rows_needed import rows_note
 from geffect_fast.results.told_apart import half_width, interval_of, risk_spreads
 

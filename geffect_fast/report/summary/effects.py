@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from geffect_fast.report.format import UNKNOWN, UNLEARN, Interval
+from geffect_fast.report.format import UNKNOWN, Interval
 from geffect_fast.results.groups import GROUPS, OUTSIDE
+from geffect_fast.results.risks import UNLEARN
 from geffect_fast.results.told_apart import half_width, has_intervals, row_spreads
 
 if TYPE_CHECKING:

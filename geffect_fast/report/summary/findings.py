@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from geffect_fast.report.format import UNLEARN, bounds, number, question
+from geffect_fast.report.format import bounds, number, question
 from geffect_fast.report.summary.effects import by_place, by_sample, labels, shares
 from geffect_fast.report.summary.objectives import HARDLY, PERHAPS, UNCLEAR, Summary, summarise
+from geffect_fast.results.risks import UNLEARN
 from geffect_fast.results.told_apart import has_intervals, row_spreads, told_apart
 
 if TYPE_CHECKING:

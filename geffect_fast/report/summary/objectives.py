@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from geffect_fast.report.format import UNKNOWN, UNLEARN, Interval, Number, effect_name
+from geffect_fast.report.format import UNKNOWN, Interval, Number
 from geffect_fast.report.summary.effects import bounds_of, interval_at, labels, total
 from geffect_fast.results import intervals as of_rows
+from geffect_fast.results.risks import UNLEARN, effect_name
 from geffect_fast.results.told_apart import (
     collateral_error,
     effect_errors,

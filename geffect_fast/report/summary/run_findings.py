@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-from geffect_fast.report.format import UNLEARN, Interval, cell
+from geffect_fast.report.format import Interval, cell
 from geffect_fast.report.summary.runs import comparison_rows, comparison_spreads
+from geffect_fast.results.risks import UNLEARN
 from geffect_fast.results.told_apart import interval_of, precision_error, told_apart
 
 if TYPE_CHECKING:

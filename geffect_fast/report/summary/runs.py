@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from geffect_fast.report.format import UNLEARN, Interval
+from geffect_fast.report.format import Interval
 from geffect_fast.report.summary.effects import bounds_of, interval_at, labels
 from geffect_fast.report.summary.steps import Agreement, Outcome, by_column, cost_spread
+from geffect_fast.results.risks import UNLEARN
 from geffect_fast.results.told_apart import has_intervals, interval_of, risk_spreads
 from geffect_fast.storage.csv_cells import write_csv
 

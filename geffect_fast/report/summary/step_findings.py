@@ -7,16 +7,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from geffect_fast.report.format import (
-    UNLEARN,
-    bounds,
-    cell_with_interval,
-    number,
-    risk_words,
-)
+from geffect_fast.report.format import bounds, cell_with_interval, number, risk_words
 from geffect_fast.report.summary.effects import interval_at
 from geffect_fast.report.summary.objectives import MUCH_HARM, collateral_of
 from geffect_fast.report.summary.steps import PREDICTIONS, Outcome, Steps, agreements
+from geffect_fast.results.risks import UNLEARN
 from geffect_fast.results.told_apart import interval_of, risk_spreads, told_apart
 
 if TYPE_CHECKING:

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from geffect_fast.report.format import UNKNOWN, UNLEARN, Interval
+from geffect_fast.report.format import UNKNOWN, Interval
 from geffect_fast.report.summary.effects import bounds_of, labels, total
 from geffect_fast.report.summary.objectives import collateral_noise, collateral_of, verdict_of
 from geffect_fast.results.intervals import NEGLIGIBLE, Z
+from geffect_fast.results.risks import UNLEARN
 from geffect_fast.results.told_apart import interval_of
 from geffect_fast.storage.csv_cells import write_csv
 

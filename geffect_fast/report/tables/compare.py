@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING
 from rich.console import Group
 from rich.text import Text
 
-from geffect_fast.report.format import UNLEARN, Interval, interval_line, number, symbol
+from geffect_fast.report.format import Interval, interval_line, number
 from geffect_fast.report.summary.effects import labels
 from geffect_fast.report.summary.runs import comparison_intervals, comparison_rows
 from geffect_fast.report.tables.cells import WHOLE, new_table, verdict_cell, with_interval
+from geffect_fast.results.risks import UNLEARN, symbol
 from geffect_fast.results.told_apart import has_intervals, precision_error
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from geffect_fast.report.format import UNLEARN, effect_name, in_metric, number, question, symbol
+from geffect_fast.report.format import in_metric, number, question
 from geffect_fast.report.summary.conflicts import CAPTION, Conflicts
 from geffect_fast.report.summary.effects import by_place, by_sample, labels, shares
 from geffect_fast.report.summary.objectives import summarise
@@ -21,6 +21,7 @@ from geffect_fast.report.tables.cells import (
     new_table,
     verdict_cell,
 )
+from geffect_fast.results.risks import UNLEARN, effect_name, symbol
 
 if TYPE_CHECKING:
     import xarray as xr

@@ -9,7 +9,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from geffect_fast.report.format import effect_name, number, risk_words, symbol
+from geffect_fast.report.format import number, risk_words
 from geffect_fast.report.summary.effects import interval_at, last_step, thinned
 from geffect_fast.report.summary.findings import signs
 from geffect_fast.report.summary.measures import live_measures
@@ -27,6 +27,7 @@ from geffect_fast.report.tables.cells import (
 )
 from geffect_fast.report.tables.measures import render_evaluation
 from geffect_fast.report.tables.profile import totals_table
+from geffect_fast.results.risks import effect_name, symbol
 from geffect_fast.results.rows_needed import rows_note
 
 if TYPE_CHECKING:

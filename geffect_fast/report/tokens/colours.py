@@ -7,7 +7,7 @@ import unicodedata
 
 import numpy as np
 
-from geffect_fast.report.format import UNLEARN
+from geffect_fast.results.risks import UNLEARN
 
 STEPS = 9
 """Levels run from -STEPS to STEPS, so that a level is one digit where there is no colour."""

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from geffect_fast.report.format import effect_name, number
+from geffect_fast.report.format import number
 from geffect_fast.report.html.templates import render
 from geffect_fast.report.tokens.colours import SCALE_NOTE, STEPS, goodness, inline, mark
 from geffect_fast.report.tokens.view import (
@@ -20,6 +20,7 @@ from geffect_fast.report.tokens.view import (
     token_view,
     top_words,
 )
+from geffect_fast.results.risks import effect_name
 
 if TYPE_CHECKING:
     import xarray as xr

@@ -11,7 +11,7 @@ from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
-from geffect_fast.report.format import effect_name, number
+from geffect_fast.report.format import number
 from geffect_fast.report.tokens.colours import (
     INK,
     SCALE_NOTE,
@@ -33,6 +33,7 @@ from geffect_fast.report.tokens.view import (
     sequence_name,
     top_words,
 )
+from geffect_fast.results.risks import effect_name
 from geffect_fast.terminal import Console
 
 

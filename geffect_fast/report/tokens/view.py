@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from geffect_fast.errors import InputError
-from geffect_fast.report.format import UNLEARN
 from geffect_fast.report.tokens.colours import levels, robust_scale, visible
+from geffect_fast.results.risks import UNLEARN
 
 if TYPE_CHECKING:
     import xarray as xr

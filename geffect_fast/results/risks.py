@@ -1,0 +1,16 @@
+"""What risks and the effects on them are called, in every output alike."""
+
+from __future__ import annotations
+
+UNLEARN = "unlearn"
+"""The forget risk, as results call it."""
+
+
+def symbol(risk: str) -> str:
+    """The index that stands for a risk: u, r, or a probe's own name."""
+    return {UNLEARN: "u", "retain": "r"}.get(risk, risk)
+
+
+def effect_name(risk: str) -> str:
+    """`e_u`, `e_r`, or `e_` and a probe's name."""
+    return f"e_{symbol(risk)}"

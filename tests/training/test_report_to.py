@@ -1,0 +1,109 @@
+"""`unlearn --report-to`: reporters are told of every probe once, TensorBoard in the folder."""
+
+from __future__ import annotations
+
+import errno
+import json
+from unittest.mock import Mock
+
+import pytest
+from events import Listener, expected, of_probes, scalars
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
+import geffect_fast as gf
+from geffect_fast.arguments import checked_config
+from geffect_fast.errors import InterruptedRunError, UnfinishedError
+from geffect_fast.measure.profiler import Profiler
+from geffect_fast.storage.run_yaml import load_config
+from geffect_fast.training.execute import execute_unlearn
+from geffect_fast.unlearn_settings import Training, UnlearnConfig
+
+
+@pytest.fixture
+def config(study, monkeypatch):
+    """A run that tells TensorBoard, and a listener in W&B's place."""
+    monkeypatch.delenv("TENSORBOARD_LOGGING_DIR", raising=False)
+    monkeypatch.setattr(Listener, "heard", [])
+    monkeypatch.setitem(INTEGRATION_TO_CALLBACK, "wandb", Listener)
+    return checked_config(
+        UnlearnConfig,
+        {
+            **{name: str(study / f"{name}.jsonl") for name in ("forget", "retain")},
+            **{"model": str(study / "model"), "probes": {"general": str(study / "general.jsonl")}},
+            **{"objective": "npo(beta=0.1) + kl", "objectives": ["ga"], "resolve": ["sample"]},
+            **{"steps": 4, "batch_size": 2, "learning_rate": 1e-3, "save_every": 2, "threads": 1},
+            "report_to": "tensorboard, wandb",
+        },
+    )
+
+
+def events(folder):
+    return of_probes(scalars(folder / "logs"))
+
+
+def test_every_reporter_gets_what_the_result_says(config, tmp_path):
+    folder = tmp_path / "run"
+    result = execute_unlearn(config, folder)
+    found = events(folder)
+    assert found == expected(result, "npo(beta=0.1) + kl")
+    assert {"e_u", "e_r", "e_general", "collateral", "e_u/ga", "risk_general"} <= found.keys()
+    heard = {step: logs for step, logs in Listener.heard if "geffect/e_u" in logs}
+    assert list(heard) == [0, 1, 2, 3, 4]
+    effect = result.g_effect.sum("sample").sel(objective="ga", risk="retain")
+    assert [logs["geffect/e_r/ga"] for logs in heard.values()] == effect.values.tolist()
+    listed = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["files"]
+    logs = [path.name for path in (folder / "logs").iterdir()]
+    assert [name for name in listed if name.startswith("logs/")] == [f"logs/{n}" for n in logs]
+    assert load_config(folder / "run.yaml").report_to == ("tensorboard", "wandb")
+    # It decides no number: a run without has the same, and one that replaces it takes its place.
+    quiet = config.model_copy(update={"report_to": ()})
+    again = execute_unlearn(quiet, folder, overwrite=True)
+    assert again.drop_attrs(deep=False).identical(result.drop_attrs(deep=False))
+    assert not (folder / "logs").exists()
+
+
+def test_a_run_that_is_gone_on_with_shows_every_step_once(config, tmp_path, monkeypatch):
+    """Stopped behind step 3, with its checkpoint at step 2: step 3 is trained again."""
+    folder, measure, seen = tmp_path / "run", Profiler.measure, []
+
+    def stopping(profiler, **more):
+        seen.append(0)
+        if len(seen) == 5:
+            raise KeyboardInterrupt
+        return measure(profiler, **more)
+
+    monkeypatch.setattr(Profiler, "measure", stopping)
+    with pytest.raises(InterruptedRunError):
+        execute_unlearn(config, folder)
+    assert [step for step, _ in events(folder)["e_u"]] == [0, 1, 2, 3]
+    result = execute_unlearn(config, folder, resume=True)
+    assert events(folder) == expected(result, "npo(beta=0.1) + kl")
+
+
+def test_a_disk_that_is_full_at_the_logs_costs_a_line(config, tmp_path, monkeypatch):
+    full = OSError(errno.ENOSPC, "No space left on device")
+    with monkeypatch.context() as patch:
+        patch.setattr("torch.utils.tensorboard.SummaryWriter.add_scalar", Mock(side_effect=full))
+        with pytest.raises(UnfinishedError, match="logs of report_to cannot be written: No space"):
+            execute_unlearn(config, tmp_path / "run")
+    result = execute_unlearn(
+        config.model_copy(update={"report_to": ("tensorboard",)}), tmp_path / "run", resume=True
+    )
+    assert events(tmp_path / "run") == expected(result, "npo(beta=0.1) + kl")
+
+
+def test_a_run_that_fails_before_its_first_probe_leaves_nothing(config, tmp_path, monkeypatch):
+    def fails(*_args, **_more):
+        raise gf.errors.InputError("no")
+
+    monkeypatch.setattr(Profiler, "measure", fails)
+    with pytest.raises(gf.errors.InputError):
+        execute_unlearn(config, tmp_path / "run")
+    assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize("given", [["tensorboard"], "tensorboard,none", "tensorboard"])
+def test_a_field_of_training_arguments_is_the_same_setting(given):
+    training = Training(steps=1, trainer={"report_to": given, "weight_decay": 0.1})
+    assert training.report_to == ("tensorboard",) and training.trainer == {"weight_decay": 0.1}
+    assert Training(steps=1, trainer={"report_to": None}).report_to == ()
