@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
-from http.server import BaseHTTPRequestHandler, HTTPServer
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -160,7 +160,8 @@ def server():
         def log_message(self, *_):
             pass
 
-    with HTTPServer(("127.0.0.1", 0), Note) as server:
+    # A browser opens connections ahead, on which one that takes turns would wait.
+    with ThreadingHTTPServer(("127.0.0.1", 0), Note) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}/", asked
         server.shutdown()
