@@ -66,7 +66,7 @@ MEMORY = {
 }
 """What OrthoGrad's memory is measured for: models and retain rows, with the rule at which room."""
 QUICK = 64
-"""Retain rows at most with `--quick`."""
+"""Up to so many retain rows are quick: alone run with `--quick`, and twice without."""
 
 
 def rows(n: int, length: int, seed: int) -> list[dict[str, list[int]]]:
@@ -152,7 +152,7 @@ def memory(quick: bool, size: str, n_retain: int, folder: str) -> list[dict[str,
         start = time.process_time()
         of_rule = peak_extra_bytes(partial(updates.by_rule, updater))
         took = time.process_time() - start
-        if n_retain <= 64:  # the first finds no memory mapped, which counts for few rows
+        if n_retain <= QUICK:  # the first finds no memory mapped, which counts for few rows
             start = time.process_time()
             updates.by_rule(updater)
             took = time.process_time() - start

@@ -193,18 +193,16 @@ def add_weighted_sum(factor: Outer | Lookup | RowSum, weights: Tensor, total: Te
     lengths = factor.cu.on(g.device).long().diff()
     g = g * torch.repeat_interleave(weights.to(g), lengths, output_size=len(g))[:, None]
     in_place = total.dtype == g.dtype and total.is_contiguous()
+    added = total if in_place else g.new_zeros(total.shape)
     if isinstance(factor, Lookup):
-        shape = (factor.n_entries, g.shape[1])
-        table = total.view(shape) if in_place else g.new_zeros(shape)
+        table = added.view(factor.n_entries, g.shape[1])
         table.index_put_((factor.ids,), g, accumulate=True)
     else:
         a = widened(factor.a)
         left, right = (a, g) if factor.transposed else (g, a)
-        shape = (left.shape[1], right.shape[1])
-        table = total.view(shape) if in_place else g.new_zeros(shape)
-        table.addmm_(left.T, right)
+        added.view(left.shape[1], right.shape[1]).addmm_(left.T, right)
     if not in_place:
-        total += table.view_as(total).to(total.dtype)
+        total += added.to(total.dtype)
 
 
 @_without_autocast

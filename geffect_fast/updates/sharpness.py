@@ -74,8 +74,13 @@ class SAM(UpdateRule):
         added: list[Move] = []
         if differs and f1 is not None:
             d = {name: f1[name] - g for name, g in f.items()}
-            added = self._curvature(step, d, e) if self.curvature else []
-            added.append((self.penalty / self.rho, d))
+            of_d = self.penalty / self.rho
+            if self.curvature:
+                factor = 2 * self.curvature * sqrt(float(gram([d])[0, 0])) / self.rho
+                along = _along(d, self.rho)
+                added = [(factor, step.forget_at(along, e)), (-factor, step.forget_at(along))]
+                of_d -= factor
+            added.append((of_d, d))
         out = self._smoothed(step, f, f1, e)
         for factor, of in added:
             add(out, of, factor)
@@ -95,13 +100,6 @@ class SAM(UpdateRule):
                 moves.append(e)
             add(mean, step.forget_at(*moves), 1 / self.draws)
         return mean
-
-    def _curvature(self, step: Step, d: Gradients, e: Move) -> list[Move]:
-        """`2 curvature (H(theta + e) - H(theta)) d`; of its four gradients two are `d`."""
-        along = _along(d, self.rho)
-        factor = 2 * self.curvature * sqrt(float(gram([d])[0, 0])) / self.rho
-        both = step.forget_at(along, e)
-        return [(factor, both), (-factor, step.forget_at(along)), (-factor, d)]
 
 
 def _along(g: Gradients, size: float) -> Move:
