@@ -37,6 +37,7 @@ from geffect_fast.capture.products import (
 from geffect_fast.capture.recorder import Sink
 from geffect_fast.capture.segments import checked_offsets
 from geffect_fast.errors import InputError
+from geffect_fast.ops.ieee_fp32 import ieee_fp32
 from geffect_fast.ops.reference import accumulation_dtype
 
 _JOINED = Recording(joined=True, one_backward=True)
@@ -252,7 +253,8 @@ def _run(
     recording: Recording = Recording(one_backward=True),  # noqa: B008  frozen
 ) -> Tensor:
     """Record one forward and backward; the losses `(n_samples,)`, detached."""
-    return record_rows(plan, loss_fn, batch, _sample_axis(batch), sink, recording)
+    with ieee_fp32():
+        return record_rows(plan, loss_fn, batch, _sample_axis(batch), sink, recording)
 
 
 @contextmanager

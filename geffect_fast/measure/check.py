@@ -35,6 +35,7 @@ from geffect_fast.measure.precision import (
 )
 from geffect_fast.measure.prepare import Sources, check_count, prepare, resolved_list
 from geffect_fast.objectives import Objective
+from geffect_fast.ops.ieee_fp32 import ieee_fp32
 from geffect_fast.results.groups import kind_of
 from geffect_fast.settings import Reading
 from geffect_fast.terminal import progress_bar
@@ -126,6 +127,7 @@ class Check:
 
 
 @with_settings(Reading)
+@ieee_fp32()
 def check(
     model: nn.Module,
     tokenizer: Any,

@@ -14,6 +14,7 @@ from torch import nn
 
 from geffect_fast.arguments import checked_config, with_settings
 from geffect_fast.capture.compat import check_is_model
+from geffect_fast.capture.modes import evaluating
 from geffect_fast.data import (
     SampleSet,
     estimate_token_budget,
@@ -27,7 +28,7 @@ from geffect_fast.errors import GEffectWarning, InputError
 from geffect_fast.evaluation_settings import Evaluating, MetricsAndTasks
 from geffect_fast.measure.harness import Harness
 from geffect_fast.measure.memory import within_budget
-from geffect_fast.measure.models import evaluating, load_model
+from geffect_fast.measure.models import load_model
 from geffect_fast.measure.prepare import Sources, check_model, table_of_positions
 from geffect_fast.metrics.base import ALL, FORGET, HOLDOUT, Metric, Seen
 from geffect_fast.metrics.dataset import measures_dataset

@@ -18,9 +18,10 @@ import numpy as np
 import torch
 from torch import nn
 
+from geffect_fast.capture.modes import evaluating
 from geffect_fast.errors import GEffectWarning, InputError
 from geffect_fast.evaluation_settings import HarnessTasks
-from geffect_fast.measure.models import evaluating, quiet_transformers
+from geffect_fast.measure.models import quiet_transformers
 from geffect_fast.metrics.extra import lm_eval
 from geffect_fast.paths import user_path
 from geffect_fast.registry import nearest

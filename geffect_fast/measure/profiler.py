@@ -46,6 +46,7 @@ from geffect_fast.measure.prepare import Prepared, Sources, needs_of, prepare, r
 from geffect_fast.measure.rounding import HALF, RoundingCheck
 from geffect_fast.measure.step_metric import NextStep, StepMetric
 from geffect_fast.objectives import Objective
+from geffect_fast.ops.ieee_fp32 import ieee_fp32
 from geffect_fast.results.axes import Resolution, by_row
 from geffect_fast.results.dataset import (
     check_gradients,
@@ -101,6 +102,7 @@ class Profiler:
         >>> after = profiler.measure().dataset
     """
 
+    @ieee_fp32()
     def __init__(self, prepared: Prepared[Measuring]) -> None:
         settings, sets = prepared.settings, prepared.sets
         if not {"parameter", "group"} & set(settings.resolve) and settings.groups:
@@ -233,6 +235,7 @@ class Profiler:
             )
         )
 
+    @ieee_fp32()
     def measure(
         self,
         *,
@@ -450,6 +453,7 @@ class Profiler:
         rate = None if step is None else step.metric.learning_rate
         return second_order_variables(slopes, curvatures, rate)
 
+    @ieee_fp32()
     def objective_gradients(
         self, *, unchanged: bool = False, progress: bool = False
     ) -> dict[str, Tensor]:
@@ -482,6 +486,7 @@ class Profiler:
         checked = self._rounding.passes if self._rounding is not None else []
         self._reference.prepare([*passes, *checked], device)
 
+    @ieee_fp32()
     def risk_gradients(
         self, *, progress: bool = False, watched: RowValues | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from geffect_fast.capture.modes import modes_kept
 from geffect_fast.errors import InputError
 
 
@@ -93,28 +94,26 @@ def check_saved(model: Any, folder: Path) -> None:
     weights explains."""
     active = list(model.active_adapters)
     name = f"{active[0]}_saved"
-    modes = {module: module.training for module in model.modules()}
-    model.load_adapter(str(folder), name, torch_device=str(next(model.parameters()).device))
-    try:
-        for place, layer in _adapted(model).items():
-            of = {each: _factors(layer, each) for each in layer.scaling}
-            known = _pair(layer, next(iter(of)))[0]
-            x = torch.randn(known.shape[1], 4, generator=torch.Generator().manual_seed(0))
-            x = x.to(known.device, torch.float64)
-            meant, most, found = torch.zeros(3, 1, 1, dtype=x.dtype, device=x.device)
-            for a, b in (of[each] for each in active if each in of):
-                meant = meant + b @ (a @ x)
-                most = most + b.abs() @ (a.abs() @ x.abs())
-            if name in of:
-                found = of[name][1] @ (of[name][0] @ x)
-            if not bool(((found - meant).abs() <= torch.finfo(known.dtype).eps * most).all()):
-                raise InputError(
-                    f"save: the adapter that was written adds something else to {place} than what "
-                    "was measured; merge the adapters into their base (merge_and_unload) and give "
-                    "the merged models"
-                )
-    finally:
-        model.delete_adapter(name)
-        model.base_model.set_adapter(active)
-        for module, mode in modes.items():
-            module.training = mode
+    with modes_kept(model):
+        model.load_adapter(str(folder), name, torch_device=str(next(model.parameters()).device))
+        try:
+            for place, layer in _adapted(model).items():
+                of = {each: _factors(layer, each) for each in layer.scaling}
+                known = _pair(layer, next(iter(of)))[0]
+                x = torch.randn(known.shape[1], 4, generator=torch.Generator().manual_seed(0))
+                x = x.to(known.device, torch.float64)
+                meant, most, found = torch.zeros(3, 1, 1, dtype=x.dtype, device=x.device)
+                for a, b in (of[each] for each in active if each in of):
+                    meant = meant + b @ (a @ x)
+                    most = most + b.abs() @ (a.abs() @ x.abs())
+                if name in of:
+                    found = of[name][1] @ (of[name][0] @ x)
+                if not bool(((found - meant).abs() <= torch.finfo(known.dtype).eps * most).all()):
+                    raise InputError(
+                        f"save: the adapter that was written adds something else to {place} than "
+                        "what was measured; merge the adapters into their base (merge_and_unload) "
+                        "and give the merged models"
+                    )
+        finally:
+            model.delete_adapter(name)
+            model.base_model.set_adapter(active)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from functools import cache
 from importlib import import_module
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from geffect_fast.ops import schema
+from geffect_fast.ops.ieee_fp32 import ieee_fp32, products_are_ieee
 
 logger = logging.getLogger("geffect_fast")
 
@@ -185,7 +186,9 @@ def call(op: str, device: torch.device, *args: Any) -> Tensor:
     forced = reference_is_forced()
     if not forced:
         _say_once(device.type)
-    if forced or _cuda_kernel_declines(op, device, args):
-        schema.refuse_autograd(op, args)
-        return schema.REFERENCES[op](*args)
-    return getattr(getattr(torch.ops, schema.NAMESPACE), op)(*args)
+    # Entering a context alone takes as long as many a call.
+    with nullcontext() if products_are_ieee() else ieee_fp32():
+        if forced or _cuda_kernel_declines(op, device, args):
+            schema.refuse_autograd(op, args)
+            return schema.REFERENCES[op](*args)
+        return getattr(getattr(torch.ops, schema.NAMESPACE), op)(*args)

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from geffect_fast.capture.modes import evaluating
+
 _PATCHED = "_original_forward"
 """Where accelerate keeps a forward that it has wrapped in autocast."""
 
@@ -26,7 +28,6 @@ def at_rest(model: nn.Module, trainable: Collection[nn.Parameter] | None = None)
         trainable: the parameters that are measured: these alone ask for gradients inside; None:
             those that do already.
     """
-    modes = [(module, module.training) for module in model.modules()]
     asking = [(p, p.requires_grad) for p in model.parameters()]
     measured = {id(p) for p in trainable or ()}
     patched = [m for m in model.modules() if {_PATCHED, "forward"} <= vars(m).keys()]
@@ -34,16 +35,18 @@ def at_rest(model: nn.Module, trainable: Collection[nn.Parameter] | None = None)
     kinds = {p.device.type for p, _ in asking}
     devices = {p.device for p, _ in asking if p.device.type == "cuda"}
     try:
-        with torch.random.fork_rng(devices), torch.enable_grad(), _no_autocast(kinds):
+        with (
+            evaluating(model),
+            torch.random.fork_rng(devices),
+            torch.enable_grad(),
+            _no_autocast(kinds),
+        ):
             for module in patched:
                 module.forward = vars(module)[_PATCHED]
-            model.eval()
             for p, _ in asking if trainable is not None else ():
                 p.requires_grad_(id(p) in measured)
             yield
     finally:
-        for module, mode in modes:
-            module.training = mode
         for p, asks in asking:
             p.requires_grad_(asks)
         for module, forward in forwards:

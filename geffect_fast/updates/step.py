@@ -5,15 +5,16 @@ A rule knows nothing of batches, Trainers or accumulation: `Losses` hides them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from geffect_fast.capture import Lookup, Outer, Plan, RowSum, Segments
+from geffect_fast.capture.modes import evaluating
 from geffect_fast.capture.per_sample import LossFn
 from geffect_fast.capture.products import add_weighted_sum
 from geffect_fast.updates.base import Need, UpdateRule
@@ -231,18 +232,6 @@ class Step:
 
     def _has(self, need: Need) -> None:
         assert need in self._rule.needs, f"update {self._rule.name} does not declare {need}"
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """In eval mode inside: passes over single rows must agree, and do not where dropout is."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def _random_state(plan: Plan) -> list[Tensor]:

@@ -10,11 +10,12 @@ from torch import nn
 
 from geffect_fast.capture import Plan
 from geffect_fast.capture.compat import plain_name, unwrapped
+from geffect_fast.capture.modes import evaluating
 from geffect_fast.errors import InputError, UnsupportedModelError
 from geffect_fast.updates.base import UpdateRule
 from geffect_fast.updates.optimizer_metric import check_optimizer
 from geffect_fast.updates.retain_rows import check_rows
-from geffect_fast.updates.step import Losses, Step, evaluating
+from geffect_fast.updates.step import Losses, Step
 
 
 class Updater:
