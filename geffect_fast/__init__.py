@@ -9,8 +9,9 @@ from geffect_fast import threads
 
 threads.prepare()  # before torch is loaded, as the next lines do
 
-from geffect_fast import data, objectives, ops  # noqa: E402
-from geffect_fast.capture import capture  # noqa: E402
+if TYPE_CHECKING or not threads.is_command():  # a command loads what it needs: --help no torch
+    from geffect_fast import data, objectives, ops
+    from geffect_fast.capture import capture
 
 if TYPE_CHECKING:
     import geffect_fast.functional as functional
@@ -62,14 +63,18 @@ __all__ = [
 # What needs more than torch and numpy is imported when it is first asked for.
 _LAZY = {
     "against_effects": ("geffect_fast.measure.against_effects", "against_effects"),
+    "capture": ("geffect_fast.capture", "capture"),
     "check": ("geffect_fast.measure.check", "check"),
     "compare": ("geffect_fast.steps.compare", "compare"),
     "control": ("geffect_fast.measure.control", "control"),
+    "data": ("geffect_fast.data", None),
     "evaluate": ("geffect_fast.measure.evaluate", "evaluate"),
     "functional": ("geffect_fast.functional", None),
     "integrations": ("geffect_fast.integrations", None),
+    "objectives": ("geffect_fast.objectives", None),
     "open_evaluation": ("geffect_fast.storage.evaluation", "open_evaluation"),
     "open_run": ("geffect_fast.storage.run_folder", "open_run"),
+    "ops": ("geffect_fast.ops", None),
     "optimal_weights": ("geffect_fast.metrics.optimal_weights", "optimal_weights"),
     "pareto_front": ("geffect_fast.measure.sweep", "pareto_front"),
     "profile": ("geffect_fast.measure.profile", "profile"),

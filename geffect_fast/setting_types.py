@@ -1,21 +1,23 @@
-"""What fields of settings are made of: paths, names, days, objectives, and how options say them."""
+"""What fields of settings are made of: paths, names, days, objectives, and how options say them.
+
+What reads them is imported when a value is read: options and their help wait for no torch.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 from pydantic import AfterValidator, Field
 
 from geffect_fast.data.chat_template import checked_date
 from geffect_fast.errors import InputError
-from geffect_fast.objectives import Objective, parse, parse_list
-from geffect_fast.objectives import resolve as resolve_objective
-from geffect_fast.objectives.base import REFERENCE_NEEDS
 from geffect_fast.paths import is_there, user_path
-from geffect_fast.updates import UpdateRule
-from geffect_fast.updates import parse as parse_update
+
+if TYPE_CHECKING:
+    from geffect_fast.objectives import Objective
+    from geffect_fast.updates import UpdateRule
 
 Read = TypeVar("Read")
 
@@ -57,18 +59,31 @@ def blocks_by_name(groups: Any) -> Any:
     return groups or {}
 
 
+def axes(resolve: Any) -> tuple[str, ...]:
+    """Axes of a result, checked."""
+    from geffect_fast.results.axes import checked_axes
+
+    return checked_axes(resolve)
+
+
 def canonical(objective: str) -> str:
     """An objective's string as results write it."""
+    from geffect_fast.objectives import parse
+
     return str(parse(objective))
 
 
 def canonical_update(rule: str | UpdateRule) -> str:
     """An update rule's string as results write it, of a string or a rule."""
-    return str(parse_update(rule))
+    from geffect_fast.updates import parse
+
+    return str(parse(rule))
 
 
 def canonical_list(objectives: Any) -> tuple[str, ...]:
     """Canonical strings of a list of objectives, or of one string with commas, each once."""
+    from geffect_fast.objectives import parse_list
+
     texts = [objectives] if isinstance(objectives, str) else objectives
     found = [each for text in texts for each in parse_list(text)]
     for i, objective in enumerate(found):
@@ -99,7 +114,10 @@ def state_file(source: str | None) -> str | None:
 
 def risk_of(spec: str | Objective) -> str | Objective:
     """The canonical string of a risk, or the objective that is given."""
-    objective = resolve_objective(spec)
+    from geffect_fast.objectives import resolve
+    from geffect_fast.objectives.base import REFERENCE_NEEDS
+
+    objective = resolve(spec)
     parts = objective.parts()
     if len(parts) != 1 or parts[0][0] != 1.0 or parts[0][1].needs & REFERENCE_NEEDS:
         raise InputError(

@@ -6,9 +6,8 @@ made from these fields; a field's docstring is its help everywhere.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import torch
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -22,15 +21,12 @@ from pydantic import (
 
 from geffect_fast.data.chat_template import CHAT_DATE
 from geffect_fast.errors import InputError
-from geffect_fast.objectives import Objective, parse_list
-from geffect_fast.objectives import resolve as resolve_objective
-from geffect_fast.objectives.ranges import expand_list
 from geffect_fast.paths import find_checkpoints
-from geffect_fast.results.axes import checked_axes
 from geffect_fast.setting_types import (
     Name,
     Option,
     PathOrId,
+    axes,
     blocks_by_name,
     canonical_or_none,
     day,
@@ -39,6 +35,9 @@ from geffect_fast.setting_types import (
     risk_of,
     state_file,
 )
+
+if TYPE_CHECKING:
+    from geffect_fast.objectives import Objective
 
 
 class Settings(BaseModel):
@@ -49,6 +48,7 @@ class Settings(BaseModel):
         extra="forbid",
         use_attribute_docstrings=True,
         arbitrary_types_allowed=True,
+        defer_build=True,  # options are read off the fields alone
     )
 
     def fields(self, kind: type[Settings]) -> dict[str, Any]:
@@ -103,6 +103,9 @@ class Named(Settings):
     @classmethod
     def _canonical_once(cls, value: Any, info: ValidationInfo) -> Any:
         """Canonical strings of a list, or of one string with commas; ranges as written."""
+        from geffect_fast.objectives import parse_list
+        from geffect_fast.objectives.ranges import expand_list
+
         texts = [value] if isinstance(value, str) else value
         if not isinstance(texts, list | tuple):
             return value
@@ -170,7 +173,7 @@ class Measuring(Reading):
     """An objective used as the risk; its part on any data set is the risk on that set. nll is the
     mean loss of the answers."""
 
-    resolve: Annotated[tuple[str, ...], BeforeValidator(read_by("resolve", checked_axes))] = (
+    resolve: Annotated[tuple[str, ...], BeforeValidator(read_by("resolve", axes))] = (
         "parameter",
         "sample",
     )
@@ -202,7 +205,9 @@ class Measuring(Reading):
     @property
     def risk_objective(self) -> Objective:
         """The risk, parsed."""
-        return resolve_objective(self.risk).parts()[0][1]
+        from geffect_fast.objectives import resolve
+
+        return resolve(self.risk).parts()[0][1]
 
 
 class Machine(Settings):
@@ -220,6 +225,8 @@ class Machine(Settings):
     @field_validator("device")
     @classmethod
     def _known_device(cls, value: str) -> str:
+        import torch
+
         try:
             known = value == "auto" or torch.device(value).type in ("cpu", "cuda")
         except RuntimeError:

@@ -12,7 +12,6 @@ from pydantic import (
     model_validator,
 )
 
-from geffect_fast.objectives import parse
 from geffect_fast.setting_types import (
     Option,
     PathOrId,
@@ -219,6 +218,8 @@ class UnlearnConfig(UnlearnSettings, RunConfig):
 
     @model_validator(mode="after")
     def _once(self) -> UnlearnConfig:
+        from geffect_fast.objectives import parse
+
         for text in self.objectives:
             if parse(text) == parse(self.objective):
                 raise ValueError(f"objectives: '{text}' is trained on, and measured; leave it out")

@@ -32,7 +32,7 @@ def print_result(dataset: xr.Dataset, folder: Path) -> None:
     from geffect_fast.report.tables.sweep import render_sweep
     from geffect_fast.report.tokens.terminal import TerminalView
     from geffect_fast.report.tokens.view import has_tokens, token_view
-    from geffect_fast.results.dataset import sum_positions
+    from geffect_fast.results.by_rows import sum_positions
 
     summed = sum_positions(dataset)
     printer = console()

@@ -21,7 +21,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from geffect_fast.metrics.extra import scipy_stats
 from geffect_fast.results.intervals import DRAWS, SEED, bounds, stretch
 
 FEWEST = 5
@@ -69,6 +68,8 @@ def rank_correlation(x: np.ndarray, y: np.ndarray) -> RankCorrelation:
     n = len(x)
     if n < FEWEST or len(np.unique(x)) == 1 or len(np.unique(y)) == 1:
         return RankCorrelation(n)
+    from geffect_fast.metrics.extra import scipy_stats  # beside metrics that load torch
+
     stats = scipy_stats("rank correlation")
     counts = np.random.default_rng(SEED).multinomial(n, np.full(n, 1 / n), size=DRAWS).astype(float)
     spearman = float(stats.spearmanr(x, y).statistic)

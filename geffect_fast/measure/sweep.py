@@ -16,6 +16,7 @@ from geffect_fast.errors import InputError
 from geffect_fast.measure.profile import profile
 from geffect_fast.objectives import Objective
 from geffect_fast.objectives.ranges import Sweep, expand_list
+from geffect_fast.results.form import HYPER
 from geffect_fast.results.told_apart import effect_errors, effect_spreads, told_apart
 
 if TYPE_CHECKING:
@@ -24,9 +25,6 @@ if TYPE_CHECKING:
 SAME = 1e-6
 """How far effects may be apart, relative to their size, that only sums in another order make."""
 _AT_ONCE = 64
-
-HYPER = "hyper_"
-"""What the coordinates of swept parameters begin with."""
 
 
 def sweep(

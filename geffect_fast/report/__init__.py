@@ -66,7 +66,7 @@ def _files(dataset: xr.Dataset) -> Iterator[ReportFiles]:
     from geffect_fast.report.summary.steps import write_step_summary
     from geffect_fast.report.summary.sweep import highlights, is_sweep
     from geffect_fast.report.tokens.view import has_tokens
-    from geffect_fast.results.dataset import sum_positions
+    from geffect_fast.results.by_rows import sum_positions
     from geffect_fast.storage.run_folder import REPORT, SUMMARY, TOKENS
 
     if is_evaluation(dataset):

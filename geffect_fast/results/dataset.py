@@ -187,29 +187,6 @@ def dataset(
     return xr.Dataset(variables, coords | resolution.coordinates(tokenizer), attrs)
 
 
-def sum_positions(dataset: xr.Dataset) -> xr.Dataset:
-    """The result as it would be without `position` or `token`, one sample at a time in memory.
-
-    Args:
-        dataset: a result, in memory or read from its file as it is asked for.
-    """
-    effect = dataset["g_effect"]
-    axis = next((axis for axis in ("position", "token") if axis in effect.dims), None)
-    if axis is None:
-        return dataset
-    if "sample" not in effect.dims:
-        summed = effect.sum(axis, skipna=False)
-    else:
-        import xarray as xr
-
-        rows = [
-            effect.isel(sample=[row]).sum(axis, skipna=False)
-            for row in range(effect.sizes["sample"])
-        ]
-        summed = xr.concat(rows, "sample").transpose(*(d for d in effect.dims if d != axis))
-    return dataset.drop_dims(axis).assign(g_effect=summed)
-
-
 def _norm_variables(gram: Tensor, m: int, resolution: Resolution) -> dict[str, Any]:
     """Norms and cosines of whole gradients, and by parameter or group where that is an axis."""
 

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
 AXES = ("step", "objective", "risk", "parameter", "group", "sample", "position", "token")
 RISKS = ("unlearn", "retain")
+HYPER = "hyper_"
+"""What the coordinates of swept parameters begin with."""
 
 _BESIDE = {
     "parameter": ("block", "kind", "group"),

@@ -29,7 +29,7 @@ from geffect_fast.errors import GEffectWarning, InputError
 from geffect_fast.measure.profiler import Profiler
 from geffect_fast.measure.step_metric import StepMetric, step_objective, without_step
 from geffect_fast.objectives import resolve
-from geffect_fast.results.dataset import sum_positions
+from geffect_fast.results.by_rows import sum_positions
 from geffect_fast.results.rows_needed import rows_note
 from geffect_fast.steps.at_rest import at_rest
 from geffect_fast.steps.live_measures import LiveMeasures

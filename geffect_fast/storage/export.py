@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,9 @@ from geffect_fast.storage.run_folder import reading
 if TYPE_CHECKING:
     import pandas as pd
     import xarray as xr
+
+CELLS = 2**17
+"""Rows of the table that are in memory at once."""
 
 
 def export(dataset: xr.Dataset, path: str | Path, overwrite: bool = False) -> Path:
@@ -57,23 +61,39 @@ def export(dataset: xr.Dataset, path: str | Path, overwrite: bool = False) -> Pa
 def tables(dataset: xr.Dataset) -> Iterator[pd.DataFrame]:
     """The long table that `export` writes, piece by piece: coordinates, then `g_effect`.
 
-    An objective a piece; by sample and position a sample of an objective, without the positions
-    beyond its end.
+    Objective by objective, and else in the order of the axes; by sample and position also sample by
+    sample, without the positions beyond its end.
     """
     whole = dataset["g_effect"]
     names = [str(name) for name in whole.dims]
     names += [str(name) for name in whole.coords if name not in whole.dims]
     by_token = "token_id" in whole.coords
-    samples = [[row] for row in range(whole.sizes["sample"])] if by_token else [slice(None)]
-    for at in range(whole.sizes["objective"]):
-        for sample in samples:
-            effect = whole.isel(objective=[at])
-            effect = effect.isel(sample=sample) if by_token else effect
-            with reading(dataset.encoding.get("source", "the result")):
-                table = effect.to_dataframe().reset_index()
-            if by_token:
-                table = table[table["token_id"] >= 0]
-            yield table[[*names, "g_effect"]]
+    order = ["objective", *(["sample"] if by_token else [])]
+    order += [str(name) for name in whole.dims if name not in order]
+    for place in _pieces({name: whole.sizes[name] for name in order}):
+        with reading(dataset.encoding.get("source", "the result")):
+            table = whole.isel(place).to_dataframe(dim_order=order).reset_index()
+        if by_token:
+            table = table[table["token_id"] >= 0]
+        yield table[[*names, "g_effect"]]
+
+
+def _pieces(sizes: Mapping[str, int]) -> Iterator[dict[str, slice]]:
+    """Slices of an array's axes, the last one fastest, each of at most `CELLS` where they can be.
+
+    Args:
+        sizes: of the axes by name.
+    """
+    steps: dict[str, int] = {}
+    inner = 1
+    for name, n in reversed(sizes.items()):
+        steps[name] = max(1, min(n, CELLS // inner))
+        inner *= n
+    for starts in product(*(range(0, n, steps[name]) for name, n in sizes.items())):
+        yield {
+            name: slice(at, at + step)
+            for (name, step), at in zip(reversed(steps.items()), starts, strict=True)
+        }
 
 
 def measures(dataset: xr.Dataset) -> Iterator[pd.DataFrame]:

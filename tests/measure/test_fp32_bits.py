@@ -25,7 +25,9 @@ def dropped(monkeypatch):
 
     @functools.wraps(plain)
     def told(self, x):
-        seen.append((torch.is_grad_enabled() and self.training, torch.get_float32_matmul_precision()))
+        seen.append(
+            (torch.is_grad_enabled() and self.training, torch.get_float32_matmul_precision())
+        )
         return plain(self, x)
 
     monkeypatch.setattr(LlamaMLP, "forward", told)

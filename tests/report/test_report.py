@@ -10,7 +10,7 @@ from geffect_fast.report.figures.profile import instances_figure, layers_figure
 from geffect_fast.report.summary.effects import by_place, by_sample
 from geffect_fast.report.summary.findings import findings
 from geffect_fast.report.tables.profile import render
-from geffect_fast.results.dataset import sum_positions
+from geffect_fast.results.by_rows import sum_positions
 
 
 def make(**kwargs):

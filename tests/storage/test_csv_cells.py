@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import sys
 
 import pandas as pd
 import pytest
@@ -58,6 +59,38 @@ def test_a_table_is_safe_and_its_numbers_are_read_back_bit_for_bit(tmp_path):
     header, first, second, third = cells(tmp_path / "t.csv")
     assert header == ["x", "'=y", "n"]
     assert (first, second, third) == (["-0.5", "'=1", "1"], ["1e-300", "", "-2"], ["", "-3", "3"])
+
+
+def test_without_pyarrow_a_table_is_the_same_to_the_byte(tmp_path, monkeypatch):
+    texts = [
+        *FORMULAS,
+        *(each for each in OTHERS if isinstance(each, str)),
+        'a "b", c',
+        "a\nb",
+        "ü",
+    ]
+    n = len(texts)
+    table = pd.DataFrame(
+        {
+            "text": texts,
+            'with "quotes", and commas': pd.array([*texts[1:], pd.NA], "string"),
+            "objects": [None, True, 2, 0.25, *texts[4:]],
+            "x": [-0.0, 1e-7, 1e16, 1e22, float("nan"), float("inf"), 0.1, *range(n - 7)],
+            "n": range(n),
+            "nullable": pd.array([pd.NA, *range(n - 1)], "Int64"),
+            "bool": [i % 2 == 0 for i in range(n)],
+        }
+    )
+
+    def written(name):
+        write_csv(table, tmp_path / name)
+        write_csv(table[:0], tmp_path / name, header=False, mode="a")
+        write_csv(table[5:], tmp_path / name, header=False, mode="a")
+        return (tmp_path / name).read_bytes()
+
+    found = written("pyarrow.csv")
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    assert found == written("pandas.csv")
 
 
 def test_export_and_summaries_hold_no_formula(tmp_path):

@@ -23,7 +23,7 @@ from geffect_fast.report.summary.measures import (
 )
 from geffect_fast.report.summary.predictors import is_against_effects
 from geffect_fast.report.summary.sweep import is_sweep
-from geffect_fast.results.dataset import sum_positions
+from geffect_fast.results.by_rows import sum_positions
 from geffect_fast.storage.disk import whole_file
 from geffect_fast.storage.run_folder import CONFIG, REPORT
 from geffect_fast.storage.run_yaml import read_values

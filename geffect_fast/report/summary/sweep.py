@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from geffect_fast.measure.sweep import HYPER
 from geffect_fast.report.format import Number
 from geffect_fast.report.summary.effects import labels, thinned, total
 from geffect_fast.report.summary.objectives import Summary, summarise
+from geffect_fast.results.form import HYPER
 from geffect_fast.results.risks import UNLEARN
 from geffect_fast.results.told_apart import effect_errors, effect_spreads, told_apart
 

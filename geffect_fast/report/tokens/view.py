@@ -14,6 +14,7 @@ import numpy as np
 
 from geffect_fast.errors import InputError
 from geffect_fast.report.tokens.colours import levels, robust_scale, visible
+from geffect_fast.results.by_rows import sum_within_rows
 from geffect_fast.results.risks import UNLEARN
 
 if TYPE_CHECKING:
@@ -153,7 +154,7 @@ def token_view(
     left_out = []
     if max_values is not None:
         n_columns = 1 + effect.sizes.get("group", 0)
-        tokens = (effect["token_id"].values[places] >= 0).sum(axis=1)
+        tokens = (effect["token_id"].isel(sample=places).values >= 0).sum(axis=1)
         sizes = effect.sizes["risk"] * n_columns * np.cumsum(tokens)
         fit = max(1, int((sizes <= max_values).sum()))
         if fit < len(places):
@@ -265,7 +266,8 @@ def _samples(
     risk = ORDERS[by or "first"]
     if risk is not None:
         one = effect.isel(objective=objective).sel(risk=risk)
-        sums = one.sum([d for d in one.dims if d != "sample"], skipna=False).values[forget]
+        within = [str(d) for d in one.dims if d != "sample"]
+        sums = sum_within_rows(one, within).values[forget]
         forget = forget[np.argsort(sums, kind="stable")]  # NaN last
     return [int(place) for place in forget[:wanted]]
 

@@ -9,7 +9,7 @@ from synthetic import make_dataset
 
 from geffect_fast.report.summary.effects import by_place, by_sample, shares, total
 from geffect_fast.report.summary.objectives import summarise, write_summary
-from geffect_fast.results.dataset import sum_positions
+from geffect_fast.results.by_rows import sum_positions
 
 
 def with_effects(*pairs):

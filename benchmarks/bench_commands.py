@@ -1,0 +1,148 @@
+"""How long commands that look at a run take, and how much memory, by the rows of the run.
+
+    python benchmarks/bench_commands.py            # writes benchmarks/results/commands_cpu.csv
+    python benchmarks/bench_commands.py --quick    # 40 rows, one round, prints only
+
+A run by row and token is made of a tiny model and of so many forget rows, questions and answers about
+invented authors, and then looked at by every command in a process of its own, its start included.
+Commands take turns; the least of `--rounds` rounds counts, as noise only ever adds time. `peak_mib`
+is the most memory that the process had; `--help` says what of that the interpreter and packages are,
+and the rows below each other whether it grows with the run. `written_mib` is the file that was made.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from machine import RESULTS, write_csv
+from package_path import ROOT
+
+from geffect_fast.data import write_jsonl
+from geffect_fast.demo import Size, make_model, save, train_tokenizer
+from geffect_fast.demo.authors import MAX_AUTHORS, make_fictitious_authors
+
+ROWS = (1000, 4000)
+RETAIN = 50
+OBJECTIVES = "ga,npo(beta=0.1),wga(alpha=1)"
+MIB = 2**20
+
+CHILD = """
+import sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from geffect_fast.cli import main
+code = main(sys.argv[3:])
+Path(sys.argv[2]).write_text(Path("/proc/self/status").read_text())
+sys.exit(code)
+"""
+"""Runs the command line of this clone and leaves what the system says of the process."""
+
+
+def make_run(folder: Path, n: int) -> Path:
+    """A run folder of `n` forget rows by token, and what it was made from."""
+    rows: list[dict[str, Any]] = []
+    while len(rows) < n + RETAIN:
+        rows += make_fictitious_authors(MAX_AUTHORS, seed=len(rows))
+    forget, retain = folder / "forget.jsonl", folder / "retain.jsonl"
+    write_jsonl(rows[:n], forget)
+    write_jsonl(rows[n : n + RETAIN], retain)
+    tokenizer = train_tokenizer([row["question"] + row["answer"] for row in rows], 512)
+    torch.manual_seed(0)
+    save(make_model(tokenizer, Size(hidden=16, n_layers=2)), tokenizer, folder / "model")
+    options = ["--forget", str(forget), "--retain", str(retain), "--objectives", OBJECTIVES]
+    options += ["--engine", "forward", "--resolve", "sample,token"]
+    run = folder / "run"
+    command = ["profile", "--model", str(folder / "model"), *options, "--out", str(run)]
+    timed([*command, "--quiet"], folder)
+    return run
+
+
+def timed(arguments: Sequence[str], folder: Path) -> tuple[float, float]:
+    """Seconds of a command, and the most MiB of memory that it had."""
+    status = folder / "status"
+    command = [sys.executable, "-c", CHILD, str(ROOT), str(status), *arguments]
+    start = time.perf_counter()
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    seconds = time.perf_counter() - start
+    if done.returncode:
+        raise SystemExit(f"{' '.join(arguments)}: {done.stderr}")
+    lines = (line.split() for line in status.read_text().splitlines())
+    peak = next(int(words[1]) for words in lines if words[0] == "VmHWM:")
+    return seconds, peak / 1024
+
+
+def commands(run: Path) -> dict[str, tuple[list[str], Path | None]]:
+    """What is timed, by name: arguments, and the file that is written."""
+    place, beside = str(run), run.parent
+    csv, parquet = beside / "effects.csv", beside / "effects.parquet"
+    return {
+        "--help": (["--help"], None),
+        "profile --help": (["profile", "--help"], None),
+        "show": (["show", place], None),
+        "tokens": (["tokens", place], None),
+        "report": (["report", place], run / "report.html"),
+        "export to CSV": (["export", place, "--to", str(csv), "--overwrite"], csv),
+        "export to Parquet": (["export", place, "--to", str(parquet), "--overwrite"], parquet),
+    }
+
+
+def measure(n: int, rounds: int, folder: Path) -> list[dict[str, Any]]:
+    """A row a command, on a run of `n` rows."""
+    timed_commands = commands(make_run(folder, n))
+    found: dict[str, list[tuple[float, float]]] = {name: [] for name in timed_commands}
+    for _ in range(rounds):
+        for name, (arguments, _) in timed_commands.items():
+            found[name].append(timed(arguments, folder))
+    results_mib = (folder / "run" / "results.nc").stat().st_size / MIB
+    return [
+        {
+            "command": name,
+            "rows": n,
+            "objectives": OBJECTIVES.count(",") + 1,
+            "results_mib": round(results_mib, 2),
+            "written_mib": "" if file is None else round(file.stat().st_size / MIB, 2),
+            "rounds": rounds,
+            "least_s": float(f"{min(seconds for seconds, _ in found[name]):.3g}"),
+            "peak_mib": round(min(peak for _, peak in found[name])),
+        }
+        for name, (_, file) in timed_commands.items()
+    ]
+
+
+def line(row: Mapping[str, Any]) -> str:
+    """What is printed of a row."""
+    written = f"  wrote {row['written_mib']} MiB" if row["written_mib"] else ""
+    return (
+        f"{row['rows']:5} rows  {row['command']:18} {row['least_s']:7.2f} s "
+        f"{row['peak_mib']:6} MiB{written}"
+    )
+
+
+def main() -> None:
+    """Measure, print, and write the CSV."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="40 rows, one round, prints only")
+    parser.add_argument("--rounds", type=int, default=3)
+    args = parser.parse_args()
+    rows = []
+    for n in (40,) if args.quick else ROWS:
+        with tempfile.TemporaryDirectory() as folder:
+            for row in measure(n, 1 if args.quick else args.rounds, Path(folder)):
+                rows.append(row)
+                print(line(row), flush=True)
+    if not args.quick:
+        path = RESULTS / "commands_cpu.csv"
+        write_csv(path, rows)
+        print(f"wrote {path}")
+
+
+if __name__ == "__main__":
+    main()
