@@ -3,20 +3,23 @@
     python benchmarks/bench_commands.py            # writes benchmarks/results/commands_cpu.csv
     python benchmarks/bench_commands.py --quick    # 40 rows, one round, prints only
 
-A run by row and token is made of a tiny model and of so many forget rows, questions and answers about
-invented authors, and then looked at by every command in a process of its own, its start included.
-Commands take turns; the least of `--rounds` rounds counts, as noise only ever adds time. `peak_mib`
-is the most memory that the process had; `--help` says what of that the interpreter and packages are,
-and the rows below each other whether it grows with the run. `written_mib` is the file that was made.
+A run by row and token is made of a tiny model and of so many forget rows, questions and answers
+about invented authors, and then looked at by every command in a process of its own, its start
+included.
+Commands take turns; the least of `--rounds` rounds counts, as noise only ever adds time. `cpu_s` is
+the processor's time of the same, which others on the machine change less. `peak_mib` is the most
+memory that the process had; runs of few and of many rows beside each other say whether it grows.
+`written_mib` is the file that was made.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import os
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,19 +34,19 @@ from geffect_fast.demo.authors import MAX_AUTHORS, make_fictitious_authors
 
 ROWS = (1000, 4000)
 RETAIN = 50
-OBJECTIVES = "ga,npo(beta=0.1),wga(alpha=1)"
+OBJECTIVES = "ga,npo(beta=0.1)"
 MIB = 2**20
 
-CHILD = """
-import sys
-from pathlib import Path
-sys.path.insert(0, sys.argv[1])
-from geffect_fast.cli import main
-code = main(sys.argv[3:])
-Path(sys.argv[2]).write_text(Path("/proc/self/status").read_text())
-sys.exit(code)
+TIMED = """
+import json, resource, subprocess, sys, time
+start = time.perf_counter()
+done = subprocess.run([sys.executable, "-m", "geffect_fast", *sys.argv[1:]], stdout=-3)
+seconds, used = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
+print(json.dumps([seconds, used.ru_utime + used.ru_stime, used.ru_maxrss / 1024]))
+sys.exit(done.returncode)
 """
-"""Runs the command line of this clone and leaves what the system says of the process."""
+"""Runs a command and says what it took. It is small itself, as a process inherits the peak of the
+one that starts it."""
 
 
 def make_run(folder: Path, n: int) -> Path:
@@ -61,22 +64,23 @@ def make_run(folder: Path, n: int) -> Path:
     options += ["--engine", "forward", "--resolve", "sample,token"]
     run = folder / "run"
     command = ["profile", "--model", str(folder / "model"), *options, "--out", str(run)]
-    timed([*command, "--quiet"], folder)
+    timed([*command, "--quiet"])
     return run
 
 
-def timed(arguments: Sequence[str], folder: Path) -> tuple[float, float]:
-    """Seconds of a command, and the most MiB of memory that it had."""
-    status = folder / "status"
-    command = [sys.executable, "-c", CHILD, str(ROOT), str(status), *arguments]
-    start = time.perf_counter()
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    seconds = time.perf_counter() - start
+def timed(arguments: Sequence[str]) -> tuple[float, float, float]:
+    """Seconds of a command, those of the processor, and the most MiB of memory that it had."""
+    done = subprocess.run(
+        [sys.executable, "-c", TIMED, *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
     if done.returncode:
         raise SystemExit(f"{' '.join(arguments)}: {done.stderr}")
-    lines = (line.split() for line in status.read_text().splitlines())
-    peak = next(int(words[1]) for words in lines if words[0] == "VmHWM:")
-    return seconds, peak / 1024
+    seconds, processor, peak = json.loads(done.stdout)
+    return seconds, processor, peak
 
 
 def commands(run: Path) -> dict[str, tuple[list[str], Path | None]]:
@@ -97,10 +101,10 @@ def commands(run: Path) -> dict[str, tuple[list[str], Path | None]]:
 def measure(n: int, rounds: int, folder: Path) -> list[dict[str, Any]]:
     """A row a command, on a run of `n` rows."""
     timed_commands = commands(make_run(folder, n))
-    found: dict[str, list[tuple[float, float]]] = {name: [] for name in timed_commands}
+    found: dict[str, list[tuple[float, float, float]]] = {name: [] for name in timed_commands}
     for _ in range(rounds):
         for name, (arguments, _) in timed_commands.items():
-            found[name].append(timed(arguments, folder))
+            found[name].append(timed(arguments))
     results_mib = (folder / "run" / "results.nc").stat().st_size / MIB
     return [
         {
@@ -110,8 +114,9 @@ def measure(n: int, rounds: int, folder: Path) -> list[dict[str, Any]]:
             "results_mib": round(results_mib, 2),
             "written_mib": "" if file is None else round(file.stat().st_size / MIB, 2),
             "rounds": rounds,
-            "least_s": float(f"{min(seconds for seconds, _ in found[name]):.3g}"),
-            "peak_mib": round(min(peak for _, peak in found[name])),
+            "least_s": float(f"{min(each[0] for each in found[name]):.3g}"),
+            "cpu_s": float(f"{min(each[1] for each in found[name]):.3g}"),
+            "peak_mib": round(min(each[2] for each in found[name])),
         }
         for name, (_, file) in timed_commands.items()
     ]
@@ -122,7 +127,8 @@ def line(row: Mapping[str, Any]) -> str:
     written = f"  wrote {row['written_mib']} MiB" if row["written_mib"] else ""
     return (
         f"{row['rows']:5} rows  {row['command']:18} {row['least_s']:7.2f} s "
-        f"{row['peak_mib']:6} MiB{written}"
+        f"({row['cpu_s']:.2f} s of the processor) "
+        f"{row['peak_mib']:4} MiB{written}"
     )
 
 

@@ -272,7 +272,9 @@ def open_run(folder: str | Path, *, lazy: bool = False) -> xr.Dataset:
     _check_whole(file)
     try:
         check_size(file)
-        dataset = xr.open_dataset(file, engine="h5netcdf")
+        dataset = xr.open_dataset(file, engine="h5netcdf", decode_cf=not lazy)
+        if lazy:
+            dataset = xr.decode_cf(_with_lazy_texts(dataset))
     except InputError:
         raise
     except Exception as error:  # a torn file fails in many ways, deep in HDF5
@@ -298,6 +300,17 @@ def open_run(folder: str | Path, *, lazy: bool = False) -> xr.Dataset:
         if isinstance(error, InputError):
             raise
         raise _torn(file, error) from error
+
+
+def _with_lazy_texts(raw: xr.Dataset) -> xr.Dataset:
+    """A dataset that is to be decoded, whose texts along axes of many stay in the file till then.
+
+    To decode them, xarray reads them all, and gives each the room of the longest.
+    """
+    for name, variable in raw.variables.items():
+        if variable.dtype == object and name not in raw.dims:
+            variable.encoding.pop("dtype", None)
+    return raw
 
 
 def _check_whole(file: Path) -> None:
