@@ -36,7 +36,7 @@ LAYERS = {
     "optimizers": BASE | {"ops", "paths"},
     "updates": BASE | {"ops", "capture", "data", "objectives", "optimizers"},
     "results": BASE | MODEL,
-    "setting_types": BASE | {"data", "objectives", "paths", "updates"},
+    "setting_types": BASE | {"data", "objectives", "paths", "results", "updates"},
     "settings": BASE | {"data", "objectives", "paths", "results", "setting_types", "updates"},
     "unlearn_settings": BASE | {"objectives", "settings", "setting_types"},
     "evaluation_settings": BASE | {"paths", "settings", "setting_types"},

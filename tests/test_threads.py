@@ -12,8 +12,8 @@ import pytest
 from geffect_fast.threads import usable_cores
 
 OURS = ("OMP_", "GOMP_", "KMP_", "MKL_")
-COMMAND = ["-m", "geffect_fast", "--version"]
-SCRIPT = ["-c", "import sys; sys.argv[0] = '/usr/bin/geffect-fast'; import geffect_fast"]
+COMMAND = ["-m", "geffect_fast", "env"]
+SCRIPT = ["-c", "import sys; sys.argv[0] = '/usr/bin/geffect-fast'; import geffect_fast, torch"]
 PROGRAM = ["-c", "import geffect_fast"]
 BUSY = """
 import os

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -78,7 +78,7 @@ def tables(dataset: xr.Dataset) -> Iterator[pd.DataFrame]:
         yield table[[*names, "g_effect"]]
 
 
-def _pieces(sizes: Mapping[str, int]) -> Iterator[dict[str, slice]]:
+def _pieces(sizes: dict[str, int]) -> Iterator[dict[str, slice]]:
     """Slices of an array's axes, the last one fastest, each of at most `CELLS` where they can be.
 
     Args:
