@@ -39,6 +39,20 @@ class _Trainer(Composite):
         return combine([term for term in terms if term[0] != 0] or terms)
 
 
+class _WithRetain(_Trainer):
+    """A forget part and the NLL of the retain rows, as often as its configs say."""
+
+    gamma: float
+    alpha: float
+
+    def forget(self) -> Objective:
+        """The forget part."""
+        raise NotImplementedError
+
+    def terms(self) -> tuple[tuple[float, Objective], ...]:
+        return ((self.gamma, self.forget()), (self.alpha, NLL()))
+
+
 @dataclass(frozen=True)
 class _GradAscent(_Trainer):
     def terms(self) -> tuple[tuple[float, Objective], ...]:
@@ -55,36 +69,36 @@ class _GradDiff(_Trainer):
 
 
 @dataclass(frozen=True)
-class _NPO(_Trainer):
+class _NPO(_WithRetain):
     beta: float = parameter(0.1, above=0)
     gamma: float = parameter(1.0)
     alpha: float = parameter(1.0)
 
-    def terms(self) -> tuple[tuple[float, Objective], ...]:
-        return ((self.gamma, NPO(self.beta)), (self.alpha, NLL()))
+    def forget(self) -> Objective:
+        return NPO(self.beta)
 
 
 @dataclass(frozen=True)
-class _SimNPO(_Trainer):
+class _SimNPO(_WithRetain):
     beta: float = parameter(4.5, above=0)
     delta: float = parameter(0.0)
     gamma: float = parameter(0.125)
     alpha: float = parameter(1.0)
 
-    def terms(self) -> tuple[tuple[float, Objective], ...]:
-        return ((self.gamma, SimNPO(self.beta, self.delta)), (self.alpha, NLL()))
+    def forget(self) -> Objective:
+        return SimNPO(self.beta, self.delta)
 
 
 @dataclass(frozen=True)
-class _DPO(_Trainer):
+class _DPO(_WithRetain):
     differs = "draws another refusal for a question each time; here row i has refusal i"
 
     beta: float = parameter(0.1, above=0)
     gamma: float = parameter(1.0)
     alpha: float = parameter(1.0)
 
-    def terms(self) -> tuple[tuple[float, Objective], ...]:
-        return ((self.gamma, DPO(self.beta)), (self.alpha, NLL()))
+    def forget(self) -> Objective:
+        return DPO(self.beta)
 
 
 @dataclass(frozen=True)
@@ -107,7 +121,7 @@ class _RMU(_Trainer):
 
 
 @dataclass(frozen=True)
-class _UNDIAL(_Trainer):
+class _UNDIAL(_WithRetain):
     differs = (
         "takes the mean over prompts and padding too, and lowers some other token's logit there"
     )
@@ -116,8 +130,8 @@ class _UNDIAL(_Trainer):
     gamma: float = parameter(1.0)
     alpha: float = parameter(0.0)
 
-    def terms(self) -> tuple[tuple[float, Objective], ...]:
-        return ((self.gamma, UNDIAL(self.beta)), (self.alpha, NLL()))
+    def forget(self) -> Objective:
+        return UNDIAL(self.beta)
 
 
 @dataclass(frozen=True)
@@ -129,24 +143,24 @@ class _CEU(_Trainer):
 
 
 @dataclass(frozen=True)
-class _SatImp(_Trainer):
+class _SatImp(_WithRetain):
     beta1: float = parameter(5.0, at_least=0)
     beta2: float = parameter(1.0, at_least=0)
     gamma: float = parameter(0.1)
     alpha: float = parameter(1.0)
 
-    def terms(self) -> tuple[tuple[float, Objective], ...]:
-        return ((self.gamma, SatImp(self.beta1, self.beta2)), (self.alpha, NLL()))
+    def forget(self) -> Objective:
+        return SatImp(self.beta1, self.beta2)
 
 
 @dataclass(frozen=True)
-class _WGA(_Trainer):
+class _WGA(_WithRetain):
     beta: float = parameter(1.0, at_least=0)
     gamma: float = parameter(1.0)
     alpha: float = parameter(1.0)
 
-    def terms(self) -> tuple[tuple[float, Objective], ...]:
-        return ((self.gamma, WGA(self.beta)), (self.alpha, NLL()))
+    def forget(self) -> Objective:
+        return WGA(self.beta)
 
 
 @dataclass(frozen=True)
