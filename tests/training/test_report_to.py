@@ -8,6 +8,7 @@ from unittest.mock import Mock
 
 import pytest
 from events import Listener, expected, of_probes, scalars
+from interrupted import interrupted_at
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 import geffect_fast as gf
@@ -62,18 +63,10 @@ def test_every_reporter_gets_what_the_result_says(config, tmp_path):
     assert not (folder / "logs").exists()
 
 
-def test_a_run_that_is_gone_on_with_shows_every_step_once(config, tmp_path, monkeypatch):
+def test_a_run_that_is_gone_on_with_shows_every_step_once(config, tmp_path):
     """Stopped behind step 3, with its checkpoint at step 2: step 3 is trained again."""
-    folder, measure, seen = tmp_path / "run", Profiler.measure, []
-
-    def stopping(profiler, **more):
-        seen.append(0)
-        if len(seen) == 5:
-            raise KeyboardInterrupt
-        return measure(profiler, **more)
-
-    monkeypatch.setattr(Profiler, "measure", stopping)
-    with pytest.raises(InterruptedRunError):
+    folder = tmp_path / "run"
+    with interrupted_at(4), pytest.raises(InterruptedRunError):
         execute_unlearn(config, folder)
     assert [step for step, _ in events(folder)["e_u"]] == [0, 1, 2, 3]
     result = execute_unlearn(config, folder, resume=True)

@@ -7,11 +7,11 @@ import shutil
 
 import pytest
 from bad_input.case import snapshot
+from interrupted import interrupted_at
 
 import geffect_fast as gf
 from geffect_fast.arguments import checked_config
 from geffect_fast.errors import InputError, InterruptedRunError, NonFiniteError
-from geffect_fast.measure.profiler import Profiler
 from geffect_fast.storage.run_yaml import load_config
 from geffect_fast.storage.seal import read_sealed
 from geffect_fast.training.execute import execute_unlearn
@@ -34,18 +34,8 @@ def begun(study, tmp_path_factory):
             **{"lora_dropout": 0.2, "threads": 1, "resolve": ["sample"], "learning_rate": 1e-3},
         },
     )
-    measure, calls = Profiler.measure, []
-
-    def stopping(profiler, **more):
-        calls.append(0)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return measure(profiler, **more)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Profiler, "measure", stopping)
-        with pytest.raises(InterruptedRunError):
-            execute_unlearn(config, here / "run")
+    with interrupted_at(4), pytest.raises(InterruptedRunError):
+        execute_unlearn(config, here / "run")
     return here
 
 
@@ -159,21 +149,12 @@ def test_what_was_replaced_is_named(here, option, name, by):
     assert option in line and (here / name).name in line
 
 
-def test_a_model_from_python_that_is_another_is_named(tmp_path, monkeypatch):
+def test_a_model_from_python_that_is_another_is_named(tmp_path):
     from models import build, samples
 
     given = {"forget": samples([5, 7], 1), "retain": samples([6, 3], 2), "objective": "ga"}
     given |= {"steps": 2, "probe_every": 1, "out": tmp_path / "run"}
-    measure, calls = Profiler.measure, []
-
-    def stopping(profiler, **more):
-        calls.append(0)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return measure(profiler, **more)
-
-    monkeypatch.setattr(Profiler, "measure", stopping)
-    with pytest.raises(InterruptedRunError):
+    with interrupted_at(1), pytest.raises(InterruptedRunError):
         gf.unlearn(build("llama"), None, **given)
     other = build("llama")
     other.lm_head.weight.data[0, 0] += 1e-3
