@@ -15,6 +15,8 @@ from geffect_fast.settings import Machine, as_text
 class Controlling(Evaluating):
     """What must be kept, how closely the share is found, and what is measured there."""
 
+    panel = "Control"
+
     metric: str = "extraction_strength"
     """The metric of the retain data that is to be kept, between 0 and 1 with 1 for all;
     model_utility is that of the retain data and its probes together."""
@@ -31,6 +33,8 @@ class Controlling(Evaluating):
 
 class ControlConfig(Machine, Controlling, Compared):
     """All that decides the numbers of a control; saved as `run.yaml`, it replays them."""
+
+    panel = "Models and data"
 
     command: Literal["control"] = "control"
     """The command that replays it."""

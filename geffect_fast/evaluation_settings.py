@@ -18,6 +18,8 @@ class Evaluating(Reading, Metrics):
 class HarnessTasks(Settings):
     """Which tasks of lm-evaluation-harness are run, and how."""
 
+    panel = "Tasks of lm-evaluation-harness"
+
     lm_eval_tasks: Annotated[
         tuple[str, ...],
         BeforeValidator(texts_of),
@@ -65,6 +67,8 @@ class MetricsAndTasks(Evaluating, HarnessTasks):
 class Compared(Settings):
     """What measures read beside the forget and the retain data, by path or hub id."""
 
+    panel = "Models and data"
+
     holdout: PathOrId | None = None
     """Data that no model was trained on, like the forget data: what membership is told from."""
 
@@ -108,6 +112,8 @@ class Compared(Settings):
 class Assessing(Settings):
     """What the survey's assessment (suite survey) reads beside data and metrics."""
 
+    panel = "Survey"
+
     original: PathOrId | None = None
     """Folder or hub id of the model before unlearning, for suite survey: e_u and e_r are of it, and
     what unlearning touched is told from it; none: that of the runs of unlearn that made the
@@ -117,8 +123,9 @@ class Assessing(Settings):
         tuple[str, ...],
         BeforeValidator(read_by("objectives", canonical_list)),
         Option(
-            metavar="NAMES",
-            help="Objectives whose e_u and e_r at the original model suite survey shows, beside "
+            ("--objectives", "--objective"),
+            "OBJECTIVE...",
+            "Objectives whose e_u and e_r at the original model suite survey shows, beside "
             "those that runs of unlearn trained the models on; repeatable.",
             repeatable=True,
         ),
@@ -147,6 +154,8 @@ class Assessing(Settings):
 
 class EvaluateConfig(Machine, MetricsAndTasks, Compared, Assessing):
     """All that decides the numbers of an evaluation; saved as `run.yaml`, it replays them."""
+
+    panel = "Models and data"
 
     command: Literal["evaluate"] = "evaluate"
     """The command that replays it."""

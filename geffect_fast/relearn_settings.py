@@ -60,6 +60,8 @@ The survey 2402.08787 asks for relearning and names no settings of it.
 class Relearning(Evaluating):
     """How a model is trained on a few forget rows, and what is measured on the way."""
 
+    panel = "Relearning"
+
     preset: Preset | None = None
     """A published attack's settings, which any given beside it override: sam-wmdp, sam-muse-books
     or sam-muse-news (arXiv 2502.05374)."""
@@ -127,6 +129,8 @@ class Relearning(Evaluating):
 
 class RelearnConfig(Machine, Relearning):
     """All that decides the numbers of a relearning; saved as `run.yaml`, it replays them."""
+
+    panel = "Models and data"
 
     command: Literal["relearn"] = "relearn"
     """The command that replays it."""

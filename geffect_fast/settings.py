@@ -6,7 +6,8 @@ made from these fields; a field's docstring is its help everywhere.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from inspect import get_annotations
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import (
     AfterValidator,
@@ -41,7 +42,13 @@ if TYPE_CHECKING:
 
 
 class Settings(BaseModel):
-    """What all settings share: they are checked when they are made, and never change."""
+    """What all settings share: they are checked when they are made, and never change.
+
+    Class attributes:
+        panel: the heading under which help shows the options of what a class declares itself.
+    """
+
+    panel: ClassVar[str]
 
     model_config = ConfigDict(
         frozen=True,
@@ -51,6 +58,11 @@ class Settings(BaseModel):
         defer_build=True,  # options are read off the fields alone
     )
 
+    @classmethod
+    def panel_of(cls, name: str) -> str:
+        """The heading of a field's option, that of the class which declares it."""
+        return next(kind.panel for kind in cls.__mro__ if name in get_annotations(kind))  # type: ignore[attr-defined]
+
     def fields(self, kind: type[Settings]) -> dict[str, Any]:
         """Those that `kind` declares, by name, as arguments."""
         return {name: getattr(self, name) for name in kind.model_fields}
@@ -58,6 +70,8 @@ class Settings(BaseModel):
 
 class Named(Settings):
     """What a run reads, by path or hub id."""
+
+    panel = "Models and data"
 
     command: str
     """The command that replays it."""
@@ -75,7 +89,10 @@ class Named(Settings):
     objectives: Annotated[
         tuple[str, ...],
         Option(
-            help="Objectives with commas between: 'ga,wga(alpha=1),npo(beta=0.1)+kl'; repeatable.",
+            ("--objectives", "--objective"),
+            "OBJECTIVE...",
+            "Objectives with spaces or commas between: ga 'wga(alpha=1)' 'npo(beta=0.1) + kl'; in "
+            "sweep with ranges, 'wga(alpha=0.1:7:30)' 'npo(beta=0.01:4:30,log)'.",
             repeatable=True,
         ),
     ] = Field(min_length=1)
@@ -136,6 +153,8 @@ class Named(Settings):
 class Reading(Settings):
     """How rows become tokens, and tokens batches."""
 
+    panel = "Reading"
+
     template: str = "auto"
     """auto (the chat template, else plain Question:/Answer:), or text with {question}, {answer}."""
 
@@ -164,6 +183,8 @@ class Reading(Settings):
 
 class Measuring(Reading):
     """What is measured, and how."""
+
+    panel = "Effects"
 
     reduction: Literal["token", "sample", "sum"] = "token"
     """What means are taken over, in objectives and risks alike: token, all answer tokens; sample,
@@ -213,6 +234,8 @@ class Measuring(Reading):
 class Machine(Settings):
     """Where a run is made, and in what precision."""
 
+    panel = "Machine"
+
     dtype: Literal["auto", "float64", "float32", "bfloat16", "float16"] = "auto"
     """float64, float32, bfloat16 or float16; auto: that of the checkpoint."""
 
@@ -248,6 +271,8 @@ class RunConfig(Machine, Measuring, Named):
 class SecondOrder(Settings):
     """How far predictions go."""
 
+    panel = "Effects"
+
     second_order: bool = False
     """Also the curvature of the risks along each objective's step, which says how long a step may
     be: predictions are then -lr e + lr^2/2 u^T H u. Weights of fp32 or fp64 only."""
@@ -255,6 +280,8 @@ class SecondOrder(Settings):
 
 class ProfileConfig(SecondOrder, RunConfig):
     """All that decides the numbers of a profile; saved as `run.yaml`, it replays them bitwise."""
+
+    panel = "Checkpoints and steps"
 
     command: Literal["profile", "sweep"] = "profile"
     """The command that replays it; objectives of a sweep may hold ranges."""
@@ -329,6 +356,8 @@ def as_text(metrics: tuple[Any, ...]) -> tuple[str, ...]:
 
 class Metrics(Settings):
     """Which metrics are measured."""
+
+    panel = "Metrics"
 
     metrics: Annotated[
         tuple[Any, ...],

@@ -33,6 +33,8 @@ def _reporters(given: Any) -> Any:
 class Training(SecondOrder):
     """How a model is trained, and how often it is probed on the way."""
 
+    panel = "Training"
+
     steps: int = Field(gt=0)
     """Updates of the optimizer."""
 
@@ -183,14 +185,16 @@ class UnlearnSettings(Training, LiveMetrics, Measuring):
 class UnlearnConfig(UnlearnSettings, RunConfig):
     """All that decides the numbers of an unlearning run; saved as `run.yaml`, it replays them."""
 
+    panel = "Models and data"
+
     command: Literal["unlearn"] = "unlearn"
     """The command that replays it."""
 
     objective: Annotated[str, AfterValidator(read_by("objective", canonical))]
     """The unlearning objective to train on, such as `npo(beta=0.1) + 1.0*kl`."""
 
-    objectives: Annotated[tuple[str, ...], Option(repeatable=True)] = ()
-    """Further objectives, measured beside the one trained on; with commas between."""
+    objectives: Annotated[tuple[str, ...], Option(metavar="OBJECTIVE...", repeatable=True)] = ()
+    """Further objectives, measured beside the one trained on; with spaces or commas between."""
 
     holdout: PathOrId | None = None
     """Data that no model was trained on, like the forget data: what membership is told from."""

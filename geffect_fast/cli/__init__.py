@@ -29,7 +29,7 @@ from geffect_fast.cli import (
     unlearn,
     weights,
 )
-from geffect_fast.cli.options import option
+from geffect_fast.cli.options import option, spread
 from geffect_fast.cli.signals import ended_by_signals
 from geffect_fast.cli.streams import OutputLost, watched_streams
 from geffect_fast.errors import GEffectError, GEffectWarning
@@ -66,7 +66,6 @@ app = typer.Typer(
     name="geffect-fast",
     help="The G-effect of unlearning objectives on a language model, per layer and per instance.",
     epilog=EXIT_CODES,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -109,9 +108,9 @@ def main(argv: list[str] | None = None) -> int:
 def _run(argv: list[str] | None) -> int:
     try:
         with _told_in_a_line():
-            status = typer.main.get_command(app)(
-                args=argv, prog_name="geffect-fast", standalone_mode=False
-            )
+            commands = typer.main.get_command(app)
+            words = spread(sys.argv[1:] if argv is None else argv, commands)
+            status = commands(args=words, prog_name="geffect-fast", standalone_mode=False)
         # the parser makes an exit code of Ctrl-C itself
         return _fail(_INTERRUPTED, 130) if status == 130 else int(status or 0)
     except GEffectError as error:

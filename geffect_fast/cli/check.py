@@ -27,9 +27,6 @@ def check(
     model: Annotated[str, option("--model", "-m", help=described(PROFILE_FIELDS["model"]))],
     data: Annotated[str, option("--data", "-d", help=described(PROFILE_FIELDS["forget"]))],
     samples: Annotated[int, typer.Option(help="Rows of the data, the first ones.", min=1)] = 4,
-    objectives: Annotated[
-        str, typer.Option("--objectives", "--objective", help="Objectives with commas between.")
-    ] = "ga",
     given: dict[str, Any],
     quiet: Annotated[bool, option("--quiet", "-q", help="The verdict alone.")] = False,
 ) -> None:
@@ -38,7 +35,7 @@ def check(
     On a few samples of your own data, one at a time: 8 backward passes for 4 of them and one
     objective. Prints the largest error by kind of layer, what is covered, and a verdict.
     """
-    values = {"model": model, "forget": data, "retain": data, "objectives": objectives} | given
+    values = {"model": model, "forget": data, "retain": data, "objectives": ["ga"]} | given
     config = make_config(values, options=option_names(values, forget="--data"))
 
     from geffect_fast.measure.execute import execute_check

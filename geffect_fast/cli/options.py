@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, get_args, get_origin
+from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin
 
 import typer
 import yaml
@@ -57,30 +57,46 @@ _RECORDED = ("command", "rows")
 """Fields that no option sets."""
 
 
-def _fields(kind: type[Settings], *without: str) -> dict[str, FieldInfo]:
+class Declared(NamedTuple):
+    """A field that an option sets, and the heading under which help shows it."""
+
+    field: FieldInfo
+    panel: str
+
+
+def _fields(kind: type[Settings], *without: str) -> dict[str, Declared]:
     """Fields that options set, by name."""
-    return {n: f for n, f in kind.model_fields.items() if n not in (*_RECORDED, *without)}
+    return {
+        name: Declared(field, kind.panel_of(name))
+        for name, field in kind.model_fields.items()
+        if name not in (*_RECORDED, *without)
+    }
 
 
 PROFILE_FIELDS = _fields(ProfileConfig)
 SWEEP_FIELDS = _fields(
     ProfileConfig,
-    *("objectives", "checkpoints", "metric", "optimizer_state", "step_of", "second_order"),
-    "conflicts",
+    *("checkpoints", "metric", "optimizer_state", "step_of", "second_order", "conflicts"),
 )
 UNLEARN_FIELDS = _fields(UnlearnConfig)
 EVALUATE_FIELDS = _fields(EvaluateConfig)
 CONTROL_FIELDS = _fields(ControlConfig)
 RELEARN_FIELDS = _fields(RelearnConfig)
 CHECK_FIELDS = {
-    name: field
-    for name, field in PROFILE_FIELDS.items()
-    if name in {*Reading.model_fields, *Machine.model_fields, "refusals", "reference", "tokenizer"}
+    name: declared
+    for name, declared in PROFILE_FIELDS.items()
+    if name
+    in {
+        *Reading.model_fields,
+        *Machine.model_fields,
+        *("objectives", "refusals", "reference", "tokenizer"),
+    }
 }
 
 
-def option_of(name: str, field: FieldInfo) -> Any:
+def option_of(name: str, declared: Declared) -> Any:
     """The type of the option that sets a field, and what help says of it."""
+    field = declared.field
     how = next((each for each in field.metadata if isinstance(each, Option)), Option())
     dashed = f"--{name.replace('_', '-')}"
     kind = _type_of(field)
@@ -90,15 +106,34 @@ def option_of(name: str, field: FieldInfo) -> Any:
         shown: Any = list[str]
     else:
         shown = kind if kind in (int, float, bool) else str
-    named = option(
-        *(how.names or (dashed,)), metavar=how.metavar, help=how.help or described(field)
+    choices = _choices(field)
+    named = typer.Option(
+        *(how.names or (dashed,)),
+        metavar=how.metavar,
+        help=(how.help or described(declared)) + _default_told(field),
+        show_default=False,
+        rich_help_panel=declared.panel,
+        autocompletion=(lambda: choices) if choices else None,
     )
     return Annotated[shown | None, named]
 
 
-def described(field: FieldInfo) -> str:
+def described(declared: Declared) -> str:
     """A field's docstring as help shows it."""
-    return " ".join((field.description or "").replace("`", "").split())
+    return " ".join((declared.field.description or "").replace("`", "").split())
+
+
+def _default_told(field: FieldInfo) -> str:
+    """What help says of a field that nobody sets, where that is not nothing."""
+    value = None if field.is_required() else field.get_default(call_default_factory=True)
+    text = ",".join(value) if isinstance(value, tuple) else str(value or "")
+    return f" Default: {text}." if text and value is not True else ""
+
+
+def _choices(field: FieldInfo) -> list[str]:
+    """The words that a field may be, where they are listed."""
+    kinds = (field.annotation, *get_args(field.annotation))
+    return [str(word) for kind in kinds if get_origin(kind) is Literal for word in get_args(kind)]
 
 
 def _type_of(field: FieldInfo) -> type:
@@ -115,7 +150,7 @@ def _type_of(field: FieldInfo) -> type:
 
 
 def config_options(
-    fields: Mapping[str, FieldInfo],
+    fields: Mapping[str, Declared],
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Give a command the options of these config fields, where its parameter `given` stands.
 
@@ -127,7 +162,7 @@ def config_options(
         def with_given(**values: Any) -> None:
             options = {field: values.pop(field) for field in fields}
             used = {field: value for field, value in options.items() if value is not None}
-            command(given={f: _read(f, fields[f], v) for f, v in used.items()}, **values)
+            command(given={f: _read(f, fields[f].field, v) for f, v in used.items()}, **values)
 
         parameters: list[inspect.Parameter] = []
         for parameter in inspect.signature(command, eval_str=True).parameters.values():
@@ -136,15 +171,44 @@ def config_options(
                 continue
             parameters.extend(
                 inspect.Parameter(
-                    name, parameter.kind, default=None, annotation=option_of(name, field)
+                    name, parameter.kind, default=None, annotation=option_of(name, declared)
                 )
-                for name, field in fields.items()
+                for name, declared in fields.items()
             )
         with_given.__dict__["__signature__"] = inspect.Signature(parameters)
         with_given.__annotations__ = {p.name: p.annotation for p in parameters}
         return with_given
 
     return decorate
+
+
+def spread(words: Sequence[str], commands: Any) -> list[str]:
+    """Words of a command line in which several behind an option that is repeatable each have it.
+
+    The parser gives an option one value: `--objectives ga wga` becomes `--objectives ga
+    --objectives wga`.
+
+    Args:
+        words: without the program's name, the command's first.
+        commands: the parser's group of commands.
+    """
+    command = commands.commands.get(words[0]) if words else None
+    if command is None:
+        return list(words)
+    repeatable = {name for p in command.params if getattr(p, "multiple", False) for name in p.opts}
+    found: list[str] = []
+    option, value = "", ""
+    for i, word in enumerate(words):
+        if word == "--":
+            return [*found, *words[i:]]
+        if word.startswith("-"):
+            option, _, value = word.partition("=")
+        elif value and option in repeatable:
+            found.append(option)
+        else:
+            value = word
+        found.append(word)
+    return found
 
 
 def begun_config(config: Path | None, out: Path, resume: bool) -> Path | None:

@@ -13,7 +13,6 @@ from geffect_fast.cli.options import (
     Overwrite,
     Quiet,
     config_options,
-    option,
 )
 from geffect_fast.cli.profile import run
 
@@ -25,20 +24,12 @@ def sweep(
         list[str] | None,
         typer.Argument(
             metavar="OBJECTIVE",
-            help="Objectives beside those of --objectives, behind which they may stand.",
+            help="Objectives beside those of --objectives.",
             show_default=False,
         ),
     ] = None,
     out: Out,
     config: ConfigFile = None,
-    objectives: Annotated[
-        list[str] | None,
-        option(
-            "--objectives",
-            help="Objectives with ranges: 'wga(alpha=0.1:7:30)' 'npo(beta=0.01:4:30,log)', with "
-            "spaces or commas between; repeatable.",
-        ),
-    ] = None,
     given: dict[str, Any],
     overwrite: Overwrite = False,
     quiet: Quiet = False,
@@ -51,5 +42,5 @@ def sweep(
     The folder is that of a profile; results.nc and summary.csv say which value is whose, and
     plots/ gets sweep.png and pareto.png. geffect-fast sweep --config run/run.yaml replays it.
     """
-    listed = [*(objectives or []), *(more or [])]
+    listed = [*given.get("objectives", []), *(more or [])]
     run("sweep", given | ({"objectives": listed} if listed else {}), config, out, overwrite, quiet)
