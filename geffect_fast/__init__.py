@@ -64,7 +64,7 @@ __all__ = [
 _LAZY = {
     "against_effects": ("geffect_fast.measure.against_effects", "against_effects"),
     "capture": ("geffect_fast.capture", "capture"),
-    "check": ("geffect_fast.measure.check", "check"),
+    "check": ("geffect_fast.report.notebook.check", "check"),
     "compare": ("geffect_fast.steps.compare", "compare"),
     "control": ("geffect_fast.measure.control", "control"),
     "data": ("geffect_fast.data", None),
@@ -86,11 +86,18 @@ _LAZY = {
     "write_page": ("geffect_fast.report.html.page", "write_page"),
     "write_weighted": ("geffect_fast.metrics.optimal_weights", "write_weighted"),
 }
+_RESULTS = {
+    *("against_effects", "compare", "control", "evaluate", "open_evaluation", "open_run"),
+    *("profile", "profile_checkpoints", "relearn", "sweep", "unlearn"),
+}
+"""What gives results, which have `.gf` then."""
 
 
 def __getattr__(name: str) -> Any:
     if name not in _LAZY:
         raise AttributeError(f"module 'geffect_fast' has no attribute '{name}'")
+    if name in _RESULTS:
+        importlib.import_module("geffect_fast.report.notebook.accessor")
     module, attribute = _LAZY[name]
     loaded = importlib.import_module(module)
     return loaded if attribute is None else getattr(loaded, attribute)

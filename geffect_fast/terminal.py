@@ -8,6 +8,7 @@ so that no `print` can forget it.
 
 from __future__ import annotations
 
+import io
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -21,6 +22,8 @@ from rich.text import Text
 
 from geffect_fast.visible import visible
 
+PIPED = 120
+"""Columns of what goes to no terminal."""
 _BAR = re.compile(r"\r|\n*(?:\x1b\[A)+\Z")
 """How tqdm moves between its bars, with a write that begins or consists of this."""
 
@@ -75,6 +78,18 @@ def clean_output() -> Iterator[None]:
         sys.stdout, sys.stderr = before
 
 
+def columns() -> int | None:
+    """How wide tables are: `PIPED`, or None, which is as wide as the terminal."""
+    return None if sys.stdout is not None and sys.stdout.isatty() else PIPED
+
+
+def plain_text(renderable: Any, width: int | None = None) -> str:
+    """What `Console.print` prints, without colour; also within a notebook, where rich shows it."""
+    stream = io.StringIO()
+    Console(file=stream, width=width, color_system=None, force_jupyter=False).print(renderable)
+    return stream.getvalue().rstrip()
+
+
 def print_notice(text: str) -> None:
     """A line on stderr of what was decided, beside what a command prints."""
     print(text, file=sys.stderr)
@@ -82,7 +97,7 @@ def print_notice(text: str) -> None:
 
 @contextmanager
 def progress_bar(show: bool, what: str, total: float) -> Iterator[Callable[..., Any]]:
-    """A bar from 0 to `total`, none where `show` is False or stderr is no terminal.
+    """A bar from 0 to `total`, none where `show` is False or stderr is no terminal or notebook.
 
     Yields:
         A function that is told `completed=` so much, or `advance=` by so much.
@@ -93,5 +108,6 @@ def progress_bar(show: bool, what: str, total: float) -> Iterator[Callable[..., 
     from rich.progress import Progress
 
     console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+    shown = console.is_terminal or console.is_jupyter
+    with Progress(console=console, transient=True, disable=not shown) as progress:
         yield partial(progress.update, progress.add_task(what, total=total))

@@ -47,9 +47,9 @@ LAYERS = {
     "metrics": BASE | MODEL | RUN | {"functional"},
     "measure": BASE | MODEL | RUN | {"terminal", "functional", "metrics", "optimizers"},
     "steps": BASE | MODEL | RUN | {"terminal", "measure", "optimizers"},
-    "integrations": BASE | {"capture", "data", "steps", "updates"},
     "training": BASE | MODEL | RUN | {"terminal", "measure", "metrics", "steps", "updates"},
     "report": BASE | RUN - {"settings", "arguments"} | {"terminal", "measure", "steps"},
+    "integrations": BASE | {"capture", "data", "steps", "updates", "report"},
     "demo": BASE | RUN | {"data", "objectives", "terminal", "measure", "training", "report"},
     "cli": BASE
     | {"setting_types"}

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from geffect_fast.terminal import Console
+from geffect_fast.terminal import Console, columns
 from geffect_fast.visible import one_line
 
 if TYPE_CHECKING:
@@ -15,8 +14,7 @@ if TYPE_CHECKING:
 
 def console() -> Console:
     """Of the terminal's width; 120 columns in a file or a pipe."""
-    at_terminal = sys.stdout is not None and sys.stdout.isatty()
-    return Console(width=None if at_terminal else 120)
+    return Console(width=columns())
 
 
 def print_result(dataset: xr.Dataset, folder: Path) -> None:
@@ -24,23 +22,13 @@ def print_result(dataset: xr.Dataset, folder: Path) -> None:
 
     Of a step result tokens are those of its last step.
     """
-    from geffect_fast.report.summary.effects import has_steps, last_step
-    from geffect_fast.report.summary.findings import findings
-    from geffect_fast.report.summary.sweep import is_sweep
-    from geffect_fast.report.tables.profile import render
-    from geffect_fast.report.tables.steps import render_steps, step_findings
-    from geffect_fast.report.tables.sweep import render_sweep
+    from geffect_fast.report.summary.effects import last_step
+    from geffect_fast.report.tables.result import tables_and_sentences
     from geffect_fast.report.tokens.terminal import TerminalView
     from geffect_fast.report.tokens.view import has_tokens, token_view
-    from geffect_fast.results.by_rows import sum_positions
 
-    summed = sum_positions(dataset)
     printer = console()
-    if has_steps(summed):
-        tables, sentences = render_steps(summed), step_findings(summed)
-    else:
-        tables = render_sweep(summed) if is_sweep(summed) else render(summed)
-        sentences = findings(summed)
+    tables, sentences = tables_and_sentences(dataset)
     printer.print(tables)
     if has_tokens(dataset):
         last = last_step(dataset)

@@ -20,4 +20,6 @@ _PLACES = {
 def __getattr__(name: str) -> Any:
     if name not in _PLACES:
         raise AttributeError(f"module 'geffect_fast.integrations' has no attribute '{name}'")
+    if name == "GEffectCallback":  # gives results, which have `.gf` then
+        import geffect_fast.report.notebook.accessor  # noqa: F401
     return getattr(importlib.import_module(_PLACES[name]), name)

@@ -73,9 +73,7 @@ def _files(dataset: xr.Dataset) -> Iterator[ReportFiles]:
         yield from _files_of_measures(dataset)
         return
     summed = sum_positions(dataset)
-    shown, shown_summed = last_step(dataset), summed
-    if is_sweep(dataset):
-        shown, shown_summed = highlights(dataset), highlights(summed)
+    shown = highlights(dataset) if is_sweep(dataset) else last_step(dataset)
 
     def page(folder: Path) -> None:
         from geffect_fast.report.html.page import write_run_page
@@ -90,17 +88,10 @@ def _files(dataset: xr.Dataset) -> Iterator[ReportFiles]:
     summary = write_step_summary if has_steps(dataset) else write_summary
     yield ReportFiles((SUMMARY,), lambda folder: summary(summed, folder / SUMMARY))
     yield ReportFiles((REPORT,), page)
-    if has_steps(dataset):
-        from geffect_fast.report.figures.steps import step_drawings
+    from geffect_fast.report.figures.result import result_drawings
 
-        yield from plot_files(step_drawings(dataset))
-    else:
-        from geffect_fast.report.figures.profile import profile_drawings
-        from geffect_fast.report.figures.sweep import sweep_drawings
-
-        if is_sweep(dataset):
-            yield from plot_files(sweep_drawings(summed), ("png",))
-        yield from plot_files(profile_drawings(shown_summed), ("png",))
+    kinds = ("png", "svg") if has_steps(dataset) else ("png",)
+    yield from plot_files(result_drawings(dataset, summed), kinds)
     if has_tokens(shown):
         yield ReportFiles((TOKENS,), tokens)
 

@@ -97,19 +97,59 @@ def check_complete(dataset: xr.Dataset, file: str | Path) -> None:
     Raises:
         InputError: naming what is missing or of another kind.
     """
+    problem = _lacking(dataset)
+    if problem is not None:
+        raise _changed(file, problem)
+
+
+def check_whole(dataset: xr.Dataset, what: str) -> None:
+    """Refuse a result in memory that was taken apart until reports cannot be made from it.
+
+    Args:
+        dataset: of effects, of measures, or of runs that are compared.
+        what: messages begin with.
+
+    Raises:
+        InputError: naming what it lacks.
+    """
+    measured = "sample_value" in dataset
+    name, axes = ("value", ("metric", "set")) if measured else ("g_effect", ("objective", "risk"))
+    if name not in dataset:
+        raise InputError(
+            f"{what} is no result: it holds neither effects nor measures; give one of gf.profile, "
+            "gf.open_run or the like"
+        )
+    if "run" in dataset[name].dims:
+        return
+    missing = [axis for axis in axes if axis not in dataset[name].dims]
+    problem = f"it has no axis '{missing[0]}'" if missing else None
+    if problem is None and not measured:
+        problem = _lacking(dataset)
+    if problem is not None:
+        raise InputError(
+            f"{what} is no whole result: {problem}; select by lists, as .sel(objective=['ga']) "
+            "does, and keep variables and attributes"
+        )
+
+
+def _lacking(dataset: xr.Dataset) -> str | None:
+    """What tables and pages are made from that a result does not have."""
     present = [str(risk) for risk in dataset["risk"].values]
     for risk in RISKS:
         if risk not in present:
-            raise _changed(file, f"it has no risk '{risk}'")
-    if "step" in dataset["g_effect"].dims and "measured_change" not in dataset:
-        raise _changed(file, "it has no variable 'measured_change'")
+            return f"it has no risk '{risk}'"
+    of_steps = ("measured_change",) if "step" in dataset["g_effect"].dims else ()
+    for name in ("risk_value", "loss", *of_steps):
+        if name not in dataset:
+            return f"it has no variable '{name}'"
     for name, kind in (_ATTRIBUTES | _JSON_WHERE_THERE).items():
         value = dataset.attrs.get(name)
         if value is None and name in _JSON_WHERE_THERE:
             continue
         if not isinstance(_read(value, kind), kind):
             problem = "no" if value is None else "an odd"
-            raise _changed(file, f"it has {problem} attribute '{name}'")
+            return f"it has {problem} attribute '{name}'"
+    return None
 
 
 def _read(value: Any, kind: type) -> Any:

@@ -5,6 +5,7 @@ matplotlib is imported here first, whatever MPLBACKEND says, which names a backe
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import sys
@@ -68,6 +69,13 @@ class PlainFigure(Figure):
         for text in self.findobj(Text):
             text.set_parse_math(False)
         self._seen = True
+
+    def _repr_png_(self) -> tuple[bytes, dict[str, int]]:
+        """What a notebook shows, as wide there as on paper: 96 pixels of a page are an inch."""
+        written = io.BytesIO()
+        self.savefig(written, format="png")
+        width, height = self.get_size_inches() * 96
+        return written.getvalue(), {"width": round(width), "height": round(height)}
 
     def place(self) -> None:
         """Find places for panels and legends, once: saving would do so every time."""

@@ -56,11 +56,9 @@ _WIDTH = 90
 def sections(dataset: xr.Dataset) -> dict[str, list[Block]]:
     """The sections of a page on one run of `evaluate`, `control` or `relearn`, by id."""
     figures = measure_figures(dataset)
-    found = measure_findings(dataset) or ["No metric has a number of any set."]
     against = is_against_effects(dataset)
-    lead, *more = [prediction_sentence(dataset), *found] if against else found
     return {
-        "answer": [Text(lead, "lead"), *([Items(more)] if more else [])],
+        "answer": answer(dataset),
         "shares": (shares(dataset) if is_control(dataset) else [])
         + drawn_blocks(figures, ["retention"]),
         "effects": (predictor_blocks(dataset) if against else []) + drawn_blocks(figures, [FIGURE]),
@@ -70,6 +68,15 @@ def sections(dataset: xr.Dataset) -> dict[str, list[Block]]:
         "instances": rows(dataset),
         "signs": [Items(meanings(dataset))] if meanings(dataset) else [],
     }
+
+
+def answer(dataset: xr.Dataset) -> list[Block]:
+    """What measures come to, in sentences."""
+    found = measure_findings(dataset) or ["No metric has a number of any set."]
+    if is_against_effects(dataset):
+        found = [prediction_sentence(dataset), *found]
+    lead, *more = found
+    return [Text(lead, "lead"), *([Items(more)] if more else [])]
 
 
 def shares(dataset: xr.Dataset) -> list[Block]:

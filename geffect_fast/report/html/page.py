@@ -11,19 +11,24 @@ from geffect_fast.errors import InputError
 from geffect_fast.paths import user_path
 from geffect_fast.report.format import coverage_line
 from geffect_fast.report.html import compare, measures, profile, steps
-from geffect_fast.report.html.blocks import Block, Facts, Items, Section, Text
+from geffect_fast.report.html.blocks import Block, Facts, Items, Section, Text, notes_of
+from geffect_fast.report.html.predictors import predictor_blocks
 from geffect_fast.report.html.templates import render
-from geffect_fast.report.summary.effects import has_steps, last_step
+from geffect_fast.report.summary.effects import has_steps, is_comparison, last_step
 from geffect_fast.report.summary.measures import (
     is_control,
     is_evaluation,
     is_relearning,
     measured_metrics,
+    notes,
     place_axis,
 )
 from geffect_fast.report.summary.predictors import is_against_effects
+from geffect_fast.report.summary.run_findings import comparison_finding
+from geffect_fast.report.summary.survey import is_survey
 from geffect_fast.report.summary.sweep import is_sweep
 from geffect_fast.results.by_rows import sum_positions
+from geffect_fast.results.form import check_whole
 from geffect_fast.storage.disk import whole_file
 from geffect_fast.storage.run_folder import CONFIG, REPORT
 from geffect_fast.storage.run_yaml import read_values
@@ -45,7 +50,7 @@ SIGNS = [
 
 
 def write_page(
-    runs: Mapping[str, xr.Dataset],
+    runs: xr.Dataset | Mapping[str, xr.Dataset],
     file: str | Path,
     *,
     configs: Mapping[str, Mapping[str, Any]] | None = None,
@@ -57,9 +62,9 @@ def write_page(
     `tokens`, `cosines`, `conflicts`, `prediction`, `table`, `signs`, `made`.
 
     Args:
-        runs: by the name that the page calls it, the result of `geffect_fast.profile` or `sweep`,
-            or one with a step axis, or several of the latter; or that of `evaluate`,
-            `against_effects`, `control` or `relearn`; may be lazy.
+        runs: a result, in memory or lazy, of `geffect_fast.profile`, `sweep`, `unlearn`,
+            `profile_checkpoints`, `evaluate`, `against_effects`, `control` or `relearn`; or such by
+            the name that the page calls it, several where all of them have steps.
         file: to write; one that is there is replaced.
         configs: of some of the runs, the fields of its `run.yaml`.
 
@@ -68,12 +73,17 @@ def write_page(
 
     Raises:
         InputError: no run, several of which one has no steps or holds measures, runs that do not
-            compare, or the disk refuses.
+            compare, a result that was taken apart, or the disk refuses.
 
     Example:
+        >>> gf.write_page(result, "page.html")
         >>> gf.write_page({"ga": gf.open_run("run-ga"), "npo": gf.open_run("run-npo")}, "both.html")
     """
-    text = page_html(runs, configs=configs)
+    return write_html(page_html(runs, configs=configs), file)
+
+
+def write_html(text: str, file: str | Path) -> Path:
+    """Write a page, whole or not at all; the file, as `write_page` says."""
     with whole_file(f"report {file}", file, "--out") as part:
         part.write_text(text, encoding="utf-8")
     return user_path(file)
@@ -99,12 +109,24 @@ def write_run_page(dataset: xr.Dataset, summed: xr.Dataset, folder: Path) -> Non
 
 
 def page_html(
-    runs: Mapping[str, xr.Dataset], *, configs: Mapping[str, Mapping[str, Any]] | None = None
+    runs: xr.Dataset | Mapping[str, xr.Dataset],
+    *,
+    configs: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> str:
     """The page that `write_page` writes."""
+    import xarray as xr
+
+    runs = {"": runs} if isinstance(runs, xr.Dataset) else runs
     if not runs:
         raise InputError("report: there is no run; give one, or several with steps")
     for name, dataset in runs.items():
+        what = f"report: run {name}" if name else "report: this"
+        check_whole(dataset, what)
+        if not is_evaluation(dataset) and is_comparison(dataset):
+            raise InputError(
+                f"{what} is what runs have in common; give the runs themselves, as "
+                "{'ga': run, 'npo': other}"
+            )
         if is_evaluation(dataset):
             if len(runs) > 1:
                 raise InputError(
@@ -123,10 +145,10 @@ def _html(
 ) -> str:
     """The page of runs, and of what they say of one model, the last of steps, by sample at most."""
     if len(runs) > 1:
-        title, blocks = f"{len(runs)} unlearning runs compared", compare.sections(runs, models)
+        title, blocks = _compared(len(runs)), compare.sections(runs, models)
     else:
         ((name, dataset),), (model,) = runs.items(), models.values()
-        title = f"{_what(dataset)}: {name}"
+        title = _titled(_what(dataset), name)
         blocks = (steps if has_steps(dataset) else profile).sections(dataset, model)
     blocks |= {"signs": [Items(SIGNS)], "made": _made(runs, configs)}
     swept = any(is_sweep(dataset) for dataset in runs.values())
@@ -141,13 +163,10 @@ def _html(
 
 def _of_measures(name: str, dataset: xr.Dataset, configs: Mapping[str, Mapping[str, Any]]) -> str:
     """The page of one run of `evaluate`, `control` or `relearn`."""
-    what = "Unlearning with control" if is_control(dataset) else "Measures"
-    what = "What comes back" if is_relearning(dataset) else what
-    what = "Measures beside effects" if is_against_effects(dataset) else what
     blocks = measures.sections(dataset) | {"made": _made({name: dataset}, configs)}
     stepwise = "step" in dataset["value"].dims
     return _page(
-        f"{what}: {name}",
+        _titled(_what(dataset), name),
         _about_measures(dataset),
         blocks,
         curves="" if stepwise else "Measures with their bounds",
@@ -192,7 +211,46 @@ _HEADINGS = {
 }
 
 
+def top_blocks(dataset: xr.Dataset) -> list[Block]:
+    """What a page says of a result first: what it is, what was found, and the verdicts.
+
+    Args:
+        dataset: as for `write_page`, or of `geffect_fast.compare`.
+    """
+    if is_evaluation(dataset):
+        about, found = _about_measures(dataset), measures.answer(dataset)
+        if is_survey(dataset):
+            tables = measures.survey(dataset)
+        elif is_control(dataset):
+            tables = measures.shares(dataset)
+        elif is_against_effects(dataset):
+            tables = predictor_blocks(dataset)
+        else:
+            tables = [*measures.tables(dataset), *notes_of(notes(dataset))]
+        return [Text(_what(dataset), "label"), Text(about, "note"), *found, *tables]
+    if is_comparison(dataset):
+        title = Text(_compared(dataset.sizes["run"]), "label")
+        return [title, Text(comparison_finding(dataset), "lead"), *compare.verdicts(dataset)]
+    head = [Text(_what(dataset), "label"), Text(_about({"": dataset}), "note")]
+    if has_steps(dataset):
+        return [*head, *steps.answer(dataset), *steps.verdicts(dataset)]
+    summed = sum_positions(dataset)
+    return [*head, *profile.answer(summed), *profile.verdicts(summed)]
+
+
+def _titled(what: str, name: str) -> str:
+    return f"{what}: {name}" if name else what
+
+
+def _compared(n: int) -> str:
+    return f"{n} unlearning runs compared"
+
+
 def _what(dataset: xr.Dataset) -> str:
+    if is_evaluation(dataset):
+        what = "Unlearning with control" if is_control(dataset) else "Measures"
+        what = "What comes back" if is_relearning(dataset) else what
+        return "Measures beside effects" if is_against_effects(dataset) else what
     if not has_steps(dataset):
         return "Sweep" if is_sweep(dataset) else "Unlearning objectives"
     trained = dataset.attrs.get("trained_objective")

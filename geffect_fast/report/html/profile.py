@@ -70,14 +70,8 @@ def sections(dataset: xr.Dataset, summed: xr.Dataset) -> dict[str, list[Block]]:
         dataset: the result.
         summed: it without positions or tokens.
     """
-    what, where, _ = findings(summed)
-    trust = (
-        "Effects are first order: one small step from this very model. How far that holds is "
-        "measured over steps, by geffect-fast unlearn, or by profile --checkpoints for a run that "
-        "there is."
-    )
     return {
-        "answer": [Text(what, "lead"), Text(where), Text(trust)],
+        "answer": answer(summed),
         "verdicts": verdicts(summed),
         "curves": sweep_curves(summed),
         "layers": layers(summed),
@@ -87,6 +81,17 @@ def sections(dataset: xr.Dataset, summed: xr.Dataset) -> dict[str, list[Block]]:
         "conflicts": conflicts(summed),
         "table": full_table(summed),
     }
+
+
+def answer(dataset: xr.Dataset) -> list[Block]:
+    """Which objectives forget at what cost, where that comes from, and what to trust."""
+    what, where, _ = findings(dataset)
+    trust = (
+        "Effects are first order: one small step from this very model. How far that holds is "
+        "measured over steps, by geffect-fast unlearn, or by profile --checkpoints for a run that "
+        "there is."
+    )
+    return [Text(what, "lead"), Text(where), Text(trust)]
 
 
 def sweep_curves(dataset: xr.Dataset) -> list[Block]:

@@ -28,6 +28,11 @@ def has_steps(dataset: xr.Dataset) -> bool:
     return "step" in dataset["g_effect"].dims
 
 
+def is_comparison(dataset: xr.Dataset) -> bool:
+    """Whether a result is that of `geffect_fast.compare`."""
+    return "run" in dataset["g_effect"].dims
+
+
 def last_step(dataset: xr.Dataset) -> xr.Dataset:
     """A step result at its last step; any other result as it is."""
     return dataset.isel(step=-1) if has_steps(dataset) else dataset

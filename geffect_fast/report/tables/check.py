@@ -12,32 +12,44 @@ from geffect_fast.report.format import coverage_line
 from geffect_fast.report.tables.cells import FOLDED, WHOLE, new_table
 
 NAMES_SHOWN = 8
+HEAD = ("kind", "captured by", "number", *QUANTITIES, "effects, abs.", "of limit")
 
 
 def render_check(check: Check) -> Group:
     """Everything about a check, for `rich.console.Console.print`."""
-    objectives = ", ".join(check.objectives)
+    kind_name, rules, *numbers = HEAD
     table = new_table(
-        f"{objectives} on {check.n_samples} samples ({check.n_tokens} tokens): geffect_fast "
-        f"against plain autograd, one sample at a time",
-        ("kind", WHOLE | {"min_width": max(len(kind.kind) for kind in check.kinds)}),
-        ("captured by", FOLDED),
-        *("number", *QUANTITIES, "effects, abs.", "of limit"),
+        caption(check),
+        (kind_name, WHOLE | {"min_width": max(len(kind.kind) for kind in check.kinds)}),
+        (rules, FOLDED),
+        *numbers,
     )
     for kind in check.kinds:
-        table.add_row(
-            kind.kind,
-            " + ".join(kind.rules) or "nothing",
-            str(kind.n_parameters),
-            *(f"{kind.relative[quantity]:.1e}" for quantity in QUANTITIES),
-            f"{kind.absolute['effects']:.1e}",
-            f"{kind.excess:.3g}",
-            style="bold red" if kind.excess > 1 else "",
-        )
-    lines = [Text(_note(check), style="dim"), Text()]
-    lines += [Text(line) for line in _facts(check)]
+        table.add_row(*kind_cells(kind), style="bold red" if kind.excess > 1 else "")
+    lines = [Text(note(check), style="dim"), Text()]
+    lines += [Text(line) for line in facts(check)]
     style = "bold green" if check.exact else "bold red"
     return Group(table, *lines, Text(), Text(verdict(check), style=style))
+
+
+def caption(check: Check) -> str:
+    """What was checked, on what."""
+    return (
+        f"{', '.join(check.objectives)} on {check.n_samples} samples ({check.n_tokens} tokens): "
+        "geffect_fast against plain autograd, one sample at a time"
+    )
+
+
+def kind_cells(kind: KindCheck) -> list[str]:
+    """What was found of a kind of parameters, as `HEAD` names it."""
+    return [
+        kind.kind,
+        " + ".join(kind.rules) or "nothing",
+        str(kind.n_parameters),
+        *(f"{kind.relative[quantity]:.1e}" for quantity in QUANTITIES),
+        f"{kind.absolute['effects']:.1e}",
+        f"{kind.excess:.3g}",
+    ]
 
 
 def verdict(check: Check) -> str:
@@ -60,35 +72,37 @@ def verdict(check: Check) -> str:
     return f"Deviation: {'; '.join(faults)}.{hint}"
 
 
-def _facts(check: Check) -> list[str]:
+def facts(check: Check) -> list[str]:
+    """Layout, what is covered, and whatever else is to be known, a sentence each."""
     layouts = {
         "packed": "several in one row",
         "equal_length": "those of one length side by side",
         "single": "one at a time",
     }
-    facts = [
+    said = [
         f"Layout: {check.layout}, samples run {layouts[check.layout]}.",
         coverage_line(vars(check.coverage)),
     ]
-    facts += [f"Tied: {' = '.join(names)}." for names in check.coverage.tied]
+    said += [f"Tied: {' = '.join(names)}." for names in check.coverage.tied]
     if check.own_loss is not None:
-        facts.append(f"Model: {check.own_loss}.")
+        said.append(f"Model: {check.own_loss}.")
     if check.unreached:
-        facts.append(f"Without a gradient on these samples: {_names(check.unreached)}.")
-    return facts
+        said.append(f"Without a gradient on these samples: {_names(check.unreached)}.")
+    return said
 
 
-def _note(check: Check) -> str:
-    note = (
+def note(check: Check) -> str:
+    """What the errors are relative to, and which of them are rounding."""
+    relative = (
         "Largest errors, relative to the parameter's largest share (or, where that is more, a "
         "thousandth of the model's for norms, a millionth for effects and products). "
     )
     if check.wider is None:
-        return note + f"Limit: {check.tolerance:.0e}."
+        return relative + f"Limit: {check.tolerance:.0e}."
     limit = f"{check.tolerance:.1e}, which is rounding in {check.dtype}"
     if check.rounding_measured:
         limit = f"twice that of plain autograd in {check.dtype}, plus {check.tolerance:.1e}"
-    return note + (
+    return relative + (
         f"Errors are measured against {check.wider} on the same weights; limit of their root mean "
         f"square: {limit}."
     )

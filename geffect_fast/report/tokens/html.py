@@ -63,14 +63,17 @@ def tokens_html(
     return render("token_view.html.jinja", **token_values(view, level=1))
 
 
-def token_values(view: TokenView, level: int) -> dict[str, Any]:
+def token_values(view: TokenView, level: int, script: bool = True) -> dict[str, Any]:
     """What the template of the tokens is filled with.
 
     Args:
         view: they.
         level: of their heading.
+        script: whether a page of their own, or a part of one, has the script that chooses
+            objectives; else the view's first is shown.
     """
     return {
+        "script": script,
         "view": view,
         "level": level,
         "risks": [_risk(view, m) for m in range(len(view.risks))],

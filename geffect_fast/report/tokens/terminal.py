@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterable, Iterator
 
 from rich.cells import cell_len, set_cell_size
@@ -34,14 +33,12 @@ from geffect_fast.report.tokens.view import (
     top_words,
 )
 from geffect_fast.results.risks import effect_name
-from geffect_fast.terminal import Console
+from geffect_fast.terminal import Console, plain_text
 
 
-def tokens_text(view: TokenView, width: int = 80) -> str:
+def tokens_text(view: TokenView, width: int | None = 80) -> str:
     """The view's first objective as plain text, without colour."""
-    stream = io.StringIO()
-    Console(file=stream, width=width, color_system=None).print(TerminalView(view))
-    return stream.getvalue()
+    return plain_text(TerminalView(view), width)
 
 
 class TerminalView:

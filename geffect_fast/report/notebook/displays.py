@@ -1,0 +1,61 @@
+"""What `result.gf` gives to be looked at: answers by token, and the whole page."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from markupsafe import escape
+
+from geffect_fast.report.html.blocks import Tokens
+from geffect_fast.report.html.templates import render
+from geffect_fast.report.tokens.html import token_values
+from geffect_fast.report.tokens.terminal import tokens_text
+from geffect_fast.report.tokens.view import TokenView
+from geffect_fast.terminal import columns
+
+HEIGHT = "42rem"
+"""Of a page within a notebook; it scrolls."""
+
+
+class ShownTokens:
+    """Answers whose tokens lie upon colours; in a terminal with levels beneath them.
+
+    Attributes:
+        view: the numbers.
+    """
+
+    def __init__(self, view: TokenView) -> None:
+        self.view = view
+
+    def __repr__(self) -> str:
+        return tokens_text(self.view, columns())
+
+    def _repr_html_(self) -> str:
+        values = token_values(self.view, level=3, script=False)
+        return render("notebook.html.jinja", blocks=[Tokens(values)])
+
+
+class ShownPage:
+    """A whole page: a frame of its own in a notebook.
+
+    Attributes:
+        html: the page.
+        file: where it was written; None: nowhere.
+    """
+
+    def __init__(self, html: str, file: Path | None) -> None:
+        self.html, self.file = html, file
+
+    def __repr__(self) -> str:
+        size = f"page of {len(self.html.encode()) / 2**10:.0f} KiB"
+        if self.file is None:
+            return f"<{size}; .report('page.html') writes it into a file>"
+        return f"<{size} in {str(self.file)!r}>"
+
+    def _repr_html_(self) -> str:
+        # Nothing of the page reaches the notebook, and none of its styles.
+        return (
+            f'<iframe srcdoc="{escape(self.html)}" sandbox="allow-scripts" '
+            f'title="geffect_fast: the whole page" style="width: 100%; height: {HEIGHT}; '
+            'border: 1px solid #8888; border-radius: 6px"></iframe>'
+        )

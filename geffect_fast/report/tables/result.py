@@ -1,0 +1,33 @@
+"""Any result for the terminal: the tables of its kind, and what they say in sentences."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rich.console import RenderableType
+
+from geffect_fast.report.summary.effects import has_steps, is_comparison
+from geffect_fast.report.summary.findings import findings
+from geffect_fast.report.summary.measures import is_evaluation
+from geffect_fast.report.summary.sweep import is_sweep
+from geffect_fast.report.tables.compare import render_comparison
+from geffect_fast.report.tables.measures import render_measures
+from geffect_fast.report.tables.profile import render
+from geffect_fast.report.tables.steps import render_steps, step_findings
+from geffect_fast.report.tables.sweep import render_sweep
+from geffect_fast.results.by_rows import sum_positions
+
+if TYPE_CHECKING:
+    import xarray as xr
+
+
+def tables_and_sentences(dataset: xr.Dataset) -> tuple[RenderableType, tuple[str, ...]]:
+    """What a command prints of a result of any kind; measures and comparisons have tables alone."""
+    if is_evaluation(dataset):
+        return render_measures(dataset), ()
+    if is_comparison(dataset):
+        return render_comparison(dataset), ()
+    summed = sum_positions(dataset)
+    if has_steps(summed):
+        return render_steps(summed), step_findings(summed)
+    return render_sweep(summed) if is_sweep(summed) else render(summed), findings(summed)
