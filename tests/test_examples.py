@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import csv
+import os
 import runpy
 import sys
 from pathlib import Path
 
+import nbformat
 import pytest
 import torch
+from nbclient import NotebookClient
 
 import geffect_fast as gf
 from geffect_fast.data import read_rows, write_jsonl
@@ -71,6 +74,29 @@ def test_a_trainer_is_watched_with_three_lines() -> None:
     assert (result.risk_value.diff("step") > 0).all()
     assert found["agreement"] > 0.95
     assert float(found["weights"][-1]) < float(found["weights"][0]), "what is forgotten is spared"
+
+
+def test_a_notebook_shows_a_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(Path(gf.__file__).parents[1]), prepend=os.pathsep)
+    book = nbformat.read(EXAMPLES / "first_look.ipynb", as_version=4)
+    code = [cell for cell in book.cells if cell.cell_type == "code"]
+    assert not any(cell.outputs or cell.execution_count for cell in code), "as it is committed"
+    NotebookClient(book, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    outputs = [output for cell in code for output in cell.outputs]
+    assert not [output for output in outputs if output.get("name") == "stderr"], "no warning"
+    summary, layers, instances, tokens, by_group, by_set, checked, page = (
+        output.data for output in outputs if output.output_type == "execute_result"
+    )
+    assert "forgets" in summary["text/html"] and "forgets" in summary["text/plain"]
+    assert "image/png" in layers and "image/png" in instances
+    assert "Tokens of 2 of 10 forget rows under ga" in tokens["text/html"]
+    assert "embedding" in by_group["text/html"] and "forget" in by_set["text/html"]
+    assert "<table" in checked["text/html"] and "\nExact: all " in checked["text/plain"]
+    assert "first_look.html" in page["text/plain"]
+    assert "Unlearning objectives" in (tmp_path / "first_look.html").read_text(encoding="utf-8")
+    bars = book.metadata.widgets["application/vnd.jupyter.widget-state+json"].state.values()
+    drawn = [bar.state.outputs[-1].data["text/plain"] for bar in bars if "outputs" in bar.state]
+    assert "gradients of the risks" in drawn[0] and all("━━━" in bar for bar in drawn)
 
 
 @pytest.fixture
