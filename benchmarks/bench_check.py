@@ -30,15 +30,15 @@ from transformers import LlamaForCausalLM
 
 import geffect_fast as gf
 from geffect_fast.capture import Recorder
-from geffect_fast.measure import profiler
+from geffect_fast.measure import prepare
 from geffect_fast.measure.rounding import RoundingCheck
 
 ROWS, LENGTH = 40, 100
 OBJECTIVES = ("ga", "gd", "wga(alpha=1)", "npo(beta=0.1)", "simnpo", "npo(beta=0.1) + kl")
 STEPS = {
-    "layout": (profiler, "choose_layout"),
+    "layout": (prepare, "choose_layout"),
     "rows": (Recorder, "show_rows"),
-    "own loss": (profiler, "own_loss"),
+    "own loss": (prepare, "own_loss"),
     "precision": (RoundingCheck, "attributes"),
 }
 

@@ -22,7 +22,7 @@ import torch
 from llama import make_model
 from machine import RESULTS, write_csv
 
-from geffect_fast.measure.prepare import Sources
+from geffect_fast.measure.sources import Sources
 from geffect_fast.settings import LiveMetrics, Measuring
 from geffect_fast.steps.probe import Probe
 from geffect_fast.storage.step_store import StepStore

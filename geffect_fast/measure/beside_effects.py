@@ -2,48 +2,112 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from geffect_fast.capture import Plan
+from geffect_fast.engines.batches import Tick
+from geffect_fast.engines.directions import fisher_traces
+from geffect_fast.engines.reference import Reference
+from geffect_fast.engines.second_order import check_twice_differentiable, curvature_along
 from geffect_fast.errors import InputError
+from geffect_fast.measure.effects import Effects
+from geffect_fast.measure.prepare import Schedule
 from geffect_fast.measure.rounding import HALF
-from geffect_fast.measure.step_metric import StepMetric
-from geffect_fast.objectives import Objective
+from geffect_fast.measure.step_metric import NextStep, StepMetric
 from geffect_fast.results.axes import Resolution
 from geffect_fast.results.dataset import check_effects
 
 
+class TakenStep:
+    """The step that is taken next, as a measurement reads it: in the gradient's place, or beside.
+
+    Args:
+        schedule: of the profile.
+        metric: of the step.
+        gradients: finds those of the objectives, `(K, *shape)` by parameter.
+
+    Attributes:
+        metric: as given.
+    """
+
+    def __init__(
+        self,
+        schedule: Schedule,
+        metric: StepMetric,
+        gradients: Callable[[], Mapping[str, Tensor]],
+    ) -> None:
+        self.metric, self._schedule, self._gradients = metric, schedule, gradients
+        self._added: Sequence[Tensor] = ()
+
+    @cached_property
+    def whole(self) -> NextStep:
+        """The step itself, formed where it is asked for first."""
+        metric, read = self.metric, None
+        if metric.reads != "none":
+            chosen = metric.formed_of(self._schedule.objectives)
+            read = {name: of[chosen] for name, of in self._gradients().items()}
+        return metric.formed(self._schedule.plan.parameters, read)
+
+    @property
+    def in_place(self) -> NextStep | None:
+        """The step in whose metric effects are measured; None: they are plain."""
+        return None if self.metric.beside else self.whole
+
+    def scale(self, directions: Mapping[str, Tensor]) -> None:
+        """Bring the risks' gradients `(M, *shape)` into the metric of effects, in place."""
+        if self.in_place is not None:
+            self._added = self.in_place.beside_gradient(directions)
+            self.in_place.scale(directions)
+
+    def variables(self, directions: Mapping[str, Tensor], found: Effects) -> dict[str, Any]:
+        """What a result holds of the step beside `g_effect`, by name.
+
+        Args:
+            directions: the risks' gradients, scaled.
+            found: by the engine, along them.
+
+        Raises:
+            NonFiniteError: an effect is not finite.
+        """
+        schedule, metric = self._schedule, self.metric
+        if not metric.beside:
+            total = schedule.mixture @ found.summed.sum(-1)
+            return metric.variables(schedule.resolution, total, self._added)
+        gradients, mixture = found.gradients, schedule.mixture
+        if gradients is None:
+            gradients, mixture = self._gradients(), torch.eye(len(mixture), dtype=mixture.dtype)
+        return effects_beside(schedule, metric, directions, gradients, mixture)
+
+
 def effects_beside(
+    schedule: Schedule,
     metric: StepMetric,
-    parameters: Mapping[str, nn.Parameter],
     directions: Mapping[str, Tensor],
     gradients: Mapping[str, Tensor],
     mixture: Tensor,
-    objectives: Sequence[Objective],
-    resolution: Resolution,
 ) -> dict[str, Any]:
     """`step_effect` (objective, risk, part of the model), and what goes with it, by name.
 
     They are products of whole gradients, and rows are not run again for them.
 
     Args:
+        schedule: of the profile.
         metric: of the step.
-        parameters: the trainable ones, by name.
         directions: gradients of the risks, `(M, *shape)` by parameter.
         gradients: of the objectives or their parts, `(n, *shape)`.
         mixture: `(K, n)`, how often each of them counts in each objective's.
-        objectives: K.
-        resolution: says the parts of the model.
 
     Raises:
         NonFiniteError: an effect is not finite.
     """
+    objectives, resolution = schedule.objectives, schedule.resolution
     effects, *beside = metric.products(
-        parameters, directions, gradients, mixture, metric.formed_of(objectives)
+        schedule.plan.parameters, directions, gradients, mixture, metric.formed_of(objectives)
     )
     values = torch.zeros(len(objectives), dtype=torch.float64)  # which were checked
     check_effects(effects, values, objectives, list(directions))
@@ -55,6 +119,41 @@ def effects_beside(
     if by is None:
         return variables | {"step_effect": (("objective", "risk"), placed[..., 0].numpy())}
     return variables | {"step_effect": (("objective", "risk", by), placed.numpy())}
+
+
+def conflicts_of(
+    schedule: Schedule,
+    directions: Mapping[str, Tensor],
+    gradients: Mapping[str, Tensor],
+    reference: Reference,
+    tick: Tick,
+) -> dict[str, Any]:
+    """`gradient_mass`, `conflict_share` and `fisher_trace` by name.
+
+    Args:
+        schedule: of the profile, whose rows of the risks are run once more.
+        directions: gradients of the risks, `(M, *shape)` by parameter.
+        gradients: of the objectives, `(K, *shape)`.
+        reference: what the risks compare with.
+        tick: progress.
+    """
+    resolution, risks = schedule.resolution, schedule.risk_names
+    retain = {name: of[risks.index("retain")] for name, of in directions.items()}
+    masses = gradient_masses(gradients, retain, resolution)
+    traces = fisher_traces(schedule.plan, schedule.risk_passes, len(risks), reference, tick)
+    labels, columns = resolution.columns()
+    of_parts = traces.new_zeros(len(traces), len(labels))
+    of_parts.index_add_(1, torch.tensor(columns), traces)
+    found = {
+        "gradient_mass": ("objective", masses[:, 0]),
+        "conflict_share": ("objective", masses[:, 1] / masses[:, 0]),
+        "fisher_trace": ("risk", of_parts.T),
+    }
+    by = resolution.by_place
+    return {
+        name: ((dim,), of[0].numpy()) if by is None else ((by, dim), of.numpy())
+        for name, (dim, of) in found.items()
+    }
 
 
 def gradient_masses(
@@ -81,29 +180,6 @@ def gradient_masses(
     return masses
 
 
-def conflict_variables(masses: Tensor, traces: Tensor, resolution: Resolution) -> dict[str, Any]:
-    """`gradient_mass`, `conflict_share` and `fisher_trace` by name.
-
-    Args:
-        masses: as `gradient_masses` gives them.
-        traces: of the risks' Fisher matrices, `(M, P)` fp64 by parameter.
-        resolution: says the parts of the model.
-    """
-    labels, columns = resolution.columns()
-    of_parts = traces.new_zeros(len(traces), len(labels))
-    of_parts.index_add_(1, torch.tensor(columns), traces)
-    found = {
-        "gradient_mass": ("objective", masses[:, 0]),
-        "conflict_share": ("objective", masses[:, 1] / masses[:, 0]),
-        "fisher_trace": ("risk", of_parts.T),
-    }
-    by = resolution.by_place
-    return {
-        name: ((dim,), of[0].numpy()) if by is None else ((by, dim), of.numpy())
-        for name, (dim, of) in found.items()
-    }
-
-
 def check_second_order(risk: str, plan: Plan) -> None:
     """Raise `InputError` where second derivatives would be of another risk, or of rounding."""
     if risk != "nll":
@@ -117,18 +193,33 @@ def check_second_order(risk: str, plan: Plan) -> None:
         )
 
 
-def second_order_variables(
-    slopes: Tensor, curvatures: Tensor, learning_rate: float | None
+def curvature_of(
+    schedule: Schedule, step: TakenStep | None, gradients: Mapping[str, Tensor], tick: Tick
 ) -> dict[str, Any]:
     """`step_curvature`, and `predicted_change_second` where the size of a step is known.
 
     Args:
-        slopes, curvatures: of the risks along a step of each objective, `(K, M)`.
-        learning_rate: of the step.
+        schedule: of the profile, whose risks are run once for each objective.
+        step: that is taken with an objective's gradient; None: the gradient itself.
+        gradients: of the objectives, `(K, *shape)` by parameter.
+        tick: progress.
+
+    Raises:
+        UnsupportedModelError: the model cannot be differentiated twice.
     """
+    plan, n_risks = schedule.plan, len(schedule.risk_names)
+    found = []
+    for k in range(len(schedule.objectives)):
+        own = {name: of[k] for name, of in gradients.items()}
+        along = own if step is None else step.whole.taken(own)
+        if k == 0:
+            check_twice_differentiable(plan, schedule.first_risk_row, along)
+        found.append(curvature_along(plan, schedule.risk_passes, n_risks, along, tick))
+    slopes, curvatures = (torch.stack(each) for each in zip(*found, strict=True))
     dims = ("objective", "risk")
     variables = {"step_curvature": (dims, curvatures.numpy())}
-    if learning_rate is not None:
-        change = -learning_rate * slopes + learning_rate**2 / 2 * curvatures
+    rate = None if step is None else step.metric.learning_rate
+    if rate is not None:
+        change = -rate * slopes + rate**2 / 2 * curvatures
         variables["predicted_change_second"] = (dims, change.numpy())
     return variables

@@ -33,7 +33,7 @@ from geffect_fast.engines.reference import Reference
 from geffect_fast.engines.reverse import reverse_effects
 from geffect_fast.functional import norms_and_products, pairwise_inner_products
 from geffect_fast.measure.plain_autograd import Numbers, token_logprob
-from geffect_fast.measure.prepare import parts_of
+from geffect_fast.measure.sources import parts_of
 from geffect_fast.objectives import NLL, Objective
 
 

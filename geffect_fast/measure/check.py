@@ -33,7 +33,8 @@ from geffect_fast.measure.precision import (
     computing_in,
     widened_copy,
 )
-from geffect_fast.measure.prepare import Sources, check_count, prepare, resolved_list
+from geffect_fast.measure.prepare import prepare
+from geffect_fast.measure.sources import Sources, check_count, resolved_list
 from geffect_fast.objectives import Objective
 from geffect_fast.ops.ieee_fp32 import ieee_fp32
 from geffect_fast.results.groups import kind_of

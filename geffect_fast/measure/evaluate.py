@@ -29,7 +29,8 @@ from geffect_fast.evaluation_settings import Evaluating, MetricsAndTasks
 from geffect_fast.measure.harness import Harness
 from geffect_fast.measure.memory import within_budget
 from geffect_fast.measure.models import load_model
-from geffect_fast.measure.prepare import Sources, check_model, table_of_positions
+from geffect_fast.measure.prepare import check_model, table_of_positions
+from geffect_fast.measure.sources import Sources
 from geffect_fast.metrics.base import ALL, FORGET, HOLDOUT, Metric, Seen
 from geffect_fast.metrics.dataset import measures_dataset
 from geffect_fast.metrics.observe import answers_scored, n_tokens, observe

@@ -14,8 +14,8 @@ import torch
 from geffect_fast.data import read_refusals, read_rows
 from geffect_fast.measure.check import Check, check
 from geffect_fast.measure.models import load_model, load_tokenizer, resolve_device
-from geffect_fast.measure.prepare import Sources, read_sources
 from geffect_fast.measure.profile import profile
+from geffect_fast.measure.sources import Sources, read_sources
 from geffect_fast.measure.sweep import sweep
 from geffect_fast.objectives.ranges import expand_list
 from geffect_fast.settings import Measuring, ProfileConfig, Reading, RunConfig

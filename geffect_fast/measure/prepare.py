@@ -1,4 +1,8 @@
-"""What every command does before it measures: read, tokenise and check, once."""
+"""What is done once, before anything is measured.
+
+Of every command: rows are read and tokenised, the model is checked (`prepare`). Of a profile also:
+engine, layout and passes over the data are decided (`Schedule`).
+"""
 
 from __future__ import annotations
 
@@ -6,13 +10,16 @@ import functools
 import json
 import math
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 
+from geffect_fast.capture import Plan
 from geffect_fast.capture.compat import (
     check_finite,
     check_is_model,
@@ -20,105 +27,35 @@ from geffect_fast.capture.compat import (
     still_up_to,
 )
 from geffect_fast.data import (
+    Layout,
     SampleSet,
     check_vocabulary,
-    read_refusals,
-    read_rows,
+    estimate_token_budget,
+    make_batches,
     tokenize_rows,
 )
 from geffect_fast.data.samples import check_positions
 from geffect_fast.data.tokenize import TEXT_WINDOW
+from geffect_fast.engines.batches import DataPass, TokenBudget, mixture_of, passes_for
+from geffect_fast.engines.choice import Choice, choose_engine
+from geffect_fast.engines.forward_check import forward_mode_problem
+from geffect_fast.engines.known_models import choose_layout, own_loss
+from geffect_fast.engines.layout import check_reference, longest_sequence
+from geffect_fast.engines.model_outputs import splits_attention
 from geffect_fast.errors import GEffectWarning, InputError, UnsupportedModelError
+from geffect_fast.measure.memory import within_budget
 from geffect_fast.measure.models import load_model
-from geffect_fast.objectives import Objective, parse_list
-from geffect_fast.objectives import resolve as resolve_objective
-from geffect_fast.objectives.base import REFERENCE_NEEDS, WEIGHTS, Need, required
+from geffect_fast.measure.rounding import HALF, RoundingCheck
+from geffect_fast.measure.sources import Sources, needs_of, parts_of, read_sources
+from geffect_fast.objectives import Objective
+from geffect_fast.objectives.base import REFERENCE_NEEDS, Need
+from geffect_fast.results.axes import Resolution
 from geffect_fast.results.dataset import digests
-from geffect_fast.settings import Reading
+from geffect_fast.results.groups import checked_blocks
+from geffect_fast.results.risk_rows import UNLEARN, RowValues
+from geffect_fast.settings import Measuring, Reading
 
 ReadingT = TypeVar("ReadingT", bound=Reading)
-
-
-@dataclass(frozen=True)
-class Sources:
-    """Data sets as users give them: a path, a hub id, rows, or samples that are tokenised already.
-
-    Attributes:
-        sets: by name; the first is what must go.
-        refusals: answers in place of the first set's, for objectives that read alternatives.
-    """
-
-    sets: Mapping[str, Any]
-    refusals: Any = None
-
-    @classmethod
-    def of(
-        cls, forget: Any, retain: Any, probes: Mapping[str, Any] | None, refusals: Any
-    ) -> Sources:
-        """Of a command's arguments; raise `InputError` where a probe has the name of another."""
-        if not isinstance(probes, Mapping | None):
-            raise InputError(
-                f"probes: got {type(probes).__name__}; give a dict of data sets by name"
-            )
-        sets = {"forget": forget, "retain": retain}
-        for name, source in (probes or {}).items():
-            if name in (*sets, "unlearn"):
-                raise InputError(f"probes: the name '{name}' is taken; choose another")
-            sets[name] = source
-        return cls(sets, refusals)
-
-    def arguments(self) -> dict[str, Any]:
-        """Again as arguments of a command."""
-        probes = {name: s for name, s in self.sets.items() if name not in ("forget", "retain")}
-        named = {name: self.sets[name] for name in ("forget", "retain")}
-        return named | {"probes": probes, "refusals": self.refusals}
-
-    @property
-    def has_text(self) -> bool:
-        """Whether a tokenizer is needed, of sources that are read."""
-        return any(
-            not isinstance(rows, SampleSet) and "input_ids" not in rows[0]
-            for rows in self.sets.values()
-        )
-
-
-def read_sources(
-    sources: Sources,
-    objectives: Sequence[Objective],
-    data_format: str,
-    tell: Callable[[str], None] | None = None,
-) -> Sources:
-    """The rows of all data sets, checked to have what objectives need; no model is needed.
-
-    Args:
-        sources: read or not.
-        objectives: of the command.
-        data_format: of files, as of `read_rows`.
-        tell: is told in a line a set what was found.
-
-    Raises:
-        InputError: a set cannot be read, or lacks refusals or weights that an objective needs.
-    """
-    sets = {
-        name: source
-        if isinstance(source, SampleSet)
-        else read_rows(source, name=name, data_format=data_format, tell=tell)
-        for name, source in sources.sets.items()
-    }
-    refusals = None if sources.refusals is None else read_refusals(sources.refusals)
-    forget = next(iter(sets.values()))
-    if isinstance(forget, SampleSet):
-        has_alternatives, has_weights = forget.has_alternatives, forget.has_weights
-    else:
-        has_alternatives = all(row.get("alternative") for row in forget) or refusals is not None
-        has_weights = "weights" in forget[0]
-    if not has_alternatives:
-        _check_needs_no_refusals(objectives)
-    if not has_weights:
-        for objective in objectives:
-            if any("weights" in part.needs for _, part in objective.parts()):
-                required(objective, None, WEIGHTS)
-    return Sources(sets, refusals)
 
 
 @dataclass(frozen=True)
@@ -230,48 +167,6 @@ def prepare(
     return Prepared(model, tokenizer, settings, list(objectives), sets, reference)
 
 
-def resolved_list(specs: Sequence[str | Objective] | str) -> list[Objective]:
-    """The objectives that are meant; raise `InputError` where there is none, or one twice."""
-    if isinstance(specs, Objective) or not isinstance(specs, Iterable):
-        raise InputError(f"objectives: got {specs}; give a list, such as ['ga', 'npo(beta=0.1)']")
-    listed = parse_list(specs) if isinstance(specs, str) else [resolve_objective(s) for s in specs]
-    if not listed:
-        raise InputError("objectives: the list is empty; give at least one, such as 'ga'")
-    seen: dict[Objective, Objective] = {}
-    for objective in listed:
-        first = seen.get(objective)
-        if first is not None:
-            raise InputError(f"objectives: '{objective}' is the same as '{first}'; give it once")
-        seen[objective] = objective
-    return listed
-
-
-def check_count(name: str, count: Any) -> None:
-    """Raise `InputError` at an argument that is no whole number of at least 1."""
-    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-        raise InputError(f"{name}: must be a whole number of at least 1, got {count!r}")
-
-
-def parts_of(objectives: Sequence[Objective]) -> list[Objective]:
-    """What objectives are sums of, each once."""
-    return list(dict.fromkeys(part for o in objectives for _, part in o.parts()))
-
-
-def needs_of(parts: Sequence[Objective]) -> set[Need]:
-    """What parts of objectives need of a batch."""
-    return {need for part in parts for need in part.needs}
-
-
-def _check_needs_no_refusals(objectives: Sequence[Objective]) -> None:
-    """Raise `InputError` naming the first objective that needs refusals: there are none."""
-    for objective in objectives:
-        if any("alternative" in part.roles for _, part in objective.parts()):
-            raise InputError(
-                f"objective '{objective}' needs refusals: give a file, one a line, as `refusals` "
-                "(--refusals FILE), or an `alternative` in every forget row"
-            )
-
-
 def _reference(
     source: nn.Module | str | Path, model: nn.Module, trust_remote_code: bool
 ) -> nn.Module:
@@ -369,3 +264,178 @@ def table_of_positions(model: nn.Module) -> int | None:
         for module in model.modules()
     )
     return n_positions if found else None
+
+
+class Schedule:
+    """How a profile is computed, whatever the weights are: engine, layout, passes over the data.
+
+    Args:
+        prepared: the model, its data and objectives, and what to measure.
+        plan: of the model.
+
+    Attributes:
+        plan: as given.
+        sets: the data sets, by name.
+        objectives, parts: they, K, and what they are sums of.
+        mixture: `(K, n_parts)`, how often each part counts in each objective.
+        resolution: the axes of a result.
+        risk_sets: the data set of each of the M risks, by its name along the axis `risk`.
+        choice: the engine.
+        layout: of batches.
+        norms: whether the reverse engine forms whole gradients.
+        own_loss: how the model's own loss differs from the risk; None: not.
+        token_budget: of a batch.
+        passes: over the objectives' data.
+        one_row: over the first row of each data set that objectives read.
+        risk_passes: over the risks' data, one each.
+        first_risk_row: over the first row of the first risk.
+        rounding: how far effects of a 16-bit model can be trusted; None: of another.
+        attributes: of results.
+
+    Raises:
+        InputError: settings do not go together, or the reference does not go with the model.
+        UnsupportedModelError: the model's samples cannot be told apart, or its tangents not passed.
+    """
+
+    def __init__(self, prepared: Prepared[Measuring], plan: Plan) -> None:
+        settings, sets = prepared.settings, prepared.sets
+        if not {"parameter", "group"} & set(settings.resolve) and settings.groups:
+            raise InputError("groups: goes with resolve by 'group' or 'parameter'; leave it out")
+        self.plan, self.sets = plan, sets
+        self.objectives, self.parts = prepared.objectives, prepared.parts
+        self.mixture = mixture_of(self.objectives, self.parts)
+        uses_retain = any(part.on == "retain" for part in self.parts)
+        self.resolution = Resolution(
+            settings.resolve,
+            list(plan.parameters),
+            {name: sets[name] for name in ("forget", "retain")[: 1 + uses_retain]},
+            prepared.reads_alternatives,
+            checked_blocks(settings.groups or None, list(plan.parameters)),
+        )
+        self.risk_sets = {UNLEARN: sets["forget"]}
+        self.risk_sets |= {name: rows for name, rows in sets.items() if name != "forget"}
+        self.risk_names = list(self.risk_sets)
+        self.token_budget = TokenBudget(settings.token_budget or 1)
+        self._look_at_the_model(prepared)
+        if settings.token_budget is None:
+            self.token_budget.tokens = self._tokens_that_fit()
+        self._divide_into_batches(settings)
+        self.attributes: dict[str, Any] = {
+            "engine": self.choice.engine,
+            "engine_reason": self.choice.reason,
+            "layout": self.layout,
+            "reduction": settings.reduction,
+            "risk": str(settings.risk_objective),
+            **prepared.attributes(),
+        }
+        if self.own_loss is not None:
+            self.attributes |= self.own_loss.attributes()
+
+    def _look_at_the_model(self, prepared: Prepared[Measuring]) -> None:
+        """Choose engine and layout, and compare the model's own loss with the risk."""
+        settings, plan, forget = prepared.settings, self.plan, self.sets["forget"]
+        self.choice = choose_engine(
+            settings.engine,
+            settings.resolve,
+            settings.norms,
+            n_risks=len(self.risk_names),
+            n_parts=len(self.parts),
+            shares=plan.product_shares(self.resolution.columns()[1]),
+        )
+        longest = max(map(longest_sequence, self.sets.values()))
+        with within_budget(self.token_budget, one_sample=True):
+            try:
+                self.layout: Layout = choose_layout(plan, forget, longest)
+            except UnsupportedModelError:
+                # Whole gradients and forward passes need no shares of samples, only that samples
+                # do not meet.
+                if self.resolution.per_sample and self.choice.engine == "reverse":
+                    raise
+                self.layout = "single"
+            self.own_loss = own_loss(plan, forget)
+        if self.choice.engine == "forward":
+            problem = forward_mode_problem(plan, forget, self.layout)
+            if problem is not None:
+                if settings.engine == "forward" or self.resolution.within is not None:
+                    raise UnsupportedModelError(
+                        f"engine forward: {problem}; use engine='reverse', without 'token'"
+                    )
+                self.choice = Choice("reverse", problem)
+        by_reverse = self.choice.engine == "reverse"
+        self.norms = by_reverse if settings.norms is None else settings.norms
+        if prepared.reference is not None:
+            with within_budget(self.token_budget, one_sample=True):
+                check_reference(prepared.reference, self.layout, forget, longest)
+
+    def _tokens_that_fit(self) -> int:
+        """Tokens a batch, from what they take and the memory that is free."""
+        model, layout = self.plan.model, self.layout
+        forward = self.choice.engine == "forward"
+        whole = not forward and (self.norms or not self.resolution.per_sample)
+        needs = needs_of(self.parts)
+        (largest, *_) = make_batches(
+            self.sets["forget"], ("answer",), token_budget=2**62, layout=layout
+        )
+        read = Counter((part.on, frozenset(part.roles)) for part in self.parts)
+        predicted = [
+            each.totals().n_targets["answer"] / sum(len(s.answer) for s in each.samples)
+            for each in self.sets.values()
+        ]
+        return estimate_token_budget(
+            model,
+            n_directions=len(self.risk_names),
+            n_gradients=len(self.parts) if whole else 0,
+            shared=not forward and max(read.values()) > 1,
+            forward=forward,
+            logits=not {"logits", "reference_logits"}.isdisjoint(needs),
+            predicted=max(predicted),
+            by_sample=layout != "packed" or splits_attention(model, largest),
+        )
+
+    def _divide_into_batches(self, settings: Measuring) -> None:
+        """Make the passes over objectives' and risks' data, and those that are checked by."""
+        sets, risk = self.sets, settings.risk_objective
+        batches_of = partial(
+            make_batches,
+            token_budget=self.token_budget.tokens,
+            reduction=settings.reduction,
+            layout=self.layout,
+        )
+
+        def passes_over(
+            sets: Mapping[str, SampleSet], allowed: TokenBudget | None = None
+        ) -> list[DataPass]:
+            offsets = {"forget": 0, "retain": len(sets["forget"])}
+            return passes_for(
+                self.parts,
+                lambda name, roles: batches_of(sets[name], roles),
+                offsets,
+                allowed,
+            )
+
+        self.passes = passes_over(sets, self.token_budget)
+        self.one_row = passes_over({name: rows.part([0]) for name, rows in sets.items()})
+        self.risk_passes = [
+            DataPass(batches_of(rows, risk.roles), {m: risk}, token_budget=self.token_budget)
+            for m, rows in enumerate(self.risk_sets.values())
+        ]
+        first = make_batches(
+            sets["forget"].part([0]), risk.roles, token_budget=1, layout=self.layout
+        )
+        self.first_risk_row = DataPass(first, {0: risk})
+        self.rounding = None
+        if any(p.dtype in HALF for p in self.plan.model.parameters()):
+            self.rounding = RoundingCheck.of(
+                self.choice.engine, self.resolution, self.mixture, passes_over
+            )
+
+    def watched_rows(self, diagonal: Mapping[str, Tensor] | None) -> RowValues | None:
+        """What is told of the risks' rows while their gradients are found; None: of a sum of rows.
+
+        Args:
+            diagonal: of the metric that effects are measured in, by parameter; None: plain.
+        """
+        if "sample" not in self.resolution.axes:
+            return None
+        sizes = {name: len(rows) for name, rows in self.risk_sets.items()}
+        return RowValues(sizes, adds_up=self.attributes["reduction"] == "sum", diagonal=diagonal)

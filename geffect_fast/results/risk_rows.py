@@ -40,15 +40,22 @@ class RowValues:
     A batch may come twice, whole or in pieces.
 
     Args:
-        sizes: rows of each risk's data set.
+        sizes: rows of each risk's data set, by risk, the forget risk first.
+        adds_up: whether a risk is a sum over rows, and no mean.
         diagonal: of the metric that effects are measured in, by parameter; None: plain.
 
     Attributes:
         products: receives those of rows with the forget risk's gradient.
     """
 
-    def __init__(self, sizes: Sequence[int], diagonal: Mapping[str, Tensor] | None = None) -> None:
-        self._sizes = sizes
+    def __init__(
+        self,
+        sizes: Mapping[str, int],
+        *,
+        adds_up: bool,
+        diagonal: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        self._sizes, self._adds_up = dict(sizes), adds_up
         self._found: list[tuple[int, list[int], Tensor]] = []
         self.products = ProductsWithFirst(diagonal)
 
@@ -70,7 +77,8 @@ class RowValues:
 
     def along(self) -> list[np.ndarray]:
         """`< grad R_j, G >` of the rows of each risk but the first; NaN where there are none."""
-        whole = [np.full(n, np.nan if not self.products.exist else 0.0) for n in self._sizes]
+        missing = 0.0 if self.products.exist else np.nan
+        whole = [np.full(n, missing) for n in self._sizes.values()]
         found = self.products.found
         if self.products.exist and found:
             (read,) = OnItsWay(torch.cat([own for *_, own in found])).arrived()
@@ -81,7 +89,7 @@ class RowValues:
 
     def by_risk(self) -> list[np.ndarray]:
         """Of each risk `(2, n)` fp64: what rows add to it, and their parts of what it counts."""
-        found = [np.zeros((2, n)) for n in self._sizes]
+        found = [np.zeros((2, n)) for n in self._sizes.values()]
         if self._found:
             (read,) = OnItsWay(torch.cat([sums for *_, sums in self._found], dim=1)).arrived()
             each = read.split([len(rows) for _, rows, _ in self._found], dim=1)
@@ -89,27 +97,10 @@ class RowValues:
                 found[index][:, rows] = values.numpy()
         return found
 
-
-class RiskRows:
-    """The rows of a profile's risks, and what they make of its numbers.
-
-    Args:
-        sizes: rows of each risk's data, by risk, the forget risk first.
-        adds_up: whether a risk is a sum over rows, and no mean.
-    """
-
-    def __init__(self, sizes: Mapping[str, int], *, adds_up: bool) -> None:
-        self._sizes, self._adds_up = dict(sizes), adds_up
-
-    def watch(self, diagonal: Mapping[str, Tensor] | None = None) -> RowValues:
-        """What is to be told of the risks while their gradients are found, in a metric."""
-        return RowValues(list(self._sizes.values()), diagonal)
-
     def variables(
         self,
         rows: np.ndarray,
         sets: Sequence[str],
-        watched: RowValues,
         risk_values: Tensor,
         square: float,
     ) -> dict[str, Any]:
@@ -118,7 +109,6 @@ class RiskRows:
         Args:
             rows: effects of objectives by row, `(K, M, n)`.
             sets: of each row the name of its data set.
-            watched: told of the risks.
             risk_values: `(M,)`.
             square: `< G, G >`.
 
@@ -127,12 +117,12 @@ class RiskRows:
             `risk_value_high` (risk), and `risk_value_spread` (risk, risk_sample), what each row
             moves a risk by; 0 beyond its rows.
         """
-        spreads = [spread_of_risk(along, square) for along in watched.along()]
+        spreads = [spread_of_risk(along, square) for along in self.along()]
         sizes = list(self._sizes.values())
         low, high = np.full((2, len(sizes)), np.nan)
         moved = np.zeros((len(sizes), max(sizes)))
         for m, (name, (values, parts), whole) in enumerate(
-            zip(self._sizes, watched.by_risk(), risk_values.tolist(), strict=True)
+            zip(self._sizes, self.by_risk(), risk_values.tolist(), strict=True)
         ):
             if math.isclose(values.sum(), whole, rel_tol=1e-4):  # of other risks it is not known
                 of = None if self._adds_up else parts

@@ -13,8 +13,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from geffect_fast.arguments import checked_config
 from geffect_fast.errors import InputError, UnsupportedModelError
-from geffect_fast.measure.prepare import check_count, needs_of, parts_of, resolved_list
 from geffect_fast.measure.profiler import Profiler
+from geffect_fast.measure.sources import check_count, needs_of, parts_of, resolved_list
 from geffect_fast.objectives import Objective
 from geffect_fast.objectives.base import REFERENCE_NEEDS
 from geffect_fast.settings import LiveMetrics, Reading

@@ -12,8 +12,8 @@ from torch import nn
 
 from geffect_fast.errors import InputError
 from geffect_fast.measure.models import load_model
-from geffect_fast.measure.prepare import resolved_list
 from geffect_fast.measure.profiler import Profiler
+from geffect_fast.measure.sources import resolved_list
 from geffect_fast.objectives import Objective
 from geffect_fast.optimizers.state import OPTIMIZER
 from geffect_fast.paths import find_checkpoints, user_path

@@ -19,15 +19,9 @@ from geffect_fast.engines.known_models import choose_layout
 from geffect_fast.engines.layout import longest_sequence
 from geffect_fast.errors import GEffectError, InputError, NonFiniteError
 from geffect_fast.measure.models import quiet_transformers
-from geffect_fast.measure.prepare import (
-    Sources,
-    needs_of,
-    parts_of,
-    prepare,
-    read_sources,
-    resolved_list,
-)
+from geffect_fast.measure.prepare import prepare
 from geffect_fast.measure.profiler import Profiler
+from geffect_fast.measure.sources import Sources, needs_of, parts_of, read_sources, resolved_list
 from geffect_fast.objectives import Objective
 from geffect_fast.objectives.base import REFERENCE_NEEDS
 from geffect_fast.settings import LiveMetrics, Measuring, Reading

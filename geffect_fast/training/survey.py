@@ -18,8 +18,8 @@ from geffect_fast.errors import InputError
 from geffect_fast.evaluation_settings import EvaluateConfig, Evaluating
 from geffect_fast.measure.execute_evaluation import Evaluated, execute_evaluation, models_of
 from geffect_fast.measure.models import load_model
-from geffect_fast.measure.prepare import Sources, read_sources, resolved_list
 from geffect_fast.measure.profile import profile
+from geffect_fast.measure.sources import Sources, read_sources, resolved_list
 from geffect_fast.objectives import parse
 from geffect_fast.paths import is_there, user_path
 from geffect_fast.relearn_settings import Relearning

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from geffect_fast.arguments import checked_config, with_settings
-from geffect_fast.measure.prepare import Sources
+from geffect_fast.measure.sources import Sources
 from geffect_fast.objectives import Objective
 from geffect_fast.settings import LiveMetrics, Measuring
 from geffect_fast.storage.inputs import input_sums, weights_sums

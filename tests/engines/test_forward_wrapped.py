@@ -11,7 +11,7 @@ from models import build, fp64_throughout, samples
 import geffect_fast as gf
 from geffect_fast.engines.dual import model as dual_model
 from geffect_fast.errors import UnsupportedModelError
-from geffect_fast.measure import profiler as profiling
+from geffect_fast.measure import prepare
 
 FORGET, RETAIN = samples([5, 5], 1), samples([6], 2)
 
@@ -110,7 +110,7 @@ def test_an_error_inside_leaves_everything_as_it_was(where, monkeypatch):
 
     if where == "model":
         monkeypatch.setattr(dual_model, "model_outputs", stop)
-        monkeypatch.setattr(profiling, "forward_mode_problem", lambda *_: None)
+        monkeypatch.setattr(prepare, "forward_mode_problem", lambda *_: None)
     else:
         name = {"terms": "token_terms", "loss": "loss"}[where]
         monkeypatch.setattr(gf.objectives.WGA, name, stop)

@@ -23,7 +23,7 @@ from geffect_fast.engines.directions import accumulate_gradients
 from geffect_fast.engines.dual import modules as dual_modules
 from geffect_fast.engines.reference import Reference
 from geffect_fast.engines.reverse import reverse_effects
-from geffect_fast.measure import memory, profiler
+from geffect_fast.measure import memory, prepare, profiler
 from geffect_fast.objectives import NLL
 from geffect_fast.objectives.parse import parse
 from geffect_fast.results.dataset import check_gradients, gram_matrices
@@ -142,9 +142,9 @@ def test_sixteen_bits(device):
     assert all(x.isfinite().all() for x in found)
 
 
-def waits_of_intervals(prepared):
+def waits_of_intervals(resolve):
     """What rows add to the risks, and their products with a gradient."""
-    return 0 if prepared._risk_rows is None else 2
+    return 2 if "sample" in resolve else 0
 
 
 @pytest.mark.parametrize("resolve", [("parameter", "sample"), ("group", "sample"), ("parameter",)])
@@ -160,17 +160,17 @@ def test_a_whole_measurement(resolve, device, monkeypatch):
         with device.preparing():
             plan = plan_there(here)
             monkeypatch.setattr(Plan, "of", lambda _model: plan)
-            monkeypatch.setattr(profiler, "choose_layout", lambda *_: "packed")
+            monkeypatch.setattr(prepare, "choose_layout", lambda *_: "packed")
             monkeypatch.setattr(memory, "free_memory", lambda _: 2**40)
             prepared = profiler.Profiler.of(plan.model, None, **given)
         found = prepared.measure(weights=True).dataset
-        n_batches = sum(len(data_pass.batches) for data_pass in prepared._passes)
+        n_batches = sum(len(data_pass.batches) for data_pass in prepared._schedule.passes)
         # The weights of tokens are read one objective and batch at a time, at the very end.
         n_weights = sum(
-            len(data_pass.batches) * len(data_pass.parts) for data_pass in prepared._passes
+            len(data_pass.batches) * len(data_pass.parts) for data_pass in prepared._schedule.passes
         )
         values = n_batches if "sample" in resolve else 1
-        assert device.waits == values + 4 + n_weights + waits_of_intervals(prepared)
+        assert device.waits == values + 4 + n_weights + waits_of_intervals(given["resolve"])
     for name in ("g_effect", "loss", "risk_value", "grad_norm", "cosine"):
         x, y = (torch.from_numpy(of[name].values) for of in (found, expected))
         torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5 * float(y.abs().max()))
@@ -190,17 +190,17 @@ def test_a_whole_measurement_of_the_forward_engine(architecture, offset, device,
         with device.preparing():
             plan = plan_there(here)
             monkeypatch.setattr(Plan, "of", lambda _model: plan)
-            monkeypatch.setattr(profiler, "choose_layout", lambda *_: "packed")
-            monkeypatch.setattr(profiler, "forward_mode_problem", lambda *_: None)
+            monkeypatch.setattr(prepare, "choose_layout", lambda *_: "packed")
+            monkeypatch.setattr(prepare, "forward_mode_problem", lambda *_: None)
             monkeypatch.setattr(dual_modules, "_offset", lambda _: offset)
             monkeypatch.setattr(dual_modules, "_is_gated", lambda _: True)
             for module in (memory, directions, forward):
                 monkeypatch.setattr(module, "free_memory", lambda _: 2**40)
             prepared = profiler.Profiler.of(plan.model, None, **given)
         found = prepared.measure().dataset
-        n_batches = sum(len(data_pass.batches) for data_pass in prepared._passes)
+        n_batches = sum(len(data_pass.batches) for data_pass in prepared._schedule.passes)
         # Weights, values of the risks, their gradients and the inner products of those.
-        assert device.waits == n_batches + 4 + waits_of_intervals(prepared)
+        assert device.waits == n_batches + 4 + waits_of_intervals(given["resolve"])
     for name in ("g_effect", "loss", "risk_value"):
         x, y = (torch.from_numpy(of[name].values) for of in (found, expected))
         torch.testing.assert_close(

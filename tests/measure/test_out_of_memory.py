@@ -130,7 +130,7 @@ def test_in_batches_side_by_side(where, scarce):
     for each in (model, other):
         each.lm_head.register_forward_hook(lambda *_: None)  # so that it is tried
     with fp64_throughout(), pytest.MonkeyPatch().context() as patch:
-        patch.setattr("geffect_fast.measure.profiler.choose_layout", lambda *_: "equal_length")
+        patch.setattr("geffect_fast.measure.prepare.choose_layout", lambda *_: "equal_length")
         expected = numbers(model, other, **given)
         with scarce(where, 12), pytest.warns(GEffectWarning):
             found = numbers(model, other, **given)

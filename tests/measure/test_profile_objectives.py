@@ -9,7 +9,7 @@ from models import build, fp64_throughout, samples
 from reference import forget_shares
 
 import geffect_fast as gf
-from geffect_fast.measure import profiler as profile_module
+from geffect_fast.measure import prepare
 
 FORGET = [2, 17, 5, 40]
 RETAIN = [9, 30, 2]
@@ -54,7 +54,7 @@ def test_batches_layouts_and_order_change_nothing(monkeypatch, layout, budget):
     with fp64_throughout():
         model, other = models()
         whole = run(model, forget, retain, OBJECTIVES, reference_model=other, token_budget=10**6)
-        monkeypatch.setattr(profile_module, "choose_layout", lambda *_: layout)
+        monkeypatch.setattr(prepare, "choose_layout", lambda *_: layout)
         cut = run(
             model,
             [forget[i] for i in order],
