@@ -45,11 +45,12 @@ extra = $$($(BIN)/python -I -c 'from importlib.metadata import requires; \
 		if r.marker and r.marker.evaluate({"extra": "$(1)"}) and not r.marker.evaluate({"extra": ""})))')
 
 .DELETE_ON_ERROR:
-.PHONY: help install demo readme test test-nobuild lint format cuda-check sanitize bench gpu gpu-build gpu-test gpu-bench gpu-engines clean
+.PHONY: help install demo readme docs dist matrix test test-nobuild lint format cuda-check sanitize bench gpu gpu-build gpu-test gpu-bench gpu-engines clean
 
 help:
 	@echo "make demo          install into $(VENV), build the kernels, run the demo into $(DEMO_OUT)"
-	@echo "make readme        compare README's outputs with what its commands print"
+	@echo "make readme        compare outputs in README and the docs with what their commands print"
+	@echo "make docs          the docs as a site, into build/docs; dead links fail"
 	@echo "make test          install and run all tests"
 	@echo "make test-nobuild  tests of what calls the kernels, on an installation without them"
 	@echo "make lint          ruff, clang-format, mypy"
@@ -61,6 +62,8 @@ help:
 	@echo "make gpu-test      build the CUDA kernels for the GPU that is here and test them"
 	@echo "make gpu-bench     the same, and time them"
 	@echo "make gpu-engines   the same, and time whole profiles"
+	@echo "make dist          sdist and wheel into dist/, each tried in a fresh environment; minutes"
+	@echo "make matrix        try that wheel with MATRIX='--python python3.12 --torch 2.14.0'"
 	@echo "make clean         remove $(VENV), builds and caches"
 
 install: $(VENV)/installed
@@ -88,9 +91,10 @@ $(VENV)/installed: $(VENV)/torch pyproject.toml setup.py $(NATIVE)
 	@$(BIN)/geffect-fast env
 	@touch $@
 
+# One after the other, also where make runs targets side by side.
 $(VENV)/tools-%: $(VENV)/installed
 	@echo "installing what '$*' needs"
-	@$(PIP) $(call extra,$*)
+	@flock $(VENV) $(PIP) $(call extra,$*)
 	@touch $@
 
 # The headers alone: what the package depends on is for its Python side.
@@ -102,9 +106,13 @@ $(VENV)/tools-cuda: $(VENV)/installed
 demo: $(VENV)/tools-evaluate
 	$(BIN)/geffect-fast demo --out $(DEMO_OUT) --overwrite
 
-# README's outputs are those of the commands above them; without --check the script puts them there.
+# Outputs are those of the commands above them; without --check the script puts them there.
 readme: $(VENV)/installed
 	$(BIN)/python tools/readme_outputs.py --check
+
+# mkdocs.yml is strict: a link or an anchor that leads nowhere, or a page that no menu has, fails.
+docs: $(VENV)/tools-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --site-dir build/docs
 
 test: $(VENV)/tools-test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(SIDE_BY_SIDE)
@@ -164,6 +172,12 @@ sanitize: $(SANITIZED)/built
 		tests/capture
 	@$(WITH_SANITIZERS) ATEN_CPU_CAPABILITY=default $(UNDER_SANITIZERS) tests/ops/test_op_values.py \
 		tests/ops/test_norm_parts.py
+
+dist: $(VENV)/tools-dist
+	$(BIN)/python tools/dist.py
+
+matrix: $(VENV)/installed
+	$(BIN)/python tools/matrix.py $(MATRIX)
 
 bench: $(VENV)/tools-test
 	for script in $(filter-out %/bench_gpu.py %/bench_gpu_engines.py,$(wildcard benchmarks/bench_*.py)); do $(BIN)/python "$$script" || exit 1; done

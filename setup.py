@@ -28,7 +28,7 @@ import sysconfig
 from pathlib import Path
 from typing import NamedTuple
 
-from setuptools import setup
+from setuptools import Extension, setup
 
 CHOICES = ("auto", "cpu", "cuda", "none", "sanitize")
 ROOT = Path(__file__).resolve().parent
@@ -57,8 +57,9 @@ NVCC_FLAGS = [
 CUDA_TARGETS = ("8.0", "8.9", "9.0a", "10.0", "12.0")
 # The one target of *_sm90.cu, which use instructions that only sm_90a has.
 HOPPER_FLAG = "-gencode=arch=compute_90a,code=sm_90a"
-# One build serves torch 2.11 and every later 2.x.
+# One build serves torch 2.11 and every later 2.x, and (csrc/module.cpp) Python 3.10 and later.
 TORCH_TARGET_VERSION = "0x020b000000000000"
+WHEEL_OF_EVERY_PYTHON = {"bdist_wheel": {"py_limited_api": "cp310"}}
 
 
 def notice(message: str) -> None:
@@ -236,8 +237,6 @@ def native_extensions(toolkit: Toolkit | None) -> list:
     The Hopper kernels are a library of their own, `_kernels_sm90`, for one target.
     """
     os.environ.setdefault("CXX", str(cxx_compiler()))
-    from torch.utils.cpp_extension import CppExtension
-
     cpu, cuda, hopper = sources("cpu/*.cpp"), [], []
     gencode = [] if toolkit is None else gencode_flags(toolkit)
     if toolkit is not None:
@@ -267,11 +266,12 @@ def native_extensions(toolkit: Toolkit | None) -> list:
         "CUDA_OPS": ops_of([*cuda, *hopper]),
     }
     extensions.append(
-        CppExtension(
+        Extension(
             "geffect_fast._C",
             ["csrc/module.cpp"],
             define_macros=[(f"GEFFECT_FAST_{name}", f'"{fact}"') for name, fact in facts.items()],
             extra_compile_args=CXX_FLAGS,
+            py_limited_api=True,
         )
     )
     return extensions
@@ -300,7 +300,11 @@ def main() -> None:
         os.environ["CUDA_HOME"] = str(toolkit.home)  # read once, by the next import
     from torch.utils.cpp_extension import BuildExtension
 
-    setup(ext_modules=native_extensions(toolkit), cmdclass={"build_ext": BuildExtension})
+    setup(
+        ext_modules=native_extensions(toolkit),
+        cmdclass={"build_ext": BuildExtension},
+        options=WHEEL_OF_EVERY_PYTHON,
+    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Rows of bench_gpu_engines.py as text and as a table of README."""
+"""Rows of bench_gpu_engines.py as text and as a table of the docs."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Rewrite the tables of README.md from the committed CSVs.
+"""Rewrite the tables of README.md, docs/speed.md and docs/install.md from the committed CSVs.
 
 python benchmarks/readme_table.py            # rewrites
-python benchmarks/readme_table.py --check    # exit 1 where README.md differs
+python benchmarks/readme_table.py --check    # exit 1 where a page differs
 """
 
 from __future__ import annotations
@@ -11,16 +11,19 @@ import csv
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import engines_report
 import gpu_report
 
 ROOT = Path(__file__).parent.parent
+PAGES = (ROOT / "README.md", ROOT / "docs" / "speed.md", ROOT / "docs" / "install.md")
 RESULTS = Path(__file__).parent / "results"
 GPU_CODE = ("csrc", "geffect_fast/ops", "geffect_fast/capture", "geffect_fast/engines")
 STEP = "training step"
+SPEED_ON_GPU = (("reverse", "1 objective"), ("forward", "21 objectives"))
+"""Engines and objectives of README's rows."""
 OF_BEST = "geffect_fast over the best other"
 BEGIN, END = "<!-- {}: benchmarks/readme_table.py -->", "<!-- end of {} -->"
 
@@ -181,6 +184,18 @@ def ops_table() -> str:
     return "\n".join([*lines, "", machine_line(rows[0])])
 
 
+def matrix_table() -> str:
+    """What the wheel was tried with."""
+    rows = read("matrix.csv")
+    lines = ["| Python | torch | system | version | outcome | |", "|---|---|---|---|---|---|"]
+    lines += [
+        f"| {r['python']} | {r['torch']} | {r['system']} | {r['version']} | {r['outcome']} "
+        f"| {r['date']} |"
+        for r in rows
+    ]
+    return "\n".join(lines)
+
+
 def has_changed(commit: str) -> bool | None:
     """Whether what GPU figures depend on differs from a commit; None where git does not know it."""
     command = ["git", "diff", "--quiet", commit, "--", *GPU_CODE]
@@ -188,24 +203,66 @@ def has_changed(commit: str) -> bool | None:
     return {0: False, 1: True}.get(done.returncode)
 
 
+def since(commits: Collection[str]) -> str | None:
+    """What is to be said of figures of these commits; None where git knows one of them not."""
+    changed = [has_changed(commit) for commit in commits]
+    if None in changed:
+        return None
+    named = " and ".join(sorted(commits))
+    return f"Code of {named}" + ("; it has changed since." if any(changed) else ", as it is now.")
+
+
 def gpu_tables(pattern: str, table: Callable[[list[dict[str, str]]], str]) -> str | None:
-    """A table for every GPU that was measured, or which code was, where that is not this one; None
-    where it cannot be told."""
+    """A table for every GPU that was measured; None where it cannot be told of which code."""
     found = []
     for path in sorted(RESULTS.glob(pattern)):
         rows = read(path.name)
-        commits = sorted({row["commit"] for row in rows})
-        changed = [has_changed(commit) for commit in commits]
-        if None in changed:
+        said = since({row["commit"] for row in rows})
+        if said is None:
             return None
-        where = f"benchmarks/results/{path.name}"
-        found.append(
-            f"Run on an {rows[0]['gpu']} at {' and '.join(commits)}; the code has changed since, so"
-            f" the figures stay in `{where}`."
-            if any(changed)
-            else table(rows)
-        )
-    return "\n\n".join(found) or "Not yet run on a GPU: no figures."
+        found.append(f"{table(rows)}\n\n{said} All of it: `benchmarks/results/{path.name}`.")
+    return "\n\n".join(found)
+
+
+def speed_table() -> str | None:
+    """README's: the sweep beside the published algorithm, and profiles on GPUs in training steps.
+
+    Of a GPU the most samples that were profiled.
+    """
+    cpu = read("sweep_cpu.csv")
+    lines = ["| what | samples | on | time | beside |", "|---|---:|---|---:|---|"]
+    lines += [
+        f"| {r['what']} | {r['samples']} | a CPU, {r['threads']} threads "
+        f"| {float(r['ours_s']):,.1f} s | published: {float(r['baseline_s']):,.0f} s, "
+        f"**{float(r['ratio']):.0f} x** |"
+        for r in cpu
+        if r["baseline"] == "published algorithm"
+    ]
+    commits: dict[str, None] = {}
+    for path in sorted(RESULTS.glob("engines_nvidia-*.csv")):
+        rows = [r for r in read(path.name) if r["section"] == "engine" and r["seconds"]]
+        most = max(int(r["samples"]) for r in rows)
+        commits |= dict.fromkeys(r["commit"] for r in rows)
+        lines += [
+            f"| {kind}, 2 risks, by {axes.replace(' x ', ', ')} ({engine} engine) "
+            f"| {most:,} | {r['gpu'].removeprefix('NVIDIA ')} | {float(r['seconds']):,.1f} s "
+            f"| {float(r['of_step']):.1f} training steps |"
+            for r in rows
+            for engine, kind, axes, *more in [r["what"].split(", ")]
+            if int(r["samples"]) == most and not more and (engine, kind) in SPEED_ON_GPU
+        ]
+    said = since(commits)
+    if said is None:
+        return None
+    first = cpu[0]
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"CPU: a 27M Llama, {first['cpu']}, torch {first['torch']}, {first['date']}. GPUs: a "
+            f"Llama-3.2-1B's shape in bf16. {said}",
+        ]
+    )
 
 
 def one_gpu_table(rows: list[dict[str, str]]) -> str:
@@ -236,46 +293,40 @@ def one_gpu_table(rows: list[dict[str, str]]) -> str:
     )
 
 
-def rewritten(text: str) -> str:
-    """README with its tables made anew."""
-    cpu = {
-        "sweep": sweep_table,
-        "forward": forward_table,
-        "rules": rules_table,
-        "per sample": per_sample_table,
-        "updates": updates_table,
-        "metrics": metrics_table,
-        "ops": ops_table,
-    }
-    tables: dict[str, str | None] = {
+def tables() -> dict[str, str | None]:
+    """Every table by its name; None where it cannot be made here."""
+    return {
+        "speed": speed_table(),
+        "sweep": sweep_table(),
+        "forward": forward_table(),
+        "rules": rules_table(),
+        "per sample": per_sample_table(),
+        "updates": updates_table(),
+        "metrics": metrics_table(),
+        "ops": ops_table(),
+        "matrix": matrix_table(),
         "gpu engines": gpu_tables("engines_nvidia-*.csv", engines_report.readme_table),
         "gpu": gpu_tables("nvidia-*.csv", one_gpu_table),
     }
-    for name, table in cpu.items():
-        script = f"bench_{name.replace(' ', '_')}.py"
-        measured = (RESULTS / f"{name.replace(' ', '_')}_cpu.csv").exists()
-        missing = f"Not measured on this version: `python benchmarks/{script}`."
-        tables[name] = table() if measured else missing
-    for name, found in tables.items():
-        if found is None:
-            continue
-        begin, end = BEGIN.format(name), END.format(name)
-        head, rest = text.split(begin)
-        text = f"{head}{begin}\n\n{found}\n\n{end}{rest.split(end)[1]}"
-    return text
 
 
 def main() -> int:
-    """Rewrite README.md, or check it."""
+    """Rewrite the pages, or check them."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="do not write, exit 1 on a difference")
     check = parser.parse_args().check
-    readme = ROOT / "README.md"
-    before = readme.read_text(encoding="utf-8")
-    after = rewritten(before)
+    before = {page: page.read_text(encoding="utf-8") for page in PAGES}
+    after = dict(before)
+    for name, table in tables().items():
+        begin, end = BEGIN.format(name), END.format(name)
+        (page,) = [page for page, text in before.items() if begin in text]
+        if table is not None:
+            head, rest = after[page].split(begin)
+            after[page] = f"{head}{begin}\n\n{table}\n\n{end}{rest.split(end)[1]}"
     if check:
         return int(before != after)
-    readme.write_text(after, encoding="utf-8")
+    for page, text in after.items():
+        page.write_text(text, encoding="utf-8")
     return 0
 
 

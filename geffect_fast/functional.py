@@ -65,7 +65,7 @@ def grad_inner_products(
     Raises:
         InputError: names, lengths, shapes or groups that do not match.
 
-    Example:
+    Examples:
         >>> gf.functional.grad_inner_products([g1, g2], [h1, h2], ["attention", "mlp"])
     """
     if isinstance(grads_a, Mapping) or isinstance(grads_b, Mapping):
@@ -116,7 +116,7 @@ def per_sample_grad_norms(
 
     Source: the ghost norm (arXiv 1510.01799; 2110.05679), cross terms of shared parameters added.
 
-    Example:
+    Examples:
         >>> def loss_fn(model, batch):
         ...     logits = model(batch["input_ids"]).logits
         ...     return F.cross_entropy(logits[:, :-1].mT, batch["input_ids"][:, 1:],
@@ -162,7 +162,7 @@ def per_sample_inner_products(
         InputError: as above; a name that is no trainable parameter; a shape that does not fit.
         UnsupportedModelError: as above.
 
-    Example:
+    Examples:
         >>> direction = {name: p.grad for name, p in model.named_parameters()}
         >>> gf.functional.per_sample_inner_products(model, loss_fn, batch, direction)
     """
@@ -196,9 +196,10 @@ def pairwise_inner_products(
         `(n_a, n_b)` fp64, or a dict of them.
 
     Raises:
-        As `per_sample_grad_norms`.
+        InputError: as `per_sample_grad_norms`.
+        UnsupportedModelError: likewise.
 
-    Example:
+    Examples:
         >>> gf.functional.pairwise_inner_products(model, loss_fn, forget_batch, retain_batch)
     """
     plan = Plan.of(model)

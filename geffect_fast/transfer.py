@@ -25,7 +25,7 @@ class OnItsWay:
     Args:
         tensors: of one device, detached; what they hold when all that is queued so far is done.
 
-    Example:
+    Examples:
         >>> copy = OnItsWay(effects, values)
         >>> ...  # more work for the device
         >>> effects, values = copy.arrived()

@@ -24,7 +24,7 @@ class Trying(AbstractContextManager["Trying"]):
     Attributes:
         error: what was raised; None: nothing was.
 
-    Example:
+    Examples:
         >>> with Trying() as trial:
         ...     y = module(x)
         >>> if trial.error is not None:

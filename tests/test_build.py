@@ -77,7 +77,7 @@ def test_files_that_makefile_and_docs_name_are_there() -> None:
         "Makefile",
         "README.md",
         "CONTRIBUTING.md",
-        *(p.relative_to(ROOT) for p in ROOT.glob("docs/*.md")),
+        *(p.relative_to(ROOT) for p in ROOT.glob("docs/**/*.md")),
     ]
     folders = "tests|benchmarks|tools|docs|csrc|examples|geffect_fast"
     named = rf"\b(?:{folders})/[\w/]+\.(?:py|md|cpp|cuh?|h|csv)\b"
@@ -116,7 +116,7 @@ import json, runpy, setuptools, torch
 torch.version.cuda = {cuda!r}
 torch.cuda._is_compiled = lambda: True
 torch.cuda.is_available = lambda: False
-def describe(ext_modules=(), cmdclass=None):
+def describe(ext_modules=(), cmdclass=None, options=None):
     from torch.utils import cpp_extension
     built = {{e.name: vars(e) for e in ext_modules}}
     print(json.dumps({{"home": cpp_extension.CUDA_HOME, **built}}))

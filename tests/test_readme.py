@@ -17,7 +17,7 @@ def test_tables_are_generated_from_the_csvs():
     assert subprocess.run([sys.executable, str(script), "--check"], check=False).returncode == 0
 
 
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

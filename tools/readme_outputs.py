@@ -1,13 +1,14 @@
-"""README's outputs: made by the commands above them, and compared with what is written there.
+"""Outputs in README and the docs: made by the commands above them, and compared with them.
 
-    python tools/readme_outputs.py            runs every command of README that shows an output, and
-                                              puts what it prints in place
+    python tools/readme_outputs.py            runs every command that shows an output, and puts what
+                                              it prints in place
     python tools/readme_outputs.py --check    says what differs, and exits with 1
 
-Commands run as they are written, one after the other, in a folder with invented authors
-(`forget.jsonl`, `retain.jsonl`), a small Llama that learned them (`reference`), and the same a few
-steps of gradient ascent later (`model`). Training is in fp64, so that other processors find the
-same model; numbers are compared to `TOLERANCE`, words exactly.
+Commands run as they are written, one after the other, README's first and then those of the docs'
+pages in the order of mkdocs.yml, in a folder with invented authors (`forget.jsonl`,
+`retain.jsonl`), a small Llama that learned them (`reference`), and the same a few steps of gradient
+ascent later (`model`). Training is in fp64, so that other processors find the same model; numbers
+are compared to `TOLERANCE`, words exactly.
 """
 
 from __future__ import annotations
@@ -22,16 +23,25 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
-README = ROOT / "README.md"
 TOLERANCE = 0.03
 """Relative; and a unit of the last digit that is written."""
 
 SHOWN = {
+    "profile": ("^G-effect of", r"^$"),
     "sweep": ("the best of each family", r"^$"),
     "tokens": ("^forget row", r"^$"),
     "weights": ("^Against", r"^(?!Against|Of )"),
+    "unlearn": ("^step 0", r"^(?!step|e_u is)"),
+    "compare": ("runs? at the", r"^$"),
+    "evaluate": ("^measures", r"^$"),
+    "control": ("^share kept", r"^In brackets"),
+    "relearn": ("^measures by step", r"^$"),
+    "objectives": ("^Objectives", r"^$"),
     "check": ("^Covered", r"^(?!Covered|Tied|Exact|$)"),
 }
 """Of a command's output, the line from which it is shown, and the first that is not any more; a
@@ -42,18 +52,33 @@ NUMBER = re.compile(r"[-+−]?\d[\d,]*(?:\.\d+)?(?:e[-+]?\d+)?")
 
 @dataclass(frozen=True)
 class Block:
-    """Commands in README and the output below them.
+    """Commands in a page and the output below them.
 
     Attributes:
-        first, last: lines of the output in README, `last` exclusive.
+        first, last: lines of the output in the page, `last` exclusive.
         commands: they, of which the last prints it.
-        shown: the output as README has it.
+        shown: the output as the page has it.
     """
 
     first: int
     last: int
     commands: list[str]
     shown: list[str]
+
+
+def pages() -> list[Path]:
+    """README and what mkdocs.yml lists of docs/, in its order."""
+
+    def files(nav: Any) -> Iterator[str]:
+        if isinstance(nav, str):
+            yield nav
+        else:
+            for entry in nav.values() if isinstance(nav, dict) else nav:
+                yield from files(entry)
+
+    nav = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))["nav"]
+    docs = [ROOT / "docs" / file for file in files(nav)]
+    return [ROOT / "README.md", *(page for page in docs if page.exists())]
 
 
 def blocks(lines: list[str]) -> Iterator[Block]:
@@ -80,7 +105,7 @@ def blocks(lines: list[str]) -> Iterator[Block]:
 
 
 def shown_of(command: str, output: str) -> list[str]:
-    """What README shows of a command's output."""
+    """What a page shows of a command's output."""
     begin, end = SHOWN[command.split()[1]]
     lines = [line.rstrip() for line in output.splitlines()]
     start = next((i for i, line in enumerate(lines) if re.search(begin, line)), None)
@@ -97,9 +122,9 @@ def shown_of(command: str, output: str) -> list[str]:
 def differences(written: list[str], found: list[str]) -> list[str]:
     """Lines that differ in words, or in a number by more than `TOLERANCE`."""
     if len(written) != len(found):
-        return [f"{len(written)} lines in README, {len(found)} printed", *found]
+        return [f"{len(written)} lines are written, {len(found)} printed", *found]
     return [
-        f"README   {old}\nprinted  {new}"
+        f"written  {old}\nprinted  {new}"
         for old, new in zip(written, found, strict=True)
         if not alike(old, new)
     ]
@@ -168,20 +193,18 @@ AUTHORS, EPOCHS, ASCENTS = 6, 24, 3
 
 
 def run(command: str, folder: Path) -> str:
-    """What a command prints in the folder."""
-    arguments = shlex.split(command, comments=True)[1:]
+    """What a command prints in the folder, on both streams."""
     done = subprocess.run(
-        [sys.executable, "-m", "geffect_fast.cli", *arguments, "--threads", "1"][
-            : None if "--model" in arguments else -2
-        ],
+        [sys.executable, "-m", "geffect_fast.cli", *shlex.split(command, comments=True)[1:]],
         cwd=folder,
-        env=os.environ | {"OMP_WAIT_POLICY": "passive", "NO_COLOR": "1"},
-        capture_output=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "NO_COLOR": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
         text=True,
         check=False,
     )
     if done.returncode:
-        raise SystemExit(f"error: {command} exits with {done.returncode}:\n{done.stderr}")
+        raise SystemExit(f"error: {command} exits with {done.returncode}:\n{done.stdout}")
     return done.stdout
 
 
@@ -190,27 +213,30 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="change nothing")
     given = parser.parse_args()
-    lines = README.read_text(encoding="utf-8").splitlines()
-    wrong = 0
+    number = wrong = 0
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         prepare(folder)
-        found = [
-            (block, shown_of(block.commands[-1], [run(c, folder) for c in block.commands][-1]))
-            for block in blocks(lines)
-        ]
-    for block, output in reversed(found):
-        differing = differences(block.shown, output)
-        if differing and given.check:
-            wrong += 1
-            print(f"README's output of {block.commands[-1]}\n", *differing, sep="\n")
-        if differing:
-            lines[block.first : block.last] = [f"    {line}".rstrip() for line in output]
-    if not given.check:
-        README.write_text("\n".join(lines) + "\n", encoding="utf-8")
-        return 0
-    print(f"README: {wrong} of {len(found)} outputs are not what the commands print")
-    return int(wrong > 0)
+        for page in pages():
+            lines = page.read_text(encoding="utf-8").splitlines()
+            found = [
+                (block, shown_of(block.commands[-1], [run(c, folder) for c in block.commands][-1]))
+                for block in blocks(lines)
+            ]
+            for block, output in reversed(found):
+                number += 1
+                differing = differences(block.shown, output)
+                if not differing:
+                    continue
+                wrong += 1
+                where = page.relative_to(ROOT)
+                print(f"{where}: the output of {block.commands[-1]}", *differing, sep="\n")
+                lines[block.first : block.last] = [f"    {line}".rstrip() for line in output]
+            if found and not given.check:
+                page.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    said = "are not what the commands print" if given.check else "were put in place"
+    print(f"{wrong} of {number} outputs {said}")
+    return int(given.check and wrong > 0)
 
 
 if __name__ == "__main__":

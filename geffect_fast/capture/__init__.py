@@ -63,7 +63,7 @@ def capture(
         UnsupportedModelError: the rows of a module cannot be told apart by sample; or, at the end
             of the block, a parameter was used outside its own module.
 
-    Example:
+    Examples:
         >>> with gf.capture(model) as records:
         ...     model(input_ids=ids, labels=ids).loss.backward()
         >>> records["model.layers.0.mlp.up_proj.weight"][0].a.shape  # (total_tokens, d_in)

@@ -44,7 +44,7 @@ def use_update_rule(
             begins, or at an update.
         UnsupportedModelError: the training is spread over devices.
 
-    Example:
+    Examples:
         >>> trainer = Trainer(model, args, train_dataset=pairs, data_collator=collate)
         >>> gf.integrations.use_update_rule(trainer, gf.updates.OrthoGrad(), retain_weight=1.0)
         >>> trainer.train()

@@ -74,7 +74,7 @@ def against_effects(
         InputError: fewer than two runs; one without steps or of no one objective; runs of other
             data; measures that lack a model.
 
-    Example:
+    Examples:
         >>> found = gf.against_effects("study/", "measures/")
         >>> found.spearman.sel(predictor="e_u", metric="probability", set="forget")
     """

@@ -167,7 +167,7 @@ def check(
     Raises:
         InputError, NonFiniteError, UnsupportedModelError: as `profile`.
 
-    Example:
+    Examples:
         >>> gf.check(model, tokenizer, data="forget.jsonl").exact
         True
     """

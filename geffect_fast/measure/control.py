@@ -100,7 +100,7 @@ def control(
             which the original has nothing; unusable data or settings. One line.
         NonFiniteError: a weight or log-probability is not finite; the first is named.
 
-    Example:
+    Examples:
         >>> result = gf.control(original, {"ga": "ga/model", "npo": "npo/model"}, tokenizer,
         ...                     retain="retain.jsonl", forget="forget.jsonl")
         >>> result.value.sel(metric="extraction_strength", set="forget")

@@ -104,7 +104,7 @@ def evaluate(
         NonFiniteError: a weight or log-probability is not finite; the first is named.
         UnsupportedModelError: the model cannot do what a metric needs.
 
-    Example:
+    Examples:
         >>> result = gf.evaluate(model, tokenizer, forget="forget01_perturbed.json",
         ...                      retain="retain_perturbed.json", metrics=["truth_ratio", "rouge_l"])
         >>> result.value.sel(metric="rouge_l", set="forget")

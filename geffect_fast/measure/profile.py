@@ -135,7 +135,7 @@ def profile(
         UnsupportedModelError: a module's share cannot be attributed exactly, or has no derivative
             in the engine that is needed; it is named.
 
-    Example:
+    Examples:
         >>> result = gf.profile(model, tokenizer, forget="forget.jsonl", retain="retain.jsonl",
         ...                     objectives=["ga", "npo(beta=0.1)"])
         >>> result.g_effect.sum(["parameter", "sample"])

@@ -76,7 +76,7 @@ class Profiler:
         risk_names: names along the axis `risk`.
         own_loss: how the model's own loss differs from the risk; None: not.
 
-    Example:
+    Examples:
         >>> profiler = Profiler.of(model, tokenizer, forget=rows, retain=others, objectives=["ga"])
         >>> before = profiler.measure().dataset
         >>> ...  # a training step

@@ -69,7 +69,7 @@ def sweep(
     Raises:
         InputError: as `profile`, or a range is wrong; the line names the character.
 
-    Example:
+    Examples:
         >>> result = gf.sweep(model, tokenizer, forget="forget.jsonl", retain="retain.jsonl",
         ...                   objectives=["wga(alpha=0.1:7:30)", "npo(beta=0.01:4:30,log)"])
         >>> result.g_effect.sum("sample").sel(risk="unlearn").set_index(objective="hyper_alpha")
@@ -120,7 +120,7 @@ def pareto_front(result: xr.Dataset) -> xr.DataArray:
     Returns:
         bool (objective); False where an effect is not finite.
 
-    Example:
+    Examples:
         >>> result.objective[gf.pareto_front(result)]
     """
     result = result.sel(risk=["unlearn", "retain"])

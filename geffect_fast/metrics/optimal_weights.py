@@ -93,7 +93,7 @@ def optimal_weights(
             given, or it cannot be reached: the message says what can.
         NonFiniteError: an effect is NaN or infinite.
 
-    Example:
+    Examples:
         >>> result = gf.profile(..., objectives=["ga"], resolve=("sample", "token"))
         >>> gf.optimal_weights(result, retain_budget=0.0).e_u
     """

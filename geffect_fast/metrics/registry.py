@@ -67,7 +67,7 @@ def register(name: str) -> Callable[[M], M]:
         InputError: the name is unusable or taken, or the class is no metric that defines `scores`
             or `measures`, or a hyper-parameter has no default.
 
-    Example:
+    Examples:
         >>> @register("surprise")
         ... class Surprise(Metric): ...
     """

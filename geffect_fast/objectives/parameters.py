@@ -45,7 +45,7 @@ def parameter(
     Returns:
         A dataclass field; the objective checks its value on construction.
 
-    Example:
+    Examples:
         >>> @dataclass(frozen=True)
         ... class Mine(Objective):
         ...     beta: float = parameter(0.1, above=0)

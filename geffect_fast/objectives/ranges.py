@@ -56,7 +56,7 @@ def expand(text: str | Objective) -> Sweep:
     Raises:
         InputError: as `objectives.parse`, or a value does not suit its parameter.
 
-    Example:
+    Examples:
         >>> [str(o) for _, o in expand("wga(alpha=1:2:3)").members]
         ['wga(alpha=1)', 'wga(alpha=1.5)', 'wga(alpha=2)']
     """

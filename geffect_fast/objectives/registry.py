@@ -43,7 +43,7 @@ def register(name: str) -> Callable[[C], C]:
             `loss` and `token_terms` (or `terms`, for a `Composite`) with parameters annotated
             `float`, `int` or `bool`.
 
-    Example:
+    Examples:
         >>> @register("mine")
         ... @dataclass(frozen=True)
         ... class Mine(Objective): ...

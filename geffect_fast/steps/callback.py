@@ -76,7 +76,7 @@ class GEffectCallback(TrainerCallback):
     Raises:
         InputError: unusable arguments, here or when training begins.
 
-    Example:
+    Examples:
         >>> probe = gf.integrations.GEffectCallback(
         ...     {"forget": "forget.jsonl", "retain": "retain.jsonl"}, every=10, objectives=["npo"])
         >>> Trainer(model, args, train_dataset=data, callbacks=[probe]).train()

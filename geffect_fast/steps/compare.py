@@ -88,7 +88,7 @@ def compare(
         InputError: fewer than two runs, one without steps, one twice, other data, or no steps in
             common.
 
-    Example:
+    Examples:
         >>> both = gf.compare(["run-ga", "run-npo"])
         >>> both.risk_value.sel(risk="retain").isel(step=-1)
     """

@@ -84,7 +84,7 @@ class Probe:
     Raises:
         InputError: `trained` is not among the objectives.
 
-    Example:
+    Examples:
         >>> profiler = Profiler.of(model, tokenizer, **data, objectives=["npo"])
         >>> probe = Probe(profiler, StepStore(None, run_identity(profiler)))
         >>> probe.at(0)

@@ -80,7 +80,7 @@ def profile_checkpoints(
         UnfinishedError: the disk refuses; the steps before it are kept.
         InterruptedRunError: Ctrl-C with `out`; the steps are kept.
 
-    Example:
+    Examples:
         >>> result = gf.profile_checkpoints("out/checkpoint-*", tokenizer, forget="forget.jsonl",
         ...                                 retain="retain.jsonl", objectives=["ga", "npo"])
         >>> result.g_effect.sum(["parameter", "sample"]).sel(risk="unlearn")

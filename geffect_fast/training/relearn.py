@@ -95,7 +95,7 @@ def relearn(
         InputError, UnsupportedModelError: unusable data, models or settings, in one line.
         NonFiniteError: a weight, or on the way the loss, is not finite; the step is named.
 
-    Example:
+    Examples:
         >>> result = gf.relearn(model, tokenizer, forget="forget.jsonl", retrained="retrained",
         ...                     n_rows=5, steps=20, learning_rate=1e-5)
         >>> result.value.sel(metric="extraction_strength", set="others")

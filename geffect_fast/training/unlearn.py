@@ -82,7 +82,7 @@ def unlearn(
         UnfinishedError: the disk refuses; the steps before it are kept.
         InterruptedRunError: Ctrl-C with `out`; the steps are kept.
 
-    Example:
+    Examples:
         >>> result = gf.unlearn(model, tokenizer, forget="forget.jsonl", retain="retain.jsonl",
         ...                     objective="npo(beta=0.1)", steps=60, learning_rate=1e-5)
         >>> result.g_effect.sum(["parameter", "sample"]).sel(objective="npo(beta=0.1)")

@@ -35,7 +35,7 @@ def register(name: str) -> Callable[[C], C]:
         InputError: the name is unusable or taken, or the class is no update rule that defines
             `apply` with parameters annotated `float`, `int` or `bool`.
 
-    Example:
+    Examples:
         >>> @register("half")
         ... class Half(UpdateRule):
         ...     def apply(self, step):

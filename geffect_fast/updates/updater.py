@@ -29,7 +29,7 @@ class Updater:
         InputError: the rule moves weights by little, which their precision rounds away.
         UnsupportedModelError: the model is spread over devices.
 
-    Example:
+    Examples:
         >>> updater = Updater(OrthoGrad(), model)
         >>> updater.update(losses, optimizer)  # writes `.grad`
         >>> optimizer.step()

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from layer_cases import CASES, VOCAB, D
 from models import fp64_throughout
+from torch import nn
 
 from geffect_fast.capture import Plan, Recorder, Recording, Segments
 from geffect_fast.capture.factors import summed_gradient
+from geffect_fast.capture.layer_rules import Call
 from geffect_fast.capture.products import inner, pairwise, squared_norms
+from geffect_fast.functional import per_sample_grad_norms
 
 TOLERANCE = 1e-10
 RECTANGLE = (3, 6)
@@ -175,3 +181,21 @@ def test_two_rows_a_sample():
         for i in range(3):
             close(summed_gradient(factors, i, shape), own[i])
         close(squared_norms(factors, shape), own.flatten(1).square().sum(1))
+
+
+def test_the_page_on_a_rule_of_ones_own_is_right(monkeypatch):
+    monkeypatch.setattr(Call, "rules", dict(Call.rules))
+    page = Path(__file__).parents[2] / "docs" / "adding_an_architecture.md"
+    blocks = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+    namespace = {"__name__": "my_model"}
+    exec(compile("\n".join(blocks), str(page), "exec", dont_inherit=True), namespace)
+    model = nn.Sequential(nn.Linear(D, D), namespace["Gain"](D)).double().eval()
+    x = torch.randn(3, 4, D, dtype=torch.float64)
+    assert Plan.of(model).owners["1"].rule is namespace["GainCall"]
+    found = per_sample_grad_norms(
+        model, lambda m, x: torch.sin(m(x)).sum((1, 2)), x, per_parameter=True
+    )
+    alone = [
+        torch.autograd.grad(torch.sin(model(row)).sum(), model[1].weight)[0].norm() for row in x
+    ]
+    torch.testing.assert_close(found["1.weight"], torch.stack(alone))

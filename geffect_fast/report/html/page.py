@@ -75,7 +75,7 @@ def write_page(
         InputError: no run, several of which one has no steps or holds measures, runs that do not
             compare, a result that was taken apart, or the disk refuses.
 
-    Example:
+    Examples:
         >>> gf.write_page(result, "page.html")
         >>> gf.write_page({"ga": gf.open_run("run-ga"), "npo": gf.open_run("run-npo")}, "both.html")
     """

