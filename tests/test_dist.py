@@ -5,10 +5,11 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+import geffect_fast
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
 
 import dist
-import geffect_fast
 
 
 def test_one_version_everywhere() -> None:

@@ -5,7 +5,8 @@
 The sdist is built from this folder and the wheel from the sdist; auditwheel makes the wheel one of
 manylinux, without torch's own libraries, which it takes from the installed torch. Both are looked
 into, and each is installed in a fresh virtual environment with all that it depends on
-(constraints.txt names the torch), where the commands run on a small model.
+(constraints.txt names the torch), where the commands run on a small model; of the sdist also the
+tests that it carries: all are collected, and those of `TESTS` run.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ import yaml
 ROOT = Path(__file__).resolve().parents[1]
 DIST = ROOT / "dist"
 TORCH_LIBRARIES = ("libc10*", "libtorch*", "libshm*")
+TESTS = ("tests/test_functional.py", "tests/ops/test_op_contract.py", "tests/test_cli.py")
+"""What runs of the sdist's tests: per-sample functions, kernels, commands."""
 
 SMALL_STUDY = """
 import torch
@@ -104,6 +107,17 @@ def try_out(python: Path) -> None:
         run(command, "check", "--model", "model", "--data", "forget.jsonl", cwd=folder)
 
 
+def try_tests(python: Path, sdist: Path) -> None:
+    """Collect the sdist's tests and run those of `TESTS`, with what it calls its extra `test`."""
+    with tempfile.TemporaryDirectory() as name, tarfile.open(sdist) as archive:
+        archive.extractall(name, filter="data")
+        (folder,) = Path(name).iterdir()
+        # pytest's own script: `python -m pytest` would put this package before the installed one
+        pytest = (python.parent / "pytest", "-q", "-p", "no:cacheprovider")
+        run(*pytest, "--collect-only", cwd=folder)
+        print(run(*pytest, *TESTS, cwd=folder, OMP_NUM_THREADS="1").splitlines()[-1])
+
+
 def version() -> str:
     """The version, which is written in one place, and named where readers look for it."""
     text = (ROOT / "geffect_fast" / "__init__.py").read_text(encoding="utf-8")
@@ -125,19 +139,16 @@ def disagreeing() -> list[str]:
 def missing_or_too_much(sdist: Path, wheel: Path) -> list[str]:
     """What the two should hold and do not, or hold and should not, in a line each."""
     with tarfile.open(sdist) as archive:
-        source = {name.partition("/")[2] for name in archive.getnames()}
+        source = {item.name.partition("/")[2] for item in archive.getmembers() if item.isfile()}
     with zipfile.ZipFile(wheel) as archive:
         built = set(archive.namelist())
-    package = {
-        path.relative_to(ROOT).as_posix()
-        for path in (ROOT / "geffect_fast").rglob("*")
-        if path.is_file() and path.suffix not in (".so", ".pyc")
-    }
+    # what begins with a dot is for git and its servers
+    clone = {name for name in run("git", "ls-files").splitlines() if not name.startswith(".")}
+    package = {name for name in clone if name.startswith("geffect_fast/")}
     native = {"geffect_fast/_C.abi3.so", "geffect_fast/_kernels.abi3.so"}
-    sources = {path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc").rglob("*.*")}
-    files = {"LICENSE", "CHANGELOG.md", "CITATION.cff", "README.md", "constraints.txt", "setup.py"}
-    wrong = [f"the sdist lacks {name}" for name in sorted((package | sources | files) - source)]
-    wrong += [f"the sdist has {name}" for name in sorted(source) if name.startswith("tests")]
+    made = re.compile(r"PKG-INFO|setup\.cfg|geffect_fast\.egg-info/")
+    wrong = [f"the sdist lacks {name}" for name in sorted(clone - source)]
+    wrong += [f"the sdist has {name}" for name in sorted(source - clone) if not made.match(name)]
     wrong += [f"the wheel lacks {name}" for name in sorted((package | native) - built)]
     ours = re.compile(r"geffect_fast(-[^/]+\.dist-info)?/")
     return wrong + [f"the wheel has {name}" for name in sorted(built) if not ours.match(name)]
@@ -168,15 +179,20 @@ def release() -> None:
     sdist, wheel = build()
     if wrong := missing_or_too_much(sdist, wheel):
         raise Failed("\n".join(wrong))
-    print(run(sys.executable, "-m", "twine", "check", "--strict", sdist, wheel).strip())
-    for kind, words in {"wheel": (wheel,), "sdist": ("--no-build-isolation", sdist)}.items():
-        say(f"trying the {kind} in a fresh environment")
-        with tempfile.TemporaryDirectory() as name:
-            tools = () if kind == "wheel" else ("setuptools>=77", "ninja")
-            first = ("-c", str(ROOT / "constraints.txt"), "torch", "numpy", *tools)
-            python = fresh(Path(name), sys.executable, *first)
-            install(python, *words)
-            try_out(python)
+    words = ("-m", "twine", "check", "--strict", sdist.name, wheel.name)
+    print(run(sys.executable, *words, cwd=DIST, NO_COLOR="1").strip())
+    first = ("-c", str(ROOT / "constraints.txt"), "torch", "numpy")
+    say("trying the wheel in a fresh environment")
+    with tempfile.TemporaryDirectory() as name:
+        python = fresh(Path(name), sys.executable, *first)
+        install(python, wheel)
+        try_out(python)
+    say("trying the sdist and its tests in a fresh environment")
+    with tempfile.TemporaryDirectory() as name:
+        python = fresh(Path(name), sys.executable, *first, "setuptools>=77", "ninja")
+        install(python, "--no-build-isolation", f"{sdist}[test]")
+        try_out(python)
+        try_tests(python, sdist)
     for path in (sdist, wheel):
         print(f"{path.relative_to(ROOT)}  {path.stat().st_size / 2**20:.1f} MB")
 
