@@ -260,7 +260,8 @@ def speed_table() -> str | None:
             *lines,
             "",
             f"CPU: a 27M Llama, {first['cpu']}, torch {first['torch']}, {first['date']}. GPUs: a "
-            f"Llama-3.2-1B's shape in bf16. {said}",
+            "Llama-3.2-1B's shape in bf16; a training step is a forward and backward of the same "
+            f"rows. {said}",
         ]
     )
 
