@@ -204,7 +204,7 @@ def has_changed(commit: str) -> bool | None:
 
 
 def since(commits: Collection[str]) -> str | None:
-    """What is to be said of figures of these commits; None where git knows one of them not."""
+    """What is to be said of figures of these commits; None where git does not know one of them."""
     changed = [has_changed(commit) for commit in commits]
     if None in changed:
         return None
