@@ -82,16 +82,16 @@ def with_settings(kind: type[Settings], **defaults: Any) -> Callable[[Function],
             described.append(
                 textwrap.fill(
                     f"{name}: {' '.join((field.description or '').split())}",
-                    100,
-                    initial_indent=8 * " ",
-                    subsequent_indent=12 * " ",
+                    96,
+                    initial_indent=4 * " ",
+                    subsequent_indent=8 * " ",
                 )
             )
         vars(function)["__signature__"] = signature.replace(parameters=shown)
-        text = function.__doc__ or ""
-        if f"{8 * ' '}settings:\n" not in text:
+        text = inspect.getdoc(function) or ""  # without indentation, as Python 3.13 keeps it
+        if f"{4 * ' '}settings:\n" not in text:
             raise ValueError(f"{function.__name__}: its docstring has no line 'settings:'")
-        function.__doc__ = text.replace(f"{8 * ' '}settings:", "\n".join(described))
+        function.__doc__ = text.replace(f"{4 * ' '}settings:", "\n".join(described))
         return function
 
     return decorate

@@ -2,11 +2,11 @@
 
 import pytest
 
-from geffect_fast.arguments import make_config
+from geffect_fast.arguments import make_config, with_settings
 from geffect_fast.cli import main
 from geffect_fast.errors import InputError
 from geffect_fast.evaluation_settings import EvaluateConfig
-from geffect_fast.settings import ProfileConfig
+from geffect_fast.settings import ProfileConfig, Reading
 from geffect_fast.storage.run_yaml import dump_config, load_config
 
 GOOD = {
@@ -90,3 +90,16 @@ def test_tasks_are_names_and_own_task_files_are_inputs(tmp_path):
     assert config.inputs()["--lm-eval-include own.yaml"] == str(tmp_path / "own.yaml")
     (tmp_path / "run.yaml").write_text(dump_config(config), encoding="utf-8")
     assert load_config(tmp_path / "run.yaml") == config
+
+
+def test_settings_are_in_a_docstring_however_python_keeps_it():
+    def documented(text):
+        def function(**settings): ...
+
+        function.__doc__ = text
+        return with_settings(Reading)(function).__doc__
+
+    text = "One.\n\n    Args:\n        settings:\n        other: last.\n    "
+    dedented = "One.\n\nArgs:\n    settings:\n    other: last.\n"  # from Python 3.13 on
+    assert documented(text) == documented(dedented)
+    assert "\n    max_length: " in documented(text)
