@@ -180,7 +180,7 @@ def release() -> None:
     if wrong := missing_or_too_much(sdist, wheel):
         raise Failed("\n".join(wrong))
     words = ("-m", "twine", "check", "--strict", sdist.name, wheel.name)
-    print(run(sys.executable, *words, cwd=DIST, NO_COLOR="1").strip())
+    print(run(sys.executable, *words, cwd=DIST).strip())
     first = ("-c", str(ROOT / "constraints.txt"), "torch", "numpy")
     say("trying the wheel in a fresh environment")
     with tempfile.TemporaryDirectory() as name:
