@@ -33,7 +33,7 @@ class ResultAccessor:
     Raises:
         InputError: the data set is no result, or one that was taken apart.
 
-    Example:
+    Examples:
         >>> result.gf
         >>> result.gf.plot.layers().savefig("layers.png")
         >>> result.gf.tokens(by="damage")
