@@ -27,6 +27,7 @@ if "matplotlib" not in sys.modules:
 from matplotlib import rc_context
 from matplotlib.axis import Axis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 from matplotlib.ticker import Formatter, LogFormatterSciNotation, ScalarFormatter
@@ -85,6 +86,26 @@ class PlainFigure(Figure):
             assert layout is not None
             layout.execute(self)
         self.set_layout_engine("none")
+
+    def write(self, file: Any, kind: str, name: str, metadata: dict[str, Any]) -> None:
+        """Write it when all has its place; `savefig` would draw it twice, to find places first.
+
+        Args:
+            file: a path or an open file.
+            kind: png or svg; the text of an SVG stays text.
+            name: which ids within an SVG are made from.
+            metadata: as `savefig` takes it.
+        """
+        dpi = self.dpi
+        try:
+            if kind == "png":
+                self._agg.print_png(file, metadata=metadata)
+            else:
+                with rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
+                    FigureCanvasSVG(self).print_svg(file, metadata=metadata)
+        finally:
+            self.set_canvas(self._agg)
+            self.dpi = dpi
 
     def drawn_part(self) -> Bbox:
         """Where something visible is, in inches, with a little ground around it."""

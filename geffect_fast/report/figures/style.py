@@ -153,12 +153,8 @@ def save_figure(figure: PlainFigure, file: Path, kinds: Sequence[str] = ("png", 
         file: without an ending; its name is the title.
         kinds: endings.
     """
-    import matplotlib as mpl
-
     figure.place()
     about = {"Title": file.name, "Description": figure.get_label()}
-    if "png" in kinds:
-        figure.savefig(f"{file}.png", metadata=about)
-    if "svg" in kinds:
-        with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": file.name}):
-            figure.savefig(f"{file}.svg", metadata=about | {"Date": None})
+    for kind in kinds:
+        unsigned = {"Date": None} if kind == "svg" else {}
+        figure.write(f"{file}.{kind}", kind, file.name, about | unsigned)

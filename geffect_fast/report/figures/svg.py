@@ -32,7 +32,7 @@ _OF_FILES = re.compile(
     r"(?s)\A.*?(?=<svg)|<metadata>.*?</metadata>|<!--.*?-->|<style.*?</style>"
     r"| id=\"[^\"]*_\d{1,4}\"|font-family:[^;\"]*(?:; )?|xlink:(?=href)|(?<=>)\s+(?=<)|\s+\Z"
 )
-_ROOT = re.compile(r'(<svg [^>]*?viewBox="0 0 ([\d.]+) ([\d.]+)"[^>]*>)')
+_ROOT = re.compile(r"\A<svg [^>]*>")
 _PLACES = re.compile(r'(?<= )(?:d|x|y|transform|points)="[^"]*"')
 _NUMBER = re.compile(r"-?\d+\.\d+")
 
@@ -187,22 +187,22 @@ def inline_svg(figure: PlainFigure, name: str, label: str = "") -> Markup:
         name: of no other `<svg>` of the page; ids are made from it, the same for the same figure.
         label: what it shows, read out in its place; empty: it is a legend's key, beside words.
     """
-    import matplotlib as mpl
-
     written = io.StringIO()
-    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
-        figure.savefig(written, format="svg", bbox_inches=figure.drawn_part(), metadata=_UNSIGNED)
+    figure.write(written, "svg", name, _UNSIGNED)
     text = _OF_FILES.sub("", written.getvalue())
     # hundredths of a point are enough
     text = _PLACES.sub(
         lambda place: _NUMBER.sub(lambda n: f"{float(n[0]):.2f}", " ".join(place[0].split())), text
     )
-    (whole,) = _ROOT.findall(text)
-    width, height = map(float, whole[1:])
+    part = figure.drawn_part()
+    x, y = 72 * part.x0, 72 * (figure.get_figheight() - part.y1)  # from the top, in points
+    width, height = 72 * part.width, 72 * part.height
     look = Markup('class="key" aria-hidden="true"')
     if label:
         look = Markup('style="max-width: {:.0f}px" role="img" aria-label="{}"').format(
             LARGEST * width, label
         )
-    root = Markup('<svg viewBox="0 0 {:.1f} {:.1f}" {}>').format(width, height, look)
-    return Markup(text.replace(whole[0], root))  # matplotlib has escaped what is text
+    shown = Markup('<svg viewBox="{:.1f} {:.1f} {:.1f} {:.1f}" {}>').format(
+        x, y, width, height, look
+    )
+    return Markup(_ROOT.sub(shown, text, count=1))  # matplotlib has escaped what is text
