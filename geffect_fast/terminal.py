@@ -105,9 +105,10 @@ def progress_bar(show: bool, what: str, total: float) -> Iterator[Callable[..., 
     if not show:
         yield lambda **_: None
         return
+    from rich.markup import escape
     from rich.progress import Progress
 
     console = Console(stderr=True)
     shown = console.is_terminal or console.is_jupyter
     with Progress(console=console, transient=True, disable=not shown) as progress:
-        yield partial(progress.update, progress.add_task(what, total=total))
+        yield partial(progress.update, progress.add_task(escape(what), total=total))

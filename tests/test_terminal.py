@@ -17,7 +17,7 @@ from rich.text import Text
 import geffect_fast
 from geffect_fast.cli import main
 from geffect_fast.errors import InputError
-from geffect_fast.terminal import Console, clean_output, visible
+from geffect_fast.terminal import Console, clean_output, progress_bar, visible
 
 ROOT = Path(geffect_fast.__file__).parent
 HOSTILE = "\x1b]0;title\x07\x1b[2J\x9b31m\x08\r\u202egnp\u2066\u200f\x7f\udcff\u2028"
@@ -167,3 +167,10 @@ def test_hostile_rows_of_a_run_are_shown_by_show_and_tokens(tmp_path, capsys):
         main(command)
         printed = capsys.readouterr()
         assert shown(printed.out) and not shown(printed.err)
+
+
+def test_a_bar_says_a_name_as_it_is(monkeypatch, capsys):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    with progress_bar(True, "measures of the model [bold]x[/]", 3) as update:
+        update(completed=1)
+    assert "[bold]x[/]" in Text.from_ansi(capsys.readouterr().err).plain
