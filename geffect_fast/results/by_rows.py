@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import xarray as xr
 
-CELLS = 2**20
-"""Effects that are in memory at once."""
+CELLS = 2**17
+"""Effects that are in memory at once. HDF5 takes 6 KiB besides for every row, objective and risk
+that are read together."""
 
 
 def row_slices(effect: xr.DataArray) -> Iterator[slice]:

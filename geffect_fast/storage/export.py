@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from geffect_fast.errors import InputError
 from geffect_fast.paths import user_path
+from geffect_fast.results.by_rows import CELLS
 from geffect_fast.storage.csv_cells import write_csv
 from geffect_fast.storage.disk import unwritable, whole_file
 from geffect_fast.storage.evaluation import assessed
@@ -17,9 +18,6 @@ from geffect_fast.storage.run_folder import reading
 if TYPE_CHECKING:
     import pandas as pd
     import xarray as xr
-
-CELLS = 2**17
-"""Rows of the table that are in memory at once."""
 
 
 def export(dataset: xr.Dataset, path: str | Path, overwrite: bool = False) -> Path:
