@@ -205,4 +205,5 @@ def inline_svg(figure: PlainFigure, name: str, label: str = "") -> Markup:
     shown = Markup('<svg viewBox="{:.1f} {:.1f} {:.1f} {:.1f}" {}>').format(
         x, y, width, height, look
     )
-    return Markup(_ROOT.sub(shown, text, count=1))  # matplotlib has escaped what is text
+    # The drawing without its root: matplotlib has escaped what is text.
+    return shown + Markup(_ROOT.sub("", text))
