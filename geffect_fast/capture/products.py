@@ -41,7 +41,7 @@ JVP_TOLERANCE = {torch.float64: 1e-7, torch.float32: 1e-4}
 that compute in fp32 inside are why the first figure is not smaller."""
 
 
-def _in_own_precision(function: Callable[P, R]) -> Callable[P, R]:
+def in_own_precision(function: Callable[P, R]) -> Callable[P, R]:
     """`function` with the precision of its arguments, not that of the model around the call."""
 
     @wraps(function)
@@ -78,7 +78,7 @@ def _promoted(x: Tensor, y: Tensor) -> torch.dtype:
     return x.dtype if x.dtype == y.dtype else torch.promote_types(x.dtype, y.dtype)
 
 
-@_in_own_precision
+@in_own_precision
 def project(a: Tensor, direction: Tensor, transposed: bool) -> Tensor:
     """`z[m, t] = V_m a_t`, the half of an inner product that no objective changes.
 
@@ -97,7 +97,7 @@ def project(a: Tensor, direction: Tensor, transposed: bool) -> Tensor:
     return (a @ direction.reshape(m * d_out, d_in).T).view(-1, m, d_out).permute(1, 0, 2)
 
 
-@_in_own_precision
+@in_own_precision
 def inner(factor: Factor, direction: Tensor, z: Tensor | None = None) -> Tensor:
     """`score[m, i] = <grad_i, V_m>`.
 
@@ -180,7 +180,7 @@ def _inner_by_jvp(factor: Explicit, direction: Tensor, flat: Tensor) -> Tensor |
     return score if bool((off <= rounding).all()) else None
 
 
-@_in_own_precision
+@in_own_precision
 def add_weighted_sum(factor: Outer | Lookup | RowSum, weights: Tensor, total: Tensor) -> None:
     """`total += sum_i weights[i] grad_i`, by one product with weighted output gradients.
 
@@ -209,7 +209,7 @@ def add_weighted_sum(factor: Outer | Lookup | RowSum, weights: Tensor, total: Te
         total += added.to(total.dtype)
 
 
-@_in_own_precision
+@in_own_precision
 def squared_norms(factors: list[Factor], shape: torch.Size) -> Tensor:
     """`||grad_i||_F^2` of one parameter, cross terms between its factors included, `(n,)` fp64."""
     if all(isinstance(f, RowSum) for f in factors):
@@ -244,7 +244,7 @@ def _sum(terms: list[Tensor]) -> Tensor:
     return torch.stack(terms).sum(0) if len(terms) > 1 else terms[0]
 
 
-@_in_own_precision
+@in_own_precision
 def squared_norms_of_one_input(outers: Sequence[Outer | GramOuter]) -> Tensor:
     """`||grad_i||_F^2` of all weights together of layers with one input, `(n,)` fp64."""
     first, gs = outers[0], [f.g for f in outers]
@@ -273,7 +273,7 @@ def _table_norms(lookups: list[Lookup]) -> Tensor:
     return sum_between(squares, cells[first])
 
 
-@_in_own_precision
+@in_own_precision
 def pairwise(a: list[Factor], b: list[Factor], shape: torch.Size) -> Tensor:
     """`<grad_i, grad_j>` of one parameter for every sample `i` of `a` and `j` of `b`, fp64."""
     return _sum([_pairwise(x, y, shape) for x in a for y in b])

@@ -6,12 +6,14 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from geffect_fast.capture import Plan
 from geffect_fast.engines.batches import Tick
 from geffect_fast.engines.directions import fisher_traces
+from geffect_fast.engines.place_masses import place_masses
 from geffect_fast.engines.reference import Reference
 from geffect_fast.engines.second_order import check_twice_differentiable, curvature_along
 from geffect_fast.errors import InputError
@@ -19,7 +21,7 @@ from geffect_fast.measure.effects import Effects
 from geffect_fast.measure.prepare import Schedule
 from geffect_fast.measure.rounding import HALF
 from geffect_fast.measure.step_metric import NextStep, StepMetric
-from geffect_fast.results.axes import Resolution
+from geffect_fast.results.axes import EffectArray, Resolution
 from geffect_fast.results.dataset import check_effects
 
 
@@ -154,6 +156,37 @@ def conflicts_of(
         name: ((dim,), of[0].numpy()) if by is None else ((by, dim), of.numpy())
         for name, (dim, of) in found.items()
     }
+
+
+def place_conflicts_of(
+    schedule: Schedule, directions: Mapping[str, Tensor], reference: Reference, tick: Tick
+) -> dict[str, Any]:
+    """`place_mass` and `place_conflict_share` by name: what `conflicts_of` says, place by place.
+
+    Args:
+        schedule: of the profile by position, whose rows of the objectives are run once more.
+        directions: gradients of the risks, `(M, *shape)` by parameter.
+        reference: what objectives compare with, prepared.
+        tick: progress.
+    """
+    resolution, mixture = schedule.resolution, schedule.mixture
+    at = schedule.risk_names.index("retain")
+    masses = np.zeros(resolution.shape(len(mixture), 2))
+    place_masses(
+        schedule.plan,
+        schedule.passes,
+        mixture,
+        {name: of[at] for name, of in directions.items()},
+        reference,
+        EffectArray(mixture, masses, resolution.places).place,
+        columns=resolution.columns()[1],
+        tick=tick,
+    )
+    mass, opposed = resolution.kept(masses).swapaxes(0, 1)
+    with np.errstate(invalid="ignore"):  # beyond a row's end there is nothing to divide
+        share = opposed / mass
+    dims = ("objective", *resolution.axes)
+    return {"place_mass": (dims, mass), "place_conflict_share": (dims, share)}
 
 
 def gradient_masses(

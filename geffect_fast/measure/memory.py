@@ -72,3 +72,14 @@ def check_memory(
             "free; resolve by 'group' in place of 'parameter', profile fewer objectives, or give "
             "out=FILE with 'sample' and 'position' or 'token' (a run folder is written that way)"
         )
+
+
+def check_place_memory(shape: tuple[int, ...]) -> None:
+    """Raise `InputError` where masses of places, which no file takes meanwhile, do not fit."""
+    needed, free = 8 * prod(shape), free_memory(torch.device("cpu"))
+    if needed > free:
+        raise InputError(
+            f"conflicts: by position they take {needed / 2**30:.1f} GiB and {free / 2**30:.1f} GiB "
+            "are free; resolve by 'group' in place of 'parameter', or profile fewer objectives or "
+            "rows"
+        )

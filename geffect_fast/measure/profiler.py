@@ -18,6 +18,7 @@ from geffect_fast.capture.compat import check_finite
 from geffect_fast.engines.batches import DataPass, Tick
 from geffect_fast.engines.directions import accumulate_gradients, place_for_directions
 from geffect_fast.engines.forward import moves_for
+from geffect_fast.engines.place_masses import check_places_apart
 from geffect_fast.engines.reference import Reference
 from geffect_fast.errors import InputError
 from geffect_fast.measure.beside_effects import (
@@ -25,9 +26,10 @@ from geffect_fast.measure.beside_effects import (
     check_second_order,
     conflicts_of,
     curvature_of,
+    place_conflicts_of,
 )
 from geffect_fast.measure.effects import Effects, find_effects, mixed_gradients
-from geffect_fast.measure.memory import check_memory, within_budget
+from geffect_fast.measure.memory import check_memory, check_place_memory, within_budget
 from geffect_fast.measure.prepare import Prepared, Schedule, prepare
 from geffect_fast.measure.sources import Sources, resolved_list
 from geffect_fast.measure.step_metric import NextStep, StepMetric
@@ -148,10 +150,12 @@ class Profiler:
                 `geffect_fast.profile` says it.
             step: the step that is taken next, in whose metric effects are measured, or also are.
             second_order: also `step_curvature`, as `geffect_fast.profile` says it.
-            conflicts: also `conflict_share`, as `geffect_fast.profile` says it.
+            conflicts: also `conflict_share`, and by position `place_conflict_share`, as
+                `geffect_fast.profile` says it.
 
         Raises:
-            InputError: the result does not fit in memory, or `out` is of no use.
+            InputError: the result does not fit in memory, `out` is of no use, or conflicts of an
+                objective cannot be told apart by place.
             NonFiniteError: a weight, gradient or effect is not finite; the first is named.
             UnsupportedModelError: the samples' shares miss a gradient.
         """
@@ -161,6 +165,10 @@ class Profiler:
         if not unchanged:
             check_finite(self.plan.model)
         shape = self._checked_shape(out, step)
+        places = conflicts and resolution.within == "position"
+        if places:
+            check_places_apart(self.objectives, schedule.passes, schedule.mixture)
+            check_place_memory(resolution.shape(len(self.objectives), 3))
         # Found where they are asked for first, and once.
         gradients = cache(partial(self.objective_gradients, unchanged=unchanged, progress=progress))
         taken = None if step is None else TakenStep(schedule, step, gradients)
@@ -172,6 +180,9 @@ class Profiler:
             own = gradients()  # which draws a bar of its own
             with self._ticking(progress, "rows' gradients", schedule.risk_passes) as tick:
                 variables |= conflicts_of(schedule, directions, own, self._reference, tick)
+        if places:
+            with self._ticking(progress, "conflicts by place", schedule.passes) as tick:
+                variables |= place_conflicts_of(schedule, directions, self._reference, tick)
         if taken is not None:
             taken.scale(directions)
         by_token = None

@@ -213,6 +213,10 @@ class EffectArray:
                 with `places`, its tokens.
         """
         mixed = torch.tensordot(self.mixture[:, list(data_pass.parts)], effects, dims=1)
+        self.place(data_pass, batch, mixed)
+
+    def place(self, data_pass: DataPass, batch: Batch, mixed: Tensor) -> None:
+        """`add` of what is of objectives already, `(K, M, C, n)`."""
         by_sample = self.values.shape[SAMPLE] > 1
         if self.places is None:
             pieces = mixed.unbind(-1)
@@ -222,8 +226,8 @@ class EffectArray:
             pieces = tuple(_placed(mixed[..., tokens], places[tokens]) for tokens in own)
         for row, piece in zip(batch.rows, pieces, strict=True):
             at = row + data_pass.offset if by_sample else 0
-            piece = piece.reshape(*piece.shape[:3], -1).numpy()
-            self.values[:, :, :, at, : piece.shape[-1]] += piece
+            found = piece.reshape(*piece.shape[:3], -1).numpy()
+            self.values[:, :, :, at, : found.shape[-1]] += found
 
     def add_whole(self, columns: Sequence[int], effects: Tensor) -> None:
         """Add effects `(n_parts, M, P)` of whole data sets, where nothing but place is told apart.

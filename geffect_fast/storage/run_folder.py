@@ -385,20 +385,20 @@ def write_dataset(dataset: xr.Dataset, file: Path) -> None:
     """Write a result as NetCDF-4 with compression; raises `OSError` where the disk refuses."""
     import h5netcdf
 
-    encoding = {name: COMPRESSION for name in dataset.data_vars if dataset[name].ndim}
     with DiskFile(file) as disk:
         try:
             with h5netcdf.File(disk, "w") as h5:
-                store_in(h5, dataset, encoding)
+                store_in(h5, dataset)
         finally:
             disk.check()  # also where HDF5 misses what it could not write
     seal(file)
 
 
-def store_in(h5: Any, dataset: xr.Dataset, encoding: dict[Any, Any] | None = None) -> None:
-    """Write a dataset into an open file of h5netcdf."""
+def store_in(h5: Any, dataset: xr.Dataset) -> None:
+    """Write a dataset into an open file of h5netcdf, with compression."""
     import xarray as xr
 
+    encoding = {name: COMPRESSION for name in dataset.data_vars if dataset[name].ndim}
     _encoded(dataset).dump_to_store(xr.backends.H5NetCDFStore(h5), encoding=encoding)
 
 
