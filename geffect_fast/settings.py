@@ -296,7 +296,7 @@ class ProfileConfig(SecondOrder, RunConfig):
 
     conflicts: bool = False
     """Also the share of each objective's gradient, by size and part of the model, whose sign
-    opposes the retain risk's."""
+    opposes the retain risk's; with position among the axes, at every token too."""
 
     optimizer_state: Annotated[
         PathOrId | None, Option(metavar="FILE"), AfterValidator(state_file)

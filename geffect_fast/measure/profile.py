@@ -73,7 +73,8 @@ def profile(
         second_order: also `step_curvature`, `u^T H u` of each risk along each objective's step `u`,
             by two backwards a risk and objective through one forward of its data.
         conflicts: also `conflict_share`, what part of an objective's gradient, by the sizes of its
-            elements, has a sign that opposes the retain risk's, and `fisher_trace`.
+            elements, has a sign that opposes the retain risk's, and `fisher_trace`; by position
+            also `place_conflict_share`.
         out: a NetCDF file that effects by sample and position or token are written to while they
             are computed, for results larger than memory; None: in memory.
         progress: show a bar.
@@ -122,6 +123,12 @@ def profile(
         `gradient_mass` (objective), the sizes of all; a descent along them raises that risk. NaN
         where the gradient is zero. `fisher_trace` (risk) is the diagonal of the risk's empirical
         Fisher matrix, summed: the squares of its rows' gradients, none of which is formed.
+
+        With `conflicts` and `position` also `place_mass` (objective, and all axes but `risk`), the
+        sizes of the elements of the gradient at each place, one token of one row, and
+        `place_conflict_share`, the part of it whose sign is not that of the whole retain risk's
+        gradient; NaN where the mass is zero. Places cancel in the whole gradient: their masses add
+        up to more than `gradient_mass`, and over axes that are summed to the masses of the rest.
 
         `reference_is_model` is 1 where an objective compares with a reference, and that is the
         model itself. `own_loss` is there where the model's own loss is not the risk: `unshifted`

@@ -43,6 +43,12 @@ from geffect_fast.report.summary.effects import (
 )
 from geffect_fast.report.summary.findings import findings
 from geffect_fast.report.summary.objectives import HARDLY, summarise
+from geffect_fast.report.summary.place_conflicts import (
+    BY_POSITION,
+    BY_TOKEN,
+    PLACES_NOTE,
+    PlaceConflicts,
+)
 from geffect_fast.report.summary.sweep import NUMBERS, Swept, highlights, is_sweep
 from geffect_fast.report.tokens.html import token_values
 from geffect_fast.report.tokens.view import has_tokens, token_view
@@ -78,7 +84,7 @@ def sections(dataset: xr.Dataset, summed: xr.Dataset) -> dict[str, list[Block]]:
         "instances": instances(summed),
         "tokens": tokens(dataset),
         "cosines": cosines(summed),
-        "conflicts": conflicts(summed),
+        "conflicts": [*conflicts(summed), *place_conflicts(dataset)],
         "table": full_table(summed),
     }
 
@@ -352,6 +358,27 @@ def conflicts(dataset: xr.Dataset) -> list[Block]:
     )
     left = left_out(len(rows) - 1, "objectives", len(kept) - 1)
     return [table, *left, *notes_of([NOTE])]
+
+
+def place_conflicts(dataset: xr.Dataset) -> list[Block]:
+    """The same by position, and the tokens behind it, where places were told apart."""
+    found = PlaceConflicts.of(dataset)
+    if found is None:
+        return []
+    names = [*found.opposed]
+    kept = thinned(np.arange(len(names)), MOST_ROWS)
+    by_position = Table(
+        BY_POSITION,
+        ["objective", *found.spans],
+        [[names[k], *(number(s, ".0f") for s in found.opposed[names[k]])] for k in kept],
+    )
+    blocks: list[Block] = [by_position, *left_out(len(names), "objectives", len(kept))]
+    if found.rows:
+        shown = thinned(np.arange(len(found.rows)), MOST_ROWS)
+        rows = [[*found.rows[i]] for i in shown]
+        by_token = Table(BY_TOKEN, ["objective", "row", "tokens"], rows, frozenset([0, 2]))
+        blocks += [by_token, *left_out(len(found.rows), "rows", len(shown))]
+    return [*blocks, *notes_of([PLACES_NOTE])]
 
 
 _ON_FORGET = {

@@ -13,6 +13,12 @@ from geffect_fast.report.format import in_metric, number, question
 from geffect_fast.report.summary.conflicts import CAPTION, Conflicts
 from geffect_fast.report.summary.effects import by_place, by_sample, labels, shares
 from geffect_fast.report.summary.objectives import summarise
+from geffect_fast.report.summary.place_conflicts import (
+    BY_POSITION,
+    BY_TOKEN,
+    PLACES_NOTE,
+    PlaceConflicts,
+)
 from geffect_fast.report.tables.cells import (
     FOLDED,
     WHOLE,
@@ -34,10 +40,16 @@ NOTE = (
 )
 
 
-def render(dataset: xr.Dataset) -> RenderableType:
-    """All tables of a result, for `rich.console.Console.print`."""
+def render(dataset: xr.Dataset, places: PlaceConflicts | None = None) -> RenderableType:
+    """All tables of a result, for `rich.console.Console.print`.
+
+    Args:
+        dataset: without positions or tokens.
+        places: what those say of conflicts.
+    """
     groups = (group_table(dataset, risk) for risk in labels(dataset, "risk"))
-    more = (conflict_table(dataset), instance_table(dataset))
+    by_place = () if places is None else place_conflict_tables(places)
+    more = (conflict_table(dataset), *by_place, instance_table(dataset))
     tables = [table for table in (*groups, *more) if table is not None]
     return Group(
         totals_table(dataset), Text(NOTE, style="dim"), Text(), *covered(dataset.attrs), *tables
@@ -90,6 +102,20 @@ def conflict_table(dataset: xr.Dataset) -> Table | None:
     for name, shares_of in found.rows().items():
         table.add_row(name, *(number(share, ".0f") for share in shares_of))
     return table
+
+
+def place_conflict_tables(found: PlaceConflicts) -> list[RenderableType]:
+    """Conflicts with the retain risk by position, and the tokens behind them."""
+    table = new_table(BY_POSITION, ("objective", FOLDED), *found.spans)
+    for name, shares_of in found.opposed.items():
+        table.add_row(name, *(number(share, ".0f") for share in shares_of))
+    tables: list[RenderableType] = [table]
+    if found.rows:
+        of_rows = new_table(BY_TOKEN, ("objective", FOLDED), "row", ("tokens", FOLDED))
+        for cells in found.rows:
+            of_rows.add_row(*map(Text, cells))
+        tables.append(of_rows)
+    return [*tables, Text(PLACES_NOTE, style="dim"), Text()]
 
 
 def instance_table(dataset: xr.Dataset) -> Table | None:

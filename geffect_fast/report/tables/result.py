@@ -9,6 +9,7 @@ from rich.console import RenderableType
 from geffect_fast.report.summary.effects import has_steps, is_comparison
 from geffect_fast.report.summary.findings import findings
 from geffect_fast.report.summary.measures import is_evaluation
+from geffect_fast.report.summary.place_conflicts import PlaceConflicts
 from geffect_fast.report.summary.sweep import is_sweep
 from geffect_fast.report.tables.compare import render_comparison
 from geffect_fast.report.tables.measures import render_measures
@@ -30,4 +31,6 @@ def tables_and_sentences(dataset: xr.Dataset) -> tuple[RenderableType, tuple[str
     summed = sum_positions(dataset)
     if has_steps(summed):
         return render_steps(summed), step_findings(summed)
-    return render_sweep(summed) if is_sweep(summed) else render(summed), findings(summed)
+    if is_sweep(summed):
+        return render_sweep(summed), findings(summed)
+    return render(summed, PlaceConflicts.of(dataset)), findings(summed)

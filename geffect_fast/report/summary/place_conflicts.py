@@ -1,0 +1,116 @@
+"""Where in rows gradients oppose the retain risk's: by position, and at which tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from geffect_fast.report.summary.effects import labels
+from geffect_fast.report.tokens.colours import inline, visible
+from geffect_fast.results.by_rows import row_slices
+
+if TYPE_CHECKING:
+    import xarray as xr
+
+BY_POSITION = (
+    "Conflict by position: % of the gradients of single places, by size, whose sign opposes the "
+    "retain risk's"
+)
+BY_TOKEN = (
+    "Forget rows with most conflict: tokens that bring most of the row's; in brackets, % of the "
+    "token's own gradient that opposes the retain risk's"
+)
+PLACES_NOTE = (
+    "Gradients of places cancel in the whole gradient, so shares of places are not parts of the "
+    "share of the whole. Positions count all tokens that a row is read as, its prompt among them."
+)
+MOST_SPANS, N_ROWS, N_TOKENS = 8, 3, 4
+"""Spans of positions, rows of an objective, and tokens of a row, at most."""
+
+
+@dataclass(frozen=True)
+class PlaceConflicts:
+    """What of gradients opposes the retain risk's at places: of forget rows where rows are known.
+
+    Attributes:
+        spans: of positions, such as `8–15`.
+        opposed: by objective, `(n_spans,)` per cent.
+        rows: objective, row, and its tokens in words.
+    """
+
+    spans: list[str]
+    opposed: dict[str, np.ndarray]
+    rows: list[tuple[str, str, str]]
+
+    @staticmethod
+    def of(dataset: xr.Dataset) -> PlaceConflicts | None:
+        """Those of a result, which may be lazy; None where they were not measured."""
+        if "place_mass" not in dataset:
+            return None
+        objectives, n = labels(dataset, "objective"), dataset.sizes["position"]
+        masses = np.zeros((2, len(objectives), n))
+        by_row = []
+        for few in _forget_rows(dataset):
+            found = _masses(few)
+            masses += found.sum(2)
+            by_row.append(found[1].sum(-1))
+        edges = np.unique(np.linspace(0, n, min(n, MOST_SPANS) + 1).round().astype(int))
+        with np.errstate(invalid="ignore"):
+            whole, against = np.add.reduceat(masses, edges[:-1], axis=-1)
+            shares = 100 * against / whole
+        spans = [
+            f"{first}–{end - 1}" if end - first > 1 else str(first)
+            for first, end in pairwise(edges)
+        ]
+        rows = []
+        if "sample" in dataset.dims:
+            places = np.flatnonzero((dataset["set"] == "forget").values)
+            for k, against in enumerate(np.concatenate(by_row, axis=1)):
+                most = [i for i in np.argsort(-against, kind="stable")[:N_ROWS] if against[i] > 0]
+                for i in most:
+                    one = dataset.isel(objective=[k], sample=[places[i]])
+                    rows.append((objectives[k], str(one["sample"].item()), _in_words(one)))
+        return PlaceConflicts(spans, dict(zip(objectives, shares, strict=True)), rows)
+
+
+def _forget_rows(dataset: xr.Dataset) -> Iterator[xr.Dataset]:
+    """The result's forget rows, a few at a time; all of it where rows are summed."""
+    if "sample" not in dataset.dims:
+        yield dataset
+        return
+    forget = (dataset["set"] == "forget").values
+    for rows in row_slices(dataset["place_mass"]):
+        yield dataset.isel(sample=np.arange(len(forget))[rows][forget[rows]])
+
+
+def _masses(dataset: xr.Dataset) -> np.ndarray:
+    """Sizes of gradients and of what opposes, summed over parts of the model.
+
+    `(2, objectives, rows, positions)`; one row where rows are summed.
+    """
+    mass = dataset["place_mass"]
+    against = (dataset["place_conflict_share"] * mass).fillna(0.0)
+    kept = [dim for dim in ("objective", "sample", "position") if dim in mass.dims]
+    of_all = [
+        each.sum([dim for dim in each.dims if dim not in kept]).transpose(*kept).values
+        for each in (mass, against)
+    ]
+    return np.stack(of_all).reshape(2, mass.sizes["objective"], -1, mass.sizes["position"])
+
+
+def _in_words(one: xr.Dataset) -> str:
+    """The tokens of one row that bring most of its conflict under one objective."""
+    mass, against = _masses(one)[:, 0, 0]
+    ids = one["token_id"].values.reshape(-1)
+    texts = one["token_text"].values.reshape(-1) if "token_text" in one.coords else [""] * len(ids)
+    words = []
+    for t in np.argsort(-against, kind="stable")[:N_TOKENS]:
+        part = against[t] / against.sum()
+        if part >= 0.005:  # in whole percent, it is none
+            text = inline(visible(str(texts[t]), int(ids[t])))
+            words.append(f"“{text}” {100 * part:.0f}% ({100 * against[t] / mass[t]:.0f})")
+    return ", ".join(words)
