@@ -76,7 +76,10 @@ def scarce(monkeypatch):
 def numbers(model, other, **settings):
     given = {"forget": FOR_PAIRS, "retain": RETAIN, "objectives": OBJECTIVES}
     profiler = Profiler.of(model, None, reference_model=other, **(given | settings))
-    return profiler.measure(weights=settings.get("engine") != "forward").dataset
+    conflicts = "position" in settings.get("resolve", ())
+    return profiler.measure(
+        weights=settings.get("engine") != "forward", conflicts=conflicts
+    ).dataset
 
 
 def same(found, expected):
