@@ -144,8 +144,9 @@ def test_every_layout_gives_the_same_positions(make, layout):
         model = ready(make)
         expected = ready(ARCHITECTURES["gpt2"])
         wanted = ("parameter", "sample", "position")
-        found, packed = run(model, wanted), run(expected, wanted)
+        found, packed = (run(each, wanted, conflicts=True) for each in (model, expected))
         close(found.g_effect.values, packed.g_effect.values)
+        close(found.place_mass.values, packed.place_mass.values)
         assert packed.attrs["layout"] == "packed"
         assert found.attrs["layout"] == layout
 
