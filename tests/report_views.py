@@ -11,8 +11,8 @@ from html_tree import Page, assert_allows_no_request, elements, find, text
 from rich.console import Console
 
 ORDER = [
-    *("answer", "verdicts", "curves", "layers", "instances", "tokens", "cosines", "prediction"),
-    *("table", "signs", "made"),
+    *("answer", "signs", "verdicts", "curves", "layers", "instances", "tokens", "cosines"),
+    *("prediction", "table", "made"),
 ]
 """Sections of a page, in theirs."""
 

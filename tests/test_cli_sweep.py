@@ -114,7 +114,7 @@ def test_a_loud_sweep_prints_what_show_prints_again(words, finished, taken, caps
     for expected in (
         "6 objectives on 4 forget rows: the best of each family",
         "strongest removal",
-        "least damage",
+        "least harm",
         "Pareto front: ",
         "(below 0: it rises, as wanted)",
         "plots/pareto.png",

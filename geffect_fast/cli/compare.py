@@ -36,7 +36,7 @@ def compare(
 
     What they share (steps, risks) is drawn side by side: effects, risks, parts of the model, and
     what removal costs. The folder gets summary.csv (a row a run), compare.csv (a row a run and
-    step) and plots/ as PNG and SVG. A run is called by the objective it was trained on.
+    step) and plots/ as PNG and SVG. A run is called by its folder.
     """
     from geffect_fast.paths import is_there, user_path
     from geffect_fast.report import write_comparison_plots

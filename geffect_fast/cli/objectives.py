@@ -14,19 +14,18 @@ def objectives() -> None:
     from geffect_fast.cli.printing import console
     from geffect_fast.objectives.open_unlearning import described_trainers
     from geffect_fast.objectives.registry import REQUIRED, described_objectives
-    from geffect_fast.report.tables.cells import FOLDED, new_table
+    from geffect_fast.report.tables.fitted import FittedTable
 
     options = {
         "a reference": "--reference",
         "refusals": "--refusals",
         "weights": "weights in the rows",
     }
-    table = new_table(
+    heads = ["objective", "what is descended on", "rows", "needs"]
+    table = FittedTable(
         f"Objectives, with their parameters as they are unless given ({REQUIRED}: has to be given)",
-        ("objective", FOLDED),
-        ("what is descended on", FOLDED),
-        ("rows", FOLDED),
-        ("needs", FOLDED),
+        heads,
+        heads,
     )
     for each in described_objectives():
         table.add_row(
@@ -36,11 +35,11 @@ def objectives() -> None:
             ", ".join(options[need] for need in each.needs),
         )
     console().print(table)
-    theirs = new_table(
+    heads = ["trainer", "objective", "where its released code differs"]
+    theirs = FittedTable(
         "Trainers of open-unlearning by name, in the objectives above (docs/open_unlearning.md)",
-        ("trainer", FOLDED),
-        ("objective", FOLDED),
-        ("where its released code differs", FOLDED),
+        heads,
+        heads,
     )
     for trainer in described_trainers():
         theirs.add_row(Text(trainer.text), Text(trainer.objective), Text(trainer.differs or "-"))

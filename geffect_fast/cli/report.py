@@ -48,7 +48,14 @@ def report(
     from geffect_fast.storage.evaluation import holds_evaluation, open_evaluation
     from geffect_fast.storage.lock import locked
     from geffect_fast.storage.manifest import check_file, note
-    from geffect_fast.storage.run_folder import CONFIG, REPORT, open_run, own_files, reading
+    from geffect_fast.storage.run_folder import (
+        CONFIG,
+        REPORT,
+        open_run,
+        own_files,
+        reading,
+        run_names,
+    )
     from geffect_fast.storage.run_yaml import read_values
     from geffect_fast.storage.save_run import add_report
 
@@ -70,12 +77,7 @@ def report(
             raise InputError(f"report {file}: no run made that; name another page, --out")
     except OSError as error:
         raise unwritable(f"report {out}", "--out", error) from None
-    names = [
-        one_line(place.stem if is_one else place.name)
-        for place, is_one in zip(places, files, strict=True)
-    ]
-    if len(set(names)) < len(names):
-        names = [one_line(str(run)) for run in runs]
+    names = run_names(runs)
     with ExitStack() as stack:
         opened, configs = {}, {}
         for name, run, folder in zip(names, runs, folders, strict=True):

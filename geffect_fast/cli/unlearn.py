@@ -87,7 +87,7 @@ def _telling(n_steps: int) -> Callable[[int, xr.Dataset], None]:
 
     def tell(step: int, dataset: xr.Dataset) -> None:
         nonlocal begun
-        from geffect_fast.report.format import number
+        from geffect_fast.report.format import number, risk_words
         from geffect_fast.results.risks import effect_name
         from geffect_fast.results.rows_needed import rows_note
         from geffect_fast.steps.probe import total_effect
@@ -97,8 +97,9 @@ def _telling(n_steps: int) -> Callable[[int, xr.Dataset], None]:
         for risk in map(str, dataset["risk"].values):
             at = dataset.sel(risk=risk)
             change = number(float(at["measured_change"]))
+            value = number(float(at["risk_value"]), ".4f")
             words.append(
-                f"{risk} risk {float(at['risk_value']):.4f} ({change}), {effect_name(risk)} "
+                f"{risk_words(risk)} {value} ({change}), {effect_name(risk)} "
                 f"{number(float(effects.sel(risk=risk)))}"
             )
         print("  ".join(words), flush=True)

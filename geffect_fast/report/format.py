@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import textwrap
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -50,17 +51,21 @@ def question(effect: xr.DataArray, i: int, width: int) -> str:
     if "question" not in effect.coords:
         return ""
     text = " ".join(str(effect["question"].values[i]).split())
-    return text if len(text) <= width else text[: width - 1].rstrip() + "…"
+    if len(text) <= width:
+        return text
+    cut = text[: width - 1]  # at a word's end, where there is one
+    return f"{cut[: width - 2].rpartition(' ')[0] or cut[:-1]} …"
 
 
 # ---- numbers ----
 
 
 def number(value: float, spec: str = "+.3g") -> str:
-    """A number; a dash where it is undefined, a bare 0 for zero."""
+    """A number; a dash where it is undefined, a bare 0 for zero, no sign where it rounds to 0."""
     if math.isnan(value):
         return "–"
-    return "0" if value == 0 else f"{value:{spec}}"
+    text = "0" if value == 0 else f"{value:{spec}}"
+    return text if math.isinf(value) or re.search("[1-9]", text) else text.lstrip("+-")
 
 
 def cell(value: float, spec: str = "+.3g") -> str:
@@ -88,7 +93,7 @@ def cell_with_interval(value: float, interval: Interval | None, spec: str = "+.3
 def spoken(value: float) -> str:
     """A number to be read out."""
     if math.isfinite(value):
-        return f"{value:+.3e}"
+        return number(value, "+.3e")
     return "not a number" if math.isnan(value) else f"{'+' if value > 0 else '-'}infinite"
 
 

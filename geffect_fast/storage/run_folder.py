@@ -7,14 +7,14 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from geffect_fast.data.files import check_regular
 from geffect_fast.errors import InputError, in_one_line
-from geffect_fast.paths import is_there, user_path
+from geffect_fast.paths import is_there, short_names, user_path
 from geffect_fast.results.form import check_form, check_size
 from geffect_fast.storage.disk import (
     UNFINISHED,
@@ -36,6 +36,7 @@ from geffect_fast.storage.manifest import (
 )
 from geffect_fast.storage.run_yaml import CONFIG_BEGINS, AnyConfig, dump_config
 from geffect_fast.storage.seal import seal, seal_holds
+from geffect_fast.visible import one_line
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -253,6 +254,18 @@ def put_in_place(folder: Path, staging: Path, own: Collection[str]) -> None:
             (staging / name).rename(folder / name)
         for parent in {(folder / name).parent for name in names}:
             synced(parent)
+
+
+def run_names(runs: Sequence[str | Path]) -> list[str]:
+    """What runs are called wherever several stand beside each other: by their folders, or files.
+
+    Args:
+        runs: folders, their results files, or other files; none twice.
+    """
+    places = [user_path(run).absolute() for run in runs]
+    places = [p.parent if p.name in (RESULTS, EVALUATION) else p for p in places]
+    named = short_names([str(p.with_suffix("") if p.suffix == ".nc" else p) for p in places])
+    return [one_line(name) for name in named]
 
 
 def open_run(folder: str | Path, *, lazy: bool = False) -> xr.Dataset:

@@ -133,9 +133,7 @@ def test_a_table_of_many_metrics_is_cut_and_each_part_names_runs_and_effects():
         assert all(run in part for run in ("original", *STUDY)) and "…" not in part
         assert all(name in part for name in ("e_u", "e_r", "collateral"))
         assert max(map(len, part.splitlines())) <= 120
-    heads = [
-        "/".join(str(column.header).split()) for table in tables for column in table.columns[4:]
-    ]
+    heads = ["/".join(head.split()) for table in tables for head in table.heads[4:]]
     assert heads == [f"{metric}/{name}" for metric in many for name in ("forget", "retain")]
     for at, metric in enumerate(many):
         value = float(dataset.value.sel(model=RUN, metric=metric, set="retain"))

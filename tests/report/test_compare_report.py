@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
-from report_views import drawn, text_of
+from html_tree import find, text
+from report_views import checked, drawn, rows_of, section, text_of
 from step_results import step_dataset
 
 import geffect_fast as gf
@@ -158,13 +160,24 @@ def test_the_command_writes_tables_and_plots(here, capsys):
     names = {path.name for path in (here / "compare/plots").iterdir()}
     assert names == {f"{stem}.{end}" for stem in STEMS for end in ("png", "svg")}
     table = pd.read_csv(here / "compare/summary.csv")
-    assert list(table["run"]) == list(NAMES[:2])
+    assert list(table["run"]) == ["a", "b"] and list(table["objective"]) == list(NAMES[:2])
     runs = gf.compare(["a", "b"])
     steps = pd.read_csv(here / "compare/compare.csv").set_index(["run", "step"])
-    np.testing.assert_allclose(steps.g_effect_retain.loc["ga"], runs.g_effect[0, :, 1])
+    np.testing.assert_allclose(steps.g_effect_retain.loc["a"], runs.g_effect[0, :, 1])
     deep = runs.group_effect.sel(group="deep", risk="unlearn")[1]
-    np.testing.assert_allclose(steps.group_effect_unlearn_deep.loc["wga(alpha=1)"], deep)
+    np.testing.assert_allclose(steps.group_effect_unlearn_deep.loc["b"], deep)
     assert not list(here.rglob(".*"))
+
+
+def test_a_run_has_one_name_wherever_it_stands(here, capsys):
+    """Its folder's, in a comparison, in a page on several runs and on its own page."""
+    assert gf.compare(["a", "b"])["run"].values.tolist() == ["a", "b"]
+    assert main(["report", "a", "b", "--out", "both.html"]) == 0
+    page = checked(Path("both.html").read_text(encoding="utf-8"))
+    assert [row[0] for row in rows_of(section(page, "verdicts"), "What was")[1:]] == ["a", "b"]
+    assert main(["report", "a"]) == 0
+    own = checked(Path("a/report.html").read_text(encoding="utf-8"))
+    assert text(find(own, "h1")[0]).endswith(": a")
 
 
 def test_the_command_replaces_a_comparison_where_told_to(here, capsys, monkeypatch):

@@ -1,15 +1,25 @@
 """What people read: tables, findings and plots, of ordinary and of awkward results."""
 
+import colorsys
+import re
+
 import numpy as np
 import pytest
-from report_views import ORDER, checked, sections, text_of, words_of
+from html_tree import text
+from matplotlib.colors import to_hex, to_rgb
+from report_views import ORDER, checked, section, sections, text_of, words_of
 from synthetic import OBJECTIVES, make_dataset
 
 from geffect_fast.report import write_report
+from geffect_fast.report.figures.layer_maps import layer_maps
 from geffect_fast.report.figures.profile import instances_figure, layers_figure
+from geffect_fast.report.figures.style import COLOURS, UNWANTED, WANTED
+from geffect_fast.report.html.page import page_html
 from geffect_fast.report.summary.effects import by_place, by_sample
 from geffect_fast.report.summary.findings import findings
 from geffect_fast.report.tables.profile import render
+from geffect_fast.report.tables.result import tables_and_sentences
+from geffect_fast.report.tokens.colours import colour
 from geffect_fast.results.by_rows import sum_positions
 
 
@@ -74,7 +84,7 @@ def test_any_result_is_reported(tmp_path, name):
     summed = sum_positions(dataset)
     assert all(objective in text_of(render(summed), 140) for objective in dataset.objective.values)
     sentences = findings(summed)
-    assert len(sentences) == 3
+    assert len(sentences) == 2
     assert all(s.endswith(".") and "nan" not in s and "\n" not in s for s in sentences)
     write_report(dataset, tmp_path)
     assert (tmp_path / "summary.csv").read_text().count("\n") == 1 + dataset.sizes["objective"]
@@ -140,13 +150,18 @@ def test_the_second_sentence_names_part_and_rows(dataset):
     place = list(dataset.parameter.values).index("model.layers.3.q_proj.weight")
     dataset["g_effect"][:, 0, place, :5] = [-1, -1, -1, -1, -6]
     where = findings(dataset)[1]
-    assert "100 % of the unlearning effect sits in the deep blocks" in where
+    assert "100 % of the effect on the forget risk sits in the deep blocks" in where
     assert '1 of 12 forget row carries half of it, row 4 ("What did the author number 4' in where
 
 
-def test_the_third_sentence_says_how_to_read_the_signs(dataset):
-    assert "strongly negative e_u is what you want" in findings(dataset)[2]
-    assert "a negative e_r harms it" in findings(dataset)[2]
+def test_how_to_read_the_signs_stands_before_the_first(dataset):
+    printed = text_of(tables_and_sentences(dataset)[0])
+    before = " ".join(printed.partition("G-effect of")[0].split())
+    assert "strongly negative e_u is what you want" in before
+    assert "a negative e_r harms it" in before
+    page = checked(page_html({"run": dataset}))
+    assert sections(page)[:2] == ["answer", "signs"]
+    assert not re.search(r"e_[ur]|[<>-] ?0", text(section(page, "answer")))
 
 
 def test_undefined_objectives_are_named(dataset):
@@ -160,11 +175,40 @@ def test_plots_are_of_the_numbers(dataset):
     for m, panel in enumerate(panels[:2]):
         shown = panel.images[0].get_array()
         expected = effect[:, m] / np.abs(effect[:, m]).max(axis=1, keepdims=True)
+        expected *= [-1, 1][m]  # above 0 is wanted
         np.testing.assert_allclose(shown, expected)
     effect = by_sample(dataset)
     for panel, one in zip(instances_figure(dataset).axes, effect, strict=False):
-        points = panel.collections[0].get_offsets()
-        np.testing.assert_array_equal(points, one.transpose("sample", "risk"))
+        points = one.transpose("sample", "risk").values
+        good = (points[:, 0] < 0) & (points[:, 1] >= 0)
+        wanted, unwanted = panel.collections
+        for dots, of, named in ((wanted, good, WANTED), (unwanted, ~good, UNWANTED)):
+            np.testing.assert_array_equal(dots.get_offsets(), points[of])
+            assert to_hex(dots.get_facecolor()[0]) == named
+
+
+def test_blue_is_wanted_and_orange_is_not(dataset):
+    """e_u below zero, e_r above; no line or mark that is told apart by name has their hues."""
+    dataset["g_effect"][:] = -1.0
+    steps = dataset.expand_dims(step=[0, 1]).assign_attrs(trained_objective="ga")
+    images = [panel.images[0] for panel in layers_figure(dataset).axes[:2]]
+    images += [panel.collections[0] for panel in layer_maps(steps, ["ga"]).axes[:2]]
+    cells = [to_hex(image.to_rgba(image.get_array())[1, 1]) for image in images]
+    assert cells == [colour(9, "light"), colour(-9, "light")] * 2
+    hues = [360 * colorsys.rgb_to_hsv(*to_rgb(each))[0] for each in (WANTED, UNWANTED)]
+    for each in COLOURS:
+        hue, saturation, _ = colorsys.rgb_to_hsv(*to_rgb(each))
+        far = min(abs((360 * hue - one + 180) % 360 - 180) for one in hues)
+        assert saturation < 0.1 or far > 25, each
+
+
+def test_what_one_picture_shows_is_drawn_once(dataset):
+    dataset["g_effect"][1] = dataset["g_effect"][0]
+    titles = [panel.get_title() for panel in instances_figure(dataset).axes if panel.get_visible()]
+    first, second, *others = OBJECTIVES
+    assert titles == [f"{first} and {second}", *others]
+    drawn = text(section(checked(page_html({"run": dataset})), "instances"))
+    assert f"{first} and {second}" in drawn and "are shown" not in drawn
 
 
 def test_plotting_leaves_no_figure_and_no_backend_behind(dataset):

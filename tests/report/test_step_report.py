@@ -23,7 +23,7 @@ from geffect_fast.report.html.page import page_html
 from geffect_fast.report.summary.effects import by_place, total
 from geffect_fast.report.summary.step_findings import outcome_sentence, trust_sentences
 from geffect_fast.report.summary.steps import Agreement, Outcome, Steps, agreements
-from geffect_fast.report.tables.steps import ROWS, render_steps, step_findings
+from geffect_fast.report.tables.steps import ROWS, render_steps
 
 STEMS = ["effects", "risks", "groups", "layers", "prediction", "cosines", "norms", "token_weights"]
 
@@ -97,7 +97,7 @@ def test_any_step_result_has_its_figures_table_and_sentences():
             assert label.endswith(".") and "\n" not in label and "nan" not in label, (name, label)
         lines = text_of(render_steps(dataset)).splitlines()
         assert max(map(len, lines)) <= 120, name
-        sentences = (*step_findings(dataset), *trust_sentences(dataset))
+        sentences = (outcome_sentence(dataset), *trust_sentences(dataset))
         assert all(s.endswith(".") and "nan" not in s for s in sentences), name
         if name in ON_A_PAGE:
             found = sections(checked(page_html({"run": dataset})))

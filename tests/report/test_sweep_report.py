@@ -60,7 +60,7 @@ def test_any_sweep_is_reported(tmp_path, swept):
             find(section(root, "curves"), "h2")[0]
         )
         assert max(map(len, lines)) <= 80, name
-        assert len(findings(dataset)) == 3
+        assert len(findings(dataset)) == 2
         plots = {path.name for path in (folder / "plots").iterdir()}
         assert ("sweep.png" in plots) == (name != "one value") and "pareto.png" in plots
         assert ("instances.png" in plots) == (name == "samples")
@@ -79,15 +79,22 @@ def test_the_best_of_a_family_are_named(swept):
     family = Swept.of(dataset).families[0]
     assert Swept.of(dataset).picks(family) == {
         0: ["strongest removal"],
-        2: ["least damage"],  # alpha=4 does none and removes nothing
+        2: ["least harm"],  # alpha=4 does none and removes nothing
         1: ["least collateral"],
     }
     lines = [line.split() for line in text_of(dataset).splitlines()]
     assert ["strongest", "removal", "alpha=1", "-4", "-4", "1.00"] in lines
-    assert ["least", "damage", "alpha=3", "-2", "-0.9", "0.45"] in lines
+    assert ["least", "harm", "alpha=3", "-2", "-0.9", "0.45"] in lines
     assert ["least", "collateral", "alpha=2", "-3", "-1", "0.33"] in lines
     assert ["ga", "-7", "-7", "1.00"] in lines
     assert text_of(dataset).startswith("5 objectives on 12 forget rows: the best of each family")
+
+
+def test_what_an_objective_is_best_in_is_one_row(swept):
+    text = text_of(swept(["wga(alpha=1:2:2)"], e_u=[-4, -3], e_r=[-1, -3]))
+    rows = text.partition("Pareto")[0].partition("wga(alpha=1:2:2)")[2]
+    words = ["strongest", "removal,", "alpha=1", "-4", "-1", "0.25", "least", "harm,"]
+    assert rows.split() == [*words, "least", "collateral"]
 
 
 def test_values_of_a_grid_stand_together(swept):
@@ -107,7 +114,7 @@ def test_a_family_without_the_best_says_so(swept):
 
 def test_the_front_is_listed_from_the_strongest_removal_on(swept):
     dataset = swept(["wga(0:4:5)"], e_u=[-1, -5, -3, -4, -2], e_r=[-1, -5, -3, -6, -2])
-    front = text_of(dataset).split("Pareto front: 4 not beaten in both removal and damage")[1]
+    front = text_of(dataset).split("Pareto front: 4 not beaten in both removal and harm")[1]
     listed = [line.split()[0] for line in front.splitlines() if line.startswith(" wga")]
     assert listed == [f"wga(alpha={i})" for i in (1, 2, 4, 0)]
 
@@ -133,7 +140,7 @@ def test_of_a_long_front_those_that_reinforce_are_left_out(swept):
 def test_collateral_of_next_to_no_removal_is_no_merit(swept):
     dataset = swept(["wga(1:4:4)"], e_u=[-10, -1, -0.99, 1], e_r=[-5, -0.1, 4, 9])
     picks = Swept.of(dataset).picks(Swept.of(dataset).families[0])
-    assert picks == {0: ["strongest removal"], 1: ["least collateral"], 2: ["least damage"]}
+    assert picks == {0: ["strongest removal"], 1: ["least collateral"], 2: ["least harm"]}
 
 
 def test_thinning_keeps_the_ends():

@@ -7,7 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from geffect_fast.report.figures.style import BARS_NOTE, blank_figure, zero_lines
+from geffect_fast.report.figures.style import (
+    BARS_NOTE,
+    COLOURS,
+    WANTED,
+    blank_figure,
+    style_of,
+    zero_lines,
+)
+from geffect_fast.report.format import number
 from geffect_fast.report.summary.effects import bounds_of, labels, total
 from geffect_fast.results.risks import UNLEARN
 from geffect_fast.results.told_apart import precision_error
@@ -19,7 +27,7 @@ if TYPE_CHECKING:
 
     from geffect_fast.report.figures.canvas import PlainFigure
 
-_CURVE, _POINT, _GREY = "#2166ac", "#444444", "#666666"
+_POINT, _GREY = "#444444", "#666666"
 MANY = 16
 """Beyond so many objectives points are told apart by colour, a colour a family."""
 ROOM = 1.3
@@ -42,9 +50,9 @@ def frontier_figure(result: xr.Dataset, best: xr.Dataset) -> PlainFigure:
     e_u, e_r = best["frontier_e_u"].values, best["frontier_e_r"].values
     zero_lines(panel)
     label = f"the best that token weights from 0 to {weight:g} do"
-    panel.plot(e_u, e_r, color=_CURVE, linewidth=2, zorder=2, label=label)
+    panel.plot(e_u, e_r, color=COLOURS[1], linewidth=2, zorder=2, label=label)
     at = float(best["e_u"]), float(best["e_r"])
-    panel.plot(*at, "*", color=_CURVE, markersize=15, zorder=4, label=f"chosen: {asked(best)}")
+    panel.plot(*at, "*", color=COLOURS[1], markersize=15, zorder=4, label=f"chosen: {asked(best)}")
 
     ga = [float(best[name].sum()) for name in ("token_e_u", "token_e_r")]
     reach = np.abs([[*e_u, ga[0]], [*e_r, ga[1]]]).max(axis=1)
@@ -70,13 +78,20 @@ def frontier_figure(result: xr.Dataset, best: xr.Dataset) -> PlainFigure:
             elinewidth=0.8, zorder=1,
         )  # fmt: skip
     named = _name(panel, names, xy) if len(names) <= MANY else _colour(panel, names, xy)
-    panel.set_xlabel("e_u of all forget rows (left: raises the forget risk, removes)", fontsize=11)
-    panel.set_ylabel("e_r (down: raises the retain risk, does damage)", fontsize=11)
-    corner: dict[str, Any] = {"transform": panel.transAxes, "fontsize": 9, "color": _GREY}
-    panel.text(0.02, 0.98, "wanted:\nremoves, spares the rest", ha="left", va="top", **corner)
+    panel.set_xlabel("e_u of all forget rows (left: removes)", fontsize=11)
+    panel.set_ylabel("e_r (down: harms the rest)", fontsize=11)
+    corner: dict[str, Any] = {"transform": panel.transAxes, "fontsize": 9}
+    words = "wanted:\nremoves, spares the rest"
+    panel.text(0.02, 0.98, words, ha="left", va="top", color=WANTED, **corner)
     if lost:
         panel.text(
-            0.98, 0.98, f"NaN or infinite: {', '.join(lost)}", ha="right", va="top", **corner
+            0.98,
+            0.98,
+            f"NaN or infinite: {', '.join(lost)}",
+            ha="right",
+            va="top",
+            color=_GREY,
+            **corner,
         )
     panel.legend(loc="lower right", fontsize=9, frameon=False)
     panel.ticklabel_format(style="sci", scilimits=(-2, 3), useMathText=True)
@@ -117,20 +132,21 @@ def _colour(panel: Axes, labels: list[str], xy: np.ndarray) -> list[Annotation]:
     """Points without labels, and a colour for each family, which the legend names."""
     parts = (label.partition(" ÷") for label in labels)
     families = np.array([name.split("(")[0] + over + k for name, over, k in parts])
-    for family in dict.fromkeys(families):
-        panel.plot(*xy[families == family].T, "o", markersize=5, zorder=3, label=family)
+    for i, family in enumerate(dict.fromkeys(families)):
+        at, colour = xy[families == family].T, style_of(i)["color"]
+        panel.plot(*at, "o", color=colour, markersize=5, zorder=3, label=family)
     return []
 
 
 def asked(best: xr.Dataset) -> str:
     """What weights of `geffect_fast.optimal_weights` were asked for, in a few words."""
     if "removal" in best.attrs:
-        return f"least damage for e_u ≤ {best.attrs['removal']:.3g}"
+        return f"least harm for e_u ≤ {number(best.attrs['removal'], '.3g')}"
     budget = best.attrs["retain_budget"]
     return (
-        "most removal, at any damage"
+        "most removal, at any harm"
         if budget == np.inf
-        else f"most removal for e_r ≥ {-budget + 0.0:.3g}"
+        else f"most removal for e_r ≥ {number(-budget, '.3g')}"
     )
 
 

@@ -10,7 +10,7 @@ from geffect_fast.report.figures import style
 from geffect_fast.report.figures.profile import NOISE_NOTE, mark_noise, part_ticks
 from geffect_fast.report.format import shortened
 from geffect_fast.report.summary.effects import by_place, labels, place_widths
-from geffect_fast.results.risks import effect_name
+from geffect_fast.results.risks import UNLEARN, effect_name
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -42,7 +42,7 @@ def layer_maps(dataset: xr.Dataset, objectives: list[str]) -> PlainFigure | None
         effect = values[:, k]
         for m, (panel, risk) in enumerate(zip(row, risks, strict=True)):
             title = f"{effect_name(risk)} under {shortened(objective, 34)}"
-            _map(figure, panel, steps, effect[:, m].T, title)
+            _map(figure, panel, steps, effect[:, m].T, risk, title)
             if widths is not None:
                 mark_noise(panel, steps, effect[:, m].T, widths[:, k, m].T)
             panel.set_yticks(list(ticks), list(ticks.values()) if m == 0 else [])
@@ -50,7 +50,7 @@ def layer_maps(dataset: xr.Dataset, objectives: list[str]) -> PlainFigure | None
     figure.supxlabel("update step", fontsize=10)
     figure.supylabel("part of the model, input (bottom) to output", fontsize=10)
     left_out = len(present) - len(objectives)
-    note = "each map has its own scale; red: the risk rises, blue: it falls"
+    note = f"each map has its own scale; {style.EFFECTS_NOTE}"
     if widths is not None:
         note += f"; {NOISE_NOTE}"
     if left_out:
@@ -65,9 +65,14 @@ def layer_maps(dataset: xr.Dataset, objectives: list[str]) -> PlainFigure | None
 
 
 def _map(
-    figure: PlainFigure, panel: Axes, steps: np.ndarray, values: np.ndarray, title: str
+    figure: PlainFigure,
+    panel: Axes,
+    steps: np.ndarray,
+    values: np.ndarray,
+    risk: str,
+    title: str,
 ) -> None:
-    """One heat map `(parts, steps)` with its own colour bar."""
+    """One heat map `(parts, steps)` of effects on a risk, with its own colour bar."""
     from matplotlib.colors import Normalize, SymLogNorm
     from matplotlib.ticker import MaxNLocator
 
@@ -84,7 +89,7 @@ def _map(
         edges_of(steps),
         np.arange(len(values) + 1) - 0.5,
         np.ma.masked_invalid(values),
-        cmap="RdBu",
+        cmap=style.effect_colours(wanted_below=risk == UNLEARN),
         norm=norm,
         rasterized=True,  # as vectors many steps and layers would be megabytes
     )

@@ -49,8 +49,8 @@ def prediction_figure(dataset: xr.Dataset) -> PlainFigure | None:
     upper, lower = figure.subplots(2, n, squeeze=False)
     measured = dataset["measured_change"].transpose("step", "risk").values
     predicted = {name: dataset[name].transpose("step", "risk").values for name in found}
-    styles: list[dict[str, Any]] = [{"color": style.COLOURS[4], "linestyle": "-"}]
-    colours = dict(zip(PREDICTIONS, style.COLOURS, strict=False))
+    styles: list[dict[str, Any]] = [{"color": style.COLOURS[0], "linestyle": "-"}]
+    colours = dict(zip(PREDICTIONS, style.COLOURS[1:], strict=False))
     styles += [{"color": colours[name], "linestyle": DRAWN[name][0]} for name in found]
     spreads = risk_spreads(dataset)
     if spreads.shape[-1]:

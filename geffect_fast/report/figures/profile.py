@@ -7,8 +7,22 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from geffect_fast.report.figures.style import Drawings, blank_figure, zero_lines
-from geffect_fast.report.summary.effects import by_place, by_sample, labels, place_widths
+from geffect_fast.report.figures.style import (
+    UNWANTED,
+    WANTED,
+    Drawings,
+    blank_figure,
+    effect_colours,
+    zero_lines,
+)
+from geffect_fast.report.format import risk_words, title_of
+from geffect_fast.report.summary.effects import (
+    by_place,
+    by_sample,
+    labels,
+    named_once,
+    place_widths,
+)
 from geffect_fast.results.risks import UNLEARN, effect_name
 
 if TYPE_CHECKING:
@@ -17,13 +31,12 @@ if TYPE_CHECKING:
 
     from geffect_fast.report.figures.canvas import PlainFigure
 
-_RISES, _FALLS = "#b2182b", "#2166ac"
 NOISE_NOTE = "dots: within what the choice of the rows that objectives read moves"
 _QUADRANTS = (
-    (0.02, 0.98, "left", "top", "forgets,\nhelps the rest"),
-    (0.02, 0.02, "left", "bottom", "forgets,\nharms the rest"),
-    (0.98, 0.98, "right", "top", "remembers,\nhelps the rest"),
-    (0.98, 0.02, "right", "bottom", "remembers,\nharms the rest"),
+    (0.02, 0.98, "left", "top", "removes,\nhelps the rest"),
+    (0.02, 0.02, "left", "bottom", "removes,\nharms the rest"),
+    (0.98, 0.98, "right", "top", "reinforces,\nhelps the rest"),
+    (0.98, 0.02, "right", "bottom", "reinforces,\nharms the rest"),
 )
 
 
@@ -39,7 +52,7 @@ def layers_figure(dataset: xr.Dataset) -> PlainFigure | None:
     """Heat map of objectives against parts of the model front to back, a panel a risk.
 
     Each row is divided by its largest size, which stands at its right end, so that objectives of
-    different magnitude can be read together; red is a risk that descent raises, blue one it lowers.
+    different magnitude can be read together; blue is wanted, orange is not.
     None where the result sums over parameters.
     """
     placed = by_place(dataset, blocks=True)
@@ -58,13 +71,19 @@ def layers_figure(dataset: xr.Dataset) -> PlainFigure | None:
             effect, scale[:, None], out=np.zeros_like(effect), where=scale[:, None] > 0
         )
         shown[~np.isfinite(effect)] = np.nan
+        if risk == UNLEARN:  # one scale for all, on which above 0 is wanted
+            shown = -shown
         image = panel.imshow(
-            np.ma.masked_invalid(shown), cmap="RdBu", vmin=-1, vmax=1, aspect="auto"
+            np.ma.masked_invalid(shown),
+            cmap=effect_colours(wanted_below=False),
+            vmin=-1,
+            vmax=1,
+            aspect="auto",
         )
         if widths is not None:
             mark_noise(panel, np.arange(len(parts)), effect, widths[:, m])
         panel.set_facecolor("#999999")
-        panel.set_title(f"{effect_name(risk)}: effect on the {risk} risk", fontsize=11)
+        panel.set_title(f"{effect_name(risk)}: effect on the {risk_words(risk)}", fontsize=11)
         ticks = part_ticks(parts)
         panel.set_xticks(list(ticks), list(ticks.values()), fontsize=9)
         _rotate_names(panel)
@@ -82,8 +101,8 @@ def layers_figure(dataset: xr.Dataset) -> PlainFigure | None:
     noise = "" if widths is None else f"\n{NOISE_NOTE}"
     figure.supxlabel(f"part of the model, input to output (numbers: blocks){noise}", fontsize=11)
     bar = figure.colorbar(image, ax=panels, fraction=0.025, pad=0.01, ticks=[-1, 0, 1])
-    bar.ax.set_yticklabels(["−1  risk rises", "0", "+1  risk falls"], fontsize=9)
-    bar.set_label("effect / max |e| of its row", fontsize=9)
+    bar.ax.set_yticklabels(["unwanted", "0", "wanted"], fontsize=9)
+    bar.set_label("|e| / max |e| of its row", fontsize=9)
     return figure
 
 
@@ -101,26 +120,27 @@ def mark_noise(panel: Axes, x: np.ndarray, values: np.ndarray, widths: np.ndarra
 
 
 def instances_figure(dataset: xr.Dataset) -> PlainFigure | None:
-    """Scatter of e_u against e_r of every forget row, a panel an objective.
+    """Scatter of e_u against e_r of every forget row, a panel an objective or several alike.
 
     None where the result sums over samples.
     """
     effect = by_sample(dataset)
     if effect is None or not effect.sizes["sample"]:
         return None
-    objectives = labels(effect, "objective")
-    n_columns = min(4, len(objectives))
-    n_rows = math.ceil(len(objectives) / n_columns)
+    shown = named_once({str(of["objective"].values): of for of in effect})
+    n_columns = min(4, len(shown))
+    n_rows = math.ceil(len(shown) / n_columns)
     figure = blank_figure(3.3 * n_columns, 0.7 + 2.9 * n_rows)
     panels = figure.subplots(n_rows, n_columns, squeeze=False).ravel()
-    for panel, objective in zip(panels, objectives, strict=False):
-        one = effect.sel(objective=objective)
+    for panel, (name, one) in zip(panels, shown.items(), strict=False):
         scatter_instances(panel, one.sel(risk=UNLEARN).values, one.sel(risk="retain").values)
-        panel.set_title(objective, fontsize=10)
-    for panel in panels[len(objectives) :]:
+        panel.set_title(title_of(name, 38), fontsize=10)
+    for panel in panels[len(shown) :]:
         panel.set_visible(False)
-    figure.supxlabel("e_u of a forget row (left: its share raises the forget risk)", fontsize=11)
-    figure.supylabel("e_r of the row (down: raises the retain risk)", fontsize=11)
+    keys = panels[0].get_legend_handles_labels()
+    figure.legend(*keys, loc="outside upper center", ncols=2, fontsize=9, frameon=False)
+    figure.supxlabel("e_u of a forget row (left: removes)", fontsize=11)
+    figure.supylabel("e_r of the row (down: harms the rest)", fontsize=11)
     return figure
 
 
@@ -128,8 +148,12 @@ def scatter_instances(panel: Axes, e_u: np.ndarray, e_r: np.ndarray) -> None:
     """Effects of rows, `(n,)` each, with the meaning of the four quarters in their corners."""
     finite = np.isfinite(e_u) & np.isfinite(e_r)
     zero_lines(panel)
-    colours = np.where(e_r[finite] < 0, _RISES, _FALLS)
-    panel.scatter(e_u[finite], e_r[finite], s=14, c=colours, alpha=0.65, linewidths=0)
+    wanted = is_wanted(e_u, e_r)
+    for of, colour, words in (
+        (finite & wanted, WANTED, "wanted: removes, spares the rest"),
+        (finite & ~wanted, UNWANTED, "unwanted: harms the rest, or does not remove"),
+    ):
+        panel.scatter(e_u[of], e_r[of], s=14, color=colour, alpha=0.65, linewidths=0, label=words)
     for values, limit in ((e_u[finite], panel.set_xlim), (e_r[finite], panel.set_ylim)):
         reach = np.abs(values).max(initial=0.0) * 1.35 or 1.0
         # an empty side keeps enough room for its words
@@ -139,12 +163,18 @@ def scatter_instances(panel: Axes, e_u: np.ndarray, e_r: np.ndarray) -> None:
         panel.text(x, y, words, fontsize=7, color="#666666", ha=ha, va=va, transform=axes)
     if not finite.all():
         words = f"{(~finite).sum()} rows NaN or infinite"
-        panel.text(0.5, 0.6, words, ha="center", fontsize=8, color=_RISES, transform=axes)
+        panel.text(0.5, 0.6, words, ha="center", fontsize=8, color=UNWANTED, transform=axes)
     panel.locator_params(nbins=5)
     panel.ticklabel_format(style="sci", scilimits=(-2, 3), useMathText=True)
     panel.tick_params(labelsize=8)
     panel.xaxis.offsetText.set_fontsize(8)
     panel.yaxis.offsetText.set_fontsize(8)
+
+
+def is_wanted(e_u: np.ndarray, e_r: np.ndarray) -> np.ndarray:
+    """Whether both effects of rows are wanted, `(n,)` each."""
+    wanted: np.ndarray = (e_u < 0) & (e_r >= 0)
+    return wanted
 
 
 def _room(values: np.ndarray, reach: float) -> float:

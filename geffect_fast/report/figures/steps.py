@@ -243,7 +243,7 @@ def _bands(panel: Axes, steps: np.ndarray, weights: np.ndarray, title: str) -> N
     finite = np.where(np.isfinite(weights), weights, np.nan)
     empty = np.isnan(finite).all(axis=1)
     finite[empty] = 0.0
-    colour = style.COLOURS[0]
+    colour = style.COLOURS[1]
     for low, high, alpha in BANDS:
         edges = np.nanquantile(finite, [low, high], axis=1)
         edges[:, empty] = np.nan

@@ -10,27 +10,34 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from geffect_fast.report.tokens.colours import STEPS, colour
 from geffect_fast.results.intervals import LEVEL
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.colors import Colormap
 
     from geffect_fast.report.figures.canvas import PlainFigure
 
 Drawings = dict[str, Callable[[], "PlainFigure | None"]]
 """How figures are made, by file stem; None: the result holds nothing for one."""
 
+WANTED, UNWANTED = "#1f7fcb", "#c4640f"
+"""The blue and orange of token views, for dots and lines, which need more contrast."""
 COLOURS = (
-    "#0072B2",
-    "#D55E00",
-    "#009E73",
-    "#CC79A7",
     "#000000",
-    "#E69F00",
-    "#56B4E9",
+    "#117733",
+    "#AA4499",
+    "#8F8F2E",
     "#882255",
+    "#33998A",
+    "#CC6677",
+    "#777777",
+    "#8866CC",
+    "#4D5D00",
 )
-"""Okabe and Ito's, which every colour vision tells apart, with wine in place of their yellow."""
+"""Of lines and marks that are told apart by name: neither blue nor orange, which say what is
+wanted. Dashes and markers tell them apart where a colour vision does not."""
 DASHES = ("-", "--", "-.", ":")
 GREY = "#555555"
 PANEL = 4.4
@@ -40,6 +47,7 @@ WIDE = 50.0
 """Values whose largest is so many times the ordinary one are drawn on a logarithmic scale."""
 SHADED_NOTE = f"Shaded: {100 * LEVEL:.0f} % intervals by the choice of the rows."
 BARS_NOTE = f"Bars: {100 * LEVEL:.0f} % intervals by the choice of the rows."
+EFFECTS_NOTE = "blue: wanted (e_u below 0, any other above), orange: unwanted"
 DECADES = 6
 """The most decades that such a scale shows on one side of zero."""
 
@@ -68,11 +76,24 @@ def panels_for(n: int, width: float = PANEL, height: float = 3.6) -> tuple[Plain
     return figure, grid[:n]
 
 
+def effect_colours(*, wanted_below: bool) -> Colormap:
+    """Of effects from below zero to above it: blue is wanted, orange is not.
+
+    Args:
+        wanted_below: of e_u what is below zero is, of all others what is above.
+    """
+    from matplotlib.colors import LinearSegmentedColormap
+
+    shades = [colour(level, "light") for level in (-STEPS, 0, STEPS)]
+    return LinearSegmentedColormap.from_list("wanted", shades[:: -1 if wanted_below else 1])
+
+
 def style_of(i: int) -> dict[str, Any]:
-    """Colour and dashes of the `i`-th line; 32 of them differ."""
+    """Colour and dashes of the `i`-th line; 40 of them differ."""
+    n = len(COLOURS)
     return {
-        "color": COLOURS[i % len(COLOURS)],
-        "linestyle": DASHES[(i // 4 + i // len(COLOURS)) % len(DASHES)],
+        "color": COLOURS[i % n],
+        "linestyle": DASHES[(i % n // 4 + i // n) % len(DASHES)],
     }
 
 

@@ -19,18 +19,6 @@ if TYPE_CHECKING:
 
     from geffect_fast.report.figures.canvas import PlainFigure
 
-FAMILIES = (
-    "#1f77b4",
-    "#ff7f0e",
-    "#2ca02c",
-    "#9467bd",
-    "#8c564b",
-    "#e377c2",
-    "#17becf",
-    "#8a8b1a",
-    "#7f7f7f",
-    "#d62728",
-)
 _ROWS = {
     "e_u": "e_u\n(lower: removes more)",
     "e_r": "e_r\n(below 0: harms the rest)",
@@ -58,7 +46,7 @@ def sweep_figure(dataset: xr.Dataset) -> PlainFigure | None:
     for i, family in enumerate(swept.families):
         for name, values in family.values.items():
             if len(set(values)) > 1:
-                drawn.setdefault(name, []).append((family, FAMILIES[i % len(FAMILIES)]))
+                drawn.setdefault(name, []).append((family, style.style_of(i)["color"]))
     if not drawn:
         return None
     figure = style.blank_figure(0.8 + 4.2 * len(drawn), 8.6)
@@ -103,7 +91,7 @@ def pareto_figure(dataset: xr.Dataset, size: tuple[float, float] = (9.5, 6.2)) -
     for i, family in enumerate(swept.families):
         at = family.at[finite[family.at]]
         marker = "o" if family.axes else "D"
-        colour = FAMILIES[i % len(FAMILIES)]
+        colour = style.style_of(i)["color"]
         panel.scatter(
             swept.e_u[at], swept.e_r[at], s=26, c=colour, marker=marker, label=family.text, zorder=3
         )
@@ -130,13 +118,15 @@ def pareto_figure(dataset: xr.Dataset, size: tuple[float, float] = (9.5, 6.2)) -
     panel.margins(0.12)
     limits = panel.axis()
     if limits[0] < 0 < limits[3]:
-        panel.fill_between([limits[0], 0], 0, limits[3], color="#1a7a1a", alpha=0.07, linewidth=0)
+        panel.fill_between(
+            [limits[0], 0], 0, limits[3], color=style.WANTED, alpha=0.07, linewidth=0
+        )
         panel.axis(limits)
     panel.text(
         0.015,
         0.98,
         "wanted: removes, spares the rest",
-        color="#1a7a1a",
+        color=style.WANTED,
         fontsize=10,
         fontweight="bold",
         ha="left",
@@ -150,7 +140,7 @@ def pareto_figure(dataset: xr.Dataset, size: tuple[float, float] = (9.5, 6.2)) -
     _legend(panel, loc="upper left", bbox_to_anchor=(1.01, 1))
     figure.draw_without_rendering()  # settles where points are, so that names keep apart
     _name_points(panel, thinned(front, NAMED), swept)
-    figure.set_label("Removal against damage, and the Pareto front.")
+    figure.set_label("Removal against harm, and the Pareto front.")
     return figure
 
 

@@ -104,7 +104,7 @@ def _heat_cell(risk: str, level: int, value: float, width: float) -> tuple[int, 
     exact = spoken(value)
     if not math.isfinite(width) or not math.isfinite(value):
         return goodness(risk, level), mark(risk, level), exact
-    exact = f"{exact} [{value - width:+.3e}, {value + width:+.3e}]"
+    exact = f"{exact} [{spoken(value - width)}, {spoken(value + width)}]"
     if width < abs(value) or not level:
         return goodness(risk, level), mark(risk, level), exact
     return 0, f"({level:+d})", exact

@@ -74,16 +74,17 @@ def verdicts(both: xr.Dataset) -> list[Block]:
     rows, intervals = comparison_rows(both), comparison_intervals(both)
     steps, risks = both["step"].values, labels(both, "risk")
     equal = cell(rows[0]["equal_removal"], ".2g")
-    columns = {f"rise_{risk}": (f"rise of the {risk_words(risk)}", "+.3g") for risk in risks}
-    columns |= {"cost": ("cost", ".3g"), "harm_at_equal_removal": (f"harm at {equal}", ".3g")}
+    columns = {"harm_at_equal_removal": (f"harm at {equal}", ".3g")}
+    columns |= {f"rise_{risk}": (f"rise of the {risk_words(risk)}", "+.3g") for risk in risks}
     table = Table(
         f"What was measured from step {steps[0]} to step {steps[-1]}",
-        [*("run", "trained on", "verdict"), *(head for head, _ in columns.values())],
+        [*("run", "cost", "verdict", "trained on"), *(head for head, _ in columns.values())],
         [
             [
                 row["run"],
-                row["objective"] if trained else "checkpoints",
+                cell_with_interval(row["cost"], of.get("cost"), ".3g"),
                 row["verdict"],
+                row["objective"] if trained else "checkpoints",
                 *(
                     cell_with_interval(row[name], of.get(name), spec)
                     for name, (_, spec) in columns.items()
@@ -91,7 +92,7 @@ def verdicts(both: xr.Dataset) -> list[Block]:
             ]
             for row, of, trained in zip(rows, intervals, both["trained"].values, strict=True)
         ],
-        frozenset([0, 1, 2]),
+        frozenset([0, 2, 3]),
     )
     note = (
         f"{COST_NOTE} Harm at {equal}: rise of the worst other risk when the forget risk first had "

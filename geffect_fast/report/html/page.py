@@ -193,6 +193,7 @@ def _page(title: str, about: str, blocks: Mapping[str, list[Block]], **headings:
 
 _HEADINGS = {
     "answer": "What was found",
+    "signs": "How to read a sign",
     "verdicts": "Verdicts",
     "shares": "What is kept",
     "effects": "Effects before, beside what unlearning did",
@@ -206,7 +207,6 @@ _HEADINGS = {
     "conflicts": "Conflicts with the retain risk",
     "prediction": "Predicted against measured",
     "table": "All numbers",
-    "signs": "How to read a sign",
     "made": "What was run",
 }
 

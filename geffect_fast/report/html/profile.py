@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from geffect_fast.report.figures.profile import scatter_instances
-from geffect_fast.report.figures.style import blank_figure
+from geffect_fast.report.figures.profile import is_wanted, scatter_instances
+from geffect_fast.report.figures.style import UNWANTED, WANTED, blank_figure, legend_below
 from geffect_fast.report.figures.sweep import pareto_figure, sweep_figure
 from geffect_fast.report.format import (
     Interval,
@@ -18,6 +18,7 @@ from geffect_fast.report.format import (
     notes,
     number,
     question,
+    risk_words,
     title_of,
 )
 from geffect_fast.report.html.blocks import (
@@ -37,6 +38,7 @@ from geffect_fast.report.summary.effects import (
     by_place,
     by_sample,
     labels,
+    named_once,
     place_widths,
     shares,
     thinned,
@@ -91,7 +93,7 @@ def sections(dataset: xr.Dataset, summed: xr.Dataset) -> dict[str, list[Block]]:
 
 def answer(dataset: xr.Dataset) -> list[Block]:
     """Which objectives forget at what cost, where that comes from, and what to trust."""
-    what, where, _ = findings(dataset)
+    what, where = findings(dataset)
     trust = (
         "Effects are first order: one small step from this very model. How far that holds is "
         "measured over steps, by geffect-fast unlearn, or by profile --checkpoints for a run that "
@@ -118,17 +120,22 @@ def verdicts(dataset: xr.Dataset) -> list[Block]:
     rows = summarise(dataset)
     table = Table(
         f"{len(rows)} objectives on {dataset.attrs['n_forget']} forget rows",
-        ["objective", "verdict", *map(effect_name, rows[0].effects), "collateral"],
-        [[row.objective, row.verdict, *effect_cells(row.numbers)] for row in rows[:MOST_ROWS]],
-        frozenset([0, 1]),
+        ["objective", "collateral", "verdict", *map(effect_name, rows[0].effects)],
+        [
+            [row.objective, collateral, row.verdict, *effects]
+            for row in rows[:MOST_ROWS]
+            for collateral, *effects in [effect_cells(row.numbers)]
+        ],
+        frozenset([0, 2]),
     )
     return [table, *left_out(len(rows), "objectives"), *_notes(dataset)]
 
 
 def effect_cells(numbers: Mapping[str, Number]) -> list[str]:
-    """Effects and collateral of an objective, as its summary names them."""
-    specs = {"collateral": ".2g"}
-    return [cell_with_interval(*each, specs.get(name, "+.3g")) for name, each in numbers.items()]
+    """Collateral of an objective, first as it alone compares, and effects, of its summary."""
+    effects = [of for name, of in numbers.items() if name != "collateral"]
+    collateral = cell_with_interval(*numbers["collateral"], ".2g")
+    return [collateral, *(cell_with_interval(*each, "+.3g") for each in effects)]
 
 
 _NOTE = (
@@ -145,31 +152,32 @@ def _swept_verdicts(dataset: xr.Dataset) -> list[Block]:
     def cells(i: int) -> list[str]:
         return effect_cells(swept.numbers(i))
 
-    rows = []
+    found = []
     for family in swept.families:
         picks = swept.picks(family)
         if not family.axes:
-            rows.append([family.text, "the only one", "", *cells(family.at[0])])
+            found.append((family.text, "the only one", "", cells(family.at[0])))
         elif not picks:
-            rows.append([family.text, "undefined (NaN)", "", "–", "–", "–"])
+            found.append((family.text, "undefined (NaN)", "", ["–"] * len(NUMBERS)))
         else:
-            rows += [
-                [family.text, ", ".join(names), family.point(i), *cells(family.at[i])]
+            found += [
+                (family.text, ", ".join(names), family.point(i), cells(family.at[i]))
                 for i, names in picks.items()
             ]
+    rows = [[text, numbers[0], best, at, *numbers[1:]] for text, best, at, numbers in found]
     front = swept.ranked_front()
     shown = thinned(front, MOST_ROWS // 8)
     return [
         Table(
             f"The best of each family, of {len(swept.objectives)} objectives",
-            ["family", "best in", "at", *NUMBERS],
+            ["family", "collateral", "best in", "at", "e_u", "e_r"],
             rows[:MOST_ROWS],
-            frozenset([0, 1, 2]),
+            frozenset([0, 2, 3]),
         ),
         *left_out(len(rows), "rows"),
         Table(
-            f"Pareto front: {len(front)} objectives that none beats in both removal and damage",
-            ["objective", *NUMBERS],
+            f"Pareto front: {len(front)} objectives that none beats in both removal and harm",
+            ["objective", "collateral", "e_u", "e_r"],
             [[swept.label(int(i)), *cells(i)] for i in shown],
         ),
         *left_out(len(front), "objectives of the front", len(shown)),
@@ -197,8 +205,8 @@ def layers(dataset: xr.Dataset) -> list[Block]:
         kept = thinned(np.arange(len(objectives)), MOST_ROWS // 4)
     blocks: list[Block] = [
         HeatMap.of(
-            f"{effect_name(risk)}: effect on the {risk} risk by part of the model, input to output "
-            "(numbers: blocks)",
+            f"{effect_name(risk)}: effect on the {risk_words(risk)} by part of the model, input to "
+            "output (numbers: blocks)",
             risk,
             parts,
             [objectives[k] for k in kept],
@@ -239,7 +247,8 @@ def scatters(effects: Mapping[str, xr.DataArray], n: int, what: str) -> list[Blo
         n: of how many these are some.
         what: they are.
     """
-    names = [name for name, effect in effects.items() if effect.sizes["sample"]]
+    once = named_once({name: of for name, of in effects.items() if of.sizes["sample"]})
+    names = [*once]
     kept = [names[k] for k in thinned(np.arange(len(names)), MOST_PANELS)]
     if not kept:
         return []
@@ -247,24 +256,21 @@ def scatters(effects: Mapping[str, xr.DataArray], n: int, what: str) -> list[Blo
     panels = figure.subplots(1, len(kept), squeeze=False)[0]
     lists = []
     for panel, name in zip(panels, kept, strict=True):
-        e_u, e_r = (effects[name].sel(risk=risk).values for risk in (UNLEARN, "retain"))
+        e_u, e_r = (once[name].sel(risk=risk).values for risk in (UNLEARN, "retain"))
         drawn = _drawn(e_u, e_r)
         scatter_instances(panel, e_u[drawn], e_r[drawn])
         panel.set_title(title_of(name), fontsize=10, loc="left")
         panel.set_xlabel("e_u of a forget row (left: removes)", fontsize=9)
-        panel.set_ylabel("e_r of the row (down: costs)", fontsize=9)
-        named = outliers(e_u, e_r)
+        panel.set_ylabel("e_r of the row (down: harms the rest)", fontsize=9)
+        named, wanted = outliers(e_u, e_r), is_wanted(e_u, e_r)
         for place, i in enumerate(named, 1):
-            panel.annotate(
-                str(place),
-                (e_u[i], e_r[i]),
-                (4, 4),
-                textcoords="offset points",
-                fontsize=9,
-                fontweight="bold",
-            )
-        lists.append([_named(effects[name], i, e_u, e_r) for i in named])
-    rows = max(effects[name].sizes["sample"] for name in kept)
+            colour = WANTED if wanted[i] else UNWANTED
+            dot = {"boxstyle": "circle,pad=0.2", "edgecolor": colour, "facecolor": "white"}
+            look = {"ha": "center", "va": "center", "fontsize": 8, "bbox": dot}
+            panel.text(e_u[i], e_r[i], str(place), **look)
+        lists.append([_named(once[name], i, e_u, e_r) for i in named])
+    legend_below(figure, panels[0])
+    rows = max(once[name].sizes["sample"] for name in kept)
     caption = (
         f"Each point is one of {rows} forget rows; numbered are up to {NAMED} that remove most and "
         f"up to {NAMED} that cost the rest most."
@@ -273,7 +279,7 @@ def scatters(effects: Mapping[str, xr.DataArray], n: int, what: str) -> list[Blo
         caption += f" {MOST_POINTS} of {rows} are drawn: the largest, and some of the rest."
     return [
         figure_block(figure, "instances", caption, lists),
-        *left_out(n, what, len(kept)),
+        *left_out(n - len(effects) + len(once), what, len(kept)),
     ]
 
 

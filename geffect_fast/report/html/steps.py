@@ -124,20 +124,19 @@ def verdicts(dataset: xr.Dataset) -> list[Block]:
     measured = Table(
         "What was measured from the first step to the last",
         [
-            *("trained on" if trained else "run", "verdict", "steps"),
+            *("trained on" if trained else "run", "cost", "verdict", "steps"),
             *(f"rise of the {risk_words(risk)}" for risk in outcome.change),
-            "cost",
         ],
         [
             [
                 str(trained or "checkpoints"),
+                cell_with_interval(outcome.cost, outcome.cost_interval, ".2g"),
                 outcome.verdict,
                 f"{read.steps[0]} to {read.steps[-1]}",
                 *(cell_with_interval(rise, interval_of(rise, moved)) for rise, moved in rises),
-                cell_with_interval(outcome.cost, outcome.cost_interval, ".2g"),
             ]
         ],
-        frozenset([0, 1, 2]),
+        frozenset([0, 2, 3]),
     )
     note = f"{COST_NOTE} Collateral: the cost of a further small step, to first order."
     return [measured, _objectives(dataset), *notes_of([note, interval_line(dataset.attrs)])]
@@ -147,15 +146,16 @@ def _objectives(dataset: xr.Dataset) -> Table:
     """Every objective at the first and the last step."""
     steps = dataset["step"].values
     rows = [
-        [row.objective, row.verdict, str(steps[place]), *profile.effect_cells(row.numbers)]
+        [row.objective, collateral, row.verdict, str(steps[place]), *effects]
         for place in dict.fromkeys([0, len(steps) - 1])
         for row in summarise(dataset.isel(step=place))
+        for collateral, *effects in [profile.effect_cells(row.numbers)]
     ]
     return Table(
         "Objectives at the first and the last step",
-        ["objective", "verdict", "step", *map(effect_name, labels(dataset, "risk")), "collateral"],
+        ["objective", "collateral", "verdict", "step", *map(effect_name, labels(dataset, "risk"))],
         rows[:MOST_ROWS],
-        frozenset([0, 1]),
+        frozenset([0, 2]),
     )
 
 

@@ -13,7 +13,7 @@
   });
   const scales = all(".scale");
   const exact = (value) =>
-    value === null ? "not finite" : (value < 0 ? "" : "+") + value.toExponential(4);
+    value === null ? "not finite" : value === 0 ? "0" : (value < 0 ? "" : "+") + value.toExponential(4);
   const inline = (text) => text.replaceAll("\n", "").trim() || "␣".repeat(text.length);
 
   // a letter a token: a most unwanted, j zero, s most wanted, t undefined

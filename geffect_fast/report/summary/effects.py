@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -89,6 +90,31 @@ def by_sample(dataset: xr.Dataset) -> xr.DataArray | None:
     lead = [d for d in LEAD if d in effect.dims]
     effect = effect.sum([d for d in effect.dims if d not in (*lead, "sample")], skipna=False)
     return effect.transpose(*lead, "sample")[..., (effect["set"] == "forget").values]
+
+
+def named_once(effects: Mapping[str, xr.DataArray]) -> dict[str, xr.DataArray]:
+    """Effects by name, those that one picture shows once, under all of their names.
+
+    As those of `ga` and `gd` on forget rows, where both have the same terms.
+    """
+    found: list[tuple[list[str], xr.DataArray]] = []
+    for name, effect in effects.items():
+        values = effect.values
+        off = 1e-6 * np.abs(values[np.isfinite(values)]).max(initial=0.0)
+        twins = next(
+            (
+                names
+                for names, of in found
+                if of.shape == effect.shape
+                and np.allclose(of.values, values, rtol=0, atol=off, equal_nan=True)
+            ),
+            None,
+        )
+        if twins is None:
+            found.append(([name], effect))
+        else:
+            twins.append(name)
+    return {" and ".join(names): effect for names, effect in found}
 
 
 def by_place(

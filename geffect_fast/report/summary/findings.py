@@ -1,4 +1,4 @@
-"""Three sentences: what was found, where it comes from, and how to read the signs."""
+"""Sentences: what was found, where it comes from, and how to read the signs."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ _PARTS = {
 }
 
 
-def findings(dataset: xr.Dataset) -> tuple[str, str, str]:
-    """What was found, where it comes from, how to read the signs: a sentence each.
+def findings(dataset: xr.Dataset) -> tuple[str, str]:
+    """What was found, and where it comes from: a sentence each.
 
     Args:
         dataset: result of `geffect_fast.profile`.
     """
-    return _what(summarise(dataset)), _where(dataset), signs()
+    return _what(summarise(dataset)), _where(dataset)
 
 
 def _what(rows: list[Summary]) -> str:
@@ -48,8 +48,8 @@ def _what(rows: list[Summary]) -> str:
     objectives = "objective raises" if len(good) == 1 else "objectives raise"
     if not good:
         return f"None of the {len(rows)} objectives clearly raises the forget risk{tail}."
-    how = f"e_u < 0, cosine at most -{HARDLY}" if good[0].cosines else "e_u < 0"
-    start = f"{len(good)} of {len(rows)} {objectives} the forget risk ({how}){tail}"
+    how = f" (cosine at least {HARDLY} in size)" if good[0].cosines else ""
+    start = f"{len(good)} of {len(rows)} {objectives} the forget risk{how}{tail}"
     best = min(good, key=lambda row: row.collateral)
     worst = max(good, key=lambda row: row.collateral)
     if not _differ(best, worst):
@@ -124,9 +124,8 @@ def _where(dataset: xr.Dataset) -> str:
                 if alike
                 else ""
             )
-            clauses.append(
-                f"{100 * size[top]:.0f} % of the unlearning effect sits in {names[top]}{tell}"
-            )
+            share = f"{100 * size[top]:.0f} % of the effect on the forget risk"
+            clauses.append(f"{share} sits in {names[top]}{tell}")
     effect = by_sample(dataset)
     if effect is not None:
         size = _mean_size(effect.values[:, at])
@@ -141,7 +140,7 @@ def _where(dataset: xr.Dataset) -> str:
                 f"{half} of {size.size} forget {rows} half of it, row {row}{quoted} the most"
             )
     if not clauses:
-        return "Where the unlearning effect sits cannot be told from this result."
+        return "Where the effect on the forget risk sits cannot be told from this result."
     over = "Averaged over objectives, " if dataset.sizes["objective"] > 1 else ""
     sentence = f"{over}{' and '.join(clauses)}."
     return sentence[0].upper() + sentence[1:]

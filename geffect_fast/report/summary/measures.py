@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from geffect_fast.report.format import bounds, number
+
 if TYPE_CHECKING:
     import xarray as xr
 
@@ -96,8 +98,12 @@ def shown(of: xr.Dataset) -> str:
     value, low, high = (float(of[name]) for name in ("value", "value_low", "value_high"))
     if math.isnan(value):
         return ""
-    number = f"{value:.3g}"
-    return number if math.isnan(low) else f"{number} [{low:.2g}, {high:.2g}]"
+    return f"{number(value, '.3g')}{_bounded(low, high)}"
+
+
+def _bounded(low: float, high: float) -> str:
+    """Bounds behind a number, where they are known."""
+    return "" if math.isnan(low) else f" {bounds((low, high), '.2g')}"
 
 
 def notes(dataset: xr.Dataset) -> list[str]:
@@ -145,15 +151,14 @@ def share_rows(dataset: xr.Dataset) -> list[list[str]]:
         value, low, high = (
             float(there[name]) for name in ("retention", "retention_low", "retention_high")
         )
-        bounds = "" if math.isnan(low) else f" [{low:.2g}, {high:.2g}]"
         rows.append(
             [
                 str(method),
                 f"{share:.3g}",
                 "" if math.isnan(lost) else f"{lost:.3g}",
-                f"{value:.3g}{bounds}",
-                f"{value / kept:.1%}",
-                f"{float(whole['retention']) / kept:.1%}",
+                f"{number(value, '.3g')}{_bounded(low, high)}",
+                f"{number(100 * value / kept, '.1f')}%",
+                f"{number(100 * float(whole['retention']) / kept, '.1f')}%",
             ]
         )
     return rows
@@ -163,8 +168,8 @@ def share_note(dataset: xr.Dataset) -> str:
     """What a share is, in a sentence."""
     asked = json.loads(dataset.attrs["control"])
     return (
-        f"The original has {_original_keeps(dataset):.3g}; a share is the largest found that keeps "
-        f"{asked['tau']:.0%} of it, to within {asked['tolerance']:g}."
+        f"The original has {number(_original_keeps(dataset), '.3g')}; a share is the largest found "
+        f"that keeps {asked['tau']:.0%} of it, to within {asked['tolerance']:g}."
     )
 
 
@@ -193,9 +198,9 @@ def _of_one(dataset: xr.Dataset) -> list[str]:
         of = dataset.sel(set=name)
         where = "Over all sets" if name == "all" else f"On {name}"
         numbers = [
-            f"{metric} {number}"
+            f"{metric} {found}"
             for metric in measured_metrics(dataset)
-            if (number := shown(of.sel(metric=metric)))
+            if (found := shown(of.sel(metric=metric)))
         ]
         said.append(f"{where}: {', '.join(numbers)}.")
     return said
@@ -267,7 +272,7 @@ def _controlled(dataset: xr.Dataset) -> list[str]:
             of = dataset.sel(metric=metric, set=name)
             numbers = [f"{m} {n}" for m in methods if (n := shown(of.sel(model=m)))]
             if numbers:
-                original = f"{float(of['original_value']):.3g}"
+                original = number(float(of["original_value"]), ".3g")
                 said.append(f"{metric}, {name}, there: {', '.join(numbers)}; original {original}.")
     return said
 

@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from geffect_fast.report.format import cell_with_interval
+from geffect_fast.report.format import cell_with_interval, number
 from geffect_fast.report.summary.measures import measured_metrics, measured_sets, place_axis, shown
 
 if TYPE_CHECKING:
@@ -106,7 +106,9 @@ def _relearned(dataset: xr.Dataset) -> list[SurveyRow]:
             for at in range(of.sizes["model"]):
                 first, last = (of.isel(model=at, step=step) for step in (0, -1))
                 before = float(first["value"])
-                cells.append("" if math.isnan(before) else f"{before:.3g} to {shown(last)}")
+                cells.append(
+                    "" if math.isnan(before) else f"{number(before, '.3g')} to {shown(last)}"
+                )
             rows.append(SurveyRow(ROBUSTNESS, f"relearning: {metric}, {name}", cells))
     return rows
 

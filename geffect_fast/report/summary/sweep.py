@@ -18,7 +18,7 @@ from geffect_fast.results.told_apart import effect_errors, effect_spreads, told_
 if TYPE_CHECKING:
     import xarray as xr
 
-STRONGEST, LEAST, CHEAPEST = "strongest removal", "least damage", "least collateral"
+STRONGEST, LEAST, CHEAPEST = "strongest removal", "least harm", "least collateral"
 
 NUMBERS = ("e_u", "e_r", "collateral")
 

@@ -6,7 +6,6 @@ import math
 from typing import TYPE_CHECKING
 
 from rich.console import Group, RenderableType
-from rich.table import Table
 from rich.text import Text
 
 from geffect_fast.measure.rank_correlation import FEWEST
@@ -20,7 +19,8 @@ from geffect_fast.report.summary.predictors import (
     prediction_sentence,
     predictor_notes,
 )
-from geffect_fast.report.tables.cells import FOLDED, new_table, with_interval
+from geffect_fast.report.tables.cells import with_interval
+from geffect_fast.report.tables.fitted import FittedTable
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -41,7 +41,7 @@ def render_against_effects(dataset: xr.Dataset) -> RenderableType:
     return Group(beside, render_ranks(dataset), note, Text(prediction_sentence(dataset)))
 
 
-def render_beside(dataset: xr.Dataset) -> list[Table]:
+def render_beside(dataset: xr.Dataset) -> list[FittedTable]:
     """A row a run: effects at the original model, and values and changes of every metric.
 
     On the forget and the retain data, and of sets together; several tables where there are many.
@@ -50,17 +50,16 @@ def render_beside(dataset: xr.Dataset) -> list[Table]:
     return [_beside(dataset, pairs[at : at + _MOST]) for at in range(0, len(pairs), _MOST)]
 
 
-def _beside(dataset: xr.Dataset, pairs: list[tuple[str, str]]) -> Table:
+def _beside(dataset: xr.Dataset, pairs: list[tuple[str, str]]) -> FittedTable:
     """One of these tables, of some metrics and sets."""
     shown = [name for name in EFFECTS if name in dataset["predictor"].values]
-    table = new_table(
+    table = FittedTable(
         "effects at the original model beside what unlearning did",
-        ("run", FOLDED | {"min_width": 12}),
-        *shown,
-        *(f"{_short(metric)}\n{name}" for metric, name in pairs),
+        ["run", *shown, *(f"{_short(metric)}\n{name}" for metric, name in pairs)],
+        ["run"],
     )
     before = dict(zip(measured_pairs(dataset), original_values(dataset), strict=True))
-    values = [f"{before[pair]:.3g}" for pair in pairs]
+    values = [number(before[pair], ".3g") for pair in pairs]
     table.add_row("original", *[""] * len(shown), *values)
     for run in dataset["run"].values.tolist():
         of = dataset.sel(run=run)
@@ -71,8 +70,7 @@ def _beside(dataset: xr.Dataset, pairs: list[tuple[str, str]]) -> Table:
                 for side in ("", "_low", "_high")
             )
             spec = ".2f" if predictor == "collateral" else "+.2g"
-            text = with_interval(value, (low, high), spec)
-            cells.append(Text("\n").join(text.split(" ")))
+            cells.append(with_interval(value, (low, high), spec))
         for metric, name in pairs:
             value = float(of["value"].sel(model=run, metric=metric, set=name))
             change = float(of["change"].sel(metric=metric, set=name))
@@ -85,15 +83,12 @@ def _beside(dataset: xr.Dataset, pairs: list[tuple[str, str]]) -> Table:
     return table
 
 
-def render_ranks(dataset: xr.Dataset) -> Table:
+def render_ranks(dataset: xr.Dataset) -> FittedTable:
     """A row a metric and set: the rank correlation of every predictor with its change."""
     predictors = dataset["predictor"].values.tolist()
     most = int(dataset["n_runs"].max())
-    table = new_table(
-        f"rank correlations over {most} runs",
-        ("change of", FOLDED | {"min_width": 12}),
-        *predictors,
-    )
+    title = f"rank correlations over {most} runs"
+    table = FittedTable(title, ["change of", *predictors], ["change of"])
     for metric, name in measured_pairs(dataset):
         of = dataset.sel(metric=metric, set=name)
         table.add_row(

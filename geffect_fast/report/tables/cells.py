@@ -1,4 +1,4 @@
-"""What tables for the terminal are made of: their one style, columns, cells, and notes below."""
+"""What tables for the terminal are made of: cells, verdicts, and notes below."""
 
 from __future__ import annotations
 
@@ -6,45 +6,20 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from rich import box
-from rich.table import Table
 from rich.text import Text
 
 from geffect_fast.report.format import Interval, Number, bounds, coverage_line, notes, number
 
+WANTED, UNWANTED = "color(33)", "color(166)"
+"""Blue and orange that can be read on light ground and on dark."""
 STYLES = {
-    "forgets, spares": "green",
-    "forgets, little harm": "green",
-    "forgets, some harm": "yellow",
-    "mostly harm": "red",
-    "forgets, harm unclear": "yellow",
-    "within noise": "yellow",
-    "hardly forgets": "yellow",
-    "perhaps hardly forgets": "yellow",
-    "does not forget": "red",
-    "undefined (NaN)": "bold red",
+    "forgets, spares": WANTED,
+    "forgets, little harm": WANTED,
+    "mostly harm": UNWANTED,
+    "does not forget": UNWANTED,
+    "undefined (NaN)": f"bold {UNWANTED}",
 }
-
-WHOLE: dict[str, Any] = {"no_wrap": True}
-"""Layout of a column of words that stay on one line."""
-FOLDED: dict[str, Any] = {"overflow": "fold"}
-"""Layout of a column of words that may wrap."""
-
-
-def new_table(title: str, *columns: str | tuple[str, dict[str, Any]]) -> Table:
-    """An empty table in the one style of all.
-
-    Args:
-        title: of the table.
-        columns: a name alone for numbers; a name and its layout, as `rich` takes it, for words.
-    """
-    table = Table(
-        title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False
-    )
-    for column in columns:
-        name, layout = (column, WHOLE | {"justify": "right"}) if isinstance(column, str) else column
-        table.add_column(name, **layout)
-    return table
+"""Verdicts in a colour; those between the two, and what rows do not tell, have none."""
 
 
 def with_interval(value: float, interval: Interval | None, spec: str = "+.3g") -> Text:
@@ -61,9 +36,9 @@ def effect_cells(numbers: Mapping[str, Number]) -> list[Text]:
     return [with_interval(*each, specs.get(name, "+.3g")) for name, each in numbers.items()]
 
 
-def verdict_cell(verdict: str, shown: str = "") -> Text:
-    """A verdict in its colour; `shown` is the verdict broken into lines."""
-    return Text(shown or verdict, style=STYLES.get(verdict, ""))
+def verdict_cell(verdict: str) -> Text:
+    """A verdict in its colour."""
+    return Text(verdict, style=STYLES.get(verdict, ""))
 
 
 def covered(attrs: Mapping[str, Any]) -> list[Text]:

@@ -9,7 +9,8 @@ from rich.text import Text
 
 from geffect_fast.measure.check import QUANTITIES, Check, KindCheck
 from geffect_fast.report.format import coverage_line
-from geffect_fast.report.tables.cells import FOLDED, WHOLE, new_table
+from geffect_fast.report.tables.cells import UNWANTED, WANTED
+from geffect_fast.report.tables.fitted import FittedTable
 
 NAMES_SHOWN = 8
 HEAD = ("kind", "captured by", "number", *QUANTITIES, "effects, abs.", "of limit")
@@ -17,18 +18,12 @@ HEAD = ("kind", "captured by", "number", *QUANTITIES, "effects, abs.", "of limit
 
 def render_check(check: Check) -> Group:
     """Everything about a check, for `rich.console.Console.print`."""
-    kind_name, rules, *numbers = HEAD
-    table = new_table(
-        caption(check),
-        (kind_name, WHOLE | {"min_width": max(len(kind.kind) for kind in check.kinds)}),
-        (rules, FOLDED),
-        *numbers,
-    )
+    table = FittedTable(caption(check), HEAD, HEAD[:2])
     for kind in check.kinds:
-        table.add_row(*kind_cells(kind), style="bold red" if kind.excess > 1 else "")
+        table.add_row(*kind_cells(kind), style=UNWANTED if kind.excess > 1 else "")
     lines = [Text(note(check), style="dim"), Text()]
     lines += [Text(line) for line in facts(check)]
-    style = "bold green" if check.exact else "bold red"
+    style = f"bold {WANTED if check.exact else UNWANTED}"
     return Group(table, *lines, Text(), Text(verdict(check), style=style))
 
 

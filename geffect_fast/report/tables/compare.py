@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING
 from rich.console import Group
 from rich.text import Text
 
-from geffect_fast.report.format import Interval, interval_line, number
+from geffect_fast.report.format import interval_line, number
 from geffect_fast.report.summary.effects import labels
 from geffect_fast.report.summary.runs import comparison_intervals, comparison_rows
-from geffect_fast.report.tables.cells import WHOLE, new_table, verdict_cell, with_interval
+from geffect_fast.report.tables.cells import verdict_cell, with_interval
+from geffect_fast.report.tables.fitted import FittedTable
 from geffect_fast.results.risks import UNLEARN, symbol
 from geffect_fast.results.told_apart import has_intervals, precision_error
 
@@ -43,20 +44,20 @@ def render_comparison(runs: xr.Dataset) -> Group:
         ("cost", "cost", ".2f"),
         (f"harm at{gap}{number(removal, '+.2g')}", "harm_at_equal_removal", "+.2g"),
     ]
-    table = new_table(
+    table = FittedTable(
         f"{runs.sizes['run']} runs at the {len(steps)} steps they share, {steps[0]} to {steps[-1]}",
-        ("run", {"overflow": "fold", "min_width": 12}),
-        *(head for head, *_ in columns),
-        "r",
-        ("verdict", WHOLE),
+        ["run", *(head for head, *_ in columns), "r", "verdict"],
+        ["run", "verdict"],
     )
     for row, of in zip(rows, intervals, strict=True):
-        verdict = row["verdict"] if plain else row["verdict"].replace(", ", ",\n")
+        name = Text(row["run"])
+        if row["objective"] not in row["run"]:
+            name.append(f"\n{row['objective']}", style="dim")
         table.add_row(
-            row["run"],
-            *(_stacked(row[name], of[name], spec) for _, name, spec in columns),
+            name,
+            *(with_interval(row[name], of[name], spec) for _, name, spec in columns),
             number(row[f"correlation_{UNLEARN}"], ".2f"),
-            verdict_cell(row["verdict"], verdict),
+            verdict_cell(row["verdict"]),
         )
     lines = [Text(f"Left out, as not all runs have it: {line}.") for line in runs.left_out]
     if share := precision_error(runs.attrs):
@@ -64,9 +65,3 @@ def render_comparison(runs: xr.Dataset) -> Group:
     if drawn := interval_line(runs.attrs):
         lines.append(Text(drawn))
     return Group(table, Text(NOTE, style="dim"), *lines)
-
-
-def _stacked(value: float, interval: Interval, spec: str) -> Text:
-    """A number with the bounds of its interval below each other, as many stand in a row."""
-    text = with_interval(value, interval, spec)
-    return Text("\n").join(text.split(" "))

@@ -5,9 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
-from rich import box
 from rich.console import Group, RenderableType
-from rich.table import Table
 from rich.text import Text
 
 from geffect_fast.report.summary.measures import (
@@ -30,7 +28,7 @@ from geffect_fast.report.summary.survey import (
     survey_rows,
 )
 from geffect_fast.report.tables.against_effects import render_against_effects
-from geffect_fast.report.tables.cells import FOLDED
+from geffect_fast.report.tables.fitted import FittedTable
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -52,15 +50,9 @@ def render_measures(dataset: xr.Dataset) -> RenderableType:
 
 def render_evaluation(dataset: xr.Dataset) -> RenderableType:
     """Measures of one model, or of several below each other, for `rich.console.Console.print`."""
-    table = Table(box=box.SIMPLE_HEAD, title="measures", title_justify="left")
-    axis = place_axis(dataset)
-    if axis is not None:
-        table.add_column(axis)
-    table.add_column("metric", **FOLDED)
-    table.add_column("number")
-    sets = measured_sets(dataset)
-    for name in sets:
-        table.add_column(name, justify="right")
+    axis, sets = place_axis(dataset), measured_sets(dataset)
+    words = [*([] if axis is None else [axis]), "metric", "number"]
+    table = FittedTable("measures", [*words, *sets], words)
     places = [None] if axis is None else dataset[axis].values.tolist()
     for metric in dataset["metric"].values.tolist():
         of_metric = dataset.sel(metric=metric)
@@ -74,11 +66,8 @@ def render_evaluation(dataset: xr.Dataset) -> RenderableType:
 
 def render_survey(dataset: xr.Dataset) -> RenderableType:
     """The survey's assessment in one table, for `rich.console.Console.print`."""
-    table = Table(box=box.SIMPLE_HEAD, title="the survey's assessment", title_justify="left")
-    table.add_column("aspect")
-    table.add_column("measure", **FOLDED)
-    for name in survey_columns(dataset):
-        table.add_column(name, justify="right", **FOLDED)
+    words = ["aspect", "measure"]
+    table = FittedTable("the survey's assessment", [*words, *survey_columns(dataset)], words)
     aspect = ""
     for row in survey_rows(dataset):
         if aspect and row.aspect != aspect:
@@ -91,9 +80,7 @@ def render_survey(dataset: xr.Dataset) -> RenderableType:
 
 def render_control(dataset: xr.Dataset) -> RenderableType:
     """Shares and measures of the methods, for `rich.console.Console.print`."""
-    table = Table(box=box.SIMPLE_HEAD, title="share kept of each method", title_justify="left")
-    for name in share_head(dataset):
-        table.add_column(name, justify="left" if name == "method" else "right")
+    table = FittedTable("share kept of each method", share_head(dataset), ["method"])
     for row in share_rows(dataset):
         table.add_row(*row)
     notes = [f"{share_note(dataset)} Below: measures at that share.", *rises(dataset)]
@@ -104,11 +91,8 @@ def render_relearning(dataset: xr.Dataset) -> RenderableType:
     """Measures of the models on the way, for `rich.console.Console.print`."""
     steps = dataset["step"].values
     at = np.unique(np.linspace(0, len(steps) - 1, min(_COLUMNS, len(steps))).round().astype(int))
-    table = Table(box=box.SIMPLE_HEAD, title="measures by step", title_justify="left")
-    for name in ("metric", "set", "model"):
-        table.add_column(name)
-    for step in steps[at]:
-        table.add_column(str(step), justify="right")
+    words = ["metric", "set", "model"]
+    table = FittedTable("measures by step", [*words, *map(str, steps[at])], words)
     for metric in dataset["metric"].values.tolist():
         for name in dataset["set"].values.tolist():
             for model in dataset["model"].values.tolist():

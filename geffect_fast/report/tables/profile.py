@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from rich.console import Group, RenderableType
-from rich.table import Table
 from rich.text import Text
 
 from geffect_fast.report.format import in_metric, number, question
@@ -20,13 +19,11 @@ from geffect_fast.report.summary.place_conflicts import (
     PlaceConflicts,
 )
 from geffect_fast.report.tables.cells import (
-    FOLDED,
-    WHOLE,
     covered,
     effect_cells,
-    new_table,
     verdict_cell,
 )
+from geffect_fast.report.tables.fitted import FittedTable
 from geffect_fast.results.risks import UNLEARN, effect_name, symbol
 
 if TYPE_CHECKING:
@@ -56,17 +53,20 @@ def render(dataset: xr.Dataset, places: PlaceConflicts | None = None) -> Rendera
     )
 
 
-def totals_table(dataset: xr.Dataset) -> Table:
+def totals_table(dataset: xr.Dataset) -> FittedTable:
     """A row an objective: effect on and cosine with every risk, collateral, verdict."""
     rows = summarise(dataset)
-    table = new_table(
+    table = FittedTable(
         f"G-effect of {len(rows)} objectives on {dataset.attrs['n_forget']} forget rows"
         f"{in_metric(dataset.attrs)}",
-        ("objective", FOLDED),
-        *map(effect_name, rows[0].effects),
-        *(f"cos_{symbol(risk)}" for risk in rows[0].cosines),
-        "collateral",
-        ("verdict", WHOLE),
+        [
+            "objective",
+            *map(effect_name, rows[0].effects),
+            *(f"cos_{symbol(risk)}" for risk in rows[0].cosines),
+            "collateral",
+            "verdict",
+        ],
+        ["objective", "verdict"],
     )
     for row in rows:
         *effects, collateral = effect_cells(row.numbers)
@@ -75,16 +75,16 @@ def totals_table(dataset: xr.Dataset) -> Table:
     return table
 
 
-def group_table(dataset: xr.Dataset, risk: str) -> Table | None:
+def group_table(dataset: xr.Dataset, risk: str) -> FittedTable | None:
     """Signed shares of the effect on one risk by part of the model; None where parts are summed."""
     placed = by_place(dataset, blocks=False)
     if placed is None:
         return None
     parts, values = placed
-    table = new_table(
+    table = FittedTable(
         f"Where {effect_name(risk)} comes from: share of each part, sizes adding to 100 %",
-        ("objective", FOLDED),
-        *(part.replace("_", " ") for part in parts),
+        ["objective", *(part.replace("_", " ") for part in parts)],
+        ["objective"],
     )
     of_risk = shares(values[:, labels(dataset, "risk").index(risk)])
     for objective, row in zip(labels(dataset, "objective"), of_risk, strict=True):
@@ -92,13 +92,13 @@ def group_table(dataset: xr.Dataset, risk: str) -> Table | None:
     return table
 
 
-def conflict_table(dataset: xr.Dataset) -> Table | None:
+def conflict_table(dataset: xr.Dataset) -> FittedTable | None:
     """Conflicts with the retain risk by part of the model; None where they were not measured."""
     found = Conflicts.of(dataset)
     if found is None:
         return None
     heads = (part.replace("_", " ") for part in found.parts)
-    table = new_table(CAPTION, ("objective", FOLDED), *heads)
+    table = FittedTable(CAPTION, ["objective", *heads], ["objective"])
     for name, shares_of in found.rows().items():
         table.add_row(name, *(number(share, ".0f") for share in shares_of))
     return table
@@ -106,19 +106,20 @@ def conflict_table(dataset: xr.Dataset) -> Table | None:
 
 def place_conflict_tables(found: PlaceConflicts) -> list[RenderableType]:
     """Conflicts with the retain risk by position, and the tokens behind them."""
-    table = new_table(BY_POSITION, ("objective", FOLDED), *found.spans)
+    table = FittedTable(BY_POSITION, ["objective", *found.spans], ["objective"])
     for name, shares_of in found.opposed.items():
         table.add_row(name, *(number(share, ".0f") for share in shares_of))
     tables: list[RenderableType] = [table]
     if found.rows:
-        of_rows = new_table(BY_TOKEN, ("objective", FOLDED), "row", ("tokens", FOLDED))
+        words = ["objective", "tokens"]
+        of_rows = FittedTable(BY_TOKEN, ["objective", "row", "tokens"], words)
         for cells in found.rows:
             of_rows.add_row(*map(Text, cells))
         tables.append(of_rows)
     return [*tables, Text(PLACES_NOTE, style="dim"), Text()]
 
 
-def instance_table(dataset: xr.Dataset) -> Table | None:
+def instance_table(dataset: xr.Dataset) -> FittedTable | None:
     """The forget row that each objective forgets most, and the one that costs `retain` most."""
     effect = by_sample(dataset)
     if effect is None or not effect.sizes["sample"]:
@@ -126,11 +127,8 @@ def instance_table(dataset: xr.Dataset) -> Table | None:
     objectives = labels(dataset, "objective")
     wanted = {UNLEARN: "forgotten most", "retain": "costs the rest most"}
     present = [risk for risk in wanted if risk in effect["risk"].values]
-    table = new_table(
-        "Instances: row, share of the effect, question",
-        ("objective", WHOLE | {"min_width": max(map(len, objectives))}),
-        *((wanted[risk], FOLDED) for risk in present),
-    )
+    heads = ["objective", *(wanted[risk] for risk in present)]
+    table = FittedTable("Instances: row, share of the effect, question", heads, heads)
     for objective in objectives:
         of_risks = (effect.sel(objective=objective, risk=risk) for risk in present)
         table.add_row(objective, *map(_extreme, of_risks))
@@ -143,6 +141,5 @@ def _extreme(effect: xr.DataArray) -> str:
     if not np.isfinite(share).all() or not (share < 0).any():
         return "none"
     i = int(share.argmin())
-    return (
-        f"{effect['sample'].values[i]}  {100 * share[i]:+.0f}%  {question(effect, i, 34)}".rstrip()
-    )
+    row, percent = effect["sample"].values[i], number(100 * share[i], "+.0f")
+    return f"{row}  {percent}%  {question(effect, i, 34)}".rstrip()

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from rich.console import RenderableType
+from rich.console import Group, RenderableType
+from rich.text import Text
 
 from geffect_fast.report.summary.effects import has_steps, is_comparison
-from geffect_fast.report.summary.findings import findings
+from geffect_fast.report.summary.findings import findings, signs
 from geffect_fast.report.summary.measures import is_evaluation
 from geffect_fast.report.summary.place_conflicts import PlaceConflicts
+from geffect_fast.report.summary.step_findings import outcome_sentence
 from geffect_fast.report.summary.sweep import is_sweep
 from geffect_fast.report.tables.compare import render_comparison
 from geffect_fast.report.tables.measures import render_measures
 from geffect_fast.report.tables.profile import render
-from geffect_fast.report.tables.steps import render_steps, step_findings
+from geffect_fast.report.tables.steps import render_steps
 from geffect_fast.report.tables.sweep import render_sweep
 from geffect_fast.results.by_rows import sum_positions
 
@@ -29,8 +31,10 @@ def tables_and_sentences(dataset: xr.Dataset) -> tuple[RenderableType, tuple[str
     if is_comparison(dataset):
         return render_comparison(dataset), ()
     summed = sum_positions(dataset)
+    sentences: tuple[str, ...]
     if has_steps(summed):
-        return render_steps(summed), step_findings(summed)
-    if is_sweep(summed):
-        return render_sweep(summed), findings(summed)
-    return render(summed, PlaceConflicts.of(dataset)), findings(summed)
+        tables, sentences = render_steps(summed), (outcome_sentence(summed),)
+    elif is_sweep(summed):
+        tables, sentences = render_sweep(summed), findings(summed)
+    else:
+        tables, sentences = render(summed, PlaceConflicts.of(dataset)), findings(summed)

@@ -6,25 +6,20 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from rich.console import Group, RenderableType
-from rich.table import Table
 from rich.text import Text
 
 from geffect_fast.report.format import number, risk_words
 from geffect_fast.report.summary.effects import interval_at, last_step, thinned
-from geffect_fast.report.summary.findings import signs
 from geffect_fast.report.summary.measures import live_measures
 from geffect_fast.report.summary.objectives import summarise
-from geffect_fast.report.summary.step_findings import outcome_sentence
 from geffect_fast.report.summary.steps import PREDICTIONS, Steps, agreements
 from geffect_fast.report.tables.cells import (
-    FOLDED,
-    WHOLE,
     covered,
     effect_cells,
-    new_table,
     verdict_cell,
     with_interval,
 )
+from geffect_fast.report.tables.fitted import FittedTable
 from geffect_fast.report.tables.measures import render_evaluation
 from geffect_fast.report.tables.profile import totals_table
 from geffect_fast.results.risks import effect_name, symbol
@@ -63,20 +58,23 @@ def render_steps(dataset: xr.Dataset) -> RenderableType:
     return Group(*parts, *covered(dataset.attrs))
 
 
-def steps_table(dataset: xr.Dataset) -> Table:
+def steps_table(dataset: xr.Dataset) -> FittedTable:
     """Evenly spaced steps: risks, effects of the trained objective (or else the first), verdict."""
     read = Steps.of(dataset)
     lead, n_forget, last = read.objectives[0], dataset.attrs["n_forget"], read.steps[-1]
     what = f"Trained on {lead}" if "trained_objective" in dataset.attrs else f"Effects of {lead}"
     of_step = _of_step(dataset, lead)
-    table = new_table(
+    table = FittedTable(
         f"{what} to step {last}, measured at {len(read.steps)} steps on {n_forget} forget rows",
-        "step",
-        *(f"R_{symbol(risk)}" for risk in read.risks),
-        *map(effect_name, read.risks),
-        *(f"e_P,{symbol(risk)}" for risk in read.risks if of_step is not None),
-        "collateral",
-        ("verdict", WHOLE),
+        [
+            "step",
+            *(f"R_{symbol(risk)}" for risk in read.risks),
+            *map(effect_name, read.risks),
+            *(f"e_P,{symbol(risk)}" for risk in read.risks if of_step is not None),
+            "collateral",
+            "verdict",
+        ],
+        ["verdict"],
     )
     for i in thinned(np.arange(len(read.steps)), ROWS):
         (row,) = summarise(dataset.isel(step=i).sel(objective=[lead]))
@@ -104,18 +102,16 @@ def _of_step(dataset: xr.Dataset, objective: str) -> np.ndarray | None:
     return effect.sum(within, skipna=False).transpose("step", "risk").values
 
 
-def trust_table(dataset: xr.Dataset) -> Table | None:
+def trust_table(dataset: xr.Dataset) -> FittedTable | None:
     """How well first order predicts every risk's changes; None where nothing was predicted."""
     found = agreements(dataset)
     if not found:
         return None
     n = max(a.n for by_risk in found.values() for a in by_risk.values())
-    table = new_table(
+    table = FittedTable(
         f"First order against {n} measured changes",
-        ("predicted", WHOLE),
-        ("change of", WHOLE),
-        *("correlation", "same sign", "typically off by"),
-        ("so", FOLDED),
+        ["predicted", "change of", "correlation", "same sign", "typically off by", "so"],
+        ["predicted", "change of", "so"],
     )
     for name, by_risk in found.items():
         for risk, a in by_risk.items():
@@ -128,8 +124,3 @@ def trust_table(dataset: xr.Dataset) -> Table | None:
                 a.words,
             )
     return table
-
-
-def step_findings(dataset: xr.Dataset) -> tuple[str, ...]:
-    """What the run came to, and how to read the signs: a sentence each."""
-    return outcome_sentence(dataset), signs()

@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from rich.console import Group, RenderableType
-from rich.table import Table
 from rich.text import Text
 
 from geffect_fast.report.summary.effects import thinned
 from geffect_fast.report.summary.sweep import NUMBERS, Swept
-from geffect_fast.report.tables.cells import FOLDED, covered, effect_cells, new_table
+from geffect_fast.report.tables.cells import covered, effect_cells
+from geffect_fast.report.tables.fitted import FittedTable
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -43,14 +43,13 @@ def render_sweep(dataset: xr.Dataset) -> RenderableType:
     return Group(*parts)
 
 
-def families_table(swept: Swept, n_forget: int) -> Table:
+def families_table(swept: Swept, n_forget: int) -> FittedTable:
     """Of each family the values that remove most, that harm least, and with least collateral."""
     n = len(swept.objectives)
-    table = new_table(
+    table = FittedTable(
         f"{n} objectives on {n_forget} forget rows: the best of each family",
-        ("family", FOLDED | {"max_width": 34}),
-        ("at", FOLDED),
-        *NUMBERS,
+        ["family", "at", *NUMBERS],
+        ["family", "at"],
     )
     for family in swept.families:
         picks = swept.picks(family)
@@ -59,18 +58,18 @@ def families_table(swept: Swept, n_forget: int) -> Table:
             continue
         table.add_row(family.text, "" if picks else "undefined (NaN)")
         for i, names in picks.items():
-            what = Text("\n".join(f"  {name}" for name in names), style="dim")
+            what = Text("  " + ",\n  ".join(names), style="dim")
             table.add_row(what, family.point(i), *effect_cells(swept.numbers(family.at[i])))
     return table
 
 
-def front_table(swept: Swept) -> Table:
+def front_table(swept: Swept) -> FittedTable:
     """The Pareto front, strongest removal first."""
     n = int(swept.front.sum())
-    table = new_table(
-        f"Pareto front: {n} not beaten in both removal and damage",
-        ("objective", FOLDED | {"min_width": 30}),
-        *NUMBERS,
+    table = FittedTable(
+        f"Pareto front: {n} not beaten in both removal and harm",
+        ["objective", *NUMBERS],
+        ["objective"],
     )
     for i in _shown(swept):
         table.add_row(swept.label(i), *effect_cells(swept.numbers(i)))

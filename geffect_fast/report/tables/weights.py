@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from rich.console import Group
-from rich.table import Table
 from rich.text import Text
 
 from geffect_fast.report.figures.frontier import asked
 from geffect_fast.report.format import Interval, number, question
-from geffect_fast.report.tables.cells import WHOLE, new_table, with_interval
+from geffect_fast.report.tables.cells import with_interval
+from geffect_fast.report.tables.fitted import FittedTable
 from geffect_fast.report.tokens.colours import inline, visible
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ def render_weights(best: xr.Dataset) -> Group:
         Text(reached(best), style="bold"),
         Text(_counts(best), style="dim"),
         Text(),
-        _tokens(best, weight == 0, "token_e_r", "Spared (weight 0), those of most damage first"),
+        _tokens(best, weight == 0, "token_e_r", "Spared (weight 0), those of most harm first"),
         _tokens(
             best, weight == full, "token_e_u", f"In full (weight {full:g}), those that remove most"
         ),
@@ -40,15 +40,14 @@ def render_weights(best: xr.Dataset) -> Group:
 
 
 def reached(best: xr.Dataset) -> str:
-    """One sentence: how much of ga's removal is kept, and how much of its damage."""
-    kept, damage = _compared(best, float(best["e_u"]), float(best["e_r"]))
-    return f"Against ga: removal kept {kept}, damage {damage}."
+    """One sentence: how much of ga's removal is kept, and how much of its harm."""
+    kept, harm = _compared(best, float(best["e_u"]), float(best["e_r"]))
+    return f"Against ga: removal kept {kept}, harm {harm}."
 
 
-def _reached(best: xr.Dataset) -> Table:
+def _reached(best: xr.Dataset) -> FittedTable:
     title = f"Token weights from 0 to {best.attrs['max_weight']:g}: {asked(best)}"
-    table = new_table(title, ("weights", WHOLE), "e_u", "e_r", "removal kept", "damage")
-    table.min_width = len(title)
+    table = FittedTable(title, ["weights", "e_u", "e_r", "removal kept", "harm"], ["weights"])
     ga = [float(best[name].sum()) for name in ("token_e_u", "token_e_r")]
     for name, prefix, e in (
         ("ga", "ga_", ga),
@@ -70,12 +69,12 @@ def _interval(best: xr.Dataset, name: str) -> Interval | None:
 
 
 def _compared(best: xr.Dataset, e_u: float, e_r: float) -> tuple[str, str]:
-    """Removal and damage in percent of ga's; a dash where ga has none."""
+    """Removal and harm in percent of ga's; a dash where ga has none."""
     ga_u, ga_r = (float(best[name].sum()) for name in ("token_e_u", "token_e_r"))
-    kept = f"{100 * e_u / ga_u:.1f} %" if ga_u < 0 else "–"
+    kept = f"{number(100 * e_u / ga_u, '.1f')} %" if ga_u < 0 else "–"
     if e_r >= 0:
         return kept, "none"
-    return kept, f"{100 * e_r / ga_r:.1f} %" if ga_r < 0 else "–"
+    return kept, f"{number(100 * e_r / ga_r, '.1f')} %" if ga_r < 0 else "–"
 
 
 def _counts(best: xr.Dataset) -> str:
@@ -91,9 +90,9 @@ def _counts(best: xr.Dataset) -> str:
     return f"{line}; {more}."
 
 
-def _tokens(best: xr.Dataset, chosen: np.ndarray, by: str, title: str) -> Table:
+def _tokens(best: xr.Dataset, chosen: np.ndarray, by: str, title: str) -> FittedTable:
     """The first tokens of a choice, those whose effect `by` is lowest first."""
-    table = new_table(title, ("token", WHOLE), "e_u", "e_r", "row", ("question", WHOLE))
+    table = FittedTable(title, ["token", "e_u", "e_r", "row", "question"], ["token", "question"])
     effect = np.where(chosen, best[by].values, np.inf)
     for flat in effect.argsort(axis=None, kind="stable")[: min(TOKENS_SHOWN, int(chosen.sum()))]:
         i, t = (int(at) for at in np.unravel_index(flat, effect.shape))

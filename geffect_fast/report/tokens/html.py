@@ -126,7 +126,7 @@ def _code(risk: str, levels: np.ndarray) -> str:
 
 
 def _exact(value: float) -> str:
-    return f"{value:+.4e}" if np.isfinite(value) else "not finite"
+    return number(value, "+.4e") if np.isfinite(value) else "not finite"
 
 
 def _rounded(values: np.ndarray) -> list[float | None]:

@@ -62,7 +62,7 @@ def test_many_objectives_are_told_apart_by_family():
     _, panel = drawn(token_result(drawn_shares([9, 14]), many | OTHERS), retain_budget=np.inf)
     assert {"ga", "wga", "npo ÷ 10", "npo ÷ 50"} <= set(lines(panel))
     assert lines(panel)["wga"].shape == (2, 13)
-    assert "chosen: most removal, at any damage" in lines(panel) and "wga(alpha=1)" not in words(
+    assert "chosen: most removal, at any harm" in lines(panel) and "wga(alpha=1)" not in words(
         panel
     )
 

@@ -91,6 +91,21 @@ def test_all_is_there_to_read_at_every_width_light_and_dark(browser, pages, page
     assert white in dark["lines"] and black not in dark["lines"]
 
 
+@pytest.mark.parametrize(("page", "head"), [("profile", "collateral"), ("comparison", "cost")])
+def test_what_compares_is_seen_on_a_phone(browser, pages, page, head):
+    browser.look(390)
+    browser.open(pages / f"{page}.html")
+    room = browser.run(
+        f"""(() => {{
+          const table = document.querySelector("#verdicts table");
+          const at = [...table.rows[0].cells].findIndex((e) => e.textContent === "{head}");
+          const edge = table.parentElement.getBoundingClientRect().right;
+          return [...table.rows].map((r) => edge - r.cells[at].getBoundingClientRect().right);
+        }})()"""
+    )
+    assert len(room) > 2 and min(room) >= 0
+
+
 def test_it_is_printed_light_and_whole(browser, pages, tmp_path):
     for page in PAGES:
         found = shown(browser, pages / f"{page}.html", 700, dark=True, media="print")

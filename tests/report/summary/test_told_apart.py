@@ -101,10 +101,10 @@ def test_the_best_of_a_family_names_how_many_are_no_different(family):
     (one,) = Swept.of(dataset).families
     (at, best), *_ = Swept.of(dataset).picks(one).items()
     assert at == 0
-    assert best == ["strongest removal (2 alike)", "least damage", "least collateral"]
+    assert best == ["strongest removal (2 alike)", "least harm", "least collateral"]
     assert "strongest removal (2 alike)" in words_of(render_sweep(dataset))
     exact = Swept.of(family([-1.0, -0.995, -0.9, -0.5], [-0.2, -0.21, -0.4, -0.39], error=0))
-    assert exact.picks(one)[0] == ["strongest removal", "least damage", "least collateral"]
+    assert exact.picks(one)[0] == ["strongest removal", "least harm", "least collateral"]
 
 
 # ---- where it is said ----

@@ -220,7 +220,7 @@ def test_a_part_is_the_largest_as_far_as_rows_tell():
         rows[parts.index("deep")] = -0.51 + noisy * wave
         base["g_effect"][0, 0] = rows
         said = findings(with_intervals(base))[1]
-        assert "51 % of the unlearning effect sits in the deep blocks" in said
+        assert "51 % of the effect on the forget risk sits in the deep blocks" in said
         assert ("as far as these rows tell no more than in the shallow blocks" in said) == noisy
 
 
