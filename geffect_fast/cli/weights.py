@@ -32,7 +32,7 @@ def weights(
     ] = None,
     removal: Annotated[
         float | None,
-        option("--removal", help="In its place the e_u to reach, below 0, with least damage."),
+        option("--removal", help="In its place the e_u to reach, below 0, with least harm."),
     ] = None,
     max_weight: Annotated[
         float, typer.Option("--max-weight", help="The largest weight; ga is weight 1.")
@@ -43,7 +43,7 @@ def weights(
     overwrite: Annotated[bool, option("--overwrite", help="Replace files that are there.")] = False,
     quiet: Quiet = False,
 ) -> None:
-    """Find the token weights that remove most for the damage allowed, and write data with them.
+    """Find the token weights that remove most for the harm allowed, and write data with them.
 
     The run must hold ga by token, as profile --objectives ga --resolve sample,token does; of one
     with steps the last counts. Beside --out lies frontier.png: the best for every budget, and the

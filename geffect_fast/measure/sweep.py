@@ -105,7 +105,7 @@ vars(sweep)["__signature__"] = _as_profile()
 
 
 def pareto_front(result: xr.Dataset) -> xr.DataArray:
-    """Which objectives no other one beats: more removal, or as much, at less damage, or as little.
+    """Which objectives no other one beats: more removal, or as much, at less harm, or as little.
 
     An objective is on the front where none has a lower `e_u` and no lower `e_r`, nor the same `e_u`
     and a higher `e_r`, and differs from it in one of them by more than the choice of the rows, and

@@ -5,17 +5,17 @@ objective with a weight for every token has
 
     e_u = sum_t w_t u_t,        e_r = sum_t w_t r_t,        0 <= w_t <= W,
 
-so the most removal for a given damage, and the least damage for a given removal, are linear
+so the most removal for a given harm, and the least harm for a given removal, are linear
 programs in `w`. Both are one continuous knapsack, which sorting solves exactly; nothing needs a
-solver. By the signs of its two shares (removal is `u < 0`, damage `r < 0`) a token is
+solver. By the signs of its two shares (removal is `u < 0`, harm `r < 0`) a token is
 
     u < 0, r >= 0    full: it removes for nothing; also u = 0, r > 0
-    u >= 0, r <= 0   0: it removes nothing, and may do damage
-    u < 0, r < 0     costly: it removes `|u|` and does damage `|r|`
-    u > 0, r > 0     repairing: it undoes removal `u` and damage `r`
+    u >= 0, r <= 0   0: it removes nothing, and may do harm
+    u < 0, r < 0     costly: it removes `|u|` and does harm `|r|`
+    u > 0, r > 0     repairing: it undoes removal `u` and harm `r`
 
 Start where `e_r` is largest: repairing tokens full, costly ones 0. A token of either kind, moved to
-the other end of its weight, gains `W |u|` of removal for `W |r|` of damage. So the best order is by
+the other end of its weight, gains `W |u|` of removal for `W |r|` of harm. So the best order is by
 `|u| / |r|`, downwards, and the gains add up to the frontier: a concave curve with a vertex a token,
 from the largest `e_r` to the smallest `e_u`. At most one token's weight, the one at which the
 budget runs out, lies strictly between 0 and `W`.
@@ -57,9 +57,9 @@ def optimal_weights(
     removal: float | None = None,
     max_weight: float = 1.0,
 ) -> xr.Dataset:
-    """The weights of the forget set's tokens that remove most for the damage allowed.
+    """The weights of the forget set's tokens that remove most for the harm allowed.
 
-        minimise e_u   subject to   e_r >= -retain_budget     (removal is e_u < 0, damage e_r < 0)
+        minimise e_u   subject to   e_r >= -retain_budget     (removal is e_u < 0, harm e_r < 0)
         maximise e_r   subject to   e_u <= removal            where `removal` is given instead
 
     over `0 <= w <= max_weight`, with `e_u = sum w u` and `e_r = sum w r` of the tokens' shares in
@@ -69,7 +69,7 @@ def optimal_weights(
     Args:
         result: of `profile`, with objective `ga`, risks `unlearn` and `retain`, and axes `sample`
             and `token`; other axes are summed.
-        retain_budget: damage that is allowed, in units of `e_r`: a step of size `lr` may raise
+        retain_budget: harm that is allowed, in units of `e_r`: a step of size `lr` may raise
             the retain risk by `lr * retain_budget`. 0 allows none, `inf` any; a negative number
             demands that the risk falls.
         removal: the `e_u` to reach at least, a negative number or 0. Give this or the budget.
@@ -99,7 +99,7 @@ def optimal_weights(
     """
     if (retain_budget is None) == (removal is None):
         raise InputError(
-            "give either retain_budget (--retain-budget), the damage allowed, or removal "
+            "give either retain_budget (--retain-budget), the harm allowed, or removal "
             "(--removal), the e_u to reach"
         )
     if not 0 < _number("max_weight", max_weight) < math.inf:
@@ -155,7 +155,7 @@ class Frontier:
     Attributes:
         start: `(n,)` weights at the first vertex.
         order: `(n_changes,)` tokens in the order in which their weights move to the other end.
-        prices: `(n_changes,)` removal for a unit of damage, which falls along the order.
+        prices: `(n_changes,)` removal for a unit of harm, which falls along the order.
         e_u, e_r: `(n_changes + 1,)` effects at the vertices; both fall.
         max_weight: the other end of 0.
     """
@@ -229,7 +229,7 @@ class Frontier:
         return weights
 
     def price(self, done: int) -> float:
-        """Removal that one more unit of damage would buy there."""
+        """Removal that one more unit of harm would buy there."""
         return float(self.prices[done]) if done < len(self.prices) else 0.0
 
 

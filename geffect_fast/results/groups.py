@@ -158,7 +158,11 @@ def _n_blocks(names: Sequence[str]) -> int:
 
 
 def parameter_coordinates(names: Sequence[str], blocks: Blocks | None = None) -> dict[str, Any]:
-    """Coordinates of the parameter axis: `block`, `kind` and `group` of every name."""
+    """Coordinates of the parameter axis: `block`, `kind` and `group` of every name.
+
+    `block` is `OUTSIDE` for embeddings, the final norm and the output layer alike, which `group`
+    tells apart.
+    """
     groups, members = groups_of(names, blocks)
     return {
         "parameter": list(names),

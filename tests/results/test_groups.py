@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
+from pathlib import Path
 
+import numpy as np
 import pytest
 from architectures import ARCHITECTURES
 from models import build
@@ -106,3 +109,19 @@ def test_coordinates_of_every_architecture(architecture):
 
 def test_no_parameters():
     assert parameter_coordinates([])["parameter"] == []
+
+
+def test_layers_and_what_lies_outside_of_them_add_up(dataset):
+    """As docs/concepts.md shows it: block -1 is no layer, and its parts are told apart."""
+    effect = dataset["g_effect"]
+    page = (Path(__file__).parents[2] / "docs/concepts.md").read_text(encoding="utf-8")
+    lines = re.findall(r"^    ((?:layers|outside) = result\..+)$", page, re.MULTILINE)
+    found = {"result": dataset}
+    for line in lines:
+        exec(line, found)
+    layers, outside = found["layers"], found["outside"]
+    assert layers["block"].values.tolist() == [0, 1, 2, 3]
+    assert set(outside["group"].values) == {"embedding", "final_norm", "lm_head"}
+    np.testing.assert_allclose(
+        layers.sum("block") + outside.sum("group"), effect.sum("parameter"), rtol=1e-12
+    )
