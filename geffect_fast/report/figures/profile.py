@@ -153,7 +153,7 @@ def scatter_instances(panel: Axes, e_u: np.ndarray, e_r: np.ndarray) -> None:
         (finite & wanted, WANTED, "wanted: removes, spares the rest"),
         (finite & ~wanted, UNWANTED, "unwanted: harms the rest, or does not remove"),
     ):
-        panel.scatter(e_u[of], e_r[of], s=14, color=colour, alpha=0.65, linewidths=0, label=words)
+        panel.scatter(e_u[of], e_r[of], s=20, color=colour, alpha=0.65, linewidths=0, label=words)
     for values, limit in ((e_u[finite], panel.set_xlim), (e_r[finite], panel.set_ylim)):
         reach = np.abs(values).max(initial=0.0) * 1.35 or 1.0
         # an empty side keeps enough room for its words
