@@ -45,13 +45,22 @@ def compare(
     from geffect_fast.steps.compare import compare as align
     from geffect_fast.storage.inputs import result_sums
     from geffect_fast.storage.lock import locked
-    from geffect_fast.storage.run_folder import CONFIG, PLOTS, RESULTS, check_free, staged_run
+    from geffect_fast.storage.run_folder import (
+        CONFIG,
+        PLOTS,
+        RESULTS,
+        check_free,
+        run_names,
+        staged_run,
+    )
     from geffect_fast.storage.save_run import add_report
 
     folder = check_free(out, overwrite)
     if any(is_there(folder / name) for name in (RESULTS, CONFIG)):
         raise InputError(f"--out {out} is the folder of a run; choose another")
-    aligned = align([str(run) for run in runs])
+    given = [str(run) for run in runs]
+    named = dict(zip(run_names(given), given, strict=True))
+    aligned = align(named if len(named) == len(given) else given)  # one given twice is refused
     with locked(out):
         with staged_run(out, overwrite, sums=lambda: result_sums(runs)) as staging:
             write_comparison(aligned, staging)

@@ -21,7 +21,8 @@ from geffect_fast.results.told_apart import (
     precision_error,
     row_spreads,
 )
-from geffect_fast.storage.run_folder import RESULTS, open_run, run_names
+from geffect_fast.storage.run_folder import open_run
+from geffect_fast.visible import one_line
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -65,8 +66,8 @@ def compare(
     """Step results of several runs in one Dataset, on the steps and risks that all of them have.
 
     A run is a curve of the objective it was trained on; one of checkpoints is a curve of each of
-    its objectives. A curve is named by the run's folder, with its objective where the run has
-    several, or, of a result in memory, by its objective.
+    its objectives. A curve is named by that objective, or, where several have the same, by the
+    run's folder.
 
     Args:
         runs: run folders, results or their files, with a step axis; or a mapping of names to them.
@@ -109,7 +110,7 @@ def compare(
     by_group = bool(groups[0]) and all(group == groups[0] for group in groups)
     there = {str(name) for name in curves[0].dataset}
     shared = there.intersection(*(map(str, curve.dataset) for curve in curves))
-    names = _names(curves, runs)
+    names = _names(curves, isinstance(runs, Mapping))
     data = xr.concat(
         [
             _row(curve, shared, groups[0] if by_group else []).sel(step=steps, risk=risks)
@@ -151,7 +152,7 @@ def _given(
     for name, run in pairs:
         if isinstance(run, str | Path):
             place = user_path(run).resolve()
-            place = place.parent if place.name == RESULTS else place
+            place = place.parent if place.name == "results.nc" else place
             if place in places:
                 raise InputError(
                     f"{what}: {name} and {places[place]} are the same run; give it once"
@@ -252,35 +253,28 @@ def _group_widths(effect: xr.DataArray, axis: str, groups: list[str]) -> xr.Data
     return rows.isel(sample=0, drop=True).copy(data=width)
 
 
-def _names(
-    curves: list[_Curve],
-    runs: Sequence[str | Path | xr.Dataset] | Mapping[str, str | Path | xr.Dataset],
-) -> list[str]:
-    """Names of curves: those of their runs, with the objective where a run has several.
-
-    A result in memory that the user did not name is called by its objective, where that tells.
+def _names(curves: list[_Curve], given: bool) -> list[str]:
+    """Names of curves: their objectives, or where these are not told apart their runs.
 
     Args:
         curves: of the runs.
-        runs: as they were given.
+        given: whether the user named the runs.
     """
     objectives = [curve.objective for curve in curves]
-    called = {curve.run: curve.run for curve in curves}
-    unnamed: set[str] = set()
-    if not isinstance(runs, Mapping):
-        folders = [str(run) for run in runs if isinstance(run, str | Path)]
-        unnamed = called.keys() - set(folders)
-        called |= zip(folders, run_names(folders), strict=True)
-    found = []
+    per_run = {run: sum(curve.run == run for curve in curves) for run in {c.run for c in curves}}
+    folders = {run: one_line(Path(run).name or run) for run in per_run}
+    if given or len(set(folders.values())) < len(folders):
+        folders = {run: run for run in folders}
+    names = []
     for curve in curves:
-        alone = sum(other.run == curve.run for other in curves) == 1
-        if curve.run in unnamed and objectives.count(curve.objective) == 1:
-            found.append(curve.objective)
-        elif alone and curve.run not in unnamed:
-            found.append(called[curve.run])
+        alone = per_run[curve.run] == 1
+        if given:
+            names.append(curve.run if alone else f"{curve.run}: {curve.objective}")
+        elif objectives.count(curve.objective) == 1:
+            names.append(curve.objective)
         else:
-            found.append(f"{called[curve.run]}: {curve.objective}")
-    return found
+            names.append(f"{folders[curve.run]}: {curve.objective}")
+    return names
 
 
 def _steps_of(curve: _Curve) -> str:

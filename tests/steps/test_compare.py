@@ -75,9 +75,9 @@ def test_curves_are_named_by_what_tells_them_apart(tmp_path):
         files.append(tmp_path / place / "results.nc")
         result.drop_vars("token_weight").to_netcdf(files[-1], engine="h5netcdf")
     names = gf.compare([files[0].parent, files[2], files[1].parent])["run"].values.tolist()
-    assert names == ["x/run", f"{tmp_path.name}/z", "y/run"]
+    assert names == [f"{files[0].parent}: {GA}", NPO, f"{files[1].parent}: {GA}"]
     named = gf.compare([files[0].parent, files[2].parent, again])["run"].values.tolist()
-    assert named == ["run", "z", f"result 3: {GA}"]
+    assert named == [f"run: {GA}", NPO, f"result 3: {GA}"]
 
 
 def test_a_run_of_checkpoints_is_a_curve_of_each_of_its_objectives():
