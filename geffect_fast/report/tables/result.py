@@ -38,3 +38,4 @@ def tables_and_sentences(dataset: xr.Dataset) -> tuple[RenderableType, tuple[str
         tables, sentences = render_sweep(summed), findings(summed)
     else:
         tables, sentences = render(summed, PlaceConflicts.of(dataset)), findings(summed)
+    return Group(Text(signs()), Text(), tables), sentences
