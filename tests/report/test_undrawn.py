@@ -45,7 +45,7 @@ def no_matplotlib(patch):
 
 @contextmanager
 def broken_matplotlib(patch):
-    patch.setattr("matplotlib.figure.Figure.savefig", raising(SystemError("bad build")))
+    patch.setattr("matplotlib.figure.Figure.draw", raising(SystemError("bad build")))
     yield
 
 
