@@ -67,7 +67,7 @@ def test_the_python_of_a_profile_gives_what_its_comments_say(study, monkeypatch,
         "tokenizer": AutoTokenizer.from_pretrained("model"),
     }
     exec(compile(block, page, "exec", dont_inherit=True), names)
-    said = re.findall(r"^(result\..*?)  # \(([\w, ]+)\)", block, re.MULTILINE)
+    said = re.findall(r"^((?:result|layers)\..*?)  # \(([\w, ]+)\)", block, re.MULTILINE)
     assert len(said) >= 3
     for expression, dims in said:
         assert eval(expression, names).dims == tuple(dims.split(", "))
