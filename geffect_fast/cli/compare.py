@@ -59,8 +59,9 @@ def compare(
     if any(is_there(folder / name) for name in (RESULTS, CONFIG)):
         raise InputError(f"--out {out} is the folder of a run; choose another")
     given = [str(run) for run in runs]
-    named = dict(zip(run_names(given), given, strict=True))
-    aligned = align(named if len(named) == len(given) else given)  # one given twice is refused
+    names = run_names(given)
+    named = len(names) == len(given)  # else one is given twice, which is refused
+    aligned = align(dict(zip(names, given, strict=True)) if named else given)
     with locked(out):
         with staged_run(out, overwrite, sums=lambda: result_sums(runs)) as staging:
             write_comparison(aligned, staging)

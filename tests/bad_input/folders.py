@@ -427,7 +427,7 @@ CASES = [
         ["export", "run", "--to", "x.csv"],
         "interrupted",
         "nothing",
-        both(a_run, interrupted("pandas.DataFrame.to_csv")),
+        both(a_run, interrupted("geffect_fast.storage.export.write_csv")),
         130,
     ),
     Case(
