@@ -14,6 +14,9 @@ DEMO_OUT ?= demo-run
 # minutes into hours, and it saves next to nothing elsewhere.
 export OMP_WAIT_POLICY ?= passive
 
+# Our own modules are imported by many short processes: they are compiled once.
+unexport PYTHONDONTWRITEBYTECODE
+
 # Tests run side by side, neighbours together, and who is done first takes from the others; the
 # models are so small that one thread each is fastest. One that hangs is named after ten minutes.
 JOBS ?= $(shell n=$$(getconf _NPROCESSORS_ONLN); echo $$((n < 8 ? n : 8)))
@@ -129,10 +132,11 @@ $(VENV_NONE)/installed: $(VENV)/tools-test $(PYTHON_FILES)
 		--disable-pip-version-check --no-deps --no-build-isolation --ignore-installed .
 	@touch $@
 
-# What calls the ops, and the commands once; the rest does not know who serves them.
-WITHOUT_KERNELS = tests/ops tests/capture tests/engines/test_directions.py \
-	tests/engines/test_forward_sums.py tests/measure/test_check.py tests/measure/test_profile.py \
-	tests/measure/test_resolve.py tests/test_build.py tests/test_cli.py tests/test_functional.py
+# What calls the ops, and the commands once; the rest does not know who serves them. The values of the
+# reference are tested beside those of the kernels.
+WITHOUT_KERNELS = tests/ops/test_op_backend.py tests/ops/test_op_contract.py tests/capture \
+	tests/engines/test_directions.py tests/engines/test_forward_sums.py tests/measure/test_check.py \
+	tests/measure/test_resolve.py tests/test_cli.py tests/test_functional.py
 
 # pytest's own script, since `python -m pytest` would put this folder's package before the installed one
 test-nobuild: $(VENV_NONE)/installed
@@ -168,8 +172,7 @@ sanitize: $(SANITIZED)/built
 	@$(WITH_SANITIZERS) $(BIN)/geffect-fast env
 	@$(WITH_SANITIZERS) $(BIN)/python tools/sanitizer_check.py
 	@$(WITH_SANITIZERS) $(UNDER_SANITIZERS) tests/ops/test_op_values.py \
-		tests/ops/test_op_contract.py tests/ops/test_norm_parts.py tests/test_functional.py \
-		tests/capture
+		tests/ops/test_op_contract.py tests/ops/test_norm_parts.py tests/test_functional.py
 	@$(WITH_SANITIZERS) ATEN_CPU_CAPABILITY=default $(UNDER_SANITIZERS) tests/ops/test_op_values.py \
 		tests/ops/test_norm_parts.py
 

@@ -32,7 +32,7 @@ def serving(provider: str) -> contextlib.AbstractContextManager[None]:
 def repeated(provider: str) -> list[contextlib.AbstractContextManager[None]]:
     """Return contexts in each of which a call gives the same bits once more.
 
-    Threads and blocks of the CUDA kernels run in other orders: where a barrier is missing, it shows.
+    Threads and blocks of the CUDA kernels run in other orders, where a missing barrier shows.
     """
     if provider == CUDA_SHIM:
         return [cuda_shim.thread_order(order) for order in (cuda_shim.REVERSE, cuda_shim.SHUFFLED)]

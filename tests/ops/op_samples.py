@@ -18,8 +18,8 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 class Sample(NamedTuple):
     """Arguments of one op, named for the test report.
 
-    `for_cuda` is False of sizes that only the CPU kernels' blocks need: the tiles of the CUDA kernels
-    are crossed by smaller ones, and those run thread by thread.
+    `for_cuda` is False of sizes that only the CPU kernels' blocks need: those of the CUDA kernels
+    are crossed by smaller ones, and without a GPU they run thread by thread.
     """
 
     op: str

@@ -110,13 +110,11 @@ def command(kind):
     [
         ("profile", no_matplotlib, "report.html could not be made (ModuleNotFoundError: "),
         ("profile", broken_matplotlib, "report.html could not be made (SystemError: bad build)"),
-        ("profile", no_font, "could not be made (RuntimeError: Can not load face"),
         ("profile", broken_template, "report.html could not be made (TemplateSyntaxError"),
         ("profile", broken_table, "summary.csv could not be made (ValueError: no columns)"),
         ("profile", full_disk, "could not be made (File too large)"),
         ("sweep", no_font, "could not be made (RuntimeError: Can not load face"),
         ("tokens", broken_template, "report.html could not be made (TemplateSyntaxError"),
-        ("unlearn", no_matplotlib, "report.html could not be made (ModuleNotFoundError: "),
         ("unlearn", broken_matplotlib, "report.html could not be made (SystemError: bad build)"),
     ],
 )

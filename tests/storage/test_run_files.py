@@ -19,7 +19,7 @@ from geffect_fast.storage.seal import write_sealed
 
 CONFIG = make_config({"model": "a/b", "forget": "c/d", "retain": "e/f", "objectives": "ga"})
 OLD, NEW = (make_dataset(n_blocks=1, n_forget=3, seed=seed) for seed in (1, 2))
-KILLS = 20
+KILLS = 10
 
 
 def note(dataset, folder):
