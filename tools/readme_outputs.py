@@ -7,8 +7,8 @@
 Commands run as they are written, each in a process of its own, one after the other, README's first
 and then those of the docs' pages in the order of mkdocs.yml, in a folder with invented authors
 (`forget.jsonl`, `retain.jsonl`), a small Llama that learned them (`reference`), and the same a few
-steps of gradient ascent later (`model`). Training is in fp64, so that other processors find the same model; numbers
-are compared to `TOLERANCE`, words exactly.
+steps of gradient ascent later (`model`). Training is in fp64, so that other processors find the
+same model; numbers are compared to `TOLERANCE`, words exactly.
 """
 
 from __future__ import annotations
