@@ -1,4 +1,4 @@
-# make demo: install, build the kernels, run the demo.   make test: install, run all tests.
+# make demo: install, build the kernels, run the demo.   make test: install, run the tests.
 # PYTHON=python3.12 chooses the interpreter, GEFFECT_FAST_BUILD=auto|cpu|cuda|none what is built,
 # JOBS=4 how many tests run side by side.
 # gpu and gpu-* use $(PYTHON) as it is: no virtual environment, no downloads.
@@ -48,13 +48,14 @@ extra = $$($(BIN)/python -I -c 'from importlib.metadata import requires; \
 		if r.marker and r.marker.evaluate({"extra": "$(1)"}) and not r.marker.evaluate({"extra": ""})))')
 
 .DELETE_ON_ERROR:
-.PHONY: help install demo readme docs dist matrix test test-nobuild lint format cuda-check sanitize bench gpu gpu-build gpu-test gpu-bench gpu-engines clean
+.PHONY: help install demo readme docs dist matrix test test-all test-nobuild lint format cuda-check sanitize bench gpu gpu-build gpu-test gpu-bench gpu-engines clean
 
 help:
 	@echo "make demo          install into $(VENV), build the kernels, run the demo into $(DEMO_OUT)"
 	@echo "make readme        compare outputs in README and the docs with what their commands print"
 	@echo "make docs          the docs as a site, into build/docs; dead links fail"
-	@echo "make test          install and run all tests"
+	@echo "make test          install and run the tests, without those that take long"
+	@echo "make test-all      all of them"
 	@echo "make test-nobuild  tests of what calls the kernels, on an installation without them"
 	@echo "make lint          ruff, clang-format, mypy"
 	@echo "make format        let ruff and clang-format rewrite the files"
@@ -117,7 +118,12 @@ readme: $(VENV)/installed
 docs: $(VENV)/tools-docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --site-dir build/docs
 
+# Without what takes long: whole demos, examples and benchmarks, runs that are killed over and over, all
+# architectures by every way, CUDA kernels thread by thread.
 test: $(VENV)/tools-test
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(SIDE_BY_SIDE) -m "not slow"
+
+test-all: $(VENV)/tools-test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(SIDE_BY_SIDE)
 
 $(VENV_NONE)/installed: $(VENV)/tools-test $(PYTHON_FILES)

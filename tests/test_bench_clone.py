@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = [*sorted(path.stem for path in (ROOT / "benchmarks").glob("bench_*.py")), "step_curves"]
 IMPORTED = """

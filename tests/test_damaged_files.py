@@ -18,7 +18,7 @@ from geffect_fast.storage.run_folder import save_result
 from geffect_fast.storage.seal import write_sealed
 from geffect_fast.training.resume import MARK, checkpoints
 
-pytestmark = pytest.mark.usefixtures("undrawn")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("undrawn")]
 
 CONTENTS = {
     "empty": b"",

@@ -25,6 +25,8 @@ from geffect_fast.cli import main
 from geffect_fast.storage.manifest import MANIFEST, Manifest, check_sums, files_below
 from geffect_fast.storage.run_folder import open_run
 
+pytestmark = pytest.mark.slow
+
 MOMENTS = {
     "at work": ("torch.autograd.grad", 6),
     "while files change places": ("pathlib.Path.rename", 6),

@@ -29,6 +29,8 @@ from geffect_fast.measure.models import load_model, load_tokenizer
 from geffect_fast.storage.evaluation import open_evaluation
 from geffect_fast.storage.run_folder import open_run
 
+pytestmark = pytest.mark.slow
+
 TINY = Size(
     n_authors=2, vocab_size=400, hidden=48, n_layers=2, known=0.5, max_epochs=300, n_updates=6
 )

@@ -23,6 +23,8 @@ from geffect_fast.engines.reverse import reverse_effects
 from geffect_fast.errors import UnsupportedModelError
 from geffect_fast.objectives import resolve
 
+pytestmark = pytest.mark.slow
+
 FORGET = [
     row | {"alternative": other}
     for row, other in zip(samples([2, 7, 7], 1, 2), samples([4, 5, 5], 3), strict=True)

@@ -14,6 +14,8 @@ import geffect_fast as gf
 from geffect_fast.errors import GEffectError
 from geffect_fast.report.tables.check import verdict
 
+pytestmark = pytest.mark.slow
+
 NUMBERS_OF_ROWS = (1, 4)
 LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 

@@ -44,4 +44,5 @@ def serves(provider: str, op: str, dtype: torch.dtype) -> bool:
     return provider != CUDA_SHIM or (dtype != torch.float64 and cuda_shim.serves(op))
 
 
-every_provider = pytest.mark.parametrize("provider", [*INSTALLED, CUDA_SHIM], indirect=True)
+PROVIDERS = [*INSTALLED, pytest.param(CUDA_SHIM, marks=pytest.mark.slow)]
+every_provider = pytest.mark.parametrize("provider", PROVIDERS, indirect=True)

@@ -8,6 +8,8 @@ import torch
 from op_samples import Maker
 from torch import Tensor
 
+pytestmark = pytest.mark.slow
+
 if (_reason := cuda_shim.why_missing()) is not None:
     pytest.skip(_reason, allow_module_level=True)
 

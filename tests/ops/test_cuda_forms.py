@@ -9,6 +9,8 @@ from op_providers import CUDA_SHIM
 from op_samples import Maker, Sample
 from test_op_values import assert_close_to_formula, has_tensor_cores
 
+pytestmark = pytest.mark.slow
+
 if (_reason := cuda_shim.why_missing()) is not None:
     pytest.skip(_reason, allow_module_level=True)
 

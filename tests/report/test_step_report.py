@@ -84,6 +84,7 @@ def strict():
         yield
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("strict")
 def test_any_step_result_has_its_figures_table_and_sentences():
     for name, (dataset, without) in awkward().items():

@@ -6,6 +6,7 @@ import warnings
 
 import numpy as np
 import pandas as pd
+import pytest
 from html_tree import find, text
 from report_views import checked, section, sections
 from report_views import text_of as printed
@@ -45,6 +46,7 @@ def awkward(swept):
     }
 
 
+@pytest.mark.slow
 def test_any_sweep_is_reported(tmp_path, swept):
     for name, dataset in awkward(swept).items():
         folder = tmp_path / name

@@ -19,6 +19,8 @@ from geffect_fast.cli import main
 from geffect_fast.storage.manifest import MANIFEST, Manifest, check_sums, files_below
 from geffect_fast.storage.run_folder import open_run, save_result
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def here(study, tmp_path, monkeypatch):

@@ -139,6 +139,7 @@ def test_what_trained_is_not_kept_alive(tmp_path):
     assert not [each for each in watched if each._loop is not None]
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment_it_is_free(tmp_path):
     training(tmp_path / "whole").train()
     for moment in MOMENTS:

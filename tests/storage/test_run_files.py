@@ -128,6 +128,7 @@ def overwrite(folder):
     save_run(folder, NEW, CONFIG, overwrite=True, report=more)
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment_the_old_run_or_the_new_one_is_there(tmp_path):
     dice, found = random.Random(5), []
     save_run(tmp_path / "counted", OLD, CONFIG, report=note)

@@ -111,6 +111,7 @@ def overwrite(folder):
     go(folder, overwrite=True)
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment_the_earlier_run_is_there_or_the_new_one(tmp_path, expected):
     dice, found = random.Random(3), []
     save_run(tmp_path / "counted", OLD, CONFIG, report=note)

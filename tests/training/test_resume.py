@@ -83,6 +83,7 @@ def go_on(config, folder, **more):
         assert "is complete, there is nothing to resume" in str(error)
 
 
+@pytest.mark.slow
 def test_killed_20_times_a_run_ends_with_the_same_numbers(config, whole, again, tmp_path):
     """At files being opened, renamed and removed, and at random times, until it is complete."""
     dice = random.Random(7)

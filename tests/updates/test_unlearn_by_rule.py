@@ -178,6 +178,7 @@ def killed(config, folder, at_update):
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("rule", "more"),
     [
