@@ -1,4 +1,4 @@
-# make demo: install, build the kernels, run the demo.   make test: install, run all tests.
+# make demo: install, build the kernels, run the demo.   make test: install, run the tests.
 # PYTHON=python3.12 chooses the interpreter, GEFFECT_FAST_BUILD=auto|cpu|cuda|none what is built,
 # JOBS=4 how many tests run side by side.
 # gpu and gpu-* use $(PYTHON) as it is: no virtual environment, no downloads.
@@ -13,6 +13,9 @@ DEMO_OUT ?= demo-run
 # By default OpenMP's threads spin while they wait; on cores shared with other programs that turns
 # minutes into hours, and it saves next to nothing elsewhere.
 export OMP_WAIT_POLICY ?= passive
+
+# Our own modules are imported by many short processes: they are compiled once.
+unexport PYTHONDONTWRITEBYTECODE
 
 # Tests run side by side, neighbours together, and who is done first takes from the others; the
 # models are so small that one thread each is fastest. One that hangs is named after ten minutes.
@@ -45,13 +48,14 @@ extra = $$($(BIN)/python -I -c 'from importlib.metadata import requires; \
 		if r.marker and r.marker.evaluate({"extra": "$(1)"}) and not r.marker.evaluate({"extra": ""})))')
 
 .DELETE_ON_ERROR:
-.PHONY: help install demo readme docs dist matrix test test-nobuild lint format cuda-check sanitize bench gpu gpu-build gpu-test gpu-bench gpu-engines clean
+.PHONY: help install demo readme docs dist matrix test test-all test-nobuild lint format cuda-check sanitize bench gpu gpu-build gpu-test gpu-bench gpu-engines clean
 
 help:
 	@echo "make demo          install into $(VENV), build the kernels, run the demo into $(DEMO_OUT)"
 	@echo "make readme        compare outputs in README and the docs with what their commands print"
 	@echo "make docs          the docs as a site, into build/docs; dead links fail"
-	@echo "make test          install and run all tests"
+	@echo "make test          install and run the tests, without those that take long"
+	@echo "make test-all      all of them"
 	@echo "make test-nobuild  tests of what calls the kernels, on an installation without them"
 	@echo "make lint          ruff, clang-format, mypy"
 	@echo "make format        let ruff and clang-format rewrite the files"
@@ -114,7 +118,12 @@ readme: $(VENV)/installed
 docs: $(VENV)/tools-docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --site-dir build/docs
 
+# Without what takes long: whole demos, examples and benchmarks, runs that are killed over and over, all
+# architectures by every way, CUDA kernels thread by thread.
 test: $(VENV)/tools-test
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(SIDE_BY_SIDE) -m "not slow"
+
+test-all: $(VENV)/tools-test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(SIDE_BY_SIDE)
 
 $(VENV_NONE)/installed: $(VENV)/tools-test $(PYTHON_FILES)
@@ -129,10 +138,11 @@ $(VENV_NONE)/installed: $(VENV)/tools-test $(PYTHON_FILES)
 		--disable-pip-version-check --no-deps --no-build-isolation --ignore-installed .
 	@touch $@
 
-# What calls the ops, and the commands once; the rest does not know who serves them.
-WITHOUT_KERNELS = tests/ops tests/capture tests/engines/test_directions.py \
-	tests/engines/test_forward_sums.py tests/measure/test_check.py tests/measure/test_profile.py \
-	tests/measure/test_resolve.py tests/test_build.py tests/test_cli.py tests/test_functional.py
+# What calls the ops, and the commands once; the rest does not know who serves them. The values of the
+# reference are tested beside those of the kernels.
+WITHOUT_KERNELS = tests/ops/test_op_backend.py tests/ops/test_op_contract.py tests/capture \
+	tests/engines/test_directions.py tests/engines/test_forward_sums.py tests/measure/test_check.py \
+	tests/measure/test_resolve.py tests/test_cli.py tests/test_functional.py
 
 # pytest's own script, since `python -m pytest` would put this folder's package before the installed one
 test-nobuild: $(VENV_NONE)/installed
@@ -161,15 +171,16 @@ $(SANITIZED)/built: $(VENV)/tools-test setup.py $(NATIVE) $(PYTHON_FILES)
 		build --build-base $(@D) --build-lib $(@D)/lib >$(@D)/log 2>&1 || { cat $(@D)/log; exit 1; }
 	@touch $@
 
-# A report goes to file descriptor 2, of which pytest must keep its hands. The values once more with
-# the instructions of an old processor.
-UNDER_SANITIZERS = $(BIN)/pytest -q $(SIDE_BY_SIDE) --capture=sys -k "not shim and not reference"
+# A report goes to file descriptor 2, of which pytest must keep its hands. Whole models hand kernels
+# nothing that the samples of ops do not. The values once more with the instructions of an old
+# processor.
+UNDER_SANITIZERS = $(BIN)/pytest -q $(SIDE_BY_SIDE) --capture=sys \
+	-k "not shim and not reference and not every_architecture"
 sanitize: $(SANITIZED)/built
 	@$(WITH_SANITIZERS) $(BIN)/geffect-fast env
 	@$(WITH_SANITIZERS) $(BIN)/python tools/sanitizer_check.py
 	@$(WITH_SANITIZERS) $(UNDER_SANITIZERS) tests/ops/test_op_values.py \
-		tests/ops/test_op_contract.py tests/ops/test_norm_parts.py tests/test_functional.py \
-		tests/capture
+		tests/ops/test_op_contract.py tests/ops/test_norm_parts.py tests/test_functional.py
 	@$(WITH_SANITIZERS) ATEN_CPU_CAPABILITY=default $(UNDER_SANITIZERS) tests/ops/test_op_values.py \
 		tests/ops/test_norm_parts.py
 

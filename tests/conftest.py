@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+
+
+def pytest_collection_finish():
+    """What is imported and collected is no garbage: every training looks for some, in a second."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

@@ -10,14 +10,23 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = [*sorted(path.stem for path in (ROOT / "benchmarks").glob("bench_*.py")), "step_curves"]
 IMPORTED = """
-import sys
-sys.path[0] = sys.argv[1]
-__import__(sys.argv[2])
-print(sys.modules["geffect_fast"].__file__)
+import os, sys
+import torch, transformers
+for script in sys.argv[2:]:
+    if not os.fork():
+        sys.path[0] = sys.argv[1]
+        __import__(script)
+        print(script, sys.modules["geffect_fast"].__file__, flush=True)
+        os._exit(0)
+    if os.wait()[1]:
+        sys.exit(f"{script} cannot be imported")
 """
+"""Each has a process of its own, in which only what takes seconds to import is there."""
 
 
 @pytest.fixture(scope="module")
@@ -28,12 +37,13 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_script_imports_the_package_beside_it(script: str, clone: Path, tmp_path: Path) -> None:
+def test_scripts_import_the_package_beside_them(clone: Path, tmp_path: Path) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    command = [sys.executable, "-c", IMPORTED, str(clone / "benchmarks"), script]
+    command = [sys.executable, "-c", IMPORTED, str(clone / "benchmarks"), *SCRIPTS]
     done = subprocess.run(
         command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    assert Path(done.stdout.split()[-1]).is_relative_to(clone)
+    found = dict(line.split() for line in done.stdout.splitlines())
+    assert list(found) == SCRIPTS
+    assert all(Path(file).is_relative_to(clone) for file in found.values()), found

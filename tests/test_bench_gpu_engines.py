@@ -19,6 +19,8 @@ import engines_report  # noqa: E402
 from engines_runner import Runner  # noqa: E402
 from engines_timing import OverTime, Timed, counted, time_limit  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = ROOT / "benchmarks" / "bench_gpu_engines.py"
 FROM_A_CLONE = f"""
 import importlib.util, runpy, sys

@@ -7,6 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+pytestmark = pytest.mark.slow
+
 SCRIPT = Path(__file__).resolve().parents[1] / "benchmarks" / "bench_per_sample.py"
 PEERS = {"geffect_fast", "loop", "vmap(grad)", "ghost clipping"}
 

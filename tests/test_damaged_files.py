@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 
+import h5py
 import pytest
 from bad_input.case import profile
 from bad_input.folders import a_run
@@ -17,7 +18,7 @@ from geffect_fast.storage.run_folder import save_result
 from geffect_fast.storage.seal import write_sealed
 from geffect_fast.training.resume import MARK, checkpoints
 
-pytestmark = pytest.mark.usefixtures("undrawn")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("undrawn")]
 
 CONTENTS = {
     "empty": b"",
@@ -154,13 +155,13 @@ def test_every_attribute_of_a_result_may_hold_anything(here, steps, capfd, monke
 
     made = step_dataset(n_steps=3) if steps else make_dataset(n_blocks=1)
     made = made.assign_attrs(json_attrs="[]")
-    names = ["json_attrs", *made.attrs]
-    for name in dict.fromkeys(names):
+    whole, file = here / "whole.nc", here / "steps/results.nc"
+    made.to_netcdf(whole, engine="h5netcdf")
+    for name in made.attrs:
         for value in ODD:
-            file = here / "steps/results.nc"
-            file.unlink()
-            odd = made.assign_attrs({name: value})
-            odd.to_netcdf(file, engine="h5netcdf")
+            shutil.copy(whole, file)
+            with h5py.File(file, "r+", libver="latest") as opened:
+                opened.attrs[name] = value
             words = ["compare", "steps", "one", "--out", "new"] if steps else ["show", "steps"]
             code = main(words)
             error = capfd.readouterr().err

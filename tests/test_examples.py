@@ -17,6 +17,8 @@ import geffect_fast as gf
 from geffect_fast.data import read_rows, write_jsonl
 from geffect_fast.demo import make_fictitious_authors
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = ROOT / "examples"
 

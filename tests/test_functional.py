@@ -118,6 +118,7 @@ CASES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("architecture", "dtype", "form"), CASES.values(), ids=CASES)
 def test_every_architecture(architecture, dtype, form):
     with precise(dtype):

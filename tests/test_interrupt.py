@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import re
 import resource
@@ -11,6 +12,8 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager
+from multiprocessing import get_context
+from pkgutil import resolve_name
 
 import pytest
 import xarray as xr
@@ -22,28 +25,7 @@ from geffect_fast.cli import main
 from geffect_fast.storage.manifest import MANIFEST, Manifest, check_sums, files_below
 from geffect_fast.storage.run_folder import open_run
 
-WAITING = """
-import sys, time
-from pathlib import Path
-
-def waits(name, call_number):
-    calls = []
-    def instead(*args, **kwargs):
-        calls.append(0)
-        if len(calls) == call_number:
-            Path(sys.argv[1]).touch()
-            time.sleep(600)
-        return found(*args, **kwargs)
-    holder, _, attribute = name.rpartition(".")
-    holder = __import__("pkgutil").resolve_name(holder)
-    found = getattr(holder, attribute)
-    setattr(holder, attribute, instead)
-
-waits(sys.argv[2], int(sys.argv[3]))
-from geffect_fast.cli import main
-sys.exit(main(sys.argv[4:]))
-"""
-"""A program that stops at a call of some function, and there waits for a signal."""
+pytestmark = pytest.mark.slow
 
 MOMENTS = {
     "at work": ("torch.autograd.grad", 6),
@@ -59,35 +41,82 @@ def here(study, tmp_path):
     return folder
 
 
+CODES = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129}
+
+
 def _obedient():
     """Signals as a terminal's own commands have them; those in the background ignore some."""
-    for each in CODES:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for each in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(each, signal.SIG_DFL)
 
 
+def _wait_at(mark, name, call_number):
+    """Make the n-th call of the function of that name leave a mark, and wait for a signal."""
+    holder, _, attribute = name.rpartition(".")
+    holder = resolve_name(holder)
+    found, calls = getattr(holder, attribute), []
+
+    def instead(*args, **kwargs):
+        calls.append(0)
+        if len(calls) == call_number:
+            mark.touch()
+            time.sleep(600)
+        return found(*args, **kwargs)
+
+    setattr(holder, attribute, instead)
+
+
+class Stopped:
+    """A command in a process of its own, which waits in a call of some function.
+
+    It is a fork of this process, where all that takes seconds to import is there.
+    """
+
+    def __init__(self, folder, mark, moment, words, signals):
+        self.mark = mark
+        self.printed = [mark.with_name(f"{mark.name}.{name}") for name in ("out", "error")]
+        self.process = get_context("fork").Process(
+            target=self._run, args=(folder, moment, words, signals)
+        )
+
+    def _run(self, folder, moment, words, signals):
+        for number, file in enumerate(self.printed, 1):
+            os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), number)
+        sys.stdout, sys.stderr = (os.fdopen(n, "w", closefd=False) for n in (1, 2))
+        signals()
+        os.chdir(folder)
+        _wait_at(self.mark, *moment)
+        sys.exit(main(words))
+
+    def until_it_waits(self):
+        while not self.mark.exists():
+            assert self.process.is_alive(), self.said()
+            time.sleep(0.02)
+
+    def end_by(self, sent):
+        """What a signal makes of it: its exit code, and what it said."""
+        os.kill(self.process.pid, sent)
+        self.process.join(300)
+        return self.process.exitcode, *self.said()
+
+    def said(self):
+        """All it printed on stdout and stderr, less the note that no kernels are here."""
+        out, error = (file.read_text(encoding="utf-8") for file in self.printed)
+        return out, re.sub(r"\Aops on .* run in plain torch.*\n", "", error)
+
+
 @contextmanager
-def running(words, folder, preexec_fn=_obedient):
-    """A process, ended when the block is."""
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    process = subprocess.Popen([sys.executable, *words], cwd=folder, preexec_fn=preexec_fn, **pipes)
+def stopped(folder, mark, moment, words, signals=_obedient):
+    """A command that waits where it was told to, and is ended when the block is."""
+    command = Stopped(folder, mark, moment, words, signals)
+    command.process.start()
     try:
-        yield process
+        command.until_it_waits()
+        yield command
     finally:
-        process.kill()
-        process.wait()
-
-
-def said(process):
-    """All it prints on stdout and stderr, less the note that no kernels are here."""
-    out, error = process.communicate(timeout=300)
-    return out, re.sub(r"\Aops on .* run in plain torch.*\n", "", error)
-
-
-def waiting(mark, process):
-    """Until the program of `WAITING` has come to where it stops."""
-    while not mark.exists():
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.05)
+        command.process.kill()
+        command.process.join()
 
 
 @pytest.fixture
@@ -102,9 +131,6 @@ def command(here, monkeypatch, capfd):
     return run
 
 
-CODES = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129}
-
-
 @pytest.mark.parametrize(
     ("moment", "sent"),
     [
@@ -116,18 +142,14 @@ CODES = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129}
 def test_ctrl_c_leaves_the_earlier_run_whole(here, tmp_path, moment, sent):
     """And so do the signals of schedulers and of terminals that close."""
     before, mark = snapshot(here), tmp_path / "there"
-    function, call_number = MOMENTS[moment]
-    words = ["-c", WAITING, str(mark), function, str(call_number), *profile(), "--overwrite"]
-    with running(words, here) as process:
-        waiting(mark, process)
+    with stopped(here, mark, MOMENTS[moment], [*profile(), "--overwrite"]) as command:
         now = {name: digest for name, digest in snapshot(here).items() if name != "run/.lock"}
         assert (now == before) == (moment == "at work")
         moved = moment == "while files change places"
         assert (here / "run/results.nc").exists() == (not moved)
-        process.send_signal(sent)
-        printed = said(process)
-    assert process.returncode == CODES[sent]
-    assert printed == ("", "error: interrupted; nothing half-written is left\n")
+        code, *printed = command.end_by(sent)
+    assert code == CODES[sent]
+    assert printed == ["", "error: interrupted; nothing half-written is left\n"]
     assert snapshot(here) == before
 
 
@@ -136,13 +158,10 @@ def test_stopped_between_two_plots_the_numbers_of_the_new_run_are_there(
     here, command, tmp_path, sent
 ):
     before, mark = open_run(here / "run"), tmp_path / "there"
-    plot = ("geffect_fast.report.figures.profile.instances_figure", "1")
-    words = ["-c", WAITING, str(mark), *plot, *profile(), "--overwrite"]
-    with running(words, here) as process:
-        waiting(mark, process)
-        process.send_signal(sent)
-        out, error = said(process)
-    assert process.returncode == CODES.get(sent, -sent)
+    plot = ("geffect_fast.report.figures.profile.instances_figure", 1)
+    with stopped(here, mark, plot, [*profile(), "--overwrite"]) as running:
+        code, out, error = running.end_by(sent)
+    assert code == CODES.get(sent, -sent)
     if sent in CODES:
         assert (out, error.count("\n")) == ("", 1)
         assert "the numbers of run folder" in error and "geffect-fast report" in error
@@ -160,20 +179,18 @@ def test_stopped_between_two_plots_the_numbers_of_the_new_run_are_there(
 @pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGTERM])
 def test_a_second_run_in_a_folder_is_refused_until_the_first_is_gone(here, command, tmp_path, sent):
     mark = tmp_path / "there"
-    words = ["-c", WAITING, str(mark), "torch.autograd.grad", "6", *profile(out="new")]
-    with running(words, here) as first:
-        waiting(mark, first)
+    with stopped(here, mark, MOMENTS["at work"], profile(out="new")) as first:
         before = snapshot(here)
         for more in ([], ["--overwrite"]):
             code, out, error = command(*profile(out="new"), *more)
             assert (code, out) == (2, "")
+            who = f"process {first.process.pid} on {platform.node()}"
             assert error == (
-                f"error: run folder new is in use by process {first.pid} on {platform.node()}; "
+                f"error: run folder new is in use by {who}; "
                 "wait for its end, or choose another --out\n"
             )
         assert snapshot(here) == before
-        first.send_signal(sent)
-        first.wait()
+        first.end_by(sent)
     assert command(*profile(out="new")) == (0, "", "")
     assert not [path for path in (here / "new").iterdir() if path.name.startswith(".")]
 
@@ -184,29 +201,25 @@ def test_a_second_resume_is_refused(here, command, tmp_path, monkeypatch):
     half_done(here, None)
     resumed = ["profile", "--quiet", "--out", "run", "--resume"]
     mark = tmp_path / "there"
-    words = ["-c", WAITING, str(mark), "geffect_fast.steps.probe.Probe.at", "1", *resumed]
-    with running(words, here) as first:
-        waiting(mark, first)
+    with stopped(here, mark, ("geffect_fast.steps.probe.Probe.at", 1), resumed) as first:
         code, _, error = command(*resumed)
         assert code == 2
-        assert f"run folder run is in use by process {first.pid} on" in error
-        first.kill()
+        assert f"run folder run is in use by process {first.process.pid} on" in error
     assert command(*resumed)[::2] == (0, "")
 
 
 def test_nohup_goes_on(here, tmp_path):
     """Who has SIGHUP ignored wants the command to outlive its terminal."""
     mark = tmp_path / "there"
-    words = ["-c", WAITING, str(mark), "torch.autograd.grad", "6", *profile(out="new")]
 
     def ignore():
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
-    with running(words, here, preexec_fn=ignore) as process:
-        waiting(mark, process)
-        process.send_signal(signal.SIGHUP)
-        time.sleep(0.5)
-        assert process.poll() is None
+    at_work = MOMENTS["at work"]
+    with stopped(here, mark, at_work, profile(out="new"), signals=ignore) as command:
+        os.kill(command.process.pid, signal.SIGHUP)
+        command.process.join(0.5)
+        assert command.process.is_alive()
 
 
 def test_a_full_disk_leaves_the_earlier_run_whole(here):
@@ -216,10 +229,10 @@ def test_a_full_disk_leaves_the_earlier_run_whole(here):
     def limit():
         resource.setrlimit(resource.RLIMIT_FSIZE, (3_000, 3_000))
 
-    words = ["-m", "geffect_fast.cli", *profile(), "--overwrite"]
-    with running(words, here, preexec_fn=limit) as process:
-        out, error = said(process)
-    assert process.returncode == 2, error
+    words = [sys.executable, "-m", "geffect_fast.cli", *profile(), "--overwrite"]
+    done = subprocess.run(words, cwd=here, preexec_fn=limit, capture_output=True, text=True)
+    out, error = done.stdout, done.stderr
+    assert done.returncode == 2, error
     # The limit holds for every file of the process: a library may note that its cache is not saved.
     ours = [line for line in error.splitlines() if line.startswith("error: ")]
     assert out == "" and len(ours) == 1 and "Traceback" not in error, error

@@ -4,11 +4,11 @@
                                               it prints in place
     python tools/readme_outputs.py --check    says what differs, and exits with 1
 
-Commands run as they are written, one after the other, README's first and then those of the docs'
-pages in the order of mkdocs.yml, in a folder with invented authors (`forget.jsonl`,
-`retain.jsonl`), a small Llama that learned them (`reference`), and the same a few steps of gradient
-ascent later (`model`). Training is in fp64, so that other processors find the same model; numbers
-are compared to `TOLERANCE`, words exactly.
+Commands run as they are written, each in a process of its own, one after the other, README's first
+and then those of the docs' pages in the order of mkdocs.yml, in a folder with invented authors
+(`forget.jsonl`, `retain.jsonl`), a small Llama that learned them (`reference`), and the same a few
+steps of gradient ascent later (`model`). Training is in fp64, so that other processors find the
+same model; numbers are compared to `TOLERANCE`, words exactly.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ import argparse
 import os
 import re
 import shlex
-import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -192,20 +192,40 @@ def prepare(folder: Path) -> None:
 AUTHORS, EPOCHS, ASCENTS = 6, 24, 3
 
 
+def load() -> None:
+    """Import once what every command would take seconds to import: they are forks of this one."""
+    import geffect_fast.demo
+    import geffect_fast.report.html.page
+    import geffect_fast.training.execute  # noqa: F401
+
+
+def forked(function: Callable[[], Any], folder: Path) -> tuple[int, str]:
+    """Exit code and output, on both streams, of a function in a process of its own in a folder."""
+    file = folder / ".output"
+
+    def call() -> None:
+        held = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        for number, name in ((1, "stdout"), (2, "stderr")):
+            os.dup2(held, number)
+            setattr(sys, name, os.fdopen(number, "w", encoding="utf-8", closefd=False))
+        os.chdir(folder)
+        sys.exit(function())
+
+    process = get_context("fork").Process(target=call)
+    process.start()
+    process.join()
+    return process.exitcode or 0, file.read_text(encoding="utf-8")
+
+
 def run(command: str, folder: Path) -> str:
     """What a command prints in the folder, on both streams."""
-    done = subprocess.run(
-        [sys.executable, "-m", "geffect_fast.cli", *shlex.split(command, comments=True)[1:]],
-        cwd=folder,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "NO_COLOR": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        check=False,
-    )
-    if done.returncode:
-        raise SystemExit(f"error: {command} exits with {done.returncode}:\n{done.stdout}")
-    return done.stdout
+    from geffect_fast.cli import main
+
+    words = shlex.split(command, comments=True)[1:]
+    code, output = forked(lambda: main(words), folder)
+    if code:
+        raise SystemExit(f"error: {command} exits with {code}:\n{output}")
+    return output
 
 
 def main() -> int:
@@ -213,10 +233,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="change nothing")
     given = parser.parse_args()
+    os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "NO_COLOR": "1"}
+    load()
     number = wrong = 0
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        prepare(folder)
+        code, output = forked(lambda: prepare(folder), folder)
+        if code:
+            raise SystemExit(output)
         for page in pages():
             lines = page.read_text(encoding="utf-8").splitlines()
             found = [

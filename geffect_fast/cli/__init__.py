@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 import sys
 import warnings
 from collections.abc import Iterator
@@ -105,10 +106,16 @@ def main(argv: list[str] | None = None) -> int:
         return 2
 
 
+@functools.cache
+def _parser() -> Any:
+    """The parser's group of commands; to read all their options takes 20 ms."""
+    return typer.main.get_command(app)
+
+
 def _run(argv: list[str] | None) -> int:
     try:
         with _told_in_a_line():
-            commands = typer.main.get_command(app)
+            commands = _parser()
             words = spread(sys.argv[1:] if argv is None else argv, commands)
             status = commands(args=words, prog_name="geffect-fast", standalone_mode=False)
         # the parser makes an exit code of Ctrl-C itself

@@ -20,7 +20,6 @@ from geffect_fast.demo import (
     PARTS,
     STEPS,
     SWEEP,
-    UNLEARNED,
     Size,
     recall,
     run_demo,
@@ -30,9 +29,16 @@ from geffect_fast.measure.models import load_model, load_tokenizer
 from geffect_fast.storage.evaluation import open_evaluation
 from geffect_fast.storage.run_folder import open_run
 
+pytestmark = pytest.mark.slow
+
 TINY = Size(
     n_authors=2, vocab_size=400, hidden=48, n_layers=2, known=0.5, max_epochs=300, n_updates=6
 )
+
+
+UNLEARNED = {"ga": "ga", "npo": "npo(beta=0.1)"}
+RANGES = ("ga", "wga(alpha=0.1:7:3)", "npo(beta=0.01:4:3,log)")
+"""Fewer than `make demo` has."""
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +46,12 @@ def told(tmp_path_factory):
     """Folder of a finished demo, and what it said on the way; random numbers are as before."""
     out = tmp_path_factory.mktemp("demo") / "run"
     state = torch.random.get_rng_state()
-    with contextlib.redirect_stdout(io.StringIO()) as said:
+    with (
+        contextlib.redirect_stdout(io.StringIO()) as said,
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        patch.setattr("geffect_fast.demo.UNLEARNED", UNLEARNED)
+        patch.setattr("geffect_fast.demo.RANGES", RANGES)
         run_demo(out, size=TINY)
     assert torch.equal(torch.random.get_rng_state(), state)
     return out, said.getvalue()
@@ -86,7 +97,7 @@ def test_the_run_profiles_at_least_eight_objectives_against_both_risks(done):
 
 def test_it_sweeps_hyper_parameters_token_by_token(done):
     profiled, swept = open_run(done), open_run(done / SWEEP)
-    assert swept.attrs["engine"] == "forward" and swept.sizes["objective"] == 81
+    assert swept.attrs["engine"] == "forward" and swept.sizes["objective"] == 1 + 3 + 3
     assert swept.g_effect.dims == ("objective", "risk", "sample", "token")
     for result in (profiled, swept):
         assert not result.g_effect.isnull().any()
@@ -107,12 +118,10 @@ def test_run_yaml_replays_it(done, tmp_path, monkeypatch, command, run):
 
 def test_the_same_seed_gives_the_same_numbers_and_another_seed_others(tmp_path, monkeypatch):
     """Of the profile, which comes from the data, the training and the first steps of unlearning."""
-    monkeypatch.setattr("geffect_fast.demo.write_report", lambda *_: None)
-    monkeypatch.setattr("geffect_fast.demo.write_page", lambda *_: None)
+    for later in ("write_report", "write_page", "_unlearn", "_measure"):
+        monkeypatch.setattr(f"geffect_fast.demo.{later}", lambda *_: None)
     monkeypatch.setattr("geffect_fast.demo.RANGES", ("ga",))
-    monkeypatch.setattr("geffect_fast.demo.UNLEARNED", {"ga": "ga", "gd": "gd"})
-    monkeypatch.setattr("geffect_fast.demo.METRICS", ("probability",))
-    hasty = replace(TINY, known=0.0, n_updates=2)
+    hasty = replace(TINY, known=0.0)
     one, two, other = (
         run_demo(tmp_path / name, seed=seed, size=hasty, progress=False).g_effect.values
         for name, seed in (("one", 5), ("two", 5), ("other", 6))

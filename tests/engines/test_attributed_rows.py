@@ -152,6 +152,7 @@ def exact_or_refused(model, rows):
 SIZES = [(4, 4), (8, 8), (3, 5), (2, 14)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("n", "tokens"), SIZES, ids=str)
 @pytest.mark.parametrize("name", MODELS)
 def test_every_model_is_exact_or_refused(name, n, tokens):

@@ -110,6 +110,7 @@ PROBLEMS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "dtype"),
     [("custom op", dtype) for dtype in forward_check.TOLERANCE]

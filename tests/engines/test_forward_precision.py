@@ -20,6 +20,7 @@ def in_fp64(name, model):
     return exact
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2", "mixtral"])
 def test_low_precision_within_twice_the_error_of_backwards(name, dtype):

@@ -13,6 +13,8 @@ from geffect_fast.engines.dual import model as dual_model
 from geffect_fast.errors import UnsupportedModelError
 from geffect_fast.measure import prepare
 
+pytestmark = pytest.mark.slow
+
 FORGET, RETAIN = samples([5, 5], 1), samples([6], 2)
 
 

@@ -76,6 +76,7 @@ def rows(n, seed):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "dtype", "job"), CASES, ids=str)
 def test_a_profile_takes_most_of_the_memory_and_not_all(name, dtype, job, monkeypatch):
     objectives, settings = JOBS[job]

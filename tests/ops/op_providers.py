@@ -29,9 +29,20 @@ def serving(provider: str) -> contextlib.AbstractContextManager[None]:
     return ops.force_reference() if provider == "reference" else contextlib.nullcontext()
 
 
+def repeated(provider: str) -> list[contextlib.AbstractContextManager[None]]:
+    """Return contexts in each of which a call gives the same bits once more.
+
+    Threads and blocks of the CUDA kernels run in other orders, where a missing barrier shows.
+    """
+    if provider == CUDA_SHIM:
+        return [cuda_shim.thread_order(order) for order in (cuda_shim.REVERSE, cuda_shim.SHUFFLED)]
+    return [contextlib.nullcontext()]
+
+
 def serves(provider: str, op: str, dtype: torch.dtype) -> bool:
     """Return whether `provider`, which is there, has a kernel of its own for this call."""
     return provider != CUDA_SHIM or (dtype != torch.float64 and cuda_shim.serves(op))
 
 
-every_provider = pytest.mark.parametrize("provider", [*INSTALLED, CUDA_SHIM], indirect=True)
+PROVIDERS = [*INSTALLED, pytest.param(CUDA_SHIM, marks=pytest.mark.slow)]
+every_provider = pytest.mark.parametrize("provider", PROVIDERS, indirect=True)

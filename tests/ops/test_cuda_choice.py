@@ -16,6 +16,7 @@ from gpu_inputs import Maker
 if (_reason := cuda_shim.why_missing()) is not None:
     pytest.skip(_reason, allow_module_level=True)
 
+pytestmark = pytest.mark.slow
 RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
 MEASURED = [
     ("nvidia-h100-80gb-hbm3.csv", 90, 132, 112),

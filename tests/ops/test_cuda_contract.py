@@ -5,17 +5,14 @@ from __future__ import annotations
 import cuda_shim
 import pytest
 import torch
-from op_samples import Maker, sample_inputs
+from op_samples import Maker
 from torch import Tensor
+
+pytestmark = pytest.mark.slow
 
 if (_reason := cuda_shim.why_missing()) is not None:
     pytest.skip(_reason, allow_module_level=True)
 
-CASES = [
-    pytest.param(dtype, index, id=f"{sample.op}-{sample.name}-{str(dtype).removeprefix('torch.')}")
-    for dtype in (torch.float32, torch.bfloat16)
-    for index, sample in enumerate(sample_inputs(dtype))
-]
 MAKE = Maker(torch.float32)
 A, G, CU = MAKE.rows([3, 0, 4], 5, 6)
 GHOST_DOT = (A, G, CU, A[:4], G[:4], CU.new_tensor([0, 4]))
@@ -30,17 +27,6 @@ ARGUMENTS = {
 
 def call(op: str, *args: object) -> Tensor:
     return cuda_shim.call(f"{cuda_shim.NAMESPACE}::{op}", *args)
-
-
-@pytest.mark.parametrize(("dtype", "index"), CASES)
-def test_order_of_threads_and_blocks_does_not_matter(dtype: torch.dtype, index: int) -> None:
-    """Where a barrier is missing, it does."""
-    sample = sample_inputs(dtype)[index]
-    with cuda_shim.serving():
-        forward = sample.run()
-        for order in (cuda_shim.REVERSE, cuda_shim.SHUFFLED):
-            with cuda_shim.thread_order(order):
-                assert torch.equal(sample.run(), forward)
 
 
 @pytest.mark.parametrize(("position", "name"), [(2, "cu_seqlens"), (5, "cu_seqlens2")])

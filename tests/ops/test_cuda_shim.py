@@ -12,6 +12,8 @@ import torch
 from cuda_shim import FORWARD, REVERSE, SHUFFLED
 from torch import Tensor
 
+pytestmark = pytest.mark.slow
+
 if (_reason := cuda_shim.why_missing()) is not None:
     pytest.skip(_reason, allow_module_level=True)
 

@@ -6,13 +6,30 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from op_providers import CUDA_SHIM, INSTALLED, every_provider, serves, serving, why_missing
+from op_providers import (
+    CUDA_SHIM,
+    INSTALLED,
+    PROVIDERS,
+    every_provider,
+    repeated,
+    serves,
+    serving,
+    why_missing,
+)
 from op_samples import DTYPES, Maker, Sample, offsets, sample_inputs
 
 CASES = [
-    pytest.param(dtype, index, id=f"{sample.op}-{sample.name}-{str(dtype).removeprefix('torch.')}")
+    pytest.param(
+        dtype,
+        index,
+        provider,
+        id=f"{sample.op}-{sample.name}-{str(dtype).removeprefix('torch.')}-{provider}",
+        marks=[pytest.mark.slow] if provider == CUDA_SHIM else [],
+    )
     for dtype in DTYPES
     for index, sample in enumerate(sample_inputs(dtype))
+    for provider in (*INSTALLED, CUDA_SHIM)
+    if provider != CUDA_SHIM or (sample.for_cuda and dtype != torch.float64)
 ]
 
 
@@ -69,8 +86,7 @@ def skip_unless_served(provider: str, op: str, dtype: torch.dtype) -> None:
         pytest.skip(f"no kernel of {provider} for {op} in {dtype}")
 
 
-@every_provider
-@pytest.mark.parametrize(("dtype", "index"), CASES)
+@pytest.mark.parametrize(("dtype", "index", "provider"), CASES, indirect=["provider"])
 def test_equals_formula_and_itself(dtype: torch.dtype, index: int, provider: str) -> None:
     sample = sample_inputs(dtype)[index]
     skip_unless_served(provider, sample.op, dtype)
@@ -79,7 +95,9 @@ def test_equals_formula_and_itself(dtype: torch.dtype, index: int, provider: str
         assert found.dtype == result_dtype(dtype)
     assert found.is_contiguous()
     assert_close_to_formula(sample, found, tensor_cores=has_tensor_cores(provider, dtype))
-    assert torch.equal(found, sample.run())
+    for again in repeated(provider):
+        with again:
+            assert torch.equal(found, sample.run())
 
 
 @pytest.mark.parametrize("index", range(len(sample_inputs(torch.float32))))
@@ -178,18 +196,18 @@ def strided(make: Maker, layout: str, *shape: int) -> torch.Tensor:
 LAYOUT = st.sampled_from(["contiguous", "sliced", "offset", "transposed", "permuted", "expanded"])
 
 
-PROVIDER = st.sampled_from([p for p in (*INSTALLED, CUDA_SHIM) if why_missing(p) is None])
-
-
-@settings(max_examples=90, deadline=None)
+@pytest.mark.parametrize("by", PROVIDERS)
+@settings(max_examples=30, deadline=None)
 @given(
     dtype=DTYPE, lengths=LENGTHS, lengths2=LENGTHS, d_in=SIZE, d_out=SIZE, m=st.integers(0, 5),
     k=st.integers(1, 6), layouts=st.tuples(LAYOUT, LAYOUT, LAYOUT), seed=st.integers(0, 99),
-    provider=PROVIDER, per_token=st.booleans(),
+    per_token=st.booleans(),
 )  # fmt: skip
 def test_any_shape_and_strides(
-    dtype, lengths, lengths2, d_in, d_out, m, k, layouts, seed, provider, per_token
+    by, dtype, lengths, lengths2, d_in, d_out, m, k, layouts, seed, per_token
 ) -> None:
+    if (reason := why_missing(by)) is not None:
+        pytest.skip(reason)
     make = Maker(dtype, seed)
     total, total2 = sum(lengths), sum(lengths2)
     cu, cu2 = offsets(lengths), offsets(lengths2, torch.int64)
@@ -211,8 +229,8 @@ def test_any_shape_and_strides(
         Sample("ghost_dot", "", (a, g, cu, a2, g2, cu2)),
         Sample("multi_tensor_gram", "", (grads, [1, 0, 1])),
     ]
-    with serving(provider):
+    with serving(by):
         for sample in samples:
-            if serves(provider, sample.op, dtype):
-                on_device = has_tensor_cores(provider, dtype)
+            if serves(by, sample.op, dtype):
+                on_device = has_tensor_cores(by, dtype)
                 assert_close_to_formula(sample, sample.run(), tensor_cores=on_device)

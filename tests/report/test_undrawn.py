@@ -19,6 +19,8 @@ from geffect_fast.cli import main
 from geffect_fast.storage.manifest import MANIFEST, Manifest, check_sums, files_below
 from geffect_fast.storage.run_folder import open_run, save_result
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def here(study, tmp_path, monkeypatch):
@@ -110,13 +112,11 @@ def command(kind):
     [
         ("profile", no_matplotlib, "report.html could not be made (ModuleNotFoundError: "),
         ("profile", broken_matplotlib, "report.html could not be made (SystemError: bad build)"),
-        ("profile", no_font, "could not be made (RuntimeError: Can not load face"),
         ("profile", broken_template, "report.html could not be made (TemplateSyntaxError"),
         ("profile", broken_table, "summary.csv could not be made (ValueError: no columns)"),
         ("profile", full_disk, "could not be made (File too large)"),
         ("sweep", no_font, "could not be made (RuntimeError: Can not load face"),
         ("tokens", broken_template, "report.html could not be made (TemplateSyntaxError"),
-        ("unlearn", no_matplotlib, "report.html could not be made (ModuleNotFoundError: "),
         ("unlearn", broken_matplotlib, "report.html could not be made (SystemError: bad build)"),
     ],
 )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import os
 import platform
-import random
 import threading
 import time
 
@@ -19,7 +18,8 @@ import geffect_fast as gf
 from geffect_fast.errors import InputError
 from geffect_fast.storage.lock import LOCK, locked
 
-KILLS = 20
+MOMENTS = range(2, 60, 8)
+"""Which of the changes of the disk a training does not live to see."""
 IN_USE = f"is in use by process {os.getpid()} on {platform.node()}; wait for its end"
 
 
@@ -139,12 +139,11 @@ def test_what_trained_is_not_kept_alive(tmp_path):
     assert not [each for each in watched if each._loop is not None]
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment_it_is_free(tmp_path):
-    dice = random.Random(3)
     training(tmp_path / "whole").train()
-    for number in range(KILLS):
-        folder = tmp_path / f"run{number}"
-        moment = dice.randrange(1, 60)
+    for moment in MOMENTS:
+        folder = tmp_path / f"run{moment}"
         killed(
             lambda _out, folder=folder: training(folder).train(),
             folder / "out",

@@ -19,7 +19,7 @@ from geffect_fast.storage.seal import write_sealed
 
 CONFIG = make_config({"model": "a/b", "forget": "c/d", "retain": "e/f", "objectives": "ga"})
 OLD, NEW = (make_dataset(n_blocks=1, n_forget=3, seed=seed) for seed in (1, 2))
-KILLS = 20
+KILLS = 10
 
 
 def note(dataset, folder):
@@ -128,6 +128,7 @@ def overwrite(folder):
     save_run(folder, NEW, CONFIG, overwrite=True, report=more)
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment_the_old_run_or_the_new_one_is_there(tmp_path):
     dice, found = random.Random(5), []
     save_run(tmp_path / "counted", OLD, CONFIG, report=note)

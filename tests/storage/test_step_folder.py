@@ -20,7 +20,7 @@ from geffect_fast.storage.step_store import StepStore
 
 CONFIG = make_config({"model": "a/b", "forget": "c/d", "retain": "e/f", "objectives": "ga"})
 OLD, *NEW = (make_dataset(n_blocks=1, n_forget=2, seed=seed) for seed in (1, 2, 3))
-KILLS = 20
+KILLS = 10
 
 
 def note(dataset, folder):
@@ -111,6 +111,7 @@ def overwrite(folder):
     go(folder, overwrite=True)
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment_the_earlier_run_is_there_or_the_new_one(tmp_path, expected):
     dice, found = random.Random(3), []
     save_run(tmp_path / "counted", OLD, CONFIG, report=note)

@@ -53,11 +53,12 @@ def whole(config, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def seconds(config, whole, tmp_path_factory):
-    """What such a run takes, once everything is imported."""
+def again(whole, tmp_path_factory):
+    """The folder of a run from `run.yaml`, and what it took, once everything is imported."""
+    folder = tmp_path_factory.mktemp("again") / "run"
     started = time.perf_counter()
-    execute_unlearn(config, tmp_path_factory.mktemp("timed") / "run")
-    return time.perf_counter() - started
+    execute_unlearn(load_config(whole / "run.yaml"), folder)
+    return folder, time.perf_counter() - started
 
 
 def assert_same_run(folder, whole):
@@ -82,7 +83,8 @@ def go_on(config, folder, **more):
         assert "is complete, there is nothing to resume" in str(error)
 
 
-def test_killed_20_times_a_run_ends_with_the_same_numbers(config, whole, seconds, tmp_path):
+@pytest.mark.slow
+def test_killed_20_times_a_run_ends_with_the_same_numbers(config, whole, again, tmp_path):
     """At files being opened, renamed and removed, and at random times, until it is complete."""
     dice = random.Random(7)
     run = partial(go_on, config)
@@ -92,7 +94,7 @@ def test_killed_20_times_a_run_ends_with_the_same_numbers(config, whole, seconds
         done = False
         while not done and kills < KILLS:
             if kills % 2:
-                done = not killed(run, folder, after_seconds=dice.uniform(0, seconds))
+                done = not killed(run, folder, after_seconds=dice.uniform(0, again[1]))
             else:
                 done = not killed(run, folder, dice.randrange(1, 120), of=("open", "os."))
             kills += not done
@@ -205,10 +207,8 @@ def test_a_full_disk_keeps_what_was_written(config, whole, tmp_path, full_at):
         assert_same_run(folder, whole)
 
 
-def test_run_yaml_replays_the_run_bitwise(whole, tmp_path):
-    config = load_config(whole / "run.yaml")
-    execute_unlearn(config, tmp_path / "again")
-    assert_same_run(tmp_path / "again", whole)
+def test_run_yaml_replays_the_run_bitwise(whole, again):
+    assert_same_run(again[0], whole)
 
 
 def test_what_cannot_be_resumed_is_said_and_nothing_is_touched(config, whole, tmp_path):

@@ -21,7 +21,7 @@ from geffect_fast.measure.models import load_model, load_tokenizer
 from geffect_fast.steps.probe import Probe
 from geffect_fast.training.survey import made_by, part_touched
 
-pytestmark = pytest.mark.usefixtures("undrawn")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("undrawn")]
 
 DATA = ["--forget", "forget.jsonl", "--retain", "retain.jsonl"]
 RELEARN = ["--relearn", "steps=3", "--relearn", "n_rows=2", "--relearn", "learning_rate=0.01"]

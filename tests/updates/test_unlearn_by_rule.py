@@ -178,12 +178,12 @@ def killed(config, folder, at_update):
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("rule", "more"),
     [
         ("orthograd", {"lora_rank": 2}),
         ("gru(gamma=0.3)", {"lora_rank": 2, "lora_dropout": 0.3}),
-        ("gu", {}),
         ("sam(rho=0.05, sigma=0.01, draws=2)", {"lora_rank": 2, "lora_dropout": 0.3}),
         ("pcgrad", {"optimizer": "sgd"}),
     ],

@@ -16,9 +16,12 @@ from synthetic import OBJECTIVES, make_dataset
 
 from geffect_fast.report.html.page import write_page
 
-pytestmark = pytest.mark.skipif(
-    installed() is None, reason=f"there is no browser: none of {', '.join(NAMES)}"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        installed() is None, reason=f"there is no browser: none of {', '.join(NAMES)}"
+    ),
+]
 SCRIPT = Path(__file__).with_name("page_check.js").read_text(encoding="utf-8")
 PAGES = ("profile", "steps", "comparison", *KINDS)
 
