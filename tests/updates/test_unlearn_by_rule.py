@@ -184,6 +184,7 @@ def killed(config, folder, at_update):
     [
         ("orthograd", {"lora_rank": 2}),
         ("gru(gamma=0.3)", {"lora_rank": 2, "lora_dropout": 0.3}),
+        ("gu", {}),
         ("sam(rho=0.05, sigma=0.01, draws=2)", {"lora_rank": 2, "lora_dropout": 0.3}),
         ("pcgrad", {"optimizer": "sgd"}),
     ],
