@@ -97,7 +97,7 @@ def test_the_page_holds_the_numbers_of_the_result():
     totals = dataset["g_effect"].sum(["parameter", "sample"])
     for row, of in zip(rows_of(root, "All objectives")[1:], totals, strict=True):
         assert row[0] == str(of.objective.values)
-        np.testing.assert_allclose(list(map(float, row[2:4])), of, rtol=1e-3)
+        np.testing.assert_allclose(list(map(float, row[3:5])), of, rtol=1e-3)
     shown = rows_of(root, "e_r: effect on the retain risk")
     blocks = dataset["g_effect"].sel(risk="retain").sum("sample").groupby("block").sum()
     for row, of in zip(shown[1:], blocks, strict=True):
