@@ -70,7 +70,7 @@ _READ: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ),
         (),
     ),
-    "comparison": (("risk_value", "measured_change", "objective", "trained"), ("left_out",)),
+    "comparison": (("risk_value", "measured_change", "objective", "trained"), ("left_out", "risk")),
 }
 """What tables read of kinds of measures, and of compared runs, beside their numbers: variables and
 coordinates, and attributes."""
