@@ -1,7 +1,8 @@
 """The G-effect over the steps of unlearning, four objectives on one model: curves and findings.
 
     python benchmarks/step_curves.py --tofu FOLDER --work DIR   # a small Llama trained on TOFU
-    python benchmarks/step_curves.py --demo DIR --work DIR2     # the model of `geffect-fast demo`
+    # the model of `geffect-fast demo`, of which docs/findings.md speaks
+    python benchmarks/step_curves.py --demo DIR --work DIR2 --steps 30 --rate 5e-5
 
 With `--tofu`, a Llama of `HIDDEN` x `LAYERS` first learns TOFU's full set (kept in `--work`, so
 that it is trained once). Then it unlearns `forget05` with each objective, a probe a step on

@@ -105,11 +105,11 @@ def rendered(best):
 def test_what_is_printed_compares_with_ga():
     shares = np.array([[-3.0, -1.0, 1.0, -0.5], [-1.0, -1.0, 0.5, 0.25]])
     best = gf.optimal_weights(token_result([shares]), retain_budget=0.5)
-    assert reached(best) == "Against ga: removal kept 85.7 %, harm 40.0 %."
+    assert reached(best) == "The best weights keep 85.7 % of ga's removal and 40.0 % of its harm."
     text = rendered(best)
     assert "Token weights from 0 to 1: most removal for e_r ≥ -0.5\n" in text
-    assert "Of 4 tokens 2 have weight 1, 1 weight 0, 1 lies between" in text
-    assert "one more of e_r would buy 2 of e_u" in text
+    assert "Of 4 tokens, 2 have weight 1, 1 have weight 0, 1 lies between" in text
+    assert "An e_r lower by one would buy an e_u lower by 2." in text
     spared, full = text.split("Spared (weight 0)")[1].split("In full (weight 1)")
     first = [line.split()[0] for line in full.splitlines() if "Who is author 0?" in line]
     assert first == [".", "lives"]
@@ -119,13 +119,13 @@ def test_what_is_printed_compares_with_ga():
 def test_what_is_printed_where_ga_does_no_damage_or_no_removal():
     helps = token_result([np.array([[-3.0, -1.0], [0.5, 0.25]])])
     best = gf.optimal_weights(helps, retain_budget=0)
-    assert reached(best) == "Against ga: removal kept 100.0 %, harm none."
-    assert "nothing is left to buy" in rendered(best)
+    assert reached(best) == "The best weights keep 100.0 % of ga's removal and none of its harm."
+    assert "A lower e_r would buy no lower e_u" in rendered(best)
     none = gf.optimal_weights(token_result([np.array([[3.0], [-0.5]])]), retain_budget=1)
-    assert reached(none) == "Against ga: removal kept –, harm none."
+    assert reached(none) == "The best weights keep – of ga's removal and none of its harm."
     mixed = token_result([np.array([[-3.0, 1.0], [-0.5, 1.0]])])
     paid = gf.optimal_weights(mixed, retain_budget=0.5)
-    assert reached(paid) == "Against ga: removal kept 150.0 %, harm –."
+    assert reached(paid) == "The best weights keep 150.0 % of ga's removal and – of its harm."
     bare = gf.optimal_weights(
         token_result(drawn_shares([3])).drop_vars("token_text"), removal=-1e-4
     )

@@ -35,7 +35,7 @@ SHOWN = {
     "profile": ("^G-effect of", r"^$"),
     "sweep": ("the best of each family", r"^$"),
     "tokens": ("^forget row", r"^$"),
-    "weights": ("^Against", r"^(?!Against|Of )"),
+    "weights": ("^The best weights", r"^(?!The best weights|Of )"),
     "unlearn": ("^step 0", r"^(?!step|e_u is)"),
     "compare": ("runs? at the", r"^$"),
     "evaluate": ("^measures", r"^$"),

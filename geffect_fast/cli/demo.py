@@ -37,7 +37,8 @@ def demo(
         with open_run(out / SWEEP, lazy=True) as swept:
             print_result(swept, out / SWEEP)
         run = one_line(str(out / SWEEP))
-        print(f"\nThe best token weights: geffect-fast weights {run} --retain-budget 0")
-        print(f"The four unlearning runs, step by step: {one_line(str(out / STEPS / PAGE))}")
+        print(f"\nThis finds the best token weights: geffect-fast weights {run} --retain-budget 0")
+        print(f"{one_line(str(out / STEPS / PAGE))} shows the four unlearning runs step by step.")
         print()
         console().print(render_against_effects(open_evaluation(out / MEASURES)))
+        print(f"\nLook first at {one_line(str(out / PAGE))}, in a browser.")

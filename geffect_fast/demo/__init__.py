@@ -205,7 +205,7 @@ def _unlearn(
 ) -> dict[str, xr.Dataset]:
     """Unlearn what the reference knows with each of four objectives; the results by objective."""
     if progress:
-        print(f"Unlearned with {', '.join(UNLEARNED.values())} is the model that knows them all.")
+        print(f"The model that knows them all unlearns with {', '.join(UNLEARNED.values())}.")
     runs = {}
     for name, objective in UNLEARNED.items():
         config = checked_config(
@@ -241,7 +241,7 @@ def _measure(folder: Path, progress: bool, unmade: list[UnfinishedError]) -> Non
         },
     )
     if progress:
-        print("Measured is what the four unlearned models know still.", flush=True)
+        print("Measures tell what the four unlearned models still know.", flush=True)
     try:
         execute_evaluation(config, folder / MEASURES, progress=progress, report=write_report)
     except UnfinishedError as error:
@@ -274,15 +274,16 @@ def _prepare(folder: Path, seed: int, progress: bool, size: Size) -> dict[str, A
     knowledge = [recall(model, part) for part in sets]
     say(
         f"A Llama of {n_parameters / 1e6:.1f} million parameters knows them by heart after "
-        f"{epochs} epochs: {_percent(knowledge)} (to forget, to retain)."
+        f"{epochs} epochs: {_percent(knowledge)}."
     )
     save(model, tokenizer, folder / "reference")
     steps = start_unlearning(model, sets[0], progress)
     save(model, tokenizer, folder / "model")
     say(
-        f"Profiled is that model after {steps} steps of gradient ascent on the forget set "
-        f"({_percent([recall(model, part) for part in sets])}) with the one before as reference, "
-        "since at the reference itself npo is ga on another scale and kl has no gradient."
+        f"The profile is of that model after {steps} steps of gradient ascent on the forget set: "
+        f"{_percent([recall(model, part) for part in sets])}. The model before them is the "
+        "reference; at the reference itself npo would be ga on another scale, and kl would have no "
+        "gradient."
     )
     return {
         "model": str(folder / "model"),
@@ -294,6 +295,9 @@ def _prepare(folder: Path, seed: int, progress: bool, size: Size) -> dict[str, A
 
 
 def _percent(knowledge: list[tuple[float, float]]) -> str:
-    probability = ", ".join(f"{p:.2f}" for p, _ in knowledge)
-    share = ", ".join(f"{100 * s:.0f} %" for _, s in knowledge)
-    return f"mean token probability {probability}; reproduced word for word {share}"
+    said = [
+        f"{100 * share:.0f} % of the {name} answers word for word, mean token "
+        f"probability {mean:.2f}"
+        for name, (mean, share) in zip(("forget", "retain"), knowledge, strict=True)
+    ]
+    return "; ".join(said)

@@ -150,7 +150,7 @@ def metric_line(attrs: Mapping[str, Any]) -> str:
             of = f", of the step of {attrs[f'{prefix}_of']}" if f"{prefix}_of" in attrs else ""
             return (
                 f"Metric: {where} in that of {attrs[prefix]}{of}; its state: "
-                f"{attrs[f'{prefix}_state']}. Momentum and weight decay stand beside."
+                f"{attrs[f'{prefix}_state']}. Momentum and weight decay are given beside it."
             )
     return ""
 

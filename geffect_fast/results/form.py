@@ -45,6 +45,36 @@ _ATTRIBUTES: dict[str, type] = {
 
 _JSON_WHERE_THERE = {"digests": dict, "probe_rows": dict, "tied": list}
 
+_READ: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "measures": (("value_low", "value_high", "statistic", "sample", "sample_set"), ()),
+    "control": (
+        (
+            *("retention", "retention_low", "retention_high", "alpha", "alpha_lost", "monotone"),
+            *("original_value", "unlearned_value", "on_grid"),
+        ),
+        ("control",),
+    ),
+    "relearning": ((), ("n_rows",)),
+    "survey": (
+        (
+            *("relearned", "relearned_low", "relearned_high", "relearned_step"),
+            *("relearned_metric", "relearned_set", "seconds", "peak_memory", "trained_on"),
+        ),
+        ("relearning", "survey_notes", "original_place"),
+    ),
+    "effects beside": (("effect_low", "effect_high", "objective"), ()),
+    "ranks": (
+        (
+            *("run", "predictor", "spearman", "spearman_low", "spearman_high", "kendall"),
+            *("n_runs", "beyond_noise"),
+        ),
+        (),
+    ),
+    "comparison": (("risk_value", "measured_change", "objective", "trained"), ("left_out", "risk")),
+}
+"""What tables read of kinds of measures, and of compared runs, beside their numbers: variables and
+coordinates, and attributes."""
+
 REFERENCE_IS_MODEL = (
     "the model itself, with which every log-ratio is 0: npo, dpo, tnpo, wtnpo are the same at any "
     "beta but for their scale, and the gradient of kl is 0; give the model as it was before "
@@ -119,17 +149,56 @@ def check_whole(dataset: xr.Dataset, what: str) -> None:
             f"{what} is no result: it holds neither effects nor measures; give one of gf.profile, "
             "gf.open_run or the like"
         )
-    if "run" in dataset[name].dims:
-        return
+    compared = not measured and "run" in dataset[name].dims
+    if compared:
+        axes = ("run", "risk")  # every run has an objective of its own
     missing = [axis for axis in axes if axis not in dataset[name].dims]
-    problem = f"it has no axis '{missing[0]}'" if missing else None
+    problem = f"it has no axis '{missing[0]}'" if missing else _unread(dataset, name)
     if problem is None and not measured:
-        problem = _lacking(dataset)
+        problem = _unnamed(dataset) or (None if compared else _lacking(dataset))
     if problem is not None:
         raise InputError(
             f"{what} is no whole result: {problem}; select by lists, as .sel(objective=['ga']) "
             "does, and keep variables and attributes"
         )
+
+
+def _unread(dataset: xr.Dataset, name: str) -> str | None:
+    """What tables read beside the numbers `name` that a result does not have."""
+    dims = [str(dim) for dim in dataset[name].dims]
+    measured = name == "value"
+    kinds = {
+        "measures": measured,
+        "control": "alpha_chosen" in dataset,
+        "relearning": measured and {"model", "step"} <= {*dims},
+        "survey": "touched" in dataset,
+        "effects beside": measured and "effect" in dataset,
+        "ranks": {"effect", "change"} <= {*dataset.data_vars},
+        "comparison": not measured and "run" in dims,
+    }
+    for kind in (kind for kind, is_one in kinds.items() if is_one):
+        variables, attributes = _READ[kind]
+        of_effects = map(str, dataset["effect"].dims if kind == "effects beside" else ())
+        for variable in (*dims, *of_effects, *variables):
+            if variable not in dataset.variables:
+                return f"it has no variable '{variable}'"
+        for attribute in attributes:
+            if attribute not in dataset.attrs:
+                return f"it has no attribute '{attribute}'"
+    return None
+
+
+def _unnamed(dataset: xr.Dataset) -> str | None:
+    """The first coordinate along an axis of effects that a result does not have."""
+    effect = dataset["g_effect"]
+    for axis in map(str, effect.dims):
+        beside = _BESIDE.get(axis, ())
+        if axis == "token" and "sample" in effect.dims:
+            beside = _OF_TOKENS
+        for name in (axis, *beside):
+            if name not in effect.coords:
+                return f"it has no coordinate '{name}'"
+    return None
 
 
 def _lacking(dataset: xr.Dataset) -> str | None:
@@ -171,12 +240,8 @@ def _odd(dataset: xr.Dataset) -> str | None:
             return f"its g_effect has an axis '{axis}'"
         if not effect.sizes[axis]:
             return f"its axis '{axis}' is empty"
-        beside = _BESIDE.get(axis, ())
-        if axis == "token" and "sample" in effect.dims:
-            beside = _OF_TOKENS
-        for name in (axis, *beside):
-            if name not in effect.coords:
-                return f"it has no coordinate '{name}'"
+    if problem := _unnamed(dataset):
+        return problem
     for axis in ("objective", "risk"):
         if effect[axis].dtype.kind not in "OUT":  # strings, of whatever kind
             return f"its coordinate '{axis}' holds no names"

@@ -61,7 +61,7 @@ def rows_note(dataset: xr.Dataset) -> str:
         remedy = f"measure about {_asked(wanted, there)}"
     return (
         f"e_u{at} is {e_u:+.3g} [{low:+.3g}, {high:+.3g}]: the choice of {n} forget rows makes it "
-        f"uncertain by {uncertain}, not by {100 * WIDE:.0f} % at most; to know it better, {remedy}."
+        f"uncertain by {uncertain}. To know it to within {100 * WIDE:.0f} %, {remedy}."
     )
 
 

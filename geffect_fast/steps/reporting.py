@@ -79,7 +79,10 @@ def report(
 
 
 def _handler() -> CallbackHandler | None:
-    """What tells the callbacks of the Trainer that called the callback that called; if one did."""
+    """What tells the callbacks of the Trainer that called the callback that called; if one did.
+
+    It is looked for in the calls above, since a Trainer hands its callbacks neither itself nor it.
+    """
     frame = sys._getframe(1)
     while frame.f_back is not None:
         frame = frame.f_back

@@ -81,7 +81,7 @@ def test_a_page_begins_with_how_far_effects_tell_changes(dataset, page):
 
 def test_of_few_runs_there_are_no_correlations_and_a_page_says_why():
     root = checked(page_html({"run": against(3)}))
-    assert "No rank correlations: 3 runs" in text(section(root, "answer"))
+    assert "Rank correlations need 5 runs or more; these are 3." in text(section(root, "answer"))
     effects = section(root, "effects")
     assert "Spearman's rank correlation" not in text(effects)
     labels = [table[1]["aria-label"] for table in find(effects, "table")]

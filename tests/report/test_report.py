@@ -141,8 +141,8 @@ def test_the_first_sentence_names_the_best_and_the_worst(dataset):
     dataset["cosine"][:, 0] = [-1, -1, -1, 1, 0]
     what = findings(dataset)[0]
     assert what.startswith("3 of 5 objectives raise the forget risk")
-    assert "least cost elsewhere wga(alpha=1) (the retain risk falls by 0.5" in what
-    assert "highest npo(beta=0.1) (the retain risk rises by 3)" in what
+    assert "least cost elsewhere is that of wga(alpha=1): the retain risk falls by 0.5" in what
+    assert "highest is that of npo(beta=0.1): the retain risk rises by 3." in what
 
 
 def test_the_second_sentence_names_part_and_rows(dataset):

@@ -51,7 +51,7 @@ def result(low, high, *, n=6, there=40):
 )
 def test_the_rows_that_it_takes_follow_from_the_width(off, n, there, says):
     found = rows_note(result(-1 - off, -1 + off / 2, n=n, there=there))
-    assert found.endswith(f"to know it better, {says}"), found
+    assert found.endswith(f". To know it to within 20 %, {says}"), found
     assert f"the choice of {n} forget rows makes it uncertain by {100 * off:.0f} %" in found
     assert found.startswith("e_u at step 0 is -1 [")
 

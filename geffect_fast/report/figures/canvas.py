@@ -5,6 +5,7 @@ matplotlib is imported here first, whatever MPLBACKEND says, which names a backe
 
 from __future__ import annotations
 
+import base64
 import io
 import os
 import re
@@ -71,12 +72,26 @@ class PlainFigure(Figure):
             text.set_parse_math(False)
         self._seen = True
 
+    def _repr_html_(self) -> str:
+        """What a notebook shows: without a ground, and turned dark where the notebook is.
+
+        As wide as on paper: 96 pixels of a page are an inch.
+        """
+        from geffect_fast.report.html.templates import render
+
+        png = base64.b64encode(self._png(transparent=True)).decode()
+        width = round(96 * self.get_figwidth())
+        return render("figure.html.jinja", png=png, label=str(self.get_label()), width=width)
+
     def _repr_png_(self) -> tuple[bytes, dict[str, int]]:
-        """What a notebook shows, as wide there as on paper: 96 pixels of a page are an inch."""
-        written = io.BytesIO()
-        self.savefig(written, format="png")
+        """The same on white, for what shows no HTML."""
         width, height = self.get_size_inches() * 96
-        return written.getvalue(), {"width": round(width), "height": round(height)}
+        return self._png(transparent=False), {"width": round(width), "height": round(height)}
+
+    def _png(self, *, transparent: bool) -> bytes:
+        written = io.BytesIO()
+        self.savefig(written, format="png", transparent=transparent)
+        return written.getvalue()
 
     def place(self) -> None:
         """Find places for panels and legends, once: saving would do so every time."""

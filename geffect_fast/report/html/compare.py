@@ -78,12 +78,12 @@ def verdicts(both: xr.Dataset) -> list[Block]:
     columns |= {f"rise_{risk}": (f"rise of the {risk_words(risk)}", "+.3g") for risk in risks}
     table = Table(
         f"What was measured from step {steps[0]} to step {steps[-1]}",
-        [*("run", "cost", "verdict", "trained on"), *(head for head, _ in columns.values())],
+        [*("run", "verdict", "cost", "trained on"), *(head for head, _ in columns.values())],
         [
             [
                 row["run"],
-                cell_with_interval(row["cost"], of.get("cost"), ".3g"),
                 row["verdict"],
+                cell_with_interval(row["cost"], of.get("cost"), ".3g"),
                 row["objective"] if trained else "checkpoints",
                 *(
                     cell_with_interval(row[name], of.get(name), spec)
@@ -92,7 +92,7 @@ def verdicts(both: xr.Dataset) -> list[Block]:
             ]
             for row, of, trained in zip(rows, intervals, both["trained"].values, strict=True)
         ],
-        frozenset([0, 2, 3]),
+        frozenset([0, 1, 3]),
     )
     note = (
         f"{COST_NOTE} Harm at {equal}: rise of the worst other risk when the forget risk first had "

@@ -120,13 +120,9 @@ def verdicts(dataset: xr.Dataset) -> list[Block]:
     rows = summarise(dataset)
     table = Table(
         f"{len(rows)} objectives on {dataset.attrs['n_forget']} forget rows",
-        ["objective", "collateral", "verdict", *map(effect_name, rows[0].effects)],
-        [
-            [row.objective, collateral, row.verdict, *effects]
-            for row in rows[:MOST_ROWS]
-            for collateral, *effects in [effect_cells(row.numbers)]
-        ],
-        frozenset([0, 2]),
+        ["objective", "verdict", "collateral", *map(effect_name, rows[0].effects)],
+        [[row.objective, row.verdict, *effect_cells(row.numbers)] for row in rows[:MOST_ROWS]],
+        frozenset([0, 1]),
     )
     return [table, *left_out(len(rows), "objectives"), *_notes(dataset)]
 
@@ -164,15 +160,15 @@ def _swept_verdicts(dataset: xr.Dataset) -> list[Block]:
                 (family.text, ", ".join(names), family.point(i), cells(family.at[i]))
                 for i, names in picks.items()
             ]
-    rows = [[text, numbers[0], best, at, *numbers[1:]] for text, best, at, numbers in found]
+    rows = [[text, best, at, *numbers] for text, best, at, numbers in found]
     front = swept.ranked_front()
     shown = thinned(front, MOST_ROWS // 8)
     return [
         Table(
             f"The best of each family, of {len(swept.objectives)} objectives",
-            ["family", "collateral", "best in", "at", "e_u", "e_r"],
+            ["family", "best in", "at", "collateral", "e_u", "e_r"],
             rows[:MOST_ROWS],
-            frozenset([0, 2, 3]),
+            frozenset([0, 1, 2]),
         ),
         *left_out(len(rows), "rows"),
         Table(
@@ -332,19 +328,19 @@ def cosines(dataset: xr.Dataset) -> list[Block]:
     kept = thinned(np.arange(len(rows)), MOST_ROWS)
     table = Table(
         "Cosine of an objective's gradient with a risk's: direction without size",
-        ["objective", *(f"cos_{symbol(risk)}" for risk in risks), "reading"],
+        ["objective", "reading", *(f"cos_{symbol(risk)}" for risk in risks)],
         [
             [
                 rows[k].objective,
+                read_cosines(rows[k].cosines, rows[k].cosine_intervals),
                 *(
                     cell_with_interval(c, rows[k].cosine_intervals.get(risk), "+.3f")
                     for risk, c in rows[k].cosines.items()
                 ),
-                read_cosines(rows[k].cosines, rows[k].cosine_intervals),
             ]
             for k in kept
         ],
-        frozenset([0, len(risks) + 1]),
+        frozenset([0, 1]),
     )
     return [table, *left_out(len(rows), "objectives", len(kept))]
 
@@ -431,22 +427,22 @@ def full_table(dataset: xr.Dataset) -> list[Block]:
     kept = [int(k) for k in thinned(np.arange(len(rows)), MOST_ROWS)]
     risks, with_cosines = list(rows[0].effects), bool(rows[0].cosines)
     norms = dataset["grad_norm"].values if "grad_norm" in dataset else None
-    head = ["objective", "loss", *map(effect_name, risks)]
+    head = ["objective", "verdict", "loss", *map(effect_name, risks)]
     head += [f"cos_{symbol(risk)}" for risk in risks if with_cosines]
-    head += ["|grad|"] * (norms is not None) + ["collateral", "verdict"]
+    head += ["|grad|"] * (norms is not None) + ["collateral"]
     cells = []
     for k in kept:
         row = rows[k]
-        found = [row.objective, cell(row.loss, ".4g")]
+        found = [row.objective, row.verdict, cell(row.loss, ".4g")]
         found += [
             cell_with_interval(e, row.intervals.get(r), "+.4g") for r, e in row.effects.items()
         ]
         found += [cell(c, "+.3f") for c in row.cosines.values()]
         found += [] if norms is None else [cell(float(norms[k]), ".4g")]
         collateral = cell_with_interval(row.collateral, row.collateral_interval, ".3f")
-        cells.append([*found, collateral, row.verdict])
+        cells.append([*found, collateral])
     blocks: list[Block] = [
-        Table("All objectives", head, cells, frozenset([0, len(head) - 1])),
+        Table("All objectives", head, cells, frozenset([0, 1])),
         *left_out(len(rows), "objectives", len(kept)),
     ]
     return [*blocks, *part_tables(dataset, kept)]

@@ -124,19 +124,19 @@ def verdicts(dataset: xr.Dataset) -> list[Block]:
     measured = Table(
         "What was measured from the first step to the last",
         [
-            *("trained on" if trained else "run", "cost", "verdict", "steps"),
+            *("trained on" if trained else "run", "verdict", "cost", "steps"),
             *(f"rise of the {risk_words(risk)}" for risk in outcome.change),
         ],
         [
             [
                 str(trained or "checkpoints"),
-                cell_with_interval(outcome.cost, outcome.cost_interval, ".2g"),
                 outcome.verdict,
+                cell_with_interval(outcome.cost, outcome.cost_interval, ".2g"),
                 f"{read.steps[0]} to {read.steps[-1]}",
                 *(cell_with_interval(rise, interval_of(rise, moved)) for rise, moved in rises),
             ]
         ],
-        frozenset([0, 2, 3]),
+        frozenset([0, 1, 3]),
     )
     note = f"{COST_NOTE} Collateral: the cost of a further small step, to first order."
     return [measured, _objectives(dataset), *notes_of([note, interval_line(dataset.attrs)])]
@@ -146,14 +146,13 @@ def _objectives(dataset: xr.Dataset) -> Table:
     """Every objective at the first and the last step."""
     steps = dataset["step"].values
     rows = [
-        [row.objective, collateral, row.verdict, str(steps[place]), *effects]
+        [row.objective, str(steps[place]), row.verdict, *profile.effect_cells(row.numbers)]
         for place in dict.fromkeys([0, len(steps) - 1])
         for row in summarise(dataset.isel(step=place))
-        for collateral, *effects in [profile.effect_cells(row.numbers)]
     ]
     return Table(
         "Objectives at the first and the last step",
-        ["objective", "collateral", "verdict", "step", *map(effect_name, labels(dataset, "risk"))],
+        ["objective", "step", "verdict", "collateral", *map(effect_name, labels(dataset, "risk"))],
         rows[:MOST_ROWS],
         frozenset([0, 2]),
     )

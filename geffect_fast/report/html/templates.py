@@ -9,7 +9,7 @@ from importlib.resources import files
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from geffect_fast.report.tokens.colours import GROUND, INK, STEPS, UNDEFINED, colour
 from geffect_fast.visible import visible
@@ -31,6 +31,7 @@ def _environment() -> Environment:
         finalize=lambda value: visible(value) if type(value) is str else value,
     )
     environment.filters["class_attribute"] = class_attribute
+    environment.filters["interval_whole"] = interval_whole
     environment.globals.update(steps=range(1, STEPS + 1), colour=colour, ground=GROUND, ink=INK)
     script = files("geffect_fast.report.html").joinpath("tokens.js").read_text(encoding="utf-8")
     environment.globals.update(tokens_script=Markup(script), policy=policy(script))
@@ -48,6 +49,14 @@ def policy(script: str) -> str:
         f"default-src 'none'; script-src 'sha256-{digest}'; style-src 'unsafe-inline'; "
         "img-src data:; base-uri 'none'; form-action 'none'"
     )
+
+
+def interval_whole(cell: str) -> Markup:
+    """A number whose interval, where it has one, stays on one line."""
+    value, opened, bounds = visible(cell).partition(" [")
+    if not opened:
+        return escape(value)
+    return Markup('{} <span class="interval">[{}</span>').format(value, bounds)
 
 
 def class_attribute(good: int) -> Markup:

@@ -45,7 +45,7 @@ def _what(rows: list[Summary]) -> str:
     tail = f", and {len(broken)} undefined ({', '.join(broken)})" if broken else ""
     if unclear:
         tail = f"; for {unclear} these rows do not tell{tail}"
-    objectives = "objective raises" if len(good) == 1 else "objectives raise"
+    objectives = "objectives raises" if len(good) == 1 else "objectives raise"
     if not good:
         return f"None of the {len(rows)} objectives clearly raises the forget risk{tail}."
     how = f" (cosine at least {HARDLY} in size)" if good[0].cosines else ""
@@ -54,12 +54,12 @@ def _what(rows: list[Summary]) -> str:
     worst = max(good, key=lambda row: row.collateral)
     if not _differ(best, worst):
         tells = "" if best.collateral == worst.collateral else f", as far as {_teller(best)} tell"
-        same = f"at the same cost elsewhere{tells}"
-        return f"{start}, {same}: {_cost(best)} for a unit of forgetting."
+        same = f"They do so at the same cost elsewhere{tells}" if len(good) > 1 else "The cost"
+        return f"{start}. {same}: {_cost(best)} for a unit of forgetting."
     return (
-        f"{start}: at the least cost elsewhere {best.objective} ({_cost(best)} for a unit of "
-        f"forgetting{_no_other(best, good)}), at the highest {worst.objective} "
-        f"({_cost(worst)}{_no_other(worst, good)})."
+        f"{start}. The least cost elsewhere is that of {best.objective}: {_cost(best)} for a unit "
+        f"of forgetting{_no_other(best, good)}. The highest is that of {worst.objective}: "
+        f"{_cost(worst)}{_no_other(worst, good)}."
     )
 
 
@@ -90,7 +90,7 @@ def _no_other(row: Summary, rows: list[Summary]) -> str:
     alike = [other.objective for other in rows if other is not row and not _differ(other, row)]
     if len(alike) > NAMED:
         alike = [*alike[:NAMED], f"{len(alike) - NAMED} more"]
-    return f"; as far as {by} tell no other than {' and '.join(alike)}" if alike else ""
+    return f"; {by} do not tell it from {' and '.join(alike)}" if alike else ""
 
 
 def _cost(row: Summary) -> str:
@@ -120,13 +120,13 @@ def _where(dataset: xr.Dataset) -> str:
             names = [_PARTS.get(label, label) for label in placed[0]]
             alike = [names[p] for p in _no_smaller(dataset, size, top)]
             tell = (
-                f" (as far as these rows tell no more than in {' and '.join(alike)})"
+                f" (these rows do not tell that from what sits in {' and '.join(alike)})"
                 if alike
                 else ""
             )
             share = f"{100 * size[top]:.0f} % of the effect on the forget risk"
             clauses.append(f"{share} sits in {names[top]}{tell}")
-    effect = by_sample(dataset)
+    effect, what = by_sample(dataset), "it" if clauses else "the effect on the forget risk"
     if effect is not None:
         size = _mean_size(effect.values[:, at])
         if size is not None:
@@ -137,7 +137,7 @@ def _where(dataset: xr.Dataset) -> str:
             row = effect["sample"].values[order[0]]
             rows = "row carries" if half == 1 else "rows carry"
             clauses.append(
-                f"{half} of {size.size} forget {rows} half of it, row {row}{quoted} the most"
+                f"{half} of {size.size} forget {rows} half of {what}, row {row}{quoted} the most"
             )
     if not clauses:
         return "Where the effect on the forget risk sits cannot be told from this result."

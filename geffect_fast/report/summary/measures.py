@@ -168,8 +168,8 @@ def share_note(dataset: xr.Dataset) -> str:
     """What a share is, in a sentence."""
     asked = json.loads(dataset.attrs["control"])
     return (
-        f"The original has {number(_original_keeps(dataset), '.3g')}; a share is the largest found "
-        f"that keeps {asked['tau']:.0%} of it, to within {asked['tolerance']:g}."
+        f"The original has {number(_original_keeps(dataset), '.3g')}. A share is the largest found "
+        f"that keeps {asked['tau']:.0%} of that, to within {asked['tolerance']:g}."
     )
 
 

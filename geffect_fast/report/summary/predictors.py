@@ -68,7 +68,7 @@ def prediction_sentence(dataset: xr.Dataset) -> str:
     if not bool(known.any()):
         most = int(dataset["n_runs"].max())
         if n < FEWEST or most < FEWEST:
-            return f"No rank correlations: {min(n, most)} runs say nothing; give {FEWEST} or more."
+            return f"Rank correlations need {FEWEST} runs or more; these are {min(n, most)}."
         return "No rank correlations: nothing differs between the runs."
     pairs, beyond = int(known.sum()), int(dataset["beyond_noise"].sum())
     said = (

@@ -47,8 +47,9 @@ def comparison_finding(both: xr.Dataset) -> str:
         others = [r["run"] for r in removed if sure and r is not best and alike(r, best, rise)]
         if len(removed) > 1 and len(others) == len(removed) - 1:
             sentences.append(
-                f"{'All' if len(removed) == len(rows) else len(removed)} of {len(rows)} runs raise "
-                f"the forget risk, alike as far as {tell}: by {cell(least[rise], '.3g')} to {most}."
+                f"{'All' if len(removed) == len(rows) else f'{len(removed)} of'} {len(rows)} runs "
+                f"raise the forget risk, alike as far as {tell}: by {cell(least[rise], '.3g')} "
+                f"to {most}."
             )
         else:
             also = f"; {', '.join(others)} as much, as far as {tell}" if others else ""
@@ -97,7 +98,7 @@ def comparison_finding(both: xr.Dataset) -> str:
 
 def _with(name: str, alike: list[str]) -> str:
     """A run and those that the rows do not tell apart from it."""
-    return f"{name} (as far as these rows tell no other than {', '.join(alike)})" if alike else name
+    return f"{name} (these rows do not tell it from {' and '.join(alike)})" if alike else name
 
 
 def _direction(value: float, interval: Interval) -> int:

@@ -55,5 +55,5 @@ def covered(attrs: Mapping[str, Any]) -> list[Text]:
         checked = "The forward engine moved each of them along the risks' gradients."
     lines = [f"{coverage_line(attrs)} {checked}"]
     if "engine_reason" in attrs:
-        lines.append(f"Engine {attrs['engine']}: {attrs['engine_reason']}.")
+        lines.append(f"The {attrs['engine']} engine measured this: {attrs['engine_reason']}.")
     return [*map(Text, lines + notes(attrs)), Text()]

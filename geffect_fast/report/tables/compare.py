@@ -23,8 +23,8 @@ NOTE = (
     "steps. cost: rise of the worst other risk for a unit rise of the forget risk, from the first "
     "step to the last. harm at: rise of the worst other risk when the forget risk first had risen "
     "by as much as it does in every run. r: correlation of the first-order prediction by the "
-    "actual update with the measured changes of the forget risk. Learning rates differ between "
-    "runs as they were chosen: compare harm and cost."
+    "actual update with the measured changes of the forget risk. Runs may have learning rates of "
+    "their own: compare harm and cost."
 )
 
 

@@ -83,7 +83,7 @@ def render_control(dataset: xr.Dataset) -> RenderableType:
     table = FittedTable("share kept of each method", share_head(dataset), ["method"])
     for row in share_rows(dataset):
         table.add_row(*row)
-    notes = [f"{share_note(dataset)} Below: measures at that share.", *rises(dataset)]
+    notes = [f"{share_note(dataset)} The measures below are at that share.", *rises(dataset)]
     return Group(table, *(Text(note, style="dim") for note in notes), render_evaluation(dataset))
 
 

@@ -32,17 +32,15 @@ def render_weights(best: xr.Dataset) -> Group:
         Text(reached(best), style="bold"),
         Text(_counts(best), style="dim"),
         Text(),
-        _tokens(best, weight == 0, "token_e_r", "Spared (weight 0), those of most harm first"),
-        _tokens(
-            best, weight == full, "token_e_u", f"In full (weight {full:g}), those that remove most"
-        ),
+        _tokens(best, weight == 0, "token_e_r", "Spared (weight 0), most harm first"),
+        _tokens(best, weight == full, "token_e_u", f"In full (weight {full:g}), lowest e_u first"),
     )
 
 
 def reached(best: xr.Dataset) -> str:
     """One sentence: how much of ga's removal is kept, and how much of its harm."""
     kept, harm = _compared(best, float(best["e_u"]), float(best["e_r"]))
-    return f"Against ga: removal kept {kept}, harm {harm}."
+    return f"The best weights keep {kept} of ga's removal and {harm} of its harm."
 
 
 def _reached(best: xr.Dataset) -> FittedTable:
@@ -82,12 +80,16 @@ def _counts(best: xr.Dataset) -> str:
     weight = weight[~np.isnan(weight)]
     full = best.attrs["max_weight"]
     n_none, n_full = int((weight == 0).sum()), int((weight == full).sum())
-    line = f"Of {len(weight):,} tokens {n_full:,} have weight {full:g}, {n_none:,} weight 0"
+    line = f"Of {len(weight):,} tokens, {n_full:,} have weight {full:g}, {n_none:,} have weight 0"
     if between := len(weight) - n_none - n_full:
         line += f", {between} lies between"
     price = float(best["shadow_price"])
-    more = f"one more of e_r would buy {price:.3g} of e_u" if price else "nothing is left to buy"
-    return f"{line}; {more}."
+    more = (
+        f"An e_r lower by one would buy an e_u lower by {price:.3g}"
+        if price
+        else "A lower e_r would buy no lower e_u"
+    )
+    return f"{line}. {more}."
 
 
 def _tokens(best: xr.Dataset, chosen: np.ndarray, by: str, title: str) -> FittedTable:

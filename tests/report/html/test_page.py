@@ -97,7 +97,7 @@ def test_the_page_holds_the_numbers_of_the_result():
     totals = dataset["g_effect"].sum(["parameter", "sample"])
     for row, of in zip(rows_of(root, "All objectives")[1:], totals, strict=True):
         assert row[0] == str(of.objective.values)
-        np.testing.assert_allclose(list(map(float, row[2:4])), of, rtol=1e-3)
+        np.testing.assert_allclose(list(map(float, row[3:5])), of, rtol=1e-3)
     shown = rows_of(root, "e_r: effect on the retain risk")
     blocks = dataset["g_effect"].sel(risk="retain").sum("sample").groupby("block").sum()
     for row, of in zip(shown[1:], blocks, strict=True):
@@ -108,7 +108,7 @@ def test_the_page_holds_the_numbers_of_the_result():
         assert all(m.endswith("!") == (s < 0) for m, s in zip(row[3:7], signs, strict=True))
     cosines = rows_of(root, "Cosine of an objective")
     np.testing.assert_allclose(
-        [[float(v) for v in row[1:3]] for row in cosines[1:]], dataset["cosine"], atol=6e-4
+        [[float(v) for v in row[2:4]] for row in cosines[1:]], dataset["cosine"], atol=6e-4
     )
 
 

@@ -94,7 +94,13 @@ def test_all_is_there_to_read_at_every_width_light_and_dark(browser, pages, page
     assert white in dark["lines"] and black not in dark["lines"]
 
 
-@pytest.mark.parametrize(("page", "head"), [("profile", "collateral"), ("comparison", "cost")])
+@pytest.mark.parametrize(
+    ("page", "head"),
+    [
+        *(("profile", "verdict"), ("profile", "collateral")),
+        *(("comparison", "verdict"), ("comparison", "cost")),
+    ],
+)
 def test_what_compares_is_seen_on_a_phone(browser, pages, page, head):
     browser.look(390)
     browser.open(pages / f"{page}.html")

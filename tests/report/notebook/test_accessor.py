@@ -119,6 +119,12 @@ def test_a_result_in_memory_has_its_page(tmp_path):
         (lambda: profiled().drop_attrs().gf, "no attribute 'engine'"),
         (lambda: profiled().sel(risk=["retain"]).gf, "no risk 'unlearn'"),
         (lambda: measured("one").isel(set=0).gf, "no axis 'set'"),
+        (lambda: measured("one").drop_vars("value_low").gf, "no variable 'value_low'"),
+        (lambda: measured("control").drop_vars("retention").gf, "no variable 'retention'"),
+        (lambda: measured("relearn").drop_attrs().gf, "no attribute 'n_rows'"),
+        (lambda: measured("against").drop_vars("model").gf, "no variable 'model'"),
+        (lambda: profiled().drop_vars("set").gf, "no coordinate 'set'"),
+        (lambda: compared().drop_vars("trained").gf, "no variable 'trained'"),
         (lambda: profiled(resolve=()).gf.plot.layers(), r"parts of the model.*\['parameter', "),
         (lambda: profiled(resolve=()).gf.plot.instances(), r"rows apart.*resolve=\['sample', "),
         (lambda: stepped().gf.plot.instances(), "this result has effects, .*one step of several"),
@@ -136,6 +142,21 @@ def test_what_a_result_does_not_have_is_refused_in_a_line(ask, says):
     with pytest.raises(InputError, match=says) as refusal:
         ask()
     assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("name", RESULTS)
+def test_a_result_without_one_of_its_parts_shows_itself_or_says_what_it_lacks(name):
+    whole = RESULTS[name]()
+    lesser = {part: whole.drop_vars(part) for part in map(str, whole.variables)}
+    for part in whole.attrs:
+        lesser[part] = whole.drop_attrs().assign_attrs(
+            {key: value for key, value in whole.attrs.items() if key != part}
+        )
+    for part, result in lesser.items():
+        try:
+            assert repr(result.gf) and "<table" in result.gf._repr_html_(), part
+        except InputError as refusal:
+            assert "it has no " in str(refusal) or "it holds neither" in str(refusal), part
 
 
 def test_a_figure_of_no_result_is_no_attribute():

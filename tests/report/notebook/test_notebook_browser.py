@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from chromium import NAMES, Browser, installed
+from matplotlib.image import imread
 from synthetic import OBJECTIVES, make_dataset
 
 from geffect_fast.report.notebook.accessor import ResultAccessor
@@ -40,7 +41,7 @@ STYLES = (
 
 @pytest.fixture(scope="module")
 def shown():
-    """A summary, tokens with their maps open, and a page in its frame."""
+    """A summary, a figure, tokens with their maps open, and a page in its frame."""
     result = make_dataset(
         (OBJECTIVES[0], "long(" + "x" * 90 + ")"),
         n_blocks=3,
@@ -49,7 +50,8 @@ def shown():
     )
     shows = ResultAccessor(result)
     tokens = shows.tokens(samples=2)._repr_html_().replace("<details", "<details open")
-    return shows._repr_html_() + tokens + shows.report()._repr_html_()
+    figure = shows.plot.layers()._repr_html_()
+    return shows._repr_html_() + figure + tokens + shows.report()._repr_html_()
 
 
 @pytest.fixture(scope="module")
@@ -79,3 +81,23 @@ def test_it_is_readable_and_leaves_the_rest_as_it_is(browser, shown, tmp_path, n
         styles.append(browser.run(STYLES))
     assert styles[0] == styles[1]
     assert [a for a in browser.loaded() if a[:5] != "data:"] == [file.as_uri()]
+
+
+@pytest.mark.parametrize("name", AROUND)
+def test_a_figure_is_as_dark_as_the_notebook(browser, tmp_path, name):
+    of_page, of_body, style = AROUND[name]
+    file, picture = tmp_path / "figure.html", tmp_path / "seen.png"
+    figure = ResultAccessor(make_dataset(OBJECTIVES[:2], n_blocks=3)).plot.layers()
+    file.write_text(
+        f"<!doctype html><html {of_page}><meta charset=utf-8>"
+        f'<body {of_body} style="{style}">{figure._repr_html_()}',
+        encoding="utf-8",
+    )
+    browser.look(1280)
+    browser.open(file)
+    browser.picture(picture)
+    seen = imread(picture)[..., :3]
+    ground = 0x11 / 255 if "dark" in name else 1.0
+    assert (abs(seen - ground) < 0.01).all(-1).mean() > 0.6
+    ink = seen.min() if ground == 1 else 1 - seen.max()
+    assert ink < 0.15

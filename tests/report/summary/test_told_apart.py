@@ -35,26 +35,26 @@ def result(e_u, e_r, error=0.01, names=NAMES, **kwargs):
 def test_the_least_cost_is_shared_by_what_is_no_different():
     # Collaterals 0.30, 0.305 and 0.60; each may be off by 2 % of itself.
     found = findings(result([-1, -1, -1], [-0.30, -0.305, -0.60]))[0]
-    assert "at the least cost elsewhere ga " in found
-    assert "; as far as 16 bits tell no other than npo(beta=0.1))" in found
-    assert "at the highest gd (the retain risk rises by 0.6)" in found
+    assert "The least cost elsewhere is that of ga:" in found
+    assert "; 16 bits do not tell it from npo(beta=0.1)." in found
+    assert "The highest is that of gd: the retain risk rises by 0.6." in found
 
 
 @pytest.mark.parametrize("e_r", [-0.31, -0.40])
 def test_objectives_beyond_the_figure_are_ranked(e_r):
     found = findings(result([-1, -1, -1], [-0.30, e_r, -0.60]))[0]
-    assert "at the least cost elsewhere ga " in found and "no other" not in found
+    assert "The least cost elsewhere is that of ga:" in found and "do not tell" not in found
 
 
 def test_nothing_is_ranked_where_all_are_within_the_figure():
     found = findings(result([-1, -1, -1], [-0.30, -0.305, -0.302]))[0]
-    assert "at the same cost elsewhere, as far as 16 bits tell:" in found
+    assert "They do so at the same cost elsewhere, as far as 16 bits tell:" in found
     assert "least" not in found
 
 
 def test_of_wider_precisions_every_digit_counts():
     found = findings(result([-1, -1, -1], [-0.30, -0.30001, -0.302], error=0))[0]
-    assert "at the least cost elsewhere ga " in found and "16 bits" not in found
+    assert "The least cost elsewhere is that of ga:" in found and "16 bits" not in found
 
 
 def test_effects_whose_samples_cancel_are_off_by_more():
@@ -144,9 +144,7 @@ def compared(rises, error):
 def test_runs_that_are_compared_are_held_to_the_figure():
     rises = {"ga": (2.0, 0.500), "gd": (1.99, 0.499)}
     both, said = compared(rises, error=0.02)
-    assert (
-        "All of 2 runs raise the forget risk, alike as far as 16 bits tell: by 1.99 to 2." in said
-    )
+    assert "All 2 runs raise the forget risk, alike as far as 16 bits tell: by 1.99 to 2." in said
     three = compared(rises | {"npo(beta=0.1)": (1.0, 0.2)}, error=0.02)[1]
     assert "ga raises the forget risk most, by 2; gd as much, as far as 16 bits tell." in three
     assert "risen alike under all, as far as 16 bits tell" in said and "least" not in said

@@ -199,7 +199,7 @@ def test_no_run_removes_most_within_noise():
     # the difference of 0.1 is off by Z sqrt(2) size
     assert "Of 2 runs, ga raises the forget risk most, by 2." in compared(rises, 0.03)[1]
     said = compared(rises, 0.05)[1]
-    assert "All of 2 runs raise the forget risk, alike as far as these rows tell" in said
+    assert "All 2 runs raise the forget risk, alike as far as these rows tell" in said
     assert "most" not in said.split(".")[0]
 
 
@@ -221,7 +221,7 @@ def test_a_part_is_the_largest_as_far_as_rows_tell():
         base["g_effect"][0, 0] = rows
         said = findings(with_intervals(base))[1]
         assert "51 % of the effect on the forget risk sits in the deep blocks" in said
-        assert ("as far as these rows tell no more than in the shallow blocks" in said) == noisy
+        assert ("these rows do not tell that from what sits in the shallow blocks" in said) == noisy
 
 
 # ---- tables ----
