@@ -21,6 +21,7 @@ from geffect_fast.data.packing import split_batch
 from geffect_fast.errors import GEffectWarning
 from geffect_fast.objectives import Objective, Outputs
 from geffect_fast.objectives.base import Need
+from geffect_fast.ranks import ALONE, Ranks
 from geffect_fast.trying import no_memory
 
 ROLE_ORDER: tuple[Role, ...] = ("answer", "alternative")
@@ -68,12 +69,14 @@ class DataPass:
     """One forward pass over a data set's batches, and the parts of objectives that it serves.
 
     Attributes:
-        batches: on the CPU; smaller ones take their places where memory runs out.
+        batches: on the CPU, of several ranks those that this one was dealt; smaller ones take
+            their places where memory runs out.
         parts: the elementary objectives that read these batches, by their number among all parts.
         offset: number of the first row of this data set on the result's sample axis.
         on: name of the data set.
         watch: told of each part's evaluation, again where a batch is redone; None: nobody.
         token_budget: of its batches; None: a lack of memory is an error.
+        ranks: who hold the other batches.
     """
 
     batches: list[Batch]
@@ -82,6 +85,7 @@ class DataPass:
     on: str = ""
     watch: Listener | None = None
     token_budget: TokenBudget | None = None
+    ranks: Ranks = ALONE
 
     @property
     def needs(self) -> frozenset[Need]:
@@ -122,6 +126,7 @@ def passes_for(
     batches_of: Callable[[str, tuple[Role, ...]], list[Batch]],
     offsets: dict[str, int],
     token_budget: TokenBudget | None = None,
+    ranks: Ranks = ALONE,
 ) -> list[DataPass]:
     """Group parts of objectives by the data they read.
 
@@ -129,7 +134,7 @@ def passes_for(
         parts: elementary objectives.
         batches_of: the batches of a data set (`forget`, `retain`) holding sequences of the roles.
         offsets: where each data set starts on the sample axis.
-        token_budget: as `DataPass` takes it.
+        token_budget, ranks: as `DataPass` takes them.
     """
     passes: dict[tuple[str, tuple[Role, ...]], DataPass] = {}
     for index, part in enumerate(parts):
@@ -138,10 +143,19 @@ def passes_for(
         if key not in passes:
             batches = batches_of(part.on, roles)
             passes[key] = DataPass(
-                batches, offset=offsets[part.on], on=part.on, token_budget=token_budget
+                batches,
+                offset=offsets[part.on],
+                on=part.on,
+                token_budget=token_budget,
+                ranks=ranks,
             )
         passes[key].parts[index] = part
     return list(passes.values())
+
+
+def ranks_of(passes: Sequence[DataPass]) -> Ranks:
+    """Who share out the batches of passes, the same for all of them."""
+    return passes[0].ranks if passes else ALONE
 
 
 class Attempt:

@@ -15,7 +15,7 @@ from geffect_fast.capture.products import InnerProducts, in_working_precision, s
 from geffect_fast.capture.recorder import Sink
 from geffect_fast.data.batch import Batch
 from geffect_fast.data.memory import free_memory
-from geffect_fast.engines.batches import Attempt, DataPass, Tick, each_batch
+from geffect_fast.engines.batches import Attempt, DataPass, Tick, each_batch, ranks_of
 from geffect_fast.engines.model_outputs import (
     model_outputs,
     nll_by_sample,
@@ -26,6 +26,7 @@ from geffect_fast.engines.reference import Reference
 from geffect_fast.errors import UnsupportedModelError
 from geffect_fast.objectives import Outputs
 from geffect_fast.ops.reference import accumulation_dtype
+from geffect_fast.ranks import Ranks
 from geffect_fast.transfer import OnItsWay
 
 
@@ -121,6 +122,13 @@ class ProductsWithFirst:
         self.found: list[tuple[int, list[int], Tensor]] = []
         self.exist = True
 
+    def gather(self, ranks: Ranks) -> None:
+        """Bring together what ranks found; there are products where all of them found theirs."""
+        if ranks.size > 1:
+            told = ranks.meet((self.exist, [(k, rows, own.cpu()) for k, rows, own in self.found]))
+            self.exist = all(exist for exist, _ in told)
+            self.found = [each for _, found in told for each in found]
+
 
 def accumulate_gradients(
     plan: Plan,
@@ -193,11 +201,21 @@ def accumulate_gradients(
                     found.append((index, value))
                     add_gradients(rows[index], grads)
 
+    ranks = ranks_of(passes)
+    # Products with the first gradient need it whole.
+    first = 0 if products is None else 1
     with gradients_as_they_are(plan):
-        for data_pass, attempt in each_batch(passes, tick):
-            with attempt:
-                add(data_pass, attempt)
-    return added_up(found, n), gradients
+        for some, own in ((passes[:first], slice(first)), (passes[first:], slice(first, n))):
+            for data_pass, attempt in each_batch(some, tick):
+                with attempt:
+                    add(data_pass, attempt)
+            if some:
+                ranks.add_up([of[own] for of in gradients.values()])
+    if products is not None:
+        products.gather(ranks)
+    values = added_up(found, n)
+    ranks.add_up([values])
+    return values, gradients
 
 
 def fisher_traces(
@@ -247,6 +265,7 @@ def fisher_traces(
     for data_pass, attempt in each_batch(passes, tick):
         with attempt:
             run(data_pass, attempt)
+    ranks_of(passes).add_up([totals])
     return totals
 
 

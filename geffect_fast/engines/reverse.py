@@ -19,8 +19,16 @@ from torch import Tensor
 from geffect_fast.capture import Plan, Recorder, Recording
 from geffect_fast.capture.products import InnerProducts, in_working_precision
 from geffect_fast.data.batch import Batch
-from geffect_fast.engines.batches import Attempt, Collect, DataPass, Tick, each_batch
+from geffect_fast.engines.batches import (
+    Attempt,
+    Collect,
+    DataPass,
+    Tick,
+    each_batch,
+    ranks_of,
+)
 from geffect_fast.engines.directions import add_gradients, backwards, new_gradients, rows_of
+from geffect_fast.engines.gathering import gathered
 from geffect_fast.engines.model_outputs import (
     model_outputs,
     nll_by_sample,
@@ -118,17 +126,20 @@ def reverse_effects(
                         add_gradients(rows[index], grads[len(roots) :])
                 products.found.clear()
 
-    for data_pass, attempt in each_batch(passes, tick):
-        batch = attempt.batch
-        found = _Found(data_pass, batch, batch.total_tokens if per_token else batch.n_samples)
-        with attempt:
-            run(data_pass, attempt, found)
-        found.send()
-        if before is not None:  # the device is busy with this batch meanwhile
+    with gathered(passes, collect) as collect:
+        for data_pass, attempt in each_batch(passes, tick):
+            batch = attempt.batch
+            found = _Found(data_pass, batch, batch.total_tokens if per_token else batch.n_samples)
+            with attempt:
+                run(data_pass, attempt, found)
+            found.send()
+            if before is not None:  # the device is busy with this batch meanwhile
+                before.hand_over(totals, columns, collect)
+            before = found
+        if before is not None:
             before.hand_over(totals, columns, collect)
-        before = found
-    if before is not None:
-        before.hand_over(totals, columns, collect)
+    whole = {} if totals.gradients is None else totals.gradients
+    ranks_of(passes).add_up([totals.values, totals.effects, *whole.values()])
     return totals
 
 

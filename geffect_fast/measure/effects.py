@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from geffect_fast.capture import Plan
-from geffect_fast.engines.batches import DataPass, Tick
+from geffect_fast.data.batch import Batch
+from geffect_fast.engines.batches import Collect, DataPass, Tick
 from geffect_fast.engines.choice import Engine
 from geffect_fast.engines.directions import accumulate_gradients
 from geffect_fast.engines.forward import Move, forward_effects
@@ -104,7 +105,7 @@ def find_effects(
         reference: what objectives compare with, prepared.
         mixture: `(K, n_parts)`, how often each part counts in each objective.
         resolution: the axes.
-        array: of `resolution.shape`, added to.
+        array: of `resolution.shape`, added to; None: another rank's is.
         moves: of the forward engine.
         norms: whether the reverse engine forms whole gradients too.
         tick: progress.
@@ -116,6 +117,7 @@ def find_effects(
     names = list(plan.parameters)
     within = resolution.within is not None
     effects = EffectArray(mixture, array, resolution.places if within else None)
+    collect: Collect = _nowhere if array is None else effects.add
     if engine == "forward":
         values, summed = forward_effects(
             plan,
@@ -123,7 +125,7 @@ def find_effects(
             directions,
             n_parts,
             reference,
-            effects.add,
+            collect,
             moves=moves,
             per_token=within,
             tick=tick,
@@ -137,7 +139,7 @@ def find_effects(
             directions,
             n_parts,
             reference,
-            effects.add,
+            collect,
             columns=columns,
             per_token=within,
             norms=norms,
@@ -152,6 +154,10 @@ def find_effects(
     summed = gram[:, n_risks:, :n_risks].permute(1, 2, 0)
     effects.add_whole(columns, summed)
     return Effects(values, summed, names, gram, whole)
+
+
+def _nowhere(_data_pass: DataPass, _batch: Batch, _effects: Tensor) -> None:
+    """Effects that another rank writes to its file."""
 
 
 def mixed_gradients(mixture: Tensor, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -34,6 +34,7 @@ from geffect_fast.data import (
     make_batches,
     tokenize_rows,
 )
+from geffect_fast.data.batch import Batch, Role
 from geffect_fast.data.samples import check_positions
 from geffect_fast.data.tokenize import TEXT_WINDOW
 from geffect_fast.engines.batches import DataPass, TokenBudget, mixture_of, passes_for
@@ -49,6 +50,7 @@ from geffect_fast.measure.rounding import HALF, RoundingCheck
 from geffect_fast.measure.sources import Sources, needs_of, parts_of, read_sources
 from geffect_fast.objectives import Objective
 from geffect_fast.objectives.base import REFERENCE_NEEDS, Need
+from geffect_fast.ranks import ALONE, here
 from geffect_fast.results.axes import Resolution
 from geffect_fast.results.dataset import digests
 from geffect_fast.results.groups import checked_blocks
@@ -107,6 +109,20 @@ class Prepared(Generic[ReadingT]):
             "objectives": json.dumps(
                 [{"name": o.name, "parameters": o.parameters()} for o in self.objectives]
             ),
+        }
+
+    def told_apart_by(self) -> dict[str, Any]:
+        """What must be the same on all ranks, by the argument's name, in words."""
+        rows = {
+            name: f"{len(self.sets[name])} rows of digest {found}"
+            for name, found in digests(self.sets).items()
+        }
+        return {
+            "objectives": ", ".join(map(str, self.objectives)),
+            "probes": ", ".join(rows),
+            **rows,
+            "reference_model": "none" if self.reference is None else type(self.reference).__name__,
+            **{name: str(value) for name, value in self.settings},
         }
 
     def of_rows(self, rows: Mapping[str, Sequence[int]]) -> Prepared[ReadingT]:
@@ -275,6 +291,7 @@ class Schedule:
 
     Attributes:
         plan: as given.
+        ranks: who share out the batches of `passes` and `risk_passes`.
         sets: the data sets, by name.
         objectives, parts: they, K, and what they are sums of.
         mixture: `(K, n_parts)`, how often each part counts in each objective.
@@ -301,7 +318,7 @@ class Schedule:
         settings, sets = prepared.settings, prepared.sets
         if not {"parameter", "group"} & set(settings.resolve) and settings.groups:
             raise InputError("groups: goes with resolve by 'group' or 'parameter'; leave it out")
-        self.plan, self.sets = plan, sets
+        self.plan, self.sets, self.ranks = plan, sets, here()
         self.objectives, self.parts = prepared.objectives, prepared.parts
         self.mixture = mixture_of(self.objectives, self.parts)
         uses_retain = any(part.on == "retain" for part in self.parts)
@@ -318,7 +335,7 @@ class Schedule:
         self.token_budget = TokenBudget(settings.token_budget or 1)
         self._look_at_the_model(prepared)
         if settings.token_budget is None:
-            self.token_budget.tokens = self._tokens_that_fit()
+            self.token_budget.tokens = min(self.ranks.meet(self._tokens_that_fit()))
         self._divide_into_batches(settings)
         self.attributes: dict[str, Any] = {
             "engine": self.choice.engine,
@@ -402,21 +419,33 @@ class Schedule:
             layout=self.layout,
         )
 
+        def dealt(rows: SampleSet, roles: tuple[Role, ...]) -> list[Batch]:
+            """This rank's batches, as many for each as can be."""
+            batches, size = batches_of(rows, roles), self.ranks.size
+            if size > 1:
+                longest = max(int(batch.cu_samples.diff().max()) for batch in batches)
+                share = -(-sum(batch.total_tokens for batch in batches) // size) + longest - 1
+                budget = min(self.token_budget.tokens, share)
+                batches = batches_of(rows, roles, token_budget=budget)
+            return batches[self.ranks.rank :: size]
+
         def passes_over(
             sets: Mapping[str, SampleSet], allowed: TokenBudget | None = None
         ) -> list[DataPass]:
+            """Over all rows, dealt to ranks, where a budget is given; else each rank's own."""
             offsets = {"forget": 0, "retain": len(sets["forget"])}
+            cut = batches_of if allowed is None else dealt
+            ranks = ALONE if allowed is None else self.ranks
             return passes_for(
-                self.parts,
-                lambda name, roles: batches_of(sets[name], roles),
-                offsets,
-                allowed,
+                self.parts, lambda name, roles: cut(sets[name], roles), offsets, allowed, ranks
             )
 
         self.passes = passes_over(sets, self.token_budget)
         self.one_row = passes_over({name: rows.part([0]) for name, rows in sets.items()})
         self.risk_passes = [
-            DataPass(batches_of(rows, risk.roles), {m: risk}, token_budget=self.token_budget)
+            DataPass(
+                dealt(rows, risk.roles), {m: risk}, token_budget=self.token_budget, ranks=self.ranks
+            )
             for m, rows in enumerate(self.risk_sets.values())
         ]
         first = make_batches(

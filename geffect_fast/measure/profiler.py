@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import cache, partial, wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from torch import Tensor, nn
 
 from geffect_fast.arguments import checked_config
 from geffect_fast.capture import Plan
-from geffect_fast.capture.compat import check_finite
+from geffect_fast.capture.compat import check_finite, check_replicas
 from geffect_fast.engines.batches import DataPass, Tick
 from geffect_fast.engines.directions import accumulate_gradients, place_for_directions
 from geffect_fast.engines.forward import moves_for
@@ -35,17 +35,33 @@ from geffect_fast.measure.sources import Sources, resolved_list
 from geffect_fast.measure.step_metric import NextStep, StepMetric
 from geffect_fast.objectives import Objective
 from geffect_fast.ops.ieee_fp32 import ieee_fp32
+from geffect_fast.ranks import here
 from geffect_fast.results.axes import by_row
 from geffect_fast.results.dataset import check_gradients, dataset, gram_matrices
 from geffect_fast.results.intervals import LEVEL
 from geffect_fast.results.risk_rows import RowValues
 from geffect_fast.results.token_weights import ObjectiveWeights
 from geffect_fast.settings import Measuring
+from geffect_fast.storage.run_folder import open_run
 from geffect_fast.storage.stream import EffectFile
 from geffect_fast.terminal import progress_bar
 
 if TYPE_CHECKING:
     import xarray as xr
+
+
+R = TypeVar("R")
+
+
+def _on_all_ranks(method: Callable[..., R]) -> Callable[..., R]:
+    """A method of a `Profiler` that its ranks begin and end together."""
+
+    @wraps(method)
+    def called(self: Profiler, *args: Any, **kwargs: Any) -> R:
+        with self.ranks.together(method.__name__):
+            return method(self, *args, **kwargs)
+
+    return called
 
 
 @dataclass(frozen=True)
@@ -68,11 +84,15 @@ class Profiler:
     A reference model that is given is read at the first measurement, and stays what it was then;
     without one, the reference is the model as it stands at each.
 
+    Within a process group of several ranks (`geffect_fast.ranks`) it is made and called on all of
+    them, and shares out the rows; each rank returns the whole result.
+
     Args:
         prepared: the model, its data and objectives, and what to measure.
 
     Attributes:
         plan: of the model, which must stay in eval mode while it is measured.
+        ranks: who share out the rows.
         sets: the data sets, tokenised: `forget`, `retain` and every probe by its name.
         objectives: the objectives.
         risk_names: names along the axis `risk`.
@@ -87,8 +107,11 @@ class Profiler:
 
     @ieee_fp32()
     def __init__(self, prepared: Prepared[Measuring]) -> None:
-        self.plan = Plan.of(prepared.model)
-        self._schedule = schedule = Schedule(prepared, self.plan)
+        self.plan, self.ranks = Plan.of(prepared.model), here()
+        with self.ranks.together("Profiler"):
+            self.ranks.check_serves(self.plan.device)
+            self.ranks.check_same(prepared.told_apart_by())
+            self._schedule = schedule = Schedule(prepared, self.plan)
         self.objectives, self.sets = prepared.objectives, prepared.sets
         self.risk_names, self.own_loss = schedule.risk_names, schedule.own_loss
         self._tokenizer = prepared.tokenizer
@@ -123,6 +146,7 @@ class Profiler:
             )
         )
 
+    @_on_all_ranks
     @ieee_fp32()
     def measure(
         self,
@@ -164,6 +188,7 @@ class Profiler:
             check_second_order(schedule.attributes["risk"], self.plan)
         if not unchanged:
             check_finite(self.plan.model)
+        check_replicas(self.plan.model, self.ranks)
         shape = self._checked_shape(out, step)
         places = conflicts and resolution.within == "position"
         if places:
@@ -188,24 +213,29 @@ class Profiler:
         by_token = None
         if weights and resolution.within != "position":
             by_token = ObjectiveWeights(resolution, schedule.mixture)
+        file = None
+        if out is not None and self.ranks.first:  # others read what it has written
+            file = EffectFile(out, resolution.dims, shape)
         with (
-            nullcontext(np.zeros(shape)) if out is None else EffectFile(out, resolution.dims, shape)
-        ) as array:
+            nullcontext(np.zeros(shape) if out is None else None) if file is None else file as array
+        ):
             found = self._effects(array, directions, by_token, unchanged, progress, along)
             gram = found.checked_gram(
                 self.plan, schedule.mixture, self.risk_names, schedule.parts, self.objectives
             )
             attributes = self._measured_attributes(gram, unchanged)
             if rounding and schedule.rounding is not None:
-                in_memory = isinstance(array, np.ndarray) and "sample" in resolution.axes
-                attributes |= schedule.rounding.attributes(
+                in_memory = out is None and "sample" in resolution.axes
+                error = schedule.rounding.attributes(
                     self.plan, directions, self._reference, by_row(array) if in_memory else None
                 )
+                attributes |= self.ranks.first_of(error)
             if rows is not None:
                 in_metric = gram_matrices if along is None else along.gram
                 of_risks = in_metric(directions) if gram is None else gram
                 square, names = float(of_risks[:, 0, 0].sum()), resolution.set_names
-                variables |= rows.variables(by_row(array), names, risk_values, square)
+                each = self.ranks.first_of(None if array is None else by_row(array))
+                variables |= rows.variables(each, names, risk_values, square)
                 attributes["interval_level"] = LEVEL
             if taken is not None:
                 variables |= taken.variables(directions, found)
@@ -216,7 +246,7 @@ class Profiler:
                     variables |= curvature_of(schedule, taken, own, tick)
             result = dataset(
                 resolution,
-                None if isinstance(array, EffectFile) else array,
+                array if out is None else None,
                 [str(o) for o in self.objectives],
                 self.risk_names,
                 risk_values,
@@ -227,10 +257,14 @@ class Profiler:
             )
             result = result.assign(variables)
             if by_token is not None:
-                of_tokens, coordinates = by_token.variables(self._tokenizer)
+                of_tokens, coordinates = by_token.variables(self._tokenizer, self.ranks)
                 result = result.assign(of_tokens).assign_coords(coordinates)
-            if isinstance(array, EffectFile):
-                result = array.finish(result)
+            if out is not None:
+                if file is not None:
+                    result = file.finish(result)
+                self.ranks.meet()
+                if file is None:
+                    result = open_run(out, lazy=True)
         return Measurement(result, directions)
 
     def _checked_shape(self, out: str | Path | None, step: StepMetric | None) -> tuple[int, ...]:
@@ -302,6 +336,7 @@ class Profiler:
             found["reference_is_model"] = 1
         return found
 
+    @_on_all_ranks
     @ieee_fp32()
     def objective_gradients(
         self, *, unchanged: bool = False, progress: bool = False
@@ -330,12 +365,12 @@ class Profiler:
         if self._reference_is_model is None and unchanged:
             # Models that differ do so at the first row.
             same = self._reference.is_computed_by
-            self._reference_is_model = all(
-                same(self.plan.model, each, device) for each in (schedule.one_row, passes)
-            )
+            found = all(same(self.plan.model, each, device) for each in (schedule.one_row, passes))
+            self._reference_is_model = all(self.ranks.meet(found))
         checked = schedule.rounding.passes if schedule.rounding is not None else []
         self._reference.prepare([*passes, *checked], device)
 
+    @_on_all_ranks
     @ieee_fp32()
     def risk_gradients(
         self, *, progress: bool = False, watched: RowValues | None = None
@@ -364,6 +399,8 @@ class Profiler:
                 place_for_directions(self.plan, n) if forward else None,
                 None if watched is None else watched.products,
             )
+        if watched is not None:
+            watched.gather(self.ranks)
         check_gradients(directions, [f"the risk on '{name}'" for name in self.risk_names])
         return values, directions
 
