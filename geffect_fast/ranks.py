@@ -11,7 +11,7 @@ An error of one rank is told wherever ranks meet next, and ends the call on all 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from datetime import timedelta
 from functools import wraps
@@ -63,6 +63,11 @@ class Ranks:
     def first(self) -> bool:
         """Whether this is the rank that writes and prints."""
         return self.rank == 0
+
+    @property
+    def backends(self) -> str:
+        """By what the program's group talks on each kind of device: `cpu:gloo,cuda:nccl`."""
+        return "none" if self._world is None else str(dist.get_backend_config(self._world))
 
     @contextmanager
     def together(self, what: str) -> Iterator[None]:
@@ -163,12 +168,10 @@ class Ranks:
         """Raise `InputError` where the program's group cannot add up tensors of a device."""
         if self._world is None or device.type == "cpu":
             return
-        served = [str(each) for each in self._world._device_types]
-        if device.type not in served:
+        if device.type not in [backend.split(":")[0] for backend in self.backends.split(",")]:
             raise InputError(
-                f"process group: its backends serve {', '.join(served)}, and the model is on "
-                f"{device.type}; begin it with torch.distributed.init_process_group("
-                "'cpu:gloo,cuda:nccl')"
+                f"process group: its backends are {self.backends}, and the model is on "
+                f"{device.type}; begin it by init_process_group('cpu:gloo,cuda:nccl')"
             )
 
     def _wait_for_all(self, what: str) -> None:
@@ -197,13 +200,10 @@ class Ranks:
         """Tell the others, where they meet next, that this rank failed."""
         kind = type(error) if isinstance(error, GEffectError) else GEffectError
         said = str(error) if isinstance(error, GEffectError) else reason_of(error)
-        try:
-            told = self._exchanged((kind, said), None)
-        except GEffectError:
-            return  # the others are gone; what is raised here is what happened
-        if isinstance(error, GEffectError):
-            # An error that rank 0 has as well is told by that.
-            error.told = told[0][0] is not None or self.first
+        with suppress(GEffectError):  # the others are gone; what is raised here is what happened
+            self._exchanged((kind, said), None)
+            if isinstance(error, GEffectError):
+                error.told = True
 
     def _exchanged(self, failed: Any, own: Any) -> list[Any]:
         told: list[Any] = [None] * self.size

@@ -12,12 +12,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from geffect_fast.data import read_refusals, read_rows
+from geffect_fast.errors import InputError
 from geffect_fast.measure.check import Check, check
 from geffect_fast.measure.models import load_model, load_tokenizer, resolve_device
 from geffect_fast.measure.profile import profile
 from geffect_fast.measure.sources import Sources, read_sources
 from geffect_fast.measure.sweep import sweep
 from geffect_fast.objectives.ranges import expand_list
+from geffect_fast.ranks import here
 from geffect_fast.settings import Measuring, ProfileConfig, Reading, RunConfig
 from geffect_fast.storage.inputs import Inputs, check_replayed, inputs_of, summed_beside
 from geffect_fast.storage.lock import locked
@@ -61,47 +63,51 @@ def execute(
         inputs: what else is read, beside what the config names: its own file.
 
     Returns:
-        The result, as `geffect_fast.profile` or `sweep` returns it; by sample and position it is
-        read from the run folder as it is asked for.
+        The result, as `geffect_fast.profile` or `sweep` returns it, on every rank; by sample and
+        position it is read from the run folder as it is asked for.
 
     Raises:
         InputError, NonFiniteError, UnsupportedModelError: nothing has been written then.
     """
+    ranks = here()
+    with ranks.together(config.command):
+        if ranks.first:
+            dataset = _executed(config, out, overwrite, progress, report, inputs)
+            ranks.meet()
+            return dataset
+        device, sources, tokenizer = read_sources_of(config, progress=False)
+        with on_threads(config.threads):
+            _, dataset = _measured(config, device, sources, tokenizer, None, progress=False)
+        ranks.meet()  # the folder is whole
+        if _streams(config):
+            dataset.close()
+            dataset = open_run(out, lazy=True)
+        return dataset
+
+
+def _executed(
+    config: ProfileConfig,
+    out: str | Path,
+    overwrite: bool,
+    progress: bool,
+    report: Reporter | None,
+    inputs: Inputs,
+) -> xr.Dataset:
+    """`execute` on the rank that writes."""
     read = inputs_of(config) | dict(inputs)
     check_free(out, overwrite, read)
     device, sources, tokenizer = read_sources_of(config, progress)
-    # Effects by sample and position or token may be larger than memory: a profile's go straight to
-    # the folder, a sweep's get coordinates first.
-    large = config.resolve[-2:] in (("sample", "position"), ("sample", "token"))
-    streams = large and config.command == "profile"
     with (
         locked(out) as folder,
         on_threads(config.threads) as threads,
         summed_beside(inputs_of(config)) as sums,
         ExitStack() as stack,
     ):
-        trusted = config.trust_remote_code
-        model = load_model(config.model, config.dtype, str(device), trust_remote_code=trusted)
         staging = None
-        if streams:
+        if _streams(config):
             staging = stack.enter_context(staged_run(out, overwrite, read, sums))
-        run: Any = sweep
-        step: dict[str, Any] = {}
-        if config.command == "profile":
-            run = profile
-            step = {"metric": config.metric, "step_of": config.step_of}
-            step |= {"optimizer": config.optimizer_state, "second_order": config.second_order}
-            step["conflicts"] = config.conflicts
-        dataset = run(
-            model,
-            tokenizer,
-            **sources.arguments(),
-            objectives=list(config.objectives),
-            reference_model=config.reference,
-            **config.fields(Measuring),
-            **step,
-            out=staging / RESULTS if staging is not None else None,
-            progress=progress,
+        model, dataset = _measured(
+            config, device, sources, tokenizer, staging or folder, progress=progress
         )
         rows = json.loads(dataset.attrs["digests"])
         check_recorded(config.rows, rows)
@@ -127,6 +133,62 @@ def execute(
             dataset.close()
             raise
     return dataset
+
+
+def _streams(config: ProfileConfig) -> bool:
+    """Whether effects go straight to the folder: by sample and position or token they may be larger
+    than memory. A sweep's get coordinates first."""
+    large = config.resolve[-2:] in (("sample", "position"), ("sample", "token"))
+    return large and config.command == "profile"
+
+
+def _measured(
+    config: ProfileConfig,
+    device: torch.device,
+    sources: Sources,
+    tokenizer: Any,
+    folder: Path | None,
+    *,
+    progress: bool,
+) -> tuple[Any, xr.Dataset]:
+    """The model and the result.
+
+    Args:
+        config: of the run.
+        device, sources, tokenizer: of `read_sources_of`.
+        folder: where the first rank has the result written to; None: this is another rank.
+        progress: whether to show progress bars.
+
+    Raises:
+        InputError: this rank does not see the folder.
+    """
+    folder = here().first_of(folder)
+    assert folder is not None
+    if not folder.is_dir():
+        raise InputError(
+            f"--out: the folder {folder} of the first rank is not to be seen from this one; "
+            "choose one on a disk that all ranks share"
+        )
+    trusted = config.trust_remote_code
+    model = load_model(config.model, config.dtype, str(device), trust_remote_code=trusted)
+    run: Any = sweep
+    step: dict[str, Any] = {}
+    if config.command == "profile":
+        run = profile
+        step = {"metric": config.metric, "step_of": config.step_of}
+        step |= {"optimizer": config.optimizer_state, "second_order": config.second_order}
+        step["conflicts"] = config.conflicts
+    return model, run(
+        model,
+        tokenizer,
+        **sources.arguments(),
+        objectives=list(config.objectives),
+        reference_model=config.reference,
+        **config.fields(Measuring),
+        **step,
+        out=folder / RESULTS if _streams(config) else None,
+        progress=progress,
+    )
 
 
 def execute_check(config: ProfileConfig, samples: int, *, progress: bool = False) -> Check:

@@ -235,6 +235,7 @@ class Profiler:
                 of_risks = in_metric(directions) if gram is None else gram
                 square, names = float(of_risks[:, 0, 0].sum()), resolution.set_names
                 each = self.ranks.first_of(None if array is None else by_row(array))
+                assert each is not None  # the first rank's
                 variables |= rows.variables(each, names, risk_values, square)
                 attributes["interval_level"] = LEVEL
             if taken is not None:
@@ -246,7 +247,7 @@ class Profiler:
                     variables |= curvature_of(schedule, taken, own, tick)
             result = dataset(
                 resolution,
-                array if out is None else None,
+                array if isinstance(array, np.ndarray) else None,
                 [str(o) for o in self.objectives],
                 self.risk_names,
                 risk_values,
@@ -265,6 +266,7 @@ class Profiler:
                 self.ranks.meet()
                 if file is None:
                     result = open_run(out, lazy=True)
+                self.ranks.meet()  # the file may be moved from now on
         return Measurement(result, directions)
 
     def _checked_shape(self, out: str | Path | None, step: StepMetric | None) -> tuple[int, ...]:

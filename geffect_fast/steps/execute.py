@@ -7,7 +7,9 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
+from geffect_fast.errors import InputError
 from geffect_fast.measure.execute import machine, on_threads, read_sources_of
+from geffect_fast.ranks import here
 from geffect_fast.results.dataset import digests
 from geffect_fast.settings import Measuring, ProfileConfig
 from geffect_fast.steps.profile_checkpoints import CheckpointRun
@@ -59,6 +61,11 @@ def execute_checkpoints(
     Raises:
         As `geffect_fast.profile_checkpoints`.
     """
+    if here().size > 1:
+        raise InputError(
+            "--checkpoints: one process goes through them; start it without torchrun, or profile "
+            "each checkpoint by itself"
+        )
     with locked(out):
         folder = check_start(out, resume, overwrite, inputs=inputs_of(config) | dict(inputs))
         if resume:
