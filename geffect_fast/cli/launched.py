@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
+from pathlib import Path
 
 from geffect_fast.errors import InputError
 
@@ -50,7 +51,7 @@ def on_launched_ranks(words: Sequence[str]) -> Iterator[None]:
     with ExitStack() as stack:
         stack.callback(dist.destroy_process_group)
         if not is_first():
-            nowhere = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
+            nowhere = stack.enter_context(Path(os.devnull).open("w", encoding="utf-8"))
             stack.enter_context(redirect_stdout(nowhere))
             stack.enter_context(redirect_stderr(nowhere))
         stack.enter_context(ranks.here().together(command))
