@@ -1,4 +1,4 @@
-"""Commands that `torchrun` starts on several ranks: they measure together, and one of them speaks."""
+"""Commands that `torchrun` starts on several ranks: they measure together, one of them speaks."""
 
 from __future__ import annotations
 
