@@ -26,6 +26,8 @@ from geffect_fast.errors import GEffectError, InputError, reason_of
 if TYPE_CHECKING:
     from typing import ParamSpec
 
+    from torch.distributed.device_mesh import DeviceMesh
+
     P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -163,6 +165,12 @@ class Ranks:
         held = [own if source == self.rank else None]
         dist.broadcast_object_list(held, dist.get_global_rank(self._host, source), self._host)
         return held[0]
+
+    def mesh(self, device: torch.device) -> DeviceMesh:
+        """The ranks in a row, as FSDP takes them."""
+        from torch.distributed.device_mesh import DeviceMesh
+
+        return DeviceMesh(device.type, list(range(self.size)))
 
     def check_serves(self, device: torch.device) -> None:
         """Raise `InputError` where the program's group cannot add up tensors of a device."""

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from geffect_fast.capture.shards import is_sharded, own_part
 from geffect_fast.errors import InputError, NonFiniteError, UnsupportedModelError
 from geffect_fast.ranks import Ranks
 from geffect_fast.transfer import are_finite
@@ -48,10 +49,10 @@ def check_finite(model: nn.Module, name: str = "model") -> None:
                 "offloads; load the model whole, without device_map and offload_folder"
             )
     tensors = {key: tensor for key, tensor in every if tensor.is_floating_point()}
-    good = are_finite(list(tensors.values()))
+    good = are_finite([own_part(tensor) for tensor in tensors.values()])
     for (key, tensor), is_good in zip(tensors.items(), good, strict=True):
         if not is_good:
-            n_bad = int((~torch.isfinite(tensor.detach())).sum())
+            n_bad = int((~torch.isfinite(own_part(tensor.detach()))).sum())
             raise NonFiniteError(
                 f"{name}: {key} holds {n_bad} NaN or infinite of {tensor.numel()} values; "
                 "save the model again from a healthy checkpoint"
@@ -60,7 +61,7 @@ def check_finite(model: nn.Module, name: str = "model") -> None:
 
 def check_replicas(model: nn.Module, ranks: Ranks) -> None:
     """Raise `InputError` naming the first parameter that ranks have different weights of."""
-    if ranks.size == 1:
+    if ranks.size == 1 or is_sharded(model):
         return
     parameters = {key: p.detach() for key, p in model.named_parameters()}
     norms = torch.stack([p.double().norm().cpu() for p in parameters.values()])
@@ -116,7 +117,8 @@ def unwrapped(model: nn.Module) -> nn.Module:
             f"model: it is wrapped in {kind.__name__}, which copies it to other devices; give the "
             "model inside, `model.module`"
         )
-    if any(base.__module__.startswith("torch.distributed.fsdp") for base in kind.__mro__):
+    wrapper = any(base.__module__.startswith("torch.distributed.fsdp") for base in kind.__mro__)
+    if wrapper and not is_sharded(model):  # FSDP2 wraps nothing
         raise UnsupportedModelError(
             f"model: it is wrapped in {kind.__name__}, which holds parts of its parameters; load "
             "the model without it, or give `model.module` gathered on one device"

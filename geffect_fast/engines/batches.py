@@ -10,7 +10,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import TracebackType
 
 import torch
@@ -77,6 +77,8 @@ class DataPass:
         watch: told of each part's evaluation, again where a batch is redone; None: nobody.
         token_budget: of its batches; None: a lack of memory is an error.
         ranks: who hold the other batches.
+        idle: how many of the last batches are run for other ranks' sake alone, which have more of
+            their own to run, and count for nothing.
     """
 
     batches: list[Batch]
@@ -86,6 +88,7 @@ class DataPass:
     watch: Listener | None = None
     token_budget: TokenBudget | None = None
     ranks: Ranks = ALONE
+    idle: int = 0
 
     @property
     def needs(self) -> frozenset[Need]:
@@ -126,7 +129,6 @@ def passes_for(
     batches_of: Callable[[str, tuple[Role, ...]], list[Batch]],
     offsets: dict[str, int],
     token_budget: TokenBudget | None = None,
-    ranks: Ranks = ALONE,
 ) -> list[DataPass]:
     """Group parts of objectives by the data they read.
 
@@ -134,7 +136,7 @@ def passes_for(
         parts: elementary objectives.
         batches_of: the batches of a data set (`forget`, `retain`) holding sequences of the roles.
         offsets: where each data set starts on the sample axis.
-        token_budget, ranks: as `DataPass` takes them.
+        token_budget: as `DataPass` takes it.
     """
     passes: dict[tuple[str, tuple[Role, ...]], DataPass] = {}
     for index, part in enumerate(parts):
@@ -143,14 +145,29 @@ def passes_for(
         if key not in passes:
             batches = batches_of(part.on, roles)
             passes[key] = DataPass(
-                batches,
-                offset=offsets[part.on],
-                on=part.on,
-                token_budget=token_budget,
-                ranks=ranks,
+                batches, offset=offsets[part.on], on=part.on, token_budget=token_budget
             )
         passes[key].parts[index] = part
     return list(passes.values())
+
+
+def dealt(data_pass: DataPass, ranks: Ranks, *, in_step: bool) -> DataPass:
+    """A pass over this rank's share of the batches.
+
+    Args:
+        data_pass: over all batches, the same on every rank.
+        ranks: who share them out.
+        in_step: whether each rank is to run as many, since they exchange weights meanwhile; and as
+            they are, since one that is short of memory could not go its own way.
+    """
+    every = data_pass.batches
+    own = every[ranks.rank :: ranks.size]
+    if not in_step:
+        return replace(data_pass, batches=own, ranks=ranks)
+    idle = -(-len(every) // ranks.size) - len(own)
+    return replace(
+        data_pass, batches=own + every[:1] * idle, ranks=ranks, idle=idle, token_budget=None
+    )
 
 
 def ranks_of(passes: Sequence[DataPass]) -> Ranks:
@@ -168,13 +185,20 @@ class Attempt:
         batch: on the CPU.
         done: numbers of objectives that are done for this batch's samples already.
         failed: whether memory ran out.
+        idle: whether nothing of the batch counts.
     """
 
     def __init__(
-        self, batch: Batch, token_budget: TokenBudget | None, done: frozenset[int] = frozenset()
+        self,
+        batch: Batch,
+        token_budget: TokenBudget | None,
+        done: frozenset[int] = frozenset(),
+        *,
+        idle: bool = False,
     ) -> None:
         self.batch = batch
         self.done = done
+        self.idle = idle
         self.failed = False
         self._token_budget = token_budget
         self._finishing = False
@@ -225,7 +249,8 @@ def each_batch(
                 batches[at : at + 1] = pieces
                 done[at : at + 1] = [done[at]] * len(pieces)
                 continue
-            attempt = Attempt(batch, allowed, done[at])
+            idle = at >= len(batches) - data_pass.idle
+            attempt = Attempt(batch, allowed, done[at], idle=idle)
             yield data_pass, attempt
             if attempt.failed:
                 assert allowed is not None

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from geffect_fast.capture import Plan, Recorder, Recording
 from geffect_fast.capture.factors import Factor
-from geffect_fast.capture.products import InnerProducts, in_working_precision, squared_norms
+from geffect_fast.capture.products import in_working_precision, squared_norms
 from geffect_fast.capture.recorder import Sink
 from geffect_fast.data.batch import Batch
 from geffect_fast.data.memory import free_memory
@@ -23,6 +23,7 @@ from geffect_fast.engines.model_outputs import (
     sample_axis,
 )
 from geffect_fast.engines.reference import Reference
+from geffect_fast.engines.sharded_products import inner_products
 from geffect_fast.errors import UnsupportedModelError
 from geffect_fast.objectives import Outputs
 from geffect_fast.ops.reference import accumulation_dtype
@@ -33,6 +34,8 @@ from geffect_fast.transfer import OnItsWay
 def new_gradients(plan: Plan, n: int, device: torch.device | None = None) -> dict[str, Tensor]:
     """Zeros `(n, *shape)` for every trainable parameter, in the dtype gradients are added up in.
 
+    Of parameters that are shared out, for this rank's part.
+
     Args:
         plan: of the model.
         n: number of gradients.
@@ -40,7 +43,7 @@ def new_gradients(plan: Plan, n: int, device: torch.device | None = None) -> dic
     """
     return {
         name: torch.zeros(n, *p.shape, dtype=accumulation_dtype(p.dtype), device=device or p.device)
-        for name, p in plan.parameters.items()
+        for name, p in plan.held.items()
     }
 
 
@@ -171,14 +174,14 @@ def accumulate_gradients(
                 of if products.diagonal is None else of * products.diagonal[name], p
             )
 
-        sink = InnerProducts(first)
+        sink = inner_products(plan, first)
         try:
             run(data_pass, attempt, sink)
         except UnsupportedModelError:
             products.exist = False
             return run(data_pass, attempt)
         (index,) = data_pass.parts
-        if sink.found:
+        if sink.found and not attempt.idle:
             scores = [score[0].double() for _, score in sink.found]
             own = torch.stack([score.to(scores[0].device) for score in scores]).sum(0)
             products.found.append((index, list(attempt.batch.rows), own))
@@ -193,23 +196,24 @@ def accumulate_gradients(
         with packed_attention(plan.model, moved), recorder or nullcontext():
             outputs = model_outputs(plan.model, moved, data_pass.needs)
             if recorder is not None and recorder.to_be_shown():
-                recorder.show_rows(nll_by_sample(outputs, moved), parameters)
+                recorder.show_rows(nll_by_sample(outputs, moved), plan.sources())
             other = reference.outputs(data_pass, batch, moved, outputs)
-            evaluated = data_pass, attempt, outputs, moved, other
+            evaluated = plan, data_pass, attempt, outputs, moved, other
             for index, value, grads in backwards(*evaluated, parameters, recorder):
                 with attempt.finishing(index):
-                    found.append((index, value))
+                    if not attempt.idle:
+                        found.append((index, value))
                     add_gradients(rows[index], grads)
 
     ranks = ranks_of(passes)
     # Products with the first gradient need it whole.
     first = 0 if products is None else 1
-    with gradients_as_they_are(plan):
+    with gradients_as_they_are(plan), plan.summing():
         for some, own in ((passes[:first], slice(first)), (passes[first:], slice(first, n))):
             for data_pass, attempt in each_batch(some, tick):
                 with attempt:
                     add(data_pass, attempt)
-            if some:
+            if some and plan.shards is None:
                 ranks.add_up([of[own] for of in gradients.values()])
     if products is not None:
         products.gather(ranks)
@@ -256,10 +260,10 @@ def fisher_traces(
             roots = recorder.roots_of(outputs.token_logprob)
             if recorder.to_be_shown():
                 recorder.show_rows(nll_by_sample(outputs, moved), roots)
-            evaluated = data_pass, attempt, outputs, moved, other
+            evaluated = plan, data_pass, attempt, outputs, moved, other
             for index, _, _ in backwards(*evaluated, roots, recorder):
                 with attempt.finishing(index):
-                    for name, square in found.items():
+                    for name, square in () if attempt.idle else found.items():
                         totals[index, number[name]] += square.double().cpu()
 
     for data_pass, attempt in each_batch(passes, tick):
@@ -270,6 +274,7 @@ def fisher_traces(
 
 
 def backwards(
+    plan: Plan,
     data_pass: DataPass,
     attempt: Attempt,
     outputs: Outputs,
@@ -281,6 +286,7 @@ def backwards(
     """One backward a part of objectives that is not done yet, through one graph of outputs.
 
     Args:
+        plan: of the model.
         data_pass, attempt: which parts, on which batch.
         outputs, reference: the model's and the reference's on it.
         moved: the batch, on the model's device.
@@ -293,12 +299,10 @@ def backwards(
     wanted = [index for index in data_pass.parts if index not in attempt.done]
     for index in wanted:
         terms, value = data_pass.terms(index, outputs, moved, reference)
-        loss = terms.sum()
+        loss = 0 * terms.sum() if attempt.idle else terms.sum()
         grads: Sequence[Tensor | None] = [None] * len(sources)
         if loss.requires_grad:  # else it reads a layer below all that can be trained
-            grads = torch.autograd.grad(
-                loss, sources, retain_graph=index != wanted[-1], allow_unused=True
-            )
+            grads = plan.gradients(loss, sources, more=index != wanted[-1])
             if recorder is not None:
                 recorder.finish()
         yield index, value, grads

@@ -10,14 +10,13 @@ so a backward that forms no weight gradient is enough, and `V a_t` is shared by 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from geffect_fast.capture import Plan, Recorder, Recording
-from geffect_fast.capture.products import InnerProducts, in_working_precision
+from geffect_fast.capture.products import in_working_precision
 from geffect_fast.data.batch import Batch
 from geffect_fast.engines.batches import (
     Attempt,
@@ -36,6 +35,7 @@ from geffect_fast.engines.model_outputs import (
     sample_axis,
 )
 from geffect_fast.engines.reference import Reference
+from geffect_fast.engines.sharded_products import inner_products
 from geffect_fast.transfer import OnItsWay
 
 
@@ -102,13 +102,13 @@ def reverse_effects(
     def run(data_pass: DataPass, attempt: Attempt, found: _Found) -> None:
         """Run the batch for the objectives that are not done yet."""
         own = list(data_pass.parts)
-        products = InnerProducts(directions.__getitem__)
+        products = inner_products(plan, directions.__getitem__)
         moved = attempt.batch.to(parameters[0].device)
-        shared = directions if len(own) > 1 else None
+        shared = directions if len(own) > 1 and plan.shards is None else None
         axis = sample_axis(plan.model, moved, per_token)
         with (
             packed_attention(plan.model, moved),
-            nullcontext() if norms else plan.frozen(),
+            plan.summing() if norms else plan.frozen(),
             Recorder(plan, products, axis, Recording(directions=shared)) as recorder,
         ):
             outputs = model_outputs(plan.model, moved, data_pass.needs)
@@ -116,12 +116,14 @@ def reverse_effects(
             roots = recorder.roots_of(outputs.token_logprob)
             sources = roots + (parameters if norms else [])
             if recorder.to_be_shown():
-                recorder.show_rows(nll_by_sample(outputs, moved), sources)
-            evaluated = data_pass, attempt, outputs, moved, other
+                shown_by = roots + (plan.sources() if norms else [])
+                recorder.show_rows(nll_by_sample(outputs, moved), shown_by)
+            evaluated = plan, data_pass, attempt, outputs, moved, other
             for index, value, grads in backwards(*evaluated, sources, recorder):
                 with attempt.finishing(index):
-                    scores = [(number[name], score) for name, score in products.found]
-                    found.add(own.index(index), value, scores)
+                    if not attempt.idle:
+                        scores = [(number[name], score) for name, score in products.found]
+                        found.add(own.index(index), value, scores)
                     if norms:
                         add_gradients(rows[index], grads[len(roots) :])
                 products.found.clear()
@@ -138,8 +140,10 @@ def reverse_effects(
             before = found
         if before is not None:
             before.hand_over(totals, columns, collect)
-    whole = {} if totals.gradients is None else totals.gradients
-    ranks_of(passes).add_up([totals.values, totals.effects, *whole.values()])
+    sums = [totals.values, totals.effects]
+    if totals.gradients is not None and plan.shards is None:
+        sums += totals.gradients.values()
+    ranks_of(passes).add_up(sums)
     return totals
 
 

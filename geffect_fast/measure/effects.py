@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from geffect_fast.capture import Plan
 from geffect_fast.data.batch import Batch
-from geffect_fast.engines.batches import Collect, DataPass, Tick
+from geffect_fast.engines.batches import Collect, DataPass, Tick, ranks_of
 from geffect_fast.engines.choice import Engine
 from geffect_fast.engines.directions import accumulate_gradients
 from geffect_fast.engines.forward import Move, forward_effects
@@ -19,6 +20,7 @@ from geffect_fast.engines.reference import Reference
 from geffect_fast.engines.reverse import reverse_effects
 from geffect_fast.measure.step_metric import NextStep
 from geffect_fast.objectives import Objective
+from geffect_fast.ranks import Ranks
 from geffect_fast.results.axes import EffectArray, Resolution
 from geffect_fast.results.dataset import (
     check_coverage,
@@ -111,7 +113,7 @@ def find_effects(
         tick: progress.
         step: in whose metric effects and Gram matrices are; None: plain.
     """
-    grams = gram_matrices if step is None else step.gram
+    grams = partial(whole_grams, plan, ranks_of(passes)) if step is None else step.gram
     labels, columns = resolution.columns()
     n_parts = mixture.shape[1]
     names = list(plan.parameters)
@@ -158,6 +160,14 @@ def find_effects(
 
 def _nowhere(_data_pass: DataPass, _batch: Batch, _effects: Tensor) -> None:
     """Effects that another rank writes to its file."""
+
+
+def whole_grams(plan: Plan, ranks: Ranks, *gradients: Mapping[str, Tensor]) -> Tensor:
+    """`gram_matrices` of whole gradients, of which each rank may have its part."""
+    grams = gram_matrices(*gradients)
+    if plan.shards is not None:
+        ranks.add_up([grams])
+    return grams
 
 
 def mixed_gradients(mixture: Tensor, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -37,7 +37,13 @@ from geffect_fast.data import (
 from geffect_fast.data.batch import Batch, Role
 from geffect_fast.data.samples import check_positions
 from geffect_fast.data.tokenize import TEXT_WINDOW
-from geffect_fast.engines.batches import DataPass, TokenBudget, mixture_of, passes_for
+from geffect_fast.engines.batches import (
+    DataPass,
+    TokenBudget,
+    dealt,
+    mixture_of,
+    passes_for,
+)
 from geffect_fast.engines.choice import Choice, choose_engine
 from geffect_fast.engines.forward_check import forward_mode_problem
 from geffect_fast.engines.known_models import choose_layout, own_loss
@@ -50,7 +56,7 @@ from geffect_fast.measure.rounding import HALF, RoundingCheck
 from geffect_fast.measure.sources import Sources, needs_of, parts_of, read_sources
 from geffect_fast.objectives import Objective
 from geffect_fast.objectives.base import REFERENCE_NEEDS, Need
-from geffect_fast.ranks import ALONE, here
+from geffect_fast.ranks import here
 from geffect_fast.results.axes import Resolution
 from geffect_fast.results.dataset import digests
 from geffect_fast.results.groups import checked_blocks
@@ -351,8 +357,10 @@ class Schedule:
     def _look_at_the_model(self, prepared: Prepared[Measuring]) -> None:
         """Choose engine and layout, and compare the model's own loss with the risk."""
         settings, plan, forget = prepared.settings, self.plan, self.sets["forget"]
+        if plan.shards is not None:
+            self._check_serves_shards(settings)
         self.choice = choose_engine(
-            settings.engine,
+            settings.engine if plan.shards is None else "reverse",
             settings.resolve,
             settings.norms,
             n_risks=len(self.risk_names),
@@ -383,6 +391,18 @@ class Schedule:
         if prepared.reference is not None:
             with within_budget(self.token_budget, one_sample=True):
                 check_reference(prepared.reference, self.layout, forget, longest)
+
+    def _check_serves_shards(self, settings: Measuring) -> None:
+        """Raise where a model whose parameters are shared out cannot be measured so."""
+        if self.ranks.size == 1:
+            raise InputError(
+                "model: FSDP shares out its parameters; profile it on all of its ranks"
+            )
+        if settings.engine == "forward" or "token" in settings.resolve:
+            raise UnsupportedModelError(
+                "engine forward: its dual pass needs whole weights, and FSDP shares them out; use "
+                "engine='reverse', with 'position' in place of 'token'"
+            )
 
     def _tokens_that_fit(self) -> int:
         """Tokens a batch, from what they take and the memory that is free."""
@@ -419,32 +439,31 @@ class Schedule:
             layout=self.layout,
         )
 
-        def dealt(rows: SampleSet, roles: tuple[Role, ...]) -> list[Batch]:
-            """This rank's batches, as many for each as can be."""
+        def for_ranks(rows: SampleSet, roles: tuple[Role, ...]) -> list[Batch]:
+            """No larger than that every rank has one, as far as there are rows."""
             batches, size = batches_of(rows, roles), self.ranks.size
-            if size > 1:
-                longest = max(int(batch.cu_samples.diff().max()) for batch in batches)
-                share = -(-sum(batch.total_tokens for batch in batches) // size) + longest - 1
-                budget = min(self.token_budget.tokens, share)
-                batches = batches_of(rows, roles, token_budget=budget)
-            return batches[self.ranks.rank :: size]
+            if size == 1:
+                return batches
+            longest = max(int(batch.cu_samples.diff().max()) for batch in batches)
+            share = -(-sum(batch.total_tokens for batch in batches) // size) + longest - 1
+            budget = min(self.token_budget.tokens, share)
+            return batches_of(rows, roles, token_budget=budget)
 
         def passes_over(
             sets: Mapping[str, SampleSet], allowed: TokenBudget | None = None
         ) -> list[DataPass]:
-            """Over all rows, dealt to ranks, where a budget is given; else each rank's own."""
             offsets = {"forget": 0, "retain": len(sets["forget"])}
-            cut = batches_of if allowed is None else dealt
-            ranks = ALONE if allowed is None else self.ranks
+            cut = batches_of if allowed is None else for_ranks
             return passes_for(
-                self.parts, lambda name, roles: cut(sets[name], roles), offsets, allowed, ranks
+                self.parts, lambda name, roles: cut(sets[name], roles), offsets, allowed
             )
 
-        self.passes = passes_over(sets, self.token_budget)
+        share_out = partial(dealt, ranks=self.ranks, in_step=self.plan.shards is not None)
+        self.passes = [share_out(each) for each in passes_over(sets, self.token_budget)]
         self.one_row = passes_over({name: rows.part([0]) for name, rows in sets.items()})
         self.risk_passes = [
-            DataPass(
-                dealt(rows, risk.roles), {m: risk}, token_budget=self.token_budget, ranks=self.ranks
+            share_out(
+                DataPass(for_ranks(rows, risk.roles), {m: risk}, token_budget=self.token_budget)
             )
             for m, rows in enumerate(self.risk_sets.values())
         ]
@@ -453,7 +472,8 @@ class Schedule:
         )
         self.first_risk_row = DataPass(first, {0: risk})
         self.rounding = None
-        if any(p.dtype in HALF for p in self.plan.model.parameters()):
+        in_16_bits = any(p.dtype in HALF for p in self.plan.model.parameters())
+        if in_16_bits and self.plan.shards is None:
             self.rounding = RoundingCheck.of(
                 self.choice.engine, self.resolution, self.mixture, passes_over
             )

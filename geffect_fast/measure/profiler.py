@@ -28,7 +28,7 @@ from geffect_fast.measure.beside_effects import (
     curvature_of,
     place_conflicts_of,
 )
-from geffect_fast.measure.effects import Effects, find_effects, mixed_gradients
+from geffect_fast.measure.effects import Effects, find_effects, mixed_gradients, whole_grams
 from geffect_fast.measure.memory import check_memory, check_place_memory, within_budget
 from geffect_fast.measure.prepare import Prepared, Schedule, prepare
 from geffect_fast.measure.sources import Sources, resolved_list
@@ -37,7 +37,7 @@ from geffect_fast.objectives import Objective
 from geffect_fast.ops.ieee_fp32 import ieee_fp32
 from geffect_fast.ranks import here
 from geffect_fast.results.axes import by_row
-from geffect_fast.results.dataset import check_gradients, dataset, gram_matrices
+from geffect_fast.results.dataset import check_gradients, dataset
 from geffect_fast.results.intervals import LEVEL
 from geffect_fast.results.risk_rows import RowValues
 from geffect_fast.results.token_weights import ObjectiveWeights
@@ -107,8 +107,9 @@ class Profiler:
 
     @ieee_fp32()
     def __init__(self, prepared: Prepared[Measuring]) -> None:
-        self.plan, self.ranks = Plan.of(prepared.model), here()
+        self.ranks = here()
         with self.ranks.together("Profiler"):
+            self.plan = Plan.of(prepared.model, may_be_sharded=True)
             self.ranks.check_serves(self.plan.device)
             self.ranks.check_same(prepared.told_apart_by())
             self._schedule = schedule = Schedule(prepared, self.plan)
@@ -189,6 +190,8 @@ class Profiler:
         if not unchanged:
             check_finite(self.plan.model)
         check_replicas(self.plan.model, self.ranks)
+        if self.plan.shards is not None:
+            self._check_serves_shards(step, second_order, conflicts)
         shape = self._checked_shape(out, step)
         places = conflicts and resolution.within == "position"
         if places:
@@ -231,7 +234,8 @@ class Profiler:
                 )
                 attributes |= self.ranks.first_of(error)
             if rows is not None:
-                in_metric = gram_matrices if along is None else along.gram
+                plain = partial(whole_grams, self.plan, self.ranks)
+                in_metric: Callable[..., Tensor] = plain if along is None else along.gram
                 of_risks = in_metric(directions) if gram is None else gram
                 square, names = float(of_risks[:, 0, 0].sum()), resolution.set_names
                 each = self.ranks.first_of(None if array is None else by_row(array))
@@ -269,6 +273,18 @@ class Profiler:
                 self.ranks.meet()  # the file may be moved from now on
         return Measurement(result, directions)
 
+    def _check_serves_shards(
+        self, step: StepMetric | None, second_order: bool, conflicts: bool
+    ) -> None:
+        """Raise `InputError` where something is asked for that needs whole gradients."""
+        asked = {"metric": step is not None, "second_order": second_order, "conflicts": conflicts}
+        for name, is_asked in asked.items():
+            if is_asked:
+                raise InputError(
+                    f"{name}: needs whole gradients, and FSDP shares out the model's parameters; "
+                    "leave it out, or give the model whole"
+                )
+
     def _checked_shape(self, out: str | Path | None, step: StepMetric | None) -> tuple[int, ...]:
         """The shape of the effects; raise `InputError` where there is no place for them."""
         schedule, resolution = self._schedule, self._schedule.resolution
@@ -280,10 +296,9 @@ class Profiler:
         whole = schedule.norms or not resolution.per_sample
         if step is not None and (step.beside or step.reads != "none"):
             whole = True
-        parameters = self.plan.parameters.values()
         check_memory(
             len(schedule.parts) if whole else 0,
-            sum(p.numel() for p in parameters),
+            sum(p.numel() for p in self.plan.held.values()),
             self.plan.device,
             shape,
             out,
@@ -367,7 +382,10 @@ class Profiler:
         if self._reference_is_model is None and unchanged:
             # Models that differ do so at the first row.
             same = self._reference.is_computed_by
-            found = all(same(self.plan.model, each, device) for each in (schedule.one_row, passes))
+            # Another model's passes would end early on some ranks.
+            found = self.plan.shards is None and all(
+                same(self.plan.model, each, device) for each in (schedule.one_row, passes)
+            )
             self._reference_is_model = all(self.ranks.meet(found))
         checked = schedule.rounding.passes if schedule.rounding is not None else []
         self._reference.prepare([*passes, *checked], device)

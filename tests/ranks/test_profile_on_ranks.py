@@ -23,8 +23,8 @@ def data(lengths=LENGTHS):
     return rows | general
 
 
-def profiled(architecture, dtype, lengths=LENGTHS, **settings):
-    model = build(architecture, dtype)
+def profiled(architecture, dtype, lengths=LENGTHS, model=None, **settings):
+    model = build(architecture, dtype) if model is None else model
     given = {"objectives": OBJECTIVES, "reference_model": build(architecture, dtype, seed=7)}
     given |= {"resolve": ("parameter", "sample"), "token_budget": 24} | settings
     with fp64_throughout() if dtype == torch.float64 else nullcontext():
