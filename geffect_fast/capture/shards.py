@@ -40,19 +40,20 @@ def own_part(x: Tensor) -> Tensor:
     return x.to_local() if _is_shared_out(x) else x  # type: ignore[attr-defined]
 
 
-def shard(model: nn.Module, ranks: Ranks) -> None:
+def shard(model: nn.Module, ranks: Ranks, device: torch.device) -> None:
     """Share out a model's parameters among ranks, in place: every block a group, the rest another.
 
     Gradients are added up in fp32. Blocks are what the longest list of modules holds.
 
     Args:
-        model: of transformers, the same on all ranks.
+        model: of transformers, the same on all ranks, on the CPU or its rank's device.
         ranks: of a process group.
+        device: where the parts will be.
     """
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
-    how: dict[str, Any] = {"mesh": ranks.mesh(next(model.parameters()).device)}
+    how: dict[str, Any] = {"mesh": ranks.mesh(device)}
     if any(p.dtype != torch.float64 for p in model.parameters()):
         how["mp_policy"] = MixedPrecisionPolicy(reduce_dtype=torch.float32)
     for block in max(lists, key=len, default=()):

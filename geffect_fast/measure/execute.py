@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -11,7 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from geffect_fast.capture.shards import shard
 from geffect_fast.data import read_refusals, read_rows
+from geffect_fast.data.memory import free_memory
 from geffect_fast.errors import InputError
 from geffect_fast.measure.check import Check, check
 from geffect_fast.measure.models import load_model, load_tokenizer, resolve_device
@@ -38,6 +41,10 @@ from geffect_fast.terminal import print_notice
 
 if TYPE_CHECKING:
     import xarray as xr
+
+PART_FOR_MODEL = 0.8
+"""Of a device's free memory, that a model and the gradients of the risks may take; batches need the
+rest."""
 
 
 def execute(
@@ -169,8 +176,7 @@ def _measured(
             f"--out: the folder {folder} of the first rank is not to be seen from this one; "
             "choose one on a disk that all ranks share"
         )
-    trusted = config.trust_remote_code
-    model = load_model(config.model, config.dtype, str(device), trust_remote_code=trusted)
+    model = _loaded(config, device, n_risks=len(sources.sets))
     run: Any = sweep
     step: dict[str, Any] = {}
     if config.command == "profile":
@@ -189,6 +195,36 @@ def _measured(
         out=folder / RESULTS if _streams(config) else None,
         progress=progress,
     )
+
+
+def _loaded(config: ProfileConfig, device: torch.device, n_risks: int) -> Any:
+    """The model of a config, or this rank's part of it."""
+    ranks, trusted = here(), config.trust_remote_code
+    if ranks.size == 1:
+        if config.shard == "fsdp":
+            raise InputError(
+                "shard: fsdp shares a model out among ranks, and this process is alone; start "
+                "several by torchrun --nproc-per-node, or leave it out"
+            )
+        return load_model(config.model, config.dtype, str(device), trust_remote_code=trusted)
+    if config.shard == "none":
+        return load_model(config.model, config.dtype, str(device), trust_remote_code=trusted)
+    model = load_model(config.model, config.dtype, "cpu", trust_remote_code=trusted)
+    if config.shard == "auto" and all(ranks.meet(_fits(model, device, n_risks))):
+        return model.to(device)
+    shard(model, ranks, device)
+    return model
+
+
+def _fits(model: Any, device: torch.device, n_risks: int) -> bool:
+    """Whether a model and the gradients of the risks leave room for batches on a rank's device."""
+    weights = sum(p.nbytes for p in model.parameters())
+    gradients = 4 * n_risks * sum(p.numel() for p in model.parameters() if p.requires_grad)
+    free = free_memory(device)
+    if device.type == "cpu":  # where this machine's ranks have their models already
+        n = int(os.environ.get("LOCAL_WORLD_SIZE", here().size))
+        return gradients <= PART_FOR_MODEL * free / n
+    return weights + gradients <= PART_FOR_MODEL * free
 
 
 def execute_check(config: ProfileConfig, samples: int, *, progress: bool = False) -> Check:

@@ -26,6 +26,7 @@ from geffect_fast.capture.compat import (
     mixing_module,
     still_up_to,
 )
+from geffect_fast.capture.shards import is_sharded, shard
 from geffect_fast.data import (
     Layout,
     SampleSet,
@@ -199,8 +200,13 @@ def _reference(
             raise InputError(f"reference_model: {why}")
         return source
     first = next(model.parameters())
-    dtype, device = str(first.dtype).removeprefix("torch."), str(first.device)
-    return load_model(source, dtype, device, "reference", trust_remote_code=trust_remote_code)
+    dtype, device = str(first.dtype).removeprefix("torch."), first.device
+    sharded = is_sharded(model)
+    where = "cpu" if sharded else str(device)
+    found = load_model(source, dtype, where, "reference", trust_remote_code=trust_remote_code)
+    if sharded:
+        shard(found, here(), device)
+    return found
 
 
 def check_model(model: nn.Module, sets: Mapping[str, SampleSet], what: str = "model") -> None:

@@ -29,7 +29,7 @@ def every_case(sharded):
             models = {"model": build(architecture, dtype)}
             models["reference_model"] = build(architecture, dtype, seed=7)
             for model in models.values():
-                shard(model, ranks.here())
+                shard(model, ranks.here(), torch.device("cpu"))
                 assert is_sharded(model)
         found[name] = profiled(architecture, dtype, engine="reverse", **models, **given)
     return found
