@@ -28,7 +28,7 @@ from geffect_fast.errors import UnsupportedModelError
 from geffect_fast.objectives import Outputs
 from geffect_fast.ops.reference import accumulation_dtype
 from geffect_fast.ranks import Ranks
-from geffect_fast.transfer import OnItsWay
+from geffect_fast.transfer import OnItsWay, on_device
 
 
 def new_gradients(plan: Plan, n: int, device: torch.device | None = None) -> dict[str, Tensor]:
@@ -42,20 +42,59 @@ def new_gradients(plan: Plan, n: int, device: torch.device | None = None) -> dic
         device: where they are kept; None: each where its parameter is.
     """
     return {
-        name: torch.zeros(n, *p.shape, dtype=accumulation_dtype(p.dtype), device=device or p.device)
+        name: torch.zeros(
+            n,
+            *p.shape,
+            dtype=accumulation_dtype(p.dtype),
+            device=device or p.device,
+            pin_memory=device is not None and device.type == "cpu" and p.is_cuda,
+        )
         for name, p in plan.held.items()
     }
 
 
-def place_for_directions(plan: Plan, n_directions: int) -> torch.device | None:
-    """Where the forward engine's directions are kept: on the CPU where a GPU has no room for them.
+def place_for_gradients(plan: Plan, n: int) -> torch.device | None:
+    """Where gradients of risks and objectives are kept: on the CPU where a GPU has no room.
 
     Passes then bring over what they need. None: where the parameters are.
+
+    Args:
+        plan: of the model.
+        n: how many gradients, fp32.
     """
     device = plan.device
-    wanted = 4 * n_directions * sum(p.numel() for p in plan.parameters.values())  # in fp32
+    wanted = 4 * n * sum(p.numel() for p in plan.held.values())
     full = device.type == "cuda" and wanted > free_memory(device) // 2
     return torch.device("cpu") if full else None
+
+
+class Directions(Mapping[str, Tensor]):
+    """Directions as products with gradients take them, `(M, *shape)` by parameter.
+
+    Those that are kept elsewhere are brought over each time they are asked for.
+
+    Args:
+        plan: of the model.
+        kept: `(M, *shape)` by parameter, where and as they are kept.
+    """
+
+    def __init__(self, plan: Plan, kept: Mapping[str, Tensor]) -> None:
+        self._plan = plan
+        self._kept = {name: self._as_taken(name, v) for name, v in kept.items()}
+
+    def _as_taken(self, name: str, v: Tensor) -> Tensor:
+        p = self._plan.parameters[name]
+        return in_working_precision(v, p) if v.device == p.device else v
+
+    def __getitem__(self, name: str) -> Tensor:
+        v = self._kept[name]
+        return self._as_taken(name, on_device(v, self._plan.parameters[name].device))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._kept)
+
+    def __len__(self) -> int:
+        return len(self._kept)
 
 
 def rows_of(gradients: Mapping[str, Tensor]) -> list[tuple[Tensor, ...]]:
@@ -169,7 +208,7 @@ def accumulate_gradients(
 
         def first(name: str) -> Tensor:
             p = plan.parameters[name]
-            of = gradients[name][:1].to(p.device)
+            of = on_device(gradients[name][:1], p.device)
             return in_working_precision(
                 of if products.diagonal is None else of * products.diagonal[name], p
             )

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from geffect_fast.capture import Plan, Recorder, Recording
-from geffect_fast.capture.products import in_working_precision
 from geffect_fast.data.batch import Batch
 from geffect_fast.engines.batches import (
     Attempt,
@@ -26,7 +25,13 @@ from geffect_fast.engines.batches import (
     each_batch,
     ranks_of,
 )
-from geffect_fast.engines.directions import add_gradients, backwards, new_gradients, rows_of
+from geffect_fast.engines.directions import (
+    Directions,
+    add_gradients,
+    backwards,
+    new_gradients,
+    rows_of,
+)
 from geffect_fast.engines.gathering import gathered
 from geffect_fast.engines.model_outputs import (
     model_outputs,
@@ -73,7 +78,8 @@ def reverse_effects(
     Args:
         plan: of the model.
         passes: which objectives read which batches.
-        directions: `(M, *shape)` for every trainable parameter.
+        directions: `(M, *shape)` for every trainable parameter, where those are, or on the CPU,
+            where whole gradients of objectives are kept too then.
         n_objectives: K.
         reference: what the objectives compare with.
         collect: receives each batch's effects, such as `EffectArray.add`.
@@ -86,14 +92,13 @@ def reverse_effects(
     """
     number = {name: p for p, name in enumerate(plan.parameters)}
     columns = range(len(number)) if columns is None else columns
-    n_directions = next(iter(directions.values())).shape[0]
-    directions = {
-        name: in_working_precision(v, plan.parameters[name]) for name, v in directions.items()
-    }
+    first = next(iter(directions.values()))
+    n_directions, kept_on = len(first), torch.device("cpu") if first.is_cpu else None
+    directions = Directions(plan, directions)
     totals = EffectSums(
         torch.zeros(n_objectives, dtype=torch.float64),
         torch.zeros(n_objectives, n_directions, len(number), dtype=torch.float64),
-        new_gradients(plan, n_objectives) if norms else None,
+        new_gradients(plan, n_objectives, kept_on) if norms else None,
     )
     rows = [] if totals.gradients is None else rows_of(totals.gradients)
     parameters = list(plan.parameters.values())

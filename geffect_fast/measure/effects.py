@@ -150,7 +150,9 @@ def find_effects(
         whole = totals.gradients
         gram = None if whole is None else grams(directions, whole)
         return Effects(totals.values, totals.effects, names, gram, whole)
-    values, whole = accumulate_gradients(plan, passes, n_parts, reference, tick)
+    on_cpu = next(iter(directions.values())).is_cpu
+    kept_on = torch.device("cpu") if on_cpu else None
+    values, whole = accumulate_gradients(plan, passes, n_parts, reference, tick, kept_on)
     gram = grams(directions, whole)
     n_risks = gram.shape[1] - n_parts
     summed = gram[:, n_risks:, :n_risks].permute(1, 2, 0)

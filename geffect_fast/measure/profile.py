@@ -182,7 +182,7 @@ def profile(
         conflicts=conflicts,
     ).dataset
     if profiler.own_loss is not None:
-        warnings.warn(f"model: {profiler.own_loss}", GEffectWarning, stacklevel=2)
+        warnings.warn(f"model: {profiler.own_loss}", GEffectWarning, stacklevel=3)
     if "reference_is_model" in result.attrs:
-        warnings.warn(f"reference: {REFERENCE_IS_MODEL}", GEffectWarning, stacklevel=2)
+        warnings.warn(f"reference: {REFERENCE_IS_MODEL}", GEffectWarning, stacklevel=3)
     return result

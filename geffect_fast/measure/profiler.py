@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -15,12 +16,13 @@ from torch import Tensor, nn
 from geffect_fast.arguments import checked_config
 from geffect_fast.capture import Plan
 from geffect_fast.capture.compat import check_finite, check_replicas
+from geffect_fast.data.memory import free_memory
 from geffect_fast.engines.batches import DataPass, Tick
-from geffect_fast.engines.directions import accumulate_gradients, place_for_directions
+from geffect_fast.engines.directions import accumulate_gradients, place_for_gradients
 from geffect_fast.engines.forward import moves_for
 from geffect_fast.engines.place_masses import check_places_apart
 from geffect_fast.engines.reference import Reference
-from geffect_fast.errors import InputError
+from geffect_fast.errors import GEffectWarning, InputError
 from geffect_fast.measure.beside_effects import (
     TakenStep,
     check_second_order,
@@ -299,7 +301,7 @@ class Profiler:
         check_memory(
             len(schedule.parts) if whole else 0,
             sum(p.numel() for p in self.plan.held.values()),
-            self.plan.device,
+            place_for_gradients(self.plan, self._n_gradients) or self.plan.device,
             shape,
             out,
         )
@@ -339,6 +341,27 @@ class Profiler:
                 tick=tick,
                 step=step,
             )
+
+    @property
+    def _n_gradients(self) -> int:
+        """Whole gradients that are kept: of the risks, and where they are asked for of parts."""
+        schedule = self._schedule
+        reverse = schedule.choice.engine == "reverse"
+        whole = reverse and (schedule.norms or not schedule.resolution.per_sample)
+        return len(self.risk_names) + (len(schedule.parts) if whole else 0)
+
+    def _tell_of_moves(self) -> None:
+        """Say what it costs that gradients are kept in the CPU's memory."""
+        of_one = 4 * sum(p.numel() for p in self.plan.held.values()) / 2**30
+        n, free = self._n_gradients, free_memory(self.plan.device) / 2**30
+        warnings.warn(
+            f"{n} whole gradients take {n * of_one:.1f} GiB, and {free:.1f} GiB are free on "
+            f"{self.plan.device}: they stay in the CPU's memory, and every batch brings "
+            f"{len(self.risk_names) * of_one:.1f} GiB over; the fewer batches the better, so give "
+            "as large a token budget as fits",
+            GEffectWarning,
+            stacklevel=3,
+        )
 
     def _measured_attributes(self, gram: Tensor | None, unchanged: bool) -> dict[str, Any]:
         """Attributes of one measurement, of which `gram` was checked."""
@@ -405,7 +428,9 @@ class Profiler:
             NonFiniteError: a gradient is not finite.
         """
         schedule, n = self._schedule, len(self.risk_names)
-        forward = schedule.choice.engine == "forward"
+        kept_on = place_for_gradients(self.plan, self._n_gradients)
+        if kept_on is not None:
+            self._tell_of_moves()
         passes = schedule.risk_passes
         if watched is not None:
             passes = [replace(data_pass, watch=watched.add) for data_pass in passes]
@@ -416,7 +441,7 @@ class Profiler:
                 n,
                 self._reference,
                 tick,
-                place_for_directions(self.plan, n) if forward else None,
+                kept_on,
                 None if watched is None else watched.products,
             )
         if watched is not None:
