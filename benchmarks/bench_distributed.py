@@ -34,7 +34,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import geffect_fast as gf
 from geffect_fast import ranks
-from geffect_fast.capture.shards import is_sharded, shard
+from geffect_fast.capture.compat import is_sharded
+from geffect_fast.capture.shards import shard
 from geffect_fast.measure.profiler import Profiler
 
 MIB = 2**20

@@ -14,9 +14,8 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from geffect_fast.capture.shards import is_sharded, own_part
 from geffect_fast.errors import InputError, NonFiniteError, UnsupportedModelError
 from geffect_fast.ranks import Ranks
 from geffect_fast.transfer import are_finite
@@ -32,6 +31,22 @@ def check_is_model(model: object, what: str = "model") -> None:
             f"{what}: expected a loaded model, got {type(model).__name__}; load it with "
             "transformers' AutoModelForCausalLM.from_pretrained"
         )
+
+
+def _is_shared_out(x: Tensor) -> bool:
+    # Importing what it is an instance of takes most of a second, which nothing else needs.
+    tensor = sys.modules.get("torch.distributed.tensor")
+    return tensor is not None and isinstance(x, tensor.DTensor)
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether FSDP2 has shared out parameters of a model."""
+    return any(map(_is_shared_out, model.parameters()))
+
+
+def own_part(x: Tensor) -> Tensor:
+    """This rank's part of what is shared out; else all of it."""
+    return x.to_local() if _is_shared_out(x) else x  # type: ignore[attr-defined]
 
 
 def check_finite(model: nn.Module, name: str = "model") -> None:

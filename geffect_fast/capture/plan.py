@@ -15,14 +15,16 @@ from torch import Tensor, nn
 from geffect_fast.capture.compat import (
     check_adapters,
     check_is_model,
+    is_sharded,
     mixing_module,
+    own_part,
     plain_name,
     unwrapped,
 )
 from geffect_fast.capture.generic_rule import GenericCall
 from geffect_fast.capture.layer_rules import Call, NormCall, qualified
 from geffect_fast.capture.probing import likeness
-from geffect_fast.capture.shards import Shards, is_sharded, own_part
+from geffect_fast.capture.shards import Shards
 from geffect_fast.errors import InputError, UnsupportedModelError
 
 
@@ -247,24 +249,25 @@ class Plan:
                 self.shards.own(p).requires_grad_(asks)
 
     def summing(self) -> AbstractContextManager[None]:
-        """Inside, `gradients` by parameters that are shared out are sums over ranks."""
+        """Inside, `sharded_gradients` by parameters are sums over ranks."""
         return nullcontext() if self.shards is None else self.shards.sums()
 
-    def gradients(
+    def sharded_gradients(
         self, loss: Tensor, sources: Sequence[Tensor], *, more: bool
     ) -> Sequence[Tensor | None]:
-        """A loss's gradients by sources, None where it does not depend on one.
+        """A loss's gradients by sources, where parameters are shared out.
 
-        By parameters that are shared out, this rank's parts of the sum over all ranks' losses,
-        inside `summing`; a backward of whole ones would need the memory of all at once.
+        By parameters, this rank's parts of the sum over all ranks' losses, inside `summing`; whole
+        ones would need the memory of all at once.
 
         Args:
             loss: a scalar.
             sources: leaves, of which all parameters, in their order, may be the last.
             more: whether another backward follows through the same graph.
         """
+        assert self.shards is not None
         n, parameters = len(self.parameters), list(self.parameters.values())
-        if self.shards is None or [*map(id, sources[-n:])] != [*map(id, parameters)]:
+        if [*map(id, sources[-n:])] != [*map(id, parameters)]:
             return torch.autograd.grad(loss, sources, retain_graph=more, allow_unused=True)
         own = self.shards.sum_of_gradients(loss, parameters, more=more)
         return [*[None] * (len(sources) - n), *own]

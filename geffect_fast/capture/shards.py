@@ -7,7 +7,6 @@ whole one, so hooks, rules and graphs know parameters by it; sums of gradients s
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from geffect_fast.capture.compat import own_part
 from geffect_fast.capture.leaves import leaves_of
 from geffect_fast.errors import UnsupportedModelError
 from geffect_fast.ranks import Ranks
@@ -22,22 +22,6 @@ from geffect_fast.ranks import Ranks
 if TYPE_CHECKING:
     from torch.distributed.fsdp import FSDPModule
     from torch.distributed.tensor import DTensor
-
-
-def _is_shared_out(x: Tensor) -> bool:
-    # Importing what it is an instance of takes most of a second, which nothing else needs.
-    tensor = sys.modules.get("torch.distributed.tensor")
-    return tensor is not None and isinstance(x, tensor.DTensor)
-
-
-def is_sharded(model: nn.Module) -> bool:
-    """Whether FSDP2 has shared out parameters of a model."""
-    return any(map(_is_shared_out, model.parameters()))
-
-
-def own_part(x: Tensor) -> Tensor:
-    """This rank's part of what is shared out; else all of it."""
-    return x.to_local() if _is_shared_out(x) else x  # type: ignore[attr-defined]
 
 
 def shard(model: nn.Module, ranks: Ranks, device: torch.device) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from geffect_fast.capture import Plan
-from geffect_fast.capture.shards import own_part
+from geffect_fast.capture.compat import own_part
 
 Answered = TypeVar("Answered")
 

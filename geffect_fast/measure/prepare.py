@@ -23,10 +23,11 @@ from geffect_fast.capture import Plan
 from geffect_fast.capture.compat import (
     check_finite,
     check_is_model,
+    is_sharded,
     mixing_module,
     still_up_to,
 )
-from geffect_fast.capture.shards import is_sharded, shard
+from geffect_fast.capture.shards import shard
 from geffect_fast.data import (
     Layout,
     SampleSet,

@@ -7,7 +7,8 @@ from ranked import on_ranks
 from test_profile_on_ranks import TOLERANCE, assert_same, profiled
 
 from geffect_fast import ranks
-from geffect_fast.capture.shards import is_sharded, shard
+from geffect_fast.capture.compat import is_sharded
+from geffect_fast.capture.shards import shard
 
 CASES = {
     "fp32": ("llama", torch.float32, {}),
