@@ -24,6 +24,7 @@ from geffect_fast.measure.sweep import sweep
 from geffect_fast.objectives.ranges import expand_list
 from geffect_fast.ranks import here
 from geffect_fast.settings import Measuring, ProfileConfig, Reading, RunConfig
+from geffect_fast.storage.disk import shared_folder
 from geffect_fast.storage.inputs import Inputs, check_replayed, inputs_of, summed_beside
 from geffect_fast.storage.lock import locked
 from geffect_fast.storage.model_folder import check_model_source
@@ -169,13 +170,7 @@ def _measured(
     Raises:
         InputError: this rank does not see the folder.
     """
-    folder = here().first_of(folder)
-    assert folder is not None
-    if not folder.is_dir():
-        raise InputError(
-            f"--out: the folder {folder} of the first rank is not to be seen from this one; "
-            "choose one on a disk that all ranks share"
-        )
+    folder = shared_folder(folder, here())
     model = _loaded(config, device, n_risks=len(sources.sets))
     run: Any = sweep
     step: dict[str, Any] = {}
