@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
     P = ParamSpec("P")
+K = TypeVar("K")
 T = TypeVar("T")
 
 PATIENCE = timedelta(minutes=5)
@@ -114,6 +115,10 @@ class Ranks:
     def first_of(self, own: T) -> T:
         """What rank 0 has brought."""
         return self.meet(own)[0]
+
+    def united(self, own: Mapping[K, T]) -> dict[K, T]:
+        """What all ranks have brought under keys, of which each has its own."""
+        return {key: value for told in self.meet(own) for key, value in told.items()}
 
     def add_up(self, tensors: Sequence[Tensor]) -> None:
         """Put in each tensor's place the sum of all ranks' tensors.

@@ -74,20 +74,20 @@ def check_finite(model: nn.Module, name: str = "model") -> None:
             )
 
 
-def check_replicas(model: nn.Module, ranks: Ranks) -> None:
+def check_replicas(model: nn.Module, ranks: Ranks, what: str = "model") -> None:
     """Raise `InputError` naming the first parameter that ranks have different weights of."""
     if ranks.size == 1 or is_sharded(model):
         return
     parameters = {key: p.detach() for key, p in model.named_parameters()}
     norms = torch.stack([p.double().norm().cpu() for p in parameters.values()])
-    ranks.check_same({"model": f"{len(parameters)} parameters"})
+    ranks.check_same({what: f"{len(parameters)} parameters"})
     for rank, others in enumerate(told := ranks.meet(norms)):
         # On other hardware the same weights' norm may round otherwise.
         apart = (others - told[0]).abs() > 1e-6 * told[0]
         if apart.any():
             key = list(parameters)[int(apart.nonzero()[0])]
             raise InputError(
-                f"model: {key} is not the same on rank {rank} as on rank 0; load the same weights "
+                f"{what}: {key} is not the same on rank {rank} as on rank 0; load the same weights "
                 "on all ranks, and give what is drawn, such as an adapter, the same seed"
             )
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from geffect_fast.errors import InputError
 
-SHARED = ("profile", "sweep", "check", "env")
+SHARED = ("profile", "sweep", "evaluate", "check", "env")
 """Commands that several ranks share."""
 
 

@@ -464,10 +464,9 @@ class Profiler:
         self, show: bool, what: str, passes: Sequence[DataPass], n_passes: int = 1
     ) -> Iterator[Tick]:
         """Yields a function that is told of tokens done, drawn as a bar; memory may run out."""
+        n_tokens = n_passes * sum(data_pass.n_tokens for data_pass in passes)
         with (
-            progress_bar(
-                show, what, n_passes * sum(data_pass.n_tokens for data_pass in passes)
-            ) as update,
+            progress_bar(show and self.ranks.first, what, n_tokens) as update,
             within_budget(self._schedule.token_budget),
         ):
             yield lambda n: update(advance=n)

@@ -230,7 +230,7 @@ class CheckpointRun:
         ]
         probe = Probe(self.profiler, store, weights=weights, second_order=self.second_order)
         first = self.folders[steps[0]]
-        with progress_bar(progress, "checkpoints", len(wanted)) as update:
+        with progress_bar(progress and ranks.first, "checkpoints", len(wanted)) as update:
             for step in loaded_in_turn(self.model, first, self.folders, wanted):
                 probe.at(step, optimizer=self.folders[step] if self.optimizers else None)
                 update(advance=1)
