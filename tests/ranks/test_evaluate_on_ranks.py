@@ -1,6 +1,7 @@
 """Measures are those of one process, whatever the number of ranks, and the same on all of them."""
 
 import io
+import json
 import os
 import warnings
 from contextlib import redirect_stderr
@@ -128,3 +129,34 @@ def test_the_first_rank_writes_the_folder(tmp_path):
     for name, values in expected.data_vars.items():
         np.testing.assert_allclose(found[name], values, rtol=1e-5, atol=1e-6, err_msg=name)
     assert not (tmp_path / "survey").exists()
+
+
+TASK = {
+    "task": "invented",
+    "dataset_path": "json",
+    "test_split": "test",
+    "output_type": "multiple_choice",
+    "doc_to_text": "{{question}}",
+    "doc_to_choice": "perturbed_answer",
+    "doc_to_target": 1,
+    "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+}
+
+
+def with_tasks(folder):
+    if dist.is_initialized():  # as torchrun has it, of which the harness takes note
+        os.environ["LOCAL_RANK"] = str(dist.get_rank())
+    tasks = {"lm_eval_tasks": "invented", "lm_eval_include": str(folder)}
+    return measured(FEW | tasks | {"metrics": ["nll"]})
+
+
+def test_task_scores_are_the_first_ranks(tmp_path):
+    pytest.importorskip("lm_eval")
+    write_jsonl(ROWS[:6], tmp_path / "asked.jsonl")
+    kept = {"data_files": {"test": str(tmp_path / "asked.jsonl")}, "cache_dir": str(tmp_path)}
+    task = TASK | {"dataset_kwargs": kept}
+    (tmp_path / "invented.yaml").write_text(json.dumps(task), encoding="utf-8")
+    alone = with_tasks(tmp_path)
+    assert alone.value.sel(metric="invented/acc", set="lm_eval").notnull()
+    for found in on_ranks(2, with_tasks, tmp_path):
+        assert_close(found, alone)
