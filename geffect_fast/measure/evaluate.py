@@ -15,6 +15,7 @@ from torch import nn
 from geffect_fast.arguments import checked_config, with_settings
 from geffect_fast.capture.compat import check_is_model, check_replicas
 from geffect_fast.capture.modes import evaluating
+from geffect_fast.capture.shards import is_sharded
 from geffect_fast.data import (
     Sample,
     SampleSet,
@@ -355,6 +356,8 @@ class Evaluator:
 
     def _check(self, model: nn.Module, what: str) -> None:
         """Raise where a model is none, holds NaN, or does not fit the rows or the first model."""
+        if is_sharded(model):  # each rank's rows take forward passes of their own
+            raise InputError(f"{what}: FSDP shares out its parameters; give all ranks the whole")
         own, first = vocabulary(model), self._vocabulary
         if own != first:
             raise InputError(

@@ -6,6 +6,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
+from geffect_fast.errors import InputError
 from geffect_fast.measure.execute import machine, on_threads, read_sources_of
 from geffect_fast.ranks import here
 from geffect_fast.results.dataset import digests
@@ -51,6 +52,10 @@ def execute_checkpoints(
     Raises:
         As `geffect_fast.profile_checkpoints`.
     """
+    if config.shard == "fsdp":
+        raise InputError(
+            "shard: each rank holds the whole of a checkpoint; leave out --shard or --checkpoints"
+        )
     ranks, read = here(), inputs_of(config) | dict(inputs)
     first, progress = ranks.first, progress and ranks.first
     with (

@@ -90,6 +90,13 @@ def lost(folder):
     return profiled(folder, "run", killed_at=5)
 
 
+def test_checkpoints_are_not_shared_out(here):
+    code, said = profiled(here, "parts", "--shard", "fsdp")
+    assert code == 2
+    assert said.startswith("error: shard: each rank holds the whole of a checkpoint")
+    assert not (here / "parts").exists()
+
+
 def in_python(folder):
     """In memory, and in a folder where the last checkpoint is of no use."""
     given = {"forget": samples([5, 9, 3, 7], 4), "retain": samples([7, 4], 2)}

@@ -8,6 +8,7 @@ from contextlib import redirect_stderr
 
 import numpy as np
 import pytest
+import torch
 import torch.distributed as dist
 import xarray as xr
 from evaluated import full_rows, without
@@ -15,7 +16,8 @@ from memorised import blank_model
 from ranked import on_ranks
 
 import geffect_fast as gf
-from geffect_fast import report
+from geffect_fast import ranks, report
+from geffect_fast.capture.shards import shard
 from geffect_fast.cli import main
 from geffect_fast.data import write_jsonl
 from geffect_fast.demo import save, train_tokenizer
@@ -66,7 +68,11 @@ def other_arguments():
         with pytest.raises(InputError) as error:
             measured(other if dist.get_rank() == 1 else FEW)
         said[name] = str(error.value)
-    return said
+    model = blank_model(tokenizer())
+    shard(model, ranks.here(), torch.device("cpu"))
+    with pytest.raises(InputError) as error:
+        gf.evaluate(model, tokenizer(), **FEW)
+    return said | {"shards": str(error.value)}
 
 
 def assert_close(found, expected):
@@ -96,6 +102,7 @@ def test_ranks_are_given_the_same():
         assert said["metrics"].startswith("metrics: rank 1 is given ")
         for name in ("retain", "forget"):
             assert said[name].startswith(f"{name}: rank 1 is given 1 rows of digest ")
+        assert said["shards"].startswith("model: FSDP shares out its parameters")
 
 
 def commanded(folder, *words):
