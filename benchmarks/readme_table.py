@@ -205,7 +205,9 @@ def scaling_table() -> str:
     lines += ["|---|---:|---|---:|---:|---:|---:|"]
     for row in read("scaling_computed.csv"):
         seconds = [f"{float(row[k]):.1f} s" if row[k] else "–" for k in SECONDS]
-        held = f"{float(row['memory_gib']):.0f} GiB" + ("" if row["fits"] == "yes" else ", too much")
+        held = f"{float(row['memory_gib']):.0f} GiB" + (
+            "" if row["fits"] == "yes" else ", too much"
+        )
         lines.append(
             f"| {row['model']} | {row['gpus']} | {row['sharding']} | {held} "
             f"| {' | '.join(seconds)} |"

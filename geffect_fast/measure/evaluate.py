@@ -13,9 +13,8 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from geffect_fast.arguments import checked_config, with_settings
-from geffect_fast.capture.compat import check_is_model, check_replicas
+from geffect_fast.capture.compat import check_is_model, check_replicas, is_sharded
 from geffect_fast.capture.modes import evaluating
-from geffect_fast.capture.shards import is_sharded
 from geffect_fast.data import (
     Sample,
     SampleSet,
