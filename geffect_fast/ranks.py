@@ -10,6 +10,8 @@ An error of one rank is told wherever ranks meet next, and ends the call on all 
 
 from __future__ import annotations
 
+import pickle
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
@@ -36,6 +38,9 @@ PATIENCE = timedelta(minutes=5)
 """How long ranks wait for each other at the start of a call. Within it they wait as long as the
 group does: what a rank was dealt may take its time."""
 
+GRACE = 5.0
+"""Seconds after which ranks that have not failed are taken not to fail alike."""
+
 BUCKET = 2**25
 """Bytes of small tensors that are added up in one message."""
 
@@ -56,7 +61,8 @@ class Ranks:
     def __init__(self, world: dist.ProcessGroup | None = None) -> None:
         self._world = world
         self.rank, self.size = (0, 1) if world is None else (world.rank(), world.size())
-        self._within = False
+        self._within = self._said = self._broken = False
+        self._n_exchanges = 0
         if world is not None:
             # Its own, so that nothing of the program's comes between; a first call that not all
             # ranks make ends here.
@@ -86,18 +92,71 @@ class Ranks:
         if self.size == 1 or self._within:
             yield
             return
-        self._within = True
+        if self._broken:
+            raise GEffectError(
+                "process group: an error of one rank ended it in the middle of an exchange; begin "
+                "another one"
+            )
+        self._within, self._said = True, False
         try:
             self._wait_for_all(what)
             try:
                 yield
                 self.meet()
             except Exception as error:
-                if not isinstance(error, GEffectError) or not error.told:
+                told = isinstance(error, GEffectError) and error.told
+                if not told and not self._said:
                     self._tell(error)
                 raise
         finally:
             self._within = False
+
+    @contextmanager
+    def in_step(self, exchange: bool) -> Iterator[None]:
+        """Work in which ranks wait for each other at every turn, where a meeting is no way to fail.
+
+        An error of one rank ends the program's process group, and the others find its line in the
+        group's store when they fail in turn. One that all ranks raise alike leaves the group.
+
+        Args:
+            exchange: whether they do; else nothing is done.
+        """
+        if not exchange:
+            yield
+            return
+        self._n_exchanges += 1
+        try:
+            yield
+        except Exception as error:
+            self._break_off(error)
+            raise
+
+    def _break_off(self, error: Exception) -> None:
+        """Say why, wait whether all ranks fail alike, and end the group where they do not.
+
+        Raises:
+            GEffectError: another rank failed, and this one because of it.
+        """
+        self._said = True
+        place = f"geffect_fast/{self._n_exchanges}"
+        places = [f"{place}/{rank}" for rank in range(self.size)]
+        store = dist.distributed_c10d._get_default_store()
+        failed = [rank for rank, each in enumerate(places) if store.check([each])]
+        store.set(places[self.rank], pickle.dumps(_described(error), 0).decode("latin1"))
+        if failed:
+            self._broken = store.check([f"{place}/ended"])
+            kind, said = pickle.loads(store.get(places[failed[0]]).decode().encode("latin1"))
+            raise _everywhere(kind(f"rank {failed[0]}: {said}")) from error
+        if isinstance(error, GEffectError):
+            error.told = True
+        deadline = time.monotonic() + GRACE
+        while not store.check(places) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        if not store.check(places):
+            self._broken = True
+            store.set(f"{place}/ended", "")
+            assert self._world is not None
+            self._world.abort()
 
     def meet(self, own: T | None = None) -> list[T]:
         """What every rank has brought, in their order.
@@ -211,10 +270,8 @@ class Ranks:
 
     def _tell(self, error: Exception) -> None:
         """Tell the others, where they meet next, that this rank failed."""
-        kind = type(error) if isinstance(error, GEffectError) else GEffectError
-        said = str(error) if isinstance(error, GEffectError) else reason_of(error)
         with suppress(GEffectError):  # the others are gone; what is raised here is what happened
-            self._exchanged((kind, said), None)
+            self._exchanged(_described(error), None)
             if isinstance(error, GEffectError):
                 error.told = True
 
@@ -297,6 +354,13 @@ def on_all_ranks(function: Callable[P, T]) -> Callable[P, T]:
             return function(*args, **kwargs)
 
     return called
+
+
+def _described(error: Exception) -> tuple[type[GEffectError], str]:
+    """An error as other ranks raise it: its class, where it is one of ours, and its line."""
+    if isinstance(error, GEffectError):
+        return type(error), str(error)
+    return GEffectError, reason_of(error)
 
 
 def _everywhere(error: GEffectError) -> GEffectError:

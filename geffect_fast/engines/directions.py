@@ -290,9 +290,10 @@ def accumulate_gradients(
     first = 0 if products is None else 1
     with gradients_as_they_are(plan), plan.summing():
         for some, own in ((passes[:first], slice(first)), (passes[first:], slice(first, n))):
-            for data_pass, attempt in each_batch(some, tick):
-                with attempt:
-                    add(data_pass, attempt)
+            with ranks.in_step(plan.shards is not None):
+                for data_pass, attempt in each_batch(some, tick):
+                    with attempt:
+                        add(data_pass, attempt)
             if some and plan.shards is None:
                 ranks.add_up([of[own] for of in gradients.values()])
     if products is not None:

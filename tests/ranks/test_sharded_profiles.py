@@ -9,6 +9,7 @@ from test_profile_on_ranks import TOLERANCE, assert_same, profiled
 from geffect_fast import ranks
 from geffect_fast.capture.compat import is_sharded
 from geffect_fast.capture.shards import shard
+from geffect_fast.errors import GEffectError, InputError
 
 CASES = {
     "fp32": ("llama", torch.float32, {}),
@@ -46,3 +47,35 @@ def test_sharded_models_give_what_one_process_finds(alone, size):
     for found in on_ranks(size, every_case, True):
         for name, one in alone.items():
             assert_same(one, found[name], TOLERANCE[CASES[name][1]])
+
+
+def one_fails(how):
+    from geffect_fast.engines import reverse
+
+    model = build("llama")
+    shard(model, ranks.here(), torch.device("cpu"))
+    if how == "alike" or torch.distributed.get_rank() == 1:
+
+        def fails(*_):
+            raise InputError("no luck: try again")
+
+        reverse.model_outputs = fails
+    with pytest.raises(InputError) as first:
+        profiled("llama", torch.float32, model=model, reference_model=None, objectives=["ga"])
+    with pytest.raises(GEffectError) as second:
+        profiled("llama", torch.float32, model=model, reference_model=None, objectives=["ga"])
+    return str(first.value), str(second.value)
+
+
+def test_an_error_of_one_rank_between_exchanges_ends_all():
+    one, other = on_ranks(2, one_fails, "one", fails=True)
+    assert one[0] == "rank 1: no luck: try again"
+    assert other[0] == "no luck: try again"
+    assert {found[1].partition(":")[0] for found in (one, other)} == {"process group"}
+
+
+def test_an_error_of_all_ranks_leaves_the_group():
+    for said in on_ranks(2, one_fails, "alike", fails=True):
+        assert {line.removeprefix("rank 0: ").removeprefix("rank 1: ") for line in said} == {
+            "no luck: try again"
+        }
