@@ -345,6 +345,15 @@ def on_its_own() -> Iterator[None]:
         _on_its_own.reset(before)
 
 
+def check_alone(what: str) -> None:
+    """Raise `InputError` where a function that one process runs is called by several ranks."""
+    if here().size > 1:
+        raise InputError(
+            f"{what} runs in one process; call it on one rank, within "
+            "geffect_fast.ranks.on_its_own()"
+        )
+
+
 def on_all_ranks(function: Callable[P, T]) -> Callable[P, T]:
     """A function that the ranks of a process group begin and end together."""
 

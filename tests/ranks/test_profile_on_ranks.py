@@ -69,7 +69,7 @@ def alone():
     return every_case()
 
 
-@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_ranks_find_what_one_process_finds(alone, size):
     for found in on_ranks(size, every_case):
         for name, one in alone.items():

@@ -142,3 +142,19 @@ def test_one_rank_writes_the_file_that_all_read(tmp_path):
         assert abs(found.g_effect - alone.g_effect).max() < 1e-6 * abs(alone.g_effect).max()
         assert found.identical(gf.open_run(file).load())
     assert [f.name for f in tmp_path.iterdir()] == ["large.nc"]
+
+
+def one_process_each():
+    said, model = [], build("llama")
+    for function, *given in ((gf.control, model, model), (gf.relearn, model), (gf.unlearn, model)):
+        with pytest.raises(gf.errors.InputError) as error:
+            function(*given, None, **ROWS)
+        said.append(str(error.value))
+    return said
+
+
+def test_what_runs_in_one_process_says_so():
+    for said in on_ranks(2, one_process_each):
+        assert [line.partition(";")[0] for line in said] == [
+            f"{name} runs in one process" for name in ("control", "relearn", "unlearn")
+        ]

@@ -8,6 +8,8 @@ import pytest
 
 import geffect_fast as gf
 
+pytestmark = pytest.mark.slow
+
 
 def torchrun(size, *words):
     """A command on so many ranks."""
