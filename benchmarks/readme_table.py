@@ -1,4 +1,4 @@
-"""Rewrite the tables of README.md, docs/speed.md and docs/install.md from the committed CSVs.
+"""Rewrite the tables of README.md and of docs/speed.md, install.md, scaling.md from the CSVs.
 
 python benchmarks/readme_table.py            # rewrites
 python benchmarks/readme_table.py --check    # exit 1 where a page differs
@@ -18,12 +18,13 @@ import engines_report
 import gpu_report
 
 ROOT = Path(__file__).parent.parent
-PAGES = (ROOT / "README.md", ROOT / "docs" / "speed.md", ROOT / "docs" / "install.md")
+PAGES = (ROOT / "README.md", *(ROOT / "docs" / f"{p}.md" for p in ("speed", "install", "scaling")))
 RESULTS = Path(__file__).parent / "results"
 GPU_CODE = ("csrc", "geffect_fast/ops", "geffect_fast/capture", "geffect_fast/engines")
 STEP = "training step"
 SPEED_ON_GPU = (("reverse", "1 objective"), ("forward", "21 objectives"))
 """Engines and objectives of README's rows."""
+SECONDS = ("compute_s", "communication_s", "seconds")
 OF_BEST = "geffect_fast over the best other"
 BEGIN, END = "<!-- {}: benchmarks/readme_table.py -->", "<!-- end of {} -->"
 
@@ -184,6 +185,36 @@ def ops_table() -> str:
     return "\n".join([*lines, "", machine_line(rows[0])])
 
 
+def ranks_table() -> str:
+    """What ranks send each other, against what must be sent, and the time beside one rank's."""
+    rows = read("distributed_cpu.csv")
+    lines = ["| ranks | `--shard` | batches a rank | messages | sent | least | time |"]
+    lines += ["|---:|---|---:|---:|---:|---:|---:|"]
+    for row in rows:
+        sent, least = float(row["sent_mib"]), float(row["least_mib"])
+        lines.append(
+            f"| {row['ranks']} | {row['sharding']} | {row['batches']} | {row['messages']} "
+            f"| {sent:,.0f} MiB | {least:,.0f} MiB | {float(row['against_one']):.2f} |"
+        )
+    return "\n".join([*lines, "", machine_line(rows[0])])
+
+
+def scaling_table() -> str:
+    """What profiles of large models would take: computed, and said so on the page."""
+    lines = ["| model | GPUs | `--shard` | memory a GPU | arithmetic | talking | together |"]
+    lines += ["|---|---:|---|---:|---:|---:|---:|"]
+    for row in read("scaling_computed.csv"):
+        seconds = [f"{float(row[k]):.1f} s" if row[k] else "–" for k in SECONDS]
+        held = f"{float(row['memory_gib']):.0f} GiB" + (
+            "" if row["fits"] == "yes" else ", too much"
+        )
+        lines.append(
+            f"| {row['model']} | {row['gpus']} | {row['sharding']} | {held} "
+            f"| {' | '.join(seconds)} |"
+        )
+    return "\n".join(lines)
+
+
 def matrix_table() -> str:
     """What the wheel was tried with."""
     rows = read("matrix.csv")
@@ -306,6 +337,8 @@ def tables() -> dict[str, str | None]:
         "metrics": metrics_table(),
         "ops": ops_table(),
         "matrix": matrix_table(),
+        "ranks": ranks_table(),
+        "scaling": scaling_table(),
         "gpu engines": gpu_tables("engines_nvidia-*.csv", engines_report.readme_table),
         "gpu": gpu_tables("nvidia-*.csv", one_gpu_table),
     }

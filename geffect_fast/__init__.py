@@ -16,6 +16,7 @@ if TYPE_CHECKING or not threads.is_command():  # a command loads what it needs: 
 if TYPE_CHECKING:
     import geffect_fast.functional as functional
     import geffect_fast.integrations as integrations
+    import geffect_fast.ranks as ranks
     import geffect_fast.updates as updates
     from geffect_fast.measure.against_effects import against_effects
     from geffect_fast.measure.check import check
@@ -52,6 +53,7 @@ __all__ = [
     "pareto_front",
     "profile",
     "profile_checkpoints",
+    "ranks",
     "relearn",
     "sweep",
     "unlearn",
@@ -79,6 +81,7 @@ _LAZY = {
     "pareto_front": ("geffect_fast.measure.sweep", "pareto_front"),
     "profile": ("geffect_fast.measure.profile", "profile"),
     "profile_checkpoints": ("geffect_fast.steps.profile_checkpoints", "profile_checkpoints"),
+    "ranks": ("geffect_fast.ranks", None),
     "relearn": ("geffect_fast.training.relearn", "relearn"),
     "sweep": ("geffect_fast.measure.sweep", "sweep"),
     "unlearn": ("geffect_fast.training.unlearn", "unlearn"),

@@ -10,9 +10,14 @@ from geffect_fast.visible import one_line
 
 
 class GEffectError(Exception):
-    """Base of every error raised on purpose; `exit_code` is what the command line returns."""
+    """Base of every error raised on purpose; `exit_code` is what the command line returns.
+
+    Attributes:
+        told: whether another rank, which prints, raises it too; see `geffect_fast.ranks`.
+    """
 
     exit_code = 1
+    told = False
 
     def __init__(self, *said: object) -> None:
         super().__init__(*(one_line(each) if isinstance(each, str) else each for each in said))

@@ -278,7 +278,17 @@ class SecondOrder(Settings):
     be: predictions are then -lr e + lr^2/2 u^T H u. Weights of fp32 or fp64 only."""
 
 
-class ProfileConfig(SecondOrder, RunConfig):
+class Sharding(Settings):
+    """What each rank holds of a model, where several measure it together."""
+
+    panel = "Machine"
+
+    shard: Literal["auto", "none", "fsdp"] = "auto"
+    """Of the ranks that torchrun starts each holds the whole model (none) or its part of it and of
+    the risks' gradients (fsdp); auto: its part where all of that does not fit."""
+
+
+class ProfileConfig(Sharding, SecondOrder, RunConfig):
     """All that decides the numbers of a profile; saved as `run.yaml`, it replays them bitwise."""
 
     panel = "Checkpoints and steps"

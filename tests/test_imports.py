@@ -12,7 +12,7 @@ import geffect_fast
 
 ROOT = Path(geffect_fast.__file__).parent
 
-BASE = {"errors", "registry", "trying", "transfer", "visible"}
+BASE = {"errors", "ranks", "registry", "trying", "transfer", "visible"}
 """What every part may import."""
 MODEL = {"ops", "capture", "data", "objectives", "engines"}
 RUN = {"paths", "results", "settings", "evaluation_settings", "arguments", "storage"}
@@ -21,6 +21,7 @@ RUN |= {"unlearn_settings", "control_settings", "relearn_settings"}
 LAYERS = {
     "visible": set(),
     "errors": {"visible"},
+    "ranks": {"errors"},
     "registry": {"errors"},
     "trying": {"errors"},
     "transfer": set(),

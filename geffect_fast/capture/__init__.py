@@ -12,7 +12,8 @@ from torch.utils._pytree import tree_leaves
 
 from geffect_fast.capture.compat import eagerly
 from geffect_fast.capture.factors import Explicit, Factor, GramOuter, Lookup, Outer, RowSum
-from geffect_fast.capture.outside_use import OutsideUse, leaves_of
+from geffect_fast.capture.leaves import leaves_of
+from geffect_fast.capture.outside_use import OutsideUse
 from geffect_fast.capture.plan import Plan
 from geffect_fast.capture.recorder import Recorder, Recording
 from geffect_fast.capture.segments import Segments, checked_offsets

@@ -14,9 +14,10 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from geffect_fast.errors import InputError, NonFiniteError, UnsupportedModelError
+from geffect_fast.ranks import Ranks
 from geffect_fast.transfer import are_finite
 
 COMPILED = "_orig_mod."
@@ -30,6 +31,22 @@ def check_is_model(model: object, what: str = "model") -> None:
             f"{what}: expected a loaded model, got {type(model).__name__}; load it with "
             "transformers' AutoModelForCausalLM.from_pretrained"
         )
+
+
+def _is_shared_out(x: Tensor) -> bool:
+    # Importing what it is an instance of takes most of a second, which nothing else needs.
+    tensor = sys.modules.get("torch.distributed.tensor")
+    return tensor is not None and isinstance(x, tensor.DTensor)
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether FSDP2 has shared out parameters of a model."""
+    return any(map(_is_shared_out, model.parameters()))
+
+
+def own_part(x: Tensor) -> Tensor:
+    """This rank's part of what is shared out; else all of it."""
+    return x.to_local() if _is_shared_out(x) else x  # type: ignore[attr-defined]
 
 
 def check_finite(model: nn.Module, name: str = "model") -> None:
@@ -47,13 +64,31 @@ def check_finite(model: nn.Module, name: str = "model") -> None:
                 "offloads; load the model whole, without device_map and offload_folder"
             )
     tensors = {key: tensor for key, tensor in every if tensor.is_floating_point()}
-    good = are_finite(list(tensors.values()))
+    good = are_finite([own_part(tensor) for tensor in tensors.values()])
     for (key, tensor), is_good in zip(tensors.items(), good, strict=True):
         if not is_good:
-            n_bad = int((~torch.isfinite(tensor.detach())).sum())
+            n_bad = int((~torch.isfinite(own_part(tensor.detach()))).sum())
             raise NonFiniteError(
                 f"{name}: {key} holds {n_bad} NaN or infinite of {tensor.numel()} values; "
                 "save the model again from a healthy checkpoint"
+            )
+
+
+def check_replicas(model: nn.Module, ranks: Ranks, what: str = "model") -> None:
+    """Raise `InputError` naming the first parameter that ranks have different weights of."""
+    if ranks.size == 1 or is_sharded(model):
+        return
+    parameters = {key: p.detach() for key, p in model.named_parameters()}
+    norms = torch.stack([p.double().norm().cpu() for p in parameters.values()])
+    ranks.check_same({what: f"{len(parameters)} parameters"})
+    for rank, others in enumerate(told := ranks.meet(norms)):
+        # On other hardware the same weights' norm may round otherwise.
+        apart = (others - told[0]).abs() > 1e-6 * told[0]
+        if apart.any():
+            key = list(parameters)[int(apart.nonzero()[0])]
+            raise InputError(
+                f"{what}: {key} is not the same on rank {rank} as on rank 0; load the same weights "
+                "on all ranks, and give what is drawn, such as an adapter, the same seed"
             )
 
 
@@ -97,7 +132,8 @@ def unwrapped(model: nn.Module) -> nn.Module:
             f"model: it is wrapped in {kind.__name__}, which copies it to other devices; give the "
             "model inside, `model.module`"
         )
-    if any(base.__module__.startswith("torch.distributed.fsdp") for base in kind.__mro__):
+    wrapper = any(base.__module__.startswith("torch.distributed.fsdp") for base in kind.__mro__)
+    if wrapper and not is_sharded(model):  # FSDP2 wraps nothing
         raise UnsupportedModelError(
             f"model: it is wrapped in {kind.__name__}, which holds parts of its parameters; load "
             "the model without it, or give `model.module` gathered on one device"

@@ -301,9 +301,13 @@ class NormCall(Call):
         In fp32 at least: a norm that computes in it, and only then rounds, is not rounded here.
         """
         x = widened(self.input)
-        weight = widened(self.module.get_parameter("weight"))
+        weight = self.module.get_parameter("weight")
+        # Of its shape alone: FSDP may not have it at hand here.
+        ones = torch.full(
+            weight.shape, 1.0 - self.factor, dtype=accumulation_dtype(weight.dtype), device=x.device
+        )
         with torch.no_grad(), self.inputs.precision():
-            return norm_with(self.module, torch.full_like(weight, 1.0 - self.factor), None, x)
+            return norm_with(self.module, ones, None, x)
 
 
 class NormWeights:
@@ -321,6 +325,8 @@ class NormWeights:
 
     def multiplied(self, where: str) -> Tensor | None:
         """`offset + w` of the norm at `where`; None where an element is next to nothing."""
+        if not self._norms:  # FSDP has them at hand within a forward alone
+            return None
         if self._found is None:
             weights = torch._foreach_add(*map(list, zip(*self._norms.values(), strict=True)))
             sizes = torch.stack(torch._foreach_norm(weights, -torch.inf)).tolist()

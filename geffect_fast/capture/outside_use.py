@@ -11,13 +11,12 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
 from geffect_fast.capture.inputs import REPLAYING, tensors_of
 from geffect_fast.capture.plan import Plan
-from geffect_fast.errors import InputError
 
 
 class OutsideUseInGraph(AbstractContextManager["OutsideUseInGraph"]):
@@ -31,22 +30,18 @@ class OutsideUseInGraph(AbstractContextManager["OutsideUseInGraph"]):
     """
 
     def __init__(self, plan: Plan) -> None:
+        self._plan = plan
         self._owned = {
             where: [plan.parameters[name] for name in own.names.values()]
             for where, own in plan.owners.items()
         }
 
     def __enter__(self) -> OutsideUseInGraph:
-        self._ask(True)
+        self._plan.ask(True)
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self._ask(False)
-
-    def _ask(self, asks: bool) -> None:
-        for own in self._owned.values():
-            for p in own:
-                p.requires_grad_(asks)
+        self._plan.ask(False)
 
     def hide(self, where: str) -> list[nn.Parameter]:
         """Freeze what the module owns, as its forward begins; what is to be shown when it ends."""
@@ -109,29 +104,3 @@ class OutsideUse(TorchFunctionMode):
         if any(y.requires_grad and y is not leaf for y in tensors_of(used)):
             name = next(k for k, q in self.plan.parameters.items() if q is p)
             self.found[name] = None
-
-
-def leaves_of(y: Tensor) -> list[Tensor]:
-    """Every leaf that `y` depends on: a backward to all of them passes by every recorded call.
-
-    A recorder's own roots are among them, and whatever else asks for a gradient (soft prompts).
-
-    Raises:
-        InputError: a part of the graph is made during the backward only.
-    """
-    seen, todo, leaves = set(), [y.grad_fn] if y.grad_fn is not None else [], []
-    while todo:
-        node = todo.pop()
-        if node in seen:  # reached twice before its turn
-            continue
-        seen.add(node)
-        kind = type(node).__name__
-        if kind == "CheckpointFunctionBackward":
-            raise InputError(
-                "model: it calls torch.utils.checkpoint with use_reentrant=True, which gives no "
-                "gradients of activations; call it with use_reentrant=False"
-            )
-        todo += [n for n, _ in node.next_functions if n is not None and n not in seen]
-        if kind == "AccumulateGrad":
-            leaves.append(node.variable)  # type: ignore[attr-defined]
-    return leaves

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import takewhile
 from weakref import WeakKeyDictionary
@@ -15,13 +15,16 @@ from torch import Tensor, nn
 from geffect_fast.capture.compat import (
     check_adapters,
     check_is_model,
+    is_sharded,
     mixing_module,
+    own_part,
     plain_name,
     unwrapped,
 )
 from geffect_fast.capture.generic_rule import GenericCall
 from geffect_fast.capture.layer_rules import Call, NormCall, qualified
 from geffect_fast.capture.probing import likeness
+from geffect_fast.capture.shards import Shards
 from geffect_fast.errors import InputError, UnsupportedModelError
 
 
@@ -102,6 +105,8 @@ class Plan:
         widened: names that `widen` was told of, in turn.
         shown: structures of calls whose rows were shown to belong to their samples, or `ANY`, see
             `Recorder.show_rows`.
+        shards: of a model whose parameters are shared out among ranks; those here are the whole
+            ones then. None: it holds them itself.
     """
 
     model: nn.Module
@@ -111,10 +116,15 @@ class Plan:
     axes: dict[tuple[str, int], int] = field(default_factory=dict)
     shown: set[Hashable] = field(default_factory=set)
     widened: list[tuple[str, ...]] = field(default_factory=list)
+    shards: Shards | None = None
 
     @classmethod
-    def of(cls, model: nn.Module) -> Plan:
+    def of(cls, model: nn.Module, *, may_be_sharded: bool = False) -> Plan:
         """Look at every module once.
+
+        Args:
+            model: the model.
+            may_be_sharded: whether the caller knows of parameters that FSDP2 shares out.
 
         Raises:
             InputError: it is no model or has no trainable parameter, or a module in train mode
@@ -125,6 +135,14 @@ class Plan:
         check_is_model(model)
         model = unwrapped(model)
         check_adapters(model)
+        shards = None
+        if is_sharded(model):
+            if not may_be_sharded:
+                raise UnsupportedModelError(
+                    "model: FSDP shares out its parameters, which profiles know of, by the "
+                    "reverse engine, and nothing else does; give it whole"
+                )
+            shards = Shards(model)
         why = mixing_module(model)
         if why is not None:
             raise InputError(f"model: {why}")
@@ -143,14 +161,28 @@ class Plan:
             for where, path in _users(modules, places).items() if trainable else ():
                 inside = {f"{path}{k}": name for k, name in trainable.items()}
                 local.setdefault(where, {}).update(inside)
+        if shards is not None:
+            parameters = {name: shards.whole(p) for name, p in parameters.items()}
         owners = {}
         tried: dict[Hashable, tuple[type[Call], float]] = {}
         for where, of in local.items():
             module = modules[where]
             nested = any("." in k for k in of)
-            rule, factor = (GenericCall, 1.0) if nested else rule_for(module, tried)
+            groups = (
+                [] if shards is None else shards.groups_of([parameters[k] for k in of.values()])
+            )
+            with nullcontext() if shards is None else shards.unsharded(groups):
+                rule, factor = (GenericCall, 1.0) if nested else rule_for(module, tried)
             owners[where] = Owner(module, of, rule, factor)
-        return cls(model, parameters, owners, _LEARNED.setdefault(model, Learned()))
+        learned = _LEARNED.setdefault(model, Learned())
+        return cls(model, parameters, owners, learned, shards=shards)
+
+    @property
+    def held(self) -> dict[str, Tensor]:
+        """This rank's part of each trainable parameter; all of it where nothing is shared out."""
+        if self.shards is None:
+            return dict(self.parameters)
+        return {name: own_part(self.shards.own(p)) for name, p in self.parameters.items()}
 
     @property
     def device(self) -> torch.device:
@@ -160,7 +192,9 @@ class Plan:
     def coverage(self, uncovered: Collection[str] = ()) -> Coverage:
         """Count the model's parameters; `uncovered` are trainable ones that were missed."""
         covered = [p.numel() for name, p in self.parameters.items() if name not in uncovered]
-        trainable = {id(p): p.numel() for p in self.parameters.values()}
+        every = self.parameters.values()
+        held = every if self.shards is None else map(self.shards.own, every)
+        trainable = {id(p): p.numel() for p in held}
         frozen = [p.numel() for p in self.model.parameters() if id(p) not in trainable]
         names: dict[int, list[str]] = {}
         for name, p in self.model.named_parameters(remove_duplicate=False):
@@ -179,7 +213,10 @@ class Plan:
         """Weight and offset of every norm on a CPU, by the module's name."""
         rules = {where: own for where, own in self.owners.items() if issubclass(own.rule, NormCall)}
         weights = {where: own.module.get_parameter("weight") for where, own in rules.items()}
-        return {w: (p.detach(), rules[w].factor) for w, p in weights.items() if p.is_cpu}
+        at_hand = self.shards is None
+        return {
+            w: (p.detach(), rules[w].factor) for w, p in weights.items() if p.is_cpu and at_hand
+        }
 
     def product_shares(self, columns: Sequence[int]) -> list[float]:
         """Each column's share of a forward pass's products: of elements that multiply a token."""
@@ -199,12 +236,74 @@ class Plan:
     def frozen(self) -> Iterator[None]:
         """No parameter asks for a gradient inside: a backward forms activation gradients only."""
         try:
-            for p in self.parameters.values():
-                p.requires_grad_(False)
+            self.ask(False)
             yield
         finally:
-            for p in self.parameters.values():
-                p.requires_grad_(True)
+            self.ask(True)
+
+    def ask(self, asks: bool) -> None:
+        """Let every parameter ask for a gradient, or none."""
+        for p in self.parameters.values():
+            p.requires_grad_(asks)
+            if self.shards is not None:  # a whole one does what the part does, each time it comes
+                self.shards.own(p).requires_grad_(asks)
+
+    def summing(self) -> AbstractContextManager[None]:
+        """Inside, `sharded_gradients` by parameters are sums over ranks."""
+        return nullcontext() if self.shards is None else self.shards.sums()
+
+    def sharded_gradients(
+        self, loss: Tensor, sources: Sequence[Tensor], *, more: bool
+    ) -> Sequence[Tensor | None]:
+        """A loss's gradients by sources, where parameters are shared out.
+
+        By parameters, this rank's parts of the sum over all ranks' losses, inside `summing`; whole
+        ones would need the memory of all at once.
+
+        Args:
+            loss: a scalar.
+            sources: leaves, of which all parameters, in their order, may be the last.
+            more: whether another backward follows through the same graph.
+        """
+        assert self.shards is not None
+        n, parameters = len(self.parameters), list(self.parameters.values())
+        if [*map(id, sources[-n:])] != [*map(id, parameters)]:
+            return torch.autograd.grad(loss, sources, retain_graph=more, allow_unused=True)
+        own = self.shards.sum_of_gradients(loss, parameters, more=more)
+        return [*[None] * (len(sources) - n), *own]
+
+    def sources(self) -> list[Tensor]:
+        """Parameters a backward to which passes by every module that is watched.
+
+        Of those that are shared out the tables of embeddings, where there are any, as a gradient by
+        whole ones takes its memory.
+        """
+        parameters: list[Tensor] = list(self.parameters.values())
+        tables: list[Tensor] = [
+            self.parameters[name]
+            for own in self.owners.values()
+            if isinstance(own.module, nn.Embedding)
+            for name in own.names.values()
+        ]
+        return tables if tables and self.shards is not None else parameters
+
+    @contextmanager
+    def generic_at_hand(self) -> Iterator[None]:
+        """Inside, modules of the generic rule, which runs them again, have their parameters whole.
+
+        All ranks enter and leave it together.
+        """
+        if self.shards is None:
+            yield
+            return
+        own = [
+            self.parameters[name]
+            for owner in self.owners.values()
+            if owner.rule is GenericCall
+            for name in owner.names.values()
+        ]
+        with self.shards.unsharded(self.shards.groups_of(own)):
+            yield
 
     def names_of(self, tensors: Iterable[Tensor]) -> list[str]:
         """The names of the trainable parameters among `tensors`."""

@@ -20,7 +20,8 @@ from geffect_fast.capture.factors import Factor
 from geffect_fast.capture.generic_rule import GenericCall
 from geffect_fast.capture.inputs import REPLAYING, Inputs, tensors_of
 from geffect_fast.capture.layer_rules import Call, InputGrams, NormWeights
-from geffect_fast.capture.outside_use import OutsideUseInGraph, leaves_of
+from geffect_fast.capture.leaves import leaves_of
+from geffect_fast.capture.outside_use import OutsideUseInGraph
 from geffect_fast.capture.plan import Plan
 from geffect_fast.capture.segments import Segments
 from geffect_fast.errors import InputError, UnsupportedModelError
@@ -223,16 +224,23 @@ class Recorder:
         return bool(self._entered.get(where))
 
     def finish(self) -> None:
-        """Hand over what waited for the end of the backward; call it after every backward."""
+        """Hand over what waited for the end of the backward; call it after every backward.
+
+        A sink that has a `finish` of its own is told then that everything has arrived.
+        """
         waiting, self._waiting = self._waiting, {}
-        for index, grads in waiting.items():
-            call = self.calls[index]
-            assert isinstance(call, GenericCall)
-            for name, factor in call.gradients(grads):
-                self._hand_over(name, factor, None)
-        joined, self._joined = self._joined, {}
-        for name, factors in joined.items():
-            self.sink(name, factors, [None] * len(factors))
+        with self.plan.generic_at_hand():
+            for index, grads in waiting.items():
+                call = self.calls[index]
+                assert isinstance(call, GenericCall)
+                for name, factor in call.gradients(grads):
+                    self._hand_over(name, factor, None)
+            joined, self._joined = self._joined, {}
+            for name, factors in joined.items():
+                self.sink(name, factors, [None] * len(factors))
+            told = getattr(self.sink, "finish", None)
+            if told is not None:
+                told()
 
     def _before(
         self, where: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -30,6 +30,7 @@ from geffect_fast.cli import (
     unlearn,
     weights,
 )
+from geffect_fast.cli.launched import is_first, on_launched_ranks
 from geffect_fast.cli.options import option, spread
 from geffect_fast.cli.signals import ended_by_signals
 from geffect_fast.cli.streams import OutputLost, watched_streams
@@ -117,15 +118,20 @@ def _run(argv: list[str] | None) -> int:
         with _told_in_a_line():
             commands = _parser()
             words = spread(sys.argv[1:] if argv is None else argv, commands)
-            status = commands(args=words, prog_name="geffect-fast", standalone_mode=False)
+            with on_launched_ranks(words):
+                status = commands(args=words, prog_name="geffect-fast", standalone_mode=False)
         # the parser makes an exit code of Ctrl-C itself
         return _fail(_INTERRUPTED, 130) if status == 130 else int(status or 0)
     except GEffectError as error:
+        if error.told and not is_first():
+            return error.exit_code
         return _fail(str(error), error.exit_code)
     except (KeyboardInterrupt, typer.Abort):
-        return _fail(_INTERRUPTED, 130)
+        return _fail(_INTERRUPTED, 130) if is_first() else 130
     except Exception as error:
         if hasattr(error, "format_message"):  # a usage error of the parser
+            if not is_first():
+                return 2
             context = getattr(error, "ctx", None)
             command = context.command_path if context else "geffect-fast"
             return _fail(f"{error.format_message().rstrip('.')}; see {command} --help", 2)

@@ -13,6 +13,7 @@ def env() -> None:
 
     from geffect_fast import __version__
     from geffect_fast.ops.backend import build_info, providers
+    from geffect_fast.ranks import here
 
     print(f"geffect-fast  {__version__}")
     print(f"python        {platform.python_version()} on {platform.platform()}")
@@ -25,6 +26,9 @@ def env() -> None:
     waiting = os.environ.get("OMP_WAIT_POLICY", "not set")
     number = os.environ.get("OMP_NUM_THREADS", "not set")
     print(f"threads       OMP_WAIT_POLICY {waiting}, OMP_NUM_THREADS {number}")
+    ranks = here()
+    if ranks.size > 1:
+        print(f"ranks         {ranks.size}, backends {ranks.backends}")
     for i in range(torch.cuda.device_count()):
         print(f"cuda:{i}        {torch.cuda.get_device_name(i)}")
     if not torch.cuda.is_available():

@@ -10,7 +10,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import TracebackType
 
 import torch
@@ -21,6 +21,7 @@ from geffect_fast.data.packing import split_batch
 from geffect_fast.errors import GEffectWarning
 from geffect_fast.objectives import Objective, Outputs
 from geffect_fast.objectives.base import Need
+from geffect_fast.ranks import ALONE, Ranks
 from geffect_fast.trying import no_memory
 
 ROLE_ORDER: tuple[Role, ...] = ("answer", "alternative")
@@ -68,12 +69,16 @@ class DataPass:
     """One forward pass over a data set's batches, and the parts of objectives that it serves.
 
     Attributes:
-        batches: on the CPU; smaller ones take their places where memory runs out.
+        batches: on the CPU, of several ranks those that this one was dealt; smaller ones take
+            their places where memory runs out.
         parts: the elementary objectives that read these batches, by their number among all parts.
         offset: number of the first row of this data set on the result's sample axis.
         on: name of the data set.
         watch: told of each part's evaluation, again where a batch is redone; None: nobody.
         token_budget: of its batches; None: a lack of memory is an error.
+        ranks: who hold the other batches.
+        idle: how many of the last batches are run for other ranks' sake alone, which have more of
+            their own to run, and count for nothing.
     """
 
     batches: list[Batch]
@@ -82,6 +87,8 @@ class DataPass:
     on: str = ""
     watch: Listener | None = None
     token_budget: TokenBudget | None = None
+    ranks: Ranks = ALONE
+    idle: int = 0
 
     @property
     def needs(self) -> frozenset[Need]:
@@ -144,6 +151,30 @@ def passes_for(
     return list(passes.values())
 
 
+def dealt(data_pass: DataPass, ranks: Ranks, *, in_step: bool) -> DataPass:
+    """A pass over this rank's share of the batches.
+
+    Args:
+        data_pass: over all batches, the same on every rank.
+        ranks: who share them out.
+        in_step: whether each rank is to run as many, since they exchange weights meanwhile; and as
+            they are, since one that is short of memory could not go its own way.
+    """
+    every = data_pass.batches
+    own = every[ranks.rank :: ranks.size]
+    if not in_step:
+        return replace(data_pass, batches=own, ranks=ranks)
+    idle = -(-len(every) // ranks.size) - len(own)
+    return replace(
+        data_pass, batches=own + every[:1] * idle, ranks=ranks, idle=idle, token_budget=None
+    )
+
+
+def ranks_of(passes: Sequence[DataPass]) -> Ranks:
+    """Who share out the batches of passes, the same for all of them."""
+    return passes[0].ranks if passes else ALONE
+
+
 class Attempt:
     """One try at a batch, as a context manager: inside it, a lack of memory ends the try alone.
 
@@ -154,13 +185,20 @@ class Attempt:
         batch: on the CPU.
         done: numbers of objectives that are done for this batch's samples already.
         failed: whether memory ran out.
+        idle: whether nothing of the batch counts.
     """
 
     def __init__(
-        self, batch: Batch, token_budget: TokenBudget | None, done: frozenset[int] = frozenset()
+        self,
+        batch: Batch,
+        token_budget: TokenBudget | None,
+        done: frozenset[int] = frozenset(),
+        *,
+        idle: bool = False,
     ) -> None:
         self.batch = batch
         self.done = done
+        self.idle = idle
         self.failed = False
         self._token_budget = token_budget
         self._finishing = False
@@ -211,7 +249,8 @@ def each_batch(
                 batches[at : at + 1] = pieces
                 done[at : at + 1] = [done[at]] * len(pieces)
                 continue
-            attempt = Attempt(batch, allowed, done[at])
+            idle = at >= len(batches) - data_pass.idle
+            attempt = Attempt(batch, allowed, done[at], idle=idle)
             yield data_pass, attempt
             if attempt.failed:
                 assert allowed is not None

@@ -11,11 +11,17 @@ from torch import Tensor
 
 from geffect_fast.capture import Plan, Recorder, Recording
 from geffect_fast.capture.factors import Factor
-from geffect_fast.capture.products import InnerProducts, in_working_precision, squared_norms
+from geffect_fast.capture.products import (
+    InnerProducts,
+    in_working_precision,
+    inner,
+    squared_norms,
+)
 from geffect_fast.capture.recorder import Sink
+from geffect_fast.capture.shards import gathered
 from geffect_fast.data.batch import Batch
 from geffect_fast.data.memory import free_memory
-from geffect_fast.engines.batches import Attempt, DataPass, Tick, each_batch
+from geffect_fast.engines.batches import Attempt, DataPass, Tick, each_batch, ranks_of
 from geffect_fast.engines.model_outputs import (
     model_outputs,
     nll_by_sample,
@@ -26,11 +32,14 @@ from geffect_fast.engines.reference import Reference
 from geffect_fast.errors import UnsupportedModelError
 from geffect_fast.objectives import Outputs
 from geffect_fast.ops.reference import accumulation_dtype
-from geffect_fast.transfer import OnItsWay
+from geffect_fast.ranks import Ranks
+from geffect_fast.transfer import OnItsWay, on_device
 
 
 def new_gradients(plan: Plan, n: int, device: torch.device | None = None) -> dict[str, Tensor]:
     """Zeros `(n, *shape)` for every trainable parameter, in the dtype gradients are added up in.
+
+    Of parameters that are shared out, for this rank's part.
 
     Args:
         plan: of the model.
@@ -38,20 +47,59 @@ def new_gradients(plan: Plan, n: int, device: torch.device | None = None) -> dic
         device: where they are kept; None: each where its parameter is.
     """
     return {
-        name: torch.zeros(n, *p.shape, dtype=accumulation_dtype(p.dtype), device=device or p.device)
-        for name, p in plan.parameters.items()
+        name: torch.zeros(
+            n,
+            *p.shape,
+            dtype=accumulation_dtype(p.dtype),
+            device=device or p.device,
+            pin_memory=device is not None and device.type == "cpu" and p.is_cuda,
+        )
+        for name, p in plan.held.items()
     }
 
 
-def place_for_directions(plan: Plan, n_directions: int) -> torch.device | None:
-    """Where the forward engine's directions are kept: on the CPU where a GPU has no room for them.
+def place_for_gradients(plan: Plan, n: int) -> torch.device | None:
+    """Where gradients of risks and objectives are kept: on the CPU where a GPU has no room.
 
     Passes then bring over what they need. None: where the parameters are.
+
+    Args:
+        plan: of the model.
+        n: how many gradients, fp32.
     """
     device = plan.device
-    wanted = 4 * n_directions * sum(p.numel() for p in plan.parameters.values())  # in fp32
+    wanted = 4 * n * sum(p.numel() for p in plan.held.values())
     full = device.type == "cuda" and wanted > free_memory(device) // 2
     return torch.device("cpu") if full else None
+
+
+class Directions(Mapping[str, Tensor]):
+    """Directions as products with gradients take them, `(M, *shape)` by parameter.
+
+    Those that are kept elsewhere are brought over each time they are asked for.
+
+    Args:
+        plan: of the model.
+        kept: `(M, *shape)` by parameter, where and as they are kept.
+    """
+
+    def __init__(self, plan: Plan, kept: Mapping[str, Tensor]) -> None:
+        self._plan = plan
+        self._kept = {name: self._as_taken(name, v) for name, v in kept.items()}
+
+    def _as_taken(self, name: str, v: Tensor) -> Tensor:
+        p = self._plan.parameters[name]
+        return in_working_precision(v, p) if v.device == p.device else v
+
+    def __getitem__(self, name: str) -> Tensor:
+        v = self._kept[name]
+        return self._as_taken(name, on_device(v, self._plan.parameters[name].device))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._kept)
+
+    def __len__(self) -> int:
+        return len(self._kept)
 
 
 def rows_of(gradients: Mapping[str, Tensor]) -> list[tuple[Tensor, ...]]:
@@ -104,6 +152,42 @@ def gradients_as_they_are(plan: Plan) -> Iterator[None]:
             hooks.update(own[name])
 
 
+class ShardedProducts(InnerProducts):
+    """`InnerProducts` of a model whose parameters, and so directions too, are shared out.
+
+    A direction is brought together when the backward is over, one parameter after the other and in
+    the same order on every rank, whether or not the rank has factors of it: which modules a
+    backward passes, and when, is the rows' affair.
+
+    Args:
+        plan: of the model.
+        direction_of: this rank's part `(M, *own shape)` of a parameter's directions, by its name.
+    """
+
+    def __init__(self, plan: Plan, direction_of: Callable[[str], Tensor]) -> None:
+        super().__init__(direction_of)
+        self._plan, self._part_of = plan, direction_of
+        self._waiting: dict[str, list[Factor]] = {}
+
+    def __call__(self, name: str, factors: list[Factor], _kept: list[Tensor | None]) -> None:
+        self._waiting.setdefault(name, []).extend(factors)
+
+    def finish(self) -> None:
+        """Find the products of what has arrived; all ranks call it after every backward."""
+        assert self._plan.shards is not None
+        for name, whole in self._plan.parameters.items():
+            direction = gathered(self._part_of(name), self._plan.shards.own(whole))
+            for factor in self._waiting.pop(name, []):
+                self.found.append((name, inner(factor, direction)))
+
+
+def inner_products(plan: Plan, direction_of: Callable[[str], Tensor]) -> InnerProducts:
+    """What finds inner products with directions, `(M, *shape)` or a rank's part of it."""
+    if plan.shards is None:
+        return InnerProducts(direction_of)
+    return ShardedProducts(plan, direction_of)
+
+
 class ProductsWithFirst:
     """`< grad L_j, grad L_0 >` of the samples of objectives 1, 2, ..., found in their own passes.
 
@@ -120,6 +204,13 @@ class ProductsWithFirst:
         self.diagonal = diagonal
         self.found: list[tuple[int, list[int], Tensor]] = []
         self.exist = True
+
+    def gather(self, ranks: Ranks) -> None:
+        """Bring together what ranks found; there are products where all of them found theirs."""
+        if ranks.size > 1:
+            told = ranks.meet((self.exist, [(k, rows, own.cpu()) for k, rows, own in self.found]))
+            self.exist = all(exist for exist, _ in told)
+            self.found = [each for _, found in told for each in found]
 
 
 def accumulate_gradients(
@@ -158,19 +249,19 @@ def accumulate_gradients(
 
         def first(name: str) -> Tensor:
             p = plan.parameters[name]
-            of = gradients[name][:1].to(p.device)
+            of = on_device(gradients[name][:1], p.device)
             return in_working_precision(
                 of if products.diagonal is None else of * products.diagonal[name], p
             )
 
-        sink = InnerProducts(first)
+        sink = inner_products(plan, first)
         try:
             run(data_pass, attempt, sink)
         except UnsupportedModelError:
             products.exist = False
             return run(data_pass, attempt)
         (index,) = data_pass.parts
-        if sink.found:
+        if sink.found and not attempt.idle:
             scores = [score[0].double() for _, score in sink.found]
             own = torch.stack([score.to(scores[0].device) for score in scores]).sum(0)
             products.found.append((index, list(attempt.batch.rows), own))
@@ -185,19 +276,31 @@ def accumulate_gradients(
         with packed_attention(plan.model, moved), recorder or nullcontext():
             outputs = model_outputs(plan.model, moved, data_pass.needs)
             if recorder is not None and recorder.to_be_shown():
-                recorder.show_rows(nll_by_sample(outputs, moved), parameters)
+                recorder.show_rows(nll_by_sample(outputs, moved), plan.sources())
             other = reference.outputs(data_pass, batch, moved, outputs)
-            evaluated = data_pass, attempt, outputs, moved, other
+            evaluated = plan, data_pass, attempt, outputs, moved, other
             for index, value, grads in backwards(*evaluated, parameters, recorder):
                 with attempt.finishing(index):
-                    found.append((index, value))
+                    if not attempt.idle:
+                        found.append((index, value))
                     add_gradients(rows[index], grads)
 
-    with gradients_as_they_are(plan):
-        for data_pass, attempt in each_batch(passes, tick):
-            with attempt:
-                add(data_pass, attempt)
-    return added_up(found, n), gradients
+    ranks = ranks_of(passes)
+    # Products with the first gradient need it whole.
+    first = 0 if products is None else 1
+    with gradients_as_they_are(plan), plan.summing():
+        for some, own in ((passes[:first], slice(first)), (passes[first:], slice(first, n))):
+            with ranks.in_step(plan.shards is not None):
+                for data_pass, attempt in each_batch(some, tick):
+                    with attempt:
+                        add(data_pass, attempt)
+            if some and plan.shards is None:
+                ranks.add_up([of[own] for of in gradients.values()])
+    if products is not None:
+        products.gather(ranks)
+    values = added_up(found, n)
+    ranks.add_up([values])
+    return values, gradients
 
 
 def fisher_traces(
@@ -238,19 +341,21 @@ def fisher_traces(
             roots = recorder.roots_of(outputs.token_logprob)
             if recorder.to_be_shown():
                 recorder.show_rows(nll_by_sample(outputs, moved), roots)
-            evaluated = data_pass, attempt, outputs, moved, other
+            evaluated = plan, data_pass, attempt, outputs, moved, other
             for index, _, _ in backwards(*evaluated, roots, recorder):
                 with attempt.finishing(index):
-                    for name, square in found.items():
+                    for name, square in () if attempt.idle else found.items():
                         totals[index, number[name]] += square.double().cpu()
 
     for data_pass, attempt in each_batch(passes, tick):
         with attempt:
             run(data_pass, attempt)
+    ranks_of(passes).add_up([totals])
     return totals
 
 
 def backwards(
+    plan: Plan,
     data_pass: DataPass,
     attempt: Attempt,
     outputs: Outputs,
@@ -262,6 +367,7 @@ def backwards(
     """One backward a part of objectives that is not done yet, through one graph of outputs.
 
     Args:
+        plan: of the model.
         data_pass, attempt: which parts, on which batch.
         outputs, reference: the model's and the reference's on it.
         moved: the batch, on the model's device.
@@ -274,12 +380,14 @@ def backwards(
     wanted = [index for index in data_pass.parts if index not in attempt.done]
     for index in wanted:
         terms, value = data_pass.terms(index, outputs, moved, reference)
-        loss = terms.sum()
+        loss = 0 * terms.sum() if attempt.idle else terms.sum()
         grads: Sequence[Tensor | None] = [None] * len(sources)
         if loss.requires_grad:  # else it reads a layer below all that can be trained
-            grads = torch.autograd.grad(
-                loss, sources, retain_graph=index != wanted[-1], allow_unused=True
-            )
+            more = index != wanted[-1]
+            if plan.shards is None:
+                grads = torch.autograd.grad(loss, sources, retain_graph=more, allow_unused=True)
+            else:
+                grads = plan.sharded_gradients(loss, sources, more=more)
             if recorder is not None:
                 recorder.finish()
         yield index, value, grads

@@ -20,8 +20,9 @@ from geffect_fast.capture import Plan
 from geffect_fast.capture.precision import precisions
 from geffect_fast.data.batch import IGNORE, Batch
 from geffect_fast.data.memory import free_memory
-from geffect_fast.engines.batches import Collect, DataPass, Tick, each_batch
+from geffect_fast.engines.batches import Collect, DataPass, Tick, each_batch, ranks_of
 from geffect_fast.engines.dual.model import DualModel
+from geffect_fast.engines.gathering import gathered
 from geffect_fast.engines.objective_tangents import (
     no_derivative,
     term_tangents,
@@ -132,26 +133,30 @@ def forward_effects(
     values = torch.zeros(n_objectives, dtype=torch.float64)
     totals = torch.zeros(n_objectives, n_directions, n_columns, dtype=torch.float64)
     model = DualModel(plan)
-    for number, move in enumerate(moves):
-        moved_along, scale = _on_device(plan, directions, move)
-        for data_pass, attempt in each_batch(passes, tick):
-            batch = attempt.batch
-            with attempt:
-                change, found = _changes(
-                    model, data_pass, batch, moved_along, reference, judged, first=number == 0
+    with gathered(passes, collect) as collect:
+        for number, move in enumerate(moves):
+            moved_along, scale = _on_device(plan, directions, move)
+            for data_pass, attempt in each_batch(passes, tick):
+                batch = attempt.batch
+                with attempt:
+                    change, found = _changes(
+                        model, data_pass, batch, moved_along, reference, judged, first=number == 0
+                    )
+                if attempt.failed:
+                    continue
+                change = change * scale[:, None, None]
+                n = batch.total_tokens if per_token else batch.n_samples
+                effects = totals.new_zeros(len(data_pass.parts), n_directions, n_columns, n)
+                summed = (
+                    _by_token(data_pass, batch, change) if per_token else _by_sample(batch, change)
                 )
-            if attempt.failed:
-                continue
-            change = change * scale[:, None, None]
-            n = batch.total_tokens if per_token else batch.n_samples
-            effects = totals.new_zeros(len(data_pass.parts), n_directions, n_columns, n)
-            summed = _by_token(data_pass, batch, change) if per_token else _by_sample(batch, change)
-            effects[:, list(move.risks), move.column] = summed.transpose(0, 1)
-            for k, index in enumerate(data_pass.parts):
-                totals[index] += effects[k].sum(-1)
-            if number == 0:
-                values[list(data_pass.parts)] += found
-            collect(data_pass, batch, effects)
+                effects[:, list(move.risks), move.column] = summed.transpose(0, 1)
+                for k, index in enumerate(data_pass.parts):
+                    totals[index] += effects[k].sum(-1)
+                if number == 0:
+                    values[list(data_pass.parts)] += found
+                collect(data_pass, batch, effects)
+    ranks_of(passes).add_up([values, totals])
     return values, totals
 
 

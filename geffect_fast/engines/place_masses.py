@@ -18,6 +18,7 @@ from geffect_fast.capture.masses import opposed_masses
 from geffect_fast.capture.products import in_working_precision
 from geffect_fast.data.batch import Batch
 from geffect_fast.engines.batches import Attempt, DataPass, Tick, each_batch
+from geffect_fast.engines.gathering import gathered
 from geffect_fast.engines.model_outputs import model_outputs, packed_attention, sample_axis
 from geffect_fast.engines.reference import Reference
 from geffect_fast.errors import InputError
@@ -123,9 +124,10 @@ def place_masses(
                 with attempt.finishing(k):
                     masses[k] = found.cpu()
 
-    for data_pass, attempt in each_batch(passes, tick):
-        n = attempt.batch.total_tokens
-        masses = torch.zeros(len(mixture), 2, n_columns, n, dtype=torch.float64)
-        with attempt:
-            run(data_pass, attempt, masses)
-        collect(data_pass, attempt.batch, masses)
+    with gathered(passes, collect) as collect:
+        for data_pass, attempt in each_batch(passes, tick):
+            n = attempt.batch.total_tokens
+            masses = torch.zeros(len(mixture), 2, n_columns, n, dtype=torch.float64)
+            with attempt:
+                run(data_pass, attempt, masses)
+            collect(data_pass, attempt.batch, masses)

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from geffect_fast.capture import Plan
+from geffect_fast.capture.compat import own_part
 
 Answered = TypeVar("Answered")
 
@@ -52,7 +53,7 @@ def state_of(plan: Plan) -> Hashable:
             )
         )
     tensors = tuple(
-        (x.data_ptr(), x._version, x.dtype, x.device, x.shape, x.requires_grad)
+        (own_part(x).data_ptr(), x._version, x.dtype, x.device, x.shape, x.requires_grad)
         for x in (*model.parameters(), *model.buffers())
     )
     served = tuple(

@@ -10,17 +10,30 @@ so a backward that forms no weight gradient is enough, and `V a_t` is shared by 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from geffect_fast.capture import Plan, Recorder, Recording
-from geffect_fast.capture.products import InnerProducts, in_working_precision
 from geffect_fast.data.batch import Batch
-from geffect_fast.engines.batches import Attempt, Collect, DataPass, Tick, each_batch
-from geffect_fast.engines.directions import add_gradients, backwards, new_gradients, rows_of
+from geffect_fast.engines.batches import (
+    Attempt,
+    Collect,
+    DataPass,
+    Tick,
+    each_batch,
+    ranks_of,
+)
+from geffect_fast.engines.directions import (
+    Directions,
+    add_gradients,
+    backwards,
+    inner_products,
+    new_gradients,
+    rows_of,
+)
+from geffect_fast.engines.gathering import gathered
 from geffect_fast.engines.model_outputs import (
     model_outputs,
     nll_by_sample,
@@ -65,7 +78,8 @@ def reverse_effects(
     Args:
         plan: of the model.
         passes: which objectives read which batches.
-        directions: `(M, *shape)` for every trainable parameter.
+        directions: `(M, *shape)` for every trainable parameter, where those are, or on the CPU,
+            where whole gradients of objectives are kept too then.
         n_objectives: K.
         reference: what the objectives compare with.
         collect: receives each batch's effects, such as `EffectArray.add`.
@@ -78,14 +92,13 @@ def reverse_effects(
     """
     number = {name: p for p, name in enumerate(plan.parameters)}
     columns = range(len(number)) if columns is None else columns
-    n_directions = next(iter(directions.values())).shape[0]
-    directions = {
-        name: in_working_precision(v, plan.parameters[name]) for name, v in directions.items()
-    }
+    first = next(iter(directions.values()))
+    n_directions, kept_on = len(first), torch.device("cpu") if first.is_cpu else None
+    directions = Directions(plan, directions)
     totals = EffectSums(
         torch.zeros(n_objectives, dtype=torch.float64),
         torch.zeros(n_objectives, n_directions, len(number), dtype=torch.float64),
-        new_gradients(plan, n_objectives) if norms else None,
+        new_gradients(plan, n_objectives, kept_on) if norms else None,
     )
     rows = [] if totals.gradients is None else rows_of(totals.gradients)
     parameters = list(plan.parameters.values())
@@ -94,13 +107,13 @@ def reverse_effects(
     def run(data_pass: DataPass, attempt: Attempt, found: _Found) -> None:
         """Run the batch for the objectives that are not done yet."""
         own = list(data_pass.parts)
-        products = InnerProducts(directions.__getitem__)
+        products = inner_products(plan, directions.__getitem__)
         moved = attempt.batch.to(parameters[0].device)
-        shared = directions if len(own) > 1 else None
+        shared = directions if len(own) > 1 and plan.shards is None else None
         axis = sample_axis(plan.model, moved, per_token)
         with (
             packed_attention(plan.model, moved),
-            nullcontext() if norms else plan.frozen(),
+            plan.summing() if norms else plan.frozen(),
             Recorder(plan, products, axis, Recording(directions=shared)) as recorder,
         ):
             outputs = model_outputs(plan.model, moved, data_pass.needs)
@@ -108,27 +121,35 @@ def reverse_effects(
             roots = recorder.roots_of(outputs.token_logprob)
             sources = roots + (parameters if norms else [])
             if recorder.to_be_shown():
-                recorder.show_rows(nll_by_sample(outputs, moved), sources)
-            evaluated = data_pass, attempt, outputs, moved, other
+                shown_by = roots + (plan.sources() if norms else [])
+                recorder.show_rows(nll_by_sample(outputs, moved), shown_by)
+            evaluated = plan, data_pass, attempt, outputs, moved, other
             for index, value, grads in backwards(*evaluated, sources, recorder):
                 with attempt.finishing(index):
-                    scores = [(number[name], score) for name, score in products.found]
-                    found.add(own.index(index), value, scores)
+                    if not attempt.idle:
+                        scores = [(number[name], score) for name, score in products.found]
+                        found.add(own.index(index), value, scores)
                     if norms:
                         add_gradients(rows[index], grads[len(roots) :])
                 products.found.clear()
 
-    for data_pass, attempt in each_batch(passes, tick):
-        batch = attempt.batch
-        found = _Found(data_pass, batch, batch.total_tokens if per_token else batch.n_samples)
-        with attempt:
-            run(data_pass, attempt, found)
-        found.send()
-        if before is not None:  # the device is busy with this batch meanwhile
+    in_step = ranks_of(passes).in_step(plan.shards is not None)
+    with gathered(passes, collect) as collect, in_step:
+        for data_pass, attempt in each_batch(passes, tick):
+            batch = attempt.batch
+            found = _Found(data_pass, batch, batch.total_tokens if per_token else batch.n_samples)
+            with attempt:
+                run(data_pass, attempt, found)
+            found.send()
+            if before is not None:  # the device is busy with this batch meanwhile
+                before.hand_over(totals, columns, collect)
+            before = found
+        if before is not None:
             before.hand_over(totals, columns, collect)
-        before = found
-    if before is not None:
-        before.hand_over(totals, columns, collect)
+    sums = [totals.values, totals.effects]
+    if totals.gradients is not None and plan.shards is None:
+        sums += totals.gradients.values()
+    ranks_of(passes).add_up(sums)
     return totals
 
 

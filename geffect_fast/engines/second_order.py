@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from geffect_fast.capture import Plan
 from geffect_fast.data.batch import Batch
-from geffect_fast.engines.batches import DataPass, Tick, each_batch
+from geffect_fast.engines.batches import DataPass, Tick, each_batch, ranks_of
 from geffect_fast.engines.directions import added_up
 from geffect_fast.engines.model_outputs import model_outputs, packed_attention
 from geffect_fast.errors import UnsupportedModelError, in_one_line
@@ -53,7 +53,9 @@ def curvature_along(
             with attempt.finishing(index):
                 slopes.append((index, slope))
                 curvatures.append((index, curvature))
-    return added_up(slopes, n), added_up(curvatures, n)
+    found = added_up(slopes, n), added_up(curvatures, n)
+    ranks_of(passes).add_up(found)
+    return found
 
 
 def check_twice_differentiable(plan: Plan, data_pass: DataPass, step: Mapping[str, Tensor]) -> None:

@@ -28,6 +28,7 @@ from geffect_fast.measure.models import load_model
 from geffect_fast.metrics.base import ALL, FORGET, HOLDOUT, Measure
 from geffect_fast.metrics.registry import resolved_metrics
 from geffect_fast.paths import short_names
+from geffect_fast.ranks import check_alone
 from geffect_fast.storage.model_folder import new_folder
 from geffect_fast.terminal import progress_bar
 
@@ -105,6 +106,7 @@ def control(
         ...                     retain="retain.jsonl", forget="forget.jsonl")
         >>> result.value.sel(metric="extraction_strength", set="forget")
     """
+    check_alone("control")
     checked = checked_config(Controlling, settings)
     named = methods_by_name(unlearned)
     sources = {FORGET: forget, RETAIN: retain, HOLDOUT: holdout, **checked_probes(probes)}

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from geffect_fast.capture import Plan
-from geffect_fast.engines.batches import DataPass, Tick
+from geffect_fast.data.batch import Batch
+from geffect_fast.engines.batches import Collect, DataPass, Tick, ranks_of
 from geffect_fast.engines.choice import Engine
 from geffect_fast.engines.directions import accumulate_gradients
 from geffect_fast.engines.forward import Move, forward_effects
@@ -18,6 +20,7 @@ from geffect_fast.engines.reference import Reference
 from geffect_fast.engines.reverse import reverse_effects
 from geffect_fast.measure.step_metric import NextStep
 from geffect_fast.objectives import Objective
+from geffect_fast.ranks import Ranks
 from geffect_fast.results.axes import EffectArray, Resolution
 from geffect_fast.results.dataset import (
     check_coverage,
@@ -104,18 +107,19 @@ def find_effects(
         reference: what objectives compare with, prepared.
         mixture: `(K, n_parts)`, how often each part counts in each objective.
         resolution: the axes.
-        array: of `resolution.shape`, added to.
+        array: of `resolution.shape`, added to; None: another rank's is.
         moves: of the forward engine.
         norms: whether the reverse engine forms whole gradients too.
         tick: progress.
         step: in whose metric effects and Gram matrices are; None: plain.
     """
-    grams = gram_matrices if step is None else step.gram
+    grams = partial(whole_grams, plan, ranks_of(passes)) if step is None else step.gram
     labels, columns = resolution.columns()
     n_parts = mixture.shape[1]
     names = list(plan.parameters)
     within = resolution.within is not None
     effects = EffectArray(mixture, array, resolution.places if within else None)
+    collect: Collect = _nowhere if array is None else effects.add
     if engine == "forward":
         values, summed = forward_effects(
             plan,
@@ -123,7 +127,7 @@ def find_effects(
             directions,
             n_parts,
             reference,
-            effects.add,
+            collect,
             moves=moves,
             per_token=within,
             tick=tick,
@@ -137,7 +141,7 @@ def find_effects(
             directions,
             n_parts,
             reference,
-            effects.add,
+            collect,
             columns=columns,
             per_token=within,
             norms=norms,
@@ -146,12 +150,26 @@ def find_effects(
         whole = totals.gradients
         gram = None if whole is None else grams(directions, whole)
         return Effects(totals.values, totals.effects, names, gram, whole)
-    values, whole = accumulate_gradients(plan, passes, n_parts, reference, tick)
+    on_cpu = next(iter(directions.values())).is_cpu
+    kept_on = torch.device("cpu") if on_cpu else None
+    values, whole = accumulate_gradients(plan, passes, n_parts, reference, tick, kept_on)
     gram = grams(directions, whole)
     n_risks = gram.shape[1] - n_parts
     summed = gram[:, n_risks:, :n_risks].permute(1, 2, 0)
     effects.add_whole(columns, summed)
     return Effects(values, summed, names, gram, whole)
+
+
+def _nowhere(_data_pass: DataPass, _batch: Batch, _effects: Tensor) -> None:
+    """Effects that another rank writes to its file."""
+
+
+def whole_grams(plan: Plan, ranks: Ranks, *gradients: Mapping[str, Tensor]) -> Tensor:
+    """`gram_matrices` of whole gradients, of which each rank may have its part."""
+    grams = gram_matrices(*gradients)
+    if plan.shards is not None:
+        ranks.add_up([grams])
+    return grams
 
 
 def mixed_gradients(mixture: Tensor, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from geffect_fast.arguments import checked_config, with_settings
-from geffect_fast.capture.compat import check_is_model
+from geffect_fast.capture.compat import check_is_model, check_replicas, is_sharded
 from geffect_fast.capture.modes import evaluating
 from geffect_fast.data import (
+    Sample,
     SampleSet,
     estimate_token_budget,
     read_rows,
@@ -37,7 +38,8 @@ from geffect_fast.metrics.observe import answers_scored, n_tokens, observe
 from geffect_fast.metrics.observed import Observed, known, read_log
 from geffect_fast.metrics.registry import resolved_metrics
 from geffect_fast.metrics.rows import DataRows, check_examples, kind_of, rows_of
-from geffect_fast.results.dataset import digests
+from geffect_fast.ranks import here, on_all_ranks
+from geffect_fast.results.dataset import digest, digests
 from geffect_fast.terminal import progress_bar
 
 if TYPE_CHECKING:
@@ -47,6 +49,7 @@ Model = nn.Module | str | Path
 
 
 @with_settings(MetricsAndTasks)
+@on_all_ranks
 def evaluate(
     model: nn.Module,
     tokenizer: Any,
@@ -64,6 +67,7 @@ def evaluate(
 
     All that metrics read of logits comes from one teacher-forced pass over the rows of all sets,
     packed into batches; texts are generated, and gradients formed, where a metric asks for them.
+    The ranks of a process group share out the rows; each returns the whole result.
 
     Args:
         model: a causal language model of transformers; it is put in eval mode meanwhile, and left
@@ -109,7 +113,7 @@ def evaluate(
         ...                      retain="retain_perturbed.json", metrics=["truth_ratio", "rouge_l"])
         >>> result.value.sel(metric="rouge_l", set="forget")
     """
-    checked = checked_config(MetricsAndTasks, settings)
+    checked, progress = checked_config(MetricsAndTasks, settings), progress and here().first
     sources = {FORGET: forget, "retain": retain, HOLDOUT: holdout, **checked_probes(probes)}
     harness = Harness(checked, tokenizer, sources) if checked.lm_eval_tasks else None
     evaluator = Evaluator(model, tokenizer, checked, sources, reference_model, retain_model)
@@ -129,6 +133,9 @@ def checked_probes(probes: Mapping[str, Any] | None) -> Mapping[str, Any]:
 class Evaluator:
     """Data sets, metrics, and what the models that others are compared with say: once for all.
 
+    Within a process group of several ranks (`geffect_fast.ranks`) it is made and called on all of
+    them, and shares out the rows.
+
     Args:
         model: the first to be measured; others must share its vocabulary.
         tokenizer: as for `evaluate`.
@@ -137,6 +144,7 @@ class Evaluator:
         reference_model, retain_model: as for `evaluate`.
 
     Attributes:
+        ranks: who share out the rows.
         rows: digests of the tokenised rows, by set.
     """
 
@@ -150,6 +158,7 @@ class Evaluator:
         retain_model: Model | None = None,
     ) -> None:
         check_is_model(model)
+        self.ranks = here()
         self.metrics = resolved_metrics(settings.metrics, settings.suite)
         given = {name: source for name, source in sources.items() if source is not None}
         needs = {need for metric in self.metrics for need in metric.wants()}
@@ -192,16 +201,16 @@ class Evaluator:
             _check_reads_no_text(reading)
         self.rows = digests({name: rows.answers for name, rows in self.sets.items()})
         self._check(model, "model")
-        self._budget = TokenBudget(settings.token_budget or self._tokens_that_fit(model))
         self._reference: dict[str, Any] = {}
-        if "reference" in needs and reference_model is not None:
-            other = self._loaded(reference_model, "reference_model", model)
-            read_by = self._sets_with("reference")
-            with evaluating(other), within_budget(self._budget):
-                self._reference = answers_scored(other, read_by, self._budget, "reference model")
         self._retrained: dict[str, Observed] = {}
-        if retain_model is not None and "retain_model" in needs | self._uses_if_given():
-            self._retrained = self._seen_of_retrained(retain_model, model)
+        with self.ranks.together("evaluate"):
+            self.ranks.check_same(self._told_apart_by(reference_model, retain_model))
+            self._budget = TokenBudget(settings.token_budget or self._tokens_that_fit(model))
+            self._agree_on_budget()
+            if "reference" in needs and reference_model is not None:
+                self._reference = self._scored_by(reference_model, model)
+            if retain_model is not None and "retain_model" in needs | self._uses_if_given():
+                self._retrained = self._seen_of_retrained(retain_model, model)
 
     def measure(
         self, model: nn.Module, *, progress: bool = False, what: str = "model"
@@ -213,15 +222,22 @@ class Evaluator:
             progress: show a bar.
             what: what messages call it.
         """
+        with self.ranks.together("evaluate"):
+            # Whatever a metric draws, all ranks say the same.
+            return self.ranks.first_of(self._measures(model, progress, what))
+
+    def _measures(self, model: nn.Module, progress: bool, what: str) -> xr.Dataset:
         if model is not self._first():
             self._check(model, what)
-        n = n_tokens(self.sets, self.needs)
+        check_replicas(model, self.ranks, what)
+        n = n_tokens(self.sets, self.needs) / self.ranks.size
         with (
             evaluating(model),
             within_budget(self._budget),
             progress_bar(progress, f"measures of the {what}", n) as update,
         ):
             seen = self._observed(model, self.sets, self.needs, what, lambda k: update(advance=k))
+        self._agree_on_budget()
         for name, scored in self._reference.items():
             seen[name] = replace(seen[name], reference=scored)
         every = Seen(seen, self._retrained)
@@ -245,6 +261,26 @@ class Evaluator:
     def token_budget(self) -> int:
         """Tokens a batch; where memory ran out, less than it was."""
         return self._budget.tokens
+
+    def _agree_on_budget(self) -> None:
+        """Have the smallest token budget of all ranks."""
+        self._budget.tokens = min(self.ranks.meet(self._budget.tokens))
+
+    def _told_apart_by(self, *compared: Model | None) -> dict[str, Any]:
+        """What must be the same on all ranks, by the argument's name, in words."""
+        named = [type(m).__name__ if isinstance(m, nn.Module) else str(m) for m in compared]
+        rows: dict[str, Any] = {}
+        for name, of in self.sets.items():
+            samples = (sample for each in of.every_set() for sample in each.samples)
+            every = (q for sample in samples for qs in sample.sequences().values() for q in qs)
+            found = digest(SampleSet(name, tuple(Sample(0, "", q) for q in every)))
+            rows[name] = f"{len(of)} rows of digest {found}"
+        return {
+            "probes": ", ".join(rows),
+            **rows,
+            **dict(zip(("reference_model", "retain_model"), named, strict=True)),
+            **{name: str(value) for name, value in self._settings},
+        }
 
     def _check_given(
         self, needs: set[Any], sources: Mapping[str, Any], reference: Any, retrained: Any
@@ -319,6 +355,8 @@ class Evaluator:
 
     def _check(self, model: nn.Module, what: str) -> None:
         """Raise where a model is none, holds NaN, or does not fit the rows or the first model."""
+        if is_sharded(model):  # each rank's rows take forward passes of their own
+            raise InputError(f"{what}: FSDP shares out its parameters; give all ranks the whole")
         own, first = vocabulary(model), self._vocabulary
         if own != first:
             raise InputError(
@@ -342,7 +380,15 @@ class Evaluator:
             trusted = self._settings.trust_remote_code
             loaded = load_model(source, dtype, device, what, trust_remote_code=trusted)
         self._check(loaded, what)
+        check_replicas(loaded, self.ranks, what)
         return loaded
+
+    def _scored_by(self, source: Model, first: nn.Module) -> dict[str, Any]:
+        """What the reference model says of the answers that metrics compare."""
+        other = self._loaded(source, "reference_model", first)
+        read, ranks = self._sets_with("reference"), self.ranks
+        with evaluating(other), within_budget(self._budget):
+            return answers_scored(other, read, self._budget, "reference model", ranks)
 
     def _observed(
         self,
@@ -362,6 +408,7 @@ class Evaluator:
             lengths={name: self._lengths[name] for name in sets if "written" in needs[name]},
             what=what,
             tick=tick,
+            ranks=self.ranks,
         )
 
     def _seen_of_retrained(self, source: Model, first: nn.Module) -> dict[str, Observed]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +14,7 @@ from geffect_fast.control_settings import ControlConfig
 from geffect_fast.data import read_rows
 from geffect_fast.evaluation_settings import EvaluateConfig
 from geffect_fast.measure.execute import machine, on_threads, tokenizer_of
+from geffect_fast.ranks import here
 from geffect_fast.relearn_settings import RelearnConfig
 from geffect_fast.storage.evaluation import save_evaluation
 from geffect_fast.storage.inputs import Inputs, check_replayed, inputs_of, summed_beside
@@ -68,7 +69,7 @@ def read_sets(
 
 @dataclass(frozen=True)
 class EvaluationFolder:
-    """A run folder that is locked, for the time of a run.
+    """A run folder that is locked, for the time of a run; the first of several ranks writes it.
 
     Attributes:
         threads: CPU threads that torch has.
@@ -99,6 +100,8 @@ class EvaluationFolder:
             token_budget: tokens a batch that fitted.
             rows: digests of the tokenised rows, by set.
         """
+        if not here().first:
+            return
         config, sums = self.config, self.sums()
         check_replayed(self.inputs.get("--config"), config, sums)
         chosen = {"metrics": tuple(map(str, config.metrics)), "token_budget": token_budget}
@@ -113,7 +116,8 @@ class EvaluationFolder:
 
 def check_out(config: Config, out: str | Path, overwrite: bool, inputs: Inputs) -> None:
     """Raise `InputError` where a run folder is in use, or holds what is read."""
-    check_free(out, overwrite, inputs_of(config) | dict(inputs))
+    if here().first:
+        check_free(out, overwrite, inputs_of(config) | dict(inputs))
 
 
 @contextmanager
@@ -125,9 +129,10 @@ def evaluation_folder(
     report: Reporter | None = None,
 ) -> Iterator[EvaluationFolder]:
     """Lock a run folder, and take checksums of what is read, for the time of a run."""
+    first = here().first
     with (
-        locked(out),
+        locked(out) if first else nullcontext(),
         on_threads(config.threads) as threads,
-        summed_beside(inputs_of(config)) as sums,
+        summed_beside(inputs_of(config) if first else {}) as sums,
     ):
         yield EvaluationFolder(threads, config, out, overwrite, inputs, report, sums)

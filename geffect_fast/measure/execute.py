@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -11,14 +12,19 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from geffect_fast.capture.shards import shard
 from geffect_fast.data import read_refusals, read_rows
+from geffect_fast.data.memory import free_memory
+from geffect_fast.errors import InputError
 from geffect_fast.measure.check import Check, check
 from geffect_fast.measure.models import load_model, load_tokenizer, resolve_device
 from geffect_fast.measure.profile import profile
 from geffect_fast.measure.sources import Sources, read_sources
 from geffect_fast.measure.sweep import sweep
 from geffect_fast.objectives.ranges import expand_list
+from geffect_fast.ranks import here
 from geffect_fast.settings import Measuring, ProfileConfig, Reading, RunConfig
+from geffect_fast.storage.disk import shared_folder
 from geffect_fast.storage.inputs import Inputs, check_replayed, inputs_of, summed_beside
 from geffect_fast.storage.lock import locked
 from geffect_fast.storage.model_folder import check_model_source
@@ -36,6 +42,10 @@ from geffect_fast.terminal import print_notice
 
 if TYPE_CHECKING:
     import xarray as xr
+
+PART_FOR_MODEL = 0.8
+"""Of a device's free memory, that a model and the gradients of the risks may take; batches need the
+rest."""
 
 
 def execute(
@@ -61,47 +71,51 @@ def execute(
         inputs: what else is read, beside what the config names: its own file.
 
     Returns:
-        The result, as `geffect_fast.profile` or `sweep` returns it; by sample and position it is
-        read from the run folder as it is asked for.
+        The result, as `geffect_fast.profile` or `sweep` returns it, on every rank; by sample and
+        position it is read from the run folder as it is asked for.
 
     Raises:
         InputError, NonFiniteError, UnsupportedModelError: nothing has been written then.
     """
+    ranks = here()
+    with ranks.together(config.command):
+        if ranks.first:
+            dataset = _executed(config, out, overwrite, progress, report, inputs)
+            ranks.meet()
+            return dataset
+        device, sources, tokenizer = read_sources_of(config, progress=False)
+        with on_threads(config.threads):
+            _, dataset = _measured(config, device, sources, tokenizer, None, progress=False)
+        ranks.meet()  # the folder is whole
+        if _streams(config):
+            dataset.close()
+            dataset = open_run(out, lazy=True)
+        return dataset
+
+
+def _executed(
+    config: ProfileConfig,
+    out: str | Path,
+    overwrite: bool,
+    progress: bool,
+    report: Reporter | None,
+    inputs: Inputs,
+) -> xr.Dataset:
+    """`execute` on the rank that writes."""
     read = inputs_of(config) | dict(inputs)
     check_free(out, overwrite, read)
     device, sources, tokenizer = read_sources_of(config, progress)
-    # Effects by sample and position or token may be larger than memory: a profile's go straight to
-    # the folder, a sweep's get coordinates first.
-    large = config.resolve[-2:] in (("sample", "position"), ("sample", "token"))
-    streams = large and config.command == "profile"
     with (
         locked(out) as folder,
         on_threads(config.threads) as threads,
         summed_beside(inputs_of(config)) as sums,
         ExitStack() as stack,
     ):
-        trusted = config.trust_remote_code
-        model = load_model(config.model, config.dtype, str(device), trust_remote_code=trusted)
         staging = None
-        if streams:
+        if _streams(config):
             staging = stack.enter_context(staged_run(out, overwrite, read, sums))
-        run: Any = sweep
-        step: dict[str, Any] = {}
-        if config.command == "profile":
-            run = profile
-            step = {"metric": config.metric, "step_of": config.step_of}
-            step |= {"optimizer": config.optimizer_state, "second_order": config.second_order}
-            step["conflicts"] = config.conflicts
-        dataset = run(
-            model,
-            tokenizer,
-            **sources.arguments(),
-            objectives=list(config.objectives),
-            reference_model=config.reference,
-            **config.fields(Measuring),
-            **step,
-            out=staging / RESULTS if staging is not None else None,
-            progress=progress,
+        model, dataset = _measured(
+            config, device, sources, tokenizer, staging or folder, progress=progress
         )
         rows = json.loads(dataset.attrs["digests"])
         check_recorded(config.rows, rows)
@@ -127,6 +141,85 @@ def execute(
             dataset.close()
             raise
     return dataset
+
+
+def _streams(config: ProfileConfig) -> bool:
+    """Whether effects go straight to the folder: by sample and position or token they may be larger
+    than memory. A sweep's get coordinates first."""
+    large = config.resolve[-2:] in (("sample", "position"), ("sample", "token"))
+    return large and config.command == "profile"
+
+
+def _measured(
+    config: ProfileConfig,
+    device: torch.device,
+    sources: Sources,
+    tokenizer: Any,
+    folder: Path | None,
+    *,
+    progress: bool,
+) -> tuple[Any, xr.Dataset]:
+    """The model and the result.
+
+    Args:
+        config: of the run.
+        device, sources, tokenizer: of `read_sources_of`.
+        folder: where the first rank has the result written to; None: this is another rank.
+        progress: whether to show progress bars.
+
+    Raises:
+        InputError: this rank does not see the folder.
+    """
+    folder = shared_folder(folder, here())
+    model = _loaded(config, device, n_risks=len(sources.sets))
+    run: Any = sweep
+    step: dict[str, Any] = {}
+    if config.command == "profile":
+        run = profile
+        step = {"metric": config.metric, "step_of": config.step_of}
+        step |= {"optimizer": config.optimizer_state, "second_order": config.second_order}
+        step["conflicts"] = config.conflicts
+    return model, run(
+        model,
+        tokenizer,
+        **sources.arguments(),
+        objectives=list(config.objectives),
+        reference_model=config.reference,
+        **config.fields(Measuring),
+        **step,
+        out=folder / RESULTS if _streams(config) else None,
+        progress=progress,
+    )
+
+
+def _loaded(config: ProfileConfig, device: torch.device, n_risks: int) -> Any:
+    """The model of a config, or this rank's part of it."""
+    ranks, trusted = here(), config.trust_remote_code
+    if ranks.size == 1:
+        if config.shard == "fsdp":
+            raise InputError(
+                "shard: fsdp shares a model out among ranks, and this process is alone; start "
+                "several by torchrun --nproc-per-node, or leave it out"
+            )
+        return load_model(config.model, config.dtype, str(device), trust_remote_code=trusted)
+    if config.shard == "none":
+        return load_model(config.model, config.dtype, str(device), trust_remote_code=trusted)
+    model = load_model(config.model, config.dtype, "cpu", trust_remote_code=trusted)
+    if config.shard == "auto" and all(ranks.meet(_fits(model, device, n_risks))):
+        return model.to(device)
+    shard(model, ranks, device)
+    return model
+
+
+def _fits(model: Any, device: torch.device, n_risks: int) -> bool:
+    """Whether a model and the gradients of the risks leave room for batches on a rank's device."""
+    weights = sum(p.nbytes for p in model.parameters())
+    gradients = 4 * n_risks * sum(p.numel() for p in model.parameters() if p.requires_grad)
+    free = free_memory(device)
+    if device.type == "cpu":  # where this machine's ranks have their models already
+        n = int(os.environ.get("LOCAL_WORLD_SIZE", here().size))
+        return gradients <= PART_FOR_MODEL * free / n
+    return weights + gradients <= PART_FOR_MODEL * free
 
 
 def execute_check(config: ProfileConfig, samples: int, *, progress: bool = False) -> Check:

@@ -22,6 +22,7 @@ from geffect_fast.measure.harness import Harness
 from geffect_fast.measure.models import load_model, resolve_device
 from geffect_fast.metrics.registry import resolved_metrics
 from geffect_fast.paths import find_checkpoints, is_there, short_names, user_path
+from geffect_fast.ranks import here, on_all_ranks
 from geffect_fast.storage.inputs import Inputs
 from geffect_fast.storage.model_folder import check_model_source
 from geffect_fast.storage.recorded_rows import check_recorded
@@ -60,6 +61,7 @@ Assess = Callable[["xr.Dataset", Evaluated], "xr.Dataset"]
 """Adds to measures what else is found out of the models."""
 
 
+@on_all_ranks
 def execute_evaluation(
     config: EvaluateConfig,
     out: str | Path,
@@ -94,6 +96,9 @@ def execute_evaluation(
 
     resolved_metrics(config.metrics, config.suite)
     dimension, models, own_tokenizer = models_of(config)
+    ranks = here()
+    ranks.check_same({"models": ", ".join(models.values())})
+    progress = progress and ranks.first
     if config.against_effects:
         effects_of(config.against_effects)  # to have them checked
     trusted = config.trust_remote_code

@@ -24,6 +24,7 @@ from geffect_fast.evaluation_settings import HarnessTasks
 from geffect_fast.measure.models import quiet_transformers
 from geffect_fast.metrics.extra import lm_eval
 from geffect_fast.paths import user_path
+from geffect_fast.ranks import here
 from geffect_fast.registry import nearest
 from geffect_fast.trying import Trying
 
@@ -98,7 +99,8 @@ class Harness:
     ) -> xr.Dataset:
         """Measures of a model with the task scores beside them.
 
-        The model is left as it was, and so are random numbers.
+        The model is left as it was, and so are random numbers. Every rank of a process group runs
+        the tasks, and the first one's scores are taken.
 
         Args:
             measures: as `geffect_fast.evaluate` returns them, of this model.
@@ -125,6 +127,7 @@ class Harness:
                         f"lm_eval_tasks: {task} cannot be run on the {what} ({trial.reason}); "
                         "leave the task out"
                     ) from trial.error
+        scores = here().first_of(scores)
         found = measures.reindex(
             metric=[*measures["metric"].values.tolist(), *scores],
             set=[*measures["set"].values.tolist(), SET],
@@ -158,7 +161,9 @@ class Harness:
             log_samples=False,
             **_SEEDS,
         )
-        found = {}
+        found: dict[str, _Score] = {}
+        if results is None:  # as the harness answers other ranks than the first of a machine
+            return found
         for name, of in {**results["results"], **results.get("groups", {})}.items():
             run = {
                 "shots": results["n-shot"].get(name),

@@ -23,9 +23,11 @@ from geffect_fast.capture import Plan
 from geffect_fast.capture.compat import (
     check_finite,
     check_is_model,
+    is_sharded,
     mixing_module,
     still_up_to,
 )
+from geffect_fast.capture.shards import shard
 from geffect_fast.data import (
     Layout,
     SampleSet,
@@ -34,9 +36,16 @@ from geffect_fast.data import (
     make_batches,
     tokenize_rows,
 )
+from geffect_fast.data.batch import Batch, Role
 from geffect_fast.data.samples import check_positions
 from geffect_fast.data.tokenize import TEXT_WINDOW
-from geffect_fast.engines.batches import DataPass, TokenBudget, mixture_of, passes_for
+from geffect_fast.engines.batches import (
+    DataPass,
+    TokenBudget,
+    dealt,
+    mixture_of,
+    passes_for,
+)
 from geffect_fast.engines.choice import Choice, choose_engine
 from geffect_fast.engines.forward_check import forward_mode_problem
 from geffect_fast.engines.known_models import choose_layout, own_loss
@@ -49,6 +58,7 @@ from geffect_fast.measure.rounding import HALF, RoundingCheck
 from geffect_fast.measure.sources import Sources, needs_of, parts_of, read_sources
 from geffect_fast.objectives import Objective
 from geffect_fast.objectives.base import REFERENCE_NEEDS, Need
+from geffect_fast.ranks import here
 from geffect_fast.results.axes import Resolution
 from geffect_fast.results.dataset import digests
 from geffect_fast.results.groups import checked_blocks
@@ -107,6 +117,20 @@ class Prepared(Generic[ReadingT]):
             "objectives": json.dumps(
                 [{"name": o.name, "parameters": o.parameters()} for o in self.objectives]
             ),
+        }
+
+    def told_apart_by(self) -> dict[str, Any]:
+        """What must be the same on all ranks, by the argument's name, in words."""
+        rows = {
+            name: f"{len(self.sets[name])} rows of digest {found}"
+            for name, found in digests(self.sets).items()
+        }
+        return {
+            "objectives": ", ".join(map(str, self.objectives)),
+            "probes": ", ".join(rows),
+            **rows,
+            "reference_model": "none" if self.reference is None else type(self.reference).__name__,
+            **{name: str(value) for name, value in self.settings},
         }
 
     def of_rows(self, rows: Mapping[str, Sequence[int]]) -> Prepared[ReadingT]:
@@ -177,8 +201,13 @@ def _reference(
             raise InputError(f"reference_model: {why}")
         return source
     first = next(model.parameters())
-    dtype, device = str(first.dtype).removeprefix("torch."), str(first.device)
-    return load_model(source, dtype, device, "reference", trust_remote_code=trust_remote_code)
+    dtype, device = str(first.dtype).removeprefix("torch."), first.device
+    sharded = is_sharded(model)
+    where = "cpu" if sharded else str(device)
+    found = load_model(source, dtype, where, "reference", trust_remote_code=trust_remote_code)
+    if sharded:
+        shard(found, here(), device)
+    return found
 
 
 def check_model(model: nn.Module, sets: Mapping[str, SampleSet], what: str = "model") -> None:
@@ -275,6 +304,7 @@ class Schedule:
 
     Attributes:
         plan: as given.
+        ranks: who share out the batches of `passes` and `risk_passes`.
         sets: the data sets, by name.
         objectives, parts: they, K, and what they are sums of.
         mixture: `(K, n_parts)`, how often each part counts in each objective.
@@ -301,7 +331,7 @@ class Schedule:
         settings, sets = prepared.settings, prepared.sets
         if not {"parameter", "group"} & set(settings.resolve) and settings.groups:
             raise InputError("groups: goes with resolve by 'group' or 'parameter'; leave it out")
-        self.plan, self.sets = plan, sets
+        self.plan, self.sets, self.ranks = plan, sets, here()
         self.objectives, self.parts = prepared.objectives, prepared.parts
         self.mixture = mixture_of(self.objectives, self.parts)
         uses_retain = any(part.on == "retain" for part in self.parts)
@@ -318,7 +348,7 @@ class Schedule:
         self.token_budget = TokenBudget(settings.token_budget or 1)
         self._look_at_the_model(prepared)
         if settings.token_budget is None:
-            self.token_budget.tokens = self._tokens_that_fit()
+            self.token_budget.tokens = min(self.ranks.meet(self._tokens_that_fit()))
         self._divide_into_batches(settings)
         self.attributes: dict[str, Any] = {
             "engine": self.choice.engine,
@@ -334,8 +364,10 @@ class Schedule:
     def _look_at_the_model(self, prepared: Prepared[Measuring]) -> None:
         """Choose engine and layout, and compare the model's own loss with the risk."""
         settings, plan, forget = prepared.settings, self.plan, self.sets["forget"]
+        if plan.shards is not None:
+            self._check_serves_shards(settings)
         self.choice = choose_engine(
-            settings.engine,
+            settings.engine if plan.shards is None else "reverse",
             settings.resolve,
             settings.norms,
             n_risks=len(self.risk_names),
@@ -366,6 +398,18 @@ class Schedule:
         if prepared.reference is not None:
             with within_budget(self.token_budget, one_sample=True):
                 check_reference(prepared.reference, self.layout, forget, longest)
+
+    def _check_serves_shards(self, settings: Measuring) -> None:
+        """Raise where a model whose parameters are shared out cannot be measured so."""
+        if self.ranks.size == 1:
+            raise InputError(
+                "model: FSDP shares out its parameters; profile it on all of its ranks"
+            )
+        if settings.engine == "forward" or "token" in settings.resolve:
+            raise UnsupportedModelError(
+                "engine forward: its dual pass needs whole weights, and FSDP shares them out; use "
+                "engine='reverse', with 'position' in place of 'token'"
+            )
 
     def _tokens_that_fit(self) -> int:
         """Tokens a batch, from what they take and the memory that is free."""
@@ -402,21 +446,32 @@ class Schedule:
             layout=self.layout,
         )
 
+        def for_ranks(rows: SampleSet, roles: tuple[Role, ...]) -> list[Batch]:
+            """No larger than that every rank has one, as far as there are rows."""
+            batches, size = batches_of(rows, roles), self.ranks.size
+            if size == 1:
+                return batches
+            longest = max(int(batch.cu_samples.diff().max()) for batch in batches)
+            share = -(-sum(batch.total_tokens for batch in batches) // size) + longest - 1
+            budget = min(self.token_budget.tokens, share)
+            return batches_of(rows, roles, token_budget=budget)
+
         def passes_over(
             sets: Mapping[str, SampleSet], allowed: TokenBudget | None = None
         ) -> list[DataPass]:
             offsets = {"forget": 0, "retain": len(sets["forget"])}
+            cut = batches_of if allowed is None else for_ranks
             return passes_for(
-                self.parts,
-                lambda name, roles: batches_of(sets[name], roles),
-                offsets,
-                allowed,
+                self.parts, lambda name, roles: cut(sets[name], roles), offsets, allowed
             )
 
-        self.passes = passes_over(sets, self.token_budget)
+        share_out = partial(dealt, ranks=self.ranks, in_step=self.plan.shards is not None)
+        self.passes = [share_out(each) for each in passes_over(sets, self.token_budget)]
         self.one_row = passes_over({name: rows.part([0]) for name, rows in sets.items()})
         self.risk_passes = [
-            DataPass(batches_of(rows, risk.roles), {m: risk}, token_budget=self.token_budget)
+            share_out(
+                DataPass(for_ranks(rows, risk.roles), {m: risk}, token_budget=self.token_budget)
+            )
             for m, rows in enumerate(self.risk_sets.values())
         ]
         first = make_batches(
@@ -424,7 +479,8 @@ class Schedule:
         )
         self.first_risk_row = DataPass(first, {0: risk})
         self.rounding = None
-        if any(p.dtype in HALF for p in self.plan.model.parameters()):
+        in_16_bits = any(p.dtype in HALF for p in self.plan.model.parameters())
+        if in_16_bits and self.plan.shards is None:
             self.rounding = RoundingCheck.of(
                 self.choice.engine, self.resolution, self.mixture, passes_over
             )

@@ -14,6 +14,7 @@ from geffect_fast.errors import GEffectWarning, InputError
 from geffect_fast.measure.profiler import Profiler
 from geffect_fast.measure.step_metric import StepMetric, check_metric, step_objective
 from geffect_fast.objectives import Objective, resolve
+from geffect_fast.ranks import on_all_ranks
 from geffect_fast.results.form import REFERENCE_IS_MODEL
 from geffect_fast.settings import Measuring
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 
 @with_settings(Measuring)
+@on_all_ranks
 def profile(
     model: nn.Module,
     tokenizer: Any,
@@ -180,7 +182,7 @@ def profile(
         conflicts=conflicts,
     ).dataset
     if profiler.own_loss is not None:
-        warnings.warn(f"model: {profiler.own_loss}", GEffectWarning, stacklevel=2)
+        warnings.warn(f"model: {profiler.own_loss}", GEffectWarning, stacklevel=3)
     if "reference_is_model" in result.attrs:
-        warnings.warn(f"reference: {REFERENCE_IS_MODEL}", GEffectWarning, stacklevel=2)
+        warnings.warn(f"reference: {REFERENCE_IS_MODEL}", GEffectWarning, stacklevel=3)
     return result

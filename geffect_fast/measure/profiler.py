@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import cache, partial, wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from torch import Tensor, nn
 
 from geffect_fast.arguments import checked_config
 from geffect_fast.capture import Plan
-from geffect_fast.capture.compat import check_finite
+from geffect_fast.capture.compat import check_finite, check_replicas
+from geffect_fast.data.memory import free_memory
 from geffect_fast.engines.batches import DataPass, Tick
-from geffect_fast.engines.directions import accumulate_gradients, place_for_directions
+from geffect_fast.engines.directions import accumulate_gradients, place_for_gradients
 from geffect_fast.engines.forward import moves_for
 from geffect_fast.engines.place_masses import check_places_apart
 from geffect_fast.engines.reference import Reference
-from geffect_fast.errors import InputError
+from geffect_fast.errors import GEffectWarning, InputError
 from geffect_fast.measure.beside_effects import (
     TakenStep,
     check_second_order,
@@ -28,24 +30,40 @@ from geffect_fast.measure.beside_effects import (
     curvature_of,
     place_conflicts_of,
 )
-from geffect_fast.measure.effects import Effects, find_effects, mixed_gradients
+from geffect_fast.measure.effects import Effects, find_effects, mixed_gradients, whole_grams
 from geffect_fast.measure.memory import check_memory, check_place_memory, within_budget
 from geffect_fast.measure.prepare import Prepared, Schedule, prepare
 from geffect_fast.measure.sources import Sources, resolved_list
 from geffect_fast.measure.step_metric import NextStep, StepMetric
 from geffect_fast.objectives import Objective
 from geffect_fast.ops.ieee_fp32 import ieee_fp32
+from geffect_fast.ranks import here
 from geffect_fast.results.axes import by_row
-from geffect_fast.results.dataset import check_gradients, dataset, gram_matrices
+from geffect_fast.results.dataset import check_gradients, dataset
 from geffect_fast.results.intervals import LEVEL
 from geffect_fast.results.risk_rows import RowValues
 from geffect_fast.results.token_weights import ObjectiveWeights
 from geffect_fast.settings import Measuring
+from geffect_fast.storage.run_folder import open_run
 from geffect_fast.storage.stream import EffectFile
 from geffect_fast.terminal import progress_bar
 
 if TYPE_CHECKING:
     import xarray as xr
+
+
+R = TypeVar("R")
+
+
+def _on_all_ranks(method: Callable[..., R]) -> Callable[..., R]:
+    """A method of a `Profiler` that its ranks begin and end together."""
+
+    @wraps(method)
+    def called(self: Profiler, *args: Any, **kwargs: Any) -> R:
+        with self.ranks.together(method.__name__):
+            return method(self, *args, **kwargs)
+
+    return called
 
 
 @dataclass(frozen=True)
@@ -68,11 +86,15 @@ class Profiler:
     A reference model that is given is read at the first measurement, and stays what it was then;
     without one, the reference is the model as it stands at each.
 
+    Within a process group of several ranks (`geffect_fast.ranks`) it is made and called on all of
+    them, and shares out the rows; each rank returns the whole result.
+
     Args:
         prepared: the model, its data and objectives, and what to measure.
 
     Attributes:
         plan: of the model, which must stay in eval mode while it is measured.
+        ranks: who share out the rows.
         sets: the data sets, tokenised: `forget`, `retain` and every probe by its name.
         objectives: the objectives.
         risk_names: names along the axis `risk`.
@@ -87,8 +109,12 @@ class Profiler:
 
     @ieee_fp32()
     def __init__(self, prepared: Prepared[Measuring]) -> None:
-        self.plan = Plan.of(prepared.model)
-        self._schedule = schedule = Schedule(prepared, self.plan)
+        self.ranks = here()
+        with self.ranks.together("Profiler"):
+            self.plan = Plan.of(prepared.model, may_be_sharded=True)
+            self.ranks.check_serves(self.plan.device)
+            self.ranks.check_same(prepared.told_apart_by())
+            self._schedule = schedule = Schedule(prepared, self.plan)
         self.objectives, self.sets = prepared.objectives, prepared.sets
         self.risk_names, self.own_loss = schedule.risk_names, schedule.own_loss
         self._tokenizer = prepared.tokenizer
@@ -123,6 +149,7 @@ class Profiler:
             )
         )
 
+    @_on_all_ranks
     @ieee_fp32()
     def measure(
         self,
@@ -164,6 +191,9 @@ class Profiler:
             check_second_order(schedule.attributes["risk"], self.plan)
         if not unchanged:
             check_finite(self.plan.model)
+        check_replicas(self.plan.model, self.ranks)
+        if self.plan.shards is not None:
+            self._check_serves_shards(step, second_order, conflicts)
         shape = self._checked_shape(out, step)
         places = conflicts and resolution.within == "position"
         if places:
@@ -188,24 +218,31 @@ class Profiler:
         by_token = None
         if weights and resolution.within != "position":
             by_token = ObjectiveWeights(resolution, schedule.mixture)
+        file = None
+        if out is not None and self.ranks.first:  # others read what it has written
+            file = EffectFile(out, resolution.dims, shape)
         with (
-            nullcontext(np.zeros(shape)) if out is None else EffectFile(out, resolution.dims, shape)
-        ) as array:
+            nullcontext(np.zeros(shape) if out is None else None) if file is None else file as array
+        ):
             found = self._effects(array, directions, by_token, unchanged, progress, along)
             gram = found.checked_gram(
                 self.plan, schedule.mixture, self.risk_names, schedule.parts, self.objectives
             )
             attributes = self._measured_attributes(gram, unchanged)
             if rounding and schedule.rounding is not None:
-                in_memory = isinstance(array, np.ndarray) and "sample" in resolution.axes
-                attributes |= schedule.rounding.attributes(
+                in_memory = out is None and "sample" in resolution.axes
+                error = schedule.rounding.attributes(
                     self.plan, directions, self._reference, by_row(array) if in_memory else None
                 )
+                attributes |= self.ranks.first_of(error)
             if rows is not None:
-                in_metric = gram_matrices if along is None else along.gram
+                plain = partial(whole_grams, self.plan, self.ranks)
+                in_metric: Callable[..., Tensor] = plain if along is None else along.gram
                 of_risks = in_metric(directions) if gram is None else gram
                 square, names = float(of_risks[:, 0, 0].sum()), resolution.set_names
-                variables |= rows.variables(by_row(array), names, risk_values, square)
+                each = self.ranks.first_of(None if array is None else by_row(array))
+                assert each is not None  # the first rank's
+                variables |= rows.variables(each, names, risk_values, square)
                 attributes["interval_level"] = LEVEL
             if taken is not None:
                 variables |= taken.variables(directions, found)
@@ -216,7 +253,7 @@ class Profiler:
                     variables |= curvature_of(schedule, taken, own, tick)
             result = dataset(
                 resolution,
-                None if isinstance(array, EffectFile) else array,
+                array if isinstance(array, np.ndarray) else None,
                 [str(o) for o in self.objectives],
                 self.risk_names,
                 risk_values,
@@ -227,11 +264,28 @@ class Profiler:
             )
             result = result.assign(variables)
             if by_token is not None:
-                of_tokens, coordinates = by_token.variables(self._tokenizer)
+                of_tokens, coordinates = by_token.variables(self._tokenizer, self.ranks)
                 result = result.assign(of_tokens).assign_coords(coordinates)
-            if isinstance(array, EffectFile):
-                result = array.finish(result)
+            if out is not None:
+                if file is not None:
+                    result = file.finish(result)
+                self.ranks.meet()
+                if file is None:
+                    result = open_run(out, lazy=True)
+                self.ranks.meet()  # the file may be moved from now on
         return Measurement(result, directions)
+
+    def _check_serves_shards(
+        self, step: StepMetric | None, second_order: bool, conflicts: bool
+    ) -> None:
+        """Raise `InputError` where something is asked for that needs whole gradients."""
+        asked = {"metric": step is not None, "second_order": second_order, "conflicts": conflicts}
+        for name, is_asked in asked.items():
+            if is_asked:
+                raise InputError(
+                    f"{name}: needs whole gradients, and FSDP shares out the model's parameters; "
+                    "leave it out, or give the model whole"
+                )
 
     def _checked_shape(self, out: str | Path | None, step: StepMetric | None) -> tuple[int, ...]:
         """The shape of the effects; raise `InputError` where there is no place for them."""
@@ -244,11 +298,10 @@ class Profiler:
         whole = schedule.norms or not resolution.per_sample
         if step is not None and (step.beside or step.reads != "none"):
             whole = True
-        parameters = self.plan.parameters.values()
         check_memory(
             len(schedule.parts) if whole else 0,
-            sum(p.numel() for p in parameters),
-            self.plan.device,
+            sum(p.numel() for p in self.plan.held.values()),
+            place_for_gradients(self.plan, self._n_gradients) or self.plan.device,
             shape,
             out,
         )
@@ -289,6 +342,27 @@ class Profiler:
                 step=step,
             )
 
+    @property
+    def _n_gradients(self) -> int:
+        """Whole gradients that are kept: of the risks, and where they are asked for of parts."""
+        schedule = self._schedule
+        reverse = schedule.choice.engine == "reverse"
+        whole = reverse and (schedule.norms or not schedule.resolution.per_sample)
+        return len(self.risk_names) + (len(schedule.parts) if whole else 0)
+
+    def _tell_of_moves(self) -> None:
+        """Say what it costs that gradients are kept in the CPU's memory."""
+        of_one = 4 * sum(p.numel() for p in self.plan.held.values()) / 2**30
+        n, free = self._n_gradients, free_memory(self.plan.device) / 2**30
+        warnings.warn(
+            f"{n} whole gradients take {n * of_one:.1f} GiB, and {free:.1f} GiB are free on "
+            f"{self.plan.device}: they stay in the CPU's memory, and every batch brings "
+            f"{len(self.risk_names) * of_one:.1f} GiB over; the fewer batches the better, so give "
+            "as large a token budget as fits",
+            GEffectWarning,
+            stacklevel=3,
+        )
+
     def _measured_attributes(self, gram: Tensor | None, unchanged: bool) -> dict[str, Any]:
         """Attributes of one measurement, of which `gram` was checked."""
         dtype = next(iter(self.plan.parameters.values())).dtype
@@ -302,6 +376,7 @@ class Profiler:
             found["reference_is_model"] = 1
         return found
 
+    @_on_all_ranks
     @ieee_fp32()
     def objective_gradients(
         self, *, unchanged: bool = False, progress: bool = False
@@ -330,12 +405,15 @@ class Profiler:
         if self._reference_is_model is None and unchanged:
             # Models that differ do so at the first row.
             same = self._reference.is_computed_by
-            self._reference_is_model = all(
+            # Another model's passes would end early on some ranks.
+            found = self.plan.shards is None and all(
                 same(self.plan.model, each, device) for each in (schedule.one_row, passes)
             )
+            self._reference_is_model = all(self.ranks.meet(found))
         checked = schedule.rounding.passes if schedule.rounding is not None else []
         self._reference.prepare([*passes, *checked], device)
 
+    @_on_all_ranks
     @ieee_fp32()
     def risk_gradients(
         self, *, progress: bool = False, watched: RowValues | None = None
@@ -350,7 +428,9 @@ class Profiler:
             NonFiniteError: a gradient is not finite.
         """
         schedule, n = self._schedule, len(self.risk_names)
-        forward = schedule.choice.engine == "forward"
+        kept_on = place_for_gradients(self.plan, self._n_gradients)
+        if kept_on is not None:
+            self._tell_of_moves()
         passes = schedule.risk_passes
         if watched is not None:
             passes = [replace(data_pass, watch=watched.add) for data_pass in passes]
@@ -361,9 +441,11 @@ class Profiler:
                 n,
                 self._reference,
                 tick,
-                place_for_directions(self.plan, n) if forward else None,
+                kept_on,
                 None if watched is None else watched.products,
             )
+        if watched is not None:
+            watched.gather(self.ranks)
         check_gradients(directions, [f"the risk on '{name}'" for name in self.risk_names])
         return values, directions
 
@@ -382,10 +464,9 @@ class Profiler:
         self, show: bool, what: str, passes: Sequence[DataPass], n_passes: int = 1
     ) -> Iterator[Tick]:
         """Yields a function that is told of tokens done, drawn as a bar; memory may run out."""
+        n_tokens = n_passes * sum(data_pass.n_tokens for data_pass in passes)
         with (
-            progress_bar(
-                show, what, n_passes * sum(data_pass.n_tokens for data_pass in passes)
-            ) as update,
+            progress_bar(show and self.ranks.first, what, n_tokens) as update,
             within_budget(self._schedule.token_budget),
         ):
             yield lambda n: update(advance=n)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from geffect_fast.engines.batches import TokenBudget
 from geffect_fast.errors import GEffectWarning, InputError, UnsupportedModelError
+from geffect_fast.ranks import ALONE, Ranks
 from geffect_fast.trying import no_memory
 
 _HABITS = "generation_config"
@@ -31,6 +32,7 @@ def continuations(
     ends: set[int],
     max_new_tokens: int,
     budget: TokenBudget,
+    ranks: Ranks = ALONE,
 ) -> list[list[int]]:
     """Greedy continuations, without the token that ends them; equal prompts are continued once.
 
@@ -42,6 +44,7 @@ def continuations(
         max_new_tokens: most tokens a row gets.
         budget: of tokens that a batch of a forward and backward may hold; where memory runs out,
             half as many rows are written at a time.
+        ranks: who share out the prompts.
 
     Raises:
         UnsupportedModelError: the model cannot generate.
@@ -53,7 +56,7 @@ def continuations(
             "metrics of what it writes (rouge_l, ...)"
         )
     keys = [tuple(prompt.tolist()) for prompt in prompts]
-    waiting = sorted(dict.fromkeys(keys), key=len, reverse=True)
+    waiting = sorted(dict.fromkeys(keys), key=len, reverse=True)[ranks.rank :: ranks.size]
     found: dict[tuple[int, ...], list[int]] = {}
     most = len(waiting)
     while waiting:
@@ -75,6 +78,7 @@ def continuations(
             continue
         found |= zip(batch, (_until(row, ends) for row in new.tolist()), strict=True)
         waiting = waiting[len(batch) :]
+    found = ranks.united(found)
     return [found[key] for key in keys]
 
 

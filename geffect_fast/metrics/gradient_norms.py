@@ -18,6 +18,7 @@ from geffect_fast.engines.model_outputs import logits_of, packed_attention, posi
 from geffect_fast.errors import InputError
 from geffect_fast.functional import per_sample_grad_norms
 from geffect_fast.metrics.scored import Tick, batches_of
+from geffect_fast.ranks import ALONE, Ranks
 
 NORM_NEEDS = ("whole_norms", "parameter_norms", "largest_entries")
 
@@ -29,6 +30,7 @@ def gradient_norms(
     budget: TokenBudget,
     layout: Layout,
     tick: Tick = lambda _: None,
+    ranks: Ranks = ALONE,
 ) -> dict[str, np.ndarray]:
     """Norms of every sequence's gradient of its mean loss, by the need that they answer.
 
@@ -43,6 +45,7 @@ def gradient_norms(
         budget: of tokens a batch.
         layout: as the functional of per-sample norms can take it apart, `packed` or not.
         tick: told of tokens.
+        ranks: who share out the sequences.
 
     Returns:
         `(n_sequences,)` fp64 each.
@@ -56,7 +59,7 @@ def gradient_norms(
             "model: nothing in it can be trained, so gradient_norm has no gradient; set "
             "requires_grad, or leave the metric out"
         )
-    found = {need: np.empty(len(sequences)) for need in NORM_NEEDS if need in needs}
+    found = {need: np.zeros(len(sequences)) for need in NORM_NEEDS if need in needs}
     one_pass = [need for need in found if need != "largest_entries"]
     passes: list[tuple[list[str], Layout, Callable[..., list[Tensor]]]] = []
     if one_pass:
@@ -65,14 +68,15 @@ def gradient_norms(
         passes.append((["largest_entries"], "single", _largest_entries))
     for names, how, norms in passes:
         for _, attempt in each_batch(
-            [DataPass(batches_of(sequences, budget, how), token_budget=budget)]
+            [DataPass(batches_of(sequences, budget, how, ranks), token_budget=budget)]
         ):
             with attempt:
                 values = norms(model, attempt.batch, names)
                 for name, of in zip(names, values, strict=True):
                     found[name][list(attempt.batch.rows)] = of.double().cpu().numpy()
                 tick(attempt.batch.total_tokens)
-    return found
+    told = ranks.meet(found)  # each rank's of its own sequences, and zeros
+    return {need: np.sum([of[need] for of in told], axis=0) for need in found}
 
 
 def _ghost_norms(model: nn.Module, batch: Batch, names: Sequence[str]) -> list[Tensor]:

@@ -23,6 +23,7 @@ from geffect_fast.metrics.rows import (
     to_be_written,
 )
 from geffect_fast.metrics.scored import Tick, forward_layout, score
+from geffect_fast.ranks import ALONE, Ranks
 
 
 def observe(
@@ -36,6 +37,7 @@ def observe(
     lengths: Mapping[str, Collection[int]] | None = None,
     what: str = "model",
     tick: Tick = lambda _: None,
+    ranks: Ranks = ALONE,
 ) -> dict[str, Observed]:
     """What a model says of data sets: one teacher-forced pass over all of their sequences.
 
@@ -51,6 +53,7 @@ def observe(
         lengths: most tokens of what is `written` of a set, each.
         what: what messages call the model.
         tick: told of tokens.
+        ranks: who share out the rows; each sees all that was found.
 
     Raises:
         NonFiniteError, UnsupportedModelError, InputError: as the passes raise them.
@@ -77,6 +80,7 @@ def observe(
         distribution=distribution,
         what=what,
         tick=tick,
+        ranks=ranks,
     )
     for name, rows in sets.items():
         columns: dict[str, Any] = {}
@@ -99,18 +103,19 @@ def observe(
                 budget,
                 max_new_tokens,
                 set((lengths or {}).get(name, ())),
+                ranks,
             ),
-            norms=_norms(model, rows, needs[name], budget, layout, tick),
+            norms=_norms(model, rows, needs[name], budget, layout, tick, ranks),
         )
     return found
 
 
 def answers_scored(
-    model: nn.Module, sets: Mapping[str, DataRows], budget: TokenBudget, what: str
+    model: nn.Module, sets: Mapping[str, DataRows], budget: TokenBudget, what: str, ranks: Ranks
 ) -> dict[str, list[Scored]]:
     """What a further model says of the answers of sets."""
     needs = {name: {"answers"} for name in sets}
-    seen = observe(model, sets, needs, None, budget, 1, what=what)
+    seen = observe(model, sets, needs, None, budget, 1, what=what, ranks=ranks)
     return {name: of.answers or [] for name, of in seen.items()}
 
 
@@ -151,6 +156,7 @@ def _written(
     budget: TokenBudget,
     max_new_tokens: int,
     lengths: set[int],
+    ranks: Ranks,
 ) -> dict[str, Any]:
     """Continuations of the rows' prompts, and what the data has there.
 
@@ -179,7 +185,8 @@ def _written(
         ]
 
     def written(after: Sequence[Tensor], wanted: set[int]) -> dict[int, Any]:
-        ids = continuations(model, after, stops, max(wanted), budget) if wanted else []
+        most = max(wanted, default=0)
+        ids = continuations(model, after, stops, most, budget, ranks) if wanted else []
         return {n: ([text(each[:n]) for each in ids], truths(n)) for n in wanted}
 
     if examples is None:
@@ -200,10 +207,11 @@ def _norms(
     budget: TokenBudget,
     layout: Layout,
     tick: Tick,
+    ranks: Ranks,
 ) -> dict[str, Any]:
     """Norms of the rows' gradients, where a metric reads them."""
     wanted = [need for need in NORM_NEEDS if need in needs]
     if not wanted:
         return {}
     answers = [sample.answer for sample in rows.answers.samples]
-    return gradient_norms(model, answers, wanted, budget, layout, tick)
+    return gradient_norms(model, answers, wanted, budget, layout, tick, ranks)

@@ -19,6 +19,7 @@ from geffect_fast.engines.layout import TOLERANCE, close, in_chunks
 from geffect_fast.engines.model_outputs import model_outputs, packed_attention, takes
 from geffect_fast.errors import NonFiniteError, UnsupportedModelError
 from geffect_fast.metrics.observed import Scored
+from geffect_fast.ranks import ALONE, Ranks
 
 Tick = Callable[[int], object]
 """Told of the tokens that are done."""
@@ -41,9 +42,16 @@ def once(sequences: Sequence[Tokens]) -> tuple[list[Tokens], list[int]]:
     return different, which
 
 
-def batches_of(sequences: Sequence[Tokens], budget: TokenBudget, layout: Layout) -> list[Batch]:
-    """Batches in which every sequence is a sample of its own, by its number."""
-    samples = tuple(Sample(row, "", sequence) for row, sequence in enumerate(sequences))
+def batches_of(
+    sequences: Sequence[Tokens], budget: TokenBudget, layout: Layout, ranks: Ranks = ALONE
+) -> list[Batch]:
+    """Batches in which every sequence is a sample of its own, by its number.
+
+    Of several ranks each is dealt sequences of all lengths, whatever its budget and layout are.
+    """
+    by_length = sorted(range(len(sequences)), key=lambda row: len(sequences[row]))
+    dealt = sorted(by_length[ranks.rank :: ranks.size])
+    samples = tuple(Sample(row, "", sequences[row]) for row in dealt)
     return make_batches(
         SampleSet("rows", samples), ("answer",), token_budget=budget.tokens, layout=layout
     )
@@ -59,6 +67,7 @@ def score(
     distribution: bool = False,
     what: str = "model",
     tick: Tick = lambda _: None,
+    ranks: Ranks = ALONE,
 ) -> list[Scored]:
     """What a model says of sequences' label tokens; equal ones are computed once.
 
@@ -73,14 +82,15 @@ def score(
         distribution: whether mean and spread of the tokens' log-probabilities are formed too.
         what: what messages call the model.
         tick: told of tokens.
+        ranks: who share out the sequences.
 
     Raises:
         NonFiniteError: a log-probability is NaN or infinite; the row is named.
     """
     different, which = once(sequences)
-    found: list[Scored | None] = [None] * len(different)
+    found: dict[int, Scored] = {}
     for _, attempt in each_batch(
-        [DataPass(batches_of(different, budget, layout), token_budget=budget)]
+        [DataPass(batches_of(different, budget, layout, ranks), token_budget=budget)]
     ):
         with attempt:
             values = _token_values(model, attempt.batch, distribution)
@@ -96,7 +106,8 @@ def score(
                     )
                 found[row] = _scored(piece)
             tick(attempt.batch.total_tokens)
-    return [each for row in which if (each := found[row]) is not None]
+    found = ranks.united(found)
+    return [found[row] for row in which]
 
 
 @torch.no_grad()

@@ -23,6 +23,7 @@ from geffect_fast.data.batch import Batch
 from geffect_fast.engines.batches import DataPass
 from geffect_fast.engines.directions import ProductsWithFirst
 from geffect_fast.objectives import Outputs
+from geffect_fast.ranks import Ranks
 from geffect_fast.results.intervals import (
     effect_intervals,
     risk_interval,
@@ -74,6 +75,12 @@ class RowValues:
         sums[0].index_add_(0, at, terms)
         sums[1].index_add_(0, at, batch.target_weight())
         self._found.append((index, list(batch.rows), sums))
+
+    def gather(self, ranks: Ranks) -> None:
+        """Bring together what ranks found of their rows."""
+        if ranks.size > 1:
+            told = ranks.meet([(index, rows, sums.cpu()) for index, rows, sums in self._found])
+            self._found = [each for found in told for each in found]
 
     def along(self) -> list[np.ndarray]:
         """`< grad R_j, G >` of the rows of each risk but the first; NaN where there are none."""

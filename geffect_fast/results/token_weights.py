@@ -13,6 +13,7 @@ from geffect_fast.capture.precision import widened
 from geffect_fast.data.batch import Batch
 from geffect_fast.engines.batches import DataPass
 from geffect_fast.objectives import Objective, Outputs
+from geffect_fast.ranks import Ranks
 from geffect_fast.results.axes import Resolution
 from geffect_fast.transfer import OnItsWay
 
@@ -79,26 +80,31 @@ class ObjectiveWeights:
         if found is not None:
             self._coming.append((data_pass, index, batch.to("cpu"), OnItsWay(found)))
 
-    def variables(self, tokenizer: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    def variables(self, tokenizer: Any, ranks: Ranks) -> tuple[dict[str, Any], dict[str, Any]]:
         """The variable `token_weight`, and its coordinates.
 
         Args:
             tokenizer: as `Resolution.coordinates`.
+            ranks: who evaluated the rows.
         """
-        n_parts, _, _, n, t = self._resolution.shape(self._mixture.shape[1], 1)
-        of_parts = np.full((n_parts, n, t), np.nan)
+        own = []
         for data_pass, index, batch, copy in self._coming:
             (found,) = copy.arrived()
             places = self._resolution.places(data_pass, batch)
             rows = torch.tensor(batch.rows)[batch.token_sample()] + data_pass.offset
             ahead = batch.target_index
             at = (rows[ahead].numpy(), places[ahead + 1].numpy())  # the token that is predicted
-            of_parts[index][at] = found[ahead].numpy()
+            own.append((index, at, found[ahead].numpy()))
+        n_parts, _, _, n, t = self._resolution.shape(self._mixture.shape[1], 1)
+        of_parts = np.full((n_parts, n, t), np.nan)
+        for told in ranks.meet(own):
+            for index, at, weights in told:
+                of_parts[index][at] = weights
         values = np.full((len(self._mixture), n, t), np.nan)
         for k, index in self._mixture.nonzero().tolist():
-            own = of_parts[index]
-            has = ~np.isnan(own)
-            share = float(self._mixture[k, index]) * own[has]
+            of_part = of_parts[index]
+            has = ~np.isnan(of_part)
+            share = float(self._mixture[k, index]) * of_part[has]
             values[k][has] = np.nan_to_num(values[k][has]) + share
         dims = ("objective", "sample", "token")
         return {"token_weight": (dims, values)}, self._resolution.coordinates(tokenizer)

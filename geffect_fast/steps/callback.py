@@ -17,6 +17,7 @@ from geffect_fast.measure.profiler import Profiler
 from geffect_fast.measure.sources import check_count, needs_of, parts_of, resolved_list
 from geffect_fast.objectives import Objective
 from geffect_fast.objectives.base import REFERENCE_NEEDS
+from geffect_fast.ranks import on_its_own
 from geffect_fast.settings import LiveMetrics, Reading
 from geffect_fast.steps.at_rest import at_rest
 from geffect_fast.steps.live_measures import LiveMeasures, live_metrics
@@ -130,7 +131,8 @@ class GEffectCallback(TrainerCallback):
             self._unlock()
             self._lock = TrainingLock(self.out)
         try:
-            self._begin(args, state, control, kwargs)
+            with on_its_own():
+                self._begin(args, state, control, kwargs)
         except BaseException:
             self._unlock()
             raise
@@ -201,9 +203,10 @@ class GEffectCallback(TrainerCallback):
         last: bool,
     ) -> None:
         if self._probe is not None:
-            found = self._probe.at(
-                state.global_step, learning_rates=self._rates, last=last, optimizer=optimizer
-            )
+            with on_its_own():  # the first rank has the probe
+                found = self._probe.at(
+                    state.global_step, learning_rates=self._rates, last=last, optimizer=optimizer
+                )
             self._rates = []
             report(logged_values(found), args, state, control)
 

@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
+from geffect_fast.errors import InputError
 from geffect_fast.measure.execute import machine, on_threads, read_sources_of
+from geffect_fast.ranks import here
 from geffect_fast.results.dataset import digests
 from geffect_fast.settings import Measuring, ProfileConfig
 from geffect_fast.steps.profile_checkpoints import CheckpointRun
 from geffect_fast.storage.inputs import Inputs, check_replayed, input_sums, inputs_of
-from geffect_fast.storage.lock import locked
 from geffect_fast.storage.recorded_rows import check_recorded
-from geffect_fast.storage.step_folder import (
-    as_begun,
-    begun,
-    check_resumed,
-    check_start,
-    finish,
-    kept,
-)
+from geffect_fast.storage.step_folder import as_begun, check_resumed, started
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -59,13 +52,22 @@ def execute_checkpoints(
     Raises:
         As `geffect_fast.profile_checkpoints`.
     """
-    with locked(out):
-        folder = check_start(out, resume, overwrite, inputs=inputs_of(config) | dict(inputs))
+    if config.shard == "fsdp":
+        raise InputError(
+            "shard: each rank holds the whole of a checkpoint; leave out --shard or --checkpoints"
+        )
+    ranks, read = here(), inputs_of(config) | dict(inputs)
+    first, progress = ranks.first, progress and ranks.first
+    with (
+        ranks.together(config.command),
+        started(out, ranks, resume, overwrite, read) as folder,
+    ):
         if resume:
-            config = config.model_copy(update=as_begun(config, folder, _CHOSEN))
+            chosen = ranks.first_of(as_begun(config, folder, _CHOSEN) if first else {})
+            config = config.model_copy(update=chosen)
         device, sources, tokenizer = read_sources_of(config, progress)
-        sums = input_sums(inputs_of(config))
-        if resume:
+        sums = input_sums(inputs_of(config)) if first else {}
+        if resume and first:
             check_resumed(folder, sums)
         with on_threads(config.threads) as threads:
             run = CheckpointRun(
@@ -84,7 +86,8 @@ def execute_checkpoints(
             )
             rows = digests(run.profiler.sets)
             check_recorded(config.rows, rows, folder if resume else None)
-            check_replayed(inputs.get("--config"), config, sums)
+            if first:
+                check_replayed(inputs.get("--config"), config, sums)
             chosen = {
                 "token_budget": run.profiler.token_budget,
                 "engine": run.profiler.attributes["engine"],
@@ -92,7 +95,4 @@ def execute_checkpoints(
                 "rows": rows,
             }
             settled = config.model_copy(update=chosen)
-            with nullcontext() if resume else begun(folder, settled, sums), kept(folder):
-                dataset = run.measure(folder, progress=progress)
-                finish(folder, dataset, report)
-    return dataset
+            return run.written(folder, settled, sums, report, resume=resume, progress=progress)

@@ -155,6 +155,7 @@ class Probe:
                 changes = self._changes(step, learning_rates)
                 self._before = None
                 metric, why = self._metric(optimizer)
+                self.profiler.ranks.check_same({"optimizer": why})
                 # Said once a run: by its first step, whose attributes are those of all together.
                 measured = self.profiler.measure(
                     weights=self.weights,

@@ -17,20 +17,25 @@ from geffect_fast.measure.sources import resolved_list
 from geffect_fast.objectives import Objective
 from geffect_fast.optimizers.state import OPTIMIZER
 from geffect_fast.paths import find_checkpoints, user_path
+from geffect_fast.ranks import here, on_all_ranks
 from geffect_fast.steps.checkpoints import loaded_in_turn
 from geffect_fast.steps.probe import Probe, run_identity
 from geffect_fast.storage.inputs import input_sums
-from geffect_fast.storage.lock import locked
 from geffect_fast.storage.model_folder import check_model_source
 from geffect_fast.storage.run_folder import STEPS
-from geffect_fast.storage.step_folder import begun, check_resumed, check_start, finish, kept
+from geffect_fast.storage.step_folder import begun, check_resumed, finish, kept, started
 from geffect_fast.storage.step_store import StepStore
 from geffect_fast.terminal import progress_bar
 
 if TYPE_CHECKING:
     import xarray as xr
 
+    from geffect_fast.settings import ProfileConfig
+    from geffect_fast.storage.manifest import Sums
+    from geffect_fast.storage.run_folder import Reporter
 
+
+@on_all_ranks
 def profile_checkpoints(
     checkpoints: str | Path | Sequence[str | Path],
     tokenizer: Any,
@@ -51,8 +56,9 @@ def profile_checkpoints(
 ) -> xr.Dataset:
     """Profile one checkpoint after the other: the G-effect along a training that was done before.
 
-    One process and one model, into which the weights are copied; while a checkpoint is worked on,
-    the next is read from disk.
+    One model, into which the weights are copied; while a checkpoint is worked on, the next is read
+    from disk. The ranks of a process group share out the rows of each, and the first of them writes
+    `out`, which all must see.
 
     Args:
         checkpoints: patterns such as `out/checkpoint-*`, or folders, of models or of adapters. The
@@ -97,19 +103,17 @@ def profile_checkpoints(
             options=options | {"forget": forget, "retain": retain, "objectives": objectives},
         )
 
+    ranks, how = here(), {"weights": weights, "progress": progress}
+    ranks.check_same({"out": out and str(out), "resume": resume, "weights": weights})
     if out is None:
-        return prepared().measure(None, weights=weights, progress=progress)
-    with locked(out):
-        read = _paths(checkpoints, model, reference_model, forget, retain, options)
-        folder = check_start(out, resume, overwrite, inputs=read)
+        return prepared().measure(None, **how)
+    read = _paths(checkpoints, model, reference_model, forget, retain, options)
+    with started(out, ranks, resume, overwrite, read) as folder:
         run = prepared()
-        sums = input_sums(read)
-        if resume:
+        sums = input_sums(read) if ranks.first else {}
+        if resume and ranks.first:
             check_resumed(folder, sums)
-        with nullcontext() if resume else begun(folder, None, sums), kept(folder):
-            dataset = run.measure(folder, weights=weights, progress=progress)
-            finish(folder, dataset)
-    return dataset
+        return run.written(folder, None, sums, None, resume=resume, **how)
 
 
 def _paths(
@@ -169,6 +173,36 @@ class CheckpointRun:
         reference = first if reference_model is None else reference_model
         self.profiler = Profiler.of(self.model, tokenizer, reference_model=reference, **options)
         self._names = json.dumps({step: str(path) for step, path in self.folders.items()})
+        self.profiler.ranks.check_same({"checkpoints": self._names})
+
+    def written(
+        self,
+        folder: Path,
+        config: ProfileConfig | None,
+        sums: Mapping[str, Sums],
+        report: Reporter | None,
+        *,
+        resume: bool,
+        **how: bool,
+    ) -> xr.Dataset:
+        """Measure what is not measured yet, and complete the run in a folder.
+
+        Args:
+            folder: of the run.
+            config, sums: of a run that begins, as `begun` takes them.
+            report: adds tables and plots to the folder.
+            resume: whether the run goes on.
+            how: as `measure`.
+
+        Raises:
+            As `profile_checkpoints`.
+        """
+        if not self.profiler.ranks.first:
+            return self.measure(folder, **how)
+        with nullcontext() if resume else begun(folder, config, sums), kept(folder):
+            dataset = self.measure(folder, **how)
+            finish(folder, dataset, report)
+        return dataset
 
     def measure(
         self, folder: Path | None, *, weights: bool = True, progress: bool = False
@@ -184,7 +218,8 @@ class CheckpointRun:
             All steps.
         """
         identity = run_identity(self.profiler, checkpoints=self._names, weights=weights)
-        store = StepStore(None if folder is None else folder / STEPS, identity)
+        ranks = self.profiler.ranks
+        store = StepStore(None if folder is None else folder / STEPS, identity, ranks)
         steps, done = list(self.folders), store.steps
         store.check_free(step for step in steps if step not in done)
         # One that is done is looked at again where the next is to be compared with it.
@@ -195,13 +230,14 @@ class CheckpointRun:
         ]
         probe = Probe(self.profiler, store, weights=weights, second_order=self.second_order)
         first = self.folders[steps[0]]
-        with progress_bar(progress, "checkpoints", len(wanted)) as update:
+        with progress_bar(progress and ranks.first, "checkpoints", len(wanted)) as update:
             for step in loaded_in_turn(self.model, first, self.folders, wanted):
                 probe.at(step, optimizer=self.folders[step] if self.optimizers else None)
                 update(advance=1)
         of_last = store.read(store.steps[-1]).attrs  # before training there is no state
         said = {key: of for key, of in of_last.items() if key.startswith("step_metric")}
         dataset = store.combined()
+        ranks.meet()  # the first may move the files from now on
         kept = {key: of for key, of in dataset.attrs.items() if not key.startswith("step_metric")}
         return dataset.drop_attrs(deep=False).assign_attrs(
             **kept,

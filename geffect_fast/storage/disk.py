@@ -18,6 +18,7 @@ from typing import Any
 
 from geffect_fast.errors import InputError
 from geffect_fast.paths import is_there, user_path
+from geffect_fast.ranks import Ranks
 
 UNFINISHED = ".unfinished-"
 """How the name of a folder in a run folder begins while a process fills or removes it."""
@@ -64,6 +65,26 @@ def folder_for(what: str, path: Path) -> Iterator[None]:
         if isinstance(error, OSError):
             raise unwritable(what, "--out", error) from error
         raise
+
+
+def shared_folder(folder: Path | None, ranks: Ranks) -> Path:
+    """The folder that the first of ranks works in, which all are to see.
+
+    Args:
+        folder: of the first; None: this is another rank.
+        ranks: who work together.
+
+    Raises:
+        InputError: this rank does not see it.
+    """
+    folder = ranks.first_of(folder)
+    assert folder is not None
+    if not ranks.first and not folder.is_dir():
+        raise InputError(
+            f"--out: the folder {folder} of the first rank is not to be seen from this one; "
+            "choose one on a disk that all ranks share"
+        )
+    return folder
 
 
 def check_usable(folder: str | Path) -> Path:

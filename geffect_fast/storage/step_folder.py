@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,9 +17,18 @@ from geffect_fast.errors import (
     UnfinishedError,
 )
 from geffect_fast.paths import is_there
+from geffect_fast.ranks import Ranks
 from geffect_fast.settings import RunConfig
-from geffect_fast.storage.disk import UNFINISHED, folder_for, recovered, remove, whole_file
+from geffect_fast.storage.disk import (
+    UNFINISHED,
+    folder_for,
+    recovered,
+    remove,
+    shared_folder,
+    whole_file,
+)
 from geffect_fast.storage.inputs import Inputs, check_unchanged
+from geffect_fast.storage.lock import locked
 from geffect_fast.storage.manifest import (
     MANIFEST,
     Manifest,
@@ -109,6 +118,25 @@ def check_start(
             "--overwrite"
         )
     return replacing if held and overwrite else folder
+
+
+@contextmanager
+def started(
+    out: str | Path, ranks: Ranks, resume: bool, overwrite: bool, inputs: Inputs
+) -> Iterator[Path]:
+    """The folder in which ranks work, as `check_start` tells the first of them, who holds its lock.
+
+    Args:
+        out, resume, overwrite, inputs: as `check_start`.
+        ranks: who work in it.
+
+    Raises:
+        InputError: as `check_start`; or another process works in `out`, or a rank does not see it.
+    """
+    with locked(out) if ranks.first else nullcontext() as home:
+        shared_folder(home, ranks)
+        own = check_start(out, resume, overwrite, inputs=inputs) if ranks.first else Path()
+        yield ranks.first_of(own)
 
 
 @contextmanager
@@ -263,10 +291,12 @@ def _home(folder: Path) -> Path:
 def kept(folder: Path) -> Iterator[None]:
     """Ctrl-C, and numbers that are none, are answered with what is kept, and how to go on.
 
-    A run that was to replace another one goes where its numbers did, and the other one stays.
+    So is the end of another rank. A run that was to replace another one goes where its numbers did,
+    and the other one stays.
 
     Raises:
         InterruptedRunError: Ctrl-C came.
+        UnfinishedError: another rank has ended, or failed for no reason of ours.
     """
     try:
         yield
@@ -275,17 +305,21 @@ def kept(folder: Path) -> Iterator[None]:
             f"interrupted; what was measured{_until(folder)} is kept: go on with --resume --out "
             f"{_home(folder)} (resume=True)"
         ) from None
-    except NonFiniteError as error:
-        if folder.name == NEXT:
+    except GEffectError as error:
+        until, more = _until(folder), ""
+        kind = type(error)
+        if isinstance(error, NonFiniteError) and folder.name == NEXT:
             remove(folder)
-            raise type(error)(
-                f"{error}; the run that was to be replaced in {_home(folder)} is as it was"
-            ) from error
-        if until := _until(folder):
-            raise type(error)(
-                f"{error}; what was measured{until} is kept in {folder / STEPS}"
-            ) from error
-        raise
+            more = f"the run that was to be replaced in {_home(folder)} is as it was"
+        elif isinstance(error, NonFiniteError) and until:
+            more = f"what was measured{until} is kept in {folder / STEPS}"
+        elif kind is GEffectError and until:
+            kind, more = UnfinishedError, f"what was measured{until} is kept: go on with --resume"
+        if not more:
+            raise
+        said = kind(f"{error}; {more}")
+        said.told = error.told
+        raise said from error
 
 
 def _until(folder: Path) -> str:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from geffect_fast.errors import InputError, UnfinishedError
 from geffect_fast.paths import user_path
+from geffect_fast.ranks import ALONE, Ranks
 from geffect_fast.storage.disk import folder_for, synced
 from geffect_fast.storage.run_folder import open_run, write_dataset
 
@@ -30,9 +31,12 @@ class StepStore:
     it is never changed afterwards. What a killed process left half-written is overwritten. A file
     that stands in the folder and is torn, or not of this run, is left alone and named.
 
+    Several ranks make and call it together: the first of them writes, and all read what it wrote.
+
     Args:
         folder: made with the first step; None: in memory.
         identity: what makes a file belong to this run, such as a hash of its config and data.
+        ranks: who keep steps together.
 
     Attributes:
         left_alone: a line for each file in the folder that is no step of this run.
@@ -41,22 +45,16 @@ class StepStore:
         InputError: the folder cannot be read.
     """
 
-    def __init__(self, folder: str | Path | None, identity: str) -> None:
+    def __init__(self, folder: str | Path | None, identity: str, ranks: Ranks = ALONE) -> None:
+        self._ranks = ranks
         self.folder = None if folder is None else user_path(folder).absolute()
         self.identity = identity
         self._files: dict[int, Path] = {}
         self._held: dict[int, xr.Dataset] = {}
         self._taken: dict[str, str] = {}
-        try:
-            files = sorted(self.folder.iterdir()) if self.folder and self.folder.exists() else []
-        except OSError as error:
-            raise InputError(
-                f"{self.where} cannot be read: {error.strerror}; choose another --out"
-            ) from None
-        for file in files:
-            problem = self._problem(file)
-            if problem is not None:
-                self._taken[file.name] = f"{file} {problem}; it is left alone"
+        if ranks.first:
+            self._look()
+        self._files, self._taken = ranks.first_of((self._files, self._taken))
 
     @property
     def steps(self) -> list[int]:
@@ -98,6 +96,13 @@ class StepStore:
             self._held[step] = dataset
             return
         file = self.folder / _name(step)
+        if self._ranks.first:
+            self._write(step, dataset, file)
+        self._ranks.meet()
+        self._files[step] = file
+
+    def _write(self, step: int, dataset: xr.Dataset, file: Path) -> None:
+        assert self.folder is not None
         part = self.folder / f".{file.name}.part"
         try:
             with folder_for(self.where, self.folder):
@@ -119,7 +124,6 @@ class StepStore:
                 f"{self.steps[0]} to {self.steps[-1]} are kept: free some space, and go on with "
                 "--resume"
             ) from error
-        self._files[step] = file
 
     def read(self, step: int) -> xr.Dataset:
         """The result of a step, with a scalar coordinate `step`.
@@ -150,6 +154,19 @@ class StepStore:
             join="exact",
             combine_attrs="override",
         )
+
+    def _look(self) -> None:
+        """Find what the folder holds."""
+        try:
+            files = sorted(self.folder.iterdir()) if self.folder and self.folder.exists() else []
+        except OSError as error:
+            raise InputError(
+                f"{self.where} cannot be read: {error.strerror}; choose another --out"
+            ) from None
+        for file in files:
+            problem = self._problem(file)
+            if problem is not None:
+                self._taken[file.name] = f"{file} {problem}; it is left alone"
 
     def _problem(self, file: Path) -> str | None:
         """What is wrong with a file in the folder; None where it is a step, or may go."""

@@ -34,6 +34,7 @@ from geffect_fast.measure.prepare import table_of_positions
 from geffect_fast.metrics.base import FORGET, HOLDOUT, Metric
 from geffect_fast.metrics.registry import resolved_metrics
 from geffect_fast.objectives import resolve
+from geffect_fast.ranks import check_alone
 from geffect_fast.relearn_settings import Relearning
 from geffect_fast.storage.recorded_rows import check_recorded
 from geffect_fast.terminal import progress_bar
@@ -100,6 +101,7 @@ def relearn(
         ...                     n_rows=5, steps=20, learning_rate=1e-5)
         >>> result.value.sel(metric="extraction_strength", set="others")
     """
+    check_alone("relearn")
     checked = checked_config(Relearning, settings)
     given = {"unlearned": model, "original": original, "retrained": retrained}
     named = {name: each for name, each in given.items() if each is not None}

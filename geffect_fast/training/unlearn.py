@@ -12,6 +12,7 @@ from torch import nn
 from geffect_fast.arguments import checked_config, with_settings
 from geffect_fast.measure.sources import Sources
 from geffect_fast.objectives import Objective
+from geffect_fast.ranks import check_alone
 from geffect_fast.settings import LiveMetrics, Measuring
 from geffect_fast.storage.inputs import input_sums, weights_sums
 from geffect_fast.storage.lock import locked
@@ -87,6 +88,7 @@ def unlearn(
         ...                     objective="npo(beta=0.1)", steps=60, learning_rate=1e-5)
         >>> result.g_effect.sum(["parameter", "sample"]).sel(objective="npo(beta=0.1)")
     """
+    check_alone("unlearn")
 
     checked = checked_config(UnlearnSettings, settings)
 

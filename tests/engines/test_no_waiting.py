@@ -159,9 +159,10 @@ def test_a_whole_measurement(resolve, device, monkeypatch):
     with device:
         with device.preparing():
             plan = plan_there(here)
-            monkeypatch.setattr(Plan, "of", lambda _model: plan)
+            monkeypatch.setattr(Plan, "of", lambda _model, **_: plan)
             monkeypatch.setattr(prepare, "choose_layout", lambda *_: "packed")
-            monkeypatch.setattr(memory, "free_memory", lambda _: 2**40)
+            for module in (memory, directions):
+                monkeypatch.setattr(module, "free_memory", lambda _: 2**40)
             prepared = profiler.Profiler.of(plan.model, None, **given)
         found = prepared.measure(weights=True).dataset
         n_batches = sum(len(data_pass.batches) for data_pass in prepared._schedule.passes)
@@ -173,6 +174,32 @@ def test_a_whole_measurement(resolve, device, monkeypatch):
         assert device.waits == values + 4 + n_weights + waits_of_intervals(given["resolve"])
     for name in ("g_effect", "loss", "risk_value", "grad_norm", "cosine"):
         x, y = (torch.from_numpy(of[name].values) for of in (found, expected))
+        torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5 * float(y.abs().max()))
+
+
+@pytest.mark.parametrize("resolve", [("parameter", "sample"), ("group",)])
+def test_gradients_that_stay_on_the_cpu(resolve, device, monkeypatch):
+    """A GPU without room for them; products bring over what they need."""
+    model = build("llama_tied")
+    model.set_attn_implementation("eager")
+    given = {**SETS, "objectives": ["gd", "npo(beta=0.1)"], "engine": "reverse"}
+    given |= {"token_budget": 16, "resolve": resolve}
+    expected = gf.profile(model, None, **given)
+    here = Plan.of(model)
+    with device:
+        with device.preparing():
+            plan = plan_there(here)
+            monkeypatch.setattr(Plan, "of", lambda _model, **_: plan)
+            monkeypatch.setattr(prepare, "choose_layout", lambda *_: "packed")
+            monkeypatch.setattr(memory, "free_memory", lambda _: 2**40)
+            for module in (directions, profiler):
+                monkeypatch.setattr(module, "free_memory", lambda _: 2**10)
+            prepared = profiler.Profiler.of(plan.model, None, **given)
+        with pytest.warns(gf.errors.GEffectWarning, match="they stay in the CPU's memory, and ev"):
+            found = prepared.measure()
+    assert {v.device.type for v in found.directions.values()} == {"cpu"}
+    for name in ("g_effect", "loss", "risk_value", "grad_norm", "cosine"):
+        x, y = (torch.from_numpy(of[name].values) for of in (found.dataset, expected))
         torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5 * float(y.abs().max()))
 
 
@@ -189,7 +216,7 @@ def test_a_whole_measurement_of_the_forward_engine(architecture, offset, device,
     with device:
         with device.preparing():
             plan = plan_there(here)
-            monkeypatch.setattr(Plan, "of", lambda _model: plan)
+            monkeypatch.setattr(Plan, "of", lambda _model, **_: plan)
             monkeypatch.setattr(prepare, "choose_layout", lambda *_: "packed")
             monkeypatch.setattr(prepare, "forward_mode_problem", lambda *_: None)
             monkeypatch.setattr(dual_modules, "_offset", lambda _: offset)
@@ -236,7 +263,7 @@ def test_functional(architecture, device, monkeypatch):
     with device:
         with device.preparing():
             plan = plan_there(here)
-            monkeypatch.setattr(Plan, "of", lambda _model: plan)
+            monkeypatch.setattr(Plan, "of", lambda _model, **_: plan)
             # That is the caller's own forward, which may wait.
             monkeypatch.setattr(masking_utils, "find_packed_sequence_indices", lambda _: None)
             plan.model.config.pad_token_id = None

@@ -1,0 +1,194 @@
+"""What ranks send each other, and how long a profile takes them, on this machine's cores.
+
+    python benchmarks/bench_distributed.py            # benchmarks/results/distributed_cpu.csv
+    python benchmarks/bench_distributed.py --quick    # a tiny model, 2 ranks, prints only
+
+Ranks are processes of one thread each, which talk by gloo. A profile by parameter and sample, of
+forget and retain rows, is measured with the whole model on every rank (`none`) and with its part of
+it (`fsdp`). `sent_mib` is what a rank sends, counted at every collective by its ring algorithm's
+share; `messages` are the collectives; `least_mib` is what must be sent however it is done: sums of
+the gradients once (`none`), and for every batch the weights of its forward, those of the blocks for
+its backward, the gradients' sums and the directions that products need (`fsdp`). `against_one` is
+the time in that of one rank, within one run: ranks share this machine's cores, so it says what
+meeting costs, not what more machines bring.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from llama import make_model
+from machine import RESULTS, write_csv
+from package_path import ROOT
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import geffect_fast as gf
+from geffect_fast import ranks
+from geffect_fast.capture.compat import is_sharded
+from geffect_fast.capture.shards import shard
+from geffect_fast.measure.profiler import Profiler
+
+MIB = 2**20
+N_ROWS = 16
+LENGTH = 48
+TOKENS = 128
+"""A batch's."""
+
+
+class Sent(TorchDispatchMode):
+    """Counts collectives, and the bytes that this rank sends in each.
+
+    Attributes:
+        n_bytes, messages: by the kind of the collective.
+    """
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.size = size
+        self.n_bytes: Counter[str] = Counter()
+        self.messages: Counter[str] = Counter()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        found = func(*args, **(kwargs or {}))
+        name = str(func)
+        if name.startswith(("c10d.", "_c10d_functional.")) and "wait" not in name:
+            kind, part = _kind(name)
+            if kind:
+                whole = _largest([*args, found])
+                self.messages[kind] += 1
+                self.n_bytes[kind] += int(part * whole * (self.size - 1) / self.size)
+        return found
+
+
+def _kind(name: str) -> tuple[str, float]:
+    """The collective's kind, and how often a ring sends the whole tensor's share."""
+    if "reduce_scatter" in name:
+        return "reduce_scatter", 1.0
+    if "allreduce" in name or "all_reduce" in name:
+        return "all_reduce", 2.0
+    if "allgather" in name or "all_gather" in name:
+        return "all_gather", 1.0
+    return ("broadcast", 1.0) if "broadcast" in name else ("", 0.0)
+
+
+def _largest(given: Any) -> int:
+    """Bytes of the largest list of tensors, or tensor: what is gathered, or added up."""
+    if isinstance(given, torch.Tensor):
+        return given.nbytes
+    if isinstance(given, list | tuple):
+        tensors = [x for x in given if isinstance(x, torch.Tensor)]
+        others = [_largest(x) for x in given if isinstance(x, list | tuple)]
+        same = len({x.shape for x in tensors}) == 1
+        own = sum(x.nbytes for x in tensors) if same and len(tensors) > 1 else 0
+        return max([own, *others, *(x.nbytes for x in tensors)], default=0)
+    return 0
+
+
+def rows(seed: int) -> list[dict[str, list[int]]]:
+    """Tokenised rows, labels on all but the first token."""
+    ids = torch.randint(3, 8000, (N_ROWS, LENGTH), generator=torch.Generator().manual_seed(seed))
+    return [{"input_ids": row, "labels": [-100, *row[1:]]} for row in ids.tolist()]
+
+
+def measured(sharding: str, quick: bool) -> dict[str, Any]:
+    """A profile on the ranks that are here: seconds, and what was sent."""
+    model = make_model(quick)
+    n_elements = sum(p.numel() for p in model.parameters())
+    n_in_blocks = sum(p.numel() for p in model.model.layers.parameters())
+    together = ranks.here()
+    if sharding == "fsdp":
+        shard(model, together, torch.device("cpu"))
+    given = {"forget": rows(1), "retain": rows(2), "objectives": ["ga"], "token_budget": TOKENS}
+    profiler = Profiler.of(model, None, resolve=("parameter", "sample"), **given)
+    profiler.measure()
+    n_risks = len(profiler.risk_names)
+    if together.size > 1:
+        dist.barrier()
+    start = time.perf_counter()
+    with Sent(together.size) as sent:
+        profiler.measure()
+    seconds = time.perf_counter() - start
+    n_batches = {
+        "risks": sum(len(each.batches) for each in profiler._schedule.risk_passes),
+        "objectives": sum(len(each.batches) for each in profiler._schedule.passes),
+    }
+    least = 2 * (n_risks + 1) * n_elements  # each risk's gradient is added up, and the objective's
+    if is_sharded(model):
+        # Directions are those of the forget risk for other risks' rows, of all for objectives'.
+        n_directions = n_risks * n_batches["objectives"]
+        n_directions += n_batches["risks"] - len(profiler._schedule.risk_passes[0].batches)
+        least = sum(n_batches.values()) * (2 * n_elements + n_in_blocks)
+        least += n_directions * n_elements
+    least *= 4 * (together.size - 1) / together.size
+    return {
+        "sharding": sharding,
+        "ranks": together.size,
+        "parameters": n_elements,
+        "batches": sum(n_batches.values()),
+        "messages": sum(sent.messages.values()),
+        "sent_mib": round(sum(sent.n_bytes.values()) / MIB, 2),
+        "least_mib": round(least / MIB, 2),
+        "seconds": seconds,
+    }
+
+
+def run(size: int, sharding: str, quick: bool) -> dict[str, Any]:
+    """What the first of so many ranks found, each a process of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "found.pt"
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+        ]
+        command += [str(size), __file__, "--rank", sharding, str(out)] + ["--quick"] * quick
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise SystemExit(done.stderr)
+        found: dict[str, Any] = torch.load(out, weights_only=True)
+    return found
+
+
+def main() -> None:
+    """Run every number of ranks and sharding, and write the CSV."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--rank", nargs=2, metavar=("SHARDING", "OUT"), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.rank:
+        sharding, out = arguments.rank
+        dist.init_process_group("gloo")
+        found = measured(sharding, arguments.quick)
+        if dist.get_rank() == 0:
+            torch.save(found, out)
+        dist.destroy_process_group()
+        return
+    cases = [(1, "none"), (2, "none"), (2, "fsdp")]
+    cases += [] if arguments.quick else [(4, "none"), (4, "fsdp")]
+    table = [run(size, sharding, arguments.quick) for size, sharding in cases]
+    for row in table:
+        row["against_one"] = round(row["seconds"] / table[0]["seconds"], 2)
+        row["seconds"] = float(f"{row['seconds']:.3g}")
+        print(row)
+    if not arguments.quick:
+        write_csv(RESULTS / "distributed_cpu.csv", table)
+
+
+if __name__ == "__main__":
+    assert gf.__version__
+    main()

@@ -1,0 +1,378 @@
+"""The processes that measure one model together: ranks of a `torch.distributed` process group.
+
+Every rank calls the same function with the same arguments. Rows are dealt out; sums are added up
+over the ranks, and what is told apart by row is gathered, so that each holds the whole result. What
+ranks tell each other of rows, errors and decisions goes through a group of our own on the host;
+sums of gradients go where they lie, through the program's group.
+
+An error of one rank is told wherever ranks meet next, and ends the call on all of them.
+"""
+
+from __future__ import annotations
+
+import pickle
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
+from datetime import timedelta
+from functools import wraps
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from geffect_fast.errors import GEffectError, InputError, reason_of
+
+if TYPE_CHECKING:
+    from typing import ParamSpec
+
+    from torch.distributed.device_mesh import DeviceMesh
+
+    P = ParamSpec("P")
+K = TypeVar("K")
+T = TypeVar("T")
+
+PATIENCE = timedelta(minutes=5)
+"""How long ranks wait for each other at the start of a call. Within it they wait as long as the
+group does: what a rank was dealt may take its time."""
+
+GRACE = 5.0
+"""Seconds after which ranks that have not failed are taken not to fail alike."""
+
+BUCKET = 2**25
+"""Bytes of small tensors that are added up in one message."""
+
+_on_its_own: ContextVar[bool] = ContextVar("on_its_own", default=False)
+
+
+class Ranks:
+    """This process among those that measure together.
+
+    Args:
+        world: the program's process group; None: this process is the only one.
+
+    Attributes:
+        rank: of this process, from 0.
+        size: how many there are.
+    """
+
+    def __init__(self, world: dist.ProcessGroup | None = None) -> None:
+        self._world = world
+        self.rank, self.size = (0, 1) if world is None else (world.rank(), world.size())
+        self._within = self._said = self._broken = False
+        self._n_exchanges = 0
+        if world is not None:
+            # Its own, so that nothing of the program's comes between; a first call that not all
+            # ranks make ends here.
+            self._host = dist.new_group(backend="gloo")
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the rank that writes and prints."""
+        return self.rank == 0
+
+    @property
+    def backends(self) -> str:
+        """By what the program's group talks on each kind of device: `cpu:gloo,cuda:nccl`."""
+        return "none" if self._world is None else str(dist.get_backend_config(self._world))
+
+    @contextmanager
+    def together(self, what: str) -> Iterator[None]:
+        """A call that all ranks make: either all leave it well, or all by an error.
+
+        Args:
+            what: the function, for messages; within another one it has no effect.
+
+        Raises:
+            InputError: not all ranks came.
+            GEffectError: another rank failed; it is named, and its error's class is kept.
+        """
+        if self.size == 1 or self._within:
+            yield
+            return
+        if self._broken:
+            raise GEffectError(
+                "process group: an error of one rank ended it in the middle of an exchange; begin "
+                "another one"
+            )
+        self._within, self._said = True, False
+        try:
+            self._wait_for_all(what)
+            try:
+                yield
+                self.meet()
+            except Exception as error:
+                told = isinstance(error, GEffectError) and error.told
+                if not told and not self._said:
+                    self._tell(error)
+                raise
+        finally:
+            self._within = False
+
+    @contextmanager
+    def in_step(self, exchange: bool) -> Iterator[None]:
+        """Work in which ranks wait for each other at every turn, where a meeting is no way to fail.
+
+        An error of one rank ends the program's process group, and the others find its line in the
+        group's store when they fail in turn. One that all ranks raise alike leaves the group.
+
+        Args:
+            exchange: whether they do; else nothing is done.
+        """
+        if not exchange:
+            yield
+            return
+        self._n_exchanges += 1
+        try:
+            yield
+        except Exception as error:
+            self._break_off(error)
+            raise
+
+    def _break_off(self, error: Exception) -> None:
+        """Say why, wait whether all ranks fail alike, and end the group where they do not.
+
+        Raises:
+            GEffectError: another rank failed, and this one because of it.
+        """
+        self._said = True
+        place = f"geffect_fast/{self._n_exchanges}"
+        places = [f"{place}/{rank}" for rank in range(self.size)]
+        store = dist.distributed_c10d._get_default_store()
+        failed = [rank for rank, each in enumerate(places) if store.check([each])]
+        store.set(places[self.rank], pickle.dumps(_described(error), 0).decode("latin1"))
+        if failed:
+            self._broken = store.check([f"{place}/ended"])
+            kind, said = pickle.loads(store.get(places[failed[0]]).decode().encode("latin1"))
+            raise _everywhere(kind(f"rank {failed[0]}: {said}")) from error
+        if isinstance(error, GEffectError):
+            error.told = True
+        deadline = time.monotonic() + GRACE
+        while not store.check(places) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        if not store.check(places):
+            self._broken = True
+            store.set(f"{place}/ended", "")
+            assert self._world is not None
+            self._world.abort()
+
+    def meet(self, own: T | None = None) -> list[T]:
+        """What every rank has brought, in their order.
+
+        Args:
+            own: of this rank; anything that pickles.
+
+        Raises:
+            GEffectError: a rank failed; as of `together`.
+        """
+        if self.size == 1:
+            return [own]  # type: ignore[list-item]
+        return self._brought(self._exchanged(None, own))
+
+    def first_of(self, own: T) -> T:
+        """What rank 0 has brought."""
+        return self.meet(own)[0]
+
+    def united(self, own: Mapping[K, T]) -> dict[K, T]:
+        """What all ranks have brought under keys, of which each has its own."""
+        return {key: value for told in self.meet(own) for key, value in told.items()}
+
+    def add_up(self, tensors: Sequence[Tensor]) -> None:
+        """Put in each tensor's place the sum of all ranks' tensors.
+
+        Args:
+            tensors: contiguous, on any devices, of the same shapes and dtypes on all ranks.
+
+        Raises:
+            GEffectError: a rank failed; as of `together`.
+        """
+        if self.size == 1:
+            return
+        self.meet()
+        small: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+        for tensor in tensors:
+            alike = small.setdefault((tensor.device, tensor.dtype), [])
+            if tensor.nbytes >= BUCKET:
+                self._add_up(tensor)
+                continue
+            if sum(t.nbytes for t in alike) + tensor.nbytes > BUCKET:
+                self._add_up_together(alike)
+                alike.clear()
+            alike.append(tensor)
+        for alike in small.values():
+            self._add_up_together(alike)
+
+    def check_same(self, values: Mapping[str, Any]) -> None:
+        """Refuse arguments that differ between ranks.
+
+        Args:
+            values: by the argument's name; equal where they are meant to be.
+
+        Raises:
+            InputError: naming the first argument and rank, on all ranks.
+        """
+        told = self.meet(values)
+        for name in told[0]:
+            for rank, others in enumerate(told):
+                if others[name] != told[0][name]:
+                    raise _everywhere(
+                        InputError(
+                            f"{name}: rank {rank} is given {others[name]}, and rank 0 "
+                            f"{told[0][name]}; give all ranks the same"
+                        )
+                    )
+
+    def broadcast(self, source: int, own: Any = None) -> Any:
+        """What one rank, `source`, has brought."""
+        held = [own if source == self.rank else None]
+        dist.broadcast_object_list(held, dist.get_global_rank(self._host, source), self._host)
+        return held[0]
+
+    def mesh(self, device: torch.device) -> DeviceMesh:
+        """The ranks in a row, as FSDP takes them."""
+        from torch.distributed.device_mesh import DeviceMesh
+
+        return DeviceMesh(device.type, list(range(self.size)))
+
+    def check_serves(self, device: torch.device) -> None:
+        """Raise `InputError` where the program's group cannot add up tensors of a device."""
+        if self._world is None or device.type == "cpu":
+            return
+        if device.type not in [backend.split(":")[0] for backend in self.backends.split(",")]:
+            raise InputError(
+                f"process group: its backends are {self.backends}, and the model is on "
+                f"{device.type}; begin it by init_process_group('cpu:gloo,cuda:nccl')"
+            )
+
+    def _wait_for_all(self, what: str) -> None:
+        try:
+            dist.monitored_barrier(self._host, PATIENCE, wait_all_ranks=True)
+        except RuntimeError as error:
+            minutes = PATIENCE.seconds // 60
+            raise _everywhere(
+                InputError(
+                    f"{what}: not all {self.size} ranks of the process group called it within "
+                    f"{minutes} minutes; call it on every rank, or within geffect_fast.ranks."
+                    "on_its_own() on one"
+                )
+            ) from error
+        called = self.meet(what)
+        for rank, other in enumerate(called):
+            if other != called[0]:
+                raise _everywhere(
+                    InputError(
+                        f"{called[0]}: rank {rank} calls {other} at the same time; call the same "
+                        "on every rank"
+                    )
+                )
+
+    def _tell(self, error: Exception) -> None:
+        """Tell the others, where they meet next, that this rank failed."""
+        with suppress(GEffectError):  # the others are gone; what is raised here is what happened
+            self._exchanged(_described(error), None)
+            if isinstance(error, GEffectError):
+                error.told = True
+
+    def _exchanged(self, failed: Any, own: Any) -> list[Any]:
+        told: list[Any] = [None] * self.size
+        try:
+            dist.all_gather_object(told, (failed, own), self._host)
+        except RuntimeError as error:
+            raise _everywhere(
+                GEffectError(
+                    "a rank of the process group has ended, and without it nothing goes on; what "
+                    "it printed last says why"
+                )
+            ) from error
+        return told
+
+    def _brought(self, told: list[Any]) -> list[Any]:
+        for rank, (failed, _) in enumerate(told):
+            if failed is not None:
+                kind, said = failed
+                raise _everywhere(kind(f"rank {rank}: {said}"))
+        return [own for _, own in told]
+
+    def _add_up(self, tensor: Tensor) -> None:
+        dist.all_reduce(tensor, group=self._host if tensor.is_cpu else self._world)
+
+    def _add_up_together(self, alike: list[Tensor]) -> None:
+        if not alike:
+            return
+        flat = torch.cat([tensor.flatten() for tensor in alike])
+        self._add_up(flat)
+        for tensor, summed in zip(alike, flat.split([t.numel() for t in alike]), strict=True):
+            tensor.copy_(summed.view_as(tensor))
+
+
+ALONE = Ranks()
+"""A process that measures by itself."""
+
+_known: list[Ranks] = []
+"""Of the last process group that was seen."""
+
+
+def here() -> Ranks:
+    """The ranks of the process group that is begun, where there is one of several.
+
+    The first call in a process group is made by all its ranks.
+    """
+    if _on_its_own.get() or not dist.is_available() or not dist.is_initialized():
+        return ALONE
+    world = dist.group.WORLD
+    if world is None or world.size() == 1:
+        return ALONE
+    if not _known or _known[0]._world is not world:
+        _known[:] = [Ranks(world)]
+    return _known[0]
+
+
+@contextmanager
+def on_its_own() -> Iterator[None]:
+    """Inside, this rank measures by itself, whatever the others do.
+
+    Examples:
+        >>> if torch.distributed.get_rank() == 0:
+        ...     with gf.ranks.on_its_own():
+        ...         result = gf.profile(model, tokenizer, **data, objectives=["ga"])
+    """
+    before = _on_its_own.set(True)
+    try:
+        yield
+    finally:
+        _on_its_own.reset(before)
+
+
+def check_alone(what: str) -> None:
+    """Raise `InputError` where a function that one process runs is called by several ranks."""
+    if here().size > 1:
+        raise InputError(
+            f"{what} runs in one process; call it on one rank, within "
+            "geffect_fast.ranks.on_its_own()"
+        )
+
+
+def on_all_ranks(function: Callable[P, T]) -> Callable[P, T]:
+    """A function that the ranks of a process group begin and end together."""
+
+    @wraps(function)
+    def called(*args: P.args, **kwargs: P.kwargs) -> T:
+        with here().together(function.__name__):
+            return function(*args, **kwargs)
+
+    return called
+
+
+def _described(error: Exception) -> tuple[type[GEffectError], str]:
+    """An error as other ranks raise it: its class, where it is one of ours, and its line."""
+    if isinstance(error, GEffectError):
+        return type(error), str(error)
+    return GEffectError, reason_of(error)
+
+
+def _everywhere(error: GEffectError) -> GEffectError:
+    """The error, marked as one that all ranks raise."""
+    error.told = True
+    return error

@@ -1,0 +1,105 @@
+"""Functions on several ranks: processes of a gloo group on this machine."""
+
+from __future__ import annotations
+
+import multiprocessing
+import multiprocessing.connection
+import time
+import traceback
+from collections.abc import Callable
+from contextlib import suppress
+from tempfile import TemporaryDirectory
+from typing import Any
+
+LONGEST = 120
+"""Seconds for which a test waits for its ranks."""
+
+PRELOADED = [
+    *(
+        "geffect_fast.measure.sweep",
+        "xarray",
+        "lark.parsers",
+        "torch._decomp.decompositions_for_jvp",
+    ),
+    *(f"transformers.models.{n}.modeling_{n}" for n in ("llama", "gpt2", "qwen2_moe")),
+]
+"""What ranks need not import one by one."""
+
+
+class Raised:
+    """What a rank raised.
+
+    Attributes:
+        kind: name of the error's class.
+        said: its message.
+        trace: where.
+    """
+
+    def __init__(self, error: BaseException) -> None:
+        self.kind, self.said = type(error).__name__, str(error)
+        self.trace = traceback.format_exc()
+
+    def __repr__(self) -> str:
+        return self.trace
+
+
+def on_ranks(size: int, job: Callable[..., Any], *args: Any, fails: bool = False) -> list[Any]:
+    """What `job(*args)` returns on each of so many ranks, or `Raised`.
+
+    Args:
+        size: how many.
+        job: of a module that can be imported; it finds its process group begun.
+        args: pickled.
+        fails: whether ranks may raise, or end; else the first that does fails the test.
+
+    Returns:
+        By rank; None for one that ended without a word.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    with TemporaryDirectory() as folder:
+        processes, ends = [], []
+        for rank in range(size):
+            end, other = context.Pipe(duplex=False)
+            process = context.Process(target=_run, args=(other, folder, rank, size, job, args))
+            process.start()
+            other.close()
+            processes.append(process)
+            ends.append(end)
+        found: list[Any] = [None] * size
+        deadline, open_ends = time.monotonic() + LONGEST, dict(zip(ends, range(size), strict=True))
+        try:
+            while open_ends:
+                ready = multiprocessing.connection.wait(
+                    list(open_ends), max(deadline - time.monotonic(), 0)
+                )
+                assert ready, f"ranks {sorted(open_ends.values())} hang"
+                for end in ready:
+                    rank = open_ends.pop(end)
+                    with suppress(EOFError):
+                        found[rank] = end.recv()
+                    if not fails:
+                        assert found[rank] is not None, f"rank {rank} ended"
+                        assert not isinstance(found[rank], Raised), found[rank]
+        finally:
+            for process in processes:
+                process.join(1 if not open_ends else 0)
+                process.kill()
+    return found
+
+
+def _run(
+    end: Any, folder: str, rank: int, size: int, job: Callable[..., Any], args: tuple[Any, ...]
+) -> None:
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    store = dist.FileStore(f"{folder}/store", size)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=size)
+    try:
+        found = job(*args)
+    except BaseException as error:
+        found = Raised(error)
+    end.send(found)
+    end.close()

@@ -1,0 +1,126 @@
+"""Checkpoints on several ranks: one folder, which a run of any number of ranks goes on with."""
+
+import io
+import os
+import shutil
+import signal
+from contextlib import redirect_stderr
+
+import pytest
+import torch
+import torch.distributed as dist
+from models import build, samples
+from ranked import on_ranks
+
+import geffect_fast as gf
+from geffect_fast import report
+from geffect_fast.cli import main
+from geffect_fast.data import write_jsonl
+from geffect_fast.errors import GEffectError
+from geffect_fast.steps.probe import Probe
+
+STEPS = (0, 5, 120)
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory):
+    """Checkpoints of a model that drifts, their data, and what one process says of them."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    model = build("llama")
+    for step in STEPS:
+        model.save_pretrained(folder / f"out/checkpoint-{step}")
+        with torch.no_grad():
+            for p in model.parameters():
+                p.mul_(1.05)
+    for name, lengths in (("forget", [5, 9, 3, 7]), ("retain", [7, 4])):
+        write_jsonl(samples(lengths, len(lengths)), folder / f"{name}.jsonl")
+    assert profiled(folder, "alone") == (0, "")
+    return folder
+
+
+def profiled(folder, out, *more, killed_at=None):
+    """Exit code and errors of the command on this rank; rank 1 is killed before a step."""
+    os.chdir(folder)
+    words = ["profile", "--quiet", "--forget", "forget.jsonl", "--retain", "retain.jsonl"]
+    words += ["--objectives", "ga", "npo", "--resolve", "group,sample", "--token-budget", "16"]
+    words += ["--checkpoints", "out/checkpoint-*", "--out", out, *more]
+    plain, said = Probe.at, io.StringIO()
+
+    def at(self, step, **given):
+        if step == killed_at and dist.get_rank() == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return plain(self, step, **given)
+
+    with pytest.MonkeyPatch.context() as patch, redirect_stderr(said):
+        patch.setattr(report, "write_report", lambda *_, **__: None)
+        patch.setattr(Probe, "at", at)
+        return main(words), said.getvalue()
+
+
+def files(folder):
+    return sorted(str(f.relative_to(folder)) for f in folder.rglob("*") if f.is_file())
+
+
+def assert_close(found, expected):
+    assert found.sizes == expected.sizes
+    for name, variable in expected.data_vars.items():
+        if variable.dtype.kind == "f":
+            apart = abs(found[name] - variable).max() <= 1e-6 * abs(variable).max()
+            assert apart or variable.isnull().all(), name
+            assert (found[name].isnull() == variable.isnull()).all(), name
+
+
+def test_a_run_that_lost_a_rank_goes_on_with_any_number(here):
+    (code, said), other = on_ranks(2, lost, here, fails=True)
+    assert other is None
+    assert code == 3
+    assert said.startswith("error: a rank of the process group has ended")
+    assert "what was measured to step 0 is kept: go on with --resume" in said
+    assert files(here / "run") == ["manifest.json", "run.yaml", "steps/step-00000000.nc"]
+    shutil.copytree(here / "run", here / "again")
+    assert profiled(here, "run", "--resume") == (0, "")
+    assert on_ranks(3, profiled, here, "again", "--resume") == [(0, "")] * 3
+    alone = gf.open_run(here / "alone")
+    for name in ("run", "again"):
+        assert files(here / name) == files(here / "alone")
+        assert_close(gf.open_run(here / name), alone)
+
+
+def lost(folder):
+    return profiled(folder, "run", killed_at=5)
+
+
+def test_checkpoints_are_not_shared_out(here):
+    code, said = profiled(here, "parts", "--shard", "fsdp")
+    assert code == 2
+    assert said.startswith("error: shard: each rank holds the whole of a checkpoint")
+    assert not (here / "parts").exists()
+
+
+def in_python(folder):
+    """In memory, and in a folder where the last checkpoint is of no use."""
+    given = {"forget": samples([5, 9, 3, 7], 4), "retain": samples([7, 4], 2)}
+    given |= {"objectives": ["ga", "npo"], "resolve": ("group", "sample")}
+    found = gf.profile_checkpoints(folder / "out/checkpoint-*", None, **given)
+    with pytest.raises(GEffectError) as error:
+        gf.profile_checkpoints(
+            [folder / "out/checkpoint-*", folder / "nan/checkpoint-200"],
+            None,
+            **given,
+            out=folder / "stopped",
+        )
+    return found, str(error.value)
+
+
+def test_ranks_profile_checkpoints_in_python(here):
+    model = build("llama")
+    with torch.no_grad():
+        model.lm_head.weight[0, 0] = torch.nan
+    model.save_pretrained(here / "nan/checkpoint-200")
+    alone = gf.open_run(here / "alone")
+    found = on_ranks(2, in_python, here)
+    for dataset, _ in found:
+        assert_close(dataset, alone)
+    assert "checkpoint-200: lm_head.weight holds 1 NaN" in found[1][1]
+    assert "what was measured to step 120 is kept in" in found[0][1]
+    assert files(here / "stopped/steps") == [f"step-{step:08d}.nc" for step in STEPS]

@@ -1,0 +1,169 @@
+"""Measures are those of one process, whatever the number of ranks, and the same on all of them."""
+
+import io
+import json
+import os
+import warnings
+from contextlib import redirect_stderr
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import xarray as xr
+from evaluated import full_rows, without
+from memorised import blank_model
+from ranked import on_ranks
+
+import geffect_fast as gf
+from geffect_fast import ranks, report
+from geffect_fast.capture.shards import shard
+from geffect_fast.cli import main
+from geffect_fast.data import write_jsonl
+from geffect_fast.demo import save, train_tokenizer
+from geffect_fast.errors import GEffectWarning, InputError
+from geffect_fast.metrics import available
+
+ROWS = full_rows()
+FEW = {"forget": ROWS[:1], "retain": ROWS[1:2], "holdout": ROWS[2:3]}
+FEW["metrics"] = ["nll", "rouge_l", "gradient_norm", "truth_ratio"]
+EVERY = {
+    "forget": ROWS[:5],
+    "retain": ROWS[8:12],
+    "holdout": without(ROWS[16:20], "perturbed_answer", "paraphrased_answer"),
+    "probes": {
+        "real_authors": without(ROWS[22:24], "paraphrased_answer"),
+        "world_facts": without(ROWS[24:27], "paraphrased_answer"),
+    },
+    "metrics": list(available()),
+}
+
+
+def tokenizer():
+    return train_tokenizer([f"{row['question']} {row['answer']}" for row in ROWS], 320)
+
+
+def measured(more):
+    reads = tokenizer()
+    model, other = (blank_model(reads, seed).double() for seed in (1, 2))
+    given = {"reference_model": other, "retain_model": other, "token_budget": 200}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", GEffectWarning)
+        return gf.evaluate(model, reads, **given, max_new_tokens=6, **more)
+
+
+def both():
+    return measured(EVERY), measured(FEW)
+
+
+def other_arguments():
+    wrong = [*ROWS[0]["perturbed_answer"][:-1], "another"]
+    others = {
+        "metrics": FEW | {"metrics": FEW["metrics"][1:]},
+        "retain": FEW | {"retain": ROWS[2:3]},
+        "forget": FEW | {"forget": [ROWS[0] | {"perturbed_answer": wrong}]},
+    }
+    said = {}
+    for name, other in others.items():
+        with pytest.raises(InputError) as error:
+            measured(other if dist.get_rank() == 1 else FEW)
+        said[name] = str(error.value)
+    model = blank_model(tokenizer())
+    shard(model, ranks.here(), torch.device("cpu"))
+    with pytest.raises(InputError) as error:
+        gf.evaluate(model, tokenizer(), **FEW)
+    return said | {"shards": str(error.value)}
+
+
+def assert_close(found, expected):
+    assert set(found.data_vars) == set(expected.data_vars)
+    for name, values in expected.data_vars.items():
+        np.testing.assert_allclose(found[name], values, rtol=1e-9, atol=1e-12, err_msg=name)
+
+
+@pytest.fixture(scope="module")
+def alone():
+    return both()
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_ranks_measure_what_one_process_measures(alone, size):
+    first, *others = on_ranks(size, both)
+    for mine, expected in zip(first, alone, strict=True):
+        assert_close(mine, expected)
+        assert mine.attrs["digests"] == expected.attrs["digests"]
+    for other in others:
+        for found, mine in zip(other, first, strict=True):
+            xr.testing.assert_identical(found, mine)
+
+
+def test_ranks_are_given_the_same():
+    for said in on_ranks(2, other_arguments):
+        assert said["metrics"].startswith("metrics: rank 1 is given ")
+        for name in ("retain", "forget"):
+            assert said[name].startswith(f"{name}: rank 1 is given 1 rows of digest ")
+        assert said["shards"].startswith("model: FSDP shares out its parameters")
+
+
+def commanded(folder, *words):
+    """Exit code and errors of the command on this rank."""
+    os.chdir(folder)
+    said = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stderr(said):
+        patch.setattr(report, "write_report", lambda *_, **__: None)
+        words = ["evaluate", "--models", "one", "two", "--quiet", *words]
+        data = ["--forget", "forget.jsonl", "--retain", "retain.jsonl"]
+        return main([*words, *data]), said.getvalue()
+
+
+def both_commands(folder):
+    done = commanded(folder, "--metrics", "nll,rouge_l", "--out", "ranks")
+    return done, commanded(folder, "--suite", "survey", "--out", "survey")
+
+
+def test_the_first_rank_writes_the_folder(tmp_path):
+    reads = tokenizer()
+    for seed, name in ((1, "one"), (2, "two")):
+        save(blank_model(reads, seed), reads, tmp_path / name)
+    for name in ("forget", "retain"):
+        write_jsonl(FEW[name] * 3, tmp_path / f"{name}.jsonl")
+    assert commanded(tmp_path, "--metrics", "nll,rouge_l", "--out", "alone")[0] == 0
+    line = "error: suite survey: rows are learned again in one process; start it without torchrun\n"
+    assert on_ranks(2, both_commands, tmp_path) == [((0, ""), (2, line))] * 2
+    names = [sorted(f.name for f in (tmp_path / out).iterdir()) for out in ("alone", "ranks")]
+    assert names[0] == names[1]
+    found, expected = (gf.open_evaluation(tmp_path / out) for out in ("ranks", "alone"))
+    for name, values in expected.data_vars.items():
+        np.testing.assert_allclose(found[name], values, rtol=1e-5, atol=1e-6, err_msg=name)
+    assert not (tmp_path / "survey").exists()
+
+
+TASK = {
+    "task": "invented",
+    "dataset_path": "json",
+    "test_split": "test",
+    "output_type": "multiple_choice",
+    "doc_to_text": "{{question}}",
+    "doc_to_choice": "perturbed_answer",
+    "doc_to_target": 1,
+    "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+}
+
+
+def with_tasks(folder):
+    if dist.is_initialized():  # as torchrun has it, of which the harness takes note
+        os.environ["LOCAL_RANK"] = str(dist.get_rank())
+    tasks = {"lm_eval_tasks": "invented", "lm_eval_include": str(folder)}
+    return measured(FEW | tasks | {"metrics": ["nll"]})
+
+
+def test_task_scores_are_the_first_ranks(tmp_path):
+    pytest.importorskip("lm_eval")
+    write_jsonl(ROWS[:6], tmp_path / "asked.jsonl")
+    kept = {"data_files": {"test": str(tmp_path / "asked.jsonl")}, "cache_dir": str(tmp_path)}
+    task = TASK | {"dataset_kwargs": kept}
+    (tmp_path / "invented.yaml").write_text(json.dumps(task), encoding="utf-8")
+    alone = with_tasks(tmp_path)
+    assert alone.value.sel(metric="invented/acc", set="lm_eval").notnull()
+    for found in on_ranks(2, with_tasks, tmp_path):
+        assert_close(found, alone)

@@ -1,0 +1,76 @@
+"""A profile's numbers are those of one process, whatever the number of ranks."""
+
+from contextlib import nullcontext
+
+import numpy as np
+import pytest
+import torch
+from models import build, fp64_throughout, samples
+from ranked import on_ranks
+
+import geffect_fast as gf
+
+LENGTHS = {"forget": [5, 9, 7, 4, 12], "retain": [8, 6, 6], "general": [7]}
+OBJECTIVES = [
+    *("ga", "wga(alpha=2)", "npo(beta=0.5)", "simnpo", "ga + 0.5*kl", "gd", "rmu(layer=2)"),
+]
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-6}
+
+
+def data(lengths=LENGTHS):
+    rows = {name: samples(n, seed) for seed, (name, n) in enumerate(lengths.items())}
+    general = {"probes": {"general": rows.pop("general")}} if "general" in rows else {}
+    return rows | general
+
+
+def profiled(architecture, dtype, lengths=LENGTHS, model=None, **settings):
+    model = build(architecture, dtype) if model is None else model
+    given = {"objectives": OBJECTIVES, "reference_model": build(architecture, dtype, seed=7)}
+    given |= {"resolve": ("parameter", "sample"), "token_budget": 24} | settings
+    with fp64_throughout() if dtype == torch.float64 else nullcontext():
+        return gf.profile(model, None, **data(lengths), **given)
+
+
+CASES = {
+    "fp32": ("llama", torch.float32, {}),
+    "tied": ("llama_tied", torch.float64, {}),
+    "gpt2": ("gpt2", torch.float64, {}),
+    "experts": ("qwen2_moe", torch.float64, {}),
+    "token": ("llama", torch.float64, {"resolve": ("group", "sample", "token")}),
+    "position": ("llama", torch.float64, {"resolve": ("sample", "position"), "conflicts": True}),
+    "sums": ("llama", torch.float64, {"resolve": ("parameter",), "metric": "adam"}),
+    "forward": ("llama", torch.float64, {"engine": "forward", "resolve": ("sample",)}),
+    "curved": ("llama", torch.float64, {"second_order": True, "reduction": "sample"}),
+    "few": ("llama", torch.float64, {"lengths": {"forget": [5], "retain": [8, 3, 9]}}),
+}
+
+
+def every_case():
+    return {name: profiled(*args, **more) for name, (*args, more) in CASES.items()}
+
+
+def assert_same(one, other, tolerance):
+    assert one.sizes == other.sizes
+    assert set(one.variables) == set(other.variables)
+    for name, variable in one.variables.items():
+        if variable.dtype.kind != "f":
+            assert (variable.values == other[name].values).all(), name
+            continue
+        size = np.nanmax(np.abs(variable.values), initial=0.0)
+        np.testing.assert_allclose(
+            other[name].values, variable.values, rtol=0, atol=tolerance * size, err_msg=name
+        )
+    for name in ("engine", "layout", "reduction", "token_budget", "digests", "coverage_checked"):
+        assert one.attrs[name] == other.attrs[name]
+
+
+@pytest.fixture(scope="module")
+def alone():
+    return every_case()
+
+
+@pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_ranks_find_what_one_process_finds(alone, size):
+    for found in on_ranks(size, every_case):
+        for name, one in alone.items():
+            assert_same(one, found[name], TOLERANCE[CASES[name][1]])

@@ -1,0 +1,160 @@
+"""What goes wrong on one rank ends the call on all, with a line that says what, and no hang."""
+
+import os
+import signal
+from datetime import timedelta
+
+import pytest
+import torch
+import torch.distributed as dist
+from models import build, samples
+from ranked import Raised, on_ranks
+
+import geffect_fast as gf
+from geffect_fast import ranks
+from geffect_fast.engines import reverse
+
+ROWS = {"forget": samples([5, 9, 7, 4], 0), "retain": samples([8, 6, 6], 1)}
+
+
+def profiled(model=None, **given):
+    given = {"objectives": ["ga"], "resolve": ("sample",), "token_budget": 12, **ROWS} | given
+    return gf.profile(model or build("llama"), None, **given)
+
+
+SAID = {
+    "objectives": "rank 1 is given wga, and rank 0 ga; give all ranks the same",
+    "forget": "rank 1 is given 4 rows of digest ",
+    "reduction": "rank 1 is given sum, and rank 0 token; give all ranks the same",
+    "reference_model": "rank 1 is given LlamaForCausalLM, and rank 0 none; give all ranks the same",
+    "probes": "rank 1 is given forget, retain, general, and rank 0 forget, retain; give all",
+    "model": "model.embed_tokens.weight is not the same on rank 1 as on rank 0; load the same",
+}
+
+
+def other_arguments():
+    others = {
+        "objectives": {"objectives": ["wga"]},
+        "forget": {"forget": samples([5, 9, 7, 4], 3)},
+        "reduction": {"reduction": "sum"},
+        "reference_model": {"reference_model": build("llama", seed=3)},
+        "probes": {"probes": {"general": ROWS["retain"]}},
+        "model": {"model": build("llama", seed=1)},
+    }
+    said = {}
+    for name in SAID:
+        given = others[name] if dist.get_rank() == 1 else {}
+        if name == "reference_model":
+            given = given | {"objectives": ["npo"]}
+        with pytest.raises(gf.errors.InputError) as error:
+            profiled(**given)
+        said[name] = str(error.value)
+    return said
+
+
+def test_ranks_are_given_the_same():
+    for found in on_ranks(2, other_arguments):
+        for name, start in SAID.items():
+            assert found[name].startswith(f"{name}: {start}")
+
+
+def one_fails(how):
+    model = build("llama")
+    if dist.get_rank() == 1:
+
+        def fails(*_):
+            if how == "killed":
+                os.kill(os.getpid(), signal.SIGKILL)
+            raise ValueError("no luck\nat all")
+
+        if how == "nan":
+            with torch.no_grad():
+                model.lm_head.weight[3, 2] = torch.nan
+        else:
+            reverse.model_outputs = fails  # when the risks' gradients are there
+    return profiled(model)
+
+
+def test_an_error_of_ours_ends_all():
+    others = on_ranks(3, one_fails, "nan", fails=True)
+    assert {found.kind for found in others} == {"NonFiniteError"}
+    own = others.pop(1)
+    assert own.said.startswith("model: lm_head.weight holds 1 NaN")
+    assert {found.said for found in others} == {f"rank 1: {own.said}"}
+
+
+def test_an_error_of_anyone_ends_all():
+    first, own = on_ranks(2, one_fails, "raises", fails=True)
+    assert (own.kind, own.said) == ("ValueError", "no luck\nat all")
+    assert (first.kind, first.said) == ("GEffectError", "rank 1: ValueError: no luck at all")
+
+
+def test_a_rank_that_is_killed_ends_all():
+    first, killed = on_ranks(2, one_fails, "killed", fails=True)
+    assert killed is None
+    assert first.kind == "GEffectError"
+    assert first.said.startswith("a rank of the process group has ended")
+
+
+def not_all_call(what):
+    ranks.PATIENCE = timedelta(seconds=3)
+    ranks.here()
+    if dist.get_rank() == 0:
+        return profiled()
+    if what == "another":
+        with ranks.here().together("sweep"):
+            pass
+    return "did not"
+
+
+def test_all_ranks_must_call_it():
+    first, _ = on_ranks(2, not_all_call, "none", fails=True)
+    assert first.kind == "InputError"
+    assert first.said.startswith("profile: not all 2 ranks of the process group called it within")
+    for found in on_ranks(2, not_all_call, "another", fails=True):
+        assert found.said == (
+            "profile: rank 1 calls sweep at the same time; call the same on every rank"
+        )
+
+
+def by_itself():
+    if dist.get_rank() == 1:
+        with gf.ranks.on_its_own():
+            return profiled().g_effect.values
+    return None
+
+
+def test_one_rank_may_measure_by_itself():
+    _, found = on_ranks(2, by_itself, fails=True)
+    assert not isinstance(found, Raised), found
+    assert (found == profiled().g_effect.values).all()
+
+
+def streamed(file):
+    found = profiled(out=file, resolve=("sample", "token"))
+    return found.load()
+
+
+def test_one_rank_writes_the_file_that_all_read(tmp_path):
+    file = tmp_path / "large.nc"
+    alone = profiled(resolve=("sample", "token"))
+    for found in on_ranks(2, streamed, file):
+        assert abs(found.g_effect - alone.g_effect).max() < 1e-6 * abs(alone.g_effect).max()
+        assert found.identical(gf.open_run(file).load())
+    assert [f.name for f in tmp_path.iterdir()] == ["large.nc"]
+
+
+def one_process_each():
+    said, model = [], build("llama")
+    for function, *given in ((gf.control, model, model), (gf.relearn, model), (gf.unlearn, model)):
+        with pytest.raises(gf.errors.InputError) as error:
+            function(*given, None, **ROWS)
+        said.append(str(error.value))
+    return said
+
+
+def test_what_runs_in_one_process_says_so():
+    for said in on_ranks(2, one_process_each):
+        assert [line.partition(";")[0] for line in said] == [
+            f"{name} runs in one process" for name in ("control", "relearn", "unlearn")
+        ]

@@ -1,0 +1,65 @@
+"""Commands that torchrun starts: one folder, one output, one line where something is wrong."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+import geffect_fast as gf
+
+pytestmark = pytest.mark.slow
+
+
+def torchrun(size, *words):
+    """A command on so many ranks."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--no-python"]
+    command = [sys.executable, "-m", "geffect_fast", *map(str, words)]
+    return subprocess.run(
+        [*launch, "--nproc-per-node", str(size), *command],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+
+
+@pytest.fixture(scope="module")
+def given(study):
+    named = ("--model", study / "model", "--forget", study / "forget.jsonl")
+    return *named, "--retain", study / "retain.jsonl", "--objectives", "ga", "wga"
+
+
+@pytest.mark.parametrize("axes", ["group,sample", "sample,token"])
+def test_two_ranks_write_what_one_process_writes(given, axes, tmp_path, capsys):
+    from geffect_fast.cli import main
+
+    words = ("profile", *given, "--resolve", axes, "--out")
+    assert main([*map(str, words), str(tmp_path / "alone")]) == 0
+    alone = capsys.readouterr().out
+    ended = torchrun(2, *words, tmp_path / "ranks")
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout == alone.replace("alone", "ranks")
+    with gf.open_run(tmp_path / "alone") as one, gf.open_run(tmp_path / "ranks") as other:
+        assert abs(one.g_effect - other.g_effect).max() <= 1e-6 * abs(one.g_effect).max()
+        assert one.attrs["digests"] == other.attrs["digests"]
+    assert sorted(f.name for f in (tmp_path / "alone").iterdir()) == sorted(
+        f.name for f in (tmp_path / "ranks").iterdir()
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["unlearn", "--out", "run"], "unlearn runs in one process; start it without torchrun"),
+        (["profile", "--objectives", "gaa", "--out", "run"], "unknown objective 'gaa'"),
+    ],
+)
+def test_one_line_says_what_is_wrong(given, words, said, tmp_path):
+    command, *more = words
+    ended = torchrun(2, command, *given, *more)
+    lines = [line for line in ended.stderr.splitlines() if line.startswith("error: ")]
+    assert ended.returncode != 0
+    assert len(lines) == 1
+    assert said in lines[0]
+    assert "Traceback" not in ended.stderr.split("ChildFailedError")[0].partition("elastic")[0]
