@@ -1,7 +1,8 @@
 """Per-sample gradient products and norms for other packages' training loops.
 
 All of them take a `loss_fn(model, batch)` that returns one loss a sample, run one forward and one
-backward, form no weight gradient of a single sample, and leave the model and its gradients alone.
+backward, and leave the model and its gradients alone. None but `fisher_diagonal` forms a weight
+gradient of a single sample.
 The first call for a model, a loss function and a structure of calls runs one backward more, which
 shows that rows belong to the samples they are counted for (`geffect_fast.capture.attribution`).
 """
@@ -26,6 +27,7 @@ from geffect_fast.capture import (
     Segments,
 )
 from geffect_fast.capture.compat import plain_name
+from geffect_fast.capture.masses import squared_gradients
 from geffect_fast.capture.per_sample import LossFn, record_rows
 from geffect_fast.capture.products import (
     InnerProducts,
@@ -219,6 +221,43 @@ def pairwise_inner_products(
     losses = _run(plan, loss_fn, batch_b, multiply, _JOINED)
     zeros = losses.new_zeros(len(losses) if n_a is None else n_a, len(losses))
     return _gathered(plan, found, zeros, None, per_parameter)
+
+
+def fisher_diagonal(model: nn.Module, loss_fn: LossFn, batch: Any) -> dict[str, Tensor]:
+    """Diagonal of the empirical Fisher matrix of a batch's samples.
+
+        out[p] = sum_i (grad_p loss_i)^2, entry by entry
+
+    Batches add up. Not the square of the batch's gradient, in which samples cancel. Of one
+    parameter at a time one sample's gradient is formed; `geffect_fast.profile(conflicts=True)` has
+    the sums over parameters alone, `fisher_trace`, and forms none.
+
+    Args:
+        model, loss_fn, batch: as for `per_sample_grad_norms`.
+
+    Returns:
+        By parameter name, of the parameter's shape, fp32 (fp64 for fp64 models); zeros where no
+        loss depends on it.
+
+    Raises:
+        InputError, UnsupportedModelError: as `per_sample_grad_norms`.
+
+    Examples:
+        >>> fisher = gf.functional.fisher_diagonal(model, loss_fn, retain_batch)
+        >>> natural = {name: 1 / (f + 1e-3) for name, f in fisher.items()}
+        >>> gf.profile(model, tokenizer, **data, objectives=["ga"], metric=natural)
+    """
+    plan = Plan.of(model)
+    found = {
+        name: torch.zeros(p.shape, dtype=accumulation_dtype(p.dtype), device=p.device)
+        for name, p in plan.parameters.items()
+    }
+
+    def square(name: str, factors: list[Factor], _kept: list[Tensor | None]) -> None:
+        found[name] += squared_gradients(factors, plan.parameters[name].shape)
+
+    _run(plan, loss_fn, batch, square, _JOINED)
+    return found
 
 
 def norms_and_products(

@@ -99,6 +99,24 @@ def norm(own):
     return own.flatten(1).norm(dim=1)
 
 
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("architecture", [*FIVE, "qwen2_moe"])
+def test_diagonal_of_the_fisher_matrix(architecture, dtype):
+    with precise(dtype):
+        model = build(architecture, dtype)
+        found = functional.fisher_diagonal(model, loss_fn, packed(LENGTHS))
+        wanted = {k: g.square().sum(0) for k, g in expected(model, LENGTHS).items()}
+    largest = max(float(w.max()) for w in wanted.values())
+    assert found.keys() == wanted.keys()
+    for name, own in wanted.items():
+        close(found[name].double(), own, dtype, max(float(own.max()), 1e-6 * largest))
+    norms = per_sample_grad_norms(model, loss_fn, packed(LENGTHS), per_parameter=True)
+    for name, own in norms.items():
+        torch.testing.assert_close(
+            found[name].double().sum(), own.square().sum(), rtol=1e-4, atol=0
+        )
+
+
 def directions(model, m, dtype=torch.float64):
     generator = torch.Generator().manual_seed(3)
     shapes = {k: p.shape for k, p in model.named_parameters() if p.requires_grad}

@@ -1,4 +1,4 @@
-"""Sizes of per-sample gradients, and of what of them opposes another gradient, from their factors.
+"""Sizes and squares of per-sample gradients, from their factors; and what of them opposes another.
 
 Of one outer product, which is a linear layer's gradient at one place, sizes are products too. With
 `S` the signs of the other gradient `R` and `Z = (R == 0)`,
@@ -25,9 +25,11 @@ from geffect_fast.capture.factors import (
     RowSum,
     n_samples,
     summed_gradient,
+    widened,
 )
 from geffect_fast.capture.products import in_own_precision, inner
 from geffect_fast.capture.segments import Offsets, segment_sum
+from geffect_fast.transfer import on_device
 
 
 @in_own_precision
@@ -115,3 +117,37 @@ def _beyond_outer(outer: Outer, lookup: Lookup) -> tuple[Tensor, Tensor]:
 def _not_empty(cu: Offsets, device: torch.device) -> Tensor:
     """The numbers of the samples that have a row."""
     return torch.tensor([i for i, length in enumerate(cu.lengths) if length], device=device)
+
+
+@in_own_precision
+def squared_gradients(factors: list[Factor], shape: torch.Size) -> Tensor:
+    """`sum_i grad_i^2` of one parameter, entry by entry, of its `shape`, fp32 or fp64.
+
+    A square of a sum over a sample's tokens has no closed form, so each sample's gradient of this
+    one parameter is formed, squared and let go of; of a table, its rows that the sample looked up.
+
+    Args:
+        factors: all of the parameter.
+        shape: of the parameter.
+    """
+    first = factors[0]
+    if len(factors) == 1 and isinstance(first, RowSum):
+        return first.sums.square().sum(0).view(shape)
+    if all(isinstance(factor, Lookup) for factor in factors):
+        return _of_table([f for f in factors if isinstance(f, Lookup)])
+    total = summed_gradient(factors, 0, shape).square()
+    for i in range(1, n_samples(first)):
+        gradient = summed_gradient(factors, i, shape)
+        total.addcmul_(gradient, gradient)
+    return total
+
+
+def _of_table(lookups: list[Lookup]) -> Tensor:
+    """Of a table, `(n_entries, d)`: what a sample looked up under one id is added up first."""
+    n_entries, device = lookups[0].n_entries, lookups[0].g.device
+    samples = torch.cat([torch.repeat_interleave(torch.tensor(f.cu.lengths)) for f in lookups])
+    keys = on_device(samples * n_entries, device) + torch.cat([f.ids for f in lookups])
+    g = widened(torch.cat([f.g for f in lookups]))
+    cells, cell = torch.unique(keys, return_inverse=True)
+    sums = g.new_zeros(len(cells), g.shape[1]).index_add_(0, cell, g)
+    return g.new_zeros(n_entries, g.shape[1]).index_add_(0, cells % n_entries, sums.square())
