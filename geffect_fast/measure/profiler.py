@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from geffect_fast.arguments import checked_config
@@ -301,7 +302,7 @@ class Profiler:
         check_memory(
             len(schedule.parts) if whole else 0,
             sum(p.numel() for p in self.plan.held.values()),
-            place_for_gradients(self.plan, self._n_gradients) or self.plan.device,
+            self._kept_on() or self.plan.device,
             shape,
             out,
         )
@@ -350,6 +351,11 @@ class Profiler:
         whole = reverse and (schedule.norms or not schedule.resolution.per_sample)
         return len(self.risk_names) + (len(schedule.parts) if whole else 0)
 
+    def _kept_on(self) -> torch.device | None:
+        """Where they are kept: on the CPU by all ranks, which add them up, if one has no room."""
+        found = self.ranks.meet(place_for_gradients(self.plan, self._n_gradients))
+        return next((place for place in found if place is not None), None)
+
     def _tell_of_moves(self) -> None:
         """Say what it costs that gradients are kept in the CPU's memory."""
         of_one = 4 * sum(p.numel() for p in self.plan.held.values()) / 2**30
@@ -371,6 +377,7 @@ class Profiler:
             "dtype": str(dtype).removeprefix("torch."),
             **self.plan.coverage().attributes(),
             "coverage_checked": int(compared),  # NetCDF has no booleans
+            "token_budget": min(self.ranks.meet(self.token_budget)),
         }
         if unchanged and self._reference_is_model:
             found["reference_is_model"] = 1
@@ -428,7 +435,7 @@ class Profiler:
             NonFiniteError: a gradient is not finite.
         """
         schedule, n = self._schedule, len(self.risk_names)
-        kept_on = place_for_gradients(self.plan, self._n_gradients)
+        kept_on = self._kept_on()
         if kept_on is not None:
             self._tell_of_moves()
         passes = schedule.risk_passes
