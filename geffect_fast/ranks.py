@@ -18,6 +18,7 @@ from contextvars import ContextVar
 from datetime import timedelta
 from functools import wraps
 from typing import TYPE_CHECKING, Any, TypeVar
+from uuid import uuid4
 
 import torch
 import torch.distributed as dist
@@ -61,12 +62,14 @@ class Ranks:
     def __init__(self, world: dist.ProcessGroup | None = None) -> None:
         self._world = world
         self.rank, self.size = (0, 1) if world is None else (world.rank(), world.size())
-        self._within = self._said = self._broken = False
+        self._within = self._said = self._broken = self._exchanges = False
         self._n_exchanges = 0
         if world is not None:
-            # Its own, so that nothing of the program's comes between; a first call that not all
-            # ranks make ends here.
-            self._host = dist.new_group(backend="gloo")
+            _wait_in_store(self.rank, self.size)
+            # Its own, so that nothing of the program's comes between. Who is killed is noticed at
+            # once, and who is slow is waited for.
+            self._host = dist.new_group(backend="gloo", timeout=timedelta(days=7))
+            self._name = self.first_of(uuid4().hex)
 
     @property
     def first(self) -> bool:
@@ -115,21 +118,25 @@ class Ranks:
     def in_step(self, exchange: bool) -> Iterator[None]:
         """Work in which ranks wait for each other at every turn, where a meeting is no way to fail.
 
-        An error of one rank ends the program's process group, and the others find its line in the
-        group's store when they fail in turn. One that all ranks raise alike leaves the group.
+        It begins with a meeting. An error of one rank ends the process groups, and the others find
+        its line in their store when they fail in turn. One that all ranks raise alike leaves them.
 
         Args:
-            exchange: whether they do; else nothing is done.
+            exchange: whether they do; else, and within other such work, nothing is done.
         """
-        if not exchange:
+        if not exchange or self._exchanges:
             yield
             return
+        self.meet()
         self._n_exchanges += 1
+        self._exchanges = True
         try:
             yield
         except Exception as error:
             self._break_off(error)
             raise
+        finally:
+            self._exchanges = False
 
     def _break_off(self, error: Exception) -> None:
         """Say why, wait whether all ranks fail alike, and end the group where they do not.
@@ -138,7 +145,7 @@ class Ranks:
             GEffectError: another rank failed, and this one because of it.
         """
         self._said = True
-        place = f"geffect_fast/{self._n_exchanges}"
+        place = f"geffect_fast/{self._name}/{self._n_exchanges}"
         places = [f"{place}/{rank}" for rank in range(self.size)]
         store = dist.distributed_c10d._get_default_store()
         failed = [rank for rank, each in enumerate(places) if store.check([each])]
@@ -156,7 +163,8 @@ class Ranks:
             self._broken = True
             store.set(f"{place}/ended", "")
             assert self._world is not None
-            self._world.abort()
+            for group in (self._world, self._host):
+                group.abort()
 
     def meet(self, own: T | None = None) -> list[T]:
         """What every rank has brought, in their order.
@@ -205,13 +213,13 @@ class Ranks:
             self._add_up_together(alike)
 
     def check_same(self, values: Mapping[str, Any]) -> None:
-        """Refuse arguments that differ between ranks.
+        """Refuse what differs between ranks.
 
         Args:
-            values: by the argument's name; equal where they are meant to be.
+            values: by name; equal where they are meant to be.
 
         Raises:
-            InputError: naming the first argument and rank, on all ranks.
+            InputError: naming the first one and the rank, on all ranks.
         """
         told = self.meet(values)
         for name in told[0]:
@@ -219,7 +227,7 @@ class Ranks:
                 if others[name] != told[0][name]:
                     raise _everywhere(
                         InputError(
-                            f"{name}: rank {rank} is given {others[name]}, and rank 0 "
+                            f"{name}: rank {rank} has {others[name]}, and rank 0 "
                             f"{told[0][name]}; give all ranks the same"
                         )
                     )
@@ -227,7 +235,8 @@ class Ranks:
     def broadcast(self, source: int, own: Any = None) -> Any:
         """What one rank, `source`, has brought."""
         held = [own if source == self.rank else None]
-        dist.broadcast_object_list(held, dist.get_global_rank(self._host, source), self._host)
+        with _noticing():
+            dist.broadcast_object_list(held, dist.get_global_rank(self._host, source), self._host)
         return held[0]
 
     def mesh(self, device: torch.device) -> DeviceMesh:
@@ -250,14 +259,7 @@ class Ranks:
         try:
             dist.monitored_barrier(self._host, PATIENCE, wait_all_ranks=True)
         except RuntimeError as error:
-            minutes = PATIENCE.seconds // 60
-            raise _everywhere(
-                InputError(
-                    f"{what}: not all {self.size} ranks of the process group called it within "
-                    f"{minutes} minutes; call it on every rank, or within geffect_fast.ranks."
-                    "on_its_own() on one"
-                )
-            ) from error
+            raise _everywhere(_not_all_came(what, self.size)) from error
         called = self.meet(what)
         for rank, other in enumerate(called):
             if other != called[0]:
@@ -277,15 +279,8 @@ class Ranks:
 
     def _exchanged(self, failed: Any, own: Any) -> list[Any]:
         told: list[Any] = [None] * self.size
-        try:
+        with _noticing():
             dist.all_gather_object(told, (failed, own), self._host)
-        except RuntimeError as error:
-            raise _everywhere(
-                GEffectError(
-                    "a rank of the process group has ended, and without it nothing goes on; what "
-                    "it printed last says why"
-                )
-            ) from error
         return told
 
     def _brought(self, told: list[Any]) -> list[Any]:
@@ -305,6 +300,48 @@ class Ranks:
         self._add_up(flat)
         for tensor, summed in zip(alike, flat.split([t.numel() for t in alike]), strict=True):
             tensor.copy_(summed.view_as(tensor))
+
+
+def _not_all_came(what: str, size: int) -> InputError:
+    return InputError(
+        f"{what}: not all {size} ranks of the process group called it within "
+        f"{PATIENCE.seconds // 60} minutes; call it on every rank, or on one within "
+        "geffect_fast.ranks.on_its_own()"
+    )
+
+
+def _wait_in_store(rank: int, size: int) -> None:
+    """Wait until all ranks are here, before they make a group, which waits for long.
+
+    Raises:
+        InputError: they do not come.
+    """
+    global _n_waits
+    _n_waits += 1
+    store = dist.distributed_c10d._get_default_store()
+    places = [f"geffect_fast/here/{_n_waits}/{each}" for each in range(size)]
+    store.set(places[rank], "")
+    try:
+        store.wait(places, PATIENCE)
+    except RuntimeError as error:
+        raise _everywhere(_not_all_came("geffect_fast", size)) from error
+
+
+_n_waits = 0
+
+
+@contextmanager
+def _noticing() -> Iterator[None]:
+    """Say in a line that another rank is gone, where an exchange fails."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise _everywhere(
+            GEffectError(
+                "a rank of the process group has ended, and without it nothing goes on; what it "
+                "printed last says why"
+            )
+        ) from error
 
 
 ALONE = Ranks()
@@ -347,7 +384,8 @@ def on_its_own() -> Iterator[None]:
 
 def check_alone(what: str) -> None:
     """Raise `InputError` where a function that one process runs is called by several ranks."""
-    if here().size > 1:
+    several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    if several and not _on_its_own.get():
         raise InputError(
             f"{what} runs in one process; call it on one rank, within "
             "geffect_fast.ranks.on_its_own()"

@@ -78,14 +78,16 @@ def check_replicas(model: nn.Module, ranks: Ranks, what: str = "model") -> None:
     """Raise `InputError` naming the first parameter that ranks have different weights of."""
     if ranks.size == 1 or is_sharded(model):
         return
-    parameters = {key: p.detach() for key, p in model.named_parameters()}
-    norms = torch.stack([p.double().norm().cpu() for p in parameters.values()])
-    ranks.check_same({what: f"{len(parameters)} parameters"})
-    for rank, others in enumerate(told := ranks.meet(norms)):
+    every = dict((*model.named_parameters(), *model.named_buffers()))
+    numbers = {key: x.detach() for key, x in every.items() if x.is_floating_point()}
+    sizes = [torch.linalg.vector_norm(x, dtype=torch.float64).cpu() for x in numbers.values()]
+    trained = [key for key, p in model.named_parameters() if p.requires_grad]
+    ranks.check_same({what: f"{len(numbers)} tensors, and trains {', '.join(trained)}"})
+    for rank, others in enumerate(told := ranks.meet(torch.stack(sizes))):
         # On other hardware the same weights' norm may round otherwise.
         apart = (others - told[0]).abs() > 1e-6 * told[0]
         if apart.any():
-            key = list(parameters)[int(apart.nonzero()[0])]
+            key = list(numbers)[int(apart.nonzero()[0])]
             raise InputError(
                 f"{what}: {key} is not the same on rank {rank} as on rank 0; load the same weights "
                 "on all ranks, and give what is drawn, such as an adapter, the same seed"

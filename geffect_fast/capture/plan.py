@@ -26,6 +26,7 @@ from geffect_fast.capture.layer_rules import Call, NormCall, qualified
 from geffect_fast.capture.probing import likeness
 from geffect_fast.capture.shards import Shards
 from geffect_fast.errors import InputError, UnsupportedModelError
+from geffect_fast.ranks import here
 
 
 @dataclass(frozen=True)
@@ -142,7 +143,7 @@ class Plan:
                     "model: FSDP shares out its parameters, which profiles know of, by the "
                     "reverse engine, and nothing else does; give it whole"
                 )
-            shards = Shards(model)
+            shards = Shards(model, here())
         why = mixing_module(model)
         if why is not None:
             raise InputError(f"model: {why}")

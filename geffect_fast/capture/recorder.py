@@ -186,11 +186,12 @@ class Recorder:
 
         Positions are no samples, and are asked for where samples were shown.
         """
-        axis = self.segments
-        if axis is None or axis.n_samples == 1 or axis.per_token:
+        axis, shards, shown = self.segments, self.plan.shards, self.plan.shown
+        if axis is None or axis.per_token:
             return False
-        shown = self.plan.shown
-        return ANY not in shown and tuple(self.structure) not in shown
+        is_open = ANY not in shown and tuple(self.structure) not in shown and axis.n_samples > 1
+        # A trial takes backwards, which all ranks run or none.
+        return is_open if shards is None else any(shards.ranks.meet(is_open))
 
     def show_rows(self, losses: Tensor, sources: Sequence[Tensor]) -> None:
         """Show that rows belong to the samples they are counted for, once a structure of calls.

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from geffect_fast.capture.compat import own_part
 from geffect_fast.capture.leaves import leaves_of
-from geffect_fast.errors import UnsupportedModelError
+from geffect_fast.errors import InputError, UnsupportedModelError
 from geffect_fast.ranks import Ranks
 
 if TYPE_CHECKING:
@@ -50,19 +50,27 @@ class Shards:
 
     Args:
         model: of which FSDP2 has shared out every parameter.
+        ranks: all of them.
 
     Attributes:
+        ranks: as given.
         groups: modules whose parameters come and go together.
 
     Raises:
+        InputError: this rank measures by itself.
         UnsupportedModelError: a parameter is whole, or laid out in a way that is not supported.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, ranks: Ranks) -> None:
         from torch.distributed.fsdp import FSDPModule
         from torch.distributed.tensor import DTensor, Shard
 
+        if ranks.size == 1:
+            raise InputError("model: FSDP shares it out; profile it on all of its ranks")
+        self.ranks = ranks
         self.groups = [module for module in model.modules() if isinstance(module, FSDPModule)]
+        for group in self.groups:
+            group.reshard()  # a root stays whole after a forward
         self._whole: dict[int, nn.Parameter] = {}
         self._own: dict[int, nn.Parameter] = {}
         self._group_of: dict[int, FSDPModule] = {}
@@ -72,10 +80,12 @@ class Shards:
                     f"model: parameter '{name}' is whole, and others are shared out by FSDP; wrap "
                     "the root of the model by fully_shard too"
                 )
-            if p.device_mesh.ndim != 1 or not all(each == Shard(0) for each in p.placements):
+            in_a_row = p.device_mesh.ndim == 1 and p.device_mesh.size() == ranks.size
+            if not in_a_row or not all(each == Shard(0) for each in p.placements):
                 raise UnsupportedModelError(
-                    f"model: parameter '{name}' is laid out as {p.placements}; shard it by "
-                    "fully_shard over one dimension of ranks, without copies and tensor parallelism"
+                    f"model: parameter '{name}' is laid out as {p.placements} over "
+                    f"{p.device_mesh.size()} of {ranks.size} ranks; shard it by fully_shard over "
+                    "one dimension of all ranks, without copies and tensor parallelism"
                 )
         for group in self.groups:
             held = {
@@ -152,10 +162,17 @@ class Shards:
         What the program had set, and gradients that were there, are put back.
         """
         kept = [(own, own.grad) for own in self._own.values()]
-        factors = [(group, _divides_by(group)) for group in self.groups]
+        before = [
+            (held, name, getattr(held, name))
+            for group in self.groups
+            for held in _parameter_groups(group)
+            for name in _OF_SUMS
+            if hasattr(held, name)
+        ]
         for group in self.groups:
             group.set_gradient_divide_factor(1.0)
             group.set_force_sum_reduction_for_comms(True)
+            group.set_requires_gradient_sync(True, recurse=False)
         for own, _ in kept:
             own.grad = None
         try:
@@ -163,21 +180,30 @@ class Shards:
         finally:
             for own, grad in kept:
                 own.grad = grad
-            for group, factor in factors:
-                group.set_force_sum_reduction_for_comms(False)
-                for of_group in _parameter_groups(group):
-                    of_group.gradient_divide_factor = factor
+            for held, name, value in before:
+                setattr(held, name, value)
+
+    def put_right(self) -> None:
+        """After an error in the middle of a forward or backward: as before it."""
+        for group in self.groups:
+            group.reshard()
+            reset = getattr(group, "reset_iter_state", None)  # of the root, since torch 2.12
+            if reset is not None and group is self.groups[0]:
+                reset()
+
+
+_OF_SUMS = (
+    *("gradient_divide_factor", "force_sum_reduction_for_comms"),
+    *("reduce_grads", "all_reduce_grads"),
+)
+"""Attributes of FSDP's groups that `Shards.sums` changes."""
 
 
 def _parameter_groups(module: FSDPModule) -> list[Any]:
-    # Nothing public tells by what a program has its gradients divided.
+    # Nothing public tells what a program has set.
     state = module._get_fsdp_state()
     found = getattr(state, "_fsdp_param_groups", None)  # before torch 2.12 there was one
     return [held for held in (found or [state._fsdp_param_group]) if held is not None]
-
-
-def _divides_by(module: FSDPModule) -> float | None:
-    return next((held.gradient_divide_factor for held in _parameter_groups(module)), None)
 
 
 def gathered(parts: Tensor, of: DTensor) -> Tensor:

@@ -47,7 +47,7 @@ def on_launched_ranks(words: Sequence[str]) -> Iterator[None]:
         # More ranks than GPUs is said below, when ranks can tell each other.
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
     dist.init_process_group()
-    command = next((word for word in words if not word.startswith("-")), "--help")
+    command = next((word for word in words if not word.startswith("-")), "")
     with ExitStack() as stack:
         stack.callback(dist.destroy_process_group)
         if not is_first():
@@ -55,7 +55,7 @@ def on_launched_ranks(words: Sequence[str]) -> Iterator[None]:
             stack.enter_context(redirect_stdout(nowhere))
             stack.enter_context(redirect_stderr(nowhere))
         stack.enter_context(ranks.here().together(command))
-        if command not in SHARED:
+        if command and command not in SHARED:
             raise InputError(f"{command} runs in one process; start it without torchrun")
         _check_gpus()
         yield

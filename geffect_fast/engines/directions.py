@@ -58,7 +58,7 @@ def new_gradients(plan: Plan, n: int, device: torch.device | None = None) -> dic
     }
 
 
-def place_for_gradients(plan: Plan, n: int) -> torch.device | None:
+def place_for_gradients(plan: Plan, n: int, part: float) -> torch.device | None:
     """Where gradients of risks and objectives are kept: on the CPU where a GPU has no room.
 
     Passes then bring over what they need. None: where the parameters are.
@@ -66,10 +66,11 @@ def place_for_gradients(plan: Plan, n: int) -> torch.device | None:
     Args:
         plan: of the model.
         n: how many gradients, fp32.
+        part: of its free memory, that they may take.
     """
     device = plan.device
     wanted = 4 * n * sum(p.numel() for p in plan.held.values())
-    full = device.type == "cuda" and wanted > free_memory(device) // 2
+    full = device.type == "cuda" and wanted > part * free_memory(device)
     return torch.device("cpu") if full else None
 
 
@@ -258,6 +259,8 @@ def accumulate_gradients(
         try:
             run(data_pass, attempt, sink)
         except UnsupportedModelError:
+            if plan.shards is not None:  # the other ranks do not run it again
+                raise
             products.exist = False
             return run(data_pass, attempt)
         (index,) = data_pass.parts
@@ -290,10 +293,9 @@ def accumulate_gradients(
     first = 0 if products is None else 1
     with gradients_as_they_are(plan), plan.summing():
         for some, own in ((passes[:first], slice(first)), (passes[first:], slice(first, n))):
-            with ranks.in_step(plan.shards is not None):
-                for data_pass, attempt in each_batch(some, tick):
-                    with attempt:
-                        add(data_pass, attempt)
+            for data_pass, attempt in each_batch(some, tick):
+                with attempt:
+                    add(data_pass, attempt)
             if some and plan.shards is None:
                 ranks.add_up([of[own] for of in gradients.values()])
     if products is not None:

@@ -45,8 +45,15 @@ def gathered(passes: Sequence[DataPass], collect: Collect) -> Iterator[Collect]:
 
         yield keep
         own.seek(0)
+        failed: Exception | None = None
         for source, n in enumerate(ranks.meet(n_own)):
             for _ in range(n):
                 found = pickle.load(own) if source == ranks.rank else None
                 number, batch, effects = ranks.broadcast(source, found)
-                collect(passes[number], batch, effects)
+                try:
+                    if failed is None:
+                        collect(passes[number], batch, effects)
+                except Exception as error:  # a full disk, of one rank, while the others send on
+                    failed = error
+        if failed is not None:
+            raise failed

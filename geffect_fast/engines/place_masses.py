@@ -23,6 +23,7 @@ from geffect_fast.engines.model_outputs import model_outputs, packed_attention, 
 from geffect_fast.engines.reference import Reference
 from geffect_fast.errors import InputError
 from geffect_fast.objectives import Objective
+from geffect_fast.transfer import on_device
 
 
 def check_places_apart(
@@ -95,7 +96,8 @@ def place_masses(
         found = masses.new_zeros(masses.shape[1:], device=plan.device)
 
         def measure(name: str, factors: list[Factor], _kept: list[Tensor | None]) -> None:
-            signs = in_working_precision(other[name].sign(), plan.parameters[name])
+            p = plan.parameters[name]
+            signs = in_working_precision(on_device(other[name].sign(), p.device), p)
             sizes = opposed_masses(factors, signs, name in with_zeros)
             found[:, column[name]] += sizes.to(found.device)
 

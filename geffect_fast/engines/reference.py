@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from geffect_fast.capture.compat import is_sharded
 from geffect_fast.data.batch import Batch, Role
 from geffect_fast.engines.batches import DataPass, each_batch
 from geffect_fast.engines.model_outputs import model_outputs, packed_attention
@@ -53,9 +54,10 @@ class Reference:
     ) -> bool:
         """Whether another model says the same, bit by bit, on all that `passes` compare with.
 
-        It ends at the first batch on which it does not. Before `prepare`, which may let go of the
-        reference.
+        It ends at the first batch on which it does not, but for ranks that keep step. Before
+        `prepare`, which may let go of the reference.
         """
+        equal, in_step = True, is_sharded(model)
         if self.model is None:
             return False
         for data_pass, attempt in each_batch(t for t in passes if t.needs & REFERENCE_NEEDS):
@@ -65,9 +67,10 @@ class Reference:
                 for each in (self.model, model):
                     with packed_attention(each, moved):
                         said.append(model_outputs(each, moved, data_pass.needs & REFERENCE_NEEDS))
-                if not _equal(*said):
+                equal = equal and _equal(*said)
+                if not equal and not in_step:
                     return False
-        return True
+        return equal
 
     @staticmethod
     def _log_probabilities(model: nn.Module, moved: Batch) -> Tensor:

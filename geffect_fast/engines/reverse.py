@@ -133,8 +133,7 @@ def reverse_effects(
                         add_gradients(rows[index], grads[len(roots) :])
                 products.found.clear()
 
-    in_step = ranks_of(passes).in_step(plan.shards is not None)
-    with gathered(passes, collect) as collect, in_step:
+    with gathered(passes, collect) as collect:
         for data_pass, attempt in each_batch(passes, tick):
             batch = attempt.batch
             found = _Found(data_pass, batch, batch.total_tokens if per_token else batch.n_samples)

@@ -207,6 +207,7 @@ def _loaded(config: ProfileConfig, device: torch.device, n_risks: int) -> Any:
     model = load_model(config.model, config.dtype, "cpu", trust_remote_code=trusted)
     if config.shard == "auto" and all(ranks.meet(_fits(model, device, n_risks))):
         return model.to(device)
+    ranks.meet()  # before anybody waits for weights
     shard(model, ranks, device)
     return model
 
@@ -275,7 +276,13 @@ def check_sources(config: RunConfig) -> torch.device:
     check_model_source(config.model, trust_remote_code=config.trust_remote_code)
     if config.reference is not None:
         check_model_source(config.reference, "reference", config.trust_remote_code)
-    return resolve_device(config.device)
+    device = resolve_device(config.device)
+    if device.index is not None and here().size > 1:
+        raise InputError(
+            f"device: {config.device} is one GPU, and each rank has its own; give cuda, or leave "
+            "it out"
+        )
+    return device
 
 
 def tokenizer_of(config: Any, has_text: bool, own: str, what: str) -> Any:

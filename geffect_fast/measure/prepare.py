@@ -199,6 +199,11 @@ def _reference(
         why = mixing_module(source)
         if why is not None:
             raise InputError(f"reference_model: {why}")
+        if is_sharded(source) and not is_sharded(model):
+            raise InputError(
+                "reference_model: FSDP shares it out, and not the model; give both shared out, or "
+                "it whole"
+            )
         return source
     first = next(model.parameters())
     dtype, device = str(first.dtype).removeprefix("torch."), first.device
@@ -349,6 +354,8 @@ class Schedule:
         self._look_at_the_model(prepared)
         if settings.token_budget is None:
             self.token_budget.tokens = min(self.ranks.meet(self._tokens_that_fit()))
+        # By trying and by free memory, in which ranks may differ.
+        self.ranks.check_same({"engine": self.choice.engine, "layout": self.layout})
         self._divide_into_batches(settings)
         self.attributes: dict[str, Any] = {
             "engine": self.choice.engine,
@@ -401,10 +408,6 @@ class Schedule:
 
     def _check_serves_shards(self, settings: Measuring) -> None:
         """Raise where a model whose parameters are shared out cannot be measured so."""
-        if self.ranks.size == 1:
-            raise InputError(
-                "model: FSDP shares out its parameters; profile it on all of its ranks"
-            )
         if settings.engine == "forward" or "token" in settings.resolve:
             raise UnsupportedModelError(
                 "engine forward: its dual pass needs whole weights, and FSDP shares them out; use "

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from geffect_fast.arguments import checked_config
 from geffect_fast.capture import Plan
-from geffect_fast.capture.compat import check_finite, check_replicas
+from geffect_fast.capture.compat import check_finite, check_replicas, is_sharded
 from geffect_fast.data.memory import free_memory
 from geffect_fast.engines.batches import DataPass, Tick
 from geffect_fast.engines.directions import accumulate_gradients, place_for_gradients
@@ -55,14 +55,24 @@ if TYPE_CHECKING:
 
 R = TypeVar("R")
 
+ROOM_FORWARD, ROOM_REVERSE = 0.5, 0.8
+"""Parts of a GPU's free memory that whole gradients may take: a forward pass moves copies of them
+beside, the reverse engine needs room for batches alone."""
+
 
 def _on_all_ranks(method: Callable[..., R]) -> Callable[..., R]:
     """A method of a `Profiler` that its ranks begin and end together."""
 
     @wraps(method)
     def called(self: Profiler, *args: Any, **kwargs: Any) -> R:
-        with self.ranks.together(method.__name__):
-            return method(self, *args, **kwargs)
+        shards = self.plan.shards
+        with self.ranks.together(method.__name__), self.ranks.in_step(shards is not None):
+            try:
+                return method(self, *args, **kwargs)
+            except Exception:
+                if shards is not None:
+                    shards.put_right()
+                raise
 
     return called
 
@@ -111,10 +121,13 @@ class Profiler:
     @ieee_fp32()
     def __init__(self, prepared: Prepared[Measuring]) -> None:
         self.ranks = here()
-        with self.ranks.together("Profiler"):
+        sharded = is_sharded(prepared.model)
+        with self.ranks.together("Profiler"), self.ranks.in_step(sharded and self.ranks.size > 1):
+            self.ranks.check_same(prepared.told_apart_by())
             self.plan = Plan.of(prepared.model, may_be_sharded=True)
             self.ranks.check_serves(self.plan.device)
-            self.ranks.check_same(prepared.told_apart_by())
+            if prepared.reference is not None:
+                check_replicas(prepared.reference, self.ranks, "reference_model")
             self._schedule = schedule = Schedule(prepared, self.plan)
         self.objectives, self.sets = prepared.objectives, prepared.sets
         self.risk_names, self.own_loss = schedule.risk_names, schedule.own_loss
@@ -188,6 +201,9 @@ class Profiler:
             UnsupportedModelError: the samples' shares miss a gradient.
         """
         schedule, resolution = self._schedule, self._schedule.resolution
+        given = {"out": out, "weights": weights, "second_order": second_order}
+        given |= {"conflicts": conflicts, "metric": None if step is None else step.name}
+        self.ranks.check_same({name: str(value) for name, value in given.items()})
         if second_order:
             check_second_order(schedule.attributes["risk"], self.plan)
         if not unchanged:
@@ -353,7 +369,8 @@ class Profiler:
 
     def _kept_on(self) -> torch.device | None:
         """Where they are kept: on the CPU by all ranks, which add them up, if one has no room."""
-        found = self.ranks.meet(place_for_gradients(self.plan, self._n_gradients))
+        part = ROOM_FORWARD if self._schedule.choice.engine == "forward" else ROOM_REVERSE
+        found = self.ranks.meet(place_for_gradients(self.plan, self._n_gradients, part))
         return next((place for place in found if place is not None), None)
 
     def _tell_of_moves(self) -> None:
@@ -400,7 +417,12 @@ class Profiler:
         with self._ticking(progress, "gradients of the objectives", schedule.passes) as tick:
             self._read_reference(schedule.passes, unchanged)
             _, gradients = accumulate_gradients(
-                self.plan, schedule.passes, len(schedule.parts), self._reference, tick
+                self.plan,
+                schedule.passes,
+                len(schedule.parts),
+                self._reference,
+                tick,
+                self._kept_on(),
             )
         mixed = mixed_gradients(schedule.mixture, gradients)
         check_gradients(mixed, [f"objective '{objective}'" for objective in self.objectives])
@@ -412,10 +434,7 @@ class Profiler:
         if self._reference_is_model is None and unchanged:
             # Models that differ do so at the first row.
             same = self._reference.is_computed_by
-            # Another model's passes would end early on some ranks.
-            found = self.plan.shards is None and all(
-                same(self.plan.model, each, device) for each in (schedule.one_row, passes)
-            )
+            found = all(same(self.plan.model, each, device) for each in (schedule.one_row, passes))
             self._reference_is_model = all(self.ranks.meet(found))
         checked = schedule.rounding.passes if schedule.rounding is not None else []
         self._reference.prepare([*passes, *checked], device)

@@ -99,9 +99,9 @@ def test_ranks_measure_what_one_process_measures(alone, size):
 
 def test_ranks_are_given_the_same():
     for said in on_ranks(2, other_arguments):
-        assert said["metrics"].startswith("metrics: rank 1 is given ")
+        assert said["metrics"].startswith("metrics: rank 1 has ")
         for name in ("retain", "forget"):
-            assert said[name].startswith(f"{name}: rank 1 is given 1 rows of digest ")
+            assert said[name].startswith(f"{name}: rank 1 has 1 rows of digest ")
         assert said["shards"].startswith("model: FSDP shares out its parameters")
 
 

@@ -24,11 +24,11 @@ def profiled(model=None, **given):
 
 
 SAID = {
-    "objectives": "rank 1 is given wga, and rank 0 ga; give all ranks the same",
-    "forget": "rank 1 is given 4 rows of digest ",
-    "reduction": "rank 1 is given sum, and rank 0 token; give all ranks the same",
-    "reference_model": "rank 1 is given LlamaForCausalLM, and rank 0 none; give all ranks the same",
-    "probes": "rank 1 is given forget, retain, general, and rank 0 forget, retain; give all",
+    "objectives": "rank 1 has wga, and rank 0 ga; give all ranks the same",
+    "forget": "rank 1 has 4 rows of digest ",
+    "reduction": "rank 1 has sum, and rank 0 token; give all ranks the same",
+    "reference_model": "rank 1 has LlamaForCausalLM, and rank 0 none; give all ranks the same",
+    "probes": "rank 1 has forget, retain, general, and rank 0 forget, retain; give all",
     "model": "model.embed_tokens.weight is not the same on rank 1 as on rank 0; load the same",
 }
 
@@ -99,7 +99,8 @@ def test_a_rank_that_is_killed_ends_all():
 
 def not_all_call(what):
     ranks.PATIENCE = timedelta(seconds=3)
-    ranks.here()
+    if what != "none":
+        ranks.here()
     if dist.get_rank() == 0:
         return profiled()
     if what == "another":
@@ -111,7 +112,9 @@ def not_all_call(what):
 def test_all_ranks_must_call_it():
     first, _ = on_ranks(2, not_all_call, "none", fails=True)
     assert first.kind == "InputError"
-    assert first.said.startswith("profile: not all 2 ranks of the process group called it within")
+    assert first.said.startswith(
+        "geffect_fast: not all 2 ranks of the process group called it within"
+    )
     for found in on_ranks(2, not_all_call, "another", fails=True):
         assert found.said == (
             "profile: rank 1 calls sweep at the same time; call the same on every rank"

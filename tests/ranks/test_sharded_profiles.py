@@ -7,13 +7,15 @@ from models import build
 from ranked import on_ranks
 from test_profile_on_ranks import TOLERANCE, assert_same, profiled
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from geffect_fast import ranks
 from geffect_fast.capture import Plan
 from geffect_fast.capture.compat import is_sharded
 from geffect_fast.capture.shards import gathered, shard
-from geffect_fast.errors import GEffectError, InputError
+from geffect_fast.engines import reverse
+from geffect_fast.errors import GEffectError, InputError, NonFiniteError, UnsupportedModelError
 
 
 def lora():
@@ -98,22 +100,52 @@ def test_what_one_rank_does_not_use_is_added_up_as_zero():
     assert on_ranks(2, gradients_of_branches) == [True, True]
 
 
-def one_fails(how):
-    from geffect_fast.engines import reverse
+def no_luck(*_):
+    raise InputError("no luck: try again")
 
+
+def one_fails(how):
     model = build("llama")
     shard(model, ranks.here(), torch.device("cpu"))
     if how == "alike" or torch.distributed.get_rank() == 1:
-
-        def fails(*_):
-            raise InputError("no luck: try again")
-
-        reverse.model_outputs = fails
+        reverse.model_outputs = no_luck
     with pytest.raises(InputError) as first:
         profiled("llama", torch.float32, model=model, reference_model=None, objectives=["ga"])
     with pytest.raises(GEffectError) as second:
         profiled("llama", torch.float32, model=model, reference_model=None, objectives=["ga"])
     return str(first.value), str(second.value)
+
+
+def one_part_is_broken():
+    model = build("llama")
+    shard(model, ranks.here(), torch.device("cpu"))
+    if torch.distributed.get_rank() == 1:
+        own = model.lm_head.weight.to_local()
+        with torch.no_grad():
+            own[0, 0] = torch.nan
+    with pytest.raises(NonFiniteError) as error:
+        profiled("llama", torch.float32, model=model, reference_model=None, objectives=["ga"])
+    return str(error.value)
+
+
+def test_what_is_wrong_with_one_part_ends_all():
+    first, own = on_ranks(2, one_part_is_broken)
+    assert own.startswith("model: lm_head.weight holds 1 NaN")
+    assert first == f"rank 1: {own}"
+
+
+def some_ranks():
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("a", "b"))["b"]
+    model = build("llama")
+    fully_shard(model, mesh=mesh)
+    with pytest.raises(UnsupportedModelError) as error:
+        profiled("llama", torch.float32, model=model, reference_model=None, objectives=["ga"])
+    return str(error.value)
+
+
+def test_a_model_is_shared_out_among_all_ranks():
+    for said in on_ranks(4, some_ranks):
+        assert "over 2 of 4 ranks; shard it by fully_shard over one dimension of all ranks" in said
 
 
 def test_an_error_of_one_rank_between_exchanges_ends_all():
@@ -128,3 +160,21 @@ def test_an_error_of_all_ranks_leaves_the_group():
         assert {line.removeprefix("rank 0: ").removeprefix("rank 1: ") for line in said} == {
             "no luck: try again"
         }
+
+
+def goes_on():
+    model = build("llama")
+    shard(model, ranks.here(), torch.device("cpu"))
+    given = {"model": model, "reference_model": None, "objectives": ["ga"], "engine": "reverse"}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reverse, "backwards", no_luck)  # the forward is done, and weights are whole
+        with pytest.raises(InputError):
+            profiled("llama", torch.float32, **given)
+    return profiled("llama", torch.float32, **given)
+
+
+def test_a_model_is_right_after_an_error_in_the_middle():
+    given = {"reference_model": None, "objectives": ["ga"], "engine": "reverse"}
+    alone = profiled("llama", torch.float32, **given)
+    for found in on_ranks(2, goes_on):
+        assert_same(alone, found, TOLERANCE[torch.float32])
