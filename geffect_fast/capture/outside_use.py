@@ -37,11 +37,15 @@ class OutsideUseInGraph(AbstractContextManager["OutsideUseInGraph"]):
         }
 
     def __enter__(self) -> OutsideUseInGraph:
-        self._plan.ask(True)
+        self._ask(True)
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self._plan.ask(False)
+        self._ask(False)
+
+    def _ask(self, asks: bool) -> None:
+        for own in self._owned.values():
+            self._plan.ask(own, asks)
 
     def hide(self, where: str) -> list[nn.Parameter]:
         """Freeze what the module owns, as its forward begins; what is to be shown when it ends."""

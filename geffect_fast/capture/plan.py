@@ -237,14 +237,14 @@ class Plan:
     def frozen(self) -> Iterator[None]:
         """No parameter asks for a gradient inside: a backward forms activation gradients only."""
         try:
-            self.ask(False)
+            self.ask(self.parameters.values(), False)
             yield
         finally:
-            self.ask(True)
+            self.ask(self.parameters.values(), True)
 
-    def ask(self, asks: bool) -> None:
-        """Let every parameter ask for a gradient, or none."""
-        for p in self.parameters.values():
+    def ask(self, parameters: Iterable[nn.Parameter], asks: bool) -> None:
+        """Let some of `parameters` ask for gradients, or not."""
+        for p in parameters:
             p.requires_grad_(asks)
             if self.shards is not None:  # a whole one does what the part does, each time it comes
                 self.shards.own(p).requires_grad_(asks)

@@ -149,7 +149,11 @@ def test_a_model_that_does_not_learn_is_said_so(tmp_path):
 
 
 def test_it_says_what_happens(told):
-    for words in ("20 questions about 2 invented authors", "knows them by heart", "as reference"):
+    for words in (
+        "20 questions about 2 invented authors",
+        "knows them by heart",
+        "is the reference",
+    ):
         assert words in told[1]
 
 

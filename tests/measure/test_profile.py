@@ -12,7 +12,7 @@ from models import FIVE, build, fp64_throughout, samples
 from reference import close, effects, n_targets
 
 import geffect_fast as gf
-from geffect_fast.engines import reverse
+from geffect_fast.engines import directions as directions_module
 
 FORGET = [2, 17, 5, 70, 33]
 RETAIN = [9, 30, 2, 12]
@@ -287,7 +287,7 @@ def test_bf16_within_twice_the_error_of_plain_bf16(objectives, directions, monke
     Directions are bf16 where bf16 products are faster, on CUDA; with several objectives the
     projections along them are kept.
     """
-    monkeypatch.setattr(reverse, "in_working_precision", lambda v, _: v.to(directions))
+    monkeypatch.setattr(directions_module, "in_working_precision", lambda v, _: v.to(directions))
     forget, retain, _ = data()
     model = build("llama", torch.bfloat16)
     ours = torch.from_numpy(run(model, forget, retain, objectives).g_effect[0].values)
