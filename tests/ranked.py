@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import multiprocessing.connection
+import os
 import time
 import traceback
 from collections.abc import Callable
@@ -11,7 +12,7 @@ from contextlib import suppress
 from tempfile import TemporaryDirectory
 from typing import Any
 
-LONGEST = 120
+LONGEST = 300
 """Seconds for which a test waits for its ranks."""
 
 PRELOADED = [
@@ -95,6 +96,7 @@ def _run(
     import torch.distributed as dist
 
     torch.set_num_threads(1)
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # whatever this machine is called
     store = dist.FileStore(f"{folder}/store", size)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=size)
     try:

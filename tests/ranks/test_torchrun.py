@@ -19,8 +19,8 @@ def torchrun(size, *words):
         [*launch, "--nproc-per-node", str(size), *command],
         capture_output=True,
         text=True,
-        timeout=120,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        timeout=300,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
     )
 
 
