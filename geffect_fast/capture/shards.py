@@ -88,6 +88,7 @@ class Shards:
                     "one dimension of all ranks, without copies and tensor parallelism"
                 )
         for group in self.groups:
+            _check_sums(group)
             held = {
                 (module, key): p
                 for module in group.modules()
@@ -197,6 +198,19 @@ _OF_SUMS = (
     *("reduce_grads", "all_reduce_grads"),
 )
 """Attributes of FSDP's groups that `Shards.sums` changes."""
+
+
+def _check_sums(group: Any) -> None:
+    """Raise `UnsupportedModelError` where gradients would be added up over ranks in 16 bits."""
+    for held in _parameter_groups(group):
+        weights = next(group.parameters()).dtype
+        policy = held.mp_policy
+        adds_up_in = policy.reduce_dtype or policy.param_dtype or weights
+        if adds_up_in.itemsize < 4:
+            raise UnsupportedModelError(
+                f"model: FSDP adds up its gradients in {adds_up_in}; give fully_shard "
+                "mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32)"
+            )
 
 
 def _parameter_groups(module: FSDPModule) -> list[Any]:

@@ -143,6 +143,19 @@ def some_ranks():
     return str(error.value)
 
 
+def sums_in_16_bits():
+    model = build("llama", torch.bfloat16)
+    fully_shard(model, mesh=ranks.here().mesh(torch.device("cpu")))
+    with pytest.raises(UnsupportedModelError) as error:
+        profiled("llama", torch.bfloat16, model=model, reference_model=None, objectives=["ga"])
+    return str(error.value)
+
+
+def test_sums_in_16_bits_are_refused():
+    for said in on_ranks(2, sums_in_16_bits):
+        assert said.startswith("model: FSDP adds up its gradients in torch.bfloat16; give fully")
+
+
 def test_a_model_is_shared_out_among_all_ranks():
     for said in on_ranks(4, some_ranks):
         assert "over 2 of 4 ranks; shard it by fully_shard over one dimension of all ranks" in said
