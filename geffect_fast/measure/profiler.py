@@ -67,11 +67,15 @@ def _on_all_ranks(method: Callable[..., R]) -> Callable[..., R]:
     def called(self: Profiler, *args: Any, **kwargs: Any) -> R:
         shards = self.plan.shards
         with self.ranks.together(method.__name__), self.ranks.in_step(shards is not None):
-            try:
+            if shards is None:
                 return method(self, *args, **kwargs)
+            try:
+                with warnings.catch_warnings():
+                    # Of outputs that are views: nothing here writes to them in place.
+                    warnings.filterwarnings("ignore", "FSDP2-wrapped module")
+                    return method(self, *args, **kwargs)
             except Exception:
-                if shards is not None:
-                    shards.put_right()
+                shards.put_right()
                 raise
 
     return called
