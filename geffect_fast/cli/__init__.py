@@ -30,7 +30,7 @@ from geffect_fast.cli import (
     unlearn,
     weights,
 )
-from geffect_fast.cli.launched import is_first, on_launched_ranks
+from geffect_fast.cli.launched import is_first, let_first_speak, on_launched_ranks
 from geffect_fast.cli.options import option, spread
 from geffect_fast.cli.signals import ended_by_signals
 from geffect_fast.cli.streams import OutputLost, watched_streams
@@ -124,6 +124,7 @@ def _run(argv: list[str] | None) -> int:
         return _fail(_INTERRUPTED, 130) if status == 130 else int(status or 0)
     except GEffectError as error:
         if error.told and not is_first():
+            let_first_speak()
             return error.exit_code
         return _fail(str(error), error.exit_code)
     except (KeyboardInterrupt, typer.Abort):
@@ -131,6 +132,7 @@ def _run(argv: list[str] | None) -> int:
     except Exception as error:
         if hasattr(error, "format_message"):  # a usage error of the parser
             if not is_first():
+                let_first_speak()
                 return 2
             context = getattr(error, "ctx", None)
             command = context.command_path if context else "geffect-fast"

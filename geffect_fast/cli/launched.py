@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
@@ -21,6 +22,11 @@ def is_launched() -> bool:
 def is_first() -> bool:
     """Whether this process prints: the only one, or the first of several."""
     return not is_launched() or os.environ["RANK"] == "0"
+
+
+def let_first_speak() -> None:
+    """Wait while the first rank prints what is wrong: torchrun ends all once one has ended."""
+    time.sleep(3)
 
 
 @contextmanager
