@@ -149,13 +149,17 @@ class Ranks:
         places = [f"{place}/{rank}" for rank in range(self.size)]
         store = dist.distributed_c10d._get_default_store()
         failed = [rank for rank, each in enumerate(places) if store.check([each])]
-        store.set(places[self.rank], pickle.dumps(_described(error), 0).decode("latin1"))
-        if failed:
-            self._broken = store.check([f"{place}/ended"])
-            kind, said = pickle.loads(store.get(places[failed[0]]).decode().encode("latin1"))
-            raise _everywhere(kind(f"rank {failed[0]}: {said}")) from error
+        own = _described(error)
+        store.set(places[self.rank], pickle.dumps(own, 0).decode("latin1"))
         if isinstance(error, GEffectError):
             error.told = True
+        if failed:
+            self._broken = store.check([f"{place}/ended"])
+            first = pickle.loads(store.get(places[failed[0]]).decode().encode("latin1"))
+            if first == own:  # all ranks raise it alike
+                return
+            kind, said = first
+            raise _everywhere(kind(f"rank {failed[0]}: {said}")) from error
         deadline = time.monotonic() + GRACE
         while not store.check(places) and time.monotonic() < deadline:
             time.sleep(0.1)
@@ -387,8 +391,8 @@ def check_alone(what: str) -> None:
     several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
     if several and not _on_its_own.get():
         raise InputError(
-            f"{what} runs in one process; call it on one rank, within "
-            "geffect_fast.ranks.on_its_own()"
+            f"{what} runs in one process; start it without torchrun, or call it on one rank, "
+            "within geffect_fast.ranks.on_its_own()"
         )
 
 

@@ -80,10 +80,10 @@ def check_replicas(model: nn.Module, ranks: Ranks, what: str = "model") -> None:
         return
     every = dict((*model.named_parameters(), *model.named_buffers()))
     numbers = {key: x.detach() for key, x in every.items() if x.is_floating_point()}
-    sizes = [torch.linalg.vector_norm(x, dtype=torch.float64).cpu() for x in numbers.values()]
+    sizes = [torch.linalg.vector_norm(x, dtype=torch.float64) for x in numbers.values()]
     trained = [key for key, p in model.named_parameters() if p.requires_grad]
     ranks.check_same({what: f"{len(numbers)} tensors, and trains {', '.join(trained)}"})
-    for rank, others in enumerate(told := ranks.meet(torch.stack(sizes))):
+    for rank, others in enumerate(told := ranks.meet(torch.stack(sizes).cpu())):
         # On other hardware the same weights' norm may round otherwise.
         apart = (others - told[0]).abs() > 1e-6 * told[0]
         if apart.any():

@@ -27,9 +27,8 @@ from geffect_fast.capture.factors import (
     summed_gradient,
     widened,
 )
-from geffect_fast.capture.products import in_own_precision, inner
+from geffect_fast.capture.products import in_own_precision, inner, table_cells
 from geffect_fast.capture.segments import Offsets, segment_sum
-from geffect_fast.transfer import on_device
 
 
 @in_own_precision
@@ -144,10 +143,8 @@ def squared_gradients(factors: list[Factor], shape: torch.Size) -> Tensor:
 
 def _of_table(lookups: list[Lookup]) -> Tensor:
     """Of a table, `(n_entries, d)`: what a sample looked up under one id is added up first."""
-    n_entries, device = lookups[0].n_entries, lookups[0].g.device
-    samples = torch.cat([torch.repeat_interleave(torch.tensor(f.cu.lengths)) for f in lookups])
-    keys = on_device(samples * n_entries, device) + torch.cat([f.ids for f in lookups])
+    n_entries = lookups[0].n_entries
     g = widened(torch.cat([f.g for f in lookups]))
-    cells, cell = torch.unique(keys, return_inverse=True)
+    cells, cell = torch.unique(table_cells(lookups), return_inverse=True)
     sums = g.new_zeros(len(cells), g.shape[1]).index_add_(0, cell, g)
     return g.new_zeros(n_entries, g.shape[1]).index_add_(0, cells % n_entries, sums.square())

@@ -169,9 +169,10 @@ class Plan:
         for where, of in local.items():
             module = modules[where]
             nested = any("." in k for k in of)
-            groups = (
-                [] if shards is None else shards.groups_of([parameters[k] for k in of.values()])
-            )
+            groups = []
+            if shards is not None and likeness(module) not in tried:
+                # It is tried, with its weights.
+                groups = shards.groups_of([parameters[k] for k in of.values()])
             with nullcontext() if shards is None else shards.unsharded(groups):
                 rule, factor = (GenericCall, 1.0) if nested else rule_for(module, tried)
             owners[where] = Owner(module, of, rule, factor)

@@ -256,12 +256,17 @@ def squared_norms_of_one_input(outers: Sequence[Outer | GramOuter]) -> Tensor:
     return found.double()
 
 
+def table_cells(lookups: Sequence[Lookup]) -> Tensor:
+    """Of every looked-up row its sample's number times the table's entries, plus its id, int64."""
+    samples = torch.cat([torch.repeat_interleave(torch.tensor(f.cu.lengths)) for f in lookups])
+    first = on_device(samples * lookups[0].n_entries, lookups[0].g.device)
+    return first + torch.cat([f.ids for f in lookups])
+
+
 def _table_norms(lookups: list[Lookup]) -> Tensor:
     """`||grad_i||_F^2` of a table: the gradients of each of its rows that sample `i` looked up."""
     n, n_entries, device = n_samples(lookups[0]), lookups[0].n_entries, lookups[0].g.device
-    owners = torch.cat([torch.repeat_interleave(torch.tensor(f.cu.lengths)) for f in lookups])
-    keys = on_device(owners * n_entries, device) + torch.cat([f.ids for f in lookups])
-    keys, order = keys.sort(stable=True)
+    keys, order = table_cells(lookups).sort(stable=True)
     # Rows that one sample looked up under one id are neighbours: a cell, at most one a row.
     begins = torch.cat([keys.new_zeros(min(1, len(keys))), (keys.diff() != 0).long()])
     cell, number = begins.cumsum(0), torch.arange(len(keys) + 1, device=device)

@@ -188,7 +188,7 @@ class Shards:
         """After an error in the middle of a forward or backward: as before it."""
         for group in self.groups:
             group.reshard()
-            reset = getattr(group, "reset_iter_state", None)  # of the root, since torch 2.12
+            reset = getattr(group, "reset_iter_state", None)  # of the root; not every torch has it
             if reset is not None and group is self.groups[0]:
                 reset()
 
@@ -216,7 +216,7 @@ def _check_sums(group: Any) -> None:
 def _parameter_groups(module: FSDPModule) -> list[Any]:
     # Nothing public tells what a program has set.
     state = module._get_fsdp_state()
-    found = getattr(state, "_fsdp_param_groups", None)  # before torch 2.12 there was one
+    found = getattr(state, "_fsdp_param_groups", None)  # some versions have one
     return [held for held in (found or [state._fsdp_param_group]) if held is not None]
 
 

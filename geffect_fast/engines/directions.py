@@ -74,6 +74,11 @@ def place_for_gradients(plan: Plan, n: int, part: float) -> torch.device | None:
     return torch.device("cpu") if full else None
 
 
+def place_beside(gradients: Mapping[str, Tensor]) -> torch.device | None:
+    """Where further gradients are kept beside these; as `place_for_gradients`."""
+    return torch.device("cpu") if next(iter(gradients.values())).is_cpu else None
+
+
 class Directions(Mapping[str, Tensor]):
     """Directions as products with gradients take them, `(M, *shape)` by parameter.
 
@@ -346,7 +351,7 @@ def fisher_traces(
             evaluated = plan, data_pass, attempt, outputs, moved, other
             for index, _, _ in backwards(*evaluated, roots, recorder):
                 with attempt.finishing(index):
-                    for name, square in () if attempt.idle else found.items():
+                    for name, square in found.items():
                         totals[index, number[name]] += square.double().cpu()
 
     for data_pass, attempt in each_batch(passes, tick):

@@ -31,6 +31,7 @@ from geffect_fast.engines.directions import (
     backwards,
     inner_products,
     new_gradients,
+    place_beside,
     rows_of,
 )
 from geffect_fast.engines.gathering import gathered
@@ -92,8 +93,7 @@ def reverse_effects(
     """
     number = {name: p for p, name in enumerate(plan.parameters)}
     columns = range(len(number)) if columns is None else columns
-    first = next(iter(directions.values()))
-    n_directions, kept_on = len(first), torch.device("cpu") if first.is_cpu else None
+    n_directions, kept_on = len(next(iter(directions.values()))), place_beside(directions)
     directions = Directions(plan, directions)
     totals = EffectSums(
         torch.zeros(n_objectives, dtype=torch.float64),

@@ -14,7 +14,7 @@ from geffect_fast.capture import Plan
 from geffect_fast.data.batch import Batch
 from geffect_fast.engines.batches import Collect, DataPass, Tick, ranks_of
 from geffect_fast.engines.choice import Engine
-from geffect_fast.engines.directions import accumulate_gradients
+from geffect_fast.engines.directions import accumulate_gradients, place_beside
 from geffect_fast.engines.forward import Move, forward_effects
 from geffect_fast.engines.reference import Reference
 from geffect_fast.engines.reverse import reverse_effects
@@ -150,8 +150,7 @@ def find_effects(
         whole = totals.gradients
         gram = None if whole is None else grams(directions, whole)
         return Effects(totals.values, totals.effects, names, gram, whole)
-    on_cpu = next(iter(directions.values())).is_cpu
-    kept_on = torch.device("cpu") if on_cpu else None
+    kept_on = place_beside(directions)
     values, whole = accumulate_gradients(plan, passes, n_parts, reference, tick, kept_on)
     gram = grams(directions, whole)
     n_risks = gram.shape[1] - n_parts

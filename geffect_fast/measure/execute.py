@@ -194,20 +194,22 @@ def _measured(
 
 def _loaded(config: ProfileConfig, device: torch.device, n_risks: int) -> Any:
     """The model of a config, or this rank's part of it."""
-    ranks, trusted = here(), config.trust_remote_code
+    ranks, whole = here(), config.shard == "none"
     if ranks.size == 1:
         if config.shard == "fsdp":
             raise InputError(
                 "shard: fsdp shares a model out among ranks, and this process is alone; start "
                 "several by torchrun --nproc-per-node, or leave it out"
             )
-        return load_model(config.model, config.dtype, str(device), trust_remote_code=trusted)
-    if config.shard == "none":
-        return load_model(config.model, config.dtype, str(device), trust_remote_code=trusted)
-    model = load_model(config.model, config.dtype, "cpu", trust_remote_code=trusted)
-    if config.shard == "auto" and all(ranks.meet(_fits(model, device, n_risks))):
+        whole = True
+    first_on = str(device) if whole else "cpu"
+    trusted = config.trust_remote_code
+    model = load_model(config.model, config.dtype, first_on, trust_remote_code=trusted)
+    if whole:
+        return model
+    # They meet before anybody waits for weights.
+    if all(ranks.meet(config.shard == "auto" and _fits(model, device, n_risks))):
         return model.to(device)
-    ranks.meet()  # before anybody waits for weights
     shard(model, ranks, device)
     return model
 

@@ -22,7 +22,7 @@ from geffect_fast.measure.profile import profile
 from geffect_fast.measure.sources import Sources, read_sources, resolved_list
 from geffect_fast.objectives import parse
 from geffect_fast.paths import is_there, user_path
-from geffect_fast.ranks import here
+from geffect_fast.ranks import check_alone
 from geffect_fast.relearn_settings import Relearning
 from geffect_fast.settings import Reading
 from geffect_fast.storage.inputs import Inputs
@@ -293,10 +293,7 @@ def execute_survey(
     **more: Any,
 ) -> xr.Dataset:
     """As `execute_evaluation`, with what the survey asks for beside measures (`Survey.added`)."""
-    if here().size > 1:
-        raise InputError(
-            "suite survey: rows are learned again in one process; start it without torchrun"
-        )
+    check_alone("suite survey")
     _, models, _ = models_of(config)
     survey = Survey(config, models, progress)
     if survey.original is not None:

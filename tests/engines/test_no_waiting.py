@@ -147,60 +147,54 @@ def waits_of_intervals(resolve):
     return 2 if "sample" in resolve else 0
 
 
-@pytest.mark.parametrize("resolve", [("parameter", "sample"), ("group", "sample"), ("parameter",)])
-def test_a_whole_measurement(resolve, device, monkeypatch):
-    """Beside a batch's results: weights, directions and norms are each asked for once."""
+def reverse_profiler(resolve, device, monkeypatch, free):
+    """What a profile finds on the CPU, and its profiler on the device with so much free memory."""
     model = build("llama_tied")
     model.set_attn_implementation("eager")
     given = {**SETS, "objectives": ["gd", "npo(beta=0.1)"], "engine": "reverse"}
     given |= {"token_budget": 16, "resolve": resolve}
     expected = gf.profile(model, None, **given)
     here = Plan.of(model)
-    with device:
-        with device.preparing():
-            plan = plan_there(here)
-            monkeypatch.setattr(Plan, "of", lambda _model, **_: plan)
-            monkeypatch.setattr(prepare, "choose_layout", lambda *_: "packed")
-            for module in (memory, directions):
-                monkeypatch.setattr(module, "free_memory", lambda _: 2**40)
-            prepared = profiler.Profiler.of(plan.model, None, **given)
-        found = prepared.measure(weights=True).dataset
-        n_batches = sum(len(data_pass.batches) for data_pass in prepared._schedule.passes)
-        # The weights of tokens are read one objective and batch at a time, at the very end.
-        n_weights = sum(
-            len(data_pass.batches) * len(data_pass.parts) for data_pass in prepared._schedule.passes
-        )
-        values = n_batches if "sample" in resolve else 1
-        assert device.waits == values + 4 + n_weights + waits_of_intervals(given["resolve"])
+    with device, device.preparing():
+        plan = plan_there(here)
+        monkeypatch.setattr(Plan, "of", lambda _model, **_: plan)
+        monkeypatch.setattr(prepare, "choose_layout", lambda *_: "packed")
+        monkeypatch.setattr(memory, "free_memory", lambda _: 2**40)
+        for module in (directions, profiler):
+            monkeypatch.setattr(module, "free_memory", lambda _: free)
+        return expected, profiler.Profiler.of(plan.model, None, **given)
+
+
+def assert_same_numbers(found, expected):
     for name in ("g_effect", "loss", "risk_value", "grad_norm", "cosine"):
         x, y = (torch.from_numpy(of[name].values) for of in (found, expected))
         torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5 * float(y.abs().max()))
 
 
+@pytest.mark.parametrize("resolve", [("parameter", "sample"), ("group", "sample"), ("parameter",)])
+def test_a_whole_measurement(resolve, device, monkeypatch):
+    """Beside a batch's results: weights, directions and norms are each asked for once."""
+    expected, prepared = reverse_profiler(resolve, device, monkeypatch, free=2**40)
+    with device:
+        found = prepared.measure(weights=True).dataset
+        passes = prepared._schedule.passes
+        n_batches = sum(len(data_pass.batches) for data_pass in passes)
+        # The weights of tokens are read one objective and batch at a time, at the very end.
+        n_weights = sum(len(each.batches) * len(each.parts) for each in passes)
+        values = n_batches if "sample" in resolve else 1
+        assert device.waits == values + 4 + n_weights + waits_of_intervals(resolve)
+    assert_same_numbers(found, expected)
+
+
 @pytest.mark.parametrize("resolve", [("parameter", "sample"), ("group",)])
 def test_gradients_that_stay_on_the_cpu(resolve, device, monkeypatch):
     """A GPU without room for them; products bring over what they need."""
-    model = build("llama_tied")
-    model.set_attn_implementation("eager")
-    given = {**SETS, "objectives": ["gd", "npo(beta=0.1)"], "engine": "reverse"}
-    given |= {"token_budget": 16, "resolve": resolve}
-    expected = gf.profile(model, None, **given)
-    here = Plan.of(model)
-    with device:
-        with device.preparing():
-            plan = plan_there(here)
-            monkeypatch.setattr(Plan, "of", lambda _model, **_: plan)
-            monkeypatch.setattr(prepare, "choose_layout", lambda *_: "packed")
-            monkeypatch.setattr(memory, "free_memory", lambda _: 2**40)
-            for module in (directions, profiler):
-                monkeypatch.setattr(module, "free_memory", lambda _: 2**10)
-            prepared = profiler.Profiler.of(plan.model, None, **given)
-        with pytest.warns(gf.errors.GEffectWarning, match="they stay in the CPU's memory, and ev"):
-            found = prepared.measure()
+    expected, prepared = reverse_profiler(resolve, device, monkeypatch, free=2**10)
+    line = "they stay in the CPU's memory, and ev"
+    with device, pytest.warns(gf.errors.GEffectWarning, match=line):
+        found = prepared.measure()
     assert {v.device.type for v in found.directions.values()} == {"cpu"}
-    for name in ("g_effect", "loss", "risk_value", "grad_norm", "cosine"):
-        x, y = (torch.from_numpy(of[name].values) for of in (found.dataset, expected))
-        torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5 * float(y.abs().max()))
+    assert_same_numbers(found.dataset, expected)
 
 
 @pytest.mark.parametrize(

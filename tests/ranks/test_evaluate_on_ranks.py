@@ -128,7 +128,8 @@ def test_the_first_rank_writes_the_folder(tmp_path):
     for name in ("forget", "retain"):
         write_jsonl(FEW[name] * 3, tmp_path / f"{name}.jsonl")
     assert commanded(tmp_path, "--metrics", "nll,rouge_l", "--out", "alone")[0] == 0
-    line = "error: suite survey: rows are learned again in one process; start it without torchrun\n"
+    line = "error: suite survey runs in one process; start it without torchrun, or call it on one "
+    line += "rank, within geffect_fast.ranks.on_its_own()\n"
     assert on_ranks(2, both_commands, tmp_path) == [((0, ""), (2, line))] * 2
     names = [sorted(f.name for f in (tmp_path / out).iterdir()) for out in ("alone", "ranks")]
     assert names[0] == names[1]
