@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 
 from geffect_fast.errors import InputError
@@ -26,7 +26,8 @@ def is_first() -> bool:
 
 def let_first_speak() -> None:
     """Wait while the first rank prints what is wrong: torchrun ends all once one has ended."""
-    time.sleep(3)
+    with suppress(KeyboardInterrupt):  # as torchrun ends them
+        time.sleep(3)
 
 
 @contextmanager
