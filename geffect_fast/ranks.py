@@ -386,16 +386,6 @@ def on_its_own() -> Iterator[None]:
         _on_its_own.reset(before)
 
 
-def check_alone(what: str) -> None:
-    """Raise `InputError` where a function that one process runs is called by several ranks."""
-    several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-    if several and not _on_its_own.get():
-        raise InputError(
-            f"{what} runs in one process; start it without torchrun, or call it on one rank, "
-            "within geffect_fast.ranks.on_its_own()"
-        )
-
-
 def on_all_ranks(function: Callable[P, T]) -> Callable[P, T]:
     """A function that the ranks of a process group begin and end together."""
 

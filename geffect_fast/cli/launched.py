@@ -10,7 +10,7 @@ from pathlib import Path
 
 from geffect_fast.errors import InputError
 
-SHARED = ("profile", "sweep", "evaluate", "check", "env")
+SHARED = ("profile", "sweep", "unlearn", "relearn", "control", "evaluate", "check", "env")
 """Commands that several ranks share."""
 
 

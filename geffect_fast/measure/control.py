@@ -28,7 +28,7 @@ from geffect_fast.measure.models import load_model
 from geffect_fast.metrics.base import ALL, FORGET, HOLDOUT, Measure
 from geffect_fast.metrics.registry import resolved_metrics
 from geffect_fast.paths import short_names
-from geffect_fast.ranks import check_alone
+from geffect_fast.ranks import here, on_all_ranks
 from geffect_fast.storage.model_folder import new_folder
 from geffect_fast.terminal import progress_bar
 
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 RETAIN = "retain"
 
 
+@on_all_ranks
 @with_settings(Controlling)
 def control(
     original: Model,
@@ -63,7 +64,8 @@ def control(
     grid of `alpha` first, and the step of it in which retention is lost for good is halved until it
     is at most `tolerance`. Nothing is done to the models given. In memory are the original, one
     unlearned model, and one working model on the original's device; of an adapter the working model
-    is the copy of its base and what the adapter adds.
+    is the copy of its base and what the adapter adds. The ranks of a process group share out the
+    rows, and each returns the whole result; the first of them saves.
 
     Args:
         original: the model before unlearning, a module or the folder of one; also one with an
@@ -106,11 +108,11 @@ def control(
         ...                     retain="retain.jsonl", forget="forget.jsonl")
         >>> result.value.sel(metric="extraction_strength", set="forget")
     """
-    check_alone("control")
     checked = checked_config(Controlling, settings)
     named = methods_by_name(unlearned)
     sources = {FORGET: forget, RETAIN: retain, HOLDOUT: holdout, **checked_probes(probes)}
-    with new_folder(save, "save") if save is not None else nullcontext() as folder:
+    first = here().first
+    with new_folder(save, "save") if save is not None and first else nullcontext() as folder:
         check_save_names(folder, named)
         model = original
         if not isinstance(model, nn.Module):
@@ -335,7 +337,8 @@ class Control:
         settings = self._settings
         halvings = max(0, math.ceil(math.log2(1 / settings.grid / settings.tolerance)))
         total = settings.grid + 1 + halvings
-        with progress_bar(progress, f"retention of {name}", total) as update:
+        shown = progress and self._keeper.ranks.first
+        with progress_bar(shown, f"retention of {name}", total) as update:
 
             def kept(alpha: float) -> float:
                 if alpha not in curve:

@@ -22,6 +22,7 @@ from geffect_fast.measure.evaluation_run import (
 from geffect_fast.measure.models import load_model, resolve_device
 from geffect_fast.metrics.registry import resolved_metrics
 from geffect_fast.paths import user_path
+from geffect_fast.ranks import here, on_all_ranks
 from geffect_fast.storage.inputs import Inputs
 from geffect_fast.storage.model_folder import check_model_source, check_new_folder, new_folder
 from geffect_fast.storage.recorded_rows import check_recorded
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from geffect_fast.storage.run_folder import Reporter
 
 
+@on_all_ranks
 def execute_control(
     config: ControlConfig,
     out: str | Path,
@@ -71,12 +73,18 @@ def execute_control(
         check_model_source(source, f"unlearned {name}", trusted)
     check_compared(config)
     check_out(config, out, overwrite, inputs)
+    ranks = here()
+    ranks.check_same({"models": ", ".join(map(str, (config.original, *methods.values())))})
+    if not ranks.first:
+        save = None
     if save is not None:
         check_save_names(check_new_folder(save, "--save"), methods)
     device = resolve_device(config.device)
     sources = {"forget": config.forget, "retain": config.retain, "holdout": config.holdout}
     sources |= checked_probes(config.probes)
-    sets, tokenizer = read_sets(config, sources, config.original, "original", progress)
+    sets, tokenizer = read_sets(
+        config, sources, config.original, "original", progress and ranks.first
+    )
 
     def load(source: str, what: str) -> nn.Module:
         return load_model(source, config.dtype, "cpu", what, trust_remote_code=trusted)

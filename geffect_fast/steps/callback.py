@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -113,12 +114,17 @@ class GEffectCallback(TrainerCallback):
         self._probe: Probe | None = None
         self._rates: list[float] = []
         self._lock: TrainingLock | None = None
+        # Of a Trainer on several ranks the first has the probe.
+        self._alone: Callable[[], AbstractContextManager[None]] = on_its_own
 
     @classmethod
     def of(cls, probe: Probe, every: int) -> GEffectCallback:
-        """A callback for a probe that was made before; its store says what is measured already."""
+        """A callback for a probe that was made before; its store says what is measured already.
+
+        Ranks that made the probe together probe together.
+        """
         self = cls({"forget": (), "retain": ()}, every)
-        self._probe = probe
+        self._probe, self._alone = probe, nullcontext
         return self
 
     def on_train_begin(
@@ -131,7 +137,7 @@ class GEffectCallback(TrainerCallback):
             self._unlock()
             self._lock = TrainingLock(self.out)
         try:
-            with on_its_own():
+            with self._alone():
                 self._begin(args, state, control, kwargs)
         except BaseException:
             self._unlock()
@@ -203,7 +209,7 @@ class GEffectCallback(TrainerCallback):
         last: bool,
     ) -> None:
         if self._probe is not None:
-            with on_its_own():  # the first rank has the probe
+            with self._alone():
                 found = self._probe.at(
                     state.global_step, learning_rates=self._rates, last=last, optimizer=optimizer
                 )

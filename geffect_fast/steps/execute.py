@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING
@@ -14,7 +15,7 @@ from geffect_fast.settings import Measuring, ProfileConfig
 from geffect_fast.steps.profile_checkpoints import CheckpointRun
 from geffect_fast.storage.inputs import Inputs, check_replayed, input_sums, inputs_of
 from geffect_fast.storage.recorded_rows import check_recorded
-from geffect_fast.storage.step_folder import as_begun, check_resumed, started
+from geffect_fast.storage.step_folder import as_begun, check_resumed, check_start, started
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -60,7 +61,7 @@ def execute_checkpoints(
     first, progress = ranks.first, progress and ranks.first
     with (
         ranks.together(config.command),
-        started(out, ranks, resume, overwrite, read) as folder,
+        started(out, ranks, partial(check_start, out, resume, overwrite, inputs=read)) as folder,
     ):
         if resume:
             chosen = ranks.first_of(as_begun(config, folder, _CHOSEN) if first else {})

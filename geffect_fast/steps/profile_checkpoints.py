@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +24,14 @@ from geffect_fast.steps.probe import Probe, run_identity
 from geffect_fast.storage.inputs import input_sums
 from geffect_fast.storage.model_folder import check_model_source
 from geffect_fast.storage.run_folder import STEPS
-from geffect_fast.storage.step_folder import begun, check_resumed, finish, kept, started
+from geffect_fast.storage.step_folder import (
+    begun,
+    check_resumed,
+    check_start,
+    finish,
+    kept,
+    started,
+)
 from geffect_fast.storage.step_store import StepStore
 from geffect_fast.terminal import progress_bar
 
@@ -108,7 +116,7 @@ def profile_checkpoints(
     if out is None:
         return prepared().measure(None, **how)
     read = _paths(checkpoints, model, reference_model, forget, retain, options)
-    with started(out, ranks, resume, overwrite, read) as folder:
+    with started(out, ranks, partial(check_start, out, resume, overwrite, inputs=read)) as folder:
         run = prepared()
         sums = input_sums(read) if ranks.first else {}
         if resume and ranks.first:

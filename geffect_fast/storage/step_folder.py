@@ -121,22 +121,20 @@ def check_start(
 
 
 @contextmanager
-def started(
-    out: str | Path, ranks: Ranks, resume: bool, overwrite: bool, inputs: Inputs
-) -> Iterator[Path]:
-    """The folder in which ranks work, as `check_start` tells the first of them, who holds its lock.
+def started(out: str | Path, ranks: Ranks, check: Callable[[], Path]) -> Iterator[Path]:
+    """The folder in which ranks work, as a check tells the first of them, who holds its lock.
 
     Args:
-        out, resume, overwrite, inputs: as `check_start`.
+        out: run folder.
         ranks: who work in it.
+        check: such as `check_start`; called on the first rank.
 
     Raises:
-        InputError: as `check_start`; or another process works in `out`, or a rank does not see it.
+        InputError: as `check`; or another process works in `out`, or a rank does not see it.
     """
     with locked(out) if ranks.first else nullcontext() as home:
         shared_folder(home, ranks)
-        own = check_start(out, resume, overwrite, inputs=inputs) if ranks.first else Path()
-        yield ranks.first_of(own)
+        yield ranks.first_of(check() if ranks.first else Path())
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 from geffect_fast.measure.execute import machine, on_threads, read_sources_of
 from geffect_fast.measure.models import load_model
 from geffect_fast.metrics.registry import resolved_metrics
+from geffect_fast.ranks import here
 from geffect_fast.results.dataset import digests
 from geffect_fast.settings import LiveMetrics, Measuring
 from geffect_fast.storage.inputs import Inputs, check_replayed, input_sums, inputs_of
-from geffect_fast.storage.lock import locked
 from geffect_fast.storage.recorded_rows import check_recorded
-from geffect_fast.storage.step_folder import as_begun, begun, check_resumed, kept
-from geffect_fast.training.folder import check_start, finish
+from geffect_fast.storage.step_folder import as_begun, check_resumed, started
+from geffect_fast.training.folder import carried_out, check_start
 from geffect_fast.training.run import SAME_NUMBERS, Unlearning
 from geffect_fast.unlearn_settings import Training, UnlearnConfig
 
@@ -67,13 +67,17 @@ def execute_unlearn(
     """
     if config.evaluates:
         resolved_metrics(config.metrics, config.suite)
-    with locked(out):
-        folder = check_start(out, resume, overwrite, inputs_of(config) | dict(inputs))
+    ranks, read = here(), inputs_of(config) | dict(inputs)
+    with (
+        ranks.together(config.command),
+        started(out, ranks, partial(check_start, out, resume, overwrite, read)) as folder,
+    ):
         if resume:
-            config = config.model_copy(update=as_begun(config, folder, CHOSEN, SAME_NUMBERS))
-        device, sources, tokenizer = read_sources_of(config, progress)
-        sums = input_sums(inputs_of(config))
-        if resume:
+            begun = as_begun(config, folder, CHOSEN, SAME_NUMBERS) if ranks.first else {}
+            config = config.model_copy(update=ranks.first_of(begun))
+        device, sources, tokenizer = read_sources_of(config, progress and ranks.first)
+        sums = input_sums(inputs_of(config)) if ranks.first else {}
+        if resume and ranks.first:
             check_resumed(folder, sums)
         with on_threads(config.threads) as n_threads:
             trusted = config.trust_remote_code
@@ -93,7 +97,8 @@ def execute_unlearn(
             said(run.rows.sentence(run.sets))
             rows = digests(run.sets)
             check_recorded(config.rows, rows, folder if resume else None)
-            check_replayed(inputs.get("--config"), config, sums)
+            if ranks.first:
+                check_replayed(inputs.get("--config"), config, sums)
             chosen: dict[str, Any] = {
                 "token_budget": run.profiler.token_budget,
                 **machine(n_threads, device, model),
@@ -102,7 +107,5 @@ def execute_unlearn(
                 "probe_rows": config.probe_rows or max(map(len, run.rows.rows.values())),
             }
             settled = config.model_copy(update=chosen)
-            with nullcontext() if resume else begun(folder, settled, sums), kept(folder):
-                dataset = run.train(folder, progress=progress, told=told)
-                finish(folder, dataset, run, report)
-    return dataset
+            how: dict[str, Any] = {"progress": progress, "told": told}
+            return carried_out(run, folder, settled, sums, report, resume=resume, **how)

@@ -10,6 +10,7 @@ from torch import nn
 
 from geffect_fast.measure.evaluation_run import check_out, evaluation_folder, read_sets
 from geffect_fast.measure.models import load_model, resolve_device
+from geffect_fast.ranks import here, on_all_ranks
 from geffect_fast.relearn_settings import RelearnConfig, Relearning
 from geffect_fast.storage.inputs import Inputs
 from geffect_fast.storage.model_folder import check_model_source
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from geffect_fast.storage.run_folder import Reporter
 
 
+@on_all_ranks
 def execute_relearn(
     config: RelearnConfig,
     out: str | Path,
@@ -49,12 +51,14 @@ def execute_relearn(
     """
     trusted = config.trust_remote_code
     models = config.models()
+    ranks = here()
+    ranks.check_same({"models": ", ".join(map(str, models.values()))})
     for name, source in models.items():
         check_model_source(source, f"{name} model", trusted)
     check_out(config, out, overwrite, inputs)
     device = resolve_device(config.device)
     sources = {"forget": config.forget, "holdout": config.holdout}
-    sets, tokenizer = read_sets(config, sources, config.model, "model", progress)
+    sets, tokenizer = read_sets(config, sources, config.model, "model", progress and ranks.first)
     settings = Relearning(**config.fields(Relearning))
     relearner = Relearner(tokenizer, settings, sets["forget"], sets["holdout"], config.retrained)
     where: dict[str, Any] = {}

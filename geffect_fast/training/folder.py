@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
@@ -23,6 +25,7 @@ from geffect_fast.unlearn_settings import UnlearnConfig
 if TYPE_CHECKING:
     import xarray as xr
 
+    from geffect_fast.storage.manifest import Sums
     from geffect_fast.storage.run_folder import Reporter
     from geffect_fast.training.run import Unlearning
 
@@ -65,7 +68,41 @@ def check_start(out: str | Path, resume: bool, overwrite: bool, inputs: Inputs) 
     return step_folder.check_start(out, resume, overwrite, checkpoint_files(folder), inputs)
 
 
-def finish(folder: Path, dataset: xr.Dataset, run: Unlearning, report: Reporter | None) -> None:
+def carried_out(
+    run: Unlearning,
+    folder: Path,
+    config: UnlearnConfig | None,
+    sums: Mapping[str, Sums],
+    report: Reporter | None,
+    *,
+    resume: bool,
+    **how: Any,
+) -> xr.Dataset:
+    """Train, and complete the run in a folder, which the first rank writes.
+
+    Args:
+        run: what was prepared.
+        folder: of the run.
+        config, sums: of a run that begins, as `begun` takes them.
+        report: writes tables and plots.
+        resume: whether the run goes on.
+        how: as `Unlearning.train`.
+
+    Raises:
+        As `geffect_fast.unlearn`.
+    """
+    if not run.ranks.first:
+        return run.train(folder, **how)
+    with (
+        nullcontext() if resume else step_folder.begun(folder, config, sums),
+        step_folder.kept(folder),
+    ):
+        dataset = run.train(folder, **how)
+        _finish(folder, dataset, run, report)
+    return dataset
+
+
+def _finish(folder: Path, dataset: xr.Dataset, run: Unlearning, report: Reporter | None) -> None:
     """Write the model, the report and the result; then checkpoints go.
 
     Where that fails, the steps and the last checkpoint are there still.

@@ -34,11 +34,12 @@ from geffect_fast.measure.prepare import table_of_positions
 from geffect_fast.metrics.base import FORGET, HOLDOUT, Metric
 from geffect_fast.metrics.registry import resolved_metrics
 from geffect_fast.objectives import resolve
-from geffect_fast.ranks import check_alone
+from geffect_fast.ranks import on_all_ranks
 from geffect_fast.relearn_settings import Relearning
 from geffect_fast.storage.recorded_rows import check_recorded
 from geffect_fast.terminal import progress_bar
 from geffect_fast.training.run import only_weights_change
+from geffect_fast.training.single_process import single_process
 from geffect_fast.training.trainer import Draws, Loss, UnlearnTrainer
 from geffect_fast.training.trainer_arguments import refused, training_arguments
 from geffect_fast.unlearn_settings import Training
@@ -50,6 +51,7 @@ LEARNING = resolve("-ga")
 """The mean loss of the forget rows' answers: what unlearning by ascent climbs is descended."""
 
 
+@on_all_ranks
 @with_settings(Relearning)
 def relearn(
     model: Model,
@@ -67,7 +69,8 @@ def relearn(
     A copy of each model is trained by transformers' `Trainer` on the mean loss of the answers'
     tokens, with the same rows in the same order, and measured at steps on the way. What a model
     has only hidden comes back sooner than what one learns that never saw it (`retrained`), and
-    also of rows that are not trained on.
+    also of rows that are not trained on. The ranks of a process group share out the rows, and each
+    returns the whole result.
 
     Args:
         model: the unlearned one, a module or the folder of one; it is left as it is. Of an adapter
@@ -101,7 +104,6 @@ def relearn(
         ...                     n_rows=5, steps=20, learning_rate=1e-5)
         >>> result.value.sel(metric="extraction_strength", set="others")
     """
-    check_alone("relearn")
     checked = checked_config(Relearning, settings)
     given = {"unlearned": model, "original": original, "retrained": retrained}
     named = {name: each for name, each in given.items() if each is not None}
@@ -283,7 +285,6 @@ class Relearner:
                 "max_grad_norm": settings.max_grad_norm or 0.0,
             },
         )
-        arguments = training_arguments(training, ".", str(device))
         self._parts = self._parts or self._drawn(model)
         evaluators = {part: self._evaluator(model, of.rows) for part, of in self._parts.items()}
         first = not self.rows
@@ -299,6 +300,7 @@ class Relearner:
             layout = choose_layout(Plan.of(model), answers)
         except UnsupportedModelError as error:
             raise UnsupportedModelError(f"{what}: {error}") from error
+        ranks = evaluators["relearned"].ranks
         loss = Loss(
             LEARNING,
             {FORGET: answers},
@@ -315,18 +317,20 @@ class Relearner:
             show(completed=step)
 
         with (
-            progress_bar(progress, f"relearning, {what}", settings.steps) as show,
+            progress_bar(progress and ranks.first, f"relearning, {what}", settings.steps) as show,
+            single_process(device),
             only_weights_change(model),
             quiet_transformers(),
         ):
             try:
                 trainer = UnlearnTrainer(
                     model,
-                    arguments,
+                    training_arguments(training, ".", device),
                     loss=loss,
                     draws=Draws(sizes, settings.steps, settings.seed),
                     reference=None,
                     callbacks=[_Looks(look)],
+                    ranks=ranks,
                 )
                 trainer.create_optimizer_and_scheduler(settings.steps)
             except GEffectError:

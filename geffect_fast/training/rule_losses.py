@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from geffect_fast.data.batch import Batch
-from geffect_fast.engines.batches import DataPass
+from geffect_fast.engines.batches import DataPass, dealt
 from geffect_fast.engines.model_outputs import model_outputs, packed_attention, sample_axis
 from geffect_fast.errors import InputError
 from geffect_fast.objectives import NLL, Objective
@@ -59,8 +59,14 @@ def updater_of(training: Training, model: nn.Module) -> Updater | None:
     return Updater(rule, model)
 
 
+class _RankOutOfMemoryError(MemoryError):
+    """Memory ran out on a rank, this one or another."""
+
+
 class RuleLosses:
     """Forget and retain losses of an update, cut into batches of the Trainer's token budget.
+
+    Ranks share out the batches of a loss; those of retain rows, told apart, each of them runs.
 
     Args:
         trainer: runs batches.
@@ -96,7 +102,11 @@ class RuleLosses:
         )
 
     def forget(self) -> float:
-        """Add the gradient of the forget part to `.grad`; its value."""
+        """Add the gradient of the forget part to `.grad`; its value.
+
+        Raises:
+            MemoryError: a rank lacks memory; so of `retain`.
+        """
         return self._descend(self._forget, self._loss)
 
     def retain(self) -> float:
@@ -104,11 +114,15 @@ class RuleLosses:
         return self._descend(self._retain, self._retain_loss)
 
     def _descend(self, passes: Sequence[DataPass], loss: Loss) -> float:
-        return sum(
-            self._trainer.descend(self._model, self._rows, each, batch, loss)
-            for each in passes
+        trainer = self._trainer
+        own = [dealt(each, trainer.ranks, in_step=False) for each in passes]
+        value = sum(
+            trainer.descend(self._model, self._rows, each, batch, loss)
+            for each in own
             for batch in each.batches
         )
+        agree(trainer)
+        return trainer.add_up(value)
 
     def retain_batches(self) -> list[RetainBatch]:
         """The retain rows, whose token terms add up to the retain loss."""
@@ -141,23 +155,47 @@ class RuleLosses:
         self._trainer.accelerator.backward(loss)
 
 
+def agree(trainer: UnlearnTrainer, *, missing: bool = False) -> None:
+    """Go on where all ranks have had memory enough so far.
+
+    Args:
+        trainer: of one of them.
+        missing: whether this one lacks memory.
+
+    Raises:
+        MemoryError: a rank does.
+    """
+    if any(trainer.ranks.meet(missing)):
+        raise _RankOutOfMemoryError("out of memory")
+
+
 def update_by_rule(
     trainer: UnlearnTrainer, updater: Updater, model: nn.Module, rows: RowNumbers
 ) -> float:
     """The loss of an update, whose gradient the rule has written.
 
-    Where memory runs out, all of it is redone in smaller batches.
+    Where memory runs out, on any rank, all of it is redone in smaller batches.
     """
     budget = trainer.budget
     protected = protected_part(updater.rule, trainer.loss.objective)
     while True:
         loss = replace(trainer.loss, token_budget=budget.tokens)
         losses = RuleLosses(trainer, model, rows, loss, protected)
+        before = updater.state_dict()
         try:
-            return updater.update(losses, trainer.optimizer)
+            value = updater.update(losses, trainer.optimizer)
+            agree(trainer)
+            return value
         except (MemoryError, RuntimeError) as error:
             largest = losses.largest
             budget.exhausted = largest.n_samples == 1
             if not no_memory(error) or budget.exhausted:
                 raise
+            if not isinstance(error, _RankOutOfMemoryError):
+                with suppress(_RankOutOfMemoryError):
+                    agree(trainer, missing=True)
+        # This rank may have come to the end of it, and another not.
+        updater.load_state_dict(before)
+        for p in model.parameters():
+            p.grad = None
         budget.halve(largest.total_tokens)

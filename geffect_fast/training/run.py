@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,6 +33,7 @@ from geffect_fast.terminal import progress_bar
 from geffect_fast.training.probe_rows import choose_rows
 from geffect_fast.training.resume import check_whole, checkpoints
 from geffect_fast.training.rule_losses import protected_part, updater_of
+from geffect_fast.training.single_process import single_process
 from geffect_fast.unlearn_settings import Training
 
 if TYPE_CHECKING:
@@ -49,6 +50,8 @@ SAME_NUMBERS = {"save_every", "keep_checkpoints", "report_to"}
 
 class Unlearning:
     """A run that is checked and prepared; nothing is written before `train`.
+
+    Several ranks make it and train together: they share out the rows of updates and of probes.
 
     Attributes:
         model: what is trained: the model, or an adapter around it.
@@ -84,7 +87,8 @@ class Unlearning:
         sources = read_sources(sources, measured, settings.data_format)
         self.device = next(model.parameters()).device
         sized = training.model_copy(update={"batch_size": training.batch_size or 1})
-        training_arguments(sized, ".", str(self.device))  # to have them checked
+        with single_process(self.device):
+            training_arguments(sized, ".", self.device)  # to have them checked
         check_precision(training, model)
         prepared = prepare(model, tokenizer, sources, measured, settings, reference_model)
         # A row of plain text is as many as it has windows.
@@ -110,6 +114,7 @@ class Unlearning:
             rows_an_update=self._rows_an_update(trained),
         )
         self.profiler = Profiler(replace(prepared.of_rows(self.rows.rows), model=model))
+        self.ranks = self.profiler.ranks
         layout: Layout = self.profiler.attributes["layout"]
         if layout == "packed":  # rows that are not probed may be longer
             longest = max(map(longest_sequence, self.sets.values()))
@@ -142,6 +147,7 @@ class Unlearning:
         if self._measures is not None:
             decides["measures"] = self._measures.identity
         self.identity = run_identity(self.profiler, self.sets, training=decides)
+        self.ranks.check_same({"training": str(decides), "updates": self.identity})
 
     def train(
         self,
@@ -153,7 +159,8 @@ class Unlearning:
         """Train from the last complete checkpoint in the folder, or from the beginning.
 
         Args:
-            folder: of the run; None: results stay in memory, and nothing can be resumed.
+            folder: of the run, which the first rank writes and all of them see; None: results stay
+                in memory, and nothing can be resumed.
             progress: show a bar.
             told: of every probe.
 
@@ -166,12 +173,13 @@ class Unlearning:
         from geffect_fast.training.trainer_arguments import refused, training_arguments
         from geffect_fast.training.watch import Watch
 
-        training = self.training
-        store = StepStore(None if folder is None else folder / STEPS, self.identity)
-        saved = {} if folder is None else checkpoints(folder, self.identity)
+        training, ranks = self.training, self.ranks
+        store = StepStore(None if folder is None else folder / STEPS, self.identity, ranks)
+        saved = checkpoints(folder, self.identity) if folder is not None and ranks.first else {}
         if saved:
             check_whole(saved[max(saved)])
             self._check_steps(store, saved[max(saved)], max(saved))
+        saved = ranks.first_of(saved)
         probe = Probe(
             self.profiler,
             store,
@@ -185,16 +193,19 @@ class Unlearning:
         needs = needs_of(self.loss.parts)
         reference = None
         if needs & REFERENCE_NEEDS and self._reference is not None:
-            reference = RowReference(self._reference, self.loss)
+            reference = RowReference(self._reference, self.loss, ranks)
         self._reference = None  # the profiler lets go of it as well, where it can
         with (
-            progress_bar(progress, f"unlearning, {self.loss.objective}", training.steps) as show,
+            progress_bar(
+                progress and ranks.first, f"unlearning, {self.loss.objective}", training.steps
+            ) as show,
+            single_process(self.device),
             only_weights_change(self.model),
         ):
             try:
                 trainer = UnlearnTrainer(
                     self.model,
-                    training_arguments(training, folder or ".", str(self.device)),
+                    training_arguments(training, folder or ".", self.device, reports=ranks.first),
                     loss=self.loss,
                     draws=Draws(
                         {name: (len(self.sets[name]), count) for name, count in sizes.items()},
@@ -209,13 +220,14 @@ class Unlearning:
                         live,
                         Watch(
                             probe,
-                            folder=folder,
+                            folder=folder if ranks.first else None,
                             save_every=training.save_every or training.probe_every,
                             keep=training.keep_checkpoints,
                             told=told or (lambda step, dataset: None),
                             tick=lambda step: show(completed=step),
                         ),
                     ],
+                    ranks=ranks,
                 )
                 trainer.create_optimizer_and_scheduler(training.steps)
                 if self._updater is not None:
@@ -227,6 +239,7 @@ class Unlearning:
             with logged(folder, trainer, max(saved, default=None)):
                 self._until_done(trainer, saved[max(saved)] if saved else None)
         assert live.result is not None
+        ranks.meet()  # all have read the steps: the first may move them from now on
         return live.result.assign_attrs(self.attributes())
 
     def _check_steps(self, store: StepStore, checkpoint: Path, done: int) -> None:
@@ -306,10 +319,8 @@ def only_weights_change(model: nn.Module) -> Iterator[None]:
 
     config = getattr(model, "config", None)
     uses_cache = getattr(config, "use_cache", None)
-    device = next(model.parameters()).device
     try:
-        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-            yield
+        yield
     finally:
         extract_model_from_parallel(model, keep_fp32_wrapper=False)  # autocast in its forward
         for name in ("activation_checkpointing_disable", "gradient_checkpointing_disable"):

@@ -22,7 +22,7 @@ from geffect_fast.measure.profile import profile
 from geffect_fast.measure.sources import Sources, read_sources, resolved_list
 from geffect_fast.objectives import parse
 from geffect_fast.paths import is_there, user_path
-from geffect_fast.ranks import check_alone
+from geffect_fast.ranks import on_all_ranks
 from geffect_fast.relearn_settings import Relearning
 from geffect_fast.settings import Reading
 from geffect_fast.storage.inputs import Inputs
@@ -284,6 +284,7 @@ def part_touched(original: nn.Module, unlearned: nn.Module) -> tuple[float, bool
     return changed / total, False
 
 
+@on_all_ranks
 def execute_survey(
     config: EvaluateConfig,
     out: str | Path,
@@ -293,7 +294,6 @@ def execute_survey(
     **more: Any,
 ) -> xr.Dataset:
     """As `execute_evaluation`, with what the survey asks for beside measures (`Survey.added`)."""
-    check_alone("suite survey")
     _, models, _ = models_of(config)
     survey = Survey(config, models, progress)
     if survey.original is not None:

@@ -20,12 +20,20 @@ from transformers import PrinterCallback, Trainer, TrainingArguments
 from geffect_fast.data import Layout, SampleSet, make_batches
 from geffect_fast.data.batch import Batch, Reduction, Role
 from geffect_fast.data.packing import token_places
-from geffect_fast.engines.batches import Attempt, DataPass, TokenBudget, each_batch, passes_for
+from geffect_fast.engines.batches import (
+    Attempt,
+    DataPass,
+    TokenBudget,
+    dealt,
+    each_batch,
+    passes_for,
+)
 from geffect_fast.engines.model_outputs import model_outputs, packed_attention
 from geffect_fast.errors import InputError, NonFiniteError, UnfinishedError, in_one_line
 from geffect_fast.measure.memory import within_budget
 from geffect_fast.objectives import Objective, Outputs
 from geffect_fast.objectives.base import REFERENCE_NEEDS
+from geffect_fast.ranks import ALONE, Ranks
 from geffect_fast.training.resume import RULE_STATE, load_weights, saving, saving_folder
 from geffect_fast.training.rule_losses import update_by_rule
 from geffect_fast.updates import Updater
@@ -138,16 +146,18 @@ class Loss:
 class RowReference:
     """What the reference model says of any rows: log-probabilities are computed once and kept.
 
-    Only for logits and hidden states, whose size forbids that, the model is kept.
+    Only for logits and hidden states, whose size forbids that, the model is kept. Ranks share out
+    the rows, and each keeps what all have found.
 
     Args:
         model: the reference.
         loss: says what is needed of it.
+        ranks: who train.
     """
 
-    def __init__(self, model: nn.Module, loss: Loss) -> None:
-        self._known: dict[str, list[Tensor]] = {}
-        self._loss = loss
+    def __init__(self, model: nn.Module, loss: Loss, ranks: Ranks = ALONE) -> None:
+        self._known: dict[str, Mapping[int, Tensor]] = {}
+        self._loss, self._ranks = loss, ranks
         every = {name: range(len(loss.sets[name])) for name in loss.reads}
         passes = loss.passes(every)
         needs = [data_pass.needs & REFERENCE_NEEDS for data_pass in passes]
@@ -186,12 +196,15 @@ class RowReference:
     @torch.no_grad()
     def _keep(self, model: nn.Module, data_pass: DataPass) -> None:
         """Log-probabilities of every row's tokens, through its answer and its alternatives."""
-        samples = self._loss.sets[data_pass.on]
+        on, samples = data_pass.on, self._loss.sets[data_pass.on]
         lengths = [sum(map(len, (s.answer, *s.alternatives))) for s in samples.samples]
-        known: list[Tensor] = []
+        # Another pass may have read other sequences of the same rows.
+        known = self._known.get(on, {})
         device = next(model.parameters()).device
-        cut = replace(data_pass, token_budget=TokenBudget(self._loss.token_budget))
-        for _, attempt in each_batch([cut]):
+        budget = TokenBudget(self._loss.token_budget)
+        own = dealt(replace(data_pass, token_budget=budget), self._ranks, in_step=False)
+        kept: dict[int, Tensor] = {}
+        for _, attempt in each_batch([own]):
             batch = attempt.batch
             with attempt:
                 moved = batch.to(device)
@@ -199,15 +212,17 @@ class RowReference:
                     found = model_outputs(model, moved).token_logprob.cpu()
             if attempt.failed:
                 continue
-            if not known:
-                known = [found.new_zeros(length) for length in lengths]
-            flat = torch.cat([known[row] for row in batch.rows])
             inside = [lengths[row] for row in batch.rows]
+            before = [
+                known[row] if row in known else found.new_zeros(length)
+                for row, length in zip(batch.rows, inside, strict=True)
+            ]
+            flat = torch.cat(before)
             at = _flat_places(samples, batch, inside)
             flat[at[at >= 0]] = found[at >= 0]
             for row, piece in zip(batch.rows, flat.split(inside), strict=True):
-                known[row] = piece.clone()
-        self._known[data_pass.on] = known
+                kept[row] = piece.clone()
+        self._known[on] = {**known, **self._ranks.united(kept)}
 
 
 def _flat_places(samples: SampleSet, batch: Batch, lengths: list[int]) -> Tensor:
@@ -222,7 +237,8 @@ class UnlearnTrainer(Trainer):
     """transformers' Trainer, whose loss is an objective on forget rows, and retain rows beside.
 
     Gradients of the batches of an update add up to the gradient of the objective on all of its rows
-    together: means are taken over the update, not over its batches.
+    together: means are taken over the update, not over its batches. Several ranks share out the
+    batches, add up gradients, and each takes the same step; inside `single_process`.
 
     Args:
         model: a causal language model of transformers.
@@ -233,6 +249,7 @@ class UnlearnTrainer(Trainer):
         identity: of the run, for its checkpoints.
         updater: applies an update rule to the gradients; None: they are the update.
         callbacks: of transformers.
+        ranks: who train together; the first of them saves.
     """
 
     def __init__(
@@ -246,8 +263,10 @@ class UnlearnTrainer(Trainer):
         identity: str = "",
         updater: Updater | None = None,
         callbacks: Sequence[Any] = (),
+        ranks: Ranks = ALONE,
     ) -> None:
-        self.loss = loss
+        self.loss = replace(loss, pieces=ranks.size * -(-loss.pieces // ranks.size))
+        self.ranks = ranks
         self.reference = reference
         self.identity = identity
         self.updater = updater
@@ -273,6 +292,9 @@ class UnlearnTrainer(Trainer):
         model.train()
         if callable(getattr(self.optimizer, "train", None)):
             self.optimizer.train()  # of optimizers without a schedule
+        if self.ranks.size > 1:  # of their own dropout, whatever a checkpoint says of the first's
+            state = [self.args.seed, self.state.global_step, self.ranks.rank]
+            torch.manual_seed(int(np.random.SeedSequence(state).generate_state(1)[0]))
         with within_budget(self.budget):
             total = self._update(model, inputs)
         if not isfinite(total):
@@ -292,20 +314,45 @@ class UnlearnTrainer(Trainer):
             return update_by_rule(self, self.updater, model, rows)
         parameters = list(model.parameters())
         begins = all(p.grad is None for p in parameters)
+        if not self.ranks.first:
+            for p in parameters:  # what is there already counts once
+                p.grad = None
         while True:
             passes = replace(self.loss, token_budget=self.budget.tokens).passes(rows)
+            own = [dealt(each, self.ranks, in_step=False) for each in passes]
             shares: list[float] = []
-            for data_pass, batch in [(each, batch) for each in passes for batch in each.batches]:
+            missing = 0
+            for data_pass, batch in [(each, batch) for each in own for batch in each.batches]:
                 attempt = Attempt(batch, self.budget if begins else None)
                 with attempt:
                     shares.append(self.descend(model, rows, data_pass, batch, self.loss))
                 if attempt.failed:
+                    missing = batch.total_tokens
                     break
-            else:
-                return sum(shares)
+            missing = max(self.ranks.meet(missing))
+            if not missing:
+                return self.add_up(sum(shares))
             for p in parameters:
                 p.grad = None
-            self.budget.halve(batch.total_tokens)
+            self.budget.halve(missing)
+
+    def add_up(self, value: float) -> float:
+        """The sum of what ranks have found, and in `.grad` the sums of their gradients.
+
+        Args:
+            value: this rank's share in a loss, whose gradient stands in `.grad`.
+        """
+        if self.ranks.size == 1:
+            return value
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        told = self.ranks.meet((value, [p.grad is not None for p in parameters]))
+        # Where a rank's rows do not reach a weight, others' may: an expert among many.
+        reached = map(any, zip(*(there for _, there in told), strict=True))
+        summed = [p for p, there in zip(parameters, reached, strict=True) if there]
+        for p in summed:
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad.contiguous()
+        self.ranks.add_up([p.grad for p in summed if p.grad is not None])
+        return sum(value for value, _ in told)
 
     def descend(
         self, model: nn.Module, rows: RowNumbers, data_pass: DataPass, batch: Batch, on: Loss

@@ -15,6 +15,7 @@ from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 
 from geffect_fast.errors import InputError, in_one_line
+from geffect_fast.measure.models import quiet_transformers
 from geffect_fast.training.logs import check_reporters
 from geffect_fast.unlearn_settings import Training
 
@@ -71,8 +72,10 @@ SERVED: dict[str, Any] = {
 is trained (noise, samplers, other kernels) or saved, or do nothing here (evaluation, workers)."""
 
 
-def training_arguments(config: Training, folder: str | Path, device: str) -> TrainingArguments:
-    """The arguments of transformers' Trainer for a run.
+def training_arguments(
+    config: Training, folder: str | Path, device: torch.device, *, reports: bool = True
+) -> TrainingArguments:
+    """The arguments of transformers' Trainer for a run; inside `single_process`.
 
     The data set of the Trainer holds one item an update (`geffect_fast.training.trainer`), so batch
     size and accumulation are not among them.
@@ -81,6 +84,7 @@ def training_arguments(config: Training, folder: str | Path, device: str) -> Tra
         config: of the run.
         folder: where checkpoints go.
         device: of the model.
+        reports: whether this process tells `report_to`, as one of several does.
 
     Raises:
         InputError: an unknown optimizer, scheduler, reporter or field, or a value that is refused.
@@ -122,21 +126,19 @@ def training_arguments(config: Training, folder: str | Path, device: str) -> Tra
         checkpointing: config.checkpointing,
         "save_strategy": "no",
         "seed": config.seed,
-        "use_cpu": device == "cpu",
+        "use_cpu": device.type == "cpu",
         "remove_unused_columns": False,
         "logging_nan_inf_filter": False,
-        "report_to": list(config.report_to),
+        "report_to": list(config.report_to) if reports else [],
     }
     try:
-        arguments = TrainingArguments(**values)
+        with quiet_transformers():  # of a process group that accelerate does not know
+            arguments = TrainingArguments(**values)
     except Exception as error:  # of many kinds, from transformers, accelerate and torch
         raise InputError(
             f"trainer: {in_one_line(error, 300)}; correct it or leave it out"
         ) from None
-    if arguments.world_size > 1:
-        raise InputError(
-            f"{arguments.world_size} processes: unlearning runs in one; start it without torchrun"
-        )
+    vars(arguments)["_setup_devices"] = device  # for transformers it is always the first GPU
     arguments._n_gpu = min(arguments.n_gpu, 1)  # one device, never nn.DataParallel
     return arguments
 

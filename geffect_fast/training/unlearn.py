@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,12 +12,11 @@ from torch import nn
 from geffect_fast.arguments import checked_config, with_settings
 from geffect_fast.measure.sources import Sources
 from geffect_fast.objectives import Objective
-from geffect_fast.ranks import check_alone
+from geffect_fast.ranks import here, on_all_ranks
 from geffect_fast.settings import LiveMetrics, Measuring
 from geffect_fast.storage.inputs import input_sums, weights_sums
-from geffect_fast.storage.lock import locked
-from geffect_fast.storage.step_folder import begun, check_resumed, kept
-from geffect_fast.training.folder import check_start, finish
+from geffect_fast.storage.step_folder import check_resumed, started
+from geffect_fast.training.folder import carried_out, check_start
 from geffect_fast.training.run import Unlearning
 from geffect_fast.unlearn_settings import Training, UnlearnSettings
 
@@ -27,6 +26,7 @@ if TYPE_CHECKING:
     from geffect_fast.storage.run_folder import Reporter
 
 
+@on_all_ranks
 @with_settings(UnlearnSettings)
 def unlearn(
     model: nn.Module,
@@ -88,8 +88,6 @@ def unlearn(
         ...                     objective="npo(beta=0.1)", steps=60, learning_rate=1e-5)
         >>> result.g_effect.sum(["parameter", "sample"]).sel(objective="npo(beta=0.1)")
     """
-    check_alone("unlearn")
-
     checked = checked_config(UnlearnSettings, settings)
 
     def prepared() -> Unlearning:
@@ -106,22 +104,22 @@ def unlearn(
             retain_model=retain_model,
         )
 
+    ranks = here()
+    ranks.check_same({"out": out and str(out), "resume": resume})
     if out is None:
         return prepared().train(None, progress=progress)
     given = {"forget": forget, "retain": retain, "refusals": refusals, **(probes or {})}
     given |= {"reference_model": reference_model, "holdout": holdout, "retain_model": retain_model}
     read = {name: source for name, source in given.items() if isinstance(source, str | Path)}
-    with locked(out):
-        folder = check_start(out, resume, overwrite, read)
+    with started(out, ranks, partial(check_start, out, resume, overwrite, read)) as folder:
         models = {"model": model, "reference_model": reference_model, "retain_model": retain_model}
         weights = {
-            name: weights_sums(each) for name, each in models.items() if isinstance(each, nn.Module)
+            name: weights_sums(each)
+            for name, each in models.items()
+            if isinstance(each, nn.Module) and ranks.first
         }
         run = prepared()  # which may put an adapter into the model
-        sums = input_sums(read) | weights
-        if resume:
+        sums = input_sums(read) | weights if ranks.first else {}
+        if resume and ranks.first:
             check_resumed(folder, sums)
-        with nullcontext() if resume else begun(folder, None, sums), kept(folder):
-            dataset = run.train(folder, progress=progress)
-            finish(folder, dataset, run, report)
-    return dataset
+        return carried_out(run, folder, None, sums, report, resume=resume, progress=progress)

@@ -26,6 +26,7 @@ OBJECTIVES = [
     "npo(beta=0.3) + 0.5*kl",
     "dpo(beta=0.2)",
     "altpo(beta=0.3)",
+    "dpo(beta=0.2) + npo(beta=0.3)",
     "satimp(beta1=2, beta2=0.5)",
     "rmu(layer=1)",
     "rr(layer=2) - 2*ga",
@@ -51,7 +52,7 @@ def trainer_of(model, objective, out, *, layout="packed", budget=10**6, referenc
     reduction = more.pop("reduction", "token")
     loss = Loss(parse(objective), data, budget, layout, reduction, pieces)
     draws = Draws({name: (len(data[name]), len(data[name])) for name in loss.reads}, 5, seed=3)
-    arguments = training_arguments(Training(steps=5, **more), out, "cpu")
+    arguments = training_arguments(Training(steps=5, **more), out, torch.device("cpu"))
     known = None if reference is None else RowReference(reference, loss)
     return UnlearnTrainer(model, arguments, loss=loss, draws=draws, reference=known), draws
 
@@ -176,7 +177,7 @@ def test_a_loss_that_is_not_finite_is_named_with_its_step(tmp_path):
 
 def test_fields_of_the_trainer_get_there(tmp_path):
     given = {"weight_decay": "1e-3", "max_grad_norm": 1, "lr_scheduler_kwargs": {"min_lr": 1e-6}}
-    found = training_arguments(Training(steps=1, trainer=given), tmp_path, "cpu")
+    found = training_arguments(Training(steps=1, trainer=given), tmp_path, torch.device("cpu"))
     assert (found.weight_decay, found.max_grad_norm) == (1e-3, 1.0)
     assert found.lr_scheduler_kwargs == {"min_lr": 1e-6}
 
@@ -195,5 +196,5 @@ def test_fields_of_the_trainer_get_there(tmp_path):
 )
 def test_arguments_that_are_wrong_cost_one_line(fields, message, tmp_path):
     with pytest.raises(InputError) as caught:
-        training_arguments(Training(steps=1, **fields), tmp_path, "cpu")
+        training_arguments(Training(steps=1, **fields), tmp_path, torch.device("cpu"))
     assert message in str(caught.value) and "\n" not in str(caught.value)

@@ -52,7 +52,7 @@ def trainer_of(model, objective, rule, out, *, layout="packed", budget=10**6, pi
     loss = Loss(parse(objective), data, budget, layout, "token", pieces)
     draws = Draws({name: (len(data[name]), len(data[name])) for name in data}, 5, seed=3)
     reference = RowReference(more.pop("reference"), loss) if "reference" in more else None
-    arguments = training_arguments(Training(steps=5, **more), out, "cpu")
+    arguments = training_arguments(Training(steps=5, **more), out, torch.device("cpu"))
     updater = Updater(parse_update(rule), model)
     made = UnlearnTrainer(
         model, arguments, loss=loss, draws=draws, reference=reference, updater=updater

@@ -1,0 +1,69 @@
+"""transformers' Trainer as a training of one process on one device, whatever torchrun started.
+
+Ranks share out the batches of an update and add up its gradients by themselves
+(`geffect_fast.training.trainer`), which holds for any number of batches on each, for update rules,
+and for weights that one rank's rows do not reach. accelerate would wrap the model, deal out the
+data and take means of gradients a second time.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+
+import torch
+import torch.distributed as dist
+
+from geffect_fast.errors import InputError
+
+_OF_LAUNCHERS = (
+    *("LOCAL_RANK", "WORLD_SIZE"),
+    *("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"),
+)
+"""Of the environment: by these accelerate knows that it is one of several processes."""
+
+_DEVICE = "ACCELERATE_TORCH_DEVICE"
+"""Likewise: the device it takes, else the first of them."""
+
+
+@contextmanager
+def single_process(device: torch.device) -> Iterator[None]:
+    """Inside, what is made of transformers' Trainer trains in this process, on a device.
+
+    Afterwards accelerate, which keeps what it found out for all that is made of it, knows what it
+    knew before.
+
+    Args:
+        device: of the model; the current one inside, where it is a GPU.
+
+    Raises:
+        InputError: a launcher started several processes, and no process group is begun.
+    """
+    from accelerate.state import AcceleratorState, GradientState, PartialState
+
+    _check_group()
+    states = (PartialState, AcceleratorState, GradientState)
+    known = [(state, dict(state._shared_state)) for state in states]
+    names = [name for name in (*_OF_LAUNCHERS, _DEVICE) if name in os.environ]
+    hidden = {name: os.environ.pop(name) for name in names}
+    os.environ[_DEVICE] = str(device)
+    try:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            yield
+    finally:
+        del os.environ[_DEVICE]
+        os.environ.update(hidden)
+        for state, before in known:
+            state._shared_state.clear()
+            state._shared_state.update(before)
+
+
+def _check_group() -> None:
+    n = int(os.environ.get("WORLD_SIZE", "1"))
+    if n > 1 and not (dist.is_available() and dist.is_initialized()):
+        raise InputError(
+            f"{n} processes were started, and no process group is begun; call "
+            "torch.distributed.init_process_group() first, or start one process"
+        )

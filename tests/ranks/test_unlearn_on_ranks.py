@@ -1,0 +1,216 @@
+"""A training on several ranks takes the steps of one process, and each rank has the model."""
+
+import io
+import os
+import shutil
+import signal
+import warnings
+from contextlib import redirect_stderr
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from accelerate.state import PartialState
+from models import build, fp64_throughout, samples
+from ranked import on_ranks
+
+import geffect_fast as gf
+from geffect_fast import ranks, report
+from geffect_fast.cli import main
+from geffect_fast.data import write_jsonl
+from geffect_fast.errors import InputError, NonFiniteError
+from geffect_fast.measure.models import load_model
+from geffect_fast.steps.probe import Probe
+from geffect_fast.training import trainer
+from geffect_fast.updates import available
+
+DATA = {"forget": samples([9, 17, 5, 12, 8], 1, 3), "retain": samples([9, 14, 6], 2, 3)}
+PAIRS = [
+    row | {"alternative": samples([n], 10 + n, 3)[0]}
+    for n, row in zip((6, 9, 4, 7, 5), DATA["forget"], strict=True)
+]
+SGD = {"steps": 2, "learning_rate": 0.05, "optimizer": "sgd", "probe_rows": "all"}
+RULES = [name for name in available() if name != "sgd"]
+CASES = {
+    "llama": ("npo(beta=0.5) + kl", {"batch_size": 3, "retain_batch_size": 2}),
+    "fewer rows than ranks": ("ga", {"batch_size": 1}),
+    "experts": ("ga + 0.5*nll", {"batch_size": 2, "model": "qwen2_moe"}),
+    "pieces": ("wga(alpha=0.5) + gd", {"batch_size": 2, "accumulation": 2, "token_budget": 20}),
+    "two passes": ("dpo(beta=0.2) + npo(beta=0.3)", {"batch_size": 4, "forget": PAIRS}),
+    "hidden states": ("rmu(layer=1) + kl", {"batch_size": 3}),
+    "lora": ("npo(beta=0.5) + kl", {"batch_size": 3, "lora_rank": 2}),
+    "adam": ("npo(beta=0.5)", {"batch_size": 4, "optimizer": "adamw_torch", "max_grad_norm": 0.1}),
+    **{rule: ("ga + 0.5*nll", {"batch_size": 3, "update": rule}) for rule in RULES},
+}
+EXACT = 1e-12
+"""How far weights, of which some are about 1, may be apart."""
+
+
+def trained(name):
+    """The result of a case, and the weights in the end."""
+    objective, more = CASES[name]
+    given = DATA | SGD | more
+    if "max_grad_norm" in given:
+        given |= {"trainer": {"max_grad_norm": given.pop("max_grad_norm")}}
+    with fp64_throughout():
+        model = build(given.pop("model", "llama"), torch.float64)
+        result = gf.unlearn(model, None, objective=objective, **given)
+    return result, {key: value.numpy().copy() for key, value in model.state_dict().items()}
+
+
+def all_trained(names):
+    return {name: trained(name) for name in names}
+
+
+@pytest.fixture(scope="module")
+def alone():
+    return all_trained(CASES)
+
+
+@pytest.mark.parametrize(
+    ("size", "names"),
+    [(2, [*CASES]), (3, ["llama", "fewer rows than ranks", "experts", "pieces", "orthograd"])],
+)
+def test_ranks_take_the_steps_of_one_process(alone, size, names):
+    found = on_ranks(size, all_trained, names)
+    for name in names:
+        result, weights = alone[name]
+        assert abs(result.measured_change.isel(step=-1)).min() > 1e-5, name
+        for rank, of_rank in enumerate(found):
+            own, its_weights = of_rank[name]
+            for key, value in weights.items():
+                apart = abs(its_weights[key] - value).max()
+                assert apart <= EXACT, (name, rank, key)
+                assert (its_weights[key] == found[0][name][1][key]).all(), (name, rank, key)
+            for variable, values in result.data_vars.items():
+                # A cosine of what is nothing but rounding is any number.
+                if values.dtype.kind == "f" and "cosine" not in variable:
+                    np.testing.assert_allclose(
+                        own[variable].values,
+                        values.values,
+                        rtol=0,
+                        atol=1e-9 * float(abs(values).max()) if values.notnull().any() else 0,
+                        err_msg=f"{name} {variable}",
+                    )
+
+
+def halved(rule):
+    """The weights of a training in which rank 1 finds no memory for more than 18 tokens at once."""
+    run = trainer.model_outputs
+
+    def small(model, batch, needs):
+        if batch.total_tokens > 18 and dist.is_initialized() and dist.get_rank() == 1:
+            raise torch.OutOfMemoryError("rank 1 has little")
+        return run(model, batch, needs)
+
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        warnings.catch_warnings(record=True) as said,
+        fp64_throughout(),
+    ):
+        warnings.simplefilter("always")
+        patch.setattr(trainer, "model_outputs", small)
+        model = build("llama", torch.float64)
+        gf.unlearn(model, None, **(DATA | SGD), objective="ga + nll", batch_size=5, update=rule)
+    told = [str(w.message) for w in said if "out of memory" in str(w.message)]
+    return told, {key: value.numpy().copy() for key, value in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("rule", ["sgd", "gru(gamma=0.8)"])
+def test_all_ranks_redo_an_update_for_which_one_lacks_memory(rule):
+    _, expected = halved(rule)
+    for said, weights in on_ranks(2, halved, rule):
+        assert said and said[0].startswith("out of memory with a batch of")
+        for key, value in expected.items():
+            assert abs(weights[key] - value).max() <= EXACT, key
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory):
+    """A model and its data, and what one process makes of them."""
+    folder = tmp_path_factory.mktemp("unlearned")
+    build("llama").save_pretrained(folder / "plain")
+    for name, rows in DATA.items():
+        write_jsonl(rows, folder / f"{name}.jsonl")
+    assert commanded(folder, "alone") == (0, "")
+    return folder
+
+
+def commanded(folder, out, *more, killed_at=None):
+    """Exit code and errors of the command on this rank; rank 1 is killed before a probe."""
+    os.chdir(folder)
+    words = ["unlearn", "--quiet", "--model", "plain", "--forget", "forget.jsonl"]
+    words += ["--retain", "retain.jsonl", "--objective", "npo(beta=0.5) + kl", "--steps", "6"]
+    words += ["--batch-size", "3", "--probe-every", "2", "--learning-rate", "0.05"]
+    words += ["--optimizer", "sgd", "--probe-rows", "all", "--report-to", "tensorboard"]
+    plain, said = Probe.at, io.StringIO()
+
+    def at(self, step, **given):
+        if step == killed_at and dist.get_rank() == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return plain(self, step, **given)
+
+    with pytest.MonkeyPatch.context() as patch, redirect_stderr(said):
+        patch.setattr(report, "write_report", lambda *_, **__: None)
+        patch.setattr(Probe, "at", at)
+        return main([*words, "--out", out, *more]), said.getvalue()
+
+
+def lost(folder):
+    return commanded(folder, "run", killed_at=4)
+
+
+def files(folder):
+    return sorted(
+        str(f.relative_to(folder)).split(".out.")[0] for f in folder.rglob("*") if f.is_file()
+    )
+
+
+def test_a_run_that_lost_a_rank_goes_on_with_any_number(here):
+    (code, said), other = on_ranks(2, lost, here, fails=True)
+    assert other is None
+    assert code == 3
+    assert said.startswith("error: a rank of the process group has ended")
+    assert "what was measured to step 2 is kept: go on with --resume" in said
+    assert (here / "run/checkpoint-2").is_dir()
+    assert not (here / "run/checkpoint-4").exists()
+    shutil.copytree(here / "run", here / "again")
+    assert commanded(here, "run", "--resume") == (0, "")
+    assert on_ranks(3, commanded, here, "again", "--resume") == [(0, "")] * 3
+    alone, weights = gf.open_run(here / "alone"), load_model(here / "alone/model").state_dict()
+    for name in ("run", "again"):
+        assert {f.split("/")[0] for f in files(here / name)} == {
+            f.split("/")[0] for f in files(here / "alone")
+        }
+        found = gf.open_run(here / name)
+        for variable in ("g_effect", "risk_value", "measured_change", "predicted_sgd"):
+            apart = abs(found[variable] - alone[variable]).max()
+            assert apart <= 2e-5 * abs(alone[variable]).max(), (name, variable)
+        for key, value in load_model(here / name / "model").state_dict().items():
+            torch.testing.assert_close(value, weights[key], rtol=0, atol=1e-5)
+
+
+def refused(folder):
+    """What ranks say of a training that not all of them can do, or are asked for alike."""
+    said = {}
+    given = DATA | SGD | {"objective": "ga"}
+    for name, other in (("steps", {"steps": 5}), ("out", {"out": folder / "other"})):
+        with pytest.raises(InputError) as error:
+            gf.unlearn(build("llama"), None, **(given | (other if dist.get_rank() else {})))
+        said[name] = str(error.value)
+    with pytest.raises(NonFiniteError) as error:
+        gf.unlearn(build("llama"), None, **(given | {"learning_rate": 1e30, "steps": 3}))
+    said["diverges"] = str(error.value)
+    before = PartialState().num_processes
+    with ranks.on_its_own():
+        gf.unlearn(build("llama"), None, **given)
+    return said, before, PartialState().num_processes
+
+
+def test_ranks_that_differ_or_diverge_end_with_one_line(tmp_path):
+    for said, before, after in on_ranks(2, refused, tmp_path):
+        assert said["steps"].startswith("training: rank 1 has")
+        assert said["out"].startswith("out: rank 1 has")
+        assert "step" in said["diverges"] and "\n" not in said["diverges"]
+        assert before == after
