@@ -7,6 +7,7 @@ import sys
 import pytest
 
 import geffect_fast as gf
+from geffect_fast.measure.models import load_model
 
 pytestmark = pytest.mark.slow
 
@@ -48,10 +49,40 @@ def test_two_ranks_write_what_one_process_writes(given, axes, tmp_path, capsys):
     )
 
 
+def test_two_ranks_train_as_one_process_does(study, tmp_path, capsys):
+    """accelerate, which sees what torchrun started, trains in each of them by itself."""
+    from geffect_fast.cli import main
+
+    words = ("unlearn", "--model", study / "model", "--forget", study / "forget.jsonl")
+    words += ("--retain", study / "retain.jsonl", "--objective", "npo + kl", "--steps", "2")
+    words += ("--learning-rate", "1e-3", "--batch-size", "3", "--probe-rows", "4")
+    words += ("--report-to", "tensorboard", "--out")
+    assert main([*map(str, words), str(tmp_path / "alone")]) == 0
+    alone = capsys.readouterr().out
+    ended = torchrun(2, *words, tmp_path / "ranks")
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout == alone.replace("alone", "ranks")
+    one, other = (load_model(tmp_path / name / "model") for name in ("alone", "ranks"))
+    before = load_model(study / "model")
+    for name, p in one.named_parameters():
+        apart = float((p - other.get_parameter(name)).abs().max())
+        assert apart <= 1e-3 * float((p - before.get_parameter(name)).abs().max()), name
+    names = [
+        sorted(
+            str(f.relative_to(tmp_path / run)).split(".out.")[0]
+            for f in (tmp_path / run).rglob("*")
+        )
+        for run in ("alone", "ranks")
+    ]
+    assert [name for name in names[0] if "logs/" not in name] == [
+        name for name in names[1] if "logs/" not in name
+    ]
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["unlearn", "--out", "run"], "unlearn runs in one process; start it without torchrun"),
+        (["weights", "--out", "run"], "weights runs in one process; start it without torchrun"),
         (["profile", "--objectives", "gaa", "--out", "run"], "unknown objective 'gaa'"),
         # found on every rank, in the middle of its batches
         (
