@@ -184,7 +184,13 @@ class Plan:
         """This rank's part of each trainable parameter; all of it where nothing is shared out."""
         if self.shards is None:
             return dict(self.parameters)
-        return {name: own_part(self.shards.own(p)) for name, p in self.parameters.items()}
+        return dict(zip(self.parameters, map(own_part, self.at_rest), strict=True))
+
+    @property
+    def at_rest(self) -> list[nn.Parameter]:
+        """The trainable parameters as the model holds them outside of forwards and backwards."""
+        every = self.parameters.values()
+        return [*every] if self.shards is None else [self.shards.own(p) for p in every]
 
     @property
     def device(self) -> torch.device:
@@ -194,9 +200,7 @@ class Plan:
     def coverage(self, uncovered: Collection[str] = ()) -> Coverage:
         """Count the model's parameters; `uncovered` are trainable ones that were missed."""
         covered = [p.numel() for name, p in self.parameters.items() if name not in uncovered]
-        every = self.parameters.values()
-        held = every if self.shards is None else map(self.shards.own, every)
-        trainable = {id(p): p.numel() for p in held}
+        trainable = {id(p): p.numel() for p in self.at_rest}
         frozen = [p.numel() for p in self.model.parameters() if id(p) not in trainable]
         names: dict[int, list[str]] = {}
         for name, p in self.model.named_parameters(remove_duplicate=False):

@@ -7,7 +7,8 @@ whole one, so hooks, rules and graphs know parameters by it; sums of gradients s
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,6 @@ from geffect_fast.ranks import Ranks
 
 if TYPE_CHECKING:
     from torch.distributed.fsdp import FSDPModule
-    from torch.distributed.tensor import DTensor
 
 
 def shard(model: nn.Module, ranks: Ranks, device: torch.device) -> None:
@@ -69,8 +69,7 @@ class Shards:
             raise InputError("model: FSDP shares it out; profile it on all of its ranks")
         self.ranks = ranks
         self.groups = [module for module in model.modules() if isinstance(module, FSDPModule)]
-        for group in self.groups:
-            group.reshard()  # a root stays whole after a forward
+        self.rest()
         self._whole: dict[int, nn.Parameter] = {}
         self._own: dict[int, nn.Parameter] = {}
         self._group_of: dict[int, FSDPModule] = {}
@@ -107,9 +106,9 @@ class Shards:
         """The whole parameter that a rank has a part of; at rest it has no memory."""
         return self._whole[id(own)]
 
-    def own(self, whole: nn.Parameter) -> DTensor:
-        """What the model holds at rest of a whole parameter."""
-        return self._own[id(whole)]  # type: ignore[return-value]
+    def own(self, whole: nn.Parameter) -> nn.Parameter:
+        """What the model holds at rest of a whole parameter, a `DTensor`."""
+        return self._own[id(whole)]
 
     def groups_of(self, wholes: Sequence[nn.Parameter]) -> list[FSDPModule]:
         """The groups that hold parameters, in the model's order."""
@@ -137,17 +136,7 @@ class Shards:
             parameters: whole ones.
             more: whether another backward follows through the same graph.
         """
-        reached = {id(leaf) for leaf in leaves_of(loss)}
-        for group in self.groups_of([p for p in parameters if id(p) in reached]):
-            # A group's gradients are added up together, so it must have the same ones on all ranks:
-            # an expert that no token of a rank's was sent to has zeros there.
-            missing = [
-                p
-                for p in parameters
-                if id(p) not in reached and self._group_of[id(p)] is group and p.requires_grad
-            ]
-            if missing:
-                loss = loss + _Nothing.apply(*missing).to(loss)
+        loss, _ = self.with_zeros(loss, parameters)
         loss.backward(retain_graph=more)
         found: list[Tensor | None] = []
         for whole in parameters:
@@ -155,6 +144,32 @@ class Shards:
             found.append(None if own.grad is None else own_part(own.grad))
             own.grad = None
         return found
+
+    def with_zeros(
+        self, loss: Tensor, parameters: Sequence[nn.Parameter]
+    ) -> tuple[Tensor, set[int]]:
+        """A loss whose gradient is there, if as zeros, where that of the same group's others is.
+
+        A group's gradients are added up together, so it must have the same ones on all ranks: an
+        expert that no token of a rank's was sent to has zeros there.
+
+        Args:
+            loss: this rank's.
+            parameters: whole ones.
+
+        Returns:
+            The loss, and which parameters, by `id`, it depends on itself.
+        """
+        reached = {id(leaf) for leaf in leaves_of(loss)}
+        for group in self.groups_of([p for p in parameters if id(p) in reached]):
+            missing = [
+                p
+                for p in parameters
+                if id(p) not in reached and self._group_of[id(p)] is group and p.requires_grad
+            ]
+            if missing:
+                loss = loss + _Nothing.apply(*missing).to(loss)
+        return loss, reached
 
     @contextmanager
     def sums(self) -> Iterator[None]:
@@ -184,13 +199,25 @@ class Shards:
             for held, name, value in before:
                 setattr(held, name, value)
 
-    def put_right(self) -> None:
-        """After an error in the middle of a forward or backward: as before it."""
+    @contextmanager
+    def at_work(self) -> Iterator[None]:
+        """Inside, forwards and backwards run; after an error in one the model is as before it."""
+        try:
+            with warnings.catch_warnings():
+                # Of outputs that are views: nothing here writes to them in place.
+                warnings.filterwarnings("ignore", "FSDP2-wrapped module")
+                yield
+        except BaseException:
+            self.rest()
+            reset = getattr(self.groups[0], "reset_iter_state", None)  # not every torch has it
+            if reset is not None:
+                reset()
+            raise
+
+    def rest(self) -> None:
+        """Let go of the whole parameters; a root keeps its own after a forward."""
         for group in self.groups:
             group.reshard()
-            reset = getattr(group, "reset_iter_state", None)  # of the root; not every torch has it
-            if reset is not None and group is self.groups[0]:
-                reset()
 
 
 _OF_SUMS = (
@@ -220,7 +247,41 @@ def _parameter_groups(module: FSDPModule) -> list[Any]:
     return [held for held in (found or [state._fsdp_param_group]) if held is not None]
 
 
-def gathered(parts: Tensor, of: DTensor) -> Tensor:
+def whole_values(values: Mapping[str, Any], ranks: Ranks) -> dict[str, Any]:
+    """Values by key, of which tensors that ranks share out are brought together.
+
+    Args:
+        values: tensors and others, the same keys on all ranks.
+        ranks: all of them.
+
+    Returns:
+        On the first rank all values, what was shared out on the CPU; on the others nothing.
+    """
+    whole: dict[str, Any] = {}
+    for key, value in values.items():
+        found = value.full_tensor() if hasattr(value, "full_tensor") else value
+        if ranks.first:
+            whole[key] = found if found is value else found.cpu()
+    return whole
+
+
+def part_of(whole: Tensor, like: Tensor) -> Tensor:
+    """What this rank holds of a whole tensor that is shared out as another one is.
+
+    Args:
+        whole: the same on all ranks.
+        like: of its shape; one that is whole itself keeps it whole.
+    """
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    if not isinstance(like, DTensor):
+        return whole
+    where = like.to_local().device
+    # Every rank has it: nobody sends it.
+    return distribute_tensor(whole.to(where), like.device_mesh, like.placements, src_data_rank=None)
+
+
+def gathered(parts: Tensor, of: nn.Parameter) -> Tensor:
     """`(M, *shape)` from all ranks' parts of it.
 
     Args:
@@ -229,6 +290,7 @@ def gathered(parts: Tensor, of: DTensor) -> Tensor:
     """
     from torch.distributed.tensor import DTensor, Shard
 
+    assert isinstance(of, DTensor)
     shape = torch.Size([len(parts), *of.shape])
     stride = torch.empty(shape, device="meta").stride()
     spread = DTensor.from_local(

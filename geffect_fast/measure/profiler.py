@@ -66,17 +66,12 @@ def _on_all_ranks(method: Callable[..., R]) -> Callable[..., R]:
     @wraps(method)
     def called(self: Profiler, *args: Any, **kwargs: Any) -> R:
         shards = self.plan.shards
-        with self.ranks.together(method.__name__), self.ranks.in_step(shards is not None):
-            if shards is None:
-                return method(self, *args, **kwargs)
-            try:
-                with warnings.catch_warnings():
-                    # Of outputs that are views: nothing here writes to them in place.
-                    warnings.filterwarnings("ignore", "FSDP2-wrapped module")
-                    return method(self, *args, **kwargs)
-            except Exception:
-                shards.put_right()
-                raise
+        with (
+            self.ranks.together(method.__name__),
+            self.ranks.in_step(shards is not None),
+            nullcontext() if shards is None else shards.at_work(),
+        ):
+            return method(self, *args, **kwargs)
 
     return called
 

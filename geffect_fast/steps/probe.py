@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from geffect_fast.data import SampleSet
 from geffect_fast.errors import GEffectWarning, InputError
@@ -52,8 +52,8 @@ class _Before:
 
     Attributes:
         step: updates done.
-        parameters: copies of the parameters measured, by name.
-        directions: gradients of the risks there, `(M, *shape)` by name.
+        parameters: copies of the parameters measured, by name; of what ranks share out, parts.
+        directions: gradients of the risks there, `(M, *shape)` by name; likewise.
     """
 
     step: int
@@ -144,7 +144,7 @@ class Probe:
         plan, first = self.profiler.plan, self._before is None
         for line in self.store.left_alone if self.latest is None else ():
             warnings.warn(line, GEffectWarning, stacklevel=2)
-        with at_rest(plan.model, plan.parameters.values()):
+        with at_rest(plan.model, plan.at_rest):
             if step in self.store.steps:
                 self._before = None  # its memory goes before there is more
                 result = self.store.read(step)
@@ -174,7 +174,7 @@ class Probe:
                     earlier = None if before is None else self._result_of(before)
                     result = self.measures.beside(result, earlier, plan.model, step, last)
                 self.store.write(step, result)
-            copies = {name: p.detach().clone() for name, p in plan.parameters.items()}
+            copies = {name: p.detach().clone() for name, p in plan.held.items()}
             self._before = _Before(step, copies, directions)
         self.latest = step, result
         return result
@@ -188,6 +188,11 @@ class Probe:
         if optimizer is None:
             return None, None
         plan, objectives = self.profiler.plan, self.profiler.objectives
+        if plan.shards is not None:
+            return None, (
+                "the metric of an optimizer needs whole gradients, and FSDP shares out the model's "
+                "parameters"
+            )
         trained = next((o for o in objectives if str(o) == self.trained), None)
         try:
             metric = (
@@ -206,8 +211,10 @@ class Probe:
         update, sgd, taken, second = unknown, unknown, unknown, unknown
         if before is not None and before.step == self._last_before(step):
             update = inner_with_update(
-                self.profiler.plan.parameters, before.parameters, before.directions
+                self.profiler.plan.held, before.parameters, before.directions
             )
+            if self.profiler.plan.shards is not None:
+                update = torch.stack(self.profiler.ranks.meet(update)).sum(0)
             if self.trained is not None:
                 last, rate = self._result_of(before.step), sum(learning_rates)
                 effect = total_effect(last).sel(objective=self.trained)
@@ -272,7 +279,7 @@ class Probe:
 
 
 def inner_with_update(
-    parameters: Mapping[str, nn.Parameter],
+    parameters: Mapping[str, Tensor],
     before: Mapping[str, Tensor],
     directions: Mapping[str, Tensor],
 ) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 from typing import Any
 
+import torch
 from torch import nn
 
 from geffect_fast.errors import InputError, in_one_line
@@ -14,7 +15,7 @@ from geffect_fast.unlearn_settings import Training
 def with_adapter(model: nn.Module, config: Training) -> Any:
     """The model with a new adapter that changes nothing yet, all other weights frozen.
 
-    Its first weights are drawn from torch's random numbers.
+    Its first weights are drawn from torch's random numbers, as the training's seed sets them.
 
     Args:
         model: of transformers; changed in place.
@@ -39,6 +40,7 @@ def with_adapter(model: nn.Module, config: Training) -> Any:
         target_modules=list(config.lora_targets) or "all-linear",
         task_type="CAUSAL_LM",
     )
+    torch.manual_seed(config.seed)
     try:
         return peft.get_peft_model(model, settings).eval()
     except (ValueError, TypeError, AttributeError) as error:

@@ -120,7 +120,7 @@ def _finish(folder: Path, dataset: xr.Dataset, run: Unlearning, report: Reporter
     def save_model(staging: Path) -> None:
         try:
             with quiet_transformers():
-                run.model.save_pretrained(staging / MODEL)
+                run.model.save_pretrained(staging / MODEL, state_dict=run.whole_weights)
                 if run.tokenizer is not None:
                     run.tokenizer.save_pretrained(staging / MODEL)
         except SafetensorError as error:

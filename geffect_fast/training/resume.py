@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from geffect_fast.capture.shards import part_of
 from geffect_fast.errors import InputError
 from geffect_fast.measure.models import has_remote_code, load_model
 from geffect_fast.storage.disk import UNFINISHED, remove, synced
@@ -97,15 +98,10 @@ def load_weights(model: nn.Module, folder: Path) -> None:
     if hasattr(model, "peft_config"):
         import peft
 
-        weights = peft.utils.load_peft_weights(str(folder), device="cpu")
-        peft.set_peft_model_state_dict(model, weights)
-        return
-    first = next(model.parameters())
-    dtype = str(first.dtype).removeprefix("torch.")
-    trusted = has_remote_code(model)
-    loaded = load_model(folder, dtype, "cpu", "checkpoint", trust_remote_code=trusted)
-    saved = loaded.state_dict()
-    own = model.state_dict()
+        saved = peft.utils.load_peft_weights(str(folder), device="cpu")
+        own = peft.get_peft_model_state_dict(model)
+    else:
+        saved, own = _saved_weights(model, folder), model.state_dict()
     odd = sorted(saved.keys() ^ own.keys()) or [
         name for name, tensor in own.items() if tensor.shape != saved[name].shape
     ]
@@ -113,7 +109,15 @@ def load_weights(model: nn.Module, folder: Path) -> None:
         raise InputError(f"checkpoint {folder}: {odd[0]} is not as in the model; remove the folder")
     with torch.no_grad():
         for name, tensor in own.items():
-            tensor.copy_(saved[name])
+            tensor.copy_(part_of(saved[name], tensor))
+
+
+def _saved_weights(model: nn.Module, folder: Path) -> dict[str, Tensor]:
+    first = next(model.parameters())
+    dtype = str(first.dtype).removeprefix("torch.")
+    trusted = has_remote_code(model)
+    loaded = load_model(folder, dtype, "cpu", "checkpoint", trust_remote_code=trusted)
+    return loaded.state_dict()
 
 
 def _mark_of(folder: Path) -> dict[str, Any] | None:

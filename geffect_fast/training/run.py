@@ -5,15 +5,14 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import nn
 
-from geffect_fast.capture.compat import check_is_model
+from geffect_fast.capture.compat import check_is_model, is_sharded
 from geffect_fast.data import Layout
 from geffect_fast.engines.known_models import choose_layout
 from geffect_fast.engines.layout import longest_sequence
@@ -61,6 +60,7 @@ class Unlearning:
         profiler: measures.
         identity: what makes a step or checkpoint belong to this run.
         cost: of the updates, once there are some.
+        whole_weights: of a trained model that ranks share out, on the first of them.
     """
 
     def __init__(
@@ -90,15 +90,22 @@ class Unlearning:
         with single_process(self.device):
             training_arguments(sized, ".", self.device)  # to have them checked
         check_precision(training, model)
+        shared_out = is_sharded(model)
+        if shared_out:
+            _check_serves_shards(model, training, live)
         prepared = prepare(model, tokenizer, sources, measured, settings, reference_model)
         # A row of plain text is as many as it has windows.
         self.training = training = with_batch_size(training, len(prepared.sets["forget"]))
         self.tokenizer, self.sets = tokenizer, prepared.sets
         if prepared.compares and prepared.reference is None:
+            if shared_out:
+                raise InputError(
+                    f"reference_model: '{measured[0]}' compares with the model before training, of "
+                    "which no copy is made where FSDP shares it out; give its folder (--reference)"
+                )
             shares = training.lora_rank is not None
             prepared = replace(prepared, reference=_as_it_is(model, shares))
-        if training.lora_rank is not None:
-            torch.manual_seed(training.seed)
+        if training.lora_rank is not None and not shared_out:
             model = with_adapter(model, training)
         self.model: Any = model
         self._updater = updater_of(training, model)
@@ -128,6 +135,7 @@ class Unlearning:
             training.accumulation,
         )
         self.cost = TrainingCost()
+        self.whole_weights: dict[str, Any] | None = None
         self._reference = prepared.reference
         self._measures = None
         if live.evaluates:
@@ -191,17 +199,20 @@ class Unlearning:
         live = GEffectCallback.of(probe, training.probe_every)
         sizes = self._rows_an_update(self._trained_on(self.loss.objective))
         needs = needs_of(self.loss.parts)
-        reference = None
-        if needs & REFERENCE_NEEDS and self._reference is not None:
-            reference = RowReference(self._reference, self.loss, ranks)
-        self._reference = None  # the profiler lets go of it as well, where it can
+        shards = self.profiler.plan.shards
         with (
             progress_bar(
                 progress and ranks.first, f"unlearning, {self.loss.objective}", training.steps
             ) as show,
             single_process(self.device),
+            ranks.in_step(shards is not None),
+            nullcontext() if shards is None else shards.at_work(),
             only_weights_change(self.model),
         ):
+            reference = None
+            if needs & REFERENCE_NEEDS and self._reference is not None:
+                reference = RowReference(self._reference, self.loss, ranks)
+            self._reference = None  # the profiler lets go of it as well, where it can
             try:
                 trainer = UnlearnTrainer(
                     self.model,
@@ -220,7 +231,8 @@ class Unlearning:
                         live,
                         Watch(
                             probe,
-                            folder=folder if ranks.first else None,
+                            folder=folder,
+                            removes=ranks.first,
                             save_every=training.save_every or training.probe_every,
                             keep=training.keep_checkpoints,
                             told=told or (lambda step, dataset: None),
@@ -228,6 +240,7 @@ class Unlearning:
                         ),
                     ],
                     ranks=ranks,
+                    shards=shards,
                 )
                 trainer.create_optimizer_and_scheduler(training.steps)
                 if self._updater is not None:
@@ -238,6 +251,8 @@ class Unlearning:
                 raise refused(training, error) from error
             with logged(folder, trainer, max(saved, default=None)):
                 self._until_done(trainer, saved[max(saved)] if saved else None)
+            if folder is not None:
+                self.whole_weights = trainer.whole_weights()
         assert live.result is not None
         ranks.meet()  # all have read the steps: the first may move them from now on
         return live.result.assign_attrs(self.attributes())
@@ -303,6 +318,26 @@ def with_batch_size(training: Training, n_forget: int) -> Training:
             f"batch_size: {size}{times} is more than the {n_forget} rows of forget; give fewer"
         )
     return training.model_copy(update={"batch_size": size})
+
+
+def _check_serves_shards(model: nn.Module, training: Training, live: LiveMetrics) -> None:
+    """Raise `InputError` where something is asked for that needs whole weights or gradients."""
+    if training.lora_rank is not None and not hasattr(model, "peft_config"):
+        raise InputError(
+            "lora_rank: FSDP shares out the model already; put an adapter into it before "
+            "fully_shard, and leave lora_rank out"
+        )
+    asked = {
+        "second_order": training.second_order,
+        "metrics": live.evaluates,
+        "precision": training.precision == "fp16",
+    }
+    for name, is_asked in asked.items():
+        if is_asked:
+            raise InputError(
+                f"{name}: needs the whole model on each rank, and FSDP shares out its parameters; "
+                "leave it out"
+            )
 
 
 def _as_it_is(model: nn.Module, shares: bool) -> nn.Module:

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, SequentialSampler
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
+from geffect_fast.capture.compat import is_sharded
+from geffect_fast.capture.shards import Shards, part_of, whole_values
 from geffect_fast.data import Layout, SampleSet, make_batches
 from geffect_fast.data.batch import Batch, Reduction, Role
 from geffect_fast.data.packing import token_places
@@ -202,7 +204,8 @@ class RowReference:
         known = self._known.get(on, {})
         device = next(model.parameters()).device
         budget = TokenBudget(self._loss.token_budget)
-        own = dealt(replace(data_pass, token_budget=budget), self._ranks, in_step=False)
+        own = replace(data_pass, token_budget=budget)
+        own = dealt(own, self._ranks, in_step=is_sharded(model))
         kept: dict[int, Tensor] = {}
         for _, attempt in each_batch([own]):
             batch = attempt.batch
@@ -250,6 +253,7 @@ class UnlearnTrainer(Trainer):
         updater: applies an update rule to the gradients; None: they are the update.
         callbacks: of transformers.
         ranks: who train together; the first of them saves.
+        shards: of a model whose parameters they share out; None: each has them all.
     """
 
     def __init__(
@@ -264,7 +268,15 @@ class UnlearnTrainer(Trainer):
         updater: Updater | None = None,
         callbacks: Sequence[Any] = (),
         ranks: Ranks = ALONE,
+        shards: Shards | None = None,
     ) -> None:
+        self.shards = shards
+        self._wholes: list[nn.Parameter] = []
+        if shards is not None:
+            shards.rest()
+            self._wholes = [shards.whole(p) for p in model.parameters() if p.requires_grad]
+        self._reached: set[int] = set()
+        self._saved: dict[str, Any] | None = None
         self.loss = replace(loss, pieces=ranks.size * -(-loss.pieces // ranks.size))
         self.ranks = ranks
         self.reference = reference
@@ -312,6 +324,8 @@ class UnlearnTrainer(Trainer):
         """
         if self.updater is not None:
             return update_by_rule(self, self.updater, model, rows)
+        if self.shards is not None:
+            return self._update_of_shards(self.shards, model, rows)
         parameters = list(model.parameters())
         begins = all(p.grad is None for p in parameters)
         if not self.ranks.first:
@@ -336,6 +350,27 @@ class UnlearnTrainer(Trainer):
                 p.grad = None
             self.budget.halve(missing)
 
+    def _update_of_shards(self, shards: Shards, model: nn.Module, rows: RowNumbers) -> float:
+        """The loss of an update of a model whose parameters ranks share out.
+
+        FSDP adds up gradients over ranks with every backward, of which each rank runs as many.
+        """
+        passes = replace(self.loss, token_budget=self.budget.tokens).passes(rows)
+        own = [dealt(each, self.ranks, in_step=True) for each in passes]
+        self._reached = set()
+        with shards.sums():
+            value = 0.0
+            for data_pass in own:
+                for at, batch in enumerate(data_pass.batches):
+                    idle = at >= len(data_pass.batches) - data_pass.idle
+                    value += self.descend(model, rows, data_pass, batch, self.loss, idle=idle)
+            found = [(p, p.grad) for p in self.model.parameters() if p.requires_grad]
+        reached = [id(shards.whole(p)) in self._reached for p, _ in found]
+        told = self.ranks.meet((value, reached))
+        for (p, grad), *there in zip(found, *(each for _, each in told), strict=True):
+            p.grad = grad if any(there) else None  # else a group's other parameters were reached
+        return sum(value for value, _ in told)
+
     def add_up(self, value: float) -> float:
         """The sum of what ranks have found, and in `.grad` the sums of their gradients.
 
@@ -355,9 +390,24 @@ class UnlearnTrainer(Trainer):
         return sum(value for value, _ in told)
 
     def descend(
-        self, model: nn.Module, rows: RowNumbers, data_pass: DataPass, batch: Batch, on: Loss
+        self,
+        model: nn.Module,
+        rows: RowNumbers,
+        data_pass: DataPass,
+        batch: Batch,
+        on: Loss,
+        *,
+        idle: bool = False,
     ) -> float:
-        """One batch forward and backward; its share in a loss."""
+        """One batch forward and backward; its share in a loss.
+
+        Args:
+            model: as the Trainer calls it.
+            rows: of the update.
+            data_pass, batch: of `on.passes(rows)`.
+            on: the loss.
+            idle: whether the batch is run for other ranks' sake alone, and counts for nothing.
+        """
         moved = batch.to(self.args.device)
         # What is computed again in the backward (gradient checkpointing) needs the attention too.
         with packed_attention(model, moved), self.compute_loss_context_manager():
@@ -366,17 +416,54 @@ class UnlearnTrainer(Trainer):
             if self.reference is not None:
                 other = self.reference.outputs(data_pass, rows, batch, moved)
             loss = on.value(data_pass, outputs, moved, other)
+            if self.shards is not None and loss.requires_grad:
+                loss, reached = self.shards.with_zeros(0 * loss if idle else loss, self._wholes)
+                self._reached |= set() if idle else reached
             if loss.requires_grad:  # else it reads layers below everything that can be trained
                 self.accelerator.backward(loss)
         return float(loss.detach())
 
+    def create_optimizer(self, *args: Any) -> torch.optim.Optimizer:
+        """As the Trainer's; of what ranks share out its state is whole where it is saved."""
+        if self.shards is None or self.optimizer is not None:
+            return super().create_optimizer(*args)
+        made = super().create_optimizer(*args)
+        made.register_state_dict_post_hook(self._whole_state)
+        made.register_load_state_dict_pre_hook(_own_state)
+        return made
+
+    def _whole_state(self, _: Any, state: dict[str, Any]) -> dict[str, Any]:
+        return state | {
+            "state": {i: whole_values(of, self.ranks) for i, of in state["state"].items()}
+        }
+
+    def whole_weights(self) -> dict[str, Any] | None:
+        """The weights to be saved, on the first of ranks that share them out; all of them call it.
+
+        Returns:
+            Of an adapter its own. None where the model has them.
+        """
+        if self.shards is None:
+            return None
+        self.shards.rest()
+        state = self.model.state_dict()
+        if hasattr(self.model, "peft_config"):
+            trained = {name for name, p in self.model.named_parameters() if p.requires_grad}
+            state = {name: value for name, value in state.items() if name in trained}
+        return whole_values(state, self.ranks)
+
     def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> None:
-        """A checkpoint to resume from, whole or not there.
+        """A checkpoint to resume from, whole or not there; the first rank writes it.
 
         Raises:
             UnfinishedError: the disk refuses.
         """
         run, step = Path(self.args.output_dir), self.state.global_step
+        self._saved = self.whole_weights()
+        if not self.ranks.first:
+            if self.shards is not None:
+                self.optimizer.state_dict()  # in which it has a part
+            return
         try:
             with saving(run, step, self.identity):
                 super()._save_checkpoint(model, trial)
@@ -389,6 +476,11 @@ class UnlearnTrainer(Trainer):
                 f"checkpoint of step {step} in {run} cannot be written: {reason}; free some space "
                 "and go on with --resume"
             ) from error
+        finally:
+            self._saved = None
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        super()._save(output_dir, self._saved if state_dict is None else state_dict)
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(saving_folder(Path(self.args.output_dir)))
@@ -413,6 +505,21 @@ class UnlearnTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
         return SequentialSampler(self.train_dataset)
+
+
+def _own_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+    """What this rank holds of a whole optimizer's state."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    own = {
+        i: {
+            key: part_of(value, parameters[i])
+            if isinstance(value, Tensor) and value.shape == parameters[i].shape
+            else value
+            for key, value in of.items()
+        }
+        for i, of in state["state"].items()
+    }
+    return state | {"state": own}
 
 
 @contextmanager

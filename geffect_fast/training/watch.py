@@ -27,6 +27,7 @@ class Watch(TrainerCallback):
     Args:
         probe: what that one measures with.
         folder: of the run, with its checkpoints; None: there are none.
+        removes: whether this process removes them, as one of several does.
         save_every: updates between two checkpoints.
         keep: whether earlier checkpoints stay.
         told: of every probe.
@@ -40,13 +41,14 @@ class Watch(TrainerCallback):
         folder: Path | None,
         save_every: int,
         keep: bool,
+        removes: bool,
         told: Told,
         tick: Callable[[int], Any],
     ) -> None:
         self._probe = probe
         self._folder = folder
         self._save_every = save_every
-        self._keep = keep
+        self._goes = removes and not keep
         self._told = told
         self._tick = tick
 
@@ -63,7 +65,7 @@ class Watch(TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """The checkpoint is complete; those before it may go."""
-        if self._folder is not None and not self._keep:
+        if self._folder is not None and self._goes:
             for step, folder in checkpoints(self._folder, self._probe.store.identity).items():
                 if step < state.global_step:
                     remove(folder)

@@ -13,15 +13,13 @@ from geffect_fast.cli import main
 pytestmark = pytest.mark.slow
 
 DATA = ["--forget", "forget.jsonl", "--retain", "retain.jsonl", "--quiet"]
-LITTLE = ["steps=3", "n_rows=2", "learning_rate=0.01"]
+RELEARN = "relearn --model ga/model --forget forget.jsonl --steps 3 --rows 2 --learning-rate 0.01"
+CONTROL = "control --original model --unlearned ga/model --metric probability --grid 4"
+SURVEY = "evaluate --model ga/model --suite survey --holdout general.jsonl --relearn steps=3"
 COMMANDS = {
-    "relearn": ["relearn", "--model", "ga/model", "--forget", "forget.jsonl", "--quiet"]
-    + ["--steps", "3", "--rows", "2", "--learning-rate", "0.01", "--measure-every", "1"],
-    "control": ["control", "--original", "model", "--unlearned", "ga/model", *DATA]
-    + ["--metric", "probability", "--grid", "4", "--tolerance", "0.1", "--save", "mixed-SIZE"],
-    "survey": ["evaluate", "--model", "ga/model", *DATA, "--suite", "survey"]
-    + ["--holdout", "general.jsonl"]
-    + [word for each in LITTLE for word in ("--relearn", each)],
+    "relearn": [*RELEARN.split(), "--measure-every", "1", "--quiet"],
+    "control": [*CONTROL.split(), "--tolerance", "0.1", "--save", "mixed-SIZE", *DATA],
+    "survey": [*SURVEY.split(), "--relearn", "n_rows=2", "--relearn", "learning_rate=0.01", *DATA],
 }
 
 

@@ -1,0 +1,79 @@
+"""A training of a model whose parameters ranks share out takes the steps of one process."""
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from models import build, fp64_throughout, samples
+from ranked import on_ranks
+
+import geffect_fast as gf
+from geffect_fast import ranks
+from geffect_fast.capture.shards import shard
+
+DATA = {"forget": samples([9, 17, 5, 12, 8], 1, 3), "retain": samples([9, 14, 6], 2, 3)}
+SGD = {"steps": 2, "learning_rate": 0.05, "optimizer": "sgd", "probe_rows": "all"}
+CLIPPED = {"optimizer": "adamw_torch", "trainer": {"max_grad_norm": 0.1, "weight_decay": 0.1}}
+CASES = {
+    "llama": ("npo(beta=0.5) + kl", {"batch_size": 3, "retain_batch_size": 2}),
+    "fewer rows than ranks": ("ga", {"batch_size": 1, "model": "llama_tied"}),
+    "experts": ("ga + 0.5*nll", {"batch_size": 2, "model": "qwen2_moe"} | CLIPPED),
+    "gpt2": ("wga(alpha=0.5) + gd", {"batch_size": 4, "token_budget": 20, "model": "gpt2"}),
+    "hidden states": ("rmu(layer=1) + kl", {"batch_size": 3, "optimizer": "adamw_torch"}),
+}
+EXACT = 1e-12
+COMPARED = ("g_effect", "risk_value", "objective_value", "parameter_norm", "measured_change")
+COMPARED += ("predicted_update", "predicted_sgd", "learning_rate", "token_weight")
+
+
+def trained(name):
+    """The result of a case, and the weights in the end."""
+    objective, more = CASES[name]
+    given = DATA | SGD | more
+    with fp64_throughout():
+        which = given.pop("model", "llama")
+        model, other = build(which, torch.float64), build(which, torch.float64)
+        for module in (model, other):
+            for each in module.modules():
+                if isinstance(each, torch.nn.Dropout):
+                    each.p = 0.0
+        if dist.is_initialized():
+            for each in (model, other):
+                shard(each, ranks.here(), torch.device("cpu"))
+        result = gf.unlearn(model, None, objective=objective, reference_model=other, **given)
+    whole = {
+        key: value.full_tensor() if hasattr(value, "full_tensor") else value
+        for key, value in model.state_dict().items()
+    }
+    return result, {key: value.numpy().copy() for key, value in whole.items()}
+
+
+def all_trained():
+    return {name: trained(name) for name in CASES}
+
+
+@pytest.fixture(scope="module")
+def alone():
+    return all_trained()
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_shards_take_the_steps_of_one_process(alone, size):
+    found = on_ranks(size, all_trained)
+    for name, (result, weights) in alone.items():
+        assert abs(result.measured_change.isel(step=-1)).min() > 1e-5, name
+        for rank, of_rank in enumerate(found):
+            own, its_weights = of_rank[name]
+            for key, value in weights.items():
+                assert abs(its_weights[key] - value).max() <= EXACT, (name, rank, key)
+            assert "FSDP shares out the model's parameters" in own.attrs["step_metric_note"]
+            for variable in COMPARED:
+                if variable in result:
+                    values = result[variable]
+                    np.testing.assert_allclose(
+                        own[variable].values,
+                        values.values,
+                        rtol=0,
+                        atol=1e-9 * float(abs(values).max()) if values.notnull().any() else 0,
+                        err_msg=f"{name} {variable}",
+                    )
