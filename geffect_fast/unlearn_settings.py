@@ -21,7 +21,14 @@ from geffect_fast.setting_types import (
     read_by,
     texts_of,
 )
-from geffect_fast.settings import LiveMetrics, Measuring, RunConfig, SecondOrder, as_text
+from geffect_fast.settings import (
+    LiveMetrics,
+    Measuring,
+    RunConfig,
+    SecondOrder,
+    Sharding,
+    as_text,
+)
 
 
 def _reporters(given: Any) -> Any:
@@ -182,7 +189,7 @@ class UnlearnSettings(Training, LiveMetrics, Measuring):
         return self
 
 
-class UnlearnConfig(UnlearnSettings, RunConfig):
+class UnlearnConfig(Sharding, UnlearnSettings, RunConfig):
     """All that decides the numbers of an unlearning run; saved as `run.yaml`, it replays them."""
 
     panel = "Models and data"

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from geffect_fast.capture.shards import shard
 from geffect_fast.data import read_refusals, read_rows
@@ -44,8 +46,8 @@ if TYPE_CHECKING:
     import xarray as xr
 
 PART_FOR_MODEL = 0.8
-"""Of a device's free memory, that a model and the gradients of the risks may take; batches need the
-rest."""
+"""Of a device's free memory, that a model and what comes beside it may take; batches need the rest.
+"""
 
 
 def execute(
@@ -171,7 +173,7 @@ def _measured(
         InputError: this rank does not see the folder.
     """
     folder = shared_folder(folder, here())
-    model = _loaded(config, device, n_risks=len(sources.sets))
+    model = loaded(config, device, partial(gradient_bytes, n_risks=len(sources.sets)))
     run: Any = sweep
     step: dict[str, Any] = {}
     if config.command == "profile":
@@ -192,8 +194,23 @@ def _measured(
     )
 
 
-def _loaded(config: ProfileConfig, device: torch.device, n_risks: int) -> Any:
-    """The model of a config, or this rank's part of it."""
+def loaded(
+    config: Any,
+    device: torch.device,
+    beside: Callable[[nn.Module], int],
+    adapted: Callable[[nn.Module], nn.Module] = lambda model: model,
+) -> Any:
+    """The model of a config, or this rank's part of it.
+
+    Args:
+        config: of a run; says where the model lies, and whether it is shared out.
+        device: of this rank.
+        beside: told of the model; bytes that come beside its weights, on one rank that has it all.
+        adapted: puts into a model what is to be shared out with it.
+
+    Raises:
+        InputError: it is to be shared out, and this process is alone.
+    """
     ranks, whole = here(), config.shard == "none"
     if ranks.size == 1:
         if config.shard == "fsdp":
@@ -208,21 +225,25 @@ def _loaded(config: ProfileConfig, device: torch.device, n_risks: int) -> Any:
     if whole:
         return model
     # They meet before anybody waits for weights.
-    if all(ranks.meet(config.shard == "auto" and _fits(model, device, n_risks))):
+    if all(ranks.meet(config.shard == "auto" and _fits(model, device, beside(model)))):
         return model.to(device)
-    shard(model, ranks, device)
-    return model
+    shared_out = adapted(model)
+    shard(shared_out, ranks, device)
+    return shared_out
 
 
-def _fits(model: Any, device: torch.device, n_risks: int) -> bool:
-    """Whether a model and the gradients of the risks leave room for batches on a rank's device."""
-    weights = sum(p.nbytes for p in model.parameters())
-    gradients = 4 * n_risks * sum(p.numel() for p in model.parameters() if p.requires_grad)
+def gradient_bytes(model: nn.Module, n_risks: int) -> int:
+    """What the gradients of the risks take, in fp32."""
+    return 4 * n_risks * sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def _fits(model: nn.Module, device: torch.device, beside: int) -> bool:
+    """Whether a model and what comes beside it leave room for batches on a rank's device."""
     free = free_memory(device)
     if device.type == "cpu":  # where this machine's ranks have their models already
         n = int(os.environ.get("LOCAL_WORLD_SIZE", here().size))
-        return gradients <= PART_FOR_MODEL * free / n
-    return weights + gradients <= PART_FOR_MODEL * free
+        return beside <= PART_FOR_MODEL * free / n
+    return sum(p.nbytes for p in model.parameters()) + beside <= PART_FOR_MODEL * free
 
 
 def execute_check(config: ProfileConfig, samples: int, *, progress: bool = False) -> Check:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import warnings
 from typing import Any
 
 import torch
@@ -42,7 +43,9 @@ def with_adapter(model: nn.Module, config: Training) -> Any:
     )
     torch.manual_seed(config.seed)
     try:
-        return peft.get_peft_model(model, settings).eval()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of what peft reads of a model
+            return peft.get_peft_model(model, settings).eval()
     except (ValueError, TypeError, AttributeError) as error:
         named = ", ".join(config.lora_targets) or "linear layers"
         raise InputError(

@@ -8,8 +8,17 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from geffect_fast.measure.execute import machine, on_threads, read_sources_of
-from geffect_fast.measure.models import load_model
+import torch
+from torch import nn
+
+from geffect_fast.capture.compat import is_sharded
+from geffect_fast.measure.execute import (
+    gradient_bytes,
+    loaded,
+    machine,
+    on_threads,
+    read_sources_of,
+)
 from geffect_fast.metrics.registry import resolved_metrics
 from geffect_fast.ranks import here
 from geffect_fast.results.dataset import digests
@@ -17,9 +26,14 @@ from geffect_fast.settings import LiveMetrics, Measuring
 from geffect_fast.storage.inputs import Inputs, check_replayed, input_sums, inputs_of
 from geffect_fast.storage.recorded_rows import check_recorded
 from geffect_fast.storage.step_folder import as_begun, check_resumed, started
+from geffect_fast.training.adapters import with_adapter
 from geffect_fast.training.folder import carried_out, check_start
 from geffect_fast.training.run import SAME_NUMBERS, Unlearning
 from geffect_fast.unlearn_settings import Training, UnlearnConfig
+
+IN_TRAINING = 4
+"""Tensors of the weights' size and precision beside them: gradients, Adam's state of two, and the
+weights as they were at the last probe."""
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -80,16 +94,16 @@ def execute_unlearn(
         if resume and ranks.first:
             check_resumed(folder, sums)
         with on_threads(config.threads) as n_threads:
-            trusted = config.trust_remote_code
-            model = load_model(config.model, config.dtype, str(device), trust_remote_code=trusted)
+            training = Training(**config.fields(Training))
+            model, reference = _models(config, training, device, len(sources.sets))
             run = Unlearning(
                 model,
                 tokenizer,
-                Training(**config.fields(Training)),
+                training,
                 objectives=config.measured,
                 sources=sources,
                 settings=Measuring(**config.fields(Measuring)),
-                reference_model=config.reference,
+                reference_model=reference,
                 live=LiveMetrics(**config.fields(LiveMetrics)),
                 holdout=config.holdout,
                 retain_model=config.retain_model,
@@ -109,3 +123,24 @@ def execute_unlearn(
             settled = config.model_copy(update=chosen)
             how: dict[str, Any] = {"progress": progress, "told": told}
             return carried_out(run, folder, settled, sums, report, resume=resume, **how)
+
+
+def _models(
+    config: UnlearnConfig, training: Training, device: torch.device, n_risks: int
+) -> tuple[nn.Module, str | None]:
+    """The model that is trained, or this rank's part of it, and where its reference lies.
+
+    A model that is whole gets its adapter later, and is copied where objectives compare with it.
+    """
+
+    def beside(model: nn.Module) -> int:
+        if training.lora_rank is not None:
+            return 0  # an adapter is small
+        trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+        return gradient_bytes(model, n_risks) + IN_TRAINING * trained
+
+    def adapted(model: nn.Module) -> nn.Module:
+        return model if training.lora_rank is None else with_adapter(model, training)
+
+    model = loaded(config, device, beside, adapted)
+    return model, config.reference or (config.model if is_sharded(model) else None)

@@ -43,8 +43,8 @@ if TYPE_CHECKING:
 ROWS_AN_UPDATE = 32
 """Forget rows an update reads where nobody says."""
 
-SAME_NUMBERS = {"save_every", "keep_checkpoints", "report_to"}
-"""Fields of `Training` that change no number of a run."""
+SAME_NUMBERS = {"save_every", "keep_checkpoints", "report_to", "shard"}
+"""Fields of an unlearning config that change no number of a run."""
 
 
 class Unlearning:

@@ -175,11 +175,13 @@ def test_a_run_that_lost_a_rank_goes_on_with_any_number(here):
     assert "what was measured to step 2 is kept: go on with --resume" in said
     assert (here / "run/checkpoint-2").is_dir()
     assert not (here / "run/checkpoint-4").exists()
-    shutil.copytree(here / "run", here / "again")
+    for name in ("again", "parts"):
+        shutil.copytree(here / "run", here / name)
     assert commanded(here, "run", "--resume") == (0, "")
     assert on_ranks(3, commanded, here, "again", "--resume") == [(0, "")] * 3
+    assert on_ranks(2, commanded, here, "parts", "--resume", "--shard", "fsdp") == [(0, "")] * 2
     alone, weights = gf.open_run(here / "alone"), load_model(here / "alone/model").state_dict()
-    for name in ("run", "again"):
+    for name in ("run", "again", "parts"):
         assert {f.split("/")[0] for f in files(here / name)} == {
             f.split("/")[0] for f in files(here / "alone")
         }
@@ -189,6 +191,37 @@ def test_a_run_that_lost_a_rank_goes_on_with_any_number(here):
             assert apart <= 2e-5 * abs(alone[variable]).max(), (name, variable)
         for key, value in load_model(here / name / "model").state_dict().items():
             torch.testing.assert_close(value, weights[key], rtol=0, atol=1e-5)
+
+
+def parts(folder):
+    """Runs whose model is shared out, all of it and an adapter in it."""
+    return [
+        commanded(folder, name, "--shard", "fsdp", "--keep-checkpoints", *more)
+        for name, more in (("fsdp", ()), ("fsdp-lora", ADAPTER))
+    ]
+
+
+ADAPTER = ("--lora-rank", "2", "--optimizer", "adamw_torch")
+
+
+def test_parts_of_a_model_are_trained_and_saved_as_the_whole(here):
+    assert commanded(here, "lora", *ADAPTER) == (0, "")
+    assert on_ranks(2, parts, here) == [[(0, "")] * 2] * 2
+    for name, other in (("alone", "fsdp"), ("lora", "fsdp-lora")):
+        assert sorted(f.name for f in (here / name / "model").iterdir()) == sorted(
+            f.name for f in (here / other / "model").iterdir()
+        )
+        whole = load_model(here / name / "model").state_dict()
+        for folder in ("model", "checkpoint-6"):
+            for key, value in load_model(here / other / folder).state_dict().items():
+                torch.testing.assert_close(value, whole[key], rtol=0, atol=1e-5)
+    # Its optimizer's state is that of one process, whole.
+    saved = torch.load(here / "fsdp-lora/checkpoint-6/optimizer.pt", weights_only=True)
+    adapter = [value for key, value in whole.items() if "lora_" in key]
+    assert sorted(tuple(of["exp_avg"].shape) for of in saved["state"].values()) == sorted(
+        tuple(value.shape) for value in adapter
+    )
+    assert on_ranks(2, commanded, here, "fsdp-lora", "--resume", *ADAPTER)[0][0] == 2
 
 
 def refused(folder):
