@@ -10,6 +10,8 @@ from ranked import on_ranks
 import geffect_fast as gf
 from geffect_fast import ranks
 from geffect_fast.capture.shards import shard
+from geffect_fast.errors import GEffectError
+from geffect_fast.training import trainer
 
 DATA = {"forget": samples([9, 17, 5, 12, 8], 1, 3), "retain": samples([9, 14, 6], 2, 3)}
 SGD = {"steps": 2, "learning_rate": 0.05, "optimizer": "sgd", "probe_rows": "all"}
@@ -77,3 +79,50 @@ def test_shards_take_the_steps_of_one_process(alone, size):
                         atol=1e-9 * float(abs(values).max()) if values.notnull().any() else 0,
                         err_msg=f"{name} {variable}",
                     )
+
+
+def refused():
+    """What ranks say of trainings of a model in parts that cannot be, and of one that fails."""
+    given = DATA | SGD | {"objective": "ga", "batch_size": 2}
+    asked = {
+        "second_order": {"second_order": True, "optimizer": "adamw_torch"},
+        "metrics": {"metrics": ["nll"]},
+        "update": {"update": "orthograd"},
+        "lora_rank": {"lora_rank": 2},
+        "reference_model": {"objective": "npo(beta=0.5)"},
+    }
+    said = {}
+    for name, more in asked.items():
+        model = build("llama")
+        shard(model, ranks.here(), torch.device("cpu"))
+        with pytest.raises(GEffectError) as error:
+            gf.unlearn(model, None, **(given | more))
+        said[name] = str(error.value)
+    model = build("llama")
+    shard(model, ranks.here(), torch.device("cpu"))
+    gf.unlearn(model, None, **given)  # nothing of those before is left
+    run = trainer.model_outputs
+
+    def fails(*args):
+        if dist.get_rank() == 1:
+            raise ValueError("rank 1 has had enough")
+        return run(*args)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Exception) as error:
+        patch.setattr(trainer, "model_outputs", fails)
+        gf.unlearn(model, None, **given)
+    return said, type(error.value).__name__, str(error.value)
+
+
+def test_what_needs_the_whole_is_refused_and_one_rank_ends_all():
+    for rank, (said, kind, failed) in enumerate(on_ranks(2, refused)):
+        for name in ("second_order", "metrics"):
+            assert said[name] == (
+                f"{name}: needs the whole model on each rank, and FSDP shares out its parameters; "
+                "leave it out"
+            )
+        assert "update orthograd: parameters are spread over devices" in said["update"]
+        assert said["lora_rank"].startswith("lora_rank: FSDP shares out the model already")
+        assert said["reference_model"].startswith("reference_model: 'npo(beta=0.5)' compares with")
+        assert "rank 1 has had enough" in failed
+        assert kind == ("ValueError" if rank else "GEffectError")
