@@ -26,8 +26,9 @@ from geffect_fast.measure.sources import Sources
 from geffect_fast.settings import LiveMetrics, Measuring
 from geffect_fast.steps.probe import Probe
 from geffect_fast.storage.step_store import StepStore
+from geffect_fast.training.loss import Draws, RowReference
 from geffect_fast.training.run import Unlearning
-from geffect_fast.training.trainer import Draws, RowReference, UnlearnTrainer
+from geffect_fast.training.trainer import UnlearnTrainer
 from geffect_fast.training.trainer_arguments import training_arguments
 from geffect_fast.unlearn_settings import Training
 

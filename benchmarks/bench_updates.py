@@ -33,8 +33,9 @@ from torch import nn
 
 from geffect_fast.data import tokenize_rows
 from geffect_fast.objectives import parse
+from geffect_fast.training.loss import Draws, Loss
 from geffect_fast.training.rule_losses import RuleLosses
-from geffect_fast.training.trainer import Draws, Loss, UnlearnTrainer
+from geffect_fast.training.trainer import UnlearnTrainer
 from geffect_fast.training.trainer_arguments import training_arguments
 from geffect_fast.unlearn_settings import Training
 from geffect_fast.updates import Updater

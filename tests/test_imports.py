@@ -164,7 +164,6 @@ SMALL = {
     "cli/sweep.py": "a command",
     "cli/signals.py": "of the process, before a command is known",
     "data/fewest_tokens.py": "a bound of its own",
-    "training/adapters.py": "needs peft",
 }
 """Modules under 60 lines that one other imports, and why they stand alone; what a folder says of
 itself is none."""

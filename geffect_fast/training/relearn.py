@@ -38,9 +38,10 @@ from geffect_fast.ranks import on_all_ranks
 from geffect_fast.relearn_settings import Relearning
 from geffect_fast.storage.recorded_rows import check_recorded
 from geffect_fast.terminal import progress_bar
+from geffect_fast.training.loss import Draws, Loss
 from geffect_fast.training.run import only_weights_change
 from geffect_fast.training.single_process import single_process
-from geffect_fast.training.trainer import Draws, Loss, UnlearnTrainer
+from geffect_fast.training.trainer import UnlearnTrainer
 from geffect_fast.training.trainer_arguments import refused, training_arguments
 from geffect_fast.unlearn_settings import Training
 

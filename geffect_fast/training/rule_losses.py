@@ -21,7 +21,8 @@ from geffect_fast.updates import SGD, RetainBatch, Updater, UpdateRule, parse
 from geffect_fast.updates.updater import no_retain_part
 
 if TYPE_CHECKING:
-    from geffect_fast.training.trainer import Loss, RowNumbers, UnlearnTrainer
+    from geffect_fast.training.loss import Loss, RowNumbers
+    from geffect_fast.training.trainer import UnlearnTrainer
 
 
 def protected_part(rule: UpdateRule, objective: Objective) -> tuple[Objective, ...]:

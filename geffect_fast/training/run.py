@@ -79,7 +79,7 @@ class Unlearning:
     ) -> None:
         from geffect_fast.training.adapters import with_adapter
         from geffect_fast.training.cost import TrainingCost
-        from geffect_fast.training.trainer import Loss
+        from geffect_fast.training.loss import Loss
         from geffect_fast.training.trainer_arguments import check_precision, training_arguments
 
         measured = resolved_list(objectives)
@@ -177,7 +177,8 @@ class Unlearning:
         """
         from geffect_fast.steps.callback import GEffectCallback
         from geffect_fast.training.logs import logged
-        from geffect_fast.training.trainer import Draws, RowReference, UnlearnTrainer
+        from geffect_fast.training.loss import Draws, RowReference
+        from geffect_fast.training.trainer import UnlearnTrainer
         from geffect_fast.training.trainer_arguments import refused, training_arguments
         from geffect_fast.training.watch import Watch
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from itertools import pairwise
+from dataclasses import replace
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -14,226 +13,25 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from torch.utils.data import Dataset, SequentialSampler
+from torch.utils.data import SequentialSampler
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
-from geffect_fast.capture.compat import is_sharded
 from geffect_fast.capture.shards import Shards, part_of, whole_values
-from geffect_fast.data import Layout, SampleSet, make_batches
-from geffect_fast.data.batch import Batch, Reduction, Role
-from geffect_fast.data.packing import token_places
+from geffect_fast.data.batch import Batch
 from geffect_fast.engines.batches import (
     Attempt,
     DataPass,
     TokenBudget,
     dealt,
-    each_batch,
-    passes_for,
 )
 from geffect_fast.engines.model_outputs import model_outputs, packed_attention
 from geffect_fast.errors import InputError, NonFiniteError, UnfinishedError, in_one_line
 from geffect_fast.measure.memory import within_budget
-from geffect_fast.objectives import Objective, Outputs
-from geffect_fast.objectives.base import REFERENCE_NEEDS
 from geffect_fast.ranks import ALONE, Ranks
+from geffect_fast.training.loss import Draws, Loss, RowNumbers, RowReference
 from geffect_fast.training.resume import RULE_STATE, load_weights, saving, saving_folder
 from geffect_fast.training.rule_losses import update_by_rule
 from geffect_fast.updates import Updater
-
-RowNumbers = Mapping[str, Sequence[int]]
-"""RowNumbers of an update, by data set."""
-
-
-class Draws(Dataset[RowNumbers]):
-    """Which rows each update reads: every row once, in random order, then all over again.
-
-    They follow from the seed and the number of the update, so that a run that is resumed reads what
-    it would have read.
-
-    Args:
-        sizes: by data set the number of its rows, and how many an update reads.
-        n_updates: of the run.
-        seed: of the order.
-    """
-
-    def __init__(self, sizes: Mapping[str, tuple[int, int]], n_updates: int, seed: int) -> None:
-        self.sizes = dict(sizes)
-        self.n_updates = n_updates
-        self.seed = seed
-
-    def __len__(self) -> int:
-        return self.n_updates
-
-    def __getitem__(self, update: int) -> RowNumbers:
-        if not 0 <= update < self.n_updates:
-            raise IndexError(f"update {update} of {self.n_updates}")
-        rows: dict[str, list[int]] = {}
-        for which, (name, (n, count)) in enumerate(self.sizes.items()):
-            places = range(update * count, (update + 1) * count)
-            orders = {p: self._order(which, p, n) for p in {place // n for place in places}}
-            rows[name] = [int(orders[place // n][place % n]) for place in places]
-        return rows
-
-    def _order(self, which: int, number: int, n: int) -> np.ndarray:
-        return np.random.default_rng([self.seed, which, number]).permutation(n)
-
-
-@dataclass(frozen=True)
-class Loss:
-    """What a training step descends on, and how its rows become batches.
-
-    Attributes:
-        objective: the objective.
-        sets: the data sets by name, whole.
-        token_budget: tokens a batch; a larger update is several, whose gradients add up exactly.
-        layout: of the batches.
-        reduction: over what means are taken, within the rows of an update.
-        pieces: batches an update is cut into at least.
-    """
-
-    objective: Objective
-    sets: Mapping[str, SampleSet]
-    token_budget: int
-    layout: Layout
-    reduction: Reduction
-    pieces: int = 1
-
-    @property
-    def parts(self) -> list[Objective]:
-        return list(dict.fromkeys(part for _, part in self.objective.parts()))
-
-    @property
-    def reads(self) -> list[str]:
-        """The data sets that it reads; the forget set first."""
-        on = {part.on for part in self.parts}
-        return ["forget", *(["retain"] if "retain" in on else [])]
-
-    def passes(self, rows: RowNumbers) -> list[DataPass]:
-        """The batches of an update, and which parts of the objective read them.
-
-        Samples are numbered as in `rows`, in which one may come twice.
-        """
-        picked = {name: self.sets[name].part(chosen).samples for name, chosen in rows.items()}
-
-        def batches_of(name: str, roles: tuple[Role, ...]) -> list[Batch]:
-            totals = SampleSet(name, picked[name]).totals()
-            edges = np.linspace(0, len(picked[name]), self.pieces + 1).round().astype(int)
-            return [
-                replace(batch, totals=totals)
-                for start, end in pairwise(edges)
-                if end > start
-                for batch in make_batches(
-                    SampleSet(name, picked[name][start:end]),
-                    roles,
-                    token_budget=self.token_budget,
-                    reduction=self.reduction,
-                    layout=self.layout,
-                )
-            ]
-
-        return passes_for(self.parts, batches_of, dict.fromkeys(picked, 0))
-
-    def value(
-        self, data_pass: DataPass, outputs: Outputs, batch: Batch, reference: Outputs | None
-    ) -> Tensor:
-        """The share of a batch in the objective, a scalar, differentiable."""
-        shares = [
-            coefficient * part.loss(outputs, batch, reference)
-            for coefficient, part in self.objective.parts()
-            if part in data_pass.parts.values()
-        ]
-        return torch.stack([share.double() for share in shares]).sum()
-
-
-class RowReference:
-    """What the reference model says of any rows: log-probabilities are computed once and kept.
-
-    Only for logits and hidden states, whose size forbids that, the model is kept. Ranks share out
-    the rows, and each keeps what all have found.
-
-    Args:
-        model: the reference.
-        loss: says what is needed of it.
-        ranks: who train.
-    """
-
-    def __init__(self, model: nn.Module, loss: Loss, ranks: Ranks = ALONE) -> None:
-        self._known: dict[str, Mapping[int, Tensor]] = {}
-        self._loss, self._ranks = loss, ranks
-        every = {name: range(len(loss.sets[name])) for name in loss.reads}
-        passes = loss.passes(every)
-        needs = [data_pass.needs & REFERENCE_NEEDS for data_pass in passes]
-        for data_pass, needed in zip(passes, needs, strict=True):
-            if needed == {"reference"}:
-                self._keep(model, data_pass)
-        self._model = model if any(needed - {"reference"} for needed in needs) else None
-
-    @torch.no_grad()
-    def outputs(
-        self, data_pass: DataPass, rows: RowNumbers, batch: Batch, moved: Batch
-    ) -> Outputs | None:
-        """The reference's outputs on a batch of the update `rows`; None where nothing needs them.
-
-        Args:
-            data_pass: which parts read the batch.
-            rows: of the update.
-            batch: one of the pass's, on the CPU.
-            moved: the same, where the model is.
-        """
-        needs = data_pass.needs & REFERENCE_NEEDS
-        if not needs:
-            return None
-        if needs != {"reference"}:
-            assert self._model is not None
-            with packed_attention(self._model, moved):
-                return model_outputs(self._model, moved, needs)
-        chosen = rows[data_pass.on]
-        known = [self._known[data_pass.on][chosen[row]] for row in batch.rows]
-        at = _flat_places(
-            self._loss.sets[data_pass.on].part(chosen), batch, [len(k) for k in known]
-        )
-        values = torch.cat(known)[at.clamp(min=0)]
-        return Outputs(values.masked_fill(at < 0, 0.0).to(moved.labels.device))
-
-    @torch.no_grad()
-    def _keep(self, model: nn.Module, data_pass: DataPass) -> None:
-        """Log-probabilities of every row's tokens, through its answer and its alternatives."""
-        on, samples = data_pass.on, self._loss.sets[data_pass.on]
-        lengths = [sum(map(len, (s.answer, *s.alternatives))) for s in samples.samples]
-        # Another pass may have read other sequences of the same rows.
-        known = self._known.get(on, {})
-        device = next(model.parameters()).device
-        budget = TokenBudget(self._loss.token_budget)
-        own = replace(data_pass, token_budget=budget)
-        own = dealt(own, self._ranks, in_step=is_sharded(model))
-        kept: dict[int, Tensor] = {}
-        for _, attempt in each_batch([own]):
-            batch = attempt.batch
-            with attempt:
-                moved = batch.to(device)
-                with packed_attention(model, moved):
-                    found = model_outputs(model, moved).token_logprob.cpu()
-            if attempt.failed:
-                continue
-            inside = [lengths[row] for row in batch.rows]
-            before = [
-                known[row] if row in known else found.new_zeros(length)
-                for row, length in zip(batch.rows, inside, strict=True)
-            ]
-            flat = torch.cat(before)
-            at = _flat_places(samples, batch, inside)
-            flat[at[at >= 0]] = found[at >= 0]
-            for row, piece in zip(batch.rows, flat.split(inside), strict=True):
-                kept[row] = piece.clone()
-        self._known[on] = {**known, **self._ranks.united(kept)}
-
-
-def _flat_places(samples: SampleSet, batch: Batch, lengths: list[int]) -> Tensor:
-    """Where each token of a batch stands in its samples laid end to end; -1 for extensions."""
-    places = token_places(samples, batch)
-    starts = torch.tensor([0, *lengths]).cumsum(0)[:-1]
-    sample = batch.sequence_sample[batch.token_sequence()]
-    return torch.where(places < 0, -1, places + starts[sample])
 
 
 class UnlearnTrainer(Trainer):

@@ -16,7 +16,8 @@ from geffect_fast.engines.directions import accumulate_gradients
 from geffect_fast.engines.reference import Reference
 from geffect_fast.errors import InputError, NonFiniteError
 from geffect_fast.objectives import parse
-from geffect_fast.training.trainer import Draws, Loss, RowReference, UnlearnTrainer
+from geffect_fast.training.loss import Draws, Loss, RowReference
+from geffect_fast.training.trainer import UnlearnTrainer
 from geffect_fast.training.trainer_arguments import training_arguments
 from geffect_fast.unlearn_settings import Training
 

@@ -23,7 +23,8 @@ from geffect_fast.errors import InputError
 from geffect_fast.objectives import parse
 from geffect_fast.storage.run_yaml import load_config
 from geffect_fast.training.execute import execute_unlearn
-from geffect_fast.training.trainer import Draws, Loss, RowReference, UnlearnTrainer
+from geffect_fast.training.loss import Draws, Loss, RowReference
+from geffect_fast.training.trainer import UnlearnTrainer
 from geffect_fast.training.trainer_arguments import training_arguments
 from geffect_fast.unlearn_settings import Training, UnlearnConfig
 from geffect_fast.updates import Updater
