@@ -65,7 +65,7 @@ def measure(
     draws = Draws(dict.fromkeys(run.loss.reads, (ROWS, UPDATE)), rounds + 1, seed=0)
     trainer = UnlearnTrainer(
         run.model,
-        training_arguments(run.training, folder, "cpu"),
+        training_arguments(run.training, folder, torch.device("cpu")),
         loss=run.loss,
         draws=draws,
         reference=RowReference(make_model(quick), run.loss),

@@ -87,7 +87,7 @@ class Updates:
         self.rows = {name: range(len(each)) for name, each in sets.items()}
         loss = Loss(parse("ga + nll"), sets, FORGET * length, "packed", "token")
         draws = Draws({name: (len(each), len(each)) for name, each in sets.items()}, 9, seed=0)
-        arguments = training_arguments(Training(steps=9), folder, "cpu")
+        arguments = training_arguments(Training(steps=9), folder, torch.device("cpu"))
         self.trainer = UnlearnTrainer(model, arguments, loss=loss, draws=draws, reference=None)
         self.optimizer = self.trainer.create_optimizer()
         model.train()
