@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+import os
 from collections import Counter
 
 import pytest
 import torch
+from accelerate import Accelerator, PartialState
 from models import build, fp64_throughout, samples
 
 from geffect_fast.capture import Plan
@@ -17,6 +19,7 @@ from geffect_fast.engines.reference import Reference
 from geffect_fast.errors import InputError, NonFiniteError
 from geffect_fast.objectives import parse
 from geffect_fast.training.loss import Draws, Loss, RowReference
+from geffect_fast.training.single_process import single_process
 from geffect_fast.training.trainer import UnlearnTrainer
 from geffect_fast.training.trainer_arguments import training_arguments
 from geffect_fast.unlearn_settings import Training
@@ -199,3 +202,21 @@ def test_arguments_that_are_wrong_cost_one_line(fields, message, tmp_path):
     with pytest.raises(InputError) as caught:
         training_arguments(Training(steps=1, **fields), tmp_path, torch.device("cpu"))
     assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_trainer_is_where_the_model_is_and_accelerate_as_it_was(tmp_path, monkeypatch):
+    """transformers takes the first GPU, and what torchrun says of other processes."""
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    own = Accelerator(cpu=True)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    before = dict(PartialState._shared_state), dict(os.environ)
+    place = torch.device("meta")
+    with single_process(place):
+        arguments = training_arguments(Training(steps=1), tmp_path, place)
+        assert arguments.device == PartialState().device == place
+        assert (arguments.world_size, arguments.process_index, arguments.n_gpu) == (1, 0, 0)
+    assert (dict(PartialState._shared_state), dict(os.environ)) == before
+    assert own.device == torch.device("cpu")
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    with pytest.raises(InputError, match="8 processes were started, and no process group is begun"):
+        single_process(place).__enter__()
