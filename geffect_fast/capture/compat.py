@@ -39,9 +39,21 @@ def _is_shared_out(x: Tensor) -> bool:
     return tensor is not None and isinstance(x, tensor.DTensor)
 
 
+def fsdp_groups(model: nn.Module) -> list[Any]:
+    """The modules of a model that `fully_shard` has wrapped, in its order."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return [] if fsdp is None else [m for m in model.modules() if isinstance(m, fsdp.FSDPModule)]
+
+
 def is_sharded(model: nn.Module) -> bool:
-    """Whether FSDP2 has shared out parameters of a model."""
-    return any(map(_is_shared_out, model.parameters()))
+    """Whether FSDP2 has shared out parameters of a model, though one may be whole at the moment."""
+    return bool(fsdp_groups(model)) or any(map(_is_shared_out, model.parameters()))
+
+
+def put_to_rest(model: nn.Module) -> None:
+    """Have a model hold its parts of what is shared out; a root keeps the whole after a forward."""
+    for group in fsdp_groups(model):
+        group.reshard()
 
 
 def own_part(x: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from geffect_fast.capture.compat import own_part
+from geffect_fast.capture.compat import fsdp_groups, own_part, put_to_rest
 from geffect_fast.capture.leaves import leaves_of
 from geffect_fast.errors import InputError, UnsupportedModelError
 from geffect_fast.ranks import Ranks
@@ -62,13 +62,12 @@ class Shards:
     """
 
     def __init__(self, model: nn.Module, ranks: Ranks) -> None:
-        from torch.distributed.fsdp import FSDPModule
         from torch.distributed.tensor import DTensor, Shard
 
         if ranks.size == 1:
             raise InputError("model: FSDP shares it out; profile it on all of its ranks")
-        self.ranks = ranks
-        self.groups = [module for module in model.modules() if isinstance(module, FSDPModule)]
+        self.ranks, self._model = ranks, model
+        self.groups: list[Any] = fsdp_groups(model)
         self.rest()
         self._whole: dict[int, nn.Parameter] = {}
         self._own: dict[int, nn.Parameter] = {}
@@ -201,11 +200,12 @@ class Shards:
 
     @contextmanager
     def at_work(self) -> Iterator[None]:
-        """Inside, forwards and backwards run; after an error in one the model is as before it."""
+        """Inside, forwards and backwards run; before and behind, after errors too, all rests."""
         try:
             with warnings.catch_warnings():
                 # Of outputs that are views: nothing here writes to them in place.
                 warnings.filterwarnings("ignore", "FSDP2-wrapped module")
+                self.rest()
                 yield
         except BaseException:
             self.rest()
@@ -213,11 +213,12 @@ class Shards:
             if reset is not None:
                 reset()
             raise
+        finally:
+            self.rest()
 
     def rest(self) -> None:
-        """Let go of the whole parameters; a root keeps its own after a forward."""
-        for group in self.groups:
-            group.reshard()
+        """Let go of whole parameters."""
+        put_to_rest(self._model)
 
 
 _OF_SUMS = (

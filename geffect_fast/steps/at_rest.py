@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from geffect_fast.capture.compat import put_to_rest
 from geffect_fast.capture.modes import evaluating
 
 _PATCHED = "_original_forward"
@@ -28,6 +29,7 @@ def at_rest(model: nn.Module, trainable: Collection[nn.Parameter] | None = None)
         trainable: the parameters that are measured: these alone ask for gradients inside; None:
             those that do already.
     """
+    put_to_rest(model)
     asking = [(p, p.requires_grad) for p in model.parameters()]
     measured = {id(p) for p in trainable or ()}
     patched = [m for m in model.modules() if {_PATCHED, "forward"} <= vars(m).keys()]

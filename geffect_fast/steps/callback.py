@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import copy
 import difflib
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,12 +12,13 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from geffect_fast.arguments import checked_config
+from geffect_fast.capture.compat import is_sharded
 from geffect_fast.errors import InputError, UnsupportedModelError
 from geffect_fast.measure.profiler import Profiler
 from geffect_fast.measure.sources import check_count, needs_of, parts_of, resolved_list
 from geffect_fast.objectives import Objective
 from geffect_fast.objectives.base import REFERENCE_NEEDS
-from geffect_fast.ranks import on_its_own
+from geffect_fast.ranks import ALONE, here
 from geffect_fast.settings import LiveMetrics, Reading
 from geffect_fast.steps.at_rest import at_rest
 from geffect_fast.steps.live_measures import LiveMeasures, live_metrics
@@ -32,6 +32,8 @@ from geffect_fast.storage.step_store import StepStore
 
 if TYPE_CHECKING:
     import xarray as xr
+
+_NAME = "GEffectCallback"
 
 _DECIDES = (
     *("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "warmup_ratio"),
@@ -49,6 +51,10 @@ class GEffectCallback(TrainerCallback):
     Effects, collateral and risks of every probe go to the Trainer's `report_to`, TensorBoard, W&B
     and whatever else it names, and to its `state.log_history`: as `geffect/e_u`, `geffect/e_r`,
     `geffect/collateral`, `geffect/risk_unlearn` ... (docs/concepts.md, over the steps).
+
+    The processes of a Trainer on several GPUs measure together: they share out the rows, each has
+    the result, and the first of them writes. Their weights may be whole on each (DDP), or in parts
+    (FSDP2).
 
     Args:
         probe_sets: data by name: `forget` and `retain`, and any more, each a risk of its own;
@@ -114,30 +120,25 @@ class GEffectCallback(TrainerCallback):
         self._probe: Probe | None = None
         self._rates: list[float] = []
         self._lock: TrainingLock | None = None
-        # Of a Trainer on several ranks the first has the probe.
-        self._alone: Callable[[], AbstractContextManager[None]] = on_its_own
+        self._ranks = ALONE
 
     @classmethod
     def of(cls, probe: Probe, every: int) -> GEffectCallback:
-        """A callback for a probe that was made before; its store says what is measured already.
-
-        Ranks that made the probe together probe together.
-        """
+        """A callback for a probe that was made before; its store says what is measured already."""
         self = cls({"forget": (), "retain": ()}, every)
-        self._probe, self._alone = probe, nullcontext
+        self._probe = probe
         return self
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Prepare, and measure the model before training, or as it was saved at a probe."""
-        if not state.is_world_process_zero:
-            return
-        if self.out is not None:
-            self._unlock()
-            self._lock = TrainingLock(self.out)
+        self._ranks = here()
         try:
-            with self._alone():
+            with self._ranks.together(_NAME):
+                if self.out is not None and self._ranks.first:
+                    self._unlock()
+                    self._lock = TrainingLock(self.out)
                 self._begin(args, state, control, kwargs)
         except BaseException:
             self._unlock()
@@ -183,16 +184,17 @@ class GEffectCallback(TrainerCallback):
         """Measure the end of a training that was stopped early, and put all steps together."""
         if self._probe is None:
             return
-        if state.global_step not in self._probe.store.steps:
-            self._measure(args, state, control, kwargs.get("optimizer"), last=True)
-        self.result = self._probe.store.combined()
-        self._probe.forget()
-        if self.out is not None:
-            with locked(self.out):
-                save_result(self.result, self.out / RESULTS)
-                names = [name for name in own_files(self.out) if name != MANIFEST]
-                Manifest(checksums(self.out, sorted(names))).write(self.out)
-            self._unlock()
+        with self._ranks.together(_NAME):
+            if state.global_step not in self._probe.store.steps:
+                self._measure(args, state, control, kwargs.get("optimizer"), last=True)
+            self.result = self._probe.store.combined()
+            self._probe.forget()
+            if self.out is not None and self._ranks.first:
+                with locked(self.out):
+                    save_result(self.result, self.out / RESULTS)
+                    names = [name for name in own_files(self.out) if name != MANIFEST]
+                    Manifest(checksums(self.out, sorted(names))).write(self.out)
+                self._unlock()
 
     def _unlock(self) -> None:
         if self._lock is not None:
@@ -209,7 +211,7 @@ class GEffectCallback(TrainerCallback):
         last: bool,
     ) -> None:
         if self._probe is not None:
-            with self._alone():
+            with self._ranks.together(_NAME):
                 found = self._probe.at(
                     state.global_step, learning_rates=self._rates, last=last, optimizer=optimizer
                 )
@@ -220,10 +222,11 @@ class GEffectCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, model: nn.Module, tokenizer: Any
     ) -> Probe:
         """The probe of a model that is about to be trained."""
-        if any(hasattr(p, "ds_id") or hasattr(p, "placements") for p in model.parameters()):
+        if any(hasattr(p, "ds_id") for p in model.parameters()):
             raise UnsupportedModelError(
-                "model: its parameters are spread over devices (ZeRO, FSDP), and a probe needs "
-                "them whole; save checkpoints, and use geffect_fast.profile_checkpoints"
+                "model: its parameters are spread over devices by ZeRO, and a probe needs them "
+                "whole, or shared out by FSDP2; save checkpoints, and use "
+                "geffect_fast.profile_checkpoints"
             )
         options, resumed = dict(self._options), state.global_step > 0
         with at_rest(model):
@@ -233,6 +236,11 @@ class GEffectCallback(TrainerCallback):
                     raise InputError(
                         "reference_model: is missing; give the folder of the model as it was "
                         "before training, which objectives are compared with"
+                    )
+                if is_sharded(model):
+                    raise InputError(
+                        "reference_model: is missing, and no copy is made of a model that FSDP "
+                        "shares out; give the folder of the model as it is before training"
                     )
                 # What is frozen will not change, and need not be there twice.
                 frozen = {id(p): p for p in model.parameters() if not p.requires_grad}
@@ -244,7 +252,8 @@ class GEffectCallback(TrainerCallback):
         if measures is not None:
             decides["measures"] = measures.identity
         folder = None if self.out is None else self.out / STEPS
-        store = StepStore(folder, run_identity(profiler, training=decides, every=self.every))
+        identity = run_identity(profiler, training=decides, every=self.every)
+        store = StepStore(folder, identity, self._ranks)
         if store.steps and not resumed:
             raise InputError(
                 f"out: {store.where} holds steps of an earlier run, and this training begins; "

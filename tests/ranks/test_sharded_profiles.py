@@ -46,7 +46,12 @@ def every_case(sharded):
             models = {"model": build(architecture, dtype)}
             models["reference_model"] = build(architecture, dtype, seed=7)
             for model in models.values():
-                shard(model, ranks.here(), torch.device("cpu"))
+                if name == "few":
+                    fully_shard(model, mesh=ranks.here().mesh(torch.device("cpu")))
+                else:
+                    shard(model, ranks.here(), torch.device("cpu"))
+                with torch.no_grad():
+                    model(input_ids=torch.arange(5)[None])  # behind which its root is whole
                 assert is_sharded(model)
         found[name] = profiled(architecture, dtype, engine="reverse", **models, **given)
     return found
