@@ -34,7 +34,7 @@ LAYERS = {
     "engines": BASE | MODEL - {"engines"},
     "functional": BASE | {"ops", "capture"},
     "paths": BASE,
-    "optimizers": BASE | {"ops", "paths"},
+    "optimizers": BASE | {"ops", "paths", "capture"},
     "updates": BASE | {"ops", "capture", "data", "objectives", "optimizers"},
     "results": BASE | MODEL,
     "setting_types": BASE | {"data", "objectives", "paths", "results", "updates"},

@@ -184,13 +184,14 @@ class Plan:
         """This rank's part of each trainable parameter; all of it where nothing is shared out."""
         if self.shards is None:
             return dict(self.parameters)
-        return dict(zip(self.parameters, map(own_part, self.at_rest), strict=True))
+        return {name: own_part(p) for name, p in self.at_rest.items()}
 
     @property
-    def at_rest(self) -> list[nn.Parameter]:
+    def at_rest(self) -> dict[str, nn.Parameter]:
         """The trainable parameters as the model holds them outside of forwards and backwards."""
-        every = self.parameters.values()
-        return [*every] if self.shards is None else [self.shards.own(p) for p in every]
+        if self.shards is None:
+            return dict(self.parameters)
+        return {name: self.shards.own(p) for name, p in self.parameters.items()}
 
     @property
     def device(self) -> torch.device:
@@ -200,7 +201,7 @@ class Plan:
     def coverage(self, uncovered: Collection[str] = ()) -> Coverage:
         """Count the model's parameters; `uncovered` are trainable ones that were missed."""
         covered = [p.numel() for name, p in self.parameters.items() if name not in uncovered]
-        trainable = {id(p): p.numel() for p in self.at_rest}
+        trainable = {id(p): p.numel() for p in self.at_rest.values()}
         frozen = [p.numel() for p in self.model.parameters() if id(p) not in trainable]
         names: dict[int, list[str]] = {}
         for name, p in self.model.named_parameters(remove_duplicate=False):

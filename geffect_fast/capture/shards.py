@@ -270,12 +270,12 @@ def part_of(whole: Tensor, like: Tensor) -> Tensor:
     """What this rank holds of a whole tensor that is shared out as another one is.
 
     Args:
-        whole: the same on all ranks.
+        whole: the same on all ranks, or shared out already.
         like: of its shape; one that is whole itself keeps it whole.
     """
     from torch.distributed.tensor import DTensor, distribute_tensor
 
-    if not isinstance(like, DTensor):
+    if isinstance(whole, DTensor) or not isinstance(like, DTensor):
         return whole
     where = like.to_local().device
     # Every rank has it: nobody sends it.

@@ -53,7 +53,7 @@ class TakenStep:
         if metric.reads != "none":
             chosen = metric.formed_of(self._schedule.objectives)
             read = {name: of[chosen] for name, of in self._gradients().items()}
-        return metric.formed(self._schedule.plan.parameters, read)
+        return metric.formed(self._schedule.plan.held, read)
 
     @property
     def in_place(self) -> NextStep | None:
@@ -64,6 +64,7 @@ class TakenStep:
         """Bring the risks' gradients `(M, *shape)` into the metric of effects, in place."""
         if self.in_place is not None:
             self._added = self.in_place.beside_gradient(directions)
+            self._schedule.add_up_parts(self._added)
             self.in_place.scale(directions)
 
     def variables(self, directions: Mapping[str, Tensor], found: Effects) -> dict[str, Any]:
@@ -109,8 +110,9 @@ def effects_beside(
     """
     objectives, resolution = schedule.objectives, schedule.resolution
     effects, *beside = metric.products(
-        schedule.plan.parameters, directions, gradients, mixture, metric.formed_of(objectives)
+        schedule.plan.held, directions, gradients, mixture, metric.formed_of(objectives)
     )
+    schedule.add_up_parts([effects, *beside])
     values = torch.zeros(len(objectives), dtype=torch.float64)  # which were checked
     check_effects(effects, values, objectives, list(directions))
     variables = metric.variables(resolution, effects.sum(-1), beside)
@@ -142,6 +144,7 @@ def conflicts_of(
     resolution, risks = schedule.resolution, schedule.risk_names
     retain = {name: of[risks.index("retain")] for name, of in directions.items()}
     masses = gradient_masses(gradients, retain, resolution)
+    schedule.add_up_parts([masses])
     traces = fisher_traces(schedule.plan, schedule.risk_passes, len(risks), reference, tick)
     labels, columns = resolution.columns()
     of_parts = traces.new_zeros(len(traces), len(labels))

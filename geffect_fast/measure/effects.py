@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -113,7 +113,8 @@ def find_effects(
         tick: progress.
         step: in whose metric effects and Gram matrices are; None: plain.
     """
-    grams = partial(whole_grams, plan, ranks_of(passes)) if step is None else step.gram
+    form = gram_matrices if step is None else step.gram
+    grams = partial(whole_grams, plan, ranks_of(passes), form)
     labels, columns = resolution.columns()
     n_parts = mixture.shape[1]
     names = list(plan.parameters)
@@ -163,9 +164,18 @@ def _nowhere(_data_pass: DataPass, _batch: Batch, _effects: Tensor) -> None:
     """Effects that another rank writes to its file."""
 
 
-def whole_grams(plan: Plan, ranks: Ranks, *gradients: Mapping[str, Tensor]) -> Tensor:
-    """`gram_matrices` of whole gradients, of which each rank may have its part."""
-    grams = gram_matrices(*gradients)
+def whole_grams(
+    plan: Plan, ranks: Ranks, form: Callable[..., Tensor], *gradients: Mapping[str, Tensor]
+) -> Tensor:
+    """Gram matrices of whole gradients, of which each rank may have its part.
+
+    Args:
+        plan: of the model.
+        ranks: who have the parts.
+        form: forms them of parts, as `gram_matrices` or `NextStep.gram`.
+        gradients: as it takes them.
+    """
+    grams = form(*gradients)
     if plan.shards is not None:
         ranks.add_up([grams])
     return grams

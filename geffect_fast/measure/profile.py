@@ -169,7 +169,7 @@ def profile(
     if metric is not None:
         plan = profiler.plan
         step = step_objective(
-            StepMetric.of(metric, optimizer, plan.model, plan.parameters),
+            StepMetric.of(metric, optimizer, plan.model, plan.at_rest),
             None if step_of is None else resolve(step_of),
             profiler.objectives,
         )

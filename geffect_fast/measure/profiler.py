@@ -40,7 +40,7 @@ from geffect_fast.objectives import Objective
 from geffect_fast.ops.ieee_fp32 import ieee_fp32
 from geffect_fast.ranks import here
 from geffect_fast.results.axes import by_row
-from geffect_fast.results.dataset import check_gradients, dataset
+from geffect_fast.results.dataset import check_gradients, dataset, gram_matrices
 from geffect_fast.results.intervals import LEVEL
 from geffect_fast.results.risk_rows import RowValues
 from geffect_fast.results.token_weights import ObjectiveWeights
@@ -127,7 +127,9 @@ class Profiler:
             self.ranks.check_serves(self.plan.device)
             if prepared.reference is not None:
                 check_replicas(prepared.reference, self.ranks, "reference_model")
-            self._schedule = schedule = Schedule(prepared, self.plan)
+            shards = self.plan.shards
+            with nullcontext() if shards is None else shards.at_work():
+                self._schedule = schedule = Schedule(prepared, self.plan)
         self.objectives, self.sets = prepared.objectives, prepared.sets
         self.risk_names, self.own_loss = schedule.risk_names, schedule.own_loss
         self._tokenizer = prepared.tokenizer
@@ -208,10 +210,10 @@ class Profiler:
         if not unchanged:
             check_finite(self.plan.model)
         check_replicas(self.plan.model, self.ranks)
-        if self.plan.shards is not None:
-            self._check_serves_shards(step, second_order, conflicts)
-        shape = self._checked_shape(out, step)
         places = conflicts and resolution.within == "position"
+        if self.plan.shards is not None:
+            self._check_serves_shards(second_order, places)
+        shape = self._checked_shape(out, step)
         if places:
             check_places_apart(self.objectives, schedule.passes, schedule.mixture)
             check_place_memory(resolution.shape(len(self.objectives), 3))
@@ -252,9 +254,10 @@ class Profiler:
                 )
                 attributes |= self.ranks.first_of(error)
             if rows is not None:
-                plain = partial(whole_grams, self.plan, self.ranks)
-                in_metric: Callable[..., Tensor] = plain if along is None else along.gram
-                of_risks = in_metric(directions) if gram is None else gram
+                form = gram_matrices if along is None else along.gram
+                of_risks = gram
+                if of_risks is None:
+                    of_risks = whole_grams(self.plan, self.ranks, form, directions)
                 square, names = float(of_risks[:, 0, 0].sum()), resolution.set_names
                 each = self.ranks.first_of(None if array is None else by_row(array))
                 assert each is not None  # the first rank's
@@ -291,11 +294,9 @@ class Profiler:
                 self.ranks.meet()  # the file may be moved from now on
         return Measurement(result, directions)
 
-    def _check_serves_shards(
-        self, step: StepMetric | None, second_order: bool, conflicts: bool
-    ) -> None:
+    def _check_serves_shards(self, second_order: bool, places: bool) -> None:
         """Raise `InputError` where something is asked for that needs whole gradients."""
-        asked = {"metric": step is not None, "second_order": second_order, "conflicts": conflicts}
+        asked = {"second_order": second_order, "conflicts by position": places}
         for name, is_asked in asked.items():
             if is_asked:
                 raise InputError(

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from geffect_fast.capture.compat import own_part
+from geffect_fast.capture.shards import part_of
 from geffect_fast.errors import InputError
 from geffect_fast.objectives import Objective
 from geffect_fast.ops.reference import accumulation_dtype
@@ -81,7 +83,7 @@ class StepMetric:
             metric: a key of `RULES`, or a diagonal by parameter.
             optimizer: a live one, a file or folder that `read_state` reads, or None.
             model: which is profiled.
-            parameters: its trainable ones, by name.
+            parameters: its trainable ones at rest, by name.
 
         Raises:
             InputError: the metric is not known, or the optimizer is of another kind or model.
@@ -94,7 +96,7 @@ class StepMetric:
         if optimizer is None:
             group = {"lr": 1.0, **RULES[metric].options}
             group["decoupled_weight_decay"] = metric == "adamw"
-            held = {name: Held(p, group, {}) for name, p in parameters.items()}
+            held = {name: Held(own_part(p), group, {}) for name, p in parameters.items()}
             return replace(_stepping(metric, held, "optimizer"), learning_rate=None)
         if isinstance(optimizer, str | Path):
             state, where = read_state(optimizer)
@@ -143,7 +145,7 @@ class StepMetric:
 
     def products(
         self,
-        parameters: Mapping[str, nn.Parameter],
+        parameters: Mapping[str, Tensor],
         directions: Mapping[str, Tensor],
         gradients: Mapping[str, Tensor],
         mixture: Tensor,
@@ -154,7 +156,8 @@ class StepMetric:
         Parameters are read piece by piece, so that nothing of the model's size is held.
 
         Args:
-            parameters: the trainable ones, by name.
+            parameters: the trainable ones, by name; of what ranks share out, as of all that is by
+                parameter here, this rank's parts, whose products are to be added up.
             directions: gradients of the risks, `(M, *shape)` by parameter.
             gradients: `(n, *shape)` by parameter.
             mixture: `(K, n)`, how often each of them counts in each objective's.
@@ -190,7 +193,7 @@ class StepMetric:
         return found[:, :-2].permute(1, 2, 0), found[:, -2], found[:, -1]
 
     def formed(
-        self, parameters: Mapping[str, nn.Parameter], gradients: Mapping[str, Tensor] | None
+        self, parameters: Mapping[str, Tensor], gradients: Mapping[str, Tensor] | None
     ) -> NextStep:
         """The step with its own gradients `(K, *shape)` by parameter, where `reads` any."""
         if self.rule is None:
@@ -406,6 +409,7 @@ def _checked_diagonal(
                 f"{tuple(p.shape)}"
             )
         of = of.detach().to(p.device, accumulation_dtype(p.dtype))
+        of = own_part(part_of(of, p)) if of.dim() else of
         if not bool((torch.isfinite(of) & (of >= 0)).all()):
             raise InputError(
                 f"metric: the diagonal of '{name}' has a value that is negative or not finite"

@@ -5,12 +5,15 @@ from __future__ import annotations
 import pickle
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from geffect_fast.capture.compat import own_part
+from geffect_fast.capture.shards import part_of
 from geffect_fast.errors import InputError
 from geffect_fast.optimizers.rules import RULES, Held
 from geffect_fast.paths import user_path
@@ -170,7 +173,7 @@ def _in_order(
 
 
 def _checked(held: dict[str, Held], where: str) -> dict[str, Held]:
-    """The same; raise `InputError` where a tensor of the state has another shape."""
+    """What this rank holds of it; raise `InputError` where a tensor of the state has another shape."""
     for name, each in held.items():
         for key, value in each.state.items():
             if isinstance(value, Tensor) and value.dim() and value.shape != each.parameter.shape:
@@ -179,7 +182,16 @@ def _checked(held: dict[str, Held], where: str) -> dict[str, Held]:
                     f"{tuple(each.parameter.shape)}; it is the state of another model: give this "
                     "one's"
                 )
-    return held
+    return {name: _own_part(each) for name, each in held.items()}
+
+
+def _own_part(held: Held) -> Held:
+    p = held.parameter
+    state = {
+        key: own_part(part_of(value, p)) if isinstance(value, Tensor) and value.dim() else value
+        for key, value in held.state.items()
+    }
+    return replace(held, parameter=own_part(p), state=state)
 
 
 def check_options(held: Iterable[Held], kind: str, where: str) -> None:

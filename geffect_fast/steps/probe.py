@@ -144,7 +144,7 @@ class Probe:
         plan, first = self.profiler.plan, self._before is None
         for line in self.store.left_alone if self.latest is None else ():
             warnings.warn(line, GEffectWarning, stacklevel=2)
-        with at_rest(plan.model, plan.at_rest):
+        with at_rest(plan.model, plan.at_rest.values()):
             if step in self.store.steps:
                 self._before = None  # its memory goes before there is more
                 result = self.store.read(step)
@@ -188,17 +188,12 @@ class Probe:
         if optimizer is None:
             return None, None
         plan, objectives = self.profiler.plan, self.profiler.objectives
-        if plan.shards is not None:
-            return None, (
-                "the metric of an optimizer needs whole gradients, and FSDP shares out the model's "
-                "parameters"
-            )
         trained = next((o for o in objectives if str(o) == self.trained), None)
         try:
             metric = (
-                StepMetric.saved(optimizer, plan.model, plan.parameters)
+                StepMetric.saved(optimizer, plan.model, plan.at_rest)
                 if isinstance(optimizer, Path)
-                else StepMetric.live(optimizer, plan.parameters)
+                else StepMetric.live(optimizer, plan.at_rest)
             )
             return step_objective(metric, trained, objectives), None
         except InputError as error:  # effects along the gradient stand without it
