@@ -371,10 +371,8 @@ class Schedule:
     def _look_at_the_model(self, prepared: Prepared[Measuring]) -> None:
         """Choose engine and layout, and compare the model's own loss with the risk."""
         settings, plan, forget = prepared.settings, self.plan, self.sets["forget"]
-        if plan.shards is not None:
-            self._check_serves_shards(settings)
         self.choice = choose_engine(
-            settings.engine if plan.shards is None else "reverse",
+            settings.engine,
             settings.resolve,
             settings.norms,
             n_risks=len(self.risk_names),
@@ -405,14 +403,6 @@ class Schedule:
         if prepared.reference is not None:
             with within_budget(self.token_budget, one_sample=True):
                 check_reference(prepared.reference, self.layout, forget, longest)
-
-    def _check_serves_shards(self, settings: Measuring) -> None:
-        """Raise where a model whose parameters are shared out cannot be measured so."""
-        if settings.engine == "forward" or "token" in settings.resolve:
-            raise UnsupportedModelError(
-                "engine forward: its dual pass needs whole weights, and FSDP shares them out; use "
-                "engine='reverse', with 'position' in place of 'token'"
-            )
 
     def _tokens_that_fit(self) -> int:
         """Tokens a batch, from what they take and the memory that is free."""

@@ -127,7 +127,9 @@ class Profiler:
             self.ranks.check_serves(self.plan.device)
             if prepared.reference is not None:
                 check_replicas(prepared.reference, self.ranks, "reference_model")
-            self._schedule = schedule = Schedule(prepared, self.plan)
+            shards = self.plan.shards
+            with nullcontext() if shards is None else shards.at_work():
+                self._schedule = schedule = Schedule(prepared, self.plan)
         self.objectives, self.sets = prepared.objectives, prepared.sets
         self.risk_names, self.own_loss = schedule.risk_names, schedule.own_loss
         self._tokenizer = prepared.tokenizer
