@@ -418,6 +418,10 @@ class Schedule:
             each.totals().n_targets["answer"] / sum(len(s.answer) for s in each.samples)
             for each in self.sets.values()
         ]
+        n_trained = sum(p.numel() for p in self.plan.held.values())
+        if self.plan.shards is not None:  # and of a block all of it
+            at_once = self.plan.shards.at_once(list(self.plan.parameters.values()))
+            n_trained += max(sum(p.numel() for p in some) for some in at_once)
         return estimate_token_budget(
             model,
             n_directions=len(self.risk_names),
@@ -427,6 +431,7 @@ class Schedule:
             logits=not {"logits", "reference_logits"}.isdisjoint(needs),
             predicted=max(predicted),
             by_sample=layout != "packed" or splits_attention(model, largest),
+            n_trained=n_trained,
         )
 
     def _divide_into_batches(self, settings: Measuring) -> None:
