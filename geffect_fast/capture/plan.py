@@ -140,8 +140,8 @@ class Plan:
         if is_sharded(model):
             if not may_be_sharded:
                 raise UnsupportedModelError(
-                    "model: FSDP shares out its parameters, which profiles know of, by the "
-                    "reverse engine, and nothing else does; give it whole"
+                    "model: FSDP shares out its parameters, which profiles and trainings know of, "
+                    "and nothing else does; give it whole"
                 )
             shards = Shards(model, here())
         why = mixing_module(model)

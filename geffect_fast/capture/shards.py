@@ -55,6 +55,7 @@ class Shards:
     Attributes:
         ranks: as given.
         groups: modules whose parameters come and go together.
+        places: by group where modules hold its parameters: the module, the key, the whole one.
 
     Raises:
         InputError: this rank measures by itself.
@@ -72,6 +73,7 @@ class Shards:
         self._whole: dict[int, nn.Parameter] = {}
         self._own: dict[int, nn.Parameter] = {}
         self._group_of: dict[int, FSDPModule] = {}
+        self.places: dict[FSDPModule, list[tuple[nn.Module, str, nn.Parameter]]] = {}
         for name, p in model.named_parameters():
             if not isinstance(p, DTensor):
                 raise UnsupportedModelError(
@@ -94,9 +96,11 @@ class Shards:
                 if p is not None
             }
             group.unshard()
+            places = self.places[group] = []
             for (module, key), p in held.items():
                 whole = module._parameters[key]
                 if whole is not None and whole is not p:
+                    places.append((module, key, whole))
                     self._whole[id(p)], self._own[id(whole)] = whole, p
                     self._group_of[id(whole)] = group
             group.reshard()
@@ -108,6 +112,11 @@ class Shards:
     def own(self, whole: nn.Parameter) -> nn.Parameter:
         """What the model holds at rest of a whole parameter, a `DTensor`."""
         return self._own[id(whole)]
+
+    @property
+    def parts(self) -> list[nn.Parameter]:
+        """What the model holds at rest, also of what is whole now, as a root is after a forward."""
+        return list(self._own.values())
 
     def groups_of(self, wholes: Sequence[nn.Parameter]) -> list[FSDPModule]:
         """The groups that hold parameters, in the model's order."""
@@ -198,6 +207,15 @@ class Shards:
             for held, name, value in before:
                 setattr(held, name, value)
 
+    def at_once(self, wholes: Sequence[nn.Parameter]) -> list[list[nn.Parameter]]:
+        """Of some parameters those that a forward has whole at the same time: of each group its
+        own, and those of the groups around it."""
+        within = {id(group): {*map(id, group.modules())} for group in self.groups}
+        return [
+            [p for p in wholes if id(group) in within[id(self._group_of[id(p)])]]
+            for group in self.groups
+        ]
+
     @contextmanager
     def at_work(self) -> Iterator[None]:
         """Inside, forwards and backwards run; before and behind, after errors too, all rests."""
@@ -208,13 +226,16 @@ class Shards:
                 self.rest()
                 yield
         except BaseException:
-            self.rest()
-            reset = getattr(self.groups[0], "reset_iter_state", None)  # not every torch has it
-            if reset is not None:
-                reset()
+            self.put_right()
             raise
-        finally:
-            self.rest()
+        self.rest()
+
+    def put_right(self) -> None:
+        """After an error in the middle of a forward or backward: as before it."""
+        self.rest()
+        reset = getattr(self.groups[0], "reset_iter_state", None)  # not every torch has it
+        if reset is not None:
+            reset()
 
     def rest(self) -> None:
         """Let go of whole parameters."""

@@ -53,6 +53,7 @@ def estimate_token_budget(
     logits: bool = False,
     predicted: float = 1.0,
     by_sample: bool = False,
+    n_trained: int | None = None,
     memory_bytes: int | None = None,
 ) -> int:
     """The largest batch, in tokens, that the memory of the model's device holds.
@@ -71,10 +72,10 @@ def estimate_token_budget(
                                      `by_sample`; with eager attention the scores of all heads,
                                      saved in every layer
 
-    `e` is the bytes of a weight, `P` the number of trainable elements, `M` is `n_directions`, `K`
-    is `n_gradients`, `r` is `predicted`. Gradient checkpointing saves nothing, as it is off while a
-    model is watched. With `forward`, `1 + M` times the logits' part counts where it is more than
-    `b`. On a CPU `T` is at most `max(256, hidden)`, see `CPU_CAP_PER_HIDDEN`.
+    `e` is the bytes of a weight, `P` is `n_trained`, `M` is `n_directions`, `K` is `n_gradients`,
+    `r` is `predicted`. Gradient checkpointing saves nothing, as it is off while a model is watched.
+    With `forward`, `1 + M` times the logits' part counts where it is more than `b`. On a CPU `T` is
+    at most `max(256, hidden)`, see `CPU_CAP_PER_HIDDEN`.
 
     Args:
         model: a transformers causal language model, on its device, before directions are made.
@@ -85,6 +86,7 @@ def estimate_token_budget(
         logits: whether any of them reads logits.
         predicted: part of the tokens that predict a label.
         by_sample: whether attention runs sample by sample, without a mask.
+        n_trained: trainable elements of which gradients are held here; None: all of the model's.
         memory_bytes: use this instead of the device's free memory.
 
     Returns:
@@ -108,7 +110,8 @@ def estimate_token_budget(
     heads = [w for m, w in weights if not isinstance(m, nn.Embedding) and vocab in w.shape]
     # A Conv1D stores its weight transposed: the larger side is taken for d_out.
     d_out = sum(max(w.shape) for w in layers)
-    n_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    if n_trained is None:
+        n_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
 
     fixed = wide * n_directions * n_trained
     if itemsize < WIDE_BYTES and device.type == "cuda":

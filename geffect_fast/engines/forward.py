@@ -68,14 +68,22 @@ def moves_for(
     device = plan.device
     if memory_bytes is None:
         memory_bytes = free_memory(device) // 2 if device.type == "cuda" else 2**62
+    of: list[list[str]] = [[] for _ in range(max(columns) + 1)]
+    for name, column in zip(plan.parameters, columns, strict=True):
+        of[column].append(name)
+    sizes = [_n_bytes(plan, names) for names in of]
+    if plan.shards is not None:  # all ranks make the same passes
+        told = plan.shards.ranks.meet((memory_bytes, sizes))
+        memory_bytes = min(memory for memory, _ in told)
+        sizes = [max(each) for each in zip(*(own for _, own in told), strict=True)]
     moves = []
-    for column in range(max(columns) + 1):
-        names = [name for name, c in zip(plan.parameters, columns, strict=True) if c == column]
-        size = sum(_n_bytes(plan, name) for name in names)
+    for column, (names, size) in enumerate(zip(of, sizes, strict=True)):
         together = min(max(memory_bytes // max(size, 1), 1), n_directions)
         for first in range(0, n_directions, together):
             risks = tuple(range(first, min(first + together, n_directions)))
-            for piece in _pieces(plan, names, memory_bytes):
+            # Of what is shared out a block is there at a time, whose weights are larger.
+            pieces = _pieces(plan, names, memory_bytes) if plan.shards is None else [tuple(names)]
+            for piece in pieces:
                 moves.append(Move(column, piece, risks))
     return moves
 
@@ -85,7 +93,7 @@ def _pieces(plan: Plan, names: Sequence[str], memory_bytes: int) -> Iterator[tup
     piece: list[str] = []
     used = 0
     for name in names:
-        size = _n_bytes(plan, name)
+        size = _n_bytes(plan, [name])
         if piece and used + size > memory_bytes:
             yield tuple(piece)
             piece, used = [], 0
@@ -94,9 +102,18 @@ def _pieces(plan: Plan, names: Sequence[str], memory_bytes: int) -> Iterator[tup
     yield tuple(piece)
 
 
-def _n_bytes(plan: Plan, name: str) -> int:
-    p = plan.parameters[name]
-    return p.numel() * p.element_size()
+def _n_bytes(plan: Plan, names: Sequence[str]) -> int:
+    """What one direction of some parameters takes on a device: of what is shared out this rank's
+    part, and the whole of as much as is whole at once."""
+    whole = {
+        name: plan.parameters[name].element_size() * plan.parameters[name].numel() for name in names
+    }
+    if plan.shards is None:
+        return sum(whole.values())
+    held = plan.held
+    parts = sum(plan.parameters[n].element_size() * held[n].numel() for n in names)
+    at_once = plan.shards.at_once([plan.parameters[name] for name in names])
+    return parts + max(sum(p.element_size() * p.numel() for p in some) for some in at_once)
 
 
 def forward_effects(
@@ -116,7 +133,8 @@ def forward_effects(
     Args:
         plan: of the model.
         passes: which objectives read which batches.
-        directions: `(M, *shape)` for every trainable parameter, on any device.
+        directions: `(M, *shape)` for every trainable parameter, or a rank's part of it, on any
+            device.
         n_objectives: K.
         reference: what the objectives compare with.
         collect: receives each batch's effects, such as `EffectArray.add`.
@@ -142,7 +160,7 @@ def forward_effects(
                     change, found = _changes(
                         model, data_pass, batch, moved_along, reference, judged, first=number == 0
                     )
-                if attempt.failed:
+                if attempt.failed or attempt.idle:
                     continue
                 change = change * scale[:, None, None]
                 n = batch.total_tokens if per_token else batch.n_samples
@@ -232,9 +250,13 @@ def _on_device(
     risks = slice(move.risks[0], move.risks[-1] + 1)  # neighbours: no copy
     chosen = {name: directions[name][risks] for name in move.names}
     if torch.float16 in precisions(plan.model):
-        squares = sum(v.double().flatten(1).square().sum(1).cpu() for v in chosen.values())
+        squares = torch.stack(
+            [v.double().flatten(1).square().sum(1).cpu() for v in chosen.values()]
+        ).sum(0)
+        if plan.shards is not None:
+            plan.shards.ranks.add_up([squares])
         # what is zero stays zero, also in fp32
-        scale = torch.as_tensor(squares).sqrt().clamp(min=2.0**-100).log2().round().exp2()
+        scale = squares.sqrt().clamp(min=2.0**-100).log2().round().exp2()
         inverse = on_device(1 / scale, next(iter(chosen.values())).device)
         chosen = {
             n: v * inverse.to(v.dtype).view(-1, *[1] * (v.dim() - 1)) for n, v in chosen.items()

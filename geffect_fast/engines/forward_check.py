@@ -67,14 +67,14 @@ def _problem(plan: Plan, sample_set: SampleSet, layout: Layout) -> str | None:
     batch = probe_batch(plan, sample_set, layout)
     dtypes = precisions(plan.model)
     floor, limit, certain = (max(of[d] for d in dtypes) for of in (FLOOR, TOLERANCE, CERTAIN))
-    along, scale = _own_gradients(plan, batch, floor)
+    along, sizes, scale = _own_gradients(plan, batch, floor)
     if not along:
         return None  # every gradient is zero
     model = DualModel(plan)
-    problem = _lost(model, batch, along, scale, floor, limit, certain)
+    problem = _lost(model, batch, along, sizes, scale, limit, certain)
     if problem is not None and not model.by_framework:
         model.run_by_framework()  # which may pass what duals do not
-        problem = _lost(model, batch, along, scale, floor, limit, certain)
+        problem = _lost(model, batch, along, sizes, scale, limit, certain)
     return problem
 
 
@@ -82,8 +82,8 @@ def _lost(
     model: DualModel,
     batch: Batch,
     along: dict[str, Tensor],
+    sizes: dict[str, float],
     scale: float,
-    floor: float,
     limit: float,
     certain: float,
 ) -> str | None:
@@ -111,8 +111,7 @@ def _lost(
         name, share = some[0], 1 + off(some)
         if abs(share - 1) <= limit:
             return None
-        size = floor**0.5 / float(along[name].double().norm())  # beside the largest
-        if abs(share) <= limit / 10 or size > certain:
+        if abs(share) <= limit / 10 or sizes[name] > certain:
             return (
                 f"parameter '{name}': forward mode gives {share:.4g} of its derivative by reverse "
                 "mode, so code on its way to the logits drops tangents"
@@ -122,24 +121,34 @@ def _lost(
     return None
 
 
-def _own_gradients(plan: Plan, batch: Batch, floor: float) -> tuple[dict[str, Tensor], float]:
-    """`s g / |g|^2` `(1, *shape)` of every parameter whose gradient is more than noise, and `s`, at
-    which their lengths are neither too large nor too small for fp16."""
-    parameters = plan.parameters
-    with torch.enable_grad():
+def _own_gradients(
+    plan: Plan, batch: Batch, floor: float
+) -> tuple[dict[str, Tensor], dict[str, float], float]:
+    """Of every parameter whose gradient is more than noise `s g / |g|^2` `(1, *shape)`, and `|g|`
+    beside the largest; and `s`, at which lengths are neither too large nor too small for fp16."""
+    parameters, shards = plan.parameters, plan.shards
+    sources = list(parameters.values())
+    with torch.enable_grad(), plan.summing():
         loss = model_outputs(plan.model, batch).token_logprob.sum()
-    grads = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+        grads: Sequence[Tensor | None]
+        if shards is None:
+            grads = torch.autograd.grad(loss, sources, allow_unused=True)
+        else:  # each rank's loss is the same, and they are added up
+            grads = plan.sharded_gradients(loss / shards.ranks.size, sources, more=False)
     found = {name: g for name, g in zip(parameters, grads, strict=True) if g is not None}
-    each = torch.stack([g.double().norm() for g in found.values()]) if found else torch.zeros(0)
-    norms = dict(zip(found, each.tolist(), strict=True))
+    squares = [g.double().square().sum() for g in found.values()]
+    each = torch.stack(squares).cpu() if squares else torch.zeros(0)
+    if shards is not None:
+        shards.ranks.add_up([each])
+    norms = dict(zip(found, each.sqrt().tolist(), strict=True))
     largest = max(norms.values(), default=0.0)
     scale = largest * floor**0.5
     along = {
-        name: (g.double() * (scale / norms[name] ** 2)).to(g.dtype)[None]
+        name: (g.double() * (scale / norms[name] ** 2)).to(parameters[name].dtype)[None]
         for name, g in found.items()
         if norms[name] > floor * largest
     }
-    return along, scale
+    return along, {name: norms[name] / largest for name in along}, scale
 
 
 def _moved(model: DualModel, batch: Batch, along: dict[str, Tensor]) -> float:
@@ -161,13 +170,18 @@ def _failing_module(model: DualModel, batch: Batch, along: dict[str, Tensor]) ->
     names = {module: name for name, module in model.plan.model.named_modules()}
     handles = [m.register_forward_pre_hook(enter, prepend=True) for m in names]
     handles += [m.register_forward_hook(leave) for m in names]
+    shards = model.plan.shards
     try:
+        if shards is not None:
+            shards.put_right()
         _moved(model, batch, along)
     except Exception:  # as above
         pass
     finally:
         for handle in handles:
             handle.remove()
+        if shards is not None:
+            shards.put_right()
     where = inside[-1] if inside else ""
     kind = type(model.plan.model.get_submodule(where)).__name__
     return f"module '{where or kind}' ({kind})" if where else f"the model ({kind})"

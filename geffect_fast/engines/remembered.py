@@ -52,9 +52,10 @@ def state_of(plan: Plan) -> Hashable:
                 *((k, _plain(own[k])) for k in sorted(own.keys() - _OF_EVERY_MODULE)),
             )
         )
+    parameters = model.parameters() if plan.shards is None else plan.shards.parts
     tensors = tuple(
         (own_part(x).data_ptr(), x._version, x.dtype, x.device, x.shape, x.requires_grad)
-        for x in (*model.parameters(), *model.buffers())
+        for x in (*parameters, *model.buffers())
     )
     served = tuple(
         (where, own.rule, own.factor, *own.names.items()) for where, own in plan.owners.items()

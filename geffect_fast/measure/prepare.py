@@ -371,10 +371,8 @@ class Schedule:
     def _look_at_the_model(self, prepared: Prepared[Measuring]) -> None:
         """Choose engine and layout, and compare the model's own loss with the risk."""
         settings, plan, forget = prepared.settings, self.plan, self.sets["forget"]
-        if plan.shards is not None:
-            self._check_serves_shards(settings)
         self.choice = choose_engine(
-            settings.engine if plan.shards is None else "reverse",
+            settings.engine,
             settings.resolve,
             settings.norms,
             n_risks=len(self.risk_names),
@@ -406,14 +404,6 @@ class Schedule:
             with within_budget(self.token_budget, one_sample=True):
                 check_reference(prepared.reference, self.layout, forget, longest)
 
-    def _check_serves_shards(self, settings: Measuring) -> None:
-        """Raise where a model whose parameters are shared out cannot be measured so."""
-        if settings.engine == "forward" or "token" in settings.resolve:
-            raise UnsupportedModelError(
-                "engine forward: its dual pass needs whole weights, and FSDP shares them out; use "
-                "engine='reverse', with 'position' in place of 'token'"
-            )
-
     def _tokens_that_fit(self) -> int:
         """Tokens a batch, from what they take and the memory that is free."""
         model, layout = self.plan.model, self.layout
@@ -428,6 +418,10 @@ class Schedule:
             each.totals().n_targets["answer"] / sum(len(s.answer) for s in each.samples)
             for each in self.sets.values()
         ]
+        n_trained = sum(p.numel() for p in self.plan.held.values())
+        if self.plan.shards is not None:  # and of a block all of it
+            at_once = self.plan.shards.at_once(list(self.plan.parameters.values()))
+            n_trained += max(sum(p.numel() for p in some) for some in at_once)
         return estimate_token_budget(
             model,
             n_directions=len(self.risk_names),
@@ -437,6 +431,7 @@ class Schedule:
             logits=not {"logits", "reference_logits"}.isdisjoint(needs),
             predicted=max(predicted),
             by_sample=layout != "packed" or splits_attention(model, largest),
+            n_trained=n_trained,
         )
 
     def _divide_into_batches(self, settings: Measuring) -> None:

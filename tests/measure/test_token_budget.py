@@ -129,6 +129,7 @@ def test_budget_solves_its_own_formula(uncapped):
         {"logits": True},
         {"predicted": 1.0},
         {"by_sample": False},
+        {"n_trained": 2**20},
         {"memory_bytes": 2**22},
     ],
     ids=str,

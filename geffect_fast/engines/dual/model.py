@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, jvp, vmap
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+from torch.func import jvp, vmap
 
 from geffect_fast.capture import Plan
-from geffect_fast.capture.compat import forward_differentiable, plain_name
+from geffect_fast.capture.compat import forward_differentiable
+from geffect_fast.capture.shards import gathered
 from geffect_fast.data.batch import Batch
 from geffect_fast.engines.dual.modes import DualFunctions, DualPass
 from geffect_fast.engines.dual.modules import dual_modules, fast_forwards
 from geffect_fast.engines.dual.packing import Packing, packing
+from geffect_fast.engines.dual.rule import Primals, Rule, Tangents
 from geffect_fast.engines.dual.tensor import Dual, NoRuleError
 from geffect_fast.engines.dual.transformers_attention import attention_apart
 from geffect_fast.engines.model_outputs import model_outputs, packed_attention
+from geffect_fast.errors import UnsupportedModelError
 from geffect_fast.objectives import Outputs
 from geffect_fast.objectives.base import Need
+
+if TYPE_CHECKING:
+    from torch.distributed.fsdp import FSDPModule
 
 _BY_FRAMEWORK: WeakSet[nn.Module] = WeakSet()
 """Models that duals do not pass."""
@@ -32,17 +40,16 @@ class DualModel:
     Its own code runs, with duals in place of the parameters that move (`tensor`). Where that
     cannot be, because something in the model writes into a constant, say, torch's forward mode runs
     the model instead: whatever it does, at the price of more host time.
+
+    Of a model whose parameters are shared out each group's directions come with its weights, and go
+    with them.
     """
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
-        self._forwards = fast_forwards(plan.model)
-        self._names = {p: plain_name(name) for name, p in plan.model.named_parameters()}
-        # Without a graph, although gradients are enabled. What is frozen has none and stays what it
-        # is: a quantised weight knows itself how it is read.
-        self._values: dict[str, Tensor] = {
-            name: p.detach() if p.requires_grad else p for p, name in self._names.items()
-        }
+        groups: Any = () if plan.shards is None else plan.shards.groups
+        self._forwards = fast_forwards(plan.model, besides=groups)
+        self._names = {p: name for name, p in plan.parameters.items()}
 
     @property
     def by_framework(self) -> bool:
@@ -59,18 +66,27 @@ class DualModel:
         """What the model says about a batch, and how that moves with the parameters.
 
         Args:
-            directions: `(M, *shape)` for the parameters that move, in their dtype.
+            directions: `(M, *shape)` for the parameters that move, in their dtype; this rank's part
+                of each where they are shared out.
             batch: on the model's device.
             needs: as `model_outputs`.
 
         Returns:
             The outputs, and their derivatives along each direction.
+
+        Raises:
+            UnsupportedModelError: duals do not pass the model, whose parameters are shared out: the
+                other ranks would not run it again.
         """
         with self._ready():
             if not self.by_framework:
                 try:
                     found = self._by_duals(directions, batch, needs)
-                except NoRuleError:
+                except NoRuleError as error:
+                    if self.plan.shards is not None:
+                        raise UnsupportedModelError(
+                            f"engine forward: {error}; use engine='reverse', without 'token'"
+                        ) from error
                     self.run_by_framework()
             if self.by_framework:
                 found = self._by_framework(directions, batch, needs)
@@ -93,26 +109,14 @@ class DualModel:
     def _by_duals(
         self, directions: Mapping[str, Tensor], batch: Batch, needs: frozenset[Need]
     ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        own = {
-            name: Dual(p, directions[name]) if name in directions else p
-            for name, p in self._values.items()
-        }
-        places = [
-            (module._parameters, key, p)
-            for module in self.plan.model.modules()
-            for key, p in module._parameters.items()
-            if p is not None
-        ]
         layout = _packing(batch)
-        with packing(layout), attention_apart(self.plan.model, layout):
-            try:
-                for holder, key, p in places:
-                    holder[key] = own[self._names[p]]  # type: ignore[assignment]
-                with DualPass():
-                    found = model_outputs(self.plan.model, batch, needs).tensors()
-            finally:
-                for holder, key, p in places:
-                    holder[key] = p
+        with (
+            packing(layout),
+            attention_apart(self.plan.model, layout),
+            self._moving(directions, Dual),
+            DualPass(),
+        ):
+            found = model_outputs(self.plan.model, batch, needs).tensors()
         n = len(next(iter(directions.values())))
         values = tuple(x.primal if isinstance(x, Dual) else x for x in found)
         tangents = tuple(
@@ -124,44 +128,100 @@ class DualModel:
     def _by_framework(
         self, directions: Mapping[str, Tensor], batch: Batch, needs: frozenset[Need]
     ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        run = _Run(self.plan.model)
-        moving = {name: p for name, p in self._values.items() if name in directions}
-        along = {name: directions[name] for name in moving}
-        # Each place where a module holds one, once: of a module that stands at several places torch
-        # would put back what it had put there itself.
-        places = {
-            f"{where}.{key}": self._names[p]
-            for where, module in run.named_modules()
-            for key, p in module._parameters.items()
-            if p is not None
-        }
+        some = next(iter(directions.values()))
+        at_rest = some.new_zeros(())
 
-        def outputs(parameters: dict[str, Tensor]) -> tuple[Tensor, ...]:
-            given = self._values | parameters
-            replaced = {place: given[name] for place, name in places.items()}
-            found: tuple[Tensor, ...] = functional_call(
-                run, replaced, (batch, needs), tie_weights=False
-            )
-            return found
+        def outputs(step: Tensor) -> tuple[Tensor, ...]:
+            with self._moving(directions, lambda p, along: _Moved(along)(p, step)):
+                return model_outputs(self.plan.model, batch, needs).tensors()
 
-        def dual(v: dict[str, Tensor]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-            values, tangents = jvp(outputs, (moving,), (v,))[:2]
+        def dual(one: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+            values, tangents = jvp(outputs, (at_rest,), (one,))[:2]
             return values, tangents
 
         with packed_attention(self.plan.model, batch), DualFunctions():
-            values, tangents = vmap(dual, out_dims=(None, 0))(along)  # type: ignore[arg-type]
+            values, tangents = vmap(dual, out_dims=(None, 0))(  # type: ignore[arg-type]
+                some.new_ones(len(some))
+            )
         return values, tangents
 
+    @contextmanager
+    def _moving(
+        self, directions: Mapping[str, Tensor], moved: Callable[[Tensor, Tensor], Tensor]
+    ) -> Iterator[None]:
+        """Inside, modules find what moves in the place of parameters, and constants of others.
 
-class _Run(nn.Module):
-    """A model's outputs on a batch as a function of its parameters."""
+        Args:
+            directions: as of `outputs`.
+            moved: makes it of a parameter's value and its whole direction.
+        """
+        shards = self.plan.shards
 
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
+        def put(places: Sequence[tuple[nn.Module, str, nn.Parameter]]) -> None:
+            instead: dict[nn.Parameter, Tensor] = {}
+            for module, key, p in places:
+                if p not in instead:
+                    # Without a graph, although gradients are enabled. What is frozen has none and
+                    # stays what it is: a quantised weight knows itself how it is read.
+                    constant = p.detach() if p.requires_grad else p
+                    along = directions.get(self._names.get(p, ""))
+                    if along is not None and shards is not None:
+                        with temporarily_clear_interpreter_stack():  # of the framework's transforms
+                            along = gathered(along, shards.own(p))
+                    instead[p] = constant if along is None else moved(constant, along)
+                module._parameters[key] = instead[p]  # type: ignore[assignment]
 
-    def forward(self, batch: Batch, needs: frozenset[Need]) -> tuple[Tensor, ...]:
-        return model_outputs(self.model, batch, needs).tensors()
+        def put_back(places: Sequence[tuple[nn.Module, str, nn.Parameter]]) -> None:
+            for module, key, p in places:
+                module._parameters[key] = p
+
+        if shards is None:
+            places = [
+                (module, key, p)
+                for module in self.plan.model.modules()
+                for key, p in module._parameters.items()
+                if p is not None
+            ]
+            try:
+                put(places)
+                yield
+            finally:
+                put_back(places)
+            return
+        running: list[FSDPModule] = []
+
+        def enter(group: Any, *_: Any) -> None:
+            running.append(group)
+            put(shards.places[group])
+
+        def leave(group: Any, *_: Any) -> None:
+            running.remove(group)
+            put_back(shards.places[group])
+
+        # Behind FSDP's own hook, which brings the weights, and before that which lets them go.
+        modules: list[Any] = shards.groups
+        handles = [m.register_forward_pre_hook(enter) for m in modules]
+        handles += [m.register_forward_hook(leave, prepend=True) for m in modules]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            for group in running:  # of a forward that failed
+                put_back(shards.places[group])
+
+
+class _Moved(Rule):
+    """A parameter, a step along its directions: `p + s v_m`, at `s = 0` and as `s` moves by 1."""
+
+    def __init__(self, along: Tensor) -> None:
+        self.along = along
+
+    def value(self, p: Tensor, step: Tensor) -> Tensor:
+        return p.detach()
+
+    def tangent(self, primals: Primals, tangents: Tangents) -> Tensor:
+        return self.along
 
 
 def _packing(batch: Batch) -> Packing | None:

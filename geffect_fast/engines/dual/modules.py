@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -48,11 +48,17 @@ class _Served:
 _SERVED: Remembered[_Served] = Remembered()
 
 
-def fast_forwards(model: nn.Module) -> dict[nn.Module, Callable[..., Tensor]]:
+def fast_forwards(
+    model: nn.Module, besides: Collection[nn.Module] = ()
+) -> dict[nn.Module, Callable[..., Tensor]]:
     """For every RMS norm and gated MLP of `model` a forward of the same values and a faster rule.
 
     What a module computes is tried, values and derivatives, not read off its name; of modules that
     differ in nothing but their weights, one is tried, once a model.
+
+    Args:
+        model: any.
+        besides: modules that are left as they are, with no copy to try.
     """
     state = (_kind(model), settings_of(model))
     served = _SERVED.get(model, state)
@@ -61,7 +67,7 @@ def fast_forwards(model: nn.Module) -> dict[nn.Module, Callable[..., Tensor]]:
         _SERVED.keep(model, state, served)
     found: dict[nn.Module, Callable[..., Tensor]] = {}
     for module in model.modules():
-        if "forward" in vars(module):
+        if "forward" in vars(module) or module in besides:
             continue
         if _may_be_norm(module):
             kind = _kind(module)
