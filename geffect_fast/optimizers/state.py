@@ -173,7 +173,7 @@ def _in_order(
 
 
 def _checked(held: dict[str, Held], where: str) -> dict[str, Held]:
-    """What this rank holds of it; raise `InputError` where a tensor of the state has another shape."""
+    """This rank's part of it; raise `InputError` where a tensor in it has another shape."""
     for name, each in held.items():
         for key, value in each.state.items():
             if isinstance(value, Tensor) and value.dim() and value.shape != each.parameter.shape:

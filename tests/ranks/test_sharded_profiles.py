@@ -5,7 +5,7 @@ import torch
 from architectures import ARCHITECTURES
 from models import build
 from ranked import on_ranks
-from test_profile_on_ranks import TOLERANCE, assert_same, profiled
+from test_profile_on_ranks import OBJECTIVES, TOLERANCE, assert_same, profiled
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -34,6 +34,8 @@ CASES = {
     "position": ("llama", torch.float64, {"resolve": ("sample", "position")}),
     "sums": ("llama_tied", torch.float64, {"resolve": ("parameter",)}),
     "bare": ("llama", torch.float64, {"norms": False, "resolve": ("group", "sample")}),
+    "metric": ("llama", torch.float64, {"metric": "adam", "step_of": OBJECTIVES[0]}),
+    "conflicts": ("llama_tied", torch.float64, {"conflicts": True, "resolve": ("group",)}),
     "few": ("llama", torch.float64, {"lengths": {"forget": [5], "retain": [8, 3, 9]}}),
 }
 

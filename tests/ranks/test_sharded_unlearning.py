@@ -24,8 +24,6 @@ CASES = {
     "hidden states": ("rmu(layer=1)", {"batch_size": 3} | CLIPPED),
 }
 EXACT = 1e-12
-COMPARED = ("g_effect", "risk_value", "objective_value", "parameter_norm", "measured_change")
-COMPARED += ("predicted_update", "predicted_sgd", "learning_rate", "token_weight")
 
 
 def trained(name):
@@ -68,10 +66,9 @@ def test_shards_take_the_steps_of_one_process(alone, size):
             own, its_weights = of_rank[name]
             for key, value in weights.items():
                 assert abs(its_weights[key] - value).max() <= EXACT, (name, rank, key)
-            assert "FSDP shares out the model's parameters" in own.attrs["step_metric_note"]
-            for variable in COMPARED:
-                if variable in result:
-                    values = result[variable]
+            for variable, values in result.data_vars.items():
+                # A cosine of what is nothing but rounding is any number.
+                if values.dtype.kind == "f" and "cosine" not in variable:
                     np.testing.assert_allclose(
                         own[variable].values,
                         values.values,
