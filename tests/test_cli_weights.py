@@ -116,6 +116,16 @@ def test_what_is_printed_compares_with_ga():
     assert spared.count("Who is author 0?") == 1 and "Mara" in spared
 
 
+def test_what_rounding_leaves_of_zero_is_printed_as_zero():
+    """Harm and its repair add up to nothing but for a last digit; a token's share is as little."""
+    shares = np.array([[-3.0, -1.0, 1.0, -1e-18], [-0.1, -0.2, 0.3, 1e-20]])
+    best = gf.optimal_weights(token_result([shares]), retain_budget=0)
+    best["e_r"] = 0 * best["e_r"] - 6e-17
+    assert "e-" not in rendered(best) and "none of its harm" in reached(best)
+    best["e_r"] -= 1e-9
+    assert "-1e-09" in rendered(best) and "– of its harm" in reached(best)
+
+
 def test_what_is_printed_where_ga_does_no_damage_or_no_removal():
     helps = token_result([np.array([[-3.0, -1.0], [0.5, 0.25]])])
     best = gf.optimal_weights(helps, retain_budget=0)

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     import xarray as xr
 
 TOKENS_SHOWN = 6
+ROUNDING = 1e-12
+"""A sum that is this part of what it adds up is what rounding left of zero."""
 
 
 def render_weights(best: xr.Dataset) -> Group:
@@ -39,17 +41,16 @@ def render_weights(best: xr.Dataset) -> Group:
 
 def reached(best: xr.Dataset) -> str:
     """One sentence: how much of ga's removal is kept, and how much of its harm."""
-    kept, harm = _compared(best, float(best["e_u"]), float(best["e_r"]))
+    kept, harm = _compared(best, *_effects(best))
     return f"The best weights keep {kept} of ga's removal and {harm} of its harm."
 
 
 def _reached(best: xr.Dataset) -> FittedTable:
     title = f"Token weights from 0 to {best.attrs['max_weight']:g}: {asked(best)}"
     table = FittedTable(title, ["weights", "e_u", "e_r", "removal kept", "harm"], ["weights"])
-    ga = [float(best[name].sum()) for name in ("token_e_u", "token_e_r")]
     for name, prefix, e in (
-        ("ga", "ga_", ga),
-        ("best", "", [float(best["e_u"]), float(best["e_r"])]),
+        ("ga", "ga_", _of_ga(best)),
+        ("best", "", _effects(best)),
     ):
         numbers = [
             with_interval(value, _interval(best, f"{prefix}{effect}"))
@@ -57,6 +58,25 @@ def _reached(best: xr.Dataset) -> FittedTable:
         ]
         table.add_row(name, *numbers, *_compared(best, *e))
     return table
+
+
+def _effects(best: xr.Dataset) -> list[float]:
+    """`e_u` and `e_r` of the weights, as they are printed."""
+    return [
+        _unrounded(float(best[name]), best["weight"] * best[f"token_{name}"])
+        for name in ("e_u", "e_r")
+    ]
+
+
+def _of_ga(best: xr.Dataset) -> list[float]:
+    """Those of ga."""
+    tokens = (best["token_e_u"], best["token_e_r"])
+    return [_unrounded(float(shares.sum()), shares) for shares in tokens]
+
+
+def _unrounded(value: float, added: xr.DataArray) -> float:
+    """A sum of numbers, or one of them; 0 where it is rounding beside them."""
+    return 0.0 if abs(value) <= ROUNDING * float(abs(added).sum()) else value
 
 
 def _interval(best: xr.Dataset, name: str) -> Interval | None:
@@ -68,7 +88,7 @@ def _interval(best: xr.Dataset, name: str) -> Interval | None:
 
 def _compared(best: xr.Dataset, e_u: float, e_r: float) -> tuple[str, str]:
     """Removal and harm in percent of ga's; a dash where ga has none."""
-    ga_u, ga_r = (float(best[name].sum()) for name in ("token_e_u", "token_e_r"))
+    ga_u, ga_r = _of_ga(best)
     kept = f"{number(100 * e_u / ga_u, '.1f')} %" if ga_u < 0 else "–"
     if e_r >= 0:
         return kept, "none"
@@ -101,8 +121,10 @@ def _tokens(best: xr.Dataset, chosen: np.ndarray, by: str, title: str) -> Fitted
         text = str(best["token_text"].values[i, t]) if "token_text" in best.coords else ""
         table.add_row(
             Text(inline(visible(text, int(best["token_id"].values[i, t])))),
-            number(float(best["token_e_u"].values[i, t])),
-            number(float(best["token_e_r"].values[i, t])),
+            *(
+                number(_unrounded(float(best[name].values[i, t]), best[name]))
+                for name in ("token_e_u", "token_e_r")
+            ),
             str(best["sample"].values[i]),
             Text(question(best["weight"], i, 50)),
         )
