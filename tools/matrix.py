@@ -2,9 +2,10 @@
 
     python tools/matrix.py --python python3.11 python3.12 --torch 2.13.0 2.14.0
 
-What came out goes into benchmarks/results/matrix.csv, a row a pair, in place of an earlier one of
-the same pair; `python benchmarks/readme_table.py` then puts it into docs/install.md. pip decides
-which build of a torch it takes: `PIP_FIND_LINKS` and `PIP_EXTRA_INDEX_URL` point it to small ones.
+What came out goes into benchmarks/results/matrix.csv as soon as a pair has ended, a row a pair, in
+place of an earlier one of the same pair; `python benchmarks/readme_table.py` then puts it into
+docs/install.md. pip decides which build of a torch it takes: `PIP_FIND_LINKS` and
+`PIP_EXTRA_INDEX_URL` point it to small ones.
 """
 
 from __future__ import annotations
@@ -44,8 +45,18 @@ def tried(python: str, torch: str, wheel: Path) -> dict[str, str]:
     return row
 
 
+def write(rows: dict[tuple[str, str], dict[str, str]]) -> None:
+    """The CSV, whole at any time, whenever the run is killed."""
+    part = RESULTS.with_suffix(".part")
+    with part.open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows[pair] for pair in sorted(rows))
+    part.replace(RESULTS)
+
+
 def main() -> int:
-    """Try every pair, write what came out, and exit with 1 where one failed."""
+    """Try every pair, write what came out of each, and exit with 1 where one failed."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--python", nargs="+", default=[sys.executable], help="interpreters")
     parser.add_argument("--torch", nargs="+", required=True, help="releases, such as 2.13.0")
@@ -58,18 +69,15 @@ def main() -> int:
     if RESULTS.exists():
         with RESULTS.open(newline="") as file:
             rows = {(row["python"], row["torch"]): row for row in csv.DictReader(file)}
-    now = []
+    passed = True
     for python, torch in product(given.python, given.torch):
         say(f"{python} with torch {torch}")
         row = tried(python, torch, wheels[0])
         print(row["outcome"])
-        now.append(row)
+        passed = passed and row["outcome"] == "passed"
         rows[row["python"], row["torch"]] = row
-    with RESULTS.open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows[pair] for pair in sorted(rows))
-    return int(any(row["outcome"] != "passed" for row in now))
+        write(rows)
+    return int(not passed)
 
 
 if __name__ == "__main__":
