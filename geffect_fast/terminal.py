@@ -13,6 +13,7 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import partial
 from typing import Any, TextIO
 
@@ -90,9 +91,27 @@ def plain_text(renderable: Any, width: int | None = None) -> str:
     return stream.getvalue().rstrip()
 
 
-def print_notice(text: str) -> None:
+_NOTICED: ContextVar[set[str] | None] = ContextVar("noticed", default=None)
+
+
+@contextmanager
+def noticed_once() -> Iterator[None]:
+    """Inside, what a notice has said is not said again: for commands of several runs."""
+    token = _NOTICED.set(set())
+    try:
+        yield
+    finally:
+        _NOTICED.reset(token)
+
+
+def print_notice(*decided: str) -> None:
     """A line on stderr of what was decided, beside what a command prints."""
-    print(text, file=sys.stderr)
+    noticed = _NOTICED.get()
+    if noticed is not None:
+        decided = tuple(text for text in decided if text not in noticed)
+        noticed.update(decided)
+    if decided:
+        print("; ".join(decided), file=sys.stderr)
 
 
 @contextmanager

@@ -38,6 +38,7 @@ from geffect_fast.storage.disk import folder_for, set_aside
 from geffect_fast.storage.lock import locked
 from geffect_fast.storage.manifest import files_below, note
 from geffect_fast.storage.run_folder import PLAIN_FILES, check_free, open_run, own_files
+from geffect_fast.terminal import noticed_once
 from geffect_fast.training.execute import execute_unlearn
 from geffect_fast.unlearn_settings import UnlearnConfig
 
@@ -124,7 +125,7 @@ def run_demo(
     """
     size = size or Size()
     unmade: list[UnfinishedError] = []
-    with locked(out) as folder, folder_for(f"demo {out}", folder):
+    with locked(out) as folder, folder_for(f"demo {out}", folder), noticed_once():
         check_free(out, overwrite)
         _check_parts(out, folder, overwrite)
         result = _run_demo(folder, own_files(folder), seed, progress, size, unmade)

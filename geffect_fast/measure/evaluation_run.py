@@ -62,7 +62,7 @@ def read_sets(
         for name, source in sources.items()
     }
     if progress:
-        print_notice("; ".join(found))
+        print_notice(*found)
     has_text = any(rows is not None and "input_ids" not in rows[0] for rows in sets.values())
     return sets, tokenizer_of(config, has_text, own, what)
 

@@ -290,7 +290,7 @@ def read_sources_of(config: RunConfig, progress: bool) -> tuple[torch.device, So
     found: list[str] = []
     sources = read_sources(named, objectives, config.data_format, found.append)
     if progress:
-        print_notice("; ".join(found))
+        print_notice(*found)
     return device, sources, tokenizer_of(config, sources.has_text, config.model, "model")
 
 

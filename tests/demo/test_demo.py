@@ -48,6 +48,7 @@ def told(tmp_path_factory):
     state = torch.random.get_rng_state()
     with (
         contextlib.redirect_stdout(io.StringIO()) as said,
+        contextlib.redirect_stderr(said),
         pytest.MonkeyPatch.context() as patch,
     ):
         patch.setattr("geffect_fast.demo.UNLEARNED", UNLEARNED)
@@ -155,6 +156,7 @@ def test_it_says_what_happens(told):
         "is the reference",
     ):
         assert words in told[1]
+    assert told[1].count("forget: 10 rows of ") == 1  # of all its runs
 
 
 def test_unlearning_raises_the_risk_of_what_must_go_as_predicted(done):
