@@ -8,7 +8,7 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from geffect_fast.paths import is_there, user_path
 from geffect_fast.setting_types import Name, Option, PathOrId, canonical_list, read_by, texts_of
-from geffect_fast.settings import Machine, Metrics, Reading, Settings, as_text
+from geffect_fast.settings import Machine, Metrics, Reading, Settings, Sharding, as_text
 
 
 class Evaluating(Reading, Metrics):
@@ -152,7 +152,7 @@ class Assessing(Settings):
         return {"--original": self.original, "--refusals": self.refusals}
 
 
-class EvaluateConfig(Machine, MetricsAndTasks, Compared, Assessing):
+class EvaluateConfig(Sharding, Machine, MetricsAndTasks, Compared, Assessing):
     """All that decides the numbers of an evaluation; saved as `run.yaml`, it replays them."""
 
     panel = "Models and data"

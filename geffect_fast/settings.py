@@ -284,8 +284,8 @@ class Sharding(Settings):
     panel = "Machine"
 
     shard: Literal["auto", "none", "fsdp"] = "auto"
-    """Of the ranks that torchrun starts each holds the whole model (none) or its part of it and of
-    the risks' gradients (fsdp); auto: its part where all of that does not fit."""
+    """Of the ranks that torchrun starts each holds the whole model (none) or its part of it, of
+    gradients and of an optimizer's state (fsdp); auto: its part where all of that does not fit."""
 
 
 class ProfileConfig(Sharding, SecondOrder, RunConfig):

@@ -216,30 +216,33 @@ class Shards:
             for group in self.groups
         ]
 
-    @contextmanager
-    def at_work(self) -> Iterator[None]:
-        """Inside, forwards and backwards run; before and behind, after errors too, all rests."""
-        try:
-            with warnings.catch_warnings():
-                # Of outputs that are views: nothing here writes to them in place.
-                warnings.filterwarnings("ignore", "FSDP2-wrapped module")
-                self.rest()
-                yield
-        except BaseException:
-            self.put_right()
-            raise
-        self.rest()
-
-    def put_right(self) -> None:
-        """After an error in the middle of a forward or backward: as before it."""
-        self.rest()
-        reset = getattr(self.groups[0], "reset_iter_state", None)  # not every torch has it
-        if reset is not None:
-            reset()
-
     def rest(self) -> None:
         """Let go of whole parameters."""
         put_to_rest(self._model)
+
+
+@contextmanager
+def at_work(model: nn.Module) -> Iterator[None]:
+    """Inside, a model runs; before and behind, after errors too, what is shared out is at rest."""
+    try:
+        with warnings.catch_warnings():
+            # Of outputs that are views: nothing here writes to them in place.
+            warnings.filterwarnings("ignore", "FSDP2-wrapped module")
+            put_to_rest(model)
+            yield
+    except BaseException:
+        put_right(model)
+        raise
+    put_to_rest(model)
+
+
+def put_right(model: nn.Module) -> None:
+    """After an error in the middle of a forward or backward: as before it."""
+    put_to_rest(model)
+    for root in fsdp_groups(model)[:1]:
+        reset = getattr(root, "reset_iter_state", None)  # not every torch has it
+        if reset is not None:
+            reset()
 
 
 _OF_SUMS = (

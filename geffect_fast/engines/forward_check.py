@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from geffect_fast.capture import Plan
 from geffect_fast.capture.precision import precisions
+from geffect_fast.capture.shards import put_right
 from geffect_fast.data import Layout, SampleSet
 from geffect_fast.data.batch import Batch
 from geffect_fast.engines.dual.model import DualModel
@@ -170,18 +171,15 @@ def _failing_module(model: DualModel, batch: Batch, along: dict[str, Tensor]) ->
     names = {module: name for name, module in model.plan.model.named_modules()}
     handles = [m.register_forward_pre_hook(enter, prepend=True) for m in names]
     handles += [m.register_forward_hook(leave) for m in names]
-    shards = model.plan.shards
     try:
-        if shards is not None:
-            shards.put_right()
+        put_right(model.plan.model)
         _moved(model, batch, along)
     except Exception:  # as above
         pass
     finally:
         for handle in handles:
             handle.remove()
-        if shards is not None:
-            shards.put_right()
+        put_right(model.plan.model)
     where = inside[-1] if inside else ""
     kind = type(model.plan.model.get_submodule(where)).__name__
     return f"module '{where or kind}' ({kind})" if where else f"the model ({kind})"

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from geffect_fast.arguments import checked_config, with_settings
-from geffect_fast.capture.compat import check_finite, check_is_model
+from geffect_fast.capture.compat import check_finite, check_is_model, check_whole
 from geffect_fast.control_settings import Controlling
 from geffect_fast.data import SampleSet, read_rows
 from geffect_fast.errors import InputError
@@ -224,6 +224,7 @@ class Control:
         device: torch.device | None = None,
     ) -> None:
         check_is_model(original, "original")
+        check_whole(original, "original")
         check_finite(original, "original")
         self._original, self._tokenizer, self._settings = original, tokenizer, settings
         self._metric = _retention_metric(settings.metric)
@@ -315,6 +316,7 @@ class Control:
             what = f"unlearned {name}"
             unlearned = load(name, source)
             check_is_model(unlearned, what)
+            check_whole(unlearned, what)
             mixture = Mixture(self._original, unlearned, self._working, what)
             curves[name] = {0.0: self._kept}
             shares[name] = self._share(mixture, curves[name], name, progress)

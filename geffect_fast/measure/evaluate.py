@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import warnings
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ from torch import nn
 from geffect_fast.arguments import checked_config, with_settings
 from geffect_fast.capture.compat import check_is_model, check_replicas, is_sharded
 from geffect_fast.capture.modes import evaluating
+from geffect_fast.capture.shards import at_work
 from geffect_fast.data import (
     Sample,
     SampleSet,
@@ -29,11 +31,12 @@ from geffect_fast.errors import GEffectWarning, InputError
 from geffect_fast.evaluation_settings import Evaluating, MetricsAndTasks
 from geffect_fast.measure.harness import Harness
 from geffect_fast.measure.memory import within_budget
-from geffect_fast.measure.models import load_model
+from geffect_fast.measure.models import load_like
 from geffect_fast.measure.prepare import check_model, table_of_positions
 from geffect_fast.measure.sources import Sources
 from geffect_fast.metrics.base import ALL, FORGET, HOLDOUT, Metric, Seen
 from geffect_fast.metrics.dataset import measures_dataset
+from geffect_fast.metrics.gradient_norms import NORM_NEEDS
 from geffect_fast.metrics.observe import answers_scored, n_tokens, observe
 from geffect_fast.metrics.observed import Observed, known, read_log
 from geffect_fast.metrics.registry import resolved_metrics
@@ -203,7 +206,7 @@ class Evaluator:
         self._check(model, "model")
         self._reference: dict[str, Any] = {}
         self._retrained: dict[str, Observed] = {}
-        with self.ranks.together("evaluate"):
+        with self._together(model):
             self.ranks.check_same(self._told_apart_by(reference_model, retain_model))
             self._budget = TokenBudget(settings.token_budget or self._tokens_that_fit(model))
             self._agree_on_budget()
@@ -222,9 +225,19 @@ class Evaluator:
             progress: show a bar.
             what: what messages call it.
         """
-        with self.ranks.together("evaluate"):
+        with self._together(model):
             # Whatever a metric draws, all ranks say the same.
             return self.ranks.first_of(self._measures(model, progress, what))
+
+    @contextmanager
+    def _together(self, model: nn.Module) -> Iterator[None]:
+        """Work on a model that ranks begin and end together, in step where they share it out."""
+        with (
+            self.ranks.together("evaluate"),
+            self.ranks.in_step(self.ranks.size > 1 and is_sharded(model)),
+            at_work(model),
+        ):
+            yield
 
     def _measures(self, model: nn.Module, progress: bool, what: str) -> xr.Dataset:
         if model is not self._first():
@@ -355,8 +368,8 @@ class Evaluator:
 
     def _check(self, model: nn.Module, what: str) -> None:
         """Raise where a model is none, holds NaN, or does not fit the rows or the first model."""
-        if is_sharded(model):  # each rank's rows take forward passes of their own
-            raise InputError(f"{what}: FSDP shares out its parameters; give all ranks the whole")
+        if is_sharded(model):
+            self._check_serves_shards(what)
         own, first = vocabulary(model), self._vocabulary
         if own != first:
             raise InputError(
@@ -366,19 +379,32 @@ class Evaluator:
         numbered = enumerate(s for rows in self.sets.values() for s in rows.every_set())
         check_model(model, {str(i): each for i, each in numbered}, what)
 
+    def _check_serves_shards(self, what: str) -> None:
+        """Raise `InputError` where a model that FSDP shares out cannot be measured."""
+        if self.ranks.size == 1:
+            raise InputError(f"{what}: FSDP shares it out; evaluate it on all of its ranks")
+        for metric in self.metrics:
+            if not {*metric.wants()}.isdisjoint(NORM_NEEDS):
+                raise InputError(
+                    f"metric {metric}: needs whole gradients, and FSDP shares out the {what}; "
+                    "leave it out, or give all ranks the whole"
+                )
+
     def _tokens_that_fit(self, model: nn.Module) -> int:
         logits = any("distribution" in needs for needs in self.needs.values())
         return estimate_token_budget(model, n_directions=0, logits=logits)
 
     def _loaded(self, source: Model, what: str, model: nn.Module) -> nn.Module:
         """A further model, loaded where a folder is given, as exact and where `model` is."""
-        if isinstance(source, nn.Module):
-            loaded = source
-        else:
-            first = next(model.parameters())
-            dtype, device = str(first.dtype).removeprefix("torch."), str(first.device)
-            trusted = self._settings.trust_remote_code
-            loaded = load_model(source, dtype, device, what, trust_remote_code=trusted)
+        trusted = self._settings.trust_remote_code
+        loaded = (
+            source if isinstance(source, nn.Module) else load_like(source, model, what, trusted)
+        )
+        if is_sharded(loaded) != is_sharded(model):
+            raise InputError(
+                f"{what}: FSDP shares out one of the models that are compared, and not the other; "
+                "give both alike"
+            )
         self._check(loaded, what)
         check_replicas(loaded, self.ranks, what)
         return loaded

@@ -173,7 +173,8 @@ def _measured(
         InputError: this rank does not see the folder.
     """
     folder = shared_folder(folder, here())
-    model = loaded(config, device, partial(gradient_bytes, n_risks=len(sources.sets)))
+    beside = partial(gradient_bytes, n_risks=len(sources.sets))
+    model = loaded(config.model, config, device, beside)
     run: Any = sweep
     step: dict[str, Any] = {}
     if config.command == "profile":
@@ -195,18 +196,22 @@ def _measured(
 
 
 def loaded(
+    source: str,
     config: Any,
     device: torch.device,
-    beside: Callable[[nn.Module], int],
+    beside: Callable[[nn.Module], int] = lambda model: 0,
     adapted: Callable[[nn.Module], nn.Module] = lambda model: model,
+    what: str = "model",
 ) -> Any:
-    """The model of a config, or this rank's part of it.
+    """A model of a config, or this rank's part of it.
 
     Args:
-        config: of a run; says where the model lies, and whether it is shared out.
+        source: where it lies.
+        config: of a run; says whether it is shared out.
         device: of this rank.
         beside: told of the model; bytes that come beside its weights, on one rank that has it all.
         adapted: puts into a model what is to be shared out with it.
+        what: what messages call it.
 
     Raises:
         InputError: it is to be shared out, and this process is alone.
@@ -221,7 +226,7 @@ def loaded(
         whole = True
     first_on = str(device) if whole else "cpu"
     trusted = config.trust_remote_code
-    model = load_model(config.model, config.dtype, first_on, trust_remote_code=trusted)
+    model = load_model(source, config.dtype, first_on, what, trust_remote_code=trusted)
     if whole:
         return model
     # They meet before anybody waits for weights.

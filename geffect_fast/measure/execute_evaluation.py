@@ -8,6 +8,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+from geffect_fast.errors import InputError
 from geffect_fast.evaluation_settings import EvaluateConfig, Evaluating
 from geffect_fast.measure.against_effects import against_effects, effects_of, models_of_runs
 from geffect_fast.measure.evaluate import Evaluator, checked_probes
@@ -17,9 +18,9 @@ from geffect_fast.measure.evaluation_run import (
     evaluation_folder,
     read_sets,
 )
-from geffect_fast.measure.execute import tokenizer_of
+from geffect_fast.measure.execute import loaded, tokenizer_of
 from geffect_fast.measure.harness import Harness
-from geffect_fast.measure.models import load_model, resolve_device
+from geffect_fast.measure.models import resolve_device
 from geffect_fast.metrics.registry import resolved_metrics
 from geffect_fast.paths import find_checkpoints, is_there, short_names, user_path
 from geffect_fast.ranks import here, on_all_ranks
@@ -112,13 +113,14 @@ def execute_evaluation(
     sets, tokenizer = read_sets(config, sources, own_tokenizer, "model", progress)
     harness = None
     if config.lm_eval_tasks:
+        config = on_whole_models(config, "lm_eval_tasks")
         reads = tokenizer or tokenizer_of(config, True, own_tokenizer, "model")
         harness = Harness(config, reads, sources)
     with evaluation_folder(config, out, overwrite, inputs, report) as folder:
         evaluator, results = None, []
         for name, source in models.items():
             what = f"model {name}" if len(models) > 1 else "model"
-            model = load_model(source, config.dtype, str(device), what, trust_remote_code=trusted)
+            model = loaded(source, config, device, what=what)
             if evaluator is None:
                 where = folder.machine(device, model)
                 evaluator = Evaluator(
@@ -149,6 +151,17 @@ def execute_evaluation(
             dataset = assess(dataset, found)
         folder.save(dataset, where, evaluator.token_budget, evaluator.rows)
     return dataset
+
+
+def on_whole_models(config: EvaluateConfig, what: str) -> EvaluateConfig:
+    """The config with models whole on each rank, which `what` needs.
+
+    Raises:
+        InputError: they are to be shared out.
+    """
+    if config.shard == "fsdp":
+        raise InputError(f"shard: {what} needs the whole model on each rank; leave out one of them")
+    return config.model_copy(update={"shard": "none"})
 
 
 def models_of(config: EvaluateConfig) -> tuple[str, dict[str | int, str], str]:

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from geffect_fast.capture.compat import check_whole
 from geffect_fast.capture.modes import evaluating
 from geffect_fast.errors import GEffectWarning, InputError
 from geffect_fast.evaluation_settings import HarnessTasks
@@ -111,6 +112,7 @@ class Harness:
         Raises:
             InputError: the harness cannot run a task on the model.
         """
+        check_whole(model, what)
         scores: dict[str, _Score] = {}
         with (
             evaluating(model),

@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from geffect_fast.capture.compat import check_finite
+from geffect_fast.capture.compat import check_finite, is_sharded
+from geffect_fast.capture.shards import shard
 from geffect_fast.errors import InputError, in_one_line
 from geffect_fast.paths import user_path
+from geffect_fast.ranks import here
 from geffect_fast.results.groups import OUTSIDE, block_of
 from geffect_fast.storage.model_folder import (
     base_name,
@@ -100,6 +102,24 @@ def load_model(
         return model.to(place).eval()
     except torch.OutOfMemoryError as error:
         raise InputError(_why_not(source, what, error)) from error
+
+
+def load_like(
+    source: str | Path, model: nn.Module, what: str, trust_remote_code: bool
+) -> nn.Module:
+    """A further model, as exact and where another one is, and shared out where that is.
+
+    Args:
+        source, what, trust_remote_code: as for `load_model`.
+        model: the other one.
+    """
+    first, sharded = next(model.parameters()), is_sharded(model)
+    dtype, place = str(first.dtype).removeprefix("torch."), first.device
+    where = "cpu" if sharded else str(place)
+    found = load_model(source, dtype, where, what, trust_remote_code=trust_remote_code)
+    if sharded:
+        shard(found, here(), place)
+    return found
 
 
 def _with_adapter(base: PreTrainedModel, source: str | Path, what: str) -> PreTrainedModel:

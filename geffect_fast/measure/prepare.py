@@ -27,7 +27,6 @@ from geffect_fast.capture.compat import (
     mixing_module,
     still_up_to,
 )
-from geffect_fast.capture.shards import shard
 from geffect_fast.data import (
     Layout,
     SampleSet,
@@ -53,7 +52,7 @@ from geffect_fast.engines.layout import check_reference, longest_sequence
 from geffect_fast.engines.model_outputs import splits_attention
 from geffect_fast.errors import GEffectWarning, InputError, UnsupportedModelError
 from geffect_fast.measure.memory import within_budget
-from geffect_fast.measure.models import load_model
+from geffect_fast.measure.models import load_like
 from geffect_fast.measure.rounding import HALF, RoundingCheck
 from geffect_fast.measure.sources import Sources, needs_of, parts_of, read_sources
 from geffect_fast.objectives import Objective
@@ -205,14 +204,7 @@ def _reference(
                 "it whole"
             )
         return source
-    first = next(model.parameters())
-    dtype, device = str(first.dtype).removeprefix("torch."), first.device
-    sharded = is_sharded(model)
-    where = "cpu" if sharded else str(device)
-    found = load_model(source, dtype, where, "reference", trust_remote_code=trust_remote_code)
-    if sharded:
-        shard(found, here(), device)
-    return found
+    return load_like(source, model, "reference", trust_remote_code)
 
 
 def check_model(model: nn.Module, sets: Mapping[str, SampleSet], what: str = "model") -> None:

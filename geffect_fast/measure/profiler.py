@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from geffect_fast.arguments import checked_config
 from geffect_fast.capture import Plan
 from geffect_fast.capture.compat import check_finite, check_replicas, is_sharded
+from geffect_fast.capture.shards import at_work
 from geffect_fast.data.memory import free_memory
 from geffect_fast.engines.batches import DataPass, Tick
 from geffect_fast.engines.directions import accumulate_gradients, place_for_gradients
@@ -65,11 +66,10 @@ def _on_all_ranks(method: Callable[..., R]) -> Callable[..., R]:
 
     @wraps(method)
     def called(self: Profiler, *args: Any, **kwargs: Any) -> R:
-        shards = self.plan.shards
         with (
             self.ranks.together(method.__name__),
-            self.ranks.in_step(shards is not None),
-            nullcontext() if shards is None else shards.at_work(),
+            self.ranks.in_step(self.plan.shards is not None),
+            at_work(self.plan.model),
         ):
             return method(self, *args, **kwargs)
 
@@ -127,8 +127,7 @@ class Profiler:
             self.ranks.check_serves(self.plan.device)
             if prepared.reference is not None:
                 check_replicas(prepared.reference, self.ranks, "reference_model")
-            shards = self.plan.shards
-            with nullcontext() if shards is None else shards.at_work():
+            with at_work(self.plan.model):
                 self._schedule = schedule = Schedule(prepared, self.plan)
         self.objectives, self.sets = prepared.objectives, prepared.sets
         self.risk_names, self.own_loss = schedule.risk_names, schedule.own_loss

@@ -7,17 +7,21 @@ the row by itself.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from geffect_fast.capture.compat import is_sharded
 from geffect_fast.engines.batches import TokenBudget
 from geffect_fast.errors import GEffectWarning, InputError, UnsupportedModelError
 from geffect_fast.ranks import ALONE, Ranks
 from geffect_fast.trying import no_memory
+
+Key = tuple[int, ...]
+"""A prompt's tokens."""
 
 _HABITS = "generation_config"
 
@@ -43,7 +47,7 @@ def continuations(
         ends: ids after which a row stops.
         max_new_tokens: most tokens a row gets.
         budget: of tokens that a batch of a forward and backward may hold; where memory runs out,
-            half as many rows are written at a time.
+            half as many rows are written at a time. An error where ranks keep step.
         ranks: who share out the prompts.
 
     Raises:
@@ -56,13 +60,23 @@ def continuations(
             "metrics of what it writes (rouge_l, ...)"
         )
     keys = [tuple(prompt.tolist()) for prompt in prompts]
-    waiting = sorted(dict.fromkeys(keys), key=len, reverse=True)[ranks.rank :: ranks.size]
-    found: dict[tuple[int, ...], list[int]] = {}
-    most = len(waiting)
-    while waiting:
+    longest_first = sorted(dict.fromkeys(keys), key=len, reverse=True)
+    found: dict[Key, list[int]] = {}
+
+    def next_of(waiting: list[Key], most: int) -> list[Key]:
+        """Those of the next batch, all of one length."""
         length = len(waiting[0])
         fit = max(_KEPT * budget.tokens // (length + max_new_tokens), 1)
-        batch = [key for key in waiting[: min(fit, most)] if len(key) == length]
+        return [key for key in waiting[: min(fit, most)] if len(key) == length]
+
+    if is_sharded(model):
+        for batch in _in_step(longest_first, next_of, ranks):
+            new = _greedy(model, torch.tensor(batch), ends, max_new_tokens, in_step=True)
+            found |= zip(batch, (_until(row, ends) for row in new.tolist()), strict=True)
+    waiting = [] if is_sharded(model) else longest_first[ranks.rank :: ranks.size]
+    most = len(waiting)
+    while waiting:
+        batch = next_of(waiting, most)
         try:
             new = _greedy(model, torch.tensor(batch), ends, max_new_tokens)
         except (MemoryError, RuntimeError) as error:
@@ -82,9 +96,32 @@ def continuations(
     return [found[key] for key in keys]
 
 
+def _in_step(
+    prompts: list[Key], next_of: Callable[[list[Key], int], list[Key]], ranks: Ranks
+) -> list[list[Key]]:
+    """This rank's batches, of which all have as many: some run the first one again."""
+    batches: list[list[Key]] = []
+    most = -(-len(prompts) // ranks.size)
+    while prompts:
+        batches.append(next_of(prompts, most))
+        prompts = prompts[len(batches[-1]) :]
+    missing = -len(batches) % ranks.size
+    return (batches + batches[:1] * missing)[ranks.rank :: ranks.size]
+
+
 @torch.no_grad()
-def _greedy(model: Any, ids: Tensor, ends: set[int], max_new_tokens: int) -> Tensor:
-    """The new tokens of prompts of one length, `(n, at most max_new_tokens)`."""
+def _greedy(
+    model: Any, ids: Tensor, ends: set[int], max_new_tokens: int, *, in_step: bool = False
+) -> Tensor:
+    """The new tokens of prompts of one length, `(n, at most max_new_tokens)`.
+
+    Args:
+        model: of transformers.
+        ids: the prompts.
+        ends: ids after which a row stops.
+        max_new_tokens: most.
+        in_step: whether each rank goes on, for the others' sake, until all have stopped.
+    """
     config = getattr(model.config, "get_text_config", lambda: model.config)()
     positions = getattr(config, "max_position_embeddings", None)
     if isinstance(positions, int) and 0 < positions < ids.shape[1] + max_new_tokens:
@@ -97,7 +134,8 @@ def _greedy(model: Any, ids: Tensor, ends: set[int], max_new_tokens: int) -> Ten
         )
     ids = ids.to(next(model.parameters()).device)
     with _plainly(model, ends, max_new_tokens):
-        made = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids))
+        mask = torch.ones_like(ids)
+        made = model.generate(input_ids=ids, attention_mask=mask, synced_gpus=in_step)
     return made[:, ids.shape[1] :].cpu()
 
 

@@ -8,13 +8,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from geffect_fast.capture.compat import still_up_to
+from geffect_fast.capture.compat import is_sharded, still_up_to
 from geffect_fast.capture.factors import widened
 from geffect_fast.capture.precision import precisions
+from geffect_fast.capture.shards import put_right
 from geffect_fast.data import IGNORE, Layout, Sample, SampleSet, make_batches
 from geffect_fast.data.batch import Batch
 from geffect_fast.data.samples import TokenSequence as Tokens
-from geffect_fast.engines.batches import DataPass, TokenBudget, each_batch
+from geffect_fast.engines.batches import DataPass, TokenBudget, dealt, each_batch
 from geffect_fast.engines.layout import TOLERANCE, close, in_chunks
 from geffect_fast.engines.model_outputs import model_outputs, packed_attention, takes
 from geffect_fast.errors import NonFiniteError, UnsupportedModelError
@@ -57,6 +58,19 @@ def batches_of(
     )
 
 
+def shared_out(
+    model: nn.Module,
+    sequences: Sequence[Tokens],
+    budget: TokenBudget,
+    layout: Layout,
+    ranks: Ranks,
+) -> DataPass:
+    """A pass over this rank's share of sequences, as many batches on each where they keep step."""
+    if not is_sharded(model):
+        return DataPass(batches_of(sequences, budget, layout, ranks), token_budget=budget)
+    return dealt(DataPass(batches_of(sequences, budget, layout)), ranks, in_step=True)
+
+
 def score(
     model: nn.Module,
     sequences: Sequence[Tokens],
@@ -89,9 +103,7 @@ def score(
     """
     different, which = once(sequences)
     found: dict[int, Scored] = {}
-    for _, attempt in each_batch(
-        [DataPass(batches_of(different, budget, layout, ranks), token_budget=budget)]
-    ):
+    for _, attempt in each_batch([shared_out(model, different, budget, layout, ranks)]):
         with attempt:
             values = _token_values(model, attempt.batch, distribution)
             numbers = values.cpu().numpy()
@@ -185,5 +197,6 @@ def _agrees(model: nn.Module, sequences: Sequence[Tokens], layout: Layout) -> bo
     try:
         together = said(layout)
     except Exception:  # whatever a model raises that cannot be called this way
+        put_right(model)
         return False
     return close(together, own, max(TOLERANCE[dtype] for dtype in precisions(model)))

@@ -142,5 +142,5 @@ def _models(
     def adapted(model: nn.Module) -> nn.Module:
         return model if training.lora_rank is None else with_adapter(model, training)
 
-    model = loaded(config, device, beside, adapted)
+    model = loaded(config.model, config, device, beside, adapted)
     return model, config.reference or (config.model if is_sharded(model) else None)

@@ -16,7 +16,7 @@ from transformers import TrainerCallback
 
 from geffect_fast.arguments import checked_config, with_settings
 from geffect_fast.capture import Plan
-from geffect_fast.capture.compat import check_finite, check_is_model
+from geffect_fast.capture.compat import check_finite, check_is_model, check_whole
 from geffect_fast.data import SampleSet, read_rows, tokenize_rows
 from geffect_fast.data.row_kinds import row_kind
 from geffect_fast.engines.known_models import choose_layout
@@ -114,6 +114,7 @@ def relearn(
         if isinstance(source, str | Path):
             return load_model(source, what=f"{name} model", trust_remote_code=trusted)
         check_is_model(source, name)
+        check_whole(source, f"{name} model")
         return copy.deepcopy(source)
 
     relearner = Relearner(tokenizer, checked, forget, holdout, retrained)

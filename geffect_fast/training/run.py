@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from geffect_fast.capture.compat import check_is_model, is_sharded
+from geffect_fast.capture.shards import at_work
 from geffect_fast.data import Layout
 from geffect_fast.engines.known_models import choose_layout
 from geffect_fast.engines.layout import longest_sequence
@@ -92,7 +93,7 @@ class Unlearning:
         check_precision(training, model)
         shared_out = is_sharded(model)
         if shared_out:
-            _check_serves_shards(model, training, live)
+            _check_serves_shards(model, training)
         prepared = prepare(model, tokenizer, sources, measured, settings, reference_model)
         # A row of plain text is as many as it has windows.
         self.training = training = with_batch_size(training, len(prepared.sets["forget"]))
@@ -207,7 +208,7 @@ class Unlearning:
             ) as show,
             single_process(self.device),
             ranks.in_step(shards is not None),
-            nullcontext() if shards is None else shards.at_work(),
+            at_work(self.model),
             only_weights_change(self.model),
         ):
             reference = None
@@ -321,7 +322,7 @@ def with_batch_size(training: Training, n_forget: int) -> Training:
     return training.model_copy(update={"batch_size": size})
 
 
-def _check_serves_shards(model: nn.Module, training: Training, live: LiveMetrics) -> None:
+def _check_serves_shards(model: nn.Module, training: Training) -> None:
     """Raise `InputError` where something is asked for that needs whole weights or gradients."""
     if training.lora_rank is not None and not hasattr(model, "peft_config"):
         raise InputError(
@@ -330,7 +331,6 @@ def _check_serves_shards(model: nn.Module, training: Training, live: LiveMetrics
         )
     asked = {
         "second_order": training.second_order,
-        "metrics": live.evaluates,
         "precision": training.precision == "fp16",
     }
     for name, is_asked in asked.items():

@@ -16,7 +16,12 @@ from torch import nn
 from geffect_fast.arguments import checked_config
 from geffect_fast.errors import InputError
 from geffect_fast.evaluation_settings import EvaluateConfig, Evaluating
-from geffect_fast.measure.execute_evaluation import Evaluated, execute_evaluation, models_of
+from geffect_fast.measure.execute_evaluation import (
+    Evaluated,
+    execute_evaluation,
+    models_of,
+    on_whole_models,
+)
 from geffect_fast.measure.models import load_model
 from geffect_fast.measure.profile import profile
 from geffect_fast.measure.sources import Sources, read_sources, resolved_list
@@ -294,6 +299,7 @@ def execute_survey(
     **more: Any,
 ) -> xr.Dataset:
     """As `execute_evaluation`, with what the survey asks for beside measures (`Survey.added`)."""
+    config = on_whole_models(config, "suite survey")
     _, models, _ = models_of(config)
     survey = Survey(config, models, progress)
     if survey.original is not None:

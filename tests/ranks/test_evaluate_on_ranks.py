@@ -43,9 +43,11 @@ def tokenizer():
     return train_tokenizer([f"{row['question']} {row['answer']}" for row in ROWS], 320)
 
 
-def measured(more):
+def measured(more, *, in_parts=False):
     reads = tokenizer()
     model, other = (blank_model(reads, seed).double() for seed in (1, 2))
+    for each in (model, other) if in_parts else ():
+        shard(each, ranks.here(), torch.device("cpu"))
     given = {"reference_model": other, "retain_model": other, "token_budget": 200}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", GEffectWarning)
@@ -54,6 +56,19 @@ def measured(more):
 
 def both():
     return measured(EVERY), measured(FEW)
+
+
+def parts():
+    """Of models that ranks share out, all metrics but that of whole gradients, which is refused."""
+    every = [each for each in available() if each != "gradient_norm"]
+    few = [each for each in FEW["metrics"] if each != "gradient_norm"]
+    with pytest.raises(InputError) as error:
+        measured(FEW, in_parts=True)
+    return (
+        measured(EVERY | {"metrics": every}, in_parts=True),
+        measured(FEW | {"metrics": few}, in_parts=True),
+        str(error.value),
+    )
 
 
 def other_arguments():
@@ -68,11 +83,7 @@ def other_arguments():
         with pytest.raises(InputError) as error:
             measured(other if dist.get_rank() == 1 else FEW)
         said[name] = str(error.value)
-    model = blank_model(tokenizer())
-    shard(model, ranks.here(), torch.device("cpu"))
-    with pytest.raises(InputError) as error:
-        gf.evaluate(model, tokenizer(), **FEW)
-    return said | {"shards": str(error.value)}
+    return said
 
 
 def assert_close(found, expected):
@@ -97,12 +108,19 @@ def test_ranks_measure_what_one_process_measures(alone, size):
             xr.testing.assert_identical(found, mine)
 
 
+@pytest.mark.parametrize("size", [2, 3])
+def test_models_in_parts_are_measured_as_whole_ones(alone, size):
+    for *found, refused in on_ranks(size, parts):
+        for mine, expected in zip(found, alone, strict=True):
+            assert_close(mine, expected.sel(metric=mine.metric.values))
+        assert refused.startswith("metric gradient_norm: needs whole gradients, and FSDP shares")
+
+
 def test_ranks_are_given_the_same():
     for said in on_ranks(2, other_arguments):
         assert said["metrics"].startswith("metrics: rank 1 has ")
         for name in ("retain", "forget"):
             assert said[name].startswith(f"{name}: rank 1 has 1 rows of digest ")
-        assert said["shards"].startswith("model: FSDP shares out its parameters")
 
 
 def commanded(folder, *words):
@@ -116,9 +134,17 @@ def commanded(folder, *words):
         return main([*words, *data]), said.getvalue()
 
 
-def both_commands(folder):
-    done = commanded(folder, "--metrics", "nll,rouge_l", "--out", "ranks")
-    return done, commanded(folder, "--suite", "survey", "--out", "survey")
+def of_folder(folder):
+    return sorted(f.name for f in folder.iterdir()), gf.open_evaluation(folder)
+
+
+def commands(folder):
+    metrics = ["--metrics", "nll,rouge_l"]
+    return [
+        commanded(folder, *metrics, "--out", "ranks"),
+        commanded(folder, *metrics, "--out", "parts", "--shard", "fsdp"),
+        commanded(folder, "--suite", "survey", "--out", "survey", "--shard", "fsdp"),
+    ]
 
 
 def test_the_first_rank_writes_the_folder(tmp_path):
@@ -128,14 +154,14 @@ def test_the_first_rank_writes_the_folder(tmp_path):
     for name in ("forget", "retain"):
         write_jsonl(FEW[name] * 3, tmp_path / f"{name}.jsonl")
     assert commanded(tmp_path, "--metrics", "nll,rouge_l", "--out", "alone")[0] == 0
-    line = "error: suite survey runs in one process; start it without torchrun, or call it on one "
-    line += "rank, within geffect_fast.ranks.on_its_own()\n"
-    assert on_ranks(2, both_commands, tmp_path) == [((0, ""), (2, line))] * 2
-    names = [sorted(f.name for f in (tmp_path / out).iterdir()) for out in ("alone", "ranks")]
-    assert names[0] == names[1]
-    found, expected = (gf.open_evaluation(tmp_path / out) for out in ("ranks", "alone"))
-    for name, values in expected.data_vars.items():
-        np.testing.assert_allclose(found[name], values, rtol=1e-5, atol=1e-6, err_msg=name)
+    line = "error: shard: suite survey needs the whole model on each rank; leave out one of them\n"
+    assert on_ranks(2, commands, tmp_path) == [[(0, ""), (0, ""), (2, line)]] * 2
+    names, expected = of_folder(tmp_path / "alone")
+    for out in ("ranks", "parts"):
+        assert of_folder(tmp_path / out)[0] == names
+        found = gf.open_evaluation(tmp_path / out)
+        for name, values in expected.data_vars.items():
+            np.testing.assert_allclose(found[name], values, rtol=1e-5, atol=1e-6, err_msg=name)
     assert not (tmp_path / "survey").exists()
 
 
