@@ -69,7 +69,7 @@ def _on_all_ranks(method: Callable[..., R]) -> Callable[..., R]:
         with (
             self.ranks.together(method.__name__),
             self.ranks.in_step(self.plan.shards is not None),
-            at_work(self.plan.model),
+            nullcontext() if self.plan.shards is None else at_work(self.plan.model),
         ):
             return method(self, *args, **kwargs)
 
@@ -127,7 +127,7 @@ class Profiler:
             self.ranks.check_serves(self.plan.device)
             if prepared.reference is not None:
                 check_replicas(prepared.reference, self.ranks, "reference_model")
-            with at_work(self.plan.model):
+            with nullcontext() if self.plan.shards is None else at_work(self.plan.model):
                 self._schedule = schedule = Schedule(prepared, self.plan)
         self.objectives, self.sets = prepared.objectives, prepared.sets
         self.risk_names, self.own_loss = schedule.risk_names, schedule.own_loss
