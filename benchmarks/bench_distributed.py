@@ -1,16 +1,17 @@
-"""What ranks send each other, and how long a profile takes them, on this machine's cores.
+"""What ranks send each other in a profile and in a training step, and how long these take them.
 
     python benchmarks/bench_distributed.py            # benchmarks/results/distributed_cpu.csv
     python benchmarks/bench_distributed.py --quick    # a tiny model, 2 ranks, prints only
 
-Ranks are processes of one thread each, which talk by gloo. A profile by parameter and sample, of
-forget and retain rows, is measured with the whole model on every rank (`none`) and with its part of
-it (`fsdp`). `sent_mib` is what a rank sends, counted at every collective by its ring algorithm's
-share; `messages` are the collectives; `least_mib` is what must be sent however it is done: sums of
-the gradients once (`none`), and for every batch the weights of its forward, those of the blocks for
-its backward, the gradients' sums and the directions that products need (`fsdp`). `against_one` is
-the time in that of one rank, within one run: ranks share this machine's cores, so it says what
-meeting costs, not what more machines bring.
+Ranks are processes of one thread each on this machine's cores, which talk by gloo. A profile by
+parameter and sample, of forget and retain rows, and a step of a training on the forget rows are
+measured with the whole model on every rank (`none`) and with its part of it (`fsdp`). `sent_mib` is
+what a rank sends, counted at every collective by its ring algorithm's share; `messages` are the
+collectives; `least_mib` is what must be sent however it is done: sums of the gradients once
+(`none`), and for every batch the weights of its forward, those of the blocks for its backward, the
+gradients' sums and the directions that products need (`fsdp`). `against_one` is the time in that of
+one rank, of the same work within one run: ranks share this machine's cores, so it says what meeting
+costs, not what more machines bring.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +36,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import geffect_fast as gf
 from geffect_fast import ranks
+from geffect_fast.capture import Plan
 from geffect_fast.capture.compat import is_sharded
 from geffect_fast.capture.shards import shard
+from geffect_fast.data import tokenize_rows
 from geffect_fast.measure.profiler import Profiler
+from geffect_fast.objectives import parse
+from geffect_fast.training.loss import Draws, Loss
+from geffect_fast.training.single_process import single_process
+from geffect_fast.training.trainer import UnlearnTrainer
+from geffect_fast.training.trainer_arguments import training_arguments
+from geffect_fast.unlearn_settings import Training
 
 MIB = 2**20
 N_ROWS = 16
@@ -102,24 +112,73 @@ def rows(seed: int) -> list[dict[str, list[int]]]:
     return [{"input_ids": row, "labels": [-100, *row[1:]]} for row in ids.tolist()]
 
 
-def measured(sharding: str, quick: bool) -> dict[str, Any]:
-    """A profile on the ranks that are here: seconds, and what was sent."""
-    model = make_model(quick)
+def timed(work: Callable[[], Any]) -> tuple[float, Sent]:
+    """The seconds of what all ranks do, and what this one sent in it."""
+    size = ranks.here().size
+    if size > 1:
+        dist.barrier()
+    start = time.perf_counter()
+    with Sent(size) as sent:
+        work()
+    return time.perf_counter() - start, sent
+
+
+def step(model: Any) -> dict[str, Any]:
+    """A step of a training on the ranks that are here: seconds, and what was sent."""
+    together = ranks.here()
     n_elements = sum(p.numel() for p in model.parameters())
     n_in_blocks = sum(p.numel() for p in model.model.layers.parameters())
-    together = ranks.here()
-    if sharding == "fsdp":
-        shard(model, together, torch.device("cpu"))
+    forget = tokenize_rows(rows(1), None, name="forget")
+    loss = Loss(parse("ga"), {"forget": forget}, TOKENS, "packed", "token")
+    cpu = torch.device("cpu")
+    with tempfile.TemporaryDirectory() as folder, single_process(cpu):
+        trainer = UnlearnTrainer(
+            model,
+            training_arguments(Training(steps=9), folder, cpu),
+            loss=loss,
+            draws=Draws({"forget": (N_ROWS, N_ROWS)}, 9, seed=0),
+            reference=None,
+            ranks=together,
+            shards=Plan.of(model, may_be_sharded=True).shards,
+        )
+        every = {"forget": range(N_ROWS)}
+        trainer.training_step(model, every)
+        model.zero_grad()
+        seconds, sent = timed(lambda: trainer.training_step(model, every))
+    n_batches = sum(len(each.batches) for each in trainer.loss.passes(every))
+    n_batches = -(-n_batches // together.size)
+    least = 2 * n_elements
+    if is_sharded(model):
+        least = n_batches * (2 * n_elements + n_in_blocks)
+    return row("step", n_elements, n_batches, sent, least, seconds)
+
+
+def row(
+    what: str, n_elements: int, n_batches: int, sent: Sent, least: float, seconds: float
+) -> dict[str, Any]:
+    """Of a rank, where `least` elements in fp32 go through a ring."""
+    size = ranks.here().size
+    return {
+        "what": what,
+        "ranks": size,
+        "parameters": n_elements,
+        "batches": n_batches,
+        "messages": sum(sent.messages.values()),
+        "sent_mib": round(sum(sent.n_bytes.values()) / MIB, 2),
+        "least_mib": round(4 * least * (size - 1) / size / MIB, 2),
+        "seconds": seconds,
+    }
+
+
+def profile(model: Any) -> dict[str, Any]:
+    """A profile on the ranks that are here: seconds, and what was sent."""
+    n_elements = sum(p.numel() for p in model.parameters())
+    n_in_blocks = sum(p.numel() for p in model.model.layers.parameters())
     given = {"forget": rows(1), "retain": rows(2), "objectives": ["ga"], "token_budget": TOKENS}
     profiler = Profiler.of(model, None, resolve=("parameter", "sample"), **given)
     profiler.measure()
     n_risks = len(profiler.risk_names)
-    if together.size > 1:
-        dist.barrier()
-    start = time.perf_counter()
-    with Sent(together.size) as sent:
-        profiler.measure()
-    seconds = time.perf_counter() - start
+    seconds, sent = timed(profiler.measure)
     n_batches = {
         "risks": sum(len(each.batches) for each in profiler._schedule.risk_passes),
         "objectives": sum(len(each.batches) for each in profiler._schedule.passes),
@@ -131,20 +190,21 @@ def measured(sharding: str, quick: bool) -> dict[str, Any]:
         n_directions += n_batches["risks"] - len(profiler._schedule.risk_passes[0].batches)
         least = sum(n_batches.values()) * (2 * n_elements + n_in_blocks)
         least += n_directions * n_elements
-    least *= 4 * (together.size - 1) / together.size
-    return {
-        "sharding": sharding,
-        "ranks": together.size,
-        "parameters": n_elements,
-        "batches": sum(n_batches.values()),
-        "messages": sum(sent.messages.values()),
-        "sent_mib": round(sum(sent.n_bytes.values()) / MIB, 2),
-        "least_mib": round(least / MIB, 2),
-        "seconds": seconds,
-    }
+    return row("profile", n_elements, sum(n_batches.values()), sent, least, seconds)
 
 
-def run(size: int, sharding: str, quick: bool) -> dict[str, Any]:
+def measured(sharding: str, quick: bool) -> list[dict[str, Any]]:
+    """A row of each kind of work, on the ranks that are here."""
+    found = []
+    for work in (profile, step):
+        model = make_model(quick)
+        if sharding == "fsdp":
+            shard(model, ranks.here(), torch.device("cpu"))
+        found.append({"sharding": sharding, **work(model)})
+    return found
+
+
+def run(size: int, sharding: str, quick: bool) -> list[dict[str, Any]]:
     """What the first of so many ranks found, each a process of its own."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "found.pt"
@@ -160,7 +220,7 @@ def run(size: int, sharding: str, quick: bool) -> dict[str, Any]:
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         if done.returncode:
             raise SystemExit(done.stderr)
-        found: dict[str, Any] = torch.load(out, weights_only=True)
+        found: list[dict[str, Any]] = torch.load(out, weights_only=True)
     return found
 
 
@@ -180,11 +240,12 @@ def main() -> None:
         return
     cases = [(1, "none"), (2, "none"), (2, "fsdp")]
     cases += [] if arguments.quick else [(4, "none"), (4, "fsdp")]
-    table = [run(size, sharding, arguments.quick) for size, sharding in cases]
-    for row in table:
-        row["against_one"] = round(row["seconds"] / table[0]["seconds"], 2)
-        row["seconds"] = float(f"{row['seconds']:.3g}")
-        print(row)
+    table = [each for size, sharding in cases for each in run(size, sharding, arguments.quick)]
+    alone = {each["what"]: each["seconds"] for each in table if each["ranks"] == 1}
+    for each in table:
+        each["against_one"] = round(each["seconds"] / alone[each["what"]], 2)
+        each["seconds"] = float(f"{each['seconds']:.3g}")
+        print(each)
     if not arguments.quick:
         write_csv(RESULTS / "distributed_cpu.csv", table)
 

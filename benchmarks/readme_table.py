@@ -188,12 +188,13 @@ def ops_table() -> str:
 def ranks_table() -> str:
     """What ranks send each other, against what must be sent, and the time beside one rank's."""
     rows = read("distributed_cpu.csv")
-    lines = ["| ranks | `--shard` | batches a rank | messages | sent | least | time |"]
-    lines += ["|---:|---|---:|---:|---:|---:|---:|"]
+    lines = ["| | ranks | `--shard` | batches a rank | messages | sent | least | time |"]
+    lines += ["|---|---:|---|---:|---:|---:|---:|---:|"]
     for row in rows:
         sent, least = float(row["sent_mib"]), float(row["least_mib"])
         lines.append(
-            f"| {row['ranks']} | {row['sharding']} | {row['batches']} | {row['messages']} "
+            f"| {row['what']} | {row['ranks']} | {row['sharding']} | {row['batches']} "
+            f"| {row['messages']} "
             f"| {sent:,.0f} MiB | {least:,.0f} MiB | {float(row['against_one']):.2f} |"
         )
     return "\n".join([*lines, "", machine_line(rows[0])])
