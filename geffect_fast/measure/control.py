@@ -22,7 +22,7 @@ from geffect_fast.control_settings import Controlling
 from geffect_fast.data import SampleSet, read_rows
 from geffect_fast.errors import InputError
 from geffect_fast.evaluation_settings import Evaluating
-from geffect_fast.measure.evaluate import Evaluator, Model, checked_probes
+from geffect_fast.measure.evaluator import Evaluator, Model, checked_probes
 from geffect_fast.measure.mixture import Mixture
 from geffect_fast.measure.models import load_model
 from geffect_fast.metrics.base import ALL, FORGET, HOLDOUT, Measure
@@ -38,8 +38,8 @@ if TYPE_CHECKING:
 RETAIN = "retain"
 
 
-@on_all_ranks
 @with_settings(Controlling)
+@on_all_ranks
 def control(
     original: Model,
     unlearned: Model | Sequence[Model] | Mapping[str, Model],

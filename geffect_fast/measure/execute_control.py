@@ -12,13 +12,13 @@ from torch import nn
 from geffect_fast.control_settings import ControlConfig, Controlling
 from geffect_fast.errors import InputError
 from geffect_fast.measure.control import Control, check_save_names
-from geffect_fast.measure.evaluate import checked_probes
 from geffect_fast.measure.evaluation_run import (
     check_compared,
     check_out,
     evaluation_folder,
     read_sets,
 )
+from geffect_fast.measure.evaluator import checked_probes
 from geffect_fast.measure.models import load_model, resolve_device
 from geffect_fast.metrics.registry import resolved_metrics
 from geffect_fast.paths import user_path

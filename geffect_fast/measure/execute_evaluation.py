@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 from geffect_fast.errors import InputError
 from geffect_fast.evaluation_settings import EvaluateConfig, Evaluating
 from geffect_fast.measure.against_effects import against_effects, effects_of, models_of_runs
-from geffect_fast.measure.evaluate import Evaluator, checked_probes
 from geffect_fast.measure.evaluation_run import (
     check_compared,
     check_out,
     evaluation_folder,
     read_sets,
 )
+from geffect_fast.measure.evaluator import Evaluator, checked_probes
 from geffect_fast.measure.execute import loaded, tokenizer_of
 from geffect_fast.measure.harness import Harness
 from geffect_fast.measure.models import resolve_device

@@ -13,7 +13,7 @@ from geffect_fast.data import SampleSet, read_rows
 from geffect_fast.data.samples import evenly
 from geffect_fast.errors import InputError
 from geffect_fast.evaluation_settings import Evaluating
-from geffect_fast.measure.evaluate import Evaluator, Model, checked_probes
+from geffect_fast.measure.evaluator import Evaluator, Model, checked_probes
 from geffect_fast.settings import LiveMetrics, Reading
 
 if TYPE_CHECKING:

@@ -28,7 +28,7 @@ from geffect_fast.errors import (
     UnsupportedModelError,
 )
 from geffect_fast.evaluation_settings import Evaluating
-from geffect_fast.measure.evaluate import Evaluator, Model
+from geffect_fast.measure.evaluator import Evaluator, Model
 from geffect_fast.measure.models import load_model, quiet_transformers
 from geffect_fast.measure.prepare import table_of_positions
 from geffect_fast.metrics.base import FORGET, HOLDOUT, Metric
@@ -52,8 +52,8 @@ LEARNING = resolve("-ga")
 """The mean loss of the forget rows' answers: what unlearning by ascent climbs is descended."""
 
 
-@on_all_ranks
 @with_settings(Relearning)
+@on_all_ranks
 def relearn(
     model: Model,
     tokenizer: Any,

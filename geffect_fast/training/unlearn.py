@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from geffect_fast.storage.run_folder import Reporter
 
 
-@on_all_ranks
 @with_settings(UnlearnSettings)
+@on_all_ranks
 def unlearn(
     model: nn.Module,
     tokenizer: Any,

@@ -132,7 +132,7 @@ def test_models_given_are_left_as_they_were(original, unlearned, tokenizer):
 )
 def test_no_share_is_measured_twice(original, gentler, tokenizer, monkeypatch, tau, alpha, n):
     """Retention at 0, 1/2 and 1, once by bisection; all metrics at the ends and the share."""
-    from geffect_fast.measure.evaluate import Evaluator
+    from geffect_fast.measure.evaluator import Evaluator
 
     called, measure = [], Evaluator.measure
 
