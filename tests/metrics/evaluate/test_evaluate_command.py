@@ -146,7 +146,7 @@ def test_one_model_is_in_memory_at_a_time(here, monkeypatch):
         alive.append(weakref.ref(found))
         return found
 
-    monkeypatch.setattr("geffect_fast.measure.execute_evaluation.load_model", loaded)
+    monkeypatch.setattr("geffect_fast.measure.execute.load_model", loaded)
     shutil.copytree("known", "third")
     command = ["evaluate", "--models", "known", "retrained", "third", *DATA, "--metrics", "nll"]
     assert main([*command, "--out", "run", "--quiet"]) == 0
