@@ -17,6 +17,7 @@ from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from datetime import timedelta
 from functools import wraps
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any, TypeVar
 from uuid import uuid4
 
@@ -202,19 +203,24 @@ class Ranks:
         """
         if self.size == 1:
             return
-        self.meet()
         small: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
         for tensor in tensors:
-            alike = small.setdefault((tensor.device, tensor.dtype), [])
+            if tensor.nbytes < BUCKET:
+                small.setdefault((tensor.device, tensor.dtype), []).append(tensor)
+        # One that lacks memory says so where they meet, and not between sums.
+        buckets = {kind: _bucket(alike) for kind, alike in small.items()}
+        self.meet()
+        for tensor in tensors:
             if tensor.nbytes >= BUCKET:
                 self._add_up(tensor)
-                continue
-            if sum(t.nbytes for t in alike) + tensor.nbytes > BUCKET:
-                self._add_up_together(alike)
-                alike.clear()
-            alike.append(tensor)
-        for alike in small.values():
-            self._add_up_together(alike)
+        for kind, alike in small.items():
+            together: list[Tensor] = []
+            for tensor in alike:
+                if sum(t.numel() for t in together) + tensor.numel() > len(buckets[kind]):
+                    self._add_up_together(together, buckets[kind])
+                    together = []
+                together.append(tensor)
+            self._add_up_together(together, buckets[kind])
 
     def check_same(self, values: Mapping[str, Any]) -> None:
         """Refuse what differs between ranks.
@@ -297,13 +303,23 @@ class Ranks:
     def _add_up(self, tensor: Tensor) -> None:
         dist.all_reduce(tensor, group=self._host if tensor.is_cpu else self._world)
 
-    def _add_up_together(self, alike: list[Tensor]) -> None:
-        if not alike:
-            return
-        flat = torch.cat([tensor.flatten() for tensor in alike])
-        self._add_up(flat)
-        for tensor, summed in zip(alike, flat.split([t.numel() for t in alike]), strict=True):
-            tensor.copy_(summed.view_as(tensor))
+    def _add_up_together(self, alike: Sequence[Tensor], bucket: Tensor) -> None:
+        ends = list(accumulate(tensor.numel() for tensor in alike))
+        parts = [
+            bucket[end - tensor.numel() : end].view(tensor.shape)
+            for end, tensor in zip(ends, alike, strict=True)
+        ]
+        for part, tensor in zip(parts, alike, strict=True):
+            part.copy_(tensor)
+        self._add_up(bucket[: ends[-1]])
+        for part, tensor in zip(parts, alike, strict=True):
+            tensor.copy_(part)
+
+
+def _bucket(alike: Sequence[Tensor]) -> Tensor:
+    """Room for small tensors of one kind, which are added up in one message, or in several."""
+    first, n = alike[0], sum(tensor.numel() for tensor in alike)
+    return first.new_empty(min(n, BUCKET // first.element_size()))
 
 
 def _not_all_came(what: str, size: int) -> InputError:

@@ -140,8 +140,8 @@ class Plan:
         if is_sharded(model):
             if not may_be_sharded:
                 raise UnsupportedModelError(
-                    "model: FSDP shares out its parameters, which profiles and trainings know of, "
-                    "and nothing else does; give it whole"
+                    "model: FSDP shares out its parameters, which profiles, trainings and "
+                    "evaluations know of, and this does not; give it whole"
                 )
             shards = Shards(model, here())
         why = mixing_module(model)
@@ -259,6 +259,17 @@ class Plan:
         """Inside, `sharded_gradients` by parameters are sums over ranks."""
         return nullcontext() if self.shards is None else self.shards.sums()
 
+    def is_differentiable(self, loss: Tensor, sources: Sequence[Tensor]) -> bool:
+        """Whether a loss depends on any of the sources, as `sharded_gradients` takes them."""
+        parameters = list(self.parameters.values())
+        if self.shards is None or not self._end_in_parameters(sources):
+            return loss.requires_grad
+        return self.shards.check_alike(loss, parameters)
+
+    def _end_in_parameters(self, sources: Sequence[Tensor]) -> bool:
+        own = [*map(id, self.parameters.values())]
+        return [*map(id, sources[-len(own) :])] == own
+
     def sharded_gradients(
         self, loss: Tensor, sources: Sequence[Tensor], *, more: bool
     ) -> Sequence[Tensor | None]:
@@ -274,7 +285,7 @@ class Plan:
         """
         assert self.shards is not None
         n, parameters = len(self.parameters), list(self.parameters.values())
-        if [*map(id, sources[-n:])] != [*map(id, parameters)]:
+        if not self._end_in_parameters(sources):
             return torch.autograd.grad(loss, sources, retain_graph=more, allow_unused=True)
         own = self.shards.sum_of_gradients(loss, parameters, more=more)
         return [*[None] * (len(sources) - n), *own]

@@ -70,6 +70,7 @@ class Shards:
         self.ranks, self._model = ranks, model
         self.groups: list[Any] = fsdp_groups(model)
         self.rest()
+        self._some_frozen = any(not p.requires_grad for p in model.parameters())
         self._whole: dict[int, nn.Parameter] = {}
         self._own: dict[int, nn.Parameter] = {}
         self._group_of: dict[int, FSDPModule] = {}
@@ -152,6 +153,32 @@ class Shards:
             found.append(None if own.grad is None else own_part(own.grad))
             own.grad = None
         return found
+
+    def check_alike(self, loss: Tensor, parameters: Sequence[nn.Parameter]) -> bool:
+        """Whether a loss depends on parameters that ask for gradients, on this and all other ranks.
+
+        A group that one rank's loss reaches and another's does not would be brought, and its
+        gradients added up, by some of them alone. Where all parameters ask, every row reaches some
+        of each group.
+
+        Raises:
+            UnsupportedModelError: that is so.
+        """
+        if not self._some_frozen:
+            return loss.requires_grad
+        reached: list[int] = []
+        if loss.requires_grad:
+            leaves = {id(leaf) for leaf in leaves_of(loss)}
+            of_loss = self.groups_of([p for p in parameters if id(p) in leaves])
+            reached = [n for n, group in enumerate(self.groups) if group in of_loss]
+        told = self.ranks.meet(reached)
+        if any(others != reached for others in told):
+            raise UnsupportedModelError(
+                "model: rows of some ranks reach what is trained in a block, and rows of others do "
+                "not, as where experts alone are trained; FSDP cannot add up their gradients: give "
+                "the model whole (--shard none), or train more of it"
+            )
+        return bool(reached)
 
     def with_zeros(
         self, loss: Tensor, parameters: Sequence[nn.Parameter]

@@ -389,7 +389,7 @@ def backwards(
         terms, value = data_pass.terms(index, outputs, moved, reference)
         loss = 0 * terms.sum() if attempt.idle else terms.sum()
         grads: Sequence[Tensor | None] = [None] * len(sources)
-        if loss.requires_grad:  # else it reads a layer below all that can be trained
+        if plan.is_differentiable(loss, sources):  # else it reads a layer below all that is trained
             more = index != wanted[-1]
             if plan.shards is None:
                 grads = torch.autograd.grad(loss, sources, retain_graph=more, allow_unused=True)

@@ -13,6 +13,7 @@ from geffect_fast.capture import Factor, Plan, Recorder, Recording
 from geffect_fast.capture.compat import still_up_to
 from geffect_fast.capture.precision import precisions
 from geffect_fast.capture.products import squared_norms
+from geffect_fast.capture.shards import put_right
 from geffect_fast.data import IGNORE, Layout, Sample, SampleSet, TokenSequence, make_batches
 from geffect_fast.data.batch import Batch
 from geffect_fast.engines.model_outputs import (
@@ -98,7 +99,10 @@ def _try(plan: Plan, sample_set: SampleSet, may_pack: bool = True) -> Layout:
     def agree(layout: Layout, probes: list[Tensor], masked: bool = True) -> bool:
         try:
             together = _norms(plan, probes, layout, masked)
-        except Exception:  # whatever a model raises that cannot be called this way, or has no room
+        except Exception as error:  # whatever a model raises that cannot be called this way
+            if plan.shards is not None and no_memory(error):
+                raise  # of this rank alone
+            put_right(plan.model)
             return False
         return _same(plan, together, apart)
 

@@ -131,10 +131,15 @@ def result_sums(runs: Iterable[Path]) -> dict[str, Sums]:
 
 
 def weights_sums(model: nn.Module) -> Sums:
-    """The size and checksum of a model's weights, for one that comes from no file."""
+    """The size and checksum of a model's weights, for one that comes from no file.
+
+    All ranks call it that share out the model.
+    """
     found, size = hashlib.sha256(), 0
     for name, tensor in sorted(model.state_dict().items()):
         if isinstance(tensor, Tensor):
+            if hasattr(tensor, "full_tensor"):
+                tensor = tensor.full_tensor()
             data = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
             found.update(name.encode())
             found.update(data.tobytes())

@@ -19,7 +19,9 @@ from geffect_fast.measure.execute import (
     on_threads,
     read_sources_of,
 )
+from geffect_fast.measure.sources import needs_of, parts_of, resolved_list
 from geffect_fast.metrics.registry import resolved_metrics
+from geffect_fast.objectives.base import REFERENCE_NEEDS
 from geffect_fast.ranks import here
 from geffect_fast.results.dataset import digests
 from geffect_fast.settings import LiveMetrics, Measuring
@@ -134,10 +136,13 @@ def _models(
     """
 
     def beside(model: nn.Module) -> int:
-        if training.lora_rank is not None:
-            return 0  # an adapter is small
+        weights = sum(p.nbytes for p in model.parameters())
+        if training.lora_rank is not None:  # an adapter is small, and the reference shares its base
+            return weights if config.reference else 0
         trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
-        return gradient_bytes(model, n_risks) + IN_TRAINING * trained
+        compares = needs_of(parts_of(resolved_list(config.measured))) & REFERENCE_NEEDS
+        reference = weights if compares else 0
+        return gradient_bytes(model, n_risks) + IN_TRAINING * trained + reference
 
     def adapted(model: nn.Module) -> nn.Module:
         return model if training.lora_rank is None else with_adapter(model, training)

@@ -287,6 +287,8 @@ class Relearner:
                 "max_grad_norm": settings.max_grad_norm or 0.0,
             },
         )
+        with single_process(device):
+            training_arguments(training, ".", device)  # to have them checked
         self._parts = self._parts or self._drawn(model)
         evaluators = {part: self._evaluator(model, of.rows) for part, of in self._parts.items()}
         first = not self.rows

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from geffect_fast.capture.compat import is_sharded
 from geffect_fast.capture.shards import part_of
 from geffect_fast.errors import InputError
 from geffect_fast.measure.models import has_remote_code, load_model
@@ -99,6 +100,9 @@ def load_weights(model: nn.Module, folder: Path) -> None:
         import peft
 
         saved = peft.utils.load_peft_weights(str(folder), device="cpu")
+        if not is_sharded(model):
+            peft.set_peft_model_state_dict(model, saved)
+            return
         own = peft.get_peft_model_state_dict(model)
     else:
         saved, own = _saved_weights(model, folder), model.state_dict()

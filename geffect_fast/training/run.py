@@ -126,7 +126,8 @@ class Unlearning:
         layout: Layout = self.profiler.attributes["layout"]
         if layout == "packed":  # rows that are not probed may be longer
             longest = max(map(longest_sequence, self.sets.values()))
-            layout = choose_layout(self.profiler.plan, self.sets["forget"], longest)
+            with self.ranks.in_step(shared_out), at_work(model):
+                layout = choose_layout(self.profiler.plan, self.sets["forget"], longest)
         self.loss = Loss(
             measured[0],
             self.sets,

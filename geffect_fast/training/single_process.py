@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 import torch.distributed as dist
@@ -25,6 +25,11 @@ _OF_LAUNCHERS = (
 
 _DEVICE = "ACCELERATE_TORCH_DEVICE"
 """Likewise: the device it takes, else the first of them."""
+
+
+def current(device: torch.device) -> AbstractContextManager[object]:
+    """Inside, a GPU is the current one; another device changes nothing."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 @contextmanager
@@ -50,7 +55,7 @@ def single_process(device: torch.device) -> Iterator[None]:
     os.environ[_DEVICE] = str(device)
     try:
         AcceleratorState._reset_state(reset_partial_state=True)
-        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        with current(device):
             yield
     finally:
         del os.environ[_DEVICE]

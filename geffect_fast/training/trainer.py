@@ -25,12 +25,19 @@ from geffect_fast.engines.batches import (
     dealt,
 )
 from geffect_fast.engines.model_outputs import model_outputs, packed_attention
-from geffect_fast.errors import InputError, NonFiniteError, UnfinishedError, in_one_line
+from geffect_fast.errors import (
+    GEffectError,
+    InputError,
+    NonFiniteError,
+    UnfinishedError,
+    in_one_line,
+)
 from geffect_fast.measure.memory import within_budget
 from geffect_fast.ranks import ALONE, Ranks
 from geffect_fast.training.loss import Draws, Loss, RowNumbers, RowReference
 from geffect_fast.training.resume import RULE_STATE, load_weights, saving, saving_folder
 from geffect_fast.training.rule_losses import update_by_rule
+from geffect_fast.trying import no_memory
 from geffect_fast.updates import Updater
 
 
@@ -74,6 +81,7 @@ class UnlearnTrainer(Trainer):
             shards.rest()
             self._wholes = [shards.whole(p) for p in model.parameters() if p.requires_grad]
         self._reached: set[int] = set()
+        self._saves = False
         self._saved: dict[str, Any] | None = None
         self.loss = replace(loss, pieces=ranks.size * -(-loss.pieces // ranks.size))
         self.ranks = ranks
@@ -102,10 +110,7 @@ class UnlearnTrainer(Trainer):
         model.train()
         if callable(getattr(self.optimizer, "train", None)):
             self.optimizer.train()  # of optimizers without a schedule
-        if self.ranks.size > 1:  # of their own dropout, whatever a checkpoint says of the first's
-            state = [self.args.seed, self.state.global_step, self.ranks.rank]
-            torch.manual_seed(int(np.random.SeedSequence(state).generate_state(1)[0]))
-        with within_budget(self.budget):
+        with self._own_dropout(), within_budget(self.budget):
             total = self._update(model, inputs)
         if not isfinite(total):
             raise NonFiniteError(
@@ -113,6 +118,21 @@ class UnlearnTrainer(Trainer):
                 "try a smaller --learning-rate, --trainer max_grad_norm=1, or --dtype float32"
             )
         return torch.tensor(total, device=self.args.device)
+
+    @contextmanager
+    def _own_dropout(self) -> Iterator[None]:
+        """Inside, each of several ranks draws its own random numbers, of the seed and the step.
+
+        So a resumed run draws what it would have drawn with as many ranks, and behind it all ranks
+        draw alike.
+        """
+        if self.ranks.size == 1:
+            yield
+            return
+        device, state = self.args.device, [self.args.seed, self.state.global_step, self.ranks.rank]
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            torch.manual_seed(int(np.random.SeedSequence(state).generate_state(1)[0]))
+            yield
 
     def _update(self, model: nn.Module, rows: RowNumbers) -> float:
         """The loss of an update; where memory runs out, all of it is redone in smaller batches.
@@ -162,6 +182,7 @@ class UnlearnTrainer(Trainer):
                 for at, batch in enumerate(data_pass.batches):
                     idle = at >= len(data_pass.batches) - data_pass.idle
                     value += self.descend(model, rows, data_pass, batch, self.loss, idle=idle)
+            shards.rest()  # a last batch without a backward leaves the root whole
             found = [(p, p.grad) for p in self.model.parameters() if p.requires_grad]
         reached = [id(shards.whole(p)) in self._reached for p, _ in found]
         told = self.ranks.meet((value, reached))
@@ -174,9 +195,24 @@ class UnlearnTrainer(Trainer):
 
         Args:
             value: this rank's share in a loss, whose gradient stands in `.grad`.
+
+        Raises:
+            GEffectError: a rank lacks memory for it, of which smaller batches need no less.
         """
         if self.ranks.size == 1:
             return value
+        try:
+            return self._added_up(value)
+        except (MemoryError, RuntimeError) as error:
+            if not no_memory(error):
+                raise
+            raise GEffectError(
+                "out of memory where ranks add up their gradients, which takes as much whatever "
+                "the batches are; train an adapter (lora_rank), or share out the model "
+                "(--shard fsdp)"
+            ) from error
+
+    def _added_up(self, value: float) -> float:
         parameters = [p for p in self.model.parameters() if p.requires_grad]
         told = self.ranks.meet((value, [p.grad is not None for p in parameters]))
         # Where a rank's rows do not reach a weight, others' may: an expert among many.
@@ -214,10 +250,14 @@ class UnlearnTrainer(Trainer):
             if self.reference is not None:
                 other = self.reference.outputs(data_pass, rows, batch, moved)
             loss = on.value(data_pass, outputs, moved, other)
-            if self.shards is not None and loss.requires_grad:
-                loss, reached = self.shards.with_zeros(0 * loss if idle else loss, self._wholes)
+            loss = 0 * loss if idle else loss
+            differentiable = loss.requires_grad
+            if self.shards is not None:
+                differentiable = self.shards.check_alike(loss, self._wholes)
+            if self.shards is not None and differentiable:
+                loss, reached = self.shards.with_zeros(loss, self._wholes)
                 self._reached |= set() if idle else reached
-            if loss.requires_grad:  # else it reads layers below everything that can be trained
+            if differentiable:  # else it reads layers below everything that can be trained
                 self.accelerator.backward(loss)
         return float(loss.detach())
 
@@ -231,6 +271,8 @@ class UnlearnTrainer(Trainer):
         return made
 
     def _whole_state(self, _: Any, state: dict[str, Any]) -> dict[str, Any]:
+        if not self._saves:  # accelerate reads it too, on each rank its own
+            return state
         return state | {
             "state": {i: whole_values(of, self.ranks) for i, of in state["state"].items()}
         }
@@ -246,8 +288,10 @@ class UnlearnTrainer(Trainer):
         self.shards.rest()
         state = self.model.state_dict()
         if hasattr(self.model, "peft_config"):
-            trained = {name for name, p in self.model.named_parameters() if p.requires_grad}
-            state = {name: value for name, value in state.items() if name in trained}
+            import peft
+
+            kept = peft.get_peft_model_state_dict(self.model, dict(zip(state, state, strict=True)))
+            state = {name: state[name] for name in kept.values()}
         return whole_values(state, self.ranks)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> None:
@@ -257,12 +301,12 @@ class UnlearnTrainer(Trainer):
             UnfinishedError: the disk refuses.
         """
         run, step = Path(self.args.output_dir), self.state.global_step
-        self._saved = self.whole_weights()
-        if not self.ranks.first:
-            if self.shards is not None:
-                self.optimizer.state_dict()  # in which it has a part
-            return
+        self._saved, self._saves = self.whole_weights(), True
         try:
+            if not self.ranks.first:
+                if self.shards is not None:
+                    self.optimizer.state_dict()  # in which it has a part
+                return
             with saving(run, step, self.identity):
                 super()._save_checkpoint(model, trial)
                 if self.updater is not None:
@@ -275,7 +319,7 @@ class UnlearnTrainer(Trainer):
                 "and go on with --resume"
             ) from error
         finally:
-            self._saved = None
+            self._saved, self._saves = None, False
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         super()._save(output_dir, self._saved if state_dict is None else state_dict)

@@ -17,6 +17,7 @@ from transformers.training_args import OptimizerNames
 from geffect_fast.errors import InputError, in_one_line
 from geffect_fast.measure.models import quiet_transformers
 from geffect_fast.training.logs import check_reporters
+from geffect_fast.training.single_process import current
 from geffect_fast.unlearn_settings import Training
 
 OF_CONFIG = {
@@ -132,7 +133,9 @@ def training_arguments(
         "report_to": list(config.report_to) if reports else [],
     }
     try:
-        with quiet_transformers():  # of a process group that accelerate does not know
+        # Quiet of a process group that accelerate does not know; and the first GPU, which they make
+        # the current one, is not kept.
+        with quiet_transformers(), current(device):
             arguments = TrainingArguments(**values)
     except Exception as error:  # of many kinds, from transformers, accelerate and torch
         raise InputError(

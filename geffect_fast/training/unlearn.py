@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from geffect_fast.arguments import checked_config, with_settings
+from geffect_fast.capture.compat import is_sharded
+from geffect_fast.capture.shards import at_work
 from geffect_fast.measure.sources import Sources
 from geffect_fast.objectives import Objective
 from geffect_fast.ranks import here, on_all_ranks
@@ -113,11 +115,11 @@ def unlearn(
     read = {name: source for name, source in given.items() if isinstance(source, str | Path)}
     with started(out, ranks, partial(check_start, out, resume, overwrite, read)) as folder:
         models = {"model": model, "reference_model": reference_model, "retain_model": retain_model}
-        weights = {
-            name: weights_sums(each)
-            for name, each in models.items()
-            if isinstance(each, nn.Module) and ranks.first
-        }
+        weights = {}
+        for name, each in models.items():
+            if isinstance(each, nn.Module) and (ranks.first or is_sharded(each)):
+                with ranks.in_step(ranks.size > 1 and is_sharded(each)), at_work(each):
+                    weights[name] = weights_sums(each)
         run = prepared()  # which may put an adapter into the model
         sums = input_sums(read) | weights if ranks.first else {}
         if resume and ranks.first:

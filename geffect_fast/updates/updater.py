@@ -158,7 +158,7 @@ def _check_whole(rule: UpdateRule, parameters: Mapping[str, nn.Parameter]) -> No
     if any(hasattr(p, "ds_id") or hasattr(p, "placements") for p in parameters.values()):
         raise UnsupportedModelError(
             f"update {rule}: parameters are spread over devices (ZeRO, FSDP), and inner products "
-            "need them whole; train on one device, or an adapter (lora_rank)"
+            "need them whole; give the whole model to each (--shard none)"
         )
     if len({p.device for p in parameters.values()}) > 1:
         raise UnsupportedModelError(

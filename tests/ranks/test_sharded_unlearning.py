@@ -1,16 +1,22 @@
 """A training of a model whose parameters ranks share out takes the steps of one process."""
 
+import tempfile
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 from models import build, fp64_throughout, samples
 from ranked import on_ranks
+from torch import nn
+from torch.distributed.fsdp import fully_shard
 
 import geffect_fast as gf
 from geffect_fast import ranks
+from geffect_fast.capture import Plan
 from geffect_fast.capture.shards import shard
-from geffect_fast.errors import GEffectError
+from geffect_fast.errors import GEffectError, UnsupportedModelError
 from geffect_fast.training import trainer
 
 DATA = {"forget": samples([9, 17, 5, 12, 8], 1, 3), "retain": samples([9, 14, 6], 2, 3)}
@@ -122,3 +128,52 @@ def test_what_needs_the_whole_is_refused_and_one_rank_ends_all():
         assert said["reference_model"].startswith("reference_model: 'npo(beta=0.5)' compares with")
         assert "rank 1 has had enough" in failed
         assert kind == ("ValueError" if rank else "GEffectError")
+
+
+class Routed(nn.Module):
+    """A block whose second half a rank uses alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.frozen = nn.Linear(3, 3).requires_grad_(False)
+        self.expert = nn.Linear(3, 3)
+
+    def forward(self, x, taken):
+        return self.frozen(x) + (self.expert(x) if taken else 0)
+
+
+def others():
+    """What trainings with a folder, other optimizers and few trained layers leave behind."""
+    given = DATA | SGD | {"batch_size": 3}
+    where = Path(ranks.here().first_of(tempfile.mkdtemp()))
+    found = {}
+    for name, objective, more in (
+        ("folder", "ga", {"out": where / "run"}),
+        ("adagrad", "ga", {"optimizer": "adagrad", "learning_rate": 1e-3}),
+        ("head", "rmu(layer=0)", {}),
+    ):
+        model = build("llama")
+        if name == "head":
+            model.requires_grad_(False).lm_head.requires_grad_(True)
+        if dist.is_initialized():
+            shard(model, ranks.here(), torch.device("cpu"))
+        gf.unlearn(model, None, objective=objective, **(given | more))
+        weights = model.lm_head.weight.detach()
+        if hasattr(weights, "full_tensor"):
+            weights = weights.full_tensor()
+        found[name] = weights.numpy().copy()
+    if dist.is_initialized():
+        model, rank = Routed(), dist.get_rank()
+        fully_shard(model, mesh=ranks.here().mesh(torch.device("cpu")))
+        plan = Plan.of(model, may_be_sharded=True)
+        with pytest.raises(UnsupportedModelError, match="reach what is trained in a block"):
+            loss = model(torch.ones(2, 3), taken=rank == 0).sum()
+            plan.is_differentiable(loss, list(plan.parameters.values()))
+    return found
+
+
+def test_trainings_in_parts_end_as_whole_ones():
+    alone = others()
+    for found in on_ranks(2, others):
+        for name, weights in alone.items():
+            np.testing.assert_allclose(found[name], weights, rtol=0, atol=1e-5, err_msg=name)

@@ -19,7 +19,7 @@ import geffect_fast as gf
 from geffect_fast import ranks, report
 from geffect_fast.cli import main
 from geffect_fast.data import write_jsonl
-from geffect_fast.errors import InputError, NonFiniteError
+from geffect_fast.errors import GEffectError, InputError, NonFiniteError
 from geffect_fast.measure.models import load_model
 from geffect_fast.steps.probe import Probe
 from geffect_fast.training import trainer
@@ -93,6 +93,35 @@ def test_ranks_take_the_steps_of_one_process(alone, size, names):
                         atol=1e-9 * float(abs(values).max()) if values.notnull().any() else 0,
                         err_msg=f"{name} {variable}",
                     )
+
+
+def no_room_for_sums(rule):
+    """What a rank says of a training in which rank 1 finds no memory for sums of gradients."""
+
+    plain = trainer.UnlearnTrainer._added_up
+
+    def fails(*_):
+        raise torch.OutOfMemoryError("rank 1 has nothing left")
+
+    def added_up(self, value):
+        with pytest.MonkeyPatch.context() as inside:
+            if dist.get_rank() == 1:
+                inside.setattr(ranks, "_bucket", fails)
+            return plain(self, value)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(GEffectError) as error:
+        patch.setattr(trainer.UnlearnTrainer, "_added_up", added_up)
+        gf.unlearn(
+            build("llama"), None, **(DATA | SGD), objective="ga + nll", batch_size=3, update=rule
+        )
+    return str(error.value)
+
+
+@pytest.mark.parametrize("rule", ["sgd", "gru"])
+def test_no_memory_for_sums_is_an_error_of_all(rule):
+    own, other = on_ranks(2, no_room_for_sums, rule)[::-1]
+    assert own.startswith("out of memory where ranks add up their gradients")
+    assert other == f"rank 1: {own}"
 
 
 def halved(rule):
@@ -236,13 +265,16 @@ def refused(folder):
         gf.unlearn(build("llama"), None, **(given | {"learning_rate": 1e30, "steps": 3}))
     said["diverges"] = str(error.value)
     before = PartialState().num_processes
+    gf.unlearn(build("llama"), None, **given)
+    drawn = ranks.here().meet(torch.rand(1).item())
     with ranks.on_its_own():
         gf.unlearn(build("llama"), None, **given)
-    return said, before, PartialState().num_processes
+    return said, before, PartialState().num_processes, drawn
 
 
 def test_ranks_that_differ_or_diverge_end_with_one_line(tmp_path):
-    for said, before, after in on_ranks(2, refused, tmp_path):
+    for said, before, after, drawn in on_ranks(2, refused, tmp_path):
+        assert drawn[0] == drawn[1]
         assert said["steps"].startswith("training: rank 1 has")
         assert said["out"].startswith("out: rank 1 has")
         assert "step" in said["diverges"] and "\n" not in said["diverges"]

@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 import os
 from collections import Counter
+from contextlib import contextmanager
 
 import pytest
 import torch
 from accelerate import Accelerator, PartialState
 from models import build, fp64_throughout, samples
+from peft import PromptTuningConfig, get_peft_model
 
 from geffect_fast.capture import Plan
 from geffect_fast.data import make_batches, tokenize_rows
@@ -19,6 +21,7 @@ from geffect_fast.engines.reference import Reference
 from geffect_fast.errors import InputError, NonFiniteError
 from geffect_fast.objectives import parse
 from geffect_fast.training.loss import Draws, Loss, RowReference
+from geffect_fast.training.resume import load_weights
 from geffect_fast.training.single_process import single_process
 from geffect_fast.training.trainer import UnlearnTrainer
 from geffect_fast.training.trainer_arguments import training_arguments
@@ -220,3 +223,38 @@ def test_a_trainer_is_where_the_model_is_and_accelerate_as_it_was(tmp_path, monk
     monkeypatch.setenv("WORLD_SIZE", "8")
     with pytest.raises(InputError, match="8 processes were started, and no process group is begun"):
         single_process(place).__enter__()
+
+
+def test_a_model_on_another_gpu_keeps_it_the_current_one(tmp_path, monkeypatch):
+    """transformers makes the first one the current one."""
+    now = [torch.device("cuda:0")]
+
+    @contextmanager
+    def device(place):
+        before, now[0] = now[0], torch.device(place)
+        yield
+        now[0] = before
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "a GPU")
+    monkeypatch.setattr(torch.cuda, "set_device", lambda place: now.__setitem__(0, place))
+    monkeypatch.setattr(torch.cuda, "device", device)
+    second = torch.device("cuda:1")
+    with single_process(second):
+        arguments = training_arguments(Training(steps=1), tmp_path, second)
+        assert arguments.device == now[0] == second
+    assert now[0] == torch.device("cuda:0")
+
+
+def test_a_prompt_that_is_trained_is_gone_on_with(tmp_path):
+    """Its weights are no parameter's own: what an adapter saves of it is computed."""
+    settings = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    model, other = (get_peft_model(build("llama"), settings) for _ in range(2))
+    with torch.no_grad():
+        for p in model.prompt_encoder.parameters():
+            p.add_(1.0)
+    model.save_pretrained(tmp_path)
+    load_weights(other, tmp_path)
+    for name, p in model.prompt_encoder.named_parameters():
+        assert torch.equal(p, other.prompt_encoder.get_parameter(name))
