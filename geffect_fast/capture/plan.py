@@ -261,10 +261,9 @@ class Plan:
 
     def is_differentiable(self, loss: Tensor, sources: Sequence[Tensor]) -> bool:
         """Whether a loss depends on any of the sources, as `sharded_gradients` takes them."""
-        parameters = list(self.parameters.values())
         if self.shards is None or not self._end_in_parameters(sources):
             return loss.requires_grad
-        return self.shards.check_alike(loss, parameters)
+        return self.shards.check_alike(loss, list(self.parameters.values()))
 
     def _end_in_parameters(self, sources: Sequence[Tensor]) -> bool:
         own = [*map(id, self.parameters.values())]

@@ -48,6 +48,10 @@ SAME_NUMBERS = {"save_every", "keep_checkpoints", "report_to", "shard"}
 """Fields of an unlearning config that change no number of a run."""
 
 
+IN_PARTS = ("adamw_torch", "adamw_torch_fused", "sgd", "rmsprop", "adagrad")
+"""Optimizers that step each element of a weight by itself, as transformers calls them."""
+
+
 class Unlearning:
     """A run that is checked and prepared; nothing is written before `train`.
 
@@ -329,6 +333,11 @@ def _check_serves_shards(model: nn.Module, training: Training) -> None:
         raise InputError(
             "lora_rank: FSDP shares out the model already; put an adapter into it before "
             "fully_shard, and leave lora_rank out"
+        )
+    if training.optimizer not in IN_PARTS:
+        raise InputError(
+            f"optimizer: {training.optimizer} is not known to step parts of weights as it steps "
+            f"whole ones, and FSDP shares out the model; use one of {', '.join(IN_PARTS)}"
         )
     asked = {
         "second_order": training.second_order,

@@ -91,6 +91,7 @@ def refused():
     asked = {
         "second_order": {"second_order": True, "optimizer": "adamw_torch"},
         "update": {"update": "orthograd"},
+        "optimizer": {"optimizer": "adafactor"},
         "lora_rank": {"lora_rank": 2},
         "reference_model": {"objective": "npo(beta=0.5)"},
     }
@@ -123,6 +124,7 @@ def test_what_needs_the_whole_is_refused_and_one_rank_ends_all():
             "second_order: needs the whole model on each rank, and FSDP shares out its "
             "parameters; leave it out"
         )
+        assert said["optimizer"].startswith("optimizer: adafactor is not known to step parts")
         assert "update orthograd: parameters are spread over devices" in said["update"]
         assert said["lora_rank"].startswith("lora_rank: FSDP shares out the model already")
         assert said["reference_model"].startswith("reference_model: 'npo(beta=0.5)' compares with")
@@ -150,6 +152,8 @@ def others():
     for name, objective, more in (
         ("folder", "ga", {"out": where / "run"}),
         ("adagrad", "ga", {"optimizer": "adagrad", "learning_rate": 1e-3}),
+        ("rmsprop", "ga", {"optimizer": "rmsprop", "learning_rate": 1e-3}),
+        ("fused", "ga", {"optimizer": "adamw_torch_fused", "learning_rate": 1e-3}),
         ("head", "rmu(layer=0)", {}),
     ):
         model = build("llama")
