@@ -108,7 +108,7 @@ def test_ranks_measure_what_one_process_measures(alone, size):
             xr.testing.assert_identical(found, mine)
 
 
-@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("size", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_models_in_parts_are_measured_as_whole_ones(alone, size):
     for *found, refused in on_ranks(size, parts):
         for mine, expected in zip(found, alone, strict=True):

@@ -25,7 +25,10 @@ CLIPPED = {"optimizer": "adamw_torch", "trainer": {"max_grad_norm": 0.1, "weight
 NLL = {"metrics": ["nll"], "evaluate_every": 2}
 CASES = {
     "llama": ("npo(beta=0.5) + kl", {"batch_size": 3, "retain_batch_size": 2}),
-    "fewer rows than ranks": ("ga", {"batch_size": 1, "model": "llama_tied"}),
+    "fewer rows than ranks": (
+        "ga",
+        {"batch_size": 1, "model": "llama_tied", "checkpointing": True},
+    ),
     "experts": ("ga + 0.5*nll", {"batch_size": 2, "model": "qwen2_moe"} | CLIPPED),
     "gpt2": ("wga(alpha=0.5) + gd", {"batch_size": 4, "token_budget": 20, "model": "gpt2"} | NLL),
     "hidden states": ("rmu(layer=1)", {"batch_size": 3} | CLIPPED),
@@ -64,7 +67,7 @@ def alone():
     return all_trained()
 
 
-@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("size", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_shards_take_the_steps_of_one_process(alone, size):
     found = on_ranks(size, all_trained)
     for name, (result, weights) in alone.items():

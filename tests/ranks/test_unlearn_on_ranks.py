@@ -43,6 +43,7 @@ CASES = {
     "adam": ("npo(beta=0.5)", {"batch_size": 4, "optimizer": "adamw_torch", "max_grad_norm": 0.1}),
     **{rule: ("ga + 0.5*nll", {"batch_size": 3, "update": rule}) for rule in RULES},
 }
+ON_THREE = ["llama", "fewer rows than ranks", "experts", "pieces", "orthograd"]
 EXACT = 1e-12
 """How far weights, of which some are about 1, may be apart."""
 
@@ -70,7 +71,7 @@ def alone():
 
 @pytest.mark.parametrize(
     ("size", "names"),
-    [(2, [*CASES]), (3, ["llama", "fewer rows than ranks", "experts", "pieces", "orthograd"])],
+    [(2, [*CASES]), pytest.param(3, ON_THREE, marks=pytest.mark.slow)],
 )
 def test_ranks_take_the_steps_of_one_process(alone, size, names):
     found = on_ranks(size, all_trained, names)
