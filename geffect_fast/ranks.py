@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import pickle
 import time
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
@@ -61,7 +62,8 @@ class Ranks:
     """
 
     def __init__(self, world: dist.ProcessGroup | None = None) -> None:
-        self._world = world
+        # torch ends the process with an abort where a group is still held at its exit.
+        self._groups = [weakref.ref(world)] if world is not None else []
         self.rank, self.size = (0, 1) if world is None else (world.rank(), world.size())
         self._within = self._said = self._broken = self._exchanges = False
         self._n_exchanges = 0
@@ -69,8 +71,17 @@ class Ranks:
             _wait_in_store(self.rank, self.size)
             # Its own, so that nothing of the program's comes between. Who is killed is noticed at
             # once, and who is slow is waited for.
-            self._host = dist.new_group(backend="gloo", timeout=timedelta(days=7))
+            host = dist.new_group(backend="gloo", timeout=timedelta(days=7))
+            self._groups.append(weakref.ref(host))
             self._name = self.first_of(uuid4().hex)
+
+    @property
+    def _world(self) -> dist.ProcessGroup:
+        return _still_there(self._groups[0])
+
+    @property
+    def _host(self) -> dist.ProcessGroup:
+        return _still_there(self._groups[1])
 
     @property
     def first(self) -> bool:
@@ -80,7 +91,7 @@ class Ranks:
     @property
     def backends(self) -> str:
         """By what the program's group talks on each kind of device: `cpu:gloo,cuda:nccl`."""
-        return "none" if self._world is None else str(dist.get_backend_config(self._world))
+        return str(dist.get_backend_config(self._world)) if self._groups else "none"
 
     @contextmanager
     def together(self, what: str) -> Iterator[None]:
@@ -167,7 +178,6 @@ class Ranks:
         if not store.check(places):
             self._broken = True
             store.set(f"{place}/ended", "")
-            assert self._world is not None
             for group in (self._world, self._host):
                 group.abort()
 
@@ -235,6 +245,7 @@ class Ranks:
         for name in told[0]:
             for rank, others in enumerate(told):
                 if others[name] != told[0][name]:
+                    self._said = True
                     raise _everywhere(
                         InputError(
                             f"{name}: rank {rank} has {others[name]}, and rank 0 "
@@ -257,7 +268,7 @@ class Ranks:
 
     def check_serves(self, device: torch.device) -> None:
         """Raise `InputError` where the program's group cannot add up tensors of a device."""
-        if self._world is None or device.type == "cpu":
+        if self.size == 1 or device.type == "cpu":
             return
         if device.type not in [backend.split(":")[0] for backend in self.backends.split(",")]:
             raise InputError(
@@ -297,6 +308,7 @@ class Ranks:
         for rank, (failed, _) in enumerate(told):
             if failed is not None:
                 kind, said = failed
+                self._said = True  # whatever becomes of it on its way
                 raise _everywhere(kind(f"rank {rank}: {said}"))
         return [own for _, own in told]
 
@@ -320,6 +332,15 @@ def _bucket(alike: Sequence[Tensor]) -> Tensor:
     """Room for small tensors of one kind, which are added up in one message, or in several."""
     first, n = alike[0], sum(tensor.numel() for tensor in alike)
     return first.new_empty(min(n, BUCKET // first.element_size()))
+
+
+def _still_there(group: weakref.ref[dist.ProcessGroup]) -> dist.ProcessGroup:
+    found = group()
+    if found is None:
+        raise InputError(
+            "process group: it has ended; begin another one, and make what used it anew"
+        )
+    return found
 
 
 def _not_all_came(what: str, size: int) -> InputError:
@@ -381,7 +402,7 @@ def here() -> Ranks:
     world = dist.group.WORLD
     if world is None or world.size() == 1:
         return ALONE
-    if not _known or _known[0]._world is not world:
+    if not _known or _known[0]._groups[0]() is not world:
         _known[:] = [Ranks(world)]
     return _known[0]
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from geffect_fast.capture.compat import fsdp_groups, own_part, put_to_rest
+from geffect_fast.capture.compat import check_replicas, fsdp_groups, own_part, put_to_rest
 from geffect_fast.capture.leaves import leaves_of
 from geffect_fast.errors import InputError, UnsupportedModelError
 from geffect_fast.ranks import Ranks
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from torch.distributed.fsdp import FSDPModule
 
 
-def shard(model: nn.Module, ranks: Ranks, device: torch.device) -> None:
+def shard(model: nn.Module, ranks: Ranks, device: torch.device, what: str = "model") -> None:
     """Share out a model's parameters among ranks, in place: every block a group, the rest another.
 
     Gradients are added up in fp32. Blocks are what the longest list of modules holds.
@@ -33,9 +33,14 @@ def shard(model: nn.Module, ranks: Ranks, device: torch.device) -> None:
         model: of transformers, the same on all ranks, on the CPU or its rank's device.
         ranks: of a process group.
         device: where the parts will be.
+        what: what messages call the model.
+
+    Raises:
+        InputError: ranks have different weights, of which parts would make a model of none.
     """
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
+    check_replicas(model, ranks, what)
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
     how: dict[str, Any] = {"mesh": ranks.mesh(device)}
     if any(p.dtype != torch.float64 for p in model.parameters()):
@@ -251,6 +256,9 @@ class Shards:
 @contextmanager
 def at_work(model: nn.Module) -> Iterator[None]:
     """Inside, a model runs; before and behind, after errors too, what is shared out is at rest."""
+    if not fsdp_groups(model):
+        yield
+        return
     try:
         with warnings.catch_warnings():
             # Of outputs that are views: nothing here writes to them in place.
@@ -268,7 +276,7 @@ def put_right(model: nn.Module) -> None:
     put_to_rest(model)
     for root in fsdp_groups(model)[:1]:
         reset = getattr(root, "reset_iter_state", None)  # not every torch has it
-        if reset is not None:
+        if reset is not None and root._get_fsdp_state()._is_root:  # else it never ran
             reset()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -57,6 +58,7 @@ def on_launched_ranks(words: Sequence[str]) -> Iterator[None]:
     command = next((word for word in words if not word.startswith("-")), "")
     with ExitStack() as stack:
         stack.callback(dist.destroy_process_group)
+        stack.callback(gc.collect)  # models that hold the group, and each other
         if not is_first():
             nowhere = stack.enter_context(Path(os.devnull).open("w", encoding="utf-8"))
             stack.enter_context(redirect_stdout(nowhere))

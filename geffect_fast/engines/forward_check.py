@@ -155,7 +155,8 @@ def _own_gradients(
 def _moved(model: DualModel, batch: Batch, along: dict[str, Tensor]) -> float:
     """By how much the sum of log-probabilities moves."""
     (tangent,) = model.outputs(along, batch, frozenset())[1]
-    return float(tangent.token_logprob.double().sum())
+    moved, shards = float(tangent.token_logprob.double().sum()), model.plan.shards
+    return moved if shards is None else shards.ranks.first_of(moved)
 
 
 def _failing_module(model: DualModel, batch: Batch, along: dict[str, Tensor]) -> str:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from geffect_fast.capture import Factor, Plan, Recorder, Recording
-from geffect_fast.capture.compat import still_up_to
+from geffect_fast.capture.compat import is_sharded, still_up_to
 from geffect_fast.capture.precision import precisions
 from geffect_fast.capture.products import squared_norms
 from geffect_fast.capture.shards import put_right
@@ -104,7 +104,8 @@ def _try(plan: Plan, sample_set: SampleSet, may_pack: bool = True) -> Layout:
                 raise  # of this rank alone
             put_right(plan.model)
             return False
-        return _same(plan, together, apart)
+        same = _same(plan, together, apart)
+        return same if plan.shards is None else plan.shards.ranks.first_of(same)
 
     def alone(ids: Tensor) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
@@ -218,7 +219,7 @@ def _packs_if_there_is_room(model: nn.Module, probes: Sequence[Tensor]) -> bool:
     try:
         return packs_at_length(model, probes)
     except (MemoryError, RuntimeError) as error:
-        if not no_memory(error):
+        if not no_memory(error) or is_sharded(model):  # of this rank alone
             raise
         return False
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import warnings
 import weakref
@@ -139,6 +140,8 @@ class Evaluator:
                 self._reference = self._scored_by(reference_model, model)
             if retain_model is not None and "retain_model" in needs | self._uses_if_given():
                 self._retrained = self._seen_of_retrained(retain_model, model)
+            if is_sharded(model):
+                gc.collect()  # FSDP's modules hold each other
 
     def measure(
         self, model: nn.Module, *, progress: bool = False, what: str = "model"
@@ -338,7 +341,7 @@ class Evaluator:
         """What the reference model says of the answers that metrics compare."""
         other = self._loaded(source, "reference_model", first)
         read, ranks = self._sets_with("reference"), self.ranks
-        with evaluating(other), within_budget(self._budget):
+        with evaluating(other), within_budget(self._budget), at_work(other):
             return answers_scored(other, read, self._budget, "reference model", ranks)
 
     def _observed(
@@ -379,7 +382,7 @@ class Evaluator:
         if self._uses_if_given():
             needs[HOLDOUT] = set()
         sets = {name: self.sets[name] for name in needs}
-        with evaluating(model), within_budget(self._budget):
+        with evaluating(model), within_budget(self._budget), at_work(model):
             return self._observed(model, sets, needs, "retain_model")
 
     def _check_split(self, log: Observed | None, source: str | Path) -> None:

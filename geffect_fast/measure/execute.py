@@ -233,7 +233,7 @@ def loaded(
     if all(ranks.meet(config.shard == "auto" and _fits(model, device, beside(model)))):
         return model.to(device)
     shared_out = adapted(model)
-    shard(shared_out, ranks, device)
+    shard(shared_out, ranks, device, what)
     return shared_out
 
 

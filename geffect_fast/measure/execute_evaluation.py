@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+from torch import nn
+
+from geffect_fast.capture.compat import is_sharded
 from geffect_fast.errors import InputError
 from geffect_fast.evaluation_settings import EvaluateConfig, Evaluating
 from geffect_fast.measure.against_effects import against_effects, effects_of, models_of_runs
@@ -120,7 +125,7 @@ def execute_evaluation(
         evaluator, results = None, []
         for name, source in models.items():
             what = f"model {name}" if len(models) > 1 else "model"
-            model = loaded(source, config, device, what=what)
+            model = loaded(source, config, device, partial(_beside, config), what=what)
             if evaluator is None:
                 where = folder.machine(device, model)
                 evaluator = Evaluator(
@@ -136,7 +141,10 @@ def execute_evaluation(
             if harness is not None:
                 measures = harness.beside(measures, model, progress=progress, what=what)
             results.append(measures)
+            in_parts = is_sharded(model)
             del model  # before the next one is loaded
+            if in_parts:
+                gc.collect()  # FSDP's modules hold each other
         assert evaluator is not None
         dataset = results[0]
         if len(models) > 1 or dimension == "step":
@@ -151,6 +159,12 @@ def execute_evaluation(
             dataset = assess(dataset, found)
         folder.save(dataset, where, evaluator.token_budget, evaluator.rows)
     return dataset
+
+
+def _beside(config: EvaluateConfig, model: nn.Module) -> int:
+    """Bytes of a model that others are compared with, beside the first."""
+    compared = config.reference is not None or not (config.retain_model is None or config.is_log())
+    return compared * sum(p.nbytes for p in model.parameters())
 
 
 def on_whole_models(config: EvaluateConfig, what: str) -> EvaluateConfig:

@@ -11,7 +11,7 @@ import torch
 
 from geffect_fast.data.memory import free_memory
 from geffect_fast.engines.batches import TokenBudget
-from geffect_fast.errors import InputError, OutOfMemoryError
+from geffect_fast.errors import GEffectError, InputError, OutOfMemoryError
 from geffect_fast.trying import no_memory
 
 
@@ -29,7 +29,7 @@ def within_budget(token_budget: TokenBudget, *, one_sample: bool = False) -> Ite
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        if not no_memory(error):
+        if isinstance(error, GEffectError) or not no_memory(error):
             raise
         if not one_sample and not token_budget.exhausted:
             half = token_budget.tokens // 2

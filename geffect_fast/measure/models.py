@@ -118,7 +118,7 @@ def load_like(
     where = "cpu" if sharded else str(place)
     found = load_model(source, dtype, where, what, trust_remote_code=trust_remote_code)
     if sharded:
-        shard(found, here(), place)
+        shard(found, here(), place, what)
     return found
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from geffect_fast.capture.compat import is_sharded
+from geffect_fast.capture.compat import fsdp_groups, is_sharded
 from geffect_fast.engines.batches import TokenBudget
 from geffect_fast.errors import GEffectWarning, InputError, UnsupportedModelError
 from geffect_fast.ranks import ALONE, Ranks
@@ -134,8 +134,11 @@ def _greedy(
         )
     ids = ids.to(next(model.parameters()).device)
     with _plainly(model, ends, max_new_tokens):
-        mask = torch.ones_like(ids)
-        made = model.generate(input_ids=ids, attention_mask=mask, synced_gpus=in_step)
+        given: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        if in_step:
+            given["synced_gpus"] = True
+            fsdp_groups(model)[0].unshard()  # an adapter asks the model inside, past its root
+        made = model.generate(**given)
     return made[:, ids.shape[1] :].cpu()
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from geffect_fast.capture.compat import is_sharded
 from geffect_fast.data import IGNORE, Layout
 from geffect_fast.data.row_kinds import row_place
 from geffect_fast.data.samples import TokenSequence as Tokens
@@ -70,6 +71,8 @@ def observe(
                 places += [row_place(name, row)] * len(listed)
     found = {name: Observed(name, kind=rows.kind) for name, rows in sets.items()}
     layout = forward_layout(model, sequences)
+    if is_sharded(model):
+        ranks.check_same({"layout": layout})
     distribution = any("distribution" in of for of in needs.values())
     scored = score(
         model,

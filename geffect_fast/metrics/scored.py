@@ -21,6 +21,7 @@ from geffect_fast.engines.model_outputs import model_outputs, packed_attention, 
 from geffect_fast.errors import NonFiniteError, UnsupportedModelError
 from geffect_fast.metrics.observed import Scored
 from geffect_fast.ranks import ALONE, Ranks
+from geffect_fast.trying import no_memory
 
 Tick = Callable[[int], object]
 """Told of the tokens that are done."""
@@ -196,7 +197,9 @@ def _agrees(model: nn.Module, sequences: Sequence[Tokens], layout: Layout) -> bo
         ) from error
     try:
         together = said(layout)
-    except Exception:  # whatever a model raises that cannot be called this way
+    except Exception as error:  # whatever a model raises that cannot be called this way
+        if is_sharded(model) and no_memory(error):
+            raise  # of this rank alone
         put_right(model)
         return False
     return close(together, own, max(TOLERANCE[dtype] for dtype in precisions(model)))

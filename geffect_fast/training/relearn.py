@@ -305,6 +305,7 @@ class Relearner:
         except UnsupportedModelError as error:
             raise UnsupportedModelError(f"{what}: {error}") from error
         ranks = evaluators["relearned"].ranks
+        ranks.check_same({"layout": layout})
         loss = Loss(
             LEARNING,
             {FORGET: answers},
@@ -344,6 +345,8 @@ class Relearner:
             try:
                 trainer.train()
             except NonFiniteError as error:
+                if error.told:
+                    raise
                 said = str(error).partition(";")[0]
                 if not said.startswith("step "):
                     said = f"step {trainer.state.global_step}: {said}"

@@ -132,6 +132,7 @@ class Unlearning:
             longest = max(map(longest_sequence, self.sets.values()))
             with self.ranks.in_step(shared_out), at_work(model):
                 layout = choose_layout(self.profiler.plan, self.sets["forget"], longest)
+            self.ranks.check_same({"layout": layout})
         self.loss = Loss(
             measured[0],
             self.sets,
@@ -293,7 +294,7 @@ class Unlearning:
                 trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
         except NonFiniteError as error:
             said = str(error)
-            if said.startswith("step "):
+            if error.told or said.startswith("step "):
                 raise
             raise NonFiniteError(
                 f"step {trainer.state.global_step}: {said.partition(';')[0]}; the training made it "

@@ -27,7 +27,7 @@ from geffect_fast.measure.profile import profile
 from geffect_fast.measure.sources import Sources, read_sources, resolved_list
 from geffect_fast.objectives import parse
 from geffect_fast.paths import is_there, user_path
-from geffect_fast.ranks import on_all_ranks
+from geffect_fast.ranks import here, on_all_ranks
 from geffect_fast.relearn_settings import Relearning
 from geffect_fast.settings import Reading
 from geffect_fast.storage.inputs import Inputs
@@ -141,7 +141,8 @@ class Survey:
             )
         if any(cost is not None and cost["device"] == "cpu" for cost in costs):
             notes.append("On a CPU the peak is that of the whole process.")
-        touched, why = self._touched(evaluated)
+        ranks = here()
+        touched, why = ranks.first_of(self._touched(evaluated) if ranks.first else ([], []))
         dataset = dataset.assign(
             seconds=(dimension, known["seconds"]),
             peak_memory=(dimension, known["peak_memory"]),

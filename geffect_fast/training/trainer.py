@@ -204,7 +204,7 @@ class UnlearnTrainer(Trainer):
         try:
             return self._added_up(value)
         except (MemoryError, RuntimeError) as error:
-            if not no_memory(error):
+            if isinstance(error, GEffectError) or not no_memory(error):
                 raise
             raise GEffectError(
                 "out of memory where ranks add up their gradients, which takes as much whatever "

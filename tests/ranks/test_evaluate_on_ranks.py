@@ -13,7 +13,9 @@ import torch.distributed as dist
 import xarray as xr
 from evaluated import full_rows, without
 from memorised import blank_model
+from peft import LoraConfig, get_peft_model
 from ranked import on_ranks
+from torch.distributed.fsdp import fully_shard
 
 import geffect_fast as gf
 from geffect_fast import ranks, report
@@ -39,13 +41,14 @@ EVERY = {
 }
 
 
-def tokenizer():
-    return train_tokenizer([f"{row['question']} {row['answer']}" for row in ROWS], 320)
+def tokenizer(size=320):
+    return train_tokenizer([f"{row['question']} {row['answer']}" for row in ROWS], size)
 
 
 def measured(more, *, in_parts=False):
-    reads = tokenizer()
-    model, other = (blank_model(reads, seed).double() for seed in (1, 2))
+    reads, more = tokenizer(), dict(more)
+    model = blank_model(reads, 1).double()
+    other = blank_model(tokenizer(more.pop("vocabulary", 320)), 2).double()
     for each in (model, other) if in_parts else ():
         shard(each, ranks.here(), torch.device("cpu"))
     given = {"reference_model": other, "retain_model": other, "token_budget": 200}
@@ -62,13 +65,31 @@ def parts():
     """Of models that ranks share out, all metrics but that of whole gradients, which is refused."""
     every = [each for each in available() if each != "gradient_norm"]
     few = [each for each in FEW["metrics"] if each != "gradient_norm"]
-    with pytest.raises(InputError) as error:
-        measured(FEW, in_parts=True)
+    said = []
+    for more in (FEW, FEW | {"metrics": "nll, reference", "vocabulary": 280}):
+        with pytest.raises(InputError) as error:
+            measured(more, in_parts=True)
+        said.append(str(error.value))
+    whole, model = adapted(), adapted()
+    for module in (*model.base_model.model.model.layers, model):
+        mesh = ranks.here().mesh(torch.device("cpu"))
+        fully_shard(module, mesh=mesh, reshard_after_forward=True)
+    given = FEW | {"metrics": few, "holdout": None, "max_new_tokens": 6}
+    with ranks.on_its_own():
+        expected = gf.evaluate(whole, tokenizer(), **given)
+    assert_close(gf.evaluate(model, tokenizer(), **given), expected)
     return (
         measured(EVERY | {"metrics": every}, in_parts=True),
         measured(FEW | {"metrics": few}, in_parts=True),
-        str(error.value),
+        said,
     )
+
+
+def adapted():
+    """A model with an adapter that changes what it says."""
+    torch.manual_seed(5)
+    settings = LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    return get_peft_model(blank_model(tokenizer()).double(), settings).eval()
 
 
 def other_arguments():
@@ -113,7 +134,8 @@ def test_models_in_parts_are_measured_as_whole_ones(alone, size):
     for *found, refused in on_ranks(size, parts):
         for mine, expected in zip(found, alone, strict=True):
             assert_close(mine, expected.sel(metric=mine.metric.values))
-        assert refused.startswith("metric gradient_norm: needs whole gradients, and FSDP shares")
+        assert refused[0].startswith("metric gradient_norm: needs whole gradients, and FSDP shares")
+        assert refused[1].startswith("reference_model: it knows 280 tokens and the first model 320")
 
 
 def test_ranks_are_given_the_same():

@@ -1,9 +1,9 @@
 """What goes wrong on one rank ends the call on all, with a line that says what, and no hang."""
 
+import gc
 import os
 import signal
 from datetime import timedelta
-from functools import partial
 
 import pytest
 import torch
@@ -14,6 +14,8 @@ from ranked import Raised, on_ranks
 import geffect_fast as gf
 from geffect_fast import ranks
 from geffect_fast.engines import reverse
+from geffect_fast.engines.batches import TokenBudget
+from geffect_fast.measure.memory import within_budget
 
 ROWS = {"forget": samples([5, 9, 7, 4], 0), "retain": samples([8, 6, 6], 1)}
 
@@ -148,22 +150,42 @@ def test_one_rank_writes_the_file_that_all_read(tmp_path):
     assert [f.name for f in tmp_path.iterdir()] == ["large.nc"]
 
 
-def one_process_each():
-    said, model = [], build("llama")
-    calls = [
-        partial(gf.control, model, model),
-        partial(gf.relearn, model),
-        partial(gf.unlearn, model, objective="ga"),
-    ]
-    for call in calls:
-        with pytest.raises(gf.errors.InputError) as error:
-            call(None, **ROWS)
-        said.append(str(error.value))
-    return said
+def ended():
+    """What holds a process group that the program has ended, and what is said of using it."""
+    kept = gf.ranks.here()
+    groups = kept._groups
+    torch.distributed.destroy_process_group()
+    gc.collect()
+    with pytest.raises(gf.errors.InputError) as error:
+        kept.meet()
+    return [group() is None for group in groups], str(error.value)
 
 
-def test_what_runs_in_one_process_says_so():
-    for said in on_ranks(2, one_process_each):
-        assert [line.partition(";")[0] for line in said] == [
-            f"{name} runs in one process" for name in ("control", "relearn", "unlearn")
-        ]
+def test_nothing_holds_a_group_that_has_ended():
+    """At its exit torch would end the process by an abort."""
+    for gone, said in on_ranks(2, ended):
+        assert gone == [True, True]
+        assert said.startswith("process group: it has ended; begin another one")
+
+
+def lacking():
+    """What is said where rank 1 lacks memory, and whether ranks still understand each other."""
+    here = gf.ranks.here()
+    with (
+        pytest.raises(gf.errors.OutOfMemoryError) as error,
+        here.together("work"),
+        within_budget(TokenBudget(8)),
+    ):
+        if here.rank == 1:
+            raise torch.OutOfMemoryError("none left")
+        here.meet()
+    with here.together("more work"):
+        return str(error.value), here.meet(here.rank)
+
+
+def test_what_was_told_is_not_told_again():
+    own = "out of memory with a token budget of 8; give a smaller one, such as --token-budget 4"
+    (said, met), (other, _) = on_ranks(2, lacking)
+    assert other.startswith(own)
+    assert said == f"rank 1: {other}"
+    assert met == [0, 1]
