@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import multiprocessing
 import multiprocessing.connection
 import os
+import signal
 import time
 import traceback
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import redirect_stderr, suppress
 from tempfile import TemporaryDirectory
 from typing import Any
+
+import numpy as np
+import pytest
 
 LONGEST = 300
 """Seconds for which a test waits for its ranks."""
@@ -87,6 +92,45 @@ def on_ranks(size: int, job: Callable[..., Any], *args: Any, fails: bool = False
                 process.join(1 if not open_ends else 0)
                 process.kill()
     return found
+
+
+def commanded(words: list[str], killed_at: int | None = None) -> tuple[int, str]:
+    """Exit code and errors of a command on this rank; rank 1 is killed before a step is probed."""
+    import torch.distributed as dist
+
+    from geffect_fast import report
+    from geffect_fast.cli import main
+    from geffect_fast.steps.probe import Probe
+
+    plain, said = Probe.at, io.StringIO()
+
+    def at(self: Probe, step: int, **given: Any) -> Any:
+        if step == killed_at and dist.get_rank() == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return plain(self, step, **given)
+
+    with pytest.MonkeyPatch.context() as patch, redirect_stderr(said):
+        patch.setattr(report, "write_report", lambda *_, **__: None)
+        patch.setattr(Probe, "at", at)
+        return main(words), said.getvalue()
+
+
+def assert_same_training(name: str, found: Any, expected: Any, exact: float) -> None:
+    """A result and the weights in the end, of a training called `name`, are those expected."""
+    (own, weights), (result, expected_weights) = found, expected
+    assert abs(result.measured_change.isel(step=-1)).min() > 1e-5, name
+    for key, value in expected_weights.items():
+        assert abs(weights[key] - value).max() <= exact, (name, key)
+    for variable, values in result.data_vars.items():
+        # A cosine of what is nothing but rounding is any number.
+        if values.dtype.kind == "f" and "cosine" not in variable:
+            np.testing.assert_allclose(
+                own[variable].values,
+                values.values,
+                rtol=0,
+                atol=1e-9 * float(abs(values).max()) if values.notnull().any() else 0,
+                err_msg=f"{name} {variable}",
+            )
 
 
 def _run(

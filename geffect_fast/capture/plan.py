@@ -259,16 +259,6 @@ class Plan:
         """Inside, `sharded_gradients` by parameters are sums over ranks."""
         return nullcontext() if self.shards is None else self.shards.sums()
 
-    def is_differentiable(self, loss: Tensor, sources: Sequence[Tensor]) -> bool:
-        """Whether a loss depends on any of the sources, as `sharded_gradients` takes them."""
-        if self.shards is None or not self._end_in_parameters(sources):
-            return loss.requires_grad
-        return self.shards.check_alike(loss, list(self.parameters.values()))
-
-    def _end_in_parameters(self, sources: Sequence[Tensor]) -> bool:
-        own = [*map(id, self.parameters.values())]
-        return [*map(id, sources[-len(own) :])] == own
-
     def sharded_gradients(
         self, loss: Tensor, sources: Sequence[Tensor], *, more: bool
     ) -> Sequence[Tensor | None]:
@@ -281,10 +271,15 @@ class Plan:
             loss: a scalar.
             sources: leaves, of which all parameters, in their order, may be the last.
             more: whether another backward follows through the same graph.
+
+        Returns:
+            None for those that it does not depend on, as those below a layer that it reads.
         """
         assert self.shards is not None
         n, parameters = len(self.parameters), list(self.parameters.values())
-        if not self._end_in_parameters(sources):
+        if [*map(id, sources[-n:])] != [*map(id, parameters)]:
+            if not loss.requires_grad:
+                return [None] * len(sources)
             return torch.autograd.grad(loss, sources, retain_graph=more, allow_unused=True)
         own = self.shards.sum_of_gradients(loss, parameters, more=more)
         return [*[None] * (len(sources) - n), *own]

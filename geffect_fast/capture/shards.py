@@ -151,6 +151,8 @@ class Shards:
             more: whether another backward follows through the same graph.
         """
         loss, _ = self.with_zeros(loss, parameters)
+        if not loss.requires_grad:
+            return [None] * len(parameters)
         loss.backward(retain_graph=more)
         found: list[Tensor | None] = []
         for whole in parameters:
@@ -159,39 +161,15 @@ class Shards:
             own.grad = None
         return found
 
-    def check_alike(self, loss: Tensor, parameters: Sequence[nn.Parameter]) -> bool:
-        """Whether a loss depends on parameters that ask for gradients, on this and all other ranks.
-
-        A group that one rank's loss reaches and another's does not would be brought, and its
-        gradients added up, by some of them alone. Where all parameters ask, every row reaches some
-        of each group.
-
-        Raises:
-            UnsupportedModelError: that is so.
-        """
-        if not self._some_frozen:
-            return loss.requires_grad
-        reached: list[int] = []
-        if loss.requires_grad:
-            leaves = {id(leaf) for leaf in leaves_of(loss)}
-            of_loss = self.groups_of([p for p in parameters if id(p) in leaves])
-            reached = [n for n, group in enumerate(self.groups) if group in of_loss]
-        told = self.ranks.meet(reached)
-        if any(others != reached for others in told):
-            raise UnsupportedModelError(
-                "model: rows of some ranks reach what is trained in a block, and rows of others do "
-                "not, as where experts alone are trained; FSDP cannot add up their gradients: give "
-                "the model whole (--shard none), or train more of it"
-            )
-        return bool(reached)
-
     def with_zeros(
         self, loss: Tensor, parameters: Sequence[nn.Parameter]
     ) -> tuple[Tensor, set[int]]:
         """A loss whose gradient is there, if as zeros, where that of the same group's others is.
 
         A group's gradients are added up together, so it must have the same ones on all ranks: an
-        expert that no token of a rank's was sent to has zeros there.
+        expert that no token of a rank's was sent to has zeros there. A group that the losses of
+        some ranks alone reach would be brought by them alone; that cannot be where all parameters
+        ask for gradients.
 
         Args:
             loss: this rank's.
@@ -199,9 +177,15 @@ class Shards:
 
         Returns:
             The loss, and which parameters, by `id`, it depends on itself.
+
+        Raises:
+            UnsupportedModelError: losses of ranks reach different groups.
         """
-        reached = {id(leaf) for leaf in leaves_of(loss)}
-        for group in self.groups_of([p for p in parameters if id(p) in reached]):
+        reached = {id(leaf) for leaf in leaves_of(loss)} if loss.requires_grad else set()
+        groups = self.groups_of([p for p in parameters if id(p) in reached])
+        if self._some_frozen:
+            self._check_alike([self.groups.index(group) for group in groups])
+        for group in groups:
             missing = [
                 p
                 for p in parameters
@@ -210,6 +194,14 @@ class Shards:
             if missing:
                 loss = loss + _Nothing.apply(*missing).to(loss)
         return loss, reached
+
+    def _check_alike(self, reached: list[int]) -> None:
+        if any(others != reached for others in self.ranks.meet(reached)):
+            raise UnsupportedModelError(
+                "model: rows of some ranks reach what is trained in a block, and rows of others do "
+                "not, as where experts alone are trained; FSDP cannot add up their gradients: give "
+                "the model whole (--shard none), or train more of it"
+            )
 
     @contextmanager
     def sums(self) -> Iterator[None]:

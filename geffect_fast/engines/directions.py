@@ -389,14 +389,13 @@ def backwards(
         terms, value = data_pass.terms(index, outputs, moved, reference)
         loss = 0 * terms.sum() if attempt.idle else terms.sum()
         grads: Sequence[Tensor | None] = [None] * len(sources)
-        if plan.is_differentiable(loss, sources):  # else it reads a layer below all that is trained
-            more = index != wanted[-1]
-            if plan.shards is None:
-                grads = torch.autograd.grad(loss, sources, retain_graph=more, allow_unused=True)
-            else:
-                grads = plan.sharded_gradients(loss, sources, more=more)
-            if recorder is not None:
-                recorder.finish()
+        more = index != wanted[-1]
+        if plan.shards is not None:
+            grads = plan.sharded_gradients(loss, sources, more=more)
+        elif loss.requires_grad:  # else it reads a layer below all that can be trained
+            grads = torch.autograd.grad(loss, sources, retain_graph=more, allow_unused=True)
+        if loss.requires_grad and recorder is not None:
+            recorder.finish()
         yield index, value, grads
 
 

@@ -251,13 +251,10 @@ class UnlearnTrainer(Trainer):
                 other = self.reference.outputs(data_pass, rows, batch, moved)
             loss = on.value(data_pass, outputs, moved, other)
             loss = 0 * loss if idle else loss
-            differentiable = loss.requires_grad
             if self.shards is not None:
-                differentiable = self.shards.check_alike(loss, self._wholes)
-            if self.shards is not None and differentiable:
                 loss, reached = self.shards.with_zeros(loss, self._wholes)
                 self._reached |= set() if idle else reached
-            if differentiable:  # else it reads layers below everything that can be trained
+            if loss.requires_grad:  # else it reads layers below everything that can be trained
                 self.accelerator.backward(loss)
         return float(loss.detach())
 

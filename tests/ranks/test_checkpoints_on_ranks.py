@@ -1,23 +1,16 @@
 """Checkpoints on several ranks: one folder, which a run of any number of ranks goes on with."""
 
-import io
 import os
 import shutil
-import signal
-from contextlib import redirect_stderr
 
 import pytest
 import torch
-import torch.distributed as dist
 from models import build, samples
-from ranked import on_ranks
+from ranked import commanded, on_ranks
 
 import geffect_fast as gf
-from geffect_fast import report
-from geffect_fast.cli import main
 from geffect_fast.data import write_jsonl
 from geffect_fast.errors import GEffectError
-from geffect_fast.steps.probe import Probe
 
 STEPS = (0, 5, 120)
 
@@ -44,17 +37,7 @@ def profiled(folder, out, *more, killed_at=None):
     words = ["profile", "--quiet", "--forget", "forget.jsonl", "--retain", "retain.jsonl"]
     words += ["--objectives", "ga", "npo", "--resolve", "group,sample", "--token-budget", "16"]
     words += ["--checkpoints", "out/checkpoint-*", "--out", out, *more]
-    plain, said = Probe.at, io.StringIO()
-
-    def at(self, step, **given):
-        if step == killed_at and dist.get_rank() == 1:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return plain(self, step, **given)
-
-    with pytest.MonkeyPatch.context() as patch, redirect_stderr(said):
-        patch.setattr(report, "write_report", lambda *_, **__: None)
-        patch.setattr(Probe, "at", at)
-        return main(words), said.getvalue()
+    return commanded(words, killed_at)
 
 
 def files(folder):

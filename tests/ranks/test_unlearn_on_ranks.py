@@ -1,27 +1,21 @@
 """A training on several ranks takes the steps of one process, and each rank has the model."""
 
-import io
 import os
 import shutil
-import signal
 import warnings
-from contextlib import redirect_stderr
 
-import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 from accelerate.state import PartialState
 from models import build, fp64_throughout, samples
-from ranked import on_ranks
+from ranked import assert_same_training, commanded, on_ranks
 
 import geffect_fast as gf
-from geffect_fast import ranks, report
-from geffect_fast.cli import main
+from geffect_fast import ranks
 from geffect_fast.data import write_jsonl
 from geffect_fast.errors import GEffectError, InputError, NonFiniteError
 from geffect_fast.measure.models import load_model
-from geffect_fast.steps.probe import Probe
 from geffect_fast.training import trainer
 from geffect_fast.updates import available
 
@@ -76,24 +70,11 @@ def alone():
 def test_ranks_take_the_steps_of_one_process(alone, size, names):
     found = on_ranks(size, all_trained, names)
     for name in names:
-        result, weights = alone[name]
-        assert abs(result.measured_change.isel(step=-1)).min() > 1e-5, name
-        for rank, of_rank in enumerate(found):
-            own, its_weights = of_rank[name]
-            for key, value in weights.items():
-                apart = abs(its_weights[key] - value).max()
-                assert apart <= EXACT, (name, rank, key)
-                assert (its_weights[key] == found[0][name][1][key]).all(), (name, rank, key)
-            for variable, values in result.data_vars.items():
-                # A cosine of what is nothing but rounding is any number.
-                if values.dtype.kind == "f" and "cosine" not in variable:
-                    np.testing.assert_allclose(
-                        own[variable].values,
-                        values.values,
-                        rtol=0,
-                        atol=1e-9 * float(abs(values).max()) if values.notnull().any() else 0,
-                        err_msg=f"{name} {variable}",
-                    )
+        _, weights = found[0][name]
+        for of_rank in found:
+            assert_same_training(name, of_rank[name], alone[name], EXACT)
+            for key, value in of_rank[name][1].items():
+                assert (value == weights[key]).all(), (name, key)
 
 
 def no_room_for_sums(rule):
@@ -163,32 +144,22 @@ def here(tmp_path_factory):
     build("llama").save_pretrained(folder / "plain")
     for name, rows in DATA.items():
         write_jsonl(rows, folder / f"{name}.jsonl")
-    assert commanded(folder, "alone") == (0, "")
+    assert unlearned(folder, "alone") == (0, "")
     return folder
 
 
-def commanded(folder, out, *more, killed_at=None):
+def unlearned(folder, out, *more, killed_at=None):
     """Exit code and errors of the command on this rank; rank 1 is killed before a probe."""
     os.chdir(folder)
     words = ["unlearn", "--quiet", "--model", "plain", "--forget", "forget.jsonl"]
     words += ["--retain", "retain.jsonl", "--objective", "npo(beta=0.5) + kl", "--steps", "6"]
     words += ["--batch-size", "3", "--probe-every", "2", "--learning-rate", "0.05"]
     words += ["--optimizer", "sgd", "--probe-rows", "all", "--report-to", "tensorboard"]
-    plain, said = Probe.at, io.StringIO()
-
-    def at(self, step, **given):
-        if step == killed_at and dist.get_rank() == 1:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return plain(self, step, **given)
-
-    with pytest.MonkeyPatch.context() as patch, redirect_stderr(said):
-        patch.setattr(report, "write_report", lambda *_, **__: None)
-        patch.setattr(Probe, "at", at)
-        return main([*words, "--out", out, *more]), said.getvalue()
+    return commanded([*words, "--out", out, *more], killed_at)
 
 
 def lost(folder):
-    return commanded(folder, "run", killed_at=4)
+    return unlearned(folder, "run", killed_at=4)
 
 
 def files(folder):
@@ -207,9 +178,9 @@ def test_a_run_that_lost_a_rank_goes_on_with_any_number(here):
     assert not (here / "run/checkpoint-4").exists()
     for name in ("again", "parts"):
         shutil.copytree(here / "run", here / name)
-    assert commanded(here, "run", "--resume") == (0, "")
-    assert on_ranks(3, commanded, here, "again", "--resume") == [(0, "")] * 3
-    assert on_ranks(2, commanded, here, "parts", "--resume", "--shard", "fsdp") == [(0, "")] * 2
+    assert unlearned(here, "run", "--resume") == (0, "")
+    assert on_ranks(3, unlearned, here, "again", "--resume") == [(0, "")] * 3
+    assert on_ranks(2, unlearned, here, "parts", "--resume", "--shard", "fsdp") == [(0, "")] * 2
     alone, weights = gf.open_run(here / "alone"), load_model(here / "alone/model").state_dict()
     for name in ("run", "again", "parts"):
         assert {f.split("/")[0] for f in files(here / name)} == {
@@ -226,7 +197,7 @@ def test_a_run_that_lost_a_rank_goes_on_with_any_number(here):
 def parts(folder):
     """Runs whose model is shared out, all of it and an adapter in it."""
     return [
-        commanded(folder, name, "--shard", "fsdp", "--keep-checkpoints", *more)
+        unlearned(folder, name, "--shard", "fsdp", "--keep-checkpoints", *more)
         for name, more in (("fsdp", ()), ("fsdp-lora", ADAPTER))
     ]
 
@@ -235,7 +206,7 @@ ADAPTER = ("--lora-rank", "2", "--optimizer", "adamw_torch")
 
 
 def test_parts_of_a_model_are_trained_and_saved_as_the_whole(here):
-    assert commanded(here, "lora", *ADAPTER) == (0, "")
+    assert unlearned(here, "lora", *ADAPTER) == (0, "")
     assert on_ranks(2, parts, here) == [[(0, "")] * 2] * 2
     for name, other in (("alone", "fsdp"), ("lora", "fsdp-lora")):
         assert sorted(f.name for f in (here / name / "model").iterdir()) == sorted(
@@ -251,7 +222,7 @@ def test_parts_of_a_model_are_trained_and_saved_as_the_whole(here):
     assert sorted(tuple(of["exp_avg"].shape) for of in saved["state"].values()) == sorted(
         tuple(value.shape) for value in adapter
     )
-    assert on_ranks(2, commanded, here, "fsdp-lora", "--resume", *ADAPTER)[0][0] == 2
+    assert on_ranks(2, unlearned, here, "fsdp-lora", "--resume", *ADAPTER)[0][0] == 2
 
 
 def refused(folder):
