@@ -8,11 +8,13 @@ whole one, so hooks, rules and graphs know parameters by it; sums of gradients s
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from geffect_fast.capture.compat import check_replicas, fsdp_groups, own_part, put_to_rest
@@ -61,6 +63,10 @@ class Shards:
         ranks: as given.
         groups: modules whose parameters come and go together.
         places: by group where modules hold its parameters: the module, the key, the whole one.
+        holders: the ranks that together hold the copy of the model that this rank has a part of.
+        copy: their numbers, in the order of their parts; all ranks', where there is one copy.
+        came: bytes that products have brought to this rank: `directions` to rows, or `rows` to
+            parts of directions.
 
     Raises:
         InputError: this rank measures by itself.
@@ -68,7 +74,7 @@ class Shards:
     """
 
     def __init__(self, model: nn.Module, ranks: Ranks) -> None:
-        from torch.distributed.tensor import DTensor, Shard
+        from torch.distributed.tensor import DTensor, Replicate, Shard
 
         if ranks.size == 1:
             raise InputError("model: FSDP shares it out; profile it on all of its ranks")
@@ -80,19 +86,26 @@ class Shards:
         self._own: dict[int, nn.Parameter] = {}
         self._group_of: dict[int, FSDPModule] = {}
         self.places: dict[FSDPModule, list[tuple[nn.Module, str, nn.Parameter]]] = {}
+        self.came: Counter[str] = Counter()
+        meshes = set()
         for name, p in model.named_parameters():
             if not isinstance(p, DTensor):
                 raise UnsupportedModelError(
                     f"model: parameter '{name}' is whole, and others are shared out by FSDP; wrap "
                     "the root of the model by fully_shard too"
                 )
-            in_a_row = p.device_mesh.ndim == 1 and p.device_mesh.size() == ranks.size
-            if not in_a_row or not all(each == Shard(0) for each in p.placements):
+            meshes.add(p.device_mesh)
+            in_parts = p.placements in ((Shard(0),), (Replicate(), Shard(0)))
+            if not in_parts or p.device_mesh.size() != ranks.size or len(meshes) > 1:
                 raise UnsupportedModelError(
                     f"model: parameter '{name}' is laid out as {p.placements} over "
-                    f"{p.device_mesh.size()} of {ranks.size} ranks; shard it by fully_shard over "
-                    "one dimension of all ranks, without copies and tensor parallelism"
+                    f"{tuple(p.device_mesh.shape)} of {ranks.size} ranks; shard every parameter by "
+                    "fully_shard over the same mesh of all ranks, (ranks,) or (copies, ranks of a "
+                    "copy), without tensor parallelism"
                 )
+        (mesh,) = meshes
+        self.holders = mesh.get_group(mesh.ndim - 1)
+        self.copy = dist.get_process_group_ranks(self.holders)
         for group in self.groups:
             _check_sums(group)
             held = {
@@ -123,6 +136,17 @@ class Shards:
     def parts(self) -> list[nn.Parameter]:
         """What the model holds at rest, also of what is whole now, as a root is after a forward."""
         return list(self._own.values())
+
+    def add_up(self, products: Sequence[Tensor]) -> None:
+        """Put in the place of products of this rank's parts those of the whole.
+
+        Args:
+            products: as `Ranks.add_up` takes them.
+        """
+        if 0 not in self.copy:  # another copy has the same parts
+            for each in products:
+                each.zero_()
+        self.ranks.add_up(products)
 
     def groups_of(self, wholes: Sequence[nn.Parameter]) -> list[FSDPModule]:
         """The groups that hold parameters, in the model's order."""
@@ -331,24 +355,6 @@ def part_of(whole: Tensor, like: Tensor) -> Tensor:
     where = like.to_local().device
     # Every rank has it: nobody sends it.
     return distribute_tensor(whole.to(where), like.device_mesh, like.placements, src_data_rank=None)
-
-
-def gathered(parts: Tensor, of: nn.Parameter) -> Tensor:
-    """`(M, *shape)` from all ranks' parts of it.
-
-    Args:
-        parts: `(M, *own shape)`, of a parameter's layout behind the first axis.
-        of: the parameter that a rank has its part of.
-    """
-    from torch.distributed.tensor import DTensor, Shard
-
-    assert isinstance(of, DTensor)
-    shape = torch.Size([len(parts), *of.shape])
-    stride = torch.empty(shape, device="meta").stride()
-    spread = DTensor.from_local(
-        parts, of.device_mesh, [Shard(1)], run_check=False, shape=shape, stride=stride
-    )
-    return spread.full_tensor()
 
 
 class _Nothing(torch.autograd.Function):

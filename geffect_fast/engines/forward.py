@@ -254,7 +254,7 @@ def _on_device(
             [v.double().flatten(1).square().sum(1).cpu() for v in chosen.values()]
         ).sum(0)
         if plan.shards is not None:
-            plan.shards.ranks.add_up([squares])
+            plan.shards.add_up([squares])
         # what is zero stays zero, also in fp32
         scale = squares.sqrt().clamp(min=2.0**-100).log2().round().exp2()
         inverse = on_device(1 / scale, next(iter(chosen.values())).device)

@@ -140,7 +140,7 @@ def _own_gradients(
     squares = [g.double().square().sum() for g in found.values()]
     each = torch.stack(squares).cpu() if squares else torch.zeros(0)
     if shards is not None:
-        shards.ranks.add_up([each])
+        shards.add_up([each])
     norms = dict(zip(found, each.sqrt().tolist(), strict=True))
     largest = max(norms.values(), default=0.0)
     scale = largest * floor**0.5

@@ -114,7 +114,7 @@ def find_effects(
         step: in whose metric effects and Gram matrices are; None: plain.
     """
     form = gram_matrices if step is None else step.gram
-    grams = partial(whole_grams, plan, ranks_of(passes), form)
+    grams = partial(whole_grams, plan, form)
     labels, columns = resolution.columns()
     n_parts = mixture.shape[1]
     names = list(plan.parameters)
@@ -165,19 +165,18 @@ def _nowhere(_data_pass: DataPass, _batch: Batch, _effects: Tensor) -> None:
 
 
 def whole_grams(
-    plan: Plan, ranks: Ranks, form: Callable[..., Tensor], *gradients: Mapping[str, Tensor]
+    plan: Plan, form: Callable[..., Tensor], *gradients: Mapping[str, Tensor]
 ) -> Tensor:
     """Gram matrices of whole gradients, of which each rank may have its part.
 
     Args:
         plan: of the model.
-        ranks: who have the parts.
         form: forms them of parts, as `gram_matrices` or `NextStep.gram`.
         gradients: as it takes them.
     """
     grams = form(*gradients)
     if plan.shards is not None:
-        ranks.add_up([grams])
+        plan.shards.add_up([grams])
     return grams
 
 

@@ -478,7 +478,7 @@ class Schedule:
     def add_up_parts(self, products: Sequence[Tensor]) -> None:
         """Put sums over ranks in place of products of parts, where they share out the model."""
         if self.plan.shards is not None:
-            self.ranks.add_up(products)
+            self.plan.shards.add_up(products)
 
     def watched_rows(self, diagonal: Mapping[str, Tensor] | None) -> RowValues | None:
         """What is told of the risks' rows while their gradients are found; None: of a sum of rows.

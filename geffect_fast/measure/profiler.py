@@ -256,7 +256,7 @@ class Profiler:
                 form = gram_matrices if along is None else along.gram
                 of_risks = gram
                 if of_risks is None:
-                    of_risks = whole_grams(self.plan, self.ranks, form, directions)
+                    of_risks = whole_grams(self.plan, form, directions)
                 square, names = float(of_risks[:, 0, 0].sum()), resolution.set_names
                 each = self.ranks.first_of(None if array is None else by_row(array))
                 assert each is not None  # the first rank's

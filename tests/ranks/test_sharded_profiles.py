@@ -13,7 +13,8 @@ from torch.distributed.fsdp import fully_shard
 from geffect_fast import ranks
 from geffect_fast.capture import Plan
 from geffect_fast.capture.compat import is_sharded
-from geffect_fast.capture.shards import gathered, shard
+from geffect_fast.capture.exchange import Gathered
+from geffect_fast.capture.shards import shard
 from geffect_fast.engines import reverse
 from geffect_fast.errors import GEffectError, InputError, NonFiniteError, UnsupportedModelError
 
@@ -39,6 +40,13 @@ CASES = {
     "few": ("llama", torch.float64, {"lengths": {"forget": [5], "retain": [8, 3, 9]}}),
 }
 
+COPIES = ("adapter", "tied", "experts", "sums", "metric", "conflicts")
+"""Cases of which four ranks hold two copies, each in two parts."""
+
+
+def lists_of(model):
+    return [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+
 
 def every_case(sharded):
     found = {}
@@ -50,6 +58,11 @@ def every_case(sharded):
             for model in models.values():
                 if name == "few":
                     fully_shard(model, mesh=ranks.here().mesh(torch.device("cpu")))
+                elif name in COPIES and ranks.here().size == 4:
+                    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("copies", "parts"))
+                    for block in max(lists_of(model), key=len):
+                        fully_shard(block, mesh=mesh)
+                    fully_shard(model, mesh=mesh)
                 else:
                     shard(model, ranks.here(), torch.device("cpu"))
                 with torch.no_grad():
@@ -94,7 +107,7 @@ def gradients_of_branches():
         loss = model(x[rank], both=rank == 0).square().sum()
         own = plan.sharded_gradients(loss, list(plan.parameters.values()), more=False)
     found = [
-        gathered(part[None], plan.shards.own(p))[0]
+        Gathered(part[None], plan.shards.own(p)).arrived()[0]
         for part, p in zip(own, plan.parameters.values(), strict=True)
     ]
     for ours, theirs in zip(found, expected, strict=True):
@@ -165,7 +178,7 @@ def test_sums_in_16_bits_are_refused():
 
 def test_a_model_is_shared_out_among_all_ranks():
     for said in on_ranks(4, some_ranks):
-        assert "over 2 of 4 ranks; shard it by fully_shard over one dimension of all ranks" in said
+        assert "over (2,) of 4 ranks; shard every parameter by fully_shard over the same mesh" in said
 
 
 def test_an_error_of_one_rank_between_exchanges_ends_all():

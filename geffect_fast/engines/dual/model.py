@@ -14,7 +14,7 @@ from torch.func import jvp, vmap
 
 from geffect_fast.capture import Plan
 from geffect_fast.capture.compat import forward_differentiable
-from geffect_fast.capture.shards import gathered
+from geffect_fast.capture.exchange import Gathered
 from geffect_fast.data.batch import Batch
 from geffect_fast.engines.dual.modes import DualFunctions, DualPass
 from geffect_fast.engines.dual.modules import dual_modules, fast_forwards
@@ -167,7 +167,7 @@ class DualModel:
                     along = directions.get(self._names.get(p, ""))
                     if along is not None and shards is not None:
                         with temporarily_clear_interpreter_stack():  # of the framework's transforms
-                            along = gathered(along, shards.own(p))
+                            along = Gathered(along, shards.own(p)).arrived()
                     instead[p] = constant if along is None else moved(constant, along)
                 module._parameters[key] = instead[p]  # type: ignore[assignment]
 
