@@ -9,7 +9,7 @@ measured with the whole model on every rank (`none`) and with its part of it (`f
 what a rank sends, counted at every collective by its ring algorithm's share; `messages` are the
 collectives; `least_mib` is what must be sent however it is done: sums of the gradients once
 (`none`), and for every batch the weights of its forward, those of the blocks for its backward, the
-gradients' sums and the directions that products need (`fsdp`). `against_one` is the time in that of
+gradients' sums, and for products directions or rows, whichever is fewer bytes (`fsdp`). `against_one` is the time in that of
 one rank, of the same work within one run: ranks share this machine's cores, so it says what meeting
 costs, not what more machines bring.
 """
@@ -90,6 +90,8 @@ def _kind(name: str) -> tuple[str, float]:
         return "all_reduce", 2.0
     if "allgather" in name or "all_gather" in name:
         return "all_gather", 1.0
+    if "alltoall" in name or "all_to_all" in name:
+        return "all_to_all", 0.5  # what goes and what comes are as large, and both are counted
     return ("broadcast", 1.0) if "broadcast" in name else ("", 0.0)
 
 
@@ -185,11 +187,9 @@ def profile(model: Any) -> dict[str, Any]:
     }
     least = 2 * (n_risks + 1) * n_elements  # each risk's gradient is added up, and the objective's
     if is_sharded(model):
-        # Directions are those of the forget risk for other risks' rows, of all for objectives'.
-        n_directions = n_risks * n_batches["objectives"]
-        n_directions += n_batches["risks"] - len(profiler._schedule.risk_passes[0].batches)
         least = sum(n_batches.values()) * (2 * n_elements + n_in_blocks)
-        least += n_directions * n_elements
+        assert profiler.plan.shards is not None
+        least += sum(profiler.plan.shards.came.values()) / 4
     return row("profile", n_elements, sum(n_batches.values()), sent, least, seconds)
 
 

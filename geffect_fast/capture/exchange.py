@@ -1,12 +1,12 @@
-"""What ranks that hold one copy of a model in parts send each other: parts to where the rows are, or
-rows to where the parts are. Everything is on its way while this rank goes on, until it is asked for.
+"""What ranks that hold one copy of a model in parts send each other: parts to where rows are, or
+rows to where parts are. Everything is on its way while this rank goes on, until it is asked for.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -88,13 +88,16 @@ class Columns:
         self._shape = (sum(lengths), *width)
         sent = torch.cat([own[:, part].reshape(-1) for part in parts])
         self._into = own.new_empty(sum(lengths) * width[0])
-        self._held = sent, dist.all_to_all_single(
-            self._into,
+        self._held = (
             sent,
-            [n * width[0] for n in lengths],
-            [len(own) * (part.stop - part.start) for part in parts],
-            group=group,
-            async_op=True,
+            dist.all_to_all_single(
+                self._into,
+                sent,
+                [n * width[0] for n in lengths],
+                [len(own) * (part.stop - part.start) for part in parts],
+                group=group,
+                async_op=True,
+            ),
         )
 
     def arrived(self) -> Tensor:
@@ -107,23 +110,19 @@ class _EqualParts:
     """Tensors of one shape but for an axis, along which they are filled up: collectives take equal
     ones."""
 
-    def __init__(
-        self, own: Tensor, axis: int, lengths: Sequence[int], group: ProcessGroup
-    ) -> None:
+    def __init__(self, own: Tensor, axis: int, lengths: Sequence[int], group: ProcessGroup) -> None:
         self._axis, self._lengths = axis, lengths
         missing = max(lengths) - own.shape[axis]
         sent = pad(own, [*[0, 0] * (own.dim() - 1 - axis), 0, missing]).contiguous()
         self._into = sent.new_empty(len(lengths), *sent.shape)
-        work: Any = dist.all_gather_into_tensor(
-            self._into.flatten(0, 1), sent, group=group, async_op=True
-        )
-        self._held = sent, work
+        # The name that some versions know alone, and the one that others do.
+        gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+        self._held = sent, gather(self._into.flatten(0, 1), sent, group=group, async_op=True)
 
     def arrived(self) -> list[Tensor]:
         self._held[1].wait()
         return [
-            each.narrow(self._axis, 0, n)
-            for each, n in zip(self._into, self._lengths, strict=True)
+            each.narrow(self._axis, 0, n) for each, n in zip(self._into, self._lengths, strict=True)
         ]
 
 

@@ -148,6 +148,14 @@ class Shards:
                 each.zero_()
         self.ranks.add_up(products)
 
+    def said_of_products(self) -> str:
+        """How products were formed, as results say it: since `came` was cleared, of this rank."""
+        directions, rows = (self.came[kind] / 2**20 for kind in ("directions", "rows"))
+        return (
+            f"{directions:.3g} MiB of directions were brought to the rows, and {rows:.3g} MiB of "
+            "rows to the directions' parts"
+        )
+
     def groups_of(self, wholes: Sequence[nn.Parameter]) -> list[FSDPModule]:
         """The groups that hold parameters, in the model's order."""
         found = {id(self._group_of[id(p)]) for p in wholes}
@@ -256,13 +264,11 @@ class Shards:
                 setattr(held, name, value)
 
     def at_once(self, wholes: Sequence[nn.Parameter]) -> list[list[nn.Parameter]]:
-        """Of some parameters those that a forward has whole at the same time: of each group its
-        own, and those of the groups around it."""
+        """Of some parameters those that a forward has whole at the same time: of each group and
+        the next one, which is on its way, their own and those of the groups around them."""
         within = {id(group): {*map(id, group.modules())} for group in self.groups}
-        return [
-            [p for p in wholes if id(group) in within[id(self._group_of[id(p)])]]
-            for group in self.groups
-        ]
+        running = ({id(group) for group in self.groups[i : i + 2]} for i in range(len(self.groups)))
+        return [[p for p in wholes if some & within[id(self._group_of[id(p)])]] for some in running]
 
     def rest(self) -> None:
         """Let go of whole parameters."""

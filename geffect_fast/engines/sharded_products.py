@@ -76,13 +76,14 @@ class ShardedProducts(InnerProducts):
             if not any(described):
                 continue
             own, part = shards.own(whole), self._part_of(name)
-            bytes_of_rows = _bytes_of_rows(described, own.shape)
             factors = waiting.get(name, [])
-            if bytes_of_rows < len(part) * own.numel() * part.element_size():
-                shards.came["rows"] += bytes_of_rows
+            of_rows = _bytes_of_rows(described, own.shape)
+            of_direction = len(part) * own.numel() * part.element_size()
+            if of_rows < of_direction:
+                shards.came["rows"] += int(of_rows)
                 yield name, _RowsToParts(factors, described, part, own)
             else:
-                shards.came["directions"] += len(part) * own.numel() * part.element_size()
+                shards.came["directions"] += of_direction
                 yield name, _DirectionToRows(factors, part, own)
 
 
@@ -116,8 +117,8 @@ class _Described:
 
 
 def _sides(factor: Outer | Lookup) -> tuple[Tensor, Tensor]:
-    """Of a factor's rows the side that belongs to the parameter's first axis, along which it is cut,
-    and the other one, `(rows, d)`; of a table the first one are ids, `(rows,)`."""
+    """Of a factor's rows the side of the parameter's first axis, along which it is cut, and the
+    other one, `(rows, d)`; of a table the first one are ids, `(rows,)`."""
     if isinstance(factor, Lookup):
         return factor.ids, factor.g
     return (factor.a, factor.g) if factor.transposed else (factor.g, factor.a)
@@ -172,7 +173,8 @@ class _RowsToParts:
         self._part, self._own_rank = part, group.rank()
         self._entries = parts[self._own_rank]
         self._coming: list[tuple[str, list[Sequence[int]], Columns | Rows, Rows]] = []
-        for number, of in enumerate(max(described, key=len)):
+        longest: Sequence[_Described] = max(described, key=len)
+        for number, of in enumerate(longest):
             lengths = [some[number].lengths if some else () for some in described]
             n_rows = [sum(each) for each in lengths]
             if factors:

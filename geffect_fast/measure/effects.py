@@ -12,7 +12,7 @@ from torch import Tensor
 
 from geffect_fast.capture import Plan
 from geffect_fast.data.batch import Batch
-from geffect_fast.engines.batches import Collect, DataPass, Tick, ranks_of
+from geffect_fast.engines.batches import Collect, DataPass, Tick
 from geffect_fast.engines.choice import Engine
 from geffect_fast.engines.directions import accumulate_gradients, place_beside
 from geffect_fast.engines.forward import Move, forward_effects
@@ -20,7 +20,6 @@ from geffect_fast.engines.reference import Reference
 from geffect_fast.engines.reverse import reverse_effects
 from geffect_fast.measure.step_metric import NextStep
 from geffect_fast.objectives import Objective
-from geffect_fast.ranks import Ranks
 from geffect_fast.results.axes import EffectArray, Resolution
 from geffect_fast.results.dataset import (
     check_coverage,

@@ -212,6 +212,7 @@ class Profiler:
         places = conflicts and resolution.within == "position"
         if self.plan.shards is not None:
             self._check_serves_shards(second_order, places)
+            self.plan.shards.came.clear()
         shape = self._checked_shape(out, step)
         if places:
             check_places_apart(self.objectives, schedule.passes, schedule.mixture)
@@ -395,6 +396,8 @@ class Profiler:
             "coverage_checked": int(compared),  # NetCDF has no booleans
             "token_budget": min(self.ranks.meet(self.token_budget)),
         }
+        if self.plan.shards is not None:
+            found["exchanged"] = self.plan.shards.said_of_products()
         if unchanged and self._reference_is_model:
             found["reference_is_model"] = 1
         return found

@@ -1,5 +1,7 @@
 """Models whose parameters FSDP2 shares out give the numbers of one process."""
 
+from math import inf, isfinite
+
 import pytest
 import torch
 from architectures import ARCHITECTURES
@@ -15,7 +17,7 @@ from geffect_fast.capture import Plan
 from geffect_fast.capture.compat import is_sharded
 from geffect_fast.capture.exchange import Gathered
 from geffect_fast.capture.shards import shard
-from geffect_fast.engines import reverse
+from geffect_fast.engines import reverse, sharded_products
 from geffect_fast.errors import GEffectError, InputError, NonFiniteError, UnsupportedModelError
 
 
@@ -82,6 +84,32 @@ def test_sharded_models_give_what_one_process_finds(alone, size):
     for found in on_ranks(size, every_case, True):
         for name, one in alone.items():
             assert_same(one, found[name], TOLERANCE[CASES[name][1]])
+
+
+def by_rows():
+    found, plain = {}, sharded_products._bytes_of_rows
+    with pytest.MonkeyPatch.context() as patch:
+
+        def nothing(described, shape):
+            return 1 if isfinite(plain(described, shape)) else inf
+
+        patch.setattr(sharded_products, "_bytes_of_rows", nothing)
+        for name in ("tied", "gpt2", "experts"):
+            architecture, dtype, given = CASES[name]
+            models = {"model": build(architecture, dtype)}
+            models["reference_model"] = build(architecture, dtype, seed=7)
+            for model in models.values():
+                shard(model, ranks.here(), torch.device("cpu"))
+            found[name] = profiled(architecture, dtype, engine="reverse", **models, **given)
+    return found
+
+
+def test_rows_that_go_to_parts_of_directions_give_the_same(alone):
+    for found in on_ranks(3, by_rows):
+        for name, own in found.items():
+            assert_same(alone[name], own, TOLERANCE[torch.float64])
+            rows = own.attrs["exchanged"].split(" ")[10]
+            assert float(rows) > 0, own.attrs["exchanged"]
 
 
 class Branches(nn.Module):
@@ -178,7 +206,9 @@ def test_sums_in_16_bits_are_refused():
 
 def test_a_model_is_shared_out_among_all_ranks():
     for said in on_ranks(4, some_ranks):
-        assert "over (2,) of 4 ranks; shard every parameter by fully_shard over the same mesh" in said
+        assert (
+            "over (2,) of 4 ranks; shard every parameter by fully_shard over the same mesh" in said
+        )
 
 
 def test_an_error_of_one_rank_between_exchanges_ends_all():

@@ -50,6 +50,8 @@ class DualModel:
         groups: Any = () if plan.shards is None else plan.shards.groups
         self._forwards = fast_forwards(plan.model, besides=groups)
         self._names = {p: name for name, p in plan.parameters.items()}
+        self._order: list[FSDPModule] = []
+        """In which groups ran last time, the same on all ranks."""
 
     @property
     def by_framework(self) -> bool:
@@ -157,17 +159,21 @@ class DualModel:
         """
         shards = self.plan.shards
 
-        def put(places: Sequence[tuple[nn.Module, str, nn.Parameter]]) -> None:
+        def put(
+            places: Sequence[tuple[nn.Module, str, nn.Parameter]],
+            came: Mapping[nn.Parameter, Gathered] | None = None,
+        ) -> None:
             instead: dict[nn.Parameter, Tensor] = {}
             for module, key, p in places:
                 if p not in instead:
                     # Without a graph, although gradients are enabled. What is frozen has none and
                     # stays what it is: a quantised weight knows itself how it is read.
                     constant = p.detach() if p.requires_grad else p
-                    along = directions.get(self._names.get(p, ""))
-                    if along is not None and shards is not None:
+                    if came is None:
+                        along = directions.get(self._names.get(p, ""))
+                    else:
                         with temporarily_clear_interpreter_stack():  # of the framework's transforms
-                            along = Gathered(along, shards.own(p)).arrived()
+                            along = came[p].arrived() if p in came else None
                     instead[p] = constant if along is None else moved(constant, along)
                 module._parameters[key] = instead[p]  # type: ignore[assignment]
 
@@ -189,10 +195,27 @@ class DualModel:
                 put_back(places)
             return
         running: list[FSDPModule] = []
+        entered: list[FSDPModule] = []
+        ahead: dict[FSDPModule, dict[nn.Parameter, Gathered]] = {}
+
+        def bring(group: FSDPModule) -> dict[nn.Parameter, Gathered]:
+            held = {p: self._names.get(p, "") for _, _, p in shards.places[group]}
+            with temporarily_clear_interpreter_stack():
+                return {
+                    p: Gathered(directions[name], shards.own(p))
+                    for p, name in held.items()
+                    if name in directions
+                }
 
         def enter(group: Any, *_: Any) -> None:
             running.append(group)
-            put(shards.places[group])
+            entered.append(group)
+            came = ahead.pop(group) if group in ahead else bring(group)
+            n = len(entered)
+            if self._order[:n] == entered and n < len(self._order):
+                # On its way while this one is at work.
+                ahead[self._order[n]] = bring(self._order[n])
+            put(shards.places[group], came)
 
         def leave(group: Any, *_: Any) -> None:
             running.remove(group)
@@ -204,6 +227,7 @@ class DualModel:
         handles += [m.register_forward_hook(leave, prepend=True) for m in modules]
         try:
             yield
+            self._order = entered
         finally:
             for handle in handles:
                 handle.remove()

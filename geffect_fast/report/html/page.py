@@ -313,7 +313,7 @@ _ATTRIBUTES = (
         "engine",
     ),
     *("engine_reason", "layout", "dtype", "precision_error", "precision_samples"),
-    *("precision_note", "token_budget", "n_forget", "n_retain", "created"),
+    *("precision_note", "token_budget", "exchanged", "n_forget", "n_retain", "created"),
 )
 """What a result says of how it was made, where its config does not."""
 

@@ -56,4 +56,6 @@ def covered(attrs: Mapping[str, Any]) -> list[Text]:
     lines = [f"{coverage_line(attrs)} {checked}"]
     if "engine_reason" in attrs:
         lines.append(f"The {attrs['engine']} engine measured this: {attrs['engine_reason']}.")
+    if "exchanged" in attrs:
+        lines.append(f"FSDP shared the model out; for products {attrs['exchanged']}.")
     return [*map(Text, lines + notes(attrs)), Text()]
