@@ -9,9 +9,9 @@ measured with the whole model on every rank (`none`) and with its part of it (`f
 what a rank sends, counted at every collective by its ring algorithm's share; `messages` are the
 collectives; `least_mib` is what must be sent however it is done: sums of the gradients once
 (`none`), and for every batch the weights of its forward, those of the blocks for its backward, the
-gradients' sums, and for products directions or rows, whichever is fewer bytes (`fsdp`). `against_one` is the time in that of
-one rank, of the same work within one run: ranks share this machine's cores, so it says what meeting
-costs, not what more machines bring.
+gradients' sums, and for products directions or rows, whichever is fewer bytes (`fsdp`).
+`against_one` is the time in that of one rank, of the same work within one run: ranks share this
+machine's cores, so it says what meeting costs, not what more machines bring.
 """
 
 from __future__ import annotations
