@@ -54,7 +54,7 @@ class Gathered:
         return torch.cat(self._came.arrived(), 1)
 
 
-class Rows:
+class WholeRows:
     """Rows of all holders of a parameter, each of whom needs all of their columns.
 
     Args:
@@ -71,7 +71,7 @@ class Rows:
         return torch.cat(self._came.arrived())
 
 
-class Columns:
+class OwnColumns:
     """Rows of all holders of a parameter, of which each needs the columns of its part.
 
     Args:

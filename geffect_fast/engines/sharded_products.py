@@ -15,7 +15,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from geffect_fast.capture import Plan
-from geffect_fast.capture.exchange import Columns, Gathered, Rows, holders, parts_of, share_of
+from geffect_fast.capture.exchange import (
+    OwnColumns,
+    Gathered,
+    WholeRows,
+    holders,
+    parts_of,
+    share_of,
+)
 from geffect_fast.capture.factors import Factor, Lookup, Outer
 from geffect_fast.capture.products import InnerProducts, inner
 from geffect_fast.capture.segments import Offsets
@@ -172,7 +179,7 @@ class _RowsToParts:
         group, parts = holders(own), parts_of(own)
         self._part, self._own_rank = part, group.rank()
         self._entries = parts[self._own_rank]
-        self._coming: list[tuple[str, list[Sequence[int]], Columns | Rows, Rows]] = []
+        self._coming: list[tuple[str, list[Sequence[int]], OwnColumns | WholeRows, WholeRows]] = []
         longest: Sequence[_Described] = max(described, key=len)
         for number, of in enumerate(longest):
             lengths = [some[number].lengths if some else () for some in described]
@@ -186,11 +193,11 @@ class _RowsToParts:
                 cut = part.new_empty(0, *width, dtype=of.dtypes[0])
                 uncut = part.new_empty(0, own.shape[1], dtype=of.dtypes[1])
             first = (
-                Rows(cut, n_rows, group)
+                WholeRows(cut, n_rows, group)
                 if of.kind == "Lookup"
-                else Columns(cut, n_rows, parts, group)
+                else OwnColumns(cut, n_rows, parts, group)
             )
-            self._coming.append((of.kind, lengths, first, Rows(uncut, n_rows, group)))
+            self._coming.append((of.kind, lengths, first, WholeRows(uncut, n_rows, group)))
 
     def products(self) -> list[tuple[Tensor, slice]]:
         """What this part adds to all ranks' products `(M, n_samples)` fp64, and which of these are
