@@ -224,9 +224,7 @@ def loaded(
     whole = alone or config.shard == "none"
     if whole or (config.shard == "auto" and _fits(source, config, device, beside, what)):
         return load_model(source, config.dtype, str(device), what, trust_remote_code=trusted)
-    return load_parts(
-        source, config.dtype, device, what, trust_remote_code=trusted, adapted=adapted
-    )
+    return load_parts(source, config.dtype, device, what, trusted, adapted)
 
 
 def gradient_bytes(model: nn.Module, n_risks: int) -> int:

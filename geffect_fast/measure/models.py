@@ -129,7 +129,7 @@ def load_like(
     first = next(model.parameters())
     dtype = str(first.dtype).removeprefix("torch.")
     if is_sharded(model):
-        return load_parts(source, dtype, first.device, what, trust_remote_code=trust_remote_code)
+        return load_parts(source, dtype, first.device, what, trust_remote_code)
     return load_model(source, dtype, str(first.device), what, trust_remote_code=trust_remote_code)
 
 
@@ -137,9 +137,8 @@ def load_parts(
     source: str | Path,
     dtype: str,
     device: torch.device,
-    what: str = "model",
-    *,
-    trust_remote_code: bool = False,
+    what: str,
+    trust_remote_code: bool,
     adapted: Callable[[Any], Any] = lambda model: model,
 ) -> Any:
     """This rank's part of a model, of which the first rank reads the files and sends the weights.

@@ -101,7 +101,7 @@ def in_parts(folder, own_cache):
             patch.setattr(peft.PeftModel, "from_pretrained", reads)
         for name in NAMES:
             sizes, most = {}, 0
-            model = load_parts(folder / name, "auto", CPU, trust_remote_code=name == "own")
+            model = load_parts(folder / name, "auto", CPU, "model", name == "own")
             assert is_sharded(model)
             found[name] = described(model), most
     return found
@@ -164,7 +164,7 @@ def failing(study, folder, broken):
     for error, more in ((InputError, {}), (Exception, {"adapted": fails})):
         source = f"{study}/model" if more else broken
         with pytest.raises(error) as caught, ranks.here().together("load"):
-            load_parts(source, "auto", CPU, **more)
+            load_parts(source, "auto", CPU, "model", False, **more)
         found.append((type(caught.value).__name__, str(caught.value)))
     return found, commanded(
         [*words, "--model", f"{study}/model", "--reference", f"{study}/reference"]
