@@ -260,6 +260,31 @@ class Ranks:
             dist.broadcast_object_list(held, dist.get_global_rank(self._host, source), self._host)
         return held[0]
 
+    def by_first(self, work: Callable[[], T]) -> T:
+        """What rank 0 finds, alone, while the others wait; an error of it is raised on all.
+
+        Args:
+            work: what it returns pickles.
+
+        Raises:
+            GEffectError: as of `together`.
+        """
+        found = None
+        if self.first:
+            try:
+                found = work()
+            except Exception as error:
+                self._said = True
+                if self.size > 1:
+                    self._tell(error)
+                raise
+        self.meet()
+        return self.broadcast(0, found) if self.size > 1 else found  # type: ignore[return-value]
+
+    def send(self, tensor: Tensor) -> None:
+        """Put in a tensor's place rank 0's, of the same shape and dtype; contiguous."""
+        dist.broadcast(tensor, group=self._group_of(tensor), group_src=0)
+
     def mesh(self, device: torch.device) -> DeviceMesh:
         """The ranks in a row, as FSDP takes them."""
         from torch.distributed.device_mesh import DeviceMesh
@@ -313,7 +338,10 @@ class Ranks:
         return [own for _, own in told]
 
     def _add_up(self, tensor: Tensor) -> None:
-        dist.all_reduce(tensor, group=self._host if tensor.is_cpu else self._world)
+        dist.all_reduce(tensor, group=self._group_of(tensor))
+
+    def _group_of(self, tensor: Tensor) -> dist.ProcessGroup:
+        return self._host if tensor.is_cpu else self._world
 
     def _add_up_together(self, alike: Sequence[Tensor], bucket: Tensor) -> None:
         ends = list(accumulate(tensor.numel() for tensor in alike))

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from geffect_fast.capture.compat import check_replicas, fsdp_groups, own_part, put_to_rest
 from geffect_fast.capture.leaves import leaves_of
+from geffect_fast.capture.structure import receive_weights
 from geffect_fast.errors import InputError, UnsupportedModelError
 from geffect_fast.ranks import Ranks
 
@@ -26,7 +27,14 @@ if TYPE_CHECKING:
     from torch.distributed.fsdp import FSDPModule
 
 
-def shard(model: nn.Module, ranks: Ranks, device: torch.device, what: str = "model") -> None:
+def shard(
+    model: nn.Module,
+    ranks: Ranks,
+    device: torch.device,
+    what: str = "model",
+    *,
+    sent: bool = False,
+) -> None:
     """Share out a model's parameters among ranks, in place: every block a group, the rest another.
 
     Gradients are added up in fp32. Blocks are what the longest list of modules holds.
@@ -36,20 +44,24 @@ def shard(model: nn.Module, ranks: Ranks, device: torch.device, what: str = "mod
         ranks: of a process group.
         device: where the parts will be.
         what: what messages call the model.
+        sent: whether the first rank alone has the weights, on the CPU, and sends them group by
+            group; the others have them on `meta`. Ranks are in step.
 
     Raises:
         InputError: ranks have different weights, of which parts would make a model of none.
     """
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    check_replicas(model, ranks, what)
+    if not sent:
+        check_replicas(model, ranks, what)
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
     how: dict[str, Any] = {"mesh": ranks.mesh(device)}
     if any(p.dtype != torch.float64 for p in model.parameters()):
         how["mp_policy"] = MixedPrecisionPolicy(reduce_dtype=torch.float32)
-    for block in max(lists, key=len, default=()):
-        fully_shard(block, **how)
-    fully_shard(model, **how)
+    for group in (*max(lists, key=len, default=()), model):
+        if sent:
+            receive_weights(group, ranks, device)
+        fully_shard(group, **how)
 
 
 class Shards:

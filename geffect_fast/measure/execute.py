@@ -14,12 +14,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from geffect_fast.capture.shards import shard
 from geffect_fast.data import read_refusals, read_rows
 from geffect_fast.data.memory import free_memory
 from geffect_fast.errors import InputError
 from geffect_fast.measure.check import Check, check
-from geffect_fast.measure.models import load_model, load_tokenizer, resolve_device
+from geffect_fast.measure.models import load_model, load_parts, load_tokenizer, resolve_device
 from geffect_fast.measure.profile import profile
 from geffect_fast.measure.sources import Sources, read_sources
 from geffect_fast.measure.sweep import sweep
@@ -216,25 +215,16 @@ def loaded(
     Raises:
         InputError: it is to be shared out, and this process is alone.
     """
-    ranks, whole = here(), config.shard == "none"
-    if ranks.size == 1:
-        if config.shard == "fsdp":
-            raise InputError(
-                "shard: fsdp shares a model out among ranks, and this process is alone; start "
-                "several by torchrun --nproc-per-node, or leave it out"
-            )
-        whole = True
-    first_on = str(device) if whole else "cpu"
-    trusted = config.trust_remote_code
-    model = load_model(source, config.dtype, first_on, what, trust_remote_code=trusted)
-    if whole:
-        return model
-    # They meet before anybody waits for weights.
-    if all(ranks.meet(config.shard == "auto" and _fits(model, device, beside(model)))):
-        return model.to(device)
-    shared_out = adapted(model)
-    shard(shared_out, ranks, device, what)
-    return shared_out
+    alone, trusted = here().size == 1, config.trust_remote_code
+    if alone and config.shard == "fsdp":
+        raise InputError(
+            "shard: fsdp shares a model out among ranks, and this process is alone; start "
+            "several by torchrun --nproc-per-node, or leave it out"
+        )
+    whole = alone or config.shard == "none"
+    if whole or (config.shard == "auto" and _fits(source, config, device, beside, what)):
+        return load_model(source, config.dtype, str(device), what, trust_remote_code=trusted)
+    return load_parts(source, config.dtype, device, what, trusted, adapted)
 
 
 def gradient_bytes(model: nn.Module, n_risks: int) -> int:
@@ -242,13 +232,28 @@ def gradient_bytes(model: nn.Module, n_risks: int) -> int:
     return 4 * n_risks * sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
-def _fits(model: nn.Module, device: torch.device, beside: int) -> bool:
-    """Whether a model and what comes beside it leave room for batches on a rank's device."""
-    free = free_memory(device)
-    if device.type == "cpu":  # where this machine's ranks have their models already
-        n = int(os.environ.get("LOCAL_WORLD_SIZE", here().size))
-        return beside <= PART_FOR_MODEL * free / n
-    return sum(p.nbytes for p in model.parameters()) + beside <= PART_FOR_MODEL * free
+def _fits(
+    source: str,
+    config: Any,
+    device: torch.device,
+    beside: Callable[[nn.Module], int],
+    what: str,
+) -> bool:
+    """Whether a model and what comes beside it leave room for batches on every rank's device.
+
+    It is told from the model's sizes, before anybody reads its weights.
+    """
+
+    def needed() -> int:
+        trusted = config.trust_remote_code
+        model = load_model(source, config.dtype, "meta", what, trust_remote_code=trusted)
+        return sum(p.nbytes for p in model.parameters()) + beside(model)
+
+    ranks, room = here(), PART_FOR_MODEL * free_memory(device)
+    n_bytes = ranks.by_first(needed)
+    if device.type == "cpu":  # which this machine's ranks share
+        room /= int(os.environ.get("LOCAL_WORLD_SIZE", ranks.size))
+    return all(ranks.meet(n_bytes <= room))
 
 
 def execute_check(config: ProfileConfig, samples: int, *, progress: bool = False) -> Check:

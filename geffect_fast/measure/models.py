@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import pickle
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ from torch import nn
 
 from geffect_fast.capture.compat import check_finite, is_sharded
 from geffect_fast.capture.shards import shard
+from geffect_fast.capture.structure import structure_of
 from geffect_fast.errors import InputError, in_one_line
 from geffect_fast.paths import user_path
 from geffect_fast.ranks import here
@@ -64,7 +66,8 @@ def load_model(
             or a hub id of a model.
         dtype: `float64`, `float32`, `bfloat16`, `float16`, or `auto` for the checkpoint's own. An
             adapter has its base's, and float32 beside bfloat16 and float16.
-        device: `cpu`, `cuda`, `cuda:N`, or `auto` for CUDA where there is one.
+        device: `cpu`, `cuda`, `cuda:N`, or `auto` for CUDA where there is one; `meta` for a model
+            without numbers, of which shapes, precisions and what is trained can be told.
         what: what messages call it.
         trust_remote_code: run the Python code that a folder or hub id may bring along
             (`auto_map`), with all rights of this process; without it such a model is refused, and
@@ -76,13 +79,17 @@ def load_model(
         NonFiniteError: a weight is NaN or infinite; the first one is named.
     """
     check_model_source(source, what, trust_remote_code)
-    check_run_model(source, what, weights=True)
     place = resolve_device(device)
+    numbers = place.type != "meta"
+    check_run_model(source, what, weights=numbers)
     base = base_of(source, what)
     if base is not None:
         name = base_name(source, what)
         inside = load_model(base, dtype, str(place), name, trust_remote_code=trust_remote_code)
-        return _with_adapter(inside, source, what).to(place).eval()
+        adapter = _with_adapter(inside, source, what)
+        if numbers:
+            check_finite(adapter, f"{what} {source}")
+        return adapter.to(place).eval()
     with quiet_transformers():
         from transformers import AutoModelForCausalLM, PreTrainedConfig
 
@@ -90,13 +97,19 @@ def load_model(
         try:
             check_sizes(PreTrainedConfig.get_config_dict(source)[0], source, what)  # of a hub id
             model, info = AutoModelForCausalLM.from_pretrained(
-                source, dtype=wanted, output_loading_info=True, trust_remote_code=trust_remote_code
+                source,
+                dtype=wanted,
+                device_map=None if numbers else "meta",
+                output_loading_info=True,
+                trust_remote_code=trust_remote_code,
             )
         except InputError:
             raise
         except Exception as error:  # every loader beneath has errors of its own
             raise InputError(_why_not(source, what, error)) from error
     _check_complete(source, what, model, info)
+    if not numbers:
+        return model.eval()
     check_finite(model, f"{what} {source}")
     try:
         return model.to(place).eval()
@@ -113,13 +126,62 @@ def load_like(
         source, what, trust_remote_code: as for `load_model`.
         model: the other one.
     """
-    first, sharded = next(model.parameters()), is_sharded(model)
-    dtype, place = str(first.dtype).removeprefix("torch."), first.device
-    where = "cpu" if sharded else str(place)
-    found = load_model(source, dtype, where, what, trust_remote_code=trust_remote_code)
-    if sharded:
-        shard(found, here(), place, what)
-    return found
+    first = next(model.parameters())
+    dtype = str(first.dtype).removeprefix("torch.")
+    if is_sharded(model):
+        return load_parts(source, dtype, first.device, what, trust_remote_code)
+    return load_model(source, dtype, str(first.device), what, trust_remote_code=trust_remote_code)
+
+
+def load_parts(
+    source: str | Path,
+    dtype: str,
+    device: torch.device,
+    what: str,
+    trust_remote_code: bool,
+    adapted: Callable[[Any], Any] = lambda model: model,
+) -> Any:
+    """This rank's part of a model, of which the first rank reads the files and sends the weights.
+
+    No other rank reads them, or holds more of the model than its part and one block; the first one
+    has it whole in its host's memory at first.
+
+    Args:
+        source, dtype, what, trust_remote_code: as for `load_model`.
+        device: where the parts will be.
+        adapted: puts into the whole model, on the first rank, what is to be shared out with it.
+
+    Raises:
+        As `load_model`, on all ranks.
+    """
+    ranks, whole = here(), []
+
+    def read() -> bytes:
+        model = load_model(source, dtype, "cpu", what, trust_remote_code=trust_remote_code)
+        whole.append(adapted(model))
+        return structure_of(whole[0], f"{what} {source}")
+
+    structure = ranks.by_first(read)
+    if not ranks.first:
+        if trust_remote_code:
+            _import_code(source, what)
+        whole.append(pickle.loads(structure))
+    model = whole.pop()
+    with ranks.in_step(True):
+        shard(model, ranks, device, what, sent=True)
+    return model
+
+
+def _import_code(source: str | Path, what: str) -> None:
+    """Have the classes that a model's folder or hub id brings along where pickle looks for them."""
+    from transformers import PreTrainedConfig
+    from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+    while (base := base_of(source, what)) is not None:
+        source = base
+    classes = PreTrainedConfig.get_config_dict(source)[0].get("auto_map") or {}
+    for kind in {"AutoConfig", "AutoModelForCausalLM"} & classes.keys():
+        get_class_from_dynamic_module(classes[kind], source)
 
 
 def _with_adapter(base: PreTrainedModel, source: str | Path, what: str) -> PreTrainedModel:
@@ -143,7 +205,6 @@ def _with_adapter(base: PreTrainedModel, source: str | Path, what: str) -> PreTr
             f"{what} {source}: {odd[0]} is {'not ' if odd[0] in wanted else 'only '}among the "
             "adapter's weights; it is incomplete or belongs to another base model"
         )
-    check_finite(model, f"{what} {source}")
     return model
 
 
