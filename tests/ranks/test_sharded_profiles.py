@@ -28,6 +28,9 @@ def lora():
     return get_peft_model(ARCHITECTURES["llama"](), adapter)
 
 
+PLACES = {"resolve": ("sample", "position"), "conflicts": True}
+PLACES |= {"objectives": ["ga - 1.5*wga(alpha=1)", "0.5*ga + 2*gd"]}
+PLACES |= {"lengths": {"forget": [5, 3, 4], "retain": [6, 4]}}
 CASES = {
     "adapter": (lora, torch.float64, {}),
     "fp32": ("llama", torch.float32, {}),
@@ -35,6 +38,8 @@ CASES = {
     "gpt2": ("gpt2", torch.float64, {}),
     "experts": ("qwen2_moe", torch.float64, {}),
     "position": ("llama", torch.float64, {"resolve": ("sample", "position")}),
+    "places": ("qwen2_moe", torch.float64, PLACES),
+    "tied places": ("llama_tied", torch.float64, PLACES),
     "sums": ("llama_tied", torch.float64, {"resolve": ("parameter",)}),
     "bare": ("llama", torch.float64, {"norms": False, "resolve": ("group", "sample")}),
     "metric": ("llama", torch.float64, {"metric": "adam", "step_of": OBJECTIVES[0]}),
