@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from geffect_fast.capture import Plan, Recorder, Recording
+from geffect_fast.capture.exchange import Gathered
 from geffect_fast.capture.factors import Factor
 from geffect_fast.capture.masses import opposed_masses
 from geffect_fast.capture.products import in_working_precision
-from geffect_fast.capture.shards import gathered as brought_together
 from geffect_fast.data.batch import Batch
 from geffect_fast.engines.batches import Attempt, DataPass, Tick, each_batch
 from geffect_fast.engines.gathering import gathered
@@ -165,7 +165,7 @@ class _Sizes:
         shards = self._plan.shards
         for name, whole in self._plan.parameters.items() if shards is not None else ():
             own = self._signs(name)
-            signs = brought_together(own.to(torch.int8)[None], shards.own(whole))[0]
+            signs = Gathered(own.to(torch.int8)[None], shards.own(whole)).arrived()[0]
             factors = self._waiting.pop(name, None)
             if factors is not None:
                 self._add(name, factors, signs.to(own.dtype))

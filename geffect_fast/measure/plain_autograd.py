@@ -121,7 +121,7 @@ def _plain_numbers(
     def added_up(products: Tensor) -> Tensor:
         """Sums over the parts of gradients."""
         if shards is not None:
-            shards.ranks.add_up([products])
+            shards.add_up([products])
         return products
 
     risk = NLL()

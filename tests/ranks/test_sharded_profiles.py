@@ -47,7 +47,7 @@ CASES = {
     "few": ("llama", torch.float64, {"lengths": {"forget": [5], "retain": [8, 3, 9]}}),
 }
 
-COPIES = ("adapter", "tied", "experts", "sums", "metric", "conflicts")
+COPIES = ("adapter", "tied", "experts", "tied places", "sums", "metric", "conflicts")
 """Cases of which four ranks hold two copies, each in two parts."""
 
 
