@@ -361,7 +361,8 @@ def whole_copy(model: nn.Module, dtype: torch.dtype) -> nn.Module:
 
     memo: dict[int, Any] = {}
     for p in model.parameters():
-        whole = p.detach().full_tensor() if hasattr(p, "full_tensor") else p.detach()
+        held: Any = p.detach()
+        whole = held.full_tensor() if hasattr(held, "full_tensor") else held
         memo[id(p)] = nn.Parameter(whole.to("cpu", dtype, copy=True), p.requires_grad)
     for b in model.buffers():
         memo[id(b)] = b.to("cpu", dtype if b.is_floating_point() else b.dtype, copy=True)

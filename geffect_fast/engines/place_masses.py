@@ -163,7 +163,9 @@ class _Sizes:
     def finish(self) -> None:
         """Measure what has waited; the recorder calls it after every backward, on all ranks."""
         shards = self._plan.shards
-        for name, whole in self._plan.parameters.items() if shards is not None else ():
+        if shards is None:
+            return
+        for name, whole in self._plan.parameters.items():
             own = self._signs(name)
             signs = Gathered(own.to(torch.int8)[None], shards.own(whole)).arrived()[0]
             factors = self._waiting.pop(name, None)

@@ -20,8 +20,8 @@ from geffect_fast.engines.batches import (
     DataPass,
     Tick,
     TokenBudget,
-    mixture_of,
     dealt,
+    mixture_of,
     passes_for,
 )
 from geffect_fast.engines.directions import accumulate_gradients

@@ -206,7 +206,7 @@ def _checked(
     refusals: Any,
     reference_model: nn.Module | str | Path | None,
     progress: bool,
-    settings: Mapping[str, Any],
+    settings: dict[str, Any],
 ) -> Check:
     """`check`, of a model that ranks share out by all of them together."""
     check_count("samples", samples)
