@@ -72,7 +72,7 @@ def curvature_along(
 def check_twice_differentiable(plan: Plan, data_pass: DataPass, step: Mapping[str, Tensor]) -> None:
     """Compare the curvature on the pass's first batch with differences of slopes along the step.
 
-    Backwards that keep a number as constant, as custom ones do, lose second derivatives in silence.
+    Derivatives that keep a number as constant, as custom ones do, lose second ones in silence.
 
     Raises:
         UnsupportedModelError: it differs by more than rounding and the differences' own error.
@@ -107,8 +107,9 @@ def check_twice_differentiable(plan: Plan, data_pass: DataPass, step: Mapping[st
     rounding = (1e-10 if wide else 1e-4) * abs(slope) / reach
     allowed = TOLERANCE * max(abs(expected), abs(curvature)) + abs(far - near) + rounding
     if not abs(curvature - expected) <= allowed:
+        what = "a backward" if plan.shards is None else "forward mode"
         raise UnsupportedModelError(
-            "second_order: a backward of the model loses second derivatives: the curvature of a "
+            f"second_order: {what} of the model loses second derivatives: the curvature of a "
             f"row is {curvature:.4g}, and {expected:.4g} by differences; leave second_order out"
         )
 
