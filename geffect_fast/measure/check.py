@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from geffect_fast.arguments import checked_config, with_settings
 from geffect_fast.capture import Plan
-from geffect_fast.capture.compat import is_sharded
+from geffect_fast.capture.compat import check_is_model, is_sharded
 from geffect_fast.capture.plan import Coverage
 from geffect_fast.capture.shards import at_work
 from geffect_fast.data import read_refusals, read_rows
@@ -178,6 +178,7 @@ def check(
         >>> gf.check(model, tokenizer, data="forget.jsonl").exact
         True
     """
+    check_is_model(model)
     ranks, sharded = here(), is_sharded(model)
     with (
         ranks.together("check") if sharded else nullcontext(),
