@@ -125,7 +125,16 @@ def per_sample_grad_norms(
         ...                            reduction="none").mean(1)
         >>> norms = gf.functional.per_sample_grad_norms(model, loss_fn, {"input_ids": ids})
     """
-    plan = Plan.of(model)
+    return norms_of_rows(Plan.of(model), loss_fn, batch, per_parameter=per_parameter)
+
+
+def norms_of_rows(
+    plan: Plan, loss_fn: LossFn, batch: Any, *, per_parameter: bool = False
+) -> Tensor | dict[str, Tensor]:
+    """`per_sample_grad_norms` of a plan's model, which ranks may share out.
+
+    Each rank gives a batch of its own then, and all of them as many.
+    """
     found: dict[str, Tensor] = {}
 
     def measure(name: str, factors: list[Factor], _kept: list[Tensor | None]) -> None:
@@ -204,7 +213,16 @@ def pairwise_inner_products(
     Examples:
         >>> gf.functional.pairwise_inner_products(model, loss_fn, forget_batch, retain_batch)
     """
-    plan = Plan.of(model)
+    return products_of_pairs(Plan.of(model), loss_fn, batch_a, batch_b, per_parameter=per_parameter)
+
+
+def products_of_pairs(
+    plan: Plan, loss_fn: LossFn, batch_a: Any, batch_b: Any, *, per_parameter: bool = False
+) -> Tensor | dict[str, Tensor]:
+    """`pairwise_inner_products` of a plan's model, which ranks may share out.
+
+    All of them give the same batches then.
+    """
     kept: dict[str, list[Factor]] = {}
     found: dict[str, Tensor] = {}
 
@@ -261,13 +279,12 @@ def fisher_diagonal(model: nn.Module, loss_fn: LossFn, batch: Any) -> dict[str, 
 
 
 def norms_and_products(
-    model: nn.Module, loss_fn: LossFn, batch: Any
+    plan: Plan, loss_fn: LossFn, batch: Any
 ) -> tuple[Tensor | dict[str, Tensor], Tensor | dict[str, Tensor]]:
-    """`per_sample_grad_norms` and `pairwise_inner_products` of a batch with itself, by parameter.
+    """`norms_of_rows` and `products_of_pairs` of a batch with itself, by parameter.
 
     From one backward; arguments and errors are those of these two.
     """
-    plan = Plan.of(model)
     squares: dict[str, Tensor] = {}
     products: dict[str, Tensor] = {}
 

@@ -30,7 +30,8 @@ def record_rows(
     """Hand the factors of every sample's gradient to `sink`; no weight gradient is formed.
 
     The first call for a model, a loss function and a structure of calls runs one backward more,
-    which shows that rows belong to the samples they are counted for.
+    which shows that rows belong to the samples they are counted for. Of a model that ranks share
+    out, all of them call it, and all run what one of them must.
 
     Args:
         plan: of the model.
@@ -61,9 +62,10 @@ def record_rows(
                     "model that was given"
                 )
             key, any_key = ((code_of(loss_fn), of) for of in (tuple(recorder.structure), ANY))
-            if axis.n_samples > 1 and plan.learned.shown.isdisjoint((key, any_key)):
+            is_open = axis.n_samples > 1 and plan.learned.shown.isdisjoint((key, any_key))
+            if plan.on_any_rank(is_open):
                 trial = recorder.weigh(losses, leaves)
-                if recorder.gave_positions:
+                if plan.on_any_rank(recorder.gave_positions):
                     with torch.no_grad():  # where no hook changes anything
                         trial.compare_losses(losses, loss_fn(plan.model, batch))
             torch.autograd.grad(losses.sum(), leaves, allow_unused=True)

@@ -255,6 +255,13 @@ class Plan:
             if self.shards is not None:  # a whole one does what the part does, each time it comes
                 self.shards.own(p).requires_grad_(asks)
 
+    def on_any_rank(self, is_so: bool) -> bool:
+        """Whether something is so here, or, of a model that ranks share out, on any of them.
+
+        What takes a forward or backward all of them run, or none.
+        """
+        return is_so if self.shards is None else any(self.shards.ranks.meet(is_so))
+
     def summing(self) -> AbstractContextManager[None]:
         """Inside, `sharded_gradients` by parameters are sums over ranks."""
         return nullcontext() if self.shards is None else self.shards.sums()

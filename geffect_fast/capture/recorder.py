@@ -143,12 +143,17 @@ class Recorder:
         Raises:
             UnsupportedModelError: a parameter is used outside the model.
         """
-        leaves = leaves_of(losses)
-        outside = self.plan.names_of(leaves)
-        if not outside and not self.called_again:
+        leaves, shards = leaves_of(losses), self.plan.shards
+        outside, again = self.plan.names_of(leaves), self.called_again
+        if shards is not None:  # rows of one rank teach all of them
+            told = shards.ranks.meet((outside, again))
+            seen = {name for names, _ in told for name in names}
+            outside = [name for name in self.plan.parameters if name in seen]
+            again = {where for _, of in told for where in of}
+        if not outside and not again:
             return leaves
         self.plan.widen(outside)
-        self.plan.learned.called_again |= self.called_again
+        self.plan.learned.called_again |= again
         return None
 
     def roots_of(self, y: Tensor) -> list[Tensor]:
@@ -186,12 +191,11 @@ class Recorder:
 
         Positions are no samples, and are asked for where samples were shown.
         """
-        axis, shards, shown = self.segments, self.plan.shards, self.plan.shown
+        axis, shown = self.segments, self.plan.shown
         if axis is None or axis.per_token:
             return False
         is_open = ANY not in shown and tuple(self.structure) not in shown and axis.n_samples > 1
-        # A trial takes backwards, which all ranks run or none.
-        return is_open if shards is None else any(shards.ranks.meet(is_open))
+        return self.plan.on_any_rank(is_open)
 
     def show_rows(self, losses: Tensor, sources: Sequence[Tensor]) -> None:
         """Show that rows belong to the samples they are counted for, once a structure of calls.

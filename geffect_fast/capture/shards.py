@@ -7,6 +7,7 @@ whole one, so hooks, rules and graphs know parameters by it; sums of gradients s
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -359,6 +360,44 @@ def whole_values(values: Mapping[str, Any], ranks: Ranks) -> dict[str, Any]:
     return whole
 
 
+def whole_copy(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """A copy of a model that ranks share out, whole and on the CPU; all of them make it together.
+
+    `fully_shard` has its modules refuse to be copied, so that they are what they were meanwhile.
+
+    Args:
+        model: at rest.
+        dtype: of the copy's floating-point tensors.
+    """
+    from torch.distributed._composable.contract import REGISTRY_KEY, STATE_KEY
+
+    memo: dict[int, Any] = {}
+    for p in model.parameters():
+        held: Any = p.detach()
+        whole = held.full_tensor() if hasattr(held, "full_tensor") else held
+        memo[id(p)] = nn.Parameter(whole.to("cpu", dtype, copy=True), p.requires_grad)
+    for b in model.buffers():
+        memo[id(b)] = b.to("cpu", dtype if b.is_floating_point() else b.dtype, copy=True)
+    groups = fsdp_groups(model)
+    kinds = [type(group) for group in groups]
+    nobody = object()
+    memo |= {id(group._get_fsdp_state()): nobody for group in groups}
+    try:
+        for group, kind in zip(groups, kinds, strict=True):
+            group.__class__ = kind.__bases__[1]  # behind FSDPModule
+        found = copy.deepcopy(model, memo)
+    finally:
+        for group, kind in zip(groups, kinds, strict=True):
+            group.__class__ = kind
+    for module in found.modules():
+        for key in (REGISTRY_KEY, STATE_KEY):
+            module.__dict__.pop(key, None)
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            for number in [k for k, h in hooks.items() if getattr(h, "__self__", None) is nobody]:
+                del hooks[number]
+    return found
+
+
 def part_of(whole: Tensor, like: Tensor) -> Tensor:
     """What this rank holds of a whole tensor that is shared out as another one is.
 
@@ -381,7 +420,7 @@ class _Nothing(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *parameters: Tensor) -> Tensor:
         ctx.shapes = [(p.shape, p.dtype, p.device) for p in parameters]
-        return torch.zeros((), device=parameters[0].device)
+        return torch.zeros((), dtype=parameters[0].dtype, device=parameters[0].device)
 
     @staticmethod
     def backward(ctx: Any, _: Tensor) -> tuple[Tensor, ...]:

@@ -17,7 +17,7 @@ from geffect_fast.errors import InputError
 from geffect_fast.evaluation_settings import EvaluateConfig
 from geffect_fast.relearn_settings import RelearnConfig
 from geffect_fast.setting_types import Option
-from geffect_fast.settings import Machine, ProfileConfig, Reading, Settings
+from geffect_fast.settings import Machine, ProfileConfig, Reading, Settings, Sharding
 from geffect_fast.storage.run_yaml import read_values
 from geffect_fast.unlearn_settings import UnlearnConfig
 
@@ -89,6 +89,7 @@ CHECK_FIELDS = {
     in {
         *Reading.model_fields,
         *Machine.model_fields,
+        *Sharding.model_fields,
         *("objectives", "refusals", "reference", "tokenizer"),
     }
 }

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from geffect_fast.capture import Plan, Recorder, Recording
+from geffect_fast.capture.exchange import Gathered
 from geffect_fast.capture.factors import Factor
 from geffect_fast.capture.masses import opposed_masses
 from geffect_fast.capture.products import in_working_precision
@@ -73,7 +74,8 @@ def place_masses(
         plan: of the model.
         passes: which parts of objectives read which batches; see `check_places_apart`.
         mixture: `(K, n_parts)`, how often each part counts in each objective.
-        other: the gradient that objectives' may oppose, of each parameter's shape.
+        other: the gradient that objectives' may oppose, of each parameter's shape, or this rank's
+            part of it.
         reference: what objectives compare with, prepared.
         collect: receives each batch's sizes, and those of what opposes, `(K, 2, C, n)` fp64 with
             its `n` tokens, such as `EffectArray.place`; what it is given for one batch adds up.
@@ -83,8 +85,7 @@ def place_masses(
     Raises:
         UnsupportedModelError: a module whose rows cannot be told apart by position; it is named.
     """
-    column, n_columns = dict(zip(plan.parameters, columns, strict=True)), max(columns) + 1
-    with_zeros = {name for name, of in other.items() if bool((of == 0).any())}
+    sizes = _Sizes(plan, other, columns)
 
     def run(data_pass: DataPass, attempt: Attempt, masses: Tensor) -> None:
         parts = data_pass.parts
@@ -93,18 +94,11 @@ def place_masses(
         ]
         if not wanted:
             return
-        found = masses.new_zeros(masses.shape[1:], device=plan.device)
-
-        def measure(name: str, factors: list[Factor], _kept: list[Tensor | None]) -> None:
-            p = plan.parameters[name]
-            signs = in_working_precision(on_device(other[name].sign(), p.device), p)
-            sizes = opposed_masses(factors, signs, name in with_zeros)
-            found[:, column[name]] += sizes.to(found.device)
-
+        sizes.found = masses.new_zeros(masses.shape[1:], device=plan.device)
         moved = attempt.batch.to(plan.device)
         axis = sample_axis(plan.model, moved, per_token=True)
         recording = Recording(joined=True, one_backward=len(wanted) == 1)
-        recorder = Recorder(plan, measure, axis, recording)
+        recorder = Recorder(plan, sizes, axis, recording)
         with packed_attention(plan.model, moved), plan.frozen(), recorder:
             outputs = model_outputs(plan.model, moved, data_pass.needs)
             compared = reference.outputs(data_pass, attempt.batch, moved, outputs)
@@ -117,19 +111,71 @@ def place_masses(
                     if count
                 ]
                 loss = torch.stack(terms).sum()
-                found.zero_()
+                sizes.found.zero_()
                 if loss.requires_grad:  # else it reads a layer below all that can be trained
                     torch.autograd.grad(
                         loss, roots, retain_graph=k != wanted[-1], allow_unused=True
                     )
                     recorder.finish()
                 with attempt.finishing(k):
-                    masses[k] = found.cpu()
+                    masses[k] = sizes.found.cpu()
 
     with gathered(passes, collect) as collect:
         for data_pass, attempt in each_batch(passes, tick):
             n = attempt.batch.total_tokens
-            masses = torch.zeros(len(mixture), 2, n_columns, n, dtype=torch.float64)
+            masses = torch.zeros(len(mixture), 2, max(columns) + 1, n, dtype=torch.float64)
             with attempt:
                 run(data_pass, attempt, masses)
-            collect(data_pass, attempt.batch, masses)
+            if not attempt.idle:
+                collect(data_pass, attempt.batch, masses)
+
+
+class _Sizes:
+    """Receives a recorder's factors, and adds up sizes and what opposes another gradient.
+
+    Where ranks share out the model, signs of the other gradient are brought together when the
+    backward is over, one parameter after the other and in the same order on every rank.
+
+    Args:
+        plan: of the model.
+        other: as of `place_masses`.
+        columns: likewise.
+
+    Attributes:
+        found: `(2, C, n)` fp64, of the tokens of one batch.
+    """
+
+    def __init__(self, plan: Plan, other: Mapping[str, Tensor], columns: Sequence[int]) -> None:
+        self._plan, self._other = plan, other
+        self._column = dict(zip(plan.parameters, columns, strict=True))
+        self._with_zeros = {name for name, of in other.items() if bool((of == 0).any())}
+        if plan.shards is not None:
+            self._with_zeros = set[str]().union(*plan.shards.ranks.meet(self._with_zeros))
+        self._waiting: dict[str, list[Factor]] = {}
+        self.found = torch.zeros(0)
+
+    def __call__(self, name: str, factors: list[Factor], _kept: list[Tensor | None]) -> None:
+        if self._plan.shards is None:
+            self._add(name, factors, self._signs(name))
+        else:
+            self._waiting.setdefault(name, []).extend(factors)
+
+    def finish(self) -> None:
+        """Measure what has waited; the recorder calls it after every backward, on all ranks."""
+        shards = self._plan.shards
+        if shards is None:
+            return
+        for name, whole in self._plan.parameters.items():
+            own = self._signs(name)
+            signs = Gathered(own.to(torch.int8)[None], shards.own(whole)).arrived()[0]
+            factors = self._waiting.pop(name, None)
+            if factors is not None:
+                self._add(name, factors, signs.to(own.dtype))
+
+    def _signs(self, name: str) -> Tensor:
+        return on_device(self._other[name].sign(), self._plan.parameters[name].device)
+
+    def _add(self, name: str, factors: list[Factor], signs: Tensor) -> None:
+        signs = in_working_precision(signs, self._plan.parameters[name])
+        sizes = opposed_masses(factors, signs, name in self._with_zeros)
+        self.found[:, self._column[name]] += sizes.to(self.found.device)

@@ -1,24 +1,32 @@
 """The curvature of risks along a step, `u^T H u`: two backwards through one forward.
 
 A risk at `theta + epsilon u` is a function of one number. Its first derivative at 0 is the inner
-product of the risk's gradient with `u`, its second what is wanted; no matrix is formed.
+product of the risk's gradient with `u`, its second what is wanted; no matrix is formed. Where ranks
+share out the model, whose weights no second backward finds at hand, both come from one forward in
+forward mode, taken twice.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.func import jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from geffect_fast.capture import Plan
+from geffect_fast.capture.compat import forward_differentiable
 from geffect_fast.data.batch import Batch
 from geffect_fast.engines.batches import DataPass, Tick, each_batch, ranks_of
 from geffect_fast.engines.directions import added_up
+from geffect_fast.engines.dual.model import DualModel
+from geffect_fast.engines.dual.modes import DualFunctions
 from geffect_fast.engines.model_outputs import model_outputs, packed_attention
-from geffect_fast.errors import UnsupportedModelError, in_one_line
+from geffect_fast.errors import GEffectError, UnsupportedModelError, in_one_line
 from geffect_fast.trying import no_memory
 
 TOLERANCE = 1e-2
@@ -35,7 +43,7 @@ def curvature_along(
         plan: of the model.
         passes: over the risks' data, whose terms are their values'.
         n: number of risks.
-        step: `u`, by parameter.
+        step: `u`, by parameter, or this rank's part of it.
         tick: progress.
 
     Returns:
@@ -46,10 +54,13 @@ def curvature_along(
     """
     slopes: list[tuple[int, Tensor]] = []
     curvatures: list[tuple[int, Tensor]] = []
+    derivatives = partial(_derivatives, plan, _dual(plan))
     for data_pass, attempt in each_batch(passes, tick):
         with attempt:
             (index,) = data_pass.parts
-            slope, curvature = _derivatives(plan, data_pass, attempt.batch, step)
+            slope, curvature = derivatives(data_pass, attempt.batch, step)
+            if attempt.idle:
+                continue
             with attempt.finishing(index):
                 slopes.append((index, slope))
                 curvatures.append((index, curvature))
@@ -61,7 +72,7 @@ def curvature_along(
 def check_twice_differentiable(plan: Plan, data_pass: DataPass, step: Mapping[str, Tensor]) -> None:
     """Compare the curvature on the pass's first batch with differences of slopes along the step.
 
-    Backwards that keep a number as constant, as custom ones do, lose second derivatives in silence.
+    Derivatives that keep a number as constant, as custom ones do, lose second ones in silence.
 
     Raises:
         UnsupportedModelError: it differs by more than rounding and the differences' own error.
@@ -70,21 +81,24 @@ def check_twice_differentiable(plan: Plan, data_pass: DataPass, step: Mapping[st
     batch = data_pass.batches[0]
 
     def squared(of: Mapping[str, Tensor]) -> float:
-        return sum(float(x.double().square().sum()) for x in of.values())
+        found = torch.stack([x.detach().double().square().sum().cpu() for x in of.values()]).sum(0)
+        if plan.shards is not None:
+            plan.shards.add_up([found])
+        return float(found)
 
     size = squared(step)
     if size == 0:
         return
-    theta = {name: p.detach() for name, p in plan.parameters.items()}
     part = 1e-3 if wide else 2e-2
-    slope, curvature = map(float, _derivatives(plan, data_pass, batch, step))
+    derivatives = partial(_derivatives, plan, _dual(plan), data_pass, batch, step)
+    slope, curvature = map(float, derivatives())
     # As far as the slope changes by a part of itself, and at most the parameters.
-    reach = part * (squared(theta) / size) ** 0.5
+    reach = part * (squared(plan.held) / size) ** 0.5
     if curvature:
         reach = min(reach, part * abs(slope / curvature)) or reach
 
     def difference(extent: float) -> float:
-        sides = (_derivatives(plan, data_pass, batch, step, at)[0] for at in (extent, -extent))
+        sides = (derivatives(at)[0] for at in (extent, -extent))
         ahead, behind = map(float, sides)
         return (ahead - behind) / (2 * extent)
 
@@ -93,36 +107,103 @@ def check_twice_differentiable(plan: Plan, data_pass: DataPass, step: Mapping[st
     rounding = (1e-10 if wide else 1e-4) * abs(slope) / reach
     allowed = TOLERANCE * max(abs(expected), abs(curvature)) + abs(far - near) + rounding
     if not abs(curvature - expected) <= allowed:
+        what = "a backward" if plan.shards is None else "forward mode"
         raise UnsupportedModelError(
-            "second_order: a backward of the model loses second derivatives: the curvature of a "
+            f"second_order: {what} of the model loses second derivatives: the curvature of a "
             f"row is {curvature:.4g}, and {expected:.4g} by differences; leave second_order out"
         )
 
 
+def _dual(plan: Plan) -> DualModel | None:
+    """What runs a model that ranks share out; None: this rank has it whole."""
+    return None if plan.shards is None else DualModel(plan)
+
+
 def _derivatives(
-    plan: Plan, data_pass: DataPass, batch: Batch, step: Mapping[str, Tensor], at: float = 0.0
+    plan: Plan,
+    dual: DualModel | None,
+    data_pass: DataPass,
+    batch: Batch,
+    step: Mapping[str, Tensor],
+    at: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """First and second derivatives along a step of the pass's risk on a batch, fp64 scalars."""
-    moved = batch.to(plan.device)
+    batch = batch.to(plan.device)
     (risk,) = data_pass.parts.values()
+
+    def value() -> Tensor:
+        outputs = model_outputs(plan.model, batch, data_pass.needs)
+        return risk.token_terms(outputs, batch, None).double().sum()
+
     try:
-        with (
-            _moved(plan, step, at) as extent,
-            sdpa_kernel(SDPBackend.MATH),
-            packed_attention(plan.model, moved),
-        ):
-            outputs = model_outputs(plan.model, moved, data_pass.needs)
-            value = risk.token_terms(outputs, moved, None).double().sum()
-            (slope,) = torch.autograd.grad(value, extent, create_graph=True)
-            (curvature,) = torch.autograd.grad(slope, extent)
-    except Exception as error:  # of whatever kind: a backward that has none of its own
-        if no_memory(error):
+        with sdpa_kernel(SDPBackend.MATH), packed_attention(plan.model, batch):
+            if dual is None:
+                return _by_backwards(plan, value, step, at)
+            return _by_forward(dual, value, step, at)
+    except Exception as error:  # of whatever kind: a derivative that has none of its own
+        if no_memory(error) or isinstance(error, GEffectError):
             raise
         raise UnsupportedModelError(
             f"second_order: the model cannot be differentiated twice: {in_one_line(error)}; leave "
             "second_order out"
         ) from error
+
+
+def _by_backwards(
+    plan: Plan, value: Callable[[], Tensor], step: Mapping[str, Tensor], at: float
+) -> tuple[Tensor, Tensor]:
+    """First and second derivatives of what `value` returns, with a graph of the first."""
+    with _moved(plan, step, at) as extent:
+        (slope,) = torch.autograd.grad(value(), extent, create_graph=True)
+        (curvature,) = torch.autograd.grad(slope, extent)
     return slope.detach(), curvature
+
+
+def _by_forward(
+    dual: DualModel, value: Callable[[], Tensor], step: Mapping[str, Tensor], at: float
+) -> tuple[Tensor, Tensor]:
+    """As `_by_backwards`, in one forward, whose blocks have their weights and `u` one by one."""
+    plan = dual.plan
+    along = {name: step[name].to(p.device, p.dtype)[None] for name, p in plan.parameters.items()}
+    start = torch.tensor(at, dtype=torch.float64, device=plan.device)
+    one = torch.ones_like(start)
+
+    def at_extent(extent: Tensor) -> Tensor:
+        def moved(p: Tensor, u: Tensor) -> Tensor:
+            return p + extent.to(p.dtype) * u[0]
+
+        with dual.moving(along, moved):
+            return value()
+
+    def slope(extent: Tensor) -> Tensor:
+        found: Tensor = jvp(at_extent, (extent,), (one,))[1]
+        return found
+
+    with (
+        torch.enable_grad(),  # so that `no_grad` is seen to be entered
+        forward_differentiable(plan.model),
+        DualFunctions(_TWICE_DIFFERENTIABLE),
+    ):
+        first, second = jvp(slope, (start,), (one,))[:2]
+    return first, second
+
+
+def _layer_norm(
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    """Whose own forward derivative holds mean and spread as constant."""
+    over = tuple(range(-len(normalized_shape), 0))
+    centred = input - input.mean(over, keepdim=True)
+    normalized = centred * (centred.square().mean(over, keepdim=True) + eps).rsqrt()
+    normalized = normalized if weight is None else normalized * weight
+    return normalized if bias is None else normalized + bias
+
+
+_TWICE_DIFFERENTIABLE = {F.layer_norm: _layer_norm}
 
 
 @contextmanager

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from geffect_fast.capture import Plan
 from geffect_fast.capture.exchange import (
-    OwnColumns,
     Gathered,
+    OwnColumns,
     WholeRows,
     holders,
     parts_of,

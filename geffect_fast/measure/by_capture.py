@@ -20,6 +20,7 @@ from geffect_fast.engines.batches import (
     DataPass,
     Tick,
     TokenBudget,
+    dealt,
     mixture_of,
     passes_for,
 )
@@ -31,7 +32,7 @@ from geffect_fast.engines.model_outputs import (
 )
 from geffect_fast.engines.reference import Reference
 from geffect_fast.engines.reverse import reverse_effects
-from geffect_fast.functional import norms_and_products, pairwise_inner_products
+from geffect_fast.functional import norms_and_products, products_of_pairs
 from geffect_fast.measure.plain_autograd import Numbers, token_logprob
 from geffect_fast.measure.sources import parts_of
 from geffect_fast.objectives import NLL, Objective
@@ -39,6 +40,8 @@ from geffect_fast.objectives import NLL, Objective
 
 class CapturedNumbers:
     """`Numbers` of a model, samples packed into batches as a profile packs them.
+
+    Of a model that ranks share out each has all of them in the end.
 
     Args:
         plan: of the model.
@@ -95,10 +98,12 @@ class CapturedNumbers:
         return Numbers(self._effects(tick), *self._norms_and_products(tick))
 
     def _effects(self, tick: Tick) -> Tensor:
-        device = self.plan.device
-        reference = Reference(self.reference)
-        _, directions = accumulate_gradients(self.plan, [self.risk], 1, reference, tick)
-        reference.prepare(self.passes, device)
+        device, shards = self.plan.device, self.plan.shards
+        reference, passes, risk = Reference(self.reference), self.passes, self.risk
+        if shards is not None:
+            risk, *passes = (dealt(each, shards.ranks, in_step=True) for each in (risk, *passes))
+        _, directions = accumulate_gradients(self.plan, [risk], 1, reference, tick)
+        reference.prepare(passes, device)
         mixture = mixture_of(self.objectives, self.parts)
         shape = (len(self.objectives), len(self.plan.parameters), 2 * self.n)
         found = torch.zeros(shape, dtype=torch.float64)
@@ -109,7 +114,7 @@ class CapturedNumbers:
 
         reverse_effects(
             self.plan,
-            self.passes,
+            passes,
             directions,
             len(self.parts),
             reference,
@@ -122,22 +127,23 @@ class CapturedNumbers:
     def _norms_and_products(self, tick: Tick) -> tuple[Tensor, Tensor]:
         norms = torch.zeros(len(self.plan.parameters), self.n, dtype=torch.float64)
         products = torch.zeros(len(self.plan.parameters), self.n, self.n, dtype=torch.float64)
-        model, pairs = self.plan.model, self.pairs
+        plan, pairs = self.plan, self.pairs
         while pairs:
             a, b = pairs.pop()
             larger = max(a, b, key=lambda batch: batch.n_samples)
-            attempt = Attempt(larger, self.token_budget)
+            # Ranks that share out the model all run the same: one alone could not run it again.
+            attempt = Attempt(larger, self.token_budget if plan.shards is None else None)
             with attempt:
                 rows, columns = torch.tensor(a.rows), torch.tensor(b.rows)
                 if a is b:
                     own, found = map(
-                        _stacked, norms_and_products(model, _sample_nll, self._given(a))
+                        _stacked, norms_and_products(plan, _sample_nll, self._given(a))
                     )
                     norms[:, rows] = own
                 else:
                     given = self._given(a), self._given(b)
                     found = _stacked(
-                        pairwise_inner_products(model, _sample_nll, *given, per_parameter=True)
+                        products_of_pairs(plan, _sample_nll, *given, per_parameter=True)
                     )
                 products[:, rows[:, None], columns] = found
                 products[:, columns[:, None], rows] = found.mT

@@ -7,6 +7,7 @@ every parameter's effects, norms and inner products are computed both ways and c
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,9 @@ from torch import Tensor, nn
 
 from geffect_fast.arguments import checked_config, with_settings
 from geffect_fast.capture import Plan
+from geffect_fast.capture.compat import check_is_model, is_sharded
 from geffect_fast.capture.plan import Coverage
+from geffect_fast.capture.shards import at_work
 from geffect_fast.data import read_refusals, read_rows
 from geffect_fast.engines.batches import TokenBudget
 from geffect_fast.engines.known_models import choose_layout, own_loss
@@ -37,6 +40,7 @@ from geffect_fast.measure.prepare import prepare
 from geffect_fast.measure.sources import Sources, check_count, resolved_list
 from geffect_fast.objectives import Objective
 from geffect_fast.ops.ieee_fp32 import ieee_fp32
+from geffect_fast.ranks import here
 from geffect_fast.results.groups import kind_of
 from geffect_fast.settings import Reading
 from geffect_fast.terminal import progress_bar
@@ -153,6 +157,9 @@ def check(
     one is more in fp32 or 16 bits, it is rounding if it is at most the tolerance plus twice plain
     autograd's own error, both against the wider precision (fp64, or fp32).
 
+    A model that ranks share out (FSDP2) is checked by all of them together; of a whole one each
+    rank that calls this does all of it.
+
     Args:
         model, tokenizer: as for `profile`.
         data: forget data as for `profile`; it serves as retain data as well.
@@ -171,6 +178,38 @@ def check(
         >>> gf.check(model, tokenizer, data="forget.jsonl").exact
         True
     """
+    check_is_model(model)
+    ranks, sharded = here(), is_sharded(model)
+    with (
+        ranks.together("check") if sharded else nullcontext(),
+        ranks.in_step(sharded and ranks.size > 1),
+        at_work(model),
+    ):
+        return _checked(
+            model,
+            tokenizer,
+            data,
+            objectives,
+            samples,
+            refusals,
+            reference_model,
+            progress and (ranks.first or not sharded),
+            settings,
+        )
+
+
+def _checked(
+    model: nn.Module,
+    tokenizer: Any,
+    data: Any,
+    objectives: Sequence[str | Objective] | str,
+    samples: int,
+    refusals: Any,
+    reference_model: nn.Module | str | Path | None,
+    progress: bool,
+    settings: dict[str, Any],
+) -> Check:
+    """`check`, of a model that ranks share out by all of them together."""
     check_count("samples", samples)
     chosen = resolved_list(objectives)
     reading = checked_config(Reading, settings)
@@ -183,7 +222,9 @@ def check(
     prepared = prepared.of_rows({"data": range(min(samples, len(prepared.sets["data"])))})
     sample_set, reference = prepared.sets["data"], prepared.reference
     token_budget = reading.token_budget
-    plan = Plan.of(model)
+    plan = Plan.of(model, may_be_sharded=True)
+    if plan.shards is not None:
+        plan.shards.ranks.check_same(prepared.told_apart_by())
     dtype = coarsest_dtype(model)
 
     def plain_in(precision: torch.dtype) -> Numbers:

@@ -35,7 +35,6 @@ from geffect_fast.measure.prepare import check_model, table_of_positions
 from geffect_fast.measure.sources import Sources
 from geffect_fast.metrics.base import ALL, FORGET, HOLDOUT, Metric, Seen
 from geffect_fast.metrics.dataset import measures_dataset
-from geffect_fast.metrics.gradient_norms import NORM_NEEDS
 from geffect_fast.metrics.observe import answers_scored, n_tokens, observe
 from geffect_fast.metrics.observed import Observed, known, read_log
 from geffect_fast.metrics.registry import resolved_metrics
@@ -296,8 +295,8 @@ class Evaluator:
 
     def _check(self, model: nn.Module, what: str) -> None:
         """Raise where a model is none, holds NaN, or does not fit the rows or the first model."""
-        if is_sharded(model):
-            self._check_serves_shards(what)
+        if is_sharded(model) and self.ranks.size == 1:
+            raise InputError(f"{what}: FSDP shares it out; evaluate it on all of its ranks")
         own, first = vocabulary(model), self._vocabulary
         if own != first:
             raise InputError(
@@ -306,17 +305,6 @@ class Evaluator:
             )
         numbered = enumerate(s for rows in self.sets.values() for s in rows.every_set())
         check_model(model, {str(i): each for i, each in numbered}, what)
-
-    def _check_serves_shards(self, what: str) -> None:
-        """Raise `InputError` where a model that FSDP shares out cannot be measured."""
-        if self.ranks.size == 1:
-            raise InputError(f"{what}: FSDP shares it out; evaluate it on all of its ranks")
-        for metric in self.metrics:
-            if not {*metric.wants()}.isdisjoint(NORM_NEEDS):
-                raise InputError(
-                    f"metric {metric}: needs whole gradients, and FSDP shares out the {what}; "
-                    "leave it out, or give all ranks the whole"
-                )
 
     def _tokens_that_fit(self, model: nn.Module) -> int:
         logits = any("distribution" in needs for needs in self.needs.values())

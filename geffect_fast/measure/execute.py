@@ -19,6 +19,7 @@ from geffect_fast.data.memory import free_memory
 from geffect_fast.errors import InputError
 from geffect_fast.measure.check import Check, check
 from geffect_fast.measure.models import load_model, load_parts, load_tokenizer, resolve_device
+from geffect_fast.measure.precision import WIDER, coarsest_dtype, widened_bytes
 from geffect_fast.measure.profile import profile
 from geffect_fast.measure.sources import Sources, read_sources
 from geffect_fast.measure.sweep import sweep
@@ -256,6 +257,13 @@ def _fits(
     return all(ranks.meet(n_bytes <= room))
 
 
+def checked_bytes(model: nn.Module) -> int:
+    """What a check takes beside a model: a copy of 16 bits in a wider precision, and gradients."""
+    dtype = coarsest_dtype(model)
+    wide = WIDER[dtype] if dtype.itemsize < 4 else dtype
+    return gradient_bytes(model, 1) + widened_bytes(model, wide)
+
+
 def execute_check(config: ProfileConfig, samples: int, *, progress: bool = False) -> Check:
     """Check the model of a config on the first rows of its forget data; nothing is written.
 
@@ -272,10 +280,9 @@ def execute_check(config: ProfileConfig, samples: int, *, progress: bool = False
     data = read_rows(config.forget, name="data", data_format=config.data_format, tell=tell)
     refusals = None if config.refusals is None else read_refusals(config.refusals)
     tokenizer = tokenizer_of(config, "input_ids" not in data[0], config.model, "model")
-    trusted = config.trust_remote_code
     with on_threads(config.threads):
         return check(
-            load_model(config.model, config.dtype, str(device), trust_remote_code=trusted),
+            loaded(config.model, config, device, checked_bytes),
             tokenizer,
             data=data,
             objectives=list(config.objectives),

@@ -1,19 +1,22 @@
 """Plain autograd, one sample at a time: what the engine's numbers are checked against.
 
 Nothing of capture, packing or token terms is used: every sequence is run by itself, the published
-formula of an objective is differentiated, and inner products are summed in fp64.
+formula of an objective is differentiated, and inner products are summed in fp64. Where ranks share
+out the model, all of them run the same sample, and each holds its part of the gradient.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from geffect_fast.capture.compat import eagerly, frequencies_at_first
+from geffect_fast.capture.compat import eagerly, frequencies_at_first, is_sharded, own_part
 from geffect_fast.capture.precision import widened
+from geffect_fast.capture.shards import Shards, at_work
 from geffect_fast.data import SampleSet, make_batches
 from geffect_fast.data.batch import Batch
 from geffect_fast.data.memory import free_memory
@@ -21,6 +24,7 @@ from geffect_fast.engines.batches import ROLE_ORDER, Tick
 from geffect_fast.engines.model_outputs import logits_of, without_cache
 from geffect_fast.objectives import NLL, Objective, Outputs
 from geffect_fast.ops.reference import accumulation_dtype
+from geffect_fast.ranks import here
 
 BLOCK = {"cpu": 2**15}
 """Elements that are converted to fp64 at a time, by device: on a CPU, what its caches hold."""
@@ -33,7 +37,7 @@ PART_HELD = 0.25
 
 
 Gradient = list[Tensor | None]
-"""By parameter; None where it takes no part."""
+"""By parameter, this rank's part of it; None where it takes no part."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +76,23 @@ def plain_numbers(
         reference: what objectives compare with; None: the model itself.
         tick: progress.
     """
-    parameters = [p for p in model.parameters() if p.requires_grad]
+    with at_work(model):
+        shards = Shards(model, here()) if is_sharded(model) else None
+        with nullcontext() if shards is None else shards.sums():
+            return _plain_numbers(model, shards, sample_set, objectives, reference, tick)
+
+
+def _plain_numbers(
+    model: nn.Module,
+    shards: Shards | None,
+    sample_set: SampleSet,
+    objectives: Sequence[Objective],
+    reference: nn.Module | None,
+    tick: Tick,
+) -> Numbers:
+    """`plain_numbers` of a model, or of what ranks share out, inside `Shards.sums`."""
+    at_rest = [p for p in model.parameters() if p.requires_grad]
+    parameters: list[Tensor] = [own_part(p) for p in at_rest]
     device = parameters[0].device
     n, n_parameters = len(sample_set), len(parameters)
 
@@ -89,9 +109,20 @@ def plain_numbers(
         found: list[Gradient] = []
         for loss in losses:
             more = loss is not losses[-1]
-            grads = torch.autograd.grad(loss, parameters, allow_unused=True, retain_graph=more)
-            found.append(list(grads))
+            if shards is None:
+                grads = torch.autograd.grad(loss, at_rest, allow_unused=True, retain_graph=more)
+                found.append(list(grads))
+            else:  # what is added up over ranks is one of them's: no rounding comes in
+                one = loss if shards.ranks.first else 0 * loss
+                wholes = [shards.whole(p) for p in at_rest]
+                found.append(shards.sum_of_gradients(one, wholes, more=more))
         return found
+
+    def added_up(products: Tensor) -> Tensor:
+        """Sums over the parts of gradients."""
+        if shards is not None:
+            shards.add_up([products])
+        return products
 
     risk = NLL()
     answers = _batches(sample_set, risk)
@@ -106,7 +137,7 @@ def plain_numbers(
                 kept.append(part)
         by_sample = [gradients(kept, batch) for batch in answers]
         held = [sample[k] for k in range(len(kept)) for sample in by_sample]
-        grams = torch.stack([gram(grads, n) for grads in zip(*held, strict=True)])
+        grams = added_up(torch.stack([gram(grads, n) for grads in zip(*held, strict=True)]))
         products = grams[:, :, :n]
         scores = dict(zip(kept, grams.sum(1).split(n, dim=1), strict=True))
         risk_gradients = iter(held[:n])
@@ -117,6 +148,7 @@ def plain_numbers(
             for j in range(i, n):
                 (second,) = [first] if j == i else gradients([risk], answers[j])
                 products[:, i, j] = products[:, j, i] = dots(first, second)
+        products = added_up(products)
         first = second = []
         risk_gradients = (gradients([risk], batch)[0] for batch in answers)
 
@@ -125,7 +157,7 @@ def plain_numbers(
         direction = _summed(risk_gradients, parameters)
         for part in rest:
             own = (gradients([part], batch)[0] for batch in _batches(sample_set, part))
-            scores[part] = torch.stack([dots(grads, direction) for grads in own], dim=1)
+            scores[part] = added_up(torch.stack([dots(grads, direction) for grads in own], dim=1))
     effects = torch.zeros(len(objectives), n_parameters, 2 * n, dtype=torch.float64)
     for k, objective in enumerate(objectives):
         for coefficient, part in objective.parts():
@@ -148,9 +180,14 @@ def _summed(gradients: Iterable[Gradient], parameters: Sequence[Tensor]) -> Grad
 
 
 def holds_all(model: nn.Module, n: int) -> bool:
-    """Whether `n` gradients take no more than a part of the memory that is free."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    return n * sum(p.nbytes for p in parameters) <= PART_HELD * free_memory(parameters[0].device)
+    """Whether `n` gradients take no more than a part of the memory that is free.
+
+    Of a model that ranks share out, on all of them.
+    """
+    parameters = [own_part(p) for p in model.parameters() if p.requires_grad]
+    room = PART_HELD * free_memory(parameters[0].device)
+    fits = n * sum(p.nbytes for p in parameters) <= room
+    return all(here().meet(fits)) if is_sharded(model) else fits
 
 
 def plain_tokens(model: nn.Module, sample_set: SampleSet, objectives: Sequence[Objective]) -> int:

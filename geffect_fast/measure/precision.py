@@ -11,8 +11,11 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from geffect_fast.capture.compat import is_sharded, own_part
+from geffect_fast.capture.shards import shard, whole_copy
 from geffect_fast.data.memory import free_memory
 from geffect_fast.errors import InputError
+from geffect_fast.ranks import here
 
 TOLERANCE = {
     torch.float64: 1e-10,
@@ -77,15 +80,13 @@ def computing_in(dtype: torch.dtype, model: nn.Module) -> Iterator[None]:
 
 
 def widened_copy(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """A copy of a model with the same weights in a wider precision.
+    """A copy of a model with the same weights in a wider precision, shared out where that is.
 
     Raises:
         InputError: it does not fit into memory beside two gradients.
     """
-    n_trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    n_all = sum(p.numel() for p in model.parameters())
-    needed = dtype.itemsize * (n_all + 2 * n_trainable)
-    free = free_memory(next(model.parameters()).device)
+    needed, device = widened_bytes(model, dtype), next(model.parameters()).device
+    free = free_memory(device)
     name = str(dtype).removeprefix("torch.")
     if needed > free:
         raise InputError(
@@ -93,4 +94,15 @@ def widened_copy(model: nn.Module, dtype: torch.dtype) -> nn.Module:
             f"take {needed / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are free; check in another "
             "precision (--dtype), or a smaller model of the same architecture"
         )
-    return copy.deepcopy(model).to(dtype)
+    if not is_sharded(model):
+        return copy.deepcopy(model).to(dtype)
+    found = whole_copy(model, dtype)
+    shard(found, here(), device)
+    return found
+
+
+def widened_bytes(model: nn.Module, dtype: torch.dtype) -> int:
+    """What a copy in a wider precision and two gradients take, of a rank's part of a model."""
+    n_trainable = sum(own_part(p).numel() for p in model.parameters() if p.requires_grad)
+    n_all = sum(own_part(p).numel() for p in model.parameters())
+    return dtype.itemsize * (n_all + 2 * n_trainable)

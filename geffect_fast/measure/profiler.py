@@ -211,7 +211,6 @@ class Profiler:
         check_replicas(self.plan.model, self.ranks)
         places = conflicts and resolution.within == "position"
         if self.plan.shards is not None:
-            self._check_serves_shards(second_order, places)
             self.plan.shards.came.clear()
         shape = self._checked_shape(out, step)
         if places:
@@ -293,16 +292,6 @@ class Profiler:
                     result = open_run(out, lazy=True)
                 self.ranks.meet()  # the file may be moved from now on
         return Measurement(result, directions)
-
-    def _check_serves_shards(self, second_order: bool, places: bool) -> None:
-        """Raise `InputError` where something is asked for that needs whole gradients."""
-        asked = {"second_order": second_order, "conflicts by position": places}
-        for name, is_asked in asked.items():
-            if is_asked:
-                raise InputError(
-                    f"{name}: needs whole gradients, and FSDP shares out the model's parameters; "
-                    "leave it out, or give the model whole"
-                )
 
     def _checked_shape(self, out: str | Path | None, step: StepMetric | None) -> tuple[int, ...]:
         """The shape of the effects; raise `InputError` where there is no place for them."""

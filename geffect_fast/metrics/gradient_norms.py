@@ -9,15 +9,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from geffect_fast.capture.factors import widened
+from geffect_fast.capture import Factor, Plan, Recording, Segments
+from geffect_fast.capture.factors import summed_gradient, widened
+from geffect_fast.capture.per_sample import record_rows
 from geffect_fast.data import Layout
 from geffect_fast.data.batch import Batch
 from geffect_fast.data.samples import TokenSequence as Tokens
-from geffect_fast.engines.batches import DataPass, TokenBudget, each_batch
+from geffect_fast.engines.batches import TokenBudget, each_batch
 from geffect_fast.engines.model_outputs import logits_of, packed_attention, positions, without_cache
 from geffect_fast.errors import InputError
-from geffect_fast.functional import per_sample_grad_norms
-from geffect_fast.metrics.scored import Tick, batches_of
+from geffect_fast.functional import norms_of_rows
+from geffect_fast.metrics.scored import Tick, shared_out
+from geffect_fast.ops.ieee_fp32 import ieee_fp32
 from geffect_fast.ranks import ALONE, Ranks
 
 NORM_NEEDS = ("whole_norms", "parameter_norms", "largest_entries")
@@ -36,7 +39,7 @@ def gradient_norms(
 
     `whole_norms`: of the whole gradient; `parameter_norms`: the mean over trainable parameters of
     their own norms; `largest_entries`: the mean over them of the largest absolute entry, which no
-    ghost norm gives: a backward a sequence.
+    ghost norm gives: each gradient is formed, a parameter at a time.
 
     Args:
         model: in eval mode.
@@ -45,7 +48,7 @@ def gradient_norms(
         budget: of tokens a batch.
         layout: as the functional of per-sample norms can take it apart, `packed` or not.
         tick: told of tokens.
-        ranks: who share out the sequences.
+        ranks: who share out the sequences, and may share out the model.
 
     Returns:
         `(n_sequences,)` fp64 each.
@@ -59,6 +62,7 @@ def gradient_norms(
             "model: nothing in it can be trained, so gradient_norm has no gradient; set "
             "requires_grad, or leave the metric out"
         )
+    plan = Plan.of(model, may_be_sharded=True)
     found = {need: np.zeros(len(sequences)) for need in NORM_NEEDS if need in needs}
     one_pass = [need for need in found if need != "largest_entries"]
     passes: list[tuple[list[str], Layout, Callable[..., list[Tensor]]]] = []
@@ -67,11 +71,11 @@ def gradient_norms(
     if "largest_entries" in found:
         passes.append((["largest_entries"], "single", _largest_entries))
     for names, how, norms in passes:
-        for _, attempt in each_batch(
-            [DataPass(batches_of(sequences, budget, how, ranks), token_budget=budget)]
-        ):
+        for _, attempt in each_batch([shared_out(model, sequences, budget, how, ranks)]):
             with attempt:
-                values = norms(model, attempt.batch, names)
+                values = norms(plan, attempt.batch, names)
+                if attempt.idle:
+                    continue
                 for name, of in zip(names, values, strict=True):
                     found[name][list(attempt.batch.rows)] = of.double().cpu().numpy()
                 tick(attempt.batch.total_tokens)
@@ -79,15 +83,15 @@ def gradient_norms(
     return {need: np.sum([of[need] for of in told], axis=0) for need in found}
 
 
-def _ghost_norms(model: nn.Module, batch: Batch, names: Sequence[str]) -> list[Tensor]:
+def _ghost_norms(plan: Plan, batch: Batch, names: Sequence[str]) -> list[Tensor]:
     """Norms of a batch's rows, `(n,)` each."""
-    moved = batch.to(next(model.parameters()).device)
+    moved = batch.to(plan.device)
     given = {"input_ids": moved.input_ids, "batch": moved}
     if batch.packed:
         given["cu_seqlens"] = moved.cu_samples
     by_parameter = "parameter_norms" in names
-    with packed_attention(model, moved):
-        norms = per_sample_grad_norms(model, mean_losses, given, per_parameter=by_parameter)
+    with packed_attention(plan.model, moved):
+        norms = norms_of_rows(plan, mean_losses, given, per_parameter=by_parameter)
     if isinstance(norms, Tensor):
         return [norms]
     of = torch.stack(list(norms.values()))
@@ -107,12 +111,19 @@ def mean_losses(model: nn.Module, given: dict[str, Batch]) -> Tensor:
     return batch.sample_sum(every, mask) / counts
 
 
-def _largest_entries(model: nn.Module, batch: Batch, _names: Sequence[str]) -> list[Tensor]:
-    """The mean over parameters of the largest absolute entry of one sample's gradient, `(1,)`."""
-    moved = batch.to(next(model.parameters()).device)
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    with torch.enable_grad():
-        (loss,) = mean_losses(model, {"batch": moved})
-        grads = torch.autograd.grad(loss, parameters, allow_unused=True)
-    largest = [g.abs().max().double() for g in grads if g is not None]
+def _largest_entries(plan: Plan, batch: Batch, _names: Sequence[str]) -> list[Tensor]:
+    """The mean over parameters of the largest absolute entry of one sample's gradient, `(1,)`.
+
+    Over those that the sample reaches.
+    """
+    largest: list[Tensor] = []
+
+    def look(name: str, factors: list[Factor], _kept: list[Tensor | None]) -> None:
+        gradient = summed_gradient(factors, 0, plan.parameters[name].shape)
+        largest.append(gradient.abs().max().double())
+
+    moved = batch.to(plan.device)
+    axis = Segments.rectangular(moved.input_ids.shape)
+    with ieee_fp32():
+        record_rows(plan, mean_losses, {"batch": moved}, axis, look, Recording(joined=True))
     return [torch.stack(largest).mean()[None]]

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from geffect_fast.capture.compat import check_finite
+from geffect_fast.capture.compat import check_finite, own_part
+from geffect_fast.capture.shards import part_of
 from geffect_fast.errors import InputError
 from geffect_fast.measure.models import has_remote_code, load_model
 from geffect_fast.storage.run_model import check_run_model
@@ -105,6 +106,8 @@ class _Read:
     def copy_to(self, model: nn.Module, other: _Read) -> None:
         """Copy the weights into a model that was loaded from another checkpoint, `other`.
 
+        Where ranks share out the model each takes its part.
+
         Raises:
             InputError, NonFiniteError: as `loaded_in_turn`.
         """
@@ -136,7 +139,7 @@ class _Read:
                 )
         with torch.no_grad():
             for name, tensor in tensors.items():
-                own[name].copy_(tensor)
+                own_part(own[name]).copy_(own_part(part_of(tensor, own[name])))
         check_finite(model, f"checkpoint {self.folder}")
 
     def _check_same(

@@ -7,8 +7,13 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
-from geffect_fast.errors import InputError
-from geffect_fast.measure.execute import machine, on_threads, read_sources_of
+from geffect_fast.measure.execute import (
+    gradient_bytes,
+    loaded,
+    machine,
+    on_threads,
+    read_sources_of,
+)
 from geffect_fast.ranks import here
 from geffect_fast.results.dataset import digests
 from geffect_fast.settings import Measuring, ProfileConfig
@@ -18,7 +23,9 @@ from geffect_fast.storage.recorded_rows import check_recorded
 from geffect_fast.storage.step_folder import as_begun, check_resumed, check_start, started
 
 if TYPE_CHECKING:
+    import torch
     import xarray as xr
+    from transformers import PreTrainedModel
 
     from geffect_fast.storage.run_folder import Reporter
 
@@ -53,10 +60,6 @@ def execute_checkpoints(
     Raises:
         As `geffect_fast.profile_checkpoints`.
     """
-    if config.shard == "fsdp":
-        raise InputError(
-            "shard: each rank holds the whole of a checkpoint; leave out --shard or --checkpoints"
-        )
     ranks, read = here(), inputs_of(config) | dict(inputs)
     first, progress = ranks.first, progress and ranks.first
     with (
@@ -76,8 +79,7 @@ def execute_checkpoints(
                 tokenizer,
                 model=config.model,
                 reference_model=config.reference,
-                dtype=config.dtype,
-                device=str(device),
+                load=partial(_first, config, device, len(sources.sets)),
                 options={
                     **sources.arguments(),
                     "objectives": list(config.objectives),
@@ -97,3 +99,13 @@ def execute_checkpoints(
             }
             settled = config.model_copy(update=chosen)
             return run.written(folder, settled, sums, report, resume=resume, progress=progress)
+
+
+def _first(
+    config: ProfileConfig, device: torch.device, n_risks: int, folder: Path
+) -> PreTrainedModel:
+    """The model of the first checkpoint, or this rank's part of it."""
+    # A copy of the weights stays beside the gradients of the risks, for the next prediction.
+    beside = partial(gradient_bytes, n_risks=n_risks + 1)
+    model: PreTrainedModel = loaded(str(folder), config, device, beside, what="checkpoint")
+    return model

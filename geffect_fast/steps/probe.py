@@ -209,7 +209,7 @@ class Probe:
                 self.profiler.plan.held, before.parameters, before.directions
             )
             if self.profiler.plan.shards is not None:
-                update = torch.stack(self.profiler.ranks.meet(update)).sum(0)
+                self.profiler.plan.shards.add_up([update])
             if self.trained is not None:
                 last, rate = self._result_of(before.step), sum(learning_rates)
                 effect = total_effect(last).sel(objective=self.trained)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -37,6 +37,7 @@ from geffect_fast.terminal import progress_bar
 
 if TYPE_CHECKING:
     import xarray as xr
+    from transformers import PreTrainedModel
 
     from geffect_fast.settings import ProfileConfig
     from geffect_fast.storage.manifest import Sums
@@ -106,8 +107,13 @@ def profile_checkpoints(
             tokenizer,
             model=model,
             reference_model=reference_model,
-            dtype=dtype,
-            device=device,
+            load=partial(
+                load_model,
+                dtype=dtype,
+                device=device,
+                what="checkpoint",
+                trust_remote_code=options.get("trust_remote_code", False),
+            ),
             options=options | {"forget": forget, "retain": retain, "objectives": objectives},
         )
 
@@ -145,6 +151,12 @@ def _paths(
 class CheckpointRun:
     """Checkpoints that were found, and what is prepared to profile them; nothing is written yet.
 
+    Args:
+        checkpoints, tokenizer, model, reference_model: as of `profile_checkpoints`.
+        load: makes the model of the first checkpoint's folder, into which the weights of the others
+            are copied; ranks may share it out.
+        options: further arguments of `geffect_fast.profile`.
+
     Attributes:
         folders: of checkpoints, by step.
         model: that of the first, whose weights will change.
@@ -160,8 +172,7 @@ class CheckpointRun:
         *,
         model: str | Path | None,
         reference_model: nn.Module | str | Path | None,
-        dtype: str,
-        device: str,
+        load: Callable[[Path], PreTrainedModel],
         options: dict[str, Any],
     ) -> None:
         self.folders = with_model(find_checkpoints(checkpoints), model)
@@ -176,7 +187,7 @@ class CheckpointRun:
             check_model_source(folder, "checkpoint", trusted)
         options = options | {"objectives": resolved_list(options["objectives"])}
         first = next(iter(self.folders.values()))
-        self.model = load_model(first, dtype, device, "checkpoint", trust_remote_code=trusted)
+        self.model = load(first)
         # A folder, as the model itself will not stay what it is.
         reference = first if reference_model is None else reference_model
         self.profiler = Profiler.of(self.model, tokenizer, reference_model=reference, **options)

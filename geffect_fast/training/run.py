@@ -341,7 +341,6 @@ def _check_serves_shards(model: nn.Module, training: Training) -> None:
             f"whole ones, and FSDP shares out the model; use one of {', '.join(IN_PARTS)}"
         )
     asked = {
-        "second_order": training.second_order,
         "precision": training.precision == "fp16",
     }
     for name, is_asked in asked.items():

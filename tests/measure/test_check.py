@@ -265,8 +265,8 @@ def test_numbers_that_are_not_finite_deviate(monkeypatch):
 def test_a_parameter_that_no_rule_captured_is_named(monkeypatch):
     original = Plan.of.__func__
 
-    def of(cls, model):
-        plan = original(cls, model)
+    def of(cls, model, **given):
+        plan = original(cls, model, **given)
         owners = {k: v for k, v in plan.owners.items() if k != "lm_head"}
         return cls(plan.model, plan.parameters, owners)
 

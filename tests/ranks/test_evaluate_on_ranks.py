@@ -28,7 +28,7 @@ from geffect_fast.metrics import available
 
 ROWS = full_rows()
 FEW = {"forget": ROWS[:1], "retain": ROWS[1:2], "holdout": ROWS[2:3]}
-FEW["metrics"] = ["nll", "rouge_l", "gradient_norm", "truth_ratio"]
+FEW["metrics"] = ["nll", "rouge_l", "gradient_norm(convention=mimir)", "truth_ratio"]
 EVERY = {
     "forget": ROWS[:5],
     "retain": ROWS[8:12],
@@ -62,27 +62,18 @@ def both():
 
 
 def parts():
-    """Of models that ranks share out, all metrics but that of whole gradients, which is refused."""
-    every = [each for each in available() if each != "gradient_norm"]
-    few = [each for each in FEW["metrics"] if each != "gradient_norm"]
-    said = []
-    for more in (FEW, FEW | {"metrics": "nll, reference", "vocabulary": 280}):
-        with pytest.raises(InputError) as error:
-            measured(more, in_parts=True)
-        said.append(str(error.value))
+    """Of models that ranks share out."""
+    with pytest.raises(InputError) as error:
+        measured(FEW | {"metrics": "nll, reference", "vocabulary": 280}, in_parts=True)
     whole, model = adapted(), adapted()
     for module in (*model.base_model.model.model.layers, model):
         mesh = ranks.here().mesh(torch.device("cpu"))
         fully_shard(module, mesh=mesh, reshard_after_forward=True)
-    given = FEW | {"metrics": few, "holdout": None, "max_new_tokens": 6}
+    given = FEW | {"max_new_tokens": 6}
     with ranks.on_its_own():
         expected = gf.evaluate(whole, tokenizer(), **given)
     assert_close(gf.evaluate(model, tokenizer(), **given), expected)
-    return (
-        measured(EVERY | {"metrics": every}, in_parts=True),
-        measured(FEW | {"metrics": few}, in_parts=True),
-        said,
-    )
+    return measured(EVERY, in_parts=True), measured(FEW, in_parts=True), str(error.value)
 
 
 def adapted():
@@ -133,9 +124,8 @@ def test_ranks_measure_what_one_process_measures(alone, size):
 def test_models_in_parts_are_measured_as_whole_ones(alone, size):
     for *found, refused in on_ranks(size, parts):
         for mine, expected in zip(found, alone, strict=True):
-            assert_close(mine, expected.sel(metric=mine.metric.values))
-        assert refused[0].startswith("metric gradient_norm: needs whole gradients, and FSDP shares")
-        assert refused[1].startswith("reference_model: it knows 280 tokens and the first model 320")
+            assert_close(mine, expected)
+        assert refused.startswith("reference_model: it knows 280 tokens and the first model 320")
 
 
 def test_ranks_are_given_the_same():

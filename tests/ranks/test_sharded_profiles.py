@@ -28,6 +28,11 @@ def lora():
     return get_peft_model(ARCHITECTURES["llama"](), adapter)
 
 
+PLACES = {"resolve": ("sample", "position"), "conflicts": True}
+PLACES |= {"objectives": ["ga - 1.5*wga(alpha=1)", "0.5*ga + 2*gd"]}
+PLACES |= {"lengths": {"forget": [5, 3, 4], "retain": [6, 4]}}
+CURVED = {"second_order": True, "resolve": ("group",), "objectives": ["ga", "gd"]}
+CURVED |= {"lengths": {"forget": [5, 7, 4], "retain": [8, 3]}}
 CASES = {
     "adapter": (lora, torch.float64, {}),
     "fp32": ("llama", torch.float32, {}),
@@ -35,14 +40,19 @@ CASES = {
     "gpt2": ("gpt2", torch.float64, {}),
     "experts": ("qwen2_moe", torch.float64, {}),
     "position": ("llama", torch.float64, {"resolve": ("sample", "position")}),
+    "places": ("qwen2_moe", torch.float64, PLACES),
+    "tied places": ("llama_tied", torch.float64, PLACES),
     "sums": ("llama_tied", torch.float64, {"resolve": ("parameter",)}),
     "bare": ("llama", torch.float64, {"norms": False, "resolve": ("group", "sample")}),
     "metric": ("llama", torch.float64, {"metric": "adam", "step_of": OBJECTIVES[0]}),
     "conflicts": ("llama_tied", torch.float64, {"conflicts": True, "resolve": ("group",)}),
+    "curved": ("llama_tied", torch.float64, CURVED),
+    "curved norms": ("gpt2", torch.float32, CURVED),
+    "curved experts": ("qwen2_moe", torch.float64, CURVED),
     "few": ("llama", torch.float64, {"lengths": {"forget": [5], "retain": [8, 3, 9]}}),
 }
 
-COPIES = ("adapter", "tied", "experts", "sums", "metric", "conflicts")
+COPIES = ("adapter", "tied", "experts", "tied places", "sums", "metric", "conflicts", "curved")
 """Cases of which four ranks hold two copies, each in two parts."""
 
 

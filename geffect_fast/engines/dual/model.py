@@ -115,7 +115,7 @@ class DualModel:
         with (
             packing(layout),
             attention_apart(self.plan.model, layout),
-            self._moving(directions, Dual),
+            self.moving(directions, Dual),
             DualPass(),
         ):
             found = model_outputs(self.plan.model, batch, needs).tensors()
@@ -134,7 +134,7 @@ class DualModel:
         at_rest = some.new_zeros(())
 
         def outputs(step: Tensor) -> tuple[Tensor, ...]:
-            with self._moving(directions, lambda p, along: _Moved(along)(p, step)):
+            with self.moving(directions, lambda p, along: _Moved(along)(p, step)):
                 return model_outputs(self.plan.model, batch, needs).tensors()
 
         def dual(one: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
@@ -148,7 +148,7 @@ class DualModel:
         return values, tangents
 
     @contextmanager
-    def _moving(
+    def moving(
         self, directions: Mapping[str, Tensor], moved: Callable[[Tensor, Tensor], Tensor]
     ) -> Iterator[None]:
         """Inside, modules find what moves in the place of parameters, and constants of others.

@@ -6,7 +6,7 @@ differentiates: a function alone among duals, the whole model otherwise.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -63,7 +63,14 @@ class DualFunctions(TorchFunctionMode):
     Reverse mode takes what was computed under `no_grad` as constant; forward mode by itself does
     not, and the two engines would differ. `requires_grad_`, of which it knows nothing, does
     nothing.
+
+    Args:
+        served: by function what serves it, or returns None where it does not.
     """
+
+    def __init__(self, served: Mapping[Any, Callable[..., Tensor | None]] | None = None) -> None:
+        super().__init__()
+        self.served = _SERVED if served is None else served
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -73,8 +80,8 @@ class DualFunctions(TorchFunctionMode):
             torch._C._set_fwd_grad_enabled(*args)
         elif func is Tensor.requires_grad_:
             return args[0]  # asked for by checkpointing, where nothing below it can be trained
-        elif func in _SERVED:
-            served = _SERVED[func](*args, **kwargs)
+        elif func in self.served:
+            served = self.served[func](*args, **kwargs)
             if served is not None:
                 return served
         return func(*args, **kwargs)

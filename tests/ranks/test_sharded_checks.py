@@ -1,0 +1,94 @@
+"""`check` of models that FSDP2 shares out, by all ranks together: what one process finds."""
+
+import os
+
+import pytest
+import torch
+from models import build, samples
+from ranked import commanded, on_ranks
+
+from geffect_fast import ranks
+from geffect_fast.capture import layer_rules as rules
+from geffect_fast.capture.shards import shard
+from geffect_fast.data import write_jsonl
+from geffect_fast.errors import InputError
+from geffect_fast.measure import plain_autograd
+from geffect_fast.measure.check import check
+
+ROWS = samples([7, 12, 20, 5], prompt=3)
+PAIRS = [
+    row | {"alternative": other}
+    for row, other in zip(ROWS, samples([9, 4, 6, 11], 5, prompt=2), strict=True)
+]
+CASES = {
+    "tied": ("llama_tied", torch.float64, {}),
+    "several batches": ("gpt2", torch.float32, {"token_budget": 20}),
+    "experts": ("qwen2_moe", torch.float64, {"samples": 2}),
+    "pairs": (
+        *("llama", torch.float64),
+        {"data": PAIRS, "objectives": "dpo(beta=0.2),npo+0.5*kl,rmu(layer=1),gd", "samples": 3},
+    ),
+    "wider": ("llama", torch.bfloat16, {"samples": 2}),
+    "two gradients at a time": ("llama", torch.float64, {"samples": 3}),
+    "wrong": ("llama", torch.float32, {"samples": 2}),
+}
+SUMS = rules.NormCall.sums
+
+
+def twice(self, g, rows):
+    return 2 * SUMS(self, g, rows)
+
+
+def checked(name, sharded):
+    architecture, dtype, more = CASES[name]
+    model, reference = build(architecture, dtype), build(architecture, dtype, seed=1)
+    for each in (model, reference) if sharded else ():
+        shard(each, ranks.here(), torch.device("cpu"))
+    with pytest.MonkeyPatch.context() as patch:
+        if name == "two gradients at a time":
+            patch.setattr(plain_autograd, "PART_HELD", 0.0)
+        if name == "wrong":
+            patch.setattr(rules.NormCall, "sums", twice)
+        return check(model, None, **({"data": ROWS, "reference_model": reference} | more))
+
+
+def every_case(sharded):
+    return {name: checked(name, sharded) for name in CASES}
+
+
+def on_rank(folder):
+    """Every case, the command, and what a rank says that gives other rows."""
+    found = every_case(True)
+    os.chdir(folder)
+    words = ["check", "--model", "model", "--data", "rows.jsonl", "--shard", "fsdp", "--quiet"]
+    said = commanded(words)
+    model = build("llama")
+    shard(model, ranks.here(), torch.device("cpu"))
+    with pytest.raises(InputError) as error:
+        check(model, None, data=ROWS[ranks.here().rank :], samples=2)
+    return found, said, str(error.value)
+
+
+@pytest.fixture(scope="module")
+def alone():
+    return every_case(False)
+
+
+@pytest.mark.parametrize("size", [2, pytest.param(3, marks=pytest.mark.slow)])
+def test_ranks_check_parts_as_one_process_checks_the_whole(alone, tmp_path, size):
+    build("llama").save_pretrained(tmp_path / "model")
+    write_jsonl(ROWS, tmp_path / "rows.jsonl")
+    for found, said, differs in on_ranks(size, on_rank, tmp_path):
+        for name, expected in alone.items():
+            own = found[name]
+            assert own.exact == expected.exact == (name != "wrong"), name
+            for field in ("coverage", "uncovered", "unreached", "layout", "n_tokens", "wider"):
+                assert getattr(own, field) == getattr(expected, field), (name, field)
+            for row, other in zip(own.kinds, expected.kinds, strict=True):
+                assert (row.kind, row.rules) == (other.kind, other.rules), name
+                # Of the wrong rule's that is 1; of the others rounding.
+                for quantity, error in other.relative.items():
+                    near = abs(row.relative[quantity] - error) <= own.tolerance
+                    assert near, (name, row.kind, quantity)
+        assert said == (0, "")
+        assert differs.startswith("data: rank 1 has 2 rows of digest")
