@@ -57,21 +57,26 @@ def rate() -> float:
 def computed(model: Model, gpus: int, sharding: str, per_second: float) -> dict[str, object]:
     """A row: memory, operations and bytes of a rank, and the seconds that they are worth."""
     p, share = model.parameters, (gpus - 1) / gpus
-    held = gpus if sharding == "fsdp" else 1
+    held = {"none": 1, "fsdp": gpus, "hsdp": PER_MACHINE}[sharding]
     batches = -(-2 * ROWS * TOKENS_A_ROW // (BATCH * gpus))
     tokens = 2 * ROWS * TOKENS_A_ROW / gpus
     # Risks: a step, and products of retain rows with one direction. Objectives, of forget rows
     # alone: a step, for whole gradients, and products with two.
     operations = (6 + 2 / 2 + (6 + 2 * N_RISKS) / 2) * p * tokens
-    if sharding == "fsdp":
-        # In bf16 the weights of a forward and a backward, and directions; in fp32 sums.
-        a_pass = 2 * p * 2 + 4 * p
-        sent = batches * (a_pass + 2 * p / 2 + (a_pass + 2 * p * N_RISKS) / 2) * share
-    else:
-        sent = 2 * 4 * p * (N_RISKS + 1) * share
     wire = NVLINK if gpus <= PER_MACHINE else INFINIBAND
+    between = 0.0
+    if sharding == "none":
+        sent = 2 * 4 * p * (N_RISKS + 1) * share
+    else:
+        # In bf16 the weights of a forward and a backward, and directions (rows, which go where
+        # they are fewer bytes, would be less); in fp32 sums.
+        a_pass = 2 * p * 2 + 4 * p
+        sent = batches * (a_pass + 2 * p / 2 + (a_pass + 2 * p * N_RISKS) / 2) * (held - 1) / held
+    if sharding == "hsdp":  # sums of parts go on to the other machines
+        wire, machines = NVLINK, gpus / PER_MACHINE
+        between = batches * 1.5 * 2 * 4 * p / held * (machines - 1) / machines
     memory = (2 * p + 4 * (N_RISKS + 1) * p) / held
-    arithmetic, talking = operations / per_second, sent / wire
+    arithmetic, talking = operations / per_second, sent / wire + between / INFINIBAND
     fits = memory < 0.8 * MEMORY
     return {
         "model": model.name,
@@ -81,7 +86,7 @@ def computed(model: Model, gpus: int, sharding: str, per_second: float) -> dict[
         "fits": "yes" if fits else "no",
         "batches": batches,
         "petaflop": round(operations / 1e15, 2),
-        "sent_gib": round(sent / GIB, 1),
+        "sent_gib": round((sent + between) / GIB, 1),
         "compute_s": round(arithmetic, 2) if fits else "",
         "communication_s": round(talking, 2) if fits else "",
         "seconds": round(arithmetic + talking, 1) if fits else "",
@@ -95,7 +100,8 @@ def main() -> None:
         computed(model, gpus, sharding, per_second)
         for model in MODELS
         for gpus in (8, 64)
-        for sharding in ("none", "fsdp")
+        for sharding in ("none", "fsdp", "hsdp")
+        if sharding != "hsdp" or gpus > PER_MACHINE
     ]
     for row in rows:
         row["tflops_measured"] = round(per_second / 1e12)

@@ -10,6 +10,7 @@ An error of one rank is told wherever ranks meet next, and ends the call on all 
 
 from __future__ import annotations
 
+import os
 import pickle
 import time
 import weakref
@@ -285,11 +286,31 @@ class Ranks:
         """Put in a tensor's place rank 0's, of the same shape and dtype; contiguous."""
         dist.broadcast(tensor, group=self._group_of(tensor), group_src=0)
 
-    def mesh(self, device: torch.device) -> DeviceMesh:
-        """The ranks in a row, as FSDP takes them."""
+    def mesh(self, device: torch.device, *, by_host: bool = False) -> DeviceMesh:
+        """The ranks as FSDP takes them.
+
+        Args:
+            device: of this rank.
+            by_host: `(hosts, ranks of a host)`, where torchrun has started them, whose hosts have
+                numbers in a row; else in a row.
+
+        Raises:
+            InputError: how many ranks each host has is not known, or not the same.
+        """
         from torch.distributed.device_mesh import DeviceMesh
 
-        return DeviceMesh(device.type, list(range(self.size)))
+        if not by_host:
+            return DeviceMesh(device.type, list(range(self.size)))
+        sizes = self.meet(int(os.environ.get("LOCAL_WORLD_SIZE", 0)))
+        if set(sizes) != {sizes[0]} or not sizes[0] or self.size % sizes[0]:
+            raise _everywhere(
+                InputError(
+                    f"shard: hsdp needs as many ranks on each host, and they have {sizes} "
+                    "(LOCAL_WORLD_SIZE); start them by torchrun, or give fsdp"
+                )
+            )
+        numbers = torch.arange(self.size).view(-1, sizes[0])
+        return DeviceMesh(device.type, numbers, mesh_dim_names=("copies", "parts"))
 
     def check_serves(self, device: torch.device) -> None:
         """Raise `InputError` where the program's group cannot add up tensors of a device."""

@@ -283,9 +283,10 @@ class Sharding(Settings):
 
     panel = "Machine"
 
-    shard: Literal["auto", "none", "fsdp"] = "auto"
+    shard: Literal["auto", "none", "fsdp", "hsdp"] = "auto"
     """Of the ranks that torchrun starts each holds the whole model (none) or its part of it, of
-    gradients and of an optimizer's state (fsdp); auto: its part where all of that does not fit."""
+    gradients and of an optimizer's state: all ranks have one copy in parts (fsdp), or those of each
+    host have one (hsdp); auto: none where all of that fits, else fsdp."""
 
 
 class ProfileConfig(Sharding, SecondOrder, RunConfig):

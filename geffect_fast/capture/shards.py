@@ -25,7 +25,16 @@ from geffect_fast.errors import InputError, UnsupportedModelError
 from geffect_fast.ranks import Ranks
 
 if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.fsdp import FSDPModule
+
+
+def mesh_of(model: nn.Module) -> DeviceMesh:
+    """Over which ranks a model is shared out; it is put to rest."""
+    from torch.distributed.tensor import DTensor
+
+    put_to_rest(model)
+    return next(p.device_mesh for p in model.parameters() if isinstance(p, DTensor))
 
 
 def shard(
@@ -34,6 +43,7 @@ def shard(
     device: torch.device,
     what: str = "model",
     *,
+    mesh: DeviceMesh | None = None,
     sent: bool = False,
 ) -> None:
     """Share out a model's parameters among ranks, in place: every block a group, the rest another.
@@ -45,6 +55,8 @@ def shard(
         ranks: of a process group.
         device: where the parts will be.
         what: what messages call the model.
+        mesh: of all ranks, of which a second dimension, as of `Ranks.mesh`, has the parts of one
+            copy; None: in a row.
         sent: whether the first rank alone has the weights, on the CPU, and sends them group by
             group; the others have them on `meta`. Ranks are in step.
 
@@ -56,7 +68,7 @@ def shard(
     if not sent:
         check_replicas(model, ranks, what)
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
-    how: dict[str, Any] = {"mesh": ranks.mesh(device)}
+    how: dict[str, Any] = {"mesh": mesh or ranks.mesh(device)}
     if any(p.dtype != torch.float64 for p in model.parameters()):
         how["mp_policy"] = MixedPrecisionPolicy(reduce_dtype=torch.float32)
     for group in (*max(lists, key=len, default=()), model):

@@ -217,15 +217,16 @@ def loaded(
         InputError: it is to be shared out, and this process is alone.
     """
     alone, trusted = here().size == 1, config.trust_remote_code
-    if alone and config.shard == "fsdp":
+    if alone and config.shard in ("fsdp", "hsdp"):
         raise InputError(
-            "shard: fsdp shares a model out among ranks, and this process is alone; start "
+            f"shard: {config.shard} shares a model out among ranks, and this process is alone; start "
             "several by torchrun --nproc-per-node, or leave it out"
         )
     whole = alone or config.shard == "none"
     if whole or (config.shard == "auto" and _fits(source, config, device, beside, what)):
         return load_model(source, config.dtype, str(device), what, trust_remote_code=trusted)
-    return load_parts(source, config.dtype, device, what, trusted, adapted)
+    mesh = here().mesh(device, by_host=config.shard == "hsdp")
+    return load_parts(source, config.dtype, device, what, trusted, adapted, mesh)
 
 
 def gradient_bytes(model: nn.Module, n_risks: int) -> int:

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from geffect_fast.capture.compat import check_finite, is_sharded
-from geffect_fast.capture.shards import shard
+from geffect_fast.capture.shards import mesh_of, shard
 from geffect_fast.capture.structure import structure_of
 from geffect_fast.errors import InputError, in_one_line
 from geffect_fast.paths import user_path
@@ -32,6 +32,7 @@ from geffect_fast.storage.run_model import check_run_model
 from geffect_fast.trying import no_memory
 
 if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _TOKENIZER_FILES = (
@@ -129,7 +130,8 @@ def load_like(
     first = next(model.parameters())
     dtype = str(first.dtype).removeprefix("torch.")
     if is_sharded(model):
-        return load_parts(source, dtype, first.device, what, trust_remote_code)
+        mesh = mesh_of(model)
+        return load_parts(source, dtype, first.device, what, trust_remote_code, mesh=mesh)
     return load_model(source, dtype, str(first.device), what, trust_remote_code=trust_remote_code)
 
 
@@ -140,6 +142,7 @@ def load_parts(
     what: str,
     trust_remote_code: bool,
     adapted: Callable[[Any], Any] = lambda model: model,
+    mesh: DeviceMesh | None = None,
 ) -> Any:
     """This rank's part of a model, of which the first rank reads the files and sends the weights.
 
@@ -150,6 +153,7 @@ def load_parts(
         source, dtype, what, trust_remote_code: as for `load_model`.
         device: where the parts will be.
         adapted: puts into the whole model, on the first rank, what is to be shared out with it.
+        mesh: as of `shard`.
 
     Raises:
         As `load_model`, on all ranks.
@@ -168,7 +172,7 @@ def load_parts(
         whole.append(pickle.loads(structure))
     model = whole.pop()
     with ranks.in_step(True):
-        shard(model, ranks, device, what, sent=True)
+        shard(model, ranks, device, what, mesh=mesh, sent=True)
     return model
 
 

@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from geffect_fast.capture.compat import is_sharded, own_part
-from geffect_fast.capture.shards import shard, whole_copy
+from geffect_fast.capture.shards import mesh_of, shard, whole_copy
 from geffect_fast.data.memory import free_memory
 from geffect_fast.errors import InputError
 from geffect_fast.ranks import here
@@ -97,7 +97,7 @@ def widened_copy(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     if not is_sharded(model):
         return copy.deepcopy(model).to(dtype)
     found = whole_copy(model, dtype)
-    shard(found, here(), device)
+    shard(found, here(), device, mesh=mesh_of(model))
     return found
 
 

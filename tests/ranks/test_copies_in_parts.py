@@ -1,0 +1,62 @@
+"""`--shard hsdp`: the ranks of each host have a copy of the model in parts."""
+
+import pytest
+import torch
+from ranked import commanded, on_ranks
+
+import geffect_fast as gf
+from geffect_fast import ranks
+from geffect_fast.cli import main
+from geffect_fast.errors import InputError
+from geffect_fast.measure import models
+from geffect_fast.measure.models import load_model
+
+pytestmark = pytest.mark.slow
+
+
+def words_for(study, out):
+    rows = ("--forget", f"{study}/forget.jsonl", "--retain", f"{study}/retain.jsonl")
+    given = ("--model", f"{study}/model", "--dtype", "float64", *rows)
+    profile = ("profile", "--objectives", "ga", "npo", "--reference", f"{study}/reference")
+    unlearn = ("unlearn", "--objective", "npo + kl", "--steps", "2", "--probe-rows", "4")
+    unlearn += ("--batch-size", "3", "--learning-rate", "1e-3", "--no-second-order")
+    return [
+        [*command, *given, "--quiet", "--out", f"{out}/{command[0]}"]
+        for command in (profile, unlearn)
+    ]
+
+
+def on_two_hosts(study, out):
+    """What commands say on this rank of four, two to a host, and of which meshes models were."""
+    meshes = []
+    plain = models.shard
+
+    def seen(model, *args, **kwargs):
+        plain(model, *args, **kwargs)
+        meshes.append(tuple(next(model.parameters()).device_mesh.shape))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(models, "shard", seen)
+        patch.setenv("LOCAL_WORLD_SIZE", "2")
+        found = [commanded([*words, "--shard", "hsdp"]) for words in words_for(study, out)]
+        patch.setenv("LOCAL_WORLD_SIZE", str(1 + torch.distributed.get_rank() % 2))
+        with pytest.raises(InputError) as error, ranks.here().together("mesh"):
+            ranks.here().mesh(torch.device("cpu"), by_host=True)
+    return found, meshes, str(error.value)
+
+
+def test_copies_of_a_model_give_what_one_process_finds(study, tmp_path, undrawn):
+    for code, meshes, said in on_ranks(4, on_two_hosts, study, tmp_path / "ranks"):
+        assert [number for number, _ in code] == [0, 0], code
+        assert meshes and set(meshes) == {(2, 2)}
+        assert said.startswith("shard: hsdp needs as many ranks on each host, and they have [1, 2,")
+    for words in words_for(study, tmp_path / "alone"):
+        assert main(words) == 0
+    one, other = (gf.open_run(tmp_path / name / "profile") for name in ("alone", "ranks"))
+    assert abs(one.g_effect - other.g_effect).max() <= 1e-12 * abs(one.g_effect).max()
+    assert abs(one.grad_norm - other.grad_norm).max() <= 1e-12 * abs(one.grad_norm).max()
+    one, other = (load_model(tmp_path / name / "unlearn/model") for name in ("alone", "ranks"))
+    before = load_model(study / "model", "float64")
+    for name, p in one.named_parameters():
+        moved = float((p - before.get_parameter(name)).abs().max())
+        assert float((p - other.get_parameter(name)).abs().max()) <= 1e-9 * moved, name
