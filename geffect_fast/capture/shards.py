@@ -366,7 +366,7 @@ def whole_values(values: Mapping[str, Any], ranks: Ranks) -> dict[str, Any]:
     """
     whole: dict[str, Any] = {}
     for key, value in values.items():
-        found = value.full_tensor() if hasattr(value, "full_tensor") else value
+        found = whole_of(value)
         if ranks.first:
             whole[key] = found if found is value else found.cpu()
     return whole
@@ -385,8 +385,7 @@ def whole_copy(model: nn.Module, dtype: torch.dtype) -> nn.Module:
 
     memo: dict[int, Any] = {}
     for p in model.parameters():
-        held: Any = p.detach()
-        whole = held.full_tensor() if hasattr(held, "full_tensor") else held
+        whole = whole_of(p.detach())
         memo[id(p)] = nn.Parameter(whole.to("cpu", dtype, copy=True), p.requires_grad)
     for b in model.buffers():
         memo[id(b)] = b.to("cpu", dtype if b.is_floating_point() else b.dtype, copy=True)
@@ -410,6 +409,27 @@ def whole_copy(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     return found
 
 
+def whole_of(value: Any) -> Any:
+    """What is given; a tensor that ranks share out is brought together, for which all call this."""
+    return value.full_tensor() if hasattr(value, "full_tensor") else value
+
+
+def sum_over_parts(own: Tensor, of: Tensor) -> Tensor:
+    """The sum of what ranks have found of their parts of a tensor; what is whole has one.
+
+    Args:
+        own: this rank's, of any shape, where its part lies.
+        of: the tensor. Ranks that share it out all call this.
+    """
+    if not hasattr(of, "full_tensor"):
+        return own
+    from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+
+    assert isinstance(of, DTensor)
+    to_add = [Partial() if isinstance(each, Shard) else Replicate() for each in of.placements]
+    return DTensor.from_local(own, of.device_mesh, to_add, run_check=False).full_tensor()
+
+
 def part_of(whole: Tensor, like: Tensor) -> Tensor:
     """What this rank holds of a whole tensor that is shared out as another one is.
 
@@ -422,8 +442,10 @@ def part_of(whole: Tensor, like: Tensor) -> Tensor:
     if isinstance(whole, DTensor) or not isinstance(like, DTensor):
         return whole
     where = like.to_local().device
-    # Every rank has it: nobody sends it.
-    return distribute_tensor(whole.to(where), like.device_mesh, like.placements, src_data_rank=None)
+    # Every rank has it: nobody sends it. A view would keep the whole.
+    return distribute_tensor(
+        whole.to(where), like.device_mesh, like.placements, src_data_rank=None
+    ).clone()
 
 
 class _Nothing(torch.autograd.Function):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -116,6 +116,8 @@ class RuleLosses:
 
     def _descend(self, passes: Sequence[DataPass], loss: Loss) -> float:
         trainer = self._trainer
+        if trainer.shards is not None:
+            return trainer.descend_in_step(trainer.shards, self._model, self._rows, passes, loss)
         own = [dealt(each, trainer.ranks, in_step=False) for each in passes]
         value = sum(
             trainer.descend(self._model, self._rows, each, batch, loss)
@@ -152,8 +154,10 @@ class RuleLosses:
         return RetainBatch(axis, batch.total_tokens, losses, around)
 
     def backward(self, loss: Tensor) -> None:
-        """Add the gradient of a scalar to `.grad`."""
-        self._trainer.accelerator.backward(loss)
+        """Add the gradient of a scalar to `.grad`; of a model in parts, of all ranks' scalars."""
+        trainer = self._trainer
+        with nullcontext() if trainer.shards is None else trainer.adding_up(trainer.shards):
+            trainer.backward(loss)
 
 
 def agree(trainer: UnlearnTrainer, *, missing: bool = False) -> None:
@@ -175,13 +179,16 @@ def update_by_rule(
 ) -> float:
     """The loss of an update, whose gradient the rule has written.
 
-    Where memory runs out, on any rank, all of it is redone in smaller batches.
+    Where memory runs out, on any rank, all of it is redone in smaller batches; not where ranks are
+    in step, as they share the model out.
     """
     budget = trainer.budget
     protected = protected_part(updater.rule, trainer.loss.objective)
     while True:
         loss = replace(trainer.loss, token_budget=budget.tokens)
         losses = RuleLosses(trainer, model, rows, loss, protected)
+        if trainer.shards is not None:
+            return updater.update(losses, trainer.optimizer)
         before = updater.state_dict()
         try:
             value = updater.update(losses, trainer.optimizer)

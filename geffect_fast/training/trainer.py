@@ -143,7 +143,8 @@ class UnlearnTrainer(Trainer):
         if self.updater is not None:
             return update_by_rule(self, self.updater, model, rows)
         if self.shards is not None:
-            return self._update_of_shards(self.shards, model, rows)
+            passes = replace(self.loss, token_budget=self.budget.tokens).passes(rows)
+            return self.descend_in_step(self.shards, model, rows, passes, self.loss)
         parameters = list(model.parameters())
         begins = all(p.grad is None for p in parameters)
         if not self.ranks.first:
@@ -168,27 +169,63 @@ class UnlearnTrainer(Trainer):
                 p.grad = None
             self.budget.halve(missing)
 
-    def _update_of_shards(self, shards: Shards, model: nn.Module, rows: RowNumbers) -> float:
-        """The loss of an update of a model whose parameters ranks share out.
+    def descend_in_step(
+        self,
+        shards: Shards,
+        model: nn.Module,
+        rows: RowNumbers,
+        passes: Sequence[DataPass],
+        on: Loss,
+    ) -> float:
+        """All batches forward and backward, of a model whose parameters ranks share out.
 
         FSDP adds up gradients over ranks with every backward, of which each rank runs as many.
+
+        Args:
+            shards: of the model.
+            model, rows, on: as `descend` takes them.
+            passes: of `on.passes(rows)`.
+
+        Returns:
+            The loss of all ranks' batches, whose gradient is added to `.grad`.
         """
-        passes = replace(self.loss, token_budget=self.budget.tokens).passes(rows)
-        own = [dealt(each, self.ranks, in_step=True) for each in passes]
-        self._reached = set()
-        with shards.sums():
-            value = 0.0
-            for data_pass in own:
+        value = 0.0
+        with self.adding_up(shards):
+            for data_pass in [dealt(each, self.ranks, in_step=True) for each in passes]:
                 for at, batch in enumerate(data_pass.batches):
                     idle = at >= len(data_pass.batches) - data_pass.idle
-                    value += self.descend(model, rows, data_pass, batch, self.loss, idle=idle)
+                    value += self.descend(model, rows, data_pass, batch, on, idle=idle)
+        return sum(self.ranks.meet(value))
+
+    @contextmanager
+    def adding_up(self, shards: Shards) -> Iterator[None]:
+        """Inside, of what `backward` descends on gradients are summed; behind, they are in `.grad`.
+
+        Args:
+            shards: of a model whose parameters ranks share out.
+        """
+        self._reached = set()
+        with shards.sums():
+            yield
             shards.rest()  # a last batch without a backward leaves the root whole
             found = [(p, p.grad) for p in self.model.parameters() if p.requires_grad]
         reached = [id(shards.whole(p)) in self._reached for p, _ in found]
-        told = self.ranks.meet((value, reached))
-        for (p, grad), *there in zip(found, *(each for _, each in told), strict=True):
-            p.grad = grad if any(there) else None  # else a group's other parameters were reached
-        return sum(value for value, _ in told)
+        for (p, grad), *there in zip(found, *self.ranks.meet(reached), strict=True):
+            if any(there):  # else a group's other parameters were reached
+                p.grad = grad if p.grad is None else p.grad + grad
+
+    def backward(self, loss: Tensor, *, idle: bool = False) -> None:
+        """One backward, where a loss depends on what is trained.
+
+        Args:
+            loss: a scalar.
+            idle: as of `descend`.
+        """
+        if self.shards is not None:
+            loss, reached = self.shards.with_zeros(loss, self._wholes)
+            self._reached |= set() if idle else reached
+        if loss.requires_grad:  # else it reads layers below everything that can be trained
+            self.accelerator.backward(loss)
 
     def add_up(self, value: float) -> float:
         """The sum of what ranks have found, and in `.grad` the sums of their gradients.
@@ -251,11 +288,7 @@ class UnlearnTrainer(Trainer):
                 other = self.reference.outputs(data_pass, rows, batch, moved)
             loss = on.value(data_pass, outputs, moved, other)
             loss = 0 * loss if idle else loss
-            if self.shards is not None:
-                loss, reached = self.shards.with_zeros(loss, self._wholes)
-                self._reached |= set() if idle else reached
-            if loss.requires_grad:  # else it reads layers below everything that can be trained
-                self.accelerator.backward(loss)
+            self.backward(loss, idle=idle)
         return float(loss.detach())
 
     def create_optimizer(self, *args: Any) -> torch.optim.Optimizer:
@@ -298,6 +331,7 @@ class UnlearnTrainer(Trainer):
             UnfinishedError: the disk refuses.
         """
         run, step = Path(self.args.output_dir), self.state.global_step
+        rule_state = None if self.updater is None else self.updater.state_dict()
         self._saved, self._saves = self.whole_weights(), True
         try:
             if not self.ranks.first:
@@ -306,9 +340,9 @@ class UnlearnTrainer(Trainer):
                 return
             with saving(run, step, self.identity):
                 super()._save_checkpoint(model, trial)
-                if self.updater is not None:
+                if rule_state is not None:
                     folder = saving_folder(run) / f"checkpoint-{step}"
-                    torch.save(self.updater.state_dict(), folder / RULE_STATE)
+                    torch.save(rule_state, folder / RULE_STATE)
         except (OSError, RuntimeError, SafetensorError) as error:  # all of them say: disk full
             reason = getattr(error, "strerror", None) or error
             raise UnfinishedError(

@@ -8,9 +8,14 @@ import torch
 from torch import Tensor
 
 from geffect_fast import ops
+from geffect_fast.capture.compat import own_part
+from geffect_fast.capture.shards import sum_over_parts
 
 Gradients = dict[str, Tensor]
 """A gradient by parameter name; a parameter that is missing takes no part, as one without `.grad`.
+
+Of a model that FSDP2 shares out they are `DTensor`s, of which each rank holds its part: sums and
+products entry by entry are of the parts, and `gram` adds up over them.
 """
 
 Move = tuple[float, Gradients]
@@ -35,13 +40,14 @@ def grams(gradients: Sequence[Gradients]) -> tuple[list[str], Tensor]:
     """Inner products tensor by tensor: the names, and `(P, K, K)` fp64 on the CPU."""
     names = union(gradients)
     out = torch.zeros(len(names), len(gradients), len(gradients), dtype=torch.float64)
+    firsts = [next(g[name] for g in gradients if name in g) for name in names]
     by_dtype: dict[torch.dtype, list[int]] = {}
-    for p, name in enumerate(names):
-        first = next(g[name] for g in gradients if name in g)
+    for p, first in enumerate(firsts):
         by_dtype.setdefault(first.dtype, []).append(p)
     for of_one in by_dtype.values():
-        lists = [[of(each, names[p], gradients) for p in of_one] for each in gradients]
-        out[of_one] = ops.multi_tensor_gram(lists).double().cpu()
+        lists = [[own_part(of(each, names[p], gradients)) for p in of_one] for each in gradients]
+        found = ops.multi_tensor_gram(lists).double()
+        out[of_one] = sum_over_parts(found, firsts[of_one[0]]).cpu()
     return names, out
 
 

@@ -6,6 +6,10 @@ Layer by layer as a backward reaches it (`ghost_dot`, `segment_bilinear`). Rows 
 batch are compared batch by batch: inputs and output gradients of a block of batches are kept, and
 all later batches run against them. A block holds as much as there is room for, or else one batch.
 Where there is room for all, weighted sums of the rows' gradients are made of what is kept.
+
+Where ranks share the model out, all of them run all rows in step, and a direction is brought
+together layer by layer when a backward is over. Nothing is kept for weighted sums: these are one
+more backward, of which each rank runs its share.
 """
 
 from __future__ import annotations
@@ -21,6 +25,7 @@ from torch import Tensor
 from geffect_fast.capture import Factor, Lookup, Outer, Plan, Recording, RowSum
 from geffect_fast.capture.per_sample import record_rows
 from geffect_fast.capture.products import in_working_precision, inner, pairwise
+from geffect_fast.capture.shards import whole_of
 from geffect_fast.data.memory import free_memory
 from geffect_fast.errors import InputError, NonFiniteError, UnsupportedModelError
 from geffect_fast.ops.reference import accumulation_dtype
@@ -46,7 +51,8 @@ class RowProducts:
         gram: `(n, n)` fp64.
         products: `(n,)` fp64, with the direction.
         rounding: what eigenvalues of the rows' cosines are worth, relative to the largest.
-        kept: the factors of every batch; None where there was no room for all.
+        kept: the factors of every batch; None where there was no room for all, or ranks share the
+            model out.
     """
 
     losses: Tensor
@@ -135,7 +141,7 @@ class _Sums:
         room: float,
         rule: str,
     ) -> None:
-        self.held, self.all_kept = 0, True
+        self.held, self.all_kept = 0, plan.shards is None
         self._room = room
         self._plan, self._batches, self._rule = plan, batches, rule
         ends = list(accumulate(batch.n_rows for batch in batches))
@@ -164,6 +170,7 @@ class _Sums:
         batch, mine, kept = self._batches[at], self._rows[at], Kept()
         last = at + 1 == len(self._batches)
         counted: set[tuple[int, int]] = set()
+        waiting: dict[str, list[Factor]] = {}
 
         def take(name: str, factors: list[Factor], _kept: list[Tensor | None]) -> None:
             shape = self._plan.parameters[name].shape
@@ -173,9 +180,10 @@ class _Sums:
             if own:
                 self._gram[mine, mine] += pairwise(factors, factors, shape)
                 self._note_rounding(factors)
-                if name in self._direction:
-                    for factor in factors:
-                        self._products[mine] += inner(factor, self._direction[name][None])[0]
+                if self._plan.shards is not None:
+                    waiting[name] = factors
+                elif name in self._direction:
+                    self._add_products(mine, factors, self._direction[name])
             if not own or (last and (begin > 0 or not self.all_kept)):
                 return
             kept[name] = factors
@@ -193,8 +201,16 @@ class _Sums:
 
         with batch.around():
             losses = record_rows(self._plan, batch.losses, batch, batch.axis, take, _JOINED)
+            with self._plan.generic_at_hand():
+                # In one order on all ranks, whose rows are the same and so their factors' names.
+                for name in [name for name in self._direction if name in waiting]:
+                    self._add_products(mine, waiting.pop(name), whole_of(self._direction[name]))
         self._losses[mine] = losses.double()
         return kept
+
+    def _add_products(self, mine: slice, factors: Sequence[Factor], direction: Tensor) -> None:
+        for factor in factors:
+            self._products[mine] += inner(factor, direction[None])[0]
 
     def _note_rounding(self, factors: Sequence[Factor]) -> None:
         """Sums of 16 bits are exact, but what is added up was rounded: differences of rows are."""

@@ -9,6 +9,7 @@ from typing import ClassVar
 import numpy as np
 import torch
 
+from geffect_fast.capture.shards import part_of
 from geffect_fast.errors import InputError
 from geffect_fast.objectives.parameters import parameter
 from geffect_fast.updates.base import Need, UpdateRule
@@ -94,7 +95,10 @@ class SAM(UpdateRule):
         for draw in range(self.draws):
             state = np.random.SeedSequence([self.seed, step.number, draw]).generate_state(1)
             generator = torch.Generator().manual_seed(int(state[0]))
-            noise = {name: torch.randn(g.shape, generator=generator).to(g) for name, g in f.items()}
+            noise = {
+                name: part_of(torch.randn(g.shape, generator=generator).to(g.device, g.dtype), g)
+                for name, g in f.items()
+            }
             moves = [(self.sigma, noise)]
             if self.ascent:
                 moves.append(e)

@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 from geffect_fast.capture import Lookup, Outer, Plan, RowSum, Segments
+from geffect_fast.capture.compat import put_to_rest
 from geffect_fast.capture.modes import evaluating
 from geffect_fast.capture.per_sample import LossFn
 from geffect_fast.capture.products import add_weighted_sum
 from geffect_fast.updates.base import Need, UpdateRule
-from geffect_fast.updates.gradients import Gradients, Move, add
+from geffect_fast.updates.gradients import Gradients, Move, add, union
 from geffect_fast.updates.optimizer_metric import metric
 from geffect_fast.updates.retain_rows import Kept, RowProducts, row_products
 
@@ -68,7 +69,7 @@ class Losses(Protocol):
         ...
 
     def backward(self, loss: Tensor) -> None:
-        """Add the gradient of a scalar to `.grad`."""
+        """Add the gradient of a scalar to `.grad`; of a model in parts, of all ranks' scalars."""
         ...
 
 
@@ -117,7 +118,7 @@ class Step:
         """The same, left in `.grad`."""
         with torch.enable_grad():
             self.value += self._losses.forget()
-        return {name: p.grad for name, p in self._plan.parameters.items() if p.grad is not None}
+        return {name: p.grad for name, p in self._plan.at_rest.items() if p.grad is not None}
 
     def forget_at(self, *moves: Move) -> Gradients:
         """The gradient of the forget part at weights moved by all `moves`, and moved back bitwise.
@@ -125,25 +126,22 @@ class Step:
         Dropout is that of the first pass, so that gradients differ by the weights alone.
         """
         self._has("full_precision")
-        parameters = self._plan.parameters
-        before = {name: parameters[name].data for _, of in moves for name in of}
+        parameters = self._plan.at_rest
+        before = {name: parameters[name].clone() for name in union(of for _, of in moves)}
         _set_random_state(self._plan, self._random)
+        put_to_rest(self._plan.model)  # what is whole is made of the parts that are moved
         try:
-            moved: Gradients = {}
             for factor, of in moves:
                 for name, move in of.items():
-                    if name in moved:
-                        moved[name].add_(move, alpha=factor)
-                    else:
-                        moved[name] = torch.add(before[name], move, alpha=factor)
-            for name, weights in moved.items():
-                parameters[name].data = weights
+                    # In place, as what brings parts together knows where they lie.
+                    parameters[name].add_(move, alpha=factor)
             with torch.enable_grad():
                 self._losses.forget()
             return self._taken()
         finally:
+            put_to_rest(self._plan.model)
             for name, weights in before.items():
-                parameters[name].data = weights
+                parameters[name].copy_(weights)
 
     def retain(self) -> Gradients:
         """The gradient of the retain loss, taken out of `.grad`.
@@ -165,12 +163,15 @@ class Step:
 
         Args:
             direction: by parameter name.
-            room: for inputs and output gradients of rows, in sizes of a direction.
+            room: for inputs and output gradients of rows, in sizes of what a rank holds of a
+                direction.
         """
         self._has("retain_rows")
         batches = self._losses.retain_batches()
         with evaluating(self._plan.model):
-            size = sum(p.numel() * p.element_size() for p in self._plan.parameters.values())
+            size = sum(p.numel() * p.element_size() for p in self._plan.held.values())
+            if self._plan.shards is not None:  # parts differ, and ranks run the same batches
+                size = max(self._plan.shards.ranks.meet(size))
             found = row_products(self._plan, batches, direction, room * size, str(self._rule))
         if self.retain_weight:
             self.value += self.retain_weight * float(found.losses.sum())
@@ -190,11 +191,28 @@ class Step:
             for own, of_batch in zip(pieces, kept, strict=True):
                 self._add_kept(own, of_batch)
             return
+        weighted = [*zip(pieces, batches, strict=True)]
         with evaluating(self._plan.model), torch.enable_grad():
-            for own, batch in zip(pieces, batches, strict=True):
+            for own, batch in self._dealt(weighted):
                 with batch.around():
                     losses = batch.losses(self._plan.model, batch)
                     self._losses.backward((own.to(losses) * losses).sum())
+
+    def _dealt(
+        self, weighted: list[tuple[Tensor, RetainBatch]]
+    ) -> list[tuple[Tensor, RetainBatch]]:
+        """This rank's of batches with their rows' weights, as many as each other one has.
+
+        Where it has too few, as whole weights come and go for all ranks at once, the first batch
+        stands in and counts for nothing.
+        """
+        if self._plan.shards is None:
+            return weighted
+        ranks = self._plan.shards.ranks
+        own = weighted[ranks.rank :: ranks.size]
+        weights, first = weighted[0]
+        idle = -(-len(weighted) // ranks.size) - len(own)
+        return own + [(torch.zeros_like(weights), first)] * idle
 
     def _add_kept(self, weights: Tensor, kept: Kept) -> None:
         for name, factors in kept.items():
@@ -208,7 +226,7 @@ class Step:
     def metric(self, name: str) -> Tensor | None:
         """`1 / (sqrt(v) + eps)` of Adam for a parameter; None where steps go along gradients."""
         self._has("optimizer")
-        return metric(self._optimizer, self._plan.parameters[name])
+        return metric(self._optimizer, self._plan.at_rest[name])
 
     def write(self, gradient: Gradients, retain: Gradients | None = None) -> None:
         """Make `gradient` the parameters' `.grad`.
@@ -220,12 +238,12 @@ class Step:
         """
         if retain is not None and self.retain_weight:
             add(gradient, retain, self.retain_weight)
-        for name, p in self._plan.parameters.items():
+        for name, p in self._plan.at_rest.items():
             p.grad = gradient.get(name)
 
     def _taken(self) -> Gradients:
         taken = {}
-        for name, p in self._plan.parameters.items():
+        for name, p in self._plan.at_rest.items():
             if p.grad is not None:
                 taken[name], p.grad = p.grad, None
         return taken

@@ -9,9 +9,17 @@ import torch
 from torch import nn
 
 from geffect_fast.capture import Plan
-from geffect_fast.capture.compat import plain_name, unwrapped
+from geffect_fast.capture.compat import (
+    fsdp_groups,
+    own_part,
+    plain_name,
+    put_to_rest,
+    unwrapped,
+)
 from geffect_fast.capture.modes import evaluating
+from geffect_fast.capture.shards import part_of, whole_values
 from geffect_fast.errors import InputError, UnsupportedModelError
+from geffect_fast.ranks import here
 from geffect_fast.updates.base import UpdateRule
 from geffect_fast.updates.optimizer_metric import check_optimizer
 from geffect_fast.updates.retain_rows import check_rows
@@ -23,11 +31,12 @@ class Updater:
 
     Args:
         rule: the rule.
-        model: its trainable parameters are what is updated.
+        model: its trainable parameters are what is updated. Where FSDP2 shares them out, all ranks
+            update together, and so they call `state_dict`.
 
     Raises:
         InputError: the rule moves weights by little, which their precision rounds away.
-        UnsupportedModelError: the model is spread over devices.
+        UnsupportedModelError: the model is spread over devices in another way.
 
     Examples:
         >>> updater = Updater(OrthoGrad(), model)
@@ -41,9 +50,10 @@ class Updater:
         self.updates = 0
         self._memory: dict[str, dict[str, torch.Tensor]] = {}
         self._plan: Plan | None = None
+        put_to_rest(self.model)
         named = self.model.named_parameters()
         self._parameters = {plain_name(name): p for name, p in named if p.requires_grad}
-        _check_whole(rule, self._parameters)
+        _check_spread(rule, self.model, self._parameters)
         if "full_precision" in rule.needs:
             for name, p in self._parameters.items():
                 if torch.finfo(p.dtype).bits < 32:
@@ -83,6 +93,7 @@ class Updater:
         if "retain_part" in rule.needs and not losses.retain_weight:
             raise no_retain_part(rule)
         self.check(optimizer)
+        put_to_rest(self.model)
         known = {id(p) for p in parameters.values()}
         if {id(p) for p in self.model.parameters() if p.requires_grad} != known:
             raise InputError(
@@ -90,7 +101,7 @@ class Updater:
                 "the model; freeze what is to be frozen before"
             )
         for name, p in parameters.items():
-            if p.grad is not None and bool(p.grad.any()):
+            if p.grad is not None and bool(own_part(p.grad).any()):
                 raise InputError(
                     f"update {rule}: '{name}' has a gradient already, which the rule cannot be "
                     "applied to; call optimizer.zero_grad() first"
@@ -112,13 +123,23 @@ class Updater:
         if self._plan is None:
             rows = "retain_rows" in self.rule.needs
             with evaluating(self.model):
-                own = Plan.of(self.model) if rows else Plan(self.model, self._parameters, {})
-            self._plan = own
+                self._plan = (
+                    Plan.of(self.model, may_be_sharded=True)
+                    if rows
+                    else Plan(self.model, self._parameters, {})
+                )
         return self._plan
 
     def state_dict(self) -> dict[str, Any]:
-        """What a run that is resumed needs: the number of updates, and the rule's memory."""
-        return {"rule": str(self.rule), "updates": self.updates, "memory": self._memory}
+        """What a run that is resumed needs: the number of updates, and the rule's memory.
+
+        The memory is whole. Of a model in parts it is brought together on the first rank, on the
+        CPU, and the others' is empty.
+        """
+        memory: Mapping[str, Mapping[str, torch.Tensor]] = self._memory
+        if fsdp_groups(self.model):
+            memory = {key: whole_values(g, here()) for key, g in memory.items()}
+        return {"rule": str(self.rule), "updates": self.updates, "memory": memory}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where `state_dict` was taken.
@@ -141,7 +162,10 @@ class Updater:
                     )
         self.updates = int(state["updates"])
         self._memory = {
-            key: {name: value.to(self._parameters[name].device) for name, value in g.items()}
+            key: {
+                name: part_of(value.to(self._parameters[name].device), self._parameters[name])
+                for name, value in g.items()
+            }
             for key, g in state["memory"].items()
         }
 
@@ -154,11 +178,17 @@ def no_retain_part(rule: UpdateRule, objective: str = "the objective") -> InputE
     )
 
 
-def _check_whole(rule: UpdateRule, parameters: Mapping[str, nn.Parameter]) -> None:
-    if any(hasattr(p, "ds_id") or hasattr(p, "placements") for p in parameters.values()):
+def _check_spread(
+    rule: UpdateRule, model: nn.Module, parameters: Mapping[str, nn.Parameter]
+) -> None:
+    by_others = not fsdp_groups(model) and any(
+        hasattr(p, "placements") for p in parameters.values()
+    )
+    if by_others or any(hasattr(p, "ds_id") for p in parameters.values()):
         raise UnsupportedModelError(
-            f"update {rule}: parameters are spread over devices (ZeRO, FSDP), and inner products "
-            "need them whole; give the whole model to each (--shard none)"
+            f"update {rule}: parameters are spread over devices by ZeRO or tensor parallelism, of "
+            "whose parts no inner products are known; share them out by fully_shard (--shard "
+            "fsdp), or give the whole model to each (--shard none)"
         )
     if len({p.device for p in parameters.values()}) > 1:
         raise UnsupportedModelError(
