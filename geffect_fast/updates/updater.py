@@ -181,10 +181,8 @@ def no_retain_part(rule: UpdateRule, objective: str = "the objective") -> InputE
 def _check_spread(
     rule: UpdateRule, model: nn.Module, parameters: Mapping[str, nn.Parameter]
 ) -> None:
-    by_others = not fsdp_groups(model) and any(
-        hasattr(p, "placements") for p in parameters.values()
-    )
-    if by_others or any(hasattr(p, "ds_id") for p in parameters.values()):
+    others = ["ds_id"] if fsdp_groups(model) else ["ds_id", "placements"]
+    if any(hasattr(p, each) for p in parameters.values() for each in others):
         raise UnsupportedModelError(
             f"update {rule}: parameters are spread over devices by ZeRO or tensor parallelism, of "
             "whose parts no inner products are known; share them out by fully_shard (--shard "
