@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +12,17 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from geffect_fast.capture import Segments
+from geffect_fast.capture.compat import is_sharded
 from geffect_fast.capture.precision import widened
+from geffect_fast.capture.shards import Shards
+from geffect_fast.capture.summed_backwards import SummedBackwards
 from geffect_fast.data.batch import IGNORE
 from geffect_fast.errors import InputError, UnsupportedModelError, in_one_line
+from geffect_fast.ranks import Ranks
 from geffect_fast.updates import RetainBatch, Updater, UpdateRule, parse
+
+_READ = ("input_ids", "attention_mask", "labels")
+"""Of retain rows."""
 
 STATE = "update_rule.pt"
 """What a checkpoint of the Trainer gets, for a rule to go on from."""
@@ -31,6 +38,10 @@ def use_update_rule(
     retain loss is the mean negative log-likelihood of the labels of `retain`. Batches that are
     accumulated are one update.
 
+    Where FSDP2 has shared out the model before the Trainer is given it, the batches of all ranks
+    are one update: the forget part is the mean of their `compute_loss`, as FSDP takes it, and the
+    mean of the retain loss is over the labels of all ranks. Each of them calls this.
+
     Args:
         trainer: before `train`.
         rule: an update rule, or its string.
@@ -42,7 +53,7 @@ def use_update_rule(
     Raises:
         InputError: a rule, weight, precision or optimizer that does not fit; here, when training
             begins, or at an update.
-        UnsupportedModelError: the training is spread over devices.
+        UnsupportedModelError: the training is spread over devices in another way.
 
     Examples:
         >>> trainer = Trainer(model, args, train_dataset=pairs, data_collator=collate)
@@ -57,11 +68,6 @@ def use_update_rule(
         raise InputError(f"retain_weight: must be a number of at least 0, got {weight!r}")
     if isinstance(getattr(trainer.training_step, "__self__", None), _Steps):
         raise InputError("trainer: has an update rule already; make another Trainer for another")
-    if max(trainer.args.world_size, trainer.args.n_gpu) > 1:
-        raise UnsupportedModelError(
-            f"update {made}: inner products need all rows of an update on one device; train on one "
-            "(CUDA_VISIBLE_DEVICES=0, without torchrun)"
-        )
     if trainer.args.fp16:
         raise InputError(
             f"update {made}: fp16 scales gradients up, which inner products of them do not bear; "
@@ -69,6 +75,13 @@ def use_update_rule(
         )
     if trainer.model is None:
         raise InputError("trainer: has no model yet; give it one")
+    several = max(trainer.args.world_size, trainer.args.n_gpu) > 1
+    if several and not is_sharded(trainer.model):
+        raise UnsupportedModelError(
+            f"update {made}: inner products need all rows of an update on one device; train on one "
+            "(CUDA_VISIBLE_DEVICES=0, without torchrun), or give the Trainer a model that "
+            "fully_shard has shared out before"
+        )
     updater = Updater(made, trainer.model)
     steps = _Steps(trainer, updater, float(weight))
     trainer.training_step = steps.training_step
@@ -81,6 +94,11 @@ class _Steps:
 
     def __init__(self, trainer: Trainer, updater: Updater, retain_weight: float) -> None:
         self._trainer, self._updater, self._weight = trainer, updater, retain_weight
+        self._summed: SummedBackwards | None = None
+        if is_sharded(updater.model):
+            shards = Shards(updater.model, updater.ranks)
+            trained = [p for p in updater.model.parameters() if p.requires_grad]
+            self._summed = SummedBackwards(shards, trained, Tensor.backward)
         self._plain: Callable[..., Tensor] = trainer.training_step
         self._waiting: list[tuple[Any, Any]] = []
 
@@ -93,11 +111,15 @@ class _Steps:
             return torch.zeros((), device=self._trainer.args.device)
         waiting, self._waiting = self._waiting, []
         reads = self._weight or self._updater.rule.reads_retain
-        if reads:
-            for each, _ in waiting:
-                _check_rows(each, str(self._updater.rule))
-        losses = _OfBatches(self._trainer, self._plain, model, waiting, self._weight)
-        value = self._updater.update(losses, self._trainer.optimizer)
+        ranks = self._updater.ranks
+        with ranks.in_step(ranks.size > 1):
+            if reads:
+                for each, _ in waiting:
+                    _check_rows(each, str(self._updater.rule))
+            losses = _OfBatches(
+                self._trainer, self._plain, model, waiting, self._weight, ranks, self._summed
+            )
+            value = self._updater.update(losses, self._trainer.optimizer)
         return torch.tensor(value, device=self._trainer.args.device)
 
 
@@ -107,6 +129,8 @@ class _OfBatches:
     Args:
         plain: the Trainer's own training step.
         waiting: the batches, and what the Trainer counts in them.
+        ranks: whose batches are one update.
+        summed: of a model that they share out.
     """
 
     def __init__(
@@ -116,10 +140,12 @@ class _OfBatches:
         model: nn.Module,
         waiting: list[tuple[Any, Any]],
         retain_weight: float,
+        ranks: Ranks,
+        summed: SummedBackwards | None,
     ) -> None:
         self.retain_weight = retain_weight
         self._trainer, self._plain, self._model = trainer, plain, model
-        self._waiting = waiting
+        self._waiting, self._ranks, self._summed = waiting, ranks, summed
 
     def forget(self) -> float:
         """Add the gradient of `compute_loss` to `.grad`; its value."""
@@ -128,22 +154,29 @@ class _OfBatches:
     def retain(self) -> float:
         """Add the gradient of the retain loss to `.grad`; its value."""
         value = 0.0
-        for batch in self.retain_batches():
+        for batch in self._batches([each["retain"] for each, _ in self._waiting]):
             with batch.around():
                 loss = batch.losses(self._model, batch).sum()
             self.backward(loss)
             value += float(loss.detach())
-        return value
+        return sum(self._ranks.meet(value))
 
     def retain_batches(self) -> list[RetainBatch]:
-        """The retain rows, each with its part of the mean over all labels of the update."""
-        prepare = self._trainer._prepare_inputs
-        rows = [prepare(each["retain"]) for each, _ in self._waiting]
-        n_labels = sum(int((each["labels"][:, 1:] != IGNORE).sum()) for each in rows)
-        return [self._batch(each, max(n_labels, 1)) for each in rows]
+        """The retain rows of all ranks, each with its part of the mean over their labels."""
+        rows = [each["retain"] for each, _ in self._waiting]
+        if self._ranks.size > 1:
+            own = [{name: x.cpu() for name, x in each.items() if name in _READ} for each in rows]
+            rows = [each for told in self._ranks.meet(own) for each in told]
+        return self._batches(rows)
+
+    def _batches(self, rows: Sequence[Mapping[str, Tensor]]) -> list[RetainBatch]:
+        prepared = [self._trainer._prepare_inputs(each) for each in rows]
+        own = [each["retain"]["labels"] for each, _ in self._waiting]
+        n_labels = sum(self._ranks.meet(sum(int((each[:, 1:] != IGNORE).sum()) for each in own)))
+        return [self._batch(each, max(n_labels, 1)) for each in prepared]
 
     def _batch(self, rows: Mapping[str, Tensor], n_labels: int) -> RetainBatch:
-        given = {name: x for name, x in rows.items() if name in ("input_ids", "attention_mask")}
+        given = {name: rows[name] for name in ("input_ids", "attention_mask") if name in rows}
         labels = rows["labels"][:, 1:]
 
         def losses(model: nn.Module, _batch: Any) -> Tensor:
@@ -155,8 +188,12 @@ class _OfBatches:
         return RetainBatch(Segments.rectangular(shape), shape.numel(), losses, around)
 
     def backward(self, loss: Tensor) -> None:
-        """Add the gradient of a scalar to `.grad`."""
-        loss.backward()
+        """Add the gradient of a scalar to `.grad`; of a model in parts, of all ranks' scalars."""
+        if self._summed is None:
+            loss.backward()
+            return
+        with self._summed.adding_up():
+            self._summed.backward(loss)
 
 
 def _check_rows(inputs: Any, rule: str) -> None:
@@ -203,7 +240,9 @@ class _State(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Write what the rule goes on from."""
-        torch.save(self._updater.state_dict(), _state_of(args, state))
+        known = self._updater.state_dict()  # in which each rank has a part
+        if self._updater.ranks.first:
+            torch.save(known, _state_of(args, state))
 
 
 def _state_of(args: TrainingArguments, state: TrainerState) -> Path:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -117,7 +117,7 @@ class RuleLosses:
     def _descend(self, passes: Sequence[DataPass], loss: Loss) -> float:
         trainer = self._trainer
         if trainer.shards is not None:
-            return trainer.descend_in_step(trainer.shards, self._model, self._rows, passes, loss)
+            return trainer.descend_in_step(self._model, self._rows, passes, loss)
         own = [dealt(each, trainer.ranks, in_step=False) for each in passes]
         value = sum(
             trainer.descend(self._model, self._rows, each, batch, loss)
@@ -156,7 +156,7 @@ class RuleLosses:
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of a scalar to `.grad`; of a model in parts, of all ranks' scalars."""
         trainer = self._trainer
-        with nullcontext() if trainer.shards is None else trainer.adding_up(trainer.shards):
+        with trainer.adding_up():
             trainer.backward(loss)
 
 

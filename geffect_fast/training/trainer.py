@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from math import isfinite
 from pathlib import Path
@@ -17,6 +17,7 @@ from torch.utils.data import SequentialSampler
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
 from geffect_fast.capture.shards import Shards, part_of, whole_values
+from geffect_fast.capture.summed_backwards import SummedBackwards
 from geffect_fast.data.batch import Batch
 from geffect_fast.engines.batches import (
     Attempt,
@@ -76,11 +77,11 @@ class UnlearnTrainer(Trainer):
         shards: Shards | None = None,
     ) -> None:
         self.shards = shards
-        self._wholes: list[nn.Parameter] = []
+        self._summed: SummedBackwards | None = None
         if shards is not None:
             shards.rest()
-            self._wholes = [shards.whole(p) for p in model.parameters() if p.requires_grad]
-        self._reached: set[int] = set()
+            trained = [p for p in model.parameters() if p.requires_grad]
+            self._summed = SummedBackwards(shards, trained, lambda x: self.accelerator.backward(x))
         self._saves = False
         self._saved: dict[str, Any] | None = None
         self.loss = replace(loss, pieces=ranks.size * -(-loss.pieces // ranks.size))
@@ -144,7 +145,7 @@ class UnlearnTrainer(Trainer):
             return update_by_rule(self, self.updater, model, rows)
         if self.shards is not None:
             passes = replace(self.loss, token_budget=self.budget.tokens).passes(rows)
-            return self.descend_in_step(self.shards, model, rows, passes, self.loss)
+            return self.descend_in_step(model, rows, passes, self.loss)
         parameters = list(model.parameters())
         begins = all(p.grad is None for p in parameters)
         if not self.ranks.first:
@@ -170,19 +171,13 @@ class UnlearnTrainer(Trainer):
             self.budget.halve(missing)
 
     def descend_in_step(
-        self,
-        shards: Shards,
-        model: nn.Module,
-        rows: RowNumbers,
-        passes: Sequence[DataPass],
-        on: Loss,
+        self, model: nn.Module, rows: RowNumbers, passes: Sequence[DataPass], on: Loss
     ) -> float:
         """All batches forward and backward, of a model whose parameters ranks share out.
 
         FSDP adds up gradients over ranks with every backward, of which each rank runs as many.
 
         Args:
-            shards: of the model.
             model, rows, on: as `descend` takes them.
             passes: of `on.passes(rows)`.
 
@@ -190,29 +185,16 @@ class UnlearnTrainer(Trainer):
             The loss of all ranks' batches, whose gradient is added to `.grad`.
         """
         value = 0.0
-        with self.adding_up(shards):
+        with self.adding_up():
             for data_pass in [dealt(each, self.ranks, in_step=True) for each in passes]:
                 for at, batch in enumerate(data_pass.batches):
                     idle = at >= len(data_pass.batches) - data_pass.idle
                     value += self.descend(model, rows, data_pass, batch, on, idle=idle)
         return sum(self.ranks.meet(value))
 
-    @contextmanager
-    def adding_up(self, shards: Shards) -> Iterator[None]:
-        """Inside, of what `backward` descends on gradients are summed; behind, they are in `.grad`.
-
-        Args:
-            shards: of a model whose parameters ranks share out.
-        """
-        self._reached = set()
-        with shards.sums():
-            yield
-            shards.rest()  # a last batch without a backward leaves the root whole
-            found = [(p, p.grad) for p in self.model.parameters() if p.requires_grad]
-        reached = [id(shards.whole(p)) in self._reached for p, _ in found]
-        for (p, grad), *there in zip(found, *self.ranks.meet(reached), strict=True):
-            if any(there):  # else a group's other parameters were reached
-                p.grad = grad if p.grad is None else p.grad + grad
+    def adding_up(self) -> AbstractContextManager[None]:
+        """Inside, `backward` is called for one sum of gradients; all ranks enter and leave it."""
+        return nullcontext() if self._summed is None else self._summed.adding_up()
 
     def backward(self, loss: Tensor, *, idle: bool = False) -> None:
         """One backward, where a loss depends on what is trained.
@@ -221,10 +203,9 @@ class UnlearnTrainer(Trainer):
             loss: a scalar.
             idle: as of `descend`.
         """
-        if self.shards is not None:
-            loss, reached = self.shards.with_zeros(loss, self._wholes)
-            self._reached |= set() if idle else reached
-        if loss.requires_grad:  # else it reads layers below everything that can be trained
+        if self._summed is not None:
+            self._summed.backward(loss, idle=idle)
+        elif loss.requires_grad:  # else it reads layers below everything that can be trained
             self.accelerator.backward(loss)
 
     def add_up(self, value: float) -> float:

@@ -19,7 +19,7 @@ from geffect_fast.capture.compat import (
 from geffect_fast.capture.modes import evaluating
 from geffect_fast.capture.shards import part_of, whole_values
 from geffect_fast.errors import InputError, UnsupportedModelError
-from geffect_fast.ranks import here
+from geffect_fast.ranks import ALONE, here
 from geffect_fast.updates.base import UpdateRule
 from geffect_fast.updates.optimizer_metric import check_optimizer
 from geffect_fast.updates.retain_rows import check_rows
@@ -33,6 +33,9 @@ class Updater:
         rule: the rule.
         model: its trainable parameters are what is updated. Where FSDP2 shares them out, all ranks
             update together, and so they call `state_dict`.
+
+    Attributes:
+        ranks: who share the model out; where it is whole, this process alone.
 
     Raises:
         InputError: the rule moves weights by little, which their precision rounds away.
@@ -50,6 +53,7 @@ class Updater:
         self.updates = 0
         self._memory: dict[str, dict[str, torch.Tensor]] = {}
         self._plan: Plan | None = None
+        self.ranks = here() if fsdp_groups(self.model) else ALONE
         put_to_rest(self.model)
         named = self.model.named_parameters()
         self._parameters = {plain_name(name): p for name, p in named if p.requires_grad}
@@ -137,8 +141,8 @@ class Updater:
         CPU, and the others' is empty.
         """
         memory: Mapping[str, Mapping[str, torch.Tensor]] = self._memory
-        if fsdp_groups(self.model):
-            memory = {key: whole_values(g, here()) for key, g in memory.items()}
+        if self.ranks.size > 1:
+            memory = {key: whole_values(g, self.ranks) for key, g in memory.items()}
         return {"rule": str(self.rule), "updates": self.updates, "memory": memory}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

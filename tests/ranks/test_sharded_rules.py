@@ -1,24 +1,31 @@
 """Update rules on a model whose parameters ranks share out take the steps of one process."""
 
+import os
+import shutil
+
 import pytest
 import torch
 import torch.distributed as dist
 from models import build, fp64_throughout, samples
-from ranked import assert_same_training, on_ranks
+from pairs import collate, trainer_of
+from ranked import assert_same_training, commanded, on_ranks
 
 import geffect_fast as gf
 from geffect_fast import ranks
 from geffect_fast.capture.shards import shard
+from geffect_fast.data import write_jsonl
+from geffect_fast.measure.models import load_model
+from geffect_fast.training.single_process import single_process
 from geffect_fast.updates import available
 
 DATA = {"forget": samples([9, 17, 5, 12, 8], 1, 3), "retain": samples([9, 14, 6, 11], 2, 3)}
-GIVEN = {"steps": 3, "batch_size": 3, "retain_batch_size": 3, "probe_rows": "all"}
+GIVEN = {"steps": 3, "batch_size": 3, "retain_batch_size": 3, "probe_every": 3, "probe_rows": 1}
 SGD = {"optimizer": "sgd", "learning_rate": 0.05}
 ADAM = {"optimizer": "adamw_torch", "learning_rate": 1e-3, "trainer": {"weight_decay": 0.1}}
 RULES = [name for name in available() if name != "sgd"]
 CASES = {
-    **{f"{rule}, sgd": (rule, SGD) for rule in RULES},
-    **{f"{rule}, adam": (rule, ADAM) for rule in RULES},
+    **{rule: (rule, SGD) for rule in RULES},
+    **{f"{rule}, adam": (rule, ADAM) for rule in ("gru", "gu", "orthograd", "sago", "sam")},
     "whole gradients": ("pcgrad(by_tensor=false, both=true)", SGD),
     "smoothed": ("sam(sigma=0.01, draws=2, penalty=0.1, curvature=0.1)", SGD),
     "protected": ("orthograd", SGD | {"objective": "ga", "model": "llama_tied"}),
@@ -30,23 +37,34 @@ CASES = {
 EXACT = 1e-12
 
 
+def numbers(model):
+    """A model's weights, whole."""
+    whole = {
+        key: value.full_tensor() if hasattr(value, "full_tensor") else value
+        for key, value in model.state_dict().items()
+    }
+    return {key: value.numpy().copy() for key, value in whole.items()}
+
+
+def in_parts(which):
+    """A model without dropout; of several ranks each has its part."""
+    model = build(which, torch.float64)
+    for each in model.modules():
+        if isinstance(each, torch.nn.Dropout):
+            each.p = 0.0
+    if dist.is_initialized():
+        shard(model, ranks.here(), torch.device("cpu"))
+    return model
+
+
 def trained(name):
     """The result of a case, and the weights in the end."""
     rule, more = CASES[name]
     given = DATA | GIVEN | {"objective": "ga + 0.5*nll", "update": rule} | more
     with fp64_throughout():
-        model = build(given.pop("model", "llama"), torch.float64)
-        for each in model.modules():
-            if isinstance(each, torch.nn.Dropout):
-                each.p = 0.0
-        if dist.is_initialized():
-            shard(model, ranks.here(), torch.device("cpu"))
+        model = in_parts(given.pop("model", "llama"))
         result = gf.unlearn(model, None, **given)
-    whole = {
-        key: value.full_tensor() if hasattr(value, "full_tensor") else value
-        for key, value in model.state_dict().items()
-    }
-    return result, {key: value.numpy().copy() for key, value in whole.items()}
+    return result, numbers(model)
 
 
 def all_trained():
@@ -64,3 +82,70 @@ def test_rules_on_shards_take_the_steps_of_one_process(alone, size):
     for name, expected in alone.items():
         for of_rank in found:
             assert_same_training(name, of_rank[name], expected, EXACT)
+
+
+def in_own_trainer(folder):
+    """The weights that a Trainer with rules ends with; several ranks share out its batches."""
+    found = {}
+    own = slice(None)
+    if dist.is_initialized():
+        own = slice(dist.get_rank(), None, dist.get_world_size())
+    for rule, weight in (("orthograd", 0.5), ("gru", 0.0), ("gu", 1.0), ("sam(sigma=0.01)", 0.5)):
+        with fp64_throughout(), single_process(torch.device("cpu")):
+            model = in_parts("llama")
+            trainer = trainer_of(
+                model, folder, size=4, accumulation=2, optim="adamw_torch", saves=False
+            )
+            trainer.data_collator = lambda items: collate(items[own])
+            updater = gf.integrations.use_update_rule(trainer, rule, retain_weight=weight)
+            trainer.train()
+            assert updater.updates == 3
+            found[rule] = numbers(model)
+    return found
+
+
+def test_rules_in_a_trainer_take_the_steps_of_one_process(tmp_path):
+    alone = in_own_trainer(tmp_path)
+    for found in on_ranks(2, in_own_trainer, tmp_path):
+        for rule, expected in alone.items():
+            for key, value in expected.items():
+                assert abs(found[rule][key] - value).max() <= EXACT, (rule, key)
+
+
+def unlearned(folder, out, rule, *more, killed_at=None):
+    """Exit code and errors of the command on this rank; rank 1 is killed before a probe."""
+    os.chdir(folder)
+    words = ["unlearn", "--quiet", "--model", "plain", "--forget", "forget.jsonl"]
+    words += ["--retain", "retain.jsonl", "--objective", "ga + nll", "--steps", "4"]
+    words += ["--batch-size", "3", "--probe-every", "2", "--lr", "1e-3", "--update", rule]
+    words += ["--optimizer", "adamw_torch", "--keep-checkpoints", "--dtype", "float64"]
+    with fp64_throughout():
+        return commanded([*words, "--out", out, *more], killed_at)
+
+
+def lost(folder, rule):
+    return unlearned(folder, "parts", rule, "--shard", "fsdp", killed_at=4)
+
+
+def test_a_rules_memory_is_saved_whole_and_read_in_parts(tmp_path):
+    rule = "gru(gamma=0.3)"
+    build("llama").save_pretrained(tmp_path / "plain")
+    for name, rows in DATA.items():
+        write_jsonl(rows, tmp_path / f"{name}.jsonl")
+    assert unlearned(tmp_path, "alone", rule) == (0, "")
+    assert on_ranks(2, lost, tmp_path, rule, fails=True)[0][0] == 3
+    saved = "checkpoint-2/update_rule.pt"
+    states = [torch.load(tmp_path / run / saved) for run in ("alone", "parts")]
+    assert [state["updates"] for state in states] == [2, 2]
+    smoothed = [state["memory"]["smoothed"] for state in states]
+    assert [*smoothed[0]] == [*smoothed[1]]
+    for key, value in smoothed[0].items():
+        torch.testing.assert_close(smoothed[1][key], value, rtol=0, atol=1e-12)
+    shutil.copytree(tmp_path / "parts", tmp_path / "one")
+    again = (tmp_path, "parts", rule, "--resume", "--shard", "fsdp")
+    assert on_ranks(3, unlearned, *again) == [(0, "")] * 3
+    assert unlearned(tmp_path, "one", rule, "--resume") == (0, "")
+    expected = load_model(tmp_path / "alone/model").state_dict()
+    for run in ("parts", "one"):
+        for key, value in load_model(tmp_path / run / "model").state_dict().items():
+            torch.testing.assert_close(value, expected[key], rtol=0, atol=1e-12)

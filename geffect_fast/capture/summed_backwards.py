@@ -1,0 +1,55 @@
+"""Backwards through a model that ranks share out, whose gradients are added up in `.grad`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+from torch import Tensor, nn
+
+from geffect_fast.capture.shards import Shards
+
+
+class SummedBackwards:
+    """Adds to the `.grad` of parts the gradient of all ranks' losses, which run in step.
+
+    A parameter that no rank's loss depends on has no gradient, as of one process.
+
+    Args:
+        shards: of the model.
+        trained: of its parameters, as it holds them at rest, those that are trained.
+        backward: of a scalar.
+    """
+
+    def __init__(
+        self, shards: Shards, trained: Sequence[nn.Parameter], backward: Callable[[Tensor], object]
+    ) -> None:
+        self._shards, self._trained, self._backward = shards, trained, backward
+        self._wholes = [shards.whole(p) for p in trained]
+        self._reached: set[int] = set()
+
+    @contextmanager
+    def adding_up(self) -> Iterator[None]:
+        """Inside, `backward` is called, as often on each rank; behind it gradients are there."""
+        self._reached = set()
+        with self._shards.sums():
+            yield
+            self._shards.rest()  # a last batch without a backward leaves the root whole
+            found = [p.grad for p in self._trained]
+        own = [id(whole) in self._reached for whole in self._wholes]
+        told = zip(*self._shards.ranks.meet(own), strict=True)
+        for p, grad, reached in zip(self._trained, found, told, strict=True):
+            if any(reached):  # else it is there for a group's other parameters
+                p.grad = grad if p.grad is None or grad is None else p.grad + grad
+
+    def backward(self, loss: Tensor, *, idle: bool = False) -> None:
+        """One backward.
+
+        Args:
+            loss: a scalar, of this rank's rows.
+            idle: whether it is run for other ranks' sake alone, and is zero.
+        """
+        loss, reached = self._shards.with_zeros(loss, self._wholes)
+        self._reached |= set() if idle else reached
+        if loss.requires_grad:  # else it reads layers below everything that can be trained
+            self._backward(loss)
