@@ -51,8 +51,7 @@ class OutsideUseInGraph(AbstractContextManager["OutsideUseInGraph"]):
         """Freeze what the module owns, as its forward begins; what is to be shown when it ends."""
         # Not what a module around this one has hidden already.
         hidden = [p for p in self._owned[where] if p.requires_grad]
-        for p in hidden:
-            p.requires_grad_(False)
+        self._plan.ask(hidden, False)
         return hidden
 
 

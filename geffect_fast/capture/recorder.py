@@ -288,8 +288,7 @@ class Recorder:
         own = self.plan.owners[where]
         names, rule = own.names, own.rule
         inputs, hidden = self._entered[where].pop()
-        for p in hidden:
-            p.requires_grad_(True)
+        self.plan.ask(hidden, True)
         if inputs is not None or not isinstance(output, Tensor):
             rule = GenericCall
         inputs = Inputs.of(args, kwargs) if inputs is None else inputs

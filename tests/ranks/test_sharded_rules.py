@@ -9,6 +9,7 @@ import torch.distributed as dist
 from models import build, fp64_throughout, samples
 from pairs import collate, trainer_of
 from ranked import assert_same_training, commanded, on_ranks
+from torch.distributed.fsdp import fully_shard
 
 import geffect_fast as gf
 from geffect_fast import ranks
@@ -53,7 +54,10 @@ def in_parts(which):
         if isinstance(each, torch.nn.Dropout):
             each.p = 0.0
     if dist.is_initialized():
-        shard(model, ranks.here(), torch.device("cpu"))
+        cpu = torch.device("cpu")
+        if which == "llama":  # as other packages do
+            fully_shard(model.model.embed_tokens, mesh=ranks.here().mesh(cpu))
+        shard(model, ranks.here(), cpu)
     return model
 
 

@@ -82,7 +82,6 @@ def refused():
     """What ranks say of trainings of a model in parts that cannot be, and of one that fails."""
     given = DATA | SGD | {"objective": "ga", "batch_size": 2}
     asked = {
-        "update": {"update": "orthograd"},
         "optimizer": {"optimizer": "adafactor"},
         "lora_rank": {"lora_rank": 2},
         "reference_model": {"objective": "npo(beta=0.5)"},
@@ -113,7 +112,6 @@ def refused():
 def test_what_needs_the_whole_is_refused_and_one_rank_ends_all():
     for rank, (said, kind, failed) in enumerate(on_ranks(2, refused)):
         assert said["optimizer"].startswith("optimizer: adafactor is not known to step parts")
-        assert "update orthograd: parameters are spread over devices" in said["update"]
         assert said["lora_rank"].startswith("lora_rank: FSDP shares out the model already")
         assert said["reference_model"].startswith("reference_model: 'npo(beta=0.5)' compares with")
         assert "rank 1 has had enough" in failed
