@@ -148,7 +148,7 @@ def test_a_rules_memory_is_saved_whole_and_read_in_parts(tmp_path):
     shutil.copytree(tmp_path / "parts", tmp_path / "one")
     again = (tmp_path, "parts", rule, "--resume", "--shard", "fsdp")
     assert on_ranks(3, unlearned, *again) == [(0, "")] * 3
-    assert unlearned(tmp_path, "one", rule, "--resume") == (0, "")
+    assert unlearned(tmp_path, "one", rule, "--resume", "--shard", "none") == (0, "")
     expected = load_model(tmp_path / "alone/model").state_dict()
     for run in ("parts", "one"):
         for key, value in load_model(tmp_path / run / "model").state_dict().items():
