@@ -75,6 +75,8 @@ class RuleLosses:
         rows: of the update.
         loss: what is descended on, with the token budget as it is now.
         protected: retain losses that are not, where the rule needs some and the loss has none.
+        told_apart: whether the rule compares single retain rows, for which as few batches serve as
+            the token budget allows, and some modules need one.
     """
 
     def __init__(
@@ -84,14 +86,17 @@ class RuleLosses:
         rows: RowNumbers,
         loss: Loss,
         protected: Sequence[Objective],
+        *,
+        told_apart: bool,
     ) -> None:
         self._trainer, self._model, self._rows = trainer, model, rows
-        self._loss = self._retain_loss = loss
+        self._loss = loss
+        self._retain_loss = replace(loss, pieces=1) if told_apart else loss
         self._forget = [each for each in loss.passes(rows) if each.on == "forget"]
-        self._retain = [each for each in loss.passes(rows) if each.on == "retain"]
+        self._retain = [each for each in self._retain_loss.passes(rows) if each.on == "retain"]
         self.retain_weight = 1.0 if self._retain else 0.0
         if protected:
-            self._retain_loss = replace(loss, objective=protected[0])
+            self._retain_loss = replace(self._retain_loss, objective=protected[0])
             self._retain = self._retain_loss.passes({"retain": rows["retain"]})
 
     @property
@@ -186,7 +191,8 @@ def update_by_rule(
     protected = protected_part(updater.rule, trainer.loss.objective)
     while True:
         loss = replace(trainer.loss, token_budget=budget.tokens)
-        losses = RuleLosses(trainer, model, rows, loss, protected)
+        told_apart = "retain_rows" in updater.rule.needs
+        losses = RuleLosses(trainer, model, rows, loss, protected, told_apart=told_apart)
         if trainer.shards is not None:
             return updater.update(losses, trainer.optimizer)
         before = updater.state_dict()

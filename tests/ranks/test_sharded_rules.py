@@ -32,6 +32,7 @@ CASES = {
     "protected": ("orthograd", SGD | {"objective": "ga", "model": "llama_tied"}),
     "in blocks": ("orthograd(room=0)", SGD | {"token_budget": 12}),
     "experts": ("gru", ADAM | {"model": "qwen2_moe"}),
+    "experts apart": ("orthograd", SGD | {"model": "qwen2_moe"}),
     "gpt2": ("orthograd", SGD | {"model": "gpt2"}),
     "few rows": ("orthograd", SGD | {"batch_size": 1, "retain_batch_size": 1}),
 }
