@@ -219,8 +219,8 @@ def loaded(
     alone, trusted = here().size == 1, config.trust_remote_code
     if alone and config.shard in ("fsdp", "hsdp"):
         raise InputError(
-            f"shard: {config.shard} shares a model out among ranks, and this process is alone; start "
-            "several by torchrun --nproc-per-node, or leave it out"
+            f"shard: {config.shard} shares a model out among ranks, and this process is alone; "
+            "start several by torchrun --nproc-per-node, or leave it out"
         )
     whole = alone or config.shard == "none"
     if whole or (config.shard == "auto" and _fits(source, config, device, beside, what)):
