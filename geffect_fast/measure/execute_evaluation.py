@@ -10,8 +10,6 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
-
 from geffect_fast.capture.compat import is_sharded
 from geffect_fast.errors import InputError
 from geffect_fast.evaluation_settings import EvaluateConfig, Evaluating
@@ -19,6 +17,7 @@ from geffect_fast.measure.against_effects import against_effects, effects_of, mo
 from geffect_fast.measure.evaluation_run import (
     check_compared,
     check_out,
+    compared_bytes,
     evaluation_folder,
     read_sets,
 )
@@ -125,7 +124,7 @@ def execute_evaluation(
         evaluator, results = None, []
         for name, source in models.items():
             what = f"model {name}" if len(models) > 1 else "model"
-            model = loaded(source, config, device, partial(_beside, config), what=what)
+            model = loaded(source, config, device, partial(compared_bytes, config), what=what)
             if evaluator is None:
                 where = folder.machine(device, model)
                 evaluator = Evaluator(
@@ -159,12 +158,6 @@ def execute_evaluation(
             dataset = assess(dataset, found)
         folder.save(dataset, where, evaluator.token_budget, evaluator.rows)
     return dataset
-
-
-def _beside(config: EvaluateConfig, model: nn.Module) -> int:
-    """Bytes of a model that others are compared with, beside the first."""
-    compared = config.reference is not None or not (config.retain_model is None or config.is_log())
-    return compared * sum(p.nbytes for p in model.parameters())
 
 
 def on_whole_models(config: EvaluateConfig, what: str) -> EvaluateConfig:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from torch import nn
 
@@ -21,7 +22,9 @@ def put_back(model: nn.Module) -> Iterator[None]:
     tensors = [own_part(t.detach()) for t in (*model.parameters(), *model.buffers())]
     before = [t.clone() for t in tensors]
     gradients = [(p, p.grad) for p in model.parameters()]
-    checkpointed = [m for m in model.modules() if vars(m).get("gradient_checkpointing") is True]
+    checkpointed: list[Any] = [
+        m for m in model.modules() if vars(m).get("gradient_checkpointing") is True
+    ]
     for p, _ in gradients:
         p.grad = None
     try:
