@@ -30,8 +30,8 @@ from torch import Tensor, nn
 from geffect_fast.capture.compat import check_finite, is_sharded, own_part, put_to_rest
 from geffect_fast.errors import InputError
 from geffect_fast.measure.models import quiet_transformers
+from geffect_fast.measure.parts import whole_on_first
 from geffect_fast.measure.saved_adapters import check_saved, save_adapter, save_sum
-from geffect_fast.measure.whole_on_first import whole_on_first
 from geffect_fast.ranks import here
 
 _SCALED = (".lora_B.", ".lora_embedding_B.")

@@ -33,6 +33,7 @@ from geffect_fast.errors import (
 from geffect_fast.evaluation_settings import Evaluating
 from geffect_fast.measure.evaluator import Evaluator, Model
 from geffect_fast.measure.models import load_model, quiet_transformers
+from geffect_fast.measure.parts import put_back
 from geffect_fast.measure.prepare import table_of_positions
 from geffect_fast.metrics.base import FORGET, HOLDOUT, Metric
 from geffect_fast.metrics.registry import resolved_metrics
@@ -42,7 +43,6 @@ from geffect_fast.relearn_settings import Relearning
 from geffect_fast.storage.recorded_rows import check_recorded
 from geffect_fast.terminal import progress_bar
 from geffect_fast.training.loss import Draws, Loss
-from geffect_fast.training.put_back import put_back
 from geffect_fast.training.run import check_steps_parts, only_weights_change
 from geffect_fast.training.single_process import single_process
 from geffect_fast.training.trainer import UnlearnTrainer
