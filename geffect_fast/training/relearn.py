@@ -19,7 +19,7 @@ from transformers import TrainerCallback
 from geffect_fast.arguments import checked_config, with_settings
 from geffect_fast.capture import Plan
 from geffect_fast.capture.compat import check_finite, check_is_model, is_sharded
-from geffect_fast.capture.shards import at_work, shard
+from geffect_fast.capture.shards import at_work
 from geffect_fast.data import SampleSet, read_rows, tokenize_rows
 from geffect_fast.data.row_kinds import row_kind
 from geffect_fast.engines.known_models import choose_layout
@@ -32,13 +32,13 @@ from geffect_fast.errors import (
 )
 from geffect_fast.evaluation_settings import Evaluating
 from geffect_fast.measure.evaluator import Evaluator, Model
-from geffect_fast.measure.models import load_model, quiet_transformers
+from geffect_fast.measure.models import load_model, load_parts, quiet_transformers
 from geffect_fast.measure.parts import put_back
 from geffect_fast.measure.prepare import table_of_positions
 from geffect_fast.metrics.base import FORGET, HOLDOUT, Metric
 from geffect_fast.metrics.registry import resolved_metrics
 from geffect_fast.objectives import resolve
-from geffect_fast.ranks import here, on_all_ranks
+from geffect_fast.ranks import on_all_ranks
 from geffect_fast.relearn_settings import Relearning
 from geffect_fast.storage.recorded_rows import check_recorded
 from geffect_fast.terminal import progress_bar
@@ -120,11 +120,10 @@ def relearn(
     def load(name: str, source: Any) -> nn.Module:
         what = f"{name} model"
         if isinstance(source, str | Path):
-            place = "cpu" if in_parts else "auto"
-            loaded = load_model(source, device=place, what=what, trust_remote_code=trusted)
-            if in_parts:
-                shard(loaded, here(), next(in_parts[0].parameters()).device, what)
-            return loaded
+            if not in_parts:
+                return load_model(source, what=what, trust_remote_code=trusted)
+            place = next(in_parts[0].parameters()).device
+            return load_parts(source, "auto", place, what, trusted)
         check_is_model(source, name)
         return source if is_sharded(source) else copy.deepcopy(source)
 

@@ -125,10 +125,14 @@ def called(where):
     """What functions find of models as ranks hold them, which are left as they were."""
     reads = train_tokenizer([f"{row['question']} {row['answer']}" for row in ROWS], 320)
     base, other = (blank_model(reads, seed).double() for seed in (1, 2))
-    model, retrained = held(base, other)
-    given = [model, retrained]
+    folder = where / "retrained"
+    if ranks.here().first:
+        other.save_pretrained(folder)
+    ranks.here().meet()
+    given = held(base)
     before = [as_it_is(each) for each in given]
-    found = {"relearn": gf.relearn(model, reads, original=model, retrained=retrained, **LEARNED)}
+    (model,) = given
+    found = {"relearn": gf.relearn(model, reads, original=model, retrained=folder, **LEARNED)}
     for name, pair in PAIRS.items():
         pair = held(*pair(base))
         given += pair
