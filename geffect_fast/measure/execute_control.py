@@ -100,7 +100,9 @@ def execute_control(
         original: nn.Module = loaded(
             config.original, config, device, beside, what="original", whole_on=at_rest
         )
-        alike = config.model_copy(update={"shard": "fsdp" if is_sharded(original) else "none"})
+        decided = "fsdp" if is_sharded(original) else "none"
+        held = decided if config.shard == "auto" else config.shard
+        alike = config.model_copy(update={"shard": held})
 
         def load(name: str, source: str) -> Any:
             return loaded(source, alike, device, what=f"unlearned {name}", whole_on=at_rest)

@@ -19,7 +19,7 @@ from transformers import TrainerCallback
 from geffect_fast.arguments import checked_config, with_settings
 from geffect_fast.capture import Plan
 from geffect_fast.capture.compat import check_finite, check_is_model, is_sharded
-from geffect_fast.capture.shards import at_work
+from geffect_fast.capture.shards import at_work, mesh_of
 from geffect_fast.data import SampleSet, read_rows, tokenize_rows
 from geffect_fast.data.row_kinds import row_kind
 from geffect_fast.engines.known_models import choose_layout
@@ -123,7 +123,7 @@ def relearn(
             if not in_parts:
                 return load_model(source, what=what, trust_remote_code=trusted)
             place = next(in_parts[0].parameters()).device
-            return load_parts(source, "auto", place, what, trusted)
+            return load_parts(source, "auto", place, what, trusted, mesh=mesh_of(in_parts[0]))
         check_is_model(source, name)
         return source if is_sharded(source) else copy.deepcopy(source)
 
