@@ -9,7 +9,7 @@ from pydantic import Field, field_validator, model_validator
 from geffect_fast.evaluation_settings import Compared, Evaluating
 from geffect_fast.paths import short_names
 from geffect_fast.setting_types import Option, PathOrId
-from geffect_fast.settings import Machine, as_text
+from geffect_fast.settings import Machine, Sharding, as_text
 
 
 class Controlling(Evaluating):
@@ -31,7 +31,7 @@ class Controlling(Evaluating):
     """Equal steps from the original to the unlearned model at which retention is measured first."""
 
 
-class ControlConfig(Machine, Controlling, Compared):
+class ControlConfig(Sharding, Machine, Controlling, Compared):
     """All that decides the numbers of a control; saved as `run.yaml`, it replays them."""
 
     panel = "Models and data"

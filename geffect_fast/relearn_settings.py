@@ -9,7 +9,7 @@ from pydantic import Field, field_validator, model_validator
 
 from geffect_fast.evaluation_settings import Evaluating
 from geffect_fast.setting_types import Option, PathOrId, number_or_all
-from geffect_fast.settings import Machine, as_text
+from geffect_fast.settings import Machine, Sharding, as_text
 
 _MUSE: Mapping[str, Any] = {
     "n_rows": "all",
@@ -127,7 +127,7 @@ class Relearning(Evaluating):
         return self
 
 
-class RelearnConfig(Machine, Relearning):
+class RelearnConfig(Sharding, Machine, Relearning):
     """All that decides the numbers of a relearning; saved as `run.yaml`, it replays them."""
 
     panel = "Models and data"

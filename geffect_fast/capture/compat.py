@@ -50,12 +50,6 @@ def is_sharded(model: nn.Module) -> bool:
     return bool(fsdp_groups(model)) or any(map(_is_shared_out, model.parameters()))
 
 
-def check_whole(model: nn.Module, what: str) -> None:
-    """Raise `InputError` where FSDP2 shares out a model that is needed whole."""
-    if is_sharded(model):
-        raise InputError(f"{what}: FSDP shares out its parameters; give all ranks the whole")
-
-
 def put_to_rest(model: nn.Module) -> None:
     """Have a model hold its parts of what is shared out; a root keeps the whole after a forward."""
     for group in fsdp_groups(model):

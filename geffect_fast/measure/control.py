@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -17,14 +18,14 @@ import torch
 from torch import nn
 
 from geffect_fast.arguments import checked_config, with_settings
-from geffect_fast.capture.compat import check_finite, check_is_model, check_whole
+from geffect_fast.capture.compat import check_finite, check_is_model, is_sharded
 from geffect_fast.control_settings import Controlling
 from geffect_fast.data import SampleSet, read_rows
 from geffect_fast.errors import InputError
 from geffect_fast.evaluation_settings import Evaluating
 from geffect_fast.measure.evaluator import Evaluator, Model, checked_probes
 from geffect_fast.measure.mixture import Mixture
-from geffect_fast.measure.models import load_model
+from geffect_fast.measure.models import load_like, load_model
 from geffect_fast.metrics.base import ALL, FORGET, HOLDOUT, Measure
 from geffect_fast.metrics.registry import resolved_metrics
 from geffect_fast.paths import short_names
@@ -65,7 +66,8 @@ def control(
     is at most `tolerance`. Nothing is done to the models given. In memory are the original, one
     unlearned model, and one working model on the original's device; of an adapter the working model
     is the copy of its base and what the adapter adds. The ranks of a process group share out the
-    rows, and each returns the whole result; the first of them saves.
+    rows, and each returns the whole result; the first of them saves. Models that `fully_shard`
+    wraps, which cannot be copied, are written to, and put back; it must have wrapped all of them.
 
     Args:
         original: the model before unlearning, a module or the folder of one; also one with an
@@ -224,13 +226,15 @@ class Control:
         device: torch.device | None = None,
     ) -> None:
         check_is_model(original, "original")
-        check_whole(original, "original")
         check_finite(original, "original")
         self._original, self._tokenizer, self._settings = original, tokenizer, settings
         self._metric = _retention_metric(settings.metric)
         if sources[RETAIN] is None:
             raise InputError("retain: is missing; give what is to be kept")
-        self._working = copy.deepcopy(original).to(device or next(original.parameters()).device)
+        self._working = original
+        if not is_sharded(original):  # else `Mixture` puts it back
+            place = device or next(original.parameters()).device
+            self._working = copy.deepcopy(original).to(place)
         self._check_forget(sources, retain_model)
         form = settings.data_format
         read = {
@@ -285,12 +289,15 @@ class Control:
         return min(self._evaluator.token_budget, self._keeper.token_budget)
 
     def loaded(self, name: str, source: Model) -> nn.Module:
-        """An unlearned model, from its folder in the original's precision, on the CPU."""
+        """An unlearned model, from its folder in the original's precision: on the CPU, or shared
+        out where the original is."""
         if isinstance(source, nn.Module):
             return source
         dtype = str(next(self._original.parameters()).dtype).removeprefix("torch.")
         trusted = self._settings.trust_remote_code
         what = f"unlearned {name}"
+        if is_sharded(self._original):
+            return load_like(source, self._original, what, trusted)
         return load_model(source, dtype, "cpu", what, trust_remote_code=trusted)
 
     def of(
@@ -306,31 +313,36 @@ class Control:
         Args:
             methods: unlearned models, or where they lie, by name.
             load: makes a module of a name and what stands there.
-            save: a folder for the mixed models.
+            save: a folder for the mixed models, on the rank that writes.
             progress: show a bar.
         """
         shares: dict[str, Share] = {}
         curves: dict[str, dict[float, Measure]] = {}
         at_share, as_given = [], []
+        saves = self._keeper.ranks.first_of(save is not None)
         for name, source in methods.items():
             what = f"unlearned {name}"
             unlearned = load(name, source)
             check_is_model(unlearned, what)
-            check_whole(unlearned, what)
             mixture = Mixture(self._original, unlearned, self._working, what)
-            curves[name] = {0.0: self._kept}
-            shares[name] = self._share(mixture, curves[name], name, progress)
-            share = shares[name].alpha
-            measured = {0.0: self._own}
-            for alpha in sorted({share, 1.0} - {0.0}):
-                at = mixture.at(alpha)
-                measured[alpha] = self._evaluator.measure(at, what=_called(name, alpha))
-            at_share.append(measured[share])
-            as_given.append(measured[1.0]["value"])
-            if save is not None:
-                mixture.at(share)
-                mixture.save(save / name, self._tokenizer)
-            del mixture, unlearned
+            try:
+                curves[name] = {0.0: self._kept}
+                shares[name] = self._share(mixture, curves[name], name, progress)
+                share = shares[name].alpha
+                measured = {0.0: self._own}
+                for alpha in sorted({share, 1.0} - {0.0}):
+                    at = mixture.at(alpha)
+                    measured[alpha] = self._evaluator.measure(at, what=_called(name, alpha))
+                at_share.append(measured[share])
+                as_given.append(measured[1.0]["value"])
+                if saves:
+                    mixture.at(share)
+                    mixture.save(None if save is None else save / name, self._tokenizer)
+            finally:
+                mixture.put_back()
+            del at, mixture, unlearned
+            if is_sharded(self._original):
+                gc.collect()  # FSDP's modules hold each other
         return self._dataset(shares, curves, at_share, as_given)
 
     def _share(

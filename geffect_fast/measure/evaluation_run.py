@@ -42,6 +42,12 @@ def check_compared(config: EvaluateConfig | ControlConfig) -> None:
             check_model_source(source, what, config.trust_remote_code)
 
 
+def compared_bytes(config: EvaluateConfig | ControlConfig, model: nn.Module) -> int:
+    """Bytes of a model that others are compared with, beside the first."""
+    compared = config.reference is not None or not (config.retain_model is None or config.is_log())
+    return compared * sum(p.nbytes for p in model.parameters())
+
+
 def read_sets(
     config: Config, sources: Mapping[str, str | None], own: str, what: str, progress: bool
 ) -> tuple[dict[str, Any], Any]:

@@ -202,6 +202,7 @@ def loaded(
     beside: Callable[[nn.Module], int] = lambda model: 0,
     adapted: Callable[[nn.Module], nn.Module] = lambda model: model,
     what: str = "model",
+    whole_on: torch.device | None = None,
 ) -> Any:
     """A model of a config, or this rank's part of it.
 
@@ -212,6 +213,7 @@ def loaded(
         beside: told of the model; bytes that come beside its weights, on one rank that has it all.
         adapted: puts into a model what is to be shared out with it.
         what: what messages call it.
+        whole_on: where a model lies that is not shared out; None: on the rank's device.
 
     Raises:
         InputError: it is to be shared out, and this process is alone.
@@ -224,7 +226,8 @@ def loaded(
         )
     whole = alone or config.shard == "none"
     if whole or (config.shard == "auto" and _fits(source, config, device, beside, what)):
-        return load_model(source, config.dtype, str(device), what, trust_remote_code=trusted)
+        where = str(whole_on or device)
+        return load_model(source, config.dtype, where, what, trust_remote_code=trusted)
     mesh = here().mesh(device, by_host=config.shard == "hsdp")
     return load_parts(source, config.dtype, device, what, trusted, adapted, mesh)
 

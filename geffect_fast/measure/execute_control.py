@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
+from geffect_fast.capture.compat import is_sharded
 from geffect_fast.control_settings import ControlConfig, Controlling
 from geffect_fast.errors import InputError
 from geffect_fast.measure.control import Control, check_save_names
 from geffect_fast.measure.evaluation_run import (
     check_compared,
     check_out,
+    compared_bytes,
     evaluation_folder,
     read_sets,
 )
 from geffect_fast.measure.evaluator import checked_probes
-from geffect_fast.measure.models import load_model, resolve_device
+from geffect_fast.measure.execute import loaded
+from geffect_fast.measure.models import resolve_device
 from geffect_fast.metrics.registry import resolved_metrics
 from geffect_fast.paths import user_path
 from geffect_fast.ranks import here, on_all_ranks
@@ -86,14 +91,22 @@ def execute_control(
         config, sources, config.original, "original", progress and ranks.first
     )
 
-    def load(source: str, what: str) -> nn.Module:
-        return load_model(source, config.dtype, "cpu", what, trust_remote_code=trusted)
-
     with (
         evaluation_folder(config, out, overwrite, inputs, report) as folder,
         nullcontext() if save is None else new_folder(save, "--save") as saved,
     ):
-        original = load(config.original, "original")
+        at_rest = torch.device("cpu")  # what is mixed, where it is whole
+        beside = partial(compared_bytes, config)
+        original: nn.Module = loaded(
+            config.original, config, device, beside, what="original", whole_on=at_rest
+        )
+        decided = "fsdp" if is_sharded(original) else "none"
+        held = decided if config.shard == "auto" else config.shard
+        alike = config.model_copy(update={"shard": held})
+
+        def load(name: str, source: str) -> Any:
+            return loaded(source, alike, device, what=f"unlearned {name}", whole_on=at_rest)
+
         control = Control(
             original,
             tokenizer,
@@ -104,12 +117,7 @@ def execute_control(
             device,
         )
         check_recorded(config.rows, control.rows)
-        dataset = control.of(
-            methods,
-            lambda name, source: load(source, f"unlearned {name}"),
-            saved,
-            progress=progress,
-        )
+        dataset = control.of(methods, load, saved, progress=progress)
         where = folder.machine(device, original)
         folder.save(dataset, where, control.token_budget, control.rows)
     return dataset

@@ -10,15 +10,15 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+import torch
 
 from geffect_fast.capture.compat import is_sharded
-from geffect_fast.errors import InputError
 from geffect_fast.evaluation_settings import EvaluateConfig, Evaluating
 from geffect_fast.measure.against_effects import against_effects, effects_of, models_of_runs
 from geffect_fast.measure.evaluation_run import (
     check_compared,
     check_out,
+    compared_bytes,
     evaluation_folder,
     read_sets,
 )
@@ -51,7 +51,7 @@ class Evaluated:
         models: where each lies, by its place on the dimension.
         sets: rows by name, None of those that were not given.
         tokenizer: None for rows that are tokenised.
-        device: where models are measured.
+        device: where models are measured, of this rank.
         token_budget: tokens a batch.
     """
 
@@ -59,7 +59,7 @@ class Evaluated:
     models: Mapping[str | int, str]
     sets: Mapping[str, Any]
     tokenizer: Any
-    device: str
+    device: torch.device
     token_budget: int
 
 
@@ -118,14 +118,13 @@ def execute_evaluation(
     sets, tokenizer = read_sets(config, sources, own_tokenizer, "model", progress)
     harness = None
     if config.lm_eval_tasks:
-        config = on_whole_models(config, "lm_eval_tasks")
         reads = tokenizer or tokenizer_of(config, True, own_tokenizer, "model")
         harness = Harness(config, reads, sources)
     with evaluation_folder(config, out, overwrite, inputs, report) as folder:
         evaluator, results = None, []
         for name, source in models.items():
             what = f"model {name}" if len(models) > 1 else "model"
-            model = loaded(source, config, device, partial(_beside, config), what=what)
+            model = loaded(source, config, device, partial(compared_bytes, config), what=what)
             if evaluator is None:
                 where = folder.machine(device, model)
                 evaluator = Evaluator(
@@ -153,29 +152,10 @@ def execute_evaluation(
         if config.against_effects:
             dataset = against_effects(config.against_effects, dataset)
         if assess is not None:
-            found = Evaluated(
-                dimension, models, sets, tokenizer, str(device), evaluator.token_budget
-            )
+            found = Evaluated(dimension, models, sets, tokenizer, device, evaluator.token_budget)
             dataset = assess(dataset, found)
         folder.save(dataset, where, evaluator.token_budget, evaluator.rows)
     return dataset
-
-
-def _beside(config: EvaluateConfig, model: nn.Module) -> int:
-    """Bytes of a model that others are compared with, beside the first."""
-    compared = config.reference is not None or not (config.retain_model is None or config.is_log())
-    return compared * sum(p.nbytes for p in model.parameters())
-
-
-def on_whole_models(config: EvaluateConfig, what: str) -> EvaluateConfig:
-    """The config with models whole on each rank, which `what` needs.
-
-    Raises:
-        InputError: they are to be shared out.
-    """
-    if config.shard == "fsdp":
-        raise InputError(f"shard: {what} needs the whole model on each rank; leave out one of them")
-    return config.model_copy(update={"shard": "none"})
 
 
 def models_of(config: EvaluateConfig) -> tuple[str, dict[str | int, str], str]:

@@ -18,10 +18,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from geffect_fast.capture.compat import check_whole
+from geffect_fast.capture.compat import is_sharded
 from geffect_fast.capture.modes import evaluating
+from geffect_fast.capture.shards import at_work
 from geffect_fast.errors import GEffectWarning, InputError
 from geffect_fast.evaluation_settings import HarnessTasks
+from geffect_fast.measure.harness_on_ranks import on_ranks
 from geffect_fast.measure.models import quiet_transformers
 from geffect_fast.metrics.extra import lm_eval
 from geffect_fast.paths import user_path
@@ -100,8 +102,8 @@ class Harness:
     ) -> xr.Dataset:
         """Measures of a model with the task scores beside them.
 
-        The model is left as it was, and so are random numbers. Every rank of a process group runs
-        the tasks, and the first one's scores are taken.
+        The model is left as it was, and so are random numbers. The ranks of a process group share
+        out the requests of a task.
 
         Args:
             measures: as `geffect_fast.evaluate` returns them, of this model.
@@ -112,9 +114,11 @@ class Harness:
         Raises:
             InputError: the harness cannot run a task on the model.
         """
-        check_whole(model, what)
         scores: dict[str, _Score] = {}
+        ranks = here()
         with (
+            ranks.in_step(ranks.size > 1 and is_sharded(model)),
+            at_work(model),
             evaluating(model),
             _ties_kept(model),
             _random_numbers_kept(),
@@ -129,7 +133,7 @@ class Harness:
                         f"lm_eval_tasks: {task} cannot be run on the {what} ({trial.reason}); "
                         "leave the task out"
                     ) from trial.error
-        scores = here().first_of(scores)
+        scores = ranks.first_of(scores)
         found = measures.reindex(
             metric=[*measures["metric"].values.tolist(), *scores],
             set=[*measures["set"].values.tolist(), SET],
@@ -150,7 +154,7 @@ class Harness:
 
     def _scores(self, task: str, model: nn.Module) -> dict[str, _Score]:
         """A task's scores by name; of a group, or a tag, those of its tasks too."""
-        runs = self._lm_eval.models.huggingface.HFLM(
+        runs = on_ranks(self._lm_eval.models.huggingface.HFLM)(
             pretrained=model,
             tokenizer=copy.deepcopy(self._tokenizer),  # it sets padding where there is none
             batch_size=self._settings.lm_eval_batch_size,

@@ -9,13 +9,17 @@ for parameters and buffers. What an adapter adds is linear in its `B`, not in `A
 
 so of adapters the `B`s alone are scaled, which is exact; means of `A`s and `B`s would be another
 model.
+
+Of models that ranks share out each mixes its own parts. FSDP makes no copies, so that a model which
+was given is written to, and put back.
 """
 
 from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,10 +27,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from geffect_fast.capture.compat import check_finite
+from geffect_fast.capture.compat import check_finite, is_sharded, own_part, put_to_rest
 from geffect_fast.errors import InputError
 from geffect_fast.measure.models import quiet_transformers
+from geffect_fast.measure.parts import whole_on_first
 from geffect_fast.measure.saved_adapters import check_saved, save_adapter, save_sum
+from geffect_fast.ranks import here
 
 _SCALED = (".lora_B.", ".lora_embedding_B.")
 _KEPT = (".lora_A.", ".lora_embedding_A.")
@@ -59,11 +65,21 @@ _NO_SUM = ("alora_invocation_tokens", "target_parameters", "layer_replication")
 
 @dataclass(frozen=True)
 class _Part:
-    """A tensor of the working model, and what it is at either end."""
+    """A tensor of the working model, and what it is at either end; of what ranks share out, this
+    rank's part."""
 
     target: Tensor
     start: Tensor
     end: Tensor
+
+    @classmethod
+    def of(cls, target: Tensor, start: Tensor, end: Tensor) -> _Part:
+        """Of whole tensors, or of parts alike; what is the target itself is copied."""
+        start, end = (
+            own_part(each.detach()).clone() if each is target else own_part(each.detach())
+            for each in (start, end)
+        )
+        return cls(own_part(target.detach()), start, end)
 
 
 class Mixture:
@@ -76,7 +92,8 @@ class Mixture:
         unlearned: of the same structure, or an adapter on the original or on its base.
         working: a copy of the original, which is written to. Of adapters the working model is
             another, which has the base's tensors in common with this one: only what adapters add,
-            and modules that they replace, take memory beside it.
+            and modules that they replace, take memory beside it. Of models in parts it is the
+            original, in whose place an adapter's own model is written to.
         what: what messages call the unlearned one.
 
     Raises:
@@ -90,24 +107,44 @@ class Mixture:
         if unlearned is original:
             raise InputError(f"{what}: it is the original itself; give an unlearned model")
         check_finite(unlearned, what)
+        if is_sharded(unlearned) != is_sharded(original):
+            raise InputError(
+                f"{what}: FSDP shares out one of the two models that are mixed, and not the other; "
+                "give both alike"
+            )
+        for model in (original, unlearned):
+            put_to_rest(model)
+        # Of models in parts: the share at which the one that is written to is as it was, and what
+        # takes out of it what was added.
+        self._rests_at: float | None = None
+        self._undo: Callable[[], None] = lambda: None
         adapted = _is_adapter(original), _is_adapter(unlearned)
         self._second: str | None = None
         if adapted == (False, False):
             self.model = working
             self._parts = _of_models(original, unlearned, working, what)
+            if is_sharded(original):
+                self._rests_at = 0.0
         elif adapted == (False, True):
             _check_adapter(unlearned, what)
             adapter: Any = unlearned
             check_same_config(original, adapter.get_base_model(), what)
             self.model, self._parts = _of_adapter(original, unlearned, working, what)
+            if is_sharded(original):
+                self._rests_at, self._undo = 1.0, _as_it_is(unlearned)
         elif adapted == (True, True):
-            self.model, self._second, self._parts = _of_adapters(original, unlearned, working, what)
+            self.model, self._second, self._parts, undo = _of_adapters(
+                original, unlearned, working, what
+            )
+            if is_sharded(original):
+                self._rests_at, self._undo = 0.0, undo
         else:
             raise InputError(
                 f"{what}: it is a whole model and the original has an adapter; merge that into its "
                 "base (merge_and_unload) and give the merged model as the original"
             )
-        if all(_same(part.start, part.end) for part in self._parts):
+        if all(here().meet(all(_same(part.start, part.end) for part in self._parts))):
+            self.put_back()
             raise InputError(
                 f"{what}: its weights are the original's, so there is nothing to mix; give a model "
                 "that unlearning has changed"
@@ -121,14 +158,31 @@ class Mixture:
             part.target.copy_(mixed(part.start, part.end, alpha))
         return self.model
 
-    def save(self, folder: Path, tokenizer: Any = None) -> None:
+    def put_back(self) -> None:
+        """Have models in parts, which are written to, be as they were; nothing comes after it."""
+        put_to_rest(self.model)
+        if self._rests_at is not None:
+            self.at(self._rests_at)
+        self._undo()
+
+    def save(self, folder: Path | None, tokenizer: Any = None) -> None:
         """Write the mixture as it is now into a folder, in the form of the unlearned one.
+
+        Args:
+            folder: None on ranks that write nothing, which bring their parts of it all the same.
+            tokenizer: to be saved beside it.
 
         Raises:
             InputError: an adapter that was written adds something else than the one in memory.
         """
-        with quiet_transformers():
-            model: Any = self.model
+        model: Any = self.model
+        whole: Any = nullcontext()
+        if is_sharded(model):
+            saved = _of_adapter_files(model) if _is_adapter(model) else model.parameters()
+            whole = whole_on_first(model, saved)
+        with whole, quiet_transformers():
+            if folder is None:
+                return
             if not _is_adapter(model):
                 model.save_pretrained(folder)
             else:
@@ -194,7 +248,7 @@ def _of_models(
         )
     check_same_config(original, unlearned, what)
     target = _tensors(working)
-    return [_Part(target[name], tensor, other[name]) for name, tensor in _once(one)]
+    return [_Part.of(target[name], tensor, other[name]) for name, tensor in _once(one)]
 
 
 def _check_same_names(one: dict[str, Tensor], other: dict[str, Tensor], what: str) -> None:
@@ -217,6 +271,7 @@ def _check_alike(name: str, one: Tensor, other: Tensor, what: str) -> None:
             f"{what}: {name} is {_kind(other)} and the original's {_kind(one)}; load both in one "
             f"precision, such as --dtype {_kind(one)}"
         )
+    _check_same_parts(name, one, other, what)
     if not one.is_floating_point() and not _same(one, other):
         raise InputError(
             f"{what}: {name} is of whole numbers that differ from the original's, which cannot be "
@@ -224,8 +279,23 @@ def _check_alike(name: str, one: Tensor, other: Tensor, what: str) -> None:
         )
 
 
+def _check_same_parts(name: str, one: Any, other: Any, what: str) -> None:
+    """Raise `InputError` where this rank's parts of two tensors are not of the same places."""
+    laid_out = [
+        (tensor.placements, tensor.device_mesh.mesh.tolist())
+        for tensor in (one, other)
+        if hasattr(tensor, "placements")
+    ]
+    if len(laid_out) == 1 or laid_out[:1] != laid_out[1:]:
+        raise InputError(
+            f"{what}: {name} is shared out among ranks in another way than the original's; wrap "
+            "both models by fully_shard alike"
+        )
+
+
 def _same(one: Tensor, other: Tensor) -> bool:
-    return torch.equal(one, other.to(one.device))
+    """Whether tensors, or this rank's parts of them, are equal."""
+    return torch.equal(own_part(one), own_part(other).to(one.device))
 
 
 def _size(tensor: Tensor) -> str:
@@ -310,6 +380,7 @@ def _check_base(
                 f"{what}: {_in_base(name, adapter)} of its base model is not in the original; give "
                 "the adapter's base model as the original"
             )
+        _check_same_parts(_in_base(name, adapter), own, tensor, what)
         if _SAVED in name:
             _check_alike(_in_base(name, adapter), own, tensor, what)
         elif own.dtype != tensor.dtype or not _same(own, tensor):
@@ -326,14 +397,14 @@ def _of_adapter(
     adapter = _check_adapter(unlearned, what)
     base, given = _tensors(original), _tensors(unlearned)
     _check_base(base, given, adapter, what)
-    model = _upon(working, original, unlearned, adapter)
+    model = unlearned if is_sharded(original) else _upon(working, original, unlearned, adapter)
     target = _tensors(model)
     parts = []
     for name, tensor in _once(target):
         if any(part in name for part in _SCALED):
-            parts.append(_Part(tensor, _nothing(given[name]), given[name]))
+            parts.append(_Part.of(tensor, _nothing(given[name]), given[name]))
         elif _SAVED in name:
-            parts.append(_Part(tensor, base[_in_base(name, adapter)], given[name]))
+            parts.append(_Part.of(tensor, base[_in_base(name, adapter)], given[name]))
     return model, parts
 
 
@@ -356,13 +427,14 @@ def _upon(working: nn.Module, original: nn.Module, adapted: nn.Module, adapter: 
 
 
 def _nothing(like: Tensor) -> Tensor:
-    """Zeros of a tensor's shape that take no memory."""
+    """Zeros of a tensor's shape, or of this rank's part of it, that take no memory."""
+    like = own_part(like.detach())
     return torch.zeros((), dtype=like.dtype, device=like.device).expand(like.shape)
 
 
 def _of_adapters(
     original: Any, unlearned: Any, working: nn.Module, what: str
-) -> tuple[nn.Module, str, list[_Part]]:
+) -> tuple[nn.Module, str, list[_Part], Callable[[], None]]:
     """Two adapters on one base, both active in the working model."""
     import peft
 
@@ -386,7 +458,10 @@ def _of_adapters(
         if not any(part in name for part in (*_SCALED, *_KEPT))
     }
     _check_base(base, _tensors(unlearned), second, what)
-    model: Any = _upon(working, original, working, first)
+    in_parts = is_sharded(original)
+    here().meet()  # all have found them to be a pair
+    model: Any = original if in_parts else _upon(working, original, working, first)
+    undo = _as_it_is(model)
     added = f"{first}_unlearned"
     with quiet_transformers():
         settings = copy.deepcopy(unlearned.peft_config[second])
@@ -394,13 +469,46 @@ def _of_adapters(
         state = peft.get_peft_model_state_dict(
             unlearned, adapter_name=second, save_embedding_layers=False
         )
+        if in_parts:  # what is added now is not shared out any more
+            state = {
+                name: tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+                for name, tensor in state.items()
+            }
         peft.set_peft_model_state_dict(model, state, adapter_name=added)
     model.base_model.set_adapter([first, added])
     model.eval()
     parts = []
     for name, tensor in _tensors(model).items():
         if any(part in name for part in _SCALED):
-            own = tensor.detach().clone()
-            ends = (own, _nothing(own)) if f".{first}." in name else (_nothing(own), own)
-            parts.append(_Part(tensor, *ends))
-    return model, added, parts
+            ends = (
+                (tensor, _nothing(tensor)) if f".{first}." in name else (_nothing(tensor), tensor)
+            )
+            parts.append(_Part.of(tensor, *ends))
+    return model, added, parts, undo
+
+
+def _of_adapter_files(model: Any) -> list[nn.Parameter]:
+    """Parameters that peft may write: what adapters add and replace, and embeddings beside it."""
+    ends = [model.get_input_embeddings(), model.get_output_embeddings()]
+    found = [p for end in ends if end is not None for p in end.parameters()]
+    return found + [p for name, p in model.named_parameters() if "lora_" in name or _SAVED in name]
+
+
+def _as_it_is(model: Any) -> Callable[[], None]:
+    """To be called once other adapters were added to a model: makes it what it is now."""
+    active, adapters = list(model.active_adapters), set(model.peft_config)
+    modules = [(module, dict(module._modules), module.training) for module in model.modules()]
+    trained = [(p, p.requires_grad) for p in model.parameters()]
+
+    def undo() -> None:
+        for name in set(model.peft_config) - adapters:
+            model.delete_adapter(name)
+        model.base_model.set_adapter(active)
+        for module, children, mode in modules:
+            module._modules.clear()
+            module._modules.update(children)  # without modules around those that were adapted
+            module.training = mode
+        for p, is_trained in trained:
+            p.requires_grad_(is_trained)
+
+    return undo

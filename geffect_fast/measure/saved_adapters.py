@@ -82,8 +82,8 @@ def _pair(layer: Any, adapter: str) -> tuple[Tensor, Tensor]:
 
 
 def _factors(layer: Any, adapter: str) -> tuple[Tensor, Tensor]:
-    """A layer's `s A` and `B` of an adapter, fp64."""
-    a, b = _pair(layer, adapter)
+    """A layer's `s A` and `B` of an adapter, fp64, on the CPU, where parts are brought together."""
+    a, b = (each.cpu() for each in _pair(layer, adapter))
     return a.double() * layer.scaling[adapter], b.double()
 
 
@@ -101,8 +101,8 @@ def check_saved(model: Any, folder: Path) -> None:
                 of = {each: _factors(layer, each) for each in layer.scaling}
                 known = _pair(layer, next(iter(of)))[0]
                 x = torch.randn(known.shape[1], 4, generator=torch.Generator().manual_seed(0))
-                x = x.to(known.device, torch.float64)
-                meant, most, found = torch.zeros(3, 1, 1, dtype=x.dtype, device=x.device)
+                x = x.double()
+                meant, most, found = torch.zeros(3, 1, 1, dtype=x.dtype)
                 for a, b in (of[each] for each in active if each in of):
                     meant = meant + b @ (a @ x)
                     most = most + b.abs() @ (a.abs() @ x.abs())

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from geffect_fast.measure.evaluation_run import check_out, evaluation_folder, read_sets
-from geffect_fast.measure.models import load_model, resolve_device
+from geffect_fast.measure.execute import loaded
+from geffect_fast.measure.models import resolve_device
 from geffect_fast.ranks import here, on_all_ranks
 from geffect_fast.relearn_settings import RelearnConfig, Relearning
 from geffect_fast.storage.inputs import Inputs
@@ -49,12 +50,11 @@ def execute_relearn(
         InputError, NonFiniteError, UnsupportedModelError: nothing has been written then.
         UnfinishedError: the report fails, and the numbers are there.
     """
-    trusted = config.trust_remote_code
     models = config.models()
     ranks = here()
     ranks.check_same({"models": ", ".join(map(str, models.values()))})
     for name, source in models.items():
-        check_model_source(source, f"{name} model", trusted)
+        check_model_source(source, f"{name} model", config.trust_remote_code)
     check_out(config, out, overwrite, inputs)
     device = resolve_device(config.device)
     sources = {"forget": config.forget, "holdout": config.holdout}
@@ -66,7 +66,7 @@ def execute_relearn(
 
         def load(name: str, source: str) -> nn.Module:
             what = f"{name} model"
-            model = load_model(source, config.dtype, str(device), what, trust_remote_code=trusted)
+            model: nn.Module = loaded(source, config, device, relearner.beside, what=what)
             where.update(where or folder.machine(device, model))
             return model
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import gc
 import json
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +18,8 @@ from transformers import TrainerCallback
 
 from geffect_fast.arguments import checked_config, with_settings
 from geffect_fast.capture import Plan
-from geffect_fast.capture.compat import check_finite, check_is_model, check_whole
+from geffect_fast.capture.compat import check_finite, check_is_model, is_sharded
+from geffect_fast.capture.shards import at_work, mesh_of
 from geffect_fast.data import SampleSet, read_rows, tokenize_rows
 from geffect_fast.data.row_kinds import row_kind
 from geffect_fast.engines.known_models import choose_layout
@@ -29,7 +32,8 @@ from geffect_fast.errors import (
 )
 from geffect_fast.evaluation_settings import Evaluating
 from geffect_fast.measure.evaluator import Evaluator, Model
-from geffect_fast.measure.models import load_model, quiet_transformers
+from geffect_fast.measure.models import load_model, load_parts, quiet_transformers
+from geffect_fast.measure.parts import put_back
 from geffect_fast.measure.prepare import table_of_positions
 from geffect_fast.metrics.base import FORGET, HOLDOUT, Metric
 from geffect_fast.metrics.registry import resolved_metrics
@@ -39,7 +43,7 @@ from geffect_fast.relearn_settings import Relearning
 from geffect_fast.storage.recorded_rows import check_recorded
 from geffect_fast.terminal import progress_bar
 from geffect_fast.training.loss import Draws, Loss
-from geffect_fast.training.run import only_weights_change
+from geffect_fast.training.run import check_steps_parts, only_weights_change
 from geffect_fast.training.single_process import single_process
 from geffect_fast.training.trainer import UnlearnTrainer
 from geffect_fast.training.trainer_arguments import refused, training_arguments
@@ -71,7 +75,8 @@ def relearn(
     tokens, with the same rows in the same order, and measured at steps on the way. What a model
     has only hidden comes back sooner than what one learns that never saw it (`retrained`), and
     also of rows that are not trained on. The ranks of a process group share out the rows, and each
-    returns the whole result.
+    returns the whole result. Of a model that `fully_shard` wraps, which cannot be copied, it is the
+    model itself that is trained, and put back; folders beside it are shared out likewise.
 
     Args:
         model: the unlearned one, a module or the folder of one; it is left as it is. Of an adapter
@@ -110,12 +115,17 @@ def relearn(
     named = {name: each for name, each in given.items() if each is not None}
     trusted = checked.trust_remote_code
 
+    in_parts = [m for m in named.values() if isinstance(m, nn.Module) and is_sharded(m)]
+
     def load(name: str, source: Any) -> nn.Module:
+        what = f"{name} model"
         if isinstance(source, str | Path):
-            return load_model(source, what=f"{name} model", trust_remote_code=trusted)
+            if not in_parts:
+                return load_model(source, what=what, trust_remote_code=trusted)
+            place = next(in_parts[0].parameters()).device
+            return load_parts(source, "auto", place, what, trusted, mesh=mesh_of(in_parts[0]))
         check_is_model(source, name)
-        check_whole(source, f"{name} model")
-        return copy.deepcopy(source)
+        return source if is_sharded(source) else copy.deepcopy(source)
 
     relearner = Relearner(tokenizer, checked, forget, holdout, retrained)
     return relearner.of(named, load, progress=progress)
@@ -240,16 +250,22 @@ class Relearner:
 
         Args:
             models: what is trained, or where it lies, by name.
-            load: makes a module, which is trained, of a name and what stands there.
+            load: makes a module, which is trained, of a name and what stands there; where that is
+                what it is given, it is put back afterwards.
             recorded: digests of the rows of an earlier run; others are told before any training.
             progress: show a bar.
         """
         import xarray as xr
 
-        found = [
-            self._trained(name, load(name, each), recorded or {}, progress)
-            for name, each in models.items()
-        ]
+        found = []
+        for name, each in models.items():
+            model = load(name, each)
+            with put_back(model) if model is each else nullcontext():
+                found.append(self._trained(name, model, recorded or {}, progress))
+            in_parts = is_sharded(model)
+            del model  # before the next one is loaded
+            if in_parts:
+                gc.collect()  # FSDP's modules hold each other
         along = xr.DataArray(list(models), dims="model", name="model")
         own = {*Relearning.model_fields} - {*Evaluating.model_fields} | {"max_length"}
         training = self._settings.model_dump(mode="json", include=own)
@@ -262,6 +278,16 @@ class Relearner:
             n_rows=json.dumps({name: len(rows) for name, rows in numbers.items()}),
             digests=json.dumps(self.rows),
         )
+
+    def beside(self, model: nn.Module) -> int:
+        """Bytes that come beside a model: before its training another one where one is compared
+        with, and in it gradients and Adam's state of two."""
+        trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+        compared = self._retrained is not None and any(
+            metric.name == "privleak" or "retain_model" in metric.wants()
+            for metric in self._metrics
+        )
+        return max(3 * trained, compared * sum(p.nbytes for p in model.parameters()))
 
     def _trained(
         self, name: str, model: nn.Module, recorded: Mapping[str, str], progress: bool
@@ -289,6 +315,9 @@ class Relearner:
         )
         with single_process(device):
             training_arguments(training, ".", device)  # to have them checked
+        in_parts = is_sharded(model)
+        if in_parts:
+            check_steps_parts(training.optimizer)
         self._parts = self._parts or self._drawn(model)
         evaluators = {part: self._evaluator(model, of.rows) for part, of in self._parts.items()}
         first = not self.rows
@@ -300,11 +329,13 @@ class Relearner:
         answers = evaluators["relearned"].sets[FORGET].answers
         budgets = [each.token_budget for each in evaluators.values()]
         self.token_budget = min([*budgets, *([self.token_budget] if self.token_budget else [])])
+        ranks = evaluators["relearned"].ranks
         try:
-            layout = choose_layout(Plan.of(model), answers)
+            with ranks.in_step(in_parts), at_work(model):
+                plan = Plan.of(model, may_be_sharded=True)
+                layout = choose_layout(plan, answers)
         except UnsupportedModelError as error:
             raise UnsupportedModelError(f"{what}: {error}") from error
-        ranks = evaluators["relearned"].ranks
         ranks.check_same({"layout": layout})
         loss = Loss(
             LEARNING,
@@ -324,6 +355,8 @@ class Relearner:
         with (
             progress_bar(progress and ranks.first, f"relearning, {what}", settings.steps) as show,
             single_process(device),
+            ranks.in_step(in_parts),
+            at_work(model),
             only_weights_change(model),
             quiet_transformers(),
         ):
@@ -336,6 +369,7 @@ class Relearner:
                     reference=None,
                     callbacks=[_Looks(look)],
                     ranks=ranks,
+                    shards=plan.shards,
                 )
                 trainer.create_optimizer_and_scheduler(settings.steps)
             except GEffectError:

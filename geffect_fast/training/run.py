@@ -335,11 +335,7 @@ def _check_serves_shards(model: nn.Module, training: Training) -> None:
             "lora_rank: FSDP shares out the model already; put an adapter into it before "
             "fully_shard, and leave lora_rank out"
         )
-    if training.optimizer not in IN_PARTS:
-        raise InputError(
-            f"optimizer: {training.optimizer} is not known to step parts of weights as it steps "
-            f"whole ones, and FSDP shares out the model; use one of {', '.join(IN_PARTS)}"
-        )
+    check_steps_parts(training.optimizer)
     asked = {
         "precision": training.precision == "fp16",
     }
@@ -349,6 +345,15 @@ def _check_serves_shards(model: nn.Module, training: Training) -> None:
                 f"{name}: needs the whole model on each rank, and FSDP shares out its parameters; "
                 "leave it out"
             )
+
+
+def check_steps_parts(optimizer: str) -> None:
+    """Raise `InputError` where an optimizer may step parts of weights unlike whole ones."""
+    if optimizer not in IN_PARTS:
+        raise InputError(
+            f"optimizer: {optimizer} is not known to step parts of weights as it steps whole ones, "
+            f"and FSDP shares out the model; use one of {', '.join(IN_PARTS)}"
+        )
 
 
 def _as_it_is(model: nn.Module, shares: bool) -> nn.Module:

@@ -6,6 +6,7 @@ import difflib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -16,12 +17,8 @@ from torch import nn
 from geffect_fast.arguments import checked_config
 from geffect_fast.errors import InputError
 from geffect_fast.evaluation_settings import EvaluateConfig, Evaluating
-from geffect_fast.measure.execute_evaluation import (
-    Evaluated,
-    execute_evaluation,
-    models_of,
-    on_whole_models,
-)
+from geffect_fast.measure.execute import gradient_bytes, loaded
+from geffect_fast.measure.execute_evaluation import Evaluated, execute_evaluation, models_of
 from geffect_fast.measure.models import load_model
 from geffect_fast.measure.profile import profile
 from geffect_fast.measure.sources import Sources, read_sources, resolved_list
@@ -178,10 +175,11 @@ class Survey:
         reading = {n: v for n, v in self._config.fields(Reading).items() if v is not None}
         return checked_config(Relearning, reading | {"metrics": RELEARNED} | given, "relearn")
 
-    def _load(self, source: str, what: str, device: str = "cpu") -> nn.Module:
+    def _load(self, source: str, what: str) -> nn.Module:
+        """A model whole on the CPU, of this rank alone."""
         config = self._config
         trusted = config.trust_remote_code
-        return load_model(source, config.dtype, device, what, trust_remote_code=trusted)
+        return load_model(source, config.dtype, "cpu", what, trust_remote_code=trusted)
 
     def _touched(self, evaluated: Evaluated) -> tuple[list[float], list[str]]:
         """By model the part of the original's elements that differ, and what is to be said."""
@@ -216,7 +214,13 @@ class Survey:
         relearner = Relearner(evaluated.tokenizer, settings, forget)
         found = relearner.of(
             {str(place): source for place, source in evaluated.models.items()},
-            lambda place, source: self._load(source, f"model {place}", evaluated.device),
+            lambda place, source: loaded(
+                source,
+                self._config,
+                evaluated.device,
+                relearner.beside,
+                what=f"model {place}",
+            ),
             progress=self._progress,
         )
         renamed = found[["value", "value_low", "value_high"]].rename(
@@ -238,11 +242,18 @@ class Survey:
 
         if self.original is None or not self.objectives:
             return {}
-        original = self._load(self.original, "original", evaluated.device)
+        names = ("forget", "retain")
+        original = loaded(
+            self.original,
+            self._config,
+            evaluated.device,
+            partial(gradient_bytes, n_risks=len(names)),
+            what="original",
+        )
         result = profile(
             original,
             evaluated.tokenizer,
-            **{name: evaluated.sets[name] for name in ("forget", "retain")},
+            **{name: evaluated.sets[name] for name in names},
             objectives=list(self.objectives),
             refusals=self.refusals,
             resolve=("sample",),
@@ -300,7 +311,6 @@ def execute_survey(
     **more: Any,
 ) -> xr.Dataset:
     """As `execute_evaluation`, with what the survey asks for beside measures (`Survey.added`)."""
-    config = on_whole_models(config, "suite survey")
     _, models, _ = models_of(config)
     survey = Survey(config, models, progress)
     if survey.original is not None:
