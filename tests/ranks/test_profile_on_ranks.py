@@ -12,8 +12,8 @@ import geffect_fast as gf
 
 LENGTHS = {"forget": [5, 9, 7, 4, 12], "retain": [8, 6, 6], "general": [7]}
 OBJECTIVES = ["ga", "npo(beta=0.5)", "ga + 0.5*kl", "rmu(layer=2)"]
-"""One that reads forget rows alone, one with a reference, a sum over both sets, one of a layer; each
-of the others is in `test_every_objective_on_ranks.py`."""
+"""One that reads forget rows alone, one with a reference, a sum over both sets, one of a layer; all
+others are in `test_every_objective_on_ranks.py`."""
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-6}
 
 
