@@ -12,6 +12,7 @@ from torch import Tensor
 from geffect_fast.capture import Plan, Recorder, Recording
 from geffect_fast.capture.factors import Factor
 from geffect_fast.capture.products import (
+    InnerProducts,
     in_working_precision,
     squared_norms,
 )
@@ -26,7 +27,7 @@ from geffect_fast.engines.model_outputs import (
     sample_axis,
 )
 from geffect_fast.engines.reference import Reference
-from geffect_fast.engines.sharded_products import inner_products
+from geffect_fast.engines.sharded_products import ShardedProducts
 from geffect_fast.errors import UnsupportedModelError
 from geffect_fast.objectives import Outputs
 from geffect_fast.ops.reference import accumulation_dtype
@@ -154,6 +155,13 @@ def gradients_as_they_are(plan: Plan) -> Iterator[None]:
     finally:
         for name, hooks in hooked.items():
             hooks.update(own[name])
+
+
+def inner_products(plan: Plan, direction_of: Callable[[str], Tensor]) -> InnerProducts:
+    """What finds inner products with directions, `(M, *shape)` or a rank's part of it."""
+    if plan.shards is None:
+        return InnerProducts(direction_of)
+    return ShardedProducts(plan, direction_of)
 
 
 class ProductsWithFirst:

@@ -29,6 +29,7 @@ from geffect_fast.engines.directions import (
     Directions,
     add_gradients,
     backwards,
+    inner_products,
     new_gradients,
     place_beside,
     rows_of,
@@ -41,7 +42,6 @@ from geffect_fast.engines.model_outputs import (
     sample_axis,
 )
 from geffect_fast.engines.reference import Reference
-from geffect_fast.engines.sharded_products import inner_products
 from geffect_fast.transfer import OnItsWay
 
 

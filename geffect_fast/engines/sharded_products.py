@@ -231,10 +231,3 @@ def _next_ahead(items: Iterable[T]) -> Iterator[T]:
         yield from before
         before = [item]
     yield from before
-
-
-def inner_products(plan: Plan, direction_of: Callable[[str], Tensor]) -> InnerProducts:
-    """What finds inner products with directions, `(M, *shape)` or a rank's part of it."""
-    if plan.shards is None:
-        return InnerProducts(direction_of)
-    return ShardedProducts(plan, direction_of)
