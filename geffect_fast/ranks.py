@@ -132,7 +132,8 @@ class Ranks:
         """Work in which ranks wait for each other at every turn, where a meeting is no way to fail.
 
         It begins with a meeting. An error of one rank ends the process groups, and the others find
-        its line in their store when they fail in turn. One that all ranks raise alike leaves them.
+        its line in their store when they fail in turn. One that all ranks raise alike, or that a
+        meeting within has told them, leaves the groups.
 
         Args:
             exchange: whether they do; else, and within other such work, nothing is done.
@@ -142,11 +143,12 @@ class Ranks:
             return
         self.meet()
         self._n_exchanges += 1
-        self._exchanges = True
+        self._exchanges, self._said = True, False
         try:
             yield
         except Exception as error:
-            self._break_off(error)
+            if not self._said:
+                self._break_off(error)
             raise
         finally:
             self._exchanges = False
@@ -275,7 +277,6 @@ class Ranks:
             try:
                 found = work()
             except Exception as error:
-                self._said = True
                 if self.size > 1:
                     self._tell(error)
                 raise
@@ -341,6 +342,7 @@ class Ranks:
         """Tell the others, where they meet next, that this rank failed."""
         with suppress(GEffectError):  # the others are gone; what is raised here is what happened
             self._exchanged(_described(error), None)
+            self._said = True
             if isinstance(error, GEffectError):
                 error.told = True
 

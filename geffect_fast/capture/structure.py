@@ -65,7 +65,7 @@ def receive_weights(group: nn.Module, ranks: Ranks, device: torch.device) -> Non
         if isinstance(p, DTensor):
             continue
         if ranks.first:
-            p.data = p.data.to(device)
+            p.data = p.data.to(device).contiguous()  # as the others', and as FSDP needs it
             ranks.send(p.data)
         else:
             weights = torch.empty_like(p, device=device)

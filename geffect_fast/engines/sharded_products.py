@@ -64,6 +64,7 @@ class ShardedProducts(InnerProducts):
                 self.found += [(name, score) for score in each.products()]
             else:
                 sums += [(name, *some) for some in each.products()]
+            del each  # before the one after the next begins to come
         if sums:
             flat = torch.cat([of_part.flatten() for _, of_part, _ in sums])
             dist.all_reduce(flat, group=shards.holders)
@@ -73,9 +74,12 @@ class ShardedProducts(InnerProducts):
                     self.found.append((name, score.view(of_part.shape)[:, own]))
 
     def _under_way(
-        self, waiting: Mapping[str, list[Factor]], told: Sequence[Mapping[str, list[_Described]]]
+        self, waiting: dict[str, list[Factor]], told: Sequence[Mapping[str, list[_Described]]]
     ) -> Iterator[tuple[str, _DirectionToRows | _RowsToParts]]:
-        """Begin each parameter's exchange, of those that any rank has factors of."""
+        """Begin each parameter's exchange, of those that any rank has factors of.
+
+        Those are taken out of `waiting`, so that what is over takes no memory.
+        """
         shards = self._plan.shards
         assert shards is not None
         for name, whole in self._plan.parameters.items():
@@ -83,7 +87,7 @@ class ShardedProducts(InnerProducts):
             if not any(described):
                 continue
             own, part = shards.own(whole), self._part_of(name)
-            factors = waiting.get(name, [])
+            factors = waiting.pop(name, [])
             of_rows = _bytes_of_rows(described, own.shape)
             of_direction = len(part) * own.numel() * part.element_size()
             if of_rows < of_direction:

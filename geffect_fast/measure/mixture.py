@@ -19,7 +19,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from geffect_fast.capture.compat import check_finite, is_sharded, own_part, put_to_rest
+from geffect_fast.capture.shards import whole_of
 from geffect_fast.errors import InputError
 from geffect_fast.measure.models import quiet_transformers
 from geffect_fast.measure.parts import whole_on_first
@@ -143,12 +144,14 @@ class Mixture:
                 f"{what}: it is a whole model and the original has an adapter; merge that into its "
                 "base (merge_and_unload) and give the merged model as the original"
             )
-        if all(here().meet(all(_same(part.start, part.end) for part in self._parts))):
-            self.put_back()
-            raise InputError(
-                f"{what}: its weights are the original's, so there is nothing to mix; give a model "
-                "that unlearning has changed"
-            )
+        with ExitStack() as on_error:
+            on_error.callback(self.put_back)
+            if all(here().meet(all(_same(part.start, part.end) for part in self._parts))):
+                raise InputError(
+                    f"{what}: its weights are the original's, so there is nothing to mix; give a "
+                    "model that unlearning has changed"
+                )
+            on_error.pop_all()
 
     @torch.no_grad()
     def at(self, alpha: float) -> nn.Module:
@@ -459,31 +462,27 @@ def _of_adapters(
     }
     _check_base(base, _tensors(unlearned), second, what)
     in_parts = is_sharded(original)
-    here().meet()  # all have found them to be a pair
+    state = peft.get_peft_model_state_dict(
+        unlearned, adapter_name=second, save_embedding_layers=False
+    )
+    with here().in_step(in_parts):  # what is added below is not shared out any more
+        state = {name: whole_of(tensor) for name, tensor in state.items()}
     model: Any = original if in_parts else _upon(working, original, working, first)
     undo = _as_it_is(model)
     added = f"{first}_unlearned"
-    with quiet_transformers():
-        settings = copy.deepcopy(unlearned.peft_config[second])
-        model.add_adapter(added, settings)
-        state = peft.get_peft_model_state_dict(
-            unlearned, adapter_name=second, save_embedding_layers=False
-        )
-        if in_parts:  # what is added now is not shared out any more
-            state = {
-                name: tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-                for name, tensor in state.items()
-            }
+    with ExitStack() as on_error, quiet_transformers():
+        on_error.callback(undo)
+        model.add_adapter(added, copy.deepcopy(unlearned.peft_config[second]))
         peft.set_peft_model_state_dict(model, state, adapter_name=added)
-    model.base_model.set_adapter([first, added])
-    model.eval()
-    parts = []
-    for name, tensor in _tensors(model).items():
-        if any(part in name for part in _SCALED):
-            ends = (
-                (tensor, _nothing(tensor)) if f".{first}." in name else (_nothing(tensor), tensor)
-            )
-            parts.append(_Part.of(tensor, *ends))
+        model.base_model.set_adapter([first, added])
+        model.eval()
+        parts = []
+        for name, tensor in _tensors(model).items():
+            if any(part in name for part in _SCALED):
+                own, none = tensor, _nothing(tensor)
+                ends = (own, none) if f".{first}." in name else (none, own)
+                parts.append(_Part.of(tensor, *ends))
+        on_error.pop_all()
     return model, added, parts, undo
 
 

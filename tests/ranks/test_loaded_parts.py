@@ -23,7 +23,7 @@ from geffect_fast.ranks import Ranks
 
 CPU = torch.device("cpu")
 KINDS = ("llama", "llama_tied", "gpt2", "qwen2_moe")
-NAMES = (*KINDS, "adapter", "own")
+NAMES = (*KINDS, "adapter", "own", "turned")
 CODE = """
 from transformers import LlamaForCausalLM
 
@@ -49,7 +49,15 @@ def models(tmp_path_factory):
     config = json.loads((own / "config.json").read_text())
     config["auto_map"] = {"AutoModelForCausalLM": "own.OwnForCausalLM"}
     (own / "config.json").write_text(json.dumps(config))
+    shutil.copytree(folder / "gpt2", folder / "turned")
     return folder
+
+
+def turned(model):
+    """A model with a weight that lies column by column in memory, as a loader may leave it."""
+    weight = model.get_input_embeddings().weight
+    weight.data = weight.data.T.contiguous().T
+    return model
 
 
 def described(model):
@@ -101,7 +109,8 @@ def in_parts(folder, own_cache):
             patch.setattr(peft.PeftModel, "from_pretrained", reads)
         for name in NAMES:
             sizes, most = {}, 0
-            model = load_parts(folder / name, "auto", CPU, "model", name == "own")
+            more = {"adapted": turned} if name == "turned" else {}
+            model = load_parts(folder / name, "auto", CPU, "model", name == "own", **more)
             assert is_sharded(model)
             found[name] = described(model), most
     return found

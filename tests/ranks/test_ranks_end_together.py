@@ -3,6 +3,7 @@
 import gc
 import os
 import signal
+import time
 from datetime import timedelta
 
 import pytest
@@ -189,3 +190,23 @@ def test_what_was_told_is_not_told_again():
     assert other.startswith(own)
     assert said == f"rank 1: {other}"
     assert met == [0, 1]
+
+
+def first_fails_in_step():
+    """What is said where the first rank, which is late, fails at a meeting between exchanges."""
+    here = gf.ranks.here()
+
+    def fails():
+        raise gf.errors.InputError("no luck: try again")
+
+    with pytest.raises(gf.errors.InputError) as error, here.together("work"), here.in_step(True):
+        try:
+            here.by_first(fails)
+        finally:
+            time.sleep(0.3 * here.first)
+    return str(error.value)
+
+
+def test_a_rank_that_fails_at_a_meeting_is_named_once():
+    said = "no luck: try again"
+    assert on_ranks(2, first_fails_in_step) == [said, f"rank 0: {said}"]

@@ -6,6 +6,7 @@ import os
 import shutil
 
 import numpy as np
+import peft
 import pytest
 import torch
 import torch.distributed as dist
@@ -161,7 +162,17 @@ def refused():
         with pytest.raises(InputError) as error:
             call()
         said.append(str(error.value))
+    one, another = held(adapter_on(base, 3), adapter_on(base, 4))
+    before = as_it_is(one)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(NotImplementedError):
+        patch.setattr(peft, "set_peft_model_state_dict", no_luck)
+        gf.control(one, another, reads, **KEPT)
+    assert str(as_it_is(one)) == str(before)
     return said
+
+
+def no_luck(*_, **__):
+    raise NotImplementedError
 
 
 def both(where):

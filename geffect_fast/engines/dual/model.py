@@ -161,7 +161,7 @@ class DualModel:
 
         def put(
             places: Sequence[tuple[nn.Module, str, nn.Parameter]],
-            came: Mapping[nn.Parameter, Gathered] | None = None,
+            came: dict[nn.Parameter, Gathered] | None = None,
         ) -> None:
             instead: dict[nn.Parameter, Tensor] = {}
             for module, key, p in places:
@@ -173,7 +173,7 @@ class DualModel:
                         along = directions.get(self._names.get(p, ""))
                     else:
                         with temporarily_clear_interpreter_stack():  # of the framework's transforms
-                            along = came[p].arrived() if p in came else None
+                            along = came.pop(p).arrived() if p in came else None
                     instead[p] = constant if along is None else moved(constant, along)
                 module._parameters[key] = instead[p]  # type: ignore[assignment]
 
