@@ -68,6 +68,7 @@ class Ranks:
         self.rank, self.size = (0, 1) if world is None else (world.rank(), world.size())
         self._within = self._said = self._broken = self._exchanges = False
         self._n_exchanges = 0
+        self._of_hosts: list[weakref.ref[dist.ProcessGroup]] = []
         if world is not None:
             _wait_in_store(self.rank, self.size)
             # Its own, so that nothing of the program's comes between. Who is killed is noticed at
@@ -311,7 +312,13 @@ class Ranks:
                 )
             )
         numbers = torch.arange(self.size).view(-1, sizes[0])
-        return DeviceMesh(device.type, numbers, mesh_dim_names=("copies", "parts"))
+        names = ("copies", "parts")
+        if self._of_hosts:  # torch would make others for every model, and keep them
+            known = [_still_there(group) for group in self._of_hosts]
+            return DeviceMesh.from_group(known, device.type, numbers, mesh_dim_names=names)
+        mesh = DeviceMesh(device.type, numbers, mesh_dim_names=names)
+        self._of_hosts = [weakref.ref(group) for group in mesh.get_all_groups()]
+        return mesh
 
     def check_serves(self, device: torch.device) -> None:
         """Raise `InputError` where the program's group cannot add up tensors of a device."""

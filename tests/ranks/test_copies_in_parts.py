@@ -39,6 +39,9 @@ def on_two_hosts(study, out):
         patch.setattr(models, "shard", seen)
         patch.setenv("LOCAL_WORLD_SIZE", "2")
         found = [commanded([*words, "--shard", "hsdp"]) for words in words_for(study, out)]
+        again = [ranks.here().mesh(torch.device("cpu"), by_host=True) for _ in range(2)]
+        one, other = ([group.group_name for group in each.get_all_groups()] for each in again)
+        assert one == other, "each mesh has groups of its own, which stay"
         patch.setenv("LOCAL_WORLD_SIZE", str(1 + torch.distributed.get_rank() % 2))
         with pytest.raises(InputError) as error, ranks.here().together("mesh"):
             ranks.here().mesh(torch.device("cpu"), by_host=True)
