@@ -228,6 +228,9 @@ class DualModel:
         try:
             yield
             self._order = entered
+            for came in ahead.values():  # of a group that did not run this time
+                for gathered in came.values():
+                    gathered.arrived()
         finally:
             for handle in handles:
                 handle.remove()
