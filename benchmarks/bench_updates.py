@@ -96,12 +96,14 @@ class Updates:
         self.losses().forget()
         model.zero_grad()
 
-    def losses(self) -> RuleLosses:
-        return RuleLosses(self.trainer, self.model, self.rows, self.trainer.loss, ())
+    def losses(self, told_apart: bool = False) -> RuleLosses:
+        loss = self.trainer.loss
+        return RuleLosses(self.trainer, self.model, self.rows, loss, (), told_apart=told_apart)
 
     def by_rule(self, updater: Updater) -> None:
         """One update."""
-        updater.update(self.losses(), self.optimizer)
+        told_apart = "retain_rows" in updater.rule.needs
+        updater.update(self.losses(told_apart), self.optimizer)
         self.model.zero_grad()
 
     def over(self, which: str) -> None:
