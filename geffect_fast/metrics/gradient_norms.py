@@ -116,13 +116,18 @@ def _largest_entries(plan: Plan, batch: Batch, _names: Sequence[str]) -> list[Te
 
     Over those that the sample reaches.
     """
+    moved = batch.to(plan.device)
+    if plan.shards is None:  # where whole gradients have room a backward of them is fastest
+        with torch.enable_grad():
+            (loss,) = mean_losses(plan.model, {"batch": moved})
+            grads = torch.autograd.grad(loss, list(plan.parameters.values()), allow_unused=True)
+        return [torch.stack([g.abs().max().double() for g in grads if g is not None]).mean()[None]]
     largest: list[Tensor] = []
 
     def look(name: str, factors: list[Factor], _kept: list[Tensor | None]) -> None:
         gradient = summed_gradient(factors, 0, plan.parameters[name].shape)
         largest.append(gradient.abs().max().double())
 
-    moved = batch.to(plan.device)
     axis = Segments.rectangular(moved.input_ids.shape)
     with ieee_fp32():
         record_rows(plan, mean_losses, {"batch": moved}, axis, look, Recording(joined=True))
