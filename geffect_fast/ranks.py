@@ -206,6 +206,20 @@ class Ranks:
         """What all ranks have brought under keys, of which each has its own."""
         return {key: value for told in self.meet(own) for key, value in told.items()}
 
+    def dealt(self, every: Sequence[T], *, in_step: bool = False) -> tuple[list[T], int]:
+        """This rank's share of what all ranks know.
+
+        Args:
+            every: the same on all ranks.
+            in_step: whether each is to have as many; the first of all stands in where one is short.
+
+        Returns:
+            Its own, and how many of the last of them stand in.
+        """
+        own = list(every[self.rank :: self.size])
+        missing = -(-len(every) // self.size) - len(own) if in_step else 0
+        return own + list(every[:1]) * missing, missing
+
     def add_up(self, tensors: Sequence[Tensor]) -> None:
         """Put in each tensor's place the sum of all ranks' tensors.
 

@@ -4,9 +4,9 @@ rows to where parts are. Everything is on its way while this rank goes on, until
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import accumulate, pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -15,6 +15,8 @@ from torch.nn.functional import pad
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+
+T = TypeVar("T")
 
 
 def holders(own: nn.Parameter) -> ProcessGroup:
@@ -124,6 +126,15 @@ class _EqualParts:
         return [
             each.narrow(self._axis, 0, n) for each, n in zip(self._into, self._lengths, strict=True)
         ]
+
+
+def next_ahead(items: Iterable[T]) -> Iterator[T]:
+    """The same ones, each when the next one, which begins an exchange, has been made."""
+    before: list[T] = []
+    for item in items:
+        yield from before
+        before = [item]
+    yield from before
 
 
 def share_of(own: int, lengths: Sequence[int]) -> slice:

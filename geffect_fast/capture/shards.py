@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from geffect_fast.capture.compat import check_replicas, fsdp_groups, own_part, put_to_rest
+from geffect_fast.capture.exchange import holders
 from geffect_fast.capture.leaves import leaves_of
 from geffect_fast.capture.structure import receive_weights
 from geffect_fast.errors import InputError, UnsupportedModelError
@@ -128,8 +129,7 @@ class Shards:
                     "fully_shard over the same mesh of all ranks, (ranks,) or (copies, ranks of a "
                     "copy), without tensor parallelism"
                 )
-        (mesh,) = meshes
-        self.holders = mesh.get_group(mesh.ndim - 1)
+        self.holders = holders(next(model.parameters()))
         self.copy = dist.get_process_group_ranks(self.holders)
         for group in self.groups:
             _check_sums(group)

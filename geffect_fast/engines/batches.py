@@ -160,14 +160,9 @@ def dealt(data_pass: DataPass, ranks: Ranks, *, in_step: bool) -> DataPass:
         in_step: whether each rank is to run as many, since they exchange weights meanwhile; and as
             they are, since one that is short of memory could not go its own way.
     """
-    every = data_pass.batches
-    own = every[ranks.rank :: ranks.size]
-    if not in_step:
-        return replace(data_pass, batches=own, ranks=ranks)
-    idle = -(-len(every) // ranks.size) - len(own)
-    return replace(
-        data_pass, batches=own + every[:1] * idle, ranks=ranks, idle=idle, token_budget=None
-    )
+    own, idle = ranks.dealt(data_pass.batches, in_step=in_step)
+    allowed = None if in_step else data_pass.token_budget
+    return replace(data_pass, batches=own, ranks=ranks, idle=idle, token_budget=allowed)
 
 
 def ranks_of(passes: Sequence[DataPass]) -> Ranks:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from geffect_fast.capture import Plan, Recorder, Recording
-from geffect_fast.capture.exchange import Gathered
+from geffect_fast.capture.exchange import Gathered, next_ahead
 from geffect_fast.capture.factors import Factor
 from geffect_fast.capture.masses import opposed_masses
 from geffect_fast.capture.products import in_working_precision
@@ -165,12 +165,14 @@ class _Sizes:
         shards = self._plan.shards
         if shards is None:
             return
-        for name, whole in self._plan.parameters.items():
-            own = self._signs(name)
-            signs = Gathered(own.to(torch.int8)[None], shards.own(whole)).arrived()[0]
-            factors = self._waiting.pop(name, None)
+        coming = (
+            (name, Gathered(self._signs(name).to(torch.int8)[None], shards.own(whole)))
+            for name, whole in self._plan.parameters.items()
+        )
+        for name, signs in next_ahead(coming):
+            factors, arrived = self._waiting.pop(name, None), signs.arrived()[0]
             if factors is not None:
-                self._add(name, factors, signs.to(own.dtype))
+                self._add(name, factors, arrived.to(self._other[name].dtype))
 
     def _signs(self, name: str) -> Tensor:
         return on_device(self._other[name].sign(), self._plan.parameters[name].device)

@@ -6,9 +6,8 @@ is fewer bytes. Where a batch has few tokens, and of tables, it is the rows that
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -20,14 +19,13 @@ from geffect_fast.capture.exchange import (
     OwnColumns,
     WholeRows,
     holders,
+    next_ahead,
     parts_of,
     share_of,
 )
 from geffect_fast.capture.factors import Factor, Lookup, Outer
 from geffect_fast.capture.products import InnerProducts, inner
 from geffect_fast.capture.segments import Offsets
-
-T = TypeVar("T")
 
 
 class ShardedProducts(InnerProducts):
@@ -59,7 +57,7 @@ class ShardedProducts(InnerProducts):
         told = shards.ranks.meet({k: [*map(_Described.of, some)] for k, some in waiting.items()})
         told = [told[rank] for rank in shards.copy]
         sums: list[tuple[str, Tensor, slice]] = []
-        for name, each in _next_ahead(self._under_way(waiting, told)):
+        for name, each in next_ahead(self._under_way(waiting, told)):
             if isinstance(each, _DirectionToRows):
                 self.found += [(name, score) for score in each.products()]
             else:
@@ -226,12 +224,3 @@ class _RowsToParts:
         ids = torch.where(here, cut - self._entries.start, 0)
         g = torch.where(here[:, None], uncut, 0)
         return inner(Lookup(ids, g, cu, part.shape[1]), part).double()
-
-
-def _next_ahead(items: Iterable[T]) -> Iterator[T]:
-    """The same ones, each when the next one has been made."""
-    before: list[T] = []
-    for item in items:
-        yield from before
-        before = [item]
-    yield from before

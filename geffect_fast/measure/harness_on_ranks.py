@@ -55,7 +55,7 @@ def on_ranks(base: Any) -> Any:
             answers: Callable[[Sequence[Any]], list[Any]],
             nothing: Callable[[], None],
         ) -> list[Any]:
-            own = range(len(requests))[self._ranks.rank :: self._ranks.size]
+            own, _ = self._ranks.dealt(range(len(requests)))
             found = answers([requests[i] for i in own]) if own else []
             while self._in_step and any(self._ranks.meet(False)):
                 nothing()

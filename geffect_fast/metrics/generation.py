@@ -73,7 +73,7 @@ def continuations(
         for batch in _in_step(longest_first, next_of, ranks):
             new = _greedy(model, torch.tensor(batch), ends, max_new_tokens, in_step=True)
             found |= zip(batch, (_until(row, ends) for row in new.tolist()), strict=True)
-    waiting = [] if is_sharded(model) else longest_first[ranks.rank :: ranks.size]
+    waiting = [] if is_sharded(model) else ranks.dealt(longest_first)[0]
     most = len(waiting)
     while waiting:
         batch = next_of(waiting, most)
@@ -105,8 +105,7 @@ def _in_step(
     while prompts:
         batches.append(next_of(prompts, most))
         prompts = prompts[len(batches[-1]) :]
-    missing = -len(batches) % ranks.size
-    return (batches + batches[:1] * missing)[ranks.rank :: ranks.size]
+    return ranks.dealt(batches, in_step=True)[0]
 
 
 @torch.no_grad()

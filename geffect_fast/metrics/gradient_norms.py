@@ -39,7 +39,7 @@ def gradient_norms(
 
     `whole_norms`: of the whole gradient; `parameter_norms`: the mean over trainable parameters of
     their own norms; `largest_entries`: the mean over them of the largest absolute entry, which no
-    ghost norm gives: each gradient is formed, a parameter at a time.
+    ghost norm gives: each gradient is formed.
 
     Args:
         model: in eval mode.

@@ -52,8 +52,8 @@ def batches_of(
     Of several ranks each is dealt sequences of all lengths, whatever its budget and layout are.
     """
     by_length = sorted(range(len(sequences)), key=lambda row: len(sequences[row]))
-    dealt = sorted(by_length[ranks.rank :: ranks.size])
-    samples = tuple(Sample(row, "", sequences[row]) for row in dealt)
+    own, _ = ranks.dealt(by_length)
+    samples = tuple(Sample(row, "", sequences[row]) for row in sorted(own))
     return make_batches(
         SampleSet("rows", samples), ("answer",), token_budget=budget.tokens, layout=layout
     )

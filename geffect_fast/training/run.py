@@ -336,15 +336,11 @@ def _check_serves_shards(model: nn.Module, training: Training) -> None:
             "fully_shard, and leave lora_rank out"
         )
     check_steps_parts(training.optimizer)
-    asked = {
-        "precision": training.precision == "fp16",
-    }
-    for name, is_asked in asked.items():
-        if is_asked:
-            raise InputError(
-                f"{name}: needs the whole model on each rank, and FSDP shares out its parameters; "
-                "leave it out"
-            )
+    if training.precision == "fp16":
+        raise InputError(
+            "precision: fp16 looks for overflow in whole gradients, and FSDP shares out the model; "
+            "use bf16, or leave it out"
+        )
 
 
 def check_steps_parts(optimizer: str) -> None:

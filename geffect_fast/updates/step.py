@@ -208,11 +208,9 @@ class Step:
         """
         if self._plan.shards is None:
             return weighted
-        ranks = self._plan.shards.ranks
-        own = weighted[ranks.rank :: ranks.size]
-        weights, first = weighted[0]
-        idle = -(-len(weighted) // ranks.size) - len(own)
-        return own + [(torch.zeros_like(weights), first)] * idle
+        own, idle = self._plan.shards.ranks.dealt(weighted, in_step=True)
+        counted = len(own) - idle
+        return own[:counted] + [(torch.zeros_like(of), batch) for of, batch in own[counted:]]
 
     def _add_kept(self, weights: Tensor, kept: Kept) -> None:
         for name, factors in kept.items():
