@@ -293,12 +293,8 @@ class Control:
         out where the original is."""
         if isinstance(source, nn.Module):
             return source
-        dtype = str(next(self._original.parameters()).dtype).removeprefix("torch.")
         trusted = self._settings.trust_remote_code
-        what = f"unlearned {name}"
-        if is_sharded(self._original):
-            return load_like(source, self._original, what, trusted)
-        return load_model(source, dtype, "cpu", what, trust_remote_code=trusted)
+        return load_like(source, self._original, f"unlearned {name}", trusted, whole_on="cpu")
 
     def of(
         self,

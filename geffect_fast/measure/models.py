@@ -119,20 +119,26 @@ def load_model(
 
 
 def load_like(
-    source: str | Path, model: nn.Module, what: str, trust_remote_code: bool
+    source: str | Path,
+    model: nn.Module,
+    what: str,
+    trust_remote_code: bool,
+    whole_on: str | None = None,
 ) -> nn.Module:
     """A further model, as exact and where another one is, and shared out where that is.
 
     Args:
         source, what, trust_remote_code: as for `load_model`.
         model: the other one.
+        whole_on: where a model lies that is not shared out; None: where the other one does.
     """
     first = next(model.parameters())
     dtype = str(first.dtype).removeprefix("torch.")
     if is_sharded(model):
         mesh = mesh_of(model)
         return load_parts(source, dtype, first.device, what, trust_remote_code, mesh=mesh)
-    return load_model(source, dtype, str(first.device), what, trust_remote_code=trust_remote_code)
+    where = whole_on or str(first.device)
+    return load_model(source, dtype, where, what, trust_remote_code=trust_remote_code)
 
 
 def load_parts(

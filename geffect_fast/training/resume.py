@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from geffect_fast.capture.compat import is_sharded
 from geffect_fast.capture.shards import part_of
 from geffect_fast.errors import InputError
-from geffect_fast.measure.models import has_remote_code, load_like, load_model
+from geffect_fast.measure.models import has_remote_code, load_like
 from geffect_fast.storage.disk import UNFINISHED, remove, synced
 from geffect_fast.storage.manifest import check_sums, checksums, files_below
 from geffect_fast.storage.seal import read_sealed, write_sealed
@@ -118,11 +118,7 @@ def load_weights(model: nn.Module, folder: Path) -> None:
 
 def _saved_weights(model: nn.Module, folder: Path) -> dict[str, Tensor]:
     trusted = has_remote_code(model)
-    if is_sharded(model):
-        return load_like(folder, model, "checkpoint", trusted).state_dict()
-    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
-    loaded = load_model(folder, dtype, "cpu", "checkpoint", trust_remote_code=trusted)
-    return loaded.state_dict()
+    return load_like(folder, model, "checkpoint", trusted, whole_on="cpu").state_dict()
 
 
 def _mark_of(folder: Path) -> dict[str, Any] | None:
