@@ -10,7 +10,6 @@ An error of one rank is told wherever ranks meet next, and ends the call on all 
 
 from __future__ import annotations
 
-import os
 import pickle
 import time
 import weakref
@@ -31,8 +30,6 @@ from geffect_fast.errors import GEffectError, InputError, reason_of
 
 if TYPE_CHECKING:
     from typing import ParamSpec
-
-    from torch.distributed.device_mesh import DeviceMesh
 
     P = ParamSpec("P")
 K = TypeVar("K")
@@ -68,7 +65,6 @@ class Ranks:
         self.rank, self.size = (0, 1) if world is None else (world.rank(), world.size())
         self._within = self._said = self._broken = self._exchanges = False
         self._n_exchanges = 0
-        self._of_hosts: list[weakref.ref[dist.ProcessGroup]] = []
         if world is not None:
             _wait_in_store(self.rank, self.size)
             # Its own, so that nothing of the program's comes between. Who is killed is noticed at
@@ -301,38 +297,6 @@ class Ranks:
     def send(self, tensor: Tensor) -> None:
         """Put in a tensor's place rank 0's, of the same shape and dtype; contiguous."""
         dist.broadcast(tensor, group=self._group_of(tensor), group_src=0)
-
-    def mesh(self, device: torch.device, *, by_host: bool = False) -> DeviceMesh:
-        """The ranks as FSDP takes them.
-
-        Args:
-            device: of this rank.
-            by_host: `(hosts, ranks of a host)`, where torchrun has started them, whose hosts have
-                numbers in a row; else in a row.
-
-        Raises:
-            InputError: how many ranks each host has is not known, or not the same.
-        """
-        from torch.distributed.device_mesh import DeviceMesh
-
-        if not by_host:
-            return DeviceMesh(device.type, list(range(self.size)))
-        sizes = self.meet(int(os.environ.get("LOCAL_WORLD_SIZE", 0)))
-        if set(sizes) != {sizes[0]} or not sizes[0] or self.size % sizes[0]:
-            raise _everywhere(
-                InputError(
-                    f"shard: hsdp needs as many ranks on each host, and they have {sizes} "
-                    "(LOCAL_WORLD_SIZE); start them by torchrun, or give fsdp"
-                )
-            )
-        numbers = torch.arange(self.size).view(-1, sizes[0])
-        names = ("copies", "parts")
-        if self._of_hosts:  # torch would make others for every model, and keep them
-            known = [_still_there(group) for group in self._of_hosts]
-            return DeviceMesh.from_group(known, device.type, numbers, mesh_dim_names=names)
-        mesh = DeviceMesh(device.type, numbers, mesh_dim_names=names)
-        self._of_hosts = [weakref.ref(group) for group in mesh.get_all_groups()]
-        return mesh
 
     def check_serves(self, device: torch.device) -> None:
         """Raise `InputError` where the program's group cannot add up tensors of a device."""

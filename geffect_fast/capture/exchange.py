@@ -13,30 +13,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from geffect_fast.capture.parts import holders, parts_of
+
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 T = TypeVar("T")
-
-
-def holders(own: nn.Parameter) -> ProcessGroup:
-    """The ranks that together hold one copy of a parameter, in the order of their parts.
-
-    Args:
-        own: what this rank holds of it, a `DTensor`. Of two dimensions of its mesh the first one
-            holds copies.
-    """
-    from torch.distributed.tensor import DTensor
-
-    assert isinstance(own, DTensor)
-    return own.device_mesh.get_group(own.device_mesh.ndim - 1)
-
-
-def parts_of(own: nn.Parameter) -> list[slice]:
-    """Of a parameter's first axis what each of its holders has."""
-    n_rows, n = own.shape[0], holders(own).size()
-    each = -(-n_rows // n)  # as FSDP cuts
-    return [slice(min(r * each, n_rows), min((r + 1) * each, n_rows)) for r in range(n)]
 
 
 class Gathered:

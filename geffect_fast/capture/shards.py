@@ -7,10 +7,9 @@ whole one, so hooks, rules and graphs know parameters by it; sums of gradients s
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -19,8 +18,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from geffect_fast.capture.compat import check_replicas, fsdp_groups, own_part, put_to_rest
-from geffect_fast.capture.exchange import holders
 from geffect_fast.capture.leaves import leaves_of
+from geffect_fast.capture.parts import holders, mesh_over
 from geffect_fast.capture.structure import receive_weights
 from geffect_fast.errors import InputError, UnsupportedModelError
 from geffect_fast.ranks import Ranks
@@ -28,14 +27,6 @@ from geffect_fast.ranks import Ranks
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.fsdp import FSDPModule
-
-
-def mesh_of(model: nn.Module) -> DeviceMesh:
-    """Over which ranks a model is shared out; it is put to rest."""
-    from torch.distributed.tensor import DTensor
-
-    put_to_rest(model)
-    return next(p.device_mesh for p in model.parameters() if isinstance(p, DTensor))
 
 
 def shard(
@@ -56,7 +47,7 @@ def shard(
         ranks: of a process group.
         device: where the parts will be.
         what: what messages call the model.
-        mesh: of all ranks, of which a second dimension, as of `Ranks.mesh`, has the parts of one
+        mesh: of all ranks, of which a second dimension, as of `mesh_over`, has the parts of one
             copy; None: in a row.
         sent: whether the first rank alone has the weights, on the CPU, and sends them group by
             group; the others have them on `meta`. Ranks are in step.
@@ -69,7 +60,7 @@ def shard(
     if not sent:
         check_replicas(model, ranks, what)
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
-    how: dict[str, Any] = {"mesh": mesh or ranks.mesh(device)}
+    how: dict[str, Any] = {"mesh": mesh or mesh_over(ranks, device)}
     if any(p.dtype != torch.float64 for p in model.parameters()):
         how["mp_policy"] = MixedPrecisionPolicy(reduce_dtype=torch.float32)
     for group in (*max(lists, key=len, default=()), model):
@@ -352,100 +343,6 @@ def _parameter_groups(module: FSDPModule) -> list[Any]:
     state = module._get_fsdp_state()
     found = getattr(state, "_fsdp_param_groups", None)  # some versions have one
     return [held for held in (found or [state._fsdp_param_group]) if held is not None]
-
-
-def whole_values(values: Mapping[str, Any], ranks: Ranks) -> dict[str, Any]:
-    """Values by key, of which tensors that ranks share out are brought together.
-
-    Args:
-        values: tensors and others, the same keys on all ranks.
-        ranks: all of them.
-
-    Returns:
-        On the first rank all values, what was shared out on the CPU; on the others nothing.
-    """
-    whole: dict[str, Any] = {}
-    for key, value in values.items():
-        found = whole_of(value)
-        if ranks.first:
-            whole[key] = found if found is value else found.cpu()
-    return whole
-
-
-def whole_copy(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """A copy of a model that ranks share out, whole and on the CPU; all of them make it together.
-
-    `fully_shard` has its modules refuse to be copied, so that they are what they were meanwhile.
-
-    Args:
-        model: at rest.
-        dtype: of the copy's floating-point tensors.
-    """
-    from torch.distributed._composable.contract import REGISTRY_KEY, STATE_KEY
-
-    memo: dict[int, Any] = {}
-    for p in model.parameters():
-        whole = whole_of(p.detach())
-        memo[id(p)] = nn.Parameter(whole.to("cpu", dtype, copy=True), p.requires_grad)
-    for b in model.buffers():
-        memo[id(b)] = b.to("cpu", dtype if b.is_floating_point() else b.dtype, copy=True)
-    groups = fsdp_groups(model)
-    kinds = [type(group) for group in groups]
-    nobody = object()
-    memo |= {id(group._get_fsdp_state()): nobody for group in groups}
-    try:
-        for group, kind in zip(groups, kinds, strict=True):
-            group.__class__ = kind.__bases__[1]  # behind FSDPModule
-        found = copy.deepcopy(model, memo)
-    finally:
-        for group, kind in zip(groups, kinds, strict=True):
-            group.__class__ = kind
-    for module in found.modules():
-        for key in (REGISTRY_KEY, STATE_KEY):
-            module.__dict__.pop(key, None)
-        for hooks in (module._forward_pre_hooks, module._forward_hooks):
-            for number in [k for k, h in hooks.items() if getattr(h, "__self__", None) is nobody]:
-                del hooks[number]
-    return found
-
-
-def whole_of(value: Any) -> Any:
-    """What is given; a tensor that ranks share out is brought together, for which all call this."""
-    return value.full_tensor() if hasattr(value, "full_tensor") else value
-
-
-def sum_over_parts(own: Tensor, of: Tensor) -> Tensor:
-    """The sum of what ranks have found of their parts of a tensor; what is whole has one.
-
-    Args:
-        own: this rank's, of any shape, where its part lies.
-        of: the tensor. Ranks that share it out all call this.
-    """
-    if not hasattr(of, "full_tensor"):
-        return own
-    from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
-
-    assert isinstance(of, DTensor)
-    to_add = [Partial() if isinstance(each, Shard) else Replicate() for each in of.placements]
-    return DTensor.from_local(own, of.device_mesh, to_add, run_check=False).full_tensor()
-
-
-def part_of(whole: Tensor, like: Tensor) -> Tensor:
-    """What this rank holds of a whole tensor that is shared out as another one is.
-
-    Args:
-        whole: the same on all ranks, or shared out already.
-        like: of its shape; one that is whole itself keeps it whole.
-    """
-    from torch.distributed.tensor import DTensor, distribute_tensor
-
-    if isinstance(whole, DTensor) or not isinstance(like, DTensor):
-        return whole
-    where = like.to_local().device
-    # Every rank has it: nobody sends it. A view would keep the whole.
-    return distribute_tensor(
-        whole.to(where), like.device_mesh, like.placements, src_data_rank=None
-    ).clone()
 
 
 class _Nothing(torch.autograd.Function):

@@ -18,12 +18,11 @@ from geffect_fast.capture.exchange import (
     Gathered,
     OwnColumns,
     WholeRows,
-    holders,
     next_ahead,
-    parts_of,
     share_of,
 )
 from geffect_fast.capture.factors import Factor, Lookup, Outer
+from geffect_fast.capture.parts import holders, parts_of
 from geffect_fast.capture.products import InnerProducts, inner
 from geffect_fast.capture.segments import Offsets
 

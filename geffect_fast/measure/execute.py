@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from geffect_fast.capture.parts import mesh_over
 from geffect_fast.data import read_refusals, read_rows
 from geffect_fast.data.memory import free_memory
 from geffect_fast.errors import InputError
@@ -228,7 +229,7 @@ def loaded(
     if whole or (config.shard == "auto" and _fits(source, config, device, beside, what)):
         where = str(whole_on or device)
         return load_model(source, config.dtype, where, what, trust_remote_code=trusted)
-    mesh = here().mesh(device, by_host=config.shard == "hsdp")
+    mesh = mesh_over(here(), device, by_host=config.shard == "hsdp")
     return load_parts(source, config.dtype, device, what, trusted, adapted, mesh)
 
 

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from geffect_fast.capture.compat import check_finite, is_sharded, own_part, put_to_rest
-from geffect_fast.capture.shards import whole_of
+from geffect_fast.capture.parts import whole_of
 from geffect_fast.errors import InputError
 from geffect_fast.measure.models import quiet_transformers
 from geffect_fast.measure.parts import whole_on_first

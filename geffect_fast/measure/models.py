@@ -14,7 +14,8 @@ import torch
 from torch import nn
 
 from geffect_fast.capture.compat import check_finite, is_sharded
-from geffect_fast.capture.shards import mesh_of, shard
+from geffect_fast.capture.parts import mesh_of
+from geffect_fast.capture.shards import shard
 from geffect_fast.capture.structure import structure_of
 from geffect_fast.errors import InputError, in_one_line
 from geffect_fast.paths import user_path

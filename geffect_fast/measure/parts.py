@@ -1,21 +1,60 @@
-"""Models in parts outside of passes: trained and put back, and saved whole.
+"""Models in parts outside of passes: copied whole, trained and put back, and saved whole.
 
 FSDP makes no copies of models that something could be done with instead.
 """
 
 from __future__ import annotations
 
+import copy
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 
-from geffect_fast.capture.compat import own_part, put_to_rest
+from geffect_fast.capture.compat import fsdp_groups, own_part, put_to_rest
 from geffect_fast.capture.modes import modes_kept
-from geffect_fast.capture.shards import whole_values
+from geffect_fast.capture.parts import whole_of, whole_values
 from geffect_fast.ranks import here
+
+
+def whole_copy(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """A copy of a model that ranks share out, whole and on the CPU; all of them make it together.
+
+    `fully_shard` has its modules refuse to be copied, so that they are what they were meanwhile.
+
+    Args:
+        model: at rest.
+        dtype: of the copy's floating-point tensors.
+    """
+    from torch.distributed._composable.contract import REGISTRY_KEY, STATE_KEY
+
+    memo: dict[int, Any] = {}
+    for p in model.parameters():
+        whole = whole_of(p.detach())
+        memo[id(p)] = nn.Parameter(whole.to("cpu", dtype, copy=True), p.requires_grad)
+    for b in model.buffers():
+        memo[id(b)] = b.to("cpu", dtype if b.is_floating_point() else b.dtype, copy=True)
+    groups = fsdp_groups(model)
+    kinds = [type(group) for group in groups]
+    nobody = object()
+    memo |= {id(group._get_fsdp_state()): nobody for group in groups}
+    try:
+        for group, kind in zip(groups, kinds, strict=True):
+            group.__class__ = kind.__bases__[1]  # behind FSDPModule
+        found = copy.deepcopy(model, memo)
+    finally:
+        for group, kind in zip(groups, kinds, strict=True):
+            group.__class__ = kind
+    for module in found.modules():
+        for key in (REGISTRY_KEY, STATE_KEY):
+            module.__dict__.pop(key, None)
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            for number in [k for k, h in hooks.items() if getattr(h, "__self__", None) is nobody]:
+                del hooks[number]
+    return found
 
 
 @contextmanager

@@ -12,9 +12,11 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from geffect_fast.capture.compat import is_sharded, own_part
-from geffect_fast.capture.shards import mesh_of, shard, whole_copy
+from geffect_fast.capture.parts import mesh_of
+from geffect_fast.capture.shards import shard
 from geffect_fast.data.memory import free_memory
 from geffect_fast.errors import InputError
+from geffect_fast.measure.parts import whole_copy
 from geffect_fast.ranks import here
 
 TOLERANCE = {

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from geffect_fast.capture.compat import own_part
-from geffect_fast.capture.shards import part_of
+from geffect_fast.capture.parts import part_of
 from geffect_fast.errors import InputError
 from geffect_fast.objectives import Objective
 from geffect_fast.ops.reference import accumulation_dtype

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from geffect_fast.capture.compat import own_part
-from geffect_fast.capture.shards import part_of
+from geffect_fast.capture.parts import part_of
 from geffect_fast.errors import InputError
 from geffect_fast.optimizers.rules import RULES, Held
 from geffect_fast.paths import user_path

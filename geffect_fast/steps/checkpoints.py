@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from geffect_fast.capture.compat import check_finite, own_part
-from geffect_fast.capture.shards import part_of
+from geffect_fast.capture.parts import part_of
 from geffect_fast.errors import InputError
 from geffect_fast.measure.models import has_remote_code, load_model
 from geffect_fast.storage.run_model import check_run_model

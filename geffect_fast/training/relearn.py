@@ -19,7 +19,8 @@ from transformers import TrainerCallback
 from geffect_fast.arguments import checked_config, with_settings
 from geffect_fast.capture import Plan
 from geffect_fast.capture.compat import check_finite, check_is_model, is_sharded
-from geffect_fast.capture.shards import at_work, mesh_of
+from geffect_fast.capture.parts import mesh_of
+from geffect_fast.capture.shards import at_work
 from geffect_fast.data import SampleSet, read_rows, tokenize_rows
 from geffect_fast.data.row_kinds import row_kind
 from geffect_fast.engines.known_models import choose_layout

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from geffect_fast.capture.compat import is_sharded
-from geffect_fast.capture.shards import part_of
+from geffect_fast.capture.parts import part_of
 from geffect_fast.errors import InputError
 from geffect_fast.measure.models import has_remote_code, load_like
 from geffect_fast.storage.disk import UNFINISHED, remove, synced

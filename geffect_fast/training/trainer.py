@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.utils.data import SequentialSampler
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
-from geffect_fast.capture.shards import Shards, part_of, whole_values
+from geffect_fast.capture.parts import part_of, whole_values
+from geffect_fast.capture.shards import Shards
 from geffect_fast.capture.summed_backwards import SummedBackwards
 from geffect_fast.data.batch import Batch
 from geffect_fast.engines.batches import (

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from geffect_fast import ops
 from geffect_fast.capture.compat import own_part
-from geffect_fast.capture.shards import sum_over_parts
+from geffect_fast.capture.parts import sum_over_parts
 
 Gradients = dict[str, Tensor]
 """A gradient by parameter name; a parameter that is missing takes no part, as one without `.grad`.

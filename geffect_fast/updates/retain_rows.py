@@ -23,9 +23,9 @@ import torch
 from torch import Tensor
 
 from geffect_fast.capture import Factor, Lookup, Outer, Plan, Recording, RowSum
+from geffect_fast.capture.parts import whole_of
 from geffect_fast.capture.per_sample import record_rows
 from geffect_fast.capture.products import in_working_precision, inner, pairwise
-from geffect_fast.capture.shards import whole_of
 from geffect_fast.data.memory import free_memory
 from geffect_fast.errors import InputError, NonFiniteError, UnsupportedModelError
 from geffect_fast.ops.reference import accumulation_dtype

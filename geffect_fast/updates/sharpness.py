@@ -9,7 +9,7 @@ from typing import ClassVar
 import numpy as np
 import torch
 
-from geffect_fast.capture.shards import part_of
+from geffect_fast.capture.parts import part_of
 from geffect_fast.errors import InputError
 from geffect_fast.objectives.parameters import parameter
 from geffect_fast.updates.base import Need, UpdateRule

@@ -17,7 +17,7 @@ from geffect_fast.capture.compat import (
     unwrapped,
 )
 from geffect_fast.capture.modes import evaluating
-from geffect_fast.capture.shards import part_of, whole_values
+from geffect_fast.capture.parts import part_of, whole_values
 from geffect_fast.errors import InputError, UnsupportedModelError
 from geffect_fast.ranks import ALONE, here
 from geffect_fast.updates.base import UpdateRule

@@ -6,6 +6,7 @@ from ranked import commanded, on_ranks
 
 import geffect_fast as gf
 from geffect_fast import ranks
+from geffect_fast.capture.parts import mesh_over
 from geffect_fast.cli import main
 from geffect_fast.errors import InputError
 from geffect_fast.measure import models
@@ -44,12 +45,15 @@ def on_two_hosts(study, out):
         found = [
             commanded([*words, "--shard", "hsdp"]) for words in (*words_for(study, out), check)
         ]
-        again = [ranks.here().mesh(torch.device("cpu"), by_host=True) for _ in range(2)]
+        again = [mesh_over(ranks.here(), torch.device("cpu"), by_host=True) for _ in range(2)]
         one, other = ([group.group_name for group in each.get_all_groups()] for each in again)
         assert one == other, "each mesh has groups of its own, which stay"
         patch.setenv("LOCAL_WORLD_SIZE", str(1 + torch.distributed.get_rank() % 2))
         with pytest.raises(InputError) as error, ranks.here().together("mesh"):
-            ranks.here().mesh(torch.device("cpu"), by_host=True)
+            mesh_over(ranks.here(), torch.device("cpu"), by_host=True)
+        patch.setenv("LOCAL_WORLD_SIZE", "3")
+        with pytest.raises(InputError, match="of 4 they have 3"), ranks.here().together("mesh"):
+            mesh_over(ranks.here(), torch.device("cpu"), by_host=True)
     return found, meshes, str(error.value)
 
 
@@ -57,7 +61,7 @@ def test_copies_of_a_model_give_what_one_process_finds(study, tmp_path, undrawn)
     for code, meshes, said in on_ranks(4, on_two_hosts, study, tmp_path / "ranks"):
         assert [number for number, _ in code] == [0, 0, 0, 0], code
         assert meshes and set(meshes) == {(2, 2)}
-        assert said.startswith("shard: hsdp needs as many ranks on each host, and they have [1, 2,")
+        assert "ranks of a host (LOCAL_WORLD_SIZE): rank 1 has 2, and rank 0 1" in said
     for words in words_for(study, tmp_path / "alone"):
         assert main(words) == 0
     one, other = (gf.open_run(tmp_path / name / "profile") for name in ("alone", "ranks"))

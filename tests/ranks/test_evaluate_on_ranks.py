@@ -20,6 +20,7 @@ from torch.distributed.fsdp import fully_shard
 
 import geffect_fast as gf
 from geffect_fast import ranks, report
+from geffect_fast.capture.parts import mesh_over
 from geffect_fast.capture.shards import shard
 from geffect_fast.cli import main
 from geffect_fast.data import write_jsonl
@@ -68,7 +69,7 @@ def parts():
         measured(FEW | {"metrics": "nll, reference", "vocabulary": 280}, in_parts=True)
     whole, model = adapted(), adapted()
     for module in (*model.base_model.model.model.layers, model):
-        mesh = ranks.here().mesh(torch.device("cpu"))
+        mesh = mesh_over(ranks.here(), torch.device("cpu"))
         fully_shard(module, mesh=mesh, reshard_after_forward=True)
     given = FEW | {"max_new_tokens": 6}
     with ranks.on_its_own():

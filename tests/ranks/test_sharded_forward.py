@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from geffect_fast import ranks
 from geffect_fast.capture import Plan
+from geffect_fast.capture.parts import mesh_over
 from geffect_fast.capture.shards import shard
 from geffect_fast.engines.dual.tensor import Dual
 from geffect_fast.engines.forward import moves_for
@@ -72,7 +73,7 @@ def measured_by_groups_of_its_own(is_sharded):
     layers = model.model.layers
     seen = []
     if is_sharded:
-        how = {"mesh": ranks.here().mesh(torch.device("cpu"))}
+        how = {"mesh": mesh_over(ranks.here(), torch.device("cpu"))}
         for layer in layers:
             fully_shard(layer.mlp, **how, reshard_after_forward=layer is layers[0])
             fully_shard(layer, **how)

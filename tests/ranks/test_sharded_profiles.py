@@ -16,6 +16,7 @@ from geffect_fast import ranks
 from geffect_fast.capture import Plan
 from geffect_fast.capture.compat import is_sharded
 from geffect_fast.capture.exchange import Gathered
+from geffect_fast.capture.parts import mesh_over
 from geffect_fast.capture.shards import shard
 from geffect_fast.engines import reverse, sharded_products
 from geffect_fast.errors import GEffectError, InputError, NonFiniteError, UnsupportedModelError
@@ -71,7 +72,7 @@ def every_case(sharded, names=tuple(CASES)):
             models["reference_model"] = build(architecture, dtype, seed=7)
             for model in models.values():
                 if name == "few":
-                    fully_shard(model, mesh=ranks.here().mesh(torch.device("cpu")))
+                    fully_shard(model, mesh=mesh_over(ranks.here(), torch.device("cpu")))
                 elif name in COPIES and ranks.here().size == 4:
                     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("copies", "parts"))
                     for block in max(lists_of(model), key=len):
@@ -142,7 +143,7 @@ def gradients_of_branches():
     model, x = Branches(), torch.randn(2, 4, 3)
     whole = sum(model(x[rank], both=rank == 0).square().sum() for rank in range(2))
     expected = torch.autograd.grad(whole, list(model.parameters()))
-    fully_shard(model, mesh=ranks.here().mesh(torch.device("cpu")))
+    fully_shard(model, mesh=mesh_over(ranks.here(), torch.device("cpu")))
     plan, rank = Plan.of(model, may_be_sharded=True), torch.distributed.get_rank()
     model.always.bias.grad = torch.ones_like(model.always.bias)
     with plan.summing():
@@ -207,7 +208,7 @@ def some_ranks():
 
 def sums_in_16_bits():
     model = build("llama", torch.bfloat16)
-    fully_shard(model, mesh=ranks.here().mesh(torch.device("cpu")))
+    fully_shard(model, mesh=mesh_over(ranks.here(), torch.device("cpu")))
     with pytest.raises(UnsupportedModelError) as error:
         profiled("llama", torch.bfloat16, model=model, reference_model=None, objectives=["ga"])
     return str(error.value)

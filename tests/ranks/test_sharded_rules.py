@@ -13,6 +13,7 @@ from torch.distributed.fsdp import fully_shard
 
 import geffect_fast as gf
 from geffect_fast import ranks
+from geffect_fast.capture.parts import mesh_over
 from geffect_fast.capture.shards import shard
 from geffect_fast.data import write_jsonl
 from geffect_fast.measure.models import load_model
@@ -59,7 +60,7 @@ def in_parts(which):
     if dist.is_initialized():
         cpu = torch.device("cpu")
         if which == "llama":  # as other packages do
-            fully_shard(model.model.embed_tokens, mesh=ranks.here().mesh(cpu))
+            fully_shard(model.model.embed_tokens, mesh=mesh_over(ranks.here(), cpu))
         shard(model, ranks.here(), cpu)
     return model
 

@@ -15,6 +15,7 @@ from torch.distributed.fsdp import fully_shard
 import geffect_fast as gf
 from geffect_fast import ranks
 from geffect_fast.capture import Plan
+from geffect_fast.capture.parts import mesh_over
 from geffect_fast.capture.shards import shard
 from geffect_fast.errors import GEffectError, UnsupportedModelError
 from geffect_fast.training import trainer
@@ -154,7 +155,7 @@ def others():
         found[name] = weights.numpy().copy()
     if dist.is_initialized():
         model, rank = Routed(), dist.get_rank()
-        fully_shard(model, mesh=ranks.here().mesh(torch.device("cpu")))
+        fully_shard(model, mesh=mesh_over(ranks.here(), torch.device("cpu")))
         plan = Plan.of(model, may_be_sharded=True)
         with pytest.raises(UnsupportedModelError, match="reach what is trained in a block"):
             loss = model(torch.ones(2, 3), taken=rank == 0).sum()
