@@ -27,6 +27,7 @@ from geffect_fast.measure.evaluator import Evaluator, Model, checked_probes
 from geffect_fast.measure.mixture import Mixture
 from geffect_fast.measure.models import load_like, load_model
 from geffect_fast.metrics.base import ALL, FORGET, HOLDOUT, Measure
+from geffect_fast.metrics.gradient_norms import NORM_NEEDS
 from geffect_fast.metrics.registry import resolved_metrics
 from geffect_fast.paths import short_names
 from geffect_fast.ranks import here, on_all_ranks
@@ -322,6 +323,12 @@ class Control:
             check_is_model(unlearned, what)
             mixture = Mixture(self._original, unlearned, self._working, what)
             try:
+                if mixture.is_whole_in_part and self._reads_gradients:
+                    raise InputError(
+                        f"{what}: gradient_norm needs the gradients of two adapters, of which FSDP "
+                        "shares out the first alone; leave the metric out, or merge both into "
+                        "their base"
+                    )
                 curves[name] = {0.0: self._kept}
                 shares[name] = self._share(mixture, curves[name], name, progress)
                 share = shares[name].alpha
@@ -340,6 +347,10 @@ class Control:
             if is_sharded(self._original):
                 gc.collect()  # FSDP's modules hold each other
         return self._dataset(shares, curves, at_share, as_given)
+
+    @property
+    def _reads_gradients(self) -> bool:
+        return any(not {*m.wants()}.isdisjoint(NORM_NEEDS) for m in self._evaluator.metrics)
 
     def _share(
         self, mixture: Mixture, curve: dict[float, Measure], name: str, progress: bool

@@ -119,6 +119,11 @@ class Mixture:
             part.target.copy_(mixed(part.start, part.end, alpha))
         return self.model
 
+    @property
+    def is_whole_in_part(self) -> bool:
+        """Whether ranks share out the model, and each has a second adapter whole."""
+        return self._second is not None and is_sharded(self.model)
+
     def put_back(self) -> None:
         """Have models in parts, which are written to, be as they were; nothing comes after it."""
         put_to_rest(self.model)

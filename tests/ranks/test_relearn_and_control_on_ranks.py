@@ -164,15 +164,19 @@ def refused():
         said.append(str(error.value))
     one, another = held(adapter_on(base, 3), adapter_on(base, 4))
     before = as_it_is(one)
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(NotImplementedError):
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(OSError, match="no luck"):
         patch.setattr(peft, "set_peft_model_state_dict", no_luck)
         gf.control(one, another, reads, **KEPT)
+    assert str(as_it_is(one)) == str(before)
+    with pytest.raises(InputError, match="gradients of two adapters, of which FSDP shares out"):
+        norms = {"metrics": ["gradient_norm"], "holdout": ROWS[9:11]}
+        gf.control(one, another, reads, **KEPT | norms)
     assert str(as_it_is(one)) == str(before)
     return said
 
 
 def no_luck(*_, **__):
-    raise NotImplementedError
+    raise OSError("no luck")
 
 
 def both(where):
