@@ -104,7 +104,7 @@ $(VENV)/tools-%: $(VENV)/installed
 # The headers alone: what the package depends on is for its Python side.
 $(VENV)/tools-cuda: $(VENV)/installed
 	@echo "installing the CUTLASS headers"
-	@$(PIP) --no-deps $(call extra,cuda)
+	@flock $(VENV) $(PIP) --no-deps $(call extra,cuda)
 	@touch $@
 
 demo: $(VENV)/tools-evaluate
@@ -162,7 +162,7 @@ format: $(VENV)/tools-lint
 	$(BIN)/clang-format -i $(CPP_FILES)
 
 cuda-check: $(VENV)/tools-cuda
-	$(BIN)/python tools/cuda_check.py
+	$(BIN)/python tools/cuda_check.py --jobs $(JOBS)
 
 $(SANITIZED)/built: $(VENV)/tools-test setup.py $(NATIVE) $(PYTHON_FILES)
 	@echo "building geffect_fast with sanitizers into $(@D)"

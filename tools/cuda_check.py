@@ -33,7 +33,6 @@ setup = module_from_spec(_spec)
 _spec.loader.exec_module(setup)
 
 BUILD = ROOT / "build/cuda_check"
-JOBS = 2
 NAME_LENGTH = 100
 # Such as wgmma instructions that wait for each other; ptxas calls it information.
 PERFORMANCE_LOSS = r"Potential Performance Loss: .*"
@@ -212,6 +211,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("files", nargs="*", metavar="FILE", help="such as ghost_norm; none: all")
     parser.add_argument("--target", action="append", choices=setup.CUDA_TARGETS, help="none: all")
+    parser.add_argument("--jobs", type=int, default=2, help="files compiled side by side")
     options = parser.parse_args(argv)
     toolkit = setup.find_toolkit()
     if toolkit is None:
@@ -230,16 +230,16 @@ def main(argv: list[str] | None = None) -> int:
         return _fail(
             "no CUTLASS headers were found; pip install nvidia-cutlass, or set CUTLASS_PATH"
         )
-    return check(jobs, toolkit, targets)
+    return check(jobs, toolkit, targets, options.jobs)
 
 
-def check(jobs: list[Job], toolkit: setup.Toolkit, targets: list[str]) -> int:
+def check(jobs: list[Job], toolkit: setup.Toolkit, targets: list[str], side_by_side: int) -> int:
     """Run the jobs, print as they end, and return the exit code."""
     BUILD.mkdir(parents=True, exist_ok=True)
     common = common_hash(toolkit)
     rows: dict[tuple[str, str], dict[str, Kernel]] = {}
     failures = []
-    with ThreadPoolExecutor(JOBS) as pool:
+    with ThreadPoolExecutor(side_by_side) as pool:
         reports = pool.map(lambda job: report_of(job, toolkit.nvcc, common), jobs)
         for job, report in zip(jobs, reports, strict=True):
             where = f"{job.source.name} {setup.sm_name(job.target)}"

@@ -21,6 +21,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib import import_module
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -192,11 +193,18 @@ def prepare(folder: Path) -> None:
 AUTHORS, EPOCHS, ASCENTS = 6, 24, 3
 
 
-def load() -> None:
-    """Import once what every command would take seconds to import: they are forks of this one."""
-    import geffect_fast.demo
-    import geffect_fast.report.html.page
-    import geffect_fast.training.execute  # noqa: F401
+IMPORTED = (
+    "geffect_fast.demo",
+    "geffect_fast.report.html.page",
+    "geffect_fast.report.tables.steps",
+    "geffect_fast.training.execute",
+    "geffect_fast.training.trainer",
+    "matplotlib.figure",
+    "torch._decomp.decompositions_for_jvp",
+    "transformers.models.llama.modeling_llama",
+    "xarray.backends.h5netcdf_",
+)
+"""What every command would take seconds to import."""
 
 
 def forked(function: Callable[[], Any], folder: Path) -> tuple[int, str]:
@@ -234,7 +242,8 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="change nothing")
     given = parser.parse_args()
     os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "NO_COLOR": "1"}
-    load()
+    for module in IMPORTED:  # once: commands are forks of this process
+        import_module(module)
     number = wrong = 0
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
