@@ -130,7 +130,7 @@ def open_evaluation(folder: str | Path) -> xr.Dataset:
     Raises:
         InputError: there are none, or the file is damaged.
     """
-    import xarray as xr
+    from geffect_fast.storage.netcdf import read_dataset
 
     path = user_path(folder)
     try:
@@ -141,7 +141,7 @@ def open_evaluation(folder: str | Path) -> xr.Dataset:
         if file.name == EVALUATION:
             check_file(file.parent, EVALUATION, "run evaluate again")
         check_size(file)
-        with xr.open_dataset(file, engine="h5netcdf") as dataset:
+        with read_dataset(file) as dataset:
             loaded = dataset.load()
         loaded.attrs = plain_attrs(loaded.attrs)
     except InputError:

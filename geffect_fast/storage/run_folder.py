@@ -281,11 +281,13 @@ def open_run(folder: str | Path, *, lazy: bool = False) -> xr.Dataset:
     """
     import xarray as xr
 
+    from geffect_fast.storage.netcdf import read_dataset
+
     file = _result_of(folder)
     _check_whole(file)
     try:
         check_size(file)
-        dataset = xr.open_dataset(file, engine="h5netcdf", decode_cf=not lazy)
+        dataset = read_dataset(file, decode_cf=not lazy)
         if lazy:
             dataset = xr.decode_cf(_with_lazy_texts(dataset))
     except InputError:
@@ -396,11 +398,11 @@ def save_result(dataset: xr.Dataset, file: Path) -> None:
 
 def write_dataset(dataset: xr.Dataset, file: Path) -> None:
     """Write a result as NetCDF-4 with compression; raises `OSError` where the disk refuses."""
-    import h5netcdf
+    from geffect_fast.storage.netcdf import open_netcdf
 
     with DiskFile(file) as disk:
         try:
-            with h5netcdf.File(disk, "w") as h5:
+            with open_netcdf(disk, "w") as h5:
                 store_in(h5, dataset)
         finally:
             disk.check()  # also where HDF5 misses what it could not write

@@ -44,7 +44,7 @@ class EffectFile:
             raise InputError(f"out: folder {self.file.parent} does not exist; make it first")
 
     def __enter__(self) -> EffectFile:
-        import h5netcdf
+        from geffect_fast.storage.netcdf import open_netcdf
 
         sizes = [n for at, n in enumerate(self.shape) if at != PLACE or self._has_place]
         # A sample is written at a time, and read at a time by whoever sums over positions.
@@ -53,7 +53,7 @@ class EffectFile:
             self._disk = DiskFile(self._part)
         except OSError as error:
             raise unwritable(f"out: {self.file}", "file", error) from error
-        self._h5 = h5netcdf.File(self._disk, "w")
+        self._h5 = open_netcdf(self._disk, "w")
         self._h5.dimensions = dict(zip(self.dims, sizes, strict=True))
         self._effect = self._h5.create_variable(
             "g_effect", self.dims, "f8", chunks=chunks, **COMPRESSION

@@ -3,6 +3,8 @@
 import sys
 from pathlib import Path
 
+import h5netcdf
+import h5py
 import numpy as np
 import pandas as pd
 import pytest
@@ -14,7 +16,8 @@ from geffect_fast.errors import GEffectError, InputError
 from geffect_fast.storage.disk import UNFINISHED
 from geffect_fast.storage.export import export
 from geffect_fast.storage.manifest import Manifest, check_sums, files_below
-from geffect_fast.storage.run_folder import check_free, open_run
+from geffect_fast.storage.netcdf import read_dataset
+from geffect_fast.storage.run_folder import check_free, open_run, store_in, write_dataset
 from geffect_fast.storage.run_yaml import load_config
 from geffect_fast.storage.save_run import save_run
 
@@ -29,6 +32,30 @@ def note(dataset, folder):
     (folder / "summary.csv").write_text("summary")
     (folder / "plots").mkdir()
     (folder / "plots" / "layers.png").write_text("plot")
+
+
+def test_a_file_is_what_h5netcdf_writes_and_reads(tmp_path):
+    dataset = make_dataset(resolve=("parameter", "sample"))
+    ours, theirs = tmp_path / "ours.nc", tmp_path / "theirs.nc"
+    write_dataset(dataset, ours)
+    with h5netcdf.File(theirs, "w") as h5:
+        store_in(h5, dataset)
+    with h5py.File(ours) as a, h5py.File(theirs) as b:
+        assert list(a) == list(b) and list(a.attrs) == list(b.attrs)
+        for name, one in a.items():
+            other = b[name]
+            assert list(one.attrs) == list(other.attrs)
+            assert (one.dtype, one.shape, one.chunks) == (other.dtype, other.shape, other.chunks)
+            assert (one.compression, one.shuffle) == (other.compression, other.shuffle)
+            if "DIMENSION_LIST" in one.attrs:
+                axes = [
+                    [h5[at[0]].name for at in of.attrs["DIMENSION_LIST"]]
+                    for h5, of in ((a, one), (b, other))
+                ]
+                assert axes[0] == axes[1]
+    with xr.open_dataset(ours, engine="h5netcdf") as plain, read_dataset(ours) as found:
+        xr.testing.assert_identical(found, plain)
+        assert found["g_effect"].encoding["source"] == str(ours)
 
 
 @pytest.mark.parametrize("resolve", [("parameter", "sample"), ("parameter",), ("sample",), ()])

@@ -1,0 +1,73 @@
+"""NetCDF-4 files through h5netcdf, which looks an object of a small file up a hundred times.
+
+Each time HDF5 opens it anew, which took most of the time that a small result takes. h5netcdf works
+on any open file of h5py; it is given one that opens an object once.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal
+
+import h5netcdf
+import h5py
+
+if TYPE_CHECKING:
+    import xarray as xr
+
+
+class _OpenedOnce(h5py.File):
+    """An HDF5 file that keeps the objects in it open which it was asked for."""
+
+    def __init__(self, file: Path | BinaryIO, mode: str, **more: Any) -> None:
+        super().__init__(file, mode, **more)
+        self._opened: dict[str, Any] = {}
+
+    def __getitem__(self, name: Any) -> Any:
+        if not isinstance(name, str):  # a reference
+            return super().__getitem__(name)
+        if name == "/":
+            return self
+        name = name.lstrip("/")
+        if name not in self._opened:
+            self._opened[name] = super().__getitem__(name)
+        return self._opened[name]
+
+    def __delitem__(self, name: str) -> None:
+        self._opened.pop(name.lstrip("/"), None)
+        super().__delitem__(name)
+
+
+class _NetCDF(h5netcdf.File):
+    """A file of h5netcdf that closes the file of h5py that it was given."""
+
+    def __init__(self, hdf5: h5py.File, mode: str, **more: Any) -> None:
+        super().__init__(hdf5, mode, **more)
+        self._hdf5 = hdf5
+
+    def close(self) -> None:
+        super().close()
+        self._hdf5.close()
+
+
+def open_netcdf(file: Path | BinaryIO, mode: Literal["r", "w"]) -> h5netcdf.File:
+    """A file to be read, or written anew, as h5netcdf itself opens it; close it after use."""
+    if mode == "w":
+        return _NetCDF(_OpenedOnce(file, mode, track_order=True), mode)
+    more = {"decode_vlen_strings": True, "phony_dims": "access"}
+    return _NetCDF(_OpenedOnce(file, mode), mode, **more)
+
+
+def read_dataset(file: Path, **how: Any) -> xr.Dataset:
+    """The dataset in a file, of which numbers are read when they are asked for, until `.close()`.
+
+    Args:
+        file: NetCDF-4.
+        how: as `xarray.open_dataset` takes it.
+
+    Raises:
+        Exception: of many kinds, deep in HDF5, where it is torn.
+    """
+    import xarray as xr
+
+    return xr.open_dataset(xr.backends.H5NetCDFStore(open_netcdf(file, "r")), **how)
