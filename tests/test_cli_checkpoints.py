@@ -34,8 +34,7 @@ def here(study, tmp_path, monkeypatch):
     return folder
 
 
-@pytest.mark.usefixtures("drawn")
-def test_a_run_is_stopped_gone_on_with_and_replayed(here, monkeypatch, capsys):
+def test_a_run_is_stopped_gone_on_with_and_replayed(here, monkeypatch, capsys, undrawn):
     plain = Probe.at
 
     def stopping(self, step, **more):
@@ -56,7 +55,8 @@ def test_a_run_is_stopped_gone_on_with_and_replayed(here, monkeypatch, capsys):
     monkeypatch.undo()
     monkeypatch.chdir(here)
     (here / "run/steps/mine.txt").write_text("x")
-    assert main(["profile", "--quiet", "--out", "run", "--resume"]) == 0
+    with undrawn():
+        assert main(["profile", "--quiet", "--out", "run", "--resume"]) == 0
     said = capsys.readouterr().err
     assert said.startswith("warning: ") and "mine.txt is no step file; it is left alone" in said
     names = {path.name for path in (here / "run").iterdir()}

@@ -18,7 +18,7 @@ import geffect_fast as gf
 from geffect_fast.errors import InputError
 from geffect_fast.storage.lock import LOCK, locked
 
-MOMENTS = range(2, 60, 8)
+MOMENTS = (2, 20, 50)
 """Which of the changes of the disk a training does not live to see."""
 IN_USE = f"is in use by process {os.getpid()} on {platform.node()}; wait for its end"
 
@@ -69,8 +69,7 @@ def refused_in(run):
     return said
 
 
-@pytest.mark.parametrize("event", ["on_train_begin", "on_step_end", "on_epoch_end"])
-def test_others_are_refused_by_name_while_it_trains(tmp_path, event):
+def test_others_are_refused_by_name_while_it_trains_and_nothing_of_it_is_kept(tmp_path):
     said = []
 
     def lock():
@@ -86,15 +85,26 @@ def test_others_are_refused_by_name_while_it_trains(tmp_path, event):
             nested()
         said.append(str(caught.value))
 
-    training(tmp_path, At(look, event)).train()
-    assert len(said) >= 3 and all(IN_USE in line for line in said), said
+    events = ("on_train_begin", "on_step_end", "on_epoch_end")
+    run = training(tmp_path, *(At(look, event) for event in events))
+    run.train()
+    assert len(said) == 3 * (1 + 2 + 1) and all(IN_USE in line for line in said), said
+    locks = [each for each in gc.get_objects() if type(each).__name__ == "TrainingLock"]
+    assert not [each for each in locks if each._loop is not None] and run is not None
     lock()
     assert not (tmp_path / "out" / LOCK).exists()
     assert gf.open_run(tmp_path / "out").step.values.tolist() == [0, 1, 2]
 
 
-@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, InputError, MemoryError])
-@pytest.mark.parametrize("event", ["on_train_begin", "on_step_begin", "on_step_end"])
+@pytest.mark.parametrize(
+    ("event", "error"),
+    [
+        ("on_train_begin", RuntimeError),
+        ("on_step_begin", KeyboardInterrupt),
+        ("on_step_end", InputError),
+        ("on_step_end", MemoryError),
+    ],
+)
 def test_an_exception_frees_it_though_everything_of_it_is_kept(tmp_path, error, event):
     def stop():
         raise error("stop")
@@ -130,13 +140,6 @@ def test_a_training_behind_one_that_failed_has_the_folder_at_once_and_for_itself
 
     training(tmp_path, At(look)).train()
     assert said and all(IN_USE in line for line in said), said
-
-
-def test_what_trained_is_not_kept_alive(tmp_path):
-    run = training(tmp_path)
-    run.train()
-    watched = [each for each in gc.get_objects() if type(each).__name__ == "TrainingLock"]
-    assert not [each for each in watched if each._loop is not None]
 
 
 @pytest.mark.slow

@@ -148,14 +148,18 @@ def whole(config, tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("stop", [2, 3])
-def test_a_run_that_was_stopped_goes_on_to_the_same_bits(config, whole, tmp_path, stop):
+def test_a_run_that_was_stopped_goes_on_to_the_same_bits(config, whole, tmp_path):
+    """Stopped at a probe that measures, and at the next one, which does not."""
+    stops = [2, 3]
+
     def interrupt(step, _dataset):
-        if step == stop:
+        if step == stops[0]:
+            del stops[0]
             raise KeyboardInterrupt
 
-    with pytest.raises(InterruptedRunError):
-        execute_unlearn(config, tmp_path / "run", told=interrupt)
+    for resume in (False, True):
+        with pytest.raises(InterruptedRunError):
+            execute_unlearn(config, tmp_path / "run", told=interrupt, resume=resume)
     execute_unlearn(config, tmp_path / "run", resume=True)
     found, expected = (gf.open_run(folder) for folder in (tmp_path / "run", whole))
     xr.testing.assert_identical(found.drop_attrs(deep=False), expected.drop_attrs(deep=False))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -25,23 +26,29 @@ from geffect_fast.training.execute_relearn import execute_relearn
 pytestmark = pytest.mark.usefixtures("undrawn")
 
 
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory, unlearned, retrained, tokenizer):
+    folder = tmp_path_factory.mktemp("saved")
+    save(unlearned, tokenizer, folder / "unlearned")
+    save(retrained, tokenizer, folder / "retrained")
+    write_jsonl(FORGET, folder / "forget.jsonl")
+    return folder
+
+
 @pytest.fixture
-def here(tmp_path, monkeypatch, unlearned, retrained, tokenizer):
-    save(unlearned, tokenizer, tmp_path / "unlearned")
-    save(retrained, tokenizer, tmp_path / "retrained")
-    write_jsonl(FORGET, tmp_path / "forget.jsonl")
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
+def here(tmp_path, monkeypatch, saved):
+    monkeypatch.chdir(shutil.copytree(saved, tmp_path / "here"))
+    return tmp_path / "here"
 
 
 COMMAND = ["relearn", "--model", "unlearned", "--forget", "forget.jsonl", "--rows", "2"]
 COMMAND += ["--steps", "5", "--measure-every", "2", "--lr", "3e-3"]
 
 
-@pytest.mark.usefixtures("drawn")
-def test_from_folders_to_a_run_that_replays(here, capsys, result):
+def test_from_folders_to_a_run_that_replays(here, capsys, result, undrawn):
     before = snapshot(here)
-    assert main([*COMMAND, "--retrained", "retrained", "--out", "run"]) == 0
+    with undrawn():
+        assert main([*COMMAND, "--retrained", "retrained", "--out", "run"]) == 0
     printed = capsys.readouterr().out
     assert "measures by step" in printed and "others" in printed
     found = gf.open_evaluation("run")
