@@ -157,16 +157,16 @@ def test_a_study_sets_what_unlearning_did_beside_effects_before(studied, tmp_pat
 
 
 def test_a_study_compares_update_rules_at_equal_retention(studied, tmp_path):
-    work, _ = studied("update_rules.py")
+    work, _ = studied("update_rules.py", runs=2)
     table = table_of(tmp_path / "found.csv")
     assert [(row["objective"], row["update"]) for row in table] == [
-        ("ga + nll", rule) for rule in ("sgd", "orthograd", "gru")
+        ("ga + nll", rule) for rule in ("sgd", "orthograd")
     ]
     for name in ("e_forget", "e_P_forget", "e_retain", "e_P_retain"):
         of = [float(row[name]) for row in table]
-        assert of == pytest.approx([of[0]] * 3, rel=1e-4), "the objective and the model are one"
+        assert of == pytest.approx([of[0]] * 2, rel=1e-4), "the objective and the model are one"
     assert float(table[0]["e_forget"]) != float(table[0]["e_P_forget"])
-    assert len({row["change_forget"] for row in table}) == 3, "the rules are not"
+    assert len({row["change_forget"] for row in table}) == 2, "the rules are not"
     controlled = gf.open_evaluation(work / "control")
     original = float(controlled.retention.sel(alpha=0).isel(model=0))
     for row in table:

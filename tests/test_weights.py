@@ -46,7 +46,7 @@ def tolerance(shares, max_weight):
     return 1e-6 * (1 + max_weight * np.abs(shares).sum())
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(tokens, max_weights, parts)
 def test_the_budget_s_optimum_is_the_solver_s(shares, max_weight, part):
     """Budgets over the whole curve: from what the best e_r demands to more than any damage."""
@@ -60,7 +60,7 @@ def test_the_budget_s_optimum_is_the_solver_s(shares, max_weight, part):
         assert best.e_r >= -budget - 1e-12 * max_weight * np.abs(r).sum()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(tokens, max_weights, parts)
 def test_the_removal_s_optimum_is_the_solver_s(shares, max_weight, part):
     u, r = shares
@@ -84,7 +84,7 @@ def check_feasible(best, shares, max_weight):
     assert between.sum() <= 1
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(tokens, max_weights, parts)
 def test_the_shadow_price_proves_the_optimum(shares, max_weight, part):
     """Weak duality: no weights beat `-price * budget + W sum min(0, u - price * r)`."""
@@ -100,7 +100,7 @@ def test_the_shadow_price_proves_the_optimum(shares, max_weight, part):
     assert float(best.e_u) == pytest.approx(bound, abs=1e-12 * max(1, max_weight) * size)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(tokens, max_weights, parts)
 def test_the_frontier_is_concave_and_both_requests_lie_on_it(shares, max_weight, part):
     u, r = shares
@@ -171,7 +171,7 @@ def test_what_cannot_be_reached_is_said_with_what_can():
     assert float(solve(shares, 2.0, removal=-2.0).e_u) == -2
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(tokens, max_weights)
 def test_the_limits_that_errors_state_are_reachable(shares, max_weight):
     for asked in ({"retain_budget": -1e9}, {"removal": -1e9}):

@@ -361,9 +361,9 @@ def test_the_optimizers_step_is_predicted_as_it_is_taken(kind):
 
 
 @pytest.mark.parametrize(
-    ("engine", "resolve"), [("reverse", ("parameter", "sample")), ("forward", ("group", "token"))]
+    ("engine", "resolve", "entries"),
+    [("reverse", ("parameter", "sample"), 101), ("forward", ("group", "token"), 10**6)],
 )
-@pytest.mark.parametrize("entries", [7, 10**6])
 def test_effects_beside_are_those_of_a_profile_in_the_metric(engine, resolve, entries, monkeypatch):
     """Whether parameters are read in pieces of a few entries or whole."""
     monkeypatch.setitem(step_metric.PIECE, "cpu", entries)

@@ -18,6 +18,8 @@ from geffect_fast.training.execute import execute_unlearn
 from geffect_fast.training.resume import MARK, check_whole, checkpoints
 from geffect_fast.unlearn_settings import UnlearnConfig
 
+TRAIN_AGAIN = "remove the folder checkpoint-2 to train again"
+FILES = ("adapter_model.safetensors", "optimizer.pt", "rng_state.pth")
 STATES = ("optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json")
 
 
@@ -89,17 +91,21 @@ def test_every_bit_flip_in_a_checkpoint_is_named(here):
 
 
 @pytest.mark.parametrize(
-    ("name", "said"),
+    ("name", "said", "damage"),
     [
-        ("checkpoint-2/adapter_model.safetensors", "remove the folder checkpoint-2 to train again"),
-        ("checkpoint-2/optimizer.pt", "remove the folder checkpoint-2 to train again"),
-        ("checkpoint-2/rng_state.pth", "remove the folder checkpoint-2 to train again"),
-        (f"checkpoint-2/{MARK}", "checkpoint-2, which no unlearning run made"),
-        ("steps/step-00000000.nc", "Step 0 needs that name: move the file away"),
-        ("manifest.json", "is not as a run wrote it"),
+        *((f"checkpoint-2/{name}", TRAIN_AGAIN, "flipped") for name in FILES),
+        ("checkpoint-2/optimizer.pt", TRAIN_AGAIN, "empty"),
+        *(
+            (name, said, damage)
+            for name, said in (
+                (f"checkpoint-2/{MARK}", "checkpoint-2, which no unlearning run made"),
+                ("steps/step-00000000.nc", "Step 0 needs that name: move the file away"),
+                ("manifest.json", "is not as a run wrote it"),
+            )
+            for damage in ("flipped", "empty")
+        ),
     ],
 )
-@pytest.mark.parametrize("damage", ["flipped", "empty"])
 def test_a_damaged_file_is_named_with_what_to_do(here, name, said, damage):
     file = here / "run" / name
     if damage == "empty":
@@ -163,7 +169,7 @@ def test_a_model_from_python_that_is_another_is_named(tmp_path):
     gf.unlearn(build("llama"), None, **given, resume=True)
 
 
-def test_a_training_that_diverges_leaves_the_run_it_was_to_replace(here):
+def test_a_training_that_diverges_or_may_not_begin_leaves_the_run_it_was_to_replace(here):
     config = load_config(here / "run/run.yaml")
     execute_unlearn(config, here / "run", resume=True)
     before = snapshot(here)
@@ -173,12 +179,7 @@ def test_a_training_that_diverges_leaves_the_run_it_was_to_replace(here):
     ):
         execute_unlearn(wild, here / "run", overwrite=True)
     assert snapshot(here) == before
-
-
-def test_a_run_does_not_replace_the_model_that_it_unlearns(here):
-    config = load_config(here / "run/run.yaml")
-    execute_unlearn(config, here / "run", resume=True)
-    before = snapshot(here)
+    # nor is the model replaced that a run unlearns
     own = config.model_copy(update={"model": str(here / "run/model")})
     with pytest.raises(InputError, match=r"--model .*run/model is of the run in .* --overwrite"):
         execute_unlearn(own, here / "run", overwrite=True)

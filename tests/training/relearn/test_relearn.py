@@ -91,13 +91,6 @@ def test_models_are_left_as_they_were_and_bits_are_the_same_again(
             assert torch.equal(tensor, state[name])
 
 
-def test_all_rows_may_be_trained_on(unlearned, tokenizer):
-    asked = ASKED | {"n_rows": 5, "steps": 2, "batch_size": 2, "seed": 4}
-    found = gf.relearn(unlearned, tokenizer, **asked)
-    assert found["set"].values.tolist() == ["relearned"]
-    assert found["sample"].values.tolist() == [0, 1, 2, 3, 4]
-
-
 def test_of_an_adapter_what_it_adds_is_trained(original, tokenizer):
     peft = pytest.importorskip("peft")
     torch.manual_seed(0)
@@ -180,9 +173,12 @@ def test_rows_of_every_kind_are_relearned(unlearned, tokenizer, kind):
 # ---- how it is trained ----
 
 
-def test_all_rows_by_a_word(unlearned, tokenizer):
+def test_all_rows_may_be_trained_on(unlearned, tokenizer):
+    """By a word, or by their number."""
     asked = ASKED | {"n_rows": "all", "steps": 2, "batch_size": 2, "seed": 4}
     found = gf.relearn(unlearned, tokenizer, **asked)
+    assert found["set"].values.tolist() == ["relearned"]
+    assert found["sample"].values.tolist() == [0, 1, 2, 3, 4]
     by_number = gf.relearn(unlearned, tokenizer, **asked | {"n_rows": 5})
     np.testing.assert_array_equal(found.value, by_number.value)
 
