@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import suppress
 
 import h5py
 import pytest
 from bad_input.case import profile
 from bad_input.folders import a_run
+from report_views import text_of
 from step_results import step_dataset
 from synthetic import make_dataset
 
 from geffect_fast.cli import main
+from geffect_fast.cli.printing import print_result
+from geffect_fast.errors import InputError
+from geffect_fast.report.summary.runs import write_comparison
+from geffect_fast.report.tables.compare import render_comparison
+from geffect_fast.results.form import check_complete
+from geffect_fast.steps.compare import compare
 from geffect_fast.storage.disk import REPLACED
 from geffect_fast.storage.run_folder import save_result
 from geffect_fast.storage.seal import write_sealed
@@ -67,14 +75,28 @@ READ_BY = {
 }
 
 
-@pytest.fixture
-def here(study, tmp_path, monkeypatch):
-    folder = shutil.copytree(study, tmp_path / "here")
+SHORT = ("refusals.txt", "run/run.yaml")
+"""Of these the beginning is enough: any text is a refusal, and a long one is worked on for long;
+and `alone.yaml` is read in the same way."""
+
+STEPS = [step_dataset(n_steps=3, seed=seed, weights=False) for seed in (0, 1)]
+
+
+@pytest.fixture(scope="module")
+def whole(study, tmp_path_factory):
+    """The study with a run, a training, and results of steps."""
+    folder = shutil.copytree(study, tmp_path_factory.mktemp("whole") / "here")
     a_run(folder, None)
     shutil.copytree(folder / "model", folder / "trained")
-    for seed, name in enumerate(("steps", "one")):
+    for made, name in zip(STEPS, ("steps", "one"), strict=True):
         (folder / name).mkdir()
-        save_result(step_dataset(n_steps=3, seed=seed), folder / name / "results.nc")
+        save_result(made, folder / name / "results.nc")
+    return folder
+
+
+@pytest.fixture
+def here(whole, tmp_path, monkeypatch):
+    folder = shutil.copytree(whole, tmp_path / "here")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.chdir(folder)
     return folder
@@ -90,8 +112,7 @@ def test_every_file_that_is_read_may_hold_anything(here, name, capfd):
     if name == "model/model.safetensors.index.json":
         (here / "model/model.safetensors").unlink()
     for kind, content in CONTENTS.items():
-        # Any text is a refusal, and a long one is worked on for long.
-        file.write_bytes(content[: 300 if name == "refusals.txt" else None])
+        file.write_bytes(content[: 300 if name in SHORT else None])
         code = main(READ_BY[name].split())
         error = capfd.readouterr().err
         assert code in (0, 2), (name, kind, error[-2000:])
@@ -149,25 +170,33 @@ ODD = [*("[" * 100_000, "null", '{"a": 1}', "", "1" * 10_000), 1.5]
 
 
 @pytest.mark.parametrize("steps", [False, True])
-def test_every_attribute_of_a_result_may_hold_anything(here, steps, capfd, monkeypatch):
-    """Read from the result, not drawn."""
-    monkeypatch.setattr("geffect_fast.report.write_comparison_plots", lambda *_: None)
-
-    made = step_dataset(n_steps=3) if steps else make_dataset(n_blocks=1)
-    made = made.assign_attrs(json_attrs="[]")
-    whole, file = here / "whole.nc", here / "steps/results.nc"
-    made.to_netcdf(whole, engine="h5netcdf")
+def test_every_attribute_of_a_result_may_hold_anything(steps, tmp_path):
+    """Of one in memory, as it is after `open_run`, beside a whole one where there are steps."""
+    made = STEPS[0] if steps else make_dataset(n_blocks=1)
     for name in made.attrs:
+        for value in ODD:
+            odd = made.assign_attrs({name: value})
+            with suppress(InputError):
+                if steps:
+                    aligned = compare({"steps": odd, "one": STEPS[1]})
+                    write_comparison(aligned, tmp_path)
+                    text_of(render_comparison(aligned))
+                else:
+                    check_complete(odd, "run")
+                    print_result(odd, tmp_path)
+
+
+@pytest.mark.parametrize("words", ["show steps", "compare steps one --out new"])
+def test_attributes_are_read_from_a_file_whatever_they_hold(here, words, capfd):
+    """One that results have, and the one that says how they are written."""
+    whole, file = here / "whole.nc", here / "steps/results.nc"
+    STEPS[0].assign_attrs(json_attrs="[]").to_netcdf(whole, engine="h5netcdf")
+    for name in ("objectives", "json_attrs") if words.startswith("show") else ("versions",):
         for value in ODD:
             shutil.copy(whole, file)
             with h5py.File(file, "r+", libver="latest") as opened:
                 opened.attrs[name] = value
-            words = ["compare", "steps", "one", "--out", "new"] if steps else ["show", "steps"]
-            code = main(words)
+            code = main(words.split())
             error = capfd.readouterr().err
-            assert code in (0, 2) and "error: unexpected" not in error, (
-                name,
-                str(value)[:20],
-                error,
-            )
+            assert code in (0, 2) and "error: unexpected" not in error, (name, value, error)
             shutil.rmtree(here / "new", ignore_errors=True)
