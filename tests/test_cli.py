@@ -13,6 +13,8 @@ import torch
 from geffect_fast.cli import main
 from geffect_fast.storage.run_folder import open_run
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 OBJECTIVES = "ga,wga(alpha=1),npo(beta=0.1)+kl,dpo,rmu(layer=1)"
 FOUND = "data: 4 rows of questions and answers (JSON lines)\n"
 
@@ -40,7 +42,7 @@ def arguments(**changes):
 
 
 @pytest.fixture(scope="module")
-def finished(study, tmp_path_factory):
+def finished(study, tmp_path_factory, undrawn):
     """A finished run over everything that options offer."""
     out = tmp_path_factory.mktemp("finished") / "run"
     files = {
@@ -56,7 +58,8 @@ def finished(study, tmp_path_factory):
         threads="1",
         out=str(out),
     )
-    assert main([*words, "--quiet"]) == 0
+    with undrawn():
+        assert main([*words, "--quiet"]) == 0
     return out
 
 
@@ -118,6 +121,7 @@ def test_options_override_the_config(finished, tmp_path):
     assert dataset.g_effect.dims == ("objective", "risk", "sample") and "cosine" not in dataset
 
 
+@pytest.mark.usefixtures("drawn")
 def test_a_loud_run_prints_tables_paths_and_findings(here, capsys):
     assert main(arguments(objectives="ga,po")) == 0
     printed = capsys.readouterr()

@@ -223,9 +223,20 @@ def python(code):
     return done.stdout.split()
 
 
-def test_the_package_imports_neither_transformers_nor_other_heavy_things():
-    code = "import sys, geffect_fast; print(*sys.modules)"
-    loaded = {name.split(".")[0] for name in python(code)}
+def package():
+    """The seconds of processor time that the package takes, and the modules there are then."""
+    code = "import sys, geffect_fast, time; print(time.process_time(), *sys.modules)"
+    seconds, *modules = python(code)
+    return float(seconds), modules
+
+
+@pytest.fixture(scope="module")
+def loaded_package():
+    return package()
+
+
+def test_the_package_imports_neither_transformers_nor_other_heavy_things(loaded_package):
+    loaded = {name.split(".")[0] for name in loaded_package[1]}
     assert "geffect_fast" in loaded and not loaded & set(HEAVY)
 
 
@@ -240,9 +251,8 @@ def test_asking_for_help_imports_no_model_code():
     assert not loaded & {"transformers", "xarray", "pandas", "matplotlib", "datasets"}
 
 
-def test_importing_takes_less_than_three_seconds_of_processor_time():
-    code = "import geffect_fast, time; print(time.process_time())"
-    assert min(float(python(code)[0]) for _ in range(2)) < 3.0
+def test_importing_takes_less_than_three_seconds_of_processor_time(loaded_package):
+    assert loaded_package[0] < 3.0 or package()[0] < 3.0
 
 
 def test_every_public_name_is_there():

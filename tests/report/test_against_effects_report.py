@@ -79,8 +79,11 @@ def test_a_page_begins_with_how_far_effects_tell_changes(dataset, page):
         assert found == number(of, "spearman", "+.2f") + star
 
 
+ONE = {"probability": "mean"}
+
+
 def test_of_few_runs_there_are_no_correlations_and_a_page_says_why():
-    root = checked(page_html({"run": against(3)}))
+    root = checked(page_html({"run": against(3, metrics=ONE)}))
     assert "Rank correlations need 5 runs or more; these are 3." in text(section(root, "answer"))
     effects = section(root, "effects")
     assert "Spearman's rank correlation" not in text(effects)
@@ -156,7 +159,8 @@ def test_the_terminal_prints_both_tables(dataset):
 # ---- a folder ----
 
 
-def test_what_is_missing_in_a_folder_is_written_by_report(dataset, tmp_path, capsys):
+def test_what_is_missing_in_a_folder_is_written_by_report(tmp_path, capsys):
+    dataset = against(metrics=ONE)
     config = EvaluateConfig(models=["a"], forget="f.jsonl", retain="r.jsonl")
     save_evaluation(tmp_path / "run", dataset.assign_attrs(n_rows=json.dumps({})), config)
     assert main(["report", str(tmp_path / "run")]) == 0

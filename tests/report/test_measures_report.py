@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 
 import numpy as np
@@ -21,10 +22,32 @@ from geffect_fast.report.tables.measures import render_measures
 SECTIONS = ["answer", "signs", "curves", "measures", "instances", "made"]
 
 
+@pytest.fixture(scope="module")
+def reported(tmp_path_factory):
+    """The folder of a report on measures of a kind, made once."""
+
+    @functools.cache
+    def folder_of(kind):
+        folder = tmp_path_factory.mktemp("reported") / kind
+        folder.mkdir()
+        (folder / "run.yaml").write_text("models: [a]\nseed: 3\n")
+        write_report(measured(kind), folder)
+        return folder
+
+    return folder_of
+
+
+@pytest.fixture(scope="module")
+def page_of(reported):
+    """The page in it."""
+    return functools.cache(
+        lambda kind: checked((reported(kind) / "report.html").read_text(encoding="utf-8"))
+    )
+
+
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_page_is_whole_and_has_every_number(kind):
-    dataset = measured(kind)
-    root = checked(page_html({"run": dataset}, configs={"run": {"models": ["a"], "seed": 3}}))
+def test_a_page_is_whole_and_has_every_number(kind, page_of):
+    dataset, root = measured(kind), page_of(kind)
     own = {"control": ["shares"], "survey": ["survey"], "against": ["effects"]}.get(kind, [])
     assert sections(root) == [*SECTIONS[:2], *own, *SECTIONS[2:]]
     table = text(section(root, "measures"))
@@ -37,9 +60,8 @@ def test_a_page_is_whole_and_has_every_number(kind):
     assert "seed" in text(section(root, "made"))
 
 
-def test_a_table_of_several_models_names_them_in_its_rows():
-    dataset = measured("several")
-    root = checked(page_html({"run": dataset}))
+def test_a_table_of_several_models_names_them_in_its_rows(page_of):
+    dataset, root = measured("several"), page_of("several")
     head, *rows = rows_of(root, "truth_ratio (mean)")
     assert head == ["model", "forget", "retain"]
     assert [row[0] for row in rows] == dataset["model"].values.tolist()
@@ -50,9 +72,8 @@ def test_a_table_of_several_models_names_them_in_its_rows():
     assert rows_of(root, "min_k(k=0.2) (AUC)")[0] == ["model", "forget"]
 
 
-def test_a_page_of_a_control_has_shares_and_the_models_as_they_are():
-    dataset = measured("control")
-    root = checked(page_html({"run": dataset}))
+def test_a_page_of_a_control_has_shares_and_the_models_as_they_are(page_of):
+    dataset, root = measured("control"), page_of("control")
     _, ga, npo = rows_of(root, "Share kept")
     assert ga[:3] == ["ga", "0.25", "0.5"] and npo[:3] == ["npo", "0.25", "0.312"]
     assert npo[3:] == ["0.7 [0.65, 0.75]", "87.5%", "12.5%"]
@@ -66,9 +87,9 @@ def test_a_page_of_a_control_has_shares_and_the_models_as_they_are():
     assert "retention is not monotone" in text(section(root, "answer"))
 
 
-def test_a_page_of_a_relearning_has_a_column_a_model():
+def test_a_page_of_a_relearning_has_a_column_a_model(page_of):
     dataset = measured("relearn")
-    rows = rows_of(checked(page_html({"run": dataset})), "truth_ratio: others")
+    rows = rows_of(page_of("relearn"), "truth_ratio: others")
     assert rows[0] == ["update", "unlearned", "original"]
     assert [row[0] for row in rows[1:]] == ["0", "2", "4"]
     last = dataset.sel(model="original", metric="truth_ratio", set="others", step=4)
@@ -81,9 +102,8 @@ def test_a_page_of_a_relearning_has_a_column_a_model():
     )
 
 
-def test_the_assessment_is_one_table_of_named_rows():
-    dataset = measured("survey")
-    root = checked(page_html({"run": dataset}))
+def test_the_assessment_is_one_table_of_named_rows(page_of):
+    dataset, root = measured("survey"), page_of("survey")
     head, *rows = rows_of(root, "Every aspect")
     assert head == ["measure", "ga", "npo", "$\\frac{$"]
     cells = {row[0]: row[1:] for row in rows}
@@ -126,12 +146,12 @@ def test_nothing_is_said_of_effects_that_are_not_known():
     assert [row.aspect for row in survey_rows(dataset)][-1] == "efficiency"
 
 
-def test_rows_are_those_to_be_forgotten_the_highest_first():
+def test_rows_are_those_to_be_forgotten_the_highest_first(page_of):
     dataset = measured("several")
     of = dataset["sample_value"].sel(metric="probability")
     of = of.isel(sample=(dataset["sample_set"] == "forget").values)
     order = np.argsort(-of.max("model").values)
-    _, *rows = rows_of(checked(page_html({"run": dataset})), "By probability")
+    _, *rows = rows_of(page_of("several"), "By probability")
     assert [row[0] for row in rows] == [f"{i}: who wrote book {i}?" for i in order]
     assert rows[0][1:] == [f"{float(v):.3g}" for v in of.values[:, order[0]]]
 
@@ -210,17 +230,16 @@ def test_retention_is_drawn_where_it_was_measured():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_files_of_a_report(kind, tmp_path):
-    write_report(measured(kind), tmp_path)
-    names = {p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*") if p.is_file()}
+def test_the_files_of_a_report(kind, reported):
+    folder = reported(kind)
+    names = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
     own = {"control": "retention", "survey": "relearned", "against": "against_effects"}
     drawn = ["measures", *([own[kind]] if kind in own else [])]
     assert names == {
-        *("report.html", "summary.csv"),
+        *("run.yaml", "report.html", "summary.csv"),
         *(("runs.csv", "against_effects.csv") if kind == "against" else ()),
         *(f"plots/{name}.{ending}" for name in drawn for ending in ("png", "svg")),
     }
-    checked((tmp_path / "report.html").read_text(encoding="utf-8"))
 
 
 def test_what_cannot_be_drawn_costs_only_itself(tmp_path, monkeypatch):

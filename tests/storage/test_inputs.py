@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 import threading
 from pathlib import Path
@@ -54,38 +55,38 @@ def test_a_run_holds_checksums_of_all_it_was_made_from(here, command, more):
         assert inputs[option] == checksums(here / option.removeprefix("--"), inputs[option])
 
 
-@pytest.mark.parametrize(
-    ("option", "name", "by"),
-    [
-        ("--model", "model/model.safetensors", "reference/model.safetensors"),
+REPLACED = {
+    "profile": [("--model", "model/model.safetensors", "reference/model.safetensors")],
+    "sweep": [
         ("--reference", "reference/model.safetensors", "model/model.safetensors"),
         ("--forget", "forget.jsonl", None),
         ("--probe more", "retain.jsonl", None),
     ],
-)
-def test_a_replay_names_what_was_replaced(here, capfd, option, name, by):
-    command = "profile" if option == "--model" else "sweep"
+}
+
+
+@pytest.mark.parametrize("command", REPLACED)
+def test_a_replay_names_what_was_replaced(here, capfd, command):
     assert main(made(command)) == 0
-    again = [command, "--config", "run/run.yaml", "--quiet", "--out"]
+    again = [command, "--config", "run/run.yaml", "--quiet", "--overwrite", "--out"]
     assert main([*again, "same"]) == 0
     assert "no replay" not in capfd.readouterr().err
-    if by is None:  # the same rows, other bytes
-        (here / name).write_text((here / name).read_text() + "\n")
-    else:
-        shutil.copy(here / by, here / name)
-    assert main([*again, "other"]) == 0
-    line = f"{name.rpartition('/')[2]} of {option} is not what the run in {here / 'run'} was made"
-    said = capfd.readouterr().err
-    # What stands first in a manifest is named; the retain data are a probe here too.
-    line = line.replace("--probe more", "--retain") if name == "retain.jsonl" else line
-    assert f"warning: {line} from, so this is no replay\n" in said
-    # What an option puts in its place is meant to be another.
-    field = option.partition(" ")[0].removeprefix("--")
-    if field != "probe":
-        shutil.copy(here / "forget.jsonl", here / "data.jsonl")
-        by = {"forget": "data.jsonl", "model": "reference", "reference": "model"}[field]
-        assert main([*again, "meant", f"--{field}", by]) == 0
-        assert "no replay" not in capfd.readouterr().err
+    shutil.copy(here / "forget.jsonl", here / "data.jsonl")
+    meant = {"--forget": "data.jsonl", "--model": "reference", "--reference": "model"}
+    for option, name, by in REPLACED[command]:
+        before = (here / name).read_bytes()
+        # the same rows, other bytes
+        (here / name).write_bytes(before + b"\n" if by is None else (here / by).read_bytes())
+        assert main([*again, "other"]) == 0
+        # What stands first in a manifest is named; the retain data are a probe here too.
+        named = "--retain" if name == "retain.jsonl" else option
+        line = f"{name.rpartition('/')[2]} of {named} is not what the run in {here / 'run'} was"
+        assert f"warning: {line} made from, so this is no replay\n" in capfd.readouterr().err
+        # What an option puts in its place is meant to be another.
+        if option in meant:
+            assert main([*again, "meant", option, meant[option]]) == 0
+            assert "no replay" not in capfd.readouterr().err
+        (here / name).write_bytes(before)
 
 
 def test_a_run_of_an_earlier_version_replays_without_a_word(here, capfd):
@@ -129,14 +130,22 @@ def test_sums_that_nobody_wants_any_more_are_not_waited_for(here):
 # ---- models in run folders ----
 
 
-@pytest.fixture
-def run(here):
-    """A run with a model in it, as unlearn writes."""
-    save_run(here / "run", make_dataset(n_blocks=2), CONFIG)
+@pytest.fixture(scope="module")
+def with_model(study, tmp_path_factory):
+    """The study and a run with a model in it, as unlearn writes."""
+    here = shutil.copytree(study, tmp_path_factory.mktemp("with_model") / "here")
+    save_run(here / "run", make_dataset(resolve=()), CONFIG)
     shutil.copytree(here / "model", here / "run/model")
     held = Manifest.read(here / "run")
     Manifest(checksums(here / "run", {*held.files, *model_files(here)})).write(here / "run")
-    return here / "run"
+    return here
+
+
+@pytest.fixture
+def run(with_model, tmp_path, monkeypatch):
+    """That run in a copy, which is the working folder."""
+    monkeypatch.chdir(shutil.copytree(with_model, tmp_path / "here"))
+    return tmp_path / "here/run"
 
 
 def model_files(here):
@@ -146,10 +155,17 @@ def model_files(here):
 NAMES = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json")
 
 
-@pytest.mark.parametrize("name", [*NAMES, "tokenizer_config.json"])
-@pytest.mark.parametrize("damage", ["flipped", "missing", "longer"])
-@pytest.mark.parametrize("option", ["--model", "--reference"])
-def test_a_damaged_model_of_a_run_is_named(run, capfd, name, damage, option):
+DAMAGES = ("flipped", "missing", "longer")
+
+
+@pytest.mark.parametrize(
+    ("option", "name", "damage"),
+    [
+        *itertools.product(["--model"], [*NAMES, "tokenizer_config.json"], DAMAGES),
+        *zip(["--reference"] * 3, NAMES[1:], DAMAGES, strict=True),
+    ],
+)
+def test_a_damaged_model_of_a_run_is_named(run, capfd, option, name, damage):
     file = run / "model" / name
     data = bytearray(file.read_bytes())
     file.unlink()

@@ -19,8 +19,8 @@ from geffect_fast.storage.step_folder import begun, check_resumed, check_start, 
 from geffect_fast.storage.step_store import StepStore
 
 CONFIG = make_config({"model": "a/b", "forget": "c/d", "retain": "e/f", "objectives": "ga"})
-OLD, *NEW = (make_dataset(n_blocks=1, n_forget=2, seed=seed) for seed in (1, 2, 3))
-KILLS = 10
+OLD, *NEW = (make_dataset(resolve=(), seed=seed) for seed in (1, 2, 3))
+KILLS = 8
 
 
 def note(dataset, folder):

@@ -17,8 +17,9 @@ from geffect_fast.storage.step_store import StepStore
 FULL = OSError(errno.ENOSPC, "No space left on device")
 
 
-def result(seed=0):
-    return make_dataset(n_blocks=2, n_forget=3, n_retain=1, seed=seed).assign(learning_rate=np.nan)
+def result(seed=0, resolve=()):
+    made = make_dataset(n_blocks=2, n_forget=3, n_retain=1, seed=seed, resolve=resolve)
+    return made.assign(learning_rate=np.nan)
 
 
 def names(folder):
@@ -36,16 +37,19 @@ def folder(tmp_path):
 
 @pytest.mark.parametrize("in_memory", [True, False])
 def test_steps_come_back_as_they_were_in_order(tmp_path, in_memory):
+    def by_place(seed):
+        return result(seed, ("parameter", "sample"))
+
     store = StepStore(None if in_memory else tmp_path / "steps", "mine")
     for step in (10, 0, 123_456_789):
-        store.write(step, result(step % 7))
+        store.write(step, by_place(step % 7))
     assert store.steps == [0, 10, 123_456_789] and store.left_alone == []
-    xr.testing.assert_identical(store.read(10), result(10 % 7).assign_coords(step=10))
+    xr.testing.assert_identical(store.read(10), by_place(10 % 7).assign_coords(step=10))
     whole = store.combined()
     assert whole.g_effect.dims[0] == "step" and whole.step.dtype == np.int64
-    assert whole.attrs == result(0).attrs
+    assert whole.attrs == by_place(0).attrs
     for step in store.steps:
-        left, right = whole.sel(step=step), result(step % 7).assign_coords(step=step)
+        left, right = whole.sel(step=step), by_place(step % 7).assign_coords(step=step)
         xr.testing.assert_equal(left, right)
     assert "step" not in whole.question.dims and "step" in whole.learning_rate.dims
 
