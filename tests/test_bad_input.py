@@ -57,13 +57,19 @@ CASES: list[Case] = [
 ]
 
 
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    return tmp_path_factory.mktemp("bad_input") / "here"
+
+
 @pytest.fixture
-def here(study, tmp_path, monkeypatch):
-    """A copy of the study as the working folder, and no network."""
-    folder = shutil.copytree(study, tmp_path / "here")
-    monkeypatch.chdir(folder)
+def here(study, place, monkeypatch):
+    """A copy of the study as the working folder, at the same place for all, and no network."""
+    shutil.copytree(study, place)
+    monkeypatch.chdir(place)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    return folder
+    yield place
+    shutil.rmtree(place)
 
 
 def told(case, here, capfd):
