@@ -28,6 +28,9 @@ def text_of(dataset):
     return printed(render_sweep(dataset), 80)
 
 
+FEW = ["wga(alpha=1:2:2)", "npo(beta=0.1:10:2,log)", "ga"]
+
+
 def awkward(swept):
     """Sweeps that break naive reports, by name."""
     broken = swept()
@@ -36,7 +39,7 @@ def awkward(swept):
     broken["pareto"] = sweep_module.pareto_front(broken)
     return {
         "broken": broken,
-        "samples": swept(resolve=("sample",)),
+        "samples": swept(FEW, resolve=("sample",)),
         "zero": swept(e_u=0, e_r=0),
         "one value": swept(["wga(1:1:1)"]),
         "one name, log and not": swept(["wtnpo(alpha=1:8:3,log)", "wga(0:3:4)"]),
@@ -44,8 +47,10 @@ def awkward(swept):
             ["wga(1:2:2)", "npo(1:2:2)"], e_u=[-1e-3, -2e-3, -1e3, -1e2], e_r=[1e-9, 0, 1e2, -1e5]
         ),
         "many families": swept([f"wga(alpha={i}:{i + 1}:3)" for i in range(0, 24, 2)]),
-        "a large grid": swept(["wtnpo(0.1:4:9,log, 0:2:9)"]),
-        "places and probes": swept(resolve=("parameter",), risks=("unlearn", "retain", "more")),
+        "a large grid": swept(["wtnpo(0.1:4:5,log, 0:2:9)"]),
+        "places and probes": swept(
+            FEW, resolve=("parameter",), risks=("unlearn", "retain", "more")
+        ),
     }
 
 
