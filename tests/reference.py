@@ -12,6 +12,23 @@ from torch import Tensor, nn
 Row = dict
 
 
+class RunOnce:
+    """A model that runs each sequence once, and whose graphs are kept; its weights must stay."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.found: dict = {}
+
+    def __call__(self, input_ids: Tensor, **how):
+        called = (*input_ids[0].tolist(), *how.items())
+        if called not in self.found:
+            self.found[called] = self.model(input_ids=input_ids, **how)
+        return self.found[called]
+
+    def parameters(self):
+        return self.model.parameters()
+
+
 def target_logits(model: nn.Module, row: Row) -> tuple[Tensor, Tensor]:
     """Logits `(n_i, vocab)` where one sample predicts labels, and the labels."""
     logits = model(input_ids=torch.tensor([row["input_ids"]])).logits[0, :-1]
@@ -55,7 +72,7 @@ def mean_over(reduction: str, rows: list[Row], values: Tensor, n: int | None = N
 
 def gradients(loss: Tensor, model: nn.Module) -> list[Tensor]:
     params = [p for p in model.parameters() if p.requires_grad]
-    grads = torch.autograd.grad(loss, params, allow_unused=True)
+    grads = torch.autograd.grad(loss, params, retain_graph=True, allow_unused=True)
     return [
         torch.zeros_like(p).double() if g is None else g.double()
         for g, p in zip(grads, params, strict=True)
@@ -179,22 +196,43 @@ def effects(
     The sample axis holds the forget rows and then the retain rows. `risks` are the risks' gradients
     where they are there already.
     """
+    data = (forget, retain, alternatives, reduction)
+    return effects_of_each(model, reference, [objective], *data, risks)[0]
+
+
+def effects_of_each(
+    model, reference, objectives, forget, retain, alternatives, reduction="token", risks=None
+):
+    """`effects` of several objectives: a sequence is run once, a part of them measured once."""
+    model, reference = RunOnce(model), RunOnce(reference)
     risks = risks or risk_gradients(model, forget, retain, reduction)
-    n_params = len(risks[0])
-    out = torch.zeros(2, n_params, len(forget) + len(retain), dtype=torch.float64)
-    for coefficient, name, params in objective:
+    sizes = [risk.numel() for risk in risks[0]]
+    directions = torch.stack([torch.cat([g.flatten() for g in risk]) for risk in risks])
+    measured = []
+
+    def effects_of(name, params):
+        """Of one part, whose coefficient is one."""
+        for part, found in measured:
+            if part == (name, params):
+                return found
         if name in ("nll", "kl", "rr"):
             shares = retain_shares(name, params, model, reference, retain, reduction)
             offset = len(forget)
         else:
             shares = forget_shares(name, params, model, reference, forget, alternatives, reduction)
             offset = 0
+        found = torch.zeros(len(risks), len(sizes), len(forget) + len(retain), dtype=torch.float64)
         for i, share in enumerate(shares):
-            grads = gradients(coefficient * share, model)
-            for m, risk in enumerate(risks):
-                for p in range(n_params):
-                    out[m, p, offset + i] += (grads[p] * risk[p]).sum()
-    return out
+            products = directions * torch.cat([g.flatten() for g in gradients(share, model)])
+            for p, own in enumerate(products.split(sizes, -1)):
+                found[:, p, offset + i] = own.sum(-1)
+        measured.append(((name, params), found))
+        return found
+
+    return [
+        sum(coefficient * effects_of(name, params) for coefficient, name, params in objective)
+        for objective in objectives
+    ]
 
 
 def error(actual, expected: Tensor) -> float:

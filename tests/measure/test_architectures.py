@@ -12,7 +12,7 @@ import pytest
 import torch
 from architectures import ARCHITECTURES, FALCON_LAYOUT, PADDING
 from models import build, fp64_throughout, samples
-from reference import effects, error, risk_gradients
+from reference import effects_of_each, error
 
 import geffect_fast as gf
 from geffect_fast.capture import Plan
@@ -32,11 +32,7 @@ def expected(name, forget, retain):
     """Effects of every objective by plain autograd, and the models."""
     model, other = build(name, torch.float64), build(name, torch.float64, seed=1)
     with fp64_throughout():
-        risks = risk_gradients(model, forget, retain)
-        every = [
-            effects(model, other, objective, forget, retain, None, risks=risks)
-            for objective in OBJECTIVES.values()
-        ]
+        every = effects_of_each(model, other, OBJECTIVES.values(), forget, retain, None)
     return every, model, other
 
 

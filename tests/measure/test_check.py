@@ -10,7 +10,7 @@ import pytest
 import torch
 from architectures import ARCHITECTURES, VOCAB
 from models import build, fp64_throughout, samples
-from reference import effects, gradients, mean_over, token_logprobs
+from reference import effects_of_each, gradients, mean_over, token_logprobs
 from torch import nn
 
 import geffect_fast as gf
@@ -338,9 +338,9 @@ def test_plain_autograd_is_that_of_the_formulas():
     with fp64_throughout():
         model, other = build("llama", torch.float64), build("llama", torch.float64, seed=1)
         found = plain_numbers(model, sample_set, [parse(o) for o in objectives], other, [].append)
-        for k, terms in enumerate(objectives.values()):
-            expected = effects(model, other, terms, rows, rows, None)[0]
-            torch.testing.assert_close(found.effects[k], expected, rtol=1e-9, atol=1e-15)
+        plain = effects_of_each(model, other, objectives.values(), rows, rows, None)
+        for own, expected in zip(found.effects, plain, strict=True):
+            torch.testing.assert_close(own, expected[0], rtol=1e-9, atol=1e-15)
         shares = [
             gradients(mean_over("token", rows, -token_logprobs(model, row)), model) for row in rows
         ]

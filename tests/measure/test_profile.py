@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from models import FIVE, build, fp64_throughout, samples
-from reference import close, effects, n_targets
+from reference import close, effects, effects_of_each, n_targets
 
 import geffect_fast as gf
 from geffect_fast.engines import directions as directions_module
@@ -77,9 +77,9 @@ def test_equals_one_sample_at_a_time(architecture, dtype):
             model, forget, retain, list(OBJECTIVES), reference_model=other, token_budget=80
         )
         assert result.attrs["layout"] == "packed"
-        for k, objective in enumerate(OBJECTIVES.values()):
-            expected = effects(model, other, objective, forget, retain, alternatives)
-            close(result.g_effect[k].values, expected, 1e-5 if dtype == torch.float32 else 1e-10)
+        plain = effects_of_each(model, other, OBJECTIVES.values(), forget, retain, alternatives)
+    for found, expected in zip(result.g_effect.values, plain, strict=True):
+        close(found, expected, 1e-5 if dtype == torch.float32 else 1e-10)
     assert list(result.parameter.values) == [name for name, _ in model.named_parameters()]
     assert result.sizes["sample"] == len(FORGET) + len(RETAIN)
     assert list(result.set.values) == ["forget"] * len(FORGET) + ["retain"] * len(RETAIN)
@@ -100,9 +100,11 @@ def test_reductions(reduction):
             reduction=reduction,
             token_budget=60,
         )
-        for k, objective in enumerate(OBJECTIVES.values()):
-            expected = effects(model, other, objective, forget, retain, alternatives, reduction)
-            close(result.g_effect[k].values, expected, 1e-10)
+        plain = effects_of_each(
+            model, other, OBJECTIVES.values(), forget, retain, alternatives, reduction
+        )
+    for found, expected in zip(result.g_effect.values, plain, strict=True):
+        close(found, expected, 1e-10)
 
 
 @pytest.mark.parametrize("norms", [True, False])

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from models import build, samples
-from reference import effects
+from reference import effects_of_each
 
 import geffect_fast as gf
 from geffect_fast.measure import rounding
@@ -66,11 +66,10 @@ def test_the_figure_is_that_of_plain_autograd(architecture, engine, monkeypatch)
     ]
 
     def plain(model):
-        found = [
-            effects(model, reference, objective, FORGET, RETAIN, None, risks=risks).sum(1)
-            for objective in OBJECTIVES.values()
-        ]
-        return torch.stack(found).numpy()[..., [0, 3, 7, 9]]
+        found = effects_of_each(
+            model, reference, OBJECTIVES.values(), FORGET, RETAIN, None, risks=risks
+        )
+        return torch.stack(found).sum(2).numpy()[..., [0, 3, 7, 9]]
 
     (exact,) = passes
     in_bf16, in_fp32 = plain(model), plain(copy.deepcopy(model).float())
