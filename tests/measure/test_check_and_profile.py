@@ -1,14 +1,15 @@
-"""`check` and `profile` agree on every model, wrapper and number of rows."""
+"""`check` and `profile` agree on every model and wrapper, of one row and of several."""
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import pytest
 import torch
 from architectures import ARCHITECTURES
 from models import build, samples
-from wrapped_cases import ADAPTERS, REFUSED, WRAPPED
+from wrapped_cases import ADAPTERS, CASES, REFUSED, WRAPPED
 
 import geffect_fast as gf
 from geffect_fast.errors import GEffectError
@@ -16,7 +17,7 @@ from geffect_fast.report.tables.check import verdict
 
 pytestmark = pytest.mark.slow
 
-NUMBERS_OF_ROWS = (1, 4)
+ONE, SEVERAL = 1, 4
 LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 
 
@@ -30,10 +31,16 @@ def smallest(name):
 
 
 MODELS = {name: (lambda name=name: smallest(name)) for name in ARCHITECTURES}
-MODELS |= {
-    name: (lambda case=case: case.build(torch.float32))
-    for name, case in (ADAPTERS | WRAPPED).items()
-}
+MODELS |= {name: (lambda case=case: case.build(torch.float32)) for name, case in CASES.items()}
+
+
+TABLES = (ARCHITECTURES, ADAPTERS, WRAPPED)
+ONE_OF_EACH = {
+    (number, case.layout, bool(case.generic)): name
+    for number, table in enumerate(TABLES)
+    for name, case in table.items()
+}.values()
+"""One of every layout with and without the generic rule, of every table."""
 
 
 def rows(n):
@@ -49,28 +56,43 @@ def checked(model, n):
     return gf.check(model, None, data=rows(n), samples=n)
 
 
+def both_serve(model, n):
+    """What `check` found."""
+    result, found = profiled(model, n), checked(model, n)
+    assert found.exact, verdict(found)
+    assert result.attrs["layout"] == found.layout
+    assert result.attrs["covered_parameters"] == found.coverage.covered_parameters
+    return found
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_both_serve_it(name):
+    """Wrappers by the rules that their table names; `test_architectures.py` has architectures'."""
     model = MODELS[name]()
-    for n in NUMBERS_OF_ROWS:
-        result, found = profiled(model, n), checked(model, n)
-        assert found.exact, verdict(found)
-        assert result.attrs["layout"] == found.layout
-        assert result.attrs["covered_parameters"] == found.coverage.covered_parameters
+    found = both_serve(model, SEVERAL)
+    if name in CASES:
+        generic = {row.kind for row in found.kinds if "generic" in row.rules}
+        assert generic <= set(CASES[name].generic)
+        assert all("generic" in row.rules or not row.rules or generic.isdisjoint({row.kind})
+                   for row in found.kinds)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ONE_OF_EACH)
+def test_both_serve_a_single_row(name):
+    both_serve(MODELS[name](), ONE)
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_both_refuse_it(name):
-    model = REFUSED[name][0](torch.float32)
-    for n in NUMBERS_OF_ROWS:
-        with pytest.raises(GEffectError) as of_profile:
-            profiled(model, n)
-        with pytest.raises(GEffectError) as of_check:
-            checked(model, n)
-        assert str(of_profile.value) == str(of_check.value)
+def test_both_refuse_it_by_one_line(name):
+    build_it, message = REFUSED[name]
+    model = build_it(torch.float32)
+    with pytest.raises(GEffectError, match=message) as of_profile:
+        profiled(model, ONE)
+    with pytest.raises(GEffectError, match=f"^{re.escape(str(of_profile.value))}$"):
+        checked(model, SEVERAL)
+    assert "\n" not in str(of_profile.value)
 
 
-def test_norms_in_fp32_inside_fp64_are_no_missed_share():
-    model = build("gemma4", torch.float64)
-    for n in NUMBERS_OF_ROWS:
-        profiled(model, n)
+@pytest.mark.parametrize("n", [ONE, SEVERAL])
+def test_norms_in_fp32_inside_fp64_are_no_missed_share(n):
+    profiled(build("gemma4", torch.float64), n)
