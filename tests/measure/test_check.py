@@ -49,8 +49,15 @@ def by_kind(found):
 # ---- models that are served exactly ----
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("architecture", ["llama_tied", "gpt2", "mixtral"])
+@pytest.mark.parametrize(
+    ("architecture", "dtype"),  # `test_check_and_profile.py` has all architectures in fp32
+    [
+        *(("llama_tied", dtype) for dtype in DTYPES),
+        ("gpt2", torch.float16),
+        *(("mixtral", dtype) for dtype in (torch.float64, torch.bfloat16)),
+    ],
+    ids=str,
+)
 def test_exact_models_pass(architecture, dtype):
     model = build(architecture, dtype)
     found = run(model)
@@ -187,21 +194,25 @@ def scaled(rule, which, by):
     return factors
 
 
+SLIGHTLY = (torch.float32, 1.001)
+
+
 @pytest.mark.parametrize(
-    ("architecture", "rule", "which", "kind"),
+    ("architecture", "rule", "which", "kind", "dtype", "by"),
     [
-        ("llama_tied", rules.LinearCall, "up_proj.weight", "up_proj"),
-        ("llama_tied", rules.LinearCall, "layers.1.self_attn.v_proj.bias", "v_proj.bias"),
-        ("llama_tied", rules.NormCall, "post_attention_layernorm", "post_attention_layernorm"),
-        ("llama_tied", rules.EmbeddingCall, "embed_tokens", "embed_tokens"),
-        ("gpt2", rules.LinearCall, "c_fc.weight", "c_fc"),
+        ("llama_tied", rules.LinearCall, "up_proj.weight", "up_proj", *SLIGHTLY),
+        ("llama_tied", rules.LinearCall, "up_proj.weight", "up_proj", torch.bfloat16, 1.5),
+        ("llama_tied", rules.LinearCall, "layers.1.self_attn.v_proj.bias", "v_proj.bias",
+         *SLIGHTLY),
+        ("llama_tied", rules.NormCall, "post_attention_layernorm", "post_attention_layernorm",
+         torch.float64, 1 + 1e-8),
+        ("llama_tied", rules.NormCall, "post_attention_layernorm", "post_attention_layernorm",
+         torch.bfloat16, 1.5),
+        ("llama_tied", rules.EmbeddingCall, "embed_tokens", "embed_tokens", *SLIGHTLY),
+        ("gpt2", rules.LinearCall, "c_fc.weight", "c_fc", torch.float64, 1 + 1e-8),
     ],
-)
-@pytest.mark.parametrize(
-    ("dtype", "by"),
-    [(torch.float32, 1.001), (torch.float64, 1 + 1e-8), (torch.bfloat16, 1.5)],
     ids=str,
-)
+)  # fmt: skip
 def test_a_wrong_rule_is_found_and_named(architecture, rule, which, kind, dtype, by, monkeypatch):
     monkeypatch.setattr(rule, "factors", scaled(rule, which, by))
     found = run(build(architecture, dtype))

@@ -57,19 +57,22 @@ def checked(model, n):
 
 
 def both_serve(model, n):
-    """What `check` found."""
+    """What both found."""
     result, found = profiled(model, n), checked(model, n)
     assert found.exact, verdict(found)
     assert result.attrs["layout"] == found.layout
     assert result.attrs["covered_parameters"] == found.coverage.covered_parameters
-    return found
+    return result, found
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_both_serve_it(name):
-    """Wrappers by the rules that their table names; `test_architectures.py` has architectures'."""
-    model = MODELS[name]()
-    found = both_serve(model, SEVERAL)
+    """Wrappers by the rules that their table names; `test_architectures.py` has architectures'.
+
+    The own loss of all but one is the risk.
+    """
+    result, found = both_serve(MODELS[name](), SEVERAL)
+    assert result.attrs.get("own_loss") == ("auxiliary" if name == "olmoe" else None)
     if name in CASES:
         generic = {row.kind for row in found.kinds if "generic" in row.rules}
         assert generic <= set(CASES[name].generic)

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from architectures import ARCHITECTURES, VOCAB
+from architectures import VOCAB
 from engines.small_models import Routed, ready
 from models import build, samples
 from rich.console import Console
@@ -122,12 +122,16 @@ def test_labels_at_their_own_places_are_said_to_be(name):
         assert "does not shift labels" in said[0]
     assert len(said) == 1 and "\n" not in said[0]
     assert found.attrs["own_loss_note"] in said[0]
-    assert f"Model: {found.attrs['own_loss_note']}." in printed(model)
+    if name in ("BartForCausalLM", "ProphetNetForCausalLM"):  # one of each kind
+        assert f"Model: {found.attrs['own_loss_note']}." in printed(model)
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
-def test_every_architecture(name, monkeypatch):
-    """Their own loss is the risk, found in one short forward, or in none."""
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2", "bloom", "mixtral", "mamba", "olmoe"])
+def test_architectures_of_every_kind(name):
+    """Their own loss is the risk, found in one short forward, or in none.
+
+    `test_check_and_profile.py` has that of every architecture.
+    """
     model = build(name)
     runs = []
     model.register_forward_pre_hook(

@@ -80,15 +80,16 @@ def rows(n, seed):
 @pytest.mark.parametrize(("name", "dtype", "job"), CASES, ids=str)
 def test_a_profile_takes_most_of_the_memory_and_not_all(name, dtype, job, monkeypatch):
     objectives, settings = JOBS[job]
-    free = 90 * 2**20 * (2 if dtype == torch.float64 else 1)
+    # Whole gradients of four objectives fill what is enough for others.
+    free = (90 if job == "four, norms" else 60) * 2**20 * (2 if dtype == torch.float64 else 1)
     monkeypatch.setattr(token_budget, "free_memory", lambda _: free)
     monkeypatch.setattr(token_budget, "MIN_CPU_CAP", 2**40)
     monkeypatch.setattr("geffect_fast.measure.profiler.check_memory", lambda *_: None)
     profiler = Profiler.of(
-        make(name, dtype), None, forget=rows(50, 1), retain=rows(50, 2), objectives=objectives,
+        make(name, dtype), None, forget=rows(26, 1), retain=rows(26, 2), objectives=objectives,
         **settings,
     )  # fmt: skip
-    assert 200 < profiler.token_budget < 1700, "batches should be full, and several"
+    assert 200 < profiler.token_budget < 1000, "batches should be full, and several"
     with LiveMemory() as memory:
         profiler.measure()
     assert 0.6 * free <= memory.most <= 0.95 * free, memory.most / free

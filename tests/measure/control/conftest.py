@@ -16,24 +16,24 @@ from geffect_fast.demo import save, train_tokenizer
 from geffect_fast.measure.models import load_model
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def tokenizer():
     return train_tokenizer([f"{row['question']} {row['answer']}" for row in ROWS], 320)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def original(tokenizer):
     """A model that knows the rows."""
     return fitted(blank_model(tokenizer), tokenizer, [*FORGET, *RETAIN], 300)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def unlearned(original, tokenizer):
     """After ascent on the forget rows, which costs the others too."""
     return fitted(copy.deepcopy(original), tokenizer, FORGET, 12, sign=-1.0, lr=1e-2)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def gentler(original, tokenizer):
     return fitted(copy.deepcopy(original), tokenizer, FORGET, 8, sign=-1.0, lr=6e-3)
 
@@ -48,7 +48,7 @@ def result(original, unlearned, gentler, tokenizer):
     )
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def study(tmp_path_factory, original, unlearned, gentler, tokenizer):
     folder = tmp_path_factory.mktemp("control")
     for name, model in (("original", original), ("ascent", unlearned), ("gentler", gentler)):

@@ -107,13 +107,15 @@ def test_methods_are_measured_where_each_keeps_enough(
 
 def test_the_share_found_is_the_best_of_a_fine_grid(result, original, unlearned, tokenizer):
     own = retention(original, tokenizer, "probability")
-    fine = [k / 64 for k in range(65)]
-    keeps = [
-        retention(by_hand(original, unlearned, a), tokenizer, "probability") >= 0.8 * own
-        for a in fine
-    ]
-    best = max(a for a, keep in zip(fine, keeps, strict=True) if keep)
-    assert best - 1 / 64 <= float(result.alpha_chosen.sel(model="ascent")) <= best + 1 / 64
+    share = float(result.alpha_chosen.sel(model="ascent"))
+
+    def keeps(alpha):
+        mixed = by_hand(original, unlearned, alpha)
+        return retention(mixed, tokenizer, "probability") >= 0.8 * own
+
+    # From the end on: what is below the best point does not count.
+    best = next(k / 64 for k in range(64, -1, -1) if keeps(k / 64))
+    assert best - 1 / 64 <= share <= best + 1 / 64
 
 
 def test_models_given_are_left_as_they_were(original, unlearned, tokenizer):
@@ -195,14 +197,13 @@ def test_utility_can_be_what_is_kept(original, unlearned, tokenizer):
     assert json.loads(found.attrs["control"])["set"] == "all"
 
 
-def test_the_same_call_gives_the_same_bits(result, original, unlearned, gentler, tokenizer):
-    again = gf.control(
-        original,
-        {"ascent": unlearned, "gentler": gentler},
-        tokenizer,
-        **ASKED,
+def test_the_same_call_gives_the_same_bits(original, unlearned, gentler, tokenizer):
+    models = {"ascent": unlearned, "gentler": gentler}
+    one, two = (
+        gf.control(original, models, tokenizer, **(ASKED | {"grid": 2, "tolerance": 1 / 4}))
+        for _ in range(2)
     )
-    xr.testing.assert_identical(again, result.assign_attrs(created=again.attrs["created"]))
+    xr.testing.assert_identical(two, one.assign_attrs(created=two.attrs["created"]))
 
 
 # ---- the command ----

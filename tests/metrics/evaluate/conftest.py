@@ -14,29 +14,29 @@ from geffect_fast.errors import GEffectWarning
 from geffect_fast.metrics import available
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def rows():
     return full_rows()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def tokenizer(rows):
     texts = [f"{row['question']} {row['answer']}" for row in rows]
     return train_tokenizer([*texts, "A. B. C. D. Indeed: Tell me."], 320)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def model(tokenizer):
     """A model that knows some rows: after a few steps on the first of them."""
     return fitted(blank_model(tokenizer, 1), tokenizer, full_rows()[:8], 60)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def retrained(tokenizer):
     return fitted(blank_model(tokenizer, 2), tokenizer, full_rows()[8:16], 60)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def sets(rows):
     return {
         "forget": rows[:8],
