@@ -85,10 +85,11 @@ def test_a_profile_takes_most_of_the_memory_and_not_all(name, dtype, job, monkey
     monkeypatch.setattr(token_budget, "free_memory", lambda _: free)
     monkeypatch.setattr(token_budget, "MIN_CPU_CAP", 2**40)
     monkeypatch.setattr("geffect_fast.measure.profiler.check_memory", lambda *_: None)
+    many, few = rows(26, 1), rows(6, 2)
+    forget, retain = (few, many) if objectives == ["kl"] else (many, few)
     profiler = Profiler.of(
-        make(name, dtype), None, forget=rows(26, 1), retain=rows(26, 2), objectives=objectives,
-        **settings,
-    )  # fmt: skip
+        make(name, dtype), None, forget=forget, retain=retain, objectives=objectives, **settings
+    )
     assert 200 < profiler.token_budget < 1000, "batches should be full, and several"
     with LiveMemory() as memory:
         profiler.measure()
