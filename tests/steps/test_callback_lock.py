@@ -18,7 +18,7 @@ import geffect_fast as gf
 from geffect_fast.errors import InputError
 from geffect_fast.storage.lock import LOCK, locked
 
-MOMENTS = (2, 20, 50)
+MOMENTS = range(2, 60, 8)
 """Which of the changes of the disk a training does not live to see."""
 IN_USE = f"is in use by process {os.getpid()} on {platform.node()}; wait for its end"
 

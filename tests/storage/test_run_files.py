@@ -19,7 +19,7 @@ from geffect_fast.storage.seal import write_sealed
 
 CONFIG = make_config({"model": "a/b", "forget": "c/d", "retain": "e/f", "objectives": "ga"})
 OLD, NEW = (make_dataset(resolve=(), seed=seed) for seed in (1, 2))
-KILLS = 8
+KILLS = 10
 
 
 def note(dataset, folder):
@@ -154,7 +154,7 @@ def test_killed_at_any_moment_the_old_run_or_the_new_one_is_there(tmp_path):
 def test_a_new_run_behind_a_killed_one_restores_it_first(run):
     """Also without --overwrite: what was set aside is the run that is there."""
     dice = random.Random(2)
-    for _ in range(3):
+    for _ in range(5):
         killed(overwrite, run, dice.randrange(60, 100))
         with pytest.raises(InputError, match=r"already holds results\.nc"):
             save_run(run, NEW, CONFIG)

@@ -20,7 +20,7 @@ from geffect_fast.storage.step_store import StepStore
 
 CONFIG = make_config({"model": "a/b", "forget": "c/d", "retain": "e/f", "objectives": "ga"})
 OLD, *NEW = (make_dataset(resolve=(), seed=seed) for seed in (1, 2, 3))
-KILLS = 8
+KILLS = 10
 
 
 def note(dataset, folder):

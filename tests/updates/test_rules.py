@@ -47,7 +47,7 @@ OPTIMIZERS = {
 }
 
 
-def steps(text, make, *, weight=1.0, n=5, architecture="llama_tied"):
+def steps(text, make, *, weight=1.0, n=10, architecture="llama_tied"):
     """Weights after every step, by the rule and by the rule written out."""
     rule = parse(text)
     model = build(architecture, torch.float64)
@@ -71,12 +71,9 @@ def steps(text, make, *, weight=1.0, n=5, architecture="llama_tied"):
         yield flat(trained(model), trained(model)), flat(trained(other), trained(other))
 
 
-@pytest.mark.parametrize(
-    ("text", "optimizer"),
-    # of its state one rule alone makes use, and another one has a memory of its own beside it
-    [*((text, "adam") for text in RULES), ("gu", "sgd"), ("gru(gamma=0.3)", "sgd")],
-)
-def test_steps_are_those_of_the_rule_written_out(text, optimizer):
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+@pytest.mark.parametrize("text", RULES)
+def test_ten_steps_are_those_of_the_rule_written_out(text, optimizer):
     with fp64_throughout():
         first = None
         for ours, theirs in steps(text, OPTIMIZERS[optimizer]):
