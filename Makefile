@@ -141,8 +141,9 @@ $(VENV_NONE)/installed: $(VENV)/tools-test $(PYTHON_FILES)
 # What calls the ops, and the commands once; the rest does not know who serves them. The values of the
 # reference are tested beside those of the kernels.
 WITHOUT_KERNELS = tests/ops/test_op_backend.py tests/ops/test_op_contract.py tests/capture \
-	tests/engines/test_directions.py tests/engines/test_forward_sums.py tests/measure/test_check.py tests/measure/test_check_deviations.py \
-	tests/measure/test_resolve.py tests/test_cli.py tests/test_functional.py
+	tests/engines/test_directions.py tests/engines/test_forward_sums.py tests/measure/test_check.py \
+	tests/measure/test_check_deviations.py tests/measure/test_resolve.py tests/test_cli.py \
+	tests/test_functional.py
 
 # pytest's own script, since `python -m pytest` would put this folder's package before the installed one
 test-nobuild: $(VENV_NONE)/installed
