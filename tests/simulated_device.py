@@ -18,7 +18,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 from geffect_fast.capture import Plan
 from geffect_fast.capture.attribution import ANY
@@ -143,8 +142,8 @@ class SimulatedDevice(TorchDispatchMode):
     ) -> Any:
         kwargs = dict(kwargs or {})
         self.calls += 1
-        given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-        from_device = any(isinstance(x, OnDevice) for x in given)
+        (own_args, own_values), from_device = _inside((args, tuple(kwargs.values())))
+        own_kwargs = dict(zip(kwargs, own_values, strict=True))
         to_device = from_device
         if kwargs.get("device") is not None:
             to_device = torch.device(kwargs["device"]).type != "cpu"
@@ -155,18 +154,16 @@ class SimulatedDevice(TorchDispatchMode):
         self._check(func, args, kwargs, from_device, to_device)
 
         if kwargs.get("device") is not None:
-            kwargs["device"] = torch.device("cpu")
-        pin = kwargs.pop("pin_memory", None)
-        own_args, own_kwargs = tree_map_only(OnDevice, lambda x: x.inner, (args, kwargs))
+            own_kwargs["device"] = torch.device("cpu")
+        pin = own_kwargs.pop("pin_memory", None)
         found = func(*own_args, **own_kwargs)
         if func is aten.copy_.default:
             return args[0]
         if not to_device:
             return _pinned(found) if pin else found
-        found = tree_map_only(
-            Tensor, lambda x: x if isinstance(x, OnDevice) else OnDevice(x), found
-        )
-        return return_and_correct_aliasing(func, args, kwargs, found)
+        if isinstance(found, (tuple, list)):
+            found = type(found)(_there(x) for x in found)
+        return return_and_correct_aliasing(func, args, kwargs, _there(found))
 
     def _check(
         self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], source: bool, target: bool
@@ -202,6 +199,27 @@ class SimulatedDevice(TorchDispatchMode):
             return  # a number, which goes as an argument of the kernel
         if not (queued and getattr(host, "pinned", False)):
             raise Waited("a copy between host and device that is not queued")
+
+
+def _inside(args: Any) -> tuple[Any, bool]:
+    """Arguments with what tensors of the device hold; whether one is such a tensor."""
+    found: list[Any] = []
+    any_there = False
+    for x in args:
+        if isinstance(x, OnDevice):
+            found.append(x.inner)
+            any_there = True
+        elif isinstance(x, (tuple, list)):
+            inner, there = _inside(x)
+            found.append(inner)
+            any_there |= there
+        else:
+            found.append(x)
+    return type(args)(found), any_there
+
+
+def _there(x: Any) -> Any:
+    return OnDevice(x) if isinstance(x, Tensor) and not isinstance(x, OnDevice) else x
 
 
 def _pinned(x: Tensor) -> Tensor:

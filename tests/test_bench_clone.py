@@ -16,7 +16,8 @@ ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = [*sorted(path.stem for path in (ROOT / "benchmarks").glob("bench_*.py")), "step_curves"]
 IMPORTED = """
 import os, sys
-import torch, transformers
+import pydantic, rich, torch
+from transformers import LlamaForCausalLM, Trainer
 for script in sys.argv[2:]:
     if not os.fork():
         sys.path[0] = sys.argv[1]

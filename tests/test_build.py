@@ -7,6 +7,8 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -19,6 +21,7 @@ import cuda_check
 import sanitizer_check
 
 ROOT = cuda_check.ROOT
+Describe = Callable[..., subprocess.CompletedProcess[str]]
 CUDA_FILES = {path.stem for path in ROOT.glob("csrc/cuda/*.cu")}
 
 
@@ -125,6 +128,32 @@ runpy.run_path("setup.py", run_name="__main__")
 """
 
 
+# Each is a fork of a process that has imported what takes seconds.
+PREPARED = """
+import json, os, sys
+import setuptools, torch.utils.cpp_extension
+del sys.modules["torch.utils.cpp_extension"], torch.utils.cpp_extension  # it reads the environment
+for line in sys.stdin:
+    code, environment, *files = json.loads(line)
+    child = os.fork()
+    if not child:
+        os.environ.clear()
+        os.environ.update(environment)
+        for stream, file in enumerate(files, 1):
+            os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), stream)
+        sys.exit(exec(code, {"__name__": "__main__"}))
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def prepared() -> Iterator[subprocess.Popen[str]]:
+    command = [sys.executable, "-c", PREPARED]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, cwd=ROOT) as process:
+        yield process
+
+
 def write_script(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True)
     path.write_text(text)
@@ -143,7 +172,9 @@ def toolkit(tmp_path: Path) -> Path:
     return home
 
 
-def describe(toolkit: Path, cuda: str | None = "13.0", **environment: str):
+@pytest.fixture
+def describe(toolkit: Path, prepared: subprocess.Popen[str], tmp_path: Path) -> Describe:
+    """What setup.py would build with that toolkit."""
     path = f"{toolkit.parent / 'path'}{os.pathsep}{os.environ['PATH']}"
     given = {
         "GEFFECT_FAST_BUILD": "cuda",
@@ -151,8 +182,18 @@ def describe(toolkit: Path, cuda: str | None = "13.0", **environment: str):
         "CUDA_HOME": "",
         "CUDA_PATH": "",
         "CUTLASS_PATH": str(toolkit.parent / "cutlass"),
+        "TORCH_CUDA_ARCH_LIST": "",
     }
-    return run_setup(DESCRIBE.format(cuda=cuda), **{**given, **environment})
+
+    def run(cuda: str | None = "13.0", **environment: str) -> subprocess.CompletedProcess[str]:
+        code = DESCRIBE.format(cuda=cuda)
+        out, err = (Path(tempfile.mkstemp(dir=tmp_path)[1]) for _ in range(2))
+        words = [code, {**os.environ, **given, **environment}, str(out), str(err)]
+        print(json.dumps(words), file=prepared.stdin, flush=True)
+        status = int(prepared.stdout.readline())
+        return subprocess.CompletedProcess(code, status, out.read_text(), err.read_text())
+
+    return run
 
 
 def extensions(done: subprocess.CompletedProcess[str]) -> dict:
@@ -169,16 +210,16 @@ def stems(extension: dict, suffix: str) -> set[str]:
     return {Path(path).stem for path in extension["sources"] if path.endswith(suffix)}
 
 
-def test_a_wheel_for_every_python_holds_nothing_that_is_bound_to_one(toolkit: Path) -> None:
-    built = extensions(describe(toolkit, GEFFECT_FAST_BUILD="cpu", GEFFECT_FAST_ABI3="1"))
+def test_a_wheel_for_every_python_holds_nothing_that_is_bound_to_one(describe: Describe) -> None:
+    built = extensions(describe(GEFFECT_FAST_BUILD="cpu", GEFFECT_FAST_ABI3="1"))
     assert set(built) - {"home", "wheel"} == {"geffect_fast._kernels"}
     assert built["wheel"] == {"bdist_wheel": {"py_limited_api": "cp310"}}
-    assert extensions(describe(toolkit, GEFFECT_FAST_BUILD="cpu"))["wheel"] == {}
+    assert extensions(describe(GEFFECT_FAST_BUILD="cpu"))["wheel"] == {}
 
 
 @pytest.mark.parametrize("build", ["cuda", "auto"])
-def test_cuda_build(toolkit: Path, build: str) -> None:
-    built = extensions(describe(toolkit, GEFFECT_FAST_BUILD=build))
+def test_cuda_build(toolkit: Path, describe: Describe, build: str) -> None:
+    built = extensions(describe(GEFFECT_FAST_BUILD=build))
     assert built["home"] == str(toolkit)
     kernels, hopper = built["geffect_fast._kernels"], built["geffect_fast._kernels_sm90"]
     assert stems(kernels, ".cu") | stems(hopper, ".cu") == CUDA_FILES
@@ -210,10 +251,10 @@ def test_cuda_build(toolkit: Path, build: str) -> None:
     assert len(built_ops) >= len(CUDA_FILES)
 
 
-def test_libcudart_of_the_toolkit_is_linked(toolkit: Path) -> None:
+def test_libcudart_of_the_toolkit_is_linked(toolkit: Path, describe: Describe) -> None:
     (toolkit / "lib64").mkdir()
     (toolkit / "lib64/libcudart.so").touch()
-    assert "cudart" in extensions(describe(toolkit))["geffect_fast._kernels"]["libraries"]
+    assert "cudart" in extensions(describe())["geffect_fast._kernels"]["libraries"]
 
 
 @pytest.mark.parametrize(
@@ -224,9 +265,9 @@ def test_libcudart_of_the_toolkit_is_linked(toolkit: Path) -> None:
     ],
 )
 def test_hopper_kernels_are_left_out_with_a_notice(
-    toolkit: Path, environment: dict[str, str], said: str
+    describe: Describe, environment: dict[str, str], said: str
 ) -> None:
-    done = describe(toolkit, **environment)
+    done = describe(**environment)
     built = extensions(done)
     assert f"the Hopper kernels are left out: {said}" in done.stderr
     assert "geffect_fast._kernels_sm90" not in built
@@ -238,8 +279,8 @@ def test_hopper_kernels_are_left_out_with_a_notice(
     assert "_sm90" not in dict(built["geffect_fast._C"]["define_macros"])["GEFFECT_FAST_CUDA_OPS"]
 
 
-def test_arch_list_is_honoured(toolkit: Path) -> None:
-    built = extensions(describe(toolkit, TORCH_CUDA_ARCH_LIST="8.6 9.0 9.0a 12.0+PTX"))
+def test_arch_list_is_honoured(describe: Describe) -> None:
+    built = extensions(describe(TORCH_CUDA_ARCH_LIST="8.6 9.0 9.0a 12.0+PTX"))
     assert gencode(built["geffect_fast._kernels"]) == {
         "arch=compute_86,code=sm_86",
         "arch=compute_90a,code=sm_90a",  # serves what sm_90 would
@@ -256,13 +297,13 @@ MISSING = [
 
 
 @pytest.mark.parametrize(("given", "said"), MISSING)
-def test_cuda_build_says_what_is_missing(toolkit: Path, given: dict, said: str) -> None:
-    line = refusal(describe(toolkit, **given))
+def test_cuda_build_says_what_is_missing(describe: Describe, given: dict, said: str) -> None:
+    line = refusal(describe(**given))
     assert re.fullmatch(f"GEFFECT_FAST_BUILD=cuda: .*{said}.*", line), line
 
 
-def test_auto_build_goes_on_without_cuda(toolkit: Path) -> None:
-    done = describe(toolkit, GEFFECT_FAST_BUILD="auto", cuda="12.8")
+def test_auto_build_goes_on_without_cuda(describe: Describe) -> None:
+    done = describe(GEFFECT_FAST_BUILD="auto", cuda="12.8")
     built = extensions(done)
     assert "the CUDA kernels are left out" in done.stderr
     assert set(built) - {"home", "wheel"} <= {"geffect_fast._kernels", "geffect_fast._C"}
@@ -271,14 +312,16 @@ def test_auto_build_goes_on_without_cuda(toolkit: Path) -> None:
     assert facts["GEFFECT_FAST_CUDA_VERSION"] == facts["GEFFECT_FAST_CUDA_OPS"] == '""'
 
 
-def test_unknown_gpu_is_refused_in_one_line(toolkit: Path) -> None:
-    line = refusal(describe(toolkit, TORCH_CUDA_ARCH_LIST="Riesling"))
+def test_unknown_gpu_is_refused_in_one_line(describe: Describe) -> None:
+    line = refusal(describe(TORCH_CUDA_ARCH_LIST="Riesling"))
     assert "TORCH_CUDA_ARCH_LIST='Riesling'" in line
 
 
 @pytest.mark.parametrize("build", ["cpu", "sanitize"])
-def test_sanitizers_are_in_the_kernels_of_their_own_build_alone(toolkit: Path, build: str) -> None:
-    built = extensions(describe(toolkit, GEFFECT_FAST_BUILD=build, CUDA_HOME="/nowhere"))
+def test_sanitizers_are_in_the_kernels_of_their_own_build_alone(
+    describe: Describe, build: str
+) -> None:
+    built = extensions(describe(GEFFECT_FAST_BUILD=build, CUDA_HOME="/nowhere"))
     kernels, named = built["geffect_fast._kernels"], cuda_check.setup.SANITIZERS
     flags = kernels["extra_compile_args"]["cxx"]
     facts = dict(built["geffect_fast._C"]["define_macros"])

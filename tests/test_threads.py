@@ -8,7 +8,9 @@ import subprocess
 import sys
 
 import pytest
+import torch  # noqa: F401  whether it is there decides
 
+from geffect_fast import threads
 from geffect_fast.threads import usable_cores
 
 OURS = ("OMP_", "GOMP_", "KMP_", "MKL_")
@@ -50,18 +52,17 @@ def test_a_command_lets_threads_sleep_as_they_wait(words):
     assert found["OMP_NUM_THREADS"] == str(usable_cores())
 
 
-def test_a_command_follows_its_affinity():
-    one = min(os.sched_getaffinity(0))
-    assert settings(COMMAND, {one})["OMP_NUM_THREADS"] == "1"
+def test_a_command_follows_its_affinity_and_leaves_the_waiting_that_the_user_has_set():
+    found = settings(SCRIPT, {min(os.sched_getaffinity(0))}, GOMP_SPINCOUNT="7")
+    assert (int(found["GOMP_SPINCOUNT"]), found["OMP_NUM_THREADS"]) == (7, "1")
 
 
 def test_what_the_user_has_set_stays():
-    found = settings(COMMAND, OMP_WAIT_POLICY="active", OMP_NUM_THREADS="3")
+    found = settings(SCRIPT, OMP_WAIT_POLICY="active", OMP_NUM_THREADS="3")
     assert (found["OMP_WAIT_POLICY"], found["OMP_NUM_THREADS"]) == ("ACTIVE", "3")
     assert int(found["GOMP_SPINCOUNT"]) > 0
-    found = settings(COMMAND, OMP_NUM_THREADS="3")
+    found = settings(SCRIPT, OMP_NUM_THREADS="3")
     assert (int(found["GOMP_SPINCOUNT"]), found["OMP_NUM_THREADS"]) == (0, "3")
-    assert int(settings(COMMAND, GOMP_SPINCOUNT="7")["GOMP_SPINCOUNT"]) == 7
 
 
 def test_a_program_is_left_alone():
@@ -74,17 +75,29 @@ def test_a_program_on_a_busy_machine_is_told_once():
 
 
 @pytest.mark.parametrize(
-    ("words", "environment"),
+    ("load", "loaded", "environment", "said"),
     [
-        (BUSY, {"OMP_WAIT_POLICY": "passive"}),
-        (BUSY, {"OMP_NUM_THREADS": "1"}),
-        (BUSY.replace("50.0", "0.0"), {}),
-        ("import torch\n" + BUSY, {}),
+        (50.0, False, {}, True),
+        (50.0, False, {"OMP_WAIT_POLICY": "passive"}, False),
+        (50.0, False, {"OMP_NUM_THREADS": "1"}, False),
+        (0.0, False, {}, False),
+        (50.0, True, {}, False),
     ],
-    ids=["they sleep", "they are few", "it is idle", "torch is there already"],
+    ids=["busy", "they sleep", "they are few", "it is idle", "torch is there already"],
 )
-def test_nothing_is_said_where_nothing_can_be_won(words, environment):
-    assert "OMP_WAIT_POLICY" not in started(["-c", words], **environment)
+def test_nothing_is_said_where_nothing_can_be_won(
+    load, loaded, environment, said, monkeypatch, caplog
+):
+    for name in os.environ:
+        if name.startswith(OURS):
+            monkeypatch.delenv(name)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(os, "getloadavg", lambda: (load, load, load))
+    if not loaded:
+        monkeypatch.delitem(sys.modules, "torch")
+    threads.prepare()
+    assert ("OMP_WAIT_POLICY" in caplog.text) == said
 
 
 @pytest.mark.parametrize(

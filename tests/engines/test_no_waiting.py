@@ -30,11 +30,19 @@ from geffect_fast.results.dataset import check_gradients, gram_matrices
 
 SETS = {"forget": samples([7, 4, 9], 1, 2), "retain": samples([6, 8], 2, 2)}
 ALTERNATIVES = [[row] for row in samples([5, 6, 4], 3, 2)]
-OBJECTIVES = (
-    *("ga", "gd", "po", "wga(alpha=1)", "satimp", "token_weights", "npo(beta=0.1)", "tnpo(beta=1)"),
-    *("wtnpo", "dpo(beta=0.1)", "altpo", "simnpo", "kl", "undial", "ceu", "pdu(eps=0.1)"),
-    *("rmu(layer=1)", "rmu_mask(layer=1)", "rr(layer=1)"),
-)
+OBJECTIVES = {
+    "answers": (
+        *("ga", "gd", "wga(alpha=1)", "satimp", "token_weights", "simnpo", "ceu"),
+        "pdu(eps=0.1)",
+    ),
+    "a reference": ("npo(beta=0.1)", "tnpo(beta=1)", "wtnpo", "kl", "undial"),
+    "alternatives": ("po", "dpo(beta=0.1)", "altpo"),
+    "hidden states": ("rmu(layer=1)", "rmu_mask(layer=1)", "rr(layer=1)"),
+}
+"""By what they ask of a batch; a wait's traceback says whose it is."""
+
+UNLIKE = ("gpt2", "phi", "gemma2")
+"""They hold every kind of layer that the five have."""
 
 
 @pytest.fixture
@@ -107,16 +115,15 @@ def compare(model, objectives, device, reference=None, **options):
         torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5 * float(y.abs().max()))
 
 
-@pytest.mark.parametrize("architecture", FIVE)
 @pytest.mark.parametrize(
-    "options",
+    ("architecture", "options"),
     [
-        {"norms": False},
-        {"norms": True, "columns": None},
-        {"norms": False, "per_token": True},
-        {"norms": False, "layout": "single"},
+        *((name, {"norms": True, "columns": None}) for name in FIVE),
+        *((name, {"norms": False, "per_token": True}) for name in UNLIKE),
+        ("llama_tied", {"norms": False}),
+        *((name, {"norms": False, "layout": "single"}) for name in ("llama", "gpt2")),
     ],
-    ids=["effects", "norms", "by position", "single"],
+    ids=str,
 )
 def test_reverse_engine(architecture, options, device, monkeypatch):
     if options.get("layout") == "single":
@@ -125,9 +132,9 @@ def test_reverse_engine(architecture, options, device, monkeypatch):
     compare(build(architecture), ("ga", "npo(beta=0.1)", "gd"), device, **options)
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES)
-def test_objectives(objective, device):
-    compare(build("llama_tied"), (objective,), device, build("llama_tied", seed=1), norms=False)
+@pytest.mark.parametrize("objectives", OBJECTIVES.values(), ids=OBJECTIVES)
+def test_objectives(objectives, device):
+    compare(build("llama_tied"), objectives, device, build("llama_tied", seed=1), norms=False)
 
 
 def test_sixteen_bits(device):
@@ -171,7 +178,7 @@ def assert_same_numbers(found, expected):
         torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5 * float(y.abs().max()))
 
 
-@pytest.mark.parametrize("resolve", [("parameter", "sample"), ("group", "sample"), ("parameter",)])
+@pytest.mark.parametrize("resolve", [("group", "sample"), ("parameter",)])
 def test_a_whole_measurement(resolve, device, monkeypatch):
     """Beside a batch's results: weights, directions and norms are each asked for once."""
     expected, prepared = reverse_profiler(resolve, device, monkeypatch, free=2**40)
@@ -198,7 +205,7 @@ def test_gradients_that_stay_on_the_cpu(resolve, device, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("architecture", "offset"), [("llama_tied", 0.0), ("gpt2", 0.0), ("phi", 0.0), ("gemma2", 1.0)]
+    ("architecture", "offset"), [("llama_tied", 0.0), ("phi", 0.0), ("gemma2", 1.0)]
 )
 def test_a_whole_measurement_of_the_forward_engine(architecture, offset, device, monkeypatch):
     """Results once a batch, and what a reverse pass asks for the risks' gradients."""
@@ -235,7 +242,7 @@ def losses(model, given):
     return torch.nn.functional.cross_entropy(logits.mT, labels, reduction="none").mean(1)
 
 
-@pytest.mark.parametrize("architecture", FIVE)
+@pytest.mark.parametrize("architecture", UNLIKE)
 def test_functional(architecture, device, monkeypatch):
     """They return tensors on the device, and wait once a structure, to see that rows are told
     apart."""

@@ -15,6 +15,12 @@ from geffect_fast import ops
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
+def _tensors(arg: Any) -> list[Tensor]:
+    if isinstance(arg, (list, tuple)):
+        return [x for item in arg for x in _tensors(item)]
+    return [arg] if isinstance(arg, Tensor) else []
+
+
 class Sample(NamedTuple):
     """Arguments of one op, named for the test report.
 
@@ -36,6 +42,11 @@ class Sample(NamedTuple):
 
     def run(self) -> Tensor:
         return getattr(ops, self.op)(*self.args, **self.kwargs)
+
+    @property
+    def numel(self) -> int:
+        tensors = (x for arg in self.args for x in _tensors(arg))
+        return sum(x.numel() for x in tensors)
 
     def expected(self) -> Tensor:
         return FORMULAS[self.op](*self.args, **self.kwargs)

@@ -176,26 +176,24 @@ def test_missing_native_library_is_said_once() -> None:
     assert "reference" in done.stdout
 
 
+VALUES = """
+import torch
+from geffect_fast import ops
+
+x = (torch.arange(270 * 533) * 37 % 101).reshape(270, 533) / 101 - 0.3
+cu = torch.tensor([0, 1, 40, 143, 270])
+found = []
+for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+    y, g, w = x.to(dtype), x[:, 3:73].to(dtype), x[100:170].to(dtype)
+    found += [ops.segment_dot(y, y, cu), ops.ghost_norm(y, y, cu), ops.ghost_norm(y, g, cu)]
+    found += [ops.ghost_dot(y, g, cu, y, g, cu), ops.segment_bilinear(y, g, w, cu)]
+values = [value for tensor in found for value in tensor.flatten().tolist()]
+"""
+
+
 def test_older_instructions_give_the_same_values() -> None:
     """What a processor without AVX-512 runs; `make sanitize` has those without AVX2."""
-    code = (
-        "import torch\n"
-        "from geffect_fast import ops\n"
-        "x = (torch.arange(270 * 533) * 37 % 101).reshape(270, 533) / 101 - 0.3\n"
-        "cu = torch.tensor([0, 1, 40, 143, 270])\n"
-        "for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):\n"
-        "    y, g = x.to(dtype), x[:, 3:73].to(dtype)\n"
-        "    print(ops.segment_dot(y, y, cu).tolist(), ops.ghost_norm(y, y, cu).tolist())\n"
-        "    print(ops.ghost_dot(y, g, cu, y, g, cu).tolist(), ops.ghost_norm(y, g, cu).tolist())\n"
-        "    w = x[100:170].to(dtype)\n"
-        "    print(ops.segment_bilinear(y, g, w, cu).tolist())\n"
-    )
-    chosen, older = run_python(code), run_python(code, ATEN_CPU_CAPABILITY="avx2")
-    for left, right in zip(numbers(chosen.stdout), numbers(older.stdout), strict=True):
-        assert left == pytest.approx(right, rel=1e-5)
-
-
-def numbers(text: str) -> list[float]:
-    return [
-        float(word) for word in text.replace("[", " ").replace("]", " ").replace(",", " ").split()
-    ]
+    chosen: dict[str, Any] = {}
+    exec(VALUES, chosen)
+    older = run_python(VALUES + "print(*values)", ATEN_CPU_CAPABILITY="avx2").stdout.split()
+    assert [float(value) for value in older] == pytest.approx(chosen["values"], rel=1e-5)
