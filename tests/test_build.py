@@ -130,7 +130,7 @@ runpy.run_path("setup.py", run_name="__main__")
 
 # Each is a fork of a process that has imported what takes seconds.
 PREPARED = """
-import json, os, sys
+import json, os, sys, traceback
 import setuptools, torch.utils.cpp_extension
 del sys.modules["torch.utils.cpp_extension"], torch.utils.cpp_extension  # it reads the environment
 for line in sys.stdin:
@@ -141,7 +141,16 @@ for line in sys.stdin:
         os.environ.update(environment)
         for stream, file in enumerate(files, 1):
             os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), stream)
-        sys.exit(exec(code, {"__name__": "__main__"}))
+        status = 1
+        try:
+            exec(code, {"__name__": "__main__"})
+            status = 0
+        except SystemExit as refusal:
+            print(refusal, file=sys.stderr)
+        except BaseException:
+            traceback.print_exc()
+        sys.stdout.flush()
+        os._exit(status)  # without taking all that apart
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
 
