@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 from architectures import ARCHITECTURES, SMALL, VOCAB, Architecture
-from models import build, fp64_throughout, samples
+from models import FIVE, build, fp64_throughout, samples
 from reference import close, effects
 from small_models import IgnoresPositions, Logits, ready
 
@@ -67,8 +67,16 @@ def profiled(model, rows, **settings):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES | COUNTED_BY_THEMSELVES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        *COUNTED_BY_THEMSELVES,
+        *(n for n, row in ARCHITECTURES.items() if n in FIVE or row.layout != "packed"),
+    ],
+)
 def test_a_risk_is_the_model_s_own_loss(name):
+    """All architectures' is compared by `measure/test_check_and_profile.py`, and their effects by
+    `measure/test_architectures.py`."""
     rows = samples(LENGTHS, 1)
     if name in KIN:
         rows[1]["input_ids"][3] = PADDING
