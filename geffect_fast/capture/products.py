@@ -279,7 +279,7 @@ def _table_norms(lookups: list[Lookup]) -> Tensor:
 
 
 @in_own_precision
-def pairwise(a: list[Factor], b: list[Factor], shape: torch.Size) -> Tensor:
+def pairwise(a: Sequence[Factor], b: Sequence[Factor], shape: torch.Size) -> Tensor:
     """`<grad_i, grad_j>` of one parameter for every sample `i` of `a` and `j` of `b`, fp64."""
     return _sum([_pairwise(x, y, shape) for x in a for y in b])
 

@@ -2,10 +2,10 @@
 
     gram[i, j] = <g_i, g_j>        products[i] = <g_i, direction>
 
-Layer by layer as a backward reaches it (`ghost_dot`, `segment_bilinear`). Rows that do not fit one
-batch are compared batch by batch: inputs and output gradients of a block of batches are kept, and
-all later batches run against them. A block holds as much as there is room for, or else one batch.
-Where there is room for all, weighted sums of the rows' gradients are made of what is kept.
+Layer by layer as a backward reaches it (`ghost_dot`, `segment_bilinear`): the rows of a batch with
+each other and with the direction. Inputs and output gradients are kept, on the device as far as
+there is room (`KeptRows`), and of them the rows of any two batches are compared, and weighted sums
+of the rows' gradients made, so that every row runs once.
 
 Where ranks share the model out, all of them run all rows in step, and a direction is brought
 together layer by layer when a backward is over. Nothing is kept for weighted sums: these are one
@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from geffect_fast.capture import Factor, Lookup, Outer, Plan, Recording, RowSum
+from geffect_fast.capture import Factor, Lookup, Outer, Plan, Recording
 from geffect_fast.capture.parts import whole_of
 from geffect_fast.capture.per_sample import record_rows
 from geffect_fast.capture.products import in_working_precision, inner, pairwise
@@ -30,6 +30,7 @@ from geffect_fast.data.memory import free_memory
 from geffect_fast.errors import InputError, NonFiniteError, UnsupportedModelError
 from geffect_fast.ops.reference import accumulation_dtype
 from geffect_fast.updates.gradients import Gradients
+from geffect_fast.updates.kept_rows import KeptFactor, KeptRows
 
 if TYPE_CHECKING:
     from geffect_fast.updates.step import RetainBatch
@@ -37,9 +38,6 @@ if TYPE_CHECKING:
 _JOINED = Recording(joined=True, one_backward=True)
 _MATRICES = 5
 """Matrices of the Gram's size at once: it, its correlations, and what their decomposition takes."""
-
-Kept = dict[str, list[Factor]]
-"""A batch's factors by parameter name."""
 
 
 @dataclass(frozen=True)
@@ -51,15 +49,15 @@ class RowProducts:
         gram: `(n, n)` fp64.
         products: `(n,)` fp64, with the direction.
         rounding: what eigenvalues of the rows' cosines are worth, relative to the largest.
-        kept: the factors of every batch; None where there was no room for all, or ranks share the
-            model out.
+        kept: the factors of every batch; None where a module has none that can be kept, or ranks
+            share the model out.
     """
 
     losses: Tensor
     gram: Tensor
     products: Tensor
     rounding: float
-    kept: list[Kept] | None = None
+    kept: KeptRows | None = None
 
     def coefficients(self, rank_tol: float) -> Tensor:
         """`c` of the projection `sum_i c_i g_i` of the direction onto the span of the rows.
@@ -88,38 +86,25 @@ def row_products(
 ) -> RowProducts:
     """All inner products of the rows of `batches` with each other and with `direction`.
 
-    Every batch runs once where a block holds all of them; else, for `k` blocks, as often as there
-    are blocks up to its own.
-
     Args:
         plan: of the model.
-        batches: of retain rows.
+        batches: of retain rows, each of which runs once.
         direction: by parameter name.
-        room: bytes that a block may hold.
+        room: bytes of the device that what is kept of them may take.
         rule: for messages.
 
     Raises:
-        InputError: there are no rows, or more than memory holds a Gram matrix of.
+        InputError: there are no rows, or more than memory holds a Gram matrix of; the disk of
+            temporary files is full.
         NonFiniteError: a product is not finite.
         UnsupportedModelError: rows cannot be told apart, or a module of which no inputs and output
             gradients can be kept has rows in several batches.
     """
     sums = _Sums(plan, batches, direction, room, rule)
-    begin = 0
-    while begin < len(batches):
-        block: list[Kept] = []
-        so_far, growing = 0, True
-        sums.held = 0
-        for at, batch in enumerate(batches[begin:], begin):
-            # What the block's batches took, token by token, tells what this one would.
-            growing = growing and (not block or sums.held * (1 + batch.n_tokens / so_far) <= room)
-            kept = sums.run(at, begin, block, own=growing)
-            if growing:
-                block.append(kept)
-                so_far += batch.n_tokens
-        begin += len(block)
-    everything = len(block) == len(batches) and sums.all_kept
-    return sums.found(block if everything else None)
+    for at in range(len(batches)):
+        sums.run(at)
+    sums.compare_batches()
+    return sums.found()
 
 
 class _Sums:
@@ -127,10 +112,6 @@ class _Sums:
 
     Args:
         plan, batches, direction, room, rule: as `row_products` takes them.
-
-    Attributes:
-        held: bytes that factors of the present block hold.
-        all_kept: whether none was let go of for lack of room.
     """
 
     def __init__(
@@ -141,8 +122,7 @@ class _Sums:
         room: float,
         rule: str,
     ) -> None:
-        self.held, self.all_kept = 0, plan.shards is None
-        self._room = room
+        self._kept, self._all_kept = KeptRows(room, rule), plan.shards is None
         self._plan, self._batches, self._rule = plan, batches, rule
         ends = list(accumulate(batch.n_rows for batch in batches))
         self._rows = [slice(end - b.n_rows, end) for end, b in zip(ends, batches, strict=True)]
@@ -157,47 +137,30 @@ class _Sums:
             for name, g in direction.items()
         }
 
-    def run(self, at: int, begin: int, block: Sequence[Kept], *, own: bool) -> Kept:
-        """One forward and backward of batch `at`.
-
-        Args:
-            at: its number.
-            begin: that of the block's first batch.
-            block: factors of the block's batches before it, which it is compared with.
-            own: whether it is of the block: its rows are compared with each other and with the
-                direction too, and its factors returned, those of the last batch if there is room.
-        """
-        batch, mine, kept = self._batches[at], self._rows[at], Kept()
-        last = at + 1 == len(self._batches)
-        counted: set[tuple[int, int]] = set()
+    def run(self, at: int) -> None:
+        """One forward and backward of batch `at`."""
+        batch, mine = self._batches[at], self._rows[at]
         waiting: dict[str, list[Factor]] = {}
 
         def take(name: str, factors: list[Factor], _kept: list[Tensor | None]) -> None:
             shape = self._plan.parameters[name].shape
-            for earlier, others in enumerate(block, begin):
-                if name in others:
-                    self._gram[self._rows[earlier], mine] += pairwise(others[name], factors, shape)
-            if own:
-                self._gram[mine, mine] += pairwise(factors, factors, shape)
-                self._note_rounding(factors)
-                if self._plan.shards is not None:
-                    waiting[name] = factors
-                elif name in self._direction:
-                    self._add_products(mine, factors, self._direction[name])
-            if not own or (last and (begin > 0 or not self.all_kept)):
-                return
-            kept[name] = factors
-            size = _bytes(factors, counted)
-            self.held += size or 0
-            if last and (size is None or self.held > self._room):
-                self.all_kept = False  # nobody waits for them, so that they can go
-                kept.clear()
-            elif size is None:
-                raise UnsupportedModelError(
-                    f"update {self._rule}: parameter '{name}' takes the generic rule, which "
-                    "compares rows of one batch alone; let the retain rows of an update fit one "
-                    "(--token-budget, --retain-batch-size), or freeze it"
-                )
+            self._gram[mine, mine] += pairwise(factors, factors, shape)
+            self._note_rounding(factors)
+            if self._plan.shards is not None:
+                waiting[name] = factors
+            elif name in self._direction:
+                self._add_products(mine, factors, self._direction[name])
+            tensors = [f for f in factors if isinstance(f, KeptFactor)]
+            if len(tensors) < len(factors):
+                self._all_kept = False
+                if len(self._batches) > 1:
+                    raise UnsupportedModelError(
+                        f"update {self._rule}: parameter '{name}' takes the generic rule, which "
+                        "compares rows of one batch alone; let the retain rows of an update fit "
+                        "one (--token-budget, --retain-batch-size), or freeze it"
+                    )
+            elif self._all_kept or len(self._batches) > 1:
+                self._kept.keep(name, at, tensors)
 
         with batch.around():
             losses = record_rows(self._plan, batch.losses, batch, batch.axis, take, _JOINED)
@@ -206,7 +169,14 @@ class _Sums:
                 for name in [name for name in self._direction if name in waiting]:
                     self._add_products(mine, waiting.pop(name), whole_of(self._direction[name]))
         self._losses[mine] = losses.double()
-        return kept
+
+    def compare_batches(self) -> None:
+        """The rows of every two batches, parameter by parameter."""
+        for name in self._kept.names():
+            shape = self._plan.parameters[name].shape
+            for earlier, factors, later, others in self._kept.pairs(name):
+                found = pairwise(factors, others, shape)
+                self._gram[self._rows[earlier], self._rows[later]] += found
 
     def _add_products(self, mine: slice, factors: Sequence[Factor], direction: Tensor) -> None:
         for factor in factors:
@@ -218,7 +188,7 @@ class _Sums:
             if isinstance(factor, Outer | Lookup):
                 self._rounding = max(self._rounding, torch.finfo(factor.g.dtype).eps)
 
-    def found(self, kept: list[Kept] | None) -> RowProducts:
+    def found(self) -> RowProducts:
         """The sums, and what was kept; raise `NonFiniteError` where one is not finite."""
         if not bool(self._numbers.isfinite().all()):
             own = torch.stack((self._gram.diagonal(), self._products, self._losses))
@@ -230,6 +200,7 @@ class _Sums:
             )
         upper = self._gram.triu()
         gram = upper + upper.triu(1).T
+        kept = self._kept if self._all_kept else None
         return RowProducts(self._losses, gram, self._products, self._rounding, kept)
 
 
@@ -246,26 +217,3 @@ def check_rows(n: int, device: torch.device, rule: str) -> None:
             f"{needed / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are free; give fewer retain rows "
             "an update (--retain-batch-size)"
         )
-
-
-def _bytes(factors: Sequence[Factor], counted: set[tuple[int, int]]) -> int | None:
-    """What factors of a parameter hold beside tensors that are counted; None where nobody knows.
-
-    Args:
-        counted: addresses and sizes of tensors, such as inputs that layers share; added to.
-    """
-    total = 0
-    for factor in factors:
-        if isinstance(factor, Outer):
-            held: tuple[Tensor, ...] = (factor.a, factor.g)
-        elif isinstance(factor, Lookup):
-            held = (factor.ids, factor.g)
-        elif isinstance(factor, RowSum):
-            held = (factor.sums,)
-        else:
-            return None
-        for x in held:
-            if (x.data_ptr(), x.numel()) not in counted:
-                counted.add((x.data_ptr(), x.numel()))
-                total += x.numel() * x.element_size()
-    return total

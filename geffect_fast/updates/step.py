@@ -13,15 +13,16 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from geffect_fast.capture import Lookup, Outer, Plan, RowSum, Segments
+from geffect_fast.capture import Plan, Segments
 from geffect_fast.capture.compat import put_to_rest
 from geffect_fast.capture.modes import evaluating
 from geffect_fast.capture.per_sample import LossFn
 from geffect_fast.capture.products import add_weighted_sum
 from geffect_fast.updates.base import Need, UpdateRule
 from geffect_fast.updates.gradients import Gradients, Move, add, union
+from geffect_fast.updates.kept_rows import KeptRows
 from geffect_fast.updates.optimizer_metric import metric
-from geffect_fast.updates.retain_rows import Kept, RowProducts, row_products
+from geffect_fast.updates.retain_rows import RowProducts, row_products
 
 
 @dataclass(frozen=True)
@@ -163,8 +164,8 @@ class Step:
 
         Args:
             direction: by parameter name.
-            room: for inputs and output gradients of rows, in sizes of what a rank holds of a
-                direction.
+            room: for inputs and output gradients of rows on the model's device, in sizes of what a
+                rank holds of a direction; the others wait elsewhere.
         """
         self._has("retain_rows")
         batches = self._losses.retain_batches()
@@ -177,7 +178,7 @@ class Step:
             self.value += self.retain_weight * float(found.losses.sum())
         return found
 
-    def add_rows(self, weights: Tensor, kept: Sequence[Kept] | None) -> None:
+    def add_rows(self, weights: Tensor, kept: KeptRows | None) -> None:
         """Add `sum_i weights[i] g_i` over the retain rows' gradients to `.grad`.
 
         Args:
@@ -188,8 +189,7 @@ class Step:
         batches = self._losses.retain_batches()
         pieces = weights.split([batch.n_rows for batch in batches])
         if kept is not None:
-            for own, of_batch in zip(pieces, kept, strict=True):
-                self._add_kept(own, of_batch)
+            self._add_kept(pieces, kept)
             return
         weighted = [*zip(pieces, batches, strict=True)]
         with evaluating(self._plan.model), torch.enable_grad():
@@ -212,14 +212,14 @@ class Step:
         counted = len(own) - idle
         return own[:counted] + [(torch.zeros_like(of), batch) for of, batch in own[counted:]]
 
-    def _add_kept(self, weights: Tensor, kept: Kept) -> None:
-        for name, factors in kept.items():
+    def _add_kept(self, weights: Sequence[Tensor], kept: KeptRows) -> None:
+        for name in kept.names():
             p = self._plan.parameters[name]
-            for factor in factors:
-                assert isinstance(factor, Outer | Lookup | RowSum), "others are not kept"
-                if p.grad is None:
-                    p.grad = torch.zeros_like(p)
-                add_weighted_sum(factor, weights, p.grad)
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)
+            for batch, factors in kept.batches(name):
+                for factor in factors:
+                    add_weighted_sum(factor, weights[batch], p.grad)
 
     def metric(self, name: str) -> Tensor | None:
         """`1 / (sqrt(v) + eps)` of Adam for a parameter; None where steps go along gradients."""

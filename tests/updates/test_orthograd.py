@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import copy
+import errno
 import gc
+import io
+import os
+from itertools import combinations
 
 import pytest
 import torch
 from explicit import Explicit, OfRows, basis, cosine, flat, trained
 from models import build, fp64_throughout, samples
 
+from geffect_fast.capture import Lookup, Outer, RowSum
+from geffect_fast.capture.segments import Offsets
 from geffect_fast.errors import InputError, NonFiniteError, UnsupportedModelError
-from geffect_fast.updates import OrthoGrad, Updater, retain_rows
+from geffect_fast.updates import OrthoGrad, Updater, kept_rows, retain_rows
+from geffect_fast.updates.kept_rows import KeptRows
 
 FORGET = samples([7, 12, 5], 1, 2)
 RETAIN = samples([9, 9, 9, 6, 6, 6, 11], 2, 3)
@@ -106,10 +113,10 @@ def test_a_larger_tolerance_leaves_fewer_directions_out():
     torch.testing.assert_close(found, f - (first @ f) * first, rtol=1e-6, atol=1e-8)
 
 
-@pytest.mark.parametrize("room", [0, 2e4, 1e9], ids=["one batch", "some", "all"])
+@pytest.mark.parametrize("room", [0, 2e5, 1e9], ids=["none", "some", "all"])
 @pytest.mark.parametrize("size", [1, 3])
-def test_blocks_of_any_size_give_the_same_products(size, room, monkeypatch):
-    """How many batches are kept is a matter of memory alone, and so is whether all of them are."""
+def test_every_row_runs_once_wherever_it_is_kept(size, room, monkeypatch):
+    """Where rows are kept is a matter of memory alone."""
     model = build("llama", torch.float64)
     losses = OfRows(model, FORGET, RETAIN, size=size)
     plan = Updater(OrthoGrad(), model)._planned()
@@ -133,11 +140,73 @@ def test_blocks_of_any_size_give_the_same_products(size, room, monkeypatch):
     rows = explicit.rows()
     torch.testing.assert_close(found.gram, rows @ rows.T, rtol=1e-6, atol=1e-9)
     torch.testing.assert_close(found.products, rows @ f, rtol=1e-6, atol=1e-9)
-    n = len(batches)
-    at_most = n * (n + 1) // 2
-    assert len(runs) == {0: at_most, 1e9: n}.get(room, len(runs))
-    assert n <= len(runs) <= at_most
-    assert (found.kept is None) == (room < 1e9)
+    assert sum(runs) == len(RETAIN)
+    here, away = _bytes_kept(found.kept)
+    assert here <= room / 2
+    assert {0: here == 0, 2e5: min(here, away) > 0, 1e9: away == 0}[room]
+
+
+def _bytes_kept(kept):
+    """Of what stayed on the device, and of what went elsewhere."""
+    away = kept._elsewhere
+    return kept._held, 0 if away is None else os.fstat(away._file.fileno()).st_size
+
+
+def _factors(batch):
+    """Of every kind, dtype and layout; two have one input."""
+    generator = torch.Generator().manual_seed(batch)
+    cu, shared = Offsets.of([2, 3]), torch.randn(5, 6, generator=generator)
+    g = torch.randn(5, 4, generator=generator)
+    return {
+        "q": Outer(shared, g, cu),
+        "k": Outer(shared, torch.randn(4, 5, generator=generator).T, cu, transposed=True),
+        "table": Lookup(torch.tensor([3, 1, 2, 1, 0]), g.bfloat16(), cu, 7),
+        "bias": RowSum(torch.randn(2, 4, dtype=torch.float64, generator=generator)),
+    }
+
+
+def test_what_waits_in_a_file_comes_back_as_it_was():
+    """An input that layers share is written once."""
+    kept, given = KeptRows(0, "orthograd"), [_factors(batch) for batch in range(3)]
+    for batch, factors in enumerate(given):
+        for name, factor in factors.items():
+            kept.keep(name, batch, [factor])
+    once = 5 * 6 * 4 + 2 * 5 * 4 * 4 + 5 * 8 + 5 * 4 * 2 + 2 * 4 * 8
+    assert _bytes_kept(kept) == (0, 3 * once)
+    for name in kept.names():
+        for batch, (found,) in kept.batches(name):
+            expected = given[batch][name]
+            assert type(found) is type(expected)
+            for key, value in vars(expected).items():
+                if isinstance(value, torch.Tensor):
+                    torch.testing.assert_close(getattr(found, key), value, rtol=0, atol=0)
+                else:
+                    assert getattr(found, key) == value
+
+
+@pytest.mark.parametrize("room", [0, 160, 400, 1e9])
+def test_every_two_batches_meet_once(room):
+    kept = KeptRows(room, "orthograd")
+    for batch in range(6):
+        kept.keep("p", batch, [RowSum(torch.full((1, 5), float(batch), dtype=torch.float64))])
+    met = [(i, int(a[0].sums[0, 0]), j, int(b[0].sums[0, 0])) for i, a, j, b in kept.pairs("p")]
+    assert sorted(met) == [(i, i, j, j) for i, j in combinations(range(6), 2)]
+
+
+def test_a_full_disk_is_one_line(monkeypatch):
+    class Full(io.BytesIO):
+        def write(self, _):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(kept_rows.tempfile, "TemporaryFile", Full)
+    model = build("llama")
+    losses = OfRows(model, FORGET, RETAIN, size=2)
+    with pytest.raises(
+        InputError, match=r"No space left on device; give fewer retain rows"
+    ) as told:
+        updated(model, losses, OrthoGrad(room=0))
+    assert "\n" not in str(told.value)
+    assert all(p.grad is None for p in model.parameters())
 
 
 @pytest.mark.parametrize(
@@ -148,7 +217,6 @@ def test_blocks_of_any_size_give_the_same_products(size, room, monkeypatch):
     ],
 )
 def test_the_room_changes_nothing_but_what_it_takes(architecture, size, room):
-    """With all rows kept their sum is made of them; with less they run once more."""
     with fp64_throughout():
         model = build(architecture, torch.float64)
         expected = Explicit(model, FORGET, RETAIN, 0.5).orthograd(None)

@@ -1,0 +1,176 @@
+"""Inputs and output gradients of an update's retain rows, kept until it has no more use for them.
+
+What has no room where the model is waits elsewhere and is read back parameter by parameter: in
+memory of the host where the model is on a GPU, in an unnamed temporary file where it is on the CPU.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from geffect_fast.capture import Lookup, Outer, RowSum
+from geffect_fast.errors import InputError
+from geffect_fast.transfer import on_device
+
+T = TypeVar("T")
+
+KeptFactor = Outer | Lookup | RowSum
+"""Factors that are nothing but tensors."""
+
+
+class KeptRows:
+    """The factors of rows' gradients, by parameter and batch.
+
+    Args:
+        room: bytes of the model's device that they may take. Half of them is for what stays there,
+            half for what is read back.
+        rule: for messages.
+    """
+
+    def __init__(self, room: float, rule: str) -> None:
+        self._room, self._rule = room / 2, rule
+        self._held = 0
+        self._counted: set[tuple[int, int]] = set()
+        self._elsewhere: _Elsewhere | None = None
+        self._read: dict[str, dict[int, list[Callable[[], KeptFactor]]]] = {}
+        self._size: dict[tuple[str, int], int] = {}
+
+    def keep(self, name: str, batch: int, factors: Sequence[KeptFactor]) -> None:
+        """Keep a parameter's factors of one batch.
+
+        Raises:
+            InputError: the disk of temporary files is full.
+        """
+        read = self._read.setdefault(name, {}).setdefault(batch, [])
+        away = 0
+        for factor in factors:
+            found = [x for x in vars(factor).values() if isinstance(x, Tensor)]
+            # Layers with one input share it.
+            new = {(x.data_ptr(), x.numel()): x.nbytes for x in found}
+            size = sum(n for key, n in new.items() if key not in self._counted)
+            if self._held + size <= self._room:
+                self._held += size
+                self._counted |= new.keys()
+                read.append(partial(_same, factor))
+            else:
+                away += sum(x.nbytes for x in found)
+                read.append(self._put_elsewhere(factor))
+        self._size[name, batch] = away
+
+    def _put_elsewhere(self, factor: KeptFactor) -> Callable[[], KeptFactor]:
+        found = {key: x.detach() for key, x in vars(factor).items() if isinstance(x, Tensor)}
+        if self._elsewhere is None:
+            on_cpu = all(x.is_cpu for x in found.values())
+            self._elsewhere = _InFile(self._rule) if on_cpu else _OnHost()
+        waiting = {key: self._elsewhere.put(key, x) for key, x in found.items()}
+        none: dict[str, Any] = dict.fromkeys(waiting, torch.empty(0))
+        hollow = replace(factor, **none)
+
+        def read_back() -> KeptFactor:
+            tensors: dict[str, Any] = {key: read() for key, read in waiting.items()}
+            return replace(hollow, **tensors)
+
+        return read_back
+
+    def names(self) -> list[str]:
+        """Of the parameters."""
+        return [*self._read]
+
+    def batches(self, name: str) -> Iterator[tuple[int, list[KeptFactor]]]:
+        """A parameter's factors batch by batch, read back one after the other."""
+        for batch in self._read[name]:
+            yield batch, self._factors(name, batch)
+
+    def pairs(self, name: str) -> Iterator[tuple[int, list[KeptFactor], int, list[KeptFactor]]]:
+        """A parameter's factors of every two batches, the earlier first.
+
+        As many batches as there is room for are read back together, and the later ones one by one
+        beside them.
+        """
+        batches = [*self._read[name]]
+        while len(batches) > 1:
+            group: dict[int, list[KeptFactor]] = {}
+            size = 0
+            for batch in batches:
+                size += self._size[name, batch]
+                if group and size > self._room:
+                    break
+                group[batch] = self._factors(name, batch)
+            for later in batches[1:]:
+                own = group[later] if later in group else self._factors(name, later)
+                for earlier, factors in group.items():
+                    if earlier < later:
+                        yield earlier, factors, later, own
+            batches = batches[len(group) :]
+
+    def _factors(self, name: str, batch: int) -> list[KeptFactor]:
+        return [read() for read in self._read[name][batch]]
+
+
+class _OnHost:
+    """Tensors of a GPU, in pinned memory of the host: copies are queued like its other work."""
+
+    def put(self, _key: str, x: Tensor) -> Callable[[], Tensor]:
+        waiting = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
+        waiting.copy_(x, non_blocking=True)
+        return partial(on_device, waiting, x.device)
+
+
+class _InFile:
+    """Tensors of the CPU, one after the other in a file that goes when nobody reads it any more."""
+
+    def __init__(self, rule: str) -> None:
+        self._rule = rule
+        self._file = tempfile.TemporaryFile()  # noqa: SIM115 - open as long as this is
+        self._end = 0
+        self._last: dict[str, tuple[Tensor, Callable[[], Tensor]]] = {}
+
+    def put(self, key: str, x: Tensor) -> Callable[[], Tensor]:
+        # Layers that share an input come one after the other.
+        if key in self._last and _are_one(self._last[key][0], x):
+            return self._last[key][1]
+        whole = x.contiguous()
+        try:
+            self._file.seek(self._end)
+            self._file.write(_bytes_of(whole))
+            self._file.flush()
+        except OSError as error:
+            raise InputError(
+                f"update {self._rule}: what is kept of the retain rows cannot be written to "
+                f"{tempfile.gettempdir()}: {error.strerror}; give fewer retain rows an update "
+                "(--retain-batch-size), more room, or a larger disk in TMPDIR"
+            ) from error
+        read = partial(self._read, self._end, x.shape, x.dtype)
+        self._end += whole.nbytes
+        self._last[key] = x, read
+        return read
+
+    def _read(self, begin: int, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        found = torch.empty(shape, dtype=dtype)
+        self._file.seek(begin)
+        self._file.readinto(_bytes_of(found))
+        return found
+
+
+_Elsewhere = _OnHost | _InFile
+
+
+def _bytes_of(x: Tensor) -> Any:
+    return x.view(-1).view(torch.uint8).numpy()
+
+
+def _are_one(x: Tensor, y: Tensor) -> bool:
+    """Whether two tensors that are both there are the same memory, read the same way."""
+    same = (x.data_ptr(), x.shape, x.dtype) == (y.data_ptr(), y.shape, y.dtype)
+    return same and x.stride() == y.stride()
+
+
+def _same(x: T) -> T:
+    return x
