@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -65,19 +64,17 @@ class KeptRows:
         self._size[name, batch] = away
 
     def _put_elsewhere(self, factor: KeptFactor) -> Callable[[], KeptFactor]:
-        found = {key: x.detach() for key, x in vars(factor).items() if isinstance(x, Tensor)}
+        values = vars(factor)
+        tensors = {key: x.detach() for key, x in values.items() if isinstance(x, Tensor)}
         if self._elsewhere is None:
-            on_cpu = all(x.is_cpu for x in found.values())
+            on_cpu = all(x.is_cpu for x in tensors.values())
             self._elsewhere = _InFile(self._rule) if on_cpu else _OnHost()
-        waiting = {key: self._elsewhere.put(key, x) for key, x in found.items()}
-        none: dict[str, Any] = dict.fromkeys(waiting, torch.empty(0))
-        hollow = replace(factor, **none)
-
-        def read_back() -> KeptFactor:
-            tensors: dict[str, Any] = {key: read() for key, read in waiting.items()}
-            return replace(hollow, **tensors)
-
-        return read_back
+        # No tensor stays, however small: it would lie between those that go, whose memory then
+        # nobody gets back.
+        waiting = {key: self._elsewhere.put(key, x) for key, x in tensors.items()}
+        others: dict[str, Any] = {key: x for key, x in values.items() if key not in waiting}
+        make: Callable[..., KeptFactor] = partial(type(factor), **others)
+        return lambda: make(**{key: read() for key, read in waiting.items()})
 
     def names(self) -> list[str]:
         """Of the parameters."""
