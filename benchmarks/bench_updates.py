@@ -13,8 +13,9 @@ processor's, of all threads.
 
 Then OrthoGrad with more and more retain rows, 8 of them a batch, run once each: `extra` is how far
 the peak of resident memory rises above that of the plain update on the same rows, in sizes of the
-trainable parameters. What a row's inputs and output gradients take beside the model's size falls
-with its width, so that a model of the widths of 1B parameters follows the narrow one.
+trainable parameters. What has no room of a row's inputs and output gradients waits in a file. They
+take less beside the model's size the wider it is, so that a model of the widths of 1B parameters
+follows the narrow one.
 """
 
 from __future__ import annotations

@@ -37,12 +37,12 @@ class OrthoGrad(UpdateRule):
         g = g_u - sum_i c_i g_i + w g_r        gram c = <g_i, g_u>
 
     `gram` and the products come from the rows' inputs and output gradients, and the sum from them
-    too, weighted by `w - c_i`, or where there is no room to keep them from one more backward with
-    the rows' losses weighted so: no gradient of a row is stored.
+    too, weighted by `w - c_i`: no gradient of a row is stored.
 
     Args:
         rank_tol: eigenvalues of the rows' cosines at most this part of the largest count as zero.
-        room: what may be kept of the rows, in sizes of the trainable parameters; less takes passes.
+        room: what may be kept of the rows on the model's device, in sizes of the trainable
+            parameters; the rest waits in memory of the host, or in a file where that is the device.
 
     Source: arXiv 2503.02312, with a solve in place of a QR decomposition of stored gradients.
     """

@@ -9,7 +9,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 import torch
 from torch import Tensor
@@ -125,7 +125,7 @@ class _InFile:
 
     def __init__(self, rule: str) -> None:
         self._rule = rule
-        self._file = tempfile.TemporaryFile()  # noqa: SIM115 - open as long as this is
+        self._file: BinaryIO | None = None
         self._end = 0
         self._last: dict[str, tuple[Tensor, Callable[[], Tensor]]] = {}
 
@@ -135,24 +135,27 @@ class _InFile:
             return self._last[key][1]
         whole = x.contiguous()
         try:
+            if self._file is None:
+                self._file = tempfile.TemporaryFile()  # noqa: SIM115 - open as long as this is
             self._file.seek(self._end)
             self._file.write(_bytes_of(whole))
             self._file.flush()
         except OSError as error:
             raise InputError(
-                f"update {self._rule}: what is kept of the retain rows cannot be written to "
-                f"{tempfile.gettempdir()}: {error.strerror}; give fewer retain rows an update "
+                f"update {self._rule}: what is kept of the retain rows has no place among the "
+                f"temporary files: {error.strerror}; give fewer retain rows an update "
                 "(--retain-batch-size), more room, or a larger disk in TMPDIR"
             ) from error
-        read = partial(self._read, self._end, x.shape, x.dtype)
+        read = partial(self._read, self._file, self._end, x.shape, x.dtype)
         self._end += whole.nbytes
         self._last[key] = x, read
         return read
 
-    def _read(self, begin: int, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    @staticmethod
+    def _read(file: BinaryIO, begin: int, shape: torch.Size, dtype: torch.dtype) -> Tensor:
         found = torch.empty(shape, dtype=dtype)
-        self._file.seek(begin)
-        self._file.readinto(_bytes_of(found))
+        file.seek(begin)
+        file.readinto(_bytes_of(found))  # type: ignore[attr-defined]
         return found
 
 
