@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import multiprocessing
 import multiprocessing.connection
@@ -21,13 +22,11 @@ LONGEST = 300
 """Seconds for which a test waits for its ranks."""
 
 PRELOADED = [
-    *(
-        "geffect_fast.measure.sweep",
-        "xarray",
-        "lark.parsers",
-        "torch._decomp.decompositions_for_jvp",
-    ),
-    *(f"transformers.models.{n}.modeling_{n}" for n in ("llama", "gpt2", "qwen2_moe")),
+    *("geffect_fast.cli", "geffect_fast.demo", "geffect_fast.measure.sweep"),
+    *("geffect_fast.metrics", "geffect_fast.training.relearn", "geffect_fast.training.unlearn"),
+    *("xarray", "lark.parsers", "torch._decomp.decompositions_for_jvp", "pytest"),
+    *("datasets", "peft", "transformers.trainer", "transformers.integrations.neftune"),
+    *(f"transformers.models.{n}.modeling_{n}" for n in ("llama", "gpt2", "qwen2_moe", "bloom")),
 ]
 """What ranks need not import one by one."""
 
@@ -139,6 +138,7 @@ def _run(
     import torch
     import torch.distributed as dist
 
+    gc.freeze()  # what is imported is no garbage: every training looks for some
     torch.set_num_threads(1)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # whatever this machine is called
     store = dist.FileStore(f"{folder}/store", size)
