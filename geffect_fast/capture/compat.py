@@ -33,21 +33,27 @@ def check_is_model(model: object, what: str = "model") -> None:
         )
 
 
-def _is_shared_out(x: Tensor) -> bool:
+def is_shared_out(x: Tensor) -> bool:
+    """Whether FSDP2 has given this rank a part of a tensor."""
     # Importing what it is an instance of takes most of a second, which nothing else needs.
     tensor = sys.modules.get("torch.distributed.tensor")
     return tensor is not None and isinstance(x, tensor.DTensor)
 
 
+def is_fsdp_group(module: nn.Module) -> bool:
+    """Whether `fully_shard` has wrapped a module itself."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return fsdp is not None and isinstance(module, fsdp.FSDPModule)
+
+
 def fsdp_groups(model: nn.Module) -> list[Any]:
     """The modules of a model that `fully_shard` has wrapped, in its order."""
-    fsdp = sys.modules.get("torch.distributed.fsdp")
-    return [] if fsdp is None else [m for m in model.modules() if isinstance(m, fsdp.FSDPModule)]
+    return [module for module in model.modules() if is_fsdp_group(module)]
 
 
 def is_sharded(model: nn.Module) -> bool:
     """Whether FSDP2 has shared out parameters of a model, though one may be whole at the moment."""
-    return bool(fsdp_groups(model)) or any(map(_is_shared_out, model.parameters()))
+    return bool(fsdp_groups(model)) or any(map(is_shared_out, model.parameters()))
 
 
 def put_to_rest(model: nn.Module) -> None:
@@ -58,7 +64,7 @@ def put_to_rest(model: nn.Module) -> None:
 
 def own_part(x: Tensor) -> Tensor:
     """This rank's part of what is shared out; else all of it."""
-    return x.to_local() if _is_shared_out(x) else x  # type: ignore[attr-defined]
+    return x.to_local() if is_shared_out(x) else x  # type: ignore[attr-defined]
 
 
 def check_finite(model: nn.Module, name: str = "model") -> None:

@@ -14,6 +14,7 @@ from torch import nn
 
 from geffect_fast.capture import Plan
 from geffect_fast.capture.attribution import ANY
+from geffect_fast.capture.compat import is_fsdp_group, is_shared_out
 from geffect_fast.capture.generic_rule import GenericCall
 from geffect_fast.capture.layer_rules import NormCall
 from geffect_fast.data import Layout, SampleSet
@@ -101,29 +102,29 @@ def packs_by_its_code(plan: Plan) -> bool:
     """Whether packing is shown to be exact for a model without running it; False: not known.
 
     All that can run is transformers' own code of a file in `KNOWN`, and torch's: nothing is
-    subclassed, replaced or hooked. Every trainable parameter has a rule that goes row by row.
+    subclassed, replaced or hooked, but for what FSDP2 does to bring weights. Every trainable parameter has a rule that goes row by row.
     Attention is `sdpa` or `eager` from the table, without a window, under a mask that is tried here
     on five positions.
 
     What trying would have taught the plan about axes is entered there.
     """
-    model, file = plan.model, sys.modules.get(type(plan.model).__module__)
-    name = type(model).__module__.rpartition(".modeling_")[2]
+    model, kind = plan.model, _own_kind(plan.model)
+    file, name = sys.modules.get(kind.__module__), kind.__module__.rpartition(".modeling_")[2]
     if (
         file is None
         or name not in KNOWN
-        or type(model).__module__ != f"transformers.models.{name}.modeling_{name}"
-        or not type(model).__name__.endswith(("ForCausalLM", "LMHeadModel"))
+        or kind.__module__ != f"transformers.models.{name}.modeling_{name}"
+        or not kind.__name__.endswith(("ForCausalLM", "LMHeadModel"))
     ):
         return False
     config: Any = getattr(model, "config", None)
     modules = list(model.modules())
     hooked = nn.modules.module._global_forward_hooks or nn.modules.module._global_forward_pre_hooks
-    if hooked or not all(_is_untouched(m, type(model).__module__) for m in modules):
+    if hooked or not all(_is_untouched(m, kind.__module__) for m in modules):
         return False
     if any(getattr(m, "config", config) is not config for m in modules):
         return False
-    if any(type(p) is not nn.Parameter for p in model.parameters()):
+    if not all(type(p) is nn.Parameter or is_shared_out(p) for p in model.parameters()):
         return False
     if any(own.rule is GenericCall for own in plan.owners.values()):
         return False
@@ -141,14 +142,25 @@ def packs_by_its_code(plan: Plan) -> bool:
 
 def _is_untouched(module: nn.Module, file: str) -> bool:
     """Whether a module runs the forward of its class, and that what the class's file says."""
-    kind = type(module)
+    kind = _own_kind(module)
     if kind not in _ROW_BY_ROW and kind.__module__ not in (file, *_ROW_BY_ROW_FILES):
         return False
     if getattr(sys.modules[kind.__module__], kind.__name__, None) is not kind:
         return False
-    if "forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks:
+    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+    if "forward" in vars(module) or not all(_brings_weights(module, hook) for hook in hooks):
         return False
     return bool(inspect.unwrap(kind.forward).__module__.startswith(("torch.nn.", "transformers.")))
+
+
+def _own_kind(module: nn.Module) -> type[nn.Module]:
+    """A module's class, as it was before FSDP2 put its own before it."""
+    return type(module).__mro__[2] if is_fsdp_group(module) else type(module)
+
+
+def _brings_weights(module: Any, hook: Any) -> bool:
+    """Whether a hook of a module is FSDP2's."""
+    return is_fsdp_group(module) and getattr(hook, "__self__", 0) is module._get_fsdp_state()
 
 
 def _names_are_its_own(file: Any) -> bool:
