@@ -102,9 +102,9 @@ def packs_by_its_code(plan: Plan) -> bool:
     """Whether packing is shown to be exact for a model without running it; False: not known.
 
     All that can run is transformers' own code of a file in `KNOWN`, and torch's: nothing is
-    subclassed, replaced or hooked, but for what FSDP2 does to bring weights. Every trainable parameter has a rule that goes row by row.
-    Attention is `sdpa` or `eager` from the table, without a window, under a mask that is tried here
-    on five positions.
+    subclassed, replaced or hooked, but for what FSDP2 does to bring weights. Every trainable
+    parameter has a rule that goes row by row. Attention is `sdpa` or `eager` from the table,
+    without a window, under a mask that is tried here on five positions.
 
     What trying would have taught the plan about axes is entered there.
     """

@@ -88,7 +88,7 @@ def in_python(folder):
     found = gf.profile_checkpoints(folder / "out/checkpoint-*", None, **given)
     with pytest.raises(GEffectError) as error:
         gf.profile_checkpoints(
-            [folder / "out/checkpoint-*", folder / "nan/checkpoint-200"],
+            [folder / "out/checkpoint-120", folder / "nan/checkpoint-200"],
             None,
             **given,
             out=folder / "stopped",
@@ -109,4 +109,4 @@ def test_ranks_profile_checkpoints_in_python(here):
     assert "what was measured to step 120 is kept in" in found[0][1]
     assert files(here / "parts") == files(here / "alone")
     assert_close(gf.open_run(here / "parts"), alone)
-    assert files(here / "stopped/steps") == [f"step-{step:08d}.nc" for step in STEPS]
+    assert files(here / "stopped/steps") == ["step-00000120.nc"]

@@ -20,7 +20,8 @@ def words_for(study, out):
     rows = ("--forget", f"{study}/forget.jsonl", "--retain", f"{study}/retain.jsonl")
     given = ("--model", f"{study}/model", "--dtype", "float64", *rows, "--quiet")
     profile = ("profile", "--objectives", "ga", "npo", "--reference", f"{study}/reference")
-    steps = ("--steps", "2", "--probe-rows", "4", "--batch-size", "3", "--learning-rate", "1e-3")
+    steps = ("--steps", "2", "--probe-every", "2", "--probe-rows", "2", "--batch-size", "3")
+    steps += ("--learning-rate", "1e-3")
     unlearn = ("unlearn", *steps, "--no-second-order", "--objective")
     return [
         [*profile, *given, "--out", f"{out}/profile"],

@@ -2,7 +2,6 @@
 
 import re
 
-import pytest
 import torch
 from models import build, fp64_throughout, samples
 from ranked import on_ranks
@@ -46,9 +45,13 @@ def test_every_objective_is_among_them():
     assert set(available()) <= set(re.findall(r"[a-z_]+", " ".join(OBJECTIVES)))
 
 
-@pytest.mark.parametrize("kind", ["whole", "parts"])
-def test_ranks_find_what_one_process_finds_of_every_objective(kind):
+def both():
+    return [profiled(kind) for kind in ("whole", "parts")]
+
+
+def test_ranks_find_what_one_process_finds_of_every_objective():
     alone = profiled("whole")
-    for found in on_ranks(2, profiled, kind):
-        for one, other in zip(alone, found, strict=True):
-            assert_same(one, other, 1e-12)
+    for of_rank in on_ranks(2, both):
+        for found in of_rank:
+            for one, other in zip(alone, found, strict=True):
+                assert_same(one, other, 1e-12)

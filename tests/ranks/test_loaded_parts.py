@@ -123,9 +123,8 @@ def largest_group(model):
     return max(*blocks, sum(p.nbytes for p in model.parameters()) - sum(blocks))
 
 
-@pytest.mark.parametrize("size", [2, pytest.param(3, marks=pytest.mark.slow)])
-def test_parts_are_those_of_the_whole(models, tmp_path, size):
-    first, *others = on_ranks(size, in_parts, models, tmp_path)
+def test_parts_are_those_of_the_whole(models, tmp_path):
+    first, *others = on_ranks(3, in_parts, models, tmp_path)
     for name in NAMES:
         whole = load_model(models / name, trust_remote_code=name == "own")
         expected = described(whole)

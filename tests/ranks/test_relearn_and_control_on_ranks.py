@@ -24,13 +24,14 @@ from geffect_fast.demo.authors import make_fictitious_authors
 from geffect_fast.errors import InputError
 
 DATA = ["--forget", "forget.jsonl", "--retain", "retain.jsonl", "--quiet"]
-RELEARN = "relearn --model ga/model --forget forget.jsonl --steps 3 --rows 2 --learning-rate 0.01"
+RELEARN = "relearn --model ga/model --forget forget.jsonl --steps 2 --rows 2 --learning-rate 0.01"
 CONTROL = "control --original model --unlearned ga/model --metric probability --grid 4"
-SURVEY = "evaluate --model ga/model --suite survey --holdout general.jsonl --relearn steps=3"
+SURVEY = "evaluate --model ga/model --suite survey --holdout general.jsonl "
+SURVEY += "--relearn steps=2 --relearn learning_rate=0.01"
 COMMANDS = {
     "relearn": [*RELEARN.split(), "--measure-every", "1", "--quiet"],
     "control": [*CONTROL.split(), "--tolerance", "0.1", "--save", "mixed-WAY", *DATA],
-    "survey": [*SURVEY.split(), "--relearn", "n_rows=2", "--relearn", "learning_rate=0.01", *DATA],
+    "survey": [*SURVEY.split(), "--relearn", "n_rows=2", "--max-new-tokens", "5", *DATA],
 }
 
 

@@ -32,6 +32,8 @@ CASES = {
     "two gradients at a time": ("llama", torch.float64, {"samples": 3}),
     "wrong": ("llama", torch.float32, {"samples": 2}),
 }
+ON_THREE = ("tied", "experts", "two gradients at a time")
+ON_TWO = tuple(name for name in CASES if name not in ON_THREE)
 SUMS = rules.NormCall.sums
 
 
@@ -52,13 +54,12 @@ def checked(name, sharded):
         return check(model, None, **({"data": ROWS, "reference_model": reference} | more))
 
 
-def every_case(sharded):
-    return {name: checked(name, sharded) for name in CASES}
+def of_cases(names, sharded=True):
+    return {name: checked(name, sharded) for name in names}
 
 
-def on_rank(folder):
-    """Every case, the command, and what a rank says that gives other rows."""
-    found = every_case(True)
+def others(folder):
+    """The command, and what a rank says that gives other rows."""
     os.chdir(folder)
     words = ["check", "--model", "model", "--data", "rows.jsonl", "--shard", "fsdp", "--quiet"]
     said = commanded(words)
@@ -66,19 +67,15 @@ def on_rank(folder):
     shard(model, ranks.here(), torch.device("cpu"))
     with pytest.raises(InputError) as error:
         check(model, None, data=ROWS[ranks.here().rank :], samples=2)
-    return found, said, str(error.value)
+    return said, str(error.value)
 
 
-@pytest.fixture(scope="module")
-def alone():
-    return every_case(False)
-
-
-@pytest.mark.parametrize("size", [2, pytest.param(3, marks=pytest.mark.slow)])
-def test_ranks_check_parts_as_one_process_checks_the_whole(alone, tmp_path, size):
-    build("llama").save_pretrained(tmp_path / "model")
-    write_jsonl(ROWS, tmp_path / "rows.jsonl")
-    for found, said, differs in on_ranks(size, on_rank, tmp_path):
+@pytest.mark.parametrize(
+    ("size", "names"), [(2, ON_TWO), pytest.param(3, ON_THREE, marks=pytest.mark.slow)]
+)
+def test_ranks_check_parts_as_one_process_checks_the_whole(size, names):
+    alone = of_cases(names, sharded=False)
+    for found in on_ranks(size, of_cases, names):
         for name, expected in alone.items():
             own = found[name]
             assert own.exact == expected.exact == (name != "wrong"), name
@@ -90,5 +87,11 @@ def test_ranks_check_parts_as_one_process_checks_the_whole(alone, tmp_path, size
                 for quantity, error in other.relative.items():
                     near = abs(row.relative[quantity] - error) <= own.tolerance
                     assert near, (name, row.kind, quantity)
+
+
+def test_the_command_checks_parts_of_the_same_rows(tmp_path):
+    build("llama").save_pretrained(tmp_path / "model")
+    write_jsonl(ROWS, tmp_path / "rows.jsonl")
+    for said, differs in on_ranks(2, others, tmp_path):
         assert said == (0, "")
         assert differs.startswith("data: rank 1 has 2 rows of digest")

@@ -32,6 +32,7 @@ CASES = {
         {"lengths": {"forget": [5], "retain": [8, 3, 9]}, "resolve": ("sample",)},
     ),
 }
+ON_TWO, ON_FOUR = ("adapter", "fp32", "tied", "gpt2"), ("experts", "few")
 
 
 def sharded(architecture, dtype=torch.float32, seed=0):
@@ -40,9 +41,10 @@ def sharded(architecture, dtype=torch.float32, seed=0):
     return model
 
 
-def every_case(is_sharded):
+def of_cases(is_sharded, names):
     found = {}
-    for name, (architecture, dtype, given) in CASES.items():
+    for name in names:
+        architecture, dtype, given = CASES[name]
         models = {}
         if is_sharded:
             models = {"model": sharded(architecture, dtype)}
@@ -51,14 +53,12 @@ def every_case(is_sharded):
     return found
 
 
-@pytest.fixture(scope="module")
-def alone():
-    return every_case(False)
-
-
-@pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.slow)])
-def test_sharded_models_give_what_one_process_finds(alone, size):
-    for found in on_ranks(size, every_case, True):
+@pytest.mark.parametrize(
+    ("size", "names"), [(2, ON_TWO), pytest.param(4, ON_FOUR, marks=pytest.mark.slow)]
+)
+def test_sharded_models_give_what_one_process_finds(size, names):
+    alone = of_cases(False, names)
+    for found in on_ranks(size, of_cases, True, names):
         for name, one in alone.items():
             assert_same(one, found[name], TOLERANCE[CASES[name][1]])
 

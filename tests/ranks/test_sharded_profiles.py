@@ -19,6 +19,7 @@ from geffect_fast.capture.exchange import Gathered
 from geffect_fast.capture.parts import mesh_over
 from geffect_fast.capture.shards import shard
 from geffect_fast.engines import reverse, sharded_products
+from geffect_fast.engines.known_models import packs_by_its_code
 from geffect_fast.errors import GEffectError, InputError, NonFiniteError, UnsupportedModelError
 
 
@@ -53,16 +54,17 @@ CASES = {
     "few": ("llama", torch.float64, {"lengths": {"forget": [5], "retain": [8, 3, 9]}}),
 }
 
-COPIES = ("adapter", "tied", "experts", "tied places", "sums", "metric", "conflicts", "curved")
+COPIES = ("experts", "tied places", "sums", "metric", "curved")
 """Cases of which four ranks hold two copies, each in two parts."""
-ON_FOUR = (*COPIES, "fp32", "gpt2", "few")
+ON_FOUR = (*COPIES, "few")
+ON_TWO = tuple(name for name in CASES if name not in ON_FOUR or name in ("sums", "metric"))
 
 
 def lists_of(model):
     return [module for module in model.modules() if isinstance(module, nn.ModuleList)]
 
 
-def every_case(sharded, names=tuple(CASES)):
+def of_cases(sharded, names):
     found = {}
     for name in names:
         architecture, dtype, given = CASES[name]
@@ -87,18 +89,17 @@ def every_case(sharded, names=tuple(CASES)):
     return found
 
 
-@pytest.fixture(scope="module")
-def alone():
-    return every_case(False)
-
-
 @pytest.mark.parametrize(
-    ("size", "names"), [(2, tuple(CASES)), pytest.param(4, ON_FOUR, marks=pytest.mark.slow)]
+    ("size", "names"), [(2, ON_TWO), pytest.param(4, ON_FOUR, marks=pytest.mark.slow)]
 )
-def test_sharded_models_give_what_one_process_finds(alone, size, names):
-    for found in on_ranks(size, every_case, True, names):
+def test_sharded_models_give_what_one_process_finds(size, names):
+    alone = of_cases(False, names)
+    for found in on_ranks(size, of_cases, True, names):
         for name in names:
             assert_same(alone[name], found[name], TOLERANCE[CASES[name][1]])
+
+
+BY_ROWS = ("tied", "gpt2", "experts")
 
 
 def by_rows():
@@ -109,7 +110,7 @@ def by_rows():
             return 1 if isfinite(plain(described, shape)) else inf
 
         patch.setattr(sharded_products, "_bytes_of_rows", nothing)
-        for name in ("tied", "gpt2", "experts"):
+        for name in BY_ROWS:
             architecture, dtype, given = CASES[name]
             models = {"model": build(architecture, dtype)}
             models["reference_model"] = build(architecture, dtype, seed=7)
@@ -119,7 +120,8 @@ def by_rows():
     return found
 
 
-def test_rows_that_go_to_parts_of_directions_give_the_same(alone):
+def test_rows_that_go_to_parts_of_directions_give_the_same():
+    alone = of_cases(False, BY_ROWS)
     for found in on_ranks(3, by_rows):
         for name, own in found.items():
             assert_same(alone[name], own, TOLERANCE[torch.float64])
@@ -161,6 +163,20 @@ def gradients_of_branches():
 
 def test_what_one_rank_does_not_use_is_added_up_as_zero():
     assert on_ranks(2, gradients_of_branches) == [True, True]
+
+
+def known_of_parts():
+    """Whether code alone shows the layout of a model: as it is, and hooked by its user too."""
+    model = build("llama")
+    shard(model, ranks.here(), torch.device("cpu"))
+    plan = Plan.of(model, may_be_sharded=True)
+    before = packs_by_its_code(plan)
+    model.model.layers[0].register_forward_hook(lambda *_: None)
+    return before, packs_by_its_code(plan)
+
+
+def test_what_brings_weights_leaves_a_layout_known():
+    assert on_ranks(2, known_of_parts) == [(True, False)] * 2
 
 
 def no_luck(*_):

@@ -24,25 +24,26 @@ DATA = {"forget": samples([9, 17, 5, 12, 8], 1, 3), "retain": samples([9, 14, 6]
 SGD = {"steps": 2, "learning_rate": 0.05, "optimizer": "sgd", "probe_rows": "all"}
 CLIPPED = {"optimizer": "adamw_torch", "trainer": {"max_grad_norm": 0.1, "weight_decay": 0.1}}
 NLL = {"metrics": ["nll"], "evaluate_every": 2}
-CASES = {
+ON_TWO = {
     "llama": (
         "npo(beta=0.5) + kl",
         {"batch_size": 3, "retain_batch_size": 2, "second_order": True},
     ),
+    "gpt2": ("wga(alpha=0.5) + gd", {"batch_size": 4, "token_budget": 20, "model": "gpt2"} | NLL),
+    "hidden states": ("rmu(layer=1)", {"batch_size": 3} | CLIPPED),
+}
+ON_THREE = {
     "fewer rows than ranks": (
         "ga",
         {"batch_size": 1, "model": "llama_tied", "checkpointing": True},
     ),
     "experts": ("ga + 0.5*nll", {"batch_size": 2, "model": "qwen2_moe"} | CLIPPED),
-    "gpt2": ("wga(alpha=0.5) + gd", {"batch_size": 4, "token_budget": 20, "model": "gpt2"} | NLL),
-    "hidden states": ("rmu(layer=1)", {"batch_size": 3} | CLIPPED),
 }
 EXACT = 1e-12
 
 
-def trained(name):
-    """The result of a case, and the weights in the end."""
-    objective, more = CASES[name]
+def trained(objective, more):
+    """The result of a training, and the weights in the end."""
     given = DATA | SGD | more
     with fp64_throughout():
         which = given.pop("model", "llama")
@@ -62,18 +63,15 @@ def trained(name):
     return result, {key: value.numpy().copy() for key, value in whole.items()}
 
 
-def all_trained():
-    return {name: trained(name) for name in CASES}
+def all_trained(cases):
+    return {name: trained(*case) for name, case in cases.items()}
 
 
-@pytest.fixture(scope="module")
-def alone():
-    return all_trained()
-
-
-@pytest.mark.parametrize("size", [2, pytest.param(3, marks=pytest.mark.slow)])
-def test_shards_take_the_steps_of_one_process(alone, size):
-    found = on_ranks(size, all_trained)
+@pytest.mark.parametrize(
+    ("size", "cases"), [(2, ON_TWO), pytest.param(3, ON_THREE, marks=pytest.mark.slow)]
+)
+def test_shards_take_the_steps_of_one_process(size, cases):
+    alone, found = all_trained(cases), on_ranks(size, all_trained, cases)
     for name, expected in alone.items():
         for of_rank in found:
             assert_same_training(name, of_rank[name], expected, EXACT)
