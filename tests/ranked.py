@@ -24,7 +24,8 @@ LONGEST = 300
 PRELOADED = [
     *("geffect_fast.cli", "geffect_fast.demo", "geffect_fast.measure.sweep"),
     *("geffect_fast.metrics", "geffect_fast.training.relearn", "geffect_fast.training.unlearn"),
-    *("xarray", "lark.parsers", "torch._decomp.decompositions_for_jvp", "pytest"),
+    *("h5netcdf", "lark.parsers", "pytest", "torch._decomp.decompositions_for_jvp"),
+    *("torch.utils.tensorboard", "xarray"),
     *("datasets", "peft", "transformers.trainer", "transformers.integrations.neftune"),
     *(f"transformers.models.{n}.modeling_{n}" for n in ("llama", "gpt2", "qwen2_moe", "bloom")),
 ]

@@ -36,10 +36,11 @@ COMMANDS = {
 
 
 @pytest.fixture(scope="module")
-def folder(study, tmp_path_factory):
+def folder(study, tmp_path_factory, undrawn):
     """A study whose model was unlearned."""
     folder = shutil.copytree(study, tmp_path_factory.mktemp("neighbours") / "here")
     words = ["unlearn", "--model", "model", *DATA, "--objective", "ga", "--steps", "2"]
+    words += ["--probe-every", "2", "--no-second-order"]
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         assert main([*words, "--lr", "0.01", "--out", "ga"]) == 0
