@@ -21,7 +21,8 @@ from geffect_fast.errors import GEffectError, UnsupportedModelError
 from geffect_fast.training import trainer
 
 DATA = {"forget": samples([9, 17, 5, 12, 8], 1, 3), "retain": samples([9, 14, 6], 2, 3)}
-SGD = {"steps": 2, "learning_rate": 0.05, "optimizer": "sgd", "probe_rows": "all"}
+SGD = {"steps": 2, "learning_rate": 0.05, "optimizer": "sgd"}
+SGD |= {"probe_every": 2, "probe_rows": "all"}
 CLIPPED = {"optimizer": "adamw_torch", "trainer": {"max_grad_norm": 0.1, "weight_decay": 0.1}}
 NLL = {"metrics": ["nll"], "evaluate_every": 2}
 ON_TWO = {

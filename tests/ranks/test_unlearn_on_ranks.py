@@ -23,7 +23,8 @@ PAIRS = [
     row | {"alternative": samples([n], 10 + n, 3)[0]}
     for n, row in zip((6, 9, 4, 7, 5), DATA["forget"], strict=True)
 ]
-SGD = {"steps": 2, "learning_rate": 0.05, "optimizer": "sgd", "probe_rows": "all"}
+SGD = {"steps": 2, "learning_rate": 0.05, "optimizer": "sgd"}
+SGD |= {"probe_every": 2, "probe_rows": "all"}
 RULES = ("gru", "gu", "sago", "sam")
 """Those that need other things of a step; all are in `test_sharded_rules.py`."""
 ON_TWO = {
