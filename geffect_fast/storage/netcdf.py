@@ -70,4 +70,6 @@ def read_dataset(file: Path, **how: Any) -> xr.Dataset:
     """
     import xarray as xr
 
-    return xr.open_dataset(xr.backends.H5NetCDFStore(open_netcdf(file, "r")), **how)
+    # What is opened pickles: whoever gets it opens the file again.
+    opened = xr.backends.CachingFileManager(open_netcdf, file, mode="r")
+    return xr.open_dataset(xr.backends.H5NetCDFStore(opened), **how)
