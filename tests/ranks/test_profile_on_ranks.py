@@ -45,8 +45,10 @@ CASES = {
 }
 
 
-ON_FOUR = ("experts", "token", "curved", "few")
-ON_TWO = tuple(name for name in CASES if name not in ON_FOUR)
+KINDS = ("fp32", "tied", "gpt2", "experts")
+"""Of models; they are looked at on any number of ranks."""
+ON_FOUR = (*KINDS, "token", "curved", "few")
+ON_TWO = tuple(name for name in CASES if name in KINDS or name not in ON_FOUR)
 
 
 def of_cases(names):

@@ -56,8 +56,8 @@ CASES = {
 
 COPIES = ("experts", "tied places", "sums", "metric", "curved")
 """Cases of which four ranks hold two copies, each in two parts."""
-ON_FOUR = (*COPIES, "few")
-ON_TWO = tuple(name for name in CASES if name not in ON_FOUR or name in ("sums", "metric"))
+ON_FOUR = (*COPIES, "fp32", "tied", "gpt2", "few")
+ON_TWO = tuple(name for name in CASES if name not in ("tied places", "curved", "few"))
 
 
 def lists_of(model):
