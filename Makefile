@@ -95,10 +95,11 @@ $(VENV)/installed: $(VENV)/torch pyproject.toml setup.py $(NATIVE)
 	@$(BIN)/geffect-fast env
 	@touch $@
 
-# One after the other, also where make runs targets side by side.
+# One after the other, also where make runs targets side by side. CUTLASS may be there already, without
+# what its Python side needs, of which pip would complain.
 $(VENV)/tools-%: $(VENV)/installed
 	@echo "installing what '$*' needs"
-	@flock $(VENV) $(PIP) $(call extra,$*)
+	@flock $(VENV) $(PIP) --no-warn-conflicts $(call extra,$*)
 	@touch $@
 
 # The headers alone: what the package depends on is for its Python side.
