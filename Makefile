@@ -18,8 +18,9 @@ export OMP_WAIT_POLICY ?= passive
 unexport PYTHONDONTWRITEBYTECODE
 
 # Tests run side by side, neighbours together, and who is done first takes from the others; the
-# models are so small that one thread each is fastest. One that hangs is named after ten minutes.
-JOBS ?= $(shell n=$$(getconf _NPROCESSORS_ONLN); echo $$((n < 8 ? n : 8)))
+# models are so small that one thread each is fastest. Some wait for processes that they start, so that
+# there is one more than there are cores. One that hangs is named after ten minutes.
+JOBS ?= $(shell n=$$(getconf _NPROCESSORS_ONLN); echo $$((n < 8 ? n + 1 : 8)))
 SIDE_BY_SIDE = -n $(JOBS) --dist worksteal --timeout 600
 
 # The suite once more on an installation without kernels; it borrows every other package from $(VENV).

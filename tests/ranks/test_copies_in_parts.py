@@ -22,11 +22,12 @@ def words_for(study, out):
     profile = ("profile", "--objectives", "ga", "npo", "--reference", f"{study}/reference")
     steps = ("--steps", "2", "--probe-every", "2", "--probe-rows", "2", "--batch-size", "3")
     steps += ("--learning-rate", "1e-3")
+    plainly = ("--optimizer", "sgd")  # Adam makes steps of what rounding leaves of a projection
     unlearn = ("unlearn", *steps, "--no-second-order", "--objective")
     return [
         [*profile, *given, "--out", f"{out}/profile"],
         [*unlearn, "npo + kl", *given, "--out", f"{out}/plain"],
-        [*unlearn, "ga", "--update", "orthograd", *given, "--out", f"{out}/by_rule"],
+        [*unlearn, "ga", "--update", "orthograd", *plainly, *given, "--out", f"{out}/by_rule"],
     ]
 
 
@@ -69,9 +70,10 @@ def test_copies_of_a_model_give_what_one_process_finds(study, tmp_path, undrawn)
     assert abs(one.g_effect - other.g_effect).max() <= 1e-12 * abs(one.g_effect).max()
     assert abs(one.grad_norm - other.grad_norm).max() <= 1e-12 * abs(one.grad_norm).max()
     before = load_model(study / "model", "float64")
-    for run in ("plain", "by_rule"):
+    # Norms compute in fp32 also here, and sums of rows' gradients go through them in parts alone.
+    for run, exact in (("plain", 1e-9), ("by_rule", 1e-6)):
         one, other = (load_model(tmp_path / name / run / "model") for name in ("alone", "ranks"))
         for name, p in one.named_parameters():
             moved = float((p - before.get_parameter(name)).abs().max())
             apart = float((p - other.get_parameter(name)).abs().max())
-            assert apart <= 1e-9 * moved, (run, name)
+            assert apart <= exact * moved, (run, name)
