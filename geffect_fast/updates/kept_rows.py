@@ -28,13 +28,13 @@ class KeptRows:
     """The factors of rows' gradients, by parameter and batch.
 
     Args:
-        room: bytes of the model's device that they may take. Half of them is for what stays there,
-            half for what is read back.
+        room: bytes of the model's device that they may take. A third is for what stays there, a
+            third for what is read back, and the rest for what is computed of it.
         rule: for messages.
     """
 
     def __init__(self, room: float, rule: str) -> None:
-        self._room, self._rule = room / 2, rule
+        self._room, self._rule = room / 3, rule
         self._held = 0
         self._counted: set[tuple[int, int]] = set()
         self._elsewhere: _Elsewhere | None = None

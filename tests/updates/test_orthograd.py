@@ -142,7 +142,7 @@ def test_every_row_runs_once_wherever_it_is_kept(size, room, monkeypatch):
     torch.testing.assert_close(found.products, rows @ f, rtol=1e-6, atol=1e-9)
     assert sum(runs) == len(RETAIN)
     here, away = _bytes_kept(found.kept)
-    assert here <= room / 2
+    assert here <= room / 3
     assert {0: here == 0, 2e5: min(here, away) > 0, 1e9: away == 0}[room]
 
 
@@ -184,7 +184,7 @@ def test_what_waits_in_a_file_comes_back_as_it_was():
                     assert getattr(found, key) == value
 
 
-@pytest.mark.parametrize("room", [0, 160, 400, 1e9])
+@pytest.mark.parametrize("room", [0, 240, 600, 1e9])
 def test_every_two_batches_meet_once(room):
     kept = KeptRows(room, "orthograd")
     for batch in range(6):
