@@ -46,6 +46,11 @@ def is_fsdp_group(module: nn.Module) -> bool:
     return fsdp is not None and isinstance(module, fsdp.FSDPModule)
 
 
+def own_kind(module: nn.Module) -> type[nn.Module]:
+    """A module's class, as it was before `fully_shard` put its own before it."""
+    return type(module).__mro__[2] if is_fsdp_group(module) else type(module)
+
+
 def fsdp_groups(model: nn.Module) -> list[Any]:
     """The modules of a model that `fully_shard` has wrapped, in its order."""
     return [module for module in model.modules() if is_fsdp_group(module)]

@@ -14,7 +14,7 @@ from torch import nn
 
 from geffect_fast.capture import Plan
 from geffect_fast.capture.attribution import ANY
-from geffect_fast.capture.compat import is_fsdp_group, is_shared_out
+from geffect_fast.capture.compat import is_fsdp_group, is_shared_out, own_kind
 from geffect_fast.capture.generic_rule import GenericCall
 from geffect_fast.capture.layer_rules import NormCall
 from geffect_fast.data import Layout, SampleSet
@@ -108,7 +108,7 @@ def packs_by_its_code(plan: Plan) -> bool:
 
     What trying would have taught the plan about axes is entered there.
     """
-    model, kind = plan.model, _own_kind(plan.model)
+    model, kind = plan.model, own_kind(plan.model)
     file, name = sys.modules.get(kind.__module__), kind.__module__.rpartition(".modeling_")[2]
     if (
         file is None
@@ -142,7 +142,7 @@ def packs_by_its_code(plan: Plan) -> bool:
 
 def _is_untouched(module: nn.Module, file: str) -> bool:
     """Whether a module runs the forward of its class, and that what the class's file says."""
-    kind = _own_kind(module)
+    kind = own_kind(module)
     if kind not in _ROW_BY_ROW and kind.__module__ not in (file, *_ROW_BY_ROW_FILES):
         return False
     if getattr(sys.modules[kind.__module__], kind.__name__, None) is not kind:
@@ -151,11 +151,6 @@ def _is_untouched(module: nn.Module, file: str) -> bool:
     if "forward" in vars(module) or not all(_brings_weights(module, hook) for hook in hooks):
         return False
     return bool(inspect.unwrap(kind.forward).__module__.startswith(("torch.nn.", "transformers.")))
-
-
-def _own_kind(module: nn.Module) -> type[nn.Module]:
-    """A module's class, as it was before FSDP2 put its own before it."""
-    return type(module).__mro__[2] if is_fsdp_group(module) else type(module)
 
 
 def _brings_weights(module: Any, hook: Any) -> bool:

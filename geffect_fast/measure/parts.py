@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from geffect_fast.capture.compat import fsdp_groups, own_part, put_to_rest
+from geffect_fast.capture.compat import fsdp_groups, own_kind, own_part, put_to_rest
 from geffect_fast.capture.modes import modes_kept
 from geffect_fast.capture.parts import whole_of, whole_values
 from geffect_fast.ranks import here
@@ -42,8 +42,8 @@ def whole_copy(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     nobody = object()
     memo |= {id(group._get_fsdp_state()): nobody for group in groups}
     try:
-        for group, kind in zip(groups, kinds, strict=True):
-            group.__class__ = kind.__bases__[1]  # behind FSDPModule
+        for group in groups:
+            group.__class__ = own_kind(group)
         found = copy.deepcopy(model, memo)
     finally:
         for group, kind in zip(groups, kinds, strict=True):

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from geffect_fast.capture import Lookup, Outer, RowSum
 from geffect_fast.errors import InputError
-from geffect_fast.transfer import on_device
+from geffect_fast.transfer import OnItsWay, on_device
 
 T = TypeVar("T")
 
@@ -38,6 +38,7 @@ class KeptRows:
         self._held = 0
         self._counted: set[tuple[int, int]] = set()
         self._elsewhere: _Elsewhere | None = None
+        self._last: dict[str, tuple[Tensor, Callable[[], Tensor]]] = {}
         self._read: dict[str, dict[int, list[Callable[[], KeptFactor]]]] = {}
         self._size: dict[tuple[str, int], int] = {}
 
@@ -70,8 +71,13 @@ class KeptRows:
             on_cpu = all(x.is_cpu for x in tensors.values())
             self._elsewhere = _InFile(self._rule) if on_cpu else _OnHost()
         # No tensor stays, however small: it would lie between those that go, whose memory then
-        # nobody gets back.
-        waiting = {key: self._elsewhere.put(key, x) for key, x in tensors.items()}
+        # nobody gets back. Layers that share an input come one after the other.
+        waiting = {}
+        for key, x in tensors.items():
+            before = self._last.get(key)
+            if before is None or not _are_one(before[0], x):
+                self._last[key] = before = x, self._elsewhere.put(x)
+            waiting[key] = before[1]
         others: dict[str, Any] = {key: x for key, x in values.items() if key not in waiting}
         make: Callable[..., KeptFactor] = partial(type(factor), **others)
         return lambda: make(**{key: read() for key, read in waiting.items()})
@@ -114,10 +120,9 @@ class KeptRows:
 class _OnHost:
     """Tensors of a GPU, in pinned memory of the host: copies are queued like its other work."""
 
-    def put(self, _key: str, x: Tensor) -> Callable[[], Tensor]:
-        waiting = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
-        waiting.copy_(x, non_blocking=True)
-        return partial(on_device, waiting, x.device)
+    def put(self, x: Tensor) -> Callable[[], Tensor]:
+        copy, device = OnItsWay(x), x.device
+        return lambda: on_device(copy.arrived()[0], device)
 
 
 class _InFile:
@@ -127,12 +132,8 @@ class _InFile:
         self._rule = rule
         self._file: BinaryIO | None = None
         self._end = 0
-        self._last: dict[str, tuple[Tensor, Callable[[], Tensor]]] = {}
 
-    def put(self, key: str, x: Tensor) -> Callable[[], Tensor]:
-        # Layers that share an input come one after the other.
-        if key in self._last and _are_one(self._last[key][0], x):
-            return self._last[key][1]
+    def put(self, x: Tensor) -> Callable[[], Tensor]:
         whole = x.contiguous()
         try:
             if self._file is None:
@@ -148,7 +149,6 @@ class _InFile:
             ) from error
         read = partial(self._read, self._file, self._end, x.shape, x.dtype)
         self._end += whole.nbytes
-        self._last[key] = x, read
         return read
 
     @staticmethod

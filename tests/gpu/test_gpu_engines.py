@@ -137,6 +137,22 @@ def test_profile_equals_the_cpu() -> None:
         assert_close(torch.from_numpy(found[name].values), torch.from_numpy(expected[name].values))
 
 
+def test_an_update_by_rows_kept_on_the_host_equals_the_cpu() -> None:
+    pytest.importorskip("accelerate")
+    given = {"forget": FORGET, "retain": RETAIN, "objective": "ga", "update": "orthograd(room=0)"}
+    given |= {"steps": 1, "batch_size": 3, "retain_batch_size": 4, "token_budget": 40}
+    given |= {"optimizer": "sgd", "learning_rate": 0.05, "probe_rows": 1}
+
+    def moved(device: torch.device | str) -> list[Tensor]:
+        model = build("llama").to(device)
+        before = [p.detach().clone() for p in model.parameters()]
+        gf.unlearn(model, None, **given)
+        return [p.detach() - b for p, b in zip(model.parameters(), before, strict=True)]
+
+    for found, expected in zip(moved(DEVICE), moved("cpu"), strict=True):
+        assert_close(found.flatten(), expected.flatten(), 1e-3)
+
+
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 def test_bf16_within_twice_the_error_of_plain_bf16(architecture: str) -> None:
     """Against fp64: plain autograd in bf16 on the same device, one sample at a time."""
