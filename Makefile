@@ -34,10 +34,6 @@ WITH_SANITIZERS = $(SANITIZE) PYTHONPATH="$(CURDIR)/$(SANITIZED)/lib" OMP_NUM_TH
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)"
 
-# Beside the package, names and calls must fit what the package has; types need not be whole.
-LOOSE := arg-type assignment call-overload dict-item list-item misc name-defined operator \
-	return-value union-attr unused-ignore
-
 NATIVE := $(shell find csrc -type f)
 PYTHON_FILES := $(shell find geffect_fast -name '*.py' -o -name '*.jinja')
 CPP_FILES := $(filter %.cpp %.h %.cu %.cuh,$(NATIVE) $(shell find tests/cuda_shim -type f))
@@ -158,7 +154,6 @@ lint: $(VENV)/tools-lint
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run -Werror $(CPP_FILES)
 	$(BIN)/mypy
-	$(BIN)/mypy $(LOOSE:%=--disable-error-code=%) benchmarks tools
 
 format: $(VENV)/tools-lint
 	$(BIN)/ruff check --fix .

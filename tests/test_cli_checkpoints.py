@@ -34,6 +34,7 @@ def here(study, tmp_path, monkeypatch):
     return folder
 
 
+@pytest.mark.slow
 def test_a_run_is_stopped_gone_on_with_and_replayed(here, monkeypatch, capsys, undrawn):
     plain = Probe.at
 

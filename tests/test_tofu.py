@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 
 import geffect_fast as gf
@@ -11,6 +12,7 @@ from geffect_fast.data import read_rows, tokenize_rows
 from geffect_fast.demo import Size, make_model, memorise, save, train_tokenizer
 
 
+@pytest.mark.slow
 def test_profile_of_a_briefly_trained_llama(tofu, tmp_path):
     forget = read_rows(tofu / "forget01.json", name="forget")
     lines = (tofu / "retain99.json").read_text(encoding="utf-8").splitlines()[:40]

@@ -7,6 +7,7 @@ Objects lie under build/cuda_shim, named by the hash of all that goes into them.
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import hashlib
 import os
 import shutil
@@ -44,7 +45,7 @@ FLAGS = [
     "-DTORCH_TARGET_VERSION=0x020b000000000000",
 ]  # fmt: skip
 KERNEL_FLAGS = [
-    "-O2", "-fsanitize=alignment,bounds,shift", "-fno-sanitize-recover=all",
+    "-O1", "-fsanitize=alignment,bounds,shift", "-fno-sanitize-recover=all",
     "-fstack-clash-protection",
 ]  # fmt: skip
 # Later versions of torch want C++20 for what is not its stable interface.
@@ -103,10 +104,9 @@ def _common_hash() -> bytes:
 
 
 def _run(command: Sequence[str | Path], output: Path) -> Path:
-    """Make `output` by `command`, unless it is there; another process may be doing the same."""
+    """Make `output` by `command`, unless it is there."""
     if output.exists():
         return output
-    BUILD.mkdir(parents=True, exist_ok=True)
     unfinished = output.with_name(f"{output.name}.{os.getpid()}")
     done = subprocess.run([*command, "-o", unfinished], capture_output=True, text=True)
     if done.returncode != 0:
@@ -142,11 +142,21 @@ def _library(name: str, objects: Sequence[Path], link: Sequence[str]) -> Path:
     return _run(command, BUILD / f"{name}-{digest.hexdigest()[:16]}.so")
 
 
+@contextmanager
+def _one_process_builds() -> Iterator[None]:
+    """Let no other process compile meanwhile: what this one makes is there for all that waited."""
+    BUILD.mkdir(parents=True, exist_ok=True)
+    with (BUILD / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
 @cache
 def runtime() -> ctypes.CDLL:
     """Return the library with the fibres and the switches of the shim."""
-    objects = [_object(source, RUNTIME_FLAGS) for source in sorted(SHIM.glob("*.cpp"))]
-    built = _library("runtime", objects, ["-ldl"])
+    with _one_process_builds():
+        objects = [_object(source, RUNTIME_FLAGS) for source in sorted(SHIM.glob("*.cpp"))]
+        built = _library("runtime", objects, ["-ldl"])
     library = ctypes.CDLL(str(built))
     library.shim_leave_device.restype = ctypes.c_bool
     return library
@@ -155,9 +165,11 @@ def runtime() -> ctypes.CDLL:
 def load(name: str, sources: Sequence[Path], namespace: str) -> None:
     """Compile `sources`, whose ops are registered in `namespace`, and load them."""
     flags = [*KERNEL_FLAGS, f"-DGEFFECT_FAST_CUDA_NAMESPACE={namespace}"]
-    with ThreadPoolExecutor(JOBS) as pool:
+    link = [runtime()._name]
+    with _one_process_builds(), ThreadPoolExecutor(JOBS) as pool:
         objects = list(pool.map(lambda source: _object(source, flags), sources))
-    torch.ops.load_library(_library(name, objects, [runtime()._name]))
+        library = _library(name, objects, link)
+    torch.ops.load_library(library)
 
 
 @cache

@@ -86,6 +86,7 @@ def differences(function, model, direction, step):
     return (8 * (values[1] - values[-1]) - (values[2] - values[-2])) / (12 * step)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_equals_differences_of_the_published_loss(exact):
     """Without a derivative of anything: the loss a little further along, and a little back."""

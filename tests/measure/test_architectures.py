@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from architectures import ARCHITECTURES, FALCON_LAYOUT, PADDING
-from models import build, fp64_throughout, samples
+from models import FIVE, build, fp64_throughout, samples
 from reference import effects_of_each, error
 
 import geffect_fast as gf
@@ -36,7 +36,10 @@ def expected(name, forget, retain):
     return every, model, other
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize(
+    "name",
+    [*FIVE, *(pytest.param(n, marks=pytest.mark.slow) for n in ARCHITECTURES if n not in FIVE)],
+)
 def test_effects_equal_one_sample_at_a_time(name):
     """In fp64; `test_check_and_profile.py` has them in fp32."""
     forget, retain = samples(FORGET, 1, 2), samples(RETAIN, 2, 2)

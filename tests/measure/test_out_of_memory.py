@@ -125,6 +125,7 @@ def with_memory_enough(name):
     return numbers(*two_models(), **SETTINGS[name])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "where", "every"), CASES)
 def test_a_profile_is_that_of_memory_enough(name, where, every, scarce):
     with fp64_throughout():

@@ -65,6 +65,7 @@ def trained(folder, kind):
     return callback.result, last, sorted(f.name for f in (folder / kind).rglob("*.nc"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 def test_all_ranks_probe_and_one_writes(kind, tmp_path):
     before = build("llama")

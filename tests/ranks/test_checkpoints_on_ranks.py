@@ -59,6 +59,7 @@ def assert_close(found, expected):
             assert (found[name].isnull() == variable.isnull()).all(), name
 
 
+@pytest.mark.slow
 def test_a_run_that_lost_a_rank_goes_on_with_any_number(here):
     (code, said), other = on_ranks(2, lost, here, fails=True)
     assert other is None
@@ -96,6 +97,7 @@ def in_python(folder):
     return found, str(error.value)
 
 
+@pytest.mark.slow
 def test_ranks_profile_checkpoints_in_python(here):
     model = build("llama")
     with torch.no_grad():

@@ -122,6 +122,7 @@ def test_ranks_measure_what_one_process_measures(alone):
             xr.testing.assert_identical(found, mine)
 
 
+@pytest.mark.slow
 def test_models_in_parts_are_measured_as_whole_ones(alone):
     for *found, refused in on_ranks(2, parts):
         for mine, expected in zip(found, alone, strict=True):

@@ -2,6 +2,7 @@
 
 import re
 
+import pytest
 import torch
 from models import build, fp64_throughout, samples
 from ranked import on_ranks
@@ -49,6 +50,7 @@ def both():
     return [profiled(kind) for kind in ("whole", "parts")]
 
 
+@pytest.mark.slow
 def test_ranks_find_what_one_process_finds_of_every_objective():
     alone = profiled("whole")
     for of_rank in on_ranks(2, both):

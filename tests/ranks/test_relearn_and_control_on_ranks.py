@@ -185,6 +185,7 @@ def both(where):
     return called(where), refused()
 
 
+@pytest.mark.slow
 def test_models_in_parts_are_relearned_and_mixed_as_whole_ones(tmp_path):
     for way in ("alone", "parts"):
         (tmp_path / way).mkdir()

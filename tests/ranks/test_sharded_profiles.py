@@ -120,6 +120,7 @@ def by_rows():
     return found
 
 
+@pytest.mark.slow
 def test_rows_that_go_to_parts_of_directions_give_the_same():
     alone = of_cases(False, BY_ROWS)
     for found in on_ranks(3, by_rows):

@@ -108,6 +108,7 @@ def in_own_trainer(folder):
     return found
 
 
+@pytest.mark.slow
 def test_rules_in_a_trainer_take_the_steps_of_one_process(tmp_path):
     alone = in_own_trainer(tmp_path)
     for found in on_ranks(2, in_own_trainer, tmp_path):
@@ -131,6 +132,7 @@ def lost(folder, rule):
     return unlearned(folder, "parts", rule, "--shard", "fsdp", killed_at=4)
 
 
+@pytest.mark.slow
 def test_a_rules_memory_is_saved_whole_and_read_in_parts(tmp_path):
     rule = "gru(gamma=0.3)"
     build("llama").save_pretrained(tmp_path / "plain")

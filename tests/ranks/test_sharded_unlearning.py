@@ -162,6 +162,7 @@ def others():
     return found
 
 
+@pytest.mark.slow
 def test_trainings_in_parts_end_as_whole_ones():
     alone = others()
     for found in on_ranks(2, others):

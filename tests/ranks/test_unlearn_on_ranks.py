@@ -164,6 +164,7 @@ def files(folder):
     )
 
 
+@pytest.mark.slow
 def test_a_run_that_lost_a_rank_goes_on_with_any_number(here):
     (code, said), other = on_ranks(2, lost, here, fails=True)
     assert other is None
@@ -199,6 +200,7 @@ def parts(folder):
 ADAPTER = ("--lora-rank", "2", "--optimizer", "adamw_torch")
 
 
+@pytest.mark.slow
 def test_parts_of_a_model_are_trained_and_saved_as_the_whole(here):
     assert unlearned(here, "lora", *ADAPTER) == (0, "")
     assert on_ranks(2, parts, here) == [[(0, "")] * 2] * 2

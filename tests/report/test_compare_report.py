@@ -67,6 +67,7 @@ def awkward():
     }
 
 
+@pytest.mark.slow
 def test_any_comparison_has_its_figures_and_table():
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -345,6 +345,7 @@ def test_the_table_lists_evenly_spaced_steps():
     assert untrained.startswith("Effects of ga to step 12") and "by SGD" not in untrained
 
 
+@pytest.mark.slow
 def test_a_report_of_steps_is_figures_tokens_and_a_table_over_steps(tmp_path):
     axes = ("group", "sample", "token")
     dataset = step_dataset(OBJECTIVES[:2], n_steps=3, resolve=axes, weights=False)

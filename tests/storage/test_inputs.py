@@ -65,6 +65,7 @@ REPLACED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", REPLACED)
 def test_a_replay_names_what_was_replaced(here, capfd, command):
     assert main(made(command)) == 0

@@ -148,6 +148,7 @@ def whole(config, tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_a_run_that_was_stopped_goes_on_to_the_same_bits(config, whole, tmp_path):
     """Stopped at a probe that measures, and at the next one, which does not."""
     stops = [2, 3]

@@ -104,6 +104,7 @@ def test_killed_20_times_a_run_ends_with_the_same_numbers(config, whole, again, 
         runs += 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("nth", [1, 2])
 def test_a_checkpoint_half_removed_is_none_and_goes(config, whole, tmp_path, nth):
     """Killed when its files are gone and its folder is not: of the first, and of the last one."""
@@ -172,6 +173,7 @@ def test_what_a_killed_process_left_half_written_goes(config, whole, tmp_path):
     assert_same_run(folder, whole)
 
 
+@pytest.mark.slow
 def test_rarer_checkpoints_train_again_what_they_miss_and_measure_it_once(
     config, whole, tmp_path, monkeypatch
 ):

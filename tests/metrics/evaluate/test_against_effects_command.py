@@ -48,6 +48,7 @@ def here(study, monkeypatch):
     return study
 
 
+@pytest.mark.slow
 def test_the_models_before_and_after_are_measured(here, model, tokenizer, sets):
     found = gf.open_evaluation("run")
     assert found["model"].values.tolist() == ["original", *"abcde"]

@@ -160,6 +160,7 @@ def test_what_is_written_in_a_conversation_is_its_first_answer(tokenizer, rows):
     assert found.sel(set="forget") == 1
 
 
+@pytest.mark.slow
 def test_memorisation_as_muse_has_it(tokenizer, rows):
     """Texts are continued and questions answered, each up to a length of its own."""
     texts = [{"prompt": row["question"], "gt": row["answer"]} for row in rows]

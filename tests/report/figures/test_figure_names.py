@@ -38,6 +38,7 @@ def test_a_profile_and_its_page(tmp_path):
     assert (tmp_path / "plots/layers.png").exists() and (tmp_path / "plots/instances.png").exists()
 
 
+@pytest.mark.slow
 def test_steps(tmp_path):
     dataset = step_dataset((BROKEN, VALID), n_steps=3, risks=RISKS)
     for name, figure in step_figures(dataset).items():
@@ -46,6 +47,7 @@ def test_steps(tmp_path):
     assert page_html({"a $1$": dataset}).count(BROKEN) > 3
 
 
+@pytest.mark.slow
 def test_runs_side_by_side(tmp_path):
     runs = {r"run $\alpha": step_dataset((BROKEN,), n_steps=3, risks=RISKS), "b $": None}
     runs["b $"] = step_dataset((VALID,), n_steps=3, seed=1, risks=RISKS)

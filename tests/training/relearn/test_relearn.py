@@ -276,6 +276,7 @@ def left_out(suite, tokenizer, model, **more):
     return found, (said or [""])[0]
 
 
+@pytest.mark.slow
 def test_a_suite_is_measured_without_what_needs_other_data(unlearned, retrained, tokenizer):
     found, said = left_out("survey", tokenizer, unlearned)
     assert (

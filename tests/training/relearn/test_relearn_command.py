@@ -105,6 +105,7 @@ def test_other_rows_are_told_before_any_training(here, monkeypatch):
         execute_relearn(config, here / "again")
 
 
+@pytest.mark.slow
 def test_a_suite_and_holdout_rows_of_the_command(here, capsys):
     write_jsonl(OTHERS, here / "holdout.jsonl")
     command = [*COMMAND, "--suite", "survey", "--holdout", "holdout.jsonl", "--quiet"]
