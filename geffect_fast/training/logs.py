@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -63,6 +64,7 @@ def logged(folder: Path | None, trainer: Trainer, done: int | None) -> Iterator[
             if isinstance(callback, TensorBoardCallback):
                 from torch.utils.tensorboard import SummaryWriter
 
+                _wait_for_a_later_name(Path(place))
                 writer = SummaryWriter(
                     place,
                     purge_step=0 if done is None else done + 1,
@@ -80,3 +82,10 @@ def logged(folder: Path | None, trainer: Trainer, done: int | None) -> Iterator[
         for writer in writers:
             with suppress(OSError):
                 writer.close()  # its thread would write on
+
+
+def _wait_for_a_later_name(logs: Path) -> None:
+    """Let a second begin of which no log is: names begin with it, and TensorBoard reads by name."""
+    now = time.time()
+    if any(logs.glob(f"events.out.tfevents.{int(now):010d}.*")):
+        time.sleep(1 - now % 1)

@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import errno
 import json
+from types import SimpleNamespace
 from unittest.mock import Mock
 
 import pytest
 from events import Listener, expected, of_probes, scalars
 from interrupted import interrupted_at
-from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+from tensorboard.summary.writer import event_file_writer
+from tensorboard.summary.writer.event_file_writer import AtomicCounter
+from transformers.integrations.integration_utils import (
+    INTEGRATION_TO_CALLBACK,
+    TensorBoardCallback,
+)
 
 import geffect_fast as gf
 from geffect_fast.arguments import checked_config
 from geffect_fast.errors import InterruptedRunError, UnfinishedError
 from geffect_fast.measure.profiler import Profiler
 from geffect_fast.storage.run_yaml import load_config
+from geffect_fast.training import logs
 from geffect_fast.training.execute import execute_unlearn
 from geffect_fast.unlearn_settings import Training, UnlearnConfig
 
@@ -54,8 +61,8 @@ def test_every_reporter_gets_what_the_result_says(config, tmp_path):
     effect = result.g_effect.sum("sample").sel(objective="ga", risk="retain")
     assert [logs["geffect/e_r/ga"] for logs in heard.values()] == effect.values.tolist()
     listed = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["files"]
-    logs = [path.name for path in (folder / "logs").iterdir()]
-    assert [name for name in listed if name.startswith("logs/")] == [f"logs/{n}" for n in logs]
+    written = [path.name for path in (folder / "logs").iterdir()]
+    assert [name for name in listed if name.startswith("logs/")] == [f"logs/{n}" for n in written]
     assert load_config(folder / "run.yaml").report_to == ("tensorboard", "wandb")
     # It decides no number: a run without has the same, and one that replaces it takes its place.
     quiet = config.model_copy(update={"report_to": ()})
@@ -84,6 +91,25 @@ def test_a_disk_that_is_full_at_the_logs_costs_a_line(config, tmp_path, monkeypa
         config.model_copy(update={"report_to": ("tensorboard",)}), tmp_path / "run", resume=True
     )
     assert events(tmp_path / "run") == expected(result, "npo(beta=0.1) + kl")
+
+
+def test_logs_of_one_second_are_shown_in_their_order(tmp_path, monkeypatch):
+    """TensorBoard reads them by name, of which the last part counts without leading zeros."""
+    clock = [1.0e9]
+    fake = SimpleNamespace(
+        time=lambda: clock[0], sleep=lambda s: clock.__setitem__(0, clock[0] + s)
+    )
+    for module in (event_file_writer, logs):
+        monkeypatch.setattr(module, "time", fake)
+    monkeypatch.setattr(event_file_writer, "_global_uid", AtomicCounter(9))
+    for done in (None, 1):
+        callback = TensorBoardCallback()
+        trainer = SimpleNamespace(callback_handler=SimpleNamespace(callbacks=[callback]))
+        with logs.logged(tmp_path, trainer, done):
+            callback.tb_writer.add_text("args", "{}")
+            for step in (1, 2) if done is None else (2, 3):
+                callback.tb_writer.add_scalar("loss", step, step)
+    assert scalars(tmp_path / "logs") == {"loss": [(1, 1.0), (2, 2.0), (3, 3.0)]}
 
 
 def test_a_run_that_fails_before_its_first_probe_leaves_nothing(config, tmp_path, monkeypatch):
