@@ -57,16 +57,16 @@ def logged(folder: Path | None, trainer: Trainer, done: int | None) -> Iterator[
     Raises:
         UnfinishedError: the disk refuses.
     """
-    place = None if folder is None or ELSEWHERE in os.environ else str(folder / LOGS)
+    place = None if folder is None or ELSEWHERE in os.environ else folder / LOGS
     writers = []
     try:
-        for callback in trainer.callback_handler.callbacks if place else ():
-            if isinstance(callback, TensorBoardCallback):
+        for callback in trainer.callback_handler.callbacks:
+            if place is not None and isinstance(callback, TensorBoardCallback):
                 from torch.utils.tensorboard import SummaryWriter
 
-                _wait_for_a_later_name(Path(place))
+                _wait_for_a_later_name(place)
                 writer = SummaryWriter(
-                    place,
+                    str(place),
                     purge_step=0 if done is None else done + 1,
                     filename_suffix=LOG_SUFFIX,
                 )
