@@ -16,7 +16,7 @@ from __future__ import annotations
 import argparse
 import copy
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -72,9 +72,9 @@ def rows(seed: int) -> list[dict[str, list[int]]]:
 
 
 @contextmanager
-def timed() -> Iterator[Counter[str]]:
+def timed() -> Iterator[dict[str, float]]:
     """Inside, seconds of every step are added up by its name; rows inside a layout are its own."""
-    seconds: Counter[str] = Counter()
+    seconds: dict[str, float] = defaultdict(float)
     running: list[str] = []
 
     def watched(name: str, function: Callable[..., Any]) -> Callable[..., Any]:

@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -142,12 +143,12 @@ def measure(attention: str) -> list[dict[str, Any]]:
             "token_budget": BUDGET,
         }
         profiler = Profiler.of(model, None, **given)
-        jobs = {
-            "preparing": lambda given=given: Profiler.of(model, None, **given),
+        jobs: dict[str, Callable[[], Any]] = {
+            "preparing": partial(Profiler.of, model, None, **given),
             "risk gradients": risk_gradients,
-            "objective pass": lambda engine=engine: objective_pass(engine),
+            "objective pass": partial(objective_pass, engine),
             "measuring": profiler.measure,
-            "whole profile": lambda given=given: gf.profile(model, None, **given),
+            "whole profile": partial(gf.profile, model, None, **given),
         }
         table += [(engine, phase, *counted(run)) for phase, run in jobs.items()]
     of = table[0][2]

@@ -176,7 +176,8 @@ def profile(model: Any) -> dict[str, Any]:
     """A profile on the ranks that are here: seconds, and what was sent."""
     n_elements = sum(p.numel() for p in model.parameters())
     n_in_blocks = sum(p.numel() for p in model.model.layers.parameters())
-    given = {"forget": rows(1), "retain": rows(2), "objectives": ["ga"], "token_budget": TOKENS}
+    given: dict[str, Any] = {"forget": rows(1), "retain": rows(2), "objectives": ["ga"]}
+    given["token_budget"] = TOKENS
     profiler = Profiler.of(model, None, resolve=("parameter", "sample"), **given)
     profiler.measure()
     n_risks = len(profiler.risk_names)

@@ -217,9 +217,7 @@ class Bench:
 
     # ---- per-sample functions ----
 
-    def beside(
-        self, quantity: str, ids: Tensor, candidates: dict[str, Callable[[], Tensor]]
-    ) -> None:
+    def beside(self, quantity: str, ids: Tensor, candidates: dict[str, Callable[[], Any]]) -> None:
         """Time the ways to a per-sample quantity, ours first; the others are compared with it."""
 
         def backward() -> None:
@@ -227,7 +225,7 @@ class Bench:
             torch.autograd.grad(losses.mean(), list(self.model.parameters()))
 
         step = self.clock.measure(backward, self.most_runs)
-        shared = {"samples": len(ids), "tokens": ids.numel()}
+        shared: dict[str, Any] = {"samples": len(ids), "tokens": ids.numel()}
         self.runner.add(
             "per sample", f"{quantity}: plain backward", step, step=step.seconds, **shared
         )

@@ -50,7 +50,7 @@ TRIES = 2
 """One could be slow by chance."""
 
 OURS, STEP = "geffect_fast", "training step"
-Contestants = dict[tuple[str, str], Callable[[], Tensor]]
+Contestants = dict[tuple[str, str], Callable[[], Any]]
 
 
 # ---- the truth ----
@@ -66,7 +66,9 @@ def truth(model: nn.Module, ids: Tensor, directions: list[Direction]) -> dict[st
     norms, products, kept = [], [], []
     for i in range(len(ids)):
         loss = sample_losses(model, ids[i : i + 1])[0]
-        gradient = torch.cat([g.flatten() for g in torch.autograd.grad(loss, model.parameters())])
+        gradient = torch.cat(
+            [g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))]
+        )
         norms.append(gradient.norm())
         flat = [torch.cat([v[name].flatten() for name in names]) for v in directions]
         products.append(torch.stack([gradient @ v.double() for v in flat]))
@@ -158,7 +160,7 @@ def measure(model: nn.Module, shape: tuple[int, int], rounds: int) -> list[dict[
     """All contestants on `shape` tokens: compared with the truth, then timed."""
     generator = torch.Generator().manual_seed(shape[0])
     ids, *others = torch.randint(3, 8192, (3, *shape), generator=generator)
-    directions = [
+    directions: list[Direction] = [
         dict(zip(dict(model.named_parameters()), gradient, strict=True))
         for gradient in (
             torch.autograd.grad(sample_losses(model, other).mean(), list(model.parameters()))
@@ -253,7 +255,8 @@ def main() -> int:
     torch.set_num_threads(arguments.threads)
     shapes = QUICK_SHAPES if quick else SHAPES
     if arguments.shape:
-        shapes = [tuple(int(size) for size in arguments.shape.split("x"))]
+        n, length = map(int, arguments.shape.split("x"))
+        shapes = [(n, length)]
     elif not quick:
         out = out or RESULTS / "per_sample_cpu.csv"
     model = make_model(quick)

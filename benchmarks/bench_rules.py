@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 from unittest.mock import patch
 
@@ -70,9 +71,7 @@ def measure(model: nn.Module, n: int, length: int, rounds: int) -> list[dict[str
         with LEFT_OUT[name]():
             run()
 
-    seconds = interleaved_minima(
-        {name: lambda name=name: left_out(name) for name in LEFT_OUT}, rounds
-    )
+    seconds = interleaved_minima({name: partial(left_out, name) for name in LEFT_OUT}, rounds)
     return [
         {
             "samples": n,

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -45,7 +46,7 @@ def peers(model: nn.Module, ids: Tensor, direction: Direction) -> dict[str, dict
         direction: a tensor by parameter name.
     """
     assert len(list(model.parameters())) == len(list(model.state_dict())), "tied weights"
-    eager = copy.deepcopy(model)  # for what sdpa attention has no rule for
+    eager: Any = copy.deepcopy(model)  # for what sdpa attention has no rule for
     eager.set_attn_implementation("eager")
     return {
         "norms": {
@@ -208,7 +209,7 @@ def ghost(
     return torch.stack(found).sum(0)
 
 
-def normalized(module: nn.Module, x: Tensor) -> Tensor:
+def normalized(module: Any, x: Tensor) -> Tensor:
     """What an RMSNorm multiplies by its weight."""
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + module.variance_epsilon)
 

@@ -143,7 +143,7 @@ def main() -> None:
         learn(model, args.tofu)
     compared = unlearn(
         model,
-        tuple(home / name for name in DATA[study]),  # type: ignore[arg-type]
+        tuple(home / name for name in DATA[study]),
         args.work,
         args.steps,
         args.rate,

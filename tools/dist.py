@@ -159,7 +159,7 @@ def build() -> tuple[Path, Path]:
     shutil.rmtree(DIST, ignore_errors=True)
     with tempfile.TemporaryDirectory() as name:
         # the sdist, and then the wheel from it
-        words = ("-m", "build", "--no-isolation", "--outdir", name)
+        words: tuple[str, ...] = ("-m", "build", "--no-isolation", "--outdir", name)
         run(sys.executable, *words, GEFFECT_FAST_BUILD="cpu", GEFFECT_FAST_ABI3="1")
         (sdist,), (plain,) = Path(name).glob("*.tar.gz"), Path(name).glob("*.whl")
         excluded = [f"--exclude={library}" for library in TORCH_LIBRARIES]

@@ -256,15 +256,15 @@ def main() -> int:
                 (block, shown_of(block.commands[-1], [run(c, folder) for c in block.commands][-1]))
                 for block in blocks(lines)
             ]
-            for block, output in reversed(found):
+            for block, printed in reversed(found):
                 number += 1
-                differing = differences(block.shown, output)
+                differing = differences(block.shown, printed)
                 if not differing:
                     continue
                 wrong += 1
                 where = page.relative_to(ROOT)
                 print(f"{where}: the output of {block.commands[-1]}", *differing, sep="\n")
-                lines[block.first : block.last] = [f"    {line}".rstrip() for line in output]
+                lines[block.first : block.last] = [f"    {line}".rstrip() for line in printed]
             if found and not given.check:
                 page.write_text("\n".join(lines) + "\n", encoding="utf-8")
     said = "are not what the commands print" if given.check else "were put in place"

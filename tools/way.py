@@ -108,7 +108,7 @@ def _height(file: str) -> int:
 def _holds(value: Any, model: nn.Module, depth: int) -> bool:
     if value is model:
         return True
-    own = type(value).__module__.startswith("geffect_fast") and depth
+    own = depth > 0 and type(value).__module__.startswith("geffect_fast")
     return own and any(
         _holds(inside, model, depth - 1) for inside in getattr(value, "__dict__", {}).values()
     )

@@ -165,7 +165,7 @@ def runtime() -> ctypes.CDLL:
 def load(name: str, sources: Sequence[Path], namespace: str) -> None:
     """Compile `sources`, whose ops are registered in `namespace`, and load them."""
     flags = [*KERNEL_FLAGS, f"-DGEFFECT_FAST_CUDA_NAMESPACE={namespace}"]
-    link = [runtime()._name]
+    link = [runtime()._name]  # made by itself, as one process has the lock once
     with _one_process_builds(), ThreadPoolExecutor(JOBS) as pool:
         objects = list(pool.map(lambda source: _object(source, flags), sources))
         library = _library(name, objects, link)
