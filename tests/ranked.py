@@ -145,6 +145,7 @@ def _run(
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # whatever this machine is called
     store = dist.FileStore(f"{folder}/store", size)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=size)
+    dist.barrier()  # one that has nothing to do would be gone before the others are connected to it
     try:
         found = job(*args)
     except BaseException as error:
