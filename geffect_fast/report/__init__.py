@@ -1,4 +1,4 @@
-"""What people look at: tables, findings and plots of a result."""
+"""Presentation of results: tables, findings, figures, token views and pages."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ __all__ = ["write_comparison_plots", "write_report"]
 def write_report(dataset: xr.Dataset, folder: Path, held: Path | None = None) -> None:
     """Write `report.html`, `summary.csv`, `plots/` and `tokens.html` into a folder.
 
-    `plots/layers.png` and `plots/instances.png` are of a profile. Measures get `plots/measures.png`
-    and `.svg`, those of a control also `plots/retention.png` and `.svg`, and no tokens. Those that
-    are set against effects get `runs.csv`, `against_effects.csv`, `plots/against_effects.png` and
-    `.svg` as well.
+    A profile gets `plots/layers.png` and `plots/instances.png`. Measures get `plots/measures.png`
+    and `.svg`, and no tokens. Measures of a control also get `plots/retention.png` and `.svg`.
+    Measures that are set against effects also get `runs.csv`, `against_effects.csv`,
+    `plots/against_effects.png` and `.svg`.
 
     A plot or page whose axis was summed away is left out. A sweep gets `plots/pareto.png` and
     `plots/sweep.png`, and its other plots show the best objectives only. A step result gets a
@@ -30,11 +30,12 @@ def write_report(dataset: xr.Dataset, folder: Path, held: Path | None = None) ->
     Args:
         dataset: result of `geffect_fast.profile` or `sweep`, a step result, or measures of
             `geffect_fast.evaluate`, `against_effects`, `control` or `relearn`.
-        folder: exists.
-        held: another folder; what it holds already is left out.
+        folder: an existing folder.
+        held: another folder. Files that are written together are left out where it holds one of
+            them already.
 
     Raises:
-        UnfinishedError: something could not be drawn or written; all else is there.
+        UnfinishedError: a file could not be drawn or written; all others are there.
     """
     from geffect_fast.paths import is_there
     from geffect_fast.report.files import write_each
@@ -49,7 +50,7 @@ def write_comparison_plots(runs: xr.Dataset, folder: Path) -> None:
     """Write the figures of a comparison into `plots/` in a folder.
 
     Raises:
-        UnfinishedError: some could not be drawn; the others are there.
+        UnfinishedError: some figures could not be drawn; the others are there.
     """
     from geffect_fast.report.figures.compare import comparison_drawings
     from geffect_fast.report.files import plot_files, write_each
@@ -58,7 +59,7 @@ def write_comparison_plots(runs: xr.Dataset, folder: Path) -> None:
 
 
 def _files(dataset: xr.Dataset) -> Iterator[ReportFiles]:
-    """The files of a report, tables first; what they need is imported as they are written."""
+    """The files of a report, tables first. The code that writes a file is imported with it."""
     from geffect_fast.report.files import ReportFiles, plot_files
     from geffect_fast.report.summary.effects import has_steps, last_step
     from geffect_fast.report.summary.measures import is_evaluation

@@ -1,4 +1,4 @@
-"""Files of a report, each of which may fail alone: the others are written all the same."""
+"""Files of a report, written one after the other. A file that fails does not stop the others."""
 
 from __future__ import annotations
 
@@ -19,8 +19,9 @@ class ReportFiles(NamedTuple):
     """Files of a report that are written together.
 
     Attributes:
-        names: by path in the run's folder; where the result holds nothing for them none is written.
-        write: writes them into a folder.
+        names: paths within the run's folder. None is written where the result holds nothing for
+            them.
+        write: writes the files into a folder.
     """
 
     names: tuple[str, ...]
@@ -28,21 +29,22 @@ class ReportFiles(NamedTuple):
 
 
 def write_each(files: Iterable[ReportFiles], folder: Path) -> None:
-    """Write all that can be written.
+    """Write every file that can be written.
 
     Args:
-        files: in order.
-        folder: exists.
+        files: the files, in order.
+        folder: an existing folder.
 
     Raises:
-        UnfinishedError: some could not be, for whatever reason; the line names the first.
+        UnfinishedError: some files could not be written, for whatever reason. The message names
+            the first.
     """
     lost: list[tuple[str, Exception]] = []
     for names, write in files:
         try:
             (folder / names[0]).parent.mkdir(exist_ok=True)
             write(folder)
-        except Exception as error:  # of fonts, disks, templates, packages that are not there
+        except Exception as error:  # fonts, disks, templates, missing packages
             for name in names:
                 remove(folder / name)
             lost.append((names[0], error))
@@ -55,7 +57,7 @@ def write_each(files: Iterable[ReportFiles], folder: Path) -> None:
 def plot_files(
     drawings: Drawings, kinds: tuple[str, ...] = ("png", "svg")
 ) -> Iterator[ReportFiles]:
-    """The files of every figure in `plots/`."""
+    """The files in `plots/` of every figure."""
     for name, draw in drawings.items():
 
         def write(

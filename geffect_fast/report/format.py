@@ -1,4 +1,4 @@
-"""How numbers, intervals, names and notes are written, in every output alike."""
+"""Formatting of numbers, intervals, names and notes, the same in every output."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Number = tuple[float, Interval]
 
 
 def in_metric(attributes: Mapping[str, Any]) -> str:
-    """What a title says of the metric that effects are in; nothing of the plain one."""
+    """The part of a title that names the metric of the effects; empty for the plain one."""
     metric = attributes.get("metric")
     if metric is None:
         return ""
@@ -32,12 +32,12 @@ def in_metric(attributes: Mapping[str, Any]) -> str:
 
 
 def risk_words(risk: str) -> str:
-    """What a sentence calls a risk."""
+    """The name of a risk within a sentence."""
     return f"{'forget' if risk == UNLEARN else risk} risk"
 
 
 def shortened(name: str, width: int) -> str:
-    """A name, cut where it is longer than a width."""
+    """A name, cut to a width where it is longer."""
     return name if len(name) <= width else name[: width - 1] + "…"
 
 
@@ -53,7 +53,7 @@ def question(effect: xr.DataArray, i: int, width: int) -> str:
     text = " ".join(str(effect["question"].values[i]).split())
     if len(text) <= width:
         return text
-    cut = text[: width - 1]  # at a word's end, where there is one
+    cut = text[: width - 1]  # then back to the end of a word, where there is one
     return f"{cut[: width - 2].rpartition(' ')[0] or cut[:-1]} …"
 
 
@@ -69,7 +69,7 @@ def number(value: float, spec: str = "+.3g") -> str:
 
 
 def cell(value: float, spec: str = "+.3g") -> str:
-    """As `number`, with the sign of infinity for infinite ones."""
+    """A number as `number` writes it, but `+∞` or `−∞` where it is infinite."""
     if math.isinf(value):
         return "+∞" if value > 0 else "−∞"
     return number(value, spec)
@@ -82,7 +82,7 @@ def bounds(interval: Interval, spec: str = "+.3g") -> str:
 
 
 def cell_with_interval(value: float, interval: Interval | None, spec: str = "+.3g") -> str:
-    """A number with its interval behind it, where that is known."""
+    """A number, followed by its interval where the interval is known."""
     text = cell(value, spec)
     if interval is None or math.isnan(value) or any(map(math.isnan, interval)):
         return text
@@ -91,17 +91,17 @@ def cell_with_interval(value: float, interval: Interval | None, spec: str = "+.3
 
 
 def spoken(value: float) -> str:
-    """A number to be read out."""
+    """A number in words that a screen reader can read out."""
     if math.isfinite(value):
         return number(value, "+.3e")
     return "not a number" if math.isnan(value) else f"{'+' if value > 0 else '-'}infinite"
 
 
-# ---- what a result covers, and how far to trust it ----
+# ---- coverage and notes ----
 
 
 def coverage_line(counts: Mapping[str, Any]) -> str:
-    """What a result covers, from the counts of a `Coverage` by name."""
+    """The sentence on what a result covers, from the counts of a `Coverage` by name."""
     parameters, elements = counts["covered_parameters"], counts["covered_elements"]
     all_parameters, all_elements = counts["trainable_parameters"], counts["trainable_elements"]
     line = (
@@ -117,7 +117,7 @@ def coverage_line(counts: Mapping[str, Any]) -> str:
 
 
 def interval_line(attrs: Mapping[str, Any]) -> str:
-    """What intervals are of; empty for results without, as those of one row of each set are."""
+    """The note on intervals; empty where there are none, as with one row of each set."""
     if "interval_level" not in attrs or attrs["n_forget"] == attrs["n_retain"] == 1:
         return ""
     return (
@@ -128,7 +128,7 @@ def interval_line(attrs: Mapping[str, Any]) -> str:
 
 
 def precision_line(attrs: Mapping[str, Any]) -> str:
-    """How far effects in 16 bits can be trusted; empty for results in other precisions."""
+    """The note on the precision of effects in 16 bits; empty for results in other precisions."""
     if "precision_error" in attrs:
         rows = " and ".join(map(str, attrs["precision_samples"]))
         return (
@@ -142,7 +142,10 @@ def precision_line(attrs: Mapping[str, Any]) -> str:
 
 
 def metric_line(attrs: Mapping[str, Any]) -> str:
-    """In whose metric effects are, or also are, and what it is known from; none of plain ones."""
+    """The note on the metric of the effects, or of `e_P`; empty where there is only the plain one.
+
+    The note names the optimizer whose metric it is, and the source of the optimizer's state.
+    """
     if "step_metric_note" in attrs:
         return f"Metric: e_P is not known: {attrs['step_metric_note']}."
     for prefix, where in (("metric", "Effects, norms and cosines are"), ("step_metric", "e_P is")):
@@ -156,7 +159,7 @@ def metric_line(attrs: Mapping[str, Any]) -> str:
 
 
 def notes(attrs: Mapping[str, Any]) -> list[str]:
-    """What a result compares with, and how far to trust it, in lines."""
+    """Lines on what a result compares with and how far to trust it; empty ones are left out."""
     own_loss = attrs.get("own_loss_note", attrs.get("own_loss"))
     lines = [
         f"Model: {own_loss}." if "own_loss" in attrs else "",

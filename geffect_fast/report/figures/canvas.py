@@ -1,6 +1,7 @@
-"""The figure that all plots are drawn in: of no window, with names as text whatever they hold.
+"""The figure class of all plots. A figure belongs to no window and never reads text as a formula.
 
-matplotlib is imported here first, whatever MPLBACKEND says, which names a backend of windows.
+This module imports matplotlib without regard to MPLBACKEND, which names a backend for windows, and
+hands the name on afterwards. So an unknown backend does not stop the import.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ if "matplotlib" not in sys.modules:
         if named is not None:
             os.environ["MPLBACKEND"] = named
     if named:
-        # as matplotlib does it, which then fails where it knows none of that name
+        # matplotlib raises ValueError where it knows no backend of that name
         with suppress(ValueError):
             matplotlib.rcParams["backend"] = named
 
@@ -44,12 +45,12 @@ _PAD = 2 / 72
 class PlainFigure(Figure):
     """A figure without formulas.
 
-    matplotlib reads what stands between two `$` as a formula, and fails where it is none; names of
-    objectives, runs and data sets may hold them.
+    matplotlib reads text between two `$` as a formula, and fails where the text is not one. Names
+    of objectives, runs and data sets may hold `$`.
 
     Args:
-        width: in inches.
-        height: in inches.
+        width: width in inches.
+        height: height in inches.
     """
 
     def __init__(self, width: float, height: float) -> None:
@@ -64,7 +65,10 @@ class PlainFigure(Figure):
             super().draw(renderer)
 
     def words_as_they_are(self) -> None:
-        """To be called when all is there that a figure shows, and before it is saved."""
+        """Turn formulas off in all text and all tick labels.
+
+        Call this once the figure holds all that it shows, and before it is saved.
+        """
         for axis in self.findobj(Axis):
             axis.set_major_formatter(_without_formulas(axis.get_major_formatter()))
             axis.set_minor_formatter(_without_formulas(axis.get_minor_formatter()))
@@ -73,9 +77,9 @@ class PlainFigure(Figure):
         self._seen = True
 
     def _repr_html_(self) -> str:
-        """What a notebook shows: without a ground, and turned dark where the notebook is.
+        """The figure for a notebook: with a transparent ground, and dark where the notebook is.
 
-        As wide as on paper: 96 pixels of a page are an inch.
+        The figure is as wide as on paper, at 96 pixels of the page to an inch.
         """
         from geffect_fast.report.html.templates import render
 
@@ -84,7 +88,7 @@ class PlainFigure(Figure):
         return render("figure.html.jinja", png=png, label=str(self.get_label()), width=width)
 
     def _repr_png_(self) -> tuple[bytes, dict[str, int]]:
-        """The same on white, for what shows no HTML."""
+        """The figure on white, for viewers that show no HTML."""
         width, height = self.get_size_inches() * 96
         return self._png(transparent=False), {"width": round(width), "height": round(height)}
 
@@ -94,7 +98,7 @@ class PlainFigure(Figure):
         return written.getvalue()
 
     def place(self) -> None:
-        """Find places for panels and legends, once: saving would do so every time."""
+        """Lay out panels and legends, once. Otherwise saving would do so every time."""
         self.words_as_they_are()
         with rc_context({"text.parse_math": False}):
             layout = self.get_layout_engine()
@@ -103,13 +107,13 @@ class PlainFigure(Figure):
         self.set_layout_engine("none")
 
     def write(self, file: Any, kind: str, name: str, metadata: dict[str, Any]) -> None:
-        """Write it when all has its place; `savefig` would draw it twice, to find places first.
+        """Write a figure that is laid out. `savefig` would draw it twice, once for the layout.
 
         Args:
             file: a path or an open file.
             kind: png or svg; the text of an SVG stays text.
-            name: which ids within an SVG are made from.
-            metadata: as `savefig` takes it.
+            name: the name that ids within an SVG are made from.
+            metadata: metadata as `savefig` takes it.
         """
         dpi = self.dpi
         try:
@@ -123,19 +127,19 @@ class PlainFigure(Figure):
             self.dpi = dpi
 
     def drawn_part(self) -> Bbox:
-        """Where something visible is, in inches, with a little ground around it."""
+        """Bounding box of all that is visible, in inches, with a little ground around it."""
         with rc_context({"text.parse_math": False}):
             return self.get_tightbbox(self._agg.get_renderer()).padded(_PAD)
 
 
 class _WithoutFormulas:
-    """Labels of a formatter with powers of ten in raised digits."""
+    """A formatter whose labels write powers of ten in raised digits."""
 
     def __call__(self, x: float, pos: int | None = None) -> str:
         return _raised(super().__call__(x, pos))  # type: ignore[misc]
 
     def get_offset(self) -> str:
-        """What all labels of an axis are multiplied with."""
+        """The factor that all labels of an axis are multiplied by."""
         return _raised(super().get_offset())  # type: ignore[misc]
 
 
@@ -148,7 +152,7 @@ class _Numbers(_WithoutFormulas, ScalarFormatter):
 
 
 def _without_formulas(formatter: Formatter) -> Formatter:
-    """One that labels the same ticks."""
+    """A formatter that labels the same ticks without formulas; unknown kinds as they are."""
     for plain, kind in ((_Powers, LogFormatterSciNotation), (_Numbers, ScalarFormatter)):
         if isinstance(formatter, kind):
             made = plain()

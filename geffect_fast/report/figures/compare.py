@@ -1,4 +1,4 @@
-"""Figures of several runs side by side: effects, risks, parts of the model, what removal costs."""
+"""Figures of several runs side by side: effects, risks, parts of the model, cost of removal."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ if TYPE_CHECKING:
 def comparison_figures(runs: xr.Dataset) -> dict[str, PlainFigure]:
     """All figures of a comparison by file stem, in the order in which a reader wants them.
 
-    `effects`, `groups`, `risks`, `trade_off`, `cosines`; one whose numbers not all runs hold is
-    left out. `figure.get_label()` describes each in a sentence.
+    These are `effects`, `groups`, `risks`, `trade_off` and `cosines`. A figure whose numbers not
+    all runs hold is left out. `figure.get_label()` describes each in a sentence.
 
     Args:
-        runs: of `geffect_fast.compare`.
+        runs: result of `geffect_fast.compare`.
     """
     return style.drawn(comparison_drawings(runs))
 
 
 def comparison_drawings(runs: xr.Dataset) -> style.Drawings:
-    """How the figures of `comparison_figures` are made, one by one."""
+    """Functions that draw the figures of `comparison_figures`, one each."""
     return {
         "effects": lambda: _by_risk(runs, "g_effect", "G-effects by run; e_u"),
         "groups": lambda: _groups(runs),
@@ -51,7 +51,10 @@ def comparison_drawings(runs: xr.Dataset) -> style.Drawings:
 
 
 def _by_risk(runs: xr.Dataset, name: str, about: str, **more: Any) -> PlainFigure:
-    """A panel a risk, a line a run, described by where every run ends on the forget risk."""
+    """Figure with a panel a risk and a line a run.
+
+    Its description says what every run's last value for the forget risk is.
+    """
     risks, names, steps = labels(runs, "risk"), labels(runs, "run"), runs["step"].values
     values, bounds = runs[name].transpose("step", "run", "risk").values, bounds_of(runs, name)
     bounds = None if bounds is None else bounds.swapaxes(1, 2)
@@ -79,7 +82,7 @@ def _cosines(runs: xr.Dataset) -> PlainFigure | None:
 
 
 def _groups(runs: xr.Dataset) -> PlainFigure | None:
-    """A row a risk, a column a group of blocks, one scale a row."""
+    """Figure of effects by group of blocks: a row a risk with one scale, a column a group."""
     if "group_effect" not in runs:
         return None
     present = labels(runs, "group")
@@ -115,7 +118,7 @@ def _groups(runs: xr.Dataset) -> PlainFigure | None:
 
 
 def _trade_off(runs: xr.Dataset) -> PlainFigure | None:
-    """Rise of every other risk against the rise of the forget risk, a path a run."""
+    """Figure of every other risk's rise against the forget risk's rise, a path a run."""
     risks, names = labels(runs, "risk"), labels(runs, "run")
     others = [risk for risk in risks if risk != UNLEARN]
     if not others:
@@ -167,7 +170,7 @@ def _trade_off(runs: xr.Dataset) -> PlainFigure | None:
 
 
 def _rise_widths(runs: xr.Dataset) -> np.ndarray | None:
-    """Half of the intervals of the risks' rises since the first step, `(run, step, risk)`."""
+    """Half the widths of intervals of rises since the first step, `(run, step, risk)`."""
     if "risk_value_spread" not in runs:
         return None
     spreads = [risk_spreads(runs.isel(run=i)) for i in range(runs.sizes["run"])]

@@ -1,4 +1,4 @@
-"""Lines over steps, a line an objective or a run, and the intervals about them."""
+"""Drawing of lines over steps, such as a line an objective or a run, with their intervals."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ PARTS_NOTE = f"{style.SHADED_NOTE[:-1]} that objectives read."
 
 
 def effect_words(risk: str) -> tuple[str, str]:
-    """Title and axis of a panel with the effect on a risk."""
+    """Title and axis label of a panel with the effect on a risk."""
     hint = "lower: removes more" if risk == UNLEARN else "below 0: harms"
     return f"effect on the {risk_words(risk)}", f"{effect_name(risk)}  ({hint})"
 
 
 def cosine_words(risk: str) -> tuple[str, str]:
-    """Title and axis of a panel with cosines."""
+    """Title and axis label of a panel with cosines."""
     return f"with the gradient of the {risk_words(risk)}", f"cosine_{symbol(risk)}"
 
 
@@ -53,19 +53,19 @@ def lines_by_risk(
     positive: bool = False,
     **more: Any,
 ) -> PlainFigure:
-    """A panel a risk, a line a name, the lines named below all panels.
+    """A figure with a panel a risk and a line a name. A legend below all panels names the lines.
 
     Args:
-        steps: `(S,)`.
-        risks: of M panels.
-        names: of K lines.
-        values: `(S, K, M)`.
-        bounds: of their intervals, `(2, S, K, M)`; None: not known.
-        words: title and axis of a risk's panel.
-        above: a title of all panels.
-        said: of the intervals, above all panels.
-        positive: no zero line is wanted where all values are above 0.
-        more: of `draw_lines`.
+        steps: the steps, `(S,)`.
+        risks: the risks, one for each of M panels.
+        names: names of K lines.
+        values: values of the lines, `(S, K, M)`.
+        bounds: bounds of the values' intervals, `(2, S, K, M)`; None: not known.
+        words: gives the title and the axis label of a risk's panel.
+        above: title of all panels.
+        said: note on the intervals, above all panels.
+        positive: whether a panel whose values are all above 0 goes without a zero line.
+        more: further arguments of `draw_lines`.
     """
     figure, panels = style.panels_for(len(risks))
     if above:
@@ -103,26 +103,28 @@ def draw_lines(
     scaled: Sequence[np.ndarray] | None = None,
     bounds: np.ndarray | None = None,
 ) -> None:
-    """Lines over steps in a panel; what is not finite is said in its title and marked below.
+    """Draw lines over steps in a panel.
+
+    Values that are not finite are named below the panel's title and marked at its lower edge.
 
     Args:
-        panel: empty.
-        steps: `(S,)`.
-        lines: `(S,)` each, by name; their places say their style.
-        title: of the panel.
-        words: along its vertical axis.
-        across: along its horizontal axis.
-        absent: so many of the first steps have no value by nature.
-        positive: values are above 0, and no zero line is wanted.
-        styles: in place of those of `style_of`.
-        limits: of the vertical axis, which is linear then.
-        scaled: values that choose its scale, where panels share it; else those of the lines.
-        bounds: of the intervals of the first n lines, `(2, S, n)`.
+        panel: an empty panel.
+        steps: the steps, `(S,)`.
+        lines: values of each line, `(S,)`, by name. A line's place decides its style.
+        title: title of the panel.
+        words: label of the vertical axis.
+        across: label of the horizontal axis.
+        absent: number of first steps that have no value by nature.
+        positive: whether all values are above 0, so that there is no zero line.
+        styles: styles of the lines, in place of `style_of`.
+        limits: limits of the vertical axis, which is then linear.
+        scaled: values that decide the vertical scale, where panels share it; None: the lines'.
+        bounds: bounds of the intervals of the first n lines, `(2, S, n)`; None: not known.
     """
     from matplotlib.ticker import MaxNLocator
 
     scale = ""
-    if limits is None:  # before anything is drawn, so that margins are of this scale
+    if limits is None:  # before lines are drawn, so that margins follow this scale
         chosen = list(lines.values()) if scaled is None else scaled
         scale = style.fit_scale(panel.set_yscale, chosen, positive)
     marker = "o" if len(steps) <= MARKED else None
@@ -171,10 +173,13 @@ def draw_lines(
 
 
 def shade(panel: Axes, x: np.ndarray, bounds: np.ndarray, colour: Any) -> None:
-    """Shade an interval `(2, n)` about a line, where it is known and finite; alone it is a bar."""
+    """Shade an interval `(2, n)` about a line, where the interval is known and finite.
+
+    At a point whose neighbours have no interval, the interval is drawn as a bar.
+    """
     known = np.isfinite(bounds).all(axis=0)
     low, high = np.where(known, bounds, np.nan)
     panel.fill_between(x, low, high, color=colour, alpha=SHADED, linewidth=0, zorder=2)
-    # a step between others that are not known has no area
+    # a point between two without an interval has no area to shade
     alone = known & ~np.append(known[1:], False) & ~np.append(False, known[:-1])
     panel.vlines(x[alone], low[alone], high[alone], color=colour, linewidth=1.2, zorder=2)

@@ -1,4 +1,4 @@
-"""The best that token weights can do, as a curve beside what the named objectives do."""
+"""The figure of optimal token weights: the frontier of effects, and objectives beside it."""
 
 from __future__ import annotations
 
@@ -35,14 +35,15 @@ ROOM = 1.3
 
 
 def frontier_figure(result: xr.Dataset, best: xr.Dataset) -> PlainFigure:
-    """Frontier of (e_u, e_r), the weights chosen on it, and a point an objective, labelled.
+    """Figure of the frontier of (e_u, e_r), the weights chosen on it, and a point an objective.
 
-    An objective whose effects are far larger than the curve's is drawn nearer to 0 on its own ray,
-    as a smaller step would place it, and its label says so (`÷ 20`).
+    Points have labels, or colours by family where there are more than `MANY`. An objective whose
+    effects are far larger than the curve's is drawn nearer to 0 on its own ray, where a smaller
+    step would place it, and its label says so (`÷ 20`).
 
     Args:
-        result: what `best` was made from.
-        best: of `geffect_fast.optimal_weights`.
+        result: the result that `best` was made from.
+        best: weights of `geffect_fast.optimal_weights`.
     """
     figure = blank_figure(8.2, 6.0)
     panel = figure.subplots()
@@ -111,7 +112,7 @@ def frontier_figure(result: xr.Dataset, best: xr.Dataset) -> PlainFigure:
 
 
 def _name(panel: Axes, labels: list[str], xy: np.ndarray) -> list[Annotation]:
-    """Points with their labels beside them, on the side where there is more room."""
+    """Draw points and their labels, each on the side of its point where there is more room."""
     panel.plot(*xy.T, "o", color=_POINT, markersize=6, zorder=3, label="objectives")
     middle = sum(panel.get_xlim()) / 2
     return [
@@ -129,7 +130,7 @@ def _name(panel: Axes, labels: list[str], xy: np.ndarray) -> list[Annotation]:
 
 
 def _colour(panel: Axes, labels: list[str], xy: np.ndarray) -> list[Annotation]:
-    """Points without labels, and a colour for each family, which the legend names."""
+    """Draw points without labels, in a colour for each family, which the legend names."""
     parts = (label.partition(" ÷") for label in labels)
     families = np.array([name.split("(")[0] + over + k for name, over, k in parts])
     for i, family in enumerate(dict.fromkeys(families)):
@@ -139,7 +140,7 @@ def _colour(panel: Axes, labels: list[str], xy: np.ndarray) -> list[Annotation]:
 
 
 def asked(best: xr.Dataset) -> str:
-    """What weights of `geffect_fast.optimal_weights` were asked for, in a few words."""
+    """The goal and the limit of weights of `geffect_fast.optimal_weights`, in a few words."""
     if "removal" in best.attrs:
         return f"least harm for e_u ≤ {number(best.attrs['removal'], '.3g')}"
     budget = best.attrs["retain_budget"]
@@ -151,7 +152,7 @@ def asked(best: xr.Dataset) -> str:
 
 
 def _divisor(effect: np.ndarray, room: np.ndarray) -> float:
-    """The smallest of 1, 2, 5, 10 … that brings an effect into the room, if there is any."""
+    """The smallest of 1, 2, 5, 10 … that brings an effect into the room; 1 where a room is 0."""
     needed = float((np.abs(effect) / room).max()) if room.all() else 0.0
     if needed <= 1:
         return 1.0
@@ -160,7 +161,7 @@ def _divisor(effect: np.ndarray, room: np.ndarray) -> float:
 
 
 def _untangle(panel: Axes, labels: list[Annotation]) -> None:
-    """Move labels apart, upwards, where they would be written over each other."""
+    """Move labels upwards where one would be written over another."""
     panel.figure.canvas.draw()
     placed: list[tuple[float, float, float, float]] = []
     scale = 72 / panel.figure.dpi

@@ -20,11 +20,13 @@ if TYPE_CHECKING:
 
 
 def layer_maps(dataset: xr.Dataset, objectives: list[str]) -> PlainFigure | None:
-    """A map a risk and objective, each of its own scale; None where parts are summed.
+    """Figure with a heat map for each risk and objective, each with a scale of its own.
+
+    None where the result sums over parts of the model.
 
     Args:
         dataset: a step result.
-        objectives: those to draw, a row each.
+        objectives: objectives to draw, a row each.
     """
     placed = by_place(dataset, blocks=True)
     if placed is None:
@@ -72,13 +74,13 @@ def _map(
     risk: str,
     title: str,
 ) -> None:
-    """One heat map `(parts, steps)` of effects on a risk, with its own colour bar."""
+    """Draw one heat map `(parts, steps)` of effects on a risk, with a colour bar of its own."""
     from matplotlib.colors import Normalize, SymLogNorm
     from matplotlib.ticker import MaxNLocator
 
     finite = np.isfinite(values)
     scales: dict[str, Any] = {}
-    # decades between steps, not between parts: of those the small ones may stay pale
+    # the scale follows the decades between steps; parts of small effects may stay pale
     largest = np.abs(np.where(finite, values, 0.0)).max(axis=0)
     said = style.fit_scale(lambda _, **more: scales.update(more), [largest])
     reach = float(np.abs(values[finite]).max(initial=0.0)) or 1.0
@@ -91,7 +93,7 @@ def _map(
         np.ma.masked_invalid(values),
         cmap=style.effect_colours(wanted_below=risk == UNLEARN),
         norm=norm,
-        rasterized=True,  # as vectors many steps and layers would be megabytes
+        rasterized=True,  # vectors of many steps and layers take megabytes
     )
     panel.set_facecolor("#999999")
     panel.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
@@ -101,7 +103,7 @@ def _map(
 
 
 def edges_of(steps: np.ndarray) -> np.ndarray:
-    """Boundaries half way between steps, and as far beyond the first and the last."""
+    """Boundaries halfway between steps, and as far again beyond the first and the last."""
     if len(steps) == 1:
         return np.array([steps[0] - 0.5, steps[0] + 0.5])
     middle = (steps[1:] + steps[:-1]) / 2

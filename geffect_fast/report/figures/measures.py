@@ -1,4 +1,4 @@
-"""Figures of measures: numbers of sets with their bounds, over models or steps, and retention."""
+"""Figures of measures: numbers on sets with their bounds, by model or step, and retention."""
 
 from __future__ import annotations
 
@@ -34,19 +34,20 @@ _BOUNDS = ("value_low", "value_high")
 
 
 def measure_figures(dataset: xr.Dataset) -> dict[str, PlainFigure]:
-    """All figures of measures by file stem: `retention` of a control, `against_effects` of those
-    that are set against effects, `measures`, and `relearned` of the survey's assessment.
+    """All figures of measures by file stem.
 
-    `figure.get_label()` describes each in a sentence. They belong to no window and no global state.
+    These are `retention` of a control, `against_effects` of measures that are set against effects,
+    `measures`, and `relearned` of the survey's assessment. `figure.get_label()` describes each in a
+    sentence. The figures belong to no window and no global state.
 
     Args:
-        dataset: of `geffect_fast.evaluate`, `against_effects`, `control` or `relearn`.
+        dataset: result of `geffect_fast.evaluate`, `against_effects`, `control` or `relearn`.
     """
     return style.drawn(measure_drawings(dataset))
 
 
 def measure_drawings(dataset: xr.Dataset) -> style.Drawings:
-    """How the figures of `measure_figures` are made, one by one."""
+    """Functions that draw the figures of `measure_figures`, one each."""
     drawings: style.Drawings = {}
     if is_control(dataset):
         drawings["retention"] = lambda: _retention(dataset)
@@ -59,7 +60,7 @@ def measure_drawings(dataset: xr.Dataset) -> style.Drawings:
 
 
 def measures_figure(dataset: xr.Dataset) -> PlainFigure | None:
-    """The numbers of all metrics and sets; None where there is none."""
+    """Figure of the numbers of all metrics and sets; None where there are no numbers."""
     if not measured_metrics(dataset):
         return None
     if is_relearning(dataset):
@@ -71,7 +72,7 @@ def measures_figure(dataset: xr.Dataset) -> PlainFigure | None:
 
 
 def _over_steps(dataset: xr.Dataset) -> PlainFigure:
-    """A panel a metric, a line a set."""
+    """Figure with a panel a metric and a line a set."""
     metrics, steps = measured_metrics(dataset), dataset["step"].values
     figure, panels = style.panels_for(len(metrics))
     sets = measured_sets(dataset)
@@ -85,7 +86,7 @@ def _over_steps(dataset: xr.Dataset) -> PlainFigure:
 
 
 def _over_steps_by_model(dataset: xr.Dataset) -> PlainFigure:
-    """A panel a metric and set, a line a model."""
+    """Figure with a panel a metric and set, and a line a model."""
     steps, models = dataset["step"].values, dataset["model"].values.tolist()
     pairs = [
         (metric, name)
@@ -112,7 +113,10 @@ def _lines(
     title: str,
     across: str = "update step",
 ) -> None:
-    """A line a place on an axis, in the style of the place; none of those without any number."""
+    """Draw a line for each place on an axis, in the style of the place.
+
+    A place without any number has no line.
+    """
     of = of.transpose("step", axis, ...)
     values = of["value"].values
     there = [i for i in range(values.shape[1]) if not np.isnan(values[:, i]).all()]
@@ -134,7 +138,7 @@ def _lines(
 
 
 def _side_by_side(dataset: xr.Dataset) -> PlainFigure:
-    """A panel a metric: a number of each set and model, with a bar for its bounds."""
+    """Figure with a panel a metric: the number of each set and model, with a bar for its bounds."""
     from matplotlib.ticker import MaxNLocator
 
     metrics, sets = measured_metrics(dataset), measured_sets(dataset)
@@ -184,7 +188,10 @@ def _side_by_side(dataset: xr.Dataset) -> PlainFigure:
 
 
 def _look(i: int, original: Sequence[str]) -> dict[str, Any]:
-    """The style of a model; those of a control begin behind the original, as in `retention`."""
+    """The style of the `i`-th name. The original of a control, which comes first, counts as none.
+
+    So a method has the same style as in `retention`.
+    """
     return style.style_of(i - len(original))
 
 
@@ -196,7 +203,10 @@ def _has_number(of: xr.Dataset) -> bool:
 
 
 def _retention(dataset: xr.Dataset) -> PlainFigure:
-    """What is kept along the share of each method, what must be, and the share that was found."""
+    """Figure of what is kept along the share of each method.
+
+    It also shows how much must be kept, and the largest share that was found to keep it.
+    """
     asked = json.loads(dataset.attrs["control"])
     methods = dataset["model"].values.tolist()
     figure, (panel,) = style.panels_for(1, width=6.2)
@@ -254,7 +264,7 @@ def _shaded(figure: PlainFigure, dataset: xr.Dataset) -> None:
 
 
 def _legend(figure: PlainFigure, names: Sequence[str]) -> None:
-    """All lines named below the figure, as not every panel has each of them."""
+    """Name all lines below the figure, as not every panel has each of them."""
     from matplotlib.lines import Line2D
 
     figure.legend(

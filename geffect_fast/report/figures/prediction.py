@@ -1,4 +1,4 @@
-"""What first order predicts of every change of a risk, beside what was measured."""
+"""The figure of first-order predictions of each risk's changes beside the measured changes."""
 
 from __future__ import annotations
 
@@ -30,15 +30,16 @@ DRAWN: dict[str, tuple[Any, str]] = {
 
 
 def prediction_figure(dataset: xr.Dataset) -> PlainFigure | None:
-    """Above changes over steps, measured and predicted; below one against the other.
+    """Figure of changes: over steps, measured and predicted, and below one against the other.
 
-    Above each panel stands how far to trust the prediction by the actual update.
+    The title of each upper panel says how far to trust the first prediction that the result holds,
+    which is the one by the actual update where there is one.
 
     Args:
         dataset: a step result.
 
     Returns:
-        None where nothing was predicted, as with a single step.
+        The figure; None where nothing was predicted, as with a single step.
     """
     found = agreements(dataset)
     if not found:

@@ -1,4 +1,4 @@
-"""What changed against what was known before: a panel a metric and predictor, a point a run."""
+"""The figure of changes against predictors: a panel a metric and predictor, a point a run."""
 
 from __future__ import annotations
 
@@ -31,13 +31,15 @@ _NOTE = "A point a run. ρ: Spearman's, in brackets by drawing the runs anew; *:
 
 
 def predictor_figure(dataset: xr.Dataset) -> PlainFigure | None:
-    """Changes over each predictor, in panels, a colour a set; of metrics that differ between runs.
+    """Figure of changes: a panel a metric and predictor, a point a run, a colour a set.
+
+    A metric whose changes are the same for all runs is left out.
 
     Args:
-        dataset: of `geffect_fast.against_effects`.
+        dataset: result of `geffect_fast.against_effects`.
 
     Returns:
-        None where nothing differs that could be drawn.
+        The figure; None where no change differs between runs, or there is no predictor to draw.
     """
     pairs = [pair for pair in measured_pairs(dataset) if _differs(dataset, pair)]
     metrics = list(dict.fromkeys(metric for metric, _ in pairs))
@@ -55,7 +57,7 @@ def predictor_figure(dataset: xr.Dataset) -> PlainFigure | None:
         sets = [name for of, name in pairs if of == metric]
         for panel, predictor in zip(row, predictors, strict=True):
             of = dataset.sel(metric=metric, predictor=predictor)
-            # before the points, as margins are of the scale that a panel has then
+            # set before the points are drawn, as margins follow the scale a panel then has
             style.fit_scale(panel.set_xscale, [of["effect"].values])
             said = [_points(panel, of.sel(set=name), name, looks[name]) for name in sets]
             style.zero_lines(panel, color="#bbbbbb", zorder=0)
@@ -85,7 +87,7 @@ def _differs(dataset: xr.Dataset, pair: tuple[str, str]) -> bool:
 
 
 def _points(panel: Axes, of: xr.Dataset, name: str, look: dict[str, Any]) -> str:
-    """Draw a set's runs, and say how the two orders agree."""
+    """Draw a point for each run on a set, and return the words on their rank correlation."""
     x, y = of["effect"].values, of["change"].values
     there = np.isfinite(x) & np.isfinite(y)
     panel.scatter(x[there], y[there], s=22, alpha=0.8, linewidths=0, zorder=3, label=name, **look)

@@ -1,4 +1,4 @@
-"""Figures of a profile: where in the model an effect sits, and which instances drive it."""
+"""Figures of a profile: effects by part of the model, and by forget row."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ _QUADRANTS = (
 
 
 def profile_drawings(dataset: xr.Dataset) -> Drawings:
-    """How the figures of a profile are made, one by one."""
+    """Functions that draw the figures of a profile, one each."""
     return {
         "layers": lambda: layers_figure(dataset),
         "instances": lambda: instances_figure(dataset),
@@ -51,9 +51,9 @@ def profile_drawings(dataset: xr.Dataset) -> Drawings:
 def layers_figure(dataset: xr.Dataset) -> PlainFigure | None:
     """Heat map of objectives against parts of the model front to back, a panel a risk.
 
-    Each row is divided by its largest size, which stands at its right end, so that objectives of
-    different magnitude can be read together; blue is wanted, orange is not.
-    None where the result sums over parameters.
+    Each row is divided by its largest size, which stands at the row's right end, so that objectives
+    of different magnitude can be read together. Blue is wanted, orange is not. None where the
+    result sums over parameters.
     """
     placed = by_place(dataset, blocks=True)
     if placed is None:
@@ -71,7 +71,7 @@ def layers_figure(dataset: xr.Dataset) -> PlainFigure | None:
             effect, scale[:, None], out=np.zeros_like(effect), where=scale[:, None] > 0
         )
         shown[~np.isfinite(effect)] = np.nan
-        if risk == UNLEARN:  # one scale for all, on which above 0 is wanted
+        if risk == UNLEARN:  # flipped, so that above 0 is wanted for every risk
             shown = -shown
         image = panel.imshow(
             np.ma.masked_invalid(shown),
@@ -107,20 +107,20 @@ def layers_figure(dataset: xr.Dataset) -> PlainFigure | None:
 
 
 def mark_noise(panel: Axes, x: np.ndarray, values: np.ndarray, widths: np.ndarray) -> None:
-    """Dots on the cells of a heat map `(rows, columns)` whose interval holds 0.
+    """Draw dots on the cells of a heat map `(rows, columns)` whose interval holds 0.
 
     Args:
-        panel: of the map.
-        x: middles of its columns.
-        values: they.
-        widths: half of their intervals; NaN: not known.
+        panel: panel of the map.
+        x: middles of the map's columns.
+        values: values of the cells.
+        widths: half the widths of the values' intervals; NaN: not known.
     """
     rows, columns = np.nonzero((widths >= np.abs(values)) & (values != 0))
     panel.plot(x[columns], rows, ".", color="#333333", markersize=3, rasterized=True)
 
 
 def instances_figure(dataset: xr.Dataset) -> PlainFigure | None:
-    """Scatter of e_u against e_r of every forget row, a panel an objective or several alike.
+    """Scatter of e_u against e_r of every forget row. Objectives of equal effects share a panel.
 
     None where the result sums over samples.
     """
@@ -145,7 +145,7 @@ def instances_figure(dataset: xr.Dataset) -> PlainFigure | None:
 
 
 def scatter_instances(panel: Axes, e_u: np.ndarray, e_r: np.ndarray) -> None:
-    """Effects of rows, `(n,)` each, with the meaning of the four quarters in their corners."""
+    """Draw the effects of rows, `(n,)` each. Words in each corner say what its quadrant means."""
     finite = np.isfinite(e_u) & np.isfinite(e_r)
     zero_lines(panel)
     wanted = is_wanted(e_u, e_r)
@@ -156,7 +156,7 @@ def scatter_instances(panel: Axes, e_u: np.ndarray, e_r: np.ndarray) -> None:
         panel.scatter(e_u[of], e_r[of], s=20, color=colour, alpha=0.65, linewidths=0, label=words)
     for values, limit in ((e_u[finite], panel.set_xlim), (e_r[finite], panel.set_ylim)):
         reach = np.abs(values).max(initial=0.0) * 1.35 or 1.0
-        # an empty side keeps enough room for its words
+        # a side without points keeps enough room for its words
         limit(*(np.array([-1.0, 1.0]) * reach * [_room(-values, reach), _room(values, reach)]))
     axes = panel.transAxes
     for x, y, ha, va, words in _QUADRANTS:
@@ -172,18 +172,18 @@ def scatter_instances(panel: Axes, e_u: np.ndarray, e_r: np.ndarray) -> None:
 
 
 def is_wanted(e_u: np.ndarray, e_r: np.ndarray) -> np.ndarray:
-    """Whether both effects of rows are wanted, `(n,)` each."""
+    """Whether both effects of each row are wanted, `(n,)`."""
     wanted: np.ndarray = (e_u < 0) & (e_r >= 0)
     return wanted
 
 
 def _room(values: np.ndarray, reach: float) -> float:
-    """Part of `reach` that an axis needs on the positive side."""
+    """Part of `reach` that an axis needs on the side where `values` are positive."""
     return max(0.55, values.max(initial=0.0) * 1.35 / reach)
 
 
 def part_ticks(parts: list[str], most: int = 34) -> dict[int, str]:
-    """What to write beside parts of a model, by place: names, and of many blocks some numbers."""
+    """Tick labels of parts of a model, by index: all names, and of many blocks some numbers."""
     step = math.ceil(len(parts) / most)
     return {
         i: part.replace("_", " ")
@@ -193,7 +193,7 @@ def part_ticks(parts: list[str], most: int = 34) -> dict[int, str]:
 
 
 def _rotate_names(panel: Axes) -> None:
-    """Words lean, numbers stand."""
+    """Rotate the tick labels that are words. Numbers stay upright."""
     for label in panel.get_xticklabels():
         if not label.get_text().isdigit():
             label.set(rotation=40, horizontalalignment="right", rotation_mode="anchor")

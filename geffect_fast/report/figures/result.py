@@ -1,4 +1,4 @@
-"""The figures of a result of any kind, by the names of a run's `plots/`."""
+"""The figures of a result of any kind, by their names in a run's `plots/`."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 
 
 def result_drawings(dataset: xr.Dataset, summed: xr.Dataset) -> Drawings:
-    """How the figures of a result are made, one by one; `plots/` has them under these names.
+    """Functions that draw the figures of a result, one each, by the figure's name in `plots/`.
 
     Args:
         dataset: a result of any kind.
-        summed: it without positions or tokens.
+        summed: the result without positions or tokens.
     """
     if is_evaluation(dataset):
         return measure_drawings(dataset)

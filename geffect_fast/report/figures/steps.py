@@ -1,4 +1,4 @@
-"""Figures of a step result: effects, risks, layers, token weights, predictions, over steps."""
+"""Figures of a step result over steps: effects, risks, layers, token weights, predictions."""
 
 from __future__ import annotations
 
@@ -42,18 +42,19 @@ BANDS = ((0.0, 1.0, 0.12), (0.05, 0.95, 0.2), (0.25, 0.75, 0.35))
 def step_figures(dataset: xr.Dataset) -> dict[str, PlainFigure]:
     """All figures of a step result by file stem, in the order in which a reader wants them.
 
-    `effects`, `risks`, `groups`, `layers`, `prediction`, `cosines`, `norms`, `token_weights`,
-    `measures`; one whose numbers the result does not hold is left out. `figure.get_label()`
-    describes each in a sentence. They belong to no window and no global state.
+    These are `effects`, `risks`, `groups`, `layers`, `prediction`, `cosines`, `norms`,
+    `token_weights` and `measures`. A figure whose numbers the result does not hold is left out.
+    `figure.get_label()` describes each in a sentence. The figures belong to no window and no global
+    state.
 
     Args:
-        dataset: with a first axis `step`.
+        dataset: a result with a first axis `step`.
     """
     return style.drawn(step_drawings(dataset))
 
 
 def step_drawings(dataset: xr.Dataset) -> style.Drawings:
-    """How the figures of `step_figures` are made, one by one."""
+    """Functions that draw the figures of `step_figures`, one each."""
     read = Steps.of(dataset)
     mapped = [read.objectives[k] for k in _shown(read)[:MAPPED]]
     return {
@@ -70,7 +71,7 @@ def step_drawings(dataset: xr.Dataset) -> style.Drawings:
 
 
 def _shown(read: Steps) -> list[int]:
-    """Places of the objectives that are drawn, the first always."""
+    """Indices of the objectives that are drawn, the first always among them."""
     return thinned(np.arange(len(read.objectives)), SHOWN).tolist()
 
 
@@ -126,7 +127,7 @@ def _risks(read: Steps, dataset: xr.Dataset) -> PlainFigure:
 
 
 def _groups(read: Steps, dataset: xr.Dataset) -> PlainFigure | None:
-    """Effects of the lead objective by part of the model."""
+    """Figure of the effects of the lead objective by part of the model."""
     placed = by_place(dataset, blocks=False)
     if placed is None:
         return None
@@ -192,13 +193,13 @@ def _norms(read: Steps, dataset: xr.Dataset) -> PlainFigure | None:
 
 
 def _measures(dataset: xr.Dataset) -> PlainFigure | None:
-    """What metrics said beside the effects."""
+    """Figure of the metrics that were measured during the training; None without any."""
     measures = live_measures(dataset)
     return None if measures is None else measures_figure(measures)
 
 
 def _token_weights(read: Steps, dataset: xr.Dataset) -> PlainFigure | None:
-    """Quantiles over tokens of the weights an objective puts on them."""
+    """Figure of the weights that objectives put on tokens, as quantiles over tokens."""
     if "token_weight" not in dataset:
         return None
     weights = dataset["token_weight"].transpose("step", "objective", "sample", "token")
@@ -236,8 +237,8 @@ def _token_weights(read: Steps, dataset: xr.Dataset) -> PlainFigure | None:
 
 
 def _bands(panel: Axes, steps: np.ndarray, weights: np.ndarray, title: str) -> None:
-    """The median and shaded quantiles of `(steps, tokens)`, NaN where there is no token."""
-    # a token that is not there at any step is none; one that is lost on the way is said
+    """Draw the median and shaded quantiles of `(steps, tokens)`; NaN: there is no token."""
+    # NaN at every step means no token; NaN or infinity at some steps is reported in the title
     there = ~np.isnan(weights).all(axis=0)
     lost = (~np.isfinite(weights[:, there])).any(axis=1)
     finite = np.where(np.isfinite(weights), weights, np.nan)

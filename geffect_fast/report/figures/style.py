@@ -1,4 +1,4 @@
-"""The one look of all figures: blank panels, colours, scales, titles, legends, and files."""
+"""The style of all figures: blank panels, colours, scales, titles, legends, and files."""
 
 from __future__ import annotations
 
@@ -53,20 +53,20 @@ DECADES = 6
 
 
 def drawn(drawings: Drawings) -> dict[str, PlainFigure]:
-    """The figures that there are, by file stem."""
+    """Draw all figures, and return those that hold something, by file stem."""
     made = {name: draw() for name, draw in drawings.items()}
     return {name: figure for name, figure in made.items() if figure is not None}
 
 
 def blank_figure(width: float, height: float) -> PlainFigure:
-    """A figure that belongs to no window and no global state."""
+    """An empty figure that belongs to no window and no global state. Sizes are in inches."""
     from geffect_fast.report.figures.canvas import PlainFigure
 
     return PlainFigure(width, height)
 
 
 def panels_for(n: int, width: float = PANEL, height: float = 3.6) -> tuple[PlainFigure, np.ndarray]:
-    """A figure with panels side by side, three at most in a row; unused ones are not there."""
+    """A figure with `n` panels side by side, at most three in a row."""
     columns = 2 if n == 4 else min(n, 3)
     rows = -(-n // columns)
     figure = blank_figure(0.4 + width * columns, 0.6 + height * rows)
@@ -77,10 +77,11 @@ def panels_for(n: int, width: float = PANEL, height: float = 3.6) -> tuple[Plain
 
 
 def effect_colours(*, wanted_below: bool) -> Colormap:
-    """Of effects from below zero to above it: blue is wanted, orange is not.
+    """Colour map of effects from below zero to above zero: blue is wanted, orange is not.
 
     Args:
-        wanted_below: of e_u what is below zero is, of all others what is above.
+        wanted_below: whether effects below zero are wanted, as for e_u; else effects above zero
+            are, as for all other risks.
     """
     from matplotlib.colors import LinearSegmentedColormap
 
@@ -98,13 +99,13 @@ def style_of(i: int) -> dict[str, Any]:
 
 
 def note(figure: PlainFigure, text: str) -> None:
-    """Write a line above all panels, below what stands there."""
+    """Write a line above all panels, below the text that is there already."""
     said = figure.get_suptitle()
     figure.suptitle(f"{said}\n{text}" if said else text, fontsize=9, color=GREY)
 
 
 def zero_lines(panel: Axes, across: bool = True, **look: Any) -> None:
-    """Lines where the values of a panel are 0; `across`: on its horizontal axis too."""
+    """Draw lines where values of a panel are 0; `across`: on the horizontal axis too."""
     look = dict[str, Any](color=GREY, linewidth=0.8) | look
     panel.axhline(0, **look)
     if across:
@@ -112,7 +113,7 @@ def zero_lines(panel: Axes, across: bool = True, **look: Any) -> None:
 
 
 def dress(panel: Axes) -> None:
-    """Small ticks and a grid that stays behind."""
+    """Give a panel small ticks, a grid behind all else, and no edges above and on the right."""
     panel.tick_params(labelsize=8)
     panel.grid(color="#dddddd", linewidth=0.6, zorder=0)
     panel.set_axisbelow(True)
@@ -120,7 +121,7 @@ def dress(panel: Axes) -> None:
 
 
 def set_titles(panel: Axes, title: str, broken: Sequence[str], mark: str = "") -> None:
-    """A panel's title, and below it what is not finite and how that is marked."""
+    """Write a panel's title, and below it the values that are not finite and their mark."""
     if broken:
         note = "\n".join(textwrap.wrap(f"NaN or infinite{mark}: " + "; ".join(broken), 60))
         title = f"{title}\n{note}"
@@ -128,10 +129,10 @@ def set_titles(panel: Axes, title: str, broken: Sequence[str], mark: str = "") -
 
 
 def fit_scale(set_scale: Any, lines: Sequence[np.ndarray], positive: bool = False) -> str:
-    """A logarithmic scale where values span decades, linear about 0 unless they are positive.
+    """Set a logarithmic scale where values span decades, linear about 0 unless `positive`.
 
     Returns:
-        What to write beside the axis; empty where the scale is linear.
+        Words to write beside the axis; empty where the scale is linear.
     """
     sizes = np.abs(np.concatenate([np.zeros(0), *lines]))
     sizes = sizes[np.isfinite(sizes) & (sizes > 0)]
@@ -144,13 +145,13 @@ def fit_scale(set_scale: Any, lines: Sequence[np.ndarray], positive: bool = Fals
         set_scale("log")
         return "(log scale)"
     power = max(math.floor(math.log10(ordinary)), math.ceil(math.log10(largest)) - DECADES)
-    power = max(power, -300)  # beyond are numbers with fewer digits, which the scale divides by
+    power = max(power, -300)  # smaller numbers have fewer digits, and the scale divides by them
     set_scale("symlog", linthresh=10.0**power, linscale=0.6)
     return f"(log scale, linear within ±{10.0**power:g})"
 
 
 def legend_below(figure: PlainFigure, panel: Axes) -> None:
-    """The lines of a panel named below the whole figure, where they cover nothing."""
+    """Name the lines of a panel below the whole figure, where the names cover nothing."""
     handles, labels = panel.get_legend_handles_labels()
     widest = max(map(len, labels), default=1)
     figure.legend(
@@ -165,14 +166,14 @@ def legend_below(figure: PlainFigure, panel: Axes) -> None:
 
 
 def save_figure(figure: PlainFigure, file: Path, kinds: Sequence[str] = ("png", "svg")) -> None:
-    """Write a figure as a picture, as SVG, or both.
+    """Write a figure as PNG, as SVG, or both.
 
     The SVG holds its text as text, and is the same for the same figure.
 
     Args:
-        figure: its label describes it in a sentence, which readers of screens are told.
-        file: without an ending; its name is the title.
-        kinds: endings.
+        figure: the figure. Its label, a sentence, becomes the description for screen readers.
+        file: path without an ending. The file's name is the title.
+        kinds: endings of the files.
     """
     figure.place()
     about = {"Title": file.name, "Description": figure.get_label()}

@@ -1,7 +1,7 @@
-"""Figures within a page: their panels apart, each an SVG whose text stays text.
+"""Figures within a page, taken apart into panels. Each panel is an SVG whose text stays text.
 
-Colours are matplotlib's own: on a dark page the stylesheet turns the lightness of drawings round
-and keeps their hues, so that what stood out from white stands out from the dark ground as much.
+The colours are the figure's own. On a dark page the stylesheet inverts the lightness of drawings
+and keeps their hues, so that they stand out from the dark ground as much as they did from white.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ WIDTH = 4.5
 
 _UNSIGNED = {"Date": None, "Creator": None, "Format": None, "Type": None}
 _OF_FILES = re.compile(
-    # what stands before the drawing and about it, counted ids, fonts, space between elements
+    # text before the drawing, metadata, comments, styles,
+    # counted ids, fonts, space between elements
     r"(?s)\A.*?(?=<svg)|<metadata>.*?</metadata>|<!--.*?-->|<style.*?</style>"
     r"| id=\"[^\"]*_\d{1,4}\"|font-family:[^;\"]*(?:; )?|xlink:(?=href)|(?<=>)\s+(?=<)|\s+\Z"
 )
@@ -39,7 +40,7 @@ _NUMBER = re.compile(r"-?\d+\.\d+")
 
 @dataclass(frozen=True)
 class Key:
-    """What a line or mark means: how it looks, and its name."""
+    """A legend entry: a drawing of a line or mark, and its name."""
 
     swatch: Markup
     text: str
@@ -47,7 +48,7 @@ class Key:
 
 @dataclass(frozen=True)
 class Panel:
-    """One panel of a figure by itself, and what its own legend says."""
+    """One panel of a figure by itself, with the entries of the panel's own legend."""
 
     svg: Markup
     keys: list[Key]
@@ -58,9 +59,9 @@ class Panels:
     """A figure taken apart, so that its panels can stand side by side or one below the other.
 
     Attributes:
-        panels: in reading order, each with its colour bar.
-        keys: the legend of all.
-        notes: what stands above all panels.
+        panels: the panels in reading order, each with its colour bar.
+        keys: entries of the legend that all panels share.
+        notes: the text above all panels.
     """
 
     panels: list[Panel]
@@ -69,13 +70,13 @@ class Panels:
 
 
 def take_apart(figure: PlainFigure, name: str) -> Panels:
-    """The panels of a figure, each an `<svg>` of its own.
+    """Take a figure apart into panels, each an `<svg>` of its own.
 
-    Labels that all panels share are written at each of them.
+    Labels that all panels share are written at each panel.
 
     Args:
-        figure: of matplotlib; not of use afterwards.
-        name: of no other figure of the page.
+        figure: the figure, which is of no use afterwards.
+        name: a name that no other figure of the page has.
     """
     bars = {
         axes: image.colorbar.ax
@@ -92,7 +93,7 @@ def take_apart(figure: PlainFigure, name: str) -> Panels:
     if shared is not None:
         shared.remove()
     legends: dict[Axes, Legend | None] = {}
-    for axes in panels[::-1]:  # a row's legend stands below the last of the column
+    for axes in panels[::-1]:  # one legend below a column serves all its panels
         below = [a for a in legends if axes.get_shared_x_axes().joined(axes, a)]
         legends[axes] = axes.get_legend() or (legends[below[0]] if below else None)
     for legend in filter(None, dict.fromkeys(legends.values())):
@@ -100,7 +101,7 @@ def take_apart(figure: PlainFigure, name: str) -> Panels:
     columns = 1 + max(_at(axes)[1] for axes in panels)
     figure.set_figwidth(min(WIDTH, figure.get_figwidth()) * columns)
     figure.patch.set_visible(False)
-    figure.set_layout_engine("none")  # what would not fit beside others is alone
+    figure.set_layout_engine("none")  # a panel alone needs no room for others
     figure.words_as_they_are()
     for axes in figure.axes:
         axes.set_visible(False)
@@ -119,7 +120,7 @@ def take_apart(figure: PlainFigure, name: str) -> Panels:
 
 
 def _label_each(figure: PlainFigure, panels: list[Axes]) -> None:
-    """Give each panel the words and ticks that stand at the edge of the figure or of its grid."""
+    """Give each panel the labels and ticks from the edge of the figure or of the panel's grid."""
     from matplotlib.ticker import FixedLocator
 
     for axes in panels:
@@ -151,14 +152,14 @@ def _title(axes: Axes) -> str:
 
 
 def _at(axes: Axes) -> tuple[int, int]:
-    """Row and column in its grid."""
+    """Row and column of a panel in its grid."""
     spec = axes.get_subplotspec()
     assert spec is not None
     return spec.rowspan.start, spec.colspan.start
 
 
 def _keys(legend: Legend | None, name: str) -> list[Key]:
-    """The entries of a legend: each mark drawn by itself, its name as text of the page."""
+    """The entries of a legend, each with a drawing of its mark, and its name as text."""
     if legend is None:
         return []
     keys = []
@@ -180,12 +181,14 @@ def _keys(legend: Legend | None, name: str) -> list[Key]:
 
 
 def inline_svg(figure: PlainFigure, name: str, label: str = "") -> Markup:
-    """What is visible of a figure, as an `<svg>` element as wide as there is room.
+    """The visible part of a figure as an `<svg>` element that takes the width it is given.
 
     Args:
-        figure: of matplotlib.
-        name: of no other `<svg>` of the page; ids are made from it, the same for the same figure.
-        label: what it shows, read out in its place; empty: it is a legend's key, beside words.
+        figure: the figure.
+        name: a name that no other `<svg>` of the page has. Ids are made from the name, the same
+            for the same figure.
+        label: text that screen readers read out in place of the drawing. Empty: the drawing is a
+            legend's key, which stands beside its name, and is skipped.
     """
     written = io.StringIO()
     figure.write(written, "svg", name, _UNSIGNED)

@@ -31,15 +31,15 @@ BARS = 24
 
 
 def sweep_drawings(dataset: xr.Dataset) -> style.Drawings:
-    """How the figures of a sweep are made, one by one."""
+    """Functions that draw the figures of a sweep, one each."""
     return {"sweep": lambda: sweep_figure(dataset), "pareto": lambda: pareto_figure(dataset)}
 
 
 def sweep_figure(dataset: xr.Dataset) -> PlainFigure | None:
-    """Effects and collateral against every swept parameter, a line a family.
+    """Figure of effects and collateral against every swept parameter, a line a family.
 
-    A family with several ranges has a line for every value of the others, the darker the larger.
-    None where no parameter has two values.
+    A family with several swept parameters has a line for each combination of the other parameters'
+    values, darker for larger values. None where no parameter has two values.
     """
     swept = Swept.of(dataset)
     drawn: dict[str, list[tuple[SweptFamily, str]]] = {}
@@ -54,13 +54,13 @@ def sweep_figure(dataset: xr.Dataset) -> PlainFigure | None:
     for name, families, column in zip(drawn, drawn.values(), panels.T, strict=True):
         for panel, quantity in zip(column, _ROWS, strict=True):
             values, bounds = getattr(swept, quantity), np.stack(swept.bounds[quantity])
-            if quantity == "collateral":  # infinite ones leave the panel
+            if quantity == "collateral":  # infinite bounds leave the panel
                 bounds = np.where(np.isnan(values), np.nan, bounds.clip(-10, 10))
             for family, colour in families:
                 _draw_family(panel, family, name, values[family.at], bounds[:, family.at], colour)
             style.zero_lines(panel, across=False)
             panel.margins(y=0.1)
-            if quantity == "collateral":  # what hardly forgets would hide all others
+            if quantity == "collateral":  # objectives that hardly forget would hide others
                 at = np.concatenate([family.at for family, _ in families])
                 seen = np.concatenate([[0.0], values[at], *bounds[:, at]])
                 seen = np.clip(np.nan_to_num(seen), -2, 2)
@@ -138,14 +138,14 @@ def pareto_figure(dataset: xr.Dataset, size: tuple[float, float] = (9.5, 6.2)) -
     if not finite.all():
         panel.set_title(f"{(~finite).sum()} objectives NaN or infinite", fontsize=9)
     _legend(panel, loc="upper left", bbox_to_anchor=(1.01, 1))
-    figure.draw_without_rendering()  # settles where points are, so that names keep apart
+    figure.draw_without_rendering()  # fixes the points, so that names keep apart
     _name_points(panel, thinned(front, NAMED), swept)
     figure.set_label("Removal against harm, and the Pareto front.")
     return figure
 
 
 def _draw_bars(panel: Axes, swept: Swept, places: np.ndarray) -> None:
-    """Intervals of some objectives, of many those that are named."""
+    """Draw intervals of objectives. Of more than `BARS`, only the named ones have theirs drawn."""
     if len(places) > BARS:
         places = thinned(places, NAMED)
     x, y = swept.e_u[places], swept.e_r[places]
@@ -167,15 +167,17 @@ def _draw_family(
     bounds: np.ndarray,
     colour: str,
 ) -> None:
-    """A family's values against one of its parameters, a line for each point of the others.
+    """Draw a family's values against one of its parameters.
+
+    There is a line for each combination of the other parameters' values.
 
     Args:
-        panel: gets them.
-        family: the objectives.
-        name: of the parameter.
-        values: `(n,)`.
-        bounds: of their intervals, `(2, n)`; NaN: not known.
-        colour: of the family.
+        panel: panel to draw in.
+        family: the family.
+        name: name of the parameter.
+        values: values to draw, `(n,)`.
+        bounds: bounds of the values' intervals, `(2, n)`; NaN: not known.
+        colour: colour of the family.
     """
     from matplotlib.colors import to_rgb
 
@@ -197,7 +199,10 @@ def _draw_family(
 
 
 def _fit_scales(set_scale: Callable[..., Any], families: list[np.ndarray]) -> None:
-    """A scale that is linear about 0 and logarithmic beyond, where families differ much in size."""
+    """Set a scale that is linear about 0 and logarithmic beyond, where sizes differ much.
+
+    Sizes differ much where one family's largest is more than 20 times another's.
+    """
     sizes = [np.abs(values[np.isfinite(values)]).max(initial=0.0) for values in families]
     sizes = [size for size in sizes if size > 0]
     if sizes and max(sizes) > 20 * min(sizes):
@@ -205,7 +210,7 @@ def _fit_scales(set_scale: Callable[..., Any], families: list[np.ndarray]) -> No
 
 
 def _legend(panel: Axes, **where: Any) -> None:
-    """The names of all lines, or of some of them."""
+    """Draw a legend of all lines, or of `LEGEND` of them."""
     handles, labels = panel.get_legend_handles_labels()
     kept = thinned(np.arange(len(labels)), LEGEND)
     title = f"{LEGEND} of {len(labels)}, from light to dark" if len(labels) > LEGEND else None
@@ -221,7 +226,7 @@ def _legend(panel: Axes, **where: Any) -> None:
 
 
 def _name_points(panel: Axes, places: np.ndarray, swept: Swept) -> None:
-    """Names beside points, on the side that keeps them inside; none on top of another."""
+    """Write names beside points, on the side towards the middle. Names do not overlap."""
     taken: list[tuple[float, float]] = []
     for i in places:
         point = (swept.e_u[i], swept.e_r[i])

@@ -1,1 +1,1 @@
-"""Pages that need no network: reports of runs, and the token view."""
+"""HTML pages of runs, which need no network, and the templates of all HTML."""

@@ -1,6 +1,7 @@
-"""What a page is made of: sections of sentences, tables, maps and figures, as templates read them.
+"""Sections and blocks of a page, in the form that templates read.
 
-No block holds markup but figures' own; whatever else they hold is text, which templates escape.
+A block is a paragraph, a list, a table, a heat map, figures, facts or a token view. Figures hold
+markup of their own. All other blocks hold text, which templates escape.
 """
 
 from __future__ import annotations
@@ -42,13 +43,14 @@ class Items:
 
 @dataclass(frozen=True)
 class Table:
-    """A table with a name; the first cell of a row names it.
+    """A table with a caption. The first cell of a row names the row.
 
     Attributes:
-        caption: what it shows.
+        caption: a line that says what the table shows.
         head: names of the columns.
-        rows: cells.
-        words: columns of words, by place, the first among them; the others hold numbers.
+        rows: cells of every row.
+        words: indices of the columns that hold words, the first among them. The others hold
+            numbers.
     """
 
     kind: ClassVar[str] = "table"
@@ -60,12 +62,13 @@ class Table:
 
 @dataclass(frozen=True)
 class HeatMap:
-    """Effects on one risk as a table with levels of colour, a row scaled by its largest size.
+    """Effects on one risk as a table with levels of colour, each row scaled by its largest size.
 
     Attributes:
-        caption: what it shows.
+        caption: a line that says what the map shows.
         head: names of the columns.
-        rows: name, largest size, and cells: (level of goodness, mark, exact value).
+        rows: the name of each row, its largest size, and its cells. A cell is (level of goodness,
+            mark, exact value).
     """
 
     kind: ClassVar[str] = "map"
@@ -82,10 +85,10 @@ class HeatMap:
         values: np.ndarray,
         widths: np.ndarray | None = None,
     ) -> HeatMap:
-        """From effects `(names, columns)`; NaN and infinite ones are marked.
+        """Make a map of effects `(names, columns)`. NaN and infinite effects are marked.
 
-        Given half of their intervals, those whose interval holds 0 are in brackets and without a
-        colour.
+        `widths` are half the widths of the effects' intervals. An effect whose interval holds 0
+        stands in brackets and has no colour.
         """
         rows = []
         offs = np.full(values.shape, np.nan) if widths is None else widths
@@ -100,7 +103,7 @@ class HeatMap:
 
 
 def _heat_cell(risk: str, level: int, value: float, width: float) -> tuple[int, str, str]:
-    """Goodness, mark and exact value of an effect with half of its interval, NaN: not known."""
+    """Goodness, mark and exact value of an effect; `width` is half its interval, NaN: unknown."""
     exact = spoken(value)
     if not math.isfinite(width) or not math.isfinite(value):
         return goodness(risk, level), mark(risk, level), exact
@@ -112,7 +115,7 @@ def _heat_cell(risk: str, level: int, value: float, width: float) -> tuple[int, 
 
 @dataclass(frozen=True)
 class Figures:
-    """A figure's panels with their legend; `lists` holds what stands below each panel."""
+    """A figure's panels with their legend; `lists` holds the lines that stand below each panel."""
 
     kind: ClassVar[str] = "figures"
     caption: str
@@ -122,7 +125,7 @@ class Figures:
 
 @dataclass(frozen=True)
 class Facts:
-    """Names and values."""
+    """Pairs of a name and a value."""
 
     kind: ClassVar[str] = "facts"
     pairs: list[tuple[str, str]]
@@ -130,7 +133,7 @@ class Facts:
 
 @dataclass(frozen=True)
 class Tokens:
-    """The token view: what `tokens.html.token_values` makes of it."""
+    """The token view, as values of `tokens.html.token_values`."""
 
     kind: ClassVar[str] = "tokens"
     values: dict[str, Any]
@@ -141,12 +144,12 @@ Block = Text | Items | Table | HeatMap | Figures | Facts | Tokens
 
 @dataclass(frozen=True)
 class Section:
-    """What stands under one heading of the page.
+    """A heading of the page and the blocks under it.
 
     Attributes:
-        id: of its element.
-        title: its heading.
-        blocks: in order; a section without any is left out.
+        id: id of the section's HTML element.
+        title: the heading.
+        blocks: the blocks in order. A section without blocks is left out of the page.
     """
 
     id: str
@@ -157,7 +160,7 @@ class Section:
 def figure_block(
     figure: PlainFigure, name: str, caption: str, lists: list[list[str]] | None = None
 ) -> Figures:
-    """A figure's panels, with its notes after the caption."""
+    """A block of a figure's panels. The figure's notes follow the caption."""
     apart = take_apart(figure, name)
     notes = [note for note in apart.notes if note not in caption]
     return Figures(" ".join([caption, *notes]), apart, lists or [])
@@ -166,7 +169,7 @@ def figure_block(
 def drawn_blocks(
     figures: Mapping[str, PlainFigure | None], names: Sequence[str], prefix: str = ""
 ) -> list[Block]:
-    """A block for every named figure that there is, with its label as caption."""
+    """A block for every named figure that exists, with the figure's label as caption."""
     there = {name: figure for name in names if (figure := figures.get(name)) is not None}
     return [
         figure_block(figure, f"{prefix}{name}", str(figure.get_label()))
@@ -175,14 +178,14 @@ def drawn_blocks(
 
 
 def notes_of(lines: Sequence[str]) -> list[Block]:
-    """A note for every line that is not empty."""
+    """A note block for every line that is not empty."""
     return [Text(line, "note") for line in lines if line]
 
 
 def left_out(
     n: int, what: str, shown: int = MOST_ROWS, held: str = "summary.csv and results.nc hold"
 ) -> list[Block]:
-    """A note that says how many are shown, where not all are."""
+    """A note that says how many of `n` are shown; none where all are."""
     if n <= shown:
         return []
     return notes_of([f"{shown} of {n:,} {what} are shown; {held} all."])

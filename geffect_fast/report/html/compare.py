@@ -1,4 +1,4 @@
-"""What a page says of several step results beside each other."""
+"""Page sections on several step results beside each other."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def sections(
 
     Args:
         runs: the results by name.
-        models: of each what it says of its last step, by sample at most.
+        models: each result at its last step, without positions or tokens, by name.
     """
     both = compare(runs, what="report")
     figures = comparison_figures(both)
@@ -70,7 +70,7 @@ def sections(
 
 
 def verdicts(both: xr.Dataset) -> list[Block]:
-    """What each of several runs came to, on the steps that they share."""
+    """A table of the outcome of each run, over the steps that all runs share."""
     rows, intervals = comparison_rows(both), comparison_intervals(both)
     steps, risks = both["step"].values, labels(both, "risk")
     equal = cell(rows[0]["equal_removal"], ".2g")
@@ -104,12 +104,12 @@ def verdicts(both: xr.Dataset) -> list[Block]:
 def answer(
     runs: Mapping[str, xr.Dataset], models: Mapping[str, xr.Dataset], both: xr.Dataset
 ) -> list[Block]:
-    """Which of several runs removed most, which at the least cost, and what each came to.
+    """Sentences on the runs that removed most and at the least cost, and each run's outcome.
 
     Args:
         runs: the results by name.
-        models: what they say of their last step, by sample at most.
-        both: of `geffect_fast.compare`.
+        models: each result at its last step, without positions or tokens, by name.
+        both: the comparison of the runs, of `geffect_fast.compare`.
     """
     blocks: list[Block] = [Text(comparison_finding(both), "lead")]
     for name, dataset in runs.items():

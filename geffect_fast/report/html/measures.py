@@ -1,4 +1,4 @@
-"""What a page says of measures: the answer, shares kept, curves, every number, and the rows."""
+"""Page sections on measures: the answer, shares kept, curves, every number, and the rows."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def sections(dataset: xr.Dataset) -> dict[str, list[Block]]:
 
 
 def answer(dataset: xr.Dataset) -> list[Block]:
-    """What measures come to, in sentences."""
+    """The findings on measures, in sentences."""
     found = measure_findings(dataset) or ["No metric has a number of any set."]
     if is_against_effects(dataset):
         found = [prediction_sentence(dataset), *found]
@@ -80,13 +80,13 @@ def answer(dataset: xr.Dataset) -> list[Block]:
 
 
 def shares(dataset: xr.Dataset) -> list[Block]:
-    """The share of each method that keeps enough, and what it keeps."""
+    """A table of the largest share of each method that keeps enough, and how much it keeps."""
     table = Table("Share kept of each method", share_head(dataset), share_rows(dataset))
     return [table, *notes_of([share_note(dataset)])]
 
 
 def survey(dataset: xr.Dataset) -> list[Block]:
-    """The survey's assessment in one table, the rows of an aspect below its name."""
+    """The survey's assessment as one table, with the rows of each aspect below its name."""
     columns = survey_columns(dataset)
     listed: list[list[str]] = []
     for aspect, rows in groupby(survey_rows(dataset), lambda row: row.aspect):
@@ -97,7 +97,11 @@ def survey(dataset: xr.Dataset) -> list[Block]:
 
 
 def tables(dataset: xr.Dataset) -> list[Block]:
-    """Every number with its bounds: one table, or one a metric where there are several models."""
+    """Tables of every number with its bounds.
+
+    One model has one table. Several models, or several steps, have a table a metric. A relearning
+    has a table a metric and set.
+    """
     if is_relearning(dataset):
         return _by_step_and_model(dataset)
     axis, metrics = place_axis(dataset), measured_metrics(dataset)
@@ -130,7 +134,7 @@ def tables(dataset: xr.Dataset) -> list[Block]:
 
 
 def _originals(of: xr.Dataset, sets: list[str]) -> list[list[str]]:
-    """The original's numbers, and those of the unlearned models as they are."""
+    """Rows with the numbers of the original and of the unlearned models without mixing."""
     rows = {"original": of["original_value"]}
     for method in of["model"].values.tolist():
         rows[f"{method}, without mixing"] = of["unlearned_value"].sel(model=method)
@@ -141,7 +145,7 @@ def _originals(of: xr.Dataset, sets: list[str]) -> list[list[str]]:
 
 
 def _by_step_and_model(dataset: xr.Dataset) -> list[Block]:
-    """A table a metric and set: steps down, models across."""
+    """A table for each metric and set: a row a step, a column a model."""
     models, steps = dataset["model"].values.tolist(), dataset["step"].values
     places = thinned(np.arange(len(steps)), MOST_ROWS).tolist()
     blocks: list[Block] = []
@@ -159,7 +163,7 @@ def _by_step_and_model(dataset: xr.Dataset) -> list[Block]:
 
 
 def rows(dataset: xr.Dataset) -> list[Block]:
-    """The rows to be forgotten that score highest by the first metric with scores of rows."""
+    """A table of the forget rows that score highest by the first metric that scores rows."""
     forget = dataset["sample_set"].isin(["forget", "relearned", "others"]).values
     scored = dataset["sample_value"].isel(sample=forget)
     known = scored.notnull().any([dim for dim in scored.dims if dim != "metric"])
@@ -184,7 +188,7 @@ def rows(dataset: xr.Dataset) -> list[Block]:
 
 
 def _column(axes: list[str], at: object) -> str:
-    """What a column of scores is of: a model, a step, or both."""
+    """The head of a column of scores: its model, its step, or both."""
     parts = at if isinstance(at, tuple) else (at,)
     return ", ".join(
         f"step {part}" if axis == "step" else str(part)
@@ -193,7 +197,7 @@ def _column(axes: list[str], at: object) -> str:
 
 
 def _words(of: xr.DataArray, at: int) -> str:
-    """A row's number and its question, cut."""
+    """A row's number and its question, which is cut to `_WIDTH`."""
     text = " ".join(str(of["question"].values[at]).split()) if "question" in of.coords else ""
     cut = text if len(text) <= _WIDTH else f"{text[: _WIDTH - 1].rstrip()}…"
     return f"{of['sample'].values[at]}: {cut}" if cut else str(of["sample"].values[at])

@@ -1,4 +1,4 @@
-"""One self-contained HTML page of a run, or of several over their steps: the answer first."""
+"""The HTML page of one run, or of several step results. It needs no other file."""
 
 from __future__ import annotations
 
@@ -57,23 +57,23 @@ def write_page(
 ) -> Path:
     """Write a page that needs no network and no other file, and shows all without scripts.
 
-    Its sections, of which those that the results hold nothing for are left out: `answer`,
+    The page has these sections, less those that the results hold nothing for: `answer`,
     `verdicts`, `shares`, `effects`, `survey`, `curves`, `measures`, `layers`, `instances`,
     `tokens`, `cosines`, `conflicts`, `prediction`, `table`, `signs`, `made`.
 
     Args:
         runs: a result, in memory or lazy, of `geffect_fast.profile`, `sweep`, `unlearn`,
-            `profile_checkpoints`, `evaluate`, `against_effects`, `control` or `relearn`; or such by
-            the name that the page calls it, several where all of them have steps.
-        file: to write; one that is there is replaced.
-        configs: of some of the runs, the fields of its `run.yaml`.
+            `profile_checkpoints`, `evaluate`, `against_effects`, `control` or `relearn`; or such
+            results by the names that the page gives them, several where all of them have steps.
+        file: the file to write; an existing one is replaced.
+        configs: the fields of `run.yaml` of some of the runs, by the run's name.
 
     Returns:
         The file.
 
     Raises:
-        InputError: no run, several of which one has no steps or holds measures, runs that do not
-            compare, a result that was taken apart, or the disk refuses.
+        InputError: there is no run, one of several runs has no steps or holds measures, runs do
+            not compare, a result was taken apart, or the disk refuses.
 
     Examples:
         >>> gf.write_page(result, "page.html")
@@ -83,19 +83,19 @@ def write_page(
 
 
 def write_html(text: str, file: str | Path) -> Path:
-    """Write a page, whole or not at all; the file, as `write_page` says."""
+    """Write a page, whole or not at all, and return the file as `write_page` does."""
     with whole_file(f"report {file}", file, "--out") as part:
         part.write_text(text, encoding="utf-8")
     return user_path(file)
 
 
 def write_run_page(dataset: xr.Dataset, summed: xr.Dataset, folder: Path) -> None:
-    """Write `report.html` of a run into its folder, or into the hidden one that becomes it.
+    """Write `report.html` of a run into its folder, or into the hidden folder that becomes it.
 
     Args:
         dataset: the result.
-        summed: it without positions or tokens; of measures it is the same.
-        folder: exists.
+        summed: the result without positions or tokens; for measures, the result itself.
+        folder: an existing folder.
     """
     home = folder.parent if folder.name.startswith(".") else folder
     held = [place / CONFIG for place in (folder, home) if (place / CONFIG).is_file()]
@@ -113,7 +113,7 @@ def page_html(
     *,
     configs: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> str:
-    """The page that `write_page` writes."""
+    """The text of the page that `write_page` writes."""
     import xarray as xr
 
     runs = {"": runs} if isinstance(runs, xr.Dataset) else runs
@@ -143,7 +143,14 @@ def _html(
     models: Mapping[str, xr.Dataset],
     configs: Mapping[str, Mapping[str, Any]],
 ) -> str:
-    """The page of runs, and of what they say of one model, the last of steps, by sample at most."""
+    """The page of results that hold effects.
+
+    Args:
+        runs: the results by name.
+        models: each result at one model, the last step's where there are steps, without positions
+            or tokens.
+        configs: the fields of `run.yaml` of some of the runs, by the run's name.
+    """
     if len(runs) > 1:
         title, blocks = _compared(len(runs)), compare.sections(runs, models)
     else:
@@ -176,7 +183,7 @@ def _of_measures(name: str, dataset: xr.Dataset, configs: Mapping[str, Mapping[s
 
 
 def _page(title: str, about: str, blocks: Mapping[str, list[Block]], **headings: str) -> str:
-    """The page of blocks by section; given headings, unless empty, replace the usual ones."""
+    """The page of blocks by section. A heading that is given and not empty replaces the usual."""
     sections = [
         Section(id, headings.get(id) or heading, blocks[id])
         for id, heading in _HEADINGS.items()
@@ -212,10 +219,10 @@ _HEADINGS = {
 
 
 def top_blocks(dataset: xr.Dataset) -> list[Block]:
-    """What a page says of a result first: what it is, what was found, and the verdicts.
+    """The blocks that open a page: the kind of result, what was found, and the verdicts.
 
     Args:
-        dataset: as for `write_page`, or of `geffect_fast.compare`.
+        dataset: a result that `write_page` takes, or one of `geffect_fast.compare`.
     """
     if is_evaluation(dataset):
         about, found = _about_measures(dataset), measures.answer(dataset)

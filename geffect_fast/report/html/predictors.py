@@ -1,4 +1,4 @@
-"""What a page says of measures that are set against effects at the original model."""
+"""Page sections on measures that are set against effects at the original model."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 
 
 def predictor_blocks(dataset: xr.Dataset) -> list[Block]:
-    """What was known of each run, what changed on each set beside it, and how the two agree.
+    """Tables of each run's predictors, of the changes on each set, and of how the two agree.
 
     Args:
-        dataset: of `geffect_fast.against_effects`.
+        dataset: result of `geffect_fast.against_effects`.
     """
     note = " ".join([EFFECTS_NOTE, *predictor_notes(dataset)])
     blocks: list[Block] = [_known(dataset), *notes_of([note])]
@@ -35,7 +35,7 @@ def predictor_blocks(dataset: xr.Dataset) -> list[Block]:
 
 
 def _known(dataset: xr.Dataset) -> Table:
-    """A row a run: every predictor with its bounds."""
+    """A table with a row a run: every predictor with its bounds."""
     predictors = dataset["predictor"].values.tolist()
     rows = []
     for run in dataset["run"].values.tolist():
@@ -47,7 +47,7 @@ def _known(dataset: xr.Dataset) -> Table:
 
 
 def _beside(dataset: xr.Dataset, name: str) -> Table:
-    """A row a run: its effects, and the change of every metric on a set."""
+    """A table with a row a run: its effects, and the change of every metric on one set."""
     metrics = [metric for metric, of in measured_pairs(dataset) if of == name]
     rows = []
     for run in dataset["run"].values.tolist():
@@ -65,7 +65,7 @@ def _beside(dataset: xr.Dataset, name: str) -> Table:
 
 
 def _ranks(dataset: xr.Dataset) -> Table:
-    """A row a metric and set: Spearman's coefficient of every predictor."""
+    """A table with a row a metric and set: Spearman's coefficient of every predictor."""
     rows = []
     for metric, name in measured_pairs(dataset):
         cells = []

@@ -1,4 +1,4 @@
-"""What a page says of one model: verdicts, layers, instances, tokens, cosines, the full table."""
+"""Page sections on one model: verdicts, layers, instances, tokens, cosines, the full table."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def sections(dataset: xr.Dataset, summed: xr.Dataset) -> dict[str, list[Block]]:
 
     Args:
         dataset: the result.
-        summed: it without positions or tokens.
+        summed: the result without positions or tokens.
     """
     return {
         "answer": answer(summed),
@@ -92,7 +92,7 @@ def sections(dataset: xr.Dataset, summed: xr.Dataset) -> dict[str, list[Block]]:
 
 
 def answer(dataset: xr.Dataset) -> list[Block]:
-    """Which objectives forget at what cost, where that comes from, and what to trust."""
+    """Sentences on the objectives that forget, their cost, its source, and what to trust."""
     what, where = findings(dataset)
     trust = (
         "Effects are first order: one small step from this very model. How far that holds is "
@@ -103,7 +103,7 @@ def answer(dataset: xr.Dataset) -> list[Block]:
 
 
 def sweep_curves(dataset: xr.Dataset) -> list[Block]:
-    """The figures of a sweep; none of a profile."""
+    """Blocks of a sweep's figures; a profile has none."""
     if not is_sweep(dataset):
         return []
     figures = {"sweep": sweep_figure(dataset), "pareto": pareto_figure(dataset, (6.2, 5.2))}
@@ -111,9 +111,9 @@ def sweep_curves(dataset: xr.Dataset) -> list[Block]:
 
 
 def verdicts(dataset: xr.Dataset) -> list[Block]:
-    """A row an objective: effect on every risk, cosine, collateral and a verdict in words.
+    """A table with a row an objective: verdict in words, collateral, and effect on every risk.
 
-    Of a sweep the best of each family and the Pareto front.
+    A sweep has two tables in its place: the best of each family, and the Pareto front.
     """
     if is_sweep(dataset):
         return _swept_verdicts(dataset)
@@ -128,7 +128,7 @@ def verdicts(dataset: xr.Dataset) -> list[Block]:
 
 
 def effect_cells(numbers: Mapping[str, Number]) -> list[str]:
-    """Collateral of an objective, first as it alone compares, and effects, of its summary."""
+    """Cells of an objective: collateral, which alone compares between objectives, then effects."""
     effects = [of for name, of in numbers.items() if name != "collateral"]
     collateral = cell_with_interval(*numbers["collateral"], ".2g")
     return [collateral, *(cell_with_interval(*each, "+.3g") for each in effects)]
@@ -182,12 +182,12 @@ def _swept_verdicts(dataset: xr.Dataset) -> list[Block]:
 
 
 def _notes(dataset: xr.Dataset) -> list[Block]:
-    """How to read the numbers, what they compare with, and how far to trust them."""
+    """Notes on how to read the numbers, what they compare with, and how far to trust them."""
     return notes_of([_NOTE, *notes(dataset.attrs)])
 
 
 def layers(dataset: xr.Dataset) -> list[Block]:
-    """A heat map a risk, objectives by parts of the model, as tables that need no colour."""
+    """A heat map a risk, objectives by parts of the model. Its cells can be read without colour."""
     placed = by_place(dataset, blocks=True)
     if placed is None:
         return []
@@ -224,7 +224,7 @@ def layers(dataset: xr.Dataset) -> list[Block]:
 
 
 def instances(dataset: xr.Dataset) -> list[Block]:
-    """A scatter of forget rows an objective, and the rows that remove or cost most by question."""
+    """A scatter of the forget rows for each objective, with the rows that remove or cost most."""
     n = dataset.sizes["objective"]
     if is_sweep(dataset):
         dataset = highlights(dataset)
@@ -236,12 +236,12 @@ def instances(dataset: xr.Dataset) -> list[Block]:
 
 
 def scatters(effects: Mapping[str, xr.DataArray], n: int, what: str) -> list[Block]:
-    """A scatter of rows for each of several effects.
+    """A figure with a scatter of rows for each of several objectives or runs.
 
     Args:
-        effects: `(risk, sample)` by title.
-        n: of how many these are some.
-        what: they are.
+        effects: effects `(risk, sample)` of each, by the panel's title.
+        n: number of all objectives or runs, also those that `effects` leaves out.
+        what: `objectives` or `runs`, for the note on how many are shown.
     """
     once = named_once({name: of for name, of in effects.items() if of.sizes["sample"]})
     names = [*once]
@@ -280,7 +280,7 @@ def scatters(effects: Mapping[str, xr.DataArray], n: int, what: str) -> list[Blo
 
 
 def outliers(e_u: np.ndarray, e_r: np.ndarray) -> list[int]:
-    """Places of the rows that remove most and of those that cost most, without repetition."""
+    """Indices of the rows that remove most, then of those that cost most, each once."""
     both = np.isfinite(e_u) & np.isfinite(e_r)
     found: dict[int, None] = {}
     for values in (e_u, e_r):
@@ -290,7 +290,7 @@ def outliers(e_u: np.ndarray, e_r: np.ndarray) -> list[int]:
 
 
 def _drawn(e_u: np.ndarray, e_r: np.ndarray) -> np.ndarray:
-    """Places of what is drawn of many rows: half the largest, half an even choice of the rest."""
+    """Indices of the rows to draw. Of many, half are the largest, half evenly chosen others."""
     if len(e_u) <= MOST_POINTS:
         return np.arange(len(e_u))
     sizes = [np.abs(np.where(np.isfinite(v), v, 0.0)) for v in (e_u, e_r)]
@@ -310,7 +310,7 @@ def _named(effect: xr.DataArray, i: int, e_u: np.ndarray, e_r: np.ndarray) -> st
 
 
 def tokens(dataset: xr.Dataset) -> list[Block]:
-    """The token view of the first answers, where the result tells tokens apart."""
+    """The token view of the first answers; none where the result does not tell tokens apart."""
     if not has_tokens(dataset):
         return []
     if is_sweep(dataset):
@@ -320,7 +320,7 @@ def tokens(dataset: xr.Dataset) -> list[Block]:
 
 
 def cosines(dataset: xr.Dataset) -> list[Block]:
-    """Cosines of objectives' gradients with the risks', and with each other's size removed."""
+    """A table of the cosines of objectives' gradients with the risks': direction, no size."""
     if "cosine" not in dataset:
         return []
     rows = summarise(dataset)
@@ -346,7 +346,7 @@ def cosines(dataset: xr.Dataset) -> list[Block]:
 
 
 def conflicts(dataset: xr.Dataset) -> list[Block]:
-    """What part of gradients opposes the retain risk's, where that was measured."""
+    """A table of each gradient's part that opposes the retain risk's; none if not measured."""
     found = Conflicts.of(dataset)
     if found is None:
         return []
@@ -363,7 +363,10 @@ def conflicts(dataset: xr.Dataset) -> list[Block]:
 
 
 def place_conflicts(dataset: xr.Dataset) -> list[Block]:
-    """The same by position, and the tokens behind it, where places were told apart."""
+    """Tables of conflicts with the retain risk by position, and of the tokens behind them.
+
+    There are none where the result does not tell places apart.
+    """
     found = PlaceConflicts.of(dataset)
     if found is None:
         return []
@@ -398,11 +401,11 @@ _ON_REST = {
 
 
 def read_cosines(by_risk: Mapping[str, float], intervals: Mapping[str, Interval]) -> str:
-    """In words what cosines say, as far as all of their intervals say it.
+    """A reading of cosines in words, as far as the whole of their intervals agrees with it.
 
     Args:
-        by_risk: the cosines.
-        intervals: of them; empty or NaN where they are not known.
+        by_risk: the cosine with each risk's gradient.
+        intervals: the interval of each cosine; empty or NaN where it is not known.
     """
     if not all(map(np.isfinite, by_risk.values())):
         return "not defined"
@@ -416,13 +419,13 @@ def read_cosines(by_risk: Mapping[str, float], intervals: Mapping[str, Interval]
 
 
 def _sign(values: Sequence[float]) -> int | None:
-    """Of cosines: -1 or 1 beyond `HARDLY`, 0 within; None where they are not all alike."""
+    """Sign of cosines: -1 or 1 beyond `HARDLY`, 0 within; None where they differ in it."""
     signs = {-1 if c < -HARDLY else 1 if c > HARDLY else 0 for c in values}
     return signs.pop() if len(signs) == 1 else None
 
 
 def full_table(dataset: xr.Dataset) -> list[Block]:
-    """Every number of every objective, and shares by part of the model."""
+    """Tables of every number of every objective, and of shares by part of the model."""
     rows = summarise(dataset)
     kept = [int(k) for k in thinned(np.arange(len(rows)), MOST_ROWS)]
     risks, with_cosines = list(rows[0].effects), bool(rows[0].cosines)
@@ -449,7 +452,7 @@ def full_table(dataset: xr.Dataset) -> list[Block]:
 
 
 def part_tables(dataset: xr.Dataset, kept: Sequence[int]) -> list[Block]:
-    """Signed shares of parts of the model, a table a risk."""
+    """Tables of the signed shares of parts of the model, one a risk."""
     placed = by_place(dataset, blocks=False)
     if placed is None:
         return []

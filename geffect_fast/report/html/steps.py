@@ -1,4 +1,4 @@
-"""What a page says of step results: the answer, verdicts, curves, predictions, every step."""
+"""Page sections on a step result: the answer, verdicts, curves, predictions, every step."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def sections(dataset: xr.Dataset, last: xr.Dataset) -> dict[str, list[Block]]:
 
     Args:
         dataset: the result.
-        last: it at its last step, without positions or tokens.
+        last: the result at its last step, without positions or tokens.
     """
     figures = step_figures(dataset)
 
@@ -80,7 +80,12 @@ def sections(dataset: xr.Dataset, last: xr.Dataset) -> dict[str, list[Block]]:
 
 
 def measured(dataset: xr.Dataset, drawn: list[Block]) -> list[Block]:
-    """What metrics said beside the effects, drawn and in tables."""
+    """The metrics that were measured at steps of the training: findings, figure and tables.
+
+    Args:
+        dataset: a step result.
+        drawn: the block of the figure of measures, if there is one.
+    """
     found = live_measures(dataset)
     if found is None:
         return []
@@ -89,7 +94,11 @@ def measured(dataset: xr.Dataset, drawn: list[Block]) -> list[Block]:
 
 
 def answer(dataset: xr.Dataset) -> list[Block]:
-    """What was removed at what cost, from when on it was not worth it, where, and what to trust."""
+    """Sentences on the outcome of a run.
+
+    They say what was removed and at what cost, from which step on a further step costs more than
+    it removes, where the effect sits, and which predictions to trust.
+    """
     read = Steps.of(dataset)
     lead = lead_objective(dataset)
     sentences = [turning_sentence(read)]
@@ -115,7 +124,7 @@ COST_NOTE = (
 
 
 def verdicts(dataset: xr.Dataset) -> list[Block]:
-    """What a run came to, and every objective at its first and last step."""
+    """Tables of a run's outcome, and of every objective at the first and the last step."""
     read = Steps.of(dataset)
     spreads = risk_spreads(dataset)
     outcome = Outcome.of(read.values, read.risks, spreads)
@@ -143,7 +152,7 @@ def verdicts(dataset: xr.Dataset) -> list[Block]:
 
 
 def _objectives(dataset: xr.Dataset) -> Table:
-    """Every objective at the first and the last step."""
+    """A table of every objective at the first and the last step."""
     steps = dataset["step"].values
     rows = [
         [row.objective, str(steps[place]), row.verdict, *profile.effect_cells(row.numbers)]
@@ -159,7 +168,7 @@ def _objectives(dataset: xr.Dataset) -> Table:
 
 
 def prediction_table(dataset: xr.Dataset) -> list[Block]:
-    """How far predictions agree with what was measured, and what to make of it."""
+    """A table of how far predictions agree with what was measured, and whether to trust them."""
     rows = [
         [
             f"{PREDICTIONS[name]}, {risk_words(risk)}",
@@ -179,7 +188,7 @@ def prediction_table(dataset: xr.Dataset) -> list[Block]:
 
 
 def full_table(dataset: xr.Dataset) -> list[Block]:
-    """Every number of every step, under the lead objective."""
+    """A table of every number at every step, for the lead objective."""
     read, spreads = Steps.of(dataset), risk_spreads(dataset)
     lead = dataset.sel(objective=read.objectives[0])
     moved = half_width(spreads - np.roll(spreads, 1, axis=0)) if spreads.shape[-1] else None

@@ -1,4 +1,4 @@
-"""Templates of pages, and what all of them know: the colours of levels, the script, the policy."""
+"""Rendering of templates, and the values all of them share: level colours, script and policy."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from geffect_fast.visible import visible
 
 
 def render(template: str, **values: Any) -> str:
-    """A page; whatever comes from data is escaped, and control characters in it are visible."""
+    """Render a template. Text from data is escaped, and its control characters are made visible."""
     return _environment().get_template(template).render(**values)
 
 
@@ -41,8 +41,9 @@ def _environment() -> Environment:
 def policy(script: str) -> str:
     """The Content-Security-Policy of a page: no request to anywhere, and this script alone runs.
 
-    Styles lie in the page, in elements and in attributes of drawings, as pictures do (data:); what
-    styles could ask for, pictures and fonts from elsewhere, is not allowed.
+    Styles lie in the page itself, in elements and in attributes of drawings. Pictures lie in the
+    page too, as `data:` addresses. Pictures and fonts from elsewhere, which styles could load, are
+    not allowed.
     """
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     return (
@@ -52,7 +53,7 @@ def policy(script: str) -> str:
 
 
 def interval_whole(cell: str) -> Markup:
-    """A number whose interval, where it has one, stays on one line."""
+    """The HTML of a number. Its interval, where it has one, is not broken over lines."""
     value, opened, bounds = visible(cell).partition(" [")
     if not opened:
         return escape(value)
@@ -60,7 +61,10 @@ def interval_whole(cell: str) -> Markup:
 
 
 def class_attribute(good: int) -> Markup:
-    """The class of a level: `w1` to `w9` wanted, `x1` to `x9` unwanted, `n` undefined, or none."""
+    """The HTML attribute with the class of a goodness.
+
+    `w1` to `w9` is wanted, `x1` to `x9` unwanted, `n` undefined. A goodness of 0 has no class.
+    """
     if good == 0:
         return Markup()
     name = "n" if good == UNDEFINED else f"{'w' if good > 0 else 'x'}{abs(good)}"

@@ -1,1 +1,1 @@
-"""What results show of themselves, in a notebook and in a plain terminal."""
+"""Display of results by themselves, in a notebook and in a plain terminal."""

@@ -1,7 +1,7 @@
 """`result.gf`: a result shows itself.
 
-xarray knows of it once this module is imported, which `geffect_fast` does as soon as a function
-that gives results is asked for.
+Importing this module registers the accessor with xarray. `geffect_fast` imports the module as soon
+as a function that gives results is accessed.
 """
 
 from __future__ import annotations
@@ -26,12 +26,13 @@ _TOLD_APART = {"layers": ("parts of the model", "parameter"), "instances": ("row
 
 @xr.register_dataset_accessor("gf")
 class ResultAccessor:
-    """What a result has to show, as `result.gf`, which shows its summary itself.
+    """The summary, figures, tokens and page of a result, as `result.gf`.
 
-    In a notebook that is what the page begins with, in a terminal what `geffect-fast show` prints.
+    `result.gf` itself shows the summary: in a notebook the head of the page, in a terminal the
+    output of `geffect-fast show`.
 
     Raises:
-        InputError: the data set is no result, or one that was taken apart.
+        InputError: the data set is not a result, or a result that was taken apart.
 
     Examples:
         >>> result.gf
@@ -63,7 +64,7 @@ class ResultAccessor:
 
     @cached_property
     def plot(self) -> Plots:
-        """The figures, a method each."""
+        """The figures of the result, a method each."""
         return Plots(self._dataset)
 
     def tokens(
@@ -74,22 +75,23 @@ class ResultAccessor:
         by: str | None = None,
         rows: Sequence[int | str] | None = None,
     ) -> ShownTokens:
-        """Answers with their tokens coloured by e_u and by e_r: what is attacked, and what costs.
+        """Answers whose tokens are coloured by e_u, what is attacked, and by e_r, what costs.
 
         Args:
-            objective: its label; None: the first.
+            objective: label of the objective; None: the first.
             samples: how many forget rows; None: 5.
-            by: which: `first`, those of strongest `removal` (lowest e_u) or of most `damage`
-                (lowest e_r); None: first.
+            by: which forget rows: the `first`, those of strongest `removal` (lowest e_u) or those
+                of most `damage` (lowest e_r); None: first.
             rows: in place of both, row numbers of the forget set, or `retain:3` for the retain
                 set's.
 
         Returns:
-            What a notebook shows as the tokens, and a terminal as text; of a result with steps
-            those of the last.
+            The tokens, which a notebook shows in colour and a terminal as text. A result with
+            steps gives the tokens of its last step.
 
         Raises:
-            InputError: no token axis, an unknown objective, order or row, or contradicting choices.
+            InputError: the result has no token axis, there is no such objective, order or row, or
+                the choices contradict each other.
         """
         from geffect_fast.report.notebook.displays import ShownTokens
         from geffect_fast.report.summary.effects import is_comparison, last_step
@@ -108,13 +110,13 @@ class ResultAccessor:
         """The whole page, as `geffect_fast.write_page` writes it.
 
         Args:
-            file: to write it into as well; one that is there is replaced.
+            file: a file to write the page into as well; an existing one is replaced.
 
         Returns:
-            What a notebook shows as the page, in a frame that scrolls.
+            The page, which a notebook shows in a frame that scrolls.
 
         Raises:
-            InputError: of a comparison, or the disk refuses.
+            InputError: the result is a comparison, or the disk refuses.
         """
         from geffect_fast.report.html.page import page_html, write_html
         from geffect_fast.report.notebook.displays import ShownPage
@@ -124,26 +126,27 @@ class ResultAccessor:
 
 
 class Plots:
-    """The figures of a result, `result.gf.plot`: methods that each return one of matplotlib's.
+    """The figures of a result, `result.gf.plot`: each method returns a matplotlib figure.
 
-    Beside the two below those of a run's `plots/` by their names: `sweep` and `pareto` of a sweep,
-    `effects`, `risks`, `prediction` and others over steps, `measures` of an evaluation; `dir` lists
-    them. They belong to no window: a notebook shows them, `savefig` writes them.
+    Besides `layers` and `instances` there is a method for each figure in a run's `plots/`, of the
+    same name: `sweep` and `pareto` of a sweep, `effects`, `risks`, `prediction` and others over
+    steps, `measures` of an evaluation. `dir` lists the methods. The figures belong to no window: a
+    notebook shows them, `savefig` writes them.
     """
 
     def __init__(self, dataset: xr.Dataset) -> None:
         self._dataset = dataset
 
     def layers(self) -> PlainFigure:
-        """Effects by part of the model, a row an objective and a panel a risk.
+        """Figure of effects by part of the model, a row an objective and a panel a risk.
 
         Raises:
-            InputError: the result sums over the parts.
+            InputError: the result sums over parts of the model.
         """
         return self._figure("layers")
 
     def instances(self) -> PlainFigure:
-        """Effects of every forget row, e_u against e_r, a panel an objective.
+        """Figure of the effects of every forget row, e_u against e_r, a panel an objective.
 
         Raises:
             InputError: the result sums over rows, or has several steps.

@@ -1,4 +1,4 @@
-"""`check` whose result shows its table."""
+"""The public function `check`, whose result shows itself as a table."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from geffect_fast.terminal import columns, plain_text
 
 
 class ShownCheck(Check):
-    """A `Check` that is, where it is shown, its table and its verdict."""
+    """A `Check` that shows itself as its table and its verdict."""
 
     def __repr__(self) -> str:
         return plain_text(render_check(self), columns())
@@ -41,5 +41,8 @@ class ShownCheck(Check):
 
 @wraps(compare_with_autograd)
 def check(*args: Any, **kwargs: Any) -> ShownCheck:
-    """What `geffect_fast.measure.check.check` finds, shown; its docstring is this one's too."""
+    """Run `geffect_fast.measure.check.check`, with a result that shows itself.
+
+    The docstring of that function replaces this one.
+    """
     return ShownCheck(**vars(compare_with_autograd(*args, **kwargs)))

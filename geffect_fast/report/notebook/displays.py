@@ -1,4 +1,4 @@
-"""What `result.gf` gives to be looked at: answers by token, and the whole page."""
+"""Objects that `result.gf` returns for display: answers by token, and the whole page."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ HEIGHT = "42rem"
 
 
 class ShownTokens:
-    """Answers whose tokens lie upon colours; in a terminal with levels beneath them.
+    """Answers by token: on a background of colour, in a terminal with levels beneath the tokens.
 
     Attributes:
-        view: the numbers.
+        view: the effects of the tokens.
     """
 
     def __init__(self, view: TokenView) -> None:
@@ -36,11 +36,11 @@ class ShownTokens:
 
 
 class ShownPage:
-    """A whole page: a frame of its own in a notebook.
+    """A whole page, which a notebook shows in a frame of its own.
 
     Attributes:
-        html: the page.
-        file: where it was written; None: nowhere.
+        html: text of the page.
+        file: the file that the page was written into; None: none.
     """
 
     def __init__(self, html: str, file: Path | None) -> None:
@@ -53,7 +53,7 @@ class ShownPage:
         return f"<{size} in {str(self.file)!r}>"
 
     def _repr_html_(self) -> str:
-        # Nothing of the page reaches the notebook, and none of its styles.
+        # The frame keeps the page and its styles apart from the notebook.
         return (
             f'<iframe srcdoc="{escape(self.html)}" sandbox="allow-scripts" '
             f'title="geffect_fast: the whole page" style="width: 100%; height: {HEIGHT}; '

@@ -1,1 +1,1 @@
-"""What a result says: numbers, verdicts and sentences, before anything lays them out."""
+"""Numbers, verdicts and sentences on a result, before tables, figures or pages lay them out."""

@@ -1,4 +1,4 @@
-"""What part of each objective's gradient opposes the retain risk's, by part of the model."""
+"""Conflicts of objectives' gradients with the retain risk's, by part of the model."""
 
 from __future__ import annotations
 
@@ -23,12 +23,13 @@ NOTE = (
 
 @dataclass(frozen=True)
 class Conflicts:
-    """Shares in per cent, by part of the model.
+    """Shares of gradients that oppose the retain risk's, in per cent, by part of the model.
 
     Attributes:
-        parts: names.
-        opposed: by objective, `(n_parts,)`.
-        fisher: of the trace of the retain risk's Fisher matrix, `(n_parts,)`, adding to 100.
+        parts: names of the parts.
+        opposed: the opposing shares by objective, `(n_parts,)` each.
+        fisher: shares of the trace of the retain risk's Fisher matrix, `(n_parts,)`, adding to
+            100.
     """
 
     parts: list[str]
@@ -37,7 +38,7 @@ class Conflicts:
 
     @staticmethod
     def of(dataset: xr.Dataset) -> Conflicts | None:
-        """Those of a result; None where they were not measured."""
+        """Read the conflicts of a result; None where they were not measured."""
         if "conflict_share" not in dataset:
             return None
         by = next((d for d in ("parameter", "group") if d in dataset["conflict_share"].dims), None)

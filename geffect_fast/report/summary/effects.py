@@ -1,4 +1,4 @@
-"""Effects of a result summed to what a report shows: in all, by sample, by part of the model."""
+"""Effects of a result as reports show them: in total, by sample, by part of the model."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def has_steps(dataset: xr.Dataset) -> bool:
 
 
 def is_comparison(dataset: xr.Dataset) -> bool:
-    """Whether a result is that of `geffect_fast.compare`."""
+    """Whether a result is one of `geffect_fast.compare`."""
     return "run" in dataset["g_effect"].dims
 
 
@@ -40,18 +40,18 @@ def last_step(dataset: xr.Dataset) -> xr.Dataset:
 
 
 def thinned(places: np.ndarray, most: int) -> np.ndarray:
-    """At most so many of them, the first and the last included, evenly spaced between."""
+    """At most `most` of the places, evenly spaced, the first and the last among them."""
     if len(places) <= most:
         return places
     return places[np.linspace(0, len(places) - 1, most).round().astype(int)]
 
 
 def bounds_of(dataset: xr.Dataset, name: str) -> np.ndarray | None:
-    """Low and high bounds of intervals, `(2, ...)`, axes in the order of `LEAD`; None: not known.
+    """Low and high bounds of intervals, `(2, ...)`, axes in the order of `LEAD`; None: unknown.
 
     Args:
-        dataset: a result, or runs that are compared.
-        name: a variable of it, such as `g_effect`, `risk_value` or `collateral`.
+        dataset: a result, or a comparison of runs.
+        name: a variable of the result, such as `g_effect`, `risk_value` or `collateral`.
     """
     if f"{name}_low" not in dataset:
         return None
@@ -61,7 +61,7 @@ def bounds_of(dataset: xr.Dataset, name: str) -> np.ndarray | None:
 
 
 def interval_at(bounds: np.ndarray | None, *place: int) -> Interval:
-    """One interval of those that `bounds_of` gives; NaN where they are not known."""
+    """One interval of the bounds that `bounds_of` gives; NaN where they are not known."""
     if bounds is None:
         return UNKNOWN
     low, high = (float(side[place]) for side in bounds)
@@ -71,7 +71,7 @@ def interval_at(bounds: np.ndarray | None, *place: int) -> Interval:
 def total(dataset: xr.Dataset) -> np.ndarray:
     """G-effects of the whole forget data, `(objective, risk)` fp64; NaN stays NaN.
 
-    Of a step result `(step, objective, risk)`.
+    For a step result the shape is `(step, objective, risk)`.
     """
     effect = dataset["g_effect"]
     lead = [d for d in LEAD if d in effect.dims]
@@ -82,7 +82,7 @@ def total(dataset: xr.Dataset) -> np.ndarray:
 def by_sample(dataset: xr.Dataset) -> xr.DataArray | None:
     """G-effects of the forget rows, `(objective, risk, sample)`; None where samples are summed.
 
-    Of a step result `(step, objective, risk, sample)`.
+    For a step result the shape is `(step, objective, risk, sample)`.
     """
     effect = dataset["g_effect"]
     if "sample" not in effect.dims:
@@ -93,9 +93,10 @@ def by_sample(dataset: xr.Dataset) -> xr.DataArray | None:
 
 
 def named_once(effects: Mapping[str, xr.DataArray]) -> dict[str, xr.DataArray]:
-    """Effects by name, those that one picture shows once, under all of their names.
+    """Effects by name, with equal effects once, under all of their names.
 
-    As those of `ga` and `gd` on forget rows, where both have the same terms.
+    The effects of `ga` and `gd` on forget rows are equal, for example, as both have the same terms
+    there. Effects count as equal within 1e-6 of the largest.
     """
     found: list[tuple[list[str], xr.DataArray]] = []
     for name, effect in effects.items():
@@ -124,11 +125,12 @@ def by_place(
 
     Args:
         dataset: a result.
-        blocks: every block by itself (True), where the result tells them apart, or groups of them.
+        blocks: True for every block by itself, where the result tells blocks apart; False for
+            groups of blocks.
         rows: keep samples apart, in a last axis.
 
     Returns:
-        Names of n parts, and values `(objective, risk, n)`, of a step result `(step, objective,
+        Names of n parts, and values `(objective, risk, n)`, for a step result `(step, objective,
         risk, n)`; None where the whole model is summed.
     """
     effect = dataset["g_effect"]
@@ -157,10 +159,11 @@ def by_place(
 
 
 def place_widths(dataset: xr.Dataset, blocks: bool) -> np.ndarray | None:
-    """Half of the intervals of `by_place`'s values; None where they are not known.
+    """Half the widths of the intervals of `by_place`'s values; None where they are not known.
 
-    By the rows that objectives read, of which the forget rows make both gradients; what the rows of
-    other risks add is not told apart by part.
+    The intervals are by the choice of the rows that objectives read. The effect on the forget risk
+    counts twice, as the forget rows make both of its gradients. The rows of other risks also widen
+    the intervals, but that is not told apart by part of the model and is left out.
     """
     if not has_intervals(dataset) or "sample" not in dataset["g_effect"].dims:
         return None
@@ -173,9 +176,9 @@ def place_widths(dataset: xr.Dataset, blocks: bool) -> np.ndarray | None:
 
 
 def shares(values: np.ndarray) -> np.ndarray:
-    """Values along the last axis over the sum of their sizes, signed.
+    """Values divided by the sum of their sizes along the last axis, with their signs.
 
-    All zero stays zero; where one is not finite, all are NaN.
+    Values that are all zero stay zero. Where one value is not finite, all shares are NaN.
     """
     size = np.abs(values).sum(axis=-1, keepdims=True)
     defined = np.divide(values, size, out=np.zeros_like(values), where=(size > 0) & (size < np.inf))

@@ -1,4 +1,4 @@
-"""Sentences: what was found, where it comes from, and how to read the signs."""
+"""Sentences on a result of `profile`: what was found, where it comes from, how to read signs."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _PARTS = {
 
 
 def findings(dataset: xr.Dataset) -> tuple[str, str]:
-    """What was found, and where it comes from: a sentence each.
+    """Sentences on what was found, and on where the effect comes from.
 
     Args:
         dataset: result of `geffect_fast.profile`.
@@ -77,13 +77,17 @@ def _differ(x: Summary, y: Summary) -> bool:
 
 
 def _teller(row: Summary) -> str:
-    """What tells objectives apart, or does not."""
+    """The limits that decide whether objectives are told apart: the rows, 16 bits, or both."""
     by = ["these rows"] if row.collateral_spread.size else []
     return " and ".join([*by, *(["16 bits"] if row.collateral_error else [])])
 
 
 def _no_other(row: Summary, rows: list[Summary]) -> str:
-    """The objectives whose collateral differs from one's by rounding or the choice of rows only."""
+    """The clause that names the objectives whose collateral is not told from that of `row`.
+
+    Rounding or the choice of the data's rows alone may explain the difference. Empty where there
+    are no such objectives.
+    """
     by = _teller(row)
     if not by:
         return ""
@@ -109,7 +113,10 @@ def _cost(row: Summary) -> str:
 
 
 def _where(dataset: xr.Dataset) -> str:
-    """Mean shares over objectives of the effect on the forget risk, by part and by row."""
+    """The sentence on the parts and the rows that carry the effect on the forget risk.
+
+    Their shares are means over the objectives.
+    """
     clauses = []
     placed = by_place(dataset, blocks=False)
     at = labels(dataset, "risk").index(UNLEARN)
@@ -147,9 +154,10 @@ def _where(dataset: xr.Dataset) -> str:
 
 
 def _no_smaller(dataset: xr.Dataset, size: np.ndarray, top: int) -> list[int]:
-    """Parts whose mean share the rows do not tell from the largest; none where that is not known.
+    """Parts whose mean share the rows do not tell from the largest; none without intervals.
 
-    A share `a_p = |e_p| / S` of parts moves by `(d|e_p| - a_p dS) / S`.
+    The share `a_p = |e_p| / S` of a part, where `S` is the sum of sizes over parts, changes by
+    `(d|e_p| - a_p dS) / S`.
     """
     if not has_intervals(dataset) or "sample" not in dataset["g_effect"].dims:
         return []
@@ -167,12 +175,12 @@ def _no_smaller(dataset: xr.Dataset, size: np.ndarray, top: int) -> list[int]:
 
 
 def _usable(values: np.ndarray) -> np.ndarray:
-    """Which objectives have finite effects, and any, `(K,)`."""
+    """Whether each objective's effects are finite and not all zero, `(K,)`."""
     return np.isfinite(values).all(axis=-1) & (values != 0).any(axis=-1)
 
 
 def _mean_size(values: np.ndarray) -> np.ndarray | None:
-    """Mean share of the size over the objectives that have any; None where none has."""
+    """Mean share of the size at each place, over the usable objectives; None without any."""
     usable = _usable(values)
     if not usable.any():
         return None
@@ -180,7 +188,7 @@ def _mean_size(values: np.ndarray) -> np.ndarray | None:
 
 
 def signs() -> str:
-    """How to read the signs of effects."""
+    """The sentences on how to read the signs of effects."""
     return (
         "How to read the signs: a small descent step on an objective changes a risk by minus its "
         "effect. A strongly negative e_u is what you want: it raises the risk on what must go. An "

@@ -1,4 +1,4 @@
-"""Measures of `evaluate`, `control` and `relearn` in sentences, and what their numbers mean."""
+"""Measures of `evaluate`, `control` and `relearn`: numbers, findings and notes in words."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ _OF_METRIC = {
     "such a model); below 0 forget rows still look trained on.",
 }
 
-# ---- what kind of measures they are ----
+# ---- kinds of measures ----
 
 
 def is_evaluation(dataset: xr.Dataset) -> bool:
-    """Whether a result holds measures, and no effects."""
+    """Whether a result holds measures instead of G-effects."""
     return "sample_value" in dataset
 
 
@@ -49,17 +49,17 @@ def is_relearning(dataset: xr.Dataset) -> bool:
 
 
 def place_axis(dataset: xr.Dataset) -> str | None:
-    """The axis that models, or steps, of an evaluation lie along; None: it is of one model."""
+    """The axis of an evaluation's models or steps; None where it is of one model."""
     return next((str(dim) for dim in dataset["value"].dims if dim in ("model", "step")), None)
 
 
 def measured_sets(dataset: xr.Dataset) -> list[str]:
-    """The sets that some metric has a number of."""
+    """The sets on which some metric has a number."""
     return _known(dataset, "set")
 
 
 def measured_metrics(dataset: xr.Dataset) -> list[str]:
-    """The metrics that have a number of some set."""
+    """The metrics that have a number on some set."""
     return _known(dataset, "metric")
 
 
@@ -78,7 +78,7 @@ _LIVE = {
 
 
 def live_measures(dataset: xr.Dataset) -> xr.Dataset | None:
-    """What metrics said at steps of a training, as an evaluation along `step`; None where none did.
+    """Metrics measured during a training, as an evaluation along `step`; None where there are none.
 
     Args:
         dataset: a step result.
@@ -94,7 +94,7 @@ def live_measures(dataset: xr.Dataset) -> xr.Dataset | None:
 
 
 def shown(of: xr.Dataset) -> str:
-    """A number with its bounds, empty where there is none."""
+    """A number with its bounds; empty where there is no number."""
     value, low, high = (float(of[name]) for name in ("value", "value_low", "value_high"))
     if math.isnan(value):
         return ""
@@ -102,12 +102,12 @@ def shown(of: xr.Dataset) -> str:
 
 
 def _bounded(low: float, high: float) -> str:
-    """Bounds behind a number, where they are known."""
+    """The bounds that follow a number; empty where they are not known."""
     return "" if math.isnan(low) else f" {bounds((low, high), '.2g')}"
 
 
 def notes(dataset: xr.Dataset) -> list[str]:
-    """What stands beside means, each explained in a sentence."""
+    """Sentences that explain bounds, statistics and metrics, as far as the measures hold them."""
     known = dataset["value"].notnull()
     bounded = dataset["value_low"].notnull()
     metrics = measured_metrics(dataset)
@@ -121,7 +121,7 @@ def notes(dataset: xr.Dataset) -> list[str]:
 
 
 def meanings(dataset: xr.Dataset) -> list[str]:
-    """What each metric is, a sentence each; of results of earlier versions none."""
+    """A sentence on what each metric is; none for results of earlier versions."""
     listed: list[dict[str, Any]] = json.loads(dataset.attrs.get("metrics", "[]"))
     names = [str(name) for name in dataset["metric"].values]
     return [
@@ -142,7 +142,7 @@ def share_head(dataset: xr.Dataset) -> list[str]:
 
 
 def share_rows(dataset: xr.Dataset) -> list[list[str]]:
-    """The share of each method that keeps enough, and what that keeps."""
+    """Cells with each method's largest share that keeps enough, and how much it keeps."""
     kept, rows = _original_keeps(dataset), []
     for method in dataset["model"].values.tolist():
         of = dataset.sel(model=method)
@@ -165,7 +165,7 @@ def share_rows(dataset: xr.Dataset) -> list[list[str]]:
 
 
 def share_note(dataset: xr.Dataset) -> str:
-    """What a share is, in a sentence."""
+    """The sentence that says what a share is."""
     asked = json.loads(dataset.attrs["control"])
     return (
         f"The original has {number(_original_keeps(dataset), '.3g')}. A share is the largest found "
@@ -181,7 +181,7 @@ def _original_keeps(dataset: xr.Dataset) -> float:
 
 
 def measure_findings(dataset: xr.Dataset) -> list[str]:
-    """What was measured, the most important first."""
+    """Sentences on what was measured, the most important first."""
     if is_control(dataset):
         return [*_controlled(dataset), *rises(dataset)]
     if is_relearning(dataset):
@@ -207,7 +207,7 @@ def _of_one(dataset: xr.Dataset) -> list[str]:
 
 
 def _of_several(dataset: xr.Dataset) -> list[str]:
-    """Which model has the least and the most by each metric and set."""
+    """Sentences that name the models with the least and the most by each metric and set."""
     said = []
     for metric in measured_metrics(dataset):
         for name in measured_sets(dataset):
@@ -302,6 +302,6 @@ def _on(name: str) -> str:
 
 
 def _from_to(of: xr.Dataset) -> str:
-    """The first and the last number along steps; empty where one is not known."""
+    """The first and the last number along steps; empty where either is not known."""
     first, last = (shown(of.isel(step=at)) for at in (0, -1))
     return f"from {first} to {last}" if first and last else ""

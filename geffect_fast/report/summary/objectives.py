@@ -1,4 +1,4 @@
-"""Objectives in a line each: totals, collateral and a verdict, from a result."""
+"""Summaries of a result's objectives: totals, collateral and a verdict for each."""
 
 from __future__ import annotations
 
@@ -38,22 +38,25 @@ PERHAPS = "perhaps hardly forgets"
 
 @dataclass(frozen=True)
 class Summary:
-    """One objective in one line.
+    """The summary of one objective.
 
     Attributes:
         objective: its canonical string.
-        loss: its value.
+        loss: value of the objective.
         effects: G-effect on each risk; `unlearn` is e_u.
-        cosines: cosine of its gradient with each risk's; empty where norms were not computed.
+        cosines: cosine of the objective's gradient with each risk's; empty where norms were not
+            computed.
         collateral: largest of e / e_u over the other risks, the rise of that risk for a unit
             rise of the forget risk; NaN where the objective does not forget.
         verdict: a word or two.
-        collateral_error: by how much `collateral` may be off in the precision of the result; 0
-            where that is not known.
-        intervals: of the effect on each risk, by the choice of rows; empty where not known.
-        cosine_intervals: the same of cosines.
-        collateral_interval: the same of collateral.
-        collateral_spread: what each row moves it by, `(rows,)`, as `told_apart` takes it.
+        collateral_error: error that the result's precision may cause in `collateral`; 0 where the
+            error is not known.
+        intervals: interval of the effect on each risk, by the choice of rows; empty where not
+            known.
+        cosine_intervals: interval of each cosine, likewise.
+        collateral_interval: interval of `collateral`, likewise.
+        collateral_spread: how far each row moves `collateral`, `(rows,)`, as `told_apart` takes
+            it.
     """
 
     objective: str
@@ -70,7 +73,7 @@ class Summary:
 
     @property
     def numbers(self) -> dict[str, Number]:
-        """Its effects, `e_u` first, and its collateral, by name."""
+        """The objective's effects, `e_u` first, and its collateral, by name."""
         effects = {
             effect_name(risk): (e, self.intervals.get(risk, UNKNOWN))
             for risk, e in self.effects.items()
@@ -79,7 +82,7 @@ class Summary:
 
     @property
     def forgets(self) -> bool:
-        """Whether the objective is made to raise the forget risk, not by the way or by rounding."""
+        """Whether the objective raises the forget risk by more than a side effect or rounding."""
         return self.verdict.startswith("forgets") or self.verdict == MOSTLY_HARM
 
 
@@ -139,13 +142,13 @@ def summarise(dataset: xr.Dataset) -> list[Summary]:
 def collateral_noise(
     effects: dict[str, float], collateral: float, errors: np.ndarray, spreads: np.ndarray
 ) -> tuple[float, np.ndarray]:
-    """By how much `collateral` may be off in its precision, and what rows move it by, `(rows,)`.
+    """Error of `collateral` from the result's precision, and how far each row moves it, `(rows,)`.
 
     Args:
-        effects: by risk, M.
-        collateral: of them; NaN: not defined, and nothing moves it.
-        errors: of the effects, `(M,)`.
-        spreads: what rows move the effects by, `(M, rows)`.
+        effects: effect on each of M risks.
+        collateral: collateral of these effects; NaN: not defined, and all that is returned is 0.
+        errors: errors of the effects, `(M,)`.
+        spreads: how far each row moves the effects, `(M, rows)`.
     """
     others = {risk: e for risk, e in effects.items() if risk != UNLEARN}
     if math.isnan(collateral) or not others:
@@ -157,10 +160,10 @@ def collateral_noise(
 
 
 def write_summary(dataset: xr.Dataset, file: Path) -> None:
-    """A CSV with a row an objective: loss, an effect and a cosine a risk, collateral, verdict.
+    """Write a CSV with a row an objective: loss, effects and cosines by risk, collateral, verdict.
 
-    Where they are known, the intervals of effects and collateral behind them.
-    Of a sweep also its string with ranges, its hyper-parameters, and whether it is on the front.
+    Intervals of effects and collateral follow, where they are known. Rows of a sweep also hold the
+    objective's string with ranges, its hyper-parameters, and whether it is on the Pareto front.
     """
     rows = summarise(dataset)
     swept = [n for n, c in dataset.coords.items() if c.dims == ("objective",) and n != "objective"]
@@ -197,16 +200,16 @@ def verdict_of(
     harm: Interval = UNKNOWN,
     cosine: Interval = UNKNOWN,
 ) -> str:
-    """An objective in a word or two: whether it forgets, and what that costs.
+    """The verdict on an objective in a word or two: whether it forgets, and at what cost.
 
     Args:
-        effects: on every risk.
-        cosines: with every risk's gradient; empty where they are not known.
-        collateral: of `collateral_of`.
-        negligible: the size below which an effect is none.
+        effects: effect on every risk.
+        cosines: cosine with every risk's gradient; empty where they are not known.
+        collateral: as `collateral_of` gives it.
+        negligible: the size up to which an effect counts as none.
         e_u: interval of the effect on the forget risk; NaN: not known.
-        harm: that of collateral.
-        cosine: that of the cosine with the forget risk's gradient.
+        harm: interval of collateral.
+        cosine: interval of the cosine with the forget risk's gradient.
     """
     if not all(map(math.isfinite, effects.values())):
         return "undefined (NaN)"
@@ -230,7 +233,7 @@ def _known(value: float, interval: Interval) -> list[float]:
 
 
 def _harm_words(collateral: float) -> str:
-    """What an objective that forgets costs, in a word or two."""
+    """The verdict on an objective that forgets, by its collateral."""
     if collateral <= 0:
         return "forgets, spares"
     if collateral < LITTLE_HARM:

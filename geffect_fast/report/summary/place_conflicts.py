@@ -1,4 +1,4 @@
-"""Where in rows gradients oppose the retain risk's: by position, and at which tokens."""
+"""Conflicts of gradients with the retain risk's by place: shares by position, and tokens."""
 
 from __future__ import annotations
 
@@ -34,12 +34,14 @@ MOST_SPANS, N_ROWS, N_TOKENS = 8, 3, 4
 
 @dataclass(frozen=True)
 class PlaceConflicts:
-    """What of gradients opposes the retain risk's at places: of forget rows where rows are known.
+    """Shares of gradients that oppose the retain risk's, by position, and the tokens behind them.
+
+    Where the result tells rows apart, only the forget rows count.
 
     Attributes:
-        spans: of positions, such as `8–15`.
-        opposed: by objective, `(n_spans,)` per cent.
-        rows: objective, row, and its tokens in words.
+        spans: spans of positions, such as `8–15`.
+        opposed: the opposing share of each span, `(n_spans,)` per cent, by objective.
+        rows: objective, row, and the row's tokens in words.
     """
 
     spans: list[str]
@@ -48,7 +50,7 @@ class PlaceConflicts:
 
     @staticmethod
     def of(dataset: xr.Dataset) -> PlaceConflicts | None:
-        """Those of a result, which may be lazy; None where they were not measured."""
+        """Read the conflicts of a result, which may be lazy; None where they were not measured."""
         if "place_mass" not in dataset:
             return None
         objectives, n = labels(dataset, "objective"), dataset.sizes["position"]
@@ -78,7 +80,7 @@ class PlaceConflicts:
 
 
 def _forget_rows(dataset: xr.Dataset) -> Iterator[xr.Dataset]:
-    """The result's forget rows, a few at a time; all of it where rows are summed."""
+    """The forget rows of a result, a few at a time; the whole result where rows are summed."""
     if "sample" not in dataset.dims:
         yield dataset
         return
@@ -88,9 +90,9 @@ def _forget_rows(dataset: xr.Dataset) -> Iterator[xr.Dataset]:
 
 
 def _masses(dataset: xr.Dataset) -> np.ndarray:
-    """Sizes of gradients and of what opposes, summed over parts of the model.
+    """Sizes of gradients and of their opposing part, summed over parts of the model.
 
-    `(2, objectives, rows, positions)`; one row where rows are summed.
+    The shape is `(2, objectives, rows, positions)`, with one row where rows are summed.
     """
     mass = dataset["place_mass"]
     against = (dataset["place_conflict_share"] * mass).fillna(0.0)
@@ -110,7 +112,7 @@ def _in_words(one: xr.Dataset) -> str:
     words = []
     for t in np.argsort(-against, kind="stable")[:N_TOKENS]:
         part = against[t] / against.sum()
-        if part >= 0.005:  # in whole percent, it is none
+        if part >= 0.005:  # smaller parts round to 0 %
             text = inline(visible(str(texts[t]), int(ids[t])))
             words.append(f"“{text}” {100 * part:.0f}% ({100 * against[t] / mass[t]:.0f})")
     return ", ".join(words)

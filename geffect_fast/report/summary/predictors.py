@@ -1,4 +1,4 @@
-"""How far effects at the original model tell what unlearning will change: pairs, rows, words."""
+"""Effects at the original model as predictors of what unlearning changes: rows and sentences."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ def is_against_effects(dataset: xr.Dataset) -> bool:
 
 
 def predictor_notes(dataset: xr.Dataset) -> list[str]:
-    """What predictors beside effects and collateral are, where there are such."""
+    """Lines that explain the predictors other than effects and collateral, where there are any."""
     there = {name.partition("_")[0] for name in dataset["predictor"].values.tolist()}
     return [line for word, line in _PREDICTORS if word in there]
 
 
 def measured_pairs(dataset: xr.Dataset) -> list[tuple[str, str]]:
-    """Metrics and sets of which there is a change."""
+    """Pairs of a metric and a set for which some run has a change."""
     there = dataset["change"].notnull().any("run")
     return [
         (metric, name)
@@ -56,13 +56,13 @@ def measured_pairs(dataset: xr.Dataset) -> list[tuple[str, str]]:
 
 
 def original_values(dataset: xr.Dataset) -> list[float]:
-    """What the original model has of every pair of `measured_pairs`."""
+    """The original model's number for every pair of `measured_pairs`."""
     of = dataset["value"].sel(model=ORIGINAL)
     return [float(of.sel(metric=metric, set=name)) for metric, name in measured_pairs(dataset)]
 
 
 def prediction_sentence(dataset: xr.Dataset) -> str:
-    """What the rank correlations came to, in words."""
+    """Sentences on the rank correlations: how many are told from chance, and the strongest."""
     n = dataset.sizes["run"]
     known = dataset["spearman"].notnull()
     if not bool(known.any()):
@@ -79,7 +79,7 @@ def prediction_sentence(dataset: xr.Dataset) -> str:
 
 
 def _strongest(dataset: xr.Dataset, name: str) -> str:
-    """Which predictor tells most metrics of a set, in a sentence; empty where there are none."""
+    """The sentence on the predictor that tells most metrics of a set; empty if it has none."""
     if name not in dataset["set"].values:
         return ""
     of = dataset.sel(set=name)
@@ -101,7 +101,7 @@ def _strongest(dataset: xr.Dataset, name: str) -> str:
 
 
 def run_rows(dataset: xr.Dataset) -> pd.DataFrame:
-    """A row a run: its predictors with their bounds, and every metric's value and change."""
+    """A table with a row a run: predictors with bounds, and every metric's value and change."""
     import pandas as pd
 
     rows = []
@@ -121,7 +121,7 @@ def run_rows(dataset: xr.Dataset) -> pd.DataFrame:
 
 
 def correlation_rows(dataset: xr.Dataset) -> pd.DataFrame:
-    """A row a predictor, metric and set: both coefficients with bounds and p-values."""
+    """A table with a row a predictor, metric and set: both coefficients, bounds and p-values."""
     names = ["n_runs", "beyond_noise"]
     for kind, p_value in (("spearman", "p_value"), ("kendall", "kendall_p_value")):
         names += [kind, f"{kind}_low", f"{kind}_high", p_value]

@@ -1,4 +1,4 @@
-"""Sentences on several runs: which removed most, and which at the least cost."""
+"""Sentences on several runs: those that removed most, and those that did so at the least cost."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ Row = dict[str, Any]
 
 
 def comparison_finding(both: xr.Dataset) -> str:
-    """Which of several runs removed most, and which at the least cost, as far as rows tell.
+    """Sentences that name the runs of most removal and of least cost, as far as the rows tell.
 
     Args:
-        both: of `geffect_fast.compare`.
+        both: result of `geffect_fast.compare`.
     """
     rows, share = comparison_rows(both), precision_error(both.attrs)
     spreads = comparison_spreads(both)
@@ -97,12 +97,12 @@ def comparison_finding(both: xr.Dataset) -> str:
 
 
 def _with(name: str, alike: list[str]) -> str:
-    """A run and those that the rows do not tell apart from it."""
+    """A run's name, followed by the runs that the rows do not tell from it."""
     return f"{name} (these rows do not tell it from {' and '.join(alike)})" if alike else name
 
 
 def _direction(value: float, interval: Interval) -> int:
-    """1 for a rise, -1 for none; 0 where its interval holds 0."""
+    """1 for a rise, -1 for a fall or no change, 0 where the interval holds 0."""
     if interval[0] <= 0 <= interval[1]:
         return 0
     return 1 if value > 0 else -1

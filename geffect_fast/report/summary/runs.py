@@ -1,4 +1,4 @@
-"""Several runs side by side in numbers: a row a run, with intervals, in all and as CSV."""
+"""Numbers of several runs side by side: a row a run, with intervals, and as CSV."""
 
 from __future__ import annotations
 
@@ -20,12 +20,14 @@ if TYPE_CHECKING:
 
 
 def comparison_rows(runs: xr.Dataset) -> list[dict[str, Any]]:
-    """What `geffect_fast.compare` found as a row a run, its columns by name.
+    """A row for each run of a comparison, its columns by name.
 
-    `risk_*` at the last step, `rise_*` since the first, `sum_of_effects_*` over the steps,
-    `correlation_*` of the first-order prediction by the actual update, `cost`, `verdict`;
-    `harm_at_equal_removal`, the rise of the worst other risk when the forget risk first had risen
-    by `equal_removal`, the most that it does in every run.
+    The columns are `risk_*` at the last step, `rise_*` since the first step, `sum_of_effects_*`
+    over the steps, `correlation_*` of the first-order prediction by the actual update with the
+    measured changes, `cost`, `verdict`, `equal_removal` and `harm_at_equal_removal`.
+    `equal_removal` is the largest rise of the forget risk that every run reaches.
+    `harm_at_equal_removal` is the rise of the worst other risk when the forget risk first had
+    risen by `equal_removal`.
     """
     removal, harms = at_equal_removal(runs)
     risks, rows = labels(runs, "risk"), []
@@ -45,11 +47,11 @@ def comparison_rows(runs: xr.Dataset) -> list[dict[str, Any]]:
 
 
 def comparison_intervals(runs: xr.Dataset) -> list[dict[str, Interval]]:
-    """The intervals of columns of `comparison_rows`, by name for each run; NaN: not known.
+    """Intervals of the columns of `comparison_rows`, by name for each run; NaN: not known.
 
-    Of `risk_*`, `rise_*`, `sum_of_effects_*`, `cost` and `harm_at_equal_removal`. That of a sum of
-    effects adds up the bounds of its steps, as the rows are the same at each: it is no narrower
-    than the sum's own.
+    `risk_*`, `rise_*`, `sum_of_effects_*`, `cost` and `harm_at_equal_removal` have intervals. The
+    interval of a sum of effects adds up the bounds of the steps, as the rows are the same at each
+    step. It is at least as wide as the sum's own interval.
     """
     of_last, of_sum = bounds_of(runs, "risk_value"), bounds_of(runs, "g_effect")
     of_last = None if of_last is None else of_last[:, :, -1]
@@ -67,9 +69,10 @@ def comparison_intervals(runs: xr.Dataset) -> list[dict[str, Interval]]:
 
 
 def comparison_spreads(runs: xr.Dataset) -> dict[str, np.ndarray]:
-    """What rows move columns of `comparison_rows` by, `(run, rows)` by name; 0 rows: not known.
+    """Amounts by which rows of data move columns of `comparison_rows`, `(run, rows)` by name.
 
-    Of `rise_*`, `cost` and `harm_at_equal_removal`.
+    The columns are `rise_*`, `cost` and `harm_at_equal_removal`. There are 0 rows where the
+    intervals are not known.
     """
     risks = labels(runs, "risk")
     unlearn = risks.index(UNLEARN)
@@ -97,10 +100,10 @@ def comparison_spreads(runs: xr.Dataset) -> dict[str, np.ndarray]:
 
 
 def at_equal_removal(runs: xr.Dataset) -> tuple[float, list[float]]:
-    """The largest rise of the forget risk that every run reaches, and each one's harm there.
+    """The largest rise of the forget risk that every run reaches, and each run's harm there.
 
-    Harm is the rise of the worst other risk, on a straight line between two steps. All are NaN
-    where a run never raises the forget risk, or there is no other risk.
+    Harm is the rise of the worst other risk, on a straight line between two steps. All numbers are
+    NaN where a run never raises the forget risk, or there is no other risk.
     """
     values = runs["risk_value"].transpose("run", "step", "risk").values
     with np.errstate(invalid="ignore"):  # infinity less infinity
@@ -115,14 +118,17 @@ def at_equal_removal(runs: xr.Dataset) -> tuple[float, list[float]]:
 
 
 def _crossing(removed: np.ndarray, target: float) -> tuple[int, float]:
-    """The place where a rise first reaches a target, and how far on the way to it from before."""
+    """The step at which a rise first reaches a target, by index, and the way to it from 0 to 1.
+
+    The way is the part of the distance from the step before at which the target lies.
+    """
     last = int((np.where(np.isfinite(removed), removed, -np.inf) >= target).argmax())
     before, after = removed[last - 1], removed[last]
     return last, float((target - before) / (after - before))
 
 
 def _between(values: np.ndarray, last: int, way: float) -> np.ndarray:
-    """Values on a straight line between the step before `last` and it, `way` from 0 to 1."""
+    """Values at `way`, from 0 to 1, on a straight line from the step before `last` to `last`."""
     between: np.ndarray = values[last - 1] + way * (values[last] - values[last - 1])
     return between
 
@@ -139,8 +145,8 @@ def write_comparison(runs: xr.Dataset, folder: Path) -> None:
     """Write `summary.csv` (a row a run) and `compare.csv` (run and step) into a folder.
 
     Args:
-        runs: of `geffect_fast.compare`.
-        folder: exists.
+        runs: result of `geffect_fast.compare`.
+        folder: an existing folder.
     """
     import pandas as pd
 

@@ -1,4 +1,4 @@
-"""Sentences on a step result: what it came to, from when on it cost more, what to trust."""
+"""Sentences on a step result: its outcome, its turning point, and which predictions to trust."""
 
 from __future__ import annotations
 
@@ -22,10 +22,11 @@ GOOD, OPEN, BAD = 0, 1, 2
 
 
 def turning_sentence(read: Steps) -> str:
-    """From which step on a further step of the lead objective costs more than it removes.
+    """The sentence on the step from which a further step costs more than it removes.
 
-    Where intervals are known, a step counts as one or the other where its whole interval of
-    collateral does, so that a turn is said where those before and after it do not overlap.
+    A further step is one on the lead objective. Where intervals are known, a step counts as costing
+    more, or as removing more, only where its whole interval of collateral says so. So a turn is
+    stated only where the intervals before and after it do not overlap.
     """
     lead, steps = read.objectives[0], read.steps
     costs = [
@@ -79,7 +80,7 @@ def turning_sentence(read: Steps) -> str:
 
 def _sides(read: Steps, costs: list[float], finite: np.ndarray) -> np.ndarray:
     """`GOOD`, `OPEN` or `BAD` for every step, `(S,)`."""
-    # NaN where the forget risk would not even rise
+    # a cost is NaN where the forget risk would not even rise
     bad = np.array([not cost <= MUCH_HARM for cost in costs])
     if read.collateral_bounds is None:
         return np.where(bad, BAD, GOOD)
@@ -88,7 +89,7 @@ def _sides(read: Steps, costs: list[float], finite: np.ndarray) -> np.ndarray:
 
 
 def _why(read: Steps, at: int, cost: float) -> str:
-    """What a further step does at one where it costs more than it removes."""
+    """The reason why a further step at `at` costs more than it removes."""
     if math.isnan(cost):
         return "the forget risk would fall"
     interval = interval_at(read.collateral_bounds, at, 0)
@@ -97,7 +98,7 @@ def _why(read: Steps, at: int, cost: float) -> str:
 
 
 def outcome_sentence(dataset: xr.Dataset) -> str:
-    """What the run removed, and at what cost; without a direction where the rows tell none."""
+    """The sentence on what the run removed, and at what cost, as far as the rows tell."""
     read, spreads = Steps.of(dataset), risk_spreads(dataset)
     outcome = Outcome.of(read.values, read.risks, spreads)
     moved = dict(zip(read.risks, spreads[-1] - spreads[0], strict=True))
@@ -124,7 +125,10 @@ def outcome_sentence(dataset: xr.Dataset) -> str:
 
 
 def _cost_words(outcome: Outcome, moved: dict[str, np.ndarray]) -> str:
-    """What removal cost the worst other risk, which is named where it is told from the others."""
+    """The clause on what removal cost the worst other risk.
+
+    The risk is named where the rows tell it from the other risks.
+    """
     low, high = outcome.cost_interval
     if max(outcome.cost, -math.inf if math.isnan(high) else high) <= 0:
         return ", at no cost elsewhere"
@@ -145,7 +149,7 @@ def _cost_words(outcome: Outcome, moved: dict[str, np.ndarray]) -> str:
 
 
 def trust_sentences(dataset: xr.Dataset) -> list[str]:
-    """A sentence a prediction: how well it holds, and when to trust it."""
+    """A sentence for each prediction: how well it holds, and how far to trust it."""
     sentences = []
     for name, by_risk in agreements(dataset).items():
         parts = [

@@ -1,4 +1,4 @@
-"""A step result in arrays: its totals, what a run came to, predictions against changes."""
+"""Numbers of a step result: totals in arrays, the run's outcome, predictions against changes."""
 
 from __future__ import annotations
 
@@ -54,13 +54,14 @@ class Steps:
 
     Attributes:
         steps: `(S,)` optimizer updates done.
-        objectives: their strings, the trained one (or else the first) in front.
-        risks: their names.
+        objectives: strings of K objectives, the trained one (or else the first) in front.
+        risks: names of M risks.
         effects: G-effects of the whole forget data `(S, K, M)`.
-        values: of the risks `(S, M)`.
-        effect_bounds: of intervals of the effects, low and high, `(2, S, K, M)`; None: not known.
-        value_bounds: those of the risks, `(2, S, M)`.
-        collateral_bounds: those of collateral, `(2, S, K)`.
+        values: values of the risks `(S, M)`.
+        effect_bounds: low and high bounds of the effects' intervals, `(2, S, K, M)`; None: not
+            known.
+        value_bounds: bounds of the risks' values, `(2, S, M)`, likewise.
+        collateral_bounds: bounds of collateral, `(2, S, K)`, likewise.
     """
 
     steps: np.ndarray
@@ -93,15 +94,15 @@ class Steps:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What the risks did from the first step to the last.
+    """The outcome of a run: changes of the risks from the first step to the last.
 
     Attributes:
         start: risks at the first step, by name.
-        change: how much they rose.
-        cost: rise of the worst other risk for a unit rise of the forget risk; NaN where that did
-            not rise.
-        verdict: a word or two, those of an objective's summary.
-        cost_interval: of `cost`, by the choice of rows; NaN where it is not known.
+        change: rise of each risk, by name.
+        cost: rise of the worst other risk for a unit rise of the forget risk; NaN where the forget
+            risk did not rise.
+        verdict: a verdict of the words that summaries of objectives use.
+        cost_interval: interval of `cost`, by the choice of rows; NaN where it is not known.
     """
 
     start: dict[str, float]
@@ -112,12 +113,13 @@ class Outcome:
 
     @staticmethod
     def of(values: np.ndarray, risks: list[str], spreads: np.ndarray | None = None) -> Outcome:
-        """Of risks over steps `(S, M)`.
+        """Make the outcome of the values of M risks over S steps.
 
         Args:
-            values: they.
-            risks: their names.
-            spreads: what rows move them by, `(S, M, rows)`, of `told_apart.risk_spreads`.
+            values: the risks' values, `(S, M)`.
+            risks: names of the risks.
+            spreads: how far each row moves the values, `(S, M, rows)`, as
+                `told_apart.risk_spreads` gives it.
         """
         start = dict(zip(risks, map(float, values[0]), strict=True))
         with np.errstate(invalid="ignore"):  # infinity less infinity
@@ -135,7 +137,13 @@ class Outcome:
 
 
 def cost_spread(change: dict[str, float], cost: float, moved: np.ndarray) -> np.ndarray:
-    """What rows move an outcome's cost by, `(rows,)`, from what they move the rises by."""
+    """The amounts by which each row moves an outcome's cost, `(rows,)`.
+
+    Args:
+        change: rise of each of M risks.
+        cost: cost of these rises.
+        moved: how far each row moves the rises, `(M, rows)`.
+    """
     effects = {risk: -rise for risk, rise in change.items()}
     return collateral_noise(effects, cost, np.zeros(len(effects)), -moved)[1]
 
@@ -146,13 +154,14 @@ class Agreement:
 
     Attributes:
         n: steps where both are finite.
-        correlation: Pearson's, over these steps; NaN with fewer than three or without variation.
-        same_sign: share of these steps where both have one sign.
+        correlation: Pearson's, over these steps; NaN with fewer than three steps or without
+            variation.
+        same_sign: share of these steps where both have the same sign.
         error: median of |measured - predicted| / |measured|.
-        sure_sign: lower bound of `same_sign`, of its 95 % interval (Wilson).
+        sure_sign: lower bound of the 95 % interval of `same_sign` (Wilson).
         in_size: whether predictions are within the stated factors of what was measured.
         until: the last step up to which nine tenths of the predictions are off by at most a half;
-            None where there is none, or no later step is worse.
+            None where there is no such step, or where it is the last of all.
     """
 
     n: int
@@ -165,7 +174,13 @@ class Agreement:
 
     @staticmethod
     def of(measured: np.ndarray, predicted: np.ndarray, steps: np.ndarray) -> Agreement:
-        """Of changes `(S,)` that led to these steps, NaN where there is none."""
+        """Compare changes with their predictions.
+
+        Args:
+            measured: measured change of the risk that led to each step, `(S,)`; NaN: none.
+            predicted: predicted change, `(S,)`; NaN: none.
+            steps: the steps, `(S,)`.
+        """
         both = np.isfinite(measured) & np.isfinite(predicted)
         x, y = predicted[both], measured[both]
         n = int(both.sum())
@@ -173,7 +188,7 @@ class Agreement:
             return Agreement(0, math.nan, math.nan, math.nan, None)
         correlation = math.nan
         if n >= FEW:
-            # each over its own largest size, so that squares neither overflow nor vanish
+            # scaled by the largest size of each, so that squares neither overflow nor vanish
             x0, y0 = (v / (np.abs(v).max() or 1.0) for v in (x, y))
             x0, y0 = x0 - x0.mean(), y0 - y0.mean()
             scale = math.sqrt(float(x0 @ x0) * float(y0 @ y0))
@@ -191,7 +206,7 @@ class Agreement:
 
     @property
     def words(self) -> str:
-        """Whether to trust the prediction."""
+        """Words on how far to trust the prediction."""
         if self.n < FEW or math.isnan(self.correlation):
             return "too few or too equal changes to tell"
         signs = self.same_sign >= MOST and self.sure_sign > 0.5
@@ -204,13 +219,13 @@ class Agreement:
 
 
 def _wilson_low(share: float, n: int) -> float:
-    """Lower bound of a share that was found in `n` cases."""
+    """Lower bound of the Wilson interval of a share that was found in `n` cases."""
     middle, width = share + Z**2 / (2 * n), share * (1 - share) / n + Z**2 / (4 * n**2)
     return (middle - Z * math.sqrt(width)) / (1 + Z**2 / n)
 
 
 def _in_size(predicted: np.ndarray, measured: np.ndarray) -> bool:
-    """Whether predictions are within the stated factors of what was measured, sign and all."""
+    """Whether predictions have the sign of the changes, and sizes within the stated factors."""
 
     def within(x: np.ndarray, y: np.ndarray, factor: float) -> np.ndarray:
         size_x, size_y = np.abs(x), np.abs(y)
@@ -228,7 +243,7 @@ def _in_size(predicted: np.ndarray, measured: np.ndarray) -> bool:
 
 
 def agreements(dataset: xr.Dataset) -> dict[str, dict[str, Agreement]]:
-    """An `Agreement` for every prediction of a step result that there is, and every risk."""
+    """An `Agreement` for every prediction that a step result holds, and every risk."""
     there = (name for name in PREDICTIONS if name in dataset)
     return {
         name: {
@@ -245,11 +260,11 @@ def agreements(dataset: xr.Dataset) -> dict[str, dict[str, Agreement]]:
 
 
 def write_step_summary(dataset: xr.Dataset, file: Path) -> None:
-    """A CSV with a row a step and objective: effects, risks, changes, predictions, norms, cosines.
+    """Write a CSV with a row a step and objective.
 
-    Also what metrics said of each data set, where they were measured.
-
-    What belongs to a step alone is repeated beside each of its objectives.
+    Its columns are effects, risks, changes, predictions, norms and cosines, and the numbers of
+    metrics on each data set, where they were measured. Numbers that belong to a step alone are
+    repeated for each of its objectives.
     """
     axes = ("step", "objective", "risk")
     kept = [str(name) for name in dataset if set(dataset[name].dims) <= set(axes)]
@@ -262,7 +277,7 @@ def write_step_summary(dataset: xr.Dataset, file: Path) -> None:
 
 
 def _measured(dataset: xr.Dataset) -> list[tuple[str, str]]:
-    """The metrics and sets of which there is a number at some step."""
+    """Pairs of a metric and a set with a number at some step."""
     known = dataset["measure"].notnull().any("step")
     return [
         (str(metric), str(name))
@@ -273,7 +288,7 @@ def _measured(dataset: xr.Dataset) -> list[tuple[str, str]]:
 
 
 def by_column(dataset: xr.Dataset, axis: str) -> xr.Dataset:
-    """The dataset with `name_label` in place of every variable that has this axis, for tables."""
+    """The dataset with a variable `name_label` for each label of an axis, for tables."""
     columns = {}
     for name, values in dataset.items():
         if axis not in values.dims:

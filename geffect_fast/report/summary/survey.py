@@ -1,4 +1,4 @@
-"""The survey's assessment (arXiv 2402.08787) as rows of one table, and its relearning by itself."""
+"""The survey's assessment (arXiv 2402.08787) as rows of one table, and its relearning alone."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _NOTE = (
 
 @dataclass(frozen=True)
 class SurveyRow:
-    """A row of the assessment: under which aspect, what it is, and a cell a model."""
+    """A row of the assessment: its aspect, its name, and a cell for each model."""
 
     aspect: str
     name: str
@@ -40,7 +40,7 @@ def is_survey(dataset: xr.Dataset) -> bool:
 
 
 def survey_columns(dataset: xr.Dataset) -> list[str]:
-    """Names of the models, and `original` where effects are of a model that is none of them."""
+    """Names of the models, and `original` where effects are of a model that is not among them."""
     axis = place_axis(dataset)
     assert axis is not None
     names = [str(name) for name in dataset[axis].values]
@@ -48,7 +48,7 @@ def survey_columns(dataset: xr.Dataset) -> list[str]:
 
 
 def survey_rows(dataset: xr.Dataset) -> list[SurveyRow]:
-    """The assessment; rows of which nothing is known are left out."""
+    """The rows of the assessment; rows without any number are left out."""
     rows = [*_measured(dataset), *_relearned(dataset), *_cost(dataset), *_effects(dataset)]
     extra = [""] if _has_own_column(dataset) else []
     width = len(survey_columns(dataset))
@@ -59,7 +59,7 @@ def survey_rows(dataset: xr.Dataset) -> list[SurveyRow]:
 
 
 def survey_notes(dataset: xr.Dataset) -> list[str]:
-    """What the rows are, and why cells are empty."""
+    """Notes on what the rows are, and on why cells are empty."""
     asked = json.loads(dataset.attrs["relearning"])
     rows = "all rows" if asked["n_rows"] == "all" else f"{asked['n_rows']} rows"
     note = _NOTE.format(updates=asked["steps"], rows=rows)
@@ -67,7 +67,7 @@ def survey_notes(dataset: xr.Dataset) -> list[str]:
 
 
 def relearning_of(dataset: xr.Dataset) -> xr.Dataset:
-    """The relearning of an assessment as `geffect_fast.relearn` returns one, without its rows."""
+    """The relearning of an assessment, in the form of `geffect_fast.relearn` but without rows."""
     axis = place_axis(dataset)
     names = {f"relearned{end}": f"value{end}" for end in ("", "_low", "_high")}
     found = dataset[[*names]].drop_vars("trained_on", errors="ignore")
@@ -130,7 +130,7 @@ def _cost(dataset: xr.Dataset) -> list[SurveyRow]:
 
 
 def _effects(dataset: xr.Dataset) -> list[SurveyRow]:
-    """Those of each model's own objective, then those of objectives that none was trained on."""
+    """Rows of effects: of each model's objective, then of objectives no model was trained on."""
     if "effect" not in dataset:
         return []
     trained = [str(name) for name in dataset["trained_on"].values]

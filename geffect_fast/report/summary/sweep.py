@@ -1,4 +1,4 @@
-"""A sweep as its report reads it: families of objectives, and which of one are the best."""
+"""A sweep in the form that its report reads: families of objectives, and the best of each."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ class SweptFamily:
     """Objectives of one string with ranges, or one objective alone.
 
     Attributes:
-        text: its string.
-        axes: its swept parameters; whether each is evenly spaced in the logarithm.
-        at: places of its objectives in the result, `(n,)`.
-        values: of every swept parameter, `(n,)` each.
+        text: string of the family.
+        axes: for each swept parameter, whether its values are evenly spaced in the logarithm.
+        at: indices of the family's objectives in the result, `(n,)`.
+        values: values of every swept parameter, `(n,)` each.
     """
 
     text: str
@@ -47,25 +47,29 @@ class SweptFamily:
     values: dict[str, np.ndarray]
 
     def point(self, i: int) -> str:
-        """The values of its `i`-th objective, such as `beta=0.1, alpha=2`."""
+        """The parameters of the family's `i`-th objective, such as `beta=0.1, alpha=2`."""
         return ", ".join(f"{name}={value[i]:.6g}" for name, value in self.values.items())
 
 
 @dataclass(frozen=True)
 class Swept:
-    """A result as the report of a sweep reads it; all arrays are `(objective,)`.
+    """The result of a sweep in the form that its report reads.
+
+    Arrays are `(objective,)` unless a shape is given.
 
     Attributes:
-        objectives: their strings.
+        objectives: strings of the objectives.
         e_u: effect on the forget risk.
         e_r: effect on the retain risk.
         collateral: rise of the worst other risk for a unit rise of the forget risk.
-        errors: by how much rounding may put `e_u`, `e_r` and `collateral` off, `(3, objective)`.
-        spreads: what each row moves them by, `(3, objective, rows)`, as `told_apart` takes it.
+        errors: errors that rounding may cause in `e_u`, `e_r`, `collateral`, `(3, objective)`.
+        spreads: how far each row moves the same three, `(3, objective, rows)`, as `told_apart`
+            takes it.
         rows: summaries of the objectives.
-        alike: of each objective those with the same effects, where it stands for them.
+        alike: names of the objectives with the same effects, by the index of the objective that
+            stands for them.
         front: whether an objective is on the Pareto front.
-        families: by string; those whose objectives all belong to others are left out.
+        families: the families. A family whose objectives all belong to others is left out.
     """
 
     objectives: list[str]
@@ -120,10 +124,11 @@ class Swept:
         return {name: self.rows[i].numbers[name] for name in NUMBERS}
 
     def picks(self, family: SweptFamily) -> dict[int, list[str]]:
-        """The best of a family by its place in it, and in what; empty where all are undefined.
+        """The best objectives of a family, by index in the family, each with what it is best in.
 
-        What the best is in is followed by how many are alike, where others are not told apart
-        from it by the rows or the precision; where none is told apart from it, nothing is best.
+        Where the rows or the precision do not tell others from the best, the number of all that
+        are alike follows, as in `least harm (3 alike)`. `all alike` means that nothing is best.
+        Empty where the effects of all are undefined.
         """
         e_u, e_r = self.e_u[family.at], self.e_r[family.at]
         errors, spreads = self.errors[:, family.at], self.spreads[:, family.at]
@@ -149,7 +154,7 @@ class Swept:
         return found
 
     def label(self, i: int, most: int = 3) -> str:
-        """An objective and, by name or number, those with the same effects that it stands for."""
+        """An objective's string, followed by the objectives with the same effects, if any."""
         same = self.alike.get(i, [])
         if not same:
             return self.objectives[i]
@@ -157,14 +162,14 @@ class Swept:
         return f"{self.objectives[i]} (the same: {', '.join(named)})"
 
     def ranked_front(self) -> np.ndarray:
-        """Places of the front's objectives, strongest removal first."""
+        """Indices of the front's objectives, strongest removal first."""
         at = np.flatnonzero(self.front)
         return at[np.argsort(self.e_u[at], kind="stable")]
 
 
 def _alike(dataset: xr.Dataset) -> dict[int, list[str]]:
-    """By the place of the objective that stands for them, those with the same effects."""
-    if "same_as" not in dataset.coords:  # of an earlier version
+    """Names of objectives with the same effects, by the index of the one that stands for them."""
+    if "same_as" not in dataset.coords:  # a result of an earlier version
         return {}
     names = labels(dataset, "objective")
     found: dict[int, list[str]] = {}
@@ -175,14 +180,14 @@ def _alike(dataset: xr.Dataset) -> dict[int, list[str]]:
 
 
 def is_sweep(dataset: xr.Dataset) -> bool:
-    """Whether a result is of `geffect_fast.sweep`."""
+    """Whether a result is one of `geffect_fast.sweep`."""
     return "sweep" in dataset.coords
 
 
 def highlights(dataset: xr.Dataset) -> xr.Dataset:
-    """A sweep's result for the best of its families and the front alone, some where they are many.
+    """A sweep's result, reduced to the best of its families and the front, `HIGHLIGHTS` at most.
 
-    What shows every objective by sample or token could not be read otherwise.
+    Views by sample or token give each objective room of its own and could not be read otherwise.
     """
     swept = Swept.of(dataset)
     best = {family.at[i] for family in swept.families for i in swept.picks(family)}

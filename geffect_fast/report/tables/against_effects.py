@@ -1,4 +1,4 @@
-"""Effects at the original model beside what unlearning changed, and how far one tells the other."""
+"""Tables for the terminal of effects at the original model beside what unlearning changed."""
 
 from __future__ import annotations
 
@@ -33,7 +33,10 @@ _MOST = 4
 
 
 def render_against_effects(dataset: xr.Dataset) -> RenderableType:
-    """Both tables, for `rich.console.Console.print`; of a few methods the first alone."""
+    """The table of effects beside changes, and that of rank correlations where there are any.
+
+    Both are for `rich.console.Console.print`. A few runs have no rank correlations.
+    """
     beside = Group(*render_beside(dataset), Text(_BESIDE_NOTE, style="dim"))
     if not bool(dataset["spearman"].notnull().any()):
         return Group(beside, Text(prediction_sentence(dataset)))
@@ -42,16 +45,17 @@ def render_against_effects(dataset: xr.Dataset) -> RenderableType:
 
 
 def render_beside(dataset: xr.Dataset) -> list[FittedTable]:
-    """A row a run: effects at the original model, and values and changes of every metric.
+    """Tables with a row a run: effects at the original model, every metric's value and change.
 
-    On the forget and the retain data, and of sets together; several tables where there are many.
+    The metrics are those on the forget data, on the retain data and over all sets together. One
+    table holds up to `_MOST` pairs of a metric and a set; further pairs go into further tables.
     """
     pairs = [pair for pair in measured_pairs(dataset) if pair[1] in ("forget", "retain", "all")]
     return [_beside(dataset, pairs[at : at + _MOST]) for at in range(0, len(pairs), _MOST)]
 
 
 def _beside(dataset: xr.Dataset, pairs: list[tuple[str, str]]) -> FittedTable:
-    """One of these tables, of some metrics and sets."""
+    """The table of effects beside the changes of some pairs of a metric and a set."""
     shown = [name for name in EFFECTS if name in dataset["predictor"].values]
     table = FittedTable(
         "effects at the original model beside what unlearning did",
@@ -84,7 +88,7 @@ def _beside(dataset: xr.Dataset, pairs: list[tuple[str, str]]) -> FittedTable:
 
 
 def render_ranks(dataset: xr.Dataset) -> FittedTable:
-    """A row a metric and set: the rank correlation of every predictor with its change."""
+    """A table with a row a metric and set: every predictor's rank correlation with the change."""
     predictors = dataset["predictor"].values.tolist()
     most = int(dataset["n_runs"].max())
     title = f"rank correlations over {most} runs"
@@ -98,7 +102,7 @@ def render_ranks(dataset: xr.Dataset) -> FittedTable:
 
 
 def _rank_cell(of: xr.Dataset, most: int) -> Text:
-    """A pair's coefficients; empty where fewer than `FEWEST` runs have both numbers."""
+    """Coefficients of a predictor and a change; empty where fewer than `FEWEST` runs have both."""
     value, n = float(of["spearman"]), int(of["n_runs"])
     if math.isnan(value):
         return Text("" if n < FEWEST else "–")
@@ -112,5 +116,5 @@ def _rank_cell(of: xr.Dataset, most: int) -> Text:
 
 
 def _short(metric: str) -> str:
-    """A metric's name on lines of its words, as columns of numbers are narrow."""
+    """A metric's name. A long one is broken after its first word, as columns are narrow."""
     return metric.replace("_", "_\n", 1) if len(metric) > 12 else metric

@@ -1,4 +1,4 @@
-"""What tables for the terminal are made of: cells, verdicts, and notes below."""
+"""Cells, verdicts and notes of the tables for the terminal."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ STYLES = {
 
 
 def with_interval(value: float, interval: Interval | None, spec: str = "+.3g") -> Text:
-    """A number, with its interval below it where that is known."""
+    """A number, with its interval on a line below where the interval is known."""
     text = Text(number(value, spec))
     if interval is not None and not any(map(math.isnan, interval)) and math.isfinite(value):
         text.append(f"\n{bounds(interval, spec)}", style="dim")
@@ -31,7 +31,7 @@ def with_interval(value: float, interval: Interval | None, spec: str = "+.3g") -
 
 
 def effect_cells(numbers: Mapping[str, Number]) -> list[Text]:
-    """Effects and collateral of an objective, as its summary names them."""
+    """Cells with an objective's effects and collateral, in the order of its summary."""
     specs = {"collateral": ".2f"}
     return [with_interval(*each, specs.get(name, "+.3g")) for name, each in numbers.items()]
 
@@ -42,9 +42,9 @@ def verdict_cell(verdict: str) -> Text:
 
 
 def covered(attrs: Mapping[str, Any]) -> list[Text]:
-    """What a result covers, whether that was checked, how precise it is.
+    """Notes on a result's coverage, whether the coverage was checked, the engine and precision.
 
-    Nothing for runs of older versions.
+    A result of an older version, which does not hold its coverage, has none.
     """
     if "covered_parameters" not in attrs:
         return []

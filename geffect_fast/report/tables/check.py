@@ -1,4 +1,4 @@
-"""A check for the terminal: a row a kind of layer, what is covered, and the verdict."""
+"""The tables of a check for the terminal: a row a kind of parameters, coverage and verdict."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ HEAD = ("kind", "captured by", "number", *QUANTITIES, "effects, abs.", "of limit
 
 
 def render_check(check: Check) -> Group:
-    """Everything about a check, for `rich.console.Console.print`."""
+    """The table, facts and verdict of a check, for `rich.console.Console.print`."""
     table = FittedTable(caption(check), HEAD, HEAD[:2])
     for kind in check.kinds:
         table.add_row(*kind_cells(kind), style=UNWANTED if kind.excess > 1 else "")
@@ -28,7 +28,7 @@ def render_check(check: Check) -> Group:
 
 
 def caption(check: Check) -> str:
-    """What was checked, on what."""
+    """The table's title: the objectives, and the samples that they were checked on."""
     return (
         f"{', '.join(check.objectives)} on {check.n_samples} samples ({check.n_tokens} tokens): "
         "geffect_fast against plain autograd, one sample at a time"
@@ -36,7 +36,7 @@ def caption(check: Check) -> str:
 
 
 def kind_cells(kind: KindCheck) -> list[str]:
-    """What was found of a kind of parameters, as `HEAD` names it."""
+    """The cells of a kind of parameters, in the columns of `HEAD`."""
     return [
         kind.kind,
         " + ".join(kind.rules) or "nothing",
@@ -48,7 +48,7 @@ def kind_cells(kind: KindCheck) -> list[str]:
 
 
 def verdict(check: Check) -> str:
-    """One sentence: exact or not, and where not."""
+    """One sentence that says whether the effects are exact, and where they are not."""
     if check.exact:
         within = f"within {check.tolerance:.0e} ({check.dtype})"
         if check.wider is not None:
@@ -68,7 +68,11 @@ def verdict(check: Check) -> str:
 
 
 def facts(check: Check) -> list[str]:
-    """Layout, what is covered, and whatever else is to be known, a sentence each."""
+    """Sentences on the layout and the coverage, one each.
+
+    Further sentences name tied parameters, a loss of the model's own, and parameters without a
+    gradient on these samples.
+    """
     layouts = {
         "packed": "several in one row",
         "equal_length": "those of one length side by side",
@@ -87,7 +91,7 @@ def facts(check: Check) -> list[str]:
 
 
 def note(check: Check) -> str:
-    """What the errors are relative to, and which of them are rounding."""
+    """The note below the table: what errors are relative to, and the limit of rounding."""
     relative = (
         "Largest errors, relative to the parameter's largest share (or, where that is more, a "
         "thousandth of the model's for norms, a millionth for effects and products). "

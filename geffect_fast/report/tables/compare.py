@@ -1,4 +1,4 @@
-"""Several runs side by side for the terminal: a row a run."""
+"""The table of several runs for the terminal: a row a run."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ NOTE = (
 def render_comparison(runs: xr.Dataset) -> Group:
     """The table of a comparison, for `rich.console.Console.print`."""
     risks, steps = labels(runs, "risk"), runs["step"].values
-    few = len(risks) == 2  # of more there is no room for all
+    few = len(risks) == 2  # with more risks there is no room for all rises
     rows, intervals = comparison_rows(runs), comparison_intervals(runs)
     plain = not has_intervals(runs)
     removal, gap = rows[0]["equal_removal"], " " if plain else "\n"

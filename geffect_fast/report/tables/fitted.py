@@ -1,4 +1,4 @@
-"""The one look of tables for the terminal, whose words and numbers are cut at no width."""
+"""The style of all tables for the terminal. At no width is a number cut or text left out."""
 
 from __future__ import annotations
 
@@ -20,17 +20,19 @@ _WRAPPED = 10
 
 @dataclass
 class FittedTable:
-    """A table as wide as its lines where there is room for them.
+    """A table that is as wide as its lines, where the terminal has room for them.
 
-    Else words wrap, then numbers with intervals, between their words; columns without room stand
-    below, beside those that name the rows again: the words before the first numbers, or the first.
+    Where there is less room, columns of words wrap first, then columns of numbers, between a
+    number and its interval. Columns that still find no room go into a further table below. Each
+    table begins with the columns that name the rows: the columns of words before the first column
+    of numbers, or the first column.
 
     Attributes:
-        title: of the table.
-        heads: of its columns.
-        words: the heads of those that hold words; all others hold numbers.
-        rows: cells, and the style of all of them.
-        sections: before which rows there is a line.
+        title: title of the table.
+        heads: heads of its columns.
+        words: heads of the columns that hold words. All others hold numbers.
+        rows: the cells of each row, and one style for all of them.
+        sections: numbers of the rows that have a line before them.
     """
 
     title: str
@@ -72,10 +74,15 @@ class FittedTable:
             yield table
 
     def _tables(self, known: Sequence[tuple[int, int]], width: int) -> Iterator[dict[int, int]]:
-        """The columns of each table with their widths, of the least and whole ones of all."""
+        """The columns of each table, by index, with their widths.
+
+        Args:
+            known: for each column the lengths of its longest word and of its longest line.
+            width: columns of the terminal.
+        """
         first = next((i for i, head in enumerate(self.heads) if head not in self.words), 1)
         names = [*range(max(first, 1))]
-        most = (width - _EDGES) // (len(names) + 1) - _GAP  # these and another fit always
+        most = (width - _EDGES) // (len(names) + 1) - _GAP  # names and one more column fit
         least = [
             min(most, max(narrow, min(_WRAPPED, whole)) if head in self.words else narrow)
             for head, (narrow, whole) in zip(self.heads, known, strict=True)
@@ -95,7 +102,7 @@ class FittedTable:
         known: Sequence[tuple[int, int]],
         width: int,
     ) -> dict[int, int]:
-        """Widths of columns beside each other: words give way first, then the widest numbers."""
+        """Widths of columns side by side. Words give way first, then the widest numbers."""
         room = width - _EDGES - _GAP * (len(shown) - 1)
         widths = {i: known[i][1] for i in shown}
         words = [i for i in shown if self.heads[i] in self.words]
@@ -110,7 +117,7 @@ class FittedTable:
 
 
 def _widths(texts: Sequence[Text]) -> tuple[int, int]:
-    """The longest word and the longest line of a column."""
+    """Lengths of the longest word and of the longest line of a column."""
     lines = [line for text in texts for line in text.plain.splitlines()]
     return (
         max((cell_len(word) for line in lines for word in line.split()), default=0),

@@ -1,4 +1,4 @@
-"""The tables of measures for the terminal: evaluations, controls, relearnings."""
+"""The tables of measures for the terminal: evaluations, surveys, controls, relearnings."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _COLUMNS = 6
 
 
 def render_measures(dataset: xr.Dataset) -> RenderableType:
-    """Measures of any kind, for `rich.console.Console.print`."""
+    """The tables of measures of any kind, for `rich.console.Console.print`."""
     if is_survey(dataset):
         return render_survey(dataset)
     if is_control(dataset):
@@ -49,7 +49,7 @@ def render_measures(dataset: xr.Dataset) -> RenderableType:
 
 
 def render_evaluation(dataset: xr.Dataset) -> RenderableType:
-    """Measures of one model, or of several below each other, for `rich.console.Console.print`."""
+    """The table of measures of one or several models, for `rich.console.Console.print`."""
     axis, sets = place_axis(dataset), measured_sets(dataset)
     words = [*([] if axis is None else [axis]), "metric", "number"]
     table = FittedTable("measures", [*words, *sets], words)
@@ -65,7 +65,7 @@ def render_evaluation(dataset: xr.Dataset) -> RenderableType:
 
 
 def render_survey(dataset: xr.Dataset) -> RenderableType:
-    """The survey's assessment in one table, for `rich.console.Console.print`."""
+    """The survey's assessment as one table, for `rich.console.Console.print`."""
     words = ["aspect", "measure"]
     table = FittedTable("the survey's assessment", [*words, *survey_columns(dataset)], words)
     aspect = ""
@@ -79,7 +79,7 @@ def render_survey(dataset: xr.Dataset) -> RenderableType:
 
 
 def render_control(dataset: xr.Dataset) -> RenderableType:
-    """Shares and measures of the methods, for `rich.console.Console.print`."""
+    """The tables of a control's shares and measures, for `rich.console.Console.print`."""
     table = FittedTable("share kept of each method", share_head(dataset), ["method"])
     for row in share_rows(dataset):
         table.add_row(*row)
@@ -88,7 +88,7 @@ def render_control(dataset: xr.Dataset) -> RenderableType:
 
 
 def render_relearning(dataset: xr.Dataset) -> RenderableType:
-    """Measures of the models on the way, for `rich.console.Console.print`."""
+    """The table of a relearning's measures by step, for `rich.console.Console.print`."""
     steps = dataset["step"].values
     at = np.unique(np.linspace(0, len(steps) - 1, min(_COLUMNS, len(steps))).round().astype(int))
     words = ["metric", "set", "model"]
@@ -102,7 +102,7 @@ def render_relearning(dataset: xr.Dataset) -> RenderableType:
 
 
 def _note(dataset: xr.Dataset, left_out: int) -> str:
-    """What the table shows: brackets, its sets and models, and how many steps have no column."""
+    """The note on the brackets, the sets, the retrained model, and the steps without a column."""
     said = []
     if bool(dataset["value_low"].notnull().any()):
         said.append("In brackets: bounds by the choice of the rows.")

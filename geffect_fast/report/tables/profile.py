@@ -1,4 +1,4 @@
-"""A profile for the terminal: totals, parts of the model, and the instances behind them."""
+"""The tables of a profile for the terminal: totals, parts of the model, conflicts, instances."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ def render(dataset: xr.Dataset, places: PlaceConflicts | None = None) -> Rendera
     """All tables of a result, for `rich.console.Console.print`.
 
     Args:
-        dataset: without positions or tokens.
-        places: what those say of conflicts.
+        dataset: the result without positions or tokens.
+        places: conflicts with the retain risk by place; None: not measured.
     """
     groups = (group_table(dataset, risk) for risk in labels(dataset, "risk"))
     by_place = () if places is None else place_conflict_tables(places)
@@ -54,7 +54,7 @@ def render(dataset: xr.Dataset, places: PlaceConflicts | None = None) -> Rendera
 
 
 def totals_table(dataset: xr.Dataset) -> FittedTable:
-    """A row an objective: effect on and cosine with every risk, collateral, verdict."""
+    """A table with a row an objective: every risk's effect and cosine, collateral, verdict."""
     rows = summarise(dataset)
     table = FittedTable(
         f"G-effect of {len(rows)} objectives on {dataset.attrs['n_forget']} forget rows"
@@ -76,7 +76,7 @@ def totals_table(dataset: xr.Dataset) -> FittedTable:
 
 
 def group_table(dataset: xr.Dataset, risk: str) -> FittedTable | None:
-    """Signed shares of the effect on one risk by part of the model; None where parts are summed."""
+    """A table of signed shares of the effect on one risk by part; None where parts are summed."""
     placed = by_place(dataset, blocks=False)
     if placed is None:
         return None
@@ -93,7 +93,7 @@ def group_table(dataset: xr.Dataset, risk: str) -> FittedTable | None:
 
 
 def conflict_table(dataset: xr.Dataset) -> FittedTable | None:
-    """Conflicts with the retain risk by part of the model; None where they were not measured."""
+    """A table of conflicts with the retain risk by part of the model; None if not measured."""
     found = Conflicts.of(dataset)
     if found is None:
         return None
@@ -105,7 +105,7 @@ def conflict_table(dataset: xr.Dataset) -> FittedTable | None:
 
 
 def place_conflict_tables(found: PlaceConflicts) -> list[RenderableType]:
-    """Conflicts with the retain risk by position, and the tokens behind them."""
+    """Tables of conflicts with the retain risk by position, and of the tokens behind them."""
     table = FittedTable(BY_POSITION, ["objective", *found.spans], ["objective"])
     for name, shares_of in found.opposed.items():
         table.add_row(name, *(number(share, ".0f") for share in shares_of))
@@ -120,7 +120,7 @@ def place_conflict_tables(found: PlaceConflicts) -> list[RenderableType]:
 
 
 def instance_table(dataset: xr.Dataset) -> FittedTable | None:
-    """The forget row that each objective forgets most, and the one that costs `retain` most."""
+    """A table of the forget row each objective forgets most, and of the one that costs most."""
     effect = by_sample(dataset)
     if effect is None or not effect.sizes["sample"]:
         return None
@@ -136,7 +136,7 @@ def instance_table(dataset: xr.Dataset) -> FittedTable | None:
 
 
 def _extreme(effect: xr.DataArray) -> str:
-    """The row of most negative effect, of effects `(sample,)`."""
+    """The cell of the row of most negative effect, among effects `(sample,)`."""
     share = shares(effect.values)
     if not np.isfinite(share).all() or not (share < 0).any():
         return "none"

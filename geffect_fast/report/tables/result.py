@@ -1,4 +1,4 @@
-"""Any result for the terminal: the tables of its kind, and what they say in sentences."""
+"""Tables and sentences for the terminal, for a result of any kind."""
 
 from __future__ import annotations
 
@@ -25,7 +25,10 @@ if TYPE_CHECKING:
 
 
 def tables_and_sentences(dataset: xr.Dataset) -> tuple[RenderableType, tuple[str, ...]]:
-    """What a command prints of a result of any kind; measures and comparisons have tables alone."""
+    """The tables and the sentences that a command prints of a result of any kind.
+
+    Measures and comparisons have no sentences.
+    """
     if is_evaluation(dataset):
         return render_measures(dataset), ()
     if is_comparison(dataset):

@@ -1,4 +1,4 @@
-"""A step result for the terminal: some of its steps, what it came to, what first order is worth."""
+"""The tables of a step result for the terminal: steps, objectives, and first-order predictions."""
 
 from __future__ import annotations
 
@@ -59,7 +59,10 @@ def render_steps(dataset: xr.Dataset) -> RenderableType:
 
 
 def steps_table(dataset: xr.Dataset) -> FittedTable:
-    """Evenly spaced steps: risks, effects of the trained objective (or else the first), verdict."""
+    """A table of evenly spaced steps: risks, effects, collateral, verdict.
+
+    The effects are of the trained objective, or else of the first.
+    """
     read = Steps.of(dataset)
     lead, n_forget, last = read.objectives[0], dataset.attrs["n_forget"], read.steps[-1]
     what = f"Trained on {lead}" if "trained_objective" in dataset.attrs else f"Effects of {lead}"
@@ -94,7 +97,7 @@ def steps_table(dataset: xr.Dataset) -> FittedTable:
 
 
 def _of_step(dataset: xr.Dataset, objective: str) -> np.ndarray | None:
-    """Effects of an objective in the optimizer's metric, `(S, M)`; None where none is known."""
+    """Effects of an objective in the optimizer's metric, `(S, M)`; None where they are unknown."""
     if "step_effect" not in dataset or not np.isfinite(dataset["step_total"].values).any():
         return None
     effect = dataset["step_effect"].sel(objective=objective)
@@ -103,7 +106,7 @@ def _of_step(dataset: xr.Dataset, objective: str) -> np.ndarray | None:
 
 
 def trust_table(dataset: xr.Dataset) -> FittedTable | None:
-    """How well first order predicts every risk's changes; None where nothing was predicted."""
+    """A table of how well first order predicts each risk's changes; None without predictions."""
     found = agreements(dataset)
     if not found:
         return None

@@ -1,4 +1,4 @@
-"""A sweep for the terminal: the best values of each family, and the Pareto front."""
+"""The tables of a sweep for the terminal: the best of each family, and the Pareto front."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def render_sweep(dataset: xr.Dataset) -> RenderableType:
 
 
 def families_table(swept: Swept, n_forget: int) -> FittedTable:
-    """Of each family the values that remove most, that harm least, and with least collateral."""
+    """A table of each family's values of strongest removal, least harm and least collateral."""
     n = len(swept.objectives)
     table = FittedTable(
         f"{n} objectives on {n_forget} forget rows: the best of each family",
@@ -64,7 +64,7 @@ def families_table(swept: Swept, n_forget: int) -> FittedTable:
 
 
 def front_table(swept: Swept) -> FittedTable:
-    """The Pareto front, strongest removal first."""
+    """A table of the Pareto front, strongest removal first."""
     n = int(swept.front.sum())
     table = FittedTable(
         f"Pareto front: {n} not beaten in both removal and harm",
@@ -77,7 +77,7 @@ def front_table(swept: Swept) -> FittedTable:
 
 
 def _shown(swept: Swept) -> np.ndarray:
-    """What of the front is listed: where they are many, some of those that remove anything."""
+    """Indices of the front's objectives to list: of many, some of those that remove anything."""
     front = swept.ranked_front()
     if len(front) > FRONT_SHOWN:
         removing = front[swept.e_u[front] < 0]

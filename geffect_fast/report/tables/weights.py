@@ -1,4 +1,4 @@
-"""The best token weights for the terminal: what they reach, which tokens they take and spare."""
+"""The tables of the best token weights for the terminal: their effects, tokens taken and spared."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ ROUNDING = 1e-12
 
 
 def render_weights(best: xr.Dataset) -> Group:
-    """Everything about weights of `geffect_fast.optimal_weights`, for `rich.console.Console.print`.
+    """The tables of weights of `geffect_fast.optimal_weights`, for `rich.console.Console.print`.
 
-    What is reached is compared with `ga`, all of whose weights are 1.
+    The effects of the weights are compared with those of `ga`, all of whose weights are 1.
     """
     full = best.attrs["max_weight"]
     weight = best["weight"].values
@@ -40,7 +40,7 @@ def render_weights(best: xr.Dataset) -> Group:
 
 
 def reached(best: xr.Dataset) -> str:
-    """One sentence: how much of ga's removal is kept, and how much of its harm."""
+    """One sentence on how much of ga's removal and how much of its harm the weights keep."""
     kept, harm = _compared(best, *_effects(best))
     return f"The best weights keep {kept} of ga's removal and {harm} of its harm."
 
@@ -61,7 +61,7 @@ def _reached(best: xr.Dataset) -> FittedTable:
 
 
 def _effects(best: xr.Dataset) -> list[float]:
-    """`e_u` and `e_r` of the weights, as they are printed."""
+    """`e_u` and `e_r` of the weights, as printed: 0 where only rounding is left."""
     return [
         _unrounded(float(best[name]), best["weight"] * best[f"token_{name}"])
         for name in ("e_u", "e_r")
@@ -69,25 +69,25 @@ def _effects(best: xr.Dataset) -> list[float]:
 
 
 def _of_ga(best: xr.Dataset) -> list[float]:
-    """Those of ga."""
+    """`e_u` and `e_r` of `ga`, as printed."""
     tokens = (best["token_e_u"], best["token_e_r"])
     return [_unrounded(float(shares.sum()), shares) for shares in tokens]
 
 
 def _unrounded(value: float, added: xr.DataArray) -> float:
-    """A sum of numbers, or one of them; 0 where it is rounding beside them."""
+    """A sum of `added`, or one of them; 0 where the value is rounding beside their sizes."""
     return 0.0 if abs(value) <= ROUNDING * float(abs(added).sum()) else value
 
 
 def _interval(best: xr.Dataset, name: str) -> Interval | None:
-    """That of an effect, where it is known."""
+    """The interval of an effect; None where it is not known."""
     if f"{name}_low" not in best:
         return None
     return float(best[f"{name}_low"]), float(best[f"{name}_high"])
 
 
 def _compared(best: xr.Dataset, e_u: float, e_r: float) -> tuple[str, str]:
-    """Removal and harm in percent of ga's; a dash where ga has none."""
+    """Removal and harm in percent of those of `ga`; a dash where `ga` has none."""
     ga_u, ga_r = _of_ga(best)
     kept = f"{number(100 * e_u / ga_u, '.1f')} %" if ga_u < 0 else "–"
     if e_r >= 0:
@@ -113,7 +113,7 @@ def _counts(best: xr.Dataset) -> str:
 
 
 def _tokens(best: xr.Dataset, chosen: np.ndarray, by: str, title: str) -> FittedTable:
-    """The first tokens of a choice, those whose effect `by` is lowest first."""
+    """A table of the chosen tokens whose effect `by` is lowest, the lowest first."""
     table = FittedTable(title, ["token", "e_u", "e_r", "row", "question"], ["token", "question"])
     effect = np.where(chosen, best[by].values, np.inf)
     for flat in effect.argsort(axis=None, kind="stable")[: min(TOKENS_SHOWN, int(chosen.sum()))]:

@@ -1,1 +1,1 @@
-"""The token view: which tokens an objective attacks, in a terminal and as a page."""
+"""The token view: the tokens that an objective attacks, in a terminal and as a page."""

@@ -1,4 +1,4 @@
-"""How a token's effect looks: nine steps either side of zero, in the terminal and in HTML alike."""
+"""Levels of effects, nine on either side of zero, and their colours in terminals and in HTML."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ SCALE_NOTE = (
 
 GROUND = {"light": "#ffffff", "dark": "#15181d"}
 INK = {"light": "#1b1b1b", "dark": "#f2f2f2"}
-# Blue and orange of one lightness (Oklch 0.72 and 0.52) are told apart by every kind of colour
-# vision, and neither says "more" than the other.
+# Blue and orange have the same lightness (Oklch 0.72 on light ground, 0.52 on dark). Every kind of
+# colour vision tells them apart, and neither looks like more than the other.
 WANTED = {"light": "#43acfb", "dark": "#196ea9"}
 UNWANTED = {"light": "#e78b30", "dark": "#9c5313"}
 SHADES_OF_256 = {
@@ -35,10 +35,10 @@ SHADES_OF_256 = {
 
 
 def robust_scale(values: np.ndarray) -> float:
-    """The size that full colour stands for; 0 where nothing is finite and nonzero.
+    """The size that full colour stands for; 0 where no value is finite and nonzero.
 
-    A quantile, so that a few large tokens do not blank out the others, and a tenth of the largest
-    where most tokens are rounding noise beside it.
+    The size is a quantile, so that a few large tokens do not make the others pale. It is at least a
+    tenth of the largest, for answers where most tokens are rounding noise beside the largest.
     """
     sizes = np.abs(values[np.isfinite(values)])
     if not sizes.size:
@@ -47,23 +47,23 @@ def robust_scale(values: np.ndarray) -> float:
 
 
 def levels(values: np.ndarray, scale: float) -> np.ndarray:
-    """Effects in ninths of the scale, rounded: int64 from -STEPS to STEPS, or `UNDEFINED`."""
+    """Levels of effects, in ninths of the scale: int64 from -STEPS to STEPS, or `UNDEFINED`."""
     finite = np.isfinite(values)
     ratio = np.where(finite, values, 0.0) / (scale or 1.0)
     return np.where(finite, np.rint(STEPS * np.clip(ratio, -1, 1)), UNDEFINED).astype(np.int64)
 
 
 def goodness(risk: str, level: int) -> int:
-    """The level, negative where the effect is unwanted: e_u above zero, any other below."""
+    """The level, made negative where the effect is unwanted: e_u above zero, any other below."""
     return -level if risk == UNLEARN and level != UNDEFINED else level
 
 
 def colour(good: int, theme: str) -> str:
-    """Background of a token, `#rrggbb`.
+    """The background of a token, `#rrggbb`.
 
     Args:
-        good: as `goodness` returns it; 0 is the ground of the page.
-        theme: `light`, for `INK["light"]` upon it, or `dark`.
+        good: a level that `goodness` returns; 0 gives the ground of the page.
+        theme: `light` or `dark`. The text on the background has the colour `INK[theme]`.
     """
     pole = (WANTED if good > 0 else UNWANTED)[theme]
     weight = min(abs(good), STEPS) / STEPS
@@ -77,7 +77,10 @@ def colour(good: int, theme: str) -> str:
 
 
 def mark(risk: str, level: int) -> str:
-    """What stands for colour where there is none: `-9` to `+9`, with `!` if that is unwanted."""
+    """The mark that stands in for a colour: `-9` to `+9`, with `!` where the effect is unwanted.
+
+    The mark of a zero level is `·`, and that of an undefined effect `?`.
+    """
     if level == UNDEFINED:
         return "?"
     if level == 0:
@@ -86,16 +89,17 @@ def mark(risk: str, level: int) -> str:
 
 
 def terminal_theme() -> str:
-    """`light` where the terminal says that its background is, as a few do, else `dark`."""
+    """`light` where the terminal reports a light background, as a few do, else `dark`."""
     background = os.environ.get("COLORFGBG", "").rpartition(";")[2]
     return "light" if background in ("7", *map(str, range(9, 16))) else "dark"
 
 
 def visible(text: str, token_id: int) -> str:
-    """A token's text with everything shown that would be invisible or change what is around it.
+    """A token's text, with all characters shown that are invisible or change the text around them.
 
-    A newline becomes `↵` and the newline, other control characters their pictures, invisible and
-    unassigned ones and those that reverse the text their numbers; a token without text is its id.
+    A newline becomes `↵` and the newline. Other control characters become their pictures.
+    Characters that are invisible, unassigned or reverse the text become their numbers. A token
+    without text becomes its id.
     """
     if not text:
         return f"⟨{token_id}⟩"
@@ -103,7 +107,7 @@ def visible(text: str, token_id: int) -> str:
 
 
 def inline(text: str) -> str:
-    """A visible token within a sentence: without the spaces around it, unless it is all spaces."""
+    """A visible token within a sentence, without spaces around it; spaces alone become `␣` each."""
     flat = text.replace("\n", "")
     return flat.strip() or "␣" * len(flat)
 
@@ -119,7 +123,7 @@ def _visible(character: str, alone: bool) -> str:
     if code == 0x7F:
         return "␡"
     kind = unicodedata.category(character)
-    joins = character in "\u200c\u200d" and not alone  # part of how Persian and emoji are written
+    joins = character in "\u200c\u200d" and not alone  # as in Persian and emoji
     if kind in ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp") and not joins:
         return f"⟨U+{code:04X}⟩"
     return character

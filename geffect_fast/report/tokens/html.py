@@ -1,4 +1,7 @@
-"""The token view as one HTML page that needs no network, and for its first objective no script."""
+"""The token view as one HTML page, and the values that its template is filled with.
+
+The page needs no network, and shows its first objective without a script.
+"""
 
 from __future__ import annotations
 
@@ -39,17 +42,17 @@ def tokens_html(
     rows: Sequence[int | str] | None = None,
     max_values: int = MAX_VALUES,
 ) -> str:
-    """The page: every objective to choose from, tokens coloured by e_u and by e_r, maps by group.
+    """The page of tokens coloured by e_u and by e_r, with maps by group and all objectives.
 
     Args:
-        dataset: as for `token_view`.
-        objective: the one shown first, which decides the order of samples; None: the first.
+        dataset: a result that `token_view` takes.
+        objective: the objective shown first, which decides the order of samples; None: the first.
         samples: how many forget rows; None: 20.
         by, rows: as for `token_view`.
-        max_values: how many numbers it may hold; the page says what is left out.
+        max_values: how many numbers the page may hold. The page says what is left out.
 
     Raises:
-        InputError: as `token_view`.
+        InputError: for the reasons that `token_view` gives.
     """
     view = token_view(
         dataset,
@@ -64,13 +67,13 @@ def tokens_html(
 
 
 def token_values(view: TokenView, level: int, script: bool = True) -> dict[str, Any]:
-    """What the template of the tokens is filled with.
+    """The values that the template of the token view is filled with.
 
     Args:
-        view: they.
-        level: of their heading.
-        script: whether a page of their own, or a part of one, has the script that chooses
-            objectives; else the view's first is shown.
+        view: the tokens.
+        level: level of the view's heading.
+        script: whether the page holds the script that chooses objectives. Without the script the
+            view's first objective is shown.
     """
     return {
         "script": script,
@@ -87,7 +90,7 @@ def token_values(view: TokenView, level: int, script: bool = True) -> dict[str, 
 
 
 def _risk(view: TokenView, m: int) -> dict[str, Any]:
-    """What the page says of a risk, and how its tokens look under the first objective."""
+    """The template's values for a risk: its words, and tokens under the first objective."""
     risk = view.risks[m]
     levels = view.levels(0, m)
     below, above = meaning(risk)
@@ -104,7 +107,7 @@ def _risk(view: TokenView, m: int) -> dict[str, Any]:
 
 
 def _objective(view: TokenView, k: int) -> dict[str, Any]:
-    """All that changes on the page with the objective; the script reads it as JSON."""
+    """The values that change on the page with the objective, which the script reads as JSON."""
     answers, risks = view.answers, range(len(view.risks))
     return {
         "heading": heading(view, k),
@@ -121,7 +124,7 @@ def _top(view: TokenView, k: int, m: int, answer: Answer) -> list[tuple[int, str
 
 
 def _code(risk: str, levels: np.ndarray) -> str:
-    """A letter a token: `a` most unwanted, `j` zero, `s` most wanted, `t` undefined."""
+    """Levels as a letter each: `a` most unwanted, `j` zero, `s` most wanted, `t` undefined."""
     return "".join(chr(ord("a") + STEPS + goodness(risk, int(level))) for level in levels)
 
 
@@ -130,5 +133,5 @@ def _exact(value: float) -> str:
 
 
 def _rounded(values: np.ndarray) -> list[float | None]:
-    """As many digits as `_exact` shows; JSON knows no NaN."""
+    """Values with as many digits as `_exact` shows; None for NaN, which JSON does not know."""
     return [float(f"{value:.5g}") if np.isfinite(value) else None for value in values]

@@ -1,4 +1,4 @@
-"""The token view in a terminal: tokens upon colours, or with their levels beneath them."""
+"""The token view in a terminal: tokens on coloured grounds, or with levels beneath them."""
 
 from __future__ import annotations
 
@@ -42,10 +42,10 @@ def tokens_text(view: TokenView, width: int | None = 80) -> str:
 
 
 class TerminalView:
-    """What `rich.console.Console.print` shows of a view's first objective.
+    """The tokens under a view's first objective, for `rich.console.Console.print`.
 
     Args:
-        view: as `token_view` returns it.
+        view: a view that `token_view` returns.
     """
 
     def __init__(self, view: TokenView) -> None:
@@ -91,14 +91,14 @@ def _row_name(answer: Answer) -> str:
 
 
 def _read(view: TokenView, answer: Answer) -> Iterator[tuple[int, slice]]:
-    """The answer, and those of its alternatives that the objective reads."""
+    """The answer and the alternatives that the objective reads: numbers, and places of tokens."""
     for sequence, tokens in answer.sequences.items():
         if sequence == 0 or view.values[0, :, :, tokens].any():
             yield sequence, tokens
 
 
 def _coloured(view: TokenView, answer: Answer, system: str) -> Iterator[tuple[str, Text]]:
-    """The answer and its alternatives, each once a risk upon colours: labels and texts."""
+    """Labels and coloured texts of the answer and its alternatives, one of each for every risk."""
     levels = [view.levels(0, m)[0] for m in range(len(view.risks))]
     for sequence, tokens in _read(view, answer):
         for risk, of_risk in zip(view.risks, levels, strict=True):
@@ -113,7 +113,7 @@ def _coloured_label(risk: str, sequence: int) -> str:
 
 
 def _marked(view: TokenView, answer: Answer, width: int) -> Iterator[tuple[str, Text]]:
-    """The answer and its alternatives, the levels of all risks beneath, line by line."""
+    """Labels and lines of the answer and its alternatives, with every risk's levels beneath."""
     levels = [view.levels(0, m)[0] for m in range(len(view.risks))]
     for sequence, tokens in _read(view, answer):
         cells = [
@@ -130,7 +130,10 @@ def _marked(view: TokenView, answer: Answer, width: int) -> Iterator[tuple[str, 
 
 
 def _lines(cells: list[tuple[str, ...]], width: int) -> Iterator[list[str]]:
-    """Tokens and marks beneath them, as many as fit on a line: a line of each."""
+    """Lines of tokens with lines of marks beneath them, as many tokens as fit on a line.
+
+    Each item holds one line of tokens and one line of marks for every risk.
+    """
     lines = [""] * len(cells[0])
     used = 0
     for text, *marks in cells:
@@ -153,7 +156,7 @@ def _lines(cells: list[tuple[str, ...]], width: int) -> Iterator[list[str]]:
 
 
 def _pieces(text: str, width: int) -> list[str]:
-    """A token longer than a line, cut."""
+    """The text of a token, cut into pieces where it is longer than a line."""
     pieces = [""]
     for character in text:
         if cell_len(pieces[-1] + character) > width:
@@ -163,7 +166,7 @@ def _pieces(text: str, width: int) -> list[str]:
 
 
 def _totals(view: TokenView, answer: Answer) -> Iterator[tuple[str, Text]]:
-    """What the answer's effects add up to, and which tokens bring most of them."""
+    """Labels and lines with the sum of the answer's effects and the tokens that bring most."""
     for m, risk in enumerate(view.risks):
         text = Text(number(view.total(0, m, answer), "+.2e"))
         strongest = view.strongest(0, m, answer)
@@ -182,7 +185,7 @@ def _grid(rows: Iterable[tuple[str, Text]], width: int) -> Table:
 
 
 def _label_width(view: TokenView, coloured: bool) -> int:
-    """Columns of a terminal left of the texts."""
+    """Width of the labels on the left of the texts, in columns of the terminal."""
     names = [effect_name(risk) for risk in view.risks]
     labels = [f"{name} in all" for name in names] + list(map(_row_name, view.answers))
     last = max(
@@ -196,20 +199,20 @@ def _label_width(view: TokenView, coloured: bool) -> int:
 
 
 def _style(good: int, system: str) -> Style:
-    """Of a token: a background and what can be read on it; unwanted ones are underlined."""
+    """The style of a token: a background with readable text. Unwanted tokens are underlined."""
     if good == UNDEFINED:
         return Style(reverse=True, bold=True)
     if good == 0:
         return Style()
     underline = good < 0
-    if system in ("standard", "windows"):  # sixteen colours, whose shades nobody knows
+    if system in ("standard", "windows"):  # sixteen colours, of unknown shades
         name = "cyan" if good > 0 else "yellow"
         if abs(good) <= STEPS // 2:
             return Style(color=name, underline=underline)
         return Style(color="black", bgcolor=name, underline=underline)
     theme = terminal_theme()
     background = colour(good, theme)
-    if system == "256":  # rich would take the nearest of them, which may be red or teal
+    if system == "256":  # rich would take the nearest, which may be red or teal
         shades = SHADES_OF_256[theme][good > 0]
         background = f"color({shades[(abs(good) - 1) * len(shades) // STEPS]})"
     return Style(color=INK[theme], bgcolor=background, underline=underline)

@@ -1,6 +1,6 @@
-"""Which words an objective attacks, and which of them cost retention: the numbers of the view.
+"""Numbers of the token view: the tokens that an objective attacks, and those that cost retention.
 
-`tokens_text` and `tokens_html` make of them what people look at.
+`tokens_text` and `tokens_html` present these numbers.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ class Answer:
     """One sample of a view.
 
     Attributes:
-        row: its number in its data set.
-        data: `forget` or `retain`.
-        question: on one line.
-        sequences: where its answer and then its alternatives lie on the view's token axis, by
-            their numbers, 0 for the answer.
+        row: number of the sample in its data set.
+        data: name of the data set, `forget` or `retain`.
+        question: the question, on one line.
+        sequences: places of the answer and then of its alternatives on the view's token axis, by
+            number, 0 for the answer.
     """
 
     row: int
@@ -50,26 +50,26 @@ class Answer:
 
     @property
     def tokens(self) -> slice:
-        """Where all of it lies on the view's token axis."""
+        """The place of all its sequences on the view's token axis."""
         parts = [*self.sequences.values()] or [slice(0, 0)]
         return slice(parts[0].start, parts[-1].stop)
 
 
 @dataclass(frozen=True)
 class TokenView:
-    """Effects of a few samples by token; all their tokens lie end to end on one axis of n.
+    """Effects of a few samples by token. The tokens of all samples lie on one axis of length n.
 
     Attributes:
-        objectives: labels, the chosen one first.
-        risks: names.
+        objectives: labels of K objectives, the chosen one first.
+        risks: names of M risks.
         columns: `""`, the sum over groups, and then the groups if the result tells them apart.
         answers: the samples.
         ids: `(n,)` token ids.
         texts: n texts, made visible.
-        values: `(K, M, len(columns), n)` fp64.
-        scales: `(K, M)`, the size that full colour stands for, of each objective and risk.
-        n_rows: forget rows of the result.
-        left_out: what was asked for and did not fit, as sentences.
+        values: effects `(K, M, len(columns), n)` fp64.
+        scales: `(K, M)`, the size that full colour stands for, for each objective and risk.
+        n_rows: number of forget rows of the result.
+        left_out: sentences on samples and objectives that did not fit.
     """
 
     objectives: tuple[str, ...]
@@ -84,18 +84,19 @@ class TokenView:
     left_out: tuple[str, ...]
 
     def levels(self, objective: int, risk: int) -> np.ndarray:
-        """Levels of colour, `(len(columns), n)`, as `colours.levels`."""
+        """Levels of colour, `(len(columns), n)`, as `colours.levels` gives them."""
         return levels(self.values[objective, risk], float(self.scales[objective, risk]))
 
     def total(self, objective: int, risk: int, answer: Answer) -> float:
-        """The sum over an answer's tokens."""
+        """The sum of the effects of an answer's tokens."""
         return float(self.values[objective, risk, 0, answer.tokens].sum())
 
     def strongest(self, objective: int, risk: int, answer: Answer) -> list[tuple[int, float]]:
-        """The few tokens of most negative effect: what removes most, or what costs most.
+        """The few tokens of most negative effect, which remove most or cost most.
 
         Returns:
-            Places on the token axis, and shares of the answer's effects, sizes adding to 1.
+            Places on the token axis, and shares of the answer's effects. The sizes of all tokens'
+            shares add up to 1.
         """
         own = self.values[objective, risk, 0, answer.tokens]
         finite = np.where(np.isfinite(own), own, 0.0)
@@ -121,21 +122,22 @@ def token_view(
     all_objectives: bool = False,
     max_values: int | None = None,
 ) -> TokenView:
-    """The tokens of a few samples under one objective, or all.
+    """Read the tokens of a few samples under one objective, or under all objectives.
 
     Args:
         dataset: result of `geffect_fast.profile` with axes `sample` and `token`; may be lazy.
-        objective: its label; None: the first.
+        objective: label of the objective; None: the first.
         samples: how many forget rows; None: 5.
-        by: which: `first`, those of strongest `removal` (lowest e_u) or of most `damage` (lowest
-            e_r); None: first.
+        by: which forget rows: the `first`, those of strongest `removal` (lowest e_u) or those of
+            most `damage` (lowest e_r); None: first.
         rows: in place of both, row numbers of the forget set, or `retain:3` for the retain set's.
         all_objectives: whether the view holds the other objectives too.
-        max_values: how many numbers it may hold; samples and then objectives beyond are left out.
+        max_values: how many numbers the view may hold. Samples, and then objectives, beyond that
+            number are left out.
 
     Raises:
-        InputError: no token axis, several steps, an unknown objective, order or row, or
-            contradicting choices.
+        InputError: the result has no token axis or several steps, there is no such objective,
+            order or row, or the choices contradict each other.
     """
     if not has_tokens(dataset):
         raise InputError(
@@ -220,14 +222,14 @@ def _texts(effect: xr.DataArray, ids: np.ndarray) -> np.ndarray:
 
 
 def _sets(effect: xr.DataArray) -> np.ndarray:
-    """The data set of every sample."""
+    """The name of the data set of every sample."""
     if "set" not in effect.coords:
         return np.full(effect.sizes["sample"], FORGET, dtype=object)
     return effect["set"].values.astype(object)
 
 
 def _objective(effect: xr.DataArray, label: str | None) -> int:
-    """The place of an objective, however its label is spaced."""
+    """The index of an objective. Spaces and capitals in its label do not count."""
     known = [str(o) for o in effect["objective"].values]
     if label is None:
         return 0
@@ -252,7 +254,7 @@ def _samples(
     by: str | None,
     rows: Sequence[int | str] | None,
 ) -> list[int]:
-    """Places of the samples on their axis."""
+    """Indices of the chosen samples on their axis."""
     if rows is not None:
         if samples is not None or by is not None:
             raise InputError("rows: name the samples; leave samples and by out")
@@ -280,7 +282,7 @@ def _named(effect: xr.DataArray, rows: Sequence[int | str]) -> list[int]:
 
 
 def _place(row: Any, sets: np.ndarray, numbers: np.ndarray) -> int:
-    """Where a row such as `3` or `retain:3` lies."""
+    """The index of a row such as `3` or `retain:3` on the axis of samples."""
     data, colon, text = str(row).strip().rpartition(":")
     data = data if colon else FORGET
     own = numbers[sets == data]
@@ -294,12 +296,12 @@ def _place(row: Any, sets: np.ndarray, numbers: np.ndarray) -> int:
 
 
 def sequence_name(number: int) -> str:
-    """`answer`, or an alternative's number."""
+    """The name of a sequence: `answer`, or `alternative` with its number."""
     return f"alternative {number}" if number else "answer"
 
 
 def heading(view: TokenView, objective: int) -> str:
-    """What a view shows, in a line."""
+    """The heading of a view: its rows and its objective, in a line."""
     forget = sum(answer.data == FORGET for answer in view.answers)
     retain = len(view.answers) - forget
     parts = [f"{forget} of {view.n_rows} forget rows"] if forget else []
@@ -308,7 +310,7 @@ def heading(view: TokenView, objective: int) -> str:
 
 
 def meaning(risk: str) -> tuple[str, str]:
-    """What an effect below zero and one above it do."""
+    """Words for what an effect below zero does, and for what one above zero does."""
     if risk == UNLEARN:
         return "removes (wanted)", "reinforces"
     what = "retention" if risk == "retain" else risk
@@ -316,6 +318,6 @@ def meaning(risk: str) -> tuple[str, str]:
 
 
 def top_words(risk: str) -> str:
-    """What the tokens of most negative effect do."""
+    """Words for what the tokens of most negative effect do."""
     below = meaning(risk)[0]
     return "remove most" if risk == UNLEARN else f"{below.replace('costs', 'cost', 1)} most"
