@@ -1,1 +1,1 @@
-"""Models loaded, data prepared, and what is measured of them."""
+"""Loading of models, preparation of data, and every measurement: profiles, checks, evaluations."""

@@ -1,8 +1,8 @@
-"""`against_effects`: effects at the original model beside what unlearning did to every metric.
+"""`against_effects`: effects at the original model beside the changes of all metrics by unlearning.
 
-A run of `unlearn` is an objective with its hyper-parameters. Its *predictors* are what is known at
-the original model; its *changes* those of the metrics from that model to the unlearned
-one. Over the runs of a study, rank correlations say which predictor tells what.
+A run of `unlearn` is an objective with its hyper-parameters. Its *predictors* are numbers known at
+the original model. Its *changes* are the differences of the metrics between the original and the
+unlearned model. Rank correlations over the runs of a study say which predictor tells which change.
 """
 
 from __future__ import annotations
@@ -29,50 +29,51 @@ if TYPE_CHECKING:
     import xarray as xr
 
 ORIGINAL = "original"
-"""What the model before unlearning is called among models."""
+"""Name of the model before unlearning, among models."""
 
 Number = tuple[float, float, float]
-"""A number and its bounds, NaN where they are not known."""
+"""A number, its lower and its upper bound; bounds that are not known are NaN."""
 
 _SIGN = {"unlearn": "u", "retain": "r"}
 _BOUNDS = ("_low", "_high")
 _OF_ROWS = ("forget", "retain", "template", "data_format", "max_length", "date")
-"""What an evaluation takes from its runs where nobody says."""
+"""Fields that an evaluation takes from the config of its first run where they are not given."""
 
 
 def against_effects(
     runs: Sequence[str | Path | xr.Dataset] | Mapping[str, str | Path | xr.Dataset] | str | Path,
     measures: xr.Dataset | str | Path,
 ) -> xr.Dataset:
-    """How effects at the original model go with what unlearning did to every metric.
+    """Correlate effects at the original model with the changes of every metric by unlearning.
 
-    Of each run the effects at its step 0 are read, of the objective that it was trained on: `e_u`,
-    `e_r`, `collateral`, cosines, whatever other effects by objective and risk it holds, and
-    what first order predicts of its updates up to the next probe, where that is of the same step in
-    all runs: `update_u`, `<theta' - theta, grad R>`, which knows the optimizer, and where learning
-    rates differ `sgd_u`, `-lr e_u`, likewise of every risk.
+    The effects of a run are read at its step 0, for the objective that the run was trained on:
+    `e_u`, `e_r`, `collateral`, cosines, and any other effect by objective and risk. Where the next
+    probe is of the same step in all runs, the changes that first order predicts of the updates up
+    to that probe are read too: `update_u`, `<theta' - theta, grad R>`, which knows the optimizer,
+    and, where learning rates differ, `sgd_u`, `-lr e_u`; likewise for every risk.
 
     Args:
-        runs: of `unlearn`, from one model, at least two: folders or results, or a mapping of names
+        runs: at least two runs of `unlearn` from one model: folders or results, a mapping of names
             to them, or a folder that holds them.
-        measures: of `evaluate` along `model`: `original` and, under the runs' names, their models;
-            or the folder of such.
+        measures: a result of `evaluate` along `model`, with `original` and, under the runs' names,
+            the runs' models; or the folder of such a result.
 
     Returns:
-        The measures, and with them
+        The measures, and beside them
 
         `effect` (run, predictor) with `effect_low` and `effect_high`, by the choice of the rows;
         `change` (run, metric, set), the value of the unlearned model less the original's;
         `spearman` and `kendall` (predictor, metric, set) with `_low` and `_high`, bounds by drawing
-        the runs anew, `p_value` and `kendall_p_value`, and `n_runs`, of how many each is;
-        `beyond_noise`, whether `p_value` is below 0.05 and the bounds, where there are any, leave 0
-        out. All NaN, and False, of fewer than 5 runs.
+        the runs anew, `p_value` and `kendall_p_value`, and `n_runs`, the number of runs behind each
+        correlation; `beyond_noise`, whether `p_value` is below 0.05 and the bounds, where there are
+        any, leave 0 out. With fewer than 5 runs all correlations are NaN and `beyond_noise` is
+        False.
 
         Coordinates: `run`, with `objective`; `predictor`.
 
     Raises:
-        InputError: fewer than two runs; one without steps or of no one objective; runs of other
-            data; measures that lack a model.
+        InputError: there are fewer than two runs; a run has no steps, or was not trained on one
+            objective; runs are of different data; the measures lack a model.
 
     Examples:
         >>> found = gf.against_effects("study/", "measures/")
@@ -105,7 +106,7 @@ def against_effects(
 
 
 def _correlations(effects: np.ndarray, change: xr.DataArray) -> dict[str, Any]:
-    """Rank correlations of every predictor with every change, as variables of a result.
+    """Rank correlations of every predictor with every change, as a result's variables by name.
 
     Args:
         effects: `(run, predictor)`.
@@ -130,9 +131,10 @@ def _correlations(effects: np.ndarray, change: xr.DataArray) -> dict[str, Any]:
 
 
 def _without_rounding(effects: np.ndarray) -> np.ndarray:
-    """Effects to five digits: those of objectives that are the same at the original model are tied.
+    """Effects rounded to five digits, so that objectives with the same effects are tied.
 
-    Such as `ga` and `ga + kl`, or `npo` at any beta, which rounding alone would put in an order.
+    At the original model `ga` and `ga + kl` have the same effects, as has `npo` at any beta.
+    Rounding errors alone would put them in an order.
     """
     return np.array([[float(f"{value:.4e}") for value in row] for row in effects])
 
@@ -140,7 +142,11 @@ def _without_rounding(effects: np.ndarray) -> np.ndarray:
 def effects_of(
     runs: Sequence[str | Path | xr.Dataset] | Mapping[str, str | Path | xr.Dataset] | str | Path,
 ) -> xr.Dataset:
-    """`effect` (run, predictor) of runs, with bounds; see `against_effects`."""
+    """The variables `effect` (run, predictor), `effect_low` and `effect_high` of `against_effects`.
+
+    Raises:
+        InputError: as `against_effects` raises it for the runs.
+    """
     import xarray as xr
 
     opened = _opened(runs)
@@ -177,7 +183,11 @@ def effects_of(
 def _opened(
     runs: Sequence[str | Path | xr.Dataset] | Mapping[str, str | Path | xr.Dataset] | str | Path,
 ) -> dict[str, xr.Dataset]:
-    """Step results by the names of runs, each from step 0 on."""
+    """Results by step of all runs, by the runs' names.
+
+    Raises:
+        InputError: a result is not of a training on one objective, or does not begin at step 0.
+    """
     import xarray as xr
 
     if isinstance(runs, Mapping):
@@ -209,7 +219,7 @@ def _opened(
 
 
 def study_runs(folders: Sequence[str | Path]) -> list[str]:
-    """Run folders, of which one that is no run stands for the runs in it, in order of their names.
+    """Run folders. A folder that is no run itself is replaced by the runs in it, sorted by name.
 
     Raises:
         InputError: a folder holds no run, or a run is listed twice.
@@ -233,10 +243,11 @@ def study_runs(folders: Sequence[str | Path]) -> list[str]:
 
 
 def models_of_runs(runs: Sequence[str]) -> tuple[dict[str | int, str], str, UnlearnConfig]:
-    """The original and the runs' models by name, where its tokenizer is, and a run's config.
+    """The models by name, original first, the place of the tokenizer, and the first run's config.
 
     Raises:
-        InputError: a folder is none of `unlearn`, has no model, or they begin from several.
+        InputError: a folder is no run of `unlearn` or has no model, the runs begin from several
+            models, or a run is named as the original.
     """
     begun = {}
     for run in runs:
@@ -271,10 +282,10 @@ def models_of_runs(runs: Sequence[str]) -> tuple[dict[str | int, str], str, Unle
 
 
 def with_runs(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields of an evaluation with its runs written out, and the data of these where none is given.
+    """Fields of an evaluation with its runs listed, and with the first run's data as defaults.
 
     Raises:
-        InputError: as `study_runs` and `models_of_runs`.
+        InputError: as `study_runs` and `models_of_runs` raise it.
     """
     given = values["against_effects"]
     runs = study_runs([given] if isinstance(given, str) else given)
@@ -287,7 +298,11 @@ def with_runs(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _at_the_start(name: str, dataset: xr.Dataset) -> dict[str, Number]:
-    """What a run holds of its own objective at step 0, by predictor."""
+    """Values and bounds at step 0 of a run, for the objective that it was trained on, by predictor.
+
+    Raises:
+        InputError: `e_u` or `e_r` is not finite.
+    """
     first = dataset.isel(step=0).sel(objective=dataset.attrs["trained_objective"])
     found: dict[str, Number] = {}
     for variable, of_all in dataset.data_vars.items():
@@ -310,14 +325,15 @@ def _at_the_start(name: str, dataset: xr.Dataset) -> dict[str, Number]:
 
 
 def _number(dataset: xr.Dataset, name: str) -> float:
-    """A number of a result, NaN where it has none of that name."""
+    """The number `name` of a result; NaN where the result has no such variable."""
     return float(dataset[name]) if name in dataset else np.nan
 
 
 def _later_predictions(opened: Mapping[str, xr.Dataset]) -> dict[str, dict[str, Number]]:
-    """First-order changes by the updates up to the second probe, where all probe the same step.
+    """First-order changes by the updates up to the second probe, by run and predictor.
 
-    What `-lr e` predicts is left out where all have learned at one rate: it ranks as `e` does.
+    There are none unless all runs have a second probe at the same step. The changes `-lr e` are
+    left out where all runs have learned at one rate, since they rank as `e` does.
     """
     second = [each.isel(step=1) for each in opened.values() if each.sizes["step"] > 1]
     if len(second) < len(opened) or len({int(each["step"]) for each in second}) > 1:
@@ -337,6 +353,6 @@ def _later_predictions(opened: Mapping[str, xr.Dataset]) -> dict[str, dict[str, 
 
 
 def _rates_differ(probes: Sequence[xr.Dataset]) -> bool:
-    """Whether runs have learned at different rates, or by different schedules, up to a probe."""
+    """Whether the learning rates of runs at a probe differ, by their values or their schedules."""
     rates = {float(each["learning_rate"]) for each in probes if "learning_rate" in each}
     return len(rates) > 1

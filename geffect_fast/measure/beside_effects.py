@@ -1,4 +1,4 @@
-"""What stands beside effects: those of the step that is taken, conflicts, second derivatives."""
+"""Numbers beside effects: effects of the step that is taken, conflicts, second derivatives."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from geffect_fast.results.dataset import check_effects
 
 
 class TakenStep:
-    """The step that is taken next, as a measurement reads it: in the gradient's place, or beside.
+    """The step that is taken next. Its effects replace the gradient's, or stand beside them.
 
     Args:
         schedule: of the profile.
         metric: of the step.
-        gradients: finds those of the objectives, `(K, *shape)` by parameter.
+        gradients: function that finds the objectives' gradients, `(K, *shape)` by parameter.
 
     Attributes:
         metric: as given.
@@ -48,7 +48,7 @@ class TakenStep:
 
     @cached_property
     def whole(self) -> NextStep:
-        """The step itself, formed where it is asked for first."""
+        """The step itself, formed at the first access."""
         metric, read = self.metric, None
         if metric.reads != "none":
             chosen = metric.formed_of(self._schedule.objectives)
@@ -57,22 +57,25 @@ class TakenStep:
 
     @property
     def in_place(self) -> NextStep | None:
-        """The step in whose metric effects are measured; None: they are plain."""
+        """The step in whose metric effects are measured; None: effects are plain."""
         return None if self.metric.beside else self.whole
 
     def scale(self, directions: Mapping[str, Tensor]) -> None:
-        """Bring the risks' gradients `(M, *shape)` into the metric of effects, in place."""
+        """Multiply the risks' gradients `(M, *shape)` with `P`, in place, unless effects are plain.
+
+        The effects that momentum and weight decay add are found first, for `variables`.
+        """
         if self.in_place is not None:
             self._added = self.in_place.beside_gradient(directions)
             self._schedule.add_up_parts(self._added)
             self.in_place.scale(directions)
 
     def variables(self, directions: Mapping[str, Tensor], found: Effects) -> dict[str, Any]:
-        """What a result holds of the step beside `g_effect`, by name.
+        """The variables of a result about the step, beside `g_effect`, by name.
 
         Args:
-            directions: the risks' gradients, scaled.
-            found: by the engine, along them.
+            directions: the risks' gradients, after `scale`.
+            found: the engine's results along `directions`.
 
         Raises:
             NonFiniteError: an effect is not finite.
@@ -94,16 +97,18 @@ def effects_beside(
     gradients: Mapping[str, Tensor],
     mixture: Tensor,
 ) -> dict[str, Any]:
-    """`step_effect` (objective, risk, part of the model), and what goes with it, by name.
+    """The variables of a step beside plain effects, by name.
 
-    They are products of whole gradients, and rows are not run again for them.
+    These are `step_effect` (objective, risk, and parameter or group where that is an axis) and the
+    variables of `StepMetric.variables`. They are products of whole gradients, so no row is run
+    again for them.
 
     Args:
         schedule: of the profile.
         metric: of the step.
         directions: gradients of the risks, `(M, *shape)` by parameter.
-        gradients: of the objectives or their parts, `(n, *shape)`.
-        mixture: `(K, n)`, how often each of them counts in each objective's.
+        gradients: of the objectives or their parts, `(n, *shape)` by parameter.
+        mixture: `(K, n)`, how often each of `gradients` counts in each objective's gradient.
 
     Raises:
         NonFiniteError: an effect is not finite.
@@ -113,7 +118,7 @@ def effects_beside(
         schedule.plan.held, directions, gradients, mixture, metric.formed_of(objectives)
     )
     schedule.add_up_parts([effects, *beside])
-    values = torch.zeros(len(objectives), dtype=torch.float64)  # which were checked
+    values = torch.zeros(len(objectives), dtype=torch.float64)  # the real values were checked
     check_effects(effects, values, objectives, list(directions))
     variables = metric.variables(resolution, effects.sum(-1), beside)
     labels, columns = resolution.columns()
@@ -132,10 +137,10 @@ def conflicts_of(
     reference: Reference,
     tick: Tick,
 ) -> dict[str, Any]:
-    """`gradient_mass`, `conflict_share` and `fisher_trace` by name.
+    """The variables `gradient_mass`, `conflict_share` and `fisher_trace`, by name.
 
     Args:
-        schedule: of the profile, whose rows of the risks are run once more.
+        schedule: of the profile; the risks' rows are run once more.
         directions: gradients of the risks, `(M, *shape)` by parameter.
         gradients: of the objectives, `(K, *shape)`.
         reference: what the risks compare with.
@@ -164,10 +169,10 @@ def conflicts_of(
 def place_conflicts_of(
     schedule: Schedule, directions: Mapping[str, Tensor], reference: Reference, tick: Tick
 ) -> dict[str, Any]:
-    """`place_mass` and `place_conflict_share` by name: what `conflicts_of` says, place by place.
+    """The variables `place_mass` and `place_conflict_share`, by name: conflicts place by place.
 
     Args:
-        schedule: of the profile by position, whose rows of the objectives are run once more.
+        schedule: of the profile by position; the objectives' rows are run once more.
         directions: gradients of the risks, `(M, *shape)` by parameter.
         reference: what objectives compare with, prepared.
         tick: progress.
@@ -195,15 +200,16 @@ def place_conflicts_of(
 def gradient_masses(
     gradients: Mapping[str, Tensor], retain: Mapping[str, Tensor], resolution: Resolution
 ) -> Tensor:
-    """Sizes of gradients, and of what of them opposes the retain risk's, by part of the model.
+    """Masses of gradients, in all and of the entries that oppose the retain risk's gradient.
 
     Args:
-        gradients: the objectives', `(K, *shape)` by parameter.
-        retain: the retain risk's, of the parameter's shape.
-        resolution: says the parts.
+        gradients: of the objectives, `(K, *shape)` by parameter.
+        retain: of the retain risk, of each parameter's shape.
+        resolution: says whether places are parameters, groups, or the whole model.
 
     Returns:
-        `(n_parts, 2, K)` fp64: sums of absolute entries, and of those whose sign is another.
+        `(n_places, 2, K)` fp64: sums of absolute entries, over all entries and over those whose
+        sign is opposite to the retain risk's.
     """
     labels, columns = resolution.columns()
     n_objectives = len(next(iter(gradients.values())))
@@ -217,7 +223,11 @@ def gradient_masses(
 
 
 def check_second_order(risk: str, plan: Plan) -> None:
-    """Raise `InputError` where second derivatives would be of another risk, or of rounding."""
+    """Raise `InputError` where second derivatives would not be the risk's, or only rounding.
+
+    A risk other than `nll` may hold weights as constant. Weights of 16 bits round second
+    derivatives away.
+    """
     if risk != "nll":
         raise InputError(
             f"second_order: risk is '{risk}', which may hold weights as constant; use nll"
@@ -232,11 +242,11 @@ def check_second_order(risk: str, plan: Plan) -> None:
 def curvature_of(
     schedule: Schedule, step: TakenStep | None, gradients: Mapping[str, Tensor], tick: Tick
 ) -> dict[str, Any]:
-    """`step_curvature`, and `predicted_change_second` where the size of a step is known.
+    """The variable `step_curvature`, and with a known learning rate `predicted_change_second`.
 
     Args:
-        schedule: of the profile, whose risks are run once for each objective.
-        step: that is taken with an objective's gradient; None: the gradient itself.
+        schedule: of the profile; the risks' rows are run once for each objective.
+        step: that is taken with an objective's gradient; None: the gradient itself is the step.
         gradients: of the objectives, `(K, *shape)` by parameter.
         tick: progress.
 

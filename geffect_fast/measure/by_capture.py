@@ -1,4 +1,8 @@
-"""The numbers of `plain`, by capture: what profiles and the per-sample functions are made of."""
+"""The numbers of `plain_autograd`, computed by capture: by the reverse engine and by `functional`.
+
+Profiles and the per-sample functions are made of the same code, so checking these numbers checks
+them.
+"""
 
 from __future__ import annotations
 
@@ -39,9 +43,9 @@ from geffect_fast.objectives import NLL, Objective
 
 
 class CapturedNumbers:
-    """`Numbers` of a model, samples packed into batches as a profile packs them.
+    """`Numbers` of a model, from samples that are packed into batches as a profile packs them.
 
-    Of a model that ranks share out each has all of them in the end.
+    Where ranks share out the model, each rank has all numbers in the end.
 
     Args:
         plan: of the model.
@@ -79,7 +83,7 @@ class CapturedNumbers:
 
     @property
     def pairs(self) -> list[tuple[Batch, Batch]]:
-        """Every two batches, each with itself too."""
+        """All pairs of batches, among them each batch with itself."""
         batches = self.risk.batches
         return [(a, b) for x, a in enumerate(batches) for b in batches[x:]]
 
@@ -91,9 +95,10 @@ class CapturedNumbers:
         return once + sum(data_pass.n_tokens for data_pass in self.passes) + paired
 
     def compute(self, tick: Tick) -> Numbers:
-        """Effects by the reverse engine, norms and products by `geffect_fast.functional`."""
+        """Find effects by the reverse engine, norms and products by `geffect_fast.functional`."""
         self.plan.learned.served.clear()
-        # All of it is compared with plain autograd: functional need not show rows by itself.
+        # Plain autograd is compared with all of it, so functional need not show by itself that rows
+        # belong to their samples.
         self.plan.learned.shown.add((code_of(_sample_nll), ANY))
         return Numbers(self._effects(tick), *self._norms_and_products(tick))
 
@@ -131,7 +136,8 @@ class CapturedNumbers:
         while pairs:
             a, b = pairs.pop()
             larger = max(a, b, key=lambda batch: batch.n_samples)
-            # Ranks that share out the model all run the same: one alone could not run it again.
+            # Ranks that share out the model all run the same batches: one rank alone could not run
+            # a batch again.
             attempt = Attempt(larger, self.token_budget if plan.shards is None else None)
             with attempt:
                 rows, columns = torch.tensor(a.rows), torch.tensor(b.rows)
@@ -171,12 +177,12 @@ class CapturedNumbers:
 
 
 def _tokens(a: Batch, b: Batch) -> int:
-    """Tokens that the products of two batches run; one that is paired with itself runs once."""
+    """Tokens that the products of two batches run; a batch paired with itself runs once."""
     return a.total_tokens + (0 if a is b else b.total_tokens)
 
 
 def _sample_nll(model: nn.Module, given: Mapping[str, Any]) -> Tensor:
-    """Every sample's share of the mean negative log-likelihood, all logits computed."""
+    """Each sample's share of the mean negative log-likelihood, from all logits."""
     batch: Batch = given["batch"]
     kwargs: dict[str, Any] = {"input_ids": batch.input_ids, **without_cache(model)}
     kwargs |= positions(model, batch)

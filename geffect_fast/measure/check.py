@@ -1,7 +1,7 @@
 """`check`: the engine against plain autograd, one sample at a time, on a user's own model and data.
 
-Exact is a property of a model as much as of the engine: a module may do what no rule foresaw. So
-every parameter's effects, norms and inner products are computed both ways and compared.
+Exactness depends on the model as much as on the engine, since a module may do what no rule foresaw.
+So the effects, norms and inner products of every parameter are computed both ways and compared.
 """
 
 from __future__ import annotations
@@ -47,31 +47,33 @@ from geffect_fast.terminal import progress_bar
 
 QUANTITIES = ("effects", "norms", "products")
 SMALL = 1e-3
-"""Part of the model's largest gradient below which a parameter's own is measured against that: it
-is a difference of larger numbers, and no method that rounds on the way is precise there."""
+"""The least scale of errors, as a part of the model's largest norm (squared for effects and
+products). A smaller gradient is a difference of larger numbers, at which no method that rounds on
+the way is precise, so its errors are relative to this scale."""
 ALLOWANCE = 2.0
-"""How many times plain autograd's own rounding error is still rounding."""
+"""Multiple of plain autograd's own rounding error up to which an error is still rounding."""
 NOISE = 0.5
-"""An objective whose effects round by this much of the largest has none: it is at its minimum."""
+"""Part of an objective's largest effect that rounding errors reach only where the objective is at
+its minimum, so that its effects are nothing but rounding."""
 
 
 @dataclass(frozen=True)
 class KindCheck:
-    """What was found for all parameters of one kind, such as `q_proj` or `q_proj.bias`.
+    """The comparison for all parameters of one kind, such as `q_proj` or `q_proj.bias`.
 
     Mappings are by quantity: `effects`, `norms` and `products`.
 
     Attributes:
         kind: the coordinate `kind` of a profile.
-        rules: the rules of capture that served it; empty where it took no part.
-        n_parameters: how many there are.
+        rules: the rules of capture that served the kind; empty where no rule did.
+        n_parameters: number of parameters of the kind.
         relative: largest error, relative to the parameter's largest share, or to a thousandth
             (a millionth for effects and products) of the model's largest where that is more.
         absolute: largest error.
-        judged: what is held against `limit`: `relative`, or, against a wider precision, the root
-            mean square of all the relative errors, as the largest is a matter of chance then.
-        limit: what is still rounding.
-        worst: name of the parameter that is furthest off.
+        judged: the error that is compared with `limit`: `relative`, or, against a wider precision,
+            the root mean square of all relative errors, as the largest is a matter of chance then.
+        limit: largest error that is still rounding.
+        worst: name of the parameter with the largest error.
     """
 
     kind: str
@@ -94,21 +96,21 @@ class Check:
     """The result of a check.
 
     Attributes:
-        kinds: what was found, kind by kind, in the model's order.
-        coverage: what the numbers speak of.
+        kinds: the comparison, kind by kind, in the model's order.
+        coverage: the parameters that the numbers are of.
         uncovered: trainable parameters that have a gradient and that no rule captured.
         unreached: trainable parameters without any gradient on these samples, such as an expert
-            that no token was sent to; equal (zero) both ways, but hardly checked.
+            that no token was sent to. Both ways give zero for them, so they are hardly checked.
         dtype: the model's precision.
-        wider: the precision that errors were measured against; None: the model's own, which told
-            them from rounding.
+        wider: the precision that errors were measured against; None: the model's own, which was
+            enough to tell errors from rounding.
         tolerance: relative error that is always rounding.
         layout: how samples share a forward pass.
-        objectives: what was checked.
-        n_samples, n_tokens: on what.
-        own_loss: how the model's own loss differs from the risk; None: not.
-        rounding_measured: whether limits count what plain autograd rounds in the model's precision;
-            not where every error is within the tolerance.
+        objectives: the objectives that were checked.
+        n_samples, n_tokens: the samples that served the check, and the tokens of their answers.
+        own_loss: how the model's own loss differs from the risk; None: it does not.
+        rounding_measured: whether limits include the rounding errors of plain autograd in the
+            model's precision; these are not measured where every error is within the tolerance.
     """
 
     kinds: tuple[KindCheck, ...]
@@ -147,32 +149,34 @@ def check(
 ) -> Check:
     """Compare the engine with plain autograd on a few samples, parameter by parameter.
 
-    Compared are every sample's effect along the risk's gradient for each objective, its gradient's
-    norm, and the inner products of all pairs of samples. Plain autograd runs every sequence by
-    itself and differentiates the published formula, `n + K n` backward passes of one sample (8 for
-    4 samples and one objective), and sums in fp64; where `n` gradients would take more than a
-    quarter of free memory it takes `n (n + 1) / 2 + n + K n`, and holds two at a time. An error is
-    rounding where it is at most a tolerance: 1e-10 in fp64, 1e-5 in fp32, and, in the root mean
-    square against plain autograd in fp32 on the same weights, 2^-8 in bf16 and 2^-11 in fp16. Where
-    one is more in fp32 or 16 bits, it is rounding if it is at most the tolerance plus twice plain
-    autograd's own error, both against the wider precision (fp64, or fp32).
+    Three quantities are compared: every sample's effect along the risk's gradient for each
+    objective, the norm of every sample's gradient, and the inner products of the gradients of all
+    pairs of samples. Plain autograd runs every sequence by itself, differentiates the published
+    formula and sums in fp64. For `n` samples and `K` objectives it takes `n + K n` backward passes
+    of one sample (8 for 4 samples and one objective). Where `n` gradients would take more than a
+    quarter of free memory, it takes `n (n + 1) / 2 + n + K n`, and holds two gradients at a time.
 
-    A model that ranks share out (FSDP2) is checked by all of them together; of a whole one each
-    rank that calls this does all of it.
+    An error is rounding where it is at most a tolerance: 1e-10 in fp64, 1e-5 in fp32, and, in the
+    root mean square against plain autograd in fp32 on the same weights, 2^-8 in bf16 and 2^-11 in
+    fp16. A larger error in fp32 or 16 bits is still rounding if it is at most the tolerance plus
+    twice plain autograd's own error, both against the wider precision (fp64, or fp32).
+
+    Where ranks share out the model (FSDP2), all of them check it together. Of a whole model each
+    rank that calls this function does the whole check.
 
     Args:
         model, tokenizer: as for `profile`.
-        data: forget data as for `profile`; it serves as retain data as well.
+        data: forget data as for `profile`; the same rows serve as retain data.
         objectives: as for `profile`.
-        samples: how many rows of the data, or windows of plain text, the first ones.
+        samples: number of rows of the data, or windows of plain text, that are read from the start.
         refusals, reference_model, progress: as for `profile`.
         settings:
 
     Returns:
-        A `Check`; `check.exact` is the verdict.
+        A `Check`, whose `exact` is the verdict.
 
     Raises:
-        InputError, NonFiniteError, UnsupportedModelError: as `profile`.
+        InputError, NonFiniteError, UnsupportedModelError: as `profile` raises them.
 
     Examples:
         >>> gf.check(model, tokenizer, data="forget.jsonl").exact
@@ -209,7 +213,7 @@ def _checked(
     progress: bool,
     settings: dict[str, Any],
 ) -> Check:
-    """`check`, of a model that ranks share out by all of them together."""
+    """Do the work of `check`; where ranks share out the model, all of them come here together."""
     check_count("samples", samples)
     chosen = resolved_list(objectives)
     reading = checked_config(Reading, settings)
@@ -218,7 +222,7 @@ def _checked(
     prepared = prepare(
         model, tokenizer, Sources({"data": rows}, some), chosen, reading, reference_model
     )
-    # Of plain text, whose windows are samples, the first ones.
+    # Plain text becomes several samples, one for each window: keep the first ones.
     prepared = prepared.of_rows({"data": range(min(samples, len(prepared.sets["data"])))})
     sample_set, reference = prepared.sets["data"], prepared.reference
     token_budget = reading.token_budget
@@ -276,7 +280,7 @@ def _checked(
 
 
 def _check_finite(plain: Numbers, plan: Plan) -> None:
-    """Raise `NonFiniteError` naming the first parameter whose own gradient is not finite."""
+    """Raise `NonFiniteError` naming the first parameter whose gradient is not finite."""
     bad = ~(torch.isfinite(plain.norms).all(1) & torch.isfinite(plain.effects).all(2).all(0))
     if bad.any():
         name = list(plan.parameters)[int(bad.nonzero()[0])]
@@ -289,9 +293,9 @@ def _check_finite(plain: Numbers, plan: Plan) -> None:
 def _check_objectives(
     objectives: Sequence[Objective], found: _Comparison, dtype: torch.dtype
 ) -> None:
-    """Raise `InputError` naming the first objective whose effects are nothing but rounding."""
+    """Raise `InputError` naming the first objective whose effects are only rounding errors."""
     plain, rounding = found.plain, found.rounding
-    # Objectives are computed in fp32 at least; the gradient of one at its minimum is some 0.02 eps.
+    # Objectives are computed in at least fp32; one at its minimum has a gradient of about 0.02 eps.
     eps = torch.finfo(torch.promote_types(dtype, torch.float32)).eps
     for k, (objective, effects) in enumerate(zip(objectives, plain.effects, strict=True)):
         size = float(effects.abs().max())
@@ -305,20 +309,22 @@ def _check_objectives(
             )
 
 
-# ---- errors, and what is rounding ----
+# ---- errors, and the part of them that is rounding ----
 
 Errors = tuple[Tensor, Tensor]
-"""Relative and absolute errors of one quantity, `(P, K, C)` both; K is 1 but for effects."""
+"""Relative and absolute errors of one quantity, both `(P, K, C)`; K is 1 except for effects."""
 
 
 @dataclass(frozen=True)
 class _Comparison:
-    """What the captured numbers were compared with.
+    """The captured numbers' errors, and the numbers of plain autograd that they are measured by.
 
     Attributes:
-        plain: numbers of plain autograd, in the model's precision where they were needed.
+        plain: numbers of plain autograd, in the model's precision where that was computed, else in
+            the wider one.
         errors: of the captured numbers, in the order of `QUANTITIES`.
-        rounding: of plain autograd's in the model's precision; None where it was not needed.
+        rounding: errors of plain autograd in the model's precision, in the same order; None where
+            they were not needed.
         wider: the precision that errors are measured against; None: the model's own.
     """
 
@@ -331,10 +337,11 @@ class _Comparison:
 def _compared(
     ours: Numbers, plain_in: Callable[[torch.dtype], Numbers], dtype: torch.dtype, plan: Plan
 ) -> _Comparison:
-    """Compare with as few passes of plain autograd as tell rounding from a deviation.
+    """Compare by as few passes of plain autograd as are enough to tell rounding from a deviation.
 
-    Where errors are within the tolerance, plain autograd's own rounding is of no matter: in fp32
-    against plain autograd itself, in 16 bits, whose rounding is larger than that, against fp32.
+    Where errors are within the tolerance, plain autograd's own rounding does not matter. Errors in
+    fp32 are then measured against plain autograd in fp32. Errors in 16 bits are measured against
+    plain autograd in fp32, since the rounding of 16 bits is larger than the tolerance.
     """
     wider, tolerance = WIDER.get(dtype), TOLERANCE[dtype]
     if wider is None or dtype == torch.float32:
@@ -377,7 +384,7 @@ def _by_kind(
     found: _Comparison,
     tolerance: float,
 ) -> tuple[KindCheck, ...]:
-    """A row a kind, in the order of the model."""
+    """The comparison of each kind of parameter, in the order of the model."""
     # The largest error against a wider precision is a matter of chance.
     measure = _largest if found.wider is None else _root_mean_square
     members: dict[str, list[int]] = {}

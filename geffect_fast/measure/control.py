@@ -57,53 +57,59 @@ def control(
     progress: bool = False,
     **settings: Any,
 ) -> xr.Dataset:
-    """Unlearned models measured where each keeps the same of what it is to keep.
+    """Measure unlearned models at equal retention: mixed with the original until each keeps enough.
 
         theta(alpha) = (1 - alpha) theta_original + alpha theta_unlearned
 
     For each unlearned model the largest `alpha` is found at which the metric on the retain data is
     at least `tau` of the original's, and all metrics are measured there. Retention is measured on a
-    grid of `alpha` first, and the step of it in which retention is lost for good is halved until it
-    is at most `tolerance`. Nothing is done to the models given. In memory are the original, one
-    unlearned model, and one working model on the original's device; of an adapter the working model
-    is the copy of its base and what the adapter adds. The ranks of a process group share out the
-    rows, and each returns the whole result; the first of them saves. Models that `fully_shard`
-    wraps, which cannot be copied, are written to, and put back; it must have wrapped all of them.
+    grid of `alpha` first. The step of the grid in which retention is lost for good is then halved
+    until it is at most `tolerance`.
+
+    The models given are not changed. Memory holds the original, one unlearned model, and one
+    working model on the original's device. For an unlearned model with an adapter, the working
+    model is a copy of the adapter's base and the weights that the adapter adds. The ranks of a
+    process group share out the rows, and each returns the whole result; the first rank saves.
+    Models that `fully_shard` wraps cannot be copied, so they are written to and put back;
+    `fully_shard` must have wrapped all of the models.
 
     Args:
-        original: the model before unlearning, a module or the folder of one; also one with an
+        original: the model before unlearning, a module or the folder of one; it may have an
             adapter.
-        unlearned: one, several, or several by name: modules, or folders, which are loaded one after
-            another in the original's precision. Of the original's structure, or with a LoRA adapter
-            on it, or on the base of its adapter; adapters are mixed as adapters, exactly.
+        unlearned: one model, several, or several by name. Each is a module, or a folder; folders
+            are loaded one after another in the original's precision. A model has the original's
+            structure, or a LoRA adapter on the original, or one on the base of the original's
+            adapter. Adapters are mixed as adapters, exactly.
         tokenizer, holdout, probes, reference_model, retain_model: as `geffect_fast.evaluate` takes
             them.
-        retain: what must stay: what retention is measured on; as `geffect_fast.evaluate` takes it.
+        retain: what must stay, on which retention is measured; as `geffect_fast.evaluate` takes it.
             A metric of several sets together, such as model_utility, also reads its probes.
         forget: what must go; None: nothing is measured there.
-        save: a new folder; the model found for each method is written there, in a folder of its
-            name. Of two adapters what is written is one, whose rank is the sum of theirs.
+        save: a new folder; the model found for each method is written there, in a folder named as
+            the method. A mixture of two adapters is written as one, whose rank is the sum of
+            theirs.
         progress: show a bar.
         settings:
 
     Returns:
         A Dataset along `model`, the unlearned models by name; all fp64. `alpha_chosen` (model) is
-        the largest share found, and `alpha_lost` the least measured beyond it, at most `tolerance`
-        away, at which too little is kept (NaN where all of the unlearned model keeps enough).
+        the largest `alpha` found. `alpha_lost` (model) is the smallest measured beyond that, at
+        most `tolerance` away, at which too little is kept; NaN where the unlearned model itself
+        keeps enough.
 
         `retention` (model, alpha) with `retention_low`, `retention_high` is the metric on the
-        retain data (or its number of several sets together) wherever it was measured, else NaN; the
-        coordinate `on_grid` (alpha) says where that is the grid. `monotone` (model): whether it
-        never rises along the grid.
+        retain data (or its number of several sets together) at each `alpha` where it was measured,
+        else NaN; the coordinate `on_grid` (alpha) says whether an `alpha` is on the grid.
+        `monotone` (model): whether retention never rises along the grid.
 
         `value`, `value_low`, `value_high` (model, metric, set) and `sample_value` (model, metric,
-        sample) are what `geffect_fast.evaluate` returns at `alpha_chosen`, `original_value`
-        (metric, set) that of the original, and `unlearned_value` (model, metric, set) that of the
-        unlearned models as they are.
+        sample) are the measures of `geffect_fast.evaluate` at `alpha_chosen`. `original_value`
+        (metric, set) is the value of the original, and `unlearned_value` (model, metric, set) that
+        of the unlearned models as they are.
 
     Raises:
-        InputError: models that are no pair, or the same; a metric without a number on retain, or of
-            which the original has nothing; unusable data or settings. One line.
+        InputError: two models cannot be mixed, or are the same; the metric has no number on retain,
+            or is zero for the original; data or settings are unusable. The message is one line.
         NonFiniteError: a weight or log-probability is not finite; the first is named.
 
     Examples:
@@ -126,7 +132,11 @@ def control(
 
 
 def methods_by_name(unlearned: Any) -> dict[str, Model]:
-    """Unlearned models by name, as given or by folder."""
+    """Unlearned models by the names given, by their folders, or by number.
+
+    Raises:
+        InputError: there is no model, or a folder is listed twice.
+    """
     if isinstance(unlearned, Mapping):
         named = {str(name): model for name, model in unlearned.items()}
     elif isinstance(unlearned, str | Path):
@@ -158,13 +168,14 @@ def check_save_names(folder: Path | None, named: Mapping[str, Any]) -> None:
 
 @dataclass(frozen=True)
 class Share:
-    """The largest share found that keeps enough.
+    """The largest share `alpha` of an unlearned model that was found to keep enough.
 
     Attributes:
-        alpha: at which enough is kept.
-        lost: the least measured beyond it, at which too little is; NaN where `alpha` is 1.
-        curve: what is kept, by all shares at which it was measured.
-        monotone: whether it never rises along the grid.
+        alpha: the share, at which enough is kept.
+        lost: the smallest share measured beyond `alpha`, at which too little is kept; NaN where
+            `alpha` is 1.
+        curve: retention by share, at all shares that were measured.
+        monotone: whether retention never rises along the grid.
     """
 
     alpha: float
@@ -174,16 +185,16 @@ class Share:
 
 
 def largest_share(kept: Callable[[float], float], tau: float, grid: int, tolerance: float) -> Share:
-    """The largest share of the unlearned model at which `tau` of what is kept at 0 is kept.
+    """The largest share of the unlearned model that keeps at least `tau` of the retention at 0.
 
-    The last point of the grid at which enough is kept is refined by bisection, so that where what
-    is kept falls and rises again, the last fall is found that the grid shows.
+    The last point of the grid at which enough is kept is refined by bisection. So where retention
+    falls and rises again, the last fall that the grid shows is found.
 
     Args:
-        kept: what is kept at a share from 0 to 1.
-        tau: of `kept(0)`, which is positive.
-        grid: equal steps from 0 to 1.
-        tolerance: the share found and the one beyond it lie at most so far apart.
+        kept: the retention at a share from 0 to 1; `kept(0)` is positive.
+        tau: the part of `kept(0)` that is enough.
+        grid: number of equal steps from 0 to 1.
+        tolerance: largest distance between the share found and the one beyond it.
     """
     alphas = [step / grid for step in range(grid + 1)]
     curve = {alpha: kept(alpha) for alpha in alphas}
@@ -202,15 +213,15 @@ def largest_share(kept: Callable[[float], float], tau: float, grid: int, toleran
 
 
 class Control:
-    """Data sets and metrics, and the original's own measures: once for all methods.
+    """Data sets, metrics and the original's own measures, prepared once for all methods.
 
     Args:
-        original: where it is measured, in eval mode or not; never changed.
+        original: the model before unlearning, in eval mode or not; never changed.
         tokenizer: as for `control`.
-        settings: what is kept and measured.
+        settings: the retention metric and what else is measured.
         sources: data sets by name; None is left out.
         reference_model, retain_model: as for `control`.
-        device: where mixtures are measured; None: where the original is.
+        device: where mixtures are measured; None: on the original's device.
 
     Attributes:
         rows: digests of the tokenised rows, by set.
@@ -233,7 +244,7 @@ class Control:
         if sources[RETAIN] is None:
             raise InputError("retain: is missing; give what is to be kept")
         self._working = original
-        if not is_sharded(original):  # else `Mixture` puts it back
+        if not is_sharded(original):  # else `Mixture` writes to the original and puts it back
             place = device or next(original.parameters()).device
             self._working = copy.deepcopy(original).to(place)
         self._check_forget(sources, retain_model)
@@ -273,7 +284,7 @@ class Control:
         self._own = self._evaluator.measure(self._working, what="original")
 
     def _check_forget(self, sources: Mapping[str, Any], retain_model: Any) -> None:
-        """Raise `InputError` where the forget data is read and not given."""
+        """Raise `InputError` where the forget data is needed and not given."""
         if sources[FORGET] is not None:
             return
         for metric in resolved_metrics(self._settings.metrics, self._settings.suite):
@@ -286,12 +297,14 @@ class Control:
 
     @property
     def token_budget(self) -> int:
-        """Tokens a batch; where memory ran out, less than it was."""
+        """Tokens a batch; fewer than at first where memory ran out."""
         return min(self._evaluator.token_budget, self._keeper.token_budget)
 
     def loaded(self, name: str, source: Model) -> nn.Module:
-        """An unlearned model, from its folder in the original's precision: on the CPU, or shared
-        out where the original is."""
+        """An unlearned model; from a folder it is loaded in the original's precision.
+
+        The model is loaded on the CPU, or shared out among ranks where the original is.
+        """
         if isinstance(source, nn.Module):
             return source
         trusted = self._settings.trust_remote_code
@@ -305,11 +318,11 @@ class Control:
         *,
         progress: bool = False,
     ) -> xr.Dataset:
-        """The result of `control`.
+        """Find each method's share, measure its models, and return the result of `control`.
 
         Args:
-            methods: unlearned models, or where they lie, by name.
-            load: makes a module of a name and what stands there.
+            methods: unlearned models, or their folders, by name.
+            load: makes a module of a name and its entry in `methods`.
             save: a folder for the mixed models, on the rank that writes.
             progress: show a bar.
         """
@@ -370,7 +383,7 @@ class Control:
             return largest_share(kept, settings.tau, settings.grid, settings.tolerance)
 
     def _retention(self, model: nn.Module, what: str) -> tuple[Measure, str]:
-        """What a model keeps, and of which set that is the number."""
+        """The retention of a model, and the set that the number is of: `all` or `retain`."""
         found = self._keeper.measure(model, what=what).isel(metric=0)
         on = ALL if ALL in found["set"].values else RETAIN
         of = found.sel(set=on)
@@ -424,12 +437,17 @@ class Control:
 
 
 def _called(name: str, alpha: float) -> str:
-    """What messages call a share of an unlearned model."""
+    """The name of a share of an unlearned model, for messages."""
     return f"unlearned {name}" if alpha == 1 else f"share {alpha:.3g} of unlearned {name}"
 
 
 def _retention_metric(text: str) -> Any:
-    """The metric that says what is kept; raise `InputError` where it is none that can."""
+    """The one metric that measures retention.
+
+    Raises:
+        InputError: the text names several, or a metric that is not between 0 and 1 or has no number
+            on retain.
+    """
     metrics = resolved_metrics(text)
     if len(metrics) != 1:
         raise InputError(f"metric: {text!r} is several; give one, and further ones by --metrics")

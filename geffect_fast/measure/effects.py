@@ -1,4 +1,4 @@
-"""The effects of all parts of objectives, by the engine that was chosen."""
+"""The effects of all parts of objectives, found by the engine that was chosen."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ from geffect_fast.results.dataset import (
 
 @dataclass(frozen=True)
 class Effects:
-    """What an engine found, summed over samples; the rest it added to the result's array.
+    """The sums over samples that an engine found. Effects by sample are in the result's array.
 
     Attributes:
         values: `(n_parts,)` fp64, the values of the objectives' parts.
-        summed: `(n_parts, M, C)` fp64.
-        places: what the C are: names of parameters, or of groups of them.
+        summed: `(n_parts, M, C)` fp64, effects of the parts along the M directions.
+        places: names of the C places: parameters, or groups of them.
         gram: `(P, M + n_parts, M + n_parts)` fp64, Gram matrices of the gradients of risks and
             parts by parameter; `(P, M, M)` from the forward engine; None where not formed.
         gradients: of the parts, whole, `(n_parts, *shape)` by parameter; None where not formed.
@@ -56,12 +56,13 @@ class Effects:
         parts: Sequence[Objective],
         objectives: Sequence[Objective],
     ) -> Tensor | None:
-        """`gram` of the gradients of risks and objectives in place of parts; None: none is formed.
+        """`gram` with objectives in place of their parts, all numbers checked; None: not formed.
 
         Args:
             plan: of the model.
-            mixture: as of `find_effects`.
-            risk_names, parts, objectives: the M risks, the parts, and what they add up to.
+            mixture: as `find_effects` takes it.
+            risk_names, parts, objectives: the M risks, the parts, and the objectives that are
+                weighted sums of the parts.
 
         Raises:
             NonFiniteError: an effect, a value or a norm is not finite.
@@ -99,18 +100,19 @@ def find_effects(
     """Run the engine over the objectives' data.
 
     Args:
-        engine: which.
+        engine: `forward` or `reverse`.
         plan: of the model.
         passes: which parts read which batches.
-        directions: `(M, *shape)` for every trainable parameter, in a step's metric times its `P`.
+        directions: `(M, *shape)` for every trainable parameter, already multiplied with `P` where
+            effects are in a step's metric.
         reference: what objectives compare with, prepared.
         mixture: `(K, n_parts)`, how often each part counts in each objective.
         resolution: the axes.
-        array: of `resolution.shape`, added to; None: another rank's is.
+        array: effects of `resolution.shape`, added to in place; None: another rank holds the array.
         moves: of the forward engine.
         norms: whether the reverse engine forms whole gradients too.
         tick: progress.
-        step: in whose metric effects and Gram matrices are; None: plain.
+        step: the step in whose metric effects and Gram matrices are; None: they are plain.
     """
     form = gram_matrices if step is None else step.gram
     grams = partial(whole_grams, plan, form)
@@ -160,18 +162,18 @@ def find_effects(
 
 
 def _nowhere(_data_pass: DataPass, _batch: Batch, _effects: Tensor) -> None:
-    """Effects that another rank writes to its file."""
+    """Drop effects of a batch, since another rank writes them to its file."""
 
 
 def whole_grams(
     plan: Plan, form: Callable[..., Tensor], *gradients: Mapping[str, Tensor]
 ) -> Tensor:
-    """Gram matrices of whole gradients, of which each rank may have its part.
+    """Gram matrices of whole gradients, summed over ranks where each rank holds a part of them.
 
     Args:
         plan: of the model.
-        form: forms them of parts, as `gram_matrices` or `NextStep.gram`.
-        gradients: as it takes them.
+        form: `gram_matrices` or `NextStep.gram`, which forms the matrices of this rank's part.
+        gradients: as `form` takes them.
     """
     grams = form(*gradients)
     if plan.shards is not None:

@@ -1,4 +1,4 @@
-"""What `evaluate`, `control` and `relearn` share between their configs and their run folders."""
+"""Steps from a config to a run folder that `evaluate`, `control` and `relearn` have in common."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ Config = EvaluateConfig | ControlConfig | RelearnConfig
 
 
 def check_compared(config: EvaluateConfig | ControlConfig) -> None:
-    """Raise `InputError` where a model that is compared with can be known to be missing."""
+    """Raise `InputError` where the reference or retain model is missing, as far as can be known."""
     named = {"reference": config.reference}
     if not config.is_log():
         named["retain_model"] = config.retain_model
@@ -43,7 +43,7 @@ def check_compared(config: EvaluateConfig | ControlConfig) -> None:
 
 
 def compared_bytes(config: EvaluateConfig | ControlConfig, model: nn.Module) -> int:
-    """Bytes of a model that others are compared with, beside the first."""
+    """Bytes that a model to compare with takes beside `model`; 0 where none is given."""
     compared = config.reference is not None or not (config.retain_model is None or config.is_log())
     return compared * sum(p.nbytes for p in model.parameters())
 
@@ -51,14 +51,17 @@ def compared_bytes(config: EvaluateConfig | ControlConfig, model: nn.Module) -> 
 def read_sets(
     config: Config, sources: Mapping[str, str | None], own: str, what: str, progress: bool
 ) -> tuple[dict[str, Any], Any]:
-    """The rows of data sets by name, None of those that are not given, and the tokenizer for them.
+    """Read data sets and load the tokenizer for them.
 
     Args:
         config: the run.
-        sources: paths or hub ids by name.
-        own: the model whose tokenizer is taken for text where none is named.
-        what: what messages call that model.
-        progress: whether to say in a line what the data sets were found to be.
+        sources: paths or hub ids by name; None for a set that is not given.
+        own: the model whose tokenizer is taken for text where the config names none.
+        what: the name of that model in messages.
+        progress: whether to print in a line what the data sets were found to be.
+
+    Returns:
+        Rows by name, None for a set that is not given; the tokenizer, or None where rows need none.
     """
     found: list[str] = []
     sets = {
@@ -75,16 +78,16 @@ def read_sets(
 
 @dataclass(frozen=True)
 class EvaluationFolder:
-    """A run folder that is locked, for the time of a run; the first of several ranks writes it.
+    """A run folder that is locked for the time of a run; the first of several ranks writes it.
 
     Attributes:
         threads: CPU threads that torch has.
         config: the run.
         out: the folder.
-        overwrite: whether a run in it may be replaced.
-        inputs: what else is read, beside what the config names.
+        overwrite: whether a run in the folder may be replaced.
+        inputs: files that are read beside those that the config names.
         report: writes tables, plots and a page into the folder.
-        sums: waits for the checksums of what is read.
+        sums: waits for the checksums of the files that are read, and returns them.
     """
 
     threads: int
@@ -102,8 +105,8 @@ class EvaluationFolder:
 
         Args:
             dataset: the results.
-            where: the run was made, as `machine` has it.
-            token_budget: tokens a batch that fitted.
+            where: the fields of `machine`: threads, device and precision of the run.
+            token_budget: tokens of a batch that fitted into memory.
             rows: digests of the tokenised rows, by set.
         """
         if not here().first:
@@ -116,12 +119,12 @@ class EvaluationFolder:
         save_evaluation(self.out, dataset, replay, self.overwrite, self.report, read, sums)
 
     def machine(self, on: device, model: nn.Module) -> dict[str, Any]:
-        """Where the run is made, as its config records it."""
+        """Threads, device and precision of the run, as its config records them."""
         return machine(self.threads, on, model)
 
 
 def check_out(config: Config, out: str | Path, overwrite: bool, inputs: Inputs) -> None:
-    """Raise `InputError` where a run folder is in use, or holds what is read."""
+    """Raise `InputError` where a run folder is in use, or holds files that the run reads."""
     if here().first:
         check_free(out, overwrite, inputs_of(config) | dict(inputs))
 
@@ -134,7 +137,7 @@ def evaluation_folder(
     inputs: Inputs,
     report: Reporter | None = None,
 ) -> Iterator[EvaluationFolder]:
-    """Lock a run folder, and take checksums of what is read, for the time of a run."""
+    """Lock a run folder for the time of a run, and take checksums of the files that are read."""
     first = here().first
     with (
         locked(out) if first else nullcontext(),

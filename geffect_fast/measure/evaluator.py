@@ -1,4 +1,4 @@
-"""What metrics read of data sets, once, and the measures of models on them as often as asked."""
+"""Measures of models on data sets: rows are read and tokenised once, models measured repeatedly."""
 
 from __future__ import annotations
 
@@ -50,7 +50,11 @@ Model = nn.Module | str | Path
 
 
 def checked_probes(probes: Mapping[str, Any] | None) -> Mapping[str, Any]:
-    """Further data sets by name; raise `InputError` where a name is taken, or they are none."""
+    """Further data sets by name.
+
+    Raises:
+        InputError: a name is taken, or `probes` is no mapping.
+    """
     Sources.of(None, None, probes, None)
     for name in probes or {}:
         if name in (HOLDOUT, ALL):
@@ -59,20 +63,20 @@ def checked_probes(probes: Mapping[str, Any] | None) -> Mapping[str, Any]:
 
 
 class Evaluator:
-    """Data sets, metrics, and what the models that others are compared with say: once for all.
+    """Measures models one after another, on data sets, metrics and compared models prepared once.
 
-    Within a process group of several ranks (`geffect_fast.ranks`) it is made and called on all of
-    them, and shares out the rows.
+    Within a process group of several ranks (`geffect_fast.ranks`) an evaluator is made and called
+    on all ranks, which share out the rows.
 
     Args:
-        model: the first to be measured; others must share its vocabulary.
+        model: the first model to be measured; others must have its vocabulary.
         tokenizer: as for `evaluate`.
         settings: what is measured.
-        sources: data sets by name, `forget` and `retain` and what else there is; None is left out.
+        sources: data sets by name, `forget`, `retain` and any others; None is left out.
         reference_model, retain_model: as for `evaluate`.
 
     Attributes:
-        ranks: who share out the rows.
+        ranks: the ranks that share the rows.
         rows: digests of the tokenised rows, by set.
     """
 
@@ -145,20 +149,20 @@ class Evaluator:
     def measure(
         self, model: nn.Module, *, progress: bool = False, what: str = "model"
     ) -> xr.Dataset:
-        """The measures of a model, as `evaluate` returns them.
+        """Measure a model, and return its measures as `evaluate` does.
 
         Args:
-            model: the first, or another with its vocabulary.
+            model: the first model, or another with the same vocabulary.
             progress: show a bar.
-            what: what messages call it.
+            what: the model's name in messages.
         """
         with self._together(model):
-            # Whatever a metric draws, all ranks say the same.
+            # A metric may draw random numbers; the first rank's result holds for all ranks.
             return self.ranks.first_of(self._measures(model, progress, what))
 
     @contextmanager
     def _together(self, model: nn.Module) -> Iterator[None]:
-        """Work on a model that ranks begin and end together, in step where they share it out."""
+        """Work on a model that all ranks begin and end together, in step where it is shared out."""
         with (
             self.ranks.together("evaluate"),
             self.ranks.in_step(self.ranks.size > 1 and is_sharded(model)),
@@ -199,15 +203,15 @@ class Evaluator:
 
     @property
     def token_budget(self) -> int:
-        """Tokens a batch; where memory ran out, less than it was."""
+        """Tokens a batch; fewer than at first where memory ran out."""
         return self._budget.tokens
 
     def _agree_on_budget(self) -> None:
-        """Have the smallest token budget of all ranks."""
+        """Set the token budget to the smallest of all ranks."""
         self._budget.tokens = min(self.ranks.meet(self._budget.tokens))
 
     def _told_apart_by(self, *compared: Model | None) -> dict[str, Any]:
-        """What must be the same on all ranks, by the argument's name, in words."""
+        """Descriptions of all arguments that must be the same on all ranks, by argument name."""
         named = [type(m).__name__ if isinstance(m, nn.Module) else str(m) for m in compared]
         rows: dict[str, Any] = {}
         for name, of in self.sets.items():
@@ -225,7 +229,7 @@ class Evaluator:
     def _check_given(
         self, needs: set[Any], sources: Mapping[str, Any], reference: Any, retrained: Any
     ) -> None:
-        """Raise `InputError` where a metric needs data or a model that is not given."""
+        """Raise `InputError` where a metric needs hold-out data or a model that is not given."""
         for need, there, what in (
             (
                 HOLDOUT,
@@ -249,7 +253,7 @@ class Evaluator:
                 raise InputError(f"metric {metric} needs {what}")
 
     def _tell_unread(self, kinds: Mapping[str, RowKind]) -> None:
-        """Say in a line of each metric which sets hold rows of kinds that it does not read."""
+        """Warn, in a line for each metric, of sets whose kind of rows the metric does not read."""
         for metric in self.metrics:
             others = [
                 name
@@ -266,7 +270,7 @@ class Evaluator:
                 )
 
     def _uses_if_given(self) -> set[str]:
-        """What metrics compare with where it is there: privleak's model has a default."""
+        """Needs that are met only where a model is given: privleak's model, which has a default."""
         return {"retain_model"} if any(m.name == "privleak" for m in self.metrics) else set()
 
     def _sets_with(self, need: str) -> dict[str, DataRows]:
@@ -294,7 +298,13 @@ class Evaluator:
         )
 
     def _check(self, model: nn.Module, what: str) -> None:
-        """Raise where a model is none, holds NaN, or does not fit the rows or the first model."""
+        """Refuse a model that holds NaN, or does not go with the rows or the first model.
+
+        Raises:
+            InputError: as `check_model`, or another vocabulary than the first model's, or FSDP
+                shares out the model and this rank is alone.
+            NonFiniteError: a weight is not finite.
+        """
         if is_sharded(model) and self.ranks.size == 1:
             raise InputError(f"{what}: FSDP shares it out; evaluate it on all of its ranks")
         own, first = vocabulary(model), self._vocabulary
@@ -311,7 +321,7 @@ class Evaluator:
         return estimate_token_budget(model, n_directions=0, logits=logits)
 
     def _loaded(self, source: Model, what: str, model: nn.Module) -> nn.Module:
-        """A further model, loaded where a folder is given, as exact and where `model` is."""
+        """A further model; a folder is loaded in the precision and on the device of `model`."""
         trusted = self._settings.trust_remote_code
         loaded = (
             source if isinstance(source, nn.Module) else load_like(source, model, what, trusted)
@@ -326,7 +336,7 @@ class Evaluator:
         return loaded
 
     def _scored_by(self, source: Model, first: nn.Module) -> dict[str, Any]:
-        """What the reference model says of the answers that metrics compare."""
+        """The reference model's scores of the answers that metrics compare, by data set."""
         other = self._loaded(source, "reference_model", first)
         read, ranks = self._sets_with("reference"), self.ranks
         with evaluating(other), within_budget(self._budget), at_work(other):
@@ -354,7 +364,11 @@ class Evaluator:
         )
 
     def _seen_of_retrained(self, source: Model, first: nn.Module) -> dict[str, Observed]:
-        """What the model without the forget rows says, or what its log says that it said."""
+        """The observations of the model trained without the forget rows, made now or from its log.
+
+        Raises:
+            InputError: a log is of other forget rows, or `privleak` would need the model itself.
+        """
         if not isinstance(source, nn.Module) and str(source).endswith(".json"):
             if self._uses_if_given():
                 raise InputError(
@@ -374,7 +388,7 @@ class Evaluator:
             return self._observed(model, sets, needs, "retain_model")
 
     def _check_split(self, log: Observed | None, source: str | Path) -> None:
-        """Raise `InputError` where a saved log is of other forget rows than these."""
+        """Raise `InputError` where a saved log is of other forget rows than those given."""
         questions = self.sets[FORGET].answers.questions
         n = 0 if log is None else len(known(log.paraphrases))
         if log is None or n != len(questions):
@@ -391,7 +405,7 @@ class Evaluator:
 
 
 def _check_reads_no_text(reading: Mapping[str, Sequence[Metric]]) -> None:
-    """Raise `InputError` where a metric reads text, and there is no tokenizer to make any."""
+    """Raise `InputError` where a metric reads text, which takes a tokenizer."""
     for name, metrics in reading.items():
         for metric in metrics:
             if metric.wants() & {"texts", "continuations", "written"}:
@@ -402,7 +416,7 @@ def _check_reads_no_text(reading: Mapping[str, Sequence[Metric]]) -> None:
 
 
 def vocabulary(model: nn.Module) -> int | None:
-    """Tokens that a model knows, where its config says so."""
+    """Number of tokens in a model's vocabulary; None where its config does not give the number."""
     config: Any = getattr(model, "config", None)
     size = getattr(getattr(config, "get_text_config", lambda: config)(), "vocab_size", None)
     return size if isinstance(size, int) else None

@@ -1,4 +1,8 @@
-"""A run from its config to its folder: check what is cheap, load, profile, save."""
+"""A run of `profile` or `sweep` from its config to its folder: check first, load, measure, save.
+
+Loading of models and tokenizers by a config, `execute_check`, and helpers that other commands use
+too stand here as well.
+"""
 
 from __future__ import annotations
 
@@ -47,8 +51,8 @@ if TYPE_CHECKING:
     import xarray as xr
 
 PART_FOR_MODEL = 0.8
-"""Of a device's free memory, that a model and what comes beside it may take; batches need the rest.
-"""
+"""Part of a device's free memory that a model and the gradients beside it may take; batches need
+the rest."""
 
 
 def execute(
@@ -62,8 +66,8 @@ def execute(
 ) -> xr.Dataset:
     """Profile or sweep as a config says and write the run folder.
 
-    The config saved beside the results holds what was chosen on the way (token budget, threads,
-    device, precision), so that it replays to bitwise the same numbers on the same machine.
+    The config saved beside the results holds what was chosen on the way (token budget, engine,
+    threads, device, precision), so a replay on the same machine gives bitwise the same numbers.
 
     Args:
         config: the run.
@@ -71,11 +75,11 @@ def execute(
         overwrite: whether a run in `out` may be replaced.
         progress: whether to show progress bars.
         report: adds tables and plots to the folder, such as `geffect_fast.report.write_report`.
-        inputs: what else is read, beside what the config names: its own file.
+        inputs: files that are read beside those that the config names: the config's own file.
 
     Returns:
-        The result, as `geffect_fast.profile` or `sweep` returns it, on every rank; by sample and
-        position it is read from the run folder as it is asked for.
+        The result, as `geffect_fast.profile` or `sweep` returns it, on every rank. By sample and
+        position or token the Dataset reads from the run folder when values are used.
 
     Raises:
         InputError, NonFiniteError, UnsupportedModelError: nothing has been written then.
@@ -89,7 +93,7 @@ def execute(
         device, sources, tokenizer = read_sources_of(config, progress=False)
         with on_threads(config.threads):
             _, dataset = _measured(config, device, sources, tokenizer, None, progress=False)
-        ranks.meet()  # the folder is whole
+        ranks.meet()  # from here on the folder is complete
         if _streams(config):
             dataset.close()
             dataset = open_run(out, lazy=True)
@@ -104,7 +108,7 @@ def _executed(
     report: Reporter | None,
     inputs: Inputs,
 ) -> xr.Dataset:
-    """`execute` on the rank that writes."""
+    """Do the work of `execute` on the rank that writes."""
     read = inputs_of(config) | dict(inputs)
     check_free(out, overwrite, read)
     device, sources, tokenizer = read_sources_of(config, progress)
@@ -147,8 +151,11 @@ def _executed(
 
 
 def _streams(config: ProfileConfig) -> bool:
-    """Whether effects go straight to the folder: by sample and position or token they may be larger
-    than memory. A sweep's get coordinates first."""
+    """Whether effects are written straight to the folder.
+
+    By sample and position or token they may be larger than memory. A sweep's effects are not
+    written straight, since its result gets coordinates first.
+    """
     large = config.resolve[-2:] in (("sample", "position"), ("sample", "token"))
     return large and config.command == "profile"
 
@@ -162,12 +169,12 @@ def _measured(
     *,
     progress: bool,
 ) -> tuple[Any, xr.Dataset]:
-    """The model and the result.
+    """Load the model of a config and measure it; the model and the result.
 
     Args:
         config: of the run.
         device, sources, tokenizer: of `read_sources_of`.
-        folder: where the first rank has the result written to; None: this is another rank.
+        folder: the folder that the first rank writes to; None on every other rank.
         progress: whether to show progress bars.
 
     Raises:
@@ -205,19 +212,20 @@ def loaded(
     what: str = "model",
     whole_on: torch.device | None = None,
 ) -> Any:
-    """A model of a config, or this rank's part of it.
+    """Load a model as a config says: the whole model, or this rank's part of it.
 
     Args:
-        source: where it lies.
-        config: of a run; says whether it is shared out.
+        source: folder or hub id of the model.
+        config: of a run; says whether ranks share out the model.
         device: of this rank.
-        beside: told of the model; bytes that come beside its weights, on one rank that has it all.
-        adapted: puts into a model what is to be shared out with it.
-        what: what messages call it.
-        whole_on: where a model lies that is not shared out; None: on the rank's device.
+        beside: gives, for the model, the bytes that are needed beside its weights on a rank that
+            holds the whole model.
+        adapted: changes the whole model before ranks share it out, for instance adds an adapter.
+        what: the model's name in messages.
+        whole_on: device of a model that is not shared out; None: this rank's device.
 
     Raises:
-        InputError: it is to be shared out, and this process is alone.
+        InputError: the model is to be shared out, and this process is alone.
     """
     alone, trusted = here().size == 1, config.trust_remote_code
     if alone and config.shard in ("fsdp", "hsdp"):
@@ -234,7 +242,7 @@ def loaded(
 
 
 def gradient_bytes(model: nn.Module, n_risks: int) -> int:
-    """What the gradients of the risks take, in fp32."""
+    """Bytes that the gradients of the risks take in fp32."""
     return 4 * n_risks * sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
@@ -245,9 +253,9 @@ def _fits(
     beside: Callable[[nn.Module], int],
     what: str,
 ) -> bool:
-    """Whether a model and what comes beside it leave room for batches on every rank's device.
+    """Whether a model and the bytes `beside` it leave room for batches on every rank's device.
 
-    It is told from the model's sizes, before anybody reads its weights.
+    The answer comes from the model's sizes, before any rank reads the weights.
     """
 
     def needed() -> int:
@@ -257,13 +265,16 @@ def _fits(
 
     ranks, room = here(), PART_FOR_MODEL * free_memory(device)
     n_bytes = ranks.by_first(needed)
-    if device.type == "cpu":  # which this machine's ranks share
+    if device.type == "cpu":  # the ranks of one machine share its memory
         room /= int(os.environ.get("LOCAL_WORLD_SIZE", ranks.size))
     return all(ranks.meet(n_bytes <= room))
 
 
 def checked_bytes(model: nn.Module) -> int:
-    """What a check takes beside a model: a copy of 16 bits in a wider precision, and gradients."""
+    """Bytes that a check takes beside a model: gradients, and a copy in a wider precision.
+
+    The copy is of a 16-bit model in fp32. For fp32 and fp64 the model's own precision is counted.
+    """
     dtype = coarsest_dtype(model)
     wide = WIDER[dtype] if dtype.itemsize < 4 else dtype
     return gradient_bytes(model, 1) + widened_bytes(model, wide)
@@ -273,12 +284,12 @@ def execute_check(config: ProfileConfig, samples: int, *, progress: bool = False
     """Check the model of a config on the first rows of its forget data; nothing is written.
 
     Args:
-        config: what a profile would be made from; its retain data is not read.
-        samples: how many rows.
+        config: the config of a profile; its retain data is not read.
+        samples: number of rows.
         progress: whether to show progress bars.
 
     Raises:
-        InputError, NonFiniteError, UnsupportedModelError: as `geffect_fast.check`.
+        InputError, NonFiniteError, UnsupportedModelError: as `geffect_fast.check` raises them.
     """
     device = check_sources(config)
     tell = print_notice if progress else None
@@ -300,11 +311,11 @@ def execute_check(config: ProfileConfig, samples: int, *, progress: bool = False
 
 
 def read_sources_of(config: RunConfig, progress: bool) -> tuple[torch.device, Sources, Any]:
-    """What is cheap and may be wrong, before a model is loaded: device, data sets and tokenizer.
+    """Find the device and read data sets and tokenizer, so that errors show before a model loads.
 
     Args:
         config: the run.
-        progress: whether to say in a line what the data sets were found to be.
+        progress: whether to print in a line what the data sets were found to be.
     """
     device = check_sources(config)
     named = Sources.of(config.forget, config.retain, config.probes, config.refusals)
@@ -317,7 +328,12 @@ def read_sources_of(config: RunConfig, progress: bool) -> tuple[torch.device, So
 
 
 def check_sources(config: RunConfig) -> torch.device:
-    """Models that can be known to be missing are; the device."""
+    """The device of a config, after a check that its model and reference are there.
+
+    Raises:
+        InputError: a model is missing, as far as can be known before loading, or the device is not
+            there, or is one GPU for several ranks.
+    """
     check_model_source(config.model, trust_remote_code=config.trust_remote_code)
     if config.reference is not None:
         check_model_source(config.reference, "reference", config.trust_remote_code)
@@ -331,7 +347,7 @@ def check_sources(config: RunConfig) -> torch.device:
 
 
 def tokenizer_of(config: Any, has_text: bool, own: str, what: str) -> Any:
-    """The tokenizer that a config names, for text that of the model `own`, or none."""
+    """The tokenizer that a config names; else that of the model `own`, or None without text."""
     trusted = config.trust_remote_code
     if config.tokenizer is not None:
         return load_tokenizer(config.tokenizer, trust_remote_code=trusted)
@@ -341,14 +357,14 @@ def tokenizer_of(config: Any, has_text: bool, own: str, what: str) -> Any:
 
 
 def machine(threads: int, device: torch.device, model: Any) -> dict[str, Any]:
-    """Where a run is made, as its config records it."""
+    """Threads, device and precision of a run, as its config records them."""
     dtype = str(model.dtype).removeprefix("torch.")
     return {"threads": threads, "device": str(device), "dtype": dtype}
 
 
 @contextmanager
 def on_threads(wanted: int | None) -> Iterator[int]:
-    """torch on so many CPU threads, for the time of a run; yields how many."""
+    """Have torch use `wanted` CPU threads for the time of a run; yields the number in use."""
     before = torch.get_num_threads()
     if wanted is not None:
         torch.set_num_threads(wanted)

@@ -1,4 +1,4 @@
-"""A control from its config to its folder: unlearned models loaded one after another."""
+"""A run of `control` from its config to its folder: unlearned models are loaded one by one."""
 
 from __future__ import annotations
 
@@ -54,18 +54,18 @@ def execute_control(
     Args:
         config: the run.
         out: run folder.
-        save: a new folder for the mixed models; None: they are not kept.
+        save: a new folder for the mixed models; None: the models are not saved.
         overwrite: whether a run in `out` may be replaced.
         progress: whether to show progress bars.
         report: adds tables, plots and a page to the folder.
-        inputs: what else is read, beside what the config names: its own file.
+        inputs: files that are read beside those that the config names: the config's own file.
 
     Returns:
         The result, as `geffect_fast.control` returns it.
 
     Raises:
         InputError, NonFiniteError, UnsupportedModelError: nothing has been written then.
-        UnfinishedError: the report fails, and the numbers are there.
+        UnfinishedError: the report failed; the numbers have been written.
     """
     if save is not None:
         _check_apart(out, save)
@@ -95,7 +95,7 @@ def execute_control(
         evaluation_folder(config, out, overwrite, inputs, report) as folder,
         nullcontext() if save is None else new_folder(save, "--save") as saved,
     ):
-        at_rest = torch.device("cpu")  # what is mixed, where it is whole
+        at_rest = torch.device("cpu")  # where whole models lie that are mixed
         beside = partial(compared_bytes, config)
         original: nn.Module = loaded(
             config.original, config, device, beside, what="original", whole_on=at_rest
@@ -124,7 +124,7 @@ def execute_control(
 
 
 def _check_apart(out: str | Path, save: str | Path) -> None:
-    """Raise `InputError` where the run folder and that of the models are not two."""
+    """Raise `InputError` where the run folder and the models' folder are one, or nested."""
     run, models = (user_path(folder).resolve() for folder in (out, save))
     if run == models or run in models.parents or models in run.parents:
         raise InputError("--save and --out must be different folders, neither inside the other")

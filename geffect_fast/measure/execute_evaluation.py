@@ -1,4 +1,4 @@
-"""An evaluation from its config to its folder: models loaded one after another, never two kept."""
+"""A run of `evaluate` from its config to its folder: one model at a time is loaded and measured."""
 
 from __future__ import annotations
 
@@ -44,14 +44,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Evaluated:
-    """What was evaluated, for what else is to be found out of it.
+    """The models and rows of an evaluation, for further measurements by `Assess`.
 
     Attributes:
-        dimension: along which the models lie, `model` or `step`.
-        models: where each lies, by its place on the dimension.
-        sets: rows by name, None of those that were not given.
+        dimension: the axis of the models, `model` or `step`.
+        models: folder or hub id of each model, by its coordinate on the axis.
+        sets: rows by name, None for a set that was not given.
         tokenizer: None for rows that are tokenised.
-        device: where models are measured, of this rank.
+        device: this rank's device, on which models are measured.
         token_budget: tokens a batch.
     """
 
@@ -64,7 +64,7 @@ class Evaluated:
 
 
 Assess = Callable[["xr.Dataset", Evaluated], "xr.Dataset"]
-"""Adds to measures what else is found out of the models."""
+"""Adds further measurements of the models to their measures."""
 
 
 @on_all_ranks
@@ -86,17 +86,17 @@ def execute_evaluation(
         overwrite: whether a run in `out` may be replaced.
         progress: whether to show progress bars.
         report: adds tables, plots and a page to the folder.
-        inputs: what else is read, beside what the config names: its own file.
-        assess: adds to the measures what else is found out of the models.
+        inputs: files that are read beside those that the config names: the config's own file.
+        assess: adds further measurements of the models to the measures.
 
     Returns:
-        The result of one model as `geffect_fast.evaluate` returns it; those of several along
-        `model`, or along `step` for the checkpoints of a run; of runs that are set against effects
-        as `geffect_fast.against_effects` returns it.
+        For one model the result as `geffect_fast.evaluate` returns it; for several models their
+        results along `model`, or along `step` for the checkpoints of a run; for runs that are set
+        against effects the result as `geffect_fast.against_effects` returns it.
 
     Raises:
         InputError, NonFiniteError, UnsupportedModelError: nothing has been written then.
-        UnfinishedError: the report fails, and the numbers are there.
+        UnfinishedError: the report failed; the numbers have been written.
     """
     import xarray as xr
 
@@ -106,7 +106,7 @@ def execute_evaluation(
     ranks.check_same({"models": ", ".join(models.values())})
     progress = progress and ranks.first
     if config.against_effects:
-        effects_of(config.against_effects)  # to have them checked
+        effects_of(config.against_effects)  # checks the runs before any model is loaded
     trusted = config.trust_remote_code
     for name, source in models.items():
         check_model_source(source, f"model {name}", trusted)
@@ -159,9 +159,9 @@ def execute_evaluation(
 
 
 def models_of(config: EvaluateConfig) -> tuple[str, dict[str | int, str], str]:
-    """The dimension that models lie along, the models by place on it, and where a tokenizer lies.
+    """The axis of the models, the models by their coordinate on it, and the tokenizer's place.
 
-    Of runs that are set against effects the original model comes first.
+    For runs that are set against effects the original model comes first.
 
     Raises:
         InputError: a run holds no model.

@@ -1,4 +1,4 @@
-"""Tasks of lm-evaluation-harness on a model in memory, beside what metrics measure."""
+"""Tasks of lm-evaluation-harness on a model in memory, beside the measures of metrics."""
 
 from __future__ import annotations
 
@@ -45,23 +45,24 @@ _SEEDS = {
     "torch_random_seed": 1234,
     "fewshot_random_seed": 1234,
 }
-"""Those of the harness's own command, so that it prints the same scores."""
+"""The seeds of the harness's own command, which therefore prints the same scores."""
 
 _TOO_LONG = ("exceeds model's maximum length", "Left truncation applied")
-"""What the harness says of each text that it cuts."""
+"""Parts of the messages that the harness logs for each text that it cuts."""
 
 
 class Harness:
-    """Tasks that are known and whose data are there, for one model after another.
+    """Tasks that are known and whose data can be read, to be run on one model after another.
 
     Args:
-        settings: which tasks.
+        settings: the tasks, and how they are run.
         tokenizer: of the models; it is copied.
         sets: names of the data sets that the scores stand beside.
 
     Raises:
-        InputError: the package is not installed, there is no tokenizer, the folder of tasks is
-            none, or a task is unknown (the nearest is offered) or cannot be loaded.
+        InputError: the package is not installed, there is no tokenizer, a data set has the name of
+            task scores, the folder of tasks is no folder, or a task is unknown (the nearest is
+            offered) or cannot be loaded.
     """
 
     def __init__(self, settings: HarnessTasks, tokenizer: Any, sets: Iterable[str]) -> None:
@@ -100,16 +101,19 @@ class Harness:
         progress: bool = False,
         what: str = "model",
     ) -> xr.Dataset:
-        """Measures of a model with the task scores beside them.
+        """Run the tasks on a model and add their scores to its measures.
 
-        The model is left as it was, and so are random numbers. The ranks of a process group share
-        out the requests of a task.
+        The model and the generators of random numbers are left as they were. The ranks of a process
+        group share out the requests of a task.
 
         Args:
-            measures: as `geffect_fast.evaluate` returns them, of this model.
+            measures: of this model, as `geffect_fast.evaluate` returns them.
             model: of transformers.
             progress: show the harness's bars.
-            what: what messages call the model.
+            what: the model's name in messages.
+
+        Returns:
+            The measures with the scores beside them.
 
         Raises:
             InputError: the harness cannot run a task on the model.
@@ -153,10 +157,10 @@ class Harness:
         )
 
     def _scores(self, task: str, model: nn.Module) -> dict[str, _Score]:
-        """A task's scores by name; of a group, or a tag, those of its tasks too."""
+        """A task's scores by name; for a group or a tag also the scores of its tasks."""
         runs = on_ranks(self._lm_eval.models.huggingface.HFLM)(
             pretrained=model,
-            tokenizer=copy.deepcopy(self._tokenizer),  # it sets padding where there is none
+            tokenizer=copy.deepcopy(self._tokenizer),  # the harness may set its padding token
             batch_size=self._settings.lm_eval_batch_size,
         )
         results = self._lm_eval.simple_evaluate(
@@ -168,7 +172,7 @@ class Harness:
             **_SEEDS,
         )
         found: dict[str, _Score] = {}
-        if results is None:  # as the harness answers other ranks than the first of a machine
+        if results is None:  # the harness has results on the first rank of a machine only
             return found
         for name, of in {**results["results"], **results.get("groups", {})}.items():
             run = {
@@ -196,8 +200,9 @@ class _Score:
     Attributes:
         value: the score.
         standard_error: the harness's own; NaN where it has none.
-        of: what it is, and of which task.
-        run: examples before each question, rows, and versions of the task and of the harness.
+        of: the score and its task, in words.
+        run: number of examples before each question (`shots`), rows, and versions of the task and
+            of the harness.
     """
 
     value: float
@@ -206,7 +211,7 @@ class _Score:
     run: Mapping[str, Any]
 
     def described(self) -> dict[str, Any]:
-        """What reports say of it."""
+        """The parameters and the sentence that reports show of the score."""
         said = [f"{self.of} (lm_eval {self.run['lm_eval']})"]
         said += [] if self.run["shots"] is None else [f"{self.run['shots']} examples before each"]
         said += [] if self.run["rows"] is None else [f"{self.run['rows']} rows"]
@@ -219,13 +224,13 @@ def _name(task: str, score: str, answers: str) -> str:
 
 
 def _advice(task: str, known: Iterable[str]) -> str:
-    """The nearest task; where none is near, how all are listed, which are thousands."""
+    """Advice for an unknown task: the nearest name, or the command that lists all the thousands."""
     advice = nearest(task, tuple(known))
     return advice if advice.startswith("did") else "`lm_eval ls tasks` lists those that there are"
 
 
 def _why_not(task: str, trial: Trying) -> str:
-    """Why a task does not load: most often its data."""
+    """The message for a task that does not load, most often for want of its data."""
     told: BaseException | None = trial.error
     while told is not None:
         if isinstance(told, OSError) or "offline" in type(told).__name__.lower():
@@ -242,14 +247,14 @@ def _why_not(task: str, trial: Trying) -> str:
 
 @contextmanager
 def _silently(silent: bool) -> Iterator[None]:
-    """Without the bars that the harness and `datasets` draw, if so wanted."""
+    """If `silent`, hide the bars that the harness and `datasets` draw on stderr."""
     with contextlib.redirect_stderr(io.StringIO()) if silent else contextlib.nullcontext():
         yield
 
 
 @contextmanager
 def _random_numbers_kept() -> Iterator[None]:
-    """Afterwards the generators of Python, numpy and torch, which the harness seeds, go on."""
+    """Restore the random numbers of Python, numpy and torch afterwards; the harness seeds them."""
     of_python, of_numpy = random.getstate(), np.random.get_state()
     devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else []
     with torch.random.fork_rng(devices):
@@ -262,7 +267,7 @@ def _random_numbers_kept() -> Iterator[None]:
 
 @contextmanager
 def _ties_kept(model: nn.Module) -> Iterator[None]:
-    """The harness ties weights anew, which would change a model whose weights were untied."""
+    """Keep the harness from tying weights, which would change a model whose weights are untied."""
     own = vars(model)
     own["tie_weights"] = lambda *_, **__: None
     try:
@@ -272,7 +277,7 @@ def _ties_kept(model: nn.Module) -> Iterator[None]:
 
 
 class _Cut(logging.Handler):
-    """Learns whether the harness cuts texts, and drops what else it logs."""
+    """Log handler that notes whether the harness cuts texts, and drops all other records."""
 
     some = False
 
@@ -282,7 +287,7 @@ class _Cut(logging.Handler):
 
 @contextmanager
 def _cut_texts_told(what: str) -> Iterator[None]:
-    """Say in one line that texts were longer than the model."""
+    """Warn afterwards, in one line, if the harness cut texts that were too long for the model."""
     logger, cut = logging.getLogger("lm_eval"), _Cut()
     before = logger.propagate, logger.level
     logger.addHandler(cut)

@@ -1,4 +1,4 @@
-"""A model of lm-evaluation-harness whose requests ranks share out."""
+"""A model class of lm-evaluation-harness for several ranks, which share out the requests."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from geffect_fast.ranks import here
 
 
 def on_ranks(base: Any) -> Any:
-    """`HFLM`, every `n`-th of whose requests a rank answers, and each has all answers.
+    """Make a subclass of `HFLM` in which each of `n` ranks answers every `n`-th request.
 
-    The requests are the same on all ranks. Where ranks share out the model too, each goes through
-    it whenever another does: before every batch they tell whether they have one, and those that
-    have none run a token for the others' sake.
+    The requests are the same on all ranks, and each rank has all answers in the end. Where ranks
+    share out the model too, every forward of one rank needs a forward of all others. So before
+    every batch the ranks tell each other whether they have one, and a rank that has none runs a
+    single token.
 
     Args:
         base: the class `HFLM`, which lies in a package that need not be installed.
@@ -39,7 +40,7 @@ def on_ranks(base: Any) -> Any:
         def generate_until(self, requests: Any, *args: Any, **how: Any) -> list[str]:
             answers = super().generate_until
             if any(request.args[1].get("do_sample") for request in requests):
-                return answers(requests, *args, **how)  # what is drawn depends on the batches
+                return answers(requests, *args, **how)  # sampled tokens depend on the batches
 
             def nothing() -> None:
                 one = self._one_token()
@@ -78,7 +79,7 @@ def on_ranks(base: Any) -> Any:
         def _generated(self, **given: Any) -> Any:
             if self._in_step:
                 given["synced_gpus"] = True
-                fsdp_groups(self.model)[0].unshard()  # an adapter asks the model inside
+                fsdp_groups(self.model)[0].unshard()  # an adapter calls the inner model directly
             return super()._model_generate(**given)
 
     return OnRanks

@@ -1,4 +1,4 @@
-"""Whether a profile fits in memory, and what to try where it does not."""
+"""Checks that a profile fits in memory, and advice for the user where it does not."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from geffect_fast.trying import no_memory
 
 @contextmanager
 def within_budget(token_budget: TokenBudget, *, one_sample: bool = False) -> Iterator[None]:
-    """Run batches; where memory runs out all the same, say what to try.
+    """Run batches inside; where memory runs out all the same, say what to try.
 
     Args:
-        token_budget: as it has become by then.
+        token_budget: of the batches; it may have been halved by the time memory runs out.
         one_sample: whether every batch inside is one sample, which no budget divides.
 
     Raises:
-        OutOfMemoryError: one line, in place of the allocator's many.
+        OutOfMemoryError: memory ran out; one line, in place of the allocator's many.
     """
     try:
         yield
@@ -51,12 +51,13 @@ def check_memory(
     shape: tuple[int, ...],
     out: str | Path | None,
 ) -> None:
-    """Raise `InputError` where whole gradients, or the result itself, do not fit.
+    """Raise `InputError` where whole gradients, or the result itself, do not fit in memory.
 
     Args:
-        n_gradients, n_elements: whole gradients, and the elements of each.
-        device: where they lie.
-        shape, out: of the effects, and the file that they are written to.
+        n_gradients, n_elements: number of whole gradients, and of elements in each.
+        device: where the gradients are kept.
+        shape: of the effects, held as fp64.
+        out: the file that effects are written to; None: they stay in memory.
     """
     needed, free = 4 * n_gradients * n_elements, free_memory(device)
     if needed > free:
@@ -75,7 +76,13 @@ def check_memory(
 
 
 def check_place_memory(shape: tuple[int, ...]) -> None:
-    """Raise `InputError` where masses of places, which no file takes meanwhile, do not fit."""
+    """Raise `InputError` where masses by place do not fit in memory.
+
+    Unlike effects, they are not written to a file while they are computed.
+
+    Args:
+        shape: of all arrays by place in one, held as fp64: masses, opposed masses and shares.
+    """
     needed, free = 8 * prod(shape), free_memory(torch.device("cpu"))
     if needed > free:
         raise InputError(

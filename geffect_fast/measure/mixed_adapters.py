@@ -1,4 +1,4 @@
-"""What adapters add to a model, between nothing and all of it, or from one adapter to another."""
+"""Mixtures by adapters: an adapter added in part, or the way from one adapter to another."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _KEPT = (".lora_A.", ".lora_embedding_A.")
 _SAVED = ".modules_to_save."
 
 _NO_SUM = ("alora_invocation_tokens", "target_parameters", "layer_replication")
-"""What an adapter of several can have and their sum as one adapter cannot say."""
+"""Fields of an adapter's config that the sum of two adapters, as one adapter, cannot express."""
 
 
 def is_adapter(model: Any) -> bool:
@@ -39,7 +39,11 @@ def is_adapter(model: Any) -> bool:
 
 
 def check_adapter(model: Any, what: str) -> str:
-    """The name of a model's one adapter, if all that it does is to add `B A`."""
+    """The name of a model's one adapter, which must do nothing but add `B A`.
+
+    Raises:
+        InputError: the model has several adapters, or the adapter does more than that.
+    """
     merge = "merge it into its base (merge_and_unload) and give the merged model"
     if len(model.peft_config) != 1:
         raise InputError(f"{what}: it has {len(model.peft_config)} adapters; {merge}")
@@ -62,7 +66,7 @@ def check_adapter(model: Any, what: str) -> str:
 
 
 def _in_base(name: str, adapter: str) -> str:
-    """What a tensor of a model with an adapter is called in its base model."""
+    """The name in the base model of a tensor of the model with an adapter."""
     plain = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
     for inside in (f"{_SAVED}{adapter}.", ".original_module."):
         plain = plain.replace(inside, ".")
@@ -95,7 +99,10 @@ def _check_base(
 def of_adapter(
     original: nn.Module, unlearned: nn.Module, working: nn.Module, what: str
 ) -> tuple[nn.Module, list[MixedTensor]]:
-    """An adapter on the original: its `B`s, and modules that it replaces as a whole."""
+    """The working model and its mixed tensors, for an adapter on the original.
+
+    Mixed are the adapter's `B`s, and the modules that the adapter replaces as a whole.
+    """
     adapter = check_adapter(unlearned, what)
     base, given = tensors_of(original), tensors_of(unlearned)
     _check_base(base, given, adapter, what)
@@ -112,8 +119,11 @@ def of_adapter(
 
 @torch.no_grad()
 def _upon(working: nn.Module, original: nn.Module, adapted: nn.Module, adapter: str) -> nn.Module:
-    """A copy of a model with an adapter that has the base's tensors in common with `working`, which
-    is made the original again: another mixture may have written to it."""
+    """A copy of the model `adapted` that shares the base's tensors with `working`.
+
+    `working` is first given the original's values again, since another mixture may have written to
+    its tensors.
+    """
     of_base = {}
     own = tensors_of(original)
     for name, tensor in tensors_of(working).items():
@@ -137,7 +147,15 @@ def _nothing(like: Tensor) -> Tensor:
 def of_adapters(
     original: Any, unlearned: Any, working: nn.Module, what: str
 ) -> tuple[nn.Module, str, list[MixedTensor], Callable[[], None]]:
-    """Two adapters on one base, both active in the working model."""
+    """A working model in which two adapters on one base are both active.
+
+    Returns:
+        The working model, the name of the unlearned model's adapter in it, the mixed tensors, and
+        a function that takes that adapter out again.
+
+    Raises:
+        InputError: the sum of the two cannot be one adapter, or their bases differ.
+    """
     import peft
 
     first, second = check_adapter(original, "original"), check_adapter(unlearned, what)
@@ -164,7 +182,7 @@ def of_adapters(
     state = peft.get_peft_model_state_dict(
         unlearned, adapter_name=second, save_embedding_layers=False
     )
-    with here().in_step(in_parts):  # what is added below is not shared out any more
+    with here().in_step(in_parts):  # the adapter added below is whole on every rank
         state = {name: whole_of(tensor) for name, tensor in state.items()}
     model: Any = original if in_parts else _upon(working, original, working, first)
     undo = as_it_is(model)
@@ -186,14 +204,14 @@ def of_adapters(
 
 
 def of_adapter_files(model: Any) -> list[nn.Parameter]:
-    """Parameters that peft may write: what adapters add and replace, and embeddings beside it."""
+    """Parameters that peft may save: the adapters' own, modules they replace, and embeddings."""
     ends = [model.get_input_embeddings(), model.get_output_embeddings()]
     found = [p for end in ends if end is not None for p in end.parameters()]
     return found + [p for name, p in model.named_parameters() if "lora_" in name or _SAVED in name]
 
 
 def as_it_is(model: Any) -> Callable[[], None]:
-    """To be called once other adapters were added to a model: makes it what it is now."""
+    """A function that removes adapters added to a model later and makes the model as it is now."""
     active, adapters = list(model.active_adapters), set(model.peft_config)
     modules = [(module, dict(module._modules), module.training) for module in model.modules()]
     trained = [(p, p.requires_grad) for p in model.parameters()]
@@ -204,7 +222,7 @@ def as_it_is(model: Any) -> Callable[[], None]:
         model.base_model.set_adapter(active)
         for module, children, mode in modules:
             module._modules.clear()
-            module._modules.update(children)  # without modules around those that were adapted
+            module._modules.update(children)  # without the wrappers that new adapters have added
             module.training = mode
         for p, is_trained in trained:
             p.requires_grad_(is_trained)

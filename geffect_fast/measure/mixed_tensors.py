@@ -1,4 +1,4 @@
-"""Tensors of two models of one structure, each between what it is in one and in the other."""
+"""Tensors of a working model, each mixed from its values in two models of one structure."""
 
 from __future__ import annotations
 
@@ -32,14 +32,21 @@ losses and heads of other tasks. Whether weights are tied is seen in the weights
 _CHANGES_NOTHING = re.compile(
     r"drop(out)?(_(prob|rate|p))?$|pdrop$|drop_path_rate$|^initializer_|^summary_"
 )
-"""Of such fields what many models call in their own ways: rates of dropout, which only training
-has, spreads of first weights, and the head of GPT-2 for multiple choice."""
+"""Further fields of this kind, which many models name in their own ways: rates of dropout, which
+only training uses, spreads of first weights, and the head of GPT-2 for multiple choice."""
 
 
 @dataclass(frozen=True)
 class MixedTensor:
-    """A tensor of the working model, and what it is at either end; of what ranks share out, this
-    rank's part."""
+    """A tensor of the working model, and its values at either end of the mixture.
+
+    Where ranks share out the model, all three are this rank's parts.
+
+    Attributes:
+        target: the working model's tensor, which is written to.
+        start: values in the original.
+        end: values in the unlearned model.
+    """
 
     target: Tensor
     start: Tensor
@@ -47,7 +54,7 @@ class MixedTensor:
 
     @classmethod
     def of(cls, target: Tensor, start: Tensor, end: Tensor) -> MixedTensor:
-        """Of whole tensors, or of parts alike; what is the target itself is copied."""
+        """Make one of tensors that are whole or in parts; an end that is `target` is copied."""
         start, end = (
             own_part(each.detach()).clone() if each is target else own_part(each.detach())
             for each in (start, end)
@@ -56,7 +63,7 @@ class MixedTensor:
 
 
 def tensors_of(model: nn.Module) -> dict[str, Tensor]:
-    """All parameters and buffers by name, shared ones under every name."""
+    """All parameters and buffers by name; a tensor with several names stands under each."""
     return {
         **dict(model.named_parameters(remove_duplicate=False)),
         **dict(model.named_buffers(remove_duplicate=False)),
@@ -82,7 +89,11 @@ def _ties(tensors: dict[str, Tensor]) -> set[tuple[str, ...]]:
 def of_models(
     original: nn.Module, unlearned: nn.Module, working: nn.Module, what: str
 ) -> list[MixedTensor]:
-    """Every parameter and buffer of two models of one structure."""
+    """The mixed tensors of two models of one structure: every parameter and buffer.
+
+    Raises:
+        InputError: the models differ in class, tensors, ties or config.
+    """
     one, other = tensors_of(original), tensors_of(unlearned)
     if type(original) is not type(unlearned):
         raise InputError(
@@ -132,7 +143,7 @@ def check_alike(name: str, one: Tensor, other: Tensor, what: str) -> None:
 
 
 def check_same_parts(name: str, one: Any, other: Any, what: str) -> None:
-    """Raise `InputError` where this rank's parts of two tensors are not of the same places."""
+    """Raise `InputError` where two tensors are not shared out among ranks in the same way."""
     laid_out = [
         (tensor.placements, tensor.device_mesh.mesh.tolist())
         for tensor in (one, other)
@@ -159,7 +170,7 @@ def _kind(tensor: Tensor) -> str:
 
 
 def check_same_config(original: nn.Module, unlearned: nn.Module, what: str) -> None:
-    """Raise `InputError` where two models compute in different ways with their weights."""
+    """Raise `InputError` where the configs of two models have them compute in different ways."""
     given: list[Any] = [getattr(model, "config", None) for model in (original, unlearned)]
     one, other = (_computing(c.to_dict()) if hasattr(c, "to_dict") else {} for c in given)
     for name in sorted(one.keys() | other.keys()):
@@ -175,7 +186,7 @@ def _computing(config: dict[str, Any]) -> dict[str, Any]:
     return {
         name: _computing(value) if isinstance(value, dict) else value
         for name, value in config.items()
-        # a switch of such a name, as ESM's token_dropout, changes what is computed
+        # A boolean of such a name, such as ESM's token_dropout, changes what is computed.
         if name not in _CHANGE_NOTHING
         and (isinstance(value, bool) or not _CHANGES_NOTHING.search(name))
     }

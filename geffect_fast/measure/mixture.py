@@ -2,16 +2,16 @@
 
     theta(alpha) = (1 - alpha) theta_original + alpha theta_unlearned
 
-for parameters and buffers. What an adapter adds is linear in its `B`, not in `A` and `B` together:
+for parameters and buffers. An adapter adds `s B A`, which is linear in `B`, but not in `A` and `B`
+together. So only the `B`s of adapters are scaled, which is exact:
 
-    W + alpha s B A                              of an adapter on the original
-    W + (1 - alpha) s1 B1 A1 + alpha s2 B2 A2    of two adapters on one base
+    W + alpha s B A                              with an adapter on the original
+    W + (1 - alpha) s1 B1 A1 + alpha s2 B2 A2    with two adapters on one base
 
-so of adapters the `B`s alone are scaled, which is exact; means of `A`s and `B`s would be another
-model.
+Means of the `A`s and of the `B`s would be another model.
 
-Of models that ranks share out each mixes its own parts. FSDP makes no copies, so that a model which
-was given is written to, and put back.
+Where ranks share out the models, each rank mixes its own parts. FSDP makes no copies of a model, so
+a model that was given is written to, and put back.
 """
 
 from __future__ import annotations
@@ -42,21 +42,22 @@ from geffect_fast.ranks import here
 
 
 class Mixture:
-    """Models between an original and an unlearned one, each in the same working model.
+    """Mixtures of an original and an unlearned model, one at a time, in one working model.
 
-    Only one mixed tensor at a time is held beside it, in fp32 or wider.
+    Beside the working model only one mixed tensor at a time is held, in fp32 or wider.
 
     Args:
         original: a causal language model, or one with an adapter.
-        unlearned: of the same structure, or an adapter on the original or on its base.
-        working: a copy of the original, which is written to. Of adapters the working model is
-            another, which has the base's tensors in common with this one: only what adapters add,
-            and modules that they replace, take memory beside it. Of models in parts it is the
-            original, in whose place an adapter's own model is written to.
-        what: what messages call the unlearned one.
+        unlearned: a model of the same structure, or an adapter on the original or on its base.
+        working: a copy of the original, which is written to. With adapters another working model
+            is made, which shares the base's tensors with this copy, so only the adapters' weights
+            and the modules that they replace take further memory. Where ranks share out the models
+            it is the original itself; with an adapter on the original, the unlearned model is
+            written to instead.
+        what: the unlearned model's name in messages.
 
     Raises:
-        InputError: the two are no pair, or the same.
+        InputError: the two models cannot be mixed, or are the same.
         NonFiniteError: a weight is not finite; it is named.
     """
 
@@ -73,8 +74,8 @@ class Mixture:
             )
         for model in (original, unlearned):
             put_to_rest(model)
-        # Of models in parts: the share at which the one that is written to is as it was, and what
-        # takes out of it what was added.
+        # Of models in parts: the share at which the model that is written to is as it was given,
+        # and the function that takes an added adapter out of it.
         self._rests_at: float | None = None
         self._undo: Callable[[], None] = lambda: None
         adapted = is_adapter(original), is_adapter(unlearned)
@@ -113,33 +114,35 @@ class Mixture:
 
     @torch.no_grad()
     def at(self, alpha: float) -> nn.Module:
-        """The working model with the share `alpha` of the unlearned one; bit by bit the original at
-        0 and the unlearned one at 1."""
+        """The working model with the share `alpha` of the unlearned model.
+
+        At 0 it is bit by bit the original, and at 1 the unlearned model.
+        """
         for part in self._parts:
             part.target.copy_(mixed(part.start, part.end, alpha))
         return self.model
 
     @property
     def is_whole_in_part(self) -> bool:
-        """Whether ranks share out the model, and each has a second adapter whole."""
+        """Whether ranks share out the model while each holds a second adapter whole."""
         return self._second is not None and is_sharded(self.model)
 
     def put_back(self) -> None:
-        """Have models in parts, which are written to, be as they were; nothing comes after it."""
+        """Restore a model in parts that was written to. The mixture must not be used afterwards."""
         put_to_rest(self.model)
         if self._rests_at is not None:
             self.at(self._rests_at)
         self._undo()
 
     def save(self, folder: Path | None, tokenizer: Any = None) -> None:
-        """Write the mixture as it is now into a folder, in the form of the unlearned one.
+        """Write the mixture as it is now into a folder, in the form of the unlearned model.
 
         Args:
-            folder: None on ranks that write nothing, which bring their parts of it all the same.
-            tokenizer: to be saved beside it.
+            folder: None on ranks that write nothing; they contribute their parts all the same.
+            tokenizer: saved beside the model; None: none is saved.
 
         Raises:
-            InputError: an adapter that was written adds something else than the one in memory.
+            InputError: the saved adapter adds something else than the one in memory.
         """
         model: Any = self.model
         whole: Any = nullcontext()
@@ -162,7 +165,11 @@ class Mixture:
 
 
 def mixed(start: Tensor, end: Tensor, alpha: float) -> Tensor:
-    """`(1 - alpha) start + alpha end` in fp32 or wider; where both are equal, what they are."""
+    """`(1 - alpha) start + alpha end` in fp32 or wider; exact where `start` and `end` are equal.
+
+    At 0 the result is `start` itself and at 1 `end` itself. Tensors of whole numbers, which are
+    equal at both ends, stay as they are.
+    """
     if alpha in (0, 1) or not start.is_floating_point():
         return end if alpha == 1 else start
     wide = torch.promote_types(start.dtype, torch.float32)

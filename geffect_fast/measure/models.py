@@ -57,23 +57,23 @@ def load_model(
     *,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
-    """A causal language model in evaluation mode, complete and finite, or an error that says why.
+    """Load a causal language model in evaluation mode, complete and finite, or say why not.
 
     transformers only warns when a checkpoint lacks weights and fills them with random numbers; here
-    that is an error. Of an adapter of peft the base model is loaded too, and frozen; what the
-    adapter learns can be trained, as when it is trained on.
+    that is an error. For an adapter of peft the base model is loaded too, and frozen, while the
+    adapter's weights are trainable.
 
     Args:
         source: folder with `config.json` and weights, folder of an adapter (`adapter_config.json`),
             or a hub id of a model.
         dtype: `float64`, `float32`, `bfloat16`, `float16`, or `auto` for the checkpoint's own. An
-            adapter has its base's, and float32 beside bfloat16 and float16.
+            adapter has its base's precision, or float32 where that is bfloat16 or float16.
         device: `cpu`, `cuda`, `cuda:N`, or `auto` for CUDA where there is one; `meta` for a model
-            without numbers, of which shapes, precisions and what is trained can be told.
-        what: what messages call it.
+            without numbers, whose shapes, precisions and trainable parameters are known.
+        what: the model's name in messages.
         trust_remote_code: run the Python code that a folder or hub id may bring along
-            (`auto_map`), with all rights of this process; without it such a model is refused, and
-            nobody is asked.
+            (`auto_map`), with all rights of this process; otherwise such a model is refused
+            without a prompt.
 
     Raises:
         InputError: the model is missing, broken, incomplete or not a causal language model, or
@@ -107,7 +107,7 @@ def load_model(
             )
         except InputError:
             raise
-        except Exception as error:  # every loader beneath has errors of its own
+        except Exception as error:  # each loader of transformers raises errors of its own
             raise InputError(_why_not(source, what, error)) from error
     _check_complete(source, what, model, info)
     if not numbers:
@@ -126,12 +126,12 @@ def load_like(
     trust_remote_code: bool,
     whole_on: str | None = None,
 ) -> nn.Module:
-    """A further model, as exact and where another one is, and shared out where that is.
+    """Load a further model in another's precision, on its device, and shared out if the other is.
 
     Args:
         source, what, trust_remote_code: as for `load_model`.
-        model: the other one.
-        whole_on: where a model lies that is not shared out; None: where the other one does.
+        model: the other model.
+        whole_on: device of a model that is not shared out; None: the other model's device.
     """
     first = next(model.parameters())
     dtype = str(first.dtype).removeprefix("torch.")
@@ -151,16 +151,17 @@ def load_parts(
     adapted: Callable[[Any], Any] = lambda model: model,
     mesh: DeviceMesh | None = None,
 ) -> Any:
-    """This rank's part of a model, of which the first rank reads the files and sends the weights.
+    """Load this rank's part of a model: the first rank reads the files and sends the weights.
 
-    No other rank reads them, or holds more of the model than its part and one block; the first one
-    has it whole in its host's memory at first.
+    The first rank holds the whole model in its host's memory at first. No other rank reads the
+    files, or holds more of the model than its part and one block.
 
     Args:
         source, dtype, what, trust_remote_code: as for `load_model`.
         device: where the parts will be.
-        adapted: puts into the whole model, on the first rank, what is to be shared out with it.
-        mesh: as of `shard`.
+        adapted: changes the whole model, on the first rank, before ranks share it out, for instance
+            adds an adapter.
+        mesh: as `shard` takes it.
 
     Raises:
         As `load_model`, on all ranks.
@@ -184,7 +185,7 @@ def load_parts(
 
 
 def _import_code(source: str | Path, what: str) -> None:
-    """Have the classes that a model's folder or hub id brings along where pickle looks for them."""
+    """Import the classes that a model's folder or hub id brings along, so pickle can find them."""
     from transformers import PreTrainedConfig
     from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
@@ -196,15 +197,19 @@ def _import_code(source: str | Path, what: str) -> None:
 
 
 def _with_adapter(base: PreTrainedModel, source: str | Path, what: str) -> PreTrainedModel:
-    """The adapter in the folder `source` around its base model, all of its weights found."""
+    """Put the adapter in the folder `source` around its base model.
+
+    Raises:
+        InputError: the adapter cannot be loaded, or has other weights than its config says.
+    """
     with quiet_transformers(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of missing keys, which are an error below
+        warnings.simplefilter("ignore")  # missing keys are an error below
         import peft
 
         try:
             saved = set(peft.utils.load_peft_weights(str(source), device="cpu"))
             model = peft.PeftModel.from_pretrained(base, str(source), is_trainable=True)
-        except Exception as error:  # as for models
+        except Exception as error:  # peft raises errors of its own
             raise InputError(
                 f"{what} {source}: the adapter cannot be loaded ({in_one_line(error)}); save it "
                 "again with save_pretrained, or correct its base_model_name_or_path"
@@ -222,17 +227,17 @@ def _with_adapter(base: PreTrainedModel, source: str | Path, what: str) -> PreTr
 def load_tokenizer(
     source: str | Path, what: str = "tokenizer", *, trust_remote_code: bool = False
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer in a folder or at a hub id; messages call the place `what`.
+    """Load the tokenizer in a folder or at a hub id; messages call the place `what`.
 
-    `trust_remote_code` as for `load_model`.
+    `trust_remote_code` is as for `load_model`.
 
     Raises:
-        InputError: there is none, it cannot be read, or needs code of its own.
+        InputError: there is no tokenizer, or it cannot be read, or it needs code of its own.
     """
     check_folder(source, what)
     check_run_model(source, what, weights=False)
     folder = user_path(source)
-    # some tokenizer classes start with an empty vocabulary where there are no files at all
+    # Some tokenizer classes start with an empty vocabulary where there are no files at all.
     if folder.is_dir() and not any((folder / name).is_file() for name in _TOKENIZER_FILES):
         base = base_of(source, what)
         if base is not None:
@@ -246,12 +251,12 @@ def load_tokenizer(
 
         try:
             return AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
-        except Exception as error:  # as above
+        except Exception as error:  # each tokenizer class raises errors of its own
             raise InputError(_why_not(source, f"tokenizer of {what}", error)) from error
 
 
 def has_remote_code(model: nn.Module) -> bool:
-    """Whether a model's class is code that came with it, which somebody has allowed."""
+    """Whether a model's class is code that came with the model and was allowed to run."""
     return any(kind.__module__.startswith("transformers_modules") for kind in type(model).__mro__)
 
 
@@ -259,7 +264,7 @@ def resolve_device(device: str) -> torch.device:
     """The device meant by `auto`, `cpu`, `cuda` or `cuda:N`.
 
     Raises:
-        InputError: it is not on this machine.
+        InputError: this machine has no such device.
     """
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -271,10 +276,13 @@ def resolve_device(device: str) -> torch.device:
 
 
 def _check_complete(source: str | Path, what: str, model: nn.Module, info: dict[str, Any]) -> None:
-    """Refuse a checkpoint that lacks weights of the model, or has some that the model leaves out.
+    """Refuse a checkpoint that lacks weights of the model, or has weights that the model lacks.
 
-    Left out without a word are whole modules that the architecture does not have, such as a value
-    head; a layer too many, or a bias that its config.json denies, makes another model.
+    Whole modules that the architecture does not have, such as a value head, may be left out. A
+    layer too many, or a bias that config.json denies, would make another model.
+
+    Raises:
+        InputError: naming the first such weight.
     """
     missing = sorted(info.get("missing_keys") or [])
     if missing:
@@ -294,7 +302,7 @@ def _check_complete(source: str | Path, what: str, model: nn.Module, info: dict[
 
 
 def _why_not(source: str | Path, what: str, error: Exception) -> str:
-    """One line for whatever a loader raised."""
+    """The message, in one line, for any error of a loader."""
     text = in_one_line(error, 2000)
     if "trust_remote_code=True" in text:
         return needs_trust(source, what)
@@ -322,7 +330,7 @@ def _why_not(source: str | Path, what: str, error: Exception) -> str:
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """transformers without warnings and advice, for the time of a load; downloads show a bar."""
+    """Silence warnings and advice of transformers for the time of a load; downloads show a bar."""
     from huggingface_hub.utils import enable_progress_bars
     from huggingface_hub.utils import logging as hub_logging
     from transformers.utils import logging
@@ -333,7 +341,7 @@ def quiet_transformers() -> Iterator[None]:
     hub_logging.set_verbosity_error()
     logging.disable_progress_bar()
     if sys.stderr.isatty():
-        enable_progress_bars()  # the line above took the bars of downloads away too
+        enable_progress_bars()  # the line above disabled the bars of downloads too
     try:
         yield
     finally:

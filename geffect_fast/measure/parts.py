@@ -1,6 +1,6 @@
-"""Models in parts outside of passes: copied whole, trained and put back, and saved whole.
+"""Work on models that ranks share out, outside of passes: copy whole, train and put back, save.
 
-FSDP makes no copies of models that something could be done with instead.
+FSDP makes no copies of a model. A whole copy is built by hand; training works on the model itself.
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ from geffect_fast.ranks import here
 
 
 def whole_copy(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """A copy of a model that ranks share out, whole and on the CPU; all of them make it together.
+    """A whole copy, on the CPU, of a model that ranks share out; all ranks make it together.
 
-    `fully_shard` has its modules refuse to be copied, so that they are what they were meanwhile.
+    `fully_shard` gives modules a class that refuses to be copied. During the copy the modules have
+    their original classes.
 
     Args:
         model: at rest.
@@ -59,9 +60,10 @@ def whole_copy(model: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 @contextmanager
 def put_back(model: nn.Module) -> Iterator[None]:
-    """Inside, a model in parts may be trained; afterwards, after errors too, it is as it was.
+    """Restore a model in parts afterwards, even after an error, so that it may be trained inside.
 
-    Kept meanwhile is a copy of this rank's part. Gradients that were there are out of the way.
+    A copy of this rank's part is kept meanwhile. Gradients that the parameters had are set aside,
+    and are there again afterwards.
     """
     put_to_rest(model)
     tensors = [own_part(t.detach()) for t in (*model.parameters(), *model.buffers())]
@@ -87,13 +89,14 @@ def put_back(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def whole_on_first(model: nn.Module, parameters: Iterable[nn.Parameter]) -> Iterator[None]:
-    """Inside, some parameters of a model in parts are whole on the first rank, on the CPU.
+    """Have parameters of a model in parts whole inside, on the first rank and on the CPU.
 
-    All ranks enter it together; inside it nothing is run. Those that are whole already stay.
+    All ranks enter the block together, and the model is not run in it. Parameters that are whole
+    already stay as they are.
 
     Args:
         model: that ranks share out.
-        parameters: of it.
+        parameters: the model's parameters that are to be whole.
     """
     put_to_rest(model)
     shared_out = {str(id(p)): p for p in parameters if hasattr(p, "full_tensor")}
@@ -107,7 +110,7 @@ def whole_on_first(model: nn.Module, parameters: Iterable[nn.Parameter]) -> Iter
         if str(id(p)) in whole
     ]
     instead = {name: nn.Parameter(of, shared_out[name].requires_grad) for name, of in whole.items()}
-    # After a load of other weights FSDP's hooks look for its parts here.
+    # FSDP's hooks would look for its parts here after a load of other weights.
     hooks = {module: module._load_state_dict_post_hooks for module, _, _ in held}
     try:
         for module, key, p in held:

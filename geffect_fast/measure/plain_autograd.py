@@ -1,6 +1,6 @@
-"""Plain autograd, one sample at a time: what the engine's numbers are checked against.
+"""Plain autograd, one sample at a time: the numbers that the engine's are checked against.
 
-Nothing of capture, packing or token terms is used: every sequence is run by itself, the published
+Capture, packing and token terms are not used: every sequence is run by itself, the published
 formula of an objective is differentiated, and inner products are summed in fp64. Where ranks share
 out the model, all of them run the same sample, and each holds its part of the gradient.
 """
@@ -27,26 +27,26 @@ from geffect_fast.ops.reference import accumulation_dtype
 from geffect_fast.ranks import here
 
 BLOCK = {"cpu": 2**15}
-"""Elements that are converted to fp64 at a time, by device: on a CPU, what its caches hold."""
+"""Elements that are converted to fp64 at a time, by device: on a CPU, as many as caches hold."""
 LARGE_BLOCK = 2**22
-"""And on any other device."""
+"""Elements that are converted to fp64 at a time on any other device."""
 
 
 PART_HELD = 0.25
-"""Of free memory, that samples' gradients may take."""
+"""Part of free memory that samples' gradients may take."""
 
 
 Gradient = list[Tensor | None]
-"""By parameter, this rank's part of it; None where it takes no part."""
+"""A gradient by parameter, or this rank's part of it; None where a parameter takes no part."""
 
 
 @dataclass(frozen=True)
 class Numbers:
-    """Per parameter and sample, all fp64.
+    """Effects, norms and inner products per parameter and sample, all fp64.
 
     Attributes:
-        effects: `(K, P, 2 N)`, `<gradient of row r's share of objective k, risk gradient>`: rows as
-            forget data, then the same rows as retain data.
+        effects: `(K, P, 2 N)`, `<gradient of row r's share of objective k, risk gradient>`: first
+            the rows as forget data, then the same rows as retain data.
         norms: `(P, N)`, norm of the gradient of sample `i`'s share of the risk.
         products: `(P, N, N)`, inner products of these gradients.
     """
@@ -63,11 +63,11 @@ def plain_numbers(
     reference: nn.Module | None,
     tick: Tick,
 ) -> Numbers:
-    """`Numbers` of a model by one backward a sample, `n + K n` of them for `K` different terms.
+    """`Numbers` of a model by plain backwards of one sample, `n + K n` for `K` different parts.
 
-    The risk and the terms that read its sequences share one forward of a sample, as far as their
-    gradients fit into a part of free memory. Where not even the risk's do, two are held at a time,
-    and formed again for each pair: `n (n + 1) / 2 + n + K n`.
+    The risk and the parts that read the same sequences share one forward of a sample, as far as
+    their gradients fit into a quarter of free memory. Where not even the risk's gradients fit, two
+    are held at a time and formed again for each pair: `n (n + 1) / 2 + n + K n` backwards.
 
     Args:
         model: its trainable parameters count.
@@ -90,14 +90,14 @@ def _plain_numbers(
     reference: nn.Module | None,
     tick: Tick,
 ) -> Numbers:
-    """`plain_numbers` of a model, or of what ranks share out, inside `Shards.sums`."""
+    """Do the work of `plain_numbers`; where ranks share out the model, inside `Shards.sums`."""
     at_rest = [p for p in model.parameters() if p.requires_grad]
     parameters: list[Tensor] = [own_part(p) for p in at_rest]
     device = parameters[0].device
     n, n_parameters = len(sample_set), len(parameters)
 
     def gradients(objectives: Sequence[Objective], batch: Batch) -> list[Gradient]:
-        """Of objectives that read the same sequences, by one forward."""
+        """The gradients of objectives that read the same sequences, by one forward."""
         batch = batch.to(device)
         needs = {need for objective in objectives for need in objective.needs}
         outputs, other = plain_outputs(model, batch, needs), None
@@ -112,14 +112,14 @@ def _plain_numbers(
             if shards is None:
                 grads = torch.autograd.grad(loss, at_rest, allow_unused=True, retain_graph=more)
                 found.append(list(grads))
-            else:  # what is added up over ranks is one of them's: no rounding comes in
+            else:  # the sum over ranks is the first rank's loss alone, so that nothing is rounded
                 one = loss if shards.ranks.first else 0 * loss
                 wholes = [shards.whole(p) for p in at_rest]
                 found.append(shards.sum_of_gradients(one, wholes, more=more))
         return found
 
     def added_up(products: Tensor) -> Tensor:
-        """Sums over the parts of gradients."""
+        """Products of whole gradients, from those of all ranks' parts."""
         if shards is not None:
             shards.add_up([products])
         return products
@@ -128,10 +128,10 @@ def _plain_numbers(
     answers = _batches(sample_set, risk)
     parts = list(dict.fromkeys(part for objective in objectives for _, part in objective.parts()))
     scores: dict[Objective, Tensor] = {}
-    """Effects `(P, n)` of each term's samples on the risk."""
+    """Effects on the risk of each part's samples, `(P, n)`, by part."""
     if holds_all(model, n):
         kept: list[Objective] = [risk]
-        for part in parts:  # that the risk's forward answers as well, as far as memory goes
+        for part in parts:  # those that share the risk's forward, as far as memory allows
             reads_the_same = part not in kept and part.roles == risk.roles
             if reads_the_same and holds_all(model, (len(kept) + 1) * n):
                 kept.append(part)
@@ -167,7 +167,7 @@ def _plain_numbers(
 
 
 def _summed(gradients: Iterable[Gradient], parameters: Sequence[Tensor]) -> Gradient:
-    """The sum of gradients, in the precision that sums are taken in."""
+    """The sum of gradients, in the precision that gradients are added up in."""
     total: Gradient = [
         torch.zeros_like(p, dtype=accumulation_dtype(p.dtype), requires_grad=False)
         for p in parameters
@@ -180,9 +180,9 @@ def _summed(gradients: Iterable[Gradient], parameters: Sequence[Tensor]) -> Grad
 
 
 def holds_all(model: nn.Module, n: int) -> bool:
-    """Whether `n` gradients take no more than a part of the memory that is free.
+    """Whether `n` gradients take at most a quarter (`PART_HELD`) of the memory that is free.
 
-    Of a model that ranks share out, on all of them.
+    Where ranks share out the model, this must hold on all of them.
     """
     parameters = [own_part(p) for p in model.parameters() if p.requires_grad]
     room = PART_HELD * free_memory(parameters[0].device)
@@ -197,7 +197,7 @@ def plain_tokens(model: nn.Module, sample_set: SampleSet, objectives: Sequence[O
     parts = dict.fromkeys(part for objective in objectives for _, part in objective.parts())
     pairs = 0
     if holds_all(model, len(lengths)):
-        parts.pop(risk, None)  # its gradients are there
+        parts.pop(risk, None)  # its gradients have been formed
     else:
         pairs = sum((j + 1) * length for j, length in enumerate(lengths))
     effects = sum(b.total_tokens for part in parts for b in _batches(sample_set, part))
@@ -205,13 +205,13 @@ def plain_tokens(model: nn.Module, sample_set: SampleSet, objectives: Sequence[O
 
 
 def _batches(sample_set: SampleSet, part: Objective) -> list[Batch]:
-    """One sample a batch, with the sequences that the objective reads."""
+    """Batches of one sample each, with the sequences that the objective reads."""
     roles = tuple(role for role in ROLE_ORDER if role in part.roles)
     return make_batches(sample_set, roles, token_budget=1)
 
 
 def plain_outputs(model: nn.Module, batch: Batch, needs: Collection[str] = ()) -> Outputs:
-    """What the model says about a batch, each of its sequences run by itself."""
+    """The model's outputs for a batch, each of whose sequences is run by itself."""
     kwargs = without_cache(model)
     if any("hidden_states" in need for need in needs):
         kwargs["output_hidden_states"] = True
@@ -249,7 +249,7 @@ def dots(a: Sequence[Tensor | None], b: Sequence[Tensor | None]) -> Tensor:
 def gram(grads: Sequence[Tensor | None], n: int) -> Tensor:
     """Inner products of one parameter's first `n` gradients with all `m`, `(n, m)`.
 
-    They are summed in fp64; None is zero.
+    Products are summed in fp64; None is zero.
     """
     products = torch.zeros(n, len(grads), dtype=torch.float64)
     flat = {i: grad.reshape(-1) for i, grad in enumerate(grads) if grad is not None}
@@ -258,7 +258,7 @@ def gram(grads: Sequence[Tensor | None], n: int) -> Tensor:
         return products
     some = flat[first[0]]
     size = _block_size(some)
-    # One buffer, written anew for every block, stays in the caches.
+    # A single buffer, overwritten by every block, stays in the caches.
     buffer = torch.empty(len(flat), min(size, len(some)), dtype=torch.float64, device=some.device)
     found = torch.zeros(len(first), len(flat), dtype=torch.float64, device=some.device)
     for start in range(0, len(some), size):
@@ -277,7 +277,7 @@ def _dot(x: Tensor | None, y: Tensor | None) -> float:
 
 
 def _blocks(*grads: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Flat pieces of gradients of one parameter, the same of each."""
+    """Flat pieces of gradients of one parameter, cut at the same places in each."""
     return zip(*(grad.reshape(-1).split(_block_size(grad)) for grad in grads), strict=True)
 
 

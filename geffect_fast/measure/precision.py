@@ -1,4 +1,4 @@
-"""How exact a number can be in the precision of a model, and models in a wider one."""
+"""Tolerances for numbers in a model's precision, and copies of models in a wider precision."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ TOLERANCE = {
     torch.bfloat16: 2.0**-8,
     torch.float16: 2.0**-11,
 }
-"""Largest error of an exact method: what sums in another order amount to, or half an ulp."""
+"""Largest error of an exact method: the effect of sums in another order, or half an ulp."""
 
 WIDER = {
     torch.float32: torch.float64,
@@ -41,10 +41,10 @@ def coarsest_dtype(model: nn.Module) -> torch.dtype:
 
 
 class Fp64Throughout(TorchDispatchMode):
-    """Inside, what is fp64 stays fp64, also in a backward.
+    """Mode in which fp64 tensors are not converted to fp32, also in a backward.
 
-    Models of transformers compute norms and softmax in fp32 whatever their own precision is. That
-    rounding is the same with any method of taking gradients and would hide how exact a method is.
+    Models of transformers compute norms and softmax in fp32 whatever their own precision is. The
+    rounding is the same with any method of taking gradients, and would hide how exact a method is.
     """
 
     def __torch_dispatch__(
@@ -63,9 +63,13 @@ class Fp64Throughout(TorchDispatchMode):
 
 @contextmanager
 def computing_in(dtype: torch.dtype, model: nn.Module) -> Iterator[None]:
-    """Lets `model`, whose parameters are of `dtype`, compute in it throughout where that is fp64.
+    """Have a model whose parameters are fp64 compute in fp64 throughout; other dtypes: no effect.
 
-    The fused kernels of mixtures of experts know no fp64: the experts run one by one then.
+    The fused kernels of mixtures of experts do not support fp64, so the experts run one by one.
+
+    Args:
+        dtype: of the model's parameters.
+        model: the model.
     """
     if dtype != torch.float64:
         yield
@@ -82,10 +86,10 @@ def computing_in(dtype: torch.dtype, model: nn.Module) -> Iterator[None]:
 
 
 def widened_copy(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """A copy of a model with the same weights in a wider precision, shared out where that is.
+    """A copy of a model in a wider precision, shared out among ranks if the model is.
 
     Raises:
-        InputError: it does not fit into memory beside two gradients.
+        InputError: the copy does not fit into memory beside two gradients.
     """
     needed, device = widened_bytes(model, dtype), next(model.parameters()).device
     free = free_memory(device)
@@ -104,7 +108,7 @@ def widened_copy(model: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 
 def widened_bytes(model: nn.Module, dtype: torch.dtype) -> int:
-    """What a copy in a wider precision and two gradients take, of a rank's part of a model."""
+    """Bytes that a wider copy and two gradients take, for this rank's part of a model."""
     n_trainable = sum(own_part(p).numel() for p in model.parameters() if p.requires_grad)
     n_all = sum(own_part(p).numel() for p in model.parameters())
     return dtype.itemsize * (n_all + 2 * n_trainable)

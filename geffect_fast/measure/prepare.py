@@ -1,7 +1,7 @@
-"""What is done once, before anything is measured.
+"""Preparation: the work that is done once, before anything is measured.
 
-Of every command: rows are read and tokenised, the model is checked (`prepare`). Of a profile also:
-engine, layout and passes over the data are decided (`Schedule`).
+For every command, `prepare` reads and tokenises rows and checks the model. For a profile,
+`Schedule` also chooses engine, layout and passes over the data.
 """
 
 from __future__ import annotations
@@ -73,9 +73,9 @@ class Prepared(Generic[ReadingT]):
 
     Attributes:
         model, tokenizer: as given.
-        settings: how rows were read, and what else the command takes.
+        settings: how rows were read, and the command's other settings.
         objectives: each once.
-        sets: by name, as in `Sources`, tokenised.
+        sets: tokenised data sets by name, as in `Sources`.
         reference: what NPO-like objectives compare with; None: the model itself.
     """
 
@@ -88,26 +88,29 @@ class Prepared(Generic[ReadingT]):
 
     @functools.cached_property
     def parts(self) -> list[Objective]:
-        """What objectives are sums of, each once: effects are linear in the objective."""
+        """The elementary objectives that the given ones are weighted sums of, each once.
+
+        Effects are linear in the objective, so these suffice.
+        """
         return parts_of(self.objectives)
 
     @property
     def needs(self) -> set[Need]:
-        """What the parts need of a batch."""
+        """Everything that a part needs of a batch."""
         return needs_of(self.parts)
 
     @property
     def reads_alternatives(self) -> bool:
-        """Whether a part reads refusals."""
+        """Whether a part reads alternatives: refusals, or a row's own."""
         return any("alternative" in part.roles for part in self.parts)
 
     @property
     def compares(self) -> bool:
-        """Whether a part reads a reference model."""
+        """Whether a part compares with a reference model."""
         return bool(REFERENCE_NEEDS & self.needs)
 
     def attributes(self) -> dict[str, Any]:
-        """Attributes of a result that say of what objectives and rows it is."""
+        """Attributes of a result about its objectives and rows."""
         return {
             "n_forget": len(self.sets["forget"]),
             "n_retain": len(self.sets["retain"]),
@@ -119,7 +122,7 @@ class Prepared(Generic[ReadingT]):
         }
 
     def told_apart_by(self) -> dict[str, Any]:
-        """What must be the same on all ranks, by the argument's name, in words."""
+        """Descriptions of all arguments that must be the same on all ranks, by argument name."""
         rows = {
             name: f"{len(self.sets[name])} rows of digest {found}"
             for name, found in digests(self.sets).items()
@@ -133,7 +136,7 @@ class Prepared(Generic[ReadingT]):
         }
 
     def of_rows(self, rows: Mapping[str, Sequence[int]]) -> Prepared[ReadingT]:
-        """The same of some rows of each set."""
+        """This preparation, reduced to some rows of each set."""
         sets = {name: self.sets[name].part(chosen) for name, chosen in rows.items()}
         return replace(self, sets=sets)
 
@@ -153,12 +156,13 @@ def prepare(
         tokenizer: of transformers; None for samples that are tokenised already.
         sources: data sets, read or not.
         objectives: each once, as `resolved_list` returns them.
-        settings: how rows become tokens, and what else the command takes.
+        settings: how rows become tokens, and the command's other settings.
         reference_model: a model or the folder of one; loaded where an objective compares with it.
 
     Raises:
         InputError: unusable data, model or reference, in one line.
         NonFiniteError: a weight is not finite.
+        UnsupportedModelError: a sample's sequences cannot share a forward of the model.
     """
     sources = read_sources(sources, objectives, settings.data_format)
     parts = parts_of(objectives)
@@ -193,7 +197,7 @@ def prepare(
 def _reference(
     source: nn.Module | str | Path, model: nn.Module, trust_remote_code: bool
 ) -> nn.Module:
-    """The reference model, loaded where a folder is given, as exact and where the model is."""
+    """The reference model; a folder is loaded in the model's precision and on its device."""
     if isinstance(source, nn.Module):
         why = mixing_module(source)
         if why is not None:
@@ -208,9 +212,14 @@ def _reference(
 
 
 def check_model(model: nn.Module, sets: Mapping[str, SampleSet], what: str = "model") -> None:
-    """Raise where a model is none, no decoder alone, holds NaN, or is too small for the data sets.
+    """Refuse a model that holds NaN, is not a decoder alone, or is too small for the data sets.
 
-    Too small are vocabularies that lack a token, and tables of positions that samples run out of.
+    A model is too small if its vocabulary lacks a token, or a sample is longer than its table of
+    positions.
+
+    Raises:
+        InputError: the model is unusable, in one line.
+        NonFiniteError: a weight is not finite.
     """
     check_is_model(model, what)
     check_finite(model, what)
@@ -234,12 +243,13 @@ def check_model(model: nn.Module, sets: Mapping[str, SampleSet], what: str = "mo
 
 
 def _check_pairs(model: nn.Module, sample_set: SampleSet) -> None:
-    """Refuse sequences of a sample that have frequencies of their own, as objectives read them.
+    """Refuse samples whose answer and alternatives would need different rotary frequencies.
 
-    They share a forward, in which the shorter ones are extended to the longest.
+    The sequences of a sample share a forward, in which the shorter ones are extended to the
+    longest. Some models' rotary frequencies depend on the length beyond some number of tokens.
 
     Raises:
-        UnsupportedModelError: naming the first row.
+        UnsupportedModelError: naming the first such row.
     """
     still = still_up_to(model)
     for sample in sample_set.samples if still < math.inf else ():
@@ -254,7 +264,7 @@ def _check_pairs(model: nn.Module, sample_set: SampleSet) -> None:
 
 
 def _tell_of_long_rows(sets: Mapping[str, SampleSet], n_positions: int, what: str) -> None:
-    """A warning that names the first row beyond the positions that a model was made for."""
+    """Warn of the first row that has more tokens than a model was made for."""
     for sample_set in sets.values():
         for sample in sample_set.samples:
             longest = max(len(q) for qs in sample.sequences().values() for q in qs)
@@ -270,7 +280,7 @@ def _tell_of_long_rows(sets: Mapping[str, SampleSet], n_positions: int, what: st
 
 
 def made_for_positions(model: nn.Module) -> int | None:
-    """The positions that a model's config speaks of; XLNet's -1 are as many as one likes."""
+    """Number of positions in a model's config; None for no limit, which XLNet writes as -1."""
     config = getattr(model, "config", None)
     config = getattr(config, "get_text_config", lambda: config)()
     n_positions = getattr(config, "max_position_embeddings", None)
@@ -278,7 +288,10 @@ def made_for_positions(model: nn.Module) -> int | None:
 
 
 def table_of_positions(model: nn.Module) -> int | None:
-    """Rows of a model's table of positions, which some make a few longer; None without one."""
+    """Number of positions in a model's table of positions; None for a model without a table.
+
+    Some models' tables have a few more rows than positions.
+    """
     n_positions = made_for_positions(model)
     if n_positions is None or not isinstance(model, nn.Module):
         return None
@@ -293,7 +306,7 @@ def table_of_positions(model: nn.Module) -> int | None:
 
 
 class Schedule:
-    """How a profile is computed, whatever the weights are: engine, layout, passes over the data.
+    """The plan of a profile, independent of the weights: engine, layout, passes over the data.
 
     Args:
         prepared: the model, its data and objectives, and what to measure.
@@ -301,22 +314,24 @@ class Schedule:
 
     Attributes:
         plan: as given.
-        ranks: who share out the batches of `passes` and `risk_passes`.
+        ranks: the ranks that share the batches of `passes` and `risk_passes`.
         sets: the data sets, by name.
-        objectives, parts: they, K, and what they are sums of.
+        objectives: the K objectives.
+        parts: the elementary objectives that `objectives` are weighted sums of.
         mixture: `(K, n_parts)`, how often each part counts in each objective.
         resolution: the axes of a result.
         risk_sets: the data set of each of the M risks, by its name along the axis `risk`.
         choice: the engine.
         layout: of batches.
         norms: whether the reverse engine forms whole gradients.
-        own_loss: how the model's own loss differs from the risk; None: not.
+        own_loss: how the model's own loss differs from the risk; None: it does not.
         token_budget: of a batch.
         passes: over the objectives' data.
-        one_row: over the first row of each data set that objectives read.
+        one_row: passes over the first row of each data set that objectives read.
         risk_passes: over the risks' data, one each.
-        first_risk_row: over the first row of the first risk.
-        rounding: how far effects of a 16-bit model can be trusted; None: of another.
+        first_risk_row: a pass over the first row of the first risk.
+        rounding: the check of how far effects of a 16-bit model can be trusted; None for models of
+            other precisions, and for models that ranks share out.
         attributes: of results.
 
     Raises:
@@ -346,7 +361,7 @@ class Schedule:
         self._look_at_the_model(prepared)
         if settings.token_budget is None:
             self.token_budget.tokens = min(self.ranks.meet(self._tokens_that_fit()))
-        # By trying and by free memory, in which ranks may differ.
+        # Engine and layout depend on trials and on free memory, in which ranks may differ.
         self.ranks.check_same({"engine": self.choice.engine, "layout": self.layout})
         self._divide_into_batches(settings)
         self.attributes: dict[str, Any] = {
@@ -361,7 +376,10 @@ class Schedule:
             self.attributes |= self.own_loss.attributes()
 
     def _look_at_the_model(self, prepared: Prepared[Measuring]) -> None:
-        """Choose engine and layout, and compare the model's own loss with the risk."""
+        """Choose engine, layout and `norms`, and compare the model's own loss with the risk.
+
+        The reference is checked to go with the model here too.
+        """
         settings, plan, forget = prepared.settings, self.plan, self.sets["forget"]
         self.choice = choose_engine(
             settings.engine,
@@ -376,8 +394,8 @@ class Schedule:
             try:
                 self.layout: Layout = choose_layout(plan, forget, longest)
             except UnsupportedModelError:
-                # Whole gradients and forward passes need no shares of samples, only that samples
-                # do not meet.
+                # Whole gradients and forward passes need no shares of samples, only that no sample
+                # depends on another.
                 if self.resolution.per_sample and self.choice.engine == "reverse":
                     raise
                 self.layout = "single"
@@ -397,7 +415,7 @@ class Schedule:
                 check_reference(prepared.reference, self.layout, forget, longest)
 
     def _tokens_that_fit(self) -> int:
-        """Tokens a batch, from what they take and the memory that is free."""
+        """Tokens of a batch, from the memory that a token takes and the memory that is free."""
         model, layout = self.plan.model, self.layout
         forward = self.choice.engine == "forward"
         whole = not forward and (self.norms or not self.resolution.per_sample)
@@ -411,7 +429,7 @@ class Schedule:
             for each in self.sets.values()
         ]
         n_trained = sum(p.numel() for p in self.plan.held.values())
-        if self.plan.shards is not None:  # and of a block all of it
+        if self.plan.shards is not None:  # the blocks that a forward has whole at a time
             at_once = self.plan.shards.at_once(list(self.plan.parameters.values()))
             n_trained += max(sum(p.numel() for p in some) for some in at_once)
         return estimate_token_budget(
@@ -427,7 +445,7 @@ class Schedule:
         )
 
     def _divide_into_batches(self, settings: Measuring) -> None:
-        """Make the passes over objectives' and risks' data, and those that are checked by."""
+        """Make the passes over the objectives' and the risks' data, and the passes for checks."""
         sets, risk = self.sets, settings.risk_objective
         batches_of = partial(
             make_batches,
@@ -437,7 +455,7 @@ class Schedule:
         )
 
         def for_ranks(rows: SampleSet, roles: tuple[Role, ...]) -> list[Batch]:
-            """No larger than that every rank has one, as far as there are rows."""
+            """Batches small enough that every rank gets one, as far as there are rows."""
             batches, size = batches_of(rows, roles), self.ranks.size
             if size == 1:
                 return batches
@@ -476,12 +494,14 @@ class Schedule:
             )
 
     def add_up_parts(self, products: Sequence[Tensor]) -> None:
-        """Put sums over ranks in place of products of parts, where they share out the model."""
+        """Replace products by their sums over ranks, in place, where ranks share out the model."""
         if self.plan.shards is not None:
             self.plan.shards.add_up(products)
 
     def watched_rows(self, diagonal: Mapping[str, Tensor] | None) -> RowValues | None:
-        """What is told of the risks' rows while their gradients are found; None: of a sum of rows.
+        """A collector of what every row adds to the risks; None where rows are not told apart.
+
+        The collector watches the passes in which the risks' gradients are found.
 
         Args:
             diagonal: of the metric that effects are measured in, by parameter; None: plain.

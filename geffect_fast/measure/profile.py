@@ -1,4 +1,4 @@
-"""`profile`: from a model and two data sets to effects with names on every axis."""
+"""`profile`: effects of objectives on the risks of a model, with names on every axis."""
 
 from __future__ import annotations
 
@@ -63,22 +63,23 @@ def profile(
         refusals: answers that po, dpo and altpo put in place of the forget set's, where a row has
             no field `alternative`, one or a list, of its own.
         reference_model: what NPO-like objectives compare with, a model or the folder of one; None:
-            `model` as it is, for which, as for any model of the same weights, there is a
-            `GEffectWarning`: betas only scale then.
-        metric: of the step that is really taken (docs/concepts.md): effects are then
+            `model` as it is. A reference with the model's own weights brings a `GEffectWarning`,
+            since betas only scale then.
+        metric: of the step that is really taken (docs/concepts.md). Effects are then
             `e_P = <grad R, P grad L>` with the `P` of `sgd`, `adam`, `adamw` or `lion`, or with a
-            diagonal that is given, a tensor for every trainable parameter by name; None: plain.
-        optimizer: whose state `P` is made from: a live one of the model's parameters, its file
-            `optimizer.pt`, or the checkpoint's folder; None: as in a first step.
-        step_of: the objective whose step it is, for `P` that depend on its gradient (all but sgd's
-            do); None: the only one's, and of several the mean of their squares.
+            diagonal that is given, a tensor for every trainable parameter by name. None: plain.
+        optimizer: the optimizer whose state `P` is made from: a live one of the model's parameters,
+            its file `optimizer.pt`, or the checkpoint's folder; None: as in a first step.
+        step_of: the objective whose step is taken, for a `P` that depends on its gradient (all but
+            sgd's do). None: the only objective; for several, `P` is formed with the mean of their
+            squared gradients.
         second_order: also `step_curvature`, `u^T H u` of each risk along each objective's step `u`,
-            by two backwards a risk and objective through one forward of its data.
-        conflicts: also `conflict_share`, what part of an objective's gradient, by the sizes of its
-            elements, has a sign that opposes the retain risk's, and `fisher_trace`; by position
-            also `place_conflict_share`.
+            by two backwards for each risk and objective through one forward of the risk's data.
+        conflicts: also `conflict_share`, the part of an objective's gradient, by the sizes of its
+            elements, whose sign opposes the retain risk's, and `fisher_trace`; by position also
+            `place_conflict_share`.
         out: a NetCDF file that effects by sample and position or token are written to while they
-            are computed, for results larger than memory; None: in memory.
+            are computed, for results larger than memory; None: the result is held in memory.
         progress: show a bar.
         settings:
 
@@ -88,11 +89,12 @@ def profile(
         (objective, risk) of the whole gradients and the same per parameter under `parameter_*`, or
         per group under `group_*`. All fp64.
 
-        By sample also intervals by the choice of the rows, `interval_level` of all draws
-        (`geffect_fast.results.intervals`; docs/concepts.md): `g_effect_low` and `g_effect_high`
-        (objective, risk) of total effects, `risk_value_low` and `risk_value_high` (risk), and
-        `collateral` (objective), the rise of the worst other risk for a unit rise of the forget
-        risk, with `collateral_low` and `collateral_high`. NaN where a data set has one row.
+        By sample there are also intervals by the choice of the rows, which hold `interval_level` of
+        all draws (`geffect_fast.results.intervals`; docs/concepts.md): `g_effect_low` and
+        `g_effect_high` (objective, risk) of total effects, `risk_value_low` and `risk_value_high`
+        (risk), and `collateral` (objective), the rise of the worst other risk for a unit rise of
+        the forget risk, with `collateral_low` and `collateral_high`. Bounds are NaN where a data
+        set has one row.
 
         Coordinates: `parameter` with `block`, `kind`, `group`; `sample` (row number) with `set` and
         `question`; `position` counts the tokens of a sample's answer and then of its alternatives,
@@ -102,41 +104,43 @@ def profile(
 
         Attributes say what is covered (`covered_parameters` of `trainable_parameters`, the same in
         elements, `frozen_*`, `tied`), and whether the shares were compared with whole gradients
-        (`coverage_checked`). Those of a 16-bit model also say how far its effects can be trusted:
-        `precision_error`, the part of themselves that effects may be off by, thrice what fp32 on
-        the same weights changes at two rows (`precision_samples`, of the forget rows; the formula
-        is in docs/concepts.md); or `precision_note`, why it was not measured. Reports call nothing
-        different within it. With `out` the Dataset reads from the file; close it after use.
+        (`coverage_checked`). For a 16-bit model attributes also say how far effects can be trusted.
+        `precision_error` is the relative error that effects may have: thrice the change by fp32 on
+        the same weights at two rows (`precision_samples`, of the forget rows; the formula is in
+        docs/concepts.md). `precision_note` stands in its place where it was not measured, and says
+        why. Reports call no numbers different that differ by less. With `out` the Dataset reads
+        from the file; close it after use.
 
-        With `metric` effects, norms, cosines and intervals are in it, and beside them stand, in the
-        same units, what earlier gradients and weight decay add to the step whatever the objective,
-        `momentum_effect` and `decay_effect` (risk, and parameter or group); `step_total`
+        With `metric` effects, norms, cosines and intervals are in that metric. Beside them, in the
+        same units, stand `momentum_effect` and `decay_effect` (risk, and parameter or group), which
+        earlier gradients and weight decay add to the step whatever the objective; `step_total`
         (objective, risk), a risk's gradient times the whole step; and where the learning rate is
-        known `step_learning_rate` and `predicted_change`, `-lr` times that. Attributes are
-        `metric`, `metric_state`, what `P` is made from, and `metric_of`.
+        known `step_learning_rate` and `predicted_change`, `-lr` times `step_total`. The attributes
+        are `metric`, `metric_state`, which says what `P` is made from, and `metric_of`.
 
-        With `second_order` `step_curvature` (objective, risk): the next term of what a step of size
-        `lr` changes a risk by, `lr**2 / 2` times it, `u` being the optimizer's whole step with
-        `metric` and the plain gradient without; and where the learning rate is known
-        `predicted_change_second`, of both orders.
+        With `second_order` there is `step_curvature` (objective, risk). A step `-lr u` changes a
+        risk to second order by a further `lr**2 / 2` times `step_curvature`, where `u` is the
+        optimizer's whole step with `metric`, and the plain gradient without. Where the learning
+        rate is known, `predicted_change_second` is the change of both orders.
 
         With `conflicts`, by parameter or group: `conflict_share` (objective), the sizes of the
-        elements of the objective's gradient whose sign is not that of the retain risk's, over
-        `gradient_mass` (objective), the sizes of all; a descent along them raises that risk. NaN
-        where the gradient is zero. `fisher_trace` (risk) is the diagonal of the risk's empirical
-        Fisher matrix, summed: the squares of its rows' gradients, none of which is formed.
+        elements of the objective's gradient whose sign opposes the retain risk's, over
+        `gradient_mass` (objective), the sizes of all elements; a descent along the opposing ones
+        raises the retain risk. `conflict_share` is NaN where the gradient is zero. `fisher_trace`
+        (risk) is the trace of the risk's empirical Fisher matrix: the summed squares of its rows'
+        gradients, none of which is formed.
 
         With `conflicts` and `position` also `place_mass` (objective, and all axes but `risk`), the
         sizes of the elements of the gradient at each place, one token of one row, and
-        `place_conflict_share`, the part of it whose sign is not that of the whole retain risk's
-        gradient; NaN where the mass is zero. Places cancel in the whole gradient: their masses add
-        up to more than `gradient_mass`, and over axes that are summed to the masses of the rest.
+        `place_conflict_share`, the part of `place_mass` whose sign opposes the whole retain risk's
+        gradient; NaN where the mass is zero. Places cancel in the whole gradient, so their masses
+        add up to more than `gradient_mass`. Over an axis that is summed, masses are added up.
 
-        `reference_is_model` is 1 where an objective compares with a reference, and that is the
-        model itself. `own_loss` is there where the model's own loss is not the risk: `unshifted`
-        (labels at their own places), `auxiliary` (with its routers', say) or `other`;
-        `own_loss_difference` is how much more it is on a short sequence, in nats a token, and
-        `own_loss_note` a sentence, which is a `GEffectWarning` too.
+        The attribute `reference_is_model` is 1 where an objective compares with a reference that is
+        the model itself. The attribute `own_loss` is there where the model's own loss is not the
+        risk: `unshifted` (labels at their own places), `auxiliary` (for instance with the routers'
+        loss) or `other`. `own_loss_difference` is the own loss less the risk on a short sequence,
+        in nats a token, and `own_loss_note` a sentence, which is a `GEffectWarning` too.
 
     Raises:
         InputError: unusable data, objective or argument, in one line.

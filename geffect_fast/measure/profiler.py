@@ -1,4 +1,4 @@
-"""What is measured of a model as it stands, as often as one likes, by a `Schedule` made once."""
+"""Repeated measurements of a model with its present weights, by a `Schedule` that is made once."""
 
 from __future__ import annotations
 
@@ -57,12 +57,12 @@ if TYPE_CHECKING:
 R = TypeVar("R")
 
 ROOM_FORWARD, ROOM_REVERSE = 0.5, 0.8
-"""Parts of a GPU's free memory that whole gradients may take: a forward pass moves copies of them
-beside, the reverse engine needs room for batches alone."""
+"""Parts of a GPU's free memory that whole gradients may take. The forward engine also moves copies
+of them to the GPU; the reverse engine needs further room for batches only."""
 
 
 def _on_all_ranks(method: Callable[..., R]) -> Callable[..., R]:
-    """A method of a `Profiler` that its ranks begin and end together."""
+    """Decorate a method of a `Profiler` so that all ranks begin and end it together."""
 
     @wraps(method)
     def called(self: Profiler, *args: Any, **kwargs: Any) -> R:
@@ -78,11 +78,11 @@ def _on_all_ranks(method: Callable[..., R]) -> Callable[..., R]:
 
 @dataclass(frozen=True)
 class Measurement:
-    """What was measured of a model.
+    """The result of one measurement of a model.
 
     Attributes:
         dataset: as `geffect_fast.profile` returns it.
-        directions: the gradients of the risks by parameter, `(M, *shape)`, fp32 (fp64 of fp64
+        directions: the gradients of the risks by parameter, `(M, *shape)`, fp32 (fp64 for fp64
             models), in the order of `Profiler.risk_names`.
     """
 
@@ -91,24 +91,24 @@ class Measurement:
 
 
 class Profiler:
-    """Measures a model again and again: its weights may change, the schedule stays.
+    """Measures a model repeatedly: its weights may change between measurements, the schedule stays.
 
-    A reference model that is given is read at the first measurement, and stays what it was then;
-    without one, the reference is the model as it stands at each.
+    A reference model that is given is run at the first measurement, and its outputs then hold for
+    all later ones. Without one, the reference is the model with its weights at each measurement.
 
-    Within a process group of several ranks (`geffect_fast.ranks`) it is made and called on all of
-    them, and shares out the rows; each rank returns the whole result.
+    Within a process group of several ranks (`geffect_fast.ranks`) a profiler is made and called on
+    all ranks, which share out the rows; each rank returns the whole result.
 
     Args:
         prepared: the model, its data and objectives, and what to measure.
 
     Attributes:
         plan: of the model, which must stay in eval mode while it is measured.
-        ranks: who share out the rows.
+        ranks: the ranks that share the rows.
         sets: the data sets, tokenised: `forget`, `retain` and every probe by its name.
         objectives: the objectives.
         risk_names: names along the axis `risk`.
-        own_loss: how the model's own loss differs from the risk; None: not.
+        own_loss: how the model's own loss differs from the risk; None: it does not.
 
     Examples:
         >>> profiler = Profiler.of(model, tokenizer, forget=rows, retain=others, objectives=["ga"])
@@ -134,7 +134,7 @@ class Profiler:
         self._tokenizer = prepared.tokenizer
         self._reference = Reference(prepared.reference)
         self._reference_is_model: bool | None = False
-        if prepared.compares:  # other weights may compute the same, as a new adapter does
+        if prepared.compares:  # a given reference may compute the same, as a new adapter does
             self._reference_is_model = True if prepared.reference is None else None
 
     @classmethod
@@ -151,7 +151,7 @@ class Profiler:
         reference_model: nn.Module | str | Path | None = None,
         **settings: Any,
     ) -> Profiler:
-        """A profiler of what `geffect_fast.profile` takes; raises what it does."""
+        """Make a profiler of the arguments of `geffect_fast.profile`; errors are the same too."""
         return cls(
             prepare(
                 model,
@@ -185,14 +185,15 @@ class Profiler:
                 by the log-probability of each label, NaN where it has none; left out with
                 `position`.
             progress: show bars.
-            unchanged: the weights are still those that were searched for NaN when this was made,
-                and need not be again.
-            rounding: of a 16-bit model also how far its effects can be trusted, as
-                `geffect_fast.profile` says it.
-            step: the step that is taken next, in whose metric effects are measured, or also are.
-            second_order: also `step_curvature`, as `geffect_fast.profile` says it.
-            conflicts: also `conflict_share`, and by position `place_conflict_share`, as
-                `geffect_fast.profile` says it.
+            unchanged: whether the weights are still those of when the profiler was made, which were
+                searched for NaN then and need not be again.
+            rounding: for a 16-bit model, also how far effects can be trusted, as described at
+                `geffect_fast.profile`.
+            step: the step that is taken next; effects are measured in its metric, or in its metric
+                too.
+            second_order: also `step_curvature`, as described at `geffect_fast.profile`.
+            conflicts: also `conflict_share`, and by position `place_conflict_share`, as described
+                at `geffect_fast.profile`.
 
         Raises:
             InputError: the result does not fit in memory, `out` is of no use, or conflicts of an
@@ -216,7 +217,7 @@ class Profiler:
         if places:
             check_places_apart(self.objectives, schedule.passes, schedule.mixture)
             check_place_memory(resolution.shape(len(self.objectives), 3))
-        # Found where they are asked for first, and once.
+        # Found at the first call, and only once.
         gradients = cache(partial(self.objective_gradients, unchanged=unchanged, progress=progress))
         taken = None if step is None else TakenStep(schedule, step, gradients)
         along = None if taken is None else taken.in_place
@@ -224,7 +225,7 @@ class Profiler:
         risk_values, directions = self.risk_gradients(progress=progress, watched=rows)
         variables: dict[str, Any] = {}
         if conflicts:
-            own = gradients()  # which draws a bar of its own
+            own = gradients()  # before the next bar, since this one draws its own
             with self._ticking(progress, "rows' gradients", schedule.risk_passes) as tick:
                 variables |= conflicts_of(schedule, directions, own, self._reference, tick)
         if places:
@@ -236,7 +237,7 @@ class Profiler:
         if weights and resolution.within != "position":
             by_token = ObjectiveWeights(resolution, schedule.mixture)
         file = None
-        if out is not None and self.ranks.first:  # others read what it has written
+        if out is not None and self.ranks.first:  # other ranks read the file that it writes
             file = EffectFile(out, resolution.dims, shape)
         with (
             nullcontext(np.zeros(shape) if out is None else None) if file is None else file as array
@@ -259,7 +260,7 @@ class Profiler:
                     of_risks = whole_grams(self.plan, form, directions)
                 square, names = float(of_risks[:, 0, 0].sum()), resolution.set_names
                 each = self.ranks.first_of(None if array is None else by_row(array))
-                assert each is not None  # the first rank's
+                assert each is not None  # it came from the first rank
                 variables |= rows.variables(each, names, risk_values, square)
                 attributes["interval_level"] = LEVEL
             if taken is not None:
@@ -294,7 +295,11 @@ class Profiler:
         return Measurement(result, directions)
 
     def _checked_shape(self, out: str | Path | None, step: StepMetric | None) -> tuple[int, ...]:
-        """The shape of the effects; raise `InputError` where there is no place for them."""
+        """The shape of the effects.
+
+        Raises:
+            InputError: whole gradients or the result do not fit in memory, or `out` is of no use.
+        """
         schedule, resolution = self._schedule, self._schedule.resolution
         if out is not None and not ("sample" in resolution.axes and resolution.within):
             raise InputError(
@@ -322,7 +327,7 @@ class Profiler:
         progress: bool,
         step: NextStep | None,
     ) -> Effects:
-        """Run the engine: effects are added to `array`, weights of tokens told to `by_token`."""
+        """Run the engine: add effects to `array`, and weights of tokens to `by_token` if given."""
         schedule, passes = self._schedule, self._schedule.passes
         if by_token is not None:
             passes = [replace(data_pass, watch=by_token.add) for data_pass in passes]
@@ -350,20 +355,23 @@ class Profiler:
 
     @property
     def _n_gradients(self) -> int:
-        """Whole gradients that are kept: of the risks, and where they are asked for of parts."""
+        """Number of whole gradients that are kept: the risks', and the parts' where formed."""
         schedule = self._schedule
         reverse = schedule.choice.engine == "reverse"
         whole = reverse and (schedule.norms or not schedule.resolution.per_sample)
         return len(self.risk_names) + (len(schedule.parts) if whole else 0)
 
     def _kept_on(self) -> torch.device | None:
-        """Where they are kept: on the CPU by all ranks, which add them up, if one has no room."""
+        """The device that keeps whole gradients; None: the parameters' own.
+
+        All ranks keep gradients on the CPU if one rank has no room, since the ranks add them up.
+        """
         part = ROOM_FORWARD if self._schedule.choice.engine == "forward" else ROOM_REVERSE
         found = self.ranks.meet(place_for_gradients(self.plan, self._n_gradients, part))
         return next((place for place in found if place is not None), None)
 
     def _tell_of_moves(self) -> None:
-        """Say what it costs that gradients are kept in the CPU's memory."""
+        """Warn that gradients are kept in the CPU's memory, and of the cost."""
         of_one = 4 * sum(p.numel() for p in self.plan.held.values()) / 2**30
         n, free = self._n_gradients, free_memory(self.plan.device) / 2**30
         warnings.warn(
@@ -376,7 +384,12 @@ class Profiler:
         )
 
     def _measured_attributes(self, gram: Tensor | None, unchanged: bool) -> dict[str, Any]:
-        """Attributes of one measurement, of which `gram` was checked."""
+        """Attributes of one measurement.
+
+        Args:
+            gram: the checked Gram matrices; None: none are formed.
+            unchanged: as `measure` takes it.
+        """
         dtype = next(iter(self.plan.parameters.values())).dtype
         compared = gram is not None and self._schedule.choice.engine == "reverse"
         found = self.attributes | {
@@ -399,10 +412,10 @@ class Profiler:
         """Whole gradients of the objectives, `(K, *shape)` by parameter.
 
         Args:
-            unchanged, progress: as of `measure`.
+            unchanged, progress: as `measure` takes them.
 
         Raises:
-            NonFiniteError: one is not finite.
+            NonFiniteError: a gradient is not finite.
         """
         schedule = self._schedule
         with self._ticking(progress, "gradients of the objectives", schedule.passes) as tick:
@@ -420,10 +433,10 @@ class Profiler:
         return mixed
 
     def _read_reference(self, passes: Sequence[DataPass], unchanged: bool) -> None:
-        """Have the reference ready for the passes, and find out whether it is the model itself."""
+        """Prepare the reference for the passes, and find out whether it is the model itself."""
         schedule, device = self._schedule, self.plan.device
         if self._reference_is_model is None and unchanged:
-            # Models that differ do so at the first row.
+            # Models that differ already differ at the first row.
             same = self._reference.is_computed_by
             found = all(same(self.plan.model, each, device) for each in (schedule.one_row, passes))
             self._reference_is_model = all(self.ranks.meet(found))
@@ -435,11 +448,11 @@ class Profiler:
     def risk_gradients(
         self, *, progress: bool = False, watched: RowValues | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Values of the risks `(M,)` fp64 and their gradients, as `Measurement.directions`.
+        """Values of the risks, `(M,)` fp64, and their gradients, as `Measurement.directions`.
 
         Args:
             progress: show a bar.
-            watched: told of what every row adds to the risks.
+            watched: collects what every row adds to the risks.
 
         Raises:
             NonFiniteError: a gradient is not finite.
@@ -468,19 +481,19 @@ class Profiler:
 
     @property
     def token_budget(self) -> int:
-        """Tokens a batch; where memory ran out, less than it was."""
+        """Tokens a batch; fewer than at first where memory ran out."""
         return self._schedule.token_budget.tokens
 
     @property
     def attributes(self) -> dict[str, Any]:
-        """Attributes of results that hold for all measurements, as they are now."""
+        """Attributes of results that hold for all measurements, with the present token budget."""
         return self._schedule.attributes | {"token_budget": self.token_budget}
 
     @contextmanager
     def _ticking(
         self, show: bool, what: str, passes: Sequence[DataPass], n_passes: int = 1
     ) -> Iterator[Tick]:
-        """Yields a function that is told of tokens done, drawn as a bar; memory may run out."""
+        """Yield a function that is told of tokens done and draws a bar, inside `within_budget`."""
         n_tokens = n_passes * sum(data_pass.n_tokens for data_pass in passes)
         with (
             progress_bar(show and self.ranks.first, what, n_tokens) as update,

@@ -1,12 +1,12 @@
-"""Rank correlations over a few methods: Spearman's and Kendall's, with intervals and p-values.
+"""Rank correlations over a few runs: Spearman's and Kendall's, with intervals and p-values.
 
-Ranks are all that is read, so that nothing is assumed of scales: an effect of `npo` is a sum over
-an answer's tokens, one of `ga` a mean.
+Only ranks are read, so nothing is assumed about scales: an effect of `npo` is a sum over an
+answer's tokens, an effect of `ga` a mean.
 
-Intervals draw the runs anew, with replacement and as many, a thousand times with a fixed seed;
-percentiles, their deviations stretched for few methods as Student's distribution is
-(`geffect_fast.results.intervals`). A draw is a vector of counts `c`. With them mid-ranks and
-concordant pairs are sums over the runs that there are:
+For intervals as many runs as there are get drawn with replacement, a thousand times with a fixed
+seed. The bounds are percentiles of the draws, whose deviations from the value are stretched for few
+runs as Student's distribution is (`geffect_fast.results.intervals`). A draw is a vector of counts
+`c`, by which mid-ranks and concordant pairs are sums over the runs:
 
     rank_i = 1/2 + sum_j c_j ([x_j < x_i] + [x_j = x_i] / 2)
     tau_b  = sum_ij c_i c_j s_ij t_ij / sqrt(sum_ij c_i c_j s_ij^2  sum_ij c_i c_j t_ij^2)
@@ -24,23 +24,24 @@ import numpy as np
 from geffect_fast.results.intervals import DRAWS, SEED, bounds, stretch
 
 FEWEST = 5
-"""Methods below which nothing is said: of four, all orders but one are within chance."""
+"""Fewest runs that are correlated: of four runs, all orders but one are within chance."""
 
 _RESAMPLES = 9999
-"""Permutations of a p-value where all orders are too many."""
+"""Number of permutations for a p-value where trying all orders would take too many."""
 
 
 @dataclass(frozen=True)
 class RankCorrelation:
-    """How far two orders of the same methods agree; NaN where nothing can be said.
+    """The agreement of two orders of the same runs; NaN where it cannot be told.
 
     Attributes:
-        n: methods that have both numbers.
+        n: number of runs that have both numbers.
         spearman, spearman_low, spearman_high: Spearman's coefficient and its bounds; the bounds are
             NaN where every draw gives the same.
-        p_value: share of the orders of one that agree as well with the other, two-sided.
+        p_value: part of all orders of the one that agree with the other at least as well,
+            two-sided.
         kendall, kendall_low, kendall_high: Kendall's tau-b, likewise.
-        kendall_p_value: of scipy, exact for few methods without ties.
+        kendall_p_value: by scipy, exact for few runs without ties.
     """
 
     n: int
@@ -55,20 +56,20 @@ class RankCorrelation:
 
 
 def rank_correlation(x: np.ndarray, y: np.ndarray) -> RankCorrelation:
-    """Agreement of the orders of two numbers of each method.
+    """Agreement of the orders in which two numbers of each run put the runs.
 
-    Methods of which one is NaN are left out. Of fewer than `FEWEST` runs, or of numbers that are
-    all the same, nothing is said.
+    Runs with a NaN among the two are left out. With fewer than `FEWEST` runs, or where all `x` or
+    all `y` are the same, every coefficient is NaN.
 
     Args:
-        x, y: `(n,)`.
+        x, y: the two numbers of each run, `(n,)`.
     """
     there = ~(np.isnan(x) | np.isnan(y))
     x, y = x[there], y[there]
     n = len(x)
     if n < FEWEST or len(np.unique(x)) == 1 or len(np.unique(y)) == 1:
         return RankCorrelation(n)
-    from geffect_fast.metrics.extra import scipy_stats  # beside metrics that load torch
+    from geffect_fast.metrics.extra import scipy_stats  # here, as metrics load torch
 
     stats = scipy_stats("rank correlation")
     counts = np.random.default_rng(SEED).multinomial(n, np.full(n, 1 / n), size=DRAWS).astype(float)
@@ -95,12 +96,12 @@ def rank_correlation(x: np.ndarray, y: np.ndarray) -> RankCorrelation:
 
 
 def _signs(values: np.ndarray) -> np.ndarray:
-    """Signs of the differences, `(n, n)`; infinite numbers are the same as themselves."""
+    """Signs of the differences, `(n, n)`; 0 between equal numbers, also between infinite ones."""
     return (values[:, None] > values).astype(float) - (values[:, None] < values)
 
 
 def _correlations(ranks: np.ndarray, others: np.ndarray, axis: int) -> np.ndarray:
-    """Pearson's correlation of ranks along an axis with others, `(n,)`."""
+    """Pearson's correlation of ranks along an axis with the ranks `others`, `(n,)`."""
     ranks = np.moveaxis(ranks, axis, -1)
     one, other = ranks - ranks.mean(-1, keepdims=True), others - others.mean()
     along: np.ndarray = one @ other / np.sqrt((one**2).sum(-1) * (other**2).sum())
@@ -110,7 +111,7 @@ def _correlations(ranks: np.ndarray, others: np.ndarray, axis: int) -> np.ndarra
 def _spearmans(one: np.ndarray, other: np.ndarray, counts: np.ndarray) -> np.ndarray:
     """Spearman's coefficient of each draw, `(draws,)`; NaN where a draw ranks nothing."""
     n = counts.sum(1, keepdims=True)
-    # A mid-rank is (n + 1) / 2 and half of the signs.
+    # A mid-rank is (n + 1) / 2 plus half the sum of the signs.
     a, b = (counts @ signs.T / 2 for signs in (one, other))
     a, b = (ranks - (counts * ranks).sum(1, keepdims=True) / n for ranks in (a, b))
     with np.errstate(invalid="ignore"):

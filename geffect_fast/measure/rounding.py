@@ -1,4 +1,4 @@
-"""How far effects in a 16-bit precision can be trusted: those of two rows, once more in fp32."""
+"""The precision of a 16-bit model's effects, from the effects of two rows computed anew in fp32."""
 
 from __future__ import annotations
 
@@ -24,22 +24,22 @@ from geffect_fast.results.intervals import NEGLIGIBLE
 
 HALF = (torch.bfloat16, torch.float16)
 MARGIN = 3
-"""Times what is found: an effect is the product of two gradients that are rounded alike, of which
-one is computed anew, and two rows stand for all."""
+"""Factor on the error that is found. An effect is the product of two gradients that are rounded
+alike, of which only one is computed anew, and two rows stand for all."""
 
 
 @dataclass(frozen=True)
 class RoundingCheck:
-    """Two rows of every data set that objectives read, and how their effects are found.
+    """The check of a 16-bit model's precision, by two rows of every data set that objectives read.
 
     Attributes:
         engine: the profile's.
-        passes: which parts of objectives read which batches of these rows, whose shares are those
-            that they have in the whole data.
+        passes: which parts of objectives read which batches of the two rows; the rows' shares are
+            the same as in the whole data.
         mixture: `(K, n_parts)`, how often each part counts in each objective.
         whole: the profile's resolution.
-        resolution: of these rows, told apart where the profile can tell them apart.
-        rows: numbers of the forget rows in their data.
+        resolution: of the two rows, which are told apart where the profile can tell rows apart.
+        rows: numbers of the two forget rows in their data.
     """
 
     engine: Engine
@@ -57,21 +57,21 @@ class RoundingCheck:
         mixture: Tensor,
         passes_of: Callable[[Mapping[str, SampleSet]], Sequence[DataPass]],
     ) -> RoundingCheck:
-        """The check of a profile of a 16-bit model.
+        """Make the check for a profile of a 16-bit model.
 
         Args:
             engine, resolution, mixture: the profile's.
-            passes_of: the passes over data sets by name.
+            passes_of: makes the passes over given data sets by name.
         """
         few = {name: each.part(two_rows(len(each))) for name, each in resolution.sets.items()}
-        # An engine that forms whole gradients alone may have no rule for samples.
+        # Where only whole gradients are formed, there may be no way to tell samples apart.
         apart = engine == "forward" or resolution.per_sample
         axes = ("sample",) if apart else ("group",)
         passes = [
             replace(
                 one,
                 batches=[replace(b, totals=resolution.sets[one.on].totals()) for b in one.batches],
-                # Their numbers among these rows are others' in the whole data.
+                # A row's number here is another row's number in the whole data.
                 on=f"{one.on}, two rows",
             )
             for one in passes_of(few)
@@ -92,19 +92,19 @@ class RoundingCheck:
         reference: Reference,
         every_row: np.ndarray | None,
     ) -> dict[str, Any]:
-        """What a result says of its precision.
+        """Measure the precision, and return the attributes of a result about it.
 
         Args:
             plan: of a 16-bit model.
             directions: gradients of the risks as the profile has them, `(M, *shape)`.
             reference: prepared for `passes`.
-            every_row: the profile's effects of all rows, `(K, M, n)`; None where they are not told
-                apart, or not in memory: then those of the two rows are found once more, and are all
-                there is to compare with.
+            every_row: the profile's effects of all rows, `(K, M, n)`; None where rows are not told
+                apart, or effects are not in memory. The two rows' effects in 16 bits are then found
+                once more, and errors are relative to the effects of these two rows alone.
 
         Returns:
             `precision_error`, a float of `precision_error_of`, and `precision_samples`, the
-            numbers of the forget rows; or `precision_note`, why there is none.
+            numbers of the forget rows; or `precision_note`, which says why there is no error.
         """
         needed = 4 * sum(p.numel() for p in plan.model.parameters())
         free = free_memory(next(iter(plan.parameters.values())).device)
@@ -118,7 +118,7 @@ class RoundingCheck:
                 else every_row[:, :, self._places]
             )
             exact = self._effects(_in_fp32(plan), directions, reference)
-        except Exception as error:  # the profile stands without it
+        except Exception as error:  # the profile is valid without this check
             said = next(iter(str(error).strip().splitlines()), "")
             return {"precision_note": f"not measured: {type(error).__name__}: {said}"}
         return {
@@ -134,7 +134,7 @@ class RoundingCheck:
     def _effects(
         self, plan: Plan, directions: Mapping[str, Tensor], reference: Reference
     ) -> np.ndarray:
-        """Effects on every risk by row, `(K, M, rows)`; one row where they are not told apart."""
+        """Effects on every risk by row, `(K, M, rows)`; one row where rows are not told apart."""
         n_risks = len(next(iter(directions.values())))
         shape = self.resolution.shape(len(self.mixture), n_risks)
         array = np.zeros(shape)
@@ -160,12 +160,12 @@ class RoundingCheck:
 
     @property
     def _places(self) -> list[int]:
-        """Where these rows stand among all, data set by data set."""
+        """Places of the two rows of each data set among all rows, data set by data set."""
         sizes = [len(each) for each in self.whole.sets.values()]
         return [sum(sizes[:i]) + row for i, n in enumerate(sizes) for row in two_rows(n)]
 
     def _mean_squares(self, effects: np.ndarray, resolution: Resolution) -> np.ndarray:
-        """Of effects by row the mean of squares, added over data sets, `(K, M)`."""
+        """The mean over rows of squared effects, added up over data sets, `(K, M)`."""
         squares = np.square(effects)
         if "sample" not in resolution.axes:
             return squares.sum(2)
@@ -174,17 +174,17 @@ class RoundingCheck:
 
 
 def two_rows(n: int) -> list[int]:
-    """The first row of `n` and the one in the middle."""
+    """The numbers of the first row of `n` and of the row in the middle."""
     return sorted({0, n // 2})
 
 
 def precision_error_of(off: np.ndarray, size: np.ndarray) -> float:
-    """By how much of themselves effects are off, at most over objectives and risks.
+    """The relative error of effects, the largest over objectives and risks.
 
         MARGIN max_{k,m} sqrt(off_km / size_km)
 
-    Relative to what rows have in the mean, so that one with next to no effect counts as little as
-    it does in a total. Objectives without an effect on a risk are left out.
+    Errors are relative to the mean over rows, so a row with next to no effect counts as little as
+    in a total. Objectives without an effect on a risk are left out.
 
     Args:
         off: mean square, over rows, of effects in 16 bits less those in fp32 on the same weights,
@@ -196,9 +196,10 @@ def precision_error_of(off: np.ndarray, size: np.ndarray) -> float:
 
 
 def _in_fp32(plan: Plan) -> Plan:
-    """A plan of a copy of the model in fp32, with an attention that knows it.
+    """A plan of a copy of the model in fp32, with an attention that supports fp32.
 
-    The plan is copied too: the choice of the layout has found out what uses which parameters.
+    The plan is a copy too, with all that the choice of the layout has found out about the use of
+    parameters.
     """
     in_fp32: dict[int, Any] = {
         id(p): nn.Parameter(p.detach().float(), p.requires_grad) for p in plan.model.parameters()
@@ -206,7 +207,7 @@ def _in_fp32(plan: Plan) -> Plan:
     for b in plan.model.buffers():
         if b.is_floating_point():
             in_fp32[id(b)] = b.to(torch.float32, copy=True)
-    plan = copy.deepcopy(plan, in_fp32)  # which takes these in the place of copies
+    plan = copy.deepcopy(plan, in_fp32)  # takes the fp32 tensors in place of copies
     wide: Any = plan.model
     attention = getattr(getattr(wide, "config", None), "_attn_implementation", None)
     if "flash" in str(attention):

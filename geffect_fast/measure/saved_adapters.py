@@ -1,4 +1,4 @@
-"""Adapters written as they were measured: one, or the sum of two; and read again to compare."""
+"""Saving of adapters as they were measured, one or the sum of two, and the check of the files."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ def save_sum(model: Any, folder: Path) -> None:
 
         A = [s1 A1; s2 A2]    B = [B1 B2]    B A = s1 B1 A1 + s2 B2 A2
 
-    Both are filled up with zeros to one rank for all modules, so that its config says the same of
-    each, whatever patterns, layers and scales those of the two have.
+    `A` and `B` are filled up with zeros to one rank for all modules. So one config holds for every
+    module, whatever patterns of modules, layers and scales the two adapters have.
     """
     import peft
 
@@ -58,7 +58,10 @@ def save_sum(model: Any, folder: Path) -> None:
 
 
 def save_adapter(model: Any, folder: Path, name: str) -> None:
-    """Write an adapter into a folder itself; peft writes one of a name of its own below it."""
+    """Write an adapter directly into a folder.
+
+    peft writes an adapter that is not called `default` into a folder below; its files are moved up.
+    """
     model.save_pretrained(str(folder), selected_adapters=[name])
     if name != "default":
         for file in (folder / name).iterdir():
@@ -89,9 +92,11 @@ def _factors(layer: Any, adapter: str) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def check_saved(model: Any, folder: Path) -> None:
-    """Raise `InputError` where the adapter in a folder, read as anyone reads it, adds something
-    else than the active ones do: layer by layer, on random vectors, beyond what the rounding of its
-    weights explains."""
+    """Raise `InputError` where the adapter in a folder adds something else than the active ones.
+
+    The adapter is read by peft as any user reads it. Outputs are compared layer by layer, on random
+    vectors, up to the rounding of the adapter's weights.
+    """
     active = list(model.active_adapters)
     name = f"{active[0]}_saved"
     with modes_kept(model):

@@ -1,4 +1,4 @@
-"""What a command is given, before a model is needed: data sets are read, objectives parsed."""
+"""A command's data sets and objectives, read, parsed and checked before a model is needed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Sources:
     """Data sets as users give them: a path, a hub id, rows, or samples that are tokenised already.
 
     Attributes:
-        sets: by name; the first is what must go.
+        sets: the data sets by name; the first holds what must go.
         refusals: answers in place of the first set's, for objectives that read alternatives.
     """
 
@@ -29,7 +29,11 @@ class Sources:
     def of(
         cls, forget: Any, retain: Any, probes: Mapping[str, Any] | None, refusals: Any
     ) -> Sources:
-        """Of a command's arguments; raise `InputError` where a probe has the name of another."""
+        """Make sources of a command's arguments.
+
+        Raises:
+            InputError: `probes` is no dict, or a probe has a name that is taken.
+        """
         if not isinstance(probes, Mapping | None):
             raise InputError(
                 f"probes: got {type(probes).__name__}; give a dict of data sets by name"
@@ -42,14 +46,14 @@ class Sources:
         return cls(sets, refusals)
 
     def arguments(self) -> dict[str, Any]:
-        """Again as arguments of a command."""
+        """The sources as keyword arguments of a command."""
         probes = {name: s for name, s in self.sets.items() if name not in ("forget", "retain")}
         named = {name: self.sets[name] for name in ("forget", "retain")}
         return named | {"probes": probes, "refusals": self.refusals}
 
     @property
     def has_text(self) -> bool:
-        """Whether a tokenizer is needed, of sources that are read."""
+        """Whether a set holds text, which needs a tokenizer; the sets must have been read."""
         return any(
             not isinstance(rows, SampleSet) and "input_ids" not in rows[0]
             for rows in self.sets.values()
@@ -62,13 +66,13 @@ def read_sources(
     data_format: str,
     tell: Callable[[str], None] | None = None,
 ) -> Sources:
-    """The rows of all data sets, checked to have what objectives need; no model is needed.
+    """Read the rows of all data sets, and check that they have what objectives need.
 
     Args:
         sources: read or not.
         objectives: of the command.
-        data_format: of files, as of `read_rows`.
-        tell: is told in a line a set what was found.
+        data_format: of files, as `read_rows` takes it.
+        tell: receives a line for each set that says what was found.
 
     Raises:
         InputError: a set cannot be read, or lacks refusals or weights that an objective needs.
@@ -96,7 +100,11 @@ def read_sources(
 
 
 def resolved_list(specs: Sequence[str | Objective] | str) -> list[Objective]:
-    """The objectives that are meant; raise `InputError` where there is none, or one twice."""
+    """The objectives of a list or a string.
+
+    Raises:
+        InputError: there is none, or the same objective is given twice.
+    """
     if isinstance(specs, Objective) or not isinstance(specs, Iterable):
         raise InputError(f"objectives: got {specs}; give a list, such as ['ga', 'npo(beta=0.1)']")
     listed = parse_list(specs) if isinstance(specs, str) else [resolve_objective(s) for s in specs]
@@ -112,23 +120,23 @@ def resolved_list(specs: Sequence[str | Objective] | str) -> list[Objective]:
 
 
 def check_count(name: str, count: Any) -> None:
-    """Raise `InputError` at an argument that is no whole number of at least 1."""
+    """Raise `InputError` where an argument is not a whole number of at least 1."""
     if isinstance(count, bool) or not isinstance(count, int) or count < 1:
         raise InputError(f"{name}: must be a whole number of at least 1, got {count!r}")
 
 
 def parts_of(objectives: Sequence[Objective]) -> list[Objective]:
-    """What objectives are sums of, each once."""
+    """The elementary objectives that the given ones are weighted sums of, each once."""
     return list(dict.fromkeys(part for o in objectives for _, part in o.parts()))
 
 
 def needs_of(parts: Sequence[Objective]) -> set[Need]:
-    """What parts of objectives need of a batch."""
+    """Everything that one of the parts needs of a batch."""
     return {need for part in parts for need in part.needs}
 
 
 def _check_needs_no_refusals(objectives: Sequence[Objective]) -> None:
-    """Raise `InputError` naming the first objective that needs refusals: there are none."""
+    """Raise `InputError` naming the first objective that needs refusals, since none are given."""
     for objective in objectives:
         if any("alternative" in part.roles for _, part in objective.parts()):
             raise InputError(

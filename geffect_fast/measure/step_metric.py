@@ -1,7 +1,7 @@
 """Effects of the step that is really taken: `e_P = < grad R, P grad L >`, and the terms beside it.
 
-`P` is what the optimizer makes of a gradient (`geffect_fast.optimizers.rules`). Effects are
-measured along `P grad R` in place of `grad R`, so no engine knows of it.
+`P` is the diagonal by which the optimizer scales a gradient (`geffect_fast.optimizers.rules`).
+Effects are measured along `P grad R` in place of `grad R`, so engines do not know of `P`.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ if TYPE_CHECKING:
     import xarray as xr
 
 GIVEN = "diagonal"
-"""The metric's name where its diagonal is given."""
+"""The metric's name where the user gives its diagonal."""
 
 PIECE = {"cpu": 2**16, "cuda": 2**22}
-"""Entries of a parameter at a time, by kind of device: few enough for a core's cache, and enough
-for a GPU."""
+"""Entries of a parameter that are read at a time, by kind of device: few enough for a core's cache,
+and enough to keep a GPU busy."""
 
 
 @dataclass(frozen=True)
@@ -51,14 +51,14 @@ class StepMetric:
 
     Attributes:
         name: sgd, adam, adamw, lion or diagonal.
-        held: what the optimizer holds, by parameter; empty with a diagonal that is given.
-        rule: how it steps; None: with a diagonal that is given.
-        given: that diagonal, by parameter.
-        learning_rate: of the step, the groups' largest; None: not known.
+        held: the optimizer's group and state for each parameter; empty with a given diagonal.
+        rule: how the optimizer steps; None: with a given diagonal.
+        given: the given diagonal, by parameter; None: there is none.
+        learning_rate: of the step, the largest of the groups; None: not known.
         state: in words, what `P` is made from.
-        step_of: the objective whose step it is; None: all that are measured.
-        beside: effects in this metric stand beside those along the gradient, and not in their
-            place.
+        step_of: the objective whose step is taken; None: all that are measured.
+        beside: whether effects in this metric stand beside those along the gradient, instead of
+            replacing them.
     """
 
     name: str
@@ -77,13 +77,13 @@ class StepMetric:
         model: nn.Module,
         parameters: Mapping[str, nn.Parameter],
     ) -> StepMetric:
-        """Of what `geffect_fast.profile` takes.
+        """Make the metric of the arguments of `geffect_fast.profile`.
 
         Args:
             metric: a key of `RULES`, or a diagonal by parameter.
             optimizer: a live one, a file or folder that `read_state` reads, or None.
-            model: which is profiled.
-            parameters: its trainable ones at rest, by name.
+            model: the model that is profiled.
+            parameters: the model's trainable parameters at rest, by name.
 
         Raises:
             InputError: the metric is not known, or the optimizer is of another kind or model.
@@ -108,10 +108,10 @@ class StepMetric:
 
     @staticmethod
     def live(optimizer: Any, parameters: Mapping[str, nn.Parameter]) -> StepMetric:
-        """Of a training's own optimizer, whichever it is; effects stand beside the others.
+        """Make the metric of a training's live optimizer, for effects beside those of the gradient.
 
         Raises:
-            InputError: it is not known, or does not hold a parameter.
+            InputError: the optimizer is not known, or does not hold a parameter.
         """
         kind = kind_of(optimizer)
         if kind is None:
@@ -122,7 +122,7 @@ class StepMetric:
 
     @staticmethod
     def saved(source: Path, model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> StepMetric:
-        """Of the optimizer that a checkpoint's folder holds; effects stand beside the others.
+        """Make the metric of a checkpoint's optimizer, for effects beside those of the gradient.
 
         Raises:
             InputError: as `live`, or the file is damaged.
@@ -136,11 +136,11 @@ class StepMetric:
 
     @property
     def reads(self) -> str:
-        """Which gradients of the step `P` is formed with, as `OptimizerRule.reads`."""
+        """The kind of gradients that `P` is formed with, as `OptimizerRule.reads`."""
         return "none" if self.rule is None else self.rule.reads
 
     def formed_of(self, objectives: Sequence[Objective]) -> list[int]:
-        """Which objectives' gradients `P` is formed with."""
+        """Numbers of the objectives with whose gradients `P` is formed."""
         return [k for k, each in enumerate(objectives) if self.step_of in (None, each)]
 
     def products(
@@ -151,20 +151,22 @@ class StepMetric:
         mixture: Tensor,
         chosen: Sequence[int],
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Effects of the step by parameter, and what momentum and weight decay add to them.
+        """Effects of the step by parameter, and the effects that momentum and weight decay add.
 
-        Parameters are read piece by piece, so that nothing of the model's size is held.
+        Parameters are read piece by piece, so that nothing of the model's size is held. Where ranks
+        share out the model, all tensors by parameter are this rank's parts, and the caller adds up
+        the products over ranks.
 
         Args:
-            parameters: the trainable ones, by name; of what ranks share out, as of all that is by
-                parameter here, this rank's parts, whose products are to be added up.
+            parameters: the trainable parameters, by name.
             directions: gradients of the risks, `(M, *shape)` by parameter.
             gradients: `(n, *shape)` by parameter.
-            mixture: `(K, n)`, how often each of them counts in each objective's.
-            chosen: the objectives with whose gradients `P` is formed.
+            mixture: `(K, n)`, how often each of `gradients` counts in each objective's gradient.
+            chosen: numbers of the objectives with whose gradients `P` is formed.
 
         Returns:
-            `< V_m, P grad L_k >`, `(K, M, P)`, and the terms, `(P, M)` each; fp64 on the CPU.
+            `< V_m, P grad L_k >`, `(K, M, P)`, and the terms of momentum and of weight decay,
+            `(P, M)` each; fp64 on the CPU.
         """
         sums = []
         for name, p in parameters.items():
@@ -195,7 +197,13 @@ class StepMetric:
     def formed(
         self, parameters: Mapping[str, Tensor], gradients: Mapping[str, Tensor] | None
     ) -> NextStep:
-        """The step with its own gradients `(K, *shape)` by parameter, where `reads` any."""
+        """The step, with `P` formed for every parameter.
+
+        Args:
+            parameters: the trainable parameters, by name.
+            gradients: the gradients `(K, *shape)` that `P` is formed with, by parameter; None where
+                `reads` is "none".
+        """
         if self.rule is None:
             assert self.given is not None
             return NextStep(self, {name: self.given[name] for name in parameters})
@@ -208,7 +216,7 @@ class StepMetric:
         return NextStep(self, diagonal)
 
     def attributes(self, objectives: Sequence[Objective]) -> dict[str, Any]:
-        """What a result says of it."""
+        """Attributes of a result about the metric."""
         prefix = "step_metric" if self.beside else "metric"
         found = {prefix: self.name, f"{prefix}_state": self.state}
         if self.reads != "none":
@@ -222,12 +230,12 @@ class StepMetric:
         effects: Tensor,
         beside: Sequence[Tensor],
     ) -> dict[str, Any]:
-        """What a result holds of the step beside effects by parameter, sample and token.
+        """Variables of a result about the step, beside effects by parameter, sample and token.
 
         Args:
             resolution: the axes.
-            effects: in this metric, summed, `(K, M)`.
-            beside: what momentum and weight decay add to effects, `(P, M)` each.
+            effects: effects in this metric, summed over all axes, `(K, M)`.
+            beside: the effects that momentum and weight decay add, `(P, M)` each.
 
         Returns:
             `momentum_effect` and `decay_effect` (risk, and parameter or group where that is an
@@ -255,9 +263,9 @@ class NextStep:
     """A step that is about to be taken.
 
     Attributes:
-        metric: of it.
-        diagonal: `P` by parameter, of its shape or a scalar, in the dtype gradients are added up
-            in.
+        metric: of the step.
+        diagonal: `P` by parameter, of the parameter's shape or a scalar, in the dtype that
+            gradients are added up in.
     """
 
     metric: StepMetric
@@ -269,11 +277,11 @@ class NextStep:
             of.mul_(self.diagonal[name].to(of.device))
 
     def gram(self, scaled: Mapping[str, Tensor], *plain: Mapping[str, Tensor]) -> Tensor:
-        """Gram matrices `(P, n, n)` fp64 in the metric, as `gram_matrices`.
+        """Gram matrices `(P, n, n)` fp64 in the metric, as `gram_matrices` forms them without one.
 
         Args:
-            scaled: gradients times `P`, by parameter.
-            plain: further ones as they are.
+            scaled: gradients already multiplied with `P`, by parameter.
+            plain: further gradients, not multiplied with `P`.
         """
         found = []
         for name, of in scaled.items():
@@ -283,7 +291,7 @@ class NextStep:
         return torch.cat(found)
 
     def beside_gradient(self, directions: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """What momentum and weight decay add to effects, `(P, M)` fp64 each, on the CPU.
+        """The effects that momentum and weight decay add, `(P, M)` fp64 each, on the CPU.
 
         Args:
             directions: gradients of the risks, `(M, *shape)` by parameter.
@@ -297,7 +305,7 @@ class NextStep:
         return added[0], added[1]
 
     def _terms(self, name: str) -> tuple[Tensor | None, Tensor | None]:
-        """Momentum and weight decay of one parameter, of its shape; None: none."""
+        """The step's momentum and weight decay at one parameter, of its shape; None: none."""
         rule, held, diagonal = self.metric.rule, self.metric.held[name], self.diagonal[name]
         assert rule is not None
         return rule.momentum(held, diagonal), rule.decay(held, diagonal)
@@ -315,7 +323,7 @@ class NextStep:
 
 
 def without_step(dataset: xr.Dataset, second_order: bool) -> xr.Dataset:
-    """A result along the gradient alone, with NaN for what it would hold of the step beside it."""
+    """A result of plain effects, with NaN for the variables of the step that would stand beside."""
     effect = dataset["g_effect"]
     of_risk = [d for d in ("risk", "parameter", "group") if d in effect.dims]
     unknown = effect.sum([d for d in effect.dims if d not in ("objective", *of_risk)]) * math.nan
@@ -344,10 +352,10 @@ def check_metric(metric: Any) -> None:
 def step_objective(
     metric: StepMetric, step_of: Objective | None, objectives: Sequence[Objective]
 ) -> StepMetric:
-    """The metric of one objective's step; the only one's where none is named.
+    """The metric with the objective whose step is taken; a single objective need not be named.
 
     Raises:
-        InputError: it is not among the objectives, or has to be named.
+        InputError: `step_of` is not among the objectives, or has to be given.
     """
     if step_of is not None and step_of not in objectives:
         listed = ", ".join(map(str, objectives))
@@ -363,7 +371,7 @@ def step_objective(
 
 
 def _pieces(parameter: Tensor) -> Iterator[slice]:
-    """Where the pieces of a parameter are among its entries."""
+    """Slices that cut the entries of a parameter into pieces."""
     size = PIECE.get(parameter.device.type, PIECE["cuda"])
     return (slice(start, start + size) for start in range(0, parameter.numel(), size))
 
@@ -395,7 +403,12 @@ def _check_kind(found: str | None, metric: str, where: str, name: str) -> None:
 def _checked_diagonal(
     given: Mapping[str, Any], parameters: Mapping[str, nn.Parameter]
 ) -> dict[str, Tensor]:
-    """A diagonal for every parameter; raise `InputError` naming what is wrong with it."""
+    """The given diagonal, checked, for every parameter.
+
+    Raises:
+        InputError: naming a parameter whose diagonal is missing, unknown, of another shape,
+            negative or not finite.
+    """
     for name in given:
         if name not in parameters:
             raise InputError(f"metric: the model has no trainable parameter {name!r}; leave it out")

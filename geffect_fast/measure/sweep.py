@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import xarray as xr
 
 SAME = 1e-6
-"""How far effects may be apart, relative to their size, that only sums in another order make."""
+"""Largest distance, relative to their size, of effects that differ only by the order of sums."""
 _AT_ONCE = 64
 
 
@@ -37,10 +37,10 @@ def sweep(
 ) -> xr.Dataset:
     """The G-effect of objectives at many values of their hyper-parameters, from one profile.
 
-    Takes what `profile` takes, and ranges in objective strings: `wga(alpha=0.1:7:30)` is 30 evenly
-    spaced values, `npo(beta=0.01:4:30,log)` as many evenly spaced in the logarithm, `ga +
+    The arguments are those of `profile`, with ranges in objective strings: `wga(alpha=0.1:7:30)` is
+    30 evenly spaced values, `npo(beta=0.01:4:30,log)` as many evenly spaced in the logarithm, `ga +
     0.1:2:5*kl` five coefficients; several ranges in one objective make a grid. Values are rounded
-    to 6 significant digits and used so, as their labels say.
+    to 6 significant digits before they are used, so that they are what their labels say.
 
     Args:
         model, tokenizer: as `profile` takes them.
@@ -53,21 +53,21 @@ def sweep(
     Returns:
         The Dataset of `profile` with every objective, and these along `objective`:
 
-        - coordinate `sweep`: the string that the objective is from, with its ranges as written; its
-          own where that has none;
+        - coordinate `sweep`: the string that the objective is from, with its ranges as written; the
+          objective's own string where there is no range;
         - coordinates `hyper_<name>`, fp64: the values of every swept parameter, such as
           `hyper_alpha`; NaN where the objective's string has no range for it. Where a string has
-          ranges for several parameters of one name, these are `hyper_npo_beta` and the like;
-          coefficients are `hyper_kl_coefficient`;
-        - coordinate `same_as`: the first objective with the same effects on both risks, itself
-          where none is before it;
+          ranges for several parameters of one name, the names are `hyper_npo_beta` and the like;
+          those of coefficients are `hyper_kl_coefficient` and the like;
+        - coordinate `same_as`: the first objective with the same effects on both risks, which may
+          be the objective itself;
         - variable `pareto`, bool: `pareto_front` of the result.
 
-        Attribute `sweeps`: as JSON, by string, its swept parameters and whether each is evenly
-        spaced in the logarithm.
+        Attribute `sweeps`: as JSON, by string, the string's swept parameters and whether each is
+        evenly spaced in the logarithm.
 
     Raises:
-        InputError: as `profile`, or a range is wrong; the line names the character.
+        InputError: as `profile` raises it, or a range is wrong; the line names the character.
 
     Examples:
         >>> result = gf.sweep(model, tokenizer, forget="forget.jsonl", retain="retain.jsonl",
@@ -93,7 +93,7 @@ def sweep(
 
 
 def _as_profile() -> inspect.Signature:
-    """The signature of `profile`, with the axes of a sweep."""
+    """The signature of `profile`, with a sweep's default for `resolve`."""
     signature = inspect.signature(profile)
     shown = signature.parameters.values()
     return signature.replace(
@@ -105,14 +105,14 @@ vars(sweep)["__signature__"] = _as_profile()
 
 
 def pareto_front(result: xr.Dataset) -> xr.DataArray:
-    """Which objectives no other one beats: more removal, or as much, at less harm, or as little.
+    """Whether each objective is on the Pareto front: no other one beats its removal and its harm.
 
-    An objective is on the front where none has a lower `e_u` and no lower `e_r`, nor the same `e_u`
-    and a higher `e_r`, and differs from it in one of them by more than the choice of the rows, and
-    in 16 bits `precision_error`, may make it. Of objectives with the same effects, such as `npo` at
-    any beta without a reference model, the first stands for all. Both are totals, effects of a
-    descent step of the same size: between objectives of different scales, such as means over tokens
-    and over samples, the front depends on these scales.
+    Another objective beats one where its `e_u` is no higher and its `e_r` no lower, and one of the
+    two differs by more than the choice of the rows, and in 16 bits `precision_error`, can explain.
+    Of objectives with the same effects, such as `npo` at any beta without a reference model, only
+    the first is on the front, for all of them. `e_u` and `e_r` are totals, effects of a descent
+    step of the same size. Between objectives of different scales, such as means over tokens and
+    over samples, the front depends on these scales.
 
     Args:
         result: of `profile` or `sweep`, with the risks `unlearn` and `retain`.
@@ -132,7 +132,7 @@ def pareto_front(result: xr.Dataset) -> xr.DataArray:
     front &= same_effects(result).values == result["objective"].values
     for i in np.flatnonzero(front):
         better = np.flatnonzero(finite & (e_u <= e_u[i]) & (e_r >= e_r[i]))
-        for first in range(0, len(better), _AT_ONCE):  # the first few beat most
+        for first in range(0, len(better), _AT_ONCE):  # the first few nearly always suffice
             j = better[first : first + _AT_ONCE]
             different = told_apart(e_u[i], e_u[j], off_u[i], off_u[j], by_row[i, 0], by_row[j, 0])
             different |= told_apart(e_r[i], e_r[j], off_r[i], off_r[j], by_row[i, 1], by_row[j, 1])
@@ -143,13 +143,14 @@ def pareto_front(result: xr.Dataset) -> xr.DataArray:
 
 
 def same_effects(result: xr.Dataset) -> xr.DataArray:
-    """Of each objective the first one with the same effects on forget and retain data.
+    """For each objective, the first objective with the same effects on forget and retain data.
 
     Args:
         result: of `profile` or `sweep`, with the risks `unlearn` and `retain`.
 
     Returns:
-        Names of objectives (objective), each its own where no objective before it has its effects.
+        Names of objectives (objective): an earlier objective's name, or the objective's own where
+        no earlier one has the same effects.
     """
     import xarray as xr
 
@@ -159,7 +160,7 @@ def same_effects(result: xr.Dataset) -> xr.DataArray:
     firsts: list[int] = []
     for i in range(len(names)):
         j = np.array(firsts, dtype=int)
-        near = np.hypot(e_u[j] - e_u[i], e_r[j] - e_r[i]) <= SAME * size[i]  # NaN is like nothing
+        near = np.hypot(e_u[j] - e_u[i], e_r[j] - e_r[i]) <= SAME * size[i]  # False for NaN
         if near.any():
             names[i] = names[j[near.argmax()]]
         else:
@@ -175,7 +176,11 @@ def _totals(result: xr.Dataset) -> np.ndarray:
 
 
 def expanded(objectives: Iterable[str | Objective] | str) -> list[Sweep]:
-    """The sweeps that are meant; raise `InputError` where there is none, or one twice."""
+    """The sweeps of a list or a string of objectives.
+
+    Raises:
+        InputError: there is none, or the same string is given twice.
+    """
     if isinstance(objectives, Objective) or not isinstance(objectives, Iterable):
         raise InputError(f"objectives: got {objectives}; give a list, such as ['wga(alpha=1:2:3)']")
     sweeps = expand_list(objectives)
@@ -194,7 +199,7 @@ class _Member(NamedTuple):
 
 
 def _members(families: list[Sweep]) -> list[_Member]:
-    """Every objective once: of the first range that holds it, or its own."""
+    """Every objective once, in the first string with a range that holds it, else in its own."""
     found: dict[Objective, _Member] = {}
     for family in families:
         for values, objective in family.members:
