@@ -1,8 +1,8 @@
-"""Batches of the data, what is evaluated on each, and the one loop over them.
+"""Batches of the data, the parts of objectives evaluated on each, and the one loop over them.
 
 Where memory runs out, the batch that failed is redone in smaller ones. Nothing is counted twice:
-what was finished of a batch before memory ran out, objective by objective, is not done again, and
-the rest was not counted yet.
+an objective that was finished on the batch before memory ran out is not done again, and the others
+were not counted yet.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ Collect = Callable[["DataPass", Batch, Tensor], None]
 
 
 class TokenBudget:
-    """Tokens a batch, halved where memory runs out.
+    """The tokens that a batch may hold, halved where memory runs out.
 
     Attributes:
-        tokens: as it is now.
+        tokens: the budget as it is now.
         exhausted: whether memory ran out for a batch of one sample, which no budget divides.
     """
 
@@ -50,10 +50,10 @@ class TokenBudget:
         self.exhausted = False
 
     def halve(self, n_tokens: int) -> None:
-        """Allow half of what memory ran out for, and say so in a line (`GEffectWarning`).
+        """Allow half of the tokens that memory ran out for, and warn in a line (`GEffectWarning`).
 
         Args:
-            n_tokens: of the batch that did not fit; the budget may be larger than the data.
+            n_tokens: tokens of the batch that did not fit; the budget may be larger than the data.
         """
         self.tokens = max(min(self.tokens, n_tokens) // 2, 1)
         warnings.warn(
@@ -69,16 +69,16 @@ class DataPass:
     """One forward pass over a data set's batches, and the parts of objectives that it serves.
 
     Attributes:
-        batches: on the CPU, of several ranks those that this one was dealt; smaller ones take
-            their places where memory runs out.
+        batches: the batches on the CPU; with several ranks, those dealt to this one. Smaller
+            batches take their places where memory runs out.
         parts: the elementary objectives that read these batches, by their number among all parts.
         offset: number of the first row of this data set on the result's sample axis.
         on: name of the data set.
-        watch: told of each part's evaluation, again where a batch is redone; None: nobody.
-        token_budget: of its batches; None: a lack of memory is an error.
-        ranks: who hold the other batches.
-        idle: how many of the last batches are run for other ranks' sake alone, which have more of
-            their own to run, and count for nothing.
+        watch: told of each part's evaluation, again where a batch is redone; None: no listener.
+        token_budget: the budget of the batches; None: a lack of memory is an error.
+        ranks: the ranks that share the batches.
+        idle: number of last batches that count for nothing: they are run only to keep step with
+            ranks that have more batches.
     """
 
     batches: list[Batch]
@@ -101,7 +101,7 @@ class DataPass:
     def terms(
         self, index: int, outputs: Outputs, batch: Batch, reference: Outputs | None
     ) -> tuple[Tensor, Tensor]:
-        """What to differentiate for part `index` on `batch`, token by token, and its own value."""
+        """The token terms of part `index` on `batch`, to be differentiated, and its value."""
         value = self.value(index, outputs, batch, reference)
         return self.parts[index].token_terms(outputs, batch, reference), value
 
@@ -116,7 +116,7 @@ class DataPass:
 
 
 def mixture_of(objectives: Sequence[Objective], parts: Sequence[Objective]) -> Tensor:
-    """How often each part counts in each objective, `(K, n_parts)` fp64."""
+    """The coefficient of each part in each objective, `(K, n_parts)` fp64."""
     mixture = torch.zeros(len(objectives), len(parts), dtype=torch.float64)
     for k, objective in enumerate(objectives):
         for coefficient, part in objective.parts():
@@ -134,7 +134,7 @@ def passes_for(
 
     Args:
         parts: elementary objectives.
-        batches_of: the batches of a data set (`forget`, `retain`) holding sequences of the roles.
+        batches_of: gives a data set's (`forget`, `retain`) batches with sequences of the roles.
         offsets: where each data set starts on the sample axis.
         token_budget: as `DataPass` takes it.
     """
@@ -155,10 +155,11 @@ def dealt(data_pass: DataPass, ranks: Ranks, *, in_step: bool) -> DataPass:
     """A pass over this rank's share of the batches.
 
     Args:
-        data_pass: over all batches, the same on every rank.
-        ranks: who share them out.
-        in_step: whether each rank is to run as many, since they exchange weights meanwhile; and as
-            they are, since one that is short of memory could not go its own way.
+        data_pass: the pass over all batches, the same on every rank.
+        ranks: the ranks that share the batches.
+        in_step: whether every rank is to run the same number of batches, since ranks exchange
+            weights meanwhile. Batches are then never cut, since a rank that is short of memory
+            could not go its own way.
     """
     own, idle = ranks.dealt(data_pass.batches, in_step=in_step)
     allowed = None if in_step else data_pass.token_budget
@@ -166,18 +167,19 @@ def dealt(data_pass: DataPass, ranks: Ranks, *, in_step: bool) -> DataPass:
 
 
 def ranks_of(passes: Sequence[DataPass]) -> Ranks:
-    """Who share out the batches of passes, the same for all of them."""
+    """The ranks that share the batches of every pass."""
     return passes[0].ranks if passes else ALONE
 
 
 class Attempt:
-    """One try at a batch, as a context manager: inside it, a lack of memory ends the try alone.
+    """One try at a batch, as a context manager in which a lack of memory ends the try alone.
 
-    Not where the batch is one sample, nor inside `finishing`. What failed should hold nothing that
-    takes memory afterwards: run it in a function of its own.
+    A lack of memory is raised where the batch is one sample, where there is no token budget, and
+    inside `finishing`. A failed try should hold no memory afterwards: run it in a function of its
+    own.
 
     Attributes:
-        batch: on the CPU.
+        batch: the batch, on the CPU.
         done: numbers of objectives that are done for this batch's samples already.
         failed: whether memory ran out.
         idle: whether nothing of the batch counts.
@@ -200,7 +202,7 @@ class Attempt:
 
     @contextmanager
     def finishing(self, index: int) -> Iterator[None]:
-        """Inside, add up what was found for objective `index`; afterwards it is done."""
+        """Inside, add up the results of objective `index`; afterwards the objective is done."""
         self._finishing = True
         yield
         self._finishing = False
@@ -225,13 +227,13 @@ class Attempt:
 def each_batch(
     passes: Iterable[DataPass], tick: Tick | None = None
 ) -> Iterator[tuple[DataPass, Attempt]]:
-    """Every batch of every pass, to be run inside its `Attempt`; what fails comes again in halves.
+    """Every batch of every pass, to be run inside its `Attempt`; a failed one comes again, halved.
 
-    Batches of a pass are replaced in place by the pieces, so that they need not fail again. Larger
-    ones than its token budget allows are cut before they are tried.
+    The pieces replace the batch in its pass, so that it need not fail again. Batches larger than
+    the token budget are cut before they are tried.
 
     Args:
-        passes: in turn.
+        passes: the passes, in turn.
         tick: told of every batch that was run.
     """
     for data_pass in passes:

@@ -1,4 +1,4 @@
-"""Which engine serves a profile: what only one of them resolves, and what each would cost.
+"""Choice of the engine for a profile, by the axes that each engine resolves and by its cost.
 
 Costs are in forward passes over the forget data (M risks, K elementary objectives), beside the
 risks' gradients, which both engines start from:
@@ -43,7 +43,7 @@ def forward_units(n_risks: int, shares: Sequence[float]) -> float:
 
     Args:
         n_risks: M.
-        shares: of a model's products in each of the groups, front to back; `[1]` for the whole.
+        shares: each group's share of the model's products, front to back; `[1]` for the whole.
     """
     return sum(1 + n_risks * (share + sum(shares[g:])) for g, share in enumerate(shares))
 
@@ -61,13 +61,13 @@ def choose_engine(
 
     Args:
         asked: `auto`, or the engine that is wanted.
-        axes: of the result.
-        norms: whether norms of the objectives' gradients are wanted; None: with the engine that
-            forms these gradients.
-        n_risks, n_parts, shares: as `reverse_units` and `forward_units`.
+        axes: the result's axes.
+        norms: whether norms of the objectives' gradients are wanted; None: if the reverse engine
+            is chosen, which alone forms these gradients.
+        n_risks, n_parts, shares: as `reverse_units` and `forward_units` take them.
 
     Raises:
-        InputError: one engine alone can do one thing that is asked for, and another alone another.
+        InputError: the request needs an engine other than `asked`, or needs both engines.
     """
     needs: dict[Engine, str] = {}
     for axis in ("parameter", "position"):

@@ -1,4 +1,4 @@
-"""Gradients of whole data sets: the directions of the risks, and objectives in aggregated mode."""
+"""Gradients over whole data sets: the risks' directions, and objectives without a sample axis."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ from geffect_fast.transfer import OnItsWay, on_device
 def new_gradients(plan: Plan, n: int, device: torch.device | None = None) -> dict[str, Tensor]:
     """Zeros `(n, *shape)` for every trainable parameter, in the dtype gradients are added up in.
 
-    Of parameters that are shared out, for this rank's part.
+    For parameters that are shared out, the shape is that of this rank's part.
 
     Args:
-        plan: of the model.
+        plan: the model's plan.
         n: number of gradients.
-        device: where they are kept; None: each where its parameter is.
+        device: the device that keeps the gradients; None: that of each parameter.
     """
     return {
         name: torch.zeros(
@@ -58,14 +58,14 @@ def new_gradients(plan: Plan, n: int, device: torch.device | None = None) -> dic
 
 
 def place_for_gradients(plan: Plan, n: int, part: float) -> torch.device | None:
-    """Where gradients of risks and objectives are kept: on the CPU where a GPU has no room.
+    """The device that keeps gradients of risks and objectives: the CPU where a GPU has no room.
 
-    Passes then bring over what they need. None: where the parameters are.
+    Passes then bring over the gradients that they need. None: the parameters' devices.
 
     Args:
-        plan: of the model.
-        n: how many gradients, fp32.
-        part: of its free memory, that they may take.
+        plan: the model's plan.
+        n: number of gradients, fp32.
+        part: fraction of the GPU's free memory that the gradients may take.
     """
     device = plan.device
     wanted = 4 * n * sum(p.numel() for p in plan.held.values())
@@ -74,18 +74,19 @@ def place_for_gradients(plan: Plan, n: int, part: float) -> torch.device | None:
 
 
 def place_beside(gradients: Mapping[str, Tensor]) -> torch.device | None:
-    """Where further gradients are kept beside these; as `place_for_gradients`."""
+    """The device that keeps further gradients beside these, as `place_for_gradients` gives it."""
     return torch.device("cpu") if next(iter(gradients.values())).is_cpu else None
 
 
 class Directions(Mapping[str, Tensor]):
-    """Directions as products with gradients take them, `(M, *shape)` by parameter.
+    """Directions on the device and in the dtype of products with gradients, by parameter.
 
-    Those that are kept elsewhere are brought over each time they are asked for.
+    A direction, `(M, *shape)`, that is kept on another device is brought over each time it is asked
+    for.
 
     Args:
-        plan: of the model.
-        kept: `(M, *shape)` by parameter, where and as they are kept.
+        plan: the model's plan.
+        kept: `(M, *shape)` by parameter, on the device and in the dtype that they are kept in.
     """
 
     def __init__(self, plan: Plan, kept: Mapping[str, Tensor]) -> None:
@@ -108,12 +109,12 @@ class Directions(Mapping[str, Tensor]):
 
 
 def rows_of(gradients: Mapping[str, Tensor]) -> list[tuple[Tensor, ...]]:
-    """For each of the n gradients its part of every parameter's `(n, *shape)`, views."""
+    """Views of each of the n gradients, one for every parameter's `(n, *shape)`."""
     return list(zip(*(of.unbind() for of in gradients.values()), strict=True))
 
 
 def add_gradients(into: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
-    """Add one backward's parameter gradients (None: unused) to what earlier ones left in `into`."""
+    """Add one backward's parameter gradients (None: unused) to the sums in `into`."""
     pairs = [(total, grad) for total, grad in zip(into, grads, strict=True) if grad is not None]
     if pairs:
         totals, found = map(list, zip(*pairs, strict=True))
@@ -126,10 +127,11 @@ def add_gradients(into: Sequence[Tensor], grads: Sequence[Tensor | None]) -> Non
 def gradients_as_they_are(plan: Plan) -> Iterator[None]:
     """Inside, a hook of a parameter that changes its gradient is an error.
 
-    Shares of samples are of the loss's own gradient. What only looks at it, as loggers do, may.
+    The samples' shares add up to the loss's own gradient, which must not be changed. Hooks that
+    only look at a gradient, as loggers do, are allowed.
 
     Raises:
-        UnsupportedModelError: naming the parameter, once such a gradient arrives.
+        UnsupportedModelError: a hook has changed a gradient; the message names the parameter.
     """
 
     def watched(name: str, hook: Callable[[Tensor], Tensor | None]) -> Callable[[Tensor], None]:
@@ -158,7 +160,7 @@ def gradients_as_they_are(plan: Plan) -> Iterator[None]:
 
 
 def inner_products(plan: Plan, direction_of: Callable[[str], Tensor]) -> InnerProducts:
-    """What finds inner products with directions, `(M, *shape)` or a rank's part of it."""
+    """The receiver that forms inner products with directions, `(M, *shape)` or a rank's part."""
     if plan.shards is None:
         return InnerProducts(direction_of)
     return ShardedProducts(plan, direction_of)
@@ -167,13 +169,14 @@ def inner_products(plan: Plan, direction_of: Callable[[str], Tensor]) -> InnerPr
 class ProductsWithFirst:
     """`< grad L_j, grad L_0 >` of the samples of objectives 1, 2, ..., found in their own passes.
 
-    Where samples cannot be told apart there are none.
+    There are no products where samples cannot be told apart.
 
     Args:
-        diagonal: of the metric they are products in, by parameter; None: plain.
+        diagonal: the diagonal of the metric of the products, by parameter; None: plain products.
 
     Attributes:
-        found: for every batch the objective's number, the samples' and their products `(n,)`.
+        found: for every batch the objective's number, the samples' rows and their products `(n,)`.
+        exist: whether samples can be told apart, as far as is known.
     """
 
     def __init__(self, diagonal: Mapping[str, Tensor] | None = None) -> None:
@@ -182,7 +185,7 @@ class ProductsWithFirst:
         self.exist = True
 
     def gather(self, ranks: Ranks) -> None:
-        """Bring together what ranks found; there are products where all of them found theirs."""
+        """Bring the ranks' products together. Products exist only where every rank has its own."""
         if ranks.size > 1:
             told = ranks.meet((self.exist, [(k, rows, own.cpu()) for k, rows, own in self.found]))
             self.exist = all(exist for exist, _ in told)
@@ -201,14 +204,14 @@ def accumulate_gradients(
     """Values and gradients of `n` objectives over all their batches.
 
     Args:
-        plan: of the model.
-        passes: which objectives read which batches.
+        plan: the model's plan.
+        passes: the batches, with the objectives that read them.
         n: number of objectives.
-        reference: what they compare with.
-        tick: progress.
-        kept_on: where the gradients are added up; None: each where its parameter is.
-        products: receives products with the first objective's gradient. The first pass is that
-            of the first objective, and the others' parts are one each.
+        reference: the model that the objectives compare with.
+        tick: told of progress.
+        kept_on: the device on which gradients are added up; None: that of each parameter.
+        products: receives products with the first objective's gradient. The first pass must then
+            be that of the first objective, and every other pass must have a single part.
 
     Returns:
         Values `(n,)` fp64, and by parameter name the gradients `(n, *shape)`, fp32 sums (fp64 for
@@ -264,7 +267,7 @@ def accumulate_gradients(
                     add_gradients(rows[index], grads)
 
     ranks = ranks_of(passes)
-    # Products with the first gradient need it whole.
+    # The first gradient must be whole before products with it are formed.
     first = 0 if products is None else 1
     with gradients_as_they_are(plan), plan.summing():
         for some, own in ((passes[:first], slice(first)), (passes[first:], slice(first, n))):
@@ -285,20 +288,20 @@ def fisher_traces(
 ) -> Tensor:
     """Traces of the empirical Fisher matrix by parameter: squares of rows' gradients, summed.
 
-    From the factors of each row's gradient, which is never formed.
+    The squares come from the factors of each row's gradient, which is never formed.
 
     Args:
-        plan: of the model.
-        passes: one objective each.
+        plan: the model's plan.
+        passes: the passes, with one objective each.
         n: number of objectives.
-        reference: what they compare with.
-        tick: progress.
+        reference: the model that the objectives compare with.
+        tick: told of progress.
 
     Returns:
         `sum_i |grad_p L_i|^2` of the rows' shares `L_i`, `(n, P)` fp64.
 
     Raises:
-        UnsupportedModelError: a module whose rows cannot be told apart by sample; it is named.
+        UnsupportedModelError: a module's rows cannot be told apart by sample; it is named.
     """
     number = {name: p for p, name in enumerate(plan.parameters)}
     totals = torch.zeros(n, len(number), dtype=torch.float64)
@@ -341,14 +344,14 @@ def backwards(
     sources: Sequence[Tensor],
     recorder: Recorder | None,
 ) -> Iterator[tuple[int, Tensor, Sequence[Tensor | None]]]:
-    """One backward a part of objectives that is not done yet, through one graph of outputs.
+    """Run one backward for each part that is not done yet, through one graph of outputs.
 
     Args:
-        plan: of the model.
-        data_pass, attempt: which parts, on which batch.
-        outputs, reference: the model's and the reference's on it.
+        plan: the model's plan.
+        data_pass, attempt: the pass with the parts, and the attempt at the batch.
+        outputs, reference: the model's and the reference's outputs on the batch.
         moved: the batch, on the model's device.
-        sources: what is differentiated by.
+        sources: the tensors that losses are differentiated by.
         recorder: told when a backward is over.
 
     Yields:
@@ -362,7 +365,7 @@ def backwards(
         more = index != wanted[-1]
         if plan.shards is not None:
             grads = plan.sharded_gradients(loss, sources, more=more)
-        elif loss.requires_grad:  # else it reads a layer below all that can be trained
+        elif loss.requires_grad:  # else it reads a layer below all trainable ones
             grads = torch.autograd.grad(loss, sources, retain_graph=more, allow_unused=True)
         if loss.requires_grad and recorder is not None:
             recorder.finish()
@@ -370,7 +373,7 @@ def backwards(
 
 
 def added_up(found: Sequence[tuple[int, Tensor]], n: int) -> Tensor:
-    """Scalars on a device, each added to its place among `n`, `(n,)` fp64: they are read once."""
+    """Sums of scalars by their numbers, `(n,)` fp64. The scalars are read off a device at once."""
     values = torch.zeros(n, dtype=torch.float64)
     if found:
         places, scalars = zip(*found, strict=True)

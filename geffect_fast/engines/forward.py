@@ -39,9 +39,9 @@ class Move:
     """Parameters that are moved together, along some of the directions, in one pass.
 
     Attributes:
-        column: where on the result's axis of parameters or groups its effects are added.
-        names: of the parameters.
-        risks: the directions' numbers.
+        column: the place on the result's axis of parameters or groups where the effects are added.
+        names: names of the parameters.
+        risks: numbers of the directions.
     """
 
     column: int
@@ -52,18 +52,18 @@ class Move:
 def moves_for(
     plan: Plan, columns: Sequence[int], n_directions: int, memory_bytes: int | None = None
 ) -> list[Move]:
-    """One pass a column, or more where its directions do not fit on the device at once.
+    """The moves of a profile: one a column, or more where directions do not fit on the device.
 
     All directions of a pass share the primal pass, so directions are kept together as long as
-    they fit. An effect is the sum of the effects of its parameters, so those of one column are
-    shared out over passes where even one direction does not fit.
+    they fit. An effect is the sum of the effects of its parameters, so the parameters of one column
+    are shared out over passes where even one direction does not fit.
 
     Args:
-        plan: of the model.
+        plan: the model's plan.
         columns: for each parameter the number of its column.
         n_directions: M.
-        memory_bytes: what the directions of one pass may take; None: half of what is free on a
-            GPU, any number on a CPU, where the directions lie already.
+        memory_bytes: bytes that the directions of one pass may take; None: half of the free memory
+            on a GPU, no limit on a CPU, where the directions lie already.
     """
     device = plan.device
     if memory_bytes is None:
@@ -81,7 +81,7 @@ def moves_for(
         together = min(max(memory_bytes // max(size, 1), 1), n_directions)
         for first in range(0, n_directions, together):
             risks = tuple(range(first, min(first + together, n_directions)))
-            # Of what is shared out a block is there at a time, whose weights are larger.
+            # Shared-out parameters are whole block by block, and a block's weights take more space.
             pieces = _pieces(plan, names, memory_bytes) if plan.shards is None else [tuple(names)]
             for piece in pieces:
                 moves.append(Move(column, piece, risks))
@@ -89,7 +89,7 @@ def moves_for(
 
 
 def _pieces(plan: Plan, names: Sequence[str], memory_bytes: int) -> Iterator[tuple[str, ...]]:
-    """Neighbouring parameters whose sizes stay within the limit, where one alone does."""
+    """Neighbouring parameters that together stay within the limit, or one that exceeds it alone."""
     piece: list[str] = []
     used = 0
     for name in names:
@@ -103,8 +103,10 @@ def _pieces(plan: Plan, names: Sequence[str], memory_bytes: int) -> Iterator[tup
 
 
 def _n_bytes(plan: Plan, names: Sequence[str]) -> int:
-    """What one direction of some parameters takes on a device: of what is shared out this rank's
-    part, and the whole of as much as is whole at once."""
+    """Bytes that one direction of some parameters takes on a device.
+
+    For parameters that are shared out, this rank's part, and the most that is whole at once.
+    """
     whole = {
         name: plan.parameters[name].element_size() * plan.parameters[name].numel() for name in names
     }
@@ -128,19 +130,20 @@ def forward_effects(
     per_token: bool = False,
     tick: Tick,
 ) -> tuple[Tensor, Tensor]:
-    """`effects[k, m, c, t]`: what `V_m`, on column `c` of parameters, does to term `t` of `L_k`.
+    """Compute `effects[k, m, c, t]`: the derivative of term `t` of `L_k` along `V_m` in column `c`.
 
     Args:
-        plan: of the model.
-        passes: which objectives read which batches.
+        plan: the model's plan.
+        passes: the batches, with the objectives that read them.
         directions: `(M, *shape)` for every trainable parameter, or a rank's part of it, on any
             device.
         n_objectives: K.
-        reference: what the objectives compare with.
+        reference: the model that the objectives compare with.
         collect: receives each batch's effects, such as `EffectArray.add`.
-        moves: what is moved in each pass; between them, every parameter once for every direction.
+        moves: one for each pass over the data; together they move every parameter once along every
+            direction.
         per_token: resolve by the token that is predicted, not by sample.
-        tick: progress, once for every pass over a batch.
+        tick: told of progress, once for every pass over a batch.
 
     Returns:
         The objectives' values `(K,)`, and effects summed over samples `(K, M, C)`, both fp64.
@@ -188,29 +191,29 @@ def _changes(
     *,
     first: bool,
 ) -> tuple[Tensor, Tensor]:
-    """How the terms of a pass's parts on a batch change, `(M, K, total_tokens)`, and for the first
-    move the parts' values `(K,)`, fp64 on the CPU.
+    """Derivatives of the terms of a pass's parts on a batch, and for the first move parts' values.
 
-    What is found is brought over at once, at the end; until then nothing waits for the device.
+    Derivatives are `(M, K, total_tokens)` and values `(K,)`, fp64 on the CPU. All numbers are
+    brought over at once, at the end; until then nothing waits for the device.
 
     Args:
-        model: of the plan.
-        data_pass: whose parts.
-        batch: on the CPU.
+        model: the dual model of the plan.
+        data_pass: the pass with the parts.
+        batch: the batch, on the CPU.
         along: as `DualModel.outputs` takes directions.
-        reference: what the objectives compare with.
-        judged: kinds of objectives, by pass, whose terms' derivatives were compared with that of
-            their sum; what is compared here is added.
-        first: whether this is the first pass, in which the kinds that were not yet are.
+        reference: the model that the objectives compare with.
+        judged: classes of objectives, by pass, whose terms' derivatives were compared with the
+            derivative of the terms' sum. Classes that are compared here are added.
+        first: whether this is the first move, in which all classes not in `judged` are compared.
 
     Raises:
-        InputError: they are not it.
+        InputError: the terms' derivatives do not add up to the derivative of their sum.
     """
     parts = data_pass.parts
     moved = batch.to(next(iter(along.values())).device)
     outputs, tangents = model.outputs(along, moved, data_pass.needs)
     other = reference.outputs(data_pass, batch, moved, outputs)
-    # One objective of each kind: hyper-parameters change no code.
+    # One objective of each class is compared: hyper-parameters change no code.
     kinds: dict[type, list[Objective]] = {}
     for part in parts.values() if first else ():
         if (id(data_pass), type(part)) not in judged:
@@ -230,7 +233,7 @@ def _changes(
     change, found = found[: change.numel()].view(change.shape), found[change.numel() :]
     for (kind, some), said in zip(kinds.items(), found[len(values) :].view(-1, 2), strict=True):
         for objective in some:
-            # a second of a kind is tried, and waited for, where nothing was to be seen of the first
+            # the next of a class is compared, and waited for, where the first showed nothing
             is_wrong, nothing = (said if objective is some[0] else disagree(objective)).tolist()
             if is_wrong:
                 raise no_derivative(objective)
@@ -243,11 +246,13 @@ def _changes(
 def _on_device(
     plan: Plan, directions: Mapping[str, Tensor], move: Move
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """A move's directions in the parameters' place and precision, and what effects are to be
-    multiplied by: where a model computes in fp16, gradients are scaled to a length at which nothing
-    underflows."""
+    """A move's directions on the parameters' devices in their dtypes, and a scale for each.
+
+    Effects are to be multiplied by the scales. Where a model computes in fp16, directions are
+    divided by them, to a length at which nothing underflows; otherwise the scales are 1.
+    """
     scale = torch.ones(len(move.risks), dtype=torch.float64)
-    risks = slice(move.risks[0], move.risks[-1] + 1)  # neighbours: no copy
+    risks = slice(move.risks[0], move.risks[-1] + 1)  # neighbours, so a slice and no copy
     chosen = {name: directions[name][risks] for name in move.names}
     if torch.float16 in precisions(plan.model):
         squares = torch.stack(
@@ -255,7 +260,7 @@ def _on_device(
         ).sum(0)
         if plan.shards is not None:
             plan.shards.add_up([squares])
-        # what is zero stays zero, also in fp32
+        # a direction that is zero stays zero, also in fp32
         scale = squares.sqrt().clamp(min=2.0**-100).log2().round().exp2()
         inverse = on_device(1 / scale, next(iter(chosen.values())).device)
         chosen = {
@@ -274,7 +279,9 @@ def _by_sample(batch: Batch, change: Tensor) -> Tensor:
 
 
 def _by_token(data_pass: DataPass, batch: Batch, change: Tensor) -> Tensor:
-    """Terms moved to the token they are about, where they stood at the position before it.
+    """The terms' derivatives, each at the token that the term is about.
+
+    A term at the position that predicts a token is moved one place, to the token itself.
 
     Raises:
         InputError: a term is about a token that holds no label.

@@ -1,4 +1,4 @@
-"""Whether forward mode passes a model, and the objectives, without losing a tangent on the way.
+"""Check that forward mode runs through a model without losing a tangent on the way.
 
 Code without a forward-mode rule either raises or, in the case of custom ops and of `.data`, drops
 tangents in silence. Both show on two short sequences, before any work is done.
@@ -25,34 +25,34 @@ from geffect_fast.errors import in_one_line
 from geffect_fast.trying import no_memory
 
 FLOOR = {torch.float64: 1e-9, torch.float32: 1e-6, torch.bfloat16: 1e-4, torch.float16: 1e-4}
-"""Gradients smaller than this beside the largest may be rounding noise, as those of keys' biases
-are, and are not checked."""
+"""Size, relative to the largest gradient, below which gradients are not checked: they may be
+rounding noise, as those of keys' biases are."""
 
 TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-3, torch.bfloat16: 0.3, torch.float16: 0.1}
-"""How far one parameter's share may be from 1: rounding. Where tangents are lost, a share is off by
-as much as they counted; that of the parameter just before is 0."""
+"""Largest distance of one parameter's share from 1 that rounding explains. Where tangents are lost,
+a share is off by as much as they counted; the share of the parameter just before is 0."""
 
 LOST = 0.5
-"""By how much the sum of all shares may be off: less than one that is lost."""
+"""Largest error allowed for the sum of all shares: less than one lost share."""
 
 CERTAIN = {torch.float64: 0.0, torch.float32: 0.0, torch.bfloat16: 1e-2, torch.float16: 1e-3}
-"""Gradients smaller than this beside the largest may be rounded beyond TOLERANCE where a model
-amplifies rounding: then only a share of nothing says that tangents are lost."""
+"""Size, relative to the largest gradient, below which a gradient may be rounded beyond TOLERANCE by
+a model that amplifies rounding. There only a share of 0 says that tangents are lost."""
 
 
 _FOUND: Remembered[tuple[str | None]] = Remembered()
 
 
 def forward_mode_problem(plan: Plan, sample_set: SampleSet, layout: Layout) -> str | None:
-    """Why the forward engine cannot serve this model, naming the module; None where it can.
+    """The reason why the forward engine cannot serve this model; None where it can.
 
-    Found once a model, for as long as it is what it was (`state_of`). Every parameter moves along
-    its own gradient `g`, divided by `|g|^2`, so that by reverse mode each moves the sum of
-    log-probabilities by exactly 1.
+    The reason names the module or the parameter. A model is run once, and again when the model or
+    the layout has changed (`state_of`). Every parameter moves along its own gradient `g`, divided
+    by `|g|^2`, so that by reverse mode each moves the sum of log-probabilities by exactly 1.
 
     Args:
-        plan: of the model.
-        sample_set: whose first tokens are tried.
+        plan: the model's plan.
+        sample_set: the samples whose first tokens are tried.
         layout: as `choose_layout` found it.
     """
     state = (state_of(plan), layout)
@@ -64,7 +64,7 @@ def forward_mode_problem(plan: Plan, sample_set: SampleSet, layout: Layout) -> s
 
 
 def _problem(plan: Plan, sample_set: SampleSet, layout: Layout) -> str | None:
-    """`forward_mode_problem`, by running the model."""
+    """Find what `forward_mode_problem` returns, by running the model."""
     batch = probe_batch(plan, sample_set, layout)
     dtypes = precisions(plan.model)
     floor, limit, certain = (max(of[d] for d in dtypes) for of in (FLOOR, TOLERANCE, CERTAIN))
@@ -74,7 +74,7 @@ def _problem(plan: Plan, sample_set: SampleSet, layout: Layout) -> str | None:
     model = DualModel(plan)
     problem = _lost(model, batch, along, sizes, scale, limit, certain)
     if problem is not None and not model.by_framework:
-        model.run_by_framework()  # which may pass what duals do not
+        model.run_by_framework()  # torch's forward mode may run what duals cannot
         problem = _lost(model, batch, along, sizes, scale, limit, certain)
     return problem
 
@@ -88,7 +88,7 @@ def _lost(
     limit: float,
     certain: float,
 ) -> str | None:
-    """What of the derivatives along `along` is lost; None where nothing is."""
+    """A sentence on a derivative along `along` that is lost; None where none is."""
 
     def off(names: Sequence[str]) -> float:
         moved = _moved(model, batch, {name: along[name] for name in names})
@@ -97,7 +97,7 @@ def _lost(
     names = list(along)
     try:
         total = off(names)
-    except Exception as error:  # whatever code raises that knows no forward mode
+    except Exception as error:  # code without forward mode may raise anything
         if no_memory(error):
             raise
         reason = in_one_line(error)
@@ -125,8 +125,12 @@ def _lost(
 def _own_gradients(
     plan: Plan, batch: Batch, floor: float
 ) -> tuple[dict[str, Tensor], dict[str, float], float]:
-    """Of every parameter whose gradient is more than noise `s g / |g|^2` `(1, *shape)`, and `|g|`
-    beside the largest; and `s`, at which lengths are neither too large nor too small for fp16."""
+    """Directions along the parameters' own gradients `g`, these gradients' sizes, a scale `s`.
+
+    A direction is `s g / |g|^2`, `(1, *shape)`, and a size is `|g|` relative to the largest. Both
+    are given for every parameter whose gradient is more than noise. At the scale `s` lengths are
+    neither too large nor too small for fp16.
+    """
     parameters, shards = plan.parameters, plan.shards
     sources = list(parameters.values())
     with torch.enable_grad(), plan.summing():
@@ -134,7 +138,7 @@ def _own_gradients(
         grads: Sequence[Tensor | None]
         if shards is None:
             grads = torch.autograd.grad(loss, sources, allow_unused=True)
-        else:  # each rank's loss is the same, and they are added up
+        else:  # all ranks have the same loss, and gradients are added up
             grads = plan.sharded_gradients(loss / shards.ranks.size, sources, more=False)
     found = {name: g for name, g in zip(parameters, grads, strict=True) if g is not None}
     squares = [g.double().square().sum() for g in found.values()]
@@ -153,14 +157,14 @@ def _own_gradients(
 
 
 def _moved(model: DualModel, batch: Batch, along: dict[str, Tensor]) -> float:
-    """By how much the sum of log-probabilities moves."""
+    """The derivative of the sum of log-probabilities along `along`."""
     (tangent,) = model.outputs(along, batch, frozenset())[1]
     moved, shards = float(tangent.token_logprob.double().sum()), model.plan.shards
     return moved if shards is None else shards.ranks.first_of(moved)
 
 
 def _failing_module(model: DualModel, batch: Batch, along: dict[str, Tensor]) -> str:
-    """The innermost module whose forward was entered and not left."""
+    """The innermost module whose forward is entered and not left, as messages name it."""
     inside: list[str] = []
 
     def enter(_module: nn.Module, *_: object) -> None:
@@ -175,7 +179,7 @@ def _failing_module(model: DualModel, batch: Batch, along: dict[str, Tensor]) ->
     try:
         put_right(model.plan.model)
         _moved(model, batch, along)
-    except Exception:  # as above
+    except Exception:  # as in `_lost`
         pass
     finally:
         for handle in handles:

@@ -1,4 +1,4 @@
-"""What ranks find of their rows, told to all of them batch by batch."""
+"""Exchange of the effects that ranks find for their rows, batch by batch."""
 
 from __future__ import annotations
 
@@ -24,11 +24,12 @@ def gathered(passes: Sequence[DataPass], collect: Collect) -> Iterator[Collect]:
     a time.
 
     Args:
-        passes: whose batches were dealt to ranks.
+        passes: the passes whose batches were dealt to ranks.
         collect: receives every batch's effects, once each.
 
     Yields:
-        What to give this rank's to; the others' come at the end of the block.
+        The receiver of this rank's effects. With several ranks `collect` receives all effects, this
+        rank's and the others', at the end of the block.
     """
     ranks = ranks_of(passes)
     if ranks.size == 1:
@@ -53,7 +54,7 @@ def gathered(passes: Sequence[DataPass], collect: Collect) -> Iterator[Collect]:
                 try:
                     if failed is None:
                         collect(passes[number], batch, effects)
-                except Exception as error:  # a full disk, of one rank, while the others send on
+                except Exception as error:  # such as a full disk on one rank; the others send on
                     failed = error
         if failed is not None:
             raise failed

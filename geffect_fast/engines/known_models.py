@@ -1,6 +1,6 @@
-"""What is found out about a model before it is profiled: its layout, and what its own loss is.
+"""The layout and the own loss of a model, as found out before the model is profiled.
 
-Of models whose code was read both are known; others are tried (`layout.py`, `own_loss.py`).
+Both are known for models whose code was read; other models are tried (`layout.py`, `own_loss.py`).
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ KNOWN = frozenset(
         "phi3", "qwen2", "qwen3", "smollm3", "starcoder2",
     }
 )  # fmt: skip
-"""Modelling files of transformers that were read: tokens meet in attention alone, which comes from
-transformers' table under its mask of packed sequences, and positions are those that are given.
-Trying agrees for every one of them (`tests/engines/test_known_models.py`)."""
+"""Modelling files of transformers that were read. In these files tokens meet in attention alone,
+attention comes from transformers' table under its mask of packed sequences, and positions are the
+ones given. A trial agrees for every file (`tests/engines/test_known_models.py`)."""
 
 HEADS_BEHIND = frozenset({"qwen3"})
-"""Those that normalise `(batch, tokens, heads, d)`, by heads."""
+"""Files that normalise by heads, on tensors `(batch, tokens, heads, d)`."""
 
 _ROW_BY_ROW = frozenset(
     {
@@ -54,18 +54,18 @@ _WINDOWS = ("sliding_window", "attention_chunk_size")
 def choose_layout(plan: Plan, sample_set: SampleSet, longest: int | None = None) -> Layout:
     """The fastest layout that is exact for this model: `packed`, `equal_length` or `single`.
 
-    Known without a pass where the model's code shows it (`packs_by_its_code`), else found by
-    `tried_layout`. Parameters that are used outside their modules' forwards are moved in the plan
-    then, see `Plan.widen`.
+    The layout is known without a pass where the model's code shows it (`packs_by_its_code`).
+    Otherwise `tried_layout` finds it, and moves parameters that are used outside their modules'
+    forwards in the plan, see `Plan.widen`.
 
     Args:
-        plan: of the model.
-        sample_set: whose first samples are tried, and whose longest and shortest.
+        plan: the model's plan.
+        sample_set: the samples, of which the first two, the longest and the shortest are tried.
         longest: tokens of the longest sequence of all data; None: of `sample_set`.
 
     Raises:
-        UnsupportedModelError: the model does not run on one sequence; the first line of what it
-            raises is named.
+        UnsupportedModelError: the model does not run on one sequence; the message holds the first
+            line of the model's error.
     """
     if packs_by_its_code(plan):
         plan.shown.add(ANY)
@@ -74,13 +74,14 @@ def choose_layout(plan: Plan, sample_set: SampleSet, longest: int | None = None)
 
 
 def own_loss(plan: Plan, sample_set: SampleSet) -> OwnLoss | None:
-    """How a model's own loss differs from the risk; None: it does not, or the model gives none.
+    """The difference of a model's own loss from the risk; None: no difference, or no own loss.
 
-    Known without a pass where the model's code shows it, else found by `tried_own_loss`.
+    The answer is known without a pass where the model's code shows it. Otherwise `tried_own_loss`
+    finds it.
 
     Args:
-        plan: of the model, as `choose_layout` left it.
-        sample_set: of whose first sample the tokens are.
+        plan: the model's plan, as `choose_layout` left it.
+        sample_set: the samples, of which the first one's tokens are tried.
 
     Raises:
         UnsupportedModelError: the model gives other logits where it is given labels.
@@ -99,14 +100,14 @@ def _shifts_by_its_code(plan: Plan) -> bool:
 
 
 def packs_by_its_code(plan: Plan) -> bool:
-    """Whether packing is shown to be exact for a model without running it; False: not known.
+    """Whether a model's code alone shows that packing is exact; False where it does not show this.
 
-    All that can run is transformers' own code of a file in `KNOWN`, and torch's: nothing is
-    subclassed, replaced or hooked, but for what FSDP2 does to bring weights. Every trainable
-    parameter has a rule that goes row by row. Attention is `sdpa` or `eager` from the table,
-    without a window, under a mask that is tried here on five positions.
+    The only code that can run is transformers' own, of a file in `KNOWN`, and torch's: nothing is
+    subclassed, replaced or hooked, except by FSDP2, which brings weights. Every trainable parameter
+    has a rule that goes row by row. Attention is `sdpa` or `eager` from the table, without a
+    window, under a mask that is tried here on five positions.
 
-    What trying would have taught the plan about axes is entered there.
+    The axes that a trial would have found are entered in the plan.
     """
     model, kind = plan.model, own_kind(plan.model)
     file, name = sys.modules.get(kind.__module__), kind.__module__.rpartition(".modeling_")[2]
@@ -141,7 +142,7 @@ def packs_by_its_code(plan: Plan) -> bool:
 
 
 def _is_untouched(module: nn.Module, file: str) -> bool:
-    """Whether a module runs the forward of its class, and that what the class's file says."""
+    """Whether a module runs the forward of its class, as the class's file defines both."""
     kind = own_kind(module)
     if kind not in _ROW_BY_ROW and kind.__module__ not in (file, *_ROW_BY_ROW_FILES):
         return False
@@ -154,13 +155,15 @@ def _is_untouched(module: nn.Module, file: str) -> bool:
 
 
 def _brings_weights(module: Any, hook: Any) -> bool:
-    """Whether a hook of a module is FSDP2's."""
+    """Whether a hook of a module is the one by which FSDP2 brings weights."""
     return is_fsdp_group(module) and getattr(hook, "__self__", 0) is module._get_fsdp_state()
 
 
 def _names_are_its_own(file: Any) -> bool:
-    """Whether the functions and classes that a modelling file sees are torch's and transformers',
-    and masks and attention come from the tables they should."""
+    """Whether a modelling file sees only torch's, transformers' and Python's functions and classes.
+
+    Masks and attention must also come from the tables of transformers.
+    """
     from transformers import masking_utils, modeling_utils
 
     packages = {
@@ -196,7 +199,7 @@ def _attention_is_known(config: Any) -> bool:
 
 
 def _masks_packed(config: Any) -> bool:
-    """Whether transformers masks three tokens from the two that lie before them in a row."""
+    """Whether transformers' mask hides a sequence of two tokens from one of three in its row."""
     from transformers.masking_utils import create_causal_mask
 
     positions = torch.tensor([[0, 1, 0, 1, 2]])

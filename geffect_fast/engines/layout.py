@@ -1,4 +1,4 @@
-"""Whether a model's samples can share a forward pass, found by trying."""
+"""Trial of a model for the layouts in which its samples can share a forward pass."""
 
 from __future__ import annotations
 
@@ -41,12 +41,12 @@ the first figure is not smaller.
 
 @dataclass(frozen=True)
 class _Tried:
-    """What trying a model found.
+    """The findings of a model's trial.
 
     Attributes:
         layout: the layout.
-        outside: parameters used outside their modules, as `Plan.widen` was told of them in turn.
-        axes, shown: what the plan was taught.
+        outside: names of parameters used outside their modules, one tuple a call of `Plan.widen`.
+        axes, shown: the attributes of the plan with these names, as the trial left them.
     """
 
     layout: Layout
@@ -61,15 +61,15 @@ _TRIED: Remembered[_Tried] = Remembered()
 def tried_layout(plan: Plan, sample_set: SampleSet, longest: int | None = None) -> Layout:
     """The fastest layout that trying shows to be exact: `packed`, `equal_length` or `single`.
 
-    No pass is run where the model was tried and is what it was then (`state_of`). Else two short
-    sequences of the user's data are run together and apart, where apart is the model's own forward:
-    of one sequence, whose positions it counts itself. A layout is exact where every
-    log-probability, and every parameter's gradient norm sample by sample, comes out the same:
-    attention that looks across sequences, positions that do not restart or begin elsewhere, and
-    tokens that a router sends out of order all show. Packed sequences are tried with the model's
-    own mask as well as with `packed_attention` where it serves the model, since a batch may run
-    either way; what depends on lengths (`packs_at_length`), also on the longest and the shortest
-    sample.
+    No pass is run where the model was tried before and has not changed since (`state_of`).
+    Otherwise two short sequences of the user's data are run together and apart. Apart means the
+    model's own forward of one sequence, whose positions the model counts itself. A layout is exact
+    where every log-probability, and every parameter's gradient norm sample by sample, comes out the
+    same: attention that looks across sequences, positions that do not restart or begin elsewhere,
+    and tokens that a router sends out of order all show. Packed sequences are tried with the
+    model's own mask and, where `packed_attention` serves the model, with that too, since a batch
+    may run either way. Log-probabilities, which may depend on lengths, are also compared on the
+    longest and the shortest sample (`packs_at_length`).
 
     Arguments and errors are those of `choose_layout`.
     """
@@ -94,14 +94,14 @@ def tried_layout(plan: Plan, sample_set: SampleSet, longest: int | None = None) 
 
 
 def _try(plan: Plan, sample_set: SampleSet, may_pack: bool = True) -> Layout:
-    """The layout, by running the model."""
+    """Find the layout by running the model."""
 
     def agree(layout: Layout, probes: list[Tensor], masked: bool = True) -> bool:
         try:
             together = _norms(plan, probes, layout, masked)
-        except Exception as error:  # whatever a model raises that cannot be called this way
+        except Exception as error:  # a model that cannot be called this way may raise anything
             if plan.shards is not None and no_memory(error):
-                raise  # of this rank alone
+                raise  # memory ran out on this rank alone
             put_right(plan.model)
             return False
         same = _same(plan, together, apart)
@@ -122,7 +122,7 @@ def _try(plan: Plan, sample_set: SampleSet, may_pack: bool = True) -> Layout:
 
     several = _probes(sample_set, PROBE_LENGTHS)
     apart = [alone(ids) for ids in several]
-    # ALiBi counts along the row, in bf16: the few tokens of a trial do not show what it rounds.
+    # ALiBi counts along the row, in bf16, and rounds: the few tokens of a trial do not show this.
     alibi = getattr(getattr(plan.model, "config", None), "alibi", False)
     if may_pack and takes(plan.model, "position_ids") and not (alibi or in_chunks(plan.model)):
         batch = _batch(several, "packed").to(plan.device)
@@ -130,12 +130,12 @@ def _try(plan: Plan, sample_set: SampleSet, may_pack: bool = True) -> Layout:
         if all(agree("packed", several, masked) for masked in ways):
             return "packed"
     same = _probes(sample_set, (PROBE_LENGTHS[0],) * 2)
-    apart = [apart[0], alone(same[1])]  # the first is the same
+    apart = [apart[0], alone(same[1])]  # the first sequence is the same
     return "equal_length" if agree("equal_length", same) else "single"
 
 
 def _same(plan: Plan, together: dict[str, Tensor], apart: list[dict[str, Tensor]]) -> bool:
-    """Whether norms of samples run together are those of the samples run apart."""
+    """Whether samples run together have the log-probabilities and norms of samples run apart."""
     expected = {name: torch.cat([a[name] for a in apart]) for name in together}
     largest = max(float(expected[name].abs().max()) for name in plan.parameters)
     tolerance = max(TOLERANCE[dtype] for dtype in precisions(plan.model))
@@ -151,11 +151,11 @@ def _same(plan: Plan, together: dict[str, Tensor], apart: list[dict[str, Tensor]
 def _norms(
     plan: Plan, probes: list[Tensor], layout: Layout, masked: bool = True
 ) -> dict[str, Tensor]:
-    """Per-sample gradient norms `(n_samples,)` of every parameter, summed NLL as the loss.
+    """Per-sample gradient norms `(n_samples,)` of every parameter, with the summed NLL as the loss.
 
-    Under the empty name the log-probabilities `(total_tokens,)`.
+    The empty name has the log-probabilities `(total_tokens,)`.
     """
-    # An expert that no token of a sample was sent to has no gradient there.
+    # An expert has no gradient for a sample that sends no token to it.
     norms = {name: torch.zeros(len(probes), dtype=torch.float64) for name in plan.parameters}
 
     def keep(name: str, factors: list[Factor], _kept: list[Tensor | None]) -> None:
@@ -183,9 +183,9 @@ def _norms(
 
 
 def in_chunks(model: nn.Module) -> bool:
-    """Whether attention is cut into chunks of a row, wherever its sequences begin.
+    """Whether attention is cut into chunks of a row, wherever the row's sequences begin.
 
-    The few tokens of a trial do not fill one.
+    The few tokens of a trial do not fill a chunk.
     """
     configs = (getattr(module, "config", None) for module in model.modules())
     return any(getattr(config, "attention_chunk_size", None) is not None for config in configs)
@@ -197,10 +197,10 @@ def longest_sequence(sample_set: SampleSet) -> int:
 
 
 def packs_at_length(model: nn.Module, probes: Sequence[Tensor]) -> bool:
-    """Whether log-probabilities of sequences in one row are the model's own of each by itself.
+    """Whether sequences packed into one row have the log-probabilities that each has by itself.
 
     Args:
-        model: whose samples are to be packed, a reference among them.
+        model: the model whose samples are to be packed, or a reference.
         probes: the sequences' tokens.
     """
     device, tolerance = (
@@ -215,24 +215,25 @@ def packs_at_length(model: nn.Module, probes: Sequence[Tensor]) -> bool:
 
 
 def _packs_if_there_is_room(model: nn.Module, probes: Sequence[Tensor]) -> bool:
-    """`packs_at_length`; no where memory runs out for two sequences, as it would for a batch."""
+    """`packs_at_length`; False where memory runs out for two sequences, as it would for a batch."""
     try:
         return packs_at_length(model, probes)
     except (MemoryError, RuntimeError) as error:
-        if not no_memory(error) or is_sharded(model):  # of this rank alone
+        if not no_memory(error) or is_sharded(model):  # on this rank alone
             raise
         return False
 
 
 def check_reference(model: nn.Module, layout: Layout, sample_set: SampleSet, longest: int) -> None:
-    """A reference computes what it does by itself in the layout of the model it is compared with.
+    """Check that a reference computes the same in its model's layout as for each sample by itself.
 
     Args:
         model: the reference.
-        layout, sample_set, longest: as `choose_layout` found and takes them.
+        layout: the layout that `choose_layout` found for the profiled model.
+        sample_set, longest: as `choose_layout` takes them.
 
     Raises:
-        UnsupportedModelError: its samples cannot be packed.
+        UnsupportedModelError: the layout is packed, and the reference's samples cannot be packed.
     """
     if layout != "packed":
         return
@@ -253,13 +254,13 @@ def _extremes(sample_set: SampleSet) -> list[Tensor]:
 
 
 def close(found: Tensor, expected: Tensor, tolerance: float) -> bool:
-    """Whether two tensors differ by no more than rounding, all elements together."""
+    """Whether the norm of the difference is at most `tolerance` times that of `expected`."""
     difference = (found.double() - expected.double()).norm()
     return bool(difference <= tolerance * expected.double().norm())
 
 
 def probe_batch(plan: Plan, sample_set: SampleSet, layout: Layout) -> Batch:
-    """One batch in this layout of what it was tried on, on the model's device."""
+    """One batch in this layout, of sequences as a trial takes them, on the model's device."""
     lengths = PROBE_LENGTHS if layout == "packed" else (PROBE_LENGTHS[0],) * 2
     probes = _probes(sample_set, lengths)
     device = plan.device
@@ -285,8 +286,8 @@ def _batch(probes: Sequence[Tensor], layout: Layout) -> Batch:
 def _probes(sample_set: SampleSet, lengths: tuple[int, int]) -> list[Tensor]:
     """Two different sequences of these lengths from the tokens of the first samples.
 
-    Shorter samples are repeated: in fewer tokens, as many as attention has heads, say, the axes of
-    a module's input could not be told apart.
+    Samples that are shorter are repeated: with fewer tokens, for example as many as attention has
+    heads, the axes of a module's input could not be told apart.
     """
     sequences = [s.answer.input_ids for s in sample_set.samples[:2]]
     if len(sequences) == 1:

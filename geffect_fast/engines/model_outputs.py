@@ -1,4 +1,4 @@
-"""One forward pass over a batch: log-probabilities of the labels, and what else objectives need."""
+"""One forward pass over a batch: log-probabilities of the labels, and other needs of objectives."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ def takes(model: nn.Module, argument: str) -> bool:
 
 
 def without_cache(model: nn.Module) -> dict[str, bool]:
-    """The argument that keeps a model from building a cache, where it has one.
+    """The argument that keeps a model from building a cache, where the model takes it.
 
-    Beside a cache, transformers does not tell packed sequences apart. Some models (GraniteMoe) do
-    not name the argument and hand it on to the model inside.
+    With a cache, transformers does not tell packed sequences apart. Some models (GraniteMoe) do not
+    name the argument but hand it on to the model inside.
     """
     inside = signed(model)
     parameters = inspect.signature(inside.forward).parameters
@@ -44,10 +44,10 @@ def without_cache(model: nn.Module) -> dict[str, bool]:
 
 
 def positions(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
-    """The argument that tells packed sequences apart, where the model has one.
+    """The argument that tells packed sequences apart, where the model takes it.
 
-    Not given where every sequence has a row of its own: the model counts by itself then, from where
-    and as it does (RoBERTa's kin from `padding_idx + 1`, and past padding).
+    The argument is left out where every sequence has a row of its own. The model then counts
+    positions in its own way (RoBERTa's kin from `padding_idx + 1`, and past padding).
     """
     given = batch.position_ids is not None and takes(model, "position_ids")
     return {"position_ids": batch.position_ids} if given else {}  # type: ignore[dict-item]
@@ -59,7 +59,7 @@ def keeps_logits(model: nn.Module, batch: Batch) -> bool:
 
 
 def sample_axis(model: nn.Module, batch: Batch, per_token: bool = False) -> Segments:
-    """How a module's rows are told apart by sample, or by token, in a forward over `batch`."""
+    """The segments of a module's rows by sample, or by token, in a forward over `batch`."""
     host = batch.to("cpu")
     kept = host.target_index if keeps_logits(model, batch) else None
     if per_token and puts_prompt(model):
@@ -79,15 +79,15 @@ def model_outputs(model: nn.Module, batch: Batch, needs: Collection[Need] = ()) 
     """Run `model` on `batch`, under the caller's grad mode.
 
     Args:
-        model: a causal language model of transformers, or one called and answering like it; what
-            it may be wrapped in is in `geffect_fast.capture.compat`.
-        batch: on the model's device.
+        model: a causal language model of transformers, or one that is called and answers like it;
+            `geffect_fast.capture.compat` knows the wrappers that it may be in.
+        batch: the batch, on the model's device.
         needs: `hidden_states` and `logits` cost memory and are returned only where asked for;
             `reference_hidden_states` and `reference_logits` ask for the same, here of this model.
 
     Raises:
-        UnsupportedModelError: the model's answer has no logits of the expected shape, or it is
-            given several packed sequences and no way to say where they start.
+        UnsupportedModelError: the model's answer has no logits of the expected shape, or the batch
+            packs several sequences and the model cannot be told where they start.
     """
     wants_logits = not {"logits", "reference_logits"}.isdisjoint(needs)
     wants_hidden = not {"hidden_states", "reference_hidden_states"}.isdisjoint(needs)
@@ -114,7 +114,7 @@ def model_outputs(model: nn.Module, batch: Batch, needs: Collection[Need] = ()) 
     token_logprob = nll.new_zeros(batch.total_tokens).index_copy(0, index, -nll)
     hidden = None
     if wants_hidden:
-        length = batch.input_ids.shape[1]  # of a soft prompt before them nobody asks
+        length = batch.input_ids.shape[1]  # states of a soft prompt lie before these
         hidden = tuple(h[:, -length:].flatten(0, 1) for h in answer.hidden_states)
     return Outputs(token_logprob, logits if wants_logits else None, hidden)
 
@@ -128,7 +128,7 @@ def nll_by_sample(outputs: Outputs, batch: Batch) -> Tensor:
 def logits_of(answer: Any, model: nn.Module, input_ids: Tensor, kept: int | None = None) -> Tensor:
     """The logits at the tokens of the input, `(batch, tokens, vocabulary)`.
 
-    Those of virtual tokens, which a soft prompt puts before the input, are cut off.
+    Logits of virtual tokens, which a soft prompt puts before the input, are cut off.
 
     Args:
         answer: what the model returned.
@@ -137,7 +137,7 @@ def logits_of(answer: Any, model: nn.Module, input_ids: Tensor, kept: int | None
         kept: number of positions the model was asked for; None: all.
 
     Raises:
-        UnsupportedModelError: there are no logits, or they are of other tokens.
+        UnsupportedModelError: there are no logits, or their shape is that of other tokens.
     """
     logits = getattr(answer, "logits", answer)
     if not isinstance(logits, Tensor) or logits.dim() != 3:
@@ -156,21 +156,21 @@ def logits_of(answer: Any, model: nn.Module, input_ids: Tensor, kept: int | None
     return logits
 
 
-# ---- what transformers would read off the device ----
+# ---- facts that transformers would otherwise read off the device ----
 
 _BATCH: ContextVar[Batch | None] = ContextVar("_BATCH", default=None)
 
 
 @contextmanager
 def sequences_known(batch: Batch) -> Iterator[None]:
-    """Inside, transformers' models run over `batch` without a look at its positions and tokens.
+    """Inside, transformers' models run over `batch` without reading its positions and tokens.
 
-    They would find out from `position_ids` whether a row holds several sequences, and from
-    `input_ids` whether there is padding to warn of; each waits for the device, once a forward. The
-    batch knows.
+    Otherwise the models find out from `position_ids` whether a row holds several sequences, and
+    from `input_ids` whether there is padding to warn of. Each of these waits for the device, once a
+    forward, although the batch holds both answers.
 
     Args:
-        batch: on the model's device, whose `position_ids` the model is given.
+        batch: the batch, on the model's device, whose `position_ids` the model is given.
     """
     _register_batch()
     token = _BATCH.set(batch)
@@ -183,7 +183,7 @@ def sequences_known(batch: Batch) -> Iterator[None]:
 def _register_batch() -> None:
     masks: Any = sys.modules.get("transformers.masking_utils")
     models: Any = sys.modules.get("transformers.modeling_utils")
-    if models is None:  # none of its models has been made
+    if models is None:  # no model of transformers has been made
         return
     find = getattr(masks, "find_packed_sequence_indices", None)
     if find is None or hasattr(find, "__wrapped__"):
@@ -220,25 +220,25 @@ def _register_batch() -> None:
 # transformers' own sdpa function, exactly as it is when the model runs on that sequence alone.
 
 PACKED = "geffect_fast_packed"
-"""Under which transformers knows the function below."""
+"""The name under which transformers knows the attention function below."""
 
 _LENGTHS: ContextVar[tuple[int, ...]] = ContextVar("_LENGTHS")
 
 _WINDOWS = ("sliding_window", "attention_chunk_size")
-"""Settings that cut attention short: sequences that reach no further than these do not notice."""
+"""Settings that cut attention short. Sequences that are no longer than these are unaffected."""
 
 
 @contextmanager
 def packed_attention(model: nn.Module, batch: Batch) -> Iterator[None]:
-    """Attention by sequence inside, for models that take their attention from transformers' table.
+    """Inside, models that take their attention from transformers' table attend by sequence.
 
-    To be left only after everything that runs the model's modules once more (a vjp, a jvp). A model
-    with attention of its own, with another one chosen, on another device, or with sequences longer
-    than its window runs as it is.
+    Leave the block only after everything that runs the model's modules once more (a vjp, a jvp). A
+    model runs as it is where it has attention of its own, where other attention than sdpa is
+    chosen, on other devices than a CPU, and where sequences are longer than its window.
 
     Args:
-        model: of transformers; its configs are restored at the end.
-        batch: on the model's device.
+        model: a model of transformers, whose configs are restored at the end.
+        batch: the batch, on the model's device.
     """
     configs = _served(model, batch)
     if not configs:
@@ -292,7 +292,7 @@ def reach(configs: list[Any]) -> float:
 def _register_attention() -> None:
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    # A name that the table of masks does not know makes transformers build none.
+    # transformers builds no mask for a name that the table of masks does not know.
     if PACKED not in ALL_ATTENTION_FUNCTIONS.valid_keys():
         ALL_ATTENTION_FUNCTIONS.register(PACKED, _attend)
 
@@ -305,7 +305,7 @@ def _attend(
     attention_mask: Tensor | None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attention of `(1, heads, total_tokens, d)` as transformers' own, sequence by sequence."""
+    """Attention of `(1, heads, total_tokens, d)` by transformers' sdpa, sequence by sequence."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     lengths = _LENGTHS.get()
@@ -316,7 +316,7 @@ def _attend(
             "sample at a time"
         )
     sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
-    # Neighbours of one length are one call.
+    # Neighbouring sequences of one length take one call.
     runs = [(length, len(list(group))) for length, group in groupby(lengths)]
     sizes = [length * count for length, count in runs]
     outputs = []

@@ -1,13 +1,13 @@
-"""How objectives' token terms move with the model's outputs, by reverse mode twice.
+"""Derivatives of objectives' token terms along tangents of the outputs, by reverse mode twice.
 
 The gradient of `sum_t c_t term_t` by the outputs is linear in `c`, with the Jacobian `J` of the
 terms as its matrix. Its derivative by `c` along tangents `o'` of the outputs is therefore `J o'`:
 
     term'_t = d/dc_t < grad_o (c . term), o' >
 
-So what the terms hold constant (`detach`, `no_grad`) is constant as it is in training, and code
-with a derivative in reverse mode alone serves too. Source: J. Townsend, "A new trick for
-calculating Jacobian vector products", 2017.
+So whatever the terms hold constant (`detach`, `no_grad`) stays constant, as it does in training,
+and code that has a derivative in reverse mode alone is served too. Source: J. Townsend, "A new
+trick for calculating Jacobian vector products", 2017.
 """
 
 from __future__ import annotations
@@ -24,14 +24,16 @@ from geffect_fast.objectives import Objective, Outputs
 from geffect_fast.trying import no_memory
 
 TOLERANCE = 1e-3
-"""Relative to the sum of the sizes of the terms' derivatives: rounding of sums in fp32."""
+"""Largest miss, relative to the sum of the sizes of the terms' derivatives, that the rounding of
+sums in fp32 explains."""
 
 SMALLEST_SLOPE = torch.finfo(torch.float32).tiny / TOLERANCE
-"""A slope below loses in fp32 as much as is told wrong by; one of 0 in all places says nothing."""
+"""Slopes up to this size lose in fp32 as much as TOLERANCE, so that nothing can be told by them.
+Nor can it by slopes that are 0 everywhere."""
 
 ELSEWHERE = 0.75
-"""By what outputs are multiplied where code is tried: kl, say, has no gradient but rounding at the
-outputs of its own reference, and nothing could be compared there."""
+"""Factor of the outputs at which terms are compared. At the outputs themselves the reference's may
+be the same, and there kl, for example, has a gradient of nothing but rounding."""
 
 
 def term_tangents(
@@ -44,10 +46,10 @@ def term_tangents(
     """Derivatives of an objective's token terms `(M, total_tokens)` fp64.
 
     Args:
-        objective: whose terms.
-        outputs: the model's, detached.
-        batch: on the model's device.
-        reference: what the objective compares with.
+        objective: the objective whose terms are differentiated.
+        outputs: the model's outputs, detached.
+        batch: the batch, on the model's device.
+        reference: the outputs that the objective compares with.
         along: the outputs' derivatives along M directions.
 
     Raises:
@@ -68,13 +70,13 @@ def term_tangents(
 def terms_disagree(
     objective: Objective, outputs: Outputs, batch: Batch, reference: Outputs | None, moved: Outputs
 ) -> Tensor:
-    """Whether the terms' derivatives add up to that of their sum: `(2,)` bool on the device.
+    """Whether the terms' derivatives miss the derivative of their sum: `(2,)` bool on the device.
 
-    The first says that they do not, the second that there is nothing to tell by: derivatives that
-    fp32 hardly holds, as those of a weight `p^alpha` of an unlikely token at a large alpha are.
+    The first says that they miss it. The second says that nothing can be told, because fp32 hardly
+    holds the derivatives, as with a weight `p^alpha` of an unlikely token at a large alpha.
 
     Args:
-        objective, outputs, batch, reference: as `term_tangents`.
+        objective, outputs, batch, reference: as `term_tangents` takes them.
         moved: the outputs' derivatives along a direction.
     """
     tensors = tuple(ELSEWHERE * x for x in outputs.tensors())
@@ -95,8 +97,11 @@ def terms_disagree(
 def _slopes(
     objective: Objective, outputs: Outputs, batch: Batch, reference: Outputs | None
 ) -> tuple[Tensor, Tensor, Sequence[Tensor | None]]:
-    """Terms, weights of 1, and the gradient of their product by each output, to be differentiated
-    by the weights."""
+    """Terms, weights of 1, and the gradient of their product by each output.
+
+    The gradients can be differentiated by the weights. None stands for an output that no term
+    reads.
+    """
     # In fp32 at least: gradients rounded to bf16 would not add up.
     leaves = tuple(widened(x.detach()).requires_grad_() for x in outputs.tensors())
     with torch.enable_grad():
@@ -114,7 +119,7 @@ def _slopes(
 def _derivative(
     objective: Objective, pairs: Sequence[tuple[Tensor, Tensor]], weights: Tensor
 ) -> Tensor:
-    """By the weights, of the sum of products of slopes and tangents."""
+    """The derivative by the weights of the sum of products of slopes and tangents."""
     slopes, tangents = zip(*pairs, strict=True)
     try:
         change = torch.autograd.grad(slopes, weights, tangents, retain_graph=True)[0]
@@ -126,7 +131,7 @@ def _derivative(
 
 
 def no_derivative(objective: Objective) -> InputError:
-    """That an objective's terms have no derivative of their gradient, or a wrong one."""
+    """The error for an objective whose terms' gradient has no derivative, or a wrong one."""
     return InputError(
         f"objective {objective}: the gradient of its token_terms has no derivative, so the "
         "forward engine cannot tell the terms apart; use engine='reverse'"

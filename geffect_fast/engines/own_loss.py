@@ -1,8 +1,8 @@
-"""Whether a model's own loss is the risk, which is of labels predicted one position earlier.
+"""Comparison of a model's own loss with the risk, whose labels are predicted one position earlier.
 
 transformers' decoders of encoder-decoder families compare the logits with the labels at the same
-place; others add a router's loss, or smooth labels. It is found by asking a model for its loss on
-one short sequence.
+place; other models add a router's loss, or smooth labels. To find out, a model is asked for its
+loss on one short sequence.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from geffect_fast.errors import UnsupportedModelError
 from geffect_fast.trying import Trying
 
 TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
-"""Largest difference of two losses, relative to them, that rounding explains: they are computed in
-fp32 at least, and may be rounded to the model's precision afterwards."""
+"""Largest relative difference of two losses that rounding explains. Losses are computed in fp32 at
+least, and may be rounded to the model's precision afterwards."""
 
 
 @dataclass(frozen=True)
@@ -38,9 +38,10 @@ class OwnLoss:
     """A model's own loss that is not the risk.
 
     Attributes:
-        kind: `unshifted`: the loss of labels at their own places; `auxiliary`: it adds a loss that
-            it names, such as its routers'; `other`: anything else, such as labels smoothed.
-        difference: how much it is more than the risk of the sequence tried, in nats a token.
+        kind: `unshifted`: labels are compared with the logits at their own places; `auxiliary`: the
+            model adds a loss that it names, such as its routers'; `other`: anything else, such as
+            smoothed labels.
+        difference: the loss minus the risk, on the sequence tried, in nats a token.
     """
 
     kind: Literal["unshifted", "auxiliary", "other"]
@@ -62,15 +63,15 @@ class OwnLoss:
         )
 
     def attributes(self) -> dict[str, Any]:
-        """Attributes of a result."""
+        """The attributes of a result that state this loss."""
         difference = {"own_loss_difference": self.difference}
         return {"own_loss": self.kind, "own_loss_note": str(self)} | difference
 
 
 def tried_own_loss(plan: Plan, sample_set: SampleSet) -> OwnLoss | None:
-    """How a model's own loss differs from the risk, by asking for it.
+    """The difference of a model's own loss from the risk, found by asking the model for its loss.
 
-    One pass over seven tokens is run, and one more where the losses differ. What is found holds
+    One pass over seven tokens is run, and one more where the losses differ. The answer is kept
     until the model changes. Arguments, result and errors are those of `own_loss`.
     """
     state = state_of(plan)
@@ -93,7 +94,7 @@ def _found(plan: Plan, sample_set: SampleSet) -> OwnLoss | None:
         answer = model(input_ids=ids, labels=ids.clone(), **without_cache(model))
         logits = logits_of(answer, model, ids)
         loss = getattr(answer, "loss", None)
-    if not isinstance(loss, Tensor) or loss.numel() != 1:  # or it wants other labels
+    if not isinstance(loss, Tensor) or loss.numel() != 1:  # or the model wants other labels
         return None
     logits, ids = widened(logits[0]), ids[0]
     tolerance = max(TOLERANCE[dtype] for dtype in precisions(model))

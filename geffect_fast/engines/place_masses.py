@@ -1,8 +1,8 @@
-"""Sizes of the objectives' gradients place by place, and of what of them opposes another gradient.
+"""Sizes of the objectives' gradients by place, in all and where they oppose another gradient.
 
-The gradient of what a module does at one place, one token of one row, is what the reverse engine
-takes effects by position from. Sizes are not linear: those of a sum of objectives are not sums of
-its parts' sizes, so the backward is of the sum.
+A place is one token of one row. The gradient of what a module does at a place is the one that the
+reverse engine takes effects by position from. Sizes are not linear: the size of a sum of objectives
+is not the sum of its parts' sizes, so one backward is run for the whole sum.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ def check_places_apart(
     """Refuse an objective whose gradient at one place comes from two passes over its row.
 
     Args:
-        objectives: the K.
-        passes: which parts read which batches.
-        mixture: `(K, n_parts)`, how often each part counts in each objective.
+        objectives: the K objectives.
+        passes: the batches, with the parts that read them.
+        mixture: `(K, n_parts)`, the coefficient of each part in each objective.
 
     Raises:
-        InputError: naming the objective.
+        InputError: there is such an objective; the message names it.
     """
     for objective, counts in zip(objectives, mixture, strict=True):
         read: dict[tuple[str, str], DataPass] = {}
@@ -65,25 +65,26 @@ def place_masses(
     columns: Sequence[int],
     tick: Tick,
 ) -> None:
-    """Sizes of gradients by objective, part of the model and place.
+    """Measure the sizes of gradients by objective, column of parameters and place.
 
-    One forward a batch, and for each objective a backward that forms no weight gradient. A module
-    of the generic rule takes one backward of its own a place.
+    Each batch takes one forward, and for each objective one backward that forms no weight gradient.
+    A module of the generic rule takes one backward of its own for each place.
 
     Args:
-        plan: of the model.
-        passes: which parts of objectives read which batches; see `check_places_apart`.
-        mixture: `(K, n_parts)`, how often each part counts in each objective.
-        other: the gradient that objectives' may oppose, of each parameter's shape, or this rank's
-            part of it.
-        reference: what objectives compare with, prepared.
-        collect: receives each batch's sizes, and those of what opposes, `(K, 2, C, n)` fp64 with
-            its `n` tokens, such as `EffectArray.place`; what it is given for one batch adds up.
+        plan: the model's plan.
+        passes: the batches, with the parts of objectives that read them; see `check_places_apart`.
+        mixture: `(K, n_parts)`, the coefficient of each part in each objective.
+        other: the gradient that the objectives' gradients may oppose, of each parameter's shape, or
+            this rank's part of it.
+        reference: the model that objectives compare with, prepared.
+        collect: receives sizes `(K, 2, C, n)` fp64 for the `n` tokens of each batch, first of all
+            elements, then of those that oppose `other`; such as `EffectArray.place`. Sizes that
+            are given for one batch add up.
         columns: for each parameter the column its sizes are added to.
-        tick: progress.
+        tick: told of progress.
 
     Raises:
-        UnsupportedModelError: a module whose rows cannot be told apart by position; it is named.
+        UnsupportedModelError: a module's rows cannot be told apart by position; it is named.
     """
     sizes = _Sizes(plan, other, columns)
 
@@ -112,7 +113,7 @@ def place_masses(
                 ]
                 loss = torch.stack(terms).sum()
                 sizes.found.zero_()
-                if loss.requires_grad:  # else it reads a layer below all that can be trained
+                if loss.requires_grad:  # else it reads a layer below all trainable ones
                     torch.autograd.grad(
                         loss, roots, retain_graph=k != wanted[-1], allow_unused=True
                     )
@@ -131,18 +132,18 @@ def place_masses(
 
 
 class _Sizes:
-    """Receives a recorder's factors, and adds up sizes and what opposes another gradient.
+    """A receiver of a recorder's factors that adds up sizes, of all and of opposing elements.
 
-    Where ranks share out the model, signs of the other gradient are brought together when the
+    Where ranks share out the model, the signs of the other gradient are brought together when the
     backward is over, one parameter after the other and in the same order on every rank.
 
     Args:
-        plan: of the model.
-        other: as of `place_masses`.
-        columns: likewise.
+        plan: the model's plan.
+        other: as `place_masses` takes it.
+        columns: as `place_masses` takes them.
 
     Attributes:
-        found: `(2, C, n)` fp64, of the tokens of one batch.
+        found: `(2, C, n)` fp64, sizes of all and of opposing elements at the tokens of one batch.
     """
 
     def __init__(self, plan: Plan, other: Mapping[str, Tensor], columns: Sequence[int]) -> None:
@@ -161,7 +162,7 @@ class _Sizes:
             self._waiting.setdefault(name, []).extend(factors)
 
     def finish(self) -> None:
-        """Measure what has waited; the recorder calls it after every backward, on all ranks."""
+        """Measure the factors that waited; called after every backward, on all ranks."""
         shards = self._plan.shards
         if shards is None:
             return

@@ -1,4 +1,4 @@
-"""The model that objectives compare with, and what it says of each batch."""
+"""The reference model that objectives compare with, and its outputs on each batch."""
 
 from __future__ import annotations
 
@@ -18,20 +18,23 @@ from geffect_fast.objectives.base import REFERENCE_NEEDS
 class Reference:
     """The frozen model that objectives compare with.
 
-    Without a model of its own it is the profiled model as it stands, and costs nothing. Otherwise
-    log-probabilities are computed once, before the engine starts, so that no second model need stay
-    in memory; only logits (kl) and hidden states (rr) are computed batch by batch, with the model
-    kept.
+    Without a model of its own, the reference is the profiled model as it stands, and costs nothing.
+    Otherwise its log-probabilities are computed once, before the engine starts, so that no second
+    model need stay in memory. Only logits (kl) and hidden states (rr) are computed batch by batch,
+    and the model is kept for them.
     """
 
     def __init__(self, model: nn.Module | None = None) -> None:
         self.model = model
         self._stored: dict[tuple[str, tuple[Role, ...], int], Tensor] = {}
-        """Log-probabilities by data set, roles and row: batches may be cut anew."""
+        """Log-probabilities by data set, roles and row, not by batch: batches may be cut anew."""
 
     @torch.no_grad()
     def prepare(self, passes: Sequence[DataPass], device: torch.device) -> None:
-        """Compute and keep what `passes` need; let go of the model where nothing else is needed."""
+        """Compute and keep log-probabilities for passes that need nothing else of the reference.
+
+        Where no pass needs anything else, the reference's model is released.
+        """
         if self.model is None:
             return
         needs = [data_pass.needs & REFERENCE_NEEDS for data_pass in passes]
@@ -40,7 +43,7 @@ class Reference:
                 for _, attempt in each_batch([data_pass]):
                     places = _places(data_pass, attempt.batch)
                     if places[0] in self._stored:
-                        continue  # an earlier measurement's
+                        continue  # an earlier measurement kept them
                     with attempt:
                         found = self._log_probabilities(self.model, attempt.batch.to(device))
                         lengths = attempt.batch.cu_samples.diff().tolist()
@@ -52,10 +55,11 @@ class Reference:
     def is_computed_by(
         self, model: nn.Module, passes: Sequence[DataPass], device: torch.device
     ) -> bool:
-        """Whether another model says the same, bit by bit, on all that `passes` compare with.
+        """Whether `model` gives the reference's outputs, bit by bit, wherever `passes` need them.
 
-        It ends at the first batch on which it does not, but for ranks that keep step. Before
-        `prepare`, which may let go of the reference.
+        False where the reference has no model of its own. The comparison ends at the first batch
+        with a difference, except for ranks that keep step. Call this before `prepare`, which may
+        release the reference's model.
         """
         equal, in_step = True, is_sharded(model)
         if self.model is None:
@@ -79,7 +83,10 @@ class Reference:
 
     @torch.no_grad()
     def of_its_own(self, data_pass: DataPass, batch: Batch, moved: Batch) -> Outputs | None:
-        """What another model says of `batch` (`moved`: on the device); None where there is none."""
+        """The outputs of the reference's own model on `batch`; `moved` is `batch` on the device.
+
+        None where the pass needs none, or where the reference has no model of its own.
+        """
         needs = data_pass.needs & REFERENCE_NEEDS
         if needs == {"reference"} and self._stored:
             return Outputs(torch.cat([self._stored[place] for place in _places(data_pass, batch)]))
@@ -91,7 +98,10 @@ class Reference:
     def outputs(
         self, data_pass: DataPass, batch: Batch, moved: Batch, own: Outputs
     ) -> Outputs | None:
-        """The reference's outputs on `batch`, where `own` are the model's."""
+        """The reference's outputs on `batch`, given the profiled model's outputs `own`.
+
+        `moved` is `batch` on the device. None where the pass needs none.
+        """
         another = self.of_its_own(data_pass, batch, moved)
         if another is not None or not data_pass.needs & REFERENCE_NEEDS:
             return another
@@ -103,7 +113,7 @@ class Reference:
 
 
 def _equal(one: Outputs, other: Outputs) -> bool:
-    """Whether two models say the same, bit by bit."""
+    """Whether the outputs of two models are equal, bit by bit."""
     pairs = [(one.token_logprob, other.token_logprob)]
     if one.logits is not None and other.logits is not None:
         pairs.append((one.logits, other.logits))
@@ -115,6 +125,6 @@ def _equal(one: Outputs, other: Outputs) -> bool:
 
 
 def _places(data_pass: DataPass, batch: Batch) -> list[tuple[str, tuple[Role, ...], int]]:
-    """Where a reference keeps each sample of a batch."""
+    """The keys under which a reference keeps the samples of a batch."""
     roles = tuple(dict.fromkeys(batch.roles))
     return [(data_pass.on, roles, row) for row in batch.rows]

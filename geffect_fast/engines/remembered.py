@@ -1,4 +1,4 @@
-"""Answers about a model that are found by running it: kept, and asked for again when it changes."""
+"""Memory of answers that were found by running a model, valid until the model changes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Answered = TypeVar("Answered")
 
 
 class Remembered(Generic[Answered]):
-    """The last answer found about each model, for as long as the model is what it was then."""
+    """The last answer found about each model, valid as long as the model's state is the same."""
 
     def __init__(self) -> None:
         self._answers: WeakKeyDictionary[nn.Module, tuple[Hashable, Answered]] = WeakKeyDictionary()
@@ -27,17 +27,17 @@ class Remembered(Generic[Answered]):
         return answer if then == state else None
 
     def keep(self, model: nn.Module, state: Hashable, answer: Answered) -> None:
-        """Keep an answer in place of an earlier one. It must not hold the model."""
+        """Keep an answer in place of an earlier one. The answer must not hold the model."""
         self._answers[model] = (state, answer)
 
 
 def state_of(plan: Plan) -> Hashable:
-    """Equal as long as a model computes the same, in the same way, for the same parameters.
+    """A key that stays equal as long as a model computes the same, for the same parameters.
 
-    Its modules with their modes, hooks and plain settings (active adapters are some), its configs
-    (which attention runs), its parameters and buffers with their place, type and how often they
-    were written to (what a router does depends on them), which parameters are served by which
-    rules, and autocast.
+    The key holds the modules with their modes, hooks and plain settings (active adapters are some),
+    the configs (which attention runs), the parameters and buffers with their place, type and number
+    of writes (what a router does depends on them), the rules that serve the parameters, and
+    autocast.
     """
     model = plan.model
     modules = []
@@ -68,7 +68,7 @@ def state_of(plan: Plan) -> Hashable:
 
 
 def settings_of(model: nn.Module) -> Hashable:
-    """What the configs of a model say."""
+    """The settings in the configs of a model, in a form that can be compared."""
     found = (vars(module).get("config") for module in model.modules())
     configs = {id(config): config for config in found if config is not None}
     return tuple(_plain(vars(config)) for config in configs.values())
@@ -79,7 +79,7 @@ _PLAIN = (type(None), bool, int, float, str, torch.dtype, torch.device)
 
 
 def _plain(x: Any) -> Hashable:
-    """A setting as something that can be compared; of what is no plain value the type alone."""
+    """A setting in a form that can be compared. An object that is no plain value is its type."""
     if isinstance(x, _PLAIN):
         return type(x), x
     if isinstance(x, dict):

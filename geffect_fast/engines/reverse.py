@@ -47,7 +47,7 @@ from geffect_fast.transfer import OnItsWay
 
 @dataclass(frozen=True)
 class EffectSums:
-    """What one pass over the objectives' data gives, summed over samples.
+    """Sums over samples from one pass over the objectives' data.
 
     Attributes:
         values: `(K,)` fp64, the objectives' values.
@@ -77,19 +77,19 @@ def reverse_effects(
     """`effects[k, m, p, i] = <grad_p L_k of sample i, V_m>`, exact, for every trainable parameter.
 
     Args:
-        plan: of the model.
-        passes: which objectives read which batches.
-        directions: `(M, *shape)` for every trainable parameter, where those are, or on the CPU,
-            where whole gradients of objectives are kept too then.
+        plan: the model's plan.
+        passes: the batches, with the objectives that read them.
+        directions: `(M, *shape)` for every trainable parameter, on the parameters' devices or on
+            the CPU. In the latter case whole gradients of objectives are kept on the CPU too.
         n_objectives: K.
-        reference: what the objectives compare with.
+        reference: the model that the objectives compare with.
         collect: receives each batch's effects, such as `EffectArray.add`.
-        columns: for each parameter the column its effects are added to there, such as the number of
-            its group; None: each its own.
+        columns: for each parameter the column of its effects in what `collect` receives, such as
+            the number of its group; None: a column of its own.
         per_token: resolve by the token at whose position a module is used, not by sample: the
             summands `g_t^T V a_t`. A module of the generic rule is used where its output is.
         norms: also form the objectives' whole gradients (one more forward unit an objective).
-        tick: progress.
+        tick: told of progress.
     """
     number = {name: p for p, name in enumerate(plan.parameters)}
     columns = range(len(number)) if columns is None else columns
@@ -153,10 +153,12 @@ def reverse_effects(
 
 
 class _Found:
-    """What one batch gave, objective by objective, and then on its way to the host.
+    """The values and scores of one batch, gathered by objective and then copied to the host.
 
     Args:
-        n: samples of the batch, or tokens.
+        data_pass: the pass that the batch belongs to.
+        batch: the batch.
+        n: number of the batch's samples, or tokens.
     """
 
     def __init__(self, data_pass: DataPass, batch: Batch, n: int) -> None:
@@ -166,7 +168,7 @@ class _Found:
         self._parts: list[int] = []
         self._values: list[Tensor] = []
         self._places: list[tuple[int, int]] = []
-        """For every score the objective's number in the pass, and the parameter's."""
+        """For every score the number of its objective in the pass, and of its parameter."""
         self._scores: list[Tensor] = []
         self._copy: OnItsWay | None = None
 
@@ -178,14 +180,14 @@ class _Found:
         self._scores += [score for _, score in scores]
 
     def send(self) -> None:
-        """Start the way to the host; nothing is added any more."""
+        """Start the copy to the host. Nothing may be added afterwards."""
         if self._values:
             lists = (self._values, self._scores)
             self._copy = OnItsWay(*(torch.stack(tensors) for tensors in lists if tensors))
         self._values, self._scores = [], []
 
     def hand_over(self, totals: EffectSums, columns: Sequence[int], collect: Collect) -> None:
-        """Add to the totals, and give the batch's effects to `collect`."""
+        """Add the batch to the totals, and give its effects to `collect`."""
         if self._copy is None:
             return  # memory ran out before the first objective was done
         values, *scores = self._copy.arrived()

@@ -1,9 +1,9 @@
 """The curvature of risks along a step, `u^T H u`: two backwards through one forward.
 
 A risk at `theta + epsilon u` is a function of one number. Its first derivative at 0 is the inner
-product of the risk's gradient with `u`, its second what is wanted; no matrix is formed. Where ranks
-share out the model, whose weights no second backward finds at hand, both come from one forward in
-forward mode, taken twice.
+product of the risk's gradient with `u`, its second derivative is the curvature; no matrix is
+formed. Where ranks share out the model, a second backward does not find the weights at hand. There
+both derivatives come from one forward, with forward mode applied twice.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from geffect_fast.errors import GEffectError, UnsupportedModelError, in_one_line
 from geffect_fast.trying import no_memory
 
 TOLERANCE = 1e-2
-"""How far the curvature of a row may be from differences of slopes, relative to it, beside their
-own error: what a lost derivative makes of it is more."""
+"""Largest relative difference of a row's curvature from differences of slopes, beside the error of
+these differences. A lost derivative makes a larger difference."""
 
 
 def curvature_along(
@@ -40,11 +40,11 @@ def curvature_along(
     """First and second derivatives of risks along a step.
 
     Args:
-        plan: of the model.
-        passes: over the risks' data, whose terms are their values'.
+        plan: the model's plan.
+        passes: the passes over the risks' data, whose terms add up to the risks' values.
         n: number of risks.
         step: `u`, by parameter, or this rank's part of it.
-        tick: progress.
+        tick: told of progress.
 
     Returns:
         `< grad R, u >` and `u^T H u`, `(n,)` fp64 each.
@@ -72,10 +72,10 @@ def curvature_along(
 def check_twice_differentiable(plan: Plan, data_pass: DataPass, step: Mapping[str, Tensor]) -> None:
     """Compare the curvature on the pass's first batch with differences of slopes along the step.
 
-    Derivatives that keep a number as constant, as custom ones do, lose second ones in silence.
+    A derivative that holds a number constant, as custom ones do, loses the second in silence.
 
     Raises:
-        UnsupportedModelError: it differs by more than rounding and the differences' own error.
+        UnsupportedModelError: the two differ by more than rounding and the differences' own error.
     """
     wide = all(p.dtype == torch.float64 for p in plan.parameters.values())
     batch = data_pass.batches[0]
@@ -92,7 +92,7 @@ def check_twice_differentiable(plan: Plan, data_pass: DataPass, step: Mapping[st
     part = 1e-3 if wide else 2e-2
     derivatives = partial(_derivatives, plan, _dual(plan), data_pass, batch, step)
     slope, curvature = map(float, derivatives())
-    # As far as the slope changes by a part of itself, and at most the parameters.
+    # The slope changes by `part` of itself along the reach, the parameters by at most that.
     reach = part * (squared(plan.held) / size) ** 0.5
     if curvature:
         reach = min(reach, part * abs(slope / curvature)) or reach
@@ -115,7 +115,7 @@ def check_twice_differentiable(plan: Plan, data_pass: DataPass, step: Mapping[st
 
 
 def _dual(plan: Plan) -> DualModel | None:
-    """What runs a model that ranks share out; None: this rank has it whole."""
+    """The dual model of a model that ranks share out; None where this rank has it whole."""
     return None if plan.shards is None else DualModel(plan)
 
 
@@ -140,7 +140,7 @@ def _derivatives(
             if dual is None:
                 return _by_backwards(plan, value, step, at)
             return _by_forward(dual, value, step, at)
-    except Exception as error:  # of whatever kind: a derivative that has none of its own
+    except Exception as error:  # a derivative without one of its own may raise anything
         if no_memory(error) or isinstance(error, GEffectError):
             raise
         raise UnsupportedModelError(
@@ -152,7 +152,7 @@ def _derivatives(
 def _by_backwards(
     plan: Plan, value: Callable[[], Tensor], step: Mapping[str, Tensor], at: float
 ) -> tuple[Tensor, Tensor]:
-    """First and second derivatives of what `value` returns, with a graph of the first."""
+    """First and second derivatives of the result of `value`, the second by a graph of the first."""
     with _moved(plan, step, at) as extent:
         (slope,) = torch.autograd.grad(value(), extent, create_graph=True)
         (curvature,) = torch.autograd.grad(slope, extent)
@@ -162,7 +162,7 @@ def _by_backwards(
 def _by_forward(
     dual: DualModel, value: Callable[[], Tensor], step: Mapping[str, Tensor], at: float
 ) -> tuple[Tensor, Tensor]:
-    """As `_by_backwards`, in one forward, whose blocks have their weights and `u` one by one."""
+    """As `_by_backwards`, in one forward, for which weights and `u` come block by block."""
     plan = dual.plan
     along = {name: step[name].to(p.device, p.dtype)[None] for name, p in plan.parameters.items()}
     start = torch.tensor(at, dtype=torch.float64, device=plan.device)
@@ -195,7 +195,7 @@ def _layer_norm(
     bias: Tensor | None = None,
     eps: float = 1e-5,
 ) -> Tensor:
-    """Whose own forward derivative holds mean and spread as constant."""
+    """Layer norm, written out since torch's forward derivative holds mean and spread constant."""
     over = tuple(range(-len(normalized_shape), 0))
     centred = input - input.mean(over, keepdim=True)
     normalized = centred * (centred.square().mean(over, keepdim=True) + eps).rsqrt()
@@ -208,9 +208,9 @@ _TWICE_DIFFERENTIABLE = {F.layer_norm: _layer_norm}
 
 @contextmanager
 def _moved(plan: Plan, step: Mapping[str, Tensor], at: float) -> Iterator[Tensor]:
-    """Inside, the parameters are `theta + epsilon u`, functions of the number that is yielded.
+    """Inside, the parameters are `theta + epsilon u`, functions of `epsilon`, which is yielded.
 
-    A parameter that several modules hold is so in each.
+    A parameter that several modules hold is replaced in each.
     """
     extent = torch.tensor(at, dtype=torch.float64, device=plan.device, requires_grad=True)
     moved = {

@@ -1,7 +1,8 @@
-"""Inner products of samples' gradients with directions, of a model whose ranks hold parts of both.
+"""Inner products of samples' gradients with directions, where ranks hold parts of both.
 
-A direction comes to the rows, or the rows' inputs and output gradients go to its parts, whichever
-is fewer bytes. Where a batch has few tokens, and of tables, it is the rows that go.
+For each parameter, either the whole direction is brought to every rank's rows, or the rows' inputs
+and output gradients are sent to the ranks that hold parts of the direction, whichever is fewer
+bytes. Rows are sent where a batch has few tokens, and for tables.
 """
 
 from __future__ import annotations
@@ -30,13 +31,13 @@ from geffect_fast.capture.segments import Offsets
 class ShardedProducts(InnerProducts):
     """`InnerProducts` of a model whose parameters, and so directions too, are shared out.
 
-    They are found when a backward is over, one parameter after the other and in the same order on
-    every rank, whether or not the rank has factors of it: which modules a backward passes, and
-    when, is the rows' affair. While those of one parameter are formed, what the next one needs is
-    on its way.
+    The products are formed when a backward is over, one parameter after the other and in the same
+    order on every rank, whether or not the rank has factors of the parameter: the modules that a
+    backward passes, and their order, depend on the rank's rows. While the products of one parameter
+    are formed, the tensors for the next one are on their way.
 
     Args:
-        plan: of the model.
+        plan: the model's plan.
         direction_of: this rank's part `(M, *own shape)` of a parameter's directions, by its name.
     """
 
@@ -49,7 +50,7 @@ class ShardedProducts(InnerProducts):
         self._waiting.setdefault(name, []).extend(factors)
 
     def finish(self) -> None:
-        """Find the products of what has arrived; all ranks call it after every backward."""
+        """Form the products of all factors received. All ranks call this after every backward."""
         shards, waiting = self._plan.shards, self._waiting
         assert shards is not None
         self._waiting = {}
@@ -61,7 +62,7 @@ class ShardedProducts(InnerProducts):
                 self.found += [(name, score) for score in each.products()]
             else:
                 sums += [(name, *some) for some in each.products()]
-            del each  # before the one after the next begins to come
+            del each  # before the exchange after the next one begins
         if sums:
             flat = torch.cat([of_part.flatten() for _, of_part, _ in sums])
             dist.all_reduce(flat, group=shards.holders)
@@ -73,9 +74,9 @@ class ShardedProducts(InnerProducts):
     def _under_way(
         self, waiting: dict[str, list[Factor]], told: Sequence[Mapping[str, list[_Described]]]
     ) -> Iterator[tuple[str, _DirectionToRows | _RowsToParts]]:
-        """Begin each parameter's exchange, of those that any rank has factors of.
+        """Begin the exchange of each parameter that any rank has factors of.
 
-        Those are taken out of `waiting`, so that what is over takes no memory.
+        The factors are taken out of `waiting`, so that they take no memory once they are used.
         """
         shards = self._plan.shards
         assert shards is not None
@@ -97,12 +98,13 @@ class ShardedProducts(InnerProducts):
 
 @dataclass(frozen=True)
 class _Described:
-    """What other ranks must know of a factor.
+    """The description of a factor that other ranks need.
 
     Attributes:
-        kind: `Outer`, `Outer.T` where that is transposed, `Lookup`; else empty: it stays.
-        dtypes: of its rows' two sides, as `_sides` has them.
-        lengths: rows of each sample.
+        kind: `Outer`, `Outer.T` for a transposed one, `Lookup`; empty for any other factor, whose
+            rows are never sent.
+        dtypes: dtypes of the two sides of its rows, in the order of `_sides`.
+        lengths: number of rows of each sample.
     """
 
     kind: str
@@ -125,23 +127,26 @@ class _Described:
 
 
 def _sides(factor: Outer | Lookup) -> tuple[Tensor, Tensor]:
-    """Of a factor's rows the side of the parameter's first axis, along which it is cut, and the
-    other one, `(rows, d)`; of a table the first one are ids, `(rows,)`."""
+    """The two sides of a factor's rows, `(rows, d)` each: that of the first axis, then the other.
+
+    The first axis is the one along which the parameter is cut. A table has ids, `(rows,)`, as its
+    first side.
+    """
     if isinstance(factor, Lookup):
         return factor.ids, factor.g
     return (factor.a, factor.g) if factor.transposed else (factor.g, factor.a)
 
 
 def _bytes_of_rows(described: Sequence[Sequence[_Described]], shape: torch.Size) -> float:
-    """What a rank receives where rows go to parts, its own included; inf: they cannot.
+    """Bytes that a rank receives if rows go to parts, its own included; inf where rows cannot go.
 
     Args:
-        described: factors of each rank.
-        shape: of the parameter.
+        described: the factors of each rank.
+        shape: the shape of the whole parameter.
     """
     longest = max(described, key=len)
     forms = [each.form for each in longest]
-    # A rank may have none, of an expert say.
+    # A rank may have no factors, for example of an expert.
     alike = all([each.form for each in some] == forms for some in described if some)
     if not alike or len(shape) != 2 or any(not each.kind for each in longest):
         return float("inf")
@@ -162,7 +167,7 @@ class _DirectionToRows:
         self._factors, self._direction = factors, Gathered(part, own)
 
     def products(self) -> list[Tensor]:
-        """`(M, n_samples)` fp64 of each factor."""
+        """The products of each factor, `(M, n_samples)` fp64."""
         direction = self._direction.arrived()
         return [inner(factor, direction).double() for factor in self._factors]
 
@@ -201,8 +206,11 @@ class _RowsToParts:
             self._coming.append((of.kind, lengths, first, WholeRows(uncut, n_rows, group)))
 
     def products(self) -> list[tuple[Tensor, slice]]:
-        """What this part adds to all ranks' products `(M, n_samples)` fp64, and which of these are
-        the rank's own, of each factor."""
+        """For each factor the share of this part in all ranks' products, and the own samples.
+
+        The share is `(M, n_samples)` fp64. The own samples are a slice of its last axis: the
+        samples of this rank.
+        """
         found = []
         for kind, lengths, first, second in self._coming:
             cut, uncut = first.arrived(), second.arrived()

@@ -1,4 +1,4 @@
-"""What an objective is: which data it reads, what it needs, its per-token terms, and their sums."""
+"""The base classes of objectives: the data they read, their needs, their terms and their sums."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ REFERENCE_NEEDS: frozenset[Need] = frozenset(
     {"reference", "reference_logits", "reference_hidden_states"}
 )
 WEIGHTS = "a list 'weights' in every row, one number a label token (gf.write_weighted writes them)"
-"""What to give an objective that needs weights."""
+"""The input that an objective with the need `weights` asks for, in messages."""
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Outputs:
-    """What a model says about a batch; the reference model's outputs have the same shape.
+    """A model's outputs on a batch; the reference model's outputs have the same shape.
 
     Attributes:
         token_logprob: `(total_tokens,)` log-probability of `batch.targets`, fp32 or better, 0 where
             there is no target; differentiable for the model, detached for the reference.
-        logits: `(n_targets, vocab)` logits at `batch.target_index`; None where nobody asked.
+        logits: `(n_targets, vocab)` logits at `batch.target_index`; None where not asked for.
         hidden_states: `(total_tokens, d)` each, index 0 the embeddings, as transformers counts
-            them; None where nobody asked.
+            them; None where not asked for.
     """
 
     token_logprob: Tensor
@@ -46,13 +46,13 @@ class Outputs:
     hidden_states: tuple[Tensor, ...] | None = None
 
     def tensors(self) -> tuple[Tensor, ...]:
-        """All of them that are there, in order."""
+        """All outputs that are there, in order."""
         logits = () if self.logits is None else (self.logits,)
         return (self.token_logprob, *logits, *(self.hidden_states or ()))
 
     @classmethod
     def of(cls, tensors: tuple[Tensor, ...], has_logits: bool) -> Outputs:
-        """The outputs that such `tensors` are of."""
+        """The outputs whose `tensors()` are these."""
         token_logprob, *rest = tensors
         states = tuple(rest[has_logits:])
         return cls(token_logprob, rest[0] if has_logits else None, states or None)
@@ -60,18 +60,21 @@ class Outputs:
 
 @dataclass(frozen=True)
 class Objective(Parameterised):
-    """Something to descend on; its share on one batch is `loss`, summed over batches the whole.
+    """A function to descend on: `loss` is its share on one batch, the sum over batches the whole.
 
     Subclasses are frozen dataclasses whose fields are the hyper-parameters, annotated `float`,
     `int` or `bool`; `parameter` declares their ranges. Objectives add up and scale:
-    `NPO(beta=0.1) + 0.5 * KL()`. Two are equal when class and parameters are, however written.
+    `NPO(beta=0.1) + 0.5 * KL()`. Two objectives are equal when their classes and parameters are,
+    however they were written.
 
     Class attributes:
-        name: what it is called in objective strings, set by `register`; till then the class's name.
-        on: the data it reads, `forget` or `retain`.
-        roles: which sequences of a sample it reads.
-        needs: what it reads besides the log-probabilities of the labels: `weights` come with the
-            data, all others are computed.
+        name: the name in objective strings, set by `register`; until then the class's name.
+        on: the data set that is read, `forget` or `retain`.
+        roles: the sequences of a sample that are read.
+        needs: the inputs besides the log-probabilities of the labels: `weights` come with the data,
+            all others are computed.
+        term_at: the position of the token term about a label: `prediction`, the one that predicts
+            the label, or `label`, the one that holds the label.
     """
 
     noun: ClassVar[str] = "objective"
@@ -93,7 +96,7 @@ class Objective(Parameterised):
         raise NotImplementedError(f"{type(self).__name__} must define token_terms()")
 
     def parts(self) -> tuple[tuple[float, Objective], ...]:
-        """The weighted sum it is, `((coefficient, elementary objective), ...)`: itself alone."""
+        """The weighted sum of parts, `((coefficient, part), ...)`: here the objective alone."""
         return ((1.0, self),)
 
     def __add__(self, other: Objective) -> Objective:
@@ -118,7 +121,7 @@ class Objective(Parameterised):
 class Composite(Objective):
     """An objective that is a weighted sum of others, possibly on different data.
 
-    No single batch holds all it reads, so engines evaluate its `parts()`.
+    No single batch holds all the data of the sum, so engines evaluate its `parts()`.
     """
 
     def terms(self) -> tuple[tuple[float, Objective], ...]:
@@ -198,10 +201,10 @@ def combine(terms: Iterable[tuple[float, Objective]]) -> Objective:
 
 
 def required(objective: Objective, value: T | None, what: str) -> T:
-    """`value`, which is there because it is among the objective's `needs`.
+    """`value`, checked to be there, as it is among the objective's `needs`.
 
     Raises:
-        InputError: it is None.
+        InputError: `value` is None.
     """
     if value is None:
         raise InputError(f"objective {objective} needs {what}, and none were given")

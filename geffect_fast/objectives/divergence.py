@@ -1,8 +1,8 @@
-"""Objectives that hold the whole predicted distribution: kl, undial, ceu.
+"""Objectives on the whole predicted distribution: kl, undial, ceu.
 
-Each is a mean over positions that predict a label of a divergence between the model's distribution
-`p` and a target `q`, which is detached: `KL(q || p)`, or the cross-entropy `-sum_v q_v log p_v`,
-which differs from it by a constant.
+Each objective is a mean over the positions that predict a label. The mean is of a divergence
+between the model's distribution `p` and a detached target `q`: `KL(q || p)`, or the cross-entropy
+`-sum_v q_v log p_v`, which differs from `KL(q || p)` by a constant.
 Source: Dong et al., arXiv 2402.10052 (undial); Yang, arXiv 2503.01224 (ceu).
 """
 
@@ -33,7 +33,7 @@ def both_logits(
     """The model's and the reference's logits `(n_targets, vocab)`, fp32 or better.
 
     Raises:
-        InputError: there are none, or the vocabularies differ.
+        InputError: logits are missing, or the vocabularies differ.
     """
     model = model_logits(objective, outputs)
     given = None if reference is None else reference.logits
@@ -122,10 +122,10 @@ class CEU(Objective):
         return -(target * logits.log_softmax(dim=-1)).sum(dim=-1)
 
     def target_weight(self, batch: Batch) -> Tensor:
-        """What a token counts in the mean over those that are not skipped.
+        """The weight of each token in the mean over the tokens that are not skipped.
 
         Raises:
-            InputError: none is left in the whole data set.
+            InputError: no token is left in the whole data set.
         """
         if batch.totals.n_targets_after("answer", self.skip) == 0:
             raise InputError(

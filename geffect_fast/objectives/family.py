@@ -23,8 +23,8 @@ class Range:
     Attributes:
         start: its first value.
         stop: its last value.
-        count: how many values, at least 1.
-        position: the character where it stands, which tells it from an equal one.
+        count: number of values, at least 1.
+        position: the character where the range stands, which tells two equal ranges apart.
         log: whether `,log` follows.
     """
 
@@ -38,7 +38,7 @@ class Range:
         return f"{written(self.start)}:{written(self.stop)}:{self.count}{',log' * self.log}"
 
     def values(self) -> Iterator[Fraction]:
-        """Its values, ascending; those of a linear range and both ends are exact."""
+        """The values, ascending. Both ends are exact, and so are all values of a linear range."""
         start, stop = Fraction(self.start), Fraction(self.stop)
         for i in range(self.count):
             part = Fraction(i, max(self.count - 1, 1))
@@ -95,11 +95,11 @@ class Axis(NamedTuple):
     """A hyper-parameter that a range sweeps.
 
     Attributes:
-        name: the parameter's name; where several of a family share it, with the objective's in
-            front, and then a number behind.
+        name: the parameter's name, with the objective's in front where several of a family share
+            it, and with a number behind where they share that too.
         range: its range.
         kind: float or int.
-        where: what messages call it.
+        where: the parameter's name in messages.
     """
 
     name: str
@@ -133,7 +133,7 @@ class RangedSum:
     terms: tuple[Term, ...]
 
     def axes(self) -> tuple[Axis, ...]:
-        """Its ranges, in the order in which they stand in the text, with their names."""
+        """The swept hyper-parameters, in the order in which their ranges stand in the text."""
         found: dict[Range, tuple[str, str, type]] = {}
         for _, factors, objective in self.terms:
             for factor in factors:  # a bracket's factor is named for the bracket's first objective

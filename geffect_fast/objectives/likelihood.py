@@ -1,7 +1,7 @@
 """Objectives made of re-weighted log-likelihoods: ga, nll, gd, po, wga, satimp, token_weights.
 
 With `l = -log p` of a label token and `mean` the mean that the batch's reduction asks for, every
-one of them is `-mean w l` or `mean l`, its weight `w` detached.
+one of these objectives is `-mean w l` or `mean l`, with the weight `w` detached.
 Source: Wang et al., arXiv 2502.19301; Maini et al., arXiv 2401.06121; Yang et al., arXiv
 2505.11953 (satimp).
 """
@@ -129,8 +129,8 @@ class SatImp(Objective):
 class TokenWeights(Objective):
     """Gradient ascent with a weight for every token: `-mean w l`, `w` the rows' own `weights`.
 
-    The mean counts tokens, not weights: where all of them are 1 it is `ga`. Which weights are best
-    to first order is what `geffect_fast.optimal_weights` says.
+    The mean counts tokens, not weights: where all weights are 1, the objective is `ga`.
+    `geffect_fast.optimal_weights` gives the weights that are best to first order.
     """
 
     needs: ClassVar[frozenset[Need]] = frozenset({"weights"})

@@ -1,8 +1,9 @@
-"""open-unlearning's trainers by their names: what each descends on, in objectives of ours.
+"""The losses of open-unlearning's trainers by name, written in objectives of this package.
 
-`open_unlearning.NPO` is its trainer's whole loss, `gamma` times the forget part and `alpha` times
-the NLL of the retain rows, with the parameters of its configs under their names. Its formulas are
-those of the papers but for what `differs` says; ours are the papers'.
+`open_unlearning.NPO` is the whole loss of the trainer NPO, `gamma` times the forget part and
+`alpha` times the NLL of the retain rows, with the parameters of the trainer's configs under their
+names. The released code follows the papers' formulas, except where `differs` says otherwise; the
+objectives here are the papers'.
 Source: github.com/locuslab/open-unlearning (MIT), src/trainer and configs/trainer.
 """
 
@@ -26,10 +27,10 @@ PREFIX = "open_unlearning."
 
 
 class _Trainer(Composite):
-    """The loss of one of its trainers, which is written in our objectives once it is named.
+    """The loss of a trainer of open-unlearning; `expanded` writes it in objectives of this package.
 
     Class attributes:
-        differs: what its released code computes otherwise.
+        differs: the differences of the released code from this loss, in words.
     """
 
     differs: ClassVar[str] = ""
@@ -40,7 +41,7 @@ class _Trainer(Composite):
 
 
 class _WithRetain(_Trainer):
-    """A forget part and the NLL of the retain rows, as often as its configs say."""
+    """`gamma` times a forget part, and `alpha` times the NLL of the retain rows."""
 
     gamma: float
     alpha: float
@@ -186,7 +187,7 @@ TRAINERS: dict[str, type[_Trainer]] = {
         *(_UNDIAL, _CEU, _SatImp, _WGA, _PDU),
     )
 }
-"""By the `handler` of its configs."""
+"""The trainers by the `handler` of their configs."""
 
 for _name, _kind in TRAINERS.items():
     _kind.name = f"{PREFIX}{_name}"
@@ -195,12 +196,13 @@ _FOLDED = {name.lower(): kind for name, kind in TRAINERS.items()}
 
 
 def lookup(name: str) -> type[Objective]:
-    """The objective of a name, or a trainer of open-unlearning: `open_unlearning.NPO`.
+    """The class of an objective's name, or of a trainer of open-unlearning: `open_unlearning.NPO`.
 
-    A trainer's name does alone where it is none of ours, as `GradAscent` is; `NPO` is our `npo`.
+    A trainer's name needs no prefix where no objective has the same name, as with `GradAscent`;
+    `NPO` is the objective `npo`.
 
     Raises:
-        InputError: there is none; the nearest name is offered.
+        InputError: there is no such name; the nearest one is offered.
     """
     folded = name.lower()
     if not name.startswith(PREFIX):
@@ -216,12 +218,12 @@ def lookup(name: str) -> type[Objective]:
 
 
 class DescribedTrainer(NamedTuple):
-    """One of its trainers, as it may be written.
+    """The description of a trainer of open-unlearning.
 
     Attributes:
-        text: with all parameters as its config has them, or `REQUIRED`.
-        objective: the same in ours.
-        differs: what its released code computes otherwise.
+        text: its string with every parameter as its config has it, or `REQUIRED`.
+        objective: the same loss in objectives of this package.
+        differs: the differences of the released code from this loss, in words.
     """
 
     text: str
@@ -230,11 +232,11 @@ class DescribedTrainer(NamedTuple):
 
 
 _ANY = 0.123456789
-"""Stands for a parameter that has to be given, and is found again in what is made of it."""
+"""A number in place of a required parameter, found again in the texts made with it."""
 
 
 def described_trainers() -> list[DescribedTrainer]:
-    """All of them."""
+    """Descriptions of all trainers of open-unlearning."""
     found = []
     for kind in TRAINERS.values():
         values = {f.name: _ANY if f.default is MISSING else f.default for f in fields(kind)}

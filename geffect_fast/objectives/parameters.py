@@ -56,11 +56,11 @@ def parameter(
 
 
 class Parameterised:
-    """What has hyper-parameters and a name: a frozen dataclass of them, checked when it is made.
+    """A frozen dataclass of hyper-parameters with a name, checked when an instance is made.
 
     Class attributes:
-        noun: what such a thing is called in messages.
-        name: what this one is called in strings.
+        noun: the word for such an object in messages, as `objective`.
+        name: the name of this class in strings.
     """
 
     noun: ClassVar[str]
@@ -87,7 +87,7 @@ class Parameterised:
                 object.__setattr__(self, field.name, value)
 
     def expanded(self) -> Any:
-        """What its name stands for: itself, unless it is a name for others."""
+        """The object that the name stands for: this one, unless the name is short for others."""
         return self
 
     def parameters(self) -> dict[str, Any]:
@@ -111,11 +111,11 @@ def make_frozen(owner: str, cls: type) -> None:
     """Make a class a frozen dataclass where it is none yet, and check how it declares parameters.
 
     Args:
-        owner: what has them, for the message: `objective 'npo'`.
+        owner: the owner of the parameters, for the message: `objective 'npo'`.
         cls: the class.
 
     Raises:
-        InputError: one is not annotated `float`, `int` or `bool`.
+        InputError: a parameter is not annotated `float`, `int` or `bool`.
     """
     if "__dataclass_params__" not in vars(cls):
         dataclasses.dataclass(frozen=True)(cls)
@@ -131,12 +131,12 @@ def checked(owner: str, field: dataclasses.Field[Any], value: Any) -> Value:
     """`value` as the field's type, if it has that type and lies in the field's range.
 
     Args:
-        owner: what has the parameter, for the message: `objective npo`.
+        owner: the owner of the parameter, for the message: `objective npo`.
         field: the dataclass field, annotated `float`, `int` or `bool`.
         value: what the user gave.
 
     Raises:
-        InputError: naming owner, parameter, value and range.
+        InputError: `value` does not; the message names owner, parameter, value and range.
     """
     kind = _KINDS[field.type]
     bounds = field.metadata.get("bounds", {})
@@ -149,7 +149,7 @@ def checked(owner: str, field: dataclasses.Field[Any], value: Any) -> Value:
 
 
 def _convert(kind: type, value: Any) -> Value | None:
-    """`value` as `kind`, or None where it is none; a bool is no number and 7.0 is no integer."""
+    """`value` as `kind`, or None where it is of another; a bool is no number, 7.0 no integer."""
     if kind is bool or isinstance(value, bool):
         return value if kind is bool and isinstance(value, bool) else None
     if kind is int:

@@ -1,4 +1,4 @@
-"""Objective strings: `npo(beta=0.1) + 0.5*kl` to an objective, by a grammar and nothing else.
+"""Parsing of objective strings, `npo(beta=0.1) + 0.5*kl`, by a grammar and nothing else.
 
 Where objectives are swept, a range may stand for a number: `npo(beta=0.01:4:30,log)`.
 """
@@ -77,7 +77,7 @@ def parse_list(text: str) -> list[Objective]:
 
 
 def parse_families(text: str) -> list[tuple[str, Objective | RangedSum]]:
-    """What a list describes in which ranges may stand for numbers, each with its own text.
+    """The objectives of a list in which ranges may stand for numbers, each with its own text.
 
     Raises:
         InputError: as `parse`.
@@ -101,13 +101,13 @@ def resolve(spec: str | Objective) -> Objective:
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
-    """What the names of a grammar's calls stand for.
+    """A kind of object that the names in a grammar's calls stand for.
 
     Attributes:
-        noun: what such a thing is called in messages: `objective`.
-        made: what it is in Python: `an Objective`.
-        such_as: a name there is.
-        lookup: the class of a name, a frozen dataclass that is declared as objectives are.
+        noun: the word for one in messages: `objective`.
+        made: the words for one in Python: `an Objective`.
+        such_as: an existing name, as an example.
+        lookup: gives the class of a name, a frozen dataclass that is declared as objectives are.
     """
 
     noun: str
@@ -120,7 +120,7 @@ OBJECTIVE = Kind("objective", "an Objective", "ga", lookup)
 
 
 def parse_call(text: str, kind: Kind) -> Any:
-    """What a single name with its parameters stands for, `orthograd(rank_tol=1e-6)`.
+    """The object that a single name with its parameters stands for, `orthograd(rank_tol=1e-6)`.
 
     Raises:
         InputError: as `parse`.
@@ -133,7 +133,7 @@ def parse_call(text: str, kind: Kind) -> Any:
 
 
 class _Actions:
-    """What each rule of the grammar means; runs as the parser reduces, so depth costs no stack."""
+    """The actions of the grammar's rules, run as the parser reduces, so depth costs no stack."""
 
     def __init__(self, kind: Kind) -> None:
         self._kind = kind
@@ -271,7 +271,7 @@ def _keywords(
 
 
 def _in_log(swept: Range, word: Token) -> Range:
-    """A range evenly spaced in the logarithm, for the word that follows it."""
+    """A range made evenly spaced in the logarithm by the word `log` that follows the range."""
     if word.lower() != LOG or swept.log:
         raise Problem(f"expected only 'log' behind a range, not {short(word)}", word.start_pos)
     if swept.start <= 0:
@@ -310,11 +310,11 @@ def _lark(kind: Kind) -> Lark:
 
 
 def _parsed(text: object, start: str, kind: Kind = OBJECTIVE) -> Any:
-    """What the grammar makes of a text.
+    """The result of parsing a text by the grammar.
 
     Raises:
-        InputError: it is no text, empty or too long.
-        Problem, lark.UnexpectedInput: it does not follow the grammar.
+        InputError: `text` is no string, or the text is empty or too long.
+        Problem, lark.UnexpectedInput: the text does not follow the grammar.
     """
     if not isinstance(text, str):
         hint = f"; write {text.__name__}()" if isinstance(text, type) else ""

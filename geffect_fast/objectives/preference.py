@@ -25,7 +25,7 @@ from geffect_fast.objectives.registry import register
 
 
 class _Referenced(Objective):
-    """Reads the reference model's log-probabilities of the labels."""
+    """An objective that reads the reference model's log-probabilities of the labels."""
 
     needs: ClassVar[frozenset[Need]] = frozenset({"reference"})
 
@@ -94,9 +94,9 @@ class WTNPO(TNPO):
 class DPO(_Referenced):
     """Direct preference optimisation: `-(2/beta) mean_B log sigmoid(beta (r_win - r_lose))`.
 
-    The alternative answer wins, the sample's own answer loses; of several alternatives each makes a
-    pair, and a sample's value is the mean over its pairs. The factor `2/beta` makes it npo where
-    nothing wins.
+    The alternative answer wins, the sample's own answer loses. Each of several alternatives makes a
+    pair, and a sample's value is the mean over its pairs. Where nothing wins, the factor `2/beta`
+    makes the objective npo.
     """
 
     roles: ClassVar[tuple[Role, ...]] = ("answer", "alternative")
@@ -106,7 +106,7 @@ class DPO(_Referenced):
     def margin(self, outputs: Outputs, batch: Batch, reference: Outputs | None) -> Tensor:
         """`r_win - r_lose` with each sequence as the winner, `(n_sequences,)` fp64.
 
-        An answer stands for no winner at all, `r_win = 0`.
+        A sample's own answer stands for no winner at all, `r_win = 0`.
         """
         ratio = self.token_log_ratio(outputs, reference)
         win = batch.sequence_sum(ratio, batch.target_mask("alternative"))
@@ -114,7 +114,7 @@ class DPO(_Referenced):
         return win - lose[batch.sequence_sample]
 
     def pair_weight(self, batch: Batch) -> Tensor:
-        """What the pair of each winning sequence counts, `(n_sequences,)` fp64.
+        """The weight of each winning sequence's pair, `(n_sequences,)` fp64.
 
         A sample's pairs share its weight; its answer is a pair only where it has no alternative.
         """

@@ -23,7 +23,7 @@ from geffect_fast.objectives.registry import register
 class LogitFlattening(Objective):
     """`mean (max_v z_v - mean_v z_v)^2` over the positions of the forget rows that predict a label.
 
-    It is least where all logits are equal, that is, where the prediction is uniform.
+    The value is least where all logits are equal, that is, where the prediction is uniform.
     """
 
     needs: ClassVar[frozenset[Need]] = frozenset({"logits"})
@@ -58,7 +58,7 @@ class PDU(Composite):
         dual <- max(0, dual + step (NLL_retain - eps))
 
     so a profile, which looks at one model, looks at one `dual`: `updated` gives the objective after
-    a dual step. It starts at 1 and is held there while training warms up (five epochs).
+    a dual step. `dual` starts at 1 and is held there while training warms up (five epochs).
     """
 
     gamma: float = parameter(1.0, at_least=0)

@@ -1,4 +1,4 @@
-"""What is wrong with an objective string, at which character, in one line."""
+"""Errors in objective strings, each told in one line with the character where it is."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _WORDS = {
 
 
 class Problem(Exception):
-    """Something wrong at a character; becomes an InputError once the text is at hand."""
+    """An error at a character; it becomes an InputError once the text is at hand."""
 
     def __init__(self, message: str, position: int | None) -> None:
         self.message = message
@@ -36,7 +36,7 @@ class Problem(Exception):
 
 @contextmanager
 def located(text: str) -> Iterator[None]:
-    """What is found wrong with `text` in the block, with the character and the text around it.
+    """Inside, errors in `text` are raised with their character and the text around it.
 
     Raises:
         InputError: in place of a `Problem` or an error of the parser.
@@ -77,7 +77,7 @@ def short(text: str) -> str:
 
 def _around(text: str, position: int) -> str:
     """The part of `text` on both sides of `position`, in quotes and on one line."""
-    for reach in (40, 8):  # less of what is written as escapes
+    for reach in (40, 8):  # less where characters are written as escapes
         start, end = max(position - reach, 0), position + reach
         shown = repr("..." * (start > 0) + text[start:end] + "..." * (end < len(text)))
         if len(shown) <= 200:

@@ -1,4 +1,4 @@
-"""Sweeps: `wga(alpha=0.1:7:30)` to thirty objectives and the values that tell them apart."""
+"""Sweeps: `wga(alpha=0.1:7:30)` becomes thirty objectives, each with its value of alpha."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ class Sweep:
     """A family of objectives that differ in the values of some hyper-parameters.
 
     Attributes:
-        text: its string with the ranges as written; the canonical string where there is none.
+        text: its string with the ranges as written; the canonical string if there are none.
         names: the swept parameters, in the order of their ranges.
-        log: whether a parameter's values are evenly spaced in the logarithm, one each.
+        log: for each of `names`, whether its values are evenly spaced in the logarithm.
         members: its objectives; several ranges make a grid, the last one fastest.
     """
 
@@ -46,9 +46,9 @@ def expand(text: str | Objective) -> Sweep:
     """The sweep that one objective string describes, in which ranges may stand for numbers.
 
     `start:stop:count` is `count` evenly spaced values, `start:stop:count,log` as many evenly spaced
-    in the logarithm. Values between the ends are rounded to 6 significant digits, so that labels
-    can be read, and used so. A parameter's range stands in place of its value, a coefficient's in
-    place of the number, in brackets if it needs its own comma: `ga + (0.1:10:5,log)*kl`.
+    in the logarithm. Values are rounded to 6 significant digits, so that labels can be read, and
+    are used as rounded. A parameter's range stands in place of its value. A coefficient's range
+    stands in place of the number, in brackets if it needs its own comma: `ga + (0.1:10:5,log)*kl`.
 
     Args:
         text: an objective string, or an objective, which is a sweep of itself alone.

@@ -1,4 +1,4 @@
-"""Objectives by name."""
+"""The registry of objectives by name."""
 
 from __future__ import annotations
 
@@ -57,17 +57,17 @@ def available() -> tuple[str, ...]:
 
 
 REQUIRED = "..."
-"""Instead of the value of a parameter that has to be given."""
+"""The text in place of the value of a required parameter."""
 
 
 class Described(NamedTuple):
-    """What users want to know of an objective before they name it.
+    """The description of an objective, for users who choose one.
 
     Attributes:
-        text: its string with all parameters as they are unless given, or `REQUIRED`.
+        text: its string with the default of every parameter, or `REQUIRED`.
         about: the first paragraph of its docstring.
-        sets: which data it reads, forget or retain or both.
-        needs: what is to be given beside the rows: a reference, refusals, weights.
+        sets: the data sets it reads, forget or retain or both.
+        needs: the inputs to give beside the rows: a reference, refusals, weights.
     """
 
     text: str
@@ -77,7 +77,7 @@ class Described(NamedTuple):
 
 
 def described_objectives() -> list[Described]:
-    """All registered objectives, in alphabetical order."""
+    """Descriptions of all registered objectives, in alphabetical order."""
     found = []
     for name in available():
         kind = OBJECTIVES.lookup(name)

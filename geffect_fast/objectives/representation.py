@@ -23,7 +23,7 @@ from geffect_fast.transfer import on_device
 
 
 def uniform(like: Tensor, seed: int) -> Tensor:
-    """`u ~ U[0, 1)^d` for hidden states `(total_tokens, d)`, `(d,)`, fp32 numbers."""
+    """`u ~ U[0, 1)^d`, `(d,)`, for hidden states `(total_tokens, d)`; drawn in fp32."""
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.rand(like.shape[-1], generator=generator, dtype=torch.float32)
     return on_device(drawn, like.device).to(like.dtype)
@@ -33,7 +33,8 @@ def hidden_state(objective: Objective, outputs: Outputs | None, layer: int, whos
     """The hidden states of `layer`, `(total_tokens, d)`, fp32 or better.
 
     Raises:
-        InputError: there are none, or the model (`whose` they are) has no such layer.
+        InputError: there are no hidden states, or the model has no such layer. The message
+            names the model by `whose`.
     """
     given = None if outputs is None else outputs.hidden_states
     states = required(objective, given, f"{whose} hidden states")
@@ -47,13 +48,13 @@ def hidden_state(objective: Objective, outputs: Outputs | None, layer: int, whos
 
 
 class _HiddenState(Objective):
-    """A mean over labelled positions of `|error|^2 / d`."""
+    """An objective that is the mean of `|error|^2 / d` over the positions that hold a label."""
 
     needs: ClassVar[frozenset[Need]] = frozenset({"hidden_states"})
     term_at: ClassVar[Literal["prediction", "label"]] = "label"
 
     def error(self, outputs: Outputs, reference: Outputs | None) -> Tensor:
-        """By how much the hidden states miss their target, `(total_tokens, d)`."""
+        """The hidden states minus their target, `(total_tokens, d)`."""
         raise NotImplementedError
 
     def loss(self, outputs: Outputs, batch: Batch, reference: Outputs | None) -> Tensor:

@@ -14,20 +14,25 @@ from geffect_fast.engines.dual.rule import Primals, Rule, Tangents, rows_at_a_ti
 from geffect_fast.engines.dual.tensor import Dual, constant, lead
 
 CUTS = 8
-"""Causal attention is cut into so many blocks of queries, to leave out keys that a block does not
-see."""
+"""Number of blocks of queries that causal attention is cut into, to leave out keys that a block
+does not see."""
 
 SHORTEST = {"cpu": 64, "cuda": 512}
-"""And into none so short: on a GPU calls cost more than products."""
+"""Number of queries below which such a block is not cut: on a GPU calls cost more than products."""
 
 
 class Attention(Rule):
-    """`O = softmax(S) V` with `S = scale Q K^T + mask`, a block of queries at a time:
+    """Attention, a block of queries at a time.
+
+        O = P V,    P = softmax(S),    S = scale Q K^T + mask
+
+    Its tangent is
 
         O' = (P * S') V + P V' - rowsum(P * S') O,    S' = scale (Q' K^T + Q K'^T) + mask'
 
-    Shapes: Q `(..., heads, n, d)`, K and V `(..., heads, n_keys, d)`, fewer heads with `gqa`; mask
-    bool or added, `(n, n_keys)` with any axes before or None. A query that sees no key gets 0.
+    Shapes: Q `(..., heads, n, d)`, K and V `(..., heads, n_keys, d)`, fewer heads with `gqa`. The
+    mask is bool or added, `(n, n_keys)` with any axes before, or None. A query that sees no key
+    gets 0.
     """
 
     def __init__(self, causal: bool, scale: float | None, gqa: bool) -> None:
@@ -53,7 +58,7 @@ class Attention(Rule):
         query, key, value, mask = given
         packing = PACKING.get()
         if packing is not None and packing.masks(mask):
-            # Samples that share a row do not meet, or the layout would be another one.
+            # Samples that share a row do not meet; otherwise the layout would not be packed.
             return packing.apart(
                 query, key, value, lambda q, k, v, own: self(q, k, v, packing.block(mask, own))
             )
@@ -136,7 +141,7 @@ def _flat(x: Tensor, heads: Sequence[int]) -> Tensor:
 
 
 def _flat_each(tangents: Tensor, heads: Sequence[int]) -> Tensor:
-    """The same of tangents, `(M, batch, n, d)`."""
+    """Tangents `(M, ..., n, d)` as `(M, batch, n, d)`, one matrix for each of `heads`."""
     each = lead(tangents, len(heads) + 2).expand(-1, *heads, -1, -1)
     return each.reshape(len(tangents), -1, *tangents.shape[-2:])
 
@@ -156,7 +161,7 @@ def _sum_of_products(dx: Tensor | None, y: Tensor, x: Tensor, dy: Tensor | None)
 
 
 def _rows(mask: Tensor | None, own: slice, seen: slice) -> Any:
-    """Of a mask `(..., n, n_keys)`, or `(..., 1, n_keys)` for all rows, or of one for all keys."""
+    """Rows `own` and keys `seen` of a mask `(..., n, n_keys)`; an axis of 1 serves all of them."""
     if mask is None:
         return None
     mask = mask[..., own, :] if mask.shape[-2] > 1 else mask
@@ -164,13 +169,13 @@ def _rows(mask: Tensor | None, own: slice, seen: slice) -> Any:
 
 
 def _softmax(scores: Tensor, block: Sequence[int], mask: Tensor | None, causal: bool) -> Tensor:
-    """Over the keys that a mask leaves, 0 where it leaves none.
+    """Softmax over the keys that a mask leaves, 0 where the mask leaves none.
 
     Args:
         scores: `(batch, rows, keys)`, written to.
-        block: its shape by heads, `(..., n, keys)`.
-        mask: where True nothing is seen, or what is added.
-        causal: every row sees a key.
+        block: the shape of `scores` by heads, `(..., n, keys)`.
+        mask: True where a key is hidden, or numbers to be added.
+        causal: whether attention is causal, so that every row sees a key.
     """
     if mask is None:
         return scores.softmax(-1)

@@ -1,7 +1,7 @@
-"""Rules of the functions that language models are written in: how each follows a `Dual`.
+"""Rules by which the functions that language models are written in follow a `Dual`.
 
-Those that are linear act on the stack; `d` below is a tangent. Costly ones (products, attention,
-norms) are in `layers` and `attention`.
+A linear function acts on the stack; `d` below is a tangent. Rules of costly functions (products,
+attention, norms) are in `layers` and `attention`.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ aten = torch.ops.aten
 
 
 def both(name: str) -> tuple[Any, ...]:
-    """A function of torch and the method of its name, those of them that there are."""
+    """The function of torch and the method of `Tensor` with a name, as far as they exist."""
     return tuple(f for f in (getattr(torch, name, None), getattr(Tensor, name, None)) if f)
 
 
-# ---- what does not move with its input ----
+# ---- results that do not move with their input ----
 
 _CONSTANT = (
     *("gt", "lt", "ge", "le", "eq", "ne", "isnan", "isinf", "isfinite", "logical_not", "sign"),
@@ -59,7 +59,7 @@ _register_constants()
 
 
 def moved(x: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """A linear `change` of everything behind a leading axis, of the value and of its tangents."""
+    """The dual after a linear `change`, which acts on everything behind a leading axis."""
     if not isinstance(x, Dual):
         return NotImplemented
     if x.whole is not None:
@@ -68,7 +68,7 @@ def moved(x: Any, change: Callable[[Tensor], Tensor]) -> Any:
 
 
 def pieces(x: Any, cut: Callable[[Tensor], Sequence[Tensor]]) -> Any:
-    """As `moved`, of several results."""
+    """As `moved`, for a function with several results."""
     if not isinstance(x, Dual):
         return NotImplemented
     if x.whole is not None:
@@ -78,7 +78,7 @@ def pieces(x: Any, cut: Callable[[Tensor], Sequence[Tensor]]) -> Any:
 
 
 def _at(dim: Any) -> Any:
-    """A dimension, or several, behind the leading axis."""
+    """A dimension, or several, as counted with the leading axis."""
     if isinstance(dim, int):
         return dim if dim < 0 else dim + 1
     return tuple(map(_at, dim))
@@ -160,7 +160,7 @@ def _getitem(x: Any, index: Any) -> Any:
     index = index if isinstance(index, tuple) else (index,)
     lists = [isinstance(i, Tensor | list | bool) for i in index]
     if sum(lists) > 1 or any(isinstance(i, bool | Dual) for i in index):
-        return NotImplemented  # where torch puts the axis of several lists depends on the others
+        return NotImplemented  # with several lists, the place of their axis depends on the others
     behind = (slice(None), *index)
     return moved(x, lambda s: s[behind])
 
@@ -216,8 +216,8 @@ def _stack(tensors: Sequence[Tensor], dim: int = 0) -> Any:
 
 
 def _stacks(tensors: Sequence[Tensor]) -> Any:
-    """Of several tensors, some of which may not move."""
-    # a cache that is empty as yet
+    """The stacks of several tensors, some of which may not move."""
+    # an empty cache is left out
     tensors = [x for x in tensors if isinstance(x, Dual) or x.shape != (0,)]
     if len({x.dtype for x in tensors}) > 1:
         return NotImplemented
@@ -267,13 +267,15 @@ def _dropout(input: Any, p: float = 0.5, training: bool = True, inplace: bool = 
 
 
 def _promoted_alike(*given: Any) -> bool:
-    """Whether stacks have the dtype that the tensors have: a scalar's counts less, a stack of
-    scalars is none."""
+    """Whether an operation on stacks gives the dtype that it gives on the tensors.
+
+    The dtype of a scalar counts less in promotion, and a stack of scalars is no scalar.
+    """
     return not any(isinstance(x, complex) or (isinstance(x, Dual) and not x.dim()) for x in given)
 
 
 def _broadcast(tangents: Tensor, y: Tensor) -> Tensor:
-    """Tangents of one summand as those of the sum `y`."""
+    """The tangents of one summand, in the dtype and shape of the sum `y`."""
     tangents = tangents.to(y.dtype)
     if tangents.shape[1:] == y.shape:
         return tangents
@@ -310,7 +312,7 @@ def _neg(x: Any) -> Any:
 
 @rule(*both("mul"), *both("multiply"))
 def _mul(x: Any, y: Any) -> Any:
-    """`(x y)' = x' y + x y'`, the first added with the value."""
+    """`(x y)' = x' y + x y'`, where `x' y` is computed together with the value."""
     if not _promoted_alike(x, y):
         return NotImplemented
     if not isinstance(x, Dual) or (isinstance(y, Dual) and x.whole is None):
@@ -353,7 +355,7 @@ def _matmul(x: Any, y: Any) -> Any:
 # ---- elementwise, by the slope that torch's own backward multiplies with ----
 
 TangentOf = Callable[..., Tensor]
-"""`(d, x, y)` to the tangent of `y = f(x)`."""
+"""Maps `(d, x, y)` to the tangent of `y = f(x)`."""
 
 _POINTWISE: list[tuple[tuple[Any, ...], TangentOf]] = [
     ((*both("tanh"), F.tanh), lambda d, x, y: aten.tanh_backward(d, y)),
@@ -386,7 +388,7 @@ for _functions, _tangent in _POINTWISE:
 @rule(F.gelu)
 def _gelu(input: Any, *, approximate: str = "none") -> Any:
     x, tangents = input.primal, input.tangents
-    # which on a CPU wants both of one shape
+    # on a CPU gelu_backward wants both arguments of one shape
     slope = aten.gelu_backward(torch.ones_like(x), x, approximate=approximate)
     return Dual(F.gelu(x, approximate=approximate), tangents * slope)
 

@@ -1,4 +1,4 @@
-"""Rules of forward mode for the layers of a language model beside attention, and its labels."""
+"""Rules of forward mode for a language model's layers except attention, and for its labels."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Linear(Rule):
         x, weight, _, y = primals
         dx, dw, db = tangents
         d_out, d_in = weight.shape
-        n = prod(x.shape[:-1])  # may be none: an expert that no token was sent to
+        n = prod(x.shape[:-1])  # may be 0: an expert that no token was sent to
         rows = x.reshape(n, d_in)
         out = None
         if dx is not None:
@@ -42,7 +42,7 @@ class Linear(Rule):
         return out.reshape(len(out), *y.shape)
 
     def follow(self, *given: Any) -> Tensor:
-        """The value and the tangents' first product are one product."""
+        """The dual of `y`; the value and the tangents' first product are one product."""
         x, weight, bias = given
         if not isinstance(x, Dual):
             return super().follow(*given)
@@ -63,7 +63,7 @@ class Linear(Rule):
 class Embedding(Rule):
     """`y = W[ids]`, where `W'` does not count at a padding index, as no gradient arrives there.
 
-    By the framework's own rule it would. Shapes: ids any, W `(rows, d)`.
+    By the framework's own rule `W'` would count there. Shapes: ids any, W `(rows, d)`.
     """
 
     def __init__(self, padding: int | None) -> None:
@@ -82,11 +82,13 @@ class Embedding(Rule):
 
 
 class _Norm(Rule):
-    """`y = n (offset + w) + b` with `n = r x`, `r = (mean x^2 + eps)^(-1/2)` over the last axis:
+    """A norm over the last axis, `y = n (offset + w) + b` with `n = r x`.
+
+    With `r = (mean x^2 + eps)^(-1/2)` the tangent is
 
         y' = r (x' - n mean(n x')) (offset + w) + n w' + b'
 
-    Shapes: x `(..., d)`, w and b `(d,)` or None. Where it is `centred`, x and x' are without their
+    Shapes: x `(..., d)`, w and b `(d,)` or None. In a `centred` norm, x and x' are without their
     mean.
     """
 
@@ -105,7 +107,7 @@ class _Norm(Rule):
         return moved.expand(-1, *y.shape).to(y.dtype)
 
     def follow(self, *given: Any) -> Tensor:
-        """The value goes through the same calls as the tangents."""
+        """The dual of `y`; the value goes through the same calls as the tangents."""
         x, weight, *more = given
         if not isinstance(x, Dual) or (weight is not None and weight.dtype != x.dtype):
             return super().follow(*given)
@@ -120,7 +122,7 @@ class _Norm(Rule):
         return Dual.of(out.to(x.dtype))
 
     def _normed(self, stack: Tensor) -> Tensor:
-        """`n` and its tangents, in fp32 at least, of a stack of x."""
+        """The stack of `n` and its tangents for a stack of x, in fp32 at least."""
         stack = stack.to(torch.promote_types(stack.dtype, torch.float32))
         if self.centred:
             stack = stack - stack.mean(-1, keepdim=True)
@@ -140,7 +142,7 @@ class _Norm(Rule):
     def _of_parameters(
         self, out: Tensor | None, n: Tensor, dw: Tensor | None, db: Tensor | None = None
     ) -> Tensor | None:
-        """What the parameters' tangents add to `out`, in place where there is one."""
+        """`out` plus the summands of the parameters' tangents, in place where `out` is given."""
         for by, d in ((n, dw), (1, db)):
             if d is not None:
                 d = d.to(n.dtype).view(len(d), *[1] * (n.dim() - 1), -1)
@@ -163,7 +165,7 @@ class RMSNorm(_Norm):
 
 
 class LayerNorm(_Norm):
-    """torch's, of the last axis."""
+    """torch's layer norm over the last axis."""
 
     def __init__(self, eps: float) -> None:
         super().__init__(eps, centred=True)
@@ -195,10 +197,10 @@ class Gated(Rule):
         gate, up = given
         if not isinstance(gate, Dual) or not isinstance(up, Dual):
             return super().follow(*given)
-        # one direction of ones: the slope, by the activation's own rule
+        # along one direction of ones the tangent is the slope, by the activation's own rule
         both: Any = self.activation(Dual(gate.primal, torch.ones_like(gate.primal)[None]))
         if not isinstance(both, Dual):
-            return super().follow(*given)  # a constant
+            return super().follow(*given)  # the activation is constant
         active, slope = both.primal, both.tangents[0]
         out = gate.stack * (slope * up.primal)
         torch.mul(active, up.primal, out=out[0])
@@ -209,7 +211,7 @@ class Gated(Rule):
 class LabelNLL(Rule):
     """`y = -log softmax(z)_label`, so `y' = sum_v p_v z'_v - z'_label`, a block of rows at a time.
 
-    Shapes: z `(n, vocab)`, labels `(n,)` int64, `y` 0 where they are `ignored`.
+    Shapes: z `(n, vocab)`, labels `(n,)` int64; `y` is 0 where a label is `ignored`.
     """
 
     def __init__(self, ignored: int) -> None:

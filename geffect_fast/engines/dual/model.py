@@ -1,4 +1,4 @@
-"""A model's outputs on a batch, and how they move with its parameters, from one pass."""
+"""A model's outputs on a batch and their derivatives along directions, from one pass."""
 
 from __future__ import annotations
 
@@ -31,18 +31,17 @@ if TYPE_CHECKING:
     from torch.distributed.fsdp import FSDPModule
 
 _BY_FRAMEWORK: WeakSet[nn.Module] = WeakSet()
-"""Models that duals do not pass."""
+"""Models in which duals fail."""
 
 
 class DualModel:
     """A model that is run along directions of its parameters.
 
-    Its own code runs, with duals in place of the parameters that move (`tensor`). Where that
-    cannot be, because something in the model writes into a constant, say, torch's forward mode runs
-    the model instead: whatever it does, at the price of more host time.
+    The model's own code runs, with duals in place of the parameters that move (`tensor`). Where
+    duals fail, for example because the model writes into a constant, torch's forward mode runs the
+    model instead. Torch's forward mode takes any code, at the price of more host time.
 
-    Of a model whose parameters are shared out each group's directions come with its weights, and go
-    with them.
+    Where the parameters are shared out, each group's directions come and go with its weights.
     """
 
     def __init__(self, plan: Plan) -> None:
@@ -51,11 +50,11 @@ class DualModel:
         self._forwards = fast_forwards(plan.model, besides=groups)
         self._names = {p: name for name, p in plan.parameters.items()}
         self._order: list[FSDPModule] = []
-        """In which groups ran last time, the same on all ranks."""
+        """The order in which groups ran last time, the same on all ranks."""
 
     @property
     def by_framework(self) -> bool:
-        """Whether torch's forward mode runs the model, as duals do not pass it."""
+        """Whether torch's forward mode runs the model, because duals fail in it."""
         return self.plan.model in _BY_FRAMEWORK
 
     def run_by_framework(self) -> None:
@@ -65,19 +64,19 @@ class DualModel:
     def outputs(
         self, directions: Mapping[str, Tensor], batch: Batch, needs: frozenset[Need]
     ) -> tuple[Outputs, list[Outputs]]:
-        """What the model says about a batch, and how that moves with the parameters.
+        """The model's outputs on a batch, and their derivatives along directions of its parameters.
 
         Args:
             directions: `(M, *shape)` for the parameters that move, in their dtype; this rank's part
                 of each where they are shared out.
             batch: on the model's device.
-            needs: as `model_outputs`.
+            needs: as `model_outputs` takes them.
 
         Returns:
             The outputs, and their derivatives along each direction.
 
         Raises:
-            UnsupportedModelError: duals do not pass the model, whose parameters are shared out: the
+            UnsupportedModelError: duals fail in the model, and its parameters are shared out: the
                 other ranks would not run it again.
         """
         with self._ready():
@@ -101,7 +100,7 @@ class DualModel:
 
     @contextmanager
     def _ready(self) -> Iterator[None]:
-        """The model as forward mode can differentiate it, and fast; left as it was."""
+        """Inside, the model is fast and differentiable in forward mode; restored at the end."""
         with ExitStack() as stack:
             stack.enter_context(torch.enable_grad())  # so that `no_grad` is seen to be entered
             stack.enter_context(forward_differentiable(self.plan.model))
@@ -151,11 +150,11 @@ class DualModel:
     def moving(
         self, directions: Mapping[str, Tensor], moved: Callable[[Tensor, Tensor], Tensor]
     ) -> Iterator[None]:
-        """Inside, modules find what moves in the place of parameters, and constants of others.
+        """Inside, modules hold moving tensors in place of parameters that move, else constants.
 
         Args:
-            directions: as of `outputs`.
-            moved: makes it of a parameter's value and its whole direction.
+            directions: as `outputs` takes them.
+            moved: makes a moving tensor of a parameter's value and its whole direction.
         """
         shards = self.plan.shards
 
@@ -166,8 +165,8 @@ class DualModel:
             instead: dict[nn.Parameter, Tensor] = {}
             for module, key, p in places:
                 if p not in instead:
-                    # Without a graph, although gradients are enabled. What is frozen has none and
-                    # stays what it is: a quantised weight knows itself how it is read.
+                    # Without a graph, although gradients are enabled. A frozen parameter has none
+                    # and stays itself: a quantised weight is read by methods of its own.
                     constant = p.detach() if p.requires_grad else p
                     if came is None:
                         along = directions.get(self._names.get(p, ""))
@@ -213,7 +212,7 @@ class DualModel:
             came = ahead.pop(group) if group in ahead else bring(group)
             n = len(entered)
             if self._order[:n] == entered and n < len(self._order):
-                # On its way while this one is at work.
+                # The next group's directions come while this group computes.
                 ahead[self._order[n]] = bring(self._order[n])
             put(shards.places[group], came)
 
@@ -221,25 +220,25 @@ class DualModel:
             running.remove(group)
             put_back(shards.places[group])
 
-        # Behind FSDP's own hook, which brings the weights, and before that which lets them go.
+        # After FSDP's own hook that brings the weights, and before the one that releases them.
         modules: list[Any] = shards.groups
         handles = [m.register_forward_pre_hook(enter) for m in modules]
         handles += [m.register_forward_hook(leave, prepend=True) for m in modules]
         try:
             yield
             self._order = entered
-            for came in ahead.values():  # of a group that did not run this time
+            for came in ahead.values():  # directions of a group that did not run
                 for gathered in came.values():
                     gathered.arrived()
         finally:
             for handle in handles:
                 handle.remove()
-            for group in running:  # of a forward that failed
+            for group in running:  # groups of a forward that failed
                 put_back(shards.places[group])
 
 
 class _Moved(Rule):
-    """A parameter, a step along its directions: `p + s v_m`, at `s = 0` and as `s` moves by 1."""
+    """The rule of `p + s v_m`, a parameter moved along its directions, at the step `s = 0`."""
 
     def __init__(self, along: Tensor) -> None:
         self.along = along

@@ -1,7 +1,7 @@
-"""How a model is run in forward mode: by duals, or where they do not pass by the framework.
+"""The two ways to run a model in forward mode: by duals and, where duals fail, by the framework.
 
-Costly functions are served by the same rules in both. What has no rule at all the framework
-differentiates: a function alone among duals, the whole model otherwise.
+The same rules serve costly functions in both ways. The framework differentiates everything without
+a rule: with duals that function alone, otherwise the whole model.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from geffect_fast.engines.dual.tensor import Dual, NoRuleError, follow, rule
 
 
 class DualPass(TorchFunctionMode):
-    """Inside, functions of duals are followed, and nothing asks for a gradient."""
+    """A mode in which functions of duals are followed, and nothing asks for a gradient."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -31,12 +31,12 @@ class DualPass(TorchFunctionMode):
         if Dual in types:
             return follow(func, args, kwargs or {})
         if func is Tensor.requires_grad_:
-            return args[0]  # a graph of what is constant would hold all its activations
+            return args[0]  # a graph of constants would hold all their activations
         return func(*args, **(kwargs or {}))
 
     def __enter__(self) -> DualPass:
-        # A function with a backward of its own shows its body to duals, while what counts is what
-        # it says its derivative is. All of them pass their arguments through here.
+        # A function with a backward of its own would run its body on duals, although its derivative
+        # is the one that it declares. All such functions pass their arguments through here.
         utils: Any = torch._functorch.utils
         self._own = own = utils.unwrap_dead_wrappers
 
@@ -56,16 +56,15 @@ class DualPass(TorchFunctionMode):
 
 
 class DualFunctions(TorchFunctionMode):
-    """Inside, for the framework's forward mode, the rules below serve the functions they are of.
+    """A mode in which the rules below serve their functions in the framework's forward mode.
 
-    And `no_grad` drops tangents too.
-
-    Reverse mode takes what was computed under `no_grad` as constant; forward mode by itself does
-    not, and the two engines would differ. `requires_grad_`, of which it knows nothing, does
-    nothing.
+    `no_grad` drops tangents in this mode, too. Reverse mode takes results that were computed under
+    `no_grad` as constant; forward mode by itself does not, and the two engines would differ.
+    `requires_grad_`, of which forward mode knows nothing, does nothing.
 
     Args:
-        served: by function what serves it, or returns None where it does not.
+        served: the rules by function; a rule returns None where it does not serve a call. None:
+            the rules below.
     """
 
     def __init__(self, served: Mapping[Any, Callable[..., Tensor | None]] | None = None) -> None:
@@ -118,7 +117,7 @@ def _layer_norm(
 def _addmm(
     input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: float = 1
 ) -> Tensor | None:
-    """As GPT-2 writes a linear layer."""
+    """A linear layer as GPT-2 writes it."""
     if beta != 1 or alpha != 1 or input.shape != mat2.shape[1:]:
         return None
     return Linear()(*_cast(mat1, mat2.T, input))
@@ -131,7 +130,7 @@ def _cross_entropy(
     reduction: str = "mean",
     **options: Any,
 ) -> Tensor | None:
-    # Called with all options that there are, given or not.
+    # All options arrive here, given or not.
     plain = reduction == "none" and not any(options.values()) and not in_autocast(input.device.type)
     if not plain or input.dim() != 2 or target.dim() != 1:
         return None
@@ -155,7 +154,7 @@ def _attention(
 
 
 def _cast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """What autocast multiplies in place of these, where it is on."""
+    """The tensors that autocast, where it is on, multiplies in place of these."""
     device = next(x for x in tensors if x is not None).device.type
     if not in_autocast(device):
         return tensors

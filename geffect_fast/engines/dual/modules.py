@@ -1,4 +1,4 @@
-"""Modules that are written out function by function, run by the rules of `dual` instead."""
+"""Forwards by the rules of `dual` for modules that are written out function by function."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ from geffect_fast.trying import Trying
 Forwards = Mapping[nn.Module, Callable[..., Tensor]]
 
 TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-5, torch.bfloat16: 5e-2, torch.float16: 5e-3}
-"""How far a rule may be from the module it stands for, relative to the largest number: rounding,
-which is that of fp32 in fp64 models that compute their norms so."""
+"""Largest difference of a rule from its module, relative to the largest number, that rounding
+explains. The figure for fp64 is that of fp32, in which some fp64 models compute their norms."""
 
 SIZES = (1.0, 100.0)
-"""Of the numbers tried: usual ones, and some that are clipped where large ones are."""
+"""Sizes of the numbers tried: a usual one, and one at which a module that clips shows it."""
 
 WIDTHS = (6, 10)
-"""Of the small projections that a gated MLP is tried with."""
+"""Widths of the small projections that a gated MLP is tried with."""
 
 
 @dataclass(frozen=True)
 class _Served:
-    """Which modules the rules serve, by `_kind`.
+    """The modules that the rules serve, by `_kind`.
 
     Attributes:
-        norms: what is added to the weight of an RMS norm; None of a module that is none.
+        norms: the number added to an RMS norm's weight; None for a module that is no RMS norm.
         gates: whether a module is a gated MLP.
     """
 
@@ -51,14 +51,14 @@ _SERVED: Remembered[_Served] = Remembered()
 def fast_forwards(
     model: nn.Module, besides: Collection[nn.Module] = ()
 ) -> dict[nn.Module, Callable[..., Tensor]]:
-    """For every RMS norm and gated MLP of `model` a forward of the same values and a faster rule.
+    """A forward of the same values with a faster rule, for every RMS norm and gated MLP of `model`.
 
-    What a module computes is tried, values and derivatives, not read off its name; of modules that
+    A module is recognised by trying its values and derivatives, not by its name. Of modules that
     differ in nothing but their weights, one is tried, once a model.
 
     Args:
-        model: any.
-        besides: modules that are left as they are, with no copy to try.
+        model: any model.
+        besides: modules that are left as they are; no copy of them is tried.
     """
     state = (_kind(model), settings_of(model))
     served = _SERVED.get(model, state)
@@ -98,9 +98,10 @@ def dual_modules(forwards: Forwards) -> Iterator[None]:
 
 
 def _kind(module: nn.Module) -> Hashable:
-    """What says how a module computes, all but its weights: code, attributes and children.
+    """A key of how a module computes, weights left out: code, attributes and children.
 
-    Objects count as themselves, so that two modules hold the same config or are told apart.
+    Objects are compared by identity, so two modules that hold different configs have different
+    keys.
     """
     held = {k: v for k, v in vars(module).items() if k not in _OF_EVERY_MODULE}
     plain = (bool, int, float, str, type(None))
@@ -130,8 +131,10 @@ def _may_be_norm(module: nn.Module) -> bool:
 
 
 def _offset(module: nn.Module) -> float | None:
-    """What an RMS norm over the last axis without a bias adds to its weight `w`: 0, or 1 where it
-    multiplies by `1 + w`; None of another module."""
+    """The number that an RMS norm over the last axis without a bias adds to its weight `w`.
+
+    The number is 0, or 1 where the norm multiplies by `1 + w`; None for any other module.
+    """
     weight: Any = module._parameters["weight"]
     if len(_epsilons(module)) != 1:
         return None
@@ -168,7 +171,7 @@ def _normed(
     *more: Any,
     **given: Any,
 ) -> Tensor:
-    if more or given:  # what the rule knows nothing of, such as a gate
+    if more or given:  # arguments that the rule knows nothing of, such as a gate
         return own(x, *more, **given)
     return rule(x, module._parameters["weight"])
 
@@ -190,8 +193,10 @@ def _activation(module: nn.Module) -> Any:
 
 
 def _is_gated(module: nn.Module) -> bool:
-    """Whether an MLP is `down(act(gate(x)) * up(x))`, tried between small projections in place of
-    its own, whose width changes nothing."""
+    """Whether an MLP is `down(act(gate(x)) * up(x))`.
+
+    The MLP is tried between small projections in place of its own, whose width changes nothing.
+    """
     rule = Gated(_activation(module))
     weight: Any = module.get_submodule("gate_proj").weight
     alone: Any = copy.copy(module)
@@ -218,11 +223,11 @@ def _gated(rule: Gated, module: nn.Module, x: Tensor) -> Tensor:
 def _same(
     fast: Callable[..., Tensor], plain: Callable[..., Tensor], primals: tuple[Tensor, ...]
 ) -> bool:
-    """Whether two functions have one value, and one derivative along a direction of noise."""
+    """Whether two functions have the same value, and the same derivative along some noise."""
     along = tuple(_noise(x, *x.shape, seed=3) for x in primals)
     found: Any = ()
     expected: Any = ()
-    # What is computed without gradients is constant, as where the engine runs it.
+    # Results computed without gradients are constant, as they are in the engine.
     with Trying() as trial, torch.enable_grad(), DualFunctions():
         found, expected = (jvp(function, primals, along)[:2] for function in (fast, plain))
     if trial.error is not None or not all(isinstance(y, Tensor) for y in expected):

@@ -1,4 +1,4 @@
-"""Sequences of a packed batch side by side, so that attention sees no token of another one.
+"""Packed sequences laid side by side, so that attention sees no token of another sequence.
 
 Sequences of like lengths are padded to the longest of them and run as one batch: a few calls a
 layer, whatever the number of sequences, and no `T x T` matrix of all tokens.
@@ -19,10 +19,10 @@ from geffect_fast.engines.dual.tensor import Dual
 from geffect_fast.transfer import on_device
 
 SHORT = 64
-"""Tokens up to which sequences are one group whatever their lengths."""
+"""Number of tokens up to which sequences form one group, whatever their lengths."""
 
 SHARE = 0.5
-"""Of the longest sequence of a group, the length from which others join it."""
+"""Fraction of a group's longest sequence that others must have in length to join the group."""
 
 
 @dataclass(frozen=True)
@@ -40,11 +40,11 @@ class Group:
 
 @dataclass(frozen=True)
 class Packing:
-    """How the sequences of a packed batch are laid side by side.
+    """The layout of a packed batch's sequences side by side.
 
     Attributes:
-        groups: of sequences.
-        place: `(total_tokens,)` int64, where each token stands in all groups one after another.
+        groups: groups of sequences.
+        place: `(total_tokens,)` int64, the place of each token in all groups one after another.
     """
 
     groups: tuple[Group, ...]
@@ -53,7 +53,7 @@ class Packing:
 
     @classmethod
     def of(cls, lengths: Sequence[int], device: torch.device) -> Packing:
-        """Of a batch of sequences of `lengths`, one behind the other."""
+        """The packing of a batch of sequences of `lengths`, one behind the other."""
         order = sorted(range(len(lengths)), key=lambda q: -lengths[q])
         starts = [0]
         for length in lengths:
@@ -94,7 +94,7 @@ class Packing:
         return still and mask.shape[-2:] == (n, n) and mask.numel() == n * n
 
     def block(self, mask: Tensor, own: int) -> Tensor:
-        """A mask of all tokens as that of the `own`-th group, `(n, 1, length, length)`."""
+        """The mask of the `own`-th group, `(n, 1, length, length)`, cut from one of all tokens."""
         key = (id(mask), own)
         if key not in self._blocks:
             group = self.groups[own]
@@ -104,7 +104,7 @@ class Packing:
                 seen = mask.dtype == torch.bool
                 found.masked_fill_(group.hidden, False if seen else -torch.inf)
             self._blocks[key] = found
-            self._blocks[id(mask), -1] = mask  # so that no other takes its id
+            self._blocks[id(mask), -1] = mask  # kept, so that no other mask takes its id
         return self._blocks[key]
 
     def apart(
@@ -118,8 +118,8 @@ class Packing:
 
         Args:
             query, key, value: `(1, heads, total_tokens, d)`, all, some or none of them duals.
-            attend: takes those of the group of a number, `(n, heads, length, d)`, and returns the
-                output like them.
+            attend: takes query, key and value of a group, `(n, heads, length, d)`, and the group's
+                number, and returns the output of the same layout.
         """
         flat = [_tokens(x) for x in (query, key, value)]
         outputs = []
@@ -138,12 +138,12 @@ class Packing:
 
 
 def _stack(x: Tensor) -> Tensor:
-    """That of a dual; a tensor that does not move, with a leading axis."""
+    """The stack of a dual; a tensor that does not move, with a leading axis."""
     return x.stack if isinstance(x, Dual) else x[None]
 
 
 def _tokens(x: Tensor) -> Tensor:
-    """`(1, heads, n, d)` as `(1 + M, n, heads, d)`, M being 0 of what does not move."""
+    """`(1, heads, n, d)` as `(1 + M, n, heads, d)`; M is 0 for a tensor that does not move."""
     return _stack(x)[:, 0].transpose(1, 2)
 
 
@@ -154,12 +154,12 @@ def _like(x: Tensor, tokens: Tensor) -> Tensor:
 
 
 PACKING: ContextVar[Packing | None] = ContextVar("PACKING", default=None)
-"""That of the batch under way."""
+"""The packing of the batch under way."""
 
 
 @contextmanager
 def packing(of: Packing | None) -> Iterator[None]:
-    """Inside, sequences of the batch are laid out so."""
+    """Inside, `of` is the packing of the batch under way (`PACKING`)."""
     token = PACKING.set(of)
     try:
         yield

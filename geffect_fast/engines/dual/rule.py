@@ -1,11 +1,11 @@
-"""How a function is moved along several directions at once in forward-mode differentiation.
+"""Rules that differentiate a function along several directions at once, in forward mode.
 
 The framework differentiates most of a model by its own rules. A rule here takes all directions at
-once, multiplies where it adds, and passes over memory fewer times; its value is the framework's:
+once, fuses products with sums, and passes over memory fewer times. Its value is the framework's:
 
     value(x_1, ..., x_n) -> y          tangent((x_1, ..., x_n, y), (x'_1, ..., x'_n)) -> y'
 
-with primals as they are and tangents `(M, *shape)`, M directions side by side, or None for zero.
+with tangents `(M, *shape)`, M directions side by side, or None for zero; primals have no such axis.
 """
 
 from __future__ import annotations
@@ -23,37 +23,37 @@ Primals = tuple[Any, ...]
 Tangents = tuple[Tensor | None, ...]
 
 BLOCK = 2**22
-"""Numbers of a temporary that a rule works on at a time: what does not fit a cache is cut up."""
+"""Numbers of a temporary that a rule works on at a time, so that a block fits a cache."""
 
 
 ON_GPU = 2**5
-"""By how much more on a GPU, where every call costs and no cache holds a block."""
+"""Factor of `BLOCK` on a GPU, where every call costs and no cache holds a block."""
 
 
 def rows_at_a_time(size: int, device: torch.device) -> int:
-    """How many rows of `size` numbers a rule works on at a time."""
+    """The number of rows of `size` numbers that a rule works on at a time."""
     block = BLOCK * (ON_GPU if device.type == "cuda" else 1)
     return max(1, block // max(1, size))
 
 
 class Rule:
-    """A function and how it moves along several directions at once."""
+    """A function and its derivative along several directions at once."""
 
     def value(self, *primals: Any) -> Tensor:
-        """`y`, the framework's own."""
+        """The value `y`, as the framework computes it."""
         raise NotImplementedError
 
     def tangent(self, primals: Primals, tangents: Tangents) -> Tensor:
-        """`(M, *y.shape)`.
+        """The tangents of `y`, `(M, *y.shape)`.
 
         Args:
             primals: the arguments (None where one was not given) and then `y`.
-            tangents: of the arguments, `(M, *shape)`, not all None.
+            tangents: tangents of the arguments, `(M, *shape)`, not all None.
         """
         raise NotImplementedError
 
     def follow(self, *given: Any) -> Tensor:
-        """`y` and its tangents, where some of the arguments are duals."""
+        """The dual of `y` and its tangents, where some of the arguments are duals."""
         primals = constant(given)
         y = self.value(*primals)
         tangents = tuple(x.tangents if isinstance(x, Dual) else None for x in given)
@@ -69,7 +69,7 @@ class Rule:
 
 
 class _Dual(Function):
-    """A rule's value, to be differentiated forward; `jvp` is where its own tangent comes in."""
+    """A rule's value as a function of the framework; `jvp` calls the rule's own tangent."""
 
     @staticmethod
     def forward(rule: Rule, *primals: Tensor | None) -> Tensor:
@@ -78,7 +78,7 @@ class _Dual(Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         ctx.rule, *primals = inputs
-        ctx.set_materialize_grads(False)  # zeros would be multiplied
+        ctx.set_materialize_grads(False)  # zeros would cost products
         ctx.save_for_forward(*primals, output)
 
     @staticmethod
@@ -94,12 +94,12 @@ class _Dual(Function):
     ) -> Any:
         if all(dim is None for dim in in_dims[1:]):
             return rule.value(*primals), None  # directions differ in tangents only
-        # An axis that the model itself maps over, by the framework's rules.
+        # The model itself maps over an axis: the framework's rules do that.
         return torch.vmap(rule.value, in_dims[1:])(*primals), 0
 
 
 class _Stacked(Function):
-    """A rule's tangent; `vmap` is where the directions come in, side by side."""
+    """A rule's tangent as a function of the framework; `vmap` puts the directions side by side."""
 
     @staticmethod
     def forward(rule: Rule, n: int, *tensors: Tensor | None) -> Tensor:
@@ -108,7 +108,7 @@ class _Stacked(Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        pass  # no derivative of a derivative
+        pass  # there is no derivative of a derivative
 
     @staticmethod
     def vmap(
@@ -117,7 +117,7 @@ class _Stacked(Function):
         def stacked(t: Tensor | None, dim: int | None) -> Tensor | None:
             if t is None:
                 return None
-            # without an axis of directions it is the same along all of them
+            # a tensor without an axis of directions is the same along all
             return t.expand(info.batch_size, *t.shape) if dim is None else t.movedim(dim, 0)
 
         moved = tuple(map(stacked, tensors[:n], in_dims[2 : 2 + n]))
@@ -130,8 +130,7 @@ def _moved(rule: Rule, primals: Primals, tangents: Tangents) -> Tensor:
 
 
 def _own_precision(device: str) -> AbstractContextManager[Any]:
-    """Inside, what is computed is in the precision of what is given, which autocast has had its
-    say in."""
+    """Inside, results have the precision of the arguments, which autocast has chosen already."""
     return torch.autocast(device, enabled=False) if in_autocast(device) else nullcontext()
 
 

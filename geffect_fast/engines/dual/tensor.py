@@ -1,10 +1,10 @@
-"""A tensor that carries its tangents along, and how functions of torch follow it.
+"""A tensor that carries its tangents along, and the way functions of torch follow it.
 
-A `Dual` stands in a model for a tensor `x` that moves: its value and its tangents along M
-directions, one behind the other in a *stack* `(1 + M, *shape)`. What is linear acts on the stack in
-one call, as many as the plain model makes; what is not has a rule (`functions`, `rule`).
-A function without a rule is differentiated by the framework, it alone. Shape, dtype and device are
-those of `x`, so a model's code runs as it is written.
+A `Dual` stands in a model for a tensor `x` that moves. The dual holds the value and the tangents
+along M directions, one behind the other in a *stack* `(1 + M, *shape)`. A linear function acts on
+the stack in one call, so there are as many calls as in the plain model; other functions have a rule
+(`functions`, `rule`). A function without a rule is differentiated by the framework, that function
+alone. Shape, dtype and device are those of `x`, so a model's code runs as it is written.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from geffect_fast.trying import no_memory
 
 
 class NoRuleError(Exception):
-    """What a model does cannot be followed with duals: the framework is to run it."""
+    """A model cannot be followed with duals, so the framework is to run it."""
 
 
 class Dual(Tensor):
     """A tensor and its tangents.
 
-    Without storage of its own: code that reads it where no function of torch is seen raises
+    A dual has no storage of its own: code that reads a dual past the functions of torch raises
     `NoRuleError`, instead of going on with the value alone.
 
     Attributes:
@@ -55,7 +55,7 @@ class Dual(Tensor):
 
     @staticmethod
     def of(whole: Tensor) -> Dual:
-        """Of a stack `(1 + M, *shape)`."""
+        """The dual with the stack `whole`, `(1 + M, *shape)`."""
         return Dual(None, None, whole)
 
     @property
@@ -68,7 +68,7 @@ class Dual(Tensor):
 
     @property
     def tangents(self) -> Tensor:
-        """`(M, *shape)`, in the value's dtype."""
+        """The tangents `(M, *shape)`, in the value's dtype."""
         if self._tangents is None:
             assert self.whole is not None
             self._tangents = self.whole[1:]
@@ -81,7 +81,7 @@ class Dual(Tensor):
             return self.whole
         return torch.cat([self.primal[None], self.tangents])
 
-    # What is asked most often, without the way through torch.
+    # The properties asked for most often, without the way through torch.
 
     @property
     def shape(self) -> Size:  # type: ignore[override]
@@ -117,12 +117,12 @@ class Dual(Tensor):
 
 
 RULES: dict[Any, Callable[..., Any]] = {}
-"""By function: takes its arguments, some of them duals, and returns what it returns, or
-`NotImplemented` where the framework's rule is to serve."""
+"""The rules by function. A rule takes the function's arguments, some of them duals, and returns the
+function's result, or `NotImplemented` where the framework's rule is to serve."""
 
 
 def rule(*functions: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Registers what follows as the rule of these functions."""
+    """Register the decorated function as the rule of these functions."""
 
     def register(serve: Callable[..., Any]) -> Callable[..., Any]:
         RULES.update(dict.fromkeys(functions, serve))
@@ -132,12 +132,12 @@ def rule(*functions: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 
 
 def follow(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """What a function returns of duals.
+    """The result of a function some of whose arguments are duals.
 
-    What is computed without gradients is constant, as it is in reverse mode.
+    A result that is computed without gradients is constant, as it is in reverse mode.
 
     Raises:
-        NoRuleError: it cannot be followed.
+        NoRuleError: the function cannot be followed.
     """
     if not torch.is_grad_enabled():
         if changes_its_input(func, kwargs):
@@ -154,7 +154,7 @@ def follow(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 def constant(given: Any) -> Any:
-    """The values of duals, anywhere in arguments."""
+    """The arguments with every dual, also inside containers, replaced by its value."""
     if isinstance(given, Dual):
         return given.primal
     if type(given) in (tuple, list):
@@ -165,14 +165,14 @@ def constant(given: Any) -> Any:
 
 
 def changes_its_input(func: Any, kwargs: dict[str, Any]) -> bool:
-    """Whether a call writes into what it is given."""
+    """Whether a call writes into one of its arguments."""
     name = getattr(func, "__name__", "")
     in_place = name.endswith("_") and not name.endswith("__")
     return in_place or name == "__setitem__" or "out" in kwargs or kwargs.get("inplace") is True
 
 
 def _in_place(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Dual:
-    """A method that ends in `_`, by the one that does not."""
+    """Follow a method that ends in `_` by the method without the `_`."""
     name = func.__name__
     plain = getattr(Tensor, name.removesuffix("_"), None)
     target = args[0] if args else None
@@ -184,7 +184,7 @@ def _in_place(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Dual:
 
 
 def write(target: Dual, index: Any, value: Any) -> None:
-    """`target[index] = value`, seen by all views of the target."""
+    """Do `target[index] = value`, seen by all views of the target."""
     whole = target.whole
     if whole is None:
         raise NoRuleError("a tensor whose tangents lie apart is written to")
@@ -202,13 +202,13 @@ def write(target: Dual, index: Any, value: Any) -> None:
 
 
 def lead(stack: Tensor, n_dims: int) -> Tensor:
-    """A stack whose tensors have `n_dims` axes, with axes of one before those they have."""
+    """A stack whose tensors have at least `n_dims` axes, by axes of size 1 before their own."""
     missing = n_dims + 1 - stack.dim()
     return stack.view(len(stack), *[1] * missing, *stack.shape[1:]) if missing > 0 else stack
 
 
 def _by_framework(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """One function, differentiated by torch along all directions at once."""
+    """The result of one function that torch differentiates along all directions at once."""
     flat, spec = tree_flatten((args, kwargs))
     at = [i for i, x in enumerate(flat) if isinstance(x, Dual)]
     primals = tuple(flat[i].primal for i in at)
@@ -227,7 +227,7 @@ def _by_framework(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
         values, moved = vmap(along, out_dims=(None, 0))(  # type: ignore[arg-type]
             *(flat[i].tangents for i in at)
         )
-    except Exception as error:  # whatever a function raises that knows no duals
+    except Exception as error:  # a function that knows no duals may raise anything
         if no_memory(error):
             raise
         raise NoRuleError(f"{func}: {in_one_line(error)}") from error

@@ -1,8 +1,9 @@
-"""The attention of transformers' models among duals: sequences side by side (`packing`).
+"""The attention of transformers' models among duals, with sequences side by side (`packing`).
 
 transformers looks its attention up by name, and builds a mask between all tokens of a batch for the
-names that it has masks for. Under names of our own a layer's attention is handed over here, and
-runs as it would, on the sequences of a group instead of all tokens in a row.
+names that it has masks for. Under names of this package, transformers hands a layer's attention to
+the functions below, which run the same attention on the sequences of a group, instead of on all
+tokens in a row.
 """
 
 from __future__ import annotations
@@ -19,19 +20,19 @@ from geffect_fast.engines.dual.tensor import NoRuleError
 from geffect_fast.engines.model_outputs import reach
 
 SDPA, EAGER = "geffect_fast_dual_sdpa", "geffect_fast_dual_eager"
-"""Names of the functions below; the first is without masks, the second has those of eager."""
+"""Names of the functions below. The first has no masks, the second has those of eager."""
 
 
 @contextmanager
 def attention_apart(model: nn.Module, packing: Packing | None) -> Iterator[None]:
-    """Attention by group inside, for models that take their attention from transformers' table.
+    """Inside, models that take their attention from transformers' table attend by group.
 
-    Where a window cuts sequences short, sdpa gets its mask from transformers, and the rule for it
-    cuts that up.
+    Where a window cuts sequences short, sdpa gets its mask from transformers, and the rule for sdpa
+    cuts the mask up.
 
     Args:
-        model: its configs are restored at the end.
-        packing: of the batch; None: it is not packed, and runs as it is.
+        model: the model, whose configs are restored at the end.
+        packing: the batch's packing; None: the batch is not packed, and the model runs as it is.
     """
     configs = [] if packing is None else _configs(model)
     chosen = {config._attn_implementation for config in configs}
@@ -55,7 +56,7 @@ def attention_apart(model: nn.Module, packing: Packing | None) -> Iterator[None]
 
 
 def _configs(model: nn.Module) -> list[Any]:
-    """The configs that say which attention runs; none where one has attention of its own."""
+    """The configs that say which attention runs; none where a module has attention of its own."""
     configs: dict[int, Any] = {}
     for module in model.modules():
         if not getattr(module, "_supports_attention_backend", True):
@@ -79,7 +80,10 @@ def _register() -> None:
 def _sdpa(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
 ) -> tuple[Any, None]:
-    """transformers' own; where it is causal, what pads a sequence is behind all that counts."""
+    """transformers' own sdpa, group by group.
+
+    Causal attention needs no mask of the padding, which lies behind all tokens that count.
+    """
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     packing, attend = PACKING.get(), ALL_ATTENTION_FUNCTIONS["sdpa"]
@@ -98,7 +102,7 @@ def _sdpa(
 def _eager(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
 ) -> tuple[Any, Any]:
-    """That of the model's own file."""
+    """The eager attention of the model's own file, group by group."""
     packing = PACKING.get()
     attend = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     if attend is None:
