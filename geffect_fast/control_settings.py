@@ -1,4 +1,4 @@
-"""Settings of `control`: how much of an unlearned model, and at what retention it is measured."""
+"""Settings of `control`: the retention to keep, and the measures of a model that keeps it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from geffect_fast.settings import Machine, Sharding, as_text
 
 
 class Controlling(Evaluating):
-    """What must be kept, how closely the share is found, and what is measured there."""
+    """The retention to keep, the precision of the share that keeps it, and the measures there."""
 
     panel = "Control"
 
@@ -32,7 +32,7 @@ class Controlling(Evaluating):
 
 
 class ControlConfig(Sharding, Machine, Controlling, Compared):
-    """All that decides the numbers of a control; saved as `run.yaml`, it replays them."""
+    """The settings that determine the numbers of a control; `run.yaml` keeps them for a replay."""
 
     panel = "Models and data"
 
@@ -75,11 +75,11 @@ class ControlConfig(Sharding, Machine, Controlling, Compared):
         return self
 
     def methods(self) -> dict[str, str]:
-        """The unlearned models by what the result calls them."""
+        """The unlearned models by their names in the result."""
         return short_names(self.unlearned)
 
     def inputs(self) -> dict[str, str]:
-        """What is read, by the option that names it."""
+        """Paths and hub ids that are read, by the option that names each."""
         named = {
             "--original": self.original,
             **{f"--unlearned {model}": model for model in self.unlearned},

@@ -1,4 +1,4 @@
-"""Settings of `evaluate`: what is measured of which models, on which data."""
+"""Settings of `evaluate`: models, data, metrics, tasks and the survey's assessment."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from geffect_fast.settings import Machine, Metrics, Reading, Settings, Sharding,
 
 
 class Evaluating(Reading, Metrics):
-    """What is measured, and how."""
+    """Settings of metrics, and of reading the rows for them."""
 
 
 class HarnessTasks(Settings):
-    """Which tasks of lm-evaluation-harness are run, and how."""
+    """The tasks of lm-evaluation-harness to run, and their settings."""
 
     panel = "Tasks of lm-evaluation-harness"
 
@@ -53,7 +53,7 @@ class HarnessTasks(Settings):
         return self
 
     def task_files(self) -> dict[str, str | None]:
-        """One's own task files, by the option that gives them."""
+        """The user's own task files, by the option that gives them."""
         if self.lm_eval_include is None:
             return {}
         found = sorted(user_path(self.lm_eval_include).rglob("*.yaml"))
@@ -61,11 +61,11 @@ class HarnessTasks(Settings):
 
 
 class MetricsAndTasks(Evaluating, HarnessTasks):
-    """What is measured by metrics, and by tasks."""
+    """Settings of metrics and of tasks."""
 
 
 class Compared(Settings):
-    """What measures read beside the forget and the retain data, by path or hub id."""
+    """Data and models that metrics read beside forget and retain data, by path or hub id."""
 
     panel = "Models and data"
 
@@ -94,7 +94,7 @@ class Compared(Settings):
     """Digests of the tokenised rows by data set; recorded, so that a replay tells other rows."""
 
     def compared_inputs(self) -> dict[str, str | None]:
-        """What is read of this, by the option that names it."""
+        """Paths and hub ids of these settings that are read, by the option that names each."""
         return {
             "--tokenizer": self.tokenizer,
             "--reference": self.reference,
@@ -104,13 +104,13 @@ class Compared(Settings):
         }
 
     def is_log(self) -> bool:
-        """Whether the retain model is a saved log."""
+        """Whether the retain model is given as a saved evaluation log."""
         given = self.retain_model
         return given is not None and given.endswith(".json") and is_there(user_path(given))
 
 
 class Assessing(Settings):
-    """What the survey's assessment (suite survey) reads beside data and metrics."""
+    """Settings of the survey's assessment (suite survey) beside data and metrics."""
 
     panel = "Survey"
 
@@ -148,12 +148,12 @@ class Assessing(Settings):
     steps: 20."""
 
     def assessed_inputs(self) -> dict[str, str | None]:
-        """What is read of this, by the option that names it."""
+        """Paths and hub ids of these settings that are read, by the option that names each."""
         return {"--original": self.original, "--refusals": self.refusals}
 
 
 class EvaluateConfig(Sharding, Machine, MetricsAndTasks, Compared, Assessing):
-    """All that decides the numbers of an evaluation; saved as `run.yaml`, it replays them."""
+    """The settings that determine an evaluation's numbers; `run.yaml` keeps them for a replay."""
 
     panel = "Models and data"
 
@@ -220,7 +220,7 @@ class EvaluateConfig(Sharding, Machine, MetricsAndTasks, Compared, Assessing):
         return self
 
     def inputs(self) -> dict[str, str]:
-        """What is read, by the option that names it."""
+        """Paths and hub ids that are read, by the option that names each."""
         named = {
             **{f"--models {model}": model for model in self.models},
             "--run": self.run,

@@ -1,4 +1,4 @@
-"""Settings of `relearn`: how a model is trained on rows it has unlearned, and what is measured."""
+"""Settings of `relearn`: the training on unlearned rows, and its measures."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ The survey 2402.08787 asks for relearning and names no settings of it.
 
 
 class Relearning(Evaluating):
-    """How a model is trained on a few forget rows, and what is measured on the way."""
+    """Settings of the training on a few forget rows, and of the measures on the way."""
 
     panel = "Relearning"
 
@@ -107,7 +107,7 @@ class Relearning(Evaluating):
     @model_validator(mode="before")
     @classmethod
     def _as_published(cls, values: dict[str, Any]) -> dict[str, Any]:
-        """The preset's settings beneath those that are given."""
+        """Fill in the preset's settings where none are given."""
         preset = values.get("preset")
         published = PRESETS.get(preset, {}) if isinstance(preset, str) else {}
         return {**published, **values}
@@ -128,7 +128,7 @@ class Relearning(Evaluating):
 
 
 class RelearnConfig(Sharding, Machine, Relearning):
-    """All that decides the numbers of a relearning; saved as `run.yaml`, it replays them."""
+    """The settings that determine a relearning's numbers; `run.yaml` keeps them for a replay."""
 
     panel = "Models and data"
 
@@ -160,12 +160,12 @@ class RelearnConfig(Sharding, Machine, Relearning):
     _written = field_validator("metrics")(as_text)
 
     def models(self) -> dict[str, str]:
-        """What is trained, by what the result calls it."""
+        """Paths or hub ids of the models to train, by their names in the result."""
         named = {"unlearned": self.model, "original": self.original, "retrained": self.retrained}
         return {name: source for name, source in named.items() if source is not None}
 
     def inputs(self) -> dict[str, str]:
-        """What is read, by the option that names it."""
+        """Paths and hub ids that are read, by the option that names each."""
         named = {
             "--model": self.model,
             "--original": self.original,

@@ -1,6 +1,7 @@
-"""What fields of settings are made of: paths, names, days, objectives, and how options say them.
+"""Types and checks of the fields of settings: paths, names, days, objectives, and options.
 
-What reads them is imported when a value is read: options and their help wait for no torch.
+The modules that read a value are imported when the value is read, so that options and their help
+do not wait for torch.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ Read = TypeVar("Read")
 
 
 def settled(source: str) -> str:
-    """An existing path made absolute, so that a replay from elsewhere finds it; else unchanged."""
+    """An existing path made absolute, so that a replay finds it from anywhere; else unchanged."""
     if not source:
         raise ValueError("must not be empty; give a path or a hub id")
     path = user_path(source)
@@ -35,7 +36,10 @@ def settled(source: str) -> str:
 
 
 def read_by(field: str, read: Callable[[Any], Read]) -> Callable[[Any], Read]:
-    """A reader whose errors are those of a field, which names itself."""
+    """`read` as a validator of a field: its `InputError` becomes a `ValueError` of the field.
+
+    The error's leading `field: ` is dropped, since pydantic names the field itself.
+    """
 
     def checked(value: Any) -> Read:
         try:
@@ -47,20 +51,20 @@ def read_by(field: str, read: Callable[[Any], Read]) -> Callable[[Any], Read]:
 
 
 def day(date: str) -> str:
-    """A day as it is written, checked."""
+    """The day itself, checked."""
     checked_date(date)
     return date
 
 
 def blocks_by_name(groups: Any) -> Any:
-    """Blocks by the group's name, none for None."""
+    """Blocks by the name of their group; empty for None."""
     if not isinstance(groups, Mapping | None):
         raise InputError(f"got {groups!r}; give blocks by name, such as {{'first': '0-3'}}")
     return groups or {}
 
 
 def axes(resolve: Any) -> tuple[str, ...]:
-    """Axes of a result, checked."""
+    """The axes of a result, checked."""
     from geffect_fast.results.axes import checked_axes
 
     return checked_axes(resolve)
@@ -93,7 +97,7 @@ def canonical_list(objectives: Any) -> tuple[str, ...]:
 
 
 def texts_of(given: Any) -> Any:
-    """A list of names, of one text with commas or of several, without the spaces around them."""
+    """Names as a tuple, from one text with commas or several, without the spaces around them."""
     texts = [given] if isinstance(given, str) else given
     if not isinstance(texts, list | tuple) or not all(isinstance(text, str) for text in texts):
         return given
@@ -101,19 +105,19 @@ def texts_of(given: Any) -> Any:
 
 
 def canonical_or_none(objective: str | None) -> str | None:
-    """The same; None stays."""
+    """An objective's string as results write it; None stays None."""
     return None if objective is None else canonical(objective)
 
 
 def state_file(source: str | None) -> str | None:
-    """The file with an optimizer's state, where the folder of a checkpoint is given; None stays."""
+    """The file with an optimizer's state, also where a checkpoint's folder is given; None stays."""
     if source is None or not user_path(source).is_dir():
         return source
     return str(user_path(source) / "optimizer.pt")
 
 
 def risk_of(spec: str | Objective) -> str | Objective:
-    """The canonical string of a risk, or the objective that is given."""
+    """The canonical string of a risk given as a string; an objective stays as it is, checked."""
     from geffect_fast.objectives import resolve
     from geffect_fast.objectives.base import REFERENCE_NEEDS
 
@@ -127,7 +131,7 @@ def risk_of(spec: str | Objective) -> str | Objective:
 
 
 def number_or_all(value: Any) -> Any:
-    """A number of rows, also where it is written as text, as options are, or `all` of them."""
+    """A number of rows, also one written as text, as options are; or `all`, or None."""
     number = int(value) if isinstance(value, str) and value.isdecimal() else value
     whole = isinstance(number, int) and not isinstance(number, bool) and number > 0
     if number in (None, "all") or whole:
@@ -137,12 +141,12 @@ def number_or_all(value: Any) -> Any:
 
 @dataclass(frozen=True)
 class Option:
-    """How the command line takes a field, where that is not by its name with dashes.
+    """The form of a field's option on the command line, where it differs from the default.
 
     Attributes:
-        names: of the option.
-        metavar: what stands for its value.
-        help: in place of the field's docstring.
+        names: names of the option; empty: the field's name with dashes.
+        metavar: placeholder for the option's value in help.
+        help: help of the option, in place of the field's docstring.
         repeatable: whether the option may be given several times.
     """
 

@@ -1,7 +1,7 @@
-"""Settings: every option of every run, declared, described and checked here, once.
+"""Settings that runs share, with the description and the check of every option.
 
-`run.yaml`, the options of commands and the arguments of `geffect_fast.profile` and the like are
-made from these fields; a field's docstring is its help everywhere.
+`run.yaml`, the options of commands and the arguments of functions such as `geffect_fast.profile`
+are made from these fields. A field's docstring is its help everywhere.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ if TYPE_CHECKING:
 
 
 class Settings(BaseModel):
-    """What all settings share: they are checked when they are made, and never change.
+    """The base class of settings, which are checked when they are made and never change.
 
     Class attributes:
-        panel: the heading under which help shows the options of what a class declares itself.
+        panel: the heading under which help shows the options that the class itself declares.
     """
 
     panel: ClassVar[str]
@@ -55,21 +55,21 @@ class Settings(BaseModel):
         extra="forbid",
         use_attribute_docstrings=True,
         arbitrary_types_allowed=True,
-        defer_build=True,  # options are read off the fields alone
+        defer_build=True,  # options need the fields alone
     )
 
     @classmethod
     def panel_of(cls, name: str) -> str:
-        """The heading of a field's option, that of the class which declares it."""
+        """The heading of a field's option: the panel of the class that declares the field."""
         return next(kind.panel for kind in cls.__mro__ if name in get_annotations(kind))  # type: ignore[attr-defined]
 
     def fields(self, kind: type[Settings]) -> dict[str, Any]:
-        """Those that `kind` declares, by name, as arguments."""
+        """The values of the fields that `kind` has, by name."""
         return {name: getattr(self, name) for name in kind.model_fields}
 
 
 class Named(Settings):
-    """What a run reads, by path or hub id."""
+    """The inputs of a run, by path or hub id: models, data sets and objectives."""
 
     panel = "Models and data"
 
@@ -151,7 +151,7 @@ class Named(Settings):
 
 
 class Reading(Settings):
-    """How rows become tokens, and tokens batches."""
+    """Settings of reading: from rows to tokens, and from tokens to batches."""
 
     panel = "Reading"
 
@@ -182,7 +182,7 @@ class Reading(Settings):
 
 
 class Measuring(Reading):
-    """What is measured, and how."""
+    """Settings of measuring effects: risk, axes and engine."""
 
     panel = "Effects"
 
@@ -232,7 +232,7 @@ class Measuring(Reading):
 
 
 class Machine(Settings):
-    """Where a run is made, and in what precision."""
+    """The device, the threads and the precision of a run."""
 
     panel = "Machine"
 
@@ -260,7 +260,7 @@ class Machine(Settings):
 
 
 class RunConfig(Machine, Measuring, Named):
-    """What every run is made from: models, data, and how effects are measured."""
+    """The settings that all runs of effects share: models, data, measuring and machine."""
 
     @property
     def measured(self) -> tuple[str, ...]:
@@ -269,7 +269,7 @@ class RunConfig(Machine, Measuring, Named):
 
 
 class SecondOrder(Settings):
-    """How far predictions go."""
+    """The setting of predictions to second order."""
 
     panel = "Effects"
 
@@ -279,7 +279,7 @@ class SecondOrder(Settings):
 
 
 class Sharding(Settings):
-    """What each rank holds of a model, where several measure it together."""
+    """The part of a model that each rank holds, where several ranks measure it together."""
 
     panel = "Machine"
 
@@ -290,7 +290,7 @@ class Sharding(Settings):
 
 
 class ProfileConfig(Sharding, SecondOrder, RunConfig):
-    """All that decides the numbers of a profile; saved as `run.yaml`, it replays them bitwise."""
+    """The settings that determine a profile; a replay of `run.yaml` is bitwise the same."""
 
     panel = "Checkpoints and steps"
 
@@ -326,7 +326,7 @@ class ProfileConfig(Sharding, SecondOrder, RunConfig):
     @model_validator(mode="before")
     @classmethod
     def _found_checkpoints(cls, values: dict[str, Any]) -> dict[str, Any]:
-        """Patterns become folders, in order; the first of them is the model where none is given."""
+        """Replace patterns by folders, in order; the first is the model where none is given."""
         given = values.get("checkpoints")
         if not given or not isinstance(given, list | tuple | str):
             return values
@@ -361,12 +361,12 @@ class ProfileConfig(Sharding, SecondOrder, RunConfig):
 
 
 def as_text(metrics: tuple[Any, ...]) -> tuple[str, ...]:
-    """Metrics as `run.yaml` has them."""
+    """Metrics as texts, as `run.yaml` keeps them."""
     return tuple(map(str, metrics))
 
 
 class Metrics(Settings):
-    """Which metrics are measured."""
+    """The metrics to measure."""
 
     panel = "Metrics"
 
@@ -395,7 +395,7 @@ class Metrics(Settings):
 
 
 class LiveMetrics(Metrics):
-    """Which metrics are measured on the way of a training, and when."""
+    """The metrics to measure during a training, and the steps at which they are measured."""
 
     evaluate_every: int | None = Field(default=None, gt=0)
     """Updates between two measurements of metrics, a multiple of those between probes, beside which
@@ -417,7 +417,7 @@ class LiveMetrics(Metrics):
 
         Args:
             probe_every: updates between two probes.
-            field: what that is called.
+            field: name of the field that gives `probe_every`.
         """
         every = self.evaluate_every
         if every is not None and every % probe_every:

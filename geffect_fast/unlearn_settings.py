@@ -1,4 +1,4 @@
-"""The options of `unlearn`: a training with probes and measures on the way."""
+"""Settings of `unlearn`: a training with probes and measures on the way."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ from geffect_fast.settings import (
 
 
 def _reporters(given: Any) -> Any:
-    """Names of a list or a text with commas; none is nobody, as for transformers."""
+    """Names of reporters, from a list or a text with commas; the name `none` stands for nobody."""
     names = texts_of(given)
     return tuple(n for n in names if n != "none") if isinstance(names, tuple) else names
 
 
 class Training(SecondOrder):
-    """How a model is trained, and how often it is probed on the way."""
+    """Settings of the training, and of its probes."""
 
     panel = "Training"
 
@@ -137,7 +137,7 @@ class Training(SecondOrder):
     @model_validator(mode="before")
     @classmethod
     def _of_trainer(cls, values: dict[str, Any]) -> dict[str, Any]:
-        """Reporters that are named among the fields of TrainingArguments."""
+        """Move reporters that are given as a field of TrainingArguments to `report_to`."""
         trainer = values.get("trainer")
         if not isinstance(trainer, dict) or "report_to" not in trainer or values.get("report_to"):
             return values
@@ -147,7 +147,7 @@ class Training(SecondOrder):
     @field_validator("trainer")
     @classmethod
     def _plain(cls, value: dict[str, Any]) -> dict[str, Any]:
-        """Numbers written like 1e-3, which YAML takes for text."""
+        """Turn numbers such as 1e-3, which YAML takes for text, into floats."""
 
         def number(given: Any) -> Any:
             try:
@@ -176,7 +176,7 @@ class Training(SecondOrder):
 
 
 class UnlearnSettings(Training, LiveMetrics, Measuring):
-    """How a model is trained, what a probe measures, and how, and which metrics beside it."""
+    """Settings of the training, of the effects that a probe measures, and of the metrics."""
 
     @model_validator(mode="after")
     def _beside_probes(self) -> UnlearnSettings:
@@ -190,7 +190,7 @@ class UnlearnSettings(Training, LiveMetrics, Measuring):
 
 
 class UnlearnConfig(Sharding, UnlearnSettings, RunConfig):
-    """All that decides the numbers of an unlearning run; saved as `run.yaml`, it replays them."""
+    """The settings that determine an unlearning run; `run.yaml` keeps them for a replay."""
 
     panel = "Models and data"
 

@@ -12,11 +12,11 @@ if TYPE_CHECKING:
     from geffect_fast.data.row_kinds import RowKind, row_kind
     from geffect_fast.data.rows import read_refusals, read_rows
     from geffect_fast.data.samples import Sample, SampleSet, TokenSequence, check_vocabulary
-    from geffect_fast.data.samples import TokenSequence as Sequence  # the name it had before
+    from geffect_fast.data.samples import TokenSequence as Sequence  # its earlier name
     from geffect_fast.data.token_budget import estimate_token_budget
     from geffect_fast.data.tokenize import tokenize_choices, tokenize_rows
 
-# Commands read files without torch, which most modules of this room load.
+# Imports are lazy: commands read files without torch, which most modules of this package load.
 _PLACES = {
     **dict.fromkeys(("IGNORE", "REDUCTIONS", "Batch", "Reduction", "Role", "Totals"), "batch"),
     "write_jsonl": "containers",

@@ -1,4 +1,4 @@
-"""A batch of tokenised samples, flattened token by token, with no padding anywhere."""
+"""Batches of tokenised samples, flattened token by token, without padding."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ REDUCTIONS: tuple[Reduction, ...] = ("token", "sample", "sum")
 
 @dataclass(frozen=True)
 class Totals:
-    """Sizes of the whole data set that a batch was cut from: what means are taken over.
+    """Sizes of the whole data set that a batch was cut from, over which means are taken.
 
     `sequence_targets[role]` counts, sequence by sequence, label tokens that are predicted (all but
     a sequence's first token); `n_labelled[role]` counts positions whose own label is not ignored.
@@ -50,16 +50,17 @@ P = ParamSpec("P")
 def _from_host(
     method: Callable[Concatenate[Batch, P], Tensor],
 ) -> Callable[Concatenate[Batch, P], Tensor]:
-    """What follows from the tokens alone: computed once, on the host, and moved with the batch.
+    """Decorator for values that follow from the tokens alone: computed on the host, and kept.
 
-    Formed on a GPU it would cost a dozen small kernels an objective, and some of it a wait.
+    A batch on a device gets the host's value, moved there once. On a GPU the computation would cost
+    a dozen small kernels for each objective, and sometimes a wait.
     """
 
     @wraps(method)
     def known(self: Batch, *args: P.args, **kwargs: P.kwargs) -> Tensor:
         key = (method.__name__, args, tuple(kwargs.items()))
         if key not in self._known:
-            # Asked for first inside a `jvp`, it would be kept as that one's.
+            # Computed inside a `jvp`, the kept value would belong to that transform.
             with torch._C._DisableFuncTorch():
                 self._known[key] = (
                     method(self, *args, **kwargs)
@@ -82,10 +83,11 @@ class Batch:
     Attributes:
         input_ids: `(1, total_tokens)` packed, or `(n_sequences, length)` where a model cannot be
             packed; flattened, both give the same order.
-        position_ids: like `input_ids`, where sequences are packed: restarts at every sequence. None
-            where every sequence has a row of its own, whose positions the model counts itself.
-        labels: `(total_tokens,)` unshifted labels, `IGNORE` where no loss looks.
-        targets: `(total_tokens,)` the label that this position predicts (the next token's label
+        position_ids: shaped like `input_ids` where sequences are packed, and restarting at every
+            sequence; None where every sequence has a row of its own, whose positions the model
+            counts itself.
+        labels: `(total_tokens,)` unshifted labels, `IGNORE` where no loss reads them.
+        targets: `(total_tokens,)` the label that each position predicts (the next token's label
             within the same sequence), `IGNORE` where there is none.
         cu_seqlens: `(n_sequences + 1,)` int32.
         cu_samples: `(n_samples + 1,)` int32.
@@ -93,12 +95,13 @@ class Batch:
         sequence_sample: `(n_sequences,)` int64, index of the sequence's sample in this batch.
         rows: row number of each sample in its data set.
         totals: sizes of the data set.
-        reduction: over what a mean is taken: all target tokens (`token`), the tokens of a sample
-            and then samples (`sample`), or not at all (`sum`).
+        reduction: what a mean is taken over: all target tokens (`token`), the tokens of a sample
+            and then samples (`sample`), or nothing, a sum (`sum`).
         weights: `(total_tokens,)` fp64, the data's own weight of the label in `targets`, 0 where
-            there is none and in sequences other than answers; None where the data gives none.
-        host: the batch on the CPU that this one was moved from, which is asked for what the host
-            needs to know; None where it was not moved.
+            there is no label and in sequences other than answers; None where the data gives no
+            weights.
+        host: the batch on the CPU that this batch was moved from, for values that the host needs;
+            None where the batch was not moved.
     """
 
     input_ids: Tensor
@@ -145,7 +148,7 @@ class Batch:
         return (self.host or self).cu_samples.diff().tolist()
 
     def to(self, device: torch.device | str) -> Batch:
-        """The same batch with its tensors on `device`, which nobody waits for."""
+        """The same batch with its tensors on `device`; the copies are not waited for."""
         device = torch.device(device)
         if device == self.labels.device:
             return self
@@ -159,7 +162,7 @@ class Batch:
         }
         return replace(self, **moved, host=host)
 
-    # ---- from tokens to samples and back: what objectives are written with ----
+    # ---- from tokens to samples and back: the building blocks of objectives ----
 
     @_from_host
     def _target_index(self) -> Tensor:
@@ -168,8 +171,8 @@ class Batch:
     @_from_host
     def token_sequence(self) -> Tensor:
         """Index of the sequence each token belongs to, `(total_tokens,)` int64."""
-        # How many sequences have ended before each token. Unlike repeat_interleave, this starts no
-        # threads.
+        # The number of sequences that have ended before each token. Unlike repeat_interleave, this
+        # starts no threads.
         ends = self.cu_seqlens[1:].long()
         ended = ends.new_zeros(self.total_tokens + 1).index_add_(0, ends, torch.ones_like(ends))
         return ended[:-1].cumsum(0)
@@ -209,7 +212,7 @@ class Batch:
 
     @_from_host
     def target_positions(self, role: Role = "answer") -> Tensor:
-        """`target_mask` as positions, ascending, int64: picking by a mask would wait for a GPU."""
+        """`target_mask` as positions, ascending, int64; indexing by a mask would wait for a GPU."""
         return torch.nonzero(self.target_mask(role)).squeeze(1)
 
     @_from_host
@@ -218,24 +221,24 @@ class Batch:
         return torch.nonzero(self.label_mask(role)).squeeze(1)
 
     def sample_sum(self, values: Tensor, mask: Tensor) -> Tensor:
-        """Sums of `values` `(total_tokens,)` where `mask`, `(n_samples,)`, differentiable."""
+        """Sums of `values` `(total_tokens,)` under `mask`, `(n_samples,)`; differentiable."""
         return _segment_sum(values, mask, self.sample_lengths)
 
     def sequence_sum(self, values: Tensor, mask: Tensor) -> Tensor:
-        """Sums of `values` `(total_tokens,)` where `mask`, `(n_sequences,)`, differentiable."""
+        """Sums of `values` `(total_tokens,)` under `mask`, `(n_sequences,)`; differentiable."""
         return _segment_sum(values, mask, self.sequence_lengths)
 
     def spread(self, per_sample: Tensor) -> Tensor:
-        """Each token gets its sample's value: `(n_samples,)` to `(total_tokens,)`."""
+        """The value of each token's sample: `(n_samples,)` to `(total_tokens,)`."""
         return per_sample[self.token_sample()]
 
     @_from_host
     def target_weight(self, role: Role = "answer", skip: int = 0) -> Tensor:
-        """What one predicted token counts in a mean, `(total_tokens,)` fp64, 0 elsewhere.
+        """The weight of each predicted token in a mean, `(total_tokens,)` fp64, 0 elsewhere.
 
-        With `N` target tokens of `role` in the whole set, `B` samples and `n_i` of them in sample
-        `i`: `1/N` (reduction token), `1/(B n_i)` (sample) or 1 (sum). The first `skip` target
-        tokens of every sequence are left out, and not counted in `N` and `n_i` either.
+        With `N` target tokens of `role` in the whole set, `n_i` of them in sample `i`, and `B`
+        samples, the weight is `1/N` (reduction token), `1/(B n_i)` (sample) or 1 (sum). The first
+        `skip` target tokens of every sequence are left out, and do not count in `N` and `n_i`.
         """
         return self._weight(self.target_mask(role, skip), self.totals.n_targets_after(role, skip))
 
@@ -254,7 +257,7 @@ class Batch:
         return weight
 
     def sample_weight(self) -> float:
-        """What one sample counts in a mean over samples: `1/B`, or 1 for `sum`."""
+        """The weight of one sample in a mean over samples: `1/B`, or 1 for `sum`."""
         return 1.0 if self.reduction == "sum" else 1.0 / self.totals.n_samples
 
 

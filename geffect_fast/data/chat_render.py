@@ -1,9 +1,10 @@
-"""Chat templates are programs from elsewhere: they run in a process of their own, within bounds.
+"""Rendering of chat templates in a process of its own, with bounds on time and memory.
 
-A template may loop for years or write without end, in ways that nothing inside a Python process can
-stop. So a child of the process, forked once for a whole data set, renders the rows and sends back
-text; the system ends it where a row takes too much time, and gives it no more memory than stated.
-Where there is no fork (Windows), rows are rendered in place, without bounds but that of their text.
+A chat template is a program of unknown origin. It may loop for years or write without end, in ways
+that nothing inside a Python process can stop. A child process, forked once for a whole data set,
+therefore renders the rows and sends back text. The system ends the child where a row takes too much
+time, and gives the child no more memory than stated. Where there is no fork (Windows), rows are
+rendered in place, and only the length of their text is bounded.
 """
 
 from __future__ import annotations
@@ -28,18 +29,19 @@ MEMORY = 2**30
 
 @dataclass(frozen=True)
 class Rendered:
-    """What a template made of a row: `text`, or the reason why there is none."""
+    """The result of a template on one row: `text`, or the reason why there is no text."""
 
     text: str = ""
     reason: str = ""
 
 
 def render(template: Callable[[str], str], questions: Sequence[str]) -> list[Rendered]:
-    """The texts that a template makes of questions, up to the first at which it had to be ended.
+    """The texts that a template makes of questions, up to the first one that had to be ended.
 
     Args:
-        template: whatever it raises is the reason why a question has no text.
-        questions: one a row.
+        template: renders a question; the text of an exception that it raises becomes the reason why
+            that question has no text.
+        questions: one question for each row.
     """
     if not hasattr(os, "fork"):
         return [_rendered(template, question) for question in questions]
@@ -56,7 +58,7 @@ def _rendered(template: Callable[[str], str], question: str) -> Rendered:
         text = template(question)
     except MemoryError:
         return Rendered(reason=f"it asks for more than {MEMORY >> 30} GiB of memory")
-    except Exception as error:  # jinja's errors, and whatever a template raises itself
+    except Exception as error:  # jinja's errors, and any that a template raises itself
         return Rendered(reason=" ".join(str(error)[:1000].split()) or type(error).__name__)
     return Rendered(text)
 
@@ -64,7 +66,7 @@ def _rendered(template: Callable[[str], str], question: str) -> Rendered:
 def _in_a_child(
     template: Callable[[str], str], questions: Sequence[str]
 ) -> tuple[list[Rendered], int]:
-    """What a child process rendered before it ended, and how it ended."""
+    """The texts that a child process rendered before it ended, and its exit status."""
     read, write = os.pipe()
     with _silent_fork():
         child = os.fork()
@@ -75,7 +77,7 @@ def _in_a_child(
     try:
         with os.fdopen(read, encoding="utf-8") as lines:
             for line in lines:
-                if line.endswith("\n"):  # the last one may be cut
+                if line.endswith("\n"):  # the last line may be cut
                     results.append(Rendered(*json.loads(line)))
                 if len(results) == len(questions):
                     break
@@ -87,25 +89,25 @@ def _in_a_child(
 
 
 def _serve(template: Callable[[str], str], questions: Sequence[str], pipe: int) -> Any:
-    """The child: renders, and ends without anything that a process does at its end."""
+    """Render all questions in the child process, and end it without Python's cleanup at exit."""
     try:
-        gc.disable()  # what it would free belongs to the parent, devices included
+        gc.disable()  # objects, devices included, belong to the parent
         for number in (signal.SIGINT, signal.SIGPROF, signal.SIGTERM):
             signal.signal(number, signal.SIG_DFL)
         _limit_memory()
         with os.fdopen(pipe, "w", encoding="utf-8") as out:
             for question in questions:
                 signal.setitimer(signal.ITIMER_PROF, SECONDS)
-                random.seed(0)  # jinja's `random` and `lipsum` are part of what can be replayed
+                random.seed(0)  # so that jinja's `random` and `lipsum` can be replayed
                 done = _rendered(template, question)
                 out.write(json.dumps([done.text, done.reason]) + "\n")
-                out.flush()  # so that where it ends says at which row
+                out.flush()  # so that the parent knows the row at which this ends
     finally:
         os._exit(0)
 
 
 def _limit_memory() -> None:
-    """No more memory than there is now and `MEMORY`, where the system can tell."""
+    """Limit memory to the present use plus `MEMORY`, where the system tells the use."""
     import resource
 
     try:
@@ -120,7 +122,7 @@ def _limit_memory() -> None:
 
 @contextmanager
 def _silent_fork() -> Iterator[None]:
-    """A fork of which neither Python nor tokenizers warns: the child uses no thread."""
+    """Silence the warnings of Python and tokenizers about a fork; the child uses no thread."""
     name = "TOKENIZERS_PARALLELISM"
     unset = name not in os.environ
     if unset:

@@ -1,9 +1,10 @@
-"""What a tokenizer's chat template makes of a conversation, and where in it the assistant speaks.
+"""Conversations written by a tokenizer's chat template, with the places of the answers.
 
-Every answer is replaced by a mark, and what the template writes is cut at the marks, so that where
-an answer begins and ends is known to the character. Calls of tools, which templates write in forms
-of their own, are told by what stands before: the conversation up to there with the header of an
-answer. Both are compared with what the template makes of the conversation itself.
+Every answer is replaced by a mark, and the template's text is cut at the marks, so that the
+beginning and the end of an answer are known to the character. A template writes calls of tools in a
+form of its own, so the beginning of a call is found by the text before it: the conversation up to
+the call, with the header of an answer. The result is compared with the template's text of the
+conversation itself.
 """
 
 from __future__ import annotations
@@ -38,10 +39,11 @@ _MARK = "@@answer@@"
 
 @dataclass(frozen=True)
 class Spoken:
-    """One answer of a conversation: the text before it, since the last one, and what ends it.
+    """One answer of a conversation, with the text before it and the text that ends it.
 
-    `answer` is None where it is to be filled in. `end` is what the template writes behind the
-    answer where the conversation ends there.
+    `before` is the text since the previous answer. `answer` is None where the answer is to be
+    filled in. `end` is the text that the template writes behind the answer where the conversation
+    ends there.
     """
 
     before: str
@@ -50,14 +52,14 @@ class Spoken:
 
 
 class ChatTemplate:
-    """The chat template of a tokenizer on a day."""
+    """The chat template of a tokenizer, on a given day."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, date: str) -> None:
         self._tokenizer, self._day = tokenizer, checked_date(date)
         self._rendered: dict[str, Rendered] = {}
 
     def render(self, conversations: Iterable[tuple[Turns, Any]]) -> None:
-        """Have the template make its texts of turns and tools, all in one process."""
+        """Let the template write the texts of turns and tools, all in one child process."""
         keys = list(dict.fromkeys(_key(turns, tools) for turns, tools in conversations))
         self._rendered |= zip(keys, render(self._spoken, keys), strict=False)
 
@@ -65,7 +67,7 @@ class ChatTemplate:
         """The answers of a conversation.
 
         Raises:
-            ValueError: the template cannot show them; the message says why.
+            ValueError: the template cannot write them; the message says why.
         """
         key = _key(turns, tools)
         if key not in self._rendered:
@@ -76,7 +78,7 @@ class ChatTemplate:
         return [Spoken(*each) for each in json.loads(found.text)]
 
     def _spoken(self, key: str) -> str:
-        """`spoken`, as text: what the process of the template sends back."""
+        """The answers of a conversation as JSON, which the child process sends back."""
         turns, tools = json.loads(key)
         mark = _MARK
         while mark in key:
@@ -95,7 +97,7 @@ class ChatTemplate:
                 begin, answer = self._call(marked, i, tools, upto)
                 if whole[begin : begin + len(answer)] != answer or begin < at:
                     raise ValueError("it shows calls of tools by what follows them")
-                found.append((whole[at:begin], answer, ""))  # the call has its end in it
+                found.append((whole[at:begin], answer, ""))  # the call includes its end
                 at = begin + len(answer)
             else:
                 begin = whole.find(mark, at)
@@ -112,7 +114,7 @@ class ChatTemplate:
         return json.dumps(found)
 
     def _call(self, turns: Turns, i: int, tools: Any, upto: str) -> tuple[int, str]:
-        """Where turn `i`, a call of tools, begins in a text that ends with it, and its text."""
+        """The place where turn `i`, a call of tools, begins in `upto`, and the text of the turn."""
         before = self._apply(turns[:i], tools, add_generation_prompt=True)
         if before == self._apply(turns[:i], tools) or not upto.startswith(before):
             raise ValueError("where a call of a tool begins in it cannot be told")
@@ -133,7 +135,7 @@ class ChatTemplate:
 
 
 def checked_date(date: str) -> datetime:
-    """Midnight of a day; raise `InputError` where `date` is none."""
+    """Midnight of a day; raises `InputError` where `date` is not a day."""
     try:
         return datetime.strptime(date, "%Y-%m-%d")
     except (TypeError, ValueError):
@@ -146,7 +148,10 @@ def _key(turns: Turns, tools: Any) -> str:
 
 @contextmanager
 def _clock_at(day: datetime) -> Iterator[None]:
-    """The function `strftime_now` of chat templates tells this day; transformers takes no other."""
+    """Make the function `strftime_now` of chat templates tell a given day, inside the context.
+
+    transformers has no argument for the day.
+    """
     from transformers.utils import chat_template_utils
 
     clock = chat_template_utils.datetime

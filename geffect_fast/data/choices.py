@@ -1,4 +1,4 @@
-"""Multiple choice, as WMDP, MMLU and others write it: what a row may be, and how it is asked."""
+"""Rows of multiple choice as WMDP, MMLU and others write them: checks, and the prompt of a row."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ def checked_choice(row: Mapping[str, Any], where: str) -> dict[str, Any]:
     """The fields `question`, `choices` and `answer` of a row, the last as an index.
 
     Args:
-        row: `choices` a list of texts, or in their place columns `A`, `B` ...; `answer` an index
-            from 0, a letter, or the right choice's text.
+        row: a row in which `choices` is a list of texts, or columns `A`, `B` ... take its place,
+            and `answer` is an index from 0, a letter, or the right choice's text.
         where: the row's place, for messages.
 
     Raises:
-        InputError: a field is missing, of another type, or `answer` is no choice, or could be two.
+        InputError: a field is missing or of another type, or `answer` stands for no choice or for
+            more than one.
     """
     question = check_text(row, "question", where)
     choices = _choices(row, where)
@@ -31,7 +32,7 @@ def checked_choice(row: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 
 def lettered(row: Mapping[str, Any]) -> str:
-    """The question with its choices by letter, as MMLU and WMDP are asked."""
+    """The question, its choices by letter, and `Answer:`, as the prompts of MMLU and WMDP."""
     listed = zip(LETTERS, row["choices"], strict=False)
     return "\n".join(
         [row["question"].strip(), *(f"{a}. {choice.strip()}" for a, choice in listed), "Answer:"]
@@ -42,7 +43,7 @@ def _choices(row: Mapping[str, Any], where: str) -> list[str]:
     raw: Any = row.get("choices")
     if "choices" not in row:
         raw = [row[letter] for letter in takewhile(row.__contains__, LETTERS)]
-    elif isinstance(raw, str):  # a cell of a table
+    elif isinstance(raw, str):  # from a cell of a table
         try:
             raw = json.loads(raw)
         except (ValueError, RecursionError):
@@ -83,7 +84,7 @@ def _index(row: Mapping[str, Any], choices: list[str], where: str) -> int:
         index = may_be[0] if may_be else -1
     elif isinstance(raw, int) and not isinstance(raw, bool):
         index = raw
-    elif isinstance(raw, float) and raw.is_integer():  # of a column that has gaps
+    elif isinstance(raw, float) and raw.is_integer():  # from a column with gaps
         index = int(raw)
     else:
         raise InputError(

@@ -1,8 +1,8 @@
-"""Where rows come from: files of every format, folders, hub ids, tables and lists in memory.
+"""Containers of rows: files of every format, folders, hub ids, tables and lists in memory.
 
-A container knows nothing of what a row may be: it gives pairs of a place, for messages, and a raw
-row, one after the other, and says in a few words what it is. A file's format is found by its
-content; only text that could be anything is told by how the file is called.
+A container gives raw rows one after the other, each with its place for messages, and names itself
+in a few words. It does not know what a row may be. A file's format is found by its content; only
+for text that could be of any format does the file's name decide.
 """
 
 from __future__ import annotations
@@ -48,15 +48,15 @@ _TABLE_CELLS = 2**31 - 1
 
 
 def rows_of(source: Any, name: str, data_format: str = "auto") -> tuple[str, Found]:
-    """What a source is, in a few words (empty: in memory), and its raw rows.
+    """The name of a source's container (empty if in memory), and its raw rows.
 
     Args:
         source: a path, a hub id, a table or an iterable of rows.
         name: the argument's name, for messages.
-        data_format: of a file: `auto`, or one of `FORMATS`.
+        data_format: the format of a file: `auto`, or one of `FORMATS`.
 
     Raises:
-        InputError: as it is read: the source is none, or damaged.
+        InputError: there is no such source, or it is damaged; also raised while rows are read.
     """
     if not isinstance(source, str | os.PathLike):
         return "", _numbered(_in_memory(source, name), name)
@@ -83,10 +83,10 @@ def rows_of(source: Any, name: str, data_format: str = "auto") -> tuple[str, Fou
 
 
 def refusals_of(source: Any) -> Found:
-    """Refusals as they stand in a source: a line each, a row of JSON or of a table each, or a list.
+    """Raw refusals of a source: of each line, of each row of JSON or Parquet, or of a list.
 
     Raises:
-        InputError: as it is read: the source is none, or damaged.
+        InputError: there is no such source, or it is damaged; also raised while refusals are read.
     """
     if not isinstance(source, str | os.PathLike):
         return _numbered(_in_memory(source, "refusals"), "refusals")
@@ -103,7 +103,7 @@ def refusals_of(source: Any) -> Found:
 
 
 def _format_of(file: DataFile) -> str:
-    """One of `FORMATS`, by what a file begins with."""
+    """The format of a file, one of `FORMATS`, found by its beginning and then by its name."""
     if file.head[:4] == b"PAR1":
         return "parquet"
     head, suffixes = file.head_text(), [s.lower() for s in file.path.suffixes[-2:]]
@@ -129,7 +129,7 @@ def _records(lines: Iterable[str], separator: str) -> Iterator[list[str]]:
 
 
 def _is_table(text: str, separator: str) -> bool:
-    """Whether a text begins with the names of columns that make a row, or with rows of MMLU's."""
+    """Whether a text begins with names of columns that make a row, or with a row as in MMLU."""
     try:
         first = next(_records(text.split("\n"), separator), [])
     except csv.Error:
@@ -165,7 +165,7 @@ def _table_rows(file: DataFile, separator: str) -> Found:
                     "that hold a separator in double quotes"
                 )
             row: dict[str, Any] = dict(zip(columns, cells, strict=True))
-            # What a table writes for nothing: an empty cell, or NaN.
+            # A table writes an empty cell or NaN for a missing value.
             row |= {field: math.nan for field, cell in row.items() if cell in ("NaN", "nan")}
             yield place, {field: v for field, v in row.items() if field and (v or field in FIELDS)}
 
@@ -173,11 +173,11 @@ def _table_rows(file: DataFile, separator: str) -> Found:
 def _numbered_records(
     file: DataFile, lines: TextIO, separator: str
 ) -> Iterator[tuple[int, list[str]]]:
-    """The cells of every row, and the number of the line at which it begins."""
+    """The cells of every row, with the number of the line at which the row begins."""
     records: Any = _records(_utf8_lines(file, lines), separator)
     while True:
         number = 1 + records.line_num
-        limit = csv.field_size_limit(_TABLE_CELLS)  # of the process, so for no longer than needed
+        limit = csv.field_size_limit(_TABLE_CELLS)  # for the whole process, so restored at once
         try:
             cells = next(records, None)
         except csv.Error as error:
@@ -198,7 +198,7 @@ def _utf8_lines(file: DataFile, lines: TextIO) -> Iterator[str]:
 
 
 def _columns(names: Iterable[Any], place: str) -> list[str]:
-    """Names of columns, each once."""
+    """Names of columns; raises `InputError` where a name comes twice."""
     columns = [str(name).strip() for name in names]
     for column in columns:
         if column and columns.count(column) > 1:
@@ -242,7 +242,7 @@ def _lines(file: DataFile) -> Found:
 
 
 def _whole_text(file: DataFile) -> Found:
-    """A file of plain text is one row."""
+    """The one row of a file of plain text."""
     with file.text() as opened:
         text = file.check_utf8(opened.read(), 1)
     if text.strip():
@@ -275,7 +275,7 @@ def _saved_rows(folder: Path, name: str) -> Found:
     datasets = _datasets(f"{place} was saved by datasets")
     try:
         rows = datasets.load_from_disk(str(folder))
-    except Exception as error:  # of pyarrow, json, or its own
+    except Exception as error:  # from pyarrow, json or datasets
         raise InputError(
             f"{place} is damaged ({type(error).__name__}: {in_one_line(error)}); save it again"
         ) from None
@@ -336,7 +336,7 @@ def _in_memory(source: Any, name: str) -> Iterable[Any]:
 
 
 def write_jsonl(rows: Iterable[Mapping[str, Any]], path: str | os.PathLike[str]) -> None:
-    """Write rows as JSON lines; the file is there whole or not at all. Makes missing folders."""
+    """Write rows as JSON lines, completely or not at all; missing folders are made."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")

@@ -1,4 +1,4 @@
-"""Conversations, as OpenAI (`messages`) and ShareGPT (`conversations`) write them."""
+"""Conversations as OpenAI (`messages`) and ShareGPT (`conversations`) write them, checked."""
 
 from __future__ import annotations
 
@@ -29,21 +29,21 @@ def is_turns(raw: Any) -> bool:
 
 
 def is_learned(turn: Mapping[str, Any]) -> bool:
-    """Whether a turn is one that is learned: the assistant's, unless OpenAI's `weight` is 0."""
+    """Whether a turn is learned: a turn of the assistant's is, unless OpenAI's `weight` is 0."""
     return turn["role"] == "assistant" and turn.get("weight") != 0
 
 
 def checked_conversation(row: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """A row's `messages` and, where there are some, `tools`, as chat templates take them.
+    """A row's `messages` and, if it has some, `tools`, in the form that chat templates take.
 
     Args:
-        row: with `messages` or `conversations`; the latter may have its `system` turn as a field.
-            `tools` may be a list or JSON of one.
+        row: a row with `messages` or `conversations`; beside `conversations` the field `system` may
+            hold the system's turn. `tools` may be a list or JSON of a list.
         where: the row's place, for messages.
 
     Raises:
-        InputError: a turn that is none, no turn of the assistant's that is learned, or tools that
-            are no list.
+        InputError: a turn has the wrong form, no turn of the assistant's is learned, or `tools` is
+            no list.
     """
     found: dict[str, Any] = {"messages": _turns(row, where)}
     tools = row.get("tools")
@@ -81,7 +81,7 @@ def _turn(raw: Any, where: str) -> dict[str, Any]:
             f"{where} is of type {type(raw).__name__}; give an object with 'role' and 'content'"
         )
     who, says = ("from", "value") if "from" in raw and "role" not in raw else ("role", "content")
-    # Tables have a column for every field that one of the turns has.
+    # In a table, a turn has every field that any turn has, with missing values.
     turn = {key: value for key, value in raw.items() if not missing(value)}
     role = _ROLES.get(turn[who]) if isinstance(turn.get(who), str) else None
     if role is None:
@@ -109,7 +109,7 @@ def _is_text(part: Any) -> bool:
 
 
 def _call(call: Any, where: str) -> dict[str, Any]:
-    """A call of a tool, whose arguments OpenAI writes as text and templates take as an object."""
+    """A call of a tool with its arguments as an object, which OpenAI writes as a JSON text."""
     function = call.get("function", call) if isinstance(call, Mapping) else None
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
         raise InputError(f"{where}: a call in 'tool_calls' has no 'name' of a function; add it")
@@ -123,7 +123,7 @@ def _call(call: Any, where: str) -> dict[str, Any]:
 
 
 def _parsed(text: str) -> Any:
-    """The value of a JSON text; None where it is none."""
+    """The value of a JSON text; None where the text is not JSON."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError):

@@ -1,4 +1,4 @@
-"""From text to token ids and labels, with one tokenizer and template."""
+"""Encoding of text as token ids and labels, with one tokenizer and template."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ Labelled = tuple[list[int], list[int]]
 
 
 class Encoder:
-    """Writes conversations, texts and their continuations as ids and labels.
+    """An encoder of conversations, texts and continuations as ids and labels.
 
     Args:
-        tokenizer: of transformers.
+        tokenizer: a tokenizer of transformers.
         template: `auto`, or a text with `{question}` and then `{answer}`.
         date: the day that a chat template is told.
-        most: tokens that a sequence may have, where a limit is known.
+        most: the most tokens that a sequence may have; None where no limit is known.
 
     Raises:
         InputError: a bad tokenizer, template or date.
@@ -67,24 +67,29 @@ class Encoder:
         self._special = set(tokenizer.all_special_ids) | {i for i, t in of_added if t.special}
 
     def render(self, conversations: Iterable[tuple[Turns, Any]]) -> None:
-        """Have the chat template, if there is one, make its texts of these at once."""
+        """Let the chat template, if there is one, write all these conversations at once."""
         if self._chat is not None:
             self._chat.render(conversations)
 
     def conversation(
         self, turns: Turns, tools: Any, place: str, answer: str | None = None, ends: bool = True
     ) -> Labelled:
-        """A conversation up to its last turn that is learned.
+        """Encode a conversation up to its last turn that is learned.
 
-        Every learned turn is labelled, with the token that ends it: the first special one that the
-        template writes behind it, or without a chat template the tokenizer's end of sequence.
+        Every learned turn is labelled, and so is the token that ends the turn: the first special
+        token that the template writes behind the turn, or without a chat template the tokenizer's
+        end of sequence.
 
         Args:
-            turns: as `conversations.checked_turns` returns them, without white space around.
-            tools: what a chat template is told of tools.
-            place: for messages.
-            answer: takes the place of the last learned turn, and it alone is labelled.
-            ends: whether the last answer is ended.
+            turns: turns of `conversations.checked_conversation`, without white space around them.
+            tools: the tools that a chat template is told.
+            place: the row's place, for messages.
+            answer: a text in place of the last learned turn; only this text is then labelled.
+            ends: whether the last answer gets the token that ends it.
+
+        Raises:
+            InputError: the template cannot write the conversation, the text is too long, or it has
+                no token to learn.
         """
         ids: list[int] = []
         labels: list[int] = []
@@ -92,14 +97,14 @@ class Encoder:
             raise InputError(
                 f"{place} takes the place of a call of a tool; leave the row out, or its call"
             )
-        if self._chat is None:  # a chat template writes its own beginning of sequence
+        if self._chat is None:  # a chat template writes the beginning of sequence itself
             ids, labels = list(self._begin), [IGNORE] * len(self._begin)
         blocks = list(self._blocks(turns, tools, place))
         for number, (spoken, learned) in enumerate(blocks):
             last = number == len(blocks) - 1
             if answer is not None and last:
                 spoken = [*spoken[:-1], Spoken(spoken[-1].before, answer, spoken[-1].end)]
-            # What other answers stand in for is learned with none of the turns before.
+            # With another answer in its place, the last turn alone is learned.
             first_learned = 0 if answer is None else len(spoken) - 1
             more, own = self._block(spoken, first_learned, ends or not last, place)
             ids += more
@@ -109,19 +114,22 @@ class Encoder:
         return ids, labels
 
     def continuation(self, prompt: str, text: str, place: str) -> Labelled:
-        """A text whose beginning is not learned; a space parts them where nothing else does."""
+        """Encode a text after a prompt that is not learned.
+
+        A space is put between the two where neither has white space at that place.
+        """
         parted = prompt[-1:].isspace() or text[:1].isspace()
         ids, first = self._pair([], "", prompt + ("" if parted else " "), text)
         self._check_length(prompt + text, place)
         return self._begin + ids, [IGNORE] * (len(self._begin) + first) + ids[first:]
 
     def windows(self, text: str, length: int, place: str) -> Iterator[Labelled]:
-        """A text cut into windows of at most `length` tokens; each of its tokens is a label once.
+        """Encode a text in windows of at most `length` tokens; each of its tokens is a label once.
 
         The text is tokenised as a whole. Where the tokenizer begins texts with a token of its own,
-        every window does; else every window but the first begins with the last token of the one
-        before, without a label. So all tokens are predicted, the first of a text without such a
-        token aside.
+        so does every window. Otherwise every window but the first begins with the last token of the
+        previous window, without a label. All tokens are therefore predicted, except the first token
+        of a text where the tokenizer adds none.
         """
         ids = self._ids(text)
         if len(self._begin) + len(ids) < 2:
@@ -137,7 +145,7 @@ class Encoder:
     # ---- conversations ----
 
     def _blocks(self, turns: Turns, tools: Any, place: str) -> Iterator[tuple[list[Spoken], bool]]:
-        """Parts of a conversation that are tokenised on their own, and whether one is learned."""
+        """Parts of a conversation that are tokenised apart, and whether each part is learned."""
         if self._chat is not None:
             try:
                 yield self._chat.spoken(turns, tools), True
@@ -167,7 +175,7 @@ class Encoder:
             yield [Spoken(before, answer["content"], self._after)], is_learned(answer)
 
     def _block(self, spoken: Rows[Spoken], first_learned: int, ends: bool, place: str) -> Labelled:
-        """Ids and labels of answers and what stands between them, up to the last one's end."""
+        """Ids and labels of answers and of the texts between them, to the last answer's end."""
         pairs = [(each.before, str(each.answer)) for each in spoken]
         text = "".join(before + answer for before, answer in pairs)
         self._check_length(text, place)
@@ -213,10 +221,11 @@ class Encoder:
     def _pairs(
         self, pairs: list[tuple[str, str]], text: str
     ) -> tuple[list[int], list[tuple[int, int]]]:
-        """Ids of pairs of what stands before an answer and it, `text` in all, and answers' spans.
+        """Ids of pairs (text before an answer, answer), and the span of each answer in the ids.
 
-        Where parts tokenised apart are the whole, as between a chat template's special tokens, no
-        token straddles a boundary, and that is all; trying each boundary takes squares of turns.
+        `text` is all pairs joined. Where the parts tokenised apart give the ids of the whole, as
+        between a chat template's special tokens, no token straddles a boundary and the ids are
+        final. Otherwise every boundary is tried, in time that grows with the square of the turns.
         """
         parts = [self._ids(part) for pair in pairs for part in pair] if len(pairs) > 1 else []
         ids = [token for part in parts for token in part]
@@ -234,11 +243,11 @@ class Encoder:
         return ids, spans
 
     def _pair(self, ids: list[int], text: str, before: str, answer: str) -> tuple[list[int], int]:
-        """Ids of `text`, `before` and `answer`, beginning with `ids`, and where the answer begins.
+        """Ids of `text`, `before` and `answer`, beginning with `ids`, and the answer's first place.
 
-        A tokenizer that ties a space to the word after it takes the last space before an answer
-        into it. If no prefix of the ids is what stands before, a token straddles the boundary, and
-        the two are tokenised apart.
+        A tokenizer that ties a space to the following word takes the last space before an answer
+        into the answer. If no prefix of the ids is the text before the answer, a token straddles
+        the boundary, and the two are tokenised apart.
         """
         whole = self._ids(text + before + answer)
         head: list[int] = []
@@ -253,12 +262,12 @@ class Encoder:
         return head + self._ids((before + answer)[len(head_text) :]), len(head)
 
     def _continue(self, ids: list[int], text: str, more: str) -> list[int]:
-        """Ids of `text + more` of which the ids of `text` are a prefix."""
+        """Ids of `text + more` that begin with the ids of `text`."""
         whole = self._ids(text + more)
         return whole if self._begins(whole, ids) else ids + self._ids(more)
 
     def _begins(self, whole: list[int], head: list[int]) -> bool:
-        # An unknown token stands for any length of text, so as a prefix it says nothing.
+        # An unknown token stands for any length of text, so it is no evidence as a prefix.
         known = not head or head[-1] != self.tokenizer.unk_token_id
         return known and whole[: len(head)] == head
 

@@ -1,4 +1,4 @@
-"""How many tokens a text has at least, told from its length: before it is tokenised for minutes."""
+"""A lower bound on the tokens of a long text, found without minutes of tokenising."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ _MANY = 20_000
 
 
 class FewestTokens:
-    """A bound for one tokenizer: characters of a text over characters of its longest token.
+    """A lower bound on the tokens of texts, for one tokenizer.
 
-    It holds where no token stands for any length of text, and where nothing but white space is
-    left out on the way; of other tokenizers nothing is known, and the bound is 0.
+    The bound is the number of characters of a text, without white space, over that of the
+    tokenizer's longest token. The bound holds where no token stands for text of any length, and
+    where tokenising leaves out nothing but white space. For other tokenizers the bound is 0.
 
     Args:
-        tokenizer: of transformers.
+        tokenizer: a tokenizer of transformers.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -24,7 +25,7 @@ class FewestTokens:
         self._longest: int | None = None
 
     def __call__(self, text: str) -> int:
-        """The bound for a text, 0 for a short one."""
+        """The bound for a text; 0 for a short text."""
         if len(text) < _MANY:
             return 0
         backend: Any = getattr(self._tokenizer, "backend_tokenizer", None)
@@ -39,7 +40,7 @@ class FewestTokens:
 
 
 def _longest_token(backend: Any) -> int:
-    """Characters of the longest token; 0 where tokens may stand for more than they hold."""
+    """Characters of the longest token; 0 where a token may stand for more text than it spells."""
     model, vocabulary = backend.model, backend.get_vocab()
     if type(model).__name__ != "BPE" or not vocabulary:
         return 0

@@ -1,7 +1,7 @@
-"""A data file: opened whether packed or not, read as text line by line, and told from what is none.
+"""Data files, packed or not: opening, reading as text, and recognition of files without data.
 
-Nothing here knows what rows are. Bytes that are no UTF-8 become half surrogates, which no UTF-8 can
-hold, so that whoever has the line can say which it is.
+This module does not know what rows are. Bytes that are not UTF-8 become half surrogates, which
+UTF-8 cannot encode, so that the reader of a line can name the line in an error.
 """
 
 from __future__ import annotations
@@ -86,13 +86,13 @@ _KINDS_OF_PLACE = (
 
 @dataclass(frozen=True)
 class DataFile:
-    """A file that a user names.
+    """A data file that a user names.
 
     Attributes:
-        path: where it lies.
-        name: the argument that named it, for messages.
-        packed: whether it is a gzip, whatever it is called.
-        head: its first `HEAD` bytes, unpacked.
+        path: path of the file.
+        name: the argument that named the file, for messages.
+        packed: whether the file is a gzip, by its content.
+        head: the first `HEAD` bytes of the file, unpacked.
     """
 
     path: Path
@@ -102,10 +102,10 @@ class DataFile:
 
     @classmethod
     def found(cls, source: str | os.PathLike[str], name: str, remedy: str) -> DataFile:
-        """The file of that path.
+        """The file at a path.
 
         Raises:
-            InputError: there is none, it cannot be read, or it is of a kind that holds no rows.
+            InputError: the file does not exist, cannot be read, or is of a kind that holds no rows.
         """
         place = f"{name}: {shown(source)}"
         with reading(name, source, remedy):
@@ -122,21 +122,21 @@ class DataFile:
 
     @property
     def place(self) -> str:
-        """How messages call it."""
+        """The file's name in messages."""
         return f"{self.name}: {shown(self.path)}"
 
     @property
     def origin(self) -> str:
-        """What messages add to a row's place."""
+        """The end of a row's place in messages, which names the file."""
         return f" of {shown(self.path)}"
 
     def line(self, number: int) -> str:
-        """How messages call its line `number`, from 1."""
+        """The place of the file's line `number` in messages, counted from 1."""
         return f"{self.name}: line {number} of {shown(self.path)}"
 
     @contextmanager
     def opened(self) -> Iterator[BinaryIO]:
-        """Its bytes, unpacked; raise `InputError` where the disk or a torn gzip gives no more."""
+        """Open the file's bytes, unpacked; raises `InputError` where disk or gzip are damaged."""
         advice = "mend it, or fetch it again"
         with reading(self.name, self.path, advice), packed_bytes(self.path) as file:
             if not self.packed:
@@ -147,17 +147,17 @@ class DataFile:
 
     @contextmanager
     def text(self, newline: str | None = None) -> Iterator[io.TextIOWrapper]:
-        """Its text, read as it is asked for; `newline` as of `open`."""
+        """Open the file's text, which is read on demand; `newline` is that of `open`."""
         with self.opened() as file:
             yield io.TextIOWrapper(file, "utf-8-sig", "surrogateescape", newline)
 
     def head_text(self) -> str:
-        """The text of its head, without white space before it; its last letter may be cut."""
+        """The text of the file's head, without leading white space; its last letter may be cut."""
         text = self.head.decode("utf-8-sig", "surrogateescape")
         return text.replace("\r\n", "\n").replace("\r", "\n").lstrip()
 
     def check_utf8(self, text: str, number: int) -> str:
-        """A line of it, or several; raise `InputError` where one of them was no UTF-8."""
+        """The text itself, from line `number` on; raises `InputError` where it was not UTF-8."""
         try:
             text.encode()
         except UnicodeEncodeError as error:
@@ -167,7 +167,7 @@ class DataFile:
 
 
 def shown(source: object) -> str:
-    """A path as messages show it."""
+    """A path as messages show it, cut to 200 characters."""
     if not isinstance(source, str | os.PathLike):
         return "the data set"
     text = repr(os.fspath(source))
@@ -175,13 +175,13 @@ def shown(source: object) -> str:
 
 
 def packed_bytes(path: Path) -> BinaryIO:
-    """A file as it lies on the disk."""
+    """Open a file's bytes as they lie on the disk."""
     return path.open("rb")
 
 
 @contextmanager
 def reading(name: str, source: str | os.PathLike[str], remedy: str) -> Iterator[None]:
-    """What goes wrong with the file of an argument, in one line."""
+    """Turn errors in reading the file of an argument into an `InputError` of one line."""
     file = shown(source)
     try:
         yield
@@ -199,15 +199,15 @@ def reading(name: str, source: str | os.PathLike[str], remedy: str) -> Iterator[
 
 
 def check_regular(path: Path, what: str) -> None:
-    """Refuse what is there and no file: a read of it may wait or go on for ever.
+    """Refuse a pipe, a device or a socket, of which a read may wait or go on for ever.
 
     Args:
-        path: a folder, or what is not there, passes, to be told of by who reads it.
-        what: what messages call it.
+        path: the path. A folder, or a path that does not exist, passes: the reader tells of it.
+        what: the path's name in messages.
 
     Raises:
-        InputError: it is a pipe, a device or a socket.
-        OSError: the disk refuses to say.
+        InputError: the path is a pipe, a device or a socket.
+        OSError: the disk refuses to tell.
     """
     try:
         mode = path.stat().st_mode
@@ -219,24 +219,24 @@ def check_regular(path: Path, what: str) -> None:
 
 
 def no_data(head: bytes) -> tuple[str, str] | None:
-    """What a file is, and what to do, by its first bytes; None where it may be data.
+    """The kind of a file without data, and advice, by its first bytes; None where it may be data.
 
     Args:
-        head: the first 512 bytes, or all.
+        head: the first 512 bytes of the file, or all of a shorter one.
     """
     for begin, kind, advice in _TEXTS:
         if head.lstrip().lower().startswith(begin):
             return kind, advice
     try:
-        codecs.getincrementaldecoder("utf-8")().decode(head)  # a letter may be cut at the end
+        codecs.getincrementaldecoder("utf-8")().decode(head)  # the last letter may be cut
         if not _CONTROL.intersection(head):
-            return None  # a text may begin with any of these letters
+            return None  # a text may begin with the letters of a magic number
     except UnicodeDecodeError:
         pass
     for at, magic, kind, advice in _KINDS:
         if head.startswith(magic, at):
             return kind, advice
-    # safetensors: the length of its header, and the header, a JSON object
+    # safetensors begins with the length of its header, then the header, a JSON object.
     if head[8:9] == b"{" and 0 < int.from_bytes(head[:8], "little") < 2**32 and b"\0" in head[:8]:
         return "safetensors", _NO_ROWS
     return None

@@ -1,6 +1,7 @@
-"""JSON of two kinds: a row a line, or one document, a list of rows or an object that holds one.
+"""JSON files of two kinds: one row a line, or one document with a list of rows.
 
-A list is read row by row as the file comes, so that memory holds the rows and not their text too.
+A document is the list itself, or an object that holds the list. A list is decoded row by row while
+the file is read, so that memory holds the rows but not the whole text.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ _LONGEST_WORD = 16
 
 
 def json_lines(file: DataFile) -> Iterator[tuple[str, Any]]:
-    """Places and values of the lines that are not blank."""
+    """Places and values of all lines that are not blank."""
     with file.text() as lines:
         for number, line in enumerate(lines, start=1):
             if line.strip():
@@ -30,7 +31,7 @@ def json_lines(file: DataFile) -> Iterator[tuple[str, Any]]:
 
 
 def json_document(file: DataFile) -> Iterator[tuple[str, Any]]:
-    """Places and rows of a list, or of the one list that an object holds."""
+    """Places and rows of a list, of the one list in an object, or of an object that is a row."""
     if file.head_text().startswith("["):
         with file.text() as opened:
             rows: Any = _List(file, opened)
@@ -57,16 +58,16 @@ def json_document(file: DataFile) -> Iterator[tuple[str, Any]]:
 
 
 def is_document(head: str) -> bool:
-    """Whether a file that begins with this, a `{` or a `[`, is one document and not lines."""
+    """Whether a file that begins with `head`, which begins with `{` or `[`, is one document."""
     first, *others = [line for line in head.split("\n") if line.strip()]
     try:
         row = json.loads(first)
-    except (ValueError, RecursionError):  # damaged, or not all of a document
+    except (ValueError, RecursionError):  # damaged, or the beginning of a document
         if others:
             return not others[0].startswith(head[0]) or first.rstrip()[-1] in "[{,"
         if head[0] == "[":
             return True
-        key, _, value = head[1:].partition(":")  # of a line that is longer than the head
+        key, _, value = head[1:].partition(":")  # the line is longer than the head
         return value.lstrip().startswith("[") and key.strip(' "') not in FIELDS
     if others:
         return head[0] == "[" and not others[0].startswith("[")
@@ -77,7 +78,7 @@ def is_document(head: str) -> bool:
 
 
 def parsed(text: str, where: str, remedy: str = "put one JSON object on each line") -> Any:
-    """The value that a text is; raise `InputError` with a line and column where it is none."""
+    """The value of a JSON text; raises `InputError`, with line and column, where there is none."""
     try:
         return json.loads(text, object_pairs_hook=_each_once)
     except json.JSONDecodeError as error:
@@ -89,7 +90,7 @@ def parsed(text: str, where: str, remedy: str = "put one JSON object on each lin
 
 
 def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """The fields of an object; of one that comes twice nobody can say which is meant."""
+    """The fields of an object; raises `ValueError` where a field comes twice."""
     fields = dict(pairs)
     if len(fields) < len(pairs):
         names = [name for name, _ in pairs]
@@ -99,17 +100,17 @@ def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 class _List:
-    """The values of a JSON list, decoded one by one from what has been read of it."""
+    """The values of a JSON list, decoded one by one while the file is read."""
 
     def __init__(self, file: DataFile, opened: TextIO) -> None:
         self._file, self._opened = file, opened
         self._text, self._at, self._ended = "", 0, False
-        self._line, self._column = 1, 0  # of where `_text` begins
+        self._line, self._column = 1, 0  # where `_text` begins
         self._decode = json.JSONDecoder(object_pairs_hook=_each_once).raw_decode
 
     def __iter__(self) -> Iterator[Any]:
         self._skip()
-        self._at += 1  # the bracket that opens it
+        self._at += 1  # the opening bracket
         if self._skip() != "]":
             while True:
                 yield self._value()
@@ -125,7 +126,7 @@ class _List:
             self._fail("Extra data", self._at)
 
     def _more(self) -> None:
-        """Forget what was decoded, and read on: at least as much again as is left."""
+        """Drop the decoded text, and read on, at least as many characters as are left."""
         done, self._text = self._text[: self._at], self._text[self._at :]
         self._line += done.count("\n")
         self._column = len(done) - done.rfind("\n") - 1 + (0 if "\n" in done else self._column)
@@ -136,7 +137,7 @@ class _List:
         self._text += new
 
     def _skip(self) -> str:
-        """The next letter that is no white space; none at the end."""
+        """The next character that is not white space; empty at the end of the file."""
         while True:
             self._at = WHITESPACE.match(self._text, self._at).end()
             if self._at < len(self._text) or self._ended:
@@ -157,7 +158,7 @@ class _List:
                     "array, or use JSON lines"
                 ) from None
             else:
-                # A number may go on behind what was read, as 1.5 does in 1.5e-7.
+                # A number may go on behind the text that was read, as 1.5 does in 1.5e-7.
                 cut = isinstance(value, int | float) and end > len(self._text) - len("e-7")
                 if self._ended or not cut:
                     self._at = end

@@ -1,4 +1,4 @@
-"""How much memory is free on a device, within the limits this process runs under."""
+"""Free memory of a device, within the limits that this process runs under."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ _CGROUP_FILES = (
 def free_memory(device: torch.device, root: Path = Path("/")) -> int:
     """Bytes that can still be allocated on `device`.
 
-    On CUDA what the driver reports plus what torch's allocator holds unused. On the CPU the least
-    of `MemAvailable` and what every control group above this process leaves (limit minus use, where
-    file cache that can be dropped is no use).
+    On CUDA this is the memory that the driver reports as free plus the memory that torch's
+    allocator holds unused. On the CPU it is the least of `MemAvailable` and the rest of every
+    control group above this process: its limit minus its use, without file cache that can be
+    dropped.
 
     Args:
         device: CPU or CUDA.
@@ -39,7 +40,7 @@ def _available(root: Path) -> int:
 
 
 def _cgroup_rests(root: Path) -> Iterator[int]:
-    """What each control group of this process leaves; a group without a limit says nothing."""
+    """Bytes that each control group of this process leaves; groups without a limit are skipped."""
     for folder in _cgroup_folders(root):
         for limit_file, use_file, reclaimable in _CGROUP_FILES:
             try:
@@ -63,6 +64,6 @@ def _cgroup_folders(root: Path) -> Iterator[Path]:
         if controllers not in ("", "memory"):
             continue
         mount = root / "sys/fs/cgroup" / controllers
-        # Inside a container the path may be the host's: what is not mounted is passed over.
+        # Inside a container the path may be the host's; folders that are not mounted are skipped.
         inner = Path(path.lstrip("/"))
         yield from (mount / part for part in (inner, *inner.parents))

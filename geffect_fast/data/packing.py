@@ -1,4 +1,4 @@
-"""Cutting a tokenised set into batches that hold nothing but its own tokens."""
+"""Cutting of a tokenised set into batches without padding, and of batches into smaller ones."""
 
 from __future__ import annotations
 
@@ -32,21 +32,21 @@ def make_batches(
         packed: `input_ids` `(1, total_tokens)`, samples in row order, positions restart at every
             sequence.
         equal_length: `input_ids` `(n_sequences, length)`, for models that cannot be packed, which
-            count positions themselves: samples of one length are batched, longest first, so that a
-            budget too large fails at once. The sequences of a sample must share a batch, since an
-            objective may couple them; where they differ in length, the shorter ones repeat their
-            last token, unlabelled. That is exact for a causal model: no labelled position sees what
-            comes after it. All samples of a batch have the same number of sequences.
-        single: one sample a batch, whatever the budget; its sequences, where it brings several, as
-            in `equal_length`.
+            count positions themselves. Samples of one length are batched, longest first, so that a
+            budget that is too large fails at once. The sequences of a sample must share a batch,
+            since an objective may couple them; where they differ in length, the shorter ones repeat
+            their last token, unlabelled. This is exact for a causal model, since no labelled
+            position sees later tokens. All samples of a batch have the same number of sequences.
+        single: one sample a batch, whatever the budget; several sequences of a sample are laid out
+            as in `equal_length`.
 
     Args:
         sample_set: tokenised samples.
-        roles: the sequences each sample brings, `("answer",)`, `("alternative",)` (one or more a
-            sample) or both in this order.
-        token_budget: most tokens a batch.
-        reduction: over what the batches' means are taken; their sizes are those of the whole set.
-        layout: see above.
+        roles: roles of the sequences that each sample brings: `("answer",)`, `("alternative",)`
+            (one or more a sample), or both in this order.
+        token_budget: the most tokens of a batch.
+        reduction: what the batches' means are taken over, in the whole set.
+        layout: one of the layouts above.
 
     Returns:
         Batches that hold each sample once.
@@ -102,7 +102,7 @@ Item = TypeVar("Item")
 
 
 def _fill(sized: Iterable[tuple[Item, int]], token_budget: int) -> Iterator[list[Item]]:
-    """Consecutive samples while their sizes stay within the budget."""
+    """Groups of consecutive items whose sizes add up to at most the budget; a larger item alone."""
     batch: list[Item] = []
     used = 0
     for item, size in sized:
@@ -154,11 +154,11 @@ def _batch(
 
 
 def split_batch(batch: Batch, token_budget: int) -> list[Batch]:
-    """A batch in smaller ones of at most `token_budget` tokens; a longer sample gets its own.
+    """Cut a batch into pieces of at most `token_budget` tokens; a longer sample gets its own.
 
     Args:
-        batch: of `make_batches`, in any layout, which its pieces keep.
-        token_budget: most tokens a piece.
+        batch: a batch of `make_batches`, in any layout; the pieces keep the layout.
+        token_budget: the most tokens of a piece.
     """
     tokens = batch.cu_samples.tolist()
     sized = ((i, tokens[i + 1] - tokens[i]) for i in range(batch.n_samples))
@@ -166,7 +166,7 @@ def split_batch(batch: Batch, token_budget: int) -> list[Batch]:
 
 
 def _part(batch: Batch, first: int, end: int) -> Batch:
-    """The samples from `first` to before `end`."""
+    """The batch's samples from `first` up to, but without, `end`."""
     start, stop = batch.cu_samples[[first, end]].tolist()
     inside = (batch.sequence_sample >= first) & (batch.sequence_sample < end)
     q, q_end = int(inside.nonzero()[0]), int(inside.nonzero()[-1]) + 1
@@ -187,14 +187,14 @@ def _part(batch: Batch, first: int, end: int) -> Batch:
 
 
 def token_places(sample_set: SampleSet, batch: Batch) -> Tensor:
-    """Where in its sample each token of a batch stands, `(total_tokens,)` int64.
+    """The place of each token of a batch within its sample, `(total_tokens,)` int64.
 
     A sample's tokens are counted through its answer and then its alternatives, whichever of them
-    the batch holds; -1 for tokens that extend a sequence.
+    the batch holds. Tokens that extend a sequence get -1.
 
     Args:
-        sample_set: what the batch was cut from.
-        batch: of `make_batches`.
+        sample_set: the set that the batch was cut from.
+        batch: a batch of `make_batches`.
     """
     by_row = {sample.row: sample for sample in sample_set.samples}
     lengths = batch.cu_seqlens.diff().tolist()
@@ -224,12 +224,15 @@ def _extend(sequence: TokenSequence, length: int) -> TokenSequence:
 
 
 def _ahead(values: Tensor, last: float) -> Tensor:
-    """The value of every token's next one; `last` for the sequence's last."""
+    """The value of the next token, for each token of a sequence; `last` for its last token."""
     return torch.cat([values[1:], values.new_full((1,), last)])
 
 
 def _target_weights(sequences: list[TokenSequence]) -> Tensor | None:
-    """The data's weights of what every position predicts, 0 for sequences that have none."""
+    """The data's weight of the label that each position predicts; None where no sequence has any.
+
+    Sequences without weights get 0.
+    """
     if all(sequence.weights is None for sequence in sequences):
         return None
     return torch.cat(

@@ -1,4 +1,4 @@
-"""What fields of text must be, in whichever row they stand."""
+"""Checks of the text fields of rows, for rows of every kind."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from geffect_fast.errors import InputError, in_one_line
 
 
 def missing(value: Any) -> bool:
-    """Whether a field says that there is nothing: null, or the NaN that tables write for it."""
+    """Whether a value stands for a missing one: null, or the NaN that tables write in its place."""
     return (
         value is None
         or (isinstance(value, float) and value != value)
@@ -18,7 +18,17 @@ def missing(value: Any) -> bool:
 
 
 def check_text(row: Mapping[str, Any], field: str, where: str, shape: str | None = None) -> str:
-    """The text of a field; `shape` is what is known of a row that has none."""
+    """The text of a field, checked.
+
+    Args:
+        row: the row.
+        field: name of the field.
+        where: the row's place, for messages.
+        shape: `known_shape` of the row, which messages then give in place of their own advice.
+
+    Raises:
+        InputError: the field is missing, is no text, is empty, or holds half a surrogate pair.
+    """
     if field not in row:
         fields = ", ".join(sorted(in_one_line(repr(key), 40) for key in row)[:6]) or "none"
         advice = shape or "add a non-empty string"

@@ -1,13 +1,13 @@
-"""Kinds of rows, by their fields: those that are read, and those of other tools that are not.
+"""Kinds of rows by their fields: kinds that are read, and kinds of other tools that are not.
 
-The kinds that are read, and the fields that a row of each has when it has been read; other fields
-stay as they are in the data:
+Below are the kinds that are read, each with its fields after reading. Other fields of a row stay as
+they are in the data.
 
     question       question, answer: text
     choice         question: text; choices: texts; answer: the right one's index
     chat           messages: turns of role and content
     text           text: all of it is learned
-    continuation   prompt, gt: text, and how it goes on, as MUSE writes it
+    continuation   prompt, gt: a text and its continuation, as MUSE writes them
     tokens         input_ids, labels: lists of ids
 """
 
@@ -56,12 +56,12 @@ def makes_row(names: Iterable[Any]) -> bool:
 
 
 def row_kind(row: Mapping[str, Any]) -> RowKind:
-    """The kind of a row; of one that is none, `question`."""
+    """The kind of a row; `question` for a row of no known kind."""
     return next((kind for fields, kind in _KINDS if fields <= row.keys()), "question")
 
 
 def row_place(name: str, row: int) -> str:
-    """How messages call a row of a set."""
+    """The place of a row of a set, for messages."""
     return f"{name}: row {row} (counting from 0)"
 
 
@@ -118,7 +118,7 @@ _SHAPES: tuple[tuple[frozenset[str], str, str], ...] = tuple(
 
 
 def known_shape(row: Mapping[Any, Any]) -> str | None:
-    """What a row is and what to do with it, for a message; None where nothing is known of it."""
+    """A row's kind in another tool and advice, for a message; None where the kind is not known."""
     for fields, name, advice in _SHAPES:
         if fields <= row.keys():
             return f"this is {name}: {advice}"

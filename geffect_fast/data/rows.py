@@ -1,9 +1,10 @@
-"""Reading data sets and refusals from wherever the user keeps them: what a row may be.
+"""Reading of data sets and refusals, with a check of every row.
 
-Where rows come from is `geffect_fast.data.containers`' concern, which kinds there are that of
-`geffect_fast.data.row_kinds`. A row keeps all its fields: those of its kind checked and made what
-`row_kinds` says, all others as they are in the data. `tokenize_rows` hands them on with each
-sample (`Sample.fields`), so that what measures TOFU's `perturbed_answer` finds it there.
+Files and other sources are read by `geffect_fast.data.containers`; the kinds of rows are those of
+`geffect_fast.data.row_kinds`. A row keeps all its fields. The fields of its kind are checked and
+brought into the form of `row_kinds`; all others stay as they are in the data. `tokenize_rows` hands
+the fields on with each sample (`Sample.fields`), so that a metric of TOFU's `perturbed_answer`
+finds it there.
 """
 
 from __future__ import annotations
@@ -42,20 +43,21 @@ def read_rows(
             gzip) or of a folder saved by `datasets`; a Hugging Face data set id, `org/name`,
             `org/name:config` or `org/name:config:split`; a table of pandas, pyarrow or datasets; or
             an iterable or torch Dataset of rows. The kinds of rows are those of
-            `geffect_fast.data.row_kinds`; besides, ShareGPT's `conversations` and bare lists of
-            turns become `messages`, bare strings `text`, columns `A`, `B` ... `choices`. Tokenised
-            fields are lists, arrays or tensors of shape `(length,)`, `labels` unshifted with -100
-            where nothing is learned. A row may carry an `alternative`, one or a list of them, text
-            or tokenised as it is itself; and `weights`, one number of 0 or more for each label
-            token of its answer; then all rows do.
+            `geffect_fast.data.row_kinds`. In addition, ShareGPT's `conversations` and bare lists of
+            turns become `messages`, bare strings become `text`, and columns `A`, `B` ... become
+            `choices`. Tokenised fields are lists, arrays or tensors of shape `(length,)`; `labels`
+            are unshifted, with -100 where nothing is learned. A row may have a field `alternative`,
+            one or a list of them, text or tokenised like the row itself. A row may have a field
+            `weights`, one number of 0 or more for each label token of its answer; all rows have
+            `weights`, or none.
         name: the argument's name, for messages.
-        data_format: what a file is: `auto`, by its content, or `json`, `jsonl`, `csv`, `tsv`,
+        data_format: format of a file: `auto`, by its content, or `json`, `jsonl`, `csv`, `tsv`,
             `parquet`, `text`.
-        tell: is told in a line what was found.
+        tell: called with one line that says what was found.
 
     Returns:
-        One dict a row, all of one kind; tokenised fields are lists of int, weights lists of float.
-        Rows are counted from 0.
+        One dict for each row, all of one kind; tokenised fields are lists of int, weights lists of
+        float. Messages count rows from 0.
 
     Raises:
         InputError: the set cannot be read, is empty, or a row is unusable.
@@ -85,16 +87,16 @@ def read_rows(
 
 
 def read_refusals(source: Source) -> list[str] | list[dict[str, list[int]]]:
-    """Read the refusals that stand in for answers.
+    """Read the refusals that take the place of answers.
 
     Args:
         source: path of a file of plain lines, one refusal each (TOFU's `idontknow.jsonl` is such a
-            file, despite its name), of JSON lines with a field `refusal` or `answer`, or of one
-            JSON array; or an iterable of str, or of tokenised sequences (`input_ids`, `labels`),
-            one a forget row.
+            file, despite its name), of JSON lines with a field `refusal` or `answer`, of one JSON
+            array, or of Parquet; or an iterable of str, or of tokenised sequences (`input_ids`,
+            `labels`), one for each forget row.
 
     Returns:
-        All text or all tokenised.
+        The refusals, all of them text or all tokenised.
 
     Raises:
         InputError: the source cannot be read, is empty, or an entry is unusable.
@@ -147,7 +149,7 @@ def _check_row(raw: Any, where: str) -> dict[str, Any]:
 
 
 def _check_alternatives(raw: Any, tokenised: bool, where: str) -> Any:
-    """What a row gives in place of its answer: one, or a list of at least one."""
+    """A row's field `alternative`, checked: one alternative, or a list of at least one."""
     if isinstance(raw, list | tuple):
         if not raw:
             raise InputError(f"{where}: 'alternative' is an empty list; fill it in or leave it out")
@@ -217,7 +219,7 @@ def _check_ids(raw: Mapping[str, Any], field: str, where: str) -> list[int]:
 def _listed(
     raw: Mapping[str, Any], field: str, where: str, wanted: str = "a flat list of ids"
 ) -> list[Any]:
-    """A field of numbers, be it a list, an array or a tensor, as a list of Python's own."""
+    """A field of numbers, given as a list, an array or a tensor, as a list of Python numbers."""
     if field not in raw:
         raise InputError(f"{where} has no '{field}'; tokenised rows need 'input_ids' and 'labels'")
     value = raw[field]

@@ -1,4 +1,4 @@
-"""Tokenised data sets: sequences of ids and labels, samples of them, and sets of samples."""
+"""Tokenised data sets: sequences of ids and labels, samples of sequences, and sets of samples."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from geffect_fast.errors import InputError
 class TokenSequence:
     """Token ids and unshifted labels, both `(length,)` int64; `IGNORE` where nothing is learned.
 
-    `weights` `(length,)` fp64 are the labels' own, from the data, 0 where there is no label; None
-    where the data gives none.
+    `weights` `(length,)` fp64 are the data's weights of the labels, 0 where there is no label; None
+    where the data gives no weights.
     """
 
     input_ids: Tensor
@@ -30,28 +30,29 @@ class TokenSequence:
 
     @property
     def n_targets(self) -> int:
-        """Label tokens that are predicted: all but one on the first token."""
+        """Number of label tokens that are predicted: all but a label on the first token."""
         return int((self.labels.numpy()[1:] != IGNORE).sum())
 
     @property
     def n_labelled(self) -> int:
-        """Tokens that carry a label."""
+        """Number of tokens that carry a label."""
         return int((self.labels.numpy() != IGNORE).sum())
 
 
 @dataclass(frozen=True, eq=False)
 class Sample:
-    """Row `row` (from 0) of a set: its answer, and what objectives may put in its place.
+    """A sample of a set: its answer, and alternatives that objectives may put in its place.
 
     Attributes:
-        row: counts the samples of the set.
-        question: what was asked last before the answer ends; empty where nothing was.
-        answer: all of the sample's sequence, the question too.
-        alternatives: sequences in place of it.
-        part_of: its row in the set that this one is a part of; None where it is whole.
-        fields: the row of the data with all its fields, but those that became tokens.
-        window_of: the text it is a window of, a row of the data, and the window's number in it;
-            None where it is none.
+        row: number of the sample in its set, from 0.
+        question: the last question before the answer's end; empty where nothing was asked.
+        answer: the whole sequence of question and answer.
+        alternatives: whole sequences with another answer.
+        part_of: row of the sample in the whole set that this set is a part of; None where this set
+            is whole.
+        fields: the row of the data with all its fields, except those that became tokens.
+        window_of: for a window of a text, the text's row in the data and the number of the window
+            in the text; else None.
     """
 
     row: int
@@ -64,18 +65,18 @@ class Sample:
 
     @property
     def data_row(self) -> int:
-        """The row in the whole set, where windows of texts count as rows."""
+        """The sample's row in the whole set, where windows of texts count as rows."""
         return self.row if self.part_of is None else self.part_of
 
     def place(self, name: str) -> str:
-        """How messages call it in the set of that name."""
+        """The sample's place in the set of this name, for messages."""
         if self.window_of is None:
             return row_place(name, self.data_row)
         row, window = self.window_of
         return f"{row_place(name, row)}, window {window},"
 
     def sequences(self) -> dict[Role, tuple[TokenSequence, ...]]:
-        """The sequences it has, by role."""
+        """The sample's sequences, by role."""
         return {"answer": (self.answer,), "alternative": self.alternatives}
 
 
@@ -90,7 +91,7 @@ class SampleSet:
         return len(self.samples)
 
     def part(self, rows: Iterable[int]) -> SampleSet:
-        """A set of these rows alone, in this order, which know where they come from."""
+        """A set of these rows alone, in this order; `part_of` keeps their rows in the whole set."""
         picked = [self.samples[row] for row in rows]
         return replace(
             self,
@@ -104,7 +105,7 @@ class SampleSet:
 
     @property
     def n_tokens(self) -> int:
-        """Tokens of all sequences, alternatives included."""
+        """Number of tokens of all sequences, alternatives included."""
         return sum(len(q) for s in self.samples for qs in s.sequences().values() for q in qs)
 
     @property
@@ -114,11 +115,11 @@ class SampleSet:
 
     @property
     def has_weights(self) -> bool:
-        """Whether the data gives every answer's label tokens weights."""
+        """Whether the data gives weights for the label tokens of every answer."""
         return all(sample.answer.weights is not None for sample in self.samples)
 
     def totals(self) -> Totals:
-        """The sizes that means over the whole set are taken over."""
+        """The sizes of the set over which means are taken."""
         sequences: dict[Role, list[TokenSequence]] = {"answer": [], "alternative": []}
         for sample in self.samples:
             for role, found in sample.sequences().items():
@@ -133,10 +134,10 @@ class SampleSet:
 def check_vocabulary(sample_set: SampleSet, vocab_size: int, what: str = "model") -> None:
     """Refuse token ids and labels that a model of `vocab_size` tokens does not have.
 
-    `what` is what the message calls the model.
+    `what` is the model's name in the message.
 
     Raises:
-        InputError: names the first such row and id.
+        InputError: a row holds such a token; the first such row and id are named.
     """
     for sample in sample_set.samples:
         for role, sequences in sample.sequences().items():
@@ -154,7 +155,7 @@ def check_positions(sample_set: SampleSet, n_positions: int, what: str = "model"
     """Refuse sequences longer than a model's table of `n_positions` positions.
 
     Raises:
-        InputError: names the first such row.
+        InputError: a sequence is longer; the first such row is named.
     """
     for sample in sample_set.samples:
         for role, sequences in sample.sequences().items():
@@ -168,7 +169,7 @@ def check_positions(sample_set: SampleSet, n_positions: int, what: str = "model"
 
 
 def evenly(n: int, count: int | None) -> list[int]:
-    """`count` of the rows 0 to n - 1, evenly spread; all where that is none, or too many."""
+    """`count` of the rows 0 to n - 1, evenly spread; all rows where `count` is None or above n."""
     if count is None or count >= n:
         return list(range(n))
     return [(2 * at + 1) * n // (2 * count) for at in range(count)]

@@ -1,8 +1,8 @@
-"""How many tokens a batch may hold: what a token of a model takes, beside the memory that is free.
+"""The token budget of a batch, from the bytes that a model takes for a token and the free memory.
 
-Counted from the model's modules and, for norms and activations, from trying each kind on a few
-rows; no forward pass is run. `tests/measure/test_token_budget.py` holds it against the memory that
-profiles take.
+The bytes are counted from the model's modules and, for norms and activations, found by trying each
+kind on a few rows; no forward pass of the model is run. `tests/measure/test_token_budget.py`
+compares the estimate with the memory that profiles take.
 """
 
 from __future__ import annotations
@@ -62,35 +62,36 @@ def estimate_token_budget(
 
         fixed = 4 M P                directions, in fp32 (once more in 16 bits on a GPU)
               + 4 K P + e P          whole gradients of objectives, and those of one backward
-              + e head               with none of them: that of the head, formed before all others
+              + e head               if K is 0: the gradient of the head, formed before all others
         b = e sum(d_in + d_out)      inputs of trainable linear layers, outputs of all
           + norms, activations       what each keeps for its backward (an activation its output
-                                     too), by trying it
-          + 12 r vocab               logits, log-softmax and their gradients, where labels are
+                                     too), found by trying it
+          + 12 r vocab               logits, log-softmax and their gradients, at predicted labels
           + 4 M sum(d_out)           with `shared`: projections A V^T, kept for all objectives
         q = 1 + e layers             a mask, and each layer's own copy of it as a bias; 0 with
                                      `by_sample`; with eager attention the scores of all heads,
                                      saved in every layer
 
     `e` is the bytes of a weight, `P` is `n_trained`, `M` is `n_directions`, `K` is `n_gradients`,
-    `r` is `predicted`. Gradient checkpointing saves nothing, as it is off while a model is watched.
-    With `forward`, `1 + M` times the logits' part counts where it is more than `b`. On a CPU `T` is
-    at most `max(256, hidden)`, see `CPU_CAP_PER_HIDDEN`.
+    `r` is `predicted`. Gradient checkpointing saves no memory here, since it is off while a model
+    is watched. With `forward`, `1 + M` times the logits' part replaces `b` where it is more. On a
+    CPU `T` is at most `max(256, hidden)`, see `CPU_CAP_PER_HIDDEN`.
 
     Args:
         model: a transformers causal language model, on its device, before directions are made.
-        n_directions: risks whose gradients are kept.
-        n_gradients: objectives whose whole gradients are formed beside.
+        n_directions: number of risks whose gradients are kept.
+        n_gradients: number of objectives whose whole gradients are formed as well.
         shared: whether several objectives share a forward.
         forward: whether the forward engine runs.
-        logits: whether any of them reads logits.
+        logits: whether any objective reads logits.
         predicted: part of the tokens that predict a label.
         by_sample: whether attention runs sample by sample, without a mask.
-        n_trained: trainable elements of which gradients are held here; None: all of the model's.
-        memory_bytes: use this instead of the device's free memory.
+        n_trained: number of trainable elements whose gradients this rank holds; None: all of the
+            model's.
+        memory_bytes: bytes to use instead of the device's free memory.
 
     Returns:
-        Tokens a batch, at least 1.
+        The most tokens of a batch, at least 1.
 
     Raises:
         InputError: an argument is out of range, or the model has no weight matrix.
@@ -108,7 +109,7 @@ def estimate_token_budget(
     vocab, hidden = max((w.shape for w in embeddings), default=weights[0][1].shape)
     layers = [w for m, w in weights if not isinstance(m, nn.Embedding) and vocab not in w.shape]
     heads = [w for m, w in weights if not isinstance(m, nn.Embedding) and vocab in w.shape]
-    # A Conv1D stores its weight transposed: the larger side is taken for d_out.
+    # A Conv1D stores its weight transposed, so the larger side counts as d_out.
     d_out = sum(max(w.shape) for w in layers)
     if n_trained is None:
         n_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -151,18 +152,18 @@ def _weight_matrix(module: nn.Module) -> Tensor | None:
 
 
 def _bytes_a_pair(model: nn.Module, itemsize: int, wide: int) -> int:
-    """What attention keeps of every two tokens of a batch."""
+    """Bytes that attention keeps for every pair of tokens of a batch."""
     config: Any = getattr(model, "config", None)
     n_layers = getattr(config, "num_hidden_layers", 1)
     if getattr(config, "_attn_implementation", "eager") != "eager":
         return 1 + itemsize * n_layers
-    # A softmax in fp32, and where the model is in 16 bits what it is rounded to.
+    # The softmax in fp32 is kept, and in a 16-bit model its rounded copy too.
     kept = wide + (itemsize if itemsize < wide else 0)
     return itemsize + getattr(config, "num_attention_heads", 1) * (n_layers * kept + 2 * wide)
 
 
 def _kept_beside(model: nn.Module) -> int:
-    """Bytes a token that norms and activations keep for a backward."""
+    """Bytes for each token that norms and activations keep for a backward."""
     tried: dict[tuple[type[nn.Module], int, torch.dtype], int] = {}
     total = 0
     for parent in model.modules():
@@ -175,7 +176,7 @@ def _kept_beside(model: nn.Module) -> int:
             if weight is not None and weight.ndim == 1 and weight.is_floating_point():
                 like, width = weight, weight.numel()
             elif weight is None and widths and some is not None:
-                like, width = some, max(widths)  # an activation of the widest of its neighbours
+                like, width = some, max(widths)  # an activation, as wide as its widest neighbour
             else:
                 continue
             kind = type(module), width, like.dtype
@@ -186,7 +187,10 @@ def _kept_beside(model: nn.Module) -> int:
 
 
 def _tried_on_rows(module: nn.Module, like: Tensor, width: int) -> int:
-    """Bytes a row that a norm keeps, or an activation beside its input and with its output."""
+    """Bytes for each row that a norm or an activation keeps for its backward.
+
+    An activation counts with its output and without its input.
+    """
     x = torch.zeros(_ROWS, width, dtype=like.dtype, device=like.device, requires_grad=True)
     own = {p.untyped_storage()._cdata for p in module.parameters()}
     kept: dict[int, int] = {}
@@ -201,7 +205,7 @@ def _tried_on_rows(module: nn.Module, like: Tensor, width: int) -> int:
     hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda s: s)
     with Trying(), torch.enable_grad(), hooks:
         y = module.forward(x)
-    if not isinstance(y, Tensor):  # or it is called otherwise: a rotary embedding, a gated norm
+    if not isinstance(y, Tensor):  # such as a rotary embedding or a gated norm
         return 0
     if not own:
         kept[y.untyped_storage()._cdata] = y.untyped_storage().nbytes()

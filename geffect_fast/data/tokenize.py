@@ -1,4 +1,4 @@
-"""From rows to samples: token ids, with labels on what is to be learned."""
+"""Tokenising of rows into samples: token ids, with labels on the tokens to learn."""
 
 from __future__ import annotations
 
@@ -39,16 +39,19 @@ def tokenize_rows(
     n_positions: int | None = None,
     window: int = TEXT_WINDOW,
 ) -> SampleSet:
-    """Turn rows into samples whose labels cover what is to be learned, by the kind of row.
+    """Turn rows into samples, with labels on the tokens to learn.
+
+    The kind of a row decides which tokens these are:
 
     - *Questions and answers*, *conversations*: the answer, or every turn of the assistant's, and
-      the token that ends it. A sequence is `prompt, answer, end`; what a template puts after the
-      last end is cut, since no label depends on it. The end is the first special token the template
-      puts after the answer; a text template without one gets the tokenizer's end-of-sequence token.
-      White space around turns is dropped. Without a chat template a conversation is the text
-      template, again for every pair of turns.
+      the token that ends it. A sequence is `prompt, answer, end`; text that a template puts after
+      the last end is cut, since no label depends on it. The end is the first special token that
+      the template puts after the answer; a text template without one gets the tokenizer's
+      end-of-sequence token. White space around turns is dropped. Without a chat template a
+      conversation is the text template, repeated for every pair of turns.
     - *Multiple choice*: the right choice's text, after the question alone.
-    - *Plain text*: every token, in windows of `max_length`, a sample each (`Encoder.windows`).
+    - *Plain text*: every token, in windows of `max_length`, one sample for each window
+      (`Encoder.windows`).
     - *Continuations*: `gt`, after `prompt`, without a template or an end.
     - *Tokenised rows* are used as they are.
 
@@ -56,30 +59,31 @@ def tokenize_rows(
     the two are tokenised apart.
 
     The alternatives of row `i` are its own field `alternative`, one or a list of them, else
-    `refusals[i % len(refusals)]`. They take the place of the answer; of a conversation's last one,
-    and are then all that is labelled. Plain text has none.
+    `refusals[i % len(refusals)]`. An alternative takes the place of the answer. In a conversation
+    it takes the place of the last answer, and it alone is labelled. Plain text has no alternatives.
 
     Args:
-        rows: from `read_rows`, all of one kind.
-        tokenizer: of transformers; None for tokenised rows.
-        name: the argument the rows came from, for messages.
-        refusals: from `read_refusals`; tokenised ones are whole sequences, one a row.
+        rows: rows of `read_rows`, all of one kind.
+        tokenizer: a tokenizer of transformers; None for tokenised rows.
+        name: the argument that the rows came from, for messages.
+        refusals: refusals of `read_refusals`; tokenised ones are whole sequences, one for each row.
         template: `auto` (the tokenizer's chat template, else `PLAIN_TEMPLATE`), or a string with
             `{question}` and then `{answer}`.
-        max_length: refuse sequences of more tokens; cut plain text into windows of so many.
-        date: the day, `YYYY-MM-DD`, that a chat template is told which asks (`strftime_now`,
-            `date_string`), so that no run depends on when it is made.
-        n_positions: of the model, where it has a table of them: text that cannot fit is refused
-            before it is tokenised (`check_positions` counts).
-        window: tokens of a window of plain text, without `max_length`.
+        max_length: the most tokens of a sequence; a longer one is refused, and plain text is cut
+            into windows of this length.
+        date: the day, `YYYY-MM-DD`, that chat templates are told that ask for it (`strftime_now`,
+            `date_string`), so that a run does not depend on the day it is made.
+        n_positions: number of positions of a model that has a table of them; text that cannot fit
+            is refused before it is tokenised (`check_positions` counts exactly).
+        window: tokens of a window of plain text where `max_length` is None.
 
     Returns:
-        One sample a row, or a window of one, in order.
+        One sample for each row, or for each window of a row, in order.
 
     Raises:
-        InputError: text without a tokenizer, a bad template or date, a template that takes too much
-            time, memory or room (`geffect_fast.data.chat_render`) or rewrites what is learned, a
-            sample that is too long or has no label to learn, weights of another number of tokens,
+        InputError: text without a tokenizer; a bad template or date; a template that takes too much
+            time, memory or room (`geffect_fast.data.chat_render`) or rewrites the text to learn; a
+            sample that is too long or has no label to learn; weights for another number of tokens;
             or tokenised refusals that do not match the rows.
     """
     most = min((n for n in (max_length, n_positions) if n is not None), default=None)
@@ -129,22 +133,22 @@ def tokenize_choices(
     max_length: int | None = None,
     date: str = CHAT_DATE,
 ) -> SampleSet:
-    """Turn rows of multiple choice into samples of which a model can choose.
+    """Turn rows of multiple choice into samples that hold all choices of a question.
 
     Args:
-        rows: from `read_rows`, of multiple choice.
-        tokenizer, name, template, max_length, date: as of `tokenize_rows`.
-        form: `letters`: the question is followed by all choices and `Answer:`, as MMLU and WMDP are
-            asked, and a choice is its letter; `texts`: the question is asked alone, and a choice is
-            its text.
+        rows: rows of `read_rows`, of multiple choice.
+        tokenizer, name, template, max_length, date: as for `tokenize_rows`.
+        form: `letters`: the prompt is the question, all choices and `Answer:`, as for MMLU and
+            WMDP, and a choice is its letter; `texts`: the prompt is the question alone, and a
+            choice is its text.
 
     Returns:
-        One sample a row: `answer` is the right choice, `alternatives` the others in the row's
-        order. Labels are on the choice alone, from the first token that holds some of one, without
-        an end.
+        One sample for each row: `answer` is the right choice, `alternatives` the others in the
+        row's order. Labels are on the choice alone, from the first token that holds a part of any
+        choice, without an end.
 
     Raises:
-        InputError: a row is none of multiple choice; else as `tokenize_rows`.
+        InputError: a row is not of multiple choice; also the errors of `tokenize_rows`.
     """
     by_letter = form == "letters"
     if by_letter and template == "auto" and not getattr(tokenizer, "chat_template", None):
@@ -162,7 +166,7 @@ def tokenize_choices(
             encode.conversation(turns, None, f"{place}, choice {k},", text.strip(), ends=False)
             for k, text in enumerate(texts)
         ]
-        # A tokenizer may tie the space before to some choices alone; it counts for all then.
+        # Where a tokenizer ties the space before to some choices, it counts for all of them.
         first = min(len(ids) - sum(t != IGNORE for t in labels) for ids, labels in made)
         sequences = [
             _within((ids, [IGNORE] * first + ids[first:]), max_length, place, f"choice {k}")
@@ -176,7 +180,7 @@ def tokenize_choices(
 def _alternatives(
     rows: Sequence[Mapping[str, Any]], refusals: Sequence[str] | Sequence[Mapping[str, Any]] | None
 ) -> Iterator[Sequence[str | Mapping[str, Any]]]:
-    """What stands in for the answer of each row, text or tokenised; empty where nothing does."""
+    """The alternatives of each row, text or tokenised; empty where a row has none."""
     if refusals is not None and not refusals:
         raise InputError("refusals: the list is empty; give at least one, or none at all")
     if refusals and not isinstance(refusals[0], str) and len(refusals) != len(rows):
@@ -201,7 +205,7 @@ def _question_turns(question: str) -> Turns:
 
 
 def _asked(row: Mapping[str, Any]) -> tuple[Turns, Any]:
-    """What a template writes of a row, up to the last turn that is learned, and tools."""
+    """The turns of a row that a template writes, up to the last learned turn, and its tools."""
     if row_kind(row) != "chat":
         return _question_turns(row["question"].strip()), None
     turns = [turn | {"content": turn["content"].strip()} for turn in row["messages"]]
@@ -210,7 +214,7 @@ def _asked(row: Mapping[str, Any]) -> tuple[Turns, Any]:
 
 
 def question_of(row: Mapping[str, Any]) -> str:
-    """What a row asks last, as the data has it; empty where it asks nothing."""
+    """The last question of a row, as the data has it; empty where it asks nothing."""
     if row_kind(row) == "chat":
         asked = [turn["content"] for turn in _asked(row)[0] if turn["role"] == "user"]
         return asked[-1] if asked else ""
@@ -226,7 +230,7 @@ def _sequence(
     place: str,
     max_length: int | None,
 ) -> TokenSequence:
-    """The sequence of a row, or with `other` in place of its answer: as it is, or encoded."""
+    """The sequence of a row, tokenised already or encoded here; `other` replaces its answer."""
     kind = row_kind(row)
     found = row if other is None else other
     if isinstance(found, Mapping) and "input_ids" in found:
@@ -250,7 +254,7 @@ def _sequence(
 
 
 def _within(made: Labelled, max_length: int | None, place: str, role: str) -> TokenSequence:
-    """Ids and labels as a sequence, which `max_length` allows."""
+    """Ids and labels as a sequence; raises `InputError` where it is longer than `max_length`."""
     ids, labels = made
     if max_length is not None and len(ids) > max_length:
         raise InputError(
@@ -263,7 +267,7 @@ def _within(made: Labelled, max_length: int | None, place: str, role: str) -> To
 def _windows(
     row: Mapping[str, Any], encode: Encoder | None, place: str, length: int
 ) -> Iterator[TokenSequence]:
-    """The windows of a text, with the row's weights where it has some."""
+    """The windows of a text, with the row's weights if it has some."""
     if encode is None:
         raise InputError(f"{place} is text; give a tokenizer, or rows of input_ids and labels")
     if length < 2:

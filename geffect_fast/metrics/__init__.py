@@ -1,4 +1,4 @@
-"""What the field measures of an unlearned model: metrics, by name."""
+"""Metrics of unlearned models as the literature defines them, by name."""
 
 from geffect_fast.metrics import likelihood, membership, memorisation, overlap, tofu
 from geffect_fast.metrics.base import Measure, Metric, Seen

@@ -1,4 +1,4 @@
-"""What a metric is: what it needs to see of a model, its score of a row, its number of a set."""
+"""The base class of metrics: needs from a model, a score of each row, a number of each set."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ _ROUNDING = 1e-9
 
 @dataclass(frozen=True)
 class Measure:
-    """A number of a set, and its bounds by the choice of the rows; NaN where nothing is known."""
+    """A number of a set, and bounds for it on other rows of the kind; NaN where it is not known."""
 
     value: float
     low: float
@@ -52,12 +52,12 @@ class Measure:
 
 @dataclass(frozen=True)
 class Seen:
-    """All that was seen of a model and of those it is compared with.
+    """Observations of a model, and of the model that it is compared with.
 
     Attributes:
-        sets: of the model, by the name of the data set.
-        retrained: of the model that was trained without the forget rows, likewise; empty where none
-            is given.
+        sets: observations of the model, by the name of the data set.
+        retrained: observations of the model that was trained without the forget rows, by the name
+            of the data set; empty where no such model is given.
     """
 
     sets: Mapping[str, Observed]
@@ -65,18 +65,18 @@ class Seen:
 
 
 class Metric(Settings):
-    """Something measured of a model on rows; a frozen pydantic model of its hyper-parameters.
+    """A measure of a model on rows; a frozen pydantic model of its hyper-parameters.
 
-    A subclass defines `scores`; its number of a set is then their mean. One whose number is not a
-    mean defines `measures` too.
+    A subclass defines `scores`, and the metric's number of a set is the mean of the scores. A
+    subclass whose number is not a mean defines `measures` too.
 
     Class attributes:
-        name: what it is called in lists of metrics, set by `register`.
-        needs: what must be seen of the rows of every set that it is measured on.
-        statistic: what its number of a set is: mean, AUC, p-value ...
-        on: the sets it reads; none named: every one.
-        kinds: of rows that it reads; none named: every one.
-        within: what its number can be; bounds do not lie outside.
+        name: the metric's name in lists of metrics, set by `register`.
+        needs: observations that the metric needs of every set that it is measured on.
+        statistic: the kind of number that a set gets: mean, AUC, p-value ...
+        on: names of the sets that the metric reads; empty: all sets.
+        kinds: kinds of rows that the metric reads; empty: all kinds.
+        within: least and largest value that the number can have; bounds are cut to this range.
     """
 
     name: ClassVar[str] = ""
@@ -88,32 +88,32 @@ class Metric(Settings):
 
     @classmethod
     def reads(cls, name: str) -> bool:
-        """Whether it reads the set of this name."""
+        """Whether the metric reads the set of this name."""
         return not cls.on or name in cls.on
 
     @classmethod
     def reads_rows(cls, kind: RowKind) -> bool:
-        """Whether it reads rows of this kind."""
+        """Whether the metric reads rows of this kind."""
         return not cls.kinds or kind in cls.kinds
 
     def wants(self) -> frozenset[Need]:
-        """Its needs, where they depend on its hyper-parameters."""
+        """The metric's needs; a subclass overrides this where they depend on hyper-parameters."""
         return self.needs
 
     def most_written(self) -> int:
-        """Tokens of a continuation that it reads at most, where it needs what is `written`."""
+        """The most tokens of a continuation that the metric reads, where it needs `written`."""
         return 0
 
     def measurable(self, seen: Observed) -> bool:
-        """Whether a set is one that it reads, and all that it needs was seen of its rows."""
+        """Whether the metric reads this set, and all its needs were observed there."""
         return self.reads(seen.name) and self.reads_rows(seen.kind) and seen.has(self.wants())
 
     def scores(self, seen: Observed) -> np.ndarray | None:
-        """One number a row of a set, `(n,)` fp64; None where only sets have numbers."""
+        """One score for each row of a set, `(n,)` fp64; None where only whole sets have numbers."""
         return None
 
     def measures(self, seen: Seen) -> dict[str, Measure]:
-        """Its number of every set: the mean of the rows' scores."""
+        """The metric's number of every set that it reads: the mean of the rows' scores."""
         found = {}
         for name, observed in seen.sets.items():
             scores = self.scores(observed) if self.measurable(observed) else None
@@ -122,7 +122,7 @@ class Metric(Settings):
         return found
 
     def __str__(self) -> str:
-        """The name and the hyper-parameters that are not their defaults, `min_k(k=0.2)`."""
+        """The name with the hyper-parameters that are not at their defaults: `min_k(k=0.2)`."""
         given = {
             name: getattr(self, name)
             for name, field in type(self).model_fields.items()
@@ -133,11 +133,11 @@ class Metric(Settings):
 
 
 def mean_of(scores: np.ndarray, name: str) -> Measure:
-    """The mean of a set's scores.
+    """The mean of a set's scores, with bounds.
 
     Args:
-        scores: `(n,)`.
-        name: of the set.
+        scores: scores of the rows, `(n,)`.
+        name: name of the set.
     """
     return drawn(lambda weights: weights @ scores / len(scores), {name: len(scores)})
 
@@ -145,18 +145,19 @@ def mean_of(scores: np.ndarray, name: str) -> Measure:
 def drawn(statistic: Callable[..., Any], sizes: Mapping[str, int]) -> Measure:
     """A number of one or several sets, with its interval (`geffect_fast.results.intervals`).
 
-    The rows of each set are drawn by themselves. Where every draw gives the same, as of rows that
-    all score alike, they say nothing of other rows, and the bounds are NaN.
+    The rows of each set are drawn independently. The bounds are NaN where every draw gives the same
+    number, as with rows that all score alike: such draws tell nothing about other rows.
 
     Args:
-        statistic: of weights of the sets' rows, `(draws, n)` each, in order: `(draws,)`.
-        sizes: rows of each set, by name.
+        statistic: a function of weights of the rows, an array `(draws, n)` for each set in the
+            order of `sizes`; returns `(draws,)`.
+        sizes: number of rows of each set, by name.
     """
     (value,) = statistic(*(np.ones((1, n)) for n in sizes.values()))
-    if min(sizes.values()) < 2:  # nothing can be said of a set of one row
+    if min(sizes.values()) < 2:  # one row tells nothing about others
         return Measure(float(value), np.nan, np.nan)
     draws = statistic(*(row_weights([name] * n) for name, n in sizes.items()))
-    with np.errstate(invalid="ignore"):  # of infinite draws
+    with np.errstate(invalid="ignore"):  # draws may be infinite
         if np.ptp(draws) <= _ROUNDING * abs(value):
             return Measure(float(value), np.nan, np.nan)
     low, high = bounds(draws)

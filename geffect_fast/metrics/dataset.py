@@ -27,14 +27,14 @@ def measures_dataset(
     seen: Mapping[str, Observed],
     attributes: Mapping[str, Any],
 ) -> xr.Dataset:
-    """What `geffect_fast.evaluate` returns.
+    """The Dataset that `geffect_fast.evaluate` returns.
 
     Args:
-        metrics: what was measured.
-        measures: of each metric its numbers by set.
+        metrics: the metrics that were measured.
+        measures: numbers of each metric, by set.
         sets: the data sets by name.
-        seen: what was seen of each.
-        attributes: of the result, beside those that follow from the rest.
+        seen: observations of each set.
+        attributes: further attributes of the result.
     """
     import xarray as xr
 
@@ -83,12 +83,12 @@ def measures_dataset(
 
 
 def _about(metric: Metric) -> str:
-    """What a metric is, in the first sentence of its docstring."""
+    """The first paragraph of a metric's docstring, in one line and without backticks."""
     written = (inspect.getdoc(type(metric)) or "").partition("\n\n")[0]
     return " ".join(written.replace("`", "").split())
 
 
 def _scores(metric: Metric, seen: Observed, n: int) -> np.ndarray:
-    """A metric's scores of a set's `n` rows; NaN where it has none."""
+    """A metric's scores of a set's `n` rows; NaN where the metric has no scores there."""
     scores = metric.scores(seen) if metric.measurable(seen) else None
     return np.full(n, np.nan) if scores is None else scores

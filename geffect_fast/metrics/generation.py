@@ -1,7 +1,7 @@
-"""What greedy decoding puts after prompts: transformers' own, without any of the model's habits.
+"""Greedy continuations of prompts by transformers' `generate`, without the model's own settings.
 
-Prompts of one length share a batch, so that nothing is padded and a row's continuation is that of
-the row by itself.
+Prompts of one length share a batch. Nothing is padded, so a row gets the continuation that it would
+get by itself.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ def continuations(
     """Greedy continuations, without the token that ends them; equal prompts are continued once.
 
     Args:
-        model: of transformers, in eval mode; its own settings of generation (penalties, sampling)
-            play no part.
+        model: a model of transformers, in eval mode; its own settings of generation (penalties,
+            sampling) are not used.
         prompts: token ids, `(length,)` each.
-        ends: ids after which a row stops.
-        max_new_tokens: most tokens a row gets.
-        budget: of tokens that a batch of a forward and backward may hold; where memory runs out,
-            half as many rows are written at a time. An error where ranks keep step.
-        ranks: who share out the prompts.
+        ends: ids of the tokens that end a row.
+        max_new_tokens: the most tokens that a row gets.
+        budget: the tokens that a batch may hold in a forward and backward. Where memory runs out,
+            half as many rows are written at a time; where ranks keep step, that is an error.
+        ranks: the ranks that share out the prompts.
 
     Raises:
         UnsupportedModelError: the model cannot generate.
@@ -64,7 +64,7 @@ def continuations(
     found: dict[Key, list[int]] = {}
 
     def next_of(waiting: list[Key], most: int) -> list[Key]:
-        """Those of the next batch, all of one length."""
+        """The prompts of the next batch, all of one length."""
         length = len(waiting[0])
         fit = max(_KEPT * budget.tokens // (length + max_new_tokens), 1)
         return [key for key in waiting[: min(fit, most)] if len(key) == length]
@@ -99,7 +99,7 @@ def continuations(
 def _in_step(
     prompts: list[Key], next_of: Callable[[list[Key], int], list[Key]], ranks: Ranks
 ) -> list[list[Key]]:
-    """This rank's batches, of which all have as many: some run the first one again."""
+    """This rank's batches, the same number on every rank: some ranks run their first one again."""
     batches: list[list[Key]] = []
     most = -(-len(prompts) // ranks.size)
     while prompts:
@@ -115,11 +115,11 @@ def _greedy(
     """The new tokens of prompts of one length, `(n, at most max_new_tokens)`.
 
     Args:
-        model: of transformers.
-        ids: the prompts.
-        ends: ids after which a row stops.
-        max_new_tokens: most.
-        in_step: whether each rank goes on, for the others' sake, until all have stopped.
+        model: a model of transformers.
+        ids: the prompts, `(n, length)`.
+        ends: ids of the tokens that end a row.
+        max_new_tokens: the most new tokens of a row.
+        in_step: whether every rank goes on until the rows of all ranks have ended.
     """
     config = getattr(model.config, "get_text_config", lambda: model.config)()
     positions = getattr(config, "max_position_embeddings", None)
@@ -136,14 +136,14 @@ def _greedy(
         given: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         if in_step:
             given["synced_gpus"] = True
-            fsdp_groups(model)[0].unshard()  # an adapter asks the model inside, past its root
+            fsdp_groups(model)[0].unshard()  # an adapter calls the inner model, not its root
         made = model.generate(**given)
     return made[:, ids.shape[1] :].cpu()
 
 
 @contextmanager
 def _plainly(model: Any, ends: set[int], max_new_tokens: int) -> Iterator[None]:
-    """The model with settings of generation that say greedy, and nothing else."""
+    """Replace the model's settings of generation by plain greedy ones, inside the context."""
     from transformers import GenerationConfig
 
     plain = GenerationConfig(
@@ -153,7 +153,7 @@ def _plainly(model: Any, ends: set[int], max_new_tokens: int) -> Iterator[None]:
         eos_token_id=sorted(ends) or None,
         pad_token_id=min(ends, default=0),
     )
-    # An adapter asks the model inside, and hands it what it was told.
+    # An adapter hands its own settings to the inner model, so both are replaced.
     held = [(m, vars(m)[_HABITS]) for m in model.modules() if _HABITS in vars(m)]
     try:
         for module, _ in held:
@@ -165,5 +165,5 @@ def _plainly(model: Any, ends: set[int], max_new_tokens: int) -> Iterator[None]:
 
 
 def _until(row: list[int], ends: set[int]) -> list[int]:
-    """A row's tokens before the first that ends it."""
+    """A row's tokens before the first one that ends it."""
     return row[: next((i for i, token in enumerate(row) if token in ends), len(row))]

@@ -1,4 +1,4 @@
-"""Norms of the gradients of rows' mean losses, from ghost norms where the norm allows it."""
+"""Norms of the gradients of rows' mean losses, from ghost norms where these give the norm."""
 
 from __future__ import annotations
 
@@ -35,20 +35,21 @@ def gradient_norms(
     tick: Tick = lambda _: None,
     ranks: Ranks = ALONE,
 ) -> dict[str, np.ndarray]:
-    """Norms of every sequence's gradient of its mean loss, by the need that they answer.
+    """Norms of the gradient of every sequence's mean loss, by the need that they serve.
 
-    `whole_norms`: of the whole gradient; `parameter_norms`: the mean over trainable parameters of
-    their own norms; `largest_entries`: the mean over them of the largest absolute entry, which no
-    ghost norm gives: each gradient is formed.
+    - `whole_norms`: the norm of the whole gradient.
+    - `parameter_norms`: the mean over trainable parameters of the norms of their gradients.
+    - `largest_entries`: the mean over trainable parameters of the largest absolute entry of their
+      gradients. Ghost norms do not give this, so every gradient is formed.
 
     Args:
-        model: in eval mode.
-        sequences: with at least one label token each.
-        needs: which.
-        budget: of tokens a batch.
-        layout: as the functional of per-sample norms can take it apart, `packed` or not.
-        tick: told of tokens.
-        ranks: who share out the sequences, and may share out the model.
+        model: a model in eval mode.
+        sequences: sequences with at least one label token each.
+        needs: the needs to serve; others than these three are ignored.
+        budget: the tokens of a batch.
+        layout: a layout in which per-sample norms can be told apart, `packed` or another.
+        tick: called with the number of tokens that are done.
+        ranks: the ranks that share out the sequences, and may share out the model.
 
     Returns:
         `(n_sequences,)` fp64 each.
@@ -79,12 +80,12 @@ def gradient_norms(
                 for name, of in zip(names, values, strict=True):
                     found[name][list(attempt.batch.rows)] = of.double().cpu().numpy()
                 tick(attempt.batch.total_tokens)
-    told = ranks.meet(found)  # each rank's of its own sequences, and zeros
+    told = ranks.meet(found)  # each rank has zeros for others' sequences
     return {need: np.sum([of[need] for of in told], axis=0) for need in found}
 
 
 def _ghost_norms(plan: Plan, batch: Batch, names: Sequence[str]) -> list[Tensor]:
-    """Norms of a batch's rows, `(n,)` each."""
+    """Norms of the gradients of a batch's rows, `(n,)` for each of `names`."""
     moved = batch.to(plan.device)
     given = {"input_ids": moved.input_ids, "batch": moved}
     if batch.packed:
@@ -114,10 +115,10 @@ def mean_losses(model: nn.Module, given: dict[str, Batch]) -> Tensor:
 def _largest_entries(plan: Plan, batch: Batch, _names: Sequence[str]) -> list[Tensor]:
     """The mean over parameters of the largest absolute entry of one sample's gradient, `(1,)`.
 
-    Over those that the sample reaches.
+    The mean is over the parameters that the sample reaches.
     """
     moved = batch.to(plan.device)
-    if plan.shards is None:  # where whole gradients have room a backward of them is fastest
+    if plan.shards is None:  # a plain backward is fastest where whole gradients have room
         with torch.enable_grad():
             (loss,) = mean_losses(plan.model, {"batch": moved})
             grads = torch.autograd.grad(loss, list(plan.parameters.values()), allow_unused=True)

@@ -54,7 +54,8 @@ class OptionProbability(Metric):
 def option_probabilities(seen: Observed) -> np.ndarray:
     """`p / (p + sum_j p_j)` of every row, `(n,)`, with `p_j` of the perturbed answers.
 
-    Formed from differences of losses, so that it holds where all probabilities are 0 in fp64.
+    The value is formed from differences of losses, so it is right also where all probabilities are
+    0 in fp64.
     """
     found = []
     for loss, others in zip(seen.losses, known(seen.perturbed), strict=True):
@@ -67,9 +68,9 @@ def option_probabilities(seen: Observed) -> np.ndarray:
 class MultipleChoice(Metric):
     """The part of questions whose answer the model holds for the most probable choice.
 
-    The choices are those of rows of multiple choice, or else a question's answer and its perturbed
-    answers. They are listed below the question as `A. ...`, then `Answer:`, and the letters are
-    compared, as for WMDP and MMLU.
+    The choices come from rows of multiple choice, or else are a question's answer and its perturbed
+    answers. The prompt lists the choices below the question as `A. ...` and ends with `Answer:`,
+    and the probabilities of the letters are compared, as for WMDP and MMLU.
     """
 
     needs: ClassVar[frozenset[Need]] = frozenset({"choices"})
@@ -89,9 +90,10 @@ Aggregation = Literal["tofu", "closer_to_one", "true_better", "probability"]
 class TruthRatio(Metric):
     """How much likelier perturbed answers are than the paraphrased one.
 
-    With `x = exp(mean_j l_j - l)`, of the perturbed answers' losses `l_j` and the paraphrased
-    answer's `l`: the larger, the more true. Where a further set (real authors, world facts) has no
-    paraphrased answers, the answers themselves stand there, as in TOFU.
+    The ratio is `x = exp(mean_j l_j - l)`, with `l_j` the losses of the perturbed answers and `l`
+    the loss of the paraphrased answer. A larger `x` means that the model prefers the true answer.
+    Where a further set (real authors, world facts) has no paraphrased answers, the answers
+    themselves take their place, as in TOFU.
     """
 
     aggregation: Aggregation = "tofu"

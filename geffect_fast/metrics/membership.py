@@ -1,16 +1,20 @@
 """Metrics of membership: whether forget rows look more trained on than a hold-out.
 
-A row's score is high where it looks like a member; the number of the forget set is the area under
-the ROC curve, the probability that a forget row scores above a hold-out row (scikit-learn's).
-0.5: nobody can tell. With `l_t` the log-probability of label token `t` of `n`:
+A row that looks like a member has a high score. The number of the forget set is the area under the
+ROC curve (scikit-learn's): the probability that a forget row scores above a hold-out row. At 0.5
+the two sets cannot be told apart. The scores are, with `l_t` the log-probability of label token `t`
+of `n`, `l0_t` that by the reference model, and `mu_t`, `sigma_t` the mean and the standard
+deviation of a token's log-probability under the model's own distribution:
 
     loss              mean_t l_t
     zlib              mean_t l_t / bytes of the zlib-compressed answer
     min_k             mean of the k n lowest l_t
-    min_k_plus_plus   the same of (l_t - mu_t) / sigma_t, moments over the model's own distribution
+    min_k_plus_plus   mean of the k n lowest (l_t - mu_t) / sigma_t
     reference         mean_t l_t - mean_t l0_t
     gradient_norm     -||grad mean_t l_t||
-    privleak          change of AUC(min_k) against a model without the forget rows, in percent
+
+`privleak` is no score: it is the change of `1 - AUC(min_k)` against a model without the forget
+rows, in percent.
 """
 
 from __future__ import annotations
@@ -33,7 +37,7 @@ _LEAST_SPREAD = 1e-3
 
 
 class Membership(Metric):
-    """A metric whose number of the forget set is an AUC against the hold-out."""
+    """A metric whose number of the forget set is an AUC against the hold-out rows."""
 
     statistic: ClassVar[str] = "AUC"
     on: ClassVar[tuple[str, ...]] = (FORGET, HOLDOUT)
@@ -42,7 +46,7 @@ class Membership(Metric):
         return {FORGET: auc_of(*self._both(seen.sets))}
 
     def _both(self, sets: Mapping[str, Observed]) -> tuple[np.ndarray, np.ndarray]:
-        """Scores of the forget and the hold-out rows."""
+        """Scores of the forget rows and of the hold-out rows."""
         for name in (FORGET, HOLDOUT):
             if not self.measurable(sets[name]):
                 raise InputError(
@@ -54,13 +58,13 @@ class Membership(Metric):
 
 
 def auc(members: np.ndarray, others: np.ndarray) -> float:
-    """The probability that a member's score is above another's, ties counted half."""
+    """The probability that a member's score is above a non-member's; a tie counts half."""
     labels = np.repeat([1, 0], [len(members), len(others)])
     return float(roc_auc_score()(labels, np.concatenate([members, others])))
 
 
 def auc_of(members: np.ndarray, others: np.ndarray) -> Measure:
-    """`auc`, with its interval: the rows of both sets are drawn anew, each by themselves."""
+    """`auc` with its interval, for which the rows of the two sets are drawn independently."""
     found = drawn(_weighted_auc(members, others), _sizes(members, others))
     return Measure(auc(members, others), found.low, found.high)
 
@@ -72,7 +76,7 @@ def _sizes(members: np.ndarray, others: np.ndarray) -> dict[str, int]:
 def _weighted_auc(
     members: np.ndarray, others: np.ndarray
 ) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
-    """`auc` as a function of weights of the rows of both sets, `(draws, n)` each: `(draws,)`."""
+    """`auc` as a function of weights of both sets' rows, `(draws, n)` each; returns `(draws,)`."""
     order = np.argsort(others, kind="stable")
     first, last = (np.searchsorted(others[order], members, side=side) for side in ("left", "right"))
 
@@ -129,8 +133,8 @@ class MinK(_Lowest):
 class MinKPlusPlus(_Lowest):
     """Min-K% of log-probabilities standardised by the model's own distribution (2404.02936).
 
-    Where the model is all but certain the deviation is next to nothing, or rounds to it; it counts
-    as 0.001 at least, the square root of what open-unlearning takes for the variance.
+    Where the model is almost certain, the standard deviation is close to 0 or rounds to 0. It
+    therefore counts as at least 0.001, the square root of open-unlearning's least variance.
     """
 
     needs: ClassVar[frozenset[Need]] = frozenset({"answers", "distribution", "holdout"})
@@ -183,9 +187,9 @@ _NORMS: dict[str, Need] = {
 class PrivLeak(MinK):
     """MUSE's leak (arXiv 2407.06460): `100 (a - a0) / a0` with `a = 1 - AUC(min_k)`.
 
-    `a0` is that of the model that was trained without the forget rows; 0.5 without one. Below 0
-    forget rows still look like members, above 0 they look less known than rows nobody has seen.
-    Both models answered the same rows, so a draw of them is of both.
+    `a0` is `a` of the model that was trained without the forget rows, or 0.5 where none is given.
+    Below 0 the forget rows still look like members; above 0 they look less known than rows that the
+    model has not seen. Both models answer the same rows, so a draw of rows is the same for both.
     """
 
     statistic: ClassVar[str] = "percent"
@@ -198,10 +202,10 @@ class PrivLeak(MinK):
         if a0 == 0:
             return {FORGET: Measure(np.nan, np.nan, np.nan)}
         if before is not None and np.array_equal(_comparisons(*own), _comparisons(*before)):
-            return {FORGET: Measure(0.0, 0.0, 0.0)}  # whatever rows are drawn
+            return {FORGET: Measure(0.0, 0.0, 0.0)}  # in every draw of rows
         area = auc(*own)
         value = 100 * ((1 - area) - a0) / a0
-        if area in (0, 1):  # nobody saw how far the rows could be from that
+        if area in (0, 1):  # every draw of these rows gives the same
             return {FORGET: Measure(value, np.nan, np.nan)}
         own_area = _weighted_auc(*own)
         area_before = None if before is None else _weighted_auc(*before)
@@ -217,10 +221,10 @@ class PrivLeak(MinK):
 
 
 def _comparisons(members: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """All that an AUC reads of scores: which are above, and which not below, `(2, n, m)` bool."""
+    """The comparisons of scores that determine an AUC, `(2, n, m)` bool: above, and not below."""
     return np.stack([members[:, None] > others, members[:, None] >= others])
 
 
 def _left(area: np.ndarray) -> np.ndarray:
-    """`1 - AUC`, between 0 and 1 also where a draw's weights are negative, and not by rounding."""
+    """`1 - AUC`, rounded to 12 digits and clipped to [0, 1]: a draw's weights may be negative."""
     return np.round(1 - area, 12).clip(0, 1)

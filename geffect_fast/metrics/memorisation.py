@@ -1,11 +1,12 @@
-"""Metrics of what a model knows by heart, from one teacher-forced pass.
+"""Metrics of the text that a model knows by heart, from one teacher-forced pass.
 
-With `n` label tokens of an answer and `m` of them in its longest suffix that is right throughout,
+With `n` label tokens of an answer, `m` of them in its longest suffix in which the model predicts
+every token,
 
     extraction strength = m / n = 1 - k / n
 
-where `k = n - m` is the length of the shortest prefix from which greedy decoding gives the rest:
-decoding that is right so far sees what teacher forcing sees, so no generation is needed.
+where `k = n - m` is the length of the shortest prefix from which greedy decoding gives the rest. As
+long as decoding is right, it reads the same tokens as teacher forcing, so no generation is needed.
 """
 
 from __future__ import annotations
@@ -49,11 +50,11 @@ class ParaphrasedExtractionStrength(_Strength):
 
 
 def extraction_strength(greedy: np.ndarray, floor: bool = False) -> float:
-    """`m / n` of one answer; 0 of an empty one.
+    """The extraction strength `m / n` of one answer; 0 of an empty one.
 
     Args:
         greedy: `(n,)` bool, whether each label is the most probable token.
-        floor: whether it is at least `1 / n`.
+        floor: whether the value is at least `1 / n`.
     """
     n = len(greedy)
     if n == 0:

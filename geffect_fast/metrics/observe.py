@@ -1,4 +1,4 @@
-"""All that metrics need to see of a model, each thing once: rows in, `Observed` out."""
+"""Observation of a model for metrics: everything they need of data sets, each thing once."""
 
 from __future__ import annotations
 
@@ -40,24 +40,24 @@ def observe(
     tick: Tick = lambda _: None,
     ranks: Ranks = ALONE,
 ) -> dict[str, Observed]:
-    """What a model says of data sets: one teacher-forced pass over all of their sequences.
+    """Observe a model on data sets, by one teacher-forced pass over all of their sequences.
 
-    Generation and gradients, where they are needed, come after it.
+    Generation and gradients, where metrics need them, come after that pass.
 
     Args:
-        model: in eval mode.
-        sets: by name.
-        needs: of each set.
-        tokenizer: makes texts of tokens; None where no metric reads any.
-        budget: of tokens a batch.
-        max_new_tokens: most tokens of what is under `continuations`.
-        lengths: most tokens of what is `written` of a set, each.
-        what: what messages call the model.
-        tick: told of tokens.
-        ranks: who share out the rows; each sees all that was found.
+        model: a model in eval mode.
+        sets: the data sets by name.
+        needs: the needs of the metrics that read each set, by its name.
+        tokenizer: decodes tokens into text; None where no metric reads text.
+        budget: the tokens of a batch.
+        max_new_tokens: the most tokens of a text in `Observed.continuations`.
+        lengths: by set, every number of tokens for which `Observed.written` has an entry.
+        what: the model's name in messages.
+        tick: called with the number of tokens that are done.
+        ranks: the ranks that share out the rows; each rank gets all observations.
 
     Raises:
-        NonFiniteError, UnsupportedModelError, InputError: as the passes raise them.
+        NonFiniteError, UnsupportedModelError, InputError: errors of the passes.
     """
     sequences: list[Tokens] = []
     places: list[str] = []
@@ -116,14 +116,14 @@ def observe(
 def answers_scored(
     model: nn.Module, sets: Mapping[str, DataRows], budget: TokenBudget, what: str, ranks: Ranks
 ) -> dict[str, list[Scored]]:
-    """What a further model says of the answers of sets."""
+    """Scores of the sets' answers by a further model, by set."""
     needs = {name: {"answers"} for name in sets}
     seen = observe(model, sets, needs, None, budget, 1, what=what, ranks=ranks)
     return {name: of.answers or [] for name, of in seen.items()}
 
 
 def n_tokens(sets: Mapping[str, DataRows], needs: Mapping[str, Collection[str]]) -> int:
-    """Tokens of all that a pass scores, equal sequences counted as often as they come."""
+    """Number of tokens of all sequences that a pass scores; equal sequences count every time."""
     return sum(
         len(sequence)
         for name, rows in sets.items()
@@ -134,7 +134,7 @@ def n_tokens(sets: Mapping[str, DataRows], needs: Mapping[str, Collection[str]])
 
 
 def _columns(rows: DataRows, needs: Collection[str]) -> dict[str, list[Any]]:
-    """By column of `Observed`, the sequences of every row that must be scored for these needs."""
+    """The sequences that these needs ask to score, row by row, for each column of `Observed`."""
     found: dict[str, list[Any]] = {"answers": [s.answer for s in rows.answers.samples]}
     for need in FIELDS:
         of = getattr(rows, need)
@@ -144,7 +144,7 @@ def _columns(rows: DataRows, needs: Collection[str]) -> dict[str, list[Any]]:
 
 
 def _decoded(rows: DataRows, tokenizer: Any) -> list[str]:
-    """What the label tokens of the rows stand for."""
+    """The rows' label tokens, decoded."""
     labels = [sample.answer.labels for sample in rows.answers.samples]
     of = [each[each != IGNORE].tolist() for each in labels]
     return [str(tokenizer.decode(ids, skip_special_tokens=True)) for ids in of]
@@ -161,10 +161,11 @@ def _written(
     lengths: set[int],
     ranks: Ranks,
 ) -> dict[str, Any]:
-    """Continuations of the rows' prompts, and what the data has there.
+    """Columns of `Observed` with continuations of the rows' prompts, and the data's own texts.
 
-    The longest are written; what is greedy and shorter is how they begin. With examples what is
-    `written` follows them, and `continuations` follow the rows' own prompts.
+    Only the longest continuations are generated: a shorter greedy one is the beginning of a longer
+    one. Where examples are given, `written` continues prompts with the examples, and
+    `continuations` continues the rows' own prompts.
     """
     own = {max_new_tokens} if "continuations" in needs else set()
     if not lengths | own:
@@ -212,7 +213,7 @@ def _norms(
     tick: Tick,
     ranks: Ranks,
 ) -> dict[str, Any]:
-    """Norms of the rows' gradients, where a metric reads them."""
+    """Norms of the rows' gradients, by need; empty where no metric reads them."""
     wanted = [need for need in NORM_NEEDS if need in needs]
     if not wanted:
         return {}

@@ -1,4 +1,4 @@
-"""What was seen of a model on the rows of one data set: all that metrics are made of."""
+"""Observations of a model on the rows of one data set, from which metrics are computed."""
 
 from __future__ import annotations
 
@@ -16,14 +16,16 @@ from geffect_fast.errors import InputError
 
 @dataclass(frozen=True)
 class Scored:
-    """What a model says of one sequence's `n` label tokens, teacher-forced.
+    """Scores of one sequence's `n` label tokens by a model, teacher-forced.
 
     Attributes:
-        mean_loss: mean negative log-probability of its label tokens, in nats.
-        log_prob: `(n,)` fp64, of every label token; None where a saved log says only the mean.
-        greedy: `(n,)` bool, whether the label is the most probable token, the first of equals.
+        mean_loss: mean negative log-probability of the label tokens, in nats.
+        log_prob: `(n,)` fp64, log-probability of every label token; None where a saved log holds
+            only the mean.
+        greedy: `(n,)` bool, whether the label is the most probable token, of equal ones the first;
+            None for a saved log.
         mean, spread: `(n,)` fp64, mean and standard deviation of the log-probability of a token
-            drawn from the model; None where nobody asked.
+            drawn from the model; None where no metric needs them.
     """
 
     mean_loss: float
@@ -35,25 +37,25 @@ class Scored:
 
 @dataclass(frozen=True)
 class Observed:
-    """What a model says of a data set; each list has an entry a row, and is None if not asked for.
+    """Observations of a model on a data set; a list has an entry a row, or is None if not needed.
 
     Attributes:
-        name: of the set.
-        answers: of the answer to the question.
-        paraphrases: of `paraphrased_answer`.
-        perturbed: of each `perturbed_answer`.
-        rephrased: of the answer to `paraphrased_question`.
-        choices: of each choice of a question.
-        right: which choice is the answer.
-        texts: the answers themselves.
-        continuations: what greedy decoding puts after each prompt.
-        truths: what stands there in the data.
-        written: continuations and truths where a metric says how many tokens it reads at most, by
-            that number.
-        norms: of the gradients of the rows' mean losses, `(n,)` fp64, by the need they answer.
-        reference: of the answer, by the reference model.
-        prompts: in a saved log, what stood before what was generated.
-        kind: of its rows.
+        name: name of the set.
+        answers: scores of the answer to the question.
+        paraphrases: scores of `paraphrased_answer`.
+        perturbed: scores of each `perturbed_answer`.
+        rephrased: scores of the answer to `paraphrased_question`.
+        choices: scores of each choice of a question.
+        right: number of the choice that is the answer.
+        texts: the answers as text.
+        continuations: the greedy continuation of each prompt, as text.
+        truths: the data's own text after each prompt.
+        written: continuations and truths for metrics that limit the number of tokens, by that
+            number.
+        norms: norms of the gradients of the rows' mean losses, `(n,)` fp64, by need.
+        reference: scores of the answer by the reference model.
+        prompts: in a saved log, the prompt of each continuation.
+        kind: kind of the rows.
     """
 
     name: str
@@ -73,7 +75,10 @@ class Observed:
     kind: RowKind = "question"
 
     def has(self, needs: Collection[str]) -> bool:
-        """Whether all of this was seen of the set's rows."""
+        """Whether the set's rows were observed for all of these needs.
+
+        The needs `retain_model` and `holdout` are not about the set itself, and are left out.
+        """
         return all(
             need in self.norms
             or getattr(self, "answers" if need == "distribution" else need, None) is not None
@@ -88,7 +93,7 @@ class Observed:
 
 
 def known(value: Any) -> Any:
-    """What is there, since the metric that reads it has it among its needs."""
+    """The value itself, which is not None, since the metric that reads it names it as a need."""
     assert value is not None, "read without being among the metric's needs"
     return value
 
@@ -108,14 +113,14 @@ _FILES = {
 
 
 def read_log(path: str | Path) -> dict[str, Observed]:
-    """What a saved evaluation log of TOFU says of a model, by set.
+    """Read the observations of a model, by set, from a saved evaluation log of TOFU.
 
     Args:
-        path: a JSON file by TOFU's `aggregate_eval_stat.py`: an object of logs by file name
-            (`eval_log_forget.json` ...), or one of these logs itself, taken as the forget set's.
+        path: a JSON file as TOFU's `aggregate_eval_stat.py` reads it: an object of logs by file
+            name (`eval_log_forget.json` ...), or one such log alone, taken as the forget set's.
 
     Raises:
-        InputError: it is no such file.
+        InputError: the file cannot be read, or is no such log.
     """
     try:
         held = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
@@ -139,7 +144,7 @@ def read_log(path: str | Path) -> dict[str, Observed]:
 
 
 def _of_log(name: str, log: dict[str, dict[str, Any]]) -> Observed:
-    """The log of one set; TOFU's keys are row numbers, in order."""
+    """The observations in the log of one set; TOFU's keys are row numbers, in order."""
     rows = list(log["avg_paraphrased_loss"])
 
     def column(key: str) -> list[Any]:
@@ -151,7 +156,7 @@ def _of_log(name: str, log: dict[str, dict[str, Any]]) -> Observed:
         answers=[Scored(float(x)) for x in column("avg_gt_loss")] if "avg_gt_loss" in log else None,
         paraphrases=[Scored(float(x)) for x in column("avg_paraphrased_loss")],
         perturbed=[[Scored(float(y)) for y in x] for x in column("average_perturb_loss")],
-        # Question, what was generated, and the answer.
+        # Each text is the question, the generated answer, and the true answer.
         continuations=None if texts is None else [str(text[1]) for text in texts],
         truths=None if texts is None else [str(text[2]) for text in texts],
         prompts=None if texts is None else [str(text[0]) for text in texts],

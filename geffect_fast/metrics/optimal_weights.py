@@ -1,4 +1,4 @@
-"""The best weights that first order allows for a forget set's tokens, and files that hold them.
+"""The best token weights for a forget set, to first order, and files that hold them.
 
 With `u_t` and `r_t` token `t`'s share of the effects of `ga` on the forget and the retain risk, an
 objective with a weight for every token has
@@ -6,19 +6,19 @@ objective with a weight for every token has
     e_u = sum_t w_t u_t,        e_r = sum_t w_t r_t,        0 <= w_t <= W,
 
 so the most removal for a given harm, and the least harm for a given removal, are linear
-programs in `w`. Both are one continuous knapsack, which sorting solves exactly; nothing needs a
-solver. By the signs of its two shares (removal is `u < 0`, harm `r < 0`) a token is
+programs in `w`. Both are one continuous knapsack, which sorting solves exactly, without a solver.
+The signs of a token's two shares (removal is `u < 0`, harm `r < 0`) decide its weight:
 
     u < 0, r >= 0    full: it removes for nothing; also u = 0, r > 0
     u >= 0, r <= 0   0: it removes nothing, and may do harm
     u < 0, r < 0     costly: it removes `|u|` and does harm `|r|`
     u > 0, r > 0     repairing: it undoes removal `u` and harm `r`
 
-Start where `e_r` is largest: repairing tokens full, costly ones 0. A token of either kind, moved to
-the other end of its weight, gains `W |u|` of removal for `W |r|` of harm. So the best order is by
-`|u| / |r|`, downwards, and the gains add up to the frontier: a concave curve with a vertex a token,
-from the largest `e_r` to the smallest `e_u`. At most one token's weight, the one at which the
-budget runs out, lies strictly between 0 and `W`.
+The solution starts where `e_r` is largest: repairing tokens are full, costly ones are 0. To move a
+token of either kind to the other end of its weight gains `W |u|` of removal for `W |r|` of harm.
+The best order is therefore by descending `|u| / |r|`, and the gains add up to the frontier: a
+concave curve with one vertex for each token, from the largest `e_r` to the smallest `e_u`. At most
+one token's weight lies strictly between 0 and `W`: that of the token at which the budget runs out.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def optimal_weights(
     removal: float | None = None,
     max_weight: float = 1.0,
 ) -> xr.Dataset:
-    """The weights of the forget set's tokens that remove most for the harm allowed.
+    """The weights of the forget set's tokens that give the most removal for an allowed harm.
 
         minimise e_u   subject to   e_r >= -retain_budget     (removal is e_u < 0, harm e_r < 0)
         maximise e_r   subject to   e_u <= removal            where `removal` is given instead
@@ -67,30 +67,36 @@ def optimal_weights(
     same `reduction` as the result's; `write_weighted` writes its data.
 
     Args:
-        result: of `profile`, with objective `ga`, risks `unlearn` and `retain`, and axes `sample`
-            and `token`; other axes are summed.
-        retain_budget: harm that is allowed, in units of `e_r`: a step of size `lr` may raise
-            the retain risk by `lr * retain_budget`. 0 allows none, `inf` any; a negative number
-            demands that the risk falls.
+        result: a result of `profile`, with objective `ga`, risks `unlearn` and `retain`, and axes
+            `sample` and `token`; other axes are summed.
+        retain_budget: the allowed harm in units of `e_r`: a step of size `lr` may raise the retain
+            risk by `lr * retain_budget`. 0 allows no harm, `inf` any; a negative number demands
+            that the risk falls.
         removal: the `e_u` to reach at least, a negative number or 0. Give this or the budget.
-        max_weight: the largest weight; `ga` is weight 1.
+        max_weight: the largest weight; `ga` has weight 1.
 
     Returns:
-        A Dataset, all fp64: `weight` (sample, token), NaN where the answer has no token any more;
-        `e_u`, `e_r` at the optimum; `frontier_e_u`, `frontier_e_r` (vertex), the best `e_u` for
-        every `e_r` from the largest down, linear in between; `shadow_price`, the removal that one
-        more unit of the budget would buy there, 0 where nothing is left to buy; `token_e_u`,
-        `token_e_r` (sample, token), the shares `u` and `r` of `ga`; where the result has intervals
-        `e_u_low`, `e_u_high`, `e_r_low`, `e_r_high`, what these very weights do on other rows of
-        the kind, and `ga_e_u_low` and so on, what `ga` does. Samples are the forget rows and
-        tokens their answers' label tokens, with the coordinates they have in the result.
+        A Dataset, all fp64. Samples are the forget rows and tokens their answers' label tokens,
+        with the coordinates that they have in `result`.
 
-        Of several optima it is one that no other beats in `e_u` and `e_r` at once; tokens of equal
-        `|u| / |r|` change their weights in the order of the data.
+        - `weight` (sample, token): the weights, NaN behind the end of an answer.
+        - `e_u`, `e_r`: the effects at the optimum.
+        - `frontier_e_u`, `frontier_e_r` (vertex): the best `e_u` for every `e_r`, from the largest
+          `e_r` down; the frontier is linear between vertices.
+        - `shadow_price`: the removal that one more unit of the budget would buy at the optimum; 0
+          where nothing is left to buy.
+        - `token_e_u`, `token_e_r` (sample, token): the shares `u` and `r` of `ga`.
+        - `e_u_low`, `e_u_high`, `e_r_low`, `e_r_high`, where the result has intervals: bounds of
+          the effects of these same weights on other rows of the kind.
+        - `ga_e_u_low`, `ga_e_u_high`, `ga_e_r_low`, `ga_e_r_high`, likewise: bounds of the effects
+          of `ga`.
+
+        Of several optima the result is one that no other beats in `e_u` and `e_r` at once. Tokens
+        of equal `|u| / |r|` change their weights in the order of the data.
 
     Raises:
-        InputError: an axis, objective or risk is missing, not exactly one of budget and removal is
-            given, or it cannot be reached: the message says what can.
+        InputError: an axis, objective or risk is missing; not exactly one of budget and removal is
+            given; or the request cannot be reached, and the message says what can be.
         NonFiniteError: an effect is NaN or infinite.
 
     Examples:
@@ -155,9 +161,9 @@ class Frontier:
     Attributes:
         start: `(n,)` weights at the first vertex.
         order: `(n_changes,)` tokens in the order in which their weights move to the other end.
-        prices: `(n_changes,)` removal for a unit of harm, which falls along the order.
+        prices: `(n_changes,)` removal for a unit of harm; prices fall along the order.
         e_u, e_r: `(n_changes + 1,)` effects at the vertices; both fall.
-        max_weight: the other end of 0.
+        max_weight: the largest weight; the smallest is 0.
     """
 
     start: np.ndarray
@@ -169,21 +175,21 @@ class Frontier:
 
     @classmethod
     def of(cls, u: np.ndarray, r: np.ndarray, max_weight: float) -> Frontier:
-        """From the tokens' shares `(n,)` in `e_u` and `e_r` at weight 1."""
+        """Make the frontier from the tokens' shares `(n,)` of `e_u` and `e_r` at weight 1."""
         start = max_weight * ((r > 0) | ((u < 0) & (r == 0)))
         traded = np.flatnonzero(np.sign(u) * np.sign(r) > 0)
         with np.errstate(over="ignore"):
             prices = u[traded] / r[traded]
         by_price = np.argsort(-prices, kind="stable")
         order = traded[by_price]
-        # Each is summed from the end that bounds what can be asked of it: it is exact there.
+        # Each sum begins at the end that limits requests, and so is exact there.
         lost, gained = (max_weight * np.abs(x[order]) for x in (r, u))
         e_r = np.cumsum([max_weight * r[r > 0].sum(), *-lost])
         e_u = np.cumsum([max_weight * u[u < 0].sum(), *gained[::-1]])[::-1]
         return cls(start, order, prices[by_price], e_u, e_r, max_weight)
 
     def within(self, budget: float) -> tuple[int, float]:
-        """How far along the order `e_r >= -budget` lets one go: whole changes, part of the next."""
+        """The last place along the order with `e_r >= -budget`: whole changes, part of the next."""
         most = float(self.e_r[0])
         if -budget > most and not math.isclose(-budget, most, rel_tol=ROUNDING):
             raise InputError(
@@ -195,7 +201,7 @@ class Frontier:
         return self._at(self.e_r, done, wanted)
 
     def reaching(self, removal: float) -> tuple[int, float]:
-        """How far along the order one must go for `e_u <= removal`."""
+        """The first place along the order with `e_u <= removal`, in the form of `within`."""
         if removal > 0:
             raise InputError(
                 f"removal: {removal!r} is an e_u above 0, where the forget risk falls; give a "
@@ -212,14 +218,14 @@ class Frontier:
         return self._at(self.e_u, first - 1, wanted) if first else (0, 0.0)
 
     def _at(self, values: np.ndarray, done: int, wanted: float) -> tuple[int, float]:
-        """The place between vertex `done` and the next where `values` are as wanted."""
+        """The place between vertex `done` and the next where `values` equal `wanted`."""
         if done == len(self.order):
             return done, 0.0
         part = (values[done] - wanted) / (values[done] - values[done + 1])
         return (done, float(part)) if part < 1 else (done + 1, 0.0)
 
     def weights(self, done: int, part: float) -> np.ndarray:
-        """The weights `(n,)` after `done` changes and a part of the next."""
+        """The weights `(n,)` after `done` changes and the part `part` of the next."""
         weights = self.start.copy()
         moved = self.order[:done]
         weights[moved] = self.max_weight - weights[moved]
@@ -229,7 +235,7 @@ class Frontier:
         return weights
 
     def price(self, done: int) -> float:
-        """Removal that one more unit of harm would buy there."""
+        """Removal that one more unit of harm would buy after `done` changes."""
         return float(self.prices[done]) if done < len(self.prices) else 0.0
 
 
@@ -240,17 +246,18 @@ def write_weighted(
 
     Args:
         forget: the forget data that `weights` were computed from, as `profile` takes it.
-        weights: of `optimal_weights`; of others, `weight` (sample, token) with its coordinates.
-        path: file of JSON lines; there whole or not at all, in place of one that is there. Its rows
-            are those of `forget`, other fields included.
-        data_format: of `forget`, as `profile` takes it.
+        weights: a result of `optimal_weights`, or any Dataset with its variable `weight` (sample,
+            token) and the coordinates of this variable.
+        path: file of JSON lines to write, completely or not at all; an earlier file is replaced.
+            Its rows are those of `forget` with all their fields.
+        data_format: format of `forget`, as `profile` takes it.
 
     Returns:
         The path of the file.
 
     Raises:
-        InputError: the rows are others than the weights', cannot be written as JSON, or the disk
-            refuses.
+        InputError: the rows are not those of the weights, a row cannot be written as JSON, or the
+            disk refuses.
     """
     rows = read_rows(forget, name="forget", data_format=data_format)
     weight = weights["weight"].transpose("sample", "token")
@@ -278,7 +285,7 @@ def write_weighted(
 
 
 def _check_same(row: dict[str, Any], weight: xr.DataArray, place: str) -> None:
-    """Raise `InputError` where a row is not the one that the weights are of."""
+    """Raise `InputError` where a row is not the one that the weights belong to."""
     same = str(weight["question"].item()) == stored_text(question_of(row))
     if "labels" in row:
         labels = [label for label in row["labels"] if label != IGNORE]
@@ -290,9 +297,9 @@ def _check_same(row: dict[str, Any], weight: xr.DataArray, place: str) -> None:
 
 
 def _token_shares(result: xr.Dataset) -> xr.Dataset:
-    """GA's shares `token_e_u`, `token_e_r` (sample, token), of the answers of forget rows.
+    """Shares `token_e_u` and `token_e_r` (sample, token) of `ga`, for the answers of forget rows.
 
-    `there` (sample, token) says where an answer has a token.
+    The variable `there` (sample, token) marks where an answer has a token.
     """
     import xarray as xr
 
@@ -317,8 +324,8 @@ def _token_shares(result: xr.Dataset) -> xr.Dataset:
     ga = effect.sel(objective="ga", drop=True)
     ga = ga.isel(sample=np.flatnonzero(ga["set"].values == "forget"))
     ga = ga.sum([d for d in ga.dims if d not in ("risk", "sample", "token")], skipna=False)
-    ga = ga.to_dataset(name="e").transpose("risk", "sample", "token")["e"]  # its coordinates too
-    # Behind an answer's tokens come those of its alternatives, which are no part of ga.
+    ga = ga.to_dataset(name="e").transpose("risk", "sample", "token")["e"]  # coordinates too
+    # An answer's tokens are followed by those of its alternatives, which ga does not read.
     there = ga["sequence"].values == 0
     width = int(there.sum(1).max(initial=0))
     ga, there = ga.isel(token=slice(width)), there[:, :width]

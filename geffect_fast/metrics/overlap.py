@@ -1,4 +1,4 @@
-"""Metrics of what a model writes: ROUGE-L of greedy continuations, by the package rouge-score."""
+"""Metrics of texts that a model writes: ROUGE-L of greedy continuations, by rouge-score."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class _Overlap(Metric):
         *,
         use_stemmer: bool,
     ) -> np.ndarray:
-        """ROUGE-L of every row's continuation against what the data has there, `(n,)`."""
+        """ROUGE-L of every row's continuation against the data's own text, `(n,)`."""
         scorer = rouge_scorer(use_stemmer=use_stemmer)
         pairs = zip(truths, continuations, strict=True)
         return np.array([getattr(scorer.score(*pair)["rougeL"], measure) for pair in pairs])
@@ -34,8 +34,8 @@ class _Overlap(Metric):
 class RougeL(_Overlap):
     """ROUGE-L recall of the answer, words compared by their stems: TOFU's ROUGE.
 
-    Of a conversation the assistant's first turn is written and compared; of a text as much as may
-    be written.
+    For a conversation, the assistant's first turn is written and compared. For a text, as many
+    tokens are compared as may be written.
     """
 
     needs: ClassVar[frozenset[Need]] = frozenset({"continuations"})
@@ -46,7 +46,7 @@ class RougeL(_Overlap):
 
 
 class _Muse(_Overlap):
-    """ROUGE-L F1 in percent, words compared as they are, of what is written up to a length."""
+    """ROUGE-L F1 in percent, without stemming, of a continuation of limited length."""
 
     needs: ClassVar[frozenset[Need]] = frozenset({"written"})
     statistic: ClassVar[str] = "mean percent"
@@ -66,9 +66,9 @@ class _Muse(_Overlap):
 class VerbatimMemorisation(_Muse):
     """How a model goes on with texts: MUSE's VerbMem (arXiv 2407.06460), from 0 to 100.
 
-    Reads beginnings and continuations (`prompt`, `gt`), as MUSE has them, and plain text, of which
-    the first 200 tokens or the first half are the beginning. As many tokens of the text are
-    compared as may be written.
+    The metric reads beginnings and continuations (`prompt`, `gt`), as MUSE has them, and plain
+    text. Of a plain text the first 200 tokens, or the first half of a shorter one, are the
+    beginning. As many tokens of the text are compared as may be written.
     """
 
     kinds: ClassVar[tuple[RowKind, ...]] = ("continuation", "text")
@@ -81,9 +81,9 @@ class VerbatimMemorisation(_Muse):
 class KnowledgeMemorisation(_Muse):
     """How a model answers questions: MUSE's KnowMem (arXiv 2407.06460), from 0 to 100.
 
-    Reads questions and answers. MUSE puts answered questions before each (few-shot examples): those
-    of a set's `NAME_icl`, where there is such, as a probe. Without, a question is asked alone, by
-    the template.
+    The metric reads questions and answers. MUSE puts answered questions (few-shot examples) before
+    each question; they come from the probe `NAME_icl` of a set `NAME`. Without such a probe a
+    question is asked alone, by the template.
     """
 
     kinds: ClassVar[tuple[RowKind, ...]] = ("question",)

@@ -1,4 +1,4 @@
-"""Metrics by name, lists of them as text, and the lists that benchmarks are made of."""
+"""Registered metrics by name, lists of metrics as text, and the suites of benchmarks."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ METRICS: Registry[Metric] = Registry(Metric, "metric", _check, unknown="metrics:
 def register(name: str) -> Callable[[M], M]:
     """Class decorator that makes a metric usable by `name` in lists of metrics.
 
-    Running the definition of the same class again replaces it, as a notebook needs.
+    To run the definition of the same class again replaces the metric, as notebooks need.
 
     Args:
         name: lower-case letters, digits and underscores, not yet taken.
@@ -82,12 +82,12 @@ def available() -> tuple[str, ...]:
 def resolved_metrics(
     metrics: str | Metric | Iterable[str | Metric] = (), suite: str | None = None
 ) -> list[Metric]:
-    """The metrics that are meant, each once.
+    """The metrics that a list and a suite name, each once.
 
     Args:
-        metrics: objects, or texts such as `probability` and `min_k(k=0.2)`, several in one text
-            with commas between.
-        suite: name of a list in `SUITES`, measured first.
+        metrics: metrics, or texts such as `probability` and `min_k(k=0.2)`; one text may hold
+            several, separated by commas. `DEFAULT` where neither these nor a suite are given.
+        suite: name of a list in `SUITES`, whose metrics come first.
 
     Raises:
         InputError: a name is unknown (the nearest is offered), a hyper-parameter is wrong, or a
@@ -113,7 +113,7 @@ def resolved_metrics(
 
 
 def _parsed(text: str) -> Metric:
-    """The metric of `name` or `name(hyper_parameter=value, ...)`."""
+    """The metric that a text `name` or `name(hyper_parameter=value, ...)` stands for."""
     call = _CALL.fullmatch(text)
     if call is None:
         raise InputError(f"metrics: {text.strip()!r} must be a name, or such as 'min_k(k=0.2)'")

@@ -1,4 +1,4 @@
-"""The sequences that metrics read of a data set's rows, and the fields they are made of."""
+"""The sequences of a data set's rows that metrics read, and the fields that they come from."""
 
 from __future__ import annotations
 
@@ -43,16 +43,17 @@ _TEXT_OF: dict[RowKind, Callable[[Mapping[str, Any]], str]] = {
 
 @dataclass(frozen=True)
 class DataRows:
-    """A data set as metrics read it: every list has an entry a row, None where nothing is read.
+    """A data set as metrics read it; each list has an entry a row, or is None if nothing reads it.
 
     Attributes:
-        name: of the set.
-        kind: of its rows.
-        answers: tokenised, a sample a row, or a window of a text.
-        texts: what answers, choices and continuations are in the data; None of other rows, where
-            only tokens say it.
-        paraphrases, perturbed, rephrased, choices: sequences that are scored beside.
-        right: which of the choices is the answer.
+        name: name of the set.
+        kind: kind of the rows.
+        answers: the tokenised answers, one sample for a row or for a window of a text.
+        texts: the right answer, choice or continuation of each row as text; None for rows of other
+            kinds, which have it as tokens alone.
+        paraphrases, perturbed, rephrased, choices: further sequences to score, as `Observed` has
+            them.
+        right: number of the choice that is the answer.
     """
 
     name: str
@@ -69,7 +70,7 @@ class DataRows:
         return len(self.answers)
 
     def every_set(self) -> list[SampleSet]:
-        """All sequences, for checks of vocabulary and length; rows keep their numbers."""
+        """All sequences as sample sets, for checks of vocabulary and length; rows keep numbers."""
         columns: list[list[list[Tokens]]] = [
             *([[one] for one in of] for of in (self.paraphrases, self.rephrased) if of is not None),
             *(of for of in (self.perturbed, self.choices) if of is not None),
@@ -94,22 +95,23 @@ def rows_of(
     tokenize: Tokenize,
     tokenize_choices: Tokenize,
 ) -> DataRows:
-    """What `metrics` read of a set.
+    """The sequences and texts of a set that `metrics` read.
 
-    A field that no row of the set has is left out, except in the forget set, and the set has no
-    number of the metric then; of the retain set that is told (`GEffectWarning`). Where a further
-    set has perturbed answers but no paraphrased ones, its answers stand for these.
+    A field that no row of the set has is left out, and the set then has no number of the metric.
+    For the retain set a `GEffectWarning` tells so; in the forget set the field must not be missing.
+    Where a further set has perturbed answers but no paraphrased ones, its answers take the place of
+    the paraphrased ones.
 
     Args:
         source: rows of `read_rows`, or samples.
-        name: of the set.
-        metrics: for messages.
-        needs: of all metrics that are measured on this set.
+        name: name of the set.
+        metrics: the metrics, named in messages.
+        needs: the needs of all metrics that are measured on this set.
         tokenize: makes samples of rows.
-        tokenize_choices: makes samples of rows of multiple choice, the right one first.
+        tokenize_choices: makes samples of rows of multiple choice, the right choice first.
 
     Raises:
-        InputError: a field is missing, or of the wrong form.
+        InputError: a field is missing, or has the wrong form.
     """
     kind = kind_of(source)
     texts: list[str] | None = None
@@ -173,7 +175,7 @@ def rows_of(
 
 
 def kind_of(source: SampleSet | Sequence[Mapping[str, Any]]) -> RowKind:
-    """The kind of a set's rows, of samples that of the rows they were made of."""
+    """The kind of a set's rows; for samples, the kind of the rows that they were made of."""
     if isinstance(source, SampleSet):
         fields = source.samples[0].fields if source.samples else {}
         return row_kind(fields) if makes_row(fields) else "tokens"
@@ -181,16 +183,16 @@ def kind_of(source: SampleSet | Sequence[Mapping[str, Any]]) -> RowKind:
 
 
 def to_be_written(sequence: Tokens, kind: RowKind) -> tuple[Tensor, Tensor, bool]:
-    """What a model is to continue, what stands there in the data, and whether it is cut to length.
+    """A prompt for a model, the data's own continuation, and whether it is cut to the length.
 
-    The first is all before the first label, and the second the first run of labels: of a
-    conversation the assistant's first turn. Of a plain text, all of it labelled, the first 200
-    tokens or the first half are continued. As much of a text is compared as may be written; an
-    answer is compared whole.
+    The prompt is everything before the first label, and the continuation is the first run of
+    labels; in a conversation this is the assistant's first turn. A plain text, all of which is
+    labelled, has as its prompt the first 200 tokens, or the first half of a shorter text. The
+    continuation of a text is cut to the length that may be written; an answer is compared whole.
 
     Args:
-        sequence: with at least one label after its first token.
-        kind: of its row.
+        sequence: a sequence with at least one label after its first token.
+        kind: kind of the row.
     """
     labelled = sequence.labels != IGNORE
     plain = kind in ("text", "tokens") and bool(labelled[1:].all())
@@ -204,10 +206,12 @@ def to_be_written(sequence: Tokens, kind: RowKind) -> tuple[Tensor, Tensor, bool
 
 
 def check_examples(kinds: Mapping[str, RowKind]) -> None:
-    """Raise `InputError` where a set of examples, or the set that they are for, is none.
+    """Raise `InputError` where a set of examples has no set to stand before, or kinds do not fit.
+
+    Examples, and the set that they stand before, must be questions and answers.
 
     Args:
-        kinds: of the rows, by set.
+        kinds: kinds of the rows, by set.
     """
     for name in kinds:
         of = name.removesuffix(EXAMPLES)
@@ -227,7 +231,7 @@ def check_examples(kinds: Mapping[str, RowKind]) -> None:
 
 
 def few_shot_prompts(rows: DataRows, examples: DataRows, tokenizer: Any) -> list[Tensor]:
-    """A set's questions, each after all examples with their answers, as MUSE asks them.
+    """Prompts that ask each question of a set after all answered examples, as MUSE does.
 
         Question: {question}\\nAnswer: {answer}\\n\\n ... Question: {question}\\nAnswer:␣
 
@@ -247,10 +251,14 @@ def _reader(metrics: Sequence[Metric], need: str) -> str:
 def _present(
     rows: Sequence[Mapping[str, Any]], need: str, name: str, metrics: Sequence[Metric]
 ) -> bool:
-    """Whether the rows have the field of a need; all do, or none."""
+    """Whether the rows have the field of a need; all rows must have it, or none.
+
+    Raises:
+        InputError: only some rows have the field, or the forget set lacks it.
+    """
     field = FIELDS[need]
     has = [row.get(field) is not None for row in rows]
-    if need == "choices":  # perturbed answers will do
+    if need == "choices":  # perturbed answers serve too
         has = [
             h or row.get(FIELDS["perturbed"]) is not None for h, row in zip(has, rows, strict=True)
         ]
@@ -277,12 +285,12 @@ def _present(
 
 
 def _texts(rows: Sequence[Mapping[str, Any]], need: str, name: str) -> list[list[str]]:
-    """The texts in a field, one or a list of them, checked."""
+    """The texts in a field of every row, as lists, checked."""
     return [_listed(row[FIELDS[need]], need, row_place(name, i)) for i, row in enumerate(rows)]
 
 
 def _listed(value: Any, need: str, place: str) -> list[str]:
-    """One text or a list of them, as a list."""
+    """One text or several, as a list; raises `InputError` for anything else."""
     texts = [value] if isinstance(value, str) else value
     good = isinstance(texts, list | tuple) and all(isinstance(t, str) and t.strip() for t in texts)
     if not good or not texts:
@@ -294,7 +302,7 @@ def _listed(value: Any, need: str, place: str) -> list[str]:
 
 
 def _with_choices(row: Mapping[str, Any], place: str, number: int) -> dict[str, Any]:
-    """A question as multiple choice, between the answer and the perturbed ones.
+    """A question as a row of multiple choice, with its answer and its perturbed answers to choose.
 
     The answer's place follows from the row's number, so that no letter is right more often than
     others.

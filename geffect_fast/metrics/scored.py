@@ -1,4 +1,4 @@
-"""One teacher-forced pass over all sequences that metrics read, packed, each sequence once."""
+"""A teacher-forced pass over all sequences that metrics read, packed, each sequence once."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _PROBE = 8
 
 
 def once(sequences: Sequence[Tokens]) -> tuple[list[Tokens], list[int]]:
-    """Different sequences, and for each that was given the number of the one it is."""
+    """The different sequences, and for each given sequence its number among these."""
     numbers: dict[tuple[bytes, bytes], int] = {}
     different: list[Tokens] = []
     which: list[int] = []
@@ -47,9 +47,9 @@ def once(sequences: Sequence[Tokens]) -> tuple[list[Tokens], list[int]]:
 def batches_of(
     sequences: Sequence[Tokens], budget: TokenBudget, layout: Layout, ranks: Ranks = ALONE
 ) -> list[Batch]:
-    """Batches in which every sequence is a sample of its own, by its number.
+    """Batches in which every sequence is a sample of its own, numbered as in `sequences`.
 
-    Of several ranks each is dealt sequences of all lengths, whatever its budget and layout are.
+    Each of several ranks is dealt sequences of all lengths, whatever its budget and layout are.
     """
     by_length = sorted(range(len(sequences)), key=lambda row: len(sequences[row]))
     own, _ = ranks.dealt(by_length)
@@ -66,7 +66,10 @@ def shared_out(
     layout: Layout,
     ranks: Ranks,
 ) -> DataPass:
-    """A pass over this rank's share of sequences, as many batches on each where they keep step."""
+    """A pass over this rank's share of the sequences.
+
+    Where ranks share out the model, and so keep step, every rank has the same number of batches.
+    """
     if not is_sharded(model):
         return DataPass(batches_of(sequences, budget, layout, ranks), token_budget=budget)
     return dealt(DataPass(batches_of(sequences, budget, layout)), ranks, in_step=True)
@@ -84,20 +87,20 @@ def score(
     tick: Tick = lambda _: None,
     ranks: Ranks = ALONE,
 ) -> list[Scored]:
-    """What a model says of sequences' label tokens; equal ones are computed once.
+    """Scores of the sequences' label tokens by a model; equal sequences are computed once.
 
-    Log-probabilities are taken in fp32, or fp64 of fp64 models, also from bf16 logits.
+    Log-probabilities are taken in fp32, also from bf16 logits, and in fp64 for fp64 models.
 
     Args:
-        model: in eval mode.
-        sequences: with at least one label token each.
-        places: what messages call each.
-        budget: of tokens a batch; no number depends on it but by rounding.
-        layout: of `forward_layout`.
-        distribution: whether mean and spread of the tokens' log-probabilities are formed too.
-        what: what messages call the model.
-        tick: told of tokens.
-        ranks: who share out the sequences.
+        model: a model in eval mode.
+        sequences: sequences with at least one label token each.
+        places: name of each sequence in messages.
+        budget: the tokens of a batch; numbers depend on it by rounding alone.
+        layout: a layout that `forward_layout` found.
+        distribution: whether to form mean and spread of the tokens' log-probabilities too.
+        what: the model's name in messages.
+        tick: called with the number of tokens that are done.
+        ranks: the ranks that share out the sequences.
 
     Raises:
         NonFiniteError: a log-probability is NaN or infinite; the row is named.
@@ -125,7 +128,7 @@ def score(
 
 @torch.no_grad()
 def _token_values(model: nn.Module, batch: Batch, distribution: bool) -> Tensor:
-    """Log-probability, whether greedy, and mean and spread, `(2 or 4, n_targets)` fp64."""
+    """Log-probability, greedy or not, and if asked mean and spread, `(2 or 4, n_targets)` fp64."""
     moved = batch.to(next(model.parameters()).device)
     with packed_attention(model, moved):
         outputs = model_outputs(model, moved, {"logits"})
@@ -136,7 +139,7 @@ def _token_values(model: nn.Module, batch: Batch, distribution: bool) -> Tensor:
     if distribution:
         log_p = torch.log_softmax(widened(logits), -1)
         p = log_p.exp()
-        seen = torch.where(p > 0, log_p, 0)  # a token that cannot be has no part in either
+        seen = torch.where(p > 0, log_p, 0)  # a token of probability 0 adds nothing
         mean = (p * seen).sum(-1)
         rows += [mean, (p * (seen - mean[:, None]).square()).sum(-1).sqrt()]
     return torch.stack([row.double() for row in rows])
@@ -149,10 +152,10 @@ def _scored(values: np.ndarray) -> Scored:
 
 
 def forward_layout(model: nn.Module, sequences: Sequence[Tokens]) -> Layout:
-    """The fastest layout in which a model says the same of sequences as of each by itself.
+    """The fastest layout in which a model scores sequences as it scores each by itself.
 
-    Tried on the first, the shortest and the longest: packed; else several of one length; else one
-    by one.
+    The order of trial is packed, then several of one length, then one by one. The model is tried on
+    the first, the last, the shortest and the longest sequence.
 
     Raises:
         UnsupportedModelError: the model does not run on one sequence.
@@ -168,14 +171,14 @@ def forward_layout(model: nn.Module, sequences: Sequence[Tokens]) -> Layout:
 
 
 def _cut(sequence: Tokens, n: int) -> Tokens:
-    """`n` tokens of a sequence, repeated where it is shorter, labelled but for the first."""
+    """`n` tokens of a sequence, which is repeated if shorter; all but the first are labelled."""
     ids = sequence.input_ids.repeat(-(-n // len(sequence)))[:n]
     return Tokens(ids, torch.cat([ids.new_tensor([IGNORE]), ids[1:]]))
 
 
 @torch.no_grad()
 def _agrees(model: nn.Module, sequences: Sequence[Tokens], layout: Layout) -> bool:
-    """Whether log-probabilities of sequences together are those of each by itself."""
+    """Whether sequences get the same log-probabilities together as each by itself."""
     device = next(model.parameters()).device
     everything = TokenBudget(sum(map(len, sequences)))
 
@@ -197,9 +200,9 @@ def _agrees(model: nn.Module, sequences: Sequence[Tokens], layout: Layout) -> bo
         ) from error
     try:
         together = said(layout)
-    except Exception as error:  # whatever a model raises that cannot be called this way
+    except Exception as error:  # models that cannot be called this way raise anything
         if is_sharded(model) and no_memory(error):
-            raise  # of this rank alone
+            raise  # other ranks may have had the memory
         put_right(model)
         return False
     return close(together, own, max(TOLERANCE[dtype] for dtype in precisions(model)))

@@ -1,4 +1,4 @@
-"""TOFU's two numbers of a whole model (arXiv 2401.06121): forget quality and model utility."""
+"""TOFU's two numbers for a whole model (arXiv 2401.06121): forget quality and model utility."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ UTILITY_SETS = ("retain", *OPTION_SETS)
 class ForgetQuality(Metric):
     """The p-value of a two-sample Kolmogorov-Smirnov test of truth ratios on the forget set.
 
-    Compared are the model and one that was trained without the forget rows: 1 where no test could
-    tell them apart. It has no bounds: a p-value of rows drawn anew is not spread about that of the
-    rows.
+    The test compares the model with one that was trained without the forget rows; the p-value is 1
+    where no test could tell the two apart. The number has no bounds, since p-values of rows drawn
+    anew do not spread about the p-value of the rows.
     """
 
     needs: ClassVar[frozenset[Need]] = frozenset({"paraphrases", "perturbed", "retain_model"})
@@ -52,8 +52,8 @@ def ks_p_value(one: np.ndarray, other: np.ndarray) -> float:
 class ModelUtility(Metric):
     """The harmonic mean of nine: probability, ROUGE-L recall and truth ratio on three sets.
 
-    The sets are `retain`, `real_authors` and `world_facts`; on the last two the probability is that
-    of the answer beside the perturbed ones. 0 where one of the nine is.
+    The sets are `retain`, `real_authors` and `world_facts`. On the last two, the probability is the
+    answer's share beside the perturbed answers. The mean is 0 where one of the nine is 0.
     """
 
     needs: ClassVar[frozenset[Need]] = frozenset(
@@ -87,7 +87,10 @@ class ModelUtility(Metric):
 
 
 def nine_parts(seen: Observed) -> np.ndarray:
-    """A set's three of the nine, by row: probability, ROUGE-L recall, truth ratio, `(3, n)`."""
+    """The three parts of the nine that a set gives, by row, `(3, n)`.
+
+    They are probability, ROUGE-L recall and truth ratio.
+    """
     by_option = seen.name in OPTION_SETS
     return np.stack(
         [

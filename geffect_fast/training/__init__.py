@@ -1,1 +1,1 @@
-"""Unlearning and relearning by transformers' Trainer, and how a run is gone on with."""
+"""Unlearning and relearning by transformers' Trainer, and checkpoints to resume a run from."""

@@ -1,4 +1,4 @@
-"""An adapter (LoRA) in place of a model's own weights as what is trained."""
+"""Adapters (LoRA) that are trained in place of a model's own weights."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ from geffect_fast.unlearn_settings import Training
 
 
 def with_adapter(model: nn.Module, config: Training) -> Any:
-    """The model with a new adapter that changes nothing yet, all other weights frozen.
+    """Put a new adapter into a model and freeze all other weights.
 
-    Its first weights are drawn from torch's random numbers, as the training's seed sets them.
+    The adapter changes no output yet. Its first weights are drawn by torch, from the seed of the
+    training.
 
     Args:
-        model: of transformers; changed in place.
-        config: says rank, scale, dropout and which modules.
+        model: a model of transformers; changed in place.
+        config: the training, which gives rank, scale, dropout and modules of the adapter.
 
     Raises:
         InputError: peft is missing, the model is an adapter already, or there is nothing to adapt.
@@ -44,7 +45,7 @@ def with_adapter(model: nn.Module, config: Training) -> Any:
     torch.manual_seed(config.seed)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # of what peft reads of a model
+            warnings.simplefilter("ignore", FutureWarning)  # from attributes that peft reads
             return peft.get_peft_model(model, settings).eval()
     except (ValueError, TypeError, AttributeError) as error:
         named = ", ".join(config.lora_targets) or "linear layers"

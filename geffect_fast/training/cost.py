@@ -1,4 +1,4 @@
-"""What an unlearning training cost: the seconds of its updates, and the memory they took."""
+"""The cost of an unlearning training: seconds and peak memory of its updates."""
 
 from __future__ import annotations
 
@@ -13,15 +13,17 @@ from transformers.trainer_callback import ExportableState
 
 
 class TrainingCost(TrainerCallback, ExportableState):
-    """Adds up what updates cost, probes left out; it stands before all callbacks that measure.
+    """A callback that adds up the cost of updates, without probes.
 
-    What a checkpoint knows is gone on with when the training is resumed from it, so that updates
-    that were lost with a killed process do not count.
+    This callback stands before all callbacks that measure. A checkpoint keeps the sums, and a
+    training that resumes from the checkpoint continues them. Updates that were lost with a killed
+    process therefore do not count.
 
     Attributes:
-        seconds: of the updates, by the host's clock.
-        peak_memory: most bytes that a device's tensors took during an update; on a CPU the most
-            that the process has had, with all that it loaded before; None: the system says neither.
+        seconds: seconds of the updates, by the host's clock.
+        peak_memory: on a GPU, the most bytes that tensors took during an update; on a CPU, the most
+            bytes that the process has ever had, including all that it loaded before; None where
+            the system does not tell.
     """
 
     def __init__(self) -> None:
@@ -30,24 +32,24 @@ class TrainingCost(TrainerCallback, ExportableState):
         self._begun = 0.0
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps."""
+        """The sums, in the form in which transformers keeps them in a checkpoint."""
         kept = {"seconds": self.seconds, "peak_memory": self.peak_memory}
         return {"args": {}, "attributes": kept}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Take up what the checkpoint knew that a training is resumed from."""
+        """Take the sums from the checkpoint that a training resumes from."""
         held = state.stateful_callbacks.get(type(self).__name__) if state.global_step else None
         for name, value in (held or {}).get("attributes", {}).items():
             setattr(self, name, value)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """An update begins."""
+        """Start the clock, and the count of peak memory, for an update."""
         if args.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(args.device)
         self._begun = time.perf_counter()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """An update is done."""
+        """Add the seconds of an update, and raise the peak where the update took more memory."""
         self.seconds += time.perf_counter() - self._begun
         on_device = args.device.type == "cuda"
         now = torch.cuda.max_memory_allocated(args.device) if on_device else _of_process()
@@ -56,7 +58,7 @@ class TrainingCost(TrainerCallback, ExportableState):
 
 
 def _of_process() -> int | None:
-    """The most bytes that this process has had in memory; None where the system does not say."""
+    """The most bytes that this process has had in memory; None where the system does not tell."""
     with suppress(ImportError):
         import resource
 

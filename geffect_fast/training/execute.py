@@ -1,4 +1,4 @@
-"""An unlearning run from its config to its folder, begun or resumed."""
+"""Execution of an unlearning run, from its config to its folder; begins a run or resumes one."""
 
 from __future__ import annotations
 
@@ -59,27 +59,29 @@ def execute_unlearn(
     told: Told | None = None,
     inputs: Inputs = MappingProxyType({}),
 ) -> xr.Dataset:
-    """Unlearn as a config says, and write the run folder as it goes.
+    """Unlearn as a config says, and write the run folder step by step.
 
-    The config saved holds what was chosen on the way (token budget, threads, batch size ...), so
-    that it replays, and resumes, to bitwise the same numbers on the same machine.
+    The saved config also holds the values that were chosen when the run began (token budget,
+    threads, batch size ...). A replay or a resumed run therefore gives bitwise the same numbers on
+    the same machine.
 
     Args:
         config: the run.
         out: run folder.
-        resume: go on with the run in it.
-        overwrite: whether a run in it may be replaced.
+        resume: whether to resume the run in `out`.
+        overwrite: whether a run in `out` may be replaced.
         progress: whether to show a bar.
         report: adds tables and plots to the folder.
-        said: told what was decided, a sentence each.
-        told: of every probe.
-        inputs: what else is read, beside what the config names: its own file.
+        said: called with every decision, one sentence each.
+        told: called after every probe.
+        inputs: files that are read beside those that the config names, such as the config's own
+            file, by option.
 
     Returns:
         The result, as `geffect_fast.unlearn` returns it.
 
     Raises:
-        As `geffect_fast.unlearn`.
+        The errors of `geffect_fast.unlearn`.
     """
     if config.evaluates:
         resolved_metrics(config.metrics, config.suite)
@@ -130,9 +132,10 @@ def execute_unlearn(
 def _models(
     config: UnlearnConfig, training: Training, device: torch.device, n_risks: int
 ) -> tuple[nn.Module, str | None]:
-    """The model that is trained, or this rank's part of it, and where its reference lies.
+    """The model to train, or this rank's part of that model, and the place of its reference.
 
-    A model that is whole gets its adapter later, and is copied where objectives compare with it.
+    A whole model gets its adapter later, and is copied later where objectives need a reference.
+    The place is then None.
     """
 
     def beside(model: nn.Module) -> int:

@@ -1,4 +1,4 @@
-"""A relearning from its config to its folder: models loaded and trained one after another."""
+"""Execution of a relearning, from its config to its folder; models are trained one by one."""
 
 from __future__ import annotations
 
@@ -41,14 +41,15 @@ def execute_relearn(
         overwrite: whether a run in `out` may be replaced.
         progress: whether to show progress bars.
         report: adds tables, plots and a page to the folder.
-        inputs: what else is read, beside what the config names: its own file.
+        inputs: files that are read beside those that the config names, such as the config's own
+            file, by option.
 
     Returns:
         The result, as `geffect_fast.relearn` returns it.
 
     Raises:
-        InputError, NonFiniteError, UnsupportedModelError: nothing has been written then.
-        UnfinishedError: the report fails, and the numbers are there.
+        InputError, NonFiniteError, UnsupportedModelError: nothing has been written.
+        UnfinishedError: the report failed; the numbers are written.
     """
     models = config.models()
     ranks = here()

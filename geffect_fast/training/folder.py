@@ -1,4 +1,4 @@
-"""The folder of an unlearning run: what may be written there, and how it becomes complete."""
+"""The folder of an unlearning run: checks before a run begins in it, and the files at its end."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ MODEL = "model"
 
 
 def checkpoint_files(folder: Path) -> list[str]:
-    """The files of the checkpoints in a run folder that an unlearning run made."""
+    """The files of all complete checkpoints in a run folder, relative to the folder."""
     return [
         f"{checkpoint.name}/{name}"
         for checkpoint in checkpoints(folder).values()
@@ -42,14 +42,16 @@ def checkpoint_files(folder: Path) -> list[str]:
 
 
 def check_start(out: str | Path, resume: bool, overwrite: bool, inputs: Inputs) -> Path:
-    """The folder in which a run works, if it may begin, or go on, in `out`; the caller locks that.
+    """Check that a run may begin or resume in `out`, and return its folder; the caller locks it.
 
-    Touches nothing but what a process killed at its very end left beside its result: checkpoints.
+    The check removes one thing only: the checkpoints that a process left beside a complete result
+    because it was killed just before it removed them.
 
     Raises:
-        InputError: it cannot be written to; it holds a run and neither `resume` nor `overwrite` is
-            given, or something else under a name of ours; there is nothing to resume, the run is
-            complete, or an input would be replaced.
+        InputError: `out` cannot be written to; `out` holds a run, and neither `resume` nor
+            `overwrite` is given; `out` holds something that no run made under a name that a run
+            uses; there is nothing to resume; the run to resume is complete; or an input would be
+            replaced.
     """
     folder = check_free(out, overwrite=True)
     theirs = {path.name for path in folder.glob("checkpoint-*")}
@@ -78,18 +80,19 @@ def carried_out(
     resume: bool,
     **how: Any,
 ) -> xr.Dataset:
-    """Train, and complete the run in a folder, which the first rank writes.
+    """Train, and complete the run's folder, which the first rank writes.
 
     Args:
-        run: what was prepared.
-        folder: of the run.
-        config, sums: of a run that begins, as `begun` takes them.
+        run: the prepared run.
+        folder: folder of the run.
+        config, sums: config and input sums of a run that begins, as `step_folder.begun` takes
+            them.
         report: writes tables and plots.
-        resume: whether the run goes on.
-        how: as `Unlearning.train`.
+        resume: whether the run is resumed.
+        how: further arguments of `Unlearning.train`.
 
     Raises:
-        As `geffect_fast.unlearn`.
+        The errors of `geffect_fast.unlearn`.
     """
     if not run.ranks.first:
         return run.train(folder, **how)
@@ -103,14 +106,14 @@ def carried_out(
 
 
 def _finish(folder: Path, dataset: xr.Dataset, run: Unlearning, report: Reporter | None) -> None:
-    """Write the model, the report and the result; then checkpoints go.
+    """Write the model, the report and the result, and then remove the checkpoints.
 
-    Where that fails, the steps and the last checkpoint are there still.
+    Where writing fails, the steps and the last checkpoint stay.
 
     Args:
-        folder: of the run.
-        dataset: of all steps.
-        run: whose model, as it is now, is saved.
+        folder: folder of the run.
+        dataset: the result of all steps.
+        run: the run, whose model is saved as it is now.
         report: writes tables and plots.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Who is told of an unlearning run, `report_to`, and where TensorBoard finds it: in its folder."""
+"""Reporters of an unlearning run (`report_to`), and TensorBoard's logs in the run's folder."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ ELSEWHERE = "TENSORBOARD_LOGGING_DIR"
 
 
 def check_reporters(names: Iterable[str]) -> None:
-    """Raise `InputError` where transformers cannot report to one of these: it is named."""
+    """Raise `InputError`, with its name, for a reporter that transformers cannot report to."""
     for name in names:
         if name not in INTEGRATION_TO_CALLBACK:
             advice = nearest(name, tuple(sorted(INTEGRATION_TO_CALLBACK)))
@@ -38,7 +38,7 @@ def check_reporters(names: Iterable[str]) -> None:
             )
         try:
             INTEGRATION_TO_CALLBACK[name]()
-        except Exception as error:  # each says in its own way that its package is missing
+        except Exception as error:  # each reporter has its own error for a missing package
             raise InputError(
                 f"report_to: {name} cannot be used: {in_one_line(error, 300)}; or leave it out"
             ) from None
@@ -46,13 +46,13 @@ def check_reporters(names: Iterable[str]) -> None:
 
 @contextmanager
 def logged(folder: Path | None, trainer: Trainer, done: int | None) -> Iterator[None]:
-    """A training whose events for TensorBoard go to its run folder, those of every step once.
+    """Write TensorBoard's events of a training to its run folder, the events of each step once.
 
     Args:
-        folder: of the run; None: they go where transformers puts them.
-        trainer: that is about to train.
-        done: updates that the training goes on behind: what an earlier process logged of later ones
-            is not shown. None: it begins.
+        folder: folder of the run; None: events go where transformers puts them.
+        trainer: the trainer that is about to train.
+        done: updates that are done already when a training resumes; what an earlier process logged
+            of later updates is not shown. None: the training begins.
 
     Raises:
         UnfinishedError: the disk refuses.
@@ -73,7 +73,7 @@ def logged(folder: Path | None, trainer: Trainer, done: int | None) -> Iterator[
                 callback.tb_writer = writer
                 writers.append(writer)
         yield
-    except OSError as error:  # what else writes says so itself
+    except OSError as error:  # everything else that writes raises an error of its own
         raise UnfinishedError(
             f"logs of report_to cannot be written: {error.strerror or error}; free some space and "
             "go on with --resume, or with --resume --report-to none"
@@ -81,11 +81,15 @@ def logged(folder: Path | None, trainer: Trainer, done: int | None) -> Iterator[
     finally:
         for writer in writers:
             with suppress(OSError):
-                writer.close()  # its thread would write on
+                writer.close()  # otherwise its thread goes on writing
 
 
 def _wait_for_a_later_name(logs: Path) -> None:
-    """Let a second begin of which no log is: names begin with it, and TensorBoard reads by name."""
+    """Wait for the next second where a log of this second exists.
+
+    The name of a log begins with the second in which it was opened, and TensorBoard reads logs in
+    the order of their names.
+    """
     now = time.time()
     if any(logs.glob(f"events.out.tfevents.{int(now):010d}.*")):
         time.sleep(1 - now % 1)

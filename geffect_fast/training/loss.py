@@ -1,4 +1,4 @@
-"""What an update descends on: which rows it reads, in which batches, and the loss of each."""
+"""The loss of an update: the rows that are drawn, their batches, and the loss of each batch."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ RowNumbers = Mapping[str, Sequence[int]]
 
 
 class Draws(Dataset[RowNumbers]):
-    """Which rows each update reads: every row once, in random order, then all over again.
+    """The rows that each update reads: every row once in random order, then again in a new order.
 
-    They follow from the seed and the number of the update, so that a run that is resumed reads what
-    it would have read.
+    The rows follow from the seed and the number of the update alone. A resumed run therefore reads
+    the rows that it would have read without the interruption.
 
     Args:
-        sizes: by data set the number of its rows, and how many an update reads.
-        n_updates: of the run.
-        seed: of the order.
+        sizes: by data set, the number of its rows and the number of rows that an update reads.
+        n_updates: number of updates in the run.
+        seed: seed of the random orders.
     """
 
     def __init__(self, sizes: Mapping[str, tuple[int, int]], n_updates: int, seed: int) -> None:
@@ -61,15 +61,16 @@ class Draws(Dataset[RowNumbers]):
 
 @dataclass(frozen=True)
 class Loss:
-    """What a training step descends on, and how its rows become batches.
+    """The loss of a training step, and the rule that makes batches of its rows.
 
     Attributes:
         objective: the objective.
-        sets: the data sets by name, whole.
-        token_budget: tokens a batch; a larger update is several, whose gradients add up exactly.
-        layout: of the batches.
-        reduction: over what means are taken, within the rows of an update.
-        pieces: batches an update is cut into at least.
+        sets: the whole data sets, by name.
+        token_budget: the most tokens of a batch; a larger update is cut into several batches,
+            whose gradients add up exactly.
+        layout: layout of the batches.
+        reduction: what means are taken over, within the rows of an update.
+        pieces: the least number of batches that an update is cut into.
     """
 
     objective: Objective
@@ -85,14 +86,14 @@ class Loss:
 
     @property
     def reads(self) -> list[str]:
-        """The data sets that it reads; the forget set first."""
+        """The data sets that the objective reads; the forget set first."""
         on = {part.on for part in self.parts}
         return ["forget", *(["retain"] if "retain" in on else [])]
 
     def passes(self, rows: RowNumbers) -> list[DataPass]:
-        """The batches of an update, and which parts of the objective read them.
+        """The batches of an update, with the parts of the objective that read them.
 
-        Samples are numbered as in `rows`, in which one may come twice.
+        Samples are numbered by their place in `rows`. A row may stand there twice.
         """
         picked = {name: self.sets[name].part(chosen).samples for name, chosen in rows.items()}
 
@@ -117,7 +118,7 @@ class Loss:
     def value(
         self, data_pass: DataPass, outputs: Outputs, batch: Batch, reference: Outputs | None
     ) -> Tensor:
-        """The share of a batch in the objective, a scalar, differentiable."""
+        """The share of a batch in the objective: a differentiable scalar."""
         shares = [
             coefficient * part.loss(outputs, batch, reference)
             for coefficient, part in self.objective.parts()
@@ -127,15 +128,16 @@ class Loss:
 
 
 class RowReference:
-    """What the reference model says of any rows: log-probabilities are computed once and kept.
+    """Outputs of the reference model on any rows of the data sets.
 
-    Only for logits and hidden states, whose size forbids that, the model is kept. Ranks share out
-    the rows, and each keeps what all have found.
+    Log-probabilities are computed once and kept. Logits and hidden states are too large to keep, so
+    for these the model itself is kept. Ranks share out the rows, and every rank keeps the
+    log-probabilities of all rows.
 
     Args:
         model: the reference.
-        loss: says what is needed of it.
-        ranks: who train.
+        loss: the loss, which tells what outputs are needed.
+        ranks: the ranks that train together.
     """
 
     def __init__(self, model: nn.Module, loss: Loss, ranks: Ranks = ALONE) -> None:
@@ -153,13 +155,13 @@ class RowReference:
     def outputs(
         self, data_pass: DataPass, rows: RowNumbers, batch: Batch, moved: Batch
     ) -> Outputs | None:
-        """The reference's outputs on a batch of the update `rows`; None where nothing needs them.
+        """The reference's outputs on a batch; None where no part needs them.
 
         Args:
-            data_pass: which parts read the batch.
-            rows: of the update.
-            batch: one of the pass's, on the CPU.
-            moved: the same, where the model is.
+            data_pass: the pass of the batch, which knows the parts that read it.
+            rows: the rows of the update.
+            batch: a batch of the pass, on the CPU.
+            moved: the same batch, on the model's device.
         """
         needs = data_pass.needs & REFERENCE_NEEDS
         if not needs:
@@ -178,7 +180,7 @@ class RowReference:
 
     @torch.no_grad()
     def _keep(self, model: nn.Module, data_pass: DataPass) -> None:
-        """Log-probabilities of every row's tokens, through its answer and its alternatives."""
+        """Keep the log-probabilities of every row's tokens: of its answer, then alternatives."""
         on, samples = data_pass.on, self._loss.sets[data_pass.on]
         lengths = [sum(map(len, (s.answer, *s.alternatives))) for s in samples.samples]
         # Another pass may have read other sequences of the same rows.
@@ -210,7 +212,7 @@ class RowReference:
 
 
 def _flat_places(samples: SampleSet, batch: Batch, lengths: list[int]) -> Tensor:
-    """Where each token of a batch stands in its samples laid end to end; -1 for extensions."""
+    """Place of each token of a batch in its samples laid end to end; -1 for extensions."""
     places = token_places(samples, batch)
     starts = torch.tensor([0, *lengths]).cumsum(0)[:-1]
     sample = batch.sequence_sample[batch.token_sequence()]

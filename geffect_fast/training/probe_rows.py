@@ -1,4 +1,4 @@
-"""Which rows a probe measures: so many that it costs no more than a training step."""
+"""The rows that a probe measures: as many as keep a probe within the cost of a training step."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ SIMPLEST = (GA(),)
 
 @dataclass(frozen=True)
 class ProbeRows:
-    """The rows of every data set that probes measure, and what that costs.
+    """The rows of every data set that probes measure, and the cost of a probe.
 
     Attributes:
         rows: row numbers by data set, ascending, evenly spread.
-        cost: of a probe in training steps, by the count of forward passes of docs/concepts.md.
+        cost: cost of a probe in training steps, by the count of forward passes of docs/concepts.md.
     """
 
     rows: Mapping[str, Sequence[int]]
     cost: float
 
     def sentence(self, sets: Mapping[str, SampleSet]) -> str:
-        """What a probe measures, for people."""
+        """A sentence for people that tells the rows and the cost of a probe."""
         counts = [f"{len(rows)} of {len(sets[name])} {name}" for name, rows in self.rows.items()]
         return (
             f"A probe measures {', '.join(counts)} rows, evenly chosen: about {self.cost:.2g} "
@@ -57,24 +57,28 @@ def choose_rows(
 ) -> ProbeRows:
     """The rows of a probe.
 
-    Work is counted in tokens times forward passes. A training step takes 3 of its tokens (forward
-    and backward with weight gradients); a probe by the reverse engine 3 of each risk's rows, and
-    `1 + M + K` (with norms `1 + M + 2 K`) of the rows that K parts of objectives read, M risks; the
-    forward engine takes `1 + 2 M` of the latter, and about `6 + 4.5 M` by groups of layers. Where
-    it forms no whole gradients, effects in the optimizer's metric need `1 + 2 K` more for them. By
-    sample, 1 more is for the rows of every risk but the forget risk, of which intervals need to
-    know (`geffect_fast.results.risk_rows`). What rows do not decide is `1 + M + K` times
-    `WEIGHT_PASS`.
+    Work is counted in tokens times forward passes, for K parts of objectives and M risks:
+
+    - A training step takes 3 passes over its tokens (forward, and backward with weight gradients).
+    - A probe takes 3 passes over each risk's rows for the risks' gradients.
+    - Over the rows that objectives read, the reverse engine takes `1 + M + K` passes, with norms
+      `1 + M + 2 K`. The forward engine takes `1 + 2 M`, and about `6 + 4.5 M` by groups of layers.
+    - Effects in the optimizer's metric need whole gradients. Where the engine forms none, these
+      take `1 + 2 K` more passes over the same rows.
+    - By sample, intervals need 1 more pass over the rows of every risk but the forget risk
+      (`geffect_fast.results.risk_rows`).
+    - Work that does not depend on the rows is `WEIGHT_PASS` times `1 + M + K`.
 
     Args:
-        sets: the data sets, whole: forget, retain, and probes by name.
-        wanted: rows of each set, `all`, or None: as many as make a probe cost one training step at
-            most (`SHARE` of it by this count), and one at least; no more than under `ga`, so that
-            runs of several objectives measure the same rows and can be compared.
+        sets: the whole data sets by name: forget, retain, and probes.
+        wanted: rows of each set, or `all`. None: as many as make a probe cost at most one training
+            step (`SHARE` of a step by this count), and at least one; never more than with `ga` in
+            place of all objectives, so that runs of several objectives measure the same rows and
+            can be compared.
         trained: parts of the objective that is trained on.
         measured: parts of all objectives that are measured.
-        settings: of the probe.
-        rows_an_update: by data set, of training.
+        settings: settings of the probe.
+        rows_an_update: rows that an update of the training reads, by data set.
     """
     risk, resolve = settings.risk_objective, settings.resolve
     forward = settings.engine != "reverse" and not {"parameter", "position"} & set(resolve)
@@ -116,7 +120,7 @@ def choose_rows(
 
     if wanted is not None:
         return found(None if wanted == "all" else int(wanted))
-    low, high = 1, max(map(len, sets.values()))  # the cost rises with the rows, but for lengths
+    low, high = 1, max(map(len, sets.values()))  # cost rises with rows, but for their lengths
     while low < high:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if fits(middle) else (low, middle - 1)
@@ -124,7 +128,7 @@ def choose_rows(
 
 
 def _reads(parts: Sequence[Objective]) -> dict[str, tuple[Role, ...]]:
-    """The data sets that parts read, and which sequences of their samples."""
+    """The data sets that parts read, with the roles of the sequences that they read there."""
     roles: dict[str, set[Role]] = {}
     for part in parts:
         roles.setdefault(part.on, set()).update(part.roles)
@@ -132,7 +136,7 @@ def _reads(parts: Sequence[Objective]) -> dict[str, tuple[Role, ...]]:
 
 
 def _tokens(samples: SampleSet, roles: tuple[Role, ...]) -> np.ndarray:
-    """Tokens of each sample in sequences of these roles."""
+    """Number of tokens of each sample in its sequences of the given roles."""
     return np.array(
         [sum(len(q) for role in roles for q in s.sequences()[role]) for s in samples.samples]
     )

@@ -1,4 +1,4 @@
-"""`relearn`: a brief training on a few forget rows, and what comes back of them and the others."""
+"""`relearn`: a brief training on a few forget rows, and measures of what returns of all rows."""
 
 from __future__ import annotations
 
@@ -70,24 +70,26 @@ def relearn(
     progress: bool = False,
     **settings: Any,
 ) -> xr.Dataset:
-    """What comes back of unlearned rows when a model is trained briefly on a few of them.
+    """Train a model briefly on a few unlearned rows, and measure how much of all rows returns.
 
     A copy of each model is trained by transformers' `Trainer` on the mean loss of the answers'
-    tokens, with the same rows in the same order, and measured at steps on the way. What a model
-    has only hidden comes back sooner than what one learns that never saw it (`retrained`), and
-    also of rows that are not trained on. The ranks of a process group share out the rows, and each
-    returns the whole result. Of a model that `fully_shard` wraps, which cannot be copied, it is the
-    model itself that is trained, and put back; folders beside it are shared out likewise.
+    tokens, with the same rows in the same order, and measured at steps on the way. Knowledge that a
+    model only hides returns sooner than a model that never saw the rows (`retrained`) learns it,
+    and returns also for rows that are not trained on. The ranks of a process group share out the
+    rows, and each rank returns the whole result. A model that `fully_shard` wraps cannot be copied:
+    the model itself is trained, and its weights are put back afterwards. Models that are given as
+    folders beside a wrapped model are shared out in the same way.
 
     Args:
-        model: the unlearned one, a module or the folder of one; it is left as it is. Of an adapter
-            what it adds is trained.
+        model: the unlearned model, a module or the folder of one; it is left as it is. Of an
+            adapter, the adapter's own weights are trained.
         tokenizer: as `geffect_fast.evaluate` takes it.
-        forget: what was to go, likewise; `n_rows` of them are trained on. Windows of a long text
-            are rows.
-        original: the model before unlearning, to be trained beside it.
-        retrained: one trained without the forget rows, likewise; as it is given, `forget_quality`
-            and `privleak` compare with it.
+        forget: the forget rows, as `geffect_fast.evaluate` takes them; `n_rows` of them are trained
+            on. Windows of a long text are rows.
+        original: the model before unlearning; it is trained and measured as well.
+        retrained: a model trained without the forget rows; it is trained and measured as well. The
+            metrics `forget_quality` and `privleak` compare with this model as it is given, before
+            its relearning.
         holdout: rows that no model was trained on, for membership, as `geffect_fast.evaluate` takes
             them.
         progress: show a bar.
@@ -97,14 +99,14 @@ def relearn(
         A Dataset as `geffect_fast.evaluate` returns it, along `model` (`unlearned`, and `original`
         and `retrained` where given) and `step` (updates done): `value`, `value_low`, `value_high`
         (model, step, metric, set) and `sample_value` (model, step, metric, sample). The sets are
-        `relearned`, the rows trained on, and `others`, the forget rows that are not, where there
-        are any; `sample` is the row's number in the forget data, where windows of texts count as
-        rows. A suite's metrics that read other data, or what is not given, are left out with a
+        `relearned`, the rows trained on, and `others`, the remaining forget rows, where there are
+        any; `sample` is the row's number in the forget data, where windows of texts count as rows.
+        A suite's metrics that read other data, or data that is not given, are left out with a
         warning. The attribute `training` is JSON of all settings of the training.
 
     Raises:
         InputError, UnsupportedModelError: unusable data, models or settings, in one line.
-        NonFiniteError: a weight, or on the way the loss, is not finite; the step is named.
+        NonFiniteError: a weight is not finite, or the loss becomes so; the step is named.
 
     Examples:
         >>> result = gf.relearn(model, tokenizer, forget="forget.jsonl", retrained="retrained",
@@ -134,22 +136,22 @@ def relearn(
 
 @dataclass(frozen=True)
 class _Part:
-    """Rows of the forget data, or its samples, and their numbers in it."""
+    """A part of the forget data: rows or samples, and their numbers in the whole data."""
 
     rows: SampleSet | Sequence[Mapping[str, Any]]
     numbers: list[int]
 
 
 class Relearner:
-    """The rows that are trained on, and the others: the same for all models.
+    """A relearning of any number of models, with the same rows for all of them.
 
     Args:
         tokenizer, forget, holdout, retrained: as for `relearn`.
-        settings: how it is trained.
+        settings: settings of the training.
 
     Attributes:
-        rows: digests of the tokenised rows, by set, once a model has been measured.
-        token_budget: tokens a batch, likewise.
+        rows: digests of the tokenised rows, by set; empty until a model is measured.
+        token_budget: the most tokens of a batch; 0 until a model is measured.
     """
 
     def __init__(
@@ -175,9 +177,12 @@ class Relearner:
         return read_rows(source, name=name, data_format=self._settings.data_format)
 
     def _measurable(self) -> list[Metric]:
-        """The metrics that can be measured here; raise `InputError` where one that is named cannot.
+        """The metrics that can be measured here.
 
-        Those of a suite that cannot are left out with a warning.
+        A metric of the suite that cannot be measured is left out with a warning.
+
+        Raises:
+            InputError: a metric that the settings name cannot be measured.
         """
         settings = self._settings
         every = resolved_metrics(settings.metrics, settings.suite)
@@ -194,7 +199,7 @@ class Relearner:
         return [metric for metric in every if metric not in lacking]
 
     def _lack(self, metric: Metric) -> str:
-        """Why a metric cannot be measured, empty where it can."""
+        """The reason why a metric cannot be measured; empty where it can."""
         if not metric.reads(FORGET):
             return "does not read the forget data alone; leave it out"
         if "reference" in metric.wants():
@@ -206,8 +211,10 @@ class Relearner:
         return ""
 
     def _drawn(self, model: nn.Module) -> dict[str, _Part]:
-        """The rows that are trained on and the others; of texts their windows, which follow from
-        the model's positions."""
+        """Draw the rows that are trained on; the others are the second part.
+
+        Rows of a text are its windows, whose length follows from the model's positions.
+        """
         settings = self._settings
         given: SampleSet | Sequence[Mapping[str, Any]] = self._forget
         if not isinstance(given, SampleSet) and row_kind(given[0]) == "text":
@@ -250,10 +257,11 @@ class Relearner:
         """The result of `relearn`.
 
         Args:
-            models: what is trained, or where it lies, by name.
-            load: makes a module, which is trained, of a name and what stands there; where that is
-                what it is given, it is put back afterwards.
-            recorded: digests of the rows of an earlier run; others are told before any training.
+            models: the models, or their folders, by name.
+            load: returns the module to train for a name and its entry of `models`. Where this is
+                the entry itself, its weights are put back afterwards.
+            recorded: digests of the rows of an earlier run; where the rows differ from these,
+                the difference is told before any training.
             progress: show a bar.
         """
         import xarray as xr
@@ -281,8 +289,11 @@ class Relearner:
         )
 
     def beside(self, model: nn.Module) -> int:
-        """Bytes that come beside a model: before its training another one where one is compared
-        with, and in it gradients and Adam's state of two."""
+        """Bytes that a relearning takes beside a model; the larger of two needs.
+
+        Before the training this is the retrained model, where a metric compares with that. In the
+        training this is the gradients and Adam's two states.
+        """
         trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
         compared = self._retrained is not None and any(
             metric.name == "privleak" or "retain_model" in metric.wants()
@@ -293,7 +304,7 @@ class Relearner:
     def _trained(
         self, name: str, model: nn.Module, recorded: Mapping[str, str], progress: bool
     ) -> xr.Dataset:
-        """One model's measures along `step`."""
+        """Train one model, and return its measures along `step`."""
         import xarray as xr
 
         settings, what = self._settings, f"{name} model"
@@ -315,7 +326,7 @@ class Relearner:
             },
         )
         with single_process(device):
-            training_arguments(training, ".", device)  # to have them checked
+            training_arguments(training, ".", device)  # only to check them
         in_parts = is_sharded(model)
         if in_parts:
             check_steps_parts(training.optimizer)
@@ -392,7 +403,7 @@ class Relearner:
         return xr.concat(list(measures.values()), along, combine_attrs="override")
 
     def _evaluator(self, model: nn.Module, rows: Any) -> Evaluator:
-        """Of rows as those of the forget data, as which they are scored."""
+        """An evaluator that scores `rows` as the forget data."""
         values = self._settings.fields(Evaluating) | {"metrics": self._metrics, "suite": None}
         sources = {FORGET: rows, HOLDOUT: self._holdout}
         return Evaluator(
@@ -429,21 +440,21 @@ class Relearner:
 
 
 def _scheduler(settings: Relearning) -> str:
-    """What transformers calls the schedule; its constant one has no warm-up."""
+    """The schedule's name in transformers, whose schedule `constant` has no warm-up."""
     warm = settings.lr_schedule == "constant" and settings.warmup_steps
     return "constant_with_warmup" if warm else settings.lr_schedule
 
 
 class _Looks(TrainerCallback):
-    """Measures before the first update, and after each that is its turn."""
+    """A callback that calls `look` before the first update and after every update."""
 
     def __init__(self, look: Callable[[int], None]) -> None:
         self._look = look
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Before training."""
+        """Call `look` for step 0."""
         self._look(0)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """After an update."""
+        """Call `look` for the update that is done."""
         self._look(state.global_step)

@@ -1,4 +1,4 @@
-"""Checkpoints to resume from: whole or not there, the one before gone when the next is whole."""
+"""Checkpoints to resume from; a checkpoint is either complete or does not exist."""
 
 from __future__ import annotations
 
@@ -30,20 +30,20 @@ _STATE = ("trainer_state.json", "optimizer.pt", "scheduler.pt", "rng_state.pth")
 
 
 def saving_folder(run: Path) -> Path:
-    """Where checkpoints are written, before they are complete and take their place."""
+    """The folder where a checkpoint is written until it is complete and moved to its place."""
     return run / f"{UNFINISHED}checkpoint"
 
 
 @contextmanager
 def saving(run: Path, step: int, identity: str) -> Iterator[None]:
-    """What the block writes to `checkpoint-STEP` in `saving_folder` becomes a checkpoint.
+    """Make a checkpoint of what the block writes to `checkpoint-STEP` in `saving_folder`.
 
     Args:
         run: folder of the run.
         step: updates done.
-        identity: of the run.
+        identity: identity of the run.
     """
-    remove(saving_folder(run))  # of a killed process
+    remove(saving_folder(run))  # left by a killed process
     try:
         yield
         written = saving_folder(run) / f"checkpoint-{step}"
@@ -53,7 +53,7 @@ def saving(run: Path, step: int, identity: str) -> Iterator[None]:
         for name in [*names, MARK]:
             synced(written / name)
         synced(written)
-        remove(run / written.name)  # of this run and step: only such a one can be there
+        remove(run / written.name)  # only one of this run and step can be there
         written.rename(run / written.name)
         synced(run)
     finally:
@@ -61,11 +61,11 @@ def saving(run: Path, step: int, identity: str) -> Iterator[None]:
 
 
 def checkpoints(run: Path, identity: str | None = None) -> dict[int, Path]:
-    """The complete checkpoints in a folder by step, in order.
+    """The complete checkpoints in a folder by step, in ascending order.
 
     Args:
         run: the folder.
-        identity: of the run they belong to; None: of any unlearning run.
+        identity: identity of the run that the checkpoints belong to; None: any unlearning run.
     """
     found = {}
     for folder in run.glob("checkpoint-*") if run.is_dir() else ():
@@ -76,7 +76,7 @@ def checkpoints(run: Path, identity: str | None = None) -> dict[int, Path]:
 
 
 def check_whole(folder: Path) -> None:
-    """Raise `InputError` where a file of a checkpoint is missing, or is not what was saved."""
+    """Raise `InputError` where a file of a checkpoint is missing or not as it was saved."""
     advice = f"remove the folder {folder.name} to train again from what is before it"
     mark = _mark_of(folder)
     assert mark is not None
@@ -88,13 +88,13 @@ def check_whole(folder: Path) -> None:
 
 
 def load_weights(model: nn.Module, folder: Path) -> None:
-    """Copy the weights of a checkpoint, a model or an adapter, into a model of its kind.
+    """Copy the weights of a checkpoint, a model's or an adapter's, into a model of the same kind.
 
-    A model's come through transformers' own loader, since what it saves may have other names and
-    shapes than its parameters (fused experts).
+    A model's weights come through transformers' own loader, since the saved tensors may have other
+    names and shapes than the model's parameters (fused experts).
 
     Raises:
-        InputError: it is damaged, or of another model.
+        InputError: the checkpoint is damaged, or belongs to another model.
     """
     if hasattr(model, "peft_config"):
         import peft
@@ -122,7 +122,7 @@ def _saved_weights(model: nn.Module, folder: Path) -> dict[str, Tensor]:
 
 
 def _mark_of(folder: Path) -> dict[str, Any] | None:
-    """What a checkpoint of ours says of itself; None of another's, and of one that is damaged."""
+    """The mark of a checkpoint; None where no unlearning run made it, or the mark is damaged."""
     try:
         held = json.loads((folder / MARK).read_text(encoding="utf-8"))
         if {"files", "sha256"} & held.keys():  # marks of earlier versions have neither

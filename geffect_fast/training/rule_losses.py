@@ -1,4 +1,4 @@
-"""The losses of one update of `UnlearnTrainer`, as update rules take them."""
+"""The losses of one update of `UnlearnTrainer`, in the form that update rules take."""
 
 from __future__ import annotations
 
@@ -26,11 +26,13 @@ if TYPE_CHECKING:
 
 
 def protected_part(rule: UpdateRule, objective: Objective) -> tuple[Objective, ...]:
-    """What a rule needs the retain gradient of where the objective has no retain part: nll.
+    """The part whose retain gradient a rule protects where the objective has no retain part: nll.
+
+    The tuple is empty where the rule reads no retain rows, or the objective has a retain part.
 
     Raises:
-        InputError: the rule needs it in the objective, or the retain parts read different
-            sequences, whose gradients are no gradients of single rows.
+        InputError: the rule needs a retain part in the objective and there is none, or the retain
+            parts read different sequences, so that their gradients are not those of single rows.
     """
     retain = [part for _, part in objective.parts() if part.on == "retain"]
     if "retain_part" in rule.needs and not retain:
@@ -44,10 +46,11 @@ def protected_part(rule: UpdateRule, objective: Objective) -> tuple[Objective, .
 
 
 def updater_of(training: Training, model: nn.Module) -> Updater | None:
-    """What applies the update rule of a run; None for the plain gradient.
+    """The updater that applies the update rule of a run; None for the plain gradient.
 
     Raises:
-        InputError, UnsupportedModelError: the rule cannot be right for it.
+        InputError, UnsupportedModelError: the rule would give wrong updates for this training or
+            model.
     """
     rule = parse(training.update)
     if isinstance(rule, SGD):
@@ -61,22 +64,24 @@ def updater_of(training: Training, model: nn.Module) -> Updater | None:
 
 
 class _RankOutOfMemoryError(MemoryError):
-    """Memory ran out on a rank, this one or another."""
+    """Raised by `agree` on every rank when memory has run out on any of them."""
 
 
 class RuleLosses:
-    """Forget and retain losses of an update, cut into batches of the Trainer's token budget.
+    """The forget and retain losses of an update, cut into batches of the Trainer's token budget.
 
-    Ranks share out the batches of a loss; those of retain rows, told apart, each of them runs.
+    Ranks share out the batches of a loss. Where the rule compares single retain rows, every rank
+    runs all batches of retain rows (`retain_batches`).
 
     Args:
-        trainer: runs batches.
-        model: as the Trainer calls it.
-        rows: of the update.
-        loss: what is descended on, with the token budget as it is now.
-        protected: retain losses that are not, where the rule needs some and the loss has none.
-        told_apart: whether the rule compares single retain rows, for which as few batches serve as
-            the token budget allows, and some modules need one.
+        trainer: runs the batches.
+        model: the model as the Trainer calls it.
+        rows: rows of the update.
+        loss: the loss that the training descends on, with the present token budget.
+        protected: retain objectives outside the loss, where the rule needs a retain loss and
+            the loss has none.
+        told_apart: whether the rule compares single retain rows. The retain rows are then cut into
+            as few batches as the token budget allows, since some modules need a single batch.
     """
 
     def __init__(
@@ -101,22 +106,26 @@ class RuleLosses:
 
     @property
     def largest(self) -> Batch:
-        """The batch of the most tokens."""
+        """The batch with the most tokens."""
         return max(
             (batch for each in (*self._forget, *self._retain) for batch in each.batches),
             key=lambda batch: batch.total_tokens,
         )
 
     def forget(self) -> float:
-        """Add the gradient of the forget part to `.grad`; its value.
+        """Add the gradient of the forget loss to `.grad`, and return its value.
 
         Raises:
-            MemoryError: a rank lacks memory; so of `retain`.
+            MemoryError: a rank lacks memory.
         """
         return self._descend(self._forget, self._loss)
 
     def retain(self) -> float:
-        """Add the gradient of the retain loss to `.grad`; its value."""
+        """Add the gradient of the retain loss to `.grad`, and return its value.
+
+        Raises:
+            MemoryError: a rank lacks memory.
+        """
         return self._descend(self._retain, self._retain_loss)
 
     def _descend(self, passes: Sequence[DataPass], loss: Loss) -> float:
@@ -133,7 +142,7 @@ class RuleLosses:
         return trainer.add_up(value)
 
     def retain_batches(self) -> list[RetainBatch]:
-        """The retain rows, whose token terms add up to the retain loss."""
+        """The batches of retain rows, whose token terms add up to the retain loss."""
         return [self._batch(each, batch) for each in self._retain for batch in each.batches]
 
     def _batch(self, data_pass: DataPass, batch: Batch) -> RetainBatch:
@@ -159,21 +168,24 @@ class RuleLosses:
         return RetainBatch(axis, batch.total_tokens, losses, around)
 
     def backward(self, loss: Tensor) -> None:
-        """Add the gradient of a scalar to `.grad`; of a model in parts, of all ranks' scalars."""
+        """Add the gradient of a scalar to `.grad`.
+
+        Where ranks share out the model, the gradient is that of the sum of all ranks' scalars.
+        """
         trainer = self._trainer
         with trainer.adding_up():
             trainer.backward(loss)
 
 
 def agree(trainer: UnlearnTrainer, *, missing: bool = False) -> None:
-    """Go on where all ranks have had memory enough so far.
+    """Wait for all ranks, and raise where one of them has run out of memory.
 
     Args:
-        trainer: of one of them.
-        missing: whether this one lacks memory.
+        trainer: the trainer of this rank.
+        missing: whether this rank lacks memory.
 
     Raises:
-        MemoryError: a rank does.
+        MemoryError: a rank lacks memory.
     """
     if any(trainer.ranks.meet(missing)):
         raise _RankOutOfMemoryError("out of memory")
@@ -182,10 +194,10 @@ def agree(trainer: UnlearnTrainer, *, missing: bool = False) -> None:
 def update_by_rule(
     trainer: UnlearnTrainer, updater: Updater, model: nn.Module, rows: RowNumbers
 ) -> float:
-    """The loss of an update, whose gradient the rule has written.
+    """Write the gradient of an update by its rule, and return the loss.
 
-    Where memory runs out, on any rank, all of it is redone in smaller batches; not where ranks are
-    in step, as they share the model out.
+    Where memory runs out on any rank, the whole update is redone in smaller batches. This is not
+    done where ranks share out the model and therefore run in step.
     """
     budget = trainer.budget
     protected = protected_part(updater.rule, trainer.loss.objective)
@@ -208,7 +220,7 @@ def update_by_rule(
             if not isinstance(error, _RankOutOfMemoryError):
                 with suppress(_RankOutOfMemoryError):
                     agree(trainer, missing=True)
-        # This rank may have come to the end of it, and another not.
+        # This rank may have finished the update while another ran out of memory.
         updater.load_state_dict(before)
         for p in model.parameters():
             p.grad = None

@@ -1,4 +1,4 @@
-"""An unlearning run: what is checked and prepared before anything is written, and the training."""
+"""An unlearning run: its preparation, before anything is written, and its training."""
 
 from __future__ import annotations
 
@@ -53,19 +53,21 @@ IN_PARTS = ("adamw_torch", "adamw_torch_fused", "sgd", "rmsprop", "adagrad")
 
 
 class Unlearning:
-    """A run that is checked and prepared; nothing is written before `train`.
+    """An unlearning run that is checked and prepared; nothing is written before `train`.
 
-    Several ranks make it and train together: they share out the rows of updates and of probes.
+    Several ranks may make the same run and train together. They then share out the rows of updates
+    and of probes.
 
     Attributes:
-        model: what is trained: the model, or an adapter around it.
-        training: how.
-        sets: the data sets, whole.
-        rows: which of them a probe measures.
-        profiler: measures.
-        identity: what makes a step or checkpoint belong to this run.
-        cost: of the updates, once there are some.
-        whole_weights: of a trained model that ranks share out, on the first of them.
+        model: the module that is trained: the model, or an adapter around it.
+        training: settings of the training.
+        sets: the whole data sets.
+        rows: the rows of the data sets that a probe measures.
+        profiler: measures the effects at a probe.
+        identity: a digest by which a step or a checkpoint is known to belong to this run.
+        cost: cost of the updates so far.
+        whole_weights: whole weights of a trained model that ranks share out, on the first of them;
+            None before training, and where ranks do not share out the model.
     """
 
     def __init__(
@@ -93,13 +95,13 @@ class Unlearning:
         self.device = next(model.parameters()).device
         sized = training.model_copy(update={"batch_size": training.batch_size or 1})
         with single_process(self.device):
-            training_arguments(sized, ".", self.device)  # to have them checked
+            training_arguments(sized, ".", self.device)  # only to check them
         check_precision(training, model)
         shared_out = is_sharded(model)
         if shared_out:
             _check_serves_shards(model, training)
         prepared = prepare(model, tokenizer, sources, measured, settings, reference_model)
-        # A row of plain text is as many as it has windows.
+        # A row of plain text counts as many rows as it has windows.
         self.training = training = with_batch_size(training, len(prepared.sets["forget"]))
         self.tokenizer, self.sets = tokenizer, prepared.sets
         if prepared.compares and prepared.reference is None:
@@ -174,10 +176,10 @@ class Unlearning:
         """Train from the last complete checkpoint in the folder, or from the beginning.
 
         Args:
-            folder: of the run, which the first rank writes and all of them see; None: results stay
-                in memory, and nothing can be resumed.
+            folder: folder of the run, which the first rank writes and all ranks see; None: results
+                stay in memory, and nothing can be resumed.
             progress: show a bar.
-            told: of every probe.
+            told: called after every probe.
 
         Returns:
             All probes along the axis `step`.
@@ -220,7 +222,7 @@ class Unlearning:
             reference = None
             if needs & REFERENCE_NEEDS and self._reference is not None:
                 reference = RowReference(self._reference, self.loss, ranks)
-            self._reference = None  # the profiler lets go of it as well, where it can
+            self._reference = None  # the profiler drops it too, where it can
             try:
                 trainer = UnlearnTrainer(
                     self.model,
@@ -262,11 +264,11 @@ class Unlearning:
             if folder is not None:
                 self.whole_weights = trainer.whole_weights()
         assert live.result is not None
-        ranks.meet()  # all have read the steps: the first may move them from now on
+        ranks.meet()  # all ranks have read the steps; the first may move them now
         return live.result.assign_attrs(self.attributes())
 
     def _check_steps(self, store: StepStore, checkpoint: Path, done: int) -> None:
-        """Raise `InputError` where a step is lost that training would go on behind."""
+        """Raise `InputError` where the result of a step up to the checkpoint is lost."""
         ends = [done] if done == self.training.steps else []
         for step in [*range(0, done + 1, self.training.probe_every), *ends]:
             store.check_free([step])
@@ -277,7 +279,7 @@ class Unlearning:
                 )
 
     def attributes(self) -> dict[str, Any]:
-        """What a result says of its run."""
+        """Attributes of the result that describe the run."""
         return {
             "command": "unlearn",
             "probe_cost": self.rows.cost,
@@ -288,7 +290,7 @@ class Unlearning:
         }
 
     def _until_done(self, trainer: Any, checkpoint: Path | None) -> None:
-        """The Trainer's loop, with errors that say which step it was."""
+        """Run the Trainer's loop, and name the step in its errors."""
         try:
             with quiet_transformers():
                 trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
@@ -302,12 +304,12 @@ class Unlearning:
             ) from error
 
     def _trained_on(self, objective: Objective) -> list[Objective]:
-        """What an update reads rows for: parts of the objective, and what its rule protects."""
+        """The parts that an update reads rows for: those of the objective and of its rule."""
         protected = () if self._updater is None else protected_part(self._updater.rule, objective)
         return [*parts_of([objective]), *protected]
 
     def _rows_an_update(self, trained: Sequence[Objective]) -> dict[str, int]:
-        """How many rows of each data set an update reads."""
+        """Number of rows of each data set that an update reads."""
         training = self.training
         assert training.batch_size is not None
         rows = {"forget": training.batch_size * training.accumulation}
@@ -318,7 +320,7 @@ class Unlearning:
 
 
 def with_batch_size(training: Training, n_forget: int) -> Training:
-    """The training with its batch size decided, and checked against the rows there are."""
+    """The training with its batch size decided, and checked against the number of forget rows."""
     size = training.batch_size or max(min(ROWS_AN_UPDATE, n_forget) // training.accumulation, 1)
     if size * training.accumulation > n_forget:
         times = "" if training.accumulation == 1 else f" times {training.accumulation}"
@@ -329,7 +331,7 @@ def with_batch_size(training: Training, n_forget: int) -> Training:
 
 
 def _check_serves_shards(model: nn.Module, training: Training) -> None:
-    """Raise `InputError` where something is asked for that needs whole weights or gradients."""
+    """Raise `InputError` where a setting needs weights or gradients that are whole."""
     if training.lora_rank is not None and not hasattr(model, "peft_config"):
         raise InputError(
             "lora_rank: FSDP shares out the model already; put an adapter into it before "
@@ -344,7 +346,7 @@ def _check_serves_shards(model: nn.Module, training: Training) -> None:
 
 
 def check_steps_parts(optimizer: str) -> None:
-    """Raise `InputError` where an optimizer may step parts of weights unlike whole ones."""
+    """Raise `InputError` where an optimizer may step a part of a weight unlike a whole weight."""
     if optimizer not in IN_PARTS:
         raise InputError(
             f"optimizer: {optimizer} is not known to step parts of weights as it steps whole ones, "
@@ -353,7 +355,10 @@ def check_steps_parts(optimizer: str) -> None:
 
 
 def _as_it_is(model: nn.Module, shares: bool) -> nn.Module:
-    """A frozen copy of a model; with `shares` its parameters, which will not change, are shared."""
+    """A frozen copy of a model; with `shares` a copy around the model's own parameters.
+
+    Parameters are shared only where they will not change, which is so under an adapter.
+    """
     memo = {id(p): p for p in model.parameters()} if shares else {}
     reference = copy.deepcopy(model, memo)
     return reference if shares else reference.requires_grad_(False)
@@ -361,7 +366,7 @@ def _as_it_is(model: nn.Module, shares: bool) -> nn.Module:
 
 @contextmanager
 def only_weights_change(model: nn.Module) -> Iterator[None]:
-    """Training that leaves the model's modes, config and forward as they were; in eval mode."""
+    """Restore the model's modes, config and forward after a training, and put it in eval mode."""
     from accelerate.utils import extract_model_from_parallel
 
     config = getattr(model, "config", None)
@@ -369,9 +374,9 @@ def only_weights_change(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        extract_model_from_parallel(model, keep_fp32_wrapper=False)  # autocast in its forward
+        extract_model_from_parallel(model, keep_fp32_wrapper=False)  # takes autocast off
         for name in ("activation_checkpointing_disable", "gradient_checkpointing_disable"):
-            if callable(getattr(model, name, None)):  # transformers 5 renamed it on its way
+            if callable(getattr(model, name, None)):  # transformers 5 renamed it
                 getattr(model, name)()
                 break
         if config is not None:

@@ -1,9 +1,9 @@
 """transformers' Trainer as a training of one process on one device, whatever torchrun started.
 
-Ranks share out the batches of an update and add up its gradients by themselves
-(`geffect_fast.training.trainer`), which holds for any number of batches on each, for update rules,
-and for weights that one rank's rows do not reach. accelerate would wrap the model, deal out the
-data and take means of gradients a second time.
+Ranks share out the batches of an update and add up its gradients without accelerate
+(`geffect_fast.training.trainer`). This works for any number of batches on each rank, for update
+rules, and for weights that one rank's rows do not reach. accelerate would wrap the model, deal out
+the data and take means of gradients a second time.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ _DEVICE = "ACCELERATE_TORCH_DEVICE"
 
 
 def current(device: torch.device) -> AbstractContextManager[object]:
-    """Inside, a GPU is the current one; another device changes nothing."""
+    """A context that makes a GPU the current one, and does nothing for another device."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 @contextmanager
 def single_process(device: torch.device) -> Iterator[None]:
-    """Inside, what is made of transformers' Trainer trains in this process, on a device.
+    """Make transformers' Trainer train in this process alone, on one device, inside the context.
 
-    Afterwards accelerate, which keeps what it found out for all that is made of it, knows what it
-    knew before.
+    accelerate keeps the state of processes and devices that it once found out. The context restores
+    that state at its end.
 
     Args:
-        device: of the model; the current one inside, where it is a GPU.
+        device: device of the model; where it is a GPU, it is the current one inside the context.
 
     Raises:
         InputError: a launcher started several processes, and no process group is begun.

@@ -1,4 +1,4 @@
-"""The survey's assessment (arXiv 2402.08787) beside measures: relearning, cost, e_u and e_r."""
+"""The survey's assessment (arXiv 2402.08787): relearning, cost, `e_u` and `e_r` beside metrics."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ class Made:
     """The run of `unlearn` that made a model.
 
     Attributes:
-        config: of the run.
-        cost: what its updates cost; None of a checkpoint, and of runs that did not note it.
+        config: config of the run.
+        cost: cost of the run's updates; None for a checkpoint, and for a run that did not note it.
     """
 
     config: UnlearnConfig
@@ -56,10 +56,10 @@ class Made:
 
 
 def made_by(source: str) -> Made | None:
-    """The run of `unlearn` in whose folder a model lies; None of any other model.
+    """The run of `unlearn` in whose folder a model lies; None for any other model.
 
     Raises:
-        InputError: the run's files are not those that it wrote.
+        InputError: the run's files are not as the run wrote them.
     """
     model = user_path(source)
     run = model.parent
@@ -77,15 +77,16 @@ def made_by(source: str) -> Made | None:
 
 
 class Survey:
-    """What the assessment adds to the measures of models, checked before any is loaded.
+    """The measures that the assessment adds to an evaluation, checked before models are loaded.
 
     Args:
-        config: of the evaluation.
-        models: where each lies, by place.
+        config: config of the evaluation.
+        models: folder or hub id of each model, by its place in the result.
         progress: show bars.
 
     Raises:
-        InputError: settings of the relearning that are none, or objectives without an original.
+        InputError: a setting of the relearning is unknown, or objectives are given and the original
+            model is not known.
     """
 
     def __init__(
@@ -113,13 +114,14 @@ class Survey:
         self._relearning = self._settings(None)
 
     def added(self, dataset: xr.Dataset, evaluated: Evaluated) -> xr.Dataset:
-        """Measures with what else the survey asks for.
+        """The measures of an evaluation, with those that the survey asks for beside them.
 
-        Along the dimension of the models: `relearned`, `relearned_low`, `relearned_high` (and
-        `relearned_step`, `relearned_metric`, `relearned_set`), `seconds` and `peak_memory` (bytes)
-        of the updates, `touched` (the part of the original's parameters that differ), `trained_on`;
-        and `effect`, `effect_low`, `effect_high` (objective, risk) at the original. NaN where
-        something is not known; the attribute `survey_notes` says why, a JSON list of sentences.
+        Added along the dimension of the models are `relearned`, `relearned_low`, `relearned_high`
+        (also along `relearned_step`, `relearned_metric`, `relearned_set`), `seconds` and
+        `peak_memory` (bytes) of the updates, `touched` (the part of the original's parameters that
+        differ) and `trained_on`. Also added are `effect`, `effect_low`, `effect_high` (objective,
+        risk) at the original. A value that is not known is NaN; the attribute `survey_notes`, a
+        JSON list of sentences, says why.
         """
         if not set(dataset["value"].dims) & {"model", "step"}:
             dataset = dataset.expand_dims({evaluated.dimension: list(evaluated.models)})
@@ -165,7 +167,7 @@ class Survey:
         )
 
     def _settings(self, forget_rows: int | None) -> Relearning:
-        """How models are relearned: as the config says, or else on as many rows as there are."""
+        """Settings of the relearning, from the config; defaults are cut to the rows and steps."""
         given = dict(self._config.relearn)
         if "preset" not in given:
             few = {"n_rows": min(_OWN["n_rows"], forget_rows)} if forget_rows is not None else {}
@@ -176,13 +178,13 @@ class Survey:
         return checked_config(Relearning, reading | {"metrics": RELEARNED} | given, "relearn")
 
     def _load(self, source: str, what: str) -> nn.Module:
-        """A model whole on the CPU, of this rank alone."""
+        """Load a whole model on the CPU, on this rank alone."""
         config = self._config
         trusted = config.trust_remote_code
         return load_model(source, config.dtype, "cpu", what, trust_remote_code=trusted)
 
     def _touched(self, evaluated: Evaluated) -> tuple[list[float], list[str]]:
-        """By model the part of the original's elements that differ, and what is to be said."""
+        """The part of the original's elements that differ, for each model, and notes on it."""
         if self.original is None:
             return [np.nan] * len(evaluated.models), [
                 "What was touched, and e_u and e_r, are known beside the model before unlearning "
@@ -206,7 +208,7 @@ class Survey:
         return shares, said
 
     def _relearned(self, evaluated: Evaluated) -> dict[str, xr.DataArray]:
-        """What comes back of each model, step by step."""
+        """Relearn with each model, and return the measures step by step."""
         forget = evaluated.sets["forget"]
         self._relearning = settings = self._settings(len(forget)).model_copy(
             update={"token_budget": evaluated.token_budget}
@@ -237,7 +239,10 @@ class Survey:
         return {name.replace("value", "relearned"): renamed[name] for name in renamed}
 
     def _effects(self, evaluated: Evaluated) -> dict[str, Any]:
-        """e_u and e_r of the objectives at the original, with bounds; none where none is known."""
+        """`e_u` and `e_r` of the objectives at the original, with bounds.
+
+        Empty where the original is not known, or there are no objectives.
+        """
         import xarray as xr
 
         if self.original is None or not self.objectives:
@@ -283,11 +288,13 @@ _ASKED = sorted({*Relearning.model_fields} - {*Evaluating.model_fields} | {"max_
 def part_touched(original: nn.Module, unlearned: nn.Module) -> tuple[float, bool]:
     """The part of a model's parameters, by elements, that differ from the original's.
 
-    Tied weights count once. Compared is in the precision of the unlearned model, into which the
-    original is rounded. Of an adapter it is the number of its own elements beside the original's.
+    Tied weights count once. The original is rounded to the precision of the unlearned model before
+    they are compared. For an adapter, the part is the number of the adapter's own elements over
+    the number of the original's.
 
     Returns:
-        The part, NaN where the models have other parameters; and whether it is that of an adapter.
+        The part, NaN where the two models have different parameters; and whether the unlearned
+        model is an adapter.
     """
     before = dict(original.named_parameters())
     total = sum(p.numel() for p in before.values())
@@ -310,13 +317,16 @@ def execute_survey(
     inputs: Inputs = MappingProxyType({}),
     **more: Any,
 ) -> xr.Dataset:
-    """As `execute_evaluation`, with what the survey asks for beside measures (`Survey.added`)."""
+    """Execute an evaluation as `execute_evaluation` does, and add the survey's measures.
+
+    `Survey.added` names the measures that are added.
+    """
     _, models, _ = models_of(config)
     survey = Survey(config, models, progress)
     if survey.original is not None:
         check_model_source(survey.original, "original", config.trust_remote_code)
         named = Sources.of(config.forget, config.retain, None, survey.refusals)
-        # what objectives lack is told before models are loaded
+        # An objective that lacks data is refused before models are loaded.
         read_sources(named, resolved_list(survey.objectives or ("ga",)), config.data_format)
     found = {"original": survey.original, "refusals": survey.refusals}
     return execute_evaluation(

@@ -1,4 +1,4 @@
-"""Training on an unlearning objective: transformers' Trainer with packed batches and our losses."""
+"""Training on an unlearning objective by transformers' Trainer, with packed batches."""
 
 from __future__ import annotations
 
@@ -44,23 +44,26 @@ from geffect_fast.updates import Updater
 
 
 class UnlearnTrainer(Trainer):
-    """transformers' Trainer, whose loss is an objective on forget rows, and retain rows beside.
+    """transformers' Trainer, whose loss is an objective on forget rows and, if read, retain rows.
 
-    Gradients of the batches of an update add up to the gradient of the objective on all of its rows
-    together: means are taken over the update, not over its batches. Several ranks share out the
-    batches, add up gradients, and each takes the same step; inside `single_process`.
+    Gradients of the batches of an update add up to the gradient of the objective on all rows of the
+    update together: means are taken over the update, not over its batches. Several ranks share out
+    the batches and add up their gradients, and each rank takes the same step. The trainer is made
+    and used inside `single_process`.
 
     Args:
         model: a causal language model of transformers.
-        args: the Trainer's.
-        loss: what is descended on.
-        draws: which rows each update reads.
-        reference: None where the objective needs none.
-        identity: of the run, for its checkpoints.
-        updater: applies an update rule to the gradients; None: they are the update.
-        callbacks: of transformers.
-        ranks: who train together; the first of them saves.
-        shards: of a model whose parameters they share out; None: each has them all.
+        args: arguments of transformers' Trainer.
+        loss: the loss that updates descend on.
+        draws: the rows that each update reads.
+        reference: outputs of the reference model; None where the objective needs none.
+        identity: identity of the run, for its checkpoints.
+        updater: applies an update rule to the gradients; None: the optimizer takes them as they
+            are.
+        callbacks: callbacks of transformers.
+        ranks: the ranks that train together; the first of them saves.
+        shards: the shards of a model whose parameters the ranks share out; None: each rank has all
+            parameters.
     """
 
     def __init__(
@@ -103,7 +106,7 @@ class UnlearnTrainer(Trainer):
     def training_step(
         self, model: nn.Module, inputs: RowNumbers, num_items_in_batch: Any = None
     ) -> Tensor:
-        """The gradient of one update, added to the parameters' `.grad`; returns the loss.
+        """Add the gradient of one update to the parameters' `.grad`, and return the loss.
 
         Raises:
             NonFiniteError: the loss is not finite.
@@ -111,7 +114,7 @@ class UnlearnTrainer(Trainer):
         """
         model.train()
         if callable(getattr(self.optimizer, "train", None)):
-            self.optimizer.train()  # of optimizers without a schedule
+            self.optimizer.train()  # schedule-free optimizers have modes too
         with self._own_dropout(), within_budget(self.budget):
             total = self._update(model, inputs)
         if not isfinite(total):
@@ -123,10 +126,10 @@ class UnlearnTrainer(Trainer):
 
     @contextmanager
     def _own_dropout(self) -> Iterator[None]:
-        """Inside, each of several ranks draws its own random numbers, of the seed and the step.
+        """Let each of several ranks draw its own random numbers, from the seed and the step.
 
-        So a resumed run draws what it would have drawn with as many ranks, and behind it all ranks
-        draw alike.
+        A resumed run with as many ranks therefore draws what it would have drawn without the
+        interruption. After the context all ranks draw the same numbers again.
         """
         if self.ranks.size == 1:
             yield
@@ -137,10 +140,12 @@ class UnlearnTrainer(Trainer):
             yield
 
     def _update(self, model: nn.Module, rows: RowNumbers) -> float:
-        """The loss of an update; where memory runs out, all of it is redone in smaller batches.
+        """Add the gradient of an update to `.grad`, and return the loss.
 
-        A backward that stops half way has added to some gradients and not to others, so they begin
-        anew. Where there were gradients before, that cannot be, and the lack of memory is an error.
+        Where memory runs out, the whole update is redone in smaller batches. A backward that stops
+        half way has added to some gradients and not to others, so all gradients are dropped first.
+        Where gradients existed before the update they cannot be dropped, and the lack of memory is
+        an error.
         """
         if self.updater is not None:
             return update_by_rule(self, self.updater, model, rows)
@@ -150,7 +155,7 @@ class UnlearnTrainer(Trainer):
         parameters = list(model.parameters())
         begins = all(p.grad is None for p in parameters)
         if not self.ranks.first:
-            for p in parameters:  # what is there already counts once
+            for p in parameters:  # earlier gradients count once
                 p.grad = None
         while True:
             passes = replace(self.loss, token_budget=self.budget.tokens).passes(rows)
@@ -174,13 +179,14 @@ class UnlearnTrainer(Trainer):
     def descend_in_step(
         self, model: nn.Module, rows: RowNumbers, passes: Sequence[DataPass], on: Loss
     ) -> float:
-        """All batches forward and backward, of a model whose parameters ranks share out.
+        """Run all batches forward and backward through a model whose parameters ranks share out.
 
-        FSDP adds up gradients over ranks with every backward, of which each rank runs as many.
+        FSDP adds up gradients over ranks with every backward, so each rank runs the same number of
+        backwards.
 
         Args:
             model, rows, on: as `descend` takes them.
-            passes: of `on.passes(rows)`.
+            passes: passes of `on.passes(rows)`.
 
         Returns:
             The loss of all ranks' batches, whose gradient is added to `.grad`.
@@ -194,29 +200,33 @@ class UnlearnTrainer(Trainer):
         return sum(self.ranks.meet(value))
 
     def adding_up(self) -> AbstractContextManager[None]:
-        """Inside, `backward` is called for one sum of gradients; all ranks enter and leave it."""
+        """A context in which all calls of `backward` make one sum of gradients, over all ranks.
+
+        All ranks enter and leave the context together.
+        """
         return nullcontext() if self._summed is None else self._summed.adding_up()
 
     def backward(self, loss: Tensor, *, idle: bool = False) -> None:
-        """One backward, where a loss depends on what is trained.
+        """Run one backward, where the loss depends on a trained parameter.
 
         Args:
             loss: a scalar.
-            idle: as of `descend`.
+            idle: as `descend` takes it.
         """
         if self._summed is not None:
             self._summed.backward(loss, idle=idle)
-        elif loss.requires_grad:  # else it reads layers below everything that can be trained
+        elif loss.requires_grad:  # else the loss reads only layers below the trained ones
             self.accelerator.backward(loss)
 
     def add_up(self, value: float) -> float:
-        """The sum of what ranks have found, and in `.grad` the sums of their gradients.
+        """Replace `.grad` by its sum over ranks, and return the sum of the ranks' values.
 
         Args:
-            value: this rank's share in a loss, whose gradient stands in `.grad`.
+            value: this rank's share of a loss, whose gradient stands in `.grad`.
 
         Raises:
-            GEffectError: a rank lacks memory for it, of which smaller batches need no less.
+            GEffectError: a rank lacks memory for the sum, which smaller batches would not make
+                smaller.
         """
         if self.ranks.size == 1:
             return value
@@ -234,7 +244,7 @@ class UnlearnTrainer(Trainer):
     def _added_up(self, value: float) -> float:
         parameters = [p for p in self.model.parameters() if p.requires_grad]
         told = self.ranks.meet((value, [p.grad is not None for p in parameters]))
-        # Where a rank's rows do not reach a weight, others' may: an expert among many.
+        # Other ranks' rows may reach a weight that this rank's do not, such as an expert.
         reached = map(any, zip(*(there for _, there in told), strict=True))
         summed = [p for p, there in zip(parameters, reached, strict=True) if there]
         for p in summed:
@@ -252,17 +262,17 @@ class UnlearnTrainer(Trainer):
         *,
         idle: bool = False,
     ) -> float:
-        """One batch forward and backward; its share in a loss.
+        """Run one batch forward and backward, and return its share of a loss.
 
         Args:
-            model: as the Trainer calls it.
-            rows: of the update.
-            data_pass, batch: of `on.passes(rows)`.
+            model: the model as the Trainer calls it.
+            rows: rows of the update.
+            data_pass, batch: a pass of `on.passes(rows)`, and one of its batches.
             on: the loss.
-            idle: whether the batch is run for other ranks' sake alone, and counts for nothing.
+            idle: whether the batch only keeps this rank in step with others, and counts as 0.
         """
         moved = batch.to(self.args.device)
-        # What is computed again in the backward (gradient checkpointing) needs the attention too.
+        # Gradient checkpointing computes layers again in the backward, with the same attention.
         with packed_attention(model, moved), self.compute_loss_context_manager():
             outputs = model_outputs(model, moved, data_pass.needs)
             other = None
@@ -274,7 +284,7 @@ class UnlearnTrainer(Trainer):
         return float(loss.detach())
 
     def create_optimizer(self, *args: Any) -> torch.optim.Optimizer:
-        """As the Trainer's; of what ranks share out its state is whole where it is saved."""
+        """Make the Trainer's optimizer; where ranks share out the model, it saves whole states."""
         if self.shards is None or self.optimizer is not None:
             return super().create_optimizer(*args)
         made = super().create_optimizer(*args)
@@ -283,17 +293,18 @@ class UnlearnTrainer(Trainer):
         return made
 
     def _whole_state(self, _: Any, state: dict[str, Any]) -> dict[str, Any]:
-        if not self._saves:  # accelerate reads it too, on each rank its own
+        if not self._saves:  # accelerate reads each rank's own part
             return state
         return state | {
             "state": {i: whole_values(of, self.ranks) for i, of in state["state"].items()}
         }
 
     def whole_weights(self) -> dict[str, Any] | None:
-        """The weights to be saved, on the first of ranks that share them out; all of them call it.
+        """The weights to save of a model that ranks share out; all ranks call this method.
 
         Returns:
-            Of an adapter its own. None where the model has them.
+            On the first rank the whole weights, of an adapter its own alone; on the others an
+            empty dict. None where ranks do not share out the model.
         """
         if self.shards is None:
             return None
@@ -307,7 +318,7 @@ class UnlearnTrainer(Trainer):
         return whole_values(state, self.ranks)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> None:
-        """A checkpoint to resume from, whole or not there; the first rank writes it.
+        """Write a checkpoint to resume from, completely or not at all; the first rank writes it.
 
         Raises:
             UnfinishedError: the disk refuses.
@@ -318,14 +329,14 @@ class UnlearnTrainer(Trainer):
         try:
             if not self.ranks.first:
                 if self.shards is not None:
-                    self.optimizer.state_dict()  # in which it has a part
+                    self.optimizer.state_dict()  # all ranks take part
                 return
             with saving(run, step, self.identity):
                 super()._save_checkpoint(model, trial)
                 if rule_state is not None:
                     folder = saving_folder(run) / f"checkpoint-{step}"
                     torch.save(rule_state, folder / RULE_STATE)
-        except (OSError, RuntimeError, SafetensorError) as error:  # all of them say: disk full
+        except (OSError, RuntimeError, SafetensorError) as error:  # each may mean a full disk
             reason = getattr(error, "strerror", None) or error
             raise UnfinishedError(
                 f"checkpoint of step {step} in {run} cannot be written: {reason}; free some space "
@@ -355,7 +366,7 @@ class UnlearnTrainer(Trainer):
             super()._load_rng_state(checkpoint)
 
     def floating_point_ops(self, inputs: Any) -> int:
-        """0: transformers would count the tokens of one input."""
+        """0, since transformers would count the tokens of one input."""
         return 0
 
     def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
@@ -363,7 +374,7 @@ class UnlearnTrainer(Trainer):
 
 
 def _own_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
-    """What this rank holds of a whole optimizer's state."""
+    """This rank's part of the whole state of an optimizer."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     own = {
         i: {
@@ -379,14 +390,14 @@ def _own_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[
 
 @contextmanager
 def _readable(checkpoint: str | None) -> Iterator[None]:
-    """A checkpoint's states being loaded, which fail in many ways where they are none.
+    """Turn any error in loading the states of a checkpoint into an `InputError`.
 
     Raises:
-        InputError: they do.
+        InputError: a state cannot be loaded.
     """
     try:
         yield
-    except InputError:  # of a rule, which says what is wrong
+    except InputError:  # from an update rule, with its own message
         raise
     except Exception as error:
         reason = in_one_line(error, 120)

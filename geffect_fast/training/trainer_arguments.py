@@ -1,4 +1,4 @@
-"""From an unlearning run's config to transformers' TrainingArguments, checked."""
+"""transformers' TrainingArguments from the config of an unlearning run, with checks."""
 
 from __future__ import annotations
 
@@ -76,16 +76,16 @@ is trained (noise, samplers, other kernels) or saved, or do nothing here (evalua
 def training_arguments(
     config: Training, folder: str | Path, device: torch.device, *, reports: bool = True
 ) -> TrainingArguments:
-    """The arguments of transformers' Trainer for a run; inside `single_process`.
+    """The arguments of transformers' Trainer for a run; to be called inside `single_process`.
 
-    The data set of the Trainer holds one item an update (`geffect_fast.training.trainer`), so batch
-    size and accumulation are not among them.
+    The data set of the Trainer holds one item an update (`geffect_fast.training.trainer`), so the
+    arguments leave out batch size and accumulation.
 
     Args:
-        config: of the run.
-        folder: where checkpoints go.
-        device: of the model.
-        reports: whether this process tells `report_to`, as one of several does.
+        config: config of the run.
+        folder: folder where checkpoints go.
+        device: device of the model.
+        reports: whether this process tells the reporters of `report_to`; one of several ranks does.
 
     Raises:
         InputError: an unknown optimizer, scheduler, reporter or field, or a value that is refused.
@@ -106,7 +106,7 @@ def training_arguments(
         except ValidationError as error:
             why = error.errors()[0]["msg"].removeprefix("Input ")
             raise InputError(f"trainer: {name} {why}, got {value!r}; correct it") from None
-    # transformers 5 renamed gradient checkpointing on its way
+    # A later version of transformers 5 renamed gradient checkpointing.
     renamed = "activation_checkpointing" in names
     checkpointing = "activation_checkpointing" if renamed else "gradient_checkpointing"
     values: dict[str, Any] = {
@@ -133,8 +133,8 @@ def training_arguments(
         "report_to": list(config.report_to) if reports else [],
     }
     try:
-        # Quiet of a process group that accelerate does not know; and the first GPU, which they make
-        # the current one, is not kept.
+        # Without these, accelerate warns of a process group that it does not know, and the first
+        # GPU stays the current one.
         with quiet_transformers(), current(device):
             arguments = TrainingArguments(**values)
     except Exception as error:  # of many kinds, from transformers, accelerate and torch
@@ -147,7 +147,7 @@ def training_arguments(
 
 
 def check_precision(config: Training, model: nn.Module) -> None:
-    """Raise `InputError` where a model cannot be trained with the autocast that is wanted.
+    """Raise `InputError` where a model cannot be trained under the autocast of the config.
 
     On a CPU accelerate would leave out autocast to fp16 without a word.
     """
@@ -164,7 +164,7 @@ def check_precision(config: Training, model: nn.Module) -> None:
 
 
 def refused(config: Training, error: Exception) -> InputError:
-    """What to say where an optimizer, a scheduler or a reporter cannot be made as asked."""
+    """The error for an optimizer, a scheduler or a reporter that cannot be made as asked."""
     return InputError(
         f"optimizer {config.optimizer}, scheduler {config.scheduler}, or trainer: "
         f"{in_one_line(error, 300)}; correct it or choose another"

@@ -1,4 +1,4 @@
-"""`unlearn`: train a model on an unlearning objective, the G-effect measured as it changes."""
+"""`unlearn`: training on an unlearning objective, with the G-effect measured on the way."""
 
 from __future__ import annotations
 
@@ -60,24 +60,25 @@ def unlearn(
         model: a causal language model of transformers, trained in place (with `lora_rank` an
             adapter is put into it); in eval mode afterwards.
         tokenizer, forget, retain, probes, refusals: as `geffect_fast.profile` takes them.
-        objective: what is trained on, such as `npo(beta=0.1) + 1.0*kl`.
-        objectives: further ones, measured beside it.
-        reference_model: what NPO-like objectives compare with; None: the model as it was before
-            training.
-        holdout, retain_model: what metrics read beside the data sets, as `geffect_fast.evaluate`
-            takes them; the metric `reference` compares with `reference_model`.
+        objective: the objective to train on, such as `npo(beta=0.1) + 1.0*kl`.
+        objectives: further objectives, whose effects are measured as well.
+        reference_model: the model that NPO-like objectives compare with; None: the model as it was
+            before training.
+        holdout, retain_model: further rows and a further model that metrics read, as
+            `geffect_fast.evaluate` takes them; the metric `reference` compares with
+            `reference_model`.
         out: a folder for `steps/` (a file a probe), checkpoints to resume from, and in the end
             `model/` and `results.nc`; None: nothing is written.
-        resume: go on with what `out` holds of this run.
+        resume: resume the run in `out`.
         overwrite: whether an earlier run in `out` may be replaced.
         progress: show a bar.
         report: writes tables and plots into `out` beside the result.
         settings:
 
     Returns:
-        The results of `geffect_fast.profile` along a first axis `step`, and what each step did:
-        `learning_rate`, `measured_change`, `predicted_update`, `predicted_sgd`, `token_weight`
-        (docs/concepts.md).
+        The results of `geffect_fast.profile` along a first axis `step`, and beside them for each
+        step `learning_rate`, `measured_change`, `predicted_update`, `predicted_sgd` and
+        `token_weight` (docs/concepts.md).
 
     Raises:
         InputError, UnsupportedModelError: unusable data, objective or argument; nothing is written.
@@ -120,7 +121,7 @@ def unlearn(
             if isinstance(each, nn.Module) and (ranks.first or is_sharded(each)):
                 with ranks.in_step(ranks.size > 1 and is_sharded(each)), at_work(each):
                     weights[name] = weights_sums(each)
-        run = prepared()  # which may put an adapter into the model
+        run = prepared()  # after the sums, since it may put an adapter into the model
         sums = input_sums(read) | weights if ranks.first else {}
         if resume and ranks.first:
             check_resumed(folder, sums)

@@ -1,4 +1,4 @@
-"""What happens between the updates of an unlearning run, beside the probes themselves."""
+"""A callback for the updates of an unlearning run: progress, told probes and checkpoints."""
 
 from __future__ import annotations
 
@@ -20,18 +20,19 @@ Told = Callable[[int, "xr.Dataset"], None]
 
 
 class Watch(TrainerCallback):
-    """Tells of updates and probes, asks for checkpoints, and removes those before the last.
+    """A callback that tells of updates and probes, and takes care of checkpoints.
 
-    It stands behind the callback that probes.
+    The callback asks for checkpoints, and removes all but the last. It stands behind the callback
+    that probes.
 
     Args:
-        probe: what that one measures with.
-        folder: of the run, with its checkpoints; None: there are none.
-        removes: whether this process removes them, as one of several does.
+        probe: the probe that the other callback measures with.
+        folder: folder of the run, with its checkpoints; None: no checkpoints are made.
+        removes: whether this process removes checkpoints; one of several ranks does.
         save_every: updates between two checkpoints.
         keep: whether earlier checkpoints stay.
-        told: of every probe.
-        tick: told how many updates are done.
+        told: called with the step and the result of every probe.
+        tick: called with the number of updates that are done.
     """
 
     def __init__(
@@ -53,18 +54,18 @@ class Watch(TrainerCallback):
         self._tick = tick
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Tell of the probe before the first update, or that a resumed run begins with."""
+        """Tell of the first probe: before the first update, or where a resumed run begins."""
         self._look(state.global_step)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Tell of the update and its probe, and ask for the checkpoint."""
+        """Tell of the update and its probe, and ask for a checkpoint where one is due."""
         step = state.global_step
         self._look(step)
         if self._folder is not None and (step % self._save_every == 0 or step == state.max_steps):
             control.should_save = True
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """The checkpoint is complete; those before it may go."""
+        """Remove earlier checkpoints, now that the new one is complete."""
         if self._folder is not None and self._goes:
             for step, folder in checkpoints(self._folder, self._probe.store.identity).items():
                 if step < state.global_step:
