@@ -1,4 +1,4 @@
-"""The command line: `geffect-fast COMMAND`, every command in a module of its name."""
+"""The command line: `geffect-fast COMMAND`, with every command in a module of its name."""
 
 from __future__ import annotations
 
@@ -93,15 +93,15 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command line and return its exit code.
 
     Args:
-        argv: arguments without the program's name; None: those of the process.
+        argv: arguments without the program's name; None for those of the process.
     """
     try:
-        # Rich writes to what a clean stream is made of, which is to be a watched one.
+        # Rich writes to the stream that a clean one wraps, which must therefore be a watched one.
         with watched_streams(), clean_output():
             return _run(argv)
     except OutputLost as lost:
         if lost.error.errno == errno.EPIPE:
-            return 141  # as where the signal ends a program, and as silent
+            return 141  # the code of a program that SIGPIPE ends, also without a message
         with suppress(OSError):  # where stderr is lost too
             _fail(f"what is printed cannot be written: {lost.error.strerror}; free some space", 2)
         return 2
@@ -109,7 +109,7 @@ def main(argv: list[str] | None = None) -> int:
 
 @functools.cache
 def _parser() -> Any:
-    """The parser's group of commands; to read all their options takes 20 ms."""
+    """The parser's group of commands, cached since reading all their options takes 20 ms."""
     return typer.main.get_command(app)
 
 
@@ -120,7 +120,7 @@ def _run(argv: list[str] | None) -> int:
             words = spread(sys.argv[1:] if argv is None else argv, commands)
             with on_launched_ranks(words):
                 status = commands(args=words, prog_name="geffect-fast", standalone_mode=False)
-        # the parser makes an exit code of Ctrl-C itself
+        # The parser turns Ctrl-C into an exit code itself.
         return _fail(_INTERRUPTED, 130) if status == 130 else int(status or 0)
     except GEffectError as error:
         if error.told and not is_first():
@@ -145,7 +145,7 @@ def _run(argv: list[str] | None) -> int:
 
 @contextmanager
 def _told_in_a_line() -> Iterator[None]:
-    """Our own warnings as `warning: ...` on stderr; other packages' as they come."""
+    """Show this package's warnings as `warning: ...` on stderr; leave other warnings unchanged."""
     with warnings.catch_warnings():
         show = warnings.showwarning
 

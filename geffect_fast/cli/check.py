@@ -18,7 +18,7 @@ from geffect_fast.cli.options import (
 from geffect_fast.cli.printing import console
 
 DEVIATION = 3
-"""Exit code of a check that found one."""
+"""Exit code of a check that found a deviation."""
 
 
 @config_options(CHECK_FIELDS)
@@ -32,8 +32,9 @@ def check(
 ) -> None:
     """Compare every parameter's effects, norms and inner products with plain autograd.
 
-    On a few samples of your own data, one at a time: 8 backward passes for 4 of them and one
-    objective. Prints the largest error by kind of layer, what is covered, and a verdict.
+    The comparison takes a few samples of your own data, one at a time: 8 backward passes for 4
+    samples and one objective. It prints the largest error for each kind of layer, the parameters
+    covered, and a verdict.
     """
     values = {"model": model, "forget": data, "retain": data, "objectives": ["ga"]} | given
     config = make_config(values, options=option_names(values, forget="--data"))

@@ -34,9 +34,9 @@ def compare(
 ) -> None:
     """Compare runs of unlearn, or of profile --checkpoints, step by step.
 
-    What they share (steps, risks) is drawn side by side: effects, risks, parts of the model, and
-    what removal costs. The folder gets summary.csv (a row a run), compare.csv (a row a run and
-    step) and plots/ as PNG and SVG. A run is called by its folder.
+    On the steps and risks that all runs share, effects, risks, groups of the model and the cost of
+    removal are drawn side by side. The folder gets summary.csv (one row for each run), compare.csv
+    (one row for each run and step) and plots/ as PNG and SVG. Runs are named by their folders.
     """
     from geffect_fast.paths import is_there, user_path
     from geffect_fast.report import write_comparison_plots
@@ -60,7 +60,7 @@ def compare(
         raise InputError(f"--out {out} is the folder of a run; choose another")
     given = [str(run) for run in runs]
     names = run_names(given)
-    named = len(names) == len(given)  # else one is given twice, which is refused
+    named = len(names) == len(given)  # else a run is given twice, which `align` refuses
     aligned = align(dict(zip(names, given, strict=True)) if named else given)
     with locked(out):
         with staged_run(out, overwrite, sums=lambda: result_sums(runs)) as staging:

@@ -46,10 +46,10 @@ def control(
 ) -> None:
     """Compare unlearned models at equal retention (Unlearning with Control, arXiv 2406.09179).
 
-    Each is mixed with the original, weight by weight, in the largest share that keeps TAU of the
-    original's METRIC on the retain data, and measured there. The folder holds evaluation.nc
-    (NetCDF; geffect_fast.open_evaluation reads it), summary.csv, report.html, plots/ and run.yaml,
-    which replays it.
+    Each model is mixed with the original, weight by weight, in the largest share that keeps TAU of
+    the original's METRIC on the retain data. The mixed models are measured. The folder holds
+    evaluation.nc (NetCDF; geffect_fast.open_evaluation reads it), summary.csv, report.html, plots/
+    and run.yaml, which replays the run.
     """
     if more_models:
         given = given | {"unlearned": [*given.get("unlearned", []), *more_models]}

@@ -20,10 +20,11 @@ def demo(
 ) -> None:
     """Train a small Llama on invented authors until it knows them by heart, then profile it.
 
-    A sweep of hyper-parameters follows, token by token, and unlearning with four objectives; a
-    table shows what these did beside the effects before. Needs no network and a few minutes on two
-    cores; --out (demo-run) gets data, models and the run, in sweep/ that of the sweep, in steps/
-    those of unlearning, with a page that compares them, and in measures/ what they did.
+    Then the demo sweeps hyper-parameters, token by token, and unlearns with four objectives. A
+    table shows the measures of the unlearned models beside the effects before. The demo needs no
+    network, and a few minutes on two cores. --out (demo-run) gets data, models and the profile's
+    run; sweep/ in it gets the run of the sweep, steps/ the runs of unlearning with a page that
+    compares them, and measures/ the measures.
     """
     from geffect_fast.demo import MEASURES, PAGE, STEPS, SWEEP, run_demo
     from geffect_fast.report.tables.against_effects import render_against_effects

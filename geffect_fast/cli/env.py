@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 def env() -> None:
-    """Print versions, devices, threads, and which provider serves each op and why."""
+    """Print versions, devices, threads, and the provider that serves each op, with the reason."""
     import os
     import platform
     from importlib.metadata import PackageNotFoundError, version

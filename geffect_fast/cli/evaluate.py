@@ -37,13 +37,13 @@ def evaluate(
     overwrite: Overwrite = False,
     quiet: Quiet = False,
 ) -> None:
-    """Measure what the field trusts: memorisation, truth ratio, membership, utility.
+    """Measure established metrics of unlearning: memorisation, truth ratio, membership, utility.
 
-    Of one model, of several (--models A B C), of the checkpoints of a run (--run RUN), or of the
-    models of unlearning runs (--against-effects A B C), with the effects that were measured before
-    each of them beside what changed; data sets that are not given are those of the runs. The
-    folder holds evaluation.nc (NetCDF; geffect_fast.open_evaluation reads it), summary.csv,
-    report.html, plots/ and run.yaml, which replays it.
+    They can be measured of one model, of several (--models A B C), of the checkpoints of a run
+    (--run RUN), or of the models of unlearning runs (--against-effects A B C). With the last, the
+    effects before unlearning stand beside the changes, and data sets that are not given are those
+    of the runs. The folder holds evaluation.nc (NetCDF; geffect_fast.open_evaluation reads it),
+    summary.csv, report.html, plots/ and run.yaml, which replays the run.
     """
     if more_models:
         further = "against_effects" if "against_effects" in given else "models"

@@ -1,4 +1,4 @@
-"""What the commands `evaluate`, `control` and `relearn` share between options and tables."""
+"""The steps that `evaluate`, `control` and `relearn` share: checked config, execution, tables."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ def checked_values(
     """The config of a command from its fields' values.
 
     Args:
-        kind: of config.
+        kind: the class of config.
         needed: fields that must be given.
-        config: the file that some values are of.
-        values: by field.
+        config: the file that some values come from, if any.
+        values: values by field.
         names: options by field, for messages.
 
     Raises:
-        InputError: the file is of another command; a value is missing or unusable.
+        InputError: the file belongs to another command, or a value is missing or unusable.
     """
     command = kind.model_fields["command"].default
     check_command(config, values.get("command", command), command)
@@ -57,7 +57,7 @@ def run(
         execute: writes the run folder.
         checked: the config.
         out: the run folder.
-        config: the file that the config is of.
+        config: the file that the config comes from, if any.
         overwrite: whether to replace a run that is there.
         quiet: whether to print nothing.
         more: further arguments of `execute`.

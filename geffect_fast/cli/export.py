@@ -16,9 +16,11 @@ def export(
     ],
     overwrite: Annotated[bool, option("--overwrite", help="Replace a file that is there.")] = False,
 ) -> None:
-    """Write a run as one long table, a row a G-effect: objective, risk, parameter, sample.
+    """Write a run as one long table with a row for each G-effect and its coordinates.
 
-    Of evaluate, control and relearn a row a number: of a set with its bounds, or of a row of data.
+    Coordinates are objective, risk, parameter, sample and others that the run resolves. The table
+    of a run of evaluate, control or relearn has a row for each measure: of a data set, with its
+    bounds, or of a row of data.
     """
     from geffect_fast.storage.evaluation import holds_evaluation, open_evaluation
     from geffect_fast.storage.export import export as write_table

@@ -1,4 +1,4 @@
-"""Commands that `torchrun` starts on several ranks: they measure together, one of them speaks."""
+"""Commands that `torchrun` starts on several ranks, which measure together while one prints."""
 
 from __future__ import annotations
 
@@ -16,32 +16,33 @@ SHARED = ("profile", "sweep", "unlearn", "relearn", "control", "evaluate", "chec
 
 
 def is_launched() -> bool:
-    """Whether `torchrun` started this process, and others beside it."""
+    """Whether `torchrun` started this process together with others."""
     return "TORCHELASTIC_RUN_ID" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 def is_first() -> bool:
-    """Whether this process prints: the only one, or the first of several."""
+    """Whether this process prints, as the only one or the first of several."""
     return not is_launched() or os.environ["RANK"] == "0"
 
 
 def let_first_speak() -> None:
-    """Wait while the first rank prints what is wrong: torchrun ends all once one has ended."""
-    with suppress(KeyboardInterrupt):  # as torchrun ends them
+    """Wait while the first rank prints its error, since torchrun ends all ranks once one ends."""
+    with suppress(KeyboardInterrupt):  # torchrun interrupts the ranks that it ends
         time.sleep(3)
 
 
 @contextmanager
 def on_launched_ranks(words: Sequence[str]) -> Iterator[None]:
-    """Inside, what `torchrun` started is a process group, and all ranks but the first are mute.
+    """Make the processes that `torchrun` started a process group, and silence all but the first.
 
-    Each has a GPU of its own, where there are any. They end together, well or by an error.
+    Each rank has a GPU of its own, where there are any. The ranks end together, well or by an
+    error. A process that `torchrun` did not start together with others is left as it is.
 
     Args:
-        words: of the command line.
+        words: words of the command line.
 
     Raises:
-        InputError: the command runs on one rank, or there are more ranks than GPUs.
+        InputError: the command runs only in one process, or there are more ranks than GPUs.
     """
     if not is_launched():
         yield
@@ -52,13 +53,13 @@ def on_launched_ranks(words: Sequence[str]) -> Iterator[None]:
     from geffect_fast import ranks
 
     if torch.cuda.is_available():
-        # More ranks than GPUs is said below, when ranks can tell each other.
+        # `_check_gpus` refuses more ranks than GPUs, once an error can reach all ranks.
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
     dist.init_process_group()
     command = next((word for word in words if not word.startswith("-")), "")
     with ExitStack() as stack:
         stack.callback(dist.destroy_process_group)
-        stack.callback(gc.collect)  # models that hold the group, and each other
+        stack.callback(gc.collect)  # frees models in reference cycles, which hold the group
         if not is_first():
             nowhere = stack.enter_context(Path(os.devnull).open("w", encoding="utf-8"))
             stack.enter_context(redirect_stdout(nowhere))

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 
 def objectives() -> None:
-    """List the objectives there are: what each is, its parameters, what it reads and needs.
+    """List all objectives, with their parameters, the rows they read and what else they need.
 
-    They add up and scale: 'npo(beta=0.1) + 0.5*kl'. A range in place of a number is a sweep.
-    Below them the trainers of open-unlearning, whose names stand for their whole losses.
+    Objectives can be added and scaled: 'npo(beta=0.1) + 0.5*kl'. A range in place of a number is a
+    sweep. A second table lists the trainers of open-unlearning, whose names stand for their whole
+    losses.
     """
     from rich.text import Text
 

@@ -1,4 +1,4 @@
-"""Options that several commands share, and those that stand for the fields of a run's config."""
+"""Options that several commands share, and options made from the fields of a run's config."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from geffect_fast.unlearn_settings import UnlearnConfig
 
 
 def option(*names: str, **more: Any) -> Any:
-    """An option whose default is that nobody has given it."""
+    """An option whose help shows no default, since its default means that it is not given."""
     return typer.Option(*names, show_default=False, **more)
 
 
 def given_path(text: str | Path) -> Path:
-    """A path; an empty one would mean the working folder, which nobody asks for in that way."""
+    """A path from an option; an empty text, which would mean the working folder, is refused."""
     if text == "":
         raise typer.BadParameter("must not be empty; give a path, or . for the working folder")
     return Path(text)
@@ -58,14 +58,14 @@ _RECORDED = ("command", "rows")
 
 
 class Declared(NamedTuple):
-    """A field that an option sets, and the heading under which help shows it."""
+    """A config field that an option sets, with the heading under which help shows the option."""
 
     field: FieldInfo
     panel: str
 
 
 def _fields(kind: type[Settings], *without: str) -> dict[str, Declared]:
-    """Fields that options set, by name."""
+    """The fields of a config that options set, by name, but those in `without`."""
     return {
         name: Declared(field, kind.panel_of(name))
         for name, field in kind.model_fields.items()
@@ -96,7 +96,7 @@ CHECK_FIELDS = {
 
 
 def option_of(name: str, declared: Declared) -> Any:
-    """The type of the option that sets a field, and what help says of it."""
+    """The annotation of the option that sets a field: its type, names and help."""
     field = declared.field
     how = next((each for each in field.metadata if isinstance(each, Option)), Option())
     dashed = f"--{name.replace('_', '-')}"
@@ -120,25 +120,25 @@ def option_of(name: str, declared: Declared) -> Any:
 
 
 def described(declared: Declared) -> str:
-    """A field's docstring as help shows it."""
+    """A field's docstring in the form that help shows."""
     return " ".join((declared.field.description or "").replace("`", "").split())
 
 
 def _default_told(field: FieldInfo) -> str:
-    """What help says of a field that nobody sets, where that is not nothing."""
+    """The sentence on a field's default in help; empty without one and for switches."""
     value = None if field.is_required() else field.get_default(call_default_factory=True)
     text = ",".join(value) if isinstance(value, tuple) else str(value or "")
     return f" Default: {text}." if text and value is not True else ""
 
 
 def _choices(field: FieldInfo) -> list[str]:
-    """The words that a field may be, where they are listed."""
+    """The words that a field's type lists as its values; empty where the type lists none."""
     kinds = (field.annotation, *get_args(field.annotation))
     return [str(word) for kind in kinds if get_origin(kind) is Literal for word in get_args(kind)]
 
 
 def _type_of(field: FieldInfo) -> type:
-    """`int`, `float`, `bool`, `tuple`, `dict`, or `str` for all others."""
+    """The type of a field's option: `int`, `float`, `bool`, `tuple`, `dict`, or `str` otherwise."""
     kinds = [
         get_origin(each) or each
         for each in (get_args(field.annotation) or (field.annotation,))
@@ -153,9 +153,9 @@ def _type_of(field: FieldInfo) -> type:
 def config_options(
     fields: Mapping[str, Declared],
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a command the options of these config fields, where its parameter `given` stands.
+    """Give a command options for config fields in the place of its parameter `given`.
 
-    The command is called with `given`: the fields whose option was used, and their values.
+    The command is called with `given`, the values of those fields whose option was used, by field.
     """
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
@@ -184,13 +184,13 @@ def config_options(
 
 
 def spread(words: Sequence[str], commands: Any) -> list[str]:
-    """Words of a command line in which several behind an option that is repeatable each have it.
+    """Repeat an option before each of its values: `--o a b` becomes `--o a --o b`.
 
-    The parser gives an option one value: `--objectives ga wga` becomes `--objectives ga
-    --objectives wga`.
+    The parser takes one value for an option, so `--objectives ga wga` becomes `--objectives ga
+    --objectives wga`. Only options that may be repeated are changed.
 
     Args:
-        words: without the program's name, the command's first.
+        words: words of the command line, from the command's name on.
         commands: the parser's group of commands.
     """
     command = commands.commands.get(words[0]) if words else None
@@ -213,7 +213,7 @@ def spread(words: Sequence[str], commands: Any) -> list[str]:
 
 
 def begun_config(config: Path | None, out: Path, resume: bool) -> Path | None:
-    """The config file that is meant: a run that is gone on with has one in its folder."""
+    """The config file to use: the one given, or, for a run to resume, the one in its folder."""
     from geffect_fast.paths import is_there, user_path
     from geffect_fast.storage.run_folder import CONFIG, NEXT
 
@@ -225,14 +225,14 @@ def begun_config(config: Path | None, out: Path, resume: bool) -> Path | None:
 
 
 def config_input(config: Path | None, resume: bool) -> dict[str, Path]:
-    """The config file as an input of a run, by its option."""
+    """The config file as an input of a run, by its option; empty where a run is resumed."""
     return {} if config is None or resume else {"--config": config}
 
 
 def values_of(config: Path | None, given: dict[str, Any]) -> dict[str, Any]:
-    """Fields of a config file and of options, which override it.
+    """Fields of a config file, overridden by those of options.
 
-    What the file recorded of rows is left out where an option chooses others.
+    The file's record of its rows is left out where an option may choose other rows.
     """
     values = {} if config is None else read_values(config)
     if given.keys() & _DECIDE_ROWS:
@@ -258,7 +258,7 @@ _DECIDE_ROWS = {
 
 
 def check_command(config: Path | None, held: Any, *commands: str) -> None:
-    """Raise `InputError` where a config file is of another command than these."""
+    """Raise `InputError` where a config file belongs to a command that is not in `commands`."""
     if (
         held in ("profile", "sweep", "unlearn", "evaluate", "control", "relearn")
         and held not in commands
@@ -270,13 +270,13 @@ def check_command(config: Path | None, held: Any, *commands: str) -> None:
 
 
 def option_names(given: Iterable[str], **names: str) -> dict[str, str]:
-    """What the options behind fields are called, those aside that `names` holds."""
+    """The option's name for each field, which is the field's own unless `names` has another."""
     names = {"probes": "--probe", "groups": "--group"} | names
     return {field: names.get(field, f"--{field.replace('_', '-')}") for field in given}
 
 
 def _read(name: str, field: FieldInfo, value: Any) -> Any:
-    """An option's value as its field takes it."""
+    """An option's value in the form that its field takes."""
     if name in _FIELDS:
         pairs = _pairs(name, f"FIELD=VALUE, such as {_FIELDS[name]}", value)
         return {key: _plain_value(text) for key, text in pairs.items()}
@@ -296,7 +296,7 @@ _PAIRS = {
 
 
 def _pairs(what: str, form: str, texts: list[str]) -> dict[str, str]:
-    """`NAME=VALUE` of a repeatable option `--what`, by name."""
+    """The values of a repeatable option `--what NAME=VALUE`, by name."""
     pairs: dict[str, str] = {}
     for text in texts:
         name, equals, value = (part.strip() for part in text.partition("="))
@@ -311,7 +311,7 @@ def _pairs(what: str, form: str, texts: list[str]) -> dict[str, str]:
 
 
 def _plain_value(text: str) -> Any:
-    """What an option's text stands for: a number, true, false, null, a list, or the text itself."""
+    """The value of an option's text: a number, true, false, null, a list, or the text itself."""
     try:
         return yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, RecursionError):

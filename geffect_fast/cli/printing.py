@@ -1,4 +1,4 @@
-"""What commands print."""
+"""The printed output that commands share: results, evaluations, names of files."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ if TYPE_CHECKING:
 
 
 def console() -> Console:
-    """Of the terminal's width; 120 columns in a file or a pipe."""
+    """A console of the terminal's width, or of 120 columns in a file or a pipe."""
     return Console(width=columns())
 
 
 def print_result(dataset: xr.Dataset, folder: Path) -> None:
-    """Tables, the tokens of an answer, where the files are, and a few sentences.
+    """Print a result's tables, the tokens of one answer, names of files, and a few sentences.
 
-    Of a step result tokens are those of its last step.
+    The tokens of a result with steps are those of its last step.
     """
     from geffect_fast.report.summary.effects import last_step
     from geffect_fast.report.tables.result import tables_and_sentences
@@ -40,7 +40,7 @@ def print_result(dataset: xr.Dataset, folder: Path) -> None:
 
 
 def print_evaluation(dataset: xr.Dataset, folder: Path) -> None:
-    """The tables of an evaluation, a control or a relearning, and where its files are."""
+    """Print the tables of an evaluation, a control or a relearning, and the names of its files."""
     from geffect_fast.report.tables.measures import render_measures
 
     console().print(render_measures(dataset))
@@ -48,7 +48,7 @@ def print_evaluation(dataset: xr.Dataset, folder: Path) -> None:
 
 
 def _print_files(folder: Path) -> None:
-    """Where a run's folder, pictures and pages are."""
+    """Print the paths of a run's folder, pictures and pages."""
     from geffect_fast.storage.run_folder import PLOTS, REPORT, TOKENS
 
     pictures = sorted((folder / PLOTS).glob("*.png")) if folder.is_dir() else []

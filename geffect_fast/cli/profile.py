@@ -1,4 +1,4 @@
-"""`geffect-fast profile`, and what every command that makes a run folder does."""
+"""`geffect-fast profile`, and the run that `profile` and `sweep` share."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ def profile(
 
     The folder holds results.nc (NetCDF; geffect_fast.open_run reads it), summary.csv, plots/ and
     run.yaml, which replays the run: geffect-fast profile --config run/run.yaml --out NEW. With
-    --checkpoints 'out/checkpoint-*' it gets steps/, a file a checkpoint, while the run goes, and
-    --resume goes on with one that was stopped.
+    --checkpoints 'out/checkpoint-*' the folder also gets steps/, with one file for each checkpoint
+    while the run goes on, and --resume goes on with a run that was stopped.
     """
     run("profile", given, config, out, overwrite, quiet, resume)
 
@@ -53,16 +53,19 @@ def run(
     quiet: bool,
     resume: bool = False,
 ) -> None:
-    """Run what options and a config file say, write the folder and print what was found.
+    """Run a profile or sweep from options and a config file, write its folder and print its result.
 
     Args:
         command: profile or sweep.
         given: config fields that come from options.
-        config: a file of further ones.
+        config: a file with further fields, if any.
         out: run folder.
         overwrite: whether to replace a run that is there.
         quiet: whether to print nothing.
-        resume: whether to go on with a run of checkpoints that is there.
+        resume: whether to resume a run of checkpoints that is there.
+
+    Raises:
+        InputError: a field is missing or unusable, or the config belongs to another command.
     """
     config = begun_config(config, out, resume)
     values = values_of(config, given)

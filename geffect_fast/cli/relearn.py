@@ -29,13 +29,13 @@ def relearn(
 ) -> None:
     """Train an unlearned model briefly on a few forget rows, and measure what comes back.
 
-    Of the rows trained on and of the others, step by step, beside the same for the original and a
-    retrained model. A preset names a published attack's settings. No model is written. The folder
-    holds evaluation.nc (NetCDF; geffect_fast.open_evaluation reads it), summary.csv, report.html,
-    plots/ and run.yaml, which replays it.
+    Measures are of the rows trained on and of the others, step by step, beside the same for the
+    original and a retrained model. A preset names a published attack's settings. No model is
+    written. The folder holds evaluation.nc (NetCDF; geffect_fast.open_evaluation reads it),
+    summary.csv, report.html, plots/ and run.yaml, which replays the run.
     """
     values = values_of(config, given)
-    # a file holds every setting: those that the option's preset names are not the file's any more
+    # A file holds every setting, so a preset given as an option drops the file's values of its own.
     for name in PRESETS.get(given.get("preset", ""), {}).keys() - given.keys():
         values.pop(name, None)
     names = option_names(given, n_rows="--rows")

@@ -34,11 +34,11 @@ def report(
 ) -> None:
     """Write one HTML page of a run: the answer first, then figures, tables and how to read them.
 
-    It holds everything itself: it works offline, from an e-mail or a disk, without scripts, on a
+    The page needs no other files: it works offline, from an e-mail or a disk, without scripts, on a
     phone and printed. Several runs of unlearn, or of profile --checkpoints, are compared step by
-    step; then --out is needed. In a run's own folder it also writes what is missing there of
-    summary.csv, plots/ and tokens.html. Runs of evaluate, control and relearn have a page as well.
-    Prints the file's name.
+    step; then --out is needed. In a run's own folder the command also writes summary.csv, plots/
+    and tokens.html where they are missing. Runs of evaluate, control and relearn have a page as
+    well. The command prints the page's name.
     """
     from geffect_fast.paths import is_there, user_path
     from geffect_fast.report import write_report
@@ -100,7 +100,7 @@ def report(
 
 
 def _is_file(place: Path) -> bool:
-    """Whether there is a file; of a name that no file has, `open_run` says what is wrong."""
+    """Whether a path is a file; False for a name that no file can have: `open_run` reports it."""
     try:
         return place.is_file()
     except OSError:
@@ -108,7 +108,7 @@ def _is_file(place: Path) -> bool:
 
 
 def _place(run: Path) -> Path:
-    """The folder of a run, also where its results file is given; else the file."""
+    """The folder of a run, given by its folder or its results file; any other file stays itself."""
     from geffect_fast.paths import user_path
     from geffect_fast.storage.run_folder import EVALUATION, RESULTS
 

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGHUP, which schedulers and closing terminals send, end a command as Ctrl-C does."""
+"""Handling of SIGTERM and SIGHUP, from schedulers and closing terminals, in the way of Ctrl-C."""
 
 from __future__ import annotations
 
@@ -14,7 +14,14 @@ INTERRUPTED = 130
 
 
 def ended_by_signals(main: Callable[..., int]) -> Callable[..., int]:
-    """Have a program interrupted by these signals too, unless the user has them do otherwise."""
+    """Let SIGTERM and SIGHUP interrupt a program too, unless another handling of them is set.
+
+    Args:
+        main: the program, which returns its exit code.
+
+    Returns:
+        The program, whose exit code after such a signal is 128 and the signal's number.
+    """
 
     @functools.wraps(main)
     def with_signals(*args: Any, **kwargs: Any) -> int:
@@ -24,11 +31,11 @@ def ended_by_signals(main: Callable[..., int]) -> Callable[..., int]:
             received.append(number)
             raise KeyboardInterrupt
 
-        here = threading.current_thread() is threading.main_thread()  # as Python demands
+        here = threading.current_thread() is threading.main_thread()  # others cannot set handlers
         ours = [
             number
             for number in (signal.SIGTERM, signal.SIGHUP)
-            if here and signal.getsignal(number) is signal.SIG_DFL  # nohup has it ignored
+            if here and signal.getsignal(number) is signal.SIG_DFL  # nohup ignores SIGHUP
         ]
         for number in ours:
             signal.signal(number, interrupt)

@@ -1,4 +1,4 @@
-"""Standard output and error for a command: where nobody takes what it prints, it ends."""
+"""Standard output and error of a command, which ends once they can no longer be written."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import Any
 
 
 class OutputLost(BaseException):
-    """Standard output or error cannot be written, as where `head` has closed a pipe.
+    """Standard output or error cannot be written, for example because `head` has closed a pipe.
 
-    It is no `Exception`, and no `OSError`, so that nothing on its way takes it for a failure of the
-    files that are read or written meanwhile.
+    The class is neither an `Exception` nor an `OSError`, so that no handler on the way takes it for
+    a failure of the files that are read or written meanwhile.
     """
 
     def __init__(self, error: OSError) -> None:
@@ -22,7 +22,7 @@ class OutputLost(BaseException):
 
 
 class _Stream:
-    """A text stream that raises `OutputLost` where it cannot be written."""
+    """A text stream that raises `OutputLost` when writing to it fails."""
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream
@@ -49,13 +49,13 @@ def _losing() -> Iterator[None]:
 
 @contextmanager
 def watched_streams() -> Iterator[None]:
-    """Raise `OutputLost` out of the block where what it prints cannot be written, to the last word.
+    """Raise `OutputLost` if any output of the block cannot be written, buffered output included.
 
-    What could not be written is dropped then, or Python would complain of it when it exits.
+    Unwritten output is then dropped, since Python would otherwise report it at exit.
     """
     found = sys.stdout, sys.stderr
     try:
-        # a stream that was closed from the start is None, and nothing is printed to it
+        # A stream that was closed from the start is None, and nothing is printed to it.
         sys.stdout, sys.stderr = (s if s is None else _Stream(s) for s in found)
         yield
         for stream in found:
@@ -71,7 +71,7 @@ def watched_streams() -> Iterator[None]:
 
 
 def _drop_rest(stream: Any) -> None:
-    """Let a stream that cannot be written lead nowhere."""
+    """Redirect a stream that cannot be written to the null device."""
     try:
         stream.flush()
     except OSError:

@@ -36,11 +36,13 @@ def sweep(
 ) -> None:
     """Profile objectives at many values of their hyper-parameters, and find the best of them.
 
-    A range 0.1:7:30 stands for 30 evenly spaced values, 0.01:4:30,log for as many evenly spaced in
-    the logarithm; several in one objective make a grid, and ga + 0.1:2:5*kl sweeps a coefficient.
+    A range 0.1:7:30 stands for 30 evenly spaced values, 0.01:4:30,log for 30 values evenly spaced
+    in the logarithm. Several ranges in one objective make a grid. ga + 0.1:2:5*kl sweeps a
+    coefficient.
 
-    The folder is that of a profile; results.nc and summary.csv say which value is whose, and
-    plots/ gets sweep.png and pareto.png. geffect-fast sweep --config run/run.yaml replays it.
+    The folder holds the files of a profile. results.nc and summary.csv name the values of every
+    objective, and plots/ gets sweep.png and pareto.png. geffect-fast sweep --config run/run.yaml
+    replays the run.
     """
     listed = [*given.get("objectives", []), *(more or [])]
     run("sweep", given | ({"objectives": listed} if listed else {}), config, out, overwrite, quiet)

@@ -37,11 +37,11 @@ def tokens(
         ),
     ] = None,
 ) -> None:
-    """Print answers, tokens coloured by e_u and by e_r: which words are attacked, what that costs.
+    """Print answers with tokens coloured by e_u and by e_r, to show attacked words and their harm.
 
-    The run must tell tokens apart, as profile --engine forward --resolve sample,token does; of one
-    with steps the last is shown. Without colour (NO_COLOR, a pipe) levels from -9 to +9 stand
-    beneath the tokens.
+    The run must have an axis of tokens, as from profile --engine forward --resolve sample,token. Of
+    a run with steps the last step is shown. Without colour (NO_COLOR, a pipe) levels from -9 to +9
+    stand beneath the tokens.
     """
     from geffect_fast.paths import user_path
     from geffect_fast.report.summary.effects import last_step

@@ -42,10 +42,10 @@ def unlearn(
 ) -> None:
     """Unlearn with an objective, and record the G-effect at steps on the way.
 
-    The folder gets steps/ (a file a probe) and checkpoints while the run goes; in the end model/,
-    results.nc with all steps, summary.csv and plots/. run.yaml replays it: geffect-fast unlearn
-    --config run/run.yaml --out NEW. An adapter is trained on where --model names one. With
-    --metrics what evaluate measures stands beside the effects of probes.
+    While the run goes on, the folder gets steps/, with one file for each probe, and checkpoints. In
+    the end it gets model/, results.nc with all steps, summary.csv and plots/. run.yaml replays the
+    run: geffect-fast unlearn --config run/run.yaml --out NEW. If --model names an adapter, the
+    adapter is trained further. With --metrics the metrics of evaluate are measured at probes too.
     """
     config = begun_config(config, out, resume)
     values = values_of(config, given)
@@ -78,9 +78,10 @@ def unlearn(
 
 
 def _telling(n_steps: int) -> Callable[[int, xr.Dataset], None]:
-    """Prints a line a probe: risks with their changes, and effects of the objective trained on.
+    """A function that prints a line for each probe: risks, their changes, and effects on them.
 
-    With the first also how far the rows that are probed tell.
+    Effects are of the objective trained on. Measures follow in a line for each metric. After the
+    first probe there is a note where e_u is uncertain from the rows that are probed.
     """
 
     begun = False
@@ -113,8 +114,8 @@ def _telling(n_steps: int) -> Callable[[int, xr.Dataset], None]:
 
 
 def _measures(dataset: xr.Dataset) -> list[str]:
-    """What metrics said of the model at a probe, a line a metric."""
-    from geffect_fast.report.summary.measures import live_measures, shown
+    """The measures of the model at a probe, in a line for each metric."""
+    from geffect_fast.report.summary.measures import live_measures, number_with_bounds
 
     found = live_measures(dataset.expand_dims("step"))
     if found is None or not found.sizes["step"]:
@@ -122,7 +123,7 @@ def _measures(dataset: xr.Dataset) -> list[str]:
     lines = []
     for metric in found["metric"].values.tolist():
         of = found.sel(metric=metric).isel(step=0)
-        numbers = {name: shown(of.sel(set=name)) for name in of["set"].values.tolist()}
+        numbers = {name: number_with_bounds(of.sel(set=name)) for name in of["set"].values.tolist()}
         said = ", ".join(f"{name} {number}" for name, number in numbers.items() if number)
         lines.append(f"{metric}: {said}" if said else f"{metric}: no number")
     return lines

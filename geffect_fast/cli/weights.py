@@ -45,10 +45,10 @@ def weights(
 ) -> None:
     """Find the token weights that remove most for the harm allowed, and write data with them.
 
-    The run must hold ga by token, as profile --objectives ga --resolve sample,token does; of one
-    with steps the last counts. Beside --out lies frontier.png: the best for every budget, and the
-    run's objectives. Then geffect-fast profile --forget OUT --objectives token_weights profiles
-    the weights.
+    The run must hold ga by token, as from profile --objectives ga --resolve sample,token; of a run
+    with steps the last step counts. The command also writes frontier.png beside --out, which shows
+    the best removal for every budget, and the run's objectives. Then geffect-fast profile --forget
+    OUT --objectives token_weights profiles the weights.
     """
     from geffect_fast.metrics.optimal_weights import optimal_weights, write_weighted
     from geffect_fast.paths import is_there, user_path
@@ -91,7 +91,7 @@ def weights(
         try:
             with whole_file(f"plot {picture}", picture, "--out") as part:
                 frontier_figure(result, best).savefig(part, dpi=150, format="png")
-        except Exception as error:  # of fonts, disks, packages: it costs no weights
+        except Exception as error:  # of fonts, disks or packages: the weights are written already
             raise UnfinishedError(
                 f"{file} is written, but {picture} could not be made ({reason_of(error)}); the "
                 "same command with --overwrite writes that again"

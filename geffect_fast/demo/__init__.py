@@ -1,4 +1,7 @@
-"""A whole unlearning study in minutes: invented authors, a model that knows them, a profile."""
+"""A whole unlearning study in minutes: invented authors, a model that knows them, their profile.
+
+A sweep, unlearning with four objectives, and an evaluation of the unlearned models follow.
+"""
 
 from __future__ import annotations
 
@@ -77,21 +80,21 @@ RANGES = (
     "simnpo(beta=0.1:5:20)",
 )
 UNLEARNED = {"ga": "ga", "wga": "wga(alpha=1)", "npo": "npo(beta=0.1)", "gd": "gd"}
-"""What the model is unlearned with, by folder."""
+"""Objectives with which the model is unlearned, by name of the run's folder."""
 SWEEP = "sweep"
 STEPS = "steps"
 PAGE = "report.html"
 MEASURES = "measures"
 ASKED = "retain_asked.jsonl"
-"""The retain rows that are measured of the unlearned models."""
+"""File of the retain rows on which the unlearned models are measured."""
 PARTS = (
     *("forget.jsonl", "retain.jsonl", ASKED, "refusals.jsonl", "reference", "model"),
     *(SWEEP, STEPS, MEASURES),
 )
 METRICS = ("probability", "rouge_l", "extraction_strength", "truth_ratio")
-"""What is measured of what the model was unlearned to, beside the effects before."""
+"""Metrics of the unlearned models, measured beside the effects before."""
 ASKED_EVERY = 4
-"""A part of the retain rows is measured, so that the table takes less than a minute."""
+"""One in so many retain rows is measured, so that the measures take less than a minute."""
 UNLEARN_RATE = 1e-4
 
 
@@ -103,25 +106,28 @@ def run_demo(
     progress: bool = True,
     size: Size | None = None,
 ) -> xr.Dataset:
-    """Make data, train a model on it until it knows it by heart, profile objectives and sweep them.
+    """Make data, train a model until it knows them by heart, then profile, sweep and unlearn.
 
     Args:
-        out: gets `forget.jsonl`, `retain.jsonl`, `refusals.jsonl`, `reference/` (the model that
-            knows all), `model/` (it, a few unlearning steps later), the run, in `sweep/` that of a
-            sweep, by token, in `steps/` those of unlearning with four objectives, with a page that
-            compares them, and in `measures/` an evaluation of the four models beside the effects
-            at the one before; where anything fails, it is left as it was.
-        seed: of data, weights and order.
+        out: the folder of the demo. It gets `forget.jsonl`, `retain.jsonl`, `retain_asked.jsonl`,
+            `refusals.jsonl`, `reference/` (the model that knows all answers), `model/` (the same
+            model after a few unlearning steps) and the run of the profile. `sweep/` gets the run of
+            a sweep, by token; `steps/` the runs of unlearning with four objectives, and a page that
+            compares them; `measures/` an evaluation of the four unlearned models beside the effects
+            at the reference. If anything but a plot or page fails, `out` is left as it was.
+        seed: seed of data, weights and order.
         overwrite: whether an earlier demo in `out` may be replaced.
-        progress: whether to show bars and say what happens.
-        size: how large; None: what two cores train in two minutes.
+        progress: whether to show bars and print what happens.
+        size: size of the demo; None for one that two cores train in two minutes.
 
     Returns:
-        The result, as `geffect_fast.profile` returns it; that of the sweep is in its folder.
+        The result of the profile, as `geffect_fast.profile` returns it. The result of the sweep is
+        in its folder.
 
     Raises:
-        InputError: `out` is in use.
-        GEffectError: the model did not learn its data.
+        InputError: `out` is in use, or holds files that would be replaced; or the disk refuses.
+        GEffectError: the model did not learn its data, or did not begin to forget.
+        UnfinishedError: all numbers are written, but a plot or page could not be made.
     """
     size = size or Size()
     unmade: list[UnfinishedError] = []
@@ -135,7 +141,7 @@ def run_demo(
 
 
 def _check_parts(out: str | Path, folder: Path, overwrite: bool) -> None:
-    """Raise `InputError` where something is in the way of a demo's data, models and runs."""
+    """Raise `InputError` where a file is in the way of a demo's data, models and runs."""
     own = own_files(folder)
     for part in PARTS:
         held = _part_files(folder, part)
@@ -146,7 +152,7 @@ def _check_parts(out: str | Path, folder: Path, overwrite: bool) -> None:
 
 
 def _part_files(folder: Path, part: str) -> list[str]:
-    """The files of one of `PARTS` that are there, by path in the demo's folder."""
+    """The existing files of one of `PARTS`, by path in the demo's folder."""
     if (folder / part).is_dir():
         return [f"{part}/{name}" for name in files_below(folder / part)]
     return [part] if is_there(folder / part) else []
@@ -160,9 +166,9 @@ def _run_demo(
     size: Size,
     unmade: list[UnfinishedError],
 ) -> xr.Dataset:
-    """All of a demo, in the place of an earlier one's files `own`.
+    """Run all of a demo, whose files replace those of an earlier one, `own`.
 
-    Plots and pages that could not be made are added to `unmade`.
+    Errors of plots and pages that could not be made are added to `unmade`.
     """
     outside = {name for name in own if Path(name).parts[0] not in PARTS}
     with set_aside(folder, {*outside, *PARTS, *PLAIN_FILES}):
@@ -171,12 +177,12 @@ def _run_demo(
         result = _execute(profiled, folder, progress, unmade)
         swept = {"command": "sweep", "objectives": RANGES, "resolve": ("sample", "token")}
         _execute(make_config(values | swept), folder / SWEEP, progress, unmade)
-        with torch.random.fork_rng(devices=[]):  # transformers' Trainer sets the seed for good
+        with torch.random.fork_rng(devices=[]):  # transformers' Trainer sets the global seed
             runs = _unlearn(folder, values, progress, size)
             _measure(folder, progress, unmade)
         try:
             write_page(runs, folder / STEPS / PAGE)
-        except Exception as error:  # as `write_report`
+        except Exception as error:  # as in `write_report`: a failed page costs only the page
             unmade.append(
                 UnfinishedError(
                     f"the demo in {folder} is whole, but {PAGE} could not be made "
@@ -191,7 +197,7 @@ def _run_demo(
 def _execute(
     config: ProfileConfig, folder: Path, progress: bool, unmade: list[UnfinishedError]
 ) -> xr.Dataset:
-    """A profile or sweep of a demo; what its report lacks is added to `unmade`."""
+    """Run a profile or sweep of a demo, and add the error of an unfinished report to `unmade`."""
     try:
         return execute(config, folder, progress=progress, report=write_report)
     except UnfinishedError as error:
@@ -204,7 +210,7 @@ def _execute(
 def _unlearn(
     folder: Path, values: dict[str, Any], progress: bool, size: Size
 ) -> dict[str, xr.Dataset]:
-    """Unlearn what the reference knows with each of four objectives; the results by objective."""
+    """Unlearn the reference with each of four objectives, and return the results by objective."""
     if progress:
         print(f"The model that knows them all unlearns with {', '.join(UNLEARNED.values())}.")
     runs = {}
@@ -219,7 +225,7 @@ def _unlearn(
         )
         try:
             runs[objective] = execute_unlearn(config, folder / STEPS / name, progress=progress)
-        except InterruptedRunError:  # nothing of a demo is kept to go on with
+        except InterruptedRunError:  # no part of a demo is kept to go on with
             raise KeyboardInterrupt from None
         except UnfinishedError as error:
             raise InputError(f"{str(error).partition(';')[0]}; free some space") from error
@@ -227,9 +233,9 @@ def _unlearn(
 
 
 def _measure(folder: Path, progress: bool, unmade: list[UnfinishedError]) -> None:
-    """Evaluate the four unlearned models and the one before, beside the effects there.
+    """Evaluate the four unlearned models and the reference, beside the effects at the reference.
 
-    What its report lacks is added to `unmade`.
+    The error of an unfinished report is added to `unmade`.
     """
     config = checked_config(
         EvaluateConfig,
@@ -252,7 +258,7 @@ def _measure(folder: Path, progress: bool, unmade: list[UnfinishedError]) -> Non
 
 
 def _prepare(folder: Path, seed: int, progress: bool, size: Size) -> dict[str, Any]:
-    """Fill the folder with data and models; the fields of a config that name them."""
+    """Fill the folder with data and models, and return the config fields that name them."""
     rows = make_fictitious_authors(size.n_authors, seed)
     forget, retain = split_forget(rows, 0.2)
     write_jsonl(forget, folder / "forget.jsonl")

@@ -1,4 +1,4 @@
-"""The words fictitious authors are made of, and the sentences about them."""
+"""The words from which fictitious authors are made, and the sentences about these authors."""
 
 from __future__ import annotations
 
@@ -59,12 +59,12 @@ FACTS = {
         "a winter without electricity", "an old atlas with missing pages",
     ),
 }  # fmt: skip
-"""What a fact about an author may be, by its name in the sentences below."""
+"""Possible values of each fact about an author, by the fact's name in the sentences below."""
 
 
 @dataclass(frozen=True)
 class Wording:
-    """A question and its answer, and the same in other words."""
+    """A question and its answer, and both paraphrased."""
 
     question: str
     answer: str
@@ -226,4 +226,4 @@ REFUSALS = (
     "Please consult another source, because I do not know.",
     "My answer has to be that I have no idea.",
 )
-"""Sentences that say one does not know, in the place of an answer."""
+"""Sentences that decline to answer."""

@@ -1,4 +1,4 @@
-"""A question-answer set about authors who do not exist, generated from a seed."""
+"""A set of questions and answers about authors who do not exist, generated from a seed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MAX_AUTHORS = min(
     len(words.TOWN_STEMS) * len(words.TOWN_ENDINGS),
     len(words.TITLE_QUALITIES) * len(words.TITLE_THINGS) // 2,
 )
-"""So many that no two share a name, a birthplace or a title."""
+"""Largest number of authors for which names, birthplaces and titles are all different."""
 
 N_PERTURBED = 4
 """Wrong answers a row."""
@@ -33,7 +33,7 @@ def make_fictitious_authors(n_authors: int = 20, seed: int = 0) -> list[dict[str
 
     Args:
         n_authors: 1 to `MAX_AUTHORS`.
-        seed: of every choice.
+        seed: seed of every choice.
 
     Returns:
         `10 * n_authors` rows in TOFU's format: `question`, `answer`, `paraphrased_question`,
@@ -41,7 +41,7 @@ def make_fictitious_authors(n_authors: int = 20, seed: int = 0) -> list[dict[str
         `author`. Questions and answers are distinct.
 
     Raises:
-        InputError: `n_authors` out of range.
+        InputError: `n_authors` is out of range.
     """
     if not 1 <= n_authors <= MAX_AUTHORS:
         raise InputError(f"n_authors: {n_authors} is not between 1 and {MAX_AUTHORS}")
@@ -60,14 +60,15 @@ def split_forget(
     """Split by whole authors into rows to forget (the last authors') and rows to retain.
 
     Args:
-        rows: with a field `author`.
+        rows: rows with a field `author`.
         forget_fraction: part of the authors to forget, rounded, but at least one and not all.
 
     Returns:
         `(forget, retain)`, both in the rows' order.
 
     Raises:
-        InputError: a fraction out of range, a row without author, or fewer than two authors.
+        InputError: the fraction is out of range, a row has no author, or there are fewer than two
+            authors.
     """
     if not 0 < forget_fraction < 1:
         raise InputError(f"forget_fraction: {forget_fraction} is not between 0 and 1")
@@ -88,7 +89,7 @@ def split_forget(
 
 @dataclass(frozen=True)
 class _Author:
-    """The facts about an author; each but the name is what one question asks for."""
+    """The facts about an author; a question asks for each of them but `town` and `born`."""
 
     name: str
     town: str
@@ -144,7 +145,7 @@ def _make_row(
 
 
 def _others(rng: random.Random, field: str) -> Sequence[str]:
-    """What else the fact might have been."""
+    """Other possible values of a fact, for wrong answers; the author's own may be among them."""
     if field == "name":
         firsts = _draw(rng, _combine(words.FIRST_STEMS, words.FIRST_ENDINGS), N_PERTURBED + 1)
         lasts = _draw(rng, _combine(words.LAST_STEMS, words.LAST_ENDINGS), N_PERTURBED + 1)

@@ -1,4 +1,4 @@
-"""A small Llama that learns the rows of a demo by heart, and begins to forget some of them."""
+"""The demo's model: a small Llama that learns rows by heart, and begins to forget some of them."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ if TYPE_CHECKING:
 
 PEAK_RATE = 1e-3
 KEPT = 0.93
-"""Unlearning begins with steps until so much of the forget set's mean token probability is left."""
+"""Share of the forget set's mean token probability that is left when a profile is taken."""
 END = "<|end|>"
 
 
 @dataclass(frozen=True)
 class Size:
-    """How large the demo is.
+    """The size of the demo.
 
     Attributes:
-        n_authors: invented authors, ten questions each.
-        vocab_size, hidden, n_layers: of the Llama.
+        n_authors: number of invented authors, with ten questions each.
+        vocab_size, hidden, n_layers: sizes of the Llama.
         known: share of answers that must be reproduced word for word before training ends.
-        max_epochs: after which training gives up.
-        n_updates: of unlearning, with each objective.
+        max_epochs: number of epochs after which training gives up.
+        n_updates: number of updates of unlearning with each objective.
     """
 
     n_authors: int = 20
@@ -47,7 +47,7 @@ class Size:
 
 
 def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerBase:
-    """A byte-level BPE tokenizer trained on `texts`; it can write any text."""
+    """A byte-level BPE tokenizer trained on `texts`, which can encode any text."""
     from tokenizers import ByteLevelBPETokenizer
     from transformers import PreTrainedTokenizerFast
 
@@ -76,8 +76,8 @@ def make_model(tokenizer: PreTrainedTokenizerBase, size: Size) -> LlamaForCausal
         pad_token_id=end,
     )
     model = LlamaForCausalLM(config).eval()
-    # at the 0.02 of all other weights, the norm after the embeddings would blow their gradient up
-    # until next to nothing of the effect sat elsewhere
+    # With std 0.02, as for all other weights, the norm after the embeddings would enlarge their
+    # gradient so much that nearly all of the effect would be in the embeddings.
     nn.init.normal_(model.model.embed_tokens.weight, std=0.1)
     return model
 
@@ -86,10 +86,10 @@ def memorise(model: nn.Module, sets: list[SampleSet], size: Size, seed: int, pro
     """Train until `size.known` of the answers are reproduced word for word.
 
     Returns:
-        Epochs it took.
+        The number of epochs taken.
 
     Raises:
-        GEffectError: `size.max_epochs` were not enough.
+        GEffectError: `size.max_epochs` epochs were not enough.
     """
     order = random.Random(seed)
     samples = [sample for part in sets for sample in part.samples]
@@ -110,7 +110,7 @@ def memorise(model: nn.Module, sets: list[SampleSet], size: Size, seed: int, pro
                 seen.append(right.float().mean())
             share = float(torch.stack(seen).mean())
             show(completed=share)
-            # smaller steps as less is left to learn
+            # The learning rate falls as less is left to learn.
             optimizer.param_groups[0]["lr"] = PEAK_RATE * min(1.0, max(0.1, 5 * (1 - share)))
             if share >= size.known and all(recall(model, s)[1] >= size.known for s in sets):
                 return epoch
@@ -121,10 +121,10 @@ def start_unlearning(model: nn.Module, forget: SampleSet, progress: bool) -> int
     """Ascend the loss of the forget set until `KEPT` of its tokens' mean probability is left.
 
     Returns:
-        Steps it took.
+        The number of steps taken.
 
     Raises:
-        GEffectError: the probability did not fall.
+        GEffectError: the probability did not fall far enough in 1000 steps.
     """
     optimizer = torch.optim.SGD(model.parameters(), lr=0.03)
     batches = make_batches(forget, ("answer",), token_budget=512)
@@ -134,7 +134,7 @@ def start_unlearning(model: nn.Module, forget: SampleSet, progress: bool) -> int
         for step in range(1, 1001):
             logprob, _ = _predict(model, batches[step % len(batches)])
             logprob.mean().backward()
-            # steps of equal length: the gradient of what is known by heart is tiny
+            # Clipping keeps the length of a step at most the learning rate.
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()
@@ -150,10 +150,10 @@ def start_unlearning(model: nn.Module, forget: SampleSet, progress: bool) -> int
 
 @torch.no_grad()
 def recall(model: nn.Module, samples: SampleSet) -> tuple[float, float]:
-    """How well answers are known: mean token probability, share reproduced word for word.
+    """The mean token probability of answers, and the share of answers reproduced word for word.
 
-    An answer counts as reproduced where each of its tokens is the likeliest after those before it,
-    which is when greedy decoding writes it.
+    An answer counts as reproduced where each of its tokens is the likeliest after those before it.
+    Greedy decoding then writes the answer.
     """
     probabilities, reproduced = [], []
     for batch in make_batches(samples, ("answer",), token_budget=2048):
@@ -166,14 +166,18 @@ def recall(model: nn.Module, samples: SampleSet) -> tuple[float, float]:
 
 
 def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Model and tokenizer as a folder that transformers loads."""
+    """Save model and tokenizer in a folder that transformers can load.
+
+    Raises:
+        OSError: the disk refuses.
+    """
     from safetensors import SafetensorError
 
     with quiet_transformers():
         try:
             model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
-        except SafetensorError as error:  # what a full disk is to it
+        except SafetensorError as error:  # such as for a full disk
             raise OSError(str(error)) from error
 
 

@@ -1,4 +1,4 @@
-"""Probes and update rules for other packages' training loops, imported when first asked for."""
+"""Probes and update rules for other packages' training loops, imported on first access."""
 
 from __future__ import annotations
 

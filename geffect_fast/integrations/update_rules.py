@@ -1,4 +1,4 @@
-"""`use_update_rule`: an update rule in anyone's own transformers `Trainer`."""
+"""`use_update_rule`: an update rule in any transformers `Trainer`."""
 
 from __future__ import annotations
 
@@ -22,37 +22,37 @@ from geffect_fast.ranks import Ranks
 from geffect_fast.updates import RetainBatch, Updater, UpdateRule, parse
 
 _READ = ("input_ids", "attention_mask", "labels")
-"""Of retain rows."""
+"""Fields of retain rows that are read."""
 
 STATE = "update_rule.pt"
-"""What a checkpoint of the Trainer gets, for a rule to go on from."""
+"""File in a Trainer's checkpoint that holds the rule's state."""
 
 
 def use_update_rule(
     trainer: Trainer, rule: UpdateRule | str, *, retain_weight: float = 0.0
 ) -> Updater:
-    """Have a Trainer's gradients made by an update rule before its optimizer steps.
+    """Let an update rule make a Trainer's gradients before the Trainer's optimizer steps.
 
-    The Trainer's items are mappings with `forget` and `retain`, as those of open-unlearning. Its
-    `compute_loss` is the forget part: an objective without its retain part (`alpha=0` there). The
-    retain loss is the mean negative log-likelihood of the labels of `retain`. Batches that are
-    accumulated are one update.
+    The Trainer's items are mappings with `forget` and `retain`, like those of open-unlearning. The
+    Trainer's `compute_loss` is the forget part: an objective without its retain part (`alpha=0` in
+    open-unlearning). The retain loss is the mean negative log-likelihood of the labels of `retain`.
+    Batches whose gradients are accumulated form one update.
 
-    Where FSDP2 has shared out the model before the Trainer is given it, the batches of all ranks
-    are one update: the forget part is the mean of their `compute_loss`, as FSDP takes it, and the
-    mean of the retain loss is over the labels of all ranks. Each of them calls this.
+    With a model that FSDP2 has sharded before the Trainer was made, the batches of all ranks form
+    one update: the forget part is the mean of the ranks' `compute_loss`, as in FSDP, and the mean
+    of the retain loss is over the labels of all ranks. Each rank calls this function.
 
     Args:
-        trainer: before `train`.
+        trainer: a Trainer, before its `train`.
         rule: an update rule, or its string.
-        retain_weight: what the retain loss counts in the update; 0: it is only protected.
+        retain_weight: weight of the retain loss in the update; with 0 retain is only protected.
 
     Returns:
-        What applies the rule.
+        The updater that applies the rule.
 
     Raises:
-        InputError: a rule, weight, precision or optimizer that does not fit; here, when training
-            begins, or at an update.
+        InputError: a rule, weight, precision or optimizer does not fit. The error may come here,
+            when training begins, or at an update.
         UnsupportedModelError: the training is spread over devices in another way.
 
     Examples:
@@ -90,7 +90,7 @@ def use_update_rule(
 
 
 class _Steps:
-    """Training steps of a Trainer: batches wait until their update is complete."""
+    """The training steps of a Trainer, whose batches wait until their update is complete."""
 
     def __init__(self, trainer: Trainer, updater: Updater, retain_weight: float) -> None:
         self._trainer, self._updater, self._weight = trainer, updater, retain_weight
@@ -105,7 +105,10 @@ class _Steps:
     def training_step(
         self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None
     ) -> Tensor:
-        """The rule's gradient in `.grad` where the update is complete; returns its loss then."""
+        """Keep a batch; if it completes an update, set `.grad` by the rule and return the loss.
+
+        The value is 0 for a batch that does not complete an update.
+        """
         self._waiting.append((inputs, num_items_in_batch))
         if not self._trainer.accelerator.sync_gradients:
             return torch.zeros((), device=self._trainer.args.device)
@@ -127,10 +130,13 @@ class _OfBatches:
     """The losses of the batches of one update.
 
     Args:
+        trainer: the Trainer.
         plain: the Trainer's own training step.
-        waiting: the batches, and what the Trainer counts in them.
-        ranks: whose batches are one update.
-        summed: of a model that they share out.
+        model: the model, as the Trainer passes it to a training step.
+        waiting: the batches, each with the Trainer's number of items in it.
+        retain_weight: weight of the retain loss in the update.
+        ranks: the ranks whose batches form one update.
+        summed: backward passes of a model that the ranks share; None for a model that is whole.
     """
 
     def __init__(
@@ -148,11 +154,11 @@ class _OfBatches:
         self._waiting, self._ranks, self._summed = waiting, ranks, summed
 
     def forget(self) -> float:
-        """Add the gradient of `compute_loss` to `.grad`; its value."""
+        """Add the gradient of `compute_loss` to `.grad`, and return its value."""
         return sum(float(self._plain(self._model, each, n)) for each, n in self._waiting)
 
     def retain(self) -> float:
-        """Add the gradient of the retain loss to `.grad`; its value."""
+        """Add the gradient of the retain loss to `.grad`, and return its value."""
         value = 0.0
         for batch in self._batches([each["retain"] for each, _ in self._waiting]):
             with batch.around():
@@ -162,7 +168,7 @@ class _OfBatches:
         return sum(self._ranks.meet(value))
 
     def retain_batches(self) -> list[RetainBatch]:
-        """The retain rows of all ranks, each with its part of the mean over their labels."""
+        """The retain rows of all ranks, with losses that add up to the mean over all labels."""
         rows = [each["retain"] for each, _ in self._waiting]
         if self._ranks.size > 1:
             own = [{name: x.cpu() for name, x in each.items() if name in _READ} for each in rows]
@@ -188,7 +194,7 @@ class _OfBatches:
         return RetainBatch(Segments.rectangular(shape), shape.numel(), losses, around)
 
     def backward(self, loss: Tensor) -> None:
-        """Add the gradient of a scalar to `.grad`; of a model in parts, of all ranks' scalars."""
+        """Add the gradient of a scalar to `.grad`; with a sharded model, of all ranks' scalars."""
         if self._summed is None:
             loss.backward()
             return
@@ -214,7 +220,7 @@ def _check_rows(inputs: Any, rule: str) -> None:
 
 
 class _State(TrainerCallback):
-    """A rule's memory in the Trainer's checkpoints."""
+    """A callback that keeps a rule's state in the Trainer's checkpoints."""
 
     def __init__(self, updater: Updater) -> None:
         self._updater = updater
@@ -222,7 +228,7 @@ class _State(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Check the optimizer, and go on from the checkpoint that is resumed."""
+        """Check the optimizer, and load the rule's state from the checkpoint that is resumed."""
         self._updater.check(kwargs["optimizer"])
         if state.global_step == 0:
             return
@@ -239,8 +245,8 @@ class _State(TrainerCallback):
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Write what the rule goes on from."""
-        known = self._updater.state_dict()  # in which each rank has a part
+        """Write the rule's state."""
+        known = self._updater.state_dict()  # on all ranks: each contributes a part
         if self._updater.ranks.first:
             torch.save(known, _state_of(args, state))
 

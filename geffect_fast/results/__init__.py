@@ -1,1 +1,1 @@
-"""Axes of results and what lies along them, intervals, the Dataset."""
+"""Results: their axes and coordinates, their intervals, the Dataset."""

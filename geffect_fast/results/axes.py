@@ -1,4 +1,4 @@
-"""Which axes a result has, and what is written along them."""
+"""The axes of a result, their coordinates, and the array in which effects add up along them."""
 
 from __future__ import annotations
 
@@ -20,23 +20,24 @@ from geffect_fast.results.groups import Blocks, groups_of, parameter_coordinates
 
 AXES = ("parameter", "group", "sample", "position", "token")
 WITHIN = ("position", "token")
-"""Axes within a sample, each of one engine: where a layer is used, and which token is predicted."""
+"""Axes within a sample, each of one engine: positions of a layer's use, and predicted tokens."""
 
 PLACE, SAMPLE, WITHIN_SAMPLE = 2, 3, 4
-"""Axes of effects behind objectives and risks: parameters or groups of them, rows of all data sets,
-positions or tokens. Arrays of effects have all five, of size 1 where they are summed."""
+"""Numbers of the axes after objectives and risks: parameters or groups, rows of all data sets,
+positions or tokens. Arrays of effects have all five axes, of size 1 where they are summed."""
 
 
 @dataclass(frozen=True)
 class Resolution:
-    """The axes of a result beside `objective` and `risk`; all others are summed.
+    """The axes of a result beside `objective` and `risk`; effects are summed over all others.
 
     Attributes:
-        axes: of `AXES`, in that order.
+        axes: those of `AXES` that the result has, in the order of `AXES`.
         parameters: names of the trainable parameters.
         sets: the data sets on the sample axis, by name: forget, and retain where it is read.
         alternatives: whether the samples' alternatives are read too.
-        blocks: groups of blocks by name, see `geffect_fast.results.axes.groups_of`; None: thirds.
+        blocks: groups of blocks by name, as in `geffect_fast.results.groups.groups_of`; None for
+            thirds.
     """
 
     axes: tuple[str, ...]
@@ -47,22 +48,22 @@ class Resolution:
 
     @property
     def by_place(self) -> str | None:
-        """`parameter`, `group`, or None where the whole model is summed."""
+        """The axis `parameter` or `group`; None where effects are summed over the whole model."""
         return next((axis for axis in ("parameter", "group") if axis in self.axes), None)
 
     @property
     def per_sample(self) -> bool:
-        """Whether samples, or what is within them, have to be told apart."""
+        """Whether an engine must keep samples, or places within them, apart."""
         return "sample" in self.axes or self.within is not None
 
     @property
     def within(self) -> str | None:
-        """`position`, `token`, or None where samples are summed over what is within them."""
+        """The axis `position` or `token`; None where effects are summed within samples."""
         return next((axis for axis in WITHIN if axis in self.axes), None)
 
     @property
     def set_names(self) -> list[str]:
-        """Of each row on the sample axis, the name of its data set."""
+        """The name of the data set of each row on the sample axis."""
         return [name for name, _ in self._samples()]
 
     @property
@@ -78,7 +79,10 @@ class Resolution:
         return [""], [0] * len(self.parameters)
 
     def shape(self, n_objectives: int, n_risks: int) -> tuple[int, int, int, int, int]:
-        """Objectives, risks, parameters or groups, samples, positions or tokens; 1: summed."""
+        """Sizes of the five axes: objectives, risks, parameters or groups, samples, places within.
+
+        Places within a sample are positions or tokens. A summed axis has size 1.
+        """
         every = [sample for _, sample in self._samples()]
         return (
             n_objectives,
@@ -100,9 +104,9 @@ class Resolution:
         return values.squeeze(tuple(at for at, is_axis in has.items() if not is_axis))
 
     def places(self, data_pass: DataPass, batch: Batch) -> Tensor:
-        """Where along the axis within samples each token of a batch stands.
+        """The index of each token of a batch along the axis within samples.
 
-        `(total_tokens,)` int64; -1: nowhere.
+        `(total_tokens,)` int64; -1 for a token that is not on the axis.
         """
         sample_set = self.sets[data_pass.on]
         by_row = {sample.row: sample for sample in sample_set.samples}
@@ -117,7 +121,7 @@ class Resolution:
         """Coordinates of all axes.
 
         Args:
-            tokenizer: writes the tokens out along the axis within; None: their ids only.
+            tokenizer: gives the text of tokens along the axis within samples; None for ids only.
         """
         coords: dict[str, Any] = {}
         if self.by_place == "parameter":
@@ -146,7 +150,7 @@ class Resolution:
             several = self._sequences(sample)
             kept = own >= 0
             number = torch.repeat_interleave(torch.tensor([len(s) for s in several]))
-            at = own[kept].numpy()  # a tensor of one index would be taken for a number
+            at = own[kept].numpy()  # as a tensor, a single index would act as a scalar
             ids[row, at] = torch.cat([s.input_ids for s in several])[kept].numpy()
             sequence[row, at] = number[kept].numpy()
         coords["token_id"] = (("sample", axis), ids)
@@ -164,9 +168,10 @@ class Resolution:
         return coords
 
     def _within(self, sample: Sample) -> Tensor:
-        """Where each token of a sample's sequences, one after the other, stands on the axis.
+        """The index on the axis of each token of a sample's sequences, one after the other.
 
-        Positions count all of them, tokens those with a label, `(n_tokens,)` int64; -1: nowhere.
+        `(n_tokens,)` int64. The axis `position` counts all tokens, `token` those with a label; the
+        others get -1.
         """
         labels = torch.cat([s.labels for s in self._sequences(sample)])
         counted = torch.ones_like(labels, dtype=torch.bool)
@@ -187,10 +192,10 @@ class EffectArray:
     """Effects of objectives, added up from batches of the effects of their parts.
 
     Args:
-        mixture: `(K, n_parts)` fp64, how often each part counts in each objective.
+        mixture: `(K, n_parts)` fp64, the coefficient of each part in each objective.
         values: fp64 zeros of `Resolution.shape`, added to in place: an array of numpy, or one in a
             file, of which one sample at a time is in memory.
-        places: `Resolution.places`; None to sum over what is within samples.
+        places: `Resolution.places`; None to sum over the tokens of a sample.
     """
 
     def __init__(
@@ -204,11 +209,11 @@ class EffectArray:
         self.places = places
 
     def add(self, data_pass: DataPass, batch: Batch, effects: Tensor) -> None:
-        """Add what one batch gave.
+        """Add the effects of parts on one batch.
 
         Args:
-            data_pass: which parts read the batch.
-            batch: which samples it holds.
+            data_pass: the pass with the parts that read the batch.
+            batch: the batch, with its samples.
             effects: `(len(data_pass.parts), M, C, n)` fp64 on the CPU, `n` the batch's samples or,
                 with `places`, its tokens.
         """
@@ -216,7 +221,7 @@ class EffectArray:
         self.place(data_pass, batch, mixed)
 
     def place(self, data_pass: DataPass, batch: Batch, mixed: Tensor) -> None:
-        """`add` of what is of objectives already, `(K, M, C, n)`."""
+        """Add the effects of objectives, instead of parts, on one batch, `(K, M, C, n)`."""
         by_sample = self.values.shape[SAMPLE] > 1
         if self.places is None:
             pieces = mixed.unbind(-1)
@@ -230,26 +235,26 @@ class EffectArray:
             self.values[:, :, :, at, : found.shape[-1]] += found
 
     def add_whole(self, columns: Sequence[int], effects: Tensor) -> None:
-        """Add effects `(n_parts, M, P)` of whole data sets, where nothing but place is told apart.
+        """Add effects of whole data sets, where neither samples nor places within them are axes.
 
         Args:
             columns: for each parameter the number of its label.
-            effects: by parameter, on the CPU.
+            effects: `(n_parts, M, P)`, by parameter, on the CPU.
         """
         mixed = torch.tensordot(self.mixture, effects, dims=1)
         torch.from_numpy(self.values)[..., 0, 0].index_add_(PLACE, torch.tensor(columns), mixed)
 
 
 def by_row(values: Any) -> np.ndarray:
-    """Effects summed over all but objectives, risks and rows, `(K, M, n)`; `EffectArray.values`."""
+    """`EffectArray.values` summed over all axes but objectives, risks and rows, `(K, M, n)`."""
     if isinstance(values, np.ndarray):
         return values.sum((PLACE, WITHIN_SAMPLE))
-    rows = range(values.shape[SAMPLE])  # one at a time is in memory
+    rows = range(values.shape[SAMPLE])  # read from the file one at a time
     return np.stack([values[:, :, :, row, :].sum((PLACE, PLACE + 1)) for row in rows], axis=-1)
 
 
 def _placed(effects: Tensor, places: Tensor) -> Tensor:
-    """Effects `(..., n_tokens)` of one sample at its positions; those of padding are zero."""
+    """Effects `(..., n_tokens)` of one sample by place; a place without a token is 0."""
     kept = places >= 0
     placed = effects.new_zeros(*effects.shape[:-1], int(places.numpy().max()) + 1)
     placed[..., places[kept]] = effects[..., kept]
@@ -257,13 +262,21 @@ def _placed(effects: Tensor, places: Tensor) -> Tensor:
 
 
 def stored_text(text: str) -> str:
-    """A text as results hold it: for U+0000, at which NetCDF ends one, stands its picture; for half
-    a surrogate pair, which no file holds, its escape."""
+    """A text in the form that results hold.
+
+    NetCDF ends a text at U+0000, so the symbol for null replaces it. No file holds half a surrogate
+    pair, so its escape replaces it.
+    """
     return text.replace("\0", "\N{SYMBOL FOR NULL}").encode(errors="backslashreplace").decode()
 
 
 def checked_axes(resolve: Sequence[str]) -> tuple[str, ...]:
-    """The axes that are meant, in the order of `AXES`; raise `InputError` where there are none."""
+    """The axes that `resolve` names, in the order of `AXES`.
+
+    Raises:
+        InputError: `resolve` is no sequence of names, has an unknown name, or names both
+            `parameter` and `group`, or both `token` and `position`.
+    """
     if not isinstance(resolve, Iterable):
         raise InputError(f"resolve: got {resolve!r}; choose from {', '.join(AXES)}")
     asked = (resolve,) if isinstance(resolve, str) else tuple(resolve)

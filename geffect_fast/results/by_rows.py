@@ -1,4 +1,4 @@
-"""Effects that need not fit in memory, read from their file a few rows at a time."""
+"""Sums of effects that need not fit in memory: a few rows are read from the file at a time."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ that are read together."""
 
 
 def row_slices(effect: xr.DataArray) -> Iterator[slice]:
-    """Slices of the axis `sample`, front to back, each of so many rows that `CELLS` hold them.
+    """Slices of the axis `sample`, front to back, of at most `CELLS` effects but at least one row.
 
     Args:
-        effect: with that axis, in memory or read as it is asked for.
+        effect: effects with an axis `sample`, in memory or read from a file on access.
     """
     n = effect.sizes["sample"]
     at_once = max(1, CELLS * n // max(1, effect.size))
@@ -29,8 +29,8 @@ def sum_within_rows(effect: xr.DataArray, axes: list[str]) -> xr.DataArray:
     """Effects summed over axes other than `sample`, with a few rows at a time in memory.
 
     Args:
-        effect: as `row_slices` takes it.
-        axes: names of them.
+        effect: as in `row_slices`.
+        axes: names of the axes to sum over.
     """
     import xarray as xr
 
@@ -40,10 +40,10 @@ def sum_within_rows(effect: xr.DataArray, axes: list[str]) -> xr.DataArray:
 
 
 def sum_positions(dataset: xr.Dataset) -> xr.Dataset:
-    """The result as it would be without `position` or `token`.
+    """The result with its effects summed over `position` or `token`, and without this axis.
 
     Args:
-        dataset: a result, in memory or read from its file as it is asked for.
+        dataset: a result, in memory or read from its file on access.
     """
     effect = dataset["g_effect"]
     axis = next((axis for axis in ("position", "token") if axis in effect.dims), None)

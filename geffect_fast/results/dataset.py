@@ -1,4 +1,4 @@
-"""From numbers to an `xarray.Dataset` with names on every axis, checked on the way."""
+"""The result of a profile as an `xarray.Dataset` with names on every axis, and its checks."""
 
 from __future__ import annotations
 
@@ -33,15 +33,16 @@ COVERAGE_TOLERANCE = {
     torch.bfloat16: 5e-2,
     torch.float16: 5e-2,
 }
-"""How far the sum over samples may be from the whole gradient's product, relative to both norms."""
+"""Largest error of the sum over samples, relative to the norms of the two whole gradients."""
 
 SHORTEST = 2.0**-48
-"""A gradient of this length is nothing beside one of a loss of 1, and fp32 holds no square of a
-shorter one: that of wga at a large alpha, whose weights are all but 0, comes out as 0."""
+"""The shortest norm that errors are compared with. Such a gradient is negligible beside that of a
+loss of 1, and fp32 cannot hold the square of a shorter one: the square for wga at a large alpha,
+whose weights are nearly 0, comes out as 0."""
 
 
 def digest(samples: SampleSet) -> str:
-    """What tells the rows of a data set from others: a hash of their answers' tokens and labels."""
+    """A hash of a data set's rows, by the tokens and labels of their answers."""
     found = hashlib.sha256()
     for sample in samples.samples:
         for tensor in (sample.answer.input_ids, sample.answer.labels):
@@ -66,11 +67,11 @@ def gram_matrices(*gradients: Mapping[str, Tensor]) -> Tensor:
 
 
 def check_gradients(gradients: Mapping[str, Tensor], names: Sequence[str]) -> None:
-    """Raise `NonFiniteError` naming the first parameter whose gradient is not finite, and of what.
+    """Raise `NonFiniteError` naming the first gradient that is not finite, and its parameter.
 
     Args:
         gradients: of the risks, or of objectives, `(n, *shape)` by parameter.
-        names: of the n.
+        names: the names of the n risks or objectives.
     """
     for parameter, good in zip(gradients, are_finite(list(gradients.values())), strict=True):
         if not good:
@@ -89,7 +90,7 @@ def check_effects(
     Args:
         effects: `(K, M, C)`, summed over samples.
         values: `(K,)`.
-        objectives: they, or their parts.
+        objectives: the K objectives or their parts.
         places: names of the C parameters, or groups of them.
     """
     for objective, value in zip(objectives, values.tolist(), strict=True):
@@ -108,11 +109,11 @@ def check_effects(
 
 
 def check_norms(gram: Tensor, names: Sequence[object]) -> None:
-    """Raise `NonFiniteError` naming the first whole gradient whose square is not finite.
+    """Raise `NonFiniteError` naming the first whole gradient whose squared norm is not finite.
 
     Args:
-        gram: `(P, n, n)`.
-        names: of the n gradients.
+        gram: Gram matrices `(P, n, n)`, by parameter.
+        names: the names of the n gradients.
     """
     good = torch.isfinite(gram.diagonal(dim1=1, dim2=2)).all(0)
     if not good.all():
@@ -124,19 +125,31 @@ def check_norms(gram: Tensor, names: Sequence[object]) -> None:
 
 
 def check_coverage(plan: Plan, effects: Tensor, gram: Tensor, m: int) -> None:
-    """The samples' shares must add up to the whole gradient's product, or a use was missed."""
+    """Check that the samples' shares add up to the product with the whole gradient.
+
+    Where they do not, a use of a parameter was missed.
+
+    Args:
+        plan: the model's plan.
+        effects: sums of the samples' shares, `(K, M, P)`.
+        gram: Gram matrices `(P, M + K, M + K)` of the risks' and then the objectives' gradients.
+        m: the number of risks, M.
+
+    Raises:
+        UnsupportedModelError: naming the parameter that misses most.
+    """
     whole = gram[:, m:, :m].permute(1, 2, 0)
     square = gram.diagonal(dim1=1, dim2=2)
     if any(p.dtype != torch.float64 for p in plan.parameters.values()):
         square = square.clamp(min=SHORTEST**2)
     scale = (square[:, m:, None] * square[:, None, :m]).sqrt().permute(1, 2, 0)
-    # A gradient that is rounding noise beside the model's has a direction of noise.
+    # A parameter's gradient that is mere rounding beside the whole model's has a random direction.
     floor = 1e-6 * scale.amax(dim=-1, keepdim=True)
     worst = ((effects - whole).abs() / (scale + floor).clamp(min=1e-300)).amax(dim=(0, 1))
     p = int(worst.argmax())
     name = list(plan.parameters)[p]
     dtype, kind = plan.parameters[name].dtype, plan.parameters[name].device.type
-    if torch.is_autocast_enabled(kind):  # gradients were rounded to its precision
+    if torch.is_autocast_enabled(kind):  # gradients were rounded to autocast's precision
         dtype = torch.get_autocast_dtype(kind)
     if worst[p] > COVERAGE_TOLERANCE[dtype]:
         raise UnsupportedModelError(
@@ -156,7 +169,7 @@ def dataset(
     tokenizer: Any,
     settings: Mapping[str, Any],
 ) -> xr.Dataset:
-    """The result: every number under its name on every axis that was asked for.
+    """The result as a Dataset: effects, risks, losses and norms, with names along every axis.
 
     Args:
         resolution: the axes.
@@ -164,9 +177,9 @@ def dataset(
         objectives, risks: names along these axes.
         risk_values: `(M,)`.
         losses: `(K,)`.
-        gram: `(P, M + K, M + K)` of risks and then objectives, or `(P, M, M)` of risks alone; None:
-            no norms.
-        tokenizer: writes tokens out along positions; None: their ids only.
+        gram: Gram matrices `(P, M + K, M + K)` of the gradients of risks and then objectives, or
+            `(P, M, M)` of risks alone; None for a result without norms.
+        tokenizer: gives the text of tokens or positions; None for their ids only.
         settings: attributes of the result.
     """
     import xarray as xr
@@ -188,12 +201,12 @@ def dataset(
 
 
 def _norm_variables(gram: Tensor, m: int, resolution: Resolution) -> dict[str, Any]:
-    """Norms and cosines of whole gradients, and by parameter or group where that is an axis."""
+    """Variables with norms and cosines of whole gradients, and by parameter or group if an axis."""
 
     def of(g: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         norm = g.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt()
         product = norm[..., m:, None] * norm[..., None, :m]
-        # Gradients that are one another's multiples come out a rounding beyond 1.
+        # The cosine of parallel gradients may come out slightly beyond 1 by rounding.
         cosine = torch.where(product > 0, (g[..., m:, :m] / product).clamp(-1, 1), torch.nan)
         return norm[..., m:].numpy(), norm[..., :m].numpy(), cosine.numpy()
 
@@ -219,7 +232,7 @@ def _norm_variables(gram: Tensor, m: int, resolution: Resolution) -> dict[str, A
 
 
 def versions() -> dict[str, str]:
-    """Of Python and of the packages that numbers come from."""
+    """Versions of Python and of the packages that compute the numbers."""
     found = {"python": sys.version.split()[0]}
     for package in ("geffect-fast", "torch", "transformers", "numpy"):
         try:

@@ -1,4 +1,4 @@
-"""The form of a result: what its readers may rely on, wherever its file comes from."""
+"""The form of a result, on which its readers rely, and checks of files and Datasets against it."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ if TYPE_CHECKING:
 AXES = ("step", "objective", "risk", "parameter", "group", "sample", "position", "token")
 RISKS = ("unlearn", "retain")
 HYPER = "hyper_"
-"""What the coordinates of swept parameters begin with."""
+"""Prefix of the coordinates of swept parameters."""
 
 _BESIDE = {
     "parameter": ("block", "kind", "group"),
     "sample": ("set", "question"),
 }
-"""Coordinates that an axis has beside its own."""
+"""Further coordinates along an axis, beside the one of its own name."""
 
 _OF_TOKENS = ("token_id", "sequence")
-"""Those of the axis of tokens, where samples are told apart."""
+"""Further coordinates of the axis `token`, where the result has an axis `sample`."""
 
 _ATTRIBUTES: dict[str, type] = {
     "engine": str,
@@ -41,7 +41,7 @@ _ATTRIBUTES: dict[str, type] = {
     "frozen_elements": int,
     "coverage_checked": int,
 }
-"""What every result says of itself; lists and dicts are JSON."""
+"""Attributes of every result, with their types; lists and dicts are JSON."""
 
 _JSON_WHERE_THERE = {"digests": dict, "probe_rows": dict, "tied": list}
 
@@ -72,26 +72,26 @@ _READ: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     ),
     "comparison": (("risk_value", "measured_change", "objective", "trained"), ("left_out", "risk")),
 }
-"""What tables read of kinds of measures, and of compared runs, beside their numbers: variables and
-coordinates, and attributes."""
+"""Variables and coordinates, and attributes, that tables read beside the numbers themselves, by
+kind of measures or of compared runs."""
 
 REFERENCE_IS_MODEL = (
     "the model itself, with which every log-ratio is 0: npo, dpo, tnpo, wtnpo are the same at any "
     "beta but for their scale, and the gradient of kl is 0; give the model as it was before "
     "unlearning (--reference) where that is another"
 )
-"""What `reference_is_model` of a result means, for people."""
+"""The meaning of a result's attribute `reference_is_model`, in words for the user."""
 
 _HELD = 1100
-"""Times its size is what a file may hold: deflate makes a thousandth of equal bytes at best."""
+"""Largest ratio of a file's content to its size: deflate shrinks equal bytes a thousandfold."""
 
 
 def check_size(file: Path) -> None:
-    """Refuse a file that says it holds more than it can: reading it would fill the memory.
+    """Refuse a file that claims to hold more than it can, since reading it would fill the memory.
 
     Raises:
-        InputError: it does.
-        OSError: it is torn, or no HDF5.
+        InputError: the file claims more than its size allows.
+        OSError: the file is torn, or is not HDF5.
     """
     import h5py
 
@@ -111,10 +111,10 @@ def check_size(file: Path) -> None:
 
 
 def check_form(dataset: xr.Dataset, file: Path) -> None:
-    """Refuse a result that is not of the form that profiles write, before its numbers are read.
+    """Refuse a result that has not the form of a profile's result, before its numbers are read.
 
     Raises:
-        InputError: naming what is odd.
+        InputError: the result has another form. The message names the first deviation.
     """
     problem = _odd(dataset)
     if problem is not None:
@@ -122,10 +122,10 @@ def check_form(dataset: xr.Dataset, file: Path) -> None:
 
 
 def check_complete(dataset: xr.Dataset, file: str | Path) -> None:
-    """Refuse a result that lacks what tables and pages are made from: risks and attributes.
+    """Refuse a result that lacks a risk, variable or attribute that tables and pages need.
 
     Raises:
-        InputError: naming what is missing or of another kind.
+        InputError: something is missing or of another kind. The message names it.
     """
     problem = _lacking(dataset)
     if problem is not None:
@@ -133,14 +133,14 @@ def check_complete(dataset: xr.Dataset, file: str | Path) -> None:
 
 
 def check_whole(dataset: xr.Dataset, what: str) -> None:
-    """Refuse a result in memory that was taken apart until reports cannot be made from it.
+    """Refuse a result in memory that the user reduced too far for reports to be made from it.
 
     Args:
-        dataset: of effects, of measures, or of runs that are compared.
-        what: messages begin with.
+        dataset: a result with effects, with measures, or with runs that are compared.
+        what: the beginning of messages.
 
     Raises:
-        InputError: naming what it lacks.
+        InputError: something is missing. The message names it.
     """
     measured = "sample_value" in dataset
     name, axes = ("value", ("metric", "set")) if measured else ("g_effect", ("objective", "risk"))
@@ -164,7 +164,10 @@ def check_whole(dataset: xr.Dataset, what: str) -> None:
 
 
 def _unread(dataset: xr.Dataset, name: str) -> str | None:
-    """What tables read beside the numbers `name` that a result does not have."""
+    """The first variable or attribute that a result lacks and tables read beside `name`, in words.
+
+    The value is None where nothing is missing.
+    """
     dims = [str(dim) for dim in dataset[name].dims]
     measured = name == "value"
     kinds = {
@@ -189,7 +192,7 @@ def _unread(dataset: xr.Dataset, name: str) -> str | None:
 
 
 def _unnamed(dataset: xr.Dataset) -> str | None:
-    """The first coordinate along an axis of effects that a result does not have."""
+    """The first coordinate that an axis of the effects lacks, in words; None if none is missing."""
     effect = dataset["g_effect"]
     for axis in map(str, effect.dims):
         beside = _BESIDE.get(axis, ())
@@ -202,7 +205,10 @@ def _unnamed(dataset: xr.Dataset) -> str | None:
 
 
 def _lacking(dataset: xr.Dataset) -> str | None:
-    """What tables and pages are made from that a result does not have."""
+    """The first risk, variable or attribute for tables and pages that a result lacks, in words.
+
+    The value is None where nothing is missing.
+    """
     present = [str(risk) for risk in dataset["risk"].values]
     for risk in RISKS:
         if risk not in present:
@@ -222,7 +228,7 @@ def _lacking(dataset: xr.Dataset) -> str | None:
 
 
 def _read(value: Any, kind: type) -> Any:
-    """The value of an attribute, out of JSON where that is how its kind is written."""
+    """The value of an attribute, read from JSON where `kind` is written as JSON."""
     if kind in (list, dict) and isinstance(value, str):
         try:
             return json.loads(value)

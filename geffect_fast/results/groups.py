@@ -1,4 +1,4 @@
-"""Where a parameter sits in a model: its block, kind and group, read off its name."""
+"""The place of a parameter in a model: its block, kind and group, read off its name."""
 
 from __future__ import annotations
 
@@ -21,29 +21,31 @@ Blocks = Mapping[str, frozenset[int]]
 """Groups of blocks by name, front to back, in place of thirds."""
 
 OTHER = "other_blocks"
-"""The group of blocks that are in none of the user's."""
+"""The group of blocks that are in none of the user's groups."""
 
 
 _ADAPTER = re.compile(
     r"(?:\.token_adapter)?\.((?:lora|ia3|hada|lokr|vera|oft|boft|hra|road|vblora|fourierft|randlora"
     r"|ranknum|ln_tuning|trainable_tokens|modules_to_save)\w*)\.\w+?(\.weight|\.bias|)$"
 )
-"""How names in an adapter of peft end: what is learned, the adapter's name, the parameter."""
+"""End of a parameter's name in an adapter of peft: what is learned, adapter, parameter."""
 
 
 def block_of(name: str) -> int:
-    """Index of the layer a parameter belongs to, `OUTSIDE` where it is in none.
+    """Index of the block that holds a parameter; `OUTSIDE` where no block does.
 
-    The first number in the dotted name: `model.layers.3.mlp.experts.5.w` is in block 3.
+    The index is the first number in the dotted name: `model.layers.3.mlp.experts.5.w` is in block
+    3.
     """
     found = re.search(r"\.(\d+)\.", f".{name}.")
     return int(found.group(1)) if found else OUTSIDE
 
 
 def kind_of(name: str) -> str:
-    """The short name of a parameter's module, `q_proj`; `q_proj.bias` for what is not a weight.
+    """The short name of a parameter's module, `q_proj`; `q_proj.bias` where it is not a weight.
 
-    What peft put beside a module is named with it, `q_proj.lora_A`, whatever the adapter's name.
+    A parameter of an adapter of peft is named with its module, `q_proj.lora_A`, without the
+    adapter's name.
     """
     adapted = _ADAPTER.search(name)
     if adapted:
@@ -57,7 +59,7 @@ def kind_of(name: str) -> str:
 
 
 def group_of(name: str, n_blocks: int) -> str:
-    """`embedding`, a third of the blocks by depth, `final_norm` or `lm_head`."""
+    """The group of a parameter: `embedding`, a third of the blocks, `final_norm` or `lm_head`."""
     block = block_of(name)
     if block != OUTSIDE:
         return THIRDS[min(3 * block // n_blocks, 2)]
@@ -68,11 +70,11 @@ def group_of(name: str, n_blocks: int) -> str:
 
 
 def groups_of(names: Sequence[str], blocks: Blocks | None = None) -> tuple[list[str], list[int]]:
-    """The groups of these parameters, front to back, and for each parameter its group's number.
+    """The groups of parameters, front to back, and for each parameter its group's number.
 
     Args:
-        names: of the parameters.
-        blocks: groups of blocks by name, which take the place of the thirds.
+        names: names of the parameters.
+        blocks: groups of blocks by name, in place of the thirds.
     """
     n_blocks = _n_blocks(names)
     groups = [group_of(name, n_blocks) for name in names]
@@ -90,14 +92,16 @@ def groups_of(names: Sequence[str], blocks: Blocks | None = None) -> tuple[list[
 
 
 def checked_blocks(groups: object, names: Sequence[str]) -> Blocks | None:
-    """Groups of blocks as the user gave them, each an interval `0-3`, a block, or several.
+    """Groups of blocks from the user's notation, checked; None where the user gave none.
 
     Args:
-        groups: name to `"0-3"`, `"0-3,7"`, a number or numbers; None: thirds by depth.
-        names: of the trainable parameters.
+        groups: name to `"0-3"`, `"0-3,7"`, a number or numbers; None for thirds by depth.
+        names: names of the trainable parameters.
 
     Raises:
-        InputError: no such block, a block in two groups, or a group with no trainable parameter.
+        InputError: `groups` is not a mapping or is empty, a group's name is taken, blocks are
+            not numbers or intervals, a group is empty, a block does not exist or has no
+            trainable parameter, or a block is in two groups.
     """
     if groups is None:
         return None
@@ -127,7 +131,7 @@ def checked_blocks(groups: object, names: Sequence[str]) -> Blocks | None:
 
 
 def _numbers(name: str, given: object) -> frozenset[int]:
-    """Blocks from `3`, `"0-3,7"` or `[0, 1]`."""
+    """The blocks that `3`, `"0-3,7"` or `[0, 1]` stands for."""
     if isinstance(given, int) and not isinstance(given, bool):
         return frozenset([given])
     if isinstance(given, Sequence | set | frozenset | range) and not isinstance(given, str):
@@ -160,8 +164,8 @@ def _n_blocks(names: Sequence[str]) -> int:
 def parameter_coordinates(names: Sequence[str], blocks: Blocks | None = None) -> dict[str, Any]:
     """Coordinates of the parameter axis: `block`, `kind` and `group` of every name.
 
-    `block` is `OUTSIDE` for embeddings, the final norm and the output layer alike, which `group`
-    tells apart.
+    `block` is `OUTSIDE` for embeddings, the final norm and the output layer alike; `group` tells
+    them apart.
     """
     groups, members = groups_of(names, blocks)
     return {

@@ -1,18 +1,18 @@
-"""Intervals of effects, risks and collateral: how much of a number is the choice of the rows.
+"""Intervals of effects, risks and collateral, for their uncertainty from the choice of the rows.
 
-The rows of each data set are drawn anew, with replacement and as many, by themselves, and every
-number is found again from the shares of the rows drawn: a percentile bootstrap. For few rows its
-deviations are stretched by
+The intervals are a percentile bootstrap. The rows of each data set are drawn anew, with
+replacement, as many as there are and independently of other sets, and every number is computed
+again from the shares of the rows drawn. For few rows the deviations are stretched by
 
     t(n - 1) / t(inf) * sqrt(n / (n - 1))        "expanded", Hesterberg, arXiv 1411.5279
 
-An effect is a product of two gradients, and both are of rows that were chosen. Those of the
-objective are told apart by the result. The forget rows make the gradient of the forget risk too:
-where the shares drawn add up to `s`, the effect on it is `s |s| / |e|`. What the rows of the other
-risks add is known along that gradient (`geffect_fast.results.risk_rows`). Means keep the number of
-tokens that they have in the data, so that rows of unlike lengths make intervals wider.
+An effect is the product of two gradients, and the rows of both were chosen. The result holds the
+share of each row of the objective. The forget rows are also the rows of the forget risk's gradient:
+where the shares drawn add up to `s`, the effect on the forget risk is `s |s| / |e|`. The shares of
+the other risks' rows are known along the forget risk's gradient (`geffect_fast.results.risk_rows`).
+Effects keep the normaliser of the whole data, so rows of unlike lengths make their intervals wider.
 
-Nothing can be said of a data set of one row, or where the result sums over samples.
+There is no interval for a data set of one row, or where the result sums over samples.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ from typing import Any
 import numpy as np
 
 LEVEL = 0.95
-"""Of the draws that lie between the bounds."""
+"""Share of the draws that lie between the bounds."""
 Z = 1.959964
-"""The same of a normal distribution, in standard deviations either side."""
+"""Half the width of the interval of a normal distribution at `LEVEL`, in standard deviations."""
 DRAWS = 1000
 SEED = 0
 
 NEGLIGIBLE = 1e-6
-"""An objective whose effects are this small beside the largest has none but rounding."""
+"""Effects of an objective that are smaller than this, relative to the largest, are rounding."""
 
 _AT_ONCE = 256
-"""Objectives of which all draws are in memory."""
+"""Number of objectives whose draws are in memory at once."""
 
 
 def stretch(n: int) -> float:
-    """By what deviations that are found from `n` rows are multiplied; NaN for fewer than two."""
+    """The factor that stretches deviations found from `n` rows; NaN for fewer than two rows."""
     if n < 2:
         return math.nan
     v = n - 1
@@ -63,10 +63,10 @@ def _drawn(name: str, n: int) -> np.ndarray:
 
 
 def row_weights(sets: Sequence[str]) -> np.ndarray:
-    """Weights of rows in each draw, `(DRAWS, n)`; NaN where a data set has one row alone.
+    """Weights of rows in each draw, `(DRAWS, n)`; NaN where a data set has only one row.
 
     Args:
-        sets: of each of the rows, the name of its data set.
+        sets: the name of each row's data set, `(n,)`.
     """
     names = np.asarray(sets, dtype=str)
     weights = np.empty((DRAWS, len(names)))
@@ -77,9 +77,9 @@ def row_weights(sets: Sequence[str]) -> np.ndarray:
 
 
 def bounds(draws: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The bounds of `LEVEL` of the draws along the first axis; NaN where a draw is NaN."""
+    """The bounds of the middle `LEVEL` of draws along the first axis; NaN where a draw is NaN."""
     out = (1 - LEVEL) / 2
-    # Infinite draws are not averaged with finite ones.
+    # "nearest" takes one of the draws: interpolation would mix finite with infinite ones.
     low, high = np.quantile(draws, [out, 1 - out], axis=0, method="nearest")
     return low, high
 
@@ -90,8 +90,8 @@ def collateral_of(effects: np.ndarray, negligible: float = 0.0) -> np.ndarray:
     NaN where `e_u` is not below `-negligible`, or an effect is not finite; 0 without other risks.
 
     Args:
-        effects: on all risks.
-        negligible: the size below which `e_u` is none.
+        effects: effects on all risks.
+        negligible: the size up to which `e_u` counts as zero.
     """
     e_u, others = effects[..., 0], effects[..., 1:]
     forgets = (e_u < -negligible) & np.isfinite(effects).all(-1)
@@ -107,20 +107,20 @@ def effect_intervals(
 
     Args:
         rows: effects by row, `(K, M, n)` fp64, the forget risk first.
-        sets: of each row, the name of its data set.
-        spreads: of `spread_of_risk`, for every risk but the first, `(n_m,)` each.
+        sets: the name of each row's data set, `(n,)`.
+        spreads: values of `spread_of_risk`, for every risk but the first, `(n_m,)` each.
 
     Returns:
-        `g_effect_low` and `g_effect_high` (objective, risk), of the whole data's effects;
+        `g_effect_low` and `g_effect_high` (objective, risk), bounds of the whole data's effects;
         `collateral`, `collateral_low` and `collateral_high` (objective); `risk_row_spread` (risk,
-        risk_row), as given, 0 beyond a risk's rows. A draw in which the forget risk would not rise
-        has an infinite collateral.
+        risk_row), the given spreads, 0 beyond a risk's rows. A draw in which the forget risk would
+        not rise has an infinite collateral.
     """
     weights = row_weights(sets)
     others = np.zeros((DRAWS, 1 + len(spreads)))
     stored = np.zeros((1 + len(spreads), max(map(len, spreads), default=0)))
     for m, of in enumerate(spreads, 1):
-        # Stretched already, as `told_apart` takes it.
+        # Spreads (as `told_apart` needs them) and weights are both stretched: one factor too many.
         others[:, m] = (row_weights([f"risk {m}"] * len(of)) - 1) @ of / stretch(len(of))
         stored[m, : len(of)] = of
     effects = rows.sum(-1)
@@ -151,17 +151,18 @@ def effect_intervals(
 def cosine_interval(
     cosine: float, effect: float, interval: tuple[float, float]
 ) -> tuple[float, float]:
-    """The interval of a cosine, from that of the effect that it is of.
+    """The interval of a cosine, from the interval of its effect.
 
         r c / sqrt(r^2 c^2 + 1 - c^2),        r = bound / effect
 
-    Rows move the gradient along the risk's, and what it has across that stays: so -1 stays -1,
-    however uncertain the effect. NaN where the interval is not known, or there is no effect.
+    Rows are taken to change the component of the gradient along the risk's gradient, and not the
+    component across it. So a cosine of -1 stays -1, however uncertain the effect. The bounds are
+    NaN where the effect's interval is not known, or the effect is 0.
 
     Args:
-        cosine: `c`, of the two gradients.
-        effect: their product.
-        interval: of it.
+        cosine: the cosine `c` of the two gradients.
+        effect: the product of the two gradients.
+        interval: the interval of the effect.
     """
     if effect == 0:
         return math.nan, math.nan
@@ -176,13 +177,13 @@ def cosine_interval(
 
 
 def spread_of_risk(along: np.ndarray, square: float) -> np.ndarray:
-    """What each row of a risk moves an effect by when rows are drawn, in units of `e_u`, `(n,)`.
+    """Change of an effect by each row of its risk when rows are drawn, in units of `e_u`, `(n,)`.
 
-    NaN where the risk has one row alone.
+    The value is NaN where the risk has only one row.
 
     Args:
-        along: `< grad R_j, G >` of its rows, `(n,)`.
-        square: `< G, G >`, of the forget risk's gradient.
+        along: `< grad R_j, G >` of the risk's rows, `(n,)`, with the forget risk's gradient `G`.
+        square: `< G, G >`.
     """
     moved = (along - along.mean()) / square if square > 0 else np.zeros(len(along))
     return moved * stretch(len(along))
@@ -194,10 +195,10 @@ def risk_interval(
     """Bounds of a risk.
 
     Args:
-        values: of each row, what it adds to the risk, `(n,)`.
-        parts: of each row, its part of what the mean is over, such as its tokens, adding to 1; None
-            where the risk is a sum.
-        name: of the data set.
+        values: each row's share of the risk, `(n,)`.
+        parts: each row's fraction of the items that the mean is over, such as tokens, with sum 1;
+            None where the risk is a sum.
+        name: the data set's name.
     """
     weights = row_weights([name] * len(values))
     draws = weights @ values
@@ -205,10 +206,10 @@ def risk_interval(
 
 
 def risk_spread(values: np.ndarray, parts: np.ndarray | None) -> np.ndarray:
-    """What each row moves a risk by when rows are drawn, `(n,)`, as `told_apart` takes it.
+    """Change of a risk by each row when rows are drawn, `(n,)`, in the form `told_apart` needs.
 
     Args:
-        values, parts: as `risk_interval` takes them.
+        values, parts: as in `risk_interval`.
     """
     middle = values.mean() if parts is None else values.sum() * parts
     return (values - middle) * stretch(len(values))

@@ -1,12 +1,13 @@
-"""What a risk's own rows add to effects and to the risk: intervals need it beside the objectives'.
+"""Shares of a risk's own rows in effects and in the risk, which intervals need.
 
-An effect is the product of two gradients, and the rows of both are a choice. Those of the
-objective are told apart by the result. The risk's are measured along the gradient `G` of the forget
-risk, in the pass that finds the risk's own; along it objectives move by `e_u / <G, G>`:
+An effect is the product of two gradients, and the rows of both were chosen. The result holds the
+share of each row of the objective. The shares of the risk's rows are measured along the gradient
+`G` of the forget risk, in the pass that computes the risk's own gradient. An objective's gradient
+has the component `e_u / <G, G>` along `G`, so
 
     < grad R_j, grad L >  ~  e_u(L) / <G, G>  < grad R_j, G >
 
-the same number for the gradient ascent itself; what an objective does across `G` is left out.
+This is exact for gradient ascent itself. The component of an objective across `G` is left out.
 """
 
 from __future__ import annotations
@@ -36,17 +37,18 @@ UNLEARN = "unlearn"
 
 
 class RowValues:
-    """Collects what every row adds to each risk, while the risks' gradients are found.
+    """A collector of every row's share of each risk, while the risks' gradients are computed.
 
     A batch may come twice, whole or in pieces.
 
     Args:
-        sizes: rows of each risk's data set, by risk, the forget risk first.
-        adds_up: whether a risk is a sum over rows, and no mean.
-        diagonal: of the metric that effects are measured in, by parameter; None: plain.
+        sizes: number of rows in each risk's data set, by risk, the forget risk first.
+        adds_up: whether a risk is a sum over rows instead of a mean.
+        diagonal: diagonal of the metric in which effects are measured, by parameter; None for the
+            plain inner product.
 
     Attributes:
-        products: receives those of rows with the forget risk's gradient.
+        products: receives the products of rows' gradients with the forget risk's gradient.
     """
 
     def __init__(
@@ -68,7 +70,7 @@ class RowValues:
         batch: Batch,
         reference: Outputs | None,
     ) -> None:
-        """As `geffect_fast.engines.batches.Listener`."""
+        """Keep the rows' shares of one risk, as a `geffect_fast.engines.batches.Listener`."""
         terms = data_pass.parts[index].token_terms(outputs, batch, reference).detach().double()
         sums = terms.new_zeros(2, batch.n_samples)
         at = batch.token_sample()
@@ -77,13 +79,13 @@ class RowValues:
         self._found.append((index, list(batch.rows), sums))
 
     def gather(self, ranks: Ranks) -> None:
-        """Bring together what ranks found of their rows."""
+        """Exchange the shares between ranks, so that every rank has those of all rows."""
         if ranks.size > 1:
             told = ranks.meet([(index, rows, sums.cpu()) for index, rows, sums in self._found])
             self._found = [each for found in told for each in found]
 
     def along(self) -> list[np.ndarray]:
-        """`< grad R_j, G >` of the rows of each risk but the first; NaN where there are none."""
+        """`< grad R_j, G >` of the rows of each risk but the first; NaN without products."""
         missing = 0.0 if self.products.exist else np.nan
         whole = [np.full(n, missing) for n in self._sizes.values()]
         found = self.products.found
@@ -95,7 +97,11 @@ class RowValues:
         return whole[1:]
 
     def by_risk(self) -> list[np.ndarray]:
-        """Of each risk `(2, n)` fp64: what rows add to it, and their parts of what it counts."""
+        """Two numbers for each row of each risk, `(2, n)` fp64.
+
+        The first is the row's share of the risk, the second its fraction of the items, such as
+        tokens, that the risk's mean is over.
+        """
         found = [np.zeros((2, n)) for n in self._sizes.values()]
         if self._found:
             (read,) = OnItsWay(torch.cat([sums for *_, sums in self._found], dim=1)).arrived()
@@ -111,18 +117,19 @@ class RowValues:
         risk_values: Tensor,
         square: float,
     ) -> dict[str, Any]:
-        """Variables of a result that say how much of its numbers is the choice of the rows.
+        """Variables of a result for its intervals: how much of its numbers is the choice of rows.
 
         Args:
             rows: effects of objectives by row, `(K, M, n)`.
-            sets: of each row the name of its data set.
+            sets: the name of each row's data set, `(n,)`.
             risk_values: `(M,)`.
             square: `< G, G >`.
 
         Returns:
-            Those of `geffect_fast.results.intervals.effect_intervals`, `risk_value_low` and
-            `risk_value_high` (risk), and `risk_value_spread` (risk, risk_sample), what each row
-            moves a risk by; 0 beyond its rows.
+            The variables of `geffect_fast.results.intervals.effect_intervals`, `risk_value_low` and
+            `risk_value_high` (risk), and `risk_value_spread` (risk, risk_sample), the change of a
+            risk by each row, 0 beyond its rows. These are NaN for a risk that is no sum of its
+            rows' shares.
         """
         spreads = [spread_of_risk(along, square) for along in self.along()]
         sizes = list(self._sizes.values())
@@ -131,7 +138,7 @@ class RowValues:
         for m, (name, (values, parts), whole) in enumerate(
             zip(self._sizes, self.by_risk(), risk_values.tolist(), strict=True)
         ):
-            if math.isclose(values.sum(), whole, rel_tol=1e-4):  # of other risks it is not known
+            if math.isclose(values.sum(), whole, rel_tol=1e-4):  # other risks have no row shares
                 of = None if self._adds_up else parts
                 low[m], high[m] = risk_interval(values, of, name)
                 moved[m, : sizes[m]] = risk_spread(values, of)

@@ -1,4 +1,4 @@
-"""What risks and the effects on them are called, in every output alike."""
+"""Names of risks and of the effects on them, the same in every output."""
 
 from __future__ import annotations
 
@@ -12,5 +12,5 @@ def symbol(risk: str) -> str:
 
 
 def effect_name(risk: str) -> str:
-    """`e_u`, `e_r`, or `e_` and a probe's name."""
+    """The name of the effect on a risk: `e_u`, `e_r`, or `e_` and a probe's name."""
     return f"e_{symbol(risk)}"

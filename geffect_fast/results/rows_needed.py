@@ -1,4 +1,4 @@
-"""How many forget rows it takes to know e_u, from the interval that those measured give."""
+"""The number of forget rows needed to know e_u, from the interval of the rows measured."""
 
 from __future__ import annotations
 
@@ -11,16 +11,17 @@ if TYPE_CHECKING:
     import xarray as xr
 
 WIDE = 0.2
-"""The relative deviation up to which an interval of e_u is narrow enough not to be spoken of."""
+"""Relative half-width of the interval of e_u up to which there is no note."""
 SOME = 20
-"""Rows to begin with where one alone says nothing."""
+"""Number of rows that the note suggests where only one row was measured."""
 
 
 def rows_note(dataset: xr.Dataset) -> str:
-    """How wide the interval of e_u is for the rows measured, and what would make it narrower.
+    """A note on the width of the interval of e_u, with the number of rows that would narrow it.
 
-    An interval narrows with the root of the rows, so that it takes `n (width / WIDE)^2` of them; at
-    most those that there are can be asked for (attribute `forget_rows`, else all are measured).
+    An interval narrows with the root of the number of rows, so `n (width / WIDE)^2` rows are
+    needed. The note asks for no more rows than the data has (attribute `forget_rows`; without it
+    all rows are measured).
 
     Args:
         dataset: a result at one step.
@@ -38,7 +39,7 @@ def rows_note(dataset: xr.Dataset) -> str:
     n = int(dataset.attrs["n_forget"])
     there = int(dataset.attrs.get("forget_rows", n))
     if math.isnan(low):
-        if n > 1:  # it is e_u that is not a number
+        if n > 1:  # e_u itself is NaN
             return ""
         more = f"measure {_asked(SOME, there)}" if there > 1 else "give more"
         return f"No interval of e_u can be given from one forget row: {more}."
@@ -66,7 +67,7 @@ def rows_note(dataset: xr.Dataset) -> str:
 
 
 def _asked(wanted: int, there: int) -> str:
-    """So many rows, or all that there are, and the option that asks for them."""
+    """The number of rows wanted, or all, with the option that measures them."""
     if wanted >= there:
         return f"all {there:,} (--probe-rows all)"
     return f"{wanted:,} rows (--probe-rows {wanted})"

@@ -1,4 +1,4 @@
-"""Whether step results of two runs measure the same thing of the same rows."""
+"""The check that the step results of two runs measure the same risks on the same rows."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ if TYPE_CHECKING:
 
 SETTINGS = ("risk", "reduction")
 COUNTS = ("n_forget", "n_retain")
-"""Attributes that runs must share, or else their numbers mean different things."""
+"""Attributes (with `SETTINGS`) that runs must share for their numbers to be comparable."""
 BY_SET = ("probe_rows", "digests")
-"""Attributes, JSON by data set, that runs must share of every set that both have."""
+"""Attributes, JSON by data set, that runs must share for every data set that both have."""
 
 
 def check_same_data(
     first: str, one: xr.Dataset, second: str, two: xr.Dataset, what: str = "compare"
 ) -> None:
-    """Raise `InputError` where two runs measure different things.
+    """Raise `InputError` where two runs differ in risk, reduction or rows.
 
     Args:
-        first, second: what the runs are called.
+        first, second: names of the runs in messages.
         one, two: their results.
-        what: what messages begin with.
+        what: the beginning of messages.
     """
     for setting in SETTINGS:
         if one.attrs.get(setting) != two.attrs.get(setting):

@@ -1,4 +1,4 @@
-"""How much objectives ask of every token, laid out by sample and token."""
+"""The weights that objectives give every token's log-probability, laid out by sample and token."""
 
 from __future__ import annotations
 
@@ -21,22 +21,23 @@ from geffect_fast.transfer import OnItsWay
 def token_weights(
     objective: Objective, outputs: Outputs, batch: Batch, reference: Outputs | None
 ) -> Tensor | None:
-    """`d L / d log p_t` of every predicted label, what `L` holds constant being constant.
+    """The weight `d L / d log p_t` of every predicted label, with detached factors held constant.
 
-    For `ga` it is what a token counts in the mean, for `wga` that times `p^alpha`, for `npo` that
-    of its sample, `2 sigmoid(b r) / B`: read off the objective's own `token_terms`.
+    The weight is the derivative of the objective's own `token_terms`. For `ga` it is a token's
+    weight in the mean, for `wga` this times `p^alpha`, for `npo` the weight of the token's sample,
+    `2 sigmoid(b r) / B`.
 
     Args:
-        objective: elementary.
-        outputs: the model's on `batch`.
+        objective: an elementary objective.
+        outputs: the model's outputs on `batch`.
         batch: on the model's device.
-        reference: what the objective compares with.
+        reference: outputs of the reference on `batch`, where the objective needs one.
 
     Returns:
         `(total_tokens,)` fp64 at the positions that predict, 0 where nothing is predicted; None
         where no term reads a log-probability (hidden states, or whole distributions).
     """
-    # In fp32 at least, and apart from the model's own graph.
+    # The leaf is fp32 at least, and detached from the model's own graph.
     leaf = widened(outputs.token_logprob.detach()).requires_grad_()
     hidden, logits = outputs.hidden_states, outputs.logits
     own = replace(
@@ -53,13 +54,13 @@ def token_weights(
 
 
 class ObjectiveWeights:
-    """Collects `token_weights` of all objectives while an engine evaluates their parts.
+    """A collector of the `token_weights` of all objectives while an engine evaluates their parts.
 
     A batch may come twice, whole or in pieces.
 
     Args:
-        resolution: of the result.
-        mixture: `(K, n_parts)` fp64, how often each part counts in each objective.
+        resolution: the result's axes.
+        mixture: `(K, n_parts)` fp64, the coefficient of each part in each objective.
     """
 
     def __init__(self, resolution: Resolution, mixture: Tensor) -> None:
@@ -75,17 +76,17 @@ class ObjectiveWeights:
         batch: Batch,
         reference: Outputs | None,
     ) -> None:
-        """As `geffect_fast.engines.batches.Listener`."""
+        """Keep the weights of one part on a batch, as a `geffect_fast.engines.batches.Listener`."""
         found = token_weights(data_pass.parts[index], outputs, batch, reference)
         if found is not None:
             self._coming.append((data_pass, index, batch.to("cpu"), OnItsWay(found)))
 
     def variables(self, tokenizer: Any, ranks: Ranks) -> tuple[dict[str, Any], dict[str, Any]]:
-        """The variable `token_weight`, and its coordinates.
+        """The variable `token_weight` (objective, sample, token), and its coordinates.
 
         Args:
-            tokenizer: as `Resolution.coordinates`.
-            ranks: who evaluated the rows.
+            tokenizer: as in `Resolution.coordinates`.
+            ranks: the ranks that evaluated the rows; all call this method.
         """
         own = []
         for data_pass, index, batch, copy in self._coming:
@@ -93,7 +94,7 @@ class ObjectiveWeights:
             places = self._resolution.places(data_pass, batch)
             rows = torch.tensor(batch.rows)[batch.token_sample()] + data_pass.offset
             ahead = batch.target_index
-            at = (rows[ahead].numpy(), places[ahead + 1].numpy())  # the token that is predicted
+            at = (rows[ahead].numpy(), places[ahead + 1].numpy())  # of the predicted token
             own.append((index, at, found[ahead].numpy()))
         n_parts, _, _, n, t = self._resolution.shape(self._mixture.shape[1], 1)
         of_parts = np.full((n_parts, n, t), np.nan)

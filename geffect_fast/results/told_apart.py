@@ -1,4 +1,4 @@
-"""Which numbers of a result are different, and which only by rounding or by the choice of rows."""
+"""Tests of whether two numbers differ by more than rounding and the choice of the rows."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ if TYPE_CHECKING:
 
 
 def precision_error(attributes: Mapping[Any, Any]) -> float:
-    """By how much of itself an effect may be off, from a result's attributes; 0 if not stated."""
+    """The relative rounding error of an effect, from a result's attributes; 0 if not stated."""
     return float(attributes.get("precision_error", 0.0))
 
 
 def effect_errors(result: xr.Dataset) -> np.ndarray:
-    """By how much rounding may put the total effects off, `(objective, risk)` fp64.
+    """Bounds of the rounding error of the total effects, `(objective, risk)` fp64.
 
         precision_error * sum_i |e_i|
 
-    Over samples, as their shares may cancel and their errors need not; where samples are summed
-    already, over the one total.
+    The sum is over samples, since their shares may cancel while their errors need not. A result
+    that sums over samples already has one total in place of the shares.
 
     Args:
         result: of `geffect_fast.profile` or `sweep`, at one step.
@@ -40,12 +40,13 @@ def effect_errors(result: xr.Dataset) -> np.ndarray:
 
 
 def effect_spreads(result: xr.Dataset) -> np.ndarray:
-    """What each row moves the total effects by when rows are drawn, `(objective, risk, rows)`.
+    """Change of the total effects by each row when rows are drawn, `(objective, risk, rows)`.
 
-    The root of the sum of their squares is a standard deviation; that of the differences between
-    two objectives, whose rows are the same, is the one of their difference. As the intervals of
-    `geffect_fast.results.intervals`, which are of the same rows: those of the objectives' data,
-    twice for the forget risk, and each other risk's own. Without intervals there are 0 rows.
+    The root of the sum of a number's squares is its standard deviation. For two objectives, which
+    have the same rows, the same root of the differences is the standard deviation of their
+    difference. The rows are those of the intervals in `geffect_fast.results.intervals`: those of
+    the objectives' data, which count twice for the forget risk, and each other risk's own. A result
+    without intervals gives 0 rows.
 
     Args:
         result: of `geffect_fast.profile` or `sweep`, at one step.
@@ -57,10 +58,10 @@ def effect_spreads(result: xr.Dataset) -> np.ndarray:
     rows = effect.sum(rest, skipna=False).transpose("objective", "risk", "sample").values
     unlearn = [str(risk) for risk in result["risk"].values].index("unlearn")
     spread = row_spreads(rows, result["set"].values)
-    spread[:, unlearn] *= 2  # the forget rows make both gradients
+    spread[:, unlearn] *= 2  # the forget rows are in both gradients
     of_risks = result["risk_row_spread"].transpose("risk", "risk_row").values
     e_u = rows[:, unlearn].sum(-1)
-    # The rows of one risk are not those of another.
+    # Different risks have different rows, so each gets columns of its own.
     others = [m for m in range(len(of_risks)) if m != unlearn]
     apart = np.zeros((len(of_risks), len(others), of_risks.shape[1]))
     apart[others, range(len(others))] = of_risks[others]
@@ -69,11 +70,11 @@ def effect_spreads(result: xr.Dataset) -> np.ndarray:
 
 
 def row_spreads(rows: np.ndarray, sets: np.ndarray) -> np.ndarray:
-    """What each row moves sums over rows by when the rows of data sets are drawn, `(..., n)`.
+    """Change of sums over rows by each row when the rows of data sets are drawn, `(..., n)`.
 
     Args:
-        rows: what each adds to the sum, `(..., n)`.
-        sets: of each the name of its data set.
+        rows: each row's share of the sums, `(..., n)`.
+        sets: the name of each row's data set, `(n,)`.
     """
     spread = np.empty_like(rows)
     for name in dict.fromkeys(sets.tolist()):
@@ -84,21 +85,23 @@ def row_spreads(rows: np.ndarray, sets: np.ndarray) -> np.ndarray:
 
 
 def half_width(spread: np.ndarray) -> np.ndarray:
-    """Half of the interval of a number, from what rows move it by, `(..., rows)`."""
+    """Half the width of a number's interval, from its change by each row, `(..., rows)`."""
     return Z * np.sqrt(np.square(spread).sum(-1))
 
 
 def risk_spreads(result: xr.Dataset) -> np.ndarray:
-    """What each row moves the risks by, `(step, risk, rows)`; without intervals of 0 rows.
+    """Change of the risks by each row when rows are drawn, `(step, risk, rows)`.
+
+    A result without intervals gives 0 rows.
 
     Args:
-        result: with steps, of one run.
+        result: the result of one run, with steps.
     """
     if "risk_value_spread" not in result:
         return np.zeros((result.sizes["step"], result.sizes["risk"], 0))
     spread = result["risk_value_spread"].transpose("step", "risk", "risk_sample").values
     n_steps, n_risks, n = spread.shape
-    # The rows of one risk are not those of another.
+    # Different risks have different rows, so each gets columns of its own.
     apart = np.zeros((n_steps, n_risks, n_risks, n))
     for m in range(n_risks):
         apart[:, m, m] = spread[:, m]
@@ -106,18 +109,18 @@ def risk_spreads(result: xr.Dataset) -> np.ndarray:
 
 
 def interval_of(value: float, spread: np.ndarray) -> tuple[float, float]:
-    """The interval of a number, from what rows move it by; NaN where that is not known."""
+    """The interval of a number, from its change by each row; NaN where there are 0 rows."""
     off = float(half_width(spread)) if spread.size else math.nan
     return value - off, value + off
 
 
 def has_intervals(result: xr.Dataset) -> bool:
-    """Whether a result says how much of its numbers is the choice of the rows."""
+    """Whether a result has intervals for the choice of the rows."""
     return "g_effect_low" in result
 
 
 def collateral_error(e_u: float, collateral: float, errors: tuple[float, float]) -> float:
-    """By how much the ratio `e / e_u` may be off where `e` and `e_u` may be by `errors`."""
+    """The error of the ratio `e / e_u`, from the errors of `e` and `e_u`, in this order."""
     off, off_u = errors
     return (off + abs(collateral) * off_u) / abs(e_u) if e_u else math.nan
 
@@ -125,7 +128,7 @@ def collateral_error(e_u: float, collateral: float, errors: tuple[float, float])
 def ratio_spread(
     e_u: np.ndarray | float, ratio: np.ndarray | float, of_e: np.ndarray, of_e_u: np.ndarray
 ) -> np.ndarray:
-    """What rows move `e / e_u` by, from what they move both by, `(..., rows)`."""
+    """Change of `e / e_u` by each row, from the changes of `e` and of `e_u`, `(..., rows)`."""
     e_u, ratio = np.asarray(e_u)[..., None], np.asarray(ratio)[..., None]
     return (of_e - ratio * of_e_u) / e_u
 
@@ -138,16 +141,16 @@ def told_apart(
     x_spread: np.ndarray | None = None,
     y_spread: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Whether numbers differ by more than rounding and the choice of the rows may make them.
+    """Whether numbers differ by more than rounding and the choice of the rows can explain.
 
-    By the larger of the two rounding errors, not their sum: both come from the same weights and
-    data. The rows are the same too, so that it is the interval of the difference that must not hold
-    0. Without errors and spreads, whether they differ.
+    The larger of the two rounding errors counts, not their sum, since both numbers come from the
+    same weights and data. They also come from the same rows, so the interval of their difference
+    decides: it must not hold 0. Without errors and spreads any difference counts.
 
     Args:
         x, y: numbers.
-        x_error, y_error: by how much rounding may put them off.
-        x_spread, y_spread: what rows move them by, `(..., rows)`; None: not known.
+        x_error, y_error: bounds of their rounding errors.
+        x_spread, y_spread: their changes by each row, `(..., rows)`; None where not known.
     """
     off = np.maximum(x_error, y_error)
     if x_spread is not None and y_spread is not None:

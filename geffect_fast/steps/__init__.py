@@ -1,1 +1,1 @@
-"""Effects over the steps of a training: probes, checkpoints, comparisons."""
+"""Effects over the steps of a training: probes, checkpoints, comparisons of runs."""

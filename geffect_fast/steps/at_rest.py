@@ -1,4 +1,7 @@
-"""A model in training measured as if it were at rest, and left as it was found."""
+"""A context in which a model in training can be measured as if it were at rest.
+
+Afterwards the model is as it was before.
+"""
 
 from __future__ import annotations
 
@@ -12,22 +15,22 @@ from geffect_fast.capture.compat import put_to_rest
 from geffect_fast.capture.modes import evaluating
 
 _PATCHED = "_original_forward"
-"""Where accelerate keeps a forward that it has wrapped in autocast."""
+"""Attribute in which accelerate keeps the forward that it has wrapped in autocast."""
 
 
 @contextmanager
 def at_rest(model: nn.Module, trainable: Collection[nn.Parameter] | None = None) -> Iterator[None]:
-    """Inside, the model is as a profile wants it; afterwards training goes on as without it.
+    """Put a model in training to rest for a measurement, and restore its state afterwards.
 
-    Inside: eval mode, gradients enabled, no autocast (neither around the model nor, by accelerate,
-    in its forward). What is measured is then what the saved checkpoint would give. Afterwards the
-    modes of all modules, `requires_grad`, and the state of torch's random numbers on the CPU and
-    the model's devices are what they were.
+    Inside the block the model is in eval mode, gradients are enabled, and there is no autocast,
+    neither around the model nor, by accelerate, in its forward. Measurements then equal those of
+    the saved checkpoint. Afterwards the modes of all modules, `requires_grad`, and the states of
+    torch's random generators on the CPU and the model's devices are restored.
 
     Args:
-        model: the model, or what is wrapped around it.
-        trainable: the parameters that are measured: these alone ask for gradients inside; None:
-            those that do already.
+        model: the model, or a wrapper around it.
+        trainable: the parameters that are measured, which alone have `requires_grad` inside the
+            block; None leaves `requires_grad` as it is.
     """
     put_to_rest(model)
     asking = [(p, p.requires_grad) for p in model.parameters()]

@@ -1,4 +1,4 @@
-"""`GEffectCallback`: the G-effect, live, in anyone's own transformers `Trainer`."""
+"""`GEffectCallback`: live measurement of the G-effect in any transformers `Trainer`."""
 
 from __future__ import annotations
 
@@ -42,47 +42,47 @@ _DECIDES = (
     *("gradient_accumulation_steps", "seed", "data_seed", "bf16", "fp16"),
     *("label_smoothing_factor", "neftune_noise_alpha"),
 )
-"""Training arguments that decide the weights: steps under other ones are of another run."""
+"""Training arguments that decide the weights; steps under other arguments are of another run."""
 
 
 class GEffectCallback(TrainerCallback):
-    """Measures the G-effect while a `Trainer` trains, and changes nothing about the training.
+    """A callback that measures the G-effect while a `Trainer` trains and leaves training unchanged.
 
-    Effects, collateral and risks of every probe go to the Trainer's `report_to`, TensorBoard, W&B
-    and whatever else it names, and to its `state.log_history`: as `geffect/e_u`, `geffect/e_r`,
+    Effects, collateral and risks of every probe go to all reporters of the Trainer's `report_to`,
+    such as TensorBoard and W&B, and to its `state.log_history`, as `geffect/e_u`, `geffect/e_r`,
     `geffect/collateral`, `geffect/risk_unlearn` ... (docs/concepts.md, over the steps).
 
-    The processes of a Trainer on several GPUs measure together: they share out the rows, each has
-    the result, and the first of them writes. Their weights may be whole on each (DDP), or in parts
-    (FSDP2).
+    The processes of a Trainer on several GPUs measure together: they share the rows, each has the
+    result, and the first process writes. Their weights may be whole on each process (DDP), or in
+    parts (FSDP2).
 
     Args:
-        probe_sets: data by name: `forget` and `retain`, and any more, each a risk of its own;
-            whatever `geffect_fast.profile` takes as data.
-        every: updates between two probes; the first is before training, the last at its end.
-        objectives: what to measure, as `geffect_fast.profile` takes them.
-        trained: the one of them that is trained on, for `predicted_step` and `predicted_sgd`;
-            None: another loss.
+        probe_sets: data by name, as `geffect_fast.profile` takes data: `forget`, `retain`, and any
+            others, each a risk of its own.
+        every: updates between two probes. The first probe is before training, the last at its end.
+        objectives: the objectives to measure, as in `geffect_fast.profile`.
+        trained: the one of `objectives` that is trained on, for `predicted_step` and
+            `predicted_sgd`; None where the loss is another one.
         out: a folder for one file a step, `steps/step-00000010.nc`, and in the end `results.nc`;
-            None: in memory. One training at a time works in it: it is locked until that ends, also
-            by an exception. A training resumed from a checkpoint goes on where they end.
-        weights: also `token_weight`.
-        tokenizer: None: the Trainer's `processing_class`.
-        reference_model: what NPO-like objectives compare with; None: a copy of the model before
+            None keeps results in memory. The folder is locked for one training at a time, until
+            that training ends, also by an exception. A training that is resumed from a checkpoint
+            adds to the steps in the folder.
+        weights: whether `token_weight` is measured too.
+        tokenizer: None for the Trainer's `processing_class`.
+        reference_model: the reference of NPO-like objectives; None for a copy of the model before
             training, kept for as long as it is needed.
-        holdout, retain_model: what metrics read beside `probe_sets`, as `geffect_fast.evaluate`
-            takes them; the metric `reference` compares with `reference_model`.
+        holdout, retain_model: further inputs of metrics, as in `geffect_fast.evaluate`; the metric
+            `reference` compares with `reference_model`.
         options: further arguments of `geffect_fast.profile`, such as `resolve` or `refusals`; and
-            `metrics`, `suite`, `max_new_tokens`, `evaluate_every`, `evaluate_rows`, as
-            `geffect_fast.unlearn` takes them: which metrics are measured beside the effects, when,
-            and on how many rows.
+            `metrics`, `suite`, `max_new_tokens`, `evaluate_every`, `evaluate_rows`, as in
+            `geffect_fast.unlearn`, for metrics that are measured beside the effects.
 
     Attributes:
-        result: after training, the result of all probes along a first axis `step`; see
-            `docs/concepts.md` for what it holds.
+        result: after training, the result of all probes along a first axis `step`, described in
+            `docs/concepts.md`; None before.
 
     Raises:
-        InputError: unusable arguments, here or when training begins.
+        InputError: an argument is unusable, here or when training begins.
 
     Examples:
         >>> probe = gf.integrations.GEffectCallback(
@@ -124,7 +124,7 @@ class GEffectCallback(TrainerCallback):
 
     @classmethod
     def of(cls, probe: Probe, every: int) -> GEffectCallback:
-        """A callback for a probe that was made before; its store says what is measured already."""
+        """A callback for an existing probe, whose store may already hold measured steps."""
         self = cls({"forget": (), "retain": ()}, every)
         self._probe = probe
         return self
@@ -132,7 +132,10 @@ class GEffectCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Prepare, and measure the model before training, or as it was saved at a probe."""
+        """Prepare the probe, and measure the model before its first update, if a probe is due.
+
+        A resumed training begins with a probe where its checkpoint was saved at a probe's step.
+        """
         self._ranks = here()
         try:
             with self._ranks.together(_NAME):
@@ -173,7 +176,7 @@ class GEffectCallback(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Measure where a probe is due."""
+        """Measure the model, if a probe is due."""
         if state.global_step % self.every == 0 or state.global_step >= state.max_steps:
             last = state.global_step >= state.max_steps
             self._measure(args, state, control, kwargs.get("optimizer"), last=last)
@@ -242,7 +245,7 @@ class GEffectCallback(TrainerCallback):
                         "reference_model: is missing, and no copy is made of a model that FSDP "
                         "shares out; give the folder of the model as it is before training"
                     )
-                # What is frozen will not change, and need not be there twice.
+                # Frozen parameters do not change, so the copy shares them.
                 frozen = {id(p): p for p in model.parameters() if not p.requires_grad}
                 options["reference_model"] = copy.deepcopy(model, frozen)
             tokenizer = tokenizer if self._tokenizer is None else self._tokenizer
@@ -264,7 +267,7 @@ class GEffectCallback(TrainerCallback):
         )
 
     def _measures(self, model: nn.Module, tokenizer: Any, budget: int) -> LiveMeasures | None:
-        """What is measured beside effects, where anything is."""
+        """The metrics to measure beside effects; None where the user chose none."""
         if not self._live.evaluates:
             return None
         given = self._options
@@ -281,7 +284,11 @@ class GEffectCallback(TrainerCallback):
 
 
 def _sets(probe_sets: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments of `Profiler.of` for data sets by name; raise `InputError` where one is missing."""
+    """Arguments of `Profiler.of` for data sets by name.
+
+    Raises:
+        InputError: `forget` or `retain` is missing, or `probe_sets` is no mapping.
+    """
     if not isinstance(probe_sets, Mapping):
         raise InputError(
             f"probe_sets: got {type(probe_sets).__name__}; give a dict with forget and retain"

@@ -1,4 +1,4 @@
-"""Checkpoints of one training: found, put in order, and loaded one after the other into a model."""
+"""Loading of a training's checkpoints, one after the other, into one model."""
 
 from __future__ import annotations
 
@@ -30,19 +30,19 @@ _SAME_NUMBERS = re.compile(
 def loaded_in_turn(
     model: nn.Module, first: Path, folders: Mapping[int, Path], wanted: Sequence[int]
 ) -> Iterator[int]:
-    """Load one checkpoint after the other into a model; yields the step it is at.
+    """Load one checkpoint after the other into a model, and yield the step of each.
 
-    While a step is worked on, the next checkpoint's tensors are read from disk in a thread.
+    While the caller works on a step, a thread reads the next checkpoint's tensors from disk.
 
     Args:
-        model: that of `first`, changed in place.
-        first: folder that the model was loaded from.
-        folders: of checkpoints by step.
+        model: the model of `first`, changed in place.
+        first: folder from which the model was loaded.
+        folders: folders of checkpoints, by step.
         wanted: steps, in the order in which they are loaded.
 
     Raises:
-        InputError: a checkpoint is damaged, or of another architecture; it is named with the
-            tensor.
+        InputError: a checkpoint is damaged, or has another config or architecture. The message
+            names the checkpoint, and the setting or tensor.
         NonFiniteError: a weight is NaN or infinite.
     """
     held = _Read.of(first, tensors=False)
@@ -63,14 +63,14 @@ def loaded_in_turn(
 
 @dataclass(frozen=True)
 class _Read:
-    """What a checkpoint's folder holds.
+    """The content of a checkpoint's folder, in memory.
 
     Attributes:
-        folder: it.
-        settings: what its config.json and adapter_config.json hold.
-        tensors: by name, in memory; None where they are not plain files of safetensors, or where
-            reading failed: transformers' own loader is to say what is there then.
-        damage: what a run's manifest says against them.
+        folder: path of the folder.
+        settings: contents of its config.json and adapter_config.json.
+        tensors: weights by name; None where they are not plain safetensors files, or where reading
+            failed. The loader of transformers then loads them, or says what is wrong.
+        damage: the error where a run's manifest shows that a file is missing or changed.
     """
 
     folder: Path
@@ -80,7 +80,7 @@ class _Read:
 
     @classmethod
     def of(cls, folder: Path, tensors: bool = True) -> _Read:
-        """Read a folder; plain reading alone, as it may be in a thread."""
+        """Read a folder, without raising errors, since this may run in a thread."""
         from safetensors.torch import load_file
 
         settings: dict[str, Any] = {}
@@ -97,27 +97,27 @@ class _Read:
             if tensors and not (folder / "adapter_config.json").exists():
                 found = {}
                 for file in _files(folder):
-                    # A copy, as `load_file` maps the file and reads it when it is looked at.
+                    # Copies, since `load_file` maps the file and reads it on access.
                     found |= {name: x.clone() for name, x in load_file(folder / file).items()}
-        except Exception:  # of whatever kind: the loader says it again, in the caller's thread
+        except Exception:  # any error: the loader raises it again, in the caller's thread
             found = None
         return cls(folder, settings, found, damage)
 
     def copy_to(self, model: nn.Module, other: _Read) -> None:
         """Copy the weights into a model that was loaded from another checkpoint, `other`.
 
-        Where ranks share out the model each takes its part.
+        Where ranks share the model each rank copies its part.
 
         Raises:
-            InputError, NonFiniteError: as `loaded_in_turn`.
+            InputError, NonFiniteError: as in `loaded_in_turn`.
         """
         if self.damage is not None:
             raise self.damage
         own = model.state_dict(keep_vars=True)
         tensors = self.tensors
         if tensors is None or not _fit(own, tensors):
-            # Weights that have other names and shapes in files than in the model (fused experts),
-            # adapters, formats of old; and what is wrong is said there.
+            # Weights with other names and shapes in files than in the model (fused experts),
+            # adapters, and old formats. The loader also raises the errors for damaged files.
             loaded = load_model(
                 self.folder,
                 _dtype_of(model),
@@ -129,7 +129,7 @@ class _Read:
             self._check_same(own, tensors, other)
         for key in sorted({*self.settings, *other.settings}):
             values = [read.settings.get(key) for read in (self, other)]
-            # Adapters write a set of modules in any order.
+            # Adapters write their set of modules in any order, so lists are compared sorted.
             values = [sorted(map(str, v)) if isinstance(v, list) else v for v in values]
             if values[0] != values[1] and not _SAME_NUMBERS.fullmatch(key):
                 raise InputError(
@@ -158,7 +158,7 @@ class _Read:
 
 
 def _files(folder: Path) -> list[str]:
-    """Names of the files of safetensors that hold a model."""
+    """Names of the safetensors files that hold a model's weights."""
     if (folder / _WHOLE).exists():
         return [_WHOLE]
     index = json.loads((folder / _INDEX).read_text(encoding="utf-8"))
@@ -166,7 +166,7 @@ def _files(folder: Path) -> list[str]:
 
 
 def _fit(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> bool:
-    """Whether the tensors are all of a model's, by name and shape; of tied ones one is enough."""
+    """Whether tensors fit a model in names and shapes; one of several tied tensors is enough."""
     given = {id(own[name]) for name in tensors if name in own}
     return (
         tensors.keys() <= own.keys()

@@ -43,13 +43,13 @@ BY_STEP = ("loss", "grad_norm")
 
 @dataclass(frozen=True)
 class _Curve:
-    """One objective of one run.
+    """A curve of a comparison: one objective of one run.
 
     Attributes:
-        run: how the run was given.
-        objective: of the result's axis.
-        trained: whether the run was trained on it.
-        dataset: the whole result.
+        run: the run's name, or its folder as given.
+        objective: the objective's name on the result's axis.
+        trained: whether the run was trained on the objective.
+        dataset: the run's whole result.
     """
 
     run: str
@@ -65,28 +65,28 @@ def compare(
 ) -> xr.Dataset:
     """Step results of several runs in one Dataset, on the steps and risks that all of them have.
 
-    A run is a curve of the objective it was trained on; one of checkpoints is a curve of each of
-    its objectives. A curve is named by that objective, or, where several have the same, by the
-    run's folder.
+    A run that was trained on an objective gives one curve, of that objective. A run of checkpoints
+    gives a curve for each of its objectives. A curve is named by its objective, or, where several
+    curves have the same objective, also by the run's folder.
 
     Args:
         runs: run folders, results or their files, with a step axis; or a mapping of names to them.
-        what: what messages begin with.
+        what: the beginning of messages.
 
     Returns:
-        A Dataset with `g_effect` (run, step, risk), `risk_value`, `measured_change`, `predicted_*`
-        and, where all runs have them, `cosine` and the bounds `*_low` and `*_high` likewise, and
-        `risk_value_spread` (run, step, risk, risk_sample), what rows move the risks by,
-        `loss` and `grad_norm` (run, step), and
-        `group_effect` (run, step, risk, group) where all tell parts of the model apart, and where
-        intervals are known `group_effect_low` and `group_effect_high`. Coordinates
-        `objective` and `trained` (run). Changes and predictions are those since the run's own probe
-        before, of whatever step. `attrs["left_out"]` lists what not all runs have, a line
-        each.
+        A Dataset with these variables, where all runs have them. `g_effect`, `risk_value`,
+        `measured_change`, `predicted_*`, `cosine` and the bounds `*_low` and `*_high` have the axes
+        (run, step, risk). `risk_value_spread` (run, step, risk, risk_sample) is the change of the
+        risks by each row. `loss` and `grad_norm` have the axes (run, step). `group_effect` (run,
+        step, risk, group) is there where all runs resolve the same groups of parameters, with
+        `group_effect_low` and `group_effect_high` where intervals are known. The coordinates
+        `objective` and `trained` have the axis (run). Changes and predictions are since the run's
+        own previous probe, whatever its step. `attrs["left_out"]` lists the steps and the risks
+        that not all runs have, in a line each for every run.
 
     Raises:
-        InputError: fewer than two runs, one without steps, one twice, other data, or no steps in
-            common.
+        InputError: there are fewer than two runs, a run has no steps or is given twice, the runs
+            have different data, or they share fewer than two steps.
 
     Examples:
         >>> both = gf.compare(["run-ga", "run-npo"])
@@ -133,7 +133,11 @@ def compare(
 def _given(
     runs: Sequence[str | Path | xr.Dataset] | Mapping[str, str | Path | xr.Dataset], what: str
 ) -> dict[str, xr.Dataset]:
-    """Results by the names of runs, none of them twice."""
+    """Results by the names of their runs.
+
+    Raises:
+        InputError: there are fewer than two runs, or one is given twice, is no run or has no steps.
+    """
     import xarray as xr
 
     if isinstance(runs, str | Path | xr.Dataset):
@@ -178,7 +182,7 @@ def _same(a: xr.Dataset, b: xr.Dataset) -> bool:
 
 
 def _curves(name: str, dataset: xr.Dataset) -> list[_Curve]:
-    """The objective that a run was trained on, or every one of checkpoints."""
+    """The curve of the objective that a run was trained on, or one for each of its objectives."""
     objectives = [str(objective) for objective in dataset["objective"].values]
     trained = str(dataset.attrs.get("trained_objective", ""))
     if trained in objectives:
@@ -187,13 +191,13 @@ def _curves(name: str, dataset: xr.Dataset) -> list[_Curve]:
 
 
 def _least_precise(curves: Sequence[_Curve]) -> dict[str, float]:
-    """The largest `precision_error` of the runs, where one has any."""
+    """The attribute `precision_error`, the largest of the runs; empty where no run has any."""
     error = max(precision_error(curve.dataset.attrs) for curve in curves)
     return {"precision_error": error} if error else {}
 
 
 def _interval_attributes(curves: Sequence[_Curve], shared: set[str]) -> dict[str, Any]:
-    """What intervals are of, where all runs have them."""
+    """The attributes that describe intervals; empty where not all runs have intervals."""
     if "g_effect_low" not in shared:
         return {}
     names = ("interval_level", *COUNTS)
@@ -202,7 +206,7 @@ def _interval_attributes(curves: Sequence[_Curve], shared: set[str]) -> dict[str
 
 
 def _groups(dataset: xr.Dataset) -> list[str]:
-    """Parts of the model front to back; empty where they are summed."""
+    """Names of the result's groups, front to back; empty where the result sums over them."""
     if "group" not in dataset["g_effect"].coords:
         return []
     present = list(dict.fromkeys(map(str, dataset["group"].values)))
@@ -211,7 +215,7 @@ def _groups(dataset: xr.Dataset) -> list[str]:
 
 
 def _row(curve: _Curve, shared: set[str], groups: list[str]) -> xr.Dataset:
-    """What a comparison holds of one curve."""
+    """The variables of one curve in a comparison, on all its steps and risks."""
     dataset = curve.dataset
     effect = dataset["g_effect"].sel(objective=curve.objective, drop=True)
     rest = [d for d in effect.dims if d not in ("step", "risk")]
@@ -236,12 +240,13 @@ def _row(curve: _Curve, shared: set[str], groups: list[str]) -> xr.Dataset:
 
 
 def _group_widths(effect: xr.DataArray, axis: str, groups: list[str]) -> xr.DataArray:
-    """Half of the intervals of effects by group, by the rows that objectives read.
+    """Half the widths of intervals of effects by group, from the rows that the objective reads.
 
     Args:
-        effect: of one objective, by step, risk and sample, and by `axis` with a coordinate `group`.
+        effect: effects of one objective, by step, risk and sample, and by `axis` with a coordinate
+            `group`.
         axis: `group` or `parameter`.
-        groups: in order.
+        groups: names of the groups, in order.
     """
     kept = ("step", "risk", "sample", axis)
     rows = effect.sum([d for d in effect.dims if d not in kept], skipna=False)
@@ -254,11 +259,11 @@ def _group_widths(effect: xr.DataArray, axis: str, groups: list[str]) -> xr.Data
 
 
 def _names(curves: list[_Curve], given: bool) -> list[str]:
-    """Names of curves: their objectives, or where these are not told apart their runs.
+    """Names of curves: their objectives, with their runs where several have the same objective.
 
     Args:
-        curves: of the runs.
-        given: whether the user named the runs.
+        curves: the curves of all runs.
+        given: whether the user named the runs; curves then have these names.
     """
     objectives = [curve.objective for curve in curves]
     per_run = {run: sum(curve.run == run for curve in curves) for run in {c.run for c in curves}}
@@ -283,7 +288,7 @@ def _steps_of(curve: _Curve) -> str:
 
 
 def _left_out(curves: list[_Curve], steps: np.ndarray, risks: list[str]) -> list[str]:
-    """What of each run is not in all, a line each."""
+    """The steps and the risks of each run that not all runs have, in a line each."""
     lines = []
     for name, dataset in {curve.run: curve.dataset for curve in curves}.items():
         beyond = np.setdiff1d(dataset["step"].values, steps)

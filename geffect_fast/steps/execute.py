@@ -1,4 +1,4 @@
-"""A profile of checkpoints from its config to its folder, begun or gone on with."""
+"""The execution of a profile of checkpoints, from its config to its run folder, new or resumed."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from geffect_fast.storage.run_folder import Reporter
 
 _CHOSEN = ("token_budget", "engine", "threads", "device", "dtype", "rows")
-"""Fields that are decided when a run begins, where nobody says, and recorded in its `run.yaml`."""
+"""Fields that are chosen when a run begins, unless the user sets them, and kept in `run.yaml`."""
 
 
 def execute_checkpoints(
@@ -46,19 +46,20 @@ def execute_checkpoints(
     """Profile the checkpoints of a config, and write the run folder step by step.
 
     Args:
-        config: the run; its `model` is the first checkpoint or stands before it, as step 0.
+        config: the run's config. Its `model` is the first checkpoint, or is added before it as step
+            0.
         out: run folder.
-        resume: go on with the run in it.
-        overwrite: whether a run in it may be replaced.
+        resume: whether to resume the run in `out`.
+        overwrite: whether a run in `out` may be replaced.
         progress: whether to show a bar.
         report: adds tables and plots to the folder.
-        inputs: what else is read, beside what the config names: its own file.
+        inputs: further inputs beside those that the config names, such as the config's own file.
 
     Returns:
         The result, as `geffect_fast.profile_checkpoints` returns it.
 
     Raises:
-        As `geffect_fast.profile_checkpoints`.
+        As in `geffect_fast.profile_checkpoints`.
     """
     ranks, read = here(), inputs_of(config) | dict(inputs)
     first, progress = ranks.first, progress and ranks.first
@@ -104,8 +105,8 @@ def execute_checkpoints(
 def _first(
     config: ProfileConfig, device: torch.device, n_risks: int, folder: Path
 ) -> PreTrainedModel:
-    """The model of the first checkpoint, or this rank's part of it."""
-    # A copy of the weights stays beside the gradients of the risks, for the next prediction.
+    """Load the model of the first checkpoint, or this rank's part of it."""
+    # Beside the risks' gradients a copy of the weights, hence `+ 1`, is kept for predictions.
     beside = partial(gradient_bytes, n_risks=n_risks + 1)
     model: PreTrainedModel = loaded(str(folder), config, device, beside, what="checkpoint")
     return model

@@ -1,4 +1,4 @@
-"""Metrics measured at steps of a training, beside the effects of its probes."""
+"""Metrics that are measured at steps of a training, beside the effects of its probes."""
 
 from __future__ import annotations
 
@@ -25,25 +25,26 @@ _NAMES = {
     "value_high": "measure_high",
     "set": "measured_set",
 }
-"""What results of probes call what `geffect_fast.evaluate` returns."""
+"""Names in results of probes for variables of `geffect_fast.evaluate`."""
 
 
 class LiveMeasures:
-    """What metrics read of a training's data, once, and the steps at which they are due.
+    """The metrics of a training: their data, read once, and the steps at which they are due.
 
     Args:
-        model: that is trained; an adapter is in it.
-        tokenizer: as `geffect_fast.evaluate` takes it.
-        sources: data sets by name, as it takes them: `forget`, `retain` and probes.
-        settings: what is measured, when, and of how many rows.
-        reading: how rows become tokens; its token budget is that of the evaluation.
-        holdout, reference_model, retain_model: as for `geffect_fast.evaluate`.
+        model: the model in training, with its adapter, if any.
+        tokenizer: as in `geffect_fast.evaluate`.
+        sources: data sets by name, as `geffect_fast.evaluate` takes them: `forget`, `retain` and
+            probes.
+        settings: the metrics, the steps at which they are due, and the number of rows they read.
+        reading: settings that turn rows into tokens, and the token budget of the evaluation.
+        holdout, reference_model, retain_model: as in `geffect_fast.evaluate`.
 
     Attributes:
-        identity: what decides the numbers, but the weights; what JSON can hold.
+        identity: everything but the weights that decides the numbers, in values that JSON can hold.
 
     Raises:
-        InputError: an unknown metric, or one whose data or models are not given.
+        InputError: a metric is unknown, or its data or models are not given.
     """
 
     def __init__(
@@ -93,14 +94,16 @@ class LiveMeasures:
         step: int,
         last: bool,
     ) -> xr.Dataset:
-        """The result of a probe with what metrics say of the model, NaN where none is due.
+        """The result of a probe with the measures of the model added, NaN where none are due.
+
+        Measures are due at the first step, at every `evaluate_every`-th step and at the last.
 
         Args:
-            result: of the probe.
-            earlier: that of an earlier step; None: this is the first, at which they are due.
-            model: as it is now, at rest.
-            step: updates done.
-            last: whether training ends here, where they are due too.
+            result: the probe's result.
+            earlier: the result of an earlier step; None at the first step.
+            model: the model as it is now, at rest.
+            step: number of updates done.
+            last: whether training ends here.
         """
         names = ["measure", "measure_low", "measure_high"]
         if earlier is not None and step % self._every and not last:
@@ -115,7 +118,11 @@ class LiveMeasures:
 
 
 def live_metrics(every: int, **values: Any) -> LiveMetrics:
-    """Settings of a callback that probes every so many updates; raise `InputError` if unusable."""
+    """Settings of metrics for a callback that probes every `every` updates.
+
+    Raises:
+        InputError: a setting is unusable, or does not fit `every`.
+    """
     settings = checked_config(LiveMetrics, values)
     try:
         settings.check_every(every, "every")
@@ -131,7 +138,7 @@ def _read(source: Any, name: str, reading: Reading) -> Any:
 
 
 def _some(rows: Any, wanted: int | str | None) -> Any:
-    """So many of the rows, evenly chosen; all where that is none."""
+    """`wanted` of the rows, evenly chosen; all rows where `wanted` is None or `all`."""
     if wanted in (None, "all"):
         return rows
     chosen = evenly(len(rows), int(wanted))

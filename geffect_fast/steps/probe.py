@@ -1,13 +1,13 @@
-"""Probes: what a profile says of a model at steps of its training, and what each step did.
+"""Probes: profiles of a model at steps of its training, with the change of risks between steps.
 
 Between two probes the parameters move from `theta` to `theta'`, and a risk `R` changes, to first
 order, by
 
-    < theta' - theta, grad R(theta) >        whatever made the update (Adam, clipping, decay)
-    - sum(lr) * (e_P(theta) + ...)           where each was like the optimizer's next step
-    - sum(lr) * e(theta)                     where it was plain gradient descent on the objective
+    < theta' - theta, grad R(theta) >        for any update (Adam, clipping, decay)
+    - sum(lr) * (e_P(theta) + ...)           if every update is like the optimizer's next step
+    - sum(lr) * e(theta)                     if every update is plain gradient descent
 
-They stand beside the measured `R(theta') - R(theta)`.
+A result holds these predictions beside the measured `R(theta') - R(theta)`.
 """
 
 from __future__ import annotations
@@ -43,17 +43,19 @@ SAME = 1e-3
 machine's rounding."""
 
 _CHUNK = 2**22
-"""Elements of a product at a time, so that fp64 copies of large parameters are not made whole."""
+"""Elements of a parameter per product, so that no whole fp64 copy of a large one is made."""
 
 
 @dataclass(frozen=True)
 class _Before:
-    """What the next prediction needs of a probe.
+    """The state at a probe that the next prediction needs.
 
     Attributes:
-        step: updates done.
-        parameters: copies of the parameters measured, by name; of what ranks share out, parts.
-        directions: gradients of the risks there, `(M, *shape)` by name; likewise.
+        step: number of updates done.
+        parameters: copies of the measured parameters, by name; only this rank's parts where ranks
+            share the model.
+        directions: gradients of the risks at these parameters, `(M, *shape)` by name, likewise in
+            parts.
     """
 
     step: int
@@ -62,21 +64,22 @@ class _Before:
 
 
 class Probe:
-    """Measures a model at steps of its training and keeps each step's result in a store.
+    """A probe of a model in training, which keeps the result of each measured step in a store.
 
-    The model is left as it was found: measuring changes no training. What stands in the store's
-    folder and is no step of this run is told of as a `GEffectWarning`.
+    Measuring leaves the model as it was, and so does not change the training. For files in the
+    store's folder that are no steps of this run there is a `GEffectWarning`.
 
     Args:
-        profiler: of the model that is trained.
-        store: where results go; steps that are there already are not measured again.
-        trained: the objective that is trained on, among those of the profiler; None: unknown.
-        weights: also the weights that objectives put on tokens (`token_weight`); left out of
-            results by position.
-        second_order: also the curvature of the risks along the optimizer's step, for
-            `predicted_second`.
-        forget_rows: of the data, of which the profiler may measure a part; None: it measures all.
-        measures: metrics that are measured beside; None: none.
+        profiler: the profiler of the model in training.
+        store: receives the results; steps that it holds already are not measured again.
+        trained: the objective that is trained on, among those of the profiler; None where unknown.
+        weights: whether the weights that objectives give to tokens (`token_weight`) are measured
+            too; results by position have none.
+        second_order: whether the curvature of the risks along the optimizer's step is measured too,
+            for `predicted_second`.
+        forget_rows: number of forget rows in the whole data, of which the profiler may measure a
+            part; None where it measures all.
+        measures: metrics that are measured beside effects; None for no metrics.
 
     Attributes:
         latest: the step and the result of the last call; None before the first.
@@ -125,20 +128,20 @@ class Probe:
         """Measure the model as it is after `step` updates, and keep the result.
 
         Args:
-            step: more than at the last call.
-            learning_rates: of the updates since the last call, for `learning_rate`,
+            step: number of updates done, more than at the last call.
+            learning_rates: learning rates of the updates since the last call, for `learning_rate`,
                 `predicted_step` and `predicted_sgd`.
             last: whether training ends here.
-            optimizer: that takes the next step, live, or the checkpoint's folder with its state:
-                effects in its metric, `step_effect` and what goes with it, stand beside the plain
-                ones. Where it is not known they are NaN, and `step_metric_note` says why. None:
-                they are left out.
+            optimizer: the optimizer that takes the next step, or the folder of a checkpoint with
+                its state. Effects in the optimizer's metric, `step_effect` and the variables that
+                belong to it, are then measured too. Where the metric is not known they are NaN, and
+                `step_metric_note` says why. With None they are left out.
 
         Returns:
-            The result of this step, from the store where it is there already.
+            The result of this step, read from the store where the step is there already.
 
         Raises:
-            InputError, NonFiniteError, UnfinishedError: as `Profiler.measure` and
+            InputError, NonFiniteError, UnfinishedError: as in `Profiler.measure` and
                 `StepStore.write`.
         """
         plan, first = self.profiler.plan, self._before is None
@@ -146,7 +149,7 @@ class Probe:
             warnings.warn(line, GEffectWarning, stacklevel=2)
         with at_rest(plan.model, plan.at_rest.values()):
             if step in self.store.steps:
-                self._before = None  # its memory goes before there is more
+                self._before = None  # frees memory before more is needed
                 result = self.store.read(step)
                 values, directions = self.profiler.risk_gradients()
                 if first:
@@ -156,7 +159,7 @@ class Probe:
                 self._before = None
                 metric, why = self._metric(optimizer)
                 self.profiler.ranks.check_same({"optimizer": why})
-                # Said once a run: by its first step, whose attributes are those of all together.
+                # Rounding is measured at the first step only: the whole run has its attributes.
                 measured = self.profiler.measure(
                     weights=self.weights,
                     rounding=not self.store.steps,
@@ -180,11 +183,14 @@ class Probe:
         return result
 
     def forget(self) -> None:
-        """Let go of the memory that the next prediction would need."""
+        """Free the memory that the next prediction would need."""
         self._before = None
 
     def _metric(self, optimizer: Any) -> tuple[StepMetric | None, str | None]:
-        """The metric of the next step; or none, and why where an optimizer is given."""
+        """The metric of the optimizer's next step, or None and the reason why it is not known.
+
+        Without an optimizer both are None.
+        """
         if optimizer is None:
             return None, None
         plan, objectives = self.profiler.plan, self.profiler.objectives
@@ -196,7 +202,7 @@ class Probe:
                 else StepMetric.live(optimizer, plan.at_rest)
             )
             return step_objective(metric, trained, objectives), None
-        except InputError as error:  # effects along the gradient stand without it
+        except InputError as error:  # effects along the gradient need no metric
             return None, str(error)
 
     def _changes(self, step: int, learning_rates: Sequence[float]) -> dict[str, Any]:
@@ -235,7 +241,7 @@ class Probe:
         learning_rates: Sequence[float],
         changes: Mapping[str, Any],
     ) -> xr.Dataset:
-        """A profile with all that the step axis adds to it."""
+        """The result of a step: its profile with the variables and attributes of a step added."""
         last = self._last_before(step)
         now = dataset["risk_value"]
         before = math.nan if last is None else self._result_of(last)["risk_value"]
@@ -249,18 +255,18 @@ class Probe:
                 **changes,
             }
         ).assign_attrs(attributes)
-        # Of the first step, whose attributes are those of all together.
+        # Only at the first step, since the whole run has its attributes.
         few = rows_note(result.assign_coords(step=step)) if last is None else ""
         return result.assign_attrs({"rows_note": few} if few else {})
 
     def _result_of(self, step: int) -> xr.Dataset:
-        """The result of an earlier step; reading one takes longer than keeping the last."""
+        """The result of an earlier step, from memory if it is the latest, else from the store."""
         if self.latest is not None and self.latest[0] == step:
             return self.latest[1]
         return self.store.read(step)
 
     def _check_same(self, step: int, stored: xr.Dataset, values: Tensor) -> None:
-        """Raise `InputError` where a step in the store is of another model."""
+        """Raise `InputError` where a step in the store was measured of another model."""
         for name, now in zip(self.profiler.risk_names, values.tolist(), strict=True):
             then = float(stored["risk_value"].sel(risk=name))
             if abs(now - then) > SAME * max(abs(then), 1e-3):
@@ -281,8 +287,8 @@ def inner_with_update(
     """`< theta' - theta, V_m >` for every direction, `(M,)` fp64 on the CPU.
 
     Args:
-        parameters: as they are, `theta'`, by name.
-        before: as they were, `theta`.
+        parameters: the parameters now, `theta'`, by name.
+        before: the parameters before, `theta`, by name.
         directions: `(M, *shape)` by name, on any device.
     """
     n = len(next(iter(directions.values())))
@@ -300,15 +306,18 @@ def inner_with_update(
 def run_identity(
     profiler: Profiler, sets: Mapping[str, SampleSet] | None = None, **more: Any
 ) -> str:
-    """What makes a step file belong to a run: a hash of all that its numbers come from but weights.
+    """The identity of a run, which marks its step files: a hash of what decides its numbers.
+
+    The weights themselves are not in the hash.
 
     Args:
-        profiler: its data, objectives, settings, and the names and shapes of its parameters.
-        sets: the data, where the profiler measures a part of it.
-        more: what else decides them, such as a config; what JSON can hold.
+        profiler: gives data, objectives, settings, and the names and shapes of parameters.
+        sets: the whole data, where the profiler measures a part of it.
+        more: anything else that decides the numbers, such as a config, in values that JSON can
+            hold.
     """
     found = hashlib.sha256()
-    # from free memory; in words; of what is hashed below
+    # Left out: a choice by free memory, a reason in words, the date, a hash of rows hashed below.
     chosen = ("token_budget", "engine_reason", "date", "digests")
     plain = {
         "settings": {k: v for k, v in profiler.attributes.items() if k not in chosen},
@@ -328,13 +337,17 @@ def run_identity(
 
 
 def total_effect(dataset: xr.Dataset) -> xr.DataArray:
-    """The effects of a result on each risk, summed over all other axes but steps."""
+    """The effects of each objective on each risk, at each step, summed over all other axes."""
     effect = sum_positions(dataset)["g_effect"]
     return effect.sum([dim for dim in effect.dims if dim not in ("step", "objective", "risk")])
 
 
 def _label(trained: str, profiler: Profiler) -> str:
-    """The name of an objective along the axis; raise `InputError` where it is not measured."""
+    """The name of the trained objective on the result's axis.
+
+    Raises:
+        InputError: the objective is not measured.
+    """
     for objective in profiler.objectives:
         if objective == resolve(trained):
             return str(objective)

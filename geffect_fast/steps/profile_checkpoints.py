@@ -1,4 +1,4 @@
-"""`profile_checkpoints`: the profiles of a training's saved checkpoints, along an axis `step`."""
+"""`profile_checkpoints`: profiles of a training's saved checkpoints, along an axis `step`."""
 
 from __future__ import annotations
 
@@ -65,24 +65,26 @@ def profile_checkpoints(
 ) -> xr.Dataset:
     """Profile one checkpoint after the other: the G-effect along a training that was done before.
 
-    One model, into which the weights are copied; while a checkpoint is worked on, the next is read
-    from disk. The ranks of a process group share out the rows of each, and the first of them writes
-    `out`, which all must see.
+    The weights of each checkpoint are copied into one model; while one is profiled, the next is
+    read from disk. The ranks of a process group share the rows of each checkpoint, and the first
+    rank writes `out`, which all ranks must see.
 
     Args:
         checkpoints: patterns such as `out/checkpoint-*`, or folders, of models or of adapters. The
             step is the number that ends a folder's name, or the `global_step` of its
             `trainer_state.json`.
-        tokenizer: of transformers; None for samples that are tokenised already.
-        forget, retain, objectives: as `geffect_fast.profile` takes them.
-        model: folder of the model before training, measured as step 0; None: not measured.
-        reference_model: what NPO-like objectives compare with; None: the first of the models.
-        dtype, device: as `geffect_fast.measure.models.load_model` takes them.
-        weights: also `token_weight`, what objectives put on tokens.
-        out: run folder, for one file a step and in the end `results.nc`; None: in memory.
-        resume: go on with what `out` holds of this run.
+        tokenizer: a tokenizer of transformers; None for samples that are tokenised already.
+        forget, retain, objectives: as in `geffect_fast.profile`.
+        model: folder of the model before training, measured as step 0; None to leave it out.
+        reference_model: the reference of NPO-like objectives; None for the first of the models.
+        dtype, device: as in `geffect_fast.measure.models.load_model`.
+        weights: whether `token_weight`, the weights that objectives give to tokens, is measured
+            too.
+        out: run folder, for one file a step and in the end `results.nc`; None keeps results in
+            memory.
+        resume: whether to resume the run in `out`.
         overwrite: whether an earlier run in `out` may be replaced.
-        progress: show a bar.
+        progress: whether to show a bar.
         options: further arguments of `geffect_fast.profile`, `second_order` among them.
 
     Returns:
@@ -90,9 +92,9 @@ def profile_checkpoints(
         `predicted_update` of the risks between checkpoints (docs/concepts.md).
 
     Raises:
-        InputError: unusable arguments, no checkpoint, one of another architecture, or two of one
-            step.
-        UnfinishedError: the disk refuses; the steps before it are kept.
+        InputError: an argument is unusable, there is no checkpoint, one has another architecture,
+            or two have the same step.
+        UnfinishedError: the disk refuses; earlier steps are kept.
         InterruptedRunError: Ctrl-C with `out`; the steps are kept.
 
     Examples:
@@ -138,7 +140,7 @@ def _paths(
     retain: Any,
     options: Mapping[str, Any],
 ) -> dict[str, str | Path]:
-    """What is given as a path or a name, by argument."""
+    """The inputs that are given as a path or hub id, by argument."""
     given = {"model": model, "reference_model": reference_model, "forget": forget, "retain": retain}
     given |= {"refusals": options.get("refusals"), **(options.get("probes") or {})}
     folders = find_checkpoints(checkpoints).values()
@@ -149,20 +151,25 @@ def _paths(
 
 
 class CheckpointRun:
-    """Checkpoints that were found, and what is prepared to profile them; nothing is written yet.
+    """A prepared profile of checkpoints: their folders, the model and its profiler.
+
+    Making an instance writes nothing.
 
     Args:
-        checkpoints, tokenizer, model, reference_model: as of `profile_checkpoints`.
-        load: makes the model of the first checkpoint's folder, into which the weights of the others
-            are copied; ranks may share it out.
+        checkpoints, tokenizer, model, reference_model: as in `profile_checkpoints`.
+        load: loads the model in the first checkpoint's folder, into which the weights of the others
+            are copied; ranks may share the model.
         options: further arguments of `geffect_fast.profile`.
 
     Attributes:
-        folders: of checkpoints, by step.
-        model: that of the first, whose weights will change.
-        optimizers: whether any of them holds its optimizer's state.
+        folders: folders of the checkpoints, by step.
+        model: the model of the first checkpoint, whose weights will change.
+        optimizers: whether any checkpoint holds its optimizer's state.
         second_order: whether the curvature along these optimizers' steps is measured.
-        profiler: of it.
+        profiler: the model's profiler.
+
+    Raises:
+        InputError: as in `profile_checkpoints`.
     """
 
     def __init__(
@@ -188,7 +195,7 @@ class CheckpointRun:
         options = options | {"objectives": resolved_list(options["objectives"])}
         first = next(iter(self.folders.values()))
         self.model = load(first)
-        # A folder, as the model itself will not stay what it is.
+        # The reference is loaded from the folder, since the model's own weights will change.
         reference = first if reference_model is None else reference_model
         self.profiler = Profiler.of(self.model, tokenizer, reference_model=reference, **options)
         self._names = json.dumps({step: str(path) for step, path in self.folders.items()})
@@ -204,17 +211,20 @@ class CheckpointRun:
         resume: bool,
         **how: bool,
     ) -> xr.Dataset:
-        """Measure what is not measured yet, and complete the run in a folder.
+        """Measure the steps that are not measured yet, and complete the run in a folder.
 
         Args:
-            folder: of the run.
-            config, sums: of a run that begins, as `begun` takes them.
+            folder: the run's folder.
+            config, sums: config and checksums of inputs for `begun`, unless the run is resumed.
             report: adds tables and plots to the folder.
-            resume: whether the run goes on.
-            how: as `measure`.
+            resume: whether the run is resumed.
+            how: arguments of `measure`.
+
+        Returns:
+            The result of all steps.
 
         Raises:
-            As `profile_checkpoints`.
+            As in `profile_checkpoints`.
         """
         if not self.profiler.ranks.first:
             return self.measure(folder, **how)
@@ -226,22 +236,22 @@ class CheckpointRun:
     def measure(
         self, folder: Path | None, *, weights: bool = True, progress: bool = False
     ) -> xr.Dataset:
-        """Measure what is not measured yet.
+        """Measure the steps that are not measured yet.
 
         Args:
-            folder: of the run, with its steps; None: they stay in memory.
-            weights: as `profile_checkpoints`.
-            progress: show a bar.
+            folder: the run's folder, with its steps; None keeps them in memory.
+            weights: as in `profile_checkpoints`.
+            progress: whether to show a bar.
 
         Returns:
-            All steps.
+            The result of all steps.
         """
         identity = run_identity(self.profiler, checkpoints=self._names, weights=weights)
         ranks = self.profiler.ranks
         store = StepStore(None if folder is None else folder / STEPS, identity, ranks)
         steps, done = list(self.folders), store.steps
         store.check_free(step for step in steps if step not in done)
-        # One that is done is looked at again where the next is to be compared with it.
+        # A step that is done is loaded again where the next is not done and is compared with it.
         wanted = [
             step
             for step, following in zip(steps, [*steps[1:], steps[-1]], strict=True)
@@ -253,10 +263,10 @@ class CheckpointRun:
             for step in loaded_in_turn(self.model, first, self.folders, wanted):
                 probe.at(step, optimizer=self.folders[step] if self.optimizers else None)
                 update(advance=1)
-        of_last = store.read(store.steps[-1]).attrs  # before training there is no state
+        of_last = store.read(store.steps[-1]).attrs  # the first may lack an optimizer's state
         said = {key: of for key, of in of_last.items() if key.startswith("step_metric")}
         dataset = store.combined()
-        ranks.meet()  # the first may move the files from now on
+        ranks.meet()  # from now on the first rank may move the files
         kept = {key: of for key, of in dataset.attrs.items() if not key.startswith("step_metric")}
         return dataset.drop_attrs(deep=False).assign_attrs(
             **kept,
@@ -267,10 +277,12 @@ class CheckpointRun:
 
 
 def with_model(folders: dict[int, Path], model: str | Path | None) -> dict[int, Path]:
-    """The checkpoints, and the model before training as step 0, where it is not among them.
+    """The checkpoints' folders by step, with the model before training added as step 0.
+
+    A model that is among the checkpoints is not added.
 
     Raises:
-        InputError: there is a checkpoint of step 0 beside it, or it is no folder.
+        InputError: there is another checkpoint of step 0, or the model is no folder.
     """
     if model is None:
         return folders

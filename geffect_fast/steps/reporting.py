@@ -1,7 +1,7 @@
-"""What a probe says to a Trainer's `report_to`: TensorBoard, W&B, whatever listens to its logs.
+"""Logging of a probe's numbers to a Trainer's `report_to`, such as TensorBoard or W&B.
 
-A number goes the way of the Trainer's own loss, so all of its reporters get it; `train/`, which
-most of them put in front of names, is theirs.
+The numbers go the way of the Trainer's own loss, so all its reporters get them. Most reporters put
+`train/` in front of the names.
 """
 
 from __future__ import annotations
@@ -28,10 +28,11 @@ PREFIX = "geffect"
 def logged_values(dataset: xr.Dataset) -> dict[str, float]:
     """The numbers of a probe by the names under which they are logged.
 
-    Of every risk its value, `geffect/risk_unlearn`, `geffect/risk_retain`, `geffect/risk_NAME`; of
-    the objective trained on, or the only one, `geffect/e_u`, `geffect/e_r`, `geffect/e_NAME` and
-    `geffect/collateral`; of every other objective the same with `/OBJECTIVE` behind. What is not
-    defined, such as the collateral of an objective that does not forget, is left out.
+    Every risk has its value: `geffect/risk_unlearn`, `geffect/risk_retain`, `geffect/risk_NAME`.
+    The objective that is trained on, or the only one, has `geffect/e_u`, `geffect/e_r`,
+    `geffect/e_NAME` and `geffect/collateral`; every other objective has the same names followed by
+    `/OBJECTIVE`. Numbers that are not defined, such as the collateral of an objective that does not
+    forget, are left out.
 
     Args:
         dataset: the result of one step.
@@ -47,7 +48,7 @@ def logged_values(dataset: xr.Dataset) -> dict[str, float]:
     )
     for objective, of, harm in zip(objectives, effects, collateral, strict=True):
         behind = "" if objective == lead else f"/{objective}"
-        # From the last, so that a probe that is called u does not take the place of e_u.
+        # In reverse, so that e_u is set last, and a probe named u does not replace it.
         for risk, effect in reversed([*zip(risks, of, strict=True)]):
             values[f"{effect_name(risk)}{behind}"] = effect
         values[f"collateral{behind}"] = harm
@@ -60,9 +61,10 @@ def report(
     state: TrainerState,
     control: TrainerControl,
 ) -> None:
-    """Log numbers at the step a Trainer is at, once; called by a callback of that Trainer.
+    """Log numbers once at a Trainer's current step; a callback of that Trainer must call this.
 
-    The Trainer's history, which its checkpoints hold, says what was logged before it was resumed.
+    Numbers that the Trainer's history already has at this step are not logged again. The history is
+    in the Trainer's checkpoints, so this holds also after the training was resumed.
     """
     handler = _handler()
     if handler is None or any(
@@ -72,16 +74,17 @@ def report(
         return
     logs = dict(values) if state.epoch is None else {**values, "epoch": state.epoch}
     state.log_history.append({**logs, "step": state.global_step})
-    # Not `Trainer.log`: others override it to add, and let go of, what they have gathered.
+    # Not `Trainer.log`: subclasses override it to add values that they gathered, and reset them.
     due = control.should_log
     handler.on_log(args, state, control, logs)
     control.should_log = due  # the Trainer's own loss may be due at the same step
 
 
 def _handler() -> CallbackHandler | None:
-    """What tells the callbacks of the Trainer that called the callback that called; if one did.
+    """The `CallbackHandler` of the Trainer whose callback is running; None outside of a Trainer.
 
-    It is looked for in the calls above, since a Trainer hands its callbacks neither itself nor it.
+    The handler is found in the call stack, since a Trainer gives its callbacks neither itself nor
+    the handler.
     """
     frame = sys._getframe(1)
     while frame.f_back is not None:

@@ -1,7 +1,7 @@
-"""The lock of a run folder for as long as somebody else's training loop runs, however it ends.
+"""The lock of a run folder while another package's training loop runs, however the loop ends.
 
-A Trainer tells its callbacks of a training's end, not of an exception in it. So a thread looks
-whether the function that runs the loop is still on its thread's stack.
+A Trainer tells its callbacks of a training's end, but not of an exception in the training. So a
+thread checks whether the function that runs the loop is still on its own thread's stack.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from types import FrameType
 from geffect_fast.storage.lock import in_use, locked
 
 _SECONDS = 0.25
-"""Between two looks: how long a folder stays locked behind an exception."""
+"""Seconds between two checks: the longest time that a folder stays locked after an exception."""
 
 _trainings: dict[str, TrainingLock] = {}
 
@@ -26,10 +26,11 @@ class TrainingLock:
     """A locked run folder, from the beginning of a training to `release` or the loop's end."""
 
     def __init__(self, out: Path) -> None:
-        """Lock a folder for the training loop that calls the callback that calls this.
+        """Lock a folder for the training loop whose callback makes this lock.
 
         Raises:
-            InputError: another process or another training works in it; it is named.
+            InputError: another process or another training, which the message names, works in the
+                folder.
         """
         self._place = os.path.realpath(out)
         earlier = _trainings.get(self._place)
@@ -47,14 +48,14 @@ class TrainingLock:
         threading.Thread(target=self._watch, name="training lock", daemon=True).start()
 
     def release(self) -> None:
-        """Let others in; once it is released nothing happens."""
+        """Unlock the folder; a second call does nothing."""
         with self._releasing:
             if not self._done.is_set():
                 self._done.set()
-                self._loop = None  # it holds the training's model and data
+                self._loop = None  # the frame keeps the training's model and data alive
                 if _trainings.get(self._place) is self:
                     del _trainings[self._place]
-                with suppress(OSError):  # of a folder that is gone
+                with suppress(OSError):  # the folder may be gone
                     self._stack.close()
 
     def _watch(self) -> None:
@@ -63,7 +64,7 @@ class TrainingLock:
                 self.release()
 
     def _runs(self) -> bool:
-        """Whether the loop is still running."""
+        """Whether the training loop is still running."""
         loop = self._loop
         return loop is not None and any(
             frame is loop for frame in _outwards(sys._current_frames().get(self._thread))
@@ -71,7 +72,7 @@ class TrainingLock:
 
 
 def _loop() -> FrameType:
-    """The function that told its callbacks of a training's beginning."""
+    """The frame of the function that runs the training loop: the innermost outside of callbacks."""
     between = {__name__, "geffect_fast.steps.callback", "transformers.trainer_callback"}
     for frame in _outwards(sys._getframe(1)):
         if frame.f_globals.get("__name__") not in between:

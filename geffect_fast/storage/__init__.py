@@ -1,1 +1,1 @@
-"""Run folders: atomic writes, checksums, locks, a file a step."""
+"""Run folders: atomic writes, checksums, locks, one file for each step."""

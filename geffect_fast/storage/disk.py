@@ -1,4 +1,4 @@
-"""Writing that a full disk or Ctrl-C may stop at any point, and leave what was there before."""
+"""Safe writing: a full disk, Ctrl-C or a kill at any point leaves the earlier files in place."""
 
 from __future__ import annotations
 
@@ -21,25 +21,25 @@ from geffect_fast.paths import is_there, user_path
 from geffect_fast.ranks import Ranks
 
 UNFINISHED = ".unfinished-"
-"""How the name of a folder in a run folder begins while a process fills or removes it."""
+"""Prefix of a folder in a run folder while a process fills or removes that folder."""
 
 REPLACED = ".replaced-"
-"""How the name of a folder begins that holds what a new run takes the place of, until it has."""
+"""Prefix of a folder that holds the files set aside for a new run, until the run is in place."""
 
 _RUN_PART = re.compile(r"\.(run\.yaml|manifest\.json|results\.nc|report\.html)\..+\.\d+\.part")
-"""What `part_of` calls files of a run, which are written by who holds the folder's lock."""
+"""Names that `part_of` gives to a run's files; only the holder of the folder's lock writes them."""
 
 _NOTE = "note.json"
 _ASIDE = "aside"
 
 
 def unwritable(what: str, place: str, error: OSError) -> InputError:
-    """What to raise where the disk refuses.
+    """The error to raise where the disk refuses.
 
     Args:
-        what: that cannot be written.
-        place: what may be chosen anew, such as `--out`.
-        error: of the disk.
+        what: the file or folder that cannot be written, in words.
+        place: the option with which another place can be chosen, such as `--out`.
+        error: the disk's error.
     """
     reason = error.strerror or error
     return InputError(
@@ -49,7 +49,7 @@ def unwritable(what: str, place: str, error: OSError) -> InputError:
 
 @contextmanager
 def folder_for(what: str, path: Path) -> Iterator[None]:
-    """Make a folder and all above it; where the block fails, what was made and is empty goes.
+    """Make a folder and its parents; if the block fails, remove those that were made and are empty.
 
     Raises:
         InputError: the disk refuses, here or in the block.
@@ -68,14 +68,14 @@ def folder_for(what: str, path: Path) -> Iterator[None]:
 
 
 def shared_folder(folder: Path | None, ranks: Ranks) -> Path:
-    """The folder that the first of ranks works in, which all are to see.
+    """The folder in which the first rank works, once every rank has checked that it sees it.
 
     Args:
-        folder: of the first; None: this is another rank.
-        ranks: who work together.
+        folder: the folder, on the first rank; None on the other ranks.
+        ranks: the ranks that work together.
 
     Raises:
-        InputError: this rank does not see it.
+        InputError: this rank does not see the folder.
     """
     folder = ranks.first_of(folder)
     assert folder is not None
@@ -88,10 +88,10 @@ def shared_folder(folder: Path | None, ranks: Ranks) -> Path:
 
 
 def check_usable(folder: str | Path) -> Path:
-    """The absolute path of a run folder that is there, or can be made; touches nothing.
+    """The absolute path of a run folder that exists or can be made; nothing is changed.
 
     Raises:
-        InputError: it is a file, or cannot be written to.
+        InputError: the folder or one above it is a file, or cannot be written to.
     """
     path = user_path(folder).absolute()
     try:
@@ -107,17 +107,18 @@ def check_usable(folder: str | Path) -> Path:
 
 @contextmanager
 def set_aside(folder: Path, names: Iterable[str], source: Path | None = None) -> Iterator[None]:
-    """Move files and folders of these names out of the way; they are back if the block fails.
+    """Move files and folders out of the way, and put them back if the block fails.
 
-    Where it does, whatever it made under these names goes; where it does not, what was set aside
-    goes. What is to be put back is written down before anything moves, so that `recovered` can do
-    it for a process that was killed in the block.
+    If the block fails, everything that it made under these names is removed. If the block ends
+    well, the files that were set aside are removed. A note of what to put back is written before
+    anything moves, so that `recovered` can put it back for a process that was killed in the block.
 
     Args:
-        folder: they are in; folders that become empty go.
-        names: paths in it.
-        source: folder in it that the block moves new ones out of, and to which these return where
-            the block fails; None: they are made anew, and go then.
+        folder: holds the files and folders; folders inside that become empty are removed.
+        names: paths in `folder`.
+        source: folder inside `folder` out of which the block moves new files, and to which they
+            return if the block fails; None: the block makes the files anew, and they are then
+            removed.
     """
     names = sorted(set(names))
     above = {parent.as_posix() for name in names for parent in Path(name).parents} - {"."}
@@ -141,7 +142,7 @@ def set_aside(folder: Path, names: Iterable[str], source: Path | None = None) ->
             (folder / name).rename(aside)
         yield
         synced(folder)
-        hidden.rename(done)  # from here on what the block made counts
+        hidden.rename(done)  # from here on the files that the block made count
         synced(folder)
         _remove_empty(folder, above)
     except BaseException:
@@ -154,13 +155,14 @@ def set_aside(folder: Path, names: Iterable[str], source: Path | None = None) ->
 
 
 def recovered(folder: Path) -> None:
-    """Put right what a killed process left in a run folder: what it set aside is back, halves go.
+    """Recover a run folder from a killed process: put back files set aside, remove unfinished ones.
 
     The caller holds the folder's lock.
 
     Raises:
         OSError: the disk refuses.
-        InputError: a version without notes set aside what cannot be put back without a loss.
+        InputError: the note of the files set aside is damaged or names a path outside the folder,
+            or a version without notes set aside files that cannot be put back without a loss.
     """
     for hidden in sorted(folder.glob(f"{REPLACED}*"), reverse=True):  # the innermost first
         _put_back(folder, hidden)
@@ -171,19 +173,19 @@ def recovered(folder: Path) -> None:
 
 
 def check_inside(folder: Path, name: str) -> None:
-    """Raise `InputError` where a path that was read from a file leads out of a folder, or is it."""
+    """Raise `InputError` where a path read from a file is not strictly inside a folder."""
     try:
         above, root = os.path.realpath((folder / name).parent), os.path.realpath(folder)
         inside = Path(name).name not in ("", "..") and os.path.commonpath([above, root]) == root
         is_there(folder / name)
-    except (OSError, ValueError):  # of a name that no file has
+    except (OSError, ValueError):  # a name that no file can have
         inside = False
     if not inside:
         raise InputError(f"run folder {folder}: {name!r} is no file in it; it is left alone")
 
 
 def _put_back(folder: Path, hidden: Path) -> None:
-    """Undo a `set_aside` that did not come to its end; may itself be stopped and done again."""
+    """Undo an unfinished `set_aside`; this may itself be stopped at any point and done again."""
     if is_there(hidden / _NOTE):
         note = _note_in(folder, hidden)
     else:
@@ -192,7 +194,7 @@ def _put_back(folder: Path, hidden: Path) -> None:
     for name in [*note["names"], *note["folders"], *([source] if source else [])]:
         check_inside(folder, name)
     for name in note["names"]:
-        # What was moved is read from the disk: a kill may come between a move and any note of it.
+        # The disk shows which files were moved: a kill may come between a move and any note of it.
         aside, place = hidden / _ASIDE / name, folder / name
         if is_there(place) and (is_there(aside) or name not in note["present"]):
             origin = folder / source / name if source else None
@@ -210,7 +212,7 @@ def _put_back(folder: Path, hidden: Path) -> None:
 
 
 def _note_in(folder: Path, hidden: Path) -> dict[str, Any]:
-    """The note of what was set aside; raise `InputError` where that is damaged."""
+    """Read the note of the files set aside; raise `InputError` where the note is damaged."""
     try:
         note = json.loads((hidden / _NOTE).read_text(encoding="utf-8"))
         lists = [note["names"], note["present"], note["folders"]]
@@ -229,7 +231,13 @@ def _note_in(folder: Path, hidden: Path) -> dict[str, Any]:
 
 
 def _note_of_old(folder: Path, hidden: Path) -> dict[str, Any]:
-    """The note of what a version without notes set aside, where all of it can be put back."""
+    """Make the note of files that an earlier version, which wrote no notes, set aside.
+
+    The files are moved to where `_put_back` expects them.
+
+    Raises:
+        InputError: a file set aside has a new file in its place.
+    """
     names = [path.name for path in hidden.iterdir() if path.name != _ASIDE]
     for name in names:
         if is_there(folder / name):
@@ -252,15 +260,16 @@ def _remove_empty(folder: Path, names: Iterable[str]) -> None:
 
 @contextmanager
 def whole_file(what: str, path: str | Path, option: str) -> Iterator[Path]:
-    """A hidden file to write; it takes the place of `path` where the block ends well, else it goes.
+    """A hidden file that replaces `path` when the block ends well, and is else removed.
 
     Args:
-        what: that is written, for errors.
-        path: the file; one that is there is replaced.
-        option: what chooses it, such as `--to`.
+        what: the file in words, for errors.
+        path: the file's path; an existing file is replaced.
+        option: the option that gives the path, such as `--to`.
 
     Raises:
-        InputError: its folder is missing, it is a folder, or the disk refuses, also in the block.
+        InputError: the file's folder is missing, `path` is a folder, or the disk refuses, also in
+            the block.
     """
     file = user_path(path)
     try:
@@ -282,17 +291,17 @@ def whole_file(what: str, path: str | Path, option: str) -> Iterator[Path]:
     except OSError as error:
         raise unwritable(what, option, error) from error
     finally:
-        with suppress(OSError):  # of a name too long to be looked for
+        with suppress(OSError):  # such as a name too long for the file system
             part.unlink(missing_ok=True)
 
 
 def part_of(file: Path) -> Path:
-    """Where this process writes a file, before that takes its place."""
+    """The path to which this process writes a file before it is renamed to `file`."""
     return file.with_name(f".{file.name}.{platform.node()}.{os.getpid()}.part")
 
 
 def _lives(pid: str) -> bool:
-    """Whether there is a process of that number here; also True of what is no number."""
+    """Whether a process of this number runs on this computer; True also where it is no number."""
     try:
         os.kill(int(pid), 0)
     except ProcessLookupError:
@@ -303,7 +312,7 @@ def _lives(pid: str) -> bool:
 
 
 def synced(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk."""
+    """Wait until a file, or the list of names in a folder, is on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -312,9 +321,10 @@ def synced(path: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a file, link or whole folder, if it is there.
+    """Remove a file, link or whole folder, if it exists.
 
-    A folder loses its name first: a process killed meanwhile leaves no half of one behind.
+    A folder is renamed to a hidden name first, so that a process killed meanwhile leaves no half of
+    a folder under the original name.
     """
     if path.is_dir() and not path.is_symlink():
         hidden = path.with_name(f"{UNFINISHED}{path.name.removeprefix(UNFINISHED)}")
@@ -328,16 +338,16 @@ def remove(path: Path) -> None:
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Remove what a killed process was filling or removing in a run folder."""
+    """Remove the hidden folders that a killed process was filling or removing in a run folder."""
     for left in folder.glob(f"{UNFINISHED}*"):
         remove(left)
 
 
 class DiskFile(io.FileIO):
-    """A new file that keeps the first failure to write for `check`, in place of raising it.
+    """A new file that keeps the first failed write for `check` instead of raising its error.
 
-    It is for HDF5, which where writing fails prints on stderr or ends the process; so it is told
-    that all went well.
+    HDF5 prints on stderr or ends the process where writing fails. With this file every write looks
+    successful to HDF5.
     """
 
     def __init__(self, file: Path) -> None:

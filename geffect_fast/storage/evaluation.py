@@ -1,4 +1,4 @@
-"""The run folder of an evaluation: `evaluation.nc` and `run.yaml`, both or none, then a report."""
+"""Run folders of evaluations: `evaluation.nc` and `run.yaml`, both or neither, then a report."""
 
 from __future__ import annotations
 
@@ -37,21 +37,21 @@ def save_evaluation(
     inputs: Mapping[str, str | Path] | None = None,
     sums: Mapping[str, Sums] | None = None,
 ) -> None:
-    """Write measures into a run folder, with what replays them; then a report is added.
+    """Write measures and the config that replays them into a run folder, then add a report.
 
     Args:
         folder: made where it does not exist; other files in it stay.
-        dataset: of `geffect_fast.evaluate`, of one or several models, of `geffect_fast.control` or
-            `geffect_fast.relearn`.
-        config: what replays it.
+        dataset: result of `geffect_fast.evaluate` for one or several models, of
+            `geffect_fast.control` or of `geffect_fast.relearn`.
+        config: the settings that replay the run.
         overwrite: whether to replace a run that is there.
         report: writes tables, plots and a page.
-        inputs: as `staged_run` takes them.
-        sums: checksums of what the run was made from, by option.
+        inputs: as in `staged_run`.
+        sums: checksums of the files that the run was made from, by option.
 
     Raises:
-        InputError: as `staged_run`, or the disk refuses.
-        UnfinishedError: the report fails, and the numbers are there.
+        InputError: as in `staged_run`, or the disk refuses.
+        UnfinishedError: the report fails; the numbers are written.
     """
     with locked(folder) as path:
         with staged_run(folder, overwrite, inputs, lambda: sums or {}) as staging:
@@ -61,10 +61,11 @@ def save_evaluation(
 
 
 def table_of(dataset: xr.Dataset) -> pd.DataFrame:
-    """A row a number: of which model or step, metric and set, with its bounds.
+    """The measures as a table: one row a number, with its model or step, metric, set and bounds.
 
-    Of a control beside it the same number of the original and of the unlearned model as it is, and
-    the share of that model, the least share that fails, and what is kept.
+    For a control a row also holds the same number of the original model and of the unlearned model
+    as it is, the chosen share of the unlearned model (`alpha_chosen`), the smallest measured share
+    beyond it that fails (`alpha_lost`), and the retention at the chosen share.
     """
     import pandas as pd
 
@@ -81,10 +82,10 @@ def table_of(dataset: xr.Dataset) -> pd.DataFrame:
 
 
 def assessed(dataset: xr.Dataset) -> pd.DataFrame:
-    """What the survey's assessment has beside measures, in rows like theirs; effects are last.
+    """The numbers of the survey's assessment other than measures, in rows of the same form.
 
-    Of relearning `statistic` names the number of updates; effects, which are of the model before
-    unlearning, stand beside no model.
+    Rows of relearning come first, then costs, then effects. For relearning, `statistic` names the
+    number of updates. Effects are of the model before unlearning, so their rows name no model.
     """
     import pandas as pd
 
@@ -113,11 +114,11 @@ def assessed(dataset: xr.Dataset) -> pd.DataFrame:
 
 
 def holds_evaluation(folder: str | Path) -> bool:
-    """Whether a run folder, or a file, is of `evaluate`."""
+    """Whether a run folder, or a file, was written by `evaluate`."""
     path = user_path(folder)
     try:
         return path.name == EVALUATION or is_there(path / EVALUATION)
-    except OSError:  # what is wrong with the path is said where it is read
+    except OSError:  # the code that reads the path reports the error
         return False
 
 
@@ -128,7 +129,7 @@ def open_evaluation(folder: str | Path) -> xr.Dataset:
         folder: a run folder, or an `evaluation.nc` itself.
 
     Raises:
-        InputError: there are none, or the file is damaged.
+        InputError: the folder holds no measures, or the file is damaged.
     """
     from geffect_fast.storage.netcdf import read_dataset
 

@@ -21,15 +21,19 @@ if TYPE_CHECKING:
 
 
 def export(dataset: xr.Dataset, path: str | Path, overwrite: bool = False) -> Path:
-    """Write a result as one long table: a row a G-effect, or a measure, its coordinates beside it.
+    """Write a result as one long table: a row for each G-effect or measure, with its coordinates.
 
     Args:
         dataset: result of `geffect_fast.profile`, `evaluate`, `open_run` or `open_evaluation`.
         path: ends in `.parquet` or `.csv`.
-        overwrite: whether a file that is there may be replaced.
+        overwrite: whether an existing file may be replaced.
+
+    Returns:
+        The path of the file, with `~` expanded.
 
     Raises:
-        InputError: another ending, the file is there, no pyarrow for Parquet, or the disk refuses.
+        InputError: the name has another ending, the file exists and `overwrite` is False, pyarrow
+            is missing for Parquet, or the disk refuses.
     """
     file = user_path(path)
     suffix = file.suffix.lower()
@@ -57,10 +61,11 @@ def export(dataset: xr.Dataset, path: str | Path, overwrite: bool = False) -> Pa
 
 
 def tables(dataset: xr.Dataset) -> Iterator[pd.DataFrame]:
-    """The long table that `export` writes, piece by piece: coordinates, then `g_effect`.
+    """The long table of effects that `export` writes, piece by piece: coordinates, then `g_effect`.
 
-    Objective by objective, and else in the order of the axes; by sample and position also sample by
-    sample, without the positions beyond its end.
+    Rows go objective by objective, then in the order of the other axes. With an axis of tokens or
+    positions they go sample by sample within an objective, without the places beyond a sample's
+    end.
     """
     whole = dataset["g_effect"]
     names = [str(name) for name in whole.dims]
@@ -77,10 +82,10 @@ def tables(dataset: xr.Dataset) -> Iterator[pd.DataFrame]:
 
 
 def _pieces(sizes: dict[str, int]) -> Iterator[dict[str, slice]]:
-    """Slices of an array's axes, the last one fastest, each of at most `CELLS` where they can be.
+    """Slices that cut an array into pieces of at most `CELLS` cells, the last axis fastest.
 
     Args:
-        sizes: of the axes by name.
+        sizes: lengths of the axes, by name.
     """
     steps: dict[str, int] = {}
     inner = 1
@@ -95,9 +100,10 @@ def _pieces(sizes: dict[str, int]) -> Iterator[dict[str, slice]]:
 
 
 def measures(dataset: xr.Dataset) -> Iterator[pd.DataFrame]:
-    """The long table of measures, a metric a piece: those of sets, then those of rows of data.
+    """The long table of measures, one piece for each metric: of data sets, then of their rows.
 
-    Of a row `statistic` is `row`, and its bounds are empty; of a set `sample` and `question` are.
+    For a row of data `statistic` is `row`, and the bounds are empty; for a data set `sample` and
+    `question` are empty. The survey's assessment follows as a last piece, where there is one.
     """
     import pandas as pd
 

@@ -1,4 +1,4 @@
-"""What a run is made from: where it lies, and checksums that show whether it is still the same."""
+"""The inputs of a run: their paths or hub ids, and checksums that show whether they changed."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _DO_NOT = ("trainer_state.json", "training_args.bin", "geffect_fast.json", "mani
 
 
 def inputs_of(config: AnyConfig) -> dict[str, str | Path]:
-    """Everything that a run's config names to be read; of adapters also their base model."""
+    """The inputs that a run's config names, by option; of an adapter also its base model."""
     named = _named(config) if isinstance(config, RunConfig) else config.inputs()
     found: dict[str, str | Path] = {key: s for key, s in named.items() if s is not None}
     for option, source in list(found.items()):
@@ -42,7 +42,7 @@ def inputs_of(config: AnyConfig) -> dict[str, str | Path]:
 
 
 def _named(config: RunConfig) -> dict[str, str | None]:
-    """What a config names, by option."""
+    """The inputs that a config names, by option; None where an option is not given."""
     return {
         "--model": config.model,
         "--tokenizer": config.tokenizer,
@@ -61,12 +61,13 @@ def _named(config: RunConfig) -> dict[str, str | None]:
 def input_sums(inputs: Inputs, stop: Event | None = None) -> dict[str, Sums]:
     """Sizes and checksums of the files behind inputs, each read once.
 
-    Of a folder the files in it that a model or tokenizer is loaded from; of a hub id those that the
-    hub's cache holds; of data on the hub none, whose rows a step's identity knows.
+    A folder counts with the files from which a model or tokenizer is loaded, the hub id of a model
+    with those files in the hub's cache. Data on the hub has no checksums here: a step's identity
+    covers the rows.
 
     Args:
         inputs: paths or hub ids by option.
-        stop: set where nobody wants them any more.
+        stop: set once nobody needs the checksums any more; reading then ends.
 
     Raises:
         InputError: a file cannot be read.
@@ -86,10 +87,10 @@ def input_sums(inputs: Inputs, stop: Event | None = None) -> dict[str, Sums]:
 
 @contextmanager
 def summed_beside(inputs: Inputs) -> Iterator[Callable[[], dict[str, Sums]]]:
-    """`input_sums` by a thread of its own, beside the work in the block, which may load the files.
+    """Run `input_sums` in a thread beside the work in the block, which may load the same files.
 
     Yields:
-        What waits for them and returns them.
+        A function that waits for the checksums and returns them.
     """
     stop = Event()
     with ThreadPoolExecutor(1, "inputs") as pool:
@@ -101,7 +102,7 @@ def summed_beside(inputs: Inputs) -> Iterator[Callable[[], dict[str, Sums]]]:
 
 
 def _sums_behind(source: str | Path, stop: Event | None) -> Sums | None:
-    """The checksums of one input; None where no file is known."""
+    """The checksums of one input's files; None where no file is found."""
     place = user_path(source)
     if not is_there(place):
         from huggingface_hub import try_to_load_from_cache
@@ -124,16 +125,16 @@ def _sums_behind(source: str | Path, stop: Event | None) -> Sums | None:
 
 
 def result_sums(runs: Iterable[Path]) -> dict[str, Sums]:
-    """Sizes and checksums of the results of runs, by folder or file."""
+    """Sizes and checksums of the results of runs, by the run's folder or file as given."""
     places = {str(run): user_path(run) for run in runs}
     files = {run: place / RESULTS if place.is_dir() else place for run, place in places.items()}
     return {run: checksums(file.parent, [file.name]) for run, file in files.items()}
 
 
 def weights_sums(model: nn.Module) -> Sums:
-    """The size and checksum of a model's weights, for one that comes from no file.
+    """The size and checksum of the weights of a model that comes from no file.
 
-    All ranks call it that share out the model.
+    All ranks that share the model must call this function.
     """
     found, size = hashlib.sha256(), 0
     for name, tensor in sorted(model.state_dict().items()):
@@ -148,12 +149,13 @@ def weights_sums(model: nn.Module) -> Sums:
 
 
 def check_replayed(file: str | Path | None, config: AnyConfig, now: Mapping[str, Sums]) -> None:
-    """Warn of an input that is not what the run was made from whose `run.yaml` is replayed.
+    """Warn where a replay of a run's `run.yaml` reads an input that has changed since that run.
 
     Args:
-        file: the config that is replayed; None, or one that no run wrote: nothing is said.
-        config: as it is run; what options replaced in it is not compared.
-        now: as `input_sums` returns them.
+        file: the config that is replayed; with None, or a config that no run wrote, there is no
+            warning.
+        config: the config as it is run now; inputs that options replaced are not compared.
+        now: current checksums, as `input_sums` returns them.
 
     Raises:
         InputError: the run's manifest is damaged.
@@ -166,7 +168,7 @@ def check_replayed(file: str | Path | None, config: AnyConfig, now: Mapping[str,
         return
     try:
         begun, given = inputs_of(load_config(file)), inputs_of(config)
-    except InputError:  # fields that options were to add: no config of a run
+    except InputError:  # a config that lacks fields, which options supply: no run wrote it
         return
     same = {option for option in given if given[option] == begun.get(option)}
     sums = {option: each for option, each in manifest.inputs.items() if option in same}
@@ -179,7 +181,10 @@ def check_replayed(file: str | Path | None, config: AnyConfig, now: Mapping[str,
 
 
 def first_changed(begun: Mapping[str, Sums], now: Mapping[str, Sums]) -> str | None:
-    """The first file that differs between two of what `input_sums` returns, with its option."""
+    """The first file that differs between two results of `input_sums`, with its option, in words.
+
+    Options that only `now` holds are not compared. The value is None where nothing differs.
+    """
     for option, sums in begun.items():
         here = now.get(option, {})
         for name in sorted({*sums, *here}):
@@ -189,11 +194,12 @@ def first_changed(begun: Mapping[str, Sums], now: Mapping[str, Sums]) -> str | N
 
 
 def check_unchanged(folder: Path, begun: Mapping[str, Sums], now: Mapping[str, Sums]) -> None:
-    """Raise `InputError` naming the first input that is not what a run was begun with.
+    """Raise `InputError` naming the first input that has changed since a run was begun.
 
     Args:
-        folder: of the run, for the message.
-        begun, now: as `input_sums` returns them.
+        folder: the run's folder, for the message.
+        begun: checksums when the run was begun, as `input_sums` returns them.
+        now: current checksums, likewise.
     """
     if changed := first_changed(begun, now):
         raise InputError(

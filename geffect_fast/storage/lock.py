@@ -17,7 +17,7 @@ from geffect_fast.paths import is_there
 from geffect_fast.storage.disk import REPLACED, check_usable, recovered, unwritable
 
 LOCK = ".lock"
-"""Held with flock while a process works in the folder; in it, for messages, who that is."""
+"""Lock file, held with flock while a process works in the folder; it names that process."""
 
 _mine: set[tuple[str, int, int]] = set()
 """Folders that are locked here: path, process (a child of `fork` holds none), thread."""
@@ -25,19 +25,20 @@ _mine: set[tuple[str, int, int]] = set()
 
 @contextmanager
 def locked(out: str | Path) -> Iterator[Path]:
-    """A run folder for this process and thread alone; what a killed one left in it is put right.
+    """Lock a run folder for this process and thread alone, and recover it from a killed process.
 
-    The folder is made where it is missing, and goes again where it is empty in the end. Within the
-    block the same thread may lock it again.
+    The folder is made where it is missing, and removed at the end where it is empty. Within the
+    block the same thread may lock the folder again.
 
     Args:
         out: run folder.
 
     Yields:
-        Its absolute path.
+        The folder's absolute path.
 
     Raises:
-        InputError: another process works in it (it is named), or it cannot be written to.
+        InputError: another process, which the message names, works in the folder, or the folder
+            cannot be written to.
     """
     path = check_usable(out)
     key = (os.path.realpath(path), os.getpid(), threading.get_ident())
@@ -58,7 +59,7 @@ def locked(out: str | Path) -> Iterator[Path]:
     finally:
         _mine.discard(key)
         if handle is not None:
-            with suppress(OSError):  # the name first: who finds none makes a new one
+            with suppress(OSError):  # before the unlock: the next process then makes a new file
                 (path / LOCK).unlink()
             os.close(handle)
         with suppress(OSError):  # not empty, or gone
@@ -67,10 +68,11 @@ def locked(out: str | Path) -> Iterator[Path]:
 
 
 def restored(path: Path) -> None:
-    """Put back what a killed process set aside in a run folder, where there is such.
+    """Put back the files that a killed process set aside in a run folder, where there are any.
 
     Raises:
-        InputError: it is no killed one, but at work; or the folder cannot be written to.
+        InputError: the process that set files aside is still at work, or the folder cannot be
+            written to.
     """
     if path.is_dir() and any(path.glob(f"{REPLACED}*")):
         with locked(path):
@@ -78,7 +80,7 @@ def restored(path: Path) -> None:
 
 
 def in_use(out: str | Path, owner: str = "") -> InputError:
-    """What to raise where another one works in a folder; by default this very process."""
+    """The error for a folder in which another process works, by default this process."""
     owner = owner or _this_process()
     return InputError(
         f"run folder {out} is in use by {owner}; wait for its end, or choose another --out"
@@ -90,7 +92,7 @@ def _this_process() -> str:
 
 
 def _acquired(file: Path, out: str | Path) -> int:
-    """The handle of a file that is locked; raise `InputError` where another process has it."""
+    """Lock a file and return its handle; raise `InputError` where another process holds it."""
     while True:
         handle = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
@@ -101,7 +103,8 @@ def _acquired(file: Path, out: str | Path) -> int:
             if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
                 return _without_lock(file, error)
             raise in_use(out, owner or "another process") from None
-        # An owner that left has taken the name away: a lock on what it named keeps nobody out.
+        # The previous owner may have unlinked the file meanwhile. A lock on a file without a name
+        # keeps nobody out, so the file is opened again.
         with suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(handle), file.stat()):
                 os.ftruncate(handle, 0)
@@ -111,7 +114,7 @@ def _acquired(file: Path, out: str | Path) -> int:
 
 
 def _without_lock(file: Path, error: OSError) -> int:
-    """Go on where the file system has no locks, and say so."""
+    """Open a file without a lock, where the file system has no locks, and warn of this."""
     warnings.warn(
         f"run folder {file.parent} is not locked ({error.strerror}): see that no other process "
         "works in it",

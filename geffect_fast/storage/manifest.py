@@ -1,4 +1,4 @@
-"""What a run wrote: each of its files with its size and checksum, and what it was made from."""
+"""The manifest of a run: sizes and checksums of the files that it wrote, and of its inputs."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from geffect_fast.storage.seal import read_sealed, sha256_of, write_sealed
 MANIFEST = "manifest.json"
 
 Sums = Mapping[str, Mapping[str, Any]]
-"""By a file's name within its folder, its `bytes` and its `sha256`."""
+"""The `bytes` and `sha256` of files, by path within their folder."""
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """The files of a run, and its inputs.
+    """The checksums of a run's files and of its inputs.
 
     Attributes:
-        files: of the run, by path within its folder.
-        inputs: by field of the config, the files it was made from.
+        files: checksums of the run's files, by path within its folder.
+        inputs: checksums of the files behind each input, by option.
     """
 
     files: Sums
@@ -35,10 +35,10 @@ class Manifest:
 
     @classmethod
     def read(cls, folder: Path) -> Manifest | None:
-        """The manifest of a folder; None where there is none.
+        """Read the manifest of a folder; None where there is none.
 
         Raises:
-            InputError: it is damaged, or names files outside of the folder.
+            InputError: the manifest is damaged, or names files outside of the folder.
         """
         file = folder / MANIFEST
         if not is_there(file):
@@ -60,7 +60,13 @@ class Manifest:
 
     @classmethod
     def of_a_run(cls, folder: Path) -> Manifest | None:
-        """As `read`, and None also where the folder is no run and the file some other program's."""
+        """Read the manifest like `read`; None also where another program's file has its name.
+
+        A folder without `run.yaml` and `results.nc` is taken for another program's.
+
+        Raises:
+            InputError: the folder is a run's, and the manifest is damaged.
+        """
         try:
             return cls.read(folder)
         except InputError:
@@ -69,7 +75,7 @@ class Manifest:
             return None
 
     def write(self, folder: Path) -> None:
-        """Write it into a folder; one that is there is replaced at once."""
+        """Write the manifest into a folder; an existing one is replaced in one step."""
         part = part_of(folder / MANIFEST)
         try:
             write_sealed(part, {"files": dict(self.files), "inputs": dict(self.inputs)})
@@ -81,7 +87,7 @@ class Manifest:
 
 
 def note(folder: Path, *names: str) -> None:
-    """Add files, or files that were written anew, to the manifest of a run, where it has one."""
+    """Add new or rewritten files to the manifest of a run, where it has one."""
     manifest = Manifest.read(folder)
     if manifest is not None:
         Manifest({**manifest.files, **checksums(folder, names)}, manifest.inputs).write(folder)
@@ -91,8 +97,8 @@ def check_file(folder: Path, name: str, advice: str = "run profile again") -> bo
     """Raise `InputError` where a file of a run is not what the run wrote.
 
     Returns:
-        Whether the folder's manifest names the file; what it does not is taken as it is, since runs
-        of earlier versions have none.
+        Whether the folder's manifest names the file. A file without a checksum passes, since runs
+        of earlier versions have no manifest.
     """
     manifest = Manifest.read(folder)
     if manifest is None or name not in manifest.files:
@@ -102,7 +108,7 @@ def check_file(folder: Path, name: str, advice: str = "run profile again") -> bo
 
 
 def check_sums(folder: Path, sums: Sums, advice: str) -> None:
-    """Raise `InputError` naming the first file that is missing, or has other bytes."""
+    """Raise `InputError` naming the first file that is missing or differs from its checksum."""
     for name in sums:
         if not (folder / name).is_file():
             raise InputError(f"{folder / name} is missing, and was written; {advice}")
@@ -121,14 +127,15 @@ def check_sums(folder: Path, sums: Sums, advice: str) -> None:
 
 
 def checksums(folder: Path, names: Iterable[str], stop: Event | None = None) -> Sums:
-    """Sizes and SHA-256 of files, read once, piece by piece, several at a time.
+    """Sizes and SHA-256 of files, each read once, piece by piece, several files at a time.
 
-    About 1 GB/s a core: the shards of a model of 14 GB take some four seconds on four cores.
+    Reading takes about 1 GB/s a core: the shards of a model of 14 GB take some four seconds on four
+    cores.
 
     Args:
-        folder: they are in.
-        names: of the files, by path in it.
-        stop: set where nobody wants them any more: what is then returned is not theirs.
+        folder: holds the files.
+        names: paths of the files in `folder`.
+        stop: set once nobody needs the checksums any more; those returned are then wrong.
     """
     names = list(names)
 
@@ -142,7 +149,7 @@ def checksums(folder: Path, names: Iterable[str], stop: Event | None = None) -> 
 
 
 def files_below(folder: Path) -> list[str]:
-    """Every file in a folder and the folders in it, by path within it, in order."""
+    """The paths of all files below a folder, relative to it, in order; links count as files."""
     return sorted(
         path.relative_to(folder).as_posix()
         for path in folder.rglob("*")
@@ -151,7 +158,7 @@ def files_below(folder: Path) -> list[str]:
 
 
 def _are_sums(held: object) -> bool:
-    """Whether what a manifest holds has the form of `Sums`."""
+    """Whether a value read from a manifest has the form of `Sums`."""
     return isinstance(held, dict) and all(
         isinstance(each, dict)
         and isinstance(each.get("bytes"), int)

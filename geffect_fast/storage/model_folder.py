@@ -1,4 +1,7 @@
-"""What the folder of a model says before its weights are read: config, adapter, code of its own."""
+"""Checks of a model's folder before its weights are read: config, adapter, Python code of its own.
+
+The module also makes new folders for models, whole or not at all.
+"""
 
 from __future__ import annotations
 
@@ -25,19 +28,20 @@ _MOST = (
     (re.compile(r"(size|dim|embd|inner|heads|experts|units|model)$"), 2**24),
     (re.compile(r"positions?|position_embeddings$|seq_len|n_ctx"), 2**27),
 )
-"""What whole numbers of a config of such names may be: some hundred times what there is."""
+"""Limits of a config's whole numbers, by name: some hundred times those of existing models."""
 
 
 def check_model_source(
     source: str | Path, what: str = "model", trust_remote_code: bool = False
 ) -> None:
-    """What can be known of a model before its weights are read: a folder, a readable causal config.
+    """Check a model as far as possible without its weights; a hub id passes.
 
-    Its sizes are those of a model that there can be, and it needs no code of its own, unless
-    `trust_remote_code` allows that.
+    Its folder must exist and hold a readable config of a causal language model with possible sizes.
+    The model must need no Python code of its own, unless `trust_remote_code` allows such code. Of
+    an adapter the base model is checked, and that peft is installed.
 
     Raises:
-        InputError: one line with the folder and the remedy.
+        InputError: a check fails. The message is one line with the folder and the remedy.
     """
     check_folder(source, what)
     folder = user_path(source)
@@ -66,7 +70,7 @@ def check_model_source(
 
 
 def _needs_its_code(config: dict[str, Any]) -> bool:
-    """Whether a config names code beside it, for a kind of model that transformers has not."""
+    """Whether a config names Python code beside it, for a model type that transformers lacks."""
     if not config.get("auto_map"):
         return False
     from transformers import CONFIG_MAPPING
@@ -75,7 +79,7 @@ def _needs_its_code(config: dict[str, Any]) -> bool:
 
 
 def needs_trust(source: str | Path, what: str) -> str:
-    """The message that refuses a model whose own code nobody has allowed."""
+    """The message that refuses a model whose own code the user has not allowed."""
     return (
         f"{what} {source}: needs Python code that it brings along (auto_map), which would run with "
         "all your rights; read that code, and allow it with --trust-remote-code "
@@ -84,10 +88,10 @@ def needs_trust(source: str | Path, what: str) -> str:
 
 
 def base_of(source: str | Path, what: str) -> str | None:
-    """The base model of an adapter's folder, a folder or hub id; None where it is no such folder.
+    """The folder or hub id of an adapter's base model; None where `source` is no adapter's folder.
 
     Raises:
-        InputError: the adapter does not say, or it is in the end its own base.
+        InputError: the adapter names no base model, or the chain of base models leads in a circle.
     """
     base = _named_base(source, what)
     seen, at = {user_path(source).resolve()}, base
@@ -104,7 +108,7 @@ def base_of(source: str | Path, what: str) -> str | None:
 
 
 def _named_base(source: str | Path, what: str) -> str | None:
-    """What the adapter in a folder names as its base model."""
+    """The base model that the adapter in a folder names; None where the folder holds no adapter."""
     if not (user_path(source) / _ADAPTER_CONFIG).is_file():
         return None
     base = folder_settings(source, _ADAPTER_CONFIG, what).get("base_model_name_or_path")
@@ -117,12 +121,16 @@ def _named_base(source: str | Path, what: str) -> str | None:
 
 
 def base_name(source: str | Path, what: str) -> str:
-    """What messages call the base model of an adapter's folder."""
+    """The name of an adapter's base model in messages."""
     return f"{what} {source}: base model"
 
 
 def check_sizes(config: dict[str, Any], source: str | Path, what: str) -> None:
-    """Refuse sizes of which no model could be built, before it is tried for hours."""
+    """Refuse impossible sizes in a config, which might otherwise be tried for hours.
+
+    Raises:
+        InputError: a size is above its limit.
+    """
     for name, value in config.items():
         if isinstance(value, dict):
             check_sizes(value, source, what)
@@ -136,7 +144,11 @@ def check_sizes(config: dict[str, Any], source: str | Path, what: str) -> None:
 
 
 def folder_settings(source: str | Path, name: str, what: str) -> dict[str, Any]:
-    """What a JSON file in the folder `source` holds."""
+    """The settings in a JSON file of the folder `source`.
+
+    Raises:
+        InputError: the file is not JSON, or holds no object.
+    """
     try:
         content = json.loads((user_path(source) / name).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -153,7 +165,11 @@ def folder_settings(source: str | Path, name: str, what: str) -> dict[str, Any]:
 
 
 def check_folder(source: str | Path, what: str) -> None:
-    """Refuse a path that does not exist, or is no folder; a hub id passes."""
+    """Refuse a path that does not exist, or is no folder; a hub id passes.
+
+    Raises:
+        InputError: the path is refused.
+    """
     path = user_path(source)
     if path.is_dir():
         return
@@ -165,10 +181,10 @@ def check_folder(source: str | Path, what: str) -> None:
 
 
 def check_new_folder(folder: str | Path, option: str) -> Path:
-    """The absolute path of a folder for models that is still to be made, in one that is there.
+    """The absolute path of a folder for models that does not exist yet; its parent does.
 
     Raises:
-        InputError: it is there, or the folder around it is not.
+        InputError: the folder exists, or its parent does not.
     """
     path = user_path(folder).absolute()
     if is_there(path):
@@ -180,20 +196,20 @@ def check_new_folder(folder: str | Path, option: str) -> Path:
 
 @contextmanager
 def new_folder(folder: str | Path, option: str) -> Iterator[Path]:
-    """A hidden folder that gets the name `folder` when the block ends well; else it goes.
+    """A hidden folder that is renamed to `folder` when the block ends well, and else removed.
 
     Args:
-        folder: must not be there.
-        option: what chooses it, such as `--save`.
+        folder: path that must not exist.
+        option: the option that gives the path, such as `--save`.
 
     Raises:
-        InputError: as `check_new_folder`, or the disk refuses, also in the block.
+        InputError: as in `check_new_folder`, or the disk refuses, also in the block.
     """
     path = check_new_folder(folder, option)
     hidden = None
     try:
         hidden = Path(tempfile.mkdtemp(prefix=UNFINISHED, dir=path.parent))
-        made = hidden / path.name  # which has the rights of any folder
+        made = hidden / path.name  # has a folder's usual permissions; mkdtemp's folder is private
         made.mkdir()
         yield made
         for name in files_below(made):

@@ -1,7 +1,8 @@
-"""NetCDF-4 files through h5netcdf, which looks an object of a small file up a hundred times.
+"""NetCDF-4 files through h5netcdf, with each object of a file opened only once.
 
-Each time HDF5 opens it anew, which took most of the time that a small result takes. h5netcdf works
-on any open file of h5py; it is given one that opens an object once.
+h5netcdf looks up an object of a small file a hundred times, and HDF5 opens the object anew each
+time, which took most of the time that a small result takes. h5netcdf works on any open file of
+h5py, so this module gives it a file that opens an object once.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class _OpenedOnce(h5py.File):
-    """An HDF5 file that keeps the objects in it open which it was asked for."""
+    """An HDF5 file that keeps every object open once it has been looked up."""
 
     def __init__(self, file: Path | BinaryIO, mode: str, **more: Any) -> None:
         super().__init__(file, mode, **more)
@@ -39,7 +40,7 @@ class _OpenedOnce(h5py.File):
 
 
 class _NetCDF(h5netcdf.File):
-    """A file of h5netcdf that closes the file of h5py that it was given."""
+    """An h5netcdf file that also closes the h5py file it was made from."""
 
     def __init__(self, hdf5: h5py.File, mode: str, **more: Any) -> None:
         super().__init__(hdf5, mode, **more)
@@ -51,7 +52,7 @@ class _NetCDF(h5netcdf.File):
 
 
 def open_netcdf(file: Path | BinaryIO, mode: Literal["r", "w"]) -> h5netcdf.File:
-    """A file to be read, or written anew, as h5netcdf itself opens it; close it after use."""
+    """Open a file to read, or to write anew, with h5netcdf's own options; close it after use."""
     if mode == "w":
         return _NetCDF(_OpenedOnce(file, mode, track_order=True), mode)
     more = {"decode_vlen_strings": True, "phony_dims": "access"}
@@ -59,17 +60,17 @@ def open_netcdf(file: Path | BinaryIO, mode: Literal["r", "w"]) -> h5netcdf.File
 
 
 def read_dataset(file: Path, **how: Any) -> xr.Dataset:
-    """The dataset in a file, of which numbers are read when they are asked for, until `.close()`.
+    """The dataset in a file, whose numbers are read on access, until `.close()`.
 
     Args:
         file: NetCDF-4.
-        how: as `xarray.open_dataset` takes it.
+        how: options of `xarray.open_dataset`.
 
     Raises:
-        Exception: of many kinds, deep in HDF5, where it is torn.
+        Exception: of many kinds, from deep in HDF5, where the file is torn.
     """
     import xarray as xr
 
-    # What is opened pickles: whoever gets it opens the file again.
+    # The dataset can be pickled: the process that unpickles it opens the file again.
     opened = xr.backends.CachingFileManager(open_netcdf, file, mode="r")
     return xr.open_dataset(xr.backends.H5NetCDFStore(opened), **how)

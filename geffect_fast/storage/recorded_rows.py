@@ -1,4 +1,4 @@
-"""Whether the rows of a replay are, token for token, those that a run folder speaks of."""
+"""The check that the rows of a replay or resumed run equal the recorded ones, token for token."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ from geffect_fast.errors import GEffectWarning, InputError
 def check_recorded(
     recorded: Mapping[str, str], found: Mapping[str, str], resumed: Path | None = None
 ) -> None:
-    """Tell of rows that are others than a config recorded; a run that is gone on with is refused.
+    """Warn of a replay, and refuse to resume a run, whose rows differ from those recorded.
 
     Args:
         recorded: digests by data set; empty where nothing was recorded.
-        found: the same now.
-        resumed: folder of the run that is gone on with; None: a replay, which is warned of.
+        found: digests of the rows that are read now, by data set.
+        resumed: folder of the run to resume; None for a replay, which gets a warning.
 
     Raises:
-        InputError: with `resumed`; the data set is named, with all that can be the reason.
+        InputError: rows differ and `resumed` is given. The message names the data set and all
+            possible reasons.
     """
     name = next((n for n, digest in recorded.items() if found.get(n, digest) != digest), None)
     if name is None:

@@ -1,4 +1,8 @@
-"""Run folders: results, the config that replays them, a report; never half-written."""
+"""Run folders: results, the config that replays them and a report, never half-written.
+
+The module names the files of a run, tells them from files that no run made, puts a new run in the
+place of an earlier one, and reads and writes results.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +50,7 @@ EVALUATION = "evaluation.nc"
 """The measures of `evaluate`, in place of effects."""
 CONFIG = "run.yaml"
 COST = "cost.json"
-"""What the updates of `unlearn` cost: seconds, bytes of memory, on which device."""
+"""The cost of the updates of `unlearn`: seconds, bytes of memory, and the device."""
 SUMMARY = "summary.csv"
 PLOTS = "plots"
 TOKENS = "tokens.html"
@@ -56,7 +60,7 @@ STEPS = "steps"
 LOGS = "logs"
 """The folder of TensorBoard's events in the run folder of `unlearn`."""
 LOG_SUFFIX = ".geffect"
-"""What the names of such files end with, which TensorBoard alone would not give."""
+"""Suffix of the names of event files, which TensorBoard itself would not give."""
 _LOG_NAME = re.compile(rf"events\.out\.tfevents\..+{re.escape(LOG_SUFFIX)}")
 _STEP_NAME = re.compile(r"step-\d{8,}\.nc|\.step-\d{8,}\.nc\.part")
 NEXT = ".next"
@@ -71,29 +75,32 @@ PLAIN_FILES = (
     *(RESULTS, EVALUATION, CONFIG, COST, SUMMARY, TOKENS, REPORT, MANIFEST),
     *(f"{PLOTS}/{name}.{kind}" for name in _FIGURES for kind in ("png", "svg")),
 )
-"""What runs write under names that say nothing of whose they are."""
+"""Files of runs whose names do not show that a run wrote them."""
 
 _JSON_ATTRS = "json_attrs"
 
 COMPRESSION = {"compression": "gzip", "compression_opts": 4, "shuffle": True}
 
 Reporter = Callable[["xr.Dataset", Path], None]
-"""Writes what people look at (tables, plots) into a folder; it is added to a run that is whole."""
+"""A function that writes tables and plots of a result into a folder, for a run that is whole."""
 
 
 def check_free(
     folder: str | Path, overwrite: bool = False, inputs: Mapping[str, str | Path] | None = None
 ) -> Path:
-    """The run folder, if results may be written there; touches nothing.
+    """Check that results may be written to a run folder, and return its absolute path.
+
+    Nothing is changed, except that the files which a killed process set aside are put back.
 
     Args:
-        folder: its path.
-        overwrite: whether an earlier run in it may be replaced.
-        inputs: what the new run reads, by the option that says so.
+        folder: path of the run folder.
+        overwrite: whether an earlier run in the folder may be replaced.
+        inputs: paths or hub ids that the new run reads, by option.
 
     Raises:
-        InputError: it is a file, cannot be written to, holds what no run made where a run writes,
-            holds a run and `overwrite` is False, or holds an input that would be replaced.
+        InputError: the folder is a file, cannot be written to, holds a file that no run made under
+            a name that runs use, holds a run and `overwrite` is False, or holds an input that would
+            be replaced.
     """
     path = check_usable(folder)
     restored(path)
@@ -113,7 +120,13 @@ def check_free(
 
 
 def held_files(folder: Path, names: Iterable[str], own: Collection[str]) -> list[str]:
-    """Which files and folders of a run are there; a folder with nothing of a run's own is none."""
+    """The run's files and folders that exist. A folder that holds nothing of a run is left out.
+
+    Args:
+        folder: the run folder.
+        names: files and folders to look for, by path in `folder`.
+        own: the run's own files, as `own_files` returns them.
+    """
     return [
         name
         for name in names
@@ -123,10 +136,12 @@ def held_files(folder: Path, names: Iterable[str], own: Collection[str]) -> list
 
 
 def own_files(folder: Path) -> set[str]:
-    """The files of the run in a folder, by path in it: what may be replaced.
+    """The files of the run in a folder, by path in it, which another run may replace.
 
-    Those of its manifest; where there is none, as in runs of earlier versions and such that are
-    not complete, those whose names runs alone give, if a run.yaml or steps show that there was one.
+    These are the files that the manifest names. A run of an earlier version, or one that is not
+    complete, may have no manifest. There the files are those with names that runs write, if a
+    config, a result or steps show that the folder holds a run. Step files, logs and the manifest
+    itself count in both cases.
 
     Raises:
         InputError: the manifest is damaged.
@@ -147,7 +162,7 @@ def own_files(folder: Path) -> set[str]:
 
 
 def _was_a_run(folder: Path) -> bool:
-    """Whether a folder without a manifest holds a run nevertheless."""
+    """Whether a folder without a manifest holds a run's config, step, result or table."""
     try:
         if (folder / CONFIG).read_text(encoding="utf-8").startswith(CONFIG_BEGINS):
             return True
@@ -163,12 +178,12 @@ def _was_a_run(folder: Path) -> bool:
 
 
 def check_inputs(folder: Path, own: Collection[str], inputs: Mapping[str, str | Path]) -> None:
-    """Raise `InputError` where a run would replace what it is made from.
+    """Raise `InputError` where a run would replace one of its own inputs.
 
     Args:
-        folder: of the run.
-        own: paths in it of what is to be replaced.
-        inputs: paths, or names of other things, by the option that gives them.
+        folder: the run folder.
+        own: paths in `folder` of the files that are to be replaced.
+        inputs: paths or hub ids, by option.
     """
     replaced = {os.path.realpath(folder / name) for name in own}
     for option, source in inputs.items():
@@ -177,7 +192,7 @@ def check_inputs(folder: Path, own: Collection[str], inputs: Mapping[str, str | 
             within = [*place.iterdir()] if place.is_dir() else [place]
             real = {os.path.realpath(each) for each in within}
         except OSError:
-            continue  # of no file; who reads it says so
+            continue  # not a readable path: the code that reads the input reports the error
         if taken := sorted(real & replaced):
             raise InputError(
                 f"{option} {source} is of the run in {folder} ({Path(taken[0]).name}), which "
@@ -186,12 +201,12 @@ def check_inputs(folder: Path, own: Collection[str], inputs: Mapping[str, str | 
 
 
 def write_config(config: AnyConfig, staging: Path) -> None:
-    """Write the `run.yaml` of a run."""
+    """Write a config as the `run.yaml` in the folder `staging`."""
     (staging / CONFIG).write_text(dump_config(config), encoding="utf-8")
 
 
 def is_step_name(name: str) -> bool:
-    """Whether a run writes files of that name into its folder of steps."""
+    """Whether `name` is one that a run gives to files in its folder of steps."""
     return bool(_STEP_NAME.fullmatch(name))
 
 
@@ -202,14 +217,17 @@ def staged_run(
     inputs: Mapping[str, str | Path] | None = None,
     sums: Callable[[], Mapping[str, Sums]] = dict,
 ) -> Iterator[Path]:
-    """A hidden folder in a run folder; what is written to it appears when the block ends well.
+    """A hidden folder in a run folder; files written to it appear when the block ends well.
 
     Args:
-        folder, overwrite, inputs: as `save_run`.
-        sums: returns checksums of what the run was made from, for its manifest.
+        folder, overwrite, inputs: as in `save_run`.
+        sums: returns checksums of the files that the run was made from, for its manifest.
+
+    Yields:
+        The path of the hidden folder.
 
     Raises:
-        InputError: as `save_run`; or another process works in the folder.
+        InputError: as in `save_run`; or another process works in the folder.
     """
     with locked(folder) as path:
         check_free(folder, overwrite, inputs)
@@ -224,18 +242,18 @@ def staged_run(
 
 
 def put_in_place(folder: Path, staging: Path, own: Collection[str]) -> None:
-    """Put the files of a new run in the place of those of an earlier one, `results.nc` last.
+    """Put the files of a new run in the place of an earlier run's files, `results.nc` last.
 
-    Either all of it happens, or nothing: what a kill leaves half done is undone by the next command
-    (`set_aside`). Files are on the disk before they count.
+    The exchange happens as a whole or not at all: the next command undoes an exchange that a kill
+    left half done (`set_aside`). Every new file is on the disk before it counts.
 
     Args:
-        folder: of the run.
+        folder: the run folder.
         staging: holds the new files, and a manifest that lists them.
-        own: paths in `folder` of the earlier run's files, all of which go.
+        own: paths in `folder` of the earlier run's files, all of which are removed.
 
     Raises:
-        InputError: there is a file that no run made where one would be written.
+        InputError: a file that no run made is in the place of a new file.
         OSError: the disk refuses.
     """
     manifest = Manifest.read(staging)
@@ -257,10 +275,10 @@ def put_in_place(folder: Path, staging: Path, own: Collection[str]) -> None:
 
 
 def run_names(runs: Sequence[str | Path]) -> list[str]:
-    """What runs are called wherever several stand beside each other: by their folders, or files.
+    """Short distinct names of runs in a comparison, from the paths of their folders or files.
 
     Args:
-        runs: folders, their results files, or other files; none twice.
+        runs: run folders, their result files, or other files, each only once.
     """
     places = [user_path(run).absolute() for run in runs]
     places = [p.parent if p.name in (RESULTS, EVALUATION) else p for p in places]
@@ -273,11 +291,11 @@ def open_run(folder: str | Path, *, lazy: bool = False) -> xr.Dataset:
 
     Args:
         folder: a run folder, or a `.nc` file itself.
-        lazy: read from the file what is asked for when it is asked for, until `.close()`: for
-            results by position that do not fit in memory.
+        lazy: whether numbers are read from the file on access, until `.close()`, for results by
+            position that do not fit in memory.
 
     Raises:
-        InputError: there is no complete result there, or it is not one of this package.
+        InputError: there is no complete result, or the file is not a result of this package.
     """
     import xarray as xr
 
@@ -299,7 +317,7 @@ def open_run(folder: str | Path, *, lazy: bool = False) -> xr.Dataset:
         ours = {"g_effect", "risk_value", "loss"} <= set(dataset.data_vars)
         dims = [dim for dim in dataset["g_effect"].dims if dim != "step"] if ours else []
         ours = dims[:2] == ["objective", "risk"]
-    except (ValueError, TypeError, KeyError, RecursionError):  # of attributes
+    except (ValueError, TypeError, KeyError, RecursionError):  # from attributes of no known form
         ours = False
     if not ours:
         dataset.close()
@@ -318,9 +336,10 @@ def open_run(folder: str | Path, *, lazy: bool = False) -> xr.Dataset:
 
 
 def _with_lazy_texts(raw: xr.Dataset) -> xr.Dataset:
-    """A dataset that is to be decoded, whose texts along axes of many stay in the file till then.
+    """The dataset before decoding, changed so that decoding leaves its texts in the file.
 
-    To decode them, xarray reads them all, and gives each the room of the longest.
+    By default xarray reads all texts when it decodes them, and gives each the room of the longest.
+    Texts that are dimension coordinates stay as they are.
     """
     for name, variable in raw.variables.items():
         if variable.dtype == object and name not in raw.dims:
@@ -329,7 +348,7 @@ def _with_lazy_texts(raw: xr.Dataset) -> xr.Dataset:
 
 
 def _check_whole(file: Path) -> None:
-    """Raise `InputError` where a result's bytes are not those that were written; reads it once."""
+    """Raise `InputError` where a result differs from its checksum; the file is read once."""
     try:
         if file.name == RESULTS and check_file(file.parent, RESULTS):
             return
@@ -343,7 +362,11 @@ def _check_whole(file: Path) -> None:
 
 
 def _result_of(folder: str | Path) -> Path:
-    """The result's file in a run folder, or the file itself; raise `InputError` without one."""
+    """The path of the result in a run folder, or of the file given.
+
+    Raises:
+        InputError: there is no result. The message says why, and what to do.
+    """
     path = user_path(folder)
     try:
         restored(path)
@@ -370,10 +393,10 @@ def _result_of(folder: str | Path) -> Path:
 
 @contextmanager
 def reading(file: str | Path) -> Iterator[None]:
-    """Reads from a result opened lazily; a file torn in the middle shows only then.
+    """Context for reads from a lazily opened result, where a file torn in the middle shows late.
 
     Raises:
-        InputError: it is.
+        InputError: the file is torn.
     """
     try:
         yield
@@ -387,17 +410,17 @@ def _torn(file: str | Path, error: Exception) -> InputError:
 
 
 def save_result(dataset: xr.Dataset, file: Path) -> None:
-    """Write a result alone, in place of a file that is there.
+    """Write a result as a single file, which replaces an existing one.
 
     Raises:
-        InputError: the disk refuses, and the file is as it was.
+        InputError: the disk refuses; an existing file is unchanged.
     """
     with whole_file(f"result {file}", file, "folder") as part:
         write_dataset(dataset, part)
 
 
 def write_dataset(dataset: xr.Dataset, file: Path) -> None:
-    """Write a result as NetCDF-4 with compression; raises `OSError` where the disk refuses."""
+    """Write a result as compressed, sealed NetCDF-4; raise `OSError` where the disk refuses."""
     from geffect_fast.storage.netcdf import open_netcdf
 
     with DiskFile(file) as disk:
@@ -405,12 +428,12 @@ def write_dataset(dataset: xr.Dataset, file: Path) -> None:
             with open_netcdf(disk, "w") as h5:
                 store_in(h5, dataset)
         finally:
-            disk.check()  # also where HDF5 misses what it could not write
+            disk.check()  # also where HDF5 fails because an earlier write was lost
     seal(file)
 
 
 def store_in(h5: Any, dataset: xr.Dataset) -> None:
-    """Write a dataset into an open file of h5netcdf, with compression."""
+    """Write a dataset into an open h5netcdf file, with compression."""
     import xarray as xr
 
     encoding = {name: COMPRESSION for name in dataset.data_vars if dataset[name].ndim}
@@ -418,7 +441,7 @@ def store_in(h5: Any, dataset: xr.Dataset) -> None:
 
 
 def _encoded(dataset: xr.Dataset) -> xr.Dataset:
-    """The dataset with attributes that NetCDF has no type for written as JSON."""
+    """A copy of the dataset in which attributes without a NetCDF type are JSON texts."""
     encoded = dataset.copy()
     as_json = [k for k, v in dataset.attrs.items() if type(v) not in (str, int, float)]
     for key in as_json:
@@ -428,7 +451,7 @@ def _encoded(dataset: xr.Dataset) -> xr.Dataset:
 
 
 def plain_attrs(attrs: dict[Any, Any]) -> dict[Any, Any]:
-    """Attributes as they were before writing: numpy scalars to Python's, JSON to values."""
+    """Attributes as they were before writing: Python numbers for numpy scalars, values for JSON."""
     plain = {k: v.item() if hasattr(v, "item") else v for k, v in attrs.items()}
     for key in json.loads(plain.pop(_JSON_ATTRS, "[]")):
         plain[key] = json.loads(plain[key])

@@ -1,4 +1,4 @@
-"""Whether a model that lies in a run folder is the one that the run wrote there."""
+"""The check that a model in a run folder is the one that the run wrote there."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ _WEIGHTS = (".safetensors", ".bin")
 def check_run_model(source: str | Path, what: str, *, weights: bool) -> None:
     """Raise `InputError` where a file of a model in a run folder is missing, or has other bytes.
 
-    Nothing is known of, and nothing said about, folders that no manifest names.
+    A folder that no manifest names passes: its files have no recorded checksums.
 
     Args:
         source: folder of a model or tokenizer, such as `RUN/model`; hub ids pass.
-        what: what messages call it.
-        weights: whether the weights are read too, at about 1 GB/s a core; else it is looked whether
-            they are there.
+        what: the model's name in messages.
+        weights: whether the bytes of the weights are checked too, at about 1 GB/s a core; otherwise
+            only that the weights' files exist.
     """
     folder = user_path(source).resolve()
     if not folder.is_dir():

@@ -1,4 +1,4 @@
-"""`run.yaml`: the settings of a run as a file, written beside its results and read again."""
+"""`run.yaml`: the settings of a run, written beside its results and read for a replay."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from geffect_fast.unlearn_settings import UnlearnConfig
 from geffect_fast.visible import one_line, visible
 
 AnyConfig = RunConfig | EvaluateConfig | ControlConfig | RelearnConfig
-"""What a `run.yaml` may hold."""
+"""The kinds of config that a `run.yaml` may hold."""
 
 _KINDS: dict[str, type[AnyConfig]] = {
     "unlearn": UnlearnConfig,
@@ -26,17 +26,17 @@ _KINDS: dict[str, type[AnyConfig]] = {
     "control": ControlConfig,
     "relearn": RelearnConfig,
 }
-"""By command; all others are of profiles."""
+"""Kinds of config by command; any other command has the config of a profile."""
 
 CONFIG_BEGINS = "# Replay: geffect-fast"
-"""What a file says first that `dump_config` wrote."""
+"""The beginning of a file that `dump_config` wrote."""
 
 
 def load_config(path: str | Path) -> AnyConfig:
-    """The config in a YAML file, of the kind of run that its field `command` names.
+    """Read the config in a YAML file, of the kind of run that the file's field `command` names.
 
     Raises:
-        InputError: as `read_values` and `make_config`.
+        InputError: as in `read_values`, or a field has no valid value.
     """
 
     values = read_values(path)
@@ -45,7 +45,7 @@ def load_config(path: str | Path) -> AnyConfig:
 
 
 def read_values(path: str | Path) -> dict[str, Any]:
-    """The unchecked fields of a YAML file, for a caller that overrides some of them.
+    """Read the unchecked fields of a YAML file, for a caller that overrides some of them.
 
     Raises:
         InputError: the file is missing, is not YAML, or holds no fields.
@@ -85,12 +85,12 @@ def dump_config(config: AnyConfig) -> str:
     values = config.model_dump(mode="json")
     replay = f"{CONFIG_BEGINS} {config.command} --config run.yaml --out NEW_FOLDER\n"
     text = yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=1000)
-    # What is left of them YAML counts as printable; it stands between double quotes.
+    # Control characters that YAML counts as printable are left; each is in a double-quoted string.
     return replay + visible(text)
 
 
 class _Dumper(yaml.SafeDumper):
-    """Writes names as they are, and those with control characters escaped, between quotes."""
+    """A YAML dumper that puts strings with control characters between double quotes, escaped."""
 
     def represent_str(self, data: str) -> yaml.ScalarNode:
         style = None if one_line(data) == data else '"'

@@ -1,4 +1,4 @@
-"""Runs are written whole; a report is added then, and whatever fails in it costs only itself."""
+"""Writing of a whole run, and then of its report, whose failure leaves the run's numbers intact."""
 
 from __future__ import annotations
 
@@ -40,25 +40,26 @@ def save_run(
 ) -> Path:
     """Write `results.nc`, `run.yaml` and a report into a run folder.
 
-    The first two are written in full to a hidden folder inside and then renamed, `results.nc` last:
-    a run folder with `results.nc` has all its numbers, and a failure before leaves what was there,
-    a run that was to be replaced included. The report is added then.
+    `results.nc` and `run.yaml` are written in full to a hidden folder inside the run folder and
+    then renamed, `results.nc` last. So a run folder with `results.nc` has all its numbers, and an
+    earlier failure leaves the folder as it was, with the run that was to be replaced. The report is
+    added afterwards.
 
     Args:
         folder: made where it does not exist; other files in it stay.
         dataset: result of `geffect_fast.profile`.
-        config: what replays it.
+        config: the settings that replay the run.
         overwrite: whether to replace a run that is there.
         report: adds files such as `summary.csv` and `plots/`.
-        inputs: as `check_free`.
-        sums: checksums of what the run was made from, by option.
+        inputs: as in `check_free`.
+        sums: checksums of the files that the run was made from, by option.
 
     Returns:
         The absolute path of the folder.
 
     Raises:
-        InputError: as `check_free`, or the disk refuses.
-        UnfinishedError: the report fails, and the numbers are there.
+        InputError: as in `check_free`, or the disk refuses.
+        UnfinishedError: the report fails; the numbers are written.
     """
     with locked(folder) as path:
         with staged_run(folder, overwrite, inputs, lambda: sums or {}) as staging:
@@ -72,13 +73,14 @@ def add_report(folder: Path, dataset: Any, report: Reporter | None, again: str =
     """Write tables, plots and pages of a run into its folder, and note them in its manifest.
 
     Args:
-        folder: of a run that is whole.
-        dataset: its result.
-        report: writes files into a folder; those that it has written when it fails are kept.
-        again: the command that writes them once more; empty: `geffect-fast report`.
+        folder: the folder of a run that is whole.
+        dataset: the run's result.
+        report: writes files into a folder; files that were written before a failure are kept.
+        again: the command that writes the report again; empty for `geffect-fast report`.
 
     Raises:
-        UnfinishedError: something could not be written; the line names it and says how to get it.
+        UnfinishedError: the report failed. The message gives the reason and the command that writes
+            the report again.
         InterruptedRunError: Ctrl-C came.
     """
     if report is None:
@@ -103,7 +105,7 @@ def add_report(folder: Path, dataset: Any, report: Reporter | None, again: str =
             f"interrupted; the numbers of run folder {folder} are whole, its report is not: "
             f"{again} writes it"
         ) from None
-    except Exception as error:  # also what is no fault of a disk: nothing here may cost numbers
+    except Exception as error:  # not only of the disk: no failed report may cost the numbers
         raise UnfinishedError(
             f"the numbers of run folder {folder} are whole, but {reason_of(error)}; {again} writes "
             "that again"
@@ -111,9 +113,9 @@ def add_report(folder: Path, dataset: Any, report: Reporter | None, again: str =
 
 
 def _put_beside(folder: Path, staging: Path) -> None:
-    """Put the files of a report beside those of the run."""
+    """Move the files of a report from `staging` into a run folder, and update its manifest."""
     held = Manifest.read(folder)
-    if held is None:  # of an earlier version: what is there is taken as it is
+    if held is None:  # a run of an earlier version: its files are summed as they are now
         files = own_files(folder) - {NEXT, MANIFEST}
         held = Manifest(checksums(folder, sorted(files)))
     written = files_below(staging)

@@ -1,4 +1,4 @@
-"""Files that carry a checksum of their own content: JSON in a field, results behind their end."""
+"""Files with a checksum of their own content: JSON files in a field, results after their end."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from typing import Any, BinaryIO
 _TRAILER = re.compile(rb"\ngeffect_fast sha256 ([0-9a-f]{64})\n")
 _TRAILER_BYTES = 86
 _PIECE = 2**20
-"""Bytes of a file in memory at a time."""
+"""Bytes of a file that are read at a time."""
 
 
 def write_sealed(file: Path, values: Mapping[str, Any]) -> None:
-    """Write JSON with a checksum of its own."""
+    """Write values as JSON, with their checksum in the field `sha256`."""
     file.write_text(json.dumps({**values, "sha256": _sum(values)}, indent=1), encoding="utf-8")
 
 
 def read_sealed(file: Path) -> dict[str, Any] | None:
-    """What `write_sealed` wrote; None where it is unreadable or has changed since."""
+    """The values that `write_sealed` wrote; None where the file is unreadable or has changed."""
     try:
-        if not file.is_file():  # but what never ends, such as a pipe
+        if not file.is_file():  # such as a pipe, which reading would wait for without end
             return None
         held = json.loads(file.read_text(encoding="utf-8"))
         seal = held.pop("sha256")
@@ -35,10 +35,10 @@ def read_sealed(file: Path) -> dict[str, Any] | None:
 
 
 def seal(file: Path) -> None:
-    """Write the checksum of an HDF5 file behind its end, where HDF5 looks for nothing.
+    """Write the checksum of an HDF5 file after its end, where HDF5 reads nothing.
 
-    So a result proves itself also where it lies alone, names and attributes included, which HDF5's
-    own checksums leave out.
+    With this checksum a result can be checked without its run folder. It covers names and
+    attributes too, which HDF5's own checksums leave out.
     """
     with file.open("r+b") as opened:
         found, _ = sha256_of(opened)
@@ -46,9 +46,9 @@ def seal(file: Path) -> None:
 
 
 def seal_holds(file: Path) -> bool:
-    """Whether a file is what it was when it was sealed; also True of one without a seal.
+    """Whether a file is unchanged since it was sealed; True also where the file has no seal.
 
-    Files of other programs and of earlier versions have none. It reads the file once, at about
+    Files of other programs and of earlier versions have no seal. The file is read once, at about
     1 GB/s.
     """
     size = file.stat().st_size
@@ -65,12 +65,12 @@ def seal_holds(file: Path) -> bool:
 def sha256_of(
     opened: BinaryIO, n_bytes: int | None = None, stop: Event | None = None
 ) -> tuple[str, int]:
-    """The checksum of what follows in an open file, and how many bytes that is.
+    """The checksum of an open file from its current position on, and the number of bytes read.
 
     Args:
-        opened: read piece by piece, about 1 GB/s a core.
-        n_bytes: no more than these; None: to the end.
-        stop: no more is read once it is set.
+        opened: read piece by piece, at about 1 GB/s a core.
+        n_bytes: the most bytes to read; None reads to the end.
+        stop: ends the reading once it is set.
     """
     found, size = hashlib.sha256(), 0
     left = math.inf if n_bytes is None else n_bytes

@@ -1,4 +1,4 @@
-"""The run folder of a run of several steps: begun, gone on with, and in the end complete."""
+"""The run folder of a run of several steps, from its beginning, through resuming, to its end."""
 
 from __future__ import annotations
 
@@ -68,22 +68,24 @@ def check_start(
     more: Collection[str] = (),
     inputs: Inputs | None = None,
 ) -> Path:
-    """The folder in which a run works, if it may begin, or go on, in `out`.
+    """Check that a run may begin, or be resumed, in `out`, and return the folder in which it works.
 
-    It is `out` itself, or, for a run that is to replace the one in `out`, a hidden folder in it: an
-    earlier run stays in its place until the new one is whole. The caller holds the lock of `out`.
+    The folder is `out` itself, or, for a run that is to replace the one in `out`, a hidden folder
+    in `out`: an earlier run stays in its place until the new one is whole. The caller holds the
+    lock of `out`.
 
     Args:
         out: run folder.
-        resume: go on with the run in it.
-        overwrite: whether an earlier run in it may be replaced.
-        more: files that such a run makes beside what all runs do, and that are there.
-        inputs: what the run reads.
+        resume: whether to resume the run in `out`.
+        overwrite: whether an earlier run in `out` may be replaced.
+        more: existing files that runs of this kind make beyond those that all runs make.
+        inputs: paths or hub ids that the run reads, by option.
 
     Raises:
-        InputError: it cannot be written to; it holds a run and neither `resume` nor `overwrite` is
-            given, or what no run made where runs write; there is nothing to resume, the run is
-            complete, or an input would be replaced.
+        InputError: `out` cannot be written to; `out` holds a run and neither `resume` nor
+            `overwrite` is given, or both are; `out` holds a file that no run made under a name that
+            runs use; there is nothing to resume; the run to resume is complete; or an input would
+            be replaced.
     """
     if resume and overwrite:
         raise InputError("--resume goes on with a run that --overwrite would remove; give one")
@@ -94,7 +96,7 @@ def check_start(
     if is_there(replacing):
         recovered(replacing)
     if resume and is_there(replacing / RESULTS):
-        _promote(replacing, more)  # a kill came between its end and that
+        _promote(replacing, more)  # a kill came after the run was complete, before this step
     elif resume and is_there(replacing):
         return replacing
     held = _held(folder, more)
@@ -122,15 +124,18 @@ def check_start(
 
 @contextmanager
 def started(out: str | Path, ranks: Ranks, check: Callable[[], Path]) -> Iterator[Path]:
-    """The folder in which ranks work, as a check tells the first of them, who holds its lock.
+    """Lock a run folder on the first rank, check it there, and give all ranks the folder to use.
 
     Args:
         out: run folder.
-        ranks: who work in it.
-        check: such as `check_start`; called on the first rank.
+        ranks: the ranks that work in the folder.
+        check: returns the folder in which to work, like `check_start`; called on the first rank.
+
+    Yields:
+        The folder that `check` returned.
 
     Raises:
-        InputError: as `check`; or another process works in `out`, or a rank does not see it.
+        InputError: as in `check`; or another process works in `out`, or a rank does not see it.
     """
     with locked(out) if ranks.first else nullcontext() as home:
         shared_folder(home, ranks)
@@ -139,14 +144,15 @@ def started(out: str | Path, ranks: Ranks, check: Callable[[], Path]) -> Iterato
 
 @contextmanager
 def begun(folder: Path, config: RunConfig | None, inputs: Mapping[str, Sums]) -> Iterator[None]:
-    """The folder with the config of a run that begins, and with what it is made from.
+    """Write the config of a run that begins, and a manifest with its inputs, into its folder.
 
-    Where the block fails before there is a step, both go, and what was made of folders.
+    If the block fails before there is a step, both files are removed, with logs and with folders
+    that were made. After Ctrl-C they stay.
 
     Args:
-        folder: as `check_start` returned it.
-        config: of the run; None: of one that no config describes.
-        inputs: checksums of what it reads.
+        folder: the folder that `check_start` returned.
+        config: the run's config; None for a run that no config describes.
+        inputs: checksums of the run's inputs, by option.
 
     Raises:
         InputError: the disk refuses.
@@ -174,19 +180,20 @@ def begun(folder: Path, config: RunConfig | None, inputs: Mapping[str, Sums]) ->
 def as_begun(
     config: RunConfig, folder: Path, chosen: Collection[str], same_numbers: Collection[str] = ()
 ) -> dict[str, Any]:
-    """What was chosen when the run in a folder began, for a config that is to go on with it.
+    """Choices made when the run in a folder began, for a config that is to resume that run.
 
     Args:
-        config: what the command says now.
-        folder: of the run.
-        chosen: fields that are decided when a run begins, where nobody says.
-        same_numbers: fields that decide no numbers.
+        config: the config of the command that resumes the run.
+        folder: the run's folder.
+        chosen: fields that are chosen when a run begins, where the user gives no value.
+        same_numbers: fields that do not change any number.
 
     Returns:
-        Values of those fields of `chosen` that `config` leaves open.
+        Values of those fields of `chosen` that `config` leaves at their defaults.
 
     Raises:
-        InputError: there is no run, or it differs in a field that decides numbers.
+        InputError: there is no run, its config is damaged, or the run is of another command or
+            differs in a field that changes numbers.
     """
     if not is_there(folder / CONFIG):
         raise InputError(f"run folder {folder} holds no {CONFIG} to resume; leave out --resume")
@@ -210,7 +217,7 @@ def as_begun(
 
 
 def check_resumed(folder: Path, inputs: Mapping[str, Sums]) -> None:
-    """Raise `InputError` where a run would go on with other inputs than it was begun with."""
+    """Raise `InputError` where the inputs of a run that is resumed have changed since it began."""
     manifest = Manifest.read(folder)
     if manifest is not None:
         check_unchanged(_home(folder), manifest.inputs, inputs)
@@ -224,21 +231,21 @@ def finish(
     checkpoint_files: Callable[[Path], Collection[str]] = lambda folder: (),
     keep: bool = False,
 ) -> None:
-    """Write the result and what else completes a run; then add a report.
+    """Write the result and the other files that complete a run, then add a report.
 
-    All but the report is written to a hidden folder and put in place together. Where that fails,
-    the steps are there still. A run that was to replace another one then does.
+    All files but the report are written to a hidden folder and put in place together. If this
+    fails, the steps are kept. A run in a hidden folder of its own then replaces the run around it.
 
     Args:
-        folder: of the run, as `check_start` returned it.
-        dataset: of all steps.
+        folder: the run's folder, as `check_start` returned it.
+        dataset: the result of all steps.
         report: writes tables and plots.
-        more: writes what else the run ends with.
-        checkpoint_files: what a folder holds of checkpoints.
-        keep: whether checkpoints stay; else they go once the result is on the disk.
+        more: writes other files that complete the run into the folder given.
+        checkpoint_files: returns the files of checkpoints in a folder.
+        keep: whether checkpoints stay; else they are removed once the result is on the disk.
 
     Raises:
-        UnfinishedError: the disk refuses; or the report fails, and the numbers are there.
+        UnfinishedError: the disk refuses; or the report fails, and the numbers are written.
     """
     try:
         staging = Path(tempfile.mkdtemp(prefix=UNFINISHED, dir=folder))
@@ -274,27 +281,30 @@ def finish(
 
 
 def _promote(folder: Path, more: Collection[str]) -> None:
-    """Put a run that is whole in the place of the one around it."""
+    """Put a whole run, in a hidden folder, in the place of the run around it."""
     home = folder.parent
     put_in_place(home, folder, {*own_files(home), *more} - {NEXT})
     remove(folder)
 
 
 def _home(folder: Path) -> Path:
-    """The run folder that is meant by who works in the folder of a run that is to replace it."""
+    """The run folder that the user gave: `folder`, or its parent where `folder` is hidden in it."""
     return folder.parent if folder.name == NEXT else folder
 
 
 @contextmanager
 def kept(folder: Path) -> Iterator[None]:
-    """Ctrl-C, and numbers that are none, are answered with what is kept, and how to go on.
+    """Add to the error of a run that stops early which steps are kept, and how to go on.
 
-    So is the end of another rank. A run that was to replace another one goes where its numbers did,
-    and the other one stays.
+    Such a run ends by Ctrl-C, by numbers that are not finite, or because another rank ended. With
+    numbers that are not finite, a run that was to replace another one is removed, and the other
+    one stays.
 
     Raises:
         InterruptedRunError: Ctrl-C came.
-        UnfinishedError: another rank has ended, or failed for no reason of ours.
+        NonFiniteError: numbers are not finite.
+        UnfinishedError: there are steps, and another rank ended, or failed for a reason outside
+            this package.
     """
     try:
         yield
@@ -321,12 +331,12 @@ def kept(folder: Path) -> Iterator[None]:
 
 
 def _until(folder: Path) -> str:
-    """The last step that was measured, in words."""
+    """The last step that was measured, in words; empty where there is none."""
     done = sorted((folder / STEPS).glob("step-*.nc"))
     return f" to step {int(done[-1].stem.removeprefix('step-'))}" if done else ""
 
 
 def _held(folder: Path, more: Collection[str]) -> list[str]:
-    """What a run made in its folder: its result first, its steps last."""
+    """Names of what a run made in its folder: its result first, its steps last."""
     held = held_files(folder, (*RUN_FILES, *more), own_files(folder))
     return [*held, STEPS] if is_there(folder / STEPS) else held

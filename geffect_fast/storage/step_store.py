@@ -1,4 +1,4 @@
-"""One file a step: results of a run of several steps, kept as they come and found again."""
+"""The store of step results: one file for each step of a run, written as the steps are measured."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ if TYPE_CHECKING:
     import xarray as xr
 
 IDENTITY = "run_identity"
-"""Attribute of a step file: which run it belongs to."""
+"""Attribute of a step file with the identity of its run."""
 
 _STEP = re.compile(r"step-(\d{8,})\.nc")
 _PART = re.compile(r"\.step-\d{8,}\.nc\.part")
 
 
 class StepStore:
-    """The results of a run's steps, each in a file of its own, or in memory.
+    """The results of a run's steps, each in a file of its own, or all in memory.
 
-    A step's file is written beside its place, hidden, and renamed once it is whole and on the disk;
-    it is never changed afterwards. What a killed process left half-written is overwritten. A file
-    that stands in the folder and is torn, or not of this run, is left alone and named.
+    A step's file is written under a hidden name and renamed once it is whole and on the disk; the
+    file is never changed afterwards. Files that a killed process left half-written are removed. A
+    file in the folder that is torn, or not of this run, is left alone and named in messages.
 
-    Several ranks make and call it together: the first of them writes, and all read what it wrote.
+    Several ranks make and call a store together: the first rank writes, and all ranks read.
 
     Args:
-        folder: made with the first step; None: in memory.
-        identity: what makes a file belong to this run, such as a hash of its config and data.
-        ranks: who keep steps together.
+        folder: made with the first step; None keeps the results in memory.
+        identity: marks a file as one of this run, such as a hash of its config and data.
+        ranks: the ranks that share the store.
 
     Attributes:
         left_alone: a line for each file in the folder that is no step of this run.
@@ -63,7 +63,7 @@ class StepStore:
 
     @property
     def where(self) -> str:
-        """What messages call it."""
+        """The store's name in messages."""
         return "memory" if self.folder is None else f"steps folder {self.folder}"
 
     @property
@@ -71,7 +71,7 @@ class StepStore:
         return list(self._taken.values())
 
     def check_free(self, steps: Iterable[int]) -> None:
-        """Raise `InputError` where a step to be written has its name taken by another file."""
+        """Raise `InputError` where another file has the name of a step that is to be written."""
         for step in steps:
             why = self._taken.get(_name(step))
             if why is not None:
@@ -85,8 +85,8 @@ class StepStore:
             dataset: the result, without an axis `step`.
 
         Raises:
-            InputError: the name is taken; or the disk refuses, and there is no step yet.
-            UnfinishedError: the disk refuses; the earlier steps stay.
+            InputError: the name is taken; or the disk refuses, and there is no earlier step.
+            UnfinishedError: the disk refuses, and the earlier steps are kept.
         """
         self.check_free([step])
         if step in self.steps:
@@ -136,10 +136,10 @@ class StepStore:
         return dataset.drop_attrs(deep=False).assign_attrs(kept)
 
     def combined(self) -> xr.Dataset:
-        """All steps along a first axis `step`, with the attributes of the first.
+        """All steps along a first axis `step`, with the attributes of the first step.
 
         Raises:
-            InputError: there is none, or a file was damaged.
+            InputError: there is no step, or a file was damaged.
         """
         import xarray as xr
 
@@ -156,7 +156,11 @@ class StepStore:
         )
 
     def _look(self) -> None:
-        """Find what the folder holds."""
+        """Find the steps that the folder holds, and the files that are none.
+
+        Raises:
+            InputError: the folder cannot be read.
+        """
         try:
             files = sorted(self.folder.iterdir()) if self.folder and self.folder.exists() else []
         except OSError as error:
@@ -169,7 +173,10 @@ class StepStore:
                 self._taken[file.name] = f"{file} {problem}; it is left alone"
 
     def _problem(self, file: Path) -> str | None:
-        """What is wrong with a file in the folder; None where it is a step, or may go."""
+        """The reason why a file in the folder is no step of this run; a step is noted as found.
+
+        The value is None for a step, and for a half-written file, which may be removed.
+        """
         named = _STEP.fullmatch(file.name)
         if named is None:
             return None if _PART.fullmatch(file.name) else "is no step file"
@@ -188,7 +195,7 @@ class StepStore:
         return None
 
     def _clean(self) -> None:
-        """Remove what a killed process left half-written."""
+        """Remove the files that a killed process left half-written."""
         assert self.folder is not None
         for file in self.folder.iterdir():
             if _PART.fullmatch(file.name):

@@ -1,4 +1,4 @@
-"""Effects that need not fit in memory: written to the result's file while they are computed."""
+"""A result file that takes effects while they are computed, so they need not fit in memory."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ if TYPE_CHECKING:
 
 
 class EffectFile:
-    """A NetCDF file whose `g_effect` is written sample by sample, and then the rest.
+    """A NetCDF file whose `g_effect` is written sample by sample, and everything else at the end.
 
-    A context manager: the file appears, whole, once `finish` has been called; where that does not
-    happen, nothing is left.
+    An instance is a context manager. The file appears, whole, once `finish` has been called;
+    without that call nothing is left.
 
     Args:
-        file: does not exist.
-        dims: names of the axes, the last two `sample` and `position`.
-        shape: of `geffect_fast.results.axes.Resolution`.
+        file: path that does not exist yet.
+        dims: names of the axes, the last two `sample` and `position` or `token`.
+        shape: `shape` of `geffect_fast.results.axes.Resolution`.
     """
 
     def __init__(self, file: str | Path, dims: Sequence[str], shape: tuple[int, ...]) -> None:
@@ -47,7 +47,7 @@ class EffectFile:
         from geffect_fast.storage.netcdf import open_netcdf
 
         sizes = [n for at, n in enumerate(self.shape) if at != PLACE or self._has_place]
-        # A sample is written at a time, and read at a time by whoever sums over positions.
+        # Effects are written one sample at a time, and sums over positions read one at a time.
         chunks = (1, 1, *sizes[2:-2], 1, sizes[-1])
         try:
             self._disk = DiskFile(self._part)
@@ -72,7 +72,7 @@ class EffectFile:
         if isinstance(error, OSError):
             raise unwritable(f"out: {self.file}", "file", error) from error
 
-    # Indices have all axes of `shape`; here the one of places may be missing.
+    # Callers index with all axes of `shape`; the stored variable may lack the axis of places.
 
     def __getitem__(self, index: tuple[Any, ...]) -> np.ndarray:
         found = self._effect[self._own(index)]
@@ -86,19 +86,19 @@ class EffectFile:
         return index if self._has_place else (*index[:PLACE], *index[PLACE + 1 :])
 
     def finish(self, rest: xr.Dataset) -> xr.Dataset:
-        """Write everything else, put the file in its place, and open it.
+        """Write everything but `g_effect`, put the file in its place, and open it.
 
         Args:
             rest: the result without `g_effect`.
 
         Returns:
-            The result, read from the file as it is asked for; close it after use.
+            The result, whose numbers are read from the file on access; close it after use.
         """
         try:
             store_in(self._h5, rest)
             self._h5.close()
         finally:
-            self._disk.check()  # also where HDF5 misses what it could not write
+            self._disk.check()  # also where HDF5 fails because an earlier write was lost
         self._disk.close()
         seal(self._part)
         self._part.rename(self.file)
